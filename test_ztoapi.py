@@ -1,0 +1,1617 @@
+"""Tests of ztoapi, in the order of the program: the pure parts first, then the whole over real sockets.
+
+Run `pytest`. The tests that need the OpenAI SDK are skipped, by name, where it is not installed.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import io
+import json
+import os
+import re
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import pytest_asyncio
+from aiohttp import web
+
+import ztoapi
+from ztoapi import (
+    MODELS,
+    Answer,
+    BadRequest,
+    Blanker,
+    ChatStream,
+    Failure,
+    Finish,
+    Head,
+    Media,
+    Message,
+    Prompt,
+    Settings,
+    SettingsError,
+    SSEDecoder,
+    Text,
+    Thought,
+    ToolCall,
+    UpstreamError,
+    Usage,
+    ZaiReader,
+    chat_completion,
+    create_app,
+    encode_json,
+    error_body,
+    error_headers,
+    parse_chat,
+    resolve,
+    sse,
+    zai_body,
+    zai_error,
+)
+
+pytestmark = pytest.mark.filterwarnings("error")
+over_sockets = pytest.mark.asyncio
+
+PROGRAM = Path(ztoapi.__file__)
+KEY = {"Authorization": "Bearer sk-your-key"}
+HELLO = {"model": "glm-4.6", "messages": [{"role": "user", "content": "你好"}]}
+
+
+def chat(**changes):
+    return {**HELLO, **changes}
+
+
+def message(**fields):
+    return chat(messages=[fields])
+
+
+# ======== Settings ========
+
+
+def test_an_empty_environment_gives_the_defaults():
+    assert Settings.from_env({}) == Settings()
+
+
+def test_every_variable_is_read_by_its_name_in_capitals():
+    given = {
+        "PORT": "8000",
+        "HOST": "0.0.0.0",
+        "DEFAULT_KEY": "sk-a, sk-b",
+        "DEBUG_MODE": "TRUE",
+        "ZAI_API_KEY": "id1.secret,id2.secret",
+        "ZAI_BASE_URL": "https://open.bigmodel.cn/api/paas/v4/",
+        "DEFAULT_STREAM": "yes",
+        "MODEL_ALIASES": "gpt-4o=glm-4.6, claude-*=glm-5.3",
+        "UPSTREAM_TIMEOUT": "60",
+        "MAX_BODY_MB": "8",
+        "CORS_ORIGINS": "https://a.example/,https://b.example",
+    }
+    assert Settings.from_env(given) == Settings(
+        port=8000,
+        host="0.0.0.0",
+        default_key=("sk-a", "sk-b"),
+        debug_mode=True,
+        zai_api_key=("id1.secret", "id2.secret"),
+        zai_base_url="https://open.bigmodel.cn/api/paas/v4",
+        default_stream=True,
+        model_aliases=(("gpt-4o", "glm-4.6"), ("claude-*", "glm-5.3")),
+        upstream_timeout=60,
+        max_body_mb=8,
+        cors_origins=("https://a.example", "https://b.example"),
+    )
+
+
+def test_every_variable_stands_in_env_example_with_its_default():
+    example = dict(
+        line.split("=", 1) for line in PROGRAM.with_name(".env.example").read_text().splitlines() if "=" in line[:20]
+    )
+    assert Settings.from_env(example) == Settings()
+    assert set(example) == {f.name.upper() for f in ztoapi.fields(Settings) if "read" in f.metadata}
+
+
+def test_an_empty_variable_counts_as_not_set():
+    assert Settings.from_env({"PORT": "", "ZAI_API_KEY": " "}) == Settings()
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "wanted"),
+    [
+        ("PORT", "abc", "PORT=abc cannot be used: it must be a port number, 0 to 65535"),
+        ("PORT", "70000", "PORT=70000 cannot be used: it must be a port number, 0 to 65535"),
+        ("DEBUG_MODE", "maybe", "DEBUG_MODE=maybe cannot be used: it must be true or false"),
+        (
+            "ZAI_BASE_URL",
+            "api.z.ai",
+            "ZAI_BASE_URL=api.z.ai cannot be used: it must be an http or https address such as",
+        ),
+        ("ZAI_BASE_URL", "https://u:p@api.z.ai", "it must be an http or https address such as"),
+        ("MODEL_ALIASES", "gpt-4o", "MODEL_ALIASES=gpt-4o cannot be used: it must be name=model pairs"),
+        ("UPSTREAM_TIMEOUT", "0", "UPSTREAM_TIMEOUT=0 cannot be used"),
+        ("DEFAULT_KEY", "", "DEFAULT_KEY cannot be used: it must be one or more keys"),
+        ("DEFAULT_KEY", " , ", "DEFAULT_KEY cannot be used"),
+        ("ZAI_API_KEY", "schlüssel", "ZAI_API_KEY cannot be used"),
+        ("HOST", "0.0.0.0", "HOST=0.0.0.0 would let others in while DEFAULT_KEY is the published sk-your-key"),
+    ],
+)
+def test_a_value_that_cannot_be_used_is_named_with_what_is_wanted(name, value, wanted):
+    with pytest.raises(SettingsError, match=re.escape(wanted)):
+        Settings.from_env({name: value})
+
+
+def test_a_broken_key_is_not_repeated():
+    with pytest.raises(SettingsError) as refused:
+        Settings.from_env({"ZAI_API_KEY": "topsecret\x00"})
+    assert "topsecret" not in str(refused.value)
+
+
+@pytest.mark.parametrize("host", ["localhost", "127.0.0.1", "127.9.9.9", "::1"])
+def test_the_published_key_goes_with_loopback_alone(host):
+    assert Settings.from_env({"HOST": host}).published
+
+
+def test_a_list_that_contains_the_published_key_is_guarded_too():
+    with pytest.raises(SettingsError):
+        Settings.from_env({"HOST": "0.0.0.0", "DEFAULT_KEY": "sk-mine,sk-your-key"})
+
+
+def test_blanking_finds_a_secret_however_it_is_written():
+    blank = Blanker(["k3y!", 'qu"te', "a/b"])
+    assert blank('k3y! "qu\\"te" qu"te x=a%2Fb') == '*** "***" *** x=***'
+
+
+def test_blanking_nothing_leaves_all():
+    assert Blanker([])("as it is") == "as it is"
+
+
+# ======== Errors ========
+
+
+def test_an_error_has_openais_shape():
+    assert error_body(BadRequest("No.", "model")) == {
+        "error": {"message": "No.", "type": "invalid_request_error", "param": "model", "code": None}
+    }
+
+
+@pytest.mark.parametrize(
+    ("error", "headers"),
+    [
+        (BadRequest("no"), {"x-should-retry": "false"}),
+        (zai_error(429, b'{"error":{"code":"1302","message":"slow down"}}'), {"Retry-After": "1"}),
+        (zai_error(429, b'{"error":{"code":"1305","message":"overloaded"}}'), {"Retry-After": "5"}),
+        (
+            zai_error(429, b'{"error":{"code":"1308","message":"Your limit will reset at 2026-09-12 00:35:41"}}'),
+            {"x-should-retry": "false", "Retry-After": "3600"},
+        ),
+        (zai_error(500, b""), {}),
+    ],
+)
+def test_the_headers_tell_sdks_whether_and_when_to_ask_again(error, headers):
+    utc_plus_8 = 1789144541.0  # 2026-09-12 00:35:41 in China
+    assert error_headers(error, utc_plus_8 - 3600) == headers
+
+
+# ======== Models ========
+
+
+@pytest.mark.parametrize(
+    "name", ["glm-4.6", "GLM-4.6", "zai/glm-4.6", "openai/z-ai/GLM-4.6", "glm-4.6[1m]", " glm-4.6 "]
+)
+def test_one_model_has_many_names(name):
+    assert resolve(name) == MODELS["glm-4.6"]
+
+
+def test_a_name_that_is_not_in_the_table_is_passed_on():
+    assert resolve("zai/GLM-9").id == "glm-9"
+
+
+@pytest.mark.parametrize(
+    ("name", "wanted"),
+    [("gpt-4o", "glm-4.6"), ("GPT-4o", "glm-4.6"), ("claude-opus-5", "glm-5.3"), ("glm-4.5", "glm-4.5")],
+)
+def test_the_first_alias_that_fits_wins(name, wanted):
+    assert resolve(name, [("gpt-4o", "zai/glm-4.6"), ("claude-*", "GLM-5.3"), ("gpt-*", "glm-5")]).id == wanted
+
+
+def test_a_name_of_nothing_is_refused():
+    with pytest.raises(BadRequest):
+        resolve("zai/")
+
+
+# ======== Server-sent events ========
+
+
+def cuts(data: bytes):
+    """The bytes whole, in two parts at every place, and byte by byte."""
+    yield [data]
+    for i in range(1, len(data)):
+        yield [data[:i], data[i:]]
+    yield [data[i : i + 1] for i in range(len(data))]
+
+
+def decode_all(parts):
+    decoder = SSEDecoder()
+    return [event for part in parts for event in decoder.feed(part)] + decoder.close()
+
+
+@pytest.mark.parametrize(
+    ("stream", "wanted"),
+    [
+        pytest.param("data: 你好\n\n", ["你好"], id="one event"),
+        pytest.param("data: a\n\ndata: b\n\n", ["a", "b"], id="two events"),
+        pytest.param("data: a\r\n\r\ndata: b\r\n\r\n", ["a", "b"], id="CR LF"),
+        pytest.param("data:a\n\n", ["a"], id="no space"),
+        pytest.param("data:  a\n\n", [" a"], id="two spaces"),
+        pytest.param("data: a\ndata: b\n\n", ["a\nb"], id="several data lines"),
+        pytest.param(": keep-alive\n\ndata: a\n\n: x\n\n", ["a"], id="comments"),
+        pytest.param("event: x\nid: 1\nretry: 5\ndata: a\n\n", ["a"], id="other fields"),
+        pytest.param("\n\n\ndata: a\n\n\n\n", ["a"], id="blank lines"),
+        pytest.param("data: a\n\ndata: b", ["a", "b"], id="no end"),
+        pytest.param("data: a\n\ndata: b\n", ["a", "b"], id="half an end"),
+        pytest.param("", [], id="nothing"),
+    ],
+)
+def test_events_are_found_wherever_the_bytes_are_cut(stream, wanted):
+    for parts in cuts(stream.encode()):
+        assert decode_all(parts) == [event.encode() for event in wanted]
+
+
+def test_a_line_of_many_megabytes_takes_linear_time():
+    decoder, part = SSEDecoder(), b"x" * 4096
+    decoder.feed(b"data: ")
+    started = time.process_time()
+    for _ in range(4096):
+        decoder.feed(part)
+    assert [len(event) for event in decoder.feed(b"\n\n")] == [16 * 2**20]
+    assert time.process_time() - started < 2
+
+
+def test_line_separators_leave_as_escapes():
+    assert encode_json({"a": "\u0085\u2028\u2029é你"}) == '{"a":"\\u0085\\u2028\\u2029é你"}'.encode()
+
+
+def test_half_a_surrogate_pair_leaves_as_the_escape_it_came_as():
+    assert json.loads(encode_json(["\ud83d", "\ude00"])) == ["\ud83d", "\ude00"]
+    assert json.loads(encode_json("\ud83d" + "\ude00")) == "😀"
+
+
+def test_frames_are_data_and_a_blank_line():
+    assert sse([{"a": "é"}, "[DONE]"]) == 'data: {"a":"é"}\n\ndata: [DONE]\n\n'.encode()
+
+
+# ======== OpenAI chat completions: the request ========
+
+
+@pytest.mark.parametrize(
+    ("fields", "wanted"),
+    [
+        pytest.param({}, {}, id="nothing more"),
+        pytest.param({"stream": True}, {"stream": True}, id="stream"),
+        pytest.param({"stream": None, "temperature": None}, {}, id="null is absent"),
+        pytest.param({"stream_options": {"include_usage": True}}, {"include_usage": True}, id="include_usage"),
+        pytest.param({"temperature": 1.5, "top_p": 0.5}, {"temperature": 1.5, "top_p": 0.5}, id="sampling"),
+        pytest.param({"max_tokens": 5}, {"max_tokens": 5}, id="max_tokens"),
+        pytest.param({"max_tokens": 5, "max_completion_tokens": 7}, {"max_tokens": 7}, id="max_completion_tokens"),
+        pytest.param({"stop": "x"}, {"stop": ("x",)}, id="stop"),
+        pytest.param({"stop": ["x", "", "y"]}, {"stop": ("x", "y")}, id="stops"),
+        pytest.param(
+            {"metadata": {"a": 1}, "logit_bias": {}, "top_k": 3}, {"ignored": ("metadata", "top_k")}, id="ignored"
+        ),
+        pytest.param({"service_tier": "auto", "modalities": ["text"], "store": False}, {}, id="asks for nothing"),
+    ],
+)
+def test_a_request_is_read(fields, wanted):
+    prompt = Prompt(model="glm-4.6", messages=(Message("user", ("你好",)),))
+    assert parse_chat(chat(**fields)) == ztoapi.replace(prompt, **wanted)
+
+
+CALL = {"id": "c1", "type": "function", "function": {"name": "f", "arguments": '{"a":1}'}}
+
+
+@pytest.mark.parametrize(
+    ("fields", "wanted"),
+    [
+        pytest.param({"role": "system", "content": "x"}, Message("system", ("x",)), id="system"),
+        pytest.param({"role": "developer", "content": "x"}, Message("system", ("x",)), id="developer"),
+        pytest.param({"role": "user", "content": "x", "name": "bob"}, Message("user", ("x",)), id="name is dropped"),
+        pytest.param(
+            {"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": ""}]},
+            Message("user", ("a",)),
+            id="empty text parts go",
+        ),
+        pytest.param(
+            {
+                "role": "user",
+                "content": [{"type": "image_url", "image_url": {"url": "https://x/y.png", "detail": "low"}}],
+            },
+            Message("user", (Media("image_url", "https://x/y.png"),)),
+            id="image",
+        ),
+        pytest.param({"role": "assistant", "content": None}, Message("assistant", ()), id="null content"),
+        pytest.param({"role": "assistant"}, Message("assistant", ()), id="no content"),
+        pytest.param(
+            {"role": "assistant", "content": "x", "reasoning_content": "hm"},
+            Message("assistant", ("x",), "hm"),
+            id="thought",
+        ),
+        pytest.param(
+            {"role": "assistant", "content": None, "tool_calls": [CALL]},
+            Message("assistant", (), calls=(ToolCall(0, "c1", "f", '{"a":1}'),)),
+            id="tool calls",
+        ),
+        pytest.param(
+            {"role": "assistant", "tool_calls": [{"id": 7, "function": {"name": "f", "arguments": {"a": 1}}}]},
+            Message("assistant", (), calls=(ToolCall(0, "7", "f", '{"a":1}'),)),
+            id="a number for an id, an object for arguments",
+        ),
+        pytest.param(
+            {"role": "tool", "tool_call_id": "c1", "content": "42"}, Message("tool", ("42",), call_id="c1"), id="tool"
+        ),
+        pytest.param(
+            {"role": "function", "name": "f", "content": "42"}, Message("tool", ("42",), call_id="f"), id="function"
+        ),
+    ],
+)
+def test_a_message_is_read(fields, wanted):
+    assert parse_chat(message(**fields)).messages == (wanted,)
+
+
+@pytest.mark.parametrize(
+    ("body", "param"),
+    [
+        ({}, "model"),
+        (chat(model=""), "model"),
+        (chat(model=4), "model"),
+        (chat(messages=[]), "messages"),
+        (chat(messages="hi"), "messages"),
+        (chat(messages=["hi"]), "messages[0]"),
+        (message(content="x"), "messages[0].role"),
+        (message(role="robot", content="x"), "messages[0].role"),
+        (message(role=["user"], content="x"), "messages[0].role"),
+        (message(role="user"), "messages[0].content"),
+        (message(role="user", content=5), "messages[0].content"),
+        (message(role="user", content=["x"]), "messages[0].content[0]"),
+        (message(role="user", content=[{"type": "image_url"}]), "messages[0].content[0].image_url.url"),
+        (message(role="user", content=[{"type": "input_audio", "input_audio": {}}]), "messages[0].content[0]"),
+        (message(role="system", content=[{"type": "image_url", "image_url": {"url": "x"}}]), "messages[0].content[0]"),
+        (message(role="tool", content="42"), "messages[0].tool_call_id"),
+        (message(role="assistant", tool_calls=5), "messages[0].tool_calls"),
+        (message(role="assistant", tool_calls=[{"id": "x"}]), "messages[0].tool_calls[0].function.name"),
+        (chat(stream="yes"), "stream"),
+        (chat(stream_options=True), "stream_options"),
+        (chat(temperature="hot"), "temperature"),
+        (chat(temperature=True), "temperature"),
+        (chat(temperature=2.1), "temperature"),
+        (chat(top_p=-1), "top_p"),
+        (chat(max_tokens=0), "max_tokens"),
+        (chat(max_tokens=1.5), "max_tokens"),
+        (chat(max_completion_tokens="9"), "max_completion_tokens"),
+        (chat(stop=["a"] * 5), "stop"),
+        (chat(stop=[1]), "stop"),
+        (chat(tools={}), "tools"),
+        (chat(tools=[{"type": "function"}]), "tools[0]"),
+    ],
+)
+def test_a_request_that_makes_no_sense_names_the_field(body, param):
+    with pytest.raises(BadRequest) as refused:
+        parse_chat(body)
+    assert refused.value.param == param
+
+
+def test_the_clients_json_is_not_modified():
+    body = chat(
+        messages=[{"role": "assistant", "content": None, "tool_calls": [CALL]}],
+        tools=[{"type": "function", "function": {"name": "f"}}],
+    )
+    before = json.dumps(body)
+    zai_body(parse_chat(body), MODELS["glm-4.6"])
+    assert json.dumps(body) == before
+
+
+# ======== OpenAI chat completions: the answer ========
+
+HEAD = Head("2026", 1760762344, "GLM-4.6")
+ENVELOPE = {"id": "chatcmpl-2026", "object": "chat.completion.chunk", "created": 1760762344, "model": "GLM-4.6"}
+PROMPT = Prompt("GLM-4.6", ())
+USAGE = {
+    "prompt_tokens": 6,
+    "completion_tokens": 3,
+    "total_tokens": 9,
+    "prompt_tokens_details": {"cached_tokens": 2},
+    "completion_tokens_details": {"reasoning_tokens": 1},
+}
+EVENTS = [Thought("hm"), Text("你"), Text("好"), Usage(6, 3, 9, 2, 1), Finish("stop")]
+
+
+def frames(events, prompt=PROMPT):
+    encoder = ChatStream(HEAD, prompt)
+    return [frame for event in events for frame in encoder.feed(event)] + encoder.close()
+
+
+def chunk(delta, finish_reason=None):
+    return {**ENVELOPE, "choices": [{"index": 0, "delta": delta, "finish_reason": finish_reason}]}
+
+
+def test_a_stream_is_chunks_of_one_answer():
+    assert frames(EVENTS) == [
+        chunk({"role": "assistant", "reasoning_content": "hm"}),
+        chunk({"content": "你"}),
+        chunk({"content": "好"}),
+        chunk({}, "stop"),
+        "[DONE]",
+    ]
+
+
+def test_usage_is_a_chunk_of_its_own_for_those_who_ask():
+    prompt = ztoapi.replace(PROMPT, include_usage=True)
+    assert frames([Text("好"), Usage(6, 3, 9, 2, 1), Finish("stop")], prompt) == [
+        {**chunk({"role": "assistant", "content": "好"}), "usage": None},
+        {**chunk({}, "stop"), "usage": None},
+        {**ENVELOPE, "choices": [], "usage": USAGE},
+        "[DONE]",
+    ]
+
+
+def test_usage_that_zai_did_not_send_is_not_made_up():
+    assert frames([Text("好"), Finish("stop")], ztoapi.replace(PROMPT, include_usage=True))[2:] == ["[DONE]"]
+
+
+def test_a_streamed_tool_call_has_its_name_once():
+    pieces = [ToolCall(0, "c1", "f", '{"a'), ToolCall(0, "", "", '":1}'), Finish("tool_calls")]
+    first = {"index": 0, "id": "c1", "type": "function", "function": {"name": "f", "arguments": '{"a'}}
+    assert frames(pieces) == [
+        chunk({"role": "assistant", "tool_calls": [first]}),
+        chunk({"tool_calls": [{"index": 0, "function": {"arguments": '":1}'}}]}),
+        chunk({}, "tool_calls"),
+        "[DONE]",
+    ]
+
+
+def test_a_finish_without_any_text_is_an_answer():
+    assert frames([Finish("length")]) == [chunk({"role": "assistant"}, "length"), "[DONE]"]
+
+
+def test_a_failure_in_a_stream_is_a_frame_with_choices():
+    encoder = ChatStream(HEAD, PROMPT)
+    error = BadRequest("No.")
+    assert encoder.fail(error) == [{**error_body(error), "choices": []}, "[DONE]"]
+
+
+def completion(events):
+    answer = Answer()
+    for event in events:
+        answer.add(event)
+    return chat_completion(HEAD, PROMPT, answer)
+
+
+def test_a_whole_answer_is_the_sum_of_its_events():
+    said = {"role": "assistant", "content": "你好", "refusal": None, "reasoning_content": "hm"}
+    assert completion(EVENTS) == {
+        "id": "chatcmpl-2026",
+        "object": "chat.completion",
+        "created": 1760762344,
+        "model": "GLM-4.6",
+        "choices": [{"index": 0, "message": said, "logprobs": None, "finish_reason": "stop"}],
+        "usage": USAGE,
+    }
+
+
+def test_content_is_null_when_there_are_only_tool_calls():
+    pieces = [ToolCall(0, "c1", "f", '{"a'), ToolCall(0, "", "", '":1}'), Finish("tool_calls")]
+    assert completion(pieces)["choices"][0]["message"] == {
+        "role": "assistant",
+        "content": None,
+        "refusal": None,
+        "tool_calls": [CALL],
+    }
+
+
+# ======== Z.ai: the request ========
+
+
+@pytest.mark.parametrize(
+    ("fields", "wanted"),
+    [
+        pytest.param({}, {}, id="nothing more"),
+        pytest.param({"temperature": 0.3}, {"temperature": 0.3}, id="temperature"),
+        pytest.param({"temperature": 2}, {"temperature": 1}, id="hot"),
+        pytest.param({"temperature": 0}, {"temperature": 0}, id="cold"),
+        pytest.param({"top_p": 0}, {"top_p": 0.01}, id="top_p 0"),
+        pytest.param({"top_p": 1}, {"top_p": 1}, id="top_p 1"),
+        pytest.param({"max_tokens": 999999}, {"max_tokens": 128 * 1024}, id="more than the model can"),
+        pytest.param({"max_completion_tokens": 7}, {"max_tokens": 7}, id="max_completion_tokens"),
+        pytest.param({"stop": "x"}, {"stop": ["x"]}, id="stop"),
+        pytest.param({"stop": []}, {}, id="no stop"),
+        pytest.param({"stream": True, "stream_options": {"include_usage": True}}, {"stream": True}, id="stream"),
+        pytest.param({"metadata": {"a": 1}}, {}, id="nothing that Z.ai does not know"),
+    ],
+)
+def test_zai_gets_what_it_takes(fields, wanted):
+    body = zai_body(parse_chat(chat(stream=False) | fields), MODELS["glm-4.6"])
+    assert body == {"model": "glm-4.6", "messages": [{"role": "user", "content": "你好"}], "stream": False} | wanted
+
+
+@pytest.mark.parametrize(
+    ("fields", "wanted"),
+    [
+        pytest.param({"role": "developer", "content": "x"}, {"role": "system", "content": "x"}, id="developer"),
+        pytest.param(
+            {"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]},
+            {"role": "user", "content": "a\nb"},
+            id="text parts are joined",
+        ),
+        pytest.param(
+            {"role": "assistant", "content": None, "tool_calls": [CALL]},
+            {"role": "assistant", "content": "", "tool_calls": [CALL]},
+            id="tool calls beside null",
+        ),
+        pytest.param(
+            {"role": "tool", "tool_call_id": "c1", "content": [{"type": "text", "text": "42"}]},
+            {"role": "tool", "tool_call_id": "c1", "content": "42"},
+            id="tool",
+        ),
+        pytest.param(
+            {"role": "assistant", "content": "x", "reasoning": "hm"},
+            {"role": "assistant", "content": "x", "reasoning_content": "hm"},
+            id="thought",
+        ),
+    ],
+)
+def test_a_message_as_zai_takes_it(fields, wanted):
+    assert zai_body(parse_chat(message(**fields)), MODELS["glm-4.6"])["messages"] == [wanted]
+
+
+def test_an_image_goes_as_bare_base64_or_as_an_address():
+    parts = [
+        {"type": "text", "text": "what?"},
+        {"type": "image_url", "image_url": {"url": "data:image/png;base64,QUJD", "detail": "high"}},
+        {"type": "image_url", "image_url": {"url": "https://x/y.png"}},
+    ]
+    body = zai_body(parse_chat(message(role="user", content=parts)), MODELS["glm-4.6v"])
+    assert body["messages"][0]["content"] == [
+        {"type": "text", "text": "what?"},
+        {"type": "image_url", "image_url": {"url": "QUJD"}},
+        {"type": "image_url", "image_url": {"url": "https://x/y.png"}},
+    ]
+
+
+def test_an_image_for_a_model_that_does_not_see_is_refused_with_names_of_those_that_do():
+    prompt = parse_chat(message(role="user", content=[{"type": "image_url", "image_url": {"url": "https://x/y.png"}}]))
+    with pytest.raises(BadRequest, match=r"glm-4\.6v-flash") as refused:
+        zai_body(prompt, MODELS["glm-4.6"])
+    assert refused.value.failure.code == "image_not_supported"
+
+
+def test_tools_are_completed_and_streamed():
+    prompt = parse_chat(chat(stream=True, tools=[{"type": "function", "function": {"name": "f", "strict": True}}]))
+    body = zai_body(prompt, MODELS["glm-4.6"])
+    empty = {"type": "object", "properties": {}}
+    assert body["tools"] == [{"type": "function", "function": {"name": "f", "description": "f", "parameters": empty}}]
+    assert body["tool_stream"] is True
+
+
+# ======== Z.ai: refusals ========
+
+# Every row of the table: Z.ai's code, its HTTP status, what the client gets.
+REFUSED = [
+    *((code, 401, 502, "upstream_error", "zai_authentication") for code in range(1000, 1006)),
+    (1113, 429, 429, "insufficient_quota", "insufficient_quota"),
+    *((code, 400, 400, "invalid_request_error", f"zai_{code}") for code in (1210, 1213, 1214, 1215, 1221, 1222, 1299)),
+    *((code, 400, 404, "invalid_request_error", "model_not_found") for code in (1211, 1212)),
+    *((code, 403, 403, "permission_error", "model_not_available") for code in (1220, 1311)),
+    (1261, 400, 400, "invalid_request_error", "context_length_exceeded"),
+    (1301, 400, 400, "invalid_request_error", "content_filter"),
+    *((code, 429, 429, "rate_limit_error", "rate_limit_exceeded") for code in (1302, 1305, 1399)),
+    *((code, 429, 429, "insufficient_quota", "quota_exceeded") for code in (1308, 1310, *range(1316, 1322))),
+    *((code, 429, 403, "permission_error", "plan_not_usable") for code in (1309, 1313, 1314, 1315)),
+    *((code, 500, 502, "upstream_error", "zai_unavailable") for code in (1200, 1230, 1234)),
+    (1999, 418, 418, "upstream_error", "zai_1999"),
+]
+
+
+@pytest.mark.parametrize("row", REFUSED, ids=lambda row: str(row[0]))
+def test_every_code_of_zais_is_what_the_table_says(row):
+    code, http, status, kind, ours = row
+    error = zai_error(http, json.dumps({"error": {"code": str(code), "message": "Words"}}).encode())
+    assert error.failure == Failure(status, kind, ours)
+    assert error.message.endswith(f"(Z.ai {code}: Words)")
+
+
+@pytest.mark.parametrize("row", REFUSED, ids=lambda row: str(row[0]))
+def test_a_code_inside_a_200_means_the_same(row):
+    code, _, status, kind, ours = row
+    error = zai_error(200, {"error": {"code": code, "message": "Words"}})
+    named = code not in (1299, 1399, 1999)
+    assert error.failure == (Failure(status, kind, ours) if named else Failure(502, "upstream_error", f"zai_{code}"))
+
+
+@pytest.mark.parametrize(
+    ("http", "body", "status", "code"),
+    [
+        pytest.param(200, '{"code":401,"msg":"token expired or incorrect","success":false}', 502, "zai_authentication", id="401 in a 200"),
+        pytest.param(401, "", 502, "zai_authentication", id="bare 401"),
+        pytest.param(400, "", 400, "zai_400", id="bare 400"),
+        pytest.param(429, "", 429, "rate_limit_exceeded", id="bare 429"),
+        pytest.param(500, "", 502, "zai_unavailable", id="bare 500"),
+        pytest.param(502, "<html>Bad Gateway</html>", 502, "zai_unavailable", id="HTML"),
+        pytest.param(200, "<html>hello</html>", 502, "zai_unavailable", id="HTML in a 200"),
+        pytest.param(200, "", 502, "zai_unavailable", id="nothing"),
+        pytest.param(200, "{", 502, "zai_unavailable", id="junk"),
+        pytest.param(404, '{"timestamp":1,"status":404,"error":"Not Found","path":"/v4/v1/x"}', 502, "zai_wrong_address", id="Spring"),
+        pytest.param(404, '{"error":{"code":"500","message":"404 NOT_FOUND"}}', 502, "zai_wrong_address", id="gateway"),
+        pytest.param(404, "", 502, "zai_wrong_address", id="bare 404"),
+        pytest.param(301, "", 502, "zai_wrong_address", id="redirect"),
+        pytest.param(403, '{"message":"no"}', 403, "zai_403", id="no code"),
+        pytest.param(500, '{"error":{"code":"1299","message":"?"}}', 502, "zai_unavailable", id="unknown code in a 500"),
+        pytest.param(429, '{"type":"error","error":{"type":"x","code":"1308","message":"y"}}', 429, "quota_exceeded", id="Anthropic's"),
+    ],
+)  # fmt: skip
+def test_what_comes_without_a_known_code_goes_by_its_status(http, body, status, code):
+    failure = zai_error(http, body.encode()).failure
+    assert (failure.status, failure.code) == (status, code)
+
+
+def test_no_balance_names_the_address_of_the_coding_plan():
+    assert "https://api.z.ai/api/coding/paas/v4" in zai_error(429, b'{"error":{"code":"1113","message":""}}').message
+
+
+# ======== Z.ai: the answer ========
+
+# As recorded (October 2025: no object, no finish_reason, the role in every delta, usage in the last chunk).
+RECORDED = """\
+data: {"id":"2025","created":1760762344,"model":"glm-4.6","choices":[{"index":0,"delta":{"role":"assistant","reasoning_content":"想"}}]}
+
+data: {"id":"2025","created":1760762344,"model":"glm-4.6","choices":[{"index":0,"delta":{"role":"assistant","content":"\\n你"}}]}
+
+data: {"id":"2025","created":1760762344,"model":"glm-4.6","choices":[{"index":0,"delta":{"role":"assistant","content":"好😀"}}]}
+
+data: {"id":"2025","created":1760762344,"model":"glm-4.6","choices":[{"index":0,"finish_reason":"stop","delta":{"role":"assistant","content":""}}],"usage":{"prompt_tokens":6,"completion_tokens":3,"total_tokens":9,"prompt_tokens_details":{"cached_tokens":2}}}
+
+data: [DONE]
+
+""".encode()
+FIRST = RECORDED[: RECORDED.index(b"\n\n") + 2]
+RECORDED_EVENTS = [Thought("想"), Text("\n你"), Text("好😀"), Usage(6, 3, 9, 2), Finish("stop")]
+
+# As recorded in March 2026, tool_stream off: the whole call in one delta.
+RECORDED_CALL = b"""\
+data: {"id":"2026","created":1,"object":"chat.completion.chunk","model":"glm-5","choices":[{"index":0,"delta":{"tool_calls":[{"id":"call_417fb","index":0,"type":"function","function":{"name":"bash","arguments":"{\\"cmd\\":\\"ls\\"}"}}]}}]}
+
+data: {"id":"2026","created":1,"object":"chat.completion.chunk","model":"glm-5","choices":[{"index":0,"finish_reason":"tool_calls","delta":{"role":"assistant","content":""}}],"usage":{"prompt_tokens":1,"completion_tokens":2,"total_tokens":3}}
+
+data: [DONE]
+
+"""
+RECORDED_CALL_EVENTS = [ToolCall(0, "call_417fb", "bash", '{"cmd":"ls"}'), Usage(1, 2, 3), Finish("tool_calls")]
+
+# The same answer as RECORDED, asked for whole.
+DOCUMENT = json.dumps(
+    {
+        "id": "2025",
+        "request_id": "2025",
+        "created": 1760762344,
+        "model": "glm-4.6",
+        "choices": [
+            {
+                "index": 0,
+                "finish_reason": "stop",
+                "message": {"role": "assistant", "reasoning_content": "想", "content": "\n你好😀"},
+            }
+        ],
+        "usage": {
+            "prompt_tokens": 6,
+            "completion_tokens": 3,
+            "total_tokens": 9,
+            "prompt_tokens_details": {"cached_tokens": 2},
+        },
+    },
+    ensure_ascii=False,
+).encode()
+
+
+def read_all(parts):
+    reader = ZaiReader()
+    return [event for part in parts for event in reader.feed(part)] + list(reader.close())
+
+
+def summed(events):
+    return completion(events)["choices"], completion(events)["usage"]
+
+
+@pytest.mark.parametrize(
+    ("data", "wanted"),
+    [
+        pytest.param(RECORDED, RECORDED_EVENTS, id="text"),
+        pytest.param(RECORDED_CALL, RECORDED_CALL_EVENTS, id="a call"),
+        pytest.param(RECORDED.replace(b"\n", b"\r\n"), RECORDED_EVENTS, id="CR LF"),
+        pytest.param(RECORDED.removesuffix(b"data: [DONE]\n\n"), RECORDED_EVENTS, id="no [DONE]"),
+        pytest.param(RECORDED.rstrip(), RECORDED_EVENTS, id="no last line end"),
+    ],
+)
+def test_a_stream_gives_its_events_wherever_it_is_cut(data, wanted):
+    for parts in cuts(data):
+        assert read_all(parts) == wanted
+
+
+def test_a_whole_answer_gives_the_same_wherever_it_is_cut():
+    for parts in cuts(DOCUMENT):
+        assert summed(read_all(parts)) == summed(RECORDED_EVENTS)
+
+
+def test_an_events_text_comes_out_with_the_part_that_completes_it():
+    assert list(ZaiReader().feed(FIRST)) == [Thought("想")]
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        pytest.param(b"", id="nothing"),
+        pytest.param(b": keep-alive\n\n", id="comments alone"),
+        pytest.param(b"<html>no</html>", id="HTML"),
+        pytest.param(b"data: <html>\n\n", id="HTML in a frame"),
+        pytest.param(b"data: [1]\n\n", id="no object"),
+        pytest.param(b"data: [DONE]\n\n", id="[DONE] alone"),
+        pytest.param(RECORDED[: RECORDED.index(b"data: [DONE]") - 300], id="half a stream"),
+        pytest.param(DOCUMENT[:-9], id="half a document"),
+        pytest.param(b'{"id":"1"}', id="a document without choices"),
+        pytest.param(RECORDED.replace(b'"stop"', b'"network_error"'), id="network_error"),
+    ],
+)
+def test_what_is_not_a_finished_answer_is_a_failure(data):
+    for parts in cuts(data):
+        with pytest.raises(UpstreamError) as failed:
+            read_all(parts)
+        assert failed.value.failure == ztoapi.UNAVAILABLE
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        pytest.param(b'{"error":{"code":"1305","message":"busy"}}', id="document"),
+        pytest.param(b'data: {"error":{"code":"1305","message":"busy"}}\n\n', id="frame"),
+    ],
+)
+def test_an_error_inside_a_200_is_an_error(data):
+    for parts in cuts(data):
+        with pytest.raises(UpstreamError, match="1305: busy"):
+            read_all(parts)
+
+
+def test_what_came_before_a_failure_is_not_lost():
+    events = ZaiReader().feed(FIRST + b"data: junk\n\n")
+    assert next(events) == RECORDED_EVENTS[0]
+    with pytest.raises(UpstreamError):
+        next(events)
+
+
+@pytest.mark.parametrize(
+    ("reason", "wanted"),
+    [("sensitive", "content_filter"), ("model_context_window_exceeded", "length"), ("length", "length"), ("?", "stop")],
+)
+def test_finish_reasons_are_openais(reason, wanted):
+    assert read_all([RECORDED.replace(b'"stop"', f'"{reason}"'.encode())])[-1] == Finish(wanted)
+
+
+# ======== Over real sockets ========
+
+HANG, RESET = object(), object()  # parts of a FakeZai's answer that are no bytes
+
+
+class FakeZai:
+    """A Z.ai that answers what a test tells it to, and remembers what it was asked."""
+
+    def __init__(self):
+        self.status, self.headers, self.parts = 200, {"Content-Type": "text/event-stream"}, [RECORDED]
+        self.models = web.json_response({"object": "list", "data": []})
+        self.bodies, self.keys, self.open = [], [], 0
+        self.left = asyncio.Event()  # somebody hung up before the answer's end
+
+    def app(self):
+        app = web.Application(client_max_size=2**30)
+        app.router.add_post("/v4/chat/completions", self.chat)
+        app.router.add_get("/v4/models", self.list_models)
+        return app
+
+    async def list_models(self, request):
+        if self.models is HANG:
+            await asyncio.sleep(60)
+        return self.models
+
+    async def chat(self, request):
+        self.bodies.append(await request.json())
+        self.keys.append(request.headers["Authorization"])
+        self.open += 1
+        try:
+            return await self.answer(request)
+        except (asyncio.CancelledError, ConnectionError):
+            self.left.set()
+            raise
+        finally:
+            self.open -= 1
+
+    async def answer(self, request):
+        response = web.StreamResponse(status=self.status, headers=self.headers)
+        await response.prepare(request)
+        for part in self.parts:
+            if part is HANG:
+                await asyncio.sleep(60)
+            elif part is RESET:
+                request.transport.abort()
+            else:
+                await response.write(part)
+                await asyncio.sleep(0)
+        return response
+
+
+@pytest_asyncio.fixture
+async def zai(aiohttp_server):
+    fake = FakeZai()
+    fake.url = str((await aiohttp_server(fake.app())).make_url("/v4"))
+    return fake
+
+
+@pytest_asyncio.fixture
+async def start(aiohttp_client, zai):
+    """Starts ztoapi in front of the fake, with other settings where a test wants them."""
+
+    async def started(**settings):
+        given = {"zai_base_url": zai.url, "zai_api_key": ("zai-key",)} | settings
+        return await aiohttp_client(create_app(Settings(**given)))
+
+    return started
+
+
+@pytest_asyncio.fixture
+async def client(start):
+    return await start()
+
+
+async def ask(client, body=HELLO, path="/v1/chat/completions", headers=KEY):
+    async with client.post(path, data=io.BytesIO(json.dumps(body).encode()), headers=headers) as response:
+        return response, await response.text()
+
+
+def parse_frames(stream):
+    assert stream.endswith("data: [DONE]\n\n")
+    return [json.loads(frame.removeprefix("data: ")) for frame in stream.split("\n\n")[:-2]]
+
+
+def said(stream):
+    deltas = [choice["delta"] for frame in parse_frames(stream) for choice in frame["choices"]]
+    return "".join(delta.get("content", "") for delta in deltas)
+
+
+@over_sockets
+async def test_a_whole_answer(client, zai):
+    zai.parts = [DOCUMENT]
+    response, body = await ask(client)
+    assert (response.status, response.content_type) == (200, "application/json")
+    wanted = completion([Thought("想"), Text("\n你好😀"), Usage(6, 3, 9, 2), Finish("stop")])
+    assert json.loads(body) == wanted | {"id": "chatcmpl-2025", "model": "glm-4.6"}
+    assert zai.bodies == [{"model": "glm-4.6", "messages": HELLO["messages"], "stream": False}]
+    assert zai.keys == ["Bearer zai-key"]
+
+
+@over_sockets
+async def test_a_streamed_answer(client):
+    response, stream = await ask(client, chat(stream=True))
+    assert response.headers["Content-Type"] == "text/event-stream; charset=utf-8"
+    assert response.headers["Cache-Control"] == "no-cache"
+    assert response.headers["X-Accel-Buffering"] == "no"
+    assert said(stream) == "\n你好😀"
+
+
+@over_sockets
+async def test_a_stream_cut_at_every_byte_is_the_same_stream(client, zai):
+    zai.parts = [RECORDED[i : i + 1] for i in range(len(RECORDED))]
+    assert said((await ask(client, chat(stream=True)))[1]) == "\n你好😀"
+    whole = json.loads((await ask(client))[1])
+    assert whole["choices"][0]["message"]["content"] == "\n你好😀"
+
+
+@over_sockets
+async def test_json_where_a_stream_was_asked_for_is_streamed(client, zai):
+    zai.parts = [DOCUMENT]
+    assert said((await ask(client, chat(stream=True)))[1]) == "\n你好😀"
+
+
+@over_sockets
+async def test_the_first_word_is_there_before_the_second_is_sent(client, zai):
+    zai.parts = [FIRST, HANG]
+    async with client.post("/v1/chat/completions", json=chat(stream=True), headers=KEY) as response:
+        assert "想" in (await asyncio.wait_for(response.content.readline(), 5)).decode()
+
+
+@over_sockets
+@pytest.mark.parametrize(
+    "path",
+    [
+        "/chat/completions",
+        "/v1/chat/completions",
+        "/v1/chat/completions/",
+        "/api/v1/chat/completions",
+        "/api/paas/v4/chat/completions",
+        "/api/paas/v4/v1/chat/completions",
+        "/v1/v1/chat/completions",
+        "//v1//chat/completions//",
+    ],
+)
+async def test_clients_put_before_the_path_what_they_like(client, path):
+    url = client.make_url("/").with_path(path)
+    async with client.session.post(url, json=HELLO, headers=KEY) as response:
+        assert response.status == 200
+
+
+@over_sockets
+async def test_a_large_request_reaches_zai(client, zai):
+    await ask(client, message(role="user", content="你" * 2**19))
+    assert zai.bodies[0]["messages"][0]["content"] == "你" * 2**19
+
+
+@over_sockets
+@pytest.mark.parametrize(
+    ("fields", "accept", "streams"),
+    [
+        ({}, "*/*", False),
+        ({}, "text/event-stream", True),
+        ({}, "application/json", False),
+        ({"stream": False}, "text/event-stream", False),
+        ({"stream": True}, "application/json", True),
+        ({"stream": None}, "text/event-stream", True),
+    ],
+)
+async def test_accept_decides_where_stream_is_absent(client, zai, fields, accept, streams):
+    response, _ = await ask(client, chat(**fields), headers=KEY | {"Accept": accept})
+    assert response.content_type == ("text/event-stream" if streams else "application/json")
+    assert zai.bodies[0]["stream"] is streams
+
+
+@over_sockets
+async def test_default_stream_decides_where_nothing_else_does(start):
+    client = await start(default_stream=True)
+    assert (await ask(client))[0].content_type == "text/event-stream"
+    assert (await ask(client, headers=KEY | {"Accept": "application/json"}))[0].content_type == "application/json"
+
+
+@over_sockets
+async def test_what_was_ignored_is_listed(client):
+    response, _ = await ask(client, chat(metadata={"a": 1}, **{"x\r\ny: z": 1}))
+    assert response.headers["x-ztoapi-ignored"] == "metadata,x__y:_z"
+
+
+@over_sockets
+async def test_the_answer_names_the_model_as_the_client_did(start, zai):
+    client = await start(model_aliases=(("gpt-*", "glm-5"),))
+    assert json.loads((await ask(client, chat(model="GPT-4o")))[1])["model"] == "GPT-4o"
+    assert zai.bodies[0]["model"] == "glm-5"
+
+
+# ======== Failures over real sockets ========
+
+
+def error_of(text):
+    return json.loads(text)["error"]
+
+
+@over_sockets
+@pytest.mark.parametrize("row", REFUSED, ids=lambda row: str(row[0]))
+@pytest.mark.parametrize("stream", [False, True], ids=["whole", "streamed"])
+async def test_a_refusal_has_its_status(client, zai, row, stream):
+    code, zai.status, status, kind, ours = row
+    zai.headers = {"X-Log-Id": "log-7"}
+    zai.parts = [json.dumps({"error": {"code": str(code), "message": "Words"}}).encode()]
+    response, body = await ask(client, chat(stream=stream))
+    assert (response.status, error_of(body)["type"], error_of(body)["code"]) == (status, kind, ours)
+    assert response.headers["x-zai-request-id"] == "log-7"
+    worth_a_retry = ours in ("rate_limit_exceeded", "zai_unavailable", "zai_unreachable", "zai_timeout")
+    assert response.headers.get("x-should-retry") == (None if worth_a_retry else "false")
+
+
+@over_sockets
+@pytest.mark.parametrize("stream", [False, True], ids=["whole", "streamed"])
+@pytest.mark.parametrize(
+    "parts",
+    [
+        pytest.param([b'{"error":{"code":"1302","message":"slow"}}'], id="in a 200"),
+        pytest.param([b'data: {"error":{"code":"1302","message":"slow"}}\n\n'], id="in a frame"),
+    ],
+)
+async def test_an_error_in_a_200_has_its_status(client, zai, parts, stream):
+    zai.parts = parts
+    response, body = await ask(client, chat(stream=stream))
+    assert (response.status, error_of(body)["code"]) == (429, "rate_limit_exceeded")
+    assert response.headers["Retry-After"] == "1"
+
+
+@over_sockets
+@pytest.mark.parametrize(
+    ("rest", "code"),
+    [
+        pytest.param([b'data: {"error":{"code":"1301","message":"no"}}\n\n'], "content_filter", id="error frame"),
+        pytest.param([], "zai_unavailable", id="end"),
+        pytest.param([RESET], "zai_unavailable", id="reset"),
+        pytest.param([b"data: <html>\n\n"], "zai_unavailable", id="junk"),
+    ],
+)
+async def test_a_failure_after_the_first_word_is_a_frame(client, zai, rest, code):
+    zai.parts = [FIRST, *rest]
+    response, stream = await ask(client, chat(stream=True))
+    assert response.status == 200
+    first, failure = parse_frames(stream)
+    assert first["choices"][0]["delta"]["reasoning_content"] == "想"
+    assert (failure["error"]["code"], failure["choices"]) == (code, [])
+
+
+@over_sockets
+async def test_a_failure_after_the_first_word_of_a_whole_answer_has_a_status(client, zai):
+    zai.parts = [FIRST, RESET]
+    response, body = await ask(client)
+    assert (response.status, error_of(body)["code"]) == (502, "zai_unavailable")
+
+
+@over_sockets
+async def test_silence_is_a_timeout(start, zai):
+    client = await start(upstream_timeout=1)
+    zai.parts = [HANG]
+    response, body = await ask(client)
+    assert (response.status, error_of(body)["code"]) == (504, "zai_timeout")
+
+
+@over_sockets
+async def test_silence_in_a_stream_is_a_frame(start, zai):
+    client = await start(upstream_timeout=1)
+    zai.parts = [FIRST, HANG]
+    assert parse_frames((await ask(client, chat(stream=True)))[1])[-1]["error"]["code"] == "zai_timeout"
+
+
+@over_sockets
+@pytest.mark.parametrize("url", ["http://127.0.0.1:1/v4", "https://name.invalid/v4", "https://127.0.0.1:{port}/v4"])
+async def test_a_zai_that_is_not_there_is_unreachable(start, zai, url):
+    client = await start(zai_base_url=url.format(port=zai.url.split(":")[2].split("/")[0]))
+    response, body = await ask(client)
+    assert (response.status, error_of(body)["code"]) == (502, "zai_unreachable")
+
+
+@over_sockets
+async def test_without_a_key_the_client_is_told_where_to_get_one(start, zai):
+    client = await start(zai_api_key=())
+    response, body = await ask(client)
+    assert (response.status, error_of(body)["code"], zai.bodies) == (503, "zai_api_key_missing", [])
+
+
+@over_sockets
+@pytest.mark.parametrize(
+    ("data", "status", "param"),
+    [
+        (b"", 400, None),
+        (b"{", 400, None),
+        (b"[]", 400, None),
+        (b"\xff\xfe", 400, None),
+        (b'{"model":"x","messages":[],"temperature":NaN}', 400, None),
+        (b"[" * 100_000, 400, None),
+        (json.dumps(chat(temperature=3)).encode(), 400, "temperature"),
+    ],
+)
+async def test_a_request_that_makes_no_sense_does_not_reach_zai(client, zai, data, status, param):
+    async with client.post("/v1/chat/completions", data=data, headers=KEY) as response:
+        error = error_of(await response.text())
+    assert (response.status, error["type"], error["param"]) == (status, "invalid_request_error", param)
+    assert zai.bodies == []
+
+
+@over_sockets
+async def test_a_body_too_large_is_413(start):
+    client = await start(max_body_mb=1)
+    body = io.BytesIO(b" " * 2**20 + b"{}")
+    async with client.post("/v1/chat/completions", data=body, headers=KEY) as response:
+        assert (response.status, error_of(await response.text())["code"]) == (413, "request_too_large")
+
+
+@over_sockets
+async def test_a_broken_encoding_is_400(client):
+    headers = KEY | {"Content-Encoding": "gzip"}
+    async with client.post("/v1/chat/completions", data=b"no gzip", headers=headers) as response:
+        assert (response.status, bool(error_of(await response.text()))) == (400, True)
+
+
+@over_sockets
+async def test_a_wrong_path_is_404_and_a_wrong_method_405(client):
+    async with client.get("/v1/nothing", headers=KEY) as response:
+        assert (response.status, error_of(await response.text())["code"]) == (404, "unknown_url")
+    async with client.get("/v1/chat/completions", headers=KEY) as response:
+        assert (response.status, error_of(await response.text())["code"]) == (405, "method_not_allowed")
+        assert response.headers["Allow"] == "POST"
+
+
+@over_sockets
+@pytest.mark.parametrize("stream", [False, True], ids=["whole", "streamed"])
+async def test_our_own_bug_is_told_without_a_traceback(start, caplog, stream):
+    client = await start()
+
+    async def broken(_):
+        raise RuntimeError("inner workings")
+        yield
+
+    client.app[ztoapi.UPSTREAM].open = contextlib.asynccontextmanager(broken)
+    response, body = await ask(client, chat(stream=stream))
+    assert (response.status, error_of(body)["code"]) == (500, "internal_error")
+    assert "inner workings" not in body
+    assert "RuntimeError: inner workings" in caplog.text
+
+
+# ======== Who may call ========
+
+
+@over_sockets
+@pytest.mark.parametrize(
+    "headers",
+    [
+        {"Authorization": "Bearer sk-your-key"},
+        {"Authorization": "bearer  sk-your-key "},
+        {"x-api-key": "sk-your-key"},
+        {"Authorization": "Bearer other", "x-api-key": "sk-your-key"},
+    ],
+)
+async def test_a_right_key_is_let_in(client, headers):
+    assert (await ask(client, headers=headers))[0].status == 200
+
+
+@over_sockets
+@pytest.mark.parametrize(
+    "headers",
+    [
+        {},
+        {"Authorization": "Bearer wrong-key"},
+        {"Authorization": "sk-your-key"},
+        {"Authorization": "Basic sk-your-key"},
+        {"Authorization": "Bearer "},
+        {"x-api-key": ""},
+        {"x-api-key": "schlüssel"},
+    ],
+)
+async def test_a_wrong_key_is_kept_out_and_not_repeated(client, zai, headers):
+    response, body = await ask(client, headers=headers)
+    assert (response.status, error_of(body)["code"], zai.bodies) == (401, "invalid_api_key", [])
+    assert "wrong-key" not in body
+
+
+@over_sockets
+async def test_each_of_several_keys_is_let_in(start):
+    client = await start(default_key=("sk-a", "sk-b"))
+    for key, status in (("sk-a", 200), ("sk-b", 200), ("sk-your-key", 401), ("sk-a,sk-b", 401)):
+        assert (await ask(client, headers={"x-api-key": key}))[0].status == status
+
+
+@over_sockets
+@pytest.mark.parametrize("path", ["/v1/models", "/v1/models/glm-4.6", "/models"])
+async def test_the_models_need_the_key(client, path):
+    async with client.get(path) as response:
+        assert response.status == 401
+
+
+@over_sockets
+@pytest.mark.parametrize("path", ["/", "/health"])
+async def test_some_pages_need_no_key(client, path):
+    async with client.get(path) as response, client.head(path) as head:
+        assert (response.status, head.status) == (200, 200)
+
+
+@over_sockets
+async def test_health_says_what_matters_and_no_secret(start):
+    client = await start(default_key=("sk-mine",))
+    async with client.get("/health") as response:
+        assert await response.json() == {
+            "status": "ok",
+            "version": ztoapi.__version__,
+            "demo": False,
+            "zai_key": True,
+        }
+
+
+PREFLIGHT = {
+    "Origin": "https://app.example",
+    "Access-Control-Request-Method": "POST",
+    "Access-Control-Request-Headers": "authorization,x-stainless-os",
+}
+
+
+@over_sockets
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/models", "/anything"])
+async def test_a_preflight_needs_no_key_and_reflects_what_it_asks(start, path):
+    client = await start(default_key=("sk-mine",))
+    async with client.options(path, headers=PREFLIGHT) as response:
+        assert response.status == 204
+        assert response.headers["Access-Control-Allow-Origin"] == "https://app.example"
+        assert response.headers["Access-Control-Allow-Headers"] == "authorization,x-stainless-os"
+        assert response.headers["Access-Control-Max-Age"] == "86400"
+        assert "Origin" in response.headers["Vary"]
+        assert "Access-Control-Allow-Credentials" not in response.headers
+
+
+@over_sockets
+@pytest.mark.parametrize("body", [HELLO, chat(stream=True), {}], ids=["whole", "streamed", "error"])
+async def test_every_answer_has_the_origin_and_an_id(start, body):
+    client = await start(default_key=("sk-mine",))
+    response, _ = await ask(client, body, headers={"x-api-key": "sk-mine", "Origin": "https://app.example"})
+    assert response.headers["Access-Control-Allow-Origin"] == "https://app.example"
+    assert response.headers["x-request-id"].startswith("req_")
+
+
+@over_sockets
+async def test_only_origins_of_the_setting_are_reflected(start):
+    client = await start(default_key=("sk-mine",), cors_origins=("https://app.example",))
+    for origin, wanted in (("https://app.example", "https://app.example"), ("https://evil.example", None)):
+        async with client.get("/health", headers={"Origin": origin}) as response:
+            assert response.headers.get("Access-Control-Allow-Origin") == wanted
+
+
+@over_sockets
+@pytest.mark.parametrize(
+    ("origin", "allowed"),
+    [
+        ("http://localhost:3000", True),
+        ("http://127.0.0.1", True),
+        ("http://[::1]:8080", True),
+        ("https://app.example", False),
+        ("http://localhost.evil.example", False),
+        ("null", False),
+    ],
+)
+async def test_the_published_key_lets_only_this_machines_pages_in(client, origin, allowed):
+    async with client.get("/health", headers={"Origin": origin}) as response:
+        assert ("Access-Control-Allow-Origin" in response.headers) is allowed
+
+
+@over_sockets
+@pytest.mark.parametrize(
+    ("host", "status"),
+    [("localhost", 200), ("127.0.0.1:9090", 200), ("[::1]:9090", 200), ("evil.example", 403), ("10.0.0.1:9090", 403)],
+)
+@pytest.mark.parametrize("path", ["/health", "/"])
+async def test_the_published_key_answers_to_loopback_names_alone(client, host, status, path):
+    async with client.get(path, headers={"Host": host}) as response:
+        assert response.status == status
+
+
+@over_sockets
+async def test_a_key_of_ones_own_answers_to_every_name(start):
+    client = await start(default_key=("sk-mine",))
+    async with client.get("/health", headers={"Host": "ai.example"}) as response:
+        assert response.status == 200
+
+
+# ======== Models over real sockets ========
+
+
+async def listed(client):
+    async with client.get("/v1/models", headers=KEY) as response:
+        return {item["id"]: item for item in (await response.json())["data"]}
+
+
+GLM_46 = {"id": "glm-4.6", "object": "model", "created": 1759190400, "owned_by": "z.ai"}
+GLM_46 |= {"context_length": 200 * 1024, "max_output_tokens": 128 * 1024}
+
+
+@over_sockets
+async def test_the_list_is_the_table_with_what_zai_lists(client, zai):
+    zai.models = web.json_response(
+        {"data": [{"id": "GLM-9", "created": 5}, {"id": "glm-4.6", "created": 6}, {"no": 1}]}
+    )
+    models = await listed(client)
+    assert set(models) == {*MODELS, "glm-9"}
+    assert models["glm-4.6"] == GLM_46
+    assert models["glm-9"] == {"id": "glm-9", "object": "model", "created": 5, "owned_by": "z.ai"}
+
+
+@over_sockets
+@pytest.mark.parametrize(
+    "models",
+    [
+        web.json_response({"error": {"code": "1001"}}, status=401),
+        web.json_response([]),
+        web.Response(text="<html>"),
+        HANG,
+    ],
+)
+async def test_the_table_alone_is_listed_when_zai_does_not_answer(client, zai, models, monkeypatch):
+    monkeypatch.setattr(ztoapi, "MODELS_TIMEOUT", 0.2)
+    zai.models = models
+    assert set(await listed(client)) == set(MODELS)
+
+
+@over_sockets
+async def test_aliases_without_a_star_are_listed(start):
+    client = await start(model_aliases=(("gpt-4o", "glm-4.6"), ("claude-*", "glm-5.3")))
+    models = await listed(client)
+    assert models["gpt-4o"] == GLM_46 | {"id": "gpt-4o"}
+    assert "claude-*" not in models
+
+
+@over_sockets
+@pytest.mark.parametrize(
+    ("name", "wanted"),
+    [
+        ("glm-4.6", "glm-4.6"),
+        ("GLM-4.6/", "glm-4.6"),
+        ("zai/glm-4.6", "glm-4.6"),
+        ("gpt-4o", "gpt-4o"),
+        ("glm-0", None),
+    ],
+)
+async def test_one_model_is_found_by_any_of_its_names(start, name, wanted):
+    client = await start(model_aliases=(("gpt-4o", "glm-4.6"),))
+    async with client.get(f"/v1/models/{name}", headers=KEY) as response:
+        body = await response.json()
+    assert body == GLM_46 | {"id": wanted} if wanted else body["error"]["code"] == "model_not_found"
+
+
+@over_sockets
+async def test_zais_list_is_asked_for_once_in_ten_minutes(client):
+    catalog, asked = client.app[ztoapi.CATALOG], []
+
+    async def count():
+        asked.append(1)
+
+    catalog.ask = count
+    for now in (0, 1, 599, 601, 1200, 1202):
+        await catalog.list(now)
+    await asyncio.sleep(0)
+    assert len(asked) == 3
+
+
+# ======== The connection ========
+
+
+async def eventually(condition, seconds=1.0):
+    """Whether something comes true within a second."""
+    end = time.monotonic() + seconds
+    while not condition() and time.monotonic() < end:
+        await asyncio.sleep(0.01)
+    return condition()
+
+
+@over_sockets
+async def test_a_slow_client_does_not_make_us_read_on(client, zai):
+    line = FIRST * 100
+    sent = 0
+
+    def parts():
+        nonlocal sent
+        for _ in range(20_000):  # 300 MB, if somebody took them
+            sent += len(line)
+            yield line
+
+    zai.parts = parts()
+    async with client.post("/v1/chat/completions", json=chat(stream=True), headers=KEY) as response:
+        await response.content.readany()
+        response._connection.transport.pause_reading()
+        last = -1
+        while last != sent:
+            last = sent
+            await asyncio.sleep(0.3)
+        response.close()
+    assert sent < 40 * 2**20
+
+
+# ======== The real program ========
+
+
+class Program:
+    """ztoapi.py as a process of its own, on a port of its own."""
+
+    def __init__(self, *flags, **variables):
+        env = {k: v for k, v in os.environ.items() if k not in {f.name.upper() for f in ztoapi.fields(Settings)}}
+        self.process = subprocess.Popen(
+            [sys.executable, str(PROGRAM), "--port", "0", *flags],
+            env={**env, "NO_PROXY": "127.0.0.1,localhost", **variables},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        self.banner = []
+        while not (self.banner and "clients" in self.banner[-1]):
+            self.banner.append(self.process.stdout.readline())
+            assert self.banner[-1], self.process.stderr.read()
+        self.url = re.search(r"http://\S+", self.banner[-1])[0]
+        self.port = int(re.search(r":(\d+)/", self.url)[1])
+
+    def stop(self):
+        """Ends the program; its exit status and everything it logged."""
+        self.process.terminate()
+        out, log = self.process.communicate(timeout=10)
+        return self.process.returncode, "".join(self.banner) + out + log
+
+
+@pytest.fixture
+def run():
+    programs = []
+
+    def running(*flags, **variables):
+        programs.append(Program(*flags, **variables))
+        return programs[-1]
+
+    yield running
+    for program in programs:
+        if program.process.poll() is None:
+            program.stop()
+
+
+def raw_request(body, key="sk-your-key"):
+    data = json.dumps(body).encode()
+    head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nx-api-key: {key}\r\nContent-Length: {len(data)}\r\n\r\n"
+    return head.encode() + data
+
+
+@over_sockets
+@pytest.mark.parametrize("parts", [[FIRST, HANG], [HANG]], ids=["in mid-stream", "in silence"])
+@pytest.mark.parametrize("stream", [True, False], ids=["streamed", "whole"])
+async def test_a_client_that_hangs_up_frees_zai_within_a_second(run, zai, parts, stream):
+    program = run(ZAI_BASE_URL=zai.url, ZAI_API_KEY="k")
+    zai.parts = parts
+    reader, writer = await asyncio.open_connection("127.0.0.1", program.port)
+    writer.write(raw_request(chat(stream=stream)))
+    assert await eventually(lambda: zai.open == 1, 5)
+    if stream and parts[0] is FIRST:
+        await reader.readuntil(b"}]}")
+    writer.close()
+    assert await eventually(lambda: zai.open == 0)
+    assert zai.left.is_set()
+    status, log = program.stop()
+    assert (status, "Traceback" in log) == (0, False)
+    assert " 499 " in log
+
+
+@over_sockets
+async def test_debug_mode_logs_everything_but_secrets(run, zai):
+    program = run(ZAI_BASE_URL=zai.url, ZAI_API_KEY="Zk3y", DEFAULT_KEY="C1nt", DEBUG_MODE="true")
+    zai.status, zai.parts = 401, [b'{"error":{"code":"1000","message":"the key Zk3y is no good"}}']
+    image = "QUJD" * 1000
+    body = message(
+        role="user", content=[{"type": "text", "text": "C1nt Zk3y"}, {"type": "image_url", "image_url": {"url": image}}]
+    )
+    reader, writer = await asyncio.open_connection("127.0.0.1", program.port)
+    writer.write(raw_request(body | {"model": "glm-4.6v-C1nt"}, "C1nt"))
+    answer = await reader.readuntil(b"}}")
+    writer.close()
+    _, log = program.stop()
+    assert b"the key *** is no good" in answer
+    for word in ("asked", "sent", "received", "answered", "QUJDQUJD"):
+        assert word in log
+    assert "Zk3y" not in log
+    assert "C1nt" not in log
+    assert image not in log
+
+
+def test_the_demo_answers_without_a_key(run):
+    program = run("--demo")
+    with socket.create_connection(("127.0.0.1", program.port), timeout=10) as connection:
+        connection.sendall(raw_request(chat(stream=True)))
+        stream = b""
+        while b"[DONE]" not in stream:
+            stream += connection.recv(65536)
+    assert b"demo" in stream
+    assert "你好" in stream.decode()
+    status, log = program.stop()
+    assert status == 0
+    assert re.search(r"POST /v1/chat/completions glm-4.6 200 first \d\.\d\d s, \d\.\d\d s, \d+\+\d+ tokens", log)
+    assert "/demo/" not in log
+
+
+@pytest.mark.parametrize(
+    ("flags", "env", "line"),
+    [
+        ([], {"PORT": "abc"}, "ztoapi: PORT=abc cannot be used: it must be a port number, 0 to 65535"),
+        (["--port", "abc"], {}, "ztoapi: PORT=abc cannot be used: it must be a port number, 0 to 65535"),
+        (["--host", "0.0.0.0"], {}, "ztoapi: HOST=0.0.0.0 would let others in"),
+        ([], {"DEFAULT_KEY": ""}, "ztoapi: DEFAULT_KEY cannot be used"),
+        (
+            ["--port", "1", "--host", "name.invalid"],
+            {"DEFAULT_KEY": "k"},
+            "ztoapi: HOST=name.invalid, PORT=1 cannot be",
+        ),
+    ],
+)
+def test_a_start_that_cannot_be_is_one_line_and_status_2(flags, env, line):
+    done = subprocess.run(
+        [sys.executable, PROGRAM, *flags],
+        env={**os.environ, **env},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=10,
+    )
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith(line)
+    assert done.stderr.count("\n") == 1
+
+
+def test_a_port_in_use_is_one_line_and_status_2(run):
+    port = str(run("--demo").port)
+    done = subprocess.run(
+        [sys.executable, PROGRAM, "--port", port], capture_output=True, text=True, check=False, timeout=10
+    )
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+    assert f"port {port} on localhost is in use" in done.stderr
+
+
+def test_env_beside_the_program_is_read_and_the_environment_wins(tmp_path):
+    (tmp_path / "ztoapi.py").write_text(PROGRAM.read_text())
+    (tmp_path / ".env").write_text("PORT=abc\nMAX_BODY_MB=x\n")
+    command = [sys.executable, tmp_path / "ztoapi.py"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=10, cwd="/")
+    assert done.stderr.startswith("ztoapi: PORT=abc")
+    done = subprocess.run(
+        command, env=os.environ | {"PORT": "0"}, capture_output=True, text=True, check=False, timeout=10
+    )
+    assert done.stderr.startswith("ztoapi: MAX_BODY_MB=x")
+
+
+def test_version_and_help():
+    for flag, wanted in (("--version", f"ztoapi {ztoapi.__version__}"), ("--help", "--demo")):
+        done = subprocess.run([sys.executable, PROGRAM, flag], capture_output=True, text=True, check=False, timeout=10)
+        assert (done.returncode, wanted in done.stdout) == (0, True)
+
+
+# ======== The OpenAI SDK ========
+
+
+@pytest_asyncio.fixture
+async def sdk(client):
+    openai = pytest.importorskip("openai")
+    async with openai.AsyncOpenAI(base_url=str(client.make_url("/v1")), api_key="sk-your-key", max_retries=0) as sdk:
+        yield sdk
+
+
+@over_sockets
+async def test_the_sdk_reads_a_whole_answer(sdk):
+    answer = await sdk.chat.completions.create(**HELLO)
+    assert answer.choices[0].message.content == "\n你好😀"
+    assert answer.choices[0].message.reasoning_content == "想"
+    assert answer.usage.total_tokens == 9
+
+
+@over_sockets
+async def test_the_sdk_reads_a_stream(sdk):
+    stream = await sdk.chat.completions.create(**HELLO, stream=True, stream_options={"include_usage": True})
+    chunks = [chunk async for chunk in stream]
+    assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks[:-1]) == "\n你好😀"
+    assert (chunks[-1].choices, chunks[-1].usage.total_tokens) == ([], 9)
+
+
+@over_sockets
+async def test_the_sdk_reads_a_tool_call(sdk, zai):
+    zai.parts = [RECORDED_CALL]
+    tools = [{"type": "function", "function": {"name": "bash", "parameters": {"type": "object", "properties": {}}}}]
+    async with sdk.chat.completions.stream(**HELLO, tools=tools) as stream:
+        answer = await stream.get_final_completion()
+    assert answer.choices[0].message.tool_calls[0].function.arguments == '{"cmd":"ls"}'
+    assert answer.choices[0].finish_reason == "tool_calls"
+
+
+@over_sockets
+async def test_the_sdk_raises_what_it_should(sdk, zai):
+    openai = pytest.importorskip("openai")
+    zai.status, zai.parts = 429, [b'{"error":{"code":"1113","message":"no money"}}']
+    with pytest.raises(openai.RateLimitError, match="1113: no money") as raised:
+        await sdk.chat.completions.create(**HELLO)
+    assert raised.value.code == "insufficient_quota"
+
+
+@over_sockets
+async def test_the_sdk_raises_in_mid_stream(sdk, zai):
+    openai = pytest.importorskip("openai")
+    zai.parts = [FIRST, RESET]
+    with pytest.raises(openai.APIError, match="broke off"):
+        async for _ in await sdk.chat.completions.create(**HELLO, stream=True):
+            pass
+
+
+@over_sockets
+async def test_the_sdk_lists_models(sdk):
+    assert {model.id async for model in sdk.models.list()} == set(MODELS)
+    assert (await sdk.models.retrieve("GLM-4.6")).id == "glm-4.6"

@@ -1,0 +1,2038 @@
+"""ztoapi: Z.ai's GLM models behind an OpenAI-compatible API, in one file.
+
+    python ztoapi.py --demo      try it without a key
+    python ztoapi.py             http://localhost:9090/v1, with ZAI_API_KEY from the environment or .env
+
+Where a request goes:
+
+    client JSON ─ parse_chat ─► Prompt ─ zai_body ─► JSON ─ Upstream.open ─► Z.ai
+                                                                │
+                        ZaiReader.feed ◄── bytes, cut anywhere ─┘
+                              │
+         events: Thought │ Text │ ToolCall │ Citations │ Usage │ Finish (always last)
+               ┌──────────────┴───────────────┐
+               ▼ streamed                     ▼ whole
+      ChatStream.feed ─► sse() ─► relay    Answer.add ─► chat_completion ─► json_response
+
+Everything down to the banner "Upstream" is pure: no socket, clock, environment, randomness or async. What goes
+wrong there is a BadRequest (the client's fault) or an UpstreamError (Z.ai's); any other exception is a bug.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import errno
+import hmac
+import io
+import ipaddress
+import json
+import logging
+import math
+import os
+import re
+import secrets
+import socket
+import sys
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Mapping
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import astuple, dataclass, field, fields, replace
+from datetime import datetime
+from fnmatch import fnmatchcase
+from itertools import cycle
+from pathlib import Path
+from typing import Any, Literal, NoReturn, Protocol
+from urllib.parse import quote, urlsplit
+
+import aiohttp
+from aiohttp import web
+from dotenv import dotenv_values
+
+__version__ = "1.0.0"
+
+JSON = dict[str, Any]
+
+
+# ======== Settings ==================================================================================================
+
+PUBLISHED_KEY = "sk-your-key"
+GENERAL_URL = "https://api.z.ai/api/paas/v4"
+
+
+class SettingsError(ValueError):
+    """A setting that cannot be used; its text is the one line that the operator sees."""
+
+
+def boolean(text: str) -> bool:
+    return {
+        "true": True,
+        "1": True,
+        "yes": True,
+        "on": True,
+        "false": False,
+        "0": False,
+        "no": False,
+        "off": False,
+    }[text.lower()]
+
+
+def whole_number(low: int, high: int) -> Callable[[str], int]:
+    def read(text: str) -> int:
+        if not low <= int(text) <= high:
+            raise ValueError(text)
+        return int(text)
+
+    return read
+
+
+def listed(text: str) -> tuple[str, ...]:
+    return tuple(item.strip() for item in text.split(",") if item.strip())
+
+
+def keys(text: str) -> tuple[str, ...]:
+    found = listed(text)
+    if not found or any(re.search(r"[^!-~]", key) for key in found):
+        raise ValueError
+    return found
+
+
+def address(text: str) -> str:
+    if re.search(r"[\s/]|^\*$", text):
+        raise ValueError(text)
+    return text
+
+
+def base_url(text: str) -> str:
+    url = urlsplit(text)
+    if (
+        url.scheme not in ("http", "https")
+        or not url.hostname
+        or url.username
+        or url.query
+        or url.fragment
+        or url.port == 0
+    ):
+        raise ValueError(text)
+    return text.rstrip("/").removesuffix("/chat/completions")
+
+
+def origins(text: str) -> tuple[str, ...]:
+    return tuple(origin.rstrip("/") for origin in listed(text))
+
+
+def aliases(text: str) -> tuple[tuple[str, str], ...]:
+    pairs = [tuple(part.strip() for part in item.split("=")) for item in listed(text)]
+    if not all(len(pair) == 2 and all(pair) for pair in pairs):
+        raise ValueError(text)
+    return tuple((name, target) for name, target in pairs)
+
+
+def setting(default: Any, read: Callable[[str], Any], wanted: str) -> Any:
+    """A field that comes from the variable of its name in capitals, and what to say when its value cannot be used."""
+    return field(default=default, metadata={"read": read, "wanted": wanted})
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What an operator can set; section by section as in the README. Raises SettingsError when the whole is unsafe."""
+
+    port: int = setting(9090, whole_number(0, 65535), "a port number, 0 to 65535")
+    host: str = setting("localhost", address, "one address or host name")
+    default_key: tuple[str, ...] = setting(
+        (PUBLISHED_KEY,), keys, "one or more keys of plain ASCII, separated by commas"
+    )
+    debug_mode: bool = setting(default=False, read=boolean, wanted="true or false")
+    zai_api_key: tuple[str, ...] = setting((), keys, "one or more Z.ai keys of plain ASCII, separated by commas")
+    zai_base_url: str = setting(GENERAL_URL, base_url, f"an http or https address such as {GENERAL_URL}")
+    default_stream: bool = setting(default=False, read=boolean, wanted="true or false")
+    model_aliases: tuple[tuple[str, str], ...] = setting((), aliases, "name=model pairs, separated by commas")
+    upstream_timeout: int = setting(300, whole_number(1, 86400), "a number of seconds, 1 to 86400")
+    max_body_mb: int = setting(64, whole_number(1, 4096), "a number of megabytes, 1 to 4096")
+    cors_origins: tuple[str, ...] = setting(
+        ("*",), origins, "origins such as https://example.org, separated by commas, or *"
+    )
+    demo: bool = False  # a flag, never a variable: a server must not make answers up by accident
+
+    def __post_init__(self) -> None:
+        if self.published and not is_loopback(self.host):
+            raise SettingsError(
+                f"HOST={self.host} would let others in while DEFAULT_KEY is the published {PUBLISHED_KEY}: "
+                "set DEFAULT_KEY to a key of your own"
+            )
+
+    @property
+    def published(self) -> bool:
+        """Everybody knows the key, so this server is for this machine alone."""
+        return PUBLISHED_KEY in self.default_key
+
+    @property
+    def secrets(self) -> tuple[str, ...]:
+        return tuple(key for key in (*self.default_key, *self.zai_api_key) if key != PUBLISHED_KEY)
+
+    @classmethod
+    def from_env(cls, env: Mapping[str, str]) -> Settings:
+        """Read every variable of the README's table; an empty one counts as not set, but for DEFAULT_KEY."""
+        given = {f: env[f.name.upper()].strip() for f in fields(cls) if "read" in f.metadata and f.name.upper() in env}
+        return cls(
+            **{
+                f.name: read_setting(f.name, text, f.metadata)
+                for f, text in given.items()
+                if text or f.name == "default_key"
+            }
+        )
+
+
+def read_setting(name: str, text: str, metadata: Mapping[str, Any]) -> Any:
+    try:
+        return metadata["read"](text)
+    except (ValueError, KeyError):
+        shown = "" if name.endswith("_key") else f"={text}"  # a broken key is still a secret
+        raise SettingsError(f"{name.upper()}{shown} cannot be used: it must be {metadata['wanted']}") from None
+
+
+def is_loopback(host: str) -> bool:
+    """Whether a host name means this machine alone, whatever a DNS server says."""
+    try:
+        return host.lower() == "localhost" or ipaddress.ip_address(host.strip("[]")).is_loopback
+    except ValueError:
+        return False
+
+
+class Blanker:
+    """Takes every secret out of a text before it is logged or told, however short the secret is."""
+
+    def __init__(self, words: Iterable[str]) -> None:
+        # A key may stand there as it is, inside JSON, or in an address.
+        forms = {form for word in words for form in (word, json.dumps(word)[1:-1], quote(word, safe=""))}
+        self.pattern = re.compile("|".join(map(re.escape, sorted(forms, key=len, reverse=True))) or r"(?!)")
+
+    def __call__(self, text: str) -> str:
+        return self.pattern.sub("***", text)
+
+
+# ======== Errors ====================================================================================================
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """A sort of failure as clients know it: the status, and the type and code of OpenAI's error object."""
+
+    status: int
+    type: str
+    code: str | None = None
+
+
+BUG = Failure(500, "server_error", "internal_error")
+BAD_KEY = Failure(401, "invalid_request_error", "invalid_api_key")
+NO_ZAI_KEY = Failure(503, "server_error", "zai_api_key_missing")
+UNKNOWN_MODEL = Failure(404, "invalid_request_error", "model_not_found")
+AUTHENTICATION = Failure(502, "upstream_error", "zai_authentication")
+UNAVAILABLE = Failure(502, "upstream_error", "zai_unavailable")
+UNREACHABLE = Failure(502, "upstream_error", "zai_unreachable")
+WRONG_ADDRESS = Failure(502, "upstream_error", "zai_wrong_address")
+SILENT = Failure(504, "upstream_error", "zai_timeout")
+BUSY = Failure(429, "rate_limit_error", "rate_limit_exceeded")
+
+WORTH_A_RETRY = {BUSY, UNAVAILABLE, UNREACHABLE, SILENT}
+
+
+class ProxyError(Exception):
+    """Why there is no answer, in words that say what to do about it."""
+
+    def __init__(self, message: str, failure: Failure, param: str | None = None) -> None:
+        super().__init__(message)
+        self.message, self.failure, self.param = message, failure, param
+        self.headers: dict[str, str] = {}  # for the answer that tells of it
+
+
+class BadRequest(ProxyError):
+    """The client asked for something that makes no sense; `param` names the field."""
+
+    def __init__(self, message: str, param: str | None = None, code: str | None = None) -> None:
+        super().__init__(message, Failure(400, "invalid_request_error", code), param)
+
+
+class UpstreamError(ProxyError):
+    """Z.ai refused, broke off, or was not there.
+
+    `zai_code` is Z.ai's own code ("" if it gave none), `retry_after` seconds to wait, `resets_at` the Unix time at
+    which a quota is full again, where Z.ai told or we know.
+    """
+
+    def __init__(self, message: str, failure: Failure, zai_code: str = "", retry_after: float | None = None) -> None:
+        super().__init__(message, failure)
+        self.zai_code, self.retry_after = zai_code, retry_after
+        self.resets_at = reset_time(message)
+
+
+def reset_time(text: str) -> float | None:
+    """Z.ai names the end of a quota as "2026-09-12 00:35:41", in UTC+8 without saying so (can1357/oh-my-pi#11014)."""
+    found = re.search(r"\b(20\d\d-\d\d-\d\d)[ T](\d\d:\d\d:\d\d)\b", text)
+    try:
+        return datetime.fromisoformat(f"{found[1]}T{found[2]}+08:00").timestamp() if found else None
+    except ValueError:
+        return None
+
+
+def error_body(error: ProxyError) -> JSON:
+    failure = error.failure
+    return {"error": {"message": error.message, "type": failure.type, "param": error.param, "code": failure.code}}
+
+
+def error_headers(error: ProxyError, now: float) -> dict[str, str]:
+    """What SDKs obey: whether to ask again (x-should-retry) and when (Retry-After, whole seconds)."""
+    headers = dict(error.headers)
+    if error.failure not in WORTH_A_RETRY:
+        headers["x-should-retry"] = "false"
+    if isinstance(error, UpstreamError):
+        wait = error.resets_at - now if error.resets_at else error.retry_after
+        headers |= {"Retry-After": str(max(1, math.ceil(wait)))} if wait is not None else {}
+    return headers
+
+
+# ======== Models ====================================================================================================
+
+K = 1024
+
+
+@dataclass(frozen=True, slots=True)
+class Model:
+    """One of Z.ai's models: `context` and `output` in tokens (None: not known), `created` in Unix seconds."""
+
+    id: str
+    context: int | None = None
+    output: int | None = None
+    sees: bool = True
+    free: bool = False
+    created: int = 1753632000  # when Z.ai's own list begins
+
+
+# docs.z.ai, October 2026: id, context and output in K, what it can do, created (Z.ai's own list, else the release).
+MODELS = {
+    name: Model(name, context * K, output * K, "sees" in what, "free" in what, created)
+    for name, context, output, what, created in (
+        ("glm-5.3", 1024, 128, "", 1786636800),
+        ("glm-5.3-flash", 1024, 128, "sees", 1787702400),
+        ("glm-5.3-flashx", 1024, 128, "sees", 1787702400),
+        ("glm-5.2", 1024, 128, "", 1780272000),
+        ("glm-5.1", 200, 128, "", 1774569600),
+        ("glm-5", 200, 128, "", 1770768000),
+        ("glm-5-turbo", 200, 128, "", 1773532800),
+        ("glm-5v-turbo", 200, 128, "sees", 1775001600),
+        ("glm-4.7", 200, 128, "", 1766361600),
+        ("glm-4.7-flashx", 200, 128, "", 1768780800),
+        ("glm-4.7-flash", 200, 128, "free", 1768780800),
+        ("glm-4.6", 200, 128, "", 1759190400),
+        ("glm-4.6v", 128, 32, "sees", 1765152000),
+        ("glm-4.6v-flashx", 128, 32, "sees", 1765152000),
+        ("glm-4.6v-flash", 128, 32, "sees free", 1765152000),
+        ("glm-4.5", 128, 96, "", 1753632000),
+        ("glm-4.5-x", 128, 96, "", 1753632000),
+        ("glm-4.5-air", 128, 96, "", 1753632000),
+        ("glm-4.5-airx", 128, 96, "", 1753632000),
+        ("glm-4.5-flash", 128, 96, "free", 1753632000),
+        ("glm-4.5v", 64, 16, "sees", 1754870400),
+        ("glm-4-32b-0414-128k", 128, 16, "", 1744588800),
+    )
+}
+
+
+def resolve(name: str, renamed: Iterable[tuple[str, str]] = ()) -> Model:
+    """The model a client means by a name: aliases first, then without provider prefix and `[1m]`, in any case.
+
+    A name that the table lacks is passed on as it is: Z.ai may be newer than the table.
+    """
+    name = next((target for pattern, target in renamed if fnmatchcase(name.lower(), pattern.lower())), name)
+    bare = name.strip().rsplit("/", 1)[-1].lower().removesuffix("[1m]")
+    if not bare:
+        raise BadRequest("'model' must name a model, such as glm-4.6.", "model")
+    return MODELS.get(bare) or Model(bare)
+
+
+def model_item(model: Model, name: str) -> JSON:
+    item = {"id": name, "object": "model", "created": model.created, "owned_by": "z.ai"}
+    sizes = {"context_length": model.context, "max_output_tokens": model.output}
+    return item | {key: size for key, size in sizes.items() if size is not None}
+
+
+def model_from_item(item: JSON) -> Model:
+    """A line of Z.ai's own list, completed from the table."""
+    name = str(item["id"]).lower()
+    created = item.get("created")
+    return MODELS.get(name) or (Model(name, created=created) if isinstance(created, int) else Model(name))
+
+
+# ======== Server-sent events ========================================================================================
+
+
+class SSEDecoder:
+    """Server-sent events out of bytes that may be cut anywhere (WHATWG HTML, 9.2.6), in time linear in their length."""
+
+    def __init__(self) -> None:
+        self.line: list[bytes] = []  # the line that has no end yet, in the parts it came in
+        self.data: list[bytes] = []  # the data lines of the event that has no end yet
+
+    def feed(self, part: bytes) -> list[bytes]:
+        """The data of every event that this part completes."""
+        if b"\n" not in part:
+            self.line.append(part)
+            return []
+        first, *lines = part.split(b"\n")
+        lines.insert(0, b"".join((*self.line, first)))
+        self.line = [lines.pop()]
+        return [event for line in lines if (event := self.end_of_line(line)) is not None]
+
+    def close(self) -> list[bytes]:
+        """The data of an event that the end of the stream cut short."""
+        event = self.end_of_line(b"".join(self.line)) or self.end_of_line(b"")
+        return [] if event is None else [event]
+
+    def end_of_line(self, line: bytes) -> bytes | None:
+        line = line.removesuffix(b"\r")
+        if line.startswith(b"data:"):
+            self.data.append(line[6:] if line.startswith(b"data: ") else line[5:])
+        elif not line and self.data:
+            event, self.data = b"\n".join(self.data), []
+            return event
+        return None  # a comment, a field that says nothing to us, or the blank line after one
+
+
+to_json = json.JSONEncoder(separators=(",", ":"), ensure_ascii=False, allow_nan=False).encode
+
+# Some clients split lines at these, so they leave as escapes; in JSON they stand inside strings only.
+LINE_ENDS = {0x85: "\\u0085", 0x2028: "\\u2028", 0x2029: "\\u2029"}
+
+
+def encode_json(value: Any) -> bytes:
+    """Compact JSON in UTF-8. Half a surrogate pair leaves as the escape it came as: the other half may follow."""
+    text = to_json(value)
+    return text.encode() if text.isascii() else text.translate(LINE_ENDS).encode("utf-8", "backslashreplace")
+
+
+def sse(frames: Iterable[JSON | str]) -> bytes:
+    """Frames as bytes, each `data: …` and a blank line; a string stands for itself."""
+    return b"".join(
+        b"data: %b\n\n" % (frame.encode() if isinstance(frame, str) else encode_json(frame)) for frame in frames
+    )
+
+
+# ======== The conversation, in nobody's format ======================================================================
+
+
+@dataclass(frozen=True, slots=True)
+class Thought:
+    """A piece of the model's reasoning."""
+
+    text: str
+    choice: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Text:
+    """A piece of the answer."""
+
+    text: str
+    choice: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class ToolCall:
+    """A tool's call, or a piece of it: the first has id and name, later ones only more `arguments` (JSON text)."""
+
+    index: int
+    id: str
+    name: str
+    arguments: str
+    choice: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    """Tokens of one answer; `cached` is part of `prompt`, `reasoning` part of `completion`."""
+
+    prompt: int = 0
+    completion: int = 0
+    total: int = 0
+    cached: int = 0
+    reasoning: int = 0
+
+    def __add__(self, other: Usage) -> Usage:
+        return Usage(*(mine + theirs for mine, theirs in zip(astuple(self), astuple(other), strict=True)))
+
+
+FinishReason = Literal["stop", "length", "tool_calls", "content_filter"]
+
+
+@dataclass(frozen=True, slots=True)
+class Finish:
+    """A choice has ended well: its last event."""
+
+    reason: FinishReason
+    choice: int = 0
+
+
+Event = Thought | Text | ToolCall | Usage | Finish
+
+
+@dataclass(frozen=True, slots=True)
+class Tool:
+    """A function the model may call; `parameters` is JSON Schema."""
+
+    name: str
+    description: str
+    parameters: JSON
+
+
+@dataclass(frozen=True, slots=True)
+class Media:
+    """A picture, film or file for a model that sees: `type` is image_url, video_url or file_url."""
+
+    type: str
+    url: str
+
+
+@dataclass(frozen=True, slots=True)
+class Message:
+    """One turn. `calls` and `thought` are the assistant's; `call_id` is the call that a tool's message answers."""
+
+    role: str
+    content: tuple[str | Media, ...]
+    thought: str = ""
+    calls: tuple[ToolCall, ...] = ()
+    call_id: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """What a client asks, checked, and free of the format it was asked in. None: the client did not say."""
+
+    model: str
+    messages: tuple[Message, ...]
+    stream: bool | None = None
+    include_usage: bool = False
+    temperature: float | None = None
+    top_p: float | None = None
+    max_tokens: int | None = None
+    stop: tuple[str, ...] = ()
+    tools: tuple[Tool, ...] = ()
+    ignored: tuple[str, ...] = ()  # fields that cannot be honoured
+
+
+@dataclass(frozen=True, slots=True)
+class Head:
+    """What every chunk of one answer repeats: Z.ai's id, Unix seconds, and the model's name as the client wrote it."""
+
+    id: str
+    created: int
+    model: str
+
+
+@dataclass
+class Choice:
+    """One choice of a whole answer, while it is summed up."""
+
+    texts: list[str] = field(default_factory=list)
+    thoughts: list[str] = field(default_factory=list)
+    calls: dict[int, list[ToolCall]] = field(default_factory=dict)
+    finish: FinishReason = "stop"
+
+    @property
+    def text(self) -> str:
+        return "".join(self.texts)
+
+    @property
+    def thought(self) -> str:
+        return "".join(self.thoughts)
+
+    @property
+    def tool_calls(self) -> list[ToolCall]:
+        return [
+            replace(pieces[0], arguments="".join(piece.arguments for piece in pieces)) for pieces in self.calls.values()
+        ]
+
+
+class Answer:
+    """A whole answer: the sum of its events."""
+
+    def __init__(self) -> None:
+        self.choices: dict[int, Choice] = {}
+        self.usage = Usage()
+
+    def add(self, event: Event) -> None:
+        match event:
+            case Usage():
+                self.usage += event
+            case Thought(text, choice):
+                self.choice(choice).thoughts.append(text)
+            case Text(text, choice):
+                self.choice(choice).texts.append(text)
+            case ToolCall(index=index, choice=choice):
+                self.choice(choice).calls.setdefault(index, []).append(event)
+            case Finish(reason, choice):
+                self.choice(choice).finish = reason
+
+    def choice(self, index: int) -> Choice:
+        return self.choices.setdefault(index, Choice())
+
+
+# ======== OpenAI chat completions ===================================================================================
+
+
+def string(value: Any) -> str:
+    if not isinstance(value, str):
+        raise ValueError("must be a string")
+    return value
+
+
+def switch(value: Any) -> bool:
+    if not isinstance(value, bool):
+        raise ValueError("must be true or false")
+    return value
+
+
+def array(value: Any) -> list[Any]:
+    if not isinstance(value, list):
+        raise ValueError("must be an array")
+    return value
+
+
+def mapping(value: Any) -> JSON:
+    if not isinstance(value, dict):
+        raise ValueError("must be an object")
+    return value
+
+
+def number(low: float, high: float) -> Callable[[Any], float]:
+    def check(value: Any) -> float:
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not low <= value <= high:
+            raise ValueError(f"must be a number from {low} to {high}")
+        return value
+
+    return check
+
+
+def positive(value: Any) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ValueError("must be a whole number, 1 or more")
+    return value
+
+
+def stop_words(value: Any) -> tuple[str, ...]:
+    words = [value] if isinstance(value, str) else value
+    if not isinstance(words, list) or len(words) > 4 or not all(isinstance(word, str) for word in words):
+        raise ValueError("must be a string or an array of up to 4 strings")
+    return tuple(word for word in words if word)
+
+
+# Each field that counts, and what it must be. Whatever else a client sends is left out and listed as ignored.
+CHAT_FIELDS: dict[str, Callable[[Any], Any]] = {
+    "model": string,
+    "messages": array,
+    "stream": switch,
+    "stream_options": mapping,
+    "temperature": number(0, 2),
+    "top_p": number(0, 1),
+    "max_tokens": positive,
+    "max_completion_tokens": positive,
+    "stop": stop_words,
+    "tools": array,
+}
+
+# Values that ask for nothing, besides null, 0, false, {} and [].
+NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "modalities": (["text"],),
+    "service_tier": ("auto", "default"),
+    "tool_choice": ("auto",),
+}
+
+ROLES = {
+    "system": "system",
+    "developer": "system",  # Z.ai answers 1214 to it
+    "user": "user",
+    "assistant": "assistant",
+    "tool": "tool",
+    "function": "tool",  # the name before tools had theirs
+}
+
+
+def parse_chat(body: JSON) -> Prompt:
+    """Raises BadRequest for what makes no sense; never changes `body`."""
+    given = checked(body, CHAT_FIELDS)
+    for name in ("model", "messages"):
+        if not given.get(name):
+            raise BadRequest(f"'{name}' is required and must not be empty.", name)
+    return Prompt(
+        model=given["model"],
+        messages=tuple(parse_message(message, f"messages[{i}]") for i, message in enumerate(given["messages"])),
+        stream=given.get("stream"),
+        include_usage=given.get("stream_options", {}).get("include_usage") is True,
+        temperature=given.get("temperature"),
+        top_p=given.get("top_p"),
+        max_tokens=given.get("max_completion_tokens", given.get("max_tokens")),
+        stop=given.get("stop", ()),
+        tools=tuple(parse_tool(tool, f"tools[{i}]") for i, tool in enumerate(given.get("tools", ()))),
+        ignored=tuple(
+            name
+            for name, value in body.items()
+            if name not in CHAT_FIELDS and value and value not in NEUTRAL.get(name, ())
+        ),
+    )
+
+
+def checked(body: JSON, wanted: Mapping[str, Callable[[Any], Any]]) -> JSON:
+    """The fields of `body` that count and are not null, each as its check returns it."""
+    given = {}
+    for name, check in wanted.items():
+        if body.get(name) is not None:
+            try:
+                given[name] = check(body[name])
+            except ValueError as error:
+                raise BadRequest(f"'{name}' {error}.", name) from None
+    return given
+
+
+def parse_message(message: Any, at: str) -> Message:
+    """One message; `at` is where it stands, for the errors."""
+    if not isinstance(message, dict):
+        raise BadRequest(f"'{at}' must be an object.", at)
+    role = message.get("role")
+    if not isinstance(role, str) or role not in ROLES:
+        raise BadRequest(f"'{at}.role' must be one of {', '.join(ROLES)}.", f"{at}.role")
+    content = parse_content(message.get("content"), role, f"{at}.content")
+    match ROLES[role]:
+        case "assistant":
+            return Message(role, content, parse_thought(message), parse_calls(message, at))
+        case "tool":
+            return Message("tool", content, call_id=parse_call_id(message, at))
+        case known:
+            return Message(known, content)
+
+
+def parse_content(content: Any, role: str, at: str) -> tuple[str | Media, ...]:
+    match content:
+        case str():
+            return (content,)
+        case list():
+            return tuple(
+                part
+                for i, part in enumerate(parse_part(part, role, f"{at}[{i}]") for i, part in enumerate(content))
+                if part
+            )
+        case None if role == "assistant":  # as OpenAI's own answers have it beside tool calls
+            return ()
+        case _:
+            raise BadRequest(f"'{at}' must be a string or an array of parts.", at)
+
+
+def parse_part(part: Any, role: str, at: str) -> str | Media:
+    match part:
+        case {"type": "text", "text": str(words)} | {"type": "refusal", "refusal": str(words)}:
+            return words
+        case {"type": "image_url" | "video_url" | "file_url" as kind} if role == "user":
+            return parse_media(kind, part.get(kind), at)
+        case {"type": "input_audio" | "file" as kind}:
+            raise BadRequest(f"'{at}': GLM models do not take {kind} parts.", at)
+        case _:
+            raise BadRequest(f"'{at}' must be a text part{' or an image_url part' if role == 'user' else ''}.", at)
+
+
+def parse_media(kind: str, value: Any, at: str) -> Media:
+    url = value.get("url") if isinstance(value, dict) else value
+    if not isinstance(url, str) or not url:
+        raise BadRequest(f"'{at}.{kind}.url' must be an address.", f"{at}.{kind}.url")
+    return Media(kind, url)
+
+
+def parse_thought(message: JSON) -> str:
+    thought = message.get("reasoning_content") or message.get("reasoning")
+    return thought if isinstance(thought, str) else ""
+
+
+def parse_calls(message: JSON, at: str) -> tuple[ToolCall, ...]:
+    calls = message.get("tool_calls") or []
+    if not isinstance(calls, list):
+        raise BadRequest(f"'{at}.tool_calls' must be an array.", f"{at}.tool_calls")
+    return tuple(parse_call(call, i, f"{at}.tool_calls[{i}]") for i, call in enumerate(calls))
+
+
+def parse_call(call: Any, index: int, at: str) -> ToolCall:
+    match call:
+        case {"function": {"name": str(name), **rest}}:
+            return ToolCall(
+                index,
+                str(call.get("id") or f"call_{index}"),
+                name,
+                argument_text(rest.get("arguments")) or "{}",
+            )
+        case _:
+            raise BadRequest(f"'{at}.function.name' must be a string.", f"{at}.function.name")
+
+
+def argument_text(arguments: Any) -> str:
+    """Arguments as JSON in a string, as OpenAI has them, also where somebody sends the object itself."""
+    return arguments if isinstance(arguments, str) else "" if arguments is None else to_json(arguments)
+
+
+def parse_call_id(message: JSON, at: str) -> str:
+    call_id = message.get("tool_call_id") or message.get("name")
+    if not isinstance(call_id, str):
+        raise BadRequest(f"'{at}.tool_call_id' must name the call that this message answers.", f"{at}.tool_call_id")
+    return call_id
+
+
+def parse_tool(tool: Any, at: str) -> Tool:
+    match tool:
+        case {"type": "function", "function": {"name": str(name), **rest}}:
+            # Z.ai requires the other two, OpenAI neither.
+            parameters = obj(rest.get("parameters")) or {"type": "object", "properties": {}}
+            return Tool(name, str(rest.get("description") or name), parameters)
+        case _:
+            raise BadRequest(f"'{at}' must be a function with a name.", at)
+
+
+def usage_body(usage: Usage) -> JSON:
+    return {
+        "prompt_tokens": usage.prompt,
+        "completion_tokens": usage.completion,
+        "total_tokens": usage.total,
+        "prompt_tokens_details": {"cached_tokens": usage.cached},
+        "completion_tokens_details": {"reasoning_tokens": usage.reasoning},
+    }
+
+
+class ChatStream:
+    """Events to OpenAI's chat.completion.chunk frames."""
+
+    def __init__(self, head: Head, prompt: Prompt) -> None:
+        self.envelope = {
+            "id": f"chatcmpl-{head.id}",
+            "object": "chat.completion.chunk",
+            "created": head.created,
+            "model": head.model,
+        }
+        self.include_usage = prompt.include_usage
+        self.usage: Usage | None = None  # the sum over the choices
+        self.begun: set[int] = set()  # choices that have had their first delta
+
+    def feed(self, event: Event) -> list[JSON]:
+        match event:
+            case Text(words, choice):
+                return [self.chunk(choice, {"content": words})]
+            case Thought(words, choice):
+                return [self.chunk(choice, {"reasoning_content": words})]
+            case ToolCall(choice=choice):
+                return [self.chunk(choice, {"tool_calls": [call_delta(event)]})]
+            case Usage():
+                self.usage = event + (self.usage or Usage())
+                return []
+            case Finish(reason, choice):
+                return [self.chunk(choice, {}, reason)]
+
+    def chunk(self, choice: int, delta: JSON, finish_reason: FinishReason | None = None) -> JSON:
+        if choice not in self.begun:
+            self.begun.add(choice)
+            delta = {"role": "assistant", **delta}
+        frame = {
+            **self.envelope,
+            "choices": [{"index": choice, "delta": delta, "finish_reason": finish_reason}],
+        }
+        return {**frame, "usage": None} if self.include_usage else frame
+
+    def close(self) -> list[JSON | str]:
+        """The frames after the last event: the usage, if it was asked for and Z.ai told it, and the end."""
+        if self.include_usage and self.usage:
+            return [{**self.envelope, "choices": [], "usage": usage_body(self.usage)}, "[DONE]"]
+        return ["[DONE]"]
+
+    def fail(self, error: ProxyError) -> list[JSON | str]:
+        """An answer that breaks off: OpenAI's SDKs raise on `error`, Dify wants `choices` in every frame."""
+        return [{**error_body(error), "choices": []}, "[DONE]"]
+
+
+def call_delta(call: ToolCall) -> JSON:
+    """The first piece of a call has its id and name, the others arguments alone."""
+    if call.id:
+        function = {"name": call.name, "arguments": call.arguments}
+        return {"index": call.index, "id": call.id, "type": "function", "function": function}
+    return {"index": call.index, "function": {"arguments": call.arguments}}
+
+
+def chat_completion(head: Head, _: Prompt, answer: Answer) -> JSON:
+    return {
+        "id": f"chatcmpl-{head.id}",
+        "object": "chat.completion",
+        "created": head.created,
+        "model": head.model,
+        "choices": [chat_choice(index, choice) for index, choice in sorted(answer.choices.items())],
+        "usage": usage_body(answer.usage),
+    }
+
+
+def chat_choice(index: int, choice: Choice) -> JSON:
+    message: JSON = {"role": "assistant", "content": choice.text, "refusal": None}
+    if choice.thought:
+        message["reasoning_content"] = choice.thought
+    if choice.calls:
+        message["content"] = choice.text or None
+        message["tool_calls"] = [
+            {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": call.arguments}}
+            for call in choice.tool_calls
+        ]
+    return {"index": index, "message": message, "logprobs": None, "finish_reason": choice.finish}
+
+
+# ======== Surfaces ==================================================================================================
+
+
+class Encoder(Protocol):
+    """What a surface makes of a streamed answer's events; a frame is a dict, or a string that stands for itself."""
+
+    def feed(self, event: Event) -> list[JSON]: ...
+
+    def close(self) -> list[JSON | str]: ...
+
+    def fail(self, error: ProxyError) -> list[JSON | str]: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Surface:
+    """An API as clients know it: how it asks, and how it is answered, streamed and whole."""
+
+    parse: Callable[[JSON], Prompt]
+    stream: Callable[[Head, Prompt], Encoder]
+    whole: Callable[[Head, Prompt, Answer], JSON]
+
+
+SURFACES = {
+    "chat/completions": Surface(parse_chat, ChatStream, chat_completion),
+}
+
+
+# ======== Z.ai ======================================================================================================
+
+
+def zai_body(prompt: Prompt, model: Model) -> JSON:
+    """The request as Z.ai takes it; raises BadRequest when this model cannot take the prompt.
+
+    Only what Z.ai knows goes in: it fails a whole request for one field it dislikes, without naming it (1210).
+    """
+    if not model.sees and any(isinstance(part, Media) for message in prompt.messages for part in message.content):
+        raise cannot_see(model)
+    body = {
+        "model": model.id,
+        "messages": [zai_message(message) for message in prompt.messages],
+        "stream": prompt.stream,
+        "temperature": None if prompt.temperature is None else min(prompt.temperature, 1),
+        "top_p": None if prompt.top_p is None else max(prompt.top_p, 0.01),
+        "max_tokens": prompt.max_tokens and min(prompt.max_tokens, model.output or prompt.max_tokens),
+        "stop": list(prompt.stop) or None,
+        "tools": [zai_tool(tool) for tool in prompt.tools] or None,
+        "tool_stream": True if prompt.stream and prompt.tools else None,
+    }
+    return {name: value for name, value in body.items() if value is not None}
+
+
+def cannot_see(model: Model) -> BadRequest:
+    seeing = ", ".join(known.id for known in MODELS.values() if known.sees)
+    return BadRequest(
+        f"{model.id} does not take images, videos or files; these do: {seeing}.",
+        "messages",
+        "image_not_supported",
+    )
+
+
+def zai_message(message: Message) -> JSON:
+    return {
+        "role": message.role,
+        "content": zai_content(message.content),
+        **({"reasoning_content": message.thought} if message.thought else {}),
+        **({"tool_calls": [zai_call(call) for call in message.calls]} if message.calls else {}),
+        **({"tool_call_id": message.call_id} if message.call_id else {}),
+    }
+
+
+def zai_content(content: tuple[str | Media, ...]) -> str | list[JSON]:
+    """Text alone goes as a string: several models answer 1214 to text parts (BerriAI/litellm#25868)."""
+    if any(isinstance(part, Media) for part in content):
+        return [{"type": "text", "text": part} if isinstance(part, str) else zai_media(part) for part in content]
+    return "\n".join(part for part in content if isinstance(part, str))
+
+
+def zai_media(media: Media) -> JSON:
+    """Z.ai takes https addresses and bare base64, some models no data: URL (BigPizzaV3/CodexPlusPlus#2031)."""
+    return {"type": media.type, media.type: {"url": re.sub(r"^data:[^,]*,", "", media.url, count=1)}}
+
+
+def zai_call(call: ToolCall) -> JSON:
+    return {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": call.arguments}}
+
+
+def zai_tool(tool: Tool) -> JSON:
+    return {
+        "type": "function",
+        "function": {"name": tool.name, "description": tool.description, "parameters": tool.parameters},
+    }
+
+
+@dataclass(frozen=True, slots=True)
+class Refusal:
+    """What one of Z.ai's codes means for a client; "{}" in the failure's code stands for Z.ai's."""
+
+    failure: Failure
+    message: str
+    retry_after: float | None = None
+
+
+INVALID = Failure(400, "invalid_request_error", "zai_{}")
+OTHER = Failure(502, "upstream_error", "zai_{}")
+NO_QUOTA = Failure(429, "insufficient_quota", "quota_exceeded")
+
+SIGN_IN = Refusal(AUTHENTICATION, "Z.ai did not accept this server's own key: its operator must check ZAI_API_KEY.")
+FIELDS = Refusal(INVALID, "Z.ai did not accept the request: change what it names.")
+FULL = Refusal(NO_QUOTA, "The quota of this server's Z.ai key is used up: wait until it is reset, or use another key.")
+PLAN = Refusal(
+    Failure(403, "permission_error", "plan_not_usable"),
+    "The plan of this server's Z.ai key cannot be used: see z.ai/manage-apikey.",
+)
+DOWN = Refusal(UNAVAILABLE, "Z.ai could not answer: try again shortly.")
+LOST = Refusal(WRONG_ADDRESS, "There is no GLM API at this server's ZAI_BASE_URL: its operator must check the address.")
+CROWDED = Refusal(
+    BUSY,
+    "Z.ai takes no more requests from this server's key just now: wait a little, or send fewer at once.",
+    1,
+)
+NO_MODEL = Refusal(UNKNOWN_MODEL, "Z.ai does not know this model, or not for this use: GET /v1/models lists the names.")
+NOT_YOURS = Refusal(
+    Failure(403, "permission_error", "model_not_available"),
+    "This server's Z.ai key may not use this model: choose another, or change the plan.",
+)
+
+# Z.ai's codes (docs.z.ai, "Error Codes", with docs.bigmodel.cn's of July 2026).
+REFUSALS = {
+    code: refusal
+    for codes, refusal in (
+        ("1000 1001 1002 1003 1004 1005", SIGN_IN),
+        (
+            "1113",
+            Refusal(
+                Failure(429, "insufficient_quota", "insufficient_quota"),
+                "This server's Z.ai key has no balance for this model. A Coding Plan key needs "
+                "ZAI_BASE_URL=https://api.z.ai/api/coding/paas/v4; without a plan, add money or use a free model, "
+                "such as glm-4.7-flash.",
+            ),
+        ),
+        ("1200 1230 1234", DOWN),
+        ("1210 1213 1214 1215 1221 1222", FIELDS),
+        ("1211 1212", NO_MODEL),
+        ("1220 1311", NOT_YOURS),
+        (
+            "1261",
+            Refusal(
+                Failure(400, "invalid_request_error", "context_length_exceeded"),
+                "The messages are longer than the model can read: shorten them.",
+            ),
+        ),
+        (
+            "1301",
+            Refusal(
+                Failure(400, "invalid_request_error", "content_filter"),
+                "Z.ai's content filter refused the request: rephrase it.",
+            ),
+        ),
+        ("1302", CROWDED),
+        (
+            "1305",
+            Refusal(BUSY, "The model is overloaded at Z.ai: wait some seconds, or choose another model.", 5),
+        ),
+        ("1308 1310 1316 1317 1318 1319 1320 1321", FULL),
+        ("1309 1313 1314 1315", PLAN),
+    )
+    for code in codes.split()
+}
+
+# For what comes without one of those codes. Z.ai's gateway answers 404 in shapes of its own to a wrong path.
+BY_STATUS = {400: FIELDS, 401: SIGN_IN, 404: LOST, 429: CROWDED}
+
+
+def zai_error(status: int, body: bytes | JSON) -> UpstreamError:
+    """Z.ai's refusal, from an HTTP status and body or from a frame in a stream (status 200)."""
+    document = parse_json(body) if isinstance(body, bytes) else body
+    code, words = envelope(document)
+    if status < 400 and len(code) == 3:  # an HTTP status inside a 200: {"code": 401, "msg": …, "success": false}
+        status = int(code)
+    if len(code) != 4:
+        code = ""
+    refusal = REFUSALS.get(code) or refusal_without_code(status, code, document)
+    failure = replace(refusal.failure, code=(refusal.failure.code or "").format(code or status))
+    detail = f"Z.ai {code}: {words}" if code else f"Z.ai, HTTP {status}: {words or excerpt(body)}"
+    return UpstreamError(f"{refusal.message} ({detail})", failure, code, refusal.retry_after)
+
+
+def envelope(document: Any) -> tuple[str, str]:
+    """Z.ai's code and text from any of the shapes in which its errors come; empty where there is none."""
+    inner = document.get("error", document) if isinstance(document, dict) else None
+    if not isinstance(inner, dict):  # Spring says {"status": 404, "error": "Not Found"}
+        return "", ""
+    code, words = inner.get("code"), inner.get("message") or inner.get("msg")
+    return str(code) if re.fullmatch(r"\d{3,4}", str(code)) else "", words if isinstance(words, str) else ""
+
+
+def refusal_without_code(status: int, code: str, document: Any) -> Refusal:
+    if status >= 500:
+        return DOWN
+    if 300 <= status < 400:  # a redirect would take the key elsewhere
+        return LOST
+    if status in BY_STATUS and not (code and status == 404):
+        return BY_STATUS[status]
+    if isinstance(document, dict) and (code or status >= 400):
+        return Refusal(replace(OTHER, status=max(status, 400) if status >= 400 else 502), "Z.ai refused the request.")
+    return DOWN
+
+
+def excerpt(body: bytes | JSON) -> str:
+    words = body.decode("utf-8", "replace") if isinstance(body, bytes) else to_json(body)
+    return " ".join(words.split())[:200] or "nothing"
+
+
+def parse_json(data: bytes) -> Any:
+    """JSON, or None: half a character cut off by Z.ai must not spoil the rest."""
+    try:
+        return json.loads(data.decode("utf-8", "replace"))
+    except (ValueError, RecursionError):
+        return None
+
+
+def obj(value: Any) -> JSON:
+    """Z.ai's null or absent objects as empty ones."""
+    return value if isinstance(value, dict) else {}
+
+
+def first(value: Any) -> JSON:
+    return obj(value[0]) if isinstance(value, list) and value else {}
+
+
+def whole(value: Any) -> int:
+    return value if isinstance(value, int) and not isinstance(value, bool) else 0
+
+
+FINISH_REASONS: dict[str, FinishReason] = {
+    "stop": "stop",
+    "length": "length",
+    "tool_calls": "tool_calls",
+    "sensitive": "content_filter",
+    "content_filter": "content_filter",
+    "model_context_window_exceeded": "length",
+}
+
+
+class ZaiReader:
+    """Z.ai's bytes in, cut anywhere; events out. A whole JSON answer and a stream of chunks give the same events.
+
+    Which of the two it is shows in the bytes, not in the headers: Z.ai answers with either where it should not.
+    """
+
+    def __init__(self, choice: int = 0) -> None:
+        self.choice = choice
+        self.decoder = SSEDecoder()
+        self.raw: list[bytes] | None = []  # all so far, until the first event shows that this is a stream
+        self.id = ""  # Z.ai's id of the answer
+        self.created = 0  # Unix seconds; 0: not told
+        self.request_id = ""
+        self.calls = CallReader()
+        self.usage: Usage | None = None
+        self.finish: str | None = None  # the first finish_reason: after tool_calls some models send a stop
+        self.done = False  # Finish is out
+
+    def feed(self, part: bytes) -> Iterator[Event]:
+        """The events that this part completes. Raises UpstreamError where Z.ai says that it failed."""
+        if self.raw is not None:
+            self.raw.append(part)
+        for data in self.decoder.feed(part):
+            yield from self.read_event(data)
+
+    def close(self) -> Iterator[Event]:
+        """What is left at the end of the bytes; raises UpstreamError when the answer was not finished."""
+        for data in self.decoder.close():
+            yield from self.read_event(data)
+        if self.raw is not None:
+            yield from self.read_document(b"".join(self.raw))
+        if not self.done and self.finish is None:
+            raise UpstreamError("Z.ai broke its answer off: try again.", UNAVAILABLE)
+        yield from self.end()
+
+    def read_event(self, data: bytes) -> Iterator[Event]:
+        self.raw = None
+        if self.done:
+            return
+        if data.strip() == b"[DONE]":
+            if self.finish is not None:
+                yield from self.end()
+            return
+        chunk = parse_json(data)
+        if not isinstance(chunk, dict):
+            raise UpstreamError(f"Z.ai sent something that is no answer: try again. ({excerpt(data)})", UNAVAILABLE)
+        yield from self.read_chunk(chunk)
+
+    def read_document(self, data: bytes) -> Iterator[Event]:
+        document = parse_json(data)
+        if not data.strip() or not isinstance(document, dict):
+            raise zai_error(200, data)
+        self.finish = self.finish or None
+        yield from self.read_chunk(document)
+        if "choices" in document and self.finish is None:  # complete all the same: its JSON is
+            self.finish = "stop"
+
+    def read_chunk(self, chunk: JSON) -> Iterator[Event]:
+        """A chunk of a stream, or a whole answer: they differ in the name of one field."""
+        if chunk.get("error") or ("code" in chunk and "choices" not in chunk):
+            raise zai_error(200, chunk)
+        self.id = self.id or str(chunk.get("id") or "")
+        self.created = self.created or whole(chunk.get("created"))
+        self.request_id = self.request_id or str(chunk.get("request_id") or "")
+        if isinstance(chunk.get("usage"), dict):
+            self.usage = zai_usage(chunk["usage"])
+        choice = first(chunk.get("choices"))
+        yield from self.read_delta(obj(choice.get("delta") or choice.get("message")))
+        if choice.get("finish_reason") and self.finish is None:
+            self.finish = str(choice["finish_reason"])
+            if self.finish == "network_error":
+                raise UpstreamError("Z.ai broke its answer off: try again. (Z.ai: network_error)", UNAVAILABLE)
+
+    def read_delta(self, delta: JSON) -> Iterator[Event]:
+        thought, words = delta.get("reasoning_content"), delta.get("content")
+        if isinstance(thought, str) and thought:
+            yield Thought(thought, self.choice)
+        if isinstance(words, str) and words:
+            yield Text(words, self.choice)
+        for piece in delta.get("tool_calls") or ():
+            yield from self.calls.read(obj(piece), self.choice)
+
+    def end(self) -> Iterator[Event]:
+        if self.done:
+            return
+        self.done = True
+        if self.usage:
+            yield self.usage
+        reason = FINISH_REASONS.get(self.finish or "", "stop")
+        yield Finish("tool_calls" if reason == "stop" and self.calls.count else reason, self.choice)
+
+
+class CallReader:
+    """Tool calls as Z.ai streams them, as OpenAI counts them: index from 0, one string id each."""
+
+    def __init__(self) -> None:
+        self.known: dict[int, int] = {}  # Z.ai's index → ours
+        self.count = 0
+
+    def read(self, piece: JSON, choice: int) -> Iterator[ToolCall]:
+        function = obj(piece.get("function"))
+        arguments = argument_text(function.get("arguments"))
+        index = whole(piece.get("index"))
+        if index in self.known:
+            yield ToolCall(self.known[index], "", "", arguments, choice)
+            return
+        self.known[index] = self.count
+        self.count += 1
+        yield ToolCall(self.known[index], str(piece.get("id")), str(function.get("name")), arguments, choice)
+
+
+def zai_usage(usage: JSON) -> Usage:
+    prompt, completion = whole(usage.get("prompt_tokens")), whole(usage.get("completion_tokens"))
+    return Usage(
+        prompt,
+        completion,
+        whole(usage.get("total_tokens")) or prompt + completion,
+        whole(obj(usage.get("prompt_tokens_details")).get("cached_tokens")),
+        whole(obj(usage.get("completion_tokens_details")).get("reasoning_tokens")),
+    )
+
+
+# ======== Upstream — from here on: I/O ==============================================================================
+
+LOG = logging.getLogger("ztoapi")
+CONNECT_TIMEOUT = 10  # seconds, with the look-up of the name and TLS
+ERROR_BODY_LIMIT = 65536  # bytes of a refusal that are read
+MODELS_AGE = 600  # seconds for which Z.ai's list of models is not asked for again
+MODELS_TIMEOUT = 5
+
+
+class Reply:
+    """One answer of Z.ai's on its way; its connection belongs to whoever opened it."""
+
+    def __init__(self, response: aiohttp.ClientResponse) -> None:
+        self.response = response
+        self.reader = ZaiReader()
+        self.ahead: list[Event] = []  # read to see that the answer begins well
+        self.failure: UpstreamError | None = None  # told after the events that came before it
+
+    @property
+    def request_id(self) -> str:
+        return header_word(self.response.headers.get("X-Log-Id") or self.reader.request_id)
+
+    async def begin(self) -> None:
+        """Wait for the first events. Raises UpstreamError when Z.ai refuses, or fails before there is one."""
+        if not 200 <= self.response.status < 300:
+            raise zai_error(self.response.status, await self.read_refusal())
+        self.ahead = await self.read()
+
+    async def batches(self) -> AsyncIterator[list[Event]]:
+        """The events, those of one read together. Raises UpstreamError when Z.ai breaks off."""
+        events = self.ahead
+        while events:
+            yield events
+            events = await self.read()
+
+    async def read(self) -> list[Event]:
+        """The events of the next part that has any; none when the answer has ended."""
+        events: list[Event] = []
+        while not events and not self.reader.done:
+            if self.failure:
+                raise self.failure
+            part = await self.read_part()
+            try:
+                for event in self.reader.feed(part) if part else self.reader.close():
+                    events.append(event)  # noqa: PERF402 - a list keeps what came before an error
+            except UpstreamError as error:
+                self.failure = error
+        LOG.debug("received %s", events)
+        return events
+
+    async def read_part(self) -> bytes:
+        try:
+            return await self.response.content.readany()
+        except aiohttp.ClientError as error:
+            raise connection_error(error) from error
+
+    async def read_refusal(self) -> bytes:
+        body = b""
+        while len(body) < ERROR_BODY_LIMIT and (part := await self.read_part()):
+            body += part
+        LOG.debug("received HTTP %s %s", self.response.status, body)
+        return body
+
+
+def connection_error(error: aiohttp.ClientError) -> UpstreamError:
+    """What went wrong between Z.ai and us, in words an operator can act on."""
+    match error:
+        case aiohttp.SocketTimeoutError():
+            return UpstreamError("Z.ai was silent for too long (UPSTREAM_TIMEOUT): try again.", SILENT)
+        case (
+            aiohttp.ClientConnectorError()
+            | aiohttp.ConnectionTimeoutError()
+            | aiohttp.ClientHttpProxyError()
+            | aiohttp.InvalidURL()
+        ):
+            return UpstreamError(
+                f"Z.ai cannot be reached: check this server's network, proxy and ZAI_BASE_URL. ({error})",
+                UNREACHABLE,
+            )
+        case _:
+            return UpstreamError(f"The connection to Z.ai broke off: try again. ({type(error).__name__})", UNAVAILABLE)
+
+
+def header_word(words: str) -> str:
+    """Somebody else's word as it can stand in a header."""
+    return re.sub(r"[^\w.:-]", "_", words, flags=re.ASCII)[:128]
+
+
+class Upstream:
+    """The way to Z.ai: one session for the life of the program, and the keys in turn."""
+
+    def __init__(self, settings: Settings, session: aiohttp.ClientSession) -> None:
+        self.settings, self.session = settings, session
+        self.keys = cycle(settings.zai_api_key)
+
+    @asynccontextmanager
+    async def open(self, prompt: Prompt) -> AsyncIterator[Reply]:
+        """Ask Z.ai; what comes back has begun well. Leaving, anyhow, lets go of the connection.
+
+        Raises BadRequest when the model cannot take the prompt, and UpstreamError.
+        """
+        body = encode_json(zai_body(prompt, resolve(prompt.model, self.settings.model_aliases)))
+        LOG.debug("sent %s", body.decode())
+        async with AsyncExitStack() as owner:
+            yield await self.begin(body, owner)
+
+    async def begin(self, body: bytes, owner: AsyncExitStack) -> Reply:
+        try:
+            asking = self.session.post(
+                self.settings.zai_base_url + "/chat/completions",
+                data=io.BytesIO(body),  # aiohttp warns of bytes over a megabyte
+                headers=self.headers(),
+                allow_redirects=False,
+            )
+            reply = Reply(await owner.enter_async_context(asking))
+        except aiohttp.ClientError as error:
+            raise connection_error(error) from error
+        try:
+            await reply.begin()
+        except UpstreamError as error:
+            error.headers = {"x-zai-request-id": reply.request_id} if reply.request_id else {}
+            raise
+        return reply
+
+    def headers(self) -> dict[str, str]:
+        key = next(self.keys, None)
+        if key is None:
+            raise ProxyError(
+                "This server has no Z.ai key. Get one at z.ai/manage-apikey (glm-4.7-flash, glm-4.5-flash and "
+                "glm-4.6v-flash are free), set ZAI_API_KEY and start again; or try it without a key: ztoapi.py --demo",
+                NO_ZAI_KEY,
+            )
+        return {"Authorization": f"Bearer {key}", "Content-Type": "application/json"}
+
+    async def list_models(self) -> list[Model] | None:
+        """Z.ai's own list of the key's models; None when it does not tell within MODELS_TIMEOUT."""
+        try:
+            asking = self.session.get(
+                self.settings.zai_base_url + "/models",
+                headers=self.headers(),
+                allow_redirects=False,
+                timeout=aiohttp.ClientTimeout(total=MODELS_TIMEOUT),
+            )
+            async with asking as response:
+                document = parse_json(await response.read())
+        except (aiohttp.ClientError, asyncio.TimeoutError, ProxyError) as error:
+            LOG.debug("no list of models: %s", error)
+            return None
+        items = obj(document).get("data")
+        return [model_from_item(item) for item in items if obj(item).get("id")] if isinstance(items, list) else None
+
+
+class Catalog:
+    """The models this server lists: the table, and what Z.ai lists for the key, asked at most every MODELS_AGE."""
+
+    def __init__(self, upstream: Upstream) -> None:
+        self.upstream = upstream
+        self.models = dict(MODELS)
+        self.asked_at = -math.inf
+        self.asking: asyncio.Task[None] | None = None
+
+    async def list(self, now: float) -> dict[str, Model]:
+        """By id. Only the first caller's answer waits for Z.ai; later ones are refreshed behind the client's back."""
+        if now - self.asked_at >= MODELS_AGE:
+            self.asked_at, is_first = now, self.asked_at == -math.inf
+            self.asking = asyncio.create_task(self.ask())
+            if is_first:
+                await asyncio.wait({self.asking})
+        return self.models
+
+    async def close(self) -> None:
+        if self.asking:
+            self.asking.cancel()
+            await asyncio.wait({self.asking})
+
+    async def ask(self) -> None:
+        models = await self.upstream.list_models()
+        if models is not None:
+            self.models = MODELS | {model.id: model for model in models}
+
+
+# ======== Relay =====================================================================================================
+
+STREAM_HEADERS = {
+    "Content-Type": "text/event-stream; charset=utf-8",
+    "Cache-Control": "no-cache",
+    "X-Accel-Buffering": "no",
+}
+
+
+class OpenStream:
+    """A streamed answer that has begun: from here on a failure is a frame, not a status."""
+
+    def __init__(self, encoder: Encoder, headers: dict[str, str]) -> None:
+        self.encoder = encoder
+        self.response = web.StreamResponse(headers=STREAM_HEADERS | headers)
+
+    async def send(self, frames: Iterable[JSON | str]) -> None:
+        if data := sse(frames):
+            LOG.debug("answered %s", data.decode())
+            await self.response.write(data)
+
+
+async def relay(stream: OpenStream, reply: Reply, record: Record) -> None:
+    """Each batch of events leaves in one write, as soon as it is there. A slow client makes us read more slowly."""
+    async for events in reply.batches():
+        for event in events:
+            record.note(event)
+        await stream.send(frame for event in events for frame in stream.encoder.feed(event))
+    await stream.send(stream.encoder.close())
+
+
+async def collect(reply: Reply, record: Record) -> Answer:
+    answer = Answer()
+    async for events in reply.batches():
+        for event in events:
+            record.note(event)
+            answer.add(event)
+    return answer
+
+
+# ======== Handlers ==================================================================================================
+
+CLIENT_LEFT = 499  # nginx's number for it
+
+
+@dataclass
+class Record:
+    """What is known of one request, for its line in the log. Times are seconds of time.monotonic()."""
+
+    method: str
+    path: str
+    started: float
+    id: str
+    model: str = "-"
+    status: int = CLIENT_LEFT
+    error: str = ""
+    first: float | None = None
+    usage: Usage = field(default_factory=Usage)
+
+    def note(self, event: Event) -> None:
+        if self.first is None:
+            self.first = time.monotonic()
+        if isinstance(event, Usage):
+            self.usage += event
+
+    def line(self, now: float) -> str:
+        outcome = f"{self.status} {self.error}".rstrip()
+        first = f"first {self.first - self.started:.2f} s, " if self.first else ""
+        tokens = f", {self.usage.prompt}+{self.usage.completion} tokens" if self.usage.total else ""
+        return f"{self.method} {self.path} {self.model} {outcome} {first}{now - self.started:.2f} s{tokens}"
+
+
+SETTINGS = web.AppKey("settings", Settings)
+BLANK = web.AppKey("blank", Blanker)
+UPSTREAM = web.AppKey("upstream", Upstream)
+CATALOG = web.AppKey("catalog", Catalog)
+RECORD = web.RequestKey("record", Record)
+STREAM = web.RequestKey("stream", OpenStream)
+
+Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
+
+
+async def answer(request: web.Request, surface: Surface) -> web.StreamResponse:
+    """The path of every chat, whichever surface it came in by."""
+    settings, record = request.app[SETTINGS], request[RECORD]
+    prompt = surface.parse(await read_json(request))
+    record.model = printable(prompt.model)
+    if prompt.stream is None:
+        prompt = replace(
+            prompt, stream=wants_stream(request.headers.get("Accept", ""), default=settings.default_stream)
+        )
+    async with request.app[UPSTREAM].open(prompt) as reply:
+        head = Head(reply.reader.id or record.id, reply.reader.created or int(time.time()), prompt.model)
+        headers = answer_headers(prompt, reply)
+        if not prompt.stream:
+            return json_response(surface.whole(head, prompt, await collect(reply, record)), headers=headers)
+        stream = request[STREAM] = OpenStream(surface.stream(head, prompt), headers)
+        await stream.response.prepare(request)
+        await relay(stream, reply, record)
+        return stream.response
+
+
+async def read_json(request: web.Request) -> JSON:
+    body = await read_body(request)
+    try:
+        document = json.loads(body.decode("utf-8-sig"), parse_constant=refuse_constant)
+    except (ValueError, RecursionError) as error:
+        raise BadRequest(f"The request body is not JSON: {error}.") from None
+    LOG.debug("asked %s %s", request.path, document)
+    if not isinstance(document, dict):
+        raise BadRequest("The request body must be a JSON object.")
+    return document
+
+
+async def read_body(request: web.Request) -> bytes:
+    try:
+        return await request.read()
+    except web.RequestPayloadError as error:
+        raise BadRequest("The request body could not be read: its encoding is broken.") from error
+
+
+def refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is no JSON number")
+
+
+def wants_stream(accept: str, *, default: bool) -> bool:
+    """What a request that does not say `stream` means by its Accept header."""
+    if "application/json" in accept:
+        return False
+    return "text/event-stream" in accept or default
+
+
+def answer_headers(prompt: Prompt, reply: Reply) -> dict[str, str]:
+    ignored = ",".join(header_word(name) for name in prompt.ignored[:32])
+    headers = {"x-ztoapi-ignored": ignored, "x-zai-request-id": reply.request_id}
+    return {name: value for name, value in headers.items() if value}
+
+
+def json_response(document: JSON, status: int = 200, headers: Mapping[str, str] | None = None) -> web.Response:
+    LOG.debug("answered %s", document)
+    return web.Response(
+        body=encode_json(document),
+        status=status,
+        headers=headers,
+        content_type="application/json",
+        charset="utf-8",
+    )
+
+
+def printable(words: str) -> str:
+    """A client's word as it can stand in a line of the log."""
+    return re.sub(r"[^!-~]", "?", words)[:64]
+
+
+async def list_models(request: web.Request) -> web.Response:
+    models = await request.app[CATALOG].list(time.monotonic())
+    renamed = request.app[SETTINGS].model_aliases
+    plain = {name: resolve(name, renamed) for name, _ in renamed if "*" not in name}
+    return json_response(
+        {"object": "list", "data": [model_item(model, name) for name, model in (models | plain).items()]}
+    )
+
+
+async def one_model(request: web.Request) -> web.Response:
+    name = request.match_info["id"]
+    models = await request.app[CATALOG].list(time.monotonic())
+    model = models.get(resolve(name, request.app[SETTINGS].model_aliases).id)
+    if model is None:
+        raise ProxyError(f"There is no model {printable(name)}: GET /v1/models lists them.", UNKNOWN_MODEL, "model")
+    return json_response(model_item(model, model.id if resolve(name).id == model.id else name))
+
+
+async def health(request: web.Request) -> web.Response:
+    settings = request.app[SETTINGS]
+    return json_response(
+        {"status": "ok", "version": __version__, "demo": settings.demo, "zai_key": bool(settings.zai_api_key)}
+    )
+
+
+async def index(request: web.Request) -> web.Response:
+    return json_response({"name": "ztoapi", "version": __version__, "base_url": f"{request.url.origin()}/v1"})
+
+
+def keyed(handler: Handler) -> Handler:
+    """The handler, for callers who have one of this server's keys."""
+
+    async def check(request: web.Request) -> web.StreamResponse:
+        if not has_key(request.headers, request.app[SETTINGS].default_key):
+            raise ProxyError(
+                "The API key is missing or wrong: send this server's key (its DEFAULT_KEY, not a Z.ai key) "
+                "as 'Authorization: Bearer KEY' or 'x-api-key: KEY'.",
+                BAD_KEY,
+            )
+        return await handler(request)
+
+    return check
+
+
+def has_key(headers: Mapping[str, str], accepted: Iterable[str]) -> bool:
+    """Whether a key was sent that counts; takes as long for a key that is nearly right as for any other."""
+    scheme, _, bearer = headers.get("Authorization", "").partition(" ")
+    sent = [headers.get("x-api-key", ""), bearer.strip() if scheme.lower() == "bearer" else ""]
+    pairs = [(given.encode("utf-8", "surrogateescape"), key.encode()) for given in sent for key in accepted]
+    return sum(hmac.compare_digest(given, key) for given, key in pairs) > 0
+
+
+@web.middleware
+async def outermost(request: web.Request, handler: Handler) -> web.StreamResponse:
+    """Gives every request its record, every failure its shape, and every answer its line in the log."""
+    record = request[RECORD] = Record(request.method, printable(request.path), time.monotonic(), secrets.token_hex(12))
+    try:
+        response = await answer_or_tell(request, handler)
+        record.status = response.status
+        return response
+    finally:
+        level = logging.DEBUG if request.path.startswith(DEMO_PATH) else logging.INFO
+        LOG.log(level, "%s", record.line(time.monotonic()))
+
+
+async def answer_or_tell(request: web.Request, handler: Handler) -> web.StreamResponse:
+    try:
+        return await handler(request)
+    except ConnectionError:  # the client left; Z.ai's failures are UpstreamErrors by now
+        raise
+    except Exception as error:  # noqa: BLE001 - the one place: nothing but our own shape of error leaves the program
+        return await tell(request, proxy_error(error, request))
+
+
+def proxy_error(error: Exception, request: web.Request) -> ProxyError:
+    path = printable(request.path)
+    match error:
+        case ProxyError():
+            return error
+        case web.HTTPNotFound():
+            words = f"There is nothing at {path}: clients call POST /v1/chat/completions and GET /v1/models."
+            return ProxyError(words, Failure(404, "invalid_request_error", "unknown_url"))
+        case web.HTTPMethodNotAllowed():
+            words = f"{path} does not take {printable(request.method)}, but {error.headers['Allow']}."
+            refusal = ProxyError(words, Failure(405, "invalid_request_error", "method_not_allowed"))
+            refusal.headers = {"Allow": error.headers["Allow"]}
+            return refusal
+        case web.HTTPRequestEntityTooLarge():
+            words = f"The request is larger than {request.app[SETTINGS].max_body_mb} MB, this server's MAX_BODY_MB."
+            return ProxyError(words, Failure(413, "invalid_request_error", "request_too_large"))
+        case web.HTTPException():
+            return ProxyError(error.reason, Failure(error.status, "invalid_request_error"))
+        case _:
+            LOG.error("a bug in ztoapi", exc_info=error)
+            return ProxyError("Something went wrong in ztoapi itself; its log tells what.", BUG)
+
+
+async def tell(request: web.Request, error: ProxyError) -> web.StreamResponse:
+    """Say what failed in the way still open: with a status, or in a stream that has begun with its last frames."""
+    error.message = request.app[BLANK](error.message)  # Z.ai might repeat our key
+    request[RECORD].error = error.failure.code or error.failure.type
+    stream: OpenStream | None = request.get(STREAM)
+    if stream and stream.response.prepared:
+        await stream.send(stream.encoder.fail(error))
+        return stream.response
+    return json_response(error_body(error), error.failure.status, error_headers(error, time.time()))
+
+
+@web.middleware
+async def guard(request: web.Request, handler: Handler) -> web.StreamResponse:
+    """Answers preflights, and while the key is the published one turns strangers' pages away (DNS rebinding)."""
+    hosts = request.headers.getall("Host", [])
+    if request.app[SETTINGS].published and not all(is_loopback(host_name(host)) for host in hosts):
+        raise ProxyError(
+            f"This server has the published key {PUBLISHED_KEY}, so it answers to localhost alone: "
+            "set DEFAULT_KEY to a key of your own.",
+            Failure(403, "permission_error", "host_not_allowed"),
+        )
+    if request.method == "OPTIONS":
+        return web.Response(status=204)
+    return await handler(request)
+
+
+def host_name(host: str) -> str:
+    """The name in "name:port" or "[::1]:port"."""
+    return re.sub(r":\d*$", "", host)
+
+
+def is_allowed_origin(origin: str, settings: Settings) -> bool:
+    if settings.published:
+        return is_loopback(host_name(origin.partition("://")[2]))
+    return any(fnmatchcase(origin, pattern) for pattern in settings.cors_origins)
+
+
+def cors_headers(request: web.Request) -> dict[str, str]:
+    """What a browser must read before it lets a page of another origin call us and see the answer."""
+    origin = request.headers.get("Origin", "")
+    headers = {"Vary": "Origin, Access-Control-Request-Headers"}
+    if not origin or not is_allowed_origin(origin, request.app[SETTINGS]):
+        return headers
+    headers |= {"Access-Control-Allow-Origin": origin, "Access-Control-Expose-Headers": EXPOSED_HEADERS}
+    if request.method == "OPTIONS":
+        headers |= {
+            "Access-Control-Allow-Methods": "GET, POST, DELETE, OPTIONS",
+            "Access-Control-Allow-Headers": request.headers.get(
+                "Access-Control-Request-Headers", "Authorization, Content-Type"
+            ),
+            "Access-Control-Max-Age": "86400",
+        }
+        if "Access-Control-Request-Private-Network" in request.headers:  # a public page that calls localhost
+            headers["Access-Control-Allow-Private-Network"] = "true"
+    return headers
+
+
+EXPOSED_HEADERS = "x-request-id, x-zai-request-id, x-ztoapi-ignored, x-should-retry, Retry-After"
+
+
+async def add_headers(request: web.Request, response: web.StreamResponse) -> None:
+    """Runs just before any answer's headers leave, a stream's and an error's too."""
+    response.headers["x-request-id"] = f"req_{request[RECORD].id}"
+    response.headers.update(cors_headers(request))
+
+
+# ======== Demo ======================================================================================================
+
+DEMO_PATH = "/demo/api/paas/v4"
+DEMO_PACE = 0.03  # seconds between two words
+
+
+def demo_routes(app: web.Application) -> None:
+    """A small stand-in for Z.ai on this same server, speaking its wire format, for those who have no key yet."""
+    app.router.add_post(f"{DEMO_PATH}/chat/completions", demo_chat)
+    app.router.add_get(f"{DEMO_PATH}/models", demo_models)
+
+
+async def demo_models(_: web.Request) -> web.Response:
+    return json_response(
+        {"object": "list", "data": [{"id": model, "object": "model", "owned_by": "z-ai"} for model in MODELS]}
+    )
+
+
+async def demo_chat(request: web.Request) -> web.StreamResponse:
+    if request.headers.get("Authorization") != f"Bearer {request.app[SETTINGS].zai_api_key[0]}":
+        return json_response({"error": {"code": "1000", "message": "Authentication Failed"}}, 401)
+    body = await request.json()
+    if body["model"] not in MODELS:
+        return json_response({"error": {"code": "1211", "message": "Unknown Model, please check the model code."}}, 400)
+    deltas = demo_deltas(body)
+    head = {
+        "id": time.strftime("%Y%m%d%H%M%S") + secrets.token_hex(9),
+        "created": int(time.time()),
+        "model": body["model"],
+    }
+    if body.get("stream"):
+        return await demo_stream(request, head, deltas, demo_last(body, deltas))
+    await asyncio.sleep(DEMO_PACE)
+    return json_response(head | demo_whole(deltas, demo_last(body, deltas)))
+
+
+async def demo_stream(request: web.Request, head: JSON, deltas: list[JSON], last: JSON) -> web.StreamResponse:
+    response = web.StreamResponse(headers={"Content-Type": "text/event-stream;charset=UTF-8"})
+    await response.prepare(request)
+    for delta in deltas:
+        await response.write(sse([head | {"choices": [{"index": 0, "delta": {"role": "assistant", **delta}}]}]))
+        await asyncio.sleep(DEMO_PACE)
+    end = {"index": 0, "finish_reason": last["finish_reason"], "delta": {"role": "assistant", "content": ""}}
+    await response.write(sse([head | {"choices": [end], "usage": last["usage"]}, "[DONE]"]))
+    return response
+
+
+def demo_whole(deltas: list[JSON], last: JSON) -> JSON:
+    message: JSON = {"role": "assistant", "content": "".join(delta.get("content", "") for delta in deltas)}
+    message["reasoning_content"] = "".join(delta.get("reasoning_content", "") for delta in deltas)
+    if calls := [call for delta in deltas for call in delta.get("tool_calls", ())]:
+        message["tool_calls"] = calls
+    return {
+        "choices": [{"index": 0, "message": message, "finish_reason": last["finish_reason"]}],
+        "usage": last["usage"],
+    }
+
+
+def demo_deltas(body: JSON) -> list[JSON]:
+    """What the stand-in answers: a thought, then a call of the first tool if the user asks for one, else some words."""
+    asked = str(body["messages"][-1]["content"])
+    thoughts = (
+        []
+        if obj(body.get("thinking")).get("type") == "disabled"
+        else ["The user wrote ", f"{len(asked)} characters. ", "This is only a demo."]
+    )
+    words = f"This is the demo of ztoapi; no model is behind it (这是演示,没有真正的模型). You wrote: {asked[:200]}"
+    if (
+        body.get("tools")
+        and body["messages"][-1]["role"] == "user"
+        and re.search(r"\b(tools?|call|use)\b|工具|调用", asked, re.IGNORECASE)
+    ):
+        said: list[JSON] = [{"tool_calls": [demo_call(body["tools"][0].get("function", {}))]}]
+    else:
+        said = [{"content": word} for word in re.findall(r"\s*\S+", words)]
+    deltas = [*({"reasoning_content": thought} for thought in thoughts), *said]
+    return deltas[: body.get("max_tokens", len(deltas))]
+
+
+def demo_call(function: JSON) -> JSON:
+    samples = {"string": "demo", "integer": 1, "number": 1.5, "boolean": True, "array": [], "object": {}}
+    schema = function.get("parameters", {})
+    properties = {name: obj(schema.get("properties")).get(name, {}) for name in schema.get("required", ())}
+    arguments = {name: (how.get("enum") or [samples.get(how.get("type"))])[0] for name, how in properties.items()}
+    called = {"name": function.get("name", "demo"), "arguments": to_json(arguments)}
+    return {"id": f"call_{secrets.token_hex(8)}", "index": 0, "type": "function", "function": called}
+
+
+def demo_last(body: JSON, deltas: list[JSON]) -> JSON:
+    """The finish_reason and usage; a word counts as a token."""
+    prompt = len(re.findall(r"\S+", str(body["messages"])))
+    cut = len(deltas) >= body.get("max_tokens", math.inf)
+    reason = "length" if cut else "tool_calls" if "tool_calls" in deltas[-1] else "stop"
+    return {
+        "finish_reason": reason,
+        "usage": {
+            "prompt_tokens": prompt,
+            "completion_tokens": len(deltas),
+            "total_tokens": prompt + len(deltas),
+        },
+    }
+
+
+# ======== Program ===================================================================================================
+
+API = r"/{prefix:/*(?:(?:v1|api/v1|api/paas/v4)/+)*}"  # clients put before a path what they like
+END = r"{slash:/*}"
+
+
+def create_app(settings: Settings | None = None) -> web.Application:
+    """The whole server as an aiohttp application. A process manager calls it without settings: it reads them itself."""
+    if settings is None:
+        settings = settings_or_exit({})
+        set_up_log(settings)
+    app = web.Application(middlewares=[outermost, guard], client_max_size=settings.max_body_mb * 2**20)
+    app[SETTINGS] = settings
+    app[BLANK] = Blanker(settings.secrets)
+    app.on_response_prepare.append(add_headers)
+    app.cleanup_ctx.append(connect)
+    for path, surface in SURFACES.items():
+        app.router.add_post(f"{API}{path}{END}", keyed(answering(surface)))
+    app.router.add_get(f"{API}models{END}", keyed(list_models))
+    app.router.add_get(f"{API}models/{{id:.+?}}{END}", keyed(one_model))
+    app.router.add_get("/health", health)
+    app.router.add_get("/", index)
+    if settings.demo:
+        demo_routes(app)
+    return app
+
+
+def answering(surface: Surface) -> Handler:
+    async def handler(request: web.Request) -> web.StreamResponse:
+        return await answer(request, surface)
+
+    return handler
+
+
+async def connect(app: web.Application) -> AsyncIterator[None]:
+    """The session to Z.ai, open as long as the app is."""
+    settings = app[SETTINGS]
+    session = aiohttp.ClientSession(
+        # No limit on the whole: an answer may take long. sock_read is the longest silence.
+        timeout=aiohttp.ClientTimeout(total=None, connect=CONNECT_TIMEOUT, sock_read=settings.upstream_timeout),
+        connector=aiohttp.TCPConnector(limit=0),
+        cookie_jar=aiohttp.DummyCookieJar(),
+        trust_env=not settings.demo,  # HTTPS_PROXY and the like, but not on the way to ourselves
+        # Z.ai tells errors in English to those who ask; a compressed stream would wait in buffers.
+        headers={
+            "User-Agent": f"ztoapi/{__version__}",
+            "Accept-Language": "en-US,en",
+            "Accept-Encoding": "identity",
+        },
+    )
+    async with session:
+        app[UPSTREAM] = Upstream(settings, session)
+        app[CATALOG] = Catalog(app[UPSTREAM])
+        yield
+        await app[CATALOG].close()
+
+
+class BlankingFormatter(logging.Formatter):
+    """A line without secrets, and without the bulk of images."""
+
+    def __init__(self, blank: Blanker) -> None:
+        super().__init__("%(asctime)s %(levelname)s %(message)s")
+        self.blank = blank
+
+    def format(self, record: logging.LogRecord) -> str:
+        return re.sub(r"([A-Za-z0-9+/]{64})[A-Za-z0-9+/]{192,}=*", r"\1…", self.blank(super().format(record)))
+
+
+def set_up_log(settings: Settings) -> None:
+    """Everything to stderr; in debug mode what was asked, sent, received and answered too."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(BlankingFormatter(Blanker(settings.secrets)))
+    logging.basicConfig(handlers=[handler], level=logging.INFO)
+    LOG.setLevel(logging.DEBUG if settings.debug_mode else logging.INFO)
+
+
+def environment() -> dict[str, str]:
+    """The variables of .env beside this file, then the process's own, which win."""
+    path = Path(__file__).with_name(".env")
+    try:
+        from_file = dotenv_values(path, interpolate=False)
+    except (OSError, UnicodeDecodeError) as error:
+        raise SettingsError(f"{path} cannot be read: {error}") from None
+    return {name: value for name, value in (from_file | os.environ).items() if value is not None}
+
+
+def settings_or_exit(flags: Mapping[str, str]) -> Settings:
+    """The settings, flags first; one line on stderr and status 2 when one cannot be used."""
+    try:
+        return Settings.from_env({**environment(), **flags})
+    except SettingsError as error:
+        refuse(error)
+
+
+def refuse(reason: object) -> NoReturn:
+    print(f"ztoapi: {reason}", file=sys.stderr)
+    raise SystemExit(2)
+
+
+def listen(host: str, port: int) -> list[socket.socket]:
+    """A socket for every address that `host` means, all on one port (0: any that is free). Raises OSError."""
+    sockets: list[socket.socket] = []
+    for name in ("127.0.0.1", "::1") if host == "localhost" else (host,):
+        family, _, _, _, place = socket.getaddrinfo(name, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
+        try:
+            sockets.append(socket.create_server((place[0], port), family=family))
+        except OSError as error:
+            if not (sockets and error.errno in (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT)):  # a machine without IPv6
+                raise
+        port = sockets[0].getsockname()[1]
+    return sockets
+
+
+def listen_or_exit(settings: Settings) -> list[socket.socket]:
+    try:
+        return listen(settings.host, settings.port)
+    except OSError as error:
+        if error.errno == errno.EADDRINUSE:
+            refuse(f"port {settings.port} on {settings.host} is in use: stop what uses it, or choose another by --port")
+        refuse(f"HOST={settings.host}, PORT={settings.port} cannot be listened on: {error.strerror or error}")
+
+
+def with_demo(settings: Settings, port: int) -> Settings:
+    """The same, with the stand-in for Z.ai on this very server as the upstream."""
+    host = settings.host if is_loopback(settings.host) else "127.0.0.1"
+    return replace(
+        settings,
+        demo=True,
+        zai_base_url=f"http://{host}:{port}{DEMO_PATH}",
+        zai_api_key=(secrets.token_hex(16),),
+    )
+
+
+def banner(settings: Settings, port: int) -> str:
+    host = f"[{settings.host}]" if ":" in settings.host else settings.host
+    upstream = "the built-in demo: no model is behind its answers" if settings.demo else settings.zai_base_url
+    lines = [
+        f"ztoapi {__version__}",
+        f"  clients   http://{host}:{port}/v1",
+        f"  upstream  {upstream}",
+        f"  models    {len(MODELS)}, and whatever else Z.ai lists",
+        f"  keys      {len(settings.default_key)} for clients, {len(settings.zai_api_key)} for Z.ai",
+    ]
+    if settings.published:
+        lines.append(
+            f"  note      the key for clients is the published {PUBLISHED_KEY}, so this machine alone may call"
+        )
+    if not settings.zai_api_key:
+        lines.append("  note      no ZAI_API_KEY, so chat answers 503: get one at z.ai/manage-apikey, or try --demo")
+    return "\n".join(lines)
+
+
+def parse_flags(arguments: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        "ztoapi.py",
+        description="Z.ai's GLM models behind an OpenAI-compatible API.",
+        epilog="Settings: see .env.example.",
+    )
+    parser.add_argument("--demo", action="store_true", help="answer from a built-in stand-in for Z.ai; needs no key")
+    parser.add_argument("--host", help="address to listen on (HOST)")
+    parser.add_argument("--port", help="port to listen on (PORT)")
+    parser.add_argument("--version", action="version", version=f"ztoapi {__version__}")
+    return parser.parse_args(arguments)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    flags = parse_flags(arguments)
+    given = {"HOST": flags.host, "PORT": flags.port}
+    settings = settings_or_exit({name: value for name, value in given.items() if value is not None})
+    sockets = listen_or_exit(settings)
+    port = sockets[0].getsockname()[1]
+    settings = with_demo(settings, port) if flags.demo else settings
+    set_up_log(settings)
+    print(banner(settings, port), flush=True)
+    # A client's departure must reach its handler, and with it Z.ai.
+    web.run_app(
+        create_app(settings),
+        sock=sockets,
+        print=None,
+        access_log=None,
+        handler_cancellation=True,
+        backlog=1024,
+    )
+
+
+if __name__ == "__main__":
+    main()

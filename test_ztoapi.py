@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import hashlib
 import io
 import json
 import os
@@ -28,18 +29,22 @@ from ztoapi import (
     BadRequest,
     Blanker,
     ChatStream,
+    Citations,
     Failure,
     Finish,
     Head,
+    Inliner,
     Media,
     Message,
     Prompt,
+    ReasoningShape,
     Settings,
     SettingsError,
     SSEDecoder,
     Text,
     Thought,
     ToolCall,
+    ToolChoice,
     UpstreamError,
     Usage,
     ZaiReader,
@@ -87,6 +92,8 @@ def test_every_variable_is_read_by_its_name_in_capitals():
         "ZAI_API_KEY": "id1.secret,id2.secret",
         "ZAI_BASE_URL": "https://open.bigmodel.cn/api/paas/v4/",
         "DEFAULT_STREAM": "yes",
+        "ENABLE_THINKING": "false",
+        "REASONING_FORMAT": "RAW",
         "MODEL_ALIASES": "gpt-4o=glm-4.6, claude-*=glm-5.3",
         "UPSTREAM_TIMEOUT": "60",
         "MAX_BODY_MB": "8",
@@ -100,6 +107,8 @@ def test_every_variable_is_read_by_its_name_in_capitals():
         zai_api_key=("id1.secret", "id2.secret"),
         zai_base_url="https://open.bigmodel.cn/api/paas/v4",
         default_stream=True,
+        enable_thinking=False,
+        reasoning_format="raw",
         model_aliases=(("gpt-4o", "glm-4.6"), ("claude-*", "glm-5.3")),
         upstream_timeout=60,
         max_body_mb=8,
@@ -124,6 +133,8 @@ def test_an_empty_variable_counts_as_not_set():
     [
         ("PORT", "abc", "PORT=abc cannot be used: it must be a port number, 0 to 65535"),
         ("PORT", "70000", "PORT=70000 cannot be used: it must be a port number, 0 to 65535"),
+        ("REASONING_FORMAT", "both", "REASONING_FORMAT=both cannot be used: it must be parsed, raw or hidden"),
+        ("ENABLE_THINKING", "auto", "ENABLE_THINKING=auto cannot be used: it must be true or false"),
         ("DEBUG_MODE", "maybe", "DEBUG_MODE=maybe cannot be used: it must be true or false"),
         (
             "ZAI_BASE_URL",
@@ -208,6 +219,25 @@ def test_one_model_has_many_names(name):
 
 def test_a_name_that_is_not_in_the_table_is_passed_on():
     assert resolve("zai/GLM-9").id == "glm-9"
+
+
+@pytest.mark.parametrize(
+    ("kind", "names"),
+    [
+        ("none", ["glm-4-32b-0414-128k"]),
+        (
+            "switch",
+            [
+                *("glm-4.5", "glm-4.5-air", "glm-4.5-flash", "glm-4.5v", "glm-4.6", "glm-4.6v", "glm-4.6v-flash"),
+                *("glm-4.7", "glm-4.7-flash", "glm-5", "glm-5-turbo", "glm-5.1", "glm-5v-turbo"),
+            ],
+        ),
+        ("effort", ["glm-5.2"]),
+        ("always", ["glm-5.3", "glm-5.3-flash", "glm-5.3-flashx", "glm-99"]),
+    ],
+)
+def test_every_model_has_its_kind_of_thinking(kind, names):
+    assert {resolve(name).thinking for name in names} == {kind}
 
 
 @pytest.mark.parametrize(
@@ -299,15 +329,102 @@ def test_frames_are_data_and_a_blank_line():
         pytest.param({"max_tokens": 5, "max_completion_tokens": 7}, {"max_tokens": 7}, id="max_completion_tokens"),
         pytest.param({"stop": "x"}, {"stop": ("x",)}, id="stop"),
         pytest.param({"stop": ["x", "", "y"]}, {"stop": ("x", "y")}, id="stops"),
-        pytest.param(
-            {"metadata": {"a": 1}, "logit_bias": {}, "top_k": 3}, {"ignored": ("metadata", "top_k")}, id="ignored"
-        ),
-        pytest.param({"service_tier": "auto", "modalities": ["text"], "store": False}, {}, id="asks for nothing"),
+        pytest.param({"n": 3}, {"n": 3}, id="n"),
+        pytest.param({"seed": -7}, {"seed": -7}, id="seed"),
+        pytest.param({"user": "bob"}, {"user": "bob"}, id="user"),
+        pytest.param({"user": "a", "safety_identifier": "b"}, {"user": "b"}, id="safety_identifier"),
+        pytest.param({"user": "a", "safety_identifier": "b", "user_id": "c"}, {"user": "c"}, id="user_id"),
+        pytest.param({"tool_choice": "none"}, {"tool_choice": ToolChoice("none")}, id="tool_choice"),
+        pytest.param({"parallel_tool_calls": False}, {}, id="parallel_tool_calls without tools"),
+        pytest.param({"response_format": {"type": "text"}}, {}, id="response_format text"),
+        pytest.param({"response_format": {"type": "json_object"}}, {"schema": {}}, id="json_object"),
+        pytest.param({"reasoning_format": "raw"}, {"reasoning_format": "raw"}, id="reasoning_format"),
+        pytest.param({"do_sample": False}, {"native": {"do_sample": False}}, id="do_sample"),
+        pytest.param({"request_id": "r"}, {"native": {"request_id": "r"}}, id="request_id"),
+        pytest.param({"tool_stream": False}, {"native": {"tool_stream": False}}, id="tool_stream"),
+        pytest.param({"sensitive_word_check": {}}, {"native": {"sensitive_word_check": {}}}, id="sensitive_word_check"),
+        pytest.param({"thinking": {"clear_thinking": False}}, {"clear_thinking": False}, id="thinking.clear_thinking"),
     ],
 )
 def test_a_request_is_read(fields, wanted):
     prompt = Prompt(model="glm-4.6", messages=(Message("user", ("你好",)),))
     assert parse_chat(chat(**fields)) == ztoapi.replace(prompt, **wanted)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        *(("presence_penalty", 1), ("frequency_penalty", -0.5), ("logit_bias", {"1": 2}), ("logprobs", True)),
+        *(("top_logprobs", 3), ("metadata", {"a": "b"}), ("store", True), ("service_tier", "flex")),
+        *(("prediction", {"type": "content"}), ("modalities", ["text", "audio"]), ("prompt_cache_key", "k")),
+        *(("verbosity", "low"), ("functions", [{"name": "f"}]), ("function_call", "auto"), ("top_k", 40)),
+    ],
+)
+def test_what_zai_cannot_do_is_listed_as_ignored(name, value):
+    assert parse_chat(chat(**{name: value})).ignored == (name,)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        *(("presence_penalty", 0), ("frequency_penalty", 0.0), ("logit_bias", {}), ("logprobs", False)),
+        *(("top_logprobs", None), ("metadata", {}), ("store", False), ("service_tier", "auto")),
+        *(("service_tier", "default"), ("modalities", ["text"]), ("functions", []), ("prompt_cache_key", "")),
+    ],
+)
+def test_what_asks_for_nothing_is_not_listed(name, value):
+    assert parse_chat(chat(**{name: value})).ignored == ()
+
+
+def function(name, **more):
+    return {"type": "function", "function": {"name": name, **more}}
+
+
+def test_parallel_tool_calls_false_is_listed():
+    assert parse_chat(chat(tools=[function("f")], parallel_tool_calls=False)).ignored == ("parallel_tool_calls",)
+    assert parse_chat(chat(tools=[function("f")], parallel_tool_calls=True)).ignored == ()
+
+
+@pytest.mark.parametrize(
+    ("fields", "wanted"),
+    [
+        pytest.param({}, None, id="nothing said"),
+        *(pytest.param({"reasoning_effort": word}, "off", id=word) for word in ("none", "minimal")),
+        *(
+            pytest.param({"reasoning_effort": word}, word, id=word)
+            for word in ("low", "medium", "high", "xhigh", "max")
+        ),
+        pytest.param({"reasoning": {"effort": "high"}}, "high", id="reasoning.effort"),
+        pytest.param({"reasoning": {"effort": "none"}}, "off", id="reasoning.effort none"),
+        pytest.param({"reasoning": {"enabled": True}}, "on", id="reasoning.enabled"),
+        pytest.param({"reasoning": {"enabled": False}}, "off", id="reasoning.enabled false"),
+        pytest.param({"reasoning": {"enabled": False, "effort": "high"}}, "off", id="reasoning off with an effort"),
+        pytest.param({"reasoning": {}}, None, id="reasoning says nothing"),
+        pytest.param({"thinking": {"type": "enabled"}}, "on", id="thinking"),
+        pytest.param({"thinking": {"type": "disabled"}}, "off", id="thinking disabled"),
+        pytest.param({"enable_thinking": True}, "on", id="enable_thinking"),
+        pytest.param({"enable_thinking": False}, "off", id="enable_thinking false"),
+        pytest.param({"chat_template_kwargs": {"enable_thinking": False}}, "off", id="chat_template_kwargs"),
+        pytest.param({"chat_template_kwargs": {"x": 1}}, None, id="chat_template_kwargs say nothing"),
+    ],
+)
+def test_thinking_is_asked_for_in_five_ways(fields, wanted):
+    assert parse_chat(chat(**fields)).effort == wanted
+
+
+TWICE = {
+    "reasoning_effort": "max",
+    "reasoning": {"effort": "low"},
+    "thinking": {"type": "disabled"},
+    "enable_thinking": True,
+    "chat_template_kwargs": {"enable_thinking": False},
+}
+
+
+@pytest.mark.parametrize(("left_out", "wanted"), [(0, "max"), (1, "low"), (2, "off"), (3, "on"), (4, "off")])
+def test_where_thinking_is_said_twice_the_first_counts(left_out, wanted):
+    fields = dict(list(TWICE.items())[left_out:])
+    assert parse_chat(chat(**fields)).effort == wanted
 
 
 CALL = {"id": "c1", "type": "function", "function": {"name": "f", "arguments": '{"a":1}'}}
@@ -395,6 +512,31 @@ def test_a_message_is_read(fields, wanted):
         (chat(stop=[1]), "stop"),
         (chat(tools={}), "tools"),
         (chat(tools=[{"type": "function"}]), "tools[0]"),
+        (chat(tools=[{"type": "custom", "custom": {"name": "f"}}]), "tools[0]"),
+        (chat(tools=[{"type": "function", "function": {"name": "f"}}] * 129), "tools"),
+        (chat(tool_choice="always"), "tool_choice"),
+        (chat(tool_choice={"type": "function"}), "tool_choice"),
+        (chat(parallel_tool_calls="no"), "parallel_tool_calls"),
+        (chat(response_format="json"), "response_format"),
+        (chat(response_format={"type": "yaml"}), "response_format"),
+        (chat(response_format={"type": "json_schema"}), "response_format"),
+        (chat(web_search_options=True), "web_search_options"),
+        (chat(n=0), "n"),
+        (chat(n=9), "n"),
+        (chat(n=True), "n"),
+        (chat(seed=1.5), "seed"),
+        (chat(seed=2**63), "seed"),
+        (chat(user=5), "user"),
+        (chat(reasoning_effort="huge"), "reasoning_effort"),
+        (chat(reasoning={"effort": "huge"}), "reasoning"),
+        (chat(reasoning="high"), "reasoning"),
+        (chat(thinking=True), "thinking"),
+        (chat(thinking={"type": "sometimes"}), "thinking"),
+        (chat(thinking={"clear_thinking": "no"}), "thinking.clear_thinking"),
+        (chat(enable_thinking="yes"), "enable_thinking"),
+        (chat(chat_template_kwargs={"enable_thinking": 1}), "chat_template_kwargs"),
+        (chat(reasoning_format="both"), "reasoning_format"),
+        (chat(do_sample=1), "do_sample"),
     ],
 )
 def test_a_request_that_makes_no_sense_names_the_field(body, param):
@@ -511,6 +653,64 @@ def test_content_is_null_when_there_are_only_tool_calls():
     }
 
 
+FOUND = {"title": "T", "link": "https://x/y", "content": "C", "media": "M", "refer": "ref_1"}
+CITED = {"url": "https://x/y", "title": "T", "start_index": 0, "end_index": 0, "content": "C"}
+
+
+def test_citations_are_annotations_whole_and_streamed():
+    events = [Text("x"), Citations((FOUND, {"title": "no link"})), Finish("stop")]
+    annotations = [{"type": "url_citation", "url_citation": CITED}]
+    whole = completion(events)
+    assert whole["choices"][0]["message"]["annotations"] == annotations
+    assert frames(events)[1] == chunk({"annotations": annotations}) | {"web_search": whole["web_search"]}
+    assert whole["web_search"] == [FOUND, {"title": "no link"}]
+
+
+def test_choices_are_chunks_of_their_own_with_one_usage():
+    events = [Text("a", 1), Text("b", 0), Usage(1, 2, 3), Finish("stop", 1), Usage(1, 5, 6), Finish("length", 0)]
+    streamed = frames(events, ztoapi.replace(PROMPT, include_usage=True))
+    choices = [frame["choices"][0] for frame in streamed[:4]]
+    assert choices == [
+        {"index": 1, "delta": {"role": "assistant", "content": "a"}, "finish_reason": None},
+        {"index": 0, "delta": {"role": "assistant", "content": "b"}, "finish_reason": None},
+        {"index": 1, "delta": {}, "finish_reason": "stop"},
+        {"index": 0, "delta": {}, "finish_reason": "length"},
+    ]
+    assert (streamed[4]["usage"]["total_tokens"], streamed[5:]) == (9, ["[DONE]"])
+    whole = completion(events)
+    assert [(c["index"], c["message"]["content"], c["finish_reason"]) for c in whole["choices"]] == [
+        (0, "b", "length"),
+        (1, "a", "stop"),
+    ]
+    assert whole["usage"]["completion_tokens"] == 7
+
+
+CALLED = ToolCall(0, "c1", "f", "{}")
+
+
+@pytest.mark.parametrize(
+    ("form", "events", "wanted"),
+    [
+        pytest.param("parsed", EVENTS, EVENTS, id="parsed"),
+        pytest.param("hidden", EVENTS, EVENTS[1:], id="hidden"),
+        pytest.param("raw", EVENTS, [Text("<think>hm"), Text("</think>"), *EVENTS[1:]], id="raw"),
+        pytest.param("raw", [Thought("a"), Thought("b"), CALLED], [Text("<think>a"), Text("b"), Text("</think>"), CALLED], id="raw before a call"),
+        pytest.param("raw", [Thought("a"), Finish("length")], [Text("<think>a"), Text("</think>"), Finish("length")], id="raw and nothing more"),
+        pytest.param("raw", [Thought("a"), Citations(()), Finish("stop")], [Text("<think>a"), Text("</think>"), Citations(()), Finish("stop")], id="raw before citations"),
+        pytest.param("raw", EVENTS[1:], EVENTS[1:], id="raw without reasoning"),
+        pytest.param(
+            "raw",
+            [Thought("a", 1), Text("x", 0), Text("y", 1)],
+            [Text("<think>a", 1), Text("x", 0), Text("</think>", 1), Text("y", 1)],
+            id="raw, each choice for itself",
+        ),
+    ],
+)  # fmt: skip
+def test_reasoning_goes_where_it_is_wanted(form, events, wanted):
+    shape = ReasoningShape(form)
+    assert [shown for event in events for shown in shape.feed(event)] == wanted
+
+
 # ======== Z.ai: the request ========
 
 
@@ -528,7 +728,23 @@ def test_content_is_null_when_there_are_only_tool_calls():
         pytest.param({"stop": "x"}, {"stop": ["x"]}, id="stop"),
         pytest.param({"stop": []}, {}, id="no stop"),
         pytest.param({"stream": True, "stream_options": {"include_usage": True}}, {"stream": True}, id="stream"),
-        pytest.param({"metadata": {"a": 1}}, {}, id="nothing that Z.ai does not know"),
+        pytest.param({"seed": 7}, {"seed": 7}, id="seed"),
+        pytest.param({"user": "a"}, {"user_id": "user-a"}, id="a short user"),
+        pytest.param({"user": "alice@example"}, {"user_id": "alice@example"}, id="a user"),
+        pytest.param({"user": "x" * 129}, {"user_id": hashlib.sha256(b"x" * 129).hexdigest()}, id="a long user"),
+        pytest.param({"user": ""}, {}, id="no user"),
+        pytest.param(
+            {"response_format": {"type": "json_object"}}, {"response_format": {"type": "json_object"}}, id="json_object"
+        ),
+        pytest.param({"response_format": {"type": "text"}}, {}, id="response_format text"),
+        pytest.param({"tool_choice": "required", "parallel_tool_calls": False}, {}, id="tool_choice without tools"),
+        pytest.param({"tool_choice": function("f")}, {}, id="a named choice without tools"),
+        pytest.param(
+            {"do_sample": False, "request_id": "r1"}, {"do_sample": False, "request_id": "r1"}, id="Z.ai's own"
+        ),
+        pytest.param(
+            {"metadata": {"a": 1}, "n": 2, "reasoning_format": "raw"}, {}, id="nothing that Z.ai does not know"
+        ),
     ],
 )
 def test_zai_gets_what_it_takes(fields, wanted):
@@ -587,12 +803,213 @@ def test_an_image_for_a_model_that_does_not_see_is_refused_with_names_of_those_t
     assert refused.value.failure.code == "image_not_supported"
 
 
-def test_tools_are_completed_and_streamed():
-    prompt = parse_chat(chat(stream=True, tools=[{"type": "function", "function": {"name": "f", "strict": True}}]))
-    body = zai_body(prompt, MODELS["glm-4.6"])
-    empty = {"type": "object", "properties": {}}
-    assert body["tools"] == [{"type": "function", "function": {"name": "f", "description": "f", "parameters": empty}}]
-    assert body["tool_stream"] is True
+def zai_tools(**fields):
+    return zai_body(parse_chat(chat(**fields)), MODELS["glm-4.6"])
+
+
+EMPTY = {"type": "object", "properties": {}}
+F, G = (function(name, description=name, parameters=EMPTY) for name in "fg")
+SEARCH = {"type": "web_search", "web_search": {"enable": True}}
+
+
+def test_tools_are_completed():
+    assert zai_tools(tools=[function("f", strict=True)])["tools"] == [F]
+
+
+def test_zais_own_tools_go_as_they_are():
+    natives = [
+        SEARCH,
+        {"type": "retrieval", "retrieval": {"knowledge_id": "1"}},
+        {"type": "mcp", "mcp": {"server_label": "s"}},
+    ]
+    assert zai_tools(tools=[*natives, F])["tools"] == [F, *natives]
+
+
+@pytest.mark.parametrize(
+    ("model", "fields", "wanted"),
+    [
+        ("glm-4.6", {"stream": True, "tools": [F]}, True),
+        ("glm-5.3", {"stream": True, "tools": [F]}, True),
+        ("glm-4.5", {"stream": True, "tools": [F]}, None),
+        ("glm-4.6", {"stream": False, "tools": [F]}, None),
+        ("glm-4.6", {"stream": True}, None),
+        ("glm-4.6", {"stream": True, "tools": [F], "tool_choice": "none"}, None),
+        ("glm-4.6", {"stream": True, "tools": [F], "tool_stream": False}, False),
+    ],
+)
+def test_arguments_are_streamed_where_they_can_be(model, fields, wanted):
+    assert zai_body(parse_chat(chat(**fields)), MODELS[model]).get("tool_stream") is wanted
+
+
+def ordered(line):
+    return [{"role": "system", "content": line}, *HELLO["messages"]]
+
+
+@pytest.mark.parametrize(
+    ("choice", "tools", "messages"),
+    [
+        pytest.param("auto", [F, G], HELLO["messages"], id="auto"),
+        pytest.param("none", None, HELLO["messages"], id="none"),
+        pytest.param("required", [F, G], ordered("Answer by calling one of the functions f, g."), id="required"),
+        pytest.param(function("g"), [G], ordered("Answer by calling the function g."), id="named"),
+        pytest.param(
+            {"type": "allowed_tools", "allowed_tools": {"mode": "auto", "tools": [function("g")]}},
+            [G],
+            HELLO["messages"],
+            id="allowed_tools",
+        ),
+    ],
+)
+def test_tool_choice_on_a_server_that_knows_auto_alone(choice, tools, messages):
+    body = zai_tools(tools=[F, G], tool_choice=choice)
+    assert (body.get("tools"), body["messages"]) == (tools, messages)
+    assert "tool_choice" not in body
+
+
+def test_a_choice_that_is_not_among_the_tools_is_refused():
+    with pytest.raises(BadRequest) as refused:
+        zai_tools(tools=[F], tool_choice=function("h"))
+    assert refused.value.param == "tool_choice"
+
+
+def test_an_order_is_added_to_the_system_message_that_is_there():
+    messages = [{"role": "system", "content": "Be kind."}, *HELLO["messages"]]
+    body = zai_tools(messages=messages, tools=[F], tool_choice="required")
+    assert body["messages"] == ordered("Be kind.\nAnswer by calling the function f.")
+
+
+def test_a_schema_goes_as_an_order():
+    schema = {"type": "object", "properties": {"城市": {"type": "string"}}}
+    body = zai_tools(
+        response_format={"type": "json_schema", "json_schema": {"name": "x", "strict": True, "schema": schema}}
+    )
+    assert body["response_format"] == {"type": "json_object"}
+    assert body["messages"][0]["content"].endswith(': {"type":"object","properties":{"城市":{"type":"string"}}}')
+
+
+@pytest.mark.parametrize(
+    ("options", "more"),
+    [({}, {}), ({"search_context_size": "low"}, {}), ({"search_context_size": "high"}, {"content_size": "high"})],
+)
+def test_web_search_options_are_a_tool(options, more):
+    search = {"enable": True, "search_engine": "search-prime", "search_result": True} | more
+    assert zai_tools(web_search_options=options)["tools"] == [{"type": "web_search", "web_search": search}]
+
+
+def test_a_search_of_zais_own_is_not_doubled():
+    assert zai_tools(web_search_options={}, tools=[SEARCH])["tools"] == [SEARCH]
+
+
+POINT = {"type": "object", "properties": {"x": {"type": "number"}}}
+
+
+@pytest.mark.parametrize(
+    ("schema", "wanted"),
+    [
+        pytest.param(POINT, POINT, id="no references"),
+        pytest.param(
+            {"properties": {"p": {"$ref": "#/$defs/P"}}, "$defs": {"P": POINT}},
+            {"properties": {"p": POINT}},
+            id="$defs",
+        ),
+        pytest.param(
+            {"properties": {"p": {"$ref": "#/definitions/P", "description": "d"}}, "definitions": {"P": POINT}},
+            {"properties": {"p": {**POINT, "description": "d"}}},
+            id="definitions, with more beside",
+        ),
+        pytest.param(
+            {"items": {"$ref": "#/$defs/A"}, "$defs": {"A": {"anyOf": [{"$ref": "#/$defs/P"}]}, "P": POINT}},
+            {"items": {"anyOf": [POINT]}},
+            id="a reference in a definition",
+        ),
+        pytest.param({"$ref": "#/$defs/P", "$defs": {"P": POINT}}, POINT, id="at the root"),
+        pytest.param(
+            {"properties": {"$ref": {"type": "string"}}, "$defs": {"P": POINT}},
+            {"properties": {"$ref": {"type": "string"}}},
+            id="a property of that name",
+        ),
+        pytest.param(
+            {"items": {"$ref": "#/else/P"}, "$defs": {"P": POINT}}, {"items": {"$ref": "#/else/P"}}, id="unknown"
+        ),
+    ],
+)
+def test_references_in_a_schema_are_inlined(schema, wanted):
+    assert Inliner(schema).whole() == wanted
+
+
+def test_a_schema_that_contains_itself_stays():
+    node = {"properties": {"next": {"$ref": "#/$defs/Node"}}}
+    schema = {"items": {"$ref": "#/$defs/Node"}, "$defs": {"Node": node}}
+    assert Inliner(schema).whole() == {"items": node, "$defs": {"Node": node}}
+
+
+def test_a_schema_that_would_grow_out_of_bounds_stays():
+    doubled = {f"D{i}": {"anyOf": [{"$ref": f"#/$defs/D{i + 1}"}] * 2} for i in range(60)}
+    schema = {"$ref": "#/$defs/D0", "$defs": doubled}
+    assert Inliner(schema).whole() == schema
+
+
+ON, OFF = {"thinking": {"type": "enabled"}}, {"thinking": {"type": "disabled"}}
+
+
+@pytest.mark.parametrize(
+    ("model", "effort", "wanted"),
+    [
+        ("glm-4-32b-0414-128k", "none", {}),
+        ("glm-4-32b-0414-128k", "high", {}),
+        *(("glm-4.6", effort, OFF) for effort in ("none", "minimal")),
+        *(("glm-4.6", effort, ON) for effort in ("low", "medium", "high", "xhigh", "max")),
+        *(("glm-5.2", effort, OFF) for effort in ("none", "minimal")),
+        *(
+            ("glm-5.2", effort, ON | {"reasoning_effort": effort})
+            for effort in ("low", "medium", "high", "xhigh", "max")
+        ),
+        *(("glm-5.3", effort, {"reasoning_effort": "low"}) for effort in ("none", "minimal", "low")),
+        *(("glm-5.3", effort, {"reasoning_effort": "high"}) for effort in ("medium", "high")),
+        *(("glm-5.3", effort, {"reasoning_effort": "max"}) for effort in ("xhigh", "max")),
+    ],
+)
+def test_an_effort_is_what_the_model_takes(model, effort, wanted):
+    body = zai_body(parse_chat(chat(reasoning_effort=effort)), MODELS[model])
+    assert {name: body[name] for name in ("thinking", "reasoning_effort") if name in body} == wanted
+
+
+@pytest.mark.parametrize(
+    ("model", "wanted"), [("glm-4-32b-0414-128k", None), ("glm-4.6", ON), ("glm-5.2", ON), ("glm-5.3", None)]
+)
+def test_thinking_on_without_an_effort(model, wanted):
+    body = zai_body(parse_chat(chat(enable_thinking=True)), MODELS[model])
+    assert (body.get("thinking"), "reasoning_effort" in body) == (wanted and wanted["thinking"], False)
+
+
+def test_nothing_said_about_thinking_is_nothing_sent():
+    assert not {"thinking", "reasoning_effort"} & zai_body(parse_chat(HELLO), MODELS["glm-5.2"]).keys()
+
+
+THOUGHT = [{"role": "assistant", "content": "x", "reasoning_content": "hm"}, *HELLO["messages"]]
+
+
+@pytest.mark.parametrize(
+    ("model", "fields", "wanted"),
+    [
+        ("glm-4.6", {"messages": THOUGHT}, {"type": "enabled", "clear_thinking": False}),
+        ("glm-4.6", {"messages": THOUGHT, "enable_thinking": False}, {"type": "disabled", "clear_thinking": False}),
+        (
+            "glm-4.6",
+            {"messages": THOUGHT, "thinking": {"clear_thinking": True}},
+            {"type": "enabled", "clear_thinking": True},
+        ),
+        ("glm-5.3", {"messages": THOUGHT}, {"type": "enabled", "clear_thinking": False}),
+        (
+            "glm-4.6",
+            {"thinking": {"type": "disabled", "clear_thinking": True}},
+            {"type": "disabled", "clear_thinking": True},
+        ),
+        ("glm-4-32b-0414-128k", {"messages": THOUGHT}, None),
+    ],
+)
+def test_reasoning_sent_back_is_kept(model, fields, wanted):
+    assert zai_body(parse_chat(chat(**fields)), MODELS[model]).get("thinking") == wanted
 
 
 # ======== Z.ai: refusals ========
@@ -715,7 +1132,7 @@ DOCUMENT = json.dumps(
 
 
 def read_all(parts):
-    reader = ZaiReader()
+    reader = ZaiReader(MODELS["glm-4.6"])
     return [event for part in parts for event in reader.feed(part)] + list(reader.close())
 
 
@@ -744,7 +1161,7 @@ def test_a_whole_answer_gives_the_same_wherever_it_is_cut():
 
 
 def test_an_events_text_comes_out_with_the_part_that_completes_it():
-    assert list(ZaiReader().feed(FIRST)) == [Thought("想")]
+    assert list(ZaiReader(MODELS["glm-4.6"]).feed(FIRST)) == [Thought("想")]
 
 
 @pytest.mark.parametrize(
@@ -783,10 +1200,225 @@ def test_an_error_inside_a_200_is_an_error(data):
 
 
 def test_what_came_before_a_failure_is_not_lost():
-    events = ZaiReader().feed(FIRST + b"data: junk\n\n")
+    events = ZaiReader(MODELS["glm-4.6"]).feed(FIRST + b"data: junk\n\n")
     assert next(events) == RECORDED_EVENTS[0]
     with pytest.raises(UpstreamError):
         next(events)
+
+
+def stream_of(*chunks, done="data: [DONE]\n\n"):
+    """Chunks as Z.ai streams them; a delta alone is put into its chunk."""
+    whole = [c if "choices" in c else {"id": "7", "created": 1, "choices": [{"index": 0, "delta": c}]} for c in chunks]
+    return "".join(f"data: {json.dumps(c, ensure_ascii=False)}\n\n" for c in whole).encode() + done.encode()
+
+
+def finish(reason="stop", **more):
+    return {
+        "id": "7",
+        "choices": [{"index": 0, "finish_reason": reason, "delta": {"role": "assistant", "content": ""}}],
+        **more,
+    }
+
+
+def document_of(message, reason="stop", **more):
+    return json.dumps({"id": "7", "choices": [{"message": message, "finish_reason": reason}], **more}).encode()
+
+
+SPENT = {"usage": {"prompt_tokens": 1, "completion_tokens": 2, "total_tokens": 3}}
+HI = {"role": "assistant", "content": "hi"}
+HI_EVENTS = [Text("hi"), Usage(1, 2, 3), Finish("stop")]
+
+
+@pytest.mark.parametrize(
+    ("data", "wanted"),
+    [
+        pytest.param(stream_of(HI, finish(**SPENT)), HI_EVENTS, id="usage with the finish"),
+        pytest.param(stream_of(HI, finish(), {"choices": [], **SPENT}), HI_EVENTS, id="usage after the finish"),
+        pytest.param(stream_of(HI, finish(**SPENT), {"choices": [], **SPENT}), HI_EVENTS, id="usage twice"),
+        pytest.param(stream_of(HI, finish("tool_calls"), finish("stop")), [Text("hi"), Finish("tool_calls")], id="a second finish"),
+        pytest.param(stream_of({"role": "assistant"}, {"content": ""}, {}, HI, finish()), [Text("hi"), Finish("stop")], id="empty deltas"),
+        pytest.param(stream_of({"content": None, "reasoning_content": None, "tool_calls": None}, HI, finish()), [Text("hi"), Finish("stop")], id="nulls"),
+        pytest.param(stream_of(finish()), [Finish("stop")], id="a finish without any text"),
+        pytest.param(stream_of(HI, {"choices": [{"delta": None, "finish_reason": "stop"}]}), [Text("hi"), Finish("stop")], id="delta null"),
+        pytest.param(stream_of(HI, finish()) + b"data: late\n\n", [Text("hi"), Finish("stop")], id="something after the end"),
+    ],
+)  # fmt: skip
+def test_what_zai_leaves_out_or_says_twice(data, wanted):
+    for parts in cuts(data):
+        assert read_all(parts) == wanted
+
+
+ONE, TWO = stream_of(HI, done="").strip(), stream_of({"content": "你"}, done="").strip()
+END = b"\n\n" + stream_of(finish())
+
+
+@pytest.mark.parametrize(
+    ("line", "words", "torn"),
+    [
+        pytest.param(ONE[:-20] + TWO, ["你"], 1, id="torn and glued"),
+        pytest.param(ONE[:-20] + b"\n" + TWO, ["你"], 1, id="torn, on a line of its own"),
+        pytest.param(ONE + TWO, ["hi", "你"], 0, id="whole and glued"),
+        pytest.param(ONE + b"\n" + TWO, ["hi", "你"], 0, id="one line end between"),
+        pytest.param(ONE[:30] + ONE[:50] + TWO, ["你"], 1, id="torn twice is one gap"),
+        pytest.param(TWO[:-12] + TWO + ONE, ["你", "hi"], 1, id="torn, then two whole"),
+        pytest.param(
+            stream_of({"content": 'data: {"choices": 1} '}, done="").strip()[:-8] + TWO,
+            ["你"],
+            1,
+            id="a start inside the torn one",
+        ),
+        pytest.param(
+            ONE[:-20] + stream_of({"content": 'data: {"choices": 1} 你'}, done="").strip(),
+            ['data: {"choices": 1} 你'],
+            1,
+            id="a start inside the whole one",
+        ),
+        pytest.param('data: {"id":"你'.encode()[:-1] + TWO, ["你"], 1, id="torn inside a character"),
+    ],
+)
+def test_a_torn_frame_is_dropped_and_counted_and_the_whole_one_used(line, words, torn):
+    for parts in cuts(line + END):
+        reader = ZaiReader(MODELS["glm-4.6"])
+        events = [event for part in parts for event in reader.feed(part)] + list(reader.close())
+        assert events == [*map(Text, words), Finish("stop")]
+        assert reader.torn == torn
+
+
+def test_a_torn_frame_that_nothing_follows_is_a_failure():
+    for parts in cuts(ONE + ONE[:-20] + END):
+        with pytest.raises(UpstreamError):
+            read_all(parts)
+
+
+def piece(**fields):
+    return {"tool_calls": [fields]}
+
+
+def named(name, arguments=""):
+    return {"name": name, "arguments": arguments}
+
+
+@pytest.mark.parametrize(
+    ("pieces", "wanted"),
+    [
+        pytest.param(
+            [piece(id="a", index=0, type="function", function=named("f", "{}")), piece(id="b", index=1, function=named("g", "{}"))],
+            [("a", "f", "{}"), ("b", "g", "{}")],
+            id="as they should be",
+        ),
+        pytest.param(
+            [piece(id="a", index=3, function=named("f", '{"x"')), piece(index=3, function={"arguments": ":1}"})],
+            [("a", "f", '{"x":1}')],
+            id="in pieces, from index 3",
+        ),
+        pytest.param(
+            [piece(id="a", index=0, function=named("f", "{")), piece(id="b", index=1, function=named("g", "{")), piece(index=0, function=named(None, "}")), piece(index=1, function=named(None, "}"))],
+            [("a", "f", "{}"), ("b", "g", "{}")],
+            id="interleaved, name null",
+        ),
+        pytest.param(
+            [piece(id="a", index=-1, function=named("f", {"x": 1})), piece(id="b", index=-1, function=named("g", {}))],
+            [("a", "f", '{"x":1}'), ("b", "g", "{}")],
+            id="index -1, arguments as objects",
+        ),
+        pytest.param(
+            [piece(function=named("f", '{"x"')), piece(function={"arguments": ":1}"}), piece(function=named("g", "{}"))],
+            [("call_7_0_0", "f", '{"x":1}'), ("call_7_0_1", "g", "{}")],
+            id="no index, no id",
+        ),
+        pytest.param(
+            [piece(id="a", function=named("f", '{"x"')), piece(id="a", function={"arguments": ":1}"}), piece(id="b", function=named("f", "{}"))],
+            [("a", "f", '{"x":1}'), ("b", "f", "{}")],
+            id="no index, ids",
+        ),
+        pytest.param(
+            [piece(id="a", index=0, function=named("f", "{}")), piece(id="b", index=0, function=named("g", "{}"))],
+            [("a", "f", "{}"), ("b", "g", "{}")],
+            id="one index for two",
+        ),
+        pytest.param(
+            [piece(index=0, function=named("f", "{}")), piece(index=0, function=named("g", "{}"))],
+            [("call_7_0_0", "f", "{}"), ("call_7_0_1", "g", "{}")],
+            id="one index for two, no ids",
+        ),
+        pytest.param([piece(id=-726, index=0, function=named("f", "{}"))], [("-726", "f", "{}")], id="a number for an id"),
+        pytest.param([piece(id=None, index=0, function=named("f", "{}"))], [("call_7_0_0", "f", "{}")], id="id null"),
+        pytest.param(
+            [piece(id="a", index=0, function=named("f", "{}")), piece(id="a", index=1, function=named("g", "{}"))],
+            [("a", "f", "{}"), ("a_1", "g", "{}")],
+            id="one id for two",
+        ),
+        pytest.param(
+            [piece(id="a", index=0, function={"arguments": "{"}), piece(index=0, function=named("f", "}"))],
+            [("a", "f", "{}")],
+            id="the name after the arguments",
+        ),
+        pytest.param(
+            [piece(id="a", index=0, function=named("f", "{")), piece(id="a", index=0, function=named("f", "}"))],
+            [("a", "f", "{}")],
+            id="id and name in every piece",
+        ),
+        pytest.param([piece(id="a", index=0, function=named("f"))], [("a", "f", "{}")], id="no arguments"),
+        pytest.param([piece(id="a", index=0, function=named("f", None))], [("a", "f", "{}")], id="arguments null"),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("as_document", [False, True], ids=["streamed", "whole"])
+def test_tool_calls_are_healed(pieces, wanted, as_document):
+    together = {
+        "role": "assistant",
+        "content": "",
+        "tool_calls": [call for delta in pieces for call in delta["tool_calls"]],
+    }
+    data = document_of(together, "tool_calls") if as_document else stream_of(*pieces, finish())
+    for parts in ([data], [bytes([byte]) for byte in data]):
+        events = read_all(parts)
+        choice = completion(events)["choices"][0]
+        calls = choice["message"]["tool_calls"]
+        assert [(call["id"], *call["function"].values()) for call in calls] == wanted
+        assert (choice["finish_reason"], {call["type"] for call in calls}) == ("tool_calls", {"function"})
+        assert [event.index for event in events if isinstance(event, ToolCall) and event.id] == list(range(len(wanted)))
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        pytest.param(stream_of(HI, finish(web_search=[FOUND])), id="streamed"),
+        pytest.param(document_of(HI, web_search=[FOUND]), id="whole"),
+    ],
+)
+def test_what_a_search_found_comes_before_the_finish(data):
+    for parts in cuts(data):
+        assert read_all(parts) == [Text("hi"), Citations((FOUND,)), Finish("stop")]
+
+
+def read_tagged(words, model="glm-4.5v"):
+    """The events of deltas with these words, consecutive texts joined."""
+    reader, joined = ZaiReader(MODELS[model]), []
+    for event in [*reader.feed(stream_of(*({"content": word} for word in words), finish())), *reader.close()]:
+        more = bool(joined) and type(joined[-1]) is type(event)
+        joined.append(type(event)(joined.pop().text + event.text) if more else event)
+    return joined[:-1]
+
+
+@pytest.mark.parametrize(
+    ("text", "wanted"),
+    [
+        ("<think>hm</think>yes", [Thought("hm"), Text("yes")]),
+        ("<think>a<b</think><|begin_of_box|>4<2<|end_of_box|>.", [Thought("a<b"), Text("4<2.")]),
+        ("yes <think>no</think>", [Text("yes <think>no</think>")]),
+        ("<think>hm", [Thought("hm")]),
+        ("yes</think><", [Text("yes</think><")]),
+        ("<|begin_of_box|>x", [Text("x")]),
+    ],
+)
+def test_reasoning_that_models_that_see_put_into_the_text(text, wanted):
+    for i in range(len(text)):
+        assert read_tagged([text[:i], text[i:]]) == wanted
+    assert read_tagged(list(text)) == wanted
+
+
+def test_other_models_may_write_of_tags():
+    assert read_tagged(["<think>hm</think>"], "glm-4.6") == [Text("<think>hm</think>")]
 
 
 @pytest.mark.parametrize(
@@ -807,6 +1439,7 @@ class FakeZai:
 
     def __init__(self):
         self.status, self.headers, self.parts = 200, {"Content-Type": "text/event-stream"}, [RECORDED]
+        self.answers = []  # the parts of the next answers, before `parts` counts
         self.models = web.json_response({"object": "list", "data": []})
         self.bodies, self.keys, self.open = [], [], 0
         self.left = asyncio.Event()  # somebody hung up before the answer's end
@@ -837,7 +1470,7 @@ class FakeZai:
     async def answer(self, request):
         response = web.StreamResponse(status=self.status, headers=self.headers)
         await response.prepare(request)
-        for part in self.parts:
+        for part in self.answers.pop(0) if self.answers else self.parts:
             if part is HANG:
                 await asyncio.sleep(60)
             elif part is RESET:
@@ -989,6 +1622,68 @@ async def test_the_answer_names_the_model_as_the_client_did(start, zai):
     client = await start(model_aliases=(("gpt-*", "glm-5"),))
     assert json.loads((await ask(client, chat(model="GPT-4o")))[1])["model"] == "GPT-4o"
     assert zai.bodies[0]["model"] == "glm-5"
+
+
+@over_sockets
+async def test_reasoning_goes_where_the_setting_says_unless_the_request_does(start):
+    client = await start(reasoning_format="hidden")
+    assert "想" not in (await ask(client, chat(stream=True)))[1]
+    assert said((await ask(client, chat(stream=True, reasoning_format="raw")))[1]) == "<think>想</think>\n你好😀"
+    whole = json.loads((await ask(client, chat(reasoning_format="raw")))[1])
+    assert whole["choices"][0]["message"]["content"] == "<think>想</think>\n你好😀"
+
+
+@over_sockets
+@pytest.mark.parametrize(("setting", "wanted"), [(True, ON), (False, OFF), (None, {})])
+async def test_the_setting_decides_on_thinking_where_the_request_does_not(start, zai, setting, wanted):
+    client = await start(enable_thinking=setting)
+    await ask(client)
+    await ask(client, chat(reasoning_effort="none"))
+    assert zai.bodies[0].get("thinking") == wanted.get("thinking")
+    assert zai.bodies[1]["thinking"] == OFF["thinking"]
+
+
+@over_sockets
+async def test_n_answers_are_merged_into_one(client, zai):
+    _, stream = await ask(client, chat(n=3, stream=True, stream_options={"include_usage": True}))
+    streamed = parse_frames(stream)
+    texts = {0: "", 1: "", 2: ""}
+    for frame in streamed[:-1]:
+        for choice in frame["choices"]:
+            texts[choice["index"]] += choice["delta"].get("content", "")
+    assert texts == dict.fromkeys(range(3), "\n你好😀")
+    assert (streamed[-1]["choices"], streamed[-1]["usage"]["total_tokens"]) == ([], 27)
+    assert len({frame["id"] for frame in streamed}) == 1
+    whole = json.loads((await ask(client, chat(n=3)))[1])
+    assert [choice["index"] for choice in whole["choices"]] == [0, 1, 2]
+    assert [choice["message"]["content"] for choice in whole["choices"]] == ["\n你好😀"] * 3
+    assert whole["usage"]["total_tokens"] == 27
+    assert len(zai.bodies) == 6
+    assert not any("n" in body for body in zai.bodies)
+
+
+@over_sockets
+async def test_choices_come_as_they_come(client, zai):
+    zai.answers = [[FIRST, HANG], [RECORDED]]
+    async with client.post("/v1/chat/completions", json=chat(n=2, stream=True), headers=KEY) as response:
+        seen = ""
+        while '"finish_reason":"stop"' not in seen:
+            seen += (await asyncio.wait_for(response.content.readany(), 5)).decode()
+    assert await eventually(lambda: zai.open == 0)
+
+
+@over_sockets
+@pytest.mark.parametrize("stream", [False, True], ids=["whole", "streamed"])
+@pytest.mark.parametrize(
+    "broken",
+    [[b'{"error":{"code":"1301","message":"no"}}'], [FIRST, b'data: {"error":{"code":"1301"}}\n\n']],
+    ids=["at once", "later"],
+)
+async def test_one_choice_that_fails_fails_the_answer(client, zai, stream, broken):
+    zai.answers = [[FIRST, HANG], broken]
+    _, body = await ask(client, chat(n=2, stream=stream))
+    assert '"code":"content_filter"' in body
+    assert await eventually(lambda: zai.open == 0)
 
 
 # ======== Failures over real sockets ========
@@ -1591,6 +2286,47 @@ async def test_the_sdk_reads_a_tool_call(sdk, zai):
         answer = await stream.get_final_completion()
     assert answer.choices[0].message.tool_calls[0].function.arguments == '{"cmd":"ls"}'
     assert answer.choices[0].finish_reason == "tool_calls"
+
+
+@over_sockets
+async def test_the_sdk_works_without_async_too(client):
+    openai = pytest.importorskip("openai")
+
+    def talk():
+        with openai.OpenAI(base_url=str(client.make_url("/v1")), api_key="sk-your-key", max_retries=0) as sdk:
+            whole = sdk.chat.completions.create(**HELLO)
+            streamed = [
+                chunk.choices[0].delta.content or "" for chunk in sdk.chat.completions.create(**HELLO, stream=True)
+            ]
+        return whole.choices[0].message.content, "".join(streamed)
+
+    assert await asyncio.to_thread(talk) == ("\n你好😀", "\n你好😀")
+
+
+@over_sockets
+async def test_the_sdk_parses_an_answer_into_a_model(sdk, zai):
+    class Point(pytest.importorskip("pydantic").BaseModel):
+        x: float
+        label: str
+
+    zai.parts = [document_of({"role": "assistant", "content": '{"x": 1.5, "label": "点"}'})]
+    answer = await sdk.chat.completions.parse(**HELLO, response_format=Point)
+    assert answer.choices[0].message.parsed == Point(x=1.5, label="点")
+    assert zai.bodies[0]["response_format"] == {"type": "json_object"}
+    assert '"label"' in zai.bodies[0]["messages"][0]["content"]
+
+
+@over_sockets
+async def test_the_sdk_sends_an_image(sdk, zai):
+    parts = [{"type": "text", "text": "?"}, {"type": "image_url", "image_url": {"url": "data:image/png;base64,QUJD"}}]
+    await sdk.chat.completions.create(model="glm-4.6v", messages=[{"role": "user", "content": parts}])
+    assert zai.bodies[0]["messages"][0]["content"][1] == {"type": "image_url", "image_url": {"url": "QUJD"}}
+
+
+@over_sockets
+async def test_the_sdk_reads_several_choices(sdk):
+    answer = await sdk.chat.completions.create(**HELLO, n=2)
+    assert [choice.message.content for choice in answer.choices] == ["\n你好😀"] * 2
 
 
 @over_sockets

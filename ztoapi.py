@@ -23,6 +23,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import errno
+import hashlib
 import hmac
 import io
 import ipaddress
@@ -35,12 +36,12 @@ import secrets
 import socket
 import sys
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable, Iterator, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import astuple, dataclass, field, fields, replace
 from datetime import datetime
 from fnmatch import fnmatchcase
-from itertools import cycle
+from itertools import chain, cycle
 from pathlib import Path
 from typing import Any, Literal, NoReturn, Protocol
 from urllib.parse import quote, urlsplit
@@ -57,6 +58,7 @@ JSON = dict[str, Any]
 # ======== Settings ==================================================================================================
 
 PUBLISHED_KEY = "sk-your-key"
+ReasoningFormat = Literal["parsed", "raw", "hidden"]
 GENERAL_URL = "https://api.z.ai/api/paas/v4"
 
 
@@ -82,6 +84,13 @@ def whole_number(low: int, high: int) -> Callable[[str], int]:
         if not low <= int(text) <= high:
             raise ValueError(text)
         return int(text)
+
+    return read
+
+
+def one_of(*words: str) -> Callable[[str], str]:
+    def read(text: str) -> str:
+        return words[words.index(text.lower())]
 
     return read
 
@@ -146,6 +155,8 @@ class Settings:
     zai_api_key: tuple[str, ...] = setting((), keys, "one or more Z.ai keys of plain ASCII, separated by commas")
     zai_base_url: str = setting(GENERAL_URL, base_url, f"an http or https address such as {GENERAL_URL}")
     default_stream: bool = setting(default=False, read=boolean, wanted="true or false")
+    enable_thinking: bool | None = setting(None, boolean, "true or false, or empty")
+    reasoning_format: ReasoningFormat = setting("parsed", one_of("parsed", "raw", "hidden"), "parsed, raw or hidden")
     model_aliases: tuple[tuple[str, str], ...] = setting((), aliases, "name=model pairs, separated by commas")
     upstream_timeout: int = setting(300, whole_number(1, 86400), "a number of seconds, 1 to 86400")
     max_body_mb: int = setting(64, whole_number(1, 4096), "a number of megabytes, 1 to 4096")
@@ -295,6 +306,9 @@ def error_headers(error: ProxyError, now: float) -> dict[str, str]:
 
 K = 1024
 
+# How a model takes to being told whether to think: not at all, on or off, with an effort, or always with some effort.
+ThinkingKind = Literal["none", "switch", "effort", "always"]
+
 
 @dataclass(frozen=True, slots=True)
 class Model:
@@ -303,38 +317,50 @@ class Model:
     id: str
     context: int | None = None
     output: int | None = None
+    thinking: ThinkingKind = "always"
     sees: bool = True
     free: bool = False
     created: int = 1753632000  # when Z.ai's own list begins
 
+    @property
+    def streams_calls(self) -> bool:
+        """From GLM-4.6 on the arguments of a tool call can be streamed."""
+        return not self.id.startswith(("glm-4-", "glm-4.1", "glm-4.5"))
 
-# docs.z.ai, October 2026: id, context and output in K, what it can do, created (Z.ai's own list, else the release).
+    @property
+    def writes_tags(self) -> bool:
+        """Older models that see put their reasoning, and boxes around results, into the text (docs.z.ai, GLM-4.5V)."""
+        return self.id.startswith(("glm-4.1v", "glm-4.5v", "glm-4.6v"))
+
+
+# docs.z.ai, October 2026: id, context and output in K, thinking, what else, created (in Z.ai's list, or the release).
+MODEL_ROWS: tuple[tuple[str, int, int, ThinkingKind, str, int], ...] = (
+    ("glm-5.3", 1024, 128, "always", "", 1786636800),
+    ("glm-5.3-flash", 1024, 128, "always", "sees", 1787702400),
+    ("glm-5.3-flashx", 1024, 128, "always", "sees", 1787702400),
+    ("glm-5.2", 1024, 128, "effort", "", 1780272000),
+    ("glm-5.1", 200, 128, "switch", "", 1774569600),
+    ("glm-5", 200, 128, "switch", "", 1770768000),
+    ("glm-5-turbo", 200, 128, "switch", "", 1773532800),
+    ("glm-5v-turbo", 200, 128, "switch", "sees", 1775001600),
+    ("glm-4.7", 200, 128, "switch", "", 1766361600),
+    ("glm-4.7-flashx", 200, 128, "switch", "", 1768780800),
+    ("glm-4.7-flash", 200, 128, "switch", "free", 1768780800),
+    ("glm-4.6", 200, 128, "switch", "", 1759190400),
+    ("glm-4.6v", 128, 32, "switch", "sees", 1765152000),
+    ("glm-4.6v-flashx", 128, 32, "switch", "sees", 1765152000),
+    ("glm-4.6v-flash", 128, 32, "switch", "sees free", 1765152000),
+    ("glm-4.5", 128, 96, "switch", "", 1753632000),
+    ("glm-4.5-x", 128, 96, "switch", "", 1753632000),
+    ("glm-4.5-air", 128, 96, "switch", "", 1753632000),
+    ("glm-4.5-airx", 128, 96, "switch", "", 1753632000),
+    ("glm-4.5-flash", 128, 96, "switch", "free", 1753632000),
+    ("glm-4.5v", 64, 16, "switch", "sees", 1754870400),
+    ("glm-4-32b-0414-128k", 128, 16, "none", "", 1744588800),
+)
 MODELS = {
-    name: Model(name, context * K, output * K, "sees" in what, "free" in what, created)
-    for name, context, output, what, created in (
-        ("glm-5.3", 1024, 128, "", 1786636800),
-        ("glm-5.3-flash", 1024, 128, "sees", 1787702400),
-        ("glm-5.3-flashx", 1024, 128, "sees", 1787702400),
-        ("glm-5.2", 1024, 128, "", 1780272000),
-        ("glm-5.1", 200, 128, "", 1774569600),
-        ("glm-5", 200, 128, "", 1770768000),
-        ("glm-5-turbo", 200, 128, "", 1773532800),
-        ("glm-5v-turbo", 200, 128, "sees", 1775001600),
-        ("glm-4.7", 200, 128, "", 1766361600),
-        ("glm-4.7-flashx", 200, 128, "", 1768780800),
-        ("glm-4.7-flash", 200, 128, "free", 1768780800),
-        ("glm-4.6", 200, 128, "", 1759190400),
-        ("glm-4.6v", 128, 32, "sees", 1765152000),
-        ("glm-4.6v-flashx", 128, 32, "sees", 1765152000),
-        ("glm-4.6v-flash", 128, 32, "sees free", 1765152000),
-        ("glm-4.5", 128, 96, "", 1753632000),
-        ("glm-4.5-x", 128, 96, "", 1753632000),
-        ("glm-4.5-air", 128, 96, "", 1753632000),
-        ("glm-4.5-airx", 128, 96, "", 1753632000),
-        ("glm-4.5-flash", 128, 96, "free", 1753632000),
-        ("glm-4.5v", 64, 16, "sees", 1754870400),
-        ("glm-4-32b-0414-128k", 128, 16, "", 1744588800),
-    )
+    name: Model(name, context * K, output * K, thinking, "sees" in what, "free" in what, created)
+    for name, context, output, thinking, what, created in MODEL_ROWS
 }
 
 
@@ -472,7 +498,15 @@ class Finish:
     choice: int = 0
 
 
-Event = Thought | Text | ToolCall | Usage | Finish
+@dataclass(frozen=True, slots=True)
+class Citations:
+    """What a web search found, as Z.ai lists it: title, link, content and more."""
+
+    results: tuple[JSON, ...]
+    choice: int = 0
+
+
+Event = Thought | Text | ToolCall | Citations | Usage | Finish
 
 
 @dataclass(frozen=True, slots=True)
@@ -504,6 +538,18 @@ class Message:
 
 
 @dataclass(frozen=True, slots=True)
+class ToolChoice:
+    """Whether a tool may or must be called; where there are `names`, only those count."""
+
+    mode: Literal["auto", "none", "required"] = "auto"
+    names: tuple[str, ...] = ()
+
+
+# How much to think; "on" leaves the effort to the model.
+Effort = Literal["off", "on", "low", "medium", "high", "xhigh", "max"]
+
+
+@dataclass(frozen=True, slots=True)
 class Prompt:
     """What a client asks, checked, and free of the format it was asked in. None: the client did not say."""
 
@@ -511,11 +557,21 @@ class Prompt:
     messages: tuple[Message, ...]
     stream: bool | None = None
     include_usage: bool = False
+    n: int = 1
     temperature: float | None = None
     top_p: float | None = None
     max_tokens: int | None = None
     stop: tuple[str, ...] = ()
+    seed: int | None = None
+    user: str = ""
     tools: tuple[Tool, ...] = ()
+    native_tools: tuple[JSON, ...] = ()  # Z.ai's own: web_search, retrieval, mcp
+    tool_choice: ToolChoice = ToolChoice()
+    schema: JSON | None = None  # JSON Schema of the answer; {}: any JSON object; None: text
+    effort: Effort | None = None
+    clear_thinking: bool | None = None  # whether the model forgets what it thought in earlier turns
+    reasoning_format: ReasoningFormat | None = None
+    native: JSON = field(default_factory=dict)  # Z.ai's own parameters, passed on
     ignored: tuple[str, ...] = ()  # fields that cannot be honoured
 
 
@@ -535,6 +591,7 @@ class Choice:
     texts: list[str] = field(default_factory=list)
     thoughts: list[str] = field(default_factory=list)
     calls: dict[int, list[ToolCall]] = field(default_factory=dict)
+    citations: tuple[JSON, ...] = ()
     finish: FinishReason = "stop"
 
     @property
@@ -569,11 +626,36 @@ class Answer:
                 self.choice(choice).texts.append(text)
             case ToolCall(index=index, choice=choice):
                 self.choice(choice).calls.setdefault(index, []).append(event)
+            case Citations(results, choice):
+                self.choice(choice).citations = results
             case Finish(reason, choice):
                 self.choice(choice).finish = reason
 
     def choice(self, index: int) -> Choice:
         return self.choices.setdefault(index, Choice())
+
+
+class ReasoningShape:
+    """Where the model's reasoning goes: on as it is, into the text between <think> tags, or nowhere."""
+
+    def __init__(self, form: ReasoningFormat) -> None:
+        self.form = form
+        self.thinking: set[int] = set()  # choices with an open <think>
+
+    def feed(self, event: Event) -> Iterator[Event]:
+        match event:
+            case Thought() if self.form == "hidden":
+                return
+            case Thought(text, choice) if self.form == "raw":
+                yield Text(text if choice in self.thinking else "<think>" + text, choice)
+                self.thinking.add(choice)
+            case Thought() | Usage():
+                yield event
+            case _:
+                if event.choice in self.thinking:
+                    self.thinking.remove(event.choice)
+                    yield Text("</think>", event.choice)
+                yield event
 
 
 # ======== OpenAI chat completions ===================================================================================
@@ -612,10 +694,13 @@ def number(low: float, high: float) -> Callable[[Any], float]:
     return check
 
 
-def positive(value: Any) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ValueError("must be a whole number, 1 or more")
-    return value
+def integer(low: int, high: int) -> Callable[[Any], int]:
+    def check(value: Any) -> int:
+        if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
+            raise ValueError(f"must be a whole number from {low} to {high}")
+        return value
+
+    return check
 
 
 def stop_words(value: Any) -> tuple[str, ...]:
@@ -625,26 +710,151 @@ def stop_words(value: Any) -> tuple[str, ...]:
     return tuple(word for word in words if word)
 
 
+def tool_list(value: Any) -> list[Any]:
+    if sum(obj(tool).get("type") == "function" for tool in array(value)) > MAX_TOOLS:
+        raise ValueError(f"must not have more than {MAX_TOOLS} functions: Z.ai takes no more")
+    return array(value)
+
+
+def tool_choice(value: Any) -> ToolChoice:
+    match value:
+        case "auto" | "none" | "required":
+            return ToolChoice(value)
+        case {"type": "function", "function": {"name": str(name)}}:
+            return ToolChoice("required", (name,))
+        case {"type": "allowed_tools", "allowed_tools": {"mode": "auto" | "required" as mode, "tools": [*tools]}}:
+            return ToolChoice(mode, tuple(str(obj(obj(tool).get("function")).get("name")) for tool in tools))
+        case _:
+            raise ValueError("must be auto, none, required, or name a function")
+
+
+def answer_schema(value: Any) -> JSON | None:
+    """The `response_format`: None for text, {} for any JSON."""
+    match value:
+        case {"type": "text"}:
+            return None
+        case {"type": "json_object"}:
+            return {}
+        case {"type": "json_schema", "json_schema": {"schema": dict(schema)}}:
+            return schema
+        case _:
+            raise ValueError("must have the type text, json_object, or json_schema with a json_schema.schema")
+
+
+def search_tool(value: Any) -> JSON:
+    """OpenAI's web_search_options as Z.ai's tool.
+
+    Documents and clients differ on whether search_engine must be there; "search-prime" is the one api.z.ai documents.
+    """
+    high = {"content_size": "high"} if mapping(value).get("search_context_size") == "high" else {}
+    return {
+        "type": "web_search",
+        "web_search": {"enable": True, "search_engine": "search-prime", "search_result": True, **high},
+    }
+
+
+# The words for effort that clients of the OpenAI API and of its relatives use.
+EFFORTS: dict[str, Effort] = {
+    "none": "off",
+    "minimal": "off",
+    "low": "low",
+    "medium": "medium",
+    "high": "high",
+    "xhigh": "xhigh",
+    "max": "max",
+}
+
+
+def effort(value: Any) -> Effort:
+    if not isinstance(value, str) or value not in EFFORTS:
+        raise ValueError(f"must be one of {', '.join(EFFORTS)}")
+    return EFFORTS[value]
+
+
+def effort_switch(value: Any) -> Effort:
+    return "on" if switch(value) else "off"
+
+
+def effort_object(value: Any) -> Effort | None:
+    """OpenRouter's `reasoning` object."""
+    given = mapping(value)
+    if given.get("enabled") is False:
+        return "off"
+    if given.get("effort") is not None:
+        return effort(given["effort"])
+    return None if given.get("enabled") is None else effort_switch(given["enabled"])
+
+
+def effort_thinking(value: Any) -> Effort | None:
+    """Z.ai's own `thinking` object."""
+    kind = mapping(value).get("type")
+    if kind not in (None, "enabled", "disabled"):
+        raise ValueError("must have the type enabled or disabled")
+    return None if kind is None else effort_switch(kind == "enabled")
+
+
+def effort_template(value: Any) -> Effort | None:
+    """What vLLM and SGLang call chat_template_kwargs."""
+    given = mapping(value).get("enable_thinking")
+    return None if given is None else effort_switch(given)
+
+
+def reasoning_format(value: Any) -> ReasoningFormat:
+    if value not in ("parsed", "raw", "hidden"):
+        raise ValueError("must be parsed, raw or hidden")
+    return value  # type: ignore[no-any-return]
+
+
+# Five ways to ask for thinking; where a request has several, the first counts.
+EFFORT_FIELDS: dict[str, Callable[[Any], Effort | None]] = {
+    "reasoning_effort": effort,
+    "reasoning": effort_object,
+    "thinking": effort_thinking,
+    "enable_thinking": effort_switch,
+    "chat_template_kwargs": effort_template,
+}
+
+# Z.ai's own parameters, which go on as they are.
+NATIVE_FIELDS: dict[str, Callable[[Any], Any]] = {
+    "do_sample": switch,
+    "request_id": string,
+    "tool_stream": switch,
+    "sensitive_word_check": mapping,
+}
+
 # Each field that counts, and what it must be. Whatever else a client sends is left out and listed as ignored.
 CHAT_FIELDS: dict[str, Callable[[Any], Any]] = {
     "model": string,
     "messages": array,
     "stream": switch,
     "stream_options": mapping,
+    "n": integer(1, 8),
     "temperature": number(0, 2),
     "top_p": number(0, 1),
-    "max_tokens": positive,
-    "max_completion_tokens": positive,
+    "max_completion_tokens": integer(1, 2**31),
+    "max_tokens": integer(1, 2**31),
     "stop": stop_words,
-    "tools": array,
+    "seed": integer(-(2**63), 2**63 - 1),
+    "user_id": string,
+    "safety_identifier": string,
+    "user": string,
+    "tools": tool_list,
+    "tool_choice": tool_choice,
+    "parallel_tool_calls": switch,
+    "web_search_options": search_tool,
+    "response_format": answer_schema,
+    "reasoning_format": reasoning_format,
+    **EFFORT_FIELDS,
+    **NATIVE_FIELDS,
 }
 
+# Fields of these names in a Prompt are as they were given.
+SAME_IN_PROMPT = ("model", "stream", "n", "temperature", "top_p", "stop", "seed", "tool_choice", "reasoning_format")
+
 # Values that ask for nothing, besides null, 0, false, {} and [].
-NEUTRAL: dict[str, tuple[Any, ...]] = {
-    "modalities": (["text"],),
-    "service_tier": ("auto", "default"),
-    "tool_choice": ("auto",),
-}
+NEUTRAL: dict[str, tuple[Any, ...]] = {"modalities": (["text"],), "service_tier": ("auto", "default")}
+
+MAX_TOOLS = 128
 
 ROLES = {
     "system": "system",
@@ -662,22 +872,44 @@ def parse_chat(body: JSON) -> Prompt:
     for name in ("model", "messages"):
         if not given.get(name):
             raise BadRequest(f"'{name}' is required and must not be empty.", name)
+    tools = [parse_tool(tool, f"tools[{i}]") for i, tool in enumerate(given.get("tools", ()))]
     return Prompt(
-        model=given["model"],
+        **{name: given[name] for name in SAME_IN_PROMPT if name in given},
         messages=tuple(parse_message(message, f"messages[{i}]") for i, message in enumerate(given["messages"])),
-        stream=given.get("stream"),
         include_usage=given.get("stream_options", {}).get("include_usage") is True,
-        temperature=given.get("temperature"),
-        top_p=given.get("top_p"),
         max_tokens=given.get("max_completion_tokens", given.get("max_tokens")),
-        stop=given.get("stop", ()),
-        tools=tuple(parse_tool(tool, f"tools[{i}]") for i, tool in enumerate(given.get("tools", ()))),
-        ignored=tuple(
-            name
-            for name, value in body.items()
-            if name not in CHAT_FIELDS and value and value not in NEUTRAL.get(name, ())
-        ),
+        user=given.get("user_id") or given.get("safety_identifier") or given.get("user") or "",
+        tools=tuple(tool for tool in tools if isinstance(tool, Tool)),
+        native_tools=tuple(native_tools(tools, given)),
+        schema=given.get("response_format"),
+        effort=next((given[name] for name in EFFORT_FIELDS if given.get(name)), None),
+        clear_thinking=clear_thinking(body),
+        native={name: given[name] for name in NATIVE_FIELDS if name in given},
+        ignored=tuple(ignored(body, given)),
     )
+
+
+def native_tools(tools: list[Tool | JSON], given: JSON) -> list[JSON]:
+    """Z.ai's own tools: those sent as such, and the search asked for in OpenAI's way."""
+    native = [tool for tool in tools if not isinstance(tool, Tool)]
+    searches = any(tool["type"] == "web_search" for tool in native)
+    return native if searches or "web_search_options" not in given else [*native, given["web_search_options"]]
+
+
+def clear_thinking(body: JSON) -> bool | None:
+    said = obj(body.get("thinking")).get("clear_thinking")
+    if said is not None and not isinstance(said, bool):
+        raise BadRequest("'thinking.clear_thinking' must be true or false.", "thinking.clear_thinking")
+    return said
+
+
+def ignored(body: JSON, given: JSON) -> Iterator[str]:
+    """The fields that ask for something we cannot do."""
+    for name, value in body.items():
+        if name not in CHAT_FIELDS and value and value not in NEUTRAL.get(name, ()):
+            yield name
+    if given.get("parallel_tool_calls") is False and given.get("tools"):
+        yield "parallel_tool_calls"
 
 
 def checked(body: JSON, wanted: Mapping[str, Callable[[Any], Any]]) -> JSON:
@@ -781,14 +1013,16 @@ def parse_call_id(message: JSON, at: str) -> str:
     return call_id
 
 
-def parse_tool(tool: Any, at: str) -> Tool:
+def parse_tool(tool: Any, at: str) -> Tool | JSON:
     match tool:
         case {"type": "function", "function": {"name": str(name), **rest}}:
             # Z.ai requires the other two, OpenAI neither.
             parameters = obj(rest.get("parameters")) or {"type": "object", "properties": {}}
             return Tool(name, str(rest.get("description") or name), parameters)
+        case {"type": "web_search" | "retrieval" | "mcp"}:
+            return tool  # type: ignore[no-any-return]
         case _:
-            raise BadRequest(f"'{at}' must be a function with a name.", at)
+            raise BadRequest(f"'{at}' must be a function with a name, or Z.ai's web_search, retrieval or mcp.", at)
 
 
 def usage_body(usage: Usage) -> JSON:
@@ -823,6 +1057,8 @@ class ChatStream:
                 return [self.chunk(choice, {"reasoning_content": words})]
             case ToolCall(choice=choice):
                 return [self.chunk(choice, {"tool_calls": [call_delta(event)]})]
+            case Citations(results, choice):
+                return [{**self.chunk(choice, {"annotations": url_citations(results)}), "web_search": list(results)}]
             case Usage():
                 self.usage = event + (self.usage or Usage())
                 return []
@@ -858,6 +1094,24 @@ def call_delta(call: ToolCall) -> JSON:
     return {"index": call.index, "function": {"arguments": call.arguments}}
 
 
+def url_citations(results: Iterable[JSON]) -> list[JSON]:
+    """Where the model read: Z.ai does not tell the places in the text, so they are 0."""
+    return [
+        {
+            "type": "url_citation",
+            "url_citation": {
+                "url": result["link"],
+                "title": result.get("title") or "",
+                "start_index": 0,
+                "end_index": 0,
+                "content": result.get("content") or "",
+            },
+        }
+        for result in results
+        if result.get("link")
+    ]
+
+
 def chat_completion(head: Head, _: Prompt, answer: Answer) -> JSON:
     return {
         "id": f"chatcmpl-{head.id}",
@@ -866,6 +1120,7 @@ def chat_completion(head: Head, _: Prompt, answer: Answer) -> JSON:
         "model": head.model,
         "choices": [chat_choice(index, choice) for index, choice in sorted(answer.choices.items())],
         "usage": usage_body(answer.usage),
+        **({"web_search": found} if (found := [*chain(*(c.citations for c in answer.choices.values()))]) else {}),
     }
 
 
@@ -873,6 +1128,8 @@ def chat_choice(index: int, choice: Choice) -> JSON:
     message: JSON = {"role": "assistant", "content": choice.text, "refusal": None}
     if choice.thought:
         message["reasoning_content"] = choice.thought
+    if choice.citations:
+        message["annotations"] = url_citations(choice.citations)
     if choice.calls:
         message["content"] = choice.text or None
         message["tool_calls"] = [
@@ -919,18 +1176,110 @@ def zai_body(prompt: Prompt, model: Model) -> JSON:
     """
     if not model.sees and any(isinstance(part, Media) for message in prompt.messages for part in message.content):
         raise cannot_see(model)
+    tools = offered_tools(prompt)
     body = {
         "model": model.id,
-        "messages": [zai_message(message) for message in prompt.messages],
+        "messages": [zai_message(message) for message in instructed(prompt.messages, orders(prompt, tools))],
         "stream": prompt.stream,
         "temperature": None if prompt.temperature is None else min(prompt.temperature, 1),
         "top_p": None if prompt.top_p is None else max(prompt.top_p, 0.01),
         "max_tokens": prompt.max_tokens and min(prompt.max_tokens, model.output or prompt.max_tokens),
-        "stop": list(prompt.stop) or None,
-        "tools": [zai_tool(tool) for tool in prompt.tools] or None,
-        "tool_stream": True if prompt.stream and prompt.tools else None,
+        "stop": list(prompt.stop) or None,  # a string too is said to work; the documents have a list
+        "seed": prompt.seed,
+        "user_id": zai_user(prompt.user),
+        "tools": tools or None,
+        "tool_stream": True if prompt.stream and tools and model.streams_calls else None,
+        "response_format": None if prompt.schema is None else {"type": "json_object"},
+        **zai_thinking(prompt, model),
+        **prompt.native,
     }
     return {name: value for name, value in body.items() if value is not None}
+
+
+def zai_user(user: str) -> str | None:
+    """Z.ai's user_id has 6 to 128 characters."""
+    if len(user) > 128:
+        return hashlib.sha256(user.encode("utf-8", "surrogatepass")).hexdigest()
+    return user if len(user) >= 6 else f"user-{user}" if user else None
+
+
+def offered_tools(prompt: Prompt) -> list[JSON]:
+    """The tools as Z.ai takes them. It knows no tool_choice but auto, so it is offered only what may be called."""
+    choice, tools = prompt.tool_choice, prompt.tools
+    if choice.mode == "none":
+        return []
+    if tools and choice.names:
+        if unknown := set(choice.names) - {tool.name for tool in tools}:
+            raise BadRequest(f"'tool_choice' names {', '.join(sorted(unknown))}, not among the tools.", "tool_choice")
+        return [zai_tool(tool) for tool in tools if tool.name in choice.names]
+    return [zai_tool(tool) for tool in tools] + list(prompt.native_tools)
+
+
+def orders(prompt: Prompt, tools: list[JSON]) -> Iterator[str]:
+    """What the model must be told in words, because Z.ai has no parameter for it."""
+    names = [tool["function"]["name"] for tool in tools if tool["type"] == "function"]
+    if prompt.tool_choice.mode == "required" and names:
+        yield f"Answer by calling {'one of the functions' if len(names) > 1 else 'the function'} {', '.join(names)}."
+    if prompt.schema:
+        yield (
+            "Answer with JSON alone, without any other text and without Markdown, valid against this JSON Schema: "
+            + to_json(prompt.schema)
+        )
+
+
+def instructed(messages: tuple[Message, ...], lines: Iterable[str]) -> tuple[Message, ...]:
+    """The conversation with further lines in its system message."""
+    lines = tuple(lines)
+    if not lines:
+        return messages
+    if messages[0].role == "system":
+        return (replace(messages[0], content=(*messages[0].content, *lines)), *messages[1:])
+    return (Message("system", lines), *messages)
+
+
+ENABLED, DISABLED = {"thinking": {"type": "enabled"}}, {"thinking": {"type": "disabled"}}
+
+# What each kind of model is sent for each effort (docs.z.ai, "Thinking Mode"; NousResearch/hermes-agent#85890, #97286).
+THINKING: dict[ThinkingKind, dict[Effort, JSON]] = {
+    "none": {},
+    "switch": {
+        "off": DISABLED,
+        "on": ENABLED,
+        "low": ENABLED,
+        "medium": ENABLED,
+        "high": ENABLED,
+        "xhigh": ENABLED,
+        "max": ENABLED,
+    },
+    "effort": {
+        "off": DISABLED,
+        "on": ENABLED,
+        "low": {**ENABLED, "reasoning_effort": "low"},
+        "medium": {**ENABLED, "reasoning_effort": "medium"},
+        "high": {**ENABLED, "reasoning_effort": "high"},
+        "xhigh": {**ENABLED, "reasoning_effort": "xhigh"},
+        "max": {**ENABLED, "reasoning_effort": "max"},
+    },
+    "always": {
+        "off": {"reasoning_effort": "low"},
+        "low": {"reasoning_effort": "low"},
+        "medium": {"reasoning_effort": "high"},
+        "high": {"reasoning_effort": "high"},
+        "xhigh": {"reasoning_effort": "max"},
+        "max": {"reasoning_effort": "max"},
+    },
+}
+
+
+def zai_thinking(prompt: Prompt, model: Model) -> JSON:
+    """How much to think, and whether to read again what was thought before: only if the client sent it back."""
+    fields = THINKING[model.thinking].get(prompt.effort, {}) if prompt.effort else {}
+    clear = prompt.clear_thinking
+    if clear is None and any(message.thought for message in prompt.messages):
+        clear = False
+    if clear is None or model.thinking == "none":
+        return fields
+    return {**fields, "thinking": {**fields.get("thinking", ENABLED["thinking"]), "clear_thinking": clear}}
 
 
 def cannot_see(model: Model) -> BadRequest:
@@ -969,10 +1318,59 @@ def zai_call(call: ToolCall) -> JSON:
 
 
 def zai_tool(tool: Tool) -> JSON:
+    parameters = Inliner(tool.parameters).whole()
     return {
         "type": "function",
-        "function": {"name": tool.name, "description": tool.description, "parameters": tool.parameters},
+        "function": {"name": tool.name, "description": tool.description, "parameters": parameters},
     }
+
+
+class Inliner:
+    """A JSON Schema with its own definitions put in the places that refer to them.
+
+    Z.ai answers 500 or nothing at all to `$ref` (musistudio/claude-code-router#1474). Definitions that contain
+    themselves stay as they are, and so does everything when the whole would grow out of bounds.
+    """
+
+    LIMIT = 10_000  # objects and arrays in the result
+
+    def __init__(self, schema: JSON) -> None:
+        self.schema = schema
+        self.definitions = {
+            f"#/{place}/{name}": what
+            for place in ("$defs", "definitions")
+            for name, what in obj(schema.get(place)).items()
+        }
+        self.size = 0
+        self.left: set[str] = set()  # references that stay
+
+    def whole(self) -> JSON:
+        if not self.definitions:
+            return self.schema
+        body = {name: part for name, part in self.schema.items() if name not in ("$defs", "definitions")}
+        inlined: JSON = self.inline(body, ())
+        if self.size > self.LIMIT:
+            return self.schema
+        kept: JSON = {name: self.schema[name] for name in ("$defs", "definitions") if name in self.schema and self.left}
+        return {**inlined, **kept}
+
+    def inline(self, part: Any, inside: tuple[str, ...]) -> Any:
+        """`inside`: the definitions that this part is part of."""
+        self.size += 1
+        if self.size > self.LIMIT:
+            return part
+        match part:
+            case {"$ref": str(ref), **others} if isinstance(self.definitions.get(ref), dict):
+                if ref in inside:
+                    self.left.add(ref)
+                    return part
+                return {**self.inline(self.definitions[ref], (*inside, ref)), **self.inline(others, inside)}
+            case dict():
+                return {name: self.inline(value, inside) for name, value in part.items()}
+            case list():
+                return [self.inline(value, inside) for value in part]
+            case _:
+                return part
 
 
 @dataclass(frozen=True, slots=True)
@@ -1132,14 +1530,17 @@ class ZaiReader:
     Which of the two it is shows in the bytes, not in the headers: Z.ai answers with either where it should not.
     """
 
-    def __init__(self, choice: int = 0) -> None:
+    def __init__(self, model: Model, choice: int = 0) -> None:
         self.choice = choice
         self.decoder = SSEDecoder()
         self.raw: list[bytes] | None = []  # all so far, until the first event shows that this is a stream
+        self.words = TagReader() if model.writes_tags else None
+        self.calls = CallReader(choice)
         self.id = ""  # Z.ai's id of the answer
         self.created = 0  # Unix seconds; 0: not told
         self.request_id = ""
-        self.calls = CallReader()
+        self.torn = 0  # frames that were dropped because the rest of them never came
+        self.citations: list[JSON] = []
         self.usage: Usage | None = None
         self.finish: str | None = None  # the first finish_reason: after tool_calls some models send a stop
         self.done = False  # Finish is out
@@ -1169,16 +1570,24 @@ class ZaiReader:
             if self.finish is not None:
                 yield from self.end()
             return
-        chunk = parse_json(data)
-        if not isinstance(chunk, dict):
+        document = parse_json(data)
+        if isinstance(document, dict):
+            yield from self.read_chunk(document)
+        else:
+            yield from self.read_torn(data)
+
+    def read_torn(self, data: bytes) -> Iterator[Event]:
+        chunks, torn, rest = salvage(data.decode("utf-8", "replace"))
+        self.torn += torn
+        for chunk in chunks:
+            yield from self.read_chunk(chunk)
+        if rest:
             raise UpstreamError(f"Z.ai sent something that is no answer: try again. ({excerpt(data)})", UNAVAILABLE)
-        yield from self.read_chunk(chunk)
 
     def read_document(self, data: bytes) -> Iterator[Event]:
         document = parse_json(data)
-        if not data.strip() or not isinstance(document, dict):
+        if not isinstance(document, dict):
             raise zai_error(200, data)
-        self.finish = self.finish or None
         yield from self.read_chunk(document)
         if "choices" in document and self.finish is None:  # complete all the same: its JSON is
             self.finish = "stop"
@@ -1187,11 +1596,7 @@ class ZaiReader:
         """A chunk of a stream, or a whole answer: they differ in the name of one field."""
         if chunk.get("error") or ("code" in chunk and "choices" not in chunk):
             raise zai_error(200, chunk)
-        self.id = self.id or str(chunk.get("id") or "")
-        self.created = self.created or whole(chunk.get("created"))
-        self.request_id = self.request_id or str(chunk.get("request_id") or "")
-        if isinstance(chunk.get("usage"), dict):
-            self.usage = zai_usage(chunk["usage"])
+        self.read_head(chunk)
         choice = first(chunk.get("choices"))
         yield from self.read_delta(obj(choice.get("delta") or choice.get("message")))
         if choice.get("finish_reason") and self.finish is None:
@@ -1199,42 +1604,205 @@ class ZaiReader:
             if self.finish == "network_error":
                 raise UpstreamError("Z.ai broke its answer off: try again. (Z.ai: network_error)", UNAVAILABLE)
 
+    def read_head(self, chunk: JSON) -> None:
+        self.id = self.id or str(chunk.get("id") or "")
+        self.created = self.created or whole(chunk.get("created"))
+        self.request_id = self.request_id or str(chunk.get("request_id") or "")
+        if isinstance(chunk.get("usage"), dict):
+            self.usage = zai_usage(chunk["usage"])
+        if isinstance(chunk.get("web_search"), list):
+            self.citations += [result for result in chunk["web_search"] if isinstance(result, dict)]
+
     def read_delta(self, delta: JSON) -> Iterator[Event]:
         thought, words = delta.get("reasoning_content"), delta.get("content")
         if isinstance(thought, str) and thought:
             yield Thought(thought, self.choice)
         if isinstance(words, str) and words:
+            yield from self.read_words(words)
+        if isinstance(delta.get("tool_calls"), list):
+            for piece in delta["tool_calls"]:
+                yield from self.calls.feed(obj(piece), self.id)
+
+    def read_words(self, words: str) -> Iterator[Event]:
+        if self.words is None:
             yield Text(words, self.choice)
-        for piece in delta.get("tool_calls") or ():
-            yield from self.calls.read(obj(piece), self.choice)
+        else:
+            yield from (replace(event, choice=self.choice) for event in self.words.feed(words))
 
     def end(self) -> Iterator[Event]:
+        """What Z.ai tells last, in whatever order it came."""
         if self.done:
             return
         self.done = True
+        if self.words is not None:
+            yield from (replace(event, choice=self.choice) for event in self.words.close())
+        yield from self.calls.close(self.id)
+        if self.citations:
+            yield Citations(tuple(self.citations), self.choice)
         if self.usage:
             yield self.usage
         reason = FINISH_REASONS.get(self.finish or "", "stop")
-        yield Finish("tool_calls" if reason == "stop" and self.calls.count else reason, self.choice)
+        yield Finish("tool_calls" if reason == "stop" and self.calls.calls else reason, self.choice)
+
+
+CHUNK_START = re.compile(r"(?:data:|\n)\s*(?=\{)")
+CHUNK_END = re.compile(r"\s*(?:data:\s*)?(?=\{|\[|$)")
+
+
+def salvage(data: str) -> tuple[list[JSON], int, str]:
+    """The whole chunks in the data of an event that is not one chunk, how many were torn, and what is left over.
+
+    Z.ai tears frames and glues the next one to them: {"id":"1","choices":[{"delta":{"condata: {"id":"2",…}
+    (zai-org/GLM-5#66). A torn one is whatever stands before a "data:", or a line end, behind which a whole one stands.
+    """
+    data = data.strip()
+    chunks: list[JSON] = []
+    torn = at = 0
+    while at < len(data):
+        chunk, end = decode_at(data, at)
+        if chunk is not None and (following := CHUNK_END.match(data, end)):
+            chunks.append(chunk)
+            at = following.end()
+        elif start := next_chunk(data, at):
+            torn, at = torn + 1, start.end()
+        else:
+            break
+    return chunks, torn, data[at:].removeprefix("[DONE]")
+
+
+def next_chunk(data: str, at: int) -> re.Match[str] | None:
+    """Where the next whole chunk starts: text inside a torn one may look like a start too."""
+    starts = CHUNK_START.finditer(data, at + 1)
+    return next((start for start in starts if decode_at(data, start.end())[0] is not None), None)
+
+
+def decode_at(data: str, at: int) -> tuple[JSON | None, int]:
+    """A chunk that stands at a place in a text, and where it ends."""
+    try:
+        value, end = JSON_DECODER.raw_decode(data, at)
+    except (ValueError, RecursionError):
+        return None, at
+    return (value, end) if isinstance(value, dict) and ("choices" in value or "error" in value) else (None, at)
+
+
+JSON_DECODER = json.JSONDecoder()
+
+
+class TagReader:
+    """Text in which a model that sees marks its reasoning, <think>…</think> at the head, and boxes, which go."""
+
+    TAGS = ("<|begin_of_box|>", "<|end_of_box|>", "<think>", "</think>")
+    TAG = re.compile("(" + "|".join(map(re.escape, TAGS)) + ")")
+    BEGUN = re.compile("(?:" + "|".join(re.escape(tag[:i]) for tag in TAGS for i in range(1, len(tag))) + r")\Z")
+
+    def __init__(self) -> None:
+        self.held = ""  # what may be the beginning of a tag
+        self.place: Literal["head", "thought", "text"] = "head"
+
+    def feed(self, words: str) -> Iterator[Thought | Text]:
+        *pieces, last = self.TAG.split(self.held + words)
+        begun = self.BEGUN.search(last)
+        self.held = begun[0] if begun else ""
+        for piece in (*pieces, last.removesuffix(self.held)):
+            yield from self.piece(piece)
+
+    def close(self) -> Iterator[Thought | Text]:
+        yield from self.piece(self.held)
+
+    def piece(self, piece: str) -> Iterator[Thought | Text]:
+        match piece, self.place:
+            case "" | "<|begin_of_box|>" | "<|end_of_box|>", _:
+                return
+            case "<think>", "head":
+                self.place = "thought"
+            case "</think>", "thought":
+                self.place = "text"
+            case _, "thought":
+                yield Thought(piece)
+            case _:
+                self.place = "text" if piece.strip() else self.place
+                yield Text(piece)
+
+
+@dataclass
+class Call:
+    """A tool call while its pieces come in."""
+
+    index: int  # ours
+    given_id: str = ""  # Z.ai's, once it is there
+    name: str = ""
+    waiting: str = ""  # arguments that are not out yet: the name must be first
+    begun: bool = False  # the first piece is out
+    empty: bool = True  # no arguments are out
 
 
 class CallReader:
-    """Tool calls as Z.ai streams them, as OpenAI counts them: index from 0, one string id each."""
+    """Tool calls as Z.ai streams them, as OpenAI counts them: index from 0, one id each, the name with the first piece.
 
-    def __init__(self) -> None:
-        self.known: dict[int, int] = {}  # Z.ai's index → ours
-        self.count = 0
+    Seen: index -1 or missing (zai-org/GLM-4.5#17), ids null, missing or numbers (anomalyco/opencode#2557), arguments
+    as an object, name null on later pieces (lobehub/lobehub#13189), one index for several calls.
+    """
 
-    def read(self, piece: JSON, choice: int) -> Iterator[ToolCall]:
+    def __init__(self, choice: int = 0) -> None:
+        self.choice = choice
+        self.calls: list[Call] = []
+        self.by_index: dict[int, Call] = {}  # by Z.ai's index, the newest
+        self.ids: set[str] = set()  # those that are out
+
+    def feed(self, piece: JSON, answer_id: str) -> Iterator[ToolCall]:
         function = obj(piece.get("function"))
-        arguments = argument_text(function.get("arguments"))
-        index = whole(piece.get("index"))
-        if index in self.known:
-            yield ToolCall(self.known[index], "", "", arguments, choice)
-            return
-        self.known[index] = self.count
-        self.count += 1
-        yield ToolCall(self.known[index], str(piece.get("id")), str(function.get("name")), arguments, choice)
+        index, name = piece.get("index"), function.get("name")
+        call = self.find(
+            index if isinstance(index, int) and index >= 0 else None,
+            str(piece.get("id") or ""),
+            name if isinstance(name, str) else "",
+        )
+        call.waiting += argument_text(function.get("arguments"))
+        if call.name:
+            yield from self.flush(call, answer_id)
+
+    def close(self, answer_id: str) -> Iterator[ToolCall]:
+        """What is still missing: calls that never got a name, and the {} of those without arguments."""
+        for call in self.calls:
+            call.waiting = call.waiting or ("{}" if call.empty else "")
+            yield from self.flush(call, answer_id)
+
+    def find(self, index: int | None, given_id: str, name: str) -> Call:
+        """The call that a piece belongs to, which may be a new one."""
+        if index is not None:
+            call = self.by_index.get(index)
+        elif given_id:
+            call = next((known for known in self.calls if known.given_id == given_id), None)
+        else:
+            call = None if name or not self.calls else self.calls[-1]
+        if call is None or differ(given_id, call.given_id) or differ(name, call.name):
+            call = Call(len(self.calls))
+            self.calls.append(call)
+        if index is not None:
+            self.by_index[index] = call
+        call.given_id, call.name = call.given_id or given_id, call.name or name
+        return call
+
+    def flush(self, call: Call, answer_id: str) -> Iterator[ToolCall]:
+        arguments, call.waiting = call.waiting, ""
+        call.empty = call.empty and not arguments
+        if not call.begun:
+            call.begun = True
+            yield ToolCall(call.index, self.new_id(call, answer_id), call.name, arguments, self.choice)
+        elif arguments:
+            yield ToolCall(call.index, "", "", arguments, self.choice)
+
+    def new_id(self, call: Call, answer_id: str) -> str:
+        """Z.ai's id, unless it has none or gave the same one before."""
+        call_id = call.given_id or f"call_{answer_id}_{self.choice}_{call.index}"
+        call_id = call_id if call_id not in self.ids else f"{call_id}_{call.index}"
+        self.ids.add(call_id)
+        return call_id
+
+
+def differ(one: str, other: str) -> bool:
+    """Whether two names that are both there are not the same."""
+    return bool(one and other and one != other)
 
 
 def zai_usage(usage: JSON) -> Usage:
@@ -1260,11 +1828,18 @@ MODELS_TIMEOUT = 5
 class Reply:
     """One answer of Z.ai's on its way; its connection belongs to whoever opened it."""
 
-    def __init__(self, response: aiohttp.ClientResponse) -> None:
-        self.response = response
-        self.reader = ZaiReader()
+    def __init__(self, response: aiohttp.ClientResponse, reader: ZaiReader) -> None:
+        self.response, self.reader = response, reader
         self.ahead: list[Event] = []  # read to see that the answer begins well
         self.failure: UpstreamError | None = None  # told after the events that came before it
+
+    @property
+    def id(self) -> str:
+        return self.reader.id
+
+    @property
+    def created(self) -> int:
+        return self.reader.created
 
     @property
     def request_id(self) -> str:
@@ -1276,25 +1851,22 @@ class Reply:
             raise zai_error(self.response.status, await self.read_refusal())
         self.ahead = await self.read()
 
-    async def batches(self) -> AsyncIterator[list[Event]]:
-        """The events, those of one read together. Raises UpstreamError when Z.ai breaks off."""
-        events = self.ahead
-        while events:
-            yield events
-            events = await self.read()
-
     async def read(self) -> list[Event]:
-        """The events of the next part that has any; none when the answer has ended."""
-        events: list[Event] = []
+        """The events of the next part that has any; none at the end. Raises UpstreamError when Z.ai breaks off."""
+        events, self.ahead = self.ahead, []
         while not events and not self.reader.done:
             if self.failure:
                 raise self.failure
-            part = await self.read_part()
-            try:
-                for event in self.reader.feed(part) if part else self.reader.close():
-                    events.append(event)  # noqa: PERF402 - a list keeps what came before an error
-            except UpstreamError as error:
-                self.failure = error
+            events = self.read_events(await self.read_part())
+        return events
+
+    def read_events(self, part: bytes) -> list[Event]:
+        events: list[Event] = []
+        try:
+            for event in self.reader.feed(part) if part else self.reader.close():
+                events.append(event)  # noqa: PERF402 - a list keeps what came before an error
+        except UpstreamError as error:
+            self.failure = error
         LOG.debug("received %s", events)
         return events
 
@@ -1310,6 +1882,45 @@ class Reply:
             body += part
         LOG.debug("received HTTP %s %s", self.response.status, body)
         return body
+
+
+class Replies:
+    """Several answers of Z.ai's as one with several choices: Z.ai has no `n`. Their events come as they come."""
+
+    def __init__(self, replies: list[Reply]) -> None:
+        self.id, self.created, self.request_id = replies[0].id, replies[0].created, replies[0].request_id
+        self.reading = {asyncio.create_task(reply.read()): reply for reply in replies}
+
+    async def read(self) -> list[Event]:
+        """The next events of whichever has some; none when all have ended. One that fails fails the whole."""
+        while self.reading:
+            done, _ = await asyncio.wait(self.reading, return_when=asyncio.FIRST_COMPLETED)
+            task = done.pop()
+            reply = self.reading.pop(task)
+            if events := task.result():
+                self.reading[asyncio.create_task(reply.read())] = reply
+                return events
+        return []
+
+    async def close(self) -> None:
+        await end_tasks(self.reading)
+
+
+async def end_tasks(tasks: Iterable[asyncio.Task[Any]]) -> None:
+    """Cancel tasks and wait until they have let go of what they hold."""
+    tasks = list(tasks)
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
+
+
+async def all_of(coroutines: Iterable[Coroutine[Any, Any, Reply]]) -> list[Reply]:
+    """The results of all; when one fails, or we are cancelled, none goes on."""
+    tasks = [asyncio.create_task(coroutine) for coroutine in coroutines]
+    try:
+        return await asyncio.gather(*tasks)
+    finally:
+        await end_tasks(task for task in tasks if not task.done())
 
 
 def connection_error(error: aiohttp.ClientError) -> UpstreamError:
@@ -1344,25 +1955,29 @@ class Upstream:
         self.keys = cycle(settings.zai_api_key)
 
     @asynccontextmanager
-    async def open(self, prompt: Prompt) -> AsyncIterator[Reply]:
-        """Ask Z.ai; what comes back has begun well. Leaving, anyhow, lets go of the connection.
+    async def open(self, prompt: Prompt) -> AsyncIterator[Reply | Replies]:
+        """Ask Z.ai; what comes back has begun well. Leaving, anyhow, lets go of every connection.
 
         Raises BadRequest when the model cannot take the prompt, and UpstreamError.
         """
-        body = encode_json(zai_body(prompt, resolve(prompt.model, self.settings.model_aliases)))
+        model = resolve(prompt.model, self.settings.model_aliases)
+        body = encode_json(zai_body(prompt, model))
         LOG.debug("sent %s", body.decode())
         async with AsyncExitStack() as owner:
-            yield await self.begin(body, owner)
+            if prompt.n == 1:
+                yield await self.begin(body, ZaiReader(model), owner)
+            else:
+                readers = [ZaiReader(model, choice) for choice in range(prompt.n)]
+                replies = Replies(await all_of(self.begin(body, reader, owner) for reader in readers))
+                owner.push_async_callback(replies.close)
+                yield replies
 
-    async def begin(self, body: bytes, owner: AsyncExitStack) -> Reply:
+    async def begin(self, body: bytes, reader: ZaiReader, owner: AsyncExitStack) -> Reply:
+        url = self.settings.zai_base_url + "/chat/completions"
+        data = io.BytesIO(body)  # aiohttp warns of bytes over a megabyte
         try:
-            asking = self.session.post(
-                self.settings.zai_base_url + "/chat/completions",
-                data=io.BytesIO(body),  # aiohttp warns of bytes over a megabyte
-                headers=self.headers(),
-                allow_redirects=False,
-            )
-            reply = Reply(await owner.enter_async_context(asking))
+            asking = self.session.post(url, data=data, headers=self.headers(), allow_redirects=False)
+            reply = Reply(await owner.enter_async_context(asking), reader)
         except aiohttp.ClientError as error:
             raise connection_error(error) from error
         try:
@@ -1451,22 +2066,27 @@ class OpenStream:
             await self.response.write(data)
 
 
-async def relay(stream: OpenStream, reply: Reply, record: Record) -> None:
+async def relay(stream: OpenStream, events: AsyncIterator[list[Event]]) -> None:
     """Each batch of events leaves in one write, as soon as it is there. A slow client makes us read more slowly."""
-    async for events in reply.batches():
-        for event in events:
-            record.note(event)
-        await stream.send(frame for event in events for frame in stream.encoder.feed(event))
+    async for batch in events:
+        await stream.send(frame for event in batch for frame in stream.encoder.feed(event))
     await stream.send(stream.encoder.close())
 
 
-async def collect(reply: Reply, record: Record) -> Answer:
+async def collect(events: AsyncIterator[list[Event]]) -> Answer:
     answer = Answer()
-    async for events in reply.batches():
-        for event in events:
-            record.note(event)
+    async for batch in events:
+        for event in batch:
             answer.add(event)
     return answer
+
+
+async def events_of(reply: Reply | Replies, prompt: Prompt, record: Record) -> AsyncIterator[list[Event]]:
+    """Batches of events, one for each read, as the client is to see them."""
+    shape = ReasoningShape(prompt.reasoning_format or "parsed")
+    while events := await reply.read():
+        record.note(events)
+        yield [shown for event in events for shown in shape.feed(event)]
 
 
 # ======== Handlers ==================================================================================================
@@ -1488,11 +2108,12 @@ class Record:
     first: float | None = None
     usage: Usage = field(default_factory=Usage)
 
-    def note(self, event: Event) -> None:
+    def note(self, events: list[Event]) -> None:
         if self.first is None:
             self.first = time.monotonic()
-        if isinstance(event, Usage):
-            self.usage += event
+        for event in events:
+            if isinstance(event, Usage):
+                self.usage += event
 
     def line(self, now: float) -> str:
         outcome = f"{self.status} {self.error}".rstrip()
@@ -1514,21 +2135,28 @@ Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 async def answer(request: web.Request, surface: Surface) -> web.StreamResponse:
     """The path of every chat, whichever surface it came in by."""
     settings, record = request.app[SETTINGS], request[RECORD]
-    prompt = surface.parse(await read_json(request))
+    prompt = filled(surface.parse(await read_json(request)), settings, request.headers.get("Accept", ""))
     record.model = printable(prompt.model)
-    if prompt.stream is None:
-        prompt = replace(
-            prompt, stream=wants_stream(request.headers.get("Accept", ""), default=settings.default_stream)
-        )
     async with request.app[UPSTREAM].open(prompt) as reply:
-        head = Head(reply.reader.id or record.id, reply.reader.created or int(time.time()), prompt.model)
-        headers = answer_headers(prompt, reply)
+        head = Head(reply.id or record.id, reply.created or int(time.time()), prompt.model)
+        headers, events = answer_headers(prompt, reply), events_of(reply, prompt, record)
         if not prompt.stream:
-            return json_response(surface.whole(head, prompt, await collect(reply, record)), headers=headers)
+            return json_response(surface.whole(head, prompt, await collect(events)), headers=headers)
         stream = request[STREAM] = OpenStream(surface.stream(head, prompt), headers)
         await stream.response.prepare(request)
-        await relay(stream, reply, record)
+        await relay(stream, events)
         return stream.response
+
+
+def filled(prompt: Prompt, settings: Settings, accept: str) -> Prompt:
+    """The prompt with what the client left open."""
+    thinking: Effort | None = None if settings.enable_thinking is None else "on" if settings.enable_thinking else "off"
+    return replace(
+        prompt,
+        stream=wants_stream(accept, default=settings.default_stream) if prompt.stream is None else prompt.stream,
+        effort=prompt.effort or thinking,
+        reasoning_format=prompt.reasoning_format or settings.reasoning_format,
+    )
 
 
 async def read_json(request: web.Request) -> JSON:
@@ -1561,7 +2189,7 @@ def wants_stream(accept: str, *, default: bool) -> bool:
     return "text/event-stream" in accept or default
 
 
-def answer_headers(prompt: Prompt, reply: Reply) -> dict[str, str]:
+def answer_headers(prompt: Prompt, reply: Reply | Replies) -> dict[str, str]:
     ignored = ",".join(header_word(name) for name in prompt.ignored[:32])
     headers = {"x-ztoapi-ignored": ignored, "x-zai-request-id": reply.request_id}
     return {name: value for name, value in headers.items() if value}

@@ -95,6 +95,9 @@ def test_every_variable_is_read_by_its_name_in_capitals():
         "ENABLE_THINKING": "false",
         "REASONING_FORMAT": "RAW",
         "MODEL_ALIASES": "gpt-4o=glm-4.6, claude-*=glm-5.3",
+        "FALLBACK_MODELS": "glm-4.7-flash, glm-4.5-flash",
+        "MAX_CONCURRENCY": "3",
+        "MAX_RETRIES": "0",
         "UPSTREAM_TIMEOUT": "60",
         "MAX_BODY_MB": "8",
         "CORS_ORIGINS": "https://a.example/,https://b.example",
@@ -110,6 +113,9 @@ def test_every_variable_is_read_by_its_name_in_capitals():
         enable_thinking=False,
         reasoning_format="raw",
         model_aliases=(("gpt-4o", "glm-4.6"), ("claude-*", "glm-5.3")),
+        fallback_models=("glm-4.7-flash", "glm-4.5-flash"),
+        max_concurrency=3,
+        max_retries=0,
         upstream_timeout=60,
         max_body_mb=8,
         cors_origins=("https://a.example", "https://b.example"),
@@ -1494,9 +1500,29 @@ async def start(aiohttp_client, zai):
 
     async def started(**settings):
         given = {"zai_base_url": zai.url, "zai_api_key": ("zai-key",)} | settings
-        return await aiohttp_client(create_app(Settings(**given)))
+        app = create_app(Settings(**given))
+        app[ztoapi.CLOCK] = FakeClock()
+        return await aiohttp_client(app)
 
     return started
+
+
+class FakeClock(ztoapi.Clock):
+    """A clock that never waits: sleeping puts it forward."""
+
+    def __init__(self, now=1_800_000_000.0):
+        self.time, self.slept = now, []
+
+    def now(self):
+        return self.time
+
+    def jitter(self):
+        return 0.5
+
+    async def sleep(self, seconds):
+        self.slept.append(seconds)
+        self.time += seconds
+        await asyncio.sleep(0)
 
 
 @pytest_asyncio.fixture

@@ -31,23 +31,28 @@ import json
 import logging
 import math
 import os
+import random
 import re
 import secrets
 import socket
 import sys
 import time
+from bisect import insort
+from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable, Iterator, Mapping
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager, contextmanager, suppress
 from dataclasses import astuple, dataclass, field, fields, replace
 from datetime import datetime
 from fnmatch import fnmatchcase
-from itertools import chain, cycle
+from itertools import chain, count
+from operator import itemgetter
 from pathlib import Path
 from typing import Any, Literal, NoReturn, Protocol
 from urllib.parse import quote, urlsplit
 
 import aiohttp
 from aiohttp import web
+from aiohttp.web_protocol import RequestHandler
 from dotenv import dotenv_values
 
 __version__ = "1.0.0"
@@ -109,7 +114,7 @@ def keys(text: str) -> tuple[str, ...]:
 def address(text: str) -> str:
     if re.search(r"[\s/]|^\*$", text):
         raise ValueError(text)
-    return text
+    return text.removeprefix("[").removesuffix("]")
 
 
 def base_url(text: str) -> str:
@@ -144,7 +149,7 @@ def setting(default: Any, read: Callable[[str], Any], wanted: str) -> Any:
 
 @dataclass(frozen=True)
 class Settings:
-    """What an operator can set; section by section as in the README. Raises SettingsError when the whole is unsafe."""
+    """What an operator can set: the README's table says what for. Raises SettingsError when it is unsafe."""
 
     port: int = setting(9090, whole_number(0, 65535), "a port number, 0 to 65535")
     host: str = setting("localhost", address, "one address or host name")
@@ -158,6 +163,9 @@ class Settings:
     enable_thinking: bool | None = setting(None, boolean, "true or false, or empty")
     reasoning_format: ReasoningFormat = setting("parsed", one_of("parsed", "raw", "hidden"), "parsed, raw or hidden")
     model_aliases: tuple[tuple[str, str], ...] = setting((), aliases, "name=model pairs, separated by commas")
+    fallback_models: tuple[str, ...] = setting((), listed, "names of models, separated by commas")
+    max_concurrency: int = setting(0, whole_number(0, 100_000), "a number of requests, 0 to 100000; 0 = learn it")
+    max_retries: int = setting(2, whole_number(0, 10), "a number of times, 0 to 10")
     upstream_timeout: int = setting(300, whole_number(1, 86400), "a number of seconds, 1 to 86400")
     max_body_mb: int = setting(64, whole_number(1, 4096), "a number of megabytes, 1 to 4096")
     cors_origins: tuple[str, ...] = setting(
@@ -166,6 +174,8 @@ class Settings:
     demo: bool = False  # a flag, never a variable: a server must not make answers up by accident
 
     def __post_init__(self) -> None:
+        if not all(self.default_key) or not self.default_key:
+            raise SettingsError("DEFAULT_KEY must not be empty: nobody would be kept out")
         if self.published and not is_loopback(self.host):
             raise SettingsError(
                 f"HOST={self.host} would let others in while DEFAULT_KEY is the published {PUBLISHED_KEY}: "
@@ -198,7 +208,7 @@ def read_setting(name: str, text: str, metadata: Mapping[str, Any]) -> Any:
     try:
         return metadata["read"](text)
     except (ValueError, KeyError):
-        shown = "" if name.endswith("_key") else f"={text}"  # a broken key is still a secret
+        shown = "" if name.endswith("_key") or "@" in text else f"={text}"  # a broken key is still a secret
         raise SettingsError(f"{name.upper()}{shown} cannot be used: it must be {metadata['wanted']}") from None
 
 
@@ -235,6 +245,7 @@ class Failure:
 
 
 BUG = Failure(500, "server_error", "internal_error")
+BUG_MESSAGE = "Something went wrong in ztoapi itself; its log tells what."
 BAD_KEY = Failure(401, "invalid_request_error", "invalid_api_key")
 NO_ZAI_KEY = Failure(503, "server_error", "zai_api_key_missing")
 UNKNOWN_MODEL = Failure(404, "invalid_request_error", "model_not_found")
@@ -244,6 +255,10 @@ UNREACHABLE = Failure(502, "upstream_error", "zai_unreachable")
 WRONG_ADDRESS = Failure(502, "upstream_error", "zai_wrong_address")
 SILENT = Failure(504, "upstream_error", "zai_timeout")
 BUSY = Failure(429, "rate_limit_error", "rate_limit_exceeded")
+NO_BALANCE = Failure(429, "insufficient_quota", "insufficient_quota")
+NO_QUOTA = Failure(429, "insufficient_quota", "quota_exceeded")
+NOT_AVAILABLE = Failure(403, "permission_error", "model_not_available")
+STOPPING = Failure(503, "server_error", "server_stopping")
 
 WORTH_A_RETRY = {BUSY, UNAVAILABLE, UNREACHABLE, SILENT}
 
@@ -274,7 +289,13 @@ class UpstreamError(ProxyError):
     def __init__(self, message: str, failure: Failure, zai_code: str = "", retry_after: float | None = None) -> None:
         super().__init__(message, failure)
         self.zai_code, self.retry_after = zai_code, retry_after
-        self.resets_at = reset_time(message)
+        self.resets_at = reset_time(message) if failure == NO_QUOTA else None
+
+    def again(self, resets_at: float) -> UpstreamError:
+        """The same, told to somebody else for whom it still holds."""
+        error = UpstreamError(self.message, self.failure, self.zai_code)
+        error.resets_at, error.headers = resets_at, self.headers
+        return error
 
 
 def reset_time(text: str) -> float | None:
@@ -393,7 +414,10 @@ def model_from_item(item: JSON) -> Model:
 
 
 class SSEDecoder:
-    """Server-sent events out of bytes that may be cut anywhere (WHATWG HTML, 9.2.6), in time linear in their length."""
+    """Server-sent events out of bytes that may be cut anywhere (WHATWG HTML, 9.2.6), in time linear in their length.
+
+    Of the line ends the standard knows, CR alone is not taken for one: Z.ai does not send it.
+    """
 
     def __init__(self) -> None:
         self.line: list[bytes] = []  # the line that has no end yet, in the parts it came in
@@ -415,19 +439,63 @@ class SSEDecoder:
         return [] if event is None else [event]
 
     def end_of_line(self, line: bytes) -> bytes | None:
-        line = line.removesuffix(b"\r")
+        line = line.removesuffix(b"\r").removeprefix(b"\xef\xbb\xbf")
         if line.startswith(b"data:"):
             self.data.append(line[6:] if line.startswith(b"data: ") else line[5:])
         elif not line and self.data:
             event, self.data = b"\n".join(self.data), []
-            return event
+            return event or None
         return None  # a comment, a field that says nothing to us, or the blank line after one
 
+
+def finite(text: str) -> float:
+    """A number of JSON's; Python would take NaN and 1e999 too, and then write what is no JSON."""
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError(f"{text} is no number that JSON has")
+    return value
+
+
+JSON_DECODER = json.JSONDecoder(parse_float=finite, parse_constant=finite)
 
 to_json = json.JSONEncoder(separators=(",", ":"), ensure_ascii=False, allow_nan=False).encode
 
 # Some clients split lines at these, so they leave as escapes; in JSON they stand inside strings only.
 LINE_ENDS = {0x85: "\\u0085", 0x2028: "\\u2028", 0x2029: "\\u2029"}
+
+
+def unique(pairs: list[tuple[str, Any]]) -> JSON:
+    """A JSON object; readers differ in which of two fields of one name they take, so there must not be two."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise ValueError("a name stands twice in an object")
+    return found
+
+
+REQUEST_DECODER = json.JSONDecoder(object_pairs_hook=unique, parse_float=finite, parse_constant=finite)
+DEEPEST = 100  # objects and arrays inside each other
+
+
+def parse_request(body: bytes) -> JSON:
+    """A client's JSON object. Raises ValueError or RecursionError for what is none."""
+    document = REQUEST_DECODER.decode(body.decode("utf-8-sig"))
+    if not isinstance(document, dict):
+        raise ValueError("it is something else")
+    level: list[Any] = [document]
+    for _ in range(DEEPEST):
+        level = [*chain(*(item.values() if isinstance(item, dict) else item for item in level))]
+        level = [item for item in level if isinstance(item, (dict, list))]
+        if not level:
+            return document
+    raise ValueError("it is too deep")
+
+
+def encode_request(value: Any) -> bytes:
+    """Compact JSON in UTF-8. Raises BadRequest for half a surrogate pair, which UTF-8 does not have."""
+    try:
+        return to_json(value).encode()
+    except UnicodeEncodeError:
+        raise BadRequest("The text has half a surrogate pair (\\ud800 to \\udfff), which is no character.") from None
 
 
 def encode_json(value: Any) -> bytes:
@@ -571,6 +639,7 @@ class Prompt:
     effort: Effort | None = None
     clear_thinking: bool | None = None  # whether the model forgets what it thought in earlier turns
     reasoning_format: ReasoningFormat | None = None
+    fallbacks: tuple[str, ...] = ()  # models to ask when the first cannot answer
     native: JSON = field(default_factory=dict)  # Z.ai's own parameters, passed on
     ignored: tuple[str, ...] = ()  # fields that cannot be honoured
 
@@ -799,6 +868,12 @@ def effort_template(value: Any) -> Effort | None:
     return None if given is None else effort_switch(given)
 
 
+def model_names(value: Any) -> tuple[str, ...]:
+    if not all(isinstance(name, str) and name for name in array(value)):
+        raise ValueError("must be an array of names of models")
+    return tuple(value)
+
+
 def reasoning_format(value: Any) -> ReasoningFormat:
     if value not in ("parsed", "raw", "hidden"):
         raise ValueError("must be parsed, raw or hidden")
@@ -844,12 +919,18 @@ CHAT_FIELDS: dict[str, Callable[[Any], Any]] = {
     "web_search_options": search_tool,
     "response_format": answer_schema,
     "reasoning_format": reasoning_format,
+    "fallbacks": model_names,
     **EFFORT_FIELDS,
     **NATIVE_FIELDS,
 }
 
+STREAM_OPTIONS: dict[str, Callable[[Any], Any]] = {"include_usage": switch}
+
 # Fields of these names in a Prompt are as they were given.
-SAME_IN_PROMPT = ("model", "stream", "n", "temperature", "top_p", "stop", "seed", "tool_choice", "reasoning_format")
+SAME_IN_PROMPT = (
+    *("model", "stream", "n", "temperature", "top_p", "stop", "seed"),
+    *("tool_choice", "reasoning_format", "fallbacks"),
+)
 
 # Values that ask for nothing, besides null, 0, false, {} and [].
 NEUTRAL: dict[str, tuple[Any, ...]] = {"modalities": (["text"],), "service_tier": ("auto", "default")}
@@ -876,7 +957,9 @@ def parse_chat(body: JSON) -> Prompt:
     return Prompt(
         **{name: given[name] for name in SAME_IN_PROMPT if name in given},
         messages=tuple(parse_message(message, f"messages[{i}]") for i, message in enumerate(given["messages"])),
-        include_usage=given.get("stream_options", {}).get("include_usage") is True,
+        include_usage=checked(given.get("stream_options", {}), STREAM_OPTIONS, "stream_options.").get(
+            "include_usage", False
+        ),
         max_tokens=given.get("max_completion_tokens", given.get("max_tokens")),
         user=given.get("user_id") or given.get("safety_identifier") or given.get("user") or "",
         tools=tuple(tool for tool in tools if isinstance(tool, Tool)),
@@ -912,15 +995,15 @@ def ignored(body: JSON, given: JSON) -> Iterator[str]:
         yield "parallel_tool_calls"
 
 
-def checked(body: JSON, wanted: Mapping[str, Callable[[Any], Any]]) -> JSON:
-    """The fields of `body` that count and are not null, each as its check returns it."""
+def checked(body: JSON, wanted: Mapping[str, Callable[[Any], Any]], at: str = "") -> JSON:
+    """The fields of `body` that count and are not null, each as its check returns it; `at` is where `body` stands."""
     given = {}
     for name, check in wanted.items():
         if body.get(name) is not None:
             try:
                 given[name] = check(body[name])
             except ValueError as error:
-                raise BadRequest(f"'{name}' {error}.", name) from None
+                raise BadRequest(f"'{at}{name}' {error}.", at + name) from None
     return given
 
 
@@ -1008,17 +1091,21 @@ def argument_text(arguments: Any) -> str:
 
 def parse_call_id(message: JSON, at: str) -> str:
     call_id = message.get("tool_call_id") or message.get("name")
-    if not isinstance(call_id, str):
+    if not isinstance(call_id, str) or not call_id:
         raise BadRequest(f"'{at}.tool_call_id' must name the call that this message answers.", f"{at}.tool_call_id")
     return call_id
 
 
+TOOL_FIELDS: dict[str, Callable[[Any], Any]] = {"name": string, "description": string, "parameters": mapping}
+
+
 def parse_tool(tool: Any, at: str) -> Tool | JSON:
     match tool:
-        case {"type": "function", "function": {"name": str(name), **rest}}:
+        case {"type": "function", "function": {"name": str(name)} as function} if name:
+            given = checked(function, TOOL_FIELDS, f"{at}.function.")
             # Z.ai requires the other two, OpenAI neither.
-            parameters = obj(rest.get("parameters")) or {"type": "object", "properties": {}}
-            return Tool(name, str(rest.get("description") or name), parameters)
+            parameters = given.get("parameters") or {"type": "object", "properties": {}}
+            return Tool(name, given.get("description") or name, parameters)
         case {"type": "web_search" | "retrieval" | "mcp"}:
             return tool  # type: ignore[no-any-return]
         case _:
@@ -1384,7 +1471,6 @@ class Refusal:
 
 INVALID = Failure(400, "invalid_request_error", "zai_{}")
 OTHER = Failure(502, "upstream_error", "zai_{}")
-NO_QUOTA = Failure(429, "insufficient_quota", "quota_exceeded")
 
 SIGN_IN = Refusal(AUTHENTICATION, "Z.ai did not accept this server's own key: its operator must check ZAI_API_KEY.")
 FIELDS = Refusal(INVALID, "Z.ai did not accept the request: change what it names.")
@@ -1401,10 +1487,7 @@ CROWDED = Refusal(
     1,
 )
 NO_MODEL = Refusal(UNKNOWN_MODEL, "Z.ai does not know this model, or not for this use: GET /v1/models lists the names.")
-NOT_YOURS = Refusal(
-    Failure(403, "permission_error", "model_not_available"),
-    "This server's Z.ai key may not use this model: choose another, or change the plan.",
-)
+NOT_YOURS = Refusal(NOT_AVAILABLE, "This server's Z.ai key may not use this model: choose another, or change the plan.")
 
 # Z.ai's codes (docs.z.ai, "Error Codes", with docs.bigmodel.cn's of July 2026).
 REFUSALS = {
@@ -1414,7 +1497,7 @@ REFUSALS = {
         (
             "1113",
             Refusal(
-                Failure(429, "insufficient_quota", "insufficient_quota"),
+                NO_BALANCE,
                 "This server's Z.ai key has no balance for this model. A Coding Plan key needs "
                 "ZAI_BASE_URL=https://api.z.ai/api/coding/paas/v4; without a plan, add money or use a free model, "
                 "such as glm-4.7-flash.",
@@ -1490,13 +1573,13 @@ def refusal_without_code(status: int, code: str, document: Any) -> Refusal:
 
 def excerpt(body: bytes | JSON) -> str:
     words = body.decode("utf-8", "replace") if isinstance(body, bytes) else to_json(body)
-    return " ".join(words.split())[:200] or "nothing"
+    return " ".join(words.split()) or "nothing"
 
 
 def parse_json(data: bytes) -> Any:
     """JSON, or None: half a character cut off by Z.ai must not spoil the rest."""
     try:
-        return json.loads(data.decode("utf-8", "replace"))
+        return JSON_DECODER.decode(data.decode("utf-8", "replace"))
     except (ValueError, RecursionError):
         return None
 
@@ -1531,7 +1614,7 @@ class ZaiReader:
     """
 
     def __init__(self, model: Model, choice: int = 0) -> None:
-        self.choice = choice
+        self.model, self.choice = model.id, choice
         self.decoder = SSEDecoder()
         self.raw: list[bytes] | None = []  # all so far, until the first event shows that this is a stream
         self.words = TagReader() if model.writes_tags else None
@@ -1589,7 +1672,7 @@ class ZaiReader:
         if not isinstance(document, dict):
             raise zai_error(200, data)
         yield from self.read_chunk(document)
-        if "choices" in document and self.finish is None:  # complete all the same: its JSON is
+        if first(document.get("choices")) and self.finish is None:  # complete all the same: its JSON is
             self.finish = "stop"
 
     def read_chunk(self, chunk: JSON) -> Iterator[Event]:
@@ -1683,9 +1766,6 @@ def decode_at(data: str, at: int) -> tuple[JSON | None, int]:
     except (ValueError, RecursionError):
         return None, at
     return (value, end) if isinstance(value, dict) and ("choices" in value or "error" in value) else (None, at)
-
-
-JSON_DECODER = json.JSONDecoder()
 
 
 class TagReader:
@@ -1816,9 +1896,124 @@ def zai_usage(usage: JSON) -> Usage:
     )
 
 
+# ======== Policies ========
+# Each has one job, and takes the time (Unix seconds) from whoever asks.
+
+RESTED = {AUTHENTICATION, NO_BALANCE, NO_QUOTA}  # what makes a key rest
+RETRIED = {BUSY, UNAVAILABLE, UNREACHABLE}
+FALLEN_BACK = {*RETRIED, NO_BALANCE, NO_QUOTA, UNKNOWN_MODEL, NOT_AVAILABLE}  # another model may do
+
+
+class Keys:
+    """Z.ai keys in turn. One that is refused rests while the others serve.
+
+    For want of balance or quota it rests for the one model: it may well have some for another (a free one, say).
+    """
+
+    REST = 300  # seconds, where Z.ai does not tell when the quota is reset
+
+    def __init__(self, keys: Iterable[str]) -> None:
+        self.turn = deque(keys)
+        self.resting: dict[tuple[str, str], UpstreamError] = {}  # by key and model, "" for every model
+
+    def awake(self, model: str, now: float) -> list[str]:
+        """The keys that may be used, the one whose turn it is first. Raises what made the last one rest."""
+        if not self.turn:
+            raise no_key()
+        self.resting = {who: why for who, why in self.resting.items() if (why.resets_at or 0) > now}
+        awake = [key for key in self.turn if not self.reason(key, model)]
+        if not awake:
+            why = self.reason(self.turn[-1], model)
+            raise why.again(why.resets_at or now) if why else no_key()
+        return awake
+
+    def reason(self, key: str, model: str) -> UpstreamError | None:
+        return self.resting.get((key, "")) or self.resting.get((key, model))
+
+    def used(self, key: str) -> None:
+        """Let the others be first next time."""
+        self.turn.remove(key)
+        self.turn.append(key)
+
+    def refused(self, key: str, model: str, error: UpstreamError, now: float) -> None:
+        if error.failure in RESTED:
+            until = error.resets_at if error.resets_at and error.resets_at > now else now + self.REST
+            self.resting[key, "" if error.failure == AUTHENTICATION else model] = error.again(until)
+
+
+def no_key() -> ProxyError:
+    return ProxyError(
+        "This server has no Z.ai key. Get one at z.ai/manage-apikey (glm-4.7-flash, glm-4.5-flash and glm-4.6v-flash "
+        "are free), set ZAI_API_KEY and start again; or try it without a key: python ztoapi.py --demo",
+        NO_ZAI_KEY,
+    )
+
+
+class Limit:
+    """How many requests Z.ai takes at once for one key and model: learned, since it is a secret (zai-org/GLM-5#83).
+
+    Until the first refusal it grows with every request that fills it and is accepted. A refusal lowers it to what was
+    in flight besides; then it is raised by one after a pause, longer each time in vain, and on while that goes well.
+    """
+
+    START = 4
+    SHORTEST, LONGEST = 2.0, 30.0  # seconds of pause
+
+    def __init__(self) -> None:
+        self.limit = self.START
+        self.in_flight = 0
+        self.floor = 0  # the limit after the last refusal
+        self.pause = self.SHORTEST
+        self.raise_at = 0.0  # not before
+
+    def enter(self) -> int:
+        """Take a place; its rank is how many are taken now."""
+        self.in_flight += 1
+        return self.in_flight
+
+    def accepted(self, rank: int, now: float) -> None:
+        if rank >= self.limit and now >= self.raise_at:
+            self.limit += 1
+
+    def refused(self, rank: int, now: float) -> None:
+        """The refused request still has its place."""
+        if now >= self.raise_at:  # not just one more of the same crowd
+            in_vain = self.limit <= self.floor + 1
+            self.pause = min(self.pause * 2, self.LONGEST) if in_vain else self.SHORTEST
+        self.limit = self.floor = max(1, min(self.limit, max(rank, self.in_flight) - 1))
+        self.raise_at = now + self.pause
+
+
+class Backoff:
+    """How long to wait before one request is tried again, and when to give up."""
+
+    FIRST: Mapping[str, float] = {"1302": 1.0, "1305": 2.0}  # seconds; others:
+    OTHERS = 0.5
+
+    def __init__(self, retries: int) -> None:
+        self.retries = retries
+        self.done = 0
+
+    def wait(self, error: UpstreamError, jitter: float) -> float | None:
+        """Seconds, or None for no more; `jitter` from 0 to 1 keeps many clients from coming back at once."""
+        if error.failure not in RETRIED or self.done >= self.retries:
+            return None
+        self.done += 1
+        return self.FIRST.get(error.zai_code, self.OTHERS) * 2.0 ** (self.done - 1) * (0.75 + jitter / 2)
+
+
 # ======== Upstream — from here on: I/O ==============================================================================
 
 LOG = logging.getLogger("ztoapi")
+
+
+def trace(what: str, data: bytes | object) -> None:
+    """A line of the debug log, which costs nothing while there is none."""
+    if LOG.isEnabledFor(logging.DEBUG):
+        LOG.debug("%s %s", what, data.decode("utf-8", "replace") if isinstance(data, bytes) else data)
+
+
+LAST_WORDS = 2  # seconds that Z.ai has for the usage and [DONE] after its finish
 CONNECT_TIMEOUT = 10  # seconds, with the look-up of the name and TLS
 ERROR_BODY_LIMIT = 65536  # bytes of a refusal that are read
 MODELS_AGE = 600  # seconds for which Z.ai's list of models is not asked for again
@@ -1838,6 +2033,10 @@ class Reply:
         return self.reader.id
 
     @property
+    def model(self) -> str:
+        return self.reader.model
+
+    @property
     def created(self) -> int:
         return self.reader.created
 
@@ -1848,7 +2047,7 @@ class Reply:
     async def begin(self) -> None:
         """Wait for the first events. Raises UpstreamError when Z.ai refuses, or fails before there is one."""
         if not 200 <= self.response.status < 300:
-            raise zai_error(self.response.status, await self.read_refusal())
+            raise self.named(zai_error(self.response.status, await self.read_refusal()))
         self.ahead = await self.read()
 
     async def read(self) -> list[Event]:
@@ -1866,29 +2065,47 @@ class Reply:
             for event in self.reader.feed(part) if part else self.reader.close():
                 events.append(event)  # noqa: PERF402 - a list keeps what came before an error
         except UpstreamError as error:
-            self.failure = error
-        LOG.debug("received %s", events)
+            self.failure = self.named(error)
+        trace("received", events)
         return events
 
     async def read_part(self) -> bytes:
+        """The next bytes; none at the end. After its last word nothing that happens to the connection matters."""
+        finished = self.reader.finish is not None
+        reading = self.response.content.readany()
         try:
-            return await self.response.content.readany()
-        except aiohttp.ClientError as error:
-            raise connection_error(error) from error
+            return await (asyncio.wait_for(reading, LAST_WORDS) if finished else reading)
+        except (aiohttp.ClientError, asyncio.TimeoutError) as error:
+            if finished:
+                return b""
+            raise self.named(connection_error(error)) from error
+
+    async def finish(self) -> None:
+        """Read what the connection still has to say, so that it can serve again."""
+        with suppress(UpstreamError):
+            while not self.response.content.at_eof() and await self.read_part():
+                pass
 
     async def read_refusal(self) -> bytes:
         body = b""
         while len(body) < ERROR_BODY_LIMIT and (part := await self.read_part()):
             body += part
-        LOG.debug("received HTTP %s %s", self.response.status, body)
+        trace(f"received HTTP {self.response.status}", body)
         return body
+
+    def named(self, error: UpstreamError) -> UpstreamError:
+        """The error with Z.ai's own id of the request, for whoever wants to ask Z.ai about it."""
+        error.headers = {"x-zai-request-id": self.request_id} if self.request_id else {}
+        return error
 
 
 class Replies:
     """Several answers of Z.ai's as one with several choices: Z.ai has no `n`. Their events come as they come."""
 
     def __init__(self, replies: list[Reply]) -> None:
-        self.id, self.created, self.request_id = replies[0].id, replies[0].created, replies[0].request_id
+        self.id, self.created, self.model = replies[0].id, replies[0].created, replies[0].model
+        self.request_id = replies[0].request_id
+        self.replies = replies
         self.reading = {asyncio.create_task(reply.read()): reply for reply in replies}
 
     async def read(self) -> list[Event]:
@@ -1901,6 +2118,10 @@ class Replies:
                 self.reading[asyncio.create_task(reply.read())] = reply
                 return events
         return []
+
+    async def finish(self) -> None:
+        for reply in self.replies:
+            await reply.finish()
 
     async def close(self) -> None:
         await end_tasks(self.reading)
@@ -1923,7 +2144,7 @@ async def all_of(coroutines: Iterable[Coroutine[Any, Any, Reply]]) -> list[Reply
         await end_tasks(task for task in tasks if not task.done())
 
 
-def connection_error(error: aiohttp.ClientError) -> UpstreamError:
+def connection_error(error: Exception) -> UpstreamError:
     """What went wrong between Z.ai and us, in words an operator can act on."""
     match error:
         case aiohttp.SocketTimeoutError():
@@ -1947,68 +2168,205 @@ def header_word(words: str) -> str:
     return re.sub(r"[^\w.:-]", "_", words, flags=re.ASCII)[:128]
 
 
-class Upstream:
-    """The way to Z.ai: one session for the life of the program, and the keys in turn."""
+@dataclass
+class Place:
+    """One request's place in flight: with this key, as the so-manieth of its limit."""
 
-    def __init__(self, settings: Settings, session: aiohttp.ClientSession) -> None:
-        self.settings, self.session = settings, session
-        self.keys = cycle(settings.zai_api_key)
+    key: str
+    limit: Limit
+    rank: int
+
+
+class Queue:
+    """Requests for one model, first come first served, each until one of the keys has room for it."""
+
+    def __init__(self, model: str, keys: Keys, ceiling: int, clock: Clock) -> None:
+        self.model, self.keys, self.clock = model, keys, clock
+        self.ceiling = ceiling or math.inf  # requests in flight with all keys together
+        self.limits: dict[str, Limit] = {key: Limit() for key in keys.turn}
+        self.waiting: list[tuple[int, asyncio.Future[Place]]] = []  # in the order of their tickets
+
+    @property
+    def in_flight(self) -> int:
+        return sum(limit.in_flight for limit in self.limits.values())
+
+    @property
+    def in_use(self) -> bool:
+        return bool(self.in_flight or self.waiting)
+
+    @asynccontextmanager
+    async def place(self, ticket: int) -> AsyncIterator[Place]:
+        """Wait for a place and hold it. Lower tickets come first. Raises UpstreamError when all keys rest."""
+        place = await self.enter(ticket)
+        try:
+            yield place
+        finally:
+            self.leave(place)
+
+    async def enter(self, ticket: int) -> Place:
+        future: asyncio.Future[Place] = asyncio.get_running_loop().create_future()
+        waiter = (ticket, future)
+        insort(self.waiting, waiter, key=itemgetter(0))
+        self.admit()
+        try:
+            return await future
+        except asyncio.CancelledError:
+            if future.done() and not future.cancelled() and not future.exception():
+                self.leave(future.result())
+            raise
+        finally:
+            if waiter in self.waiting:
+                self.waiting.remove(waiter)
+
+    def leave(self, place: Place) -> None:
+        place.limit.in_flight -= 1
+        self.admit()
+
+    def admit(self) -> None:
+        """Give places to those at the head, as long as there are some; to everybody the bad news, if all keys rest."""
+        while self.waiting and self.in_flight < self.ceiling:
+            try:
+                awake = self.keys.awake(self.model, self.clock.now())
+            except ProxyError as error:
+                self.waiting.pop(0)[1].set_exception(error)
+                continue
+            key = next((key for key in awake if self.limits[key].in_flight < self.limits[key].limit), None)
+            if key is None:
+                return
+            self.keys.used(key)
+            self.waiting.pop(0)[1].set_result(Place(key, self.limits[key], self.limits[key].enter()))
+
+
+def zai_headers(key: str) -> dict[str, str]:
+    return {"Authorization": f"Bearer {key}", "Content-Type": "application/json"}
+
+
+class Clock:
+    """The time as the policies see it; tests have one of their own."""
+
+    def now(self) -> float:
+        return time.time()
+
+    def jitter(self) -> float:
+        return random.random()  # noqa: S311 - not for secrets
+
+    async def sleep(self, seconds: float) -> None:
+        await asyncio.sleep(seconds)
+
+
+class Upstream:
+    """The way to Z.ai: one session for the life of the program, the keys, and a queue for each model."""
+
+    def __init__(self, settings: Settings, session: aiohttp.ClientSession, clock: Clock) -> None:
+        self.settings, self.session, self.clock = settings, session, clock
+        self.keys = Keys(settings.zai_api_key)
+        self.queues: dict[str, Queue] = {}
+        self.tickets = count()
 
     @asynccontextmanager
     async def open(self, prompt: Prompt) -> AsyncIterator[Reply | Replies]:
-        """Ask Z.ai; what comes back has begun well. Leaving, anyhow, lets go of every connection.
+        """Ask Z.ai; what comes back has begun well. Leaving, anyhow, lets go of every connection and place.
 
-        Raises BadRequest when the model cannot take the prompt, and UpstreamError.
+        Raises BadRequest when the model cannot take the prompt, and ProxyError when no model answers.
         """
-        model = resolve(prompt.model, self.settings.model_aliases)
-        body = encode_json(zai_body(prompt, model))
-        LOG.debug("sent %s", body.decode())
+        asked = self.bodies(prompt)
         async with AsyncExitStack() as owner:
             if prompt.n == 1:
-                yield await self.begin(body, ZaiReader(model), owner)
+                yield await self.first_that_answers(asked, 0, owner)
             else:
-                readers = [ZaiReader(model, choice) for choice in range(prompt.n)]
-                replies = Replies(await all_of(self.begin(body, reader, owner) for reader in readers))
+                answering = (self.first_that_answers(asked, choice, owner) for choice in range(prompt.n))
+                replies = Replies(await all_of(answering))
                 owner.push_async_callback(replies.close)
                 yield replies
 
-    async def begin(self, body: bytes, reader: ZaiReader, owner: AsyncExitStack) -> Reply:
+    def bodies(self, prompt: Prompt) -> list[tuple[Model, bytes]]:
+        """What to ask of which model: the one named, then the fallbacks that can take the prompt."""
+        model, *others = (
+            resolve(name, self.settings.model_aliases)
+            for name in (prompt.model, *(prompt.fallbacks or self.settings.fallback_models))
+        )
+        asked = [(model, encode_request(zai_body(prompt, model)))]
+        for other in others:
+            with suppress(BadRequest):
+                asked.append((other, encode_request(zai_body(prompt, other))))
+        return asked
+
+    async def first_that_answers(self, asked: list[tuple[Model, bytes]], choice: int, owner: AsyncExitStack) -> Reply:
+        """Falls back from model to model. Raises what the last one said."""
+        *others, last = asked
+        for model, body in others:
+            try:
+                return await self.persevere(model, body, choice, owner)
+            except UpstreamError as error:
+                if error.failure not in FALLEN_BACK:
+                    raise
+                LOG.debug("falling back from %s: %s", model.id, error)
+        return await self.persevere(*last, choice, owner)
+
+    async def persevere(self, model: Model, body: bytes, choice: int, owner: AsyncExitStack) -> Reply:
+        """Try one model until it answers or there is no more sense in it; the place and connection go to `owner`."""
+        queue, ticket, backoff = self.queue(model.id), next(self.tickets), Backoff(self.settings.max_retries)
+        while True:
+            async with AsyncExitStack() as attempt:
+                place = await attempt.enter_async_context(queue.place(ticket))
+                try:
+                    reply = await self.begin(body, ZaiReader(model, choice), place.key, attempt)
+                except UpstreamError as error:
+                    wait = self.next_wait(queue, place, backoff, error)
+                else:
+                    place.limit.accepted(place.rank, self.clock.now())
+                    owner.push_async_exit(attempt.pop_all())
+                    return reply
+            await self.clock.sleep(wait)
+
+    def next_wait(self, queue: Queue, place: Place, backoff: Backoff, error: UpstreamError) -> float:
+        """What a failure teaches us, and the seconds to wait before the next try; raises when there is to be none."""
+        now = self.clock.now()
+        if error.zai_code in ("1302", "1305"):
+            place.limit.refused(place.rank, now)
+        if error.zai_code == "1302" and place.limit.in_flight > 1:
+            return 0  # too many at once: back to the head of the queue
+        if error.failure in RESTED:
+            self.keys.refused(place.key, queue.model, error, now)
+            self.keys.awake(queue.model, now)  # raises when no other key is left
+            return 0
+        wait = backoff.wait(error, self.clock.jitter())
+        if wait is None:
+            raise error
+        return wait
+
+    def queue(self, model: str) -> Queue:
+        if model not in self.queues:  # the names are the clients': keep only those that matter
+            self.queues = {name: queue for name, queue in self.queues.items() if name in MODELS or queue.in_use}
+            self.queues[model] = Queue(model, self.keys, self.settings.max_concurrency, self.clock)
+        return self.queues[model]
+
+    async def begin(self, body: bytes, reader: ZaiReader, key: str, owner: AsyncExitStack) -> Reply:
         url = self.settings.zai_base_url + "/chat/completions"
         data = io.BytesIO(body)  # aiohttp warns of bytes over a megabyte
+        trace("sent", body)
         try:
-            asking = self.session.post(url, data=data, headers=self.headers(), allow_redirects=False)
+            asking = self.session.post(url, data=data, headers=zai_headers(key), allow_redirects=False)
             reply = Reply(await owner.enter_async_context(asking), reader)
         except aiohttp.ClientError as error:
             raise connection_error(error) from error
-        try:
-            await reply.begin()
-        except UpstreamError as error:
-            error.headers = {"x-zai-request-id": reply.request_id} if reply.request_id else {}
-            raise
+        await reply.begin()
         return reply
-
-    def headers(self) -> dict[str, str]:
-        key = next(self.keys, None)
-        if key is None:
-            raise ProxyError(
-                "This server has no Z.ai key. Get one at z.ai/manage-apikey (glm-4.7-flash, glm-4.5-flash and "
-                "glm-4.6v-flash are free), set ZAI_API_KEY and start again; or try it without a key: ztoapi.py --demo",
-                NO_ZAI_KEY,
-            )
-        return {"Authorization": f"Bearer {key}", "Content-Type": "application/json"}
 
     async def list_models(self) -> list[Model] | None:
         """Z.ai's own list of the key's models; None when it does not tell within MODELS_TIMEOUT."""
+        if not self.keys.turn:
+            return None
         try:
             asking = self.session.get(
                 self.settings.zai_base_url + "/models",
-                headers=self.headers(),
+                headers=zai_headers(self.keys.turn[0]),
                 allow_redirects=False,
                 timeout=aiohttp.ClientTimeout(total=MODELS_TIMEOUT),
             )
             async with asking as response:
                 document = parse_json(await response.read())
-        except (aiohttp.ClientError, asyncio.TimeoutError, ProxyError) as error:
+        except (aiohttp.ClientError, asyncio.TimeoutError) as error:
             LOG.debug("no list of models: %s", error)
             return None
         items = obj(document).get("data")
@@ -2046,6 +2404,7 @@ class Catalog:
 
 # ======== Relay =====================================================================================================
 
+KEEP_ALIVE = 15  # seconds of silence after which a stream gets a comment
 STREAM_HEADERS = {
     "Content-Type": "text/event-stream; charset=utf-8",
     "Cache-Control": "no-cache",
@@ -2054,23 +2413,70 @@ STREAM_HEADERS = {
 
 
 class OpenStream:
-    """A streamed answer that has begun: from here on a failure is a frame, not a status."""
+    """A streamed answer. It is opened by the first thing sent: until then a failure has a status, later it is a frame.
 
-    def __init__(self, encoder: Encoder, headers: dict[str, str]) -> None:
-        self.encoder = encoder
-        self.response = web.StreamResponse(headers=STREAM_HEADERS | headers)
+    While Z.ai is silent, comments keep the connection alive, on which proxies and clients would else give up.
+    """
+
+    def __init__(self, request: web.Request, surface: Surface, prompt: Prompt) -> None:
+        self.request, self.surface, self.prompt = request, surface, prompt
+        self.response = web.StreamResponse(headers=STREAM_HEADERS)
+        self.encoder: Encoder | None = None  # once the answer has its head
+        self.sent_at = time.monotonic()
+        self.keeping_alive: asyncio.Task[None] | None = None
+
+    def begin(self, head: Head, headers: dict[str, str]) -> Encoder:
+        if not self.response.prepared:
+            self.response.headers.update(headers)
+        self.encoder = self.surface.stream(head, self.prompt)
+        return self.encoder
 
     async def send(self, frames: Iterable[JSON | str]) -> None:
         if data := sse(frames):
-            LOG.debug("answered %s", data.decode())
-            await self.response.write(data)
+            trace("answered", data)
+            await self.write(data)
+
+    async def write(self, data: bytes) -> None:
+        self.sent_at = time.monotonic()
+        if not self.response.prepared:
+            await self.response.prepare(self.request)
+        await self.response.write(data)
+
+    async def fail(self, error: ProxyError, head: Head) -> None:
+        encoder = self.encoder or self.begin(head, {})
+        await self.send(encoder.fail(error))
+
+    @contextmanager
+    def kept_alive(self) -> Iterator[None]:
+        self.arm(KEEP_ALIVE)
+        try:
+            yield
+        finally:
+            self.timer.cancel()
+            if self.keeping_alive:
+                self.keeping_alive.cancel()
+
+    def arm(self, seconds: float) -> None:
+        """One timer for each stream, not for each chunk."""
+        self.timer = asyncio.get_running_loop().call_later(seconds, self.tick)
+
+    def tick(self) -> None:
+        silence = time.monotonic() - self.sent_at
+        if silence >= KEEP_ALIVE and (self.keeping_alive is None or self.keeping_alive.done()):
+            silence = 0
+            self.keeping_alive = asyncio.create_task(self.keep_alive())
+        self.arm(max(KEEP_ALIVE - silence, 1))
+
+    async def keep_alive(self) -> None:
+        with suppress(ConnectionError):  # the client has left: its handler hears of it too
+            await self.write(b": keep-alive\n\n")
 
 
-async def relay(stream: OpenStream, events: AsyncIterator[list[Event]]) -> None:
+async def relay(stream: OpenStream, encoder: Encoder, events: AsyncIterator[list[Event]]) -> None:
     """Each batch of events leaves in one write, as soon as it is there. A slow client makes us read more slowly."""
     async for batch in events:
-        await stream.send(frame for event in batch for frame in stream.encoder.feed(event))
-    await stream.send(stream.encoder.close())
+        await stream.send(frame for event in batch for frame in encoder.feed(event))
+    await stream.send(encoder.close())
 
 
 async def collect(events: AsyncIterator[list[Event]]) -> Answer:
@@ -2092,6 +2498,8 @@ async def events_of(reply: Reply | Replies, prompt: Prompt, record: Record) -> A
 # ======== Handlers ==================================================================================================
 
 CLIENT_LEFT = 499  # nginx's number for it
+MESSAGE_LIMIT = 600  # characters of an error's message
+GRACE = 30  # seconds that answers in flight have to finish when the server is to stop
 
 
 @dataclass
@@ -2105,6 +2513,7 @@ class Record:
     model: str = "-"
     status: int = CLIENT_LEFT
     error: str = ""
+    stopped: bool = False  # the server could not wait for it
     first: float | None = None
     usage: Usage = field(default_factory=Usage)
 
@@ -2124,6 +2533,8 @@ class Record:
 
 SETTINGS = web.AppKey("settings", Settings)
 BLANK = web.AppKey("blank", Blanker)
+IN_FLIGHT: web.AppKey[dict[Any, Record]] = web.AppKey("in_flight", dict)  # by the task that answers it
+CLOCK = web.AppKey("clock", Clock)
 UPSTREAM = web.AppKey("upstream", Upstream)
 CATALOG = web.AppKey("catalog", Catalog)
 RECORD = web.RequestKey("record", Record)
@@ -2134,18 +2545,27 @@ Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 async def answer(request: web.Request, surface: Surface) -> web.StreamResponse:
     """The path of every chat, whichever surface it came in by."""
-    settings, record = request.app[SETTINGS], request[RECORD]
+    settings, record, upstream = request.app[SETTINGS], request[RECORD], request.app[UPSTREAM]
     prompt = filled(surface.parse(await read_json(request)), settings, request.headers.get("Accept", ""))
     record.model = printable(prompt.model)
-    async with request.app[UPSTREAM].open(prompt) as reply:
-        head = Head(reply.id or record.id, reply.created or int(time.time()), prompt.model)
-        headers, events = answer_headers(prompt, reply), events_of(reply, prompt, record)
-        if not prompt.stream:
-            return json_response(surface.whole(head, prompt, await collect(events)), headers=headers)
-        stream = request[STREAM] = OpenStream(surface.stream(head, prompt), headers)
-        await stream.response.prepare(request)
-        await relay(stream, events)
-        return stream.response
+    if not prompt.stream:
+        async with upstream.open(prompt) as reply:
+            whole = await collect(events_of(reply, prompt, record))
+            return json_response(
+                surface.whole(head_of(reply, prompt, record), prompt, whole), headers=answer_headers(prompt, reply)
+            )
+    stream = request[STREAM] = OpenStream(request, surface, prompt)
+    with stream.kept_alive():
+        async with upstream.open(prompt) as reply:
+            encoder = stream.begin(head_of(reply, prompt, record), answer_headers(prompt, reply))
+            await relay(stream, encoder, events_of(reply, prompt, record))
+            await stream.response.write_eof()
+            await reply.finish()
+    return stream.response
+
+
+def head_of(reply: Reply | Replies, prompt: Prompt, record: Record) -> Head:
+    return Head(reply.id or record.id, reply.created or int(time.time()), prompt.model)
 
 
 def filled(prompt: Prompt, settings: Settings, accept: str) -> Prompt:
@@ -2160,26 +2580,15 @@ def filled(prompt: Prompt, settings: Settings, accept: str) -> Prompt:
 
 
 async def read_json(request: web.Request) -> JSON:
-    body = await read_body(request)
     try:
-        document = json.loads(body.decode("utf-8-sig"), parse_constant=refuse_constant)
-    except (ValueError, RecursionError) as error:
-        raise BadRequest(f"The request body is not JSON: {error}.") from None
-    LOG.debug("asked %s %s", request.path, document)
-    if not isinstance(document, dict):
-        raise BadRequest("The request body must be a JSON object.")
-    return document
-
-
-async def read_body(request: web.Request) -> bytes:
-    try:
-        return await request.read()
+        body = await request.read()
     except web.RequestPayloadError as error:
         raise BadRequest("The request body could not be read: its encoding is broken.") from error
-
-
-def refuse_constant(name: str) -> None:
-    raise ValueError(f"{name} is no JSON number")
+    trace(f"asked {request.path}", body)
+    try:
+        return parse_request(body)
+    except (ValueError, RecursionError) as error:
+        raise BadRequest(f"The request body is not a JSON object: {error}.") from None
 
 
 def wants_stream(accept: str, *, default: bool) -> bool:
@@ -2191,42 +2600,49 @@ def wants_stream(accept: str, *, default: bool) -> bool:
 
 def answer_headers(prompt: Prompt, reply: Reply | Replies) -> dict[str, str]:
     ignored = ",".join(header_word(name) for name in prompt.ignored[:32])
-    headers = {"x-ztoapi-ignored": ignored, "x-zai-request-id": reply.request_id}
+    headers = {
+        "x-ztoapi-model": header_word(reply.model),
+        "x-ztoapi-ignored": ignored,
+        "x-zai-request-id": reply.request_id,
+    }
     return {name: value for name, value in headers.items() if value}
 
 
 def json_response(document: JSON, status: int = 200, headers: Mapping[str, str] | None = None) -> web.Response:
-    LOG.debug("answered %s", document)
-    return web.Response(
-        body=encode_json(document),
-        status=status,
-        headers=headers,
-        content_type="application/json",
-        charset="utf-8",
-    )
+    body = encode_json(document)
+    trace("answered", body)
+    return web.Response(body=body, status=status, headers=headers, content_type="application/json", charset="utf-8")
 
 
 def printable(words: str) -> str:
     """A client's word as it can stand in a line of the log."""
-    return re.sub(r"[^!-~]", "?", words)[:64]
+    return re.sub(r"[^!-~]", "?", words)
+
+
+def shortened(words: str) -> str:
+    """For people to read: only after secrets were taken out, or half of one might stay."""
+    return words if len(words) <= MESSAGE_LIMIT else words[:MESSAGE_LIMIT] + "…"
 
 
 async def list_models(request: web.Request) -> web.Response:
-    models = await request.app[CATALOG].list(time.monotonic())
+    models = await named_models(request)
+    return json_response({"object": "list", "data": [model_item(model, name) for name, model in models.items()]})
+
+
+async def named_models(request: web.Request) -> dict[str, Model]:
+    """What this server lists: Z.ai's models, and the aliases that are names."""
     renamed = request.app[SETTINGS].model_aliases
     plain = {name: resolve(name, renamed) for name, _ in renamed if "*" not in name}
-    return json_response(
-        {"object": "list", "data": [model_item(model, name) for name, model in (models | plain).items()]}
-    )
+    return await request.app[CATALOG].list(time.monotonic()) | plain
 
 
 async def one_model(request: web.Request) -> web.Response:
-    name = request.match_info["id"]
-    models = await request.app[CATALOG].list(time.monotonic())
-    model = models.get(resolve(name, request.app[SETTINGS].model_aliases).id)
-    if model is None:
-        raise ProxyError(f"There is no model {printable(name)}: GET /v1/models lists them.", UNKNOWN_MODEL, "model")
-    return json_response(model_item(model, model.id if resolve(name).id == model.id else name))
+    asked, models = request.match_info["id"], await named_models(request)
+    meant = resolve(asked, request.app[SETTINGS].model_aliases)
+    name = next((name for name in (asked, meant.id) if name in models), None)
+    if name is None:
+        raise ProxyError(f"There is no model {printable(asked)}: GET /v1/models lists them.", UNKNOWN_MODEL, "model")
+    return json_response(model_item(models[name], name))
 
 
 async def health(request: web.Request) -> web.Response:
@@ -2237,7 +2653,9 @@ async def health(request: web.Request) -> web.Response:
 
 
 async def index(request: web.Request) -> web.Response:
-    return json_response({"name": "ztoapi", "version": __version__, "base_url": f"{request.url.origin()}/v1"})
+    return json_response(
+        {"name": "ztoapi", "version": __version__, "base_url": f"{request.scheme}://{request.host}/v1"}
+    )
 
 
 def keyed(handler: Handler) -> Handler:
@@ -2267,11 +2685,14 @@ def has_key(headers: Mapping[str, str], accepted: Iterable[str]) -> bool:
 async def outermost(request: web.Request, handler: Handler) -> web.StreamResponse:
     """Gives every request its record, every failure its shape, and every answer its line in the log."""
     record = request[RECORD] = Record(request.method, printable(request.path), time.monotonic(), secrets.token_hex(12))
+    in_flight, task = request.app[IN_FLIGHT], asyncio.current_task()
+    in_flight[task] = record
     try:
         response = await answer_or_tell(request, handler)
         record.status = response.status
         return response
     finally:
+        del in_flight[task]
         level = logging.DEBUG if request.path.startswith(DEMO_PATH) else logging.INFO
         LOG.log(level, "%s", record.line(time.monotonic()))
 
@@ -2281,8 +2702,23 @@ async def answer_or_tell(request: web.Request, handler: Handler) -> web.StreamRe
         return await handler(request)
     except ConnectionError:  # the client left; Z.ai's failures are UpstreamErrors by now
         raise
+    except asyncio.CancelledError:
+        if not request[RECORD].stopped:  # the client left
+            raise
+        return await tell(request, ProxyError("The server is stopping: ask again in a moment.", STOPPING))
     except Exception as error:  # noqa: BLE001 - the one place: nothing but our own shape of error leaves the program
         return await tell(request, proxy_error(error, request))
+
+
+async def drain(app: web.Application) -> None:
+    """Before the server stops: what is in flight may finish for a while, then it is told."""
+    in_flight = app[IN_FLIGHT]
+    for seconds in (GRACE, 2):
+        if in_flight:
+            await asyncio.wait(list(in_flight), timeout=seconds)
+        for task, record in in_flight.items():
+            record.stopped = True
+            task.cancel()
 
 
 def proxy_error(error: Exception, request: web.Request) -> ProxyError:
@@ -2305,16 +2741,16 @@ def proxy_error(error: Exception, request: web.Request) -> ProxyError:
             return ProxyError(error.reason, Failure(error.status, "invalid_request_error"))
         case _:
             LOG.error("a bug in ztoapi", exc_info=error)
-            return ProxyError("Something went wrong in ztoapi itself; its log tells what.", BUG)
+            return ProxyError(BUG_MESSAGE, BUG)
 
 
 async def tell(request: web.Request, error: ProxyError) -> web.StreamResponse:
     """Say what failed in the way still open: with a status, or in a stream that has begun with its last frames."""
-    error.message = request.app[BLANK](error.message)  # Z.ai might repeat our key
+    error.message = shortened(request.app[BLANK](error.message))  # Z.ai might repeat our key
     request[RECORD].error = error.failure.code or error.failure.type
     stream: OpenStream | None = request.get(STREAM)
     if stream and stream.response.prepared:
-        await stream.send(stream.encoder.fail(error))
+        await stream.fail(error, Head(request[RECORD].id, int(time.time()), stream.prompt.model))
         return stream.response
     return json_response(error_body(error), error.failure.status, error_headers(error, time.time()))
 
@@ -2322,16 +2758,22 @@ async def tell(request: web.Request, error: ProxyError) -> web.StreamResponse:
 @web.middleware
 async def guard(request: web.Request, handler: Handler) -> web.StreamResponse:
     """Answers preflights, and while the key is the published one turns strangers' pages away (DNS rebinding)."""
-    hosts = request.headers.getall("Host", [])
-    if request.app[SETTINGS].published and not all(is_loopback(host_name(host)) for host in hosts):
+    if request.app[SETTINGS].published and not is_local(request):
         raise ProxyError(
-            f"This server has the published key {PUBLISHED_KEY}, so it answers to localhost alone: "
+            f"This server has the published key {PUBLISHED_KEY}, so it answers on localhost alone: "
             "set DEFAULT_KEY to a key of your own.",
             Failure(403, "permission_error", "host_not_allowed"),
         )
     if request.method == "OPTIONS":
         return web.Response(status=204)
     return await handler(request)
+
+
+def is_local(request: web.Request) -> bool:
+    """Whether this came to a loopback address, under a name of this machine; whoever else listens for us."""
+    place = request.transport.get_extra_info("sockname") if request.transport else None
+    is_here = not isinstance(place, tuple) or is_loopback(place[0])  # a Unix socket's is no tuple
+    return is_here and all(is_loopback(host_name(host)) for host in request.headers.getall("Host", []))
 
 
 def host_name(host: str) -> str:
@@ -2365,12 +2807,13 @@ def cors_headers(request: web.Request) -> dict[str, str]:
     return headers
 
 
-EXPOSED_HEADERS = "x-request-id, x-zai-request-id, x-ztoapi-ignored, x-should-retry, Retry-After"
+EXPOSED_HEADERS = "x-request-id, x-zai-request-id, x-ztoapi-model, x-ztoapi-ignored, x-should-retry, Retry-After"
 
 
 async def add_headers(request: web.Request, response: web.StreamResponse) -> None:
     """Runs just before any answer's headers leave, a stream's and an error's too."""
-    response.headers["x-request-id"] = f"req_{request[RECORD].id}"
+    if record := request.get(RECORD):
+        response.headers["x-request-id"] = f"req_{record.id}"
     response.headers.update(cors_headers(request))
 
 
@@ -2454,12 +2897,19 @@ def demo_deltas(body: JSON) -> list[JSON]:
 
 
 def demo_call(function: JSON) -> JSON:
-    samples = {"string": "demo", "integer": 1, "number": 1.5, "boolean": True, "array": [], "object": {}}
-    schema = function.get("parameters", {})
-    properties = {name: obj(schema.get("properties")).get(name, {}) for name in schema.get("required", ())}
-    arguments = {name: (how.get("enum") or [samples.get(how.get("type"))])[0] for name, how in properties.items()}
-    called = {"name": function.get("name", "demo"), "arguments": to_json(arguments)}
+    schema = obj(function.get("parameters"))
+    properties = {name: obj(obj(schema.get("properties")).get(name)) for name in schema.get("required", ())}
+    arguments = to_json({name: demo_value(how) for name, how in properties.items()})
+    called = {"name": function.get("name", "demo"), "arguments": arguments}
     return {"id": f"call_{secrets.token_hex(8)}", "index": 0, "type": "function", "function": called}
+
+
+def demo_value(schema: JSON) -> Any:
+    """Something that fits a schema."""
+    kind = schema.get("type")
+    kind = kind[0] if isinstance(kind, list) else kind
+    samples = {"string": "demo", "integer": 1, "number": 1.5, "boolean": True, "array": [], "object": {}}
+    return (schema.get("enum") or [samples.get(str(kind))])[0]
 
 
 def demo_last(body: JSON, deltas: list[JSON]) -> JSON:
@@ -2488,20 +2938,58 @@ def create_app(settings: Settings | None = None) -> web.Application:
     if settings is None:
         settings = settings_or_exit({})
         set_up_log(settings)
-    app = web.Application(middlewares=[outermost, guard], client_max_size=settings.max_body_mb * 2**20)
+    RequestHandler.handle_error = refuse_bad_http  # type: ignore # aiohttp has no hook for it
+    app = web.Application(
+        middlewares=[outermost, guard],
+        client_max_size=settings.max_body_mb * 2**20,
+        # A client's departure must reach its handler, and with it Z.ai, whoever runs the app.
+        handler_args={"handler_cancellation": True, "logger": LOG},
+    )
     app[SETTINGS] = settings
     app[BLANK] = Blanker(settings.secrets)
+    app[CLOCK] = Clock()
+    app[IN_FLIGHT] = {}
     app.on_response_prepare.append(add_headers)
     app.cleanup_ctx.append(connect)
+    app.on_shutdown.append(drain)
     for path, surface in SURFACES.items():
-        app.router.add_post(f"{API}{path}{END}", keyed(answering(surface)))
-    app.router.add_get(f"{API}models{END}", keyed(list_models))
-    app.router.add_get(f"{API}models/{{id:.+?}}{END}", keyed(one_model))
-    app.router.add_get("/health", health)
-    app.router.add_get("/", index)
+        add_route(app, "POST", f"{API}{path}{END}", keyed(answering(surface)))
+    add_route(app, "GET", f"{API}models{END}", keyed(list_models))
+    add_route(app, "GET", f"{API}models/{{id:.+?}}{END}", keyed(one_model))
+    add_route(app, "GET", "/health", health)
+    add_route(app, "GET", "/", index)
     if settings.demo:
         demo_routes(app)
     return app
+
+
+def add_route(app: web.Application, method: str, path: str, handler: Handler) -> None:
+    if method == "GET":
+        app.router.add_route("HEAD", path, handler, expect_handler=expect)
+    app.router.add_route(method, path, handler, expect_handler=expect)
+
+
+async def expect(request: web.Request) -> None:
+    """Answers `Expect: 100-continue`; nothing else that a client may expect is known (RFC 9110, 10.1.1)."""
+    if request.headers["Expect"].lower() == "100-continue":
+        await request.writer.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+        request.writer.output_size = 0  # it is not part of the answer
+
+
+def refuse_bad_http(
+    _: RequestHandler, request: web.BaseRequest, status: int = 500, exc: BaseException | None = None, *__: object
+) -> web.Response:
+    """Our shape for what aiohttp refuses before it reaches the app; its own texts would repeat headers, keys too."""
+    if status >= 500:
+        LOG.error("a bug in ztoapi", exc_info=exc)
+        error = ProxyError(BUG_MESSAGE, BUG)
+    else:
+        LOG.info("%s sent what is no HTTP", request.remote)
+        words = "This is not HTTP as this server reads it: a header may be malformed, too long, or one too many."
+        error = ProxyError(words, Failure(status, "invalid_request_error", "bad_http"))
+    response = web.Response(body=encode_json(error_body(error)), status=status, content_type="application/json")
+    response.force_close()
+    return response
 
 
 def answering(surface: Surface) -> Handler:
@@ -2528,7 +3016,7 @@ async def connect(app: web.Application) -> AsyncIterator[None]:
         },
     )
     async with session:
-        app[UPSTREAM] = Upstream(settings, session)
+        app[UPSTREAM] = Upstream(settings, session, app[CLOCK])
         app[CATALOG] = Catalog(app[UPSTREAM])
         yield
         await app[CATALOG].close()
@@ -2549,7 +3037,8 @@ def set_up_log(settings: Settings) -> None:
     """Everything to stderr; in debug mode what was asked, sent, received and answered too."""
     handler = logging.StreamHandler()
     handler.setFormatter(BlankingFormatter(Blanker(settings.secrets)))
-    logging.basicConfig(handlers=[handler], level=logging.INFO)
+    for logger in (LOG, logging.getLogger("aiohttp"), logging.getLogger("asyncio")):
+        logger.handlers, logger.propagate = [handler], False  # nobody else may write our lines, with secrets in them
     LOG.setLevel(logging.DEBUG if settings.debug_mode else logging.INFO)
 
 
@@ -2582,7 +3071,8 @@ def listen(host: str, port: int) -> list[socket.socket]:
     for name in ("127.0.0.1", "::1") if host == "localhost" else (host,):
         family, _, _, _, place = socket.getaddrinfo(name, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
         try:
-            sockets.append(socket.create_server((place[0], port), family=family))
+            dual = name == "::" and socket.has_dualstack_ipv6()
+            sockets.append(socket.create_server((place[0], port), family=family, dualstack_ipv6=dual))
         except OSError as error:
             if not (sockets and error.errno in (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT)):  # a machine without IPv6
                 raise
@@ -2599,23 +3089,26 @@ def listen_or_exit(settings: Settings) -> list[socket.socket]:
         refuse(f"HOST={settings.host}, PORT={settings.port} cannot be listened on: {error.strerror or error}")
 
 
-def with_demo(settings: Settings, port: int) -> Settings:
-    """The same, with the stand-in for Z.ai on this very server as the upstream."""
-    host = settings.host if is_loopback(settings.host) else "127.0.0.1"
+def with_demo(settings: Settings, place: tuple[Any, ...]) -> Settings:
+    """The same, with the stand-in for Z.ai on this very server, which listens at `place`, as the upstream."""
+    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(place[0], place[0])  # noqa: S104 - any address: take loopback
     return replace(
         settings,
         demo=True,
-        zai_base_url=f"http://{host}:{port}{DEMO_PATH}",
+        zai_base_url=f"http://{bracketed(host)}:{place[1]}{DEMO_PATH}",
         zai_api_key=(secrets.token_hex(16),),
     )
 
 
+def bracketed(host: str) -> str:
+    return f"[{host}]" if ":" in host else host
+
+
 def banner(settings: Settings, port: int) -> str:
-    host = f"[{settings.host}]" if ":" in settings.host else settings.host
     upstream = "the built-in demo: no model is behind its answers" if settings.demo else settings.zai_base_url
     lines = [
         f"ztoapi {__version__}",
-        f"  clients   http://{host}:{port}/v1",
+        f"  clients   http://{bracketed(settings.host)}:{port}/v1",
         f"  upstream  {upstream}",
         f"  models    {len(MODELS)}, and whatever else Z.ai lists",
         f"  keys      {len(settings.default_key)} for clients, {len(settings.zai_api_key)} for Z.ai",
@@ -2647,19 +3140,11 @@ def main(arguments: list[str] | None = None) -> None:
     given = {"HOST": flags.host, "PORT": flags.port}
     settings = settings_or_exit({name: value for name, value in given.items() if value is not None})
     sockets = listen_or_exit(settings)
-    port = sockets[0].getsockname()[1]
-    settings = with_demo(settings, port) if flags.demo else settings
+    place = sockets[0].getsockname()
+    settings = with_demo(settings, place) if flags.demo else settings
     set_up_log(settings)
-    print(banner(settings, port), flush=True)
-    # A client's departure must reach its handler, and with it Z.ai.
-    web.run_app(
-        create_app(settings),
-        sock=sockets,
-        print=None,
-        access_log=None,
-        handler_cancellation=True,
-        backlog=1024,
-    )
+    print(banner(settings, place[1]), flush=True)
+    web.run_app(create_app(settings), sock=sockets, print=None, access_log=None, shutdown_timeout=5, backlog=1024)
 
 
 if __name__ == "__main__":

@@ -16,7 +16,10 @@ import socket
 import subprocess
 import sys
 import time
+from heapq import heappop, heappush
+from itertools import count
 from pathlib import Path
+from random import Random
 
 import pytest
 import pytest_asyncio
@@ -26,6 +29,7 @@ import ztoapi
 from ztoapi import (
     MODELS,
     Answer,
+    Backoff,
     BadRequest,
     Blanker,
     ChatStream,
@@ -34,9 +38,12 @@ from ztoapi import (
     Finish,
     Head,
     Inliner,
+    Keys,
+    Limit,
     Media,
     Message,
     Prompt,
+    Queue,
     ReasoningShape,
     Settings,
     SettingsError,
@@ -1435,6 +1442,216 @@ def test_finish_reasons_are_openais(reason, wanted):
     assert read_all([RECORDED.replace(b'"stop"', f'"{reason}"'.encode())])[-1] == Finish(wanted)
 
 
+# ======== Policies ========
+
+
+def refusal(code, status=429, text="Words"):
+    return zai_error(status, json.dumps({"error": {"code": str(code), "message": text}}).encode())
+
+
+def test_keys_are_used_in_turn():
+    keys, used = Keys(["a", "b", "c"]), []
+    for _ in range(4):
+        used.append(keys.awake("m", 0)[0])
+        keys.used(used[-1])
+    assert used == ["a", "b", "c", "a"]
+
+
+@pytest.mark.parametrize("code", [1113, 1308, 1310, 1316])
+def test_a_key_without_quota_rests_for_the_one_model(code):
+    keys = Keys(["a", "b"])
+    keys.refused("a", "glm-5", refusal(code), 0)
+    assert keys.awake("glm-5", 0) == ["b"]
+    assert keys.awake("glm-4.7-flash", 0) == ["a", "b"]
+    assert keys.awake("glm-5", Keys.REST) == ["a", "b"]
+
+
+def test_a_key_that_is_refused_rests_for_every_model():
+    keys = Keys(["a", "b"])
+    keys.refused("a", "glm-5", refusal(1000, 401), 0)
+    assert keys.awake("glm-4.6", 0) == ["b"]
+
+
+@pytest.mark.parametrize("code", [1302, 1305, 1210, 1311, 1200])
+def test_other_refusals_do_not_make_a_key_rest(code):
+    keys = Keys(["a"])
+    keys.refused("a", "m", refusal(code, 400), 0)
+    assert keys.awake("m", 0) == ["a"]
+
+
+def test_a_key_rests_until_the_quota_is_reset():
+    keys, reset = Keys(["a"]), 1789144541.0  # 2026-09-12 00:35:41 in China
+    keys.refused("a", "m", refusal(1308, text="Your limit will reset at 2026-09-12 00:35:41"), reset - 999)
+    with pytest.raises(UpstreamError, match="1308") as told:
+        keys.awake("m", reset - 1)
+    assert error_headers(told.value, reset - 60)["Retry-After"] == "60"
+    assert keys.awake("m", reset) == ["a"]
+
+
+def test_when_all_keys_rest_the_last_refusal_is_told():
+    keys = Keys(["a", "b"])
+    for key, code in (("a", 1113), ("b", 1308)):
+        keys.refused(key, "m", refusal(code), 0)
+        keys.used(key)
+    with pytest.raises(UpstreamError, match="1308") as told:
+        keys.awake("m", 0)
+    assert error_headers(told.value, 0)["Retry-After"] == str(Keys.REST)
+
+
+@pytest.mark.parametrize(
+    ("error", "waits"),
+    [
+        (refusal(1302), [1, 2, 4, None]),
+        (refusal(1305), [2, 4, 8, None]),
+        (refusal(1200, 500), [0.5, 1, 2, None]),
+        (zai_error(502, b"<html>"), [0.5, 1, 2, None]),
+        (ztoapi.connection_error(ztoapi.aiohttp.ServerDisconnectedError()), [0.5, 1, 2, None]),
+        (ztoapi.connection_error(ztoapi.aiohttp.ConnectionTimeoutError()), [0.5, 1, 2, None]),
+        (ztoapi.connection_error(ztoapi.aiohttp.SocketTimeoutError()), [None]),
+        (refusal(1113), [None]),
+        (refusal(1308), [None]),
+        (refusal(1210, 400), [None]),
+        (refusal(1000, 401), [None]),
+        (zai_error(404, b""), [None]),
+    ],
+)
+def test_the_waits_between_tries(error, waits):
+    backoff = Backoff(3)
+    assert [backoff.wait(error, 0.5) for _ in waits] == waits
+
+
+def test_jitter_spreads_the_waits():
+    assert [Backoff(1).wait(refusal(1302), jitter) for jitter in (0, 1)] == [0.75, 1.25]
+
+
+def crowd(hidden, requests, answer=5.0, limit=None):
+    """Requests that all wait at once, before a Z.ai that takes `hidden(time)` of them, on a clock of its own.
+
+    The time it took, what it takes at best, the times of the refusals, and the limit in the end.
+    """
+    random, limit = Random(1), limit or Limit()
+    now, agenda, number, active, done, refusals = 0.0, [], count(), 0, 0, []
+    waiting = requests
+    while done < requests:
+        while waiting and limit.in_flight < limit.limit:
+            waiting, rank, taken = waiting - 1, limit.enter(), active < hidden(now)
+            active += taken
+            first = now + 0.5 * random.uniform(0.5, 1.5)
+            for at, what in (
+                [(first, "accepted"), (first + answer * random.uniform(0.5, 1.5), "done")]
+                if taken
+                else [(now + 0.1, "refused")]
+            ):
+                heappush(agenda, (at, next(number), what, rank))
+        now, _, what, rank = heappop(agenda)
+        if what == "accepted":
+            limit.accepted(rank, now)
+            continue
+        if what == "refused":
+            refusals.append(now)
+            limit.refused(rank, now)
+        limit.in_flight -= 1
+        active, done, waiting = active - (what == "done"), done + (what == "done"), waiting + (what == "refused")
+    best, left = 0.0, requests * (answer + 0.5)
+    while left > 0:
+        best, left = best + 0.1, left - hidden(best) * 0.1
+    return now, best, refusals, limit.limit
+
+
+@pytest.mark.parametrize("hidden", [1, 2, 3, 10])
+def test_a_hidden_limit_is_found_within_a_few_requests(hidden):
+    limit = Limit()
+    crowd(lambda _: hidden, 3 * hidden, limit=limit)
+    assert hidden <= limit.floor + 1 <= hidden + 1
+
+
+@pytest.mark.parametrize("hidden", [1, 2, 3, 10, 30])
+def test_a_crowd_is_served_nearly_as_fast_as_can_be_with_few_refusals(hidden):
+    took, best, refusals, limit = crowd(lambda _: hidden, 1000)
+    assert best / took > 0.9
+    assert len(refusals) < 10 + took / 30  # one try in half a minute to find out whether there is more
+    assert hidden <= limit <= hidden + 1
+
+
+@pytest.mark.parametrize(
+    "hidden",
+    [
+        pytest.param(lambda t: 1 if t < 120 else 10, id="raised"),
+        pytest.param(lambda t: 2 if 100 < t < 250 else 10, id="lowered and raised"),
+        pytest.param(lambda t: (3, 10, 1, 6, 2, 10)[int(t // 60) % 6], id="another each minute"),
+    ],
+)
+def test_a_limit_that_changes_is_followed(hidden):
+    took, best, refusals, _ = crowd(hidden, 1000)
+    assert best / took > 0.8
+    assert len(refusals) < 200
+
+
+def test_a_raised_limit_is_found_out_within_a_minute():
+    limit = Limit()
+    crowd(lambda t: 1 if t < 120 else 10, 20 + 40, limit=limit)  # about 20 until then, and 40 in the minute after
+    assert limit.limit >= 10
+
+
+def make_queue(keys=("a",), ceiling=0):
+    return Queue("m", Keys(keys), ceiling, FakeClock())
+
+
+@over_sockets
+async def test_places_are_given_in_order_and_the_refused_come_first():
+    queue, order = make_queue(ceiling=1), []
+
+    async def request(name, ticket):
+        async with queue.place(ticket):
+            order.append(name)
+
+    async with queue.place(0):
+        waiting = [asyncio.create_task(request(*who)) for who in (("second", 2), ("third", 3), ("refused", 1))]
+        await asyncio.sleep(0)
+        assert len(queue.waiting) == 3
+    await asyncio.gather(*waiting)
+    assert order == ["refused", "second", "third"]
+    assert not queue.in_use
+
+
+@over_sockets
+async def test_whoever_leaves_the_queue_frees_the_place():
+    queue = make_queue(ceiling=1)
+    async with queue.place(0):
+        early, late = (asyncio.create_task(queue.enter(ticket)) for ticket in (1, 2))
+        await asyncio.sleep(0)
+        early.cancel()
+        await asyncio.wait({early})
+        assert len(queue.waiting) == 1
+    late.cancel()  # just when its turn has come
+    await asyncio.wait({late})
+    assert not queue.in_use
+
+
+@over_sockets
+async def test_every_key_has_a_limit_of_its_own():
+    queue = make_queue(("a", "b"))
+    for limit in queue.limits.values():
+        limit.limit = 1
+    async with queue.place(0) as one, queue.place(1) as two:
+        assert {one.key, two.key} == {"a", "b"}
+        third = asyncio.create_task(queue.enter(2))
+        await asyncio.sleep(0)
+        assert not third.done()
+        third.cancel()
+
+
+@over_sockets
+async def test_those_who_wait_are_told_when_all_keys_rest():
+    queue = make_queue(ceiling=1)
+    async with queue.place(0):
+        waiting = asyncio.create_task(queue.enter(1))
+        await asyncio.sleep(0)
+        queue.keys.refused("a", "m", refusal(1113), queue.clock.now())
+    with pytest.raises(UpstreamError, match="1113"):
+        await waiting
+
+
 # ======== Over real sockets ========
 
 HANG, RESET = object(), object()  # parts of a FakeZai's answer that are no bytes
@@ -1445,9 +1662,10 @@ class FakeZai:
 
     def __init__(self):
         self.status, self.headers, self.parts = 200, {"Content-Type": "text/event-stream"}, [RECORDED]
-        self.answers = []  # the parts of the next answers, before `parts` counts
+        self.answers = []  # what the next requests get before `parts` counts: parts, or a status and parts
+        self.takes = 1000  # requests at once; the others get 1302
         self.models = web.json_response({"object": "list", "data": []})
-        self.bodies, self.keys, self.open = [], [], 0
+        self.bodies, self.keys, self.peers, self.open = [], [], set(), 0
         self.left = asyncio.Event()  # somebody hung up before the answer's end
 
     def app(self):
@@ -1464,6 +1682,7 @@ class FakeZai:
     async def chat(self, request):
         self.bodies.append(await request.json())
         self.keys.append(request.headers["Authorization"])
+        self.peers.add(request.transport.get_extra_info("peername"))
         self.open += 1
         try:
             return await self.answer(request)
@@ -1474,17 +1693,32 @@ class FakeZai:
             self.open -= 1
 
     async def answer(self, request):
-        response = web.StreamResponse(status=self.status, headers=self.headers)
+        status, parts = self.next_answer()
+        response = web.StreamResponse(status=status, headers=self.headers)
         await response.prepare(request)
-        for part in self.answers.pop(0) if self.answers else self.parts:
+        for part in parts:
             if part is HANG:
                 await asyncio.sleep(60)
+            elif isinstance(part, float):
+                await asyncio.sleep(part)
             elif part is RESET:
                 request.transport.abort()
             else:
                 await response.write(part)
                 await asyncio.sleep(0)
         return response
+
+    def next_answer(self):
+        if self.open > self.takes:
+            return refused(1302)
+        if not self.answers:
+            return self.status, self.parts
+        answer = self.answers.pop(0)
+        return answer if isinstance(answer, tuple) else (200, answer)
+
+
+def refused(code, status=429, text="Words"):
+    return status, [json.dumps({"error": {"code": str(code), "message": text}}).encode()]
 
 
 @pytest_asyncio.fixture
@@ -1863,6 +2097,315 @@ async def test_our_own_bug_is_told_without_a_traceback(start, caplog, stream):
     assert (response.status, error_of(body)["code"]) == (500, "internal_error")
     assert "inner workings" not in body
     assert "RuntimeError: inner workings" in caplog.text
+
+
+# ======== Endurance ========
+
+
+def slept(client):
+    return client.app[ztoapi.CLOCK].slept
+
+
+@over_sockets
+@pytest.mark.parametrize("stream", [False, True], ids=["whole", "streamed"])
+@pytest.mark.parametrize(
+    ("answer", "waits"),
+    [
+        pytest.param(refused(1302), [1, 2], id="1302"),
+        pytest.param(refused(1305), [2, 4], id="1305"),
+        pytest.param(refused(1399), [0.5, 1], id="another 429"),
+        pytest.param(refused(1234, 500), [0.5, 1], id="1234"),
+        pytest.param((502, [b"<html>Bad Gateway</html>"]), [0.5, 1], id="HTML"),
+        pytest.param([b"junk"], [0.5, 1], id="junk"),
+        pytest.param([], [0.5, 1], id="nothing"),
+        pytest.param([RESET], [0.5, 1], id="reset"),
+        pytest.param([b'{"error":{"code":"1305","message":"busy"}}'], [2, 4], id="in a 200"),
+        pytest.param([b'data: {"error":{"code":"1302","message":"busy"}}\n\n'], [1, 2], id="in the first frame"),
+        pytest.param([DOCUMENT[:99], RESET], [0.5, 1], id="half a document"),
+        pytest.param([stream_of(finish("network_error"))], [0.5, 1], id="network_error"),
+    ],
+)
+async def test_a_passing_failure_before_the_first_byte_is_tried_again(client, zai, answer, waits, stream):
+    zai.answers = [answer, answer]
+    response, body = await ask(client, chat(stream=stream))
+    assert (response.status, "好😀" in body) == (200, True)
+    assert (slept(client), len(zai.bodies)) == (waits, 3)
+    zai.answers = [answer] * 3
+    response, body = await ask(client, chat(stream=stream))
+    assert (response.status >= 429, len(zai.bodies)) == (True, 6)
+
+
+@over_sockets
+@pytest.mark.parametrize("code", [1000, 1113, 1210, 1211, 1261, 1301, 1308, 1311, 1313])
+async def test_a_failure_that_stays_is_not_tried_again(client, zai, code):
+    zai.answers = [refused(code, 400)]
+    await ask(client)
+    assert len(zai.bodies) == 1
+
+
+@over_sockets
+async def test_silence_is_not_tried_again(start, zai):
+    client = await start(upstream_timeout=1)
+    zai.answers = [[HANG]]
+    assert (await ask(client))[0].status == 504
+    assert len(zai.bodies) == 1
+
+
+@over_sockets
+async def test_after_the_first_byte_nothing_is_tried_again(client, zai):
+    zai.answers = [[FIRST, RESET]]
+    await ask(client, chat(stream=True))
+    assert len(zai.bodies) == 1
+
+
+@over_sockets
+async def test_a_try_again_takes_the_next_key(start, zai):
+    client = await start(zai_api_key=("a", "b"))
+    zai.answers = [refused(1305)]
+    await ask(client)
+    assert zai.keys == ["Bearer a", "Bearer b"]
+
+
+@over_sockets
+async def test_a_key_without_balance_rests_while_others_serve(start, zai):
+    client = await start(zai_api_key=("a", "b"))
+    zai.answers = [refused(1113)]
+    for _ in range(3):
+        assert (await ask(client))[0].status == 200
+    assert zai.keys == ["Bearer a", "Bearer b", "Bearer b", "Bearer b"]
+    assert slept(client) == [0]
+
+
+@over_sockets
+async def test_when_all_keys_rest_the_client_is_told_at_once(client, zai):
+    zai.answers = [refused(1113)]
+    for _ in range(2):
+        response, body = await ask(client)
+        assert (response.status, error_of(body)["code"]) == (429, "insufficient_quota")
+        assert response.headers["Retry-After"] == "300"
+    assert len(zai.bodies) == 1
+    assert (await ask(client, chat(model="glm-4.7-flash")))[0].status == 200
+
+
+@over_sockets
+@pytest.mark.parametrize("code", [1113, 1211, 1308, 1310, 1311, 1305])
+@pytest.mark.parametrize("stream", [False, True], ids=["whole", "streamed"])
+async def test_another_model_serves_where_the_first_cannot(client, zai, code, stream):
+    zai.answers = [refused(code)] * (3 if code == 1305 else 1)
+    response, body = await ask(client, chat(fallbacks=["zai/glm-4.7-flash", "glm-4.5"], stream=stream))
+    assert (response.status, response.headers["x-ztoapi-model"]) == (200, "glm-4.7-flash")
+    assert zai.bodies[-1]["model"] == "glm-4.7-flash"
+    assert '"model":"glm-4.6"' in body
+
+
+@over_sockets
+async def test_the_settings_fallbacks_count_where_the_request_has_none(start, zai):
+    client = await start(fallback_models=("glm-4.5",))
+    zai.answers = [refused(1311)]
+    assert (await ask(client))[0].headers["x-ztoapi-model"] == "glm-4.5"
+    zai.answers = [refused(1311), refused(1301, 400)]
+    response, body = await ask(client, chat(fallbacks=["glm-5"]))
+    assert (response.status, error_of(body)["code"]) == (400, "content_filter")
+    assert [body["model"] for body in zai.bodies] == ["glm-4.6", "glm-4.5", "glm-4.6", "glm-5"]
+
+
+@over_sockets
+async def test_a_fallback_that_does_not_see_is_passed_over(client, zai):
+    zai.answers = [refused(1311)]
+    picture = {"type": "image_url", "image_url": {"url": "https://x/y.png"}}
+    body = {
+        "model": "glm-4.6v",
+        "messages": [{"role": "user", "content": [picture]}],
+        "fallbacks": ["glm-4.6", "glm-4.5v"],
+    }
+    assert (await ask(client, body))[0].headers["x-ztoapi-model"] == "glm-4.5v"
+
+
+@over_sockets
+async def test_a_request_that_is_wrong_does_not_fall_back(client, zai):
+    zai.answers = [refused(1301, 400)]
+    assert (await ask(client, chat(fallbacks=["glm-5"])))[0].status == 400
+    assert len(zai.bodies) == 1
+
+
+@over_sockets
+@pytest.mark.parametrize("takes", [1, 3])
+async def test_a_crowd_waits_its_turn_instead_of_failing(start, zai, takes):
+    client = await start(max_retries=0)
+    zai.takes, zai.parts = takes, [FIRST, *[b": wait\n\n"] * 20, RECORDED]
+    answers = await asyncio.gather(*(ask(client, chat(stream=True)) for _ in range(30)))
+    assert {response.status for response, _ in answers} == {200}
+    assert len(zai.bodies) < 30 + 20
+
+
+@over_sockets
+async def test_no_more_than_max_concurrency_are_in_flight(start, zai):
+    client = await start(max_concurrency=2)
+    zai.takes, zai.parts = 2, [FIRST, *[b": wait\n\n"] * 20, RECORDED]
+    answers = await asyncio.gather(*(ask(client) for _ in range(10)))
+    assert ({response.status for response, _ in answers}, len(zai.bodies)) == ({200}, 10)
+
+
+@over_sockets
+async def test_a_silent_stream_is_opened_late_and_kept_alive(client, zai, monkeypatch):
+    monkeypatch.setattr(ztoapi, "KEEP_ALIVE", 0.05)
+    zai.parts = [HANG]
+    async with client.post("/v1/chat/completions", json=chat(stream=True), headers=KEY) as response:
+        for _ in range(2):
+            assert await response.content.readuntil(b"\n\n") == b": keep-alive\n\n"
+        assert response.headers["Content-Type"] == "text/event-stream; charset=utf-8"
+
+
+@over_sockets
+async def test_a_failure_after_a_comment_is_a_frame(client, zai, monkeypatch):
+    monkeypatch.setattr(ztoapi, "KEEP_ALIVE", 0.05)
+    zai.parts = [b": wait\n\n", 0.2, b'data: {"error":{"code":"1301","message":"no"}}\n\n']
+    response, stream = await ask(client, chat(stream=True))
+    assert (response.status, stream[:14]) == (200, ": keep-alive\n\n")
+    assert '"code":"content_filter"' in stream
+    assert stream.endswith("data: [DONE]\n\n")
+
+
+@over_sockets
+async def test_after_zais_last_word_nothing_that_happens_to_the_connection_matters(client, zai, monkeypatch):
+    monkeypatch.setattr(ztoapi, "LAST_WORDS", 0.1)
+    said_all = RECORDED.removesuffix(b"data: [DONE]\n\n")
+    for rest in (RESET, HANG):
+        zai.parts = [said_all, rest]
+        assert said((await ask(client, chat(stream=True)))[1]) == "\n你好😀"
+        assert (await ask(client))[0].status == 200
+
+
+@over_sockets
+async def test_a_connection_to_zai_serves_again(client, zai):
+    zai.parts = [RECORDED, 0.02]
+    for _ in range(3):
+        await ask(client, chat(stream=True))
+    assert len(zai.peers) == 1
+
+
+@over_sockets
+async def test_a_stopping_server_lets_answers_finish_and_tells_those_that_take_too_long(client, zai, monkeypatch):
+    monkeypatch.setattr(ztoapi, "GRACE", 0.3)
+    zai.answers = [[FIRST, 0.1, RECORDED], [FIRST, HANG], [HANG]]
+    asking = []
+    for stream in (True, True, False):
+        asking.append(asyncio.create_task(ask(client, chat(stream=stream))))
+        assert await eventually(lambda: len(zai.bodies) == len(asking))
+    await ztoapi.drain(client.app)
+    (_, finished), (_, told), (refused_one, body) = await asyncio.gather(*asking)
+    assert said(finished).endswith("你好😀")
+    assert parse_frames(told)[-1]["error"]["code"] == "server_stopping"
+    assert (refused_one.status, error_of(body)["code"]) == (503, "server_stopping")
+    assert await eventually(lambda: zai.open == 0)
+
+
+# ======== Bounds ========
+
+
+@over_sockets
+@pytest.mark.parametrize(
+    "data",
+    [
+        pytest.param(b'{"a":' * 101 + b"1" + b"}" * 101, id="deep"),
+        pytest.param(b'{"model":"glm-4.6","model":"glm-5","messages":[]}', id="a name twice"),
+        pytest.param(json.dumps(message(role="user", content="\ud83d")).encode(), id="half a surrogate pair"),
+        pytest.param(json.dumps(chat(tools=[function("f", parameters={"max": 1})])).replace("1}", "1e999}").encode(), id="infinity"),
+        pytest.param(b'{"a":"\x00"}', id="NUL"),
+        pytest.param(b'{"a":' + b"9" * 5000 + b"}", id="a huge number"),
+        pytest.param("{}".encode("utf-16"), id="UTF-16"),
+    ],
+)  # fmt: skip
+async def test_json_out_of_bounds_is_refused(client, zai, data):
+    async with client.post("/v1/chat/completions", data=data, headers=KEY) as response:
+        assert (response.status, error_of(await response.text())["type"]) == (400, "invalid_request_error")
+    assert zai.bodies == []
+
+
+async def talk_raw(client, data):
+    """What the server answers to bytes that need not be HTTP."""
+    reader, writer = await asyncio.open_connection("127.0.0.1", client.port)
+    writer.write(data)
+    answer = await asyncio.wait_for(reader.read(65536), 5)
+    writer.close()
+    return answer
+
+
+@over_sockets
+@pytest.mark.parametrize(
+    "data",
+    [
+        pytest.param(b"junk\r\n\r\n", id="no HTTP"),
+        pytest.param(
+            b"GET /health HTTP/1.1\r\nHost: localhost\r\nx-api-key: topsecret\x01\r\n\r\n", id="control character"
+        ),
+        pytest.param(b"GET /health HTTP/1.1\r\nHost: localhost\r\nx: " + b"y" * 10_000 + b"\r\n\r\n", id="long header"),
+        pytest.param(b"GET /health HTTP/1.1\r\n" + b"x: y\r\n" * 300 + b"\r\n", id="many headers"),
+        pytest.param(b"GET /" + b"x" * 10_000 + b" HTTP/1.1\r\nHost: localhost\r\n\r\n", id="long path"),
+        pytest.param(b"BREW /health HTTP/1.1\r\nHost: localhost\r\n\r\n", id="unknown method"),
+    ],
+)
+async def test_what_is_no_http_is_refused_in_our_shape(client, caplog, data):
+    head, _, body = (await talk_raw(client, data)).partition(b"\r\n\r\n")
+    assert re.match(rb"HTTP/1\.[01] 4\d\d ", head)
+    assert error_of(body)["type"] == "invalid_request_error"
+    assert b"topsecret" not in body
+    assert "Traceback" not in caplog.text
+    assert "topsecret" not in caplog.text
+
+
+@over_sockets
+@pytest.mark.parametrize(("expects", "first"), [("100-continue", b"HTTP/1.1 100"), ("miracles", b"HTTP/1.1 200")])
+async def test_what_a_client_expects(client, expects, first):
+    data = json.dumps(HELLO).encode()
+    head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nx-api-key: sk-your-key\r\nExpect: {expects}\r\nContent-Length: {len(data)}\r\n\r\n"
+    assert (await talk_raw(client, head.encode() + data)).startswith(first)
+
+
+ODD = [
+    None,
+    True,
+    False,
+    0,
+    -1,
+    1.5,
+    2**70,
+    "",
+    "x",
+    "\x00",
+    [],
+    {},
+    [None],
+    [[]],
+    {"type": "x"},
+    {"type": None},
+    [{"role": "user"}],
+]
+
+
+def odd_requests(number, seed):
+    """Requests that make no sense: each has a field that counts, somewhere, with something else in it."""
+    random = Random(seed)
+    for _ in range(number):
+        body = chat(
+            tools=[function("f")],
+            messages=[{"role": "user", "content": "x"}, {"role": "assistant", "tool_calls": [CALL]}],
+        )
+        place = random.choice(
+            [body, body["messages"][0], body["messages"][1]["tool_calls"][0] | {}, body["tools"][0]["function"]]
+        )
+        place[
+            random.choice([*ztoapi.CHAT_FIELDS, "role", "content", "tool_calls", "function", "name", "parameters"])
+        ] = random.choice(ODD)
+        yield body
+
+
+@over_sockets
+async def test_odd_requests_are_refused_or_answered_but_never_break_anything(client, zai):
+    for body in odd_requests(300, seed=7):
+        response, text = await ask(client, {**body, "stream": False} if body.get("stream") is True else body)
+        assert response.status == 200 or (response.status == 400 and error_of(text)["message"]), body
+    assert (await ask(client))[0].status == 200
 
 
 # ======== Who may call ========

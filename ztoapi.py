@@ -2225,16 +2225,25 @@ class Queue:
     def admit(self) -> None:
         """Give places to those at the head, as long as there are some; to everybody the bad news, if all keys rest."""
         while self.waiting and self.in_flight < self.ceiling:
-            try:
-                awake = self.keys.awake(self.model, self.clock.now())
-            except ProxyError as error:
-                self.waiting.pop(0)[1].set_exception(error)
-                continue
-            key = next((key for key in awake if self.limits[key].in_flight < self.limits[key].limit), None)
-            if key is None:
-                return
-            self.keys.used(key)
-            self.waiting.pop(0)[1].set_result(Place(key, self.limits[key], self.limits[key].enter()))
+            _, future = self.waiting[0]
+            if not future.done():  # else cancelled, and not yet out of the line
+                try:
+                    place = self.free_place()
+                except ProxyError as error:
+                    future.set_exception(error)
+                else:
+                    if place is None:
+                        return
+                    future.set_result(place)
+            self.waiting.pop(0)
+
+    def free_place(self) -> Place | None:
+        for key in self.keys.awake(self.model, self.clock.now()):
+            limit = self.limits[key]
+            if limit.in_flight < limit.limit:
+                self.keys.used(key)
+                return Place(key, limit, limit.enter())
+        return None
 
 
 def zai_headers(key: str) -> dict[str, str]:
@@ -2462,10 +2471,12 @@ class OpenStream:
 
     def tick(self) -> None:
         silence = time.monotonic() - self.sent_at
-        if silence >= KEEP_ALIVE and (self.keeping_alive is None or self.keeping_alive.done()):
-            silence = 0
+        if silence < KEEP_ALIVE:
+            self.arm(KEEP_ALIVE - silence)
+            return
+        if self.keeping_alive is None or self.keeping_alive.done():
             self.keeping_alive = asyncio.create_task(self.keep_alive())
-        self.arm(max(KEEP_ALIVE - silence, 1))
+        self.arm(KEEP_ALIVE)
 
     async def keep_alive(self) -> None:
         with suppress(ConnectionError):  # the client has left: its handler hears of it too
@@ -2752,7 +2763,7 @@ async def tell(request: web.Request, error: ProxyError) -> web.StreamResponse:
     if stream and stream.response.prepared:
         await stream.fail(error, Head(request[RECORD].id, int(time.time()), stream.prompt.model))
         return stream.response
-    return json_response(error_body(error), error.failure.status, error_headers(error, time.time()))
+    return json_response(error_body(error), error.failure.status, error_headers(error, request.app[CLOCK].now()))
 
 
 @web.middleware
@@ -2938,7 +2949,7 @@ def create_app(settings: Settings | None = None) -> web.Application:
     if settings is None:
         settings = settings_or_exit({})
         set_up_log(settings)
-    RequestHandler.handle_error = refuse_bad_http  # type: ignore # aiohttp has no hook for it
+    RequestHandler.handle_error = refuse_bad_http  # type: ignore[assignment, method-assign] # no hook for it
     app = web.Application(
         middlewares=[outermost, guard],
         client_max_size=settings.max_body_mb * 2**20,

@@ -10,6 +10,7 @@ import contextlib
 import hashlib
 import io
 import json
+import math
 import os
 import re
 import socket
@@ -24,6 +25,7 @@ from random import Random
 import pytest
 import pytest_asyncio
 from aiohttp import web
+from aiohttp.test_utils import make_mocked_request
 
 import ztoapi
 from ztoapi import (
@@ -155,6 +157,7 @@ def test_an_empty_variable_counts_as_not_set():
             "ZAI_BASE_URL=api.z.ai cannot be used: it must be an http or https address such as",
         ),
         ("ZAI_BASE_URL", "https://u:p@api.z.ai", "it must be an http or https address such as"),
+        ("MAX_RETRIES", "-1", "MAX_RETRIES=-1 cannot be used: it must be a number of times, 0 to 10"),
         ("MODEL_ALIASES", "gpt-4o", "MODEL_ALIASES=gpt-4o cannot be used: it must be name=model pairs"),
         ("UPSTREAM_TIMEOUT", "0", "UPSTREAM_TIMEOUT=0 cannot be used"),
         ("DEFAULT_KEY", "", "DEFAULT_KEY cannot be used: it must be one or more keys"),
@@ -168,10 +171,23 @@ def test_a_value_that_cannot_be_used_is_named_with_what_is_wanted(name, value, w
         Settings.from_env({name: value})
 
 
-def test_a_broken_key_is_not_repeated():
+@pytest.mark.parametrize(
+    ("name", "value"), [("ZAI_API_KEY", "topsecret\x00"), ("ZAI_BASE_URL", "https://me:topsecret@api.z.ai")]
+)
+def test_a_secret_that_cannot_be_used_is_not_repeated(name, value):
     with pytest.raises(SettingsError) as refused:
-        Settings.from_env({"ZAI_API_KEY": "topsecret\x00"})
+        Settings.from_env({name: value})
     assert "topsecret" not in str(refused.value)
+
+
+@pytest.mark.parametrize("keys", [(), ("",), ("sk-a", "")])
+def test_the_door_is_never_open(keys):
+    with pytest.raises(SettingsError, match="DEFAULT_KEY"):
+        Settings(default_key=keys)
+
+
+def test_brackets_around_an_address_go():
+    assert Settings.from_env({"HOST": "[::1]"}).host == "::1"
 
 
 @pytest.mark.parametrize("host", ["localhost", "127.0.0.1", "127.9.9.9", "::1"])
@@ -212,6 +228,7 @@ def test_an_error_has_openais_shape():
             zai_error(429, b'{"error":{"code":"1308","message":"Your limit will reset at 2026-09-12 00:35:41"}}'),
             {"x-should-retry": "false", "Retry-After": "3600"},
         ),
+        (zai_error(400, b'{"error":{"code":"1214","message":"at 2026-09-12 00:35:41"}}'), {"x-should-retry": "false"}),
         (zai_error(500, b""), {}),
     ],
 )
@@ -255,7 +272,13 @@ def test_every_model_has_its_kind_of_thinking(kind, names):
 
 @pytest.mark.parametrize(
     ("name", "wanted"),
-    [("gpt-4o", "glm-4.6"), ("GPT-4o", "glm-4.6"), ("claude-opus-5", "glm-5.3"), ("glm-4.5", "glm-4.5")],
+    [
+        ("gpt-4o", "glm-4.6"),
+        ("GPT-4o", "glm-4.6"),
+        ("openai/gpt-4o", "glm-4.6"),
+        ("claude-opus-5", "glm-5.3"),
+        ("glm-4.5", "glm-4.5"),
+    ],
 )
 def test_the_first_alias_that_fits_wins(name, wanted):
     assert resolve(name, [("gpt-4o", "zai/glm-4.6"), ("claude-*", "GLM-5.3"), ("gpt-*", "glm-5")]).id == wanted
@@ -294,6 +317,8 @@ def decode_all(parts):
         pytest.param(": keep-alive\n\ndata: a\n\n: x\n\n", ["a"], id="comments"),
         pytest.param("event: x\nid: 1\nretry: 5\ndata: a\n\n", ["a"], id="other fields"),
         pytest.param("\n\n\ndata: a\n\n\n\n", ["a"], id="blank lines"),
+        pytest.param("\ufeffdata: a\n\n", ["a"], id="a byte order mark"),
+        pytest.param("data:\n\ndata: \n\ndata: a\n\n", ["a"], id="events of nothing"),
         pytest.param("data: a\n\ndata: b", ["a", "b"], id="no end"),
         pytest.param("data: a\n\ndata: b\n", ["a", "b"], id="half an end"),
         pytest.param("", [], id="nothing"),
@@ -525,6 +550,19 @@ def test_a_message_is_read(fields, wanted):
         (chat(stop=[1]), "stop"),
         (chat(tools={}), "tools"),
         (chat(tools=[{"type": "function"}]), "tools[0]"),
+        (chat(tools=[{"type": "function", "function": {"name": ""}}]), "tools[0]"),
+        (
+            chat(tools=[{"type": "function", "function": {"name": "f", "description": 5}}]),
+            "tools[0].function.description",
+        ),
+        (
+            chat(tools=[{"type": "function", "function": {"name": "f", "parameters": "{}"}}]),
+            "tools[0].function.parameters",
+        ),
+        (chat(stream_options={"include_usage": "yes"}), "stream_options.include_usage"),
+        (message(role="tool", tool_call_id="", content="42"), "messages[0].tool_call_id"),
+        (chat(fallbacks="glm-5"), "fallbacks"),
+        (chat(fallbacks=[""]), "fallbacks"),
         (chat(tools=[{"type": "custom", "custom": {"name": "f"}}]), "tools[0]"),
         (chat(tools=[{"type": "function", "function": {"name": "f"}}] * 129), "tools"),
         (chat(tool_choice="always"), "tool_choice"),
@@ -679,17 +717,19 @@ def test_citations_are_annotations_whole_and_streamed():
     assert whole["web_search"] == [FOUND, {"title": "no link"}]
 
 
-def test_choices_are_chunks_of_their_own_with_one_usage():
+def test_choices_are_chunks_of_their_own_begun_in_order_with_one_usage():
     events = [Text("a", 1), Text("b", 0), Usage(1, 2, 3), Finish("stop", 1), Usage(1, 5, 6), Finish("length", 0)]
-    streamed = frames(events, ztoapi.replace(PROMPT, include_usage=True))
-    choices = [frame["choices"][0] for frame in streamed[:4]]
+    streamed = frames(events, ztoapi.replace(PROMPT, include_usage=True, n=2))
+    choices = [frame["choices"][0] for frame in streamed[:6]]
     assert choices == [
-        {"index": 1, "delta": {"role": "assistant", "content": "a"}, "finish_reason": None},
-        {"index": 0, "delta": {"role": "assistant", "content": "b"}, "finish_reason": None},
+        {"index": 0, "delta": {"role": "assistant"}, "finish_reason": None},
+        {"index": 1, "delta": {"role": "assistant"}, "finish_reason": None},
+        {"index": 1, "delta": {"content": "a"}, "finish_reason": None},
+        {"index": 0, "delta": {"content": "b"}, "finish_reason": None},
         {"index": 1, "delta": {}, "finish_reason": "stop"},
         {"index": 0, "delta": {}, "finish_reason": "length"},
     ]
-    assert (streamed[4]["usage"]["total_tokens"], streamed[5:]) == (9, ["[DONE]"])
+    assert (streamed[6]["usage"]["total_tokens"], streamed[7:]) == (9, ["[DONE]"])
     whole = completion(events)
     assert [(c["index"], c["message"]["content"], c["finish_reason"]) for c in whole["choices"]] == [
         (0, "b", "length"),
@@ -823,6 +863,10 @@ def zai_tools(**fields):
 EMPTY = {"type": "object", "properties": {}}
 F, G = (function(name, description=name, parameters=EMPTY) for name in "fg")
 SEARCH = {"type": "web_search", "web_search": {"enable": True}}
+
+
+def test_a_model_we_do_not_know_may_answer_as_long_as_it_likes():
+    assert zai_body(parse_chat(chat(max_tokens=10**6)), resolve("glm-99"))["max_tokens"] == 10**6
 
 
 def test_tools_are_completed():
@@ -1049,7 +1093,7 @@ def test_every_code_of_zais_is_what_the_table_says(row):
     code, http, status, kind, ours = row
     error = zai_error(http, json.dumps({"error": {"code": str(code), "message": "Words"}}).encode())
     assert error.failure == Failure(status, kind, ours)
-    assert error.message.endswith(f"(Z.ai {code}: Words)")
+    assert str(error).endswith(f"(Z.ai {code}: Words)")
 
 
 @pytest.mark.parametrize("row", REFUSED, ids=lambda row: str(row[0]))
@@ -1087,10 +1131,29 @@ def test_what_comes_without_a_known_code_goes_by_its_status(http, body, status, 
 
 
 def test_no_balance_names_the_address_of_the_coding_plan():
-    assert "https://api.z.ai/api/coding/paas/v4" in zai_error(429, b'{"error":{"code":"1113","message":""}}').message
+    assert "https://api.z.ai/api/coding/paas/v4" in str(zai_error(429, b'{"error":{"code":"1113","message":""}}'))
 
 
 # ======== Z.ai: the answer ========
+
+
+def stream_of(*chunks, done="data: [DONE]\n\n"):
+    """Chunks as Z.ai streams them; a delta alone is put into its chunk."""
+    whole = [c if "choices" in c else {"id": "7", "created": 1, "choices": [{"index": 0, "delta": c}]} for c in chunks]
+    return "".join(f"data: {json.dumps(c, ensure_ascii=False)}\n\n" for c in whole).encode() + done.encode()
+
+
+def finish(reason="stop", **more):
+    return {
+        "id": "7",
+        "choices": [{"index": 0, "finish_reason": reason, "delta": {"role": "assistant", "content": ""}}],
+        **more,
+    }
+
+
+def document_of(message, reason="stop", **more):
+    return json.dumps({"id": "7", "choices": [{"message": message, "finish_reason": reason}], **more}).encode()
+
 
 # As recorded (October 2025: no object, no finish_reason, the role in every delta, usage in the last chunk).
 RECORDED = """\
@@ -1189,6 +1252,11 @@ def test_an_events_text_comes_out_with_the_part_that_completes_it():
         pytest.param(RECORDED[: RECORDED.index(b"data: [DONE]") - 300], id="half a stream"),
         pytest.param(DOCUMENT[:-9], id="half a document"),
         pytest.param(b'{"id":"1"}', id="a document without choices"),
+        pytest.param(b'{"id":"1","choices":[]}', id="a document with no choices"),
+        pytest.param(b'{"id":"1","choices":null}', id="a document with choices null"),
+        pytest.param(
+            document_of({"tool_calls": [{"function": {"name": "f", "arguments": {"x": math.nan}}}]}), id="NaN"
+        ),
         pytest.param(RECORDED.replace(b'"stop"', b'"network_error"'), id="network_error"),
     ],
 )
@@ -1217,24 +1285,6 @@ def test_what_came_before_a_failure_is_not_lost():
     assert next(events) == RECORDED_EVENTS[0]
     with pytest.raises(UpstreamError):
         next(events)
-
-
-def stream_of(*chunks, done="data: [DONE]\n\n"):
-    """Chunks as Z.ai streams them; a delta alone is put into its chunk."""
-    whole = [c if "choices" in c else {"id": "7", "created": 1, "choices": [{"index": 0, "delta": c}]} for c in chunks]
-    return "".join(f"data: {json.dumps(c, ensure_ascii=False)}\n\n" for c in whole).encode() + done.encode()
-
-
-def finish(reason="stop", **more):
-    return {
-        "id": "7",
-        "choices": [{"index": 0, "finish_reason": reason, "delta": {"role": "assistant", "content": ""}}],
-        **more,
-    }
-
-
-def document_of(message, reason="stop", **more):
-    return json.dumps({"id": "7", "choices": [{"message": message, "finish_reason": reason}], **more}).encode()
 
 
 SPENT = {"usage": {"prompt_tokens": 1, "completion_tokens": 2, "total_tokens": 3}}
@@ -1682,6 +1732,7 @@ class FakeZai:
     async def chat(self, request):
         self.bodies.append(await request.json())
         self.keys.append(request.headers["Authorization"])
+        self.asked = request.headers
         self.peers.add(request.transport.get_extra_info("peername"))
         self.open += 1
         try:
@@ -1788,6 +1839,23 @@ async def test_a_whole_answer(client, zai):
     assert json.loads(body) == wanted | {"id": "chatcmpl-2025", "model": "glm-4.6"}
     assert zai.bodies == [{"model": "glm-4.6", "messages": HELLO["messages"], "stream": False}]
     assert zai.keys == ["Bearer zai-key"]
+
+
+@over_sockets
+async def test_zai_is_asked_for_plain_english_and_names_its_request(client, zai):
+    zai.headers, zai.parts = {}, [DOCUMENT]
+    response, _ = await ask(client)
+    assert response.headers["x-zai-request-id"] == "2025"
+    assert response.headers["x-ztoapi-model"] == "glm-4.6"
+    assert (zai.asked["Accept-Encoding"], zai.asked["Accept-Language"]) == ("identity", "en-US,en")
+
+
+@over_sockets
+async def test_a_request_may_begin_with_a_byte_order_mark(client):
+    async with client.post(
+        "/v1/chat/completions", data=b"\xef\xbb\xbf" + json.dumps(HELLO).encode(), headers=KEY
+    ) as response:
+        assert response.status == 200
 
 
 @over_sockets
@@ -2007,6 +2075,31 @@ async def test_a_failure_after_the_first_word_of_a_whole_answer_has_a_status(cli
     zai.parts = [FIRST, RESET]
     response, body = await ask(client)
     assert (response.status, error_of(body)["code"]) == (502, "zai_unavailable")
+
+
+@over_sockets
+@pytest.mark.parametrize("stream", [False, True], ids=["whole", "streamed"])
+async def test_zais_request_id_is_told_with_a_later_failure_too(client, zai, stream):
+    zai.headers, zai.parts = {"X-Log-Id": "log-9"}, [FIRST, b'data: {"error":{"code":"1301","message":"no"}}\n\n']
+    response, _ = await ask(client, chat(stream=stream))
+    assert response.headers["x-zai-request-id"] == "log-9"
+
+
+@over_sockets
+async def test_a_redirect_is_not_followed(client, zai):
+    zai.status, zai.headers, zai.parts = 307, {"Location": zai.url + "/chat/completions"}, []
+    response, body = await ask(client)
+    assert (response.status, error_of(body)["code"], len(zai.bodies)) == (502, "zai_wrong_address", 1)
+
+
+@over_sockets
+@pytest.mark.parametrize("before", [0, 560, 590, 2000])
+async def test_no_part_of_our_key_is_told_however_long_zai_talks(start, zai, before):
+    client = await start(zai_api_key=("0123456789abcdef.fedcba9876543210",))
+    zai.status, zai.parts = 401, [b"x" * before + b" key 0123456789abcdef.fedcba9876543210 refused"]
+    _, body = await ask(client)
+    assert "01234" not in body
+    assert len(body) < 1000
 
 
 @over_sockets
@@ -2543,6 +2636,35 @@ async def test_the_published_key_answers_to_loopback_names_alone(client, host, s
 
 
 @over_sockets
+async def test_every_host_header_counts(client):
+    answer = await talk_raw(client, b"GET /health HTTP/1.1\r\nHost: localhost\r\nHost: evil.example\r\n\r\n")
+    assert re.match(rb"HTTP/1.[01] 4\d\d", answer)
+
+
+@pytest.mark.parametrize(
+    ("place", "local"),
+    [(("127.0.0.1", 9090), True), (("::1", 9090, 0, 0), True), ("/run/socket", True), (("192.0.2.1", 9090), False)],
+)
+def test_the_published_key_answers_on_loopback_addresses_alone_whoever_listens(place, local):
+    class Transport:
+        def get_extra_info(self, name):
+            return {"sockname": place}.get(name)
+
+    request = make_mocked_request("GET", "/health", headers={"Host": "localhost"}, transport=Transport())
+    assert ztoapi.is_local(request) is local
+
+
+@over_sockets
+async def test_a_public_page_may_call_a_private_address_where_it_is_allowed(start):
+    client = await start(default_key=("sk-mine",))
+    headers = PREFLIGHT | {"Access-Control-Request-Private-Network": "true"}
+    async with client.options("/v1/models", headers=headers) as response:
+        assert response.headers["Access-Control-Allow-Private-Network"] == "true"
+        assert "x-request-id" in response.headers["Access-Control-Expose-Headers"]
+        assert "Access-Control-Request-Headers" in response.headers["Vary"]
+
+
+@over_sockets
 async def test_a_key_of_ones_own_answers_to_every_name(start):
     client = await start(default_key=("sk-mine",))
     async with client.get("/health", headers={"Host": "ai.example"}) as response:
@@ -2612,6 +2734,21 @@ async def test_one_model_is_found_by_any_of_its_names(start, name, wanted):
     async with client.get(f"/v1/models/{name}", headers=KEY) as response:
         body = await response.json()
     assert body == GLM_46 | {"id": wanted} if wanted else body["error"]["code"] == "model_not_found"
+
+
+@over_sockets
+async def test_an_alias_of_a_model_we_do_not_know_is_a_model(start):
+    client = await start(model_aliases=(("mine", "glm-99"),))
+    assert "mine" in await listed(client)
+    async with client.get("/v1/models/mine", headers=KEY) as response:
+        assert (await response.json())["id"] == "mine"
+
+
+@over_sockets
+async def test_the_first_page_tells_the_address_as_it_was_called(start):
+    client = await start(default_key=("sk-mine",))
+    async with client.get("/", headers={"Host": "ai.example:99999"}) as response:
+        assert (await response.json())["base_url"] == "http://ai.example:99999/v1"
 
 
 @over_sockets
@@ -2766,6 +2903,43 @@ def test_the_demo_answers_without_a_key(run):
     assert "/demo/" not in log
 
 
+def demo_answer(body, **changes):
+    deltas = ztoapi.demo_deltas(body | changes)
+    return deltas, ztoapi.demo_last(body | changes, deltas)["finish_reason"]
+
+
+@pytest.mark.parametrize(
+    ("how", "value"),
+    [
+        ({"type": "string"}, "demo"),
+        ({"type": ["integer", "null"]}, 1),
+        ({"enum": ["x", "y"]}, "x"),
+        ({}, None),
+        (None, None),
+    ],
+)
+def test_the_demo_calls_the_first_tool_when_the_user_asks_for_one(how, value):
+    tools = [function("f", parameters={"type": "object", "properties": {"a": how}, "required": ["a"]})]
+    deltas, reason = demo_answer(message(role="user", content="Please use the tool"), tools=tools)
+    assert json.loads(deltas[-1]["tool_calls"][0]["function"]["arguments"]) == {"a": value}
+    assert reason == "tool_calls"
+    assert demo_answer(HELLO, tools=tools)[1] == "stop"
+
+
+def test_the_demo_stops_at_max_tokens_and_thinks_when_it_may():
+    deltas, reason = demo_answer(HELLO, max_tokens=4)
+    assert (len(deltas), reason, "reasoning_content" in deltas[0]) == (4, "length", True)
+    assert "reasoning_content" not in demo_answer(HELLO, thinking={"type": "disabled"})[0][0]
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "::1", "::", "0.0.0.0"])
+def test_the_demo_works_on_every_address(run, host):
+    program = run("--demo", "--host", host, DEFAULT_KEY="k")
+    with socket.create_connection(("::1" if host == "::1" else "127.0.0.1", program.port), timeout=10) as connection:
+        connection.sendall(raw_request(HELLO, "k"))
+        assert connection.recv(65536).startswith(b"HTTP/1.1 200")
+
+
 @pytest.mark.parametrize(
     ("flags", "env", "line"),
     [
@@ -2896,6 +3070,14 @@ async def test_the_sdk_sends_an_image(sdk, zai):
 async def test_the_sdk_reads_several_choices(sdk):
     answer = await sdk.chat.completions.create(**HELLO, n=2)
     assert [choice.message.content for choice in answer.choices] == ["\n你好😀"] * 2
+
+
+@over_sockets
+async def test_the_sdk_streams_several_choices_whichever_speaks_first(sdk, zai):
+    zai.answers = [[FIRST, 0.1, RECORDED], [RECORDED], [RECORDED]]
+    async with sdk.chat.completions.stream(**HELLO, n=3) as stream:
+        answer = await stream.get_final_completion()
+    assert [choice.message.content for choice in answer.choices] == ["\n你好😀"] * 3
 
 
 @over_sockets

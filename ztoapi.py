@@ -41,6 +41,7 @@ from bisect import insort
 from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable, Iterator, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager, suppress
+from contextvars import ContextVar
 from dataclasses import astuple, dataclass, field, fields, replace
 from datetime import datetime
 from fnmatch import fnmatchcase
@@ -264,12 +265,18 @@ WORTH_A_RETRY = {BUSY, UNAVAILABLE, UNREACHABLE, SILENT}
 
 
 class ProxyError(Exception):
-    """Why there is no answer, in words that say what to do about it."""
+    """Why there is no answer, in words that say what to do about it.
 
-    def __init__(self, message: str, failure: Failure, param: str | None = None) -> None:
-        super().__init__(message)
-        self.message, self.failure, self.param = message, failure, param
+    `detail` is what somebody else said of it, Z.ai or the client: their words may have a secret in them, ours do not.
+    """
+
+    def __init__(self, message: str, failure: Failure, param: str | None = None, detail: str = "") -> None:
+        super().__init__(message, detail)
+        self.message, self.failure, self.param, self.detail = message, failure, param, detail
         self.headers: dict[str, str] = {}  # for the answer that tells of it
+
+    def __str__(self) -> str:
+        return f"{self.message} ({self.detail})" if self.detail else self.message
 
 
 class BadRequest(ProxyError):
@@ -286,14 +293,16 @@ class UpstreamError(ProxyError):
     which a quota is full again, where Z.ai told or we know.
     """
 
-    def __init__(self, message: str, failure: Failure, zai_code: str = "", retry_after: float | None = None) -> None:
-        super().__init__(message, failure)
+    def __init__(
+        self, message: str, failure: Failure, detail: str = "", zai_code: str = "", retry_after: float | None = None
+    ) -> None:
+        super().__init__(message, failure, detail=detail)
         self.zai_code, self.retry_after = zai_code, retry_after
-        self.resets_at = reset_time(message) if failure == NO_QUOTA else None
+        self.resets_at = reset_time(detail) if failure == NO_QUOTA else None
 
     def again(self, resets_at: float) -> UpstreamError:
         """The same, told to somebody else for whom it still holds."""
-        error = UpstreamError(self.message, self.failure, self.zai_code)
+        error = UpstreamError(self.message, self.failure, self.detail, self.zai_code)
         error.resets_at, error.headers = resets_at, self.headers
         return error
 
@@ -309,7 +318,7 @@ def reset_time(text: str) -> float | None:
 
 def error_body(error: ProxyError) -> JSON:
     failure = error.failure
-    return {"error": {"message": error.message, "type": failure.type, "param": error.param, "code": failure.code}}
+    return {"error": {"message": str(error), "type": failure.type, "param": error.param, "code": failure.code}}
 
 
 def error_headers(error: ProxyError, now: float) -> dict[str, str]:
@@ -386,15 +395,20 @@ MODELS = {
 
 
 def resolve(name: str, renamed: Iterable[tuple[str, str]] = ()) -> Model:
-    """The model a client means by a name: aliases first, then without provider prefix and `[1m]`, in any case.
+    """The model a client means by a name, in any case, with or without provider prefix and `[1m]`; aliases first.
 
     A name that the table lacks is passed on as it is: Z.ai may be newer than the table.
     """
-    name = next((target for pattern, target in renamed if fnmatchcase(name.lower(), pattern.lower())), name)
-    bare = name.strip().rsplit("/", 1)[-1].lower().removesuffix("[1m]")
+    forms = (name.strip().lower(), bare_name(name))
+    named = (target for pattern, target in renamed if any(fnmatchcase(form, pattern.lower()) for form in forms))
+    bare = bare_name(next(named, name))
     if not bare:
         raise BadRequest("'model' must name a model, such as glm-4.6.", "model")
     return MODELS.get(bare) or Model(bare)
+
+
+def bare_name(name: str) -> str:
+    return name.strip().rsplit("/", 1)[-1].lower().removesuffix("[1m]")
 
 
 def model_item(model: Model, name: str) -> JSON:
@@ -1134,9 +1148,16 @@ class ChatStream:
         }
         self.include_usage = prompt.include_usage
         self.usage: Usage | None = None  # the sum over the choices
+        self.n = prompt.n
         self.begun: set[int] = set()  # choices that have had their first delta
 
     def feed(self, event: Event) -> list[JSON]:
+        if self.n > 1 and not self.begun and not isinstance(event, Usage):
+            # The OpenAI SDK's stream() falls over choices that do not begin in their order.
+            return [*(self.chunk(choice, {}) for choice in range(self.n)), *self.frames(event)]
+        return self.frames(event)
+
+    def frames(self, event: Event) -> list[JSON]:
         match event:
             case Text(words, choice):
                 return [self.chunk(choice, {"content": words})]
@@ -1486,7 +1507,11 @@ CROWDED = Refusal(
     "Z.ai takes no more requests from this server's key just now: wait a little, or send fewer at once.",
     1,
 )
-NO_MODEL = Refusal(UNKNOWN_MODEL, "Z.ai does not know this model, or not for this use: GET /v1/models lists the names.")
+NO_MODEL = Refusal(
+    UNKNOWN_MODEL,
+    "Z.ai does not know this model, or not for this use: GET /v1/models lists the names, "
+    "and this server's MODEL_ALIASES can give a model the name a client insists on.",
+)
 NOT_YOURS = Refusal(NOT_AVAILABLE, "This server's Z.ai key may not use this model: choose another, or change the plan.")
 
 # Z.ai's codes (docs.z.ai, "Error Codes", with docs.bigmodel.cn's of July 2026).
@@ -1547,7 +1572,7 @@ def zai_error(status: int, body: bytes | JSON) -> UpstreamError:
     refusal = REFUSALS.get(code) or refusal_without_code(status, code, document)
     failure = replace(refusal.failure, code=(refusal.failure.code or "").format(code or status))
     detail = f"Z.ai {code}: {words}" if code else f"Z.ai, HTTP {status}: {words or excerpt(body)}"
-    return UpstreamError(f"{refusal.message} ({detail})", failure, code, refusal.retry_after)
+    return UpstreamError(refusal.message, failure, detail, code, refusal.retry_after)
 
 
 def envelope(document: Any) -> tuple[str, str]:
@@ -1665,7 +1690,7 @@ class ZaiReader:
         for chunk in chunks:
             yield from self.read_chunk(chunk)
         if rest:
-            raise UpstreamError(f"Z.ai sent something that is no answer: try again. ({excerpt(data)})", UNAVAILABLE)
+            raise UpstreamError("Z.ai sent something that is no answer: try again.", UNAVAILABLE, excerpt(data))
 
     def read_document(self, data: bytes) -> Iterator[Event]:
         document = parse_json(data)
@@ -1685,7 +1710,7 @@ class ZaiReader:
         if choice.get("finish_reason") and self.finish is None:
             self.finish = str(choice["finish_reason"])
             if self.finish == "network_error":
-                raise UpstreamError("Z.ai broke its answer off: try again. (Z.ai: network_error)", UNAVAILABLE)
+                raise UpstreamError("Z.ai broke its answer off: try again.", UNAVAILABLE, "Z.ai: network_error")
 
     def read_head(self, chunk: JSON) -> None:
         self.id = self.id or str(chunk.get("id") or "")
@@ -2007,10 +2032,14 @@ class Backoff:
 LOG = logging.getLogger("ztoapi")
 
 
+REQUEST_ID: ContextVar[str] = ContextVar("request_id", default="-")  # tells the lines of one request from the others'
+
+
 def trace(what: str, data: bytes | object) -> None:
     """A line of the debug log, which costs nothing while there is none."""
     if LOG.isEnabledFor(logging.DEBUG):
-        LOG.debug("%s %s", what, data.decode("utf-8", "replace") if isinstance(data, bytes) else data)
+        words = data.decode("utf-8", "replace").strip() if isinstance(data, bytes) else data
+        LOG.debug("%s %s %s", REQUEST_ID.get(), what, words)
 
 
 LAST_WORDS = 2  # seconds that Z.ai has for the usage and [DONE] after its finish
@@ -2066,7 +2095,8 @@ class Reply:
                 events.append(event)  # noqa: PERF402 - a list keeps what came before an error
         except UpstreamError as error:
             self.failure = self.named(error)
-        trace("received", events)
+        if events:
+            trace("received", events)
         return events
 
     async def read_part(self) -> bytes:
@@ -2155,12 +2185,10 @@ def connection_error(error: Exception) -> UpstreamError:
             | aiohttp.ClientHttpProxyError()
             | aiohttp.InvalidURL()
         ):
-            return UpstreamError(
-                f"Z.ai cannot be reached: check this server's network, proxy and ZAI_BASE_URL. ({error})",
-                UNREACHABLE,
-            )
+            words = "Z.ai cannot be reached: check this server's network, proxy and ZAI_BASE_URL."
+            return UpstreamError(words, UNREACHABLE, str(error))
         case _:
-            return UpstreamError(f"The connection to Z.ai broke off: try again. ({type(error).__name__})", UNAVAILABLE)
+            return UpstreamError("The connection to Z.ai broke off: try again.", UNAVAILABLE, type(error).__name__)
 
 
 def header_word(words: str) -> str:
@@ -2509,7 +2537,7 @@ async def events_of(reply: Reply | Replies, prompt: Prompt, record: Record) -> A
 # ======== Handlers ==================================================================================================
 
 CLIENT_LEFT = 499  # nginx's number for it
-MESSAGE_LIMIT = 600  # characters of an error's message
+DETAIL_LIMIT = 500  # characters of what others say of an error
 GRACE = 30  # seconds that answers in flight have to finish when the server is to stop
 
 
@@ -2558,7 +2586,7 @@ async def answer(request: web.Request, surface: Surface) -> web.StreamResponse:
     """The path of every chat, whichever surface it came in by."""
     settings, record, upstream = request.app[SETTINGS], request[RECORD], request.app[UPSTREAM]
     prompt = filled(surface.parse(await read_json(request)), settings, request.headers.get("Accept", ""))
-    record.model = printable(prompt.model)
+    record.model = shortened(printable(request.app[BLANK](prompt.model)))
     if not prompt.stream:
         async with upstream.open(prompt) as reply:
             whole = await collect(events_of(reply, prompt, record))
@@ -2632,7 +2660,7 @@ def printable(words: str) -> str:
 
 def shortened(words: str) -> str:
     """For people to read: only after secrets were taken out, or half of one might stay."""
-    return words if len(words) <= MESSAGE_LIMIT else words[:MESSAGE_LIMIT] + "…"
+    return words if len(words) <= DETAIL_LIMIT else words[:DETAIL_LIMIT] + "…"
 
 
 async def list_models(request: web.Request) -> web.Response:
@@ -2652,7 +2680,7 @@ async def one_model(request: web.Request) -> web.Response:
     meant = resolve(asked, request.app[SETTINGS].model_aliases)
     name = next((name for name in (asked, meant.id) if name in models), None)
     if name is None:
-        raise ProxyError(f"There is no model {printable(asked)}: GET /v1/models lists them.", UNKNOWN_MODEL, "model")
+        raise ProxyError("There is no such model: GET /v1/models lists them.", UNKNOWN_MODEL, "model", printable(asked))
     return json_response(model_item(models[name], name))
 
 
@@ -2697,6 +2725,7 @@ async def outermost(request: web.Request, handler: Handler) -> web.StreamRespons
     """Gives every request its record, every failure its shape, and every answer its line in the log."""
     record = request[RECORD] = Record(request.method, printable(request.path), time.monotonic(), secrets.token_hex(12))
     in_flight, task = request.app[IN_FLIGHT], asyncio.current_task()
+    REQUEST_ID.set(record.id[:8])
     in_flight[task] = record
     try:
         response = await answer_or_tell(request, handler)
@@ -2733,23 +2762,21 @@ async def drain(app: web.Application) -> None:
 
 
 def proxy_error(error: Exception, request: web.Request) -> ProxyError:
-    path = printable(request.path)
+    asked = f"{printable(request.method)} {printable(request.path)}"
     match error:
         case ProxyError():
             return error
         case web.HTTPNotFound():
-            words = f"There is nothing at {path}: clients call POST /v1/chat/completions and GET /v1/models."
-            return ProxyError(words, Failure(404, "invalid_request_error", "unknown_url"))
+            words = "There is nothing here: clients call POST /v1/chat/completions and GET /v1/models."
+            return ProxyError(words, Failure(404, "invalid_request_error", "unknown_url"), detail=asked)
         case web.HTTPMethodNotAllowed():
-            words = f"{path} does not take {printable(request.method)}, but {error.headers['Allow']}."
-            refusal = ProxyError(words, Failure(405, "invalid_request_error", "method_not_allowed"))
+            words = f"This path takes {error.headers['Allow']} alone."
+            refusal = ProxyError(words, Failure(405, "invalid_request_error", "method_not_allowed"), detail=asked)
             refusal.headers = {"Allow": error.headers["Allow"]}
             return refusal
         case web.HTTPRequestEntityTooLarge():
             words = f"The request is larger than {request.app[SETTINGS].max_body_mb} MB, this server's MAX_BODY_MB."
             return ProxyError(words, Failure(413, "invalid_request_error", "request_too_large"))
-        case web.HTTPException():
-            return ProxyError(error.reason, Failure(error.status, "invalid_request_error"))
         case _:
             LOG.error("a bug in ztoapi", exc_info=error)
             return ProxyError(BUG_MESSAGE, BUG)
@@ -2757,7 +2784,7 @@ def proxy_error(error: Exception, request: web.Request) -> ProxyError:
 
 async def tell(request: web.Request, error: ProxyError) -> web.StreamResponse:
     """Say what failed in the way still open: with a status, or in a stream that has begun with its last frames."""
-    error.message = shortened(request.app[BLANK](error.message))  # Z.ai might repeat our key
+    error.detail = shortened(request.app[BLANK](error.detail))  # Z.ai might repeat our key
     request[RECORD].error = error.failure.code or error.failure.type
     stream: OpenStream | None = request.get(STREAM)
     if stream and stream.response.prepared:
@@ -2947,8 +2974,7 @@ END = r"{slash:/*}"
 def create_app(settings: Settings | None = None) -> web.Application:
     """The whole server as an aiohttp application. A process manager calls it without settings: it reads them itself."""
     if settings is None:
-        settings = settings_or_exit({})
-        set_up_log(settings)
+        settings = settings_of_worker()
     RequestHandler.handle_error = refuse_bad_http  # type: ignore[assignment, method-assign] # no hook for it
     app = web.Application(
         middlewares=[outermost, guard],
@@ -3051,6 +3077,15 @@ def set_up_log(settings: Settings) -> None:
     for logger in (LOG, logging.getLogger("aiohttp"), logging.getLogger("asyncio")):
         logger.handlers, logger.propagate = [handler], False  # nobody else may write our lines, with secrets in them
     LOG.setLevel(logging.DEBUG if settings.debug_mode else logging.INFO)
+
+
+def settings_of_worker() -> Settings:
+    try:
+        settings = settings_or_exit({})
+    except SystemExit:
+        raise SystemExit(3) from None  # gunicorn gives up on a worker with 3, and starts it over and over on 2
+    set_up_log(settings)
+    return settings
 
 
 def environment() -> dict[str, str]:

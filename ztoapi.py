@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import base64
 import errno
 import hashlib
 import hmac
@@ -38,7 +39,7 @@ import socket
 import sys
 import time
 from bisect import insort
-from collections import deque
+from collections import Counter, deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable, Iterator, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager, suppress
 from contextvars import ContextVar
@@ -172,6 +173,7 @@ class Settings:
     cors_origins: tuple[str, ...] = setting(
         ("*",), origins, "origins such as https://example.org, separated by commas, or *"
     )
+    dashboard_enabled: bool = setting(default=True, read=boolean, wanted="true or false")
     demo: bool = False  # a flag, never a variable: a server must not make answers up by accident
 
     def __post_init__(self) -> None:
@@ -1945,12 +1947,15 @@ class Keys:
         """The keys that may be used, the one whose turn it is first. Raises what made the last one rest."""
         if not self.turn:
             raise no_key()
-        self.resting = {who: why for who, why in self.resting.items() if (why.resets_at or 0) > now}
+        self.wake(now)
         awake = [key for key in self.turn if not self.reason(key, model)]
         if not awake:
             why = self.reason(self.turn[-1], model)
             raise why.again(why.resets_at or now) if why else no_key()
         return awake
+
+    def wake(self, now: float) -> None:
+        self.resting = {who: why for who, why in self.resting.items() if (why.resets_at or 0) > now}
 
     def reason(self, key: str, model: str) -> UpstreamError | None:
         return self.resting.get((key, "")) or self.resting.get((key, model))
@@ -2066,6 +2071,10 @@ class Reply:
         return self.reader.model
 
     @property
+    def torn(self) -> int:
+        return self.reader.torn
+
+    @property
     def created(self) -> int:
         return self.reader.created
 
@@ -2137,6 +2146,10 @@ class Replies:
         self.request_id = replies[0].request_id
         self.replies = replies
         self.reading = {asyncio.create_task(reply.read()): reply for reply in replies}
+
+    @property
+    def torn(self) -> int:
+        return sum(reply.torn for reply in self.replies)
 
     async def read(self) -> list[Event]:
         """The next events of whichever has some; none when all have ended. One that fails fails the whole."""
@@ -2299,6 +2312,7 @@ class Upstream:
         self.keys = Keys(settings.zai_api_key)
         self.queues: dict[str, Queue] = {}
         self.tickets = count()
+        self.healed: Counter[str] = Counter()  # what went wrong without a client's noticing
 
     @asynccontextmanager
     async def open(self, prompt: Prompt) -> AsyncIterator[Reply | Replies]:
@@ -2337,7 +2351,7 @@ class Upstream:
             except UpstreamError as error:
                 if error.failure not in FALLEN_BACK:
                     raise
-                LOG.debug("falling back from %s: %s", model.id, error)
+                self.healed["fallbacks"] += 1
         return await self.persevere(*last, choice, owner)
 
     async def persevere(self, model: Model, body: bytes, choice: int, owner: AsyncExitStack) -> Reply:
@@ -2362,15 +2376,37 @@ class Upstream:
         if error.zai_code in ("1302", "1305"):
             place.limit.refused(place.rank, now)
         if error.zai_code == "1302" and place.limit.in_flight > 1:
+            self.healed["queued_again"] += 1
             return 0  # too many at once: back to the head of the queue
         if error.failure in RESTED:
             self.keys.refused(place.key, queue.model, error, now)
             self.keys.awake(queue.model, now)  # raises when no other key is left
+            self.healed["other_keys"] += 1
             return 0
         wait = backoff.wait(error, self.clock.jitter())
         if wait is None:
             raise error
+        self.healed["retries"] += 1
         return wait
+
+    def shown(self) -> JSON:
+        """The state of keys and queues, for the dashboard: a key is a number there."""
+        self.keys.wake(self.clock.now())
+        numbers = {key: number for number, key in enumerate(self.settings.zai_api_key, 1)}
+        resting = [
+            {"key": numbers[key], "model": model, "until": why.resets_at, "why": why.failure.code}
+            for (key, model), why in self.keys.resting.items()
+        ]
+        queues = [
+            {
+                "model": name,
+                "in_flight": queue.in_flight,
+                "waiting": len(queue.waiting),
+                "limits": [queue.limits[key].limit for key in numbers],
+            }
+            for name, queue in self.queues.items()
+        ]
+        return {"keys": len(numbers), "resting": resting, "queues": queues, "healed": dict(self.healed)}
 
     def queue(self, model: str) -> Queue:
         if model not in self.queues:  # the names are the clients': keep only those that matter
@@ -2531,7 +2567,97 @@ async def events_of(reply: Reply | Replies, prompt: Prompt, record: Record) -> A
     shape = ReasoningShape(prompt.reasoning_format or "parsed")
     while events := await reply.read():
         record.note(events)
+        record.torn = reply.torn
         yield [shown for event in events for shown in shape.feed(event)]
+
+
+# ======== Statistics ========
+# Of what went through, for the dashboard: never a prompt, a key or an address. Its size does not grow.
+
+
+class Figures:
+    """Counts of requests to one model."""
+
+    SAMPLES = 200  # times that the percentiles are taken from
+
+    def __init__(self) -> None:
+        self.requests = self.failures = self.prompt = self.completion = 0
+        self.firsts: deque[float] = deque(maxlen=self.SAMPLES)  # seconds to the first token
+        self.durations: deque[float] = deque(maxlen=self.SAMPLES)
+
+    def add(self, record: Record, duration: float) -> None:
+        self.requests += 1
+        self.failures += bool(record.error)
+        self.prompt += record.usage.prompt
+        self.completion += record.usage.completion
+        if record.first is not None:
+            self.firsts.append(record.first - record.started)
+        if record.status < 400 and not record.error:
+            self.durations.append(duration)
+
+    def shown(self) -> JSON:
+        return {
+            "requests": self.requests,
+            "failures": self.failures,
+            "prompt_tokens": self.prompt,
+            "completion_tokens": self.completion,
+            "first": percentiles(self.firsts),
+            "duration": percentiles(self.durations),
+        }
+
+
+def percentiles(seconds: Iterable[float]) -> JSON:
+    ordered = sorted(seconds)
+    if not ordered:
+        return {"p50": None, "p95": None}
+    return {name: round(ordered[int((len(ordered) - 1) * part)], 3) for name, part in (("p50", 0.5), ("p95", 0.95))}
+
+
+class Statistics:
+    """Figures by model, by minute over the last hour, and the last requests one by one. Times are Unix seconds."""
+
+    MOST_MODELS, MINUTES, RECENT = 50, 60, 100
+    OTHERS = "(others)"  # clients may name any number of models
+
+    def __init__(self, now: float) -> None:
+        self.started = now
+        self.models: dict[str, Figures] = {}
+        self.minutes: dict[int, list[int]] = {}  # minute → requests, failures, tokens in, tokens out
+        self.recent: deque[JSON] = deque(maxlen=self.RECENT)
+        self.torn = 0  # frames
+
+    def add(self, record: Record, duration: float, now: float) -> None:
+        name = record.model if record.model in self.models or len(self.models) < self.MOST_MODELS else self.OTHERS
+        self.models.setdefault(name, Figures()).add(record, duration)
+        self.torn += record.torn
+        minute = self.minutes.setdefault(int(now // 60), [0, 0, 0, 0])
+        for i, more in enumerate((1, bool(record.error), record.usage.prompt, record.usage.completion)):
+            minute[i] += more
+        if len(self.minutes) > self.MINUTES:
+            del self.minutes[min(self.minutes)]
+        self.recent.appendleft(
+            {
+                "time": now,
+                "model": record.model,
+                "status": record.status,
+                "error": record.error,
+                "first": None if record.first is None else round(record.first - record.started, 3),
+                "duration": round(duration, 3),
+                "prompt_tokens": record.usage.prompt,
+                "completion_tokens": record.usage.completion,
+            }
+        )
+
+    def shown(self, now: float) -> JSON:
+        last = int(now // 60)
+        return {
+            "now": now,
+            "started": self.started,
+            "models": {name: figures.shown() for name, figures in self.models.items()},
+            "minutes": [self.minutes.get(last - i, [0, 0, 0, 0]) for i in reversed(range(self.MINUTES))],
+            "recent": list(self.recent),
+            "torn": self.torn,
+        }
 
 
 # ======== Handlers ==================================================================================================
@@ -2543,17 +2669,18 @@ GRACE = 30  # seconds that answers in flight have to finish when the server is t
 
 @dataclass
 class Record:
-    """What is known of one request, for its line in the log. Times are seconds of time.monotonic()."""
+    """What is known of one request, for the log and the statistics. Times are seconds of time.monotonic()."""
 
     method: str
     path: str
     started: float
     id: str
-    model: str = "-"
+    model: str = ""  # that was asked for; "" while it is not known that this is a chat
     status: int = CLIENT_LEFT
     error: str = ""
     stopped: bool = False  # the server could not wait for it
     first: float | None = None
+    torn: int = 0  # frames that Z.ai tore
     usage: Usage = field(default_factory=Usage)
 
     def note(self, events: list[Event]) -> None:
@@ -2567,13 +2694,14 @@ class Record:
         outcome = f"{self.status} {self.error}".rstrip()
         first = f"first {self.first - self.started:.2f} s, " if self.first else ""
         tokens = f", {self.usage.prompt}+{self.usage.completion} tokens" if self.usage.total else ""
-        return f"{self.method} {self.path} {self.model} {outcome} {first}{now - self.started:.2f} s{tokens}"
+        return f"{self.method} {self.path} {self.model or '-'} {outcome} {first}{now - self.started:.2f} s{tokens}"
 
 
 SETTINGS = web.AppKey("settings", Settings)
 BLANK = web.AppKey("blank", Blanker)
 IN_FLIGHT: web.AppKey[dict[Any, Record]] = web.AppKey("in_flight", dict)  # by the task that answers it
 CLOCK = web.AppKey("clock", Clock)
+STATISTICS = web.AppKey("statistics", Statistics)
 UPSTREAM = web.AppKey("upstream", Upstream)
 CATALOG = web.AppKey("catalog", Catalog)
 RECORD = web.RequestKey("record", Record)
@@ -2692,8 +2820,57 @@ async def health(request: web.Request) -> web.Response:
 
 
 async def index(request: web.Request) -> web.Response:
-    return json_response(
-        {"name": "ztoapi", "version": __version__, "base_url": f"{request.scheme}://{request.host}/v1"}
+    """A page for people, a few words for programs."""
+    if "text/html" in request.headers.get("Accept", ""):
+        return web.Response(status=302, headers={"Location": "/docs"})
+    return json_response({"name": "ztoapi", "version": __version__, "base_url": base_of(request), "docs": "/docs"})
+
+
+def base_of(request: web.Request) -> str:
+    return f"{request.scheme}://{request.host}/v1"
+
+
+async def docs(request: web.Request) -> web.Response:
+    """The page that explains this server, with its own address, and its key while everybody knows it."""
+    settings, renamed = request.app[SETTINGS], request.app[SETTINGS].model_aliases
+    models = request.app[CATALOG].models | {name: resolve(name, renamed) for name, _ in renamed if "*" not in name}
+    shown = {
+        "base": base_of(request),
+        "key": PUBLISHED_KEY if settings.published else "",
+        "version": __version__,
+        "demo": settings.demo,
+        "zai_key": bool(settings.zai_api_key),
+        "dashboard": settings.dashboard_enabled,
+        "models": [
+            {"id": name, "context": model.context, "output": model.output, "sees": model.sees, "free": model.free}
+            for name, model in models.items()
+        ],
+    }
+    return page_response(DOCS_PAGE, shown)
+
+
+async def dashboard(_: web.Request) -> web.Response:
+    return page_response(DASHBOARD_PAGE, {"version": __version__})
+
+
+async def dashboard_stats(request: web.Request) -> web.Response:
+    in_flight = sum(bool(record.model) for record in request.app[IN_FLIGHT].values())
+    shown = request.app[STATISTICS].shown(time.time()) | request.app[UPSTREAM].shown()
+    return json_response(shown | {"in_flight": in_flight}, headers={"Cache-Control": "no-store"})
+
+
+def page_response(page: Page, shown: JSON) -> web.Response:
+    """A page with some data in it. The data is no script: "<" is escaped, so that it cannot become one."""
+    data = to_json(shown).replace("<", "\\u003c")
+    return web.Response(
+        text=page.html.replace("{{DATA}}", data),
+        content_type="text/html",
+        headers={
+            "Content-Security-Policy": page.policy,
+            "X-Content-Type-Options": "nosniff",
+            "Referrer-Policy": "no-referrer",
+            "Cache-Control": "no-store",
+        },
     )
 
 
@@ -2733,8 +2910,11 @@ async def outermost(request: web.Request, handler: Handler) -> web.StreamRespons
         return response
     finally:
         del in_flight[task]
+        now = time.monotonic()
         level = logging.DEBUG if request.path.startswith(DEMO_PATH) else logging.INFO
-        LOG.log(level, "%s", record.line(time.monotonic()))
+        LOG.log(level, "%s", record.line(now))
+        if record.model:
+            request.app[STATISTICS].add(record, now - record.started, time.time())
 
 
 async def answer_or_tell(request: web.Request, handler: Handler) -> web.StreamResponse:
@@ -2965,6 +3145,462 @@ def demo_last(body: JSON, deltas: list[JSON]) -> JSON:
     }
 
 
+# ======== Pages ========
+# Two pages for people. What comes from outside is put in as text (textContent), and nothing is loaded from elsewhere.
+
+
+@dataclass(frozen=True)
+class Page:
+    """A page in one file; `policy` allows it its own style and script, by their hashes, and calls to this server."""
+
+    html: str
+    policy: str
+
+
+def page(title: str, body: str, script: str) -> Page:
+    html = PAGE_FRAME
+    for mark, text in (("TITLE", title), ("STYLE", STYLE), ("BODY", body), ("SCRIPT", COMMON_SCRIPT + script)):
+        html = html.replace(f"{{{{{mark}}}}}", text)
+    policy = (
+        f"default-src 'none'; script-src {csp_hash(COMMON_SCRIPT + script)}; style-src {csp_hash(STYLE)}; "
+        "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+    )
+    return Page(html, policy)
+
+
+def csp_hash(text: str) -> str:
+    return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
+
+
+PAGE_FRAME = """<!doctype html>
+<html lang="en">
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta name="color-scheme" content="light dark">
+<title>{{TITLE}}</title>
+<style>{{STYLE}}</style>
+{{BODY}}
+<script type="application/json" id="data">{{DATA}}</script>
+<script>{{SCRIPT}}</script>
+"""
+
+STYLE = """
+:root { --ink: #1c2430; --soft: #5b6675; --paper: #fbfbf9; --card: #fff; --line: #d9dde3; --accent: #1d5fbf;
+  --on-accent: #fff; --bad: #b3261e; --good: #1a7f4b; --code: #f2f3f0 }
+@media (prefers-color-scheme: dark) { :root { --ink: #e4e8ee; --soft: #9aa5b4; --paper: #14181d; --card: #1b2027;
+  --line: #323a45; --accent: #7fb2ff; --on-accent: #0d1420; --bad: #ff8a80; --good: #6fd3a0; --code: #10141a } }
+* { box-sizing: border-box }
+body { margin: 0 auto; max-width: 62rem; padding: 1rem 1.25rem 4rem; background: var(--paper); color: var(--ink);
+  font: 16px/1.6 system-ui, sans-serif }
+h1 { font-size: 1.7rem; margin: .5rem 0 }
+h2 { font-size: 1.2rem; margin: 2.5rem 0 .6rem }
+h3 { font-size: 1rem; margin: 1.2rem 0 .3rem }
+p { margin: .5rem 0; max-width: 46rem }
+a { color: var(--accent) }
+nav { display: flex; flex-wrap: wrap; gap: 0 1.1rem; font-size: .95rem }
+small, .soft { color: var(--soft) }
+code, pre, textarea, .figure b { font-family: ui-monospace, Menlo, Consolas, monospace }
+code { font-size: .9em; background: var(--code); padding: .1em .3em; border-radius: 3px; overflow-wrap: anywhere }
+pre { background: var(--code); border: 1px solid var(--line); border-radius: 6px; padding: .8rem 1rem; margin: 0;
+  overflow-x: auto; font-size: .85rem; line-height: 1.5 }
+pre.wrap { white-space: pre-wrap; overflow-wrap: anywhere }
+.call { position: relative }
+.call pre { padding-right: 4.5rem }
+.call button { position: absolute; top: .45rem; right: .45rem; padding: .15rem .6rem; font-size: .8rem }
+.scroll { overflow-x: auto }
+table { border-collapse: collapse; width: 100%; font-size: .92rem }
+th, td { text-align: left; padding: .35rem .9rem .35rem 0; border-bottom: 1px solid var(--line); vertical-align: top }
+th { color: var(--soft); font-weight: 600; white-space: nowrap }
+td.number, th.number { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap }
+button, select, input, textarea { font: inherit; color: inherit; background: var(--card); border: 1px solid var(--soft);
+  border-radius: 6px; padding: .4rem .7rem }
+button { cursor: pointer }
+button.main { background: var(--accent); border-color: var(--accent); color: var(--on-accent) }
+button:disabled { opacity: .45; cursor: default }
+:focus-visible { outline: 3px solid var(--accent); outline-offset: 2px }
+textarea { width: 100%; min-height: 5rem; font-size: .95rem }
+label { display: block; font-size: .85rem; color: var(--soft); margin: .6rem 0 .15rem }
+.fields { display: grid; grid-template-columns: repeat(auto-fit, minmax(12rem, 1fr)); gap: 0 1rem }
+.fields input, .fields select { width: 100% }
+.card { background: var(--card); border: 1px solid var(--line); border-radius: 8px; padding: .8rem 1.1rem 1.1rem }
+.row { display: flex; flex-wrap: wrap; gap: .6rem; align-items: center; margin: .8rem 0 }
+.answer { white-space: pre-wrap; overflow-wrap: anywhere; min-height: 1.6em }
+.thought { white-space: pre-wrap; overflow-wrap: anywhere; color: var(--soft); border-left: 3px solid var(--line);
+  padding-left: .8rem }
+.bad { color: var(--bad) } .good { color: var(--good) }
+.note { border-left: 4px solid var(--accent); padding: .1rem .9rem; margin: 1rem 0 }
+.figures { display: grid; grid-template-columns: repeat(auto-fit, minmax(8.5rem, 1fr)); gap: .8rem; margin: 1rem 0 }
+.figure { background: var(--card); border: 1px solid var(--line); border-radius: 8px; padding: .5rem .9rem }
+.figure b { display: block; font-size: 1.35rem; font-weight: 600 }
+.charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(18rem, 1fr)); gap: 1rem }
+svg { display: block; width: 100%; height: 7rem }
+rect { fill: var(--accent) } rect.bad { fill: var(--bad) }
+line { stroke: var(--line) } text { fill: var(--soft); font-size: 11px }
+[hidden] { display: none !important }
+"""
+
+COMMON_SCRIPT = """
+"use strict";
+const data = JSON.parse(document.getElementById("data").textContent);
+const $ = id => document.getElementById(id);
+const chinese = (navigator.languages?.[0] || navigator.language || "").toLowerCase().startsWith("zh");
+const say = (english, zh) => chinese ? zh : english;
+if (chinese) {
+  document.documentElement.lang = "zh";
+  for (const e of document.querySelectorAll("[data-zh]")) e.textContent = e.dataset.zh;
+}
+function make(tag, text, className) {
+  const e = document.createElement(tag);
+  if (text !== undefined && text !== null) e.textContent = text;
+  if (className) e.className = className;
+  return e;
+}
+function row(cells, tag = "td") {
+  const tr = make("tr");
+  for (const c of cells) tr.append(make(tag, c, typeof c === "number" || /^[\\d.,]+( m?s)?$/.test(c ?? "") ? "number" : ""));
+  return tr;
+}
+const remembered = name => { try { return sessionStorage.getItem(name) || ""; } catch { return ""; } };
+const remember = (name, value) => { try { sessionStorage.setItem(name, value); } catch {} };
+"""  # noqa: E501
+
+DOCS_PAGE = page(
+    "ztoapi",
+    """
+<header>
+<h1>ztoapi</h1>
+<p data-zh="任何 OpenAI 客户端，都可以通过这台服务器使用 Z.ai 的 GLM 模型：官方 API，自己的密钥。">This server lets every OpenAI
+client talk to Z.ai's GLM models, through Z.ai's official API.</p>
+<nav aria-label="Sections"><a href="#try" data-zh="试一试">Try it</a><a href="#calls" data-zh="调用">Calls</a><a href="#clients"
+data-zh="客户端">Clients</a><a href="#models" data-zh="模型">Models</a><a href="#errors" data-zh="错误">Errors</a><a
+id="to-dashboard" href="/dashboard" data-zh="仪表盘">Dashboard</a></nav>
+</header>
+<main>
+<p class="note" id="state" hidden></p>
+<div class="scroll"><table><tbody>
+<tr><th scope="row" data-zh="地址">Base URL</th><td><code id="base"></code></td></tr>
+<tr><th scope="row" data-zh="密钥">API key</th><td><code id="key"></code></td></tr>
+</tbody></table></div>
+
+<h2 id="try" data-zh="试一试">Try it</h2>
+<form class="card" id="form">
+<div class="fields">
+<div><label for="try-key" data-zh="密钥">API key</label><input id="try-key" type="password" autocomplete="off" required></div>
+<div><label for="try-model" data-zh="模型">Model</label><input id="try-model" list="model-list" required spellcheck="false"
+autocomplete="off"><datalist id="model-list"></datalist></div>
+<div><label for="try-thinking" data-zh="思考">Thinking</label><select id="try-thinking"><option value=""
+data-zh="模型默认">as the model likes</option><option value="true" data-zh="开">on</option><option value="false"
+data-zh="关">off</option></select></div>
+</div>
+<label for="try-message" data-zh="消息">Message</label>
+<textarea id="try-message" required></textarea>
+<div class="row"><button class="main" id="send" data-zh="发送">Send</button><button type="button" id="stop" disabled
+data-zh="停止">Stop</button><span class="soft" id="pace" role="status"></span></div>
+<div id="thinking-part" hidden><h3 data-zh="思考过程">Reasoning</h3><div class="thought" id="thought" tabindex="0"></div></div>
+<div id="answer-part" hidden><h3 data-zh="回答">Answer</h3><div class="answer" id="answer" aria-live="polite"></div></div>
+<pre class="wrap bad" id="failure" role="alert" hidden></pre>
+<div id="asked-part" hidden><h3 data-zh="刚才的请求">What was just asked</h3><div class="call"><pre id="asked"></pre></div></div>
+</form>
+
+<h2 id="calls" data-zh="调用">Calls</h2>
+<div id="call-list"></div>
+
+<h2 id="clients" data-zh="客户端">Clients</h2>
+<div class="scroll"><table><tbody id="client-list"></tbody></table></div>
+
+<h2 id="models" data-zh="模型">Models</h2>
+<p data-zh="名称不分大小写，可带前缀：glm-4.6、GLM-4.6、zai/glm-4.6 相同。">Names may be in any case, with or without a provider
+before them: glm-4.6, GLM-4.6 and zai/glm-4.6 are one model.</p>
+<div class="scroll"><table><thead id="model-head"></thead><tbody id="model-rows"></tbody></table></div>
+
+<h2 id="errors" data-zh="错误">Errors</h2>
+<p data-zh="错误总是 {&quot;error&quot;: {&quot;message&quot;, &quot;type&quot;, &quot;param&quot;, &quot;code&quot;}}；message 会说明该怎么做。">Always
+{"error": {"message", "type", "param", "code"}}; the message says what to do.</p>
+<div class="scroll"><table><tbody id="error-rows"></tbody></table></div>
+</main>
+<footer><p><small>ztoapi <span id="version"></span></small></p></footer>
+""",  # noqa: E501, RUF001
+    """
+const key = data.key || "YOUR_KEY", base = data.base, free = data.models.find(m => m.free) || data.models[0];
+const hello = say("Hello! Who are you?", "你好，请介绍一下你自己");
+$("base").textContent = base;
+$("key").textContent = data.key || say("the one the operator of this server gave you (DEFAULT_KEY)", "由服务器管理员提供（DEFAULT_KEY）");
+$("version").textContent = data.version;
+$("to-dashboard").hidden = !data.dashboard;
+if (data.demo || !data.zai_key) {
+  $("state").hidden = false;
+  $("state").textContent = data.demo
+    ? say("This is the demo: answers come from a built-in stand-in, no model is behind them.", "演示模式：回答来自内置替身，没有真正的模型。")
+    : say("This server has no Z.ai key yet: chat answers 503 until its operator sets ZAI_API_KEY.", "服务器尚未设置 ZAI_API_KEY，聊天会返回 503。");
+}
+function call(text) {
+  const box = make("div", null, "call"), pre = make("pre", text);
+  pre.tabIndex = 0;
+  box.append(pre, copyButton(() => pre.textContent));
+  return box;
+}
+function copyButton(text) {
+  const b = make("button", say("Copy", "复制"));
+  b.type = "button";
+  b.onclick = async () => {
+    try { await navigator.clipboard.writeText(text()); b.textContent = say("Copied", "已复制"); }
+    catch { b.textContent = say("Select and copy", "请手动复制"); }
+    setTimeout(() => { b.textContent = say("Copy", "复制"); }, 1500);
+  };
+  return b;
+}
+const shell = text => "'" + text.replaceAll("'", "'\\\\''") + "'";
+const curl = (body, k) => "curl -N " + base + "/chat/completions \\\\\\n  -H " + shell("Authorization: Bearer " + k) +
+  " \\\\\\n  -H 'Content-Type: application/json' \\\\\\n  -d " + shell(JSON.stringify(body));
+const body = (stream) => ({ model: free.id, messages: [{ role: "user", content: hello }], ...(stream ? { stream: true } : {}) });
+const q = JSON.stringify;
+const python = stream => `from openai import OpenAI
+
+client = OpenAI(base_url=${q(base)}, api_key=${q(key)})
+${stream ? "stream" : "answer"} = client.chat.completions.create(
+    model=${q(free.id)},
+    messages=[{"role": "user", "content": ${q(hello)}}],${stream ? "\\n    stream=True," : ""}
+)
+${stream ? 'for chunk in stream:\\n    print(chunk.choices[0].delta.content or "", end="", flush=True)' : "print(answer.choices[0].message.content)"}`;
+const javascript = stream => `import OpenAI from "openai";
+
+const client = new OpenAI({ baseURL: ${q(base)}, apiKey: ${q(key)} });
+const ${stream ? "stream" : "answer"} = await client.chat.completions.create({
+  model: ${q(free.id)},
+  messages: [{ role: "user", content: ${q(hello)} }],${stream ? "\\n  stream: true," : ""}
+});
+${stream ? 'for await (const chunk of stream) process.stdout.write(chunk.choices[0]?.delta?.content ?? "");' : "console.log(answer.choices[0].message.content);"}`;
+const whole = say("whole", "非流式"), streamed = say("streamed", "流式");
+for (const [title, text] of [["curl", s => curl(body(s), key)], ["Python", python], ["JavaScript", javascript]])
+  for (const s of [false, true]) $("call-list").append(make("h3", title + ", " + (s ? streamed : whole)), call(text(s)));
+
+const host = base.replace(/\\/v1$/, "");
+for (const [name, how] of [
+  ["Chatbox", say("Settings › Model Provider › Add › OpenAI API compatible. API host: ", "设置 › 模型提供方 › 添加 › OpenAI API 兼容。API 主机：") + host],
+  ["Cherry Studio", say("Settings › Model Provider › Add › OpenAI. API host: ", "设置 › 模型服务 › 添加 › OpenAI。API 地址：") + host],
+  ["Open WebUI", say("Admin › Settings › Connections › OpenAI API › +. URL: ", "管理员 › 设置 › 外部连接 › OpenAI API › +。URL：") + base],
+  ["Cline", say("API Provider: OpenAI Compatible. Base URL: ", "API Provider 选 OpenAI Compatible。Base URL：") + base],
+  ["LangChain", `ChatOpenAI(base_url=${q(base)}, api_key=${q(key)}, model=${q(free.id)})`],
+  [say("others", "其他"), `OPENAI_BASE_URL=${base}  OPENAI_API_KEY=${key}`],
+]) {
+  const tr = make("tr"), th = make("th", name);
+  th.scope = "row";
+  tr.append(th, make("td", how));
+  $("client-list").append(tr);
+}
+
+$("model-head").append(row([say("name", "名称"), say("context", "上下文"), say("output", "输出"), say("takes", "输入"), ""], "th"));
+const size = n => n === null ? "?" : n >= 1048576 ? n / 1048576 + " M" : n / 1024 + " K";
+for (const m of data.models) {
+  $("model-rows").append(row([m.id, size(m.context), size(m.output), m.sees ? say("text, images", "文字、图片") : say("text", "文字"),
+    m.free ? say("free", "免费") : ""]));
+  const option = make("option");
+  option.value = m.id;
+  $("model-list").append(option);
+}
+for (const [code, what] of [
+  ["400", say("The request makes no sense; param names the field.", "请求有误，param 指出字段。")],
+  ["401 invalid_api_key", say("Send this server's key, not a Z.ai key.", "请使用本服务器的密钥，而不是 Z.ai 的。")],
+  ["404 model_not_found", say("Z.ai does not know the model: choose one of the above.", "没有这个模型，请从上面选择。")],
+  ["429 rate_limit_exceeded", say("Too many requests at once, or the model is overloaded: wait as Retry-After says.", "请求过多或模型繁忙，请按 Retry-After 等待。")],
+  ["429 insufficient_quota", say("No balance: a Coding Plan key needs its own ZAI_BASE_URL; the free models need none.", "余额不足：Coding Plan 密钥要用它自己的 ZAI_BASE_URL；免费模型无需余额。")],
+  ["429 quota_exceeded", say("The plan's quota is used up until Retry-After.", "套餐额度已用完，请等到 Retry-After。")],
+  ["502, 504", say("Z.ai failed, was silent, or is not reached: try again; the operator may run ztoapi.py --check.", "Z.ai 出错、无响应或无法连接：请重试；管理员可运行 ztoapi.py --check。")],
+  ["503 zai_api_key_missing", say("The operator must set ZAI_API_KEY.", "管理员需要设置 ZAI_API_KEY。")],
+]) {
+  const tr = make("tr"), th = make("th", code);
+  th.scope = "row";
+  tr.append(th, make("td", what));
+  $("error-rows").append(tr);
+}
+
+$("try-key").value = data.key || remembered("ztoapi-key");
+$("try-model").value = free.id;
+$("try-message").value = hello;
+document.querySelector("#asked-part .call").append(copyButton(() => $("asked").textContent));
+let leaving = null;
+$("stop").onclick = () => leaving?.abort();
+$("form").onsubmit = async event => {
+  event.preventDefault();
+  const k = $("try-key").value.trim(), thinking = $("try-thinking").value, request = {
+    model: $("try-model").value.trim(), messages: [{ role: "user", content: $("try-message").value }], stream: true,
+    stream_options: { include_usage: true }, ...(thinking ? { enable_thinking: thinking === "true" } : {}),
+  };
+  remember("ztoapi-key", k);
+  for (const id of ["thinking-part", "answer-part", "failure"]) $(id).hidden = true;
+  $("thought").textContent = $("answer").textContent = $("pace").textContent = "";
+  $("asked").textContent = curl(request, k);
+  $("asked-part").hidden = false;
+  $("send").disabled = true;
+  $("stop").disabled = false;
+  leaving = new AbortController();
+  const run = { started: performance.now(), first: 0, usage: null, pieces: 0 };
+  try { await ask(request, k, run); }
+  catch (e) { if (e.name === "AbortError") run.stopped = true; else fail(String(e.message || e)); }
+  $("send").disabled = false;
+  $("stop").disabled = true;
+  pace(run, true);
+};
+async function ask(request, k, run) {
+  const response = await fetch("v1/chat/completions", { method: "POST", signal: leaving.signal, body: JSON.stringify(request),
+    headers: { "Content-Type": "application/json", Authorization: "Bearer " + k } });
+  if (!response.ok) return fail(response.status + "\\n" + await response.text());
+  const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
+  let text = "";
+  for (;;) {
+    const { done, value } = await reader.read();
+    if (done) break;
+    const frames = (text + value).split("\\n\\n");
+    text = frames.pop();
+    for (const frame of frames) if (frame.startsWith("data: {")) show(JSON.parse(frame.slice(6)), run);
+    pace(run, false);
+  }
+}
+function show(chunk, run) {
+  if (chunk.error) return fail(JSON.stringify(chunk.error, null, 2));
+  if (chunk.usage) run.usage = chunk.usage;
+  const delta = chunk.choices[0]?.delta || {};
+  for (const [field, id, part] of [["reasoning_content", "thought", "thinking-part"], ["content", "answer", "answer-part"]])
+    if (delta[field]) {
+      run.first ||= performance.now();
+      run.pieces++;
+      $(part).hidden = false;
+      $(id).append(delta[field]);
+    }
+}
+function pace(run, ended) {
+  if (!run.first) { $("pace").textContent = ended && run.stopped ? say("stopped", "已停止") : ended ? "" : say("waiting…", "等待中…"); return; }
+  const seconds = (performance.now() - run.first) / 1000, tokens = run.usage?.completion_tokens || run.pieces;
+  $("pace").textContent = [
+    run.stopped ? say("stopped", "已停止") : "",
+    say("first token after ", "首个 token：") + ((run.first - run.started) / 1000).toFixed(2) + " s",
+    tokens + " tokens",
+    seconds > 0.2 ? (tokens / seconds).toFixed(0) + " tokens/s" : "",
+  ].filter(Boolean).join(" · ");
+}
+function fail(text) {
+  $("failure").hidden = false;
+  $("failure").textContent = text;
+}
+""",  # noqa: E501, RUF001
+)
+
+DASHBOARD_PAGE = page(
+    "ztoapi dashboard",
+    """
+<header><h1 data-zh="ztoapi 仪表盘">ztoapi dashboard</h1><nav aria-label="Pages"><a href="/docs" data-zh="说明">Docs</a></nav></header>
+<main>
+<form class="card" id="door" hidden>
+<label for="door-key" data-zh="本服务器的密钥（DEFAULT_KEY），只保存在此标签页">This server's key (DEFAULT_KEY); kept for this tab alone</label>
+<div class="row"><input id="door-key" type="password" autocomplete="off" required><button class="main" data-zh="打开">Open</button></div>
+<p class="bad" id="door-says" role="alert"></p>
+</form>
+<p class="note bad" id="gone" role="alert" hidden></p>
+<div id="board" hidden>
+<div class="figures" id="figures"></div>
+<div class="charts">
+<figure class="card"><figcaption data-zh="每分钟请求（红色：失败）">Requests a minute (red: failed)</figcaption><svg id="requests" role="img"
+aria-label="Requests a minute over the last hour"></svg></figure>
+<figure class="card"><figcaption data-zh="每分钟 token">Tokens a minute, in and out</figcaption><svg id="tokens" role="img"
+aria-label="Tokens a minute over the last hour"></svg></figure>
+</div>
+<h2 data-zh="模型">Models</h2><div class="scroll"><table><thead id="model-head"></thead><tbody id="model-rows"></tbody></table></div>
+<h2 data-zh="密钥与队列">Keys and queues</h2><p id="keys"></p>
+<div class="scroll"><table><thead id="queue-head"></thead><tbody id="queue-rows"></tbody></table></div>
+<h2 data-zh="已修复">Healed without a client's noticing</h2><p id="healed"></p>
+<h2 data-zh="最近的请求">Last requests</h2><div class="scroll"><table><thead id="recent-head"></thead><tbody id="recent-rows"></tbody></table></div>
+</div>
+</main>
+""",  # noqa: E501, RUF001
+    """
+const seconds = s => s === null || s === undefined ? "–" : s < 1 ? Math.round(s * 1000) + " ms" : s.toFixed(s < 10 ? 2 : 1) + " s";
+const number = n => n.toLocaleString("en-US");
+const clock = t => new Date(t * 1000).toLocaleTimeString();
+let key = remembered("ztoapi-key"), timer = 0;
+$("model-head").append(row([say("model", "模型"), say("requests", "请求"), say("failed", "失败"), say("tokens in", "输入 token"),
+  say("tokens out", "输出 token"), say("first p50", "首字 p50"), say("first p95", "首字 p95"), say("whole p50", "全程 p50"), say("whole p95", "全程 p95")], "th"));
+$("queue-head").append(row([say("model", "模型"), say("in flight", "进行中"), say("waiting", "等待"), say("limit by key", "各密钥上限")], "th"));
+$("recent-head").append(row([say("time", "时间"), say("model", "模型"), say("status", "状态"), say("first", "首字"), say("whole", "全程"),
+  say("tokens", "token")], "th"));
+function rows(id, lines) { $(id).replaceChildren(...lines.map(cells => row(cells))); }
+function draw(id, minutes, parts) {
+  const svg = $(id), ns = "http://www.w3.org/2000/svg", top = Math.max(1, ...minutes.map(m => parts.reduce((a, [i]) => a + m[i], 0)));
+  svg.setAttribute("viewBox", "0 0 620 120");
+  svg.setAttribute("preserveAspectRatio", "none");
+  const put = (tag, attributes, text) => {
+    const e = document.createElementNS(ns, tag);
+    for (const [k, v] of Object.entries(attributes)) e.setAttribute(k, v);
+    if (text !== undefined) e.textContent = text;
+    return e;
+  };
+  const shapes = [put("line", { x1: 0, x2: 620, y1: 104, y2: 104 }), put("text", { x: 0, y: 118 }, say("an hour ago", "一小时前")),
+    put("text", { x: 620, y: 118, "text-anchor": "end" }, say("now", "现在")), put("text", { x: 0, y: 10 }, number(top))];
+  minutes.forEach((m, n) => {
+    let y = 104;
+    for (const [i, className] of parts) {
+      const high = m[i] / top * 90;
+      y -= high;
+      if (high) shapes.push(put("rect", { x: n * 10.3 + 1, y, width: 8.3, height: Math.max(high, 1), class: className }));
+    }
+  });
+  svg.replaceChildren(...shapes);
+}
+function figure(name, value, className) {
+  const box = make("div", null, "figure");
+  box.append(make("b", value, className), make("small", name));
+  return box;
+}
+function show(s) {
+  const models = Object.entries(s.models).sort((a, b) => b[1].requests - a[1].requests), all = f => models.reduce((n, [, m]) => n + m[f], 0);
+  const waiting = s.queues.reduce((n, q) => n + q.waiting, 0), failed = all("failures");
+  $("figures").replaceChildren(figure(say("requests", "请求"), number(all("requests"))), figure(say("failed", "失败"), number(failed), failed ? "bad" : ""),
+    figure(say("in flight", "进行中"), s.in_flight), figure(say("waiting", "等待"), waiting), figure(say("tokens in", "输入 token"), number(all("prompt_tokens"))),
+    figure(say("tokens out", "输出 token"), number(all("completion_tokens"))), figure(say("since", "启动于"), clock(s.started)));
+  draw("requests", s.minutes.map(([n, f]) => [n - f, f]), [[1, "bad"], [0, ""]]);
+  draw("tokens", s.minutes, [[2, ""], [3, ""]]);
+  rows("model-rows", models.map(([name, m]) => [name, number(m.requests), number(m.failures), number(m.prompt_tokens), number(m.completion_tokens),
+    seconds(m.first.p50), seconds(m.first.p95), seconds(m.duration.p50), seconds(m.duration.p95)]));
+  $("keys").textContent = s.keys + say(" Z.ai key(s). ", " 个 Z.ai 密钥。") + (s.resting.map(r => say("Key ", "密钥 ") + r.key +
+    (r.model ? say(" for ", "，模型 ") + r.model : "") + say(" rests until ", " 暂停至 ") + clock(r.until) + " (" + r.why + ")").join("; ") || say("None rests.", "全部可用。"));
+  rows("queue-rows", s.queues.map(q => [q.model, q.in_flight, q.waiting, q.limits.join(", ")]));
+  const h = s.healed, healed = [[h.retries, say("tried again", "次重试")], [h.queued_again, say("sent back to the queue", "次重新排队")],
+    [h.other_keys, say("served by another key", "次换用密钥")], [h.fallbacks, say("fell back to another model", "次换用模型")],
+    [s.torn, say("torn frames dropped", "个残缺帧被丢弃")]].filter(([n]) => n);
+  $("healed").textContent = healed.map(([n, what]) => n + " " + what).join(" · ") || say("Nothing so far.", "暂无。");
+  rows("recent-rows", s.recent.map(r => [clock(r.time), r.model, r.status + (r.error ? " " + r.error : ""), seconds(r.first), seconds(r.duration),
+    number(r.prompt_tokens) + " + " + number(r.completion_tokens)]));
+}
+async function refresh() {
+  try {
+    const response = await fetch("dashboard/stats", { headers: { Authorization: "Bearer " + key }, cache: "no-store" });
+    if (response.status === 401) return ask(key ? say("That key is not this server's.", "密钥不对。") : "");
+    if (!response.ok) throw new Error(response.status);
+    show(await response.json());
+    $("door").hidden = $("gone").hidden = true;
+    $("board").hidden = false;
+  } catch {
+    $("gone").hidden = false;
+    $("gone").textContent = say("The server does not answer. This page goes on trying.", "服务器没有响应，本页会继续尝试。");
+  }
+  timer = setTimeout(refresh, 1500);
+}
+function ask(why) {
+  $("door").hidden = false;
+  $("board").hidden = $("gone").hidden = true;
+  $("door-says").textContent = why;
+  $("door-key").focus();
+}
+$("door").onsubmit = event => {
+  event.preventDefault();
+  key = $("door-key").value.trim();
+  remember("ztoapi-key", key);
+  refresh();
+};
+if (key) refresh(); else ask("");
+""",  # noqa: E501, RUF001
+)
+
+
 # ======== Program ===================================================================================================
 
 API = r"/{prefix:/*(?:(?:v1|api/v1|api/paas/v4)/+)*}"  # clients put before a path what they like
@@ -2986,6 +3622,7 @@ def create_app(settings: Settings | None = None) -> web.Application:
     app[BLANK] = Blanker(settings.secrets)
     app[CLOCK] = Clock()
     app[IN_FLIGHT] = {}
+    app[STATISTICS] = Statistics(time.time())
     app.on_response_prepare.append(add_headers)
     app.cleanup_ctx.append(connect)
     app.on_shutdown.append(drain)
@@ -2995,6 +3632,10 @@ def create_app(settings: Settings | None = None) -> web.Application:
     add_route(app, "GET", f"{API}models/{{id:.+?}}{END}", keyed(one_model))
     add_route(app, "GET", "/health", health)
     add_route(app, "GET", "/", index)
+    add_route(app, "GET", "/docs", docs)
+    if settings.dashboard_enabled:
+        add_route(app, "GET", "/dashboard", dashboard)
+        add_route(app, "GET", "/dashboard/stats", keyed(dashboard_stats))
     if settings.demo:
         demo_routes(app)
     return app

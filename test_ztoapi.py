@@ -13,6 +13,7 @@ import json
 import math
 import os
 import re
+import shutil
 import socket
 import subprocess
 import sys
@@ -109,6 +110,7 @@ def test_every_variable_is_read_by_its_name_in_capitals():
         "MAX_RETRIES": "0",
         "UPSTREAM_TIMEOUT": "60",
         "MAX_BODY_MB": "8",
+        "DASHBOARD_ENABLED": "off",
         "CORS_ORIGINS": "https://a.example/,https://b.example",
     }
     assert Settings.from_env(given) == Settings(
@@ -127,6 +129,7 @@ def test_every_variable_is_read_by_its_name_in_capitals():
         max_retries=0,
         upstream_timeout=60,
         max_body_mb=8,
+        dashboard_enabled=False,
         cors_origins=("https://a.example", "https://b.example"),
     )
 
@@ -1714,7 +1717,7 @@ class FakeZai:
         self.status, self.headers, self.parts = 200, {"Content-Type": "text/event-stream"}, [RECORDED]
         self.answers = []  # what the next requests get before `parts` counts: parts, or a status and parts
         self.takes = 1000  # requests at once; the others get 1302
-        self.models = web.json_response({"object": "list", "data": []})
+        self.models = web.json_response({"object": "list", "data": [{"id": "glm-4.6"}]})
         self.bodies, self.keys, self.peers, self.open = [], [], set(), 0
         self.left = asyncio.Event()  # somebody hung up before the answer's end
 
@@ -2755,10 +2758,10 @@ async def test_the_first_page_tells_the_address_as_it_was_called(start):
 async def test_zais_list_is_asked_for_once_in_ten_minutes(client):
     catalog, asked = client.app[ztoapi.CATALOG], []
 
-    async def count():
+    async def ask():
         asked.append(1)
 
-    catalog.ask = count
+    catalog.ask = ask
     for now in (0, 1, 599, 601, 1200, 1202):
         await catalog.list(now)
     await asyncio.sleep(0)
@@ -2808,7 +2811,7 @@ class Program:
     def __init__(self, *flags, **variables):
         env = {k: v for k, v in os.environ.items() if k not in {f.name.upper() for f in ztoapi.fields(Settings)}}
         self.process = subprocess.Popen(
-            [sys.executable, str(PROGRAM), "--port", "0", *flags],
+            [sys.executable, str(PROGRAM), *(() if "--port" in flags else ("--port", "0")), *flags],
             env={**env, "NO_PROXY": "127.0.0.1,localhost", **variables},
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -2993,6 +2996,342 @@ def test_version_and_help():
     for flag, wanted in (("--version", f"ztoapi {ztoapi.__version__}"), ("--help", "--demo")):
         done = subprocess.run([sys.executable, PROGRAM, flag], capture_output=True, text=True, check=False, timeout=10)
         assert (done.returncode, wanted in done.stdout) == (0, True)
+
+
+# ======== For people ========
+
+
+def record(**fields):
+    return ztoapi.Record("POST", "/v1/chat/completions", 10.0, "id", **{"model": "glm-4.6", "status": 200} | fields)
+
+
+def test_the_statistics_sum_up_and_forget():
+    statistics = ztoapi.Statistics(now=0)
+    for i in range(1000):
+        failed = (
+            {"status": 502, "error": "zai_unavailable"}
+            if i % 4 == 0
+            else {"first": 10.1 + i / 1000, "usage": Usage(10, 5, 15)}
+        )
+        statistics.add(record(model=f"m{i % 200}", torn=i == 7, **failed), 2.0, now=i * 60)
+    shown = statistics.shown(now=999 * 60)
+    assert sum(model["requests"] for model in shown["models"].values()) == 1000
+    assert len(shown["models"]) == statistics.MOST_MODELS + 1
+    assert len(shown["recent"]) == 100
+    assert len(statistics.minutes) == 60
+    assert shown["minutes"][-1] == [1, 0, 10, 5]
+    assert (shown["torn"], shown["recent"][0]["model"]) == (1, "m199")
+
+
+def test_the_percentiles_of_times():
+    figures = ztoapi.Figures()
+    for i in range(101):
+        figures.add(record(first=10 + i / 100), duration=i / 10)
+    assert figures.shown()["first"] == {"p50": 0.5, "p95": 0.95}
+    assert figures.shown()["duration"] == {"p50": 5.0, "p95": 9.5}
+    assert ztoapi.percentiles([]) == {"p50": None, "p95": None}
+
+
+async def stats(client):
+    async with client.get("/dashboard/stats", headers=KEY) as response:
+        return await response.json(), await response.text()
+
+
+@over_sockets
+async def test_the_dashboard_tells_what_went_through_and_no_secret(start, zai):
+    client = await start(zai_api_key=("zai-one", "zai-two"))
+    zai.answers = [refused(1113), refused(1302)]
+    await ask(client, message(role="user", content="my secret prompt"))
+    await ask(client, chat(model="<b>x</b>", stream=True, fallbacks=["glm-5"]))
+    await ask(client, {"model": ""})
+    shown, text = await stats(client)
+    assert {name: model["requests"] for name, model in shown["models"].items()} == {"glm-4.6": 1, "<b>x</b>": 1}
+    assert shown["recent"][1].keys() == {
+        "time",
+        "model",
+        "status",
+        "error",
+        "first",
+        "duration",
+        "prompt_tokens",
+        "completion_tokens",
+    }
+    assert (shown["keys"], shown["resting"][0]["key"], shown["resting"][0]["why"]) == (2, 1, "insufficient_quota")
+    assert (shown["in_flight"], shown["healed"]["other_keys"], shown["healed"]["retries"]) == (0, 1, 1)
+    for secret in ("zai-one", "zai-two", "sk-your-key", "secret prompt", "127.0.0.1"):
+        assert secret not in text
+
+
+@over_sockets
+async def test_the_dashboard_sees_what_is_in_flight_and_what_waits(start, zai):
+    client = await start(max_concurrency=1)
+    zai.parts = [HANG]
+    asking = [asyncio.create_task(ask(client)) for _ in range(3)]
+    assert await eventually(lambda: len(client.app[ztoapi.IN_FLIGHT]) == 3)
+    shown, _ = await stats(client)
+    assert (shown["in_flight"], shown["queues"][0]["in_flight"], shown["queues"][0]["waiting"]) == (3, 1, 2)
+    await ztoapi.end_tasks(asking)
+
+
+@over_sockets
+async def test_the_dashboard_can_be_left_out(start):
+    client = await start(dashboard_enabled=False)
+    for path in ("/dashboard", "/dashboard/stats"):
+        async with client.get(path, headers=KEY) as response:
+            assert response.status == 404
+
+
+@over_sockets
+async def test_the_figures_need_the_key_and_the_pages_do_not(client):
+    for path, status in (("/dashboard/stats", 401), ("/dashboard", 200), ("/docs", 200)):
+        async with client.get(path) as response:
+            assert response.status == status
+
+
+@over_sockets
+async def test_browsers_are_led_to_the_docs(client):
+    async with client.get("/", headers={"Accept": "text/html,*/*"}, allow_redirects=False) as response:
+        assert (response.status, response.headers["Location"]) == (302, "/docs")
+
+
+@over_sockets
+async def test_the_docs_show_the_key_only_while_it_is_the_published_one(start):
+    for key, shown in (("sk-your-key", True), ("sk-of-my-own", False)):
+        client = await start(default_key=(key,), model_aliases=(("</script><b>", "glm-4.6"),))
+        async with client.get("/docs") as response:
+            text = await response.text()
+        assert (f'"{key}"' in text) is shown
+        assert "</script><b>" not in text
+        assert "'unsafe" not in response.headers["Content-Security-Policy"]
+
+
+class Browser:
+    """A headless Chromium, driven through its DevTools protocol."""
+
+    FLAGS = (
+        *("--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync"),
+        *("--disable-background-networking", "--disable-component-update", "--remote-debugging-port=0"),
+    )
+
+    def __init__(self, program, folder):
+        self.folder = folder
+        self.process = subprocess.Popen(
+            [program, *self.FLAGS, f"--user-data-dir={folder}", "about:blank"],
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+        self.number, self.complaints, self.asked = count(1), [], []
+
+    async def connect(self, session):
+        port_file = self.folder / "DevToolsActivePort"
+        assert await eventually(port_file.exists, 20)
+        port = port_file.read_text().splitlines()[0]
+        async with session.get(f"http://127.0.0.1:{port}/json/list") as response:
+            pages = await response.json(content_type=None)
+        url = next(page["webSocketDebuggerUrl"] for page in pages if page["type"] == "page")
+        self.socket = await session.ws_connect(url, max_msg_size=0)
+        for domain in ("Runtime", "Log", "Network", "Page"):
+            await self.call(f"{domain}.enable")
+
+    async def call(self, method, **params):
+        number = next(self.number)
+        await self.socket.send_json({"id": number, "method": method, "params": params})
+        while True:
+            message = await asyncio.wait_for(self.socket.receive_json(), 20)
+            if message.get("id") == number:
+                return message["result"]
+            self.note(message["method"], message["params"])
+
+    def note(self, method, params):
+        if method == "Network.requestWillBeSent":
+            self.asked.append(params["request"]["url"])
+        elif method == "Runtime.exceptionThrown" or (
+            method == "Runtime.consoleAPICalled" and params["type"] == "error"
+        ):
+            self.complaints.append(params)
+        elif method == "Log.entryAdded" and params["entry"]["level"] == "error":
+            self.complaints.append(params["entry"])
+
+    async def run(self, script):
+        result = await self.call("Runtime.evaluate", expression=script, awaitPromise=True, returnByValue=True)
+        assert "exceptionDetails" not in result, result
+        return result["result"].get("value")
+
+    async def sees(self, condition, seconds=10):
+        end = time.monotonic() + seconds
+        while not (seen := await self.run(condition)) and time.monotonic() < end:
+            await asyncio.sleep(0.05)
+        return seen
+
+    def close(self):
+        self.process.terminate()
+        self.process.wait(10)
+
+
+@pytest_asyncio.fixture
+async def browser(tmp_path):
+    program = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    if program is None:
+        pytest.skip("Chromium is not installed")
+    browser = Browser(program, tmp_path)
+    try:
+        async with ztoapi.aiohttp.ClientSession() as session:
+            await browser.connect(session)
+            yield browser
+    finally:
+        browser.close()
+
+
+def text_of(name):
+    return f"document.getElementById('{name}').textContent"
+
+
+@over_sockets
+async def test_the_docs_page_answers_from_key_to_last_token(run, browser):
+    here = f"http://localhost:{run('--demo').port}"
+    await browser.call("Page.navigate", url=here + "/docs")
+    assert await browser.sees(
+        "document.readyState === 'complete' && document.querySelectorAll('#model-rows tr').length >= 22"
+    )
+    assert await browser.run(text_of("base")) == here + "/v1"
+    assert await browser.run("document.querySelectorAll('.call').length") == 7
+    await browser.run(
+        "document.getElementById('try-message').value = \"it's 你好\"; document.getElementById('send').click()"
+    )
+    assert await browser.sees(text_of("pace") + ".includes('tokens/s') && !document.getElementById('send').disabled")
+    assert "it's 你好" in await browser.run(text_of("answer"))
+    assert "only a demo" in await browser.run(text_of("thought"))
+    asked = await browser.run(text_of("asked"))
+    done = subprocess.run(asked, shell=True, capture_output=True, text=True, timeout=20, check=False)
+    assert "[DONE]" in done.stdout
+    assert browser.complaints == []
+    assert {url.split("/")[2] for url in browser.asked if url.startswith("http")} == {here.split("/")[2]}
+
+
+@over_sockets
+async def test_a_stream_can_be_stopped_and_the_dashboard_counts_it(run, browser):
+    here = f"http://localhost:{run('--demo').port}"
+    await browser.call("Page.navigate", url=here + "/docs")
+    assert await browser.sees("document.readyState === 'complete' && !!document.getElementById('send')")
+    await browser.run(
+        "document.getElementById('try-message').value = 'word '.repeat(500); document.getElementById('send').click()"
+    )
+    assert await browser.sees(text_of("answer") + ".length > 20")
+    await browser.run("document.getElementById('stop').click()")
+    assert await browser.sees(text_of("pace") + ".includes('stopped')")
+    await browser.call("Page.navigate", url=here + "/dashboard")
+    assert await browser.sees("document.querySelectorAll('#recent-rows tr').length === 1")
+    assert "499" in await browser.run(text_of("recent-rows"))
+    assert browser.complaints == []
+
+
+@over_sockets
+async def test_what_comes_from_outside_stays_text_and_the_dashboard_comes_back_by_itself(run, browser):
+    program = run("--demo")
+    here, evil = f"http://localhost:{program.port}", "<img src=x onerror=window.broken=1>"
+    await browser.call("Page.navigate", url=here + "/docs")
+    assert await browser.sees("document.readyState === 'complete' && !!document.getElementById('send')")
+    await browser.run(f"document.getElementById('try-model').value = '{evil}'; document.getElementById('send').click()")
+    assert await browser.sees("!document.getElementById('failure').hidden")
+    assert "model_not_found" in await browser.run(text_of("failure"))
+    async with ztoapi.aiohttp.ClientSession() as session:
+        await session.post(here + "/v1/chat/completions", json=chat(model=evil), headers=KEY | {"User-Agent": evil})
+    browser.complaints.clear()  # the 404 is one for the console
+    await browser.call("Page.navigate", url=here + "/dashboard")
+    assert await browser.sees("document.querySelectorAll('#recent-rows tr').length === 2")
+    assert "<img?src=x?onerror=window.broken=1>" in await browser.run(text_of("recent-rows"))
+    assert await browser.run("document.querySelectorAll('img').length + (window.broken || 0)") == 0
+    assert browser.complaints == []
+    program.stop()
+    assert await browser.sees("!document.getElementById('gone').hidden")
+    run("--demo", "--port", str(program.port))
+    assert await browser.sees("document.getElementById('gone').hidden && " + text_of("figures") + ".startsWith('0')")
+
+
+@over_sockets
+async def test_the_dashboard_asks_for_the_key(run, browser):
+    here = f"http://localhost:{run('--demo', DEFAULT_KEY='sk-mine').port}"
+    await browser.call("Page.navigate", url=here + "/dashboard")
+    assert await browser.sees("document.getElementById('door') && !document.getElementById('door').hidden")
+    for key, condition in (
+        ("wrong", text_of("door-says") + " !== ''"),
+        ("sk-mine", "!document.getElementById('board').hidden"),
+    ):
+        await browser.run(
+            f"document.getElementById('door-key').value = '{key}'; document.querySelector('#door button').click()"
+        )
+        assert await browser.sees(condition)
+
+
+def doctor(**variables):
+    env = {k: v for k, v in os.environ.items() if k not in {f.name.upper() for f in ztoapi.fields(Settings)}}
+    done = subprocess.run(
+        [sys.executable, PROGRAM, "--check"],
+        env={**env, "NO_PROXY": "*", "PORT": "0", **variables},
+        capture_output=True,
+        text=True,
+        timeout=30,
+        check=False,
+    )
+    assert "Traceback" not in done.stderr
+    return done.returncode, done.stdout.splitlines()
+
+
+async def check(zai, **variables):
+    return await asyncio.to_thread(doctor, **{"ZAI_BASE_URL": zai.url, "ZAI_API_KEY": "id.secret"} | variables)
+
+
+@over_sockets
+async def test_the_doctor_finds_all_well(zai):
+    zai.parts = [DOCUMENT]
+    status, lines = await check(zai)
+    assert (status, [line[0] for line in lines]) == (0, ["✓"] * 4)
+    assert "你好" in lines[-1]
+
+
+@over_sockets
+@pytest.mark.parametrize(
+    ("variables", "wanted"),
+    [
+        pytest.param({"PORT": "abc"}, "✗ settings  PORT=abc cannot be used", id="a setting"),
+        pytest.param({"ZAI_API_KEY": ""}, "✗ key       This server has no Z.ai key. Get one at", id="no key"),
+        pytest.param({"ZAI_BASE_URL": "http://127.0.0.1:1/v4"}, "✗ Z.ai      Z.ai cannot be reached", id="refused"),
+        pytest.param({"ZAI_BASE_URL": "http://name.invalid"}, "✗ Z.ai      Z.ai cannot be reached", id="no such name"),
+    ],
+)
+async def test_the_doctor_says_what_is_wrong(zai, variables, wanted):
+    status, lines = await check(zai, **variables)
+    assert (status, lines[-1][: len(wanted)]) == (1, wanted)
+
+
+@over_sockets
+async def test_the_doctor_knows_a_wrong_key(zai):
+    zai.models = web.json_response({"error": {"code": "1000", "message": "bad key id.secret"}}, status=401)
+    status, lines = await check(zai)
+    assert status == 1
+    assert lines[-1].startswith("✗ key 1     Z.ai did not accept")
+    assert "id.secret" not in "".join(lines)
+
+
+@over_sockets
+async def test_the_doctor_knows_a_wrong_address(zai):
+    status, lines = await check(zai, ZAI_BASE_URL=zai.url + "/else")
+    assert (status, "ZAI_BASE_URL" in lines[-1]) == (1, True)
+
+
+@over_sockets
+async def test_the_doctor_knows_a_coding_plan_key_on_the_general_address(zai):
+    zai.status, zai.parts = refused(1113)
+    status, lines = await check(zai)
+    assert (status, lines[-1][:6]) == (1, "✗ chat")
+    assert "https://api.z.ai/api/coding/paas/v4" in lines[-1]
+
+
+@over_sockets
+async def test_the_doctor_knows_a_port_in_use(run, zai):
+    status, lines = await check(zai, PORT=str(run("--demo").port))
+    assert (status, lines[1][:6]) == (1, "✗ port")
+    assert lines[-1].startswith("✓ chat")
 
 
 # ======== The OpenAI SDK ========

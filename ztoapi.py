@@ -2192,6 +2192,8 @@ def connection_error(error: Exception) -> UpstreamError:
     match error:
         case aiohttp.SocketTimeoutError():
             return UpstreamError("Z.ai was silent for too long (UPSTREAM_TIMEOUT): try again.", SILENT)
+        case asyncio.TimeoutError() if not isinstance(error, aiohttp.ClientError):
+            return UpstreamError("Z.ai did not answer in time: try again.", SILENT)
         case (
             aiohttp.ClientConnectorError()
             | aiohttp.ConnectionTimeoutError()
@@ -2426,24 +2428,23 @@ class Upstream:
         await reply.begin()
         return reply
 
-    async def list_models(self) -> list[Model] | None:
-        """Z.ai's own list of the key's models; None when it does not tell within MODELS_TIMEOUT."""
-        if not self.keys.turn:
-            return None
+    async def list_models(self, key: str) -> list[Model]:
+        """Z.ai's own list of a key's models. Raises UpstreamError when it does not tell within MODELS_TIMEOUT."""
+        asking = self.session.get(
+            self.settings.zai_base_url + "/models",
+            headers=zai_headers(key),
+            allow_redirects=False,
+            timeout=aiohttp.ClientTimeout(total=MODELS_TIMEOUT),
+        )
         try:
-            asking = self.session.get(
-                self.settings.zai_base_url + "/models",
-                headers=zai_headers(self.keys.turn[0]),
-                allow_redirects=False,
-                timeout=aiohttp.ClientTimeout(total=MODELS_TIMEOUT),
-            )
             async with asking as response:
-                document = parse_json(await response.read())
+                body = await response.read()
         except (aiohttp.ClientError, asyncio.TimeoutError) as error:
-            LOG.debug("no list of models: %s", error)
-            return None
-        items = obj(document).get("data")
-        return [model_from_item(item) for item in items if obj(item).get("id")] if isinstance(items, list) else None
+            raise connection_error(error) from error
+        items = obj(parse_json(body)).get("data")
+        if response.status != 200 or not isinstance(items, list):
+            raise zai_error(response.status, body)
+        return [model_from_item(item) for item in items if obj(item).get("id")]
 
 
 class Catalog:
@@ -2470,9 +2471,13 @@ class Catalog:
             await asyncio.wait({self.asking})
 
     async def ask(self) -> None:
-        models = await self.upstream.list_models()
-        if models is not None:
-            self.models = MODELS | {model.id: model for model in models}
+        for key in self.upstream.settings.zai_api_key[:1]:
+            try:
+                models = await self.upstream.list_models(key)
+            except UpstreamError as error:
+                LOG.debug("no list of models: %s", error)
+            else:
+                self.models = MODELS | {model.id: model for model in models}
 
 
 # ======== Relay =====================================================================================================
@@ -3679,8 +3684,15 @@ def answering(surface: Surface) -> Handler:
 
 async def connect(app: web.Application) -> AsyncIterator[None]:
     """The session to Z.ai, open as long as the app is."""
-    settings = app[SETTINGS]
-    session = aiohttp.ClientSession(
+    async with new_session(app[SETTINGS]) as session:
+        app[UPSTREAM] = Upstream(app[SETTINGS], session, app[CLOCK])
+        app[CATALOG] = Catalog(app[UPSTREAM])
+        yield
+        await app[CATALOG].close()
+
+
+def new_session(settings: Settings) -> aiohttp.ClientSession:
+    return aiohttp.ClientSession(
         # No limit on the whole: an answer may take long. sock_read is the longest silence.
         timeout=aiohttp.ClientTimeout(total=None, connect=CONNECT_TIMEOUT, sock_read=settings.upstream_timeout),
         connector=aiohttp.TCPConnector(limit=0),
@@ -3693,11 +3705,78 @@ async def connect(app: web.Application) -> AsyncIterator[None]:
             "Accept-Encoding": "identity",
         },
     )
-    async with session:
-        app[UPSTREAM] = Upstream(settings, session, app[CLOCK])
-        app[CATALOG] = Catalog(app[UPSTREAM])
-        yield
-        await app[CATALOG].close()
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One line of the doctor's."""
+
+    what: str
+    words: str
+    good: bool = True
+
+    def __str__(self) -> str:
+        return f"{'✓' if self.good else '✗'} {self.what:<9} {self.words}"
+
+
+async def diagnose(settings: Settings) -> AsyncIterator[Finding]:
+    """Everything that must be so for a chat to work, in the order in which it fails. Ends at what hides the rest."""
+    yield Finding("settings", f"{settings.zai_base_url}, {len(settings.zai_api_key)} key(s) for Z.ai")
+    yield check_port(settings)
+    if not settings.zai_api_key:
+        yield Finding("key", str(no_key()), good=False)
+        return
+    async with new_session(settings) as session:
+        upstream = Upstream(replace(settings, max_retries=0), session, Clock())
+        models: list[Model] = []
+        for number, key in enumerate(settings.zai_api_key, 1):
+            try:
+                models = await upstream.list_models(key)
+                yield Finding(f"key {number}", f"accepted; Z.ai lists {len(models)} models for it")
+            except UpstreamError as error:
+                what = f"key {number}" if error.failure == AUTHENTICATION else "Z.ai"
+                yield Finding(what, str(error), good=False)
+        if models:
+            yield await check_chat(upstream, models)
+
+
+def check_port(settings: Settings) -> Finding:
+    try:
+        for taken in listen(settings.host, settings.port):
+            taken.close()
+    except OSError as error:
+        return Finding("port", cannot_listen(settings, error), good=False)
+    return Finding("port", f"{settings.port} on {settings.host} is free")
+
+
+async def check_chat(upstream: Upstream, models: list[Model]) -> Finding:
+    """One word from a free model, or from one of the key's plan."""
+    free = [model.id for model in MODELS.values() if model.free and not model.sees]
+    message = Message("user", ("Answer with the one word: pong",))
+    first, *others = (*free, models[-1].id)
+    prompt = Prompt(first, (message,), stream=False, max_tokens=64, effort="off", fallbacks=tuple(others))
+    started = time.monotonic()
+    try:
+        async with upstream.open(prompt) as reply:
+            answer = await collect(events_of(reply, prompt, Record("", "", started, "")))
+    except ProxyError as error:
+        return Finding("chat", str(error), good=False)
+    words = " ".join(answer.choice(0).text.split())[:40]
+    return Finding("chat", f"{reply.model} says {words!r} after {time.monotonic() - started:.1f} s")
+
+
+async def check(flags: Mapping[str, str]) -> int:
+    """The doctor: prints what it finds; 0 when all is well, else 1."""
+    try:
+        settings = Settings.from_env({**environment(), **flags})
+    except SettingsError as error:
+        print(Finding("settings", str(error), good=False))
+        return 1
+    blank, good = Blanker(settings.secrets), True
+    async for finding in diagnose(settings):
+        print(blank(str(finding)), flush=True)
+        good = good and finding.good
+    return 0 if good else 1
 
 
 class BlankingFormatter(logging.Formatter):
@@ -3771,9 +3850,13 @@ def listen_or_exit(settings: Settings) -> list[socket.socket]:
     try:
         return listen(settings.host, settings.port)
     except OSError as error:
-        if error.errno == errno.EADDRINUSE:
-            refuse(f"port {settings.port} on {settings.host} is in use: stop what uses it, or choose another by --port")
-        refuse(f"HOST={settings.host}, PORT={settings.port} cannot be listened on: {error.strerror or error}")
+        refuse(cannot_listen(settings, error))
+
+
+def cannot_listen(settings: Settings, error: OSError) -> str:
+    if error.errno == errno.EADDRINUSE:
+        return f"port {settings.port} on {settings.host} is in use: stop what uses it, or choose another by --port"
+    return f"HOST={settings.host}, PORT={settings.port} cannot be listened on: {error.strerror or error}"
 
 
 def with_demo(settings: Settings, place: tuple[Any, ...]) -> Settings:
@@ -3815,7 +3898,9 @@ def parse_flags(arguments: list[str] | None) -> argparse.Namespace:
         description="Z.ai's GLM models behind an OpenAI-compatible API.",
         epilog="Settings: see .env.example.",
     )
-    parser.add_argument("--demo", action="store_true", help="answer from a built-in stand-in for Z.ai; needs no key")
+    way = parser.add_mutually_exclusive_group()
+    way.add_argument("--demo", action="store_true", help="answer from a built-in stand-in for Z.ai; needs no key")
+    way.add_argument("--check", action="store_true", help="say what is configured and whether it works, then end")
     parser.add_argument("--host", help="address to listen on (HOST)")
     parser.add_argument("--port", help="port to listen on (PORT)")
     parser.add_argument("--version", action="version", version=f"ztoapi {__version__}")
@@ -3824,8 +3909,10 @@ def parse_flags(arguments: list[str] | None) -> argparse.Namespace:
 
 def main(arguments: list[str] | None = None) -> None:
     flags = parse_flags(arguments)
-    given = {"HOST": flags.host, "PORT": flags.port}
-    settings = settings_or_exit({name: value for name, value in given.items() if value is not None})
+    given = {name: value for name, value in (("HOST", flags.host), ("PORT", flags.port)) if value is not None}
+    if flags.check:
+        raise SystemExit(asyncio.run(check(given)))
+    settings = settings_or_exit(given)
     sockets = listen_or_exit(settings)
     place = sockets[0].getsockname()
     settings = with_demo(settings, place) if flags.demo else settings

@@ -1982,8 +1982,9 @@ def no_key() -> ProxyError:
 class Limit:
     """How many requests Z.ai takes at once for one key and model: learned, since it is a secret (zai-org/GLM-5#83).
 
-    Until the first refusal it grows with every request that fills it and is accepted. A refusal lowers it to what was
-    in flight besides; then it is raised by one after a pause, longer each time in vain, and on while that goes well.
+    Until the first refusal it grows with every request that is accepted while it is more than half full. A refusal
+    lowers it to what was in flight besides; then a request that fills it raises it by one after a pause, longer each
+    time in vain, and on while that goes well.
     """
 
     START = 4
@@ -1992,7 +1993,7 @@ class Limit:
     def __init__(self) -> None:
         self.limit = self.START
         self.in_flight = 0
-        self.floor = 0  # the limit after the last refusal
+        self.floor = 0  # the limit after the last refusal; 0: there was none
         self.pause = self.SHORTEST
         self.raise_at = 0.0  # not before
 
@@ -2002,7 +2003,8 @@ class Limit:
         return self.in_flight
 
     def accepted(self, rank: int, now: float) -> None:
-        if rank >= self.limit and now >= self.raise_at:
+        full = rank >= self.limit if self.floor else rank > self.limit / 2
+        if full and now >= self.raise_at:
             self.limit += 1
 
     def refused(self, rank: int, now: float) -> None:
@@ -2368,6 +2370,7 @@ class Upstream:
                     wait = self.next_wait(queue, place, backoff, error)
                 else:
                     place.limit.accepted(place.rank, self.clock.now())
+                    queue.admit()
                     owner.push_async_exit(attempt.pop_all())
                     return reply
             await self.clock.sleep(wait)
@@ -3238,9 +3241,11 @@ label { display: block; font-size: .85rem; color: var(--soft); margin: .6rem 0 .
 .figure { background: var(--card); border: 1px solid var(--line); border-radius: 8px; padding: .5rem .9rem }
 .figure b { display: block; font-size: 1.35rem; font-weight: 600 }
 .charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(18rem, 1fr)); gap: 1rem }
-svg { display: block; width: 100%; height: 7rem }
+figure { margin: 0 }
+svg { display: block; width: 100%; height: 6rem }
+.axis { display: flex; justify-content: space-between; font-size: .75rem; color: var(--soft) }
 rect { fill: var(--accent) } rect.bad { fill: var(--bad) }
-line { stroke: var(--line) } text { fill: var(--soft); font-size: 11px }
+line { stroke: var(--line) }
 [hidden] { display: none !important }
 """
 
@@ -3260,14 +3265,14 @@ function make(tag, text, className) {
   if (className) e.className = className;
   return e;
 }
-function row(cells, tag = "td") {
+function row(cells, tag = "td", words = cells.length) {
   const tr = make("tr");
-  for (const c of cells) tr.append(make(tag, c, typeof c === "number" || /^[\\d.,]+( m?s)?$/.test(c ?? "") ? "number" : ""));
+  cells.forEach((c, i) => tr.append(make(tag, c, i < words ? "" : "number")));
   return tr;
 }
 const remembered = name => { try { return sessionStorage.getItem(name) || ""; } catch { return ""; } };
 const remember = (name, value) => { try { sessionStorage.setItem(name, value); } catch {} };
-"""  # noqa: E501
+"""
 
 DOCS_PAGE = page(
     "ztoapi",
@@ -3504,10 +3509,12 @@ DASHBOARD_PAGE = page(
 <div id="board" hidden>
 <div class="figures" id="figures"></div>
 <div class="charts">
-<figure class="card"><figcaption data-zh="每分钟请求（红色：失败）">Requests a minute (red: failed)</figcaption><svg id="requests" role="img"
-aria-label="Requests a minute over the last hour"></svg></figure>
-<figure class="card"><figcaption data-zh="每分钟 token">Tokens a minute, in and out</figcaption><svg id="tokens" role="img"
-aria-label="Tokens a minute over the last hour"></svg></figure>
+<figure class="card"><figcaption data-zh="每分钟请求（红色：失败）">Requests a minute (red: failed)</figcaption>
+<svg id="requests" role="img" aria-label="Requests a minute over the last hour"></svg><div class="axis"><span
+data-zh="一小时前">an hour ago</span><span id="requests-top"></span><span data-zh="现在">now</span></div></figure>
+<figure class="card"><figcaption data-zh="每分钟 token">Tokens a minute, in and out</figcaption>
+<svg id="tokens" role="img" aria-label="Tokens a minute over the last hour"></svg><div class="axis"><span
+data-zh="一小时前">an hour ago</span><span id="tokens-top"></span><span data-zh="现在">now</span></div></figure>
 </div>
 <h2 data-zh="模型">Models</h2><div class="scroll"><table><thead id="model-head"></thead><tbody id="model-rows"></tbody></table></div>
 <h2 data-zh="密钥与队列">Keys and queues</h2><p id="keys"></p>
@@ -3520,28 +3527,27 @@ aria-label="Tokens a minute over the last hour"></svg></figure>
     """
 const seconds = s => s === null || s === undefined ? "–" : s < 1 ? Math.round(s * 1000) + " ms" : s.toFixed(s < 10 ? 2 : 1) + " s";
 const number = n => n.toLocaleString("en-US");
-const clock = t => new Date(t * 1000).toLocaleTimeString();
+const clock = t => new Date(t * 1000).toTimeString().slice(0, 8);
 let key = remembered("ztoapi-key"), timer = 0;
 $("model-head").append(row([say("model", "模型"), say("requests", "请求"), say("failed", "失败"), say("tokens in", "输入 token"),
-  say("tokens out", "输出 token"), say("first p50", "首字 p50"), say("first p95", "首字 p95"), say("whole p50", "全程 p50"), say("whole p95", "全程 p95")], "th"));
-$("queue-head").append(row([say("model", "模型"), say("in flight", "进行中"), say("waiting", "等待"), say("limit by key", "各密钥上限")], "th"));
+  say("tokens out", "输出 token"), say("first p50", "首字 p50"), say("first p95", "首字 p95"), say("whole p50", "全程 p50"), say("whole p95", "全程 p95")], "th", 1));
+$("queue-head").append(row([say("model", "模型"), say("in flight", "进行中"), say("waiting", "等待"), say("limit by key", "各密钥上限")], "th", 1));
 $("recent-head").append(row([say("time", "时间"), say("model", "模型"), say("status", "状态"), say("first", "首字"), say("whole", "全程"),
-  say("tokens", "token")], "th"));
-function rows(id, lines) { $(id).replaceChildren(...lines.map(cells => row(cells))); }
+  say("tokens", "token")], "th", 3));
+function rows(id, words, lines) { $(id).replaceChildren(...lines.map(cells => row(cells, "td", words))); }
 function draw(id, minutes, parts) {
   const svg = $(id), ns = "http://www.w3.org/2000/svg", top = Math.max(1, ...minutes.map(m => parts.reduce((a, [i]) => a + m[i], 0)));
-  svg.setAttribute("viewBox", "0 0 620 120");
+  svg.setAttribute("viewBox", "0 0 620 100");
   svg.setAttribute("preserveAspectRatio", "none");
-  const put = (tag, attributes, text) => {
+  const put = (tag, attributes) => {
     const e = document.createElementNS(ns, tag);
     for (const [k, v] of Object.entries(attributes)) e.setAttribute(k, v);
-    if (text !== undefined) e.textContent = text;
     return e;
   };
-  const shapes = [put("line", { x1: 0, x2: 620, y1: 104, y2: 104 }), put("text", { x: 0, y: 118 }, say("an hour ago", "一小时前")),
-    put("text", { x: 620, y: 118, "text-anchor": "end" }, say("now", "现在")), put("text", { x: 0, y: 10 }, number(top))];
+  const shapes = [put("line", { x1: 0, x2: 620, y1: 99, y2: 99 })];
+  $(id + "-top").textContent = say("at most ", "最高 ") + number(top);
   minutes.forEach((m, n) => {
-    let y = 104;
+    let y = 99;
     for (const [i, className] of parts) {
       const high = m[i] / top * 90;
       y -= high;
@@ -3563,16 +3569,16 @@ function show(s) {
     figure(say("tokens out", "输出 token"), number(all("completion_tokens"))), figure(say("since", "启动于"), clock(s.started)));
   draw("requests", s.minutes.map(([n, f]) => [n - f, f]), [[1, "bad"], [0, ""]]);
   draw("tokens", s.minutes, [[2, ""], [3, ""]]);
-  rows("model-rows", models.map(([name, m]) => [name, number(m.requests), number(m.failures), number(m.prompt_tokens), number(m.completion_tokens),
+  rows("model-rows", 1, models.map(([name, m]) => [name, number(m.requests), number(m.failures), number(m.prompt_tokens), number(m.completion_tokens),
     seconds(m.first.p50), seconds(m.first.p95), seconds(m.duration.p50), seconds(m.duration.p95)]));
   $("keys").textContent = s.keys + say(" Z.ai key(s). ", " 个 Z.ai 密钥。") + (s.resting.map(r => say("Key ", "密钥 ") + r.key +
     (r.model ? say(" for ", "，模型 ") + r.model : "") + say(" rests until ", " 暂停至 ") + clock(r.until) + " (" + r.why + ")").join("; ") || say("None rests.", "全部可用。"));
-  rows("queue-rows", s.queues.map(q => [q.model, q.in_flight, q.waiting, q.limits.join(", ")]));
+  rows("queue-rows", 1, s.queues.map(q => [q.model, q.in_flight, q.waiting, q.limits.join(", ")]));
   const h = s.healed, healed = [[h.retries, say("tried again", "次重试")], [h.queued_again, say("sent back to the queue", "次重新排队")],
     [h.other_keys, say("served by another key", "次换用密钥")], [h.fallbacks, say("fell back to another model", "次换用模型")],
     [s.torn, say("torn frames dropped", "个残缺帧被丢弃")]].filter(([n]) => n);
   $("healed").textContent = healed.map(([n, what]) => n + " " + what).join(" · ") || say("Nothing so far.", "暂无。");
-  rows("recent-rows", s.recent.map(r => [clock(r.time), r.model, r.status + (r.error ? " " + r.error : ""), seconds(r.first), seconds(r.duration),
+  rows("recent-rows", 3, s.recent.map(r => [clock(r.time), r.model, r.status + (r.error ? " " + r.error : ""), seconds(r.first), seconds(r.duration),
     number(r.prompt_tokens) + " + " + number(r.completion_tokens)]));
 }
 async function refresh() {

@@ -370,6 +370,7 @@ def test_frames_are_data_and_a_blank_line():
         pytest.param({"max_tokens": 5, "max_completion_tokens": 7}, {"max_tokens": 7}, id="max_completion_tokens"),
         pytest.param({"stop": "x"}, {"stop": ("x",)}, id="stop"),
         pytest.param({"stop": ["x", "", "y"]}, {"stop": ("x", "y")}, id="stops"),
+        pytest.param({"stop": ["a", "b", "c", "d"]}, {"stop": ("a", "b", "c", "d")}, id="four stops"),
         pytest.param({"n": 3}, {"n": 3}, id="n"),
         pytest.param({"seed": -7}, {"seed": -7}, id="seed"),
         pytest.param({"user": "bob"}, {"user": "bob"}, id="user"),
@@ -490,6 +491,34 @@ CALL = {"id": "c1", "type": "function", "function": {"name": "f", "arguments": '
             Message("user", (Media("image_url", "https://x/y.png"),)),
             id="image",
         ),
+        pytest.param(
+            {
+                "role": "user",
+                "content": [{"type": f"{kind}_url", f"{kind}_url": {"url": "https://x"}} for kind in ("video", "file")],
+            },
+            Message("user", (Media("video_url", "https://x"), Media("file_url", "https://x"))),
+            id="video and file",
+        ),
+        pytest.param(
+            {"role": "assistant", "content": [{"type": "refusal", "refusal": "no"}]},
+            Message("assistant", ("no",)),
+            id="refusal",
+        ),
+        pytest.param(
+            {"role": "assistant", "tool_calls": [{"function": {"name": "f"}}]},
+            Message("assistant", (), calls=(ToolCall(0, "call_0", "f", "{}"),)),
+            id="a call without id and arguments",
+        ),
+        pytest.param(
+            {"role": "assistant", "function_call": {"name": "f", "arguments": "{}"}},
+            Message("assistant", (), calls=(ToolCall(0, "f", "f", "{}"),)),
+            id="function_call",
+        ),
+        pytest.param(
+            {"role": "tool", "tool_call_id": 7, "content": ""},
+            Message("tool", ("",), call_id="7"),
+            id="a number for a call's id",
+        ),
         pytest.param({"role": "assistant", "content": None}, Message("assistant", ()), id="null content"),
         pytest.param({"role": "assistant"}, Message("assistant", ()), id="no content"),
         pytest.param(
@@ -536,6 +565,12 @@ def test_a_message_is_read(fields, wanted):
         (message(role="user", content=["x"]), "messages[0].content[0]"),
         (message(role="user", content=[{"type": "image_url"}]), "messages[0].content[0].image_url.url"),
         (message(role="user", content=[{"type": "input_audio", "input_audio": {}}]), "messages[0].content[0]"),
+        (message(role="user", content=[{"type": "file", "file": {}}]), "messages[0].content[0]"),
+        (message(role="assistant", reasoning_content=5), "messages[0].reasoning_content"),
+        (message(role="assistant", function_call={"arguments": "{}"}), "messages[0].tool_calls[0].function.name"),
+        (chat(reasoning_effort=[]), "reasoning_effort"),
+        (chat(reasoning={"enabled": "yes"}), "reasoning"),
+        (chat(web_search_options={"search_context_size": 5}), "web_search_options"),
         (message(role="system", content=[{"type": "image_url", "image_url": {"url": "x"}}]), "messages[0].content[0]"),
         (message(role="tool", content="42"), "messages[0].tool_call_id"),
         (message(role="assistant", tool_calls=5), "messages[0].tool_calls"),
@@ -788,6 +823,9 @@ def test_reasoning_goes_where_it_is_wanted(form, events, wanted):
         pytest.param({"user": "a"}, {"user_id": "user-a"}, id="a short user"),
         pytest.param({"user": "alice@example"}, {"user_id": "alice@example"}, id="a user"),
         pytest.param({"user": "x" * 129}, {"user_id": hashlib.sha256(b"x" * 129).hexdigest()}, id="a long user"),
+        pytest.param({"user": "abcdef"}, {"user_id": "abcdef"}, id="a user just long enough"),
+        pytest.param({"user": "x" * 128}, {"user_id": "x" * 128}, id="a user just short enough"),
+        pytest.param({"sensitive_word_check": {"a": 1}}, {"sensitive_word_check": {"a": 1}}, id="sensitive_word_check"),
         pytest.param({"user": ""}, {}, id="no user"),
         pytest.param(
             {"response_format": {"type": "json_object"}}, {"response_format": {"type": "json_object"}}, id="json_object"
@@ -843,12 +881,14 @@ def test_an_image_goes_as_bare_base64_or_as_an_address():
         {"type": "text", "text": "what?"},
         {"type": "image_url", "image_url": {"url": "data:image/png;base64,QUJD", "detail": "high"}},
         {"type": "image_url", "image_url": {"url": "https://x/y.png"}},
+        {"type": "image_url", "image_url": {"url": "DATA:image/png;BASE64,QUJD"}},
     ]
     body = zai_body(parse_chat(message(role="user", content=parts)), MODELS["glm-4.6v"])
     assert body["messages"][0]["content"] == [
         {"type": "text", "text": "what?"},
         {"type": "image_url", "image_url": {"url": "QUJD"}},
         {"type": "image_url", "image_url": {"url": "https://x/y.png"}},
+        {"type": "image_url", "image_url": {"url": "QUJD"}},
     ]
 
 
@@ -930,6 +970,12 @@ def test_a_choice_that_is_not_among_the_tools_is_refused():
     with pytest.raises(BadRequest) as refused:
         zai_tools(tools=[F], tool_choice=function("h"))
     assert refused.value.param == "tool_choice"
+    with pytest.raises(BadRequest):
+        zai_tools(tools=[SEARCH], tool_choice=function("h"))
+
+
+def test_tools_of_zais_own_are_not_ordered_to_be_called():
+    assert zai_tools(tools=[SEARCH], tool_choice="required")["messages"] == HELLO["messages"]
 
 
 def test_an_order_is_added_to_the_system_message_that_is_there():
@@ -989,7 +1035,19 @@ POINT = {"type": "object", "properties": {"x": {"type": "number"}}}
             id="a property of that name",
         ),
         pytest.param(
-            {"items": {"$ref": "#/else/P"}, "$defs": {"P": POINT}}, {"items": {"$ref": "#/else/P"}}, id="unknown"
+            {"items": {"$ref": "#/else/P"}, "$defs": {"P": POINT}},
+            {"items": {"$ref": "#/else/P"}, "$defs": {"P": POINT}},
+            id="unknown",
+        ),
+        pytest.param(
+            {"items": {"$ref": "#/$defs/P/properties/x"}, "$defs": {"P": POINT}},
+            {"items": {"$ref": "#/$defs/P/properties/x"}, "$defs": {"P": POINT}},
+            id="a place inside a definition",
+        ),
+        pytest.param(
+            {"const": {"$ref": "#/$defs/P"}, "items": {"$ref": "#/$defs/P"}, "$defs": {"P": POINT}},
+            {"const": {"$ref": "#/$defs/P"}, "items": POINT},
+            id="data that looks like a reference",
         ),
     ],
 )
@@ -1003,10 +1061,18 @@ def test_a_schema_that_contains_itself_stays():
     assert Inliner(schema).whole() == {"items": node, "$defs": {"Node": node}}
 
 
-def test_a_schema_that_would_grow_out_of_bounds_stays():
-    doubled = {f"D{i}": {"anyOf": [{"$ref": f"#/$defs/D{i + 1}"}] * 2} for i in range(60)}
-    schema = {"$ref": "#/$defs/D0", "$defs": doubled}
+@pytest.mark.parametrize("often", [1, 2], ids=["deep", "wide"])
+def test_a_schema_that_would_grow_out_of_bounds_stays(often):
+    chained = {f"D{i}": {"anyOf": [{"$ref": f"#/$defs/D{i + 1}"}] * often} for i in range(400)}
+    schema = {"$ref": "#/$defs/D0", "$defs": chained}
     assert Inliner(schema).whole() == schema
+
+
+def test_what_tools_say_of_themselves_reaches_zai_with_references_in_place():
+    schema = {"type": "object", "properties": {"p": {"$ref": "#/$defs/P"}}, "$defs": {"P": POINT}}
+    tool = zai_tools(tools=[function("f", description="does f", parameters=schema)])["tools"][0]
+    inlined = {"type": "object", "properties": {"p": POINT}}
+    assert tool["function"] == {"name": "f", "description": "does f", "parameters": inlined}
 
 
 ON, OFF = {"thinking": {"type": "enabled"}}, {"thinking": {"type": "disabled"}}
@@ -1234,6 +1300,16 @@ def test_a_stream_gives_its_events_wherever_it_is_cut(data, wanted):
         assert read_all(parts) == wanted
 
 
+def test_a_whole_answer_without_a_finish_reason_is_complete():
+    assert read_all([document_of(HI, None)])[-1] == Finish("stop")
+
+
+def test_all_chunks_have_the_first_ones_id():
+    reader = ZaiReader(MODELS["glm-4.6"])
+    list(reader.feed(RECORDED.replace(b'"2025"', b'"2024"', 1)))
+    assert reader.id == "2024"
+
+
 def test_a_whole_answer_gives_the_same_wherever_it_is_cut():
     for parts in cuts(DOCUMENT):
         assert summed(read_all(parts)) == summed(RECORDED_EVENTS)
@@ -1290,6 +1366,14 @@ def test_what_came_before_a_failure_is_not_lost():
         next(events)
 
 
+def piece(**fields):
+    return {"tool_calls": [fields]}
+
+
+def named(name, arguments=""):
+    return {"name": name, "arguments": arguments}
+
+
 SPENT = {"usage": {"prompt_tokens": 1, "completion_tokens": 2, "total_tokens": 3}}
 HI = {"role": "assistant", "content": "hi"}
 HI_EVENTS = [Text("hi"), Usage(1, 2, 3), Finish("stop")]
@@ -1305,6 +1389,15 @@ HI_EVENTS = [Text("hi"), Usage(1, 2, 3), Finish("stop")]
         pytest.param(stream_of({"role": "assistant"}, {"content": ""}, {}, HI, finish()), [Text("hi"), Finish("stop")], id="empty deltas"),
         pytest.param(stream_of({"content": None, "reasoning_content": None, "tool_calls": None}, HI, finish()), [Text("hi"), Finish("stop")], id="nulls"),
         pytest.param(stream_of(finish()), [Finish("stop")], id="a finish without any text"),
+        pytest.param(stream_of({"content": "hi", "reasoning_content": ""}, finish()), [Text("hi"), Finish("stop")], id="no thought"),
+        pytest.param(stream_of({"tool_calls": [None, {"type": "mcp", "mcp": {}}]}, HI, finish()), [Text("hi"), Finish("stop")], id="calls that are none of the client's"),
+        pytest.param(stream_of(piece(id="a", index=0, function=named("f", "{}")), finish("length")), [ToolCall(0, "a", "f", "{}"), Finish("length")], id="length with calls"),
+        pytest.param(
+            stream_of(HI, finish(usage={"prompt_tokens": 1, "completion_tokens": 2, "total_tokens": 9, "completion_tokens_details": {"reasoning_tokens": 1}})),
+            [Text("hi"), Usage(1, 2, 9, 0, 1), Finish("stop")],
+            id="a total of its own, and tokens of reasoning",
+        ),
+        pytest.param(stream_of(HI, finish(usage={"prompt_tokens": 1, "completion_tokens": 2})), HI_EVENTS, id="no total"),
         pytest.param(stream_of(HI, {"choices": [{"delta": None, "finish_reason": "stop"}]}), [Text("hi"), Finish("stop")], id="delta null"),
         pytest.param(stream_of(HI, finish()) + b"data: late\n\n", [Text("hi"), Finish("stop")], id="something after the end"),
     ],
@@ -1339,6 +1432,7 @@ END = b"\n\n" + stream_of(finish())
             1,
             id="a start inside the whole one",
         ),
+        pytest.param(ONE + b"data: [DONE]", ["hi"], 0, id="[DONE] glued"),
         pytest.param('data: {"id":"你'.encode()[:-1] + TWO, ["你"], 1, id="torn inside a character"),
     ],
 )
@@ -1350,18 +1444,21 @@ def test_a_torn_frame_is_dropped_and_counted_and_the_whole_one_used(line, words,
         assert reader.torn == torn
 
 
+def test_an_error_glued_to_a_torn_frame_is_an_error():
+    with pytest.raises(UpstreamError, match="1305"):
+        read_all([ONE[:-20] + b'data: {"error":{"code":"1305","message":"x"}}\n\n'])
+
+
+def test_salvage_takes_linear_time():
+    started = time.process_time()
+    ztoapi.salvage("x" + "\n" * 200_000 + "y")
+    assert time.process_time() - started < 1
+
+
 def test_a_torn_frame_that_nothing_follows_is_a_failure():
     for parts in cuts(ONE + ONE[:-20] + END):
         with pytest.raises(UpstreamError):
             read_all(parts)
-
-
-def piece(**fields):
-    return {"tool_calls": [fields]}
-
-
-def named(name, arguments=""):
-    return {"name": name, "arguments": arguments}
 
 
 @pytest.mark.parametrize(
@@ -1389,7 +1486,7 @@ def named(name, arguments=""):
         ),
         pytest.param(
             [piece(function=named("f", '{"x"')), piece(function={"arguments": ":1}"}), piece(function=named("g", "{}"))],
-            [("call_7_0_0", "f", '{"x":1}'), ("call_7_0_1", "g", "{}")],
+            [("call_7_0", "f", '{"x":1}'), ("call_7_1", "g", "{}")],
             id="no index, no id",
         ),
         pytest.param(
@@ -1404,11 +1501,11 @@ def named(name, arguments=""):
         ),
         pytest.param(
             [piece(index=0, function=named("f", "{}")), piece(index=0, function=named("g", "{}"))],
-            [("call_7_0_0", "f", "{}"), ("call_7_0_1", "g", "{}")],
+            [("call_7_0", "f", "{}"), ("call_7_1", "g", "{}")],
             id="one index for two, no ids",
         ),
         pytest.param([piece(id=-726, index=0, function=named("f", "{}"))], [("-726", "f", "{}")], id="a number for an id"),
-        pytest.param([piece(id=None, index=0, function=named("f", "{}"))], [("call_7_0_0", "f", "{}")], id="id null"),
+        pytest.param([piece(id=None, index=0, function=named("f", "{}"))], [("call_7_0", "f", "{}")], id="id null"),
         pytest.param(
             [piece(id="a", index=0, function=named("f", "{}")), piece(id="a", index=1, function=named("g", "{}"))],
             [("a", "f", "{}"), ("a_1", "g", "{}")],
@@ -1424,6 +1521,22 @@ def named(name, arguments=""):
             [("a", "f", "{}")],
             id="id and name in every piece",
         ),
+        pytest.param(
+            [piece(function=named("f", "{}")), piece(function=named("f", "{}"))],
+            [("call_7_0", "f", "{}"), ("call_7_1", "f", "{}")],
+            id="no index, no id, the same twice",
+        ),
+        pytest.param(
+            [piece(id="a1", index=0, function=named("f", "")), piece(id="a2", index=0, function={"arguments": '{"x"'}), piece(id="a3", index=0, function={"arguments": ":1}"})],
+            [("a1", "f", '{"x":1}')],
+            id="another id in every piece",
+        ),
+        pytest.param(
+            [piece(id=an_id, index=i, function=named("f", "{}")) for i, an_id in enumerate(("a", "a_2", "a"))],
+            [("a", "f", "{}"), ("a_2", "f", "{}"), ("a_2_2", "f", "{}")],
+            id="ids that would be one",
+        ),
+        pytest.param([piece(id="a", index=0, function=named("f", {})), piece(index=0, function={"arguments": '{"x":1}'})], [("a", "f", '{"x":1}')], id="{} first"),
         pytest.param([piece(id="a", index=0, function=named("f"))], [("a", "f", "{}")], id="no arguments"),
         pytest.param([piece(id="a", index=0, function=named("f", None))], [("a", "f", "{}")], id="arguments null"),
     ],
@@ -1489,7 +1602,13 @@ def test_other_models_may_write_of_tags():
 
 @pytest.mark.parametrize(
     ("reason", "wanted"),
-    [("sensitive", "content_filter"), ("model_context_window_exceeded", "length"), ("length", "length"), ("?", "stop")],
+    [
+        ("sensitive", "content_filter"),
+        ("content_filter", "content_filter"),
+        ("model_context_window_exceeded", "length"),
+        ("length", "length"),
+        ("?", "stop"),
+    ],
 )
 def test_finish_reasons_are_openais(reason, wanted):
     assert read_all([RECORDED.replace(b'"stop"', f'"{reason}"'.encode())])[-1] == Finish(wanted)
@@ -1994,8 +2113,16 @@ async def test_n_answers_are_merged_into_one(client, zai):
 
 
 @over_sockets
-async def test_choices_come_as_they_come(client, zai):
-    zai.answers = [[FIRST, HANG], [RECORDED]]
+async def test_choices_differ_in_seed_and_have_no_request_id(client, zai):
+    await ask(client, chat(n=3, seed=7, request_id="r"))
+    assert sorted(body["seed"] for body in zai.bodies) == [7, 8, 9]
+    assert not any("request_id" in body for body in zai.bodies)
+
+
+@over_sockets
+@pytest.mark.parametrize("slow", [[FIRST, HANG], [HANG]], ids=["later", "from the start"])
+async def test_choices_come_as_they_come(client, zai, slow):
+    zai.answers = [slow, [RECORDED]]
     async with client.post("/v1/chat/completions", json=chat(n=2, stream=True), headers=KEY) as response:
         seen = ""
         while '"finish_reason":"stop"' not in seen:

@@ -74,16 +74,8 @@ class SettingsError(ValueError):
 
 
 def boolean(text: str) -> bool:
-    return {
-        "true": True,
-        "1": True,
-        "yes": True,
-        "on": True,
-        "false": False,
-        "0": False,
-        "no": False,
-        "off": False,
-    }[text.lower()]
+    words = dict.fromkeys(("true", "1", "yes", "on"), True) | dict.fromkeys(("false", "0", "no", "off"), False)
+    return words[text.lower()]
 
 
 def whole_number(low: int, high: int) -> Callable[[str], int]:
@@ -263,7 +255,7 @@ NO_QUOTA = Failure(429, "insufficient_quota", "quota_exceeded")
 NOT_AVAILABLE = Failure(403, "permission_error", "model_not_available")
 STOPPING = Failure(503, "server_error", "server_stopping")
 
-WORTH_A_RETRY = {BUSY, UNAVAILABLE, UNREACHABLE, SILENT}
+WORTH_A_RETRY = frozenset((BUSY, UNAVAILABLE, UNREACHABLE, SILENT))
 
 
 class ProxyError(Exception):
@@ -514,6 +506,11 @@ def encode_request(value: Any) -> bytes:
         raise BadRequest("The text has half a surrogate pair (\\ud800 to \\udfff), which is no character.") from None
 
 
+def obj(value: Any) -> JSON:
+    """Somebody's null or absent object as an empty one."""
+    return value if isinstance(value, dict) else {}
+
+
 def encode_json(value: Any) -> bytes:
     """Compact JSON in UTF-8. Half a surrogate pair leaves as the escape it came as: the other half may follow."""
     text = to_json(value)
@@ -623,10 +620,10 @@ class Message:
 
 @dataclass(frozen=True, slots=True)
 class ToolChoice:
-    """Whether a tool may or must be called; where there are `names`, only those count."""
+    """Whether a tool may or must be called; where there are `names`, only those functions count."""
 
     mode: Literal["auto", "none", "required"] = "auto"
-    names: tuple[str, ...] = ()
+    names: tuple[str, ...] | None = None
 
 
 # How much to think; "on" leaves the effort to the model.
@@ -746,46 +743,30 @@ class ReasoningShape:
 # ======== OpenAI chat completions ===================================================================================
 
 
-def string(value: Any) -> str:
-    if not isinstance(value, str):
-        raise ValueError("must be a string")
-    return value
-
-
-def switch(value: Any) -> bool:
-    if not isinstance(value, bool):
-        raise ValueError("must be true or false")
-    return value
-
-
-def array(value: Any) -> list[Any]:
-    if not isinstance(value, list):
-        raise ValueError("must be an array")
-    return value
-
-
-def mapping(value: Any) -> JSON:
-    if not isinstance(value, dict):
-        raise ValueError("must be an object")
-    return value
-
-
-def number(low: float, high: float) -> Callable[[Any], float]:
-    def check(value: Any) -> float:
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not low <= value <= high:
-            raise ValueError(f"must be a number from {low} to {high}")
+def of_kind(kind: type, words: str) -> Callable[[Any], Any]:
+    def check(value: Any) -> Any:
+        if not isinstance(value, kind):
+            raise ValueError(f"must be {words}")
         return value
 
     return check
 
 
-def integer(low: int, high: int) -> Callable[[Any], int]:
-    def check(value: Any) -> int:
-        if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
-            raise ValueError(f"must be a whole number from {low} to {high}")
+string, switch = of_kind(str, "a string"), of_kind(bool, "true or false")
+array, mapping = of_kind(list, "an array"), of_kind(dict, "an object")
+
+
+def number(low: float, high: float, kinds: tuple[type, ...] = (int, float)) -> Callable[[Any], Any]:
+    def check(value: Any) -> Any:
+        if type(value) not in kinds or not low <= value <= high:  # type(): True is an int too
+            raise ValueError(f"must be a {'' if float in kinds else 'whole '}number from {low} to {high}")
         return value
 
     return check
+
+
+def integer(low: int, high: int) -> Callable[[Any], Any]:
+    return number(low, high, (int,))
 
 
 def stop_words(value: Any) -> tuple[str, ...]:
@@ -796,9 +777,10 @@ def stop_words(value: Any) -> tuple[str, ...]:
 
 
 def tool_list(value: Any) -> list[Any]:
-    if sum(obj(tool).get("type") == "function" for tool in array(value)) > MAX_TOOLS:
+    tools: list[Any] = array(value)
+    if sum(obj(tool).get("type") == "function" for tool in tools) > MAX_TOOLS:
         raise ValueError(f"must not have more than {MAX_TOOLS} functions: Z.ai takes no more")
-    return array(value)
+    return tools
 
 
 def tool_choice(value: Any) -> ToolChoice:
@@ -831,7 +813,10 @@ def search_tool(value: Any) -> JSON:
 
     Documents and clients differ on whether search_engine must be there; "search-prime" is the one api.z.ai documents.
     """
-    high = {"content_size": "high"} if mapping(value).get("search_context_size") == "high" else {}
+    size = mapping(value).get("search_context_size")
+    if size not in (None, "low", "medium", "high"):
+        raise ValueError("must have the search_context_size low, medium or high")
+    high = {"content_size": "high"} if size == "high" else {}
     return {
         "type": "web_search",
         "web_search": {"enable": True, "search_engine": "search-prime", "search_result": True, **high},
@@ -839,15 +824,8 @@ def search_tool(value: Any) -> JSON:
 
 
 # The words for effort that clients of the OpenAI API and of its relatives use.
-EFFORTS: dict[str, Effort] = {
-    "none": "off",
-    "minimal": "off",
-    "low": "low",
-    "medium": "medium",
-    "high": "high",
-    "xhigh": "xhigh",
-    "max": "max",
-}
+LEVELS: tuple[Effort, ...] = ("low", "medium", "high", "xhigh", "max")
+EFFORTS: dict[str, Effort] = {"none": "off", "minimal": "off", **{level: level for level in LEVELS}}
 
 
 def effort(value: Any) -> Effort:
@@ -867,7 +845,9 @@ def effort_object(value: Any) -> Effort | None:
         return "off"
     if given.get("effort") is not None:
         return effort(given["effort"])
-    return None if given.get("enabled") is None else effort_switch(given["enabled"])
+    if not isinstance(given.get("enabled", False), bool | None):
+        raise ValueError("must have true or false as enabled")
+    return "on" if given.get("enabled") else None
 
 
 def effort_thinking(value: Any) -> Effort | None:
@@ -881,7 +861,11 @@ def effort_thinking(value: Any) -> Effort | None:
 def effort_template(value: Any) -> Effort | None:
     """What vLLM and SGLang call chat_template_kwargs."""
     given = mapping(value).get("enable_thinking")
-    return None if given is None else effort_switch(given)
+    if given is None:
+        return None
+    if not isinstance(given, bool):
+        raise ValueError("must have true or false as enable_thinking")
+    return effort_switch(given)
 
 
 def model_names(value: Any) -> tuple[str, ...]:
@@ -1033,7 +1017,7 @@ def parse_message(message: Any, at: str) -> Message:
     content = parse_content(message.get("content"), role, f"{at}.content")
     match ROLES[role]:
         case "assistant":
-            return Message(role, content, parse_thought(message), parse_calls(message, at))
+            return Message(role, content, parse_thought(message, at), parse_calls(message, at))
         case "tool":
             return Message("tool", content, call_id=parse_call_id(message, at))
         case known:
@@ -1075,15 +1059,20 @@ def parse_media(kind: str, value: Any, at: str) -> Media:
     return Media(kind, url)
 
 
-def parse_thought(message: JSON) -> str:
-    thought = message.get("reasoning_content") or message.get("reasoning")
-    return thought if isinstance(thought, str) else ""
+def parse_thought(message: JSON, at: str) -> str:
+    thought = message.get("reasoning_content") or message.get("reasoning") or ""
+    if not isinstance(thought, str):
+        raise BadRequest(f"'{at}.reasoning_content' must be a string.", f"{at}.reasoning_content")
+    return thought
 
 
 def parse_calls(message: JSON, at: str) -> tuple[ToolCall, ...]:
     calls = message.get("tool_calls") or []
     if not isinstance(calls, list):
         raise BadRequest(f"'{at}.tool_calls' must be an array.", f"{at}.tool_calls")
+    if message.get("function_call"):  # what a call was before there were tools; its name stands for its id
+        function = obj(message["function_call"])
+        calls = [*calls, {"id": function.get("name"), "function": function}]
     return tuple(parse_call(call, i, f"{at}.tool_calls[{i}]") for i, call in enumerate(calls))
 
 
@@ -1102,11 +1091,12 @@ def parse_call(call: Any, index: int, at: str) -> ToolCall:
 
 def argument_text(arguments: Any) -> str:
     """Arguments as JSON in a string, as OpenAI has them, also where somebody sends the object itself."""
-    return arguments if isinstance(arguments, str) else "" if arguments is None else to_json(arguments)
+    return arguments if isinstance(arguments, str) else to_json(arguments) if arguments else ""
 
 
 def parse_call_id(message: JSON, at: str) -> str:
     call_id = message.get("tool_call_id") or message.get("name")
+    call_id = str(call_id) if isinstance(call_id, int) else call_id
     if not isinstance(call_id, str) or not call_id:
         raise BadRequest(f"'{at}.tool_call_id' must name the call that this message answers.", f"{at}.tool_call_id")
     return call_id
@@ -1196,11 +1186,14 @@ class ChatStream:
         return [{**error_body(error), "choices": []}, "[DONE]"]
 
 
+def call_body(call: ToolCall) -> JSON:
+    return {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": call.arguments}}
+
+
 def call_delta(call: ToolCall) -> JSON:
     """The first piece of a call has its id and name, the others arguments alone."""
     if call.id:
-        function = {"name": call.name, "arguments": call.arguments}
-        return {"index": call.index, "id": call.id, "type": "function", "function": function}
+        return {"index": call.index, **call_body(call)}
     return {"index": call.index, "function": {"arguments": call.arguments}}
 
 
@@ -1211,14 +1204,14 @@ def url_citations(results: Iterable[JSON]) -> list[JSON]:
             "type": "url_citation",
             "url_citation": {
                 "url": result["link"],
-                "title": result.get("title") or "",
+                "title": str(result.get("title") or ""),
                 "start_index": 0,
                 "end_index": 0,
-                "content": result.get("content") or "",
+                "content": str(result.get("content") or ""),
             },
         }
         for result in results
-        if result.get("link")
+        if isinstance(result.get("link"), str) and result["link"]
     ]
 
 
@@ -1242,10 +1235,7 @@ def chat_choice(index: int, choice: Choice) -> JSON:
         message["annotations"] = url_citations(choice.citations)
     if choice.calls:
         message["content"] = choice.text or None
-        message["tool_calls"] = [
-            {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": call.arguments}}
-            for call in choice.tool_calls
-        ]
+        message["tool_calls"] = [call_body(call) for call in choice.tool_calls]
     return {"index": index, "message": message, "logprobs": None, "finish_reason": choice.finish}
 
 
@@ -1306,6 +1296,14 @@ def zai_body(prompt: Prompt, model: Model) -> JSON:
     return {name: value for name, value in body.items() if value is not None}
 
 
+def variant(prompt: Prompt, choice: int) -> Prompt:
+    """The prompt of one of several choices: one seed would give them all the same words, and a request_id is unique."""
+    if prompt.n == 1:
+        return prompt
+    native = {name: value for name, value in prompt.native.items() if name != "request_id"}
+    return replace(prompt, seed=None if prompt.seed is None else prompt.seed + choice, native=native)
+
+
 def zai_user(user: str) -> str | None:
     """Z.ai's user_id has 6 to 128 characters."""
     if len(user) > 128:
@@ -1318,11 +1316,11 @@ def offered_tools(prompt: Prompt) -> list[JSON]:
     choice, tools = prompt.tool_choice, prompt.tools
     if choice.mode == "none":
         return []
-    if tools and choice.names:
-        if unknown := set(choice.names) - {tool.name for tool in tools}:
-            raise BadRequest(f"'tool_choice' names {', '.join(sorted(unknown))}, not among the tools.", "tool_choice")
-        return [zai_tool(tool) for tool in tools if tool.name in choice.names]
-    return [zai_tool(tool) for tool in tools] + list(prompt.native_tools)
+    if choice.names is None or not (tools or prompt.native_tools):
+        return [zai_tool(tool) for tool in tools] + list(prompt.native_tools)
+    if unknown := set(choice.names) - {tool.name for tool in tools}:
+        raise BadRequest(f"'tool_choice' names {', '.join(sorted(unknown))}, not among the tools.", "tool_choice")
+    return [zai_tool(tool) for tool in tools if tool.name in choice.names]
 
 
 def orders(prompt: Prompt, tools: list[JSON]) -> Iterator[str]:
@@ -1349,40 +1347,20 @@ def instructed(messages: tuple[Message, ...], lines: Iterable[str]) -> tuple[Mes
 
 ENABLED, DISABLED = {"thinking": {"type": "enabled"}}, {"thinking": {"type": "disabled"}}
 
+# The three levels of the models that always think, and what comes nearest to them.
+ALWAYS: dict[Effort, str] = {"off": "low", "low": "low", "medium": "high", "high": "high", "xhigh": "max", "max": "max"}
+
 # What each kind of model is sent for each effort (docs.z.ai, "Thinking Mode"; NousResearch/hermes-agent#85890, #97286).
 THINKING: dict[ThinkingKind, dict[Effort, JSON]] = {
     "none": {},
-    "switch": {
-        "off": DISABLED,
-        "on": ENABLED,
-        "low": ENABLED,
-        "medium": ENABLED,
-        "high": ENABLED,
-        "xhigh": ENABLED,
-        "max": ENABLED,
-    },
-    "effort": {
-        "off": DISABLED,
-        "on": ENABLED,
-        "low": {**ENABLED, "reasoning_effort": "low"},
-        "medium": {**ENABLED, "reasoning_effort": "medium"},
-        "high": {**ENABLED, "reasoning_effort": "high"},
-        "xhigh": {**ENABLED, "reasoning_effort": "xhigh"},
-        "max": {**ENABLED, "reasoning_effort": "max"},
-    },
-    "always": {
-        "off": {"reasoning_effort": "low"},
-        "low": {"reasoning_effort": "low"},
-        "medium": {"reasoning_effort": "high"},
-        "high": {"reasoning_effort": "high"},
-        "xhigh": {"reasoning_effort": "max"},
-        "max": {"reasoning_effort": "max"},
-    },
+    "switch": {level: DISABLED if level == "off" else ENABLED for level in ("off", "on", *LEVELS)},
+    "effort": {"off": DISABLED, "on": ENABLED, **{level: ENABLED | {"reasoning_effort": level} for level in LEVELS}},
+    "always": {level: {"reasoning_effort": known} for level, known in ALWAYS.items()},
 }
 
 
 def zai_thinking(prompt: Prompt, model: Model) -> JSON:
-    """How much to think, and whether to read again what was thought before: only if the client sent it back."""
+    """How much to think, and whether to read again what was thought before: the client says, or sends it back."""
     fields = THINKING[model.thinking].get(prompt.effort, {}) if prompt.effort else {}
     clear = prompt.clear_thinking
     if clear is None and any(message.thought for message in prompt.messages):
@@ -1406,7 +1384,7 @@ def zai_message(message: Message) -> JSON:
         "role": message.role,
         "content": zai_content(message.content),
         **({"reasoning_content": message.thought} if message.thought else {}),
-        **({"tool_calls": [zai_call(call) for call in message.calls]} if message.calls else {}),
+        **({"tool_calls": [call_body(call) for call in message.calls]} if message.calls else {}),
         **({"tool_call_id": message.call_id} if message.call_id else {}),
     }
 
@@ -1420,11 +1398,7 @@ def zai_content(content: tuple[str | Media, ...]) -> str | list[JSON]:
 
 def zai_media(media: Media) -> JSON:
     """Z.ai takes https addresses and bare base64, some models no data: URL (BigPizzaV3/CodexPlusPlus#2031)."""
-    return {"type": media.type, media.type: {"url": re.sub(r"^data:[^,]*,", "", media.url, count=1)}}
-
-
-def zai_call(call: ToolCall) -> JSON:
-    return {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": call.arguments}}
+    return {"type": media.type, media.type: {"url": re.sub(r"(?i)^data:[^,]*;base64,", "", media.url, count=1)}}
 
 
 def zai_tool(tool: Tool) -> JSON:
@@ -1442,7 +1416,8 @@ class Inliner:
     themselves stay as they are, and so does everything when the whole would grow out of bounds.
     """
 
-    LIMIT = 10_000  # objects and arrays in the result
+    WIDEST, DEEPEST = 2_000, 100  # objects and arrays in the result, and inside each other
+    DATA = ("const", "enum", "default", "examples")  # what they hold is no schema
 
     def __init__(self, schema: JSON) -> None:
         self.schema = schema
@@ -1450,37 +1425,40 @@ class Inliner:
             f"#/{place}/{name}": what
             for place in ("$defs", "definitions")
             for name, what in obj(schema.get(place)).items()
+            if isinstance(what, dict)
         }
         self.size = 0
-        self.left: set[str] = set()  # references that stay
+        self.left = False  # a reference stays, so its definition must
 
     def whole(self) -> JSON:
         if not self.definitions:
             return self.schema
         body = {name: part for name, part in self.schema.items() if name not in ("$defs", "definitions")}
-        inlined: JSON = self.inline(body, ())
-        if self.size > self.LIMIT:
+        inlined: JSON = self.inline(body, (), 0)
+        if self.size > self.WIDEST:
             return self.schema
         kept: JSON = {name: self.schema[name] for name in ("$defs", "definitions") if name in self.schema and self.left}
         return {**inlined, **kept}
 
-    def inline(self, part: Any, inside: tuple[str, ...]) -> Any:
+    def inline(self, part: Any, inside: tuple[str, ...], depth: int) -> Any:
         """`inside`: the definitions that this part is part of."""
-        self.size += 1
-        if self.size > self.LIMIT:
+        if not isinstance(part, (dict, list)) or self.size > self.WIDEST:
             return part
+        self.size += 1 if depth < self.DEEPEST else self.WIDEST
         match part:
-            case {"$ref": str(ref), **others} if isinstance(self.definitions.get(ref), dict):
-                if ref in inside:
-                    self.left.add(ref)
-                    return part
-                return {**self.inline(self.definitions[ref], (*inside, ref)), **self.inline(others, inside)}
-            case dict():
-                return {name: self.inline(value, inside) for name, value in part.items()}
-            case list():
-                return [self.inline(value, inside) for value in part]
-            case _:
+            case {"$ref": str(ref), **others} if ref in self.definitions and ref not in inside:
+                meant = self.inline(self.definitions[ref], (*inside, ref), depth + 1)
+                return {**meant, **self.inline(others, inside, depth + 1)}
+            case {"$ref": str(ref)}:
+                self.left = True
                 return part
+            case dict():
+                return {
+                    name: value if name in self.DATA else self.inline(value, inside, depth + 1)
+                    for name, value in part.items()
+                }
+            case _:
+                return [self.inline(value, inside, depth + 1) for value in part]
 
 
 @dataclass(frozen=True, slots=True)
@@ -1606,21 +1584,16 @@ def excerpt(body: bytes | JSON) -> str:
 def parse_json(data: bytes) -> Any:
     """JSON, or None: half a character cut off by Z.ai must not spoil the rest."""
     try:
-        return JSON_DECODER.decode(data.decode("utf-8", "replace"))
+        return JSON_DECODER.decode(data.decode("utf-8-sig", "replace"))
     except (ValueError, RecursionError):
         return None
-
-
-def obj(value: Any) -> JSON:
-    """Z.ai's null or absent objects as empty ones."""
-    return value if isinstance(value, dict) else {}
 
 
 def first(value: Any) -> JSON:
     return obj(value[0]) if isinstance(value, list) and value else {}
 
 
-def whole(value: Any) -> int:
+def number_of(value: Any) -> int:
     return value if isinstance(value, int) and not isinstance(value, bool) else 0
 
 
@@ -1640,12 +1613,12 @@ class ZaiReader:
     Which of the two it is shows in the bytes, not in the headers: Z.ai answers with either where it should not.
     """
 
-    def __init__(self, model: Model, choice: int = 0) -> None:
-        self.model, self.choice = model.id, choice
+    def __init__(self, model: Model) -> None:
+        self.model = model.id
         self.decoder = SSEDecoder()
         self.raw: list[bytes] | None = []  # all so far, until the first event shows that this is a stream
         self.words = TagReader() if model.writes_tags else None
-        self.calls = CallReader(choice)
+        self.calls = CallReader()
         self.id = ""  # Z.ai's id of the answer
         self.created = 0  # Unix seconds; 0: not told
         self.request_id = ""
@@ -1716,7 +1689,7 @@ class ZaiReader:
 
     def read_head(self, chunk: JSON) -> None:
         self.id = self.id or str(chunk.get("id") or "")
-        self.created = self.created or whole(chunk.get("created"))
+        self.created = self.created or number_of(chunk.get("created"))
         self.request_id = self.request_id or str(chunk.get("request_id") or "")
         if isinstance(chunk.get("usage"), dict):
             self.usage = zai_usage(chunk["usage"])
@@ -1726,36 +1699,31 @@ class ZaiReader:
     def read_delta(self, delta: JSON) -> Iterator[Event]:
         thought, words = delta.get("reasoning_content"), delta.get("content")
         if isinstance(thought, str) and thought:
-            yield Thought(thought, self.choice)
+            yield Thought(thought)
         if isinstance(words, str) and words:
-            yield from self.read_words(words)
+            yield from self.words.feed(words) if self.words else (Text(words),)
         if isinstance(delta.get("tool_calls"), list):
             for piece in delta["tool_calls"]:
-                yield from self.calls.feed(obj(piece), self.id)
-
-    def read_words(self, words: str) -> Iterator[Event]:
-        if self.words is None:
-            yield Text(words, self.choice)
-        else:
-            yield from (replace(event, choice=self.choice) for event in self.words.feed(words))
+                if obj(piece).get("type", "function") in ("function", None) and piece:  # Z.ai's mcp calls are its own
+                    yield from self.calls.feed(obj(piece), self.id)
 
     def end(self) -> Iterator[Event]:
         """What Z.ai tells last, in whatever order it came."""
         if self.done:
             return
         self.done = True
-        if self.words is not None:
-            yield from (replace(event, choice=self.choice) for event in self.words.close())
+        if self.words:
+            yield from self.words.close()
         yield from self.calls.close(self.id)
         if self.citations:
-            yield Citations(tuple(self.citations), self.choice)
+            yield Citations(tuple(self.citations))
         if self.usage:
             yield self.usage
         reason = FINISH_REASONS.get(self.finish or "", "stop")
-        yield Finish("tool_calls" if reason == "stop" and self.calls.calls else reason, self.choice)
+        yield Finish("tool_calls" if reason == "stop" and self.calls.calls else reason)
 
 
-CHUNK_START = re.compile(r"(?:data:|\n)\s*(?=\{)")
+CHUNK_START = re.compile(r"(?:data:|\n)[ \t]*(?=\{)")
 CHUNK_END = re.compile(r"\s*(?:data:\s*)?(?=\{|\[|$)")
 
 
@@ -1850,8 +1818,7 @@ class CallReader:
     as an object, name null on later pieces (lobehub/lobehub#13189), one index for several calls.
     """
 
-    def __init__(self, choice: int = 0) -> None:
-        self.choice = choice
+    def __init__(self) -> None:
         self.calls: list[Call] = []
         self.by_index: dict[int, Call] = {}  # by Z.ai's index, the newest
         self.ids: set[str] = set()  # those that are out
@@ -1881,8 +1848,10 @@ class CallReader:
         elif given_id:
             call = next((known for known in self.calls if known.given_id == given_id), None)
         else:
-            call = None if name or not self.calls else self.calls[-1]
-        if call is None or differ(given_id, call.given_id) or differ(name, call.name):
+            call = None
+        if call is None and not name and self.calls:
+            call = self.calls[-1]
+        if call is None or (name and (differ(given_id, call.given_id) or differ(name, call.name))):
             call = Call(len(self.calls))
             self.calls.append(call)
         if index is not None:
@@ -1895,14 +1864,15 @@ class CallReader:
         call.empty = call.empty and not arguments
         if not call.begun:
             call.begun = True
-            yield ToolCall(call.index, self.new_id(call, answer_id), call.name, arguments, self.choice)
+            yield ToolCall(call.index, self.new_id(call, answer_id), call.name, arguments)
         elif arguments:
-            yield ToolCall(call.index, "", "", arguments, self.choice)
+            yield ToolCall(call.index, "", "", arguments)
 
     def new_id(self, call: Call, answer_id: str) -> str:
         """Z.ai's id, unless it has none or gave the same one before."""
-        call_id = call.given_id or f"call_{answer_id}_{self.choice}_{call.index}"
-        call_id = call_id if call_id not in self.ids else f"{call_id}_{call.index}"
+        call_id = call.given_id or f"call_{answer_id}_{call.index}"
+        while call_id in self.ids:
+            call_id += f"_{call.index}"
         self.ids.add(call_id)
         return call_id
 
@@ -1913,22 +1883,22 @@ def differ(one: str, other: str) -> bool:
 
 
 def zai_usage(usage: JSON) -> Usage:
-    prompt, completion = whole(usage.get("prompt_tokens")), whole(usage.get("completion_tokens"))
+    prompt, completion = number_of(usage.get("prompt_tokens")), number_of(usage.get("completion_tokens"))
     return Usage(
         prompt,
         completion,
-        whole(usage.get("total_tokens")) or prompt + completion,
-        whole(obj(usage.get("prompt_tokens_details")).get("cached_tokens")),
-        whole(obj(usage.get("completion_tokens_details")).get("reasoning_tokens")),
+        number_of(usage.get("total_tokens")) or prompt + completion,
+        number_of(obj(usage.get("prompt_tokens_details")).get("cached_tokens")),
+        number_of(obj(usage.get("completion_tokens_details")).get("reasoning_tokens")),
     )
 
 
 # ======== Policies ========
 # Each has one job, and takes the time (Unix seconds) from whoever asks.
 
-RESTED = {AUTHENTICATION, NO_BALANCE, NO_QUOTA}  # what makes a key rest
-RETRIED = {BUSY, UNAVAILABLE, UNREACHABLE}
-FALLEN_BACK = {*RETRIED, NO_BALANCE, NO_QUOTA, UNKNOWN_MODEL, NOT_AVAILABLE}  # another model may do
+RESTED = frozenset((AUTHENTICATION, NO_BALANCE, NO_QUOTA))  # what makes a key rest
+RETRIED = frozenset((BUSY, UNAVAILABLE, UNREACHABLE))
+FALLEN_BACK = RETRIED | {NO_BALANCE, NO_QUOTA, UNKNOWN_MODEL, NOT_AVAILABLE}  # another model may do
 
 
 class Keys:
@@ -2143,29 +2113,58 @@ class Reply:
 class Replies:
     """Several answers of Z.ai's as one with several choices: Z.ai has no `n`. Their events come as they come."""
 
-    def __init__(self, replies: list[Reply]) -> None:
-        self.id, self.created, self.model = replies[0].id, replies[0].created, replies[0].model
-        self.request_id = replies[0].request_id
-        self.replies = replies
-        self.reading = {asyncio.create_task(reply.read()): reply for reply in replies}
+    def __init__(self, answering: Iterable[Coroutine[Any, Any, Reply]]) -> None:
+        self.begun: list[Reply] = []  # in the order in which they began
+        self.ahead: list[Event] = []
+        self.reading = {asyncio.create_task(self.first(choice, reply)) for choice, reply in enumerate(answering)}
+
+    @property
+    def id(self) -> str:
+        return self.begun[0].id
+
+    @property
+    def created(self) -> int:
+        return self.begun[0].created
+
+    @property
+    def model(self) -> str:
+        return self.begun[0].model
+
+    @property
+    def request_id(self) -> str:
+        return self.begun[0].request_id
 
     @property
     def torn(self) -> int:
-        return sum(reply.torn for reply in self.replies)
+        return sum(reply.torn for reply in self.begun)
+
+    async def begin(self) -> None:
+        """Wait for the first choice that has something to say. Raises what any of them raises until then."""
+        self.ahead = await self.read()
 
     async def read(self) -> list[Event]:
         """The next events of whichever has some; none when all have ended. One that fails fails the whole."""
-        while self.reading:
+        events, self.ahead = self.ahead, []
+        while not events and self.reading:
             done, _ = await asyncio.wait(self.reading, return_when=asyncio.FIRST_COMPLETED)
             task = done.pop()
-            reply = self.reading.pop(task)
-            if events := task.result():
-                self.reading[asyncio.create_task(reply.read())] = reply
-                return events
-        return []
+            self.reading.remove(task)
+            choice, reply, said = task.result()
+            if said:
+                self.reading.add(asyncio.create_task(self.next(choice, reply)))
+            events = [event if isinstance(event, Usage) else replace(event, choice=choice) for event in said]
+        return events
+
+    async def first(self, choice: int, answering: Coroutine[Any, Any, Reply]) -> tuple[int, Reply, list[Event]]:
+        reply = await answering
+        self.begun.append(reply)
+        return await self.next(choice, reply)
+
+    async def next(self, choice: int, reply: Reply) -> tuple[int, Reply, list[Event]]:
+        return choice, reply, await reply.read()
 
     async def finish(self) -> None:
-        for reply in self.replies:
+        for reply in self.begun:
             await reply.finish()
 
     async def close(self) -> None:
@@ -2178,15 +2177,6 @@ async def end_tasks(tasks: Iterable[asyncio.Task[Any]]) -> None:
     for task in tasks:
         task.cancel()
     await asyncio.gather(*tasks, return_exceptions=True)
-
-
-async def all_of(coroutines: Iterable[Coroutine[Any, Any, Reply]]) -> list[Reply]:
-    """The results of all; when one fails, or we are cancelled, none goes on."""
-    tasks = [asyncio.create_task(coroutine) for coroutine in coroutines]
-    try:
-        return await asyncio.gather(*tasks)
-    finally:
-        await end_tasks(task for task in tasks if not task.done())
 
 
 def connection_error(error: Exception) -> UpstreamError:
@@ -2324,14 +2314,14 @@ class Upstream:
 
         Raises BadRequest when the model cannot take the prompt, and ProxyError when no model answers.
         """
-        asked = self.bodies(prompt)
+        asked = [self.bodies(variant(prompt, choice)) for choice in range(prompt.n)]
         async with AsyncExitStack() as owner:
             if prompt.n == 1:
-                yield await self.first_that_answers(asked, 0, owner)
+                yield await self.first_that_answers(asked[0], owner)
             else:
-                answering = (self.first_that_answers(asked, choice, owner) for choice in range(prompt.n))
-                replies = Replies(await all_of(answering))
+                replies = Replies(self.first_that_answers(bodies, owner) for bodies in asked)
                 owner.push_async_callback(replies.close)
+                await replies.begin()
                 yield replies
 
     def bodies(self, prompt: Prompt) -> list[tuple[Model, bytes]]:
@@ -2346,26 +2336,26 @@ class Upstream:
                 asked.append((other, encode_request(zai_body(prompt, other))))
         return asked
 
-    async def first_that_answers(self, asked: list[tuple[Model, bytes]], choice: int, owner: AsyncExitStack) -> Reply:
+    async def first_that_answers(self, asked: list[tuple[Model, bytes]], owner: AsyncExitStack) -> Reply:
         """Falls back from model to model. Raises what the last one said."""
         *others, last = asked
         for model, body in others:
             try:
-                return await self.persevere(model, body, choice, owner)
+                return await self.persevere(model, body, owner)
             except UpstreamError as error:
                 if error.failure not in FALLEN_BACK:
                     raise
                 self.healed["fallbacks"] += 1
-        return await self.persevere(*last, choice, owner)
+        return await self.persevere(*last, owner)
 
-    async def persevere(self, model: Model, body: bytes, choice: int, owner: AsyncExitStack) -> Reply:
+    async def persevere(self, model: Model, body: bytes, owner: AsyncExitStack) -> Reply:
         """Try one model until it answers or there is no more sense in it; the place and connection go to `owner`."""
         queue, ticket, backoff = self.queue(model.id), next(self.tickets), Backoff(self.settings.max_retries)
         while True:
             async with AsyncExitStack() as attempt:
                 place = await attempt.enter_async_context(queue.place(ticket))
                 try:
-                    reply = await self.begin(body, ZaiReader(model, choice), place.key, attempt)
+                    reply = await self.begin(body, ZaiReader(model), place.key, attempt)
                 except UpstreamError as error:
                     wait = self.next_wait(queue, place, backoff, error)
                 else:

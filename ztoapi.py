@@ -2258,19 +2258,23 @@ class Queue:
         self.admit()
 
     def admit(self) -> None:
-        """Give places to those at the head, as long as there are some; to everybody the bad news, if all keys rest."""
+        """Serve those at the head of the line, as long as there are places."""
         while self.waiting and self.in_flight < self.ceiling:
             _, future = self.waiting[0]
-            if not future.done():  # else cancelled, and not yet out of the line
-                try:
-                    place = self.free_place()
-                except ProxyError as error:
-                    future.set_exception(error)
-                else:
-                    if place is None:
-                        return
-                    future.set_result(place)
+            if not (future.done() or self.serve(future)):  # done: cancelled, and not yet out of the line
+                return
             self.waiting.pop(0)
+
+    def serve(self, future: asyncio.Future[Place]) -> bool:
+        """Give a place, or the bad news that all keys rest; False when neither is there."""
+        try:
+            place = self.free_place()
+        except ProxyError as error:
+            future.set_exception(error)
+            return True
+        if place:
+            future.set_result(place)
+        return place is not None
 
     def free_place(self) -> Place | None:
         for key in self.keys.awake(self.model, self.clock.now()):

@@ -518,10 +518,15 @@ def encode_json(value: Any) -> bytes:
 
 
 def sse(frames: Iterable[JSON | str]) -> bytes:
-    """Frames as bytes, each `data: …` and a blank line; a string stands for itself."""
-    return b"".join(
-        b"data: %b\n\n" % (frame.encode() if isinstance(frame, str) else encode_json(frame)) for frame in frames
-    )
+    """Frames as bytes, each `data: …` and a blank line. A string stands for itself; a type is the event's name too."""
+    return b"".join(map(sse_frame, frames))
+
+
+def sse_frame(frame: JSON | str) -> bytes:
+    if isinstance(frame, str):
+        return b"data: %b\n\n" % frame.encode()
+    name = b"event: %b\n" % frame["type"].encode() if "type" in frame else b""
+    return b"%bdata: %b\n\n" % (name, encode_json(frame))
 
 
 # ======== The conversation, in nobody's format ======================================================================
@@ -654,6 +659,7 @@ class Prompt:
     reasoning_format: ReasoningFormat | None = None
     fallbacks: tuple[str, ...] = ()  # models to ask when the first cannot answer
     native: JSON = field(default_factory=dict)  # Z.ai's own parameters, passed on
+    echo: JSON = field(default_factory=dict)  # what the surface wants to know of the request when it answers
     ignored: tuple[str, ...] = ()  # fields that cannot be honoured
 
 
@@ -715,6 +721,16 @@ class Answer:
 
     def choice(self, index: int) -> Choice:
         return self.choices.setdefault(index, Choice())
+
+    def events(self) -> Iterator[Event]:
+        """The events again, as few as possible."""
+        for index, choice in sorted(self.choices.items()):
+            yield Thought(choice.thought, index)
+            yield Text(choice.text, index)
+            yield from choice.tool_calls
+            yield Citations(choice.citations, index)
+            yield self.usage
+            yield Finish(choice.finish, index)
 
 
 class ReasoningShape:
@@ -954,12 +970,11 @@ def parse_chat(body: JSON) -> Prompt:
         if not given.get(name):
             raise BadRequest(f"'{name}' is required and must not be empty.", name)
     tools = [parse_tool(tool, f"tools[{i}]") for i, tool in enumerate(given.get("tools", ()))]
+    serial = bool(tools) and given.get("parallel_tool_calls") is False  # one call at a time cannot be asked of Z.ai
     return Prompt(
         **{name: given[name] for name in SAME_IN_PROMPT if name in given},
         messages=tuple(parse_message(message, f"messages[{i}]") for i, message in enumerate(given["messages"])),
-        include_usage=checked(given.get("stream_options", {}), STREAM_OPTIONS, "stream_options.").get(
-            "include_usage", False
-        ),
+        include_usage=wants_usage(given),
         max_tokens=given.get("max_completion_tokens", given.get("max_tokens")),
         user=given.get("user_id") or given.get("safety_identifier") or given.get("user") or "",
         tools=tuple(tool for tool in tools if isinstance(tool, Tool)),
@@ -968,7 +983,7 @@ def parse_chat(body: JSON) -> Prompt:
         effort=next((given[name] for name in EFFORT_FIELDS if given.get(name)), None),
         clear_thinking=clear_thinking(body),
         native={name: given[name] for name in NATIVE_FIELDS if name in given},
-        ignored=tuple(ignored(body, given)),
+        ignored=(*unknown_fields(body, CHAT_FIELDS), *(["parallel_tool_calls"] if serial else [])),
     )
 
 
@@ -986,13 +1001,16 @@ def clear_thinking(body: JSON) -> bool | None:
     return said
 
 
-def ignored(body: JSON, given: JSON) -> Iterator[str]:
+def unknown_fields(body: JSON, known: Iterable[str]) -> Iterator[str]:
     """The fields that ask for something we cannot do."""
     for name, value in body.items():
-        if name not in CHAT_FIELDS and value and value not in NEUTRAL.get(name, ()):
+        if name not in known and value and value not in NEUTRAL.get(name, ()):
             yield name
-    if given.get("parallel_tool_calls") is False and given.get("tools"):
-        yield "parallel_tool_calls"
+
+
+def wants_usage(given: JSON) -> bool:
+    options = checked(given.get("stream_options", {}), STREAM_OPTIONS, "stream_options.")
+    return options.get("include_usage", False) is True
 
 
 def checked(body: JSON, wanted: Mapping[str, Callable[[Any], Any]], at: str = "") -> JSON:
@@ -1131,13 +1149,10 @@ def usage_body(usage: Usage) -> JSON:
 class ChatStream:
     """Events to OpenAI's chat.completion.chunk frames."""
 
+    ID, OBJECT = "chatcmpl-", "chat.completion.chunk"
+
     def __init__(self, head: Head, prompt: Prompt) -> None:
-        self.envelope = {
-            "id": f"chatcmpl-{head.id}",
-            "object": "chat.completion.chunk",
-            "created": head.created,
-            "model": head.model,
-        }
+        self.envelope = {"id": self.ID + head.id, "object": self.OBJECT, "created": head.created, "model": head.model}
         self.include_usage = prompt.include_usage
         self.usage: Usage | None = None  # the sum over the choices
         self.n = prompt.n
@@ -1169,10 +1184,10 @@ class ChatStream:
         if choice not in self.begun:
             self.begun.add(choice)
             delta = {"role": "assistant", **delta}
-        frame = {
-            **self.envelope,
-            "choices": [{"index": choice, "delta": delta, "finish_reason": finish_reason}],
-        }
+        return self.frame({"index": choice, "delta": delta, "finish_reason": finish_reason})
+
+    def frame(self, choice: JSON) -> JSON:
+        frame = {**self.envelope, "choices": [choice]}
         return {**frame, "usage": None} if self.include_usage else frame
 
     def close(self) -> list[JSON | str]:
@@ -1239,6 +1254,577 @@ def chat_choice(index: int, choice: Choice) -> JSON:
     return {"index": index, "message": message, "logprobs": None, "finish_reason": choice.finish}
 
 
+# ======== OpenAI completions, the API before chat ========
+
+
+def one_prompt(value: Any) -> str:
+    match value:
+        case str() as words:
+            return words
+        case [str() as words]:
+            return words
+        case _:
+            raise ValueError("must be a string, or an array of one: GLM takes neither tokens nor several prompts")
+
+
+def off(value: Any) -> None:
+    if value:
+        raise ValueError("cannot be had: GLM only writes on from the prompt")
+
+
+COMPLETION_FIELDS: dict[str, Callable[[Any], Any]] = {
+    **{
+        name: CHAT_FIELDS[name]
+        for name in (
+            *("model", "stream", "stream_options", "n", "temperature", "top_p", "max_tokens", "stop", "seed", "user"),
+            *("reasoning_format", "fallbacks", *EFFORT_FIELDS),
+        )
+    },
+    "prompt": one_prompt,
+    "echo": off,
+    "suffix": off,
+    "best_of": integer(0, 1),
+}
+
+
+def parse_completion(body: JSON) -> Prompt:
+    """The prompt as the one message of a chat. Raises BadRequest for what makes no sense."""
+    given = checked(body, COMPLETION_FIELDS)
+    for name in ("model", "prompt"):
+        if not given.get(name):
+            raise BadRequest(f"'{name}' is required and must not be empty.", name)
+    return Prompt(
+        **{name: given[name] for name in SAME_IN_PROMPT if name in given},
+        messages=(Message("user", (given["prompt"],)),),
+        include_usage=wants_usage(given),
+        max_tokens=given.get("max_tokens"),
+        user=given.get("user", ""),
+        effort=next((given[name] for name in EFFORT_FIELDS if given.get(name)), None),
+        ignored=tuple(unknown_fields(body, COMPLETION_FIELDS)),
+    )
+
+
+class CompletionStream(ChatStream):
+    """Events to text_completion frames, in which the reasoning has no place."""
+
+    ID, OBJECT = "cmpl-", "text_completion"
+
+    def feed(self, event: Event) -> list[JSON]:
+        match event:
+            case Text(words, choice):
+                return [self.frame(completion_choice(choice, words, None))]
+            case Finish(reason, choice):
+                return [self.frame(completion_choice(choice, "", reason))]
+            case Usage():
+                return super().feed(event)
+            case _:
+                return []
+
+
+def completion_choice(index: int, words: str, finish_reason: FinishReason | None) -> JSON:
+    return {"index": index, "text": words, "logprobs": None, "finish_reason": finish_reason}
+
+
+def completion(head: Head, _: Prompt, answer: Answer) -> JSON:
+    choices = sorted(answer.choices.items())
+    return {
+        "id": f"cmpl-{head.id}",
+        "object": "text_completion",
+        "created": head.created,
+        "model": head.model,
+        "choices": [completion_choice(index, choice.text, choice.finish) for index, choice in choices],
+        "usage": usage_body(answer.usage),
+    }
+
+
+# ======== OpenAI responses ========
+
+
+def response_format(value: Any) -> JSON | None:
+    """The `text` of a request, whose format is flat where chat's response_format is not."""
+    match mapping(value).get("format"):
+        case None | {"type": "text"}:
+            return None
+        case {"type": "json_object"}:
+            return {}
+        case {"type": "json_schema", "schema": dict(schema)}:
+            return schema
+        case _:
+            raise ValueError("must have a format of type text, json_object, or json_schema with a schema")
+
+
+def response_effort(value: Any) -> Effort | None:
+    given = mapping(value).get("effort")
+    return None if given is None else effort(given)
+
+
+def response_tool_choice(value: Any) -> ToolChoice:
+    match value:
+        case {"type": "function" | "custom", "name": str(name)}:
+            return ToolChoice("required", (name,))
+        case {"type": "allowed_tools", "mode": "auto" | "required" as mode, "tools": [*tools]}:
+            return ToolChoice(mode, tuple(str(obj(tool).get("name")) for tool in tools))
+        case _:
+            return tool_choice(value)
+
+
+def response_input(value: Any) -> list[Any]:
+    items: list[Any] = [{"role": "user", "content": value}] if isinstance(value, str) else array(value)
+    return items
+
+
+RESPONSE_FIELDS: dict[str, Callable[[Any], Any]] = {
+    "model": string,
+    "input": response_input,
+    "instructions": string,
+    "previous_response_id": string,
+    "stream": switch,
+    "store": switch,
+    "temperature": number(0, 2),
+    "top_p": number(0, 1),
+    "max_output_tokens": integer(1, 2**31),
+    "tools": array,
+    "tool_choice": response_tool_choice,
+    "parallel_tool_calls": switch,
+    "text": response_format,
+    "reasoning": response_effort,
+    "include": array,
+    "metadata": mapping,
+    "user": string,
+    "safety_identifier": string,
+    "fallbacks": model_names,
+}
+
+# Fields of a request that a response repeats, and what it says where the request has none.
+ECHOED: JSON = {
+    "instructions": None,
+    "max_output_tokens": None,
+    "metadata": {},
+    "parallel_tool_calls": True,
+    "previous_response_id": None,
+    "reasoning": {"effort": None, "summary": None},
+    "safety_identifier": None,
+    "store": True,
+    "temperature": 1.0,
+    "text": {"format": {"type": "text"}},
+    "tool_choice": "auto",
+    "tools": [],
+    "top_p": 1.0,
+    "truncation": "disabled",
+    "user": None,
+}
+SEALED = "ztoapi:"  # what reasoning that a client keeps for us, unread, begins with
+
+
+class Responses:
+    """OpenAI's Responses API, over the same path as chat; it remembers answers, so that the next may refer to them."""
+
+    def __init__(self, store: ResponseStore) -> None:
+        self.store = store
+
+    def parse(self, body: JSON) -> Prompt:
+        """Raises BadRequest for what makes no sense, and ProxyError for a previous response that is not there."""
+        given = checked(body, RESPONSE_FIELDS)
+        if not given.get("model"):
+            raise BadRequest("'model' is required and must not be empty.", "model")
+        before = self.store.get(given["previous_response_id"]).messages if "previous_response_id" in given else ()
+        said = joined((*before, *(parse_item(item, f"input[{i}]") for i, item in enumerate(given.get("input", ())))))
+        if not said:
+            raise BadRequest("'input' is required and must not be empty.", "input")
+        orders = (Message("system", (given["instructions"],)),) if given.get("instructions") else ()
+        tools = [parse_response_tool(tool, f"tools[{i}]") for i, tool in enumerate(given.get("tools", ()))]
+        unusable = [f"tools[{i}]" for i, tool in enumerate(tools) if tool is None]
+        return Prompt(
+            model=given["model"],
+            messages=(*orders, *said),
+            stream=given.get("stream", False),
+            temperature=given.get("temperature"),
+            top_p=given.get("top_p"),
+            max_tokens=given.get("max_output_tokens"),
+            user=given.get("safety_identifier") or given.get("user") or "",
+            tools=tuple(tool for tool in tools if isinstance(tool, Tool)),
+            native_tools=tuple(tool for tool in tools if isinstance(tool, dict)),
+            tool_choice=given.get("tool_choice", ToolChoice()),
+            schema=given.get("text"),
+            effort=given.get("reasoning"),
+            reasoning_format="parsed",
+            fallbacks=given.get("fallbacks", ()),
+            echo={name: body[name] for name in (*ECHOED, "include") if body.get(name) is not None} | {"said": said},
+            ignored=(*unknown_fields(body, (*RESPONSE_FIELDS, *ECHOED)), *unusable),
+        )
+
+    def stream(self, head: Head, prompt: Prompt) -> ResponseStream:
+        return ResponseStream(head, prompt, self.store)
+
+    def whole(self, head: Head, prompt: Prompt, answer: Answer) -> JSON:
+        stream = ResponseStream(head, prompt, self.store)
+        for event in answer.events():
+            stream.feed(event)
+        stream.close()
+        return stream.response()
+
+
+def parse_item(item: Any, at: str) -> Message:
+    """One item of the input as a message; several items may be one message of the assistant's (see `joined`)."""
+    match item:
+        case {"type": "function_call" | "custom_tool_call", "name": str(name), "call_id": str(call_id)}:
+            arguments = item.get("arguments") if item["type"] == "function_call" else {"input": item.get("input")}
+            return Message("assistant", (), calls=(ToolCall(0, call_id, name, argument_text(arguments) or "{}"),))
+        case {"type": "function_call_output" | "custom_tool_call_output", "call_id": str(call_id), "output": output}:
+            return Message("tool", parse_content(as_chat_content(output), "tool", f"{at}.output"), call_id=call_id)
+        case {"type": "reasoning"}:
+            return Message("assistant", (), thought=unsealed(item))
+        case {"role": "user" | "assistant" | "system" | "developer" as role, "content": content}:
+            return Message(ROLES[role], parse_content(as_chat_content(content), role, f"{at}.content"))
+        case _:
+            raise BadRequest(f"'{at}' must be a message, a call of a tool, its output, or reasoning.", at)
+
+
+def as_chat_content(content: Any) -> Any:
+    """Parts with the names they have in chat."""
+    return [as_chat_part(part) for part in content] if isinstance(content, list) else content
+
+
+def as_chat_part(part: Any) -> Any:
+    match part:
+        case {"type": "input_text" | "output_text", "text": words}:
+            return {"type": "text", "text": words}
+        case {"type": "input_image", "image_url": url}:
+            return {"type": "image_url", "image_url": {"url": url}}
+        case {"type": "input_file"}:
+            return {"type": "file"}
+        case _:
+            return part
+
+
+def joined(messages: Iterable[Message]) -> tuple[Message, ...]:
+    """The conversation with what the assistant thought, said and called in one turn as one message."""
+    turns: list[Message] = []
+    for message in messages:
+        last = turns[-1] if turns else None
+        if last and last.role == message.role == "assistant" and is_one_turn(last, message):
+            turns[-1] = replace(
+                last,
+                content=last.content + message.content,
+                thought=last.thought + message.thought,
+                calls=last.calls + message.calls,
+            )
+        else:
+            turns.append(message)
+    return tuple(turns)
+
+
+def is_one_turn(before: Message, after: Message) -> bool:
+    """Thought comes first, then text, then calls."""
+    return not (after.content and before.calls) and not (after.thought and (before.content or before.calls))
+
+
+def sealed(thought: str) -> str:
+    return SEALED + base64.b64encode(thought.encode("utf-8", "surrogatepass")).decode()
+
+
+def unsealed(item: JSON) -> str:
+    """The thought in a reasoning item: what we sealed, or what it shows."""
+    kept = item.get("encrypted_content")
+    if isinstance(kept, str) and kept.startswith(SEALED):
+        with suppress(ValueError):
+            return base64.b64decode(kept.removeprefix(SEALED), validate=True).decode("utf-8", "surrogatepass")
+    shown = [*(item.get("content") or ()), *(item.get("summary") or ())]
+    return "".join(part["text"] for part in shown if isinstance(obj(part).get("text"), str))
+
+
+def parse_response_tool(tool: Any, at: str) -> Tool | JSON | None:
+    """A tool, or None for a kind that only OpenAI has. A custom tool is a function with its input as one string."""
+    match tool:
+        case {"type": "function"}:
+            return parse_tool({"type": "function", "function": tool}, at)
+        case {"type": "custom", "name": str(name)}:
+            schema = {"type": "object", "properties": {"input": {"type": "string"}}, "required": ["input"]}
+            grammar = obj(tool.get("format")).get("definition")
+            about = [str(tool.get("description") or name), *([f"The input's grammar: {grammar}"] if grammar else [])]
+            return Tool(name, "\n".join(about), schema)
+        case {"type": "web_search" | "web_search_preview"}:
+            return search_tool({"search_context_size": tool.get("search_context_size")})
+        case {"type": str()}:
+            return None
+        case _:
+            raise BadRequest(f"'{at}' must be a tool with a type.", at)
+
+
+@dataclass
+class Item:
+    """One item of a response's output, while it is written."""
+
+    kind: Literal["reasoning", "message", "function_call", "custom_tool_call"]
+    id: str
+    index: int
+    words: list[str] = field(default_factory=list)  # of the text, or of the arguments
+    annotations: list[JSON] = field(default_factory=list)
+    call_id: str = ""
+    name: str = ""
+    open: bool = True
+
+    @property
+    def text(self) -> str:
+        return "".join(self.words)
+
+    @property
+    def input(self) -> str:
+        """The text that a custom tool is called with."""
+        given = parse_json(self.text.encode("utf-8", "surrogatepass"))
+        return str(given["input"]) if isinstance(given, dict) and "input" in given else self.text
+
+
+class ResponseStream:
+    """Events to the events of the Responses API, and the response that they add up to."""
+
+    PREFIXES: Mapping[str, str] = {
+        "reasoning": "rs",
+        "message": "msg",
+        "function_call": "fc",
+        "custom_tool_call": "ctc",
+    }
+
+    def __init__(self, head: Head, prompt: Prompt, store: ResponseStore) -> None:
+        self.head, self.prompt, self.store = head, prompt, store
+        self.id = f"resp_{head.id}"
+        self.sequence = 0  # the number of the next event
+        self.items: list[Item] = []
+        self.calls: dict[int, Item] = {}  # by the index of the call
+        self.usage: Usage | None = None
+        self.status: Literal["in_progress", "completed", "incomplete", "failed"] = "in_progress"
+        self.finish: FinishReason = "stop"
+        self.error: JSON | None = None
+        echo = prompt.echo
+        self.seals = "reasoning.encrypted_content" in echo.get("include", ())
+        self.summarizes = bool(obj(echo.get("reasoning")).get("summary"))
+        tools = [obj(tool) for tool in echo.get("tools", ())]
+        self.custom = {tool.get("name") for tool in tools if tool.get("type") == "custom"}
+
+    def feed(self, event: Event) -> list[JSON]:
+        return [*self.opening(), *self.frames(event)]
+
+    def opening(self) -> list[JSON]:
+        if self.sequence:
+            return []
+        return [self.frame("created", response=self.response()), self.frame("in_progress", response=self.response())]
+
+    def frames(self, event: Event) -> Iterator[JSON]:
+        match event:
+            case Thought(words) if words:
+                yield from self.add_thought(words)
+            case Text(words) if words:
+                yield from self.add_text(words)
+            case ToolCall():
+                yield from self.add_call(event)
+            case Citations(results) if results:
+                yield from self.add_citations(results)
+            case Usage():
+                self.usage = event
+            case Finish(reason):
+                self.finish = reason
+                for item in self.items:
+                    yield from self.end(item)
+
+    def add_thought(self, words: str) -> Iterator[JSON]:
+        item = self.items[-1] if self.items and self.items[-1].kind == "reasoning" and self.items[-1].open else None
+        if item is None:
+            item = self.new_item("reasoning")
+            yield self.frame("output_item.added", **self.place(item), item=self.body(item))
+            if self.summarizes:
+                part = {"type": "summary_text", "text": ""}
+                yield self.frame("reasoning_summary_part.added", **self.place(item, "summary_index"), part=part)
+        item.words.append(words)
+        name, where = ("summary_text", "summary_index") if self.summarizes else ("text", "content_index")
+        yield self.frame(f"reasoning_{name}.delta", **self.place(item, where), delta=words)
+
+    def add_text(self, words: str) -> Iterator[JSON]:
+        item = next((item for item in self.items if item.kind == "message"), None)
+        if item is None:
+            yield from self.end_thought()
+            item = self.new_item("message")
+            yield self.frame("output_item.added", **self.place(item), item={**self.body(item), "content": []})
+            part = {"type": "output_text", "text": "", "annotations": [], "logprobs": []}
+            yield self.frame("content_part.added", **self.place(item, "content_index"), part=part)
+        item.words.append(words)
+        yield self.frame("output_text.delta", **self.place(item, "content_index"), delta=words, logprobs=[])
+
+    def add_call(self, call: ToolCall) -> Iterator[JSON]:
+        item = self.calls.get(call.index)
+        if item is None:
+            yield from self.end_thought()
+            item = self.new_item("custom_tool_call" if call.name in self.custom else "function_call")
+            item.call_id, item.name = call.id, call.name
+            self.calls[call.index] = item
+            yield self.frame("output_item.added", **self.place(item), item=self.body(item))
+        item.words.append(call.arguments)
+        if item.kind == "function_call" and call.arguments:
+            yield self.frame("function_call_arguments.delta", **self.place(item), delta=call.arguments)
+
+    def add_citations(self, results: tuple[JSON, ...]) -> Iterator[JSON]:
+        for item in self.items:
+            for citation in url_citations(results) if item.kind == "message" else ():
+                cited = {"type": "url_citation", **citation["url_citation"]}
+                where = self.place(item, "content_index") | {"annotation_index": len(item.annotations)}
+                item.annotations.append(cited)
+                yield self.frame("output_text.annotation.added", **where, annotation=cited)
+
+    def end_thought(self) -> Iterator[JSON]:
+        for item in self.items:
+            if item.kind == "reasoning":
+                yield from self.end(item)
+
+    def end(self, item: Item) -> Iterator[JSON]:
+        """The frames that say that an item is complete."""
+        if not item.open:
+            return
+        item.open = False
+        body = self.body(item)
+        match item.kind:
+            case "reasoning" if self.summarizes:
+                where = self.place(item, "summary_index")
+                yield self.frame("reasoning_summary_text.done", **where, text=item.text)
+                yield self.frame("reasoning_summary_part.done", **where, part=body["summary"][0])
+            case "reasoning":
+                yield self.frame("reasoning_text.done", **self.place(item, "content_index"), text=item.text)
+            case "message":
+                where = self.place(item, "content_index")
+                yield self.frame("output_text.done", **where, text=item.text, logprobs=[])
+                yield self.frame("content_part.done", **where, part=body["content"][0])
+            case "function_call":
+                yield self.frame(
+                    "function_call_arguments.done", **self.place(item), name=item.name, arguments=item.text
+                )
+            case "custom_tool_call":
+                yield self.frame("custom_tool_call_input.delta", **self.place(item), delta=item.input)
+                yield self.frame("custom_tool_call_input.done", **self.place(item), input=item.input)
+        yield self.frame("output_item.done", output_index=item.index, item=body)
+
+    def close(self) -> list[JSON | str]:
+        self.status = "incomplete" if self.finish in ("length", "content_filter") else "completed"
+        response = self.response()
+        if response["store"]:
+            self.store.put(response, joined((*self.prompt.echo["said"], *self.messages())))
+        return [self.frame(self.status, response=response)]
+
+    def fail(self, error: ProxyError) -> list[JSON | str]:
+        code = "rate_limit_exceeded" if error.failure == BUSY else "server_error"
+        code = "invalid_prompt" if isinstance(error, BadRequest) or error.failure.status == 400 else code
+        opening = self.opening()
+        self.status, self.error = "failed", {"code": code, "message": str(error)}
+        return [*opening, self.frame("failed", response=self.response())]
+
+    def new_item(self, kind: Literal["reasoning", "message", "function_call", "custom_tool_call"]) -> Item:
+        index = len(self.items)
+        self.items.append(Item(kind, f"{self.PREFIXES[kind]}_{self.head.id}_{index}", index))
+        return self.items[-1]
+
+    def frame(self, event: str, **fields: Any) -> JSON:
+        frame = {"type": f"response.{event}", "sequence_number": self.sequence, **fields}
+        self.sequence += 1
+        return frame
+
+    def place(self, item: Item, part: str | None = None) -> JSON:
+        return {"item_id": item.id, "output_index": item.index, **({part: 0} if part else {})}
+
+    def body(self, item: Item) -> JSON:
+        head = {"id": item.id, "type": item.kind, "status": "in_progress" if item.open else self.ended}
+        match item.kind:
+            case "reasoning":
+                shown = [{"type": "summary_text" if self.summarizes else "reasoning_text", "text": item.text}]
+                parts: JSON = {"summary": shown} if self.summarizes else {"summary": [], "content": shown}
+                parts = {**parts, "encrypted_content": sealed(item.text)} if self.seals else parts
+                return {**head, **(parts if not item.open else {"summary": []})}
+            case "message":
+                part = {"type": "output_text", "text": item.text, "annotations": item.annotations, "logprobs": []}
+                return {**head, "role": "assistant", "content": [part]}
+            case "function_call":
+                return {**head, "call_id": item.call_id, "name": item.name, "arguments": item.text}
+            case "custom_tool_call":
+                words = "" if item.open else item.input
+                return {**head, "call_id": item.call_id, "name": item.name, "input": words}
+
+    @property
+    def ended(self) -> str:
+        return "incomplete" if self.finish in ("length", "content_filter") else "completed"
+
+    def messages(self) -> Iterator[Message]:
+        """The output as the next request's history."""
+        for item in self.items:
+            match item.kind:
+                case "reasoning":
+                    yield Message("assistant", (), thought=item.text)
+                case "message":
+                    yield Message("assistant", (item.text,))
+                case _:
+                    yield Message("assistant", (), calls=(ToolCall(0, item.call_id, item.name, item.text or "{}"),))
+
+    def response(self) -> JSON:
+        reason = "max_output_tokens" if self.finish == "length" else "content_filter"
+        return {
+            "id": self.id,
+            "object": "response",
+            "created_at": self.head.created,
+            "status": self.status,
+            "background": False,
+            "error": self.error,
+            "incomplete_details": {"reason": reason} if self.status == "incomplete" else None,
+            "model": self.head.model,
+            "output": [self.body(item) for item in self.items],
+            "usage": response_usage(self.usage) if self.usage else None,
+            **{name: self.prompt.echo.get(name, usual) for name, usual in ECHOED.items()},
+            "service_tier": "default",
+        }
+
+
+def response_usage(usage: Usage) -> JSON:
+    return {
+        "input_tokens": usage.prompt,
+        "input_tokens_details": {"cached_tokens": usage.cached},
+        "output_tokens": usage.completion,
+        "output_tokens_details": {"reasoning_tokens": usage.reasoning},
+        "total_tokens": usage.total,
+    }
+
+
+@dataclass(frozen=True)
+class Kept:
+    """A response that a client may refer to, with the whole conversation up to it."""
+
+    response: JSON
+    messages: tuple[Message, ...]
+    size: int  # bytes, about
+
+
+class ResponseStore:
+    """Responses by id, in the memory of this process, the oldest forgotten first."""
+
+    MOST, BYTES = 1_000, 64 * 2**20
+
+    def __init__(self) -> None:
+        self.kept: dict[str, Kept] = {}
+        self.size = 0
+
+    def put(self, response: JSON, messages: tuple[Message, ...]) -> None:
+        size = len(to_json(response)) + sum(len(repr(message)) for message in messages)
+        self.kept[response["id"]] = Kept(response, messages, size)
+        self.size += size
+        while self.kept and (len(self.kept) > self.MOST or self.size > self.BYTES):
+            self.drop(next(iter(self.kept)))
+
+    def get(self, name: str) -> Kept:
+        if name not in self.kept:
+            words = (
+                "There is no such response: this server keeps the last ones in memory, and forgets them when it stops."
+            )
+            failure = Failure(404, "invalid_request_error", "response_not_found")
+            raise ProxyError(words, failure, "previous_response_id")
+        return self.kept[name]
+
+    def drop(self, name: str) -> None:
+        self.size -= self.kept.pop(name).size
+
+
 # ======== Surfaces ==================================================================================================
 
 
@@ -1261,9 +1847,14 @@ class Surface:
     whole: Callable[[Head, Prompt, Answer], JSON]
 
 
-SURFACES = {
-    "chat/completions": Surface(parse_chat, ChatStream, chat_completion),
-}
+def surfaces(store: ResponseStore) -> dict[str, Surface]:
+    """By path. A new one is a row here, and pure functions above."""
+    responses = Responses(store)
+    return {
+        "chat/completions": Surface(parse_chat, ChatStream, chat_completion),
+        "completions": Surface(parse_completion, CompletionStream, completion),
+        "responses": Surface(responses.parse, responses.stream, responses.whole),
+    }
 
 
 # ======== Z.ai ======================================================================================================
@@ -2703,6 +3294,7 @@ SETTINGS = web.AppKey("settings", Settings)
 BLANK = web.AppKey("blank", Blanker)
 IN_FLIGHT: web.AppKey[dict[Any, Record]] = web.AppKey("in_flight", dict)  # by the task that answers it
 CLOCK = web.AppKey("clock", Clock)
+STORE = web.AppKey("store", ResponseStore)
 STATISTICS = web.AppKey("statistics", Statistics)
 UPSTREAM = web.AppKey("upstream", Upstream)
 CATALOG = web.AppKey("catalog", Catalog)
@@ -2812,6 +3404,17 @@ async def one_model(request: web.Request) -> web.Response:
     if name is None:
         raise ProxyError("There is no such model: GET /v1/models lists them.", UNKNOWN_MODEL, "model", printable(asked))
     return json_response(model_item(models[name], name))
+
+
+async def one_response(request: web.Request) -> web.Response:
+    return json_response(request.app[STORE].get(request.match_info["id"]).response)
+
+
+async def delete_response(request: web.Request) -> web.Response:
+    name = request.match_info["id"]
+    request.app[STORE].get(name)
+    request.app[STORE].drop(name)
+    return json_response({"id": name, "object": "response", "deleted": True})
 
 
 async def health(request: web.Request) -> web.Response:
@@ -3631,10 +4234,13 @@ def create_app(settings: Settings | None = None) -> web.Application:
     app.on_response_prepare.append(add_headers)
     app.cleanup_ctx.append(connect)
     app.on_shutdown.append(drain)
-    for path, surface in SURFACES.items():
+    app[STORE] = ResponseStore()
+    for path, surface in surfaces(app[STORE]).items():
         add_route(app, "POST", f"{API}{path}{END}", keyed(answering(surface)))
     add_route(app, "GET", f"{API}models{END}", keyed(list_models))
     add_route(app, "GET", f"{API}models/{{id:.+?}}{END}", keyed(one_model))
+    add_route(app, "GET", f"{API}responses/{{id}}{END}", keyed(one_response))
+    add_route(app, "DELETE", f"{API}responses/{{id}}{END}", keyed(delete_response))
     add_route(app, "GET", "/health", health)
     add_route(app, "GET", "/", index)
     add_route(app, "GET", "/docs", docs)

@@ -101,6 +101,7 @@ def test_every_variable_is_read_by_its_name_in_capitals():
         "DEBUG_MODE": "TRUE",
         "ZAI_API_KEY": "id1.secret,id2.secret",
         "ZAI_BASE_URL": "https://open.bigmodel.cn/api/paas/v4/",
+        "ZAI_ANTHROPIC_URL": "https://a.example/anthropic",
         "DEFAULT_STREAM": "yes",
         "ENABLE_THINKING": "false",
         "REASONING_FORMAT": "RAW",
@@ -120,6 +121,7 @@ def test_every_variable_is_read_by_its_name_in_capitals():
         debug_mode=True,
         zai_api_key=("id1.secret", "id2.secret"),
         zai_base_url="https://open.bigmodel.cn/api/paas/v4",
+        zai_anthropic_url="https://a.example/anthropic",
         default_stream=True,
         enable_thinking=False,
         reasoning_format="raw",
@@ -1455,6 +1457,13 @@ def test_salvage_takes_linear_time():
     assert time.process_time() - started < 1
 
 
+@pytest.mark.parametrize("part", [b"x", b": comment\n\n"])
+def test_what_never_ends_is_a_failure(part, monkeypatch):
+    monkeypatch.setattr(ztoapi, "MOST_HELD", 1000)
+    with pytest.raises(UpstreamError, match="without an end"):
+        read_all([part] * 1001)
+
+
 def test_a_torn_frame_that_nothing_follows_is_a_failure():
     for parts in cuts(ONE + ONE[:-20] + END):
         with pytest.raises(UpstreamError):
@@ -1658,6 +1667,23 @@ def test_a_key_rests_until_the_quota_is_reset():
         keys.awake("m", reset - 1)
     assert error_headers(told.value, reset - 60)["Retry-After"] == "60"
     assert keys.awake("m", reset) == ["a"]
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"),
+    [
+        ("reset at 2099-12-31 00:00:00", Keys.LONGEST),
+        ("since 2020-01-01 00:00:00, reset at 2026-09-12 00:35:41", 60),
+        ("reset at 2020-01-01 00:00:00", Keys.REST),
+        ("reset at 2026-99-99 00:00:00", Keys.REST),
+    ],
+)
+def test_a_reset_is_believed_within_reason(text, seconds):
+    keys, now = Keys(["a"]), 1789144541.0 - 60
+    keys.refused("a", "m", refusal(1308, text=text), now)
+    with pytest.raises(UpstreamError) as told:
+        keys.awake("m", now)
+    assert told.value.resets_at == now + seconds
 
 
 def test_when_all_keys_rest_the_last_refusal_is_told():
@@ -2113,6 +2139,22 @@ async def test_n_answers_are_merged_into_one(client, zai):
 
 
 @over_sockets
+@pytest.mark.parametrize(
+    ("n", "settings", "takes"), [(8, {}, 1000), (2, {"max_concurrency": 1}, 1000), (8, {}, 3), (2, {}, 1)]
+)
+@pytest.mark.parametrize("stream", [False, True], ids=["whole", "streamed"])
+async def test_more_choices_than_places_take_turns(start, zai, n, settings, takes, stream):
+    client = await start(**settings)
+    zai.takes, zai.parts = takes, [FIRST, 0.02, RECORDED]
+    _, body = await asyncio.wait_for(ask(client, chat(n=n, stream=stream)), 10)
+    if stream:
+        assert {choice["index"] for frame in parse_frames(body) for choice in frame["choices"]} == set(range(n))
+    else:
+        assert len(json.loads(body)["choices"]) == n
+    assert await eventually(lambda: zai.open == 0)
+
+
+@over_sockets
 async def test_choices_differ_in_seed_and_have_no_request_id(client, zai):
     await ask(client, chat(n=3, seed=7, request_id="r"))
     assert sorted(body["seed"] for body in zai.bodies) == [7, 8, 9]
@@ -2508,6 +2550,25 @@ async def test_a_connection_to_zai_serves_again(client, zai):
 
 
 @over_sockets
+async def test_a_client_that_reads_nothing_any_more_frees_its_place(start, zai, monkeypatch):
+    monkeypatch.setattr(ztoapi, "KEEP_ALIVE", 0.2)
+    client = await start(upstream_timeout=1)
+    zai.parts = [FIRST * 100] * 2000
+    async with client.post("/v1/chat/completions", json=chat(stream=True), headers=KEY) as response:
+        await response.content.readany()
+        response._connection.transport.pause_reading()
+        assert await eventually(lambda: zai.open == 0, 10)
+        response.close()
+
+
+@over_sockets
+async def test_comments_after_the_finish_do_not_delay_the_end(client, zai, monkeypatch):
+    monkeypatch.setattr(ztoapi, "LAST_WORDS", 0.2)
+    zai.parts = [RECORDED.removesuffix(b"data: [DONE]\n\n"), *[b": x\n\n", 0.1] * 100]
+    assert said((await asyncio.wait_for(ask(client, chat(stream=True)), 3))[1]) == "\n你好😀"
+
+
+@over_sockets
 async def test_a_stopping_server_lets_answers_finish_and_tells_those_that_take_too_long(client, zai, monkeypatch):
     monkeypatch.setattr(ztoapi, "GRACE", 0.3)
     zai.answers = [[FIRST, 0.1, RECORDED], [FIRST, HANG], [HANG]]
@@ -2517,6 +2578,7 @@ async def test_a_stopping_server_lets_answers_finish_and_tells_those_that_take_t
         assert await eventually(lambda: len(zai.bodies) == len(asking))
     await ztoapi.drain(client.app)
     (_, finished), (_, told), (refused_one, body) = await asyncio.gather(*asking)
+    assert not client.app[ztoapi.IN_FLIGHT]
     assert said(finished).endswith("你好😀")
     assert parse_frames(told)[-1]["error"]["code"] == "server_stopping"
     assert (refused_one.status, error_of(body)["code"]) == (503, "server_stopping")

@@ -44,13 +44,15 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Itera
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager, suppress
 from contextvars import ContextVar
 from dataclasses import astuple, dataclass, field, fields, replace
-from datetime import datetime
+from datetime import datetime, timezone
 from fnmatch import fnmatchcase
+from functools import partial
 from itertools import chain, count
 from operator import itemgetter
 from pathlib import Path
-from typing import Any, Literal, NoReturn, Protocol
+from typing import Any, Literal, NoReturn, Protocol, TypeVar
 from urllib.parse import quote, urlsplit
+from weakref import WeakSet
 
 import aiohttp
 from aiohttp import web
@@ -153,6 +155,7 @@ class Settings:
     debug_mode: bool = setting(default=False, read=boolean, wanted="true or false")
     zai_api_key: tuple[str, ...] = setting((), keys, "one or more Z.ai keys of plain ASCII, separated by commas")
     zai_base_url: str = setting(GENERAL_URL, base_url, f"an http or https address such as {GENERAL_URL}")
+    zai_anthropic_url: str = setting("", base_url, "an http or https address such as https://api.z.ai/api/anthropic")
     default_stream: bool = setting(default=False, read=boolean, wanted="true or false")
     enable_thinking: bool | None = setting(None, boolean, "true or false, or empty")
     reasoning_format: ReasoningFormat = setting("parsed", one_of("parsed", "raw", "hidden"), "parsed, raw or hidden")
@@ -181,6 +184,11 @@ class Settings:
     def published(self) -> bool:
         """Everybody knows the key, so this server is for this machine alone."""
         return PUBLISHED_KEY in self.default_key
+
+    @property
+    def anthropic_url(self) -> str:
+        """Where Z.ai serves Anthropic's API: beside its own, unless the operator says otherwise."""
+        return self.zai_anthropic_url or re.sub(r"(/coding)?/paas/v4$", "", self.zai_base_url) + "/anthropic"
 
     @property
     def secrets(self) -> tuple[str, ...]:
@@ -303,9 +311,9 @@ class UpstreamError(ProxyError):
 
 def reset_time(text: str) -> float | None:
     """Z.ai names the end of a quota as "2026-09-12 00:35:41", in UTC+8 without saying so (can1357/oh-my-pi#11014)."""
-    found = re.search(r"\b(20\d\d-\d\d-\d\d)[ T](\d\d:\d\d:\d\d)\b", text)
+    found = re.findall(r"\b(20\d\d-\d\d-\d\d)[ T](\d\d:\d\d:\d\d)\b", text)
     try:
-        return datetime.fromisoformat(f"{found[1]}T{found[2]}+08:00").timestamp() if found else None
+        return max((datetime.fromisoformat(f"{day}T{hour}+08:00").timestamp() for day, hour in found), default=None)
     except ValueError:
         return None
 
@@ -313,6 +321,22 @@ def reset_time(text: str) -> float | None:
 def error_body(error: ProxyError) -> JSON:
     failure = error.failure
     return {"error": {"message": str(error), "type": failure.type, "param": error.param, "code": failure.code}}
+
+
+ANTHROPIC_TYPES = {
+    400: "invalid_request_error",
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    413: "request_too_large",
+    429: "rate_limit_error",
+}
+
+
+def anthropic_error_body(error: ProxyError) -> JSON:
+    """The shape of Anthropic's API (docs.anthropic.com, "Errors")."""
+    kind = ANTHROPIC_TYPES.get(error.failure.status, "api_error")
+    return {"type": "error", "error": {"type": kind, "message": str(error)}}
 
 
 def error_headers(error: ProxyError, now: float) -> dict[str, str]:
@@ -411,6 +435,36 @@ def model_item(model: Model, name: str) -> JSON:
     return item | {key: size for key, size in sizes.items() if size is not None}
 
 
+def anthropic_item(model: Model, name: str) -> JSON:
+    created = datetime.fromtimestamp(model.created, timezone.utc).isoformat().replace("+00:00", "Z")
+    return {"type": "model", "id": name, "display_name": name, "created_at": created}
+
+
+def codex_item(model: Model, name: str) -> JSON:
+    """What Codex CLI wants to know of a model (openai/codex, ModelInfo)."""
+    return {
+        "slug": name,
+        "display_name": name,
+        "description": "GLM through Z.ai's official API",
+        "default_reasoning_level": "medium",
+        "supported_reasoning_levels": [{"effort": level, "description": level} for level in ("low", "medium", "high")],
+        "shell_type": "shell_command",
+        "visibility": "list",
+        "supported_in_api": True,
+        "priority": 1,
+        "upgrade": None,
+        "base_instructions": "",
+        "supports_reasoning_summaries": True,
+        "support_verbosity": False,
+        "default_verbosity": None,
+        "apply_patch_tool_type": "function",
+        "truncation_policy": {"mode": "bytes", "limit": 10_000},
+        "supports_parallel_tool_calls": True,
+        "context_window": model.context or 128 * K,
+        "experimental_supported_tools": [],
+    }
+
+
 def model_from_item(item: JSON) -> Model:
     """A line of Z.ai's own list, completed from the table."""
     name = str(item["id"]).lower()
@@ -491,7 +545,7 @@ def parse_request(body: bytes) -> JSON:
         raise ValueError("it is something else")
     level: list[Any] = [document]
     for _ in range(DEEPEST):
-        level = [*chain(*(item.values() if isinstance(item, dict) else item for item in level))]
+        level = [*chain.from_iterable(item.values() if isinstance(item, dict) else item for item in level)]
         level = [item for item in level if isinstance(item, (dict, list))]
         if not level:
             return document
@@ -526,7 +580,7 @@ def sse_frame(frame: JSON | str) -> bytes:
     if isinstance(frame, str):
         return b"data: %b\n\n" % frame.encode()
     name = b"event: %b\n" % frame["type"].encode() if "type" in frame else b""
-    return b"%bdata: %b\n\n" % (name, encode_json(frame))
+    return name + b"data: %b\n\n" % encode_json(frame)
 
 
 # ======== The conversation, in nobody's format ======================================================================
@@ -772,6 +826,12 @@ string, switch = of_kind(str, "a string"), of_kind(bool, "true or false")
 array, mapping = of_kind(list, "an array"), of_kind(dict, "an object")
 
 
+def model_name(value: Any) -> str:
+    if not 0 < len(string(value)) <= 256:
+        raise ValueError("must be the name of a model")
+    return str(value)
+
+
 def number(low: float, high: float, kinds: tuple[type, ...] = (int, float)) -> Callable[[Any], Any]:
     def check(value: Any) -> Any:
         if type(value) not in kinds or not low <= value <= high:  # type(): True is an int too
@@ -915,7 +975,7 @@ NATIVE_FIELDS: dict[str, Callable[[Any], Any]] = {
 
 # Each field that counts, and what it must be. Whatever else a client sends is left out and listed as ignored.
 CHAT_FIELDS: dict[str, Callable[[Any], Any]] = {
-    "model": string,
+    "model": model_name,
     "messages": array,
     "stream": switch,
     "stream_options": mapping,
@@ -1374,7 +1434,7 @@ def response_input(value: Any) -> list[Any]:
 
 
 RESPONSE_FIELDS: dict[str, Callable[[Any], Any]] = {
-    "model": string,
+    "model": model_name,
     "input": response_input,
     "instructions": string,
     "previous_response_id": string,
@@ -1634,6 +1694,9 @@ class ResponseStream:
             if self.summarizes:
                 part = {"type": "summary_text", "text": ""}
                 yield self.frame("reasoning_summary_part.added", **self.place(item, "summary_index"), part=part)
+            else:
+                part = {"type": "reasoning_text", "text": ""}
+                yield self.frame("content_part.added", **self.place(item, "content_index"), part=part)
         item.words.append(words)
         name, where = ("summary_text", "summary_index") if self.summarizes else ("text", "content_index")
         yield self.frame(f"reasoning_{name}.delta", **self.place(item, where), delta=words)
@@ -1686,7 +1749,9 @@ class ResponseStream:
                 yield self.frame("reasoning_summary_text.done", **where, text=item.text)
                 yield self.frame("reasoning_summary_part.done", **where, part=body["summary"][0])
             case "reasoning":
-                yield self.frame("reasoning_text.done", **self.place(item, "content_index"), text=item.text)
+                where = self.place(item, "content_index")
+                yield self.frame("reasoning_text.done", **where, text=item.text)
+                yield self.frame("content_part.done", **where, part=body["content"][0])
             case "message":
                 where = self.place(item, "content_index")
                 yield self.frame("output_text.done", **where, text=item.text, logprobs=[])
@@ -2198,6 +2263,9 @@ FINISH_REASONS: dict[str, FinishReason] = {
 }
 
 
+MOST_HELD = 64 * 2**20  # bytes of one event, or of a whole answer
+
+
 class ZaiReader:
     """Z.ai's bytes in, cut anywhere; events out. A whole JSON answer and a stream of chunks give the same events.
 
@@ -2213,6 +2281,7 @@ class ZaiReader:
         self.id = ""  # Z.ai's id of the answer
         self.created = 0  # Unix seconds; 0: not told
         self.request_id = ""
+        self.held = 0  # bytes since the last event
         self.torn = 0  # frames that were dropped because the rest of them never came
         self.citations: list[JSON] = []
         self.usage: Usage | None = None
@@ -2221,9 +2290,13 @@ class ZaiReader:
 
     def feed(self, part: bytes) -> Iterator[Event]:
         """The events that this part completes. Raises UpstreamError where Z.ai says that it failed."""
+        self.held += len(part)
+        if self.held > MOST_HELD:
+            raise UpstreamError("Z.ai sent an answer without an end: try again.", UNAVAILABLE)
         if self.raw is not None:
             self.raw.append(part)
         for data in self.decoder.feed(part):
+            self.held = 0
             yield from self.read_event(data)
 
     def close(self) -> Iterator[Event]:
@@ -2499,6 +2572,7 @@ class Keys:
     """
 
     REST = 300  # seconds, where Z.ai does not tell when the quota is reset
+    LONGEST = 32 * 86400  # no quota is longer than a month
 
     def __init__(self, keys: Iterable[str]) -> None:
         self.turn = deque(keys)
@@ -2508,18 +2582,21 @@ class Keys:
         """The keys that may be used, the one whose turn it is first. Raises what made the last one rest."""
         if not self.turn:
             raise no_key()
-        self.wake(now)
-        awake = [key for key in self.turn if not self.reason(key, model)]
+        awake = [key for key in self.turn if not self.reason(key, model, now)]
         if not awake:
-            why = self.reason(self.turn[-1], model)
+            why = self.reason(self.turn[-1], model, now)
             raise why.again(why.resets_at or now) if why else no_key()
         return awake
 
     def wake(self, now: float) -> None:
         self.resting = {who: why for who, why in self.resting.items() if (why.resets_at or 0) > now}
 
-    def reason(self, key: str, model: str) -> UpstreamError | None:
-        return self.resting.get((key, "")) or self.resting.get((key, model))
+    def reason(self, key: str, model: str, now: float) -> UpstreamError | None:
+        for who in ((key, ""), (key, model)):
+            why = self.resting.get(who)
+            if why and (why.resets_at or 0) > now:
+                return why
+        return None
 
     def used(self, key: str) -> None:
         """Let the others be first next time."""
@@ -2528,7 +2605,9 @@ class Keys:
 
     def refused(self, key: str, model: str, error: UpstreamError, now: float) -> None:
         if error.failure in RESTED:
-            until = error.resets_at if error.resets_at and error.resets_at > now else now + self.REST
+            self.wake(now)
+            told = error.resets_at or 0
+            until = min(told, now + self.LONGEST) if told > now else now + self.REST
             self.resting[key, "" if error.failure == AUTHENTICATION else model] = error.again(until)
 
 
@@ -2624,6 +2703,7 @@ class Reply:
         self.response, self.reader = response, reader
         self.ahead: list[Event] = []  # read to see that the answer begins well
         self.failure: UpstreamError | None = None  # told after the events that came before it
+        self.patience = 0.0  # loop time until which Z.ai may go on after its finish
 
     @property
     def id(self) -> str:
@@ -2676,11 +2756,16 @@ class Reply:
         finished = self.reader.finish is not None
         reading = self.response.content.readany()
         try:
-            return await (asyncio.wait_for(reading, LAST_WORDS) if finished else reading)
+            return await (asyncio.wait_for(reading, self.last_wait()) if finished else reading)
         except (aiohttp.ClientError, asyncio.TimeoutError) as error:
             if finished:
                 return b""
             raise self.named(connection_error(error)) from error
+
+    def last_wait(self) -> float:
+        now = asyncio.get_running_loop().time()
+        self.patience = self.patience or now + LAST_WORDS
+        return max(self.patience - now, 0)
 
     async def finish(self) -> None:
         """Read what the connection still has to say, so that it can serve again."""
@@ -2701,13 +2786,49 @@ class Reply:
         return error
 
 
+class Passage:
+    """An answer of Z.ai's that goes on byte by byte."""
+
+    def __init__(self, response: aiohttp.ClientResponse) -> None:
+        self.response = response
+        self.ahead = b""  # read to see that it begins well
+
+    async def begin(self) -> None:
+        """Raises UpstreamError for a refusal; Z.ai has some that say 200: {"code": 401, "msg": …, "success": false}."""
+        if not 200 <= self.response.status < 300:
+            raise zai_error(self.response.status, await self.read_refusal())
+        self.ahead = await self.read()
+        document = obj(parse_json(self.ahead)) if self.response.content_type == "application/json" else {}
+        if document.get("success") is False or obj(document.get("error")).get("code"):
+            raise zai_error(200, document)
+
+    async def parts(self) -> AsyncIterator[bytes]:
+        part = self.ahead
+        while part:
+            yield part
+            part = await self.read()
+
+    async def read(self) -> bytes:
+        try:
+            return await self.response.content.readany()
+        except aiohttp.ClientError as error:
+            raise connection_error(error) from error
+
+    async def read_refusal(self) -> bytes:
+        body = b""
+        while len(body) < ERROR_BODY_LIMIT and (part := await self.read()):
+            body += part
+        return body
+
+
 class Replies:
     """Several answers of Z.ai's as one with several choices: Z.ai has no `n`. Their events come as they come."""
 
-    def __init__(self, answering: Iterable[Coroutine[Any, Any, Reply]]) -> None:
+    def __init__(self, asking: Iterable[Callable[[AsyncExitStack], Coroutine[Any, Any, Reply]]]) -> None:
         self.begun: list[Reply] = []  # in the order in which they began
         self.ahead: list[Event] = []
-        self.reading = {asyncio.create_task(self.first(choice, reply)) for choice, reply in enumerate(answering)}
+        self.owners: list[AsyncExitStack] = []  # of each one's place and connection: one that ends makes room
+        self.reading = {asyncio.create_task(self.first(choice, ask)) for choice, ask in enumerate(asking)}
 
     @property
     def id(self) -> str:
@@ -2740,26 +2861,43 @@ class Replies:
             done, _ = await asyncio.wait(self.reading, return_when=asyncio.FIRST_COMPLETED)
             task = done.pop()
             self.reading.remove(task)
-            choice, reply, said = task.result()
-            if said:
-                self.reading.add(asyncio.create_task(self.next(choice, reply)))
-            events = [event if isinstance(event, Usage) else replace(event, choice=choice) for event in said]
+            turn = task.result()
+            if turn.events:
+                self.reading.add(asyncio.create_task(self.next(turn)))
+            events = [e if isinstance(e, Usage) else replace(e, choice=turn.choice) for e in turn.events]
         return events
 
-    async def first(self, choice: int, answering: Coroutine[Any, Any, Reply]) -> tuple[int, Reply, list[Event]]:
-        reply = await answering
+    async def first(self, choice: int, ask: Callable[[AsyncExitStack], Coroutine[Any, Any, Reply]]) -> Turn:
+        owner = AsyncExitStack()
+        self.owners.append(owner)
+        reply = await ask(owner)
         self.begun.append(reply)
-        return await self.next(choice, reply)
+        return await self.next(Turn(choice, reply, owner))
 
-    async def next(self, choice: int, reply: Reply) -> tuple[int, Reply, list[Event]]:
-        return choice, reply, await reply.read()
+    async def next(self, turn: Turn) -> Turn:
+        events = await turn.reply.read()
+        if not events:
+            await turn.reply.finish()
+            await turn.owner.aclose()
+        return replace(turn, events=events)
 
     async def finish(self) -> None:
-        for reply in self.begun:
-            await reply.finish()
+        """Nothing: each has finished by itself."""
 
     async def close(self) -> None:
         await end_tasks(self.reading)
+        for owner in self.owners:
+            await owner.aclose()
+
+
+@dataclass(frozen=True)
+class Turn:
+    """What one of several replies has to say."""
+
+    choice: int
+    reply: Reply
+    owner: AsyncExitStack
+    events: list[Event] = field(default_factory=list)
 
 
 async def end_tasks(tasks: Iterable[asyncio.Task[Any]]) -> None:
@@ -2876,10 +3014,6 @@ class Queue:
         return None
 
 
-def zai_headers(key: str) -> dict[str, str]:
-    return {"Authorization": f"Bearer {key}", "Content-Type": "application/json"}
-
-
 class Clock:
     """The time as the policies see it; tests have one of their own."""
 
@@ -2891,6 +3025,10 @@ class Clock:
 
     async def sleep(self, seconds: float) -> None:
         await asyncio.sleep(seconds)
+
+
+R = TypeVar("R")
+Begin = Callable[[str, AsyncExitStack], Awaitable[R]]  # asks with a key; what comes back has begun well
 
 
 class Upstream:
@@ -2914,7 +3052,7 @@ class Upstream:
             if prompt.n == 1:
                 yield await self.first_that_answers(asked[0], owner)
             else:
-                replies = Replies(self.first_that_answers(bodies, owner) for bodies in asked)
+                replies = Replies(partial(self.first_that_answers, bodies) for bodies in asked)
                 owner.push_async_callback(replies.close)
                 await replies.begin()
                 yield replies
@@ -2936,21 +3074,32 @@ class Upstream:
         *others, last = asked
         for model, body in others:
             try:
-                return await self.persevere(model, body, owner)
+                return await self.persevere(model.id, self.asking(model, body), owner)
             except UpstreamError as error:
                 if error.failure not in FALLEN_BACK:
                     raise
                 self.healed["fallbacks"] += 1
-        return await self.persevere(*last, owner)
+        model, body = last
+        return await self.persevere(model.id, self.asking(model, body), owner)
 
-    async def persevere(self, model: Model, body: bytes, owner: AsyncExitStack) -> Reply:
+    def asking(self, model: Model, body: bytes) -> Begin[Reply]:
+        async def begin(key: str, owner: AsyncExitStack) -> Reply:
+            trace("sent", body)
+            url = self.settings.zai_base_url + "/chat/completions"
+            reply = Reply(await self.send(url, key, owner, data=body), ZaiReader(model))
+            await reply.begin()
+            return reply
+
+        return begin
+
+    async def persevere(self, model: str, begin: Begin[R], owner: AsyncExitStack) -> R:
         """Try one model until it answers or there is no more sense in it; the place and connection go to `owner`."""
-        queue, ticket, backoff = self.queue(model.id), next(self.tickets), Backoff(self.settings.max_retries)
+        queue, ticket, backoff = self.queue(model), next(self.tickets), Backoff(self.settings.max_retries)
         while True:
             async with AsyncExitStack() as attempt:
                 place = await attempt.enter_async_context(queue.place(ticket))
                 try:
-                    reply = await self.begin(body, ZaiReader(model), place.key, attempt)
+                    reply = await begin(place.key, attempt)
                 except UpstreamError as error:
                     wait = self.next_wait(queue, place, backoff, error)
                 else:
@@ -2959,6 +3108,20 @@ class Upstream:
                     owner.push_async_exit(attempt.pop_all())
                     return reply
             await self.clock.sleep(wait)
+
+    async def send(self, url: str, key: str, owner: AsyncExitStack, **how: Any) -> aiohttp.ClientResponse:
+        """One request to Z.ai, with our key; the connection belongs to `owner`. Raises UpstreamError.
+
+        `how`: data, and where they are not POST and JSON's, method and headers.
+        """
+        how = {"method": "POST", "headers": {"Content-Type": "application/json"}, **how}
+        how["headers"] = {**how["headers"], "Authorization": f"Bearer {key}"}
+        if isinstance(how["data"], bytes):
+            how["data"] = io.BytesIO(how["data"])  # aiohttp warns of bytes over a megabyte
+        try:
+            return await owner.enter_async_context(self.session.request(url=url, allow_redirects=False, **how))
+        except aiohttp.ClientError as error:
+            raise connection_error(error) from error
 
     def next_wait(self, queue: Queue, place: Place, backoff: Backoff, error: UpstreamError) -> float:
         """What a failure teaches us, and the seconds to wait before the next try; raises when there is to be none."""
@@ -3004,23 +3167,17 @@ class Upstream:
             self.queues[model] = Queue(model, self.keys, self.settings.max_concurrency, self.clock)
         return self.queues[model]
 
-    async def begin(self, body: bytes, reader: ZaiReader, key: str, owner: AsyncExitStack) -> Reply:
-        url = self.settings.zai_base_url + "/chat/completions"
-        data = io.BytesIO(body)  # aiohttp warns of bytes over a megabyte
-        trace("sent", body)
-        try:
-            asking = self.session.post(url, data=data, headers=zai_headers(key), allow_redirects=False)
-            reply = Reply(await owner.enter_async_context(asking), reader)
-        except aiohttp.ClientError as error:
-            raise connection_error(error) from error
-        await reply.begin()
-        return reply
+    async def passage(self, url: str, key: str, owner: AsyncExitStack, **how: Any) -> Passage:
+        """A request whose answer goes on as it comes. Raises UpstreamError when Z.ai refuses, in a 200 too."""
+        passage = Passage(await self.send(url, key, owner, **how))
+        await passage.begin()
+        return passage
 
     async def list_models(self, key: str) -> list[Model]:
         """Z.ai's own list of a key's models. Raises UpstreamError when it does not tell within MODELS_TIMEOUT."""
         asking = self.session.get(
             self.settings.zai_base_url + "/models",
-            headers=zai_headers(key),
+            headers={"Authorization": f"Bearer {key}"},
             allow_redirects=False,
             timeout=aiohttp.ClientTimeout(total=MODELS_TIMEOUT),
         )
@@ -3089,6 +3246,7 @@ class OpenStream:
         self.response = web.StreamResponse(headers=STREAM_HEADERS)
         self.encoder: Encoder | None = None  # once the answer has its head
         self.sent_at = time.monotonic()
+        self.writing = False  # the client takes its time
         self.keeping_alive: asyncio.Task[None] | None = None
 
     def begin(self, head: Head, headers: dict[str, str]) -> Encoder:
@@ -3106,7 +3264,9 @@ class OpenStream:
         self.sent_at = time.monotonic()
         if not self.response.prepared:
             await self.response.prepare(self.request)
+        self.writing = True
         await self.response.write(data)
+        self.writing = False
 
     async def fail(self, error: ProxyError, head: Head) -> None:
         encoder = self.encoder or self.begin(head, {})
@@ -3131,8 +3291,10 @@ class OpenStream:
         if silence < KEEP_ALIVE:
             self.arm(KEEP_ALIVE - silence)
             return
-        if self.keeping_alive is None or self.keeping_alive.done():
+        if not self.writing:
             self.keeping_alive = asyncio.create_task(self.keep_alive())
+        elif silence > self.request.app[SETTINGS].upstream_timeout and self.request.transport:
+            self.request.transport.abort()  # a client that reads nothing any more must not hold a place for ever
         self.arm(KEEP_ALIVE)
 
     async def keep_alive(self) -> None:
@@ -3145,6 +3307,33 @@ async def relay(stream: OpenStream, encoder: Encoder, events: AsyncIterator[list
     async for batch in events:
         await stream.send(frame for event in batch for frame in encoder.feed(event))
     await stream.send(encoder.close())
+
+
+class PassedStream:
+    """A client's answer that Z.ai's bytes go into."""
+
+    def __init__(self, request: web.Request, passage: Passage) -> None:
+        reply = passage.response
+        headers = {name: reply.headers[name] for name in PASSED_HEADERS if name in reply.headers}
+        self.request, self.passage = request, passage
+        self.response = web.StreamResponse(status=reply.status, headers=headers)
+
+    async def send(self) -> web.StreamResponse:
+        await self.response.prepare(self.request)
+        async for part in self.passage.parts():
+            await self.response.write(part)
+        await self.response.write_eof()
+        return self.response
+
+    async def fail(self, error: ProxyError, _: Head) -> None:
+        """In a stream of events one more; else nothing but the end of the connection can tell."""
+        if "text/event-stream" in self.response.headers.get("Content-Type", ""):
+            await self.response.write(sse([{"type": "error", **self.request[ERROR_BODY](error)}]))
+        elif self.request.transport:
+            self.request.transport.close()
+
+
+PASSED_HEADERS = ("Content-Type", "Content-Length", "Content-Disposition", "Cache-Control")
 
 
 async def collect(events: AsyncIterator[list[Event]]) -> Answer:
@@ -3292,14 +3481,16 @@ class Record:
 
 SETTINGS = web.AppKey("settings", Settings)
 BLANK = web.AppKey("blank", Blanker)
-IN_FLIGHT: web.AppKey[dict[Any, Record]] = web.AppKey("in_flight", dict)  # by the task that answers it
+IN_FLIGHT: web.AppKey[dict[Any, web.Request]] = web.AppKey("in_flight", dict)  # by the task that answers it
+CONNECTIONS: web.AppKey[Any] = web.AppKey("connections", WeakSet)  # of transports
 CLOCK = web.AppKey("clock", Clock)
 STORE = web.AppKey("store", ResponseStore)
 STATISTICS = web.AppKey("statistics", Statistics)
 UPSTREAM = web.AppKey("upstream", Upstream)
 CATALOG = web.AppKey("catalog", Catalog)
 RECORD = web.RequestKey("record", Record)
-STREAM = web.RequestKey("stream", OpenStream)
+STREAM: web.RequestKey[OpenStream | PassedStream] = web.RequestKey("stream", object)  # type: ignore[arg-type] # a union
+ERROR_BODY: web.RequestKey[Callable[[ProxyError], JSON]] = web.RequestKey("error_body", Callable)  # type: ignore[arg-type]
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
@@ -3344,6 +3535,7 @@ async def read_json(request: web.Request) -> JSON:
     try:
         body = await request.read()
     except web.RequestPayloadError as error:
+        request.content.feed_eof()  # nothing more of it is to be waited for
         raise BadRequest("The request body could not be read: its encoding is broken.") from error
     trace(f"asked {request.path}", body)
     try:
@@ -3386,8 +3578,15 @@ def shortened(words: str) -> str:
 
 
 async def list_models(request: web.Request) -> web.Response:
+    """The list as the caller knows it: OpenAI's, Anthropic's, or with what Codex reads besides."""
     models = await named_models(request)
-    return json_response({"object": "list", "data": [model_item(model, name) for name, model in models.items()]})
+    if "anthropic-version" in request.headers:
+        return json_response(
+            {"data": [anthropic_item(model, name) for name, model in models.items()], "has_more": False}
+        )
+    listing: JSON = {"object": "list", "data": [model_item(model, name) for name, model in models.items()]}
+    codex = [codex_item(model, name) for name, model in models.items()] if "client_version" in request.query else None
+    return json_response(listing if codex is None else listing | {"models": codex})
 
 
 async def named_models(request: web.Request) -> dict[str, Model]:
@@ -3404,6 +3603,75 @@ async def one_model(request: web.Request) -> web.Response:
     if name is None:
         raise ProxyError("There is no such model: GET /v1/models lists them.", UNKNOWN_MODEL, "model", printable(asked))
     return json_response(model_item(models[name], name))
+
+
+async def messages(request: web.Request) -> web.StreamResponse:
+    """Anthropic's API, which Z.ai serves itself: only the key and the model's name are ours."""
+    request[ERROR_BODY] = anthropic_error_body
+    settings, upstream, record = request.app[SETTINGS], request.app[UPSTREAM], request[RECORD]
+    body = await read_json(request)
+    named = checked(body, {"model": model_name}).get("model")
+    if not named:
+        raise BadRequest("'model' is required and must not be empty.", "model")
+    record.model = shortened(printable(request.app[BLANK](named)))
+    model = resolve(named, settings.model_aliases).id
+    data = encode_request({**body, "model": model})
+    passed = [name for name in ("anthropic-version", "anthropic-beta") if name in request.headers]
+    headers = {"Content-Type": "application/json", **{name: request.headers[name] for name in passed}}
+    url = f"{settings.anthropic_url}/v1/{request.match_info['what']}"
+
+    async def begin(key: str, owner: AsyncExitStack) -> Passage:
+        return await upstream.passage(url, key, owner, data=data, headers=headers, params=request.query)
+
+    async with AsyncExitStack() as owner:
+        stream = request[STREAM] = PassedStream(request, await upstream.persevere(model, begin, owner))
+        return await stream.send()
+
+
+ID = r"{id:[A-Za-z0-9_-][A-Za-z0-9_.:-]*}"  # nothing that could lead to another path
+
+# What else Z.ai serves under the base URL, and is passed on as it comes; nothing else gets our key.
+RELAYED = (
+    *(("POST", path) for path in ("embeddings", "images/generations", "async/images/generations")),
+    *(("POST", path) for path in ("audio/transcriptions", "audio/speech", "rerank", "moderations", "tokenizer")),
+    *(("POST", path) for path in ("web_search", "reader", "layout_parsing", "videos/generations", "files")),
+    *(("GET", path) for path in (f"async-result/{ID}", "files", f"files/{ID}", f"files/{ID}/content")),
+    ("DELETE", f"files/{ID}"),
+)
+# Z.ai's international address answers 1211 or 404 to these (seen in July 2026).
+CHINA_ALONE = ("embeddings", "rerank", "moderations", "audio/speech", "files")
+
+
+def relaying(path: str) -> Handler:
+    async def handler(request: web.Request) -> web.StreamResponse:
+        return await pass_on(request, path.replace(ID, request.match_info.get("id", "")))
+
+    return handler
+
+
+async def pass_on(request: web.Request, path: str) -> web.StreamResponse:
+    """A request as it comes, its body too, however large; it is asked once."""
+    upstream, base = request.app[UPSTREAM], request.app[SETTINGS].zai_base_url
+    key = upstream.keys.awake(path, upstream.clock.now())[0]
+    upstream.keys.used(key)
+    how = {
+        "method": request.method,
+        "data": request.content if request.can_read_body else None,
+        "headers": {
+            name: request.headers[name] for name in ("Content-Type", "Content-Length") if name in request.headers
+        },
+        "params": request.query,
+    }
+    async with AsyncExitStack() as owner:
+        try:
+            passage = await upstream.passage(f"{base}/{path}", key, owner, **how)
+        except UpstreamError as error:
+            upstream.keys.refused(key, path, error, upstream.clock.now())
+            if path.startswith(CHINA_ALONE) and "api.z.ai" in base:
+                error.message += " It may be on the China address alone: open.bigmodel.cn/api/paas/v4 (ZAI_BASE_URL)."
+            raise
+        stream = request[STREAM] = PassedStream(request, passage)
+        return await stream.send()
 
 
 async def one_response(request: web.Request) -> web.Response:
@@ -3459,7 +3727,7 @@ async def dashboard(_: web.Request) -> web.Response:
 
 
 async def dashboard_stats(request: web.Request) -> web.Response:
-    in_flight = sum(bool(record.model) for record in request.app[IN_FLIGHT].values())
+    in_flight = sum(bool(flying[RECORD].model) for flying in request.app[IN_FLIGHT].values())
     shown = request.app[STATISTICS].shown(time.time()) | request.app[UPSTREAM].shown()
     return json_response(shown | {"in_flight": in_flight}, headers={"Cache-Control": "no-store"})
 
@@ -3505,10 +3773,12 @@ def has_key(headers: Mapping[str, str], accepted: Iterable[str]) -> bool:
 @web.middleware
 async def outermost(request: web.Request, handler: Handler) -> web.StreamResponse:
     """Gives every request its record, every failure its shape, and every answer its line in the log."""
+    request[ERROR_BODY] = error_body
     record = request[RECORD] = Record(request.method, printable(request.path), time.monotonic(), secrets.token_hex(12))
     in_flight, task = request.app[IN_FLIGHT], asyncio.current_task()
+    request.app[CONNECTIONS].add(request.transport)
     REQUEST_ID.set(record.id[:8])
-    in_flight[task] = record
+    in_flight[task] = request
     try:
         response = await answer_or_tell(request, handler)
         record.status = response.status
@@ -3536,13 +3806,15 @@ async def answer_or_tell(request: web.Request, handler: Handler) -> web.StreamRe
 
 
 async def drain(app: web.Application) -> None:
-    """Before the server stops: what is in flight may finish for a while, then it is told."""
+    """Before the server stops: what is in flight may finish for a while, then it is told. Idle connections end now."""
     in_flight = app[IN_FLIGHT]
+    for idle in set(app[CONNECTIONS]) - {request.transport for request in in_flight.values()}:
+        idle.close()
     for seconds in (GRACE, 2):
         if in_flight:
             await asyncio.wait(list(in_flight), timeout=seconds)
-        for task, record in in_flight.items():
-            record.stopped = True
+        for task, request in in_flight.items():
+            request[RECORD].stopped = True
             task.cancel()
 
 
@@ -3571,11 +3843,13 @@ async def tell(request: web.Request, error: ProxyError) -> web.StreamResponse:
     """Say what failed in the way still open: with a status, or in a stream that has begun with its last frames."""
     error.detail = shortened(request.app[BLANK](error.detail))  # Z.ai might repeat our key
     request[RECORD].error = error.failure.code or error.failure.type
-    stream: OpenStream | None = request.get(STREAM)
+    stream: OpenStream | PassedStream | None = request.get(STREAM)
     if stream and stream.response.prepared:
-        await stream.fail(error, Head(request[RECORD].id, int(time.time()), stream.prompt.model))
+        await stream.fail(error, Head(request[RECORD].id, int(time.time()), request[RECORD].model))
         return stream.response
-    return json_response(error_body(error), error.failure.status, error_headers(error, request.app[CLOCK].now()))
+    return json_response(
+        request[ERROR_BODY](error), error.failure.status, error_headers(error, request.app[CLOCK].now())
+    )
 
 
 @web.middleware
@@ -4230,6 +4504,7 @@ def create_app(settings: Settings | None = None) -> web.Application:
     app[BLANK] = Blanker(settings.secrets)
     app[CLOCK] = Clock()
     app[IN_FLIGHT] = {}
+    app[CONNECTIONS] = WeakSet()
     app[STATISTICS] = Statistics(time.time())
     app.on_response_prepare.append(add_headers)
     app.cleanup_ctx.append(connect)
@@ -4237,6 +4512,9 @@ def create_app(settings: Settings | None = None) -> web.Application:
     app[STORE] = ResponseStore()
     for path, surface in surfaces(app[STORE]).items():
         add_route(app, "POST", f"{API}{path}{END}", keyed(answering(surface)))
+    for method, path in RELAYED:
+        add_route(app, method, f"{API}{path}{END}", keyed(relaying(path)))
+    add_route(app, "POST", f"{API}{{what:messages|messages/count_tokens}}{END}", keyed(messages))
     add_route(app, "GET", f"{API}models{END}", keyed(list_models))
     add_route(app, "GET", f"{API}models/{{id:.+?}}{END}", keyed(one_model))
     add_route(app, "GET", f"{API}responses/{{id}}{END}", keyed(one_response))
@@ -4269,6 +4547,8 @@ def refuse_bad_http(
     _: RequestHandler, request: web.BaseRequest, status: int = 500, exc: BaseException | None = None, *__: object
 ) -> web.Response:
     """Our shape for what aiohttp refuses before it reaches the app; its own texts would repeat headers, keys too."""
+    if isinstance(exc, ConnectionError) or request.writer.output_size:
+        raise ConnectionError("the client has left, or an answer has begun") from exc  # aiohttp knows what to do
     if status >= 500:
         LOG.error("a bug in ztoapi", exc_info=exc)
         error = ProxyError(BUG_MESSAGE, BUG)

@@ -715,11 +715,15 @@ def test_a_failure_in_a_stream_is_a_frame_with_choices():
     assert encoder.fail(error) == [{**error_body(error), "choices": []}, "[DONE]"]
 
 
-def completion(events):
+def summed_up(events):
     answer = Answer()
     for event in events:
         answer.add(event)
-    return chat_completion(HEAD, PROMPT, answer)
+    return answer
+
+
+def completion(events):
+    return chat_completion(HEAD, PROMPT, summed_up(events))
 
 
 def test_a_whole_answer_is_the_sum_of_its_events():
@@ -802,6 +806,282 @@ CALLED = ToolCall(0, "c1", "f", "{}")
 def test_reasoning_goes_where_it_is_wanted(form, events, wanted):
     shape = ReasoningShape(form)
     assert [shown for event in events for shown in shape.feed(event)] == wanted
+
+
+# ======== OpenAI completions ========
+
+
+def test_a_completion_is_asked_for_as_a_chat():
+    body = {
+        "model": "glm-4.6",
+        "prompt": ["写一首诗"],
+        "max_tokens": 9,
+        "stop": "x",
+        "logprobs": 3,
+        "best_of": 1,
+        "echo": False,
+    }
+    wanted = Prompt("glm-4.6", (Message("user", ("写一首诗",)),), max_tokens=9, stop=("x",), ignored=("logprobs",))
+    assert ztoapi.parse_completion(body) == wanted
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"prompt": ""}, "prompt"),
+        ({"prompt": [1, 2]}, "prompt"),
+        ({"prompt": ["a", "b"]}, "prompt"),
+        ({"prompt": "x", "echo": True}, "echo"),
+        ({"prompt": "x", "suffix": "y"}, "suffix"),
+        ({"prompt": "x", "best_of": 2}, "best_of"),
+        ({"prompt": "x", "model": ""}, "model"),
+    ],
+)
+def test_a_completion_that_cannot_be_had_is_refused_with_a_reason(fields, param):
+    with pytest.raises(BadRequest) as refused:
+        ztoapi.parse_completion({"model": "glm-4.6"} | fields)
+    assert refused.value.param == param
+
+
+def test_a_completion_has_the_text_alone():
+    envelope = {"id": "cmpl-2026", "object": "text_completion", "created": 1760762344, "model": "GLM-4.6"}
+    choice = {"index": 0, "text": "你好", "logprobs": None, "finish_reason": "stop"}
+    answer = summed_up(EVENTS)
+    assert ztoapi.completion(HEAD, PROMPT, answer) == {**envelope, "choices": [choice], "usage": USAGE}
+    encoder = ztoapi.CompletionStream(HEAD, ztoapi.replace(PROMPT, include_usage=True))
+    streamed = [frame for event in EVENTS for frame in encoder.feed(event)] + encoder.close()
+    assert [frame["choices"][0]["text"] for frame in streamed[:3]] == ["你", "好", ""]
+    assert streamed[2]["choices"][0]["finish_reason"] == "stop"
+    assert streamed[3:] == [{**envelope, "choices": [], "usage": USAGE}, "[DONE]"]
+
+
+# ======== OpenAI responses ========
+
+ASKED = {"model": "glm-4.6", "input": "你好"}
+
+
+def parse_response(**fields):
+    return ztoapi.Responses(ztoapi.ResponseStore()).parse(ASKED | fields)
+
+
+@pytest.mark.parametrize(
+    ("items", "wanted"),
+    [
+        pytest.param("hi", [Message("user", ("hi",))], id="text"),
+        pytest.param(
+            [{"role": "developer", "content": "x"}], [Message("system", ("x",))], id="a message without a type"
+        ),
+        pytest.param(
+            [
+                {
+                    "type": "message",
+                    "role": "user",
+                    "content": [
+                        {"type": "input_text", "text": "a"},
+                        {"type": "input_image", "image_url": "https://x", "detail": "auto"},
+                    ],
+                }
+            ],
+            [Message("user", ("a", Media("image_url", "https://x")))],
+            id="parts",
+        ),
+        pytest.param(
+            [
+                {"type": "reasoning", "summary": [{"type": "summary_text", "text": "hm"}]},
+                {"type": "message", "role": "assistant", "content": [{"type": "output_text", "text": "ok"}]},
+                {"type": "function_call", "call_id": "c1", "name": "f", "arguments": "{}"},
+                {"type": "custom_tool_call", "call_id": "c2", "name": "g", "input": "raw"},
+                {"type": "function_call_output", "call_id": "c1", "output": "1"},
+                {"type": "custom_tool_call_output", "call_id": "c2", "output": [{"type": "input_text", "text": "2"}]},
+            ],
+            [
+                Message(
+                    "assistant",
+                    ("ok",),
+                    "hm",
+                    (ToolCall(0, "c1", "f", "{}"), ToolCall(0, "c2", "g", '{"input":"raw"}')),
+                ),
+                Message("tool", ("1",), call_id="c1"),
+                Message("tool", ("2",), call_id="c2"),
+            ],
+            id="a turn of the assistant's is one message",
+        ),
+        pytest.param(
+            [
+                {"type": "reasoning", "summary": [], "encrypted_content": ztoapi.sealed("想😀")},
+                {"role": "user", "content": "x"},
+            ],
+            [Message("assistant", (), "想😀"), Message("user", ("x",))],
+            id="sealed reasoning",
+        ),
+    ],
+)
+def test_items_are_a_conversation(items, wanted):
+    assert parse_response(input=items).messages == tuple(wanted)
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"input": []}, "input"),
+        ({"input": [5]}, "input[0]"),
+        ({"input": [{"type": "item_reference", "id": "x"}]}, "input[0]"),
+        ({"input": [{"role": "user", "content": [{"type": "input_audio"}]}]}, "input[0].content[0]"),
+        ({"model": ""}, "model"),
+        ({"tools": [5]}, "tools[0]"),
+        ({"text": {"format": {"type": "yaml"}}}, "text"),
+        ({"reasoning": {"effort": "huge"}}, "reasoning"),
+        ({"max_output_tokens": 0}, "max_output_tokens"),
+        ({"previous_response_id": "resp_gone"}, "previous_response_id"),
+    ],
+)
+def test_a_response_that_makes_no_sense_names_the_field(fields, param):
+    with pytest.raises(ztoapi.ProxyError) as refused:
+        parse_response(**fields)
+    assert refused.value.param == param
+
+
+def test_what_else_a_response_asks_for():
+    schema = {"type": "object"}
+    prompt = parse_response(
+        instructions="Be kind.",
+        max_output_tokens=9,
+        temperature=0.5,
+        reasoning={"effort": "high", "summary": "auto"},
+        text={"format": {"type": "json_schema", "name": "x", "schema": schema}, "verbosity": "low"},
+        tools=[
+            {"type": "function", "name": "f", "parameters": schema},
+            {"type": "custom", "name": "g"},
+            {"type": "web_search"},
+            {"type": "computer"},
+        ],
+        tool_choice={"type": "function", "name": "f"},
+        metadata={"a": "b"},
+        background=True,
+    )
+    assert prompt.messages == (Message("system", ("Be kind.",)), Message("user", ("你好",)))
+    assert (prompt.max_tokens, prompt.temperature, prompt.effort, prompt.schema) == (9, 0.5, "high", schema)
+    assert [tool.name for tool in prompt.tools] == ["f", "g"]
+    assert prompt.native_tools[0]["type"] == "web_search"
+    assert prompt.tool_choice == ToolChoice("required", ("f",))
+    assert prompt.ignored == ("background", "tools[3]")
+
+
+def respond(events, **fields):
+    """The types of the events of a streamed response, and the response in the last."""
+    store = ztoapi.ResponseStore()
+    stream = ztoapi.ResponseStream(HEAD, parse_response(**fields), store)
+    streamed = [frame for event in events for frame in stream.feed(event)] + stream.close()
+    assert [frame["sequence_number"] for frame in streamed] == list(range(len(streamed)))
+    return [frame["type"].removeprefix("response.") for frame in streamed], streamed[-1]["response"], store
+
+
+def test_a_streamed_response_is_its_events_in_order():
+    names, response, _ = respond(EVENTS)
+    assert names == [
+        *("created", "in_progress"),
+        *("output_item.added", "content_part.added", "reasoning_text.delta"),
+        *("reasoning_text.done", "content_part.done", "output_item.done"),
+        *("output_item.added", "content_part.added", "output_text.delta", "output_text.delta"),
+        *("output_text.done", "content_part.done", "output_item.done"),
+        "completed",
+    ]
+    assert [item["type"] for item in response["output"]] == ["reasoning", "message"]
+    assert response["output"][1]["content"][0]["text"] == "你好"
+    assert response["usage"]["output_tokens_details"] == {"reasoning_tokens": 1}
+    assert (response["status"], response["model"], response["id"]) == ("completed", "GLM-4.6", "resp_2026")
+
+
+def test_reasoning_is_a_summary_for_those_who_ask_for_one_and_sealed_for_those_who_keep_it():
+    names, response, _ = respond(EVENTS, reasoning={"summary": "auto"}, include=["reasoning.encrypted_content"])
+    assert names[2:6] == [
+        "output_item.added",
+        "reasoning_summary_part.added",
+        "reasoning_summary_text.delta",
+        "reasoning_summary_text.done",
+    ]
+    item = response["output"][0]
+    assert item["summary"] == [{"type": "summary_text", "text": "hm"}]
+    assert ztoapi.unsealed(item) == "hm"
+    assert "hm" not in item["encrypted_content"]
+
+
+def test_calls_are_items_and_custom_ones_have_their_input():
+    calls = [
+        ToolCall(0, "c1", "f", '{"a'),
+        ToolCall(0, "", "", '":1}'),
+        ToolCall(1, "c2", "g", '{"input":"x\\ny"}'),
+        Finish("tool_calls"),
+    ]
+    names, response, _ = respond(calls, tools=[{"type": "custom", "name": "g"}])
+    assert names[2:] == [
+        *("output_item.added", "function_call_arguments.delta", "function_call_arguments.delta", "output_item.added"),
+        *("function_call_arguments.done", "output_item.done"),
+        *("custom_tool_call_input.delta", "custom_tool_call_input.done", "output_item.done"),
+        "completed",
+    ]
+    one, two = response["output"]
+    assert (one["type"], one["call_id"], one["arguments"]) == ("function_call", "c1", '{"a":1}')
+    assert (two["type"], two["call_id"], two["input"]) == ("custom_tool_call", "c2", "x\ny")
+
+
+def test_citations_are_annotations_of_the_message():
+    names, response, _ = respond([Text("x"), Citations((FOUND,)), Finish("stop")])
+    assert "output_text.annotation.added" in names
+    assert response["output"][0]["content"][0]["annotations"] == [{"type": "url_citation", **CITED}]
+
+
+@pytest.mark.parametrize(("reason", "why"), [("length", "max_output_tokens"), ("content_filter", "content_filter")])
+def test_a_response_that_is_cut_short_says_so(reason, why):
+    names, response, _ = respond([Text("x"), Finish(reason)])
+    assert (names[-1], response["status"], response["incomplete_details"]) == (
+        "incomplete",
+        "incomplete",
+        {"reason": why},
+    )
+
+
+def test_a_response_that_breaks_off_has_failed():
+    stream = ztoapi.ResponseStream(HEAD, parse_response(), ztoapi.ResponseStore())
+    stream.feed(Text("x"))
+    (frame,) = stream.fail(zai_error(429, b'{"error":{"code":"1302","message":"x"}}'))
+    assert (frame["type"], frame["response"]["error"]["code"]) == ("response.failed", "rate_limit_exceeded")
+    early = ztoapi.ResponseStream(HEAD, parse_response(), ztoapi.ResponseStore()).fail(BadRequest("no"))
+    assert [frame["type"] for frame in early] == ["response.created", "response.in_progress", "response.failed"]
+
+
+@pytest.mark.parametrize(
+    "events", [EVENTS, [CALLED, Finish("tool_calls")], [Text("x"), Citations((FOUND,)), Finish("length")]]
+)
+def test_a_whole_response_is_the_last_of_its_events(events):
+    _, streamed, store = respond(events)
+    whole = ztoapi.Responses(store).whole(HEAD, parse_response(), summed_up(events))
+    assert whole == streamed | {"usage": whole["usage"]}
+
+
+def test_a_response_is_remembered_with_the_whole_conversation():
+    _, response, store = respond(EVENTS)
+    prompt = ztoapi.Responses(store).parse(
+        {"model": "glm-4.6", "input": "and?", "previous_response_id": response["id"]}
+    )
+    assert prompt.messages == (
+        Message("user", ("你好",)),
+        Message("assistant", ("你好",), "hm"),
+        Message("user", ("and?",)),
+    )
+    assert respond(EVENTS, store=False)[2].kept == {}
+
+
+def test_the_memory_of_responses_is_bounded(monkeypatch):
+    monkeypatch.setattr(ztoapi.ResponseStore, "MOST", 3)
+    store = ztoapi.ResponseStore()
+    for i in range(5):
+        store.put({"id": str(i)}, (Message("user", ("x",)),))
+    assert list(store.kept) == ["2", "3", "4"]
+    monkeypatch.setattr(ztoapi.ResponseStore, "BYTES", store.size)
+    store.put({"id": "5", "x": "y" * 20}, ())
+    assert "2" not in store.kept
+    assert store.size == sum(kept.size for kept in store.kept.values())
 
 
 # ======== Z.ai: the request ========
@@ -2583,6 +2863,238 @@ async def test_a_stopping_server_lets_answers_finish_and_tells_those_that_take_t
     assert parse_frames(told)[-1]["error"]["code"] == "server_stopping"
     assert (refused_one.status, error_of(body)["code"]) == (503, "server_stopping")
     assert await eventually(lambda: zai.open == 0)
+
+
+# ======== Every surface is the same path ========
+
+SURFACES = {
+    "chat": ("/v1/chat/completions", HELLO),
+    "completions": ("/v1/completions", {"model": "glm-4.6", "prompt": "你好"}),
+    "responses": ("/v1/responses", ASKED),
+}
+on_every_surface = pytest.mark.parametrize(("path", "body"), SURFACES.values(), ids=SURFACES)
+
+
+@over_sockets
+@on_every_surface
+async def test_every_surface_answers_whole_and_streamed_and_is_counted(client, zai, path, body):
+    response, text = await ask(client, body, path)
+    assert (response.status, "好😀" in text) == (200, True)
+    response, stream = await ask(client, body | {"stream": True}, path)
+    assert (response.status, response.content_type, "好😀" in stream) == (200, "text/event-stream", True)
+    assert (await stats(client))[0]["models"]["glm-4.6"]["requests"] == 2
+
+
+@over_sockets
+@on_every_surface
+async def test_every_surface_tries_again_and_falls_back(client, zai, path, body):
+    zai.answers = [refused(1302), refused(1311)]
+    response, _ = await ask(client, body | {"fallbacks": ["glm-4.5"], "stream": True}, path)
+    assert (response.status, response.headers["x-ztoapi-model"], slept(client)) == (200, "glm-4.5", [1])
+
+
+@over_sockets
+@on_every_surface
+@pytest.mark.parametrize("stream", [False, True], ids=["whole", "streamed"])
+async def test_every_surface_has_a_status_before_the_first_byte(client, zai, path, body, stream):
+    zai.status, zai.parts = refused(1301, 400)
+    response, text = await ask(client, body | {"stream": stream}, path)
+    assert (response.status, error_of(text)["code"]) == (400, "content_filter")
+
+
+@over_sockets
+@on_every_surface
+async def test_every_surface_says_in_the_stream_that_it_breaks_off(client, zai, path, body):
+    zai.parts = [FIRST, RECORDED[len(FIRST) : len(FIRST) + 180], RESET]
+    response, stream = await ask(client, body | {"stream": True}, path)
+    assert response.status == 200
+    assert "broke off" in stream.split("\n\n")[-2 if "responses" in path else -3]
+
+
+@over_sockets
+@on_every_surface
+async def test_every_surface_is_kept_alive_and_freed(client, zai, path, body, monkeypatch):
+    monkeypatch.setattr(ztoapi, "KEEP_ALIVE", 0.05)
+    zai.parts = [HANG]
+    async with client.post(path, json=body | {"stream": True}, headers=KEY) as response:
+        assert await response.content.readuntil(b"\n\n") == b": keep-alive\n\n"
+        response.close()
+    assert await eventually(lambda: zai.open == 0)
+
+
+@over_sockets
+async def test_events_that_have_a_type_have_it_as_their_name(client):
+    _, stream = await ask(client, ASKED | {"stream": True}, "/v1/responses")
+    assert stream.startswith("event: response.created\ndata: {")
+    assert "[DONE]" not in stream
+
+
+@over_sockets
+async def test_a_response_can_be_looked_up_and_forgotten(client):
+    name = json.loads((await ask(client, ASKED, "/v1/responses"))[1])["id"]
+    for method, status in (("GET", 200), ("DELETE", 200), ("GET", 404), ("DELETE", 404)):
+        async with client.request(method, f"/v1/responses/{name}", headers=KEY) as response:
+            assert response.status == status
+
+
+# ======== What Z.ai serves itself ========
+
+
+class FakeRest:
+    """What else Z.ai serves: answers what a test tells it to, and remembers what it was asked."""
+
+    def __init__(self):
+        self.status, self.type, self.parts, self.asked = 200, "application/json", [b'{"ok":true}'], []
+
+    def app(self):
+        app = web.Application(client_max_size=2**30)
+        app.router.add_route("*", "/{path:.*}", self.serve)
+        return app
+
+    async def serve(self, request):
+        self.asked.append((request.method, request.path_qs, dict(request.headers), await request.read()))
+        response = web.StreamResponse(status=self.status, headers={"Content-Type": self.type})
+        await response.prepare(request)
+        for part in self.parts:
+            if part is RESET:
+                request.transport.abort()
+            else:
+                await response.write(part)
+                await asyncio.sleep(0.01)
+        return response
+
+
+@pytest_asyncio.fixture
+async def rest(aiohttp_server):
+    fake = FakeRest()
+    fake.url = str((await aiohttp_server(fake.app())).make_url("/api/paas/v4"))
+    return fake
+
+
+CLAUDE = {"model": "claude-opus-5", "max_tokens": 9, "messages": [{"role": "user", "content": "你好"}]}
+
+
+@pytest_asyncio.fixture
+async def passing(start, rest):
+    return await start(zai_base_url=rest.url, model_aliases=(("claude-*", "glm-5.3"),))
+
+
+@over_sockets
+async def test_messages_go_to_zais_own_anthropic_api_with_our_key(passing, rest):
+    rest.type, rest.parts = (
+        "text/event-stream",
+        [b"event: message_start\ndata: {}\n\n", b"event: message_stop\ndata: {}\n\n"],
+    )
+    headers = KEY | {"anthropic-version": "2023-06-01", "anthropic-beta": "tools"}
+    response, body = await ask(passing, CLAUDE, "/v1/messages", headers)
+    assert (response.content_type, body.encode()) == ("text/event-stream", b"".join(rest.parts))
+    method, path, sent, data = rest.asked[0]
+    assert (method, path, sent["Authorization"]) == ("POST", "/api/anthropic/v1/messages", "Bearer zai-key")
+    assert (sent["anthropic-version"], sent["anthropic-beta"]) == ("2023-06-01", "tools")
+    assert json.loads(data) == CLAUDE | {"model": "glm-5.3"}
+    assert (await ask(passing, CLAUDE, "/v1/messages/count_tokens"))[0].status == 200
+    assert rest.asked[1][1] == "/api/anthropic/v1/messages/count_tokens"
+
+
+@over_sockets
+@pytest.mark.parametrize(
+    ("http", "body", "status", "kind"),
+    [
+        (
+            429,
+            b'{"type":"error","error":{"type":"rate_limit_error","code":"1308","message":"x"}}',
+            429,
+            "rate_limit_error",
+        ),
+        (200, b'{"code":401,"msg":"token expired or incorrect","success":false}', 502, "api_error"),
+        (404, b"", 502, "api_error"),
+        (400, b'{"error":{"code":"1210","message":"x"}}', 400, "invalid_request_error"),
+    ],
+)
+async def test_failures_of_messages_have_anthropics_shape(passing, rest, http, body, status, kind):
+    rest.status, rest.parts = http, [body]
+    response, text = await ask(passing, CLAUDE, "/v1/messages")
+    assert (response.status, json.loads(text)["type"], error_of(text)["type"]) == (status, "error", kind)
+
+
+@over_sockets
+async def test_messages_that_break_off_end_with_an_error(passing, rest):
+    rest.type, rest.parts = "text/event-stream", [b"event: message_start\ndata: {}\n\n", RESET]
+    _, body = await ask(passing, CLAUDE, "/v1/messages")
+    assert body.split("\n\n")[1].startswith('event: error\ndata: {"type":"error"')
+
+
+@over_sockets
+async def test_messages_are_tried_again_like_chat(passing, rest):
+    rest.status, rest.parts = refused(1302)
+    response, _ = await ask(passing, CLAUDE, "/v1/messages")
+    assert (response.status, len(rest.asked)) == (429, 3)
+
+
+@over_sockets
+@pytest.mark.parametrize("path", ["/v1/messages", "/v1/messages/count_tokens"])
+async def test_messages_need_the_key_in_anthropics_shape_too(passing, rest, path):
+    response, _ = await ask(passing, CLAUDE, path, {"x-api-key": "wrong"})
+    assert (response.status, rest.asked) == (401, [])
+
+
+@over_sockets
+@pytest.mark.parametrize(("method", "path"), ztoapi.RELAYED, ids=lambda word: word.replace(ztoapi.ID, "ID"))
+async def test_what_else_zai_serves_is_passed_on(passing, rest, method, path):
+    path = path.replace(ztoapi.ID, "file-7")
+    rest.type, rest.parts = "audio/wav", [b"RIFF", b"\x00\xff"]
+    data = b"--x\r\n\r\nbytes" if method == "POST" else None
+    headers = KEY | ({"Content-Type": "multipart/form-data; boundary=x"} if data else {})
+    async with passing.request(method, f"/v1/{path}?limit=2", data=data, headers=headers) as response:
+        assert (response.status, response.content_type, await response.read()) == (200, "audio/wav", b"RIFF\x00\xff")
+    asked_method, asked, sent, body = rest.asked[0]
+    assert (asked_method, asked, sent["Authorization"]) == (method, f"/api/paas/v4/{path}?limit=2", "Bearer zai-key")
+    assert (body, sent.get("Content-Type")) == (data or b"", headers.get("Content-Type"))
+
+
+@over_sockets
+@pytest.mark.parametrize(
+    "path", ["/v1/files/..%2Fmodels", "/v1/files/%2e%2e", "/v1/files/a%2Fb", "/v1/agents", "/v1/files/../agents"]
+)
+async def test_nothing_else_gets_our_key(passing, rest, path):
+    answer = await talk_raw(
+        passing, f"GET {path} HTTP/1.1\r\nHost: localhost\r\nx-api-key: sk-your-key\r\n\r\n".encode()
+    )
+    assert (answer[:12], rest.asked) == (b"HTTP/1.1 404", [])
+
+
+@over_sockets
+async def test_a_path_of_the_china_address_alone_says_so(start):
+    client = await start(zai_base_url="http://127.0.0.1:1/api.z.ai")
+    _, body = await ask(client, {"input": "x"}, "/v1/embeddings")
+    assert "open.bigmodel.cn" in error_of(body)["message"]
+
+
+@over_sockets
+async def test_the_list_of_models_speaks_anthropic_and_codex_too(client):
+    async with client.get("/v1/models", headers=KEY | {"anthropic-version": "2023-06-01"}) as response:
+        models = await response.json()
+    assert models["data"][0] == {
+        "type": "model",
+        "id": "glm-5.3",
+        "display_name": "glm-5.3",
+        "created_at": "2026-08-13T16:00:00Z",
+    }
+    async with client.get("/v1/models?client_version=1.0", headers=KEY) as response:
+        models = await response.json()
+    assert {model["slug"] for model in models["models"]} == {model["id"] for model in models["data"]}
+
+
+@pytest.mark.parametrize(
+    ("base", "wanted"),
+    [
+        ("https://api.z.ai/api/paas/v4", "https://api.z.ai/api/anthropic"),
+        ("https://api.z.ai/api/coding/paas/v4", "https://api.z.ai/api/anthropic"),
+        ("https://open.bigmodel.cn/api/paas/v4", "https://open.bigmodel.cn/api/anthropic"),
+    ],
+)
+def test_anthropics_api_is_beside_zais(base, wanted):
+    assert Settings(zai_base_url=base).anthropic_url == wanted
 
 
 # ======== Bounds ========

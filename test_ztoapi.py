@@ -3034,8 +3034,8 @@ async def test_messages_are_tried_again_like_chat(passing, rest):
 @over_sockets
 @pytest.mark.parametrize("path", ["/v1/messages", "/v1/messages/count_tokens"])
 async def test_messages_need_the_key_in_anthropics_shape_too(passing, rest, path):
-    response, _ = await ask(passing, CLAUDE, path, {"x-api-key": "wrong"})
-    assert (response.status, rest.asked) == (401, [])
+    response, body = await ask(passing, CLAUDE, path, {"x-api-key": "wrong"})
+    assert (response.status, error_of(body)["type"], rest.asked) == (401, "authentication_error", [])
 
 
 @over_sockets

@@ -3607,7 +3607,6 @@ async def one_model(request: web.Request) -> web.Response:
 
 async def messages(request: web.Request) -> web.StreamResponse:
     """Anthropic's API, which Z.ai serves itself: only the key and the model's name are ours."""
-    request[ERROR_BODY] = anthropic_error_body
     settings, upstream, record = request.app[SETTINGS], request.app[UPSTREAM], request[RECORD]
     body = await read_json(request)
     named = checked(body, {"model": model_name}).get("model")
@@ -3626,6 +3625,16 @@ async def messages(request: web.Request) -> web.StreamResponse:
     async with AsyncExitStack() as owner:
         stream = request[STREAM] = PassedStream(request, await upstream.persevere(model, begin, owner))
         return await stream.send()
+
+
+def in_anthropics_shape(handler: Handler) -> Handler:
+    """The handler, with errors as Anthropic's clients read them."""
+
+    async def shaped(request: web.Request) -> web.StreamResponse:
+        request[ERROR_BODY] = anthropic_error_body
+        return await handler(request)
+
+    return shaped
 
 
 ID = r"{id:[A-Za-z0-9_-][A-Za-z0-9_.:-]*}"  # nothing that could lead to another path
@@ -4514,7 +4523,7 @@ def create_app(settings: Settings | None = None) -> web.Application:
         add_route(app, "POST", f"{API}{path}{END}", keyed(answering(surface)))
     for method, path in RELAYED:
         add_route(app, method, f"{API}{path}{END}", keyed(relaying(path)))
-    add_route(app, "POST", f"{API}{{what:messages|messages/count_tokens}}{END}", keyed(messages))
+    add_route(app, "POST", f"{API}{{what:messages|messages/count_tokens}}{END}", in_anthropics_shape(keyed(messages)))
     add_route(app, "GET", f"{API}models{END}", keyed(list_models))
     add_route(app, "GET", f"{API}models/{{id:.+?}}{END}", keyed(one_model))
     add_route(app, "GET", f"{API}responses/{{id}}{END}", keyed(one_response))

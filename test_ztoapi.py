@@ -3825,7 +3825,7 @@ class Browser:
 
     async def connect(self, session):
         port_file = self.folder / "DevToolsActivePort"
-        assert await eventually(port_file.exists, 20)
+        assert await eventually(lambda: port_file.exists() and "/" in port_file.read_text(), 20)
         port = port_file.read_text().splitlines()[0]
         async with session.get(f"http://127.0.0.1:{port}/json/list") as response:
             pages = await response.json(content_type=None)

@@ -2691,8 +2691,6 @@ class Backoff:
 # ======== Upstream — from here on: I/O ==============================================================================
 
 LOG = logging.getLogger("ztoapi")
-
-
 REQUEST_ID: ContextVar[str] = ContextVar("request_id", default="-")  # tells the lines of one request from the others'
 
 
@@ -2710,39 +2708,79 @@ MODELS_AGE = 600  # seconds for which Z.ai's list of models is not asked for aga
 MODELS_TIMEOUT = 5
 
 
-class Reply:
-    """One answer of Z.ai's on its way; its connection belongs to whoever opened it."""
+@dataclass(frozen=True)
+class Origin:
+    """Where an answer came from: Z.ai's id of it, Unix seconds (0: not told), the model, Z.ai's id of the request."""
 
-    def __init__(self, response: aiohttp.ClientResponse, reader: ZaiReader) -> None:
-        self.response, self.reader = response, reader
+    id: str
+    created: int
+    model: str
+    request_id: str
+
+
+class Passage:
+    """The bytes of an answer of Z.ai's; its connection belongs to whoever opened it."""
+
+    def __init__(self, response: aiohttp.ClientResponse) -> None:
+        self.response = response
+        self.ahead = b""  # read to see that it begins well
+
+    async def check_status(self) -> None:
+        """Raises UpstreamError for a refusal that has a status."""
+        if not 200 <= self.response.status < 300:
+            body = b""
+            while len(body) < ERROR_BODY_LIMIT and (part := await self.read()):
+                body += part
+            trace(f"received HTTP {self.response.status}", body)
+            raise zai_error(self.response.status, body)
+
+    async def begin(self) -> None:
+        """Raises UpstreamError for a refusal; Z.ai has some that say 200: {"code": 401, "msg": …, "success": false}."""
+        await self.check_status()
+        self.ahead = await self.read()
+        document = obj(parse_json(self.ahead)) if self.response.content_type == "application/json" else {}
+        if document.get("success") is False or obj(document.get("error")).get("code"):
+            raise zai_error(200, document)
+
+    async def parts(self) -> AsyncIterator[bytes]:
+        part = self.ahead
+        while part:
+            yield part
+            part = await self.read()
+
+    async def read(self) -> bytes:
+        """The next bytes, none at the end. Raises UpstreamError when the connection breaks off."""
+        try:
+            return await self.response.content.readany()
+        except aiohttp.ClientError as error:
+            raise connection_error(error) from error
+
+
+class Reply:
+    """One answer of Z.ai's on its way, as events."""
+
+    def __init__(self, passage: Passage, reader: ZaiReader) -> None:
+        self.passage, self.reader = passage, reader
         self.ahead: list[Event] = []  # read to see that the answer begins well
         self.failure: UpstreamError | None = None  # told after the events that came before it
         self.patience = 0.0  # loop time until which Z.ai may go on after its finish
 
     @property
-    def id(self) -> str:
-        return self.reader.id
-
-    @property
-    def model(self) -> str:
-        return self.reader.model
+    def origin(self) -> Origin:
+        reader = self.reader
+        request_id = header_word(self.passage.response.headers.get("X-Log-Id") or reader.request_id)
+        return Origin(reader.id, reader.created, reader.model, request_id)
 
     @property
     def torn(self) -> int:
         return self.reader.torn
 
-    @property
-    def created(self) -> int:
-        return self.reader.created
-
-    @property
-    def request_id(self) -> str:
-        return header_word(self.response.headers.get("X-Log-Id") or self.reader.request_id)
-
     async def begin(self) -> None:
         """Wait for the first events. Raises UpstreamError when Z.ai refuses, or fails before there is one."""
-        if not 200 <= self.response.status < 300:
-            raise self.named(zai_error(self.response.status, await self.read_refusal()))
+        try:
+            await self.passage.check_status()
+        except UpstreamError as error:
+            raise self.named(error) from error
         self.ahead = await self.read()
 
     async def read(self) -> list[Event]:
@@ -2768,13 +2806,13 @@ class Reply:
     async def read_part(self) -> bytes:
         """The next bytes; none at the end. After its last word nothing that happens to the connection matters."""
         finished = self.reader.finish is not None
-        reading = self.response.content.readany()
+        reading = self.passage.read()
         try:
             return await (asyncio.wait_for(reading, self.last_wait()) if finished else reading)
-        except (aiohttp.ClientError, asyncio.TimeoutError) as error:
-            if finished:
+        except (UpstreamError, asyncio.TimeoutError) as error:
+            if finished or not isinstance(error, UpstreamError):
                 return b""
-            raise self.named(connection_error(error)) from error
+            raise self.named(error) from error
 
     def last_wait(self) -> float:
         now = asyncio.get_running_loop().time()
@@ -2783,56 +2821,13 @@ class Reply:
 
     async def finish(self) -> None:
         """Read what the connection still has to say, so that it can serve again."""
-        with suppress(UpstreamError):
-            while not self.response.content.at_eof() and await self.read_part():
-                pass
-
-    async def read_refusal(self) -> bytes:
-        body = b""
-        while len(body) < ERROR_BODY_LIMIT and (part := await self.read_part()):
-            body += part
-        trace(f"received HTTP {self.response.status}", body)
-        return body
+        while not self.passage.response.content.at_eof() and await self.read_part():
+            pass
 
     def named(self, error: UpstreamError) -> UpstreamError:
         """The error with Z.ai's own id of the request, for whoever wants to ask Z.ai about it."""
-        error.headers = {"x-zai-request-id": self.request_id} if self.request_id else {}
+        error.headers = {"x-zai-request-id": self.origin.request_id} if self.origin.request_id else {}
         return error
-
-
-class Passage:
-    """An answer of Z.ai's that goes on byte by byte."""
-
-    def __init__(self, response: aiohttp.ClientResponse) -> None:
-        self.response = response
-        self.ahead = b""  # read to see that it begins well
-
-    async def begin(self) -> None:
-        """Raises UpstreamError for a refusal; Z.ai has some that say 200: {"code": 401, "msg": …, "success": false}."""
-        if not 200 <= self.response.status < 300:
-            raise zai_error(self.response.status, await self.read_refusal())
-        self.ahead = await self.read()
-        document = obj(parse_json(self.ahead)) if self.response.content_type == "application/json" else {}
-        if document.get("success") is False or obj(document.get("error")).get("code"):
-            raise zai_error(200, document)
-
-    async def parts(self) -> AsyncIterator[bytes]:
-        part = self.ahead
-        while part:
-            yield part
-            part = await self.read()
-
-    async def read(self) -> bytes:
-        try:
-            return await self.response.content.readany()
-        except aiohttp.ClientError as error:
-            raise connection_error(error) from error
-
-    async def read_refusal(self) -> bytes:
-        body = b""
-        while len(body) < ERROR_BODY_LIMIT and (part := await self.read()):
-            body += part
-        return body
 
 
 class Replies:
@@ -2845,20 +2840,8 @@ class Replies:
         self.reading = {asyncio.create_task(self.first(choice, ask)) for choice, ask in enumerate(asking)}
 
     @property
-    def id(self) -> str:
-        return self.begun[0].id
-
-    @property
-    def created(self) -> int:
-        return self.begun[0].created
-
-    @property
-    def model(self) -> str:
-        return self.begun[0].model
-
-    @property
-    def request_id(self) -> str:
-        return self.begun[0].request_id
+    def origin(self) -> Origin:
+        return self.begun[0].origin
 
     @property
     def torn(self) -> int:
@@ -2948,7 +2931,7 @@ def header_word(words: str) -> str:
 
 @dataclass
 class Place:
-    """One request's place in flight: with this key, as the so-manieth of its limit."""
+    """One request's place in flight: with this key; `rank` were taken then, this one included."""
 
     key: str
     limit: Limit
@@ -2982,6 +2965,8 @@ class Queue:
             self.leave(place)
 
     async def enter(self, ticket: int) -> Place:
+        if not self.waiting and self.in_flight < self.ceiling and (place := self.free_place()):
+            return place
         future: asyncio.Future[Place] = asyncio.get_running_loop().create_future()
         waiter = (ticket, future)
         insort(self.waiting, waiter, key=itemgetter(0))
@@ -3100,7 +3085,7 @@ class Upstream:
         async def begin(key: str, owner: AsyncExitStack) -> Reply:
             trace("sent", body)
             url = self.settings.zai_base_url + "/chat/completions"
-            reply = Reply(await self.send(url, key, owner, data=body), ZaiReader(model))
+            reply = Reply(Passage(await self.send(url, key, owner, data=body)), ZaiReader(model))
             await reply.begin()
             return reply
 
@@ -3531,7 +3516,7 @@ async def answer(request: web.Request, surface: Surface) -> web.StreamResponse:
 
 
 def head_of(reply: Reply | Replies, prompt: Prompt, record: Record) -> Head:
-    return Head(reply.id or record.id, reply.created or int(time.time()), prompt.model)
+    return Head(reply.origin.id or record.id, reply.origin.created or int(time.time()), prompt.model)
 
 
 def filled(prompt: Prompt, settings: Settings, accept: str) -> Prompt:
@@ -3568,9 +3553,9 @@ def wants_stream(accept: str, *, default: bool) -> bool:
 def answer_headers(prompt: Prompt, reply: Reply | Replies) -> dict[str, str]:
     ignored = ",".join(header_word(name) for name in prompt.ignored[:32])
     headers = {
-        "x-ztoapi-model": header_word(reply.model),
+        "x-ztoapi-model": header_word(reply.origin.model),
         "x-ztoapi-ignored": ignored,
-        "x-zai-request-id": reply.request_id,
+        "x-zai-request-id": reply.origin.request_id,
     }
     return {name: value for name, value in headers.items() if value}
 
@@ -4677,7 +4662,7 @@ async def check_chat(upstream: Upstream, models: list[Model]) -> Finding:
     except ProxyError as error:
         return Finding("chat", str(error), good=False)
     words = " ".join(answer.choice(0).text.split())[:40]
-    return Finding("chat", f"{reply.model} says {words!r} after {time.monotonic() - started:.1f} s")
+    return Finding("chat", f"{reply.origin.model} says {words!r} after {time.monotonic() - started:.1f} s")
 
 
 async def check(flags: Mapping[str, str]) -> int:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gzip
 import hashlib
 import io
 import json
@@ -161,6 +162,7 @@ def test_an_empty_variable_counts_as_not_set():
             "api.z.ai",
             "ZAI_BASE_URL=api.z.ai cannot be used: it must be an http or https address such as",
         ),
+        ("ZAI_BASE_URL", "https://a..b/v4", "ZAI_BASE_URL=https://a..b/v4 cannot be used"),
         ("ZAI_BASE_URL", "https://u:p@api.z.ai", "it must be an http or https address such as"),
         ("MAX_RETRIES", "-1", "MAX_RETRIES=-1 cannot be used: it must be a number of times, 0 to 10"),
         ("MODEL_ALIASES", "gpt-4o", "MODEL_ALIASES=gpt-4o cannot be used: it must be name=model pairs"),
@@ -864,9 +866,37 @@ def parse_response(**fields):
     return ztoapi.Responses(ztoapi.ResponseStore()).parse(ASKED | fields)
 
 
+def test_an_item_may_be_sent_by_its_id_alone():
+    _, response, store = respond([Text("x"), CALLED, Finish("tool_calls")])
+    items = [{"type": "item_reference", "id": item["id"]} for item in response["output"]]
+    output = {"type": "function_call_output", "call_id": "c1", "output": "1"}
+    prompt = ztoapi.Responses(store).parse({"model": "glm-4.6", "input": [*items, output]})
+    assert prompt.messages == (Message("assistant", ("x",), calls=(CALLED,)), Message("tool", ("1",), call_id="c1"))
+
+
 @pytest.mark.parametrize(
     ("items", "wanted"),
     [
+        pytest.param(
+            [
+                {"type": "function_call", "call_id": "c1", "name": "f", "arguments": "{}"},
+                {"type": "function_call", "call_id": "c2", "name": "f", "arguments": "{}"},
+                {
+                    "type": "function_call_output",
+                    "call_id": "c1",
+                    "output": [{"type": "input_image", "image_url": "https://x"}],
+                },
+                {"type": "function_call_output", "call_id": "c2", "output": "2"},
+                {"type": "web_search_call", "id": "ws_1"},
+            ],
+            [
+                Message("assistant", (), calls=(ToolCall(0, "c1", "f", "{}"), ToolCall(0, "c2", "f", "{}"))),
+                Message("tool", ("(a picture, shown below)",), call_id="c1"),
+                Message("tool", ("2",), call_id="c2"),
+                Message("user", (Media("image_url", "https://x"),)),
+            ],
+            id="a picture from a tool, and what OpenAI's own tools leave",
+        ),
         pytest.param("hi", [Message("user", ("hi",))], id="text"),
         pytest.param(
             [{"role": "developer", "content": "x"}], [Message("system", ("x",))], id="a message without a type"
@@ -925,7 +955,7 @@ def test_items_are_a_conversation(items, wanted):
     [
         ({"input": []}, "input"),
         ({"input": [5]}, "input[0]"),
-        ({"input": [{"type": "item_reference", "id": "x"}]}, "input[0]"),
+        ({"input": [{"type": "item_reference", "id": "x"}]}, "previous_response_id"),
         ({"input": [{"role": "user", "content": [{"type": "input_audio"}]}]}, "input[0].content[0]"),
         ({"model": ""}, "model"),
         ({"tools": [5]}, "tools[0]"),
@@ -2011,7 +2041,7 @@ def crowd(hidden, requests, answer=5.0, limit=None):
     now, agenda, number, active, done, refusals = 0.0, [], count(), 0, 0, []
     waiting = requests
     while done < requests:
-        while waiting and limit.in_flight < limit.limit:
+        while waiting and limit.has_room(now):
             waiting, rank, taken = waiting - 1, limit.enter(), active < hidden(now)
             active += taken
             first = now + 0.5 * random.uniform(0.5, 1.5)
@@ -2117,6 +2147,19 @@ async def test_every_key_has_a_limit_of_its_own():
         await asyncio.sleep(0)
         assert not third.done()
         third.cancel()
+
+
+@over_sockets
+async def test_a_long_answer_does_not_stop_those_who_wait_for_long(monkeypatch):
+    monkeypatch.setattr(Queue, "LOOK_AGAIN", 0.01)
+    queue = make_queue()
+    async with queue.place(0) as long:
+        long.limit.refused(2, queue.clock.now())  # one more was too many, just once
+        waiting = asyncio.create_task(queue.enter(1))
+        await asyncio.sleep(0.05)
+        assert not waiting.done()
+        queue.clock.time += Limit.SHORTEST
+        queue.leave(await asyncio.wait_for(waiting, 1))
 
 
 @over_sockets
@@ -2802,6 +2845,20 @@ async def test_a_silent_stream_is_opened_late_and_kept_alive(client, zai, monkey
 
 
 @over_sockets
+async def test_the_timer_of_a_stream_ends_with_it(client, monkeypatch):
+    streams = []
+
+    class Watched(ztoapi.OpenStream):
+        def __init__(self, *args):
+            super().__init__(*args)
+            streams.append(self)
+
+    monkeypatch.setattr(ztoapi, "OpenStream", Watched)
+    await ask(client, chat(stream=True))
+    assert streams[0].timer.cancelled()
+
+
+@over_sockets
 async def test_a_failure_after_a_comment_is_a_frame(client, zai, monkeypatch):
     monkeypatch.setattr(ztoapi, "KEEP_ALIVE", 0.05)
     zai.parts = [b": wait\n\n", 0.2, b'data: {"error":{"code":"1301","message":"no"}}\n\n']
@@ -3036,6 +3093,23 @@ async def test_messages_are_tried_again_like_chat(passing, rest):
 async def test_messages_need_the_key_in_anthropics_shape_too(passing, rest, path):
     response, body = await ask(passing, CLAUDE, path, {"x-api-key": "wrong"})
     assert (response.status, error_of(body)["type"], rest.asked) == (401, "authentication_error", [])
+    async with passing.get("/v1/nothing", headers={"anthropic-version": "1"}) as response:
+        assert (response.status, (await response.json())["error"]["type"]) == (404, "not_found_error")
+
+
+@over_sockets
+async def test_a_path_that_zai_does_not_have_is_not_found(passing, rest):
+    rest.status, rest.parts = 404, [b""]
+    response, body = await ask(passing, {}, "/v1/reader")
+    assert (response.status, error_of(body)["code"]) == (404, "not_found")
+
+
+@over_sockets
+async def test_a_packed_body_is_passed_on_unpacked(passing, rest):
+    headers = KEY | {"Content-Encoding": "gzip", "Content-Type": "application/json"}
+    async with passing.post("/v1/reader", data=gzip.compress(b'{"url":"x"}'), headers=headers) as response:
+        assert response.status == 200
+    assert rest.asked[0][3] == b'{"url":"x"}'
 
 
 @over_sockets
@@ -3761,6 +3835,21 @@ async def test_the_dashboard_tells_what_went_through_and_no_secret(start, zai):
     assert (shown["in_flight"], shown["healed"]["other_keys"], shown["healed"]["retries"]) == (0, 1, 1)
     for secret in ("zai-one", "zai-two", "sk-your-key", "secret prompt", "127.0.0.1"):
         assert secret not in text
+
+
+@over_sockets
+async def test_the_dashboard_blanks_what_clients_put_into_names(start):
+    client = await start(default_key=("sk-mine",))
+    await ask(client, chat(model="sk-mine"), headers={"x-api-key": "sk-mine"})
+    async with client.get("/dashboard/stats", headers={"x-api-key": "sk-mine"}) as response:
+        assert "sk-mine" not in await response.text()
+
+
+@over_sockets
+async def test_invented_names_do_not_fill_the_memory(client):
+    for i in range(200):
+        await ask(client, chat(model=f"m{i}"))
+    assert len(client.app[ztoapi.UPSTREAM].queues) <= len(MODELS) + 1
 
 
 @over_sockets

@@ -47,7 +47,7 @@ from dataclasses import dataclass, field, fields, replace
 from datetime import datetime, timezone
 from fnmatch import fnmatchcase
 from functools import partial
-from itertools import chain, count
+from itertools import chain, count, islice
 from operator import itemgetter
 from pathlib import Path
 from typing import Any, Literal, NoReturn, Protocol, TypeVar
@@ -125,6 +125,7 @@ def base_url(text: str) -> str:
         or url.port == 0
     ):
         raise ValueError(text)
+    url.hostname.encode("idna")  # raises UnicodeError, a ValueError
     return text.rstrip("/").removesuffix("/chat/completions")
 
 
@@ -330,6 +331,7 @@ ANTHROPIC_TYPES = {
     403: "permission_error",
     404: "not_found_error",
     413: "request_too_large",
+    422: "invalid_request_error",
     429: "rate_limit_error",
 }
 
@@ -454,15 +456,15 @@ def codex_item(model: Model, name: str) -> JSON:
         "supported_in_api": True,
         "priority": 1,
         "upgrade": None,
-        "base_instructions": "",
         "supports_reasoning_summaries": True,
         "support_verbosity": False,
         "default_verbosity": None,
-        "apply_patch_tool_type": "function",
+        "apply_patch_tool_type": "freeform",
         "truncation_policy": {"mode": "bytes", "limit": 10_000},
         "supports_parallel_tool_calls": True,
         "context_window": model.context or 128 * K,
         "experimental_supported_tools": [],
+        "input_modalities": ["text", "image"] if model.sees else ["text"],
     }
 
 
@@ -1475,7 +1477,6 @@ ECHOED: JSON = {
     "parallel_tool_calls": True,
     "previous_response_id": None,
     "reasoning": {"effort": None, "summary": None},
-    "safety_identifier": None,
     "store": True,
     "temperature": 1.0,
     "text": {"format": {"type": "text"}},
@@ -1483,8 +1484,8 @@ ECHOED: JSON = {
     "tools": [],
     "top_p": 1.0,
     "truncation": "disabled",
-    "user": None,
 }
+ECHOED_IF_GIVEN = ("include", "user", "safety_identifier")
 SEALED = "ztoapi:"  # what reasoning that a client keeps for us, unread, begins with
 
 
@@ -1500,12 +1501,14 @@ class Responses:
         if not given.get("model"):
             raise BadRequest("'model' is required and must not be empty.", "model")
         before = self.store.get(given["previous_response_id"]).messages if "previous_response_id" in given else ()
-        said = joined((*before, *(parse_item(item, f"input[{i}]") for i, item in enumerate(given.get("input", ())))))
+        items = [(self.referred(item), f"input[{i}]") for i, item in enumerate(given.get("input", ()))]
+        said = joined((*before, *shown_apart(message for item, at in items for message in parse_item(item, at))))
         if not said:
             raise BadRequest("'input' is required and must not be empty.", "input")
         orders = (Message("system", (given["instructions"],)),) if given.get("instructions") else ()
         tools = [parse_response_tool(tool, f"tools[{i}]") for i, tool in enumerate(given.get("tools", ()))]
         unusable = [f"tools[{i}]" for i, tool in enumerate(tools) if tool is None]
+        echo = {name: body[name] for name in (*ECHOED, *ECHOED_IF_GIVEN) if body.get(name) is not None}
         return Prompt(
             model=given["model"],
             messages=(*orders, *said),
@@ -1521,9 +1524,17 @@ class Responses:
             effort=given.get("reasoning"),
             reasoning_format="parsed",
             fallbacks=given.get("fallbacks", ()),
-            echo={name: body[name] for name in (*ECHOED, "include") if body.get(name) is not None} | {"said": said},
+            echo=echo | {"said": said},
             ignored=(*unknown_fields(body, (*RESPONSE_FIELDS, *ECHOED)), *unusable),
         )
+
+    def referred(self, item: Any) -> Any:
+        """The item itself where only its id was sent: that has the id of the response in it (see `new_item`)."""
+        match item:
+            case {"type": "item_reference", "id": str(name)}:
+                output = self.store.get(f"resp_{name.partition('_')[2].rpartition('_')[0]}").response["output"]
+                return next((item for item in output if item["id"] == name), item)
+        return item
 
     def stream(self, head: Head, prompt: Prompt) -> ResponseStream:
         return ResponseStream(head, prompt, self.store)
@@ -1536,20 +1547,46 @@ class Responses:
         return stream.response()
 
 
-def parse_item(item: Any, at: str) -> Message:
-    """One item of the input as a message; several items may be one message of the assistant's (see `joined`)."""
+def parse_item(item: Any, at: str) -> Iterator[Message]:
+    """One item of the input as messages; several items may be one message of the assistant's (see `joined`)."""
     match item:
         case {"type": "function_call" | "custom_tool_call", "name": str(name), "call_id": str(call_id)}:
             arguments = item.get("arguments") if item["type"] == "function_call" else {"input": item.get("input")}
-            return Message("assistant", (), calls=(ToolCall(0, call_id, name, argument_text(arguments) or "{}"),))
+            yield Message("assistant", (), calls=(ToolCall(0, call_id, name, argument_text(arguments) or "{}"),))
         case {"type": "function_call_output" | "custom_tool_call_output", "call_id": str(call_id), "output": output}:
-            return Message("tool", parse_content(as_chat_content(output), "tool", f"{at}.output"), call_id=call_id)
+            parts = parse_content(as_chat_content(output), "user", f"{at}.output")
+            words = tuple(part for part in parts if isinstance(part, str))
+            yield Message("tool", words or ("(a picture, shown below)",), call_id=call_id)
+            if seen := tuple(part for part in parts if isinstance(part, Media)):
+                yield Message("user", seen)
         case {"type": "reasoning"}:
-            return Message("assistant", (), thought=unsealed(item))
+            yield Message("assistant", (), thought=unsealed(item))
         case {"role": "user" | "assistant" | "system" | "developer" as role, "content": content}:
-            return Message(ROLES[role], parse_content(as_chat_content(content), role, f"{at}.content"))
+            yield Message(ROLES[role], parse_content(as_chat_content(content), role, f"{at}.content"))
+        case {"type": str(kind)} if kind in OPENAI_ITEMS:
+            return
         case _:
             raise BadRequest(f"'{at}' must be a message, a call of a tool, its output, or reasoning.", at)
+
+
+# What OpenAI's own tools leave in a conversation: the model's words say what came of it.
+OPENAI_ITEMS = ("web_search_call", "file_search_call", "code_interpreter_call", "image_generation_call")
+
+
+def shown_apart(messages: Iterable[Message]) -> Iterator[Message]:
+    """Pictures that tools gave, which Z.ai takes from users alone, after the last of the tools' messages."""
+    seen: list[Message] = []
+    last = ""
+    for message in messages:
+        if message.role == "user" and last == "tool" and all(isinstance(part, Media) for part in message.content):
+            seen.append(message)
+            continue
+        if message.role != "tool":
+            yield from seen
+            seen = []
+        last = message.role
+        yield message
+    yield from seen
 
 
 def as_chat_content(content: Any) -> Any:
@@ -1850,6 +1887,7 @@ class ResponseStream:
             "output": [self.body(item) for item in self.items],
             "usage": response_usage(self.usage) if self.usage else None,
             **{name: self.prompt.echo.get(name, usual) for name, usual in ECHOED.items()},
+            **{name: self.prompt.echo[name] for name in ECHOED_IF_GIVEN[1:] if name in self.prompt.echo},
             "service_tier": "default",
         }
 
@@ -1857,7 +1895,7 @@ class ResponseStream:
 def response_usage(usage: Usage) -> JSON:
     return {
         "input_tokens": usage.prompt,
-        "input_tokens_details": {"cached_tokens": usage.cached},
+        "input_tokens_details": {"cached_tokens": usage.cached, "cache_write_tokens": 0},
         "output_tokens": usage.completion,
         "output_tokens_details": {"reasoning_tokens": usage.reasoning},
         "total_tokens": usage.total,
@@ -2587,6 +2625,7 @@ class Keys:
 
     REST = 300  # seconds, where Z.ai does not tell when the quota is reset
     LONGEST = 32 * 86400  # no quota is longer than a month
+    MOST = 1_000  # pairs of key and model that may rest: the names are the clients'
 
     def __init__(self, keys: Iterable[str]) -> None:
         self.turn = deque(keys)
@@ -2603,7 +2642,8 @@ class Keys:
         return awake
 
     def wake(self, now: float) -> None:
-        self.resting = {who: why for who, why in self.resting.items() if (why.resets_at or 0) > now}
+        awake = ((who, why) for who, why in self.resting.items() if (why.resets_at or 0) > now)
+        self.resting = dict(islice(awake, self.MOST))
 
     def reason(self, key: str, model: str, now: float) -> UpstreamError | None:
         for who in ((key, ""), (key, model)):
@@ -2637,8 +2677,8 @@ class Limit:
     """How many requests Z.ai takes at once for one key and model: learned, since it is a secret (zai-org/GLM-5#83).
 
     Until the first refusal it grows with every request that is accepted while it is more than half full. A refusal
-    lowers it to what was in flight besides; then a request that fills it raises it by one after a pause, longer each
-    time in vain, and on while that goes well.
+    lowers it to what was in flight besides; after a pause, longer each time in vain, one more is tried, and on while
+    that goes well.
     """
 
     START = 4
@@ -2651,13 +2691,17 @@ class Limit:
         self.pause = self.SHORTEST
         self.raise_at = 0.0  # not before
 
+    def has_room(self, now: float) -> bool:
+        """For one more than the limit, too, after the pause: answers may be long, and none of them would raise it."""
+        return self.in_flight < self.limit or (self.in_flight == self.limit and 0 < self.raise_at <= now)
+
     def enter(self) -> int:
         """Take a place; its rank is how many are taken now."""
         self.in_flight += 1
         return self.in_flight
 
     def accepted(self, rank: int, now: float) -> None:
-        full = rank >= self.limit if self.floor else rank > self.limit / 2
+        full = rank > (self.limit if self.floor else self.limit / 2)
         if full and now >= self.raise_at:
             self.limit += 1
 
@@ -2912,12 +2956,9 @@ def connection_error(error: Exception) -> UpstreamError:
             return UpstreamError("Z.ai was silent for too long (UPSTREAM_TIMEOUT): try again.", SILENT)
         case asyncio.TimeoutError() if not isinstance(error, aiohttp.ClientError):
             return UpstreamError("Z.ai did not answer in time: try again.", SILENT)
-        case (
-            aiohttp.ClientConnectorError()
-            | aiohttp.ConnectionTimeoutError()
-            | aiohttp.ClientHttpProxyError()
-            | aiohttp.InvalidURL()
-        ):
+        case ValueError():  # InvalidURL, or a name that is none; the address may have a password in it
+            return UpstreamError("Z.ai cannot be reached: HTTPS_PROXY or ZAI_BASE_URL is no address.", UNREACHABLE)
+        case aiohttp.ClientConnectorError() | aiohttp.ConnectionTimeoutError() | aiohttp.ClientHttpProxyError():
             words = "Z.ai cannot be reached: check this server's network, proxy and ZAI_BASE_URL."
             return UpstreamError(words, UNREACHABLE, str(error))
         case _:
@@ -2941,11 +2982,14 @@ class Place:
 class Queue:
     """Requests for one model, first come first served, each until one of the keys has room for it."""
 
+    LOOK_AGAIN = 1.0  # seconds
+
     def __init__(self, model: str, keys: Keys, ceiling: int, clock: Clock) -> None:
         self.model, self.keys, self.clock = model, keys, clock
         self.ceiling = ceiling or math.inf  # requests in flight with all keys together
         self.limits: dict[str, Limit] = {key: Limit() for key in keys.turn}
         self.waiting: list[tuple[int, asyncio.Future[Place]]] = []  # in the order of their tickets
+        self.timer: asyncio.TimerHandle | None = None
 
     @property
     def in_flight(self) -> int:
@@ -2990,8 +3034,14 @@ class Queue:
         while self.waiting and self.in_flight < self.ceiling:
             _, future = self.waiting[0]
             if not (future.done() or self.serve(future)):  # done: cancelled, and not yet out of the line
-                return
+                break
             self.waiting.pop(0)
+        if self.waiting and self.timer is None:  # a pause may end, or a key's rest, while nothing else happens
+            self.timer = asyncio.get_running_loop().call_later(self.LOOK_AGAIN, self.look_again)
+
+    def look_again(self) -> None:
+        self.timer = None
+        self.admit()
 
     def serve(self, future: asyncio.Future[Place]) -> bool:
         """Give a place, or the bad news that all keys rest; False when neither is there."""
@@ -3005,9 +3055,10 @@ class Queue:
         return place is not None
 
     def free_place(self) -> Place | None:
-        for key in self.keys.awake(self.model, self.clock.now()):
+        now = self.clock.now()
+        for key in self.keys.awake(self.model, now):
             limit = self.limits[key]
-            if limit.in_flight < limit.limit:
+            if limit.has_room(now):
                 self.keys.used(key)
                 return Place(key, limit, limit.enter())
         return None
@@ -3038,7 +3089,7 @@ class Upstream:
         self.keys = Keys(settings.zai_api_key)
         self.queues: dict[str, Queue] = {}
         self.tickets = count()
-        self.healed: Counter[str] = Counter()  # what went wrong without a client's noticing
+        self.healed: Counter[str] = Counter()  # what was done about failures, whether it helped or not
 
     @asynccontextmanager
     async def open(self, prompt: Prompt) -> AsyncIterator[Reply | Replies]:
@@ -3119,7 +3170,7 @@ class Upstream:
             how["data"] = io.BytesIO(how["data"])  # aiohttp warns of bytes over a megabyte
         try:
             return await owner.enter_async_context(self.session.request(url=url, allow_redirects=False, **how))
-        except aiohttp.ClientError as error:
+        except (aiohttp.ClientError, ValueError) as error:
             raise connection_error(error) from error
 
     def next_wait(self, queue: Queue, place: Place, backoff: Backoff, error: UpstreamError) -> float:
@@ -3141,17 +3192,17 @@ class Upstream:
         self.healed["retries"] += 1
         return wait
 
-    def shown(self) -> JSON:
-        """The state of keys and queues, for the dashboard: a key is a number there."""
+    def shown(self, blank: Callable[[str], str]) -> JSON:
+        """The state of keys and queues, for the dashboard: a key is a number there, other secrets are blanked."""
         self.keys.wake(self.clock.now())
         numbers = {key: number for number, key in enumerate(self.settings.zai_api_key, 1)}
         resting = [
-            {"key": numbers[key], "model": model, "until": why.resets_at, "why": why.failure.code}
+            {"key": numbers[key], "model": blank(model), "until": why.resets_at, "why": why.failure.code}
             for (key, model), why in self.keys.resting.items()
         ]
         queues = [
             {
-                "model": name,
+                "model": blank(name),
                 "in_flight": queue.in_flight,
                 "waiting": len(queue.waiting),
                 "limits": [queue.limits[key].limit for key in numbers],
@@ -3183,7 +3234,7 @@ class Upstream:
         try:
             async with asking as response:
                 body = await response.read()
-        except (aiohttp.ClientError, asyncio.TimeoutError) as error:
+        except (aiohttp.ClientError, asyncio.TimeoutError, ValueError) as error:
             raise connection_error(error) from error
         items = obj(parse_json(body)).get("data")
         if response.status != 200 or not isinstance(items, list):
@@ -3314,6 +3365,8 @@ class PassedStream:
     def __init__(self, request: web.Request, passage: Passage) -> None:
         reply = passage.response
         headers = {name: reply.headers[name] for name in PASSED_HEADERS if name in reply.headers}
+        if "Content-Encoding" in reply.headers:  # what we pass on was unpacked
+            headers.pop("Content-Length", None)
         self.request, self.passage = request, passage
         self.response = web.StreamResponse(status=reply.status, headers=headers)
 
@@ -3408,7 +3461,8 @@ class Statistics:
         self.torn = 0  # frames
 
     def add(self, record: Record, duration: float, now: float) -> None:
-        name = record.model if record.model in self.models or len(self.models) < self.MOST_MODELS else self.OTHERS
+        known = record.model in self.models or record.model in MODELS or len(self.models) < self.MOST_MODELS
+        name = record.model if known else self.OTHERS
         self.models.setdefault(name, Figures()).add(record, duration)
         self.torn += record.torn
         minute = self.minutes.setdefault(int(now // 60), [0, 0, 0, 0])
@@ -3601,7 +3655,8 @@ async def one_model(request: web.Request) -> web.Response:
     name = next((name for name in (asked, meant.id) if name in models), None)
     if name is None:
         raise ProxyError("There is no such model: GET /v1/models lists them.", UNKNOWN_MODEL, "model", printable(asked))
-    return json_response(model_item(models[name], name))
+    item = anthropic_item if "anthropic-version" in request.headers else model_item
+    return json_response(item(models[name], name))
 
 
 async def messages(request: web.Request) -> web.StreamResponse:
@@ -3624,16 +3679,6 @@ async def messages(request: web.Request) -> web.StreamResponse:
     async with AsyncExitStack() as owner:
         stream = request[STREAM] = PassedStream(request, await upstream.persevere(model, begin, owner))
         return await stream.send()
-
-
-def in_anthropics_shape(handler: Handler) -> Handler:
-    """The handler, with errors as Anthropic's clients read them."""
-
-    async def shaped(request: web.Request) -> web.StreamResponse:
-        request[ERROR_BODY] = anthropic_error_body
-        return await handler(request)
-
-    return shaped
 
 
 ID = r"{id:[A-Za-z0-9_-][A-Za-z0-9_.:-]*}"  # nothing that could lead to another path
@@ -3666,7 +3711,9 @@ async def pass_on(request: web.Request, path: str) -> web.StreamResponse:
         "method": request.method,
         "data": request.content if request.can_read_body else None,
         "headers": {
-            name: request.headers[name] for name in ("Content-Type", "Content-Length") if name in request.headers
+            name: request.headers[name]
+            for name in ("Content-Type", "Content-Length")
+            if name in request.headers and not (name == "Content-Length" and "Content-Encoding" in request.headers)
         },
         "params": request.query,
     }
@@ -3675,6 +3722,9 @@ async def pass_on(request: web.Request, path: str) -> web.StreamResponse:
             passage = await upstream.passage(f"{base}/{path}", key, owner, **how)
         except UpstreamError as error:
             upstream.keys.refused(key, path, error, upstream.clock.now())
+            if error.failure == WRONG_ADDRESS:  # the chat's address may well be right
+                error.message = "Z.ai has nothing at this path of this server's ZAI_BASE_URL, or not under this id."
+                error.failure = Failure(404, "invalid_request_error", "not_found")
             if path.startswith(CHINA_ALONE) and "api.z.ai" in base:
                 error.message += " It may be on the China address alone: open.bigmodel.cn/api/paas/v4 (ZAI_BASE_URL)."
             raise
@@ -3713,17 +3763,22 @@ def base_of(request: web.Request) -> str:
 
 async def docs(request: web.Request) -> web.Response:
     """The page that explains this server, with its own address, and its key while everybody knows it."""
-    settings, renamed = request.app[SETTINGS], request.app[SETTINGS].model_aliases
-    models = request.app[CATALOG].models | {name: resolve(name, renamed) for name, _ in renamed if "*" not in name}
+    settings, models = request.app[SETTINGS], await named_models(request)
     shown = {
-        "base": base_of(request),
         "key": PUBLISHED_KEY if settings.published else "",
         "version": __version__,
         "demo": settings.demo,
         "zai_key": bool(settings.zai_api_key),
         "dashboard": settings.dashboard_enabled,
         "models": [
-            {"id": name, "context": model.context, "output": model.output, "sees": model.sees, "free": model.free}
+            {
+                "id": name,
+                "context": model.context,
+                "output": model.output,
+                "sees": model.sees,
+                "free": model.free,
+                "thinking": model.thinking,
+            }
             for name, model in models.items()
         ],
     }
@@ -3736,7 +3791,7 @@ async def dashboard(_: web.Request) -> web.Response:
 
 async def dashboard_stats(request: web.Request) -> web.Response:
     in_flight = sum(bool(flying[RECORD].model) for flying in request.app[IN_FLIGHT].values())
-    shown = request.app[STATISTICS].shown(time.time()) | request.app[UPSTREAM].shown()
+    shown = request.app[STATISTICS].shown(time.time()) | request.app[UPSTREAM].shown(request.app[BLANK])
     return json_response(shown | {"in_flight": in_flight}, headers={"Cache-Control": "no-store"})
 
 
@@ -3781,7 +3836,7 @@ def has_key(headers: Mapping[str, str], accepted: Iterable[str]) -> bool:
 @web.middleware
 async def outermost(request: web.Request, handler: Handler) -> web.StreamResponse:
     """Gives every request its record, every failure its shape, and every answer its line in the log."""
-    request[ERROR_BODY] = error_body
+    request[ERROR_BODY] = anthropic_error_body if speaks_anthropic(request) else error_body
     record = request[RECORD] = Record(request.method, printable(request.path), time.monotonic(), secrets.token_hex(12))
     in_flight, task = request.app[IN_FLIGHT], asyncio.current_task()
     request.app[CONNECTIONS].add(request.transport)
@@ -3794,10 +3849,14 @@ async def outermost(request: web.Request, handler: Handler) -> web.StreamRespons
     finally:
         del in_flight[task]
         now = time.monotonic()
-        level = logging.DEBUG if request.path.startswith(DEMO_PATH) else logging.INFO
+        level = logging.DEBUG if request.path.startswith(QUIET_PATHS) else logging.INFO
         LOG.log(level, "%s", record.line(now))
         if record.model:
             request.app[STATISTICS].add(record, now - record.started, time.time())
+
+
+def speaks_anthropic(request: web.Request) -> bool:
+    return "anthropic-version" in request.headers or request.path.rstrip("/").endswith(("/messages", "/count_tokens"))
 
 
 async def answer_or_tell(request: web.Request, handler: Handler) -> web.StreamResponse:
@@ -3818,6 +3877,8 @@ async def drain(app: web.Application) -> None:
     in_flight = app[IN_FLIGHT]
     for idle in set(app[CONNECTIONS]) - {request.transport for request in in_flight.values()}:
         idle.close()
+    if in_flight:
+        LOG.info("stopping: %d answers in flight have %d s to finish", len(in_flight), GRACE)
     for seconds in (GRACE, 2):
         if in_flight:
             await asyncio.wait(list(in_flight), timeout=seconds)
@@ -3889,7 +3950,7 @@ def host_name(host: str) -> str:
 def is_allowed_origin(origin: str, settings: Settings) -> bool:
     if settings.published:
         return is_loopback(host_name(origin.partition("://")[2]))
-    return any(fnmatchcase(origin, pattern) for pattern in settings.cors_origins)
+    return any(origin == pattern or fnmatchcase(origin, pattern) for pattern in settings.cors_origins)
 
 
 def cors_headers(request: web.Request) -> dict[str, str]:
@@ -3925,6 +3986,7 @@ async def add_headers(request: web.Request, response: web.StreamResponse) -> Non
 # ======== Demo ======================================================================================================
 
 DEMO_PATH = "/demo/api/paas/v4"
+QUIET_PATHS = (DEMO_PATH, "/dashboard/stats")  # what the program asks itself needs no line in the log
 DEMO_PACE = 0.03  # seconds between two words
 
 
@@ -4003,7 +4065,11 @@ def demo_deltas(body: JSON) -> list[JSON]:
 
 def demo_call(function: JSON) -> JSON:
     schema = obj(function.get("parameters"))
-    properties = {name: obj(obj(schema.get("properties")).get(name)) for name in schema.get("required", ())}
+    properties = {
+        name: obj(obj(schema.get("properties")).get(name))
+        for name in schema.get("required") or ()
+        if isinstance(name, str)
+    }
     arguments = to_json({name: demo_value(how) for name, how in properties.items()})
     called = {"name": function.get("name", "demo"), "arguments": arguments}
     return {"id": f"call_{secrets.token_hex(8)}", "index": 0, "type": "function", "function": called}
@@ -4012,7 +4078,7 @@ def demo_call(function: JSON) -> JSON:
 def demo_value(schema: JSON) -> Any:
     """Something that fits a schema."""
     kind = schema.get("type")
-    kind = kind[0] if isinstance(kind, list) else kind
+    kind = kind[0] if isinstance(kind, list) and kind else kind
     samples = {"string": "demo", "integer": 1, "number": 1.5, "boolean": True, "array": [], "object": {}}
     return (schema.get("enum") or [samples.get(str(kind))])[0]
 
@@ -4098,6 +4164,9 @@ pre.wrap { white-space: pre-wrap; overflow-wrap: anywhere }
 table { border-collapse: collapse; width: 100%; font-size: .92rem }
 th, td { text-align: left; padding: .35rem .9rem .35rem 0; border-bottom: 1px solid var(--line); vertical-align: top }
 th { color: var(--soft); font-weight: 600; white-space: nowrap }
+td { overflow-wrap: anywhere }
+#model-rows td:first-child, #recent-rows td:first-child { white-space: nowrap }
+@media (max-width: 30rem) { .call pre { padding-top: 2.6rem } }
 td.number, th.number { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap }
 button, select, input, textarea { font: inherit; color: inherit; background: var(--card); border: 1px solid var(--soft);
   border-radius: 6px; padding: .4rem .7rem }
@@ -4123,7 +4192,7 @@ label { display: block; font-size: .85rem; color: var(--soft); margin: .6rem 0 .
 figure { margin: 0 }
 svg { display: block; width: 100%; height: 6rem }
 .axis { display: flex; justify-content: space-between; font-size: .75rem; color: var(--soft) }
-rect { fill: var(--accent) } rect.bad { fill: var(--bad) }
+rect { fill: var(--accent) } rect.bad { fill: var(--bad) } rect.out { fill: var(--good) }
 line { stroke: var(--line) }
 [hidden] { display: none !important }
 """
@@ -4162,7 +4231,7 @@ DOCS_PAGE = page(
 client talk to Z.ai's GLM models, through Z.ai's official API.</p>
 <nav aria-label="Sections"><a href="#try" data-zh="试一试">Try it</a><a href="#calls" data-zh="调用">Calls</a><a href="#clients"
 data-zh="客户端">Clients</a><a href="#models" data-zh="模型">Models</a><a href="#errors" data-zh="错误">Errors</a><a
-id="to-dashboard" href="/dashboard" data-zh="仪表盘">Dashboard</a></nav>
+id="to-dashboard" href="dashboard" data-zh="仪表盘">Dashboard</a></nav>
 </header>
 <main>
 <p class="note" id="state" hidden></p>
@@ -4184,8 +4253,8 @@ data-zh="关">off</option></select></div>
 <label for="try-message" data-zh="消息">Message</label>
 <textarea id="try-message" required></textarea>
 <div class="row"><button class="main" id="send" data-zh="发送">Send</button><button type="button" id="stop" disabled
-data-zh="停止">Stop</button><span class="soft" id="pace" role="status"></span></div>
-<div id="thinking-part" hidden><h3 data-zh="思考过程">Reasoning</h3><div class="thought" id="thought" tabindex="0"></div></div>
+data-zh="停止">Stop</button><span class="soft" id="pace"></span></div>
+<div id="thinking-part" hidden><h3 data-zh="思考过程">Reasoning</h3><div class="thought" id="thought"></div></div>
 <div id="answer-part" hidden><h3 data-zh="回答">Answer</h3><div class="answer" id="answer" aria-live="polite"></div></div>
 <pre class="wrap bad" id="failure" role="alert" hidden></pre>
 <div id="asked-part" hidden><h3 data-zh="刚才的请求">What was just asked</h3><div class="call"><pre id="asked"></pre></div></div>
@@ -4210,7 +4279,7 @@ before them: glm-4.6, GLM-4.6 and zai/glm-4.6 are one model.</p>
 <footer><p><small>ztoapi <span id="version"></span></small></p></footer>
 """,  # noqa: E501, RUF001
     """
-const key = data.key || "YOUR_KEY", base = data.base, free = data.models.find(m => m.free) || data.models[0];
+const key = data.key || "YOUR_KEY", base = new URL("v1", location.href).href, free = data.models.find(m => m.free) || data.models[0];
 const hello = say("Hello! Who are you?", "你好，请介绍一下你自己");
 $("base").textContent = base;
 $("key").textContent = data.key || say("the one the operator of this server gave you (DEFAULT_KEY)", "由服务器管理员提供（DEFAULT_KEY）");
@@ -4278,11 +4347,12 @@ for (const [name, how] of [
   $("client-list").append(tr);
 }
 
-$("model-head").append(row([say("name", "名称"), say("context", "上下文"), say("output", "输出"), say("takes", "输入"), ""], "th"));
+$("model-head").append(row([say("name", "名称"), say("context", "上下文"), say("output", "输出"), say("takes", "输入"), say("thinking", "思考"), say("price", "价格")], "th"));
 const size = n => n === null ? "?" : n >= 1048576 ? n / 1048576 + " M" : n / 1024 + " K";
+const thinking = { none: say("no", "无"), switch: say("on, off", "可开关"), effort: say("off, effort", "可关、可调"), always: say("always", "始终") };
 for (const m of data.models) {
   $("model-rows").append(row([m.id, size(m.context), size(m.output), m.sees ? say("text, images", "文字、图片") : say("text", "文字"),
-    m.free ? say("free", "免费") : ""]));
+    thinking[m.thinking], m.free ? say("free", "免费") : ""]));
   const option = make("option");
   option.value = m.id;
   $("model-list").append(option);
@@ -4311,6 +4381,7 @@ let leaving = null;
 $("stop").onclick = () => leaving?.abort();
 $("form").onsubmit = async event => {
   event.preventDefault();
+  if (/[^!-~]/.test($("try-key").value.trim())) return fail(say("That key is not this server's.", "密钥不对。"));
   const k = $("try-key").value.trim(), thinking = $("try-thinking").value, request = {
     model: $("try-model").value.trim(), messages: [{ role: "user", content: $("try-message").value }], stream: true,
     stream_options: { include_usage: true }, ...(thinking ? { enable_thinking: thinking === "true" } : {}),
@@ -4320,13 +4391,20 @@ $("form").onsubmit = async event => {
   $("thought").textContent = $("answer").textContent = $("pace").textContent = "";
   $("asked").textContent = curl(request, k);
   $("asked-part").hidden = false;
-  $("send").disabled = true;
+  $("answer").ariaBusy = "true";
   $("stop").disabled = false;
+  if (document.activeElement === $("send")) $("stop").focus();
+  $("send").disabled = true;
   leaving = new AbortController();
   const run = { started: performance.now(), first: 0, usage: null, pieces: 0 };
   try { await ask(request, k, run); }
-  catch (e) { if (e.name === "AbortError") run.stopped = true; else fail(String(e.message || e)); }
+  catch (e) {
+    if (e.name === "AbortError") run.stopped = true;
+    else fail(say("The connection to this server broke off, or it does not run: ", "与服务器的连接中断，或服务器未运行：") + e.message);
+  }
+  $("answer").ariaBusy = "false";
   $("send").disabled = false;
+  if (document.activeElement === $("stop")) $("send").focus();
   $("stop").disabled = true;
   pace(run, true);
 };
@@ -4377,7 +4455,7 @@ function fail(text) {
 DASHBOARD_PAGE = page(
     "ztoapi dashboard",
     """
-<header><h1 data-zh="ztoapi 仪表盘">ztoapi dashboard</h1><nav aria-label="Pages"><a href="/docs" data-zh="说明">Docs</a></nav></header>
+<header><h1 data-zh="ztoapi 仪表盘">ztoapi dashboard</h1><nav aria-label="Pages"><a href="docs" data-zh="说明">Docs</a></nav></header>
 <main>
 <form class="card" id="door" hidden>
 <label for="door-key" data-zh="本服务器的密钥（DEFAULT_KEY），只保存在此标签页">This server's key (DEFAULT_KEY); kept for this tab alone</label>
@@ -4391,14 +4469,14 @@ DASHBOARD_PAGE = page(
 <figure class="card"><figcaption data-zh="每分钟请求（红色：失败）">Requests a minute (red: failed)</figcaption>
 <svg id="requests" role="img" aria-label="Requests a minute over the last hour"></svg><div class="axis"><span
 data-zh="一小时前">an hour ago</span><span id="requests-top"></span><span data-zh="现在">now</span></div></figure>
-<figure class="card"><figcaption data-zh="每分钟 token">Tokens a minute, in and out</figcaption>
+<figure class="card"><figcaption data-zh="每分钟 token（绿色：输出）">Tokens a minute (green: out)</figcaption>
 <svg id="tokens" role="img" aria-label="Tokens a minute over the last hour"></svg><div class="axis"><span
 data-zh="一小时前">an hour ago</span><span id="tokens-top"></span><span data-zh="现在">now</span></div></figure>
 </div>
 <h2 data-zh="模型">Models</h2><div class="scroll"><table><thead id="model-head"></thead><tbody id="model-rows"></tbody></table></div>
 <h2 data-zh="密钥与队列">Keys and queues</h2><p id="keys"></p>
 <div class="scroll"><table><thead id="queue-head"></thead><tbody id="queue-rows"></tbody></table></div>
-<h2 data-zh="已修复">Healed without a client's noticing</h2><p id="healed"></p>
+<h2 data-zh="重试与修复">Tried again, or mended</h2><p id="healed"></p>
 <h2 data-zh="最近的请求">Last requests</h2><div class="scroll"><table><thead id="recent-head"></thead><tbody id="recent-rows"></tbody></table></div>
 </div>
 </main>
@@ -4406,7 +4484,10 @@ data-zh="一小时前">an hour ago</span><span id="tokens-top"></span><span data
     """
 const seconds = s => s === null || s === undefined ? "–" : s < 1 ? Math.round(s * 1000) + " ms" : s.toFixed(s < 10 ? 2 : 1) + " s";
 const number = n => n.toLocaleString("en-US");
-const clock = t => new Date(t * 1000).toTimeString().slice(0, 8);
+const clock = t => {
+  const d = new Date(t * 1000), time = d.toTimeString().slice(0, 8);
+  return d.toDateString() === new Date().toDateString() ? time : d.toLocaleDateString() + " " + time;
+};
 let key = remembered("ztoapi-key"), timer = 0;
 $("model-head").append(row([say("model", "模型"), say("requests", "请求"), say("failed", "失败"), say("tokens in", "输入 token"),
   say("tokens out", "输出 token"), say("first p50", "首字 p50"), say("first p95", "首字 p95"), say("whole p50", "全程 p50"), say("whole p95", "全程 p95")], "th", 1));
@@ -4425,6 +4506,7 @@ function draw(id, minutes, parts) {
   };
   const shapes = [put("line", { x1: 0, x2: 620, y1: 99, y2: 99 })];
   $(id + "-top").textContent = say("at most ", "最高 ") + number(top);
+  svg.setAttribute("aria-label", svg.previousElementSibling.textContent + ", " + $(id + "-top").textContent);
   minutes.forEach((m, n) => {
     let y = 99;
     for (const [i, className] of parts) {
@@ -4447,7 +4529,7 @@ function show(s) {
     figure(say("in flight", "进行中"), s.in_flight), figure(say("waiting", "等待"), waiting), figure(say("tokens in", "输入 token"), number(all("prompt_tokens"))),
     figure(say("tokens out", "输出 token"), number(all("completion_tokens"))), figure(say("since", "启动于"), clock(s.started)));
   draw("requests", s.minutes.map(([n, f]) => [n - f, f]), [[1, "bad"], [0, ""]]);
-  draw("tokens", s.minutes, [[2, ""], [3, ""]]);
+  draw("tokens", s.minutes, [[2, ""], [3, "out"]]);
   rows("model-rows", 1, models.map(([name, m]) => [name, number(m.requests), number(m.failures), number(m.prompt_tokens), number(m.completion_tokens),
     seconds(m.first.p50), seconds(m.first.p95), seconds(m.duration.p50), seconds(m.duration.p95)]));
   $("keys").textContent = s.keys + say(" Z.ai key(s). ", " 个 Z.ai 密钥。") + (s.resting.map(r => say("Key ", "密钥 ") + r.key +
@@ -4461,8 +4543,11 @@ function show(s) {
     number(r.prompt_tokens) + " + " + number(r.completion_tokens)]));
 }
 async function refresh() {
+  clearTimeout(timer);
+  if (/[^!-~]/.test(key)) return ask(say("That key is not this server's.", "密钥不对。"));
   try {
-    const response = await fetch("dashboard/stats", { headers: { Authorization: "Bearer " + key }, cache: "no-store" });
+    const response = await fetch("dashboard/stats", { headers: { Authorization: "Bearer " + key }, cache: "no-store",
+      signal: AbortSignal.timeout(5000) });
     if (response.status === 401) return ask(key ? say("That key is not this server's.", "密钥不对。") : "");
     if (!response.ok) throw new Error(response.status);
     show(await response.json());
@@ -4483,6 +4568,7 @@ function ask(why) {
 $("door").onsubmit = event => {
   event.preventDefault();
   key = $("door-key").value.trim();
+  $("door-says").textContent = "";
   remember("ztoapi-key", key);
   refresh();
 };
@@ -4518,24 +4604,33 @@ def create_app(settings: Settings | None = None) -> web.Application:
     app.cleanup_ctx.append(connect)
     app.on_shutdown.append(drain)
     app[STORE] = ResponseStore()
+    api_routes(app)
+    page_routes(app)
+    return app
+
+
+def api_routes(app: web.Application) -> None:
     for path, surface in surfaces(app[STORE]).items():
         add_route(app, "POST", f"{API}{path}{END}", keyed(answering(surface)))
     for method, path in RELAYED:
         add_route(app, method, f"{API}{path}{END}", keyed(relaying(path)))
-    add_route(app, "POST", f"{API}{{what:messages|messages/count_tokens}}{END}", in_anthropics_shape(keyed(messages)))
+    add_route(app, "POST", f"{API}{{what:messages|messages/count_tokens}}{END}", keyed(messages))
     add_route(app, "GET", f"{API}models{END}", keyed(list_models))
     add_route(app, "GET", f"{API}models/{{id:.+?}}{END}", keyed(one_model))
     add_route(app, "GET", f"{API}responses/{{id}}{END}", keyed(one_response))
     add_route(app, "DELETE", f"{API}responses/{{id}}{END}", keyed(delete_response))
+
+
+def page_routes(app: web.Application) -> None:
     add_route(app, "GET", "/health", health)
     add_route(app, "GET", "/", index)
+    add_route(app, "GET", "/api/hello", index)  # Claude Code asks whether anybody is there
     add_route(app, "GET", "/docs", docs)
-    if settings.dashboard_enabled:
+    if app[SETTINGS].dashboard_enabled:
         add_route(app, "GET", "/dashboard", dashboard)
         add_route(app, "GET", "/dashboard/stats", keyed(dashboard_stats))
-    if settings.demo:
+    if app[SETTINGS].demo:
         demo_routes(app)
-    return app
 
 
 def add_route(app: web.Application, method: str, path: str, handler: Handler) -> None:
@@ -4621,7 +4716,9 @@ class Finding:
 
 async def diagnose(settings: Settings) -> AsyncIterator[Finding]:
     """Everything that must be so for a chat to work, in the order in which it fails. Ends at what hides the rest."""
-    yield Finding("settings", f"{settings.zai_base_url}, {len(settings.zai_api_key)} key(s) for Z.ai")
+    origin = str(ENV_FILE) if ENV_FILE.exists() else f"no {ENV_FILE}"
+    keys = "1 key" if len(settings.zai_api_key) == 1 else f"{len(settings.zai_api_key)} keys"
+    yield Finding("settings", f"{settings.zai_base_url}, {keys} for Z.ai ({origin})")
     yield check_port(settings)
     if not settings.zai_api_key:
         yield Finding("key", str(no_key()), good=False)
@@ -4634,8 +4731,10 @@ async def diagnose(settings: Settings) -> AsyncIterator[Finding]:
                 models = await upstream.list_models(key)
                 yield Finding(f"key {number}", f"accepted; Z.ai lists {len(models)} models for it")
             except UpstreamError as error:
-                what = f"key {number}" if error.failure == AUTHENTICATION else "Z.ai"
-                yield Finding(what, str(error), good=False)
+                if error.failure != AUTHENTICATION:  # no other key will fare better
+                    yield Finding("Z.ai", str(error), good=False)
+                    return
+                yield Finding(f"key {number}", str(error), good=False)
         if models:
             yield await check_chat(upstream, models)
 
@@ -4672,6 +4771,8 @@ async def check(flags: Mapping[str, str]) -> int:
     except SettingsError as error:
         print(Finding("settings", str(error), good=False))
         return 1
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # a terminal without ✓ must not hide the rest
     blank, good = Blanker(settings.secrets), True
     async for finding in diagnose(settings):
         print(blank(str(finding)), flush=True)
@@ -4708,13 +4809,15 @@ def settings_of_worker() -> Settings:
     return settings
 
 
+ENV_FILE = Path(__file__).with_name(".env")
+
+
 def environment() -> dict[str, str]:
     """The variables of .env beside this file, then the process's own, which win."""
-    path = Path(__file__).with_name(".env")
     try:
-        from_file = dotenv_values(path, interpolate=False)
+        from_file = dotenv_values(ENV_FILE, interpolate=False)
     except (OSError, UnicodeDecodeError) as error:
-        raise SettingsError(f"{path} cannot be read: {error}") from None
+        raise SettingsError(f"{ENV_FILE} cannot be read: {error}") from None
     return {name: value for name, value in (from_file | os.environ).items() if value is not None}
 
 
@@ -4755,7 +4858,10 @@ def listen_or_exit(settings: Settings) -> list[socket.socket]:
 
 def cannot_listen(settings: Settings, error: OSError) -> str:
     if error.errno == errno.EADDRINUSE:
-        return f"port {settings.port} on {settings.host} is in use: stop what uses it, or choose another by --port"
+        return (
+            f"port {settings.port} on {settings.host} is in use (by another ztoapi?): stop what uses it, "
+            "or choose another by --port"
+        )
     return f"HOST={settings.host}, PORT={settings.port} cannot be listened on: {error.strerror or error}"
 
 
@@ -4776,12 +4882,14 @@ def bracketed(host: str) -> str:
 
 def banner(settings: Settings, port: int) -> str:
     upstream = "the built-in demo: no model is behind its answers" if settings.demo else settings.zai_base_url
+    zai_keys = 0 if settings.demo else len(settings.zai_api_key)
     lines = [
         f"ztoapi {__version__}",
         f"  clients   http://{bracketed(settings.host)}:{port}/v1",
         f"  upstream  {upstream}",
         f"  models    {len(MODELS)}, and whatever else Z.ai lists",
-        f"  keys      {len(settings.default_key)} for clients, {len(settings.zai_api_key)} for Z.ai",
+        f"  pages     http://{bracketed(settings.host)}:{port}/docs, /dashboard",
+        f"  keys      {len(settings.default_key)} for clients, {zai_keys} for Z.ai",
     ]
     if settings.published:
         lines.append(

@@ -443,8 +443,23 @@ def anthropic_item(model: Model, name: str) -> JSON:
     return {"type": "model", "id": name, "display_name": name, "created_at": created}
 
 
+# Codex CLI takes no model without a prompt of its own, and puts it in the place of the one it has.
+CODEX_INSTRUCTIONS = """\
+You are a coding agent in the user's terminal, run by the Codex CLI. You work in the user's folder with the tools you
+are given, until the task is done; then you say in a few words what you did.
+- Read before you write: look at the files that matter, their style and their tests, and keep to them.
+- Follow AGENTS.md files for the folders they stand in. What the user says goes before them.
+- Make the smallest change that does the whole task, at the root of the problem. Leave unrelated code as it is.
+- Edit files with apply_patch where it is offered. Search with rg. Do not re-read a file just to see an edit worked.
+- Check your work by running the tests or the program where that is possible, and say so where it was not.
+- Never undo what you did not do, never commit, push or delete unless you are asked to.
+- For tasks of several steps keep a short plan with update_plan where it is offered, and say what comes next.
+- Be brief and exact. Name files with their paths. If something is unclear and matters, ask; else choose and go on.
+"""
+
+
 def codex_item(model: Model, name: str) -> JSON:
-    """What Codex CLI wants to know of a model (openai/codex, ModelInfo)."""
+    """What Codex CLI wants to know of a model (openai/codex, ModelInfo; tried with 0.169)."""
     return {
         "slug": name,
         "display_name": name,
@@ -459,6 +474,7 @@ def codex_item(model: Model, name: str) -> JSON:
         "supports_reasoning_summaries": True,
         "support_verbosity": False,
         "default_verbosity": None,
+        "base_instructions": CODEX_INSTRUCTIONS,
         "apply_patch_tool_type": "freeform",
         "truncation_policy": {"mode": "bytes", "limit": 10_000},
         "supports_parallel_tool_calls": True,
@@ -4166,6 +4182,7 @@ th, td { text-align: left; padding: .35rem .9rem .35rem 0; border-bottom: 1px so
 th { color: var(--soft); font-weight: 600; white-space: nowrap }
 td { overflow-wrap: anywhere }
 #model-rows td:first-child, #recent-rows td:first-child { white-space: nowrap }
+#recent-rows td:nth-child(2), #recent-rows td:nth-child(3) { min-width: 7.5rem }
 @media (max-width: 30rem) { .call pre { padding-top: 2.6rem } }
 td.number, th.number { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap }
 button, select, input, textarea { font: inherit; color: inherit; background: var(--card); border: 1px solid var(--soft);

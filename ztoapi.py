@@ -3738,14 +3738,20 @@ async def pass_on(request: web.Request, path: str) -> web.StreamResponse:
             passage = await upstream.passage(f"{base}/{path}", key, owner, **how)
         except UpstreamError as error:
             upstream.keys.refused(key, path, error, upstream.clock.now())
-            if error.failure == WRONG_ADDRESS:  # the chat's address may well be right
-                error.message = "Z.ai has nothing at this path of this server's ZAI_BASE_URL, or not under this id."
-                error.failure = Failure(404, "invalid_request_error", "not_found")
-            if path.startswith(CHINA_ALONE) and "api.z.ai" in base:
-                error.message += " It may be on the China address alone: open.bigmodel.cn/api/paas/v4 (ZAI_BASE_URL)."
-            raise
+            raise relayed_error(error, path, base) from error
         stream = request[STREAM] = PassedStream(request, passage)
         return await stream.send()
+
+
+def relayed_error(error: UpstreamError, path: str, base: str) -> UpstreamError:
+    """The error in words that fit a path other than the chat's."""
+    message, failure = error.message, error.failure
+    if failure == WRONG_ADDRESS:  # the chat's address may well be right
+        message = "Z.ai has nothing at this path of this server's ZAI_BASE_URL, or not under this id."
+        failure = Failure(404, "invalid_request_error", "not_found")
+    if path.startswith(CHINA_ALONE) and "api.z.ai" in base:
+        message += " It may be on the China address alone: open.bigmodel.cn/api/paas/v4 (ZAI_BASE_URL)."
+    return UpstreamError(message, failure, error.detail, error.zai_code, error.retry_after)
 
 
 async def one_response(request: web.Request) -> web.Response:

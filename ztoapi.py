@@ -4747,19 +4747,23 @@ async def diagnose(settings: Settings) -> AsyncIterator[Finding]:
         yield Finding("key", str(no_key()), good=False)
         return
     async with new_session(settings) as session:
-        upstream = Upstream(replace(settings, max_retries=0), session, Clock())
-        models: list[Model] = []
+        upstream, accepted = Upstream(replace(settings, max_retries=0), session, Clock()), False
         for number, key in enumerate(settings.zai_api_key, 1):
-            try:
-                models = await upstream.list_models(key)
-                yield Finding(f"key {number}", f"accepted; Z.ai lists {len(models)} models for it")
-            except UpstreamError as error:
-                if error.failure != AUTHENTICATION:  # no other key will fare better
-                    yield Finding("Z.ai", str(error), good=False)
-                    return
-                yield Finding(f"key {number}", str(error), good=False)
-        if models:
-            yield await check_chat(upstream, models)
+            finding = await check_key(upstream, f"key {number}", key)
+            yield finding
+            accepted = accepted or finding.good
+            if finding.what == "Z.ai":  # no other key will fare better
+                return
+        if accepted:
+            yield await check_chat(upstream)
+
+
+async def check_key(upstream: Upstream, what: str, key: str) -> Finding:
+    try:
+        models = await upstream.list_models(key)
+    except UpstreamError as error:
+        return Finding(what if error.failure == AUTHENTICATION else "Z.ai", str(error), good=False)
+    return Finding(what, f"accepted; Z.ai lists {len(models)} models for it")
 
 
 def check_port(settings: Settings) -> Finding:
@@ -4771,11 +4775,10 @@ def check_port(settings: Settings) -> Finding:
     return Finding("port", f"{settings.port} on {settings.host} is free")
 
 
-async def check_chat(upstream: Upstream, models: list[Model]) -> Finding:
-    """One word from a free model, or from one of the key's plan."""
-    free = [model.id for model in MODELS.values() if model.free and not model.sees]
+async def check_chat(upstream: Upstream) -> Finding:
+    """One word from a free model, or from one that every plan has."""
     message = Message("user", ("Answer with the one word: pong",))
-    first, *others = (*free, models[-1].id)
+    first, *others = (*(model.id for model in MODELS.values() if model.free and not model.sees), "glm-5.3-flash")
     prompt = Prompt(first, (message,), stream=False, max_tokens=64, effort="off", fallbacks=tuple(others))
     started = time.monotonic()
     try:

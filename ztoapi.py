@@ -981,9 +981,12 @@ def model_names(value: Any) -> tuple[str, ...]:
 
 
 def reasoning_format(value: Any) -> ReasoningFormat:
-    if value not in ("parsed", "raw", "hidden"):
-        raise ValueError("must be parsed, raw or hidden")
-    return value  # type: ignore[no-any-return]
+    match value:
+        case "parsed" | "raw" | "hidden":
+            form: ReasoningFormat = value
+            return form
+        case _:
+            raise ValueError("must be parsed, raw or hidden")
 
 
 # Five ways to ask for thinking; where a request has several, the first counts.
@@ -1221,7 +1224,7 @@ def parse_tool(tool: Any, at: str) -> Tool | JSON:
             parameters = given.get("parameters") or {"type": "object", "properties": {}}
             return Tool(name, given.get("description") or name, parameters)
         case {"type": "web_search" | "retrieval" | "mcp"}:
-            return tool  # type: ignore[no-any-return]
+            return obj(tool)
         case _:
             raise BadRequest(f"'{at}' must be a function with a name, or Z.ai's web_search, retrieval or mcp.", at)
 
@@ -3418,7 +3421,7 @@ async def events_of(reply: Reply | Replies, prompt: Prompt, record: Record) -> A
     while events := await reply.read():
         record.note(events)
         record.torn = reply.torn
-        yield [shown for event in events for shown in shape.feed(event)]
+        yield events if shape.form == "parsed" else [shown for event in events for shown in shape.feed(event)]
 
 
 # ======== Statistics ========
@@ -3559,7 +3562,7 @@ UPSTREAM = web.AppKey("upstream", Upstream)
 CATALOG = web.AppKey("catalog", Catalog)
 RECORD = web.RequestKey("record", Record)
 STREAM: web.RequestKey[OpenStream | PassedStream] = web.RequestKey("stream", object)  # type: ignore[arg-type] # a union
-ERROR_BODY: web.RequestKey[Callable[[ProxyError], JSON]] = web.RequestKey("error_body", Callable)  # type: ignore[arg-type]
+ERROR_BODY: web.RequestKey[Callable[[ProxyError], JSON]] = web.RequestKey("error_body", Callable)  # type: ignore[arg-type] # a function
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
@@ -3586,7 +3589,8 @@ async def answer(request: web.Request, surface: Surface) -> web.StreamResponse:
 
 
 def head_of(reply: Reply | Replies, prompt: Prompt, record: Record) -> Head:
-    return Head(reply.origin.id or record.id, reply.origin.created or int(time.time()), prompt.model)
+    origin = reply.origin
+    return Head(origin.id or record.id, origin.created or int(time.time()), prompt.model)
 
 
 def filled(prompt: Prompt, settings: Settings, accept: str) -> Prompt:

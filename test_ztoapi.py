@@ -2855,7 +2855,7 @@ async def test_the_timer_of_a_stream_ends_with_it(client, monkeypatch):
 
     monkeypatch.setattr(ztoapi, "OpenStream", Watched)
     await ask(client, chat(stream=True))
-    assert streams[0].timer.cancelled()
+    assert streams[0].watch.timer.cancelled()
 
 
 @over_sockets

@@ -3037,6 +3037,17 @@ async def passing(start, rest):
 
 
 @over_sockets
+async def test_a_client_that_takes_its_time_is_no_silence_of_zais(start, rest):
+    client = await start(zai_base_url=rest.url, upstream_timeout=1)
+    rest.type, rest.parts = "text/event-stream", [b": " + b"x" * 2**20 + b"\n"] * 24 + [b"data: last\n\n"]
+    async with client.post("/v1/messages", json=CLAUDE, headers=KEY) as response:
+        response._connection.transport.pause_reading()
+        await asyncio.sleep(2.5)
+        response._connection.transport.resume_reading()
+        assert (await response.read()).endswith(b"data: last\n\n")
+
+
+@over_sockets
 async def test_messages_go_to_zais_own_anthropic_api_with_our_key(passing, rest):
     rest.type, rest.parts = (
         "text/event-stream",

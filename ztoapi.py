@@ -48,6 +48,7 @@ from dataclasses import dataclass, field, fields, replace
 from datetime import datetime, timezone
 from fnmatch import fnmatchcase
 from functools import partial
+from importlib import import_module
 from itertools import chain, count, islice
 from operator import itemgetter
 from pathlib import Path
@@ -516,20 +517,22 @@ class SSEDecoder:
             part = b"".join((*self.line, part))
         *lines, last = part.split(b"\n")
         self.line = [last] if last else []
-        return self.read(lines)
+        return self.events_in(lines)
 
     def close(self) -> list[bytes]:
         """The data of an event that the end of the stream cut short."""
-        return self.read([b"".join(self.line), b""])
+        return self.events_in([b"".join(self.line), b""])
 
-    def read(self, lines: list[bytes]) -> list[bytes]:
+    def events_in(self, lines: list[bytes]) -> list[bytes]:
+        """The data of the events that these lines complete; one without data is none."""
         events = []
         for line in lines:
             if line.startswith(self.DATA):
                 self.data.append(line.partition(b":")[2].removeprefix(b" ").removesuffix(b"\r"))
-            elif self.data and line in (b"", b"\r"):  # others are comments, and fields that say nothing to us
+            elif self.data and line in (b"", b"\r"):
                 events.append(b"\n".join(self.data))
                 self.data = []
+            # any other line is a comment, or a field that says nothing to us
         return [event for event in events if event]
 
 
@@ -592,11 +595,12 @@ def obj(value: Any) -> JSON:
 
 
 def encode_json(value: Any) -> bytes:
-    """Compact JSON in UTF-8. Half a surrogate pair leaves as the escape it came as: the other half may follow."""
+    """Compact JSON in UTF-8."""
     return escaped(to_json(value))
 
 
 def escaped(text: str) -> bytes:
+    """JSON, or frames of it, in UTF-8. Half a surrogate pair leaves as an escape, as it came: the rest may follow."""
     if text.isascii():
         return text.encode()
     for end, escape in LINE_ENDS:
@@ -1048,9 +1052,8 @@ CHAT_FIELDS: dict[str, Callable[[Any], Any]] = {
 STREAM_OPTIONS: dict[str, Callable[[Any], Any]] = {"include_usage": switch}
 
 # Fields of these names in a Prompt are as they were given.
-SAME_IN_PROMPT = (
-    *("model", "stream", "n", "temperature", "top_p", "stop", "seed"),
-    *("tool_choice", "reasoning_format", "fallbacks"),
+SAME_IN_PROMPT = frozenset(
+    ("model", "stream", "n", "temperature", "top_p", "stop", "seed", "tool_choice", "reasoning_format", "fallbacks")
 )
 
 # Values that ask for nothing, besides null, 0, false, {} and [].
@@ -1119,7 +1122,10 @@ def wants_usage(given: JSON) -> bool:
 
 
 def checked(body: JSON, wanted: Mapping[str, Callable[[Any], Any]], at: str = "") -> JSON:
-    """The fields of `body` that count and are not null, each as its check returns it; `at` is where `body` stands."""
+    """The fields of `body` that count and are not null, each as its check returns it; `at` is where `body` stands.
+
+    Raises BadRequest for the first that is wrong, in the client's order.
+    """
     given = {}
     for name, value in body.items():
         if value is not None and name in wanted:
@@ -2430,7 +2436,7 @@ class ZaiReader:
                 raise UpstreamError("Z.ai broke its answer off: try again.", UNAVAILABLE, "Z.ai: network_error")
 
     def read_head(self, chunk: JSON) -> None:
-        if not (self.id and self.created):  # every chunk repeats them
+        if not (self.id and self.created and self.request_id):  # most chunks repeat them
             self.id = self.id or str(chunk.get("id") or "")
             self.created = self.created or number_of(chunk.get("created"))
             self.request_id = self.request_id or str(chunk.get("request_id") or "")
@@ -2791,10 +2797,11 @@ class Origin:
 
 
 class Watch:
-    """Tells of silence, and again and again while it lasts. There is one timer for all that is heard, not one each."""
+    """Calls `tell` after so many seconds without `heard()`, and again while that lasts. One timer, not one for each."""
 
     def __init__(self, seconds: float, tell: Callable[[float], None]) -> None:
-        self.seconds, self.tell = seconds, tell  # `tell` takes the seconds of silence so far
+        self.seconds = seconds
+        self.tell: Callable[[float], None] | None = tell  # takes the seconds of silence so far
         self.timer: asyncio.TimerHandle | None = None
         self.heard()
 
@@ -2811,11 +2818,12 @@ class Watch:
         silence = time.monotonic() - self.heard_at
         if silence < self.seconds:
             self.arm(self.seconds - silence)
-        else:
+        elif self.tell:
             self.arm(self.seconds)
             self.tell(silence)
 
     def stop(self) -> None:
+        self.tell = None  # leaves no cycle behind
         if self.timer:
             self.timer.cancel()
 
@@ -2823,17 +2831,21 @@ class Watch:
 class Passage:
     """The bytes of an answer of Z.ai's; its connection belongs to whoever opened it."""
 
-    def __init__(self, response: aiohttp.ClientResponse, patience: float) -> None:
+    def __init__(self, response: aiohttp.ClientResponse, longest_silence: float) -> None:
         self.response = response
         self.ahead = b""  # read to see that it begins well
-        self.watch = Watch(patience, self.give_up)
+        self.reading = False  # a client that takes its time is no silence of Z.ai's
+        self.watch = Watch(longest_silence, self.give_up)
         connection = response.connection
         if connection is not None and connection.protocol is not None:  # there is more to come
             connection.protocol.read_timeout = None  # sock_read would set a new timer for every part
+            connection.protocol.start_timeout()  # and the one that the headers set ends
             self.watch.start()
 
     def give_up(self, _: float) -> None:
-        self.response.content.set_exception(aiohttp.SocketTimeoutError("silence"))
+        """The read that waits fails, as by aiohttp's own sock_read."""
+        if self.reading:
+            self.response.content.set_exception(aiohttp.SocketTimeoutError("silence"))
 
     async def check_status(self) -> None:
         """Raises UpstreamError for a refusal that has a status."""
@@ -2861,10 +2873,13 @@ class Passage:
     async def read(self) -> bytes:
         """The next bytes, none at the end. Raises UpstreamError when the connection breaks off, or is silent."""
         self.watch.heard()
+        self.reading = True
         try:
             return await self.response.content.readany()
         except aiohttp.ClientError as error:
             raise connection_error(error) from error
+        finally:
+            self.reading = False
 
 
 class Reply:
@@ -3217,20 +3232,24 @@ class Upstream:
         return begin
 
     async def persevere(self, model: str, begin: Begin[R], owner: AsyncExitStack) -> R:
-        """Try one model until it answers or there is no more sense in it; the place and connection go to `owner`."""
+        """Try one model until it answers or there is no more sense in it.
+
+        The place and the connection belong to `owner`, which holds nothing else: it is emptied after a try in vain.
+        """
         queue, ticket, backoff = self.queue(model), next(self.tickets), Backoff(self.settings.max_retries)
         while True:
-            async with AsyncExitStack() as attempt:
-                place = await attempt.enter_async_context(queue.place(ticket))
+            place = await owner.enter_async_context(queue.place(ticket))
+            try:
+                reply = await begin(place.key, owner)
+            except UpstreamError as error:
                 try:
-                    reply = await begin(place.key, attempt)
-                except UpstreamError as error:
                     wait = self.next_wait(queue, place, backoff, error)
-                else:
-                    place.limit.accepted(place.rank, self.clock.now())
-                    queue.admit()
-                    owner.push_async_exit(attempt.pop_all())
-                    return reply
+                finally:
+                    await owner.aclose()
+            else:
+                place.limit.accepted(place.rank, self.clock.now())
+                queue.admit()
+                return reply
             await self.clock.sleep(wait)
 
     async def send(self, url: str, key: str, owner: AsyncExitStack, **how: Any) -> Passage:
@@ -3476,7 +3495,7 @@ async def events_of(
 
 
 # ======== Statistics ========
-# Of what went through, for the dashboard: never a prompt, a key or an address. Its size does not grow.
+# Of what went through, for the dashboard, which shows no prompt, key or address. Its size does not grow.
 
 
 class Figures:
@@ -3527,7 +3546,9 @@ class Statistics:
         self.started = now
         self.models: dict[str, Figures] = {}
         self.minutes: dict[int, list[int]] = {}  # minute → requests, failures, tokens in, tokens out
-        self.recent: deque[tuple[Record, float, float]] = deque(maxlen=self.RECENT)  # with duration and time
+        self.recent: deque[tuple[Record, float, float]] = deque(
+            maxlen=self.RECENT
+        )  # with seconds it took, and Unix time of its end
         self.torn = 0  # frames
 
     def add(self, record: Record, duration: float, now: float) -> None:
@@ -3549,20 +3570,8 @@ class Statistics:
             "started": self.started,
             "models": {name: figures.shown() for name, figures in self.models.items()},
             "minutes": [self.minutes.get(last - i, [0, 0, 0, 0]) for i in reversed(range(self.MINUTES))],
-            "recent": [self.shown_request(*request) for request in self.recent],
+            "recent": [record.shown(duration, ended_at) for record, duration, ended_at in self.recent],
             "torn": self.torn,
-        }
-
-    def shown_request(self, record: Record, duration: float, now: float) -> JSON:
-        return {
-            "time": now,
-            "model": record.model,
-            "status": record.status,
-            "error": record.error,
-            "first": None if record.first is None else round(record.first - record.started, 3),
-            "duration": round(duration, 3),
-            "prompt_tokens": record.usage.prompt,
-            "completion_tokens": record.usage.completion,
         }
 
 
@@ -3595,6 +3604,18 @@ class Record:
         for event in events:
             if isinstance(event, Usage):
                 self.usage += event
+
+    def shown(self, duration: float, ended_at: float) -> JSON:
+        return {
+            "time": ended_at,
+            "model": self.model,
+            "status": self.status,
+            "error": self.error,
+            "first": None if self.first is None else round(self.first - self.started, 3),
+            "duration": round(duration, 3),
+            "prompt_tokens": self.usage.prompt,
+            "completion_tokens": self.usage.completion,
+        }
 
     def line(self, now: float) -> str:
         outcome = f"{self.status} {self.error}".rstrip()
@@ -4884,7 +4905,13 @@ def set_up_log(settings: Settings) -> None:
     for logger in (LOG, logging.getLogger("aiohttp"), logging.getLogger("asyncio")):
         logger.handlers, logger.propagate = [handler], False  # nobody else may write our lines, with secrets in them
     LOG.setLevel(logging.DEBUG if settings.debug_mode else logging.INFO)
-    # What no line tells need not be found out for each ("Optimization", Python's documentation of logging).
+
+
+def log_less() -> None:
+    """What no line of ours tells need not be found out for each; a process manager's lines may tell it.
+
+    Source: "Optimization" in Python's documentation of logging.
+    """
     logging.logThreads = logging.logProcesses = logging.logMultiprocessing = False
     logging._srcfile = None  # noqa: SLF001 - as documented
 
@@ -5004,6 +5031,15 @@ def parse_flags(arguments: list[str] | None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
+def new_loop() -> asyncio.AbstractEventLoop:
+    """uvloop's where it is installed: it needs less of the processor."""
+    try:
+        loop: asyncio.AbstractEventLoop = import_module("uvloop").new_event_loop()
+    except ImportError:
+        return asyncio.new_event_loop()
+    return loop
+
+
 def main(arguments: list[str] | None = None) -> None:
     flags = parse_flags(arguments)
     given = {name: value for name, value in (("HOST", flags.host), ("PORT", flags.port)) if value is not None}
@@ -5015,9 +5051,11 @@ def main(arguments: list[str] | None = None) -> None:
     settings = with_demo(settings, place) if flags.demo else settings
     set_up_log(settings)
     print(banner(settings, place[1]), flush=True)
+    log_less()
     app = create_app(settings)
+    gc.collect()
     gc.freeze()  # what is here now stays: the collector's rounds need not look at it
-    web.run_app(app, sock=sockets, print=None, access_log=None, shutdown_timeout=5, backlog=1024)
+    web.run_app(app, sock=sockets, print=None, access_log=None, shutdown_timeout=5, backlog=1024, loop=new_loop())
 
 
 if __name__ == "__main__":

@@ -2915,19 +2915,17 @@ class Reply:
         while not events and not self.reader.done:
             if self.failure:
                 raise self.failure
-            events = self.read_events(await self.read_part())
+            events = list(self.events_in(await self.read_part()))
+            if events:
+                trace("received", events)
         return events
 
-    def read_events(self, part: bytes) -> list[Event]:
-        events: list[Event] = []
+    def events_in(self, part: bytes) -> Iterator[Event]:
+        """The events before a failure, which is kept for later."""
         try:
-            for event in self.reader.feed(part) if part else self.reader.close():
-                events.append(event)  # noqa: PERF402 - a list keeps what came before an error
+            yield from self.reader.feed(part) if part else self.reader.close()
         except UpstreamError as error:
             self.failure = self.named(error)
-        if events:
-            trace("received", events)
-        return events
 
     async def read_part(self) -> bytes:
         """The next bytes; none at the end."""
@@ -3160,7 +3158,7 @@ class Clock:
         return time.time()
 
     def jitter(self) -> float:
-        return random.random()  # noqa: S311 - not for secrets
+        return random.SystemRandom().random()
 
     async def sleep(self, seconds: float) -> None:
         await asyncio.sleep(seconds)
@@ -3634,8 +3632,8 @@ STATISTICS = web.AppKey("statistics", Statistics)
 UPSTREAM = web.AppKey("upstream", Upstream)
 CATALOG = web.AppKey("catalog", Catalog)
 RECORD = web.RequestKey("record", Record)
-STREAM: web.RequestKey[OpenStream | PassedStream] = web.RequestKey("stream", object)  # type: ignore[arg-type] # a union
-ERROR_BODY: web.RequestKey[Callable[[ProxyError], JSON]] = web.RequestKey("error_body", Callable)  # type: ignore[arg-type] # a function
+STREAM: web.RequestKey[OpenStream | PassedStream] = web.RequestKey("stream")
+ERROR_BODY: web.RequestKey[Callable[[ProxyError], JSON]] = web.RequestKey("error_body")
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
@@ -4379,7 +4377,7 @@ before them: glm-4.6, GLM-4.6 and zai/glm-4.6 are one model.</p>
 <div class="scroll"><table><tbody id="error-rows"></tbody></table></div>
 </main>
 <footer><p><small>ztoapi <span id="version"></span></small></p></footer>
-""",  # noqa: E501, RUF001
+""",  # noqa: E501, RUF001 - a page, in two languages
     """
 const key = data.key || "YOUR_KEY", base = new URL("v1", location.href).href, free = data.models.find(m => m.free) || data.models[0];
 const hello = say("Hello! Who are you?", "你好，请介绍一下你自己");
@@ -4551,7 +4549,7 @@ function fail(text) {
   $("failure").hidden = false;
   $("failure").textContent = text;
 }
-""",  # noqa: E501, RUF001
+""",  # noqa: E501, RUF001 - a page, in two languages
 )
 
 DASHBOARD_PAGE = page(
@@ -4582,7 +4580,7 @@ data-zh="一小时前">an hour ago</span><span id="tokens-top"></span><span data
 <h2 data-zh="最近的请求">Last requests</h2><div class="scroll"><table><thead id="recent-head"></thead><tbody id="recent-rows"></tbody></table></div>
 </div>
 </main>
-""",  # noqa: E501, RUF001
+""",  # noqa: E501, RUF001 - a page, in two languages
     """
 const seconds = s => s === null || s === undefined ? "–" : s < 1 ? Math.round(s * 1000) + " ms" : s.toFixed(s < 10 ? 2 : 1) + " s";
 const number = n => n.toLocaleString("en-US");
@@ -4675,7 +4673,7 @@ $("door").onsubmit = event => {
   refresh();
 };
 if (key) refresh(); else ask("");
-""",  # noqa: E501, RUF001
+""",  # noqa: E501, RUF001 - a page, in two languages
 )
 
 
@@ -4913,7 +4911,7 @@ def log_less() -> None:
     Source: "Optimization" in Python's documentation of logging.
     """
     logging.logThreads = logging.logProcesses = logging.logMultiprocessing = False
-    logging._srcfile = None  # noqa: SLF001 - as documented
+    logging._srcfile = None  # noqa: SLF001 - the documentation names it
 
 
 def settings_of_worker() -> Settings:
@@ -4983,7 +4981,9 @@ def cannot_listen(settings: Settings, error: OSError) -> str:
 
 def with_demo(settings: Settings, place: tuple[Any, ...]) -> Settings:
     """The same, with the stand-in for Z.ai on this very server, which listens at `place`, as the upstream."""
-    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(place[0], place[0])  # noqa: S104 - any address: take loopback
+    address = ipaddress.ip_address(place[0])
+    loopback = "127.0.0.1" if address.version == 4 else "::1"
+    host = loopback if address.is_unspecified else place[0]
     return replace(
         settings,
         demo=True,

@@ -32,23 +32,23 @@ from aiohttp.test_utils import make_mocked_request
 import ztoapi
 from ztoapi import (
     MODELS,
+    AdaptiveLimit,
     Answer,
     Backoff,
     BadRequest,
-    Blanker,
-    ChatStream,
+    ChatRequest,
     Citations,
-    Failure,
+    ErrorKind,
     Finish,
     Head,
-    Inliner,
-    Keys,
-    Limit,
+    KeyPool,
     Media,
     Message,
     Prompt,
     Queue,
     ReasoningShape,
+    Redactor,
+    RefInliner,
     Settings,
     SettingsError,
     SSEDecoder,
@@ -59,12 +59,10 @@ from ztoapi import (
     UpstreamError,
     Usage,
     ZaiReader,
-    chat_completion,
     create_app,
     encode_json,
     error_body,
     error_headers,
-    parse_chat,
     resolve,
     sse,
     zai_body,
@@ -77,6 +75,10 @@ over_sockets = pytest.mark.asyncio
 PROGRAM = Path(ztoapi.__file__)
 KEY = {"Authorization": "Bearer sk-your-key"}
 HELLO = {"model": "glm-4.6", "messages": [{"role": "user", "content": "你好"}]}
+
+
+def read_chat(body):
+    return ztoapi.parse_chat(body).prompt
 
 
 def chat(**changes):
@@ -208,12 +210,12 @@ def test_a_list_that_contains_the_published_key_is_guarded_too():
 
 
 def test_blanking_finds_a_secret_however_it_is_written():
-    blank = Blanker(["k3y!", 'qu"te', "a/b"])
+    blank = Redactor(["k3y!", 'qu"te', "a/b"])
     assert blank('k3y! "qu\\"te" qu"te x=a%2Fb') == '*** "***" *** x=***'
 
 
 def test_blanking_nothing_leaves_all():
-    assert Blanker([])("as it is") == "as it is"
+    assert Redactor([])("as it is") == "as it is"
 
 
 # ======== Errors ========
@@ -368,7 +370,6 @@ def test_frames_are_data_and_a_blank_line():
         pytest.param({}, {}, id="nothing more"),
         pytest.param({"stream": True}, {"stream": True}, id="stream"),
         pytest.param({"stream": None, "temperature": None}, {}, id="null is absent"),
-        pytest.param({"stream_options": {"include_usage": True}}, {"include_usage": True}, id="include_usage"),
         pytest.param({"temperature": 1.5, "top_p": 0.5}, {"temperature": 1.5, "top_p": 0.5}, id="sampling"),
         pytest.param({"max_tokens": 5}, {"max_tokens": 5}, id="max_tokens"),
         pytest.param({"max_tokens": 5, "max_completion_tokens": 7}, {"max_tokens": 7}, id="max_completion_tokens"),
@@ -394,7 +395,7 @@ def test_frames_are_data_and_a_blank_line():
 )
 def test_a_request_is_read(fields, wanted):
     prompt = Prompt(model="glm-4.6", messages=(Message("user", ("你好",)),))
-    assert parse_chat(chat(**fields)) == ztoapi.replace(prompt, **wanted)
+    assert read_chat(chat(**fields)) == ztoapi.replace(prompt, **wanted)
 
 
 @pytest.mark.parametrize(
@@ -407,7 +408,7 @@ def test_a_request_is_read(fields, wanted):
     ],
 )
 def test_what_zai_cannot_do_is_listed_as_ignored(name, value):
-    assert parse_chat(chat(**{name: value})).ignored == (name,)
+    assert read_chat(chat(**{name: value})).ignored == (name,)
 
 
 @pytest.mark.parametrize(
@@ -419,7 +420,7 @@ def test_what_zai_cannot_do_is_listed_as_ignored(name, value):
     ],
 )
 def test_what_asks_for_nothing_is_not_listed(name, value):
-    assert parse_chat(chat(**{name: value})).ignored == ()
+    assert read_chat(chat(**{name: value})).ignored == ()
 
 
 def function(name, **more):
@@ -427,8 +428,8 @@ def function(name, **more):
 
 
 def test_parallel_tool_calls_false_is_listed():
-    assert parse_chat(chat(tools=[function("f")], parallel_tool_calls=False)).ignored == ("parallel_tool_calls",)
-    assert parse_chat(chat(tools=[function("f")], parallel_tool_calls=True)).ignored == ()
+    assert read_chat(chat(tools=[function("f")], parallel_tool_calls=False)).ignored == ("parallel_tool_calls",)
+    assert read_chat(chat(tools=[function("f")], parallel_tool_calls=True)).ignored == ()
 
 
 @pytest.mark.parametrize(
@@ -455,7 +456,7 @@ def test_parallel_tool_calls_false_is_listed():
     ],
 )
 def test_thinking_is_asked_for_in_five_ways(fields, wanted):
-    assert parse_chat(chat(**fields)).effort == wanted
+    assert read_chat(chat(**fields)).effort == wanted
 
 
 TWICE = {
@@ -470,7 +471,7 @@ TWICE = {
 @pytest.mark.parametrize(("left_out", "wanted"), [(0, "max"), (1, "low"), (2, "off"), (3, "on"), (4, "off")])
 def test_where_thinking_is_said_twice_the_first_counts(left_out, wanted):
     fields = dict(list(TWICE.items())[left_out:])
-    assert parse_chat(chat(**fields)).effort == wanted
+    assert read_chat(chat(**fields)).effort == wanted
 
 
 CALL = {"id": "c1", "type": "function", "function": {"name": "f", "arguments": '{"a":1}'}}
@@ -549,7 +550,7 @@ CALL = {"id": "c1", "type": "function", "function": {"name": "f", "arguments": '
     ],
 )
 def test_a_message_is_read(fields, wanted):
-    assert parse_chat(message(**fields)).messages == (wanted,)
+    assert read_chat(message(**fields)).messages == (wanted,)
 
 
 @pytest.mark.parametrize(
@@ -634,7 +635,7 @@ def test_a_message_is_read(fields, wanted):
 )
 def test_a_request_that_makes_no_sense_names_the_field(body, param):
     with pytest.raises(BadRequest) as refused:
-        parse_chat(body)
+        read_chat(body)
     assert refused.value.param == param
 
 
@@ -644,15 +645,16 @@ def test_the_clients_json_is_not_modified():
         tools=[{"type": "function", "function": {"name": "f"}}],
     )
     before = json.dumps(body)
-    zai_body(parse_chat(body), MODELS["glm-4.6"])
+    zai_body(read_chat(body), MODELS["glm-4.6"])
     assert json.dumps(body) == before
 
 
 # ======== OpenAI chat completions: the answer ========
 
-HEAD = Head("2026", 1760762344, "GLM-4.6")
+HEAD = Head("2026", 1760762344, "GLM-4.6", "ours")
 ENVELOPE = {"id": "chatcmpl-2026", "object": "chat.completion.chunk", "created": 1760762344, "model": "GLM-4.6"}
-PROMPT = Prompt("GLM-4.6", ())
+REQUEST = ChatRequest(Prompt("GLM-4.6", ()))
+WITH_USAGE = ztoapi.replace(REQUEST, include_usage=True)
 USAGE = {
     "prompt_tokens": 6,
     "completion_tokens": 3,
@@ -663,8 +665,8 @@ USAGE = {
 EVENTS = [Thought("hm"), Text("你"), Text("好"), Usage(6, 3, 9, 2, 1), Finish("stop")]
 
 
-def frames(events, prompt=PROMPT):
-    encoder = ChatStream(HEAD, prompt)
+def frames(events, request=REQUEST):
+    encoder = request.encoder(HEAD)
     return [frame for event in events for frame in encoder.feed(event)] + encoder.close()
 
 
@@ -683,8 +685,7 @@ def test_a_stream_is_chunks_of_one_answer():
 
 
 def test_usage_is_a_chunk_of_its_own_for_those_who_ask():
-    prompt = ztoapi.replace(PROMPT, include_usage=True)
-    assert frames([Text("好"), Usage(6, 3, 9, 2, 1), Finish("stop")], prompt) == [
+    assert frames([Text("好"), Usage(6, 3, 9, 2, 1), Finish("stop")], WITH_USAGE) == [
         {**chunk({"role": "assistant", "content": "好"}), "usage": None},
         {**chunk({}, "stop"), "usage": None},
         {**ENVELOPE, "choices": [], "usage": USAGE},
@@ -693,7 +694,7 @@ def test_usage_is_a_chunk_of_its_own_for_those_who_ask():
 
 
 def test_usage_that_zai_did_not_send_is_not_made_up():
-    assert frames([Text("好"), Finish("stop")], ztoapi.replace(PROMPT, include_usage=True))[2:] == ["[DONE]"]
+    assert frames([Text("好"), Finish("stop")], WITH_USAGE)[2:] == ["[DONE]"]
 
 
 def test_a_streamed_tool_call_has_its_name_once():
@@ -712,7 +713,7 @@ def test_a_finish_without_any_text_is_an_answer():
 
 
 def test_a_failure_in_a_stream_is_a_frame_with_choices():
-    encoder = ChatStream(HEAD, PROMPT)
+    encoder = REQUEST.encoder(HEAD)
     error = BadRequest("No.")
     assert encoder.fail(error) == [{**error_body(error), "choices": []}, "[DONE]"]
 
@@ -725,7 +726,7 @@ def summed_up(events):
 
 
 def completion(events):
-    return chat_completion(HEAD, PROMPT, summed_up(events))
+    return REQUEST.document(HEAD, summed_up(events))
 
 
 def test_a_whole_answer_is_the_sum_of_its_events():
@@ -765,7 +766,7 @@ def test_citations_are_annotations_whole_and_streamed():
 
 def test_choices_are_chunks_of_their_own_begun_in_order_with_one_usage():
     events = [Text("a", 1), Text("b", 0), Usage(1, 2, 3), Finish("stop", 1), Usage(1, 5, 6), Finish("length", 0)]
-    streamed = frames(events, ztoapi.replace(PROMPT, include_usage=True, n=2))
+    streamed = frames(events, ztoapi.replace(WITH_USAGE, prompt=Prompt("GLM-4.6", (), n=2)))
     choices = [frame["choices"][0] for frame in streamed[:6]]
     assert choices == [
         {"index": 0, "delta": {"role": "assistant"}, "finish_reason": None},
@@ -807,7 +808,7 @@ CALLED = ToolCall(0, "c1", "f", "{}")
 )  # fmt: skip
 def test_reasoning_goes_where_it_is_wanted(form, events, wanted):
     shape = ReasoningShape(form)
-    assert [shown for event in events for shown in shape.feed(event)] == wanted
+    assert [snapshot for event in events for snapshot in shape.feed(event)] == wanted
 
 
 # ======== OpenAI completions ========
@@ -824,7 +825,7 @@ def test_a_completion_is_asked_for_as_a_chat():
         "echo": False,
     }
     wanted = Prompt("glm-4.6", (Message("user", ("写一首诗",)),), max_tokens=9, stop=("x",), ignored=("logprobs",))
-    assert ztoapi.parse_completion(body) == wanted
+    assert ztoapi.parse_completion(body).prompt == wanted
 
 
 @pytest.mark.parametrize(
@@ -849,8 +850,9 @@ def test_a_completion_has_the_text_alone():
     envelope = {"id": "cmpl-2026", "object": "text_completion", "created": 1760762344, "model": "GLM-4.6"}
     choice = {"index": 0, "text": "你好", "logprobs": None, "finish_reason": "stop"}
     answer = summed_up(EVENTS)
-    assert ztoapi.completion(HEAD, PROMPT, answer) == {**envelope, "choices": [choice], "usage": USAGE}
-    encoder = ztoapi.CompletionStream(HEAD, ztoapi.replace(PROMPT, include_usage=True))
+    request = ztoapi.CompletionRequest(REQUEST.prompt, include_usage=True)
+    assert request.document(HEAD, answer) == {**envelope, "choices": [choice], "usage": USAGE}
+    encoder = request.encoder(HEAD)
     streamed = [frame for event in EVENTS for frame in encoder.feed(event)] + encoder.close()
     assert [frame["choices"][0]["text"] for frame in streamed[:3]] == ["你", "好", ""]
     assert streamed[2]["choices"][0]["finish_reason"] == "stop"
@@ -862,15 +864,19 @@ def test_a_completion_has_the_text_alone():
 ASKED = {"model": "glm-4.6", "input": "你好"}
 
 
+def history(store=None):
+    return ztoapi.ClientHistory(store or ztoapi.ResponseStore(), "me")
+
+
 def parse_response(**fields):
-    return ztoapi.Responses(ztoapi.ResponseStore()).parse(ASKED | fields)
+    return ztoapi.parse_response(ASKED | fields, history()).prompt
 
 
 def test_an_item_may_be_sent_by_its_id_alone():
     _, response, store = respond([Text("x"), CALLED, Finish("tool_calls")])
     items = [{"type": "item_reference", "id": item["id"]} for item in response["output"]]
     output = {"type": "function_call_output", "call_id": "c1", "output": "1"}
-    prompt = ztoapi.Responses(store).parse({"model": "glm-4.6", "input": [*items, output]})
+    prompt = ztoapi.parse_response({"model": "glm-4.6", "input": [*items, output]}, history(store)).prompt
     assert prompt.messages == (Message("assistant", ("x",), calls=(CALLED,)), Message("tool", ("1",), call_id="c1"))
 
 
@@ -938,7 +944,7 @@ def test_an_item_may_be_sent_by_its_id_alone():
         ),
         pytest.param(
             [
-                {"type": "reasoning", "summary": [], "encrypted_content": ztoapi.sealed("想😀")},
+                {"type": "reasoning", "summary": [], "encrypted_content": ztoapi.encode_reasoning("想😀")},
                 {"role": "user", "content": "x"},
             ],
             [Message("assistant", (), "想😀"), Message("user", ("x",))],
@@ -1000,7 +1006,7 @@ def test_what_else_a_response_asks_for():
 def respond(events, **fields):
     """The types of the events of a streamed response, and the response in the last."""
     store = ztoapi.ResponseStore()
-    stream = ztoapi.ResponseStream(HEAD, parse_response(**fields), store)
+    stream = ztoapi.parse_response(ASKED | fields, history(store)).encoder(HEAD)
     streamed = [frame for event in events for frame in stream.feed(event)] + stream.close()
     assert [frame["sequence_number"] for frame in streamed] == list(range(len(streamed)))
     return [frame["type"].removeprefix("response.") for frame in streamed], streamed[-1]["response"], store
@@ -1019,7 +1025,7 @@ def test_a_streamed_response_is_its_events_in_order():
     assert [item["type"] for item in response["output"]] == ["reasoning", "message"]
     assert response["output"][1]["content"][0]["text"] == "你好"
     assert response["usage"]["output_tokens_details"] == {"reasoning_tokens": 1}
-    assert (response["status"], response["model"], response["id"]) == ("completed", "GLM-4.6", "resp_2026")
+    assert (response["status"], response["model"], response["id"]) == ("completed", "GLM-4.6", "resp_ours")
 
 
 def test_reasoning_is_a_summary_for_those_who_ask_for_one_and_sealed_for_those_who_keep_it():
@@ -1032,7 +1038,7 @@ def test_reasoning_is_a_summary_for_those_who_ask_for_one_and_sealed_for_those_w
     ]
     item = response["output"][0]
     assert item["summary"] == [{"type": "summary_text", "text": "hm"}]
-    assert ztoapi.unsealed(item) == "hm"
+    assert ztoapi.decode_reasoning(item) == "hm"
     assert "hm" not in item["encrypted_content"]
 
 
@@ -1072,11 +1078,11 @@ def test_a_response_that_is_cut_short_says_so(reason, why):
 
 
 def test_a_response_that_breaks_off_has_failed():
-    stream = ztoapi.ResponseStream(HEAD, parse_response(), ztoapi.ResponseStore())
+    stream = ztoapi.parse_response(ASKED, history()).encoder(HEAD)
     stream.feed(Text("x"))
     (frame,) = stream.fail(zai_error(429, b'{"error":{"code":"1302","message":"x"}}'))
     assert (frame["type"], frame["response"]["error"]["code"]) == ("response.failed", "rate_limit_exceeded")
-    early = ztoapi.ResponseStream(HEAD, parse_response(), ztoapi.ResponseStore()).fail(BadRequest("no"))
+    early = ztoapi.parse_response(ASKED, history()).encoder(HEAD).fail(BadRequest("no"))
     assert [frame["type"] for frame in early] == ["response.created", "response.in_progress", "response.failed"]
 
 
@@ -1084,34 +1090,37 @@ def test_a_response_that_breaks_off_has_failed():
     "events", [EVENTS, [CALLED, Finish("tool_calls")], [Text("x"), Citations((FOUND,)), Finish("length")]]
 )
 def test_a_whole_response_is_the_last_of_its_events(events):
-    _, streamed, store = respond(events)
-    whole = ztoapi.Responses(store).whole(HEAD, parse_response(), summed_up(events))
-    assert whole == streamed | {"usage": whole["usage"]}
+    _, streamed, _ = respond(events)
+    assert ztoapi.parse_response(ASKED, history()).document(HEAD, summed_up(events)) == streamed
 
 
 def test_a_response_is_remembered_with_the_whole_conversation():
     _, response, store = respond(EVENTS)
-    prompt = ztoapi.Responses(store).parse(
-        {"model": "glm-4.6", "input": "and?", "previous_response_id": response["id"]}
-    )
-    assert prompt.messages == (
+    body = {"model": "glm-4.6", "input": "and?", "previous_response_id": response["id"]}
+    assert ztoapi.parse_response(body, history(store)).prompt.messages == (
         Message("user", ("你好",)),
         Message("assistant", ("你好",), "hm"),
         Message("user", ("and?",)),
     )
-    assert respond(EVENTS, store=False)[2].kept == {}
+    assert respond(EVENTS, store=False)[2].stored == {}
 
 
 def test_the_memory_of_responses_is_bounded(monkeypatch):
-    monkeypatch.setattr(ztoapi.ResponseStore, "MOST", 3)
+    monkeypatch.setattr(ztoapi.ResponseStore, "MAX_RESPONSES", 3)
     store = ztoapi.ResponseStore()
-    for i in range(5):
-        store.put({"id": str(i)}, (Message("user", ("x",)),))
-    assert list(store.kept) == ["2", "3", "4"]
-    monkeypatch.setattr(ztoapi.ResponseStore, "BYTES", store.size)
-    store.put({"id": "5", "x": "y" * 20}, ())
-    assert "2" not in store.kept
-    assert store.size == sum(kept.size for kept in store.kept.values())
+    for i in (0, 1, 2, 3, 4, 4):
+        store.put("me", ztoapi.StoredResponse({"id": str(i)}, (Message("user", ("x",)),)))
+    assert [name for _, name in store.stored] == ["2", "3", "4"]
+    monkeypatch.setattr(ztoapi.ResponseStore, "MAX_BYTES", store.size)
+    store.put("me", ztoapi.StoredResponse({"id": "5", "x": "y" * 20}, ()))
+    assert ("me", "2") not in store.stored
+    assert store.size == sum(size for _, size in store.stored.values())
+
+
+def test_a_response_belongs_to_the_key_that_made_it():
+    _, response, store = respond(EVENTS)
+    with pytest.raises(ztoapi.ProxyError):
+        ztoapi.ClientHistory(store, "another").get(response["id"])
 
 
 # ======== Z.ai: the request ========
@@ -1154,7 +1163,7 @@ def test_the_memory_of_responses_is_bounded(monkeypatch):
     ],
 )
 def test_zai_gets_what_it_takes(fields, wanted):
-    body = zai_body(parse_chat(chat(stream=False) | fields), MODELS["glm-4.6"])
+    body = zai_body(read_chat(chat(stream=False) | fields), MODELS["glm-4.6"])
     assert body == {"model": "glm-4.6", "messages": [{"role": "user", "content": "你好"}], "stream": False} | wanted
 
 
@@ -1185,7 +1194,7 @@ def test_zai_gets_what_it_takes(fields, wanted):
     ],
 )
 def test_a_message_as_zai_takes_it(fields, wanted):
-    assert zai_body(parse_chat(message(**fields)), MODELS["glm-4.6"])["messages"] == [wanted]
+    assert zai_body(read_chat(message(**fields)), MODELS["glm-4.6"])["messages"] == [wanted]
 
 
 def test_an_image_goes_as_bare_base64_or_as_an_address():
@@ -1195,7 +1204,7 @@ def test_an_image_goes_as_bare_base64_or_as_an_address():
         {"type": "image_url", "image_url": {"url": "https://x/y.png"}},
         {"type": "image_url", "image_url": {"url": "DATA:image/png;BASE64,QUJD"}},
     ]
-    body = zai_body(parse_chat(message(role="user", content=parts)), MODELS["glm-4.6v"])
+    body = zai_body(read_chat(message(role="user", content=parts)), MODELS["glm-4.6v"])
     assert body["messages"][0]["content"] == [
         {"type": "text", "text": "what?"},
         {"type": "image_url", "image_url": {"url": "QUJD"}},
@@ -1205,14 +1214,14 @@ def test_an_image_goes_as_bare_base64_or_as_an_address():
 
 
 def test_an_image_for_a_model_that_does_not_see_is_refused_with_names_of_those_that_do():
-    prompt = parse_chat(message(role="user", content=[{"type": "image_url", "image_url": {"url": "https://x/y.png"}}]))
+    prompt = read_chat(message(role="user", content=[{"type": "image_url", "image_url": {"url": "https://x/y.png"}}]))
     with pytest.raises(BadRequest, match=r"glm-4\.6v-flash") as refused:
         zai_body(prompt, MODELS["glm-4.6"])
-    assert refused.value.failure.code == "image_not_supported"
+    assert refused.value.kind.code == "image_not_supported"
 
 
 def zai_tools(**fields):
-    return zai_body(parse_chat(chat(**fields)), MODELS["glm-4.6"])
+    return zai_body(read_chat(chat(**fields)), MODELS["glm-4.6"])
 
 
 EMPTY = {"type": "object", "properties": {}}
@@ -1221,7 +1230,7 @@ SEARCH = {"type": "web_search", "web_search": {"enable": True}}
 
 
 def test_a_model_we_do_not_know_may_answer_as_long_as_it_likes():
-    assert zai_body(parse_chat(chat(max_tokens=10**6)), resolve("glm-99"))["max_tokens"] == 10**6
+    assert zai_body(read_chat(chat(max_tokens=10**6)), resolve("glm-99"))["max_tokens"] == 10**6
 
 
 def test_tools_are_completed():
@@ -1250,7 +1259,7 @@ def test_zais_own_tools_go_as_they_are():
     ],
 )
 def test_arguments_are_streamed_where_they_can_be(model, fields, wanted):
-    assert zai_body(parse_chat(chat(**fields)), MODELS[model]).get("tool_stream") is wanted
+    assert zai_body(read_chat(chat(**fields)), MODELS[model]).get("tool_stream") is wanted
 
 
 def ordered(line):
@@ -1364,20 +1373,20 @@ POINT = {"type": "object", "properties": {"x": {"type": "number"}}}
     ],
 )
 def test_references_in_a_schema_are_inlined(schema, wanted):
-    assert Inliner(schema).whole() == wanted
+    assert RefInliner(schema).inline_all() == wanted
 
 
 def test_a_schema_that_contains_itself_stays():
     node = {"properties": {"next": {"$ref": "#/$defs/Node"}}}
     schema = {"items": {"$ref": "#/$defs/Node"}, "$defs": {"Node": node}}
-    assert Inliner(schema).whole() == {"items": node, "$defs": {"Node": node}}
+    assert RefInliner(schema).inline_all() == {"items": node, "$defs": {"Node": node}}
 
 
 @pytest.mark.parametrize("often", [1, 2], ids=["deep", "wide"])
 def test_a_schema_that_would_grow_out_of_bounds_stays(often):
     chained = {f"D{i}": {"anyOf": [{"$ref": f"#/$defs/D{i + 1}"}] * often} for i in range(400)}
     schema = {"$ref": "#/$defs/D0", "$defs": chained}
-    assert Inliner(schema).whole() == schema
+    assert RefInliner(schema).inline_all() == schema
 
 
 def test_what_tools_say_of_themselves_reaches_zai_with_references_in_place():
@@ -1408,7 +1417,7 @@ ON, OFF = {"thinking": {"type": "enabled"}}, {"thinking": {"type": "disabled"}}
     ],
 )
 def test_an_effort_is_what_the_model_takes(model, effort, wanted):
-    body = zai_body(parse_chat(chat(reasoning_effort=effort)), MODELS[model])
+    body = zai_body(read_chat(chat(reasoning_effort=effort)), MODELS[model])
     assert {name: body[name] for name in ("thinking", "reasoning_effort") if name in body} == wanted
 
 
@@ -1416,12 +1425,12 @@ def test_an_effort_is_what_the_model_takes(model, effort, wanted):
     ("model", "wanted"), [("glm-4-32b-0414-128k", None), ("glm-4.6", ON), ("glm-5.2", ON), ("glm-5.3", None)]
 )
 def test_thinking_on_without_an_effort(model, wanted):
-    body = zai_body(parse_chat(chat(enable_thinking=True)), MODELS[model])
+    body = zai_body(read_chat(chat(enable_thinking=True)), MODELS[model])
     assert (body.get("thinking"), "reasoning_effort" in body) == (wanted and wanted["thinking"], False)
 
 
 def test_nothing_said_about_thinking_is_nothing_sent():
-    assert not {"thinking", "reasoning_effort"} & zai_body(parse_chat(HELLO), MODELS["glm-5.2"]).keys()
+    assert not {"thinking", "reasoning_effort"} & zai_body(read_chat(HELLO), MODELS["glm-5.2"]).keys()
 
 
 THOUGHT = [{"role": "assistant", "content": "x", "reasoning_content": "hm"}, *HELLO["messages"]]
@@ -1447,7 +1456,7 @@ THOUGHT = [{"role": "assistant", "content": "x", "reasoning_content": "hm"}, *HE
     ],
 )
 def test_reasoning_sent_back_is_kept(model, fields, wanted):
-    assert zai_body(parse_chat(chat(**fields)), MODELS[model]).get("thinking") == wanted
+    assert zai_body(read_chat(chat(**fields)), MODELS[model]).get("thinking") == wanted
 
 
 # ======== Z.ai: refusals ========
@@ -1473,7 +1482,7 @@ REFUSED = [
 def test_every_code_of_zais_is_what_the_table_says(row):
     code, http, status, kind, ours = row
     error = zai_error(http, json.dumps({"error": {"code": str(code), "message": "Words"}}).encode())
-    assert error.failure == Failure(status, kind, ours)
+    assert error.kind == ErrorKind(status, kind, ours)
     assert str(error).endswith(f"(Z.ai {code}: Words)")
 
 
@@ -1482,7 +1491,7 @@ def test_a_code_inside_a_200_means_the_same(row):
     code, _, status, kind, ours = row
     error = zai_error(200, {"error": {"code": code, "message": "Words"}})
     named = code not in (1299, 1399, 1999)
-    assert error.failure == (Failure(status, kind, ours) if named else Failure(502, "upstream_error", f"zai_{code}"))
+    assert error.kind == (ErrorKind(status, kind, ours) if named else ErrorKind(502, "upstream_error", f"zai_{code}"))
 
 
 @pytest.mark.parametrize(
@@ -1507,8 +1516,8 @@ def test_a_code_inside_a_200_means_the_same(row):
     ],
 )  # fmt: skip
 def test_what_comes_without_a_known_code_goes_by_its_status(http, body, status, code):
-    failure = zai_error(http, body.encode()).failure
-    assert (failure.status, failure.code) == (status, code)
+    kind = zai_error(http, body.encode()).kind
+    assert (kind.status, kind.code) == (status, code)
 
 
 def test_no_balance_names_the_address_of_the_coding_plan():
@@ -1655,7 +1664,7 @@ def test_what_is_not_a_finished_answer_is_a_failure(data):
     for parts in cuts(data):
         with pytest.raises(UpstreamError) as failed:
             read_all(parts)
-        assert failed.value.failure == ztoapi.UNAVAILABLE
+        assert failed.value.kind == ztoapi.UNAVAILABLE
 
 
 @pytest.mark.parametrize(
@@ -1769,7 +1778,7 @@ def test_salvage_takes_linear_time():
 
 @pytest.mark.parametrize("part", [b"x", b": comment\n\n"])
 def test_what_never_ends_is_a_failure(part, monkeypatch):
-    monkeypatch.setattr(ztoapi, "MOST_HELD", 1000)
+    monkeypatch.setattr(ztoapi, "MAX_HELD", 1000)
     with pytest.raises(UpstreamError, match="without an end"):
         read_all([part] * 1001)
 
@@ -1941,69 +1950,69 @@ def refusal(code, status=429, text="Words"):
 
 
 def test_keys_are_used_in_turn():
-    keys, used = Keys(["a", "b", "c"]), []
+    keys, used = KeyPool(["a", "b", "c"]), []
     for _ in range(4):
-        used.append(keys.awake("m", 0)[0])
-        keys.used(used[-1])
+        used.append(keys.available("m", 0)[0])
+        keys.rotate(used[-1])
     assert used == ["a", "b", "c", "a"]
 
 
 @pytest.mark.parametrize("code", [1113, 1308, 1310, 1316])
 def test_a_key_without_quota_rests_for_the_one_model(code):
-    keys = Keys(["a", "b"])
-    keys.refused("a", "glm-5", refusal(code), 0)
-    assert keys.awake("glm-5", 0) == ["b"]
-    assert keys.awake("glm-4.7-flash", 0) == ["a", "b"]
-    assert keys.awake("glm-5", Keys.REST) == ["a", "b"]
+    keys = KeyPool(["a", "b"])
+    keys.cool_down("a", "glm-5", refusal(code), 0)
+    assert keys.available("glm-5", 0) == ["b"]
+    assert keys.available("glm-4.7-flash", 0) == ["a", "b"]
+    assert keys.available("glm-5", KeyPool.COOLDOWN) == ["a", "b"]
 
 
 def test_a_key_that_is_refused_rests_for_every_model():
-    keys = Keys(["a", "b"])
-    keys.refused("a", "glm-5", refusal(1000, 401), 0)
-    assert keys.awake("glm-4.6", 0) == ["b"]
+    keys = KeyPool(["a", "b"])
+    keys.cool_down("a", "glm-5", refusal(1000, 401), 0)
+    assert keys.available("glm-4.6", 0) == ["b"]
 
 
 @pytest.mark.parametrize("code", [1302, 1305, 1210, 1311, 1200])
 def test_other_refusals_do_not_make_a_key_rest(code):
-    keys = Keys(["a"])
-    keys.refused("a", "m", refusal(code, 400), 0)
-    assert keys.awake("m", 0) == ["a"]
+    keys = KeyPool(["a"])
+    keys.cool_down("a", "m", refusal(code, 400), 0)
+    assert keys.available("m", 0) == ["a"]
 
 
 def test_a_key_rests_until_the_quota_is_reset():
-    keys, reset = Keys(["a"]), 1789144541.0  # 2026-09-12 00:35:41 in China
-    keys.refused("a", "m", refusal(1308, text="Your limit will reset at 2026-09-12 00:35:41"), reset - 999)
+    keys, reset = KeyPool(["a"]), 1789144541.0  # 2026-09-12 00:35:41 in China
+    keys.cool_down("a", "m", refusal(1308, text="Your limit will reset at 2026-09-12 00:35:41"), reset - 999)
     with pytest.raises(UpstreamError, match="1308") as told:
-        keys.awake("m", reset - 1)
+        keys.available("m", reset - 1)
     assert error_headers(told.value, reset - 60)["Retry-After"] == "60"
-    assert keys.awake("m", reset) == ["a"]
+    assert keys.available("m", reset) == ["a"]
 
 
 @pytest.mark.parametrize(
     ("text", "seconds"),
     [
-        ("reset at 2099-12-31 00:00:00", Keys.LONGEST),
+        ("reset at 2099-12-31 00:00:00", KeyPool.MAX_COOLDOWN),
         ("since 2020-01-01 00:00:00, reset at 2026-09-12 00:35:41", 60),
-        ("reset at 2020-01-01 00:00:00", Keys.REST),
-        ("reset at 2026-99-99 00:00:00", Keys.REST),
+        ("reset at 2020-01-01 00:00:00", KeyPool.COOLDOWN),
+        ("reset at 2026-99-99 00:00:00", KeyPool.COOLDOWN),
     ],
 )
 def test_a_reset_is_believed_within_reason(text, seconds):
-    keys, now = Keys(["a"]), 1789144541.0 - 60
-    keys.refused("a", "m", refusal(1308, text=text), now)
+    keys, now = KeyPool(["a"]), 1789144541.0 - 60
+    keys.cool_down("a", "m", refusal(1308, text=text), now)
     with pytest.raises(UpstreamError) as told:
-        keys.awake("m", now)
+        keys.available("m", now)
     assert told.value.resets_at == now + seconds
 
 
 def test_when_all_keys_rest_the_last_refusal_is_told():
-    keys = Keys(["a", "b"])
+    keys = KeyPool(["a", "b"])
     for key, code in (("a", 1113), ("b", 1308)):
-        keys.refused(key, "m", refusal(code), 0)
-        keys.used(key)
+        keys.cool_down(key, "m", refusal(code), 0)
+        keys.rotate(key)
     with pytest.raises(UpstreamError, match="1308") as told:
-        keys.awake("m", 0)
-    assert error_headers(told.value, 0)["Retry-After"] == str(Keys.REST)
+        keys.available("m", 0)
+    assert error_headers(told.value, 0)["Retry-After"] == str(KeyPool.COOLDOWN)
 
 
 @pytest.mark.parametrize(
@@ -2037,12 +2046,12 @@ def crowd(hidden, requests, answer=5.0, limit=None):
 
     The time it took, what it takes at best, the times of the refusals, and the limit in the end.
     """
-    random, limit = Random(1), limit or Limit()
+    random, limit = Random(1), limit or AdaptiveLimit()
     now, agenda, number, active, done, refusals = 0.0, [], count(), 0, 0, []
     waiting = requests
     while done < requests:
         while waiting and limit.has_room(now):
-            waiting, rank, taken = waiting - 1, limit.enter(), active < hidden(now)
+            waiting, rank, taken = waiting - 1, limit.take(), active < hidden(now)
             active += taken
             first = now + 0.5 * random.uniform(0.5, 1.5)
             for at, what in (
@@ -2068,7 +2077,7 @@ def crowd(hidden, requests, answer=5.0, limit=None):
 
 @pytest.mark.parametrize("hidden", [1, 2, 3, 10])
 def test_a_hidden_limit_is_found_within_a_few_requests(hidden):
-    limit = Limit()
+    limit = AdaptiveLimit()
     crowd(lambda _: hidden, 3 * hidden, limit=limit)
     assert hidden <= limit.floor + 1 <= hidden + 1
 
@@ -2096,24 +2105,24 @@ def test_a_limit_that_changes_is_followed(hidden):
 
 
 def test_a_raised_limit_is_found_out_within_a_minute():
-    limit = Limit()
+    limit = AdaptiveLimit()
     crowd(lambda t: 1 if t < 120 else 10, 20 + 40, limit=limit)  # about 20 until then, and 40 in the minute after
     assert limit.limit >= 10
 
 
-def make_queue(keys=("a",), ceiling=0):
-    return Queue("m", Keys(keys), ceiling, FakeClock())
+def make_queue(keys=("a",), max_in_flight=0):
+    return Queue("m", KeyPool(keys), max_in_flight, FakeClock())
 
 
 @over_sockets
 async def test_places_are_given_in_order_and_the_refused_come_first():
-    queue, order = make_queue(ceiling=1), []
+    queue, order = make_queue(max_in_flight=1), []
 
     async def request(name, ticket):
-        async with queue.place(ticket):
+        async with queue.slot(ticket):
             order.append(name)
 
-    async with queue.place(0):
+    async with queue.slot(0):
         waiting = [asyncio.create_task(request(*who)) for who in (("second", 2), ("third", 3), ("refused", 1))]
         await asyncio.sleep(0)
         assert len(queue.waiting) == 3
@@ -2124,9 +2133,9 @@ async def test_places_are_given_in_order_and_the_refused_come_first():
 
 @over_sockets
 async def test_whoever_leaves_the_queue_frees_the_place():
-    queue = make_queue(ceiling=1)
-    async with queue.place(0):
-        early, late = (asyncio.create_task(queue.enter(ticket)) for ticket in (1, 2))
+    queue = make_queue(max_in_flight=1)
+    async with queue.slot(0):
+        early, late = (asyncio.create_task(queue.acquire(ticket)) for ticket in (1, 2))
         await asyncio.sleep(0)
         early.cancel()
         await asyncio.wait({early})
@@ -2141,9 +2150,9 @@ async def test_every_key_has_a_limit_of_its_own():
     queue = make_queue(("a", "b"))
     for limit in queue.limits.values():
         limit.limit = 1
-    async with queue.place(0) as one, queue.place(1) as two:
+    async with queue.slot(0) as one, queue.slot(1) as two:
         assert {one.key, two.key} == {"a", "b"}
-        third = asyncio.create_task(queue.enter(2))
+        third = asyncio.create_task(queue.acquire(2))
         await asyncio.sleep(0)
         assert not third.done()
         third.cancel()
@@ -2151,24 +2160,24 @@ async def test_every_key_has_a_limit_of_its_own():
 
 @over_sockets
 async def test_a_long_answer_does_not_stop_those_who_wait_for_long(monkeypatch):
-    monkeypatch.setattr(Queue, "LOOK_AGAIN", 0.01)
+    monkeypatch.setattr(Queue, "POLL_INTERVAL", 0.01)
     queue = make_queue()
-    async with queue.place(0) as long:
+    async with queue.slot(0) as long:
         long.limit.refused(2, queue.clock.now())  # one more was too many, just once
-        waiting = asyncio.create_task(queue.enter(1))
+        waiting = asyncio.create_task(queue.acquire(1))
         await asyncio.sleep(0.05)
         assert not waiting.done()
-        queue.clock.time += Limit.SHORTEST
-        queue.leave(await asyncio.wait_for(waiting, 1))
+        queue.clock.time += AdaptiveLimit.MIN_PAUSE
+        queue.release(await asyncio.wait_for(waiting, 1))
 
 
 @over_sockets
 async def test_those_who_wait_are_told_when_all_keys_rest():
-    queue = make_queue(ceiling=1)
-    async with queue.place(0):
-        waiting = asyncio.create_task(queue.enter(1))
+    queue = make_queue(max_in_flight=1)
+    async with queue.slot(0):
+        waiting = asyncio.create_task(queue.acquire(1))
         await asyncio.sleep(0)
-        queue.keys.refused("a", "m", refusal(1113), queue.clock.now())
+        queue.keys.cool_down("a", "m", refusal(1113), queue.clock.now())
     with pytest.raises(UpstreamError, match="1113"):
         await waiting
 
@@ -2836,7 +2845,7 @@ async def test_no_more_than_max_concurrency_are_in_flight(start, zai):
 
 @over_sockets
 async def test_a_silent_stream_is_opened_late_and_kept_alive(client, zai, monkeypatch):
-    monkeypatch.setattr(ztoapi, "KEEP_ALIVE", 0.05)
+    monkeypatch.setattr(ztoapi, "KEEP_ALIVE_INTERVAL", 0.05)
     zai.parts = [HANG]
     async with client.post("/v1/chat/completions", json=chat(stream=True), headers=KEY) as response:
         for _ in range(2):
@@ -2848,19 +2857,19 @@ async def test_a_silent_stream_is_opened_late_and_kept_alive(client, zai, monkey
 async def test_the_timer_of_a_stream_ends_with_it(client, monkeypatch):
     streams = []
 
-    class Watched(ztoapi.OpenStream):
+    class Watched(ztoapi.SSEResponse):
         def __init__(self, *args):
             super().__init__(*args)
             streams.append(self)
 
-    monkeypatch.setattr(ztoapi, "OpenStream", Watched)
+    monkeypatch.setattr(ztoapi, "SSEResponse", Watched)
     await ask(client, chat(stream=True))
-    assert streams[0].watch.timer.cancelled()
+    assert streams[0].timer.timer.cancelled()
 
 
 @over_sockets
 async def test_a_failure_after_a_comment_is_a_frame(client, zai, monkeypatch):
-    monkeypatch.setattr(ztoapi, "KEEP_ALIVE", 0.05)
+    monkeypatch.setattr(ztoapi, "KEEP_ALIVE_INTERVAL", 0.05)
     zai.parts = [b": wait\n\n", 0.2, b'data: {"error":{"code":"1301","message":"no"}}\n\n']
     response, stream = await ask(client, chat(stream=True))
     assert (response.status, stream[:14]) == (200, ": keep-alive\n\n")
@@ -2870,7 +2879,7 @@ async def test_a_failure_after_a_comment_is_a_frame(client, zai, monkeypatch):
 
 @over_sockets
 async def test_after_zais_last_word_nothing_that_happens_to_the_connection_matters(client, zai, monkeypatch):
-    monkeypatch.setattr(ztoapi, "LAST_WORDS", 0.1)
+    monkeypatch.setattr(ztoapi, "FINISH_TIMEOUT", 0.1)
     said_all = RECORDED.removesuffix(b"data: [DONE]\n\n")
     for rest in (RESET, HANG):
         zai.parts = [said_all, rest]
@@ -2888,7 +2897,7 @@ async def test_a_connection_to_zai_serves_again(client, zai):
 
 @over_sockets
 async def test_a_client_that_reads_nothing_any_more_frees_its_place(start, zai, monkeypatch):
-    monkeypatch.setattr(ztoapi, "KEEP_ALIVE", 0.2)
+    monkeypatch.setattr(ztoapi, "KEEP_ALIVE_INTERVAL", 0.2)
     client = await start(upstream_timeout=1)
     zai.parts = [FIRST * 100] * 2000
     async with client.post("/v1/chat/completions", json=chat(stream=True), headers=KEY) as response:
@@ -2900,14 +2909,14 @@ async def test_a_client_that_reads_nothing_any_more_frees_its_place(start, zai, 
 
 @over_sockets
 async def test_comments_after_the_finish_do_not_delay_the_end(client, zai, monkeypatch):
-    monkeypatch.setattr(ztoapi, "LAST_WORDS", 0.2)
+    monkeypatch.setattr(ztoapi, "FINISH_TIMEOUT", 0.2)
     zai.parts = [RECORDED.removesuffix(b"data: [DONE]\n\n"), *[b": x\n\n", 0.1] * 100]
     assert said((await asyncio.wait_for(ask(client, chat(stream=True)), 3))[1]) == "\n你好😀"
 
 
 @over_sockets
 async def test_a_stopping_server_lets_answers_finish_and_tells_those_that_take_too_long(client, zai, monkeypatch):
-    monkeypatch.setattr(ztoapi, "GRACE", 0.3)
+    monkeypatch.setattr(ztoapi, "SHUTDOWN_GRACE", 0.3)
     zai.answers = [[FIRST, 0.1, RECORDED], [FIRST, HANG], [HANG]]
     asking = []
     for stream in (True, True, False):
@@ -2971,7 +2980,7 @@ async def test_every_surface_says_in_the_stream_that_it_breaks_off(client, zai, 
 @over_sockets
 @on_every_surface
 async def test_every_surface_is_kept_alive_and_freed(client, zai, path, body, monkeypatch):
-    monkeypatch.setattr(ztoapi, "KEEP_ALIVE", 0.05)
+    monkeypatch.setattr(ztoapi, "KEEP_ALIVE_INTERVAL", 0.05)
     zai.parts = [HANG]
     async with client.post(path, json=body | {"stream": True}, headers=KEY) as response:
         assert await response.content.readuntil(b"\n\n") == b": keep-alive\n\n"
@@ -3124,7 +3133,7 @@ async def test_a_packed_body_is_passed_on_unpacked(passing, rest):
 
 
 @over_sockets
-@pytest.mark.parametrize(("method", "path"), ztoapi.RELAYED, ids=lambda word: word.replace(ztoapi.ID, "ID"))
+@pytest.mark.parametrize(("method", "path"), ztoapi.PASS_THROUGH_ROUTES, ids=lambda word: word.replace(ztoapi.ID, "ID"))
 async def test_what_else_zai_serves_is_passed_on(passing, rest, method, path):
     path = path.replace(ztoapi.ID, "file-7")
     rest.type, rest.parts = "audio/wav", [b"RIFF", b"\x00\xff"]
@@ -3800,21 +3809,21 @@ def test_the_statistics_sum_up_and_forget():
             else {"first": 10.1 + i / 1000, "usage": Usage(10, 5, 15)}
         )
         statistics.add(record(model=f"m{i % 200}", torn=i == 7, **failed), 2.0, now=i * 60)
-    shown = statistics.shown(now=999 * 60)
-    assert sum(model["requests"] for model in shown["models"].values()) == 1000
-    assert len(shown["models"]) == statistics.MOST_MODELS + 1
-    assert len(shown["recent"]) == 100
+    snapshot = statistics.snapshot(now=999 * 60)
+    assert sum(model["requests"] for model in snapshot["models"].values()) == 1000
+    assert len(snapshot["models"]) == statistics.MAX_MODELS + 1
+    assert len(snapshot["recent"]) == 100
     assert len(statistics.minutes) == 60
-    assert shown["minutes"][-1] == [1, 0, 10, 5]
-    assert (shown["torn"], shown["recent"][0]["model"]) == (1, "m199")
+    assert snapshot["minutes"][-1] == [1, 0, 10, 5]
+    assert (snapshot["torn"], snapshot["recent"][0]["model"]) == (1, "m199")
 
 
 def test_the_percentiles_of_times():
-    figures = ztoapi.Figures()
+    figures = ztoapi.ModelFigures()
     for i in range(101):
         figures.add(record(first=10 + i / 100), duration=i / 10)
-    assert figures.shown()["first"] == {"p50": 0.5, "p95": 0.95}
-    assert figures.shown()["duration"] == {"p50": 5.0, "p95": 9.5}
+    assert figures.snapshot()["first"] == {"p50": 0.5, "p95": 0.95}
+    assert figures.snapshot()["duration"] == {"p50": 5.0, "p95": 9.5}
     assert ztoapi.percentiles([]) == {"p50": None, "p95": None}
 
 
@@ -3828,11 +3837,11 @@ async def test_the_dashboard_tells_what_went_through_and_no_secret(start, zai):
     client = await start(zai_api_key=("zai-one", "zai-two"))
     zai.answers = [refused(1113), refused(1302)]
     await ask(client, message(role="user", content="my secret prompt"))
-    await ask(client, chat(model="<b>x</b>", stream=True, fallbacks=["glm-5"]))
+    await ask(client, chat(model="<B>x", stream=True, fallbacks=["glm-5"]))
     await ask(client, {"model": ""})
-    shown, text = await stats(client)
-    assert {name: model["requests"] for name, model in shown["models"].items()} == {"glm-4.6": 1, "<b>x</b>": 1}
-    assert shown["recent"][1].keys() == {
+    snapshot, text = await stats(client)
+    assert {name: model["requests"] for name, model in snapshot["models"].items()} == {"glm-4.6": 1, "<b>x": 1}
+    assert snapshot["recent"][1].keys() == {
         "time",
         "model",
         "status",
@@ -3842,8 +3851,12 @@ async def test_the_dashboard_tells_what_went_through_and_no_secret(start, zai):
         "prompt_tokens",
         "completion_tokens",
     }
-    assert (shown["keys"], shown["resting"][0]["key"], shown["resting"][0]["why"]) == (2, 1, "insufficient_quota")
-    assert (shown["in_flight"], shown["healed"]["other_keys"], shown["healed"]["retries"]) == (0, 1, 1)
+    assert (snapshot["keys"], snapshot["resting"][0]["key"], snapshot["resting"][0]["why"]) == (
+        2,
+        1,
+        "insufficient_quota",
+    )
+    assert (snapshot["in_flight"], snapshot["healed"]["other_keys"], snapshot["healed"]["retries"]) == (0, 1, 1)
     for secret in ("zai-one", "zai-two", "sk-your-key", "secret prompt", "127.0.0.1"):
         assert secret not in text
 
@@ -3869,8 +3882,8 @@ async def test_the_dashboard_sees_what_is_in_flight_and_what_waits(start, zai):
     zai.parts = [HANG]
     asking = [asyncio.create_task(ask(client)) for _ in range(3)]
     assert await eventually(lambda: len(client.app[ztoapi.IN_FLIGHT]) == 3)
-    shown, _ = await stats(client)
-    assert (shown["in_flight"], shown["queues"][0]["in_flight"], shown["queues"][0]["waiting"]) == (3, 1, 2)
+    snapshot, _ = await stats(client)
+    assert (snapshot["in_flight"], snapshot["queues"][0]["in_flight"], snapshot["queues"][0]["waiting"]) == (3, 1, 2)
     await ztoapi.end_tasks(asking)
 
 
@@ -3897,11 +3910,11 @@ async def test_browsers_are_led_to_the_docs(client):
 
 @over_sockets
 async def test_the_docs_show_the_key_only_while_it_is_the_published_one(start):
-    for key, shown in (("sk-your-key", True), ("sk-of-my-own", False)):
+    for key, snapshot in (("sk-your-key", True), ("sk-of-my-own", False)):
         client = await start(default_key=(key,), model_aliases=(("</script><b>", "glm-4.6"),))
         async with client.get("/docs") as response:
             text = await response.text()
-        assert (f'"{key}"' in text) is shown
+        assert (f'"{key}"' in text) is snapshot
         assert "</script><b>" not in text
         assert "'unsafe" not in response.headers["Content-Security-Policy"]
 

@@ -12,10 +12,14 @@ Where a request goes:
          events: Thought │ Text │ ToolCall │ Citations │ Usage │ Finish (always last)
                ┌──────────────┴───────────────┐
                ▼ streamed                     ▼ whole
-      ChatStream.feed ─► sse() ─► relay    Answer.add ─► chat_completion ─► json_response
+      ChatEncoder.feed ─► sse() ─► relay    Answer.add ─► chat_completion ─► json_response
 
-Everything down to the banner "Upstream" is pure: no socket, clock, environment, randomness or async. What goes
-wrong there is a BadRequest (the client's fault) or an UpstreamError (Z.ai's); any other exception is a bug.
+Everything above the banner "Admission" is pure: no socket, clock, environment, randomness or async. It raises
+BadRequest (the client's fault), UpstreamError (Z.ai's) or another ProxyError; any other exception is a bug.
+The sections, in order: Settings, Errors, Models, JSON, Internal representation; what clients speak (Request fields,
+Chat completions, Completions, Responses, Surfaces); what Z.ai speaks (request, errors, answer); Accounts; then I/O:
+Admission (keys, limits, queue), Z.ai client, Upstream (retries, fallbacks), Requests (records, statistics),
+Streaming out, Handlers, Pass-through, Access, Errors and shutdown, Server; at the end Check, Demo and Pages.
 """
 
 from __future__ import annotations
@@ -39,6 +43,7 @@ import secrets
 import socket
 import sys
 import time
+from abc import ABC, abstractmethod
 from bisect import insort
 from collections import Counter, deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable, Iterator, Mapping
@@ -99,12 +104,12 @@ def one_of(*words: str) -> Callable[[str], str]:
     return read
 
 
-def listed(text: str) -> tuple[str, ...]:
+def comma_list(text: str) -> tuple[str, ...]:
     return tuple(item.strip() for item in text.split(",") if item.strip())
 
 
 def keys(text: str) -> tuple[str, ...]:
-    found = listed(text)
+    found = comma_list(text)
     if not found or any(re.search(r"[^!-~]", key) for key in found):
         raise ValueError
     return found
@@ -132,11 +137,11 @@ def base_url(text: str) -> str:
 
 
 def origins(text: str) -> tuple[str, ...]:
-    return tuple(origin.rstrip("/") for origin in listed(text))
+    return tuple(origin.rstrip("/") for origin in comma_list(text))
 
 
 def aliases(text: str) -> tuple[tuple[str, str], ...]:
-    pairs = [tuple(part.strip() for part in item.split("=")) for item in listed(text)]
+    pairs = [tuple(part.strip() for part in item.split("=")) for item in comma_list(text)]
     if not all(len(pair) == 2 and all(pair) for pair in pairs):
         raise ValueError(text)
     return tuple((name, target) for name, target in pairs)
@@ -164,7 +169,7 @@ class Settings:
     enable_thinking: bool | None = setting(None, boolean, "true or false, or empty")
     reasoning_format: ReasoningFormat = setting("parsed", one_of("parsed", "raw", "hidden"), "parsed, raw or hidden")
     model_aliases: tuple[tuple[str, str], ...] = setting((), aliases, "name=model pairs, separated by commas")
-    fallback_models: tuple[str, ...] = setting((), listed, "names of models, separated by commas")
+    fallback_models: tuple[str, ...] = setting((), comma_list, "names of models, separated by commas")
     max_concurrency: int = setting(0, whole_number(0, 100_000), "a number of requests, 0 to 100000; 0 = learn it")
     max_retries: int = setting(2, whole_number(0, 10), "a number of times, 0 to 10")
     upstream_timeout: int = setting(300, whole_number(1, 86400), "a number of seconds, 1 to 86400")
@@ -215,8 +220,8 @@ def read_setting(name: str, text: str, metadata: Mapping[str, Any]) -> Any:
     try:
         return metadata["read"](text)
     except (ValueError, KeyError):
-        shown = "" if name.endswith("_key") or "@" in text else f"={text}"  # a broken key is still a secret
-        raise SettingsError(f"{name.upper()}{shown} cannot be used: it must be {metadata['wanted']}") from None
+        snapshot = "" if name.endswith("_key") or "@" in text else f"={text}"  # a broken key is still a secret
+        raise SettingsError(f"{name.upper()}{snapshot} cannot be used: it must be {metadata['wanted']}") from None
 
 
 def is_loopback(host: str) -> bool:
@@ -227,88 +232,141 @@ def is_loopback(host: str) -> bool:
         return False
 
 
-class Blanker:
-    """Takes every secret out of a text before it is logged or told, however short the secret is."""
-
-    def __init__(self, words: Iterable[str]) -> None:
-        # A key may stand there as it is, inside JSON, or in an address.
-        forms = {form for word in words for form in (word, json.dumps(word)[1:-1], quote(word, safe=""))}
-        self.pattern = re.compile("|".join(map(re.escape, sorted(forms, key=len, reverse=True))) or r"(?!)")
-
-    def __call__(self, text: str) -> str:
-        return self.pattern.sub("***", text)
-
-
 # ======== Errors ====================================================================================================
 
 
 @dataclass(frozen=True, slots=True)
-class Failure:
-    """A sort of failure as clients know it: the status, and the type and code of OpenAI's error object."""
+class ErrorKind:
+    """One kind of failure as clients see it: the HTTP status, and the type and code of OpenAI's error object.
+
+    `message` is what the client is told where the error itself says nothing more precise; `retry_after` is in seconds.
+    """
 
     status: int
     type: str
     code: str | None = None
+    message: str = field(default="", compare=False)
+    retry_after: float | None = field(default=None, compare=False)
 
 
-BUG = Failure(500, "server_error", "internal_error")
-BUG_MESSAGE = "Something went wrong in ztoapi itself; its log tells what."
-BAD_KEY = Failure(401, "invalid_request_error", "invalid_api_key")
-NO_ZAI_KEY = Failure(503, "server_error", "zai_api_key_missing")
-UNKNOWN_MODEL = Failure(404, "invalid_request_error", "model_not_found")
-AUTHENTICATION = Failure(502, "upstream_error", "zai_authentication")
-UNAVAILABLE = Failure(502, "upstream_error", "zai_unavailable")
-UNREACHABLE = Failure(502, "upstream_error", "zai_unreachable")
-WRONG_ADDRESS = Failure(502, "upstream_error", "zai_wrong_address")
-SILENT = Failure(504, "upstream_error", "zai_timeout")
-BUSY = Failure(429, "rate_limit_error", "rate_limit_exceeded")
-NO_BALANCE = Failure(429, "insufficient_quota", "insufficient_quota")
-NO_QUOTA = Failure(429, "insufficient_quota", "quota_exceeded")
-NOT_AVAILABLE = Failure(403, "permission_error", "model_not_available")
-STOPPING = Failure(503, "server_error", "server_stopping")
+INTERNAL_ERROR = ErrorKind(
+    500, "server_error", "internal_error", "Something went wrong in ztoapi itself; its log has the details."
+)
+STOPPING = ErrorKind(503, "server_error", "server_stopping", "The server is stopping: ask again in a moment.")
+INVALID_API_KEY = ErrorKind(
+    401,
+    "invalid_request_error",
+    "invalid_api_key",
+    "The API key is missing or wrong: send this server's key (its DEFAULT_KEY, not a Z.ai key) "
+    "as 'Authorization: Bearer KEY' or 'x-api-key: KEY'.",
+)
+ZAI_API_KEY_MISSING = ErrorKind(
+    503,
+    "server_error",
+    "zai_api_key_missing",
+    "This server has no Z.ai key. Get one at z.ai/manage-apikey (glm-4.7-flash, glm-4.5-flash and glm-4.6v-flash "
+    "are free), set ZAI_API_KEY and start again; or try it without a key: python ztoapi.py --demo",
+)
+AUTHENTICATION = ErrorKind(
+    502,
+    "upstream_error",
+    "zai_authentication",
+    "Z.ai did not accept this server's own key: its operator must check ZAI_API_KEY.",
+)
+UNAVAILABLE = ErrorKind(502, "upstream_error", "zai_unavailable", "Z.ai could not answer: try again shortly.")
+UNREACHABLE = ErrorKind(
+    502,
+    "upstream_error",
+    "zai_unreachable",
+    "Z.ai cannot be reached: check this server's network, proxy and ZAI_BASE_URL.",
+)
+WRONG_ADDRESS = ErrorKind(
+    502,
+    "upstream_error",
+    "zai_wrong_address",
+    "There is no GLM API at this server's ZAI_BASE_URL: its operator must check the address.",
+)
+TIMEOUT = ErrorKind(504, "upstream_error", "zai_timeout", "Z.ai was silent for too long (UPSTREAM_TIMEOUT): try again.")
+RATE_LIMITED = ErrorKind(
+    429,
+    "rate_limit_error",
+    "rate_limit_exceeded",
+    "Z.ai takes no more requests from this server's key just now: wait a little, or send fewer at the same time.",
+    retry_after=1,
+)
+NO_BALANCE = ErrorKind(
+    429,
+    "insufficient_quota",
+    "insufficient_quota",
+    "This server's Z.ai key has no balance for this model. A Coding Plan key needs "
+    "ZAI_BASE_URL=https://api.z.ai/api/coding/paas/v4; without a plan, add money or use a free model, "
+    "such as glm-4.7-flash.",
+)
+QUOTA_EXCEEDED = ErrorKind(
+    429,
+    "insufficient_quota",
+    "quota_exceeded",
+    "The quota of this server's Z.ai key is used up: wait until it is reset, or use another key.",
+)
+PLAN_NOT_USABLE = ErrorKind(
+    403,
+    "permission_error",
+    "plan_not_usable",
+    "The plan of this server's Z.ai key cannot be used: see z.ai/manage-apikey.",
+)
+MODEL_NOT_AVAILABLE = ErrorKind(
+    403,
+    "permission_error",
+    "model_not_available",
+    "This server's Z.ai key may not use this model: choose another, or change the plan.",
+)
+MODEL_NOT_FOUND = ErrorKind(
+    404,
+    "invalid_request_error",
+    "model_not_found",
+    "Z.ai does not know this model, or not for this use: GET /v1/models lists the names, "
+    "and this server's MODEL_ALIASES can give a model the name a client insists on.",
+)
 
-WORTH_A_RETRY = frozenset((BUSY, UNAVAILABLE, UNREACHABLE, SILENT))
+SHOULD_RETRY = frozenset((RATE_LIMITED, UNAVAILABLE, UNREACHABLE, TIMEOUT))  # kinds that a client may ask again after
 
 
 class ProxyError(Exception):
-    """Why there is no answer, in words that say what to do about it.
+    """A failure to report to the client.
 
-    `detail` is what somebody else said of it, Z.ai or the client: their words may have a secret in them, ours do not.
+    `message` is ours and safe; `detail` quotes others (Z.ai, the client) and must be redacted before it is shown.
     """
 
-    def __init__(self, message: str, failure: Failure, param: str | None = None, detail: str = "") -> None:
-        super().__init__(message, detail)
-        self.message, self.failure, self.param, self.detail = message, failure, param, detail
-        self.headers: dict[str, str] = {}  # for the answer that tells of it
+    def __init__(self, kind: ErrorKind, message: str = "", param: str | None = None, detail: str = "") -> None:
+        super().__init__(kind, message, param, detail)
+        self.kind, self.message, self.param, self.detail = kind, message or kind.message, param, detail
+        self.headers: dict[str, str] = {}  # for the answer that reports it
 
     def __str__(self) -> str:
         return f"{self.message} ({self.detail})" if self.detail else self.message
 
 
 class BadRequest(ProxyError):
-    """The client asked for something that makes no sense; `param` names the field."""
+    """The request is invalid; `param` names the field."""
 
     def __init__(self, message: str, param: str | None = None, code: str | None = None) -> None:
-        super().__init__(message, Failure(400, "invalid_request_error", code), param)
+        super().__init__(ErrorKind(400, "invalid_request_error", code), message, param)
 
 
 class UpstreamError(ProxyError):
-    """Z.ai refused, broke off, or was not there.
+    """Z.ai refused, broke off, or could not be reached.
 
-    `zai_code` is Z.ai's own code ("" if it gave none), `retry_after` seconds to wait, `resets_at` the Unix time at
-    which a quota is full again, where Z.ai told or we know.
+    `zai_code` is Z.ai's own code ("" if it gave none), `resets_at` the Unix time at which a used-up quota is reset.
     """
 
-    def __init__(
-        self, message: str, failure: Failure, detail: str = "", zai_code: str = "", retry_after: float | None = None
-    ) -> None:
-        super().__init__(message, failure, detail=detail)
-        self.zai_code, self.retry_after = zai_code, retry_after
-        self.resets_at = reset_time(detail) if failure == NO_QUOTA else None
+    def __init__(self, kind: ErrorKind, message: str = "", detail: str = "", zai_code: str = "") -> None:
+        super().__init__(kind, message, detail=detail)
+        self.zai_code = zai_code
+        self.resets_at = reset_time(detail) if kind == QUOTA_EXCEEDED else None
 
-    def again(self, resets_at: float) -> UpstreamError:
-        """The same, told to somebody else for whom it still holds."""
-        error = UpstreamError(self.message, self.failure, self.detail, self.zai_code)
+    def until(self, resets_at: float) -> UpstreamError:
+        """The same error for another client, valid until a Unix time."""
+        error = UpstreamError(self.kind, self.message, self.detail, self.zai_code)
         error.resets_at, error.headers = resets_at, self.headers
         return error
 
@@ -323,8 +381,9 @@ def reset_time(text: str) -> float | None:
 
 
 def error_body(error: ProxyError) -> JSON:
-    failure = error.failure
-    return {"error": {"message": str(error), "type": failure.type, "param": error.param, "code": failure.code}}
+    """OpenAI's error object."""
+    kind = error.kind
+    return {"error": {"message": str(error), "type": kind.type, "param": error.param, "code": kind.code}}
 
 
 ANTHROPIC_TYPES = {
@@ -339,26 +398,38 @@ ANTHROPIC_TYPES = {
 
 
 def anthropic_error_body(error: ProxyError) -> JSON:
-    """The shape of Anthropic's API (docs.anthropic.com, "Errors")."""
-    kind = ANTHROPIC_TYPES.get(error.failure.status, "api_error")
+    """Anthropic's error object (docs.anthropic.com, "Errors")."""
+    kind = ANTHROPIC_TYPES.get(error.kind.status, "api_error")
     return {"type": "error", "error": {"type": kind, "message": str(error)}}
 
 
 def error_headers(error: ProxyError, now: float) -> dict[str, str]:
-    """What SDKs obey: whether to ask again (x-should-retry) and when (Retry-After, whole seconds)."""
+    """The headers that SDKs obey: whether to ask again (x-should-retry), and after how many seconds (Retry-After)."""
     headers = dict(error.headers)
-    if error.failure not in WORTH_A_RETRY:
+    if error.kind not in SHOULD_RETRY:
         headers["x-should-retry"] = "false"
-    if isinstance(error, UpstreamError):
-        wait = error.resets_at - now if error.resets_at else error.retry_after
-        headers |= {"Retry-After": str(max(1, math.ceil(wait)))} if wait is not None else {}
+    resets_at = error.resets_at if isinstance(error, UpstreamError) else None
+    wait = resets_at - now if resets_at else error.kind.retry_after
+    if wait is not None:
+        headers["Retry-After"] = str(max(1, math.ceil(wait)))
     return headers
+
+
+class Redactor:
+    """Takes every secret out of a text before it is logged or told, however short the secret is."""
+
+    def __init__(self, words: Iterable[str]) -> None:
+        # A key may stand there as it is, seen JSON, or in an address.
+        forms = {form for word in words for form in (word, json.dumps(word)[1:-1], quote(word, safe=""))}
+        self.pattern = re.compile("|".join(map(re.escape, sorted(forms, key=len, reverse=True))) or r"(?!)")
+
+    def __call__(self, text: str) -> str:
+        return self.pattern.sub("***", text)
 
 
 # ======== Models ====================================================================================================
 
 K = 1024
-
 # How a model takes to being told whether to think: not at all, on or off, with an effort, or always with some effort.
 ThinkingKind = Literal["none", "switch", "effort", "always"]
 
@@ -371,17 +442,17 @@ class Model:
     context: int | None = None
     output: int | None = None
     thinking: ThinkingKind = "always"
-    sees: bool = True
+    vision: bool = True
     free: bool = False
     created: int = 1753632000  # when Z.ai's own list begins
 
     @property
-    def streams_calls(self) -> bool:
+    def streams_arguments(self) -> bool:
         """From GLM-4.6 on the arguments of a tool call can be streamed."""
         return not self.id.startswith(("glm-4-", "glm-4.1", "glm-4.5"))
 
     @property
-    def writes_tags(self) -> bool:
+    def tagged_reasoning(self) -> bool:
         """Older models that see put their reasoning, and boxes around results, into the text (docs.z.ai, GLM-4.5V)."""
         return self.id.startswith(("glm-4.1v", "glm-4.5v", "glm-4.6v"))
 
@@ -482,7 +553,7 @@ def codex_item(model: Model, name: str) -> JSON:
         "supports_parallel_tool_calls": True,
         "context_window": model.context or 128 * K,
         "experimental_supported_tools": [],
-        "input_modalities": ["text", "image"] if model.sees else ["text"],
+        "input_modalities": ["text", "image"] if model.vision else ["text"],
     }
 
 
@@ -493,105 +564,12 @@ def model_from_item(item: JSON) -> Model:
     return MODELS.get(name) or (Model(name, created=created) if isinstance(created, int) else Model(name))
 
 
-# ======== Server-sent events ========================================================================================
-
-
-class SSEDecoder:
-    """Server-sent events out of bytes that may be cut anywhere (WHATWG HTML, 9.2.6), in time linear in their length.
-
-    Of the line ends the standard knows, CR alone is not taken for one: Z.ai does not send it.
-    """
-
-    DATA = (b"data:", b"\xef\xbb\xbfdata:")  # a stream may begin with a byte order mark
-
-    def __init__(self) -> None:
-        self.line: list[bytes] = []  # the line that has no end yet, in the parts it came in
-        self.data: list[bytes] = []  # the data lines of the event that has no end yet
-
-    def feed(self, part: bytes) -> list[bytes]:
-        """The data of every event that this part completes."""
-        if b"\n" not in part:
-            self.line.append(part)
-            return []
-        if self.line:
-            part = b"".join((*self.line, part))
-        *lines, last = part.split(b"\n")
-        self.line = [last] if last else []
-        return self.events_in(lines)
-
-    def close(self) -> list[bytes]:
-        """The data of an event that the end of the stream cut short."""
-        return self.events_in([b"".join(self.line), b""])
-
-    def events_in(self, lines: list[bytes]) -> list[bytes]:
-        """The data of the events that these lines complete; one without data is none."""
-        events = []
-        for line in lines:
-            if line.startswith(self.DATA):
-                self.data.append(line.partition(b":")[2].removeprefix(b" ").removesuffix(b"\r"))
-            elif self.data and line in (b"", b"\r"):
-                events.append(b"\n".join(self.data))
-                self.data = []
-            # any other line is a comment, or a field that says nothing to us
-        return [event for event in events if event]
-
-
-def finite(text: str) -> float:
-    """A number of JSON's; Python would take NaN and 1e999 too, and then write what is no JSON."""
-    value = float(text)
-    if not math.isfinite(value):
-        raise ValueError(f"{text} is no number that JSON has")
-    return value
-
-
-JSON_DECODER = json.JSONDecoder(parse_float=finite, parse_constant=finite)
+# ======== JSON ======================================================================================================
 
 # Nothing of ours contains itself, and to look for it takes a sixth of the time.
 to_json = json.JSONEncoder(separators=(",", ":"), ensure_ascii=False, allow_nan=False, check_circular=False).encode
-
-# Some clients split lines at these, so they leave as escapes; in JSON they stand inside strings only.
+# Some clients split lines at these, so they leave as escapes; in JSON they stand seen strings only.
 LINE_ENDS = (("\u0085", "\\u0085"), ("\u2028", "\\u2028"), ("\u2029", "\\u2029"))
-
-
-def unique(pairs: list[tuple[str, Any]]) -> JSON:
-    """A JSON object; readers differ in which of two fields of one name they take, so there must not be two."""
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        raise ValueError("a name stands twice in an object")
-    return found
-
-
-REQUEST_DECODER = json.JSONDecoder(object_pairs_hook=unique, parse_float=finite, parse_constant=finite)
-DEEPEST = 100  # objects and arrays inside each other
-
-
-def parse_request(body: bytes) -> JSON:
-    """A client's JSON object. Raises ValueError or RecursionError for what is none."""
-    document = REQUEST_DECODER.decode(body.decode().removeprefix("\ufeff"))
-    if not isinstance(document, dict):
-        raise ValueError("it is something else")
-    if body.count(b"{") + body.count(b"[") <= DEEPEST:
-        return document
-    level: list[Any] = [document]
-    for _ in range(DEEPEST):
-        level = [*chain.from_iterable(item.values() if isinstance(item, dict) else item for item in level)]
-        level = [item for item in level if isinstance(item, (dict, list))]
-        if not level:
-            return document
-    raise ValueError("it is too deep")
-
-
-def encode_request(value: Any) -> bytes:
-    """Compact JSON in UTF-8. Raises BadRequest for half a surrogate pair, which UTF-8 does not have."""
-    try:
-        return to_json(value).encode()
-    except UnicodeEncodeError:
-        raise BadRequest("The text has half a surrogate pair (\\ud800 to \\udfff), which is no character.") from None
-
-
-def obj(value: Any) -> JSON:
-    """Somebody's null or absent object as an empty one."""
-    return value if isinstance(value, dict) else {}
 
 
 def encode_json(value: Any) -> bytes:
@@ -609,19 +587,80 @@ def escaped(text: str) -> bytes:
     return text.encode("utf-8", "backslashreplace")
 
 
-def sse(frames: Iterable[JSON | str]) -> bytes:
-    """Frames as bytes, each `data: …` and a blank line. A string stands for itself; a type is the event's name too."""
-    return escaped("".join([sse_frame(frame) for frame in frames]))
+def encode_request(value: Any) -> bytes:
+    """Compact JSON in UTF-8. Raises BadRequest for half a surrogate pair, which UTF-8 does not have."""
+    try:
+        return to_json(value).encode()
+    except UnicodeEncodeError:
+        raise BadRequest("The text has half a surrogate pair (\\ud800 to \\udfff), which is no character.") from None
 
 
-def sse_frame(frame: JSON | str) -> str:
-    if isinstance(frame, str):
-        return f"data: {frame}\n\n"
-    name = f"event: {frame['type']}\n" if "type" in frame else ""
-    return f"{name}data: {to_json(frame)}\n\n"
+def finite_number(text: str) -> float:
+    """A number of JSON's; Python would take NaN and 1e999 too, and then write what is no JSON."""
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError(f"{text} is no number that JSON has")
+    return value
 
 
-# ======== The conversation, in nobody's format ======================================================================
+JSON_DECODER = json.JSONDecoder(parse_float=finite_number, parse_constant=finite_number)
+
+
+def parse_json(data: bytes) -> Any:
+    """JSON, or None: half a character cut off by Z.ai must not spoil the rest."""
+    text = data.decode("utf-8", "replace").removeprefix("\ufeff").strip()
+    try:
+        value, end = JSON_DECODER.raw_decode(text)
+    except (ValueError, RecursionError):
+        return None
+    return value if end == len(text) else None
+
+
+def unique_names(pairs: list[tuple[str, Any]]) -> JSON:
+    """A JSON object; readers differ in which of two fields of one name they take, so there must not be two."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise ValueError("a name stands twice in an object")
+    return found
+
+
+REQUEST_DECODER = json.JSONDecoder(
+    object_pairs_hook=unique_names, parse_float=finite_number, parse_constant=finite_number
+)
+MAX_DEPTH = 100  # objects and arrays seen each other
+
+
+def parse_request(body: bytes) -> JSON:
+    """A client's JSON object. Raises ValueError or RecursionError for what is none."""
+    document = REQUEST_DECODER.decode(body.decode().removeprefix("\ufeff"))
+    if not isinstance(document, dict):
+        raise ValueError("it is something else")
+    if body.count(b"{") + body.count(b"[") <= MAX_DEPTH:
+        return document
+    level: list[Any] = [document]
+    for _ in range(MAX_DEPTH):
+        level = [*chain.from_iterable(item.values() if isinstance(item, dict) else item for item in level)]
+        level = [item for item in level if isinstance(item, (dict, list))]
+        if not level:
+            return document
+    raise ValueError("it is too deep")
+
+
+def as_object(value: Any) -> JSON:
+    """Somebody's null or absent object as an empty one."""
+    return value if isinstance(value, dict) else {}
+
+
+def first_object(value: Any) -> JSON:
+    return as_object(value[0]) if isinstance(value, list) and value else {}
+
+
+def as_int(value: Any) -> int:
+    return value if isinstance(value, int) and not isinstance(value, bool) else 0
+
+
+# ======== Internal representation ===================================================================================
+# What a client asks and what a model answers, in no API's format.
 
 
 @dataclass(frozen=True, slots=True)
@@ -740,7 +779,6 @@ class Prompt:
     model: str
     messages: tuple[Message, ...]
     stream: bool | None = None
-    include_usage: bool = False
     n: int = 1
     temperature: float | None = None
     top_p: float | None = None
@@ -757,17 +795,21 @@ class Prompt:
     reasoning_format: ReasoningFormat | None = None
     fallbacks: tuple[str, ...] = ()  # models to ask when the first cannot answer
     native: JSON = field(default_factory=dict)  # Z.ai's own parameters, passed on
-    echo: JSON = field(default_factory=dict)  # what the surface wants to know of the request when it answers
     ignored: tuple[str, ...] = ()  # fields that cannot be honoured
 
 
 @dataclass(frozen=True, slots=True)
 class Head:
-    """What every chunk of one answer repeats: Z.ai's id, Unix seconds, and the model's name as the client wrote it."""
+    """What every chunk of one answer repeats.
+
+    `id` is Z.ai's id of the answer, `created` Unix seconds, `model` the name as the client wrote it, `own_id` a random
+    id of ours.
+    """
 
     id: str
     created: int
     model: str
+    own_id: str
 
 
 @dataclass
@@ -800,12 +842,12 @@ class Answer:
 
     def __init__(self) -> None:
         self.choices: dict[int, Choice] = {}
-        self.usage = Usage()
+        self.usage: Usage | None = None  # None: Z.ai told none
 
     def add(self, event: Event) -> None:
         match event:
             case Usage():
-                self.usage += event
+                self.usage = event + (self.usage or Usage())
             case Thought(text, choice):
                 self.choice(choice).thoughts.append(text)
             case Text(text, choice):
@@ -823,13 +865,14 @@ class Answer:
         return self.choices[index]
 
     def events(self) -> Iterator[Event]:
-        """The events again, as few as possible."""
+        """Replay the answer as the fewest events."""
+        if self.usage:
+            yield self.usage
         for index, choice in sorted(self.choices.items()):
             yield Thought(choice.thought, index)
             yield Text(choice.text, index)
             yield from choice.tool_calls
             yield Citations(choice.citations, index)
-            yield self.usage
             yield Finish(choice.finish, index)
 
 
@@ -856,7 +899,8 @@ class ReasoningShape:
                 yield event
 
 
-# ======== OpenAI chat completions ===================================================================================
+# ======== Request fields ============================================================================================
+# The checks that OpenAI's APIs share. A check returns the value, converted, or raises ValueError with what it must be.
 
 
 def of_kind(kind: type, words: str) -> Callable[[Any], Any]:
@@ -891,6 +935,12 @@ def integer(low: int, high: int) -> Callable[[Any], Any]:
     return number(low, high, (int,))
 
 
+def model_names(value: Any) -> tuple[str, ...]:
+    if not all(isinstance(name, str) and name for name in array(value)):
+        raise ValueError("must be an array of names of models")
+    return tuple(value)
+
+
 def stop_words(value: Any) -> tuple[str, ...]:
     words = [value] if isinstance(value, str) else value
     if not isinstance(words, list) or len(words) > 4 or not all(isinstance(word, str) for word in words):
@@ -898,9 +948,158 @@ def stop_words(value: Any) -> tuple[str, ...]:
     return tuple(word for word in words if word)
 
 
+def required(given: JSON, *names: str) -> None:
+    """Raises BadRequest for the first field that is missing or empty."""
+    for name in names:
+        if not given.get(name):
+            raise BadRequest(f"'{name}' is required and must not be empty.", name)
+
+
+def validated(body: JSON, wanted: Mapping[str, Callable[[Any], Any]], at: str = "") -> JSON:
+    """The fields of `body` that count and are not null, each as its check returns it; `at` is where `body` stands.
+
+    Raises BadRequest for the first that is wrong, in the client's order.
+    """
+    given = {}
+    for name, value in body.items():
+        if value is not None and name in wanted:
+            try:
+                given[name] = wanted[name](value)
+            except ValueError as error:
+                raise BadRequest(f"'{at}{name}' {error}.", at + name) from None
+    return given
+
+
+# Values that ask for nothing, besides null, 0, false, {} and [].
+NEUTRAL: dict[str, tuple[Any, ...]] = {"modalities": (["text"],), "service_tier": ("auto", "default")}
+
+
+def unknown_fields(body: JSON, known: Iterable[str]) -> Iterator[str]:
+    """The fields that ask for something we cannot do."""
+    for name, value in body.items():
+        if name not in known and value and value not in NEUTRAL.get(name, ()):
+            yield name
+
+
+# The words for effort that clients of the OpenAI API and of its relatives use.
+EFFORT_LEVELS: tuple[Effort, ...] = ("low", "medium", "high", "xhigh", "max")
+EFFORTS: dict[str, Effort] = {"none": "off", "minimal": "off", **{level: level for level in EFFORT_LEVELS}}
+
+
+def effort(value: Any) -> Effort:
+    if not isinstance(value, str) or value not in EFFORTS:
+        raise ValueError(f"must be one of {', '.join(EFFORTS)}")
+    return EFFORTS[value]
+
+
+def effort_from_switch(value: Any) -> Effort:
+    return "on" if switch(value) else "off"
+
+
+def effort_from_object(value: Any) -> Effort | None:
+    """OpenRouter's `reasoning` object."""
+    given = mapping(value)
+    if given.get("enabled") is False:
+        return "off"
+    if given.get("effort") is not None:
+        return effort(given["effort"])
+    if not isinstance(given.get("enabled", False), bool | None):
+        raise ValueError("must have true or false as enabled")
+    return "on" if given.get("enabled") else None
+
+
+def effort_from_thinking(value: Any) -> Effort | None:
+    """Z.ai's own `thinking` object."""
+    kind = mapping(value).get("type")
+    if kind not in (None, "enabled", "disabled"):
+        raise ValueError("must have the type enabled or disabled")
+    return None if kind is None else effort_from_switch(kind == "enabled")
+
+
+def effort_from_template(value: Any) -> Effort | None:
+    """What vLLM and SGLang call chat_template_kwargs."""
+    given = mapping(value).get("enable_thinking")
+    if given is None:
+        return None
+    if not isinstance(given, bool):
+        raise ValueError("must have true or false as enable_thinking")
+    return effort_from_switch(given)
+
+
+# Five ways to ask for thinking; where a request has several, the first counts.
+EFFORT_FIELDS: dict[str, Callable[[Any], Effort | None]] = {
+    "reasoning_effort": effort,
+    "reasoning": effort_from_object,
+    "thinking": effort_from_thinking,
+    "enable_thinking": effort_from_switch,
+    "chat_template_kwargs": effort_from_template,
+}
+
+
+def effort_of(given: JSON) -> Effort | None:
+    """The effort that the first of EFFORT_FIELDS asks for."""
+    return next((given[name] for name in EFFORT_FIELDS if given.get(name)), None)
+
+
+def reasoning_format(value: Any) -> ReasoningFormat:
+    match value:
+        case "parsed" | "raw" | "hidden":
+            form: ReasoningFormat = value
+            return form
+        case _:
+            raise ValueError("must be parsed, raw or hidden")
+
+
+STREAM_OPTIONS: dict[str, Callable[[Any], Any]] = {"include_usage": switch}
+
+
+def wants_usage(given: JSON) -> bool:
+    options = validated(given.get("stream_options", {}), STREAM_OPTIONS, "stream_options.")
+    return options.get("include_usage", False) is True
+
+
+# The fields that every API has, and those that chat and completions share.
+COMMON_FIELDS: dict[str, Callable[[Any], Any]] = {
+    "model": model_name,
+    "stream": switch,
+    "temperature": number(0, 2),
+    "top_p": number(0, 1),
+    "safety_identifier": string,
+    "user": string,
+    "fallbacks": model_names,
+}
+GENERATION_FIELDS: dict[str, Callable[[Any], Any]] = {
+    **COMMON_FIELDS,
+    "stream_options": mapping,
+    "n": integer(1, 8),
+    "stop": stop_words,
+    "seed": integer(-(2**63), 2**63 - 1),
+    "max_tokens": integer(1, 2**31),
+    "reasoning_format": reasoning_format,
+    **EFFORT_FIELDS,
+}
+
+# Fields of these names in a Prompt are as they were given.
+SAME_IN_PROMPT = frozenset(
+    ("model", "stream", "n", "temperature", "top_p", "stop", "seed", "tool_choice", "reasoning_format", "fallbacks")
+)
+
+
+def common_arguments(given: JSON) -> JSON:
+    """The arguments of Prompt that are read alike for every API."""
+    same = {name: value for name, value in given.items() if name in SAME_IN_PROMPT}
+    users = (given.get(name) for name in ("user_id", "safety_identifier", "user"))
+    return {**same, "user": next(filter(None, users), "")}
+
+
+# ======== Chat completions ==========================================================================================
+
+MAX_TOOLS = 128
+
+
 def tool_list(value: Any) -> list[Any]:
     tools: list[Any] = array(value)
-    if sum(obj(tool).get("type") == "function" for tool in tools) > MAX_TOOLS:
+    if sum(as_object(tool).get("type") == "function" for tool in tools) > MAX_TOOLS:
         raise ValueError(f"must not have more than {MAX_TOOLS} functions: Z.ai takes no more")
     return tools
 
@@ -912,7 +1111,9 @@ def tool_choice(value: Any) -> ToolChoice:
         case {"type": "function", "function": {"name": str(name)}}:
             return ToolChoice("required", (name,))
         case {"type": "allowed_tools", "allowed_tools": {"mode": "auto" | "required" as mode, "tools": [*tools]}}:
-            return ToolChoice(mode, tuple(str(obj(obj(tool).get("function")).get("name")) for tool in tools))
+            return ToolChoice(
+                mode, tuple(str(as_object(as_object(tool).get("function")).get("name")) for tool in tools)
+            )
         case _:
             raise ValueError("must be auto, none, required, or name a function")
 
@@ -945,75 +1146,6 @@ def search_tool(value: Any) -> JSON:
     }
 
 
-# The words for effort that clients of the OpenAI API and of its relatives use.
-LEVELS: tuple[Effort, ...] = ("low", "medium", "high", "xhigh", "max")
-EFFORTS: dict[str, Effort] = {"none": "off", "minimal": "off", **{level: level for level in LEVELS}}
-
-
-def effort(value: Any) -> Effort:
-    if not isinstance(value, str) or value not in EFFORTS:
-        raise ValueError(f"must be one of {', '.join(EFFORTS)}")
-    return EFFORTS[value]
-
-
-def effort_switch(value: Any) -> Effort:
-    return "on" if switch(value) else "off"
-
-
-def effort_object(value: Any) -> Effort | None:
-    """OpenRouter's `reasoning` object."""
-    given = mapping(value)
-    if given.get("enabled") is False:
-        return "off"
-    if given.get("effort") is not None:
-        return effort(given["effort"])
-    if not isinstance(given.get("enabled", False), bool | None):
-        raise ValueError("must have true or false as enabled")
-    return "on" if given.get("enabled") else None
-
-
-def effort_thinking(value: Any) -> Effort | None:
-    """Z.ai's own `thinking` object."""
-    kind = mapping(value).get("type")
-    if kind not in (None, "enabled", "disabled"):
-        raise ValueError("must have the type enabled or disabled")
-    return None if kind is None else effort_switch(kind == "enabled")
-
-
-def effort_template(value: Any) -> Effort | None:
-    """What vLLM and SGLang call chat_template_kwargs."""
-    given = mapping(value).get("enable_thinking")
-    if given is None:
-        return None
-    if not isinstance(given, bool):
-        raise ValueError("must have true or false as enable_thinking")
-    return effort_switch(given)
-
-
-def model_names(value: Any) -> tuple[str, ...]:
-    if not all(isinstance(name, str) and name for name in array(value)):
-        raise ValueError("must be an array of names of models")
-    return tuple(value)
-
-
-def reasoning_format(value: Any) -> ReasoningFormat:
-    match value:
-        case "parsed" | "raw" | "hidden":
-            form: ReasoningFormat = value
-            return form
-        case _:
-            raise ValueError("must be parsed, raw or hidden")
-
-
-# Five ways to ask for thinking; where a request has several, the first counts.
-EFFORT_FIELDS: dict[str, Callable[[Any], Effort | None]] = {
-    "reasoning_effort": effort,
-    "reasoning": effort_object,
-    "thinking": effort_thinking,
-    "enable_thinking": effort_switch,
-    "chat_template_kwargs": effort_template,
-}
-
 # Z.ai's own parameters, which go on as they are.
 NATIVE_FIELDS: dict[str, Callable[[Any], Any]] = {
     "do_sample": switch,
@@ -1022,77 +1154,55 @@ NATIVE_FIELDS: dict[str, Callable[[Any], Any]] = {
     "sensitive_word_check": mapping,
 }
 
-# Each field that counts, and what it must be. Whatever else a client sends is left out and listed as ignored.
+
+# Each field that counts, and its check. Whatever else a client sends is left out and listed as ignored.
 CHAT_FIELDS: dict[str, Callable[[Any], Any]] = {
-    "model": model_name,
+    **GENERATION_FIELDS,
     "messages": array,
-    "stream": switch,
-    "stream_options": mapping,
-    "n": integer(1, 8),
-    "temperature": number(0, 2),
-    "top_p": number(0, 1),
     "max_completion_tokens": integer(1, 2**31),
-    "max_tokens": integer(1, 2**31),
-    "stop": stop_words,
-    "seed": integer(-(2**63), 2**63 - 1),
     "user_id": string,
-    "safety_identifier": string,
-    "user": string,
     "tools": tool_list,
     "tool_choice": tool_choice,
     "parallel_tool_calls": switch,
     "web_search_options": search_tool,
     "response_format": answer_schema,
-    "reasoning_format": reasoning_format,
-    "fallbacks": model_names,
-    **EFFORT_FIELDS,
     **NATIVE_FIELDS,
 }
 
-STREAM_OPTIONS: dict[str, Callable[[Any], Any]] = {"include_usage": switch}
 
-# Fields of these names in a Prompt are as they were given.
-SAME_IN_PROMPT = frozenset(
-    ("model", "stream", "n", "temperature", "top_p", "stop", "seed", "tool_choice", "reasoning_format", "fallbacks")
-)
+@dataclass(frozen=True, slots=True)
+class ChatRequest:
+    """A request of the chat API."""
 
-# Values that ask for nothing, besides null, 0, false, {} and [].
-NEUTRAL: dict[str, tuple[Any, ...]] = {"modalities": (["text"],), "service_tier": ("auto", "default")}
+    prompt: Prompt
+    include_usage: bool = False
 
-MAX_TOOLS = 128
+    def encoder(self, head: Head) -> ChatEncoder:
+        return ChatEncoder(head, self)
 
-ROLES = {
-    "system": "system",
-    "developer": "system",  # Z.ai answers 1214 to it
-    "user": "user",
-    "assistant": "assistant",
-    "tool": "tool",
-    "function": "tool",  # the name before tools had theirs
-}
+    def document(self, head: Head, answer: Answer) -> JSON:
+        return chat_completion(head, answer)
 
 
-def parse_chat(body: JSON) -> Prompt:
-    """Raises BadRequest for what makes no sense; never changes `body`."""
-    given = checked(body, CHAT_FIELDS)
-    for name in ("model", "messages"):
-        if not given.get(name):
-            raise BadRequest(f"'{name}' is required and must not be empty.", name)
+def parse_chat(body: JSON) -> ChatRequest:
+    """Raises BadRequest for an invalid field; never changes `body`."""
+    given = validated(body, CHAT_FIELDS)
+    required(given, "model", "messages")
     tools = [parse_tool(tool, f"tools[{i}]") for i, tool in enumerate(given.get("tools", ()))]
-    serial = bool(tools) and given.get("parallel_tool_calls") is False  # one call at a time cannot be asked of Z.ai
-    return Prompt(
-        **{name: value for name, value in given.items() if name in SAME_IN_PROMPT},
+    serial = bool(tools) and given.get("parallel_tool_calls") is False  # Z.ai has no way to ask for one call at a time
+    prompt = Prompt(
+        **common_arguments(given),
         messages=tuple(parse_message(message, f"messages[{i}]") for i, message in enumerate(given["messages"])),
-        include_usage=wants_usage(given),
         max_tokens=given.get("max_completion_tokens", given.get("max_tokens")),
-        user=given.get("user_id") or given.get("safety_identifier") or given.get("user") or "",
         tools=tuple(tool for tool in tools if isinstance(tool, Tool)),
         native_tools=tuple(native_tools(tools, given)),
         schema=given.get("response_format"),
-        effort=next((given[name] for name in EFFORT_FIELDS if given.get(name)), None),
+        effort=effort_of(given),
         clear_thinking=clear_thinking(body),
         native={name: value for name, value in given.items() if name in NATIVE_FIELDS},
         ignored=(*unknown_fields(body, CHAT_FIELDS), *(["parallel_tool_calls"] if serial else [])),
     )
+    return ChatRequest(prompt, wants_usage(given))
 
 
 def native_tools(tools: list[Tool | JSON], given: JSON) -> list[JSON]:
@@ -1103,37 +1213,20 @@ def native_tools(tools: list[Tool | JSON], given: JSON) -> list[JSON]:
 
 
 def clear_thinking(body: JSON) -> bool | None:
-    said = obj(body.get("thinking")).get("clear_thinking")
+    said = as_object(body.get("thinking")).get("clear_thinking")
     if said is not None and not isinstance(said, bool):
         raise BadRequest("'thinking.clear_thinking' must be true or false.", "thinking.clear_thinking")
     return said
 
 
-def unknown_fields(body: JSON, known: Iterable[str]) -> Iterator[str]:
-    """The fields that ask for something we cannot do."""
-    for name, value in body.items():
-        if name not in known and value and value not in NEUTRAL.get(name, ()):
-            yield name
-
-
-def wants_usage(given: JSON) -> bool:
-    options = checked(given.get("stream_options", {}), STREAM_OPTIONS, "stream_options.")
-    return options.get("include_usage", False) is True
-
-
-def checked(body: JSON, wanted: Mapping[str, Callable[[Any], Any]], at: str = "") -> JSON:
-    """The fields of `body` that count and are not null, each as its check returns it; `at` is where `body` stands.
-
-    Raises BadRequest for the first that is wrong, in the client's order.
-    """
-    given = {}
-    for name, value in body.items():
-        if value is not None and name in wanted:
-            try:
-                given[name] = wanted[name](value)
-            except ValueError as error:
-                raise BadRequest(f"'{at}{name}' {error}.", at + name) from None
-    return given
+ROLES = {
+    "system": "system",
+    "developer": "system",  # Z.ai answers 1214 to it
+    "user": "user",
+    "assistant": "assistant",
+    "tool": "tool",
+    "function": "tool",  # the name before tools had theirs
+}
 
 
 def parse_message(message: Any, at: str) -> Message:
@@ -1154,16 +1247,14 @@ def parse_message(message: Any, at: str) -> Message:
 
 
 def parse_content(content: Any, role: str, at: str) -> tuple[str | Media, ...]:
+    """The text and media of a message's content; null is allowed for the assistant. Empty text parts are dropped."""
     match content:
         case str():
             return (content,)
         case list():
-            return tuple(
-                part
-                for i, part in enumerate(parse_part(part, role, f"{at}[{i}]") for i, part in enumerate(content))
-                if part
-            )
-        case None if role == "assistant":  # as OpenAI's own answers have it beside tool calls
+            parts = [parse_part(part, role, f"{at}[{i}]") for i, part in enumerate(content)]
+            return tuple(part for part in parts if part)
+        case None if role == "assistant":  # OpenAI's own answers have null beside tool calls
             return ()
         case _:
             raise BadRequest(f"'{at}' must be a string or an array of parts.", at)
@@ -1200,7 +1291,7 @@ def parse_calls(message: JSON, at: str) -> tuple[ToolCall, ...]:
     if not isinstance(calls, list):
         raise BadRequest(f"'{at}.tool_calls' must be an array.", f"{at}.tool_calls")
     if message.get("function_call"):  # what a call was before there were tools; its name stands for its id
-        function = obj(message["function_call"])
+        function = as_object(message["function_call"])
         calls = [*calls, {"id": function.get("name"), "function": function}]
     return tuple(parse_call(call, i, f"{at}.tool_calls[{i}]") for i, call in enumerate(calls))
 
@@ -1237,12 +1328,12 @@ TOOL_FIELDS: dict[str, Callable[[Any], Any]] = {"name": string, "description": s
 def parse_tool(tool: Any, at: str) -> Tool | JSON:
     match tool:
         case {"type": "function", "function": {"name": str(name)} as function} if name:
-            given = checked(function, TOOL_FIELDS, f"{at}.function.")
+            given = validated(function, TOOL_FIELDS, f"{at}.function.")
             # Z.ai requires the other two, OpenAI neither.
             parameters = given.get("parameters") or {"type": "object", "properties": {}}
             return Tool(name, given.get("description") or name, parameters)
         case {"type": "web_search" | "retrieval" | "mcp"}:
-            return obj(tool)
+            return as_object(tool)
         case _:
             raise BadRequest(f"'{at}' must be a function with a name, or Z.ai's web_search, retrieval or mcp.", at)
 
@@ -1257,30 +1348,34 @@ def usage_body(usage: Usage) -> JSON:
     }
 
 
-class ChatStream:
-    """Events to OpenAI's chat.completion.chunk frames."""
+def envelope(head: Head, prefix: str, kind: str) -> JSON:
+    """The fields that every chunk and every whole answer begin with."""
+    return {"id": prefix + head.id, "object": kind, "created": head.created, "model": head.model}
+
+
+class ChatEncoder:
+    """Events to chat.completion.chunk frames."""
 
     ID, OBJECT = "chatcmpl-", "chat.completion.chunk"
 
-    def __init__(self, head: Head, prompt: Prompt) -> None:
-        self.envelope = {"id": self.ID + head.id, "object": self.OBJECT, "created": head.created, "model": head.model}
-        self.include_usage = prompt.include_usage
+    def __init__(self, head: Head, request: ChatRequest) -> None:
+        self.envelope = envelope(head, self.ID, self.OBJECT)
+        self.include_usage, self.n = request.include_usage, request.prompt.n
         self.usage: Usage | None = None  # the sum over the choices
-        self.n = prompt.n
         self.begun: set[int] = set()  # choices that have had their first delta
 
     def feed(self, event: Event) -> list[JSON]:
         if self.n > 1 and not self.begun and not isinstance(event, Usage):
-            # The OpenAI SDK's stream() falls over choices that do not begin in their order.
+            # The OpenAI SDK's stream() fails on choices that do not begin in their order.
             return [*(self.chunk(choice, {}) for choice in range(self.n)), *self.frames(event)]
         return self.frames(event)
 
     def frames(self, event: Event) -> list[JSON]:
         match event:
-            case Text(words, choice):
-                return [self.chunk(choice, {"content": words})]
-            case Thought(words, choice):
-                return [self.chunk(choice, {"reasoning_content": words})]
+            case Text(text, choice):
+                return [self.chunk(choice, {"content": text})]
+            case Thought(text, choice):
+                return [self.chunk(choice, {"reasoning_content": text})]
             case ToolCall(choice=choice):
                 return [self.chunk(choice, {"tool_calls": [call_delta(event)]})]
             case Citations(results, choice):
@@ -1308,7 +1403,7 @@ class ChatStream:
         return ["[DONE]"]
 
     def fail(self, error: ProxyError) -> list[JSON | str]:
-        """An answer that breaks off: OpenAI's SDKs raise on `error`, Dify wants `choices` in every frame."""
+        """The last frames of an answer that broke off: OpenAI's SDKs raise on `error`, Dify needs `choices`."""
         return [{**error_body(error), "choices": []}, "[DONE]"]
 
 
@@ -1341,15 +1436,13 @@ def url_citations(results: Iterable[JSON]) -> list[JSON]:
     ]
 
 
-def chat_completion(head: Head, _: Prompt, answer: Answer) -> JSON:
+def chat_completion(head: Head, answer: Answer) -> JSON:
+    found = [*chain.from_iterable(choice.citations for choice in answer.choices.values())]
     return {
-        "id": f"chatcmpl-{head.id}",
-        "object": "chat.completion",
-        "created": head.created,
-        "model": head.model,
+        **envelope(head, "chatcmpl-", "chat.completion"),
         "choices": [chat_choice(index, choice) for index, choice in sorted(answer.choices.items())],
-        "usage": usage_body(answer.usage),
-        **({"web_search": found} if (found := [*chain(*(c.citations for c in answer.choices.values()))]) else {}),
+        "usage": usage_body(answer.usage or Usage()),
+        **({"web_search": found} if found else {}),
     }
 
 
@@ -1365,7 +1458,8 @@ def chat_choice(index: int, choice: Choice) -> JSON:
     return {"index": index, "message": message, "logprobs": None, "finish_reason": choice.finish}
 
 
-# ======== OpenAI completions, the API before chat ========
+# ======== Completions ===============================================================================================
+# OpenAI's API before chat, translated.
 
 
 def one_prompt(value: Any) -> str:
@@ -1384,13 +1478,7 @@ def off(value: Any) -> None:
 
 
 COMPLETION_FIELDS: dict[str, Callable[[Any], Any]] = {
-    **{
-        name: CHAT_FIELDS[name]
-        for name in (
-            *("model", "stream", "stream_options", "n", "temperature", "top_p", "max_tokens", "stop", "seed", "user"),
-            *("reasoning_format", "fallbacks", *EFFORT_FIELDS),
-        )
-    },
+    **GENERATION_FIELDS,
     "prompt": one_prompt,
     "echo": off,
     "suffix": off,
@@ -1398,32 +1486,45 @@ COMPLETION_FIELDS: dict[str, Callable[[Any], Any]] = {
 }
 
 
-def parse_completion(body: JSON) -> Prompt:
-    """The prompt as the one message of a chat. Raises BadRequest for what makes no sense."""
-    given = checked(body, COMPLETION_FIELDS)
-    for name in ("model", "prompt"):
-        if not given.get(name):
-            raise BadRequest(f"'{name}' is required and must not be empty.", name)
-    return Prompt(
-        **{name: value for name, value in given.items() if name in SAME_IN_PROMPT},
+@dataclass(frozen=True, slots=True)
+class CompletionRequest(ChatRequest):
+    """A request of the completions API."""
+
+    def encoder(self, head: Head) -> CompletionEncoder:
+        return CompletionEncoder(head, self)
+
+    def document(self, head: Head, answer: Answer) -> JSON:
+        choices = sorted(answer.choices.items())
+        return {
+            **envelope(head, "cmpl-", "text_completion"),
+            "choices": [completion_choice(index, choice.text, choice.finish) for index, choice in choices],
+            "usage": usage_body(answer.usage or Usage()),
+        }
+
+
+def parse_completion(body: JSON) -> CompletionRequest:
+    """The prompt as the only message of a chat. Raises BadRequest for an invalid field."""
+    given = validated(body, COMPLETION_FIELDS)
+    required(given, "model", "prompt")
+    prompt = Prompt(
+        **common_arguments(given),
         messages=(Message("user", (given["prompt"],)),),
-        include_usage=wants_usage(given),
         max_tokens=given.get("max_tokens"),
-        user=given.get("user", ""),
-        effort=next((given[name] for name in EFFORT_FIELDS if given.get(name)), None),
+        effort=effort_of(given),
         ignored=tuple(unknown_fields(body, COMPLETION_FIELDS)),
     )
+    return CompletionRequest(prompt, wants_usage(given))
 
 
-class CompletionStream(ChatStream):
-    """Events to text_completion frames, in which the reasoning has no place."""
+class CompletionEncoder(ChatEncoder):
+    """Events to text_completion frames, which have no place for reasoning."""
 
     ID, OBJECT = "cmpl-", "text_completion"
 
     def feed(self, event: Event) -> list[JSON]:
         match event:
-            case Text(words, choice):
-                return [self.frame(completion_choice(choice, words, None))]
+            case Text(text, choice):
+                return [self.frame(completion_choice(choice, text, None))]
             case Finish(reason, choice):
                 return [self.frame(completion_choice(choice, "", reason))]
             case Usage():
@@ -1436,19 +1537,7 @@ def completion_choice(index: int, words: str, finish_reason: FinishReason | None
     return {"index": index, "text": words, "logprobs": None, "finish_reason": finish_reason}
 
 
-def completion(head: Head, _: Prompt, answer: Answer) -> JSON:
-    choices = sorted(answer.choices.items())
-    return {
-        "id": f"cmpl-{head.id}",
-        "object": "text_completion",
-        "created": head.created,
-        "model": head.model,
-        "choices": [completion_choice(index, choice.text, choice.finish) for index, choice in choices],
-        "usage": usage_body(answer.usage),
-    }
-
-
-# ======== OpenAI responses ========
+# ======== Responses =================================================================================================
 
 
 def response_format(value: Any) -> JSON | None:
@@ -1474,7 +1563,7 @@ def response_tool_choice(value: Any) -> ToolChoice:
         case {"type": "function" | "custom", "name": str(name)}:
             return ToolChoice("required", (name,))
         case {"type": "allowed_tools", "mode": "auto" | "required" as mode, "tools": [*tools]}:
-            return ToolChoice(mode, tuple(str(obj(tool).get("name")) for tool in tools))
+            return ToolChoice(mode, tuple(str(as_object(tool).get("name")) for tool in tools))
         case _:
             return tool_choice(value)
 
@@ -1485,14 +1574,11 @@ def response_input(value: Any) -> list[Any]:
 
 
 RESPONSE_FIELDS: dict[str, Callable[[Any], Any]] = {
-    "model": model_name,
+    **COMMON_FIELDS,
     "input": response_input,
     "instructions": string,
     "previous_response_id": string,
-    "stream": switch,
     "store": switch,
-    "temperature": number(0, 2),
-    "top_p": number(0, 1),
     "max_output_tokens": integer(1, 2**31),
     "tools": array,
     "tool_choice": response_tool_choice,
@@ -1501,9 +1587,6 @@ RESPONSE_FIELDS: dict[str, Callable[[Any], Any]] = {
     "reasoning": response_effort,
     "include": array,
     "metadata": mapping,
-    "user": string,
-    "safety_identifier": string,
-    "fallbacks": model_names,
 }
 
 # Fields of a request that a response repeats, and what it says where the request has none.
@@ -1522,66 +1605,95 @@ ECHOED: JSON = {
     "top_p": 1.0,
     "truncation": "disabled",
 }
-ECHOED_IF_GIVEN = ("include", "user", "safety_identifier")
-SEALED = "ztoapi:"  # what reasoning that a client keeps for us, unread, begins with
 
 
-class Responses:
-    """OpenAI's Responses API, over the same path as chat; it remembers answers, so that the next may refer to them."""
+ECHOED_IF_GIVEN = ("user", "safety_identifier")
+REASONING_PREFIX = "ztoapi:"  # of our `encrypted_content`: base64 follows, neither encrypted nor signed
 
-    def __init__(self, store: ResponseStore) -> None:
-        self.store = store
 
-    def parse(self, body: JSON) -> Prompt:
-        """Raises BadRequest for what makes no sense, and ProxyError for a previous response that is not there."""
-        given = checked(body, RESPONSE_FIELDS)
-        if not given.get("model"):
-            raise BadRequest("'model' is required and must not be empty.", "model")
-        before = self.store.get(given["previous_response_id"]).messages if "previous_response_id" in given else ()
-        items = [(self.referred(item), f"input[{i}]") for i, item in enumerate(given.get("input", ()))]
-        said = joined((*before, *shown_apart(message for item, at in items for message in parse_item(item, at))))
-        if not said:
-            raise BadRequest("'input' is required and must not be empty.", "input")
-        orders = (Message("system", (given["instructions"],)),) if given.get("instructions") else ()
-        tools = [parse_response_tool(tool, f"tools[{i}]") for i, tool in enumerate(given.get("tools", ()))]
-        unusable = [f"tools[{i}]" for i, tool in enumerate(tools) if tool is None]
-        echo = {name: body[name] for name in (*ECHOED, *ECHOED_IF_GIVEN) if body.get(name) is not None}
-        return Prompt(
-            model=given["model"],
-            messages=(*orders, *said),
-            stream=given.get("stream", False),
-            temperature=given.get("temperature"),
-            top_p=given.get("top_p"),
-            max_tokens=given.get("max_output_tokens"),
-            user=given.get("safety_identifier") or given.get("user") or "",
-            tools=tuple(tool for tool in tools if isinstance(tool, Tool)),
-            native_tools=tuple(tool for tool in tools if isinstance(tool, dict)),
-            tool_choice=given.get("tool_choice", ToolChoice()),
-            schema=given.get("text"),
-            effort=given.get("reasoning"),
-            reasoning_format="parsed",
-            fallbacks=given.get("fallbacks", ()),
-            echo=echo | {"said": said},
-            ignored=(*unknown_fields(body, (*RESPONSE_FIELDS, *ECHOED)), *unusable),
-        )
+@dataclass(frozen=True, slots=True)
+class StoredResponse:
+    """A response that a client may refer to, with the whole conversation up to it, `instructions` left out."""
 
-    def referred(self, item: Any) -> Any:
-        """The item itself where only its id was sent: that has the id of the response in it (see `new_item`)."""
-        match item:
-            case {"type": "item_reference", "id": str(name)}:
-                output = self.store.get(f"resp_{name.partition('_')[2].rpartition('_')[0]}").response["output"]
-                return next((item for item in output if item["id"] == name), item)
-        return item
+    response: JSON
+    messages: tuple[Message, ...]
 
-    def stream(self, head: Head, prompt: Prompt) -> ResponseStream:
-        return ResponseStream(head, prompt, self.store)
 
-    def whole(self, head: Head, prompt: Prompt, answer: Answer) -> JSON:
-        stream = ResponseStream(head, prompt, self.store)
+class History(Protocol):
+    """The stored responses that one client key may see."""
+
+    def get(self, response_id: str) -> StoredResponse:
+        """Raises ProxyError for one that is not there."""
+
+    def put(self, stored: StoredResponse) -> None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class ResponsesRequest:
+    """A request of the Responses API. `echo` is what the response repeats of it."""
+
+    prompt: Prompt
+    echo: JSON
+    conversation: tuple[Message, ...]  # `instructions` left out
+    include: tuple[str, ...]
+    history: History
+
+    def encoder(self, head: Head) -> ResponseEncoder:
+        return ResponseEncoder(head, self)
+
+    def document(self, head: Head, answer: Answer) -> JSON:
+        encoder = self.encoder(head)
         for event in answer.events():
-            stream.feed(event)
-        stream.close()
-        return stream.response()
+            encoder.feed(event)
+        encoder.close()
+        return encoder.response()
+
+
+def parse_response(body: JSON, history: History) -> ResponsesRequest:
+    """Raises BadRequest for an invalid field, and ProxyError for a previous response that is not there."""
+    given = validated(body, RESPONSE_FIELDS)
+    required(given, "model")
+    conversation = parse_conversation(given, history)
+    if not conversation:
+        raise BadRequest("'input' is required and must not be empty.", "input")
+    instructions = (Message("system", (given["instructions"],)),) if given.get("instructions") else ()
+    tools = [parse_response_tool(tool, f"tools[{i}]") for i, tool in enumerate(given.get("tools", ()))]
+    unusable = [f"tools[{i}]" for i, tool in enumerate(tools) if tool is None]
+    prompt = Prompt(
+        **common_arguments({"stream": False, **given}),
+        messages=(*instructions, *conversation),
+        max_tokens=given.get("max_output_tokens"),
+        tools=tuple(tool for tool in tools if isinstance(tool, Tool)),
+        native_tools=tuple(tool for tool in tools if isinstance(tool, dict)),
+        schema=given.get("text"),
+        effort=given.get("reasoning"),
+        reasoning_format="parsed",
+        ignored=(*unknown_fields(body, (*RESPONSE_FIELDS, *ECHOED)), *unusable),
+    )
+    return ResponsesRequest(prompt, echo_of(body), conversation, tuple(given.get("include", ())), history)
+
+
+def parse_conversation(given: JSON, history: History) -> tuple[Message, ...]:
+    """The messages of the previous response, if there is one, and of the input."""
+    before = history.get(given["previous_response_id"]).messages if "previous_response_id" in given else ()
+    items = [(resolve_reference(item, history), f"input[{i}]") for i, item in enumerate(given.get("input", ()))]
+    messages = hoist_tool_images(message for item, at in items for message in parse_item(item, at))
+    return merge_assistant_turns((*before, *messages))
+
+
+def echo_of(body: JSON) -> JSON:
+    """The fields that a response repeats of its request."""
+    given = {name: body[name] for name in ECHOED_IF_GIVEN if body.get(name) is not None}
+    return {name: default if body.get(name) is None else body[name] for name, default in ECHOED.items()} | given
+
+
+def resolve_reference(item: Any, history: History) -> Any:
+    """The item itself where only its id was sent; the id contains the response's (see `ResponseEncoder.new_item`)."""
+    match item:
+        case {"type": "item_reference", "id": str(name)}:
+            output = history.get(f"resp_{name.partition('_')[2].rpartition('_')[0]}").response["output"]
+            return next((item for item in output if item["id"] == name), item)
+    return item
 
 
 def parse_item(item: Any, at: str) -> Iterator[Message]:
@@ -1597,7 +1709,7 @@ def parse_item(item: Any, at: str) -> Iterator[Message]:
             if seen := tuple(part for part in parts if isinstance(part, Media)):
                 yield Message("user", seen)
         case {"type": "reasoning"}:
-            yield Message("assistant", (), thought=unsealed(item))
+            yield Message("assistant", (), thought=decode_reasoning(item))
         case {"role": "user" | "assistant" | "system" | "developer" as role, "content": content}:
             yield Message(ROLES[role], parse_content(as_chat_content(content), role, f"{at}.content"))
         case {"type": str(kind)} if kind in OPENAI_ITEMS:
@@ -1610,7 +1722,7 @@ def parse_item(item: Any, at: str) -> Iterator[Message]:
 OPENAI_ITEMS = ("web_search_call", "file_search_call", "code_interpreter_call", "image_generation_call")
 
 
-def shown_apart(messages: Iterable[Message]) -> Iterator[Message]:
+def hoist_tool_images(messages: Iterable[Message]) -> Iterator[Message]:
     """Pictures that tools gave, which Z.ai takes from users alone, after the last of the tools' messages."""
     seen: list[Message] = []
     last = ""
@@ -1643,12 +1755,12 @@ def as_chat_part(part: Any) -> Any:
             return part
 
 
-def joined(messages: Iterable[Message]) -> tuple[Message, ...]:
+def merge_assistant_turns(messages: Iterable[Message]) -> tuple[Message, ...]:
     """The conversation with what the assistant thought, said and called in one turn as one message."""
     turns: list[Message] = []
     for message in messages:
         last = turns[-1] if turns else None
-        if last and last.role == message.role == "assistant" and is_one_turn(last, message):
+        if last and last.role == message.role == "assistant" and continues_turn(last, message):
             turns[-1] = replace(
                 last,
                 content=last.content + message.content,
@@ -1660,23 +1772,23 @@ def joined(messages: Iterable[Message]) -> tuple[Message, ...]:
     return tuple(turns)
 
 
-def is_one_turn(before: Message, after: Message) -> bool:
+def continues_turn(before: Message, after: Message) -> bool:
     """Thought comes first, then text, then calls."""
     return not (after.content and before.calls) and not (after.thought and (before.content or before.calls))
 
 
-def sealed(thought: str) -> str:
-    return SEALED + base64.b64encode(thought.encode("utf-8", "surrogatepass")).decode()
+def encode_reasoning(thought: str) -> str:
+    return REASONING_PREFIX + base64.b64encode(thought.encode("utf-8", "surrogatepass")).decode()
 
 
-def unsealed(item: JSON) -> str:
+def decode_reasoning(item: JSON) -> str:
     """The thought in a reasoning item: what we sealed, or what it shows."""
     kept = item.get("encrypted_content")
-    if isinstance(kept, str) and kept.startswith(SEALED):
+    if isinstance(kept, str) and kept.startswith(REASONING_PREFIX):
         with suppress(ValueError):
-            return base64.b64decode(kept.removeprefix(SEALED), validate=True).decode("utf-8", "surrogatepass")
-    shown = [*(item.get("content") or ()), *(item.get("summary") or ())]
-    return "".join(part["text"] for part in shown if isinstance(obj(part).get("text"), str))
+            return base64.b64decode(kept.removeprefix(REASONING_PREFIX), validate=True).decode("utf-8", "surrogatepass")
+    snapshot = [*(item.get("content") or ()), *(item.get("summary") or ())]
+    return "".join(part["text"] for part in snapshot if isinstance(as_object(part).get("text"), str))
 
 
 def parse_response_tool(tool: Any, at: str) -> Tool | JSON | None:
@@ -1686,7 +1798,7 @@ def parse_response_tool(tool: Any, at: str) -> Tool | JSON | None:
             return parse_tool({"type": "function", "function": tool}, at)
         case {"type": "custom", "name": str(name)}:
             schema = {"type": "object", "properties": {"input": {"type": "string"}}, "required": ["input"]}
-            grammar = obj(tool.get("format")).get("definition")
+            grammar = as_object(tool.get("format")).get("definition")
             about = [str(tool.get("description") or name), *([f"The input's grammar: {grammar}"] if grammar else [])]
             return Tool(name, "\n".join(about), schema)
         case {"type": "web_search" | "web_search_preview"}:
@@ -1721,7 +1833,7 @@ class Item:
         return str(given["input"]) if isinstance(given, dict) and "input" in given else self.text
 
 
-class ResponseStream:
+class ResponseEncoder:
     """Events to the events of the Responses API, and the response that they add up to."""
 
     PREFIXES: Mapping[str, str] = {
@@ -1731,9 +1843,9 @@ class ResponseStream:
         "custom_tool_call": "ctc",
     }
 
-    def __init__(self, head: Head, prompt: Prompt, store: ResponseStore) -> None:
-        self.head, self.prompt, self.store = head, prompt, store
-        self.id = f"resp_{head.id}"
+    def __init__(self, head: Head, request: ResponsesRequest) -> None:
+        self.head, self.request = head, request
+        self.id = f"resp_{head.own_id}"
         self.sequence = 0  # the number of the next event
         self.items: list[Item] = []
         self.calls: dict[int, Item] = {}  # by the index of the call
@@ -1741,10 +1853,9 @@ class ResponseStream:
         self.status: Literal["in_progress", "completed", "incomplete", "failed"] = "in_progress"
         self.finish: FinishReason = "stop"
         self.error: JSON | None = None
-        echo = prompt.echo
-        self.seals = "reasoning.encrypted_content" in echo.get("include", ())
-        self.summarizes = bool(obj(echo.get("reasoning")).get("summary"))
-        tools = [obj(tool) for tool in echo.get("tools", ())]
+        self.returns_reasoning = "reasoning.encrypted_content" in request.include
+        self.has_summary = bool(as_object(request.echo["reasoning"]).get("summary"))
+        tools = [as_object(tool) for tool in request.echo["tools"]]
         self.custom = {tool.get("name") for tool in tools if tool.get("type") == "custom"}
 
     def feed(self, event: Event) -> list[JSON]:
@@ -1776,27 +1887,27 @@ class ResponseStream:
         item = self.items[-1] if self.items and self.items[-1].kind == "reasoning" and self.items[-1].open else None
         if item is None:
             item = self.new_item("reasoning")
-            yield self.frame("output_item.added", **self.place(item), item=self.body(item))
-            if self.summarizes:
+            yield self.frame("output_item.added", **self.position(item), item=self.body(item))
+            if self.has_summary:
                 part = {"type": "summary_text", "text": ""}
-                yield self.frame("reasoning_summary_part.added", **self.place(item, "summary_index"), part=part)
+                yield self.frame("reasoning_summary_part.added", **self.position(item, "summary_index"), part=part)
             else:
                 part = {"type": "reasoning_text", "text": ""}
-                yield self.frame("content_part.added", **self.place(item, "content_index"), part=part)
+                yield self.frame("content_part.added", **self.position(item, "content_index"), part=part)
         item.words.append(words)
-        name, where = ("summary_text", "summary_index") if self.summarizes else ("text", "content_index")
-        yield self.frame(f"reasoning_{name}.delta", **self.place(item, where), delta=words)
+        name, where = ("summary_text", "summary_index") if self.has_summary else ("text", "content_index")
+        yield self.frame(f"reasoning_{name}.delta", **self.position(item, where), delta=words)
 
     def add_text(self, words: str) -> Iterator[JSON]:
         item = next((item for item in self.items if item.kind == "message"), None)
         if item is None:
             yield from self.end_thought()
             item = self.new_item("message")
-            yield self.frame("output_item.added", **self.place(item), item={**self.body(item), "content": []})
+            yield self.frame("output_item.added", **self.position(item), item={**self.body(item), "content": []})
             part = {"type": "output_text", "text": "", "annotations": [], "logprobs": []}
-            yield self.frame("content_part.added", **self.place(item, "content_index"), part=part)
+            yield self.frame("content_part.added", **self.position(item, "content_index"), part=part)
         item.words.append(words)
-        yield self.frame("output_text.delta", **self.place(item, "content_index"), delta=words, logprobs=[])
+        yield self.frame("output_text.delta", **self.position(item, "content_index"), delta=words, logprobs=[])
 
     def add_call(self, call: ToolCall) -> Iterator[JSON]:
         item = self.calls.get(call.index)
@@ -1805,16 +1916,16 @@ class ResponseStream:
             item = self.new_item("custom_tool_call" if call.name in self.custom else "function_call")
             item.call_id, item.name = call.id, call.name
             self.calls[call.index] = item
-            yield self.frame("output_item.added", **self.place(item), item=self.body(item))
+            yield self.frame("output_item.added", **self.position(item), item=self.body(item))
         item.words.append(call.arguments)
         if item.kind == "function_call" and call.arguments:
-            yield self.frame("function_call_arguments.delta", **self.place(item), delta=call.arguments)
+            yield self.frame("function_call_arguments.delta", **self.position(item), delta=call.arguments)
 
     def add_citations(self, results: tuple[JSON, ...]) -> Iterator[JSON]:
         for item in self.items:
             for citation in url_citations(results) if item.kind == "message" else ():
                 cited = {"type": "url_citation", **citation["url_citation"]}
-                where = self.place(item, "content_index") | {"annotation_index": len(item.annotations)}
+                where = self.position(item, "content_index") | {"annotation_index": len(item.annotations)}
                 item.annotations.append(cited)
                 yield self.frame("output_text.annotation.added", **where, annotation=cited)
 
@@ -1830,44 +1941,45 @@ class ResponseStream:
         item.open = False
         body = self.body(item)
         match item.kind:
-            case "reasoning" if self.summarizes:
-                where = self.place(item, "summary_index")
+            case "reasoning" if self.has_summary:
+                where = self.position(item, "summary_index")
                 yield self.frame("reasoning_summary_text.done", **where, text=item.text)
                 yield self.frame("reasoning_summary_part.done", **where, part=body["summary"][0])
             case "reasoning":
-                where = self.place(item, "content_index")
+                where = self.position(item, "content_index")
                 yield self.frame("reasoning_text.done", **where, text=item.text)
                 yield self.frame("content_part.done", **where, part=body["content"][0])
             case "message":
-                where = self.place(item, "content_index")
+                where = self.position(item, "content_index")
                 yield self.frame("output_text.done", **where, text=item.text, logprobs=[])
                 yield self.frame("content_part.done", **where, part=body["content"][0])
             case "function_call":
                 yield self.frame(
-                    "function_call_arguments.done", **self.place(item), name=item.name, arguments=item.text
+                    "function_call_arguments.done", **self.position(item), name=item.name, arguments=item.text
                 )
             case "custom_tool_call":
-                yield self.frame("custom_tool_call_input.delta", **self.place(item), delta=item.input)
-                yield self.frame("custom_tool_call_input.done", **self.place(item), input=item.input)
+                yield self.frame("custom_tool_call_input.delta", **self.position(item), delta=item.input)
+                yield self.frame("custom_tool_call_input.done", **self.position(item), input=item.input)
         yield self.frame("output_item.done", output_index=item.index, item=body)
 
     def close(self) -> list[JSON | str]:
         self.status = "incomplete" if self.finish in ("length", "content_filter") else "completed"
         response = self.response()
         if response["store"]:
-            self.store.put(response, joined((*self.prompt.echo["said"], *self.messages())))
+            conversation = merge_assistant_turns((*self.request.conversation, *self.messages()))
+            self.request.history.put(StoredResponse(response, conversation))
         return [self.frame(self.status, response=response)]
 
     def fail(self, error: ProxyError) -> list[JSON | str]:
-        code = "rate_limit_exceeded" if error.failure == BUSY else "server_error"
-        code = "invalid_prompt" if isinstance(error, BadRequest) or error.failure.status == 400 else code
+        code = "rate_limit_exceeded" if error.kind == RATE_LIMITED else "server_error"
+        code = "invalid_prompt" if isinstance(error, BadRequest) or error.kind.status == 400 else code
         opening = self.opening()
         self.status, self.error = "failed", {"code": code, "message": str(error)}
         return [*opening, self.frame("failed", response=self.response())]
 
     def new_item(self, kind: Literal["reasoning", "message", "function_call", "custom_tool_call"]) -> Item:
         index = len(self.items)
-        self.items.append(Item(kind, f"{self.PREFIXES[kind]}_{self.head.id}_{index}", index))
+        self.items.append(Item(kind, f"{self.PREFIXES[kind]}_{self.head.own_id}_{index}", index))
         return self.items[-1]
 
     def frame(self, event: str, **fields: Any) -> JSON:
@@ -1875,16 +1987,16 @@ class ResponseStream:
         self.sequence += 1
         return frame
 
-    def place(self, item: Item, part: str | None = None) -> JSON:
+    def position(self, item: Item, part: str | None = None) -> JSON:
         return {"item_id": item.id, "output_index": item.index, **({part: 0} if part else {})}
 
     def body(self, item: Item) -> JSON:
         head = {"id": item.id, "type": item.kind, "status": "in_progress" if item.open else self.ended}
         match item.kind:
             case "reasoning":
-                shown = [{"type": "summary_text" if self.summarizes else "reasoning_text", "text": item.text}]
-                parts: JSON = {"summary": shown} if self.summarizes else {"summary": [], "content": shown}
-                parts = {**parts, "encrypted_content": sealed(item.text)} if self.seals else parts
+                snapshot = [{"type": "summary_text" if self.has_summary else "reasoning_text", "text": item.text}]
+                parts: JSON = {"summary": snapshot} if self.has_summary else {"summary": [], "content": snapshot}
+                parts = {**parts, "encrypted_content": encode_reasoning(item.text)} if self.returns_reasoning else parts
                 return {**head, **(parts if not item.open else {"summary": []})}
             case "message":
                 part = {"type": "output_text", "text": item.text, "annotations": item.annotations, "logprobs": []}
@@ -1923,8 +2035,7 @@ class ResponseStream:
             "model": self.head.model,
             "output": [self.body(item) for item in self.items],
             "usage": response_usage(self.usage) if self.usage else None,
-            **{name: self.prompt.echo.get(name, usual) for name, usual in ECHOED.items()},
-            **{name: self.prompt.echo[name] for name in ECHOED_IF_GIVEN[1:] if name in self.prompt.echo},
+            **self.request.echo,
             "service_tier": "default",
         }
 
@@ -1939,45 +2050,8 @@ def response_usage(usage: Usage) -> JSON:
     }
 
 
-@dataclass(frozen=True)
-class Kept:
-    """A response that a client may refer to, with the whole conversation up to it."""
-
-    response: JSON
-    messages: tuple[Message, ...]
-    size: int  # bytes, about
-
-
-class ResponseStore:
-    """Responses by id, in the memory of this process, the oldest forgotten first."""
-
-    MOST, BYTES = 1_000, 64 * 2**20
-
-    def __init__(self) -> None:
-        self.kept: dict[str, Kept] = {}
-        self.size = 0
-
-    def put(self, response: JSON, messages: tuple[Message, ...]) -> None:
-        size = len(to_json(response)) + sum(len(repr(message)) for message in messages)
-        self.kept[response["id"]] = Kept(response, messages, size)
-        self.size += size
-        while self.kept and (len(self.kept) > self.MOST or self.size > self.BYTES):
-            self.drop(next(iter(self.kept)))
-
-    def get(self, name: str) -> Kept:
-        if name not in self.kept:
-            words = (
-                "There is no such response: this server keeps the last ones in memory, and forgets them when it stops."
-            )
-            failure = Failure(404, "invalid_request_error", "response_not_found")
-            raise ProxyError(words, failure, "previous_response_id")
-        return self.kept[name]
-
-    def drop(self, name: str) -> None:
-        self.size -= self.kept.pop(name).size
-
-
 # ======== Surfaces ==================================================================================================
+# A surface is an API that clients speak: a function that parses its requests, and the request's two ways to answer.
 
 
 class Encoder(Protocol):
@@ -1990,26 +2064,40 @@ class Encoder(Protocol):
     def fail(self, error: ProxyError) -> list[JSON | str]: ...
 
 
-@dataclass(frozen=True, slots=True)
-class Surface:
-    """An API as clients know it: how it asks, and how it is answered, streamed and whole."""
+class SurfaceRequest(Protocol):
+    """A request as a surface has parsed it, and how it is answered: streamed by `encoder`, whole by `document`."""
 
-    parse: Callable[[JSON], Prompt]
-    stream: Callable[[Head, Prompt], Encoder]
-    whole: Callable[[Head, Prompt, Answer], JSON]
+    @property
+    def prompt(self) -> Prompt: ...
 
+    def encoder(self, head: Head) -> Encoder: ...
 
-def surfaces(store: ResponseStore) -> dict[str, Surface]:
-    """By path. A new one is a row here, and pure functions above."""
-    responses = Responses(store)
-    return {
-        "chat/completions": Surface(parse_chat, ChatStream, chat_completion),
-        "completions": Surface(parse_completion, CompletionStream, completion),
-        "responses": Surface(responses.parse, responses.stream, responses.whole),
-    }
+    def document(self, head: Head, answer: Answer) -> JSON: ...
 
 
-# ======== Z.ai ======================================================================================================
+Surface = Callable[[JSON, History], SurfaceRequest]
+
+# By path. A new API is a row here, and a request class with an encoder above.
+SURFACES: dict[str, Surface] = {
+    "chat/completions": lambda body, _: parse_chat(body),
+    "completions": lambda body, _: parse_completion(body),
+    "responses": parse_response,
+}
+
+
+def sse(frames: Iterable[JSON | str]) -> bytes:
+    """Frames as bytes, each `data: …` and a blank line. A string stands for itself; a type is the event's name too."""
+    return escaped("".join([sse_frame(frame) for frame in frames]))
+
+
+def sse_frame(frame: JSON | str) -> str:
+    if isinstance(frame, str):
+        return f"data: {frame}\n\n"
+    name = f"event: {frame['type']}\n" if "type" in frame else ""
+    return f"{name}data: {to_json(frame)}\n\n"
+
+
+# ======== Z.ai: request =============================================================================================
 
 
 def zai_body(prompt: Prompt, model: Model) -> JSON:
@@ -2017,12 +2105,14 @@ def zai_body(prompt: Prompt, model: Model) -> JSON:
 
     Only what Z.ai knows goes in: it fails a whole request for one field it dislikes, without naming it (1210).
     """
-    if not model.sees and any(isinstance(part, Media) for message in prompt.messages for part in message.content):
-        raise cannot_see(model)
+    if not model.vision and any(isinstance(part, Media) for message in prompt.messages for part in message.content):
+        raise no_vision_error(model)
     tools = offered_tools(prompt)
     body = {
         "model": model.id,
-        "messages": [zai_message(message) for message in instructed(prompt.messages, orders(prompt, tools))],
+        "messages": [
+            zai_message(message) for message in with_system_lines(prompt.messages, emulation_lines(prompt, tools))
+        ],
         "stream": prompt.stream,
         "temperature": None if prompt.temperature is None else min(prompt.temperature, 1),
         "top_p": None if prompt.top_p is None else max(prompt.top_p, 0.01),
@@ -2031,7 +2121,7 @@ def zai_body(prompt: Prompt, model: Model) -> JSON:
         "seed": prompt.seed,
         "user_id": zai_user(prompt.user),
         "tools": tools or None,
-        "tool_stream": True if prompt.stream and tools and model.streams_calls else None,
+        "tool_stream": True if prompt.stream and tools and model.streams_arguments else None,
         "response_format": None if prompt.schema is None else {"type": "json_object"},
         **zai_thinking(prompt, model),
         **prompt.native,
@@ -2039,7 +2129,7 @@ def zai_body(prompt: Prompt, model: Model) -> JSON:
     return {name: value for name, value in body.items() if value is not None}
 
 
-def variant(prompt: Prompt, choice: int) -> Prompt:
+def choice_prompt(prompt: Prompt, choice: int) -> Prompt:
     """The prompt of one of several choices: one seed would give them all the same words, and a request_id is unique."""
     if prompt.n == 1:
         return prompt
@@ -2066,7 +2156,7 @@ def offered_tools(prompt: Prompt) -> list[JSON]:
     return [zai_tool(tool) for tool in tools if tool.name in choice.names]
 
 
-def orders(prompt: Prompt, tools: list[JSON]) -> Iterator[str]:
+def emulation_lines(prompt: Prompt, tools: list[JSON]) -> Iterator[str]:
     """What the model must be told in words, because Z.ai has no parameter for it."""
     names = [tool["function"]["name"] for tool in tools if tool["type"] == "function"]
     if prompt.tool_choice.mode == "required" and names:
@@ -2078,7 +2168,7 @@ def orders(prompt: Prompt, tools: list[JSON]) -> Iterator[str]:
         )
 
 
-def instructed(messages: tuple[Message, ...], lines: Iterable[str]) -> tuple[Message, ...]:
+def with_system_lines(messages: tuple[Message, ...], lines: Iterable[str]) -> tuple[Message, ...]:
     """The conversation with further lines in its system message."""
     lines = tuple(lines)
     if not lines:
@@ -2089,15 +2179,17 @@ def instructed(messages: tuple[Message, ...], lines: Iterable[str]) -> tuple[Mes
 
 
 ENABLED, DISABLED = {"thinking": {"type": "enabled"}}, {"thinking": {"type": "disabled"}}
-
 # The three levels of the models that always think, and what comes nearest to them.
 ALWAYS: dict[Effort, str] = {"off": "low", "low": "low", "medium": "high", "high": "high", "xhigh": "max", "max": "max"}
-
 # What each kind of model is sent for each effort (docs.z.ai, "Thinking Mode"; NousResearch/hermes-agent#85890, #97286).
 THINKING: dict[ThinkingKind, dict[Effort, JSON]] = {
     "none": {},
-    "switch": {level: DISABLED if level == "off" else ENABLED for level in ("off", "on", *LEVELS)},
-    "effort": {"off": DISABLED, "on": ENABLED, **{level: ENABLED | {"reasoning_effort": level} for level in LEVELS}},
+    "switch": {level: DISABLED if level == "off" else ENABLED for level in ("off", "on", *EFFORT_LEVELS)},
+    "effort": {
+        "off": DISABLED,
+        "on": ENABLED,
+        **{level: ENABLED | {"reasoning_effort": level} for level in EFFORT_LEVELS},
+    },
     "always": {level: {"reasoning_effort": known} for level, known in ALWAYS.items()},
 }
 
@@ -2113,8 +2205,8 @@ def zai_thinking(prompt: Prompt, model: Model) -> JSON:
     return {**fields, "thinking": {**fields.get("thinking", ENABLED["thinking"]), "clear_thinking": clear}}
 
 
-def cannot_see(model: Model) -> BadRequest:
-    seeing = ", ".join(known.id for known in MODELS.values() if known.sees)
+def no_vision_error(model: Model) -> BadRequest:
+    seeing = ", ".join(known.id for known in MODELS.values() if known.vision)
     return BadRequest(
         f"{model.id} does not take images, videos or files; these do: {seeing}.",
         "messages",
@@ -2145,21 +2237,21 @@ def zai_media(media: Media) -> JSON:
 
 
 def zai_tool(tool: Tool) -> JSON:
-    parameters = Inliner(tool.parameters).whole()
+    parameters = RefInliner(tool.parameters).inline_all()
     return {
         "type": "function",
         "function": {"name": tool.name, "description": tool.description, "parameters": parameters},
     }
 
 
-class Inliner:
+class RefInliner:
     """A JSON Schema with its own definitions put in the places that refer to them.
 
     Z.ai answers 500 or nothing at all to `$ref` (musistudio/claude-code-router#1474). Definitions that contain
     themselves stay as they are, and so does everything when the whole would grow out of bounds.
     """
 
-    WIDEST, DEEPEST = 2_000, 100  # objects and arrays in the result, and inside each other
+    MAX_NODES, MAX_DEPTH = 2_000, 100  # objects and arrays in the result, and seen each other
     DATA = ("const", "enum", "default", "examples")  # what they hold is no schema
 
     def __init__(self, schema: JSON) -> None:
@@ -2167,156 +2259,123 @@ class Inliner:
         self.definitions = {
             f"#/{place}/{name}": what
             for place in ("$defs", "definitions")
-            for name, what in obj(schema.get(place)).items()
+            for name, what in as_object(schema.get(place)).items()
             if isinstance(what, dict)
         }
         self.size = 0
-        self.left = False  # a reference stays, so its definition must
+        self.has_refs = False  # a reference stays, so its definition must
 
-    def whole(self) -> JSON:
+    def inline_all(self) -> JSON:
         if not self.definitions:
             return self.schema
         body = {name: part for name, part in self.schema.items() if name not in ("$defs", "definitions")}
         inlined: JSON = self.inline(body, (), 0)
-        if self.size > self.WIDEST:
+        if self.size > self.MAX_NODES:
             return self.schema
-        kept: JSON = {name: self.schema[name] for name in ("$defs", "definitions") if name in self.schema and self.left}
+        kept: JSON = {
+            name: self.schema[name] for name in ("$defs", "definitions") if name in self.schema and self.has_refs
+        }
         return {**inlined, **kept}
 
-    def inline(self, part: Any, inside: tuple[str, ...], depth: int) -> Any:
-        """`inside`: the definitions that this part is part of."""
-        if not isinstance(part, (dict, list)) or self.size > self.WIDEST:
+    def inline(self, part: Any, seen: tuple[str, ...], depth: int) -> Any:
+        """`seen`: the definitions that this part is part of."""
+        if not isinstance(part, (dict, list)) or self.size > self.MAX_NODES:
             return part
-        self.size += 1 if depth < self.DEEPEST else self.WIDEST
+        self.size += 1 if depth < self.MAX_DEPTH else self.MAX_NODES
         match part:
-            case {"$ref": str(ref), **others} if ref in self.definitions and ref not in inside:
-                meant = self.inline(self.definitions[ref], (*inside, ref), depth + 1)
-                return {**meant, **self.inline(others, inside, depth + 1)}
+            case {"$ref": str(ref), **others} if ref in self.definitions and ref not in seen:
+                meant = self.inline(self.definitions[ref], (*seen, ref), depth + 1)
+                return {**meant, **self.inline(others, seen, depth + 1)}
             case {"$ref": str(ref)}:
-                self.left = True
+                self.has_refs = True
                 return part
             case dict():
                 return {
-                    name: value if name in self.DATA else self.inline(value, inside, depth + 1)
+                    name: value if name in self.DATA else self.inline(value, seen, depth + 1)
                     for name, value in part.items()
                 }
             case _:
-                return [self.inline(value, inside, depth + 1) for value in part]
+                return [self.inline(value, seen, depth + 1) for value in part]
 
 
-@dataclass(frozen=True, slots=True)
-class Refusal:
-    """What one of Z.ai's codes means for a client; "{}" in the failure's code stands for Z.ai's."""
+# ======== Z.ai: errors ==============================================================================================
 
-    failure: Failure
-    message: str
-    retry_after: float | None = None
-
-
-INVALID = Failure(400, "invalid_request_error", "zai_{}")
-OTHER = Failure(502, "upstream_error", "zai_{}")
-
-SIGN_IN = Refusal(AUTHENTICATION, "Z.ai did not accept this server's own key: its operator must check ZAI_API_KEY.")
-FIELDS = Refusal(INVALID, "Z.ai did not accept the request: change what it names.")
-FULL = Refusal(NO_QUOTA, "The quota of this server's Z.ai key is used up: wait until it is reset, or use another key.")
-PLAN = Refusal(
-    Failure(403, "permission_error", "plan_not_usable"),
-    "The plan of this server's Z.ai key cannot be used: see z.ai/manage-apikey.",
+INVALID = ErrorKind(
+    400, "invalid_request_error", "zai_{}", "Z.ai did not accept the request: change what it names."
+)  # {}: Z.ai's code
+OTHER = ErrorKind(502, "upstream_error", "zai_{}", "Z.ai refused the request.")
+OVERLOADED = replace(
+    RATE_LIMITED,
+    message="The model is overloaded at Z.ai: wait some seconds, or choose another model.",
+    retry_after=5,
 )
-DOWN = Refusal(UNAVAILABLE, "Z.ai could not answer: try again shortly.")
-LOST = Refusal(WRONG_ADDRESS, "There is no GLM API at this server's ZAI_BASE_URL: its operator must check the address.")
-CROWDED = Refusal(
-    BUSY,
-    "Z.ai takes no more requests from this server's key just now: wait a little, or send fewer at once.",
-    1,
+CONTEXT_LENGTH_EXCEEDED = ErrorKind(
+    400,
+    "invalid_request_error",
+    "context_length_exceeded",
+    "The messages are longer than the model can read: shorten them.",
 )
-NO_MODEL = Refusal(
-    UNKNOWN_MODEL,
-    "Z.ai does not know this model, or not for this use: GET /v1/models lists the names, "
-    "and this server's MODEL_ALIASES can give a model the name a client insists on.",
+CONTENT_FILTER = ErrorKind(
+    400, "invalid_request_error", "content_filter", "Z.ai's content filter refused the request: rephrase it."
 )
-NOT_YOURS = Refusal(NOT_AVAILABLE, "This server's Z.ai key may not use this model: choose another, or change the plan.")
 
 # Z.ai's codes (docs.z.ai, "Error Codes", with docs.bigmodel.cn's of July 2026).
-REFUSALS = {
-    code: refusal
-    for codes, refusal in (
-        ("1000 1001 1002 1003 1004 1005", SIGN_IN),
-        (
-            "1113",
-            Refusal(
-                NO_BALANCE,
-                "This server's Z.ai key has no balance for this model. A Coding Plan key needs "
-                "ZAI_BASE_URL=https://api.z.ai/api/coding/paas/v4; without a plan, add money or use a free model, "
-                "such as glm-4.7-flash.",
-            ),
-        ),
-        ("1200 1230 1234", DOWN),
-        ("1210 1213 1214 1215 1221 1222", FIELDS),
-        ("1211 1212", NO_MODEL),
-        ("1220 1311", NOT_YOURS),
-        (
-            "1261",
-            Refusal(
-                Failure(400, "invalid_request_error", "context_length_exceeded"),
-                "The messages are longer than the model can read: shorten them.",
-            ),
-        ),
-        (
-            "1301",
-            Refusal(
-                Failure(400, "invalid_request_error", "content_filter"),
-                "Z.ai's content filter refused the request: rephrase it.",
-            ),
-        ),
-        ("1302", CROWDED),
-        (
-            "1305",
-            Refusal(BUSY, "The model is overloaded at Z.ai: wait some seconds, or choose another model.", 5),
-        ),
-        ("1308 1310 1316 1317 1318 1319 1320 1321", FULL),
-        ("1309 1313 1314 1315", PLAN),
+KINDS_BY_CODE = {
+    code: kind
+    for codes, kind in (
+        ("1000 1001 1002 1003 1004 1005", AUTHENTICATION),
+        ("1113", NO_BALANCE),
+        ("1200 1230 1234", UNAVAILABLE),
+        ("1210 1213 1214 1215 1221 1222", INVALID),
+        ("1211 1212", MODEL_NOT_FOUND),
+        ("1220 1311", MODEL_NOT_AVAILABLE),
+        ("1261", CONTEXT_LENGTH_EXCEEDED),
+        ("1301", CONTENT_FILTER),
+        ("1302", RATE_LIMITED),
+        ("1305", OVERLOADED),
+        ("1308 1310 1316 1317 1318 1319 1320 1321", QUOTA_EXCEEDED),
+        ("1309 1313 1314 1315", PLAN_NOT_USABLE),
     )
     for code in codes.split()
 }
 
-# For what comes without one of those codes. Z.ai's gateway answers 404 in shapes of its own to a wrong path.
-BY_STATUS = {400: FIELDS, 401: SIGN_IN, 404: LOST, 429: CROWDED}
+# For refusals without one of those codes. Z.ai's gateway answers 404 in shapes of its own to a wrong path.
+KINDS_BY_STATUS = {400: INVALID, 401: AUTHENTICATION, 404: WRONG_ADDRESS, 429: RATE_LIMITED}
 
 
 def zai_error(status: int, body: bytes | JSON) -> UpstreamError:
     """Z.ai's refusal, from an HTTP status and body or from a frame in a stream (status 200)."""
     document = parse_json(body) if isinstance(body, bytes) else body
-    code, words = envelope(document)
+    code, text = code_and_text(document)
     if status < 400 and len(code) == 3:  # an HTTP status inside a 200: {"code": 401, "msg": …, "success": false}
         status = int(code)
     if len(code) != 4:
         code = ""
-    refusal = REFUSALS.get(code) or refusal_without_code(status, code, document)
-    failure = replace(refusal.failure, code=(refusal.failure.code or "").format(code or status))
-    detail = f"Z.ai {code}: {words}" if code else f"Z.ai, HTTP {status}: {words or excerpt(body)}"
-    return UpstreamError(refusal.message, failure, detail, code, refusal.retry_after)
+    kind = KINDS_BY_CODE.get(code) or kind_without_code(status, code, document)
+    kind = replace(kind, code=(kind.code or "").format(code or status))
+    detail = f"Z.ai {code}: {text}" if code else f"Z.ai, HTTP {status}: {text or excerpt(body)}"
+    return UpstreamError(kind, detail=detail, zai_code=code)
 
 
-def envelope(document: Any) -> tuple[str, str]:
+def code_and_text(document: Any) -> tuple[str, str]:
     """Z.ai's code and text from any of the shapes in which its errors come; empty where there is none."""
     inner = document.get("error", document) if isinstance(document, dict) else None
     if not isinstance(inner, dict):  # Spring says {"status": 404, "error": "Not Found"}
         return "", ""
-    code, words = inner.get("code"), inner.get("message") or inner.get("msg")
-    return str(code) if re.fullmatch(r"\d{3,4}", str(code)) else "", words if isinstance(words, str) else ""
+    code, text = inner.get("code"), inner.get("message") or inner.get("msg")
+    return str(code) if re.fullmatch(r"\d{3,4}", str(code)) else "", text if isinstance(text, str) else ""
 
 
-def refusal_without_code(status: int, code: str, document: Any) -> Refusal:
+def kind_without_code(status: int, code: str, document: Any) -> ErrorKind:
     if status >= 500:
-        return DOWN
-    if 300 <= status < 400:  # a redirect would take the key elsewhere
-        return LOST
-    if status in BY_STATUS and not (code and status == 404):
-        return BY_STATUS[status]
+        return UNAVAILABLE
+    if 300 <= status < 400:  # following a redirect would take the key elsewhere
+        return WRONG_ADDRESS
+    if status in KINDS_BY_STATUS and not (code and status == 404):
+        return KINDS_BY_STATUS[status]
     if isinstance(document, dict) and (code or status >= 400):
-        return Refusal(replace(OTHER, status=max(status, 400) if status >= 400 else 502), "Z.ai refused the request.")
-    return DOWN
+        return replace(OTHER, status=status if status >= 400 else 502)
+    return UNAVAILABLE
 
 
 def excerpt(body: bytes | JSON) -> str:
@@ -2324,22 +2383,47 @@ def excerpt(body: bytes | JSON) -> str:
     return " ".join(words.split()) or "nothing"
 
 
-def parse_json(data: bytes) -> Any:
-    """JSON, or None: half a character cut off by Z.ai must not spoil the rest."""
-    text = data.decode("utf-8", "replace").removeprefix("\ufeff").strip()
-    try:
-        value, end = JSON_DECODER.raw_decode(text)
-    except (ValueError, RecursionError):
-        return None
-    return value if end == len(text) else None
+# ======== Z.ai: answer ==============================================================================================
 
 
-def first(value: Any) -> JSON:
-    return obj(value[0]) if isinstance(value, list) and value else {}
+class SSEDecoder:
+    """Server-sent events out of bytes that may be cut anywhere (WHATWG HTML, 9.2.6), in time linear in their length.
 
+    Of the line ends the standard knows, CR alone is not taken for one: Z.ai does not send it.
+    """
 
-def number_of(value: Any) -> int:
-    return value if isinstance(value, int) and not isinstance(value, bool) else 0
+    DATA = (b"data:", b"\xef\xbb\xbfdata:")  # a stream may begin with a byte order mark
+
+    def __init__(self) -> None:
+        self.line: list[bytes] = []  # the line that has no end yet, in the parts it came in
+        self.data: list[bytes] = []  # the data lines of the event that has no end yet
+
+    def feed(self, part: bytes) -> list[bytes]:
+        """The data of every event that this part completes."""
+        if b"\n" not in part:
+            self.line.append(part)
+            return []
+        if self.line:
+            part = b"".join((*self.line, part))
+        *lines, last = part.split(b"\n")
+        self.line = [last] if last else []
+        return self.events_in(lines)
+
+    def close(self) -> list[bytes]:
+        """The data of an event that the end of the stream cut short."""
+        return self.events_in([b"".join(self.line), b""])
+
+    def events_in(self, lines: list[bytes]) -> list[bytes]:
+        """The data of the events that these lines complete; one without data is none."""
+        events = []
+        for line in lines:
+            if line.startswith(self.DATA):
+                self.data.append(line.partition(b":")[2].removeprefix(b" ").removesuffix(b"\r"))
+            elif self.data and line in (b"", b"\r"):
+                events.append(b"\n".join(self.data))
+                self.data = []
+            # any other line is a comment, or a field that says nothing to us
+        return [event for event in events if event]
 
 
 FINISH_REASONS: dict[str, FinishReason] = {
@@ -2350,9 +2434,7 @@ FINISH_REASONS: dict[str, FinishReason] = {
     "content_filter": "content_filter",
     "model_context_window_exceeded": "length",
 }
-
-
-MOST_HELD = 64 * 2**20  # bytes of one event, or of a whole answer
+MAX_HELD = 64 * 2**20  # bytes of one event, or of a whole answer
 
 
 class ZaiReader:
@@ -2365,7 +2447,7 @@ class ZaiReader:
         self.model = model.id
         self.decoder = SSEDecoder()
         self.raw: list[bytes] | None = []  # all so far, until the first event shows that this is a stream
-        self.words = TagReader() if model.writes_tags else None
+        self.words = TagReader() if model.tagged_reasoning else None
         self.calls = CallReader()
         self.id = ""  # Z.ai's id of the answer
         self.created = 0  # Unix seconds; 0: not told
@@ -2380,8 +2462,8 @@ class ZaiReader:
     def feed(self, part: bytes) -> Iterator[Event]:
         """The events that this part completes. Raises UpstreamError where Z.ai says that it failed."""
         self.held += len(part)
-        if self.held > MOST_HELD:
-            raise UpstreamError("Z.ai sent an answer without an end: try again.", UNAVAILABLE)
+        if self.held > MAX_HELD:
+            raise UpstreamError(UNAVAILABLE, "Z.ai sent an answer without an end: try again.")
         if self.raw is not None:
             self.raw.append(part)
         for data in self.decoder.feed(part):
@@ -2395,7 +2477,7 @@ class ZaiReader:
         if self.raw is not None:
             yield from self.read_document(b"".join(self.raw))
         if not self.done and self.finish is None:
-            raise UpstreamError("Z.ai broke its answer off: try again.", UNAVAILABLE)
+            raise UpstreamError(UNAVAILABLE, "Z.ai broke its answer off: try again.")
         yield from self.end()
 
     def read_event(self, data: bytes) -> Iterable[Event]:
@@ -2413,14 +2495,14 @@ class ZaiReader:
         for chunk in chunks:
             yield from self.read_chunk(chunk)
         if rest:
-            raise UpstreamError("Z.ai sent something that is no answer: try again.", UNAVAILABLE, excerpt(data))
+            raise UpstreamError(UNAVAILABLE, "Z.ai sent something that is no answer: try again.", excerpt(data))
 
     def read_document(self, data: bytes) -> Iterator[Event]:
         document = parse_json(data)
         if not isinstance(document, dict):
             raise zai_error(200, data)
         yield from self.read_chunk(document)
-        if first(document.get("choices")) and self.finish is None:  # complete all the same: its JSON is
+        if first_object(document.get("choices")) and self.finish is None:  # complete all the same: its JSON is
             self.finish = "stop"
 
     def read_chunk(self, chunk: JSON) -> Iterator[Event]:
@@ -2428,17 +2510,17 @@ class ZaiReader:
         if chunk.get("error") or ("code" in chunk and "choices" not in chunk):
             raise zai_error(200, chunk)
         self.read_head(chunk)
-        choice = first(chunk.get("choices"))
-        yield from self.read_delta(obj(choice.get("delta") or choice.get("message")))
+        choice = first_object(chunk.get("choices"))
+        yield from self.read_delta(as_object(choice.get("delta") or choice.get("message")))
         if self.finish is None and (finish := choice.get("finish_reason")):
             self.finish = str(finish)
             if self.finish == "network_error":
-                raise UpstreamError("Z.ai broke its answer off: try again.", UNAVAILABLE, "Z.ai: network_error")
+                raise UpstreamError(UNAVAILABLE, "Z.ai broke its answer off: try again.", "Z.ai: network_error")
 
     def read_head(self, chunk: JSON) -> None:
         if not (self.id and self.created and self.request_id):  # most chunks repeat them
             self.id = self.id or str(chunk.get("id") or "")
-            self.created = self.created or number_of(chunk.get("created"))
+            self.created = self.created or as_int(chunk.get("created"))
             self.request_id = self.request_id or str(chunk.get("request_id") or "")
         if isinstance(usage := chunk.get("usage"), dict):
             self.usage = zai_usage(usage)
@@ -2453,8 +2535,10 @@ class ZaiReader:
             events += self.words.feed(words) if self.words else (Text(words),)
         if isinstance(pieces := delta.get("tool_calls"), list):
             for piece in pieces:
-                if obj(piece).get("type", "function") in ("function", None) and piece:  # Z.ai's mcp calls are its own
-                    events += self.calls.feed(obj(piece), self.id)
+                if (
+                    as_object(piece).get("type", "function") in ("function", None) and piece
+                ):  # Z.ai's mcp calls are its own
+                    events += self.calls.feed(as_object(piece), self.id)
         return events
 
     def end(self) -> Iterator[Event]:
@@ -2499,7 +2583,7 @@ def salvage(data: str) -> tuple[list[JSON], int, str]:
 
 
 def next_chunk(data: str, at: int) -> re.Match[str] | None:
-    """Where the next whole chunk starts: text inside a torn one may look like a start too."""
+    """Where the next whole chunk starts: text seen a torn one may look like a start too."""
     starts = CHUNK_START.finditer(data, at + 1)
     return next((start for start in starts if decode_at(data, start.end())[0] is not None), None)
 
@@ -2522,7 +2606,7 @@ class TagReader:
 
     def __init__(self) -> None:
         self.held = ""  # what may be the beginning of a tag
-        self.place: Literal["head", "thought", "text"] = "head"
+        self.state: Literal["head", "thought", "text"] = "head"
 
     def feed(self, words: str) -> Iterator[Thought | Text]:
         *pieces, last = self.TAG.split(self.held + words)
@@ -2535,17 +2619,17 @@ class TagReader:
         yield from self.piece(self.held)
 
     def piece(self, piece: str) -> Iterator[Thought | Text]:
-        match piece, self.place:
+        match piece, self.state:
             case "" | "<|begin_of_box|>" | "<|end_of_box|>", _:
                 return
             case "<think>", "head":
-                self.place = "thought"
+                self.state = "thought"
             case "</think>", "thought":
-                self.place = "text"
+                self.state = "text"
             case _, "thought":
                 yield Thought(piece)
             case _:
-                self.place = "text" if piece.strip() else self.place
+                self.state = "text" if piece.strip() else self.state
                 yield Text(piece)
 
 
@@ -2574,7 +2658,7 @@ class CallReader:
         self.ids: set[str] = set()  # those that are out
 
     def feed(self, piece: JSON, answer_id: str) -> Iterator[ToolCall]:
-        function = obj(piece.get("function"))
+        function = as_object(piece.get("function"))
         index, name = piece.get("index"), function.get("name")
         call = self.find(
             index if isinstance(index, int) and index >= 0 else None,
@@ -2633,522 +2717,30 @@ def differ(one: str, other: str) -> bool:
 
 
 def zai_usage(usage: JSON) -> Usage:
-    prompt, completion = number_of(usage.get("prompt_tokens")), number_of(usage.get("completion_tokens"))
+    prompt, completion = as_int(usage.get("prompt_tokens")), as_int(usage.get("completion_tokens"))
     return Usage(
         prompt,
         completion,
-        number_of(usage.get("total_tokens")) or prompt + completion,
-        number_of(obj(usage.get("prompt_tokens_details")).get("cached_tokens")),
-        number_of(obj(usage.get("completion_tokens_details")).get("reasoning_tokens")),
+        as_int(usage.get("total_tokens")) or prompt + completion,
+        as_int(as_object(usage.get("prompt_tokens_details")).get("cached_tokens")),
+        as_int(as_object(usage.get("completion_tokens_details")).get("reasoning_tokens")),
     )
 
 
-# ======== Policies ========
-# Each has one job, and takes the time (Unix seconds) from whoever asks.
-
-RESTED = frozenset((AUTHENTICATION, NO_BALANCE, NO_QUOTA))  # what makes a key rest
-RETRIED = frozenset((BUSY, UNAVAILABLE, UNREACHABLE))
-FALLEN_BACK = RETRIED | {NO_BALANCE, NO_QUOTA, UNKNOWN_MODEL, NOT_AVAILABLE}  # another model may do
+# ======== Accounts ==================================================================================================
 
 
-class Keys:
-    """Z.ai keys in turn. One that is refused rests while the others serve.
-
-    For want of balance or quota it rests for the one model: it may well have some for another (a free one, say).
-    """
-
-    REST = 300  # seconds, where Z.ai does not tell when the quota is reset
-    LONGEST = 32 * 86400  # no quota is longer than a month
-    MOST = 1_000  # pairs of key and model that may rest: the names are the clients'
-
-    def __init__(self, keys: Iterable[str]) -> None:
-        self.turn = deque(keys)
-        self.resting: dict[tuple[str, str], UpstreamError] = {}  # by key and model, "" for every model
-
-    def awake(self, model: str, now: float) -> list[str]:
-        """The keys that may be used, the one whose turn it is first. Raises what made the last one rest."""
-        if not self.turn:
-            raise no_key()
-        awake = [key for key in self.turn if not self.reason(key, model, now)]
-        if not awake:
-            why = self.reason(self.turn[-1], model, now)
-            raise why.again(why.resets_at or now) if why else no_key()
-        return awake
-
-    def wake(self, now: float) -> None:
-        awake = ((who, why) for who, why in self.resting.items() if (why.resets_at or 0) > now)
-        self.resting = dict(islice(awake, self.MOST))
-
-    def reason(self, key: str, model: str, now: float) -> UpstreamError | None:
-        for who in ((key, ""), (key, model)):
-            why = self.resting.get(who)
-            if why and (why.resets_at or 0) > now:
-                return why
-        return None
-
-    def used(self, key: str) -> None:
-        """Let the others be first next time."""
-        self.turn.remove(key)
-        self.turn.append(key)
-
-    def refused(self, key: str, model: str, error: UpstreamError, now: float) -> None:
-        if error.failure in RESTED:
-            self.wake(now)
-            told = error.resets_at or 0
-            until = min(told, now + self.LONGEST) if told > now else now + self.REST
-            self.resting[key, "" if error.failure == AUTHENTICATION else model] = error.again(until)
-
-
-def no_key() -> ProxyError:
-    return ProxyError(
-        "This server has no Z.ai key. Get one at z.ai/manage-apikey (glm-4.7-flash, glm-4.5-flash and glm-4.6v-flash "
-        "are free), set ZAI_API_KEY and start again; or try it without a key: python ztoapi.py --demo",
-        NO_ZAI_KEY,
-    )
-
-
-class Limit:
-    """How many requests Z.ai takes at once for one key and model: learned, since it is a secret (zai-org/GLM-5#83).
-
-    Until the first refusal it grows with every request that is accepted while it is more than half full. A refusal
-    lowers it to what was in flight besides; after a pause, longer each time in vain, one more is tried, and on while
-    that goes well.
-    """
-
-    START = 4
-    SHORTEST, LONGEST = 2.0, 30.0  # seconds of pause
-
-    def __init__(self) -> None:
-        self.limit = self.START
-        self.in_flight = 0
-        self.floor = 0  # the limit after the last refusal; 0: there was none
-        self.pause = self.SHORTEST
-        self.raise_at = 0.0  # not before
-
-    def has_room(self, now: float) -> bool:
-        """For one more than the limit, too, after the pause: answers may be long, and none of them would raise it."""
-        return self.in_flight < self.limit or (self.in_flight == self.limit and 0 < self.raise_at <= now)
-
-    def enter(self) -> int:
-        """Take a place; its rank is how many are taken now."""
-        self.in_flight += 1
-        return self.in_flight
-
-    def accepted(self, rank: int, now: float) -> None:
-        full = rank > (self.limit if self.floor else self.limit / 2)
-        if full and now >= self.raise_at:
-            self.limit += 1
-
-    def refused(self, rank: int, now: float) -> None:
-        """The refused request still has its place."""
-        if now >= self.raise_at:  # not just one more of the same crowd
-            in_vain = self.limit <= self.floor + 1
-            self.pause = min(self.pause * 2, self.LONGEST) if in_vain else self.SHORTEST
-        self.limit = self.floor = max(1, min(self.limit, max(rank, self.in_flight) - 1))
-        self.raise_at = now + self.pause
-
-
-class Backoff:
-    """How long to wait before one request is tried again, and when to give up."""
-
-    FIRST: Mapping[str, float] = {"1302": 1.0, "1305": 2.0}  # seconds; others:
-    OTHERS = 0.5
-
-    def __init__(self, retries: int) -> None:
-        self.retries = retries
-        self.done = 0
-
-    def wait(self, error: UpstreamError, jitter: float) -> float | None:
-        """Seconds, or None for no more; `jitter` from 0 to 1 keeps many clients from coming back at once."""
-        if error.failure not in RETRIED or self.done >= self.retries:
-            return None
-        self.done += 1
-        return self.FIRST.get(error.zai_code, self.OTHERS) * 2.0 ** (self.done - 1) * (0.75 + jitter / 2)
-
-
-# ======== Upstream — from here on: I/O ==============================================================================
-
-LOG = logging.getLogger("ztoapi")
-REQUEST_ID: ContextVar[str] = ContextVar("request_id", default="-")  # tells the lines of one request from the others'
-
-
-def trace(what: str, data: bytes | object) -> None:
-    """A line of the debug log, which costs nothing while there is none."""
-    if LOG.isEnabledFor(logging.DEBUG):
-        words = data.decode("utf-8", "replace").strip() if isinstance(data, bytes) else data
-        LOG.debug("%s %s %s", REQUEST_ID.get(), what, words)
-
-
-LAST_WORDS = 2  # seconds that Z.ai has for the usage and [DONE] after its finish
-CONNECT_TIMEOUT = 10  # seconds, with the look-up of the name and TLS
-ERROR_BODY_LIMIT = 65536  # bytes of a refusal that are read
-MODELS_AGE = 600  # seconds for which Z.ai's list of models is not asked for again
-MODELS_TIMEOUT = 5
-
-
-@dataclass(frozen=True)
-class Origin:
-    """Where an answer came from: Z.ai's id of it, Unix seconds (0: not told), the model, Z.ai's id of the request."""
+@dataclass(frozen=True, slots=True)
+class Account:
+    """Who calls: `id` is the SHA-256 of the client's key, in hex."""
 
     id: str
-    created: int
-    model: str
-    request_id: str
 
 
-class Watch:
-    """Calls `tell` after so many seconds without `heard()`, and again while that lasts. One timer, not one for each."""
-
-    def __init__(self, seconds: float, tell: Callable[[float], None]) -> None:
-        self.seconds = seconds
-        self.tell: Callable[[float], None] | None = tell  # takes the seconds of silence so far
-        self.timer: asyncio.TimerHandle | None = None
-        self.heard()
-
-    def start(self) -> None:
-        self.arm(self.seconds)
-
-    def heard(self) -> None:
-        self.heard_at = time.monotonic()
-
-    def arm(self, seconds: float) -> None:
-        self.timer = asyncio.get_running_loop().call_later(seconds, self.look)
-
-    def look(self) -> None:
-        silence = time.monotonic() - self.heard_at
-        if silence < self.seconds:
-            self.arm(self.seconds - silence)
-        elif self.tell:
-            self.arm(self.seconds)
-            self.tell(silence)
-
-    def stop(self) -> None:
-        self.tell = None  # leaves no cycle behind
-        if self.timer:
-            self.timer.cancel()
-
-
-class Passage:
-    """The bytes of an answer of Z.ai's; its connection belongs to whoever opened it."""
-
-    def __init__(self, response: aiohttp.ClientResponse, longest_silence: float) -> None:
-        self.response = response
-        self.ahead = b""  # read to see that it begins well
-        self.reading = False  # a client that takes its time is no silence of Z.ai's
-        self.watch = Watch(longest_silence, self.give_up)
-        connection = response.connection
-        if connection is not None and connection.protocol is not None:  # there is more to come
-            connection.protocol.read_timeout = None  # sock_read would set a new timer for every part
-            connection.protocol.start_timeout()  # and the one that the headers set ends
-            self.watch.start()
-
-    def give_up(self, _: float) -> None:
-        """The read that waits fails, as by aiohttp's own sock_read."""
-        if self.reading:
-            self.response.content.set_exception(aiohttp.SocketTimeoutError("silence"))
-
-    async def check_status(self) -> None:
-        """Raises UpstreamError for a refusal that has a status."""
-        if not 200 <= self.response.status < 300:
-            body = b""
-            while len(body) < ERROR_BODY_LIMIT and (part := await self.read()):
-                body += part
-            trace(f"received HTTP {self.response.status}", body)
-            raise zai_error(self.response.status, body)
-
-    async def begin(self) -> None:
-        """Raises UpstreamError for a refusal; Z.ai has some that say 200: {"code": 401, "msg": …, "success": false}."""
-        await self.check_status()
-        self.ahead = await self.read()
-        document = obj(parse_json(self.ahead)) if self.response.content_type == "application/json" else {}
-        if document.get("success") is False or obj(document.get("error")).get("code"):
-            raise zai_error(200, document)
-
-    async def parts(self) -> AsyncIterator[bytes]:
-        part = self.ahead
-        while part:
-            yield part
-            part = await self.read()
-
-    async def read(self) -> bytes:
-        """The next bytes, none at the end. Raises UpstreamError when the connection breaks off, or is silent."""
-        self.watch.heard()
-        self.reading = True
-        try:
-            return await self.response.content.readany()
-        except aiohttp.ClientError as error:
-            raise connection_error(error) from error
-        finally:
-            self.reading = False
-
-
-class Reply:
-    """One answer of Z.ai's on its way, as events."""
-
-    def __init__(self, passage: Passage, reader: ZaiReader) -> None:
-        self.passage, self.reader = passage, reader
-        self.ahead: list[Event] = []  # read to see that the answer begins well
-        self.failure: UpstreamError | None = None  # told after the events that came before it
-        self.patience = 0.0  # loop time until which Z.ai may go on after its finish
-
-    @property
-    def origin(self) -> Origin:
-        reader = self.reader
-        request_id = header_word(self.passage.response.headers.get("X-Log-Id") or reader.request_id)
-        return Origin(reader.id, reader.created, reader.model, request_id)
-
-    @property
-    def torn(self) -> int:
-        return self.reader.torn
-
-    async def begin(self) -> None:
-        """Wait for the first events. Raises UpstreamError when Z.ai refuses, or fails before there is one."""
-        try:
-            await self.passage.check_status()
-        except UpstreamError as error:
-            raise self.named(error) from error
-        self.ahead = await self.read()
-
-    async def read(self) -> list[Event]:
-        """The events of the next part that has any; none at the end. Raises UpstreamError when Z.ai breaks off."""
-        events, self.ahead = self.ahead, []
-        while not events and not self.reader.done:
-            if self.failure:
-                raise self.failure
-            events = list(self.events_in(await self.read_part()))
-            if events:
-                trace("received", events)
-        return events
-
-    def events_in(self, part: bytes) -> Iterator[Event]:
-        """The events before a failure, which is kept for later."""
-        try:
-            yield from self.reader.feed(part) if part else self.reader.close()
-        except UpstreamError as error:
-            self.failure = self.named(error)
-
-    async def read_part(self) -> bytes:
-        """The next bytes; none at the end."""
-        if self.reader.finish is not None:
-            return await self.read_rest()
-        try:
-            return await self.passage.read()
-        except UpstreamError as error:
-            raise self.named(error) from error
-
-    async def read_rest(self) -> bytes:
-        """The same after Z.ai's last word, when nothing that happens to the connection matters any more."""
-        with suppress(UpstreamError, asyncio.TimeoutError):
-            return await asyncio.wait_for(self.passage.read(), self.last_wait())
-        return b""
-
-    def last_wait(self) -> float:
-        now = asyncio.get_running_loop().time()
-        self.patience = self.patience or now + LAST_WORDS
-        return max(self.patience - now, 0)
-
-    async def finish(self) -> None:
-        """Read what the connection still has to say, so that it can serve again."""
-        while not self.passage.response.content.at_eof() and await self.read_rest():
-            pass
-
-    def named(self, error: UpstreamError) -> UpstreamError:
-        """The error with Z.ai's own id of the request, for whoever wants to ask Z.ai about it."""
-        error.headers = {"x-zai-request-id": self.origin.request_id} if self.origin.request_id else {}
-        return error
-
-
-class Replies:
-    """Several answers of Z.ai's as one with several choices: Z.ai has no `n`. Their events come as they come."""
-
-    def __init__(self, asking: Iterable[Callable[[AsyncExitStack], Coroutine[Any, Any, Reply]]]) -> None:
-        self.begun: list[Reply] = []  # in the order in which they began
-        self.ahead: list[Event] = []
-        self.owners: list[AsyncExitStack] = []  # of each one's place and connection: one that ends makes room
-        self.reading = {asyncio.create_task(self.first(choice, ask)) for choice, ask in enumerate(asking)}
-
-    @property
-    def origin(self) -> Origin:
-        return self.begun[0].origin
-
-    @property
-    def torn(self) -> int:
-        return sum(reply.torn for reply in self.begun)
-
-    async def begin(self) -> None:
-        """Wait for the first choice that has something to say. Raises what any of them raises until then."""
-        self.ahead = await self.read()
-
-    async def read(self) -> list[Event]:
-        """The next events of whichever has some; none when all have ended. One that fails fails the whole."""
-        events, self.ahead = self.ahead, []
-        while not events and self.reading:
-            done, _ = await asyncio.wait(self.reading, return_when=asyncio.FIRST_COMPLETED)
-            task = done.pop()
-            self.reading.remove(task)
-            turn = task.result()
-            if turn.events:
-                self.reading.add(asyncio.create_task(self.next(turn)))
-            events = [e if isinstance(e, Usage) else replace(e, choice=turn.choice) for e in turn.events]
-        return events
-
-    async def first(self, choice: int, ask: Callable[[AsyncExitStack], Coroutine[Any, Any, Reply]]) -> Turn:
-        owner = AsyncExitStack()
-        self.owners.append(owner)
-        reply = await ask(owner)
-        self.begun.append(reply)
-        return await self.next(Turn(choice, reply, owner))
-
-    async def next(self, turn: Turn) -> Turn:
-        events = await turn.reply.read()
-        if not events:
-            await turn.reply.finish()
-            await turn.owner.aclose()
-        return replace(turn, events=events)
-
-    async def finish(self) -> None:
-        """Nothing: each has finished by itself."""
-
-    async def close(self) -> None:
-        await end_tasks(self.reading)
-        for owner in self.owners:
-            await owner.aclose()
-
-
-@dataclass(frozen=True)
-class Turn:
-    """What one of several replies has to say."""
-
-    choice: int
-    reply: Reply
-    owner: AsyncExitStack
-    events: list[Event] = field(default_factory=list)
-
-
-async def end_tasks(tasks: Iterable[asyncio.Task[Any]]) -> None:
-    """Cancel tasks and wait until they have let go of what they hold."""
-    tasks = list(tasks)
-    for task in tasks:
-        task.cancel()
-    await asyncio.gather(*tasks, return_exceptions=True)
-
-
-def connection_error(error: Exception) -> UpstreamError:
-    """What went wrong between Z.ai and us, in words an operator can act on."""
-    match error:
-        case aiohttp.SocketTimeoutError():
-            return UpstreamError("Z.ai was silent for too long (UPSTREAM_TIMEOUT): try again.", SILENT)
-        case asyncio.TimeoutError() if not isinstance(error, aiohttp.ClientError):
-            return UpstreamError("Z.ai did not answer in time: try again.", SILENT)
-        case ValueError():  # InvalidURL, or a name that is none; the address may have a password in it
-            return UpstreamError("Z.ai cannot be reached: HTTPS_PROXY or ZAI_BASE_URL is no address.", UNREACHABLE)
-        case aiohttp.ClientConnectorError() | aiohttp.ConnectionTimeoutError() | aiohttp.ClientHttpProxyError():
-            words = "Z.ai cannot be reached: check this server's network, proxy and ZAI_BASE_URL."
-            return UpstreamError(words, UNREACHABLE, str(error))
-        case _:
-            return UpstreamError("The connection to Z.ai broke off: try again.", UNAVAILABLE, type(error).__name__)
-
-
-NO_HEADER_WORD = re.compile(r"[^\w.:-]", re.ASCII)
-
-
-def header_word(words: str) -> str:
-    """Somebody else's word as it can stand in a header."""
-    return NO_HEADER_WORD.sub("_", words)[:128]
-
-
-@dataclass
-class Place:
-    """One request's place in flight: with this key; `rank` were taken then, this one included."""
-
-    key: str
-    limit: Limit
-    rank: int
-
-
-class Queue:
-    """Requests for one model, first come first served, each until one of the keys has room for it."""
-
-    LOOK_AGAIN = 1.0  # seconds
-
-    def __init__(self, model: str, keys: Keys, ceiling: int, clock: Clock) -> None:
-        self.model, self.keys, self.clock = model, keys, clock
-        self.ceiling = ceiling or math.inf  # requests in flight with all keys together
-        self.limits: dict[str, Limit] = {key: Limit() for key in keys.turn}
-        self.waiting: list[tuple[int, asyncio.Future[Place]]] = []  # in the order of their tickets
-        self.timer: asyncio.TimerHandle | None = None
-
-    @property
-    def in_flight(self) -> int:
-        return sum(limit.in_flight for limit in self.limits.values())
-
-    @property
-    def in_use(self) -> bool:
-        return bool(self.in_flight or self.waiting)
-
-    @asynccontextmanager
-    async def place(self, ticket: int) -> AsyncIterator[Place]:
-        """Wait for a place and hold it. Lower tickets come first. Raises UpstreamError when all keys rest."""
-        place = await self.enter(ticket)
-        try:
-            yield place
-        finally:
-            self.leave(place)
-
-    async def enter(self, ticket: int) -> Place:
-        if not self.waiting and self.in_flight < self.ceiling and (place := self.free_place()):
-            return place
-        future: asyncio.Future[Place] = asyncio.get_running_loop().create_future()
-        waiter = (ticket, future)
-        insort(self.waiting, waiter, key=itemgetter(0))
-        self.admit()
-        try:
-            return await future
-        except asyncio.CancelledError:
-            if future.done() and not future.cancelled() and not future.exception():
-                self.leave(future.result())
-            raise
-        finally:
-            if waiter in self.waiting:
-                self.waiting.remove(waiter)
-
-    def leave(self, place: Place) -> None:
-        place.limit.in_flight -= 1
-        self.admit()
-
-    def admit(self) -> None:
-        """Serve those at the head of the line, as long as there are places."""
-        while self.waiting and self.in_flight < self.ceiling:
-            _, future = self.waiting[0]
-            if not (future.done() or self.serve(future)):  # done: cancelled, and not yet out of the line
-                break
-            self.waiting.pop(0)
-        if self.waiting and self.timer is None:  # a pause may end, or a key's rest, while nothing else happens
-            self.timer = asyncio.get_running_loop().call_later(self.LOOK_AGAIN, self.look_again)
-
-    def look_again(self) -> None:
-        self.timer = None
-        self.admit()
-
-    def serve(self, future: asyncio.Future[Place]) -> bool:
-        """Give a place, or the bad news that all keys rest; False when neither is there."""
-        try:
-            place = self.free_place()
-        except ProxyError as error:
-            future.set_exception(error)
-            return True
-        if place:
-            future.set_result(place)
-        return place is not None
-
-    def free_place(self) -> Place | None:
-        now = self.clock.now()
-        for key in self.keys.awake(self.model, now):
-            limit = self.limits[key]
-            if limit.has_room(now):
-                self.keys.used(key)
-                return Place(key, limit, limit.enter())
-        return None
+# ======== Admission — from here on: I/O =============================================================================
+# Which request may go to Z.ai, with which key, and when. Who owns what: a request's AsyncExitStack, made in
+# Upstream.open, owns its Slot in the queue and its connection to Z.ai; with_retries empties it after each failed
+# attempt. A merged stream has one such stack for each choice. Leaving `open`, however it happens, closes them all.
 
 
 class Clock:
@@ -3164,163 +2756,474 @@ class Clock:
         await asyncio.sleep(seconds)
 
 
-R = TypeVar("R")
-Begin = Callable[[str, AsyncExitStack], Awaitable[R]]  # asks with a key; what comes back has begun well
+COOLDOWN_ERRORS = frozenset((AUTHENTICATION, NO_BALANCE, QUOTA_EXCEEDED))  # what makes a key rest
+RETRYABLE = frozenset((RATE_LIMITED, UNAVAILABLE, UNREACHABLE))
+FALLBACK_ERRORS = RETRYABLE | {NO_BALANCE, QUOTA_EXCEEDED, MODEL_NOT_FOUND, MODEL_NOT_AVAILABLE}  # another model may do
 
 
-class Upstream:
-    """The way to Z.ai: one session for the life of the program, the keys, and a queue for each model."""
+class KeyPool:
+    """Z.ai keys, used in turn. A key that is refused cools down while the others serve.
 
-    def __init__(self, settings: Settings, session: aiohttp.ClientSession, clock: Clock) -> None:
-        self.settings, self.session, self.clock = settings, session, clock
-        self.keys = Keys(settings.zai_api_key)
-        self.queues: dict[str, Queue] = {}
-        self.tickets = count()
-        self.healed: Counter[str] = Counter()  # what was done about failures, whether it helped or not
+    Without balance or quota it cools down for one model only: it may well have some for another (a free one, say).
+    """
+
+    COOLDOWN = 300  # seconds, where Z.ai does not tell when the quota is reset
+    MAX_COOLDOWN = 32 * 86400  # no quota is longer than a month
+    MAX_COOLING = 1_000  # pairs of key and model: the names are the clients'
+
+    def __init__(self, keys: Iterable[str]) -> None:
+        self.turn = deque(keys)
+        self.cooling: dict[tuple[str, str], UpstreamError] = {}  # by key and model, "" for every model
+
+    def available(self, model: str, now: float) -> list[str]:
+        """The keys that may be used, the one whose turn it is first. Raises the last one's error if there is none."""
+        if not self.turn:
+            raise ProxyError(ZAI_API_KEY_MISSING)
+        available = [key for key in self.turn if not self.cooldown_error(key, model, now)]
+        if not available:
+            error = self.cooldown_error(self.turn[-1], model, now)
+            raise error.until(error.resets_at or now) if error else ProxyError(ZAI_API_KEY_MISSING)
+        return available
+
+    def expire(self, now: float) -> None:
+        """Forget the cool-downs that are over."""
+        cooling = ((pair, error) for pair, error in self.cooling.items() if (error.resets_at or 0) > now)
+        self.cooling = dict(islice(cooling, self.MAX_COOLING))
+
+    def cooldown_error(self, key: str, model: str, now: float) -> UpstreamError | None:
+        """The error for which a key cools down, None when it may be used."""
+        for pair in ((key, ""), (key, model)):
+            error = self.cooling.get(pair)
+            if error and (error.resets_at or 0) > now:
+                return error
+        return None
+
+    def rotate(self, key: str) -> None:
+        """Let the others be first next time."""
+        self.turn.remove(key)
+        self.turn.append(key)
+
+    def cool_down(self, key: str, model: str, error: UpstreamError, now: float) -> None:
+        """Take note of a refusal: until its reset time, or for COOLDOWN, if it is one of COOLDOWN_ERRORS."""
+        if error.kind in COOLDOWN_ERRORS:
+            self.expire(now)
+            resets_at = error.resets_at or 0
+            until = min(resets_at, now + self.MAX_COOLDOWN) if resets_at > now else now + self.COOLDOWN
+            self.cooling[key, "" if error.kind == AUTHENTICATION else model] = error.until(until)
+
+
+class AdaptiveLimit:
+    """How many requests Z.ai takes at the same time for one key and model; it publishes no number (zai-org/GLM-5#83).
+
+    Grows by one per success while more than half full (after a refusal: only beyond the limit); a refusal sets it to
+    the in-flight count minus one; one probe follows a pause that doubles while probes fail.
+    """
+
+    START = 4
+    MIN_PAUSE, MAX_PAUSE = 2.0, 30.0  # seconds
+
+    def __init__(self) -> None:
+        self.limit = self.START
+        self.in_flight = 0
+        self.floor = 0  # the limit after the last refusal; 0: there was none
+        self.pause = self.MIN_PAUSE
+        self.raise_at = 0.0  # Unix time before which the limit is not raised
+
+    def has_room(self, now: float) -> bool:
+        """Also for one more than the limit, after the pause: no answer, however long, keeps the probe waiting."""
+        return self.in_flight < self.limit or (self.in_flight == self.limit and 0 < self.raise_at <= now)
+
+    def take(self) -> int:
+        """Count one more request; returns the new count."""
+        self.in_flight += 1
+        return self.in_flight
+
+    def accepted(self, in_flight_at_entry: int, now: float) -> None:
+        """Z.ai took a request: raise the limit if it was nearly reached."""
+        full = in_flight_at_entry > (self.limit if self.floor else self.limit / 2)
+        if full and now >= self.raise_at:
+            self.limit += 1
+
+    def refused(self, in_flight_at_entry: int, now: float) -> None:
+        """Z.ai refused a request, which is still counted: lower the limit and pause."""
+        if now >= self.raise_at:  # a refusal during the pause is one of the same crowd
+            probe_failed = self.limit <= self.floor + 1
+            self.pause = min(self.pause * 2, self.MAX_PAUSE) if probe_failed else self.MIN_PAUSE
+        self.limit = self.floor = max(1, min(self.limit, max(in_flight_at_entry, self.in_flight) - 1))
+        self.raise_at = now + self.pause
+
+
+class Backoff:
+    """How long to wait before one request is tried again, and when to give up."""
+
+    FIRST: Mapping[str, float] = {"1302": 1.0, "1305": 2.0}  # seconds; others:
+    OTHERS = 0.5
+
+    def __init__(self, retries: int) -> None:
+        self.retries = retries
+        self.done = 0
+
+    def wait(self, error: UpstreamError, jitter: float) -> float | None:
+        """Seconds, or None for no more; `jitter` from 0 to 1 keeps many clients from coming back at once."""
+        if error.kind not in RETRYABLE or self.done >= self.retries:
+            return None
+        self.done += 1
+        return self.FIRST.get(error.zai_code, self.OTHERS) * 2.0 ** (self.done - 1) * (0.75 + jitter / 2)
+
+
+@dataclass
+class Slot:
+    """One request's slot in flight, with this key; `in_flight_at_entry` counts it too."""
+
+    key: str
+    limit: AdaptiveLimit
+    in_flight_at_entry: int
+
+
+class Queue:
+    """Requests for one model, first come first served, each until one of the keys has room for it."""
+
+    POLL_INTERVAL = 1.0  # seconds
+
+    def __init__(self, model: str, keys: KeyPool, max_in_flight: int, clock: Clock) -> None:
+        self.model, self.keys, self.clock = model, keys, clock
+        self.max_in_flight = max_in_flight or math.inf  # with all keys together
+        self.limits: dict[str, AdaptiveLimit] = {key: AdaptiveLimit() for key in keys.turn}
+        self.waiting: list[tuple[int, asyncio.Future[Slot]]] = []  # in the order of their tickets
+        self.timer: asyncio.TimerHandle | None = None
+
+    @property
+    def in_flight(self) -> int:
+        return sum(limit.in_flight for limit in self.limits.values())
+
+    @property
+    def in_use(self) -> bool:
+        return bool(self.in_flight or self.waiting)
 
     @asynccontextmanager
-    async def open(self, prompt: Prompt) -> AsyncIterator[Reply | Replies]:
-        """Ask Z.ai; what comes back has begun well. Leaving, anyhow, lets go of every connection and place.
+    async def slot(self, ticket: int) -> AsyncIterator[Slot]:
+        """Wait for a slot and hold it. Lower tickets come first. Raises UpstreamError when all keys cool down."""
+        slot = await self.acquire(ticket)
+        try:
+            yield slot
+        finally:
+            self.release(slot)
 
-        Raises BadRequest when the model cannot take the prompt, and ProxyError when no model answers.
-        """
-        asked = [self.bodies(variant(prompt, choice)) for choice in range(prompt.n)]
-        async with AsyncExitStack() as owner:
-            if prompt.n == 1:
-                yield await self.first_that_answers(asked[0], owner)
-            else:
-                replies = Replies(partial(self.first_that_answers, bodies) for bodies in asked)
-                owner.push_async_callback(replies.close)
-                await replies.begin()
-                yield replies
+    async def acquire(self, ticket: int) -> Slot:
+        """Wait for a slot; a caller that is cancelled at the moment it is granted gives it back."""
+        if not self.waiting and self.in_flight < self.max_in_flight and (slot := self.try_acquire()):
+            return slot
+        future: asyncio.Future[Slot] = asyncio.get_running_loop().create_future()
+        waiter = (ticket, future)
+        insort(self.waiting, waiter, key=itemgetter(0))
+        self.admit()
+        try:
+            return await future
+        except asyncio.CancelledError:
+            if future.done() and not future.cancelled() and not future.exception():
+                self.release(future.result())
+            raise
+        finally:
+            if waiter in self.waiting:
+                self.waiting.remove(waiter)
 
-    def bodies(self, prompt: Prompt) -> list[tuple[Model, bytes]]:
-        """What to ask of which model: the one named, then the fallbacks that can take the prompt."""
-        model, *others = (
-            resolve(name, self.settings.model_aliases)
-            for name in (prompt.model, *(prompt.fallbacks or self.settings.fallback_models))
-        )
-        asked = [(model, encode_request(zai_body(prompt, model)))]
-        for other in others:
-            with suppress(BadRequest):
-                asked.append((other, encode_request(zai_body(prompt, other))))
-        return asked
+    def release(self, slot: Slot) -> None:
+        slot.limit.in_flight -= 1
+        self.admit()
 
-    async def first_that_answers(self, asked: list[tuple[Model, bytes]], owner: AsyncExitStack) -> Reply:
-        """Falls back from model to model. Raises what the last one said."""
-        *others, last = asked
-        for model, body in others:
-            try:
-                return await self.persevere(model.id, self.asking(model, body), owner)
-            except UpstreamError as error:
-                if error.failure not in FALLEN_BACK:
-                    raise
-                self.healed["fallbacks"] += 1
-        model, body = last
-        return await self.persevere(model.id, self.asking(model, body), owner)
+    def admit(self) -> None:
+        """Grant slots to the head of the queue, as long as there are any."""
+        while self.waiting and self.in_flight < self.max_in_flight:
+            _, future = self.waiting[0]
+            if not (future.done() or self.grant(future)):  # done: cancelled, and not yet out of the queue
+                break
+            self.waiting.pop(0)
+        if self.waiting and self.timer is None:  # a pause or a cool-down may end while nothing else happens
+            self.timer = asyncio.get_running_loop().call_later(self.POLL_INTERVAL, self.poll)
 
-    def asking(self, model: Model, body: bytes) -> Begin[Reply]:
-        async def begin(key: str, owner: AsyncExitStack) -> Reply:
-            trace("sent", body)
-            url = self.settings.zai_base_url + "/chat/completions"
-            reply = Reply(await self.send(url, key, owner, data=body), ZaiReader(model))
-            await reply.begin()
-            return reply
+    def poll(self) -> None:
+        self.timer = None
+        self.admit()
 
-        return begin
+    def grant(self, future: asyncio.Future[Slot]) -> bool:
+        """Pass on a slot, or the error that all keys cool down; False when there is neither."""
+        try:
+            slot = self.try_acquire()
+        except ProxyError as error:
+            future.set_exception(error)
+            return True
+        if slot:
+            future.set_result(slot)
+        return slot is not None
 
-    async def persevere(self, model: str, begin: Begin[R], owner: AsyncExitStack) -> R:
-        """Try one model until it answers or there is no more sense in it.
+    def try_acquire(self) -> Slot | None:
+        """A slot with the first available key that has room. Raises ProxyError when all keys cool down."""
+        now = self.clock.now()
+        for key in self.keys.available(self.model, now):
+            limit = self.limits[key]
+            if limit.has_room(now):
+                self.keys.rotate(key)
+                return Slot(key, limit, limit.take())
+        return None
 
-        The place and the connection belong to `owner`, which holds nothing else: it is emptied after a try in vain.
-        """
-        queue, ticket, backoff = self.queue(model), next(self.tickets), Backoff(self.settings.max_retries)
-        while True:
-            place = await owner.enter_async_context(queue.place(ticket))
-            try:
-                reply = await begin(place.key, owner)
-            except UpstreamError as error:
-                try:
-                    wait = self.next_wait(queue, place, backoff, error)
-                finally:
-                    await owner.aclose()
-            else:
-                place.limit.accepted(place.rank, self.clock.now())
-                queue.admit()
-                return reply
-            await self.clock.sleep(wait)
 
-    async def send(self, url: str, key: str, owner: AsyncExitStack, **how: Any) -> Passage:
-        """One request to Z.ai, with our key; the connection belongs to `owner`. Raises UpstreamError.
+# ======== Z.ai client ===============================================================================================
+# One HTTP request to Z.ai and its answer, as bytes and as events.
 
-        `how`: data, and where they are not POST and JSON's, method and headers.
+LOG = logging.getLogger("ztoapi")
+REQUEST_ID: ContextVar[str] = ContextVar("request_id", default="-")  # tells the lines of one request from the others'
+
+
+def trace(what: str, data: bytes | object) -> None:
+    """A line of the debug log, which costs nothing while there is none."""
+    if LOG.isEnabledFor(logging.DEBUG):
+        words = data.decode("utf-8", "replace").strip() if isinstance(data, bytes) else data
+        LOG.debug("%s %s %s", REQUEST_ID.get(), what, words)
+
+
+FINISH_TIMEOUT = 2  # seconds that Z.ai has for the usage and [DONE] after its finish
+CONNECT_TIMEOUT = 10  # seconds, with the look-up of the name and TLS
+ERROR_BODY_LIMIT = 65536  # bytes of a refusal that are read
+MODELS_TIMEOUT = 5
+
+
+class IdleTimer:
+    """Calls `tell` after so many seconds without `heard()`, and again while that lasts. One timer, not one for each."""
+
+    def __init__(self, seconds: float, tell: Callable[[float], None]) -> None:
+        self.seconds = seconds
+        self.tell: Callable[[float], None] | None = tell  # takes the seconds of silence so far
+        self.timer: asyncio.TimerHandle | None = None
+        self.reset()
+
+    def start(self) -> None:
+        self.arm(self.seconds)
+
+    def reset(self) -> None:
+        self.last_reset = time.monotonic()
+
+    def arm(self, seconds: float) -> None:
+        self.timer = asyncio.get_running_loop().call_later(seconds, self.expire)
+
+    def expire(self) -> None:
+        silence = time.monotonic() - self.last_reset
+        if silence < self.seconds:
+            self.arm(self.seconds - silence)
+        elif self.tell:
+            self.arm(self.seconds)
+            self.tell(silence)
+
+    def stop(self) -> None:
+        self.tell = None  # leaves no cycle behind
+        if self.timer:
+            self.timer.cancel()
+
+
+def connection_error(error: Exception) -> UpstreamError:
+    """A failed connection to Z.ai in words that an operator can act on."""
+    match error:
+        case aiohttp.SocketTimeoutError():
+            return UpstreamError(TIMEOUT)
+        case asyncio.TimeoutError() if not isinstance(error, aiohttp.ClientError):
+            return UpstreamError(TIMEOUT, "Z.ai did not answer in time: try again.")
+        case ValueError():  # InvalidURL, or an impossible name; the address may contain a password
+            return UpstreamError(UNREACHABLE, "Z.ai cannot be reached: HTTPS_PROXY or ZAI_BASE_URL is no address.")
+        case aiohttp.ClientConnectorError() | aiohttp.ConnectionTimeoutError() | aiohttp.ClientHttpProxyError():
+            return UpstreamError(UNREACHABLE, detail=str(error))
+        case _:
+            return UpstreamError(UNAVAILABLE, "The connection to Z.ai broke off: try again.", type(error).__name__)
+
+
+NO_HEADER_WORD = re.compile(r"[^\w.:-]", re.ASCII)
+
+
+def header_word(words: str) -> str:
+    """Somebody else's word as it can stand in a header."""
+    return NO_HEADER_WORD.sub("_", words)[:128]
+
+
+class ByteStream:
+    """The bytes of one answer; whoever opened it owns its connection."""
+
+    def __init__(self, response: aiohttp.ClientResponse, max_silence: float) -> None:
+        self.response = response
+        self.reading = False  # silence counts only while we wait for Z.ai, not while the client takes its time
+        self.timer = IdleTimer(max_silence, self.give_up)
+        connection = response.connection
+        if connection is not None and connection.protocol is not None:  # there is more to come
+            connection.protocol.read_timeout = None  # sock_read would set a new timer for every part
+            connection.protocol.start_timeout()  # cancels the one that the headers set
+            self.timer.start()
+
+    def give_up(self, _: float) -> None:
+        """The pending read fails, as by aiohttp's own sock_read."""
+        if self.reading:
+            self.response.content.set_exception(aiohttp.SocketTimeoutError("silence"))
+
+    async def check_status(self) -> None:
+        """Raises UpstreamError for a refusal that has a status."""
+        if not 200 <= self.response.status < 300:
+            body = b""
+            while len(body) < ERROR_BODY_LIMIT and (part := await self.read()):
+                body += part
+            trace(f"received HTTP {self.response.status}", body)
+            raise zai_error(self.response.status, body)
+
+    async def read(self) -> bytes:
+        """The next bytes, none at the end. Raises UpstreamError when the connection breaks off, or is silent."""
+        self.timer.reset()
+        self.reading = True
+        try:
+            return await self.response.content.readany()
+        except aiohttp.ClientError as error:
+            raise connection_error(error) from error
+        finally:
+            self.reading = False
+
+
+@dataclass(frozen=True)
+class AnswerInfo:
+    """About an answer: Z.ai's id of it, Unix seconds (0: not told), the model, Z.ai's id of the request."""
+
+    id: str
+    created: int
+    model: str
+    request_id: str
+
+
+class LookAhead(ABC):
+    """Batches of events, of which the first can be waited for before it is read: an answer has then begun well."""
+
+    def __init__(self) -> None:
+        self.ahead: list[Event] = []
+
+    async def begin(self) -> None:
+        """Wait for the first events. Raises UpstreamError when Z.ai fails before there is one."""
+        self.ahead = await self.next_batch()
+
+    async def read(self) -> list[Event]:
+        """The next events, none at the end. Raises UpstreamError when Z.ai breaks off."""
+        batch, self.ahead = self.ahead, []
+        return batch or await self.next_batch()
+
+    @abstractmethod
+    async def next_batch(self) -> list[Event]: ...
+
+
+class EventStream(LookAhead):
+    """One answer of Z.ai's, as events."""
+
+    def __init__(self, source: ByteStream, reader: ZaiReader) -> None:
+        super().__init__()
+        self.source, self.reader = source, reader
+        self.error: UpstreamError | None = None  # raised after the events that came before it
+        self.finish_deadline = 0.0  # loop time after which we stop waiting for usage and [DONE]
+
+    @property
+    def info(self) -> AnswerInfo:
+        reader = self.reader
+        request_id = header_word(self.source.response.headers.get("X-Log-Id") or reader.request_id)
+        return AnswerInfo(reader.id, reader.created, reader.model, request_id)
+
+    @property
+    def torn(self) -> int:
+        return self.reader.torn
+
+    async def begin(self) -> None:
+        """Also raises UpstreamError when Z.ai refuses."""
+        try:
+            await self.source.check_status()
+        except UpstreamError as error:
+            raise self.with_request_id(error) from error
+        await super().begin()
+
+    async def next_batch(self) -> list[Event]:
+        """The events of the next part that has any."""
+        events: list[Event] = []
+        while not events and not self.reader.done:
+            if self.error:
+                raise self.error
+            events = list(self.events_in(await self.read_part()))
+            if events:
+                trace("received", events)
+        return events
+
+    def events_in(self, part: bytes) -> Iterator[Event]:
+        """The events before a failure, which is kept for later."""
+        try:
+            yield from self.reader.feed(part) if part else self.reader.close()
+        except UpstreamError as error:
+            self.error = self.with_request_id(error)
+
+    async def read_part(self) -> bytes:
+        """The next bytes; none at the end."""
+        if self.reader.finish is not None:
+            return await self.read_rest()
+        try:
+            return await self.source.read()
+        except UpstreamError as error:
+            raise self.with_request_id(error) from error
+
+    async def read_rest(self) -> bytes:
+        """The same after Z.ai's finish, when a broken connection no longer matters."""
+        with suppress(UpstreamError, asyncio.TimeoutError):
+            return await asyncio.wait_for(self.source.read(), self.finish_wait())
+        return b""
+
+    def finish_wait(self) -> float:
+        now = asyncio.get_running_loop().time()
+        self.finish_deadline = self.finish_deadline or now + FINISH_TIMEOUT
+        return max(self.finish_deadline - now, 0)
+
+    async def finish(self) -> None:
+        """Read to the end of the answer, so that the connection can serve again."""
+        while not self.source.response.content.at_eof() and await self.read_rest():
+            pass
+
+    def with_request_id(self, error: UpstreamError) -> UpstreamError:
+        """The error with Z.ai's own id of the request, for whoever wants to ask Z.ai about it."""
+        error.headers = {"x-zai-request-id": self.info.request_id} if self.info.request_id else {}
+        return error
+
+
+class ZaiClient:
+    """HTTP to Z.ai, over one session for the life of the program."""
+
+    def __init__(self, session: aiohttp.ClientSession, settings: Settings) -> None:
+        self.session, self.base_url, self.max_silence = session, settings.zai_base_url, settings.upstream_timeout
+        self.uses_proxies = not settings.demo
+        self.proxies: dict[str, str | None] = {}  # by origin; aiohttp's trust_env would look for each request
+
+    async def send(self, url: str, key: str, owner: AsyncExitStack, **how: Any) -> ByteStream:
+        """One request with our key; the connection belongs to `owner`. Raises UpstreamError.
+
+        `how`: data; method and headers where they are not POST and JSON's.
         """
         how = {"method": "POST", "headers": {"Content-Type": "application/json"}, **how}
         how["headers"] = {**how["headers"], "Authorization": f"Bearer {key}"}
+        how["proxy"] = self.proxy(url)
         if isinstance(how["data"], bytes):
             how["data"] = io.BytesIO(how["data"])  # aiohttp warns of bytes over a megabyte
         try:
             response = await owner.enter_async_context(self.session.request(url=url, allow_redirects=False, **how))
         except (aiohttp.ClientError, ValueError) as error:
             raise connection_error(error) from error
-        passage = Passage(response, self.settings.upstream_timeout)
-        owner.callback(passage.watch.stop)
-        return passage
+        stream = ByteStream(response, self.max_silence)
+        owner.callback(stream.timer.stop)
+        return stream
 
-    def next_wait(self, queue: Queue, place: Place, backoff: Backoff, error: UpstreamError) -> float:
-        """What a failure teaches us, and the seconds to wait before the next try; raises when there is to be none."""
-        now = self.clock.now()
-        if error.zai_code in ("1302", "1305"):
-            place.limit.refused(place.rank, now)
-        if error.zai_code == "1302" and place.limit.in_flight > 1:
-            self.healed["queued_again"] += 1
-            return 0  # too many at once: back to the head of the queue
-        if error.failure in RESTED:
-            self.keys.refused(place.key, queue.model, error, now)
-            self.keys.awake(queue.model, now)  # raises when no other key is left
-            self.healed["other_keys"] += 1
-            return 0
-        wait = backoff.wait(error, self.clock.jitter())
-        if wait is None:
-            raise error
-        self.healed["retries"] += 1
-        return wait
-
-    def shown(self, blank: Callable[[str], str]) -> JSON:
-        """The state of keys and queues, for the dashboard: a key is a number there, other secrets are blanked."""
-        self.keys.wake(self.clock.now())
-        numbers = {key: number for number, key in enumerate(self.settings.zai_api_key, 1)}
-        resting = [
-            {"key": numbers[key], "model": blank(model), "until": why.resets_at, "why": why.failure.code}
-            for (key, model), why in self.keys.resting.items()
-        ]
-        queues = [
-            {
-                "model": blank(name),
-                "in_flight": queue.in_flight,
-                "waiting": len(queue.waiting),
-                "limits": [queue.limits[key].limit for key in numbers],
-            }
-            for name, queue in self.queues.items()
-        ]
-        return {"keys": len(numbers), "resting": resting, "queues": queues, "healed": dict(self.healed)}
-
-    def queue(self, model: str) -> Queue:
-        if model not in self.queues:  # the names are the clients': keep only those that matter
-            self.queues = {name: queue for name, queue in self.queues.items() if name in MODELS or queue.in_use}
-            self.queues[model] = Queue(model, self.keys, self.settings.max_concurrency, self.clock)
-        return self.queues[model]
-
-    async def passage(self, url: str, key: str, owner: AsyncExitStack, **how: Any) -> Passage:
-        """A request whose answer goes on as it comes. Raises UpstreamError when Z.ai refuses, in a 200 too."""
-        passage = await self.send(url, key, owner, **how)
-        await passage.begin()
-        return passage
+    def proxy(self, url: str) -> str | None:
+        """The proxy for a URL, from the environment."""
+        origin = url[: url.index("/", len("https://"))]
+        if origin not in self.proxies:
+            self.proxies[origin] = environment_proxy(origin) if self.uses_proxies else None
+        return self.proxies[origin]
 
     async def list_models(self, key: str) -> list[Model]:
-        """Z.ai's own list of a key's models. Raises UpstreamError when it does not tell within MODELS_TIMEOUT."""
+        """Z.ai's own list of a key's models. Raises UpstreamError, also after MODELS_TIMEOUT."""
         asking = self.session.get(
-            self.settings.zai_base_url + "/models",
+            self.base_url + "/models",
+            proxy=self.proxy(self.base_url + "/models"),
             headers={"Authorization": f"Bearer {key}"},
             allow_redirects=False,
             timeout=aiohttp.ClientTimeout(total=MODELS_TIMEOUT),
@@ -3330,254 +3233,273 @@ class Upstream:
                 body = await response.read()
         except (aiohttp.ClientError, asyncio.TimeoutError, ValueError) as error:
             raise connection_error(error) from error
-        items = obj(parse_json(body)).get("data")
+        items = as_object(parse_json(body)).get("data")
         if response.status != 200 or not isinstance(items, list):
             raise zai_error(response.status, body)
-        return [model_from_item(item) for item in items if obj(item).get("id")]
+        return [model_from_item(item) for item in items if as_object(item).get("id")]
+
+
+def environment_proxy(origin: str) -> str | None:
+    """The proxy that HTTPS_PROXY and the like name for an origin."""
+    url = urlsplit(origin)
+    return None if proxy_bypass(url.hostname or "") else getproxies().get(url.scheme)
+
+
+def new_session(settings: Settings) -> aiohttp.ClientSession:
+    return aiohttp.ClientSession(
+        # No limit on the whole: an answer may take long. sock_read is the longest silence.
+        timeout=aiohttp.ClientTimeout(total=None, connect=CONNECT_TIMEOUT, sock_read=settings.upstream_timeout),
+        connector=aiohttp.TCPConnector(limit=0),
+        cookie_jar=aiohttp.DummyCookieJar(),
+        # Z.ai writes errors in English for those who ask; a compressed stream would wait in buffers.
+        headers={
+            "User-Agent": f"ztoapi/{__version__}",
+            "Accept-Language": "en-US,en",
+            "Accept-Encoding": "identity",
+        },
+    )
+
+
+# ======== Upstream ==================================================================================================
+# One client's request as requests to Z.ai: choices merged, models fallen back to, keys and retries.
+
+
+@dataclass(frozen=True)
+class Batch:
+    """The next events of one choice."""
+
+    choice: int
+    stream: EventStream
+    owner: AsyncExitStack
+    events: list[Event] = field(default_factory=list)
+
+
+class MergedStream(LookAhead):
+    """Several answers of Z.ai's as one with several choices, since Z.ai has no `n`; events in order of arrival."""
+
+    def __init__(self, attempts: Iterable[Callable[[AsyncExitStack], Coroutine[Any, Any, EventStream]]]) -> None:
+        super().__init__()
+        self.streams: list[EventStream] = []  # in the order in which they began
+        self.owners: list[AsyncExitStack] = []  # of each choice's slot and connection, released when the choice ends
+        self.pending = {asyncio.create_task(self.first_of(choice, ask)) for choice, ask in enumerate(attempts)}
+
+    @property
+    def info(self) -> AnswerInfo:
+        return self.streams[0].info
+
+    @property
+    def torn(self) -> int:
+        return sum(stream.torn for stream in self.streams)
+
+    async def next_batch(self) -> list[Event]:
+        """The next events of whichever choice has some. One that fails fails the whole."""
+        events: list[Event] = []
+        while not events and self.pending:
+            done, _ = await asyncio.wait(self.pending, return_when=asyncio.FIRST_COMPLETED)
+            task = done.pop()
+            self.pending.remove(task)
+            batch = task.result()
+            if batch.events:
+                self.pending.add(asyncio.create_task(self.next_of(batch)))
+            events = [e if isinstance(e, Usage) else replace(e, choice=batch.choice) for e in batch.events]
+        return events
+
+    async def first_of(self, choice: int, ask: Callable[[AsyncExitStack], Coroutine[Any, Any, EventStream]]) -> Batch:
+        owner = AsyncExitStack()
+        self.owners.append(owner)
+        stream = await ask(owner)
+        self.streams.append(stream)
+        return await self.next_of(Batch(choice, stream, owner))
+
+    async def next_of(self, batch: Batch) -> Batch:
+        events = await batch.stream.read()
+        if not events:
+            await batch.stream.finish()
+            await batch.owner.aclose()
+        return replace(batch, events=events)
+
+    async def close(self) -> None:
+        await end_tasks(self.pending)
+        for owner in self.owners:
+            await owner.aclose()
+
+
+async def end_tasks(tasks: Iterable[asyncio.Task[Any]]) -> None:
+    """Cancel tasks and wait until they have released what they hold."""
+    tasks = list(tasks)
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
+
+
+R = TypeVar("R")
+Attempt = Callable[[str, AsyncExitStack], Awaitable[R]]  # asks with a key; what it returns has begun well
+
+
+class Upstream:
+    """The way to Z.ai: the keys, a queue for each model, retries and fallbacks."""
+
+    def __init__(self, settings: Settings, client: ZaiClient, clock: Clock) -> None:
+        self.settings, self.client, self.clock = settings, client, clock
+        self.keys = KeyPool(settings.zai_api_key)
+        self.queues: dict[str, Queue] = {}
+        self.tickets = count()
+        self.recoveries: Counter[str] = Counter()  # what was done about failures, whether it helped or not
+
+    @asynccontextmanager
+    async def open(self, prompt: Prompt) -> AsyncIterator[EventStream | MergedStream]:
+        """Yields an answer that has begun. On exit, however it happens, every connection and slot is released.
+
+        Raises BadRequest when the model cannot take the prompt, and ProxyError when no model answers.
+        """
+        bodies = [self.bodies(choice_prompt(prompt, choice)) for choice in range(prompt.n)]
+        async with AsyncExitStack() as owner:
+            if prompt.n == 1:
+                stream = await self.with_fallbacks(bodies[0], owner)
+                yield stream
+                await stream.finish()
+            else:
+                merged = MergedStream(partial(self.with_fallbacks, choice) for choice in bodies)
+                owner.push_async_callback(merged.close)
+                await merged.begin()
+                yield merged
+
+    def bodies(self, prompt: Prompt) -> list[tuple[Model, bytes]]:
+        """The request for each model to ask: the one named, then the fallbacks that can take the prompt."""
+        names = (prompt.model, *(prompt.fallbacks or self.settings.fallback_models))
+        model, *others = (resolve(name, self.settings.model_aliases) for name in names)
+        bodies = [(model, encode_request(zai_body(prompt, model)))]
+        for other in others:
+            with suppress(BadRequest):
+                bodies.append((other, encode_request(zai_body(prompt, other))))
+        return bodies
+
+    async def with_fallbacks(self, bodies: list[tuple[Model, bytes]], owner: AsyncExitStack) -> EventStream:
+        """Ask one model after the other; raises the last one's error."""
+        *others, last = bodies
+        for model, body in others:
+            try:
+                return await self.with_retries(model.id, partial(self.ask, model, body), owner)
+            except UpstreamError as error:
+                if error.kind not in FALLBACK_ERRORS:
+                    raise
+                self.recoveries["fallbacks"] += 1
+        model, body = last
+        return await self.with_retries(model.id, partial(self.ask, model, body), owner)
+
+    async def ask(self, model: Model, body: bytes, key: str, owner: AsyncExitStack) -> EventStream:
+        trace("sent", body)
+        url = self.settings.zai_base_url + "/chat/completions"
+        stream = EventStream(await self.client.send(url, key, owner, data=body), ZaiReader(model))
+        await stream.begin()
+        return stream
+
+    async def with_retries(self, model: str, attempt: Attempt[R], owner: AsyncExitStack) -> R:
+        """Retry one model (queue, keys, back-off); raises the last error.
+
+        The slot and the connection belong to `owner`, which holds nothing else: it is emptied after a failed attempt.
+        """
+        queue, ticket, backoff = self.queue(model), next(self.tickets), Backoff(self.settings.max_retries)
+        while True:
+            slot = await owner.enter_async_context(queue.slot(ticket))
+            try:
+                stream = await attempt(slot.key, owner)
+            except UpstreamError as error:
+                try:
+                    wait = self.record_failure(queue, slot, backoff, error)
+                finally:
+                    await owner.aclose()
+            else:
+                slot.limit.accepted(slot.in_flight_at_entry, self.clock.now())
+                queue.admit()
+                return stream
+            await self.clock.sleep(wait)
+
+    def record_failure(self, queue: Queue, slot: Slot, backoff: Backoff, error: UpstreamError) -> float:
+        """Update limits and keys after a failure; return the seconds to wait, or raise if there is no next try."""
+        now = self.clock.now()
+        if error.zai_code in ("1302", "1305"):
+            slot.limit.refused(slot.in_flight_at_entry, now)
+        if error.zai_code == "1302" and slot.limit.in_flight > 1:
+            self.recoveries["queued_again"] += 1
+            return 0  # too many at the same time: back to the head of the queue
+        if error.kind in COOLDOWN_ERRORS:
+            self.keys.cool_down(slot.key, queue.model, error, now)
+            self.keys.available(queue.model, now)  # raises when no other key is left
+            self.recoveries["other_keys"] += 1
+            return 0
+        wait = backoff.wait(error, self.clock.jitter())
+        if wait is None:
+            raise error
+        self.recoveries["retries"] += 1
+        return wait
+
+    def snapshot(self, redact: Callable[[str], str]) -> JSON:
+        """The state of keys and queues for the dashboard: a key is shown by its number, other secrets are redacted."""
+        self.keys.expire(self.clock.now())
+        numbers = {key: number for number, key in enumerate(self.settings.zai_api_key, 1)}
+        cooling = [
+            {"key": numbers[key], "model": redact(model), "until": error.resets_at, "why": error.kind.code}
+            for (key, model), error in self.keys.cooling.items()
+        ]
+        queues = [
+            {
+                "model": redact(name),
+                "in_flight": queue.in_flight,
+                "waiting": len(queue.waiting),
+                "limits": [queue.limits[key].limit for key in numbers],
+            }
+            for name, queue in self.queues.items()
+        ]
+        return {"keys": len(numbers), "resting": cooling, "queues": queues, "healed": dict(self.recoveries)}
+
+    def queue(self, model: str) -> Queue:
+        """The model's queue. Names are the clients', so queues of unknown models go when they are not in use."""
+        if model not in self.queues:
+            self.queues = {name: queue for name, queue in self.queues.items() if name in MODELS or queue.in_use}
+            self.queues[model] = Queue(model, self.keys, self.settings.max_concurrency, self.clock)
+        return self.queues[model]
+
+
+MODELS_TTL = 600  # seconds for which Z.ai's list of models is not asked for again
 
 
 class Catalog:
-    """The models this server lists: the table, and what Z.ai lists for the key, asked at most every MODELS_AGE."""
+    """The models this server lists: the table, and Z.ai's list for the first key, asked for once in MODELS_TTL."""
 
-    def __init__(self, upstream: Upstream) -> None:
-        self.upstream = upstream
+    def __init__(self, client: ZaiClient, keys: tuple[str, ...]) -> None:
+        self.client, self.keys = client, keys
         self.models = dict(MODELS)
         self.asked_at = -math.inf
         self.asking: asyncio.Task[None] | None = None
 
     async def list(self, now: float) -> dict[str, Model]:
-        """By id. Only the first caller's answer waits for Z.ai; later ones are refreshed behind the client's back."""
-        if now - self.asked_at >= MODELS_AGE:
-            self.asked_at, is_first = now, self.asked_at == -math.inf
+        """By id. Only the first caller waits for Z.ai; later the list is refreshed in the background."""
+        if now - self.asked_at >= MODELS_TTL:
+            first_time, self.asked_at = self.asked_at == -math.inf, now
             self.asking = asyncio.create_task(self.ask())
-            if is_first:
+            if first_time:
                 await asyncio.wait({self.asking})
         return self.models
 
     async def close(self) -> None:
         if self.asking:
-            self.asking.cancel()
-            await asyncio.wait({self.asking})
+            await end_tasks([self.asking])
 
     async def ask(self) -> None:
-        for key in self.upstream.settings.zai_api_key[:1]:
+        for key in self.keys[:1]:
             try:
-                models = await self.upstream.list_models(key)
+                models = await self.client.list_models(key)
             except UpstreamError as error:
                 LOG.debug("no list of models: %s", error)
             else:
                 self.models = MODELS | {model.id: model for model in models}
 
 
-# ======== Relay =====================================================================================================
-
-KEEP_ALIVE = 15  # seconds of silence after which a stream gets a comment
-STREAM_HEADERS = {
-    "Content-Type": "text/event-stream; charset=utf-8",
-    "Cache-Control": "no-cache",
-    "X-Accel-Buffering": "no",
-}
-
-
-class OpenStream:
-    """A streamed answer. It is opened by the first thing sent: until then a failure has a status, later it is a frame.
-
-    While Z.ai is silent, comments keep the connection alive, on which proxies and clients would else give up.
-    """
-
-    def __init__(self, request: web.Request, surface: Surface, prompt: Prompt) -> None:
-        self.request, self.surface, self.prompt = request, surface, prompt
-        self.response = web.StreamResponse(headers=STREAM_HEADERS)
-        self.encoder: Encoder | None = None  # once the answer has its head
-        self.watch = Watch(KEEP_ALIVE, self.break_silence)
-        self.writing = False  # the client takes its time
-        self.keeping_alive: asyncio.Task[None] | None = None
-
-    def begin(self, head: Head, headers: dict[str, str]) -> Encoder:
-        if not self.response.prepared:
-            self.response.headers.update(headers)
-        self.encoder = self.surface.stream(head, self.prompt)
-        return self.encoder
-
-    async def send(self, frames: Iterable[JSON | str]) -> None:
-        if data := sse(frames):
-            trace("answered", data)
-            await self.write(data)
-
-    async def write(self, data: bytes) -> None:
-        self.watch.heard()
-        if not self.response.prepared:
-            await self.response.prepare(self.request)
-        self.writing = True
-        await self.response.write(data)
-        self.writing = False
-
-    async def fail(self, error: ProxyError, head: Head) -> None:
-        encoder = self.encoder or self.begin(head, {})
-        await self.send(encoder.fail(error))
-
-    @contextmanager
-    def kept_alive(self) -> Iterator[None]:
-        self.watch.start()
-        try:
-            yield
-        finally:
-            self.watch.stop()
-            if self.keeping_alive:
-                self.keeping_alive.cancel()
-
-    def break_silence(self, seconds: float) -> None:
-        if not self.writing:
-            self.keeping_alive = asyncio.create_task(self.keep_alive())
-        elif seconds > self.request.app[SETTINGS].upstream_timeout and self.request.transport:
-            self.request.transport.abort()  # a client that reads nothing any more must not hold a place for ever
-
-    async def keep_alive(self) -> None:
-        with suppress(ConnectionError):  # the client has left: its handler hears of it too
-            await self.write(b": keep-alive\n\n")
-
-
-async def relay(stream: OpenStream, encoder: Encoder, events: AsyncIterator[list[Event]]) -> None:
-    """Each batch of events leaves in one write, as soon as it is there. A slow client makes us read more slowly."""
-    async for batch in events:
-        await stream.send(frame for event in batch for frame in encoder.feed(event))
-    await stream.send(encoder.close())
-
-
-class PassedStream:
-    """A client's answer that Z.ai's bytes go into."""
-
-    def __init__(self, request: web.Request, passage: Passage) -> None:
-        reply = passage.response
-        headers = {name: reply.headers[name] for name in PASSED_HEADERS if name in reply.headers}
-        if "Content-Encoding" in reply.headers:  # what we pass on was unpacked
-            headers.pop("Content-Length", None)
-        self.request, self.passage = request, passage
-        self.response = web.StreamResponse(status=reply.status, headers=headers)
-
-    async def send(self) -> web.StreamResponse:
-        await self.response.prepare(self.request)
-        async for part in self.passage.parts():
-            await self.response.write(part)
-        await self.response.write_eof()
-        return self.response
-
-    async def fail(self, error: ProxyError, _: Head) -> None:
-        """In a stream of events one more; else nothing but the end of the connection can tell."""
-        if "text/event-stream" in self.response.headers.get("Content-Type", ""):
-            await self.response.write(sse([{"type": "error", **self.request[ERROR_BODY](error)}]))
-        elif self.request.transport:
-            self.request.transport.close()
-
-
-PASSED_HEADERS = ("Content-Type", "Content-Length", "Content-Disposition", "Cache-Control")
-
-
-async def collect(events: AsyncIterator[list[Event]]) -> Answer:
-    answer = Answer()
-    async for batch in events:
-        for event in batch:
-            answer.add(event)
-    return answer
-
-
-async def events_of(
-    reply: Reply | Replies, record: Record, form: ReasoningFormat = "parsed"
-) -> AsyncIterator[list[Event]]:
-    """Batches of events, one for each read, as the client is to see them."""
-    shape = ReasoningShape(form)
-    while events := await reply.read():
-        record.note(events)
-        record.torn = reply.torn
-        yield events if form == "parsed" else [shown for event in events for shown in shape.feed(event)]
-
-
-# ======== Statistics ========
-# Of what went through, for the dashboard, which shows no prompt, key or address. Its size does not grow.
-
-
-class Figures:
-    """Counts of requests to one model."""
-
-    SAMPLES = 200  # times that the percentiles are taken from
-
-    def __init__(self) -> None:
-        self.requests = self.failures = self.prompt = self.completion = 0
-        self.firsts: deque[float] = deque(maxlen=self.SAMPLES)  # seconds to the first token
-        self.durations: deque[float] = deque(maxlen=self.SAMPLES)
-
-    def add(self, record: Record, duration: float) -> None:
-        self.requests += 1
-        self.failures += bool(record.error)
-        self.prompt += record.usage.prompt
-        self.completion += record.usage.completion
-        if record.first is not None:
-            self.firsts.append(record.first - record.started)
-        if record.status < 400 and not record.error:
-            self.durations.append(duration)
-
-    def shown(self) -> JSON:
-        return {
-            "requests": self.requests,
-            "failures": self.failures,
-            "prompt_tokens": self.prompt,
-            "completion_tokens": self.completion,
-            "first": percentiles(self.firsts),
-            "duration": percentiles(self.durations),
-        }
-
-
-def percentiles(seconds: Iterable[float]) -> JSON:
-    ordered = sorted(seconds)
-    if not ordered:
-        return {"p50": None, "p95": None}
-    return {name: round(ordered[int((len(ordered) - 1) * part)], 3) for name, part in (("p50", 0.5), ("p95", 0.95))}
-
-
-class Statistics:
-    """Figures by model, by minute over the last hour, and the last requests one by one. Times are Unix seconds."""
-
-    MOST_MODELS, MINUTES, RECENT = 50, 60, 100
-    OTHERS = "(others)"  # clients may name any number of models
-
-    def __init__(self, now: float) -> None:
-        self.started = now
-        self.models: dict[str, Figures] = {}
-        self.minutes: dict[int, list[int]] = {}  # minute → requests, failures, tokens in, tokens out
-        self.recent: deque[tuple[Record, float, float]] = deque(
-            maxlen=self.RECENT
-        )  # with seconds it took, and Unix time of its end
-        self.torn = 0  # frames
-
-    def add(self, record: Record, duration: float, now: float) -> None:
-        known = record.model in self.models or record.model in MODELS or len(self.models) < self.MOST_MODELS
-        name = record.model if known else self.OTHERS
-        self.models.setdefault(name, Figures()).add(record, duration)
-        self.torn += record.torn
-        minute = self.minutes.setdefault(int(now // 60), [0, 0, 0, 0])
-        for i, more in enumerate((1, bool(record.error), record.usage.prompt, record.usage.completion)):
-            minute[i] += more
-        if len(self.minutes) > self.MINUTES:
-            del self.minutes[min(self.minutes)]
-        self.recent.appendleft((record, duration, now))
-
-    def shown(self, now: float) -> JSON:
-        last = int(now // 60)
-        return {
-            "now": now,
-            "started": self.started,
-            "models": {name: figures.shown() for name, figures in self.models.items()},
-            "minutes": [self.minutes.get(last - i, [0, 0, 0, 0]) for i in reversed(range(self.MINUTES))],
-            "recent": [record.shown(duration, ended_at) for record, duration, ended_at in self.recent],
-            "torn": self.torn,
-        }
-
-
-# ======== Handlers ==================================================================================================
+# ======== Requests ==================================================================================================
+# What is kept about requests: a record of each, statistics for the dashboard, stored responses. Bounded in size.
 
 CLIENT_LEFT = 499  # nginx's number for it
-DETAIL_LIMIT = 500  # characters of what others say of an error
-GRACE = 30  # seconds that answers in flight have to finish when the server is to stop
 
 
 @dataclass
@@ -3603,7 +3525,7 @@ class Record:
             if isinstance(event, Usage):
                 self.usage += event
 
-    def shown(self, duration: float, ended_at: float) -> JSON:
+    def snapshot(self, duration: float, ended_at: float) -> JSON:
         return {
             "time": ended_at,
             "model": self.model,
@@ -3622,8 +3544,142 @@ class Record:
         return f"{self.method} {self.path} {self.model or '-'} {outcome} {first}{now - self.started:.2f} s{tokens}"
 
 
+class ModelFigures:
+    """Counts of requests to one model."""
+
+    SAMPLES = 200  # times that the percentiles are taken from
+
+    def __init__(self) -> None:
+        self.requests = self.failures = self.prompt = self.completion = 0
+        self.firsts: deque[float] = deque(maxlen=self.SAMPLES)  # seconds to the first token
+        self.durations: deque[float] = deque(maxlen=self.SAMPLES)
+
+    def add(self, record: Record, duration: float) -> None:
+        self.requests += 1
+        self.failures += bool(record.error)
+        self.prompt += record.usage.prompt
+        self.completion += record.usage.completion
+        if record.first is not None:
+            self.firsts.append(record.first - record.started)
+        if record.status < 400 and not record.error:
+            self.durations.append(duration)
+
+    def snapshot(self) -> JSON:
+        return {
+            "requests": self.requests,
+            "failures": self.failures,
+            "prompt_tokens": self.prompt,
+            "completion_tokens": self.completion,
+            "first": percentiles(self.firsts),
+            "duration": percentiles(self.durations),
+        }
+
+
+def percentiles(seconds: Iterable[float]) -> JSON:
+    ordered = sorted(seconds)
+    if not ordered:
+        return {"p50": None, "p95": None}
+    return {name: round(ordered[int((len(ordered) - 1) * part)], 3) for name, part in (("p50", 0.5), ("p95", 0.95))}
+
+
+class Statistics:
+    """Figures by model, by minute over the last hour, and the last requests one by one. Times are Unix seconds."""
+
+    MAX_MODELS, MINUTES, RECENT = 50, 60, 100
+    OTHERS = "(others)"  # clients may name any number of models
+
+    def __init__(self, now: float) -> None:
+        self.started = now
+        self.models: dict[str, ModelFigures] = {}
+        self.minutes: dict[int, list[int]] = {}  # minute → requests, failures, tokens in, tokens out
+        self.recent: deque[tuple[Record, float, float]] = deque(
+            maxlen=self.RECENT
+        )  # with seconds it took, and Unix time of its end
+        self.torn = 0  # frames
+
+    def add(self, record: Record, duration: float, now: float) -> None:
+        known = record.model in self.models or record.model in MODELS or len(self.models) < self.MAX_MODELS
+        name = record.model if known else self.OTHERS
+        self.models.setdefault(name, ModelFigures()).add(record, duration)
+        self.torn += record.torn
+        minute = self.minutes.setdefault(int(now // 60), [0, 0, 0, 0])
+        for i, more in enumerate((1, bool(record.error), record.usage.prompt, record.usage.completion)):
+            minute[i] += more
+        if len(self.minutes) > self.MINUTES:
+            del self.minutes[min(self.minutes)]
+        self.recent.appendleft((record, duration, now))
+
+    def snapshot(self, now: float) -> JSON:
+        last = int(now // 60)
+        return {
+            "now": now,
+            "started": self.started,
+            "models": {name: figures.snapshot() for name, figures in self.models.items()},
+            "minutes": [self.minutes.get(last - i, [0, 0, 0, 0]) for i in reversed(range(self.MINUTES))],
+            "recent": [record.snapshot(duration, ended_at) for record, duration, ended_at in self.recent],
+            "torn": self.torn,
+        }
+
+
+class ResponseStore:
+    """Stored responses by client key and id, in the memory of this process, the oldest forgotten first."""
+
+    MAX_RESPONSES, MAX_BYTES = 1_000, 64 * 2**20
+
+    def __init__(self) -> None:
+        self.stored: dict[tuple[str, str], tuple[StoredResponse, int]] = {}  # with its size in bytes, roughly
+        self.size = 0
+
+    def put(self, owner: str, stored: StoredResponse) -> None:
+        """Keep a response, in place of an older one with the same id; forget the oldest when there are too many."""
+        key = (owner, stored.response["id"])
+        size = len(to_json(stored.response)) + sum(len(repr(message)) for message in stored.messages)
+        self.drop(*key)
+        self.stored[key] = (stored, size)
+        self.size += size
+        while self.stored and (len(self.stored) > self.MAX_RESPONSES or self.size > self.MAX_BYTES):
+            self.drop(*next(iter(self.stored)))
+
+    def get(self, owner: str, response_id: str) -> StoredResponse:
+        """Raises ProxyError for a response that is not there, or is another client key's."""
+        if (owner, response_id) not in self.stored:
+            kind = ErrorKind(404, "invalid_request_error", "response_not_found")
+            raise ProxyError(
+                kind,
+                "There is no such response: this server keeps the last ones in memory, and forgets them when it stops.",
+                "previous_response_id",
+            )
+        return self.stored[owner, response_id][0]
+
+    def drop(self, owner: str, response_id: str) -> None:
+        _, size = self.stored.pop((owner, response_id), (None, 0))
+        self.size -= size
+
+
+@dataclass(frozen=True, slots=True)
+class ClientHistory:
+    """The stored responses of one client key."""
+
+    store: ResponseStore
+    owner: str
+
+    def get(self, response_id: str) -> StoredResponse:
+        return self.store.get(self.owner, response_id)
+
+    def put(self, stored: StoredResponse) -> None:
+        self.store.put(self.owner, stored)
+
+
+class OpenResponse(Protocol):
+    """An answer that may have begun: `fail` says in it why it broke off."""
+
+    response: web.StreamResponse
+
+    async def fail(self, error: ProxyError) -> None: ...
+
+
 SETTINGS = web.AppKey("settings", Settings)
-BLANK = web.AppKey("blank", Blanker)
+REDACT = web.AppKey("redact", Redactor)
 IN_FLIGHT: web.AppKey[dict[Any, web.Request]] = web.AppKey("in_flight", dict)  # by the task that answers it
 CONNECTIONS: web.AppKey[Any] = web.AppKey("connections", WeakSet)  # of transports
 CLOCK = web.AppKey("clock", Clock)
@@ -3631,41 +3687,148 @@ STORE = web.AppKey("store", ResponseStore)
 STATISTICS = web.AppKey("statistics", Statistics)
 UPSTREAM = web.AppKey("upstream", Upstream)
 CATALOG = web.AppKey("catalog", Catalog)
+ACCOUNT = web.RequestKey("account", Account)
 RECORD = web.RequestKey("record", Record)
-STREAM: web.RequestKey[OpenStream | PassedStream] = web.RequestKey("stream")
+STREAM: web.RequestKey[OpenResponse] = web.RequestKey("stream")  # the answer, once it may have begun
 ERROR_BODY: web.RequestKey[Callable[[ProxyError], JSON]] = web.RequestKey("error_body")
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 
-async def answer(request: web.Request, surface: Surface) -> web.StreamResponse:
+# ======== Streaming out =============================================================================================
+
+KEEP_ALIVE_INTERVAL = 15  # seconds of silence after which a stream gets a comment
+STREAM_HEADERS = {
+    "Content-Type": "text/event-stream; charset=utf-8",
+    "Cache-Control": "no-cache",
+    "X-Accel-Buffering": "no",
+}
+
+
+class SSEResponse:
+    """A streamed answer. The first thing sent opens it: until then a failure has a status, later it is a frame.
+
+    While Z.ai is silent, comments keep the connection alive: proxies and clients would give it up otherwise.
+    """
+
+    def __init__(self, request: web.Request, asked: SurfaceRequest) -> None:
+        self.request, self.asked = request, asked
+        self.response = web.StreamResponse(headers=STREAM_HEADERS)
+        self.encoder: Encoder | None = None  # once the answer has its head
+        self.timer = IdleTimer(KEEP_ALIVE_INTERVAL, self.on_idle)
+        self.writing = False  # the client takes its time
+        self.keeping_alive: asyncio.Task[None] | None = None
+
+    def begin(self, head: Head, headers: dict[str, str]) -> None:
+        """The answer's head is known; its headers still count if nothing was sent yet."""
+        if not self.response.prepared:
+            self.response.headers.update(headers)
+        self.encoder = self.asked.encoder(head)
+
+    async def relay(self, batches: AsyncIterator[list[Event]]) -> None:
+        """Each batch leaves in one write, as soon as it is there. A slow client makes us read more slowly."""
+        encoder = self.encoder or self.failed_encoder()
+        async for batch in batches:
+            await self.send(frame for event in batch for frame in encoder.feed(event))
+        await self.send(encoder.close())
+        await self.response.write_eof()
+
+    async def send(self, frames: Iterable[JSON | str]) -> None:
+        if data := sse(frames):
+            trace("answered", data)
+            await self.write(data)
+
+    async def write(self, data: bytes) -> None:
+        self.timer.reset()
+        if not self.response.prepared:
+            await self.response.prepare(self.request)
+        self.writing = True
+        await self.response.write(data)
+        self.writing = False
+
+    async def fail(self, error: ProxyError) -> None:
+        encoder = self.encoder or self.failed_encoder()
+        await self.send(encoder.fail(error))
+
+    def failed_encoder(self) -> Encoder:
+        """For an answer of which Z.ai sent no head."""
+        own_id = self.request[RECORD].id
+        return self.asked.encoder(Head(own_id, int(time.time()), self.asked.prompt.model, own_id))
+
+    @contextmanager
+    def kept_alive(self) -> Iterator[None]:
+        self.timer.start()
+        try:
+            yield
+        finally:
+            self.timer.stop()
+            if self.keeping_alive:
+                self.keeping_alive.cancel()
+
+    def on_idle(self, seconds: float) -> None:
+        if not self.writing:
+            self.keeping_alive = asyncio.create_task(self.keep_alive())
+        elif seconds > self.request.app[SETTINGS].upstream_timeout and self.request.transport:
+            self.request.transport.abort()  # a client that reads nothing any more must not hold a slot for ever
+
+    async def keep_alive(self) -> None:
+        with suppress(ConnectionError):  # the client left: its handler learns of it too
+            await self.write(b": keep-alive\n\n")
+
+
+async def events_of(
+    stream: EventStream | MergedStream, record: Record, form: ReasoningFormat = "parsed"
+) -> AsyncIterator[list[Event]]:
+    """Batches of events, one for each read, as the client is to see them; the record counts along."""
+    shape = ReasoningShape(form)
+    while events := await stream.read():
+        record.note(events)
+        record.torn = stream.torn
+        yield events if form == "parsed" else [shaped for event in events for shaped in shape.feed(event)]
+
+
+async def collect(batches: AsyncIterator[list[Event]]) -> Answer:
+    answer = Answer()
+    async for batch in batches:
+        for event in batch:
+            answer.add(event)
+    return answer
+
+
+# ======== Handlers ==================================================================================================
+
+
+async def answer(surface: Surface, request: web.Request) -> web.StreamResponse:
     """The path of every chat, whichever surface it came in by."""
     settings, record, upstream = request.app[SETTINGS], request[RECORD], request.app[UPSTREAM]
-    prompt = filled(surface.parse(await read_json(request)), settings, request.headers.get("Accept", ""))
+    asked = surface(await read_json(request), ClientHistory(request.app[STORE], request[ACCOUNT].id))
+    prompt = with_defaults(asked.prompt, settings, request.headers.get("Accept", ""))
     form = prompt.reasoning_format or settings.reasoning_format
-    record.model = shortened(printable(request.app[BLANK](prompt.model)))
+    record.model = model_shown(request, prompt.model)
     if not prompt.stream:
-        async with upstream.open(prompt) as reply:
-            whole = await collect(events_of(reply, record, form))
-            origin = reply.origin
-            document = surface.whole(head_of(origin, prompt, record), prompt, whole)
-            return json_response(document, headers=answer_headers(prompt, origin))
-    stream = request[STREAM] = OpenStream(request, surface, prompt)
-    with stream.kept_alive():
-        async with upstream.open(prompt) as reply:
-            origin = reply.origin
-            encoder = stream.begin(head_of(origin, prompt, record), answer_headers(prompt, origin))
-            await relay(stream, encoder, events_of(reply, record, form))
-            await stream.response.write_eof()
-            await reply.finish()
-    return stream.response
+        async with upstream.open(prompt) as stream:
+            whole = await collect(events_of(stream, record, form))
+            document = asked.document(head_of(stream.info, prompt, record), whole)
+            return json_response(document, headers=answer_headers(prompt, stream.info))
+    response = request[STREAM] = SSEResponse(request, asked)
+    with response.kept_alive():
+        async with upstream.open(prompt) as stream:
+            response.begin(head_of(stream.info, prompt, record), answer_headers(prompt, stream.info))
+            await response.relay(events_of(stream, record, form))
+    return response.response
 
 
-def head_of(origin: Origin, prompt: Prompt, record: Record) -> Head:
-    return Head(origin.id or record.id, origin.created or int(time.time()), prompt.model)
+def head_of(info: AnswerInfo, prompt: Prompt, record: Record) -> Head:
+    return Head(info.id or record.id, info.created or int(time.time()), prompt.model, record.id)
 
 
-def filled(prompt: Prompt, settings: Settings, accept: str) -> Prompt:
+def model_shown(request: web.Request, name: str) -> str:
+    """The model that a client's name means, for the log and the statistics; the client may have put a secret there."""
+    model = resolve(name, request.app[SETTINGS].model_aliases)
+    return truncated(printable(request.app[REDACT](model.id)))
+
+
+def with_defaults(prompt: Prompt, settings: Settings, accept: str) -> Prompt:
     """The prompt with what the client left open."""
     thinking: Effort | None = None if settings.enable_thinking is None else "on" if settings.enable_thinking else "off"
     stream = wants_stream(accept, default=settings.default_stream) if prompt.stream is None else prompt.stream
@@ -3695,11 +3858,11 @@ def wants_stream(accept: str, *, default: bool) -> bool:
     return "text/event-stream" in accept or default
 
 
-def answer_headers(prompt: Prompt, origin: Origin) -> dict[str, str]:
+def answer_headers(prompt: Prompt, info: AnswerInfo) -> dict[str, str]:
     headers = {
-        "x-ztoapi-model": header_word(origin.model),
+        "x-ztoapi-model": header_word(info.model),
         "x-ztoapi-ignored": ",".join(map(header_word, prompt.ignored[:32])),
-        "x-zai-request-id": origin.request_id,
+        "x-zai-request-id": info.request_id,
     }
     return {name: value for name, value in headers.items() if value}
 
@@ -3718,7 +3881,10 @@ def printable(words: str) -> str:
     return UNPRINTABLE.sub("?", words)
 
 
-def shortened(words: str) -> str:
+DETAIL_LIMIT = 500  # characters of what others say of an error
+
+
+def truncated(words: str) -> str:
     """For people to read: only after secrets were taken out, or half of one might stay."""
     return words if len(words) <= DETAIL_LIMIT else words[:DETAIL_LIMIT] + "…"
 
@@ -3747,99 +3913,21 @@ async def one_model(request: web.Request) -> web.Response:
     meant = resolve(asked, request.app[SETTINGS].model_aliases)
     name = next((name for name in (asked, meant.id) if name in models), None)
     if name is None:
-        raise ProxyError("There is no such model: GET /v1/models lists them.", UNKNOWN_MODEL, "model", printable(asked))
+        message = "There is no such model: GET /v1/models lists them."
+        raise ProxyError(MODEL_NOT_FOUND, message, "model", printable(asked))
     item = anthropic_item if "anthropic-version" in request.headers else model_item
     return json_response(item(models[name], name))
 
 
-async def messages(request: web.Request) -> web.StreamResponse:
-    """Anthropic's API, which Z.ai serves itself: only the key and the model's name are ours."""
-    settings, upstream, record = request.app[SETTINGS], request.app[UPSTREAM], request[RECORD]
-    body = await read_json(request)
-    named = checked(body, {"model": model_name}).get("model")
-    if not named:
-        raise BadRequest("'model' is required and must not be empty.", "model")
-    record.model = shortened(printable(request.app[BLANK](named)))
-    model = resolve(named, settings.model_aliases).id
-    data = encode_request({**body, "model": model})
-    passed = [name for name in ("anthropic-version", "anthropic-beta") if name in request.headers]
-    headers = {"Content-Type": "application/json", **{name: request.headers[name] for name in passed}}
-    url = f"{settings.anthropic_url}/v1/{request.match_info['what']}"
-
-    async def begin(key: str, owner: AsyncExitStack) -> Passage:
-        return await upstream.passage(url, key, owner, data=data, headers=headers, params=request.query)
-
-    async with AsyncExitStack() as owner:
-        stream = request[STREAM] = PassedStream(request, await upstream.persevere(model, begin, owner))
-        return await stream.send()
-
-
-ID = r"{id:[A-Za-z0-9_-][A-Za-z0-9_.:-]*}"  # nothing that could lead to another path
-
-# What else Z.ai serves under the base URL, and is passed on as it comes; nothing else gets our key.
-RELAYED = (
-    *(("POST", path) for path in ("embeddings", "images/generations", "async/images/generations")),
-    *(("POST", path) for path in ("audio/transcriptions", "audio/speech", "rerank", "moderations", "tokenizer")),
-    *(("POST", path) for path in ("web_search", "reader", "layout_parsing", "videos/generations", "files")),
-    *(("GET", path) for path in (f"async-result/{ID}", "files", f"files/{ID}", f"files/{ID}/content")),
-    ("DELETE", f"files/{ID}"),
-)
-# Z.ai's international address answers 1211 or 404 to these (seen in July 2026).
-CHINA_ALONE = ("embeddings", "rerank", "moderations", "audio/speech", "files")
-
-
-def relaying(path: str) -> Handler:
-    async def handler(request: web.Request) -> web.StreamResponse:
-        return await pass_on(request, path.replace(ID, request.match_info.get("id", "")))
-
-    return handler
-
-
-async def pass_on(request: web.Request, path: str) -> web.StreamResponse:
-    """A request as it comes, its body too, however large; it is asked once."""
-    upstream, base = request.app[UPSTREAM], request.app[SETTINGS].zai_base_url
-    key = upstream.keys.awake(path, upstream.clock.now())[0]
-    upstream.keys.used(key)
-    how = {
-        "method": request.method,
-        "data": request.content if request.can_read_body else None,
-        "headers": {
-            name: request.headers[name]
-            for name in ("Content-Type", "Content-Length")
-            if name in request.headers and not (name == "Content-Length" and "Content-Encoding" in request.headers)
-        },
-        "params": request.query,
-    }
-    async with AsyncExitStack() as owner:
-        try:
-            passage = await upstream.passage(f"{base}/{path}", key, owner, **how)
-        except UpstreamError as error:
-            upstream.keys.refused(key, path, error, upstream.clock.now())
-            raise relayed_error(error, path, base) from error
-        stream = request[STREAM] = PassedStream(request, passage)
-        return await stream.send()
-
-
-def relayed_error(error: UpstreamError, path: str, base: str) -> UpstreamError:
-    """The error in words that fit a path other than the chat's."""
-    message, failure = error.message, error.failure
-    if failure == WRONG_ADDRESS:  # the chat's address may well be right
-        message = "Z.ai has nothing at this path of this server's ZAI_BASE_URL, or not under this id."
-        failure = Failure(404, "invalid_request_error", "not_found")
-    if path.startswith(CHINA_ALONE) and "api.z.ai" in base:
-        message += " It may be on the China address alone: open.bigmodel.cn/api/paas/v4 (ZAI_BASE_URL)."
-    return UpstreamError(message, failure, error.detail, error.zai_code, error.retry_after)
-
-
 async def one_response(request: web.Request) -> web.Response:
-    return json_response(request.app[STORE].get(request.match_info["id"]).response)
+    return json_response(request.app[STORE].get(request[ACCOUNT].id, request.match_info["id"]).response)
 
 
 async def delete_response(request: web.Request) -> web.Response:
-    name = request.match_info["id"]
-    request.app[STORE].get(name)
-    request.app[STORE].drop(name)
-    return json_response({"id": name, "object": "response", "deleted": True})
+    owner, response_id = request[ACCOUNT].id, request.match_info["id"]
+    request.app[STORE].get(owner, response_id)
+    request.app[STORE].drop(owner, response_id)
+    return json_response({"id": response_id, "object": "response", "deleted": True})
 
 
 async def health(request: web.Request) -> web.Response:
@@ -3863,7 +3951,7 @@ def base_of(request: web.Request) -> str:
 async def docs(request: web.Request) -> web.Response:
     """The page that explains this server, with its own address, and its key while everybody knows it."""
     settings, models = request.app[SETTINGS], await named_models(request)
-    shown = {
+    snapshot = {
         "key": PUBLISHED_KEY if settings.published else "",
         "version": __version__,
         "demo": settings.demo,
@@ -3874,14 +3962,14 @@ async def docs(request: web.Request) -> web.Response:
                 "id": name,
                 "context": model.context,
                 "output": model.output,
-                "sees": model.sees,
+                "sees": model.vision,
                 "free": model.free,
                 "thinking": model.thinking,
             }
             for name, model in models.items()
         ],
     }
-    return page_response(DOCS_PAGE, shown)
+    return page_response(DOCS_PAGE, snapshot)
 
 
 async def dashboard(_: web.Request) -> web.Response:
@@ -3890,13 +3978,13 @@ async def dashboard(_: web.Request) -> web.Response:
 
 async def dashboard_stats(request: web.Request) -> web.Response:
     in_flight = sum(bool(flying[RECORD].model) for flying in request.app[IN_FLIGHT].values())
-    shown = request.app[STATISTICS].shown(time.time()) | request.app[UPSTREAM].shown(request.app[BLANK])
-    return json_response(shown | {"in_flight": in_flight}, headers={"Cache-Control": "no-store"})
+    snapshot = request.app[STATISTICS].snapshot(time.time()) | request.app[UPSTREAM].snapshot(request.app[REDACT])
+    return json_response(snapshot | {"in_flight": in_flight}, headers={"Cache-Control": "no-store"})
 
 
-def page_response(page: Page, shown: JSON) -> web.Response:
+def page_response(page: Page, snapshot: JSON) -> web.Response:
     """A page with some data in it. The data is no script: "<" is escaped, so that it cannot become one."""
-    data = to_json(shown).replace("<", "\\u003c")
+    data = to_json(snapshot).replace("<", "\\u003c")
     return web.Response(
         text=page.html.replace("{{DATA}}", data),
         content_type="text/html",
@@ -3909,125 +3997,165 @@ def page_response(page: Page, shown: JSON) -> web.Response:
     )
 
 
-def keyed(handler: Handler) -> Handler:
+# ======== Pass-through ==============================================================================================
+# What Z.ai serves itself, its Anthropic API among it: only the key and the model's name are ours.
+
+
+async def messages(request: web.Request) -> web.StreamResponse:
+    """Anthropic's API, which Z.ai serves itself: only the key and the model's name are ours."""
+    settings, upstream = request.app[SETTINGS], request.app[UPSTREAM]
+    body = await read_json(request)
+    given = validated(body, {"model": model_name})
+    required(given, "model")
+    request[RECORD].model = model_shown(request, given["model"])
+    model = resolve(given["model"], settings.model_aliases).id
+    passed = [name for name in ("anthropic-version", "anthropic-beta") if name in request.headers]
+    how = {
+        "data": encode_request({**body, "model": model}),
+        "headers": {"Content-Type": "application/json", **{name: request.headers[name] for name in passed}},
+        "params": request.query,
+    }
+    url = f"{settings.anthropic_url}/v1/{request.match_info['what']}"
+
+    async def attempt(key: str, owner: AsyncExitStack) -> PassThroughResponse:
+        stream = await upstream.client.send(url, key, owner, **how)
+        return PassThroughResponse(request, stream, await first_part(stream))
+
+    async with AsyncExitStack() as owner:
+        response = await upstream.with_retries(model, attempt, owner)
+        request[STREAM] = response
+        return await response.send()
+
+
+ID = r"{id:[A-Za-z0-9_-][A-Za-z0-9_.:-]*}"  # nothing that could lead to another path
+# What else Z.ai serves under the base URL, and is passed on as it comes; nothing else gets our key.
+PASS_THROUGH_ROUTES = (
+    *(("POST", path) for path in ("embeddings", "images/generations", "async/images/generations")),
+    *(("POST", path) for path in ("audio/transcriptions", "audio/speech", "rerank", "moderations", "tokenizer")),
+    *(("POST", path) for path in ("web_search", "reader", "layout_parsing", "videos/generations", "files")),
+    *(("GET", path) for path in (f"async-result/{ID}", "files", f"files/{ID}", f"files/{ID}/content")),
+    ("DELETE", f"files/{ID}"),
+)
+# Z.ai's international address answers 1211 or 404 to these (seen in July 2026).
+CHINA_ONLY = ("embeddings", "rerank", "moderations", "audio/speech", "files")
+
+
+async def first_part(stream: ByteStream) -> bytes:
+    """The first bytes of an answer that is passed through.
+
+    Raises UpstreamError for a refusal; Z.ai has some with status 200: {"code": 401, "msg": …, "success": false}.
+    """
+    await stream.check_status()
+    part = await stream.read()
+    document = as_object(parse_json(part)) if stream.response.content_type == "application/json" else {}
+    if document.get("success") is False or as_object(document.get("error")).get("code"):
+        raise zai_error(200, document)
+    return part
+
+
+async def pass_through(path: str, request: web.Request) -> web.StreamResponse:
+    """A request to another of Z.ai's paths, sent only once: its body is streamed and cannot be repeated."""
+    upstream, base = request.app[UPSTREAM], request.app[SETTINGS].zai_base_url
+    path = path.replace(ID, request.match_info.get("id", ""))
+    key = upstream.keys.available(path, upstream.clock.now())[0]
+    upstream.keys.rotate(key)
+    how = {
+        "method": request.method,
+        "data": request.content if request.can_read_body else None,
+        "headers": {
+            name: request.headers[name]
+            for name in ("Content-Type", "Content-Length")
+            if name in request.headers and not (name == "Content-Length" and "Content-Encoding" in request.headers)
+        },
+        "params": request.query,
+    }
+    async with AsyncExitStack() as owner:
+        try:
+            stream = await upstream.client.send(f"{base}/{path}", key, owner, **how)
+            part = await first_part(stream)
+        except UpstreamError as error:
+            upstream.keys.cool_down(key, path, error, upstream.clock.now())
+            raise pass_through_error(error, path, base) from error
+        response = PassThroughResponse(request, stream, part)
+        request[STREAM] = response
+        return await response.send()
+
+
+def pass_through_error(error: UpstreamError, path: str, base: str) -> UpstreamError:
+    """The error in words that fit a path other than the chat's."""
+    kind, message = error.kind, error.message
+    if kind == WRONG_ADDRESS:  # the chat's address may well be right
+        kind = ErrorKind(404, "invalid_request_error", "not_found")
+        message = "Z.ai has nothing at this path of this server's ZAI_BASE_URL, or not under this id."
+    if path.startswith(CHINA_ONLY) and "api.z.ai" in base:
+        message += " It may exist only at the China address, open.bigmodel.cn/api/paas/v4 (ZAI_BASE_URL)."
+    return UpstreamError(kind, message, error.detail, error.zai_code)
+
+
+PASS_THROUGH_HEADERS = ("Content-Type", "Content-Length", "Content-Disposition", "Cache-Control")
+
+
+class PassThroughResponse:
+    """An answer that Z.ai's bytes are passed into; `part` is the first that was read."""
+
+    def __init__(self, request: web.Request, stream: ByteStream, part: bytes) -> None:
+        reply = stream.response
+        headers = {name: reply.headers[name] for name in PASS_THROUGH_HEADERS if name in reply.headers}
+        if "Content-Encoding" in reply.headers:  # we pass it on unpacked
+            headers.pop("Content-Length", None)
+        self.request, self.stream, self.part = request, stream, part
+        self.response = web.StreamResponse(status=reply.status, headers=headers)
+
+    async def send(self) -> web.StreamResponse:
+        await self.response.prepare(self.request)
+        part = self.part
+        while part:
+            await self.response.write(part)
+            part = await self.stream.read()
+        await self.response.write_eof()
+        return self.response
+
+    async def fail(self, error: ProxyError) -> None:
+        """In a stream of events one more; otherwise only the end of the connection can say it."""
+        if "text/event-stream" in self.response.headers.get("Content-Type", ""):
+            await self.response.write(sse([{"type": "error", **self.request[ERROR_BODY](error)}]))
+        elif self.request.transport:
+            self.request.transport.close()
+
+
+# ======== Access ====================================================================================================
+# Who may call.
+
+
+def require_key(handler: Handler) -> Handler:
     """The handler, for callers who have one of this server's keys."""
 
     async def check(request: web.Request) -> web.StreamResponse:
-        if not has_key(request.headers, request.app[SETTINGS].default_key):
-            raise ProxyError(
-                "The API key is missing or wrong: send this server's key (its DEFAULT_KEY, not a Z.ai key) "
-                "as 'Authorization: Bearer KEY' or 'x-api-key: KEY'.",
-                BAD_KEY,
-            )
+        request[ACCOUNT] = account_of(request.headers, request.app[SETTINGS].default_key)
         return await handler(request)
 
     return check
 
 
-def has_key(headers: Mapping[str, str], accepted: Iterable[str]) -> bool:
-    """Whether a key was sent that counts; takes as long for a key that is nearly right as for any other."""
+def account_of(headers: Mapping[str, str], accepted: Iterable[str]) -> Account:
+    """The account of the key that was sent. Raises ProxyError for any other key, after the same time for each."""
     scheme, _, bearer = headers.get("Authorization", "").partition(" ")
     sent = [headers.get("x-api-key", ""), bearer.strip() if scheme.lower() == "bearer" else ""]
     pairs = [(given.encode("utf-8", "surrogateescape"), key.encode()) for given in sent for key in accepted]
-    return sum(hmac.compare_digest(given, key) for given, key in pairs) > 0
+    matching = [given for given, key in pairs if hmac.compare_digest(given, key)]
+    if not matching:
+        raise ProxyError(INVALID_API_KEY)
+    return Account(hashlib.sha256(matching[0]).hexdigest())
 
 
 @web.middleware
-async def outermost(request: web.Request, handler: Handler) -> web.StreamResponse:
-    """Gives every request its record, every failure its shape, and every answer its line in the log."""
-    request[ERROR_BODY] = anthropic_error_body if speaks_anthropic(request) else error_body
-    record = request[RECORD] = Record(request.method, printable(request.path), time.monotonic(), secrets.token_hex(12))
-    in_flight, task = request.app[IN_FLIGHT], asyncio.current_task()
-    request.app[CONNECTIONS].add(request.transport)
-    REQUEST_ID.set(record.id[:8])
-    in_flight[task] = request
-    try:
-        response = await answer_or_tell(request, handler)
-        record.status = response.status
-        return response
-    finally:
-        del in_flight[task]
-        now = time.monotonic()
-        level = logging.DEBUG if request.path.startswith(QUIET_PATHS) else logging.INFO
-        LOG.log(level, "%s", record.line(now))
-        if record.model:
-            request.app[STATISTICS].add(record, now - record.started, time.time())
-
-
-def speaks_anthropic(request: web.Request) -> bool:
-    return "anthropic-version" in request.headers or request.path.rstrip("/").endswith(("/messages", "/count_tokens"))
-
-
-async def answer_or_tell(request: web.Request, handler: Handler) -> web.StreamResponse:
-    try:
-        return await handler(request)
-    except ConnectionError:  # the client left; Z.ai's failures are UpstreamErrors by now
-        raise
-    except asyncio.CancelledError:
-        if not request[RECORD].stopped:  # the client left
-            raise
-        return await tell(request, ProxyError("The server is stopping: ask again in a moment.", STOPPING))
-    except Exception as error:  # noqa: BLE001 - the one place: nothing but our own shape of error leaves the program
-        return await tell(request, proxy_error(error, request))
-
-
-async def drain(app: web.Application) -> None:
-    """Before the server stops: what is in flight may finish for a while, then it is told. Idle connections end now."""
-    in_flight = app[IN_FLIGHT]
-    for idle in set(app[CONNECTIONS]) - {request.transport for request in in_flight.values()}:
-        idle.close()
-    if in_flight:
-        LOG.info("stopping: %d answers in flight have %d s to finish", len(in_flight), GRACE)
-    for seconds in (GRACE, 2):
-        if in_flight:
-            await asyncio.wait(list(in_flight), timeout=seconds)
-        for task, request in in_flight.items():
-            request[RECORD].stopped = True
-            task.cancel()
-
-
-def proxy_error(error: Exception, request: web.Request) -> ProxyError:
-    asked = f"{printable(request.method)} {printable(request.path)}"
-    match error:
-        case ProxyError():
-            return error
-        case web.HTTPNotFound():
-            words = "There is nothing here: clients call POST /v1/chat/completions and GET /v1/models."
-            return ProxyError(words, Failure(404, "invalid_request_error", "unknown_url"), detail=asked)
-        case web.HTTPMethodNotAllowed():
-            words = f"This path takes {error.headers['Allow']} alone."
-            refusal = ProxyError(words, Failure(405, "invalid_request_error", "method_not_allowed"), detail=asked)
-            refusal.headers = {"Allow": error.headers["Allow"]}
-            return refusal
-        case web.HTTPRequestEntityTooLarge():
-            words = f"The request is larger than {request.app[SETTINGS].max_body_mb} MB, this server's MAX_BODY_MB."
-            return ProxyError(words, Failure(413, "invalid_request_error", "request_too_large"))
-        case _:
-            LOG.error("a bug in ztoapi", exc_info=error)
-            return ProxyError(BUG_MESSAGE, BUG)
-
-
-async def tell(request: web.Request, error: ProxyError) -> web.StreamResponse:
-    """Say what failed in the way still open: with a status, or in a stream that has begun with its last frames."""
-    error.detail = shortened(request.app[BLANK](error.detail))  # Z.ai might repeat our key
-    request[RECORD].error = error.failure.code or error.failure.type
-    stream: OpenStream | PassedStream | None = request.get(STREAM)
-    if stream and stream.response.prepared:
-        await stream.fail(error, Head(request[RECORD].id, int(time.time()), request[RECORD].model))
-        return stream.response
-    return json_response(
-        request[ERROR_BODY](error), error.failure.status, error_headers(error, request.app[CLOCK].now())
-    )
-
-
-@web.middleware
-async def guard(request: web.Request, handler: Handler) -> web.StreamResponse:
+async def local_only(request: web.Request, handler: Handler) -> web.StreamResponse:
     """Answers preflights, and while the key is the published one turns strangers' pages away (DNS rebinding)."""
     if request.app[SETTINGS].published and not is_local(request):
         raise ProxyError(
-            f"This server has the published key {PUBLISHED_KEY}, so it answers on localhost alone: "
+            ErrorKind(403, "permission_error", "host_not_allowed"),
+            f"This server has the published key {PUBLISHED_KEY}, so it answers only on localhost: "
             "set DEFAULT_KEY to a key of your own.",
-            Failure(403, "permission_error", "host_not_allowed"),
         )
     if request.method == "OPTIONS":
         return web.Response(status=204)
@@ -4052,6 +4180,9 @@ def is_allowed_origin(origin: str, settings: Settings) -> bool:
     return any(origin == pattern or fnmatchcase(origin, pattern) for pattern in settings.cors_origins)
 
 
+EXPOSED_HEADERS = "x-request-id, x-zai-request-id, x-ztoapi-model, x-ztoapi-ignored, x-should-retry, Retry-After"
+
+
 def cors_headers(request: web.Request) -> dict[str, str]:
     """What a browser must read before it lets a page of another origin call us and see the answer."""
     origin = request.headers.get("Origin", "")
@@ -4072,9 +4203,6 @@ def cors_headers(request: web.Request) -> dict[str, str]:
     return headers
 
 
-EXPOSED_HEADERS = "x-request-id, x-zai-request-id, x-ztoapi-model, x-ztoapi-ignored, x-should-retry, Retry-After"
-
-
 async def add_headers(request: web.Request, response: web.StreamResponse) -> None:
     """Runs just before any answer's headers leave, a stream's and an error's too."""
     if record := request.get(RECORD):
@@ -4082,10 +4210,456 @@ async def add_headers(request: web.Request, response: web.StreamResponse) -> Non
     response.headers.update(cors_headers(request))
 
 
+# ======== Errors and shutdown =======================================================================================
+
+
+@web.middleware
+async def log_requests(request: web.Request, handler: Handler) -> web.StreamResponse:
+    """Gives every request its record, and every answer its line in the log and its place in the statistics."""
+    request[ERROR_BODY] = anthropic_error_body if speaks_anthropic(request) else error_body
+    record = request[RECORD] = Record(request.method, printable(request.path), time.monotonic(), secrets.token_hex(12))
+    in_flight, task = request.app[IN_FLIGHT], asyncio.current_task()
+    request.app[CONNECTIONS].add(request.transport)
+    REQUEST_ID.set(record.id[:8])
+    in_flight[task] = request
+    try:
+        response = await handler(request)
+        record.status = response.status
+        return response
+    finally:
+        del in_flight[task]
+        now = time.monotonic()
+        level = logging.DEBUG if request.path.startswith(UNLOGGED_PATHS) else logging.INFO
+        LOG.log(level, "%s", record.line(now))
+        if record.model:
+            request.app[STATISTICS].add(record, now - record.started, time.time())
+
+
+def speaks_anthropic(request: web.Request) -> bool:
+    return "anthropic-version" in request.headers or request.path.rstrip("/").endswith(("/messages", "/count_tokens"))
+
+
+@web.middleware
+async def catch_errors(request: web.Request, handler: Handler) -> web.StreamResponse:
+    """Turns every failure into an error of ours."""
+    try:
+        return await handler(request)
+    except ConnectionError:  # the client left; Z.ai's failures are UpstreamErrors by now
+        raise
+    except asyncio.CancelledError:
+        if not request[RECORD].stopped:  # the client left
+            raise
+        return await error_response(request, ProxyError(STOPPING))
+    except Exception as error:  # noqa: BLE001 - the one place: nothing but our own shape of error leaves the program
+        return await error_response(request, proxy_error(error, request))
+
+
+def proxy_error(error: Exception, request: web.Request) -> ProxyError:
+    """Any exception as an error of ours; what is not foreseen is a bug, and logged as one."""
+    asked = f"{printable(request.method)} {printable(request.path)}"
+    match error:
+        case ProxyError():
+            return error
+        case web.HTTPNotFound():
+            message = "There is nothing here: clients call POST /v1/chat/completions and GET /v1/models."
+            return ProxyError(ErrorKind(404, "invalid_request_error", "unknown_url"), message, detail=asked)
+        case web.HTTPMethodNotAllowed():
+            kind = ErrorKind(405, "invalid_request_error", "method_not_allowed")
+            refusal = ProxyError(kind, f"This path takes only {error.headers['Allow']}.", detail=asked)
+            refusal.headers = {"Allow": error.headers["Allow"]}
+            return refusal
+        case web.HTTPRequestEntityTooLarge():
+            message = f"The request is larger than {request.app[SETTINGS].max_body_mb} MB, this server's MAX_BODY_MB."
+            return ProxyError(ErrorKind(413, "invalid_request_error", "request_too_large"), message)
+        case _:
+            LOG.error("a bug in ztoapi", exc_info=error)
+            return ProxyError(INTERNAL_ERROR)
+
+
+async def error_response(request: web.Request, error: ProxyError) -> web.StreamResponse:
+    """Report a failure: with a status, or in a stream that has begun with its last frames."""
+    error.detail = truncated(request.app[REDACT](error.detail))  # Z.ai might repeat our key
+    request[RECORD].error = error.kind.code or error.kind.type
+    stream: OpenResponse | None = request.get(STREAM)
+    if stream and stream.response.prepared:
+        await stream.fail(error)
+        return stream.response
+    headers = error_headers(error, request.app[CLOCK].now())
+    return json_response(request[ERROR_BODY](error), error.kind.status, headers)
+
+
+def refuse_bad_http(
+    _: RequestHandler, request: web.BaseRequest, status: int = 500, exc: BaseException | None = None, *__: object
+) -> web.Response:
+    """Our shape for what aiohttp refuses before it reaches the app; its own texts would repeat headers, keys too."""
+    if isinstance(exc, ConnectionError) or request.writer.output_size:
+        raise ConnectionError("the client has left, or an answer has begun") from exc  # aiohttp knows what to do
+    if status >= 500:
+        LOG.error("a bug in ztoapi", exc_info=exc)
+        error = ProxyError(INTERNAL_ERROR)
+    else:
+        LOG.info("%s sent what is no HTTP", request.remote)
+        message = "This is not HTTP as this server reads it: a header may be malformed, too long, or one too many."
+        error = ProxyError(ErrorKind(status, "invalid_request_error", "bad_http"), message)
+    response = web.Response(body=encode_json(error_body(error)), status=status, content_type="application/json")
+    response.force_close()
+    return response
+
+
+# aiohttp has no hook for this, so its class is changed, once, for every app in this process.
+RequestHandler.handle_error = refuse_bad_http  # type: ignore[assignment, method-assign]
+
+
+SHUTDOWN_GRACE = 30  # seconds that answers in flight have to finish when the server is to stop
+
+
+async def drain(app: web.Application) -> None:
+    """Before the server stops: what is in flight may finish for a while, then it is told. Idle connections end now."""
+    in_flight = app[IN_FLIGHT]
+    for idle in set(app[CONNECTIONS]) - {request.transport for request in in_flight.values()}:
+        idle.close()
+    if in_flight:
+        LOG.info("stopping: %d answers in flight have %d s to finish", len(in_flight), SHUTDOWN_GRACE)
+    for seconds in (SHUTDOWN_GRACE, 2):
+        if in_flight:
+            await asyncio.wait(list(in_flight), timeout=seconds)
+        for task, request in in_flight.items():
+            request[RECORD].stopped = True
+            task.cancel()
+
+
+# ======== Server ====================================================================================================
+
+API = r"/{prefix:/*(?:(?:v1|api/v1|api/paas/v4)/+)*}"  # clients put before a path what they like
+END = r"{slash:/*}"
+
+
+def create_app(settings: Settings | None = None) -> web.Application:
+    """The whole server as an aiohttp application. A process manager calls it without settings: it reads them itself."""
+    if settings is None:
+        settings = settings_of_worker()
+    app = web.Application(
+        middlewares=[log_requests, catch_errors, local_only],
+        client_max_size=settings.max_body_mb * 2**20,
+        # A client's departure must reach its handler, and with it Z.ai, whoever runs the app.
+        handler_args={"handler_cancellation": True, "logger": LOG},
+    )
+    app[SETTINGS] = settings
+    app[REDACT] = Redactor(settings.secrets)
+    app[CLOCK] = Clock()
+    app[IN_FLIGHT] = {}
+    app[CONNECTIONS] = WeakSet()
+    app[STATISTICS] = Statistics(time.time())
+    app[STORE] = ResponseStore()
+    app.on_response_prepare.append(add_headers)
+    app.cleanup_ctx.append(connect)
+    app.on_shutdown.append(drain)
+    api_routes(app)
+    page_routes(app)
+    return app
+
+
+def api_routes(app: web.Application) -> None:
+    for path, surface in SURFACES.items():
+        add_route(app, "POST", f"{API}{path}{END}", require_key(partial(answer, surface)))
+    for method, path in PASS_THROUGH_ROUTES:
+        add_route(app, method, f"{API}{path}{END}", require_key(partial(pass_through, path)))
+    add_route(app, "POST", f"{API}{{what:messages|messages/count_tokens}}{END}", require_key(messages))
+    add_route(app, "GET", f"{API}models{END}", require_key(list_models))
+    add_route(app, "GET", f"{API}models/{{id:.+?}}{END}", require_key(one_model))
+    add_route(app, "GET", f"{API}responses/{{id}}{END}", require_key(one_response))
+    add_route(app, "DELETE", f"{API}responses/{{id}}{END}", require_key(delete_response))
+
+
+def page_routes(app: web.Application) -> None:
+    add_route(app, "GET", "/health", health)
+    add_route(app, "GET", "/", index)
+    add_route(app, "GET", "/api/hello", index)  # Claude Code asks whether anybody is there
+    add_route(app, "GET", "/docs", docs)
+    if app[SETTINGS].dashboard_enabled:
+        add_route(app, "GET", "/dashboard", dashboard)
+        add_route(app, "GET", "/dashboard/stats", require_key(dashboard_stats))
+    if app[SETTINGS].demo:
+        demo_routes(app)
+
+
+def add_route(app: web.Application, method: str, path: str, handler: Handler) -> None:
+    if method == "GET":
+        app.router.add_route("HEAD", path, handler, expect_handler=expect)
+    app.router.add_route(method, path, handler, expect_handler=expect)
+
+
+async def expect(request: web.Request) -> None:
+    """Answers `Expect: 100-continue`; nothing else that a client may expect is known (RFC 9110, 10.1.1)."""
+    if request.headers["Expect"].lower() == "100-continue":
+        await request.writer.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+        request.writer.output_size = 0  # it is not part of the answer
+
+
+async def connect(app: web.Application) -> AsyncIterator[None]:
+    """The session to Z.ai, open as long as the app is."""
+    settings = app[SETTINGS]
+    async with new_session(settings) as session:
+        client = ZaiClient(session, settings)
+        app[UPSTREAM] = Upstream(settings, client, app[CLOCK])
+        app[CATALOG] = Catalog(client, settings.zai_api_key)
+        yield
+        await app[CATALOG].close()
+
+
+class RedactingFormatter(logging.Formatter):
+    """A line without secrets, and without the bulk of images."""
+
+    BULK = re.compile(r"([A-Za-z0-9+/]{64})[A-Za-z0-9+/]{192,}=*")
+
+    def __init__(self, redact: Redactor) -> None:
+        super().__init__("%(asctime)s %(levelname)s %(message)s")
+        self.redact = redact
+
+    def format(self, record: logging.LogRecord) -> str:
+        return self.BULK.sub(r"\1…", self.redact(super().format(record)))
+
+
+def set_up_log(settings: Settings) -> None:
+    """Everything to stderr; in debug mode what was asked, sent, received and answered too."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(RedactingFormatter(Redactor(settings.secrets)))
+    for logger in (LOG, logging.getLogger("aiohttp"), logging.getLogger("asyncio")):
+        logger.handlers, logger.propagate = [handler], False  # nobody else may write our lines, with secrets in them
+    LOG.setLevel(logging.DEBUG if settings.debug_mode else logging.INFO)
+
+
+def settings_of_worker() -> Settings:
+    try:
+        settings = settings_or_exit({})
+    except SystemExit:
+        raise SystemExit(3) from None  # gunicorn gives up on a worker with 3, and starts it over and over on 2
+    set_up_log(settings)
+    return settings
+
+
+ENV_FILE = Path(__file__).with_name(".env")
+
+
+def environment() -> dict[str, str]:
+    """The variables of .env beside this file, then the process's own, which win."""
+    try:
+        from_file = dotenv_values(ENV_FILE, interpolate=False)
+    except (OSError, UnicodeDecodeError) as error:
+        raise SettingsError(f"{ENV_FILE} cannot be read: {error}") from None
+    return {name: value for name, value in (from_file | os.environ).items() if value is not None}
+
+
+def settings_or_exit(flags: Mapping[str, str]) -> Settings:
+    """The settings, flags first; one line on stderr and status 2 when one cannot be used."""
+    try:
+        return Settings.from_env({**environment(), **flags})
+    except SettingsError as error:
+        refuse(error)
+
+
+def refuse(reason: object) -> NoReturn:
+    print(f"ztoapi: {reason}", file=sys.stderr)
+    raise SystemExit(2)
+
+
+def listen(host: str, port: int) -> list[socket.socket]:
+    """A socket for every address that `host` means, all on one port (0: any that is free). Raises OSError."""
+    sockets: list[socket.socket] = []
+    for name in ("127.0.0.1", "::1") if host == "localhost" else (host,):
+        family, _, _, _, place = socket.getaddrinfo(name, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
+        try:
+            dual = name == "::" and socket.has_dualstack_ipv6()
+            sockets.append(socket.create_server((place[0], port), family=family, dualstack_ipv6=dual))
+        except OSError as error:
+            if not (sockets and error.errno in (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT)):  # a machine without IPv6
+                raise
+        port = sockets[0].getsockname()[1]
+    return sockets
+
+
+def listen_or_exit(settings: Settings) -> list[socket.socket]:
+    try:
+        return listen(settings.host, settings.port)
+    except OSError as error:
+        refuse(cannot_listen(settings, error))
+
+
+def cannot_listen(settings: Settings, error: OSError) -> str:
+    if error.errno == errno.EADDRINUSE:
+        return (
+            f"port {settings.port} on {settings.host} is in use (by another ztoapi?): stop what uses it, "
+            "or choose another by --port"
+        )
+    return f"HOST={settings.host}, PORT={settings.port} cannot be listened on: {error.strerror or error}"
+
+
+def with_demo(settings: Settings, place: tuple[Any, ...]) -> Settings:
+    """The same, with the stand-in for Z.ai on this very server, which listens at `place`, as the upstream."""
+    address = ipaddress.ip_address(place[0])
+    loopback = "127.0.0.1" if address.version == 4 else "::1"
+    host = loopback if address.is_unspecified else place[0]
+    return replace(
+        settings,
+        demo=True,
+        zai_base_url=f"http://{bracketed(host)}:{place[1]}{DEMO_PATH}",
+        zai_api_key=(secrets.token_hex(16),),
+    )
+
+
+def bracketed(host: str) -> str:
+    return f"[{host}]" if ":" in host else host
+
+
+def banner(settings: Settings, port: int) -> str:
+    upstream = "the built-in demo: no model is behind its answers" if settings.demo else settings.zai_base_url
+    zai_keys = 0 if settings.demo else len(settings.zai_api_key)
+    lines = [
+        f"ztoapi {__version__}",
+        f"  clients   http://{bracketed(settings.host)}:{port}/v1",
+        f"  upstream  {upstream}",
+        f"  models    {len(MODELS)}, and whatever else Z.ai lists",
+        f"  pages     http://{bracketed(settings.host)}:{port}/docs, /dashboard",
+        f"  keys      {len(settings.default_key)} for clients, {zai_keys} for Z.ai",
+    ]
+    if settings.published:
+        lines.append(
+            f"  note      the key for clients is the published {PUBLISHED_KEY}, so this machine alone may call"
+        )
+    if not settings.zai_api_key:
+        lines.append("  note      no ZAI_API_KEY, so chat answers 503: get one at z.ai/manage-apikey, or try --demo")
+    return "\n".join(lines)
+
+
+def parse_flags(arguments: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        "ztoapi.py",
+        description="Z.ai's GLM models behind an OpenAI-compatible API.",
+        epilog="Settings: see .env.example.",
+    )
+    way = parser.add_mutually_exclusive_group()
+    way.add_argument("--demo", action="store_true", help="answer from a built-in stand-in for Z.ai; needs no key")
+    way.add_argument("--check", action="store_true", help="say what is configured and whether it works, then end")
+    parser.add_argument("--host", help="address to listen on (HOST)")
+    parser.add_argument("--port", help="port to listen on (PORT)")
+    parser.add_argument("--version", action="version", version=f"ztoapi {__version__}")
+    return parser.parse_args(arguments)
+
+
+def new_loop() -> asyncio.AbstractEventLoop:
+    """uvloop's where it is installed: it needs less of the processor."""
+    try:
+        loop: asyncio.AbstractEventLoop = import_module("uvloop").new_event_loop()
+    except ImportError:
+        return asyncio.new_event_loop()
+    return loop
+
+
+def main(arguments: list[str] | None = None) -> None:
+    flags = parse_flags(arguments)
+    given = {name: value for name, value in (("HOST", flags.host), ("PORT", flags.port)) if value is not None}
+    if flags.check:
+        raise SystemExit(asyncio.run(check(given)))
+    settings = settings_or_exit(given)
+    sockets = listen_or_exit(settings)
+    address = sockets[0].getsockname()
+    settings = with_demo(settings, address) if flags.demo else settings
+    set_up_log(settings)
+    print(banner(settings, address[1]), flush=True)
+    app = create_app(settings)
+    gc.collect()
+    gc.freeze()  # the collector need not look again at what is here now: it stays
+    web.run_app(app, sock=sockets, print=None, access_log=None, shutdown_timeout=5, backlog=1024, loop=new_loop())
+
+
+# ======== Check =====================================================================================================
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One line of the doctor's."""
+
+    what: str
+    words: str
+    good: bool = True
+
+    def __str__(self) -> str:
+        return f"{'✓' if self.good else '✗'} {self.what:<9} {self.words}"
+
+
+async def diagnose(settings: Settings) -> AsyncIterator[Finding]:
+    """Everything that a chat needs, in the order in which it fails. Ends at the failure that hides the rest."""
+    source = str(ENV_FILE) if ENV_FILE.exists() else f"no {ENV_FILE}"
+    keys = "1 key" if len(settings.zai_api_key) == 1 else f"{len(settings.zai_api_key)} keys"
+    yield Finding("settings", f"{settings.zai_base_url}, {keys} for Z.ai ({source})")
+    yield check_port(settings)
+    if not settings.zai_api_key:
+        yield Finding("key", ZAI_API_KEY_MISSING.message, good=False)
+        return
+    async with new_session(settings) as session:
+        client, accepted = ZaiClient(session, settings), False
+        for number, key in enumerate(settings.zai_api_key, 1):
+            finding = await check_key(client, f"key {number}", key)
+            yield finding
+            accepted = accepted or finding.good
+            if finding.what == "Z.ai":  # no other key will fare better
+                return
+        if accepted:
+            yield await check_chat(Upstream(replace(settings, max_retries=0), client, Clock()))
+
+
+async def check_key(client: ZaiClient, what: str, key: str) -> Finding:
+    try:
+        models = await client.list_models(key)
+    except UpstreamError as error:
+        return Finding(what if error.kind == AUTHENTICATION else "Z.ai", str(error), good=False)
+    return Finding(what, f"accepted; Z.ai lists {len(models)} models for it")
+
+
+def check_port(settings: Settings) -> Finding:
+    try:
+        for taken in listen(settings.host, settings.port):
+            taken.close()
+    except OSError as error:
+        return Finding("port", cannot_listen(settings, error), good=False)
+    return Finding("port", f"{settings.port} on {settings.host} is free")
+
+
+async def check_chat(upstream: Upstream) -> Finding:
+    """One word from a free model, or from one that every plan has."""
+    message = Message("user", ("Answer with the one word: pong",))
+    model, *others = (*(model.id for model in MODELS.values() if model.free and not model.vision), "glm-5.3-flash")
+    prompt = Prompt(model, (message,), stream=False, max_tokens=64, effort="off", fallbacks=tuple(others))
+    started = time.monotonic()
+    try:
+        async with upstream.open(prompt) as stream:
+            whole = await collect(events_of(stream, Record("", "", started, "")))
+    except ProxyError as error:
+        return Finding("chat", str(error), good=False)
+    text = " ".join(whole.choice(0).text.split())[:40]
+    return Finding("chat", f"{stream.info.model} says {text!r} after {time.monotonic() - started:.1f} s")
+
+
+async def check(flags: Mapping[str, str]) -> int:
+    """The doctor: prints what it finds; 0 when all is well, else 1."""
+    try:
+        settings = Settings.from_env({**environment(), **flags})
+    except SettingsError as error:
+        print(Finding("settings", str(error), good=False))
+        return 1
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # a terminal without ✓ must not hide the rest
+    redact, good = Redactor(settings.secrets), True
+    async for finding in diagnose(settings):
+        print(redact(str(finding)), flush=True)
+        good = good and finding.good
+    return 0 if good else 1
+
+
 # ======== Demo ======================================================================================================
 
 DEMO_PATH = "/demo/api/paas/v4"
-QUIET_PATHS = (DEMO_PATH, "/dashboard/stats")  # what the program asks itself needs no line in the log
+UNLOGGED_PATHS = (DEMO_PATH, "/dashboard/stats")  # what the program asks itself needs no line in the log
 DEMO_PACE = 0.03  # seconds between two words
 
 
@@ -4146,7 +4720,7 @@ def demo_deltas(body: JSON) -> list[JSON]:
     asked = str(body["messages"][-1]["content"])
     thoughts = (
         []
-        if obj(body.get("thinking")).get("type") == "disabled"
+        if as_object(body.get("thinking")).get("type") == "disabled"
         else ["The user wrote ", f"{len(asked)} characters. ", "This is only a demo."]
     )
     words = f"This is the demo of ztoapi; no model is behind it (这是演示,没有真正的模型). You wrote: {asked[:200]}"
@@ -4163,9 +4737,9 @@ def demo_deltas(body: JSON) -> list[JSON]:
 
 
 def demo_call(function: JSON) -> JSON:
-    schema = obj(function.get("parameters"))
+    schema = as_object(function.get("parameters"))
     properties = {
-        name: obj(obj(schema.get("properties")).get(name))
+        name: as_object(as_object(schema.get("properties")).get(name))
         for name in schema.get("required") or ()
         if isinstance(name, str)
     }
@@ -4197,7 +4771,7 @@ def demo_last(body: JSON, deltas: list[JSON]) -> JSON:
     }
 
 
-# ======== Pages ========
+# ======== Pages =====================================================================================================
 # Two pages for people. What comes from outside is put in as text (textContent), and nothing is loaded from elsewhere.
 
 
@@ -4235,7 +4809,6 @@ PAGE_FRAME = """<!doctype html>
 <script type="application/json" id="data">{{DATA}}</script>
 <script>{{SCRIPT}}</script>
 """
-
 STYLE = """
 :root { --ink: #1c2430; --soft: #5b6675; --paper: #fbfbf9; --card: #fff; --line: #d9dde3; --accent: #1d5fbf;
   --on-accent: #fff; --bad: #b3261e; --good: #1a7f4b; --code: #f2f3f0 }
@@ -4296,7 +4869,6 @@ rect { fill: var(--accent) } rect.bad { fill: var(--bad) } rect.out { fill: var(
 line { stroke: var(--line) }
 [hidden] { display: none !important }
 """
-
 COMMON_SCRIPT = """
 "use strict";
 const data = JSON.parse(document.getElementById("data").textContent);
@@ -4321,7 +4893,6 @@ function row(cells, tag = "td", words = cells.length) {
 const remembered = name => { try { return sessionStorage.getItem(name) || ""; } catch { return ""; } };
 const remember = (name, value) => { try { sessionStorage.setItem(name, value); } catch {} };
 """
-
 DOCS_PAGE = page(
     "ztoapi",
     """
@@ -4551,7 +5122,6 @@ function fail(text) {
 }
 """,  # noqa: E501, RUF001 - a page, in two languages
 )
-
 DASHBOARD_PAGE = page(
     "ztoapi dashboard",
     """
@@ -4675,387 +5245,6 @@ $("door").onsubmit = event => {
 if (key) refresh(); else ask("");
 """,  # noqa: E501, RUF001 - a page, in two languages
 )
-
-
-# ======== Program ===================================================================================================
-
-API = r"/{prefix:/*(?:(?:v1|api/v1|api/paas/v4)/+)*}"  # clients put before a path what they like
-END = r"{slash:/*}"
-
-
-def create_app(settings: Settings | None = None) -> web.Application:
-    """The whole server as an aiohttp application. A process manager calls it without settings: it reads them itself."""
-    if settings is None:
-        settings = settings_of_worker()
-    RequestHandler.handle_error = refuse_bad_http  # type: ignore[assignment, method-assign] # no hook for it
-    app = web.Application(
-        middlewares=[outermost, guard],
-        client_max_size=settings.max_body_mb * 2**20,
-        # A client's departure must reach its handler, and with it Z.ai, whoever runs the app.
-        handler_args={"handler_cancellation": True, "logger": LOG},
-    )
-    app[SETTINGS] = settings
-    app[BLANK] = Blanker(settings.secrets)
-    app[CLOCK] = Clock()
-    app[IN_FLIGHT] = {}
-    app[CONNECTIONS] = WeakSet()
-    app[STATISTICS] = Statistics(time.time())
-    app.on_response_prepare.append(add_headers)
-    app.cleanup_ctx.append(connect)
-    app.on_shutdown.append(drain)
-    app[STORE] = ResponseStore()
-    api_routes(app)
-    page_routes(app)
-    return app
-
-
-def api_routes(app: web.Application) -> None:
-    for path, surface in surfaces(app[STORE]).items():
-        add_route(app, "POST", f"{API}{path}{END}", keyed(answering(surface)))
-    for method, path in RELAYED:
-        add_route(app, method, f"{API}{path}{END}", keyed(relaying(path)))
-    add_route(app, "POST", f"{API}{{what:messages|messages/count_tokens}}{END}", keyed(messages))
-    add_route(app, "GET", f"{API}models{END}", keyed(list_models))
-    add_route(app, "GET", f"{API}models/{{id:.+?}}{END}", keyed(one_model))
-    add_route(app, "GET", f"{API}responses/{{id}}{END}", keyed(one_response))
-    add_route(app, "DELETE", f"{API}responses/{{id}}{END}", keyed(delete_response))
-
-
-def page_routes(app: web.Application) -> None:
-    add_route(app, "GET", "/health", health)
-    add_route(app, "GET", "/", index)
-    add_route(app, "GET", "/api/hello", index)  # Claude Code asks whether anybody is there
-    add_route(app, "GET", "/docs", docs)
-    if app[SETTINGS].dashboard_enabled:
-        add_route(app, "GET", "/dashboard", dashboard)
-        add_route(app, "GET", "/dashboard/stats", keyed(dashboard_stats))
-    if app[SETTINGS].demo:
-        demo_routes(app)
-
-
-def add_route(app: web.Application, method: str, path: str, handler: Handler) -> None:
-    if method == "GET":
-        app.router.add_route("HEAD", path, handler, expect_handler=expect)
-    app.router.add_route(method, path, handler, expect_handler=expect)
-
-
-async def expect(request: web.Request) -> None:
-    """Answers `Expect: 100-continue`; nothing else that a client may expect is known (RFC 9110, 10.1.1)."""
-    if request.headers["Expect"].lower() == "100-continue":
-        await request.writer.write(b"HTTP/1.1 100 Continue\r\n\r\n")
-        request.writer.output_size = 0  # it is not part of the answer
-
-
-def refuse_bad_http(
-    _: RequestHandler, request: web.BaseRequest, status: int = 500, exc: BaseException | None = None, *__: object
-) -> web.Response:
-    """Our shape for what aiohttp refuses before it reaches the app; its own texts would repeat headers, keys too."""
-    if isinstance(exc, ConnectionError) or request.writer.output_size:
-        raise ConnectionError("the client has left, or an answer has begun") from exc  # aiohttp knows what to do
-    if status >= 500:
-        LOG.error("a bug in ztoapi", exc_info=exc)
-        error = ProxyError(BUG_MESSAGE, BUG)
-    else:
-        LOG.info("%s sent what is no HTTP", request.remote)
-        words = "This is not HTTP as this server reads it: a header may be malformed, too long, or one too many."
-        error = ProxyError(words, Failure(status, "invalid_request_error", "bad_http"))
-    response = web.Response(body=encode_json(error_body(error)), status=status, content_type="application/json")
-    response.force_close()
-    return response
-
-
-def answering(surface: Surface) -> Handler:
-    async def handler(request: web.Request) -> web.StreamResponse:
-        return await answer(request, surface)
-
-    return handler
-
-
-async def connect(app: web.Application) -> AsyncIterator[None]:
-    """The session to Z.ai, open as long as the app is."""
-    async with new_session(app[SETTINGS]) as session:
-        app[UPSTREAM] = Upstream(app[SETTINGS], session, app[CLOCK])
-        app[CATALOG] = Catalog(app[UPSTREAM])
-        yield
-        await app[CATALOG].close()
-
-
-def environment_proxy(url: str) -> str | None:
-    """The proxy that HTTPS_PROXY and the like name for a URL, found once: trust_env would look at every request."""
-    place = urlsplit(url)
-    return None if proxy_bypass(place.hostname or "") else getproxies().get(place.scheme)
-
-
-def new_session(settings: Settings) -> aiohttp.ClientSession:
-    return aiohttp.ClientSession(
-        # No limit on the whole: an answer may take long. sock_read is the longest silence.
-        timeout=aiohttp.ClientTimeout(total=None, connect=CONNECT_TIMEOUT, sock_read=settings.upstream_timeout),
-        connector=aiohttp.TCPConnector(limit=0),
-        cookie_jar=aiohttp.DummyCookieJar(),
-        proxy=None if settings.demo else environment_proxy(settings.zai_base_url),
-        # Z.ai tells errors in English to those who ask; a compressed stream would wait in buffers.
-        headers={
-            "User-Agent": f"ztoapi/{__version__}",
-            "Accept-Language": "en-US,en",
-            "Accept-Encoding": "identity",
-        },
-    )
-
-
-@dataclass(frozen=True)
-class Finding:
-    """One line of the doctor's."""
-
-    what: str
-    words: str
-    good: bool = True
-
-    def __str__(self) -> str:
-        return f"{'✓' if self.good else '✗'} {self.what:<9} {self.words}"
-
-
-async def diagnose(settings: Settings) -> AsyncIterator[Finding]:
-    """Everything that must be so for a chat to work, in the order in which it fails. Ends at what hides the rest."""
-    origin = str(ENV_FILE) if ENV_FILE.exists() else f"no {ENV_FILE}"
-    keys = "1 key" if len(settings.zai_api_key) == 1 else f"{len(settings.zai_api_key)} keys"
-    yield Finding("settings", f"{settings.zai_base_url}, {keys} for Z.ai ({origin})")
-    yield check_port(settings)
-    if not settings.zai_api_key:
-        yield Finding("key", str(no_key()), good=False)
-        return
-    async with new_session(settings) as session:
-        upstream, accepted = Upstream(replace(settings, max_retries=0), session, Clock()), False
-        for number, key in enumerate(settings.zai_api_key, 1):
-            finding = await check_key(upstream, f"key {number}", key)
-            yield finding
-            accepted = accepted or finding.good
-            if finding.what == "Z.ai":  # no other key will fare better
-                return
-        if accepted:
-            yield await check_chat(upstream)
-
-
-async def check_key(upstream: Upstream, what: str, key: str) -> Finding:
-    try:
-        models = await upstream.list_models(key)
-    except UpstreamError as error:
-        return Finding(what if error.failure == AUTHENTICATION else "Z.ai", str(error), good=False)
-    return Finding(what, f"accepted; Z.ai lists {len(models)} models for it")
-
-
-def check_port(settings: Settings) -> Finding:
-    try:
-        for taken in listen(settings.host, settings.port):
-            taken.close()
-    except OSError as error:
-        return Finding("port", cannot_listen(settings, error), good=False)
-    return Finding("port", f"{settings.port} on {settings.host} is free")
-
-
-async def check_chat(upstream: Upstream) -> Finding:
-    """One word from a free model, or from one that every plan has."""
-    message = Message("user", ("Answer with the one word: pong",))
-    first, *others = (*(model.id for model in MODELS.values() if model.free and not model.sees), "glm-5.3-flash")
-    prompt = Prompt(first, (message,), stream=False, max_tokens=64, effort="off", fallbacks=tuple(others))
-    started = time.monotonic()
-    try:
-        async with upstream.open(prompt) as reply:
-            answer = await collect(events_of(reply, Record("", "", started, "")))
-    except ProxyError as error:
-        return Finding("chat", str(error), good=False)
-    words = " ".join(answer.choice(0).text.split())[:40]
-    return Finding("chat", f"{reply.origin.model} says {words!r} after {time.monotonic() - started:.1f} s")
-
-
-async def check(flags: Mapping[str, str]) -> int:
-    """The doctor: prints what it finds; 0 when all is well, else 1."""
-    try:
-        settings = Settings.from_env({**environment(), **flags})
-    except SettingsError as error:
-        print(Finding("settings", str(error), good=False))
-        return 1
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="replace")  # a terminal without ✓ must not hide the rest
-    blank, good = Blanker(settings.secrets), True
-    async for finding in diagnose(settings):
-        print(blank(str(finding)), flush=True)
-        good = good and finding.good
-    return 0 if good else 1
-
-
-class BlankingFormatter(logging.Formatter):
-    """A line without secrets, and without the bulk of images."""
-
-    BULK = re.compile(r"([A-Za-z0-9+/]{64})[A-Za-z0-9+/]{192,}=*")
-
-    def __init__(self, blank: Blanker) -> None:
-        super().__init__("%(asctime)s %(levelname)s %(message)s")
-        self.blank = blank
-
-    def format(self, record: logging.LogRecord) -> str:
-        return self.BULK.sub(r"\1…", self.blank(super().format(record)))
-
-
-def set_up_log(settings: Settings) -> None:
-    """Everything to stderr; in debug mode what was asked, sent, received and answered too."""
-    handler = logging.StreamHandler()
-    handler.setFormatter(BlankingFormatter(Blanker(settings.secrets)))
-    for logger in (LOG, logging.getLogger("aiohttp"), logging.getLogger("asyncio")):
-        logger.handlers, logger.propagate = [handler], False  # nobody else may write our lines, with secrets in them
-    LOG.setLevel(logging.DEBUG if settings.debug_mode else logging.INFO)
-
-
-def log_less() -> None:
-    """What no line of ours tells need not be found out for each; a process manager's lines may tell it.
-
-    Source: "Optimization" in Python's documentation of logging.
-    """
-    logging.logThreads = logging.logProcesses = logging.logMultiprocessing = False
-    logging._srcfile = None  # noqa: SLF001 - the documentation names it
-
-
-def settings_of_worker() -> Settings:
-    try:
-        settings = settings_or_exit({})
-    except SystemExit:
-        raise SystemExit(3) from None  # gunicorn gives up on a worker with 3, and starts it over and over on 2
-    set_up_log(settings)
-    return settings
-
-
-ENV_FILE = Path(__file__).with_name(".env")
-
-
-def environment() -> dict[str, str]:
-    """The variables of .env beside this file, then the process's own, which win."""
-    try:
-        from_file = dotenv_values(ENV_FILE, interpolate=False)
-    except (OSError, UnicodeDecodeError) as error:
-        raise SettingsError(f"{ENV_FILE} cannot be read: {error}") from None
-    return {name: value for name, value in (from_file | os.environ).items() if value is not None}
-
-
-def settings_or_exit(flags: Mapping[str, str]) -> Settings:
-    """The settings, flags first; one line on stderr and status 2 when one cannot be used."""
-    try:
-        return Settings.from_env({**environment(), **flags})
-    except SettingsError as error:
-        refuse(error)
-
-
-def refuse(reason: object) -> NoReturn:
-    print(f"ztoapi: {reason}", file=sys.stderr)
-    raise SystemExit(2)
-
-
-def listen(host: str, port: int) -> list[socket.socket]:
-    """A socket for every address that `host` means, all on one port (0: any that is free). Raises OSError."""
-    sockets: list[socket.socket] = []
-    for name in ("127.0.0.1", "::1") if host == "localhost" else (host,):
-        family, _, _, _, place = socket.getaddrinfo(name, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
-        try:
-            dual = name == "::" and socket.has_dualstack_ipv6()
-            sockets.append(socket.create_server((place[0], port), family=family, dualstack_ipv6=dual))
-        except OSError as error:
-            if not (sockets and error.errno in (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT)):  # a machine without IPv6
-                raise
-        port = sockets[0].getsockname()[1]
-    return sockets
-
-
-def listen_or_exit(settings: Settings) -> list[socket.socket]:
-    try:
-        return listen(settings.host, settings.port)
-    except OSError as error:
-        refuse(cannot_listen(settings, error))
-
-
-def cannot_listen(settings: Settings, error: OSError) -> str:
-    if error.errno == errno.EADDRINUSE:
-        return (
-            f"port {settings.port} on {settings.host} is in use (by another ztoapi?): stop what uses it, "
-            "or choose another by --port"
-        )
-    return f"HOST={settings.host}, PORT={settings.port} cannot be listened on: {error.strerror or error}"
-
-
-def with_demo(settings: Settings, place: tuple[Any, ...]) -> Settings:
-    """The same, with the stand-in for Z.ai on this very server, which listens at `place`, as the upstream."""
-    address = ipaddress.ip_address(place[0])
-    loopback = "127.0.0.1" if address.version == 4 else "::1"
-    host = loopback if address.is_unspecified else place[0]
-    return replace(
-        settings,
-        demo=True,
-        zai_base_url=f"http://{bracketed(host)}:{place[1]}{DEMO_PATH}",
-        zai_api_key=(secrets.token_hex(16),),
-    )
-
-
-def bracketed(host: str) -> str:
-    return f"[{host}]" if ":" in host else host
-
-
-def banner(settings: Settings, port: int) -> str:
-    upstream = "the built-in demo: no model is behind its answers" if settings.demo else settings.zai_base_url
-    zai_keys = 0 if settings.demo else len(settings.zai_api_key)
-    lines = [
-        f"ztoapi {__version__}",
-        f"  clients   http://{bracketed(settings.host)}:{port}/v1",
-        f"  upstream  {upstream}",
-        f"  models    {len(MODELS)}, and whatever else Z.ai lists",
-        f"  pages     http://{bracketed(settings.host)}:{port}/docs, /dashboard",
-        f"  keys      {len(settings.default_key)} for clients, {zai_keys} for Z.ai",
-    ]
-    if settings.published:
-        lines.append(
-            f"  note      the key for clients is the published {PUBLISHED_KEY}, so this machine alone may call"
-        )
-    if not settings.zai_api_key:
-        lines.append("  note      no ZAI_API_KEY, so chat answers 503: get one at z.ai/manage-apikey, or try --demo")
-    return "\n".join(lines)
-
-
-def parse_flags(arguments: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        "ztoapi.py",
-        description="Z.ai's GLM models behind an OpenAI-compatible API.",
-        epilog="Settings: see .env.example.",
-    )
-    way = parser.add_mutually_exclusive_group()
-    way.add_argument("--demo", action="store_true", help="answer from a built-in stand-in for Z.ai; needs no key")
-    way.add_argument("--check", action="store_true", help="say what is configured and whether it works, then end")
-    parser.add_argument("--host", help="address to listen on (HOST)")
-    parser.add_argument("--port", help="port to listen on (PORT)")
-    parser.add_argument("--version", action="version", version=f"ztoapi {__version__}")
-    return parser.parse_args(arguments)
-
-
-def new_loop() -> asyncio.AbstractEventLoop:
-    """uvloop's where it is installed: it needs less of the processor."""
-    try:
-        loop: asyncio.AbstractEventLoop = import_module("uvloop").new_event_loop()
-    except ImportError:
-        return asyncio.new_event_loop()
-    return loop
-
-
-def main(arguments: list[str] | None = None) -> None:
-    flags = parse_flags(arguments)
-    given = {name: value for name, value in (("HOST", flags.host), ("PORT", flags.port)) if value is not None}
-    if flags.check:
-        raise SystemExit(asyncio.run(check(given)))
-    settings = settings_or_exit(given)
-    sockets = listen_or_exit(settings)
-    place = sockets[0].getsockname()
-    settings = with_demo(settings, place) if flags.demo else settings
-    set_up_log(settings)
-    print(banner(settings, place[1]), flush=True)
-    log_less()
-    app = create_app(settings)
-    gc.collect()
-    gc.freeze()  # what is here now stays: the collector's rounds need not look at it
-    web.run_app(app, sock=sockets, print=None, access_log=None, shutdown_timeout=5, backlog=1024, loop=new_loop())
 
 
 if __name__ == "__main__":

@@ -1464,14 +1464,14 @@ def test_reasoning_sent_back_is_kept(model, fields, wanted):
 # Every row of the table: Z.ai's code, its HTTP status, what the client gets.
 REFUSED = [
     *((code, 401, 502, "upstream_error", "zai_authentication") for code in range(1000, 1006)),
-    (1113, 429, 429, "insufficient_quota", "insufficient_quota"),
+    (1113, 429, 402, "insufficient_quota", "insufficient_quota"),
     *((code, 400, 400, "invalid_request_error", f"zai_{code}") for code in (1210, 1213, 1214, 1215, 1221, 1222, 1299)),
     *((code, 400, 404, "invalid_request_error", "model_not_found") for code in (1211, 1212)),
     *((code, 403, 403, "permission_error", "model_not_available") for code in (1220, 1311)),
     (1261, 400, 400, "invalid_request_error", "context_length_exceeded"),
     (1301, 400, 400, "invalid_request_error", "content_filter"),
     *((code, 429, 429, "rate_limit_error", "rate_limit_exceeded") for code in (1302, 1305, 1399)),
-    *((code, 429, 429, "insufficient_quota", "quota_exceeded") for code in (1308, 1310, *range(1316, 1322))),
+    *((code, 429, 402, "insufficient_quota", "quota_exceeded") for code in (1308, 1310, *range(1316, 1322))),
     *((code, 429, 403, "permission_error", "plan_not_usable") for code in (1309, 1313, 1314, 1315)),
     *((code, 500, 502, "upstream_error", "zai_unavailable") for code in (1200, 1230, 1234)),
     (1999, 418, 418, "upstream_error", "zai_1999"),
@@ -1512,7 +1512,7 @@ def test_a_code_inside_a_200_means_the_same(row):
         pytest.param(301, "", 502, "zai_wrong_address", id="redirect"),
         pytest.param(403, '{"message":"no"}', 403, "zai_403", id="no code"),
         pytest.param(500, '{"error":{"code":"1299","message":"?"}}', 502, "zai_unavailable", id="unknown code in a 500"),
-        pytest.param(429, '{"type":"error","error":{"type":"x","code":"1308","message":"y"}}', 429, "quota_exceeded", id="Anthropic's"),
+        pytest.param(429, '{"type":"error","error":{"type":"x","code":"1308","message":"y"}}', 402, "quota_exceeded", id="Anthropic's"),
     ],
 )  # fmt: skip
 def test_what_comes_without_a_known_code_goes_by_its_status(http, body, status, code):
@@ -2621,12 +2621,16 @@ async def test_silence_in_a_stream_is_a_frame(start, zai):
     assert parse_frames((await ask(client, chat(stream=True)))[1])[-1]["error"]["code"] == "zai_timeout"
 
 
+CONNECTION_WORDS = re.compile(r"connection error.*network error")
+
+
 @over_sockets
 @pytest.mark.parametrize("url", ["http://127.0.0.1:1/v4", "https://name.invalid/v4", "https://127.0.0.1:{port}/v4"])
 async def test_a_zai_that_is_not_there_is_unreachable(start, zai, url):
     client = await start(zai_base_url=url.format(port=zai.url.split(":")[2].split("/")[0]))
     response, body = await ask(client)
     assert (response.status, error_of(body)["code"]) == (502, "zai_unreachable")
+    assert CONNECTION_WORDS.search(body)  # agents decide by them whether to ask again
 
 
 @over_sockets
@@ -2778,7 +2782,7 @@ async def test_when_all_keys_rest_the_client_is_told_at_once(client, zai):
     zai.answers = [refused(1113)]
     for _ in range(2):
         response, body = await ask(client)
-        assert (response.status, error_of(body)["code"]) == (429, "insufficient_quota")
+        assert (response.status, error_of(body)["code"]) == (402, "insufficient_quota")
         assert response.headers["Retry-After"] == "300"
     assert len(zai.bodies) == 1
     assert (await ask(client, chat(model="glm-4.7-flash")))[0].status == 200
@@ -2974,7 +2978,7 @@ async def test_every_surface_says_in_the_stream_that_it_breaks_off(client, zai, 
     zai.parts = [FIRST, RECORDED[len(FIRST) : len(FIRST) + 180], RESET]
     response, stream = await ask(client, body | {"stream": True}, path)
     assert response.status == 200
-    assert "broke off" in stream.split("\n\n")[-2 if "responses" in path else -3]
+    assert CONNECTION_WORDS.search(stream.split("\n\n")[-2 if "responses" in path else -3])
 
 
 @over_sockets
@@ -3080,8 +3084,8 @@ async def test_messages_go_to_zais_own_anthropic_api_with_our_key(passing, rest)
         (
             429,
             b'{"type":"error","error":{"type":"rate_limit_error","code":"1308","message":"x"}}',
-            429,
-            "rate_limit_error",
+            402,
+            "billing_error",
         ),
         (200, b'{"code":401,"msg":"token expired or incorrect","success":false}', 502, "api_error"),
         (404, b"", 502, "api_error"),
@@ -4237,9 +4241,9 @@ async def test_the_sdk_streams_several_choices_whichever_speaks_first(sdk, zai):
 async def test_the_sdk_raises_what_it_should(sdk, zai):
     openai = pytest.importorskip("openai")
     zai.status, zai.parts = 429, [b'{"error":{"code":"1113","message":"no money"}}']
-    with pytest.raises(openai.RateLimitError, match="1113: no money") as raised:
+    with pytest.raises(openai.APIStatusError, match="1113: no money") as raised:
         await sdk.chat.completions.create(**HELLO)
-    assert raised.value.code == "insufficient_quota"
+    assert (raised.value.status_code, raised.value.code) == (402, "insufficient_quota")
 
 
 @over_sockets

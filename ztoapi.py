@@ -278,7 +278,7 @@ UNREACHABLE = ErrorKind(
     502,
     "upstream_error",
     "zai_unreachable",
-    "Z.ai cannot be reached: check this server's network, proxy and ZAI_BASE_URL.",
+    "Z.ai cannot be reached (connection error, network error): check this server's network, proxy and ZAI_BASE_URL.",
 )
 WRONG_ADDRESS = ErrorKind(
     502,
@@ -295,7 +295,7 @@ RATE_LIMITED = ErrorKind(
     retry_after=1,
 )
 NO_BALANCE = ErrorKind(
-    429,
+    402,  # several agents ask again after a 429, for minutes and without a word
     "insufficient_quota",
     "insufficient_quota",
     "This server's Z.ai key has no balance for this model. A Coding Plan key needs "
@@ -303,7 +303,7 @@ NO_BALANCE = ErrorKind(
     "such as glm-4.7-flash.",
 )
 QUOTA_EXCEEDED = ErrorKind(
-    429,
+    402,
     "insufficient_quota",
     "quota_exceeded",
     "The quota of this server's Z.ai key is used up: wait until it is reset, or use another key.",
@@ -327,6 +327,9 @@ MODEL_NOT_FOUND = ErrorKind(
     "Z.ai does not know this model, or not for this use: GET /v1/models lists the names, "
     "and this server's MODEL_ALIASES can give a model the name a client insists on.",
 )
+
+# Agents decide by the words "connection error" and "network error" whether to ask again.
+BROKEN_OFF = "Z.ai broke off its answer (connection error, network error): try again."
 
 SHOULD_RETRY = frozenset((RATE_LIMITED, UNAVAILABLE, UNREACHABLE, TIMEOUT))  # kinds that a client may ask again after
 
@@ -389,6 +392,7 @@ def error_body(error: ProxyError) -> JSON:
 ANTHROPIC_TYPES = {
     400: "invalid_request_error",
     401: "authentication_error",
+    402: "billing_error",
     403: "permission_error",
     404: "not_found_error",
     413: "request_too_large",
@@ -2477,7 +2481,7 @@ class ZaiReader:
         if self.raw is not None:
             yield from self.read_document(b"".join(self.raw))
         if not self.done and self.finish is None:
-            raise UpstreamError(UNAVAILABLE, "Z.ai broke its answer off: try again.")
+            raise UpstreamError(UNAVAILABLE, BROKEN_OFF)
         yield from self.end()
 
     def read_event(self, data: bytes) -> Iterable[Event]:
@@ -2515,7 +2519,7 @@ class ZaiReader:
         if self.finish is None and (finish := choice.get("finish_reason")):
             self.finish = str(finish)
             if self.finish == "network_error":
-                raise UpstreamError(UNAVAILABLE, "Z.ai broke its answer off: try again.", "Z.ai: network_error")
+                raise UpstreamError(UNAVAILABLE, BROKEN_OFF, "Z.ai: network_error")
 
     def read_head(self, chunk: JSON) -> None:
         if not (self.id and self.created and self.request_id):  # most chunks repeat them
@@ -3027,11 +3031,14 @@ def connection_error(error: Exception) -> UpstreamError:
         case asyncio.TimeoutError() if not isinstance(error, aiohttp.ClientError):
             return UpstreamError(TIMEOUT, "Z.ai did not answer in time: try again.")
         case ValueError():  # InvalidURL, or an impossible name; the address may contain a password
-            return UpstreamError(UNREACHABLE, "Z.ai cannot be reached: HTTPS_PROXY or ZAI_BASE_URL is no address.")
+            return UpstreamError(
+                UNREACHABLE,
+                "Z.ai cannot be reached (connection error, network error): HTTPS_PROXY or ZAI_BASE_URL is no address.",
+            )
         case aiohttp.ClientConnectorError() | aiohttp.ConnectionTimeoutError() | aiohttp.ClientHttpProxyError():
             return UpstreamError(UNREACHABLE, detail=str(error))
         case _:
-            return UpstreamError(UNAVAILABLE, "The connection to Z.ai broke off: try again.", type(error).__name__)
+            return UpstreamError(UNAVAILABLE, BROKEN_OFF, type(error).__name__)
 
 
 NO_HEADER_WORD = re.compile(r"[^\w.:-]", re.ASCII)
@@ -5033,8 +5040,8 @@ for (const [code, what] of [
   ["401 invalid_api_key", say("Send this server's key, not a Z.ai key.", "请使用本服务器的密钥，而不是 Z.ai 的。")],
   ["404 model_not_found", say("Z.ai does not know the model: choose one of the above.", "没有这个模型，请从上面选择。")],
   ["429 rate_limit_exceeded", say("Too many requests at once, or the model is overloaded: wait as Retry-After says.", "请求过多或模型繁忙，请按 Retry-After 等待。")],
-  ["429 insufficient_quota", say("No balance: a Coding Plan key needs its own ZAI_BASE_URL; the free models need none.", "余额不足：Coding Plan 密钥要用它自己的 ZAI_BASE_URL；免费模型无需余额。")],
-  ["429 quota_exceeded", say("The plan's quota is used up until Retry-After.", "套餐额度已用完，请等到 Retry-After。")],
+  ["402 insufficient_quota", say("No balance: a Coding Plan key needs its own ZAI_BASE_URL; the free models need none.", "余额不足：Coding Plan 密钥要用它自己的 ZAI_BASE_URL；免费模型无需余额。")],
+  ["402 quota_exceeded", say("The plan's quota is used up until Retry-After.", "套餐额度已用完，请等到 Retry-After。")],
   ["502, 504", say("Z.ai failed, was silent, or is not reached: try again; the operator may run ztoapi.py --check.", "Z.ai 出错、无响应或无法连接：请重试；管理员可运行 ztoapi.py --check。")],
   ["503 zai_api_key_missing", say("The operator must set ZAI_API_KEY.", "管理员需要设置 ZAI_API_KEY。")],
 ]) {

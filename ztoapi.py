@@ -148,13 +148,13 @@ def aliases(text: str) -> tuple[tuple[str, str], ...]:
 
 
 def setting(default: Any, read: Callable[[str], Any], wanted: str) -> Any:
-    """A field that comes from the variable of its name in capitals, and what to say when its value cannot be used."""
+    """A field read from the environment variable of the same name in upper case; `wanted` ends the error message."""
     return field(default=default, metadata={"read": read, "wanted": wanted})
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What an operator can set: the README's table says what for. Raises SettingsError when it is unsafe."""
+    """What an operator can set; the README's table explains each. Raises SettingsError for an unsafe combination."""
 
     port: int = setting(9090, whole_number(0, 65535), "a port number, 0 to 65535")
     host: str = setting("localhost", address, "one address or host name")
@@ -191,12 +191,12 @@ class Settings:
 
     @property
     def published(self) -> bool:
-        """Everybody knows the key, so this server is for this machine alone."""
+        """Everybody knows the key, so only this machine may call."""
         return PUBLISHED_KEY in self.default_key
 
     @property
     def anthropic_url(self) -> str:
-        """Where Z.ai serves Anthropic's API: beside its own, unless the operator says otherwise."""
+        """Where Z.ai serves Anthropic's API: beside its own, unless the operator set another address."""
         return self.zai_anthropic_url or re.sub(r"(/coding)?/paas/v4$", "", self.zai_base_url) + "/anthropic"
 
     @property
@@ -205,7 +205,7 @@ class Settings:
 
     @classmethod
     def from_env(cls, env: Mapping[str, str]) -> Settings:
-        """Read every variable of the README's table; an empty one counts as not set, but for DEFAULT_KEY."""
+        """Read every variable of the README's table. An empty one counts as not set, except DEFAULT_KEY."""
         given = {f: env[f.name.upper()].strip() for f in fields(cls) if "read" in f.metadata and f.name.upper() in env}
         return cls(
             **{
@@ -220,12 +220,12 @@ def read_setting(name: str, text: str, metadata: Mapping[str, Any]) -> Any:
     try:
         return metadata["read"](text)
     except (ValueError, KeyError):
-        snapshot = "" if name.endswith("_key") or "@" in text else f"={text}"  # a broken key is still a secret
-        raise SettingsError(f"{name.upper()}{snapshot} cannot be used: it must be {metadata['wanted']}") from None
+        shown = "" if name.endswith("_key") or "@" in text else f"={text}"  # a broken key is still a secret
+        raise SettingsError(f"{name.upper()}{shown} cannot be used: it must be {metadata['wanted']}") from None
 
 
 def is_loopback(host: str) -> bool:
-    """Whether a host name means this machine alone, whatever a DNS server says."""
+    """Whether a host name can only mean this machine, whatever a DNS server says."""
     try:
         return host.lower() == "localhost" or ipaddress.ip_address(host.strip("[]")).is_loopback
     except ValueError:
@@ -331,7 +331,7 @@ MODEL_NOT_FOUND = ErrorKind(
 # Agents decide by the words "connection error" and "network error" whether to ask again.
 BROKEN_OFF = "Z.ai broke off its answer (connection error, network error): try again."
 
-SHOULD_RETRY = frozenset((RATE_LIMITED, UNAVAILABLE, UNREACHABLE, TIMEOUT))  # kinds that a client may ask again after
+SHOULD_RETRY = frozenset((RATE_LIMITED, UNAVAILABLE, UNREACHABLE, TIMEOUT))  # a client may send the request again
 
 
 class ProxyError(Exception):
@@ -375,7 +375,7 @@ class UpstreamError(ProxyError):
 
 
 def reset_time(text: str) -> float | None:
-    """Z.ai names the end of a quota as "2026-09-12 00:35:41", in UTC+8 without saying so (can1357/oh-my-pi#11014)."""
+    """The Unix time in "… will reset at 2026-09-12 00:35:41", which is UTC+8 (can1357/oh-my-pi#11014)."""
     found = re.findall(r"\b(20\d\d-\d\d-\d\d)[ T](\d\d:\d\d:\d\d)\b", text)
     try:
         return max((datetime.fromisoformat(f"{day}T{hour}+08:00").timestamp() for day, hour in found), default=None)
@@ -420,10 +420,10 @@ def error_headers(error: ProxyError, now: float) -> dict[str, str]:
 
 
 class Redactor:
-    """Takes every secret out of a text before it is logged or told, however short the secret is."""
+    """Replaces every secret in a text by *** before it is logged or sent, however short the secret is."""
 
     def __init__(self, words: Iterable[str]) -> None:
-        # A key may stand there as it is, seen JSON, or in an address.
+        # A key may appear as it is, in JSON, or in a URL.
         forms = {form for word in words for form in (word, json.dumps(word)[1:-1], quote(word, safe=""))}
         self.pattern = re.compile("|".join(map(re.escape, sorted(forms, key=len, reverse=True))) or r"(?!)")
 
@@ -434,7 +434,7 @@ class Redactor:
 # ======== Models ====================================================================================================
 
 K = 1024
-# How a model takes to being told whether to think: not at all, on or off, with an effort, or always with some effort.
+# How reasoning is controlled: not at all; on/off; on/off plus effort; always on, with effort.
 ThinkingKind = Literal["none", "switch", "effort", "always"]
 
 
@@ -448,20 +448,20 @@ class Model:
     thinking: ThinkingKind = "always"
     vision: bool = True
     free: bool = False
-    created: int = 1753632000  # when Z.ai's own list begins
+    created: int = 1753632000  # the oldest date in Z.ai's own list
 
     @property
     def streams_arguments(self) -> bool:
-        """From GLM-4.6 on the arguments of a tool call can be streamed."""
+        """The arguments of a tool call can be streamed from GLM-4.6 on."""
         return not self.id.startswith(("glm-4-", "glm-4.1", "glm-4.5"))
 
     @property
     def tagged_reasoning(self) -> bool:
-        """Older models that see put their reasoning, and boxes around results, into the text (docs.z.ai, GLM-4.5V)."""
+        """Older vision models write their reasoning, and boxes around results, into the text (docs.z.ai, GLM-4.5V)."""
         return self.id.startswith(("glm-4.1v", "glm-4.5v", "glm-4.6v"))
 
 
-# docs.z.ai, October 2026: id, context and output in K, thinking, what else, created (in Z.ai's list, or the release).
+# docs.z.ai, October 2026: id, context and output in K, thinking, features, created (from Z.ai's list, or the release).
 MODEL_ROWS: tuple[tuple[str, int, int, ThinkingKind, str, int], ...] = (
     ("glm-5.3", 1024, 128, "always", "", 1786636800),
     ("glm-5.3-flash", 1024, 128, "always", "sees", 1787702400),
@@ -493,7 +493,7 @@ MODELS = {
 
 
 def resolve(name: str, renamed: Iterable[tuple[str, str]] = ()) -> Model:
-    """The model a client means by a name, in any case, with or without provider prefix and `[1m]`; aliases first.
+    """The model that a client's name means, in any case, with or without provider prefix and `[1m]`; aliases win.
 
     A name that the table lacks is passed on as it is: Z.ai may be newer than the table.
     """
@@ -520,7 +520,7 @@ def anthropic_item(model: Model, name: str) -> JSON:
     return {"type": "model", "id": name, "display_name": name, "created_at": created}
 
 
-# Codex CLI takes no model without a prompt of its own, and puts it in the place of the one it has.
+# Codex CLI wants a system prompt with every model, and uses it instead of its own.
 CODEX_INSTRUCTIONS = """\
 You are a coding agent in the user's terminal, run by the Codex CLI. You work in the user's folder with the tools you
 are given, until the task is done; then you say in a few words what you did.
@@ -536,7 +536,7 @@ are given, until the task is done; then you say in a few words what you did.
 
 
 def codex_item(model: Model, name: str) -> JSON:
-    """What Codex CLI wants to know of a model (openai/codex, ModelInfo; tried with 0.169)."""
+    """A model as Codex CLI lists it (openai/codex, ModelInfo; tried with 0.169)."""
     return {
         "slug": name,
         "display_name": name,
@@ -562,7 +562,7 @@ def codex_item(model: Model, name: str) -> JSON:
 
 
 def model_from_item(item: JSON) -> Model:
-    """A line of Z.ai's own list, completed from the table."""
+    """A model of Z.ai's own list, completed from the table."""
     name = str(item["id"]).lower()
     created = item.get("created")
     return MODELS.get(name) or (Model(name, created=created) if isinstance(created, int) else Model(name))
@@ -570,9 +570,9 @@ def model_from_item(item: JSON) -> Model:
 
 # ======== JSON ======================================================================================================
 
-# Nothing of ours contains itself, and to look for it takes a sixth of the time.
+# check_circular costs a sixth of the time, and nothing of ours contains itself.
 to_json = json.JSONEncoder(separators=(",", ":"), ensure_ascii=False, allow_nan=False, check_circular=False).encode
-# Some clients split lines at these, so they leave as escapes; in JSON they stand seen strings only.
+# Some clients split lines at these characters, so they are sent as escapes; JSON has them only inside strings.
 LINE_ENDS = (("\u0085", "\\u0085"), ("\u2028", "\\u2028"), ("\u2029", "\\u2029"))
 
 
@@ -582,7 +582,7 @@ def encode_json(value: Any) -> bytes:
 
 
 def escaped(text: str) -> bytes:
-    """JSON, or frames of it, in UTF-8. Half a surrogate pair leaves as an escape, as it came: the rest may follow."""
+    """JSON text, or frames of it, in UTF-8. Half a surrogate pair stays the escape it came as: the rest may follow."""
     if text.isascii():
         return text.encode()
     for end, escape in LINE_ENDS:
@@ -600,10 +600,10 @@ def encode_request(value: Any) -> bytes:
 
 
 def finite_number(text: str) -> float:
-    """A number of JSON's; Python would take NaN and 1e999 too, and then write what is no JSON."""
+    """parse_float hook: rejects NaN and infinities, which Python accepts and JSON lacks."""
     value = float(text)
     if not math.isfinite(value):
-        raise ValueError(f"{text} is no number that JSON has")
+        raise ValueError(f"{text} is not a JSON number")
     return value
 
 
@@ -611,7 +611,7 @@ JSON_DECODER = json.JSONDecoder(parse_float=finite_number, parse_constant=finite
 
 
 def parse_json(data: bytes) -> Any:
-    """JSON, or None: half a character cut off by Z.ai must not spoil the rest."""
+    """The value, None if this is not JSON. A character that Z.ai cut in half does not spoil the rest."""
     text = data.decode("utf-8", "replace").removeprefix("\ufeff").strip()
     try:
         value, end = JSON_DECODER.raw_decode(text)
@@ -621,24 +621,24 @@ def parse_json(data: bytes) -> Any:
 
 
 def unique_names(pairs: list[tuple[str, Any]]) -> JSON:
-    """A JSON object; readers differ in which of two fields of one name they take, so there must not be two."""
+    """object_pairs_hook: rejects a repeated name, since readers differ in which of the two values they take."""
     found = dict(pairs)
     if len(found) < len(pairs):
-        raise ValueError("a name stands twice in an object")
+        raise ValueError("an object has the same name twice")
     return found
 
 
 REQUEST_DECODER = json.JSONDecoder(
     object_pairs_hook=unique_names, parse_float=finite_number, parse_constant=finite_number
 )
-MAX_DEPTH = 100  # objects and arrays seen each other
+MAX_DEPTH = 100  # nested objects and arrays
 
 
 def parse_request(body: bytes) -> JSON:
-    """A client's JSON object. Raises ValueError or RecursionError for what is none."""
+    """A client's JSON object. Raises ValueError or RecursionError for anything else."""
     document = REQUEST_DECODER.decode(body.decode().removeprefix("\ufeff"))
     if not isinstance(document, dict):
-        raise ValueError("it is something else")
+        raise ValueError("it is another JSON value")
     if body.count(b"{") + body.count(b"[") <= MAX_DEPTH:
         return document
     level: list[Any] = [document]
@@ -647,11 +647,11 @@ def parse_request(body: bytes) -> JSON:
         level = [item for item in level if isinstance(item, (dict, list))]
         if not level:
             return document
-    raise ValueError("it is too deep")
+    raise ValueError(f"it is nested more than {MAX_DEPTH} deep")
 
 
 def as_object(value: Any) -> JSON:
-    """Somebody's null or absent object as an empty one."""
+    """`value` if it is an object, else {}."""
     return value if isinstance(value, dict) else {}
 
 
@@ -685,7 +685,7 @@ class Text:
 
 @dataclass(frozen=True, slots=True)
 class ToolCall:
-    """A tool's call, or a piece of it: the first has id and name, later ones only more `arguments` (JSON text)."""
+    """A tool call, or a piece of one: the first has id and name, later ones only more `arguments` (JSON text)."""
 
     index: int
     id: str
@@ -719,7 +719,7 @@ FinishReason = Literal["stop", "length", "tool_calls", "content_filter"]
 
 @dataclass(frozen=True, slots=True)
 class Finish:
-    """A choice has ended well: its last event."""
+    """The last event of a choice that is complete."""
 
     reason: FinishReason
     choice: int = 0
@@ -727,7 +727,7 @@ class Finish:
 
 @dataclass(frozen=True, slots=True)
 class Citations:
-    """What a web search found, as Z.ai lists it: title, link, content and more."""
+    """The results of a web search as Z.ai lists them: title, link, content and more."""
 
     results: tuple[JSON, ...]
     choice: int = 0
@@ -747,7 +747,7 @@ class Tool:
 
 @dataclass(frozen=True, slots=True)
 class Media:
-    """A picture, film or file for a model that sees: `type` is image_url, video_url or file_url."""
+    """An image, video or file for a vision model: `type` is image_url, video_url or file_url."""
 
     type: str
     url: str
@@ -755,7 +755,7 @@ class Media:
 
 @dataclass(frozen=True, slots=True)
 class Message:
-    """One turn. `calls` and `thought` are the assistant's; `call_id` is the call that a tool's message answers."""
+    """One message. The assistant's may have `calls` and `thought`; a tool message answers `call_id`."""
 
     role: str
     content: tuple[str | Media, ...]
@@ -766,7 +766,7 @@ class Message:
 
 @dataclass(frozen=True, slots=True)
 class ToolChoice:
-    """Whether a tool may or must be called; where there are `names`, only those functions count."""
+    """Whether a tool may or must be called; `names` restricts it to those functions."""
 
     mode: Literal["auto", "none", "required"] = "auto"
     names: tuple[str, ...] | None = None
@@ -778,7 +778,7 @@ Effort = Literal["off", "on", "low", "medium", "high", "xhigh", "max"]
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """What a client asks, checked, and free of the format it was asked in. None: the client did not say."""
+    """A checked request, independent of the API it came by. None means that the client did not say."""
 
     model: str
     messages: tuple[Message, ...]
@@ -795,7 +795,7 @@ class Prompt:
     tool_choice: ToolChoice = ToolChoice()
     schema: JSON | None = None  # JSON Schema of the answer; {}: any JSON object; None: text
     effort: Effort | None = None
-    clear_thinking: bool | None = None  # whether the model forgets what it thought in earlier turns
+    clear_thinking: bool | None = None  # whether the model forgets its reasoning of earlier turns
     reasoning_format: ReasoningFormat | None = None
     fallbacks: tuple[str, ...] = ()  # models to ask when the first cannot answer
     native: JSON = field(default_factory=dict)  # Z.ai's own parameters, passed on
@@ -804,7 +804,7 @@ class Prompt:
 
 @dataclass(frozen=True, slots=True)
 class Head:
-    """What every chunk of one answer repeats.
+    """What every chunk of an answer repeats.
 
     `id` is Z.ai's id of the answer, `created` Unix seconds, `model` the name as the client wrote it, `own_id` a random
     id of ours.
@@ -818,7 +818,7 @@ class Head:
 
 @dataclass
 class Choice:
-    """One choice of a whole answer, while it is summed up."""
+    """One choice of a whole answer, while events are added."""
 
     texts: list[str] = field(default_factory=list)
     thoughts: list[str] = field(default_factory=list)
@@ -846,7 +846,7 @@ class Answer:
 
     def __init__(self) -> None:
         self.choices: dict[int, Choice] = {}
-        self.usage: Usage | None = None  # None: Z.ai told none
+        self.usage: Usage | None = None  # None: Z.ai sent none
 
     def add(self, event: Event) -> None:
         match event:
@@ -881,7 +881,7 @@ class Answer:
 
 
 class ReasoningShape:
-    """Where the model's reasoning goes: on as it is, into the text between <think> tags, or nowhere."""
+    """Leaves reasoning as it is, moves it into the text between <think> tags, or drops it."""
 
     def __init__(self, form: ReasoningFormat) -> None:
         self.form = form
@@ -960,7 +960,7 @@ def required(given: JSON, *names: str) -> None:
 
 
 def validated(body: JSON, wanted: Mapping[str, Callable[[Any], Any]], at: str = "") -> JSON:
-    """The fields of `body` that count and are not null, each as its check returns it; `at` is where `body` stands.
+    """The known fields of `body` that are not null, each as its check returns it; `at` is the path of `body`.
 
     Raises BadRequest for the first that is wrong, in the client's order.
     """
@@ -979,13 +979,13 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {"modalities": (["text"],), "service_tier"
 
 
 def unknown_fields(body: JSON, known: Iterable[str]) -> Iterator[str]:
-    """The fields that ask for something we cannot do."""
+    """The fields that ask for something GLM cannot do."""
     for name, value in body.items():
         if name not in known and value and value not in NEUTRAL.get(name, ()):
             yield name
 
 
-# The words for effort that clients of the OpenAI API and of its relatives use.
+# The words for effort in the OpenAI API and its relatives.
 EFFORT_LEVELS: tuple[Effort, ...] = ("low", "medium", "high", "xhigh", "max")
 EFFORTS: dict[str, Effort] = {"none": "off", "minimal": "off", **{level: level for level in EFFORT_LEVELS}}
 
@@ -1021,7 +1021,7 @@ def effort_from_thinking(value: Any) -> Effort | None:
 
 
 def effort_from_template(value: Any) -> Effort | None:
-    """What vLLM and SGLang call chat_template_kwargs."""
+    """The `chat_template_kwargs` of vLLM and SGLang."""
     given = mapping(value).get("enable_thinking")
     if given is None:
         return None
@@ -1030,7 +1030,7 @@ def effort_from_template(value: Any) -> Effort | None:
     return effort_from_switch(given)
 
 
-# Five ways to ask for thinking; where a request has several, the first counts.
+# Five ways to ask for thinking; if a request has several, the first of this order counts.
 EFFORT_FIELDS: dict[str, Callable[[Any], Effort | None]] = {
     "reasoning_effort": effort,
     "reasoning": effort_from_object,
@@ -1083,14 +1083,14 @@ GENERATION_FIELDS: dict[str, Callable[[Any], Any]] = {
     **EFFORT_FIELDS,
 }
 
-# Fields of these names in a Prompt are as they were given.
+# Fields that Prompt has under the same name.
 SAME_IN_PROMPT = frozenset(
     ("model", "stream", "n", "temperature", "top_p", "stop", "seed", "tool_choice", "reasoning_format", "fallbacks")
 )
 
 
 def common_arguments(given: JSON) -> JSON:
-    """The arguments of Prompt that are read alike for every API."""
+    """The arguments of Prompt that every API gives in the same way."""
     same = {name: value for name, value in given.items() if name in SAME_IN_PROMPT}
     users = (given.get(name) for name in ("user_id", "safety_identifier", "user"))
     return {**same, "user": next(filter(None, users), "")}
@@ -1150,7 +1150,7 @@ def search_tool(value: Any) -> JSON:
     }
 
 
-# Z.ai's own parameters, which go on as they are.
+# Z.ai's own parameters, sent on unchanged.
 NATIVE_FIELDS: dict[str, Callable[[Any], Any]] = {
     "do_sample": switch,
     "request_id": string,
@@ -1159,7 +1159,7 @@ NATIVE_FIELDS: dict[str, Callable[[Any], Any]] = {
 }
 
 
-# Each field that counts, and its check. Whatever else a client sends is left out and listed as ignored.
+# Each known field and its check. Any other is left out and listed as ignored.
 CHAT_FIELDS: dict[str, Callable[[Any], Any]] = {
     **GENERATION_FIELDS,
     "messages": array,
@@ -1193,7 +1193,7 @@ def parse_chat(body: JSON) -> ChatRequest:
     given = validated(body, CHAT_FIELDS)
     required(given, "model", "messages")
     tools = [parse_tool(tool, f"tools[{i}]") for i, tool in enumerate(given.get("tools", ()))]
-    serial = bool(tools) and given.get("parallel_tool_calls") is False  # Z.ai has no way to ask for one call at a time
+    serial = bool(tools) and given.get("parallel_tool_calls") is False  # Z.ai cannot be asked for one call at a time
     prompt = Prompt(
         **common_arguments(given),
         messages=tuple(parse_message(message, f"messages[{i}]") for i, message in enumerate(given["messages"])),
@@ -1210,7 +1210,7 @@ def parse_chat(body: JSON) -> ChatRequest:
 
 
 def native_tools(tools: list[Tool | JSON], given: JSON) -> list[JSON]:
-    """Z.ai's own tools: those sent as such, and the search asked for in OpenAI's way."""
+    """Z.ai's own tools: those that the client sent, and the search that web_search_options asks for."""
     native = [tool for tool in tools if not isinstance(tool, Tool)]
     searches = any(tool["type"] == "web_search" for tool in native)
     return native if searches or "web_search_options" not in given else [*native, given["web_search_options"]]
@@ -1229,12 +1229,12 @@ ROLES = {
     "user": "user",
     "assistant": "assistant",
     "tool": "tool",
-    "function": "tool",  # the name before tools had theirs
+    "function": "tool",  # OpenAI's name before there were tools
 }
 
 
 def parse_message(message: Any, at: str) -> Message:
-    """One message; `at` is where it stands, for the errors."""
+    """One message; `at` is its path in the request, for errors."""
     if not isinstance(message, dict):
         raise BadRequest(f"'{at}' must be an object.", at)
     role = message.get("role")
@@ -1294,7 +1294,7 @@ def parse_calls(message: JSON, at: str) -> tuple[ToolCall, ...]:
     calls = message.get("tool_calls") or []
     if not isinstance(calls, list):
         raise BadRequest(f"'{at}.tool_calls' must be an array.", f"{at}.tool_calls")
-    if message.get("function_call"):  # what a call was before there were tools; its name stands for its id
+    if message.get("function_call"):  # OpenAI's calls before there were tools: without an id, so the name serves as one
         function = as_object(message["function_call"])
         calls = [*calls, {"id": function.get("name"), "function": function}]
     return tuple(parse_call(call, i, f"{at}.tool_calls[{i}]") for i, call in enumerate(calls))
@@ -1314,7 +1314,7 @@ def parse_call(call: Any, index: int, at: str) -> ToolCall:
 
 
 def argument_text(arguments: Any) -> str:
-    """Arguments as JSON in a string, as OpenAI has them, also where somebody sends the object itself."""
+    """Arguments as a JSON string, as OpenAI has them, also where the object itself was sent."""
     return arguments if isinstance(arguments, str) else to_json(arguments) if arguments else ""
 
 
@@ -1333,7 +1333,7 @@ def parse_tool(tool: Any, at: str) -> Tool | JSON:
     match tool:
         case {"type": "function", "function": {"name": str(name)} as function} if name:
             given = validated(function, TOOL_FIELDS, f"{at}.function.")
-            # Z.ai requires the other two, OpenAI neither.
+            # Z.ai requires description and parameters, OpenAI neither.
             parameters = given.get("parameters") or {"type": "object", "properties": {}}
             return Tool(name, given.get("description") or name, parameters)
         case {"type": "web_search" | "retrieval" | "mcp"}:
@@ -1416,14 +1416,14 @@ def call_body(call: ToolCall) -> JSON:
 
 
 def call_delta(call: ToolCall) -> JSON:
-    """The first piece of a call has its id and name, the others arguments alone."""
+    """The first piece of a call has its id and name, later ones only arguments."""
     if call.id:
         return {"index": call.index, **call_body(call)}
     return {"index": call.index, "function": {"arguments": call.arguments}}
 
 
 def url_citations(results: Iterable[JSON]) -> list[JSON]:
-    """Where the model read: Z.ai does not tell the places in the text, so they are 0."""
+    """Search results as OpenAI's annotations. Z.ai does not say where in the text they belong, so the indexes are 0."""
     return [
         {
             "type": "url_citation",
@@ -1545,7 +1545,7 @@ def completion_choice(index: int, words: str, finish_reason: FinishReason | None
 
 
 def response_format(value: Any) -> JSON | None:
-    """The `text` of a request, whose format is flat where chat's response_format is not."""
+    """The schema in a request's `text`: as `answer_schema`, but the format is flat."""
     match mapping(value).get("format"):
         case None | {"type": "text"}:
             return None
@@ -1593,7 +1593,7 @@ RESPONSE_FIELDS: dict[str, Callable[[Any], Any]] = {
     "metadata": mapping,
 }
 
-# Fields of a request that a response repeats, and what it says where the request has none.
+# Fields of a request that the response repeats, with their defaults.
 ECHOED: JSON = {
     "instructions": None,
     "max_output_tokens": None,
@@ -1701,7 +1701,7 @@ def resolve_reference(item: Any, history: History) -> Any:
 
 
 def parse_item(item: Any, at: str) -> Iterator[Message]:
-    """One item of the input as messages; several items may be one message of the assistant's (see `joined`)."""
+    """One item of the input as messages; several items may form one assistant message (see merge_assistant_turns)."""
     match item:
         case {"type": "function_call" | "custom_tool_call", "name": str(name), "call_id": str(call_id)}:
             arguments = item.get("arguments") if item["type"] == "function_call" else {"input": item.get("input")}
@@ -1722,12 +1722,12 @@ def parse_item(item: Any, at: str) -> Iterator[Message]:
             raise BadRequest(f"'{at}' must be a message, a call of a tool, its output, or reasoning.", at)
 
 
-# What OpenAI's own tools leave in a conversation: the model's words say what came of it.
+# Items of OpenAI-hosted tools, skipped: the assistant's text already has their results.
 OPENAI_ITEMS = ("web_search_call", "file_search_call", "code_interpreter_call", "image_generation_call")
 
 
 def hoist_tool_images(messages: Iterable[Message]) -> Iterator[Message]:
-    """Pictures that tools gave, which Z.ai takes from users alone, after the last of the tools' messages."""
+    """Move images that tools returned behind the tools' messages: Z.ai takes them only in user messages."""
     seen: list[Message] = []
     last = ""
     for message in messages:
@@ -1743,7 +1743,7 @@ def hoist_tool_images(messages: Iterable[Message]) -> Iterator[Message]:
 
 
 def as_chat_content(content: Any) -> Any:
-    """Parts with the names they have in chat."""
+    """Content parts under the names that they have in chat."""
     return [as_chat_part(part) for part in content] if isinstance(content, list) else content
 
 
@@ -1760,7 +1760,7 @@ def as_chat_part(part: Any) -> Any:
 
 
 def merge_assistant_turns(messages: Iterable[Message]) -> tuple[Message, ...]:
-    """The conversation with what the assistant thought, said and called in one turn as one message."""
+    """The conversation with the assistant's reasoning, text and calls of one turn in one message."""
     turns: list[Message] = []
     for message in messages:
         last = turns[-1] if turns else None
@@ -1777,7 +1777,7 @@ def merge_assistant_turns(messages: Iterable[Message]) -> tuple[Message, ...]:
 
 
 def continues_turn(before: Message, after: Message) -> bool:
-    """Thought comes first, then text, then calls."""
+    """Whether `after` belongs to the same turn, in which reasoning comes first, then text, then calls."""
     return not (after.content and before.calls) and not (after.thought and (before.content or before.calls))
 
 
@@ -1786,7 +1786,7 @@ def encode_reasoning(thought: str) -> str:
 
 
 def decode_reasoning(item: JSON) -> str:
-    """The thought in a reasoning item: what we sealed, or what it shows."""
+    """The reasoning in an item: from our `encrypted_content`, else from its visible text."""
     kept = item.get("encrypted_content")
     if isinstance(kept, str) and kept.startswith(REASONING_PREFIX):
         with suppress(ValueError):
@@ -1796,7 +1796,7 @@ def decode_reasoning(item: JSON) -> str:
 
 
 def parse_response_tool(tool: Any, at: str) -> Tool | JSON | None:
-    """A tool, or None for a kind that only OpenAI has. A custom tool is a function with its input as one string."""
+    """A tool, or None for a kind that only OpenAI has. A custom tool becomes a function with one string, its input."""
     match tool:
         case {"type": "function"}:
             return parse_tool({"type": "function", "function": tool}, at)
@@ -1815,12 +1815,12 @@ def parse_response_tool(tool: Any, at: str) -> Tool | JSON | None:
 
 @dataclass
 class Item:
-    """One item of a response's output, while it is written."""
+    """One item of a response's output, while events are added."""
 
     kind: Literal["reasoning", "message", "function_call", "custom_tool_call"]
     id: str
     index: int
-    words: list[str] = field(default_factory=list)  # of the text, or of the arguments
+    pieces: list[str] = field(default_factory=list)  # of the text, or of the arguments
     annotations: list[JSON] = field(default_factory=list)
     call_id: str = ""
     name: str = ""
@@ -1828,17 +1828,17 @@ class Item:
 
     @property
     def text(self) -> str:
-        return "".join(self.words)
+        return "".join(self.pieces)
 
     @property
     def input(self) -> str:
-        """The text that a custom tool is called with."""
+        """The string that a custom tool is called with."""
         given = parse_json(self.text.encode("utf-8", "surrogatepass"))
         return str(given["input"]) if isinstance(given, dict) and "input" in given else self.text
 
 
 class ResponseEncoder:
-    """Events to the events of the Responses API, and the response that they add up to."""
+    """Events to the events of the Responses API, and to the response that they add up to."""
 
     PREFIXES: Mapping[str, str] = {
         "reasoning": "rs",
@@ -1850,7 +1850,7 @@ class ResponseEncoder:
     def __init__(self, head: Head, request: ResponsesRequest) -> None:
         self.head, self.request = head, request
         self.id = f"resp_{head.own_id}"
-        self.sequence = 0  # the number of the next event
+        self.sequence = 0  # number of the next event
         self.items: list[Item] = []
         self.calls: dict[int, Item] = {}  # by the index of the call
         self.usage: Usage | None = None
@@ -1898,7 +1898,7 @@ class ResponseEncoder:
             else:
                 part = {"type": "reasoning_text", "text": ""}
                 yield self.frame("content_part.added", **self.position(item, "content_index"), part=part)
-        item.words.append(words)
+        item.pieces.append(words)
         name, where = ("summary_text", "summary_index") if self.has_summary else ("text", "content_index")
         yield self.frame(f"reasoning_{name}.delta", **self.position(item, where), delta=words)
 
@@ -1910,7 +1910,7 @@ class ResponseEncoder:
             yield self.frame("output_item.added", **self.position(item), item={**self.body(item), "content": []})
             part = {"type": "output_text", "text": "", "annotations": [], "logprobs": []}
             yield self.frame("content_part.added", **self.position(item, "content_index"), part=part)
-        item.words.append(words)
+        item.pieces.append(words)
         yield self.frame("output_text.delta", **self.position(item, "content_index"), delta=words, logprobs=[])
 
     def add_call(self, call: ToolCall) -> Iterator[JSON]:
@@ -1921,7 +1921,7 @@ class ResponseEncoder:
             item.call_id, item.name = call.id, call.name
             self.calls[call.index] = item
             yield self.frame("output_item.added", **self.position(item), item=self.body(item))
-        item.words.append(call.arguments)
+        item.pieces.append(call.arguments)
         if item.kind == "function_call" and call.arguments:
             yield self.frame("function_call_arguments.delta", **self.position(item), delta=call.arguments)
 
@@ -1939,7 +1939,7 @@ class ResponseEncoder:
                 yield from self.end(item)
 
     def end(self, item: Item) -> Iterator[JSON]:
-        """The frames that say that an item is complete."""
+        """The frames that complete an item; none if it is complete already."""
         if not item.open:
             return
         item.open = False
@@ -2016,7 +2016,7 @@ class ResponseEncoder:
         return "incomplete" if self.finish in ("length", "content_filter") else "completed"
 
     def messages(self) -> Iterator[Message]:
-        """The output as the next request's history."""
+        """The output as messages, for the next request's history."""
         for item in self.items:
             match item.kind:
                 case "reasoning":
@@ -2055,11 +2055,11 @@ def response_usage(usage: Usage) -> JSON:
 
 
 # ======== Surfaces ==================================================================================================
-# A surface is an API that clients speak: a function that parses its requests, and the request's two ways to answer.
+# A surface is an API that clients speak: a function that parses a request; the request knows how it is answered.
 
 
 class Encoder(Protocol):
-    """What a surface makes of a streamed answer's events; a frame is a dict, or a string that stands for itself."""
+    """Turns the events of a streamed answer into frames. A frame is a dict, or a string to be sent as it is."""
 
     def feed(self, event: Event) -> list[JSON]: ...
 
@@ -2090,7 +2090,7 @@ SURFACES: dict[str, Surface] = {
 
 
 def sse(frames: Iterable[JSON | str]) -> bytes:
-    """Frames as bytes, each `data: …` and a blank line. A string stands for itself; a type is the event's name too."""
+    """Frames as bytes, each `data: …` and a blank line. A frame with a `type` also gets that as its event name."""
     return escaped("".join([sse_frame(frame) for frame in frames]))
 
 
@@ -2105,9 +2105,9 @@ def sse_frame(frame: JSON | str) -> str:
 
 
 def zai_body(prompt: Prompt, model: Model) -> JSON:
-    """The request as Z.ai takes it; raises BadRequest when this model cannot take the prompt.
+    """The request as Z.ai takes it. Raises BadRequest when this model cannot take the prompt.
 
-    Only what Z.ai knows goes in: it fails a whole request for one field it dislikes, without naming it (1210).
+    It has only fields that Z.ai knows: for one that it dislikes Z.ai fails the whole request, without naming it (1210).
     """
     if not model.vision and any(isinstance(part, Media) for message in prompt.messages for part in message.content):
         raise no_vision_error(model)
@@ -2121,7 +2121,7 @@ def zai_body(prompt: Prompt, model: Model) -> JSON:
         "temperature": None if prompt.temperature is None else min(prompt.temperature, 1),
         "top_p": None if prompt.top_p is None else max(prompt.top_p, 0.01),
         "max_tokens": prompt.max_tokens and min(prompt.max_tokens, model.output or prompt.max_tokens),
-        "stop": list(prompt.stop) or None,  # a string too is said to work; the documents have a list
+        "stop": list(prompt.stop) or None,  # documented as a list
         "seed": prompt.seed,
         "user_id": zai_user(prompt.user),
         "tools": tools or None,
@@ -2134,7 +2134,7 @@ def zai_body(prompt: Prompt, model: Model) -> JSON:
 
 
 def choice_prompt(prompt: Prompt, choice: int) -> Prompt:
-    """The prompt of one of several choices: one seed would give them all the same words, and a request_id is unique."""
+    """The prompt for one of `n` choices: with its own seed, or all would be the same, and without the request_id."""
     if prompt.n == 1:
         return prompt
     native = {name: value for name, value in prompt.native.items() if name != "request_id"}
@@ -2149,7 +2149,7 @@ def zai_user(user: str) -> str | None:
 
 
 def offered_tools(prompt: Prompt) -> list[JSON]:
-    """The tools as Z.ai takes them. It knows no tool_choice but auto, so it is offered only what may be called."""
+    """The tools as Z.ai takes them. It knows only tool_choice auto, so it gets only the tools that may be called."""
     choice, tools = prompt.tool_choice, prompt.tools
     if choice.mode == "none":
         return []
@@ -2161,7 +2161,7 @@ def offered_tools(prompt: Prompt) -> list[JSON]:
 
 
 def emulation_lines(prompt: Prompt, tools: list[JSON]) -> Iterator[str]:
-    """What the model must be told in words, because Z.ai has no parameter for it."""
+    """Lines for the system message that stand in for what Z.ai has no parameter for: tool_choice and JSON Schemas."""
     names = [tool["function"]["name"] for tool in tools if tool["type"] == "function"]
     if prompt.tool_choice.mode == "required" and names:
         yield f"Answer by calling {'one of the functions' if len(names) > 1 else 'the function'} {', '.join(names)}."
@@ -2173,7 +2173,7 @@ def emulation_lines(prompt: Prompt, tools: list[JSON]) -> Iterator[str]:
 
 
 def with_system_lines(messages: tuple[Message, ...], lines: Iterable[str]) -> tuple[Message, ...]:
-    """The conversation with further lines in its system message."""
+    """The conversation with more lines at the end of its first system message."""
     lines = tuple(lines)
     if not lines:
         return messages
@@ -2183,9 +2183,9 @@ def with_system_lines(messages: tuple[Message, ...], lines: Iterable[str]) -> tu
 
 
 ENABLED, DISABLED = {"thinking": {"type": "enabled"}}, {"thinking": {"type": "disabled"}}
-# The three levels of the models that always think, and what comes nearest to them.
+# Models that always think have three levels; this is the nearest for each effort.
 ALWAYS: dict[Effort, str] = {"off": "low", "low": "low", "medium": "high", "high": "high", "xhigh": "max", "max": "max"}
-# What each kind of model is sent for each effort (docs.z.ai, "Thinking Mode"; NousResearch/hermes-agent#85890, #97286).
+# The fields for each kind of model and effort (docs.z.ai, "Thinking Mode"; NousResearch/hermes-agent#85890, #97286).
 THINKING: dict[ThinkingKind, dict[Effort, JSON]] = {
     "none": {},
     "switch": {level: DISABLED if level == "off" else ENABLED for level in ("off", "on", *EFFORT_LEVELS)},
@@ -2199,7 +2199,7 @@ THINKING: dict[ThinkingKind, dict[Effort, JSON]] = {
 
 
 def zai_thinking(prompt: Prompt, model: Model) -> JSON:
-    """How much to think, and whether to read again what was thought before: the client says, or sends it back."""
+    """Z.ai's thinking fields; clear_thinking=false keeps earlier reasoning visible."""
     fields = THINKING[model.thinking].get(prompt.effort, {}) if prompt.effort else {}
     clear = prompt.clear_thinking
     if clear is None and any(message.thought for message in prompt.messages):
@@ -2229,14 +2229,14 @@ def zai_message(message: Message) -> JSON:
 
 
 def zai_content(content: tuple[str | Media, ...]) -> str | list[JSON]:
-    """Text alone goes as a string: several models answer 1214 to text parts (BerriAI/litellm#25868)."""
+    """Text without media is sent as a string: several models answer 1214 to text parts (BerriAI/litellm#25868)."""
     if any(isinstance(part, Media) for part in content):
         return [{"type": "text", "text": part} if isinstance(part, str) else zai_media(part) for part in content]
     return "\n".join(part for part in content if isinstance(part, str))
 
 
 def zai_media(media: Media) -> JSON:
-    """Z.ai takes https addresses and bare base64, some models no data: URL (BigPizzaV3/CodexPlusPlus#2031)."""
+    """Z.ai takes https URLs and bare base64; some models refuse data: URLs (BigPizzaV3/CodexPlusPlus#2031)."""
     return {"type": media.type, media.type: {"url": re.sub(r"(?i)^data:[^,]*;base64,", "", media.url, count=1)}}
 
 
@@ -2249,14 +2249,14 @@ def zai_tool(tool: Tool) -> JSON:
 
 
 class RefInliner:
-    """A JSON Schema with its own definitions put in the places that refer to them.
+    """A JSON Schema with its own definitions in place of the references to them.
 
     Z.ai answers 500 or nothing at all to `$ref` (musistudio/claude-code-router#1474). Definitions that contain
     themselves stay as they are, and so does everything when the whole would grow out of bounds.
     """
 
-    MAX_NODES, MAX_DEPTH = 2_000, 100  # objects and arrays in the result, and seen each other
-    DATA = ("const", "enum", "default", "examples")  # what they hold is no schema
+    MAX_NODES, MAX_DEPTH = 2_000, 100  # objects and arrays in the result; nested
+    DATA = ("const", "enum", "default", "examples")  # hold values, not schemas
 
     def __init__(self, schema: JSON) -> None:
         self.schema = schema
@@ -2267,7 +2267,7 @@ class RefInliner:
             if isinstance(what, dict)
         }
         self.size = 0
-        self.has_refs = False  # a reference stays, so its definition must
+        self.has_refs = False  # a reference stays, so its definition must stay too
 
     def inline_all(self) -> JSON:
         if not self.definitions:
@@ -2282,7 +2282,7 @@ class RefInliner:
         return {**inlined, **kept}
 
     def inline(self, part: Any, seen: tuple[str, ...], depth: int) -> Any:
-        """`seen`: the definitions that this part is part of."""
+        """`part` with its references replaced; `seen` are the definitions that it is inside of."""
         if not isinstance(part, (dict, list)) or self.size > self.MAX_NODES:
             return part
         self.size += 1 if depth < self.MAX_DEPTH else self.MAX_NODES
@@ -2343,7 +2343,7 @@ KINDS_BY_CODE = {
     for code in codes.split()
 }
 
-# For refusals without one of those codes. Z.ai's gateway answers 404 in shapes of its own to a wrong path.
+# For refusals without such a code. Z.ai's gateway answers 404 in shapes of its own to a wrong path.
 KINDS_BY_STATUS = {400: INVALID, 401: AUTHENTICATION, 404: WRONG_ADDRESS, 429: RATE_LIMITED}
 
 
@@ -2362,7 +2362,7 @@ def zai_error(status: int, body: bytes | JSON) -> UpstreamError:
 
 
 def code_and_text(document: Any) -> tuple[str, str]:
-    """Z.ai's code and text from any of the shapes in which its errors come; empty where there is none."""
+    """Z.ai's code and text from any of the shapes in which its errors come; empty strings if there are none."""
     inner = document.get("error", document) if isinstance(document, dict) else None
     if not isinstance(inner, dict):  # Spring says {"status": 404, "error": "Not Found"}
         return "", ""
@@ -2391,16 +2391,16 @@ def excerpt(body: bytes | JSON) -> str:
 
 
 class SSEDecoder:
-    """Server-sent events out of bytes that may be cut anywhere (WHATWG HTML, 9.2.6), in time linear in their length.
+    """Server-sent events out of bytes that may be cut anywhere (WHATWG HTML, 9.2.6), in linear time.
 
-    Of the line ends the standard knows, CR alone is not taken for one: Z.ai does not send it.
+    Deviates from the standard: a lone CR is not a line end.
     """
 
     DATA = (b"data:", b"\xef\xbb\xbfdata:")  # a stream may begin with a byte order mark
 
     def __init__(self) -> None:
-        self.line: list[bytes] = []  # the line that has no end yet, in the parts it came in
-        self.data: list[bytes] = []  # the data lines of the event that has no end yet
+        self.line: list[bytes] = []  # the unfinished line, in parts
+        self.data: list[bytes] = []  # the data lines of the unfinished event
 
     def feed(self, part: bytes) -> list[bytes]:
         """The data of every event that this part completes."""
@@ -2414,11 +2414,11 @@ class SSEDecoder:
         return self.events_in(lines)
 
     def close(self) -> list[bytes]:
-        """The data of an event that the end of the stream cut short."""
+        """The data of an event that the end of the stream completes."""
         return self.events_in([b"".join(self.line), b""])
 
     def events_in(self, lines: list[bytes]) -> list[bytes]:
-        """The data of the events that these lines complete; one without data is none."""
+        """The data of the events that these lines complete; an event without data is skipped."""
         events = []
         for line in lines:
             if line.startswith(self.DATA):
@@ -2426,7 +2426,7 @@ class SSEDecoder:
             elif self.data and line in (b"", b"\r"):
                 events.append(b"\n".join(self.data))
                 self.data = []
-            # any other line is a comment, or a field that says nothing to us
+            # any other line is a comment, or a field that we do not need
         return [event for event in events if event]
 
 
@@ -2442,29 +2442,29 @@ MAX_HELD = 64 * 2**20  # bytes of one event, or of a whole answer
 
 
 class ZaiReader:
-    """Z.ai's bytes in, cut anywhere; events out. A whole JSON answer and a stream of chunks give the same events.
+    """Reads Z.ai's bytes, cut anywhere, into events; a whole JSON answer gives the same events as a stream of chunks.
 
-    Which of the two it is shows in the bytes, not in the headers: Z.ai answers with either where it should not.
+    The bytes decide which of the two it is, not the headers: Z.ai sends either where it should send the other.
     """
 
     def __init__(self, model: Model) -> None:
         self.model = model.id
         self.decoder = SSEDecoder()
-        self.raw: list[bytes] | None = []  # all so far, until the first event shows that this is a stream
+        self.raw: list[bytes] | None = []  # everything so far, until the first event shows that this is a stream
         self.words = TagReader() if model.tagged_reasoning else None
         self.calls = CallReader()
         self.id = ""  # Z.ai's id of the answer
-        self.created = 0  # Unix seconds; 0: not told
+        self.created = 0  # Unix seconds; 0: unknown
         self.request_id = ""
         self.held = 0  # bytes since the last event
-        self.torn = 0  # frames that were dropped because the rest of them never came
+        self.torn = 0  # frames dropped because their rest never came
         self.citations: list[JSON] = []
         self.usage: Usage | None = None
-        self.finish: str | None = None  # the first finish_reason: after tool_calls some models send a stop
-        self.done = False  # Finish is out
+        self.finish: str | None = None  # the first finish_reason: some models send stop after tool_calls
+        self.done = False  # Finish has been yielded
 
     def feed(self, part: bytes) -> Iterator[Event]:
-        """The events that this part completes. Raises UpstreamError where Z.ai says that it failed."""
+        """The events that this part completes. Raises UpstreamError when Z.ai reports a failure."""
         self.held += len(part)
         if self.held > MAX_HELD:
             raise UpstreamError(UNAVAILABLE, "Z.ai sent an answer without an end: try again.")
@@ -2475,7 +2475,7 @@ class ZaiReader:
             yield from self.read_event(data)
 
     def close(self) -> Iterator[Event]:
-        """What is left at the end of the bytes; raises UpstreamError when the answer was not finished."""
+        """The events that are left at the end of the bytes. Raises UpstreamError when the answer is incomplete."""
         for data in self.decoder.close():
             yield from self.read_event(data)
         if self.raw is not None:
@@ -2506,11 +2506,11 @@ class ZaiReader:
         if not isinstance(document, dict):
             raise zai_error(200, data)
         yield from self.read_chunk(document)
-        if first_object(document.get("choices")) and self.finish is None:  # complete all the same: its JSON is
+        if first_object(document.get("choices")) and self.finish is None:  # a complete JSON is a complete answer
             self.finish = "stop"
 
     def read_chunk(self, chunk: JSON) -> Iterator[Event]:
-        """A chunk of a stream, or a whole answer: they differ in the name of one field."""
+        """The events of a chunk or of a whole answer, which differ in the name of one field."""
         if chunk.get("error") or ("code" in chunk and "choices" not in chunk):
             raise zai_error(200, chunk)
         self.read_head(chunk)
@@ -2546,7 +2546,7 @@ class ZaiReader:
         return events
 
     def end(self) -> Iterator[Event]:
-        """What Z.ai tells last, in whatever order it came."""
+        """The last events, in a fixed order however Z.ai sent them; none the second time."""
         if self.done:
             return
         self.done = True
@@ -2566,7 +2566,7 @@ CHUNK_END = re.compile(r"\s*(?:data:\s*)?(?=\{|\[|$)")
 
 
 def salvage(data: str) -> tuple[list[JSON], int, str]:
-    """The whole chunks in the data of an event that is not one chunk, how many were torn, and what is left over.
+    """The whole chunks in an event's data that is not one JSON object, how many were torn, and the unreadable rest.
 
     Z.ai tears frames and glues the next one to them: {"id":"1","choices":[{"delta":{"condata: {"id":"2",…}
     (zai-org/GLM-5#66). A torn one is whatever stands before a "data:", or a line end, behind which a whole one stands.
@@ -2587,13 +2587,13 @@ def salvage(data: str) -> tuple[list[JSON], int, str]:
 
 
 def next_chunk(data: str, at: int) -> re.Match[str] | None:
-    """Where the next whole chunk starts: text seen a torn one may look like a start too."""
+    """Where the next whole chunk starts: text inside a torn one may look like a start too."""
     starts = CHUNK_START.finditer(data, at + 1)
     return next((start for start in starts if decode_at(data, start.end())[0] is not None), None)
 
 
 def decode_at(data: str, at: int) -> tuple[JSON | None, int]:
-    """A chunk that stands at a place in a text, and where it ends."""
+    """The chunk that starts at this index, and the index where it ends; None if there is none."""
     try:
         value, end = JSON_DECODER.raw_decode(data, at)
     except (ValueError, RecursionError):
@@ -2602,14 +2602,14 @@ def decode_at(data: str, at: int) -> tuple[JSON | None, int]:
 
 
 class TagReader:
-    """Text in which a model that sees marks its reasoning, <think>…</think> at the head, and boxes, which go."""
+    """The text of older vision models: <think>…</think> at its head is reasoning, box marks are dropped."""
 
     TAGS = ("<|begin_of_box|>", "<|end_of_box|>", "<think>", "</think>")
     TAG = re.compile("(" + "|".join(map(re.escape, TAGS)) + ")")
     BEGUN = re.compile("(?:" + "|".join(re.escape(tag[:i]) for tag in TAGS for i in range(1, len(tag))) + r")\Z")
 
     def __init__(self) -> None:
-        self.held = ""  # what may be the beginning of a tag
+        self.held = ""  # possibly the beginning of a tag
         self.state: Literal["head", "thought", "text"] = "head"
 
     def feed(self, words: str) -> Iterator[Thought | Text]:
@@ -2639,18 +2639,18 @@ class TagReader:
 
 @dataclass
 class Call:
-    """A tool call while its pieces come in."""
+    """A tool call while its pieces arrive."""
 
     index: int  # ours
-    given_id: str = ""  # Z.ai's, once it is there
+    given_id: str = ""  # Z.ai's, once it is known
     name: str = ""
-    waiting: str = ""  # arguments that are not out yet: the name must be first
-    begun: bool = False  # the first piece is out
-    empty: bool = True  # no arguments are out
+    waiting: str = ""  # arguments not yet sent: the name must be sent first
+    begun: bool = False  # the first piece has been sent
+    empty: bool = True  # no arguments have been sent
 
 
 class CallReader:
-    """Tool calls as Z.ai streams them, as OpenAI counts them: index from 0, one id each, the name with the first piece.
+    """Turns tool calls as Z.ai streams them into OpenAI's: index from 0, one id each, the name with the first piece.
 
     Seen: index -1 or missing (zai-org/GLM-4.5#17), ids null, missing or numbers (anomalyco/opencode#2557), arguments
     as an object, name null on later pieces (lobehub/lobehub#13189), one index for several calls.
@@ -2658,8 +2658,8 @@ class CallReader:
 
     def __init__(self) -> None:
         self.calls: list[Call] = []
-        self.by_index: dict[int, Call] = {}  # by Z.ai's index, the newest
-        self.ids: set[str] = set()  # those that are out
+        self.by_index: dict[int, Call] = {}  # the newest call with each of Z.ai's indexes
+        self.ids: set[str] = set()  # those already used
 
     def feed(self, piece: JSON, answer_id: str) -> Iterator[ToolCall]:
         function = as_object(piece.get("function"))
@@ -2674,13 +2674,13 @@ class CallReader:
             yield from self.flush(call, answer_id)
 
     def close(self, answer_id: str) -> Iterator[ToolCall]:
-        """What is still missing: calls that never got a name, and the {} of those without arguments."""
+        """The rest: calls that never got a name, and {} for those without arguments."""
         for call in self.calls:
             call.waiting = call.waiting or ("{}" if call.empty else "")
             yield from self.flush(call, answer_id)
 
     def find(self, index: int | None, given_id: str, name: str) -> Call:
-        """The call that a piece belongs to, which may be a new one."""
+        """The call that a piece belongs to, perhaps a new one."""
         if index is not None:
             call = self.by_index.get(index)
         elif given_id:
@@ -2707,7 +2707,7 @@ class CallReader:
             yield ToolCall(call.index, "", "", arguments)
 
     def new_id(self, call: Call, answer_id: str) -> str:
-        """Z.ai's id, unless it has none or gave the same one before."""
+        """Z.ai's id, made unique; one of ours if Z.ai sent none."""
         call_id = call.given_id or f"call_{answer_id}_{call.index}"
         while call_id in self.ids:
             call_id += f"_{call.index}"
@@ -2716,7 +2716,7 @@ class CallReader:
 
 
 def differ(one: str, other: str) -> bool:
-    """Whether two names that are both there are not the same."""
+    """Whether two names are both known and not the same."""
     return bool(one and other and one != other)
 
 
@@ -2748,7 +2748,7 @@ class Account:
 
 
 class Clock:
-    """The time as the policies see it; tests have one of their own."""
+    """The time and chance that the policies see; tests replace it."""
 
     def now(self) -> float:
         return time.time()
@@ -2760,7 +2760,7 @@ class Clock:
         await asyncio.sleep(seconds)
 
 
-COOLDOWN_ERRORS = frozenset((AUTHENTICATION, NO_BALANCE, QUOTA_EXCEEDED))  # what makes a key rest
+COOLDOWN_ERRORS = frozenset((AUTHENTICATION, NO_BALANCE, QUOTA_EXCEEDED))  # the key must not be used for a while
 RETRYABLE = frozenset((RATE_LIMITED, UNAVAILABLE, UNREACHABLE))
 FALLBACK_ERRORS = RETRYABLE | {NO_BALANCE, QUOTA_EXCEEDED, MODEL_NOT_FOUND, MODEL_NOT_AVAILABLE}  # another model may do
 
@@ -2858,7 +2858,7 @@ class AdaptiveLimit:
 
 
 class Backoff:
-    """How long to wait before one request is tried again, and when to give up."""
+    """How long to wait before a request is tried again, and when to give up."""
 
     FIRST: Mapping[str, float] = {"1302": 1.0, "1305": 2.0}  # seconds; others:
     OTHERS = 0.5
@@ -2868,7 +2868,7 @@ class Backoff:
         self.done = 0
 
     def wait(self, error: UpstreamError, jitter: float) -> float | None:
-        """Seconds, or None for no more; `jitter` from 0 to 1 keeps many clients from coming back at once."""
+        """Seconds, or None to give up; `jitter` from 0 to 1 keeps clients from all coming back at the same time."""
         if error.kind not in RETRYABLE or self.done >= self.retries:
             return None
         self.done += 1
@@ -2975,28 +2975,28 @@ class Queue:
 # One HTTP request to Z.ai and its answer, as bytes and as events.
 
 LOG = logging.getLogger("ztoapi")
-REQUEST_ID: ContextVar[str] = ContextVar("request_id", default="-")  # tells the lines of one request from the others'
+REQUEST_ID: ContextVar[str] = ContextVar("request_id", default="-")  # in every debug line of one request
 
 
 def trace(what: str, data: bytes | object) -> None:
-    """A line of the debug log, which costs nothing while there is none."""
+    """A line of the debug log; costs nothing when that is off."""
     if LOG.isEnabledFor(logging.DEBUG):
         words = data.decode("utf-8", "replace").strip() if isinstance(data, bytes) else data
         LOG.debug("%s %s %s", REQUEST_ID.get(), what, words)
 
 
-FINISH_TIMEOUT = 2  # seconds that Z.ai has for the usage and [DONE] after its finish
-CONNECT_TIMEOUT = 10  # seconds, with the look-up of the name and TLS
+FINISH_TIMEOUT = 2  # seconds to wait for usage and [DONE] after the finish
+CONNECT_TIMEOUT = 10  # seconds, including DNS and TLS
 ERROR_BODY_LIMIT = 65536  # bytes of a refusal that are read
 MODELS_TIMEOUT = 5
 
 
 class IdleTimer:
-    """Calls `tell` after so many seconds without `heard()`, and again while that lasts. One timer, not one for each."""
+    """Calls `on_idle` with the seconds of silence after so many without `reset()`, and again while that lasts."""
 
-    def __init__(self, seconds: float, tell: Callable[[float], None]) -> None:
+    def __init__(self, seconds: float, on_idle: Callable[[float], None]) -> None:
         self.seconds = seconds
-        self.tell: Callable[[float], None] | None = tell  # takes the seconds of silence so far
+        self.on_idle: Callable[[float], None] | None = on_idle
         self.timer: asyncio.TimerHandle | None = None
         self.reset()
 
@@ -3013,12 +3013,12 @@ class IdleTimer:
         silence = time.monotonic() - self.last_reset
         if silence < self.seconds:
             self.arm(self.seconds - silence)
-        elif self.tell:
+        elif self.on_idle:
             self.arm(self.seconds)
-            self.tell(silence)
+            self.on_idle(silence)
 
     def stop(self) -> None:
-        self.tell = None  # leaves no cycle behind
+        self.on_idle = None  # leaves no reference cycle
         if self.timer:
             self.timer.cancel()
 
@@ -3045,7 +3045,7 @@ NO_HEADER_WORD = re.compile(r"[^\w.:-]", re.ASCII)
 
 
 def header_word(words: str) -> str:
-    """Somebody else's word as it can stand in a header."""
+    """Text from outside, made safe for a header."""
     return NO_HEADER_WORD.sub("_", words)[:128]
 
 
@@ -3506,21 +3506,21 @@ class Catalog:
 # ======== Requests ==================================================================================================
 # What is kept about requests: a record of each, statistics for the dashboard, stored responses. Bounded in size.
 
-CLIENT_LEFT = 499  # nginx's number for it
+CLIENT_LEFT = 499  # nginx's status for a client that closed the connection
 
 
 @dataclass
 class Record:
-    """What is known of one request, for the log and the statistics. Times are seconds of time.monotonic()."""
+    """One request, for the log and the statistics. Times are seconds of time.monotonic()."""
 
     method: str
     path: str
     started: float
     id: str
-    model: str = ""  # that was asked for; "" while it is not known that this is a chat
+    model: str = ""  # that was asked for; "" for requests that the statistics do not count
     status: int = CLIENT_LEFT
     error: str = ""
-    stopped: bool = False  # the server could not wait for it
+    stopped: bool = False  # cancelled because the server stops
     first: float | None = None
     torn: int = 0  # frames that Z.ai tore
     usage: Usage = Usage()
@@ -3554,7 +3554,7 @@ class Record:
 class ModelFigures:
     """Counts of requests to one model."""
 
-    SAMPLES = 200  # times that the percentiles are taken from
+    SAMPLES = 200  # the percentiles are taken from so many
 
     def __init__(self) -> None:
         self.requests = self.failures = self.prompt = self.completion = 0
@@ -3593,7 +3593,7 @@ class Statistics:
     """Figures by model, by minute over the last hour, and the last requests one by one. Times are Unix seconds."""
 
     MAX_MODELS, MINUTES, RECENT = 50, 60, 100
-    OTHERS = "(others)"  # clients may name any number of models
+    OTHERS = "(others)"  # beyond MAX_MODELS: clients may send any number of names
 
     def __init__(self, now: float) -> None:
         self.started = now
@@ -3806,7 +3806,7 @@ async def collect(batches: AsyncIterator[list[Event]]) -> Answer:
 
 
 async def answer(surface: Surface, request: web.Request) -> web.StreamResponse:
-    """The path of every chat, whichever surface it came in by."""
+    """Answers a request of any surface."""
     settings, record, upstream = request.app[SETTINGS], request[RECORD], request.app[UPSTREAM]
     asked = surface(await read_json(request), ClientHistory(request.app[STORE], request[ACCOUNT].id))
     prompt = with_defaults(asked.prompt, settings, request.headers.get("Accept", ""))
@@ -3836,7 +3836,7 @@ def model_shown(request: web.Request, name: str) -> str:
 
 
 def with_defaults(prompt: Prompt, settings: Settings, accept: str) -> Prompt:
-    """The prompt with what the client left open."""
+    """The prompt with the operator's defaults for what the client did not say."""
     thinking: Effort | None = None if settings.enable_thinking is None else "on" if settings.enable_thinking else "off"
     stream = wants_stream(accept, default=settings.default_stream) if prompt.stream is None else prompt.stream
     effort = prompt.effort or thinking
@@ -3849,7 +3849,7 @@ async def read_json(request: web.Request) -> JSON:
     try:
         body = await request.read()
     except web.RequestPayloadError as error:
-        request.content.feed_eof()  # nothing more of it is to be waited for
+        request.content.feed_eof()  # the rest of it must not be waited for
         raise BadRequest("The request body could not be read: its encoding is broken.") from error
     trace(f"asked {request.path}", body)
     try:
@@ -3859,7 +3859,7 @@ async def read_json(request: web.Request) -> JSON:
 
 
 def wants_stream(accept: str, *, default: bool) -> bool:
-    """What a request that does not say `stream` means by its Accept header."""
+    """Whether a request without `stream` wants one, by its Accept header."""
     if "application/json" in accept:
         return False
     return "text/event-stream" in accept or default
@@ -3884,20 +3884,20 @@ UNPRINTABLE = re.compile(r"[^!-~]")
 
 
 def printable(words: str) -> str:
-    """A client's word as it can stand in a line of the log."""
+    """Text from a client, made safe for a line of the log."""
     return UNPRINTABLE.sub("?", words)
 
 
-DETAIL_LIMIT = 500  # characters of what others say of an error
+DETAIL_LIMIT = 500  # characters of an error's detail
 
 
 def truncated(words: str) -> str:
-    """For people to read: only after secrets were taken out, or half of one might stay."""
+    """At most DETAIL_LIMIT characters. Redact first: half a secret would not be found."""
     return words if len(words) <= DETAIL_LIMIT else words[:DETAIL_LIMIT] + "…"
 
 
 async def list_models(request: web.Request) -> web.Response:
-    """The list as the caller knows it: OpenAI's, Anthropic's, or with what Codex reads besides."""
+    """The list in the caller's format: OpenAI's, Anthropic's, or OpenAI's with the fields that Codex reads."""
     models = await named_models(request)
     if "anthropic-version" in request.headers:
         return json_response(
@@ -3909,7 +3909,7 @@ async def list_models(request: web.Request) -> web.Response:
 
 
 async def named_models(request: web.Request) -> dict[str, Model]:
-    """What this server lists: Z.ai's models, and the aliases that are names."""
+    """The models that this server lists: Z.ai's, and the aliases without a pattern."""
     renamed = request.app[SETTINGS].model_aliases
     plain = {name: resolve(name, renamed) for name, _ in renamed if "*" not in name}
     return await request.app[CATALOG].list(time.monotonic()) | plain
@@ -3945,7 +3945,7 @@ async def health(request: web.Request) -> web.Response:
 
 
 async def index(request: web.Request) -> web.Response:
-    """A page for people, a few words for programs."""
+    """Sends browsers to the docs, and tells programs where the API is."""
     if "text/html" in request.headers.get("Accept", ""):
         return web.Response(status=302, headers={"Location": "/docs"})
     return json_response({"name": "ztoapi", "version": __version__, "base_url": base_of(request), "docs": "/docs"})
@@ -3956,7 +3956,7 @@ def base_of(request: web.Request) -> str:
 
 
 async def docs(request: web.Request) -> web.Response:
-    """The page that explains this server, with its own address, and its key while everybody knows it."""
+    """The page that explains this server, with its address, and its key as long as that is the published one."""
     settings, models = request.app[SETTINGS], await named_models(request)
     snapshot = {
         "key": PUBLISHED_KEY if settings.published else "",
@@ -3990,7 +3990,7 @@ async def dashboard_stats(request: web.Request) -> web.Response:
 
 
 def page_response(page: Page, snapshot: JSON) -> web.Response:
-    """A page with some data in it. The data is no script: "<" is escaped, so that it cannot become one."""
+    """A page with data in it. "<" is escaped, so that the data cannot become a script."""
     data = to_json(snapshot).replace("<", "\\u003c")
     return web.Response(
         text=page.html.replace("{{DATA}}", data),
@@ -4035,7 +4035,7 @@ async def messages(request: web.Request) -> web.StreamResponse:
 
 
 ID = r"{id:[A-Za-z0-9_-][A-Za-z0-9_.:-]*}"  # nothing that could lead to another path
-# What else Z.ai serves under the base URL, and is passed on as it comes; nothing else gets our key.
+# The other paths that Z.ai serves under the base URL; no other path is sent our key.
 PASS_THROUGH_ROUTES = (
     *(("POST", path) for path in ("embeddings", "images/generations", "async/images/generations")),
     *(("POST", path) for path in ("audio/transcriptions", "audio/speech", "rerank", "moderations", "tokenizer")),
@@ -4089,7 +4089,7 @@ async def pass_through(path: str, request: web.Request) -> web.StreamResponse:
 
 
 def pass_through_error(error: UpstreamError, path: str, base: str) -> UpstreamError:
-    """The error in words that fit a path other than the chat's."""
+    """The error in words that fit a path other than chat's."""
     kind, message = error.kind, error.message
     if kind == WRONG_ADDRESS:  # the chat's address may well be right
         kind = ErrorKind(404, "invalid_request_error", "not_found")
@@ -4103,7 +4103,7 @@ PASS_THROUGH_HEADERS = ("Content-Type", "Content-Length", "Content-Disposition",
 
 
 class PassThroughResponse:
-    """An answer that Z.ai's bytes are passed into; `part` is the first that was read."""
+    """Passes Z.ai's bytes to the client; `part` is the first part, already read."""
 
     def __init__(self, request: web.Request, stream: ByteStream, part: bytes) -> None:
         reply = stream.response
@@ -4123,7 +4123,7 @@ class PassThroughResponse:
         return self.response
 
     async def fail(self, error: ProxyError) -> None:
-        """In a stream of events one more; otherwise only the end of the connection can say it."""
+        """A stream of events gets one more, an error; any other answer can only be cut off."""
         if "text/event-stream" in self.response.headers.get("Content-Type", ""):
             await self.response.write(sse([{"type": "error", **self.request[ERROR_BODY](error)}]))
         elif self.request.transport:
@@ -4170,7 +4170,7 @@ async def local_only(request: web.Request, handler: Handler) -> web.StreamRespon
 
 
 def is_local(request: web.Request) -> bool:
-    """Whether this came to a loopback address, under a name of this machine; whoever else listens for us."""
+    """Whether a request came to a loopback address, under a loopback name. A process manager may listen elsewhere."""
     place = request.transport.get_extra_info("sockname") if request.transport else None
     is_here = not isinstance(place, tuple) or is_loopback(place[0])  # a Unix socket's is no tuple
     return is_here and all(is_loopback(host_name(host)) for host in request.headers.getall("Host", []))
@@ -4191,7 +4191,7 @@ EXPOSED_HEADERS = "x-request-id, x-zai-request-id, x-ztoapi-model, x-ztoapi-igno
 
 
 def cors_headers(request: web.Request) -> dict[str, str]:
-    """What a browser must read before it lets a page of another origin call us and see the answer."""
+    """The headers that let a page of another origin call us, if its origin is allowed."""
     origin = request.headers.get("Origin", "")
     headers = {"Vary": "Origin, Access-Control-Request-Headers"}
     if not origin or not is_allowed_origin(origin, request.app[SETTINGS]):
@@ -4211,7 +4211,7 @@ def cors_headers(request: web.Request) -> dict[str, str]:
 
 
 async def add_headers(request: web.Request, response: web.StreamResponse) -> None:
-    """Runs just before any answer's headers leave, a stream's and an error's too."""
+    """Runs just before the headers of any answer are sent, streams and errors too."""
     if record := request.get(RECORD):
         response.headers["x-request-id"] = f"req_{record.id}"
     response.headers.update(cors_headers(request))
@@ -4317,11 +4317,11 @@ def refuse_bad_http(
 RequestHandler.handle_error = refuse_bad_http  # type: ignore[assignment, method-assign]
 
 
-SHUTDOWN_GRACE = 30  # seconds that answers in flight have to finish when the server is to stop
+SHUTDOWN_GRACE = 30  # seconds that answers in flight have to finish
 
 
 async def drain(app: web.Application) -> None:
-    """Before the server stops: what is in flight may finish for a while, then it is told. Idle connections end now."""
+    """Before the server stops: close idle connections, let answers in flight finish for a while, then end them too."""
     in_flight = app[IN_FLIGHT]
     for idle in set(app[CONNECTIONS]) - {request.transport for request in in_flight.values()}:
         idle.close()
@@ -4342,13 +4342,13 @@ END = r"{slash:/*}"
 
 
 def create_app(settings: Settings | None = None) -> web.Application:
-    """The whole server as an aiohttp application. A process manager calls it without settings: it reads them itself."""
+    """The server as an aiohttp application. Without settings, as process managers call it, it reads the environment."""
     if settings is None:
         settings = settings_of_worker()
     app = web.Application(
         middlewares=[log_requests, catch_errors, local_only],
         client_max_size=settings.max_body_mb * 2**20,
-        # A client's departure must reach its handler, and with it Z.ai, whoever runs the app.
+        # When a client leaves, its handler is cancelled, and with it the request to Z.ai.
         handler_args={"handler_cancellation": True, "logger": LOG},
     )
     app[SETTINGS] = settings
@@ -4381,7 +4381,7 @@ def api_routes(app: web.Application) -> None:
 def page_routes(app: web.Application) -> None:
     add_route(app, "GET", "/health", health)
     add_route(app, "GET", "/", index)
-    add_route(app, "GET", "/api/hello", index)  # Claude Code asks whether anybody is there
+    add_route(app, "GET", "/api/hello", index)  # Claude Code's probe
     add_route(app, "GET", "/docs", docs)
     if app[SETTINGS].dashboard_enabled:
         add_route(app, "GET", "/dashboard", dashboard)
@@ -4404,7 +4404,7 @@ async def expect(request: web.Request) -> None:
 
 
 async def connect(app: web.Application) -> AsyncIterator[None]:
-    """The session to Z.ai, open as long as the app is."""
+    """Opens what lives as long as the app: the session to Z.ai and what uses it."""
     settings = app[SETTINGS]
     async with new_session(settings) as session:
         client = ZaiClient(session, settings)
@@ -4415,7 +4415,7 @@ async def connect(app: web.Application) -> AsyncIterator[None]:
 
 
 class RedactingFormatter(logging.Formatter):
-    """A line without secrets, and without the bulk of images."""
+    """Formats a line without secrets, and with images shortened."""
 
     BULK = re.compile(r"([A-Za-z0-9+/]{64})[A-Za-z0-9+/]{192,}=*")
 
@@ -4428,11 +4428,11 @@ class RedactingFormatter(logging.Formatter):
 
 
 def set_up_log(settings: Settings) -> None:
-    """Everything to stderr; in debug mode what was asked, sent, received and answered too."""
+    """Log to stderr; in debug mode also what was asked, sent, received and answered."""
     handler = logging.StreamHandler()
     handler.setFormatter(RedactingFormatter(Redactor(settings.secrets)))
     for logger in (LOG, logging.getLogger("aiohttp"), logging.getLogger("asyncio")):
-        logger.handlers, logger.propagate = [handler], False  # nobody else may write our lines, with secrets in them
+        logger.handlers, logger.propagate = [handler], False  # another handler would not redact
     LOG.setLevel(logging.DEBUG if settings.debug_mode else logging.INFO)
 
 
@@ -4440,7 +4440,7 @@ def settings_of_worker() -> Settings:
     try:
         settings = settings_or_exit({})
     except SystemExit:
-        raise SystemExit(3) from None  # gunicorn gives up on a worker with 3, and starts it over and over on 2
+        raise SystemExit(3) from None  # gunicorn stops when a worker exits with 3; on 2 it restarts the worker for ever
     set_up_log(settings)
     return settings
 
@@ -4449,7 +4449,7 @@ ENV_FILE = Path(__file__).with_name(".env")
 
 
 def environment() -> dict[str, str]:
-    """The variables of .env beside this file, then the process's own, which win."""
+    """The variables of .env beside this file and those of the process, which win."""
     try:
         from_file = dotenv_values(ENV_FILE, interpolate=False)
     except (OSError, UnicodeDecodeError) as error:
@@ -4458,7 +4458,7 @@ def environment() -> dict[str, str]:
 
 
 def settings_or_exit(flags: Mapping[str, str]) -> Settings:
-    """The settings, flags first; one line on stderr and status 2 when one cannot be used."""
+    """The settings; flags win. Exits with one line and status 2 when one cannot be used."""
     try:
         return Settings.from_env({**environment(), **flags})
     except SettingsError as error:
@@ -4471,7 +4471,7 @@ def refuse(reason: object) -> NoReturn:
 
 
 def listen(host: str, port: int) -> list[socket.socket]:
-    """A socket for every address that `host` means, all on one port (0: any that is free). Raises OSError."""
+    """A socket for every address that `host` means, all on one port (0: any free one). Raises OSError."""
     sockets: list[socket.socket] = []
     for name in ("127.0.0.1", "::1") if host == "localhost" else (host,):
         family, _, _, _, place = socket.getaddrinfo(name, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
@@ -4502,7 +4502,7 @@ def cannot_listen(settings: Settings, error: OSError) -> str:
 
 
 def with_demo(settings: Settings, place: tuple[Any, ...]) -> Settings:
-    """The same, with the stand-in for Z.ai on this very server, which listens at `place`, as the upstream."""
+    """The settings with this server's own stand-in for Z.ai as the upstream; `address` is where the server listens."""
     address = ipaddress.ip_address(place[0])
     loopback = "127.0.0.1" if address.version == 4 else "::1"
     host = loopback if address.is_unspecified else place[0]
@@ -4554,7 +4554,7 @@ def parse_flags(arguments: list[str] | None) -> argparse.Namespace:
 
 
 def new_loop() -> asyncio.AbstractEventLoop:
-    """uvloop's where it is installed: it needs less of the processor."""
+    """uvloop's where it is installed: it needs less processor time."""
     try:
         loop: asyncio.AbstractEventLoop = import_module("uvloop").new_event_loop()
     except ImportError:
@@ -4584,7 +4584,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 @dataclass(frozen=True)
 class Finding:
-    """One line of the doctor's."""
+    """One line of `--check`."""
 
     what: str
     words: str
@@ -4609,7 +4609,7 @@ async def diagnose(settings: Settings) -> AsyncIterator[Finding]:
             finding = await check_key(client, f"key {number}", key)
             yield finding
             accepted = accepted or finding.good
-            if finding.what == "Z.ai":  # no other key will fare better
+            if finding.what == "Z.ai":  # the other keys would fail in the same way
                 return
         if accepted:
             yield await check_chat(Upstream(replace(settings, max_retries=0), client, Clock()))
@@ -4648,7 +4648,7 @@ async def check_chat(upstream: Upstream) -> Finding:
 
 
 async def check(flags: Mapping[str, str]) -> int:
-    """The doctor: prints what it finds; 0 when all is well, else 1."""
+    """Print the findings; the exit status is 0 if all are good, else 1."""
     try:
         settings = Settings.from_env({**environment(), **flags})
     except SettingsError as error:
@@ -4666,12 +4666,12 @@ async def check(flags: Mapping[str, str]) -> int:
 # ======== Demo ======================================================================================================
 
 DEMO_PATH = "/demo/api/paas/v4"
-UNLOGGED_PATHS = (DEMO_PATH, "/dashboard/stats")  # what the program asks itself needs no line in the log
-DEMO_PACE = 0.03  # seconds between two words
+UNLOGGED_PATHS = (DEMO_PATH, "/dashboard/stats")  # asked by the program itself and by its pages, all the time
+DEMO_PACE = 0.03  # seconds between words
 
 
 def demo_routes(app: web.Application) -> None:
-    """A small stand-in for Z.ai on this same server, speaking its wire format, for those who have no key yet."""
+    """A small stand-in for Z.ai on this server, in Z.ai's wire format, for users who have no key yet."""
     app.router.add_post(f"{DEMO_PATH}/chat/completions", demo_chat)
     app.router.add_get(f"{DEMO_PATH}/models", demo_models)
 

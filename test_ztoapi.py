@@ -298,6 +298,21 @@ def test_a_name_of_nothing_is_refused():
         resolve("zai/")
 
 
+@pytest.mark.parametrize(
+    ("model", "levels", "default"),
+    [
+        ("glm-5.3", ["low", "high", "xhigh"], "high"),
+        ("glm-5.2", ["low", "medium", "high", "xhigh"], "high"),
+        ("glm-4.6", ["none", "high"], "high"),
+        ("glm-4-32b-0414-128k", [], None),
+    ],
+)
+def test_codex_is_offered_the_efforts_that_a_model_has(model, levels, default):
+    item = ztoapi.codex_item(ztoapi.MODELS[model], model)
+    assert [level["effort"] for level in item["supported_reasoning_levels"]] == levels
+    assert item["default_reasoning_level"] == default
+
+
 # ======== Server-sent events ========
 
 

@@ -535,20 +535,30 @@ are given, until the task is done; then you say in a few words what you did.
 """
 
 
+# The efforts that Codex may ask for, by the model's kind; it sends no other.
+CODEX_LEVELS: dict[ThinkingKind, tuple[str, ...]] = {
+    "none": (),
+    "switch": ("none", "high"),
+    "effort": ("low", "medium", "high", "xhigh"),
+    "always": ("low", "high", "xhigh"),
+}
+
+
 def codex_item(model: Model, name: str) -> JSON:
     """A model as Codex CLI lists it (openai/codex, ModelInfo; tried with 0.169)."""
+    levels = CODEX_LEVELS[model.thinking]
     return {
         "slug": name,
         "display_name": name,
         "description": "GLM through Z.ai's official API",
-        "default_reasoning_level": "medium",
-        "supported_reasoning_levels": [{"effort": level, "description": level} for level in ("low", "medium", "high")],
+        "default_reasoning_level": "high" if levels else None,
+        "supported_reasoning_levels": [{"effort": level, "description": level} for level in levels],
         "shell_type": "shell_command",
         "visibility": "list",
         "supported_in_api": True,
         "priority": 1,
         "upgrade": None,
-        "supports_reasoning_summaries": True,
+        "supports_reasoning_summaries": bool(levels),
         "support_verbosity": False,
         "default_verbosity": None,
         "base_instructions": CODEX_INSTRUCTIONS,

@@ -666,7 +666,7 @@ def test_the_clients_json_is_not_modified():
 
 # ======== OpenAI chat completions: the answer ========
 
-HEAD = Head("2026", 1760762344, "GLM-4.6", "ours")
+HEAD = Head("2026", 1760762344, "GLM-4.6", "ours", lambda: 1760762349.5)
 ENVELOPE = {"id": "chatcmpl-2026", "object": "chat.completion.chunk", "created": 1760762344, "model": "GLM-4.6"}
 REQUEST = ChatRequest(Prompt("GLM-4.6", ()))
 WITH_USAGE = ztoapi.replace(REQUEST, include_usage=True)
@@ -887,6 +887,14 @@ def parse_response(**fields):
     return ztoapi.parse_response(ASKED | fields, history()).prompt
 
 
+NAMESPACE = {
+    "type": "namespace",
+    "name": "mcp__w",
+    "description": "weather",
+    "tools": [{"type": "function", "name": "get", "parameters": {"type": "object"}}, {"type": "custom", "name": "say"}],
+}
+
+
 def test_an_item_may_be_sent_by_its_id_alone():
     _, response, store = respond([Text("x"), CALLED, Finish("tool_calls")])
     items = [{"type": "item_reference", "id": item["id"]} for item in response["output"]]
@@ -965,6 +973,11 @@ def test_an_item_may_be_sent_by_its_id_alone():
             [Message("assistant", (), "想😀"), Message("user", ("x",))],
             id="sealed reasoning",
         ),
+        pytest.param(
+            [{"type": "function_call", "call_id": "c1", "name": "get", "namespace": "mcp__w", "arguments": "{}"}],
+            [Message("assistant", (), calls=(ToolCall(0, "c1", "mcp__w__get", "{}"),))],
+            id="a call in a namespace",
+        ),
     ],
 )
 def test_items_are_a_conversation(items, wanted):
@@ -976,10 +989,17 @@ def test_items_are_a_conversation(items, wanted):
     [
         ({"input": []}, "input"),
         ({"input": [5]}, "input[0]"),
-        ({"input": [{"type": "item_reference", "id": "x"}]}, "previous_response_id"),
+        ({"input": [{"type": "item_reference", "id": "x"}]}, "input[0]"),
+        ({"input": ["x", {"type": "item_reference", "id": "msg_ours_0"}]}, "input[1]"),
         ({"input": [{"role": "user", "content": [{"type": "input_audio"}]}]}, "input[0].content[0]"),
         ({"model": ""}, "model"),
         ({"tools": [5]}, "tools[0]"),
+        ({"tools": [{"type": "function"}]}, "tools[0]"),
+        ({"tools": [{"type": "web_search", "search_context_size": "huge"}]}, "tools[0]"),
+        ({"tools": [NAMESPACE, NAMESPACE | {"tools": [5]}]}, "tools[1].tools[0]"),
+        ({"tools": [NAMESPACE | {"tools": [{"type": "function", "name": "f"}] * 129}]}, "tools"),
+        ({"conversation": "conv_1"}, "conversation"),
+        ({"prompt": {"id": "pmpt_1"}}, "prompt"),
         ({"text": {"format": {"type": "yaml"}}}, "text"),
         ({"reasoning": {"effort": "huge"}}, "reasoning"),
         ({"max_output_tokens": 0}, "max_output_tokens"),
@@ -1003,19 +1023,23 @@ def test_what_else_a_response_asks_for():
         tools=[
             {"type": "function", "name": "f", "parameters": schema},
             {"type": "custom", "name": "g"},
-            {"type": "web_search"},
+            {"type": "web_search_preview"},
+            {"type": "web_search", "external_web_access": False},
             {"type": "computer"},
+            {"type": "computer"},
+            NAMESPACE,
         ],
         tool_choice={"type": "function", "name": "f"},
         metadata={"a": "b"},
         background=True,
+        truncation="disabled",
     )
     assert prompt.messages == (Message("system", ("Be kind.",)), Message("user", ("你好",)))
     assert (prompt.max_tokens, prompt.temperature, prompt.effort, prompt.schema) == (9, 0.5, "high", schema)
-    assert [tool.name for tool in prompt.tools] == ["f", "g"]
-    assert prompt.native_tools[0]["type"] == "web_search"
+    assert [tool.name for tool in prompt.tools] == ["f", "g", "mcp__w__get", "mcp__w__say"]
+    assert [tool["type"] for tool in prompt.native_tools] == ["web_search"]
     assert prompt.tool_choice == ToolChoice("required", ("f",))
-    assert prompt.ignored == ("background", "tools[3]")
+    assert prompt.ignored == ("background", "tools.computer")
 
 
 def respond(events, **fields):
@@ -1041,6 +1065,76 @@ def test_a_streamed_response_is_its_events_in_order():
     assert response["output"][1]["content"][0]["text"] == "你好"
     assert response["usage"]["output_tokens_details"] == {"reasoning_tokens": 1}
     assert (response["status"], response["model"], response["id"]) == ("completed", "GLM-4.6", "resp_ours")
+
+
+def test_a_response_has_every_key_that_its_schema_requires():
+    tool = {"type": "function", "name": "f"}
+    fields = {
+        "tools": [tool, NAMESPACE],
+        "reasoning": {"effort": "high"},
+        "text": {"verbosity": "low"},
+        "top_logprobs": 5,
+    }
+    assert respond([Text("x"), Finish("stop")], **fields)[1] == {
+        "id": "resp_ours",
+        "object": "response",
+        "created_at": 1760762344,
+        "completed_at": 1760762349,
+        "status": "completed",
+        "error": None,
+        "incomplete_details": None,
+        "model": "GLM-4.6",
+        "output": [
+            {
+                "id": "msg_ours_0",
+                "type": "message",
+                "status": "completed",
+                "role": "assistant",
+                "content": [{"type": "output_text", "text": "x", "annotations": [], "logprobs": []}],
+            }
+        ],
+        "usage": None,
+        "instructions": None,
+        "max_output_tokens": None,
+        "metadata": {},
+        "parallel_tool_calls": True,
+        "previous_response_id": None,
+        "prompt_cache_key": None,
+        "reasoning": {"effort": "high", "summary": None},
+        "safety_identifier": None,
+        "store": True,
+        "temperature": 1.0,
+        "text": {"format": {"type": "text"}, "verbosity": "low"},
+        "tool_choice": "auto",
+        "tools": [tool | {"description": None, "parameters": None, "strict": None}, NAMESPACE],
+        "top_p": 1.0,
+        "user": None,
+        "background": False,
+        "frequency_penalty": 0.0,
+        "max_tool_calls": None,
+        "presence_penalty": 0.0,
+        "service_tier": "default",
+        "top_logprobs": 0,
+        "truncation": "disabled",
+    }
+
+
+def test_text_around_a_call_is_two_messages():
+    names, response, _ = respond([Text("a"), CALLED, Text("b"), Finish("length")])
+    assert names[2:] == [
+        *("output_item.added", "content_part.added", "output_text.delta"),
+        *("output_text.done", "content_part.done", "output_item.done"),
+        *("output_item.added", "function_call_arguments.delta"),
+        *("output_item.added", "content_part.added", "output_text.delta"),
+        *("function_call_arguments.done", "output_item.done"),
+        *("output_text.done", "content_part.done", "output_item.done"),
+        "incomplete",
+    ]
+    assert [(item["type"], item["status"]) for item in response["output"]] == [
+        ("message", "completed"),
+        ("function_call", "incomplete"),
+        ("message", "incomplete"),
+    ]
 
 
 def test_reasoning_is_a_summary_for_those_who_ask_for_one_and_sealed_for_those_who_keep_it():
@@ -1076,6 +1170,16 @@ def test_calls_are_items_and_custom_ones_have_their_input():
     assert (two["type"], two["call_id"], two["input"]) == ("custom_tool_call", "c2", "x\ny")
 
 
+def test_a_call_in_a_namespace_comes_back_with_name_and_namespace_apart():
+    calls = [ToolCall(0, "c1", "mcp__w__get", "{}"), ToolCall(1, "c2", "mcp__w__say", '{"input":"hi"}')]
+    _, response, _ = respond([*calls, ToolCall(2, "c3", "mcp__x__get", "{}"), Finish("tool_calls")], tools=[NAMESPACE])
+    assert [(item["type"], item["name"], item.get("namespace")) for item in response["output"]] == [
+        ("function_call", "get", "mcp__w"),
+        ("custom_tool_call", "say", "mcp__w"),
+        ("function_call", "mcp__x__get", None),
+    ]
+
+
 def test_citations_are_annotations_of_the_message():
     names, response, _ = respond([Text("x"), Citations((FOUND,)), Finish("stop")])
     assert "output_text.annotation.added" in names
@@ -1092,17 +1196,35 @@ def test_a_response_that_is_cut_short_says_so(reason, why):
     )
 
 
-def test_a_response_that_breaks_off_has_failed():
+@pytest.mark.parametrize(
+    ("code", "wanted"),
+    [
+        ("1302", "rate_limit_exceeded"),
+        ("1113", "insufficient_quota"),
+        ("1210", "invalid_prompt"),
+        ("1261", "context_length_exceeded"),
+        ("1230", "server_error"),
+    ],
+)
+def test_a_response_that_breaks_off_has_failed(code, wanted):
     stream = ztoapi.parse_response(ASKED, history()).encoder(HEAD)
     stream.feed(Text("x"))
-    (frame,) = stream.fail(zai_error(429, b'{"error":{"code":"1302","message":"x"}}'))
-    assert (frame["type"], frame["response"]["error"]["code"]) == ("response.failed", "rate_limit_exceeded")
+    (frame,) = stream.fail(zai_error(400, b'{"error":{"code":"%s","message":"x"}}' % code.encode()))
+    assert (frame["type"], frame["response"]["error"]["code"]) == ("response.failed", wanted)
+    assert frame["response"]["completed_at"] is None
     early = ztoapi.parse_response(ASKED, history()).encoder(HEAD).fail(BadRequest("no"))
     assert [frame["type"] for frame in early] == ["response.created", "response.in_progress", "response.failed"]
 
 
 @pytest.mark.parametrize(
-    "events", [EVENTS, [CALLED, Finish("tool_calls")], [Text("x"), Citations((FOUND,)), Finish("length")]]
+    "events",
+    [
+        EVENTS,
+        [CALLED, Finish("tool_calls")],
+        [Text("x"), Citations((FOUND,)), Finish("length")],
+        [Text("a"), CALLED, Text("b"), Citations((FOUND,)), Finish("stop")],
+        [Finish("stop")],
+    ],
 )
 def test_a_whole_response_is_the_last_of_its_events(events):
     _, streamed, _ = respond(events)
@@ -1124,18 +1246,49 @@ def test_the_memory_of_responses_is_bounded(monkeypatch):
     monkeypatch.setattr(ztoapi.ResponseStore, "MAX_RESPONSES", 3)
     store = ztoapi.ResponseStore()
     for i in (0, 1, 2, 3, 4, 4):
-        store.put("me", ztoapi.StoredResponse({"id": str(i)}, (Message("user", ("x",)),)))
+        store.put("me", ztoapi.StoredResponse({"id": str(i)}, [{"role": "user", "content": "x"}]))
     assert [name for _, name in store.stored] == ["2", "3", "4"]
     monkeypatch.setattr(ztoapi.ResponseStore, "MAX_BYTES", store.size)
-    store.put("me", ztoapi.StoredResponse({"id": "5", "x": "y" * 20}, ()))
+    store.put("me", ztoapi.StoredResponse({"id": "5", "x": "y" * 40}, []))
     assert ("me", "2") not in store.stored
     assert store.size == sum(size for _, size in store.stored.values())
 
 
 def test_a_response_belongs_to_the_key_that_made_it():
     _, response, store = respond(EVENTS)
-    with pytest.raises(ztoapi.ProxyError):
-        ztoapi.ClientHistory(store, "another").get(response["id"])
+    assert history(store).get(response["id"]).response == response
+    assert ztoapi.ClientHistory(store, "another").get(response["id"]) is None
+    body = ASKED | {"previous_response_id": response["id"]}
+    with pytest.raises(BadRequest) as refused:
+        ztoapi.parse_response(body, ztoapi.ClientHistory(store, "another"))
+    assert (refused.value.kind.code, refused.value.param) == ("previous_response_not_found", "previous_response_id")
+
+
+@pytest.mark.parametrize(
+    ("query", "wanted", "more"),
+    [
+        ({}, ["fc_1", "resp_ours_input_1", "resp_ours_input_0"], False),
+        ({"order": "asc", "limit": "2"}, ["resp_ours_input_0", "resp_ours_input_1"], True),
+        ({"after": "fc_1", "limit": "1"}, ["resp_ours_input_1"], True),
+        ({"after": "resp_ours_input_0"}, [], False),
+        ({"after": "gone", "limit": "many"}, ["fc_1", "resp_ours_input_1", "resp_ours_input_0"], False),
+    ],
+)
+def test_the_input_of_a_response_is_listed_in_pages(query, wanted, more):
+    call = {"type": "function_call", "id": "fc_1", "call_id": "c1", "name": "f", "arguments": "{}"}
+    said = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "x"}, call]
+    page = ztoapi.input_items(ztoapi.StoredResponse({"id": "resp_ours"}, said), query)
+    assert [item["id"] for item in page["data"]] == wanted
+    ends = (wanted[0], wanted[-1]) if wanted else (None, None)
+    assert (page["first_id"], page["last_id"], page["has_more"]) == (*ends, more)
+
+
+def test_an_item_of_the_input_is_listed_with_all_its_keys():
+    said = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "x", "id": None}]
+    assert ztoapi.input_items(ztoapi.StoredResponse({"id": "resp_1"}, said), {"order": "asc"})["data"] == [
+        {"id": f"resp_1_input_{i}", "type": "message", "role": role, "content": [{"type": kind, "text": text}]}
+        for i, (role, kind, text) in enumerate([("user", "input_text", "hi"), ("assistant", "output_text", "x")])
+    ]
 
 
 # ======== Z.ai: the request ========
@@ -3016,10 +3169,27 @@ async def test_events_that_have_a_type_have_it_as_their_name(client):
 
 @over_sockets
 async def test_a_response_can_be_looked_up_and_forgotten(client):
-    name = json.loads((await ask(client, ASKED, "/v1/responses"))[1])["id"]
-    for method, status in (("GET", 200), ("DELETE", 200), ("GET", 404), ("DELETE", 404)):
-        async with client.request(method, f"/v1/responses/{name}", headers=KEY) as response:
-            assert response.status == status
+    path = "/v1/responses/" + json.loads((await ask(client, ASKED, "/v1/responses"))[1])["id"]
+    for method, url, status in [
+        ("GET", path, 200),
+        ("GET", f"{path}/input_items", 200),
+        ("DELETE", path, 200),
+        ("GET", path, 404),
+        ("GET", f"{path}/input_items", 404),
+        ("DELETE", path, 404),
+        ("POST", "/v1/responses/compact", 404),
+        ("POST", f"{path}/cancel", 404),
+    ]:
+        async with client.request(method, url, headers=KEY) as response:
+            assert response.status == status, (method, url)
+
+
+@over_sockets
+async def test_tools_that_only_openai_has_are_named_in_a_header_and_in_the_log(client, caplog):
+    caplog.set_level("INFO")
+    response, _ = await ask(client, ASKED | {"tools": [{"type": "computer"}]}, "/v1/responses")
+    assert (response.status, response.headers["x-ztoapi-ignored"]) == (200, "tools.computer")
+    assert "left out tools.computer" in caplog.text
 
 
 # ======== What Z.ai serves itself ========

@@ -46,7 +46,7 @@ import time
 from abc import ABC, abstractmethod
 from bisect import insort
 from collections import Counter, deque
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable, Iterator, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Generator, Iterable, Iterator, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager, suppress
 from contextvars import ContextVar
 from dataclasses import dataclass, field, fields, replace
@@ -817,13 +817,14 @@ class Head:
     """What every chunk of an answer repeats.
 
     `id` is Z.ai's id of the answer, `created` Unix seconds, `model` the name as the client wrote it, `own_id` a random
-    id of ours.
+    id of ours; `clock` tells the Unix time at which the answer is complete.
     """
 
     id: str
     created: int
     model: str
     own_id: str
+    clock: Callable[[], float]
 
 
 @dataclass
@@ -852,13 +853,15 @@ class Choice:
 
 
 class Answer:
-    """A whole answer: the sum of its events."""
+    """A whole answer: its events, and what they add up to."""
 
     def __init__(self) -> None:
+        self.events: list[Event] = []
         self.choices: dict[int, Choice] = {}
         self.usage: Usage | None = None  # None: Z.ai sent none
 
     def add(self, event: Event) -> None:
+        self.events.append(event)
         match event:
             case Usage():
                 self.usage = event + (self.usage or Usage())
@@ -877,17 +880,6 @@ class Answer:
         if index not in self.choices:
             self.choices[index] = Choice()
         return self.choices[index]
-
-    def events(self) -> Iterator[Event]:
-        """Replay the answer as the fewest events."""
-        if self.usage:
-            yield self.usage
-        for index, choice in sorted(self.choices.items()):
-            yield Thought(choice.thought, index)
-            yield Text(choice.text, index)
-            yield from choice.tool_calls
-            yield Citations(choice.citations, index)
-            yield Finish(choice.finish, index)
 
 
 class ReasoningShape:
@@ -985,7 +977,11 @@ def validated(body: JSON, wanted: Mapping[str, Callable[[Any], Any]], at: str = 
 
 
 # Values that ask for nothing, besides null, 0, false, {} and [].
-NEUTRAL: dict[str, tuple[Any, ...]] = {"modalities": (["text"],), "service_tier": ("auto", "default")}
+NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "modalities": (["text"],),
+    "service_tier": ("auto", "default"),
+    "truncation": ("disabled",),
+}
 
 
 def unknown_fields(body: JSON, known: Iterable[str]) -> Iterator[str]:
@@ -1113,7 +1109,7 @@ MAX_TOOLS = 128
 
 def tool_list(value: Any) -> list[Any]:
     tools: list[Any] = array(value)
-    if sum(as_object(tool).get("type") == "function" for tool in tools) > MAX_TOOLS:
+    if sum(as_object(tool).get("type") in ("function", "custom") for tool in tools) > MAX_TOOLS:
         raise ValueError(f"must not have more than {MAX_TOOLS} functions: Z.ai takes no more")
     return tools
 
@@ -1587,6 +1583,31 @@ def response_input(value: Any) -> list[Any]:
     return items
 
 
+def response_tools(value: Any) -> list[tuple[str, Any]]:
+    """The tools, each with its position: those of a namespace one by one, with its name as `namespace`.
+
+    A web search without external access (Codex's default) would only read OpenAI's own index, so it is dropped.
+    """
+    tools: list[tuple[str, Any]] = []
+    for i, tool in enumerate(array(value)):
+        match tool:
+            case {"type": "namespace", "name": str(namespace), "tools": [*members]}:
+                tools += [
+                    (f"tools[{i}].tools[{k}]", as_object(tool) | {"namespace": namespace})
+                    for k, tool in enumerate(members)
+                ]
+            case {"type": str(kind), "external_web_access": False} if kind.startswith("web_search"):
+                continue
+            case _:
+                tools.append((f"tools[{i}]", tool))
+    tool_list([tool for _, tool in tools])
+    return tools
+
+
+def stored_by_openai(_: Any) -> None:
+    raise ValueError("refers to what only OpenAI stores: send the conversation as 'input', or 'previous_response_id'")
+
+
 RESPONSE_FIELDS: dict[str, Callable[[Any], Any]] = {
     **COMMON_FIELDS,
     "input": response_input,
@@ -1594,13 +1615,16 @@ RESPONSE_FIELDS: dict[str, Callable[[Any], Any]] = {
     "previous_response_id": string,
     "store": switch,
     "max_output_tokens": integer(1, 2**31),
-    "tools": array,
+    "tools": response_tools,
     "tool_choice": response_tool_choice,
     "parallel_tool_calls": switch,
     "text": response_format,
     "reasoning": response_effort,
     "include": array,
     "metadata": mapping,
+    "prompt_cache_key": string,
+    "conversation": stored_by_openai,  # to ignore these would lose the memory of a chat
+    "prompt": stored_by_openai,
 }
 
 # Fields of a request that the response repeats, with their defaults.
@@ -1610,34 +1634,42 @@ ECHOED: JSON = {
     "metadata": {},
     "parallel_tool_calls": True,
     "previous_response_id": None,
+    "prompt_cache_key": None,
     "reasoning": {"effort": None, "summary": None},
+    "safety_identifier": None,
     "store": True,
     "temperature": 1.0,
     "text": {"format": {"type": "text"}},
     "tool_choice": "auto",
     "tools": [],
     "top_p": 1.0,
+    "user": None,
+}
+# What a response must say too, though no request changes it.
+FIXED: JSON = {
+    "background": False,
+    "frequency_penalty": 0.0,
+    "max_tool_calls": None,
+    "presence_penalty": 0.0,
+    "service_tier": "default",
+    "top_logprobs": 0,
     "truncation": "disabled",
 }
-
-
-ECHOED_IF_GIVEN = ("user", "safety_identifier")
 REASONING_PREFIX = "ztoapi:"  # of our `encrypted_content`: base64 follows, neither encrypted nor signed
 
 
 @dataclass(frozen=True, slots=True)
 class StoredResponse:
-    """A response that a client may refer to, with the whole conversation up to it, `instructions` left out."""
+    """A response that a client may refer to, and its input with all that came before; both are JSON."""
 
     response: JSON
-    messages: tuple[Message, ...]
+    input: list[Any]
 
 
 class History(Protocol):
     """The stored responses that one client key may see."""
 
-    def get(self, response_id: str) -> StoredResponse:
-        """Raises ProxyError for one that is not there."""
+    def get(self, response_id: str) -> StoredResponse | None: ...
 
     def put(self, stored: StoredResponse) -> None: ...
 
@@ -1648,7 +1680,8 @@ class ResponsesRequest:
 
     prompt: Prompt
     echo: JSON
-    conversation: tuple[Message, ...]  # `instructions` left out
+    input: list[Any]  # with all that came before
+    tools: Mapping[str, JSON]  # as the client knows them, by the names that the model knows
     include: tuple[str, ...]
     history: History
 
@@ -1657,22 +1690,25 @@ class ResponsesRequest:
 
     def document(self, head: Head, answer: Answer) -> JSON:
         encoder = self.encoder(head)
-        for event in answer.events():
+        for event in answer.events:
             encoder.feed(event)
         encoder.close()
         return encoder.response()
 
 
 def parse_response(body: JSON, history: History) -> ResponsesRequest:
-    """Raises BadRequest for an invalid field, and ProxyError for a previous response that is not there."""
+    """Raises BadRequest for an invalid field, also for a previous response that is not there."""
     given = validated(body, RESPONSE_FIELDS)
     required(given, "model")
-    conversation = parse_conversation(given, history)
+    before = previous_items(given, history)
+    items = [resolve_reference(item, f"input[{i}]", history) for i, item in enumerate(given.get("input", ()))]
+    conversation = parse_items([*before, *items], len(before))
     if not conversation:
         raise BadRequest("'input' is required and must not be empty.", "input")
     instructions = (Message("system", (given["instructions"],)),) if given.get("instructions") else ()
-    tools = [parse_response_tool(tool, f"tools[{i}]") for i, tool in enumerate(given.get("tools", ()))]
-    unusable = [f"tools[{i}]" for i, tool in enumerate(tools) if tool is None]
+    offered = given.get("tools", [])
+    tools = [parse_response_tool(tool, at) for at, tool in offered]
+    unusable = [f"tools.{tool['type']}" for (_, tool), parsed in zip(offered, tools, strict=True) if parsed is None]
     prompt = Prompt(
         **common_arguments({"stream": False, **given}),
         messages=(*instructions, *conversation),
@@ -1682,40 +1718,69 @@ def parse_response(body: JSON, history: History) -> ResponsesRequest:
         schema=given.get("text"),
         effort=given.get("reasoning"),
         reasoning_format="parsed",
-        ignored=(*unknown_fields(body, (*RESPONSE_FIELDS, *ECHOED)), *unusable),
+        ignored=(*unknown_fields(body, RESPONSE_FIELDS), *dict.fromkeys(unusable)),
     )
-    return ResponsesRequest(prompt, echo_of(body), conversation, tuple(given.get("include", ())), history)
+    by_name = {qualified_name(tool): tool for _, tool in offered if "name" in tool}
+    return ResponsesRequest(prompt, echo_of(body), [*before, *items], by_name, tuple(given.get("include", ())), history)
 
 
-def parse_conversation(given: JSON, history: History) -> tuple[Message, ...]:
-    """The messages of the previous response, if there is one, and of the input."""
-    before = history.get(given["previous_response_id"]).messages if "previous_response_id" in given else ()
-    items = [(resolve_reference(item, history), f"input[{i}]") for i, item in enumerate(given.get("input", ()))]
-    messages = hoist_tool_images(message for item, at in items for message in parse_item(item, at))
-    return merge_assistant_turns((*before, *messages))
+def previous_items(given: JSON, history: History) -> list[Any]:
+    """The items of the previous response, if there is one, and of all before it."""
+    if "previous_response_id" not in given:
+        return []
+    stored = history.get(given["previous_response_id"])
+    if stored is None:
+        message = "The previous response is not stored here, or no more: send the whole conversation as 'input'."
+        raise BadRequest(message, "previous_response_id", "previous_response_not_found")
+    return [*stored.input, *stored.response["output"]]
+
+
+def resolve_reference(item: Any, at: str, history: History) -> Any:
+    """The item itself where only its id was sent; the id contains the response's (see `ResponseEncoder.new_item`)."""
+    match item:
+        case {"type": "item_reference", "id": str(item_id)}:
+            stored = history.get(f"resp_{item_id.partition('_')[2].rpartition('_')[0]}")
+            found = [known for known in stored.response["output"] if known["id"] == item_id] if stored else []
+            if not found:
+                raise BadRequest(f"'{at}' refers to an item that is not stored here: send the item itself.", at)
+            return found[0]
+    return item
+
+
+def parse_items(items: list[Any], known: int) -> tuple[Message, ...]:
+    """The messages of a conversation whose first `known` items come from here; the others are the request's."""
+    messages = chain.from_iterable(parse_item(item, f"input[{i - known}]") for i, item in enumerate(items))
+    return merge_assistant_turns(hoist_tool_images(messages))
 
 
 def echo_of(body: JSON) -> JSON:
-    """The fields that a response repeats of its request."""
-    given = {name: body[name] for name in ECHOED_IF_GIVEN if body.get(name) is not None}
-    return {name: default if body.get(name) is None else body[name] for name, default in ECHOED.items()} | given
+    """The fields that a response repeats of its request, each object and function with every key that it must have."""
+    given = {name: value for name in ECHOED if (value := body.get(name)) is not None}
+    objects = {
+        name: {**default, **given[name]}
+        for name, default in ECHOED.items()
+        if name in given and isinstance(default, dict)
+    }
+    tools = [FUNCTION_ECHO | tool if tool.get("type") == "function" else tool for tool in given.get("tools", [])]
+    return ECHOED | given | objects | {"tools": tools}
 
 
-def resolve_reference(item: Any, history: History) -> Any:
-    """The item itself where only its id was sent; the id contains the response's (see `ResponseEncoder.new_item`)."""
-    match item:
-        case {"type": "item_reference", "id": str(name)}:
-            output = history.get(f"resp_{name.partition('_')[2].rpartition('_')[0]}").response["output"]
-            return next((item for item in output if item["id"] == name), item)
-    return item
+FUNCTION_ECHO: JSON = {"description": None, "parameters": None, "strict": None}
+
+
+def qualified_name(item: JSON) -> str:
+    """The name that the model knows a function by: functions of two namespaces may have the same name."""
+    return "__".join(str(item[key]) for key in ("namespace", "name") if item.get(key))
 
 
 def parse_item(item: Any, at: str) -> Iterator[Message]:
     """One item of the input as messages; several items may form one assistant message (see merge_assistant_turns)."""
     match item:
-        case {"type": "function_call" | "custom_tool_call", "name": str(name), "call_id": str(call_id)}:
+        case {"type": "function_call" | "custom_tool_call", "name": str(), "call_id": str(call_id)}:
             arguments = item.get("arguments") if item["type"] == "function_call" else {"input": item.get("input")}
-            yield Message("assistant", (), calls=(ToolCall(0, call_id, name, argument_text(arguments) or "{}"),))
+            yield Message(
+                "assistant", (), calls=(ToolCall(0, call_id, qualified_name(item), argument_text(arguments) or "{}"),)
+            )
         case {"type": "function_call_output" | "custom_tool_call_output", "call_id": str(call_id), "output": output}:
             parts = parse_content(as_chat_content(output), "user", f"{at}.output")
             words = tuple(part for part in parts if isinstance(part, str))
@@ -1808,33 +1873,46 @@ def decode_reasoning(item: JSON) -> str:
 def parse_response_tool(tool: Any, at: str) -> Tool | JSON | None:
     """A tool, or None for a kind that only OpenAI has. A custom tool becomes a function with one string, its input."""
     match tool:
-        case {"type": "function"}:
-            return parse_tool({"type": "function", "function": tool}, at)
+        case {"type": "function", "name": str()}:
+            return parse_tool({"type": "function", "function": tool | {"name": qualified_name(tool)}}, at)
         case {"type": "custom", "name": str(name)}:
             schema = {"type": "object", "properties": {"input": {"type": "string"}}, "required": ["input"]}
             grammar = as_object(tool.get("format")).get("definition")
             about = [str(tool.get("description") or name), *([f"The input's grammar: {grammar}"] if grammar else [])]
-            return Tool(name, "\n".join(about), schema)
-        case {"type": "web_search" | "web_search_preview"}:
-            return search_tool({"search_context_size": tool.get("search_context_size")})
-        case {"type": str()}:
+            return Tool(qualified_name(tool), "\n".join(about), schema)
+        case {"type": str(kind)} if kind.startswith("web_search"):
+            return as_object(validated({at: tool}, {at: search_tool})[at])
+        case {"type": str(kind)} if kind not in ("function", "custom"):
             return None
         case _:
-            raise BadRequest(f"'{at}' must be a tool with a type.", at)
+            raise BadRequest(f"'{at}' must be a tool with a type, and a function must have a name.", at)
+
+
+ItemKind = Literal["reasoning", "summary", "message", "function_call", "custom_tool_call"]
+
+# For each kind of item that is text: the events of the text and of its part, and the index that the part has.
+TEXT_EVENTS = {
+    "reasoning": ("reasoning_text", "content_part", "content_index"),
+    "summary": ("reasoning_summary_text", "reasoning_summary_part", "summary_index"),
+    "message": ("output_text", "content_part", "content_index"),
+}
+
+
+# The code of a failed response, by the status that the error would have had.
+FAILURE_CODES = {400: "invalid_prompt", 402: "insufficient_quota", 429: "rate_limit_exceeded"}
 
 
 @dataclass
 class Item:
-    """One item of a response's output, while events are added."""
+    """One item of a response's output, while events are added. A summary is reasoning whose client asked for one."""
 
-    kind: Literal["reasoning", "message", "function_call", "custom_tool_call"]
+    kind: ItemKind
     id: str
     index: int
+    names: JSON = field(default_factory=dict)  # of a call: call_id, name, namespace
     pieces: list[str] = field(default_factory=list)  # of the text, or of the arguments
     annotations: list[JSON] = field(default_factory=list)
-    call_id: str = ""
-    name: str = ""
-    open: bool = True
+    status: Literal["in_progress", "completed", "incomplete"] = "in_progress"
 
     @property
     def text(self) -> str:
@@ -1846,12 +1924,39 @@ class Item:
         given = parse_json(self.text.encode("utf-8", "surrogatepass"))
         return str(given["input"]) if isinstance(given, dict) and "input" in given else self.text
 
+    @property
+    def part(self) -> JSON:
+        match self.kind:
+            case "message":
+                return {"type": "output_text", "text": self.text, "annotations": self.annotations, "logprobs": []}
+            case "summary":
+                return {"type": "summary_text", "text": self.text}
+            case _:
+                return {"type": "reasoning_text", "text": self.text}
+
+    @property
+    def body(self) -> JSON:
+        parts = [self.part] if self.pieces else []
+        match self.kind:
+            case "reasoning":
+                fields: JSON = {"type": "reasoning", "summary": [], "content": parts}
+            case "summary":
+                fields = {"type": "reasoning", "summary": parts}
+            case "message":
+                fields = {"type": "message", "role": "assistant", "content": parts}
+            case "function_call":
+                fields = {"type": "function_call", **self.names, "arguments": self.text}
+            case "custom_tool_call":
+                fields = {"type": "custom_tool_call", **self.names, "input": self.input}
+        return {"id": self.id, "status": self.status, **fields}
+
 
 class ResponseEncoder:
     """Events to the events of the Responses API, and to the response that they add up to."""
 
-    PREFIXES: Mapping[str, str] = {
+    PREFIXES: Mapping[ItemKind, str] = {
         "reasoning": "rs",
+        "summary": "rs",
         "message": "msg",
         "function_call": "fc",
         "custom_tool_call": "ctc",
@@ -1859,7 +1964,6 @@ class ResponseEncoder:
 
     def __init__(self, head: Head, request: ResponsesRequest) -> None:
         self.head, self.request = head, request
-        self.id = f"resp_{head.own_id}"
         self.sequence = 0  # number of the next event
         self.items: list[Item] = []
         self.calls: dict[int, Item] = {}  # by the index of the call
@@ -1867,10 +1971,9 @@ class ResponseEncoder:
         self.status: Literal["in_progress", "completed", "incomplete", "failed"] = "in_progress"
         self.finish: FinishReason = "stop"
         self.error: JSON | None = None
+        self.completed_at: int | None = None
         self.returns_reasoning = "reasoning.encrypted_content" in request.include
-        self.has_summary = bool(as_object(request.echo["reasoning"]).get("summary"))
-        tools = [as_object(tool) for tool in request.echo["tools"]]
-        self.custom = {tool.get("name") for tool in tools if tool.get("type") == "custom"}
+        self.thought_kind: ItemKind = "summary" if request.echo["reasoning"]["summary"] else "reasoning"
 
     def feed(self, event: Event) -> list[JSON]:
         return [*self.opening(), *self.frames(event)]
@@ -1883,9 +1986,9 @@ class ResponseEncoder:
     def frames(self, event: Event) -> Iterator[JSON]:
         match event:
             case Thought(words) if words:
-                yield from self.add_thought(words)
+                yield from self.add_words(self.thought_kind, words)
             case Text(words) if words:
-                yield from self.add_text(words)
+                yield from self.add_words("message", words)
             case ToolCall():
                 yield from self.add_call(event)
             case Citations(results) if results:
@@ -1894,164 +1997,140 @@ class ResponseEncoder:
                 self.usage = event
             case Finish(reason):
                 self.finish = reason
-                for item in self.items:
-                    yield from self.end(item)
+                yield from self.end(self.items)
 
-    def add_thought(self, words: str) -> Iterator[JSON]:
-        item = self.items[-1] if self.items and self.items[-1].kind == "reasoning" and self.items[-1].open else None
-        if item is None:
-            item = self.new_item("reasoning")
-            yield self.frame("output_item.added", **self.position(item), item=self.body(item))
-            if self.has_summary:
-                part = {"type": "summary_text", "text": ""}
-                yield self.frame("reasoning_summary_part.added", **self.position(item, "summary_index"), part=part)
-            else:
-                part = {"type": "reasoning_text", "text": ""}
-                yield self.frame("content_part.added", **self.position(item, "content_index"), part=part)
+    def add_words(self, kind: ItemKind, words: str) -> Iterator[JSON]:
+        text, part, index = TEXT_EVENTS[kind]
+        item = self.items[-1] if self.items else None
+        if item is None or item.kind != kind:
+            item = yield from self.begin(kind)
+            yield self.frame(f"{part}.added", **self.position(item), **{index: 0}, part=item.part)
         item.pieces.append(words)
-        name, where = ("summary_text", "summary_index") if self.has_summary else ("text", "content_index")
-        yield self.frame(f"reasoning_{name}.delta", **self.position(item, where), delta=words)
-
-    def add_text(self, words: str) -> Iterator[JSON]:
-        item = next((item for item in self.items if item.kind == "message"), None)
-        if item is None:
-            yield from self.end_thought()
-            item = self.new_item("message")
-            yield self.frame("output_item.added", **self.position(item), item={**self.body(item), "content": []})
-            part = {"type": "output_text", "text": "", "annotations": [], "logprobs": []}
-            yield self.frame("content_part.added", **self.position(item, "content_index"), part=part)
-        item.pieces.append(words)
-        yield self.frame("output_text.delta", **self.position(item, "content_index"), delta=words, logprobs=[])
+        yield self.frame(f"{text}.delta", **self.position(item), **{index: 0}, delta=words, **self.logprobs(kind))
 
     def add_call(self, call: ToolCall) -> Iterator[JSON]:
         item = self.calls.get(call.index)
         if item is None:
-            yield from self.end_thought()
-            item = self.new_item("custom_tool_call" if call.name in self.custom else "function_call")
-            item.call_id, item.name = call.id, call.name
-            self.calls[call.index] = item
-            yield self.frame("output_item.added", **self.position(item), item=self.body(item))
+            tool = self.request.tools.get(call.name, {"name": call.name})
+            names: JSON = {"call_id": call.id, **{key: tool[key] for key in ("name", "namespace") if key in tool}}
+            kind: ItemKind = "custom_tool_call" if tool.get("type") == "custom" else "function_call"
+            item = self.calls[call.index] = yield from self.begin(kind, names)
         item.pieces.append(call.arguments)
         if item.kind == "function_call" and call.arguments:
             yield self.frame("function_call_arguments.delta", **self.position(item), delta=call.arguments)
 
     def add_citations(self, results: tuple[JSON, ...]) -> Iterator[JSON]:
-        for item in self.items:
-            for citation in url_citations(results) if item.kind == "message" else ():
+        """What a search found, as annotations of the last message."""
+        for item in [item for item in self.items if item.kind == "message"][-1:]:
+            for citation in url_citations(results):
                 cited = {"type": "url_citation", **citation["url_citation"]}
-                where = self.position(item, "content_index") | {"annotation_index": len(item.annotations)}
+                where = self.position(item) | {"content_index": 0, "annotation_index": len(item.annotations)}
                 item.annotations.append(cited)
                 yield self.frame("output_text.annotation.added", **where, annotation=cited)
 
-    def end_thought(self) -> Iterator[JSON]:
-        for item in self.items:
-            if item.kind == "reasoning":
-                yield from self.end(item)
+    def begin(self, kind: ItemKind, names: JSON | None = None) -> Generator[JSON, None, Item]:
+        """Open an item. Text ends where another item begins; calls stay open, since their pieces may alternate."""
+        yield from self.end(item for item in self.items if item.kind in TEXT_EVENTS)
+        index = len(self.items)
+        item = Item(kind, f"{self.PREFIXES[kind]}_{self.head.own_id}_{index}", index, names or {})
+        self.items.append(item)
+        yield self.frame("output_item.added", output_index=index, item=self.body(item))
+        return item
 
-    def end(self, item: Item) -> Iterator[JSON]:
-        """The frames that complete an item; none if it is complete already."""
-        if not item.open:
-            return
-        item.open = False
-        body = self.body(item)
+    def end(self, items: Iterable[Item]) -> Iterator[JSON]:
+        """The frames that complete the items that are still open."""
+        for item in items:
+            if item.status == "in_progress":
+                item.status = self.ended
+                yield from self.last_frames(item)
+                yield self.frame("output_item.done", output_index=item.index, item=self.body(item))
+
+    def last_frames(self, item: Item) -> Iterator[JSON]:
+        where = self.position(item)
         match item.kind:
-            case "reasoning" if self.has_summary:
-                where = self.position(item, "summary_index")
-                yield self.frame("reasoning_summary_text.done", **where, text=item.text)
-                yield self.frame("reasoning_summary_part.done", **where, part=body["summary"][0])
-            case "reasoning":
-                where = self.position(item, "content_index")
-                yield self.frame("reasoning_text.done", **where, text=item.text)
-                yield self.frame("content_part.done", **where, part=body["content"][0])
-            case "message":
-                where = self.position(item, "content_index")
-                yield self.frame("output_text.done", **where, text=item.text, logprobs=[])
-                yield self.frame("content_part.done", **where, part=body["content"][0])
             case "function_call":
-                yield self.frame(
-                    "function_call_arguments.done", **self.position(item), name=item.name, arguments=item.text
-                )
+                yield self.frame("function_call_arguments.done", **where, name=item.names["name"], arguments=item.text)
             case "custom_tool_call":
-                yield self.frame("custom_tool_call_input.delta", **self.position(item), delta=item.input)
-                yield self.frame("custom_tool_call_input.done", **self.position(item), input=item.input)
-        yield self.frame("output_item.done", output_index=item.index, item=body)
+                yield self.frame("custom_tool_call_input.delta", **where, delta=item.input)
+                yield self.frame("custom_tool_call_input.done", **where, input=item.input)
+            case kind:
+                text, part, index = TEXT_EVENTS[kind]
+                yield self.frame(f"{text}.done", **where, **{index: 0}, text=item.text, **self.logprobs(kind))
+                yield self.frame(f"{part}.done", **where, **{index: 0}, part=item.part)
 
     def close(self) -> list[JSON | str]:
-        self.status = "incomplete" if self.finish in ("length", "content_filter") else "completed"
+        self.status = self.ended
+        self.completed_at = int(self.head.clock()) if self.status == "completed" else None
         response = self.response()
         if response["store"]:
-            conversation = merge_assistant_turns((*self.request.conversation, *self.messages()))
-            self.request.history.put(StoredResponse(response, conversation))
+            self.request.history.put(StoredResponse(response, self.request.input))
         return [self.frame(self.status, response=response)]
 
     def fail(self, error: ProxyError) -> list[JSON | str]:
-        code = "rate_limit_exceeded" if error.kind == RATE_LIMITED else "server_error"
-        code = "invalid_prompt" if isinstance(error, BadRequest) or error.kind.status == 400 else code
+        too_long = error.kind.code == "context_length_exceeded"  # Codex shortens the conversation then
+        code = error.kind.code if too_long else FAILURE_CODES.get(error.kind.status, "server_error")
         opening = self.opening()
         self.status, self.error = "failed", {"code": code, "message": str(error)}
         return [*opening, self.frame("failed", response=self.response())]
-
-    def new_item(self, kind: Literal["reasoning", "message", "function_call", "custom_tool_call"]) -> Item:
-        index = len(self.items)
-        self.items.append(Item(kind, f"{self.PREFIXES[kind]}_{self.head.own_id}_{index}", index))
-        return self.items[-1]
 
     def frame(self, event: str, **fields: Any) -> JSON:
         frame = {"type": f"response.{event}", "sequence_number": self.sequence, **fields}
         self.sequence += 1
         return frame
 
-    def position(self, item: Item, part: str | None = None) -> JSON:
-        return {"item_id": item.id, "output_index": item.index, **({part: 0} if part else {})}
+    def position(self, item: Item) -> JSON:
+        return {"item_id": item.id, "output_index": item.index}
+
+    def logprobs(self, kind: ItemKind) -> JSON:
+        return {"logprobs": []} if kind == "message" else {}
 
     def body(self, item: Item) -> JSON:
-        head = {"id": item.id, "type": item.kind, "status": "in_progress" if item.open else self.ended}
-        match item.kind:
-            case "reasoning":
-                snapshot = [{"type": "summary_text" if self.has_summary else "reasoning_text", "text": item.text}]
-                parts: JSON = {"summary": snapshot} if self.has_summary else {"summary": [], "content": snapshot}
-                parts = {**parts, "encrypted_content": encode_reasoning(item.text)} if self.returns_reasoning else parts
-                return {**head, **(parts if not item.open else {"summary": []})}
-            case "message":
-                part = {"type": "output_text", "text": item.text, "annotations": item.annotations, "logprobs": []}
-                return {**head, "role": "assistant", "content": [part]}
-            case "function_call":
-                return {**head, "call_id": item.call_id, "name": item.name, "arguments": item.text}
-            case "custom_tool_call":
-                words = "" if item.open else item.input
-                return {**head, "call_id": item.call_id, "name": item.name, "input": words}
+        if self.returns_reasoning and item.kind in ("reasoning", "summary"):
+            return item.body | {"encrypted_content": encode_reasoning(item.text)}
+        return item.body
 
     @property
-    def ended(self) -> str:
+    def ended(self) -> Literal["completed", "incomplete"]:
         return "incomplete" if self.finish in ("length", "content_filter") else "completed"
-
-    def messages(self) -> Iterator[Message]:
-        """The output as messages, for the next request's history."""
-        for item in self.items:
-            match item.kind:
-                case "reasoning":
-                    yield Message("assistant", (), thought=item.text)
-                case "message":
-                    yield Message("assistant", (item.text,))
-                case _:
-                    yield Message("assistant", (), calls=(ToolCall(0, item.call_id, item.name, item.text or "{}"),))
 
     def response(self) -> JSON:
         reason = "max_output_tokens" if self.finish == "length" else "content_filter"
         return {
-            "id": self.id,
+            "id": f"resp_{self.head.own_id}",
             "object": "response",
             "created_at": self.head.created,
+            "completed_at": self.completed_at,
             "status": self.status,
-            "background": False,
             "error": self.error,
             "incomplete_details": {"reason": reason} if self.status == "incomplete" else None,
             "model": self.head.model,
             "output": [self.body(item) for item in self.items],
             "usage": response_usage(self.usage) if self.usage else None,
             **self.request.echo,
-            "service_tier": "default",
+            **FIXED,
         }
+
+
+def input_items(stored: StoredResponse, query: Mapping[str, str]) -> JSON:
+    """A page of a response's input, as its `order`, `after` and `limit` ask for it: the newest 20 first."""
+    items = [input_item(item, f"{stored.response['id']}_input_{i}") for i, item in enumerate(stored.input)]
+    if query.get("order") != "asc":
+        items.reverse()
+    ids = [item["id"] for item in items]
+    start = ids.index(query["after"]) + 1 if query.get("after") in ids else 0
+    limit = query.get("limit", "")
+    end = start + (int(limit) if re.fullmatch("[1-9][0-9]?|100", limit) else 20)
+    first, last = (ids[start], ids[start:end][-1]) if ids[start:end] else (None, None)
+    return {"object": "list", "data": items[start:end], "first_id": first, "last_id": last, "has_more": end < len(ids)}
+
+
+def input_item(item: JSON, item_id: str) -> JSON:
+    """An item with the keys that a client may leave out."""
+    content = item.get("content")
+    if isinstance(content, str):
+        kind = "output_text" if item.get("role") == "assistant" else "input_text"
+        item = item | {"content": [{"type": kind, "text": content}]}
+    return {"type": "message", **item, "id": item.get("id") or item_id}
 
 
 def response_usage(usage: Usage) -> JSON:
@@ -3534,6 +3613,7 @@ class Record:
     first: float | None = None
     torn: int = 0  # frames that Z.ai tore
     usage: Usage = Usage()
+    left_out: str = ""  # tools that Z.ai does not have
 
     def note(self, events: list[Event]) -> None:
         if self.first is None:
@@ -3558,7 +3638,9 @@ class Record:
         outcome = f"{self.status} {self.error}".rstrip()
         first = f"first {self.first - self.started:.2f} s, " if self.first else ""
         tokens = f", {self.usage.prompt}+{self.usage.completion} tokens" if self.usage.total else ""
-        return f"{self.method} {self.path} {self.model or '-'} {outcome} {first}{now - self.started:.2f} s{tokens}"
+        left_out = f", left out {self.left_out}" if self.left_out else ""
+        took = f"{now - self.started:.2f} s"
+        return f"{self.method} {self.path} {self.model or '-'} {outcome} {first}{took}{tokens}{left_out}"
 
 
 class ModelFigures:
@@ -3650,23 +3732,16 @@ class ResponseStore:
     def put(self, owner: str, stored: StoredResponse) -> None:
         """Keep a response, in place of an older one with the same id; forget the oldest when there are too many."""
         key = (owner, stored.response["id"])
-        size = len(to_json(stored.response)) + sum(len(repr(message)) for message in stored.messages)
+        size = len(to_json(stored.response)) + len(to_json(stored.input))
         self.drop(*key)
         self.stored[key] = (stored, size)
         self.size += size
         while self.stored and (len(self.stored) > self.MAX_RESPONSES or self.size > self.MAX_BYTES):
             self.drop(*next(iter(self.stored)))
 
-    def get(self, owner: str, response_id: str) -> StoredResponse:
-        """Raises ProxyError for a response that is not there, or is another client key's."""
-        if (owner, response_id) not in self.stored:
-            kind = ErrorKind(404, "invalid_request_error", "response_not_found")
-            raise ProxyError(
-                kind,
-                "There is no such response: this server keeps the last ones in memory, and forgets them when it stops.",
-                "previous_response_id",
-            )
-        return self.stored[owner, response_id][0]
+    def get(self, owner: str, response_id: str) -> StoredResponse | None:
+        """None for a response that is not there, or is another client key's."""
+        return self.stored.get((owner, response_id), (None, 0))[0]
 
     def drop(self, owner: str, response_id: str) -> None:
         _, size = self.stored.pop((owner, response_id), (None, 0))
@@ -3680,7 +3755,7 @@ class ClientHistory:
     store: ResponseStore
     owner: str
 
-    def get(self, response_id: str) -> StoredResponse:
+    def get(self, response_id: str) -> StoredResponse | None:
         return self.store.get(self.owner, response_id)
 
     def put(self, stored: StoredResponse) -> None:
@@ -3770,7 +3845,7 @@ class SSEResponse:
     def failed_encoder(self) -> Encoder:
         """For an answer of which Z.ai sent no head."""
         own_id = self.request[RECORD].id
-        return self.asked.encoder(Head(own_id, int(time.time()), self.asked.prompt.model, own_id))
+        return self.asked.encoder(Head(own_id, int(time.time()), self.asked.prompt.model, own_id, time.time))
 
     @contextmanager
     def kept_alive(self) -> Iterator[None]:
@@ -3822,6 +3897,7 @@ async def answer(surface: Surface, request: web.Request) -> web.StreamResponse:
     prompt = with_defaults(asked.prompt, settings, request.headers.get("Accept", ""))
     form = prompt.reasoning_format or settings.reasoning_format
     record.model = model_shown(request, prompt.model)
+    record.left_out = ",".join(header_word(name) for name in prompt.ignored if name.startswith("tools."))[:DETAIL_LIMIT]
     if not prompt.stream:
         async with upstream.open(prompt) as stream:
             whole = await collect(events_of(stream, record, form))
@@ -3836,7 +3912,7 @@ async def answer(surface: Surface, request: web.Request) -> web.StreamResponse:
 
 
 def head_of(info: AnswerInfo, prompt: Prompt, record: Record) -> Head:
-    return Head(info.id or record.id, info.created or int(time.time()), prompt.model, record.id)
+    return Head(info.id or record.id, info.created or int(time.time()), prompt.model, record.id, time.time)
 
 
 def model_shown(request: web.Request, name: str) -> str:
@@ -3936,14 +4012,27 @@ async def one_model(request: web.Request) -> web.Response:
     return json_response(item(models[name], name))
 
 
+def stored_response(request: web.Request) -> StoredResponse:
+    stored = request.app[STORE].get(request[ACCOUNT].id, request.match_info["id"])
+    if stored is None:
+        raise ProxyError(
+            ErrorKind(404, "invalid_request_error", "response_not_found"),
+            "This response is not stored here, or no more.",
+        )
+    return stored
+
+
 async def one_response(request: web.Request) -> web.Response:
-    return json_response(request.app[STORE].get(request[ACCOUNT].id, request.match_info["id"]).response)
+    return json_response(stored_response(request).response)
+
+
+async def list_input_items(request: web.Request) -> web.Response:
+    return json_response(input_items(stored_response(request), request.query))
 
 
 async def delete_response(request: web.Request) -> web.Response:
-    owner, response_id = request[ACCOUNT].id, request.match_info["id"]
-    request.app[STORE].get(owner, response_id)
-    request.app[STORE].drop(owner, response_id)
+    response_id = stored_response(request).response["id"]
+    request.app[STORE].drop(request[ACCOUNT].id, response_id)
     return json_response({"id": response_id, "object": "response", "deleted": True})
 
 
@@ -4384,8 +4473,10 @@ def api_routes(app: web.Application) -> None:
     add_route(app, "POST", f"{API}{{what:messages|messages/count_tokens}}{END}", require_key(messages))
     add_route(app, "GET", f"{API}models{END}", require_key(list_models))
     add_route(app, "GET", f"{API}models/{{id:.+?}}{END}", require_key(one_model))
-    add_route(app, "GET", f"{API}responses/{{id}}{END}", require_key(one_response))
-    add_route(app, "DELETE", f"{API}responses/{{id}}{END}", require_key(delete_response))
+    response = API + r"responses/{id:resp_\w+}"
+    add_route(app, "GET", response + END, require_key(one_response))
+    add_route(app, "GET", f"{response}/input_items{END}", require_key(list_input_items))
+    add_route(app, "DELETE", response + END, require_key(delete_response))
 
 
 def page_routes(app: web.Application) -> None:

@@ -643,7 +643,7 @@ def test_a_message_is_read(fields, wanted):
         (chat(thinking={"type": "sometimes"}), "thinking"),
         (chat(thinking={"clear_thinking": "no"}), "thinking.clear_thinking"),
         (chat(enable_thinking="yes"), "enable_thinking"),
-        (chat(chat_template_kwargs={"enable_thinking": 1}), "chat_template_kwargs"),
+        (chat(chat_template_kwargs={"enable_thinking": 1}), "chat_template_kwargs.enable_thinking"),
         (chat(reasoning_format="both"), "reasoning_format"),
         (chat(do_sample=1), "do_sample"),
     ],

@@ -45,17 +45,17 @@ import sys
 import time
 from abc import ABC, abstractmethod
 from bisect import insort
-from collections import Counter, deque
+from collections import Counter, defaultdict, deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Generator, Iterable, Iterator, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager, suppress
 from contextvars import ContextVar
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import astuple, dataclass, field, fields, replace
 from datetime import datetime, timezone
 from fnmatch import fnmatchcase
 from functools import partial
 from importlib import import_module
 from itertools import chain, count, islice
-from operator import itemgetter
+from operator import add, itemgetter
 from pathlib import Path
 from typing import Any, Literal, NoReturn, Protocol, TypeVar
 from urllib.parse import quote, urlsplit
@@ -158,11 +158,9 @@ class Settings:
 
     port: int = setting(9090, whole_number(0, 65535), "a port number, 0 to 65535")
     host: str = setting("localhost", address, "one address or host name")
-    default_key: tuple[str, ...] = setting(
-        (PUBLISHED_KEY,), keys, "one or more keys of plain ASCII, separated by commas"
-    )
+    default_key: tuple[str, ...] = setting((PUBLISHED_KEY,), keys, "keys of plain ASCII, separated by commas")
     debug_mode: bool = setting(default=False, read=boolean, wanted="true or false")
-    zai_api_key: tuple[str, ...] = setting((), keys, "one or more Z.ai keys of plain ASCII, separated by commas")
+    zai_api_key: tuple[str, ...] = setting((), keys, "Z.ai keys of plain ASCII, separated by commas")
     zai_base_url: str = setting(GENERAL_URL, base_url, f"an http or https address such as {GENERAL_URL}")
     zai_anthropic_url: str = setting("", base_url, "an http or https address such as https://api.z.ai/api/anthropic")
     default_stream: bool = setting(default=False, read=boolean, wanted="true or false")
@@ -174,9 +172,7 @@ class Settings:
     max_retries: int = setting(2, whole_number(0, 10), "a number of times, 0 to 10")
     upstream_timeout: int = setting(300, whole_number(1, 86400), "a number of seconds, 1 to 86400")
     max_body_mb: int = setting(64, whole_number(1, 4096), "a number of megabytes, 1 to 4096")
-    cors_origins: tuple[str, ...] = setting(
-        ("*",), origins, "origins such as https://example.org, separated by commas, or *"
-    )
+    cors_origins: tuple[str, ...] = setting(("*",), origins, "origins (https://example.org), separated by commas, or *")
     dashboard_enabled: bool = setting(default=True, read=boolean, wanted="true or false")
     demo: bool = False  # a flag, never a variable: a server must not make answers up by accident
 
@@ -249,80 +245,72 @@ class ErrorKind:
     retry_after: float | None = field(default=None, compare=False)
 
 
-INTERNAL_ERROR = ErrorKind(
-    500, "server_error", "internal_error", "Something went wrong in ztoapi itself; its log has the details."
-)
-STOPPING = ErrorKind(503, "server_error", "server_stopping", "The server is stopping: ask again in a moment.")
-INVALID_API_KEY = ErrorKind(
+# OpenAI's error type for each status; for any other it is "invalid_request_error".
+ERROR_TYPES = {
+    402: "insufficient_quota",
+    403: "permission_error",
+    429: "rate_limit_error",
+    **dict.fromkeys((500, 503), "server_error"),
+    **dict.fromkeys((502, 504), "upstream_error"),
+}
+
+
+def error_kind(status: int, code: str | None, message: str = "", retry_after: float | None = None) -> ErrorKind:
+    return ErrorKind(status, ERROR_TYPES.get(status, "invalid_request_error"), code, message, retry_after)
+
+
+INTERNAL_ERROR = error_kind(500, "internal_error", "Something went wrong in ztoapi itself; its log has the details.")
+STOPPING = error_kind(503, "server_stopping", "The server is stopping: ask again in a moment.")
+INVALID_API_KEY = error_kind(
     401,
-    "invalid_request_error",
     "invalid_api_key",
     "The API key is missing or wrong: send this server's key (its DEFAULT_KEY, not a Z.ai key) "
     "as 'Authorization: Bearer KEY' or 'x-api-key: KEY'.",
 )
-ZAI_API_KEY_MISSING = ErrorKind(
+ZAI_API_KEY_MISSING = error_kind(
     503,
-    "server_error",
     "zai_api_key_missing",
     "This server has no Z.ai key. Get one at z.ai/manage-apikey (glm-4.7-flash, glm-4.5-flash and glm-4.6v-flash "
     "are free), set ZAI_API_KEY and start again; or try it without a key: python ztoapi.py --demo",
 )
-AUTHENTICATION = ErrorKind(
-    502,
-    "upstream_error",
-    "zai_authentication",
-    "Z.ai did not accept this server's own key: its operator must check ZAI_API_KEY.",
+AUTHENTICATION = error_kind(
+    502, "zai_authentication", "Z.ai did not accept this server's own key: its operator must check ZAI_API_KEY."
 )
-UNAVAILABLE = ErrorKind(502, "upstream_error", "zai_unavailable", "Z.ai could not answer: try again shortly.")
-UNREACHABLE = ErrorKind(
+UNAVAILABLE = error_kind(502, "zai_unavailable", "Z.ai could not answer: try again shortly.")
+UNREACHABLE = error_kind(
     502,
-    "upstream_error",
     "zai_unreachable",
     "Z.ai cannot be reached (connection error, network error): check this server's network, proxy and ZAI_BASE_URL.",
 )
-WRONG_ADDRESS = ErrorKind(
-    502,
-    "upstream_error",
-    "zai_wrong_address",
-    "There is no GLM API at this server's ZAI_BASE_URL: its operator must check the address.",
+WRONG_ADDRESS = error_kind(
+    502, "zai_wrong_address", "There is no GLM API at this server's ZAI_BASE_URL: its operator must check the address."
 )
-TIMEOUT = ErrorKind(504, "upstream_error", "zai_timeout", "Z.ai was silent for too long (UPSTREAM_TIMEOUT): try again.")
-RATE_LIMITED = ErrorKind(
+TIMEOUT = error_kind(504, "zai_timeout", "Z.ai was silent for too long (UPSTREAM_TIMEOUT): try again.")
+RATE_LIMITED = error_kind(
     429,
-    "rate_limit_error",
     "rate_limit_exceeded",
     "Z.ai takes no more requests from this server's key just now: wait a little, or send fewer at the same time.",
     retry_after=1,
 )
-NO_BALANCE = ErrorKind(
-    402,  # several agents ask again after a 429, for minutes and without a word
-    "insufficient_quota",
+# 402: several agents repeat a request after a 429, for minutes and without a word.
+NO_BALANCE = error_kind(
+    402,
     "insufficient_quota",
     "This server's Z.ai key has no balance for this model. A Coding Plan key needs "
     "ZAI_BASE_URL=https://api.z.ai/api/coding/paas/v4; without a plan, add money or use a free model, "
     "such as glm-4.7-flash.",
 )
-QUOTA_EXCEEDED = ErrorKind(
-    402,
-    "insufficient_quota",
-    "quota_exceeded",
-    "The quota of this server's Z.ai key is used up: wait until it is reset, or use another key.",
+QUOTA_EXCEEDED = error_kind(
+    402, "quota_exceeded", "The quota of this server's Z.ai key is used up: wait until it is reset, or use another key."
 )
-PLAN_NOT_USABLE = ErrorKind(
-    403,
-    "permission_error",
-    "plan_not_usable",
-    "The plan of this server's Z.ai key cannot be used: see z.ai/manage-apikey.",
+PLAN_NOT_USABLE = error_kind(
+    403, "plan_not_usable", "The plan of this server's Z.ai key cannot be used: see z.ai/manage-apikey."
 )
-MODEL_NOT_AVAILABLE = ErrorKind(
-    403,
-    "permission_error",
-    "model_not_available",
-    "This server's Z.ai key may not use this model: choose another, or change the plan.",
+MODEL_NOT_AVAILABLE = error_kind(
+    403, "model_not_available", "This server's Z.ai key may not use this model: choose another, or change the plan."
 )
-MODEL_NOT_FOUND = ErrorKind(
+MODEL_NOT_FOUND = error_kind(
     404,
-    "invalid_request_error",
     "model_not_found",
     "Z.ai does not know this model, or not for this use: GET /v1/models lists the names, "
     "and this server's MODEL_ALIASES can give a model the name a client insists on.",
@@ -353,7 +341,7 @@ class BadRequest(ProxyError):
     """The request is invalid; `param` names the field."""
 
     def __init__(self, message: str, param: str | None = None, code: str | None = None) -> None:
-        super().__init__(ErrorKind(400, "invalid_request_error", code), message, param)
+        super().__init__(error_kind(400, code), message, param)
 
 
 class UpstreamError(ProxyError):
@@ -715,13 +703,7 @@ class Usage:
     reasoning: int = 0
 
     def __add__(self, other: Usage) -> Usage:
-        return Usage(
-            self.prompt + other.prompt,
-            self.completion + other.completion,
-            self.total + other.total,
-            self.cached + other.cached,
-            self.reasoning + other.reasoning,
-        )
+        return Usage(*map(add, astuple(self), astuple(other)))
 
 
 FinishReason = Literal["stop", "length", "tool_calls", "content_filter"]
@@ -857,7 +839,7 @@ class Answer:
 
     def __init__(self) -> None:
         self.events: list[Event] = []
-        self.choices: dict[int, Choice] = {}
+        self.choices: defaultdict[int, Choice] = defaultdict(Choice)
         self.usage: Usage | None = None  # None: Z.ai sent none
 
     def add(self, event: Event) -> None:
@@ -866,20 +848,15 @@ class Answer:
             case Usage():
                 self.usage = event + (self.usage or Usage())
             case Thought(text, choice):
-                self.choice(choice).thoughts.append(text)
+                self.choices[choice].thoughts.append(text)
             case Text(text, choice):
-                self.choice(choice).texts.append(text)
+                self.choices[choice].texts.append(text)
             case ToolCall(index=index, choice=choice):
-                self.choice(choice).calls.setdefault(index, []).append(event)
+                self.choices[choice].calls.setdefault(index, []).append(event)
             case Citations(results, choice):
-                self.choice(choice).citations = results
+                self.choices[choice].citations = results
             case Finish(reason, choice):
-                self.choice(choice).finish = reason
-
-    def choice(self, index: int) -> Choice:
-        if index not in self.choices:
-            self.choices[index] = Choice()
-        return self.choices[index]
+                self.choices[choice].finish = reason
 
 
 class ReasoningShape:
@@ -1008,14 +985,10 @@ def effort_from_switch(value: Any) -> Effort:
 
 def effort_from_object(value: Any) -> Effort | None:
     """OpenRouter's `reasoning` object."""
-    given = mapping(value)
-    if given.get("enabled") is False:
-        return "off"
-    if given.get("effort") is not None:
-        return effort(given["effort"])
-    if not isinstance(given.get("enabled", False), bool | None):
+    enabled, level = mapping(value).get("enabled"), value.get("effort")
+    if not isinstance(enabled, bool | None):
         raise ValueError("must have true or false as enabled")
-    return "on" if given.get("enabled") else None
+    return "off" if enabled is False else effort(level) if level is not None else "on" if enabled else None
 
 
 def effort_from_thinking(value: Any) -> Effort | None:
@@ -1028,12 +1001,8 @@ def effort_from_thinking(value: Any) -> Effort | None:
 
 def effort_from_template(value: Any) -> Effort | None:
     """The `chat_template_kwargs` of vLLM and SGLang."""
-    given = mapping(value).get("enable_thinking")
-    if given is None:
-        return None
-    if not isinstance(given, bool):
-        raise ValueError("must have true or false as enable_thinking")
-    return effort_from_switch(given)
+    given = validated(mapping(value), {"enable_thinking": effort_from_switch}, "chat_template_kwargs.")
+    return given.get("enable_thinking")
 
 
 # Five ways to ask for thinking; if a request has several, the first of this order counts.
@@ -1229,14 +1198,8 @@ def clear_thinking(body: JSON) -> bool | None:
     return said
 
 
-ROLES = {
-    "system": "system",
-    "developer": "system",  # Z.ai answers 1214 to it
-    "user": "user",
-    "assistant": "assistant",
-    "tool": "tool",
-    "function": "tool",  # OpenAI's name before there were tools
-}
+# Z.ai answers 1214 to developer; OpenAI called tools functions before.
+ROLES = {role: role for role in ("system", "user", "assistant", "tool")} | {"developer": "system", "function": "tool"}
 
 
 def parse_message(message: Any, at: str) -> Message:
@@ -2393,24 +2356,17 @@ class RefInliner:
 
 # ======== Z.ai: errors ==============================================================================================
 
-INVALID = ErrorKind(
-    400, "invalid_request_error", "zai_{}", "Z.ai did not accept the request: change what it names."
-)  # {}: Z.ai's code
-OTHER = ErrorKind(502, "upstream_error", "zai_{}", "Z.ai refused the request.")
+INVALID = error_kind(400, "zai_{}", "Z.ai did not accept the request: change what it names.")  # {}: Z.ai's code
+OTHER = error_kind(502, "zai_{}", "Z.ai refused the request.")
 OVERLOADED = replace(
     RATE_LIMITED,
     message="The model is overloaded at Z.ai: wait some seconds, or choose another model.",
     retry_after=5,
 )
-CONTEXT_LENGTH_EXCEEDED = ErrorKind(
-    400,
-    "invalid_request_error",
-    "context_length_exceeded",
-    "The messages are longer than the model can read: shorten them.",
+CONTEXT_LENGTH_EXCEEDED = error_kind(
+    400, "context_length_exceeded", "The messages are longer than the model can read: shorten them."
 )
-CONTENT_FILTER = ErrorKind(
-    400, "invalid_request_error", "content_filter", "Z.ai's content filter refused the request: rephrase it."
-)
+CONTENT_FILTER = error_kind(400, "content_filter", "Z.ai's content filter refused the request: rephrase it.")
 
 # Z.ai's codes (docs.z.ai, "Error Codes", with docs.bigmodel.cn's of July 2026).
 KINDS_BY_CODE = {
@@ -4016,7 +3972,7 @@ def stored_response(request: web.Request) -> StoredResponse:
     stored = request.app[STORE].get(request[ACCOUNT].id, request.match_info["id"])
     if stored is None:
         raise ProxyError(
-            ErrorKind(404, "invalid_request_error", "response_not_found"),
+            error_kind(404, "response_not_found"),
             "This response is not stored here, or no more.",
         )
     return stored
@@ -4191,7 +4147,7 @@ def pass_through_error(error: UpstreamError, path: str, base: str) -> UpstreamEr
     """The error in words that fit a path other than chat's."""
     kind, message = error.kind, error.message
     if kind == WRONG_ADDRESS:  # the chat's address may well be right
-        kind = ErrorKind(404, "invalid_request_error", "not_found")
+        kind = error_kind(404, "not_found")
         message = "Z.ai has nothing at this path of this server's ZAI_BASE_URL, or not under this id."
     if path.startswith(CHINA_ONLY) and "api.z.ai" in base:
         message += " It may exist only at the China address, open.bigmodel.cn/api/paas/v4 (ZAI_BASE_URL)."
@@ -4259,7 +4215,7 @@ async def local_only(request: web.Request, handler: Handler) -> web.StreamRespon
     """Answers preflights, and while the key is the published one turns strangers' pages away (DNS rebinding)."""
     if request.app[SETTINGS].published and not is_local(request):
         raise ProxyError(
-            ErrorKind(403, "permission_error", "host_not_allowed"),
+            error_kind(403, "host_not_allowed"),
             f"This server has the published key {PUBLISHED_KEY}, so it answers only on localhost: "
             "set DEFAULT_KEY to a key of your own.",
         )
@@ -4368,15 +4324,15 @@ def proxy_error(error: Exception, request: web.Request) -> ProxyError:
             return error
         case web.HTTPNotFound():
             message = "There is nothing here: clients call POST /v1/chat/completions and GET /v1/models."
-            return ProxyError(ErrorKind(404, "invalid_request_error", "unknown_url"), message, detail=asked)
+            return ProxyError(error_kind(404, "unknown_url"), message, detail=asked)
         case web.HTTPMethodNotAllowed():
-            kind = ErrorKind(405, "invalid_request_error", "method_not_allowed")
+            kind = error_kind(405, "method_not_allowed")
             refusal = ProxyError(kind, f"This path takes only {error.headers['Allow']}.", detail=asked)
             refusal.headers = {"Allow": error.headers["Allow"]}
             return refusal
         case web.HTTPRequestEntityTooLarge():
             message = f"The request is larger than {request.app[SETTINGS].max_body_mb} MB, this server's MAX_BODY_MB."
-            return ProxyError(ErrorKind(413, "invalid_request_error", "request_too_large"), message)
+            return ProxyError(error_kind(413, "request_too_large"), message)
         case _:
             LOG.error("a bug in ztoapi", exc_info=error)
             return ProxyError(INTERNAL_ERROR)
@@ -4406,7 +4362,7 @@ def refuse_bad_http(
     else:
         LOG.info("%s sent what is no HTTP", request.remote)
         message = "This is not HTTP as this server reads it: a header may be malformed, too long, or one too many."
-        error = ProxyError(ErrorKind(status, "invalid_request_error", "bad_http"), message)
+        error = ProxyError(error_kind(status, "bad_http"), message)
     response = web.Response(body=encode_json(error_body(error)), status=status, content_type="application/json")
     response.force_close()
     return response
@@ -4744,7 +4700,7 @@ async def check_chat(upstream: Upstream) -> Finding:
             whole = await collect(events_of(stream, Record("", "", started, "")))
     except ProxyError as error:
         return Finding("chat", str(error), good=False)
-    text = " ".join(whole.choice(0).text.split())[:40]
+    text = " ".join(whole.choices[0].text.split())[:40]
     return Finding("chat", f"{stream.info.model} says {text!r} after {time.monotonic() - started:.1f} s")
 
 

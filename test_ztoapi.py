@@ -44,6 +44,7 @@ from ztoapi import (
     KeyPool,
     Media,
     Message,
+    MessagesReader,
     Prompt,
     Queue,
     ReasoningShape,
@@ -63,8 +64,10 @@ from ztoapi import (
     encode_json,
     error_body,
     error_headers,
+    messages_body,
     resolve,
     sse,
+    to_json,
     zai_body,
     zai_error,
 )
@@ -1291,6 +1294,60 @@ def test_an_item_of_the_input_is_listed_with_all_its_keys():
     ]
 
 
+# ======== Messages ========
+
+
+def said(content, role="user"):
+    return {"role": role, "content": content}
+
+
+def words(text):
+    return {"type": "text", "text": text}
+
+
+def reminder(text):
+    return words(f"<system-reminder>\n{text}\n</system-reminder>")
+
+
+CACHED = {"cache_control": {"type": "ephemeral"}}
+RESULT = {"type": "tool_result", "tool_use_id": "t1", "content": "42"}
+USE = said([{"type": "tool_use", "id": "t1", "name": "f", "input": {}}], "assistant")
+
+
+@pytest.mark.parametrize(
+    ("turns", "wanted"),
+    [
+        pytest.param([said("hi"), said("a", "system")], [said([words("hi"), reminder("a")])], id="behind"),
+        pytest.param([said("a", "system"), said([words("hi")])], [said([reminder("a"), words("hi")])], id="before"),
+        pytest.param(
+            [said("hi"), said([words("a"), words("b") | CACHED], "system"), said("c", "system")],
+            [said([words("hi"), reminder("a"), reminder("b") | CACHED, reminder("c")])],
+            id="several",
+        ),
+        pytest.param(
+            [said("hi"), said("yes", "assistant"), said("a", "system")],
+            [said("hi"), said("yes", "assistant"), said([reminder("a")])],
+            id="none beside it",
+        ),
+        pytest.param(
+            [said("hi"), USE, said("a", "system"), said([RESULT])],
+            [said("hi"), USE, said([RESULT, reminder("a")])],
+            id="results first",
+        ),
+        pytest.param([said("hi"), said("there")], [said("hi"), said("there")], id="no system message"),
+        pytest.param([7, said(None, "system"), {"role": []}], [7, said([]), {"role": []}], id="nothing that is one"),
+        pytest.param([said([7, {"type": "image"}], "system")], [said([7, {"type": "image"}])], id="no text"),
+        pytest.param("hi", "hi", id="no turns"),
+    ],
+)
+def test_a_system_message_of_anthropics_is_a_reminder_in_the_users_turn(turns, wanted):
+    assert messages_body({"model": "opus", "messages": turns, "top_k": 1}, "glm-5.3") == {
+        "model": "glm-5.3",
+        "messages": wanted,
+        "top_k": 1,
+    }
+
+
 # ======== Z.ai: the request ========
 
 
@@ -2108,6 +2165,88 @@ def test_other_models_may_write_of_tags():
 )
 def test_finish_reasons_are_openais(reason, wanted):
     assert read_all([RECORDED.replace(b'"stop"', f'"{reason}"'.encode())])[-1] == Finish(wanted)
+
+
+MESSAGE_START = """\
+event: message_start
+data: {"type":"message_start","message":{"id":"m","model":"glm-5.3","usage":{"input_tokens":5,"output_tokens":0}}}
+
+"""
+MESSAGE_REST = """\
+event: content_block_delta
+data: {"type":"content_block_delta","delta":{"text":"\\"usage\\":\\"model\\":\\"glm-5.3\\" 好"}}
+
+event: message_delta
+data: {"type":"message_delta","usage":{"input_tokens":null,"output_tokens":7,"cache_read_input_tokens":3}}
+
+"""
+PING = 'event: ping\ndata: {"type": "ping"}\n\n'
+MESSAGE = {
+    "content": [{"input": {"model": "glm-5.3"}}],
+    "usage": {"output_tokens": 7, "cache_creation_input_tokens": 2},
+}
+
+
+def pass_messages(parts):
+    reader = MessagesReader("claude-好")
+    return b"".join([*map(reader.feed, parts), reader.close()]).decode(), reader.usage
+
+
+@pytest.mark.parametrize(
+    ("data", "wanted", "usage"),
+    [
+        pytest.param(
+            MESSAGE_START + MESSAGE_REST,
+            MESSAGE_START.replace("glm-5.3", "claude-好") + MESSAGE_REST,
+            Usage(8, 7, 15, 3),
+            id="stream",
+        ),
+        pytest.param(
+            PING + MESSAGE_START + PING,
+            PING + MESSAGE_START.replace("glm-5.3", "claude-好") + PING,
+            Usage(5, 0, 5),
+            id="ping first",
+        ),
+        pytest.param(
+            MESSAGE_START.replace("\n", "\r\n"),
+            MESSAGE_START.replace("glm-5.3", "claude-好").replace("\n", "\r\n"),
+            Usage(5, 0, 5),
+            id="CR LF",
+        ),
+        pytest.param(
+            json.dumps(MESSAGE | {"model": "glm-5.3"}),
+            to_json(MESSAGE | {"model": "claude-好"}),
+            Usage(2, 7, 9),
+            id="whole",
+        ),
+        pytest.param('{"input_tokens": 5}', '{"input_tokens": 5}', Usage(), id="count_tokens"),
+    ],
+)
+def test_messages_pass_with_the_clients_name_of_the_model_and_tell_their_usage(data, wanted, usage):
+    for parts in cuts(data.encode()):
+        assert pass_messages(parts) == (wanted, usage)
+
+
+def test_messages_pass_as_they_come():
+    reader = MessagesReader("m")
+    start = MESSAGE_START.replace("glm-5.3", "m").encode()
+    assert [*map(reader.feed, (MESSAGE_START[:-1].encode(), b"\nda", b"ta"))] == [b"", start + b"da", b"ta"]
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b'{"code":401,"msg":"x","success":false}',
+        b'{"error":{"code":"1305","message":"x"}}',
+        b'event: error\ndata: {"type":"error","error":{"code":"1305","message":"x"}}\n\n',
+        b"<html>",
+        b"",
+    ],
+)
+def test_messages_that_begin_with_a_failure_fail(data):
+    for parts in cuts(data):
+        with pytest.raises(UpstreamError):
+            pass_messages(parts)
 
 
 # ======== Policies ========
@@ -3200,6 +3339,7 @@ class FakeRest:
 
     def __init__(self):
         self.status, self.type, self.parts, self.asked = 200, "application/json", [b'{"ok":true}'], []
+        self.headers = {}
 
     def app(self):
         app = web.Application(client_max_size=2**30)
@@ -3208,7 +3348,7 @@ class FakeRest:
 
     async def serve(self, request):
         self.asked.append((request.method, request.path_qs, dict(request.headers), await request.read()))
-        response = web.StreamResponse(status=self.status, headers={"Content-Type": self.type})
+        response = web.StreamResponse(status=self.status, headers={"Content-Type": self.type} | self.headers)
         await response.prepare(request)
         for part in self.parts:
             if part is RESET:
@@ -3237,7 +3377,10 @@ async def passing(start, rest):
 @over_sockets
 async def test_a_client_that_takes_its_time_is_no_silence_of_zais(start, rest):
     client = await start(zai_base_url=rest.url, upstream_timeout=1)
-    rest.type, rest.parts = "text/event-stream", [b": " + b"x" * 2**20 + b"\n"] * 24 + [b"data: last\n\n"]
+    rest.type, rest.parts = (
+        "text/event-stream",
+        [b"data: {}\n\n", *[b": " + b"x" * 2**20 + b"\n"] * 24, b"data: last\n\n"],
+    )
     async with client.post("/v1/messages", json=CLAUDE, headers=KEY) as response:
         response._connection.transport.pause_reading()
         await asyncio.sleep(2.5)
@@ -3284,6 +3427,20 @@ async def test_failures_of_messages_have_anthropics_shape(passing, rest, http, b
 
 
 @over_sockets
+@pytest.mark.parametrize("stream", [True, False], ids=["streamed", "whole"])
+async def test_messages_have_the_model_as_the_client_named_it_and_are_counted(passing, rest, stream):
+    whole = json.dumps(MESSAGE | {"model": "glm-5.3"}).encode()
+    rest.type = "text/event-stream" if stream else "application/json"
+    rest.parts = [MESSAGE_START[:40].encode(), (MESSAGE_START[40:] + MESSAGE_REST).encode()] if stream else [whole]
+    rest.headers = {} if stream else {"Content-Length": str(len(whole))}
+    response, body = await ask(passing, CLAUDE, "/v1/messages")
+    assert ("claude-opus-5" in body, response.headers["x-ztoapi-model"]) == (True, "glm-5.3")
+    figures = (await stats(passing))[0]["models"]["glm-5.3"]
+    assert (figures["prompt_tokens"], figures["completion_tokens"]) == ((8, 7) if stream else (2, 7))
+    assert not stream or 0 < figures["first"]["p50"] < figures["duration"]["p50"]
+
+
+@over_sockets
 async def test_messages_that_break_off_end_with_an_error(passing, rest):
     rest.type, rest.parts = "text/event-stream", [b"event: message_start\ndata: {}\n\n", RESET]
     _, body = await ask(passing, CLAUDE, "/v1/messages")
@@ -3291,8 +3448,9 @@ async def test_messages_that_break_off_end_with_an_error(passing, rest):
 
 
 @over_sockets
-async def test_messages_are_tried_again_like_chat(passing, rest):
-    rest.status, rest.parts = refused(1302)
+@pytest.mark.parametrize("answer", [refused(1302), (200, [b'data: {"type":"error","error":{"code":"1302"}}\n\n'])])
+async def test_messages_are_tried_again_like_chat(passing, rest, answer):
+    rest.status, rest.parts = answer
     response, _ = await ask(passing, CLAUDE, "/v1/messages")
     assert (response.status, len(rest.asked)) == (429, 3)
 

@@ -54,7 +54,7 @@ from datetime import datetime, timezone
 from fnmatch import fnmatchcase
 from functools import partial
 from importlib import import_module
-from itertools import chain, count, islice
+from itertools import chain, count, groupby, islice
 from operator import add, itemgetter
 from pathlib import Path
 from typing import Any, Literal, NoReturn, Protocol, TypeVar
@@ -2106,6 +2106,63 @@ def response_usage(usage: Usage) -> JSON:
     }
 
 
+# ======== Messages ==================================================================================================
+# Anthropic's API, which Z.ai serves itself; here is what it takes otherwise than Anthropic.
+
+
+def messages_body(body: JSON, model: str) -> JSON:
+    """The request as Z.ai takes it, which answers 422 to messages of role system (zai-org/GLM-5#74)."""
+    turns = body.get("messages")
+    changed = {"messages": with_reminders(turns)} if isinstance(turns, list) else {}
+    return {**body, "model": model, **changed}
+
+
+def with_reminders(turns: list[Any]) -> list[Any]:
+    """The conversation with each system message put into the user's turn beside it, as a reminder."""
+    if not any(as_object(turn).get("role") == "system" for turn in turns):
+        return turns
+    merged: list[Any] = []
+    for role, group in groupby(map(as_user_turn, turns), lambda turn: as_object(turn).get("role")):
+        turn = list(group)
+        merged += [merge_user_turns(turn)] if role == "user" else turn
+    return merged
+
+
+def as_user_turn(turn: Any) -> Any:
+    match turn:
+        case {"role": "system"}:
+            return {"role": "user", "content": [as_reminder(block) for block in content_blocks(turn)]}
+        case _:
+            return turn
+
+
+def as_reminder(block: Any) -> Any:
+    """A block of text in the tags with which Claude Code tells apart what the user did not write."""
+    match block:
+        case {"type": "text", "text": str(text)}:
+            return {**block, "text": f"<system-reminder>\n{text}\n</system-reminder>"}
+        case _:
+            return block
+
+
+def merge_user_turns(turns: list[JSON]) -> JSON:
+    """One turn of several; in it the results of tools must come first."""
+    if len(turns) == 1:
+        return turns[0]
+    blocks = chain.from_iterable(map(content_blocks, turns))
+    return {**turns[0], "content": sorted(blocks, key=lambda block: as_object(block).get("type") != "tool_result")}
+
+
+def content_blocks(turn: JSON) -> list[Any]:
+    match turn.get("content"):
+        case str(text):
+            return [{"type": "text", "text": text}]
+        case [*blocks]:
+            return blocks
+        case _:
+            return []
+
+
 # ======== Surfaces ==================================================================================================
 # A surface is an API that clients speak: a function that parses a request; the request knows how it is answered.
 
@@ -2484,6 +2541,7 @@ FINISH_REASONS: dict[str, FinishReason] = {
     "model_context_window_exceeded": "length",
 }
 MAX_HELD = 64 * 2**20  # bytes of one event, or of a whole answer
+ENDLESS = "Z.ai sent an answer without an end: try again."
 
 
 class ZaiReader:
@@ -2512,7 +2570,7 @@ class ZaiReader:
         """The events that this part completes. Raises UpstreamError when Z.ai reports a failure."""
         self.held += len(part)
         if self.held > MAX_HELD:
-            raise UpstreamError(UNAVAILABLE, "Z.ai sent an answer without an end: try again.")
+            raise UpstreamError(UNAVAILABLE, ENDLESS)
         if self.raw is not None:
             self.raw.append(part)
         for data in self.decoder.feed(part):
@@ -2774,6 +2832,78 @@ def zai_usage(usage: JSON) -> Usage:
         as_int(as_object(usage.get("prompt_tokens_details")).get("cached_tokens")),
         as_int(as_object(usage.get("completion_tokens_details")).get("reasoning_tokens")),
     )
+
+
+class PassThroughReader:
+    """The bytes of an answer that passes through, unchanged; `usage` is what it has told so far."""
+
+    keeps_length = True
+    usage = Usage()
+
+    def feed(self, part: bytes) -> bytes:
+        """The bytes that may go on now."""
+        return part
+
+    def close(self) -> bytes:
+        return b""
+
+
+class MessagesReader(PassThroughReader):
+    """An answer of Anthropic's API, with the model's name as the client wrote it: Claude Code insists on it.
+
+    Of a stream only the first event changes; of the others only those that tell usage are decoded.
+    """
+
+    keeps_length = False
+
+    def __init__(self, model: str) -> None:
+        self.model = model
+        self.decoder = SSEDecoder()
+        self.held: list[bytes] | None = []  # all so far, until the first event shows that this is a stream
+        self.counts: dict[str, int] = {}
+
+    def feed(self, part: bytes) -> bytes:
+        events = self.decoder.feed(part)
+        for event in events:
+            if b'"usage"' in event:
+                self.read_usage(as_object(parse_json(event)))
+        if self.held is None:
+            return part
+        self.held.append(part)
+        start = next((event for event in events if b'"ping"' not in event), None)
+        return b"" if start is None else self.release().replace(start, self.renamed(start), 1)
+
+    def close(self) -> bytes:
+        if self.held is None:
+            return b""
+        whole = self.release()
+        self.read_usage(as_object(parse_json(whole)))
+        return self.renamed(whole)
+
+    def release(self) -> bytes:
+        held, self.held = b"".join(self.held or ()), None
+        return held
+
+    def renamed(self, data: bytes) -> bytes:
+        """A whole answer, or message_start; raises UpstreamError for what is neither."""
+        match parse_json(data):
+            case {"error": {}} | {"success": False} | None:
+                raise zai_error(200, data)
+            case {"message": {"model": _} as message, **others}:
+                return encode_json({**others, "message": {**message, "model": self.model}})
+            case {"model": _, **others}:
+                return encode_json({**others, "model": self.model})
+            case _:
+                return data
+
+    def read_usage(self, document: JSON) -> None:
+        """Counts are those so far; not every event has all of them."""
+        usage = as_object(as_object(document.get("message")).get("usage") or document.get("usage"))
+        self.counts |= {name: count for name, count in usage.items() if as_int(count)}
+        told = self.counts.get
+        cached, completion = told("cache_read_input_tokens", 0), told("output_tokens", 0)  # not part of input_tokens
+        prompt = told("input_tokens", 0) + told("cache_creation_input_tokens", 0) + cached
+        self.usage = Usage(prompt, completion, prompt + completion, cached)
 
 
 # ======== Accounts ==================================================================================================
@@ -4073,7 +4203,7 @@ async def messages(request: web.Request) -> web.StreamResponse:
     model = resolve(given["model"], settings.model_aliases).id
     passed = [name for name in ("anthropic-version", "anthropic-beta") if name in request.headers]
     how = {
-        "data": encode_request({**body, "model": model}),
+        "data": encode_request(messages_body(body, model)),
         "headers": {"Content-Type": "application/json", **{name: request.headers[name] for name in passed}},
         "params": request.query,
     }
@@ -4081,7 +4211,10 @@ async def messages(request: web.Request) -> web.StreamResponse:
 
     async def attempt(key: str, owner: AsyncExitStack) -> PassThroughResponse:
         stream = await upstream.client.send(url, key, owner, **how)
-        return PassThroughResponse(request, stream, await first_part(stream))
+        response = PassThroughResponse(request, stream, MessagesReader(given["model"]))
+        response.response.headers["x-ztoapi-model"] = header_word(model)
+        await response.begin()
+        return response
 
     async with AsyncExitStack() as owner:
         response = await upstream.with_retries(model, attempt, owner)
@@ -4100,19 +4233,6 @@ PASS_THROUGH_ROUTES = (
 )
 # Z.ai's international address answers 1211 or 404 to these (seen in July 2026).
 CHINA_ONLY = ("embeddings", "rerank", "moderations", "audio/speech", "files")
-
-
-async def first_part(stream: ByteStream) -> bytes:
-    """The first bytes of an answer that is passed through.
-
-    Raises UpstreamError for a refusal; Z.ai has some with status 200: {"code": 401, "msg": …, "success": false}.
-    """
-    await stream.check_status()
-    part = await stream.read()
-    document = as_object(parse_json(part)) if stream.response.content_type == "application/json" else {}
-    if document.get("success") is False or as_object(document.get("error")).get("code"):
-        raise zai_error(200, document)
-    return part
 
 
 async def pass_through(path: str, request: web.Request) -> web.StreamResponse:
@@ -4134,11 +4254,11 @@ async def pass_through(path: str, request: web.Request) -> web.StreamResponse:
     async with AsyncExitStack() as owner:
         try:
             stream = await upstream.client.send(f"{base}/{path}", key, owner, **how)
-            part = await first_part(stream)
+            response = PassThroughResponse(request, stream, PassThroughReader())
+            await response.begin()
         except UpstreamError as error:
             upstream.keys.cool_down(key, path, error, upstream.clock.now())
             raise pass_through_error(error, path, base) from error
-        response = PassThroughResponse(request, stream, part)
         request[STREAM] = response
         return await response.send()
 
@@ -4158,24 +4278,55 @@ PASS_THROUGH_HEADERS = ("Content-Type", "Content-Length", "Content-Disposition",
 
 
 class PassThroughResponse:
-    """Passes Z.ai's bytes to the client; `part` is the first part, already read."""
+    """Passes Z.ai's bytes to the client, as the reader changes them."""
 
-    def __init__(self, request: web.Request, stream: ByteStream, part: bytes) -> None:
+    def __init__(self, request: web.Request, stream: ByteStream, reader: PassThroughReader) -> None:
         reply = stream.response
         headers = {name: reply.headers[name] for name in PASS_THROUGH_HEADERS if name in reply.headers}
-        if "Content-Encoding" in reply.headers:  # we pass it on unpacked
+        if "Content-Encoding" in reply.headers or not reader.keeps_length:  # we pass it on unpacked
             headers.pop("Content-Length", None)
-        self.request, self.stream, self.part = request, stream, part
+        self.request, self.stream, self.reader = request, stream, reader
         self.response = web.StreamResponse(status=reply.status, headers=headers)
+        self.ahead = b""
+
+    async def begin(self) -> None:
+        """Wait for the first bytes that may go on.
+
+        Raises UpstreamError for a refusal; Z.ai has some with status 200: {"code": 401, "msg": …, "success": false}.
+        """
+        await self.stream.check_status()
+        self.ahead = await self.next_bytes()
+        document = as_object(parse_json(self.ahead)) if self.stream.response.content_type == "application/json" else {}
+        if document.get("success") is False or as_object(document.get("error")).get("code"):
+            raise zai_error(200, document)
+
+    async def next_bytes(self) -> bytes:
+        """The next bytes that may go on, none at the end."""
+        held = 0
+        while held <= MAX_HELD and (part := await self.stream.read()):
+            if data := self.reader.feed(part):
+                return data
+            held += len(part)
+        if held > MAX_HELD:
+            raise UpstreamError(UNAVAILABLE, ENDLESS)
+        return self.reader.close()
 
     async def send(self) -> web.StreamResponse:
-        await self.response.prepare(self.request)
-        part = self.part
-        while part:
-            await self.response.write(part)
-            part = await self.stream.read()
-        await self.response.write_eof()
+        record = self.request[RECORD]
+        record.note([])
+        try:
+            await self.pass_bytes()
+        finally:
+            record.note([self.reader.usage])
         return self.response
+
+    async def pass_bytes(self) -> None:
+        await self.response.prepare(self.request)
+        data = self.ahead
+        while data:
+            await self.response.write(data)
+            data = await self.next_bytes()
+        await self.response.write_eof()
 
     async def fail(self, error: ProxyError) -> None:
         """A stream of events gets one more, an error; any other answer can only be cut off."""

@@ -4355,7 +4355,6 @@ async def test_the_docs_page_answers_from_key_to_last_token(run, browser):
         "document.readyState === 'complete' && document.querySelectorAll('#model-rows tr').length >= 22"
     )
     assert await browser.run(text_of("base")) == here + "/v1"
-    assert await browser.run("document.querySelectorAll('.call').length") == 7
     await browser.run(
         "document.getElementById('try-message').value = \"it's 你好\"; document.getElementById('send').click()"
     )
@@ -4367,6 +4366,52 @@ async def test_the_docs_page_answers_from_key_to_last_token(run, browser):
     assert "[DONE]" in done.stdout
     assert browser.complaints == []
     assert {url.split("/")[2] for url in browser.asked if url.startswith("http")} == {here.split("/")[2]}
+
+
+def shown_in(tabs):
+    return f"[...document.querySelectorAll('#{tabs} pre')].map(pre => pre.textContent)"
+
+
+def open_tab(tabs, name):
+    return f"[...document.querySelectorAll('#{tabs} [role=tab]')].find(tab => tab.textContent === '{name}').click()"
+
+
+@over_sockets
+@pytest.mark.parametrize(
+    ("tab", "whole", "streamed"),
+    [
+        pytest.param("curl", '"object":"chat.completion"', "data: [DONE]", id="curl"),
+        pytest.param("Responses", '"status":"completed"', '"type":"response.completed"', id="Responses"),
+    ],
+)
+async def test_the_calls_of_the_docs_page_work_as_they_are_shown(run, browser, tab, whole, streamed):
+    await browser.call("Page.navigate", url=f"http://localhost:{run('--demo').port}/docs")
+    assert await browser.sees("document.readyState === 'complete' && !!document.getElementById('call-tabs-0')")
+    for condition, wanted in (("false", whole), ("true", streamed)):
+        await browser.run(f"document.getElementById('streamed').checked = !{condition}")
+        await browser.run("document.getElementById('streamed').click();" + open_tab("call-tabs", tab))
+        (lines,) = await browser.run(shown_in("call-tabs"))
+        done = subprocess.run(lines, shell=True, capture_output=True, text=True, timeout=20, check=False)
+        assert wanted in done.stdout
+
+
+@over_sockets
+async def test_the_tabs_of_the_docs_page_obey_the_arrow_keys_and_share_the_model(run, browser):
+    await browser.call("Page.navigate", url=f"http://localhost:{run('--demo').port}/docs")
+    assert await browser.sees("document.readyState === 'complete' && !!document.getElementById('call-tabs-0')")
+    for key, wanted in (("ArrowLeft", "Responses"), ("ArrowRight", "curl"), ("ArrowRight", "Python")):
+        await browser.run("document.querySelector('#call-tabs [aria-selected=true]').focus()")
+        await browser.call("Input.dispatchKeyEvent", type="keyDown", key=key)
+        assert (
+            await browser.run("document.activeElement.textContent + document.activeElement.ariaSelected")
+            == wanted + "true"
+        )
+    await browser.run(
+        "const choice = document.getElementById('client-model'); choice.value = 'glm-5.3'; choice.onchange()"
+    )
+    assert 'model="glm-5.3"' in (await browser.run(shown_in("call-tabs")))[0]
+    assert "glm-5.3" in (await browser.run(shown_in("client-tabs")))[0]
+    assert browser.complaints == []
 
 
 @over_sockets

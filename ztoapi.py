@@ -4154,7 +4154,7 @@ async def docs(request: web.Request) -> web.Response:
                 "id": name,
                 "context": model.context,
                 "output": model.output,
-                "sees": model.vision,
+                "vision": model.vision,
                 "free": model.free,
                 "thinking": model.thinking,
             }
@@ -5029,62 +5029,63 @@ STYLE = """
   --on-accent: #fff; --bad: #b3261e; --good: #1a7f4b; --code: #f2f3f0 }
 @media (prefers-color-scheme: dark) { :root { --ink: #e4e8ee; --soft: #9aa5b4; --paper: #14181d; --card: #1b2027;
   --line: #323a45; --accent: #7fb2ff; --on-accent: #0d1420; --bad: #ff8a80; --good: #6fd3a0; --code: #10141a } }
-* { box-sizing: border-box }
+* { box-sizing: border-box } [hidden] { display: none !important }
 body { margin: 0 auto; max-width: 62rem; padding: 1rem 1.25rem 4rem; background: var(--paper); color: var(--ink);
   font: 16px/1.6 system-ui, sans-serif }
-h1 { font-size: 1.7rem; margin: .5rem 0 }
-h2 { font-size: 1.2rem; margin: 2.5rem 0 .6rem }
-h3 { font-size: 1rem; margin: 1.2rem 0 .3rem }
-p { margin: .5rem 0; max-width: 46rem }
-a { color: var(--accent) }
-nav { display: flex; flex-wrap: wrap; gap: 0 1.1rem; font-size: .95rem }
+h1 { font-size: 1.7rem; margin: .5rem 0 } h2 { font-size: 1.2rem; margin: 2.5rem 0 .6rem }
+h3 { font-size: 1rem; margin: 1.2rem 0 .3rem } h2 small { font-weight: 400; font-size: .8rem }
+p { margin: .5rem 0; max-width: 46rem } a { color: var(--accent) }
+nav { display: flex; flex-wrap: wrap; gap: 0 1.1rem; align-items: center; font-size: .95rem }
 small, .soft { color: var(--soft) }
 code, pre, textarea, .figure b { font-family: ui-monospace, Menlo, Consolas, monospace }
 code { font-size: .9em; background: var(--code); padding: .1em .3em; border-radius: 3px; overflow-wrap: anywhere }
 pre { background: var(--code); border: 1px solid var(--line); border-radius: 6px; padding: .8rem 1rem; margin: 0;
   overflow-x: auto; font-size: .85rem; line-height: 1.5 }
-pre.wrap { white-space: pre-wrap; overflow-wrap: anywhere }
-.call { position: relative }
-.call pre { padding-right: 4.5rem }
+pre.wrap, .answer, .thought { white-space: pre-wrap; overflow-wrap: anywhere }
+.answer { min-height: 1.6em } .thought { color: var(--soft); border-left: 3px solid var(--line); padding-left: .8rem }
+.call { position: relative; margin: .5rem 0 } .call pre { padding-right: 4.5rem }
 .call button { position: absolute; top: .45rem; right: .45rem; padding: .15rem .6rem; font-size: .8rem }
-.scroll { overflow-x: auto }
-table { border-collapse: collapse; width: 100%; font-size: .92rem }
-th, td { text-align: left; padding: .35rem .9rem .35rem 0; border-bottom: 1px solid var(--line); vertical-align: top }
-th { color: var(--soft); font-weight: 600; white-space: nowrap }
-td { overflow-wrap: anywhere }
-#model-rows td:first-child, #recent-rows td:first-child { white-space: nowrap }
-#recent-rows td:nth-child(2), #recent-rows td:nth-child(3) { min-width: 7.5rem }
 @media (max-width: 30rem) { .call pre { padding-top: 2.6rem } }
-td.number, th.number { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap }
+.scroll { overflow-x: auto } table { border-collapse: collapse; width: 100%; font-size: .92rem }
+th, td { text-align: left; padding: .35rem .8rem .35rem 0; border-bottom: 1px solid var(--line); vertical-align: top }
+th:last-child, td:last-child { padding-right: 0 } th { color: var(--soft); font-weight: 600; white-space: nowrap }
+td, #error-rows th { overflow-wrap: anywhere; white-space: normal } #error-rows th { width: min(17rem, 46vw) }
+.number { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap }
+:is(#model-rows, #month-rows, #recent-rows) td:first-child, #key-rows td:nth-child(5n + 2) { white-space: nowrap }
+:is(#key-rows, #queue-rows) td:first-child, #recent-rows td:is(:nth-child(2), :nth-child(3)) { min-width: 7.5rem }
+#queue-rows td:last-child, #key-rows td:nth-child(4) { min-width: 11rem }
 button, select, input, textarea { font: inherit; color: inherit; background: var(--card); border: 1px solid var(--soft);
   border-radius: 6px; padding: .4rem .7rem }
-button { cursor: pointer }
-button.main { background: var(--accent); border-color: var(--accent); color: var(--on-accent) }
-button:disabled { opacity: .45; cursor: default }
+button { cursor: pointer } button:disabled { opacity: .45; cursor: default }
+button.main, [role=tab][aria-selected=true] { background: var(--accent); border-color: var(--accent);
+  color: var(--on-accent) }
+td button, nav button { padding: .05rem .5rem; margin: 0 .4rem .2rem 0; font-size: .85rem }
 :focus-visible { outline: 3px solid var(--accent); outline-offset: 2px }
 textarea { width: 100%; min-height: 5rem; font-size: .95rem }
-label { display: block; font-size: .85rem; color: var(--soft); margin: .6rem 0 .15rem }
+label { display: block; font-size: .85rem; color: var(--soft); margin: .6rem 0 .15rem } .row label { margin: 0 }
 .fields { display: grid; grid-template-columns: repeat(auto-fit, minmax(12rem, 1fr)); gap: 0 1rem }
-.fields input, .fields select { width: 100% }
-.card { background: var(--card); border: 1px solid var(--line); border-radius: 8px; padding: .8rem 1.1rem 1.1rem }
+.fields input, .fields select { width: 100%; height: 2.7rem }
+.card, .figure, dialog { background: var(--card); color: var(--ink); border: 1px solid var(--line); border-radius: 8px }
+.card { padding: .8rem 1.1rem 1.1rem; margin: .8rem 0 } dialog { max-width: 26rem }
 .row { display: flex; flex-wrap: wrap; gap: .6rem; align-items: center; margin: .8rem 0 }
-.answer { white-space: pre-wrap; overflow-wrap: anywhere; min-height: 1.6em }
-.thought { white-space: pre-wrap; overflow-wrap: anywhere; color: var(--soft); border-left: 3px solid var(--line);
-  padding-left: .8rem }
-.bad { color: var(--bad) } .good { color: var(--good) }
+[role=tablist] { display: flex; flex-wrap: wrap; gap: .4rem; margin: .6rem 0 }
+[role=tab] { padding: .2rem .7rem; font-size: .9rem; border-color: var(--line) }
+.bad { color: var(--bad); accent-color: var(--bad) }
 .note { border-left: 4px solid var(--accent); padding: .1rem .9rem; margin: 1rem 0 }
-.figures { display: grid; grid-template-columns: repeat(auto-fit, minmax(8.5rem, 1fr)); gap: .8rem; margin: 1rem 0 }
-.figure { background: var(--card); border: 1px solid var(--line); border-radius: 8px; padding: .5rem .9rem }
-.figure b { display: block; font-size: 1.35rem; font-weight: 600 }
-.charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(18rem, 1fr)); gap: 1rem }
-figure { margin: 0 }
-svg { display: block; width: 100%; height: 6rem }
+.figures { display: grid; grid-template-columns: repeat(auto-fit, minmax(7.7rem, 1fr)); gap: .8rem; margin: 1rem 0 }
+.figure { padding: .5rem .9rem } .figure b { display: block; font-size: 1.35rem; font-weight: 600 }
+.charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(18rem, 1fr)); gap: 0 1rem }
+.allowance { display: grid; grid-template-columns: 7.5rem 1fr; gap: .2rem 1rem; align-items: center; margin: .4rem 0 }
+progress { accent-color: var(--accent); height: .8rem; width: 7rem } .allowance progress { width: 100% }
+svg { display: block; width: 100%; height: 6rem } #month { height: 11rem } .allowance small { grid-column: 2 }
+td svg { display: inline; width: .8rem; height: .8rem; margin-right: .5rem }
 .axis { display: flex; justify-content: space-between; font-size: .75rem; color: var(--soft) }
-rect { fill: var(--accent) } rect.bad { fill: var(--bad) } rect.out { fill: var(--good) }
-line { stroke: var(--line) }
-[hidden] { display: none !important }
+line { stroke: var(--line) } rect { fill: var(--accent) } rect.bad { fill: var(--bad) } rect.out { fill: var(--good) }
+rect.reach { fill: transparent } [aria-selected=true] .reach { fill: var(--line); opacity: .6 }
+.c0 { fill: #3b7ddd } .c1 { fill: #d07a10 } .c2 { fill: #2c9f6b } .c3 { fill: #c65b9c } .c4 { fill: #8a74e0 }
+.c5 { fill: #1d93a5 } .c6 { fill: #a88d12 } .c7 { fill: #8b94a1 }
 """
-COMMON_SCRIPT = """
+COMMON_SCRIPT = r"""
 "use strict";
 const data = JSON.parse(document.getElementById("data").textContent);
 const $ = id => document.getElementById(id);
@@ -5094,28 +5095,35 @@ if (chinese) {
   document.documentElement.lang = "zh";
   for (const e of document.querySelectorAll("[data-zh]")) e.textContent = e.dataset.zh;
 }
-function make(tag, text, className) {
-  const e = document.createElement(tag);
-  if (text !== undefined && text !== null) e.textContent = text;
-  if (className) e.className = className;
+function make(tag, inside, properties) {
+  const e = Object.assign(document.createElement(tag), properties);
+  e.append(...[inside ?? []].flat());
   return e;
 }
 function row(cells, tag = "td", words = cells.length) {
-  const tr = make("tr");
-  cells.forEach((c, i) => tr.append(make(tag, c, i < words ? "" : "number")));
-  return tr;
+  return make("tr", cells.map((c, i) => make(tag, c, { className: i < words ? "" : "number" })));
 }
+function copyButton(source) {
+  const copy = say("Copy", "复制"), b = make("button", copy, { type: "button" });
+  b.onclick = async () => {
+    try { await navigator.clipboard.writeText(source.textContent); b.textContent = say("Copied", "已复制"); }
+    catch { getSelection().selectAllChildren(source); b.textContent = say("Press Ctrl+C", "请按 Ctrl+C"); }
+    setTimeout(() => { b.textContent = copy; }, 1500);
+  };
+  return b;
+}
+const arrow = event => ({ ArrowLeft: -1, ArrowRight: 1 })[event.key] || 0;
 const remembered = name => { try { return sessionStorage.getItem(name) || ""; } catch { return ""; } };
 const remember = (name, value) => { try { sessionStorage.setItem(name, value); } catch {} };
 """
 DOCS_PAGE = page(
     "ztoapi",
-    """
+    r"""
 <header>
 <h1>ztoapi</h1>
 <p data-zh="任何 OpenAI 客户端，都可以通过这台服务器使用 Z.ai 的 GLM 模型：官方 API，自己的密钥。">This server lets every OpenAI
 client talk to Z.ai's GLM models, through Z.ai's official API.</p>
-<nav aria-label="Sections"><a href="#try" data-zh="试一试">Try it</a><a href="#calls" data-zh="调用">Calls</a><a href="#clients"
+<nav><a href="#try" data-zh="试一试">Try it</a><a href="#calls" data-zh="调用">Calls</a><a href="#clients"
 data-zh="客户端">Clients</a><a href="#models" data-zh="模型">Models</a><a href="#errors" data-zh="错误">Errors</a><a
 id="to-dashboard" href="dashboard" data-zh="仪表盘">Dashboard</a></nav>
 </header>
@@ -5133,7 +5141,7 @@ id="to-dashboard" href="dashboard" data-zh="仪表盘">Dashboard</a></nav>
 <div><label for="try-model" data-zh="模型">Model</label><input id="try-model" list="model-list" required spellcheck="false"
 autocomplete="off"><datalist id="model-list"></datalist></div>
 <div><label for="try-thinking" data-zh="思考">Thinking</label><select id="try-thinking"><option value=""
-data-zh="模型默认">as the model likes</option><option value="true" data-zh="开">on</option><option value="false"
+data-zh="模型默认">the model's default</option><option value="true" data-zh="开">on</option><option value="false"
 data-zh="关">off</option></select></div>
 </div>
 <label for="try-message" data-zh="消息">Message</label>
@@ -5143,14 +5151,17 @@ data-zh="停止">Stop</button><span class="soft" id="pace"></span></div>
 <div id="thinking-part" hidden><h3 data-zh="思考过程">Reasoning</h3><div class="thought" id="thought"></div></div>
 <div id="answer-part" hidden><h3 data-zh="回答">Answer</h3><div class="answer" id="answer" aria-live="polite"></div></div>
 <pre class="wrap bad" id="failure" role="alert" hidden></pre>
-<div id="asked-part" hidden><h3 data-zh="刚才的请求">What was just asked</h3><div class="call"><pre id="asked"></pre></div></div>
+<div id="asked-part" hidden><h3 data-zh="刚才的请求">The request just sent</h3><div class="call"><pre id="asked" tabindex="0"></pre></div></div>
 </form>
 
 <h2 id="calls" data-zh="调用">Calls</h2>
-<div id="call-list"></div>
+<div class="row"><label for="call-model" data-zh="模型">Model</label><select class="model" id="call-model"></select>
+<label><input type="checkbox" id="streamed"> <span data-zh="流式">streamed</span></label></div>
+<div id="call-tabs"><div role="tablist"></div><div role="tabpanel"></div></div>
 
 <h2 id="clients" data-zh="客户端">Clients</h2>
-<div class="scroll"><table><tbody id="client-list"></tbody></table></div>
+<div class="row"><label for="client-model" data-zh="模型">Model</label><select class="model" id="client-model"></select></div>
+<div id="client-tabs"><div role="tablist"></div><div role="tabpanel"></div></div>
 
 <h2 id="models" data-zh="模型">Models</h2>
 <p data-zh="名称不分大小写，可带前缀：glm-4.6、GLM-4.6、zai/glm-4.6 相同。">Names may be in any case, with or without a provider
@@ -5164,105 +5175,106 @@ before them: glm-4.6, GLM-4.6 and zai/glm-4.6 are one model.</p>
 </main>
 <footer><p><small>ztoapi <span id="version"></span></small></p></footer>
 """,  # noqa: E501, RUF001 - a page, in two languages
-    """
-const key = data.key || "YOUR_KEY", base = new URL("v1", location.href).href, free = data.models.find(m => m.free) || data.models[0];
-const hello = say("Hello! Who are you?", "你好，请介绍一下你自己");
+    r"""
+const key = data.key || "YOUR_KEY", base = new URL("v1", location.href).href, origin = base.replace(/\/v1$/, "");
+const free = data.models.find(m => m.free) || data.models[0], hello = say("Hello! Who are you?", "你好，请介绍一下你自己");
 $("base").textContent = base;
-$("key").textContent = data.key || say("the one the operator of this server gave you (DEFAULT_KEY)", "由服务器管理员提供（DEFAULT_KEY）");
+$("key").textContent = data.key || say("the one that the operator of this server gave you", "由服务器管理员提供");
 $("version").textContent = data.version;
 $("to-dashboard").hidden = !data.dashboard;
-if (data.demo || !data.zai_key) {
-  $("state").hidden = false;
-  $("state").textContent = data.demo
-    ? say("This is the demo: answers come from a built-in stand-in, no model is behind them.", "演示模式：回答来自内置替身，没有真正的模型。")
-    : say("This server has no Z.ai key yet: chat answers 503 until its operator sets ZAI_API_KEY.", "服务器尚未设置 ZAI_API_KEY，聊天会返回 503。");
+$("state").hidden = !data.demo && data.zai_key;
+$("state").textContent = data.demo
+  ? say("This is the demo: answers come from a built-in stand-in, no model is behind them.", "演示模式：回答来自内置替身，没有真正的模型。")
+  : say("This server has no Z.ai key yet: chat answers 503 until its operator sets ZAI_API_KEY.", "服务器尚未设置 ZAI_API_KEY，聊天会返回 503。");
+function block(text) {
+  const pre = make("pre", text, { tabIndex: 0 });
+  return make("div", [pre, copyButton(pre)], { className: "call" });
 }
-function call(text) {
-  const box = make("div", null, "call"), pre = make("pre", text);
-  pre.tabIndex = 0;
-  box.append(pre, copyButton(() => pre.textContent));
-  return box;
+function tabs(id, names, fill) {  // fill(n) makes what tab n shows; returns a function that makes the chosen one anew
+  const [list, panel] = $(id).children;
+  const buttons = names.map((name, n) => make("button", name, { type: "button", role: "tab", id: `${id}-${n}`, onclick: () => choose(n) }));
+  let chosen = 0;
+  function choose(n) {
+    chosen = (n + names.length) % names.length;
+    buttons.forEach((b, i) => Object.assign(b, { ariaSelected: i === chosen, tabIndex: i === chosen ? 0 : -1 }));
+    panel.setAttribute("aria-labelledby", buttons[chosen].id);
+    panel.replaceChildren(...fill(chosen));
+  }
+  list.onkeydown = event => { if (arrow(event)) { choose(chosen + arrow(event)); buttons[chosen].focus(); } };
+  list.append(...buttons);
+  choose(0);
+  return () => choose(chosen);
 }
-function copyButton(text) {
-  const b = make("button", say("Copy", "复制"));
-  b.type = "button";
-  b.onclick = async () => {
-    try { await navigator.clipboard.writeText(text()); b.textContent = say("Copied", "已复制"); }
-    catch { b.textContent = say("Select and copy", "请手动复制"); }
-    setTimeout(() => { b.textContent = say("Copy", "复制"); }, 1500);
-  };
-  return b;
-}
-const shell = text => "'" + text.replaceAll("'", "'\\\\''") + "'";
-const curl = (body, k) => "curl -N " + base + "/chat/completions \\\\\\n  -H " + shell("Authorization: Bearer " + k) +
-  " \\\\\\n  -H 'Content-Type: application/json' \\\\\\n  -d " + shell(JSON.stringify(body));
-const body = (stream) => ({ model: free.id, messages: [{ role: "user", content: hello }], ...(stream ? { stream: true } : {}) });
-const q = JSON.stringify;
-const python = stream => `from openai import OpenAI
+const q = JSON.stringify, shell = text => "'" + text.replaceAll("'", "'\\''") + "'", bearer = k => "Authorization: Bearer " + k;
+const curl = (path, header, body) => [`curl -N ${base}/${path}`, `-H ${shell(header)}`, "-H 'Content-Type: application/json'", `-d ${shell(q(body))}`].join(" \\\n  ");
+const chat = (model, stream) => ({ model, messages: [{ role: "user", content: hello }], ...(stream && { stream }) });
+const python = (model, stream) => `from openai import OpenAI
 
 client = OpenAI(base_url=${q(base)}, api_key=${q(key)})
 ${stream ? "stream" : "answer"} = client.chat.completions.create(
-    model=${q(free.id)},
-    messages=[{"role": "user", "content": ${q(hello)}}],${stream ? "\\n    stream=True," : ""}
+    model=${q(model)},
+    messages=[{"role": "user", "content": ${q(hello)}}],${stream ? "\n    stream=True," : ""}
 )
-${stream ? 'for chunk in stream:\\n    print(chunk.choices[0].delta.content or "", end="", flush=True)' : "print(answer.choices[0].message.content)"}`;
-const javascript = stream => `import OpenAI from "openai";
+${stream ? 'for chunk in stream:\n    print(chunk.choices[0].delta.content or "", end="", flush=True)' : "print(answer.choices[0].message.content)"}`;
+const javascript = (model, stream) => `import OpenAI from "openai";
 
 const client = new OpenAI({ baseURL: ${q(base)}, apiKey: ${q(key)} });
 const ${stream ? "stream" : "answer"} = await client.chat.completions.create({
-  model: ${q(free.id)},
-  messages: [{ role: "user", content: ${q(hello)} }],${stream ? "\\n  stream: true," : ""}
+  model: ${q(model)},
+  messages: [{ role: "user", content: ${q(hello)} }],${stream ? "\n  stream: true," : ""}
 });
 ${stream ? 'for await (const chunk of stream) process.stdout.write(chunk.choices[0]?.delta?.content ?? "");' : "console.log(answer.choices[0].message.content);"}`;
-const whole = say("whole", "非流式"), streamed = say("streamed", "流式");
-for (const [title, text] of [["curl", s => curl(body(s), key)], ["Python", python], ["JavaScript", javascript]])
-  for (const s of [false, true]) $("call-list").append(make("h3", title + ", " + (s ? streamed : whole)), call(text(s)));
+const calls = [["curl", (m, s) => curl("chat/completions", bearer(key), chat(m, s))], ["Python", python], ["JavaScript", javascript],
+  ["Anthropic", (m, s) => curl("messages", "x-api-key: " + key, { max_tokens: 4096, ...chat(m, s) })],
+  ["Responses", (m, s) => curl("responses", bearer(key), { model: m, input: hello, ...(s && { stream: s }) })]];
 
-const host = base.replace(/\\/v1$/, "");
-for (const [name, how] of [
-  ["Chatbox", say("Settings › Model Provider › Add › OpenAI API compatible. API host: ", "设置 › 模型提供方 › 添加 › OpenAI API 兼容。API 主机：") + host],
-  ["Cherry Studio", say("Settings › Model Provider › Add › OpenAI. API host: ", "设置 › 模型服务 › 添加 › OpenAI。API 地址：") + host],
-  ["Open WebUI", say("Admin › Settings › Connections › OpenAI API › +. URL: ", "管理员 › 设置 › 外部连接 › OpenAI API › +。URL：") + base],
-  ["Cline", say("API Provider: OpenAI Compatible. Base URL: ", "API Provider 选 OpenAI Compatible。Base URL：") + base],
-  ["LangChain", `ChatOpenAI(base_url=${q(base)}, api_key=${q(key)}, model=${q(free.id)})`],
-  [say("others", "其他"), `OPENAI_BASE_URL=${base}  OPENAI_API_KEY=${key}`],
-]) {
-  const tr = make("tr"), th = make("th", name);
-  th.scope = "row";
-  tr.append(th, make("td", how));
-  $("client-list").append(tr);
-}
+const filled = (text, m) => Object.entries({ origin, key, model: m.id, context: m.context, output: m.output })
+  .reduce((t, [name, real]) => t.replaceAll(data.example[name], real ?? data.example[name]), text);
+const launched = ({ command, lines, install }) => m => [
+  make("p", say("With ztoapi.py at hand; none of your configuration is changed:", "手边有 ztoapi.py 时（不改动你的任何配置）：")), block(`python ztoapi.py launch ${command} --model ${m.id}`),
+  make("p", say("Without it:", "没有 ztoapi.py 时：")), block(filled(lines, m)), make("p", say("To install it:", "安装：")), block(install)];
+const entered = (how, name, address) => m => [make("p", how), block(`${name}: ${address}\n${say("API key", "密钥")}: ${key}\n${say("Model", "模型")}: ${m.id}`)];
+const clients = [...(data.clients || []).map(c => [c.name, launched(c)]),
+  ["Chatbox", entered(say("Settings › Model Provider › Add › OpenAI API compatible", "设置 › 模型提供方 › 添加 › OpenAI API 兼容"), "API host", origin)],
+  ["Cherry Studio", entered(say("Settings › Model Provider › Add › OpenAI", "设置 › 模型服务 › 添加 › OpenAI"), "API host", origin)],
+  ["Open WebUI", entered(say("Admin › Settings › Connections › OpenAI API › +", "管理员 › 设置 › 外部连接 › OpenAI API › +"), "URL", base)],
+  ["Cursor", entered(say("Cursor calls from its own servers: it needs a public HTTPS address (a tunnel) and a strong key; localhost does not work. Settings › Models › API Keys",
+    "Cursor 从它自己的服务器发出请求：需要公网 HTTPS 地址（隧道）和高强度密钥，不能用 localhost。设置 › Models › API Keys"), "Override OpenAI Base URL", base)],
+  [say("others", "其他"), () => [make("p", say("Most programs read these two variables:", "多数程序读取这两个变量：")), block(`export OPENAI_BASE_URL=${base}\nexport OPENAI_API_KEY=${key}`)]]];
+const choices = document.querySelectorAll("select.model"), chosen = () => data.models.find(m => m.id === choices[0].value);
+for (const select of choices) select.append(...data.models.map(m => make("option", m.id, { selected: m === free })));
+const fillAgain = [tabs("call-tabs", calls.map(([name]) => name), n => [block(calls[n][1](chosen().id, $("streamed").checked))]),
+  tabs("client-tabs", clients.map(([name]) => name), n => clients[n][1](chosen()))];
+$("streamed").onchange = fillAgain[0];
+for (const select of choices) select.onchange = () => {
+  for (const other of choices) other.value = select.value;
+  for (const fill of fillAgain) fill();
+};
 
 $("model-head").append(row([say("name", "名称"), say("context", "上下文"), say("output", "输出"), say("takes", "输入"), say("thinking", "思考"), say("price", "价格")], "th"));
-const size = n => n === null ? "?" : n >= 1048576 ? n / 1048576 + " M" : n / 1024 + " K";
+const size = n => n === null ? "?" : n >= 1048576 ? n / 1048576 + "\u00a0M" : n / 1024 + "\u00a0K";
 const thinking = { none: say("no", "无"), switch: say("on, off", "可开关"), effort: say("off, effort", "可关、可调"), always: say("always", "始终") };
-for (const m of data.models) {
-  $("model-rows").append(row([m.id, size(m.context), size(m.output), m.sees ? say("text, images", "文字、图片") : say("text", "文字"),
-    thinking[m.thinking], m.free ? say("free", "免费") : ""]));
-  const option = make("option");
-  option.value = m.id;
-  $("model-list").append(option);
-}
-for (const [code, what] of [
+$("model-rows").append(...data.models.map(m => row([m.id, size(m.context), size(m.output),
+  m.vision ? say("text, images", "文字、图片") : say("text", "文字"), thinking[m.thinking], m.free ? say("free", "免费") : ""])));
+$("model-list").append(...data.models.map(m => make("option", "", { value: m.id })));
+$("error-rows").append(...[
   ["400", say("The request makes no sense; param names the field.", "请求有误，param 指出字段。")],
-  ["401 invalid_api_key", say("Send this server's key, not a Z.ai key.", "请使用本服务器的密钥，而不是 Z.ai 的。")],
-  ["404 model_not_found", say("Z.ai does not know the model: choose one of the above.", "没有这个模型，请从上面选择。")],
-  ["429 rate_limit_exceeded", say("Too many requests at once, or the model is overloaded: wait as Retry-After says.", "请求过多或模型繁忙，请按 Retry-After 等待。")],
+  ["401 invalid_api_key", say("Send a key of this server, not of Z.ai.", "请使用本服务器的密钥，而不是 Z.ai 的。")],
+  ["401 key_expired", say("Your key was valid until a date that is past: ask the operator.", "你的密钥已过期，请联系管理员。")],
   ["402 insufficient_quota", say("No balance: a Coding Plan key needs its own ZAI_BASE_URL; the free models need none.", "余额不足：Coding Plan 密钥要用它自己的 ZAI_BASE_URL；免费模型无需余额。")],
   ["402 quota_exceeded", say("The plan's quota is used up until Retry-After.", "套餐额度已用完，请等到 Retry-After。")],
+  ["402 key_quota_exceeded", say("Your key's tokens are used up; the message says when they are reset.", "你的密钥的 token 已用完，message 会说明何时重置。")],
+  ["403 model_not_allowed", say("Your key is not for this model: choose one of /v1/models.", "你的密钥不能用这个模型，请从 /v1/models 中选择。")],
+  ["404 model_not_found", say("Z.ai does not know the model: choose one of the above.", "没有这个模型，请从上面选择。")],
+  ["429 rate_limit_exceeded", say("Too many requests at once, or the model is overloaded: wait as Retry-After says.", "请求过多或模型繁忙，请按 Retry-After 等待。")],
   ["502, 504", say("Z.ai failed, was silent, or is not reached: try again; the operator may run ztoapi.py --check.", "Z.ai 出错、无响应或无法连接：请重试；管理员可运行 ztoapi.py --check。")],
   ["503 zai_api_key_missing", say("The operator must set ZAI_API_KEY.", "管理员需要设置 ZAI_API_KEY。")],
-]) {
-  const tr = make("tr"), th = make("th", code);
-  th.scope = "row";
-  tr.append(th, make("td", what));
-  $("error-rows").append(tr);
-}
+].map(([code, what]) => make("tr", [make("th", code, { scope: "row" }), make("td", what)])));
 
 $("try-key").value = data.key || remembered("ztoapi-key");
 $("try-model").value = free.id;
 $("try-message").value = hello;
-document.querySelector("#asked-part .call").append(copyButton(() => $("asked").textContent));
+$("asked").after(copyButton($("asked")));
 let leaving = null;
 $("stop").onclick = () => leaving?.abort();
 $("form").onsubmit = async event => {
@@ -5275,7 +5287,7 @@ $("form").onsubmit = async event => {
   remember("ztoapi-key", k);
   for (const id of ["thinking-part", "answer-part", "failure"]) $(id).hidden = true;
   $("thought").textContent = $("answer").textContent = $("pace").textContent = "";
-  $("asked").textContent = curl(request, k);
+  $("asked").textContent = curl("chat/completions", bearer(k), request);
   $("asked-part").hidden = false;
   $("answer").ariaBusy = "true";
   $("stop").disabled = false;
@@ -5297,13 +5309,13 @@ $("form").onsubmit = async event => {
 async function ask(request, k, run) {
   const response = await fetch("v1/chat/completions", { method: "POST", signal: leaving.signal, body: JSON.stringify(request),
     headers: { "Content-Type": "application/json", Authorization: "Bearer " + k } });
-  if (!response.ok) return fail(response.status + "\\n" + await response.text());
+  if (!response.ok) return fail(response.status + "\n" + await response.text());
   const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
   let text = "";
   for (;;) {
     const { done, value } = await reader.read();
     if (done) break;
-    const frames = (text + value).split("\\n\\n");
+    const frames = (text + value).split("\n\n");
     text = frames.pop();
     for (const frame of frames) if (frame.startsWith("data: {")) show(JSON.parse(frame.slice(6)), run);
     pace(run, false);
@@ -5331,132 +5343,293 @@ function pace(run, ended) {
     seconds > 0.2 ? (tokens / seconds).toFixed(0) + " tokens/s" : "",
   ].filter(Boolean).join(" · ");
 }
-function fail(text) {
-  $("failure").hidden = false;
-  $("failure").textContent = text;
-}
+const fail = text => Object.assign($("failure"), { hidden: false, textContent: text });
 """,  # noqa: E501, RUF001 - a page, in two languages
 )
 DASHBOARD_PAGE = page(
     "ztoapi dashboard",
-    """
-<header><h1 data-zh="ztoapi 仪表盘">ztoapi dashboard</h1><nav aria-label="Pages"><a href="docs" data-zh="说明">Docs</a></nav></header>
+    r"""
+<header><h1 data-zh="ztoapi 仪表盘">ztoapi dashboard</h1><nav><a href="docs" data-zh="说明">Docs</a><button type="button" id="leave"
+data-zh="换一个密钥" hidden>Use another key</button></nav></header>
 <main>
 <form class="card" id="door" hidden>
-<label for="door-key" data-zh="本服务器的密钥（DEFAULT_KEY），只保存在此标签页">This server's key (DEFAULT_KEY); kept for this tab alone</label>
+<label for="door-key" data-zh="本服务器的密钥，只保存在此标签页">A key of this server; it is kept for this tab only</label>
 <div class="row"><input id="door-key" type="password" autocomplete="off" required><button class="main" data-zh="打开">Open</button></div>
 <p class="bad" id="door-says" role="alert"></p>
 </form>
 <p class="note bad" id="gone" role="alert" hidden></p>
 <div id="board" hidden>
 <div class="figures" id="figures"></div>
-<div class="charts">
-<figure class="card"><figcaption data-zh="每分钟请求（红色：失败）">Requests a minute (red: failed)</figcaption>
-<svg id="requests" role="img" aria-label="Requests a minute over the last hour"></svg><div class="axis"><span
-data-zh="一小时前">an hour ago</span><span id="requests-top"></span><span data-zh="现在">now</span></div></figure>
-<figure class="card"><figcaption data-zh="每分钟 token（绿色：输出）">Tokens a minute (green: out)</figcaption>
-<svg id="tokens" role="img" aria-label="Tokens a minute over the last hour"></svg><div class="axis"><span
-data-zh="一小时前">an hour ago</span><span id="tokens-top"></span><span data-zh="现在">now</span></div></figure>
+<div class="charts" id="hour-part">
+<figure class="card"><figcaption id="requests-title" data-zh="每分钟请求（红色：失败）">Requests a minute (red: failed)</figcaption>
+<svg id="requests" role="img"></svg><div class="axis"><span data-zh="一小时前">an hour ago</span><span id="requests-top"></span><span
+data-zh="现在">now</span></div></figure>
+<figure class="card"><figcaption id="tokens-title" data-zh="每分钟 token（绿色：输出）">Tokens a minute (green: out)</figcaption>
+<svg id="tokens" role="img"></svg><div class="axis"><span data-zh="一小时前">an hour ago</span><span id="tokens-top"></span><span
+data-zh="现在">now</span></div></figure>
 </div>
-<h2 data-zh="模型">Models</h2><div class="scroll"><table><thead id="model-head"></thead><tbody id="model-rows"></tbody></table></div>
-<h2 data-zh="密钥与队列">Keys and queues</h2><p id="keys"></p>
+<section id="plan-part"><h2 data-zh="套餐额度">The plan's allowance</h2><div id="plans"></div></section>
+<section id="month-part"><h2 id="month-title" data-zh="最近 31 天">The last 31 days</h2>
+<div class="row"><label for="by" id="by-words" data-zh="分组">by</label><select id="by"><option value="model" data-zh="模型">model</option><option
+value="key" data-zh="密钥">key</option></select><label for="measure" data-zh="显示">show</label><select id="measure"><option
+value="tokens" data-zh="token">tokens</option><option value="cost" data-zh="费用">cost</option><option value="requests" data-zh="请求">requests</option></select></div>
+<figure class="card"><svg id="month" role="listbox" tabindex="0"></svg><div class="axis"><span data-zh="30 天前">30 days ago</span><span
+id="month-top"></span><span data-zh="今天">today</span></div><figcaption id="day"></figcaption></figure>
+<div class="scroll"><table><thead id="month-head"></thead><tbody id="month-rows"></tbody></table></div>
+<p><small id="month-says"></small></p></section>
+<section id="key-part"><h2 data-zh="本服务器的密钥">This server's keys</h2>
+<div class="scroll"><table><thead id="key-head"></thead><tbody id="key-rows"></tbody></table></div>
+<p class="note" id="made" role="status" tabindex="-1" hidden></p>
+<form class="card" id="key-form"><h3 id="key-title"></h3>
+<div class="fields">
+<div><label for="name" data-zh="名称">Name</label><input id="name" name="name" required pattern="[A-Za-z0-9._@+\-]+" autocomplete="off" spellcheck="false"></div>
+<div><label for="expires" data-zh="有效期至">Valid until</label><input id="expires" name="expires" placeholder="2027-01-31, 30d" autocomplete="off"></div>
+<div><label for="budget" data-zh="token 额度">Tokens</label><input id="budget" name="tokens" placeholder="5M, 500K/day" autocomplete="off"></div>
+<div><label for="allowed" data-zh="允许的模型">Models</label><input id="allowed" name="models" placeholder="glm-4.*,glm-5.3" autocomplete="off" spellcheck="false"></div>
+<div><label for="rpm" data-zh="每分钟请求">Requests a minute</label><input id="rpm" name="rpm" inputmode="numeric" placeholder="20" autocomplete="off"></div>
+<div><label for="parallel" data-zh="同时请求">Requests in parallel</label><input id="parallel" name="parallel" inputmode="numeric" placeholder="2" autocomplete="off"></div>
+</div>
+<div class="row"><button class="main" id="save"></button><button type="button" id="cancel" hidden
+data-zh="取消">Cancel</button><small data-zh="空：不限">empty: no limit</small></div>
+<p class="bad" id="key-says" role="alert"></p>
+</form></section>
+<section id="live-part">
+<h2><span data-zh="模型">Models</span> <small data-zh="首字与全程：p50 · p95">first token and duration: p50 · p95</small></h2>
+<div class="scroll"><table><thead id="model-head"></thead><tbody id="model-rows"></tbody></table></div>
+<h2 data-zh="Z.ai 密钥与队列">Z.ai keys and queues</h2><p id="resting"></p>
 <div class="scroll"><table><thead id="queue-head"></thead><tbody id="queue-rows"></tbody></table></div>
-<h2 data-zh="重试与修复">Tried again, or mended</h2><p id="healed"></p>
-<h2 data-zh="最近的请求">Last requests</h2><div class="scroll"><table><thead id="recent-head"></thead><tbody id="recent-rows"></tbody></table></div>
+<h2 data-zh="重试与修复">Retries and repairs</h2><p id="healed"></p>
+<h2 data-zh="最近的请求">Recent requests</h2><div class="scroll"><table><thead id="recent-head"></thead><tbody id="recent-rows"></tbody></table></div>
+</section>
 </div>
+<dialog id="sure"><form method="dialog"><p id="sure-says"></p><div class="row"><button class="main" value="yes" data-zh="删除">Remove</button><button
+data-zh="取消" autofocus>Cancel</button></div></form></dialog>
 </main>
 """,  # noqa: E501, RUF001 - a page, in two languages
-    """
-const seconds = s => s === null || s === undefined ? "–" : s < 1 ? Math.round(s * 1000) + " ms" : s.toFixed(s < 10 ? 2 : 1) + " s";
+    r"""
+const DAYS = 31, COLOURS = 7;  // whatever ranks lower shares one more colour
+const seconds = s => s === null ? "–" : s < 1 ? Math.round(s * 1000) + " ms" : s.toFixed(s < 10 ? 2 : 1) + " s";
+const pair = ({ p50, p95 }) => seconds(p50) + " · " + seconds(p95);
 const number = n => n.toLocaleString("en-US");
+const short = n => n < 1e6 ? number(n) : n.toLocaleString("en-US", { notation: "compact", maximumFractionDigits: 1 });
+const money = n => n === null ? "–" : n && n < 0.01 ? "$" + n.toPrecision(1) : n.toLocaleString("en-US", { style: "currency", currency: "USD" });
+const share = (part, whole) => whole && part !== null ? Math.round(part / whole * 100) + " %" : "–";
 const clock = t => {
-  const d = new Date(t * 1000), time = d.toTimeString().slice(0, 8);
-  return d.toDateString() === new Date().toDateString() ? time : d.toLocaleDateString() + " " + time;
+  const d = new Date(t * 1000), time = d.toTimeString().slice(0, 8), today = d.toDateString() === new Date().toDateString();
+  return today ? time : d.toLocaleDateString(say("en", "zh"), { month: "short", day: "numeric" }) + " " + time.slice(0, 5);
 };
-let key = remembered("ztoapi-key"), timer = 0;
-$("model-head").append(row([say("model", "模型"), say("requests", "请求"), say("failed", "失败"), say("tokens in", "输入 token"),
-  say("tokens out", "输出 token"), say("first p50", "首字 p50"), say("first p95", "首字 p95"), say("whole p50", "全程 p50"), say("whole p95", "全程 p95")], "th", 1));
-$("queue-head").append(row([say("model", "模型"), say("in flight", "进行中"), say("waiting", "等待"), say("limit by key", "各密钥上限")], "th", 1));
-$("recent-head").append(row([say("time", "时间"), say("model", "模型"), say("status", "状态"), say("first", "首字"), say("whole", "全程"),
-  say("tokens", "token")], "th", 3));
-function rows(id, words, lines) { $(id).replaceChildren(...lines.map(cells => row(cells, "td", words))); }
-function draw(id, minutes, parts) {
-  const svg = $(id), ns = "http://www.w3.org/2000/svg", top = Math.max(1, ...minutes.map(m => parts.reduce((a, [i]) => a + m[i], 0)));
+const NONE = { requests: 0, failures: 0, prompt_tokens: 0, cached_tokens: null, completion_tokens: 0, cost: null };
+const plus = (a, b) => Object.fromEntries(Object.keys(NONE).map(f => [f, a[f] === null ? b[f] ?? null : a[f] + (b[f] ?? 0)]));
+const total = sizes => sizes.reduce((sum, [size]) => sum + size, 0);
+const MEASURES = { tokens: [f => f.prompt_tokens + f.completion_tokens, short], cost: [f => f.cost ?? 0, money], requests: [f => f.requests, number] };
+let key = remembered("ztoapi-key"), timer = 0, last = null, picked = DAYS - 1, changing = "", keysShown = "";
+
+const tokenHeads = [say("requests", "请求"), say("failed", "失败"), say("tokens in", "输入 token"), say("cached", "缓存命中"), say("tokens out", "输出 token"), say("cost", "费用")];
+const tokenCells = f => [number(f.requests), number(f.failures), number(f.prompt_tokens), share(f.cached_tokens, f.prompt_tokens), number(f.completion_tokens), money(f.cost)];
+$("model-head").append(row([say("model", "模型"), ...tokenHeads, say("first token", "首字"), say("duration", "全程")], "th", 1));
+$("queue-head").append(row([say("model", "模型"), say("in flight", "进行中"), say("waiting", "等待"), say("key", "密钥"), say("limit", "上限"), say("why", "原因")], "th"));
+$("recent-head").append(row([say("time", "时间"), say("model", "模型"), say("status", "状态"), say("first token", "首字"), say("duration", "全程"), say("tokens", "token")], "th", 3));
+$("key-head").append(row([say("name", "名称"), say("valid until", "有效期至"), say("models", "模型"), say("used", "已用"), say("a minute", "每分钟"), say("parallel", "同时"), ""], "th"));
+function rows(id, words, lines) {
+  const focused = document.activeElement.id, nothing = make("tr", make("td", say("nothing yet", "暂无"), { colSpan: 99 }));
+  $(id).replaceChildren(...(lines.length ? lines.map(cells => row(cells, "td", words)) : [nothing]));
+  if (document.activeElement.id !== focused) $(focused)?.focus();
+}
+function shape(tag, attributes, ...inside) {
+  const e = document.createElementNS("http://www.w3.org/2000/svg", tag);
+  for (const [name, value] of Object.entries(attributes)) e.setAttribute(name, value);
+  e.append(...inside);
+  return e;
+}
+function draw(id, columns, words) {  // a column: what it says, and from the bottom up each part's size and class
+  const svg = $(id), wide = 620 / columns.length, top = Math.max(...columns.map(c => total(c.parts)));
   svg.setAttribute("viewBox", "0 0 620 100");
   svg.setAttribute("preserveAspectRatio", "none");
-  const put = (tag, attributes) => {
-    const e = document.createElementNS(ns, tag);
-    for (const [k, v] of Object.entries(attributes)) e.setAttribute(k, v);
-    return e;
-  };
-  const shapes = [put("line", { x1: 0, x2: 620, y1: 99, y2: 99 })];
-  $(id + "-top").textContent = say("at most ", "最高 ") + number(top);
-  svg.setAttribute("aria-label", svg.previousElementSibling.textContent + ", " + $(id + "-top").textContent);
-  minutes.forEach((m, n) => {
+  svg.replaceChildren(shape("line", { x1: 0, x2: 620, y1: 99.5, y2: 99.5 }), ...columns.map((column, n) => {
     let y = 99;
-    for (const [i, className] of parts) {
-      const high = m[i] / top * 90;
-      y -= high;
-      if (high) shapes.push(put("rect", { x: n * 10.3 + 1, y, width: 8.3, height: Math.max(high, 1), class: className }));
-    }
-  });
-  svg.replaceChildren(...shapes);
+    const bars = column.parts.filter(([size]) => size).map(([size, className]) => {
+      const height = Math.max(size / top * 95, .7);
+      y -= height;
+      return shape("rect", { x: (n + .1) * wide, width: wide * .8, y, height, class: className });
+    });
+    const reach = shape("rect", { x: n * wide, width: wide, y: 0, height: 100, class: "reach" });
+    return shape("g", { id: id + n, role: "option", "aria-label": column.says }, shape("title", {}, column.says), reach, ...bars);
+  }));
+  $(id + "-top").textContent = say("at most ", "最高 ") + words(top);
+  svg.setAttribute("aria-label", $(id + "-title").textContent + ", " + $(id + "-top").textContent);
 }
-function figure(name, value, className) {
-  const box = make("div", null, "figure");
-  box.append(make("b", value, className), make("small", name));
-  return box;
+function hour(id, minutes, classes) {
+  draw(id, minutes.map((sizes, n) => {
+    const parts = sizes.map((size, i) => [size, classes[i]]);
+    return { says: say(`${59 - n} min ago: `, `${59 - n} 分钟前：`) + number(total(parts)), parts };
+  }), number);
+}
+function sums(usage, by) {  // name → figures
+  const all = new Map();
+  for (const u of usage) all.set(u[by], plus(all.get(u[by]) || NONE, u));
+  return all;
+}
+function month(s) {
+  const by = s.operator ? $("by").value : "model", [measure, words] = MEASURES[$("measure").value];
+  const ranked = [...sums(s.days, by)].sort((a, b) => measure(b[1]) - measure(a[1])), colour = n => "c" + Math.min(n, COLOURS);
+  draw("month", Array.from({ length: DAYS }, (_, n) => {
+    const day = new Date((s.now - (DAYS - 1 - n) * 86400) * 1000).toISOString().slice(0, 10), used = sums(s.days.filter(u => u.day === day), by);
+    const parts = ranked.map(([name], rank) => [measure(used.get(name) || NONE), colour(rank), name]).filter(([size]) => size);
+    const details = parts.map(([size, , name]) => name + " " + words(size)).join(" · ");
+    return { says: day + say(": ", "：") + words(total(parts)) + (details && ` (${details})`), parts };
+  }), words);
+  pick(picked);
+  const swatch = rank => shape("svg", { viewBox: "0 0 1 1", "aria-hidden": true }, shape("rect", { width: 1, height: 1, class: colour(rank) }));
+  $("month-head").replaceChildren(row([by === "model" ? say("model", "模型") : say("key", "密钥"), ...tokenHeads], "th", 1));
+  rows("month-rows", 1, [...ranked.map(([name, f], rank) => [[swatch(rank), name], ...tokenCells(f)]), [say("total", "合计"), ...tokenCells(s.days.reduce(plus, NONE))]]);
+  $("month-says").textContent = s.database === false ? say("The database is out of reach: no history now.", "数据库无法访问，暂无历史。")
+    : say("Days are UTC days. Cost is Z.ai's list price in US dollars; –: price unknown.", "日期按 UTC；费用按 Z.ai 目录价估算，单位美元，–：价格未知。");
+}
+function pick(n) {
+  const days = [...$("month").querySelectorAll("g")];
+  picked = Math.max(0, Math.min(n, DAYS - 1));
+  days.forEach((g, i) => g.setAttribute("aria-selected", i === picked));
+  $("month").setAttribute("aria-activedescendant", days[picked].id);
+  $("day").textContent = days[picked].getAttribute("aria-label");
+}
+const bar = (name, value, max, bad) => make("progress", "", { ariaLabel: name, value, max, className: bad ? "bad" : "" });
+const reset = t => say("resets ", "重置于 ") + clock(t);
+function allowance({ window, type, percentage, used, allowance, resets_at }) {
+  const left = 100 - percentage, spans = { "5h": say("5 hours", "5 小时"), week: say("week", "每周"), month: say("month", "每月") };
+  const name = (spans[window] || window) + (type === "TIME_LIMIT" ? say(", search tools", "，搜索工具") : "");
+  const details = [Math.round(left) + say(" % left", " % 剩余"), allowance === null ? "" : number(allowance - used) + " / " + number(allowance), resets_at ? reset(resets_at) : ""];
+  return make("div", [make("span", name), bar(name, left, 100, left < 10), make("small", details.filter(Boolean).join(" · "))], { className: "allowance" });
+}
+function reason({ refused_at, in_flight, probe_at }, now) {
+  if (!refused_at) return say("not refused so far; grows with use", "尚未被拒绝；随使用增长");
+  return say(`Z.ai refused one of ${in_flight} at ${clock(refused_at)}; `, `${clock(refused_at)} Z.ai 拒绝了 ${in_flight} 个中的一个；`)
+    + (probe_at > now ? say("one more is tried from ", "再试一个：") + clock(probe_at) : say("one more is tried when all are in use", "全部占用时再多试一个"));
+}
+function queueRows(q, now) {
+  const fixed = q.max_in_flight ? say(`at most ${q.max_in_flight} in all (MAX_CONCURRENCY); `, `合计最多 ${q.max_in_flight}（MAX_CONCURRENCY）；`) : "";
+  return q.limits.map((limit, n) => [...(n ? ["", "", ""] : [q.model, q.in_flight, q.waiting]), n + 1, limit, q.learned ? fixed + reason(q.learned[n], now) : ""]);
+}
+function keyRow(k, operator) {
+  const button = (id, words, onclick) => make("button", words, { type: "button", id: id + " " + k.name, ariaLabel: words + " " + k.name, onclick });
+  const used = k.token_limit ? [short(k.used_tokens) + say(" of ", " / ") + k.tokens, make("br"), bar(say("used", "已用"), k.used_tokens, k.token_limit, k.used_tokens > k.token_limit * .9)] : short(k.used_tokens);
+  return [k.name, k.expires ? make("span", k.expires, { className: k.expired ? "bad" : "" }) : "–", k.models || "–", [used, k.resets_at ? [make("br"), make("small", reset(k.resets_at))] : []].flat(2),
+    k.rpm ?? "–", k.parallel ?? "–", operator ? [button("change", say("Change", "修改"), () => edit(k)), button("remove", say("Remove", "删除"), () => remove(k.name))] : ""];
+}
+function keys(s) {  // a table that stays as it is while nothing has changed, or a click might miss its button
+  const shown = JSON.stringify(s.client_keys);
+  if (shown !== keysShown) rows("key-rows", 7, s.client_keys.map(k => keyRow(k, s.operator)));
+  keysShown = shown;
+}
+function edit(k) {  // an empty key: one is to be added
+  changing = k.name || "";
+  for (const field of $("key-form").querySelectorAll("input")) field.value = k[field.name] ?? "";
+  $("name").readOnly = Boolean(changing);
+  $("made").hidden = true;
+  $("cancel").hidden = !changing;
+  $("key-title").textContent = changing ? say("Change ", "修改 ") + changing : say("Add a key", "添加密钥");
+  $("save").textContent = changing ? say("Save", "保存") : say("Add", "添加");
+  $("key-says").textContent = "";
+  if (changing) $("expires").focus();
 }
 function show(s) {
-  const models = Object.entries(s.models).sort((a, b) => b[1].requests - a[1].requests), all = f => models.reduce((n, [, m]) => n + m[f], 0);
-  const waiting = s.queues.reduce((n, q) => n + q.waiting, 0), failed = all("failures");
-  $("figures").replaceChildren(figure(say("requests", "请求"), number(all("requests"))), figure(say("failed", "失败"), number(failed), failed ? "bad" : ""),
-    figure(say("in flight", "进行中"), s.in_flight), figure(say("waiting", "等待"), waiting), figure(say("tokens in", "输入 token"), number(all("prompt_tokens"))),
-    figure(say("tokens out", "输出 token"), number(all("completion_tokens"))), figure(say("since", "启动于"), clock(s.started)));
-  draw("requests", s.minutes.map(([n, f]) => [n - f, f]), [[1, "bad"], [0, ""]]);
-  draw("tokens", s.minutes, [[2, ""], [3, "out"]]);
-  rows("model-rows", 1, models.map(([name, m]) => [name, number(m.requests), number(m.failures), number(m.prompt_tokens), number(m.completion_tokens),
-    seconds(m.first.p50), seconds(m.first.p95), seconds(m.duration.p50), seconds(m.duration.p95)]));
-  $("keys").textContent = s.keys + say(" Z.ai key(s). ", " 个 Z.ai 密钥。") + (s.resting.map(r => say("Key ", "密钥 ") + r.key +
-    (r.model ? say(" for ", "，模型 ") + r.model : "") + say(" rests until ", " 暂停至 ") + clock(r.until) + " (" + r.why + ")").join("; ") || say("None rests.", "全部可用。"));
-  rows("queue-rows", 1, s.queues.map(q => [q.model, q.in_flight, q.waiting, q.limits.join(", ")]));
-  const h = s.healed, healed = [[h.retries, say("tried again", "次重试")], [h.queued_again, say("sent back to the queue", "次重新排队")],
+  const parts = { "live-part": s.models, "hour-part": s.minutes, "month-part": s.days, "plan-part": s.plans?.length, "key-part": s.client_keys, "key-form": s.operator, by: s.operator, "by-words": s.operator };
+  for (const [id, there] of Object.entries(parts)) $(id).hidden = !there;
+  const all = (s.models ? Object.values(s.models) : s.days).reduce(plus, NONE), figure = (name, value, className) => make("div", [make("b", value, { className }), make("small", name)], { className: "figure" });
+  $("figures").replaceChildren(figure(say("requests", "请求"), short(all.requests), ""), figure(say("failed", "失败"), short(all.failures), all.failures ? "bad" : ""),
+    ...(s.models ? [figure(say("in flight", "进行中"), s.in_flight, ""), figure(say("waiting", "等待"), s.queues.reduce((n, q) => n + q.waiting, 0), "")] : []),
+    figure(say("tokens in", "输入 token"), short(all.prompt_tokens), ""), figure(say("from cache", "缓存命中"), share(all.cached_tokens, all.prompt_tokens), ""),
+    figure(say("tokens out", "输出 token"), short(all.completion_tokens), ""), figure(say("cost", "费用"), money(all.cost), ""),
+    s.models ? figure(say("since", "启动于"), clock(s.started).replace(/.\d\d:\d\d$/, ""), "") : figure(say("period", "期间"), say("31 days", "31 天"), ""));
+  if (s.models) live(s);
+  if (s.days) month(s);
+  if (s.client_keys) keys(s);
+  $("plans").replaceChildren(...(s.plans || []).flatMap(p => [make("h3", [say("Z.ai key ", "Z.ai 密钥 ") + p.key, p.level].filter(Boolean).join(" · ")), ...p.limits.map(allowance)]));
+}
+function live(s) {
+  hour("requests", s.minutes.map(([n, failed]) => [failed, n - failed]), ["bad", ""]);
+  hour("tokens", s.minutes.map(([, , prompt, completion]) => [prompt, completion]), ["", "out"]);
+  rows("model-rows", 1, Object.entries(s.models).sort((a, b) => b[1].requests - a[1].requests).map(([name, m]) => [name, ...tokenCells({ ...NONE, ...m }), pair(m.first), pair(m.duration)]));
+  $("resting").textContent = s.keys + say(" Z.ai key(s). ", " 个 Z.ai 密钥。") + (s.resting.map(r => say("Key ", "密钥 ") + r.key +
+    (r.model ? say(" for ", "，模型 ") + r.model : "") + say(" is not used until ", " 暂停至 ") + clock(r.until) + " (" + r.why + ")").join("; ") || say("All are available.", "全部可用。"));
+  rows("queue-rows", 6, s.queues.flatMap(q => queueRows(q, s.now)));
+  const h = s.healed, healed = [[h.retries, say("retried", "次重试")], [h.queued_again, say("sent back to the queue", "次重新排队")],
     [h.other_keys, say("served by another key", "次换用密钥")], [h.fallbacks, say("fell back to another model", "次换用模型")],
     [s.torn, say("torn frames dropped", "个残缺帧被丢弃")]].filter(([n]) => n);
   $("healed").textContent = healed.map(([n, what]) => n + " " + what).join(" · ") || say("Nothing so far.", "暂无。");
   rows("recent-rows", 3, s.recent.map(r => [clock(r.time), r.model, r.status + (r.error ? " " + r.error : ""), seconds(r.first), seconds(r.duration),
     number(r.prompt_tokens) + " + " + number(r.completion_tokens)]));
 }
+function call(method, path, body) {
+  return fetch("dashboard/" + path, { method, headers: { Authorization: "Bearer " + key, "Content-Type": "application/json" }, cache: "no-store",
+    body: body && JSON.stringify(body), signal: AbortSignal.timeout(5000) });
+}
 async function refresh() {
   clearTimeout(timer);
+  if (document.hidden) return;
   if (/[^!-~]/.test(key)) return ask(say("That key is not this server's.", "密钥不对。"));
   try {
-    const response = await fetch("dashboard/stats", { headers: { Authorization: "Bearer " + key }, cache: "no-store",
-      signal: AbortSignal.timeout(5000) });
-    if (response.status === 401) return ask(key ? say("That key is not this server's.", "密钥不对。") : "");
+    const response = await call("GET", "stats");
+    if (response.status === 401) return ask(key ? (await response.json()).error.message : "");
     if (!response.ok) throw new Error(response.status);
-    show(await response.json());
+    show(last = await response.json());
     $("door").hidden = $("gone").hidden = true;
-    $("board").hidden = false;
+    $("board").hidden = $("leave").hidden = false;
   } catch {
     $("gone").hidden = false;
-    $("gone").textContent = say("The server does not answer. This page goes on trying.", "服务器没有响应，本页会继续尝试。");
+    $("gone").textContent = say("The server does not answer. This page keeps trying.", "服务器没有响应，本页会继续尝试。");
   }
-  timer = setTimeout(refresh, 1500);
+  timer = setTimeout(refresh, 2000);
 }
 function ask(why) {
   $("door").hidden = false;
-  $("board").hidden = $("gone").hidden = true;
+  $("board").hidden = $("gone").hidden = $("leave").hidden = true;
   $("door-says").textContent = why;
   $("door-key").focus();
 }
+async function changeKeys(method, path, body) {  // the server's answer; null: it refused
+  try {
+    const response = await call(method, path, body), answer = response.status === 204 ? {} : await response.json();
+    $("key-says").textContent = answer.error?.message || "";
+    refresh();
+    return response.ok ? answer : null;
+  } catch { $("key-says").textContent = say("The server does not answer.", "服务器没有响应。"); return null; }
+}
+function remove(name) {
+  $("sure-says").textContent = say(`Remove the key of ${name}? Programs that use it are refused from then on.`, `删除 ${name} 的密钥？使用它的程序将立即被拒绝。`);
+  $("sure").returnValue = "";
+  $("sure").onclose = async () => {
+    if (!$("sure").returnValue || !await changeKeys("DELETE", "keys/" + encodeURIComponent(name))) return;
+    edit({});
+    $("name").focus();
+  };
+  $("sure").showModal();
+}
+$("key-form").onsubmit = async event => {
+  event.preventDefault();
+  const fields = Object.fromEntries([...new FormData($("key-form"))].map(([name, value]) => [name, value.trim() || "none"]));
+  if (!changing && last.client_keys.some(k => k.name === fields.name)) return $("key-says").textContent = say("There is a key of this name.", "已有同名的密钥。");
+  const made = await changeKeys("POST", "keys", fields);
+  if (!made) return;
+  edit({});
+  const code = make("code", made.key);
+  $("made").hidden = !made.key;
+  $("made").replaceChildren(say(`The key of ${fields.name}, shown only now: `, `${fields.name} 的密钥，只显示这一次：`), code, " ", copyButton(code));
+  (made.key ? $("made") : $("change " + fields.name))?.focus();
+};
+$("cancel").onclick = () => edit({});
+$("by").onchange = $("measure").onchange = () => month(last);
+$("month").onkeydown = event => { if (arrow(event)) { event.preventDefault(); pick(picked + arrow(event)); } };
+$("month").onpointermove = $("month").onclick = event => { if (event.target.closest("g")) pick(Number(event.target.closest("g").id.slice("month".length))); };
+$("leave").onclick = () => { clearTimeout(timer); key = ""; remember("ztoapi-key", ""); ask(""); };
 $("door").onsubmit = event => {
   event.preventDefault();
   key = $("door-key").value.trim();
-  $("door-says").textContent = "";
+  $("door-key").value = $("door-says").textContent = "";
   remember("ztoapi-key", key);
   refresh();
 };
+document.onvisibilitychange = refresh;
+edit({});
 if (key) refresh(); else ask("");
 """,  # noqa: E501, RUF001 - a page, in two languages
 )

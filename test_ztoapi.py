@@ -19,6 +19,7 @@ import socket
 import subprocess
 import sys
 import time
+from contextlib import asynccontextmanager
 from heapq import heappop, heappush
 from itertools import count
 from pathlib import Path
@@ -36,6 +37,7 @@ from ztoapi import (
     Answer,
     Backoff,
     BadRequest,
+    Caller,
     ChatRequest,
     Citations,
     ErrorKind,
@@ -53,6 +55,7 @@ from ztoapi import (
     Settings,
     SettingsError,
     SSEDecoder,
+    Target,
     Text,
     Thought,
     ToolCall,
@@ -105,9 +108,8 @@ def test_every_variable_is_read_by_its_name_in_capitals():
         "HOST": "0.0.0.0",
         "DEFAULT_KEY": "sk-a, sk-b",
         "DEBUG_MODE": "TRUE",
-        "ZAI_API_KEY": "id1.secret,id2.secret",
+        "ZAI_API_KEY": "id1.secret, id2.secret@plan",
         "ZAI_BASE_URL": "https://open.bigmodel.cn/api/paas/v4/",
-        "ZAI_ANTHROPIC_URL": "https://a.example/anthropic",
         "DEFAULT_STREAM": "yes",
         "ENABLE_THINKING": "false",
         "REASONING_FORMAT": "RAW",
@@ -125,9 +127,8 @@ def test_every_variable_is_read_by_its_name_in_capitals():
         host="0.0.0.0",
         default_key=("sk-a", "sk-b"),
         debug_mode=True,
-        zai_api_key=("id1.secret", "id2.secret"),
+        zai_api_key=("id1.secret", "id2.secret@plan"),
         zai_base_url="https://open.bigmodel.cn/api/paas/v4",
-        zai_anthropic_url="https://a.example/anthropic",
         default_stream=True,
         enable_thinking=False,
         reasoning_format="raw",
@@ -175,6 +176,7 @@ def test_an_empty_variable_counts_as_not_set():
         ("DEFAULT_KEY", "", "DEFAULT_KEY cannot be used: it must be keys"),
         ("DEFAULT_KEY", " , ", "DEFAULT_KEY cannot be used"),
         ("ZAI_API_KEY", "schlüssel", "ZAI_API_KEY cannot be used"),
+        ("ZAI_API_KEY", "key,@plan", "BASE is api, plan, china, china-plan or an http or https address"),
         ("HOST", "0.0.0.0", "HOST=0.0.0.0 would let others in while DEFAULT_KEY is the published sk-your-key"),
     ],
 )
@@ -184,12 +186,45 @@ def test_a_value_that_cannot_be_used_is_named_with_what_is_wanted(name, value, w
 
 
 @pytest.mark.parametrize(
-    ("name", "value"), [("ZAI_API_KEY", "topsecret\x00"), ("ZAI_BASE_URL", "https://me:topsecret@api.z.ai")]
+    ("name", "value"),
+    [
+        ("ZAI_API_KEY", "topsecret\x00"),
+        ("ZAI_API_KEY", "topsecret@"),
+        ("ZAI_API_KEY", "topsecret@plane"),
+        ("ZAI_API_KEY", "key@plan,topsecret@ftp://api.z.ai"),
+        ("ZAI_BASE_URL", "https://me:topsecret@api.z.ai"),
+    ],
 )
 def test_a_secret_that_cannot_be_used_is_not_repeated(name, value):
     with pytest.raises(SettingsError) as refused:
         Settings.from_env({name: value})
     assert "topsecret" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("key", "base", "anthropic"),
+    [
+        ("k", "https://z.example/v4", "https://z.example/v4/anthropic"),
+        ("k@api", "https://api.z.ai/api/paas/v4", "https://api.z.ai/api/anthropic"),
+        ("k@plan", "https://api.z.ai/api/coding/paas/v4", "https://api.z.ai/api/anthropic"),
+        ("k@china", "https://open.bigmodel.cn/api/paas/v4", "https://open.bigmodel.cn/api/anthropic"),
+        ("k@china-plan", "https://open.bigmodel.cn/api/coding/paas/v4", "https://open.bigmodel.cn/api/anthropic"),
+        (
+            "k@http://[::1]:80/api/paas/v4/chat/completions",
+            "http://[::1]:80/api/paas/v4",
+            "http://[::1]:80/api/anthropic",
+        ),
+    ],
+)
+def test_a_key_may_name_the_base_where_it_belongs_and_anthropics_api_is_beside_it(key, base, anthropic):
+    (found,) = Settings.from_env({"ZAI_API_KEY": key, "ZAI_BASE_URL": "https://z.example/v4"}).zai_keys
+    assert (found, found.anthropic_url) == (ztoapi.ZaiKey("k", base), anthropic)
+
+
+def test_a_key_is_a_secret_wherever_it_belongs():
+    settings = Settings.from_env({"ZAI_API_KEY": "one@plan,one@api,two"})
+    assert settings.secrets == ("one", "one", "two")
+    assert "one" not in repr(settings.zai_keys)
 
 
 @pytest.mark.parametrize("keys", [(), ("",), ("sk-a", "")])
@@ -224,6 +259,10 @@ def test_blanking_nothing_leaves_all():
 # ======== Errors ========
 
 
+def refusal(code, status=429, text="Words"):
+    return zai_error(status, json.dumps({"error": {"code": str(code), "message": text}}).encode())
+
+
 def test_an_error_has_openais_shape():
     assert error_body(BadRequest("No.", "model")) == {
         "error": {"message": "No.", "type": "invalid_request_error", "param": "model", "code": None}
@@ -236,17 +275,13 @@ def test_an_error_has_openais_shape():
         (BadRequest("no"), {"x-should-retry": "false"}),
         (zai_error(429, b'{"error":{"code":"1302","message":"slow down"}}'), {"Retry-After": "1"}),
         (zai_error(429, b'{"error":{"code":"1305","message":"overloaded"}}'), {"Retry-After": "5"}),
-        (
-            zai_error(429, b'{"error":{"code":"1308","message":"Your limit will reset at 2026-09-12 00:35:41"}}'),
-            {"x-should-retry": "false", "Retry-After": "3600"},
-        ),
+        (refusal(1113).with_retry_after(299.1), {"x-should-retry": "false", "Retry-After": "300"}),
         (zai_error(400, b'{"error":{"code":"1214","message":"at 2026-09-12 00:35:41"}}'), {"x-should-retry": "false"}),
         (zai_error(500, b""), {}),
     ],
 )
 def test_the_headers_tell_sdks_whether_and_when_to_ask_again(error, headers):
-    utc_plus_8 = 1789144541.0  # 2026-09-12 00:35:41 in China
-    assert error_headers(error, utc_plus_8 - 3600) == headers
+    assert error_headers(error) == headers
 
 
 # ======== Models ========
@@ -2252,47 +2287,77 @@ def test_messages_that_begin_with_a_failure_fail(data):
 # ======== Policies ========
 
 
-def refusal(code, status=429, text="Words"):
-    return zai_error(status, json.dumps({"error": {"code": str(code), "message": text}}).encode())
+FIRST_KEY, SECOND_KEY, NEXT_BASE = (
+    ztoapi.ZaiKey("1", "https://a"),
+    ztoapi.ZaiKey("2", "https://a"),
+    ztoapi.ZaiKey("1", "https://b"),
+)
+CHAT, MESSAGES, FILES = Target("glm-5"), Target("glm-5", "/messages"), Target(path="/files")
+FREE = Target("glm-4.7-flash")
 
 
-def test_keys_are_used_in_turn():
-    keys, used = KeyPool(["a", "b", "c"]), []
-    for _ in range(4):
-        used.append(keys.available("m", 0)[0])
-        keys.rotate(used[-1])
-    assert used == ["a", "b", "c", "a"]
+def pool(*keys):
+    return KeyPool(keys, FakeClock())
 
 
 @pytest.mark.parametrize("code", [1113, 1308, 1310, 1316])
-def test_a_key_without_quota_rests_for_the_one_model(code):
-    keys = KeyPool(["a", "b"])
-    keys.cool_down("a", "glm-5", refusal(code), 0)
-    assert keys.available("glm-5", 0) == ["b"]
-    assert keys.available("glm-4.7-flash", 0) == ["a", "b"]
-    assert keys.available("glm-5", KeyPool.COOLDOWN) == ["a", "b"]
+def test_a_key_without_quota_cools_down_for_the_one_model(code):
+    keys = pool(FIRST_KEY, SECOND_KEY)
+    keys.cool_down(FIRST_KEY, CHAT, refusal(code))
+    assert [keys.available(target) for target in (CHAT, MESSAGES, FREE)] == [
+        [SECOND_KEY],
+        [SECOND_KEY],
+        [FIRST_KEY, SECOND_KEY],
+    ]
+    keys.clock.time += KeyPool.COOLDOWN
+    assert keys.available(CHAT) == [FIRST_KEY, SECOND_KEY]
 
 
-def test_a_key_that_is_refused_rests_for_every_model():
-    keys = KeyPool(["a", "b"])
-    keys.cool_down("a", "glm-5", refusal(1000, 401), 0)
-    assert keys.available("glm-4.6", 0) == ["b"]
+@pytest.mark.parametrize(
+    ("refused", "available"),
+    [
+        pytest.param(CHAT, [], id="chat"),
+        pytest.param(Target(), [], id="models"),
+        pytest.param(MESSAGES, [CHAT, FREE, FILES], id="messages"),
+        pytest.param(FILES, [CHAT, FREE, MESSAGES], id="files"),
+    ],
+)
+def test_a_key_refused_for_the_chat_cools_down_everywhere_for_another_path_only_there(refused, available):
+    keys = pool(FIRST_KEY, SECOND_KEY)
+    keys.cool_down(FIRST_KEY, refused, refusal(1000, 401))
+    assert [target for target in (CHAT, FREE, MESSAGES, FILES) if FIRST_KEY in keys.available(target)] == available
 
 
-@pytest.mark.parametrize("code", [1302, 1305, 1210, 1311, 1200])
-def test_other_refusals_do_not_make_a_key_rest(code):
-    keys = KeyPool(["a"])
-    keys.cool_down("a", "m", refusal(code, 400), 0)
-    assert keys.available("m", 0) == ["a"]
+def test_the_next_base_serves_when_no_key_of_the_one_before_can():
+    keys, used = pool(FIRST_KEY, NEXT_BASE, SECOND_KEY), []
+    for code in (1308, 1309, 1000):
+        used.append(keys.available(CHAT))
+        keys.cool_down(used[-1][0], CHAT, refusal(code))
+    assert used == [[FIRST_KEY, SECOND_KEY], [SECOND_KEY], [NEXT_BASE]]
 
 
-def test_a_key_rests_until_the_quota_is_reset():
-    keys, reset = KeyPool(["a"]), 1789144541.0  # 2026-09-12 00:35:41 in China
-    keys.cool_down("a", "m", refusal(1308, text="Your limit will reset at 2026-09-12 00:35:41"), reset - 999)
+QUOTA, MODEL = [1000, 1113, 1308, 1310, 1316], [1309, 1313, 1314, 1315, 1211, 1212, 1220, 1311]
+PASSING = [1302, 1305, 1200, 1210, 1261, 1301]
+
+
+@pytest.mark.parametrize(
+    ("keys", "codes"),
+    [pytest.param([FIRST_KEY], QUOTA, id="one key"), pytest.param([FIRST_KEY, SECOND_KEY], QUOTA + MODEL, id="two")],
+)
+def test_a_key_cools_down_where_the_same_one_may_fare_better_later_or_another_now(keys, codes):
+    assert [code for code in QUOTA + MODEL + PASSING if pool(*keys).is_refusal(refusal(code))] == codes
+
+
+def test_a_key_cools_down_until_the_quota_is_reset_whatever_the_wall_clock_says_later():
+    keys = pool(FIRST_KEY)
+    keys.clock.epoch = 1789144541.0 - 60 - keys.clock.time  # a minute before 2026-09-12 00:35:41 in China
+    keys.cool_down(FIRST_KEY, CHAT, refusal(1308, text="Your limit will reset at 2026-09-12 00:35:41"))
+    keys.clock.epoch -= 86400
     with pytest.raises(UpstreamError, match="1308") as told:
-        keys.available("m", reset - 1)
-    assert error_headers(told.value, reset - 60)["Retry-After"] == "60"
-    assert keys.available("m", reset) == ["a"]
+        keys.available(CHAT)
+    assert error_headers(told.value)["Retry-After"] == "60"
+    keys.clock.time += 60
+    assert keys.available(CHAT) == [FIRST_KEY]
 
 
 @pytest.mark.parametrize(
@@ -2305,21 +2370,38 @@ def test_a_key_rests_until_the_quota_is_reset():
     ],
 )
 def test_a_reset_is_believed_within_reason(text, seconds):
-    keys, now = KeyPool(["a"]), 1789144541.0 - 60
-    keys.cool_down("a", "m", refusal(1308, text=text), now)
+    keys = pool(FIRST_KEY)
+    keys.clock.epoch = 1789144541.0 - 60 - keys.clock.time
+    keys.cool_down(FIRST_KEY, CHAT, refusal(1308, text=text))
     with pytest.raises(UpstreamError) as told:
-        keys.available("m", now)
-    assert told.value.resets_at == now + seconds
+        keys.available(CHAT)
+    assert told.value.retry_after == seconds
 
 
-def test_when_all_keys_rest_the_last_refusal_is_told():
-    keys = KeyPool(["a", "b"])
-    for key, code in (("a", 1113), ("b", 1308)):
-        keys.cool_down(key, "m", refusal(code), 0)
-        keys.rotate(key)
-    with pytest.raises(UpstreamError, match="1308") as told:
-        keys.available("m", 0)
-    assert error_headers(told.value, 0)["Retry-After"] == str(KeyPool.COOLDOWN)
+def test_while_all_keys_cool_down_one_request_in_ten_seconds_sees_whether_that_still_holds():
+    keys, told = pool(FIRST_KEY, SECOND_KEY), []
+    for key, code in ((FIRST_KEY, 1113), (SECOND_KEY, 1308)):
+        keys.clock.time += 1
+        keys.cool_down(key, CHAT, refusal(code))
+    for key in (FIRST_KEY, SECOND_KEY, FIRST_KEY):
+        with pytest.raises(UpstreamError) as error:
+            keys.available(CHAT)
+        told.append((error.value.zai_code, error.value.retry_after))
+        keys.clock.time += KeyPool.PROBE_INTERVAL
+        assert keys.available(CHAT) == keys.available(CHAT) == [key]
+        keys.tried(key, CHAT)
+    assert told == [("1308", 299), ("1113", 289), ("1308", 279)]
+    keys.accepted(FIRST_KEY, CHAT)
+    assert keys.available(CHAT) == [FIRST_KEY]
+
+
+def test_the_names_of_models_that_clients_make_up_are_forgotten():
+    keys = pool(FIRST_KEY, SECOND_KEY)
+    for number in range(KeyPool.MAX_COOLING + 9):
+        keys.cool_down(FIRST_KEY, Target(f"made-up-{number}"), refusal(1211))
+    keys.cool_down(FIRST_KEY, CHAT, refusal(1113))
+    assert len(keys.cooling) == KeyPool.MAX_COOLING + 1
+    assert keys.available(CHAT) == [SECOND_KEY]
 
 
 @pytest.mark.parametrize(
@@ -2417,32 +2499,66 @@ def test_a_raised_limit_is_found_out_within_a_minute():
     assert limit.limit >= 10
 
 
-def make_queue(keys=("a",), max_in_flight=0):
-    return Queue("m", KeyPool(keys), max_in_flight, FakeClock())
+def make_queue(*keys, max_in_flight=0):
+    clock = FakeClock()
+    return Queue(KeyPool(keys or (FIRST_KEY,), clock), max_in_flight, clock)
+
+
+@asynccontextmanager
+async def slot_in(queue, account="", conversation=""):
+    with queue.ticket(CHAT, Caller(account, conversation)) as ticket:
+        slot = await queue.acquire(ticket)
+        try:
+            yield slot
+        finally:
+            queue.release(slot)
+
+
+async def wait_in(queue, account=""):
+    async with slot_in(queue, account):
+        pass
 
 
 @over_sockets
-async def test_places_are_given_in_order_and_the_refused_come_first():
+async def test_accounts_are_served_in_turn_and_each_ones_requests_in_order():
     queue, order = make_queue(max_in_flight=1), []
 
-    async def request(name, ticket):
-        async with queue.slot(ticket):
+    async def request(name):
+        async with slot_in(queue, name[0]):
             order.append(name)
 
-    async with queue.slot(0):
-        waiting = [asyncio.create_task(request(*who)) for who in (("second", 2), ("third", 3), ("refused", 1))]
+    async with slot_in(queue, "a"):
+        waiting = [asyncio.create_task(request(name)) for name in ("a1", "a2", "a3", "a4", "b1", "b2", "c1")]
         await asyncio.sleep(0)
-        assert len(queue.waiting) == 3
+        assert len(queue.waiting) == 7
     await asyncio.gather(*waiting)
-    assert order == ["refused", "second", "third"]
+    assert order == ["a1", "b1", "c1", "a2", "b2", "a3", "a4"]
     assert not queue.in_use
 
 
 @over_sockets
-async def test_whoever_leaves_the_queue_frees_the_place():
+async def test_a_request_that_was_refused_goes_back_to_the_head_of_the_queue():
+    queue, order = make_queue(max_in_flight=1), []
+
+    async def again(name, ticket):
+        slot = await queue.acquire(ticket)
+        order.append(name)
+        queue.release(slot)
+
+    with queue.ticket(CHAT, Caller("a")) as first, queue.ticket(CHAT, Caller("b")) as second:
+        slot = await queue.acquire(first)
+        waiting = [asyncio.create_task(again(*who)) for who in (("second", second), ("refused", first))]
+        await asyncio.sleep(0)
+        queue.release(slot)
+        await asyncio.gather(*waiting)
+    assert order == ["refused", "second"]
+
+
+@over_sockets
+async def test_whoever_leaves_the_queue_frees_the_slot():
     queue = make_queue(max_in_flight=1)
-    async with queue.slot(0):
-        early, late = (asyncio.create_task(queue.acquire(ticket)) for ticket in (1, 2))
+    async with slot_in(queue):
+        early, late = (asyncio.create_task(wait_in(queue)) for _ in range(2))
         await asyncio.sleep(0)
         early.cancel()
         await asyncio.wait({early})
@@ -2454,39 +2570,59 @@ async def test_whoever_leaves_the_queue_frees_the_place():
 
 @over_sockets
 async def test_every_key_has_a_limit_of_its_own():
-    queue = make_queue(("a", "b"))
+    queue = make_queue(FIRST_KEY, SECOND_KEY)
     for limit in queue.limits.values():
         limit.limit = 1
-    async with queue.slot(0) as one, queue.slot(1) as two:
-        assert {one.key, two.key} == {"a", "b"}
-        third = asyncio.create_task(queue.acquire(2))
+    async with slot_in(queue) as one, slot_in(queue) as two:
+        assert {one.key, two.key} == {FIRST_KEY, SECOND_KEY}
+        third = asyncio.create_task(wait_in(queue))
         await asyncio.sleep(0)
         assert not third.done()
-        third.cancel()
+    await third
+
+
+@over_sockets
+async def test_a_conversation_stays_with_its_key_unless_that_is_full_or_has_failed():
+    queue = make_queue(FIRST_KEY, SECOND_KEY)
+
+    async def key_of(conversation):
+        async with slot_in(queue, conversation=conversation) as slot:
+            return slot.key
+
+    homes = {name: await key_of(name) for name in map(str, range(40))}
+    assert {name: await key_of(name) for name in reversed(homes)} == homes
+    assert 10 < [*homes.values()].count(FIRST_KEY) < 30
+    assert homes["0"] == SECOND_KEY  # in every process, and tomorrow
+    with queue.ticket(CHAT, Caller(conversation="0")) as ticket:
+        ticket.failures[SECOND_KEY] = ztoapi.UNAVAILABLE
+        assert (await queue.acquire(ticket)).key == FIRST_KEY
+    queue.limits[SECOND_KEY].in_flight = 4
+    assert await key_of("0") == FIRST_KEY
 
 
 @over_sockets
 async def test_a_long_answer_does_not_stop_those_who_wait_for_long(monkeypatch):
     monkeypatch.setattr(Queue, "POLL_INTERVAL", 0.01)
     queue = make_queue()
-    async with queue.slot(0) as long:
+    async with slot_in(queue) as long:
         long.limit.refused(2, queue.clock.now())  # one more was too many, just once
-        waiting = asyncio.create_task(queue.acquire(1))
+        waiting = asyncio.create_task(wait_in(queue))
         await asyncio.sleep(0.05)
         assert not waiting.done()
         queue.clock.time += AdaptiveLimit.MIN_PAUSE
-        queue.release(await asyncio.wait_for(waiting, 1))
+        await asyncio.wait_for(waiting, 1)
 
 
 @over_sockets
-async def test_those_who_wait_are_told_when_all_keys_rest():
+async def test_those_who_wait_are_told_when_all_keys_cool_down():
     queue = make_queue(max_in_flight=1)
-    async with queue.slot(0):
-        waiting = asyncio.create_task(queue.acquire(1))
+    async with slot_in(queue):
+        waiting = asyncio.create_task(wait_in(queue))
         await asyncio.sleep(0)
-        queue.keys.cool_down("a", "m", refusal(1113), queue.clock.now())
-    with pytest.raises(UpstreamError, match="1113"):
-        await waiting
+        queue.keys.cool_down(FIRST_KEY, CHAT, refusal(1113))
+        queue.poll()
+        with pytest.raises(UpstreamError, match="1113"):
+            await waiting
 
 
 # ======== Over real sockets ========
@@ -2501,6 +2637,7 @@ class FakeZai:
         self.status, self.headers, self.parts = 200, {"Content-Type": "text/event-stream"}, [RECORDED]
         self.answers = []  # what the next requests get before `parts` counts: parts, or a status and parts
         self.takes = 1000  # requests at once; the others get 1302
+        self.accounts = {}  # what is answered to a key, before all else
         self.models = web.json_response({"object": "list", "data": [{"id": "glm-4.6"}]})
         self.bodies, self.keys, self.peers, self.open = [], [], set(), 0
         self.left = asyncio.Event()  # somebody hung up before the answer's end
@@ -2531,7 +2668,7 @@ class FakeZai:
             self.open -= 1
 
     async def answer(self, request):
-        status, parts = self.next_answer()
+        status, parts = self.accounts.get(self.keys[-1].removeprefix("Bearer ")) or self.next_answer()
         response = web.StreamResponse(status=status, headers=self.headers)
         await response.prepare(request)
         for part in parts:
@@ -2567,6 +2704,13 @@ async def zai(aiohttp_server):
 
 
 @pytest_asyncio.fixture
+async def other_zai(aiohttp_server):
+    fake = FakeZai()
+    fake.url = str((await aiohttp_server(fake.app())).make_url("/v4"))
+    return fake
+
+
+@pytest_asyncio.fixture
 async def start(aiohttp_client, zai):
     """Starts ztoapi in front of the fake, with other settings where a test wants them."""
 
@@ -2582,11 +2726,14 @@ async def start(aiohttp_client, zai):
 class FakeClock(ztoapi.Clock):
     """A clock that never waits: sleeping puts it forward."""
 
-    def __init__(self, now=1_800_000_000.0):
-        self.time, self.slept = now, []
+    def __init__(self):
+        self.time, self.epoch, self.slept = 1000.0, 1_800_000_000.0, []
 
     def now(self):
         return self.time
+
+    def unix(self):
+        return self.epoch + self.time
 
     def jitter(self):
         return 0.5
@@ -2996,7 +3143,7 @@ async def test_a_wrong_path_is_404_and_a_wrong_method_405(client):
 async def test_our_own_bug_is_told_without_a_traceback(start, caplog, stream):
     client = await start()
 
-    async def broken(_):
+    async def broken(*_):
         raise RuntimeError("inner workings")
         yield
 
@@ -3071,28 +3218,107 @@ async def test_a_try_again_takes_the_next_key(start, zai):
     client = await start(zai_api_key=("a", "b"))
     zai.answers = [refused(1305)]
     await ask(client)
-    assert zai.keys == ["Bearer a", "Bearer b"]
+    assert sorted(zai.keys) == ["Bearer a", "Bearer b"]
 
 
 @over_sockets
-async def test_a_key_without_balance_rests_while_others_serve(start, zai):
+async def test_a_key_without_balance_cools_down_while_others_serve(start, zai):
     client = await start(zai_api_key=("a", "b"))
-    zai.answers = [refused(1113)]
-    for _ in range(3):
-        assert (await ask(client))[0].status == 200
-    assert zai.keys == ["Bearer a", "Bearer b", "Bearer b", "Bearer b"]
-    assert slept(client) == [0]
+    zai.accounts = {"a": refused(1113)}
+    for text in "abcdefgh":
+        assert (await ask(client, message(role="user", content=text)))[0].status == 200
+    assert (zai.keys.count("Bearer a"), zai.keys.count("Bearer b"), slept(client)) == (1, 8, [0])
 
 
 @over_sockets
-async def test_when_all_keys_rest_the_client_is_told_at_once(client, zai):
-    zai.answers = [refused(1113)]
-    for _ in range(2):
+async def test_while_all_keys_cool_down_one_request_in_ten_seconds_finds_out_and_the_others_are_told(client, zai):
+    zai.answers, zai.parts, asked = [refused(1113), refused(1308)], [DOCUMENT], []
+    for seconds in (0, 9, 1, 9, 1, 0):
+        client.app[ztoapi.CLOCK].time += seconds
         response, body = await ask(client)
-        assert (response.status, error_of(body)["code"]) == (402, "insufficient_quota")
-        assert response.headers["Retry-After"] == "300"
-    assert len(zai.bodies) == 1
+        code = json.loads(body).get("error", {}).get("code")
+        asked.append((response.status, code, response.headers.get("Retry-After"), len(zai.bodies)))
+    assert asked == [
+        (402, "insufficient_quota", "300", 1),
+        (402, "insufficient_quota", "291", 1),
+        (402, "quota_exceeded", "300", 2),
+        (402, "quota_exceeded", "291", 2),
+        (200, None, None, 3),
+        (200, None, None, 4),
+    ]
+
+
+@over_sockets
+async def test_the_first_refusal_too_says_when_the_quota_is_reset(client, zai):
+    client.app[ztoapi.CLOCK].epoch = 1789144541.0 - 3600 - client.app[ztoapi.CLOCK].time
+    zai.answers = [refused(1308, text="Your limit will reset at 2026-09-12 00:35:41")]
+    assert (await ask(client))[0].headers["Retry-After"] == "3600"
     assert (await ask(client, chat(model="glm-4.7-flash")))[0].status == 200
+
+
+@over_sockets
+@pytest.mark.parametrize("code", [1000, 1113, 1308, 1309, 1313, 1211, 1311])
+async def test_a_plan_is_used_first_and_the_next_base_when_it_cannot_be(start, zai, other_zai, code):
+    client = await start(zai_api_key=("plan", f"payg@{other_zai.url}"))
+    for answer in (None, refused(code), refused(code)):
+        zai.accounts = {"plan": answer}
+        assert (await ask(client))[0].status == 200
+    assert (zai.keys, other_zai.keys) == (["Bearer plan"] * 2, ["Bearer payg"] * 2)
+
+
+@over_sockets
+@pytest.mark.parametrize(
+    "answer", [refused(1302), refused(1305), (502, [b""]), [RESET]], ids=["1302", "1305", "502", "reset"]
+)
+async def test_the_next_base_does_not_serve_because_the_one_before_is_busy_or_fails(start, zai, other_zai, answer):
+    client = await start(zai_api_key=("plan", f"payg@{other_zai.url}"))
+    zai.answers = [answer] * 3
+    assert (await ask(client))[0].status >= 429
+    assert (len(zai.bodies), other_zai.bodies) == (3, [])
+
+
+@over_sockets
+async def test_ten_conversations_of_five_turns_stay_with_their_key(start, zai):
+    client, keys = await start(zai_api_key=("a", "b")), {}
+    for turn in range(5):
+        for name in "abcdefghij":
+            said = [{"role": "user", "content": f"{name}{i}"} for i in range(turn + 1)]
+            await ask(client, chat(messages=[{"role": "system", "content": "Be brief."}, *said]))
+            keys.setdefault(name, set()).add(zai.keys[-1])
+    assert sorted(map(len, keys.values())) == [1] * 10
+    assert set.union(*keys.values()) == {"Bearer a", "Bearer b"}
+
+
+@over_sockets
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/responses"])
+async def test_a_conversation_is_known_by_its_prompt_cache_key(start, zai, path):
+    client = await start(zai_api_key=("a", "b"))
+    for number in range(6):
+        words = (
+            {"input": f"{number}"} if "responses" in path else {"messages": [{"role": "user", "content": f"{number}"}]}
+        )
+        await ask(client, {"model": "glm-4.6", "prompt_cache_key": "one", **words}, path)
+    assert len({*zai.keys}) == 1
+
+
+@over_sockets
+async def test_no_more_are_in_flight_than_may_be_also_while_one_waits_for_its_next_try(start, zai):
+    client = await start(max_concurrency=1)
+    clock, woken = client.app[ztoapi.CLOCK], asyncio.Event()
+    clock.sleep = lambda _: woken.wait()
+    zai.answers = [refused(1305), [0.2, stream_of(finish())], [0.2, stream_of(finish())]]
+    sleeping = asyncio.create_task(ask(client, chat(model="new")))
+    while len(zai.bodies) < 1 or zai.open:
+        await asyncio.sleep(0.01)
+    await ask(client, chat(model="newer"))  # for which queues that nobody uses are forgotten
+    zai.answers = [[0.2, DOCUMENT]] * 2
+    busy = asyncio.create_task(ask(client, chat(model="new")))
+    while not zai.open:
+        await asyncio.sleep(0.01)
+    woken.set()
+    await asyncio.sleep(0.1)
+    assert zai.open == 1
+    assert {response.status for response, _ in await asyncio.gather(sleeping, busy)} == {200}
 
 
 @over_sockets
@@ -3448,6 +3674,29 @@ async def test_messages_that_break_off_end_with_an_error(passing, rest):
 
 
 @over_sockets
+@pytest.mark.parametrize(("path", "body"), [("messages", CLAUDE), ("embeddings", {"input": "x"})])
+async def test_a_key_refused_on_another_path_still_serves_the_chat(start, zai, rest, path, body):
+    client = await start(zai_base_url=rest.url)
+    rest.status, rest.parts = 401, [b'{"error":{"code":"1000","message":"Words"}}']
+    for _ in range(2):
+        assert (await ask(client, body, f"/v1/{path}"))[0].status == 502
+    assert len(rest.asked) == 1
+    rest.status, rest.parts = 200, [DOCUMENT]
+    assert (await ask(client))[0].status == 200
+
+
+@over_sockets
+async def test_messages_go_beside_the_base_of_each_key(start, rest, aiohttp_server):
+    plan = FakeRest()
+    plan.status, plan.parts = 429, [b'{"error":{"code":"1309","message":"Words"}}']
+    plan_url = (await aiohttp_server(plan.app())).make_url("/api/coding/paas/v4")
+    client = await start(zai_api_key=(f"plan@{plan_url}", f"payg@{rest.url}"))
+    assert (await ask(client, CLAUDE, "/v1/messages"))[0].status == 200
+    sent = [(path, headers["Authorization"]) for _, path, headers, _ in (*plan.asked, *rest.asked)]
+    assert sent == [("/api/anthropic/v1/messages", f"Bearer {key}") for key in ("plan", "payg")]
+
+
+@over_sockets
 @pytest.mark.parametrize("answer", [refused(1302), (200, [b'data: {"type":"error","error":{"code":"1302"}}\n\n'])])
 async def test_messages_are_tried_again_like_chat(passing, rest, answer):
     rest.status, rest.parts = answer
@@ -3524,18 +3773,6 @@ async def test_the_list_of_models_speaks_anthropic_and_codex_too(client):
     async with client.get("/v1/models?client_version=1.0", headers=KEY) as response:
         models = await response.json()
     assert {model["slug"] for model in models["models"]} == {model["id"] for model in models["data"]}
-
-
-@pytest.mark.parametrize(
-    ("base", "wanted"),
-    [
-        ("https://api.z.ai/api/paas/v4", "https://api.z.ai/api/anthropic"),
-        ("https://api.z.ai/api/coding/paas/v4", "https://api.z.ai/api/anthropic"),
-        ("https://open.bigmodel.cn/api/paas/v4", "https://open.bigmodel.cn/api/anthropic"),
-    ],
-)
-def test_anthropics_api_is_beside_zais(base, wanted):
-    assert Settings(zai_base_url=base).anthropic_url == wanted
 
 
 # ======== Bounds ========
@@ -4198,11 +4435,14 @@ async def test_the_dashboard_tells_what_went_through_and_no_secret(start, zai):
         "prompt_tokens",
         "completion_tokens",
     }
-    assert (snapshot["keys"], snapshot["resting"][0]["key"], snapshot["resting"][0]["why"]) == (
+    resting = snapshot["resting"][0]
+    assert (snapshot["keys"], resting["key"], resting["model"], resting["why"]) == (
         2,
-        1,
+        2,
+        "glm-4.6",
         "insufficient_quota",
     )
+    assert resting["until"] == FakeClock().unix() + KeyPool.COOLDOWN
     assert (snapshot["in_flight"], snapshot["healed"]["other_keys"], snapshot["healed"]["retries"]) == (0, 1, 1)
     for secret in ("zai-one", "zai-two", "sk-your-key", "secret prompt", "127.0.0.1"):
         assert secret not in text

@@ -54,8 +54,8 @@ from datetime import datetime, timezone
 from fnmatch import fnmatchcase
 from functools import partial
 from importlib import import_module
-from itertools import chain, count, groupby, islice
-from operator import add, itemgetter
+from itertools import chain, count, groupby
+from operator import add, attrgetter
 from pathlib import Path
 from typing import Any, Literal, NoReturn, Protocol, TypeVar
 from urllib.parse import quote, urlsplit
@@ -77,6 +77,12 @@ JSON = dict[str, Any]
 PUBLISHED_KEY = "sk-your-key"
 ReasoningFormat = Literal["parsed", "raw", "hidden"]
 GENERAL_URL = "https://api.z.ai/api/paas/v4"
+ZAI_BASES = {
+    "api": GENERAL_URL,
+    "plan": "https://api.z.ai/api/coding/paas/v4",
+    "china": "https://open.bigmodel.cn/api/paas/v4",
+    "china-plan": "https://open.bigmodel.cn/api/coding/paas/v4",
+}
 
 
 class SettingsError(ValueError):
@@ -136,6 +142,41 @@ def base_url(text: str) -> str:
     return text.rstrip("/").removesuffix("/chat/completions")
 
 
+def digest(*words: str) -> str:
+    """SHA-256 of several texts; unlike hash() the same in every process."""
+    return hashlib.sha256(json.dumps(words).encode()).hexdigest()
+
+
+@dataclass(frozen=True, slots=True)
+class ZaiKey:
+    """A key and the address at which Z.ai takes it."""
+
+    secret: str = field(repr=False)
+    base_url: str
+
+    @property
+    def anthropic_url(self) -> str:
+        """Z.ai serves Anthropic's API beside its own."""
+        return re.sub(r"(/coding)?/paas/v4$", "", self.base_url) + "/anthropic"
+
+    def affinity(self, conversation: str) -> str:
+        """Of several keys a conversation takes the one with the least (rendezvous hashing): others change nothing."""
+        return digest(conversation, self.secret)
+
+
+def zai_key(text: str, default_url: str) -> ZaiKey:
+    """KEY, KEY@NAME with a name from ZAI_BASES, or KEY@URL."""
+    secret, at, base = text.partition("@")
+    if not secret:
+        raise ValueError
+    return ZaiKey(secret, ZAI_BASES.get(base) or base_url(base) if at else default_url)
+
+
+def zai_keys(text: str) -> tuple[str, ...]:
+    found = keys(text)
+    return tuple(key for key in found if zai_key(key, ""))
+
+
 def origins(text: str) -> tuple[str, ...]:
     return tuple(origin.rstrip("/") for origin in comma_list(text))
 
@@ -160,9 +201,13 @@ class Settings:
     host: str = setting("localhost", address, "one address or host name")
     default_key: tuple[str, ...] = setting((PUBLISHED_KEY,), keys, "keys of plain ASCII, separated by commas")
     debug_mode: bool = setting(default=False, read=boolean, wanted="true or false")
-    zai_api_key: tuple[str, ...] = setting((), keys, "Z.ai keys of plain ASCII, separated by commas")
+    zai_api_key: tuple[str, ...] = setting(
+        (),
+        zai_keys,
+        "Z.ai keys of plain ASCII, separated by commas, each as KEY or KEY@BASE, "
+        f"where BASE is {', '.join(ZAI_BASES)} or an http or https address",
+    )
     zai_base_url: str = setting(GENERAL_URL, base_url, f"an http or https address such as {GENERAL_URL}")
-    zai_anthropic_url: str = setting("", base_url, "an http or https address such as https://api.z.ai/api/anthropic")
     default_stream: bool = setting(default=False, read=boolean, wanted="true or false")
     enable_thinking: bool | None = setting(None, boolean, "true or false, or empty")
     reasoning_format: ReasoningFormat = setting("parsed", one_of("parsed", "raw", "hidden"), "parsed, raw or hidden")
@@ -191,13 +236,18 @@ class Settings:
         return PUBLISHED_KEY in self.default_key
 
     @property
-    def anthropic_url(self) -> str:
-        """Where Z.ai serves Anthropic's API: beside its own, unless the operator set another address."""
-        return self.zai_anthropic_url or re.sub(r"(/coding)?/paas/v4$", "", self.zai_base_url) + "/anthropic"
+    def zai_keys(self) -> tuple[ZaiKey, ...]:
+        return tuple(dict.fromkeys(zai_key(text, self.zai_base_url) for text in self.zai_api_key))
+
+    @property
+    def zai_base_urls(self) -> tuple[str, ...]:
+        """The addresses of Z.ai that are used, in the order in which the keys name them."""
+        return tuple(dict.fromkeys(key.base_url for key in self.zai_keys)) or (self.zai_base_url,)
 
     @property
     def secrets(self) -> tuple[str, ...]:
-        return tuple(key for key in (*self.default_key, *self.zai_api_key) if key != PUBLISHED_KEY)
+        zai_secrets = (key.secret for key in self.zai_keys)
+        return tuple(key for key in (*self.default_key, *zai_secrets) if key != PUBLISHED_KEY)
 
     @classmethod
     def from_env(cls, env: Mapping[str, str]) -> Settings:
@@ -347,18 +397,20 @@ class BadRequest(ProxyError):
 class UpstreamError(ProxyError):
     """Z.ai refused, broke off, or could not be reached.
 
-    `zai_code` is Z.ai's own code ("" if it gave none), `resets_at` the Unix time at which a used-up quota is reset.
+    `zai_code` is Z.ai's own code ("" if it gave none), `resets_at` the Unix time at which a used-up quota is reset,
+    `retry_after` the seconds for which our key is not used.
     """
 
     def __init__(self, kind: ErrorKind, message: str = "", detail: str = "", zai_code: str = "") -> None:
         super().__init__(kind, message, detail=detail)
         self.zai_code = zai_code
         self.resets_at = reset_time(detail) if kind == QUOTA_EXCEEDED else None
+        self.retry_after = kind.retry_after
 
-    def until(self, resets_at: float) -> UpstreamError:
-        """The same error for another client, valid until a Unix time."""
+    def with_retry_after(self, seconds: float | None) -> UpstreamError:
+        """The same error for another client."""
         error = UpstreamError(self.kind, self.message, self.detail, self.zai_code)
-        error.resets_at, error.headers = resets_at, self.headers
+        error.retry_after, error.headers = seconds, self.headers
         return error
 
 
@@ -395,13 +447,12 @@ def anthropic_error_body(error: ProxyError) -> JSON:
     return {"type": "error", "error": {"type": kind, "message": str(error)}}
 
 
-def error_headers(error: ProxyError, now: float) -> dict[str, str]:
+def error_headers(error: ProxyError) -> dict[str, str]:
     """The headers that SDKs obey: whether to ask again (x-should-retry), and after how many seconds (Retry-After)."""
     headers = dict(error.headers)
     if error.kind not in SHOULD_RETRY:
         headers["x-should-retry"] = "false"
-    resets_at = error.resets_at if isinstance(error, UpstreamError) else None
-    wait = resets_at - now if resets_at else error.kind.retry_after
+    wait = error.retry_after if isinstance(error, UpstreamError) else error.kind.retry_after
     if wait is not None:
         headers["Retry-After"] = str(max(1, math.ceil(wait)))
     return headers
@@ -791,7 +842,23 @@ class Prompt:
     reasoning_format: ReasoningFormat | None = None
     fallbacks: tuple[str, ...] = ()  # models to ask when the first cannot answer
     native: JSON = field(default_factory=dict)  # Z.ai's own parameters, passed on
+    cache_key: str = ""  # what the client knows the conversation by
     ignored: tuple[str, ...] = ()  # fields that cannot be honoured
+
+
+def conversation_start(prompt: Prompt) -> Iterator[str]:
+    """What the requests of one conversation have in common: its key, or its system messages and first user message."""
+    if prompt.cache_key:
+        yield prompt.cache_key
+        return
+    first_user = next((message for message in prompt.messages if message.role == "user"), None)
+    for message in prompt.messages:
+        if message.role == "system" or message is first_user:
+            yield message_text(message)
+
+
+def message_text(message: Message) -> str:
+    return "\n".join(part for part in message.content if isinstance(part, str))
 
 
 @dataclass(frozen=True, slots=True)
@@ -1178,6 +1245,7 @@ def parse_chat(body: JSON) -> ChatRequest:
         schema=given.get("response_format"),
         effort=effort_of(given),
         clear_thinking=clear_thinking(body),
+        cache_key=str(body.get("prompt_cache_key") or ""),
         native={name: value for name, value in given.items() if name in NATIVE_FIELDS},
         ignored=(*unknown_fields(body, CHAT_FIELDS), *(["parallel_tool_calls"] if serial else [])),
     )
@@ -1681,6 +1749,7 @@ def parse_response(body: JSON, history: History) -> ResponsesRequest:
         schema=given.get("text"),
         effort=given.get("reasoning"),
         reasoning_format="parsed",
+        cache_key=given.get("prompt_cache_key", ""),
         ignored=(*unknown_fields(body, RESPONSE_FIELDS), *dict.fromkeys(unusable)),
     )
     by_name = {qualified_name(tool): tool for _, tool in offered if "name" in tool}
@@ -2926,6 +2995,10 @@ class Clock:
     """The time and chance that the policies see; tests replace it."""
 
     def now(self) -> float:
+        """Seconds that never jump."""
+        return time.monotonic()
+
+    def unix(self) -> float:
         return time.time()
 
     def jitter(self) -> float:
@@ -2936,59 +3009,103 @@ class Clock:
 
 
 COOLDOWN_ERRORS = frozenset((AUTHENTICATION, NO_BALANCE, QUOTA_EXCEEDED))  # the key must not be used for a while
+MODEL_ERRORS = frozenset((PLAN_NOT_USABLE, MODEL_NOT_FOUND, MODEL_NOT_AVAILABLE))  # the same where there are others
 RETRYABLE = frozenset((RATE_LIMITED, UNAVAILABLE, UNREACHABLE))
 FALLBACK_ERRORS = RETRYABLE | {NO_BALANCE, QUOTA_EXCEEDED, MODEL_NOT_FOUND, MODEL_NOT_AVAILABLE}  # another model may do
 
 
-class KeyPool:
-    """Z.ai keys, used in turn. A key that is refused cools down while the others serve.
+@dataclass(frozen=True, slots=True)
+class Target:
+    """What a key is wanted for: a model ("": not known), and a path of Z.ai's ("" for the chat's)."""
 
-    Without balance or quota it cools down for one model only: it may well have some for another (a free one, say).
+    model: str = ""
+    path: str = ""
+
+    @property
+    def scopes(self) -> tuple[str, str, str]:
+        """A key is of use here unless it cools down in one of these; "" is everywhere."""
+        return ("", self.model, self.path)
+
+    def scope_of(self, error: UpstreamError) -> str:
+        """Where a key cools down; without quota for one model it may well have some for another (a free one, say)."""
+        return self.path if error.kind == AUTHENTICATION else self.model or self.path
+
+
+@dataclass(slots=True)
+class CoolDown:
+    """Why a key is not used, and until when; `tried_at` is when it was last refused, or tried nevertheless."""
+
+    error: UpstreamError
+    until: float
+    tried_at: float
+
+
+class KeyPool:
+    """Z.ai keys. One that is refused cools down while others serve: those of its base first, then the next base's.
+
+    While all of them cool down, now and then one request is let through to see whether that still holds.
     """
 
-    COOLDOWN = 300  # seconds, where Z.ai does not tell when the quota is reset
-    MAX_COOLDOWN = 32 * 86400  # no quota is longer than a month
-    MAX_COOLING = 1_000  # pairs of key and model: the names are the clients'
+    COOLDOWN = 300.0  # seconds, where Z.ai does not tell when the quota is reset
+    MAX_COOLDOWN = 32 * 86400.0  # no quota is longer than a month
+    PROBE_INTERVAL = 10.0
+    MAX_COOLING = 1_000  # pairs of key and scope: the names of models are the clients'
 
-    def __init__(self, keys: Iterable[str]) -> None:
-        self.turn = deque(keys)
-        self.cooling: dict[tuple[str, str], UpstreamError] = {}  # by key and model, "" for every model
+    def __init__(self, keys: tuple[ZaiKey, ...], clock: Clock) -> None:
+        bases = list(dict.fromkeys(key.base_url for key in keys))
+        self.keys = sorted(keys, key=lambda key: bases.index(key.base_url))
+        self.clock = clock
+        self.cooling: dict[tuple[ZaiKey, str], CoolDown] = {}  # by key and scope, the latest last
 
-    def available(self, model: str, now: float) -> list[str]:
-        """The keys that may be used, the one whose turn it is first. Raises the last one's error if there is none."""
-        if not self.turn:
+    def available(self, target: Target) -> list[ZaiKey]:
+        """The keys of one base that may be used. Raises the last refusal when all cool down."""
+        if not self.keys:
             raise ProxyError(ZAI_API_KEY_MISSING)
-        available = [key for key in self.turn if not self.cooldown_error(key, model, now)]
-        if not available:
-            error = self.cooldown_error(self.turn[-1], model, now)
-            raise error.until(error.resets_at or now) if error else ProxyError(ZAI_API_KEY_MISSING)
-        return available
+        cooling = {key: found for key in self.keys if (found := self.cooldown(key, target))}
+        usable = [key for key in self.keys if key not in cooling] or [self.due_for_probe(cooling)]
+        return [key for key in usable if key.base_url == usable[0].base_url]
 
-    def expire(self, now: float) -> None:
+    def cooldown(self, key: ZaiKey, target: Target) -> CoolDown | None:
+        """Why the key may not be used; None when it may."""
+        now = self.clock.now()
+        found = [self.cooling.get((key, scope)) for scope in target.scopes] if self.cooling else []
+        return next((cooldown for cooldown in found if cooldown and cooldown.until > now), None)
+
+    def due_for_probe(self, cooling: dict[ZaiKey, CoolDown]) -> ZaiKey:
+        """The key that was not tried for longest. Raises UpstreamError when one was tried a moment ago."""
+        now, last = self.clock.now(), max(cooling.values(), key=attrgetter("tried_at"))
+        if now < last.tried_at + self.PROBE_INTERVAL:
+            raise last.error.with_retry_after(min(cooldown.until for cooldown in cooling.values()) - now)
+        return min(cooling, key=lambda key: cooling[key].tried_at)
+
+    def tried(self, key: ZaiKey, target: Target) -> None:
+        """A request uses the key: no other is to probe it for a while."""
+        if cooldown := self.cooldown(key, target):
+            cooldown.tried_at = self.clock.now()
+
+    def accepted(self, key: ZaiKey, target: Target) -> None:
+        """Z.ai took a request with this key, so it need not cool down."""
+        for scope in target.scopes if self.cooling else ():
+            self.cooling.pop((key, scope), None)
+
+    def is_refusal(self, error: UpstreamError) -> bool:
+        """Whether the key is to cool down: another may fare better, or the same one later."""
+        return error.kind in COOLDOWN_ERRORS or (error.kind in MODEL_ERRORS and len(self.keys) > 1)
+
+    def cool_down(self, key: ZaiKey, target: Target, error: UpstreamError) -> None:
+        """Take note of a refusal: until its reset time, or for COOLDOWN."""
+        self.expire()
+        now, pair = self.clock.now(), (key, target.scope_of(error))
+        told = error.resets_at - self.clock.unix() if error.resets_at else 0
+        error.retry_after = min(told, self.MAX_COOLDOWN) if told > 0 else self.COOLDOWN
+        self.cooling.pop(pair, None)
+        self.cooling[pair] = CoolDown(error, now + error.retry_after, now)
+
+    def expire(self) -> None:
         """Forget the cool-downs that are over."""
-        cooling = ((pair, error) for pair, error in self.cooling.items() if (error.resets_at or 0) > now)
-        self.cooling = dict(islice(cooling, self.MAX_COOLING))
-
-    def cooldown_error(self, key: str, model: str, now: float) -> UpstreamError | None:
-        """The error for which a key cools down, None when it may be used."""
-        for pair in ((key, ""), (key, model)):
-            error = self.cooling.get(pair)
-            if error and (error.resets_at or 0) > now:
-                return error
-        return None
-
-    def rotate(self, key: str) -> None:
-        """Let the others be first next time."""
-        self.turn.remove(key)
-        self.turn.append(key)
-
-    def cool_down(self, key: str, model: str, error: UpstreamError, now: float) -> None:
-        """Take note of a refusal: until its reset time, or for COOLDOWN, if it is one of COOLDOWN_ERRORS."""
-        if error.kind in COOLDOWN_ERRORS:
-            self.expire(now)
-            resets_at = error.resets_at or 0
-            until = min(resets_at, now + self.MAX_COOLDOWN) if resets_at > now else now + self.COOLDOWN
-            self.cooling[key, "" if error.kind == AUTHENTICATION else model] = error.until(until)
+        now = self.clock.now()
+        cooling = [(pair, cooldown) for pair, cooldown in self.cooling.items() if cooldown.until > now]
+        self.cooling = dict(cooling[-self.MAX_COOLING :])
 
 
 class AdaptiveLimit:
@@ -3006,7 +3123,7 @@ class AdaptiveLimit:
         self.in_flight = 0
         self.floor = 0  # the limit after the last refusal; 0: there was none
         self.pause = self.MIN_PAUSE
-        self.raise_at = 0.0  # Unix time before which the limit is not raised
+        self.raise_at = 0.0  # the limit is not raised before
 
     def has_room(self, now: float) -> bool:
         """Also for one more than the limit, after the pause: no answer, however long, keeps the probe waiting."""
@@ -3050,25 +3167,59 @@ class Backoff:
         return self.FIRST.get(error.zai_code, self.OTHERS) * 2.0 ** (self.done - 1) * (0.75 + jitter / 2)
 
 
-@dataclass
+@dataclass(frozen=True, slots=True)
+class Caller:
+    """Whose request it is: the account's id, and a hash that stays the same for all requests of one conversation."""
+
+    account: str = ""
+    conversation: str = ""
+
+
+@dataclass(slots=True)
+class Ticket:
+    """One request's turn in a queue, which it keeps while it is retried.
+
+    `turn` is a round, in which every account that waits is served once, and a number in the order of arrival.
+    """
+
+    target: Target
+    caller: Caller
+    turn: tuple[int, int]
+    failures: dict[ZaiKey, ErrorKind] = field(default_factory=dict)
+
+    def preference(self, key: ZaiKey) -> tuple[bool, str]:
+        """Sorts keys: a conversation stays with its own, which has the prompt cache, unless that failed or is full."""
+        return key in self.failures, key.affinity(self.caller.conversation)
+
+
+@dataclass(slots=True)
 class Slot:
     """One request's slot in flight, with this key; `in_flight_at_entry` counts it too."""
 
-    key: str
+    key: ZaiKey
     limit: AdaptiveLimit
     in_flight_at_entry: int
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Waiter:
+    ticket: Ticket
+    slot: asyncio.Future[Slot]
+
+
 class Queue:
-    """Requests for one model, first come first served, each until one of the keys has room for it."""
+    """Requests for one model, each until a key has room for it: accounts in turn, first come first served in each."""
 
     POLL_INTERVAL = 1.0  # seconds
 
-    def __init__(self, model: str, keys: KeyPool, max_in_flight: int, clock: Clock) -> None:
-        self.model, self.keys, self.clock = model, keys, clock
+    def __init__(self, keys: KeyPool, max_in_flight: int, clock: Clock) -> None:
+        self.keys, self.clock = keys, clock
         self.max_in_flight = max_in_flight or math.inf  # with all keys together
-        self.limits: dict[str, AdaptiveLimit] = {key: AdaptiveLimit() for key in keys.turn}
-        self.waiting: list[tuple[int, asyncio.Future[Slot]]] = []  # in the order of their tickets
+        self.limits = {key: AdaptiveLimit() for key in keys.keys}
+        self.waiting: list[Waiter] = []  # in the order of their turns
+        self.round = 0  # of those served so far, the highest
+        self.numbers = count()
+        self.tickets = 0  # given out and not returned; a request keeps its own while it sleeps between two tries
         self.timer: asyncio.TimerHandle | None = None
 
     @property
@@ -3077,30 +3228,33 @@ class Queue:
 
     @property
     def in_use(self) -> bool:
-        return bool(self.in_flight or self.waiting)
+        return bool(self.in_flight or self.tickets)
 
-    @asynccontextmanager
-    async def slot(self, ticket: int) -> AsyncIterator[Slot]:
-        """Wait for a slot and hold it. Lower tickets come first. Raises UpstreamError when all keys cool down."""
-        slot = await self.acquire(ticket)
+    @contextmanager
+    def ticket(self, target: Target, caller: Caller) -> Iterator[Ticket]:
+        """A ticket behind those that the account already has in the queue."""
+        own = (
+            waiter.ticket.turn for waiter in reversed(self.waiting) if waiter.ticket.caller.account == caller.account
+        )
+        last_round, _ = next(own, (self.round, 0))
+        self.tickets += 1
         try:
-            yield slot
+            yield Ticket(target, caller, (last_round + 1, next(self.numbers)))
         finally:
-            self.release(slot)
+            self.tickets -= 1
 
-    async def acquire(self, ticket: int) -> Slot:
-        """Wait for a slot; a caller that is cancelled at the moment it is granted gives it back."""
-        if not self.waiting and self.in_flight < self.max_in_flight and (slot := self.try_acquire()):
+    async def acquire(self, ticket: Ticket) -> Slot:
+        """Wait for a slot; whoever gets it releases it. Raises UpstreamError when all keys cool down."""
+        if not self.waiting and (slot := self.try_acquire(ticket)):
             return slot
-        future: asyncio.Future[Slot] = asyncio.get_running_loop().create_future()
-        waiter = (ticket, future)
-        insort(self.waiting, waiter, key=itemgetter(0))
+        waiter = Waiter(ticket, asyncio.get_running_loop().create_future())
+        insort(self.waiting, waiter, key=attrgetter("ticket.turn"))
         self.admit()
         try:
-            return await future
+            return await waiter.slot
         except asyncio.CancelledError:
-            if future.done() and not future.cancelled() and not future.exception():
-                self.release(future.result())
+            if waiter.slot.done() and not waiter.slot.cancelled() and not waiter.slot.exception():
+                self.release(waiter.slot.result())
             raise
         finally:
             if waiter in self.waiting:
@@ -3112,9 +3266,9 @@ class Queue:
 
     def admit(self) -> None:
         """Grant slots to the head of the queue, as long as there are any."""
-        while self.waiting and self.in_flight < self.max_in_flight:
-            _, future = self.waiting[0]
-            if not (future.done() or self.grant(future)):  # done: cancelled, and not yet out of the queue
+        while self.waiting:
+            waiter = self.waiting[0]
+            if not (waiter.slot.done() or self.grant(waiter)):  # done: cancelled, and not yet out of the queue
                 break
             self.waiting.pop(0)
         if self.waiting and self.timer is None:  # a pause or a cool-down may end while nothing else happens
@@ -3124,24 +3278,27 @@ class Queue:
         self.timer = None
         self.admit()
 
-    def grant(self, future: asyncio.Future[Slot]) -> bool:
+    def grant(self, waiter: Waiter) -> bool:
         """Pass on a slot, or the error that all keys cool down; False when there is neither."""
         try:
-            slot = self.try_acquire()
+            slot = self.try_acquire(waiter.ticket)
         except ProxyError as error:
-            future.set_exception(error)
+            waiter.slot.set_exception(error)
             return True
         if slot:
-            future.set_result(slot)
+            waiter.slot.set_result(slot)
         return slot is not None
 
-    def try_acquire(self) -> Slot | None:
+    def try_acquire(self, ticket: Ticket) -> Slot | None:
         """A slot with the first available key that has room. Raises ProxyError when all keys cool down."""
-        now = self.clock.now()
-        for key in self.keys.available(self.model, now):
+        keys, now = self.keys.available(ticket.target), self.clock.now()
+        if self.in_flight >= self.max_in_flight:
+            return None
+        for key in keys if len(keys) == 1 else sorted(keys, key=ticket.preference):
             limit = self.limits[key]
             if limit.has_room(now):
-                self.keys.rotate(key)
+                self.keys.tried(key, ticket.target)
+                self.round = max(self.round, ticket.turn[0])
                 return Slot(key, limit, limit.take())
         return None
 
@@ -3372,17 +3529,17 @@ class ZaiClient:
     """HTTP to Z.ai, over one session for the life of the program."""
 
     def __init__(self, session: aiohttp.ClientSession, settings: Settings) -> None:
-        self.session, self.base_url, self.max_silence = session, settings.zai_base_url, settings.upstream_timeout
+        self.session, self.max_silence = session, settings.upstream_timeout
         self.uses_proxies = not settings.demo
         self.proxies: dict[str, str | None] = {}  # by origin; aiohttp's trust_env would look for each request
 
-    async def send(self, url: str, key: str, owner: AsyncExitStack, **how: Any) -> ByteStream:
+    async def send(self, url: str, key: ZaiKey, owner: AsyncExitStack, **how: Any) -> ByteStream:
         """One request with our key; the connection belongs to `owner`. Raises UpstreamError.
 
         `how`: data; method and headers where they are not POST and JSON's.
         """
         how = {"method": "POST", "headers": {"Content-Type": "application/json"}, **how}
-        how["headers"] = {**how["headers"], "Authorization": f"Bearer {key}"}
+        how["headers"] = {**how["headers"], "Authorization": f"Bearer {key.secret}"}
         how["proxy"] = self.proxy(url)
         if isinstance(how["data"], bytes):
             how["data"] = io.BytesIO(how["data"])  # aiohttp warns of bytes over a megabyte
@@ -3401,12 +3558,12 @@ class ZaiClient:
             self.proxies[origin] = environment_proxy(origin) if self.uses_proxies else None
         return self.proxies[origin]
 
-    async def list_models(self, key: str) -> list[Model]:
+    async def list_models(self, key: ZaiKey) -> list[Model]:
         """Z.ai's own list of a key's models. Raises UpstreamError, also after MODELS_TIMEOUT."""
         asking = self.session.get(
-            self.base_url + "/models",
-            proxy=self.proxy(self.base_url + "/models"),
-            headers={"Authorization": f"Bearer {key}"},
+            key.base_url + "/models",
+            proxy=self.proxy(key.base_url + "/models"),
+            headers={"Authorization": f"Bearer {key.secret}"},
             allow_redirects=False,
             timeout=aiohttp.ClientTimeout(total=MODELS_TIMEOUT),
         )
@@ -3515,7 +3672,7 @@ async def end_tasks(tasks: Iterable[asyncio.Task[Any]]) -> None:
 
 
 R = TypeVar("R")
-Attempt = Callable[[str, AsyncExitStack], Awaitable[R]]  # asks with a key; what it returns has begun well
+Attempt = Callable[[ZaiKey, AsyncExitStack], Awaitable[R]]  # asks with a key; what it returns has begun well
 
 
 class Upstream:
@@ -3523,25 +3680,25 @@ class Upstream:
 
     def __init__(self, settings: Settings, client: ZaiClient, clock: Clock) -> None:
         self.settings, self.client, self.clock = settings, client, clock
-        self.keys = KeyPool(settings.zai_api_key)
+        self.keys = KeyPool(settings.zai_keys, clock)
         self.queues: dict[str, Queue] = {}
-        self.tickets = count()
         self.recoveries: Counter[str] = Counter()  # what was done about failures, whether it helped or not
 
     @asynccontextmanager
-    async def open(self, prompt: Prompt) -> AsyncIterator[EventStream | MergedStream]:
+    async def open(self, prompt: Prompt, account: str = "") -> AsyncIterator[EventStream | MergedStream]:
         """Yields an answer that has begun. On exit, however it happens, every connection and slot is released.
 
         Raises BadRequest when the model cannot take the prompt, and ProxyError when no model answers.
         """
+        caller = self.caller(account, conversation_start(prompt))
         bodies = [self.bodies(choice_prompt(prompt, choice)) for choice in range(prompt.n)]
         async with AsyncExitStack() as owner:
             if prompt.n == 1:
-                stream = await self.with_fallbacks(bodies[0], owner)
+                stream = await self.with_fallbacks(bodies[0], caller, owner)
                 yield stream
                 await stream.finish()
             else:
-                merged = MergedStream(partial(self.with_fallbacks, choice) for choice in bodies)
+                merged = MergedStream(partial(self.with_fallbacks, choice, caller) for choice in bodies)
                 owner.push_async_callback(merged.close)
                 await merged.begin()
                 yield merged
@@ -3556,58 +3713,70 @@ class Upstream:
                 bodies.append((other, encode_request(zai_body(prompt, other))))
         return bodies
 
-    async def with_fallbacks(self, bodies: list[tuple[Model, bytes]], owner: AsyncExitStack) -> EventStream:
+    def caller(self, account: str, beginning: Iterable[str]) -> Caller:
+        """The conversation matters only where there are keys to choose from."""
+        return Caller(account, digest(account, *beginning) if len(self.keys.keys) > 1 else "")
+
+    async def with_fallbacks(
+        self, bodies: list[tuple[Model, bytes]], caller: Caller, owner: AsyncExitStack
+    ) -> EventStream:
         """Ask one model after the other; raises the last one's error."""
         *others, last = bodies
         for model, body in others:
             try:
-                return await self.with_retries(model.id, partial(self.ask, model, body), owner)
+                return await self.with_retries(Target(model.id), caller, partial(self.ask, model, body), owner)
             except UpstreamError as error:
                 if error.kind not in FALLBACK_ERRORS:
                     raise
                 self.recoveries["fallbacks"] += 1
         model, body = last
-        return await self.with_retries(model.id, partial(self.ask, model, body), owner)
+        return await self.with_retries(Target(model.id), caller, partial(self.ask, model, body), owner)
 
-    async def ask(self, model: Model, body: bytes, key: str, owner: AsyncExitStack) -> EventStream:
+    async def ask(self, model: Model, body: bytes, key: ZaiKey, owner: AsyncExitStack) -> EventStream:
         trace("sent", body)
-        url = self.settings.zai_base_url + "/chat/completions"
+        url = key.base_url + "/chat/completions"
         stream = EventStream(await self.client.send(url, key, owner, data=body), ZaiReader(model))
         await stream.begin()
         return stream
 
-    async def with_retries(self, model: str, attempt: Attempt[R], owner: AsyncExitStack) -> R:
+    async def with_retries(self, target: Target, caller: Caller, attempt: Attempt[R], owner: AsyncExitStack) -> R:
         """Retry one model (queue, keys, back-off); raises the last error.
 
         The slot and the connection belong to `owner`, which holds nothing else: it is emptied after a failed attempt.
         """
-        queue, ticket, backoff = self.queue(model), next(self.tickets), Backoff(self.settings.max_retries)
-        while True:
-            slot = await owner.enter_async_context(queue.slot(ticket))
-            try:
-                stream = await attempt(slot.key, owner)
-            except UpstreamError as error:
+        queue, backoff = self.queue(target.model), Backoff(self.settings.max_retries)
+        with queue.ticket(target, caller) as ticket:
+            while True:
+                slot = await queue.acquire(ticket)
+                owner.callback(queue.release, slot)
                 try:
-                    wait = self.record_failure(queue, slot, backoff, error)
-                finally:
-                    await owner.aclose()
-            else:
-                slot.limit.accepted(slot.in_flight_at_entry, self.clock.now())
-                queue.admit()
-                return stream
-            await self.clock.sleep(wait)
+                    stream = await attempt(slot.key, owner)
+                except UpstreamError as error:
+                    try:
+                        wait = self.record_failure(ticket, slot, backoff, error)
+                    finally:
+                        await owner.aclose()
+                else:
+                    self.record_success(queue, ticket, slot)
+                    return stream
+                await self.clock.sleep(wait)
 
-    def record_failure(self, queue: Queue, slot: Slot, backoff: Backoff, error: UpstreamError) -> float:
+    def record_success(self, queue: Queue, ticket: Ticket, slot: Slot) -> None:
+        self.keys.accepted(slot.key, ticket.target)
+        slot.limit.accepted(slot.in_flight_at_entry, self.clock.now())
+        queue.admit()
+
+    def record_failure(self, ticket: Ticket, slot: Slot, backoff: Backoff, error: UpstreamError) -> float:
         """Update limits and keys after a failure; return the seconds to wait, or raise if there is no next try."""
-        now = self.clock.now()
         if error.zai_code in ("1302", "1305"):
-            slot.limit.refused(slot.in_flight_at_entry, now)
+            slot.limit.refused(slot.in_flight_at_entry, self.clock.now())
         if error.zai_code == "1302" and slot.limit.in_flight > 1:
             self.recoveries["queued_again"] += 1
             return 0  # too many at the same time: back to the head of the queue
-        if error.kind in COOLDOWN_ERRORS:
-            self.keys.cool_down(slot.key, queue.model, error, now)
-            self.keys.available(queue.model, now)  # raises when no other key is left
+        last, ticket.failures[slot.key] = ticket.failures.get(slot.key), error.kind
+        if self.keys.is_refusal(error) and error.kind != last:
+            self.keys.cool_down(slot.key, ticket.target, error)
+            self.keys.available(ticket.target)  # raises when no other key is left
             self.recoveries["other_keys"] += 1
             return 0
         wait = backoff.wait(error, self.clock.jitter())
@@ -3618,11 +3787,12 @@ class Upstream:
 
     def snapshot(self, redact: Callable[[str], str]) -> JSON:
         """The state of keys and queues for the dashboard: a key is shown by its number, other secrets are redacted."""
-        self.keys.expire(self.clock.now())
-        numbers = {key: number for number, key in enumerate(self.settings.zai_api_key, 1)}
+        self.keys.expire()
+        numbers = {key: number for number, key in enumerate(self.settings.zai_keys, 1)}
+        boot = self.clock.unix() - self.clock.now()  # the Unix time at which the clock says 0
         cooling = [
-            {"key": numbers[key], "model": redact(model), "until": error.resets_at, "why": error.kind.code}
-            for (key, model), error in self.keys.cooling.items()
+            {"key": numbers[key], "model": redact(scope), "until": boot + found.until, "why": found.error.kind.code}
+            for (key, scope), found in self.keys.cooling.items()
         ]
         queues = [
             {
@@ -3639,7 +3809,7 @@ class Upstream:
         """The model's queue. Names are the clients', so queues of unknown models go when they are not in use."""
         if model not in self.queues:
             self.queues = {name: queue for name, queue in self.queues.items() if name in MODELS or queue.in_use}
-            self.queues[model] = Queue(model, self.keys, self.settings.max_concurrency, self.clock)
+            self.queues[model] = Queue(self.keys, self.settings.max_concurrency, self.clock)
         return self.queues[model]
 
 
@@ -3649,7 +3819,7 @@ MODELS_TTL = 600  # seconds for which Z.ai's list of models is not asked for aga
 class Catalog:
     """The models this server lists: the table, and Z.ai's list for the first key, asked for once in MODELS_TTL."""
 
-    def __init__(self, client: ZaiClient, keys: tuple[str, ...]) -> None:
+    def __init__(self, client: ZaiClient, keys: KeyPool) -> None:
         self.client, self.keys = client, keys
         self.models = dict(MODELS)
         self.asked_at = -math.inf
@@ -3669,11 +3839,13 @@ class Catalog:
             await end_tasks([self.asking])
 
     async def ask(self) -> None:
-        for key in self.keys[:1]:
+        for key in self.keys.keys[:1]:
             try:
                 models = await self.client.list_models(key)
             except UpstreamError as error:
                 LOG.debug("no list of models: %s", error)
+                if error.kind == AUTHENTICATION:
+                    self.keys.cool_down(key, Target(), error)
             else:
                 self.models = MODELS | {model.id: model for model in models}
 
@@ -3979,19 +4151,20 @@ async def collect(batches: AsyncIterator[list[Event]]) -> Answer:
 async def answer(surface: Surface, request: web.Request) -> web.StreamResponse:
     """Answers a request of any surface."""
     settings, record, upstream = request.app[SETTINGS], request[RECORD], request.app[UPSTREAM]
-    asked = surface(await read_json(request), ClientHistory(request.app[STORE], request[ACCOUNT].id))
+    account = request[ACCOUNT].id
+    asked = surface(await read_json(request), ClientHistory(request.app[STORE], account))
     prompt = with_defaults(asked.prompt, settings, request.headers.get("Accept", ""))
     form = prompt.reasoning_format or settings.reasoning_format
     record.model = model_shown(request, prompt.model)
     record.left_out = ",".join(header_word(name) for name in prompt.ignored if name.startswith("tools."))[:DETAIL_LIMIT]
     if not prompt.stream:
-        async with upstream.open(prompt) as stream:
+        async with upstream.open(prompt, account) as stream:
             whole = await collect(events_of(stream, record, form))
             document = asked.document(head_of(stream.info, prompt, record), whole)
             return json_response(document, headers=answer_headers(prompt, stream.info))
     response = request[STREAM] = SSEResponse(request, asked)
     with response.kept_alive():
-        async with upstream.open(prompt) as stream:
+        async with upstream.open(prompt, account) as stream:
             response.begin(head_of(stream.info, prompt, record), answer_headers(prompt, stream.info))
             await response.relay(events_of(stream, record, form))
     return response.response
@@ -4207,9 +4380,11 @@ async def messages(request: web.Request) -> web.StreamResponse:
         "headers": {"Content-Type": "application/json", **{name: request.headers[name] for name in passed}},
         "params": request.query,
     }
-    url = f"{settings.anthropic_url}/v1/{request.match_info['what']}"
+    beginning = (to_json(part) for part in (body.get("system"), first_object(body.get("messages"))))
+    caller = upstream.caller(request[ACCOUNT].id, beginning)
 
-    async def attempt(key: str, owner: AsyncExitStack) -> PassThroughResponse:
+    async def attempt(key: ZaiKey, owner: AsyncExitStack) -> PassThroughResponse:
+        url = f"{key.anthropic_url}/v1/{request.match_info['what']}"
         stream = await upstream.client.send(url, key, owner, **how)
         response = PassThroughResponse(request, stream, MessagesReader(given["model"]))
         response.response.headers["x-ztoapi-model"] = header_word(model)
@@ -4217,7 +4392,7 @@ async def messages(request: web.Request) -> web.StreamResponse:
         return response
 
     async with AsyncExitStack() as owner:
-        response = await upstream.with_retries(model, attempt, owner)
+        response = await upstream.with_retries(Target(model, "/messages"), caller, attempt, owner)
         request[STREAM] = response
         return await response.send()
 
@@ -4237,10 +4412,10 @@ CHINA_ONLY = ("embeddings", "rerank", "moderations", "audio/speech", "files")
 
 async def pass_through(path: str, request: web.Request) -> web.StreamResponse:
     """A request to another of Z.ai's paths, sent only once: its body is streamed and cannot be repeated."""
-    upstream, base = request.app[UPSTREAM], request.app[SETTINGS].zai_base_url
+    keys, target = request.app[UPSTREAM].keys, Target(path="/" + path.partition("/{")[0])
     path = path.replace(ID, request.match_info.get("id", ""))
-    key = upstream.keys.available(path, upstream.clock.now())[0]
-    upstream.keys.rotate(key)
+    key = min(keys.available(target), key=lambda key: key.affinity(request[ACCOUNT].id))  # files are the key's
+    keys.tried(key, target)
     how = {
         "method": request.method,
         "data": request.content if request.can_read_body else None,
@@ -4253,12 +4428,14 @@ async def pass_through(path: str, request: web.Request) -> web.StreamResponse:
     }
     async with AsyncExitStack() as owner:
         try:
-            stream = await upstream.client.send(f"{base}/{path}", key, owner, **how)
+            stream = await request.app[UPSTREAM].client.send(f"{key.base_url}/{path}", key, owner, **how)
             response = PassThroughResponse(request, stream, PassThroughReader())
             await response.begin()
         except UpstreamError as error:
-            upstream.keys.cool_down(key, path, error, upstream.clock.now())
-            raise pass_through_error(error, path, base) from error
+            if error.kind in COOLDOWN_ERRORS:
+                keys.cool_down(key, target, error)
+            raise pass_through_error(error, path, key.base_url) from error
+        keys.accepted(key, target)
         request[STREAM] = response
         return await response.send()
 
@@ -4271,7 +4448,7 @@ def pass_through_error(error: UpstreamError, path: str, base: str) -> UpstreamEr
         message = "Z.ai has nothing at this path of this server's ZAI_BASE_URL, or not under this id."
     if path.startswith(CHINA_ONLY) and "api.z.ai" in base:
         message += " It may exist only at the China address, open.bigmodel.cn/api/paas/v4 (ZAI_BASE_URL)."
-    return UpstreamError(kind, message, error.detail, error.zai_code)
+    return UpstreamError(kind, message, error.detail, error.zai_code).with_retry_after(error.retry_after)
 
 
 PASS_THROUGH_HEADERS = ("Content-Type", "Content-Length", "Content-Disposition", "Cache-Control")
@@ -4497,8 +4674,7 @@ async def error_response(request: web.Request, error: ProxyError) -> web.StreamR
     if stream and stream.response.prepared:
         await stream.fail(error)
         return stream.response
-    headers = error_headers(error, request.app[CLOCK].now())
-    return json_response(request[ERROR_BODY](error), error.kind.status, headers)
+    return json_response(request[ERROR_BODY](error), error.kind.status, error_headers(error))
 
 
 def refuse_bad_http(
@@ -4617,7 +4793,7 @@ async def connect(app: web.Application) -> AsyncIterator[None]:
     async with new_session(settings) as session:
         client = ZaiClient(session, settings)
         app[UPSTREAM] = Upstream(settings, client, app[CLOCK])
-        app[CATALOG] = Catalog(client, settings.zai_api_key)
+        app[CATALOG] = Catalog(client, app[UPSTREAM].keys)
         yield
         await app[CATALOG].close()
 
@@ -4727,7 +4903,9 @@ def bracketed(host: str) -> str:
 
 
 def banner(settings: Settings, port: int) -> str:
-    upstream = "the built-in demo: no model is behind its answers" if settings.demo else settings.zai_base_url
+    upstream = (
+        "the built-in demo: no model is behind its answers" if settings.demo else ", ".join(settings.zai_base_urls)
+    )
     zai_keys = 0 if settings.demo else len(settings.zai_api_key)
     lines = [
         f"ztoapi {__version__}",
@@ -4806,24 +4984,24 @@ async def diagnose(settings: Settings) -> AsyncIterator[Finding]:
     """Everything that a chat needs, in the order in which it fails. Ends at the failure that hides the rest."""
     source = str(ENV_FILE) if ENV_FILE.exists() else f"no {ENV_FILE}"
     keys = "1 key" if len(settings.zai_api_key) == 1 else f"{len(settings.zai_api_key)} keys"
-    yield Finding("settings", f"{settings.zai_base_url}, {keys} for Z.ai ({source})")
+    yield Finding("settings", f"{', '.join(settings.zai_base_urls)}, {keys} for Z.ai ({source})")
     yield check_port(settings)
     if not settings.zai_api_key:
         yield Finding("key", ZAI_API_KEY_MISSING.message, good=False)
         return
     async with new_session(settings) as session:
         client, accepted = ZaiClient(session, settings), False
-        for number, key in enumerate(settings.zai_api_key, 1):
+        for number, key in enumerate(settings.zai_keys, 1):
             finding = await check_key(client, f"key {number}", key)
             yield finding
             accepted = accepted or finding.good
-            if finding.what == "Z.ai":  # the other keys would fail in the same way
+            if finding.what == "Z.ai" and len(settings.zai_base_urls) == 1:  # the other keys would fail in the same way
                 return
         if accepted:
             yield await check_chat(Upstream(replace(settings, max_retries=0), client, Clock()))
 
 
-async def check_key(client: ZaiClient, what: str, key: str) -> Finding:
+async def check_key(client: ZaiClient, what: str, key: ZaiKey) -> Finding:
     try:
         models = await client.list_models(key)
     except UpstreamError as error:

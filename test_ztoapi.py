@@ -425,6 +425,7 @@ def test_frames_are_data_and_a_blank_line():
         pytest.param({"stream": None, "temperature": None}, {}, id="null is absent"),
         pytest.param({"temperature": 1.5, "top_p": 0.5}, {"temperature": 1.5, "top_p": 0.5}, id="sampling"),
         pytest.param({"max_tokens": 5}, {"max_tokens": 5}, id="max_tokens"),
+        pytest.param({"max_tokens": 0, "max_completion_tokens": 0}, {}, id="no limit"),
         pytest.param({"max_tokens": 5, "max_completion_tokens": 7}, {"max_tokens": 7}, id="max_completion_tokens"),
         pytest.param({"stop": "x"}, {"stop": ("x",)}, id="stop"),
         pytest.param({"stop": ["x", "", "y"]}, {"stop": ("x", "y")}, id="stops"),
@@ -639,7 +640,7 @@ def test_a_message_is_read(fields, wanted):
         (chat(temperature=True), "temperature"),
         (chat(temperature=2.1), "temperature"),
         (chat(top_p=-1), "top_p"),
-        (chat(max_tokens=0), "max_tokens"),
+        (chat(max_tokens=-1), "max_tokens"),
         (chat(max_tokens=1.5), "max_tokens"),
         (chat(max_completion_tokens="9"), "max_completion_tokens"),
         (chat(stop=["a"] * 5), "stop"),
@@ -887,8 +888,8 @@ def test_a_completion_is_asked_for_as_a_chat():
         ({"prompt": ""}, "prompt"),
         ({"prompt": [1, 2]}, "prompt"),
         ({"prompt": ["a", "b"]}, "prompt"),
-        ({"prompt": "x", "echo": True}, "echo"),
-        ({"prompt": "x", "suffix": "y"}, "suffix"),
+        ({"prompt": "x", "echo": "yes"}, "echo"),
+        ({"prompt": "x", "suffix": 1}, "suffix"),
         ({"prompt": "x", "best_of": 2}, "best_of"),
         ({"prompt": "x", "model": ""}, "model"),
     ],
@@ -897,6 +898,21 @@ def test_a_completion_that_cannot_be_had_is_refused_with_a_reason(fields, param)
     with pytest.raises(BadRequest) as refused:
         ztoapi.parse_completion({"model": "glm-4.6"} | fields)
     assert refused.value.param == param
+
+
+def test_a_completion_knows_what_is_to_follow_it():
+    prompt = ztoapi.parse_completion({"model": "glm-4.6", "prompt": "def f(", "suffix": "return x"}).prompt
+    line = "Write only what belongs between the user's text and this: return x"
+    assert prompt.messages == (Message("system", (line,)), Message("user", ("def f(",)))
+
+
+@pytest.mark.parametrize(("n", "wanted"), [(1, ["诗:你", "好", ""]), (2, ["诗:你", "好", "", "诗:"])])
+def test_an_echoed_prompt_begins_each_choice(n, wanted):
+    request = ztoapi.parse_completion({"model": "glm-4.6", "prompt": "诗:", "echo": True, "n": n})
+    events = [Text("你"), Text("好"), *(Finish("stop", choice) for choice in range(n))]
+    assert request.document(HEAD, summed_up(events))["choices"][0]["text"] == "诗:你好"
+    encoder = request.encoder(HEAD)
+    assert [frame["choices"][0]["text"] for event in events for frame in encoder.feed(event)] == wanted
 
 
 def test_a_completion_has_the_text_alone():

@@ -985,6 +985,10 @@ def integer(low: int, high: int) -> Callable[[Any], Any]:
     return number(low, high, (int,))
 
 
+def token_limit(value: Any) -> int | None:
+    return integer(0, 2**31)(value) or None  # 0 sets no limit, as in OpenAI's own tests
+
+
 def model_names(value: Any) -> tuple[str, ...]:
     if not all(isinstance(name, str) and name for name in array(value)):
         raise ValueError("must be an array of names of models")
@@ -1120,7 +1124,7 @@ GENERATION_FIELDS: dict[str, Callable[[Any], Any]] = {
     "n": integer(1, 8),
     "stop": stop_words,
     "seed": integer(-(2**63), 2**63 - 1),
-    "max_tokens": integer(1, 2**31),
+    "max_tokens": token_limit,
     "reasoning_format": reasoning_format,
     **EFFORT_FIELDS,
 }
@@ -1205,7 +1209,7 @@ NATIVE_FIELDS: dict[str, Callable[[Any], Any]] = {
 CHAT_FIELDS: dict[str, Callable[[Any], Any]] = {
     **GENERATION_FIELDS,
     "messages": array,
-    "max_completion_tokens": integer(1, 2**31),
+    "max_completion_tokens": token_limit,
     "user_id": string,
     "tools": tool_list,
     "tool_choice": tool_choice,
@@ -1513,23 +1517,20 @@ def one_prompt(value: Any) -> str:
             raise ValueError("must be a string, or an array of one: GLM takes neither tokens nor several prompts")
 
 
-def off(value: Any) -> None:
-    if value:
-        raise ValueError("cannot be had: GLM only writes on from the prompt")
-
-
 COMPLETION_FIELDS: dict[str, Callable[[Any], Any]] = {
     **GENERATION_FIELDS,
     "prompt": one_prompt,
-    "echo": off,
-    "suffix": off,
+    "echo": of_kind(bool, "true or false"),
+    "suffix": of_kind(str, "a string"),
     "best_of": integer(0, 1),
 }
 
 
 @dataclass(frozen=True, slots=True)
 class CompletionRequest(ChatRequest):
-    """A request of the completions API."""
+    """A request of the completions API. `echo` is what every answer begins with."""
+
+    echo: str = ""
 
     def encoder(self, head: Head) -> CompletionEncoder:
         return CompletionEncoder(head, self)
@@ -1538,23 +1539,29 @@ class CompletionRequest(ChatRequest):
         choices = sorted(answer.choices.items())
         return {
             **envelope(head, "cmpl-", "text_completion"),
-            "choices": [completion_choice(index, choice.text, choice.finish) for index, choice in choices],
+            "choices": [completion_choice(index, self.echo + choice.text, choice.finish) for index, choice in choices],
             "usage": usage_body(answer.usage or Usage()),
         }
 
 
 def parse_completion(body: JSON) -> CompletionRequest:
-    """The prompt as the only message of a chat. Raises BadRequest for an invalid field."""
+    """The prompt as a chat. Raises BadRequest for an invalid field."""
     given = validated(body, COMPLETION_FIELDS)
     required(given, "model", "prompt")
     prompt = Prompt(
         **common_arguments(given),
-        messages=(Message("user", (given["prompt"],)),),
+        messages=completion_messages(given["prompt"], given.get("suffix", "")),
         max_tokens=given.get("max_tokens"),
         effort=effort_of(given),
         ignored=tuple(unknown_fields(body, COMPLETION_FIELDS)),
     )
-    return CompletionRequest(prompt, wants_usage(given))
+    return CompletionRequest(prompt, wants_usage(given), given["prompt"] if given.get("echo") else "")
+
+
+def completion_messages(prompt: str, suffix: str) -> tuple[Message, ...]:
+    """The prompt as the user's message. Z.ai has no parameter for what is to follow the answer, so a line says it."""
+    line = f"Write only what belongs between the user's text and this: {suffix}"
+    return (*([Message("system", (line,))] if suffix else []), Message("user", (prompt,)))
 
 
 class CompletionEncoder(ChatEncoder):
@@ -1562,12 +1569,16 @@ class CompletionEncoder(ChatEncoder):
 
     ID, OBJECT = "cmpl-", "text_completion"
 
+    def __init__(self, head: Head, request: CompletionRequest) -> None:
+        super().__init__(head, request)
+        self.echoes = dict.fromkeys(range(self.n), request.echo)  # of the choices that have not begun
+
     def feed(self, event: Event) -> list[JSON]:
         match event:
             case Text(text, choice):
-                return [self.frame(completion_choice(choice, text, None))]
+                return [self.frame(completion_choice(choice, self.echoes.pop(choice, "") + text, None))]
             case Finish(reason, choice):
-                return [self.frame(completion_choice(choice, "", reason))]
+                return [self.frame(completion_choice(choice, self.echoes.pop(choice, ""), reason))]
             case Usage():
                 return super().feed(event)
             case _:

@@ -143,12 +143,14 @@ def test_every_variable_is_read_by_its_name_in_capitals():
     )
 
 
-def test_every_variable_stands_in_env_example_with_its_default():
+def test_every_variable_is_in_env_example_with_its_default_and_in_the_readme():
     example = dict(
         line.split("=", 1) for line in PROGRAM.with_name(".env.example").read_text().splitlines() if "=" in line[:20]
     )
     assert Settings.from_env(example) == Settings()
-    assert set(example) == {f.name.upper() for f in ztoapi.fields(Settings) if "read" in f.metadata}
+    names = {f.name.upper() for f in ztoapi.fields(Settings) if "read" in f.metadata}
+    assert set(example) == names
+    assert set(re.findall(r"^\| ([A-Z_]+) \|", PROGRAM.with_name("README.md").read_text(), re.MULTILINE)) == names
 
 
 def test_an_empty_variable_counts_as_not_set():

@@ -21,7 +21,7 @@ import sys
 import time
 from contextlib import asynccontextmanager
 from heapq import heappop, heappush
-from itertools import count
+from itertools import count, product
 from pathlib import Path
 from random import Random
 
@@ -2656,7 +2656,7 @@ class FakeZai:
         self.answers = []  # what the next requests get before `parts` counts: parts, or a status and parts
         self.takes = 1000  # requests at once; the others get 1302
         self.accounts = {}  # what is answered to a key, before all else
-        self.models = web.json_response({"object": "list", "data": [{"id": "glm-4.6"}]})
+        self.models = 200, {"object": "list", "data": [{"id": "glm-4.6"}]}  # or HANG
         self.bodies, self.keys, self.peers, self.open = [], [], set(), 0
         self.left = asyncio.Event()  # somebody hung up before the answer's end
 
@@ -2669,7 +2669,8 @@ class FakeZai:
     async def list_models(self, request):
         if self.models is HANG:
             await asyncio.sleep(60)
-        return self.models
+        status, document = self.models
+        return web.json_response(document, status=status)
 
     async def chat(self, request):
         self.bodies.append(await request.json())
@@ -3876,28 +3877,54 @@ ODD = [
 ]
 
 
-def odd_requests(number, seed):
-    """Requests that make no sense: each has a field that counts, somewhere, with something else in it."""
-    random = Random(seed)
-    for _ in range(number):
-        body = chat(
-            tools=[function("f")],
-            messages=[{"role": "user", "content": "x"}, {"role": "assistant", "tool_calls": [CALL]}],
-        )
-        place = random.choice(
-            [body, body["messages"][0], body["messages"][1]["tool_calls"][0] | {}, body["tools"][0]["function"]]
-        )
-        place[
-            random.choice([*ztoapi.CHAT_FIELDS, "role", "content", "tool_calls", "function", "name", "parameters"])
-        ] = random.choice(ODD)
-        yield body
+# The fields that count at each location of a request, and how many of the odd values each may have.
+LOCATIONS = {
+    "": list(ztoapi.CHAT_FIELDS),
+    "messages[0]": ["role", "content"],
+    "messages[1]": ["role", "content", "reasoning_content", "tool_calls"],
+    "messages[1].tool_calls[0]": ["id", "function"],
+    "messages[1].tool_calls[0].function": ["name", "arguments"],
+    "messages[2]": ["role", "content", "tool_call_id"],
+    "tools[0]": ["type", "function"],
+    "tools[0].function": ["name", "description", "parameters"],
+}
+
+
+def odd_requests():
+    """Every field that counts, at each location, with every odd value in it."""
+    for location, names in LOCATIONS.items():
+        for name, value in product(names, ODD):
+            body = json.loads(json.dumps(chat(tools=[function("f")], messages=[ASKS, CALLS, RESULT])))
+            target = body
+            for step in re.findall(r"\w+", location):
+                target = target[int(step) if step.isdigit() else step]
+            target[name] = value
+            yield location, body
+
+
+ASKS = {"role": "user", "content": "x"}
+CALLS = {"role": "assistant", "content": "y", "tool_calls": [CALL]}
+RESULT = {"role": "tool", "content": "1", "tool_call_id": "c1"}
+
+
+def test_odd_requests_are_refused_by_the_name_of_a_field_or_become_a_request_to_zai():
+    named = {location: [] for location in LOCATIONS}
+    for location, body in odd_requests():
+        try:
+            prompt = ztoapi.replace(read_chat(body), stream=False)
+            json.loads(encode_json(zai_body(prompt, resolve(prompt.model))))
+        except BadRequest as error:
+            named[location].append(error.param)
+    assert all(param for params in named.values() for param in params)
+    least = {location: len(names) * len(ODD) // 3 for location, names in LOCATIONS.items()}
+    assert {location for location in LOCATIONS if len(named[location]) < least[location]} == set()
 
 
 @over_sockets
-async def test_odd_requests_are_refused_or_answered_but_never_break_anything(client, zai):
-    for body in odd_requests(300, seed=7):
+async def test_odd_requests_get_an_answer_or_a_400_and_break_nothing(client, zai):
+    for _, body in Random(7).sample(list(odd_requests()), 60):
         response, text = await ask(client, {**body, "stream": False} if body.get("stream") is True else body)
-        assert response.status == 200 or (response.status == 400 and error_of(text)["message"]), body
+        assert response.status == 200 or (response.status == 400 and error_of(text)["param"]), body
     assert (await ask(client))[0].status == 200
 
 
@@ -4085,9 +4112,7 @@ GLM_46 |= {"context_length": 200 * 1024, "max_output_tokens": 128 * 1024}
 
 @over_sockets
 async def test_the_list_is_the_table_with_what_zai_lists(client, zai):
-    zai.models = web.json_response(
-        {"data": [{"id": "GLM-9", "created": 5}, {"id": "glm-4.6", "created": 6}, {"no": 1}]}
-    )
+    zai.models = 200, {"data": [{"id": "GLM-9", "created": 5}, {"id": "glm-4.6", "created": 6}, {"no": 1}]}
     models = await listed(client)
     assert set(models) == {*MODELS, "glm-9"}
     assert models["glm-4.6"] == GLM_46
@@ -4095,15 +4120,7 @@ async def test_the_list_is_the_table_with_what_zai_lists(client, zai):
 
 
 @over_sockets
-@pytest.mark.parametrize(
-    "models",
-    [
-        web.json_response({"error": {"code": "1001"}}, status=401),
-        web.json_response([]),
-        web.Response(text="<html>"),
-        HANG,
-    ],
-)
+@pytest.mark.parametrize("models", [(401, {"error": {"code": "1001"}}), (200, []), (200, "<html>"), HANG])
 async def test_the_table_alone_is_listed_when_zai_does_not_answer(client, zai, models, monkeypatch):
     monkeypatch.setattr(ztoapi, "MODELS_TIMEOUT", 0.2)
     zai.models = models
@@ -4770,7 +4787,7 @@ async def test_the_doctor_says_what_is_wrong(zai, variables, wanted):
 
 @over_sockets
 async def test_the_doctor_knows_a_wrong_key(zai):
-    zai.models = web.json_response({"error": {"code": "1000", "message": "bad key id.secret"}}, status=401)
+    zai.models = 401, {"error": {"code": "1000", "message": "bad key id.secret"}}
     status, lines = await check(zai)
     assert status == 1
     assert lines[-1].startswith("✗ key 1     Z.ai did not accept")

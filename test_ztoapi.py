@@ -1350,46 +1350,48 @@ def test_an_item_of_the_input_is_listed_with_all_its_keys():
 # ======== Messages ========
 
 
-def said(content, role="user"):
+def turn(content, role="user"):
     return {"role": role, "content": content}
 
 
-def words(text):
+def text_block(text):
     return {"type": "text", "text": text}
 
 
 def reminder(text):
-    return words(f"<system-reminder>\n{text}\n</system-reminder>")
+    return text_block(f"<system-reminder>\n{text}\n</system-reminder>")
 
 
 CACHED = {"cache_control": {"type": "ephemeral"}}
 RESULT = {"type": "tool_result", "tool_use_id": "t1", "content": "42"}
-USE = said([{"type": "tool_use", "id": "t1", "name": "f", "input": {}}], "assistant")
+USE = turn([{"type": "tool_use", "id": "t1", "name": "f", "input": {}}], "assistant")
 
 
 @pytest.mark.parametrize(
     ("turns", "wanted"),
     [
-        pytest.param([said("hi"), said("a", "system")], [said([words("hi"), reminder("a")])], id="behind"),
-        pytest.param([said("a", "system"), said([words("hi")])], [said([reminder("a"), words("hi")])], id="before"),
+        pytest.param([turn("hi"), turn("a", "system")], [turn([text_block("hi"), reminder("a")])], id="behind"),
         pytest.param(
-            [said("hi"), said([words("a"), words("b") | CACHED], "system"), said("c", "system")],
-            [said([words("hi"), reminder("a"), reminder("b") | CACHED, reminder("c")])],
+            [turn("a", "system"), turn([text_block("hi")])], [turn([reminder("a"), text_block("hi")])], id="before"
+        ),
+        pytest.param(
+            [turn("hi"), turn([text_block("a"), text_block("b") | CACHED], "system"), turn("c", "system")],
+            [turn([text_block("hi"), reminder("a"), reminder("b") | CACHED, reminder("c")])],
             id="several",
         ),
         pytest.param(
-            [said("hi"), said("yes", "assistant"), said("a", "system")],
-            [said("hi"), said("yes", "assistant"), said([reminder("a")])],
+            [turn("hi"), turn("yes", "assistant"), turn("a", "system")],
+            [turn("hi"), turn("yes", "assistant"), turn([reminder("a")])],
             id="none beside it",
         ),
         pytest.param(
-            [said("hi"), USE, said("a", "system"), said([RESULT])],
-            [said("hi"), USE, said([RESULT, reminder("a")])],
+            [turn("hi"), USE, turn("a", "system"), turn([RESULT])],
+            [turn("hi"), USE, turn([RESULT, reminder("a")])],
             id="results first",
         ),
-        pytest.param([said("hi"), said("there")], [said("hi"), said("there")], id="no system message"),
-        pytest.param([7, said(None, "system"), {"role": []}], [7, said([]), {"role": []}], id="nothing that is one"),
-        pytest.param([said([7, {"type": "image"}], "system")], [said([7, {"type": "image"}])], id="no text"),
+        pytest.param([turn("hi"), turn("there")], [turn("hi"), turn("there")], id="no system message"),
+        pytest.param([7, turn(None, "system"), {"role": []}], [7, turn([]), {"role": []}], id="nothing that is one"),
+        pytest.param([turn([7, {"type": "image"}], "system")], [turn([7, {"type": "image"}])], id="no text"),
         pytest.param("hi", "hi", id="no turns"),
     ],
 )
@@ -1445,6 +1447,14 @@ def test_zai_gets_what_it_takes(fields, wanted):
     assert body == {"model": "glm-4.6", "messages": [{"role": "user", "content": "你好"}], "stream": False} | wanted
 
 
+def sent(*messages, **fields):
+    """The messages as Z.ai gets them."""
+    return zai_body(read_chat(chat(messages=list(messages)) | fields), MODELS["glm-4.6"])["messages"]
+
+
+QUESTION, SYSTEM = {"role": "user", "content": "hi"}, {"role": "system", "content": "Be kind."}
+
+
 @pytest.mark.parametrize(
     ("fields", "wanted"),
     [
@@ -1472,7 +1482,71 @@ def test_zai_gets_what_it_takes(fields, wanted):
     ],
 )
 def test_a_message_as_zai_takes_it(fields, wanted):
-    assert zai_body(read_chat(message(**fields)), MODELS["glm-4.6"])["messages"] == [wanted]
+    assert sent(QUESTION, fields) == [QUESTION, wanted]
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"content": ""},
+        {"content": None},
+        {"content": []},
+        {"content": "\n"},
+        {"content": None, "reasoning_content": "hm"},
+        {"content": "<think>hm</think>\n"},
+    ],
+)
+def test_an_assistant_message_with_nothing_in_it_is_left_out(fields):
+    assert sent(QUESTION, {"role": "assistant", **fields}, QUESTION) == [QUESTION, QUESTION]
+
+
+@pytest.mark.parametrize(
+    ("messages", "wanted"),
+    [
+        ([SYSTEM], [{"role": "user", "content": "Be kind."}]),
+        (
+            [SYSTEM, SYSTEM, {"role": "assistant", "content": "Yes"}],
+            [SYSTEM, {"role": "user", "content": "Be kind."}, {"role": "assistant", "content": "Yes"}],
+        ),
+        ([SYSTEM, {"role": "tool", "tool_call_id": "c", "content": "0"}],) * 2,
+        ([{"role": "assistant", "content": ""}], []),
+    ],
+)
+def test_in_every_conversation_there_is_a_message_to_answer(messages, wanted):
+    assert sent(*messages) == wanted
+
+
+@pytest.mark.parametrize(
+    ("content", "wanted"), [("", "(no output)"), ([], "(no output)"), ("\n", "(no output)"), ("0", "0")]
+)
+def test_an_empty_result_of_a_tool_is_said_in_words(content, wanted):
+    result = {"role": "tool", "tool_call_id": "c"}
+    assert sent(result | {"content": content}) == [result | {"content": wanted}]
+
+
+@pytest.mark.parametrize(
+    ("fields", "wanted"),
+    [
+        ({"content": "<think>\nhm</think>\n\nyes"}, {"content": "yes", "reasoning_content": "\nhm"}),
+        (
+            {"content": [{"type": "text", "text": "\n<think>hm</think>yes"}, {"type": "text", "text": "no"}]},
+            {"content": "yes\nno", "reasoning_content": "hm"},
+        ),
+        (
+            {"content": "<think>hm</think>", "tool_calls": [CALL]},
+            {"content": "", "reasoning_content": "hm", "tool_calls": [CALL]},
+        ),
+        ({"content": "<think>a</think>yes", "reasoning_content": "b"}, {"content": "yes", "reasoning_content": "b"}),
+        ({"content": "I <think>hm</think>"}, {"content": "I <think>hm</think>"}),
+        ({"content": "<think>hm"}, {"content": "<think>hm"}),
+    ],
+)
+def test_reasoning_at_the_head_of_an_assistants_text_is_its_reasoning(fields, wanted):
+    assert sent(QUESTION, {"role": "assistant", **fields}) == [QUESTION, {"role": "assistant", **wanted}]
+
+
+def test_a_user_may_write_of_tags():
+    assert sent(QUESTION | {"content": "<think>hm</think>"}) == [QUESTION | {"content": "<think>hm</think>"}]
 
 
 def test_an_image_goes_as_bare_base64_or_as_an_address():
@@ -1577,10 +1651,20 @@ def test_tools_of_zais_own_are_not_ordered_to_be_called():
     assert zai_tools(tools=[SEARCH], tool_choice="required")["messages"] == HELLO["messages"]
 
 
-def test_an_order_is_added_to_the_system_message_that_is_there():
-    messages = [{"role": "system", "content": "Be kind."}, *HELLO["messages"]]
-    body = zai_tools(messages=messages, tools=[F], tool_choice="required")
-    assert body["messages"] == ordered("Be kind.\nAnswer by calling the function f.")
+ORDER = "Answer by calling the function f."
+
+
+@pytest.mark.parametrize(
+    ("messages", "wanted"),
+    [
+        ([SYSTEM, QUESTION], [SYSTEM | {"content": f"Be kind.\n{ORDER}"}, QUESTION]),
+        ([QUESTION, SYSTEM, SYSTEM], [QUESTION, SYSTEM | {"content": f"Be kind.\n{ORDER}"}, SYSTEM]),
+        ([SYSTEM], [SYSTEM | {"content": ORDER}, SYSTEM | {"role": "user"}]),
+        ([{"role": "assistant", "content": ""}], [SYSTEM | {"content": ORDER}]),
+    ],
+)
+def test_an_order_is_added_to_the_first_system_message(messages, wanted):
+    assert sent(*messages, tools=[F], tool_choice="required") == wanted
 
 
 def test_a_schema_goes_as_an_order():
@@ -1605,6 +1689,7 @@ def test_a_search_of_zais_own_is_not_doubled():
     assert zai_tools(web_search_options={}, tools=[SEARCH])["tools"] == [SEARCH]
 
 
+NULL = {"type": "null"}
 POINT = {"type": "object", "properties": {"x": {"type": "number"}}}
 
 
@@ -1648,9 +1733,29 @@ POINT = {"type": "object", "properties": {"x": {"type": "number"}}}
             {"const": {"$ref": "#/$defs/P"}, "items": POINT},
             id="data that looks like a reference",
         ),
+        pytest.param({"$schema": "x", "type": "object"}, {"type": "object"}, id="$schema"),
+        pytest.param({"properties": {"$schema": POINT}}, {"properties": {"$schema": POINT}}, id="a property $schema"),
+        pytest.param(
+            {"anyOf": [{"type": "string", "title": "A"}, NULL], "default": None, "title": "B"},
+            {"type": "string", "title": "B"},
+            id="or null",
+        ),
+        pytest.param(
+            {"properties": {"p": {"default": 0, "oneOf": [NULL, {"type": "integer"}]}}},
+            {"properties": {"p": {"type": "integer", "default": 0}}},
+            id="null or, with a default",
+        ),
+        pytest.param(
+            {"anyOf": [{"$ref": "#/$defs/P"}, NULL], "$defs": {"P": {"anyOf": [NULL, POINT]}}},
+            POINT,
+            id="a reference or null",
+        ),
+        pytest.param(*({"anyOf": [POINT, {"type": "string"}, NULL], "default": None},) * 2, id="more than one or null"),
+        pytest.param(*({"anyOf": [POINT]},) * 2, id="a union without null"),
+        pytest.param(*({"enum": [{"anyOf": [POINT, NULL]}]},) * 2, id="data that looks like a union"),
     ],
 )
-def test_references_in_a_schema_are_inlined(schema, wanted):
+def test_references_and_unions_with_null_go_from_a_schema(schema, wanted):
     assert RefInliner(schema).inline_all() == wanted
 
 
@@ -1731,6 +1836,11 @@ THOUGHT = [{"role": "assistant", "content": "x", "reasoning_content": "hm"}, *HE
             {"type": "disabled", "clear_thinking": True},
         ),
         ("glm-4-32b-0414-128k", {"messages": THOUGHT}, None),
+        (
+            "glm-4.6",
+            {"messages": [THOUGHT[0] | {"content": "<think>hm</think>x", "reasoning_content": ""}, *THOUGHT[1:]]},
+            {"type": "enabled", "clear_thinking": False},
+        ),
     ],
 )
 def test_reasoning_sent_back_is_kept(model, fields, wanted):
@@ -2922,6 +3032,23 @@ async def test_the_setting_decides_on_thinking_where_the_request_does_not(start,
     await ask(client, chat(reasoning_effort="none"))
     assert zai.bodies[0].get("thinking") == wanted.get("thinking")
     assert zai.bodies[1]["thinking"] == OFF["thinking"]
+
+
+@over_sockets
+@pytest.mark.parametrize(
+    ("path", "fields", "thinking"),
+    [
+        ("chat/completions", {"max_tokens": 64}, {"type": "disabled"}),
+        ("chat/completions", {"max_completion_tokens": 1}, {"type": "disabled"}),
+        ("chat/completions", {"max_tokens": 65}, None),
+        ("chat/completions", {"max_tokens": 1, "reasoning_effort": "high"}, {"type": "enabled"}),
+        ("completions", {"max_tokens": 1, "prompt": "hi"}, {"type": "disabled"}),
+        ("responses", {"max_output_tokens": 16, "input": "hi"}, {"type": "disabled"}),
+    ],
+)
+async def test_a_limit_of_a_few_tokens_leaves_none_for_thinking(client, zai, path, fields, thinking):
+    await ask(client, chat(**fields), f"/v1/{path}")
+    assert zai.bodies[0].get("thinking") == thinking
 
 
 @over_sockets

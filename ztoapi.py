@@ -2300,12 +2300,10 @@ def zai_body(prompt: Prompt, model: Model) -> JSON:
     """
     if not model.vision and any(isinstance(part, Media) for message in prompt.messages for part in message.content):
         raise no_vision_error(model)
-    tools = offered_tools(prompt)
+    tools, messages = offered_tools(prompt), sendable(prompt.messages)
     body = {
         "model": model.id,
-        "messages": [
-            zai_message(message) for message in with_system_lines(prompt.messages, emulation_lines(prompt, tools))
-        ],
+        "messages": [zai_message(message) for message in with_system_lines(messages, emulation_lines(prompt, tools))],
         "stream": prompt.stream,
         "temperature": None if prompt.temperature is None else min(prompt.temperature, 1),
         "top_p": None if prompt.top_p is None else max(prompt.top_p, 0.01),
@@ -2316,7 +2314,7 @@ def zai_body(prompt: Prompt, model: Model) -> JSON:
         "tools": tools or None,
         "tool_stream": True if prompt.stream and tools and model.streams_arguments else None,
         "response_format": None if prompt.schema is None else {"type": "json_object"},
-        **zai_thinking(prompt, model),
+        **zai_thinking(prompt, messages, model),
         **prompt.native,
     }
     return {name: value for name, value in body.items() if value is not None}
@@ -2361,14 +2359,43 @@ def emulation_lines(prompt: Prompt, tools: list[JSON]) -> Iterator[str]:
         )
 
 
+def sendable(messages: Iterable[Message]) -> tuple[Message, ...]:
+    """The conversation without what Z.ai refuses: empty messages (1213), and none of the user's or a tool's (1214)."""
+    kept = [message for message in map(completed, messages) if message.role != "assistant" or has_content(message)]
+    roles = [message.role for message in kept]
+    if "system" in roles and "user" not in roles and "tool" not in roles:
+        last = len(roles) - 1 - roles[::-1].index("system")
+        kept[last] = replace(kept[last], role="user")
+    return tuple(kept)
+
+
+TAGGED_THOUGHT = re.compile(r"\s*<think>(.*?)</think>[\r\n]*", re.DOTALL)
+
+
+def completed(message: Message) -> Message:
+    """An empty tool result gets words; reasoning in the text, where REASONING_FORMAT=raw puts it, becomes reasoning."""
+    if message.role == "tool" and not has_content(message):
+        return replace(message, content=("(no output)",))
+    text = message.content[0] if message.role == "assistant" and message.content else None
+    if isinstance(text, str) and (tagged := TAGGED_THOUGHT.match(text)):
+        content = (text[tagged.end() :], *message.content[1:])
+        return replace(message, content=content, thought=message.thought or tagged[1])
+    return message
+
+
+def has_content(message: Message) -> bool:
+    return bool(message.calls) or any(not isinstance(part, str) or part.strip() for part in message.content)
+
+
 def with_system_lines(messages: tuple[Message, ...], lines: Iterable[str]) -> tuple[Message, ...]:
-    """The conversation with more lines at the end of its first system message."""
-    lines = tuple(lines)
+    """The conversation with lines added to its first system message: Z.ai may refuse one that is not the first."""
+    lines, roles = tuple(lines), [message.role for message in messages]
     if not lines:
         return messages
-    if messages[0].role == "system":
-        return (replace(messages[0], content=(*messages[0].content, *lines)), *messages[1:])
-    return (Message("system", lines), *messages)
+    if "system" not in roles:
+        return (Message("system", lines), *messages)
+    at = roles.index("system")
+    return (*messages[:at], replace(messages[at], content=(*messages[at].content, *lines)), *messages[at + 1 :])
 
 
 ENABLED, DISABLED = {"thinking": {"type": "enabled"}}, {"thinking": {"type": "disabled"}}
@@ -2387,11 +2414,11 @@ THINKING: dict[ThinkingKind, dict[Effort, JSON]] = {
 }
 
 
-def zai_thinking(prompt: Prompt, model: Model) -> JSON:
+def zai_thinking(prompt: Prompt, messages: Iterable[Message], model: Model) -> JSON:
     """Z.ai's thinking fields; clear_thinking=false keeps earlier reasoning visible."""
     fields = THINKING[model.thinking].get(prompt.effort, {}) if prompt.effort else {}
     clear = prompt.clear_thinking
-    if clear is None and any(message.thought for message in prompt.messages):
+    if clear is None and any(message.thought for message in messages):
         clear = False
     if clear is None or model.thinking == "none":
         return fields
@@ -2438,10 +2465,10 @@ def zai_tool(tool: Tool) -> JSON:
 
 
 class RefInliner:
-    """A JSON Schema with its own definitions in place of the references to them.
+    """A JSON Schema with its own definitions in place of the references to them, and without unions with null.
 
-    Z.ai answers 500 or nothing at all to `$ref` (musistudio/claude-code-router#1474). Definitions that contain
-    themselves stay as they are, and so does everything when the whole would grow out of bounds.
+    Z.ai answers 500 or nothing at all to `$ref` and `anyOf` (musistudio/claude-code-router#1474). Definitions that
+    contain themselves stay as they are, and so does everything when the whole would grow out of bounds.
     """
 
     MAX_NODES, MAX_DEPTH = 2_000, 100  # objects and arrays in the result; nested
@@ -2459,8 +2486,6 @@ class RefInliner:
         self.has_refs = False  # a reference stays, so its definition must stay too
 
     def inline_all(self) -> JSON:
-        if not self.definitions:
-            return self.schema
         body = {name: part for name, part in self.schema.items() if name not in ("$defs", "definitions")}
         inlined: JSON = self.inline(body, (), 0)
         if self.size > self.MAX_NODES:
@@ -2483,12 +2508,25 @@ class RefInliner:
                 self.has_refs = True
                 return part
             case dict():
-                return {
-                    name: value if name in self.DATA else self.inline(value, seen, depth + 1)
-                    for name, value in part.items()
-                }
+                return without_null(
+                    {
+                        name: value if name in self.DATA else self.inline(value, seen, depth + 1)
+                        for name, value in part.items()
+                        if name != "$schema" or isinstance(value, dict)  # a property may have this name
+                    }
+                )
             case _:
                 return [self.inline(value, seen, depth + 1) for value in part]
+
+
+def without_null(schema: JSON) -> JSON:
+    """What a schema is when it is not null: pydantic writes every Optional as a union with null."""
+    for union in ("anyOf", "oneOf"):
+        match schema.get(union):
+            case [{"type": "null"}, dict(other)] | [dict(other), {"type": "null"}]:
+                gone = ((union, schema[union]), ("default", None))
+                return {**other, **{name: value for name, value in schema.items() if (name, value) not in gone}}
+    return schema
 
 
 # ======== Z.ai: errors ==============================================================================================
@@ -4191,11 +4229,15 @@ def model_shown(request: web.Request, name: str) -> str:
     return truncated(printable(request.app[REDACT](model.id)))
 
 
+TINY_LIMIT = 64  # tokens; a model that thinks uses them up and answers nothing (nashsu/llm_wiki#348)
+
+
 def with_defaults(prompt: Prompt, settings: Settings, accept: str) -> Prompt:
     """The prompt with the operator's defaults for what the client did not say."""
     thinking: Effort | None = None if settings.enable_thinking is None else "on" if settings.enable_thinking else "off"
     stream = wants_stream(accept, default=settings.default_stream) if prompt.stream is None else prompt.stream
-    effort = prompt.effort or thinking
+    tiny: Effort | None = "off" if 0 < (prompt.max_tokens or 0) <= TINY_LIMIT else None
+    effort = prompt.effort or thinking or tiny
     if (stream, effort) == (prompt.stream, prompt.effort):
         return prompt
     return replace(prompt, stream=stream, effort=effort)

@@ -3579,18 +3579,6 @@ async def test_a_connection_to_zai_serves_again(client, zai):
 
 
 @over_sockets
-async def test_a_client_that_reads_nothing_any_more_frees_its_place(start, zai, monkeypatch):
-    monkeypatch.setattr(ztoapi, "KEEP_ALIVE_INTERVAL", 0.2)
-    client = await start(upstream_timeout=1)
-    zai.parts = [FIRST * 100] * 2000
-    async with client.post("/v1/chat/completions", json=chat(stream=True), headers=KEY) as response:
-        await response.content.readany()
-        response._connection.transport.pause_reading()
-        assert await eventually(lambda: zai.open == 0, 10)
-        response.close()
-
-
-@over_sockets
 async def test_comments_after_the_finish_do_not_delay_the_end(client, zai, monkeypatch):
     monkeypatch.setattr(ztoapi, "FINISH_TIMEOUT", 0.2)
     zai.parts = [RECORDED.removesuffix(b"data: [DONE]\n\n"), *[b": x\n\n", 0.1] * 100]
@@ -3719,7 +3707,11 @@ class FakeRest:
         return app
 
     async def serve(self, request):
-        self.asked.append((request.method, request.path_qs, dict(request.headers), await request.read()))
+        try:
+            body = await request.read()
+        except web.RequestPayloadError:
+            raise ConnectionResetError from None
+        self.asked.append((request.method, request.path_qs, dict(request.headers), body))
         response = web.StreamResponse(status=self.status, headers={"Content-Type": self.type} | self.headers)
         await response.prepare(request)
         for part in self.parts:
@@ -3976,7 +3968,7 @@ async def test_what_is_no_http_is_refused_in_our_shape(client, caplog, data):
 
 
 @over_sockets
-@pytest.mark.parametrize(("expects", "first"), [("100-continue", b"HTTP/1.1 100"), ("miracles", b"HTTP/1.1 200")])
+@pytest.mark.parametrize(("expects", "first"), [("100-continue", b"HTTP/1.1 100"), ("miracles", b"HTTP/1.1 417")])
 async def test_what_a_client_expects(client, expects, first):
     data = json.dumps(HELLO).encode()
     head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nx-api-key: sk-your-key\r\nExpect: {expects}\r\nContent-Length: {len(data)}\r\n\r\n"
@@ -4537,6 +4529,121 @@ def test_version_and_help():
     for flag, wanted in (("--version", f"ztoapi {ztoapi.__version__}"), ("--help", "--demo")):
         done = subprocess.run([sys.executable, PROGRAM, flag], capture_output=True, text=True, check=False, timeout=10)
         assert (done.returncode, wanted in done.stdout) == (0, True)
+
+
+# ======== Hostile conditions ========
+
+GET = b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n"
+POST = "POST {} HTTP/1.1\r\nHost: localhost\r\nx-api-key: sk-your-key\r\n{}\r\n\r\n"
+
+
+@pytest.fixture
+def impatient(monkeypatch):
+    monkeypatch.setattr(ztoapi, "CHECK_INTERVAL", 0.02)
+    monkeypatch.setattr(ztoapi, "READ_TIMEOUT", 0.2)
+
+
+@over_sockets
+@pytest.mark.parametrize("before", [0, 1], ids=["first", "second"])
+@pytest.mark.parametrize("head", [b"", GET[:20]], ids=["nothing", "half a head"])
+async def test_a_connection_without_a_whole_head_is_closed(client, impatient, before, head):
+    reader, writer = await asyncio.open_connection("127.0.0.1", client.port)
+    for _ in range(before):
+        writer.write(GET)
+        await reader.readuntil(b"}")
+    writer.write(head)
+    closed = asyncio.wait_for(reader.read(), 1)
+    if before and not head:
+        with pytest.raises(asyncio.TimeoutError):  # it waits for its next request
+            await closed
+    else:
+        assert await closed == b""
+    writer.close()
+
+
+@over_sockets
+async def test_those_that_ask_nothing_make_room_for_those_that_do(client, monkeypatch):
+    monkeypatch.setattr(ztoapi, "MAX_DESCRIPTORS", 0)  # none is left
+    silent = [await asyncio.open_connection("127.0.0.1", client.port) for _ in range(10)]
+    assert (await talk_raw(client, GET)).startswith(b"HTTP/1.1 200")
+    for reader, writer in silent:
+        assert await asyncio.wait_for(reader.read(), 1) == b""
+        writer.close()
+
+
+@over_sockets
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/files", "/v1/nothing"])
+@pytest.mark.parametrize(
+    ("headers", "body"),
+    [
+        pytest.param("Content-Encoding: gzip\r\nContent-Length: 9", b"not gzip!", id="encoding"),
+        pytest.param("Transfer-Encoding: chunked", b"3\r\nabc\r\nno chunk\r\n", id="chunks"),
+        pytest.param("Content-Length: 9", b"abc", id="silence"),
+    ],
+)
+async def test_a_broken_body_is_refused_and_ends_the_connection(passing, impatient, caplog, path, headers, body):
+    client = passing
+    reader, writer = await asyncio.open_connection("127.0.0.1", client.port)
+    writer.write(POST.format(path, headers).encode())
+    await asyncio.sleep(0.02)
+    writer.write(body)
+    head, _, text = (await asyncio.wait_for(reader.readuntil(b"}}"), 2)).partition(b"\r\n\r\n")
+    assert head.startswith(b"HTTP/1.1 404" if path == "/v1/nothing" else b"HTTP/1.1 400")
+    assert path == "/v1/nothing" or await asyncio.wait_for(reader.read(), 2) == b""
+    assert error_of(text)["type"] == "invalid_request_error"
+    assert ("Traceback" in caplog.text, client.app[ztoapi.IN_FLIGHT]) == (False, {})
+    writer.close()
+
+
+@over_sockets
+@pytest.mark.parametrize(
+    ("path", "stream"),
+    [
+        ("/v1/chat/completions", True),
+        ("/v1/chat/completions", False),
+        ("/v1/messages", True),
+        ("/v1/files/f/content", False),
+    ],
+)
+async def test_a_client_that_no_longer_reads_loses_its_connection(start, zai, rest, path, stream, impatient):
+    client = await start(upstream_timeout=1, **({} if "chat" in path else {"zai_base_url": rest.url}))
+    zai.parts = rest.parts = [FIRST.replace("想".encode(), b"x" * 2**20)] * 40 + [RECORDED]
+    method, body = ("GET", None) if "files" in path else ("POST", chat(stream=stream, max_tokens=9))
+    async with client.request(method, path, json=body, headers=KEY) as response:
+        await response.content.readany()
+        response._connection.transport.pause_reading()
+        assert await eventually(lambda: not client.server.handler.connections, 5)
+        assert (zai.open, client.app[ztoapi.IN_FLIGHT]) == (0, {})
+        response.close()
+
+
+LARGE = message(role="user", content="x" * 2**24)
+
+
+@over_sockets
+@pytest.mark.parametrize(("pause", "status"), [(0.1, 200), (2, 504)], ids=["slow", "none of it"])
+@pytest.mark.parametrize(("path", "body"), [("/v1/chat/completions", LARGE), ("/v1/files", LARGE)])
+async def test_an_upload_may_be_slow_but_not_stall(start, aiohttp_server, path, body, pause, status):
+    async def serve(request):
+        for _ in range(16):  # 1.6 seconds, and each is silent for less than UPSTREAM_TIMEOUT
+            await asyncio.sleep(pause)
+            await request.content.readexactly(2**20 - 1)
+        await request.read()
+        return web.Response(body=DOCUMENT)
+
+    app = web.Application(client_max_size=2**30)
+    app.router.add_post("/{path:.*}", serve)
+    client = await start(zai_base_url=str((await aiohttp_server(app)).make_url("/v4")), upstream_timeout=1)
+    assert (await ask(client, body, path))[0].status == status
+    assert (await stats(client))[0]["in_flight"] == 0
+
+
+@over_sockets
+async def test_a_refusal_whose_body_stalls_is_judged_by_its_status(client, zai, monkeypatch):
+    monkeypatch.setattr(ztoapi, "ERROR_BODY_TIMEOUT", 0.1)
+    zai.answers = [(429, [b'{"error":', HANG]), (500, [b"<html>", RESET]), (400, [HANG])]
+    response, text = await ask(client)
+    assert (response.status, error_of(text)["code"], slept(client)) == (400, "zai_400", [0.5, 1])
 
 
 # ======== For people ========

@@ -57,13 +57,14 @@ from importlib import import_module
 from itertools import chain, count, groupby
 from operator import add, attrgetter
 from pathlib import Path
-from typing import Any, Literal, NoReturn, Protocol, TypeVar
+from typing import Any, Literal, NoReturn, Protocol, TypeVar, cast
 from urllib.parse import quote, urlsplit
 from urllib.request import getproxies, proxy_bypass
 from weakref import WeakSet
 
 import aiohttp
-from aiohttp import web
+from aiohttp import web, web_server
+from aiohttp.http import RawRequestMessage
 from aiohttp.web_protocol import RequestHandler
 from dotenv import dotenv_values
 
@@ -3367,8 +3368,10 @@ def trace(what: str, data: bytes | object) -> None:
 
 
 FINISH_TIMEOUT = 2  # seconds to wait for usage and [DONE] after the finish
+BROKEN_BODY = "The request body could not be read: it broke off, or its encoding is broken."
 CONNECT_TIMEOUT = 10  # seconds, including DNS and TLS
 ERROR_BODY_LIMIT = 65536  # bytes of a refusal that are read
+ERROR_BODY_TIMEOUT = 5  # seconds
 MODELS_TIMEOUT = 5
 
 
@@ -3451,11 +3454,16 @@ class ByteStream:
     async def check_status(self) -> None:
         """Raises UpstreamError for a refusal that has a status."""
         if not 200 <= self.response.status < 300:
-            body = b""
-            while len(body) < ERROR_BODY_LIMIT and (part := await self.read()):
-                body += part
+            parts: list[bytes] = []
+            with suppress(UpstreamError, asyncio.TimeoutError):  # its status says enough
+                await asyncio.wait_for(self.read_error(parts), ERROR_BODY_TIMEOUT)
+            body = b"".join(parts)
             trace(f"received HTTP {self.response.status}", body)
             raise zai_error(self.response.status, body)
+
+    async def read_error(self, parts: list[bytes]) -> None:
+        while sum(map(len, parts)) < ERROR_BODY_LIMIT and (part := await self.read()):
+            parts.append(part)
 
     async def read(self) -> bytes:
         """The next bytes, none at the end. Raises UpstreamError when the connection breaks off, or is silent."""
@@ -3574,6 +3582,30 @@ class EventStream(LookAhead):
         return error
 
 
+PART = 2**16  # bytes; aiohttp never waits before so much is written
+
+
+class Upload(aiohttp.AsyncIterablePayload):
+    """A request's body, of which Z.ai must take each part within UPSTREAM_TIMEOUT.
+
+    aiohttp's own timeout, sock_read, starts only when the whole body is written.
+    """
+
+    def __init__(self, parts: AsyncIterator[bytes], size: int | None = None) -> None:
+        super().__init__(parts)
+        self.parts, self._size = parts, size
+
+    async def write_with_length(self, writer: Any, _: int | None) -> None:
+        async for part in self.parts:
+            writer.protocol.start_timeout()
+            await writer.write(part)
+
+
+async def parts_of(body: bytes) -> AsyncIterator[bytes]:
+    for start in range(0, len(body), PART):
+        yield body[start : start + PART]
+
+
 class ZaiClient:
     """HTTP to Z.ai, over one session for the life of the program."""
 
@@ -3590,11 +3622,13 @@ class ZaiClient:
         how = {"method": "POST", "headers": {"Content-Type": "application/json"}, **how}
         how["headers"] = {**how["headers"], "Authorization": f"Bearer {key.secret}"}
         how["proxy"] = self.proxy(url)
-        if isinstance(how["data"], bytes):
-            how["data"] = io.BytesIO(how["data"])  # aiohttp warns of bytes over a megabyte
+        if isinstance(how["data"], bytes) and len(how["data"]) > PART:
+            how["data"] = Upload(parts_of(how["data"]), len(how["data"]))
         try:
             response = await owner.enter_async_context(self.session.request(url=url, allow_redirects=False, **how))
         except (aiohttp.ClientError, ValueError) as error:
+            if isinstance(error.__cause__, web.RequestPayloadError):
+                raise BadRequest(BROKEN_BODY) from error
             raise connection_error(error) from error
         stream = ByteStream(response, self.max_silence)
         owner.callback(stream.timer.stop)
@@ -4164,11 +4198,9 @@ class SSEResponse:
             if self.keeping_alive:
                 self.keeping_alive.cancel()
 
-    def on_idle(self, seconds: float) -> None:
+    def on_idle(self, _: float) -> None:
         if not self.writing:
             self.keeping_alive = asyncio.create_task(self.keep_alive())
-        elif seconds > self.request.app[SETTINGS].upstream_timeout and self.request.transport:
-            self.request.transport.abort()  # a client that reads nothing any more must not hold a slot for ever
 
     async def keep_alive(self) -> None:
         with suppress(ConnectionError):  # the client left: its handler learns of it too
@@ -4247,8 +4279,7 @@ async def read_json(request: web.Request) -> JSON:
     try:
         body = await request.read()
     except web.RequestPayloadError as error:
-        request.content.feed_eof()  # the rest of it must not be waited for
-        raise BadRequest("The request body could not be read: its encoding is broken.") from error
+        raise BadRequest(BROKEN_BODY) from error
     trace(f"asked {request.path}", body)
     try:
         return parse_request(body)
@@ -4471,7 +4502,7 @@ async def pass_through(path: str, request: web.Request) -> web.StreamResponse:
     keys.tried(key, target)
     how = {
         "method": request.method,
-        "data": request.content if request.can_read_body else None,
+        "data": Upload(request.content.iter_any()) if request.can_read_body else None,
         "headers": {
             name: request.headers[name]
             for name in ("Content-Type", "Content-Length")
@@ -4730,28 +4761,6 @@ async def error_response(request: web.Request, error: ProxyError) -> web.StreamR
     return json_response(request[ERROR_BODY](error), error.kind.status, error_headers(error))
 
 
-def refuse_bad_http(
-    _: RequestHandler, request: web.BaseRequest, status: int = 500, exc: BaseException | None = None, *__: object
-) -> web.Response:
-    """Our shape for what aiohttp refuses before it reaches the app; its own texts would repeat headers, keys too."""
-    if isinstance(exc, ConnectionError) or request.writer.output_size:
-        raise ConnectionError("the client has left, or an answer has begun") from exc  # aiohttp knows what to do
-    if status >= 500:
-        LOG.error("a bug in ztoapi", exc_info=exc)
-        error = ProxyError(INTERNAL_ERROR)
-    else:
-        LOG.info("%s sent what is no HTTP", request.remote)
-        message = "This is not HTTP as this server reads it: a header may be malformed, too long, or one too many."
-        error = ProxyError(error_kind(status, "bad_http"), message)
-    response = web.Response(body=encode_json(error_body(error)), status=status, content_type="application/json")
-    response.force_close()
-    return response
-
-
-# aiohttp has no hook for this, so its class is changed, once, for every app in this process.
-RequestHandler.handle_error = refuse_bad_http  # type: ignore[assignment, method-assign]
-
-
 SHUTDOWN_GRACE = 30  # seconds that answers in flight have to finish
 
 
@@ -4770,6 +4779,146 @@ async def drain(app: web.Application) -> None:
             task.cancel()
 
 
+# ======== Client connections ========================================================================================
+# aiohttp serves them; for what a client may not do to one it has no hooks, so its class gives way to ours.
+
+CHECK_INTERVAL = 5.0  # seconds
+READ_TIMEOUT = 30.0  # seconds without a byte, while the rest of a head or a body is missing
+
+
+def descriptor_limit() -> int:
+    """How many files and connections the system lets this process have open."""
+    try:
+        resource = import_module("resource")
+    except ImportError:  # Windows
+        return sys.maxsize
+    limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return sys.maxsize if limit == resource.RLIM_INFINITY else int(limit)
+
+
+MAX_DESCRIPTORS = descriptor_limit()
+BACKLOG = min(1024, MAX_DESCRIPTORS // 8)  # connections accepted before the first of them is looked at
+
+
+class ClientConnection(RequestHandler):
+    """Ends when its client is silent in the middle of a request, or no longer reads; reports errors in our shape.
+
+    Before file descriptors run out, connections without a request end, the longest silent first.
+    """
+
+    def __init__(self, server: web.Server, *, write_timeout: float = math.inf, **how: Any) -> None:
+        super().__init__(server, **how)
+        self.server, self.write_timeout = server, write_timeout
+        self.heard_at = self.read_at = self._loop.time()  # when the client last sent something, and read something
+        self.unsent = 0  # bytes of ours that it had not read at the last check
+        self.owes_head = True  # it has sent nothing yet, or half a head
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        super().connection_made(transport)
+        self.client = cast("asyncio.Transport", transport)  # aiohttp's own reference ends before the connection does
+        self.timer = self._loop.call_later(CHECK_INTERVAL, self.check)
+        if transport.get_extra_info("socket").fileno() > MAX_DESCRIPTORS * 3 // 4:  # it is the lowest that was free
+            self.make_room()
+
+    def connection_lost(self, exc: BaseException | None) -> None:
+        super().connection_lost(exc)
+        self.timer.cancel()
+
+    @property
+    def is_idle(self) -> bool:
+        return self._waiter is not None and not self._waiter.done()
+
+    @property
+    def merit(self) -> tuple[bool, float]:
+        """Those that never sent a request go first, then those that have been silent longest."""
+        return self._request_count > 0, self.heard_at
+
+    def make_room(self) -> None:
+        LOG.warning("file descriptors run out (ulimit -n): connections without a request are closed")
+        connections = (known for known in self.server.connections if isinstance(known, ClientConnection))
+        idle = sorted((known for known in connections if known.is_idle), key=attrgetter("merit"))
+        for connection in idle[: len(idle) // 8 + 1]:
+            connection.force_close()
+
+    def data_received(self, data: bytes) -> None:
+        super().data_received(data)
+        self.heard_at = self._loop.time()
+        self.owes_head = self.is_idle
+        if self._messages and not isinstance(self._messages[-1][0], RawRequestMessage):  # an error
+            self.break_body()
+
+    def resume_writing(self) -> None:
+        super().resume_writing()
+        self.read_at = self._loop.time()
+
+    def check(self) -> None:
+        self.timer = self._loop.call_later(CHECK_INTERVAL, self.check)
+        self.check_reader()
+        if self._loop.time() - self.heard_at > READ_TIMEOUT:
+            if self.is_idle and self.owes_head:
+                self.force_close()
+            elif not self._reading_paused:
+                self.break_body()
+
+    def check_reader(self) -> None:
+        """End the connection when the client has read nothing for `write_timeout`."""
+        now, unsent = self._loop.time(), self.client.get_write_buffer_size()
+        growing = self._current_request is not None and not self._paused
+        if growing or not unsent or unsent < self.unsent:
+            self.read_at = now
+        self.unsent = unsent
+        if now - self.read_at > self.write_timeout:
+            self.client.abort()
+
+    def break_body(self) -> None:
+        """Tell the handler that waits for the rest of a body that it will not come."""
+        request = self._current_request
+        if request and not request.content.is_eof():
+            request.content.set_exception(web.RequestPayloadError())
+
+    async def finish_response(
+        self, request: web.BaseRequest, resp: web.StreamResponse, start_time: float | None
+    ) -> tuple[web.StreamResponse, bool]:
+        if request.content.exception():  # a broken body has no end that could be waited for
+            request.content.feed_eof()
+            resp.force_close()
+        if isinstance(resp, web.HTTPExpectationFailed):  # raised before any middleware
+            kind = error_kind(417, "unknown_expectation")
+            resp = bare_error(ProxyError(kind, "The only expectation known here is 'Expect: 100-continue'."))
+        return await super().finish_response(request, resp, start_time)
+
+    def log_exception(self, *words: Any, **how: Any) -> None:
+        """Not for a body that breaks when it is no longer read."""
+        if not isinstance(how.get("exc_info"), web.RequestPayloadError):
+            super().log_exception(*words, **how)
+
+    def handle_error(
+        self, request: web.BaseRequest, status: int = 500, exc: BaseException | None = None, _: str | None = None
+    ) -> web.Response:
+        """Refuse what does not reach the app; aiohttp's own texts would repeat headers, keys too."""
+        if isinstance(exc, ConnectionError) or request.writer.output_size:
+            raise ConnectionError("the client has left, or an answer has begun") from exc  # aiohttp knows what to do
+        if status >= 500:
+            LOG.error("a bug in ztoapi", exc_info=exc)
+            error = ProxyError(INTERNAL_ERROR)
+        else:
+            LOG.info("%s sent what is no HTTP", request.remote)
+            message = "This is not HTTP as this server reads it: a header may be malformed, too long, or one too many."
+            error = ProxyError(error_kind(status, "bad_http"), message)
+        return bare_error(error)
+
+
+def bare_error(error: ProxyError) -> web.Response:
+    """An error that was met outside the app; the connection ends with it."""
+    body = encode_json(error_body(error))
+    response = web.Response(body=body, status=error.kind.status, content_type="application/json")
+    response.force_close()
+    return response
+
+
+web_server.RequestHandler = ClientConnection  # type: ignore[assignment, attr-defined] # for every app in this process
+
+
 # ======== Server ====================================================================================================
 
 API = r"/{prefix:/*(?:(?:v1|api/v1|api/paas/v4)/+)*}"  # clients put before a path what they like
@@ -4784,7 +4933,7 @@ def create_app(settings: Settings | None = None) -> web.Application:
         middlewares=[log_requests, catch_errors, local_only],
         client_max_size=settings.max_body_mb * 2**20,
         # When a client leaves, its handler is cancelled, and with it the request to Z.ai.
-        handler_args={"handler_cancellation": True, "logger": LOG},
+        handler_args={"handler_cancellation": True, "logger": LOG, "write_timeout": settings.upstream_timeout},
     )
     app[SETTINGS] = settings
     app[REDACT] = Redactor(settings.secrets)
@@ -4829,15 +4978,8 @@ def page_routes(app: web.Application) -> None:
 
 def add_route(app: web.Application, method: str, path: str, handler: Handler) -> None:
     if method == "GET":
-        app.router.add_route("HEAD", path, handler, expect_handler=expect)
-    app.router.add_route(method, path, handler, expect_handler=expect)
-
-
-async def expect(request: web.Request) -> None:
-    """Answers `Expect: 100-continue`; nothing else that a client may expect is known (RFC 9110, 10.1.1)."""
-    if request.headers["Expect"].lower() == "100-continue":
-        await request.writer.write(b"HTTP/1.1 100 Continue\r\n\r\n")
-        request.writer.output_size = 0  # it is not part of the answer
+        app.router.add_route("HEAD", path, handler)
+    app.router.add_route(method, path, handler)
 
 
 async def connect(app: web.Application) -> AsyncIterator[None]:
@@ -5015,7 +5157,7 @@ def main(arguments: list[str] | None = None) -> None:
     app = create_app(settings)
     gc.collect()
     gc.freeze()  # the collector need not look again at what is here now: it stays
-    web.run_app(app, sock=sockets, print=None, access_log=None, shutdown_timeout=5, backlog=1024, loop=new_loop())
+    web.run_app(app, sock=sockets, print=None, access_log=None, shutdown_timeout=5, backlog=BACKLOG, loop=new_loop())
 
 
 # ======== Check =====================================================================================================

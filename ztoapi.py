@@ -3198,6 +3198,13 @@ class AdaptiveLimit:
         self.limit = self.floor = max(1, min(self.limit, max(in_flight_at_entry, self.in_flight) - 1))
         self.raise_at = now + self.pause
 
+    def last_refusal(self, boot: float) -> JSON | None:
+        """Why the limit is what it is, in Unix time; `boot` is the Unix time at which the clock says 0."""
+        if not self.floor:
+            return None
+        probe_at = boot + self.raise_at
+        return {"lowered_to": self.floor, "refused_at": probe_at - self.pause, "probe_at": probe_at}
+
 
 class Backoff:
     """How long to wait before a request is tried again, and when to give up."""
@@ -3883,6 +3890,8 @@ class Upstream:
                 "in_flight": queue.in_flight,
                 "waiting": len(queue.waiting),
                 "limits": [queue.limits[key].limit for key in numbers],
+                "refusals": [queue.limits[key].last_refusal(boot) for key in numbers],
+                "max_in_flight": self.settings.max_concurrency or None,
             }
             for name, queue in self.queues.items()
         ]
@@ -5873,14 +5882,15 @@ function allowance({ window, type, percentage, used, allowance, resets_at }) {
   const details = [Math.round(left) + say(" % left", " % 剩余"), allowance === null ? "" : number(allowance - used) + " / " + number(allowance), resets_at ? reset(resets_at) : ""];
   return make("div", [make("span", name), bar(name, left, 100, left < 10), make("small", details.filter(Boolean).join(" · "))], { className: "allowance" });
 }
-function reason({ refused_at, in_flight, probe_at }, now) {
-  if (!refused_at) return say("not refused so far; grows with use", "尚未被拒绝；随使用增长");
-  return say(`Z.ai refused one of ${in_flight} at ${clock(refused_at)}; `, `${clock(refused_at)} Z.ai 拒绝了 ${in_flight} 个中的一个；`)
+function reason(refusal, now) {
+  if (!refusal) return say("not refused so far; grows with use", "尚未被拒绝；随使用增长");
+  const { lowered_to, refused_at, probe_at } = refusal;
+  return say(`lowered to ${lowered_to} at ${clock(refused_at)}, when Z.ai refused more; `, `${clock(refused_at)} 因 Z.ai 拒绝更多而降至 ${lowered_to}；`)
     + (probe_at > now ? say("one more is tried from ", "再试一个：") + clock(probe_at) : say("one more is tried when all are in use", "全部占用时再多试一个"));
 }
 function queueRows(q, now) {
   const fixed = q.max_in_flight ? say(`at most ${q.max_in_flight} in all (MAX_CONCURRENCY); `, `合计最多 ${q.max_in_flight}（MAX_CONCURRENCY）；`) : "";
-  return q.limits.map((limit, n) => [...(n ? ["", "", ""] : [q.model, q.in_flight, q.waiting]), n + 1, limit, q.learned ? fixed + reason(q.learned[n], now) : ""]);
+  return q.limits.map((limit, n) => [...(n ? ["", "", ""] : [q.model, q.in_flight, q.waiting]), n + 1, limit, fixed + reason(q.refusals[n], now)]);
 }
 function keyRow(k, operator) {
   const button = (id, words, onclick) => make("button", words, { type: "button", id: id + " " + k.name, ariaLabel: words + " " + k.name, onclick });

@@ -3411,6 +3411,13 @@ async def test_the_first_refusal_too_says_when_the_quota_is_reset(client, zai):
 
 
 @over_sockets
+async def test_codex_is_not_told_to_wait_for_the_quota(client, zai):
+    zai.answers = [refused(1308)]
+    response, _ = await ask(client, ASKED, "/v1/responses")
+    assert (response.status, "Retry-After" in response.headers) == (402, False)
+
+
+@over_sockets
 @pytest.mark.parametrize("code", [1000, 1113, 1308, 1309, 1313, 1211, 1311])
 async def test_a_plan_is_used_first_and_the_next_base_when_it_cannot_be(start, zai, other_zai, code):
     client = await start(zai_api_key=("plan", f"payg@{other_zai.url}"))

@@ -4767,7 +4767,10 @@ async def error_response(request: web.Request, error: ProxyError) -> web.StreamR
     if stream and stream.response.prepared:
         await stream.fail(error)
         return stream.response
-    return json_response(request[ERROR_BODY](error), error.kind.status, error_headers(error))
+    headers = error_headers(error)
+    if error.kind.status == 402 and request.path.rstrip("/").endswith("/responses"):
+        headers.pop("Retry-After", None)  # Codex would wait until then, without a word
+    return json_response(request[ERROR_BODY](error), error.kind.status, headers)
 
 
 SHUTDOWN_GRACE = 30  # seconds that answers in flight have to finish

@@ -15,6 +15,7 @@ import math
 import os
 import re
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -1401,6 +1402,59 @@ def test_a_system_message_of_anthropics_is_a_reminder_in_the_users_turn(turns, w
         "messages": wanted,
         "top_k": 1,
     }
+
+
+# ======== Clients ========
+
+
+def filled(name, folder="$dir", key="sk-k"):
+    return ztoapi.CLIENTS[name].filled("http://h:1", key, MODELS["glm-5.3"], folder)
+
+
+@pytest.mark.parametrize("name", ztoapi.CLIENTS)
+def test_every_client_is_told_address_key_and_model(name):
+    client = filled(name)
+    told = json.dumps([client.variables, client.arguments, client.files])
+    assert [word in told for word in ("http://h:1", "sk-k", "glm-5.3")] == [True] * 3
+    assert "$" not in told.replace("$dir", "")
+
+
+@pytest.mark.parametrize("name", ztoapi.CLIENTS)
+def test_no_client_has_the_key_in_an_argument_where_others_could_see_it(name):
+    assert "sk-k" not in " ".join(filled(name).arguments)
+
+
+@pytest.mark.parametrize("name", ztoapi.CLIENTS)
+def test_the_file_of_a_client_is_json_whatever_the_key(name):
+    plain, odd = ([json.loads(text) for text in filled(name, key=key).files.values()] for key in ("sk-k", 'a"\\b'))
+    assert repr(odd) == repr(plain).replace(repr("sk-k"), repr('a"\\b'))
+
+
+@pytest.mark.parametrize("name", ztoapi.CLIENTS)
+def test_the_lines_for_a_shell_start_the_client_in_the_same_way(tmp_path, name):
+    program = filled(name).arguments[0]
+    report = '{ printf "%s\\n" "$@"; env; cat "$dir"/* "$dir"/.[a-z]*; echo "dir $dir"; } 2>&1'
+    (tmp_path / program).write_text(f"#!/bin/sh\n{report}\n")
+    (tmp_path / program).chmod(0o755)
+    script = f"set -a\n{filled(name).shell_lines()}"
+    env = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "dir": ""}
+    said = subprocess.run(["sh", "-c", script], env=env, capture_output=True, text=True, check=True).stdout
+    client = filled(name, folder=re.search("dir (.*)", said)[1])
+    assert said.startswith("\n".join(client.arguments[1:]))
+    for line in (*(f"{name}={value}" for name, value in client.variables.items()), *client.files.values()):
+        assert f"{line}\n" in said
+
+
+def test_the_readme_names_the_clients_of_the_table():
+    assert f"({', '.join(ztoapi.CLIENTS)})" in (PROGRAM.parent / "README.md").read_text()
+
+
+def test_the_page_shows_each_client_with_words_that_it_can_replace():
+    examples = ztoapi.client_examples()
+    assert [example["command"] for example in examples] == list(ztoapi.CLIENTS)
+    assert {"http://ztoapi.example", "YOUR_KEY", "your-model", "1000001", "1000002"} == set(
+        re.findall(r"http://ztoapi.example|YOUR_KEY|your-model|100000\d", json.dumps(examples))
+    )
 
 
 # ======== Z.ai: the request ========
@@ -4125,6 +4179,7 @@ async def test_health_says_what_matters_and_no_secret(start):
     async with client.get("/health") as response:
         assert await response.json() == {
             "status": "ok",
+            "name": "ztoapi",
             "version": ztoapi.__version__,
             "demo": False,
             "zai_key": True,
@@ -4661,6 +4716,177 @@ async def test_a_refusal_whose_body_stalls_is_judged_by_its_status(client, zai, 
     assert (response.status, error_of(text)["code"], slept(client)) == (400, "zai_400", [0.5, 1])
 
 
+# ======== Launch ========
+
+# A client that asks the server how it is and tells, as JSON in a file, how it was started; then it waits if it is told to.
+FAKE_CLIENT = """#!{python}
+import json, os, pathlib, signal, sys, time, urllib.request
+signal.signal(signal.SIGINT, lambda *_: sys.exit(3))
+folder = pathlib.Path(os.environ["PI_CODING_AGENT_DIR"])
+origin = json.loads((folder / "models.json").read_text())["providers"]["ztoapi"]["baseUrl"][:-3]
+opener = urllib.request.build_opener(urllib.request.ProxyHandler({{}}))
+story = {{
+    "arguments": sys.argv[1:],
+    "key": os.environ["ZTOAPI_KEY"],
+    "theirs": [name for name in os.environ if name.startswith(("OPENAI_", "ANTHROPIC_", "ZAI_"))],
+    "modes": [oct(path.stat().st_mode & 0o777) for path in (folder, folder / "models.json")],
+    "health": json.load(opener.open(origin + "/health"))["name"],
+}}
+pathlib.Path(sys.argv[-1] + ".new").write_text(json.dumps(story))
+os.rename(sys.argv[-1] + ".new", sys.argv[-1])
+time.sleep(30 if "wait" in sys.argv else 0)
+sys.exit(7)
+"""
+
+
+class Launch:
+    """`launch pi` as a process, with a fake pi, on a port on which nothing listens yet."""
+
+    def __init__(self, folder, *arguments, port=None, **variables):
+        self.folder, self.story = folder, folder / "story"
+        (folder / "bin").mkdir()
+        (folder / "bin/pi").write_text(FAKE_CLIENT.format(python=sys.executable))
+        (folder / "bin/pi").chmod(0o755)
+        (folder / "tmp").mkdir()
+        self.port = port or free_port()
+        self.process = subprocess.Popen(
+            [sys.executable, PROGRAM, "launch", "pi", "--port", str(self.port), "--", *arguments, self.story],
+            env={
+                **os.environ,
+                "TMPDIR": str(folder / "tmp"),
+                "PATH": f"{folder}/bin",
+                "ZAI_API_KEY": "zk",
+                **variables,
+            },
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+        )
+
+    async def told(self):
+        assert await eventually(self.story.exists, 10)
+        return json.loads(self.story.read_text())
+
+    def end(self):
+        """The exit status, what it said, and what it left behind."""
+        _, said = self.process.communicate(timeout=20)
+        with socket.socket() as probe:
+            server = probe.connect_ex(("127.0.0.1", self.port)) == 0
+        return self.process.returncode, said, [*(self.folder / "tmp").iterdir(), *(["a server"] if server else [])]
+
+
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def test_launch_tells_a_client_what_it_needs_and_no_more(run, tmp_path):
+    port = run("--demo").port
+    launch = Launch(tmp_path, "--own", port=port, OPENAI_API_KEY="theirs", ANTHROPIC_API_KEY="theirs")
+    status, said, _ = launch.end()
+    assert json.loads(launch.story.read_text()) == {
+        "arguments": ["--provider", "ztoapi", "--model", "glm-4.7-flash", "--own", str(launch.story)],
+        "key": "sk-your-key",
+        "theirs": [],
+        "modes": ["0o700", "0o600"],
+        "health": "ztoapi",
+    }
+    assert (status, [*(tmp_path / "tmp").iterdir()]) == (7, [])
+    assert said == f"ztoapi: pi with glm-4.7-flash at http://localhost:{port}; --model NAME for another\n"
+
+
+def test_launch_starts_a_server_where_there_is_none_and_ends_it(tmp_path):
+    status, said, left = Launch(tmp_path).end()
+    assert (status, left) == (7, [])
+    assert re.search(rf"starting a server for it; its log is {tmp_path}/tmp/ztoapi-\S+\.log\n$", said)
+
+
+@over_sockets
+@pytest.mark.parametrize(
+    ("number", "to_all", "wanted"),
+    [
+        pytest.param(signal.SIGINT, True, 3, id="Ctrl-C, which is the client's"),
+        pytest.param(signal.SIGTERM, False, 143, id="SIGTERM"),
+        pytest.param(signal.SIGHUP, False, 129, id="SIGHUP"),
+    ],
+)
+async def test_a_launch_that_is_ended_leaves_nothing_behind(tmp_path, number, to_all, wanted):
+    launch = Launch(tmp_path, "wait")
+    await launch.told()
+    (os.killpg if to_all else os.kill)(launch.process.pid, number)
+    status, _, left = launch.end()
+    assert (status, left) == (wanted, [])
+
+
+@over_sockets
+async def test_launch_gives_no_key_to_what_is_not_ztoapi(tmp_path, zai):
+    launch = Launch(tmp_path, port=int(zai.url.split(":")[2].split("/")[0]))
+    status, said, left = await asyncio.to_thread(launch.end)
+    assert (status, len(left), launch.story.exists()) == (2, 2, False)
+    assert f"ztoapi: port {launch.port} on localhost is in use" in said
+
+
+def launched(*arguments, **variables):
+    env = {**os.environ, "PATH": "/nowhere", **variables}
+    command = [sys.executable, PROGRAM, "launch", *arguments]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, check=False, timeout=10)
+    return done.returncode, done.stdout, done.stderr
+
+
+def test_launch_says_how_a_client_is_installed():
+    line = "ztoapi: codex is not installed: npm install -g @openai/codex\n"
+    assert launched("codex") == (127, "", line)
+
+
+def test_launch_needs_a_key_for_a_server_of_its_own(tmp_path):
+    status, said, left = Launch(tmp_path, ZAI_API_KEY="").end()
+    assert (status, left) == (2, [])
+    assert said.endswith("or try it without a key: python ztoapi.py --demo\n")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "variables", "model"),
+    [
+        ([], {}, "glm-4.7-flash"),
+        ([], {"ZAI_BASE_URL": "https://api.z.ai/api/coding/paas/v4"}, "glm-5.3"),
+        ([], {"ZAI_API_KEY": "k@china-plan,k@api"}, "glm-5.3"),
+        (["--model", "best"], {"MODEL_ALIASES": "best=GLM-4.6"}, "glm-4.6"),
+    ],
+)
+def test_show_needs_neither_client_nor_server(arguments, variables, model):
+    shown = launched("qwen", "--show", *arguments, HOST="0.0.0.0", DEFAULT_KEY="sk-own", PORT="9999", **variables)
+    assert shown == (
+        0,
+        f"""dir=$(mktemp -d)
+export QWEN_HOME="$dir"
+export OPENAI_API_KEY=sk-own
+export OPENAI_BASE_URL=http://localhost:9999/v1
+export OPENAI_MODEL={model}
+qwen --auth-type openai
+""",
+        "",
+    )
+
+
+def test_the_banner_ends_with_what_to_do_next():
+    with_key, without = (ztoapi.banner(Settings(zai_api_key=keys), 9090).splitlines() for keys in (("zk",), ()))
+    assert with_key[-1] == "  agent     python ztoapi.py launch claude    (or codex, opencode, …: launch --help)"
+    assert [re.sub(r"/\S+/", "…/", line) for line in without[-3:]] == [
+        "  note      no ZAI_API_KEY yet, so chat answers 503. Get a key: https:…/apikey-list",
+        "            put it in …/.env as ZAI_API_KEY=…, and start again;",
+        "            or try it without one: python ztoapi.py --demo",
+    ]
+
+
+def test_the_program_names_its_dependencies_for_uv():
+    program, requirements = PROGRAM.read_text(), (PROGRAM.parent / "requirements.txt").read_text()
+    wanted = requirements.split("# its tests")[0].splitlines()[1:]
+    lines = ["/// script", 'requires-python = ">=3.10"', f"dependencies = {json.dumps(wanted)}", "///"]
+    assert program.startswith("".join(f"# {line}\n" for line in lines))
+
+
 # ======== For people ========
 
 
@@ -5018,7 +5244,8 @@ async def check(zai, **variables):
 async def test_the_doctor_finds_all_well(zai):
     zai.parts = [DOCUMENT]
     status, lines = await check(zai)
-    assert (status, [line[0] for line in lines]) == (0, ["✓"] * 4)
+    assert (status, [line[0] for line in lines]) == (0, ["✓"] * 5)
+    assert re.match(r"✓ clients   (none is installed|python ztoapi.py launch \w+)", lines[2])
     assert "你好" in lines[-1]
 
 

@@ -1,3 +1,7 @@
+# /// script
+# requires-python = ">=3.10"
+# dependencies = ["aiohttp>=3.14", "python-dotenv>=1.0"]
+# ///
 """ztoapi: Z.ai's GLM models behind an OpenAI-compatible API, in one file.
 
     python ztoapi.py --demo      try it without a key
@@ -17,9 +21,9 @@ Where a request goes:
 Everything above the banner "Admission" is pure: no socket, clock, environment, randomness or async. It raises
 BadRequest (the client's fault), UpstreamError (Z.ai's) or another ProxyError; any other exception is a bug.
 The sections, in order: Settings, Errors, Models, JSON, Internal representation; what clients speak (Request fields,
-Chat completions, Completions, Responses, Surfaces); what Z.ai speaks (request, errors, answer); Accounts; then I/O:
+Chat completions, Completions, Responses, Surfaces), Clients; what Z.ai speaks (request, errors, answer); Accounts; I/O:
 Admission (keys, limits, queue), Z.ai client, Upstream (retries, fallbacks), Requests (records, statistics),
-Streaming out, Handlers, Pass-through, Access, Errors and shutdown, Server; at the end Check, Demo and Pages.
+Streaming out, Handlers, Pass-through, Access, Errors and shutdown, Server, Commands; at the end Demo and Pages.
 """
 
 from __future__ import annotations
@@ -40,26 +44,33 @@ import os
 import random
 import re
 import secrets
+import shlex
+import shutil
+import signal
 import socket
+import subprocess
 import sys
+import tempfile
 import time
 from abc import ABC, abstractmethod
 from bisect import insort
 from collections import Counter, defaultdict, deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Generator, Iterable, Iterator, Mapping
-from contextlib import AsyncExitStack, asynccontextmanager, contextmanager, suppress
+from contextlib import AsyncExitStack, asynccontextmanager, contextmanager, nullcontext, suppress
 from contextvars import ContextVar
 from dataclasses import astuple, dataclass, field, fields, replace
 from datetime import datetime, timezone
 from fnmatch import fnmatchcase
 from functools import partial
+from http.client import HTTPException
 from importlib import import_module
-from itertools import chain, count, groupby
+from itertools import chain, count, groupby, takewhile
 from operator import add, attrgetter
 from pathlib import Path
+from string import Template
 from typing import Any, Literal, NoReturn, Protocol, TypeVar, cast
 from urllib.parse import quote, urlsplit
-from urllib.request import getproxies, proxy_bypass
+from urllib.request import ProxyHandler, build_opener, getproxies, proxy_bypass
 from weakref import WeakSet
 
 import aiohttp
@@ -2291,6 +2302,120 @@ def sse_frame(frame: JSON | str) -> str:
     return f"{name}data: {to_json(frame)}\n\n"
 
 
+# ======== Clients ===================================================================================================
+# How each client is installed, and started with nothing but this server: as one would type it, variables first. $dir is
+# a folder of its own; the file that a client reads from it, if any, comes last.
+
+CLIENT_TABLE = r"""
+claude: npm install -g @anthropic-ai/claude-code
+CLAUDE_CONFIG_DIR=$dir ANTHROPIC_BASE_URL=$origin ANTHROPIC_AUTH_TOKEN=$key ANTHROPIC_API_KEY= ANTHROPIC_MODEL=$model \
+ANTHROPIC_DEFAULT_OPUS_MODEL=$model ANTHROPIC_DEFAULT_SONNET_MODEL=$model ANTHROPIC_DEFAULT_HAIKU_MODEL=$model \
+CLAUDE_CODE_SUBAGENT_MODEL=$model CLAUDE_CODE_ATTRIBUTION_HEADER=0 claude
+.claude.json: {"hasCompletedOnboarding": true}
+
+codex: npm install -g @openai/codex
+CODEX_HOME=$dir ZTOAPI_KEY=$key codex -c model=$model -c model_provider=ztoapi -c model_providers.ztoapi.name=ztoapi \
+-c model_providers.ztoapi.base_url=$base -c model_providers.ztoapi.env_key=ZTOAPI_KEY \
+-c model_providers.ztoapi.wire_api=responses -c model_providers.ztoapi.model_catalog_url=$base/models
+
+opencode: npm install -g opencode-ai
+$xdg npm_config_cache=$dir/npm OPENCODE_CONFIG=$dir/config.json opencode -m ztoapi/$model
+config.json: {"model": "ztoapi/$model", "provider": {"ztoapi": {"npm": "@ai-sdk/openai-compatible", \
+"options": {"baseURL": "$base", "apiKey": "$key"}, "models": {"$model": {"reasoning": true, "attachment": $vision, \
+"limit": {"context": $context, "output": $output}}}}}}
+
+kilo: npm install -g @kilocode/cli
+$xdg KILO_CONFIG=$dir/config.json kilo -m ztoapi/$model
+config.json: {"model": "ztoapi/$model", "provider": {"ztoapi": {"npm": "@ai-sdk/openai-compatible", \
+"options": {"baseURL": "$base", "apiKey": "$key"}, "models": {"$model": {"reasoning": true, "attachment": $vision, \
+"limit": {"context": $context, "output": $output}}}}}}
+
+qwen: npm install -g @qwen-code/qwen-code
+QWEN_HOME=$dir OPENAI_API_KEY=$key OPENAI_BASE_URL=$base OPENAI_MODEL=$model qwen --auth-type openai
+
+pi: npm install -g @mariozechner/pi-coding-agent
+PI_CODING_AGENT_DIR=$dir ZTOAPI_KEY=$key pi --provider ztoapi --model $model
+models.json: {"providers": {"ztoapi": {"baseUrl": "$base", "api": "openai-completions", "apiKey": "ZTOAPI_KEY", \
+"models": [{"id": "$model", "reasoning": true, "contextWindow": $context, "maxTokens": $output}]}}}
+
+cline: npm install -g cline
+CLINE_DATA_DIR=$dir CLINE_PROVIDER_SETTINGS_PATH=$dir/providers.json CLINE_SESSION_BACKEND_MODE=local \
+cline -P openai-compatible -m $model
+providers.json: {"version": 1, "providers": {"openai-compatible": {"settings": {"provider": "openai-compatible", \
+"apiKey": "$key", "model": "$model", "baseUrl": "$base"}, "updatedAt": "2026-01-01T00:00:00.000Z"}}}
+
+continue: npm install -g @continuedev/cli
+CONTINUE_GLOBAL_DIR=$dir cn --config $dir/config.yaml
+config.yaml: {"name": "ztoapi", "version": "1.0.0", "schema": "v1", "models": [{"name": "$model", "model": "$model", \
+"provider": "openai", "apiBase": "$base", "apiKey": "$key", "roles": ["chat", "edit", "apply"]}]}
+
+aider: pip install aider-chat
+AIDER_OPENAI_API_BASE=$base AIDER_OPENAI_API_KEY=$key aider --model openai/$model --weak-model openai/$model \
+--edit-format diff --no-show-model-warnings
+
+gptme: pip install gptme
+$xdg OPENAI_BASE_URL=$base OPENAI_API_KEY=$key gptme --tool-format tool -m local/$model
+
+llm: pip install llm
+LLM_USER_PATH=$dir LLM_MODEL=$model OPENAI_API_KEY=$key llm
+extra-openai-models.yaml: [{"model_id": "$model", "model_name": "$model", "api_base": "$base", "reasoning": true, \
+"api_key_name": "openai", "supports_tools": true, "supports_schema": true}]
+"""
+XDG = "XDG_CONFIG_HOME=$dir/config XDG_DATA_HOME=$dir/data XDG_STATE_HOME=$dir/state XDG_CACHE_HOME=$dir/cache"
+
+
+@dataclass(frozen=True, slots=True)
+class Client:
+    """How a client is installed and started; `files`, by name, are in a folder of its own."""
+
+    install: str
+    variables: dict[str, str]
+    arguments: list[str]
+    files: dict[str, str]
+
+    def filled(self, origin: str, key: str, model: Model, folder: str) -> Client:
+        """The client for one server, key, model and folder."""
+        words = {"origin": origin, "base": f"{origin}/v1", "key": key, "dir": folder, "model": model.id}
+        words |= {"context": str(model.context or 128 * K), "output": str(model.output or 16 * K)}
+        words["vision"] = to_json(model.vision)
+        in_json = {word: to_json(text)[1:-1] for word, text in words.items()}
+        variables = {name: Template(text).substitute(words) for name, text in self.variables.items()}
+        arguments = [Template(text).substitute(words) for text in self.arguments]
+        files = {name: Template(text).substitute(in_json) for name, text in self.files.items()}
+        return Client(self.install, variables, arguments, files)
+
+    def shell_lines(self) -> str:
+        """What one would type; the folder must be "$dir"."""
+        files = [f"cat > \"$dir/{name}\" <<'EOF'\n{text}\nEOF" for name, text in self.files.items()]
+        exports = [f"export {name}={shell_word(value)}" for name, value in self.variables.items()]
+        lines = "\n".join([*files, *exports, " ".join(map(shell_word, self.arguments))])
+        return f"dir=$(mktemp -d)\n{lines}" if "$dir" in lines else lines
+
+
+def shell_word(word: str) -> str:
+    return f'"{word}"' if word.startswith("$dir") else shlex.quote(word)
+
+
+def parse_client(row: str) -> tuple[str, Client]:
+    head, line, *files = row.split("\n")
+    name, _, install = head.partition(": ")
+    words = shlex.split(line)
+    variables = dict(word.split("=", 1) for word in takewhile(re.compile(r"\w+=").match, words))
+    return name, Client(install, variables, words[len(variables) :], dict(file.split(": ", 1) for file in files))
+
+
+CLIENTS = dict(map(parse_client, CLIENT_TABLE.replace("\\\n", "").replace("$xdg", XDG).strip().split("\n\n")))
+
+
+def client_examples() -> list[JSON]:
+    """What the page shows, with words that it replaces by its own address, key and model."""
+    example = ("http://ztoapi.example", "YOUR_KEY", Model("your-model", 1_000_001, 1_000_002, vision=False), "$dir")
+    return [
+        {"command": name, "install": client.install, "lines": client.filled(*example).shell_lines()}
+        for name, client in CLIENTS.items()
+    ]
+
+
 # ======== Z.ai: request =============================================================================================
 
 
@@ -4391,7 +4516,8 @@ async def delete_response(request: web.Request) -> web.Response:
 async def health(request: web.Request) -> web.Response:
     settings = request.app[SETTINGS]
     return json_response(
-        {"status": "ok", "version": __version__, "demo": settings.demo, "zai_key": bool(settings.zai_api_key)}
+        {"status": "ok", "name": "ztoapi", "version": __version__}
+        | {"demo": settings.demo, "zai_key": bool(settings.zai_api_key)}
     )
 
 
@@ -5056,9 +5182,9 @@ def settings_or_exit(flags: Mapping[str, str]) -> Settings:
         refuse(error)
 
 
-def refuse(reason: object) -> NoReturn:
+def refuse(reason: object, status: int = 2) -> NoReturn:
     print(f"ztoapi: {reason}", file=sys.stderr)
-    raise SystemExit(2)
+    raise SystemExit(status)
 
 
 def listen(host: str, port: int) -> list[socket.socket]:
@@ -5127,11 +5253,17 @@ def banner(settings: Settings, port: int) -> str:
             f"  note      the key for clients is the published {PUBLISHED_KEY}, so this machine alone may call"
         )
     if not settings.zai_api_key:
-        lines.append("  note      no ZAI_API_KEY, so chat answers 503: get one at z.ai/manage-apikey, or try --demo")
+        lines += [
+            "  note      no ZAI_API_KEY yet, so chat answers 503. Get a key: https://z.ai/manage-apikey/apikey-list",
+            f"            put it in {ENV_FILE} as ZAI_API_KEY=…, and start again;",
+            "            or try it without one: python ztoapi.py --demo",
+        ]
+    else:
+        lines.append("  agent     python ztoapi.py launch claude    (or codex, opencode, …: launch --help)")
     return "\n".join(lines)
 
 
-def parse_flags(arguments: list[str] | None) -> argparse.Namespace:
+def parse_flags(arguments: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         "ztoapi.py",
         description="Z.ai's GLM models behind an OpenAI-compatible API.",
@@ -5140,10 +5272,16 @@ def parse_flags(arguments: list[str] | None) -> argparse.Namespace:
     way = parser.add_mutually_exclusive_group()
     way.add_argument("--demo", action="store_true", help="answer from a built-in stand-in for Z.ai; needs no key")
     way.add_argument("--check", action="store_true", help="say what is configured and whether it works, then end")
-    parser.add_argument("--host", help="address to listen on (HOST)")
-    parser.add_argument("--port", help="port to listen on (PORT)")
+    starter = parser.add_subparsers(dest="command").add_parser("launch", help="start a client that uses this server")
+    starter.add_argument("client", choices=CLIENTS, help="what follows -- is for the client: launch claude -- -p hello")
+    starter.add_argument("--model", help="the model that it uses")
+    starter.add_argument("--show", action="store_true", help="print how it is started, as lines for a shell")
+    for each in (parser, starter):
+        each.add_argument("--host", default=argparse.SUPPRESS, help="address to listen on (HOST)")
+        each.add_argument("--port", default=argparse.SUPPRESS, help="port to listen on (PORT)")
     parser.add_argument("--version", action="version", version=f"ztoapi {__version__}")
-    return parser.parse_args(arguments)
+    own = list(takewhile("--".__ne__, arguments))
+    return parser.parse_args(own, argparse.Namespace(arguments=arguments[len(own) + 1 :]))
 
 
 def new_loop() -> asyncio.AbstractEventLoop:
@@ -5156,11 +5294,13 @@ def new_loop() -> asyncio.AbstractEventLoop:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    flags = parse_flags(arguments)
-    given = {name: value for name, value in (("HOST", flags.host), ("PORT", flags.port)) if value is not None}
+    flags = parse_flags(sys.argv[1:] if arguments is None else arguments)
+    given = {name.upper(): value for name, value in vars(flags).items() if name in ("host", "port")}
     if flags.check:
         raise SystemExit(asyncio.run(check(given)))
     settings = settings_or_exit(given)
+    if flags.command == "launch":
+        raise SystemExit(launch(settings, flags))
     sockets = listen_or_exit(settings)
     address = sockets[0].getsockname()
     settings = with_demo(settings, address) if flags.demo else settings
@@ -5172,7 +5312,7 @@ def main(arguments: list[str] | None = None) -> None:
     web.run_app(app, sock=sockets, print=None, access_log=None, shutdown_timeout=5, backlog=BACKLOG, loop=new_loop())
 
 
-# ======== Check =====================================================================================================
+# ======== Commands ==================================================================================================
 
 
 @dataclass(frozen=True)
@@ -5193,6 +5333,8 @@ async def diagnose(settings: Settings) -> AsyncIterator[Finding]:
     keys = "1 key" if len(settings.zai_api_key) == 1 else f"{len(settings.zai_api_key)} keys"
     yield Finding("settings", f"{', '.join(settings.zai_base_urls)}, {keys} for Z.ai ({source})")
     yield check_port(settings)
+    found = [f"python ztoapi.py launch {name}" for name in CLIENTS if shutil.which(CLIENTS[name].arguments[0])]
+    yield Finding("clients", ", ".join(found) or "none is installed; python ztoapi.py launch --help names them")
     if not settings.zai_api_key:
         yield Finding("key", ZAI_API_KEY_MISSING.message, good=False)
         return
@@ -5254,6 +5396,74 @@ async def check(flags: Mapping[str, str]) -> int:
         print(redact(str(finding)), flush=True)
         good = good and finding.good
     return 0 if good else 1
+
+
+# What a client does not inherit: variables for other accounts, and our settings, which have the key for Z.ai.
+OTHER_ACCOUNTS = ("ANTHROPIC_", "OPENAI_", "ZAI_")
+
+
+def launch(settings: Settings, flags: argparse.Namespace) -> int:
+    """Start a client that uses this server, or a server of its own if there is none; returns its exit status."""
+    default = "glm-5.3" if "/coding/" in settings.zai_base_urls[0] else "glm-4.7-flash"  # which is free
+    model = resolve(flags.model or default, settings.model_aliases)
+    host = re.sub(r"^(0\.0\.0\.0|::)$", "localhost", settings.host)
+    origin = f"http://{bracketed(host)}:{settings.port}"
+    filled = partial(CLIENTS[flags.client].filled, origin, settings.default_key[0], model)
+    client = filled("$dir")
+    if flags.show:
+        print(client.shell_lines())
+        return 0
+    program = shutil.which(client.arguments[0]) or refuse(f"{flags.client} is not installed: {client.install}", 127)
+    print(f"ztoapi: {flags.client} with {model.id} at {origin}; --model NAME for another", file=sys.stderr)
+    for number in (signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)):  # Windows has no SIGHUP
+        signal.signal(number, lambda number, _: sys.exit(128 + number))
+    server = nullcontext() if is_ztoapi(origin) else own_server(settings, origin)
+    with server, tempfile.TemporaryDirectory(prefix="ztoapi-", ignore_cleanup_errors=True) as folder:
+        client = filled(folder)
+        for name, text in client.files.items():
+            Path(folder, name).touch(0o600)
+            Path(folder, name).write_text(text, encoding="utf-8")
+        return run([program, *client.arguments[1:], *flags.arguments], client.variables)
+
+
+def is_ztoapi(origin: str) -> bool:
+    """Whether a ztoapi answers there: nothing else may get the key."""
+    with suppress(OSError, ValueError, AttributeError, HTTPException):
+        reply = build_opener(ProxyHandler({})).open(f"{origin}/health", timeout=5)
+        return bool(json.loads(reply.read(9999)).get("name") == "ztoapi")
+    return False
+
+
+@contextmanager
+def own_server(settings: Settings, origin: str) -> Iterator[None]:
+    """A server in a process of its own while the block runs. Its log is kept only if it failed."""
+    if not settings.zai_api_key:
+        refuse(ZAI_API_KEY_MISSING.message)
+    command = [sys.executable, __file__, f"--host={settings.host}", f"--port={settings.port}"]
+    with tempfile.NamedTemporaryFile(prefix="ztoapi-", suffix=".log", delete=False) as log:
+        # In a session of its own, so that it does not get the terminal's Ctrl-C.
+        server = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
+    print(f"ztoapi: starting a server for it; its log is {log.name}", file=sys.stderr)
+    try:
+        while server.poll() is None and not is_ztoapi(origin):
+            time.sleep(0.05)
+        yield None if server.poll() is None else refuse(Path(log.name).read_text().partition(": ")[2].strip())
+    finally:
+        server.terminate()
+        if server.wait() == 0:
+            Path(log.name).unlink()
+
+
+def run(command: list[str], variables: dict[str, str]) -> int:
+    """The exit status of a client; as in a shell 128 and the signal's number if a signal ended it."""
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith(OTHER_ACCOUNTS)}
+    signal.signal(signal.SIGINT, lambda *_: None)  # the client gets Ctrl-C too, and decides what it means
+    with subprocess.Popen(command, env=inherited | variables) as process:
+        try:
+            status = process.wait()
+        finally:
+            process.terminate()
+    return status if status >= 0 else 128 - status
 
 
 # ======== Demo ======================================================================================================

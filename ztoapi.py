@@ -58,7 +58,7 @@ from collections import Counter, defaultdict, deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Generator, Iterable, Iterator, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager, nullcontext, suppress
 from contextvars import ContextVar
-from dataclasses import astuple, dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from datetime import datetime, timezone
 from fnmatch import fnmatchcase
 from functools import partial
@@ -766,8 +766,10 @@ class Usage:
     reasoning: int = 0
 
     def __add__(self, other: Usage) -> Usage:
-        return Usage(*map(add, astuple(self), astuple(other)))
+        return Usage(*map(add, COUNTS(self), COUNTS(other)))
 
+
+COUNTS = attrgetter(*(f.name for f in fields(Usage)))
 
 FinishReason = Literal["stop", "length", "tool_calls", "content_filter"]
 
@@ -925,7 +927,7 @@ class Answer:
         self.events.append(event)
         match event:
             case Usage():
-                self.usage = event + (self.usage or Usage())
+                self.usage = self.usage + event if self.usage else event
             case Thought(text, choice):
                 self.choices[choice].thoughts.append(text)
             case Text(text, choice):
@@ -4824,7 +4826,7 @@ async def add_headers(request: web.Request, response: web.StreamResponse) -> Non
 
 @web.middleware
 async def log_requests(request: web.Request, handler: Handler) -> web.StreamResponse:
-    """Gives every request its record, and every answer its line in the log and its place in the statistics."""
+    """The outermost: gives every request its record, and every answer its line in the log and the statistics."""
     request[ERROR_BODY] = anthropic_error_body if speaks_anthropic(request) else error_body
     record = request[RECORD] = Record(request.method, printable(request.path), time.monotonic(), secrets.token_hex(12))
     in_flight, task = request.app[IN_FLIGHT], asyncio.current_task()
@@ -4832,7 +4834,7 @@ async def log_requests(request: web.Request, handler: Handler) -> web.StreamResp
     REQUEST_ID.set(record.id[:8])
     in_flight[task] = request
     try:
-        response = await handler(request)
+        response = await catch_errors(request, handler)
         record.status = response.status
         return response
     finally:
@@ -4848,7 +4850,6 @@ def speaks_anthropic(request: web.Request) -> bool:
     return "anthropic-version" in request.headers or request.path.rstrip("/").endswith(("/messages", "/count_tokens"))
 
 
-@web.middleware
 async def catch_errors(request: web.Request, handler: Handler) -> web.StreamResponse:
     """Turns every failure into an error of ours."""
     try:
@@ -5068,7 +5069,7 @@ def create_app(settings: Settings | None = None) -> web.Application:
     if settings is None:
         settings = settings_of_worker()
     app = web.Application(
-        middlewares=[log_requests, catch_errors, local_only],
+        middlewares=[log_requests, local_only],
         client_max_size=settings.max_body_mb * 2**20,
         # When a client leaves, its handler is cancelled, and with it the request to Z.ai.
         handler_args={"handler_cancellation": True, "logger": LOG, "write_timeout": settings.upstream_timeout},

@@ -9,18 +9,24 @@ import asyncio
 import contextlib
 import gzip
 import hashlib
+import http.client
 import io
 import json
 import math
 import os
 import re
+import secrets
 import shutil
 import signal
 import socket
+import sqlite3
 import subprocess
 import sys
+import tempfile
 import time
 from contextlib import asynccontextmanager
+from dataclasses import replace
+from datetime import date, timedelta
 from heapq import heappop, heappush
 from itertools import count, product
 from pathlib import Path
@@ -34,6 +40,8 @@ from aiohttp.test_utils import make_mocked_request
 import ztoapi
 from ztoapi import (
     MODELS,
+    Account,
+    Accounts,
     AdaptiveLimit,
     Answer,
     Backoff,
@@ -65,6 +73,7 @@ from ztoapi import (
     Usage,
     ZaiReader,
     create_app,
+    day_of,
     encode_json,
     error_body,
     error_headers,
@@ -936,12 +945,13 @@ def test_a_completion_has_the_text_alone():
 ASKED = {"model": "glm-4.6", "input": "你好"}
 
 
-def history(store=None):
-    return ztoapi.ClientHistory(store or ztoapi.ResponseStore(), "me")
+class History(dict):
+    def put(self, stored):
+        self[stored.response["id"]] = stored
 
 
 def parse_response(**fields):
-    return ztoapi.parse_response(ASKED | fields, history()).prompt
+    return ztoapi.parse_response(ASKED | fields, History()).prompt
 
 
 NAMESPACE = {
@@ -956,7 +966,7 @@ def test_an_item_may_be_sent_by_its_id_alone():
     _, response, store = respond([Text("x"), CALLED, Finish("tool_calls")])
     items = [{"type": "item_reference", "id": item["id"]} for item in response["output"]]
     output = {"type": "function_call_output", "call_id": "c1", "output": "1"}
-    prompt = ztoapi.parse_response({"model": "glm-4.6", "input": [*items, output]}, history(store)).prompt
+    prompt = ztoapi.parse_response({"model": "glm-4.6", "input": [*items, output]}, store).prompt
     assert prompt.messages == (Message("assistant", ("x",), calls=(CALLED,)), Message("tool", ("1",), call_id="c1"))
 
 
@@ -1101,8 +1111,8 @@ def test_what_else_a_response_asks_for():
 
 def respond(events, **fields):
     """The types of the events of a streamed response, and the response in the last."""
-    store = ztoapi.ResponseStore()
-    stream = ztoapi.parse_response(ASKED | fields, history(store)).encoder(HEAD)
+    store = History()
+    stream = ztoapi.parse_response(ASKED | fields, store).encoder(HEAD)
     streamed = [frame for event in events for frame in stream.feed(event)] + stream.close()
     assert [frame["sequence_number"] for frame in streamed] == list(range(len(streamed)))
     return [frame["type"].removeprefix("response.") for frame in streamed], streamed[-1]["response"], store
@@ -1264,12 +1274,12 @@ def test_a_response_that_is_cut_short_says_so(reason, why):
     ],
 )
 def test_a_response_that_breaks_off_has_failed(code, wanted):
-    stream = ztoapi.parse_response(ASKED, history()).encoder(HEAD)
+    stream = ztoapi.parse_response(ASKED, History()).encoder(HEAD)
     stream.feed(Text("x"))
     (frame,) = stream.fail(zai_error(400, b'{"error":{"code":"%s","message":"x"}}' % code.encode()))
     assert (frame["type"], frame["response"]["error"]["code"]) == ("response.failed", wanted)
     assert frame["response"]["completed_at"] is None
-    early = ztoapi.parse_response(ASKED, history()).encoder(HEAD).fail(BadRequest("no"))
+    early = ztoapi.parse_response(ASKED, History()).encoder(HEAD).fail(BadRequest("no"))
     assert [frame["type"] for frame in early] == ["response.created", "response.in_progress", "response.failed"]
 
 
@@ -1285,40 +1295,40 @@ def test_a_response_that_breaks_off_has_failed(code, wanted):
 )
 def test_a_whole_response_is_the_last_of_its_events(events):
     _, streamed, _ = respond(events)
-    assert ztoapi.parse_response(ASKED, history()).document(HEAD, summed_up(events)) == streamed
+    assert ztoapi.parse_response(ASKED, History()).document(HEAD, summed_up(events)) == streamed
 
 
 def test_a_response_is_remembered_with_the_whole_conversation():
     _, response, store = respond(EVENTS)
     body = {"model": "glm-4.6", "input": "and?", "previous_response_id": response["id"]}
-    assert ztoapi.parse_response(body, history(store)).prompt.messages == (
+    assert ztoapi.parse_response(body, store).prompt.messages == (
         Message("user", ("你好",)),
         Message("assistant", ("你好",), "hm"),
         Message("user", ("and?",)),
     )
-    assert respond(EVENTS, store=False)[2].stored == {}
+    assert respond(EVENTS, store=False)[2] == {}
 
 
-def test_the_memory_of_responses_is_bounded(monkeypatch):
-    monkeypatch.setattr(ztoapi.ResponseStore, "MAX_RESPONSES", 3)
-    store = ztoapi.ResponseStore()
-    for i in (0, 1, 2, 3, 4, 4):
-        store.put("me", ztoapi.StoredResponse({"id": str(i)}, [{"role": "user", "content": "x"}]))
-    assert [name for _, name in store.stored] == ["2", "3", "4"]
-    monkeypatch.setattr(ztoapi.ResponseStore, "MAX_BYTES", store.size)
-    store.put("me", ztoapi.StoredResponse({"id": "5", "x": "y" * 40}, []))
-    assert ("me", "2") not in store.stored
-    assert store.size == sum(size for _, size in store.stored.values())
-
-
-def test_a_response_belongs_to_the_key_that_made_it():
-    _, response, store = respond(EVENTS)
-    assert history(store).get(response["id"]).response == response
-    assert ztoapi.ClientHistory(store, "another").get(response["id"]) is None
-    body = ASKED | {"previous_response_id": response["id"]}
+def test_a_previous_response_that_is_not_there_is_named():
     with pytest.raises(BadRequest) as refused:
-        ztoapi.parse_response(body, ztoapi.ClientHistory(store, "another"))
+        ztoapi.parse_response(ASKED | {"previous_response_id": "resp_gone"}, History())
     assert (refused.value.kind.code, refused.value.param) == ("previous_response_not_found", "previous_response_id")
+
+
+@pytest.mark.parametrize(
+    ("fields", "wanted"),
+    [
+        ({}, []),
+        ({"previous_response_id": "resp_1"}, ["resp_1"]),
+        (
+            {"input": [{"type": "item_reference", "id": "msg_2_0"}, {"type": "item_reference", "id": "fc_2_1"}]},
+            ["resp_2"],
+        ),
+        ({"input": [{"type": "item_reference"}, 1, {"id": "msg_3_0"}], "previous_response_id": 5}, ["5", "resp_"]),
+    ],
+)
+def test_the_responses_that_a_request_refers_to_are_known_before_it_is_parsed(fields, wanted):
+    assert ztoapi.referred_responses(ASKED | fields) == wanted
 
 
 @pytest.mark.parametrize(
@@ -2466,6 +2476,162 @@ def test_messages_that_begin_with_a_failure_fail(data):
             pass_messages(parts)
 
 
+# ======== Accounts ========
+
+TODAY = date(2026, 11, 21)  # a Saturday
+NOON = ztoapi.midnight(TODAY) + 12 * 3600
+
+
+@pytest.mark.parametrize(
+    ("limit", "words", "wanted"),
+    [
+        ("expires", "2027-01-31", "2027-01-31"),
+        ("expires", "2026-11-21", "2026-11-21"),
+        ("expires", "30d", "2026-12-21"),
+        ("tokens", "5M", "5M"),
+        ("tokens", "500k/day", "500k/day"),
+        ("models", "glm-4.*, glm-5.3", "glm-4.*,glm-5.3"),
+        ("rpm", "20", 20),
+        ("rpm", 20, 20),
+        ("parallel", "2", 2),
+        ("parallel", "none", None),
+        ("tokens", None, None),
+    ],
+)
+def test_a_limit_is_kept_in_the_words_it_was_given_in(limit, words, wanted):
+    assert ztoapi.parse_limits({limit: words}, TODAY) == {limit: wanted}
+
+
+@pytest.mark.parametrize(
+    ("limit", "words"),
+    [
+        *(("expires", words) for words in ("2026-11-20", "2026-02-30", "0d", "d", "-3d", "99999d", "soon", "")),
+        *(("tokens", words) for words in ("lots", "0", "-5", "5M/year", "5T", "1.5M", "5M/", "٣", "", [])),
+        *(("models", words) for words in (",", "glm-4.6,", "a b c!", "")),
+        *(("rpm", words) for words in ("0", "-1", "1.5", "many", True, 10**9)),
+        *(("parallel", words) for words in ("0", {})),
+        *(("owner", words) for words in ("me", "none", None)),
+    ],
+)
+def test_a_limit_that_makes_no_sense_is_refused_by_name(limit, words):
+    with pytest.raises(BadRequest) as refused:
+        ztoapi.parse_limits({limit: words}, TODAY)
+    assert refused.value.param == limit
+    assert str(refused.value).startswith(f"{limit} ")
+
+
+@pytest.mark.parametrize("name", ["", "a b", "a/b", "x" * 65, "operator", None, 3, "a\n"])
+def test_a_name_that_cannot_be_a_keys_is_refused(name):
+    with pytest.raises(BadRequest):
+        ztoapi.parse_key_name(name)
+    assert ztoapi.parse_key_name("Zoë.李+x@y_z-1") == "Zoë.李+x@y_z-1"
+
+
+@pytest.mark.parametrize(
+    ("tokens", "budget", "first", "following"),
+    [
+        (None, None, date.min, date.max),
+        ("7", 7, date.min, date.max),
+        ("500k/day", 500_000, TODAY, date(2026, 11, 22)),
+        ("5M/week", 5_000_000, date(2026, 11, 16), date(2026, 11, 23)),
+        ("1g/month", 10**9, date(2026, 11, 1), date(2026, 12, 1)),
+    ],
+)
+def test_a_budget_is_for_a_period_that_begins_at_midnight(tokens, budget, first, following):
+    account = Account("a", tokens=tokens)
+    assert (account.budget, account.period(TODAY)) == (budget, (first, following))
+
+
+def test_the_last_month_of_a_year_ends_with_it():
+    assert Account("a", tokens="1/month").period(date(2026, 12, 31))[1] == date(2027, 1, 1)
+
+
+def test_a_key_is_valid_to_the_end_of_its_last_day():
+    Account("a", expires="2026-11-21").check_date(TODAY)
+    with pytest.raises(ztoapi.ProxyError, match="until 2026-11-21") as refused:
+        Account("a", expires="2026-11-21").check_date(date(2026, 11, 22))
+    assert (refused.value.kind.status, refused.value.kind.code) == (401, "key_expired")
+
+
+@pytest.mark.parametrize(("models", "allowed"), [(None, True), ("GLM-4.*,glm-5", True), ("glm-5*", False)])
+def test_the_models_of_a_key_are_patterns(models, allowed):
+    assert Account("a", models=models).allows(MODELS["glm-4.6"]) is allowed
+
+
+def counted(accounts, account, tokens, day=TODAY):
+    accounts.count((account.id, day.isoformat(), "glm-4.6"), (1, 0, tokens - 1, 0, 1))
+
+
+@pytest.mark.parametrize(
+    ("tokens", "words", "wait"),
+    [
+        ("100", "the operator of this server can give it more", None),
+        ("100/day", "begins anew on 2026-11-22 at 00:00 UTC", 12 * 3600),
+        ("100/week", "begins anew on 2026-11-23 at 00:00 UTC", 36 * 3600),
+    ],
+)
+def test_a_used_up_key_says_when_it_begins_anew(tokens, words, wait):
+    accounts, account = Accounts(()), Account("a", "anna", tokens=tokens)
+    counted(accounts, account, 99)
+    accounts.check_budget(account, NOON)
+    counted(accounts, account, 1)
+    with pytest.raises(ztoapi.ProxyError, match=words) as refused:
+        accounts.check_budget(account, NOON)
+    assert error_headers(refused.value).get("Retry-After") == (wait and str(wait))
+    assert (refused.value.kind.status, refused.value.kind.code) == (402, "key_quota_exceeded")
+
+
+def test_what_is_used_is_the_databases_sum_and_what_it_does_not_have_yet():
+    accounts, account = Accounts(()), Account("a", "anna", tokens="100/week")
+    counted(accounts, account, 1, date(2026, 11, 15))  # in another week
+    counted(accounts, Account("b"), 2)
+    counted(accounts, account, 10)
+    accounts.take()
+    counted(accounts, account, 20)
+    assert accounts.tokens_used(account, TODAY) == 30
+    accounts.written([account], {("a", "2026-11-16"): 40})
+    assert accounts.tokens_used(account, TODAY) == 60
+    assert accounts.tokens_used(account, date(2026, 11, 23)) == 0
+
+
+def test_a_batch_is_taken_again_until_it_is_written():
+    accounts = Accounts(())
+    counted(accounts, Account("a"), 5)
+    counted(accounts, Account("a"), 5)
+    first = accounts.take()
+    assert first == {("a", "2026-11-21", "glm-4.6"): (2, 0, 8, 0, 2)}
+    counted(accounts, Account("b"), 1)
+    assert accounts.take() is first
+    accounts.written([], {})
+    assert list(accounts.take()) == [("b", "2026-11-21", "glm-4.6")]
+
+
+def test_odd_figures_do_not_overflow_a_column():
+    accounts = Accounts(())
+    accounts.count(("a", "2026-11-21", "m"), (1, 0, 10**30, -5, 1))
+    assert accounts.take() == {("a", "2026-11-21", "m"): (1, 0, 2**40, 0, 1)}
+
+
+def test_a_key_may_ask_so_often_in_any_minute():
+    accounts, account = Accounts(()), Account("a", rpm=2)
+    for seconds in (0, 30, 60.5):
+        accounts.check_rate(account, seconds)
+    with pytest.raises(ztoapi.ProxyError) as refused:
+        accounts.check_rate(account, 61)
+    headers = error_headers(refused.value)
+    assert (refused.value.kind.status, headers) == (429, {"Retry-After": "29"})
+    accounts.check_rate(account, 90)
+
+
+def test_a_price_is_for_a_million_tokens_and_less_from_the_cache():
+    assert MODELS["glm-5.3"].cost(1_000_000, 500_000, 100_000) == pytest.approx(0.7 + 0.13 + 0.44)
+    assert (MODELS["glm-4.7-flash"].cost(5, 0, 5), MODELS["glm-4.6v-flashx"].cost(5, 0, 5)) == (0, None)
+
+
+def test_a_key_that_this_program_made_is_redacted_wherever_it_stands():
+    assert Redactor(())(f"x {ztoapi.new_key()} y") == "x *** y"
+
+
 # ======== Policies ========
 
 
@@ -2815,6 +2981,197 @@ async def test_those_who_wait_are_told_when_all_keys_cool_down():
             await waiting
 
 
+# ======== Database ========
+
+
+class PostgreSQL:
+    """A server of the test's own, as Debian installs it, on a socket in a folder of its own."""
+
+    def __init__(self):
+        self.bin = max(Path("/usr/lib/postgresql").glob("*/bin"), key=lambda path: int(path.parent.name))
+        self.folder = tempfile.mkdtemp(prefix="ztoapi-")
+        self.user = "postgres" if os.getuid() == 0 else None  # it refuses to be run by root
+        if self.user:
+            shutil.chown(self.folder, self.user)
+        self.call("initdb", "-D", f"{self.folder}/data", "-A", "trust", "-U", "postgres", "--no-sync")
+        self.start()
+
+    @property
+    def url(self):
+        return f"postgresql://postgres@/postgres?host={self.folder}"
+
+    def call(self, tool, *arguments):
+        command = [self.bin / tool, *arguments]
+        subprocess.run(command, user=self.user, cwd=self.folder, check=True, capture_output=True, timeout=60)
+
+    def start(self):
+        options = f"-k {self.folder} -c listen_addresses= -c fsync=off"
+        self.call("pg_ctl", "-D", f"{self.folder}/data", "-l", f"{self.folder}/log", "-o", options, "-w", "start")
+
+    def stop(self):
+        self.call("pg_ctl", "-D", f"{self.folder}/data", "-m", "immediate", "-w", "stop")
+
+
+@pytest.fixture(scope="module")
+def postgresql():
+    if not Path("/usr/lib/postgresql").exists():
+        pytest.skip("PostgreSQL is not installed (Debian: apt install postgresql)")
+    pytest.importorskip("psycopg")
+    server = PostgreSQL()
+    yield server
+    with contextlib.suppress(subprocess.CalledProcessError):  # it may be stopped already
+        server.stop()
+    shutil.rmtree(server.folder)
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+def database_url(request, tmp_path):
+    """An empty database of either kind."""
+    if request.param == "sqlite":
+        return f"sqlite:///{tmp_path}/z.db"
+    server, name = request.getfixturevalue("postgresql"), f"z{secrets.token_hex(4)}"
+    server.call("createdb", "-h", server.folder, "-U", "postgres", name)
+    return server.url.replace("/postgres?", f"/{name}?")
+
+
+@pytest.fixture
+def connect():
+    """Databases that are closed in the end."""
+    opened = []
+
+    def connected(url):
+        opened.append(ztoapi.Database(url))
+        return opened[-1]
+
+    yield connected
+    for database in opened:
+        database.thread.submit(database.close).result()
+        database.thread.shutdown()
+
+
+ANNA = Account("a", "anna", expires="2027-01-31", tokens="5M/week", models="glm-*", rpm=3, parallel=2)
+
+
+def test_keys_are_kept_changed_and_removed(database_url, connect):
+    here, there = connect(database_url), connect(database_url)
+    here.call(here.put_account, ANNA)
+    here.call(here.put_account, Account("b", "bob"))
+    here.call(here.put_account, replace(ANNA, rpm=None))
+    assert there.call(there.list_accounts) == [replace(ANNA, rpm=None), Account("b", "bob")]
+    assert (there.call(there.remove_account, "anna"), there.call(there.remove_account, "anna")) == (True, False)
+    assert here.call(here.list_accounts) == [Account("b", "bob")]
+    here.call(here.put_account, Account("c", "anna"))
+    with pytest.raises(ztoapi.DatabaseError):  # two machines gave one name at the same moment
+        here.call(here.put_account, Account("d", "anna"))
+    assert [account.id for account in here.call(here.list_accounts)] == ["c", "b"]
+
+
+def count_some(accounts, account="a", model="glm-4.6", day=TODAY):
+    accounts.count((account, day.isoformat(), model), (1, 1, 10, 4, 2))
+
+
+@over_sockets
+async def test_what_several_processes_count_adds_up(database_url, connect):
+    here, there = connect(database_url), connect(database_url)
+    ours, theirs = Accounts(()), Accounts(())
+    here.call(here.put_account, ANNA)
+    for database, accounts in ((here, ours), (there, theirs), (here, ours)):
+        count_some(accounts)
+        count_some(accounts, "gone", day=date(2026, 11, 20))
+        await database.sync(accounts)
+    await there.sync(theirs)
+    assert theirs.tokens_used(ANNA, TODAY) == 36
+    assert there.call(there.list_usage, date(2026, 11, 20)) == [
+        ("gone", "operator", "2026-11-20", "glm-4.6", 3, 3, 30, 12, 6),
+        ("a", "anna", "2026-11-21", "glm-4.6", 3, 3, 30, 12, 6),
+    ]
+    assert len(there.call(there.list_usage, TODAY)) == 1
+
+
+@over_sockets
+async def test_a_batch_that_was_written_though_nobody_said_so_is_counted_once(database_url, connect):
+    database, accounts = connect(database_url), Accounts(())
+    count_some(accounts)
+    await database.run(database.exchange, accounts.take(), {}, TODAY)  # and the connection breaks
+    count_some(accounts, "b")
+    for _ in range(2):
+        await database.sync(accounts)
+    assert [row[4] for row in database.call(database.list_usage, TODAY)] == [1, 1]
+
+
+@over_sockets
+async def test_a_stored_response_is_there_for_its_key_and_for_thirty_days(database_url, connect, monkeypatch):
+    here, there = connect(database_url), connect(database_url)
+    here.put_response("resp_1", "a", '{"x": "\\ud800"}')
+    assert await here.find_response("resp_1", "a") == '{"x": "\\ud800"}'
+    await here.sync(Accounts(()))
+    assert here.unsaved == {}
+    assert [await there.find_response("resp_1", who) for who in ("a", "b")] == ['{"x": "\\ud800"}', ""]
+    there.put_response("resp_1", "a", "")
+    there.put_response("resp_2", "a", "{}")
+    await there.sync(Accounts(()))
+    assert [await here.find_response(name, "a") for name in ("resp_1", "resp_2", "resp_3")] == ["", "{}", ""]
+    here.put_response("resp_3", "a", "{}")
+    await here.run(here.exchange, {}, here.unsaved, day_of(time.time()) + timedelta(31))
+    assert [await there.find_response(name, "a") for name in ("resp_2", "resp_3")] == ["", "{}"]
+
+
+@over_sockets
+async def test_responses_that_wait_in_memory_are_bounded(connect, monkeypatch):
+    monkeypatch.setattr(ztoapi.Database, "MAX_UNSAVED", 3)
+    monkeypatch.setattr(ztoapi.Database, "MAX_UNSAVED_SIZE", 100)
+    database = connect("memory")
+    for name in "12341":
+        database.put_response(name, "a", "x" * 20)
+    await database.sync(Accounts(()))
+    assert list(database.unsaved) == ["3", "4", "1"]
+    database.put_response("5", "a", "x" * 80)
+    assert list(database.unsaved) == ["1", "5"]
+
+
+@over_sockets
+async def test_a_lost_database_is_said_once_a_minute_and_nothing_is_lost(postgresql, connect, caplog):
+    database, accounts = connect(postgresql.url), Accounts(())
+    await database.sync(accounts)
+    postgresql.stop()
+    for _ in range(3):
+        count_some(accounts)
+        await database.sync(accounts)
+    assert len(caplog.records) == 1
+    assert "the database cannot be used: " in caplog.text
+    postgresql.start()
+    for _ in range(2):
+        await database.sync(accounts)
+    assert [row[4] for row in await database.run(database.list_usage, TODAY)] == [3]
+
+
+def test_tables_of_an_older_version_are_brought_up_to_date(database_url, connect, monkeypatch):
+    old = connect(database_url)
+    old.call(old.put_account, ANNA)
+    monkeypatch.setattr(ztoapi, "MIGRATIONS", (*ztoapi.MIGRATIONS, "CREATE TABLE a (x TEXT); CREATE TABLE b (x TEXT)"))
+    new, newer = connect(database_url), connect(database_url)
+    assert (new.call(new.list_accounts), newer.call(newer.list_accounts)) == ([ANNA], [ANNA])
+    assert new.call(lambda: new.execute("SELECT a.x FROM a, b").fetchall()) == []
+    monkeypatch.undo()
+    with pytest.raises(ztoapi.DatabaseError, match="version 2, so a newer ztoapi made it"):
+        connect(database_url).call(lambda: None)
+
+
+def test_many_processes_may_make_the_tables_at_the_same_time(database_url):
+    words = "import sys, ztoapi; d = ztoapi.Database(sys.argv[1]); d.call(d.list_accounts); d.thread.submit(d.close)"
+    command = [sys.executable, "-c", words, database_url]
+    starting = [subprocess.Popen(command, cwd=PROGRAM.parent, stderr=subprocess.PIPE, text=True) for _ in range(6)]
+    assert [(process.communicate()[1], process.returncode) for process in starting] == [("", 0)] * 6
+
+
+def test_a_file_of_sqlite_is_for_its_owner_only(tmp_path, connect):
+    database = connect(f"sqlite:///{tmp_path}/z.db")
+    database.call(database.put_account, ANNA)
+    assert {path.name: path.stat().st_mode & 0o777 for path in tmp_path.iterdir()} == dict.fromkeys(
+        ("z.db", "z.db-wal", "z.db-shm"), 0o600
+    )
+
+
 # ======== Over real sockets ========
 
 HANG, RESET = object(), object()  # parts of a FakeZai's answer that are no bytes
@@ -2835,6 +3192,7 @@ class FakeZai:
     def app(self):
         app = web.Application(client_max_size=2**30)
         app.router.add_post("/v4/chat/completions", self.chat)
+        app.router.add_post("/v4/anthropic/v1/messages", self.chat)
         app.router.add_get("/v4/models", self.list_models)
         return app
 
@@ -2907,7 +3265,7 @@ async def start(aiohttp_client, zai):
 
     async def started(**settings):
         given = {"zai_base_url": zai.url, "zai_api_key": ("zai-key",)} | settings
-        app = create_app(Settings(**given))
+        app = create_app(Settings(**{"database_url": "memory", **given}))
         app[ztoapi.CLOCK] = FakeClock()
         return await aiohttp_client(app)
 
@@ -4415,7 +4773,7 @@ class Program:
         env = {k: v for k, v in os.environ.items() if k not in {f.name.upper() for f in ztoapi.fields(Settings)}}
         self.process = subprocess.Popen(
             [sys.executable, str(PROGRAM), *(() if "--port" in flags else ("--port", "0")), *flags],
-            env={**env, "NO_PROXY": "127.0.0.1,localhost", **variables},
+            env={**env, "NO_PROXY": "127.0.0.1,localhost", "DATABASE_URL": "memory", **variables},
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
@@ -4714,6 +5072,304 @@ async def test_a_refusal_whose_body_stalls_is_judged_by_its_status(client, zai, 
     zai.answers = [(429, [b'{"error":', HANG]), (500, [b"<html>", RESET]), (400, [HANG])]
     response, text = await ask(client)
     assert (response.status, error_of(text)["code"], slept(client)) == (400, "zai_400", [0.5, 1])
+
+
+# ======== Keys and usage ========
+
+
+async def make_key(client, name="anna", status=201, **limits):
+    async with client.post("/dashboard/keys", json={"name": name, **limits}, headers=KEY) as response:
+        document = await response.json()
+        assert response.status == status, document
+        return {"x-api-key": document["key"]} if status == 201 else document
+
+
+ASKING = {
+    "chat/completions": HELLO,
+    "completions": {"model": "glm-4.6", "prompt": "hi"},
+    "responses": {"model": "glm-4.6", "input": "hi"},
+    "messages": {"model": "glm-4.6", "max_tokens": 5, "messages": HELLO["messages"]},
+}
+every_surface = pytest.mark.parametrize("stream", [False, True], ids=["whole", "streamed"])
+
+
+def kind_of(path, body):
+    error = json.loads(body)["error"]
+    return error["type"] if path == "messages" else error["code"]
+
+
+async def ask_surface(client, path, stream, key, **fields):
+    response, body = await ask(client, ASKING[path] | {"stream": stream} | fields, f"/v1/{path}", key)
+    return response, kind_of(path, body) if response.status >= 400 else ""
+
+
+@over_sockets
+@pytest.mark.parametrize("stream", [False, True], ids=["whole", "streamed"])
+@pytest.mark.parametrize("path", ASKING)
+@pytest.mark.parametrize(
+    ("limits", "status", "code", "anthropic"),
+    [
+        ({"models": "glm-5*"}, 403, "model_not_allowed", "permission_error"),
+        ({"tokens": "9"}, 402, "key_quota_exceeded", "billing_error"),
+        ({"rpm": 1}, 429, "rate_limit_exceeded", "rate_limit_error"),
+    ],
+)
+async def test_what_a_key_may_is_asked_on_every_surface(client, zai, limits, status, code, anthropic, path, stream):
+    key = await make_key(client, **limits)
+    client.app[ztoapi.ACCOUNTS].count(
+        (ztoapi.hash_key(key["x-api-key"]), day_of(time.time()).isoformat(), "m"), (1, 0, 9, 0, 0)
+    )
+    if status == 429:
+        zai.parts = [DOCUMENT]
+        assert (await ask(client, headers=key))[0].status == 200
+    asked = len(zai.bodies)
+    response, kind = await ask_surface(client, path, stream, key)
+    assert (response.status, kind) == (status, anthropic if path == "messages" else code)
+    assert len(zai.bodies) == asked
+    assert ("Retry-After" in response.headers) is (status == 429)
+
+
+@over_sockets
+async def test_an_expired_key_is_refused_everywhere(client):
+    key = await make_key(client, expires="1d")
+    accounts = client.app[ztoapi.ACCOUNTS]
+    accounts.named = {name: replace(account, expires="2026-01-01") for name, account in accounts.named.items()}
+    for path in ("/v1/models", "/v1/responses/resp_1", "/dashboard/stats"):
+        async with client.get(path, headers=key) as response:
+            assert (response.status, error_of(await response.text())["code"]) == (401, "key_expired")
+
+
+@over_sockets
+async def test_fallbacks_of_the_client_must_be_allowed_and_those_of_the_operator_are_left_out(start, zai):
+    client = await start(fallback_models=("glm-5.3", "glm-4.7"), max_retries=0, model_aliases=(("best", "glm-5.3"),))
+    key, (status, busy) = await make_key(client, models="glm-4*"), refused(1302)
+    for fields in ({"model": "best"}, {"fallbacks": ["glm-4.7", "zai/GLM-5.3"]}):
+        response, body = await ask(client, chat(**fields), headers=key)
+        assert (response.status, error_of(body)["code"], zai.bodies) == (403, "model_not_allowed", [])
+    zai.answers, zai.parts = [(status, busy)], [DOCUMENT]
+    response, _ = await ask(client, headers=key)
+    assert (response.status, response.headers["x-ztoapi-model"]) == (200, "glm-4.7")
+
+
+@over_sockets
+async def test_a_key_sees_only_its_own_models(start):
+    client = await start(model_aliases=(("mini", "glm-4.5-air"), ("best", "glm-5.3")))
+    async with client.get("/v1/models", headers=await make_key(client, models="glm-4.5*")) as response:
+        listed = {model["id"] for model in (await response.json())["data"]}
+    assert {"mini", "glm-4.5-air"} < listed
+    assert all(name == "mini" or name.startswith("glm-4.5") for name in listed)
+
+
+@over_sockets
+async def test_more_than_its_parallel_requests_wait(client, zai):
+    key, zai.parts = await make_key(client, parallel=2), [HANG]
+    asking = [asyncio.create_task(ask(client, headers=key)) for _ in range(4)]
+    assert await eventually(lambda: len(client.app[ztoapi.IN_FLIGHT]) == 4 and zai.open == 2)
+    await make_key(client, parallel=3, status=200)
+    asking.append(asyncio.create_task(ask(client, headers=key)))
+    await eventually(lambda: zai.open > 2)
+    zai.parts = [DOCUMENT]
+    await ztoapi.end_tasks(asking[:2])
+    assert (await asking[3])[0].status == 200
+    await ztoapi.end_tasks(asking)
+
+
+ROUTES = [
+    *((("POST", f"/v1/{path}"), "200 200 401") for path in ASKING),
+    (("GET", "/v1/models"), "200 200 401"),
+    (("GET", "/v1/models/glm-4.6"), "200 200 401"),
+    (("GET", "/v1/responses/resp_1"), "404 404 401"),
+    (("GET", "/v1/responses/resp_1/input_items"), "404 404 401"),
+    (("DELETE", "/v1/responses/resp_1"), "404 404 401"),
+    (("GET", "/dashboard/stats"), "200 200 401"),
+    (("GET", "/dashboard/keys"), "200 403 401"),
+    (("POST", "/dashboard/keys"), "400 403 401"),
+    (("DELETE", "/dashboard/keys/gone"), "404 403 401"),
+    *((("GET", path), "200 200 200") for path in ("/health", "/", "/docs", "/dashboard")),
+]
+
+
+@over_sockets
+@pytest.mark.parametrize(("route", "statuses"), ROUTES, ids=[" ".join(route) for route, _ in ROUTES])
+async def test_every_route_for_an_operators_key_a_named_one_and_none(client, zai, route, statuses):
+    zai.parts, zai.headers = [DOCUMENT], {}
+    method, path = route
+    body = ASKING.get(path.removeprefix("/v1/"))
+    for key, status in zip((KEY, await make_key(client), {}), statuses.split(), strict=True):
+        async with client.request(method, path, json=body, headers=key) as response:
+            assert response.status == int(status), await response.text()
+
+
+@over_sockets
+async def test_keys_are_listed_changed_and_removed_over_http(client):
+    key = await make_key(client, tokens="5M/month", models="none", rpm=None)
+    changed = await make_key(client, status=200, rpm="7", tokens="none")
+    limits = {"expires": None, "tokens": None, "models": None, "rpm": 7, "parallel": None}
+    used = {"expired": False, "used_tokens": 0, "token_limit": None, "resets_at": None}
+    assert changed == {"name": "anna"} | limits | used
+    async with client.get("/dashboard/keys", headers=KEY) as response:
+        assert await response.json() == {"keys": [changed]}
+    for name, limits in (("anna", {"rpm": "0"}), ("bob", {"token": "5M"}), ("a b", {}), (None, {})):
+        assert (await make_key(client, name, 400, **limits))["error"]["type"] == "invalid_request_error"
+    for status in (204, 404):
+        async with client.delete("/dashboard/keys/anna", headers=KEY) as response:
+            assert response.status == status
+    assert (await ask(client, headers=key))[0].status == 401
+
+
+@over_sockets
+async def test_a_key_sees_its_own_figures_and_the_operator_everybodys(client, zai):
+    anna, bob = await make_key(client), await make_key(client, "bob", tokens="1M/day")
+    zai.parts = [DOCUMENT]
+    for key in (anna, bob, bob, KEY):
+        await ask(client, headers=key)
+    await ask(client, chat(model="no-such"), headers=bob)
+    await client.app[ztoapi.DATABASE].sync(client.app[ztoapi.ACCOUNTS])
+    figures = {"failures": 0, "prompt_tokens": 6, "cached_tokens": 2, "completion_tokens": 3}
+    row = {"day": day_of(time.time()).isoformat(), "model": "glm-4.6", "requests": 1, **figures}
+    row["cost"] = pytest.approx((4 * 0.6 + 2 * 0.11 + 3 * 2.2) / 1e6)
+    async with client.get("/dashboard/stats", headers=anna) as response:
+        snapshot = await response.json()
+        assert sorted(snapshot) == ["client_keys", "days", "now", "operator"]
+        assert (snapshot["days"], snapshot["operator"]) == ([row | {"key": "anna"}], False)
+        assert [key["name"] for key in snapshot["client_keys"]] == ["anna"]
+    async with client.get("/dashboard/stats", headers=KEY) as response:
+        snapshot = await response.json()
+    assert {(row["key"], row["model"], row["requests"], row["prompt_tokens"]) for row in snapshot["days"]} == {
+        *(("anna", "glm-4.6", 1, 6), ("bob", "glm-4.6", 2, 12), ("operator", "glm-4.6", 1, 6)),
+        ("bob", "no-such", 1, 6),
+    }
+    assert [key["used_tokens"] for key in snapshot["client_keys"]] == [9, 27]
+
+
+@over_sockets
+async def test_names_that_nobody_knows_are_counted_as_one(client, zai):
+    zai.status, zai.parts = refused(1211, 400)
+    for i in range(3):
+        await ask(client, chat(model=f"m{i}"))
+    assert [(key[2], row) for key, row in client.app[ztoapi.ACCOUNTS].take().items()] == [("(others)", (3, 3, 0, 0, 0))]
+
+
+@over_sockets
+async def test_a_stored_response_outlives_the_program_and_belongs_to_its_key(start, zai, tmp_path):
+    where, zai.parts = f"sqlite:///{tmp_path}/z.db", [DOCUMENT]
+    client = await start(database_url=where, default_key=("sk-a", "sk-b"))
+    _, body = await ask(client, ASKING["responses"], "/v1/responses", {"x-api-key": "sk-a"})
+    response_id = json.loads(body)["id"]
+    await client.app.shutdown()
+    await client.app.cleanup()
+    client = await start(database_url=where, default_key=("sk-a", "sk-b"))
+    follow_up = ASKING["responses"] | {"previous_response_id": response_id}
+    for key, status in (("sk-a", 200), ("sk-b", 400)):
+        assert (await ask(client, follow_up, "/v1/responses", {"x-api-key": key}))[0].status == status
+    assert len(zai.bodies[-1]["messages"]) == 3
+    assert "sk-a" not in "".join(path.read_text("latin-1") for path in tmp_path.iterdir())
+
+
+@over_sockets
+async def test_requests_go_on_while_the_database_is_lost(start, zai, postgresql, caplog):
+    client, zai.parts = await start(database_url=postgresql.url), [DOCUMENT]
+    key = await make_key(client, secrets.token_hex(4))
+    postgresql.stop()
+    try:
+        await client.app[ztoapi.DATABASE].sync(client.app[ztoapi.ACCOUNTS])
+        assert (await ask(client, headers=key))[0].status == 200
+        assert (await stats(client))[0]["days"] is None
+        async with client.post("/dashboard/keys", json={"name": "bob"}, headers=KEY) as response:
+            assert (response.status, (await response.json())["error"]["code"]) == (503, "database_unavailable")
+    finally:
+        postgresql.start()
+
+
+def command_line(*arguments, **variables):
+    done = subprocess.run(
+        [sys.executable, PROGRAM, *arguments],
+        env=os.environ | variables,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=20,
+    )
+    return done.returncode, done.stdout, done.stderr
+
+
+def test_keys_are_managed_by_the_command_line(tmp_path):
+    where = {"DATABASE_URL": f"sqlite:///{tmp_path}/z.db", "DEFAULT_KEY": "sk-mine"}
+    assert command_line("keys", **where) == (0, "name  expires  tokens  used_tokens  models  rpm  parallel\n", "")
+    assert not list(tmp_path.iterdir())
+    status, key, note = command_line(
+        "keys", "add", "anna", "--tokens", "5M/day", "--models", "glm-4.*, glm-5.3", **where
+    )
+    assert (status, bool(re.fullmatch(r"sk-[\w-]{43}\n", key)), note) == (0, True, "")
+    assert command_line("keys", "change", "anna", "--tokens", "none", "--rpm", "7", **where)[0] == 0
+    assert command_line("keys", "list", **where)[1].splitlines()[1].split() == [
+        *("anna", "-", "-", "0", "glm-4.*,glm-5.3", "7", "-")
+    ]
+    stored = "".join(path.read_text("latin-1") for path in tmp_path.iterdir())
+    assert hashlib.sha256(key.strip().encode()).hexdigest() in stored
+    assert key.strip() not in stored
+    assert command_line("keys", "remove", "anna", **where) == (0, "anna removed\n", "")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "variables", "line"),
+    [
+        (["add"], {}, "A key's name must"),
+        (["add", "a b"], {}, "A key's name must"),
+        (["change", "bob"], {}, "there is no key of the name bob"),
+        (["remove", "bob"], {}, "there is no key of the name bob"),
+        (["add", "bob", "--tokens", "lots"], {}, "tokens lots cannot be used: it must be"),
+        (["add", "bob", "--expires", "2020-01-01"], {}, "expires 2020-01-01 cannot"),
+        (["add", "bob", "--rpm", "0"], {}, "rpm 0 cannot"),
+        ([], {"DATABASE_URL": "memory"}, "keys need a database"),
+        ([], {"DATABASE_URL": "sqlite:////no/such/folder/z.db"}, ""),
+        (["add", "bob"], {"DATABASE_URL": "sqlite:////no/such/folder/z.db"}, "the database cannot be used"),
+        ([], {"DATABASE_URL": "mysql://user:hunter2@host/db"}, "DATABASE_URL cannot be used"),
+        ([], {"DATABASE_URL": "postgresql://u:hunter2@127.0.0.1:1/db?password=hunter2"}, "the database cannot be used"),
+    ],
+)
+def test_what_the_keys_command_cannot_do_is_one_line_and_status_2(tmp_path, arguments, variables, line):
+    where = {"DATABASE_URL": f"sqlite:///{tmp_path}/z.db"} | variables
+    status, _, words = command_line("keys", *arguments, **where)
+    assert (status, words.count("\n")) == ((2, 1) if line else (0, 0))
+    assert words.startswith(f"ztoapi: {line}" if line else "")
+    assert "hunter2" not in words
+
+
+def test_a_key_is_no_use_to_others_while_the_published_one_counts(tmp_path):
+    where = {"DATABASE_URL": f"sqlite:///{tmp_path}/z.db", "DEFAULT_KEY": "sk-your-key"}
+    assert "nobody else can reach this server" in command_line("keys", "add", "anna", **where)[2]
+
+
+@pytest.mark.parametrize("content", [b"no database" * 99, None], ids=["junk", "newer"])
+def test_a_database_that_cannot_be_used_stops_the_start(tmp_path, content):
+    where = tmp_path / "z.db"
+    if content is None:
+        with contextlib.closing(sqlite3.connect(where)) as newer:
+            newer.executescript("CREATE TABLE ztoapi_version (version INT); INSERT INTO ztoapi_version VALUES (99)")
+    else:
+        where.write_bytes(content)
+    status, out, words = command_line("--port", "0", DATABASE_URL=f"sqlite:///{where}")
+    assert (status, out, words.count("\n")) == (2, "", 1)
+
+
+def test_a_running_server_knows_within_seconds_what_the_command_did(run, tmp_path):
+    where = {"DATABASE_URL": f"sqlite:///{tmp_path}/z.db", "DEFAULT_KEY": "sk-mine"}
+    program = run(**where)
+    key = command_line("keys", "add", "anna", **where)[1].strip()
+    assert eventually_lists(program, key, 200)
+    command_line("keys", "remove", "anna", **where)
+    assert eventually_lists(program, key, 401)
+
+
+def eventually_lists(program, key, status):
+    for _ in range(50):
+        with contextlib.closing(http.client.HTTPConnection("127.0.0.1", program.port)) as connection:
+            connection.request("GET", "/v1/models", headers={"x-api-key": key})
+            if connection.getresponse().status == status:
+                return True
+        time.sleep(0.1)
+    return False
 
 
 # ======== Launch ========

@@ -34,7 +34,6 @@ import base64
 import errno
 import gc
 import hashlib
-import hmac
 import io
 import ipaddress
 import json
@@ -56,20 +55,29 @@ from abc import ABC, abstractmethod
 from bisect import insort
 from collections import Counter, defaultdict, deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Generator, Iterable, Iterator, Mapping
-from contextlib import AsyncExitStack, asynccontextmanager, contextmanager, nullcontext, suppress
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import (
+    AbstractAsyncContextManager,
+    AsyncExitStack,
+    ExitStack,
+    asynccontextmanager,
+    contextmanager,
+    nullcontext,
+    suppress,
+)
 from contextvars import ContextVar
 from dataclasses import dataclass, field, fields, replace
-from datetime import datetime, timezone
+from datetime import date, datetime, timedelta, timezone
 from fnmatch import fnmatchcase
 from functools import partial
 from http.client import HTTPException
 from importlib import import_module
-from itertools import chain, count, groupby, takewhile
-from operator import add, attrgetter
+from itertools import chain, count, groupby, islice, takewhile
+from operator import add, attrgetter, mul
 from pathlib import Path
 from string import Template
 from typing import Any, Literal, NoReturn, Protocol, TypeVar, cast
-from urllib.parse import quote, urlsplit
+from urllib.parse import quote, unquote, urlsplit
 from urllib.request import ProxyHandler, build_opener, getproxies, proxy_bypass
 from weakref import WeakSet
 
@@ -200,6 +208,12 @@ def aliases(text: str) -> tuple[tuple[str, str], ...]:
     return tuple((name, target) for name, target in pairs)
 
 
+def database_url(text: str) -> str:
+    if not re.match(r"memory$|sqlite:///.|postgres(ql)?://", text):
+        raise ValueError
+    return text
+
+
 def setting(default: Any, read: Callable[[str], Any], wanted: str) -> Any:
     """A field read from the environment variable of the same name in upper case; `wanted` ends the error message."""
     return field(default=default, metadata={"read": read, "wanted": wanted})
@@ -229,6 +243,7 @@ class Settings:
     max_retries: int = setting(2, whole_number(0, 10), "a number of times, 0 to 10")
     upstream_timeout: int = setting(300, whole_number(1, 86400), "a number of seconds, 1 to 86400")
     max_body_mb: int = setting(64, whole_number(1, 4096), "a number of megabytes, 1 to 4096")
+    database_url: str = setting("", database_url, "sqlite:///PATH, postgresql://… or memory")
     cors_origins: tuple[str, ...] = setting(("*",), origins, "origins (https://example.org), separated by commas, or *")
     dashboard_enabled: bool = setting(default=True, read=boolean, wanted="true or false")
     demo: bool = False  # a flag, never a variable: a server must not make answers up by accident
@@ -259,7 +274,9 @@ class Settings:
     @property
     def secrets(self) -> tuple[str, ...]:
         zai_secrets = (key.secret for key in self.zai_keys)
-        return tuple(key for key in (*self.default_key, *zai_secrets) if key != PUBLISHED_KEY)
+        database = re.findall(r"(?<=:)[^:@/]+(?=@)|(?<=password=)[^&]+", self.database_url)
+        passwords = (*database, *map(unquote, database))
+        return tuple(key for key in (*self.default_key, *zai_secrets, *passwords) if key != PUBLISHED_KEY)
 
     @classmethod
     def from_env(cls, env: Mapping[str, str]) -> Settings:
@@ -278,7 +295,9 @@ def read_setting(name: str, text: str, metadata: Mapping[str, Any]) -> Any:
     try:
         return metadata["read"](text)
     except (ValueError, KeyError):
-        shown = "" if name.endswith("_key") or "@" in text else f"={text}"  # a broken key is still a secret
+        shown = (
+            "" if name.endswith(("_key", "database_url")) or "@" in text else f"={text}"
+        )  # a broken key is still a secret
         raise SettingsError(f"{name.upper()}{shown} cannot be used: it must be {metadata['wanted']}") from None
 
 
@@ -329,6 +348,12 @@ INVALID_API_KEY = error_kind(
     "The API key is missing or wrong: send this server's key (its DEFAULT_KEY, not a Z.ai key) "
     "as 'Authorization: Bearer KEY' or 'x-api-key: KEY'.",
 )
+KEY_EXPIRED = error_kind(401, "key_expired")
+KEY_QUOTA_EXCEEDED = error_kind(402, "key_quota_exceeded")
+KEY_RATE_LIMITED = error_kind(429, "rate_limit_exceeded")
+MODEL_NOT_ALLOWED = error_kind(403, "model_not_allowed")
+OPERATOR_ONLY = error_kind(403, "operator_only", "This is for the operator of this server: send its DEFAULT_KEY.")
+DATABASE_UNAVAILABLE = error_kind(503, "database_unavailable", "This server's database is out of reach: try again.")
 ZAI_API_KEY_MISSING = error_kind(
     503,
     "zai_api_key_missing",
@@ -476,7 +501,8 @@ class Redactor:
     def __init__(self, words: Iterable[str]) -> None:
         # A key may appear as it is, in JSON, or in a URL.
         forms = {form for word in words for form in (word, json.dumps(word)[1:-1], quote(word, safe=""))}
-        self.pattern = re.compile("|".join(map(re.escape, sorted(forms, key=len, reverse=True))) or r"(?!)")
+        secret = map(re.escape, sorted(forms, key=len, reverse=True))
+        self.pattern = re.compile("|".join((*secret, r"\bsk-[\w-]{43}\b")))  # the last: a key made by `new_key`
 
     def __call__(self, text: str) -> str:
         return self.pattern.sub("***", text)
@@ -500,6 +526,7 @@ class Model:
     vision: bool = True
     free: bool = False
     created: int = 1753632000  # the oldest date in Z.ai's own list
+    price: tuple[float, float, float] | None = None  # US dollars for a million tokens: in, in from the cache, out
 
     @property
     def streams_arguments(self) -> bool:
@@ -511,35 +538,41 @@ class Model:
         """Older vision models write their reasoning, and boxes around results, into the text (docs.z.ai, GLM-4.5V)."""
         return self.id.startswith(("glm-4.1v", "glm-4.5v", "glm-4.6v"))
 
+    def cost(self, prompt: int, cached: int, completion: int) -> float | None:
+        """What these tokens cost at list price, in US dollars; None where the price is not known."""
+        tokens = (prompt - cached, cached, completion)
+        return sum(map(mul, tokens, self.price)) / 1e6 if self.price else None
 
-# docs.z.ai, October 2026: id, context and output in K, thinking, features, created (from Z.ai's list, or the release).
-MODEL_ROWS: tuple[tuple[str, int, int, ThinkingKind, str, int], ...] = (
-    ("glm-5.3", 1024, 128, "always", "", 1786636800),
-    ("glm-5.3-flash", 1024, 128, "always", "sees", 1787702400),
-    ("glm-5.3-flashx", 1024, 128, "always", "sees", 1787702400),
-    ("glm-5.2", 1024, 128, "effort", "", 1780272000),
-    ("glm-5.1", 200, 128, "switch", "", 1774569600),
-    ("glm-5", 200, 128, "switch", "", 1770768000),
-    ("glm-5-turbo", 200, 128, "switch", "", 1773532800),
-    ("glm-5v-turbo", 200, 128, "switch", "sees", 1775001600),
-    ("glm-4.7", 200, 128, "switch", "", 1766361600),
-    ("glm-4.7-flashx", 200, 128, "switch", "", 1768780800),
-    ("glm-4.7-flash", 200, 128, "switch", "free", 1768780800),
-    ("glm-4.6", 200, 128, "switch", "", 1759190400),
-    ("glm-4.6v", 128, 32, "switch", "sees", 1765152000),
-    ("glm-4.6v-flashx", 128, 32, "switch", "sees", 1765152000),
-    ("glm-4.6v-flash", 128, 32, "switch", "sees free", 1765152000),
-    ("glm-4.5", 128, 96, "switch", "", 1753632000),
-    ("glm-4.5-x", 128, 96, "switch", "", 1753632000),
-    ("glm-4.5-air", 128, 96, "switch", "", 1753632000),
-    ("glm-4.5-airx", 128, 96, "switch", "", 1753632000),
-    ("glm-4.5-flash", 128, 96, "switch", "free", 1753632000),
-    ("glm-4.5v", 64, 16, "switch", "sees", 1754870400),
-    ("glm-4-32b-0414-128k", 128, 16, "none", "", 1744588800),
+
+# docs.z.ai, October 2026: id, context and output in K, thinking, features, created (from Z.ai's list, or the release),
+# and the price; where none is told for the cache, what comes from there costs the same.
+MODEL_ROWS: tuple[tuple[str, int, int, ThinkingKind, str, int, tuple[float, float, float] | None], ...] = (
+    ("glm-5.3", 1024, 128, "always", "", 1786636800, (1.4, 0.26, 4.4)),
+    ("glm-5.3-flash", 1024, 128, "always", "sees", 1787702400, (0.15, 0.03, 0.5)),
+    ("glm-5.3-flashx", 1024, 128, "always", "sees", 1787702400, (0.37, 0.075, 1.25)),
+    ("glm-5.2", 1024, 128, "effort", "", 1780272000, (1.4, 0.26, 4.4)),
+    ("glm-5.1", 200, 128, "switch", "", 1774569600, (1.4, 0.26, 4.4)),
+    ("glm-5", 200, 128, "switch", "", 1770768000, (1.0, 0.2, 3.2)),
+    ("glm-5-turbo", 200, 128, "switch", "", 1773532800, (1.2, 0.24, 4.0)),
+    ("glm-5v-turbo", 200, 128, "switch", "sees", 1775001600, (1.2, 0.24, 4.0)),
+    ("glm-4.7", 200, 128, "switch", "", 1766361600, (0.6, 0.11, 2.2)),
+    ("glm-4.7-flashx", 200, 128, "switch", "", 1768780800, (0.07, 0.01, 0.4)),
+    ("glm-4.7-flash", 200, 128, "switch", "free", 1768780800, (0, 0, 0)),
+    ("glm-4.6", 200, 128, "switch", "", 1759190400, (0.6, 0.11, 2.2)),
+    ("glm-4.6v", 128, 32, "switch", "sees", 1765152000, (0.3, 0.3, 0.9)),
+    ("glm-4.6v-flashx", 128, 32, "switch", "sees", 1765152000, None),
+    ("glm-4.6v-flash", 128, 32, "switch", "sees free", 1765152000, (0, 0, 0)),
+    ("glm-4.5", 128, 96, "switch", "", 1753632000, (0.6, 0.11, 2.2)),
+    ("glm-4.5-x", 128, 96, "switch", "", 1753632000, (2.2, 0.45, 8.9)),
+    ("glm-4.5-air", 128, 96, "switch", "", 1753632000, (0.2, 0.03, 1.1)),
+    ("glm-4.5-airx", 128, 96, "switch", "", 1753632000, (1.1, 0.22, 4.5)),
+    ("glm-4.5-flash", 128, 96, "switch", "free", 1753632000, (0, 0, 0)),
+    ("glm-4.5v", 64, 16, "switch", "sees", 1754870400, (0.6, 0.6, 1.8)),
+    ("glm-4-32b-0414-128k", 128, 16, "none", "", 1744588800, (0.1, 0.1, 0.1)),
 )
 MODELS = {
-    name: Model(name, context * K, output * K, thinking, "sees" in what, "free" in what, created)
-    for name, context, output, thinking, what, created in MODEL_ROWS
+    name: Model(name, context * K, output * K, thinking, "sees" in what, "free" in what, created, price)
+    for name, context, output, thinking, what, created, price in MODEL_ROWS
 }
 
 
@@ -1711,6 +1744,7 @@ FIXED: JSON = {
     "top_logprobs": 0,
     "truncation": "disabled",
 }
+MAX_REFERRED = 1_000  # stored responses that one request may refer to
 REASONING_PREFIX = "ztoapi:"  # of our `encrypted_content`: base64 follows, neither encrypted nor signed
 
 
@@ -1792,11 +1826,24 @@ def previous_items(given: JSON, history: History) -> list[Any]:
     return [*stored.input, *stored.response["output"]]
 
 
+def referred_responses(body: JSON) -> list[str]:
+    """The ids of the stored responses that a request refers to."""
+    items = body["input"] if isinstance(body.get("input"), list) else []
+    ids = [response_of(str(item.get("id"))) for item in items if as_object(item).get("type") == "item_reference"]
+    previous = [str(body["previous_response_id"])] if body.get("previous_response_id") else []
+    return list(islice(dict.fromkeys([*previous, *ids]), MAX_REFERRED))
+
+
+def response_of(item_id: str) -> str:
+    """The id of the response that an item belongs to is part of its own (see `ResponseEncoder.new_item`)."""
+    return f"resp_{item_id.partition('_')[2].rpartition('_')[0]}"
+
+
 def resolve_reference(item: Any, at: str, history: History) -> Any:
-    """The item itself where only its id was sent; the id contains the response's (see `ResponseEncoder.new_item`)."""
+    """The item itself where only its id was sent."""
     match item:
         case {"type": "item_reference", "id": str(item_id)}:
-            stored = history.get(f"resp_{item_id.partition('_')[2].rpartition('_')[0]}")
+            stored = history.get(response_of(item_id))
             found = [known for known in stored.response["output"] if known["id"] == item_id] if stored else []
             if not found:
                 raise BadRequest(f"'{at}' refers to an item that is not stored here: send the item itself.", at)
@@ -3153,13 +3200,180 @@ class MessagesReader(PassThroughReader):
 
 
 # ======== Accounts ==================================================================================================
+# Who may do what now, without SQL and HTTP. Days and periods are UTC's, weeks begin on Monday.
+
+OPERATOR = "operator"  # the name of everybody with a DEFAULT_KEY
+
+# By account id, day and model: requests, failures, tokens in, tokens in from the cache, tokens out.
+Counts = dict[tuple[str, str, str], tuple[int, ...]]
+TokensUsed = dict[tuple[str, str], int]  # by account id and first day of its period
 
 
 @dataclass(frozen=True, slots=True)
 class Account:
-    """Who calls: `id` is the SHA-256 of the client's key, in hex."""
+    """Who calls, and the limits of that key in the words of the `keys` command; None is no limit."""
 
-    id: str
+    id: str  # SHA-256 of the key, in hex
+    name: str = OPERATOR
+    expires: str | None = None  # the last day, YYYY-MM-DD
+    tokens: str | None = None  # such as 5M/week
+    models: str | None = None  # patterns, separated by commas
+    rpm: int | None = None
+    parallel: int | None = None
+
+    @property
+    def is_operator(self) -> bool:
+        return self.name == OPERATOR
+
+    @property
+    def budget(self) -> int | None:
+        """Tokens in each period."""
+        amount = (self.tokens or "").partition("/")[0]
+        units = {"k": 10**3, "m": 10**6, "g": 10**9}
+        return int(amount.rstrip("kKmMgG")) * units.get(amount[-1].lower(), 1) if amount else None
+
+    def period(self, today: date) -> tuple[date, date]:
+        """The first days of the budget's present period and of the next one (`date.max`: there is none)."""
+        monday, first = today - timedelta(today.weekday()), today.replace(day=1)
+        match (self.tokens or "").partition("/")[2]:
+            case "day":
+                return today, today + timedelta(1)
+            case "week":
+                return monday, monday + timedelta(7)
+            case "month":
+                return first, (first + timedelta(32)).replace(day=1)
+        return date.min, date.max
+
+    def allows(self, model: Model) -> bool:
+        return self.models is None or any(fnmatchcase(model.id, name.lower()) for name in self.models.split(","))
+
+    def check_model(self, model: Model) -> None:
+        if not self.allows(model):
+            message = f"This key may not use {model.id}, only {self.models}."
+            raise ProxyError(MODEL_NOT_ALLOWED, message, "model")
+
+    def check_date(self, today: date) -> None:
+        if self.expires and today.isoformat() > self.expires:
+            message = f"This key was valid until {self.expires}: the operator of this server can extend it."
+            raise ProxyError(KEY_EXPIRED, message)
+
+
+def hash_key(key: str) -> str:
+    return hashlib.sha256(key.encode("utf-8", "surrogateescape")).hexdigest()
+
+
+def day_of(now: float) -> date:
+    return datetime.fromtimestamp(now, timezone.utc).date()
+
+
+# What the words of a limit look like, and how to say so.
+LIMITS: Mapping[str, tuple[str, str]] = {
+    "expires": (r"\d{4}-\d\d-\d\d|\d{1,4}d", "a day to come such as 2027-01-31, or a number of days such as 30d"),
+    "tokens": (r"[1-9]\d{0,11}[kMG]?(/(day|week|month))?", "a number such as 500k or 5M, or 5M/day, 5M/week, 5M/month"),
+    "models": (r"[\w.*?-]+(,[\w.*?-]+)*", "names of models, separated by commas; * stands for any letters"),
+    "rpm": (r"[1-9]\d{0,5}", "a number of requests a minute"),
+    "parallel": (r"[1-9]\d{0,5}", "a number of requests at the same time"),
+}
+
+
+def parse_limits(given: Mapping[str, Any], today: date) -> JSON:
+    """An account's limits from the words of flags or a JSON; "none" and null take one away. Raises BadRequest."""
+    return {name: parse_limit(name, value, today) for name, value in given.items()}
+
+
+def parse_limit(name: str, value: Any, today: date) -> str | int | None:
+    pattern, wanted = LIMITS.get(name, ("(?!)", f"one of {', '.join(LIMITS)}"))
+    words = "none" if value is None else str(value).replace(" ", "")
+    if words == "none" and name in LIMITS:
+        return None
+    limit = last_day(words, today) if name == "expires" else words
+    if not limit or not re.fullmatch(pattern, words, re.ASCII | re.IGNORECASE):
+        raise BadRequest(f"{name} {words[:40]} cannot be used: it must be {wanted}.", name)
+    return int(limit) if name in ("rpm", "parallel") else limit
+
+
+def last_day(words: str, today: date) -> str:
+    """In ISO's form; "" for a day that is past, and for what is no day."""
+    with suppress(ValueError, OverflowError):
+        day = today + timedelta(int(words[:-1])) if words.endswith("d") else date.fromisoformat(words)
+        return day.isoformat() if day >= today and words != "0d" else ""
+    return ""
+
+
+def parse_key_name(name: Any) -> str:
+    if not isinstance(name, str) or not re.fullmatch(r"[\w.@+-]{1,64}", name) or name == OPERATOR:
+        raise BadRequest(f"A key's name must be of letters, digits and ._@+- and not '{OPERATOR}'.", "name")
+    return name
+
+
+class Accounts:
+    """The keys that are known, and what they used: what the database last said, and what was counted here since."""
+
+    MAX_TOKENS = 2**40  # in one request: an odd number must not overflow a column
+
+    def __init__(self, operator_keys: Iterable[str]) -> None:
+        self.operators = {account.id: account for account in map(Account, map(hash_key, operator_keys))}
+        self.named: dict[str, Account] = {}  # by id
+        self.used: TokensUsed = {}
+        self.counted: Counts = {}  # what no batch has yet
+        self.batch: Counts = {}  # what is being written, and may have been
+        self.asked: dict[str, deque[float]] = {}  # seconds at which an account asked, in the last minute
+
+    def find(self, key: str) -> Account | None:
+        account_id = hash_key(key)
+        return self.operators.get(account_id) or self.named.get(account_id)
+
+    def tokens_used(self, account: Account, today: date) -> int:
+        """In the present period."""
+        start = account.period(today)[0].isoformat()
+        counts = chain(self.batch.items(), self.counted.items())
+        here = (row[2] + row[4] for (account_id, day, _), row in counts if account_id == account.id and day >= start)
+        return self.used.get((account.id, start), 0) + sum(here)
+
+    def check_budget(self, account: Account, now: float) -> None:
+        today = day_of(now)
+        if account.budget is None or self.tokens_used(account, today) < account.budget:
+            return
+        begins, message = account.period(today)[1], f"This key has used its {account.tokens} tokens"
+        if begins == date.max:
+            raise ProxyError(KEY_QUOTA_EXCEEDED, f"{message}: the operator of this server can give it more.")
+        error = ProxyError(KEY_QUOTA_EXCEEDED, f"{message}; it begins anew on {begins} at 00:00 UTC.")
+        error.headers["Retry-After"] = str(math.ceil(midnight(begins) - now))
+        raise error
+
+    def check_rate(self, account: Account, seconds: float) -> None:
+        """Count a request, or raise ProxyError after too many in a minute. `seconds`: of a clock that never jumps."""
+        if account.rpm is None:
+            return
+        asked = self.asked.setdefault(account.id, deque())
+        while asked and asked[0] <= seconds - 60:
+            asked.popleft()
+        if len(asked) >= account.rpm:
+            message = f"This key may ask {account.rpm} times a minute: wait as long as Retry-After says."
+            error = ProxyError(KEY_RATE_LIMITED, message)
+            error.headers["Retry-After"] = str(math.ceil(asked[-account.rpm] + 60 - seconds))
+            raise error
+        asked.append(seconds)
+
+    def count(self, key: tuple[str, str, str], figures: Iterable[int]) -> None:
+        before = self.counted.get(key, (0, 0, 0, 0, 0))
+        self.counted[key] = tuple(
+            old + min(max(new, 0), self.MAX_TOKENS) for old, new in zip(before, figures, strict=True)
+        )
+
+    def take(self) -> Counts:
+        """The next batch to write: the last one, until it is known to be written."""
+        if not self.batch:
+            self.batch, self.counted = self.counted, {}
+        return self.batch
+
+    def written(self, named: Iterable[Account], used: TokensUsed) -> None:
+        """The batch is in the database, which has these keys and sums."""
+        self.batch, self.named, self.used = {}, {account.id: account for account in named}, used
+
+
+def midnight(day: date) -> float:
+    return datetime(day.year, day.month, day.day, tzinfo=timezone.utc).timestamp()
 
 
 # ======== Admission — from here on: I/O =============================================================================
@@ -3899,17 +4113,19 @@ class Upstream:
         self.settings, self.client, self.clock = settings, client, clock
         self.keys = KeyPool(settings.zai_keys, clock)
         self.queues: dict[str, Queue] = {}
+        self.account_slots: dict[tuple[str, int], asyncio.Semaphore] = {}  # by account and their number
         self.recoveries: Counter[str] = Counter()  # what was done about failures, whether it helped or not
 
     @asynccontextmanager
-    async def open(self, prompt: Prompt, account: str = "") -> AsyncIterator[EventStream | MergedStream]:
+    async def open(self, prompt: Prompt, account: Account) -> AsyncIterator[EventStream | MergedStream]:
         """Yields an answer that has begun. On exit, however it happens, every connection and slot is released.
 
-        Raises BadRequest when the model cannot take the prompt, and ProxyError when no model answers.
+        Raises BadRequest when the model cannot take the prompt, and ProxyError when the account may not use it or no
+        model answers.
         """
-        caller = self.caller(account, conversation_start(prompt))
-        bodies = [self.bodies(choice_prompt(prompt, choice)) for choice in range(prompt.n)]
-        async with AsyncExitStack() as owner:
+        caller = self.caller(account.id, conversation_start(prompt))
+        bodies = [self.bodies(choice_prompt(prompt, choice), account) for choice in range(prompt.n)]
+        async with self.account_slot(account), AsyncExitStack() as owner:
             if prompt.n == 1:
                 stream = await self.with_fallbacks(bodies[0], caller, owner)
                 yield stream
@@ -3920,12 +4136,20 @@ class Upstream:
                 await merged.begin()
                 yield merged
 
-    def bodies(self, prompt: Prompt) -> list[tuple[Model, bytes]]:
+    def account_slot(self, account: Account) -> AbstractAsyncContextManager[None]:
+        """Waits until fewer requests of the account are in flight than it may have."""
+        if account.parallel is None:
+            return nullcontext()
+        return self.account_slots.setdefault((account.id, account.parallel), asyncio.Semaphore(account.parallel))
+
+    def bodies(self, prompt: Prompt, account: Account) -> list[tuple[Model, bytes]]:
         """The request for each model to ask: the one named, then the fallbacks that can take the prompt."""
         names = (prompt.model, *(prompt.fallbacks or self.settings.fallback_models))
         model, *others = (resolve(name, self.settings.model_aliases) for name in names)
+        for asked in (model, *others[: len(prompt.fallbacks)]):
+            account.check_model(asked)
         bodies = [(model, encode_request(zai_body(prompt, model)))]
-        for other in others:
+        for other in filter(account.allows, others):
             with suppress(BadRequest):
                 bodies.append((other, encode_request(zai_body(prompt, other))))
         return bodies
@@ -4069,6 +4293,234 @@ class Catalog:
                 self.models = MODELS | {model.id: model for model in models}
 
 
+# ======== Database ==================================================================================================
+# SQLite or PostgreSQL by the same statements. A day is YYYY-MM-DD.
+
+DAYS_KEPT = 30  # of stored responses
+DATABASE_FILE = Path(__file__).with_name("ztoapi.db")
+
+# What each version of the tables adds to the one before.
+MIGRATIONS = (
+    """
+    CREATE TABLE ztoapi_keys (id TEXT PRIMARY KEY, name TEXT NOT NULL, limits TEXT NOT NULL, removed BIGINT NOT NULL);
+    CREATE UNIQUE INDEX ztoapi_key_names ON ztoapi_keys (name) WHERE removed = 0;
+    CREATE TABLE ztoapi_usage (
+        account TEXT, day TEXT, model TEXT, requests BIGINT NOT NULL, failures BIGINT NOT NULL, prompt BIGINT NOT NULL,
+        cached BIGINT NOT NULL, completion BIGINT NOT NULL, PRIMARY KEY (account, day, model));
+    CREATE INDEX ztoapi_usage_days ON ztoapi_usage (day);
+    CREATE TABLE ztoapi_responses (id TEXT PRIMARY KEY, account TEXT NOT NULL, day TEXT NOT NULL, body TEXT NOT NULL);
+    CREATE INDEX ztoapi_response_days ON ztoapi_responses (day);
+    CREATE TABLE ztoapi_writers (id TEXT PRIMARY KEY, batch BIGINT NOT NULL, day TEXT NOT NULL)
+    """,
+)
+PUT_KEY = "INSERT INTO ztoapi_keys VALUES (?, ?, ?, 0) ON CONFLICT (id) DO UPDATE SET limits = excluded.limits"
+REMOVE_KEY = "UPDATE ztoapi_keys SET removed = 1 WHERE name = ? AND removed = 0"
+BEGIN_BATCH = """
+    INSERT INTO ztoapi_writers AS w VALUES (?, ?, ?) ON CONFLICT (id)
+    DO UPDATE SET batch = excluded.batch, day = excluded.day WHERE w.batch < excluded.batch"""
+ADD_USAGE = """
+    INSERT INTO ztoapi_usage AS u VALUES (?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT (account, day, model) DO UPDATE SET
+    requests = u.requests + excluded.requests, failures = u.failures + excluded.failures,
+    prompt = u.prompt + excluded.prompt, cached = u.cached + excluded.cached,
+    completion = u.completion + excluded.completion"""
+TOKENS_SINCE = "SELECT SUM(prompt + completion) FROM ztoapi_usage WHERE account = ? AND day >= ?"
+USAGE_SINCE = """
+    SELECT account, COALESCE(name, 'operator'), day, model, requests, failures, prompt, cached, completion
+    FROM ztoapi_usage LEFT JOIN ztoapi_keys ON id = account WHERE day >= ? ORDER BY day, name, model"""
+PUT_RESPONSE = """
+    INSERT INTO ztoapi_responses VALUES (?, ?, ?, ?) ON CONFLICT (id) DO UPDATE SET body = excluded.body"""
+DELETE_OLD = ("DELETE FROM ztoapi_responses WHERE day < ?", "DELETE FROM ztoapi_writers WHERE day < ?")
+
+Stored = tuple[str, str]  # account id, and the body of a response: "" if it was deleted
+
+
+class DatabaseError(Exception):
+    """The database cannot be used; the text is one line, for the operator."""
+
+
+class Database:
+    """One connection in one thread: the event loop never waits for a disk.
+
+    Counts are written in numbered batches. One that was being committed when the connection broke is written again
+    under its number, which `ztoapi_writers` takes only once.
+    """
+
+    INTERVAL = 1.0  # seconds between two looks for something to write
+    POLL = 3  # intervals after which other processes' words are read, in any case
+    COMPLAINT_INTERVAL = 60
+    MAX_UNSAVED, MAX_UNSAVED_SIZE = 1_000, 64 * 2**20  # responses in memory, and their characters
+
+    def __init__(self, url: str) -> None:
+        self.url, self.is_postgres, self.in_memory = url, url.startswith("postgres"), url == "memory"
+        self.path = DATABASE_FILE.parent / url.removeprefix("sqlite:///") if url else DATABASE_FILE
+        self.thread = ThreadPoolExecutor(1, "database")
+        self.driver: Any = None  # a DB-API module
+        self.connection: Any = None
+        self.writer, self.batch = secrets.token_hex(8), 1
+        self.unsaved: dict[str, Stored] = {}  # responses by id
+        self.lock = asyncio.Lock()  # one batch at a time
+        self.complained_at = -math.inf
+
+    @property
+    def exists(self) -> bool:
+        """Unless it is made by the first thing to write."""
+        return self.is_postgres or self.in_memory or self.path.exists()
+
+    def call(self, job: Callable[..., R], *arguments: object) -> R:
+        """Do a job in a transaction, and wait for it. Raises DatabaseError."""
+        return self.thread.submit(self.transact, job, *arguments).result()
+
+    async def run(self, job: Callable[..., R], *arguments: object) -> R:
+        return await asyncio.get_running_loop().run_in_executor(self.thread, self.transact, job, *arguments)
+
+    @asynccontextmanager
+    async def kept_up(self, accounts: Accounts) -> AsyncIterator[None]:
+        """Keys and usage are exchanged with the database all the while, and once more at the end."""
+        if self.exists:
+            await self.sync(accounts)
+        task = asyncio.create_task(self.keep_up(accounts))
+        yield
+        await end_tasks([task])
+        if accounts.counted or accounts.batch or self.unsaved:
+            await asyncio.wait_for(self.sync(accounts), 5)
+        self.thread.submit(self.close)
+        self.thread.shutdown(wait=False)
+
+    async def keep_up(self, accounts: Accounts) -> None:
+        for number in count():
+            is_due = number % self.POLL == 0 and self.exists
+            if is_due or accounts.counted or accounts.batch or (self.unsaved and not self.in_memory):
+                await self.sync(accounts)
+            await asyncio.sleep(self.INTERVAL)
+
+    async def sync(self, accounts: Accounts) -> None:
+        """Write what was counted and stored, read what other processes wrote; what fails waits for the next time."""
+        async with self.lock:
+            counts, unsaved = accounts.take(), {} if self.in_memory else dict(self.unsaved)
+            try:
+                known = await self.run(self.exchange, counts, unsaved, day_of(time.time()))
+            except DatabaseError as error:
+                self.complain(error)
+                return
+            accounts.written(*known)
+            self.batch += 1
+            self.unsaved = {name: row for name, row in self.unsaved.items() if unsaved.get(name) is not row}
+
+    def complain(self, error: DatabaseError) -> None:
+        if time.monotonic() >= self.complained_at + self.COMPLAINT_INTERVAL:
+            self.complained_at = time.monotonic()
+            LOG.warning("%s; requests go on, and what is to be written waits in memory", error)
+
+    def put_response(self, response_id: str, account_id: str, body: str) -> None:
+        self.unsaved[response_id] = (account_id, body)
+        sizes = [len(body) for _, body in self.unsaved.values()]
+        while len(self.unsaved) > self.MAX_UNSAVED or sum(sizes[-len(self.unsaved) :]) > self.MAX_UNSAVED_SIZE:
+            del self.unsaved[next(iter(self.unsaved))]
+
+    async def find_response(self, response_id: str, account_id: str) -> str:
+        """The body; "" if this account has none of this id. Raises DatabaseError."""
+        stored = self.unsaved.get(response_id)
+        if stored is None and self.exists:
+            stored = await self.run(self.select_response, response_id)
+        return stored[1] if stored and stored[0] == account_id else ""
+
+    # From here on: in the thread.
+
+    def transact(self, job: Callable[..., R], *arguments: object) -> R:
+        self.driver = self.driver or self.load_driver()
+        try:
+            if not self.connection:
+                self.connect()
+            return self.attempt(job, *arguments)
+        except (self.driver.Error, OSError) as error:
+            raise DatabaseError(f"the database cannot be used: {' '.join(str(error).split())}") from error
+
+    def load_driver(self) -> Any:
+        try:
+            return import_module("psycopg" if self.is_postgres else "sqlite3")
+        except ImportError:
+            raise DatabaseError('PostgreSQL needs a package: pip install "psycopg[binary]"') from None
+
+    def connect(self) -> None:
+        if self.is_postgres:
+            self.connection = self.driver.connect(self.url, autocommit=True, prepare_threshold=None, connect_timeout=5)
+        else:
+            if not self.in_memory:
+                os.close(os.open(self.path, os.O_CREAT | os.O_RDWR, 0o600))
+            path = ":memory:" if self.in_memory else self.path
+            self.connection = self.driver.connect(path, 10, isolation_level=None)
+            self.execute("PRAGMA journal_mode = WAL")
+            self.execute("PRAGMA synchronous = NORMAL")
+        self.attempt(self.migrate)
+
+    def attempt(self, job: Callable[..., R], *arguments: object) -> R:
+        with ExitStack() as failed:
+            failed.callback(self.close)  # a connection that failed is not used again; closing it rolls back
+            self.execute("BEGIN" if self.is_postgres else "BEGIN IMMEDIATE")
+            result = job(*arguments)
+            self.execute("COMMIT")
+            failed.pop_all()
+        return result
+
+    def close(self) -> None:
+        if self.connection:
+            self.connection.close()
+        self.connection = None
+
+    def execute(self, statement: str, *values: object) -> Any:
+        return self.connection.execute(statement.replace("?", "%s") if self.is_postgres else statement, values)
+
+    def migrate(self) -> None:
+        """Bring the tables to this program's version. Raises DatabaseError if they have a newer one."""
+        if self.is_postgres:
+            self.execute("SELECT pg_advisory_xact_lock(90909090)")  # another process may be starting too
+        self.execute("CREATE TABLE IF NOT EXISTS ztoapi_version (version BIGINT NOT NULL)")
+        version = self.execute("SELECT MAX(version) FROM ztoapi_version").fetchone()[0] or 0
+        if version > len(MIGRATIONS):
+            raise DatabaseError(f"the database has version {version}, so a newer ztoapi made it: update this one")
+        for number, statements in enumerate(MIGRATIONS[version:], version + 1):
+            for statement in statements.split(";"):
+                self.execute(statement)
+            self.execute("INSERT INTO ztoapi_version VALUES (?)", number)
+
+    def exchange(self, counts: Counts, unsaved: Mapping[str, Stored], today: date) -> tuple[list[Account], TokensUsed]:
+        if counts or unsaved:
+            self.write(counts, unsaved, today)
+        named = self.list_accounts()
+        periods = [(account.id, account.period(today)[0].isoformat()) for account in named]
+        return named, {period: int(self.execute(TOKENS_SINCE, *period).fetchone()[0] or 0) for period in periods}
+
+    def write(self, counts: Counts, unsaved: Mapping[str, Stored], today: date) -> None:
+        if self.execute(BEGIN_BATCH, self.writer, self.batch, today.isoformat()).rowcount:
+            for key, figures in sorted(counts.items()):  # sorted, or two writers might wait for each other
+                self.execute(ADD_USAGE, *key, *figures)
+        for response_id, (account_id, body) in unsaved.items():
+            self.execute(PUT_RESPONSE, response_id, account_id, today.isoformat(), body)
+        for statement in DELETE_OLD:
+            self.execute(statement, (today - timedelta(DAYS_KEPT)).isoformat())
+
+    def list_accounts(self) -> list[Account]:
+        rows = self.execute("SELECT id, name, limits FROM ztoapi_keys WHERE removed = 0 ORDER BY name").fetchall()
+        return [Account(account_id, name, **json.loads(limits)) for account_id, name, limits in rows]
+
+    def put_account(self, account: Account) -> None:
+        self.execute(PUT_KEY, account.id, account.name, to_json({name: getattr(account, name) for name in LIMITS}))
+
+    def remove_account(self, name: str) -> bool:
+        """Whether there was one. Its row stays, with the name for what it used."""
+        return bool(self.execute(REMOVE_KEY, name).rowcount)
+
+    def list_usage(self, since: date) -> list[tuple[Any, ...]]:
+        """Account id and name, day, model, and the figures of Counts."""
+        rows: list[tuple[Any, ...]] = self.execute(USAGE_SINCE, since.isoformat()).fetchall()
+        return rows
+
+    def select_response(self, response_id: str) -> Stored | None:
+        statement = "SELECT account, body FROM ztoapi_responses WHERE id = ?"
+        stored: Stored | None = self.execute(statement, response_id).fetchone()
+        return stored
+
+
 # ======== Requests ==================================================================================================
 # What is kept about requests: a record of each, statistics for the dashboard, stored responses. Bounded in size.
 
@@ -4197,46 +4649,24 @@ class Statistics:
         }
 
 
-class ResponseStore:
-    """Stored responses by client key and id, in the memory of this process, the oldest forgotten first."""
-
-    MAX_RESPONSES, MAX_BYTES = 1_000, 64 * 2**20
-
-    def __init__(self) -> None:
-        self.stored: dict[tuple[str, str], tuple[StoredResponse, int]] = {}  # with its size in bytes, roughly
-        self.size = 0
-
-    def put(self, owner: str, stored: StoredResponse) -> None:
-        """Keep a response, in place of an older one with the same id; forget the oldest when there are too many."""
-        key = (owner, stored.response["id"])
-        size = len(to_json(stored.response)) + len(to_json(stored.input))
-        self.drop(*key)
-        self.stored[key] = (stored, size)
-        self.size += size
-        while self.stored and (len(self.stored) > self.MAX_RESPONSES or self.size > self.MAX_BYTES):
-            self.drop(*next(iter(self.stored)))
-
-    def get(self, owner: str, response_id: str) -> StoredResponse | None:
-        """None for a response that is not there, or is another client key's."""
-        return self.stored.get((owner, response_id), (None, 0))[0]
-
-    def drop(self, owner: str, response_id: str) -> None:
-        _, size = self.stored.pop((owner, response_id), (None, 0))
-        self.size -= size
-
-
-@dataclass(frozen=True, slots=True)
 class ClientHistory:
-    """The stored responses of one client key."""
+    """The stored responses of one client key. Those that a request refers to are loaded before it is parsed."""
 
-    store: ResponseStore
-    owner: str
+    def __init__(self, database: Database, owner: str) -> None:
+        self.database, self.owner = database, owner
+        self.loaded: dict[str, StoredResponse] = {}
+
+    async def load(self, response_id: str) -> None:
+        """Raises DatabaseError."""
+        if body := await self.database.find_response(response_id, self.owner):
+            self.loaded[response_id] = StoredResponse(**json.loads(body))
 
     def get(self, response_id: str) -> StoredResponse | None:
-        return self.store.get(self.owner, response_id)
+        return self.loaded.get(response_id)
 
     def put(self, stored: StoredResponse) -> None:
-        self.store.put(self.owner, stored)
+        body = json.dumps({"response": stored.response, "input": stored.input})  # in ASCII: half a surrogate pair too
+        self.database.put_response(stored.response["id"], self.owner, body)
 
 
 class OpenResponse(Protocol):
@@ -4252,8 +4682,9 @@ REDACT = web.AppKey("redact", Redactor)
 IN_FLIGHT: web.AppKey[dict[Any, web.Request]] = web.AppKey("in_flight", dict)  # by the task that answers it
 CONNECTIONS: web.AppKey[Any] = web.AppKey("connections", WeakSet)  # of transports
 CLOCK = web.AppKey("clock", Clock)
-STORE = web.AppKey("store", ResponseStore)
 STATISTICS = web.AppKey("statistics", Statistics)
+ACCOUNTS = web.AppKey("accounts", Accounts)
+DATABASE = web.AppKey("database", Database)
 UPSTREAM = web.AppKey("upstream", Upstream)
 CATALOG = web.AppKey("catalog", Catalog)
 ACCOUNT = web.RequestKey("account", Account)
@@ -4368,20 +4799,22 @@ async def collect(batches: AsyncIterator[list[Event]]) -> Answer:
 async def answer(surface: Surface, request: web.Request) -> web.StreamResponse:
     """Answers a request of any surface."""
     settings, record, upstream = request.app[SETTINGS], request[RECORD], request.app[UPSTREAM]
-    account = request[ACCOUNT].id
-    asked = surface(await read_json(request), ClientHistory(request.app[STORE], account))
+    body, history = await read_json(request), ClientHistory(request.app[DATABASE], request[ACCOUNT].id)
+    for response_id in referred_responses(body):
+        await history.load(response_id)
+    asked = surface(body, history)
     prompt = with_defaults(asked.prompt, settings, request.headers.get("Accept", ""))
     form = prompt.reasoning_format or settings.reasoning_format
     record.model = model_shown(request, prompt.model)
     record.left_out = ",".join(header_word(name) for name in prompt.ignored if name.startswith("tools."))[:DETAIL_LIMIT]
     if not prompt.stream:
-        async with upstream.open(prompt, account) as stream:
+        async with upstream.open(prompt, request[ACCOUNT]) as stream:
             whole = await collect(events_of(stream, record, form))
             document = asked.document(head_of(stream.info, prompt, record), whole)
             return json_response(document, headers=answer_headers(prompt, stream.info))
     response = request[STREAM] = SSEResponse(request, asked)
     with response.kept_alive():
-        async with upstream.open(prompt, account) as stream:
+        async with upstream.open(prompt, request[ACCOUNT]) as stream:
             response.begin(head_of(stream.info, prompt, record), answer_headers(prompt, stream.info))
             await response.relay(events_of(stream, record, form))
     return response.response
@@ -4474,10 +4907,11 @@ async def list_models(request: web.Request) -> web.Response:
 
 
 async def named_models(request: web.Request) -> dict[str, Model]:
-    """The models that this server lists: Z.ai's, and the aliases without a pattern."""
-    renamed = request.app[SETTINGS].model_aliases
+    """The models that this server lists for the caller: Z.ai's, and the aliases without a pattern."""
+    renamed, allows = request.app[SETTINGS].model_aliases, request.get(ACCOUNT, Account("")).allows
     plain = {name: resolve(name, renamed) for name, _ in renamed if "*" not in name}
-    return await request.app[CATALOG].list(time.monotonic()) | plain
+    models = await request.app[CATALOG].list(time.monotonic()) | plain
+    return {name: model for name, model in models.items() if allows(model)}
 
 
 async def one_model(request: web.Request) -> web.Response:
@@ -4491,8 +4925,10 @@ async def one_model(request: web.Request) -> web.Response:
     return json_response(item(models[name], name))
 
 
-def stored_response(request: web.Request) -> StoredResponse:
-    stored = request.app[STORE].get(request[ACCOUNT].id, request.match_info["id"])
+async def stored_response(request: web.Request) -> StoredResponse:
+    history, response_id = ClientHistory(request.app[DATABASE], request[ACCOUNT].id), request.match_info["id"]
+    await history.load(response_id)
+    stored = history.get(response_id)
     if stored is None:
         raise ProxyError(
             error_kind(404, "response_not_found"),
@@ -4502,16 +4938,16 @@ def stored_response(request: web.Request) -> StoredResponse:
 
 
 async def one_response(request: web.Request) -> web.Response:
-    return json_response(stored_response(request).response)
+    return json_response((await stored_response(request)).response)
 
 
 async def list_input_items(request: web.Request) -> web.Response:
-    return json_response(input_items(stored_response(request), request.query))
+    return json_response(input_items(await stored_response(request), request.query))
 
 
 async def delete_response(request: web.Request) -> web.Response:
-    response_id = stored_response(request).response["id"]
-    request.app[STORE].drop(request[ACCOUNT].id, response_id)
+    response_id = (await stored_response(request)).response["id"]
+    request.app[DATABASE].put_response(response_id, request[ACCOUNT].id, "")
     return json_response({"id": response_id, "object": "response", "deleted": True})
 
 
@@ -4563,9 +4999,77 @@ async def dashboard(_: web.Request) -> web.Response:
 
 
 async def dashboard_stats(request: web.Request) -> web.Response:
-    in_flight = sum(bool(flying[RECORD].model) for flying in request.app[IN_FLIGHT].values())
-    snapshot = request.app[STATISTICS].snapshot(time.time()) | request.app[UPSTREAM].snapshot(request.app[REDACT])
-    return json_response(snapshot | {"in_flight": in_flight}, headers={"Cache-Control": "no-store"})
+    """An operator's key sees everything, another key its own figures."""
+    app, account, now = request.app, request[ACCOUNT], time.time()
+    snapshot: JSON = {"now": now, "operator": account.is_operator, "days": await usage_days(request)}
+    if account.is_operator:
+        in_flight = sum(bool(flying[RECORD].model) for flying in app[IN_FLIGHT].values())
+        snapshot |= app[STATISTICS].snapshot(now) | app[UPSTREAM].snapshot(app[REDACT]) | {"in_flight": in_flight}
+    snapshot["client_keys"] = key_items(
+        app[ACCOUNTS], app[ACCOUNTS].named.values() if account.is_operator else [account]
+    )
+    return json_response(snapshot, headers={"Cache-Control": "no-store"})
+
+
+async def usage_days(request: web.Request) -> list[JSON] | None:
+    """The caller's usage in the last month, all accounts' for an operator; None while the database is out of reach."""
+    database, account = request.app[DATABASE], request[ACCOUNT]
+    try:
+        rows = await database.run(database.list_usage, day_of(time.time()) - timedelta(30)) if database.exists else []
+    except DatabaseError:
+        return None
+    return [usage_item(*row) for account_id, *row in rows if account.is_operator or account_id == account.id]
+
+
+def usage_item(key: str, day: str, model: str, *figures: int) -> JSON:
+    names = ("requests", "failures", "prompt_tokens", "cached_tokens", "completion_tokens")
+    cost = MODELS[model].cost(*figures[2:]) if model in MODELS else None
+    return {"key": key, "day": day, "model": model, **dict(zip(names, figures, strict=True)), "cost": cost}
+
+
+def key_items(accounts: Accounts, shown: Iterable[Account]) -> list[JSON]:
+    """Keys with their limits in the words of the `keys` command, and what they used."""
+    today = day_of(time.time())
+    return [
+        {
+            "name": account.name,
+            **{limit: getattr(account, limit) for limit in LIMITS},
+            "expired": bool(account.expires and account.expires < today.isoformat()),
+            "used_tokens": accounts.tokens_used(account, today),
+            "token_limit": account.budget,
+            "resets_at": midnight(begins) if (begins := account.period(today)[1]) < date.max else None,
+        }
+        for account in shown
+    ]
+
+
+async def list_keys(request: web.Request) -> web.Response:
+    accounts = request.app[ACCOUNTS]
+    return json_response({"keys": key_items(accounts, accounts.named.values())}, headers={"Cache-Control": "no-store"})
+
+
+async def put_key(request: web.Request) -> web.Response:
+    """A new name adds a key, a known one changes its limits; what is not given stays."""
+    accounts, database, body = request.app[ACCOUNTS], request.app[DATABASE], await read_json(request)
+    known = {account.name: account for account in await database.run(database.list_accounts)}
+    key, name = new_key(), parse_key_name(body.pop("name", None))
+    account = replace(known.get(name) or Account(hash_key(key), name), **parse_limits(body, day_of(time.time())))
+    await database.run(database.put_account, account)
+    await database.sync(accounts)
+    (item,) = key_items(accounts, [account])
+    return json_response(item, 200) if name in known else json_response(item | {"key": key}, 201)
+
+
+async def remove_key(request: web.Request) -> web.Response:
+    database = request.app[DATABASE]
+    if not await database.run(database.remove_account, request.match_info["name"]):
+        raise ProxyError(error_kind(404, "key_not_found"), "There is no key of this name.")
+    await database.sync(request.app[ACCOUNTS])
+    return web.Response(status=204)
+
+
+def new_key() -> str:
+    return f"sk-{secrets.token_urlsafe(32)}"
 
 
 def page_response(page: Page, snapshot: JSON) -> web.Response:
@@ -4594,10 +5098,11 @@ async def messages(request: web.Request) -> web.StreamResponse:
     given = validated(body, {"model": model_name})
     required(given, "model")
     request[RECORD].model = model_shown(request, given["model"])
-    model = resolve(given["model"], settings.model_aliases).id
+    model = resolve(given["model"], settings.model_aliases)
+    request[ACCOUNT].check_model(model)
     passed = [name for name in ("anthropic-version", "anthropic-beta") if name in request.headers]
     how = {
-        "data": encode_request(messages_body(body, model)),
+        "data": encode_request(messages_body(body, model.id)),
         "headers": {"Content-Type": "application/json", **{name: request.headers[name] for name in passed}},
         "params": request.query,
     }
@@ -4608,12 +5113,12 @@ async def messages(request: web.Request) -> web.StreamResponse:
         url = f"{key.anthropic_url}/v1/{request.match_info['what']}"
         stream = await upstream.client.send(url, key, owner, **how)
         response = PassThroughResponse(request, stream, MessagesReader(given["model"]))
-        response.response.headers["x-ztoapi-model"] = header_word(model)
+        response.response.headers["x-ztoapi-model"] = header_word(model.id)
         await response.begin()
         return response
 
-    async with AsyncExitStack() as owner:
-        response = await upstream.with_retries(Target(model, "/messages"), caller, attempt, owner)
+    async with upstream.account_slot(request[ACCOUNT]), AsyncExitStack() as owner:
+        response = await upstream.with_retries(Target(model.id, "/messages"), caller, attempt, owner)
         request[STREAM] = response
         return await response.send()
 
@@ -4647,7 +5152,7 @@ async def pass_through(path: str, request: web.Request) -> web.StreamResponse:
         },
         "params": request.query,
     }
-    async with AsyncExitStack() as owner:
+    async with request.app[UPSTREAM].account_slot(request[ACCOUNT]), AsyncExitStack() as owner:
         try:
             stream = await request.app[UPSTREAM].client.send(f"{key.base_url}/{path}", key, owner, **how)
             response = PassThroughResponse(request, stream, PassThroughReader())
@@ -4739,24 +5244,45 @@ class PassThroughResponse:
 
 
 def require_key(handler: Handler) -> Handler:
-    """The handler, for callers who have one of this server's keys."""
+    """The handler, for callers who have a key that is still valid."""
 
     async def check(request: web.Request) -> web.StreamResponse:
-        request[ACCOUNT] = account_of(request.headers, request.app[SETTINGS].default_key)
+        account = request[ACCOUNT] = account_of(request.headers, request.app[ACCOUNTS])
+        account.check_date(day_of(time.time()))
         return await handler(request)
 
     return check
 
 
-def account_of(headers: Mapping[str, str], accepted: Iterable[str]) -> Account:
-    """The account of the key that was sent. Raises ProxyError for any other key, after the same time for each."""
+def account_of(headers: Mapping[str, str], accounts: Accounts) -> Account:
+    """The account of the key that was sent. Keys are compared by their hashes, so that time tells nothing of them."""
     scheme, _, bearer = headers.get("Authorization", "").partition(" ")
-    sent = [headers.get("x-api-key", ""), bearer.strip() if scheme.lower() == "bearer" else ""]
-    pairs = [(given.encode("utf-8", "surrogateescape"), key.encode()) for given in sent for key in accepted]
-    matching = [given for given, key in pairs if hmac.compare_digest(given, key)]
-    if not matching:
+    sent = (headers.get("x-api-key", ""), bearer.strip() if scheme.lower() == "bearer" else "")
+    account = next(filter(None, map(accounts.find, sent)), None)
+    if account is None:
         raise ProxyError(INVALID_API_KEY)
-    return Account(hashlib.sha256(matching[0]).hexdigest())
+    return account
+
+
+def within_limits(handler: Handler) -> Handler:
+    """The handler, for callers whose key has tokens left and did not ask too often."""
+
+    async def check(request: web.Request) -> web.StreamResponse:
+        accounts, account = request.app[ACCOUNTS], request[ACCOUNT]
+        accounts.check_budget(account, time.time())
+        accounts.check_rate(account, time.monotonic())
+        return await handler(request)
+
+    return require_key(check)
+
+
+def operator_only(handler: Handler) -> Handler:
+    async def check(request: web.Request) -> web.StreamResponse:
+        if not request[ACCOUNT].is_operator:
+            raise ProxyError(OPERATOR_ONLY)
+        return await handler(request)
+
+    return require_key(check)
 
 
 @web.middleware
@@ -4844,6 +5370,16 @@ async def log_requests(request: web.Request, handler: Handler) -> web.StreamResp
         LOG.log(level, "%s", record.line(now))
         if record.model:
             request.app[STATISTICS].add(record, now - record.started, time.time())
+            count_usage(request)
+
+
+def count_usage(request: web.Request) -> None:
+    """A name that nobody knows is counted only if it has an answer: clients may send any number of names."""
+    record, usage = request[RECORD], request[RECORD].usage
+    model = record.model if record.model in MODELS or usage.total else Statistics.OTHERS
+    figures = (1, bool(record.error), usage.prompt, usage.cached, usage.completion)
+    day = day_of(time.time()).isoformat()
+    request.app[ACCOUNTS].count((request[ACCOUNT].id, day, model), figures)
 
 
 def speaks_anthropic(request: web.Request) -> bool:
@@ -4870,6 +5406,8 @@ def proxy_error(error: Exception, request: web.Request) -> ProxyError:
     match error:
         case ProxyError():
             return error
+        case DatabaseError():
+            return ProxyError(DATABASE_UNAVAILABLE)
         case web.HTTPNotFound():
             message = "There is nothing here: clients call POST /v1/chat/completions and GET /v1/models."
             return ProxyError(error_kind(404, "unknown_url"), message, detail=asked)
@@ -5068,6 +5606,7 @@ def create_app(settings: Settings | None = None) -> web.Application:
     """The server as an aiohttp application. Without settings, as process managers call it, it reads the environment."""
     if settings is None:
         settings = settings_of_worker()
+    database = database_or_exit(settings)
     app = web.Application(
         middlewares=[log_requests, local_only],
         client_max_size=settings.max_body_mb * 2**20,
@@ -5080,7 +5619,8 @@ def create_app(settings: Settings | None = None) -> web.Application:
     app[IN_FLIGHT] = {}
     app[CONNECTIONS] = WeakSet()
     app[STATISTICS] = Statistics(time.time())
-    app[STORE] = ResponseStore()
+    app[ACCOUNTS] = Accounts(settings.default_key)
+    app[DATABASE] = database
     app.on_response_prepare.append(add_headers)
     app.cleanup_ctx.append(connect)
     app.on_shutdown.append(drain)
@@ -5091,10 +5631,10 @@ def create_app(settings: Settings | None = None) -> web.Application:
 
 def api_routes(app: web.Application) -> None:
     for path, surface in SURFACES.items():
-        add_route(app, "POST", f"{API}{path}{END}", require_key(partial(answer, surface)))
+        add_route(app, "POST", f"{API}{path}{END}", within_limits(partial(answer, surface)))
     for method, path in PASS_THROUGH_ROUTES:
-        add_route(app, method, f"{API}{path}{END}", require_key(partial(pass_through, path)))
-    add_route(app, "POST", f"{API}{{what:messages|messages/count_tokens}}{END}", require_key(messages))
+        add_route(app, method, f"{API}{path}{END}", within_limits(partial(pass_through, path)))
+    add_route(app, "POST", f"{API}{{what:messages|messages/count_tokens}}{END}", within_limits(messages))
     add_route(app, "GET", f"{API}models{END}", require_key(list_models))
     add_route(app, "GET", f"{API}models/{{id:.+?}}{END}", require_key(one_model))
     response = API + r"responses/{id:resp_\w+}"
@@ -5111,6 +5651,9 @@ def page_routes(app: web.Application) -> None:
     if app[SETTINGS].dashboard_enabled:
         add_route(app, "GET", "/dashboard", dashboard)
         add_route(app, "GET", "/dashboard/stats", require_key(dashboard_stats))
+        add_route(app, "GET", "/dashboard/keys", operator_only(list_keys))
+        add_route(app, "POST", "/dashboard/keys", operator_only(put_key))
+        add_route(app, "DELETE", "/dashboard/keys/{name}", operator_only(remove_key))
     if app[SETTINGS].demo:
         demo_routes(app)
 
@@ -5128,7 +5671,8 @@ async def connect(app: web.Application) -> AsyncIterator[None]:
         client = ZaiClient(session, settings)
         app[UPSTREAM] = Upstream(settings, client, app[CLOCK])
         app[CATALOG] = Catalog(client, app[UPSTREAM].keys)
-        yield
+        async with app[DATABASE].kept_up(app[ACCOUNTS]):
+            yield
         await app[CATALOG].close()
 
 
@@ -5181,6 +5725,17 @@ def settings_or_exit(flags: Mapping[str, str]) -> Settings:
         return Settings.from_env({**environment(), **flags})
     except SettingsError as error:
         refuse(error)
+
+
+def database_or_exit(settings: Settings) -> Database:
+    """The database, connected to if it was named or is there; one line on stderr and status 2 if it cannot be used."""
+    database = Database("memory" if settings.demo else settings.database_url)
+    try:
+        if settings.database_url or database.exists:
+            database.call(database.list_accounts)
+    except DatabaseError as error:
+        refuse(Redactor(settings.secrets)(str(error)))
+    return database
 
 
 def refuse(reason: object, status: int = 2) -> NoReturn:
@@ -5273,7 +5828,8 @@ def parse_flags(arguments: list[str]) -> argparse.Namespace:
     way = parser.add_mutually_exclusive_group()
     way.add_argument("--demo", action="store_true", help="answer from a built-in stand-in for Z.ai; needs no key")
     way.add_argument("--check", action="store_true", help="say what is configured and whether it works, then end")
-    starter = parser.add_subparsers(dest="command").add_parser("launch", help="start a client that uses this server")
+    commands = parser.add_subparsers(dest="command")
+    starter = commands.add_parser("launch", help="start a client that uses this server")
     starter.add_argument("client", choices=CLIENTS, help="what follows -- is for the client: launch claude -- -p hello")
     starter.add_argument("--model", help="the model that it uses")
     starter.add_argument("--show", action="store_true", help="print how it is started, as lines for a shell")
@@ -5281,6 +5837,11 @@ def parse_flags(arguments: list[str]) -> argparse.Namespace:
         each.add_argument("--host", default=argparse.SUPPRESS, help="address to listen on (HOST)")
         each.add_argument("--port", default=argparse.SUPPRESS, help="port to listen on (PORT)")
     parser.add_argument("--version", action="version", version=f"ztoapi {__version__}")
+    manager = commands.add_parser("keys", help="list, add, change and remove the keys of clients")
+    manager.add_argument("action", nargs="?", choices=("list", "add", "change", "remove"), default="list")
+    manager.add_argument("name", nargs="?")
+    for name, (_, wanted) in LIMITS.items():
+        manager.add_argument(f"--{name}", help=f"{wanted}; or none")
     own = list(takewhile("--".__ne__, arguments))
     return parser.parse_args(own, argparse.Namespace(arguments=arguments[len(own) + 1 :]))
 
@@ -5302,18 +5863,65 @@ def main(arguments: list[str] | None = None) -> None:
     settings = settings_or_exit(given)
     if flags.command == "launch":
         raise SystemExit(launch(settings, flags))
+    if flags.command == "keys":
+        keys_command(settings, flags)
+        return
     sockets = listen_or_exit(settings)
     address = sockets[0].getsockname()
     settings = with_demo(settings, address) if flags.demo else settings
     set_up_log(settings)
-    print(banner(settings, address[1]), flush=True)
     app = create_app(settings)
+    print(banner(settings, address[1]), flush=True)
     gc.collect()
     gc.freeze()  # the collector need not look again at what is here now: it stays
     web.run_app(app, sock=sockets, print=None, access_log=None, shutdown_timeout=5, backlog=BACKLOG, loop=new_loop())
 
 
 # ======== Commands ==================================================================================================
+
+
+def keys_command(settings: Settings, flags: argparse.Namespace) -> None:
+    """`keys`: one line on stderr and status 2 for what cannot be done."""
+    database = Database(settings.database_url)
+    if database.in_memory:
+        refuse("keys need a database: DATABASE_URL is memory")
+    try:
+        print(manage_keys(database, flags))
+    except (DatabaseError, BadRequest) as error:
+        refuse(Redactor(settings.secrets)(str(error)))
+    if flags.action == "add" and settings.published:
+        print(
+            f"DEFAULT_KEY is the published {PUBLISHED_KEY}: nobody else can reach this server until you set "
+            "another, and HOST.",
+            file=sys.stderr,
+        )
+
+
+def manage_keys(database: Database, flags: argparse.Namespace) -> str:
+    """What is to be printed. Raises BadRequest and DatabaseError."""
+    accounts, today = Accounts(()), day_of(time.time())
+    if database.exists:
+        accounts.written(*database.call(database.exchange, {}, {}, today))
+    if flags.action == "list":
+        return key_table(key_items(accounts, accounts.named.values()))
+    known = {account.name: account for account in accounts.named.values()}
+    key, name = new_key(), parse_key_name(flags.name)
+    if (name in known) == (flags.action == "add"):
+        raise BadRequest(f"there is {'already a' if name in known else 'no'} key of the name {name}")
+    if flags.action == "remove":
+        database.call(database.remove_account, name)
+        return f"{name} removed"
+    limits = {limit: words for limit in LIMITS if (words := getattr(flags, limit)) is not None}
+    account = replace(known.get(name) or Account(hash_key(key), name), **parse_limits(limits, today))
+    database.call(database.put_account, account)
+    return f"{name} changed" if name in known else key
+
+
+def key_table(items: Iterable[JSON]) -> str:
+    columns = ("name", "expires", "tokens", "used_tokens", "models", "rpm", "parallel")
+    rows = [columns, *(tuple("-" if item[name] is None else str(item[name]) for name in columns) for item in items)]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
 
 
 @dataclass(frozen=True)
@@ -5375,7 +5983,7 @@ async def check_chat(upstream: Upstream) -> Finding:
     prompt = Prompt(model, (message,), stream=False, max_tokens=64, effort="off", fallbacks=tuple(others))
     started = time.monotonic()
     try:
-        async with upstream.open(prompt) as stream:
+        async with upstream.open(prompt, Account("")) as stream:
             whole = await collect(events_of(stream, Record("", "", started, "")))
     except ProxyError as error:
         return Finding("chat", str(error), good=False)

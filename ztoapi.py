@@ -6581,7 +6581,7 @@ value="tokens" data-zh="token">tokens</option><option value="cost" data-zh="费�
 id="month-top"></span><span data-zh="今天">today</span></div><figcaption id="day"></figcaption></figure>
 <div class="scroll"><table><thead id="month-head"></thead><tbody id="month-rows"></tbody></table></div>
 <p><small id="month-says"></small></p></section>
-<section id="key-part"><h2 data-zh="本服务器的密钥">This server's keys</h2>
+<section id="key-part"><h2 data-zh="密钥与限额">Keys and limits</h2>
 <div class="scroll"><table><thead id="key-head"></thead><tbody id="key-rows"></tbody></table></div>
 <p class="note" id="made" role="status" tabindex="-1" hidden></p>
 <form class="card" id="key-form"><h3 id="key-title"></h3>
@@ -6674,10 +6674,10 @@ function sums(usage, by) {  // name → figures
   return all;
 }
 function month(s) {
-  const by = s.operator ? $("by").value : "model", [measure, words] = MEASURES[$("measure").value];
-  const ranked = [...sums(s.days, by)].sort((a, b) => measure(b[1]) - measure(a[1])), colour = n => "c" + Math.min(n, COLOURS);
+  const by = s.operator ? $("by").value : "model", [measure, words] = MEASURES[$("measure").value], usage = s.days || [];
+  const ranked = [...sums(usage, by)].sort((a, b) => measure(b[1]) - measure(a[1])), colour = n => "c" + Math.min(n, COLOURS);
   draw("month", Array.from({ length: DAYS }, (_, n) => {
-    const day = new Date((s.now - (DAYS - 1 - n) * 86400) * 1000).toISOString().slice(0, 10), used = sums(s.days.filter(u => u.day === day), by);
+    const day = new Date((s.now - (DAYS - 1 - n) * 86400) * 1000).toISOString().slice(0, 10), used = sums(usage.filter(u => u.day === day), by);
     const parts = ranked.map(([name], rank) => [measure(used.get(name) || NONE), colour(rank), name]).filter(([size]) => size);
     const details = parts.map(([size, , name]) => name + " " + words(size)).join(" · ");
     return { says: day + say(": ", "：") + words(total(parts)) + (details && ` (${details})`), parts };
@@ -6685,9 +6685,9 @@ function month(s) {
   pick(picked);
   const swatch = rank => shape("svg", { viewBox: "0 0 1 1", "aria-hidden": true }, shape("rect", { width: 1, height: 1, class: colour(rank) }));
   $("month-head").replaceChildren(row([by === "model" ? say("model", "模型") : say("key", "密钥"), ...tokenHeads], "th", 1));
-  rows("month-rows", 1, [...ranked.map(([name, f], rank) => [[swatch(rank), name], ...tokenCells(f)]), [say("total", "合计"), ...tokenCells(s.days.reduce(plus, NONE))]]);
-  $("month-says").textContent = s.database === false ? say("The database is out of reach: no history now.", "数据库无法访问，暂无历史。")
-    : say("Days are UTC days. Cost is Z.ai's list price in US dollars; –: price unknown.", "日期按 UTC；费用按 Z.ai 目录价估算，单位美元，–：价格未知。");
+  rows("month-rows", 1, [...ranked.map(([name, f], rank) => [[swatch(rank), name], ...tokenCells(f)]), [say("total", "合计"), ...tokenCells(usage.reduce(plus, NONE))]]);
+  $("month-says").textContent = s.days ? say("Days are UTC days. Cost is Z.ai's list price in US dollars; –: price unknown.", "日期按 UTC；费用按 Z.ai 目录价估算，单位美元，–：价格未知。")
+    : say("The database is out of reach: no history now.", "数据库无法访问，暂无历史。");
 }
 function pick(n) {
   const days = [...$("month").querySelectorAll("g")];
@@ -6737,16 +6737,16 @@ function edit(k) {  // an empty key: one is to be added
   if (changing) $("expires").focus();
 }
 function show(s) {
-  const parts = { "live-part": s.models, "hour-part": s.minutes, "month-part": s.days, "plan-part": s.plans?.length, "key-part": s.client_keys, "key-form": s.operator, by: s.operator, "by-words": s.operator };
+  const parts = { "live-part": s.models, "hour-part": s.minutes, "month-part": s.days !== undefined, "plan-part": s.plans?.length, "key-part": s.client_keys, "key-form": s.operator, by: s.operator, "by-words": s.operator };
   for (const [id, there] of Object.entries(parts)) $(id).hidden = !there;
-  const all = (s.models ? Object.values(s.models) : s.days).reduce(plus, NONE), figure = (name, value, className) => make("div", [make("b", value, { className }), make("small", name)], { className: "figure" });
+  const all = Object.values(s.models || s.days || []).reduce(plus, NONE), figure = (name, value, className) => make("div", [make("b", value, { className }), make("small", name)], { className: "figure" });
   $("figures").replaceChildren(figure(say("requests", "请求"), short(all.requests), ""), figure(say("failed", "失败"), short(all.failures), all.failures ? "bad" : ""),
     ...(s.models ? [figure(say("in flight", "进行中"), s.in_flight, ""), figure(say("waiting", "等待"), s.queues.reduce((n, q) => n + q.waiting, 0), "")] : []),
     figure(say("tokens in", "输入 token"), short(all.prompt_tokens), ""), figure(say("from cache", "缓存命中"), share(all.cached_tokens, all.prompt_tokens), ""),
     figure(say("tokens out", "输出 token"), short(all.completion_tokens), ""), figure(say("cost", "费用"), money(all.cost), ""),
-    s.models ? figure(say("since", "启动于"), clock(s.started).replace(/.\d\d:\d\d$/, ""), "") : figure(say("period", "期间"), say("31 days", "31 天"), ""));
+    s.models ? figure(say("since", "启动于"), clock(s.started).replace(/( \d\d)?:\d\d$/, ""), "") : figure(say("period", "期间"), say("31 days", "31 天"), ""));
   if (s.models) live(s);
-  if (s.days) month(s);
+  if (s.days !== undefined) month(s);
   if (s.client_keys) keys(s);
   $("plans").replaceChildren(...(s.plans || []).flatMap(p => [make("h3", [say("Z.ai key ", "Z.ai 密钥 ") + p.key, p.level].filter(Boolean).join(" · ")), ...p.limits.map(allowance)]));
 }

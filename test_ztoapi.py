@@ -5824,6 +5824,20 @@ async def test_the_tabs_of_the_docs_page_obey_the_arrow_keys_and_share_the_model
 
 
 @over_sockets
+async def test_the_docs_page_shows_for_each_client_the_lines_that_launch_shows(run, browser):
+    port = run("--demo").port
+    await browser.call("Page.navigate", url=f"http://localhost:{port}/docs")
+    assert await browser.sees("document.readyState === 'complete' && !!document.getElementById('client-tabs-0')")
+    await browser.run("$('client-model').value = 'glm-5.3-flash'; $('client-model').onchange()")
+    for name, client in ztoapi.CLIENTS.items():
+        await browser.run(open_tab("client-tabs", name))
+        shown = client.filled(f"http://localhost:{port}", "sk-your-key", MODELS["glm-5.3-flash"], "$dir").shell_lines()
+        wanted = [f"python ztoapi.py launch {name} --model glm-5.3-flash", shown, client.install]
+        assert await browser.run(shown_in("client-tabs")) == wanted
+    assert browser.complaints == []
+
+
+@over_sockets
 async def test_a_stream_can_be_stopped_and_the_dashboard_counts_it(run, browser):
     here = f"http://localhost:{run('--demo').port}"
     await browser.call("Page.navigate", url=here + "/docs")

@@ -4979,6 +4979,7 @@ async def docs(request: web.Request) -> web.Response:
         "demo": settings.demo,
         "zai_key": bool(settings.zai_api_key),
         "dashboard": settings.dashboard_enabled,
+        "clients": client_examples(),
         "models": [
             {
                 "id": name,
@@ -6238,9 +6239,8 @@ body { margin: 0 auto; max-width: 62rem; padding: 1rem 1.25rem 4rem; background:
   font: 16px/1.6 system-ui, sans-serif }
 h1 { font-size: 1.7rem; margin: .5rem 0 } h2 { font-size: 1.2rem; margin: 2.5rem 0 .6rem }
 h3 { font-size: 1rem; margin: 1.2rem 0 .3rem } h2 small { font-weight: 400; font-size: .8rem }
-p { margin: .5rem 0; max-width: 46rem } a { color: var(--accent) }
+p { margin: .5rem 0; max-width: 46rem } a { color: var(--accent) } small, .soft { color: var(--soft) }
 nav { display: flex; flex-wrap: wrap; gap: 0 1.1rem; align-items: center; font-size: .95rem }
-small, .soft { color: var(--soft) }
 code, pre, textarea, .figure b { font-family: ui-monospace, Menlo, Consolas, monospace }
 code { font-size: .9em; background: var(--code); padding: .1em .3em; border-radius: 3px; overflow-wrap: anywhere }
 pre { background: var(--code); border: 1px solid var(--line); border-radius: 6px; padding: .8rem 1rem; margin: 0;
@@ -6432,21 +6432,23 @@ const calls = [["curl", (m, s) => curl("chat/completions", bearer(key), chat(m, 
   ["Anthropic", (m, s) => curl("messages", "x-api-key: " + key, { max_tokens: 4096, ...chat(m, s) })],
   ["Responses", (m, s) => curl("responses", bearer(key), { model: m, input: hello, ...(s && { stream: s }) })]];
 
-const filled = (text, m) => Object.entries({ origin, key, model: m.id, context: m.context, output: m.output })
-  .reduce((t, [name, real]) => t.replaceAll(data.example[name], real ?? data.example[name]), text);
+const filled = (lines, m) => [["http://ztoapi.example", origin], ["YOUR_KEY", key], ["your-model", m.id], ["1000001", m.context || 131072],
+  ["1000002", m.output || 16384], ['"attachment": false', `"attachment": ${m.vision}`]].reduce((text, [example, real]) => text.replaceAll(example, real), lines);
+const local = ["localhost", "127.0.0.1", "[::1]"].includes(location.hostname), said = (words, text) => [make("p", words), block(text)];
 const launched = ({ command, lines, install }) => m => [
-  make("p", say("With ztoapi.py at hand; none of your configuration is changed:", "手边有 ztoapi.py 时（不改动你的任何配置）：")), block(`python ztoapi.py launch ${command} --model ${m.id}`),
-  make("p", say("Without it:", "没有 ztoapi.py 时：")), block(filled(lines, m)), make("p", say("To install it:", "安装：")), block(install)];
-const entered = (how, name, address) => m => [make("p", how), block(`${name}: ${address}\n${say("API key", "密钥")}: ${key}\n${say("Model", "模型")}: ${m.id}`)];
-const clients = [...(data.clients || []).map(c => [c.name, launched(c)]),
+  ...(local ? said(say("Beside ztoapi.py, in one line:", "在 ztoapi.py 所在目录，一行即可："), `python ztoapi.py launch ${command} --model ${m.id}`) : []),
+  ...said(say("The same by hand; none of your configuration is changed:", "手动启动（不改动你的任何配置）："), filled(lines, m)), ...said(say("To install it:", "安装："), install)];
+const entered = (how, name, address) => m => said(how, `${name}: ${address}\n${say("API key", "密钥")}: ${key}\n${say("Model", "模型")}: ${m.id}`);
+const clients = [...data.clients.map(c => [c.command, launched(c)]),
   ["Chatbox", entered(say("Settings › Model Provider › Add › OpenAI API compatible", "设置 › 模型提供方 › 添加 › OpenAI API 兼容"), "API host", origin)],
   ["Cherry Studio", entered(say("Settings › Model Provider › Add › OpenAI", "设置 › 模型服务 › 添加 › OpenAI"), "API host", origin)],
   ["Open WebUI", entered(say("Admin › Settings › Connections › OpenAI API › +", "管理员 › 设置 › 外部连接 › OpenAI API › +"), "URL", base)],
   ["Cursor", entered(say("Cursor calls from its own servers: it needs a public HTTPS address (a tunnel) and a strong key; localhost does not work. Settings › Models › API Keys",
     "Cursor 从它自己的服务器发出请求：需要公网 HTTPS 地址（隧道）和高强度密钥，不能用 localhost。设置 › Models › API Keys"), "Override OpenAI Base URL", base)],
-  [say("others", "其他"), () => [make("p", say("Most programs read these two variables:", "多数程序读取这两个变量：")), block(`export OPENAI_BASE_URL=${base}\nexport OPENAI_API_KEY=${key}`)]]];
+  [say("others", "其他"), () => said(say("Most programs read these two variables:", "多数程序读取这两个变量："), `export OPENAI_BASE_URL=${base}\nexport OPENAI_API_KEY=${key}`)]];
 const choices = document.querySelectorAll("select.model"), chosen = () => data.models.find(m => m.id === choices[0].value);
-for (const select of choices) select.append(...data.models.map(m => make("option", m.id, { selected: m === free })));
+const plain = data.models.filter(m => /^[\w.:\/-]+$/.test(m.id));  // a shell takes the others for something else
+for (const select of choices) select.append(...plain.map(m => make("option", m.id, { selected: m === free })));
 const fillAgain = [tabs("call-tabs", calls.map(([name]) => name), n => [block(calls[n][1](chosen().id, $("streamed").checked))]),
   tabs("client-tabs", clients.map(([name]) => name), n => clients[n][1](chosen()))];
 $("streamed").onchange = fillAgain[0];
@@ -6764,10 +6766,8 @@ function live(s) {
   rows("recent-rows", 3, s.recent.map(r => [clock(r.time), r.model, r.status + (r.error ? " " + r.error : ""), seconds(r.first), seconds(r.duration),
     number(r.prompt_tokens) + " + " + number(r.completion_tokens)]));
 }
-function call(method, path, body) {
-  return fetch("dashboard/" + path, { method, headers: { Authorization: "Bearer " + key, "Content-Type": "application/json" }, cache: "no-store",
-    body: body && JSON.stringify(body), signal: AbortSignal.timeout(5000) });
-}
+const call = (method, path, body) => fetch("dashboard/" + path, { method, body: body && JSON.stringify(body), cache: "no-store",
+  headers: { Authorization: "Bearer " + key, "Content-Type": "application/json" }, signal: AbortSignal.timeout(5000) });
 async function refresh() {
   clearTimeout(timer);
   if (document.hidden) return;

@@ -1041,6 +1041,11 @@ def test_an_item_may_be_sent_by_its_id_alone():
             id="sealed reasoning",
         ),
         pytest.param(
+            [{"type": "reasoning", "content": 5, "summary": [5]}],
+            [Message("assistant", ())],
+            id="reasoning that cannot be read",
+        ),
+        pytest.param(
             [{"type": "function_call", "call_id": "c1", "name": "get", "namespace": "mcp__w", "arguments": "{}"}],
             [Message("assistant", (), calls=(ToolCall(0, "c1", "mcp__w__get", "{}"),))],
             id="a call in a namespace",
@@ -1062,6 +1067,7 @@ def test_items_are_a_conversation(items, wanted):
         ({"model": ""}, "model"),
         ({"tools": [5]}, "tools[0]"),
         ({"tools": [{"type": "function"}]}, "tools[0]"),
+        ({"tools": [{"type": "custom", "name": ""}]}, "tools[0]"),
         ({"tools": [{"type": "web_search", "search_context_size": "huge"}]}, "tools[0]"),
         ({"tools": [NAMESPACE, NAMESPACE | {"tools": [5]}]}, "tools[1].tools[0]"),
         ({"tools": [NAMESPACE | {"tools": [{"type": "function", "name": "f"}] * 129}]}, "tools"),
@@ -1099,6 +1105,7 @@ def test_what_else_a_response_asks_for():
         tool_choice={"type": "function", "name": "f"},
         metadata={"a": "b"},
         background=True,
+        parallel_tool_calls=False,
         truncation="disabled",
     )
     assert prompt.messages == (Message("system", ("Be kind.",)), Message("user", ("你好",)))
@@ -1106,7 +1113,18 @@ def test_what_else_a_response_asks_for():
     assert [tool.name for tool in prompt.tools] == ["f", "g", "mcp__w__get", "mcp__w__say"]
     assert [tool["type"] for tool in prompt.native_tools] == ["web_search"]
     assert prompt.tool_choice == ToolChoice("required", ("f",))
-    assert prompt.ignored == ("background", "tools.computer")
+    assert prompt.ignored == ("background", "parallel_tool_calls", "tools.computer")
+
+
+@pytest.mark.parametrize(
+    "choice",
+    [
+        {"type": "custom", "name": "say", "namespace": "mcp__w"},
+        {"type": "allowed_tools", "mode": "required", "tools": [{"name": "say", "namespace": "mcp__w"}]},
+    ],
+)
+def test_a_tool_in_a_namespace_can_be_chosen(choice):
+    assert parse_response(tools=[NAMESPACE], tool_choice=choice).tool_choice == ToolChoice("required", ("mcp__w__say",))
 
 
 def respond(events, **fields):

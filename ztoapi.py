@@ -1150,6 +1150,12 @@ def reasoning_format(value: Any) -> ReasoningFormat:
 STREAM_OPTIONS: dict[str, Callable[[Any], Any]] = {"include_usage": switch}
 
 
+def serial_calls(given: JSON) -> Iterator[str]:
+    """The field that asks for one call at a time, which Z.ai cannot be asked for."""
+    if given.get("tools") and given.get("parallel_tool_calls") is False:
+        yield "parallel_tool_calls"
+
+
 def wants_usage(given: JSON) -> bool:
     options = validated(given.get("stream_options", {}), STREAM_OPTIONS, "stream_options.")
     return options.get("include_usage", False) is True
@@ -1286,7 +1292,6 @@ def parse_chat(body: JSON) -> ChatRequest:
     given = validated(body, CHAT_FIELDS)
     required(given, "model", "messages")
     tools = [parse_tool(tool, f"tools[{i}]") for i, tool in enumerate(given.get("tools", ()))]
-    serial = bool(tools) and given.get("parallel_tool_calls") is False  # Z.ai cannot be asked for one call at a time
     prompt = Prompt(
         **common_arguments(given),
         messages=tuple(parse_message(message, f"messages[{i}]") for i, message in enumerate(given["messages"])),
@@ -1298,7 +1303,7 @@ def parse_chat(body: JSON) -> ChatRequest:
         clear_thinking=clear_thinking(body),
         cache_key=str(body.get("prompt_cache_key") or ""),
         native={name: value for name, value in given.items() if name in NATIVE_FIELDS},
-        ignored=(*unknown_fields(body, CHAT_FIELDS), *(["parallel_tool_calls"] if serial else [])),
+        ignored=(*unknown_fields(body, CHAT_FIELDS), *serial_calls(given)),
     )
     return ChatRequest(prompt, wants_usage(given))
 
@@ -1636,7 +1641,7 @@ def completion_choice(index: int, words: str, finish_reason: FinishReason | None
     return {"index": index, "text": words, "logprobs": None, "finish_reason": finish_reason}
 
 
-# ======== Responses =================================================================================================
+# ======== Responses: request ========================================================================================
 
 
 def response_format(value: Any) -> JSON | None:
@@ -1659,10 +1664,10 @@ def response_effort(value: Any) -> Effort | None:
 
 def response_tool_choice(value: Any) -> ToolChoice:
     match value:
-        case {"type": "function" | "custom", "name": str(name)}:
-            return ToolChoice("required", (name,))
+        case {"type": "function" | "custom", "name": str()}:
+            return ToolChoice("required", (qualified_name(value),))
         case {"type": "allowed_tools", "mode": "auto" | "required" as mode, "tools": [*tools]}:
-            return ToolChoice(mode, tuple(str(as_object(tool).get("name")) for tool in tools))
+            return ToolChoice(mode, tuple(qualified_name(as_object(tool)) for tool in tools))
         case _:
             return tool_choice(value)
 
@@ -1672,25 +1677,28 @@ def response_input(value: Any) -> list[Any]:
     return items
 
 
-def response_tools(value: Any) -> list[tuple[str, Any]]:
-    """The tools, each with its position: those of a namespace one by one, with its name as `namespace`.
+def qualified_name(item: JSON) -> str:
+    """The name under which the model knows a function: functions of two namespaces may have the same name."""
+    return "__".join(str(item[key]) for key in ("namespace", "name") if item.get(key))
 
-    A web search without external access (Codex's default) would only read OpenAI's own index, so it is dropped.
-    """
-    tools: list[tuple[str, Any]] = []
-    for i, tool in enumerate(array(value)):
-        match tool:
-            case {"type": "namespace", "name": str(namespace), "tools": [*members]}:
-                tools += [
-                    (f"tools[{i}].tools[{k}]", as_object(tool) | {"namespace": namespace})
-                    for k, tool in enumerate(members)
-                ]
-            case {"type": str(kind), "external_web_access": False} if kind.startswith("web_search"):
-                continue
-            case _:
-                tools.append((f"tools[{i}]", tool))
+
+def response_tools(value: Any) -> list[tuple[str, Any]]:
+    """The tools, each with its position in the request."""
+    tools = [found for i, tool in enumerate(array(value)) for found in split_namespace(tool, f"tools[{i}]")]
     tool_list([tool for _, tool in tools])
     return tools
+
+
+def split_namespace(tool: Any, at: str) -> Iterator[tuple[str, Any]]:
+    """The tool itself, or each tool of a namespace with the namespace's name in it; each with its position."""
+    match tool:
+        case {"type": "namespace", "name": str(namespace), "tools": [*members]}:
+            for i, member in enumerate(members):
+                yield f"{at}.tools[{i}]", as_object(member) | {"namespace": namespace}
+        case {"type": str(kind), "external_web_access": False} if kind.startswith("web_search"):
+            return  # Codex's default: it would search OpenAI's index only, not the web
+        case _:
+            yield at, tool
 
 
 def stored_by_openai(_: Any) -> None:
@@ -1734,7 +1742,7 @@ ECHOED: JSON = {
     "top_p": 1.0,
     "user": None,
 }
-# What a response must say too, though no request changes it.
+# The other keys that a response must have: ztoapi ignores what a request says of them.
 FIXED: JSON = {
     "background": False,
     "frequency_penalty": 0.0,
@@ -1792,26 +1800,25 @@ def parse_response(body: JSON, history: History) -> ResponsesRequest:
     required(given, "model")
     before = previous_items(given, history)
     items = [resolve_reference(item, f"input[{i}]", history) for i, item in enumerate(given.get("input", ()))]
-    conversation = parse_items([*before, *items], len(before))
+    conversation = parse_items([*before, *items], -len(before))
     if not conversation:
         raise BadRequest("'input' is required and must not be empty.", "input")
     instructions = (Message("system", (given["instructions"],)),) if given.get("instructions") else ()
-    offered = given.get("tools", [])
-    tools = [parse_response_tool(tool, at) for at, tool in offered]
-    unusable = [f"tools.{tool['type']}" for (_, tool), parsed in zip(offered, tools, strict=True) if parsed is None]
+    tools = [(tool, parse_response_tool(tool, at)) for at, tool in given.get("tools", ())]
+    left_out = dict.fromkeys(f"tools.{tool['type']}" for tool, parsed in tools if parsed is None)
     prompt = Prompt(
         **common_arguments({"stream": False, **given}),
         messages=(*instructions, *conversation),
         max_tokens=given.get("max_output_tokens"),
-        tools=tuple(tool for tool in tools if isinstance(tool, Tool)),
-        native_tools=tuple(tool for tool in tools if isinstance(tool, dict)),
+        tools=tuple(parsed for _, parsed in tools if isinstance(parsed, Tool)),
+        native_tools=tuple(parsed for _, parsed in tools if isinstance(parsed, dict)),
         schema=given.get("text"),
         effort=given.get("reasoning"),
         reasoning_format="parsed",
         cache_key=given.get("prompt_cache_key", ""),
-        ignored=(*unknown_fields(body, RESPONSE_FIELDS), *dict.fromkeys(unusable)),
+        ignored=(*unknown_fields(body, RESPONSE_FIELDS), *serial_calls(given), *left_out),
     )
-    by_name = {qualified_name(tool): tool for _, tool in offered if "name" in tool}
+    by_name = {parsed.name: tool for tool, parsed in tools if isinstance(parsed, Tool)}
     return ResponsesRequest(prompt, echo_of(body), [*before, *items], by_name, tuple(given.get("include", ())), history)
 
 
@@ -1851,30 +1858,24 @@ def resolve_reference(item: Any, at: str, history: History) -> Any:
     return item
 
 
-def parse_items(items: list[Any], known: int) -> tuple[Message, ...]:
-    """The messages of a conversation whose first `known` items come from here; the others are the request's."""
-    messages = chain.from_iterable(parse_item(item, f"input[{i - known}]") for i, item in enumerate(items))
+def parse_items(items: Iterable[Any], first: int) -> tuple[Message, ...]:
+    """The messages of a conversation; `first` is the position of the first item in the request's input.
+
+    It is negative where items of a previous response stand before the input.
+    """
+    messages = chain.from_iterable(parse_item(item, f"input[{i}]") for i, item in enumerate(items, first))
     return merge_assistant_turns(hoist_tool_images(messages))
-
-
-def echo_of(body: JSON) -> JSON:
-    """The fields that a response repeats of its request, each object and function with every key that it must have."""
-    given = {name: value for name in ECHOED if (value := body.get(name)) is not None}
-    objects = {
-        name: {**default, **given[name]}
-        for name, default in ECHOED.items()
-        if name in given and isinstance(default, dict)
-    }
-    tools = [FUNCTION_ECHO | tool if tool.get("type") == "function" else tool for tool in given.get("tools", [])]
-    return ECHOED | given | objects | {"tools": tools}
 
 
 FUNCTION_ECHO: JSON = {"description": None, "parameters": None, "strict": None}
 
 
-def qualified_name(item: JSON) -> str:
-    """The name that the model knows a function by: functions of two namespaces may have the same name."""
-    return "__".join(str(item[key]) for key in ("namespace", "name") if item.get(key))
+def echo_of(body: JSON) -> JSON:
+    """The fields that a response repeats of its request; objects and functions get the keys that they must have."""
+    given = {name: value for name in ECHOED if (value := body.get(name)) is not None}
+    objects = {name: ECHOED[name] | given[name] for name in ("reasoning", "text") if name in given}
+    tools = [FUNCTION_ECHO | tool if tool.get("type") == "function" else tool for tool in given.get("tools", ())]
+    return ECHOED | given | objects | {"tools": tools}
 
 
 def parse_item(item: Any, at: str) -> Iterator[Message]:
@@ -1882,9 +1883,8 @@ def parse_item(item: Any, at: str) -> Iterator[Message]:
     match item:
         case {"type": "function_call" | "custom_tool_call", "name": str(), "call_id": str(call_id)}:
             arguments = item.get("arguments") if item["type"] == "function_call" else {"input": item.get("input")}
-            yield Message(
-                "assistant", (), calls=(ToolCall(0, call_id, qualified_name(item), argument_text(arguments) or "{}"),)
-            )
+            call = ToolCall(0, call_id, qualified_name(item), argument_text(arguments) or "{}")
+            yield Message("assistant", (), calls=(call,))
         case {"type": "function_call_output" | "custom_tool_call_output", "call_id": str(call_id), "output": output}:
             parts = parse_content(as_chat_content(output), "user", f"{at}.output")
             words = tuple(part for part in parts if isinstance(part, str))
@@ -1970,8 +1970,8 @@ def decode_reasoning(item: JSON) -> str:
     if isinstance(kept, str) and kept.startswith(REASONING_PREFIX):
         with suppress(ValueError):
             return base64.b64decode(kept.removeprefix(REASONING_PREFIX), validate=True).decode("utf-8", "surrogatepass")
-    snapshot = [*(item.get("content") or ()), *(item.get("summary") or ())]
-    return "".join(part["text"] for part in snapshot if isinstance(as_object(part).get("text"), str))
+    parts = [part for key in ("content", "summary") if isinstance(item.get(key), list) for part in item[key]]
+    return "".join(part["text"] for part in parts if isinstance(as_object(part).get("text"), str))
 
 
 def parse_response_tool(tool: Any, at: str) -> Tool | JSON | None:
@@ -1979,7 +1979,7 @@ def parse_response_tool(tool: Any, at: str) -> Tool | JSON | None:
     match tool:
         case {"type": "function", "name": str()}:
             return parse_tool({"type": "function", "function": tool | {"name": qualified_name(tool)}}, at)
-        case {"type": "custom", "name": str(name)}:
+        case {"type": "custom", "name": str(name)} if name:
             schema = {"type": "object", "properties": {"input": {"type": "string"}}, "required": ["input"]}
             grammar = as_object(tool.get("format")).get("definition")
             about = [str(tool.get("description") or name), *([f"The input's grammar: {grammar}"] if grammar else [])]
@@ -1992,17 +1992,19 @@ def parse_response_tool(tool: Any, at: str) -> Tool | JSON | None:
             raise BadRequest(f"'{at}' must be a tool with a type, and a function must have a name.", at)
 
 
+# ======== Responses: answer =========================================================================================
+
 ItemKind = Literal["reasoning", "summary", "message", "function_call", "custom_tool_call"]
 
-# For each kind of item that is text: the events of the text and of its part, and the index that the part has.
-TEXT_EVENTS = {
-    "reasoning": ("reasoning_text", "content_part", "content_index"),
-    "summary": ("reasoning_summary_text", "reasoning_summary_part", "summary_index"),
-    "message": ("output_text", "content_part", "content_index"),
+# For each kind of item that is text: the events of the text and of its part, where the part stands, and what its text's
+# events must say too.
+TEXT_EVENTS: dict[ItemKind, tuple[str, str, JSON, JSON]] = {
+    "reasoning": ("reasoning_text", "content_part", {"content_index": 0}, {}),
+    "summary": ("reasoning_summary_text", "reasoning_summary_part", {"summary_index": 0}, {}),
+    "message": ("output_text", "content_part", {"content_index": 0}, {"logprobs": []}),
 }
 
-
-# The code of a failed response, by the status that the error would have had.
+# The code of a failed response, by the status that the error has before an answer has begun.
 FAILURE_CODES = {400: "invalid_prompt", 402: "insufficient_quota", 429: "rate_limit_exceeded"}
 
 
@@ -2027,6 +2029,10 @@ class Item:
         """The string that a custom tool is called with."""
         given = parse_json(self.text.encode("utf-8", "surrogatepass"))
         return str(given["input"]) if isinstance(given, dict) and "input" in given else self.text
+
+    @property
+    def position(self) -> JSON:
+        return {"item_id": self.id, "output_index": self.index}
 
     @property
     def part(self) -> JSON:
@@ -2104,13 +2110,13 @@ class ResponseEncoder:
                 yield from self.end(self.items)
 
     def add_words(self, kind: ItemKind, words: str) -> Iterator[JSON]:
-        text, part, index = TEXT_EVENTS[kind]
+        text, part, where, more = TEXT_EVENTS[kind]
         item = self.items[-1] if self.items else None
         if item is None or item.kind != kind:
-            item = yield from self.begin(kind)
-            yield self.frame(f"{part}.added", **self.position(item), **{index: 0}, part=item.part)
+            item = yield from self.new_item(kind)
+            yield self.frame(f"{part}.added", **item.position, **where, part=item.part)
         item.pieces.append(words)
-        yield self.frame(f"{text}.delta", **self.position(item), **{index: 0}, delta=words, **self.logprobs(kind))
+        yield self.frame(f"{text}.delta", **item.position, **where, delta=words, **more)
 
     def add_call(self, call: ToolCall) -> Iterator[JSON]:
         item = self.calls.get(call.index)
@@ -2118,22 +2124,22 @@ class ResponseEncoder:
             tool = self.request.tools.get(call.name, {"name": call.name})
             names: JSON = {"call_id": call.id, **{key: tool[key] for key in ("name", "namespace") if key in tool}}
             kind: ItemKind = "custom_tool_call" if tool.get("type") == "custom" else "function_call"
-            item = self.calls[call.index] = yield from self.begin(kind, names)
+            item = self.calls[call.index] = yield from self.new_item(kind, names)
         item.pieces.append(call.arguments)
         if item.kind == "function_call" and call.arguments:
-            yield self.frame("function_call_arguments.delta", **self.position(item), delta=call.arguments)
+            yield self.frame("function_call_arguments.delta", **item.position, delta=call.arguments)
 
     def add_citations(self, results: tuple[JSON, ...]) -> Iterator[JSON]:
         """What a search found, as annotations of the last message."""
         for item in [item for item in self.items if item.kind == "message"][-1:]:
             for citation in url_citations(results):
                 cited = {"type": "url_citation", **citation["url_citation"]}
-                where = self.position(item) | {"content_index": 0, "annotation_index": len(item.annotations)}
+                where = item.position | {"content_index": 0, "annotation_index": len(item.annotations)}
                 item.annotations.append(cited)
                 yield self.frame("output_text.annotation.added", **where, annotation=cited)
 
-    def begin(self, kind: ItemKind, names: JSON | None = None) -> Generator[JSON, None, Item]:
-        """Open an item. Text ends where another item begins; calls stay open, since their pieces may alternate."""
+    def new_item(self, kind: ItemKind, names: JSON | None = None) -> Generator[JSON, None, Item]:
+        """Add an item. Text ends where another item begins; calls stay open, since their pieces may alternate."""
         yield from self.end(item for item in self.items if item.kind in TEXT_EVENTS)
         index = len(self.items)
         item = Item(kind, f"{self.PREFIXES[kind]}_{self.head.own_id}_{index}", index, names or {})
@@ -2145,25 +2151,25 @@ class ResponseEncoder:
         """The frames that complete the items that are still open."""
         for item in items:
             if item.status == "in_progress":
-                item.status = self.ended
+                item.status = self.final_status
                 yield from self.last_frames(item)
                 yield self.frame("output_item.done", output_index=item.index, item=self.body(item))
 
     def last_frames(self, item: Item) -> Iterator[JSON]:
-        where = self.position(item)
         match item.kind:
             case "function_call":
-                yield self.frame("function_call_arguments.done", **where, name=item.names["name"], arguments=item.text)
+                fields = {"name": item.names["name"], "arguments": item.text}
+                yield self.frame("function_call_arguments.done", **item.position, **fields)
             case "custom_tool_call":
-                yield self.frame("custom_tool_call_input.delta", **where, delta=item.input)
-                yield self.frame("custom_tool_call_input.done", **where, input=item.input)
+                yield self.frame("custom_tool_call_input.delta", **item.position, delta=item.input)
+                yield self.frame("custom_tool_call_input.done", **item.position, input=item.input)
             case kind:
-                text, part, index = TEXT_EVENTS[kind]
-                yield self.frame(f"{text}.done", **where, **{index: 0}, text=item.text, **self.logprobs(kind))
-                yield self.frame(f"{part}.done", **where, **{index: 0}, part=item.part)
+                text, part, where, more = TEXT_EVENTS[kind]
+                yield self.frame(f"{text}.done", **item.position, **where, text=item.text, **more)
+                yield self.frame(f"{part}.done", **item.position, **where, part=item.part)
 
     def close(self) -> list[JSON | str]:
-        self.status = self.ended
+        self.status = self.final_status
         self.completed_at = int(self.head.clock()) if self.status == "completed" else None
         response = self.response()
         if response["store"]:
@@ -2171,7 +2177,7 @@ class ResponseEncoder:
         return [self.frame(self.status, response=response)]
 
     def fail(self, error: ProxyError) -> list[JSON | str]:
-        too_long = error.kind.code == "context_length_exceeded"  # Codex shortens the conversation then
+        too_long = error.kind.code == "context_length_exceeded"  # which Codex knows
         code = error.kind.code if too_long else FAILURE_CODES.get(error.kind.status, "server_error")
         opening = self.opening()
         self.status, self.error = "failed", {"code": code, "message": str(error)}
@@ -2182,19 +2188,13 @@ class ResponseEncoder:
         self.sequence += 1
         return frame
 
-    def position(self, item: Item) -> JSON:
-        return {"item_id": item.id, "output_index": item.index}
-
-    def logprobs(self, kind: ItemKind) -> JSON:
-        return {"logprobs": []} if kind == "message" else {}
-
     def body(self, item: Item) -> JSON:
         if self.returns_reasoning and item.kind in ("reasoning", "summary"):
             return item.body | {"encrypted_content": encode_reasoning(item.text)}
         return item.body
 
     @property
-    def ended(self) -> Literal["completed", "incomplete"]:
+    def final_status(self) -> Literal["completed", "incomplete"]:
         return "incomplete" if self.finish in ("length", "content_filter") else "completed"
 
     def response(self) -> JSON:

@@ -1576,9 +1576,11 @@ def test_a_message_as_zai_takes_it(fields, wanted):
         {"content": "\n"},
         {"content": None, "reasoning_content": "hm"},
         {"content": "<think>hm</think>\n"},
+        {"content": "", "role": "system"},
+        {"content": [{"type": "text", "text": ""}], "role": "developer"},
     ],
 )
-def test_an_assistant_message_with_nothing_in_it_is_left_out(fields):
+def test_a_message_with_nothing_in_it_that_wants_no_answer_is_left_out(fields):
     assert sent(QUESTION, {"role": "assistant", **fields}, QUESTION) == [QUESTION, QUESTION]
 
 

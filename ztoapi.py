@@ -2536,9 +2536,10 @@ def emulation_lines(prompt: Prompt, tools: list[JSON]) -> Iterator[str]:
 
 def sendable(messages: Iterable[Message]) -> tuple[Message, ...]:
     """The conversation without what Z.ai refuses: empty messages (1213), and none of the user's or a tool's (1214)."""
-    kept = [message for message in map(completed, messages) if message.role != "assistant" or has_content(message)]
+    answered = ("user", "tool")
+    kept = [message for message in map(completed, messages) if message.role in answered or has_content(message)]
     roles = [message.role for message in kept]
-    if "system" in roles and "user" not in roles and "tool" not in roles:
+    if "system" in roles and not any(role in answered for role in roles):
         last = len(roles) - 1 - roles[::-1].index("system")
         kept[last] = replace(kept[last], role="user")
     return tuple(kept)

@@ -1392,7 +1392,7 @@ def reminder(text):
 
 
 CACHED = {"cache_control": {"type": "ephemeral"}}
-RESULT = {"type": "tool_result", "tool_use_id": "t1", "content": "42"}
+TOOL_RESULT = {"type": "tool_result", "tool_use_id": "t1", "content": "42"}
 USE = turn([{"type": "tool_use", "id": "t1", "name": "f", "input": {}}], "assistant")
 
 
@@ -1414,8 +1414,8 @@ USE = turn([{"type": "tool_use", "id": "t1", "name": "f", "input": {}}], "assist
             id="none beside it",
         ),
         pytest.param(
-            [turn("hi"), USE, turn("a", "system"), turn([RESULT])],
-            [turn("hi"), USE, turn([RESULT, reminder("a")])],
+            [turn("hi"), USE, turn("a", "system"), turn([TOOL_RESULT])],
+            [turn("hi"), USE, turn([TOOL_RESULT, reminder("a")])],
             id="results first",
         ),
         pytest.param([turn("hi"), turn("there")], [turn("hi"), turn("there")], id="no system message"),
@@ -2031,7 +2031,7 @@ data: [DONE]
 
 """.encode()
 FIRST = RECORDED[: RECORDED.index(b"\n\n") + 2]
-RECORDED_EVENTS = [Thought("想"), Text("\n你"), Text("好😀"), Usage(6, 3, 9, 2), Finish("stop")]
+RECORDED_EVENTS = [Thought("想"), Text("你"), Text("好😀"), Usage(6, 3, 9, 2), Finish("stop")]
 
 # As recorded in March 2026, tool_stream off: the whole call in one delta.
 RECORDED_CALL = b"""\
@@ -2070,7 +2070,7 @@ DOCUMENT = json.dumps(
 
 
 def read_all(parts):
-    reader = ZaiReader(MODELS["glm-4.6"])
+    reader = ZaiReader(MODELS["glm-4.6"], {})
     return [event for part in parts for event in reader.feed(part)] + list(reader.close())
 
 
@@ -2098,7 +2098,7 @@ def test_a_whole_answer_without_a_finish_reason_is_complete():
 
 
 def test_all_chunks_have_the_first_ones_id():
-    reader = ZaiReader(MODELS["glm-4.6"])
+    reader = ZaiReader(MODELS["glm-4.6"], {})
     list(reader.feed(RECORDED.replace(b'"2025"', b'"2024"', 1)))
     assert reader.id == "2024"
 
@@ -2109,7 +2109,7 @@ def test_a_whole_answer_gives_the_same_wherever_it_is_cut():
 
 
 def test_an_events_text_comes_out_with_the_part_that_completes_it():
-    assert list(ZaiReader(MODELS["glm-4.6"]).feed(FIRST)) == [Thought("想")]
+    assert list(ZaiReader(MODELS["glm-4.6"], {}).feed(FIRST)) == [Thought("想")]
 
 
 @pytest.mark.parametrize(
@@ -2153,7 +2153,7 @@ def test_an_error_inside_a_200_is_an_error(data):
 
 
 def test_what_came_before_a_failure_is_not_lost():
-    events = ZaiReader(MODELS["glm-4.6"]).feed(FIRST + b"data: junk\n\n")
+    events = ZaiReader(MODELS["glm-4.6"], {}).feed(FIRST + b"data: junk\n\n")
     assert next(events) == RECORDED_EVENTS[0]
     with pytest.raises(UpstreamError):
         next(events)
@@ -2231,7 +2231,7 @@ END = b"\n\n" + stream_of(finish())
 )
 def test_a_torn_frame_is_dropped_and_counted_and_the_whole_one_used(line, words, torn):
     for parts in cuts(line + END):
-        reader = ZaiReader(MODELS["glm-4.6"])
+        reader = ZaiReader(MODELS["glm-4.6"], {})
         events = [event for part in parts for event in reader.feed(part)] + list(reader.close())
         assert events == [*map(Text, words), Finish("stop")]
         assert reader.torn == torn
@@ -2372,7 +2372,7 @@ def test_what_a_search_found_comes_before_the_finish(data):
 
 def read_tagged(words, model="glm-4.5v"):
     """The events of deltas with these words, consecutive texts joined."""
-    reader, joined = ZaiReader(MODELS[model]), []
+    reader, joined = ZaiReader(MODELS[model], {}), []
     for event in [*reader.feed(stream_of(*({"content": word} for word in words), finish())), *reader.close()]:
         more = bool(joined) and type(joined[-1]) is type(event)
         joined.append(type(event)(joined.pop().text + event.text) if more else event)
@@ -2398,6 +2398,153 @@ def test_reasoning_that_models_that_see_put_into_the_text(text, wanted):
 
 def test_other_models_may_write_of_tags():
     assert read_tagged(["<think>hm</think>"], "glm-4.6") == [Text("<think>hm</think>")]
+
+
+PATH = {"type": "object", "properties": {"path": {"type": "string"}, "line": {"type": ["string", "null"]}}}
+READ = {"type": "function", "function": {"name": "read", "parameters": PATH}}
+READ_ALL = {"type": "function", "function": {"name": "read_all", "parameters": {}}}
+READ_CALL = piece(index=0, id="c1", function=named("read", "{}"))
+READ_EVENT = ToolCall(0, "c1", "read", "{}")
+LEAKED = ToolCall(0, "call_7_0", "read", '{"path":"a.py"}')
+CALLS_END = Finish("tool_calls")
+
+
+def leak(name, **arguments):
+    pairs = [f"<arg_key>{key}</arg_key>\n<arg_value>{value}</arg_value>\n" for key, value in arguments.items()]
+    return f"<tool_call>{name}{''.join(pairs)}</tool_call>"
+
+
+LEAK = leak("read\n", path="a.py")
+
+
+def read_deltas(deltas, **asked):
+    """The events of an answer with these deltas, or pieces of text, consecutive texts joined."""
+    reader, events = ZaiReader(MODELS["glm-4.6"], asked), []
+    chunks = [delta if isinstance(delta, dict) else {"content": delta} for delta in deltas]
+    for event in [*reader.feed(stream_of(*chunks, finish())), *reader.close()]:
+        more = bool(events) and type(events[-1]) is type(event) is Text
+        events.append(Text(events.pop().text + event.text) if more else event)
+    return events
+
+
+@pytest.mark.parametrize(
+    ("text", "wanted"),
+    [
+        pytest.param(LEAK, [LEAKED, CALLS_END], id="a call"),
+        pytest.param(f"\n {LEAK}\n", [Text(" "), LEAKED, Text("\n"), CALLS_END], id="white space around it"),
+        pytest.param(f"a<{LEAK}b", [Text("a<"), LEAKED, Text("b"), CALLS_END], id="text around it"),
+        pytest.param(
+            LEAK + leak(" read_all "), [LEAKED, ToolCall(1, "call_7_1", "read_all", "{}"), CALLS_END], id="two calls"
+        ),
+        pytest.param(
+            leak("read", path='7 "<arg_value>', line="7", deep='{"a":[1]}', bare="x y", none="null"),
+            [
+                ToolCall(
+                    0,
+                    "call_7_0",
+                    "read",
+                    '{"path":"7 \\"<arg_value>","line":"7","deep":{"a":[1]},"bare":"x y","none":null}',
+                ),
+                CALLS_END,
+            ],
+            id="values",
+        ),
+        pytest.param(
+            f"<tool_call>read {LEAK}", [Text("<tool_call>read "), LEAKED, CALLS_END], id="one that begins anew"
+        ),
+        *(
+            pytest.param(text, [Text(text), Finish("stop")], id=text)
+            for text in (
+                leak("write", path="a.py"),
+                "<tool_call>read<arg_key>path</arg_key></tool_call>",
+                "<tool_call>read<arg_key>path</arg_key>?<arg_value>a</arg_value></tool_call>",
+                "<tool_call>read?",
+                "<tool_call> re ad </tool_call>",
+                "<tool_call>read<arg_key>path</arg_key><arg_value>a",
+                "</tool_call>a<tool_call>",
+            )
+        ),
+    ],
+)
+def test_a_tool_call_that_leaks_into_the_text_is_a_call(text, wanted):
+    for i in range(len(text)):
+        assert read_deltas([text[:i], text[i:]], tools=[READ, READ_ALL]) == wanted
+    assert read_deltas(list(text), tools=[READ, READ_ALL]) == wanted
+
+
+def test_where_no_tool_was_offered_no_call_leaks():
+    assert read_deltas([LEAK]) == [Text(LEAK), Finish("stop")]
+
+
+def test_no_more_text_is_held_than_may_be_a_call():
+    reader = ZaiReader(MODELS["glm-4.6"], {"tools": [READ]})
+    heard = [
+        "".join(event.text for event in reader.feed(stream_of({"content": text}, done="")))
+        for text in (
+            "a <tool",
+            "_x",
+            "<tool_call>rea",
+            "d",
+            "?",
+            "<tool_call>read<arg_key>",
+            "a</tool_call><tool_call>x",
+        )
+    ]
+    assert heard == [
+        "a ",
+        "<tool_x",
+        "",
+        "",
+        "<tool_call>read?",
+        "",
+        "<tool_call>read<arg_key>a</tool_call><tool_call>x",
+    ]
+
+
+def test_a_leaked_call_of_megabytes_is_read_in_linear_time():
+    reader, started = ztoapi.LeakedCallReader({"read": PATH}), time.process_time()
+    parts = ["<tool_call>read<arg_key>path</arg_key><arg_value>", *["x" * 10] * 100_000, "</arg_value></tool_call>"]
+    [call] = [event for part in parts for event in reader.feed(part)]
+    assert len(call["function"]["arguments"]) > 1_000_000
+    assert time.process_time() - started < 3
+
+
+@pytest.mark.parametrize(
+    ("deltas", "wanted"),
+    [
+        (["\n", "\r\n", "\n hi\n"], [Text(" hi\n"), Finish("stop")]),
+        (["\n", READ_CALL], [READ_EVENT, CALLS_END]),
+        (["\n"], [Finish("stop")]),
+    ],
+)
+def test_line_ends_at_the_head_of_the_text_are_the_templates(deltas, wanted):
+    assert read_deltas(deltas) == wanted
+    whole = {"content": "".join(d for d in deltas if isinstance(d, str)), **(READ_CALL if READ_CALL in deltas else {})}
+    assert read_all([document_of(whole)]) == wanted
+
+
+@pytest.mark.parametrize(
+    ("deltas", "wanted"),
+    [
+        (["I will ", "read.", READ_CALL, "Done."], [READ_EVENT, CALLS_END]),
+        (["I will read.", LEAK, "\n"], [LEAKED, CALLS_END]),
+        (['{"a":1}', READ_CALL, "Done."], [Text('{"a":1}'), READ_EVENT, CALLS_END]),
+        (["\n ", '{"a', '":1}'], [Text('{"a":1}'), Finish("stop")]),
+        (["I ", "can't."], [Text("I can't."), Finish("stop")]),
+    ],
+)
+def test_where_json_is_wanted_no_text_stands_beside_a_call(deltas, wanted):
+    assert read_deltas(deltas, tools=[READ], response_format={"type": "json_object"}) == wanted
+
+
+def test_json_is_passed_on_as_it_comes():
+    reader = ZaiReader(MODELS["glm-4.6"], {"tools": [READ], "response_format": {"type": "json_object"}})
+    heard = [list(reader.feed(stream_of({"content": text}, done=""))) for text in (" ", "[", "1")]
+    assert heard == [[], [Text("[")], [Text("1")]]
+
+
+def test_where_no_json_is_wanted_text_stands_beside_a_call():
+    assert read_deltas(["I will.", READ_CALL], tools=[READ]) == [Text("I will."), READ_EVENT, CALLS_END]
 
 
 @pytest.mark.parametrize(
@@ -3338,7 +3485,7 @@ async def test_a_whole_answer(client, zai):
     zai.parts = [DOCUMENT]
     response, body = await ask(client)
     assert (response.status, response.content_type) == (200, "application/json")
-    wanted = completion([Thought("想"), Text("\n你好😀"), Usage(6, 3, 9, 2), Finish("stop")])
+    wanted = completion([Thought("想"), Text("你好😀"), Usage(6, 3, 9, 2), Finish("stop")])
     assert json.loads(body) == wanted | {"id": "chatcmpl-2025", "model": "glm-4.6"}
     assert zai.bodies == [{"model": "glm-4.6", "messages": HELLO["messages"], "stream": False}]
     assert zai.keys == ["Bearer zai-key"]
@@ -3367,21 +3514,21 @@ async def test_a_streamed_answer(client):
     assert response.headers["Content-Type"] == "text/event-stream; charset=utf-8"
     assert response.headers["Cache-Control"] == "no-cache"
     assert response.headers["X-Accel-Buffering"] == "no"
-    assert said(stream) == "\n你好😀"
+    assert said(stream) == "你好😀"
 
 
 @over_sockets
 async def test_a_stream_cut_at_every_byte_is_the_same_stream(client, zai):
     zai.parts = [RECORDED[i : i + 1] for i in range(len(RECORDED))]
-    assert said((await ask(client, chat(stream=True)))[1]) == "\n你好😀"
+    assert said((await ask(client, chat(stream=True)))[1]) == "你好😀"
     whole = json.loads((await ask(client))[1])
-    assert whole["choices"][0]["message"]["content"] == "\n你好😀"
+    assert whole["choices"][0]["message"]["content"] == "你好😀"
 
 
 @over_sockets
 async def test_json_where_a_stream_was_asked_for_is_streamed(client, zai):
     zai.parts = [DOCUMENT]
-    assert said((await ask(client, chat(stream=True)))[1]) == "\n你好😀"
+    assert said((await ask(client, chat(stream=True)))[1]) == "你好😀"
 
 
 @over_sockets
@@ -3459,9 +3606,9 @@ async def test_the_answer_names_the_model_as_the_client_did(start, zai):
 async def test_reasoning_goes_where_the_setting_says_unless_the_request_does(start):
     client = await start(reasoning_format="hidden")
     assert "想" not in (await ask(client, chat(stream=True)))[1]
-    assert said((await ask(client, chat(stream=True, reasoning_format="raw")))[1]) == "<think>想</think>\n你好😀"
+    assert said((await ask(client, chat(stream=True, reasoning_format="raw")))[1]) == "<think>想</think>你好😀"
     whole = json.loads((await ask(client, chat(reasoning_format="raw")))[1])
-    assert whole["choices"][0]["message"]["content"] == "<think>想</think>\n你好😀"
+    assert whole["choices"][0]["message"]["content"] == "<think>想</think>你好😀"
 
 
 @over_sockets
@@ -3499,12 +3646,12 @@ async def test_n_answers_are_merged_into_one(client, zai):
     for frame in streamed[:-1]:
         for choice in frame["choices"]:
             texts[choice["index"]] += choice["delta"].get("content", "")
-    assert texts == dict.fromkeys(range(3), "\n你好😀")
+    assert texts == dict.fromkeys(range(3), "你好😀")
     assert (streamed[-1]["choices"], streamed[-1]["usage"]["total_tokens"]) == ([], 27)
     assert len({frame["id"] for frame in streamed}) == 1
     whole = json.loads((await ask(client, chat(n=3)))[1])
     assert [choice["index"] for choice in whole["choices"]] == [0, 1, 2]
-    assert [choice["message"]["content"] for choice in whole["choices"]] == ["\n你好😀"] * 3
+    assert [choice["message"]["content"] for choice in whole["choices"]] == ["你好😀"] * 3
     assert whole["usage"]["total_tokens"] == 27
     assert len(zai.bodies) == 6
     assert not any("n" in body for body in zai.bodies)
@@ -4013,7 +4160,7 @@ async def test_after_zais_last_word_nothing_that_happens_to_the_connection_matte
     said_all = RECORDED.removesuffix(b"data: [DONE]\n\n")
     for rest in (RESET, HANG):
         zai.parts = [said_all, rest]
-        assert said((await ask(client, chat(stream=True)))[1]) == "\n你好😀"
+        assert said((await ask(client, chat(stream=True)))[1]) == "你好😀"
         assert (await ask(client))[0].status == 200
 
 
@@ -4029,7 +4176,7 @@ async def test_a_connection_to_zai_serves_again(client, zai):
 async def test_comments_after_the_finish_do_not_delay_the_end(client, zai, monkeypatch):
     monkeypatch.setattr(ztoapi, "FINISH_TIMEOUT", 0.2)
     zai.parts = [RECORDED.removesuffix(b"data: [DONE]\n\n"), *[b": x\n\n", 0.1] * 100]
-    assert said((await asyncio.wait_for(ask(client, chat(stream=True)), 3))[1]) == "\n你好😀"
+    assert said((await asyncio.wait_for(ask(client, chat(stream=True)), 3))[1]) == "你好😀"
 
 
 @over_sockets
@@ -5997,7 +6144,7 @@ async def sdk(client):
 @over_sockets
 async def test_the_sdk_reads_a_whole_answer(sdk):
     answer = await sdk.chat.completions.create(**HELLO)
-    assert answer.choices[0].message.content == "\n你好😀"
+    assert answer.choices[0].message.content == "你好😀"
     assert answer.choices[0].message.reasoning_content == "想"
     assert answer.usage.total_tokens == 9
 
@@ -6006,7 +6153,7 @@ async def test_the_sdk_reads_a_whole_answer(sdk):
 async def test_the_sdk_reads_a_stream(sdk):
     stream = await sdk.chat.completions.create(**HELLO, stream=True, stream_options={"include_usage": True})
     chunks = [chunk async for chunk in stream]
-    assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks[:-1]) == "\n你好😀"
+    assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks[:-1]) == "你好😀"
     assert (chunks[-1].choices, chunks[-1].usage.total_tokens) == ([], 9)
 
 
@@ -6032,7 +6179,7 @@ async def test_the_sdk_works_without_async_too(client):
             ]
         return whole.choices[0].message.content, "".join(streamed)
 
-    assert await asyncio.to_thread(talk) == ("\n你好😀", "\n你好😀")
+    assert await asyncio.to_thread(talk) == ("你好😀", "你好😀")
 
 
 @over_sockets
@@ -6049,6 +6196,31 @@ async def test_the_sdk_parses_an_answer_into_a_model(sdk, zai):
 
 
 @over_sockets
+async def test_the_sdk_parses_a_call_where_text_stands_beside_it(sdk, zai):
+    class Point(pytest.importorskip("pydantic").BaseModel):
+        x: float
+
+    class Read(pytest.importorskip("pydantic").BaseModel):
+        path: str | None = None
+
+    zai.answers = [[stream_of({"content": "\nI will look."}, READ_CALL, finish("tool_calls"))]] * 4
+    tool = pytest.importorskip("openai").pydantic_function_tool(Read, name="read")
+    answer = await sdk.chat.completions.parse(**HELLO, response_format=Point, tools=[tool])
+    assert answer.choices[0].message.tool_calls[0].function.parsed_arguments == Read()
+    async with sdk.chat.completions.stream(**HELLO, response_format=Point, tools=[tool]) as stream:
+        answer = await stream.get_final_completion()
+    assert answer.choices[0].message.tool_calls[0].function.parsed_arguments == Read()
+    tool = {"type": "function", **tool["function"]}
+    answer = await sdk.responses.parse(model="glm-4.6", input="?", text_format=Point, tools=[tool])
+    assert [item.type for item in answer.output] == ["function_call"]
+    async with sdk.responses.stream(model="glm-4.6", input="?", text_format=Point, tools=[tool]) as stream:
+        answer = await stream.get_final_response()
+    assert [item.type for item in answer.output] == ["function_call"]
+    sent = zai.bodies[0]["tools"][0]["function"]["parameters"]["properties"]["path"]
+    assert sent == {"type": "string", "title": "Path"}
+
+
+@over_sockets
 async def test_the_sdk_sends_an_image(sdk, zai):
     parts = [{"type": "text", "text": "?"}, {"type": "image_url", "image_url": {"url": "data:image/png;base64,QUJD"}}]
     await sdk.chat.completions.create(model="glm-4.6v", messages=[{"role": "user", "content": parts}])
@@ -6058,7 +6230,7 @@ async def test_the_sdk_sends_an_image(sdk, zai):
 @over_sockets
 async def test_the_sdk_reads_several_choices(sdk):
     answer = await sdk.chat.completions.create(**HELLO, n=2)
-    assert [choice.message.content for choice in answer.choices] == ["\n你好😀"] * 2
+    assert [choice.message.content for choice in answer.choices] == ["你好😀"] * 2
 
 
 @over_sockets
@@ -6066,7 +6238,7 @@ async def test_the_sdk_streams_several_choices_whichever_speaks_first(sdk, zai):
     zai.answers = [[FIRST, 0.1, RECORDED], [RECORDED], [RECORDED]]
     async with sdk.chat.completions.stream(**HELLO, n=3) as stream:
         answer = await stream.get_final_completion()
-    assert [choice.message.content for choice in answer.choices] == ["\n你好😀"] * 3
+    assert [choice.message.content for choice in answer.choices] == ["你好😀"] * 3
 
 
 @over_sockets

@@ -2843,11 +2843,17 @@ class ZaiReader:
     The bytes decide which of the two it is, not the headers: Z.ai sends either where it should send the other.
     """
 
-    def __init__(self, model: Model) -> None:
+    def __init__(self, model: Model, asked: JSON) -> None:
+        functions = [tool["function"] for tool in asked.get("tools", ()) if tool["type"] == "function"]
+        tools = {function["name"]: function["parameters"] for function in functions}
         self.model = model.id
         self.decoder = SSEDecoder()
         self.raw: list[bytes] | None = []  # everything so far, until the first event shows that this is a stream
-        self.words = TagReader() if model.tagged_reasoning else None
+        self.scanners: list[TagScanner] = [TagReader()] if model.tagged_reasoning else []
+        self.scanners += [LeakedCallReader(tools)] if tools else []
+        self.wants_json = bool(tools) and "response_format" in asked
+        self.text_begun = False
+        self.prose = ""  # held: where JSON is wanted, text that is none may stand beside a call
         self.calls = CallReader()
         self.id = ""  # Z.ai's id of the answer
         self.created = 0  # Unix seconds; 0: unknown
@@ -2932,7 +2938,8 @@ class ZaiReader:
         if isinstance(thought := delta.get("reasoning_content"), str) and thought:
             events.append(Thought(thought))
         if isinstance(words := delta.get("content"), str) and words:
-            events += self.words.feed(words) if self.words else (Text(words),)
+            is_plain = self.text_begun and not self.scanners
+            events += (Text(words),) if is_plain else self.read_text(words)
         if isinstance(pieces := delta.get("tool_calls"), list):
             for piece in pieces:
                 if (
@@ -2941,13 +2948,49 @@ class ZaiReader:
                     events += self.calls.feed(as_object(piece), self.id)
         return events
 
+    def read_text(self, words: str) -> Iterator[Event]:
+        pieces: Iterable[TextPiece] = (Text(words),)
+        for scanner in self.scanners:
+            pieces = scanner.scan(pieces)
+        return self.read_pieces(pieces)
+
+    def read_pieces(self, pieces: Iterable[TextPiece]) -> Iterator[Event]:
+        for piece in pieces:
+            if isinstance(piece, dict):
+                yield from self.calls.feed(piece, self.id)
+            elif isinstance(piece, Thought):
+                yield piece
+            elif text := self.begin_text(piece.text):
+                yield Text(text)
+
+    def begin_text(self, text: str) -> str:
+        """The text that may be passed on: without the line ends with which the model's template begins.
+
+        Where JSON is wanted, text beside a call is dropped, for SDKs parse all text.
+        """
+        if not self.text_begun and not self.prose:
+            text = text.lstrip(None if self.wants_json else "\r\n")
+            self.text_begun = bool(text) and (not self.wants_json or text[0] in "{[")
+        if self.text_begun:
+            return "" if self.wants_json and self.calls.calls else text
+        self.prose += text
+        return ""
+
+    def read_end(self) -> Iterator[Event]:
+        """What was held of the text."""
+        pieces: Iterable[TextPiece] = ()
+        for scanner in self.scanners:
+            pieces = chain(scanner.scan(pieces), scanner.close())
+        yield from self.read_pieces(pieces)
+        if self.prose and not self.calls.calls:
+            yield Text(self.prose)
+
     def end(self) -> Iterator[Event]:
         """The last events, in a fixed order however Z.ai sent them; none the second time."""
         if self.done:
             return
         self.done = True
-        if self.words:
-            yield from self.words.close()
+        yield from self.read_end()
         yield from self.calls.close(self.id)
         if self.citations:
             yield Citations(tuple(self.citations))
@@ -2997,30 +3040,52 @@ def decode_at(data: str, at: int) -> tuple[JSON | None, int]:
     return (value, end) if isinstance(value, dict) and ("choices" in value or "error" in value) else (None, at)
 
 
-class TagReader:
+TextPiece = Thought | Text | JSON  # an object is a tool call as Z.ai should have sent it
+
+
+class TagScanner(ABC):
+    """Reads text, cut anywhere, piece by piece; each tag in it is one piece."""
+
+    TAGS: tuple[str, ...]
+
+    def __init__(self) -> None:
+        begun = (re.escape(tag[:i]) for tag in self.TAGS for i in range(1, len(tag)))
+        self.tag = re.compile(f"({'|'.join(map(re.escape, self.TAGS))})")
+        self.begun = re.compile(rf"(?:{'|'.join(begun)})\Z")
+        self.rest = ""  # possibly the beginning of a tag
+
+    def feed(self, words: str) -> Iterator[TextPiece]:
+        *pieces, last = self.tag.split(self.rest + words)
+        begun = self.begun.search(last)
+        self.rest = begun[0] if begun else ""
+        for piece in (*pieces, last.removesuffix(self.rest)):
+            if piece:
+                yield from self.piece(piece)
+
+    def close(self) -> Iterator[TextPiece]:
+        if self.rest:
+            yield from self.piece(self.rest)
+
+    def scan(self, pieces: Iterable[TextPiece]) -> Iterator[TextPiece]:
+        for piece in pieces:
+            yield from self.feed(piece.text) if isinstance(piece, Text) else (piece,)
+
+    @abstractmethod
+    def piece(self, piece: str) -> Iterator[TextPiece]: ...
+
+
+class TagReader(TagScanner):
     """The text of older vision models: <think>…</think> at its head is reasoning, box marks are dropped."""
 
     TAGS = ("<|begin_of_box|>", "<|end_of_box|>", "<think>", "</think>")
-    TAG = re.compile("(" + "|".join(map(re.escape, TAGS)) + ")")
-    BEGUN = re.compile("(?:" + "|".join(re.escape(tag[:i]) for tag in TAGS for i in range(1, len(tag))) + r")\Z")
 
     def __init__(self) -> None:
-        self.held = ""  # possibly the beginning of a tag
+        super().__init__()
         self.state: Literal["head", "thought", "text"] = "head"
 
-    def feed(self, words: str) -> Iterator[Thought | Text]:
-        *pieces, last = self.TAG.split(self.held + words)
-        begun = self.BEGUN.search(last)
-        self.held = begun[0] if begun else ""
-        for piece in (*pieces, last.removesuffix(self.held)):
-            yield from self.piece(piece)
-
-    def close(self) -> Iterator[Thought | Text]:
-        yield from self.piece(self.held)
-
-    def piece(self, piece: str) -> Iterator[Thought | Text]:
+    def piece(self, piece: str) -> Iterator[TextPiece]:
         match piece, self.state:
-            case "" | "<|begin_of_box|>" | "<|end_of_box|>", _:
+            case "<|begin_of_box|>" | "<|end_of_box|>", _:
                 return
             case "<think>", "head":
                 self.state = "thought"
@@ -3031,6 +3096,75 @@ class TagReader:
             case _:
                 self.state = "text" if piece.strip() else self.state
                 yield Text(piece)
+
+
+class LeakedCallReader(TagScanner):
+    """Text into which a model writes a tool call with the tags that it was trained with (zai-org/GLM-5#84).
+
+    <tool_call>name<arg_key>key</arg_key><arg_value>value</arg_value></tool_call>; anything else stays text.
+    """
+
+    TAGS = ("<tool_call>", "</tool_call>")
+
+    def __init__(self, tools: Mapping[str, JSON]) -> None:
+        super().__init__()
+        self.tools = tools  # the parameters of each, by name
+        self.openings = tuple(name + "<arg_key>" for name in tools)
+        self.held: list[str] = []  # possibly a call
+        self.named = False  # what is held has an opening
+
+    def close(self) -> Iterator[TextPiece]:
+        yield from super().close()
+        yield from map(Text, self.held)
+
+    def piece(self, piece: str) -> Iterator[TextPiece]:
+        match piece:
+            case "<tool_call>":
+                yield from self.release()
+                self.held = [piece]
+            case _ if not self.held:
+                yield Text(piece)
+            case "</tool_call>" if call := leaked_call("".join(self.held[1:]), self.tools):
+                self.held = []
+                yield call
+            case _:
+                self.held.append(piece)
+                if piece == "</tool_call>" or not self.may_be_call():
+                    yield from self.release()
+
+    def release(self) -> Iterator[Text]:
+        held, self.held, self.named = self.held, [], False
+        return map(Text, held)
+
+    def may_be_call(self) -> bool:
+        if not self.named:
+            begun = "".join("".join(self.held[1:]).split())
+            self.named = begun.startswith(self.openings)
+            return self.named or any(opening.startswith(begun) for opening in self.openings)
+        return True
+
+
+LEAKED_PAIR = re.compile(r"(.*?)</arg_key>\s*<arg_value>(.*)</arg_value>\s*", re.DOTALL)
+
+
+def leaked_call(text: str, tools: Mapping[str, JSON]) -> JSON | None:
+    """The call in the text between <tool_call> tags, as Z.ai should have sent it; None if it is none of one tool."""
+    name, *pairs = [part.strip() for part in text.split("<arg_key>")]
+    found = [LEAKED_PAIR.fullmatch(pair) for pair in pairs]
+    if name not in tools or None in found:
+        return None
+    schemas = as_object(tools[name].get("properties"))
+    arguments = {pair[1]: leaked_value(pair[2], as_object(schemas.get(pair[1]))) for pair in found if pair}
+    return {"function": {"name": name, "arguments": to_json(arguments)}}
+
+
+def leaked_value(text: str, schema: JSON) -> Any:
+    """An argument as it stands between tags: JSON, except that a string has no quotes."""
+    types = schema.get("type")
+    if "string" in (types if isinstance(types, list) else [types]):
+        return text
+    value = parse_json(text.encode())
+    return text if value is None and text.strip() != "null" else value
 
 
 @dataclass
@@ -4142,16 +4276,16 @@ class Upstream:
             return nullcontext()
         return self.account_slots.setdefault((account.id, account.parallel), asyncio.Semaphore(account.parallel))
 
-    def bodies(self, prompt: Prompt, account: Account) -> list[tuple[Model, bytes]]:
+    def bodies(self, prompt: Prompt, account: Account) -> list[tuple[Model, JSON]]:
         """The request for each model to ask: the one named, then the fallbacks that can take the prompt."""
         names = (prompt.model, *(prompt.fallbacks or self.settings.fallback_models))
         model, *others = (resolve(name, self.settings.model_aliases) for name in names)
         for asked in (model, *others[: len(prompt.fallbacks)]):
             account.check_model(asked)
-        bodies = [(model, encode_request(zai_body(prompt, model)))]
+        bodies = [(model, zai_body(prompt, model))]
         for other in filter(account.allows, others):
             with suppress(BadRequest):
-                bodies.append((other, encode_request(zai_body(prompt, other))))
+                bodies.append((other, zai_body(prompt, other)))
         return bodies
 
     def caller(self, account: str, beginning: Iterable[str]) -> Caller:
@@ -4159,7 +4293,7 @@ class Upstream:
         return Caller(account, digest(account, *beginning) if len(self.keys.keys) > 1 else "")
 
     async def with_fallbacks(
-        self, bodies: list[tuple[Model, bytes]], caller: Caller, owner: AsyncExitStack
+        self, bodies: list[tuple[Model, JSON]], caller: Caller, owner: AsyncExitStack
     ) -> EventStream:
         """Ask one model after the other; raises the last one's error."""
         *others, last = bodies
@@ -4173,10 +4307,12 @@ class Upstream:
         model, body = last
         return await self.with_retries(Target(model.id), caller, partial(self.ask, model, body), owner)
 
-    async def ask(self, model: Model, body: bytes, key: ZaiKey, owner: AsyncExitStack) -> EventStream:
-        trace("sent", body)
+    async def ask(self, model: Model, body: JSON, key: ZaiKey, owner: AsyncExitStack) -> EventStream:
+        """Encodes the body only now, for many may wait their turn; raises BadRequest when it cannot be encoded."""
+        data = encode_request(body)
+        trace("sent", data)
         url = key.base_url + "/chat/completions"
-        stream = EventStream(await self.client.send(url, key, owner, data=body), ZaiReader(model))
+        stream = EventStream(await self.client.send(url, key, owner, data=data), ZaiReader(model, body))
         await stream.begin()
         return stream
 

@@ -23,6 +23,7 @@ import sqlite3
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from contextlib import asynccontextmanager
 from dataclasses import replace
@@ -5558,6 +5559,7 @@ story = {{
 pathlib.Path(sys.argv[-1] + ".new").write_text(json.dumps(story))
 os.rename(sys.argv[-1] + ".new", sys.argv[-1])
 time.sleep(30 if "wait" in sys.argv else 0)
+os.kill(os.getpid(), signal.SIGKILL if "die" in sys.argv else 0)
 sys.exit(7)
 """
 
@@ -5607,7 +5609,7 @@ def free_port():
 
 def test_launch_tells_a_client_what_it_needs_and_no_more(run, tmp_path):
     port = run("--demo").port
-    launch = Launch(tmp_path, "--own", port=port, OPENAI_API_KEY="theirs", ANTHROPIC_API_KEY="theirs")
+    launch = Launch(tmp_path, "--own", port=port, OPENAI_API_KEY="theirs", ZTOAPI_KEY="theirs")
     status, said, _ = launch.end()
     assert json.loads(launch.story.read_text()) == {
         "arguments": ["--provider", "ztoapi", "--model", "glm-4.7-flash", "--own", str(launch.story)],
@@ -5620,9 +5622,10 @@ def test_launch_tells_a_client_what_it_needs_and_no_more(run, tmp_path):
     assert said == f"ztoapi: pi with glm-4.7-flash at http://localhost:{port}; --model NAME for another\n"
 
 
-def test_launch_starts_a_server_where_there_is_none_and_ends_it(tmp_path):
-    status, said, left = Launch(tmp_path).end()
-    assert (status, left) == (7, [])
+@pytest.mark.parametrize(("argument", "wanted"), [("live", 7), ("die", 128 + signal.SIGKILL)])
+def test_launch_starts_a_server_where_there_is_none_and_ends_it(tmp_path, argument, wanted):
+    status, said, left = Launch(tmp_path, argument).end()
+    assert (status, left) == (wanted, [])
     assert re.search(rf"starting a server for it; its log is {tmp_path}/tmp/ztoapi-\S+\.log\n$", said)
 
 
@@ -5643,11 +5646,24 @@ async def test_a_launch_that_is_ended_leaves_nothing_behind(tmp_path, number, to
     assert (status, left) == (wanted, [])
 
 
-@over_sockets
-async def test_launch_gives_no_key_to_what_is_not_ztoapi(tmp_path, zai):
-    launch = Launch(tmp_path, port=int(zai.url.split(":")[2].split("/")[0]))
-    status, said, left = await asyncio.to_thread(launch.end)
-    assert (status, len(left), launch.story.exists()) == (2, 2, False)
+def answer_all(listener, reply, asked):
+    with contextlib.suppress(OSError):  # it is closed
+        while True:
+            connection, _ = listener.accept()
+            with connection:
+                asked.append(connection.recv(65536))
+                connection.sendall(reply)
+
+
+@pytest.mark.parametrize("reply", [b'HTTP/1.1 200 OK\r\nContent-Length: 16\r\n\r\n{"name":"other"}', b"SSH-2.0\r\n"])
+def test_launch_gives_no_key_to_what_is_not_ztoapi(tmp_path, reply):
+    asked = []
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        threading.Thread(target=answer_all, args=(other, reply, asked)).start()
+        launch = Launch(tmp_path, port=other.getsockname()[1])
+        status, said, _ = launch.end()
+        other.shutdown(socket.SHUT_RDWR)
+    assert (status, launch.story.exists(), b"sk-your-key" in b"".join(asked)) == (2, False, False)
     assert f"ztoapi: port {launch.port} on localhost is in use" in said
 
 
@@ -5661,6 +5677,20 @@ def launched(*arguments, **variables):
 def test_launch_says_how_a_client_is_installed():
     line = "ztoapi: codex is not installed: npm install -g @openai/codex\n"
     assert launched("codex") == (127, "", line)
+
+
+def test_check_says_how_the_clients_that_are_installed_start(tmp_path):
+    for program in ("cn", "llm"):
+        (tmp_path / program).touch(0o755)
+    done = subprocess.run(
+        [sys.executable, PROGRAM, "--check", "--port", "0"],
+        env={**os.environ, "PATH": str(tmp_path), "ZAI_API_KEY": ""},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    line = "✓ clients   python ztoapi.py launch continue, python ztoapi.py launch llm"
+    assert (done.returncode, line in done.stdout.splitlines()) == (1, True)
 
 
 def test_launch_needs_a_key_for_a_server_of_its_own(tmp_path):
@@ -6082,7 +6112,6 @@ async def test_the_doctor_finds_all_well(zai):
     zai.parts = [DOCUMENT]
     status, lines = await check(zai)
     assert (status, [line[0] for line in lines]) == (0, ["✓"] * 5)
-    assert re.match(r"✓ clients   (none is installed|python ztoapi.py launch \w+)", lines[2])
     assert "你好" in lines[-1]
 
 

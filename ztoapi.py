@@ -103,6 +103,7 @@ ZAI_BASES = {
     "china": "https://open.bigmodel.cn/api/paas/v4",
     "china-plan": "https://open.bigmodel.cn/api/coding/paas/v4",
 }
+BASES = f"BASE is {', '.join(ZAI_BASES)} or an http or https address"
 
 
 class SettingsError(ValueError):
@@ -149,14 +150,8 @@ def address(text: str) -> str:
 
 def base_url(text: str) -> str:
     url = urlsplit(text)
-    if (
-        url.scheme not in ("http", "https")
-        or not url.hostname
-        or url.username
-        or url.query
-        or url.fragment
-        or url.port == 0
-    ):
+    unwanted = url.username or url.query or url.fragment
+    if url.scheme not in ("http", "https") or not url.hostname or url.port == 0 or unwanted:
         raise ValueError(text)
     url.hostname.encode("idna")  # raises UnicodeError, a ValueError
     return text.rstrip("/").removesuffix("/chat/completions")
@@ -193,8 +188,7 @@ def zai_key(text: str, default_url: str) -> ZaiKey:
 
 
 def zai_keys(text: str) -> tuple[str, ...]:
-    found = keys(text)
-    return tuple(key for key in found if zai_key(key, ""))
+    return tuple(key for key in keys(text) if zai_key(key, ""))
 
 
 def origins(text: str) -> tuple[str, ...]:
@@ -228,10 +222,7 @@ class Settings:
     default_key: tuple[str, ...] = setting((PUBLISHED_KEY,), keys, "keys of plain ASCII, separated by commas")
     debug_mode: bool = setting(default=False, read=boolean, wanted="true or false")
     zai_api_key: tuple[str, ...] = setting(
-        (),
-        zai_keys,
-        "Z.ai keys of plain ASCII, separated by commas, each as KEY or KEY@BASE, "
-        f"where BASE is {', '.join(ZAI_BASES)} or an http or https address",
+        (), zai_keys, f"Z.ai keys, separated by commas, each KEY or KEY@BASE; {BASES}"
     )
     zai_base_url: str = setting(GENERAL_URL, base_url, f"an http or https address such as {GENERAL_URL}")
     default_stream: bool = setting(default=False, read=boolean, wanted="true or false")
@@ -281,23 +272,19 @@ class Settings:
     @classmethod
     def from_env(cls, env: Mapping[str, str]) -> Settings:
         """Read every variable of the README's table. An empty one counts as not set, except DEFAULT_KEY."""
-        given = {f: env[f.name.upper()].strip() for f in fields(cls) if "read" in f.metadata and f.name.upper() in env}
-        return cls(
-            **{
-                f.name: read_setting(f.name, text, f.metadata)
-                for f, text in given.items()
-                if text or f.name == "default_key"
-            }
+        given = (
+            (f, env[f.name.upper()].strip()) for f in fields(cls) if "read" in f.metadata and f.name.upper() in env
         )
+        used = ((f, text) for f, text in given if text or f.name == "default_key")
+        return cls(**{f.name: read_setting(f.name, text, f.metadata) for f, text in used})
 
 
 def read_setting(name: str, text: str, metadata: Mapping[str, Any]) -> Any:
     try:
         return metadata["read"](text)
     except (ValueError, KeyError):
-        shown = (
-            "" if name.endswith(("_key", "database_url")) or "@" in text else f"={text}"
-        )  # a broken key is still a secret
+        is_secret = name.endswith(("_key", "database_url")) or "@" in text  # a broken key is one too
+        shown = "" if is_secret else f"={text}"
         raise SettingsError(f"{name.upper()}{shown} cannot be used: it must be {metadata['wanted']}") from None
 
 
@@ -1138,13 +1125,10 @@ def effort_of(given: JSON) -> Effort | None:
     return next((given[name] for name in EFFORT_FIELDS if given.get(name)), None)
 
 
-def reasoning_format(value: Any) -> ReasoningFormat:
-    match value:
-        case "parsed" | "raw" | "hidden":
-            form: ReasoningFormat = value
-            return form
-        case _:
-            raise ValueError("must be parsed, raw or hidden")
+def reasoning_format(value: Any) -> Any:
+    if value not in ("parsed", "raw", "hidden"):
+        raise ValueError("must be parsed, raw or hidden")
+    return value
 
 
 STREAM_OPTIONS: dict[str, Callable[[Any], Any]] = {"include_usage": switch}
@@ -1243,19 +1227,12 @@ def search_tool(value: Any) -> JSON:
     if size not in (None, "low", "medium", "high"):
         raise ValueError("must have the search_context_size low, medium or high")
     high = {"content_size": "high"} if size == "high" else {}
-    return {
-        "type": "web_search",
-        "web_search": {"enable": True, "search_engine": "search-prime", "search_result": True, **high},
-    }
+    options = {"enable": True, "search_engine": "search-prime", "search_result": True, **high}
+    return {"type": "web_search", "web_search": options}
 
 
 # Z.ai's own parameters, sent on unchanged.
-NATIVE_FIELDS: dict[str, Callable[[Any], Any]] = {
-    "do_sample": switch,
-    "request_id": string,
-    "tool_stream": switch,
-    "sensitive_word_check": mapping,
-}
+NATIVE_FIELDS = {"do_sample": switch, "request_id": string, "tool_stream": switch, "sensitive_word_check": mapping}
 
 
 # Each known field and its check. Any other is left out and listed as ignored.
@@ -1396,12 +1373,8 @@ def parse_calls(message: JSON, at: str) -> tuple[ToolCall, ...]:
 def parse_call(call: Any, index: int, at: str) -> ToolCall:
     match call:
         case {"function": {"name": str(name), **rest}}:
-            return ToolCall(
-                index,
-                str(call.get("id") or f"call_{index}"),
-                name,
-                argument_text(rest.get("arguments")) or "{}",
-            )
+            call_id = str(call.get("id") or f"call_{index}")
+            return ToolCall(index, call_id, name, argument_text(rest.get("arguments")) or "{}")
         case _:
             raise BadRequest(f"'{at}.function.name' must be a string.", f"{at}.function.name")
 
@@ -1436,10 +1409,9 @@ def parse_tool(tool: Any, at: str) -> Tool | JSON:
 
 
 def usage_body(usage: Usage) -> JSON:
+    counts = {"prompt_tokens": usage.prompt, "completion_tokens": usage.completion, "total_tokens": usage.total}
     return {
-        "prompt_tokens": usage.prompt,
-        "completion_tokens": usage.completion,
-        "total_tokens": usage.total,
+        **counts,
         "prompt_tokens_details": {"cached_tokens": usage.cached},
         "completion_tokens_details": {"reasoning_tokens": usage.reasoning},
     }

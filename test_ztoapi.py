@@ -265,6 +265,28 @@ def test_blanking_finds_a_secret_however_it_is_written():
     assert blank('k3y! "qu\\"te" qu"te x=a%2Fb') == '*** "***" *** x=***'
 
 
+@pytest.mark.parametrize("key", ['a"b', "a'b", "a\\b", 'a\\"\\\\b', "a/b", '"ab', "ab'"])
+def test_a_key_is_redacted_however_often_it_was_encoded(key):
+    text = key
+    for encode in (str, json.dumps, json.dumps, repr, json.dumps, repr):
+        text = encode(text)
+        assert re.fullmatch(r"""[\\"']*\*\*\*[\\"']*""", Redactor([key])(text)), text
+
+
+@pytest.mark.parametrize(
+    ("url", "passwords"),
+    [
+        ("http://user:p%40ss@proxy:3128", ["p%40ss", "p@ss"]),
+        ("user:pass@proxy:3128", ["pass", "pass"]),
+        ("http://token@proxy/", ["token", "token"]),
+        ("http://proxy:3128", []),
+        ("http://[bad", []),
+    ],
+)
+def test_a_proxys_password_is_a_secret(url, passwords):
+    assert ztoapi.proxy_passwords([url]) == passwords
+
+
 def test_blanking_nothing_leaves_all():
     assert Redactor([])("as it is") == "as it is"
 
@@ -2243,13 +2265,21 @@ def test_an_error_glued_to_a_torn_frame_is_an_error():
         read_all([ONE[:-20] + b'data: {"error":{"code":"1305","message":"x"}}\n\n'])
 
 
-def test_salvage_takes_linear_time():
+@pytest.mark.parametrize(
+    "torn", ["\n", "\n{", "data: {", '\n{"choices":', '\n{"choices":[{"delta":{"content":"x"}}\ndata: ']
+)
+def test_salvage_takes_linear_time(torn):
     started = time.process_time()
-    ztoapi.salvage("x" + "\n" * 200_000 + "y")
+    ztoapi.salvage("x" + torn * (2**18 // len(torn)) + "y")
     assert time.process_time() - started < 1
 
 
-@pytest.mark.parametrize("part", [b"x", b": comment\n\n"])
+def test_of_torn_frames_by_the_thousand_those_that_are_whole_are_used():
+    whole = """{"choices":[{"delta":{"content":"data: {'"}}]}"""
+    assert ztoapi.salvage(f"{whole[:-9]}data: {whole}\n" * 1000) == ([json.loads(whole)] * 1000, 1000, "")
+
+
+@pytest.mark.parametrize("part", [b"x", b": comment\n\n", ONE + b"\n\n"])
 def test_what_never_ends_is_a_failure(part, monkeypatch):
     monkeypatch.setattr(ztoapi, "MAX_HELD", 1000)
     with pytest.raises(UpstreamError, match="without an end"):
@@ -3149,7 +3179,7 @@ async def test_those_who_wait_are_told_when_all_keys_cool_down():
             await waiting
 
 
-# ======== Database ========
+# ======== Database =
 
 
 class PostgreSQL:
@@ -3338,6 +3368,41 @@ def test_a_file_of_sqlite_is_for_its_owner_only(tmp_path, connect):
     assert {path.name: path.stat().st_mode & 0o777 for path in tmp_path.iterdir()} == dict.fromkeys(
         ("z.db", "z.db-wal", "z.db-shm"), 0o600
     )
+
+
+# ======== Bounds of a request ========
+
+VALUES = b'{"a":[%s]}'
+
+
+@pytest.mark.parametrize(
+    ("body", "values"),
+    [
+        pytest.param(b'{"a":[%s]}' % b",".join([b"1"] * 8), 10, id="numbers"),
+        pytest.param(b'{"a":[%s]}' % b",".join([b"[]", b"{}"] * 4), 10, id="empty ones"),
+        pytest.param(b'{"a":[%s]}' % b",".join([b'{"b":1}'] * 4), 10, id="objects"),
+        pytest.param(b'{"a":[%s]}' % b",".join([b'"[,{\\"[,{\\\\"'] * 8), 10, id="strings"),
+        pytest.param(b"{%s}" % b",".join(b'"%d":"x"' % i for i in range(9)), 10, id="names"),
+    ],
+)
+def test_a_request_has_no_more_than_so_many_values(monkeypatch, body, values):
+    monkeypatch.setattr(ztoapi, "MAX_VALUES", values)
+    assert isinstance(ztoapi.parse_request(body), dict)
+    monkeypatch.setattr(ztoapi, "MAX_VALUES", values - 1)
+    with pytest.raises(ValueError, match="values"):
+        ztoapi.parse_request(body)
+
+
+@pytest.mark.parametrize(
+    "value",
+    [b"[],", b'"",', b'{"":1},', b'"x' + b"," * 99 + b'",'],
+    ids=["arrays", "strings", "objects", "long strings"],
+)
+def test_too_many_values_are_found_without_decoding_them(value):
+    body = b'{"a":[%s1]}' % (value * (2**26 // len(value)))
+    started = time.process_time()
+    assert ztoapi.too_many_values(body) == (len(value) < 100)
+    assert time.process_time() - started < 1
 
 
 # ======== Over real sockets ========
@@ -5740,6 +5805,145 @@ def test_the_program_names_its_dependencies_for_uv():
     assert program.startswith("".join(f"# {line}\n" for line in lines))
 
 
+@over_sockets
+async def test_a_path_is_routed_in_linear_time(client):
+    started = time.process_time()
+    for path in (
+        "/v1/models/" + "/" * 8100,
+        "/v1/models/" + "a/" * 4050,
+        "/v1" * 2700,
+        "/v1/responses/" + "/" * 8000 + "x",
+    ):
+        head = f"GET {path} HTTP/1.1\r\nHost: localhost\r\n\r\n"
+        assert (await talk_raw(client, head.encode())).startswith((b"HTTP/1.1 401", b"HTTP/1.1 404"))
+    assert time.process_time() - started < 0.4
+
+
+@over_sockets
+async def test_a_request_names_no_more_than_8_fallbacks_and_none_is_encoded_before_its_turn(client, zai, monkeypatch):
+    encoded, encode = [], ztoapi.encode_request
+    monkeypatch.setattr(ztoapi, "encode_request", lambda body: encoded.append(body["model"]) or encode(body))
+    zai.answers = [refused(1311)]
+    assert (await ask(client, chat(fallbacks=["glm-5"] * 8)))[0].status == 200
+    assert encoded == ["glm-4.6", "glm-5"]
+    response, text = await ask(client, chat(fallbacks=["glm-5"] * 9))
+    assert (response.status, error_of(text)["param"]) == (400, "fallbacks")
+
+
+@over_sockets
+async def test_odd_lists_of_models_break_nothing(client, zai):
+    ids = ["glm-9", "\ud83d", "", "a b", "x" * 300, 7, None, ["glm-10"]]
+    times = [1760762344000, 10**400, -1, 1.5, True, "1", None, [1]]
+    items = [{"id": name, "created": 5} for name in ids] + [
+        {"id": f"m{i}", "created": time} for i, time in enumerate(times)
+    ]
+    zai.models = 200, {"data": [*items, None, 7, []]}
+    models = await listed(client)
+    assert {name: models[name]["created"] for name in models.keys() - MODELS.keys()} == {
+        "glm-9": 5,
+        **{f"m{i}": ztoapi.Model("x").created for i in range(len(times))},
+    }
+    for path in ("/docs", "/v1/models?client_version=1"):
+        async with client.get(path, headers=KEY | {"anthropic-version": "1"}) as response:
+            assert response.status == 200
+
+
+@pytest_asyncio.fixture
+async def angry_proxy(monkeypatch):
+    """A proxy with a password that lets nobody through."""
+
+    async def refuse(reader, writer):
+        await reader.readuntil(b"\r\n\r\n")
+        writer.write(b"HTTP/1.1 407 user:s3cr3t? No\r\n\r\n")
+        writer.close()
+
+    server = await asyncio.start_server(refuse, "127.0.0.1", 0)
+    url = f"http://user:s3cr3t@127.0.0.1:{server.sockets[0].getsockname()[1]}"
+    for name in ("HTTPS_PROXY", "https_proxy"):
+        monkeypatch.setenv(name, url)
+    yield
+    server.close()
+
+
+@over_sockets
+async def test_a_proxys_password_is_told_nobody(angry_proxy, start, caplog, capsys, monkeypatch):
+    base = "https://zai.example/v4"
+    _, text = await ask(await start(zai_base_url=base))
+    monkeypatch.setenv("ZAI_BASE_URL", base)
+    monkeypatch.setenv("ZAI_API_KEY", "k")
+    await ztoapi.check({"PORT": "0"})
+    told = text + caplog.text + capsys.readouterr().out
+    assert ("407" in told, "s3cr3t" in told) == (True, False)
+
+
+def ask_health(port):
+    with socket.create_connection(("127.0.0.1", port), timeout=10) as connection:
+        connection.sendall(GET)
+        return connection.recv(65536)[:15]
+
+
+@pytest.mark.parametrize("stdout", [">/dev/full", ">&-", "> >(:)"], ids=["full", "closed", "gone"])
+def test_a_broken_stdout_stops_nothing(stdout):
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    command = [
+        shutil.which("bash"),
+        "-c",
+        f'exec "$@" {stdout}',
+        "bash",
+        sys.executable,
+        PROGRAM,
+        "--demo",
+        "--port",
+        str(port),
+    ]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+        for _ in range(100):
+            with contextlib.suppress(ConnectionRefusedError):
+                assert ask_health(port) == b"HTTP/1.1 200 OK"
+                break
+            time.sleep(0.1)
+        process.terminate()
+        log = process.communicate(timeout=10)[1]
+    assert (process.returncode, "Traceback" in log, "Error" in log) == (0, False, False)
+
+
+def test_nobody_needs_to_read_the_log(run):
+    program = run("--demo")
+    with socket.create_connection(("127.0.0.1", program.port), timeout=10) as connection:
+        for _ in range(2000):  # more lines than a pipe holds
+            connection.sendall(GET)
+            assert connection.recv(65536).startswith(b"HTTP/1.1 200")
+    status, log = program.stop()
+    assert (status, log.count("GET /health")) == (0, 2000)
+
+
+def test_a_log_that_cannot_be_written_loses_lines_and_says_how_many(monkeypatch):
+    monkeypatch.setattr(ztoapi.BackgroundHandler, "MAX_WAITING", 2**17)
+    (reading, writing), line = os.pipe(), "x" * 2**12
+    handler, log = ztoapi.BackgroundHandler(writing), b""
+    for _ in range(100):
+        handler.emit(ztoapi.logging.makeLogRecord({"msg": line}))
+    assert handler.dropped > 0
+    while b"dropped" not in log:
+        log += os.read(reading, 2**16)
+        handler.emit(ztoapi.logging.makeLogRecord({"msg": line}))
+    lines = log.decode().split("\n")
+    told = next(int(line.split()[0]) for line in lines if "dropped" in line)
+    assert lines.index(line) == 0
+    assert told + lines.count(line) >= 100
+
+
+def test_the_same_error_is_logged_once_a_minute():
+    passes = ztoapi.RepeatFilter()
+    records = [
+        ztoapi.logging.makeLogRecord({"levelno": level, "msg": "%s", "args": (i,)})
+        for level in (20, 40)
+        for i in (1, 1, 2)
+    ]
+    assert [passes(record) for record in records] == [True, True, True, True, False, True]
+
+
 # ======== For people ========
 
 
@@ -5756,7 +5960,7 @@ def test_the_statistics_sum_up_and_forget():
             else {"first": 10.1 + i / 1000, "usage": Usage(10, 5, 15)}
         )
         statistics.add(record(model=f"m{i % 200}", torn=i == 7, **failed), 2.0, now=i * 60)
-    snapshot = statistics.snapshot(now=999 * 60)
+    snapshot = statistics.snapshot(now=999 * 60, boot=0)
     assert sum(model["requests"] for model in snapshot["models"].values()) == 1000
     assert len(snapshot["models"]) == statistics.MAX_MODELS + 1
     assert len(snapshot["recent"]) == 100

@@ -75,7 +75,9 @@ from importlib import import_module
 from itertools import chain, count, groupby, islice, takewhile
 from operator import add, attrgetter, mul
 from pathlib import Path
+from queue import SimpleQueue
 from string import Template
+from threading import Thread
 from typing import Any, Literal, NoReturn, Protocol, TypeVar, cast
 from urllib.parse import quote, unquote, urlsplit
 from urllib.request import ProxyHandler, build_opener, getproxies, proxy_bypass
@@ -486,13 +488,26 @@ class Redactor:
     """Replaces every secret in a text by *** before it is logged or sent, however short the secret is."""
 
     def __init__(self, words: Iterable[str]) -> None:
-        # A key may appear as it is, in JSON, or in a URL.
-        forms = {form for word in words for form in (word, json.dumps(word)[1:-1], quote(word, safe=""))}
-        secret = map(re.escape, sorted(forms, key=len, reverse=True))
+        # A key may appear as it is, in JSON, in JSON inside JSON, or in a URL.
+        forms = {form for word in words for form in (any_escaping(word), re.escape(quote(word, safe="")))}
+        secret = sorted(forms, key=len, reverse=True)
         self.pattern = re.compile("|".join((*secret, r"\bsk-[\w-]{43}\b")))  # the last: a key made by `new_key`
 
     def __call__(self, text: str) -> str:
         return self.pattern.sub("***", text)
+
+
+def any_escaping(word: str) -> str:
+    """A pattern for a word, however often it was written as a string of JSON or Python."""
+    parts = re.findall(r"\\+|[^\\]", word)
+    forms = (r"\\+" if part[0] == "\\" else r"\\*" + part if part in "\"'/" else re.escape(part) for part in parts)
+    return "".join(forms).removeprefix(r"\\*")
+
+
+def proxy_passwords(urls: Iterable[str]) -> list[str]:
+    """The password of each proxy's address that has one, as it stands there and decoded."""
+    found = [re.match(r"(?:[^/]*//)?(?:[^:@]*:)?(.+)@", url) for url in urls]
+    return [form for match in found if match for form in (match[1], unquote(match[1]))]
 
 
 # ======== Models ====================================================================================================
@@ -642,11 +657,15 @@ def codex_item(model: Model, name: str) -> JSON:
     }
 
 
-def model_from_item(item: JSON) -> Model:
-    """A model of Z.ai's own list, completed from the table."""
-    name = str(item["id"]).lower()
-    created = item.get("created")
-    return MODELS.get(name) or (Model(name, created=created) if isinstance(created, int) else Model(name))
+def models_from_items(items: list[Any]) -> Iterator[Model]:
+    """The models of Z.ai's own list, completed from the table; an item without a proper id is left out."""
+    for item in items:
+        name, created = as_object(item).get("id"), as_object(item).get("created")
+        if isinstance(name, str) and re.fullmatch(r"[!-~]{1,256}", name):
+            model = Model(name.lower())
+            if type(created) is int and 0 <= created < 10**10:  # some lists have milliseconds
+                model = replace(model, created=created)
+            yield MODELS.get(model.id) or model
 
 
 # ======== JSON ======================================================================================================
@@ -712,11 +731,28 @@ def unique_names(pairs: list[tuple[str, Any]]) -> JSON:
 REQUEST_DECODER = json.JSONDecoder(
     object_pairs_hook=unique_names, parse_float=finite_number, parse_constant=finite_number
 )
+MAX_VALUES = 1_000_000
 MAX_DEPTH = 100  # nested objects and arrays
+
+
+def too_many_values(body: bytes) -> bool:
+    """Whether a JSON has more than MAX_VALUES values, names not counted; found without decoding it."""
+    if len(body) <= 2 * MAX_VALUES or openings_and_commas(body) < MAX_VALUES:
+        return False
+    parts = body.replace(rb"\\", b"").replace(rb"\"", b"").split(b'"', 4 * MAX_VALUES + 4)
+    outside = b"".join(parts[::2])  # of strings
+    values = 1 + openings_and_commas(outside) - outside.count(b"[]") - outside.count(b"{}")
+    return max(values, len(parts) // 4) > MAX_VALUES  # half of the strings may be names
+
+
+def openings_and_commas(text: bytes) -> int:
+    return len(text) - len(text.translate(None, b"[{,"))
 
 
 def parse_request(body: bytes) -> JSON:
     """A client's JSON object. Raises ValueError or RecursionError for anything else."""
+    if too_many_values(body):
+        raise ValueError(f"it has more than {MAX_VALUES:,} values")
     document = REQUEST_DECODER.decode(body.decode().removeprefix("\ufeff"))
     if not isinstance(document, dict):
         raise ValueError("it is another JSON value")
@@ -1024,8 +1060,8 @@ def token_limit(value: Any) -> int | None:
 
 
 def model_names(value: Any) -> tuple[str, ...]:
-    if not all(isinstance(name, str) and name for name in array(value)):
-        raise ValueError("must be an array of names of models")
+    if len(array(value)) > 8 or not all(isinstance(name, str) and name for name in value):
+        raise ValueError("must be an array of up to 8 names of models")
     return tuple(value)
 
 
@@ -2805,7 +2841,7 @@ FINISH_REASONS: dict[str, FinishReason] = {
     "content_filter": "content_filter",
     "model_context_window_exceeded": "length",
 }
-MAX_HELD = 64 * 2**20  # bytes of one event, or of a whole answer
+MAX_HELD = 64 * 2**20  # bytes
 ENDLESS = "Z.ai sent an answer without an end: try again."
 
 
@@ -2830,7 +2866,7 @@ class ZaiReader:
         self.id = ""  # Z.ai's id of the answer
         self.created = 0  # Unix seconds; 0: unknown
         self.request_id = ""
-        self.held = 0  # bytes since the last event
+        self.size = 0  # bytes so far
         self.torn = 0  # frames dropped because their rest never came
         self.citations: list[JSON] = []
         self.usage: Usage | None = None
@@ -2839,13 +2875,12 @@ class ZaiReader:
 
     def feed(self, part: bytes) -> Iterator[Event]:
         """The events that this part completes. Raises UpstreamError when Z.ai reports a failure."""
-        self.held += len(part)
-        if self.held > MAX_HELD:
+        self.size += len(part)
+        if self.size > MAX_HELD:
             raise UpstreamError(UNAVAILABLE, ENDLESS)
         if self.raw is not None:
             self.raw.append(part)
         for data in self.decoder.feed(part):
-            self.held = 0
             yield from self.read_event(data)
 
     def close(self) -> Iterator[Event]:
@@ -2983,24 +3018,30 @@ def salvage(data: str) -> tuple[list[JSON], int, str]:
     (zai-org/GLM-5#66). A torn one is whatever stands before a "data:", or a line end, behind which a whole one stands.
     """
     data = data.strip()
+    starts = [0, *(start.end() for start in CHUNK_START.finditer(data, 1)), len(data)]
     chunks: list[JSON] = []
-    torn = at = 0
-    while at < len(data):
-        chunk, end = decode_at(data, at)
-        if chunk is not None and (following := CHUNK_END.match(data, end)):
-            chunks.append(chunk)
-            at = following.end()
-        elif start := next_chunk(data, at):
-            torn, at = torn + 1, start.end()
-        else:
+    torn = read = 0
+    for i, start in enumerate(starts[:-1]):
+        for width in (1, 2, 4, 8, 16):  # text inside a whole chunk may look like a start; no more, for linear time
+            if start >= read:
+                found, end = chunks_in(data[start : starts[min(i + width, len(starts) - 1)]])
+                chunks += found
+                torn, read = (torn + (start > read), start + end) if found else (torn, read)
+    return chunks, torn, data[read:].removeprefix("[DONE]")
+
+
+def chunks_in(part: str) -> tuple[list[JSON], int]:
+    """The whole chunks at the beginning of a text, and the index where they end."""
+    chunks: list[JSON] = []
+    at = 0
+    while at < len(part) and ('"choices"' in part or '"error"' in part):
+        chunk, end = decode_at(part, at)
+        following = CHUNK_END.match(part, end)
+        if chunk is None or following is None:
             break
-    return chunks, torn, data[at:].removeprefix("[DONE]")
-
-
-def next_chunk(data: str, at: int) -> re.Match[str] | None:
-    """Where the next whole chunk starts: text inside a torn one may look like a start too."""
-    starts = CHUNK_START.finditer(data, at + 1)
-    return next((start for start in starts if decode_at(data, start.end())[0] is not None), None)
+        chunks.append(chunk)
+        at = following.end()
+    return chunks, at
 
 
 def decode_at(data: str, at: int) -> tuple[JSON | None, int]:
@@ -4112,7 +4153,7 @@ class ZaiClient:
         items = as_object(parse_json(body)).get("data")
         if response.status != 200 or not isinstance(items, list):
             raise zai_error(response.status, body)
-        return [model_from_item(item) for item in items if as_object(item).get("id")]
+        return list(models_from_items(items))
 
 
 def environment_proxy(origin: str) -> str | None:
@@ -4719,7 +4760,7 @@ def percentiles(seconds: Iterable[float]) -> JSON:
 
 
 class Statistics:
-    """Figures by model, by minute over the last hour, and the last requests one by one. Times are Unix seconds."""
+    """Figures by model, by minute over the last hour, and the last requests; times are of time.monotonic()."""
 
     MAX_MODELS, MINUTES, RECENT = 50, 60, 100
     OTHERS = "(others)"  # beyond MAX_MODELS: clients may send any number of names
@@ -4730,7 +4771,7 @@ class Statistics:
         self.minutes: dict[int, list[int]] = {}  # minute → requests, failures, tokens in, tokens out
         self.recent: deque[tuple[Record, float, float]] = deque(
             maxlen=self.RECENT
-        )  # with seconds it took, and Unix time of its end
+        )  # with seconds it took, and the time of its end
         self.torn = 0  # frames
 
     def add(self, record: Record, duration: float, now: float) -> None:
@@ -4745,14 +4786,15 @@ class Statistics:
             del self.minutes[min(self.minutes)]
         self.recent.appendleft((record, duration, now))
 
-    def snapshot(self, now: float) -> JSON:
+    def snapshot(self, now: float, boot: float) -> JSON:
+        """`boot`: the Unix time at which time.monotonic() was 0, as the system's clock has it now."""
         last = int(now // 60)
         return {
-            "now": now,
-            "started": self.started,
+            "now": boot + now,
+            "started": boot + self.started,
             "models": {name: figures.snapshot() for name, figures in self.models.items()},
             "minutes": [self.minutes.get(last - i, [0, 0, 0, 0]) for i in reversed(range(self.MINUTES))],
-            "recent": [record.snapshot(duration, ended_at) for record, duration, ended_at in self.recent],
+            "recent": [record.snapshot(duration, boot + ended_at) for record, duration, ended_at in self.recent],
             "torn": self.torn,
         }
 
@@ -5115,11 +5157,12 @@ async def dashboard(_: web.Request) -> web.Response:
 
 async def dashboard_stats(request: web.Request) -> web.Response:
     """An operator's key sees everything, another key its own figures."""
-    app, account, now = request.app, request[ACCOUNT], time.time()
-    snapshot: JSON = {"now": now, "operator": account.is_operator, "days": await usage_days(request)}
+    app, account, now = request.app, request[ACCOUNT], time.monotonic()
+    boot = time.time() - now
+    snapshot: JSON = {"now": boot + now, "operator": account.is_operator, "days": await usage_days(request)}
     if account.is_operator:
         in_flight = sum(bool(flying[RECORD].model) for flying in app[IN_FLIGHT].values())
-        snapshot |= app[STATISTICS].snapshot(now) | app[UPSTREAM].snapshot(app[REDACT]) | {"in_flight": in_flight}
+        snapshot |= app[STATISTICS].snapshot(now, boot) | app[UPSTREAM].snapshot(app[REDACT]) | {"in_flight": in_flight}
     snapshot["client_keys"] = key_items(
         app[ACCOUNTS], app[ACCOUNTS].named.values() if account.is_operator else [account]
     )
@@ -5484,7 +5527,7 @@ async def log_requests(request: web.Request, handler: Handler) -> web.StreamResp
         level = logging.DEBUG if request.path.startswith(UNLOGGED_PATHS) else logging.INFO
         LOG.log(level, "%s", record.line(now))
         if record.model:
-            request.app[STATISTICS].add(record, now - record.started, time.time())
+            request.app[STATISTICS].add(record, now - record.started, now)
             count_usage(request)
 
 
@@ -5729,11 +5772,11 @@ def create_app(settings: Settings | None = None) -> web.Application:
         handler_args={"handler_cancellation": True, "logger": LOG, "write_timeout": settings.upstream_timeout},
     )
     app[SETTINGS] = settings
-    app[REDACT] = Redactor(settings.secrets)
+    app[REDACT] = redactor(settings)
     app[CLOCK] = Clock()
     app[IN_FLIGHT] = {}
     app[CONNECTIONS] = WeakSet()
-    app[STATISTICS] = Statistics(time.time())
+    app[STATISTICS] = Statistics(time.monotonic())
     app[ACCOUNTS] = Accounts(settings.default_key)
     app[DATABASE] = database
     app.on_response_prepare.append(add_headers)
@@ -5751,7 +5794,7 @@ def api_routes(app: web.Application) -> None:
         add_route(app, method, f"{API}{path}{END}", within_limits(partial(pass_through, path)))
     add_route(app, "POST", f"{API}{{what:messages|messages/count_tokens}}{END}", within_limits(messages))
     add_route(app, "GET", f"{API}models{END}", require_key(list_models))
-    add_route(app, "GET", f"{API}models/{{id:.+?}}{END}", require_key(one_model))
+    add_route(app, "GET", f"{API}models/{{id:.*[^/]}}{END}", require_key(one_model))
     response = API + r"responses/{id:resp_\w+}"
     add_route(app, "GET", response + END, require_key(one_response))
     add_route(app, "GET", f"{response}/input_items{END}", require_key(list_input_items))
@@ -5791,10 +5834,14 @@ async def connect(app: web.Application) -> AsyncIterator[None]:
         await app[CATALOG].close()
 
 
+def redactor(settings: Settings) -> Redactor:
+    return Redactor((*settings.secrets, *proxy_passwords(getproxies().values())))
+
+
 class RedactingFormatter(logging.Formatter):
     """Formats a line without secrets, and with images shortened."""
 
-    BULK = re.compile(r"([A-Za-z0-9+/]{64})[A-Za-z0-9+/]{192,}=*")
+    BULK = re.compile(r"(?<![A-Za-z0-9+/])([A-Za-z0-9+/]{64})[A-Za-z0-9+/]{192,}=*")
 
     def __init__(self, redact: Redactor) -> None:
         super().__init__("%(asctime)s %(levelname)s %(message)s")
@@ -5804,10 +5851,65 @@ class RedactingFormatter(logging.Formatter):
         return self.BULK.sub(r"\1…", self.redact(super().format(record)))
 
 
+class BackgroundHandler(logging.Handler):
+    """Writes the log in a thread: a reader who stalls stops only the log, and loses what MAX_WAITING cannot hold."""
+
+    MAX_WAITING = 2**23  # characters
+
+    def __init__(self, descriptor: int) -> None:
+        super().__init__()
+        self.descriptor = descriptor
+        self.lines: SimpleQueue[str] = SimpleQueue()
+        self.added = self.written = 0  # characters
+        self.dropped = 0  # lines
+        self.thread: Thread | None = None
+
+    def emit(self, record: logging.LogRecord) -> None:
+        line = self.format(record) + "\n"
+        if self.added - self.written > self.MAX_WAITING:
+            self.dropped += 1
+            return
+        if self.dropped:
+            line = f"{self.dropped} lines were dropped here, because nobody read the log\n{line}"
+            self.dropped = 0
+        self.added += len(line)
+        self.lines.put(line)
+        if self.thread is None or not self.thread.is_alive():  # not yet, or in a process forked from one that had it
+            self.thread = Thread(target=self.write_lines, daemon=True)
+            self.thread.start()
+
+    def write_lines(self) -> None:
+        while line := self.lines.get():
+            with suppress(OSError):
+                os.write(self.descriptor, line.encode("utf-8", "backslashreplace"))
+            self.written += len(line)
+
+    def flush(self) -> None:
+        """Before the program ends: a reader who stalls then has one second."""
+        deadline = time.monotonic() + 1
+        while self.written < self.added and time.monotonic() < deadline:
+            time.sleep(0.01)
+
+
+class RepeatFilter:
+    """Lets the same warning or error pass once a minute."""
+
+    def __init__(self) -> None:
+        self.passed: dict[str, float] = {}  # when, by what was said
+
+    def __call__(self, record: logging.LogRecord) -> bool:
+        if record.levelno < logging.WARNING:
+            return True
+        now, words = time.monotonic(), f"{record.getMessage()} {record.exc_info and record.exc_info[1]!r}"
+        self.passed = {known: at for known, at in self.passed.items() if now - at < 60}
+        return self.passed.setdefault(words, now) == now
+
+
 def set_up_log(settings: Settings) -> None:
     """Log to stderr; in debug mode also what was asked, sent, received and answered."""
-    handler = logging.StreamHandler()
-    handler.setFormatter(RedactingFormatter(Redactor(settings.secrets)))
+    handler = BackgroundHandler(sys.stderr.fileno()) if sys.stderr else logging.NullHandler()
+    handler.setFormatter(RedactingFormatter(redactor(settings)))
+    handler.addFilter(RepeatFilter())
     for logger in (LOG, logging.getLogger("aiohttp"), logging.getLogger("asyncio")):
         logger.handlers, logger.propagate = [handler], False  # another handler would not redact
     LOG.setLevel(logging.DEBUG if settings.debug_mode else logging.INFO)
@@ -5934,6 +6036,14 @@ def banner(settings: Settings, port: int) -> str:
     return "\n".join(lines)
 
 
+def say(words: str) -> None:
+    """Print; a reader who has left, or a full disk, must not stop the server."""
+    try:
+        print(words, flush=True)
+    except OSError:
+        sys.stdout = io.StringIO()  # or Python would try once more at the end, and complain
+
+
 def parse_flags(arguments: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         "ztoapi.py",
@@ -5986,7 +6096,7 @@ def main(arguments: list[str] | None = None) -> None:
     settings = with_demo(settings, address) if flags.demo else settings
     set_up_log(settings)
     app = create_app(settings)
-    print(banner(settings, address[1]), flush=True)
+    say(banner(settings, address[1]))
     gc.collect()
     gc.freeze()  # the collector need not look again at what is here now: it stays
     web.run_app(app, sock=sockets, print=None, access_log=None, shutdown_timeout=5, backlog=BACKLOG, loop=new_loop())
@@ -6115,7 +6225,7 @@ async def check(flags: Mapping[str, str]) -> int:
         return 1
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a terminal without ✓ must not hide the rest
-    redact, good = Redactor(settings.secrets), True
+    redact, good = redactor(settings), True
     async for finding in diagnose(settings):
         print(redact(str(finding)), flush=True)
         good = good and finding.good

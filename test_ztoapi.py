@@ -6453,6 +6453,50 @@ async def test_the_sdk_parses_a_call_where_text_stands_beside_it(sdk, zai):
     assert sent == {"type": "string", "title": "Path"}
 
 
+LOOK = {"index": 0, "id": "c1", "type": "function", "function": {"name": "Look", "arguments": '{"at":"点"}'}}
+
+
+async def parsed_chat(sdk, stream, point, tools):
+    asked = {**HELLO, "response_format": point, "tools": tools}
+    if stream:
+        async with sdk.chat.completions.stream(**asked) as events:
+            answer = await events.get_final_completion()
+    else:
+        answer = await sdk.chat.completions.parse(**asked)
+    message = answer.choices[0].message
+    return [message.parsed, *(call.function.parsed_arguments for call in message.tool_calls or ())]
+
+
+async def parsed_response(sdk, stream, point, tools):
+    asked = {"model": "glm-4.6", "input": "你好", "text_format": point, "tools": tools}
+    if stream:
+        async with sdk.responses.stream(**asked) as events:
+            answer = await events.get_final_response()
+    else:
+        answer = await sdk.responses.parse(**asked)
+    return [answer.output_parsed, *(item.parsed_arguments for item in answer.output if item.type == "function_call")]
+
+
+@over_sockets
+@pytest.mark.parametrize("stream", [True, False], ids=["streamed", "whole"])
+@pytest.mark.parametrize("parsed", [parsed_chat, parsed_response])
+@pytest.mark.parametrize(
+    ("said", "reason", "wanted"),
+    [
+        ({"content": '\n{"x": 1.5, "label": "点"}'}, "stop", {"x": 1.5, "label": "点"}),
+        ({"content": "\nLet me look.\n", "tool_calls": [LOOK]}, "tool_calls", {"at": "点", "range": None}),
+    ],
+    ids=["answer", "call"],
+)
+async def test_the_sdk_parses_an_answer_or_a_call_into_a_model(sdk, zai, said, reason, wanted, parsed, stream):
+    openai, pydantic = pytest.importorskip("openai"), pytest.importorskip("pydantic")
+    point = pydantic.create_model("Point", x=float, label=str)
+    tools = [openai.pydantic_function_tool(pydantic.create_model("Look", at=str, range=(int | None, None)))]
+    finish = {"index": 0, "delta": {"role": "assistant", "content": ""}, "finish_reason": reason}
+    zai.parts = [stream_of(said, {"choices": [finish]}) if stream else document_of(said, reason)]
+    assert [model.model_dump() for model in await parsed(sdk, stream, point, tools) if model] == [wanted]
+
+
 @over_sockets
 async def test_the_sdk_sends_an_image(sdk, zai):
     parts = [{"type": "text", "text": "?"}, {"type": "image_url", "image_url": {"url": "data:image/png;base64,QUJD"}}]

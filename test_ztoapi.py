@@ -493,7 +493,7 @@ def test_a_request_is_read(fields, wanted):
         *(("presence_penalty", 1), ("frequency_penalty", -0.5), ("logit_bias", {"1": 2}), ("logprobs", True)),
         *(("top_logprobs", 3), ("metadata", {"a": "b"}), ("store", True), ("service_tier", "flex")),
         *(("prediction", {"type": "content"}), ("modalities", ["text", "audio"]), ("prompt_cache_key", "k")),
-        *(("verbosity", "low"), ("functions", [{"name": "f"}]), ("function_call", "auto"), ("top_k", 40)),
+        *(("verbosity", "low"), ("top_k", 40)),
     ],
 )
 def test_what_zai_cannot_do_is_listed_as_ignored(name, value):
@@ -780,6 +780,52 @@ def test_usage_is_a_chunk_of_its_own_for_those_who_ask():
         {**ENVELOPE, "choices": [], "usage": USAGE},
         "[DONE]",
     ]
+
+
+FUNCTIONS = {"functions": [{"name": "f", "parameters": {"type": "object"}}]}
+
+
+@pytest.mark.parametrize(
+    ("fields", "wanted"),
+    [
+        ({}, (("f",), ToolChoice())),
+        ({"function_call": "none"}, (("f",), ToolChoice("none"))),
+        ({"function_call": {"name": "f"}}, (("f",), ToolChoice("required", ("f",)))),
+        ({"tools": [function("g")], "function_call": "none"}, (("g",), ToolChoice())),
+    ],
+)
+def test_functions_are_tools(fields, wanted):
+    prompt = read_chat(chat(**FUNCTIONS) | fields)
+    assert (tuple(tool.name for tool in prompt.tools), prompt.tool_choice, prompt.ignored) == (*wanted, ())
+
+
+def test_a_call_of_a_function_is_answered_as_one_whole_and_streamed():
+    request = ztoapi.parse_chat(chat(**FUNCTIONS))
+    events = [
+        Text("hi"),
+        ToolCall(0, "c", "f", '{"a"'),
+        ToolCall(0, "", "", ":1}"),
+        ToolCall(1, "d", "f", "{}"),
+        Finish("tool_calls"),
+    ]
+    encoder = request.encoder(HEAD)
+    assert [
+        (c["delta"], c["finish_reason"]) for event in events for frame in encoder.feed(event) for c in frame["choices"]
+    ] == [
+        ({"role": "assistant", "content": "hi"}, None),
+        ({"function_call": {"name": "f", "arguments": '{"a"'}}, None),
+        ({"function_call": {"arguments": ":1}"}}, None),
+        ({}, None),
+        ({}, "function_call"),
+    ]
+    [choice] = request.document(HEAD, summed_up(events))["choices"]
+    assert choice["message"] == {
+        "role": "assistant",
+        "content": "hi",
+        "refusal": None,
+        "function_call": {"name": "f", "arguments": '{"a":1}'},
+    }
+    assert choice["finish_reason"] == "function_call"
 
 
 def test_usage_that_zai_did_not_send_is_not_made_up():
@@ -1433,16 +1479,16 @@ USE = turn([{"type": "tool_use", "id": "t1", "name": "f", "input": {}}], "assist
         ),
         pytest.param(
             [turn("hi"), turn("yes", "assistant"), turn("a", "system")],
-            [turn("hi"), turn("yes", "assistant"), turn([reminder("a")])],
+            [turn([text_block("hi")]), turn([text_block("yes")], "assistant"), turn([reminder("a")])],
             id="none beside it",
         ),
         pytest.param(
-            [turn("hi"), USE, turn("a", "system"), turn([TOOL_RESULT])],
-            [turn("hi"), USE, turn([TOOL_RESULT, reminder("a")])],
+            [USE, turn("a", "system"), turn([TOOL_RESULT])],
+            [USE, turn([TOOL_RESULT, reminder("a")])],
             id="results first",
         ),
         pytest.param([turn("hi"), turn("there")], [turn("hi"), turn("there")], id="no system message"),
-        pytest.param([7, turn(None, "system"), {"role": []}], [7, turn([]), {"role": []}], id="nothing that is one"),
+        pytest.param([7, turn(None, "system"), turn(7)], [turn([], None), turn([])], id="nothing that is one"),
         pytest.param([turn([7, {"type": "image"}], "system")], [turn([7, {"type": "image"}])], id="no text"),
         pytest.param("hi", "hi", id="no turns"),
     ],
@@ -2650,6 +2696,24 @@ def pass_messages(parts):
 def test_messages_pass_with_the_clients_name_of_the_model_and_tell_their_usage(data, wanted, usage):
     for parts in cuts(data.encode()):
         assert pass_messages(parts) == (wanted, usage)
+
+
+VECTORS = {"object": "list", "data": [{"embedding": [0.5, -1, 2]}, {"embedding": ["?"]}, 7], "model": "embedding-3"}
+PACKED = VECTORS | {"data": [{"embedding": "AAAAPwAAgL8AAABA"}, *VECTORS["data"][1:]]}
+
+
+@pytest.mark.parametrize(
+    ("data", "wanted"),
+    [
+        (json.dumps(VECTORS).encode(), encode_json(PACKED)),
+        (b'{"data":7}', b'{"data":7}'),
+        (b"<html>", b"<html>"),
+    ],
+)
+def test_embeddings_are_packed_into_base64(data, wanted):
+    for parts in cuts(data):
+        reader = ztoapi.EmbeddingsReader()
+        assert [*map(reader.feed, parts), reader.close(), reader.close()] == [b""] * len(parts) + [wanted, b""]
 
 
 def test_messages_pass_as_they_come():
@@ -4538,6 +4602,50 @@ async def test_what_else_zai_serves_is_passed_on(passing, rest, method, path):
     asked_method, asked, sent, body = rest.asked[0]
     assert (asked_method, asked, sent["Authorization"]) == (method, f"/api/paas/v4/{path}?limit=2", "Bearer zai-key")
     assert (body, sent.get("Content-Type")) == (data or b"", headers.get("Content-Type"))
+
+
+@over_sockets
+@pytest.mark.parametrize(
+    ("path", "data", "wanted"),
+    [
+        ("images/generations", b'{ "model": "dall-e-3", "n": 1.0}', b'{"model":"cogview-4","n":1.0}'),
+        ("images/generations", b'{ "model": "GLM-Image", "n": 1.0}', None),
+        ("tokenizer", b'{ "model": 7}', None),
+        (
+            "embeddings",
+            b'{"model":"embedding-3","input":"x","encoding_format":"float"}',
+            b'{"model":"embedding-3","input":"x"}',
+        ),
+        ("embeddings", b'{ "model": "embedding-3"}', None),
+    ],
+)
+async def test_only_an_alias_changes_in_what_is_passed_on(start, rest, path, data, wanted):
+    client = await start(zai_base_url=rest.url, model_aliases=(("dall-e-*", "cogview-4"),))
+    headers = KEY | {"Content-Type": "application/json"}
+    async with client.post(f"/v1/{path}", data=data, headers=headers) as response:
+        assert (response.status, await response.json()) == (200, {"ok": True})
+    assert rest.asked[0][3] == (wanted or data)
+
+
+@over_sockets
+async def test_embeddings_come_in_base64_for_those_who_ask(start, rest):
+    client = await start(zai_base_url=rest.url)
+    rest.parts = [json.dumps(VECTORS).encode()]
+    rest.headers = {"Content-Length": str(len(rest.parts[0]))}
+    body = {"model": "embedding-3", "input": "x"}
+    for form, wanted in (("base64", PACKED), ("float", VECTORS)):
+        asked = client.post("/v1/embeddings", json=body | {"encoding_format": form}, headers=KEY)
+        async with asked as response:
+            assert await response.json() == wanted
+    assert [json.loads(asked[3]) for asked in rest.asked] == [body, body]
+
+
+@over_sockets
+async def test_messages_without_an_end_are_a_failure(passing, rest, monkeypatch):
+    monkeypatch.setattr(ztoapi, "MAX_HELD", 100)
+    rest.parts = [b"x" * 60, b"x" * 60]
+    response, body = await ask(passing, CLAUDE, "/v1/messages")
+    assert (response.status, "without an end" in body) == (502, True)
 
 
 @over_sockets

@@ -47,6 +47,7 @@ import shlex
 import shutil
 import signal
 import socket
+import struct
 import subprocess
 import sys
 import tempfile
@@ -578,14 +579,19 @@ MODELS = {
 }
 
 
+def aliased(name: str, renamed: Iterable[tuple[str, str]]) -> str:
+    """The model that an alias stands for, or the name as it is."""
+    forms = (name.strip().lower(), bare_name(name))
+    named = (target for pattern, target in renamed if any(fnmatchcase(form, pattern.lower()) for form in forms))
+    return next(named, name)
+
+
 def resolve(name: str, renamed: Iterable[tuple[str, str]] = ()) -> Model:
     """The model that a client's name means, in any case, with or without provider prefix and `[1m]`; aliases win.
 
     A name that the table lacks is passed on as it is: Z.ai may be newer than the table.
     """
-    forms = (name.strip().lower(), bare_name(name))
-    named = (target for pattern, target in renamed if any(fnmatchcase(form, pattern.lower()) for form in forms))
-    bare = bare_name(next(named, name))
+    bare = bare_name(aliased(name, renamed))
     if not bare:
         raise BadRequest("'model' must name a model, such as glm-4.6.", "model")
     return MODELS.get(bare) or Model(bare)
@@ -1241,6 +1247,15 @@ def tool_choice(value: Any) -> ToolChoice:
             raise ValueError("must be auto, none, required, or name a function")
 
 
+def function_list(value: Any) -> list[Any]:
+    """The `functions` of the API before it had tools."""
+    return tool_list([{"type": "function", "function": function} for function in array(value)])
+
+
+def function_choice(value: Any) -> ToolChoice:
+    return tool_choice({"type": "function", "function": value} if isinstance(value, dict) else value)
+
+
 def answer_schema(value: Any) -> JSON | None:
     """The `response_format`: None for text, {} for any JSON."""
     match value:
@@ -1279,6 +1294,8 @@ CHAT_FIELDS: dict[str, Callable[[Any], Any]] = {
     "user_id": string,
     "tools": tool_list,
     "tool_choice": tool_choice,
+    "functions": function_list,
+    "function_call": function_choice,
     "parallel_tool_calls": switch,
     "web_search_options": search_tool,
     "response_format": answer_schema,
@@ -1292,18 +1309,25 @@ class ChatRequest:
 
     prompt: Prompt
     include_usage: bool = False
+    has_functions: bool = False  # in the place of tools
 
     def encoder(self, head: Head) -> ChatEncoder:
-        return ChatEncoder(head, self)
+        return (FunctionEncoder if self.has_functions else ChatEncoder)(head, self)
 
     def document(self, head: Head, answer: Answer) -> JSON:
-        return chat_completion(head, answer)
+        document = chat_completion(head, answer)
+        return (
+            {**document, "choices": [*map(as_function_call, document["choices"])]} if self.has_functions else document
+        )
 
 
 def parse_chat(body: JSON) -> ChatRequest:
     """Raises BadRequest for an invalid field; never changes `body`."""
     given = validated(body, CHAT_FIELDS)
     required(given, "model", "messages")
+    has_functions = "functions" in given and "tools" not in given
+    if has_functions:
+        given |= {"tools": given["functions"], "tool_choice": given.get("function_call", ToolChoice())}
     tools = [parse_tool(tool, f"tools[{i}]") for i, tool in enumerate(given.get("tools", ()))]
     prompt = Prompt(
         **common_arguments(given),
@@ -1318,7 +1342,7 @@ def parse_chat(body: JSON) -> ChatRequest:
         native={name: value for name, value in given.items() if name in NATIVE_FIELDS},
         ignored=(*unknown_fields(body, CHAT_FIELDS), *serial_calls(given)),
     )
-    return ChatRequest(prompt, wants_usage(given))
+    return ChatRequest(prompt, wants_usage(given), has_functions)
 
 
 def native_tools(tools: list[Tool | JSON], given: JSON) -> list[JSON]:
@@ -1512,6 +1536,22 @@ class ChatEncoder:
         return [{**error_body(error), "choices": []}, "[DONE]"]
 
 
+class FunctionEncoder(ChatEncoder):
+    """Events to frames for a client that sent `functions`."""
+
+    def frame(self, choice: JSON) -> JSON:
+        return super().frame(as_function_call(choice))
+
+
+def as_function_call(choice: JSON) -> JSON:
+    """A choice, whole or in a chunk, as it was before there were tools: with one call at most, which has no id."""
+    part = "delta" if "delta" in choice else "message"
+    fields = {name: value for name, value in choice[part].items() if name != "tool_calls"}
+    calls = [call["function"] for call in choice[part].get("tool_calls", ()) if not call.get("index")]
+    finish = "function_call" if choice["finish_reason"] == "tool_calls" else choice["finish_reason"]
+    return {**choice, part: fields | ({"function_call": calls[0]} if calls else {}), "finish_reason": finish}
+
+
 def call_body(call: ToolCall) -> JSON:
     return {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": call.arguments}}
 
@@ -1615,7 +1655,7 @@ def parse_completion(body: JSON) -> CompletionRequest:
         effort=effort_of(given),
         ignored=tuple(unknown_fields(body, COMPLETION_FIELDS)),
     )
-    return CompletionRequest(prompt, wants_usage(given), given["prompt"] if given.get("echo") else "")
+    return CompletionRequest(prompt, wants_usage(given), echo=given["prompt"] if given.get("echo") else "")
 
 
 def completion_messages(prompt: str, suffix: str) -> tuple[Message, ...]:
@@ -2270,46 +2310,26 @@ def with_reminders(turns: list[Any]) -> list[Any]:
     """The conversation with each system message put into the user's turn beside it, as a reminder."""
     if not any(as_object(turn).get("role") == "system" for turn in turns):
         return turns
-    merged: list[Any] = []
-    for role, group in groupby(map(as_user_turn, turns), lambda turn: as_object(turn).get("role")):
-        turn = list(group)
-        merged += [merge_user_turns(turn)] if role == "user" else turn
-    return merged
+    groups = groupby(map(as_object, turns), lambda turn: "user" if turn.get("role") == "system" else turn.get("role"))
+    return [{"role": role, "content": merge_contents(group)} for role, group in groups]
 
 
-def as_user_turn(turn: Any) -> Any:
-    match turn:
-        case {"role": "system"}:
-            return {"role": "user", "content": [as_reminder(block) for block in content_blocks(turn)]}
-        case _:
-            return turn
-
-
-def as_reminder(block: Any) -> Any:
-    """A block of text in the tags with which Claude Code tells apart what the user did not write."""
-    match block:
-        case {"type": "text", "text": str(text)}:
-            return {**block, "text": f"<system-reminder>\n{text}\n</system-reminder>"}
-        case _:
-            return block
-
-
-def merge_user_turns(turns: list[JSON]) -> JSON:
-    """One turn of several; in it the results of tools must come first."""
-    if len(turns) == 1:
-        return turns[0]
+def merge_contents(turns: Iterable[JSON]) -> list[Any]:
+    """The blocks of several turns as those of one, in which the results of tools must come first."""
     blocks = chain.from_iterable(map(content_blocks, turns))
-    return {**turns[0], "content": sorted(blocks, key=lambda block: as_object(block).get("type") != "tool_result")}
+    return sorted(blocks, key=lambda block: as_object(block).get("type") != "tool_result")
 
 
-def content_blocks(turn: JSON) -> list[Any]:
-    match turn.get("content"):
-        case str(text):
-            return [{"type": "text", "text": text}]
-        case [*blocks]:
-            return blocks
-        case _:
-            return []
+def content_blocks(turn: JSON) -> Iterator[Any]:
+    """A turn's blocks; a system message's are in the tags in which Claude Code puts what the user did not write."""
+    content = turn.get("content")
+    blocks = [{"type": "text", "text": content}] if isinstance(content, str) else content
+    for block in blocks if isinstance(blocks, list) else ():
+        match block:
+            case {"text": str(text)} if turn["role"] == "system":
+                yield {**block, "text": f"<system-reminder>\n{text}\n</system-reminder>"}
+            case _:
+                yield block
 
 
 # ======== Surfaces ==================================================================================================
@@ -3275,7 +3295,7 @@ def zai_usage(usage: JSON) -> Usage:
 
 
 class PassThroughReader:
-    """The bytes of an answer that passes through, unchanged; `usage` is what it has told so far."""
+    """The bytes of an answer that passes through unchanged; `usage` is what it has told so far."""
 
     keeps_length = True
     usage = Usage()
@@ -3299,33 +3319,30 @@ class MessagesReader(PassThroughReader):
     def __init__(self, model: str) -> None:
         self.model = model
         self.decoder = SSEDecoder()
-        self.held: list[bytes] | None = []  # all so far, until the first event shows that this is a stream
+        self.held: bytes | None = b""  # all so far, until the first event shows that this is a stream
         self.counts: dict[str, int] = {}
 
     def feed(self, part: bytes) -> bytes:
         events = self.decoder.feed(part)
         for event in events:
             if b'"usage"' in event:
-                self.read_usage(as_object(parse_json(event)))
+                self.read_usage(event)
         if self.held is None:
             return part
-        self.held.append(part)
-        start = next((event for event in events if b'"ping"' not in event), None)
-        return b"" if start is None else self.release().replace(start, self.renamed(start), 1)
+        self.held += part
+        return next((self.release(event) for event in events if b'"ping"' not in event), b"")
 
     def close(self) -> bytes:
-        if self.held is None:
-            return b""
-        whole = self.release()
-        self.read_usage(as_object(parse_json(whole)))
-        return self.renamed(whole)
+        return b"" if self.held is None else self.release(self.held)
 
-    def release(self) -> bytes:
-        held, self.held = b"".join(self.held or ()), None
-        return held
+    def release(self, data: bytes) -> bytes:
+        """All that was held; `data` in it is message_start, or a whole answer."""
+        whole, self.held = self.held or b"", None
+        self.read_usage(data)
+        return whole.replace(data, self.renamed(data), 1)
 
     def renamed(self, data: bytes) -> bytes:
-        """A whole answer, or message_start; raises UpstreamError for what is neither."""
+        """Raises UpstreamError for what is no beginning of an answer."""
         match parse_json(data):
             case {"error": {}} | {"success": False} | None:
                 raise zai_error(200, data)
@@ -3336,14 +3353,51 @@ class MessagesReader(PassThroughReader):
             case _:
                 return data
 
-    def read_usage(self, document: JSON) -> None:
+    def read_usage(self, data: bytes) -> None:
         """Counts are those so far; not every event has all of them."""
-        usage = as_object(as_object(document.get("message")).get("usage") or document.get("usage"))
+        document = as_object(parse_json(data))
+        usage = as_object(as_object(document.get("message", document)).get("usage"))
         self.counts |= {name: count for name, count in usage.items() if as_int(count)}
         told = self.counts.get
         cached, completion = told("cache_read_input_tokens", 0), told("output_tokens", 0)  # not part of input_tokens
         prompt = told("input_tokens", 0) + told("cache_creation_input_tokens", 0) + cached
         self.usage = Usage(prompt, completion, prompt + completion, cached)
+
+
+def pass_through_body(body: JSON, renamed: Iterable[tuple[str, str]]) -> JSON:
+    """With the model that an alias stands for, and without encoding_format, which Z.ai's embeddings do not have."""
+    model = body.get("model")
+    changed = {"model": aliased(model, renamed)} if isinstance(model, str) else {}
+    return {name: value for name, value in (body | changed).items() if name != "encoding_format"}
+
+
+class EmbeddingsReader(PassThroughReader):
+    """Embeddings in base64, which openai-node asks for unasked, and reads nothing else: little-endian float32."""
+
+    keeps_length = False
+
+    def __init__(self) -> None:
+        self.held = b""
+
+    def feed(self, part: bytes) -> bytes:
+        self.held += part
+        return b""
+
+    def close(self) -> bytes:
+        data, self.held = self.held, b""
+        match parse_json(data):
+            case {"data": [*items]} as document:
+                return encode_json({**document, "data": [packed_embedding(item) for item in items]})
+            case _:
+                return data
+
+
+def packed_embedding(item: Any) -> Any:
+    match item:
+        case {"embedding": [*numbers]} if all(isinstance(number, (int, float)) for number in numbers):
+            return {**item, "embedding": base64.b64encode(struct.pack(f"<{len(numbers)}f", *numbers)).decode()}
+        case _:
+            return item
 
 
 # ======== Accounts ==================================================================================================
@@ -5300,12 +5354,13 @@ async def pass_through(path: str, request: web.Request) -> web.StreamResponse:
     path = path.replace(ID, request.match_info.get("id", ""))
     key = min(keys.available(target), key=lambda key: key.affinity(request[ACCOUNT].id))  # files are the key's
     keys.tried(key, target)
+    data, reader = await body_and_reader(path, request)
     how = {
         "method": request.method,
-        "data": Upload(request.content.iter_any()) if request.can_read_body else None,
+        "data": data,
         "headers": {
             name: request.headers[name]
-            for name in ("Content-Type", "Content-Length")
+            for name in ("Content-Type", *(["Content-Length"] if isinstance(data, Upload) else []))
             if name in request.headers and not (name == "Content-Length" and "Content-Encoding" in request.headers)
         },
         "params": request.query,
@@ -5313,7 +5368,7 @@ async def pass_through(path: str, request: web.Request) -> web.StreamResponse:
     async with request.app[UPSTREAM].account_slot(request[ACCOUNT]), AsyncExitStack() as owner:
         try:
             stream = await request.app[UPSTREAM].client.send(f"{key.base_url}/{path}", key, owner, **how)
-            response = PassThroughResponse(request, stream, PassThroughReader())
+            response = PassThroughResponse(request, stream, reader)
             await response.begin()
         except UpstreamError as error:
             if error.kind in COOLDOWN_ERRORS:
@@ -5322,6 +5377,17 @@ async def pass_through(path: str, request: web.Request) -> web.StreamResponse:
         keys.accepted(key, target)
         request[STREAM] = response
         return await response.send()
+
+
+async def body_and_reader(path: str, request: web.Request) -> tuple[Upload | bytes | None, PassThroughReader]:
+    """The body for Z.ai, streamed unless it is JSON in which something may have to change; and who reads the answer."""
+    renamed = request.app[SETTINGS].model_aliases
+    if request.content_type != "application/json" or not (renamed or path == "embeddings"):
+        return Upload(request.content.iter_any()) if request.can_read_body else None, PassThroughReader()
+    body = await read_json(request)
+    changed = pass_through_body(body, renamed)
+    reader = EmbeddingsReader() if body.get("encoding_format") == "base64" else PassThroughReader()
+    return await request.read() if changed == body else encode_request(changed), reader
 
 
 def pass_through_error(error: UpstreamError, path: str, base: str) -> UpstreamError:
@@ -5357,37 +5423,30 @@ class PassThroughResponse:
         """
         await self.stream.check_status()
         self.ahead = await self.next_bytes()
+        self.request[RECORD].note([])
         document = as_object(parse_json(self.ahead)) if self.stream.response.content_type == "application/json" else {}
         if document.get("success") is False or as_object(document.get("error")).get("code"):
             raise zai_error(200, document)
 
     async def next_bytes(self) -> bytes:
         """The next bytes that may go on, none at the end."""
-        held = 0
-        while held <= MAX_HELD and (part := await self.stream.read()):
-            if data := self.reader.feed(part):
-                return data
-            held += len(part)
-        if held > MAX_HELD:
-            raise UpstreamError(UNAVAILABLE, ENDLESS)
-        return self.reader.close()
+        data, held = b"", 0
+        while not data and (part := await self.stream.read()):
+            data, held = self.reader.feed(part), held + len(part)
+            if held > MAX_HELD:
+                raise UpstreamError(UNAVAILABLE, ENDLESS)
+        data = data or self.reader.close()
+        self.request[RECORD].usage = self.reader.usage
+        return data
 
     async def send(self) -> web.StreamResponse:
-        record = self.request[RECORD]
-        record.note([])
-        try:
-            await self.pass_bytes()
-        finally:
-            record.note([self.reader.usage])
-        return self.response
-
-    async def pass_bytes(self) -> None:
         await self.response.prepare(self.request)
         data = self.ahead
         while data:
             await self.response.write(data)
             data = await self.next_bytes()
         await self.response.write_eof()
+        return self.response
 
     async def fail(self, error: ProxyError) -> None:
         """A stream of events gets one more, an error; any other answer can only be cut off."""

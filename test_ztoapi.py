@@ -1273,6 +1273,24 @@ def test_a_response_has_every_key_that_its_schema_requires():
     }
 
 
+def test_the_frames_of_a_message_say_where_it_stands():
+    encoder = ztoapi.parse_response(ASKED, History()).encoder(HEAD)
+    frames = [frame for event in (Text("a"), Finish("stop")) for frame in encoder.feed(event)][2:]
+    item = {"id": "msg_ours_0", "type": "message", "role": "assistant"}
+    empty, full = ({"type": "output_text", "text": text, "annotations": [], "logprobs": []} for text in ("", "a"))
+    part = {"item_id": "msg_ours_0", "output_index": 0, "content_index": 0}
+    assert [
+        {key: value for key, value in frame.items() if key not in ("type", "sequence_number")} for frame in frames
+    ] == [
+        {"output_index": 0, "item": item | {"status": "in_progress", "content": []}},
+        part | {"part": empty},
+        part | {"delta": "a", "logprobs": []},
+        part | {"text": "a", "logprobs": []},
+        part | {"part": full},
+        {"output_index": 0, "item": item | {"status": "completed", "content": [full]}},
+    ]
+
+
 def test_text_around_a_call_is_two_messages():
     names, response, _ = respond([Text("a"), CALLED, Text("b"), Finish("length")])
     assert names[2:] == [
@@ -1343,11 +1361,8 @@ def test_citations_are_annotations_of_the_message():
 @pytest.mark.parametrize(("reason", "why"), [("length", "max_output_tokens"), ("content_filter", "content_filter")])
 def test_a_response_that_is_cut_short_says_so(reason, why):
     names, response, _ = respond([Text("x"), Finish(reason)])
-    assert (names[-1], response["status"], response["incomplete_details"]) == (
-        "incomplete",
-        "incomplete",
-        {"reason": why},
-    )
+    assert (names[-1], response["status"], response["completed_at"]) == ("incomplete", "incomplete", None)
+    assert response["incomplete_details"] == {"reason": why}
 
 
 @pytest.mark.parametrize(

@@ -6096,8 +6096,8 @@ def test_the_percentiles_of_times():
     figures = ztoapi.ModelFigures()
     for i in range(101):
         figures.add(record(first=10 + i / 100), duration=i / 10)
-    assert figures.snapshot()["first"] == {"p50": 0.5, "p95": 0.95}
-    assert figures.snapshot()["duration"] == {"p50": 5.0, "p95": 9.5}
+    snapshot = figures.snapshot(MODELS["glm-4.6"])
+    assert (snapshot["first"], snapshot["duration"]) == ({"p50": 0.5, "p95": 0.95}, {"p50": 5.0, "p95": 9.5})
     assert ztoapi.percentiles([]) == {"p50": None, "p95": None}
 
 
@@ -6114,7 +6114,11 @@ async def test_the_dashboard_tells_what_went_through_and_no_secret(start, zai):
     await ask(client, chat(model="<B>x", stream=True, fallbacks=["glm-5"]))
     await ask(client, {"model": ""})
     snapshot, text = await stats(client)
-    assert {name: model["requests"] for name, model in snapshot["models"].items()} == {"glm-4.6": 1, "<b>x": 1}
+    figures = ("requests", "prompt_tokens", "cached_tokens", "completion_tokens", "cost")
+    assert {name: [model[figure] for figure in figures] for name, model in snapshot["models"].items()} == {
+        "glm-4.6": [1, 6, 2, 3, pytest.approx((4 * 0.6 + 2 * 0.11 + 3 * 2.2) / 1e6)],
+        "<b>x": [1, 6, 2, 3, None],
+    }
     assert snapshot["recent"][1].keys() == {
         "time",
         "model",
@@ -6414,6 +6418,86 @@ async def test_the_dashboard_asks_for_the_key(run, browser):
             f"document.getElementById('door-key').value = '{key}'; document.querySelector('#door button').click()"
         )
         assert await browser.sees(condition)
+
+
+async def open_dashboard(browser, here, key):
+    await browser.call("Page.navigate", url=here + "/dashboard")
+    assert await browser.sees("document.readyState === 'complete' && !!document.getElementById('door')")
+    await browser.run(f"$('door-key').value = '{key}'; document.querySelector('#door button').click()")
+    assert await browser.sees("!$('board').hidden")
+
+
+async def stats_for(here, key):
+    async with (
+        ztoapi.aiohttp.ClientSession() as session,
+        session.get(here + "/dashboard/stats", headers={"x-api-key": key}) as response,
+    ):
+        return response.status, await response.json()
+
+
+@over_sockets
+async def test_keys_are_added_changed_and_removed_on_the_dashboard(run, browser):
+    here = f"http://localhost:{run('--demo').port}"
+    await open_dashboard(browser, here, "sk-your-key")
+    await browser.run("$('name').value = 'anna+1'; $('budget').value = '5M/month'; $('save').click()")
+    assert await browser.sees("document.activeElement === $('made')")
+    key = await browser.run("document.querySelector('#made code').textContent")
+    assert await browser.sees(text_of("key-rows") + ".includes('0 of 5M/month')")
+
+    await browser.run("$('change anna+1').click(); $('rpm').value = '7'; $('save').click()")
+    assert await browser.sees("document.activeElement === $('change anna+1')")
+    status, snapshot = await stats_for(here, key)
+    assert (status, snapshot["client_keys"][0]["tokens"], snapshot["client_keys"][0]["rpm"]) == (200, "5M/month", 7)
+
+    await browser.run("$('name').value = 'anna+1'; $('save').click()")
+    assert "of this name" in await browser.run(text_of("key-says"))
+    await browser.run("$('remove anna+1').click(); document.activeElement.click()")
+    assert (await stats_for(here, key))[0] == 200
+    await browser.run("$('remove anna+1').click(); document.querySelector('#sure button').click()")
+    assert await browser.sees(text_of("key-rows") + " === 'nothing yet'")
+    assert (await stats_for(here, key))[0] == 401
+    assert browser.complaints == []
+
+
+@over_sockets
+async def test_a_key_sees_on_the_dashboard_what_is_its_own(run, browser):
+    here = f"http://localhost:{run('--demo').port}"
+    async with ztoapi.aiohttp.ClientSession(headers=KEY) as session:
+        async with session.post(here + "/dashboard/keys", json={"name": "anna"}) as response:
+            key = (await response.json())["key"]
+        for model, asked_with in (("glm-5.3", key), ("glm-4.6", "sk-your-key")):
+            await session.post(
+                here + "/v1/chat/completions",
+                json=chat(model=model),
+                headers={"x-api-key": asked_with, "Authorization": ""},
+            )
+    for asked_with, by_model, operator in (
+        (key, ["glm-5.3", "total"], False),
+        ("sk-your-key", ["glm-4.6", "glm-5.3", "total"], True),
+    ):
+        await open_dashboard(browser, here, asked_with)
+        names = "[...document.querySelectorAll('#month-rows td:first-child')].map(cell => cell.textContent).sort()"
+        assert await browser.sees(f"JSON.stringify({names}) === '{ztoapi.to_json(by_model)}'")
+        parts = ("live-part", "hour-part", "key-form", "by")
+        assert [await browser.run(f"!$('{part}').hidden") for part in parts] == [operator] * 4
+        await browser.run("$('leave').click()")
+    assert browser.complaints == []
+
+
+@over_sockets
+async def test_the_arrow_keys_choose_a_day_of_the_month(run, browser):
+    here = f"http://localhost:{run('--demo').port}"
+    async with ztoapi.aiohttp.ClientSession(headers=KEY) as session:
+        await session.post(here + "/v1/chat/completions", json=chat())
+    await open_dashboard(browser, here, "sk-your-key")
+    assert await browser.sees(text_of("day") + ".includes('(glm-4.6 ')")
+    await browser.run("$('by').value = 'key'; $('by').onchange()")
+    assert await browser.sees(text_of("day") + ".includes('(operator ')")
+    for key, wanted in (("ArrowLeft", "month29"), ("ArrowLeft", "month28"), ("ArrowRight", "month29")):
+        await browser.run("$('month').focus()")
+        await browser.call("Input.dispatchKeyEvent", type="keyDown", key=key)
+        assert await browser.run("$('month').getAttribute('aria-activedescendant')") == wanted
+    assert await browser.run(text_of("day") + ".endsWith(': 0')")
 
 
 def doctor(**variables):

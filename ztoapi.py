@@ -4781,26 +4781,28 @@ class ModelFigures:
     SAMPLES = 200  # the percentiles are taken from so many
 
     def __init__(self) -> None:
-        self.requests = self.failures = self.prompt = self.completion = 0
+        self.requests = self.failures = 0
+        self.usage = Usage()
         self.firsts: deque[float] = deque(maxlen=self.SAMPLES)  # seconds to the first token
         self.durations: deque[float] = deque(maxlen=self.SAMPLES)
 
     def add(self, record: Record, duration: float) -> None:
         self.requests += 1
         self.failures += bool(record.error)
-        self.prompt += record.usage.prompt
-        self.completion += record.usage.completion
+        self.usage += record.usage
         if record.first is not None:
             self.firsts.append(record.first - record.started)
         if record.status < 400 and not record.error:
             self.durations.append(duration)
 
-    def snapshot(self) -> JSON:
+    def snapshot(self, model: Model) -> JSON:
         return {
             "requests": self.requests,
             "failures": self.failures,
-            "prompt_tokens": self.prompt,
-            "completion_tokens": self.completion,
+            "prompt_tokens": self.usage.prompt,
+            "cached_tokens": self.usage.cached,
+            "completion_tokens": self.usage.completion,
+            "cost": model.cost(self.usage.prompt, self.usage.cached, self.usage.completion),
             "first": percentiles(self.firsts),
             "duration": percentiles(self.durations),
         }
@@ -4846,7 +4848,7 @@ class Statistics:
         return {
             "now": boot + now,
             "started": boot + self.started,
-            "models": {name: figures.snapshot() for name, figures in self.models.items()},
+            "models": {name: figures.snapshot(resolve(name)) for name, figures in self.models.items()},
             "minutes": [self.minutes.get(last - i, [0, 0, 0, 0]) for i in reversed(range(self.MINUTES))],
             "recent": [record.snapshot(duration, boot + ended_at) for record, duration, ended_at in self.recent],
             "torn": self.torn,

@@ -5902,6 +5902,7 @@ def test_show_needs_neither_client_nor_server(arguments, variables, model):
         0,
         f"""dir=$(mktemp -d)
 export QWEN_HOME="$dir"
+export NO_UPDATE_NOTIFIER=1
 export OPENAI_API_KEY=sk-own
 export OPENAI_BASE_URL=http://localhost:9999/v1
 export OPENAI_MODEL={model}
@@ -5913,12 +5914,22 @@ qwen --auth-type openai
 
 def test_the_banner_ends_with_what_to_do_next():
     with_key, without = (ztoapi.banner(Settings(zai_api_key=keys), 9090).splitlines() for keys in (("zk",), ()))
-    assert with_key[-1] == "  agent     python ztoapi.py launch claude    (or codex, opencode, …: launch --help)"
+    assert with_key[-1] == "  agent     python ztoapi.py launch claude    (others: launch --help)"
     assert [re.sub(r"/\S+/", "…/", line) for line in without[-3:]] == [
         "  note      no ZAI_API_KEY yet, so chat answers 503. Get a key: https:…/apikey-list",
         "            put it in …/.env as ZAI_API_KEY=…, and start again;",
         "            or try it without one: python ztoapi.py --demo",
     ]
+
+
+def test_the_banner_of_a_demo_names_an_agent_that_the_demo_can_answer_and_its_port():
+    demo = ztoapi.banner(Settings(demo=True, zai_api_key=("k",)), 8000).splitlines()
+    assert demo[-1] == "  agent     python ztoapi.py launch codex --port 8000    (others: launch --help)"
+
+
+def test_what_is_for_the_client_must_follow_two_dashes():
+    status, _, said = launched("claude", "-p", "hello")
+    assert (status, "[-- what is for the client]" in said) == (2, True)
 
 
 def test_the_program_names_its_dependencies_for_uv():

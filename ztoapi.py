@@ -2402,13 +2402,14 @@ config.json: {"model": "ztoapi/$model", "provider": {"ztoapi": {"npm": "@ai-sdk/
 "limit": {"context": $context, "output": $output}}}}}}
 
 kilo: npm install -g @kilocode/cli
-$xdg KILO_CONFIG=$dir/config.json kilo -m ztoapi/$model
+$xdg npm_config_cache=$dir/npm KILO_CONFIG=$dir/config.json kilo -m ztoapi/$model
 config.json: {"model": "ztoapi/$model", "provider": {"ztoapi": {"npm": "@ai-sdk/openai-compatible", \
 "options": {"baseURL": "$base", "apiKey": "$key"}, "models": {"$model": {"reasoning": true, "attachment": $vision, \
 "limit": {"context": $context, "output": $output}}}}}}
 
 qwen: npm install -g @qwen-code/qwen-code
-QWEN_HOME=$dir OPENAI_API_KEY=$key OPENAI_BASE_URL=$base OPENAI_MODEL=$model qwen --auth-type openai
+QWEN_HOME=$dir NO_UPDATE_NOTIFIER=1 OPENAI_API_KEY=$key OPENAI_BASE_URL=$base OPENAI_MODEL=$model \
+qwen --auth-type openai
 
 pi: npm install -g @mariozechner/pi-coding-agent
 PI_CODING_AGENT_DIR=$dir ZTOAPI_KEY=$key pi --provider ztoapi --model $model
@@ -2416,7 +2417,7 @@ models.json: {"providers": {"ztoapi": {"baseUrl": "$base", "api": "openai-comple
 "models": [{"id": "$model", "reasoning": true, "contextWindow": $context, "maxTokens": $output}]}}}
 
 cline: npm install -g cline
-CLINE_DATA_DIR=$dir CLINE_PROVIDER_SETTINGS_PATH=$dir/providers.json CLINE_SESSION_BACKEND_MODE=local \
+CLINE_DIR=$dir CLINE_DATA_DIR=$dir CLINE_PROVIDER_SETTINGS_PATH=$dir/providers.json CLINE_SESSION_BACKEND_MODE=local \
 cline -P openai-compatible -m $model
 providers.json: {"version": 1, "providers": {"openai-compatible": {"settings": {"provider": "openai-compatible", \
 "apiKey": "$key", "model": "$model", "baseUrl": "$base"}, "updatedAt": "2026-01-01T00:00:00.000Z"}}}
@@ -6093,7 +6094,9 @@ def banner(settings: Settings, port: int) -> str:
             "            or try it without one: python ztoapi.py --demo",
         ]
     else:
-        lines.append("  agent     python ztoapi.py launch claude    (or codex, opencode, …: launch --help)")
+        agent = "codex" if settings.demo else "claude"  # the demo does not speak Anthropic's API
+        port_flag = f" --port {port}" if port != Settings.port else ""
+        lines.append(f"  agent     python ztoapi.py launch {agent}{port_flag}    (others: launch --help)")
     return "\n".join(lines)
 
 
@@ -6108,6 +6111,7 @@ def say(words: str) -> None:
 def parse_flags(arguments: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         "ztoapi.py",
+        usage="%(prog)s [options] [launch CLIENT [options] [-- what is for the client] | keys ...]",
         description="Z.ai's GLM models behind an OpenAI-compatible API.",
         epilog="Settings: see .env.example.",
     )
@@ -6116,7 +6120,7 @@ def parse_flags(arguments: list[str]) -> argparse.Namespace:
     way.add_argument("--check", action="store_true", help="say what is configured and whether it works, then end")
     commands = parser.add_subparsers(dest="command")
     starter = commands.add_parser("launch", help="start a client that uses this server")
-    starter.add_argument("client", choices=CLIENTS, help="what follows -- is for the client: launch claude -- -p hello")
+    starter.add_argument("client", choices=CLIENTS, help="its own arguments follow --: launch claude -- -p hello")
     starter.add_argument("--model", help="the model that it uses")
     starter.add_argument("--show", action="store_true", help="print how it is started, as lines for a shell")
     for each in (parser, starter):

@@ -1494,7 +1494,7 @@ USE = turn([{"type": "tool_use", "id": "t1", "name": "f", "input": {}}], "assist
         ),
         pytest.param(
             [turn("hi"), turn("yes", "assistant"), turn("a", "system")],
-            [turn([text_block("hi")]), turn([text_block("yes")], "assistant"), turn([reminder("a")])],
+            [turn([text_block("hi")]), turn("yes", "assistant"), turn([reminder("a")])],
             id="none beside it",
         ),
         pytest.param(
@@ -1503,7 +1503,7 @@ USE = turn([{"type": "tool_use", "id": "t1", "name": "f", "input": {}}], "assist
             id="results first",
         ),
         pytest.param([turn("hi"), turn("there")], [turn("hi"), turn("there")], id="no system message"),
-        pytest.param([7, turn(None, "system"), turn(7)], [turn([], None), turn([])], id="nothing that is one"),
+        pytest.param([7, turn(None, "system"), turn(7)], [{}, turn([])], id="nothing that is one"),
         pytest.param([turn([7, {"type": "image"}], "system")], [turn([7, {"type": "image"}])], id="no text"),
         pytest.param("hi", "hi", id="no turns"),
     ],
@@ -2564,6 +2564,11 @@ def test_a_tool_call_that_leaks_into_the_text_is_a_call(text, wanted):
     assert read_deltas(list(text), tools=[READ, READ_ALL]) == wanted
 
 
+def test_other_models_may_write_of_tags_where_calls_may_leak_too():
+    text = "<think>hm</think><|begin_of_box|>"
+    assert read_deltas([text], tools=[READ]) == [Text(text), Finish("stop")]
+
+
 def test_where_no_tool_was_offered_no_call_leaks():
     assert read_deltas([LEAK]) == [Text(LEAK), Finish("stop")]
 
@@ -2594,7 +2599,7 @@ def test_no_more_text_is_held_than_may_be_a_call():
 
 
 def test_a_leaked_call_of_megabytes_is_read_in_linear_time():
-    reader, started = ztoapi.LeakedCallReader({"read": PATH}), time.process_time()
+    reader, started = ztoapi.TagReader(MODELS["glm-5"], {"read": PATH}), time.process_time()
     parts = ["<tool_call>read<arg_key>path</arg_key><arg_value>", *["x" * 10] * 100_000, "</arg_value></tool_call>"]
     [call] = [event for part in parts for event in reader.feed(part)]
     assert len(call["function"]["arguments"]) > 1_000_000
@@ -6644,31 +6649,6 @@ async def test_the_sdk_parses_an_answer_into_a_model(sdk, zai):
     assert answer.choices[0].message.parsed == Point(x=1.5, label="点")
     assert zai.bodies[0]["response_format"] == {"type": "json_object"}
     assert '"label"' in zai.bodies[0]["messages"][0]["content"]
-
-
-@over_sockets
-async def test_the_sdk_parses_a_call_where_text_stands_beside_it(sdk, zai):
-    class Point(pytest.importorskip("pydantic").BaseModel):
-        x: float
-
-    class Read(pytest.importorskip("pydantic").BaseModel):
-        path: str | None = None
-
-    zai.answers = [[stream_of({"content": "\nI will look."}, READ_CALL, finish("tool_calls"))]] * 4
-    tool = pytest.importorskip("openai").pydantic_function_tool(Read, name="read")
-    answer = await sdk.chat.completions.parse(**HELLO, response_format=Point, tools=[tool])
-    assert answer.choices[0].message.tool_calls[0].function.parsed_arguments == Read()
-    async with sdk.chat.completions.stream(**HELLO, response_format=Point, tools=[tool]) as stream:
-        answer = await stream.get_final_completion()
-    assert answer.choices[0].message.tool_calls[0].function.parsed_arguments == Read()
-    tool = {"type": "function", **tool["function"]}
-    answer = await sdk.responses.parse(model="glm-4.6", input="?", text_format=Point, tools=[tool])
-    assert [item.type for item in answer.output] == ["function_call"]
-    async with sdk.responses.stream(model="glm-4.6", input="?", text_format=Point, tools=[tool]) as stream:
-        answer = await stream.get_final_response()
-    assert [item.type for item in answer.output] == ["function_call"]
-    sent = zai.bodies[0]["tools"][0]["function"]["parameters"]["properties"]["path"]
-    assert sent == {"type": "string", "title": "Path"}
 
 
 LOOK = {"index": 0, "id": "c1", "type": "function", "function": {"name": "Look", "arguments": '{"at":"点"}'}}

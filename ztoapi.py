@@ -2311,13 +2311,13 @@ def with_reminders(turns: list[Any]) -> list[Any]:
     if not any(as_object(turn).get("role") == "system" for turn in turns):
         return turns
     groups = groupby(map(as_object, turns), lambda turn: "user" if turn.get("role") == "system" else turn.get("role"))
-    return [{"role": role, "content": merge_contents(group)} for role, group in groups]
+    return [*chain.from_iterable([user_turn(group)] if role == "user" else group for role, group in groups)]
 
 
-def merge_contents(turns: Iterable[JSON]) -> list[Any]:
-    """The blocks of several turns as those of one, in which the results of tools must come first."""
+def user_turn(turns: Iterable[JSON]) -> JSON:
+    """One turn of several; in it the results of tools must come first."""
     blocks = chain.from_iterable(map(content_blocks, turns))
-    return sorted(blocks, key=lambda block: as_object(block).get("type") != "tool_result")
+    return {"role": "user", "content": sorted(blocks, key=lambda block: as_object(block).get("type") != "tool_result")}
 
 
 def content_blocks(turn: JSON) -> Iterator[Any]:
@@ -2878,8 +2878,7 @@ class ZaiReader:
         self.model = model.id
         self.decoder = SSEDecoder()
         self.raw: list[bytes] | None = []  # everything so far, until the first event shows that this is a stream
-        self.scanners: list[TagScanner] = [TagReader()] if model.tagged_reasoning else []
-        self.scanners += [LeakedCallReader(tools)] if tools else []
+        self.tags = TagReader(model, tools) if model.tagged_reasoning or tools else None
         self.wants_json = bool(tools) and "response_format" in asked
         self.text_begun = False
         self.prose = ""  # held: where JSON is wanted, text that is none may stand beside a call
@@ -2966,8 +2965,10 @@ class ZaiReader:
         if isinstance(thought := delta.get("reasoning_content"), str) and thought:
             events.append(Thought(thought))
         if isinstance(words := delta.get("content"), str) and words:
-            is_plain = self.text_begun and not self.scanners
-            events += (Text(words),) if is_plain else self.read_text(words)
+            if self.text_begun and not self.tags:
+                events.append(Text(words))
+            else:
+                events += self.read_text(self.tags.feed(words) if self.tags else (Text(words),))
         if isinstance(pieces := delta.get("tool_calls"), list):
             for piece in pieces:
                 if (
@@ -2976,13 +2977,7 @@ class ZaiReader:
                     events += self.calls.feed(as_object(piece), self.id)
         return events
 
-    def read_text(self, words: str) -> Iterator[Event]:
-        pieces: Iterable[TextPiece] = (Text(words),)
-        for scanner in self.scanners:
-            pieces = scanner.scan(pieces)
-        return self.read_pieces(pieces)
-
-    def read_pieces(self, pieces: Iterable[TextPiece]) -> Iterator[Event]:
+    def read_text(self, pieces: Iterable[TextPiece]) -> Iterator[Event]:
         for piece in pieces:
             if isinstance(piece, dict):
                 yield from self.calls.feed(piece, self.id)
@@ -3004,21 +2999,14 @@ class ZaiReader:
         self.prose += text
         return ""
 
-    def read_end(self) -> Iterator[Event]:
-        """What was held of the text."""
-        pieces: Iterable[TextPiece] = ()
-        for scanner in self.scanners:
-            pieces = chain(scanner.scan(pieces), scanner.close())
-        yield from self.read_pieces(pieces)
-        if self.prose and not self.calls.calls:
-            yield Text(self.prose)
-
     def end(self) -> Iterator[Event]:
         """The last events, in a fixed order however Z.ai sent them; none the second time."""
         if self.done:
             return
         self.done = True
-        yield from self.read_end()
+        yield from self.read_text(self.tags.close() if self.tags else ())
+        if self.prose and not self.calls.calls:
+            yield Text(self.prose)
         yield from self.calls.close(self.id)
         if self.citations:
             yield Citations(tuple(self.citations))
@@ -3077,51 +3065,44 @@ def decode_at(data: str, at: int) -> tuple[JSON | None, int]:
 TextPiece = Thought | Text | JSON  # an object is a tool call as Z.ai should have sent it
 
 
-class TagScanner(ABC):
-    """Reads text, cut anywhere, piece by piece; each tag in it is one piece."""
+class TagReader:
+    """Text in which a model marks with tags what is no text.
 
-    TAGS: tuple[str, ...]
+    Older vision models put reasoning at its head, <think>…</think>, and box marks, which are dropped. A tool call may
+    leak into it: <tool_call>name<arg_key>key</arg_key><arg_value>value</arg_value></tool_call> (zai-org/GLM-5#84).
+    """
 
-    def __init__(self) -> None:
-        begun = (re.escape(tag[:i]) for tag in self.TAGS for i in range(1, len(tag)))
-        self.tag = re.compile(f"({'|'.join(map(re.escape, self.TAGS))})")
-        self.begun = re.compile(rf"(?:{'|'.join(begun)})\Z")
+    TAGS = ("<|begin_of_box|>", "<|end_of_box|>", "<think>", "</think>", "<tool_call>", "</tool_call>")
+    TAG = re.compile("(" + "|".join(map(re.escape, TAGS)) + ")")
+    BEGUN = re.compile("(?:" + "|".join(re.escape(tag[:i]) for tag in TAGS for i in range(1, len(tag))) + r")\Z")
+
+    def __init__(self, model: Model, tools: Mapping[str, JSON]) -> None:
+        self.tagged_reasoning = model.tagged_reasoning
+        self.tools = tools  # the parameters of each, by name
+        self.openings = tuple(name + "<arg_key>" for name in tools)
         self.rest = ""  # possibly the beginning of a tag
+        self.state: Literal["head", "thought", "text"] = "head"
+        self.held: list[str] = []  # possibly a call
+        self.named = False  # what is held has an opening
 
     def feed(self, words: str) -> Iterator[TextPiece]:
-        *pieces, last = self.tag.split(self.rest + words)
-        begun = self.begun.search(last)
+        *pieces, last = self.TAG.split(self.rest + words)
+        begun = self.BEGUN.search(last)
         self.rest = begun[0] if begun else ""
         for piece in (*pieces, last.removesuffix(self.rest)):
-            if piece:
-                yield from self.piece(piece)
+            yield from self.piece(piece)
 
     def close(self) -> Iterator[TextPiece]:
-        if self.rest:
-            yield from self.piece(self.rest)
-
-    def scan(self, pieces: Iterable[TextPiece]) -> Iterator[TextPiece]:
-        for piece in pieces:
-            yield from self.feed(piece.text) if isinstance(piece, Text) else (piece,)
-
-    @abstractmethod
-    def piece(self, piece: str) -> Iterator[TextPiece]: ...
-
-
-class TagReader(TagScanner):
-    """The text of older vision models: <think>…</think> at its head is reasoning, box marks are dropped."""
-
-    TAGS = ("<|begin_of_box|>", "<|end_of_box|>", "<think>", "</think>")
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.state: Literal["head", "thought", "text"] = "head"
+        yield from self.piece(self.rest)
+        yield from self.release()
 
     def piece(self, piece: str) -> Iterator[TextPiece]:
         match piece, self.state:
-            case "<|begin_of_box|>" | "<|end_of_box|>", _:
+            case "", _:
                 return
-            case "<think>", "head":
+            case "<|begin_of_box|>" | "<|end_of_box|>", _ if self.tagged_reasoning:
+                return
+            case "<think>", "head" if self.tagged_reasoning:
                 self.state = "thought"
             case "</think>", "thought":
                 self.state = "text"
@@ -3129,29 +3110,9 @@ class TagReader(TagScanner):
                 yield Thought(piece)
             case _:
                 self.state = "text" if piece.strip() else self.state
-                yield Text(piece)
+                yield from self.text(piece)
 
-
-class LeakedCallReader(TagScanner):
-    """Text into which a model writes a tool call with the tags that it was trained with (zai-org/GLM-5#84).
-
-    <tool_call>name<arg_key>key</arg_key><arg_value>value</arg_value></tool_call>; anything else stays text.
-    """
-
-    TAGS = ("<tool_call>", "</tool_call>")
-
-    def __init__(self, tools: Mapping[str, JSON]) -> None:
-        super().__init__()
-        self.tools = tools  # the parameters of each, by name
-        self.openings = tuple(name + "<arg_key>" for name in tools)
-        self.held: list[str] = []  # possibly a call
-        self.named = False  # what is held has an opening
-
-    def close(self) -> Iterator[TextPiece]:
-        yield from super().close()
-        yield from map(Text, self.held)
-
-    def piece(self, piece: str) -> Iterator[TextPiece]:
+    def text(self, piece: str) -> Iterator[TextPiece]:
         match piece:
             case "<tool_call>":
                 yield from self.release()

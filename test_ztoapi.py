@@ -2569,6 +2569,10 @@ def test_other_models_may_write_of_tags_where_calls_may_leak_too():
     assert read_deltas([text], tools=[READ]) == [Text(text), Finish("stop")]
 
 
+def test_half_a_surrogate_pair_may_leak_too():
+    assert ztoapi.leaked_value("\ud800", {}) == "\ud800"
+
+
 def test_where_no_tool_was_offered_no_call_leaks():
     assert read_deltas([LEAK]) == [Text(LEAK), Finish("stop")]
 

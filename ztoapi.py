@@ -21,9 +21,10 @@ Where a request goes:
 Everything above the banner "Admission" is pure: no socket, clock, environment, randomness or async. It raises
 BadRequest (the client's fault), UpstreamError (Z.ai's) or another ProxyError; any other exception is a bug.
 The sections, in order: Settings, Errors, Models, JSON, Internal representation; what clients speak (Request fields,
-Chat completions, Completions, Responses, Surfaces), Clients; what Z.ai speaks (request, errors, answer); Accounts; I/O:
-Admission (keys, limits, queue), Z.ai client, Upstream (retries, fallbacks), Requests (records, statistics),
-Streaming out, Handlers, Pass-through, Access, Errors and shutdown, Server, Commands; at the end Demo and Pages.
+Chat completions, Completions, Responses, Messages, Surfaces), Clients; what Z.ai speaks (request, errors, answer);
+Accounts; I/O: Admission (keys, limits, queue), Z.ai client, Upstream (retries, fallbacks), Requests (records,
+statistics), Streaming out, Handlers, Pass-through, Access, Errors and shutdown, Server, Commands; at the end Demo and
+Pages.
 """
 
 from __future__ import annotations
@@ -2965,7 +2966,7 @@ class ZaiReader:
         if isinstance(thought := delta.get("reasoning_content"), str) and thought:
             events.append(Thought(thought))
         if isinstance(words := delta.get("content"), str) and words:
-            if self.text_begun and not self.tags:
+            if self.text_begun and not self.wants_json and not (self.tags and self.tags.reads(words)):
                 events.append(Text(words))
             else:
                 events += self.read_text(self.tags.feed(words) if self.tags else (Text(words),))
@@ -3085,6 +3086,10 @@ class TagReader:
         self.held: list[str] = []  # possibly a call
         self.named = False  # what is held has an opening
 
+    def reads(self, words: str) -> bool:
+        """Whether there may be a tag in this text; most has none."""
+        return bool(self.held or self.rest or "<" in words)
+
     def feed(self, words: str) -> Iterator[TextPiece]:
         *pieces, last = self.TAG.split(self.rest + words)
         begun = self.BEGUN.search(last)
@@ -3158,7 +3163,7 @@ def leaked_value(text: str, schema: JSON) -> Any:
     types = schema.get("type")
     if "string" in (types if isinstance(types, list) else [types]):
         return text
-    value = parse_json(text.encode())
+    value = parse_json(text.encode("utf-8", "surrogatepass"))
     return text if value is None and text.strip() != "null" else value
 
 

@@ -5949,6 +5949,24 @@ def test_the_program_names_its_dependencies_for_uv():
 
 
 @over_sockets
+async def test_a_large_request_stops_nobody_else(client):
+    part, pauses = b'{"type":"text","text":"x"}', []
+
+    async def look_at_the_clock():
+        while True:
+            started = time.monotonic()
+            await asyncio.sleep(0.01)
+            pauses.append(time.monotonic() - started)
+
+    looking = asyncio.create_task(look_at_the_clock())
+    body = b'{"model":"glm-4.6","messages":[{"role":"user","content":[%s]}]}' % b",".join([part] * 300_000)
+    async with client.post("/v1/chat/completions", data=io.BytesIO(body), headers=KEY) as response:
+        assert response.status == 200
+    looking.cancel()
+    assert max(pauses) < 0.4
+
+
+@over_sockets
 async def test_a_path_is_routed_in_linear_time(client):
     started = time.process_time()
     for path in (

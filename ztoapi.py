@@ -4981,7 +4981,7 @@ async def answer(surface: Surface, request: web.Request) -> web.StreamResponse:
     body, history = await read_json(request), ClientHistory(request.app[DATABASE], request[ACCOUNT].id)
     for response_id in referred_responses(body):
         await history.load(response_id)
-    asked = surface(body, history)
+    asked = await unhurried(request, surface, body, history)
     prompt = with_defaults(asked.prompt, settings, request.headers.get("Accept", ""))
     form = prompt.reasoning_format or settings.reasoning_format
     record.model = model_shown(request, prompt.model)
@@ -5030,9 +5030,16 @@ async def read_json(request: web.Request) -> JSON:
         raise BadRequest(BROKEN_BODY) from error
     trace(f"asked {request.path}", body)
     try:
-        return parse_request(body)
+        return await unhurried(request, parse_request, body)
     except (ValueError, RecursionError) as error:
         raise BadRequest(f"The request body is not a JSON object: {error}.") from None
+
+
+async def unhurried(request: web.Request, work: Callable[..., R], *arguments: Any) -> R:
+    """What a large request takes is done in a thread, so that the others go on meanwhile."""
+    if request.content.total_bytes < 2**20:
+        return work(*arguments)
+    return await asyncio.to_thread(work, *arguments)
 
 
 def wants_stream(accept: str, *, default: bool) -> bool:

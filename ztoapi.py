@@ -5712,7 +5712,8 @@ class ClientConnection(RequestHandler):
 
     def data_received(self, data: bytes) -> None:
         super().data_received(data)
-        self.heard_at = self._loop.time()
+        if not (self.owes_head and self.is_idle):  # a head that comes byte by byte has no more time than others
+            self.heard_at = self._loop.time()
         self.owes_head = self.is_idle
         if self._messages and not isinstance(self._messages[-1][0], RawRequestMessage):  # an error
             self.break_body()
@@ -5914,10 +5915,15 @@ class BackgroundHandler(logging.Handler):
             self.thread.start()
 
     def write_lines(self) -> None:
-        while line := self.lines.get():
+        while True:
+            lines = [self.lines.get()]
+            while not self.lines.empty():
+                lines.append(self.lines.get())
+            text = "".join(lines)
             with suppress(OSError):
-                os.write(self.descriptor, line.encode("utf-8", "backslashreplace"))
-            self.written += len(line)
+                os.write(self.descriptor, text.encode("utf-8", "backslashreplace"))
+            self.written += len(text)
+            time.sleep(0.02)  # seconds; under load, waking for each line would cost more than the line
 
     def flush(self) -> None:
         """Before the program ends: a reader who stalls then has one second."""

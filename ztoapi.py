@@ -1739,13 +1739,13 @@ def response_tools(value: Any) -> list[tuple[str, Any]]:
 
 
 def split_namespace(tool: Any, at: str) -> Iterator[tuple[str, Any]]:
-    """The tool itself, or each tool of a namespace with the namespace's name in it; each with its position."""
+    """Yield the tool, or each tool of a namespace with `namespace` added to it, and its position in the request."""
     match tool:
         case {"type": "namespace", "name": str(namespace), "tools": [*members]}:
             for i, member in enumerate(members):
                 yield f"{at}.tools[{i}]", as_object(member) | {"namespace": namespace}
         case {"type": str(kind), "external_web_access": False} if kind.startswith("web_search"):
-            return  # Codex's default: it would search OpenAI's index only, not the web
+            return  # Codex's default: a search of OpenAI's own index, not of the web
         case _:
             yield at, tool
 
@@ -1807,7 +1807,7 @@ REASONING_PREFIX = "ztoapi:"  # of our `encrypted_content`: base64 follows, neit
 
 @dataclass(frozen=True, slots=True)
 class StoredResponse:
-    """A response that a client may refer to, and its input with all that came before; both are JSON."""
+    """A response that a client may refer to, and the items before it: its input and the conversation so far."""
 
     response: JSON
     input: list[Any]
@@ -1827,8 +1827,8 @@ class ResponsesRequest:
 
     prompt: Prompt
     echo: JSON
-    input: list[Any]  # with all that came before
-    tools: Mapping[str, JSON]  # as the client knows them, by the names that the model knows
+    input: list[Any]  # after the items of the conversation so far
+    tools: Mapping[str, JSON]  # as the client sent them, by the names that the model knows
     include: tuple[str, ...]
     history: History
 
@@ -1844,7 +1844,7 @@ class ResponsesRequest:
 
 
 def parse_response(body: JSON, history: History) -> ResponsesRequest:
-    """Raises BadRequest for an invalid field, also for a previous response that is not there."""
+    """Raises BadRequest for an invalid field and for a previous response that is not stored."""
     given = validated(body, RESPONSE_FIELDS)
     required(given, "model")
     before = previous_items(given, history)
@@ -1872,7 +1872,7 @@ def parse_response(body: JSON, history: History) -> ResponsesRequest:
 
 
 def previous_items(given: JSON, history: History) -> list[Any]:
-    """The items of the previous response, if there is one, and of all before it."""
+    """The conversation up to and with the previous response, if there is one."""
     if "previous_response_id" not in given:
         return []
     stored = history.get(given["previous_response_id"])
@@ -2045,8 +2045,7 @@ def parse_response_tool(tool: Any, at: str) -> Tool | JSON | None:
 
 ItemKind = Literal["reasoning", "summary", "message", "function_call", "custom_tool_call"]
 
-# For each kind of item that is text: the events of the text and of its part, where the part stands, and what its text's
-# events must say too.
+# The kinds of item that are text: event of the text, event of its part, position of the part, more fields of the first.
 TEXT_EVENTS: dict[ItemKind, tuple[str, str, JSON, JSON]] = {
     "reasoning": ("reasoning_text", "content_part", {"content_index": 0}, {}),
     "summary": ("reasoning_summary_text", "reasoning_summary_part", {"summary_index": 0}, {}),
@@ -2059,7 +2058,7 @@ FAILURE_CODES = {400: "invalid_prompt", 402: "insufficient_quota", 429: "rate_li
 
 @dataclass
 class Item:
-    """One item of a response's output, while events are added. A summary is reasoning whose client asked for one."""
+    """One item of a response's output, while events are added; a summary is reasoning for clients that ask for one."""
 
     kind: ItemKind
     id: str
@@ -2226,7 +2225,7 @@ class ResponseEncoder:
         return [self.frame(self.status, response=response)]
 
     def fail(self, error: ProxyError) -> list[JSON | str]:
-        too_long = error.kind.code == "context_length_exceeded"  # which Codex knows
+        too_long = error.kind.code == "context_length_exceeded"  # Codex then says that its context is full
         code = error.kind.code if too_long else FAILURE_CODES.get(error.kind.status, "server_error")
         opening = self.opening()
         self.status, self.error = "failed", {"code": code, "message": str(error)}

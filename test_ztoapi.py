@@ -126,6 +126,8 @@ def test_every_variable_is_read_by_its_name_in_capitals():
         "REASONING_FORMAT": "RAW",
         "MODEL_ALIASES": "gpt-4o=glm-4.6, claude-*=glm-5.3",
         "FALLBACK_MODELS": "glm-4.7-flash, glm-4.5-flash",
+        "VISION_MODEL": "glm-4.6v",
+        "REASONING_MEMORY": "ALL",
         "MAX_CONCURRENCY": "3",
         "MAX_RETRIES": "0",
         "UPSTREAM_TIMEOUT": "60",
@@ -145,6 +147,8 @@ def test_every_variable_is_read_by_its_name_in_capitals():
         reasoning_format="raw",
         model_aliases=(("gpt-4o", "glm-4.6"), ("claude-*", "glm-5.3")),
         fallback_models=("glm-4.7-flash", "glm-4.5-flash"),
+        vision_model="glm-4.6v",
+        reasoning_memory="all",
         max_concurrency=3,
         max_retries=0,
         upstream_timeout=60,
@@ -2015,6 +2019,50 @@ def test_reasoning_sent_back_is_kept(model, fields, wanted):
     assert zai_body(read_chat(chat(**fields)), MODELS[model]).get("thinking") == wanted
 
 
+USER, SAID, TOOL_SAID = Message("user", ("u",)), Message("assistant", ("a",)), Message("tool", ("r",), call_id="c")
+KNOWN = replace(SAID, thought="the client's own")
+
+
+@pytest.mark.parametrize(
+    ("messages", "start", "thoughts"),
+    [
+        ((USER, SAID, USER, SAID, TOOL_SAID, KNOWN), 0, ["", "said", "", "said", "", "the client's own"]),
+        ((USER, SAID, USER, SAID, TOOL_SAID, KNOWN), 3, ["", "", "", "said", "", "the client's own"]),
+        ((SAID,), 0, ["said"]),
+        ((USER, SAID, USER), 3, ["", "", ""]),
+    ],
+)
+def test_reasoning_that_a_client_dropped_is_put_back(messages, start, thoughts):
+    assert ztoapi.turn_start(messages) in (start, 3)
+    asked = ztoapi.with_reasoning(messages, start, lambda message: "".join(["said"] * (message.content == ("a",))))
+    assert asked == tuple(
+        replace(message, thought=thought) for message, thought in zip(messages, thoughts, strict=True)
+    )
+
+
+def test_the_same_conversation_is_the_same_bytes_in_every_process():
+    """Sets and hash() differ from process to process."""
+    words = "import json, sys, ztoapi; body = json.load(sys.stdin); prompt = ztoapi.parse_chat(body).prompt\n"
+    words += "print(ztoapi.to_json(ztoapi.zai_body(prompt, ztoapi.resolve(prompt.model))), *ztoapi.conversation_start(prompt))"
+    schema = {"$defs": {name: {"type": "string"} for name in "qwertyuiop"}, "type": "object"}
+    schema["properties"] = {name: {"$ref": f"#/$defs/{name}"} for name in "qwertyuiop"}
+    tools = [{"type": "function", "function": {"name": name, "parameters": schema}} for name in ("b", "a", "c")]
+    answer_format = {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}
+    body = chat(tools=tools, tool_choice="required", response_format=answer_format, user="me", web_search_options={})
+    said = {
+        subprocess.run(
+            [sys.executable, "-c", words],
+            input=json.dumps(body).encode(),
+            capture_output=True,
+            check=True,
+            cwd=PROGRAM.parent,
+            env={**os.environ, "PYTHONHASHSEED": seed},
+        ).stdout
+        for seed in ("1", "2", "3")
+    }
+    assert len(said) == 1
+
+
 # ======== Z.ai: refusals ========
 
 # Every row of the table: Z.ai's code, its HTTP status, what the client gets.
@@ -3029,11 +3077,20 @@ def test_while_all_keys_cool_down_one_request_in_ten_seconds_sees_whether_that_s
     assert keys.available(CHAT) == [FIRST_KEY]
 
 
+def test_a_refusal_is_kept_without_the_request_that_met_with_it():
+    keys = pool(FIRST_KEY)
+    with pytest.raises(UpstreamError) as met:
+        raise refusal(1113)
+    keys.cool_down(FIRST_KEY, CHAT, met.value)
+    assert [cooldown.error.__traceback__ for cooldown in keys.cooling.values()] == [None]
+
+
 def test_the_names_of_models_that_clients_make_up_are_forgotten():
     keys = pool(FIRST_KEY, SECOND_KEY)
     for number in range(KeyPool.MAX_COOLING + 9):
         keys.cool_down(FIRST_KEY, Target(f"made-up-{number}"), refusal(1211))
     keys.cool_down(FIRST_KEY, CHAT, refusal(1113))
+    keys.cool_down(FIRST_KEY, Target("made-up"), refusal(1211))
     assert len(keys.cooling) == KeyPool.MAX_COOLING + 1
     assert keys.available(CHAT) == [SECOND_KEY]
 
@@ -3148,12 +3205,11 @@ def make_queue(*keys, max_in_flight=0):
 
 @asynccontextmanager
 async def slot_in(queue, account="", conversation=""):
-    with queue.ticket(CHAT, Caller(account, conversation)) as ticket:
-        slot = await queue.acquire(ticket)
-        try:
-            yield slot
-        finally:
-            queue.release(slot)
+    slot = await queue.acquire(queue.ticket(CHAT, Caller(account, conversation)))
+    try:
+        yield slot
+    finally:
+        queue.release(slot)
 
 
 async def wait_in(queue, account=""):
@@ -3168,13 +3224,15 @@ async def test_accounts_are_served_in_turn_and_each_ones_requests_in_order():
     async def request(name):
         async with slot_in(queue, name[0]):
             order.append(name)
+        if name == "a2":
+            await request("d1")
 
     async with slot_in(queue, "a"):
         waiting = [asyncio.create_task(request(name)) for name in ("a1", "a2", "a3", "a4", "b1", "b2", "c1")]
         await asyncio.sleep(0)
         assert len(queue.waiting) == 7
     await asyncio.gather(*waiting)
-    assert order == ["a1", "b1", "c1", "a2", "b2", "a3", "a4"]
+    assert order == ["a1", "b1", "c1", "a2", "b2", "a3", "d1", "a4"]
     assert not queue.in_use
 
 
@@ -3187,12 +3245,12 @@ async def test_a_request_that_was_refused_goes_back_to_the_head_of_the_queue():
         order.append(name)
         queue.release(slot)
 
-    with queue.ticket(CHAT, Caller("a")) as first, queue.ticket(CHAT, Caller("b")) as second:
-        slot = await queue.acquire(first)
-        waiting = [asyncio.create_task(again(*who)) for who in (("second", second), ("refused", first))]
-        await asyncio.sleep(0)
-        queue.release(slot)
-        await asyncio.gather(*waiting)
+    first, second = queue.ticket(CHAT, Caller("a")), queue.ticket(CHAT, Caller("b"))
+    slot = await queue.acquire(first)
+    waiting = [asyncio.create_task(again(*who)) for who in (("second", second), ("refused", first))]
+    await asyncio.sleep(0)
+    queue.release(slot)
+    await asyncio.gather(*waiting)
     assert order == ["refused", "second"]
 
 
@@ -3233,11 +3291,10 @@ async def test_a_conversation_stays_with_its_key_unless_that_is_full_or_has_fail
 
     homes = {name: await key_of(name) for name in map(str, range(40))}
     assert {name: await key_of(name) for name in reversed(homes)} == homes
-    assert 10 < [*homes.values()].count(FIRST_KEY) < 30
-    assert homes["0"] == SECOND_KEY  # in every process, and tomorrow
-    with queue.ticket(CHAT, Caller(conversation="0")) as ticket:
-        ticket.failures[SECOND_KEY] = ztoapi.UNAVAILABLE
-        assert (await queue.acquire(ticket)).key == FIRST_KEY
+    assert "".join(key.secret for key in homes.values()) == "2222112221111111111111211221111211221112"  # for ever
+    ticket = queue.ticket(CHAT, Caller(conversation="0"))
+    ticket.failures[SECOND_KEY] = ztoapi.UNAVAILABLE
+    assert (await queue.acquire(ticket)).key == FIRST_KEY
     queue.limits[SECOND_KEY].in_flight = 4
     assert await key_of("0") == FIRST_KEY
 
@@ -3265,6 +3322,46 @@ async def test_those_who_wait_are_told_when_all_keys_cool_down():
         queue.poll()
         with pytest.raises(UpstreamError, match="1113"):
             await waiting
+
+
+LOOKING = Message(
+    "assistant", ("Let me look.",), "I should look.", (ToolCall(0, "c1", "read", '{"path": "a", "n": 1}'),)
+)
+
+
+def with_call(**changes):
+    return replace(LOOKING, calls=(replace(LOOKING.calls[0], **changes),))
+
+
+@pytest.mark.parametrize(
+    ("message", "known"),
+    [
+        pytest.param(replace(LOOKING, thought=""), True, id="the same"),
+        pytest.param(replace(LOOKING, content=("\nLet me look.\n",)), True, id="white space around the text"),
+        pytest.param(with_call(arguments='{"n":1,"path":"a"}'), True, id="the same arguments written otherwise"),
+        pytest.param(with_call(arguments='{"n":2,"path":"a"}'), False, id="other arguments"),
+        pytest.param(with_call(arguments="{"), False, id="no JSON"),
+        pytest.param(with_call(id="c2"), False, id="another id"),
+        pytest.param(with_call(name="write"), False, id="another tool"),
+        pytest.param(replace(LOOKING, calls=()), False, id="no call"),
+        pytest.param(replace(LOOKING, content=("Let me see.",)), False, id="another text"),
+    ],
+)
+def test_reasoning_is_known_by_the_account_and_by_what_was_said_with_it(message, known):
+    memory = ztoapi.ReasoningMemory()
+    memory.put("me", LOOKING)
+    assert (memory.get("me", message), memory.get("you", message)) == ("I should look." if known else "", "")
+
+
+def test_the_reasoning_memory_is_bounded_and_forgets_the_oldest_first():
+    memory = ztoapi.ReasoningMemory()
+    numbered = [Message("assistant", (str(number),), "想" * 2**18) for number in range(100)]
+    for message in (*numbered, numbered[-1]):
+        memory.put("me", message)
+    kept = [number for number, message in enumerate(numbered) if memory.get("me", message)]
+    entry = 3 * 2**18 + memory.OVERHEAD
+    assert kept == [*range(100 - memory.MAX_BYTES // entry, 100)]
+    assert memory.size == len(kept) * entry
 
 
 # ======== Database =
@@ -4136,6 +4233,25 @@ async def test_while_all_keys_cool_down_one_request_in_ten_seconds_finds_out_and
 
 
 @over_sockets
+async def test_a_key_that_the_list_of_models_is_refused_to_cools_down(start, zai):
+    zai.models = 401, {"error": {"code": "1000", "message": "Words"}}
+    client = await start(zai_api_key=("a", "b"))
+    await client.get("/v1/models", headers=KEY)
+    for text in "abcdefgh":
+        await ask(client, message(role="user", content=text))
+    assert {*zai.keys} == {"Bearer b"}
+
+
+@over_sockets
+async def test_a_request_asks_each_key_once_however_soon_its_quota_is_reset(start, zai, monkeypatch):
+    monkeypatch.setattr(KeyPool, "COOLDOWN", 0)
+    client = await start(zai_api_key=("a", "b"))
+    zai.accounts = {"a": refused(1113), "b": refused(1113)}
+    assert (await ask(client))[0].status == 402
+    assert len(zai.bodies) == 3
+
+
+@over_sockets
 async def test_the_first_refusal_too_says_when_the_quota_is_reset(client, zai):
     client.app[ztoapi.CLOCK].epoch = 1789144541.0 - 3600 - client.app[ztoapi.CLOCK].time
     zai.answers = [refused(1308, text="Your limit will reset at 2026-09-12 00:35:41")]
@@ -4193,6 +4309,24 @@ async def test_a_conversation_is_known_by_its_prompt_cache_key(start, zai, path)
         )
         await ask(client, {"model": "glm-4.6", "prompt_cache_key": "one", **words}, path)
     assert len({*zai.keys}) == 1
+
+
+@over_sockets
+async def test_forty_requests_of_one_client_do_not_hold_up_another(start, zai):
+    client = await start(max_concurrency=1, default_key=("sk-forty", "sk-one"))
+    zai.parts, answered = [0.01, DOCUMENT], []
+
+    async def request(key):
+        await ask(client, headers={"x-api-key": key})
+        answered.append(key)
+
+    waiting = [asyncio.create_task(request("sk-forty")) for _ in range(40)]
+    while (
+        len(client.app[ztoapi.UPSTREAM].queues) == 0 or len(client.app[ztoapi.UPSTREAM].queue("glm-4.6").waiting) < 39
+    ):
+        await asyncio.sleep(0.01)
+    await asyncio.gather(request("sk-one"), *waiting)
+    assert answered.index("sk-one") < 10
 
 
 @over_sockets
@@ -4348,6 +4482,114 @@ async def test_a_stopping_server_lets_answers_finish_and_tells_those_that_take_t
     assert parse_frames(told)[-1]["error"]["code"] == "server_stopping"
     assert (refused_one.status, error_of(body)["code"]) == (503, "server_stopping")
     assert await eventually(lambda: zai.open == 0)
+
+
+# ======== Reasoning memory and vision ========
+
+READS_A = {"name": "read", "arguments": '{"path": "a"}'}
+LOOKS = stream_of(
+    {"reasoning_content": "I should "},
+    {"reasoning_content": "look."},
+    {"content": "Let me look."},
+    {"tool_calls": [{"index": 0, "id": "c1", "type": "function", "function": READS_A}]},
+    finish("tool_calls"),
+)
+READ_TOOLS = [{"type": "function", "function": {"name": "read"}}]
+
+
+def turns(*calls, text="Let me look."):
+    """A tool loop as a client sends it that drops reasoning."""
+    said = {
+        "role": "assistant",
+        "content": text,
+        "tool_calls": [{"id": "c1", "type": "function", "function": call} for call in calls],
+    }
+    return [*HELLO["messages"], said, {"role": "tool", "tool_call_id": "c1", "content": "It says a."}]
+
+
+def reasoning_sent(zai):
+    asked = zai.bodies[-1]
+    clear = asked.get("thinking", {}).get("clear_thinking")
+    return [said.get("reasoning_content") for said in asked["messages"] if said["role"] == "assistant"], clear
+
+
+@over_sockets
+@pytest.mark.parametrize("stream", [False, True], ids=["whole", "streamed"])
+@pytest.mark.parametrize("n", [1, 2])
+async def test_an_agent_that_drops_reasoning_has_it_put_back_while_its_tool_loop_goes_on(client, zai, stream, n):
+    zai.parts = [LOOKS]
+    await ask(client, chat(tools=READ_TOOLS, stream=stream, n=n))
+    for messages, wanted in (
+        (turns({**READS_A, "arguments": '{"path":"a"}'}), (["I should look."], False)),
+        (turns({**READS_A, "arguments": '{"path":"b"}'}), ([None], None)),
+        ([*turns(READS_A), {"role": "user", "content": "And now?"}], ([None], None)),
+        (
+            [*turns(READS_A)[:1], {**turns(READS_A)[1], "reasoning_content": "mine"}, turns(READS_A)[2]],
+            (["mine"], False),
+        ),
+    ):
+        await ask(client, chat(tools=READ_TOOLS, messages=messages))
+        assert reasoning_sent(zai) == wanted
+    await ask(
+        client, chat(tools=READ_TOOLS, messages=turns(READS_A), thinking={"type": "enabled", "clear_thinking": True})
+    )
+    assert reasoning_sent(zai) == (["I should look."], True)
+
+
+@over_sockets
+async def test_reasoning_is_not_put_back_for_another_clients_key(start, zai):
+    client = await start(default_key=("sk-mine", "sk-yours"), reasoning_memory="all")
+    zai.parts = [LOOKS]
+    sent = []
+    for key in ("sk-mine", "sk-yours", "sk-mine"):
+        await ask(client, chat(tools=READ_TOOLS, messages=turns(READS_A)), headers={"x-api-key": key})
+        sent.append(reasoning_sent(zai))
+        if key == "sk-mine":
+            await ask(client, headers={"x-api-key": key})
+    assert sent == [([None], None), ([None], None), (["I should look."], False)]
+
+
+@over_sockets
+@pytest.mark.parametrize(("setting", "wanted"), [("off", [None, None]), ("turn", [None, "想"]), ("all", ["想", "想"])])
+async def test_the_operator_says_which_reasoning_is_put_back(start, zai, setting, wanted):
+    client = await start(reasoning_memory=setting)
+    await ask(client, chat(tools=READ_TOOLS))
+    said = {"role": "assistant", "content": "你好😀"}
+    await ask(client, chat(messages=[*HELLO["messages"], said, *HELLO["messages"], said]))
+    assert reasoning_sent(zai)[0] == wanted
+
+
+@over_sockets
+async def test_the_responses_api_too_has_reasoning_put_back(client, zai):
+    zai.parts = [LOOKS]
+    tools = [{"type": "function", "name": "read"}]
+    await ask(client, {"model": "glm-4.6", "input": "你好", "tools": tools}, "/v1/responses")
+    items = [
+        {"role": "user", "content": "你好"},
+        {"role": "assistant", "content": "Let me look."},
+        {"type": "function_call", "call_id": "c1", **READS_A},
+        {"type": "function_call_output", "call_id": "c1", "output": "It says a."},
+    ]
+    await ask(client, {"model": "glm-4.6", "input": items, "tools": tools}, "/v1/responses")
+    assert reasoning_sent(zai) == (["I should look."], False)
+
+
+PICTURE = message(role="user", content=[{"type": "image_url", "image_url": {"url": "https://x/p.png"}}])
+
+
+@over_sockets
+@pytest.mark.parametrize(
+    ("body", "model"),
+    [
+        pytest.param(PICTURE, "glm-4.6v", id="a picture"),
+        pytest.param({**PICTURE, "model": "glm-5.3-flash"}, "glm-5.3-flash", id="a model that takes it"),
+        pytest.param(HELLO, "glm-4.6", id="no picture"),
+    ],
+)
+async def test_the_vision_model_answers_instead_of_one_that_takes_no_images(start, zai, body, model):
+    client = await start(vision_model="zai/glm-4.6v")
+    response, text = await ask(client, body)
+    assert (response.status, zai.bodies[-1]["model"], json.loads(text)["model"]) == (200, model, body["model"])
 
 
 # ======== Every surface is the same path ========
@@ -4569,6 +4811,16 @@ async def test_a_key_refused_on_another_path_still_serves_the_chat(start, zai, r
     assert len(rest.asked) == 1
     rest.status, rest.parts = 200, [DOCUMENT]
     assert (await ask(client))[0].status == 200
+
+
+@over_sockets
+@pytest.mark.parametrize(("code", "statuses"), [(1309, [403, 200]), (1113, [402, 200]), (1211, [404, 404])])
+async def test_a_path_that_a_key_may_not_use_is_asked_of_the_next_base(start, rest, aiohttp_server, code, statuses):
+    plan = FakeRest()
+    plan.status, plan.parts = refused(code)
+    plan_url = (await aiohttp_server(plan.app())).make_url("/api/coding/paas/v4")
+    client = await start(zai_api_key=(f"plan@{plan_url}", f"payg@{rest.url}"))
+    assert [(await ask(client, {"input": "x"}, "/v1/embeddings"))[0].status for _ in "12"] == statuses
 
 
 @over_sockets

@@ -234,6 +234,8 @@ class Settings:
     reasoning_format: ReasoningFormat = setting("parsed", one_of("parsed", "raw", "hidden"), "parsed, raw or hidden")
     model_aliases: tuple[tuple[str, str], ...] = setting((), aliases, "name=model pairs, separated by commas")
     fallback_models: tuple[str, ...] = setting((), comma_list, "names of models, separated by commas")
+    vision_model: str = setting("", str, "the name of a model")
+    reasoning_memory: str = setting("turn", one_of("off", "turn", "all"), "off, turn or all")
     max_concurrency: int = setting(0, whole_number(0, 100_000), "a number of requests, 0 to 100000; 0 = learn it")
     max_retries: int = setting(2, whole_number(0, 10), "a number of times, 0 to 10")
     upstream_timeout: int = setting(300, whole_number(1, 86400), "a number of seconds, 1 to 86400")
@@ -955,27 +957,45 @@ class Head:
 
 @dataclass
 class Choice:
-    """One choice of a whole answer, while events are added."""
+    """One choice of an answer, while events are added."""
 
-    texts: list[str] = field(default_factory=list)
-    thoughts: list[str] = field(default_factory=list)
+    texts: io.StringIO = field(default_factory=io.StringIO)
+    thoughts: io.StringIO = field(default_factory=io.StringIO)
     calls: dict[int, list[ToolCall]] = field(default_factory=dict)
     citations: tuple[JSON, ...] = ()
     finish: FinishReason = "stop"
 
+    def add(self, event: Thought | Text | ToolCall | Citations | Finish) -> None:
+        match event:
+            case Thought():
+                self.thoughts.write(event.text)
+            case Text():
+                self.texts.write(event.text)
+            case ToolCall():
+                self.calls.setdefault(event.index, []).append(event)
+            case Citations():
+                self.citations = event.results
+            case Finish():
+                self.finish = event.reason
+
     @property
     def text(self) -> str:
-        return "".join(self.texts)
+        return self.texts.getvalue()
 
     @property
     def thought(self) -> str:
-        return "".join(self.thoughts)
+        return self.thoughts.getvalue()
 
     @property
     def tool_calls(self) -> list[ToolCall]:
         return [
             replace(pieces[0], arguments="".join(piece.arguments for piece in pieces)) for pieces in self.calls.values()
         ]
+
+    @property
+    def message(self) -> Message:
+        """As clients send it back."""
+        return Message("assistant", (self.text,), self.thought, tuple(self.tool_calls))
 
 
 class Answer:
@@ -988,19 +1008,10 @@ class Answer:
 
     def add(self, event: Event) -> None:
         self.events.append(event)
-        match event:
-            case Usage():
-                self.usage = self.usage + event if self.usage else event
-            case Thought(text, choice):
-                self.choices[choice].thoughts.append(text)
-            case Text(text, choice):
-                self.choices[choice].texts.append(text)
-            case ToolCall(index=index, choice=choice):
-                self.choices[choice].calls.setdefault(index, []).append(event)
-            case Citations(results, choice):
-                self.choices[choice].citations = results
-            case Finish(reason, choice):
-                self.choices[choice].finish = reason
+        if isinstance(event, Usage):
+            self.usage = self.usage + event if self.usage else event
+        else:
+            self.choices[event.choice].add(event)
 
 
 class ReasoningShape:
@@ -2502,7 +2513,7 @@ def zai_body(prompt: Prompt, model: Model) -> JSON:
 
     It has only fields that Z.ai knows: for one that it dislikes Z.ai fails the whole request, without naming it (1210).
     """
-    if not model.vision and any(isinstance(part, Media) for message in prompt.messages for part in message.content):
+    if not model.vision and has_media(prompt):
         raise no_vision_error(model)
     tools, messages = offered_tools(prompt), sendable(prompt.messages)
     body = {
@@ -2522,6 +2533,20 @@ def zai_body(prompt: Prompt, model: Model) -> JSON:
         **prompt.native,
     }
     return {name: value for name, value in body.items() if value is not None}
+
+
+def turn_start(messages: tuple[Message, ...]) -> int:
+    """The index after the last user message: the tool loop in progress begins there."""
+    return max((index for index, message in enumerate(messages, 1) if message.role == "user"), default=0)
+
+
+def with_reasoning(messages: tuple[Message, ...], start: int, recall: Callable[[Message], str]) -> tuple[Message, ...]:
+    """The conversation with the reasoning that its client left out, from the index `start` on."""
+    rest = (
+        replace(message, thought=recall(message)) if message.role == "assistant" and not message.thought else message
+        for message in messages[start:]
+    )
+    return (*messages[:start], *rest)
 
 
 def choice_prompt(prompt: Prompt, choice: int) -> Prompt:
@@ -2628,6 +2653,10 @@ def zai_thinking(prompt: Prompt, messages: Iterable[Message], model: Model) -> J
     if clear is None or model.thinking == "none":
         return fields
     return {**fields, "thinking": {**fields.get("thinking", ENABLED["thinking"]), "clear_thinking": clear}}
+
+
+def has_media(prompt: Prompt) -> bool:
+    return any(isinstance(part, Media) for message in prompt.messages for part in message.content)
 
 
 def no_vision_error(model: Model) -> BadRequest:
@@ -3572,7 +3601,7 @@ RETRYABLE = frozenset((RATE_LIMITED, UNAVAILABLE, UNREACHABLE))
 FALLBACK_ERRORS = RETRYABLE | {NO_BALANCE, QUOTA_EXCEEDED, MODEL_NOT_FOUND, MODEL_NOT_AVAILABLE}  # another model may do
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Target:
     """What a key is wanted for: a model ("": not known), and a path of Z.ai's ("" for the chat's)."""
 
@@ -3612,6 +3641,7 @@ class KeyPool:
     def __init__(self, keys: tuple[ZaiKey, ...], clock: Clock) -> None:
         bases = list(dict.fromkeys(key.base_url for key in keys))
         self.keys = sorted(keys, key=lambda key: bases.index(key.base_url))
+        self.first_base = [key for key in keys if key.base_url == bases[0]]
         self.clock = clock
         self.cooling: dict[tuple[ZaiKey, str], CoolDown] = {}  # by key and scope, the latest last
 
@@ -3619,14 +3649,15 @@ class KeyPool:
         """The keys of one base that may be used. Raises the last refusal when all cool down."""
         if not self.keys:
             raise ProxyError(ZAI_API_KEY_MISSING)
+        if not self.cooling:
+            return self.first_base
         cooling = {key: found for key in self.keys if (found := self.cooldown(key, target))}
         usable = [key for key in self.keys if key not in cooling] or [self.due_for_probe(cooling)]
         return [key for key in usable if key.base_url == usable[0].base_url]
 
     def cooldown(self, key: ZaiKey, target: Target) -> CoolDown | None:
         """Why the key may not be used; None when it may."""
-        now = self.clock.now()
-        found = [self.cooling.get((key, scope)) for scope in target.scopes] if self.cooling else []
+        now, found = self.clock.now(), [self.cooling.get((key, scope)) for scope in target.scopes]
         return next((cooldown for cooldown in found if cooldown and cooldown.until > now), None)
 
     def due_for_probe(self, cooling: dict[ZaiKey, CoolDown]) -> ZaiKey:
@@ -3638,7 +3669,7 @@ class KeyPool:
 
     def tried(self, key: ZaiKey, target: Target) -> None:
         """A request uses the key: no other is to probe it for a while."""
-        if cooldown := self.cooldown(key, target):
+        if self.cooling and (cooldown := self.cooldown(key, target)):
             cooldown.tried_at = self.clock.now()
 
     def accepted(self, key: ZaiKey, target: Target) -> None:
@@ -3657,7 +3688,8 @@ class KeyPool:
         told = error.resets_at - self.clock.unix() if error.resets_at else 0
         error.retry_after = min(told, self.MAX_COOLDOWN) if told > 0 else self.COOLDOWN
         self.cooling.pop(pair, None)
-        self.cooling[pair] = CoolDown(error, now + error.retry_after, now)
+        copy = error.with_retry_after(error.retry_after)  # without the frames of the request, and its prompt
+        self.cooling[pair] = CoolDown(copy, now + error.retry_after, now)
 
     def expire(self) -> None:
         """Forget the cool-downs that are over."""
@@ -3732,7 +3764,7 @@ class Backoff:
         return self.FIRST.get(error.zai_code, self.OTHERS) * 2.0 ** (self.done - 1) * (0.75 + jitter / 2)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Caller:
     """Whose request it is: the account's id, and a hash that stays the same for all requests of one conversation."""
 
@@ -3795,18 +3827,13 @@ class Queue:
     def in_use(self) -> bool:
         return bool(self.in_flight or self.tickets)
 
-    @contextmanager
-    def ticket(self, target: Target, caller: Caller) -> Iterator[Ticket]:
-        """A ticket behind those that the account already has in the queue."""
+    def ticket(self, target: Target, caller: Caller) -> Ticket:
+        """A ticket behind those that wait for the account; whoever takes it counts in `tickets`."""
         own = (
             waiter.ticket.turn for waiter in reversed(self.waiting) if waiter.ticket.caller.account == caller.account
         )
-        last_round, _ = next(own, (self.round, 0))
-        self.tickets += 1
-        try:
-            yield Ticket(target, caller, (last_round + 1, next(self.numbers)))
-        finally:
-            self.tickets -= 1
+        last_round, _ = next(own, (self.round, 0)) if self.waiting else (self.round, 0)
+        return Ticket(target, caller, (last_round + 1, next(self.numbers)))
 
     async def acquire(self, ticket: Ticket) -> Slot:
         """Wait for a slot; whoever gets it releases it. Raises UpstreamError when all keys cool down."""
@@ -4007,6 +4034,7 @@ class LookAhead(ABC):
 
     def __init__(self) -> None:
         self.ahead: list[Event] = []
+        self.listener: Callable[[list[Event]], None] | None = None  # hears what is read
 
     async def begin(self) -> None:
         """Wait for the first events. Raises UpstreamError when Z.ai fails before there is one."""
@@ -4015,7 +4043,10 @@ class LookAhead(ABC):
     async def read(self) -> list[Event]:
         """The next events, none at the end. Raises UpstreamError when Z.ai breaks off."""
         batch, self.ahead = self.ahead, []
-        return batch or await self.next_batch()
+        batch = batch or await self.next_batch()
+        if self.listener:
+            self.listener(batch)
+        return batch
 
     @abstractmethod
     async def next_batch(self) -> list[Event]: ...
@@ -4269,6 +4300,62 @@ async def end_tasks(tasks: Iterable[asyncio.Task[Any]]) -> None:
     await asyncio.gather(*tasks, return_exceptions=True)
 
 
+class ReasoningMemory:
+    """What models thought, for clients that drop it, by account and by what was said with it; the oldest goes first."""
+
+    MAX_BYTES = 64 * 2**20
+    OVERHEAD = 256  # bytes of an entry besides the reasoning
+
+    def __init__(self) -> None:
+        self.thoughts: dict[str, bytes] = {}
+        self.size = 0
+
+    def put(self, account: str, message: Message) -> None:
+        key, thought = fingerprint(account, message), message.thought.encode("utf-8", "surrogatepass")
+        self.forget(key)
+        self.thoughts[key] = thought
+        self.size += len(thought) + self.OVERHEAD
+        while self.size > self.MAX_BYTES:
+            self.forget(next(iter(self.thoughts)))
+
+    def get(self, account: str, message: Message) -> str:
+        """The reasoning with which the message was said to the account; "" if it is not known."""
+        return self.thoughts.get(fingerprint(account, message), b"").decode("utf-8", "surrogatepass")
+
+    def forget(self, key: str) -> None:
+        if key in self.thoughts:
+            self.size -= len(self.thoughts.pop(key)) + self.OVERHEAD
+
+
+def fingerprint(account: str, message: Message) -> str:
+    """The same for what an account was told and what its client sends back, if nothing but white space differs."""
+    calls = (word for call in message.calls for word in (call.id, call.name, canonical(call.arguments)))
+    return digest(account, message_text(message).strip(), *calls)
+
+
+def canonical(arguments: str) -> str:
+    """Arguments as JSON in one form; as they are when they are no JSON."""
+    try:
+        return json.dumps(json.loads(arguments), sort_keys=True)
+    except (ValueError, RecursionError):
+        return arguments
+
+
+class ReasoningRecorder:
+    """Keeps the reasoning of one answer; in memory when a choice is finished, before its client knows of it."""
+
+    def __init__(self, remember: Callable[[Message], None]) -> None:
+        self.remember = remember
+        self.choices: defaultdict[int, Choice] = defaultdict(Choice)
+
+    def feed(self, events: list[Event]) -> None:
+        for event in events:
+            if not isinstance(event, Usage):
+                self.choices[event.choice].add(event)
+            if isinstance(event, Finish) and self.choices[event.choice].thought:
+                self.remember(self.choices[event.choice].message)
+
+
 R = TypeVar("R")
 Attempt = Callable[[ZaiKey, AsyncExitStack], Awaitable[R]]  # asks with a key; what it returns has begun well
 
@@ -4281,6 +4368,7 @@ class Upstream:
         self.keys = KeyPool(settings.zai_keys, clock)
         self.queues: dict[str, Queue] = {}
         self.account_slots: dict[tuple[str, int], asyncio.Semaphore] = {}  # by account and their number
+        self.memory = ReasoningMemory()
         self.recoveries: Counter[str] = Counter()  # what was done about failures, whether it helped or not
 
     @asynccontextmanager
@@ -4291,16 +4379,19 @@ class Upstream:
         model answers.
         """
         caller = self.caller(account.id, conversation_start(prompt))
+        prompt = self.with_memory(prompt, account.id)
         bodies = [self.bodies(choice_prompt(prompt, choice), account) for choice in range(prompt.n)]
         async with self.account_slot(account), AsyncExitStack() as owner:
             if prompt.n == 1:
                 stream = await self.with_fallbacks(bodies[0], caller, owner)
+                stream.listener = self.recorder(prompt, account.id)
                 yield stream
                 await stream.finish()
             else:
                 merged = MergedStream(partial(self.with_fallbacks, choice, caller) for choice in bodies)
                 owner.push_async_callback(merged.close)
                 await merged.begin()
+                merged.listener = self.recorder(prompt, account.id)
                 yield merged
 
     def account_slot(self, account: Account) -> AbstractAsyncContextManager[None]:
@@ -4309,10 +4400,27 @@ class Upstream:
             return nullcontext()
         return self.account_slots.setdefault((account.id, account.parallel), asyncio.Semaphore(account.parallel))
 
+    def with_memory(self, prompt: Prompt, account: str) -> Prompt:
+        """The prompt with the reasoning that its client dropped."""
+        if not self.memory.thoughts:
+            return prompt
+        start = 0 if self.settings.reasoning_memory == "all" else turn_start(prompt.messages)
+        return replace(prompt, messages=with_reasoning(prompt.messages, start, partial(self.memory.get, account)))
+
+    def recorder(self, prompt: Prompt, account: str) -> Callable[[list[Event]], None] | None:
+        """What keeps an answer's reasoning; a tool loop, which goes on within one turn, needs tools."""
+        wanted = {"off": False, "turn": bool(prompt.tools), "all": True}[self.settings.reasoning_memory]
+        return ReasoningRecorder(partial(self.memory.put, account)).feed if wanted else None
+
     def bodies(self, prompt: Prompt, account: Account) -> list[tuple[Model, JSON]]:
-        """The request for each model to ask: the one named, then the fallbacks that can take the prompt."""
+        """The request for each model to ask: the one named, then the fallbacks that can take the prompt.
+
+        VISION_MODEL takes the place of a named one that takes no images.
+        """
         names = (prompt.model, *(prompt.fallbacks or self.settings.fallback_models))
         model, *others = (resolve(name, self.settings.model_aliases) for name in names)
+        if self.settings.vision_model and not model.vision and has_media(prompt):
+            model = resolve(self.settings.vision_model, self.settings.model_aliases)
         for asked in (model, *others[: len(prompt.fallbacks)]):
             account.check_model(asked)
         bodies = [(model, zai_body(prompt, model))]
@@ -4354,27 +4462,31 @@ class Upstream:
 
         The slot and the connection belong to `owner`, which holds nothing else: it is emptied after a failed attempt.
         """
-        queue, backoff = self.queue(target.model), Backoff(self.settings.max_retries)
-        with queue.ticket(target, caller) as ticket:
-            while True:
-                slot = await queue.acquire(ticket)
-                owner.callback(queue.release, slot)
-                try:
-                    stream = await attempt(slot.key, owner)
-                except UpstreamError as error:
-                    try:
-                        wait = self.record_failure(ticket, slot, backoff, error)
-                    finally:
-                        await owner.aclose()
-                else:
-                    self.record_success(queue, ticket, slot)
-                    return stream
-                await self.clock.sleep(wait)
+        queue = self.queue(target.model)
+        queue.tickets += 1
+        try:
+            return await self.retry(queue, queue.ticket(target, caller), attempt, owner)
+        finally:
+            queue.tickets -= 1
 
-    def record_success(self, queue: Queue, ticket: Ticket, slot: Slot) -> None:
-        self.keys.accepted(slot.key, ticket.target)
-        slot.limit.accepted(slot.in_flight_at_entry, self.clock.now())
-        queue.admit()
+    async def retry(self, queue: Queue, ticket: Ticket, attempt: Attempt[R], owner: AsyncExitStack) -> R:
+        backoff = Backoff(self.settings.max_retries)
+        while True:
+            slot = await queue.acquire(ticket)
+            owner.callback(queue.release, slot)
+            try:
+                stream = await attempt(slot.key, owner)
+            except UpstreamError as error:
+                try:
+                    wait = self.record_failure(ticket, slot, backoff, error)
+                finally:
+                    await owner.aclose()
+            else:
+                self.keys.accepted(slot.key, ticket.target)
+                slot.limit.accepted(slot.in_flight_at_entry, self.clock.now())
+                queue.admit()
+                return stream
+            await self.clock.sleep(wait)
 
     def record_failure(self, ticket: Ticket, slot: Slot, backoff: Backoff, error: UpstreamError) -> float:
         """Update limits and keys after a failure; return the seconds to wait, or raise if there is no next try."""
@@ -5346,7 +5458,7 @@ async def pass_through(path: str, request: web.Request) -> web.StreamResponse:
             response = PassThroughResponse(request, stream, reader)
             await response.begin()
         except UpstreamError as error:
-            if error.kind in COOLDOWN_ERRORS:
+            if keys.is_refusal(error) and error.kind != MODEL_NOT_FOUND:  # clients may make names up
                 keys.cool_down(key, target, error)
             raise pass_through_error(error, path, key.base_url) from error
         keys.accepted(key, target)
@@ -5372,7 +5484,7 @@ def pass_through_error(error: UpstreamError, path: str, base: str) -> UpstreamEr
         kind = error_kind(404, "not_found")
         message = "Z.ai has nothing at this path of this server's ZAI_BASE_URL, or not under this id."
     if path.startswith(CHINA_ONLY) and "api.z.ai" in base:
-        message += " It may exist only at the China address, open.bigmodel.cn/api/paas/v4 (ZAI_BASE_URL)."
+        message += " It may exist only at the China address, open.bigmodel.cn/api/paas/v4 (KEY@china)."
     return UpstreamError(kind, message, error.detail, error.zai_code).with_retry_after(error.retry_after)
 
 

@@ -6741,7 +6741,7 @@ async def test_keys_are_added_changed_and_removed_on_the_dashboard(run, browser)
     assert "of this name" in await browser.run(text_of("key-says"))
     await browser.run("$('remove anna+1').click(); document.activeElement.click()")
     assert (await stats_for(here, key))[0] == 200
-    await browser.run("$('remove anna+1').click(); document.querySelector('#sure button').click()")
+    await browser.run("$('remove anna+1').click(); $('sure-yes').click()")
     assert await browser.sees(text_of("key-rows") + " === 'nothing yet'")
     assert (await stats_for(here, key))[0] == 401
     assert browser.complaints == []

@@ -6987,7 +6987,7 @@ data-zh="取消">Cancel</button><small data-zh="空：不限">empty: no limit</s
 <h2 data-zh="最近的请求">Recent requests</h2><div class="scroll"><table><thead id="recent-head"></thead><tbody id="recent-rows"></tbody></table></div>
 </section>
 </div>
-<dialog id="sure"><form method="dialog"><p id="sure-says"></p><div class="row"><button class="main" value="yes" data-zh="删除">Remove</button><button
+<dialog id="sure"><form method="dialog"><p id="sure-says"></p><div class="row"><button class="main" id="sure-yes" data-zh="删除">Remove</button><button
 data-zh="取消" autofocus>Cancel</button></div></form></dialog>
 </main>
 """,  # noqa: E501, RUF001 - a page, in two languages
@@ -7180,10 +7180,8 @@ async function changeKeys(method, path, body) {  // the server's answer; null: i
 }
 function remove(name) {
   $("sure-says").textContent = say(`Remove the key of ${name}? Programs that use it are refused from then on.`, `删除 ${name} 的密钥？使用它的程序将立即被拒绝。`);
-  $("sure").returnValue = "";
-  $("sure").onclose = async () => {
-    if (!$("sure").returnValue || !await changeKeys("DELETE", "keys/" + encodeURIComponent(name))) return;
-    edit({});
+  $("sure-yes").onclick = async () => {
+    if (await changeKeys("DELETE", "keys/" + encodeURIComponent(name))) edit({});
     $("name").focus();
   };
   $("sure").showModal();

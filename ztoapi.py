@@ -6633,6 +6633,7 @@ pre.wrap, .answer, .thought { white-space: pre-wrap; overflow-wrap: anywhere }
 th, td { text-align: left; padding: .35rem .8rem .35rem 0; border-bottom: 1px solid var(--line); vertical-align: top }
 th:last-child, td:last-child { padding-right: 0 } th { color: var(--soft); font-weight: 600; white-space: nowrap }
 td, #error-rows th { overflow-wrap: anywhere; white-space: normal } #error-rows th { width: min(17rem, 46vw) }
+td:not(.number) { min-width: 5rem }
 .number { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap }
 :is(#model-rows, #month-rows, #recent-rows) td:first-child, #key-rows td:nth-child(5n + 2) { white-space: nowrap }
 :is(#key-rows, #queue-rows) td:first-child, #recent-rows td:is(:nth-child(2), :nth-child(3)) { min-width: 7.5rem }

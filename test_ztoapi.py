@@ -1509,6 +1509,7 @@ USE = turn([{"type": "tool_use", "id": "t1", "name": "f", "input": {}}], "assist
         pytest.param([turn("hi"), turn("there")], [turn("hi"), turn("there")], id="no system message"),
         pytest.param([7, turn(None, "system"), turn(7)], [{}, turn([])], id="nothing that is one"),
         pytest.param([turn([7, {"type": "image"}], "system")], [turn([7, {"type": "image"}])], id="no text"),
+        pytest.param([{"content": "x"}, turn("a", "system")], [{"content": "x"}, turn([reminder("a")])], id="no role"),
         pytest.param("hi", "hi", id="no turns"),
     ],
 )
@@ -4786,9 +4787,10 @@ async def test_messages_have_the_model_as_the_client_named_it_and_are_counted(pa
     whole = json.dumps(MESSAGE | {"model": "glm-5.3"}).encode()
     rest.type = "text/event-stream" if stream else "application/json"
     rest.parts = [MESSAGE_START[:40].encode(), (MESSAGE_START[40:] + MESSAGE_REST).encode()] if stream else [whole]
-    rest.headers = {} if stream else {"Content-Length": str(len(whole))}
+    rest.headers = {"X-Log-Id": "log-9"} | ({} if stream else {"Content-Length": str(len(whole))})
     response, body = await ask(passing, CLAUDE, "/v1/messages")
     assert ("claude-opus-5" in body, response.headers["x-ztoapi-model"]) == (True, "glm-5.3")
+    assert response.headers["x-zai-request-id"] == "log-9"
     figures = (await stats(passing))[0]["models"]["glm-5.3"]
     assert (figures["prompt_tokens"], figures["completion_tokens"]) == ((8, 7) if stream else (2, 7))
     assert not stream or 0 < figures["first"]["p50"] < figures["duration"]["p50"]

@@ -3188,8 +3188,7 @@ def leaked_call(text: str, tools: Mapping[str, JSON]) -> JSON | None:
 
 def leaked_value(text: str, schema: JSON) -> Any:
     """An argument as it stands between tags: JSON, except that a string has no quotes."""
-    types = schema.get("type")
-    if "string" in (types if isinstance(types, list) else [types]):
+    if "string" in str(schema.get("type")):  # which may be a list
         return text
     value = parse_json(text.encode("utf-8", "surrogatepass"))
     return text if value is None and text.strip() != "null" else value
@@ -3292,7 +3291,6 @@ def zai_usage(usage: JSON) -> Usage:
 class PassThroughReader:
     """The bytes of an answer that passes through unchanged; `usage` is what it has told so far."""
 
-    keeps_length = True
     usage = Usage()
 
     def feed(self, part: bytes) -> bytes:
@@ -3308,8 +3306,6 @@ class MessagesReader(PassThroughReader):
 
     Of a stream only the first event changes; of the others only those that tell usage are decoded.
     """
-
-    keeps_length = False
 
     def __init__(self, model: str) -> None:
         self.model = model
@@ -3368,8 +3364,6 @@ def pass_through_body(body: JSON, renamed: Iterable[tuple[str, str]]) -> JSON:
 
 class EmbeddingsReader(PassThroughReader):
     """Embeddings in base64, which openai-node asks for unasked, and reads nothing else: little-endian float32."""
-
-    keeps_length = False
 
     def __init__(self) -> None:
         self.held = b""
@@ -5497,8 +5491,10 @@ class PassThroughResponse:
     def __init__(self, request: web.Request, stream: ByteStream, reader: PassThroughReader) -> None:
         reply = stream.response
         headers = {name: reply.headers[name] for name in PASS_THROUGH_HEADERS if name in reply.headers}
-        if "Content-Encoding" in reply.headers or not reader.keeps_length:  # we pass it on unpacked
+        if "Content-Encoding" in reply.headers or type(reader) is not PassThroughReader:  # the length changes
             headers.pop("Content-Length", None)
+        if "X-Log-Id" in reply.headers:
+            headers["x-zai-request-id"] = header_word(reply.headers["X-Log-Id"])
         self.request, self.stream, self.reader = request, stream, reader
         self.response = web.StreamResponse(status=reply.status, headers=headers)
         self.ahead = b""

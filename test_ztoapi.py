@@ -2811,6 +2811,46 @@ def test_messages_that_begin_with_a_failure_fail(data):
             pass_messages(parts)
 
 
+CREDITS = {"type": "CREDIT_LIMIT", "unit": 3, "number": 5, "usage": 12000, "currentValue": 4500, "percentage": 37.5}
+TOKENS = {"type": "TOKENS_LIMIT", "unit": 6, "number": 1, "percentage": 100, "nextResetTime": 1787056863927}
+WEEK = {"window": "week", "type": "TOKENS_LIMIT", "percentage": 100, "used": None, "allowance": None}
+PLAN = {
+    "level": "pro",
+    "limits": [
+        {
+            "window": "5h",
+            "type": "CREDIT_LIMIT",
+            "percentage": 37.5,
+            "used": 4500,
+            "allowance": 12000,
+            "resets_at": None,
+        },
+        WEEK | {"resets_at": 1787056863.927},
+    ],
+}
+
+
+@pytest.mark.parametrize(
+    ("document", "wanted"),
+    [
+        ({"code": 200, "data": {"limits": [CREDITS, TOKENS], "level": "pro"}}, PLAN),
+        ({"limits": [CREDITS, TOKENS], "level": "pro"}, PLAN),
+        ({"code": 401, "msg": "token expired or incorrect", "success": False}, {"level": "", "limits": []}),
+        ({"data": [1], "limits": {"a": "b"}, "level": 7}, {"level": "7", "limits": []}),
+        (
+            {"limits": [None, 5, {}, {"percentage": "80"}, {"percentage": True}, {"percentage": 10**400}]},
+            {"level": "", "limits": []},
+        ),
+        (
+            {"limits": [TOKENS | {"unit": "5", "number": None, "nextResetTime": "soon", "usage": -1}]},
+            {"level": "", "limits": [WEEK | {"window": "None of unit 5", "resets_at": None}]},
+        ),
+    ],
+)
+def test_what_is_left_of_a_plan_is_read_and_odd_words_are_left_out(document, wanted):
+    assert ztoapi.plan_quota(document) == wanted
+
+
 # ======== Accounts ========
 
 TODAY = date(2026, 11, 21)  # a Saturday
@@ -2882,9 +2922,9 @@ def test_the_last_month_of_a_year_ends_with_it():
 
 
 def test_a_key_is_valid_to_the_end_of_its_last_day():
-    Account("a", expires="2026-11-21").check_date(TODAY)
+    Account("a", expires="2026-11-21").check_date(NOON)
     with pytest.raises(ztoapi.ProxyError, match="until 2026-11-21") as refused:
-        Account("a", expires="2026-11-21").check_date(date(2026, 11, 22))
+        Account("a", expires="2026-11-21").check_date(NOON + 12 * 3600)
     assert (refused.value.kind.status, refused.value.kind.code) == (401, "key_expired")
 
 
@@ -2934,7 +2974,7 @@ def test_a_batch_is_taken_again_until_it_is_written():
     counted(accounts, Account("a"), 5)
     counted(accounts, Account("a"), 5)
     first = accounts.take()
-    assert first == {("a", "2026-11-21", "glm-4.6"): (2, 0, 8, 0, 2)}
+    assert first == {("a", "2026-11-21", "glm-4.6"): [2, 0, 8, 0, 2]}
     counted(accounts, Account("b"), 1)
     assert accounts.take() is first
     accounts.written([], {})
@@ -2944,7 +2984,7 @@ def test_a_batch_is_taken_again_until_it_is_written():
 def test_odd_figures_do_not_overflow_a_column():
     accounts = Accounts(())
     accounts.count(("a", "2026-11-21", "m"), (1, 0, 10**30, -5, 1))
-    assert accounts.take() == {("a", "2026-11-21", "m"): (1, 0, 2**40, 0, 1)}
+    assert accounts.take() == {("a", "2026-11-21", "m"): [1, 0, 2**40, 0, 1]}
 
 
 def test_a_key_may_ask_so_often_in_any_minute():
@@ -2960,7 +3000,7 @@ def test_a_key_may_ask_so_often_in_any_minute():
 
 def test_a_price_is_for_a_million_tokens_and_less_from_the_cache():
     assert MODELS["glm-5.3"].cost(1_000_000, 500_000, 100_000) == pytest.approx(0.7 + 0.13 + 0.44)
-    assert (MODELS["glm-4.7-flash"].cost(5, 0, 5), MODELS["glm-4.6v-flashx"].cost(5, 0, 5)) == (0, None)
+    assert [resolve(name).cost(5, 0, 5) for name in ("glm-4.7-flash", "glm-4.6v-flashx", "new")] == [0, None, None]
 
 
 def test_a_key_that_this_program_made_is_redacted_wherever_it_stands():
@@ -3606,14 +3646,20 @@ class FakeZai:
         self.accounts = {}  # what is answered to a key, before all else
         self.models = 200, {"object": "list", "data": [{"id": "glm-4.6"}]}  # or HANG
         self.bodies, self.keys, self.peers, self.open = [], [], set(), 0
+        self.quota, self.asked_for_quota = (404, b""), []
         self.left = asyncio.Event()  # somebody hung up before the answer's end
 
     def app(self):
         app = web.Application(client_max_size=2**30)
         app.router.add_post("/v4/chat/completions", self.chat)
         app.router.add_post("/v4/anthropic/v1/messages", self.chat)
+        app.router.add_get("/api/monitor/usage/quota/limit", self.tell_quota)
         app.router.add_get("/v4/models", self.list_models)
         return app
+
+    async def tell_quota(self, request):
+        self.asked_for_quota.append(request.headers["Authorization"])
+        return web.Response(status=self.quota[0], body=self.quota[1], headers={"Location": "/v4/models"})
 
     async def list_models(self, request):
         if self.models is HANG:
@@ -5288,7 +5334,7 @@ async def test_the_list_is_the_table_with_what_zai_lists(client, zai):
 @over_sockets
 @pytest.mark.parametrize("models", [(401, {"error": {"code": "1001"}}), (200, []), (200, "<html>"), HANG])
 async def test_the_table_alone_is_listed_when_zai_does_not_answer(client, zai, models, monkeypatch):
-    monkeypatch.setattr(ztoapi, "MODELS_TIMEOUT", 0.2)
+    monkeypatch.setattr(ztoapi, "GET_TIMEOUT", 0.2)
     zai.models = models
     assert set(await listed(client)) == set(MODELS)
 
@@ -5798,6 +5844,7 @@ ROUTES = [
     (("GET", "/v1/responses/resp_1"), "404 404 401"),
     (("GET", "/v1/responses/resp_1/input_items"), "404 404 401"),
     (("DELETE", "/v1/responses/resp_1"), "404 404 401"),
+    (("GET", "/metrics"), "200 403 401"),
     (("GET", "/dashboard/stats"), "200 200 401"),
     (("GET", "/dashboard/keys"), "200 403 401"),
     (("POST", "/dashboard/keys"), "400 403 401"),
@@ -5847,7 +5894,7 @@ async def test_a_key_sees_its_own_figures_and_the_operator_everybodys(client, za
     row["cost"] = pytest.approx((4 * 0.6 + 2 * 0.11 + 3 * 2.2) / 1e6)
     async with client.get("/dashboard/stats", headers=anna) as response:
         snapshot = await response.json()
-        assert sorted(snapshot) == ["client_keys", "days", "now", "operator"]
+        assert sorted(snapshot) == ["client_keys", "database", "days", "now", "operator"]
         assert (snapshot["days"], snapshot["operator"]) == ([row | {"key": "anna"}], False)
         assert [key["name"] for key in snapshot["client_keys"]] == ["anna"]
     async with client.get("/dashboard/stats", headers=KEY) as response:
@@ -5864,7 +5911,7 @@ async def test_names_that_nobody_knows_are_counted_as_one(client, zai):
     zai.status, zai.parts = refused(1211, 400)
     for i in range(3):
         await ask(client, chat(model=f"m{i}"))
-    assert [(key[2], row) for key, row in client.app[ztoapi.ACCOUNTS].take().items()] == [("(others)", (3, 3, 0, 0, 0))]
+    assert [(key[2], row) for key, row in client.app[ztoapi.ACCOUNTS].take().items()] == [("other", [3, 3, 0, 0, 0])]
 
 
 @over_sockets
@@ -5891,11 +5938,90 @@ async def test_requests_go_on_while_the_database_is_lost(start, zai, postgresql,
     try:
         await client.app[ztoapi.DATABASE].sync(client.app[ztoapi.ACCOUNTS])
         assert (await ask(client, headers=key))[0].status == 200
-        assert (await stats(client))[0]["days"] is None
+        assert (await stats(client))[0]["database"] is False
         async with client.post("/dashboard/keys", json={"name": "bob"}, headers=KEY) as response:
             assert (response.status, (await response.json())["error"]["code"]) == (503, "database_unavailable")
     finally:
         postgresql.start()
+
+
+@over_sockets
+async def test_the_dashboard_shows_what_is_left_of_a_plan_and_asks_once_a_minute(start, zai):
+    client = await start(zai_api_key=("plan", "other"))
+    zai.quota = (200, json.dumps({"limits": [CREDITS, TOKENS], "level": "pro"}).encode())
+    assert (await stats(client))[0]["plans"] == []
+    await client.app[ztoapi.PLANS].asking
+    assert (await stats(client))[0]["plans"] == [{"key": number, **PLAN} for number in (1, 2)]
+    assert zai.asked_for_quota == ["Bearer plan", "Bearer other"]
+
+
+@over_sockets
+@pytest.mark.parametrize(
+    "quota", [(302, b""), (200, b"<html>"), (500, b"{}"), (200, b'{"code": 401, "success": false}')]
+)
+async def test_a_key_without_a_plan_shows_nothing(start, zai, quota):
+    client, zai.quota = await start(), quota
+    await client.app[ztoapi.PLANS].ask()
+    assert ((await stats(client))[0]["plans"], zai.asked_for_quota[0]) == ([], "Bearer zai-key")
+
+
+@over_sockets
+async def test_prometheus_reads_the_metrics(start, zai):
+    parser = pytest.importorskip("prometheus_client.parser")
+    client, zai.parts = await start(max_retries=1), [DOCUMENT]
+    zai.answers = [refused(1302)]
+    for body in (HELLO, chat(stream=True), chat(model='x"\\y')):
+        await ask(client, body)
+    await ask(client, {}, headers={})
+    async with client.get("/metrics", headers=KEY) as response:
+        assert response.headers["Content-Type"] == "text/plain; version=0.0.4; charset=utf-8"
+        text = await response.text()
+    found = {
+        (sample.name.removeprefix("ztoapi_"), *sample.labels.values()): sample.value
+        for family in parser.text_string_to_metric_families(text)
+        for sample in family.samples
+    }
+    assert {key: value for key, value in found.items() if not key[0].startswith(("time", "request_d"))} == {
+        ("build_info", ztoapi.__version__): 1,
+        ("retries_total",): 1,
+        ("requests_total", "/v1/chat/completions", "glm-4.6", "200"): 2,
+        ("requests_total", "/v1/chat/completions", 'x"\\y', "200"): 1,
+        ("requests_total", "/v1/chat/completions", "", "401"): 1,
+        **{("tokens_total", "glm-4.6", kind): 2 * n for kind, n in (("prompt", 6), ("cached", 2), ("completion", 3))},
+        **{("tokens_total", 'x"\\y', kind): n for kind, n in (("prompt", 6), ("cached", 2), ("completion", 3))},
+        **{(name, "glm-4.6"): n for name, n in (("in_flight", 0), ("waiting", 0), ("limit", 1))},
+        **{(name, 'x"\\y'): n for name, n in (("in_flight", 0), ("waiting", 0), ("limit", 4))},
+    }
+    assert (
+        found["request_duration_seconds_count", "glm-4.6"]
+        == found["request_duration_seconds_bucket", "glm-4.6", "+Inf"]
+        == 2
+    )
+    assert found["time_to_first_token_seconds_count", "glm-4.6"] == 2
+
+
+def test_a_histogram_counts_what_is_at_most_each_bound():
+    histogram = ztoapi.Histogram()
+    for seconds in (0.1, 0.2, 1000):
+        histogram.add(seconds)
+    lines = list(histogram.samples("x", "m"))
+    assert lines[:2] == ['ztoapi_x_bucket{model="m",le="0.1"} 1', 'ztoapi_x_bucket{model="m",le="0.25"} 2']
+    assert lines[-3:] == [
+        'ztoapi_x_bucket{model="m",le="+Inf"} 3',
+        'ztoapi_x_sum{model="m"} 1000.3',
+        'ztoapi_x_count{model="m"} 3',
+    ]
+
+
+def test_at_most_fifty_models_have_a_name_of_their_own():
+    statistics = ztoapi.Statistics(0)
+    for name in (*(f"m{i}" for i in range(60)), *MODELS):
+        statistics.add(ztoapi.Record("", "", 0, "", model=name), 1, 0)
+    assert len(statistics.models) == 50
+    assert (statistics.models["other"].requests, statistics.models["glm-5.3"].requests) == (
+        60 - 50 + len(MODELS) + 1,
+        1,
+    )
 
 
 def command_line(*arguments, **variables):
@@ -6375,7 +6501,7 @@ def test_the_statistics_sum_up_and_forget():
         statistics.add(record(model=f"m{i % 200}", torn=i == 7, **failed), 2.0, now=i * 60)
     snapshot = statistics.snapshot(now=999 * 60, boot=0)
     assert sum(model["requests"] for model in snapshot["models"].values()) == 1000
-    assert len(snapshot["models"]) == statistics.MAX_MODELS + 1
+    assert len(snapshot["models"]) == statistics.MAX_MODELS - len(MODELS)
     assert len(snapshot["recent"]) == 100
     assert len(statistics.minutes) == 60
     assert snapshot["minutes"][-1] == [1, 0, 10, 5]

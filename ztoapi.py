@@ -54,7 +54,7 @@ import sys
 import tempfile
 import time
 from abc import ABC, abstractmethod
-from bisect import insort
+from bisect import bisect_left, insort
 from collections import Counter, defaultdict, deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Generator, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -74,14 +74,14 @@ from fnmatch import fnmatchcase
 from functools import partial
 from http.client import HTTPException
 from importlib import import_module
-from itertools import chain, count, groupby, islice, takewhile
+from itertools import accumulate, chain, count, groupby, islice, takewhile
 from operator import add, attrgetter, mul
 from pathlib import Path
 from queue import SimpleQueue
 from string import Template
 from threading import Thread
 from typing import Any, Literal, NoReturn, Protocol, TypeVar, cast
-from urllib.parse import quote, unquote, urlsplit
+from urllib.parse import quote, unquote, urljoin, urlsplit
 from urllib.request import ProxyHandler, build_opener, getproxies, proxy_bypass
 from weakref import WeakSet
 
@@ -783,6 +783,11 @@ def as_object(value: Any) -> JSON:
 
 def first_object(value: Any) -> JSON:
     return as_object(value[0]) if isinstance(value, list) and value else {}
+
+
+def as_number(value: Any) -> float | None:
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value < 2**53
+    return value if is_number else None
 
 
 def as_int(value: Any) -> int:
@@ -3288,6 +3293,29 @@ def zai_usage(usage: JSON) -> Usage:
     )
 
 
+PLAN_WINDOWS = {(3, 5): "5h", (6, 1): "week", (5, 1): "month"}  # by unit and number
+
+
+def plan_quota(document: JSON) -> JSON:
+    """What is left of a Coding Plan. Z.ai does not document this, and changed its names in July 2026: odd ones go."""
+    data = as_object(document.get("data")) or document
+    limits = [as_object(limit) for limit in (data["limits"] if isinstance(data.get("limits"), list) else ())]
+    shown = [plan_limit(limit) for limit in limits if as_number(limit.get("percentage")) is not None]
+    return {"level": str(data.get("level") or "")[:20], "limits": shown}
+
+
+def plan_limit(limit: JSON) -> JSON:
+    unit, number, resets_at = limit.get("unit"), limit.get("number"), as_number(limit.get("nextResetTime"))
+    return {
+        "window": PLAN_WINDOWS.get((as_int(unit), as_int(number))) or f"{number} of unit {unit}"[:20],
+        "type": str(limit.get("type"))[:20],
+        "percentage": limit["percentage"],
+        "used": as_number(limit.get("currentValue")),
+        "allowance": as_number(limit.get("usage")),
+        "resets_at": resets_at / 1000 if resets_at else None,
+    }
+
+
 class PassThroughReader:
     """The bytes of an answer that passes through unchanged; `usage` is what it has told so far."""
 
@@ -3395,7 +3423,7 @@ def packed_embedding(item: Any) -> Any:
 OPERATOR = "operator"  # the name of everybody with a DEFAULT_KEY
 
 # By account id, day and model: requests, failures, tokens in, tokens in from the cache, tokens out.
-Counts = dict[tuple[str, str, str], tuple[int, ...]]
+Counts = dict[tuple[str, str, str], list[int]]
 TokensUsed = dict[tuple[str, str], int]  # by account id and first day of its period
 
 
@@ -3442,8 +3470,8 @@ class Account:
             message = f"This key may not use {model.id}, only {self.models}."
             raise ProxyError(MODEL_NOT_ALLOWED, message, "model")
 
-    def check_date(self, today: date) -> None:
-        if self.expires and today.isoformat() > self.expires:
+    def check_date(self, now: float) -> None:
+        if self.expires and day_of(now).isoformat() > self.expires:
             message = f"This key was valid until {self.expires}: the operator of this server can extend it."
             raise ProxyError(KEY_EXPIRED, message)
 
@@ -3504,14 +3532,18 @@ class Accounts:
     def __init__(self, operator_keys: Iterable[str]) -> None:
         self.operators = {account.id: account for account in map(Account, map(hash_key, operator_keys))}
         self.named: dict[str, Account] = {}  # by id
+        self.hashes: dict[str, str] = {}  # of keys that were used, since a hash takes long
         self.used: TokensUsed = {}
         self.counted: Counts = {}  # what no batch has yet
         self.batch: Counts = {}  # what is being written, and may have been
         self.asked: dict[str, deque[float]] = {}  # seconds at which an account asked, in the last minute
 
     def find(self, key: str) -> Account | None:
-        account_id = hash_key(key)
-        return self.operators.get(account_id) or self.named.get(account_id)
+        account_id = self.hashes.get(key) or hash_key(key)
+        account = self.operators.get(account_id) or self.named.get(account_id)
+        if account:
+            self.hashes[key] = account_id
+        return account
 
     def tokens_used(self, account: Account, today: date) -> int:
         """In the present period."""
@@ -3521,8 +3553,7 @@ class Accounts:
         return self.used.get((account.id, start), 0) + sum(here)
 
     def check_budget(self, account: Account, now: float) -> None:
-        today = day_of(now)
-        if account.budget is None or self.tokens_used(account, today) < account.budget:
+        if account.budget is None or self.tokens_used(account, today := day_of(now)) < account.budget:
             return
         begins, message = account.period(today)[1], f"This key has used its {account.tokens} tokens"
         if begins == date.max:
@@ -3546,10 +3577,9 @@ class Accounts:
         asked.append(seconds)
 
     def count(self, key: tuple[str, str, str], figures: Iterable[int]) -> None:
-        before = self.counted.get(key, (0, 0, 0, 0, 0))
-        self.counted[key] = tuple(
-            old + min(max(new, 0), self.MAX_TOKENS) for old, new in zip(before, figures, strict=True)
-        )
+        row = self.counted.setdefault(key, [0, 0, 0, 0, 0])
+        for i, figure in enumerate(figures):
+            row[i] += min(max(figure, 0), self.MAX_TOKENS)
 
     def take(self) -> Counts:
         """The next batch to write: the last one, until it is known to be written."""
@@ -3908,7 +3938,7 @@ BROKEN_BODY = "The request body could not be read: it broke off, or its encoding
 CONNECT_TIMEOUT = 10  # seconds, including DNS and TLS
 ERROR_BODY_LIMIT = 65536  # bytes of a refusal that are read
 ERROR_BODY_TIMEOUT = 5  # seconds
-MODELS_TIMEOUT = 5
+GET_TIMEOUT = 5
 
 
 class IdleTimer:
@@ -4182,23 +4212,35 @@ class ZaiClient:
         return self.proxies[origin]
 
     async def list_models(self, key: ZaiKey) -> list[Model]:
-        """Z.ai's own list of a key's models. Raises UpstreamError, also after MODELS_TIMEOUT."""
+        """Z.ai's own list of a key's models. Raises UpstreamError."""
+        status, body = await self.get(key.base_url + "/models", key)
+        items = as_object(parse_json(body)).get("data")
+        if status != 200 or not isinstance(items, list):
+            raise zai_error(status, body)
+        return list(models_from_items(items))
+
+    async def plan_quota(self, key: ZaiKey) -> JSON:
+        """What is left of a key's plan; no limits where it has none, and where Z.ai does not say."""
+        try:
+            _, body = await self.get(urljoin(key.base_url, "/api/monitor/usage/quota/limit"), key)
+        except UpstreamError:
+            return plan_quota({})
+        return plan_quota(as_object(parse_json(body)))
+
+    async def get(self, url: str, key: ZaiKey) -> tuple[int, bytes]:
+        """Status and body of a short answer. Raises UpstreamError, also after GET_TIMEOUT."""
         asking = self.session.get(
-            key.base_url + "/models",
-            proxy=self.proxy(key.base_url + "/models"),
+            url,
+            proxy=self.proxy(url),
             headers={"Authorization": f"Bearer {key.secret}"},
             allow_redirects=False,
-            timeout=aiohttp.ClientTimeout(total=MODELS_TIMEOUT),
+            timeout=aiohttp.ClientTimeout(total=GET_TIMEOUT),
         )
         try:
             async with asking as response:
-                body = await response.read()
+                return response.status, await response.read()
         except (aiohttp.ClientError, asyncio.TimeoutError, ValueError) as error:
             raise connection_error(error) from error
-        items = as_object(parse_json(body)).get("data")
-        if response.status != 200 or not isinstance(items, list):
-            raise zai_error(response.status, body)
-        return list(models_from_items(items))
 
 
 def environment_proxy(origin: str) -> str | None:
@@ -4552,10 +4594,6 @@ class Catalog:
                 await asyncio.wait({self.asking})
         return self.models
 
-    async def close(self) -> None:
-        if self.asking:
-            await end_tasks([self.asking])
-
     async def ask(self) -> None:
         for key in self.keys.keys[:1]:
             try:
@@ -4566,6 +4604,29 @@ class Catalog:
                     self.keys.cool_down(key, Target(), error)
             else:
                 self.models = MODELS | {model.id: model for model in models}
+
+
+PLANS_TTL = 60
+
+
+class PlanQuotas:
+    """What is left of the plans of Z.ai keys; asked for only while somebody looks, and once in PLANS_TTL."""
+
+    def __init__(self, client: ZaiClient, keys: tuple[ZaiKey, ...]) -> None:
+        self.client, self.keys = client, keys
+        self.plans: list[JSON] = []
+        self.asked_at = -math.inf
+        self.asking: asyncio.Task[None] | None = None
+
+    def latest(self, now: float) -> list[JSON]:
+        """Z.ai's last answer; the next is waited for in the background."""
+        if now - self.asked_at >= PLANS_TTL:
+            self.asked_at, self.asking = now, asyncio.create_task(self.ask())
+        return self.plans
+
+    async def ask(self) -> None:
+        plans = await asyncio.gather(*map(self.client.plan_quota, self.keys))
+        self.plans = [{"key": number, **plan} for number, plan in enumerate(plans, 1) if plan["limits"]]
 
 
 # ======== Database ==================================================================================================
@@ -4656,15 +4717,16 @@ class Database:
         task = asyncio.create_task(self.keep_up(accounts))
         yield
         await end_tasks([task])
-        if accounts.counted or accounts.batch or self.unsaved:
-            await asyncio.wait_for(self.sync(accounts), 5)
+        for _ in range(3):  # a broken connection, the batch that it broke with, the rest
+            if accounts.counted or accounts.batch or self.unsaved:
+                await self.sync(accounts)
         self.thread.submit(self.close)
         self.thread.shutdown(wait=False)
 
     async def keep_up(self, accounts: Accounts) -> None:
         for number in count():
             is_due = number % self.POLL == 0 and self.exists
-            if is_due or accounts.counted or accounts.batch or (self.unsaved and not self.in_memory):
+            if is_due or (not self.in_memory and (accounts.counted or accounts.batch or self.unsaved)):
                 await self.sync(accounts)
             await asyncio.sleep(self.INTERVAL)
 
@@ -4847,6 +4909,32 @@ class Record:
         return f"{self.method} {self.path} {self.model or '-'} {outcome} {first}{took}{tokens}{left_out}"
 
 
+BUCKETS = (0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)  # seconds
+
+
+class Histogram:
+    """Seconds as Prometheus counts them: how many fell into which bucket, and their sum."""
+
+    def __init__(self) -> None:
+        self.counts, self.sum = [0] * (len(BUCKETS) + 1), 0.0
+
+    def add(self, seconds: float) -> None:
+        self.counts[bisect_left(BUCKETS, seconds)] += 1
+        self.sum += seconds
+
+    def samples(self, name: str, model: str) -> Iterator[str]:
+        for bound, total in zip((*BUCKETS, "+Inf"), accumulate(self.counts), strict=True):
+            yield sample(f"{name}_bucket", total, {"model": model, "le": bound})
+        yield sample(f"{name}_sum", self.sum, {"model": model})
+        yield sample(f"{name}_count", sum(self.counts), {"model": model})
+
+
+def sample(name: str, value: float, labels: Mapping[str, object]) -> str:
+    """One line of Prometheus' text format 0.0.4; JSON escapes what is in a label as it wants it."""
+    pairs = ",".join(f"{label}={to_json(str(text))}" for label, text in labels.items())
+    return f"ztoapi_{name}{{{pairs}}} {value}"
+
+
 class ModelFigures:
     """Counts of requests to one model."""
 
@@ -4857,6 +4945,7 @@ class ModelFigures:
         self.usage = Usage()
         self.firsts: deque[float] = deque(maxlen=self.SAMPLES)  # seconds to the first token
         self.durations: deque[float] = deque(maxlen=self.SAMPLES)
+        self.first_times, self.all_durations = Histogram(), Histogram()
 
     def add(self, record: Record, duration: float) -> None:
         self.requests += 1
@@ -4864,8 +4953,10 @@ class ModelFigures:
         self.usage += record.usage
         if record.first is not None:
             self.firsts.append(record.first - record.started)
+            self.first_times.add(record.first - record.started)
         if record.status < 400 and not record.error:
             self.durations.append(duration)
+            self.all_durations.add(duration)
 
     def snapshot(self, model: Model) -> JSON:
         return {
@@ -4891,7 +4982,7 @@ class Statistics:
     """Figures by model, by minute over the last hour, and the last requests; times are of time.monotonic()."""
 
     MAX_MODELS, MINUTES, RECENT = 50, 60, 100
-    OTHERS = "(others)"  # beyond MAX_MODELS: clients may send any number of names
+    OTHERS = "other"  # beyond MAX_MODELS: clients may send any number of names
 
     def __init__(self, now: float) -> None:
         self.started = now
@@ -4901,11 +4992,17 @@ class Statistics:
             maxlen=self.RECENT
         )  # with seconds it took, and the time of its end
         self.torn = 0  # frames
+        self.requests: Counter[tuple[str, str, int]] = Counter()  # all of them, by route, model and status
+
+    def label(self, model: str) -> str:
+        """The model's name, or OTHERS for one too many that the table does not have."""
+        if model in self.models or model in MODELS or not model:
+            return model
+        others = sum(name not in MODELS for name in self.models)
+        return model if others < self.MAX_MODELS - len(MODELS) - 1 else self.OTHERS
 
     def add(self, record: Record, duration: float, now: float) -> None:
-        known = record.model in self.models or record.model in MODELS or len(self.models) < self.MAX_MODELS
-        name = record.model if known else self.OTHERS
-        self.models.setdefault(name, ModelFigures()).add(record, duration)
+        self.models.setdefault(self.label(record.model), ModelFigures()).add(record, duration)
         self.torn += record.torn
         minute = self.minutes.setdefault(int(now // 60), [0, 0, 0, 0])
         for i, more in enumerate((1, bool(record.error), record.usage.prompt, record.usage.completion)):
@@ -4965,6 +5062,7 @@ ACCOUNTS = web.AppKey("accounts", Accounts)
 DATABASE = web.AppKey("database", Database)
 UPSTREAM = web.AppKey("upstream", Upstream)
 CATALOG = web.AppKey("catalog", Catalog)
+PLANS = web.AppKey("plans", PlanQuotas)
 ACCOUNT = web.RequestKey("account", Account)
 RECORD = web.RequestKey("record", Record)
 STREAM: web.RequestKey[OpenResponse] = web.RequestKey("stream")  # the answer, once it may have begun
@@ -5292,12 +5390,14 @@ async def dashboard(_: web.Request) -> web.Response:
 
 async def dashboard_stats(request: web.Request) -> web.Response:
     """An operator's key sees everything, another key its own figures."""
-    app, account, now = request.app, request[ACCOUNT], time.monotonic()
+    app, account, now, days = request.app, request[ACCOUNT], time.monotonic(), await usage_days(request)
     boot = time.time() - now
-    snapshot: JSON = {"now": boot + now, "operator": account.is_operator, "days": await usage_days(request)}
+    snapshot: JSON = {"now": boot + now, "operator": account.is_operator}
+    snapshot |= {"days": days or [], "database": days is not None}
     if account.is_operator:
         in_flight = sum(bool(flying[RECORD].model) for flying in app[IN_FLIGHT].values())
         snapshot |= app[STATISTICS].snapshot(now, boot) | app[UPSTREAM].snapshot(app[REDACT]) | {"in_flight": in_flight}
+        snapshot["plans"] = app[PLANS].latest(now)
     snapshot["client_keys"] = key_items(
         app[ACCOUNTS], app[ACCOUNTS].named.values() if account.is_operator else [account]
     )
@@ -5316,8 +5416,49 @@ async def usage_days(request: web.Request) -> list[JSON] | None:
 
 def usage_item(key: str, day: str, model: str, *figures: int) -> JSON:
     names = ("requests", "failures", "prompt_tokens", "cached_tokens", "completion_tokens")
-    cost = MODELS[model].cost(*figures[2:]) if model in MODELS else None
-    return {"key": key, "day": day, "model": model, **dict(zip(names, figures, strict=True)), "cost": cost}
+    cost = {"cost": resolve(model).cost(*figures[2:])}
+    return {"key": key, "day": day, "model": model, **dict(zip(names, figures, strict=True)), **cost}
+
+
+async def metrics(request: web.Request) -> web.Response:
+    """For Prometheus."""
+    statistics, upstream = request.app[STATISTICS], request.app[UPSTREAM]
+    models, names = statistics.models.items(), ("path", "model", "status")
+    gauges: dict[str, Counter[str]] = {name: Counter() for name in ("in_flight", "waiting", "limit")}
+    for queue in upstream.snapshot(request.app[REDACT])["queues"]:
+        for name, value in zip(gauges, (queue["in_flight"], queue["waiting"], sum(queue["limits"])), strict=True):
+            gauges[name][statistics.label(queue["model"])] += value
+    kinds = ("prompt", "cached", "completion")
+    tokens = (({"model": m, "type": kind}, getattr(figures.usage, kind)) for m, figures in models for kind in kinds)
+    requests = (
+        (dict(zip(names, (route_name(path), *key), strict=True)), n) for (path, *key), n in statistics.requests.items()
+    )
+    lines = [
+        *family("build_info", "gauge", [({"version": __version__}, 1)]),
+        *family("retries_total", "counter", [({}, upstream.recoveries["retries"])]),
+        *family("requests_total", "counter", requests),
+        *family("tokens_total", "counter", tokens),
+        *(
+            line
+            for name in gauges
+            for line in family(name, "gauge", (({"model": m}, n) for m, n in gauges[name].items()))
+        ),
+        "# TYPE ztoapi_time_to_first_token_seconds histogram",
+        *(line for m, figures in models for line in figures.first_times.samples("time_to_first_token_seconds", m)),
+        "# TYPE ztoapi_request_duration_seconds histogram",
+        *(line for m, figures in models for line in figures.all_durations.samples("request_duration_seconds", m)),
+    ]
+    headers = {"Content-Type": "text/plain; version=0.0.4; charset=utf-8"}
+    return web.Response(body="\n".join((*lines, "")).encode(), headers=headers)
+
+
+def route_name(path: str) -> str:
+    return path.replace("{prefix}", "v1/").replace("{slash}", "")
+
+
+def family(name: str, kind: str, samples: Iterable[tuple[Mapping[str, object], float]]) -> Iterator[str]:
+    yield f"# TYPE ztoapi_{name} {kind}"
+    yield from (sample(name, value, labels) for labels, value in samples)
 
 
 def key_items(accounts: Accounts, shown: Iterable[Account]) -> list[JSON]:
@@ -5543,46 +5684,37 @@ class PassThroughResponse:
 # Who may call.
 
 
-def require_key(handler: Handler) -> Handler:
-    """The handler, for callers who have a key that is still valid."""
+def require_key(handler: Handler, *checks: Callable[[web.Request], None]) -> Handler:
+    """The handler, for callers with a valid key for whom the checks raise no ProxyError."""
 
-    async def check(request: web.Request) -> web.StreamResponse:
+    async def checked(request: web.Request) -> web.StreamResponse:
         account = request[ACCOUNT] = account_of(request.headers, request.app[ACCOUNTS])
-        account.check_date(day_of(time.time()))
+        account.check_date(time.time())
+        for check in checks:
+            check(request)
         return await handler(request)
 
-    return check
+    return checked
+
+
+def within_limits(request: web.Request) -> None:
+    request.app[ACCOUNTS].check_budget(request[ACCOUNT], time.time())
+    request.app[ACCOUNTS].check_rate(request[ACCOUNT], time.monotonic())
+
+
+def operator_only(request: web.Request) -> None:
+    if not request[ACCOUNT].is_operator:
+        raise ProxyError(OPERATOR_ONLY)
 
 
 def account_of(headers: Mapping[str, str], accounts: Accounts) -> Account:
     """The account of the key that was sent. Keys are compared by their hashes, so that time tells nothing of them."""
     scheme, _, bearer = headers.get("Authorization", "").partition(" ")
     sent = (headers.get("x-api-key", ""), bearer.strip() if scheme.lower() == "bearer" else "")
-    account = next(filter(None, map(accounts.find, sent)), None)
+    account = next(filter(None, map(accounts.find, filter(None, sent))), None)
     if account is None:
         raise ProxyError(INVALID_API_KEY)
     return account
-
-
-def within_limits(handler: Handler) -> Handler:
-    """The handler, for callers whose key has tokens left and did not ask too often."""
-
-    async def check(request: web.Request) -> web.StreamResponse:
-        accounts, account = request.app[ACCOUNTS], request[ACCOUNT]
-        accounts.check_budget(account, time.time())
-        accounts.check_rate(account, time.monotonic())
-        return await handler(request)
-
-    return require_key(check)
-
-
-def operator_only(handler: Handler) -> Handler:
-    async def check(request: web.Request) -> web.StreamResponse:
-        if not request[ACCOUNT].is_operator:
-            raise ProxyError(OPERATOR_ONLY)
-        return await handler(request)
-
-    return require_key(check)
 
 
 @web.middleware
@@ -5668,18 +5800,23 @@ async def log_requests(request: web.Request, handler: Handler) -> web.StreamResp
         now = time.monotonic()
         level = logging.DEBUG if request.path.startswith(UNLOGGED_PATHS) else logging.INFO
         LOG.log(level, "%s", record.line(now))
-        if record.model:
-            request.app[STATISTICS].add(record, now - record.started, now)
-            count_usage(request)
+        count_request(request, now)
 
 
-def count_usage(request: web.Request) -> None:
-    """A name that nobody knows is counted only if it has an answer: clients may send any number of names."""
-    record, usage = request[RECORD], request[RECORD].usage
-    model = record.model if record.model in MODELS or usage.total else Statistics.OTHERS
-    figures = (1, bool(record.error), usage.prompt, usage.cached, usage.completion)
-    day = day_of(time.time()).isoformat()
-    request.app[ACCOUNTS].count((request[ACCOUNT].id, day, model), figures)
+def count_request(request: web.Request, now: float) -> None:
+    """For the statistics, and for the account's usage.
+
+    Clients may send any number of names: the usage has those that the table lacks only where there was an answer.
+    """
+    app, record, resource = request.app, request[RECORD], request.match_info.route.resource
+    statistics, usage = app[STATISTICS], record.usage
+    route = resource.canonical if resource else ""
+    statistics.requests[route, statistics.label(record.model), record.status] += 1
+    if record.model:
+        statistics.add(record, now - record.started, now)
+        model = record.model if record.model in MODELS or usage.total else Statistics.OTHERS
+        figures = (1, int(bool(record.error)), usage.prompt, usage.cached, usage.completion)
+        app[ACCOUNTS].count((request[ACCOUNT].id, day_of(time.time()).isoformat(), model), figures)
 
 
 def speaks_anthropic(request: web.Request) -> bool:
@@ -5932,10 +6069,10 @@ def create_app(settings: Settings | None = None) -> web.Application:
 
 def api_routes(app: web.Application) -> None:
     for path, surface in SURFACES.items():
-        add_route(app, "POST", f"{API}{path}{END}", within_limits(partial(answer, surface)))
+        add_route(app, "POST", f"{API}{path}{END}", require_key(partial(answer, surface), within_limits))
     for method, path in PASS_THROUGH_ROUTES:
-        add_route(app, method, f"{API}{path}{END}", within_limits(partial(pass_through, path)))
-    add_route(app, "POST", f"{API}{{what:messages|messages/count_tokens}}{END}", within_limits(messages))
+        add_route(app, method, f"{API}{path}{END}", require_key(partial(pass_through, path), within_limits))
+    add_route(app, "POST", f"{API}{{what:messages|messages/count_tokens}}{END}", require_key(messages, within_limits))
     add_route(app, "GET", f"{API}models{END}", require_key(list_models))
     add_route(app, "GET", f"{API}models/{{id:.*[^/]}}{END}", require_key(one_model))
     response = API + r"responses/{id:resp_\w+}"
@@ -5949,12 +6086,13 @@ def page_routes(app: web.Application) -> None:
     add_route(app, "GET", "/", index)
     add_route(app, "GET", "/api/hello", index)  # Claude Code's probe
     add_route(app, "GET", "/docs", docs)
+    add_route(app, "GET", "/metrics", require_key(metrics, operator_only))
     if app[SETTINGS].dashboard_enabled:
         add_route(app, "GET", "/dashboard", dashboard)
         add_route(app, "GET", "/dashboard/stats", require_key(dashboard_stats))
-        add_route(app, "GET", "/dashboard/keys", operator_only(list_keys))
-        add_route(app, "POST", "/dashboard/keys", operator_only(put_key))
-        add_route(app, "DELETE", "/dashboard/keys/{name}", operator_only(remove_key))
+        add_route(app, "GET", "/dashboard/keys", require_key(list_keys, operator_only))
+        add_route(app, "POST", "/dashboard/keys", require_key(put_key, operator_only))
+        add_route(app, "DELETE", "/dashboard/keys/{name}", require_key(remove_key, operator_only))
     if app[SETTINGS].demo:
         demo_routes(app)
 
@@ -5972,9 +6110,10 @@ async def connect(app: web.Application) -> AsyncIterator[None]:
         client = ZaiClient(session, settings)
         app[UPSTREAM] = Upstream(settings, client, app[CLOCK])
         app[CATALOG] = Catalog(client, app[UPSTREAM].keys)
+        app[PLANS] = PlanQuotas(client, () if settings.demo else settings.zai_keys)
         async with app[DATABASE].kept_up(app[ACCOUNTS]):
             yield
-        await app[CATALOG].close()
+        await end_tasks(filter(None, (app[CATALOG].asking, app[PLANS].asking)))
 
 
 def redactor(settings: Settings) -> Redactor:
@@ -6328,6 +6467,8 @@ async def diagnose(settings: Settings) -> AsyncIterator[Finding]:
         for number, key in enumerate(settings.zai_keys, 1):
             finding = await check_key(client, f"key {number}", key)
             yield finding
+            async for limit in check_plan(client, f"plan {number}", key):
+                yield limit
             accepted = accepted or finding.good
             if finding.what == "Z.ai" and len(settings.zai_base_urls) == 1:  # the other keys would fail in the same way
                 return
@@ -6341,6 +6482,17 @@ async def check_key(client: ZaiClient, what: str, key: ZaiKey) -> Finding:
     except UpstreamError as error:
         return Finding(what if error.kind == AUTHENTICATION else "Z.ai", str(error), good=False)
     return Finding(what, f"accepted; Z.ai lists {len(models)} models for it")
+
+
+async def check_plan(client: ZaiClient, what: str, key: ZaiKey) -> AsyncIterator[Finding]:
+    """A bar for each of the plan's limits; none where there is no plan, and where Z.ai does not say."""
+    for limit in (await client.plan_quota(key))["limits"]:
+        left = 100 - min(100, limit["percentage"])
+        bar = f"{'█' * round(left / 10):░<10}"
+        reset = (
+            f", begins anew {datetime.fromtimestamp(at, timezone.utc):%F %R} UTC" if (at := limit["resets_at"]) else ""
+        )
+        yield Finding(what, f"{bar} {left:.0f} % left of {limit['window']}{reset}")
 
 
 def check_port(settings: Settings) -> Finding:

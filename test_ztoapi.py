@@ -4842,6 +4842,24 @@ async def test_messages_have_the_model_as_the_client_named_it_and_are_counted(pa
     assert not stream or 0 < figures["first"]["p50"] < figures["duration"]["p50"]
 
 
+IMAGE = {"type": "image", "source": {"type": "base64", "media_type": "image/png", "data": "QUJD"}}
+
+
+@over_sockets
+@pytest.mark.parametrize(
+    ("content", "model"),
+    [
+        ([IMAGE], "glm-4.6v"),
+        ([{"type": "tool_result", "tool_use_id": "t1", "content": [IMAGE]}], "glm-4.6v"),
+        ([{"type": "tool_result", "tool_use_id": "t1", "content": "image"}, 7], "glm-5.3"),
+    ],
+)
+async def test_messages_with_an_image_are_for_the_vision_model(start, rest, content, model):
+    client = await start(zai_base_url=rest.url, model_aliases=(("claude-*", "glm-5.3"),), vision_model="glm-4.6v")
+    response, _ = await ask(client, CLAUDE | {"messages": [{"role": "user", "content": content}]}, "/v1/messages")
+    assert (json.loads(rest.asked[0][3])["model"], response.headers["x-ztoapi-model"]) == (model, model)
+
+
 @over_sockets
 async def test_messages_that_break_off_end_with_an_error(passing, rest):
     rest.type, rest.parts = "text/event-stream", [b"event: message_start\ndata: {}\n\n", RESET]

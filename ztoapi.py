@@ -2348,6 +2348,17 @@ def content_blocks(turn: JSON) -> Iterator[Any]:
                 yield block
 
 
+def shows_image(body: JSON) -> bool:
+    """Whether a turn has an image, or the result of a tool that stands in one."""
+    blocks = [block for turn in objects(body.get("messages")) for block in objects(turn.get("content"))]
+    within = (part for block in blocks for part in objects(block.get("content")))
+    return any(block.get("type") == "image" for block in chain(blocks, within))
+
+
+def objects(value: Any) -> Iterator[JSON]:
+    return map(as_object, value if isinstance(value, list) else ())
+
+
 # ======== Surfaces ==================================================================================================
 # A surface is an API that clients speak: a function that parses a request; the request knows how it is answered.
 
@@ -4448,15 +4459,17 @@ class Upstream:
         wanted = {"off": False, "turn": bool(prompt.tools), "all": True}[self.settings.reasoning_memory]
         return ReasoningRecorder(partial(self.memory.put, account)).feed if wanted else None
 
-    def bodies(self, prompt: Prompt, account: Account) -> list[tuple[Model, JSON]]:
-        """The request for each model to ask: the one named, then the fallbacks that can take the prompt.
+    def with_vision(self, model: Model) -> Model:
+        """VISION_MODEL, if it is set, in place of one that takes no images."""
+        name = self.settings.vision_model
+        return resolve(name, self.settings.model_aliases) if name and not model.vision else model
 
-        VISION_MODEL takes the place of a named one that takes no images.
-        """
+    def bodies(self, prompt: Prompt, account: Account) -> list[tuple[Model, JSON]]:
+        """The request for each model to ask: the one named, then the fallbacks that can take the prompt."""
         names = (prompt.model, *(prompt.fallbacks or self.settings.fallback_models))
         model, *others = (resolve(name, self.settings.model_aliases) for name in names)
-        if self.settings.vision_model and not model.vision and has_media(prompt):
-            model = resolve(self.settings.vision_model, self.settings.model_aliases)
+        if has_media(prompt):
+            model = self.with_vision(model)
         for asked in (model, *others[: len(prompt.fallbacks)]):
             account.check_model(asked)
         bodies = [(model, zai_body(prompt, model))]
@@ -5533,6 +5546,8 @@ async def messages(request: web.Request) -> web.StreamResponse:
     required(given, "model")
     request[RECORD].model = model_shown(request, given["model"])
     model = resolve(given["model"], settings.model_aliases)
+    if shows_image(body):
+        model = upstream.with_vision(model)
     request[ACCOUNT].check_model(model)
     passed = [name for name in ("anthropic-version", "anthropic-beta") if name in request.headers]
     how = {

@@ -6139,6 +6139,7 @@ def eventually_lists(program, key, status):
 FAKE_CLIENT = """#!{python}
 import json, os, pathlib, signal, sys, time, urllib.request
 signal.signal(signal.SIGINT, lambda *_: sys.exit(3))
+signal.signal(signal.SIGTERM, signal.SIG_IGN if "stubborn" in sys.argv else signal.SIG_DFL)
 folder = pathlib.Path(os.environ["PI_CODING_AGENT_DIR"])
 origin = json.loads((folder / "models.json").read_text())["providers"]["ztoapi"]["baseUrl"][:-3]
 opener = urllib.request.build_opener(urllib.request.ProxyHandler({{}}))
@@ -6246,6 +6247,17 @@ def answer_all(listener, reply, asked):
             with connection:
                 asked.append(connection.recv(65536))
                 connection.sendall(reply)
+
+
+@over_sockets
+async def test_a_client_that_does_not_end_is_killed_when_the_launch_ends(tmp_path):
+    launch = Launch(tmp_path, "wait", "stubborn")
+    await launch.told()
+    for _ in range(2):
+        launch.process.terminate()
+        await asyncio.sleep(0.1)
+    status, _, left = launch.end()
+    assert (status, left) == (143, [])
 
 
 @pytest.mark.parametrize("reply", [b'HTTP/1.1 200 OK\r\nContent-Length: 16\r\n\r\n{"name":"other"}', b"SSH-2.0\r\n"])

@@ -6568,7 +6568,7 @@ def launch(settings: Settings, flags: argparse.Namespace) -> int:
     program = shutil.which(client.arguments[0]) or refuse(f"{flags.client} is not installed: {client.install}", 127)
     print(f"ztoapi: {flags.client} with {model.id} at {origin}; --model NAME for another", file=sys.stderr)
     for number in (signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)):  # Windows has no SIGHUP
-        signal.signal(number, lambda number, _: sys.exit(128 + number))
+        signal.signal(number, end)
     server = nullcontext() if is_ztoapi(origin) else own_server(settings, origin)
     with server, tempfile.TemporaryDirectory(prefix="ztoapi-", ignore_cleanup_errors=True) as folder:
         client = filled(folder)
@@ -6576,6 +6576,12 @@ def launch(settings: Settings, flags: argparse.Namespace) -> int:
             Path(folder, name).touch(0o600)
             Path(folder, name).write_text(text, encoding="utf-8")
         return run([program, *client.arguments[1:], *flags.arguments], client.variables)
+
+
+def end(number: int, _: object) -> NoReturn:
+    """Exit through every `finally`; the same signal once more must not cut them short."""
+    signal.signal(number, signal.SIG_IGN)
+    raise SystemExit(128 + number)
 
 
 def is_ztoapi(origin: str) -> bool:
@@ -6615,6 +6621,9 @@ def run(command: list[str], variables: dict[str, str]) -> int:
             status = process.wait()
         finally:
             process.terminate()
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(3)
+            process.kill()
     return status if status >= 0 else 128 - status
 
 

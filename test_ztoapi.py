@@ -3051,6 +3051,12 @@ def test_a_key_refused_for_the_chat_cools_down_everywhere_for_another_path_only_
     assert [target for target in (CHAT, FREE, MESSAGES, FILES) if FIRST_KEY in keys.available(target)] == available
 
 
+def test_a_model_that_another_path_lacks_may_still_serve_the_chat():
+    keys = pool(FIRST_KEY, SECOND_KEY)
+    keys.cool_down(FIRST_KEY, MESSAGES, refusal(1211))
+    assert [FIRST_KEY in keys.available(target) for target in (CHAT, MESSAGES)] == [True, False]
+
+
 def test_the_next_base_serves_when_no_key_of_the_one_before_can():
     keys, used = pool(FIRST_KEY, NEXT_BASE, SECOND_KEY), []
     for code in (1308, 1309, 1000):

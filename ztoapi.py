@@ -3644,12 +3644,18 @@ class Target:
     path: str = ""
 
     @property
-    def scopes(self) -> tuple[str, str, str]:
+    def model_there(self) -> str:
+        return f"{self.path} {self.model}".strip()
+
+    @property
+    def scopes(self) -> tuple[str, ...]:
         """A key is of use here unless it cools down in one of these; "" is everywhere."""
-        return ("", self.model, self.path)
+        return ("", self.model, self.path, self.model_there)
 
     def scope_of(self, error: UpstreamError) -> str:
         """Where a key cools down; without quota for one model it may well have some for another (a free one, say)."""
+        if error.kind in MODEL_ERRORS:
+            return self.model_there
         return self.path if error.kind == AUTHENTICATION else self.model or self.path
 
 

@@ -95,7 +95,7 @@ HELLO = {"model": "glm-4.6", "messages": [{"role": "user", "content": "你好"}]
 
 
 def read_chat(body):
-    return ztoapi.parse_chat(body).prompt
+    return ztoapi.parse_chat(body)[0]
 
 
 def chat(**changes):
@@ -746,7 +746,7 @@ def test_the_clients_json_is_not_modified():
 
 HEAD = Head("2026", 1760762344, "GLM-4.6", "ours", lambda: 1760762349.5)
 ENVELOPE = {"id": "chatcmpl-2026", "object": "chat.completion.chunk", "created": 1760762344, "model": "GLM-4.6"}
-REQUEST = ChatRequest(Prompt("GLM-4.6", ()))
+REQUEST = ChatRequest()
 WITH_USAGE = ztoapi.replace(REQUEST, include_usage=True)
 USAGE = {
     "prompt_tokens": 6,
@@ -758,9 +758,13 @@ USAGE = {
 EVENTS = [Thought("hm"), Text("你"), Text("好"), Usage(6, 3, 9, 2, 1), Finish("stop")]
 
 
+def decoded(frames):
+    return [frame if frame == "[DONE]" or isinstance(frame, dict) else json.loads(frame) for frame in frames]
+
+
 def frames(events, request=REQUEST):
     encoder = request.encoder(HEAD)
-    return [frame for event in events for frame in encoder.feed(event)] + encoder.close()
+    return decoded([frame for event in events for frame in encoder.feed(event)] + encoder.close())
 
 
 def chunk(delta, finish_reason=None):
@@ -804,7 +808,7 @@ def test_functions_are_tools(fields, wanted):
 
 
 def test_a_call_of_a_function_is_answered_as_one_whole_and_streamed():
-    request = ztoapi.parse_chat(chat(**FUNCTIONS))
+    _, request = ztoapi.parse_chat(chat(**FUNCTIONS))
     events = [
         Text("hi"),
         ToolCall(0, "c", "f", '{"a"'),
@@ -812,14 +816,11 @@ def test_a_call_of_a_function_is_answered_as_one_whole_and_streamed():
         ToolCall(1, "d", "f", "{}"),
         Finish("tool_calls"),
     ]
-    encoder = request.encoder(HEAD)
-    assert [
-        (c["delta"], c["finish_reason"]) for event in events for frame in encoder.feed(event) for c in frame["choices"]
-    ] == [
+    choices = [frame["choices"][0] for frame in frames(events, request)[:-1]]
+    assert [(choice["delta"], choice["finish_reason"]) for choice in choices] == [
         ({"role": "assistant", "content": "hi"}, None),
         ({"function_call": {"name": "f", "arguments": '{"a"'}}, None),
         ({"function_call": {"arguments": ":1}"}}, None),
-        ({}, None),
         ({}, "function_call"),
     ]
     [choice] = request.document(HEAD, summed_up(events))["choices"]
@@ -905,7 +906,7 @@ def test_citations_are_annotations_whole_and_streamed():
 
 def test_choices_are_chunks_of_their_own_begun_in_order_with_one_usage():
     events = [Text("a", 1), Text("b", 0), Usage(1, 2, 3), Finish("stop", 1), Usage(1, 5, 6), Finish("length", 0)]
-    streamed = frames(events, ztoapi.replace(WITH_USAGE, prompt=Prompt("GLM-4.6", (), n=2)))
+    streamed = frames(events, ztoapi.replace(WITH_USAGE, n=2))
     choices = [frame["choices"][0] for frame in streamed[:6]]
     assert choices == [
         {"index": 0, "delta": {"role": "assistant"}, "finish_reason": None},
@@ -964,7 +965,7 @@ def test_a_completion_is_asked_for_as_a_chat():
         "echo": False,
     }
     wanted = Prompt("glm-4.6", (Message("user", ("写一首诗",)),), max_tokens=9, stop=("x",), ignored=("logprobs",))
-    assert ztoapi.parse_completion(body).prompt == wanted
+    assert ztoapi.parse_completion(body)[0] == wanted
 
 
 @pytest.mark.parametrize(
@@ -986,28 +987,29 @@ def test_a_completion_that_cannot_be_had_is_refused_with_a_reason(fields, param)
 
 
 def test_a_completion_knows_what_is_to_follow_it():
-    prompt = ztoapi.parse_completion({"model": "glm-4.6", "prompt": "def f(", "suffix": "return x"}).prompt
+    prompt = ztoapi.parse_completion({"model": "glm-4.6", "prompt": "def f(", "suffix": "return x"})[0]
     line = "Write only what belongs between the user's text and this: return x"
     assert prompt.messages == (Message("system", (line,)), Message("user", ("def f(",)))
 
 
 @pytest.mark.parametrize(("n", "wanted"), [(1, ["诗:你", "好", ""]), (2, ["诗:你", "好", "", "诗:"])])
 def test_an_echoed_prompt_begins_each_choice(n, wanted):
-    request = ztoapi.parse_completion({"model": "glm-4.6", "prompt": "诗:", "echo": True, "n": n})
+    _, request = ztoapi.parse_completion({"model": "glm-4.6", "prompt": "诗:", "echo": True, "n": n})
     events = [Text("你"), Text("好"), *(Finish("stop", choice) for choice in range(n))]
     assert request.document(HEAD, summed_up(events))["choices"][0]["text"] == "诗:你好"
     encoder = request.encoder(HEAD)
-    assert [frame["choices"][0]["text"] for event in events for frame in encoder.feed(event)] == wanted
+    streamed = decoded(frame for event in events for frame in encoder.feed(event))
+    assert [frame["choices"][0]["text"] for frame in streamed] == wanted
 
 
 def test_a_completion_has_the_text_alone():
     envelope = {"id": "cmpl-2026", "object": "text_completion", "created": 1760762344, "model": "GLM-4.6"}
     choice = {"index": 0, "text": "你好", "logprobs": None, "finish_reason": "stop"}
     answer = summed_up(EVENTS)
-    request = ztoapi.CompletionRequest(REQUEST.prompt, include_usage=True)
+    request = ztoapi.CompletionRequest(include_usage=True)
     assert request.document(HEAD, answer) == {**envelope, "choices": [choice], "usage": USAGE}
     encoder = request.encoder(HEAD)
-    streamed = [frame for event in EVENTS for frame in encoder.feed(event)] + encoder.close()
+    streamed = decoded([frame for event in EVENTS for frame in encoder.feed(event)] + encoder.close())
     assert [frame["choices"][0]["text"] for frame in streamed[:3]] == ["你", "好", ""]
     assert streamed[2]["choices"][0]["finish_reason"] == "stop"
     assert streamed[3:] == [{**envelope, "choices": [], "usage": USAGE}, "[DONE]"]
@@ -1024,7 +1026,7 @@ class History(dict):
 
 
 def parse_response(**fields):
-    return ztoapi.parse_response(ASKED | fields, History()).prompt
+    return ztoapi.parse_response(ASKED | fields, History())[0]
 
 
 NAMESPACE = {
@@ -1039,7 +1041,7 @@ def test_an_item_may_be_sent_by_its_id_alone():
     _, response, store = respond([Text("x"), CALLED, Finish("tool_calls")])
     items = [{"type": "item_reference", "id": item["id"]} for item in response["output"]]
     output = {"type": "function_call_output", "call_id": "c1", "output": "1"}
-    prompt = ztoapi.parse_response({"model": "glm-4.6", "input": [*items, output]}, store).prompt
+    prompt = ztoapi.parse_response({"model": "glm-4.6", "input": [*items, output]}, store)[0]
     assert prompt.messages == (Message("assistant", ("x",), calls=(CALLED,)), Message("tool", ("1",), call_id="c1"))
 
 
@@ -1203,7 +1205,7 @@ def test_a_tool_in_a_namespace_can_be_chosen(choice):
 def respond(events, **fields):
     """The types of the events of a streamed response, and the response in the last."""
     store = History()
-    stream = ztoapi.parse_response(ASKED | fields, store).encoder(HEAD)
+    stream = ztoapi.parse_response(ASKED | fields, store)[1].encoder(HEAD)
     streamed = [frame for event in events for frame in stream.feed(event)] + stream.close()
     assert [frame["sequence_number"] for frame in streamed] == list(range(len(streamed)))
     return [frame["type"].removeprefix("response.") for frame in streamed], streamed[-1]["response"], store
@@ -1278,7 +1280,7 @@ def test_a_response_has_every_key_that_its_schema_requires():
 
 
 def test_the_frames_of_a_message_say_where_it_stands():
-    encoder = ztoapi.parse_response(ASKED, History()).encoder(HEAD)
+    encoder = ztoapi.parse_response(ASKED, History())[1].encoder(HEAD)
     frames = [frame for event in (Text("a"), Finish("stop")) for frame in encoder.feed(event)][2:]
     item = {"id": "msg_ours_0", "type": "message", "role": "assistant"}
     empty, full = ({"type": "output_text", "text": text, "annotations": [], "logprobs": []} for text in ("", "a"))
@@ -1380,12 +1382,12 @@ def test_a_response_that_is_cut_short_says_so(reason, why):
     ],
 )
 def test_a_response_that_breaks_off_has_failed(code, wanted):
-    stream = ztoapi.parse_response(ASKED, History()).encoder(HEAD)
+    stream = ztoapi.parse_response(ASKED, History())[1].encoder(HEAD)
     stream.feed(Text("x"))
     (frame,) = stream.fail(zai_error(400, b'{"error":{"code":"%s","message":"x"}}' % code.encode()))
     assert (frame["type"], frame["response"]["error"]["code"]) == ("response.failed", wanted)
     assert frame["response"]["completed_at"] is None
-    early = ztoapi.parse_response(ASKED, History()).encoder(HEAD).fail(BadRequest("no"))
+    early = ztoapi.parse_response(ASKED, History())[1].encoder(HEAD).fail(BadRequest("no"))
     assert [frame["type"] for frame in early] == ["response.created", "response.in_progress", "response.failed"]
 
 
@@ -1401,13 +1403,13 @@ def test_a_response_that_breaks_off_has_failed(code, wanted):
 )
 def test_a_whole_response_is_the_last_of_its_events(events):
     _, streamed, _ = respond(events)
-    assert ztoapi.parse_response(ASKED, History()).document(HEAD, summed_up(events)) == streamed
+    assert ztoapi.parse_response(ASKED, History())[1].document(HEAD, summed_up(events)) == streamed
 
 
 def test_a_response_is_remembered_with_the_whole_conversation():
     _, response, store = respond(EVENTS)
     body = {"model": "glm-4.6", "input": "and?", "previous_response_id": response["id"]}
-    assert ztoapi.parse_response(body, store).prompt.messages == (
+    assert ztoapi.parse_response(body, store)[0].messages == (
         Message("user", ("你好",)),
         Message("assistant", ("你好",), "hm"),
         Message("user", ("and?",)),
@@ -2043,7 +2045,7 @@ def test_reasoning_that_a_client_dropped_is_put_back(messages, start, thoughts):
 
 def test_the_same_conversation_is_the_same_bytes_in_every_process():
     """Sets and hash() differ from process to process."""
-    words = "import json, sys, ztoapi; body = json.load(sys.stdin); prompt = ztoapi.parse_chat(body).prompt\n"
+    words = "import json, sys, ztoapi; body = json.load(sys.stdin); prompt = ztoapi.parse_chat(body)[0]\n"
     words += "print(ztoapi.to_json(ztoapi.zai_body(prompt, ztoapi.resolve(prompt.model))), *ztoapi.conversation_start(prompt))"
     schema = {"$defs": {name: {"type": "string"} for name in "qwertyuiop"}, "type": "object"}
     schema["properties"] = {name: {"$ref": f"#/$defs/{name}"} for name in "qwertyuiop"}

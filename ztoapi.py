@@ -56,7 +56,17 @@ import time
 from abc import ABC, abstractmethod
 from bisect import bisect_left, insort
 from collections import Counter, defaultdict, deque
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Generator, Iterable, Iterator, Mapping
+from collections.abc import (
+    AsyncIterator,
+    Awaitable,
+    Callable,
+    Coroutine,
+    Generator,
+    Iterable,
+    Iterator,
+    Mapping,
+    Sequence,
+)
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import (
     AbstractAsyncContextManager,
@@ -681,6 +691,7 @@ def models_from_items(items: list[Any]) -> Iterator[Model]:
 
 # check_circular costs a sixth of the time, and nothing of ours contains itself.
 to_json = json.JSONEncoder(separators=(",", ":"), ensure_ascii=False, allow_nan=False, check_circular=False).encode
+quoted = json.encoder.encode_basestring  # a string as JSON, by the same C function
 # Some clients split lines at these characters, so they are sent as escapes; JSON has them only inside strings.
 LINE_ENDS = (("\u0085", "\\u0085"), ("\u2028", "\\u2028"), ("\u2029", "\\u2029"))
 
@@ -1322,9 +1333,9 @@ CHAT_FIELDS: dict[str, Callable[[Any], Any]] = {
 
 @dataclass(frozen=True, slots=True)
 class ChatRequest:
-    """A request of the chat API."""
+    """What the chat API's answer depends on."""
 
-    prompt: Prompt
+    n: int = 1
     include_usage: bool = False
     has_functions: bool = False  # in the place of tools
 
@@ -1333,12 +1344,11 @@ class ChatRequest:
 
     def document(self, head: Head, answer: Answer) -> JSON:
         document = chat_completion(head, answer)
-        return (
-            {**document, "choices": [*map(as_function_call, document["choices"])]} if self.has_functions else document
-        )
+        choices = map(as_function_call, document["choices"])
+        return {**document, "choices": [*choices]} if self.has_functions else document
 
 
-def parse_chat(body: JSON) -> ChatRequest:
+def parse_chat(body: JSON) -> tuple[Prompt, ChatRequest]:
     """Raises BadRequest for an invalid field; never changes `body`."""
     given = validated(body, CHAT_FIELDS)
     required(given, "model", "messages")
@@ -1359,7 +1369,7 @@ def parse_chat(body: JSON) -> ChatRequest:
         native={name: value for name, value in given.items() if name in NATIVE_FIELDS},
         ignored=(*unknown_fields(body, CHAT_FIELDS), *serial_calls(given)),
     )
-    return ChatRequest(prompt, wants_usage(given), has_functions)
+    return prompt, ChatRequest(prompt.n, wants_usage(given), has_functions)
 
 
 def native_tools(tools: list[Tool | JSON], given: JSON) -> list[JSON]:
@@ -1500,52 +1510,50 @@ def envelope(head: Head, prefix: str, kind: str) -> JSON:
 
 
 class ChatEncoder:
-    """Events to chat.completion.chunk frames."""
+    """Events to chat.completion.chunk frames, as JSON text: most of a chunk is the same in all chunks."""
 
     ID, OBJECT = "chatcmpl-", "chat.completion.chunk"
 
     def __init__(self, head: Head, request: ChatRequest) -> None:
-        self.envelope = envelope(head, self.ID, self.OBJECT)
-        self.include_usage, self.n = request.include_usage, request.prompt.n
+        self.head = to_json(envelope(head, self.ID, self.OBJECT))[:-1] + ',"choices":['
+        self.tail = '],"usage":null}' if request.include_usage else "]}"
+        self.include_usage, self.n = request.include_usage, request.n
         self.usage: Usage | None = None  # the sum over the choices
         self.begun: set[int] = set()  # choices that have had their first delta
 
-    def feed(self, event: Event) -> list[JSON]:
+    def feed(self, event: Event) -> list[str]:
         if self.n > 1 and not self.begun and not isinstance(event, Usage):
             # The OpenAI SDK's stream() fails on choices that do not begin in their order.
-            return [*(self.chunk(choice, {}) for choice in range(self.n)), *self.frames(event)]
+            return [*(self.chunk(choice, "{}") for choice in range(self.n)), *self.frames(event)]
         return self.frames(event)
 
-    def frames(self, event: Event) -> list[JSON]:
+    def frames(self, event: Event) -> list[str]:
         match event:
-            case Text(text, choice):
-                return [self.chunk(choice, {"content": text})]
-            case Thought(text, choice):
-                return [self.chunk(choice, {"reasoning_content": text})]
-            case ToolCall(choice=choice):
-                return [self.chunk(choice, {"tool_calls": [call_delta(event)]})]
+            case Text():
+                return [self.chunk(event.choice, f'{{"content":{quoted(event.text)}}}')]
+            case Thought():
+                return [self.chunk(event.choice, f'{{"reasoning_content":{quoted(event.text)}}}')]
+            case ToolCall():
+                return [self.chunk(event.choice, to_json({"tool_calls": [call_delta(event)]}))]
             case Citations(results, choice):
-                return [{**self.chunk(choice, {"annotations": url_citations(results)}), "web_search": list(results)}]
+                chunk = self.chunk(choice, to_json({"annotations": url_citations(results)}))
+                return [f'{chunk[:-1]},"web_search":{to_json(results)}}}']
             case Usage():
-                self.usage = event + (self.usage or Usage())
+                self.usage = self.usage + event if self.usage else event
                 return []
             case Finish(reason, choice):
-                return [self.chunk(choice, {}, reason)]
+                return [self.chunk(choice, "{}", quoted(reason))]
 
-    def chunk(self, choice: int, delta: JSON, finish_reason: FinishReason | None = None) -> JSON:
+    def chunk(self, choice: int, delta: str, finish_reason: str = "null") -> str:
         if choice not in self.begun:
             self.begun.add(choice)
-            delta = {"role": "assistant", **delta}
-        return self.frame({"index": choice, "delta": delta, "finish_reason": finish_reason})
-
-    def frame(self, choice: JSON) -> JSON:
-        frame = {**self.envelope, "choices": [choice]}
-        return {**frame, "usage": None} if self.include_usage else frame
+            delta = '{"role":"assistant"' + delta.replace("{", "," if len(delta) > 2 else "", 1)
+        return f'{self.head}{{"index":{choice},"delta":{delta},"finish_reason":{finish_reason}}}{self.tail}'
 
     def close(self) -> list[JSON | str]:
         """The frames after the last event: the usage, if it was asked for and Z.ai told it, and the end."""
         if self.include_usage and self.usage:
-            return [{**self.envelope, "choices": [], "usage": usage_body(self.usage)}, "[DONE]"]
+            return [f'{self.head}],"usage":{to_json(usage_body(self.usage))}}}', "[DONE]"]
         return ["[DONE]"]
 
     def fail(self, error: ProxyError) -> list[JSON | str]:
@@ -1554,19 +1562,27 @@ class ChatEncoder:
 
 
 class FunctionEncoder(ChatEncoder):
-    """Events to frames for a client that sent `functions`."""
+    """Events to frames for a client that sent `functions`: with one call at most, which has no id."""
 
-    def frame(self, choice: JSON) -> JSON:
-        return super().frame(as_function_call(choice))
+    def frames(self, event: Event) -> list[str]:
+        match event:
+            case ToolCall(index=0):
+                return [self.chunk(event.choice, to_json({"function_call": call_delta(event)["function"]}))]
+            case ToolCall():
+                return []
+            case Finish("tool_calls", choice):
+                return [self.chunk(choice, "{}", quoted("function_call"))]
+            case _:
+                return super().frames(event)
 
 
 def as_function_call(choice: JSON) -> JSON:
-    """A choice, whole or in a chunk, as it was before there were tools: with one call at most, which has no id."""
-    part = "delta" if "delta" in choice else "message"
-    fields = {name: value for name, value in choice[part].items() if name != "tool_calls"}
-    calls = [call["function"] for call in choice[part].get("tool_calls", ()) if not call.get("index")]
+    """A whole choice as FunctionEncoder streams it."""
+    fields = {name: value for name, value in choice["message"].items() if name != "tool_calls"}
+    calls = [call["function"] for call in choice["message"].get("tool_calls", ())[:1]]
     finish = "function_call" if choice["finish_reason"] == "tool_calls" else choice["finish_reason"]
-    return {**choice, part: fields | ({"function_call": calls[0]} if calls else {}), "finish_reason": finish}
+    message = fields | ({"function_call": calls[0]} if calls else {})
+    return {**choice, "message": message, "finish_reason": finish}
 
 
 def call_body(call: ToolCall) -> JSON:
@@ -1645,7 +1661,7 @@ COMPLETION_FIELDS: dict[str, Callable[[Any], Any]] = {
 
 @dataclass(frozen=True, slots=True)
 class CompletionRequest(ChatRequest):
-    """A request of the completions API. `echo` is what every answer begins with."""
+    """What the completions API's answer depends on. `echo` is what every answer begins with."""
 
     echo: str = ""
 
@@ -1661,7 +1677,7 @@ class CompletionRequest(ChatRequest):
         }
 
 
-def parse_completion(body: JSON) -> CompletionRequest:
+def parse_completion(body: JSON) -> tuple[Prompt, CompletionRequest]:
     """The prompt as a chat. Raises BadRequest for an invalid field."""
     given = validated(body, COMPLETION_FIELDS)
     required(given, "model", "prompt")
@@ -1672,7 +1688,8 @@ def parse_completion(body: JSON) -> CompletionRequest:
         effort=effort_of(given),
         ignored=tuple(unknown_fields(body, COMPLETION_FIELDS)),
     )
-    return CompletionRequest(prompt, wants_usage(given), echo=given["prompt"] if given.get("echo") else "")
+    echo = given["prompt"] if given.get("echo") else ""
+    return prompt, CompletionRequest(prompt.n, wants_usage(given), echo=echo)
 
 
 def completion_messages(prompt: str, suffix: str) -> tuple[Message, ...]:
@@ -1690,7 +1707,7 @@ class CompletionEncoder(ChatEncoder):
         super().__init__(head, request)
         self.echoes = dict.fromkeys(range(self.n), request.echo)  # of the choices that have not begun
 
-    def feed(self, event: Event) -> list[JSON]:
+    def feed(self, event: Event) -> list[str]:
         match event:
             case Text(text, choice):
                 return [self.frame(completion_choice(choice, self.echoes.pop(choice, "") + text, None))]
@@ -1700,6 +1717,9 @@ class CompletionEncoder(ChatEncoder):
                 return super().feed(event)
             case _:
                 return []
+
+    def frame(self, choice: JSON) -> str:
+        return f"{self.head}{to_json(choice)}{self.tail}"
 
 
 def completion_choice(index: int, words: str, finish_reason: FinishReason | None) -> JSON:
@@ -1839,11 +1859,10 @@ class History(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class ResponsesRequest:
-    """A request of the Responses API. `echo` is what the response repeats of it."""
+    """What the Responses API's answer depends on. `echo` is what the response repeats of the request."""
 
-    prompt: Prompt
     echo: JSON
-    input: list[Any]  # after the items of the conversation so far
+    input: list[Any]  # after the items of the conversation so far; empty if the response is not to be stored
     tools: Mapping[str, JSON]  # as the client sent them, by the names that the model knows
     include: tuple[str, ...]
     history: History
@@ -1859,7 +1878,7 @@ class ResponsesRequest:
         return encoder.response()
 
 
-def parse_response(body: JSON, history: History) -> ResponsesRequest:
+def parse_response(body: JSON, history: History) -> tuple[Prompt, ResponsesRequest]:
     """Raises BadRequest for an invalid field and for a previous response that is not stored."""
     given = validated(body, RESPONSE_FIELDS)
     required(given, "model")
@@ -1884,7 +1903,8 @@ def parse_response(body: JSON, history: History) -> ResponsesRequest:
         ignored=(*unknown_fields(body, RESPONSE_FIELDS), *serial_calls(given), *left_out),
     )
     by_name = {parsed.name: tool for tool, parsed in tools if isinstance(parsed, Tool)}
-    return ResponsesRequest(prompt, echo_of(body), [*before, *items], by_name, tuple(given.get("include", ())), history)
+    echo, stored = echo_of(body), [*before, *items] if given.get("store", True) else []
+    return prompt, ResponsesRequest(echo, stored, by_name, tuple(given.get("include", ())), history)
 
 
 def previous_items(given: JSON, history: History) -> list[Any]:
@@ -2364,9 +2384,9 @@ def objects(value: Any) -> Iterator[JSON]:
 
 
 class Encoder(Protocol):
-    """Turns the events of a streamed answer into frames. A frame is a dict, or a string to be sent as it is."""
+    """Turns the events of a streamed answer into frames. A frame is a dict, or a text to be sent as it is."""
 
-    def feed(self, event: Event) -> list[JSON]: ...
+    def feed(self, event: Event) -> Sequence[JSON | str]: ...
 
     def close(self) -> list[JSON | str]: ...
 
@@ -2374,17 +2394,14 @@ class Encoder(Protocol):
 
 
 class SurfaceRequest(Protocol):
-    """A request as a surface has parsed it, and how it is answered: streamed by `encoder`, whole by `document`."""
-
-    @property
-    def prompt(self) -> Prompt: ...
+    """How a request is answered: streamed by `encoder`, whole by `document`. It does not keep the prompt."""
 
     def encoder(self, head: Head) -> Encoder: ...
 
     def document(self, head: Head, answer: Answer) -> JSON: ...
 
 
-Surface = Callable[[JSON, History], SurfaceRequest]
+Surface = Callable[[JSON, History], tuple[Prompt, SurfaceRequest]]
 
 # By path. A new API is a row here, and a request class with an encoder above.
 SURFACES: dict[str, Surface] = {
@@ -2962,10 +2979,11 @@ class ZaiReader:
         self.raw = None
         if self.done:
             return ()
+        if isinstance(document := parse_json(data), dict):
+            return self.read_chunk(document)
         if data.strip() == b"[DONE]":
             return () if self.finish is None else self.end()
-        document = parse_json(data)
-        return self.read_chunk(document) if isinstance(document, dict) else self.read_torn(data)
+        return self.read_torn(data)
 
     def read_torn(self, data: bytes) -> Iterator[Event]:
         chunks, torn, rest = salvage(data.decode("utf-8", "replace"))
@@ -4436,8 +4454,9 @@ class Upstream:
         bodies = [self.bodies(choice_prompt(prompt, choice), account) for choice in range(prompt.n)]
         async with self.account_slot(account), AsyncExitStack() as owner:
             if prompt.n == 1:
-                stream = await self.with_fallbacks(bodies[0], caller, owner)
+                stream = await self.with_fallbacks(bodies.pop(), caller, owner)
                 stream.listener = self.recorder(prompt, account.id)
+                del prompt  # sent
                 yield stream
                 await stream.finish()
             else:
@@ -4445,6 +4464,7 @@ class Upstream:
                 owner.push_async_callback(merged.close)
                 await merged.begin()
                 merged.listener = self.recorder(prompt, account.id)
+                del prompt, bodies
                 yield merged
 
     def account_slot(self, account: Account) -> AbstractAsyncContextManager[None]:
@@ -5131,8 +5151,8 @@ class SSEResponse:
     While Z.ai is silent, comments keep the connection alive: proxies and clients would give it up otherwise.
     """
 
-    def __init__(self, request: web.Request, asked: SurfaceRequest) -> None:
-        self.request, self.asked = request, asked
+    def __init__(self, request: web.Request, asked: SurfaceRequest, model: str) -> None:
+        self.request, self.asked, self.model = request, asked, model
         self.response = web.StreamResponse(headers=STREAM_HEADERS)
         self.encoder: Encoder | None = None  # once the answer has its head
         self.timer = IdleTimer(KEEP_ALIVE_INTERVAL, self.on_idle)
@@ -5173,7 +5193,7 @@ class SSEResponse:
     def failed_encoder(self) -> Encoder:
         """For an answer of which Z.ai sent no head."""
         own_id = self.request[RECORD].id
-        return self.asked.encoder(Head(own_id, int(time.time()), self.asked.prompt.model, own_id, time.time))
+        return self.asked.encoder(Head(own_id, int(time.time()), self.model, own_id, time.time))
 
     @contextmanager
     def kept_alive(self) -> Iterator[None]:
@@ -5198,31 +5218,40 @@ class SSEResponse:
 
 
 async def answer(surface: Surface, request: web.Request) -> web.StreamResponse:
-    """Answers a request of any surface."""
-    settings, record, upstream = request.app[SETTINGS], request[RECORD], request.app[UPSTREAM]
-    body, history = await read_json(request), ClientHistory(request.app[DATABASE], request[ACCOUNT].id)
-    for response_id in referred_responses(body):
-        await history.load(response_id)
-    asked = await unhurried(request, surface, body, history)
-    prompt = with_defaults(asked.prompt, settings, request.headers.get("Accept", ""))
-    form = prompt.reasoning_format or settings.reasoning_format
-    record.model = model_shown(request, prompt.model)
-    record.left_out = ",".join(header_word(name) for name in prompt.ignored if name.startswith("tools."))[:DETAIL_LIMIT]
-    if not prompt.stream:
-        async with upstream.open(prompt, request[ACCOUNT]) as stream:
+    """Answers a request of any surface. Nothing of a prompt is kept once it is sent: agents send long ones."""
+    record, upstream, account = request[RECORD], request.app[UPSTREAM], request[ACCOUNT]
+    prompt, asked = await parse_request_of(surface, request)
+    model, streamed, headers = prompt.model, prompt.stream, ignored_header(prompt)
+    form = prompt.reasoning_format or request.app[SETTINGS].reasoning_format
+    opened = upstream.open(prompt, account)
+    del prompt
+    if not streamed:
+        async with opened as stream:
             whole = await collect(View(stream, record, form))
-            document = asked.document(head_of(stream.info, prompt, record), whole)
-            return json_response(document, headers=answer_headers(prompt, stream.info))
-    response = request[STREAM] = SSEResponse(request, asked)
+            document = asked.document(head_of(stream.info, model, record), whole)
+            return json_response(document, headers=headers | info_headers(stream.info))
+    response = request[STREAM] = SSEResponse(request, asked, model)
     with response.kept_alive():
-        async with upstream.open(prompt, request[ACCOUNT]) as stream:
-            response.begin(head_of(stream.info, prompt, record), answer_headers(prompt, stream.info))
+        async with opened as stream:
+            response.begin(head_of(stream.info, model, record), headers | info_headers(stream.info))
             await response.relay(View(stream, record, form))
     return response.response
 
 
-def head_of(info: AnswerInfo, prompt: Prompt, record: Record) -> Head:
-    return Head(info.id or record.id, info.created or int(time.time()), prompt.model, record.id, time.time)
+async def parse_request_of(surface: Surface, request: web.Request) -> tuple[Prompt, SurfaceRequest]:
+    """The prompt, with the operator's defaults, and how it is to be answered; the record learns the model."""
+    record, history = request[RECORD], ClientHistory(request.app[DATABASE], request[ACCOUNT].id)
+    body = await read_json(request)
+    for response_id in referred_responses(body):
+        await history.load(response_id)
+    prompt, asked = await unhurried(request, surface, body, history)
+    record.model = model_shown(request, prompt.model)
+    record.left_out = ",".join(header_word(name) for name in prompt.ignored if name.startswith("tools."))[:DETAIL_LIMIT]
+    return with_defaults(prompt, request.app[SETTINGS], request.headers.get("Accept", "")), asked
+
+
+def head_of(info: AnswerInfo, model: str, record: Record) -> Head:
+    return Head(info.id or record.id, info.created or int(time.time()), model, record.id, time.time)
 
 
 def model_shown(request: web.Request, name: str) -> str:
@@ -5246,10 +5275,10 @@ def with_defaults(prompt: Prompt, settings: Settings, accept: str) -> Prompt:
 
 
 async def read_json(request: web.Request) -> JSON:
-    try:
-        body = await request.read()
-    except web.RequestPayloadError as error:
-        raise BadRequest(BROKEN_BODY) from error
+    return await decode_body(request, await read_body(request))
+
+
+async def decode_body(request: web.Request, body: bytes) -> JSON:
     trace(f"asked {request.path}", body)
     try:
         return await unhurried(request, parse_request, body)
@@ -5264,6 +5293,20 @@ async def unhurried(request: web.Request, work: Callable[..., R], *arguments: An
     return await asyncio.to_thread(work, *arguments)
 
 
+async def read_body(request: web.Request) -> bytes:
+    """As request.read(), which would keep the body as long as the request. Raises BadRequest for a broken one."""
+    parts, size, limit = [], 0, request.app[SETTINGS].max_body_mb * 2**20
+    try:
+        while part := await request.content.readany():
+            parts.append(part)
+            size += len(part)
+            if size > limit:
+                raise web.HTTPRequestEntityTooLarge(limit, size)
+    except web.RequestPayloadError as error:
+        raise BadRequest(BROKEN_BODY) from error
+    return b"".join(parts)
+
+
 def wants_stream(accept: str, *, default: bool) -> bool:
     """Whether a request without `stream` wants one, by its Accept header."""
     if "application/json" in accept:
@@ -5271,12 +5314,13 @@ def wants_stream(accept: str, *, default: bool) -> bool:
     return "text/event-stream" in accept or default
 
 
-def answer_headers(prompt: Prompt, info: AnswerInfo) -> dict[str, str]:
-    headers = {
-        "x-ztoapi-model": header_word(info.model),
-        "x-ztoapi-ignored": ",".join(map(header_word, prompt.ignored[:32])),
-        "x-zai-request-id": info.request_id,
-    }
+def ignored_header(prompt: Prompt) -> dict[str, str]:
+    ignored = ",".join(map(header_word, prompt.ignored[:32]))
+    return {"x-ztoapi-ignored": ignored} if ignored else {}
+
+
+def info_headers(info: AnswerInfo) -> dict[str, str]:
+    headers = {"x-ztoapi-model": header_word(info.model), "x-zai-request-id": info.request_id}
     return {name: value for name, value in headers.items() if value}
 
 
@@ -5627,10 +5671,11 @@ async def body_and_reader(path: str, request: web.Request) -> tuple[Upload | byt
     renamed = request.app[SETTINGS].model_aliases
     if request.content_type != "application/json" or not (renamed or path == "embeddings"):
         return Upload(request.content.iter_any()) if request.can_read_body else None, PassThroughReader()
-    body = await read_json(request)
+    data = await read_body(request)
+    body = await decode_body(request, data)
     changed = pass_through_body(body, renamed)
     reader = EmbeddingsReader() if body.get("encoding_format") == "base64" else PassThroughReader()
-    return await request.read() if changed == body else encode_request(changed), reader
+    return data if changed == body else encode_request(changed), reader
 
 
 def pass_through_error(error: UpstreamError, path: str, base: str) -> UpstreamError:

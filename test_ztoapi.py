@@ -4424,6 +4424,8 @@ async def test_the_settings_fallbacks_count_where_the_request_has_none(start, za
     response, body = await ask(client, chat(fallbacks=["glm-5"]))
     assert (response.status, error_of(body)["code"]) == (400, "content_filter")
     assert [body["model"] for body in zai.bodies] == ["glm-4.6", "glm-4.5", "glm-4.6", "glm-5"]
+    zai.answers = [refused(1311)]
+    assert (await ask(client, chat(fallbacks=[])))[0].status == 403
 
 
 @over_sockets

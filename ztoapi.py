@@ -935,7 +935,7 @@ class Prompt:
     effort: Effort | None = None
     clear_thinking: bool | None = None  # whether the model forgets its reasoning of earlier turns
     reasoning_format: ReasoningFormat | None = None
-    fallbacks: tuple[str, ...] = ()  # models to ask when the first cannot answer
+    fallbacks: tuple[str, ...] | None = None  # models to ask when the first cannot answer
     native: JSON = field(default_factory=dict)  # Z.ai's own parameters, passed on
     cache_key: str = ""  # what the client knows the conversation by
     ignored: tuple[str, ...] = ()  # fields that cannot be honoured
@@ -4492,11 +4492,11 @@ class Upstream:
 
     def bodies(self, prompt: Prompt, account: Account) -> list[tuple[Model, JSON]]:
         """The request for each model to ask: the one named, then the fallbacks that can take the prompt."""
-        names = (prompt.model, *(prompt.fallbacks or self.settings.fallback_models))
+        names = (prompt.model, *(self.settings.fallback_models if prompt.fallbacks is None else prompt.fallbacks))
         model, *others = (resolve(name, self.settings.model_aliases) for name in names)
         if has_media(prompt):
             model = self.with_vision(model)
-        for asked in (model, *others[: len(prompt.fallbacks)]):
+        for asked in (model, *others[: len(prompt.fallbacks or ())]):
             account.check_model(asked)
         bodies = [(model, zai_body(prompt, model))]
         for other in filter(account.allows, others):

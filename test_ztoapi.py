@@ -2398,6 +2398,15 @@ def test_what_never_ends_is_a_failure(part, monkeypatch):
         read_all([part] * 1001)
 
 
+@pytest.mark.parametrize(
+    "function", [{"name": "f"}, {"arguments": "x" * 2**12}], ids=["calls", "arguments without a name"]
+)
+def test_calls_that_never_end_are_a_failure(function):
+    calls = ({"tool_calls": [{"id": f"{i}" if "name" in function else "", "function": function}]} for i in range(1100))
+    with pytest.raises(UpstreamError, match="without an end"):
+        read_all(stream_of(call) for call in calls)
+
+
 def test_a_torn_frame_that_nothing_follows_is_a_failure():
     for parts in cuts(ONE + ONE[:-20] + END):
         with pytest.raises(UpstreamError):
@@ -6422,6 +6431,9 @@ async def test_odd_lists_of_models_break_nothing(client, zai):
         "glm-9": 5,
         **{f"m{i}": ztoapi.Model("x").created for i in range(len(times))},
     }
+    zai.models = 200, {"data": [{"id": f"m{i}"} for i in range(2000)]}
+    client.app[ztoapi.CATALOG].asked_at = -math.inf
+    assert len(await listed(client)) == 1000 + len(MODELS)
     for path in ("/docs", "/v1/models?client_version=1"):
         async with client.get(path, headers=KEY | {"anthropic-version": "1"}) as response:
             assert response.status == 200

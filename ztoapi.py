@@ -3240,6 +3240,10 @@ class Call:
     empty: bool = True  # no arguments have been sent
 
 
+MAX_CALLS = 1_000
+MAX_NAMELESS = 2**20  # characters of arguments before a name; each further piece would cost more than the one before
+
+
 class CallReader:
     """Turns tool calls as Z.ai streams them into OpenAI's: index from 0, one id each, the name with the first piece.
 
@@ -3260,6 +3264,8 @@ class CallReader:
             str(piece.get("id") or ""),
             name if isinstance(name, str) else "",
         )
+        if len(self.calls) > MAX_CALLS or len(call.waiting) > MAX_NAMELESS:
+            raise UpstreamError(UNAVAILABLE, ENDLESS)
         call.waiting += argument_text(function.get("arguments"))
         if call.name:
             yield from self.flush(call, answer_id)
@@ -3974,6 +3980,8 @@ CONNECT_TIMEOUT = 10  # seconds, including DNS and TLS
 ERROR_BODY_LIMIT = 65536  # bytes of a refusal that are read
 ERROR_BODY_TIMEOUT = 5  # seconds
 GET_TIMEOUT = 5
+GET_LIMIT = 2**22  # bytes
+MAX_LISTED = 1_000  # models
 
 
 class IdleTimer:
@@ -4252,7 +4260,7 @@ class ZaiClient:
         items = as_object(parse_json(body)).get("data")
         if status != 200 or not isinstance(items, list):
             raise zai_error(status, body)
-        return list(models_from_items(items))
+        return list(islice(models_from_items(items), MAX_LISTED))
 
     async def plan_quota(self, key: ZaiKey) -> JSON:
         """What is left of a key's plan; no limits where it has none, and where Z.ai does not say."""
@@ -4273,9 +4281,17 @@ class ZaiClient:
         )
         try:
             async with asking as response:
-                return response.status, await response.read()
+                return response.status, await read_up_to(GET_LIMIT, response.content)
         except (aiohttp.ClientError, asyncio.TimeoutError, ValueError) as error:
             raise connection_error(error) from error
+
+
+async def read_up_to(limit: int, content: aiohttp.StreamReader) -> bytes:
+    """All of a body, or at least its first `limit` bytes."""
+    parts: list[bytes] = []
+    while sum(map(len, parts)) < limit and (part := await content.readany()):
+        parts.append(part)
+    return b"".join(parts)
 
 
 def environment_proxy(origin: str) -> str | None:

@@ -4049,6 +4049,7 @@ class ByteStream:
         self.response = response
         self.reading = False  # silence counts only while we wait for Z.ai, not while the client takes its time
         self.timer = IdleTimer(max_silence, self.give_up)
+        self.packed = "Content-Encoding" in response.headers  # though we asked for identity
         connection = response.connection
         if connection is not None and connection.protocol is not None:  # there is more to come
             connection.protocol.read_timeout = None  # sock_read would set a new timer for every part
@@ -4076,6 +4077,8 @@ class ByteStream:
 
     async def read(self) -> bytes:
         """The next bytes, none at the end. Raises UpstreamError when the connection breaks off, or is silent."""
+        if self.packed:
+            await asyncio.sleep(0)  # a little of it is so much unpacked that no read would ever wait
         self.timer.reset()
         self.reading = True
         try:

@@ -5097,11 +5097,16 @@ async def test_what_is_no_http_is_refused_in_our_shape(client, caplog, data):
 
 
 @over_sockets
-@pytest.mark.parametrize(("expects", "first"), [("100-continue", b"HTTP/1.1 100"), ("miracles", b"HTTP/1.1 417")])
-async def test_what_a_client_expects(client, expects, first):
+@pytest.mark.parametrize(
+    ("expects", "first", "code"),
+    [("100-continue", b"HTTP/1.1 100", b""), ("miracles", b"HTTP/1.1 417", b'"code":"unknown_expectation"')],
+)
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/nothing"])
+async def test_what_a_client_expects(client, expects, first, code, path):
     data = json.dumps(HELLO).encode()
-    head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nx-api-key: sk-your-key\r\nExpect: {expects}\r\nContent-Length: {len(data)}\r\n\r\n"
-    assert (await talk_raw(client, head.encode() + data)).startswith(first)
+    head = POST.format(path, f"Expect: {expects}\r\nContent-Length: {len(data)}").encode()
+    answer = await talk_raw(client, head + data)
+    assert (answer[: len(first)], code in answer) == (first, True)
 
 
 ODD = [
@@ -5762,8 +5767,8 @@ async def test_an_upload_may_be_slow_but_not_stall(start, aiohttp_server, path, 
     app = web.Application(client_max_size=2**30)
     app.router.add_post("/{path:.*}", serve)
     client = await start(zai_base_url=str((await aiohttp_server(app)).make_url("/v4")), upstream_timeout=1)
-    assert (await ask(client, body, path))[0].status == status
-    assert (await stats(client))[0]["in_flight"] == 0
+    response, _ = await asyncio.wait_for(ask(client, body, path), 10)
+    assert (response.status, (await stats(client))[0]["in_flight"]) == (status, 0)
 
 
 @over_sockets
@@ -6412,15 +6417,10 @@ async def test_an_answer_that_is_packed_though_we_did_not_ask_for_it_stops_nobod
 @over_sockets
 async def test_a_path_is_routed_in_linear_time(client):
     started = time.process_time()
-    for path in (
-        "/v1/models/" + "/" * 8100,
-        "/v1/models/" + "a/" * 4050,
-        "/v1" * 2700,
-        "/v1/responses/" + "/" * 8000 + "x",
-    ):
+    for path in ("/v1/models/" + "/" * 8100 + "x", "/v1/models/" + "a/" * 4050, "/v1" * 2700, "/" * 8000) * 3:
         head = f"GET {path} HTTP/1.1\r\nHost: localhost\r\n\r\n"
         assert (await talk_raw(client, head.encode())).startswith((b"HTTP/1.1 401", b"HTTP/1.1 404"))
-    assert time.process_time() - started < 0.4
+    assert time.process_time() - started < 0.5
 
 
 @over_sockets

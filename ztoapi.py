@@ -6079,16 +6079,13 @@ class ClientConnection(RequestHandler):
     async def finish_response(
         self, request: web.BaseRequest, resp: web.StreamResponse, start_time: float | None
     ) -> tuple[web.StreamResponse, bool]:
-        if request.content.exception():  # a broken body has no end that could be waited for
-            request.content.feed_eof()
-            resp.force_close()
         if isinstance(resp, web.HTTPExpectationFailed):  # raised before any middleware
             kind = error_kind(417, "unknown_expectation")
             resp = bare_error(ProxyError(kind, "The only expectation known here is 'Expect: 100-continue'."))
         return await super().finish_response(request, resp, start_time)
 
     def log_exception(self, *words: Any, **how: Any) -> None:
-        """Not for a body that breaks when it is no longer read."""
+        """Not for a broken body of which nothing more is read: the connection just ends."""
         if not isinstance(how.get("exc_info"), web.RequestPayloadError):
             super().log_exception(*words, **how)
 

@@ -5695,6 +5695,15 @@ async def test_a_connection_without_a_whole_head_is_closed(client, impatient, be
 
 
 @over_sockets
+async def test_a_head_without_end_is_not_kept(client):
+    reader, writer = await asyncio.open_connection("127.0.0.1", client.port)
+    writer.write(GET[:-2] + b"".join(b"x%d: %s\r\n" % (i, b"y" * 1000) for i in range(60)))
+    with contextlib.suppress(ConnectionResetError):
+        assert await asyncio.wait_for(reader.read(), 5) == b""
+    writer.close()
+
+
+@over_sockets
 async def test_those_that_ask_nothing_make_room_for_those_that_do(client, monkeypatch):
     monkeypatch.setattr(ztoapi, "MAX_DESCRIPTORS", 0)  # none is left
     silent = [await asyncio.open_connection("127.0.0.1", client.port) for _ in range(10)]

@@ -5982,6 +5982,7 @@ async def drain(app: web.Application) -> None:
 # aiohttp serves them; for what a client may not do to one it has no hooks, so its class gives way to ours.
 
 CHECK_INTERVAL = 5.0  # seconds
+MAX_HEAD = 2**15  # bytes
 READ_TIMEOUT = 30.0  # seconds without a byte, while the rest of a head or a body is missing
 
 
@@ -6010,6 +6011,7 @@ class ClientConnection(RequestHandler):
         self.server, self.write_timeout = server, write_timeout
         self.heard_at = self.read_at = self._loop.time()  # when the client last sent something, and read something
         self.unsent = 0  # bytes of ours that it had not read at the last check
+        self.head_size = 0  # bytes of a head that is not whole
         self.owes_head = True  # it has sent nothing yet, or half a head
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
@@ -6044,6 +6046,9 @@ class ClientConnection(RequestHandler):
         if not (self.owes_head and self.is_idle):  # a head that comes byte by byte has no more time than others
             self.heard_at = self._loop.time()
         self.owes_head = self.is_idle
+        self.head_size = self.head_size + len(data) if self.owes_head else 0
+        if self.head_size > MAX_HEAD:
+            self.force_close()
         if self._messages and not isinstance(self._messages[-1][0], RawRequestMessage):  # an error
             self.break_body()
 

@@ -4042,6 +4042,14 @@ def header_word(words: str) -> str:
     return NO_HEADER_WORD.sub("_", words)[:128]
 
 
+async def read_up_to(limit: int, content: aiohttp.StreamReader) -> bytes:
+    """All of a body, or at least its first `limit` bytes."""
+    parts: list[bytes] = []
+    while sum(map(len, parts)) < limit and (part := await content.readany()):
+        parts.append(part)
+    return b"".join(parts)
+
+
 class ByteStream:
     """The bytes of one answer; whoever opened it owns its connection."""
 
@@ -4064,16 +4072,11 @@ class ByteStream:
     async def check_status(self) -> None:
         """Raises UpstreamError for a refusal that has a status."""
         if not 200 <= self.response.status < 300:
-            parts: list[bytes] = []
-            with suppress(UpstreamError, asyncio.TimeoutError):  # its status says enough
-                await asyncio.wait_for(self.read_error(parts), ERROR_BODY_TIMEOUT)
-            body = b"".join(parts)
+            body = b""
+            with suppress(aiohttp.ClientError, asyncio.TimeoutError):  # its status says enough
+                body = await asyncio.wait_for(read_up_to(ERROR_BODY_LIMIT, self.response.content), ERROR_BODY_TIMEOUT)
             trace(f"received HTTP {self.response.status}", body)
             raise zai_error(self.response.status, body)
-
-    async def read_error(self, parts: list[bytes]) -> None:
-        while sum(map(len, parts)) < ERROR_BODY_LIMIT and (part := await self.read()):
-            parts.append(part)
 
     async def read(self) -> bytes:
         """The next bytes, none at the end. Raises UpstreamError when the connection breaks off, or is silent."""
@@ -4287,14 +4290,6 @@ class ZaiClient:
                 return response.status, await read_up_to(GET_LIMIT, response.content)
         except (aiohttp.ClientError, asyncio.TimeoutError, ValueError) as error:
             raise connection_error(error) from error
-
-
-async def read_up_to(limit: int, content: aiohttp.StreamReader) -> bytes:
-    """All of a body, or at least its first `limit` bytes."""
-    parts: list[bytes] = []
-    while sum(map(len, parts)) < limit and (part := await content.readany()):
-        parts.append(part)
-    return b"".join(parts)
 
 
 def environment_proxy(origin: str) -> str | None:
@@ -6029,15 +6024,10 @@ class ClientConnection(RequestHandler):
     def is_idle(self) -> bool:
         return self._waiter is not None and not self._waiter.done()
 
-    @property
-    def merit(self) -> tuple[bool, float]:
-        """Those that never sent a request go first, then those that have been silent longest."""
-        return self._request_count > 0, self.heard_at
-
     def make_room(self) -> None:
         LOG.warning("file descriptors run out (ulimit -n): connections without a request are closed")
         connections = (known for known in self.server.connections if isinstance(known, ClientConnection))
-        idle = sorted((known for known in connections if known.is_idle), key=attrgetter("merit"))
+        idle = sorted((known for known in connections if known.is_idle), key=attrgetter("heard_at"))
         for connection in idle[: len(idle) // 8 + 1]:
             connection.force_close()
 

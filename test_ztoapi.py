@@ -5704,12 +5704,19 @@ async def test_a_head_without_end_is_not_kept(client):
 
 
 @over_sockets
-async def test_those_that_ask_nothing_make_room_for_those_that_do(client, monkeypatch):
-    monkeypatch.setattr(ztoapi, "MAX_DESCRIPTORS", 0)  # none is left
+@pytest.mark.parametrize(
+    "data", [b"", GET, b"POST /v1/files HTTP/1.1\r\nHost: localhost\r\nContent-Length: 9\r\n\r\nabc"]
+)
+async def test_those_that_ask_nothing_make_room_for_those_that_do(client, monkeypatch, data):
     silent = [await asyncio.open_connection("127.0.0.1", client.port) for _ in range(10)]
-    assert (await talk_raw(client, GET)).startswith(b"HTTP/1.1 200")
     for reader, writer in silent:
-        assert await asyncio.wait_for(reader.read(), 1) == b""
+        writer.write(data)
+        assert not data or await reader.readuntil(b"}")  # one is answered before its body has ended
+    monkeypatch.setattr(ztoapi, "MAX_DESCRIPTORS", 0)  # none is left
+    for _ in silent:
+        assert (await talk_raw(client, GET)).startswith(b"HTTP/1.1 200")
+    for reader, writer in silent:
+        await asyncio.wait_for(reader.read(), 1)
         writer.close()
 
 

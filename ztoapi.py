@@ -6024,10 +6024,15 @@ class ClientConnection(RequestHandler):
     def is_idle(self) -> bool:
         return self._waiter is not None and not self._waiter.done()
 
+    @property
+    def has_request(self) -> bool:
+        """Not while only the rest of a body arrives that was answered before its end."""
+        return self._request_in_progress or bool(self._messages)
+
     def make_room(self) -> None:
         LOG.warning("file descriptors run out (ulimit -n): connections without a request are closed")
         connections = (known for known in self.server.connections if isinstance(known, ClientConnection))
-        idle = sorted((known for known in connections if known.is_idle), key=attrgetter("heard_at"))
+        idle = sorted((known for known in connections if not known.has_request), key=attrgetter("heard_at"))
         for connection in idle[: len(idle) // 8 + 1]:
             connection.force_close()
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import gzip
 import hashlib
 import http.client
@@ -6565,6 +6566,12 @@ def test_the_same_error_is_logged_once_a_minute():
         for i in (1, 1, 2)
     ]
     assert [passes(record) for record in records] == [True, True, True, True, False, True]
+
+
+def test_the_want_of_descriptors_is_no_traceback():
+    record = ztoapi.logging.makeLogRecord({"levelno": 40, "exc_info": (OSError, OSError(errno.EMFILE, "many"), None)})
+    assert ztoapi.RepeatFilter()(record)
+    assert record.exc_info is None
 
 
 # ======== For people ========

@@ -6269,7 +6269,10 @@ class RepeatFilter:
     def __call__(self, record: logging.LogRecord) -> bool:
         if record.levelno < logging.WARNING:
             return True
-        now, words = time.monotonic(), f"{record.getMessage()} {record.exc_info and record.exc_info[1]!r}"
+        error = record.exc_info[1] if record.exc_info else None
+        if isinstance(error, OSError) and error.errno == errno.EMFILE:
+            record.exc_info = None  # asyncio's accept: where it happened says nothing
+        now, words = time.monotonic(), f"{record.getMessage()} {error!r}"
         self.passed = {known: at for known, at in self.passed.items() if now - at < 60}
         return self.passed.setdefault(words, now) == now
 

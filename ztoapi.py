@@ -78,7 +78,7 @@ from contextlib import (
     suppress,
 )
 from contextvars import ContextVar
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import Field, dataclass, field, fields, replace
 from datetime import date, datetime, timedelta, timezone
 from fnmatch import fnmatchcase
 from functools import partial
@@ -129,20 +129,13 @@ def boolean(text: str) -> bool:
     return words[text.lower()]
 
 
-def whole_number(low: int, high: int) -> Callable[[str], int]:
-    def read(text: str) -> int:
-        if not low <= int(text) <= high:
-            raise ValueError(text)
-        return int(text)
-
-    return read
+def one_of(allowed: Sequence[Any], read: Callable[[str], Any] = str.lower) -> Callable[[str], Any]:
+    """A function that reads one of the allowed values, and raises ValueError for any other."""
+    return lambda text: allowed[allowed.index(read(text))]
 
 
-def one_of(*words: str) -> Callable[[str], str]:
-    def read(text: str) -> str:
-        return words[words.index(text.lower())]
-
-    return read
+def whole_number(low: int, high: int) -> Callable[[str], Any]:
+    return one_of(range(low, high + 1), int)
 
 
 def comma_list(text: str) -> tuple[str, ...]:
@@ -151,7 +144,7 @@ def comma_list(text: str) -> tuple[str, ...]:
 
 def keys(text: str) -> tuple[str, ...]:
     found = comma_list(text)
-    if not found or any(re.search(r"[^!-~]", key) for key in found):
+    if not re.fullmatch("[!-~]+", "".join(found)):
         raise ValueError
     return found
 
@@ -235,17 +228,15 @@ class Settings:
     host: str = setting("localhost", address, "one address or host name")
     default_key: tuple[str, ...] = setting((PUBLISHED_KEY,), keys, "keys of plain ASCII, separated by commas")
     debug_mode: bool = setting(default=False, read=boolean, wanted="true or false")
-    zai_api_key: tuple[str, ...] = setting(
-        (), zai_keys, f"Z.ai keys, separated by commas, each KEY or KEY@BASE; {BASES}"
-    )
+    zai_api_key: tuple[str, ...] = setting((), zai_keys, f"KEY or KEY@BASE, several separated by commas; {BASES}")
     zai_base_url: str = setting(GENERAL_URL, base_url, f"an http or https address such as {GENERAL_URL}")
     default_stream: bool = setting(default=False, read=boolean, wanted="true or false")
     enable_thinking: bool | None = setting(None, boolean, "true or false, or empty")
-    reasoning_format: ReasoningFormat = setting("parsed", one_of("parsed", "raw", "hidden"), "parsed, raw or hidden")
+    reasoning_format: ReasoningFormat = setting("parsed", one_of(("parsed", "raw", "hidden")), "parsed, raw or hidden")
     model_aliases: tuple[tuple[str, str], ...] = setting((), aliases, "name=model pairs, separated by commas")
     fallback_models: tuple[str, ...] = setting((), comma_list, "names of models, separated by commas")
     vision_model: str = setting("", str, "the name of a model")
-    reasoning_memory: str = setting("turn", one_of("off", "turn", "all"), "off, turn or all")
+    reasoning_memory: str = setting("turn", one_of(("off", "turn", "all")), "off, turn or all")
     max_concurrency: int = setting(0, whole_number(0, 100_000), "a number of requests, 0 to 100000; 0 = learn it")
     max_retries: int = setting(2, whole_number(0, 10), "a number of times, 0 to 10")
     upstream_timeout: int = setting(300, whole_number(1, 86400), "a number of seconds, 1 to 86400")
@@ -259,10 +250,8 @@ class Settings:
         if not all(self.default_key) or not self.default_key:
             raise SettingsError("DEFAULT_KEY must not be empty: nobody would be kept out")
         if self.published and not is_loopback(self.host):
-            raise SettingsError(
-                f"HOST={self.host} would let others in while DEFAULT_KEY is the published {PUBLISHED_KEY}: "
-                "set DEFAULT_KEY to a key of your own"
-            )
+            problem = f"HOST={self.host} would let others in while DEFAULT_KEY is the published {PUBLISHED_KEY}"
+            raise SettingsError(f"{problem}: set DEFAULT_KEY to a key of your own")
 
     @property
     def published(self) -> bool:
@@ -288,20 +277,19 @@ class Settings:
     @classmethod
     def from_env(cls, env: Mapping[str, str]) -> Settings:
         """Read every variable of the README's table. An empty one counts as not set, except DEFAULT_KEY."""
-        given = (
-            (f, env[f.name.upper()].strip()) for f in fields(cls) if "read" in f.metadata and f.name.upper() in env
-        )
-        used = ((f, text) for f, text in given if text or f.name == "default_key")
-        return cls(**{f.name: read_setting(f.name, text, f.metadata) for f, text in used})
+        variables = [f for f in fields(cls) if "read" in f.metadata and f.name.upper() in env]
+        given = {f: env[f.name.upper()].strip() for f in variables}
+        used = {f.name: read_setting(f, text) for f, text in given.items() if text or f.name == "default_key"}
+        return cls(**used)
 
 
-def read_setting(name: str, text: str, metadata: Mapping[str, Any]) -> Any:
+def read_setting(variable: Field[Any], text: str) -> Any:
     try:
-        return metadata["read"](text)
+        return variable.metadata["read"](text)
     except (ValueError, KeyError):
-        is_secret = name.endswith(("_key", "database_url")) or "@" in text  # a broken key is one too
-        shown = "" if is_secret else f"={text}"
-        raise SettingsError(f"{name.upper()}{shown} cannot be used: it must be {metadata['wanted']}") from None
+        is_secret = variable.name.endswith(("_key", "database_url")) or "@" in text  # a broken key is one too
+        shown = variable.name.upper() + ("" if is_secret else f"={text}")
+        raise SettingsError(f"{shown} cannot be used: it must be {variable.metadata['wanted']}") from None
 
 
 def is_loopback(host: str) -> bool:
@@ -329,18 +317,24 @@ class ErrorKind:
     retry_after: float | None = field(default=None, compare=False)
 
 
-# OpenAI's error type for each status; for any other it is "invalid_request_error".
+# The error types of each status: OpenAI's, and Anthropic's (docs.anthropic.com, "Errors").
 ERROR_TYPES = {
-    402: "insufficient_quota",
-    403: "permission_error",
-    429: "rate_limit_error",
-    **dict.fromkeys((500, 503), "server_error"),
-    **dict.fromkeys((502, 504), "upstream_error"),
+    400: ("invalid_request_error", "invalid_request_error"),
+    401: ("invalid_request_error", "authentication_error"),
+    402: ("insufficient_quota", "billing_error"),
+    403: ("permission_error", "permission_error"),
+    404: ("invalid_request_error", "not_found_error"),
+    413: ("invalid_request_error", "request_too_large"),
+    422: ("invalid_request_error", "invalid_request_error"),
+    429: ("rate_limit_error", "rate_limit_error"),
+    **dict.fromkeys((500, 503), ("server_error", "api_error")),
+    **dict.fromkeys((502, 504), ("upstream_error", "api_error")),
 }
+OTHER_TYPES = ("invalid_request_error", "api_error")
 
 
 def error_kind(status: int, code: str | None, message: str = "", retry_after: float | None = None) -> ErrorKind:
-    return ErrorKind(status, ERROR_TYPES.get(status, "invalid_request_error"), code, message, retry_after)
+    return ErrorKind(status, ERROR_TYPES.get(status, OTHER_TYPES)[0], code, message, retry_after)
 
 
 INTERNAL_ERROR = error_kind(500, "internal_error", "Something went wrong in ztoapi itself; its log has the details.")
@@ -469,21 +463,9 @@ def error_body(error: ProxyError) -> JSON:
     return {"error": {"message": str(error), "type": kind.type, "param": error.param, "code": kind.code}}
 
 
-ANTHROPIC_TYPES = {
-    400: "invalid_request_error",
-    401: "authentication_error",
-    402: "billing_error",
-    403: "permission_error",
-    404: "not_found_error",
-    413: "request_too_large",
-    422: "invalid_request_error",
-    429: "rate_limit_error",
-}
-
-
 def anthropic_error_body(error: ProxyError) -> JSON:
-    """Anthropic's error object (docs.anthropic.com, "Errors")."""
-    kind = ANTHROPIC_TYPES.get(error.kind.status, "api_error")
+    """Anthropic's error object."""
+    kind = ERROR_TYPES.get(error.kind.status, OTHER_TYPES)[1]
     return {"type": "error", "error": {"type": kind, "message": str(error)}}
 
 
@@ -639,7 +621,6 @@ are given, until the task is done; then you say in a few words what you did.
 - Be brief and exact. Name files with their paths. If something is unclear and matters, ask; else choose and go on.
 """
 
-
 # The efforts that Codex may ask for, by the model's kind; it sends no other.
 CODEX_LEVELS: dict[ThinkingKind, tuple[str, ...]] = {
     "none": (),
@@ -652,26 +633,19 @@ CODEX_LEVELS: dict[ThinkingKind, tuple[str, ...]] = {
 def codex_item(model: Model, name: str) -> JSON:
     """A model as Codex CLI lists it (openai/codex, ModelInfo; tried with 0.169)."""
     levels = CODEX_LEVELS[model.thinking]
+    names = {"slug": name, "display_name": name, "description": "GLM through Z.ai's official API"}
+    listing = {"visibility": "list", "supported_in_api": True, "priority": 1, "upgrade": None}
+    verbosity = {"support_verbosity": False, "default_verbosity": None}
+    tools = {"shell_type": "shell_command", "apply_patch_tool_type": "freeform", "experimental_supported_tools": []}
     return {
-        "slug": name,
-        "display_name": name,
-        "description": "GLM through Z.ai's official API",
+        **(names | listing | verbosity | tools),
+        "supports_parallel_tool_calls": True,
+        "truncation_policy": {"mode": "bytes", "limit": 10_000},
+        "base_instructions": CODEX_INSTRUCTIONS,
         "default_reasoning_level": "high" if levels else None,
         "supported_reasoning_levels": [{"effort": level, "description": level} for level in levels],
-        "shell_type": "shell_command",
-        "visibility": "list",
-        "supported_in_api": True,
-        "priority": 1,
-        "upgrade": None,
         "supports_reasoning_summaries": bool(levels),
-        "support_verbosity": False,
-        "default_verbosity": None,
-        "base_instructions": CODEX_INSTRUCTIONS,
-        "apply_patch_tool_type": "freeform",
-        "truncation_policy": {"mode": "bytes", "limit": 10_000},
-        "supports_parallel_tool_calls": True,
         "context_window": model.context or 128 * K,
-        "experimental_supported_tools": [],
         "input_modalities": ["text", "image"] if model.vision else ["text"],
     }
 
@@ -719,7 +693,7 @@ def encode_request(value: Any) -> bytes:
         raise BadRequest("The text has half a surrogate pair (\\ud800 to \\udfff), which is no character.") from None
 
 
-def finite_number(text: str) -> float:
+def finite(text: str) -> float:
     """parse_float hook: rejects NaN and infinities, which Python accepts and JSON lacks."""
     value = float(text)
     if not math.isfinite(value):
@@ -727,7 +701,7 @@ def finite_number(text: str) -> float:
     return value
 
 
-JSON_DECODER = json.JSONDecoder(parse_float=finite_number, parse_constant=finite_number)
+JSON_DECODER = json.JSONDecoder(parse_float=finite, parse_constant=finite)
 
 
 def parse_json(data: bytes) -> Any:
@@ -748,9 +722,7 @@ def unique_names(pairs: list[tuple[str, Any]]) -> JSON:
     return found
 
 
-REQUEST_DECODER = json.JSONDecoder(
-    object_pairs_hook=unique_names, parse_float=finite_number, parse_constant=finite_number
-)
+REQUEST_DECODER = json.JSONDecoder(object_pairs_hook=unique_names, parse_float=finite, parse_constant=finite)
 MAX_VALUES = 1_000_000
 MAX_DEPTH = 100  # nested objects and arrays
 
@@ -941,15 +913,12 @@ class Prompt:
     ignored: tuple[str, ...] = ()  # fields that cannot be honoured
 
 
-def conversation_start(prompt: Prompt) -> Iterator[str]:
+def conversation_start(prompt: Prompt) -> list[str]:
     """What the requests of one conversation have in common: its key, or its system messages and first user message."""
     if prompt.cache_key:
-        yield prompt.cache_key
-        return
+        return [prompt.cache_key]
     first_user = next((message for message in prompt.messages if message.role == "user"), None)
-    for message in prompt.messages:
-        if message.role == "system" or message is first_user:
-            yield message_text(message)
+    return [message_text(message) for message in prompt.messages if message.role == "system" or message is first_user]
 
 
 def message_text(message: Message) -> str:
@@ -1004,9 +973,7 @@ class Choice:
 
     @property
     def tool_calls(self) -> list[ToolCall]:
-        return [
-            replace(pieces[0], arguments="".join(piece.arguments for piece in pieces)) for pieces in self.calls.values()
-        ]
+        return [replace(call[0], arguments="".join(piece.arguments for piece in call)) for call in self.calls.values()]
 
     @property
     def message(self) -> Message:
@@ -1054,39 +1021,37 @@ class ReasoningShape:
 
 
 # ======== Request fields ============================================================================================
-# The checks that OpenAI's APIs share. A check returns the value, converted, or raises ValueError with what it must be.
+# The checks that OpenAI's APIs share.
+
+Check = Callable[[Any], Any]  # returns a value, converted, or raises ValueError with what it must be
 
 
-def of_kind(kind: type, words: str) -> Callable[[Any], Any]:
+def must(words: str, holds: Callable[[Any], bool]) -> Check:
+    """A check that returns the value as it is."""
+
     def check(value: Any) -> Any:
-        if not isinstance(value, kind):
-            raise ValueError(f"must be {words}")
+        if not holds(value):
+            raise ValueError(f"must {words}")
         return value
 
     return check
 
 
-string, switch = of_kind(str, "a string"), of_kind(bool, "true or false")
-array, mapping = of_kind(list, "an array"), of_kind(dict, "an object")
+string = must("be a string", lambda value: isinstance(value, str))
+switch = must("be true or false", lambda value: isinstance(value, bool))
+array = must("be an array", lambda value: isinstance(value, list))
+mapping = must("be an object", lambda value: isinstance(value, dict))
+model_name = must("be the name of a model", lambda value: isinstance(value, str) and 0 < len(value) <= 256)
+reasoning_format = must("be parsed, raw or hidden", lambda value: value in ("parsed", "raw", "hidden"))
 
 
-def model_name(value: Any) -> str:
-    if not 0 < len(string(value)) <= 256:
-        raise ValueError("must be the name of a model")
-    return str(value)
+def number(low: float, high: float) -> Check:
+    kinds = (int, float)  # and not bool, which is an int for isinstance()
+    return must(f"be a number from {low} to {high}", lambda value: type(value) in kinds and low <= value <= high)
 
 
-def number(low: float, high: float, kinds: tuple[type, ...] = (int, float)) -> Callable[[Any], Any]:
-    def check(value: Any) -> Any:
-        if type(value) not in kinds or not low <= value <= high:  # type(): True is an int too
-            raise ValueError(f"must be a {'' if float in kinds else 'whole '}number from {low} to {high}")
-        return value
-
-    return check
-
-
-def integer(low: int, high: int) -> Callable[[Any], Any]:
-    return number(low, high, (int,))
+def integer(low: int, high: int) -> Check:
+    return must(f"be a whole number from {low} to {high}", lambda value: type(value) is int and low <= value <= high)
 
 
 def token_limit(value: Any) -> int | None:
@@ -1113,34 +1078,31 @@ def required(given: JSON, *names: str) -> None:
             raise BadRequest(f"'{name}' is required and must not be empty.", name)
 
 
-def validated(body: JSON, wanted: Mapping[str, Callable[[Any], Any]], at: str = "") -> JSON:
+def checked(value: Any, check: Check, at: str) -> Any:
+    """`value` as its check returns it. Raises BadRequest; `at` is the path of the value in the request."""
+    try:
+        return check(value)
+    except ValueError as error:
+        raise BadRequest(f"'{at}' {error}.", at) from None
+
+
+def validated(body: JSON, wanted: Mapping[str, Check], at: str = "") -> JSON:
     """The known fields of `body` that are not null, each as its check returns it; `at` is the path of `body`.
 
     Raises BadRequest for the first that is wrong, in the client's order.
     """
-    given = {}
-    for name, value in body.items():
-        if value is not None and name in wanted:
-            try:
-                given[name] = wanted[name](value)
-            except ValueError as error:
-                raise BadRequest(f"'{at}{name}' {error}.", at + name) from None
-    return given
+    given = ((name, value) for name, value in body.items() if value is not None and name in wanted)
+    return {name: checked(value, wanted[name], at + name) for name, value in given}
 
 
 # Values that ask for nothing, besides null, 0, false, {} and [].
-NEUTRAL: dict[str, tuple[Any, ...]] = {
-    "modalities": (["text"],),
-    "service_tier": ("auto", "default"),
-    "truncation": ("disabled",),
-}
+NEUTRAL: JSON = {"modalities": [["text"]], "service_tier": ["auto", "default"], "truncation": ["disabled"]}
 
 
-def unknown_fields(body: JSON, known: Iterable[str]) -> Iterator[str]:
+def unknown_fields(body: JSON, known: Iterable[str]) -> list[str]:
     """The fields that ask for something GLM cannot do."""
-    for name, value in body.items():
-        if name not in known and value and value not in NEUTRAL.get(name, ()):
-            yield name
+    unknown = ((name, value) for name, value in body.items() if name not in known)
+    return [name for name, value in unknown if value and value not in NEUTRAL.get(name, ())]
 
 
 # The words for effort in the OpenAI API and its relatives.
@@ -1148,10 +1110,11 @@ EFFORT_LEVELS: tuple[Effort, ...] = ("low", "medium", "high", "xhigh", "max")
 EFFORTS: dict[str, Effort] = {"none": "off", "minimal": "off", **{level: level for level in EFFORT_LEVELS}}
 
 
+known_effort = must(f"be one of {', '.join(EFFORTS)}", lambda value: isinstance(value, str) and value in EFFORTS)
+
+
 def effort(value: Any) -> Effort:
-    if not isinstance(value, str) or value not in EFFORTS:
-        raise ValueError(f"must be one of {', '.join(EFFORTS)}")
-    return EFFORTS[value]
+    return EFFORTS[known_effort(value)]
 
 
 def effort_from_switch(value: Any) -> Effort:
@@ -1195,15 +1158,6 @@ def effort_of(given: JSON) -> Effort | None:
     return next((given[name] for name in EFFORT_FIELDS if given.get(name)), None)
 
 
-def reasoning_format(value: Any) -> Any:
-    if value not in ("parsed", "raw", "hidden"):
-        raise ValueError("must be parsed, raw or hidden")
-    return value
-
-
-STREAM_OPTIONS: dict[str, Callable[[Any], Any]] = {"include_usage": switch}
-
-
 def serial_calls(given: JSON) -> Iterator[str]:
     """The field that asks for one call at a time, which Z.ai cannot be asked for."""
     if given.get("tools") and given.get("parallel_tool_calls") is False:
@@ -1211,12 +1165,12 @@ def serial_calls(given: JSON) -> Iterator[str]:
 
 
 def wants_usage(given: JSON) -> bool:
-    options = validated(given.get("stream_options", {}), STREAM_OPTIONS, "stream_options.")
-    return options.get("include_usage", False) is True
+    options = validated(given.get("stream_options", {}), {"include_usage": switch}, "stream_options.")
+    return bool(options.get("include_usage"))
 
 
 # The fields that every API has, and those that chat and completions share.
-COMMON_FIELDS: dict[str, Callable[[Any], Any]] = {
+COMMON_FIELDS: dict[str, Check] = {
     "model": model_name,
     "stream": switch,
     "temperature": number(0, 2),
@@ -1225,7 +1179,7 @@ COMMON_FIELDS: dict[str, Callable[[Any], Any]] = {
     "user": string,
     "fallbacks": model_names,
 }
-GENERATION_FIELDS: dict[str, Callable[[Any], Any]] = {
+GENERATION_FIELDS: dict[str, Check] = {
     **COMMON_FIELDS,
     "stream_options": mapping,
     "n": integer(1, 8),
@@ -1268,9 +1222,8 @@ def tool_choice(value: Any) -> ToolChoice:
         case {"type": "function", "function": {"name": str(name)}}:
             return ToolChoice("required", (name,))
         case {"type": "allowed_tools", "allowed_tools": {"mode": "auto" | "required" as mode, "tools": [*tools]}}:
-            return ToolChoice(
-                mode, tuple(str(as_object(as_object(tool).get("function")).get("name")) for tool in tools)
-            )
+            functions = (as_object(as_object(tool).get("function")) for tool in tools)
+            return ToolChoice(mode, tuple(str(function.get("name")) for function in functions))
         case _:
             raise ValueError("must be auto, none, required, or name a function")
 
@@ -1315,7 +1268,7 @@ NATIVE_FIELDS = {"do_sample": switch, "request_id": string, "tool_stream": switc
 
 
 # Each known field and its check. Any other is left out and listed as ignored.
-CHAT_FIELDS: dict[str, Callable[[Any], Any]] = {
+CHAT_FIELDS: dict[str, Check] = {
     **GENERATION_FIELDS,
     "messages": array,
     "max_completion_tokens": token_limit,
@@ -1356,6 +1309,7 @@ def parse_chat(body: JSON) -> tuple[Prompt, ChatRequest]:
     if has_functions:
         given |= {"tools": given["functions"], "tool_choice": given.get("function_call", ToolChoice())}
     tools = [parse_tool(tool, f"tools[{i}]") for i, tool in enumerate(given.get("tools", ()))]
+    thinking = validated(as_object(body.get("thinking")), {"clear_thinking": switch}, "thinking.")
     prompt = Prompt(
         **common_arguments(given),
         messages=tuple(parse_message(message, f"messages[{i}]") for i, message in enumerate(given["messages"])),
@@ -1364,7 +1318,7 @@ def parse_chat(body: JSON) -> tuple[Prompt, ChatRequest]:
         native_tools=tuple(native_tools(tools, given)),
         schema=given.get("response_format"),
         effort=effort_of(given),
-        clear_thinking=clear_thinking(body),
+        clear_thinking=thinking.get("clear_thinking"),
         cache_key=str(body.get("prompt_cache_key") or ""),
         native={name: value for name, value in given.items() if name in NATIVE_FIELDS},
         ignored=(*unknown_fields(body, CHAT_FIELDS), *serial_calls(given)),
@@ -1379,32 +1333,27 @@ def native_tools(tools: list[Tool | JSON], given: JSON) -> list[JSON]:
     return native if searches or "web_search_options" not in given else [*native, given["web_search_options"]]
 
 
-def clear_thinking(body: JSON) -> bool | None:
-    said = as_object(body.get("thinking")).get("clear_thinking")
-    if said is not None and not isinstance(said, bool):
-        raise BadRequest("'thinking.clear_thinking' must be true or false.", "thinking.clear_thinking")
-    return said
-
-
 # Z.ai answers 1214 to developer; OpenAI called tools functions before.
 ROLES = {role: role for role in ("system", "user", "assistant", "tool")} | {"developer": "system", "function": "tool"}
+known_role = must(f"be one of {', '.join(ROLES)}", lambda value: isinstance(value, str) and value in ROLES)
+call_name = must("name the call that this message answers", lambda value: isinstance(value, (str, int)) and value != "")
+url_text = must("be an address", lambda value: isinstance(value, str) and value != "")
 
 
 def parse_message(message: Any, at: str) -> Message:
     """One message; `at` is its path in the request, for errors."""
-    if not isinstance(message, dict):
-        raise BadRequest(f"'{at}' must be an object.", at)
-    role = message.get("role")
-    if not isinstance(role, str) or role not in ROLES:
-        raise BadRequest(f"'{at}.role' must be one of {', '.join(ROLES)}.", f"{at}.role")
+    role = ROLES[checked(checked(message, mapping, at).get("role"), known_role, f"{at}.role")]
     content = parse_content(message.get("content"), role, f"{at}.content")
-    match ROLES[role]:
+    match role:
         case "assistant":
-            return Message(role, content, parse_thought(message, at), parse_calls(message, at))
+            thought = message.get("reasoning_content") or message.get("reasoning") or ""
+            checked(thought, string, f"{at}.reasoning_content")
+            return Message(role, content, thought, parse_calls(message, at))
         case "tool":
-            return Message("tool", content, call_id=parse_call_id(message, at))
-        case known:
-            return Message(known, content)
+            call_id = message.get("tool_call_id") or message.get("name")
+            return Message(role, content, call_id=str(checked(call_id, call_name, f"{at}.tool_call_id")))
+        case _:
+            return Message(role, content)
 
 
 def parse_content(content: Any, role: str, at: str) -> tuple[str | Media, ...]:
@@ -1435,22 +1384,11 @@ def parse_part(part: Any, role: str, at: str) -> str | Media:
 
 def parse_media(kind: str, value: Any, at: str) -> Media:
     url = value.get("url") if isinstance(value, dict) else value
-    if not isinstance(url, str) or not url:
-        raise BadRequest(f"'{at}.{kind}.url' must be an address.", f"{at}.{kind}.url")
-    return Media(kind, url)
-
-
-def parse_thought(message: JSON, at: str) -> str:
-    thought = message.get("reasoning_content") or message.get("reasoning") or ""
-    if not isinstance(thought, str):
-        raise BadRequest(f"'{at}.reasoning_content' must be a string.", f"{at}.reasoning_content")
-    return thought
+    return Media(kind, checked(url, url_text, f"{at}.{kind}.url"))
 
 
 def parse_calls(message: JSON, at: str) -> tuple[ToolCall, ...]:
-    calls = message.get("tool_calls") or []
-    if not isinstance(calls, list):
-        raise BadRequest(f"'{at}.tool_calls' must be an array.", f"{at}.tool_calls")
+    calls = checked(message.get("tool_calls") or [], array, f"{at}.tool_calls")
     if message.get("function_call"):  # OpenAI's calls before there were tools: without an id, so the name serves as one
         function = as_object(message["function_call"])
         calls = [*calls, {"id": function.get("name"), "function": function}]
@@ -1471,15 +1409,7 @@ def argument_text(arguments: Any) -> str:
     return arguments if isinstance(arguments, str) else to_json(arguments) if arguments else ""
 
 
-def parse_call_id(message: JSON, at: str) -> str:
-    call_id = message.get("tool_call_id") or message.get("name")
-    call_id = str(call_id) if isinstance(call_id, int) else call_id
-    if not isinstance(call_id, str) or not call_id:
-        raise BadRequest(f"'{at}.tool_call_id' must name the call that this message answers.", f"{at}.tool_call_id")
-    return call_id
-
-
-TOOL_FIELDS: dict[str, Callable[[Any], Any]] = {"name": string, "description": string, "parameters": mapping}
+TOOL_FIELDS: dict[str, Check] = {"name": string, "description": string, "parameters": mapping}
 
 
 def parse_tool(tool: Any, at: str) -> Tool | JSON:
@@ -1497,11 +1427,8 @@ def parse_tool(tool: Any, at: str) -> Tool | JSON:
 
 def usage_body(usage: Usage) -> JSON:
     counts = {"prompt_tokens": usage.prompt, "completion_tokens": usage.completion, "total_tokens": usage.total}
-    return {
-        **counts,
-        "prompt_tokens_details": {"cached_tokens": usage.cached},
-        "completion_tokens_details": {"reasoning_tokens": usage.reasoning},
-    }
+    cached, reasoning = {"cached_tokens": usage.cached}, {"reasoning_tokens": usage.reasoning}
+    return {**counts, "prompt_tokens_details": cached, "completion_tokens_details": reasoning}
 
 
 def envelope(head: Head, prefix: str, kind: str) -> JSON:
@@ -1597,21 +1524,15 @@ def call_delta(call: ToolCall) -> JSON:
 
 
 def url_citations(results: Iterable[JSON]) -> list[JSON]:
-    """Search results as OpenAI's annotations. Z.ai does not say where in the text they belong, so the indexes are 0."""
-    return [
-        {
-            "type": "url_citation",
-            "url_citation": {
-                "url": result["link"],
-                "title": str(result.get("title") or ""),
-                "start_index": 0,
-                "end_index": 0,
-                "content": str(result.get("content") or ""),
-            },
-        }
-        for result in results
-        if isinstance(result.get("link"), str) and result["link"]
-    ]
+    """Search results as OpenAI's annotations."""
+    return [url_citation(result) for result in results if isinstance(result.get("link"), str) and result["link"]]
+
+
+def url_citation(result: JSON) -> JSON:
+    """Z.ai does not say where in the text a result belongs, so the indexes are 0."""
+    title, content = str(result.get("title") or ""), str(result.get("content") or "")
+    cited = {"url": result["link"], "title": title, "start_index": 0, "end_index": 0, "content": content}
+    return {"type": "url_citation", "url_citation": cited}
 
 
 def chat_completion(head: Head, answer: Answer) -> JSON:
@@ -1625,14 +1546,14 @@ def chat_completion(head: Head, answer: Answer) -> JSON:
 
 
 def chat_choice(index: int, choice: Choice) -> JSON:
-    message: JSON = {"role": "assistant", "content": choice.text, "refusal": None}
-    if choice.thought:
-        message["reasoning_content"] = choice.thought
-    if choice.citations:
-        message["annotations"] = url_citations(choice.citations)
-    if choice.calls:
-        message["content"] = choice.text or None
-        message["tool_calls"] = [call_body(call) for call in choice.tool_calls]
+    content = choice.text or (None if choice.calls else "")
+    optional = {
+        "reasoning_content": choice.thought,
+        "annotations": url_citations(choice.citations),
+        "tool_calls": [call_body(call) for call in choice.tool_calls],
+    }
+    told = {name: value for name, value in optional.items() if value}
+    message = {"role": "assistant", "content": content, "refusal": None, **told}
     return {"index": index, "message": message, "logprobs": None, "finish_reason": choice.finish}
 
 
@@ -1642,19 +1563,17 @@ def chat_choice(index: int, choice: Choice) -> JSON:
 
 def one_prompt(value: Any) -> str:
     match value:
-        case str() as words:
-            return words
-        case [str() as words]:
+        case str(words) | [str(words)]:
             return words
         case _:
             raise ValueError("must be a string, or an array of one: GLM takes neither tokens nor several prompts")
 
 
-COMPLETION_FIELDS: dict[str, Callable[[Any], Any]] = {
+COMPLETION_FIELDS: dict[str, Check] = {
     **GENERATION_FIELDS,
     "prompt": one_prompt,
-    "echo": of_kind(bool, "true or false"),
-    "suffix": of_kind(str, "a string"),
+    "echo": switch,
+    "suffix": string,
     "best_of": integer(0, 1),
 }
 
@@ -1790,7 +1709,7 @@ def stored_by_openai(_: Any) -> None:
     raise ValueError("refers to what only OpenAI stores: send the conversation as 'input', or 'previous_response_id'")
 
 
-RESPONSE_FIELDS: dict[str, Callable[[Any], Any]] = {
+RESPONSE_FIELDS: dict[str, Check] = {
     **COMMON_FIELDS,
     "input": response_input,
     "instructions": string,

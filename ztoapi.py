@@ -56,27 +56,9 @@ import time
 from abc import ABC, abstractmethod
 from bisect import bisect_left, insort
 from collections import Counter, defaultdict, deque
-from collections.abc import (
-    AsyncIterator,
-    Awaitable,
-    Callable,
-    Coroutine,
-    Generator,
-    Iterable,
-    Iterator,
-    Mapping,
-    Sequence,
-)
+from collections.abc import AsyncIterator, Awaitable, Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import (
-    AbstractAsyncContextManager,
-    AsyncExitStack,
-    ExitStack,
-    asynccontextmanager,
-    contextmanager,
-    nullcontext,
-    suppress,
-)
+from contextlib import AsyncExitStack, ExitStack, asynccontextmanager, contextmanager, nullcontext, suppress
 from contextvars import ContextVar
 from dataclasses import Field, dataclass, field, fields, replace
 from datetime import date, datetime, timedelta, timezone
@@ -337,68 +319,50 @@ def error_kind(status: int, code: str | None, message: str = "", retry_after: fl
     return ErrorKind(status, ERROR_TYPES.get(status, OTHER_TYPES)[0], code, message, retry_after)
 
 
+# What clients are told, by code, where it is longer than a line of the table below.
+MESSAGE_LINES = """\
+invalid_api_key: The API key is missing or wrong: send this server's key (its DEFAULT_KEY, not a Z.ai key) as \
+'Authorization: Bearer KEY' or 'x-api-key: KEY'.
+zai_api_key_missing: This server has no Z.ai key. Get one at z.ai/manage-apikey (glm-4.7-flash, glm-4.5-flash and \
+glm-4.6v-flash are free), set ZAI_API_KEY and start again; or try it without a key: python ztoapi.py --demo
+zai_authentication: Z.ai did not accept this server's own key: its operator must check ZAI_API_KEY.
+zai_unreachable: Z.ai cannot be reached (connection error, network error): check this server's network, proxy and \
+ZAI_BASE_URL.
+zai_wrong_address: There is no GLM API at this server's ZAI_BASE_URL: its operator must check the address.
+rate_limit_exceeded: Z.ai takes no more requests from this server's key just now: wait a little, or send fewer at \
+the same time.
+insufficient_quota: This server's Z.ai key has no balance for this model. A Coding Plan key needs \
+ZAI_BASE_URL=https://api.z.ai/api/coding/paas/v4; without a plan, add money or use a free model, such as glm-4.7-flash.
+quota_exceeded: The quota of this server's Z.ai key is used up: wait until it is reset, or use another key.
+plan_not_usable: The plan of this server's Z.ai key cannot be used: see z.ai/manage-apikey.
+model_not_available: This server's Z.ai key may not use this model: choose another, or change the plan.
+model_not_found: Z.ai does not know this model, or not for this use: GET /v1/models lists the names, and this \
+server's MODEL_ALIASES can give a model the name a client insists on.
+"""
+MESSAGES = dict(line.split(": ", 1) for line in MESSAGE_LINES.splitlines())
+
 INTERNAL_ERROR = error_kind(500, "internal_error", "Something went wrong in ztoapi itself; its log has the details.")
 STOPPING = error_kind(503, "server_stopping", "The server is stopping: ask again in a moment.")
-INVALID_API_KEY = error_kind(
-    401,
-    "invalid_api_key",
-    "The API key is missing or wrong: send this server's key (its DEFAULT_KEY, not a Z.ai key) "
-    "as 'Authorization: Bearer KEY' or 'x-api-key: KEY'.",
-)
+INVALID_API_KEY = error_kind(401, "invalid_api_key", MESSAGES["invalid_api_key"])
 KEY_EXPIRED = error_kind(401, "key_expired")
 KEY_QUOTA_EXCEEDED = error_kind(402, "key_quota_exceeded")
 KEY_RATE_LIMITED = error_kind(429, "rate_limit_exceeded")
 MODEL_NOT_ALLOWED = error_kind(403, "model_not_allowed")
 OPERATOR_ONLY = error_kind(403, "operator_only", "This is for the operator of this server: send its DEFAULT_KEY.")
 DATABASE_UNAVAILABLE = error_kind(503, "database_unavailable", "This server's database is out of reach: try again.")
-ZAI_API_KEY_MISSING = error_kind(
-    503,
-    "zai_api_key_missing",
-    "This server has no Z.ai key. Get one at z.ai/manage-apikey (glm-4.7-flash, glm-4.5-flash and glm-4.6v-flash "
-    "are free), set ZAI_API_KEY and start again; or try it without a key: python ztoapi.py --demo",
-)
-AUTHENTICATION = error_kind(
-    502, "zai_authentication", "Z.ai did not accept this server's own key: its operator must check ZAI_API_KEY."
-)
+ZAI_API_KEY_MISSING = error_kind(503, "zai_api_key_missing", MESSAGES["zai_api_key_missing"])
+AUTHENTICATION = error_kind(502, "zai_authentication", MESSAGES["zai_authentication"])
 UNAVAILABLE = error_kind(502, "zai_unavailable", "Z.ai could not answer: try again shortly.")
-UNREACHABLE = error_kind(
-    502,
-    "zai_unreachable",
-    "Z.ai cannot be reached (connection error, network error): check this server's network, proxy and ZAI_BASE_URL.",
-)
-WRONG_ADDRESS = error_kind(
-    502, "zai_wrong_address", "There is no GLM API at this server's ZAI_BASE_URL: its operator must check the address."
-)
+UNREACHABLE = error_kind(502, "zai_unreachable", MESSAGES["zai_unreachable"])
+WRONG_ADDRESS = error_kind(502, "zai_wrong_address", MESSAGES["zai_wrong_address"])
 TIMEOUT = error_kind(504, "zai_timeout", "Z.ai was silent for too long (UPSTREAM_TIMEOUT): try again.")
-RATE_LIMITED = error_kind(
-    429,
-    "rate_limit_exceeded",
-    "Z.ai takes no more requests from this server's key just now: wait a little, or send fewer at the same time.",
-    retry_after=1,
-)
+RATE_LIMITED = error_kind(429, "rate_limit_exceeded", MESSAGES["rate_limit_exceeded"], retry_after=1)
 # 402: several agents repeat a request after a 429, for minutes and without a word.
-NO_BALANCE = error_kind(
-    402,
-    "insufficient_quota",
-    "This server's Z.ai key has no balance for this model. A Coding Plan key needs "
-    "ZAI_BASE_URL=https://api.z.ai/api/coding/paas/v4; without a plan, add money or use a free model, "
-    "such as glm-4.7-flash.",
-)
-QUOTA_EXCEEDED = error_kind(
-    402, "quota_exceeded", "The quota of this server's Z.ai key is used up: wait until it is reset, or use another key."
-)
-PLAN_NOT_USABLE = error_kind(
-    403, "plan_not_usable", "The plan of this server's Z.ai key cannot be used: see z.ai/manage-apikey."
-)
-MODEL_NOT_AVAILABLE = error_kind(
-    403, "model_not_available", "This server's Z.ai key may not use this model: choose another, or change the plan."
-)
-MODEL_NOT_FOUND = error_kind(
-    404,
-    "model_not_found",
-    "Z.ai does not know this model, or not for this use: GET /v1/models lists the names, "
-    "and this server's MODEL_ALIASES can give a model the name a client insists on.",
-)
+NO_BALANCE = error_kind(402, "insufficient_quota", MESSAGES["insufficient_quota"])
+QUOTA_EXCEEDED = error_kind(402, "quota_exceeded", MESSAGES["quota_exceeded"])
+PLAN_NOT_USABLE = error_kind(403, "plan_not_usable", MESSAGES["plan_not_usable"])
+MODEL_NOT_AVAILABLE = error_kind(403, "model_not_available", MESSAGES["model_not_available"])
+MODEL_NOT_FOUND = error_kind(404, "model_not_found", MESSAGES["model_not_found"])
 
 # Agents decide by the words "connection error" and "network error" whether to ask again.
 BROKEN_OFF = "Z.ai broke off its answer (connection error, network error): try again."
@@ -415,6 +379,7 @@ class ProxyError(Exception):
     def __init__(self, kind: ErrorKind, message: str = "", param: str | None = None, detail: str = "") -> None:
         super().__init__(kind, message, param, detail)
         self.kind, self.message, self.param, self.detail = kind, message or kind.message, param, detail
+        self.retry_after = kind.retry_after  # in seconds
         self.headers: dict[str, str] = {}  # for the answer that reports it
 
     def __str__(self) -> str:
@@ -439,7 +404,6 @@ class UpstreamError(ProxyError):
         super().__init__(kind, message, detail=detail)
         self.zai_code = zai_code
         self.resets_at = reset_time(detail) if kind == QUOTA_EXCEEDED else None
-        self.retry_after = kind.retry_after
 
     def with_retry_after(self, seconds: float | None) -> UpstreamError:
         """The same error for another client."""
@@ -471,13 +435,9 @@ def anthropic_error_body(error: ProxyError) -> JSON:
 
 def error_headers(error: ProxyError) -> dict[str, str]:
     """The headers that SDKs obey: whether to ask again (x-should-retry), and after how many seconds (Retry-After)."""
-    headers = dict(error.headers)
-    if error.kind not in SHOULD_RETRY:
-        headers["x-should-retry"] = "false"
-    wait = error.retry_after if isinstance(error, UpstreamError) else error.kind.retry_after
-    if wait is not None:
-        headers["Retry-After"] = str(max(1, math.ceil(wait)))
-    return headers
+    refusal = {} if error.kind in SHOULD_RETRY else {"x-should-retry": "false"}
+    wait = {} if error.retry_after is None else {"Retry-After": str(max(1, math.ceil(error.retry_after)))}
+    return error.headers | refusal | wait
 
 
 class Redactor:
@@ -2451,10 +2411,8 @@ CLIENTS = dict(map(parse_client, CLIENT_TABLE.replace("\\\n", "").replace("$xdg"
 def client_examples() -> list[JSON]:
     """What the page shows, with words that it replaces by its own address, key and model."""
     example = ("http://ztoapi.example", "YOUR_KEY", Model("your-model", 1_000_001, 1_000_002, vision=False), "$dir")
-    return [
-        {"command": name, "install": client.install, "lines": client.filled(*example).shell_lines()}
-        for name, client in CLIENTS.items()
-    ]
+    shown = {name: client.filled(*example) for name, client in CLIENTS.items()}
+    return [{"command": name, "install": it.install, "lines": it.shell_lines()} for name, it in shown.items()]
 
 
 # ======== Z.ai: request =============================================================================================
@@ -4249,7 +4207,7 @@ class Batch:
 class MergedStream(LookAhead):
     """Several answers of Z.ai's as one with several choices, since Z.ai has no `n`; events in order of arrival."""
 
-    def __init__(self, attempts: Iterable[Callable[[AsyncExitStack], Coroutine[Any, Any, EventStream]]]) -> None:
+    def __init__(self, attempts: Iterable[Callable[[AsyncExitStack], Awaitable[EventStream]]]) -> None:
         super().__init__()
         self.streams: list[EventStream] = []  # in the order in which they began
         self.owners: list[AsyncExitStack] = []  # of each choice's slot and connection, released when the choice ends
@@ -4276,7 +4234,7 @@ class MergedStream(LookAhead):
             events = [e if isinstance(e, Usage) else replace(e, choice=batch.choice) for e in batch.events]
         return events
 
-    async def first_of(self, choice: int, ask: Callable[[AsyncExitStack], Coroutine[Any, Any, EventStream]]) -> Batch:
+    async def first_of(self, choice: int, ask: Callable[[AsyncExitStack], Awaitable[EventStream]]) -> Batch:
         owner = AsyncExitStack()
         self.owners.append(owner)
         stream = await ask(owner)
@@ -4400,7 +4358,7 @@ class Upstream:
                 del prompt, bodies
                 yield merged
 
-    def account_slot(self, account: Account) -> AbstractAsyncContextManager[None]:
+    def account_slot(self, account: Account) -> asyncio.Semaphore | nullcontext[None]:
         """Waits until fewer requests of the account are in flight than it may have."""
         if account.parallel is None:
             return nullcontext()

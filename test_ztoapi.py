@@ -5874,6 +5874,41 @@ async def test_fallbacks_of_the_client_must_be_allowed_and_those_of_the_operator
 
 
 @over_sockets
+@pytest.mark.parametrize(
+    ("path", "kind", "body", "status"),
+    [
+        ("embeddings", "application/json", b'{"model": "embedding-3"}', 200),
+        ("embeddings", "application/json", b'{"model": "mine"}', 200),
+        ("embeddings", "application/json", b'{"model": "EMBEDDING-2"}', 403),
+        ("images/generations", "application/json", b'{"model": "glm-image"}', 403),
+        ("images/generations", "text/plain", b'{"model": "glm-image"}', 403),
+        ("web_search", "application/json", b"{}", 200),
+    ],
+)
+async def test_what_is_passed_through_is_for_the_models_of_a_key(start, rest, path, kind, body, status):
+    client = await start(zai_base_url=rest.url, model_aliases=(("mine", "embedding-3"),))
+    key = await make_key(client, models="embedding-3")
+    async with client.post(f"/v1/{path}", data=body, headers=key | {"Content-Type": kind}) as response:
+        assert response.status == status, await response.text()
+    assert len(rest.asked) == (status == 200)
+    async with client.get("/v1/files", headers=key) as response:
+        assert response.status == 200
+
+
+@over_sockets
+@pytest.mark.parametrize("form", ["float", "base64"])
+async def test_what_embeddings_tell_is_counted(start, rest, form):
+    key = KEY | {"Content-Type": "application/json"}
+    client, usage = await start(zai_base_url=rest.url), {"prompt_tokens": 8, "total_tokens": 8}
+    rest.parts = [json.dumps(VECTORS | {"usage": usage}).encode()]
+    await ask(client, {"model": "embedding-3", "input": "x", "encoding_format": form}, "/v1/embeddings", key)
+    assert await eventually(lambda: client.app[ztoapi.ACCOUNTS].counted)
+    assert [(key[2], row) for key, row in client.app[ztoapi.ACCOUNTS].take().items()] == [
+        ("embedding-3", [1, 0, 8, 0, 0])
+    ]
+
+
+@over_sockets
 async def test_a_key_sees_only_its_own_models(start):
     client = await start(model_aliases=(("mini", "glm-4.5-air"), ("best", "glm-5.3")))
     async with client.get("/v1/models", headers=await make_key(client, models="glm-4.5*")) as response:
@@ -5970,6 +6005,7 @@ async def test_names_that_nobody_knows_are_counted_as_one(client, zai):
     zai.status, zai.parts = refused(1211, 400)
     for i in range(3):
         await ask(client, chat(model=f"m{i}"))
+    assert await eventually(lambda: sum(row[0] for row in client.app[ztoapi.ACCOUNTS].counted.values()) == 3)
     assert [(key[2], row) for key, row in client.app[ztoapi.ACCOUNTS].take().items()] == [("other", [3, 3, 0, 0, 0])]
 
 
@@ -6153,6 +6189,17 @@ def test_a_database_that_cannot_be_used_stops_the_start(tmp_path, content):
         where.write_bytes(content)
     status, out, words = command_line("--port", "0", DATABASE_URL=f"sqlite:///{where}")
     assert (status, out, words.count("\n")) == (2, "", 1)
+
+
+@pytest.mark.parametrize(
+    ("url", "words"), [("sqlite:////no/folder/z.db", "cannot be used"), ("postgresql://h/d", "psycopg[binary]")]
+)
+def test_a_worker_whose_database_cannot_be_used_is_not_started_again(tmp_path, url, words):
+    (tmp_path / "psycopg.py").write_text("raise ImportError")
+    variables = {"DATABASE_URL": url, "PYTHONPATH": f"{tmp_path}:{PROGRAM.parent}"}
+    command = [sys.executable, "-c", "import ztoapi; ztoapi.create_app()"]
+    done = subprocess.run(command, env=os.environ | variables, capture_output=True, text=True, check=False, timeout=20)
+    assert (done.returncode, done.stderr.count("\n"), words in done.stderr) == (3, 1, True)
 
 
 def test_a_running_server_knows_within_seconds_what_the_command_did(run, tmp_path):

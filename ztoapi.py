@@ -3302,8 +3302,8 @@ def pass_through_body(body: JSON, renamed: Iterable[tuple[str, str]]) -> JSON:
     return {name: value for name, value in (body | changed).items() if name != "encoding_format"}
 
 
-class EmbeddingsReader(PassThroughReader):
-    """Embeddings in base64, which openai-node asks for unasked, and reads nothing else: little-endian float32."""
+class UsageReader(PassThroughReader):
+    """A whole answer that tells its usage."""
 
     def __init__(self) -> None:
         self.held = b""
@@ -3314,6 +3314,15 @@ class EmbeddingsReader(PassThroughReader):
 
     def close(self) -> bytes:
         data, self.held = self.held, b""
+        self.usage = zai_usage(as_object(as_object(parse_json(data)).get("usage"))) if data else self.usage
+        return data
+
+
+class EmbeddingsReader(UsageReader):
+    """Embeddings in base64, which openai-node asks for unasked, and reads nothing else: little-endian float32."""
+
+    def close(self) -> bytes:
+        data = super().close()
         match parse_json(data):
             case {"data": [*items]} as document:
                 return encode_json({**document, "data": [packed_embedding(item) for item in items]})
@@ -5522,6 +5531,7 @@ PASS_THROUGH_ROUTES = (
     *(("GET", path) for path in (f"async-result/{ID}", "files", f"files/{ID}", f"files/{ID}/content")),
     ("DELETE", f"files/{ID}"),
 )
+WITH_USAGE = ("embeddings", "rerank")  # where answers tell it
 # Z.ai's international address answers 1211 or 404 to these (seen in July 2026).
 CHINA_ONLY = ("embeddings", "rerank", "moderations", "audio/speech", "files")
 
@@ -5558,14 +5568,24 @@ async def pass_through(path: str, request: web.Request) -> web.StreamResponse:
 
 
 async def body_and_reader(path: str, request: web.Request) -> tuple[Upload | bytes | None, PassThroughReader]:
-    """The body for Z.ai, streamed unless it is JSON in which something may have to change; and who reads the answer."""
-    renamed = request.app[SETTINGS].model_aliases
-    if request.content_type != "application/json" or not (renamed or path == "embeddings"):
+    """The body for Z.ai, and who reads the answer. A body is streamed unless it is JSON that has to be read.
+
+    Raises ProxyError if the caller may not use the model, or has models to keep to and its body cannot be read.
+    """
+    renamed, account = request.app[SETTINGS].model_aliases, request[ACCOUNT]
+    is_json = request.content_type == "application/json"
+    if account.models and not is_json and request.can_read_body:
+        raise ProxyError(MODEL_NOT_ALLOWED, f"This key may only use {account.models}, so this body must be JSON.")
+    if not is_json or not (renamed or path in WITH_USAGE or not account.is_operator):
         return Upload(request.content.iter_any()) if request.can_read_body else None, PassThroughReader()
     data = await read_body(request)
     body = await decode_body(request, data)
     changed = pass_through_body(body, renamed)
-    reader = EmbeddingsReader() if body.get("encoding_format") == "base64" else PassThroughReader()
+    if isinstance(body.get("model"), str):
+        request[RECORD].model = model_shown(request, body["model"])
+        account.check_model(resolve(changed["model"]))
+    packed = body.get("encoding_format") == "base64"
+    reader = EmbeddingsReader() if packed else UsageReader() if path in WITH_USAGE else PassThroughReader()
     return data if changed == body else encode_request(changed), reader
 
 
@@ -6001,9 +6021,9 @@ END = r"{slash:/*}"
 
 def create_app(settings: Settings | None = None) -> web.Application:
     """The server as an aiohttp application. Without settings, as process managers call it, it reads the environment."""
-    if settings is None:
-        settings = settings_of_worker()
-    database = database_or_exit(settings)
+    failed = 2 if settings else 3  # gunicorn stops when a worker exits with 3; on 2 it restarts the worker for ever
+    settings = settings or settings_of_worker()
+    database = database_or_exit(settings, failed)
     app = web.Application(
         middlewares=[log_requests, local_only],
         client_max_size=settings.max_body_mb * 2**20,
@@ -6168,7 +6188,7 @@ def settings_of_worker() -> Settings:
     try:
         settings = settings_or_exit({})
     except SystemExit:
-        raise SystemExit(3) from None  # gunicorn stops when a worker exits with 3; on 2 it restarts the worker for ever
+        raise SystemExit(3) from None  # see create_app
     set_up_log(settings)
     return settings
 
@@ -6193,14 +6213,14 @@ def settings_or_exit(flags: Mapping[str, str]) -> Settings:
         refuse(error)
 
 
-def database_or_exit(settings: Settings) -> Database:
-    """The database, connected to if it was named or is there; one line on stderr and status 2 if it cannot be used."""
+def database_or_exit(settings: Settings, status: int) -> Database:
+    """The database, connected to if it was named or exists; one line on stderr and the status if it cannot be."""
     database = Database("memory" if settings.demo else settings.database_url)
     try:
         if settings.database_url or database.exists:
             database.call(database.list_accounts)
     except DatabaseError as error:
-        refuse(Redactor(settings.secrets)(str(error)))
+        refuse(redactor(settings)(str(error)), status)
     return database
 
 
@@ -6365,7 +6385,7 @@ def keys_command(settings: Settings, flags: argparse.Namespace) -> None:
     try:
         print(manage_keys(database, flags))
     except (DatabaseError, BadRequest) as error:
-        refuse(Redactor(settings.secrets)(str(error)))
+        refuse(redactor(settings)(str(error)))
     if flags.action == "add" and settings.published:
         print(
             f"DEFAULT_KEY is the published {PUBLISHED_KEY}: nobody else can reach this server until you set "

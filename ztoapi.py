@@ -3476,11 +3476,11 @@ class Accounts:
     def check_budget(self, account: Account, now: float) -> None:
         if account.budget is None or self.tokens_used(account, today := day_of(now)) < account.budget:
             return
-        begins, message = account.period(today)[1], f"This key has used its {account.tokens} tokens"
-        if begins == date.max:
-            raise ProxyError(KEY_QUOTA_EXCEEDED, f"{message}: the operator of this server can give it more.")
-        error = ProxyError(KEY_QUOTA_EXCEEDED, f"{message}; it begins anew on {begins} at 00:00 UTC.")
-        error.headers["Retry-After"] = str(math.ceil(midnight(begins) - now))
+        begins = account.period(today)[1]
+        then = "the operator can give it more" if begins == date.max else f"it begins anew on {begins} at 00:00 UTC"
+        error = ProxyError(KEY_QUOTA_EXCEEDED, f"This key has used its {account.tokens} tokens: {then}.")
+        if begins < date.max:
+            error.headers["Retry-After"] = str(math.ceil(midnight(begins) - now))
         raise error
 
     def check_rate(self, account: Account, seconds: float) -> None:
@@ -4689,8 +4689,10 @@ class Database:
 
     def put_response(self, response_id: str, account_id: str, body: str) -> None:
         self.unsaved[response_id] = (account_id, body)
-        sizes = [len(body) for _, body in self.unsaved.values()]
-        while len(self.unsaved) > self.MAX_UNSAVED or sum(sizes[-len(self.unsaved) :]) > self.MAX_UNSAVED_SIZE:
+        while (
+            len(self.unsaved) > self.MAX_UNSAVED
+            or sum(len(s) for _, s in self.unsaved.values()) > self.MAX_UNSAVED_SIZE
+        ):
             del self.unsaved[next(iter(self.unsaved))]
 
     async def find_response(self, response_id: str, account_id: str) -> str:
@@ -4719,7 +4721,8 @@ class Database:
 
     def connect(self) -> None:
         if self.is_postgres:
-            self.connection = self.driver.connect(self.url, autocommit=True, prepare_threshold=None, connect_timeout=5)
+            waits = {"connect_timeout": 5, "tcp_user_timeout": 10_000}  # a machine that is gone does not answer at all
+            self.connection = self.driver.connect(self.url, autocommit=True, prepare_threshold=None, **waits)
         else:
             if not self.in_memory:
                 os.close(os.open(self.path, os.O_CREAT | os.O_RDWR, 0o600))

@@ -5945,8 +5945,19 @@ ROUTES = [
     (("GET", "/dashboard/keys"), "200 403 401"),
     (("POST", "/dashboard/keys"), "400 403 401"),
     (("DELETE", "/dashboard/keys/gone"), "404 403 401"),
-    *((("GET", path), "200 200 200") for path in ("/health", "/", "/docs", "/dashboard")),
+    (("POST", "/v1/messages/count_tokens"), "400 400 401"),
+    *(((method, f"/v1/{path.replace(ztoapi.ID, 'x')}"), "404 404 401") for method, path in ztoapi.PASS_THROUGH_ROUTES),
+    *((("GET", path), "200 200 200") for path in ("/health", "/", "/docs", "/dashboard", "/api/hello")),
 ]
+
+
+@over_sockets
+async def test_the_table_of_routes_has_every_route(client):
+    routed = set()
+    for method, path in (route for route, _ in ROUTES):
+        request = make_mocked_request(method, path, app=client.app)
+        routed.add((await client.app.router.resolve(request)).route)
+    assert {route for route in client.app.router.routes() if route.method != "HEAD"} == routed
 
 
 @over_sockets

@@ -6346,6 +6346,12 @@ def parse_flags(arguments: list[str]) -> argparse.Namespace:
     return parser.parse_args(own, argparse.Namespace(arguments=arguments[len(own) + 1 :]))
 
 
+def return_large_blocks() -> None:
+    """Let glibc return freed blocks of 64 KB and more: it would keep the memory of all prompts that ever met."""
+    with suppress(ImportError, OSError, TypeError, AttributeError):  # another C library, or another system
+        import_module("ctypes").CDLL(None).mallopt(-3, 2**16)  # M_MMAP_THRESHOLD, mallopt(3)
+
+
 def new_loop() -> asyncio.AbstractEventLoop:
     """uvloop's where it is installed: it needs less processor time."""
     try:
@@ -6374,6 +6380,7 @@ def main(arguments: list[str] | None = None) -> None:
     say(banner(settings, address[1]))
     gc.collect()
     gc.freeze()  # the collector need not look again at what is here now: it stays
+    return_large_blocks()
     web.run_app(app, sock=sockets, print=None, access_log=None, shutdown_timeout=5, backlog=BACKLOG, loop=new_loop())
 
 

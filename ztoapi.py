@@ -7232,7 +7232,7 @@ const reset = t => say("resets ", "重置于 ") + clock(t);
 function allowance({ window, type, percentage, used, allowance, resets_at }) {
   const left = 100 - percentage, spans = { "5h": say("5 hours", "5 小时"), week: say("week", "每周"), month: say("month", "每月") };
   const name = (spans[window] || window) + (type === "TIME_LIMIT" ? say(", search tools", "，搜索工具") : "");
-  const details = [Math.round(left) + say(" % left", " % 剩余"), allowance === null ? "" : number(allowance - used) + " / " + number(allowance), resets_at ? reset(resets_at) : ""];
+  const details = [Math.round(left) + say(" % left", " % 剩余"), allowance === null || used === null ? "" : number(allowance - used) + " / " + number(allowance), resets_at ? reset(resets_at) : ""];
   return make("div", [make("span", name), bar(name, left, 100, left < 10), make("small", details.filter(Boolean).join(" · "))], { className: "allowance" });
 }
 function reason(refusal, now) {

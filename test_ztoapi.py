@@ -7069,6 +7069,22 @@ async def test_the_arrow_keys_choose_a_day_of_the_month(run, browser):
     assert await browser.run(text_of("day") + ".endsWith(': 0')")
 
 
+@over_sockets
+async def test_the_dashboard_shows_what_is_left_of_a_plan_and_what_lowered_a_limit(run, browser, zai):
+    limit = {"type": "CREDIT_LIMIT", "unit": 3, "number": 5, "usage": 12000, "currentValue": 9000, "percentage": 75}
+    zai.quota = 200, json.dumps({"limits": [limit, limit | {"unit": 6, "number": 1, "percentage": 95}]}).encode()
+    zai.answers = [refused(1302)]
+    here = f"http://localhost:{run(ZAI_BASE_URL=zai.url, ZAI_API_KEY='k').port}"
+    async with ztoapi.aiohttp.ClientSession(headers=KEY) as session:
+        await session.post(here + "/v1/chat/completions", json=chat())
+    await open_dashboard(browser, here, "sk-your-key")
+    bars = "[...document.querySelectorAll('#plans progress')].map(bar => bar.ariaLabel + bar.value + bar.className)"
+    assert await browser.sees(f"{bars}.join() === '5 hours25,week5bad'")
+    assert "25 % left · 3,000 / 12,000" in await browser.run(text_of("plans"))
+    assert await browser.sees(text_of("queue-rows") + ".includes('lowered to 1 at')")
+    assert browser.complaints == []
+
+
 def doctor(**variables):
     env = {k: v for k, v in os.environ.items() if k not in {f.name.upper() for f in ztoapi.fields(Settings)}}
     done = subprocess.run(

@@ -299,7 +299,7 @@ class ErrorKind:
     retry_after: float | None = field(default=None, compare=False)
 
 
-# The error types of each status: OpenAI's, and Anthropic's (docs.anthropic.com, "Errors").
+# The error types of each status: OpenAI's, and Anthropic's (docs.anthropic.com, "Errors"). Any other is as 400.
 ERROR_TYPES = {
     400: ("invalid_request_error", "invalid_request_error"),
     401: ("invalid_request_error", "authentication_error"),
@@ -307,16 +307,14 @@ ERROR_TYPES = {
     403: ("permission_error", "permission_error"),
     404: ("invalid_request_error", "not_found_error"),
     413: ("invalid_request_error", "request_too_large"),
-    422: ("invalid_request_error", "invalid_request_error"),
     429: ("rate_limit_error", "rate_limit_error"),
     **dict.fromkeys((500, 503), ("server_error", "api_error")),
     **dict.fromkeys((502, 504), ("upstream_error", "api_error")),
 }
-OTHER_TYPES = ("invalid_request_error", "api_error")
 
 
 def error_kind(status: int, code: str | None, message: str = "", retry_after: float | None = None) -> ErrorKind:
-    return ErrorKind(status, ERROR_TYPES.get(status, OTHER_TYPES)[0], code, message, retry_after)
+    return ErrorKind(status, ERROR_TYPES.get(status, ERROR_TYPES[400])[0], code, message, retry_after)
 
 
 # What clients are told, by code, where it is longer than a line of the table below.
@@ -326,15 +324,11 @@ invalid_api_key: The API key is missing or wrong: send this server's key (its DE
 zai_api_key_missing: This server has no Z.ai key. Get one at z.ai/manage-apikey (glm-4.7-flash, glm-4.5-flash and \
 glm-4.6v-flash are free), set ZAI_API_KEY and start again; or try it without a key: python ztoapi.py --demo
 zai_authentication: Z.ai did not accept this server's own key: its operator must check ZAI_API_KEY.
-zai_unreachable: Z.ai cannot be reached (connection error, network error): check this server's network, proxy and \
-ZAI_BASE_URL.
-zai_wrong_address: There is no GLM API at this server's ZAI_BASE_URL: its operator must check the address.
-rate_limit_exceeded: Z.ai takes no more requests from this server's key just now: wait a little, or send fewer at \
-the same time.
+zai_unreachable: Z.ai cannot be reached (connection error, network error): check network, proxy and ZAI_BASE_URL.
+rate_limit_exceeded: Z.ai takes no more requests from this server's key now: wait a little, or send fewer at a time.
 insufficient_quota: This server's Z.ai key has no balance for this model. A Coding Plan key needs \
 ZAI_BASE_URL=https://api.z.ai/api/coding/paas/v4; without a plan, add money or use a free model, such as glm-4.7-flash.
 quota_exceeded: The quota of this server's Z.ai key is used up: wait until it is reset, or use another key.
-plan_not_usable: The plan of this server's Z.ai key cannot be used: see z.ai/manage-apikey.
 model_not_available: This server's Z.ai key may not use this model: choose another, or change the plan.
 model_not_found: Z.ai does not know this model, or not for this use: GET /v1/models lists the names, and this \
 server's MODEL_ALIASES can give a model the name a client insists on.
@@ -354,13 +348,13 @@ ZAI_API_KEY_MISSING = error_kind(503, "zai_api_key_missing", MESSAGES["zai_api_k
 AUTHENTICATION = error_kind(502, "zai_authentication", MESSAGES["zai_authentication"])
 UNAVAILABLE = error_kind(502, "zai_unavailable", "Z.ai could not answer: try again shortly.")
 UNREACHABLE = error_kind(502, "zai_unreachable", MESSAGES["zai_unreachable"])
-WRONG_ADDRESS = error_kind(502, "zai_wrong_address", MESSAGES["zai_wrong_address"])
+WRONG_ADDRESS = error_kind(502, "zai_wrong_address", "There is no GLM API at this server's ZAI_BASE_URL: check it.")
 TIMEOUT = error_kind(504, "zai_timeout", "Z.ai was silent for too long (UPSTREAM_TIMEOUT): try again.")
 RATE_LIMITED = error_kind(429, "rate_limit_exceeded", MESSAGES["rate_limit_exceeded"], retry_after=1)
 # 402: several agents repeat a request after a 429, for minutes and without a word.
 NO_BALANCE = error_kind(402, "insufficient_quota", MESSAGES["insufficient_quota"])
 QUOTA_EXCEEDED = error_kind(402, "quota_exceeded", MESSAGES["quota_exceeded"])
-PLAN_NOT_USABLE = error_kind(403, "plan_not_usable", MESSAGES["plan_not_usable"])
+PLAN_NOT_USABLE = error_kind(403, "plan_not_usable", "This server's Z.ai plan cannot be used: see z.ai/manage-apikey.")
 MODEL_NOT_AVAILABLE = error_kind(403, "model_not_available", MESSAGES["model_not_available"])
 MODEL_NOT_FOUND = error_kind(404, "model_not_found", MESSAGES["model_not_found"])
 
@@ -429,7 +423,7 @@ def error_body(error: ProxyError) -> JSON:
 
 def anthropic_error_body(error: ProxyError) -> JSON:
     """Anthropic's error object."""
-    kind = ERROR_TYPES.get(error.kind.status, OTHER_TYPES)[1]
+    kind = ERROR_TYPES.get(error.kind.status, ERROR_TYPES[400])[1]
     return {"type": "error", "error": {"type": kind, "message": str(error)}}
 
 
@@ -595,17 +589,15 @@ def codex_item(model: Model, name: str) -> JSON:
     levels = CODEX_LEVELS[model.thinking]
     names = {"slug": name, "display_name": name, "description": "GLM through Z.ai's official API"}
     listing = {"visibility": "list", "supported_in_api": True, "priority": 1, "upgrade": None}
-    verbosity = {"support_verbosity": False, "default_verbosity": None}
-    tools = {"shell_type": "shell_command", "apply_patch_tool_type": "freeform", "experimental_supported_tools": []}
+    tools = {"shell_type": "shell_command", "apply_patch_tool_type": "freeform", "supports_parallel_tool_calls": True}
+    absent: JSON = {"support_verbosity": False, "default_verbosity": None, "experimental_supported_tools": []}
+    limits = {"context_window": model.context or 128 * K, "truncation_policy": {"mode": "bytes", "limit": 10_000}}
     return {
-        **(names | listing | verbosity | tools),
-        "supports_parallel_tool_calls": True,
-        "truncation_policy": {"mode": "bytes", "limit": 10_000},
+        **(names | listing | tools | absent | limits),
         "base_instructions": CODEX_INSTRUCTIONS,
         "default_reasoning_level": "high" if levels else None,
         "supported_reasoning_levels": [{"effort": level, "description": level} for level in levels],
         "supports_reasoning_summaries": bool(levels),
-        "context_window": model.context or 128 * K,
         "input_modalities": ["text", "image"] if model.vision else ["text"],
     }
 
@@ -712,11 +704,11 @@ def parse_request(body: bytes) -> JSON:
         return document
     level: list[Any] = [document]
     for _ in range(MAX_DEPTH):
-        level = [*chain.from_iterable(item.values() if isinstance(item, dict) else item for item in level)]
-        level = [item for item in level if isinstance(item, (dict, list))]
-        if not level:
-            return document
-    raise ValueError(f"it is nested more than {MAX_DEPTH} deep")
+        values = chain.from_iterable(item.values() if isinstance(item, dict) else item for item in level)
+        level = [value for value in values if isinstance(value, (dict, list))]
+    if level:
+        raise ValueError(f"it is nested more than {MAX_DEPTH} deep")
+    return document
 
 
 def as_object(value: Any) -> JSON:
@@ -1335,16 +1327,13 @@ def parse_part(part: Any, role: str, at: str) -> str | Media:
         case {"type": "text", "text": str(words)} | {"type": "refusal", "refusal": str(words)}:
             return words
         case {"type": "image_url" | "video_url" | "file_url" as kind} if role == "user":
-            return parse_media(kind, part.get(kind), at)
+            media = part.get(kind)
+            url = media.get("url") if isinstance(media, dict) else media
+            return Media(kind, checked(url, url_text, f"{at}.{kind}.url"))
         case {"type": "input_audio" | "file" as kind}:
             raise BadRequest(f"'{at}': GLM models do not take {kind} parts.", at)
         case _:
             raise BadRequest(f"'{at}' must be a text part{' or an image_url part' if role == 'user' else ''}.", at)
-
-
-def parse_media(kind: str, value: Any, at: str) -> Media:
-    url = value.get("url") if isinstance(value, dict) else value
-    return Media(kind, checked(url, url_text, f"{at}.{kind}.url"))
 
 
 def parse_calls(message: JSON, at: str) -> tuple[ToolCall, ...]:
@@ -1453,10 +1442,9 @@ class FunctionEncoder(ChatEncoder):
 
     def frames(self, event: Event) -> list[str]:
         match event:
-            case ToolCall(index=0):
-                return [self.chunk(event.choice, to_json({"function_call": call_delta(event)["function"]}))]
             case ToolCall():
-                return []
+                delta = to_json({"function_call": call_delta(event)["function"]})
+                return [] if event.index else [self.chunk(event.choice, delta)]
             case Finish("tool_calls", choice):
                 return [self.chunk(choice, "{}", quoted("function_call"))]
             case _:
@@ -1478,9 +1466,8 @@ def call_body(call: ToolCall) -> JSON:
 
 def call_delta(call: ToolCall) -> JSON:
     """The first piece of a call has its id and name, later ones only arguments."""
-    if call.id:
-        return {"index": call.index, **call_body(call)}
-    return {"index": call.index, "function": {"arguments": call.arguments}}
+    piece = call_body(call) if call.id else {"function": {"arguments": call.arguments}}
+    return {"index": call.index, **piece}
 
 
 def url_citations(results: Iterable[JSON]) -> list[JSON]:
@@ -1497,21 +1484,16 @@ def url_citation(result: JSON) -> JSON:
 
 def chat_completion(head: Head, answer: Answer) -> JSON:
     found = [*chain.from_iterable(choice.citations for choice in answer.choices.values())]
-    return {
-        **envelope(head, "chatcmpl-", "chat.completion"),
-        "choices": [chat_choice(index, choice) for index, choice in sorted(answer.choices.items())],
-        "usage": usage_body(answer.usage or Usage()),
-        **({"web_search": found} if found else {}),
-    }
+    search = {"web_search": found} if found else {}
+    choices = [chat_choice(index, choice) for index, choice in sorted(answer.choices.items())]
+    usage = usage_body(answer.usage or Usage())
+    return {**envelope(head, "chatcmpl-", "chat.completion"), "choices": choices, "usage": usage, **search}
 
 
 def chat_choice(index: int, choice: Choice) -> JSON:
     content = choice.text or (None if choice.calls else "")
-    optional = {
-        "reasoning_content": choice.thought,
-        "annotations": url_citations(choice.citations),
-        "tool_calls": [call_body(call) for call in choice.tool_calls],
-    }
+    calls, citations = [*map(call_body, choice.tool_calls)], url_citations(choice.citations)
+    optional = {"reasoning_content": choice.thought, "annotations": citations, "tool_calls": calls}
     told = {name: value for name, value in optional.items() if value}
     message = {"role": "assistant", "content": content, "refusal": None, **told}
     return {"index": index, "message": message, "logprobs": None, "finish_reason": choice.finish}
@@ -1548,12 +1530,10 @@ class CompletionRequest(ChatRequest):
         return CompletionEncoder(head, self)
 
     def document(self, head: Head, answer: Answer) -> JSON:
-        choices = sorted(answer.choices.items())
-        return {
-            **envelope(head, "cmpl-", "text_completion"),
-            "choices": [completion_choice(index, self.echo + choice.text, choice.finish) for index, choice in choices],
-            "usage": usage_body(answer.usage or Usage()),
-        }
+        found = sorted(answer.choices.items())
+        choices = [completion_choice(index, self.echo + choice.text, choice.finish) for index, choice in found]
+        usage = usage_body(answer.usage or Usage())
+        return {**envelope(head, "cmpl-", "text_completion"), "choices": choices, "usage": usage}
 
 
 def parse_completion(body: JSON) -> tuple[Prompt, CompletionRequest]:
@@ -2306,7 +2286,7 @@ def sse_frame(frame: JSON | str) -> str:
 # How each client is installed, and started with nothing but this server: as one would type it, variables first. $dir is
 # a folder of its own; the file that a client reads from it, if any, comes last.
 
-CLIENT_TABLE = r"""
+CLIENT_TABLE = """\
 claude: npm install -g @anthropic-ai/claude-code
 CLAUDE_CONFIG_DIR=$dir ANTHROPIC_BASE_URL=$origin ANTHROPIC_AUTH_TOKEN=$key ANTHROPIC_API_KEY= ANTHROPIC_MODEL=$model \
 ANTHROPIC_DEFAULT_OPUS_MODEL=$model ANTHROPIC_DEFAULT_SONNET_MODEL=$model ANTHROPIC_DEFAULT_HAIKU_MODEL=$model \
@@ -2320,15 +2300,11 @@ CODEX_HOME=$dir ZTOAPI_KEY=$key codex -c model=$model -c model_provider=ztoapi -
 
 opencode: npm install -g opencode-ai
 $xdg npm_config_cache=$dir/npm OPENCODE_CONFIG=$dir/config.json opencode -m ztoapi/$model
-config.json: {"model": "ztoapi/$model", "provider": {"ztoapi": {"npm": "@ai-sdk/openai-compatible", \
-"options": {"baseURL": "$base", "apiKey": "$key"}, "models": {"$model": {"reasoning": true, "attachment": $vision, \
-"limit": {"context": $context, "output": $output}}}}}}
+config.json: $opencode
 
 kilo: npm install -g @kilocode/cli
 $xdg npm_config_cache=$dir/npm KILO_CONFIG=$dir/config.json kilo -m ztoapi/$model
-config.json: {"model": "ztoapi/$model", "provider": {"ztoapi": {"npm": "@ai-sdk/openai-compatible", \
-"options": {"baseURL": "$base", "apiKey": "$key"}, "models": {"$model": {"reasoning": true, "attachment": $vision, \
-"limit": {"context": $context, "output": $output}}}}}}
+config.json: $opencode
 
 qwen: npm install -g @qwen-code/qwen-code
 QWEN_HOME=$dir NO_UPDATE_NOTIFIER=1 OPENAI_API_KEY=$key OPENAI_BASE_URL=$base OPENAI_MODEL=$model \
@@ -2360,8 +2336,11 @@ $xdg OPENAI_BASE_URL=$base OPENAI_API_KEY=$key gptme --tool-format tool -m local
 llm: pip install llm
 LLM_USER_PATH=$dir LLM_MODEL=$model OPENAI_API_KEY=$key llm
 extra-openai-models.yaml: [{"model_id": "$model", "model_name": "$model", "api_base": "$base", "reasoning": true, \
-"api_key_name": "openai", "supports_tools": true, "supports_schema": true}]
-"""
+"api_key_name": "openai", "supports_tools": true, "supports_schema": true}]"""
+# What clients have in common: opencode's file, and the variables for programs without one for their folder.
+OPENCODE = """{"model": "ztoapi/$model", "provider": {"ztoapi": {"npm": "@ai-sdk/openai-compatible", \
+"options": {"baseURL": "$base", "apiKey": "$key"}, "models": {"$model": {"reasoning": true, "attachment": $vision, \
+"limit": {"context": $context, "output": $output}}}}}}"""
 XDG = "XDG_CONFIG_HOME=$dir/config XDG_DATA_HOME=$dir/data XDG_STATE_HOME=$dir/state XDG_CACHE_HOME=$dir/cache"
 
 
@@ -2405,7 +2384,7 @@ def parse_client(row: str) -> tuple[str, Client]:
     return name, Client(install, variables, words[len(variables) :], dict(file.split(": ", 1) for file in files))
 
 
-CLIENTS = dict(map(parse_client, CLIENT_TABLE.replace("\\\n", "").replace("$xdg", XDG).strip().split("\n\n")))
+CLIENTS = dict(map(parse_client, CLIENT_TABLE.replace("$xdg", XDG).replace("$opencode", OPENCODE).split("\n\n")))
 
 
 def client_examples() -> list[JSON]:

@@ -56,14 +56,14 @@ import time
 from abc import ABC, abstractmethod
 from bisect import bisect_left, insort
 from collections import Counter, defaultdict, deque
-from collections.abc import AsyncIterator, Awaitable, Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Generator, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack, ExitStack, asynccontextmanager, contextmanager, nullcontext, suppress
 from contextvars import ContextVar
 from dataclasses import Field, dataclass, field, fields, replace
 from datetime import date, datetime, timedelta, timezone
 from fnmatch import fnmatchcase
-from functools import partial
+from functools import cached_property, partial
 from http.client import HTTPException
 from importlib import import_module
 from itertools import accumulate, chain, count, groupby, islice, takewhile
@@ -1617,8 +1617,7 @@ def response_tool_choice(value: Any) -> ToolChoice:
 
 
 def response_input(value: Any) -> list[Any]:
-    items: list[Any] = [{"role": "user", "content": value}] if isinstance(value, str) else array(value)
-    return items
+    return [{"role": "user", "content": value}] if isinstance(value, str) else array(value)
 
 
 def qualified_name(item: JSON) -> str:
@@ -1651,51 +1650,29 @@ def stored_by_openai(_: Any) -> None:
 
 RESPONSE_FIELDS: dict[str, Check] = {
     **COMMON_FIELDS,
+    **dict.fromkeys(("instructions", "previous_response_id", "prompt_cache_key"), string),
+    **dict.fromkeys(("store", "parallel_tool_calls"), switch),
+    **dict.fromkeys(("conversation", "prompt"), stored_by_openai),  # to ignore these would lose the memory of a chat
     "input": response_input,
-    "instructions": string,
-    "previous_response_id": string,
-    "store": switch,
     "max_output_tokens": integer(1, 2**31),
     "tools": response_tools,
     "tool_choice": response_tool_choice,
-    "parallel_tool_calls": switch,
     "text": response_format,
     "reasoning": response_effort,
     "include": array,
     "metadata": mapping,
-    "prompt_cache_key": string,
-    "conversation": stored_by_openai,  # to ignore these would lose the memory of a chat
-    "prompt": stored_by_openai,
 }
 
 # Fields of a request that the response repeats, with their defaults.
-ECHOED: JSON = {
-    "instructions": None,
-    "max_output_tokens": None,
-    "metadata": {},
-    "parallel_tool_calls": True,
-    "previous_response_id": None,
-    "prompt_cache_key": None,
-    "reasoning": {"effort": None, "summary": None},
-    "safety_identifier": None,
-    "store": True,
-    "temperature": 1.0,
-    "text": {"format": {"type": "text"}},
-    "tool_choice": "auto",
-    "tools": [],
-    "top_p": 1.0,
-    "user": None,
-}
+ECHOED: JSON = (
+    dict.fromkeys(("instructions", "max_output_tokens", "previous_response_id", "prompt_cache_key"))
+    | {"safety_identifier": None, "user": None, "store": True, "metadata": {}, "temperature": 1.0, "top_p": 1.0}
+    | {"tools": [], "tool_choice": "auto", "parallel_tool_calls": True}
+    | {"reasoning": {"effort": None, "summary": None}, "text": {"format": {"type": "text"}}}
+)
 # The other keys that a response must have: ztoapi ignores what a request says of them.
-FIXED: JSON = {
-    "background": False,
-    "frequency_penalty": 0.0,
-    "max_tool_calls": None,
-    "presence_penalty": 0.0,
-    "service_tier": "default",
-    "top_logprobs": 0,
-    "truncation": "disabled",
-}
+FIXED: JSON = {"background": False, "max_tool_calls": None, "service_tier": "default", "truncation": "disabled"}
+FIXED |= {"frequency_penalty": 0.0, "presence_penalty": 0.0, "top_logprobs": 0}
 MAX_REFERRED = 1_000  # stored responses that one request may refer to
 REASONING_PREFIX = "ztoapi:"  # of our `encrypted_content`: base64 follows, neither encrypted nor signed
 
@@ -1822,6 +1799,10 @@ def echo_of(body: JSON) -> JSON:
     return ECHOED | given | objects | {"tools": tools}
 
 
+# Items of OpenAI-hosted tools, skipped: the assistant's text already has their results.
+OPENAI_ITEMS = ("web_search_call", "file_search_call", "code_interpreter_call", "image_generation_call")
+
+
 def parse_item(item: Any, at: str) -> Iterator[Message]:
     """One item of the input as messages; several items may form one assistant message (see merge_assistant_turns)."""
     match item:
@@ -1845,24 +1826,16 @@ def parse_item(item: Any, at: str) -> Iterator[Message]:
             raise BadRequest(f"'{at}' must be a message, a call of a tool, its output, or reasoning.", at)
 
 
-# Items of OpenAI-hosted tools, skipped: the assistant's text already has their results.
-OPENAI_ITEMS = ("web_search_call", "file_search_call", "code_interpreter_call", "image_generation_call")
-
-
 def hoist_tool_images(messages: Iterable[Message]) -> Iterator[Message]:
     """Move images that tools returned behind the tools' messages: Z.ai takes them only in user messages."""
-    seen: list[Message] = []
-    last = ""
-    for message in messages:
-        if message.role == "user" and last == "tool" and all(isinstance(part, Media) for part in message.content):
-            seen.append(message)
-            continue
-        if message.role != "tool":
-            yield from seen
-            seen = []
-        last = message.role
-        yield message
-    yield from seen
+    for _, run in groupby(messages, is_from_tool):
+        yield from sorted(run, key=lambda message: message.role != "tool")
+
+
+def is_from_tool(message: Message) -> bool:
+    """Whether this may be what a tool returned: its text, or the images beside it."""
+    shows = message.role == "user" and all(isinstance(part, Media) for part in message.content)
+    return message.role == "tool" or shows
 
 
 def as_chat_content(content: Any) -> Any:
@@ -1886,22 +1859,19 @@ def merge_assistant_turns(messages: Iterable[Message]) -> tuple[Message, ...]:
     """The conversation with the assistant's reasoning, text and calls of one turn in one message."""
     turns: list[Message] = []
     for message in messages:
-        last = turns[-1] if turns else None
-        if last and last.role == message.role == "assistant" and continues_turn(last, message):
-            turns[-1] = replace(
-                last,
-                content=last.content + message.content,
-                thought=last.thought + message.thought,
-                calls=last.calls + message.calls,
-            )
-        else:
-            turns.append(message)
+        turns.append(merged(turns.pop(), message) if turns and continues_turn(turns[-1], message) else message)
     return tuple(turns)
 
 
 def continues_turn(before: Message, after: Message) -> bool:
-    """Whether `after` belongs to the same turn, in which reasoning comes first, then text, then calls."""
-    return not (after.content and before.calls) and not (after.thought and (before.content or before.calls))
+    """Whether both are of one turn of the assistant, in which reasoning comes first, then text, then calls."""
+    in_order = not (after.content and before.calls) and not (after.thought and (before.content or before.calls))
+    return before.role == after.role == "assistant" and in_order
+
+
+def merged(before: Message, after: Message) -> Message:
+    content, calls = before.content + after.content, before.calls + after.calls
+    return replace(before, content=content, thought=before.thought + after.thought, calls=calls)
 
 
 def encode_reasoning(thought: str) -> str:
@@ -1938,14 +1908,33 @@ def parse_response_tool(tool: Any, at: str) -> Tool | JSON | None:
 
 # ======== Responses: answer =========================================================================================
 
-ItemKind = Literal["reasoning", "summary", "message", "function_call", "custom_tool_call"]
 
-# The kinds of item that are text: event of the text, event of its part, position of the part, more fields of the first.
-TEXT_EVENTS: dict[ItemKind, tuple[str, str, JSON, JSON]] = {
-    "reasoning": ("reasoning_text", "content_part", {"content_index": 0}, {}),
-    "summary": ("reasoning_summary_text", "reasoning_summary_part", {"summary_index": 0}, {}),
-    "message": ("output_text", "content_part", {"content_index": 0}, {"logprobs": []}),
-}
+@dataclass(frozen=True, slots=True)
+class ItemKind:
+    """A kind of item in a response's output. `events` names the events that tell its text, arguments or input.
+
+    A text is told as the only part of its item, by `part_events`; a call has no parts.
+    """
+
+    type: str
+    prefix: str  # of its id
+    content: str  # the field with its parts, arguments or input
+    events: str
+    part_events: str = ""
+    part_type: str = ""
+    fields: JSON = field(default_factory=dict)  # that every item of the kind has
+
+    @property
+    def logprobs(self) -> JSON:
+        return {"logprobs": []} if self is MESSAGE else {}
+
+
+REASONING = ItemKind("reasoning", "rs", "content", "reasoning_text", "content_part", "reasoning_text", {"summary": []})
+# Reasoning for clients that ask for a summary.
+SUMMARY = ItemKind("reasoning", "rs", "summary", "reasoning_summary_text", "reasoning_summary_part", "summary_text")
+MESSAGE = ItemKind("message", "msg", "content", "output_text", "content_part", "output_text", {"role": "assistant"})
+FUNCTION_CALL = ItemKind("function_call", "fc", "arguments", "function_call_arguments")
+CUSTOM_TOOL_CALL = ItemKind("custom_tool_call", "ctc", "input", "custom_tool_call_input")
 
 # The code of a failed response, by the status that the error has before an answer has begun.
 FAILURE_CODES = {400: "invalid_prompt", 402: "insufficient_quota", 429: "rate_limit_exceeded"}
@@ -1953,7 +1942,7 @@ FAILURE_CODES = {400: "invalid_prompt", 402: "insufficient_quota", 429: "rate_li
 
 @dataclass
 class Item:
-    """One item of a response's output, while events are added; a summary is reasoning for clients that ask for one."""
+    """One item of a response's output, while events are added."""
 
     kind: ItemKind
     id: str
@@ -1973,47 +1962,30 @@ class Item:
         given = parse_json(self.text.encode("utf-8", "surrogatepass"))
         return str(given["input"]) if isinstance(given, dict) and "input" in given else self.text
 
-    @property
+    @cached_property
     def position(self) -> JSON:
-        return {"item_id": self.id, "output_index": self.index}
+        part = {f"{self.kind.content}_index": 0} if self.kind.part_type else {}
+        return {"item_id": self.id, "output_index": self.index, **part}
 
     @property
     def part(self) -> JSON:
-        match self.kind:
-            case "message":
-                return {"type": "output_text", "text": self.text, "annotations": self.annotations, "logprobs": []}
-            case "summary":
-                return {"type": "summary_text", "text": self.text}
-            case _:
-                return {"type": "reasoning_text", "text": self.text}
+        annotations = {"annotations": self.annotations} if self.kind is MESSAGE else {}
+        return {"type": self.kind.part_type, "text": self.text, **annotations, **self.kind.logprobs}
+
+    @property
+    def content(self) -> str | list[JSON]:
+        if self.kind.part_type:
+            return [self.part] if self.pieces else []
+        return self.input if self.kind is CUSTOM_TOOL_CALL else self.text
 
     @property
     def body(self) -> JSON:
-        parts = [self.part] if self.pieces else []
-        match self.kind:
-            case "reasoning":
-                fields: JSON = {"type": "reasoning", "summary": [], "content": parts}
-            case "summary":
-                fields = {"type": "reasoning", "summary": parts}
-            case "message":
-                fields = {"type": "message", "role": "assistant", "content": parts}
-            case "function_call":
-                fields = {"type": "function_call", **self.names, "arguments": self.text}
-            case "custom_tool_call":
-                fields = {"type": "custom_tool_call", **self.names, "input": self.input}
+        fields = {"type": self.kind.type, **self.kind.fields, **self.names, self.kind.content: self.content}
         return {"id": self.id, "status": self.status, **fields}
 
 
 class ResponseEncoder:
     """Events to the events of the Responses API, and to the response that they add up to."""
-
-    PREFIXES: Mapping[ItemKind, str] = {
-        "reasoning": "rs",
-        "summary": "rs",
-        "message": "msg",
-        "function_call": "fc",
-        "custom_tool_call": "ctc",
-    }
 
     def __init__(self, head: Head, request: ResponsesRequest) -> None:
         self.head, self.request = head, request
@@ -2026,7 +1998,7 @@ class ResponseEncoder:
         self.error: JSON | None = None
         self.completed_at: int | None = None
         self.returns_reasoning = "reasoning.encrypted_content" in request.include
-        self.thought_kind: ItemKind = "summary" if request.echo["reasoning"]["summary"] else "reasoning"
+        self.thought_kind = SUMMARY if request.echo["reasoning"]["summary"] else REASONING
 
     def feed(self, event: Event) -> list[JSON]:
         return [*self.opening(), *self.frames(event)]
@@ -2041,7 +2013,7 @@ class ResponseEncoder:
             case Thought(words) if words:
                 yield from self.add_words(self.thought_kind, words)
             case Text(words) if words:
-                yield from self.add_words("message", words)
+                yield from self.add_words(MESSAGE, words)
             case ToolCall():
                 yield from self.add_call(event)
             case Citations(results) if results:
@@ -2053,39 +2025,38 @@ class ResponseEncoder:
                 yield from self.end(self.items)
 
     def add_words(self, kind: ItemKind, words: str) -> Iterator[JSON]:
-        text, part, where, more = TEXT_EVENTS[kind]
         item = self.items[-1] if self.items else None
-        if item is None or item.kind != kind:
+        if item is None or item.kind is not kind:
             item = yield from self.new_item(kind)
-            yield self.frame(f"{part}.added", **item.position, **where, part=item.part)
+            yield self.frame(f"{kind.part_events}.added", **item.position, part=item.part)
         item.pieces.append(words)
-        yield self.frame(f"{text}.delta", **item.position, **where, delta=words, **more)
+        yield self.frame(f"{kind.events}.delta", **item.position, delta=words, **kind.logprobs)
 
     def add_call(self, call: ToolCall) -> Iterator[JSON]:
         item = self.calls.get(call.index)
         if item is None:
             tool = self.request.tools.get(call.name, {"name": call.name})
             names: JSON = {"call_id": call.id, **{key: tool[key] for key in ("name", "namespace") if key in tool}}
-            kind: ItemKind = "custom_tool_call" if tool.get("type") == "custom" else "function_call"
+            kind = CUSTOM_TOOL_CALL if tool.get("type") == "custom" else FUNCTION_CALL
             item = self.calls[call.index] = yield from self.new_item(kind, names)
         item.pieces.append(call.arguments)
-        if item.kind == "function_call" and call.arguments:
+        if item.kind is FUNCTION_CALL and call.arguments:
             yield self.frame("function_call_arguments.delta", **item.position, delta=call.arguments)
 
     def add_citations(self, results: tuple[JSON, ...]) -> Iterator[JSON]:
         """What a search found, as annotations of the last message."""
-        for item in [item for item in self.items if item.kind == "message"][-1:]:
+        for item in [item for item in self.items if item.kind is MESSAGE][-1:]:
             for citation in url_citations(results):
                 cited = {"type": "url_citation", **citation["url_citation"]}
-                where = item.position | {"content_index": 0, "annotation_index": len(item.annotations)}
+                where = item.position | {"annotation_index": len(item.annotations)}
                 item.annotations.append(cited)
                 yield self.frame("output_text.annotation.added", **where, annotation=cited)
 
     def new_item(self, kind: ItemKind, names: JSON | None = None) -> Generator[JSON, None, Item]:
         """Add an item. Text ends where another item begins; calls stay open, since their pieces may alternate."""
-        yield from self.end(item for item in self.items if item.kind in TEXT_EVENTS)
+        yield from self.end(item for item in self.items if item.kind.part_type)
         index = len(self.items)
-        item = Item(kind, f"{self.PREFIXES[kind]}_{self.head.own_id}_{index}", index, names or {})
+        item = Item(kind, f"{kind.prefix}_{self.head.own_id}_{index}", index, names or {})
         self.items.append(item)
         yield self.frame("output_item.added", output_index=index, item=self.body(item))
         return item
@@ -2099,17 +2070,15 @@ class ResponseEncoder:
                 yield self.frame("output_item.done", output_index=item.index, item=self.body(item))
 
     def last_frames(self, item: Item) -> Iterator[JSON]:
-        match item.kind:
-            case "function_call":
-                fields = {"name": item.names["name"], "arguments": item.text}
-                yield self.frame("function_call_arguments.done", **item.position, **fields)
-            case "custom_tool_call":
-                yield self.frame("custom_tool_call_input.delta", **item.position, delta=item.input)
-                yield self.frame("custom_tool_call_input.done", **item.position, input=item.input)
-            case kind:
-                text, part, where, more = TEXT_EVENTS[kind]
-                yield self.frame(f"{text}.done", **item.position, **where, text=item.text, **more)
-                yield self.frame(f"{part}.done", **item.position, **where, part=item.part)
+        kind = item.kind
+        if kind.part_type:
+            yield self.frame(f"{kind.events}.done", **item.position, text=item.text, **kind.logprobs)
+            yield self.frame(f"{kind.part_events}.done", **item.position, part=item.part)
+            return
+        if kind is CUSTOM_TOOL_CALL:  # its input cannot be told before it is complete
+            yield self.frame(f"{kind.events}.delta", **item.position, delta=item.input)
+        name = {"name": item.names["name"]} if kind is FUNCTION_CALL else {}
+        yield self.frame(f"{kind.events}.done", **item.position, **name, **{kind.content: item.content})
 
     def close(self) -> list[JSON | str]:
         self.status = self.final_status
@@ -2132,7 +2101,7 @@ class ResponseEncoder:
         return frame
 
     def body(self, item: Item) -> JSON:
-        if self.returns_reasoning and item.kind in ("reasoning", "summary"):
+        if self.returns_reasoning and item.kind.type == "reasoning":
             return item.body | {"encrypted_content": encode_reasoning(item.text)}
         return item.body
 
@@ -2141,21 +2110,16 @@ class ResponseEncoder:
         return "incomplete" if self.finish in ("length", "content_filter") else "completed"
 
     def response(self) -> JSON:
-        reason = "max_output_tokens" if self.finish == "length" else "content_filter"
-        return {
-            "id": f"resp_{self.head.own_id}",
-            "object": "response",
-            "created_at": self.head.created,
-            "completed_at": self.completed_at,
-            "status": self.status,
-            "error": self.error,
-            "incomplete_details": {"reason": reason} if self.status == "incomplete" else None,
-            "model": self.head.model,
-            "output": [self.body(item) for item in self.items],
-            "usage": response_usage(self.usage) if self.usage else None,
-            **self.request.echo,
-            **FIXED,
-        }
+        head, usage = self.head, response_usage(self.usage) if self.usage else None
+        reason = {"reason": "max_output_tokens" if self.finish == "length" else "content_filter"}
+        times = {"created_at": head.created, "completed_at": self.completed_at}
+        return (
+            {"id": f"resp_{head.own_id}", "object": "response", "model": head.model, **times}
+            | {"status": self.status, "incomplete_details": reason if self.status == "incomplete" else None}
+            | {"error": self.error, "output": [self.body(item) for item in self.items], "usage": usage}
+            | self.request.echo
+            | FIXED
+        )
 
 
 def input_items(stored: StoredResponse, query: Mapping[str, str]) -> JSON:
@@ -2181,13 +2145,9 @@ def input_item(item: JSON, item_id: str) -> JSON:
 
 
 def response_usage(usage: Usage) -> JSON:
-    return {
-        "input_tokens": usage.prompt,
-        "input_tokens_details": {"cached_tokens": usage.cached, "cache_write_tokens": 0},
-        "output_tokens": usage.completion,
-        "output_tokens_details": {"reasoning_tokens": usage.reasoning},
-        "total_tokens": usage.total,
-    }
+    counts = {"input_tokens": usage.prompt, "output_tokens": usage.completion, "total_tokens": usage.total}
+    read = {"cached_tokens": usage.cached, "cache_write_tokens": 0}
+    return {**counts, "input_tokens_details": read, "output_tokens_details": {"reasoning_tokens": usage.reasoning}}
 
 
 # ======== Messages ==================================================================================================
@@ -2242,24 +2202,10 @@ def objects(value: Any) -> Iterator[JSON]:
 # A surface is an API that clients speak: a function that parses a request; the request knows how it is answered.
 
 
-class Encoder(Protocol):
-    """Turns the events of a streamed answer into frames. A frame is a dict, or a text to be sent as it is."""
-
-    def feed(self, event: Event) -> Sequence[JSON | str]: ...
-
-    def close(self) -> list[JSON | str]: ...
-
-    def fail(self, error: ProxyError) -> list[JSON | str]: ...
-
-
-class SurfaceRequest(Protocol):
-    """How a request is answered: streamed by `encoder`, whole by `document`. It does not keep the prompt."""
-
-    def encoder(self, head: Head) -> Encoder: ...
-
-    def document(self, head: Head, answer: Answer) -> JSON: ...
-
-
+# Turns the events of a streamed answer into frames. A frame is a dict, or a text to be sent as it is.
+Encoder = ChatEncoder | ResponseEncoder
+# How a request is answered: streamed by `encoder`, whole by `document`. It does not keep the prompt.
+SurfaceRequest = ChatRequest | CompletionRequest | ResponsesRequest
 Surface = Callable[[JSON, History], tuple[Prompt, SurfaceRequest]]
 
 # By path. A new API is a row here, and a request class with an encoder above.

@@ -56,7 +56,7 @@ import time
 from abc import ABC, abstractmethod
 from bisect import bisect_left, insort
 from collections import Counter, defaultdict, deque
-from collections.abc import AsyncIterator, Awaitable, Callable, Generator, Iterable, Iterator, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack, ExitStack, asynccontextmanager, contextmanager, nullcontext, suppress
 from contextvars import ContextVar
@@ -72,7 +72,7 @@ from pathlib import Path
 from queue import SimpleQueue
 from string import Template
 from threading import Thread
-from typing import Any, Literal, NoReturn, Protocol, TypeVar, cast
+from typing import Any, Literal, NoReturn, Protocol, TypeVar, cast, get_args
 from urllib.parse import quote, unquote, urljoin, urlsplit
 from urllib.request import ProxyHandler, build_opener, getproxies, proxy_bypass
 from weakref import WeakSet
@@ -1710,8 +1710,8 @@ class ResponsesRequest:
         encoder = self.encoder(head)
         for event in answer.events:
             encoder.feed(event)
-        encoder.close()
-        return encoder.response()
+        response: JSON = encoder.close()[0]["response"]
+        return response
 
 
 def parse_response(body: JSON, history: History) -> tuple[Prompt, ResponsesRequest]:
@@ -1993,10 +1993,7 @@ class ResponseEncoder:
         self.items: list[Item] = []
         self.calls: dict[int, Item] = {}  # by the index of the call
         self.usage: Usage | None = None
-        self.status: Literal["in_progress", "completed", "incomplete", "failed"] = "in_progress"
         self.finish: FinishReason = "stop"
-        self.error: JSON | None = None
-        self.completed_at: int | None = None
         self.returns_reasoning = "reasoning.encrypted_content" in request.include
         self.thought_kind = SUMMARY if request.echo["reasoning"]["summary"] else REASONING
 
@@ -2006,7 +2003,7 @@ class ResponseEncoder:
     def opening(self) -> list[JSON]:
         if self.sequence:
             return []
-        return [self.frame("created", response=self.response()), self.frame("in_progress", response=self.response())]
+        return [self.frame(name, response=self.response("in_progress")) for name in ("created", "in_progress")]
 
     def frames(self, event: Event) -> Iterator[JSON]:
         match event:
@@ -2080,20 +2077,19 @@ class ResponseEncoder:
         name = {"name": item.names["name"]} if kind is FUNCTION_CALL else {}
         yield self.frame(f"{kind.events}.done", **item.position, **name, **{kind.content: item.content})
 
-    def close(self) -> list[JSON | str]:
-        self.status = self.final_status
-        self.completed_at = int(self.head.clock()) if self.status == "completed" else None
-        response = self.response()
+    def close(self) -> list[JSON]:
+        status = self.final_status
+        completed_at = int(self.head.clock()) if status == "completed" else None
+        response = self.response(status, completed_at=completed_at)
         if response["store"]:
             self.request.history.put(StoredResponse(response, self.request.input))
-        return [self.frame(self.status, response=response)]
+        return [self.frame(status, response=response)]
 
-    def fail(self, error: ProxyError) -> list[JSON | str]:
+    def fail(self, error: ProxyError) -> list[JSON]:
         too_long = error.kind.code == "context_length_exceeded"  # Codex then says that its context is full
         code = error.kind.code if too_long else FAILURE_CODES.get(error.kind.status, "server_error")
-        opening = self.opening()
-        self.status, self.error = "failed", {"code": code, "message": str(error)}
-        return [*opening, self.frame("failed", response=self.response())]
+        failure = {"code": code, "message": str(error)}
+        return [*self.opening(), self.frame("failed", response=self.response("failed", error=failure))]
 
     def frame(self, event: str, **fields: Any) -> JSON:
         frame = {"type": f"response.{event}", "sequence_number": self.sequence, **fields}
@@ -2109,16 +2105,14 @@ class ResponseEncoder:
     def final_status(self) -> Literal["completed", "incomplete"]:
         return "incomplete" if self.finish in ("length", "content_filter") else "completed"
 
-    def response(self) -> JSON:
+    def response(self, status: str, **outcome: Any) -> JSON:
         head, usage = self.head, response_usage(self.usage) if self.usage else None
         reason = {"reason": "max_output_tokens" if self.finish == "length" else "content_filter"}
-        times = {"created_at": head.created, "completed_at": self.completed_at}
         return (
-            {"id": f"resp_{head.own_id}", "object": "response", "model": head.model, **times}
-            | {"status": self.status, "incomplete_details": reason if self.status == "incomplete" else None}
-            | {"error": self.error, "output": [self.body(item) for item in self.items], "usage": usage}
-            | self.request.echo
-            | FIXED
+            {"id": f"resp_{head.own_id}", "object": "response", "model": head.model, "created_at": head.created}
+            | {"status": status, "incomplete_details": reason if status == "incomplete" else None, "usage": usage}
+            | {"output": [self.body(item) for item in self.items], "completed_at": None, "error": None}
+            | {**outcome, **self.request.echo, **FIXED}
         )
 
 
@@ -2349,7 +2343,9 @@ def zai_body(prompt: Prompt, model: Model) -> JSON:
     It has only fields that Z.ai knows: for one that it dislikes Z.ai fails the whole request, without naming it (1210).
     """
     if not model.vision and has_media(prompt):
-        raise no_vision_error(model)
+        seeing = ", ".join(known.id for known in MODELS.values() if known.vision)
+        message = f"{model.id} does not take images, videos or files; these do: {seeing}."
+        raise BadRequest(message, "messages", "image_not_supported")
     tools, messages = offered_tools(prompt), sendable(prompt.messages)
     body = {
         "model": model.id,
@@ -2417,10 +2413,8 @@ def emulation_lines(prompt: Prompt, tools: list[JSON]) -> Iterator[str]:
     if prompt.tool_choice.mode == "required" and names:
         yield f"Answer by calling {'one of the functions' if len(names) > 1 else 'the function'} {', '.join(names)}."
     if prompt.schema:
-        yield (
-            "Answer with JSON alone, without any other text and without Markdown, valid against this JSON Schema: "
-            + to_json(prompt.schema)
-        )
+        order = "Answer with JSON alone, without any other text and without Markdown, valid against this JSON Schema: "
+        yield order + to_json(prompt.schema)
 
 
 def sendable(messages: Iterable[Message]) -> tuple[Message, ...]:
@@ -2466,15 +2460,12 @@ def with_system_lines(messages: tuple[Message, ...], lines: Iterable[str]) -> tu
 ENABLED, DISABLED = {"thinking": {"type": "enabled"}}, {"thinking": {"type": "disabled"}}
 # Models that always think have three levels; this is the nearest for each effort.
 ALWAYS: dict[Effort, str] = {"off": "low", "low": "low", "medium": "high", "high": "high", "xhigh": "max", "max": "max"}
+WITH_EFFORT: dict[Effort, JSON] = {level: ENABLED | {"reasoning_effort": level} for level in EFFORT_LEVELS}
 # The fields for each kind of model and effort (docs.z.ai, "Thinking Mode"; NousResearch/hermes-agent#85890, #97286).
 THINKING: dict[ThinkingKind, dict[Effort, JSON]] = {
     "none": {},
     "switch": {level: DISABLED if level == "off" else ENABLED for level in ("off", "on", *EFFORT_LEVELS)},
-    "effort": {
-        "off": DISABLED,
-        "on": ENABLED,
-        **{level: ENABLED | {"reasoning_effort": level} for level in EFFORT_LEVELS},
-    },
+    "effort": {"off": DISABLED, "on": ENABLED, **WITH_EFFORT},
     "always": {level: {"reasoning_effort": known} for level, known in ALWAYS.items()},
 }
 
@@ -2494,30 +2485,20 @@ def has_media(prompt: Prompt) -> bool:
     return any(isinstance(part, Media) for message in prompt.messages for part in message.content)
 
 
-def no_vision_error(model: Model) -> BadRequest:
-    seeing = ", ".join(known.id for known in MODELS.values() if known.vision)
-    return BadRequest(
-        f"{model.id} does not take images, videos or files; these do: {seeing}.",
-        "messages",
-        "image_not_supported",
-    )
-
-
 def zai_message(message: Message) -> JSON:
-    return {
-        "role": message.role,
-        "content": zai_content(message.content),
-        **({"reasoning_content": message.thought} if message.thought else {}),
-        **({"tool_calls": [call_body(call) for call in message.calls]} if message.calls else {}),
-        **({"tool_call_id": message.call_id} if message.call_id else {}),
-    }
+    body = {"role": message.role, "content": zai_content(message)}
+    calls = [call_body(call) for call in message.calls]
+    more = {"reasoning_content": message.thought, "tool_calls": calls, "tool_call_id": message.call_id}
+    return body | {name: value for name, value in more.items() if value}
 
 
-def zai_content(content: tuple[str | Media, ...]) -> str | list[JSON]:
+def zai_content(message: Message) -> str | list[JSON]:
     """Text without media is sent as a string: several models answer 1214 to text parts (BerriAI/litellm#25868)."""
-    if any(isinstance(part, Media) for part in content):
-        return [{"type": "text", "text": part} if isinstance(part, str) else zai_media(part) for part in content]
-    return "\n".join(part for part in content if isinstance(part, str))
+    if any(isinstance(part, Media) for part in message.content):
+        return [
+            {"type": "text", "text": part} if isinstance(part, str) else zai_media(part) for part in message.content
+        ]
+    return message_text(message)
 
 
 def zai_media(media: Media) -> JSON:
@@ -2527,10 +2508,8 @@ def zai_media(media: Media) -> JSON:
 
 def zai_tool(tool: Tool) -> JSON:
     parameters = RefInliner(tool.parameters).inline_all()
-    return {
-        "type": "function",
-        "function": {"name": tool.name, "description": tool.description, "parameters": parameters},
-    }
+    function = {"name": tool.name, "description": tool.description, "parameters": parameters}
+    return {"type": "function", "function": function}
 
 
 class RefInliner:
@@ -2542,12 +2521,13 @@ class RefInliner:
 
     MAX_NODES, MAX_DEPTH = 2_000, 100  # objects and arrays in the result; nested
     DATA = ("const", "enum", "default", "examples")  # hold values, not schemas
+    PLACES = ("$defs", "definitions")  # of definitions
 
     def __init__(self, schema: JSON) -> None:
         self.schema = schema
         self.definitions = {
             f"#/{place}/{name}": what
-            for place in ("$defs", "definitions")
+            for place in self.PLACES
             for name, what in as_object(schema.get(place)).items()
             if isinstance(what, dict)
         }
@@ -2555,14 +2535,11 @@ class RefInliner:
         self.has_refs = False  # a reference stays, so its definition must stay too
 
     def inline_all(self) -> JSON:
-        body = {name: part for name, part in self.schema.items() if name not in ("$defs", "definitions")}
+        body = {name: part for name, part in self.schema.items() if name not in self.PLACES}
         inlined: JSON = self.inline(body, (), 0)
         if self.size > self.MAX_NODES:
             return self.schema
-        kept: JSON = {
-            name: self.schema[name] for name in ("$defs", "definitions") if name in self.schema and self.has_refs
-        }
-        return {**inlined, **kept}
+        return inlined | {name: self.schema[name] for name in self.PLACES if self.has_refs and name in self.schema}
 
     def inline(self, part: Any, seen: tuple[str, ...], depth: int) -> Any:
         """`part` with its references replaced; `seen` are the definitions that it is inside of."""
@@ -2576,14 +2553,10 @@ class RefInliner:
             case {"$ref": str(ref)}:
                 self.has_refs = True
                 return part
-            case dict():
-                return without_null(
-                    {
-                        name: value if name in self.DATA else self.inline(value, seen, depth + 1)
-                        for name, value in part.items()
-                        if name != "$schema" or isinstance(value, dict)  # a property may have this name
-                    }
-                )
+            case dict():  # a property may have the name $schema
+                kept = {name: value for name, value in part.items() if name != "$schema" or isinstance(value, dict)}
+                schemas = {name: self.inline(kept[name], seen, depth + 1) for name in kept if name not in self.DATA}
+                return without_null(kept | schemas)
             case _:
                 return [self.inline(value, seen, depth + 1) for value in part]
 
@@ -2602,14 +2575,10 @@ def without_null(schema: JSON) -> JSON:
 
 INVALID = error_kind(400, "zai_{}", "Z.ai did not accept the request: change what it names.")  # {}: Z.ai's code
 OTHER = error_kind(502, "zai_{}", "Z.ai refused the request.")
-OVERLOADED = replace(
-    RATE_LIMITED,
-    message="The model is overloaded at Z.ai: wait some seconds, or choose another model.",
-    retry_after=5,
-)
-CONTEXT_LENGTH_EXCEEDED = error_kind(
-    400, "context_length_exceeded", "The messages are longer than the model can read: shorten them."
-)
+OVERLOADED_TEXT = "The model is overloaded at Z.ai: wait some seconds, or choose another model."
+OVERLOADED = replace(RATE_LIMITED, message=OVERLOADED_TEXT, retry_after=5)
+TOO_LONG_TEXT = "The messages are longer than the model can read: shorten them."
+CONTEXT_LENGTH_EXCEEDED = error_kind(400, "context_length_exceeded", TOO_LONG_TEXT)
 CONTENT_FILTER = error_kind(400, "content_filter", "Z.ai's content filter refused the request: rephrase it.")
 
 # Z.ai's codes (docs.z.ai, "Error Codes", with docs.bigmodel.cn's of July 2026).
@@ -2634,6 +2603,7 @@ KINDS_BY_CODE = {
 
 # For refusals without such a code. Z.ai's gateway answers 404 in shapes of its own to a wrong path.
 KINDS_BY_STATUS = {400: INVALID, 401: AUTHENTICATION, 404: WRONG_ADDRESS, 429: RATE_LIMITED}
+KINDS_BY_STATUS |= dict.fromkeys(range(300, 400), WRONG_ADDRESS)  # following a redirect would take the key elsewhere
 
 
 def zai_error(status: int, body: bytes | JSON) -> UpstreamError:
@@ -2660,13 +2630,9 @@ def code_and_text(document: Any) -> tuple[str, str]:
 
 
 def kind_without_code(status: int, code: str, document: Any) -> ErrorKind:
-    if status >= 500:
-        return UNAVAILABLE
-    if 300 <= status < 400:  # following a redirect would take the key elsewhere
-        return WRONG_ADDRESS
     if status in KINDS_BY_STATUS and not (code and status == 404):
         return KINDS_BY_STATUS[status]
-    if isinstance(document, dict) and (code or status >= 400):
+    if status < 500 and isinstance(document, dict) and (code or status >= 400):
         return replace(OTHER, status=status if status >= 400 else 502)
     return UNAVAILABLE
 
@@ -2718,14 +2684,8 @@ class SSEDecoder:
         return [event for event in events if event]
 
 
-FINISH_REASONS: dict[str, FinishReason] = {
-    "stop": "stop",
-    "length": "length",
-    "tool_calls": "tool_calls",
-    "sensitive": "content_filter",
-    "content_filter": "content_filter",
-    "model_context_window_exceeded": "length",
-}
+FINISH_REASONS: dict[str, FinishReason] = {reason: reason for reason in get_args(FinishReason)}
+FINISH_REASONS |= {"sensitive": "content_filter", "model_context_window_exceeded": "length"}
 MAX_HELD = 64 * 2**20  # bytes
 ENDLESS = "Z.ai sent an answer without an end: try again."
 
@@ -2834,12 +2794,10 @@ class ZaiReader:
                 events.append(Text(words))
             else:
                 events += self.read_text(self.tags.feed(words) if self.tags else (Text(words),))
-        if isinstance(pieces := delta.get("tool_calls"), list):
-            for piece in pieces:
-                if (
-                    as_object(piece).get("type", "function") in ("function", None) and piece
-                ):  # Z.ai's mcp calls are its own
-                    events += self.calls.feed(as_object(piece), self.id)
+        if pieces := delta.get("tool_calls"):
+            for piece in objects(pieces):
+                if piece and piece.get("type") in ("function", None):  # Z.ai calls those of type mcp itself
+                    events += self.calls.feed(piece, self.id)
         return events
 
     def read_text(self, pieces: Iterable[TextPiece]) -> Iterator[Event]:
@@ -2896,11 +2854,11 @@ def salvage(data: str) -> tuple[list[JSON], int, str]:
     chunks: list[JSON] = []
     torn = read = 0
     for i, start in enumerate(starts[:-1]):
-        for width in (1, 2, 4, 8, 16):  # text inside a whole chunk may look like a start; no more, for linear time
-            if start >= read:
-                found, end = chunks_in(data[start : starts[min(i + width, len(starts) - 1)]])
-                chunks += found
-                torn, read = (torn + (start > read), start + end) if found else (torn, read)
+        if start >= read:
+            # Text inside a whole chunk may look like a start. No more than 16 of them, for linear time.
+            found, end = chunks_in(data[start : starts[min(i + 16, len(starts) - 1)]])
+            chunks += found
+            torn, read = (torn + (start > read), start + end) if found else (torn, read)
     return chunks, torn, data[read:].removeprefix("[DONE]")
 
 
@@ -3055,17 +3013,14 @@ class CallReader:
 
     def __init__(self) -> None:
         self.calls: list[Call] = []
-        self.by_index: dict[int, Call] = {}  # the newest call with each of Z.ai's indexes
+        self.known: dict[int | str, Call] = {}  # the newest call with each of Z.ai's indexes and ids
         self.ids: set[str] = set()  # those already used
 
     def feed(self, piece: JSON, answer_id: str) -> Iterator[ToolCall]:
         function = as_object(piece.get("function"))
         index, name = piece.get("index"), function.get("name")
-        call = self.find(
-            index if isinstance(index, int) and index >= 0 else None,
-            str(piece.get("id") or ""),
-            name if isinstance(name, str) else "",
-        )
+        index = index if isinstance(index, int) and index >= 0 else None
+        call = self.find(index, str(piece.get("id") or ""), name if isinstance(name, str) else "")
         if len(self.calls) > MAX_CALLS or len(call.waiting) > MAX_NAMELESS:
             raise UpstreamError(UNAVAILABLE, ENDLESS)
         call.waiting += argument_text(function.get("arguments"))
@@ -3080,19 +3035,14 @@ class CallReader:
 
     def find(self, index: int | None, given_id: str, name: str) -> Call:
         """The call that a piece belongs to, perhaps a new one."""
-        if index is not None:
-            call = self.by_index.get(index)
-        elif given_id:
-            call = next((known for known in self.calls if known.given_id == given_id), None)
-        else:
-            call = None
+        keys = [key for key in (index, given_id) if key not in (None, "")]
+        call = self.known.get(keys[0]) if keys else None
         if call is None and not name and self.calls:
             call = self.calls[-1]
         if call is None or (name and (differ(given_id, call.given_id) or differ(name, call.name))):
             call = Call(len(self.calls))
             self.calls.append(call)
-        if index is not None:
-            self.by_index[index] = call
+        self.known |= dict.fromkeys(keys, call)
         call.given_id, call.name = call.given_id or given_id, call.name or name
         return call
 
@@ -3121,13 +3071,10 @@ def differ(one: str, other: str) -> bool:
 
 def zai_usage(usage: JSON) -> Usage:
     prompt, completion = as_int(usage.get("prompt_tokens")), as_int(usage.get("completion_tokens"))
-    return Usage(
-        prompt,
-        completion,
-        as_int(usage.get("total_tokens")) or prompt + completion,
-        as_int(as_object(usage.get("prompt_tokens_details")).get("cached_tokens")),
-        as_int(as_object(usage.get("completion_tokens_details")).get("reasoning_tokens")),
-    )
+    cached = as_int(as_object(usage.get("prompt_tokens_details")).get("cached_tokens"))
+    reasoning = as_int(as_object(usage.get("completion_tokens_details")).get("reasoning_tokens"))
+    total = as_int(usage.get("total_tokens")) or prompt + completion
+    return Usage(prompt, completion, total, cached, reasoning)
 
 
 PLAN_WINDOWS = {(3, 5): "5h", (6, 1): "week", (5, 1): "month"}  # by unit and number
@@ -3136,8 +3083,9 @@ PLAN_WINDOWS = {(3, 5): "5h", (6, 1): "week", (5, 1): "month"}  # by unit and nu
 def plan_quota(document: JSON) -> JSON:
     """What is left of a Coding Plan. Z.ai does not document this, and changed its names in July 2026: odd ones go."""
     data = as_object(document.get("data")) or document
-    limits = [as_object(limit) for limit in (data["limits"] if isinstance(data.get("limits"), list) else ())]
-    shown = [plan_limit(limit) for limit in limits if as_number(limit.get("percentage")) is not None]
+    shown = [
+        plan_limit(limit) for limit in objects(data.get("limits")) if as_number(limit.get("percentage")) is not None
+    ]
     return {"level": str(data.get("level") or "")[:20], "limits": shown}
 
 

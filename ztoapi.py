@@ -72,7 +72,7 @@ from pathlib import Path
 from queue import SimpleQueue
 from string import Template
 from threading import Thread
-from typing import Any, Literal, NoReturn, Protocol, TypeVar, cast, get_args
+from typing import Any, Literal, NamedTuple, NoReturn, Protocol, TypeAlias, TypeVar, cast, get_args
 from urllib.parse import quote, unquote, urljoin, urlsplit
 from urllib.request import ProxyHandler, build_opener, getproxies, proxy_bypass
 from weakref import WeakSet
@@ -3247,22 +3247,19 @@ class Account:
     def period(self, today: date) -> tuple[date, date]:
         """The first days of the budget's present period and of the next one (`date.max`: there is none)."""
         monday, first = today - timedelta(today.weekday()), today.replace(day=1)
-        match (self.tokens or "").partition("/")[2]:
-            case "day":
-                return today, today + timedelta(1)
-            case "week":
-                return monday, monday + timedelta(7)
-            case "month":
-                return first, (first + timedelta(32)).replace(day=1)
-        return date.min, date.max
+        periods = {
+            "day": (today, today + timedelta(1)),
+            "week": (monday, monday + timedelta(7)),
+            "month": (first, (first + timedelta(32)).replace(day=1)),
+        }
+        return periods.get((self.tokens or "").partition("/")[2], (date.min, date.max))
 
     def allows(self, model: Model) -> bool:
         return self.models is None or any(fnmatchcase(model.id, name.lower()) for name in self.models.split(","))
 
     def check_model(self, model: Model) -> None:
         if not self.allows(model):
-            message = f"This key may not use {model.id}, only {self.models}."
-            raise ProxyError(MODEL_NOT_ALLOWED, message, "model")
+            raise ProxyError(MODEL_NOT_ALLOWED, f"This key may not use {model.id}, only {self.models}.", "model")
 
     def check_date(self, now: float) -> None:
         if self.expires and day_of(now).isoformat() > self.expires:
@@ -3351,10 +3348,8 @@ class Accounts:
             return
         begins = account.period(today)[1]
         then = "the operator can give it more" if begins == date.max else f"it begins anew on {begins} at 00:00 UTC"
-        error = ProxyError(KEY_QUOTA_EXCEEDED, f"This key has used its {account.tokens} tokens: {then}.")
-        if begins < date.max:
-            error.headers["Retry-After"] = str(math.ceil(midnight(begins) - now))
-        raise error
+        kind = replace(KEY_QUOTA_EXCEEDED, retry_after=midnight(begins) - now if begins < date.max else None)
+        raise ProxyError(kind, f"This key has used its {account.tokens} tokens: {then}.")
 
     def check_rate(self, account: Account, seconds: float) -> None:
         """Count a request, or raise ProxyError after too many in a minute. `seconds`: of a clock that never jumps."""
@@ -3364,10 +3359,8 @@ class Accounts:
         while asked and asked[0] <= seconds - 60:
             asked.popleft()
         if len(asked) >= account.rpm:
-            message = f"This key may ask {account.rpm} times a minute: wait as long as Retry-After says."
-            error = ProxyError(KEY_RATE_LIMITED, message)
-            error.headers["Retry-After"] = str(math.ceil(asked[-account.rpm] + 60 - seconds))
-            raise error
+            kind = replace(KEY_RATE_LIMITED, retry_after=asked[-account.rpm] + 60 - seconds)
+            raise ProxyError(kind, f"This key may ask {account.rpm} times a minute: wait as long as Retry-After says.")
         asked.append(seconds)
 
     def count(self, key: tuple[str, str, str], figures: Iterable[int]) -> None:
@@ -3399,18 +3392,10 @@ def midnight(day: date) -> float:
 class Clock:
     """The time and chance that the policies see; tests replace it."""
 
-    def now(self) -> float:
-        """Seconds that never jump."""
-        return time.monotonic()
-
-    def unix(self) -> float:
-        return time.time()
-
-    def jitter(self) -> float:
-        return random.SystemRandom().random()
-
-    async def sleep(self, seconds: float) -> None:
-        await asyncio.sleep(seconds)
+    now = staticmethod(time.monotonic)  # seconds that never jump
+    unix = staticmethod(time.time)
+    jitter = staticmethod(random.SystemRandom().random)
+    sleep = staticmethod(asyncio.sleep)
 
 
 COOLDOWN_ERRORS = frozenset((AUTHENTICATION, NO_BALANCE, QUOTA_EXCEEDED))  # the key must not be used for a while
@@ -3419,8 +3404,7 @@ RETRYABLE = frozenset((RATE_LIMITED, UNAVAILABLE, UNREACHABLE))
 FALLBACK_ERRORS = RETRYABLE | {NO_BALANCE, QUOTA_EXCEEDED, MODEL_NOT_FOUND, MODEL_NOT_AVAILABLE}  # another model may do
 
 
-@dataclass(slots=True)
-class Target:
+class Target(NamedTuple):
     """What a key is wanted for: a model ("": not known), and a path of Z.ai's ("" for the chat's)."""
 
     model: str = ""
@@ -3588,15 +3572,22 @@ class Backoff:
         return self.FIRST.get(error.zai_code, self.OTHERS) * 2.0 ** (self.done - 1) * (0.75 + jitter / 2)
 
 
-@dataclass(slots=True)
-class Caller:
+class Caller(NamedTuple):
     """Whose request it is: the account's id, and a hash that stays the same for all requests of one conversation."""
 
     account: str = ""
     conversation: str = ""
 
 
-@dataclass(slots=True)
+class Slot(NamedTuple):
+    """One request's slot in flight, with this key; `in_flight_at_entry` counts it too."""
+
+    key: ZaiKey
+    limit: AdaptiveLimit
+    in_flight_at_entry: int
+
+
+@dataclass(slots=True, eq=False)
 class Ticket:
     """One request's turn in a queue, which it keeps while it is retried.
 
@@ -3607,25 +3598,11 @@ class Ticket:
     caller: Caller
     turn: tuple[int, int]
     failures: dict[ZaiKey, ErrorKind] = field(default_factory=dict)
+    slot: asyncio.Future[Slot] = field(init=False)  # while it waits
 
     def preference(self, key: ZaiKey) -> tuple[bool, str]:
         """Sorts keys: a conversation stays with its own, which has the prompt cache, unless that failed or is full."""
         return key in self.failures, key.affinity(self.caller.conversation)
-
-
-@dataclass(slots=True)
-class Slot:
-    """One request's slot in flight, with this key; `in_flight_at_entry` counts it too."""
-
-    key: ZaiKey
-    limit: AdaptiveLimit
-    in_flight_at_entry: int
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Waiter:
-    ticket: Ticket
-    slot: asyncio.Future[Slot]
 
 
 class Queue:
@@ -3635,17 +3612,14 @@ class Queue:
 
     def __init__(self, keys: KeyPool, max_in_flight: int, clock: Clock) -> None:
         self.keys, self.clock = keys, clock
-        self.max_in_flight = max_in_flight or math.inf  # with all keys together
+        self.max_in_flight = max_in_flight or math.inf
         self.limits = {key: AdaptiveLimit() for key in keys.keys}
-        self.waiting: list[Waiter] = []  # in the order of their turns
+        self.in_flight = 0  # with all keys together
+        self.waiting: list[Ticket] = []  # in the order of their turns
         self.round = 0  # of those served so far, the highest
         self.numbers = count()
         self.tickets = 0  # given out and not returned; a request keeps its own while it sleeps between two tries
         self.timer: asyncio.TimerHandle | None = None
-
-    @property
-    def in_flight(self) -> int:
-        return sum(limit.in_flight for limit in self.limits.values())
 
     @property
     def in_use(self) -> bool:
@@ -3653,39 +3627,35 @@ class Queue:
 
     def ticket(self, target: Target, caller: Caller) -> Ticket:
         """A ticket behind those that wait for the account; whoever takes it counts in `tickets`."""
-        own = (
-            waiter.ticket.turn for waiter in reversed(self.waiting) if waiter.ticket.caller.account == caller.account
-        )
-        last_round, _ = next(own, (self.round, 0)) if self.waiting else (self.round, 0)
+        own = (other.turn[0] for other in reversed(self.waiting) if other.caller.account == caller.account)
+        last_round = next(own, self.round)
         return Ticket(target, caller, (last_round + 1, next(self.numbers)))
 
     async def acquire(self, ticket: Ticket) -> Slot:
         """Wait for a slot; whoever gets it releases it. Raises UpstreamError when all keys cool down."""
         if not self.waiting and (slot := self.try_acquire(ticket)):
             return slot
-        waiter = Waiter(ticket, asyncio.get_running_loop().create_future())
-        insort(self.waiting, waiter, key=attrgetter("ticket.turn"))
+        ticket.slot = asyncio.get_running_loop().create_future()
+        insort(self.waiting, ticket, key=attrgetter("turn"))
         self.admit()
         try:
-            return await waiter.slot
+            return await ticket.slot
         except asyncio.CancelledError:
-            if waiter.slot.done() and not waiter.slot.cancelled() and not waiter.slot.exception():
-                self.release(waiter.slot.result())
+            if not (ticket.slot.cancelled() or ticket.slot.exception()):  # granted at the same moment
+                self.release(ticket.slot.result())
             raise
         finally:
-            if waiter in self.waiting:
-                self.waiting.remove(waiter)
+            if ticket in self.waiting:
+                self.waiting.remove(ticket)
 
     def release(self, slot: Slot) -> None:
         slot.limit.in_flight -= 1
+        self.in_flight -= 1
         self.admit()
 
     def admit(self) -> None:
         """Grant slots to the head of the queue, as long as there are any."""
-        while self.waiting:
-            waiter = self.waiting[0]
-            if not (waiter.slot.done() or self.grant(waiter)):  # done: cancelled, and not yet out of the queue
-                break
+        while self.waiting and self.grant(self.waiting[0]):
             self.waiting.pop(0)
         if self.waiting and self.timer is None:  # a pause or a cool-down may end while nothing else happens
             self.timer = asyncio.get_running_loop().call_later(self.POLL_INTERVAL, self.poll)
@@ -3694,16 +3664,25 @@ class Queue:
         self.timer = None
         self.admit()
 
-    def grant(self, waiter: Waiter) -> bool:
+    def grant(self, ticket: Ticket) -> bool:
         """Pass on a slot, or the error that all keys cool down; False when there is neither."""
+        if ticket.slot.done():  # cancelled, and not yet out of the queue
+            return True
         try:
-            slot = self.try_acquire(waiter.ticket)
+            slot = self.try_acquire(ticket)
         except ProxyError as error:
-            waiter.slot.set_exception(error)
+            ticket.slot.set_exception(error)
             return True
         if slot:
-            waiter.slot.set_result(slot)
+            ticket.slot.set_result(slot)
         return slot is not None
+
+    def snapshot(self, keys: Iterable[ZaiKey], boot: float) -> JSON:
+        """For the dashboard; what there is for each key is in the order of `keys`."""
+        limits = [self.limits[key] for key in keys]
+        counts = {"in_flight": self.in_flight, "waiting": len(self.waiting), "limits": [each.limit for each in limits]}
+        maximum = None if self.max_in_flight == math.inf else self.max_in_flight
+        return {**counts, "refusals": [each.last_refusal(boot) for each in limits], "max_in_flight": maximum}
 
     def try_acquire(self, ticket: Ticket) -> Slot | None:
         """A slot with the first available key that has room. Raises ProxyError when all keys cool down."""
@@ -3715,6 +3694,7 @@ class Queue:
             if limit.has_room(now):
                 self.keys.tried(key, ticket.target)
                 self.round = max(self.round, ticket.turn[0])
+                self.in_flight += 1
                 return Slot(key, limit, limit.take())
         return None
 
@@ -3775,6 +3755,9 @@ class IdleTimer:
             self.timer.cancel()
 
 
+NO_ADDRESS = "Z.ai cannot be reached (connection error, network error): HTTPS_PROXY or ZAI_BASE_URL is no address."
+
+
 def connection_error(error: Exception) -> UpstreamError:
     """A failed connection to Z.ai in words that an operator can act on."""
     match error:
@@ -3783,10 +3766,7 @@ def connection_error(error: Exception) -> UpstreamError:
         case asyncio.TimeoutError() if not isinstance(error, aiohttp.ClientError):
             return UpstreamError(TIMEOUT, "Z.ai did not answer in time: try again.")
         case ValueError():  # InvalidURL, or an impossible name; the address may contain a password
-            return UpstreamError(
-                UNREACHABLE,
-                "Z.ai cannot be reached (connection error, network error): HTTPS_PROXY or ZAI_BASE_URL is no address.",
-            )
+            return UpstreamError(UNREACHABLE, NO_ADDRESS)
         case aiohttp.ClientConnectorError() | aiohttp.ConnectionTimeoutError() | aiohttp.ClientHttpProxyError():
             return UpstreamError(UNREACHABLE, detail=str(error))
         case _:
@@ -3810,9 +3790,9 @@ async def read_up_to(limit: int, content: aiohttp.StreamReader) -> bytes:
 
 
 class ByteStream:
-    """The bytes of one answer; whoever opened it owns its connection."""
+    """The bytes of one answer, whose connection belongs to `owner`."""
 
-    def __init__(self, response: aiohttp.ClientResponse, max_silence: float) -> None:
+    def __init__(self, response: aiohttp.ClientResponse, max_silence: float, owner: AsyncExitStack) -> None:
         self.response = response
         self.reading = False  # silence counts only while we wait for Z.ai, not while the client takes its time
         self.timer = IdleTimer(max_silence, self.give_up)
@@ -3822,6 +3802,7 @@ class ByteStream:
             connection.protocol.read_timeout = None  # sock_read would set a new timer for every part
             connection.protocol.start_timeout()  # cancels the one that the headers set
             self.timer.start()
+            owner.callback(self.timer.stop)
 
     def give_up(self, _: float) -> None:
         """The pending read fails, as by aiohttp's own sock_read."""
@@ -3835,7 +3816,7 @@ class ByteStream:
             with suppress(aiohttp.ClientError, asyncio.TimeoutError):  # its status says enough
                 body = await asyncio.wait_for(read_up_to(ERROR_BODY_LIMIT, self.response.content), ERROR_BODY_TIMEOUT)
             trace(f"received HTTP {self.response.status}", body)
-            raise zai_error(self.response.status, body)
+            raise self.with_request_id(zai_error(self.response.status, body))
 
     async def read(self) -> bytes:
         """The next bytes, none at the end. Raises UpstreamError when the connection breaks off, or is silent."""
@@ -3846,13 +3827,22 @@ class ByteStream:
         try:
             return await self.response.content.readany()
         except aiohttp.ClientError as error:
-            raise connection_error(error) from error
+            raise self.with_request_id(connection_error(error)) from error
         finally:
             self.reading = False
 
+    def request_id(self, told: str = "") -> str:
+        """Z.ai's own id of the request: in its header, else as the answer told it."""
+        return header_word(self.response.headers.get("X-Log-Id") or told)
 
-@dataclass(frozen=True)
-class AnswerInfo:
+    def with_request_id(self, error: UpstreamError, told: str = "") -> UpstreamError:
+        """The error with that id, for whoever wants to ask Z.ai about it."""
+        request_id = self.request_id(told)
+        error.headers = {"x-zai-request-id": request_id} if request_id else {}
+        return error
+
+
+class AnswerInfo(NamedTuple):
     """About an answer: Z.ai's id of it, Unix seconds (0: not told), the model, Z.ai's id of the request."""
 
     id: str
@@ -3874,8 +3864,7 @@ class LookAhead(ABC):
 
     async def read(self) -> list[Event]:
         """The next events, none at the end. Raises UpstreamError when Z.ai breaks off."""
-        batch, self.ahead = self.ahead, []
-        batch = batch or await self.next_batch()
+        batch, self.ahead = self.ahead or await self.next_batch(), []
         if self.listener:
             self.listener(batch)
         return batch
@@ -3893,23 +3882,15 @@ class EventStream(LookAhead):
         self.error: UpstreamError | None = None  # raised after the events that came before it
         self.finish_deadline = 0.0  # loop time after which we stop waiting for usage and [DONE]
 
-    @property
+    @cached_property
     def info(self) -> AnswerInfo:
+        """Known when the answer has begun."""
         reader = self.reader
-        request_id = header_word(self.source.response.headers.get("X-Log-Id") or reader.request_id)
-        return AnswerInfo(reader.id, reader.created, reader.model, request_id)
+        return AnswerInfo(reader.id, reader.created, reader.model, self.source.request_id(reader.request_id))
 
     @property
     def torn(self) -> int:
         return self.reader.torn
-
-    async def begin(self) -> None:
-        """Also raises UpstreamError when Z.ai refuses."""
-        try:
-            await self.source.check_status()
-        except UpstreamError as error:
-            raise self.with_request_id(error) from error
-        await super().begin()
 
     async def next_batch(self) -> list[Event]:
         """The events of the next part that has any."""
@@ -3927,37 +3908,24 @@ class EventStream(LookAhead):
         try:
             yield from self.reader.feed(part) if part else self.reader.close()
         except UpstreamError as error:
-            self.error = self.with_request_id(error)
+            self.error = self.source.with_request_id(error, self.reader.request_id)
 
     async def read_part(self) -> bytes:
         """The next bytes; none at the end."""
-        if self.reader.finish is not None:
-            return await self.read_rest()
-        try:
-            return await self.source.read()
-        except UpstreamError as error:
-            raise self.with_request_id(error) from error
+        return await (self.source.read() if self.reader.finish is None else self.read_rest())
 
     async def read_rest(self) -> bytes:
         """The same after Z.ai's finish, when a broken connection no longer matters."""
-        with suppress(UpstreamError, asyncio.TimeoutError):
-            return await asyncio.wait_for(self.source.read(), self.finish_wait())
-        return b""
-
-    def finish_wait(self) -> float:
         now = asyncio.get_running_loop().time()
         self.finish_deadline = self.finish_deadline or now + FINISH_TIMEOUT
-        return max(self.finish_deadline - now, 0)
+        with suppress(UpstreamError, asyncio.TimeoutError):
+            return await asyncio.wait_for(self.source.read(), self.finish_deadline - now)
+        return b""
 
     async def finish(self) -> None:
         """Read to the end of the answer, so that the connection can serve again."""
         while not self.source.response.content.at_eof() and await self.read_rest():
             pass
-
-    def with_request_id(self, error: UpstreamError) -> UpstreamError:
-        """The error with Z.ai's own id of the request, for whoever wants to ask Z.ai about it."""
-        error.headers = {"x-zai-request-id": self.info.request_id} if self.info.request_id else {}
-        return error
 
 
 PART = 2**16  # bytes; aiohttp never waits before so much is written
@@ -4008,8 +3976,8 @@ class ZaiClient:
             if isinstance(error.__cause__, web.RequestPayloadError):
                 raise BadRequest(BROKEN_BODY) from error
             raise connection_error(error) from error
-        stream = ByteStream(response, self.max_silence)
-        owner.callback(stream.timer.stop)
+        stream = ByteStream(response, self.max_silence, owner)
+        await stream.check_status()
         return stream
 
     def proxy(self, url: str) -> str | None:
@@ -4029,23 +3997,17 @@ class ZaiClient:
 
     async def plan_quota(self, key: ZaiKey) -> JSON:
         """What is left of a key's plan; no limits where it has none, and where Z.ai does not say."""
-        try:
+        body = b""
+        with suppress(UpstreamError):
             _, body = await self.get(urljoin(key.base_url, "/api/monitor/usage/quota/limit"), key)
-        except UpstreamError:
-            return plan_quota({})
         return plan_quota(as_object(parse_json(body)))
 
     async def get(self, url: str, key: ZaiKey) -> tuple[int, bytes]:
         """Status and body of a short answer. Raises UpstreamError, also after GET_TIMEOUT."""
-        asking = self.session.get(
-            url,
-            proxy=self.proxy(url),
-            headers={"Authorization": f"Bearer {key.secret}"},
-            allow_redirects=False,
-            timeout=aiohttp.ClientTimeout(total=GET_TIMEOUT),
-        )
+        headers, timeout = {"Authorization": f"Bearer {key.secret}"}, aiohttp.ClientTimeout(total=GET_TIMEOUT)
+        how: JSON = {"proxy": self.proxy(url), "headers": headers, "timeout": timeout}
         try:
-            async with asking as response:
+            async with self.session.get(url, allow_redirects=False, **how) as response:
                 return response.status, await read_up_to(GET_LIMIT, response.content)
         except (aiohttp.ClientError, asyncio.TimeoutError, ValueError) as error:
             raise connection_error(error) from error
@@ -4058,77 +4020,57 @@ def environment_proxy(origin: str) -> str | None:
 
 
 def new_session(settings: Settings) -> aiohttp.ClientSession:
-    return aiohttp.ClientSession(
-        # No limit on the whole: an answer may take long. sock_read is the longest silence.
-        timeout=aiohttp.ClientTimeout(total=None, connect=CONNECT_TIMEOUT, sock_read=settings.upstream_timeout),
-        connector=aiohttp.TCPConnector(limit=0),
-        cookie_jar=aiohttp.DummyCookieJar(),
-        # Z.ai writes errors in English for those who ask; a compressed stream would wait in buffers.
-        headers={
-            "User-Agent": f"ztoapi/{__version__}",
-            "Accept-Language": "en-US,en",
-            "Accept-Encoding": "identity",
-        },
-    )
+    # No limit on the whole: an answer may take long. sock_read is the longest silence.
+    timeout = aiohttp.ClientTimeout(total=None, connect=CONNECT_TIMEOUT, sock_read=settings.upstream_timeout)
+    connector, cookies = aiohttp.TCPConnector(limit=0), aiohttp.DummyCookieJar()
+    # Z.ai writes errors in English for those who ask; a compressed stream would wait in buffers.
+    headers = {"User-Agent": f"ztoapi/{__version__}", "Accept-Language": "en-US,en", "Accept-Encoding": "identity"}
+    return aiohttp.ClientSession(timeout=timeout, connector=connector, cookie_jar=cookies, headers=headers)
 
 
 # ======== Upstream ==================================================================================================
 # One client's request as requests to Z.ai: choices merged, models fallen back to, keys and retries.
 
 
-@dataclass(frozen=True)
-class Batch:
-    """The next events of one choice."""
-
-    choice: int
-    stream: EventStream
-    owner: AsyncExitStack
-    events: list[Event] = field(default_factory=list)
-
-
 class MergedStream(LookAhead):
     """Several answers of Z.ai's as one with several choices, since Z.ai has no `n`; events in order of arrival."""
 
-    def __init__(self, attempts: Iterable[Callable[[AsyncExitStack], Awaitable[EventStream]]]) -> None:
+    def __init__(self, attempts: Sequence[Callable[[AsyncExitStack], Awaitable[EventStream]]]) -> None:
         super().__init__()
-        self.streams: list[EventStream] = []  # in the order in which they began
-        self.owners: list[AsyncExitStack] = []  # of each choice's slot and connection, released when the choice ends
-        self.pending = {asyncio.create_task(self.first_of(choice, ask)) for choice, ask in enumerate(attempts)}
+        self.streams: dict[int, EventStream] = {}  # by choice, in the order in which they began
+        self.owners = [AsyncExitStack() for _ in attempts]  # of each choice's slot and connection, until it ends
+        # What each choice's next events are waited for by.
+        self.pending = {asyncio.create_task(self.first_of(i, ask)): i for i, ask in enumerate(attempts)}
 
     @property
     def info(self) -> AnswerInfo:
-        return self.streams[0].info
+        return next(iter(self.streams.values())).info
 
     @property
     def torn(self) -> int:
-        return sum(stream.torn for stream in self.streams)
+        return sum(stream.torn for stream in self.streams.values())
 
     async def next_batch(self) -> list[Event]:
         """The next events of whichever choice has some. One that fails fails the whole."""
-        events: list[Event] = []
-        while not events and self.pending:
+        while self.pending:
             done, _ = await asyncio.wait(self.pending, return_when=asyncio.FIRST_COMPLETED)
             task = done.pop()
-            self.pending.remove(task)
-            batch = task.result()
-            if batch.events:
-                self.pending.add(asyncio.create_task(self.next_of(batch)))
-            events = [e if isinstance(e, Usage) else replace(e, choice=batch.choice) for e in batch.events]
-        return events
+            choice = self.pending.pop(task)
+            if events := task.result():
+                self.pending[asyncio.create_task(self.next_of(choice))] = choice
+                return [e if isinstance(e, Usage) else replace(e, choice=choice) for e in events]
+        return []
 
-    async def first_of(self, choice: int, ask: Callable[[AsyncExitStack], Awaitable[EventStream]]) -> Batch:
-        owner = AsyncExitStack()
-        self.owners.append(owner)
-        stream = await ask(owner)
-        self.streams.append(stream)
-        return await self.next_of(Batch(choice, stream, owner))
+    async def first_of(self, choice: int, ask: Callable[[AsyncExitStack], Awaitable[EventStream]]) -> list[Event]:
+        self.streams[choice] = await ask(self.owners[choice])
+        return await self.next_of(choice)
 
-    async def next_of(self, batch: Batch) -> Batch:
-        events = await batch.stream.read()
+    async def next_of(self, choice: int) -> list[Event]:
+        events = await self.streams[choice].read()
         if not events:
-            await batch.stream.finish()
-            await batch.owner.aclose()
-        return replace(batch, events=events)
+            await self.streams[choice].finish()
+            await self.owners[choice].aclose()
+        return events
 
     async def close(self) -> None:
         await end_tasks(self.pending)
@@ -4202,6 +4144,7 @@ class ReasoningRecorder:
 
 R = TypeVar("R")
 Attempt = Callable[[ZaiKey, AsyncExitStack], Awaitable[R]]  # asks with a key; what it returns has begun well
+Bodies = list[tuple[Model, JSON]]  # the models to ask, one after the other, and what to send for each
 
 
 class Upstream:
@@ -4233,7 +4176,7 @@ class Upstream:
                 yield stream
                 await stream.finish()
             else:
-                merged = MergedStream(partial(self.with_fallbacks, choice, caller) for choice in bodies)
+                merged = MergedStream([partial(self.with_fallbacks, choice, caller) for choice in bodies])
                 owner.push_async_callback(merged.close)
                 await merged.begin()
                 merged.listener = self.recorder(prompt, account.id)
@@ -4263,7 +4206,7 @@ class Upstream:
         name = self.settings.vision_model
         return resolve(name, self.settings.model_aliases) if name and not model.vision else model
 
-    def bodies(self, prompt: Prompt, account: Account) -> list[tuple[Model, JSON]]:
+    def bodies(self, prompt: Prompt, account: Account) -> Bodies:
         """The request for each model to ask: the one named, then the fallbacks that can take the prompt."""
         names = (prompt.model, *(self.settings.fallback_models if prompt.fallbacks is None else prompt.fallbacks))
         model, *others = (resolve(name, self.settings.model_aliases) for name in names)
@@ -4281,20 +4224,16 @@ class Upstream:
         """The conversation matters only where there are keys to choose from."""
         return Caller(account, digest(account, *beginning) if len(self.keys.keys) > 1 else "")
 
-    async def with_fallbacks(
-        self, bodies: list[tuple[Model, JSON]], caller: Caller, owner: AsyncExitStack
-    ) -> EventStream:
+    async def with_fallbacks(self, bodies: Bodies, caller: Caller, owner: AsyncExitStack) -> EventStream:
         """Ask one model after the other; raises the last one's error."""
-        *others, last = bodies
-        for model, body in others:
-            try:
-                return await self.with_retries(Target(model.id), caller, partial(self.ask, model, body), owner)
-            except UpstreamError as error:
-                if error.kind not in FALLBACK_ERRORS:
-                    raise
-                self.recoveries["fallbacks"] += 1
-        model, body = last
-        return await self.with_retries(Target(model.id), caller, partial(self.ask, model, body), owner)
+        (model, body), *others = bodies
+        try:
+            return await self.with_retries(Target(model.id), caller, partial(self.ask, model, body), owner)
+        except UpstreamError as error:
+            if not others or error.kind not in FALLBACK_ERRORS:
+                raise
+        self.recoveries["fallbacks"] += 1
+        return await self.with_fallbacks(others, caller, owner)
 
     async def ask(self, model: Model, body: JSON, key: ZaiKey, owner: AsyncExitStack) -> EventStream:
         """Encodes the body only now, for many may wait their turn; raises BadRequest when it cannot be encoded."""
@@ -4325,10 +4264,8 @@ class Upstream:
             try:
                 stream = await attempt(slot.key, owner)
             except UpstreamError as error:
-                try:
+                async with owner:  # emptied at the end
                     wait = self.record_failure(ticket, slot, backoff, error)
-                finally:
-                    await owner.aclose()
             else:
                 self.keys.accepted(slot.key, ticket.target)
                 slot.limit.accepted(slot.in_flight_at_entry, self.clock.now())
@@ -4364,17 +4301,7 @@ class Upstream:
             {"key": numbers[key], "model": redact(scope), "until": boot + found.until, "why": found.error.kind.code}
             for (key, scope), found in self.keys.cooling.items()
         ]
-        queues = [
-            {
-                "model": redact(name),
-                "in_flight": queue.in_flight,
-                "waiting": len(queue.waiting),
-                "limits": [queue.limits[key].limit for key in numbers],
-                "refusals": [queue.limits[key].last_refusal(boot) for key in numbers],
-                "max_in_flight": self.settings.max_concurrency or None,
-            }
-            for name, queue in self.queues.items()
-        ]
+        queues = [{"model": redact(name)} | queue.snapshot(numbers, boot) for name, queue in self.queues.items()]
         return {"keys": len(numbers), "resting": cooling, "queues": queues, "healed": dict(self.recoveries)}
 
     def queue(self, model: str) -> Queue:
@@ -4400,9 +4327,8 @@ class Catalog:
     async def list(self, now: float) -> dict[str, Model]:
         """By id. Only the first caller waits for Z.ai; later the list is refreshed in the background."""
         if now - self.asked_at >= MODELS_TTL:
-            first_time, self.asked_at = self.asked_at == -math.inf, now
-            self.asking = asyncio.create_task(self.ask())
-            if first_time:
+            before, self.asking, self.asked_at = self.asking, asyncio.create_task(self.ask()), now
+            if before is None:
                 await asyncio.wait({self.asking})
         return self.models
 
@@ -4475,8 +4401,7 @@ TOKENS_SINCE = "SELECT SUM(prompt + completion) FROM ztoapi_usage WHERE account 
 USAGE_SINCE = """
     SELECT account, COALESCE(name, 'operator'), day, model, requests, failures, prompt, cached, completion
     FROM ztoapi_usage LEFT JOIN ztoapi_keys ON id = account WHERE day >= ? ORDER BY day, name, model"""
-PUT_RESPONSE = """
-    INSERT INTO ztoapi_responses VALUES (?, ?, ?, ?) ON CONFLICT (id) DO UPDATE SET body = excluded.body"""
+PUT_RESPONSE = "INSERT INTO ztoapi_responses VALUES (?, ?, ?, ?) ON CONFLICT (id) DO UPDATE SET body = excluded.body"
 DELETE_OLD = ("DELETE FROM ztoapi_responses WHERE day < ?", "DELETE FROM ztoapi_writers WHERE day < ?")
 
 Stored = tuple[str, str]  # account id, and the body of a response: "" if it was deleted
@@ -4652,7 +4577,7 @@ class Database:
             self.execute(statement, (today - timedelta(DAYS_KEPT)).isoformat())
 
     def list_accounts(self) -> list[Account]:
-        rows = self.execute("SELECT id, name, limits FROM ztoapi_keys WHERE removed = 0 ORDER BY name").fetchall()
+        rows = self.execute("SELECT id, name, limits FROM ztoapi_keys WHERE removed = 0 ORDER BY name")
         return [Account(account_id, name, **json.loads(limits)) for account_id, name, limits in rows]
 
     def put_account(self, account: Account) -> None:
@@ -4664,13 +4589,10 @@ class Database:
 
     def list_usage(self, since: date) -> list[tuple[Any, ...]]:
         """Account id and name, day, model, and the figures of Counts."""
-        rows: list[tuple[Any, ...]] = self.execute(USAGE_SINCE, since.isoformat()).fetchall()
-        return rows
+        return list(self.execute(USAGE_SINCE, since.isoformat()))
 
     def select_response(self, response_id: str) -> Stored | None:
-        statement = "SELECT account, body FROM ztoapi_responses WHERE id = ?"
-        stored: Stored | None = self.execute(statement, response_id).fetchone()
-        return stored
+        return next(iter(self.execute("SELECT account, body FROM ztoapi_responses WHERE id = ?", response_id)), None)
 
 
 # ======== Requests ==================================================================================================
@@ -4704,16 +4626,10 @@ class Record:
                 self.usage += event
 
     def snapshot(self, duration: float, ended_at: float) -> JSON:
-        return {
-            "time": ended_at,
-            "model": self.model,
-            "status": self.status,
-            "error": self.error,
-            "first": None if self.first is None else round(self.first - self.started, 3),
-            "duration": round(duration, 3),
-            "prompt_tokens": self.usage.prompt,
-            "completion_tokens": self.usage.completion,
-        }
+        first = None if self.first is None else round(self.first - self.started, 3)
+        outcome = {"model": self.model, "status": self.status, "error": self.error}
+        tokens = {"prompt_tokens": self.usage.prompt, "completion_tokens": self.usage.completion}
+        return {"time": ended_at, **outcome, "first": first, "duration": round(duration, 3), **tokens}
 
     def line(self, now: float) -> str:
         outcome = f"{self.status} {self.error}".rstrip()
@@ -4730,12 +4646,16 @@ BUCKETS = (0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)  # seconds
 class Histogram:
     """Seconds as Prometheus counts them: how many fell into which bucket, and their sum."""
 
+    SAMPLES = 200  # the percentiles are taken from so many
+
     def __init__(self) -> None:
         self.counts, self.sum = [0] * (len(BUCKETS) + 1), 0.0
+        self.latest: deque[float] = deque(maxlen=self.SAMPLES)
 
     def add(self, seconds: float) -> None:
         self.counts[bisect_left(BUCKETS, seconds)] += 1
         self.sum += seconds
+        self.latest.append(seconds)
 
     def samples(self, name: str, model: str) -> Iterator[str]:
         for bound, total in zip((*BUCKETS, "+Inf"), accumulate(self.counts), strict=True):
@@ -4753,37 +4673,26 @@ def sample(name: str, value: float, labels: Mapping[str, object]) -> str:
 class ModelFigures:
     """Counts of requests to one model."""
 
-    SAMPLES = 200  # the percentiles are taken from so many
-
     def __init__(self) -> None:
         self.requests = self.failures = 0
         self.usage = Usage()
-        self.firsts: deque[float] = deque(maxlen=self.SAMPLES)  # seconds to the first token
-        self.durations: deque[float] = deque(maxlen=self.SAMPLES)
-        self.first_times, self.all_durations = Histogram(), Histogram()
+        self.first_times, self.durations = Histogram(), Histogram()
 
     def add(self, record: Record, duration: float) -> None:
         self.requests += 1
         self.failures += bool(record.error)
         self.usage += record.usage
         if record.first is not None:
-            self.firsts.append(record.first - record.started)
             self.first_times.add(record.first - record.started)
         if record.status < 400 and not record.error:
-            self.durations.append(duration)
-            self.all_durations.add(duration)
+            self.durations.add(duration)
 
     def snapshot(self, model: Model) -> JSON:
-        return {
-            "requests": self.requests,
-            "failures": self.failures,
-            "prompt_tokens": self.usage.prompt,
-            "cached_tokens": self.usage.cached,
-            "completion_tokens": self.usage.completion,
-            "cost": model.cost(self.usage.prompt, self.usage.cached, self.usage.completion),
-            "first": percentiles(self.firsts),
-            "duration": percentiles(self.durations),
-        }
+        usage, counts = self.usage, {"requests": self.requests, "failures": self.failures}
+        tokens = {"prompt_tokens": usage.prompt, "cached_tokens": usage.cached, "completion_tokens": usage.completion}
+        cost = model.cost(usage.prompt, usage.cached, usage.completion)
+        times = {"first": percentiles(self.first_times.latest), "duration": percentiles(self.durations.latest)}
+        return {**counts, **tokens, "cost": cost, **times}
 
 
 def percentiles(seconds: Iterable[float]) -> JSON:
@@ -4803,9 +4712,8 @@ class Statistics:
         self.started = now
         self.models: dict[str, ModelFigures] = {}
         self.minutes: dict[int, list[int]] = {}  # minute → requests, failures, tokens in, tokens out
-        self.recent: deque[tuple[Record, float, float]] = deque(
-            maxlen=self.RECENT
-        )  # with seconds it took, and the time of its end
+        # With the seconds that each took, and the time of its end.
+        self.recent: deque[tuple[Record, float, float]] = deque(maxlen=self.RECENT)
         self.torn = 0  # frames
         self.requests: Counter[tuple[str, str, int]] = Counter()  # all of them, by route, model and status
 
@@ -4819,24 +4727,19 @@ class Statistics:
     def add(self, record: Record, duration: float, now: float) -> None:
         self.models.setdefault(self.label(record.model), ModelFigures()).add(record, duration)
         self.torn += record.torn
-        minute = self.minutes.setdefault(int(now // 60), [0, 0, 0, 0])
-        for i, more in enumerate((1, bool(record.error), record.usage.prompt, record.usage.completion)):
-            minute[i] += more
+        minute, more = int(now // 60), (1, bool(record.error), record.usage.prompt, record.usage.completion)
+        self.minutes[minute] = list(map(add, self.minutes.get(minute, (0, 0, 0, 0)), more))
         if len(self.minutes) > self.MINUTES:
             del self.minutes[min(self.minutes)]
         self.recent.appendleft((record, duration, now))
 
     def snapshot(self, now: float, boot: float) -> JSON:
         """`boot`: the Unix time at which time.monotonic() was 0, as the system's clock has it now."""
-        last = int(now // 60)
-        return {
-            "now": boot + now,
-            "started": boot + self.started,
-            "models": {name: figures.snapshot(resolve(name)) for name, figures in self.models.items()},
-            "minutes": [self.minutes.get(last - i, [0, 0, 0, 0]) for i in reversed(range(self.MINUTES))],
-            "recent": [record.snapshot(duration, boot + ended_at) for record, duration, ended_at in self.recent],
-            "torn": self.torn,
-        }
+        last, times = int(now // 60), {"now": boot + now, "started": boot + self.started}
+        models = {name: figures.snapshot(resolve(name)) for name, figures in self.models.items()}
+        minutes = [self.minutes.get(last - i, [0, 0, 0, 0]) for i in reversed(range(self.MINUTES))]
+        recent = [record.snapshot(duration, boot + ended_at) for record, duration, ended_at in self.recent]
+        return {**times, "models": models, "minutes": minutes, "recent": recent, "torn": self.torn}
 
 
 class ClientHistory:
@@ -4859,12 +4762,8 @@ class ClientHistory:
         self.database.put_response(stored.response["id"], self.owner, body)
 
 
-class OpenResponse(Protocol):
-    """An answer that may have begun: `fail` says in it why it broke off."""
-
-    response: web.StreamResponse
-
-    async def fail(self, error: ProxyError) -> None: ...
+# An answer that may have begun: `fail` says in it why it broke off.
+OpenResponse: TypeAlias = "SSEResponse | PassThroughResponse"
 
 
 SETTINGS = web.AppKey("settings", Settings)
@@ -5285,7 +5184,7 @@ async def metrics(request: web.Request) -> web.Response:
         "# TYPE ztoapi_time_to_first_token_seconds histogram",
         *(line for m, figures in models for line in figures.first_times.samples("time_to_first_token_seconds", m)),
         "# TYPE ztoapi_request_duration_seconds histogram",
-        *(line for m, figures in models for line in figures.all_durations.samples("request_duration_seconds", m)),
+        *(line for m, figures in models for line in figures.durations.samples("request_duration_seconds", m)),
     ]
     headers = {"Content-Type": "text/plain; version=0.0.4; charset=utf-8"}
     return web.Response(body="\n".join((*lines, "")).encode(), headers=headers)
@@ -5496,9 +5395,8 @@ class PassThroughResponse:
     async def begin(self) -> None:
         """Wait for the first bytes that may go on.
 
-        Raises UpstreamError for a refusal; Z.ai has some with status 200: {"code": 401, "msg": …, "success": false}.
+        Raises UpstreamError for a refusal with status 200: {"code": 401, "msg": …, "success": false}.
         """
-        await self.stream.check_status()
         self.ahead = await self.next_bytes()
         self.request[RECORD].note([])
         document = as_object(parse_json(self.ahead)) if self.stream.response.content_type == "application/json" else {}

@@ -2350,7 +2350,7 @@ def zai_body(prompt: Prompt, model: Model) -> JSON:
     body = {
         "model": model.id,
         "messages": [zai_message(message) for message in with_system_lines(messages, emulation_lines(prompt, tools))],
-        "stream": prompt.stream,
+        "stream": bool(prompt.stream),
         "temperature": None if prompt.temperature is None else min(prompt.temperature, 1),
         "top_p": None if prompt.top_p is None else max(prompt.top_p, 0.01),
         "max_tokens": prompt.max_tokens and min(prompt.max_tokens, model.output or prompt.max_tokens),
@@ -4834,15 +4834,11 @@ class SSEResponse:
         self.writing = False  # the client takes its time
         self.keeping_alive: asyncio.Task[None] | None = None
 
-    def begin(self, head: Head, headers: dict[str, str]) -> None:
-        """The answer's head is known; its headers still count if nothing was sent yet."""
+    async def relay(self, view: View, head: Head, headers: dict[str, str]) -> None:
+        """Each batch leaves in one write, as soon as it is there. A slow client makes us read more slowly."""
         if not self.response.prepared:
             self.response.headers.update(headers)
-        self.encoder = self.asked.encoder(head)
-
-    async def relay(self, view: View) -> None:
-        """Each batch leaves in one write, as soon as it is there. A slow client makes us read more slowly."""
-        encoder = self.encoder or self.failed_encoder()
+        encoder = self.encoder = self.asked.encoder(head)
         while (batch := await view.read()) is not None:
             await self.send([frame for event in batch for frame in encoder.feed(event)])
         await self.send(encoder.close())
@@ -4862,13 +4858,8 @@ class SSEResponse:
         self.writing = False
 
     async def fail(self, error: ProxyError) -> None:
-        encoder = self.encoder or self.failed_encoder()
-        await self.send(encoder.fail(error))
-
-    def failed_encoder(self) -> Encoder:
-        """For an answer of which Z.ai sent no head."""
-        own_id = self.request[RECORD].id
-        return self.asked.encoder(Head(own_id, int(time.time()), self.model, own_id, time.time))
+        no_head = head_of(AnswerInfo("", 0, "", ""), self.model, self.request[RECORD])  # Z.ai sent none
+        await self.send((self.encoder or self.asked.encoder(no_head)).fail(error))
 
     @contextmanager
     def kept_alive(self) -> Iterator[None]:
@@ -4908,8 +4899,8 @@ async def answer(surface: Surface, request: web.Request) -> web.StreamResponse:
     response = request[STREAM] = SSEResponse(request, asked, model)
     with response.kept_alive():
         async with opened as stream:
-            response.begin(head_of(stream.info, model, record), headers | info_headers(stream.info))
-            await response.relay(View(stream, record, form))
+            head = head_of(stream.info, model, record)
+            await response.relay(View(stream, record, form), head, headers | info_headers(stream.info))
     return response.response
 
 
@@ -4932,7 +4923,7 @@ def head_of(info: AnswerInfo, model: str, record: Record) -> Head:
 def model_shown(request: web.Request, name: str) -> str:
     """The model that a client's name means, for the log and the statistics; the client may have put a secret there."""
     model = resolve(name, request.app[SETTINGS].model_aliases)
-    return truncated(printable(request.app[REDACT](model.id)))
+    return model.id if model.id in MODELS else truncated(printable(request.app[REDACT](model.id)))
 
 
 TINY_LIMIT = 64  # tokens; a model that thinks uses them up and answers nothing (nashsu/llm_wiki#348)
@@ -4944,9 +4935,8 @@ def with_defaults(prompt: Prompt, settings: Settings, accept: str) -> Prompt:
     stream = wants_stream(accept, default=settings.default_stream) if prompt.stream is None else prompt.stream
     tiny: Effort | None = "off" if 0 < (prompt.max_tokens or 0) <= TINY_LIMIT else None
     effort = prompt.effort or thinking or tiny
-    if (stream, effort) == (prompt.stream, prompt.effort):
-        return prompt
-    return replace(prompt, stream=stream, effort=effort)
+    changed = (stream, effort) != (bool(prompt.stream), prompt.effort)  # no value is no stream
+    return replace(prompt, stream=stream, effort=effort) if changed else prompt
 
 
 async def read_json(request: web.Request) -> JSON:
@@ -5025,12 +5015,11 @@ async def list_models(request: web.Request) -> web.Response:
     """The list in the caller's format: OpenAI's, Anthropic's, or OpenAI's with the fields that Codex reads."""
     models = await named_models(request)
     if "anthropic-version" in request.headers:
-        return json_response(
-            {"data": [anthropic_item(model, name) for name, model in models.items()], "has_more": False}
-        )
-    listing: JSON = {"object": "list", "data": [model_item(model, name) for name, model in models.items()]}
-    codex = [codex_item(model, name) for name, model in models.items()] if "client_version" in request.query else None
-    return json_response(listing if codex is None else listing | {"models": codex})
+        return json_response({"data": [anthropic_item(models[name], name) for name in models], "has_more": False})
+    listing: JSON = {"object": "list", "data": [model_item(models[name], name) for name in models]}
+    if "client_version" in request.query:
+        listing["models"] = [codex_item(models[name], name) for name in models]
+    return json_response(listing)
 
 
 async def named_models(request: web.Request) -> dict[str, Model]:
@@ -5046,8 +5035,9 @@ async def one_model(request: web.Request) -> web.Response:
     meant = resolve(asked, request.app[SETTINGS].model_aliases)
     name = next((name for name in (asked, meant.id) if name in models), None)
     if name is None:
-        message = "There is no such model: GET /v1/models lists them."
-        raise ProxyError(MODEL_NOT_FOUND, message, "model", printable(asked))
+        raise ProxyError(
+            MODEL_NOT_FOUND, "There is no such model: GET /v1/models lists them.", "model", printable(asked)
+        )
     item = anthropic_item if "anthropic-version" in request.headers else model_item
     return json_response(item(models[name], name))
 
@@ -5057,10 +5047,7 @@ async def stored_response(request: web.Request) -> StoredResponse:
     await history.load(response_id)
     stored = history.get(response_id)
     if stored is None:
-        raise ProxyError(
-            error_kind(404, "response_not_found"),
-            "This response is not stored here, or no more.",
-        )
+        raise ProxyError(error_kind(404, "response_not_found"), "This response is not stored here, or no more.")
     return stored
 
 
@@ -5080,26 +5067,22 @@ async def delete_response(request: web.Request) -> web.Response:
 
 async def health(request: web.Request) -> web.Response:
     settings = request.app[SETTINGS]
-    return json_response(
-        {"status": "ok", "name": "ztoapi", "version": __version__}
-        | {"demo": settings.demo, "zai_key": bool(settings.zai_api_key)}
-    )
+    program = {"status": "ok", "name": "ztoapi", "version": __version__}
+    return json_response(program | {"demo": settings.demo, "zai_key": bool(settings.zai_api_key)})
 
 
 async def index(request: web.Request) -> web.Response:
     """Sends browsers to the docs, and tells programs where the API is."""
     if "text/html" in request.headers.get("Accept", ""):
         return web.Response(status=302, headers={"Location": "/docs"})
-    return json_response({"name": "ztoapi", "version": __version__, "base_url": base_of(request), "docs": "/docs"})
-
-
-def base_of(request: web.Request) -> str:
-    return f"{request.scheme}://{request.host}/v1"
+    base_url = f"{request.scheme}://{request.host}/v1"
+    return json_response({"name": "ztoapi", "version": __version__, "base_url": base_url, "docs": "/docs"})
 
 
 async def docs(request: web.Request) -> web.Response:
     """The page that explains this server, with its address, and its key as long as that is the published one."""
     settings, models = request.app[SETTINGS], await named_models(request)
+    shown = ("context", "output", "vision", "free", "thinking")
     snapshot = {
         "key": PUBLISHED_KEY if settings.published else "",
         "version": __version__,
@@ -5107,17 +5090,7 @@ async def docs(request: web.Request) -> web.Response:
         "zai_key": bool(settings.zai_api_key),
         "dashboard": settings.dashboard_enabled,
         "clients": client_examples(),
-        "models": [
-            {
-                "id": name,
-                "context": model.context,
-                "output": model.output,
-                "vision": model.vision,
-                "free": model.free,
-                "thinking": model.thinking,
-            }
-            for name, model in models.items()
-        ],
+        "models": [{"id": name, **{what: getattr(models[name], what) for what in shown}} for name in models],
     }
     return page_response(DOCS_PAGE, snapshot)
 
@@ -5126,20 +5099,20 @@ async def dashboard(_: web.Request) -> web.Response:
     return page_response(DASHBOARD_PAGE, {"version": __version__})
 
 
+NO_STORE = {"Cache-Control": "no-store"}
+
+
 async def dashboard_stats(request: web.Request) -> web.Response:
     """An operator's key sees everything, another key its own figures."""
     app, account, now, days = request.app, request[ACCOUNT], time.monotonic(), await usage_days(request)
-    boot = time.time() - now
-    snapshot: JSON = {"now": boot + now, "operator": account.is_operator}
+    boot, keys = time.time() - now, app[ACCOUNTS].named.values() if account.is_operator else [account]
+    snapshot: JSON = {"now": boot + now, "operator": account.is_operator, "client_keys": key_items(app[ACCOUNTS], keys)}
     snapshot |= {"days": days or [], "database": days is not None}
     if account.is_operator:
         in_flight = sum(bool(flying[RECORD].model) for flying in app[IN_FLIGHT].values())
-        snapshot |= app[STATISTICS].snapshot(now, boot) | app[UPSTREAM].snapshot(app[REDACT]) | {"in_flight": in_flight}
-        snapshot["plans"] = app[PLANS].latest(now)
-    snapshot["client_keys"] = key_items(
-        app[ACCOUNTS], app[ACCOUNTS].named.values() if account.is_operator else [account]
-    )
-    return json_response(snapshot, headers={"Cache-Control": "no-store"})
+        snapshot |= {"in_flight": in_flight, "plans": app[PLANS].latest(now)}
+        snapshot |= app[STATISTICS].snapshot(now, boot) | app[UPSTREAM].snapshot(app[REDACT])
+    return json_response(snapshot, headers=NO_STORE)
 
 
 async def usage_days(request: web.Request) -> list[JSON] | None:
@@ -5154,40 +5127,33 @@ async def usage_days(request: web.Request) -> list[JSON] | None:
 
 def usage_item(key: str, day: str, model: str, *figures: int) -> JSON:
     names = ("requests", "failures", "prompt_tokens", "cached_tokens", "completion_tokens")
-    cost = {"cost": resolve(model).cost(*figures[2:])}
-    return {"key": key, "day": day, "model": model, **dict(zip(names, figures, strict=True)), **cost}
+    item = {"key": key, "day": day, "model": model, "cost": resolve(model).cost(*figures[2:])}
+    return item | dict(zip(names, figures, strict=True))
 
 
 async def metrics(request: web.Request) -> web.Response:
     """For Prometheus."""
     statistics, upstream = request.app[STATISTICS], request.app[UPSTREAM]
-    models, names = statistics.models.items(), ("path", "model", "status")
+    models, kinds = statistics.models.items(), ("prompt", "cached", "completion")
     gauges: dict[str, Counter[str]] = {name: Counter() for name in ("in_flight", "waiting", "limit")}
     for queue in upstream.snapshot(request.app[REDACT])["queues"]:
         for name, value in zip(gauges, (queue["in_flight"], queue["waiting"], sum(queue["limits"])), strict=True):
             gauges[name][statistics.label(queue["model"])] += value
-    kinds = ("prompt", "cached", "completion")
+    requests = (({"path": route_name(p), "model": m, "status": s}, n) for (p, m, s), n in statistics.requests.items())
     tokens = (({"model": m, "type": kind}, getattr(figures.usage, kind)) for m, figures in models for kind in kinds)
-    requests = (
-        (dict(zip(names, (route_name(path), *key), strict=True)), n) for (path, *key), n in statistics.requests.items()
-    )
-    lines = [
-        *family("build_info", "gauge", [({"version": __version__}, 1)]),
-        *family("retries_total", "counter", [({}, upstream.recoveries["retries"])]),
-        *family("requests_total", "counter", requests),
-        *family("tokens_total", "counter", tokens),
-        *(
-            line
-            for name in gauges
-            for line in family(name, "gauge", (({"model": m}, n) for m, n in gauges[name].items()))
-        ),
-        "# TYPE ztoapi_time_to_first_token_seconds histogram",
-        *(line for m, figures in models for line in figures.first_times.samples("time_to_first_token_seconds", m)),
-        "# TYPE ztoapi_request_duration_seconds histogram",
-        *(line for m, figures in models for line in figures.durations.samples("request_duration_seconds", m)),
+    families = [
+        family("build_info", "gauge", [({"version": __version__}, 1)]),
+        family("retries_total", "counter", [({}, upstream.recoveries["retries"])]),
+        family("requests_total", "counter", requests),
+        family("tokens_total", "counter", tokens),
+        *(family(name, "gauge", (({"model": m}, n) for m, n in gauge.items())) for name, gauge in gauges.items()),
+        ["# TYPE ztoapi_time_to_first_token_seconds histogram"],
+        *(figures.first_times.samples("time_to_first_token_seconds", m) for m, figures in models),
+        ["# TYPE ztoapi_request_duration_seconds histogram"],
+        *(figures.durations.samples("request_duration_seconds", m) for m, figures in models),
     ]
     headers = {"Content-Type": "text/plain; version=0.0.4; charset=utf-8"}
-    return web.Response(body="\n".join((*lines, "")).encode(), headers=headers)
+    return web.Response(body="".join(f"{line}\n" for line in chain(*families)).encode(), headers=headers)
 
 
 def route_name(path: str) -> str:
@@ -5217,7 +5183,7 @@ def key_items(accounts: Accounts, shown: Iterable[Account]) -> list[JSON]:
 
 async def list_keys(request: web.Request) -> web.Response:
     accounts = request.app[ACCOUNTS]
-    return json_response({"keys": key_items(accounts, accounts.named.values())}, headers={"Cache-Control": "no-store"})
+    return json_response({"keys": key_items(accounts, accounts.named.values())}, headers=NO_STORE)
 
 
 async def put_key(request: web.Request) -> web.Response:
@@ -5246,17 +5212,9 @@ def new_key() -> str:
 
 def page_response(page: Page, snapshot: JSON) -> web.Response:
     """A page with data in it. "<" is escaped, so that the data cannot become a script."""
-    data = to_json(snapshot).replace("<", "\\u003c")
-    return web.Response(
-        text=page.html.replace("{{DATA}}", data),
-        content_type="text/html",
-        headers={
-            "Content-Security-Policy": page.policy,
-            "X-Content-Type-Options": "nosniff",
-            "Referrer-Policy": "no-referrer",
-            "Cache-Control": "no-store",
-        },
-    )
+    html = page.html.replace("{{DATA}}", to_json(snapshot).replace("<", "\\u003c"))
+    headers = {"Content-Security-Policy": page.policy, "Referrer-Policy": "no-referrer", **NO_STORE}
+    return web.Response(text=html, content_type="text/html", headers=headers | {"X-Content-Type-Options": "nosniff"})
 
 
 # ======== Pass-through ==============================================================================================
@@ -5274,12 +5232,8 @@ async def messages(request: web.Request) -> web.StreamResponse:
     if shows_image(body):
         model = upstream.with_vision(model)
     request[ACCOUNT].check_model(model)
-    passed = [name for name in ("anthropic-version", "anthropic-beta") if name in request.headers]
-    how = {
-        "data": encode_request(messages_body(body, model.id)),
-        "headers": {"Content-Type": "application/json", **{name: request.headers[name] for name in passed}},
-        "params": request.query,
-    }
+    headers = {"Content-Type": "application/json", **sent_headers(request, "anthropic-version", "anthropic-beta")}
+    how = {"data": encode_request(messages_body(body, model.id)), "headers": headers, "params": request.query}
     beginning = (to_json(part) for part in (body.get("system"), first_object(body.get("messages"))))
     caller = upstream.caller(request[ACCOUNT].id, beginning)
 
@@ -5295,6 +5249,10 @@ async def messages(request: web.Request) -> web.StreamResponse:
         response = await upstream.with_retries(Target(model.id, "/messages"), caller, attempt, owner)
         request[STREAM] = response
         return await response.send()
+
+
+def sent_headers(request: web.Request, *names: str) -> dict[str, str]:
+    return {name: request.headers[name] for name in names if name in request.headers}
 
 
 ID = r"{id:[A-Za-z0-9_-][A-Za-z0-9_.:-]*}"  # nothing that could lead to another path
@@ -5318,16 +5276,9 @@ async def pass_through(path: str, request: web.Request) -> web.StreamResponse:
     key = min(keys.available(target), key=lambda key: key.affinity(request[ACCOUNT].id))  # files are the key's
     keys.tried(key, target)
     data, reader = await body_and_reader(path, request)
-    how = {
-        "method": request.method,
-        "data": data,
-        "headers": {
-            name: request.headers[name]
-            for name in ("Content-Type", *(["Content-Length"] if isinstance(data, Upload) else []))
-            if name in request.headers and not (name == "Content-Length" and "Content-Encoding" in request.headers)
-        },
-        "params": request.query,
-    }
+    as_sent = isinstance(data, Upload) and "Content-Encoding" not in request.headers
+    headers = sent_headers(request, "Content-Type", *(("Content-Length",) if as_sent else ()))
+    how = {"method": request.method, "data": data, "headers": headers, "params": request.query}
     async with request.app[UPSTREAM].account_slot(request[ACCOUNT]), AsyncExitStack() as owner:
         try:
             stream = await request.app[UPSTREAM].client.send(f"{key.base_url}/{path}", key, owner, **how)

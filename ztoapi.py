@@ -5412,22 +5412,21 @@ def operator_only(request: web.Request) -> None:
 def account_of(headers: Mapping[str, str], accounts: Accounts) -> Account:
     """The account of the key that was sent. Keys are compared by their hashes, so that time tells nothing of them."""
     scheme, _, bearer = headers.get("Authorization", "").partition(" ")
-    sent = (headers.get("x-api-key", ""), bearer.strip() if scheme.lower() == "bearer" else "")
-    account = next(filter(None, map(accounts.find, filter(None, sent))), None)
-    if account is None:
-        raise ProxyError(INVALID_API_KEY)
-    return account
+    for key in (headers.get("x-api-key"), bearer.strip() if scheme.lower() == "bearer" else None):
+        if key and (account := accounts.find(key)):
+            return account
+    raise ProxyError(INVALID_API_KEY)
+
+
+ONLY_LOCAL = f"This server has the published key {PUBLISHED_KEY}, so it answers only on localhost"
+HOST_NOT_ALLOWED = error_kind(403, "host_not_allowed", f"{ONLY_LOCAL}: set DEFAULT_KEY to a key of your own.")
 
 
 @web.middleware
 async def local_only(request: web.Request, handler: Handler) -> web.StreamResponse:
     """Answers preflights, and while the key is the published one turns strangers' pages away (DNS rebinding)."""
     if request.app[SETTINGS].published and not is_local(request):
-        raise ProxyError(
-            error_kind(403, "host_not_allowed"),
-            f"This server has the published key {PUBLISHED_KEY}, so it answers only on localhost: "
-            "set DEFAULT_KEY to a key of your own.",
-        )
+        raise ProxyError(HOST_NOT_ALLOWED)
     if request.method == "OPTIONS":
         return web.Response(status=204)
     return await handler(request)
@@ -5452,23 +5451,18 @@ def is_allowed_origin(origin: str, settings: Settings) -> bool:
 
 
 EXPOSED_HEADERS = "x-request-id, x-zai-request-id, x-ztoapi-model, x-ztoapi-ignored, x-should-retry, Retry-After"
+PREFLIGHT_HEADERS = {"Access-Control-Allow-Methods": "GET, POST, DELETE, OPTIONS", "Access-Control-Max-Age": "86400"}
 
 
 def cors_headers(request: web.Request) -> dict[str, str]:
     """The headers that let a page of another origin call us, if its origin is allowed."""
     origin = request.headers.get("Origin", "")
-    headers = {"Vary": "Origin, Access-Control-Request-Headers"}
     if not origin or not is_allowed_origin(origin, request.app[SETTINGS]):
-        return headers
-    headers |= {"Access-Control-Allow-Origin": origin, "Access-Control-Expose-Headers": EXPOSED_HEADERS}
+        return {}
+    headers = {"Access-Control-Allow-Origin": origin, "Access-Control-Expose-Headers": EXPOSED_HEADERS}
     if request.method == "OPTIONS":
-        headers |= {
-            "Access-Control-Allow-Methods": "GET, POST, DELETE, OPTIONS",
-            "Access-Control-Allow-Headers": request.headers.get(
-                "Access-Control-Request-Headers", "Authorization, Content-Type"
-            ),
-            "Access-Control-Max-Age": "86400",
-        }
+        wanted = request.headers.get("Access-Control-Request-Headers", "Authorization, Content-Type")
+        headers |= PREFLIGHT_HEADERS | {"Access-Control-Allow-Headers": wanted}
         if "Access-Control-Request-Private-Network" in request.headers:  # a public page that calls localhost
             headers["Access-Control-Allow-Private-Network"] = "true"
     return headers
@@ -5478,6 +5472,7 @@ async def add_headers(request: web.Request, response: web.StreamResponse) -> Non
     """Runs just before the headers of any answer are sent, streams and errors too."""
     if record := request.get(RECORD):
         response.headers["x-request-id"] = f"req_{record.id}"
+    response.headers["Vary"] = "Origin, Access-Control-Request-Headers"
     response.headers.update(cors_headers(request))
 
 
@@ -5500,8 +5495,7 @@ async def log_requests(request: web.Request, handler: Handler) -> web.StreamResp
     finally:
         del in_flight[task]
         now = time.monotonic()
-        level = logging.DEBUG if request.path.startswith(UNLOGGED_PATHS) else logging.INFO
-        LOG.log(level, "%s", record.line(now))
+        LOG.log(logging.DEBUG if request.path.startswith(UNLOGGED_PATHS) else logging.INFO, "%s", record.line(now))
         count_request(request, now)
 
 
@@ -5551,9 +5545,11 @@ def proxy_error(error: Exception, request: web.Request) -> ProxyError:
             message = "There is nothing here: clients call POST /v1/chat/completions and GET /v1/models."
             return ProxyError(error_kind(404, "unknown_url"), message, detail=asked)
         case web.HTTPMethodNotAllowed():
-            kind = error_kind(405, "method_not_allowed")
-            refusal = ProxyError(kind, f"This path takes only {error.headers['Allow']}.", detail=asked)
-            refusal.headers = {"Allow": error.headers["Allow"]}
+            allowed = error.headers["Allow"]
+            refusal = ProxyError(
+                error_kind(405, "method_not_allowed", f"This path takes only {allowed}."), detail=asked
+            )
+            refusal.headers["Allow"] = allowed
             return refusal
         case web.HTTPRequestEntityTooLarge():
             message = f"The request is larger than {request.app[SETTINGS].max_body_mb} MB, this server's MAX_BODY_MB."
@@ -5609,8 +5605,8 @@ def descriptor_limit() -> int:
         resource = import_module("resource")
     except ImportError:  # Windows
         return sys.maxsize
-    limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-    return sys.maxsize if limit == resource.RLIM_INFINITY else int(limit)
+    limit: int = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    return sys.maxsize if limit == resource.RLIM_INFINITY else limit
 
 
 MAX_DESCRIPTORS = descriptor_limit()
@@ -5702,8 +5698,8 @@ class ClientConnection(RequestHandler):
         self, request: web.BaseRequest, resp: web.StreamResponse, start_time: float | None
     ) -> tuple[web.StreamResponse, bool]:
         if isinstance(resp, web.HTTPExpectationFailed):  # raised before any middleware
-            kind = error_kind(417, "unknown_expectation")
-            resp = bare_error(ProxyError(kind, "The only expectation known here is 'Expect: 100-continue'."))
+            message = "The only expectation known here is 'Expect: 100-continue'."
+            resp = bare_error(error_kind(417, "unknown_expectation", message))
         return await super().finish_response(request, resp, start_time)
 
     def log_exception(self, *words: Any, **how: Any) -> None:
@@ -5719,18 +5715,16 @@ class ClientConnection(RequestHandler):
             raise ConnectionError("the client has left, or an answer has begun") from exc  # aiohttp knows what to do
         if status >= 500:
             LOG.error("a bug in ztoapi", exc_info=exc)
-            error = ProxyError(INTERNAL_ERROR)
-        else:
-            LOG.info("%s sent what is no HTTP", request.remote)
-            message = "This is not HTTP as this server reads it: a header may be malformed, too long, or one too many."
-            error = ProxyError(error_kind(status, "bad_http"), message)
-        return bare_error(error)
+            return bare_error(INTERNAL_ERROR)
+        LOG.info("%s sent something that is not HTTP", request.remote)
+        message = "This is not HTTP as this server reads it: a header may be malformed, too long, or one too many."
+        return bare_error(error_kind(status, "bad_http", message))
 
 
-def bare_error(error: ProxyError) -> web.Response:
+def bare_error(kind: ErrorKind) -> web.Response:
     """An error that was met outside the app; the connection ends with it."""
-    body = encode_json(error_body(error))
-    response = web.Response(body=body, status=error.kind.status, content_type="application/json")
+    body = encode_json(error_body(ProxyError(kind)))
+    response = web.Response(body=body, status=kind.status, content_type="application/json")
     response.force_close()
     return response
 
@@ -5755,14 +5749,11 @@ def create_app(settings: Settings | None = None) -> web.Application:
         # When a client leaves, its handler is cancelled, and with it the request to Z.ai.
         handler_args={"handler_cancellation": True, "logger": LOG, "write_timeout": settings.upstream_timeout},
     )
-    app[SETTINGS] = settings
-    app[REDACT] = redactor(settings)
+    app[SETTINGS], app[REDACT] = settings, redactor(settings)
     app[CLOCK] = Clock()
-    app[IN_FLIGHT] = {}
-    app[CONNECTIONS] = WeakSet()
+    app[IN_FLIGHT], app[CONNECTIONS] = {}, WeakSet()
     app[STATISTICS] = Statistics(time.monotonic())
-    app[ACCOUNTS] = Accounts(settings.default_key)
-    app[DATABASE] = database
+    app[ACCOUNTS], app[DATABASE] = Accounts(settings.default_key), database
     app.on_response_prepare.append(add_headers)
     app.cleanup_ctx.append(connect)
     app.on_shutdown.append(drain)
@@ -5978,24 +5969,18 @@ def listen_or_exit(settings: Settings) -> list[socket.socket]:
 
 def cannot_listen(settings: Settings, error: OSError) -> str:
     if error.errno == errno.EADDRINUSE:
-        return (
-            f"port {settings.port} on {settings.host} is in use (by another ztoapi?): stop what uses it, "
-            "or choose another by --port"
-        )
+        in_use = f"port {settings.port} on {settings.host} is in use (by another ztoapi?)"
+        return f"{in_use}: stop what uses it, or choose another by --port"
     return f"HOST={settings.host}, PORT={settings.port} cannot be listened on: {error.strerror or error}"
 
 
 def with_demo(settings: Settings, place: tuple[Any, ...]) -> Settings:
-    """The settings with this server's own stand-in for Z.ai as the upstream; `address` is where the server listens."""
+    """The settings with this server's own stand-in for Z.ai as the upstream; `place` is where the server listens."""
     address = ipaddress.ip_address(place[0])
     loopback = "127.0.0.1" if address.version == 4 else "::1"
     host = loopback if address.is_unspecified else place[0]
-    return replace(
-        settings,
-        demo=True,
-        zai_base_url=f"http://{bracketed(host)}:{place[1]}{DEMO_PATH}",
-        zai_api_key=(secrets.token_hex(16),),
-    )
+    url = f"http://{bracketed(host)}:{place[1]}{DEMO_PATH}"
+    return replace(settings, demo=True, zai_base_url=url, zai_api_key=(secrets.token_hex(16),))
 
 
 def bracketed(host: str) -> str:
@@ -6003,9 +5988,8 @@ def bracketed(host: str) -> str:
 
 
 def banner(settings: Settings, port: int) -> str:
-    upstream = (
-        "the built-in demo: no model is behind its answers" if settings.demo else ", ".join(settings.zai_base_urls)
-    )
+    demo = "the built-in demo: no model is behind its answers"
+    upstream = demo if settings.demo else ", ".join(settings.zai_base_urls)
     zai_keys = 0 if settings.demo else len(settings.zai_api_key)
     lines = [
         f"ztoapi {__version__}",
@@ -6016,9 +6000,7 @@ def banner(settings: Settings, port: int) -> str:
         f"  keys      {len(settings.default_key)} for clients, {zai_keys} for Z.ai",
     ]
     if settings.published:
-        lines.append(
-            f"  note      the key for clients is the published {PUBLISHED_KEY}, so this machine alone may call"
-        )
+        lines.append(f"  note      the key for clients is the published {PUBLISHED_KEY}, so only this machine may call")
     if not settings.zai_api_key:
         lines += [
             "  note      no ZAI_API_KEY yet, so chat answers 503. Get a key: https://z.ai/manage-apikey/apikey-list",
@@ -6119,11 +6101,8 @@ def keys_command(settings: Settings, flags: argparse.Namespace) -> None:
     except (DatabaseError, BadRequest) as error:
         refuse(redactor(settings)(str(error)))
     if flags.action == "add" and settings.published:
-        print(
-            f"DEFAULT_KEY is the published {PUBLISHED_KEY}: nobody else can reach this server until you set "
-            "another, and HOST.",
-            file=sys.stderr,
-        )
+        published = f"DEFAULT_KEY is the published {PUBLISHED_KEY}"
+        print(f"{published}: nobody else can reach this server until you set another, and HOST.", file=sys.stderr)
 
 
 def manage_keys(database: Database, flags: argparse.Namespace) -> str:
@@ -6203,9 +6182,8 @@ async def check_plan(client: ZaiClient, what: str, key: ZaiKey) -> AsyncIterator
     for limit in (await client.plan_quota(key))["limits"]:
         left = 100 - min(100, limit["percentage"])
         bar = f"{'█' * round(left / 10):░<10}"
-        reset = (
-            f", begins anew {datetime.fromtimestamp(at, timezone.utc):%F %R} UTC" if (at := limit["resets_at"]) else ""
-        )
+        at = limit["resets_at"]
+        reset = f", begins anew {datetime.fromtimestamp(at, timezone.utc):%F %R} UTC" if at else ""
         yield Finding(what, f"{bar} {left:.0f} % left of {limit['window']}{reset}")
 
 
@@ -6340,9 +6318,8 @@ def demo_routes(app: web.Application) -> None:
 
 
 async def demo_models(_: web.Request) -> web.Response:
-    return json_response(
-        {"object": "list", "data": [{"id": model, "object": "model", "owned_by": "z-ai"} for model in MODELS]}
-    )
+    models = [{"id": model, "object": "model", "owned_by": "z-ai"} for model in MODELS]
+    return json_response({"object": "list", "data": models})
 
 
 async def demo_chat(request: web.Request) -> web.StreamResponse:
@@ -6351,12 +6328,8 @@ async def demo_chat(request: web.Request) -> web.StreamResponse:
     body = await request.json()
     if body["model"] not in MODELS:
         return json_response({"error": {"code": "1211", "message": "Unknown Model, please check the model code."}}, 400)
-    deltas = demo_deltas(body)
-    head = {
-        "id": time.strftime("%Y%m%d%H%M%S") + secrets.token_hex(9),
-        "created": int(time.time()),
-        "model": body["model"],
-    }
+    deltas, answer_id = demo_deltas(body), time.strftime("%Y%m%d%H%M%S") + secrets.token_hex(9)
+    head = {"id": answer_id, "created": int(time.time()), "model": body["model"]}
     if body.get("stream"):
         return await demo_stream(request, head, deltas, demo_last(body, deltas))
     await asyncio.sleep(DEMO_PACE)
@@ -6375,46 +6348,32 @@ async def demo_stream(request: web.Request, head: JSON, deltas: list[JSON], last
 
 
 def demo_whole(deltas: list[JSON], last: JSON) -> JSON:
-    message: JSON = {"role": "assistant", "content": "".join(delta.get("content", "") for delta in deltas)}
-    message["reasoning_content"] = "".join(delta.get("reasoning_content", "") for delta in deltas)
-    if calls := [call for delta in deltas for call in delta.get("tool_calls", ())]:
-        message["tool_calls"] = calls
-    return {
-        "choices": [{"index": 0, "message": message, "finish_reason": last["finish_reason"]}],
-        "usage": last["usage"],
-    }
+    texts = {name: "".join(delta.get(name, "") for delta in deltas) for name in ("content", "reasoning_content")}
+    calls = next((delta for delta in deltas if "tool_calls" in delta), {})
+    choice = {"index": 0, "message": {"role": "assistant", **texts, **calls}, "finish_reason": last["finish_reason"]}
+    return {"choices": [choice], "usage": last["usage"]}
 
 
 def demo_deltas(body: JSON) -> list[JSON]:
     """What the stand-in answers: a thought, then a call of the first tool if the user asks for one, else some words."""
-    asked = str(body["messages"][-1]["content"])
-    thoughts = (
-        []
-        if as_object(body.get("thinking")).get("type") == "disabled"
-        else ["The user wrote ", f"{len(asked)} characters. ", "This is only a demo."]
-    )
-    words = f"This is the demo of ztoapi; no model is behind it (这是演示,没有真正的模型). You wrote: {asked[:200]}"
-    if (
-        body.get("tools")
-        and body["messages"][-1]["role"] == "user"
-        and re.search(r"\b(tools?|call|use)\b|工具|调用", asked, re.IGNORECASE)
-    ):
-        said: list[JSON] = [{"tool_calls": [demo_call(body["tools"][0].get("function", {}))]}]
+    asked, by_user = str(body["messages"][-1]["content"]), body["messages"][-1]["role"] == "user"
+    thoughts = ("The user wrote ", f"{len(asked)} characters. ", "This is only a demo.")
+    deltas: list[JSON] = [{"reasoning_content": thought} for thought in thoughts]
+    if as_object(body.get("thinking")).get("type") == "disabled":
+        deltas = []
+    if body.get("tools") and by_user and re.search(r"\b(tools?|call|use)\b|工具|调用", asked, re.IGNORECASE):
+        deltas.append({"tool_calls": [demo_call(body["tools"][0].get("function", {}))]})
     else:
-        said = [{"content": word} for word in re.findall(r"\s*\S+", words)]
-    deltas = [*({"reasoning_content": thought} for thought in thoughts), *said]
+        words = f"This is the demo of ztoapi; no model is behind it (这是演示,没有真正的模型). You wrote: {asked[:200]}"
+        deltas += ({"content": word} for word in re.findall(r"\s*\S+", words))
     return deltas[: body.get("max_tokens", len(deltas))]
 
 
 def demo_call(function: JSON) -> JSON:
     schema = as_object(function.get("parameters"))
-    properties = {
-        name: as_object(as_object(schema.get("properties")).get(name))
-        for name in schema.get("required") or ()
-        if isinstance(name, str)
-    }
-    arguments = to_json({name: demo_value(how) for name, how in properties.items()})
-    called = {"name": function.get("name", "demo"), "arguments": arguments}
+    properties, names = as_object(schema.get("properties")), schema.get("required") or ()
+    values = {name: demo_value(as_object(properties.get(name))) for name in names if isinstance(name, str)}
+    called = {"name": function.get("name", "demo"), "arguments": to_json(values)}
     return {"id": f"call_{secrets.token_hex(8)}", "index": 0, "type": "function", "function": called}
 
 
@@ -6431,14 +6390,8 @@ def demo_last(body: JSON, deltas: list[JSON]) -> JSON:
     prompt = len(re.findall(r"\S+", str(body["messages"])))
     cut = len(deltas) >= body.get("max_tokens", math.inf)
     reason = "length" if cut else "tool_calls" if "tool_calls" in deltas[-1] else "stop"
-    return {
-        "finish_reason": reason,
-        "usage": {
-            "prompt_tokens": prompt,
-            "completion_tokens": len(deltas),
-            "total_tokens": prompt + len(deltas),
-        },
-    }
+    tokens = {"prompt_tokens": prompt, "completion_tokens": len(deltas), "total_tokens": prompt + len(deltas)}
+    return {"finish_reason": reason, "usage": tokens}
 
 
 # ======== Pages =====================================================================================================

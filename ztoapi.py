@@ -4788,11 +4788,8 @@ Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 # ======== Streaming out =============================================================================================
 
 KEEP_ALIVE_INTERVAL = 15  # seconds of silence after which a stream gets a comment
-STREAM_HEADERS = {
-    "Content-Type": "text/event-stream; charset=utf-8",
-    "Cache-Control": "no-cache",
-    "X-Accel-Buffering": "no",
-}
+EVENT_STREAM = "text/event-stream; charset=utf-8"
+STREAM_HEADERS = {"Content-Type": EVENT_STREAM, "Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
 
 
 class View:
@@ -4932,7 +4929,8 @@ TINY_LIMIT = 64  # tokens; a model that thinks uses them up and answers nothing 
 def with_defaults(prompt: Prompt, settings: Settings, accept: str) -> Prompt:
     """The prompt with the operator's defaults for what the client did not say."""
     thinking: Effort | None = None if settings.enable_thinking is None else "on" if settings.enable_thinking else "off"
-    stream = wants_stream(accept, default=settings.default_stream) if prompt.stream is None else prompt.stream
+    wanted = "application/json" not in accept and ("text/event-stream" in accept or settings.default_stream)
+    stream = wanted if prompt.stream is None else prompt.stream
     tiny: Effort | None = "off" if 0 < (prompt.max_tokens or 0) <= TINY_LIMIT else None
     effort = prompt.effort or thinking or tiny
     changed = (stream, effort) != (bool(prompt.stream), prompt.effort)  # no value is no stream
@@ -4970,13 +4968,6 @@ async def read_body(request: web.Request) -> bytes:
     except web.RequestPayloadError as error:
         raise BadRequest(BROKEN_BODY) from error
     return b"".join(parts)
-
-
-def wants_stream(accept: str, *, default: bool) -> bool:
-    """Whether a request without `stream` wants one, by its Accept header."""
-    if "application/json" in accept:
-        return False
-    return "text/event-stream" in accept or default
 
 
 def ignored_header(prompt: Prompt) -> dict[str, str]:
@@ -5035,9 +5026,8 @@ async def one_model(request: web.Request) -> web.Response:
     meant = resolve(asked, request.app[SETTINGS].model_aliases)
     name = next((name for name in (asked, meant.id) if name in models), None)
     if name is None:
-        raise ProxyError(
-            MODEL_NOT_FOUND, "There is no such model: GET /v1/models lists them.", "model", printable(asked)
-        )
+        message = "There is no such model: GET /v1/models lists them."
+        raise ProxyError(MODEL_NOT_FOUND, message, "model", printable(asked))
     item = anthropic_item if "anthropic-version" in request.headers else model_item
     return json_response(item(models[name], name))
 
@@ -5547,7 +5537,7 @@ def proxy_error(error: Exception, request: web.Request) -> ProxyError:
         case web.HTTPMethodNotAllowed():
             allowed = error.headers["Allow"]
             refusal = ProxyError(
-                error_kind(405, "method_not_allowed", f"This path takes only {allowed}."), detail=asked
+                error_kind(405, "method_not_allowed"), f"This path takes only {allowed}.", detail=asked
             )
             refusal.headers["Allow"] = allowed
             return refusal
@@ -5743,12 +5733,10 @@ def create_app(settings: Settings | None = None) -> web.Application:
     failed = 2 if settings else 3  # gunicorn stops when a worker exits with 3; on 2 it restarts the worker for ever
     settings = settings or settings_of_worker()
     database = database_or_exit(settings, failed)
-    app = web.Application(
-        middlewares=[log_requests, local_only],
-        client_max_size=settings.max_body_mb * 2**20,
-        # When a client leaves, its handler is cancelled, and with it the request to Z.ai.
-        handler_args={"handler_cancellation": True, "logger": LOG, "write_timeout": settings.upstream_timeout},
-    )
+    # When a client leaves, its handler is cancelled, and with it the request to Z.ai.
+    how = {"handler_cancellation": True, "logger": LOG, "write_timeout": settings.upstream_timeout}
+    limit = settings.max_body_mb * 2**20
+    app = web.Application(middlewares=[log_requests, local_only], client_max_size=limit, handler_args=how)
     app[SETTINGS], app[REDACT] = settings, redactor(settings)
     app[CLOCK] = Clock()
     app[IN_FLIGHT], app[CONNECTIONS] = {}, WeakSet()
@@ -5825,7 +5813,8 @@ class RedactingFormatter(logging.Formatter):
         self.redact = redact
 
     def format(self, record: logging.LogRecord) -> str:
-        return self.BULK.sub(r"\1…", self.redact(super().format(record)))
+        line = self.redact(super().format(record))
+        return self.BULK.sub(r"\1…", line) if len(line) > 256 else line  # BULK is no shorter
 
 
 class BackgroundHandler(logging.Handler):
@@ -6023,12 +6012,9 @@ def say(words: str) -> None:
 
 
 def parse_flags(arguments: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        "ztoapi.py",
-        usage="%(prog)s [options] [launch CLIENT [options] [-- what is for the client] | keys ...]",
-        description="Z.ai's GLM models behind an OpenAI-compatible API.",
-        epilog="Settings: see .env.example.",
-    )
+    usage = "%(prog)s [options] [launch CLIENT [options] [-- what is for the client] | keys ...]"
+    about = "Z.ai's GLM models behind an OpenAI-compatible API."
+    parser = argparse.ArgumentParser("ztoapi.py", usage=usage, description=about, epilog="Settings: see .env.example.")
     way = parser.add_mutually_exclusive_group()
     way.add_argument("--demo", action="store_true", help="answer from a built-in stand-in for Z.ai; needs no key")
     way.add_argument("--check", action="store_true", help="say what is configured and whether it works, then end")
@@ -6059,10 +6045,9 @@ def return_large_blocks() -> None:
 def new_loop() -> asyncio.AbstractEventLoop:
     """uvloop's where it is installed: it needs less processor time."""
     try:
-        loop: asyncio.AbstractEventLoop = import_module("uvloop").new_event_loop()
+        return cast("asyncio.AbstractEventLoop", import_module("uvloop").new_event_loop())
     except ImportError:
         return asyncio.new_event_loop()
-    return loop
 
 
 def main(arguments: list[str] | None = None) -> None:

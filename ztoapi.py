@@ -277,7 +277,8 @@ def read_setting(variable: Field[Any], text: str) -> Any:
 def is_loopback(host: str) -> bool:
     """Whether a host name can only mean this machine, whatever a DNS server says."""
     try:
-        return host.lower() == "localhost" or ipaddress.ip_address(host.strip("[]")).is_loopback
+        usual = host.lower() in ("localhost", "127.0.0.1", "::1")  # every request asks: parsing takes longer
+        return usual or ipaddress.ip_address(host.strip("[]")).is_loopback
     except ValueError:
         return False
 
@@ -4710,7 +4711,7 @@ class Statistics:
 
     def __init__(self, now: float) -> None:
         self.started = now
-        self.models: dict[str, ModelFigures] = {}
+        self.models: defaultdict[str, ModelFigures] = defaultdict(ModelFigures)
         self.minutes: dict[int, list[int]] = {}  # minute → requests, failures, tokens in, tokens out
         # With the seconds that each took, and the time of its end.
         self.recent: deque[tuple[Record, float, float]] = deque(maxlen=self.RECENT)
@@ -4725,7 +4726,7 @@ class Statistics:
         return model if others < self.MAX_MODELS - len(MODELS) - 1 else self.OTHERS
 
     def add(self, record: Record, duration: float, now: float) -> None:
-        self.models.setdefault(self.label(record.model), ModelFigures()).add(record, duration)
+        self.models[self.label(record.model)].add(record, duration)
         self.torn += record.torn
         minute, more = int(now // 60), (1, bool(record.error), record.usage.prompt, record.usage.completion)
         self.minutes[minute] = list(map(add, self.minutes.get(minute, (0, 0, 0, 0)), more))
@@ -5095,9 +5096,9 @@ NO_STORE = {"Cache-Control": "no-store"}
 async def dashboard_stats(request: web.Request) -> web.Response:
     """An operator's key sees everything, another key its own figures."""
     app, account, now, days = request.app, request[ACCOUNT], time.monotonic(), await usage_days(request)
-    boot, keys = time.time() - now, app[ACCOUNTS].named.values() if account.is_operator else [account]
-    snapshot: JSON = {"now": boot + now, "operator": account.is_operator, "client_keys": key_items(app[ACCOUNTS], keys)}
-    snapshot |= {"days": days or [], "database": days is not None}
+    boot, shown = time.time() - now, app[ACCOUNTS].named.values() if account.is_operator else [account]
+    snapshot: JSON = {"now": boot + now, "operator": account.is_operator, "days": days or []}
+    snapshot |= {"database": days is not None, "client_keys": [key_item(app[ACCOUNTS], each) for each in shown]}
     if account.is_operator:
         in_flight = sum(bool(flying[RECORD].model) for flying in app[IN_FLIGHT].values())
         snapshot |= {"in_flight": in_flight, "plans": app[PLANS].latest(now)}
@@ -5155,25 +5156,22 @@ def family(name: str, kind: str, samples: Iterable[tuple[Mapping[str, object], f
     yield from (sample(name, value, labels) for labels, value in samples)
 
 
-def key_items(accounts: Accounts, shown: Iterable[Account]) -> list[JSON]:
-    """Keys with their limits in the words of the `keys` command, and what they used."""
+def key_item(accounts: Accounts, account: Account) -> JSON:
+    """A key with its limits in the words of the `keys` command, and what it used."""
     today = day_of(time.time())
-    return [
-        {
-            "name": account.name,
-            **{limit: getattr(account, limit) for limit in LIMITS},
-            "expired": bool(account.expires and account.expires < today.isoformat()),
-            "used_tokens": accounts.tokens_used(account, today),
-            "token_limit": account.budget,
-            "resets_at": midnight(begins) if (begins := account.period(today)[1]) < date.max else None,
-        }
-        for account in shown
-    ]
+    return {
+        "name": account.name,
+        **{limit: getattr(account, limit) for limit in LIMITS},
+        "expired": bool(account.expires and account.expires < today.isoformat()),
+        "used_tokens": accounts.tokens_used(account, today),
+        "token_limit": account.budget,
+        "resets_at": midnight(begins) if (begins := account.period(today)[1]) < date.max else None,
+    }
 
 
 async def list_keys(request: web.Request) -> web.Response:
     accounts = request.app[ACCOUNTS]
-    return json_response({"keys": key_items(accounts, accounts.named.values())}, headers=NO_STORE)
+    return json_response({"keys": [key_item(accounts, a) for a in accounts.named.values()]}, headers=NO_STORE)
 
 
 async def put_key(request: web.Request) -> web.Response:
@@ -5184,8 +5182,8 @@ async def put_key(request: web.Request) -> web.Response:
     account = replace(known.get(name) or Account(hash_key(key), name), **parse_limits(body, day_of(time.time())))
     await database.run(database.put_account, account)
     await database.sync(accounts)
-    (item,) = key_items(accounts, [account])
-    return json_response(item, 200) if name in known else json_response(item | {"key": key}, 201)
+    item = key_item(accounts, account)
+    return json_response(item) if name in known else json_response(item | {"key": key}, 201)
 
 
 async def remove_key(request: web.Request) -> web.Response:
@@ -6096,7 +6094,7 @@ def manage_keys(database: Database, flags: argparse.Namespace) -> str:
     if database.exists:
         accounts.written(*database.call(database.exchange, {}, {}, today))
     if flags.action == "list":
-        return key_table(key_items(accounts, accounts.named.values()))
+        return key_table(key_item(accounts, account) for account in accounts.named.values())
     known = {account.name: account for account in accounts.named.values()}
     key, name = new_key(), parse_key_name(flags.name)
     if (name in known) == (flags.action == "add"):

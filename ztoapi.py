@@ -3899,7 +3899,8 @@ class EventStream(LookAhead):
         while not events and not self.reader.done:
             if self.error:
                 raise self.error
-            events = list(self.events_in(await self.read_part()))
+            part = await (self.source.read() if self.reader.finish is None else self.read_rest())
+            events = list(self.events_in(part))
             if events:
                 trace("received", events)
         return events
@@ -3911,12 +3912,8 @@ class EventStream(LookAhead):
         except UpstreamError as error:
             self.error = self.source.with_request_id(error, self.reader.request_id)
 
-    async def read_part(self) -> bytes:
-        """The next bytes; none at the end."""
-        return await (self.source.read() if self.reader.finish is None else self.read_rest())
-
     async def read_rest(self) -> bytes:
-        """The same after Z.ai's finish, when a broken connection no longer matters."""
+        """The next bytes after Z.ai's finish, none at the end: a broken connection no longer matters."""
         now = asyncio.get_running_loop().time()
         self.finish_deadline = self.finish_deadline or now + FINISH_TIMEOUT
         with suppress(UpstreamError, asyncio.TimeoutError):
@@ -3966,13 +3963,13 @@ class ZaiClient:
 
         `how`: data; method and headers where they are not POST and JSON's.
         """
-        how = {"method": "POST", "headers": {"Content-Type": "application/json"}, **how}
-        how["headers"] = {**how["headers"], "Authorization": f"Bearer {key.secret}"}
-        how["proxy"] = self.proxy(url)
-        if isinstance(how["data"], bytes) and len(how["data"]) > PART:
-            how["data"] = Upload(parts_of(how["data"]), len(how["data"]))
+        data, headers = how.pop("data"), how.pop("headers", {"Content-Type": "application/json"})
+        if isinstance(data, bytes) and len(data) > PART:
+            data = Upload(parts_of(data), len(data))
+        headers = {**headers, "Authorization": f"Bearer {key.secret}"}
+        how = {"method": "POST", "proxy": self.proxy(url), "allow_redirects": False, **how}
         try:
-            response = await owner.enter_async_context(self.session.request(url=url, allow_redirects=False, **how))
+            response = await owner.enter_async_context(self.session.request(url=url, headers=headers, data=data, **how))
         except (aiohttp.ClientError, ValueError) as error:
             if isinstance(error.__cause__, web.RequestPayloadError):
                 raise BadRequest(BROKEN_BODY) from error
@@ -4488,11 +4485,10 @@ class Database:
 
     def put_response(self, response_id: str, account_id: str, body: str) -> None:
         self.unsaved[response_id] = (account_id, body)
-        while (
-            len(self.unsaved) > self.MAX_UNSAVED
-            or sum(len(s) for _, s in self.unsaved.values()) > self.MAX_UNSAVED_SIZE
-        ):
-            del self.unsaved[next(iter(self.unsaved))]
+        size = sum(len(text) for _, text in self.unsaved.values())
+        while len(self.unsaved) > self.MAX_UNSAVED or size > self.MAX_UNSAVED_SIZE:
+            _, oldest = self.unsaved.pop(next(iter(self.unsaved)))
+            size -= len(oldest)
 
     async def find_response(self, response_id: str, account_id: str) -> str:
         """The body; "" if this account has none of this id. Raises DatabaseError."""

@@ -3324,18 +3324,14 @@ class Accounts:
     def __init__(self, operator_keys: Iterable[str]) -> None:
         self.operators = {account.id: account for account in map(Account, map(hash_key, operator_keys))}
         self.named: dict[str, Account] = {}  # by id
-        self.hashes: dict[str, str] = {}  # of keys that were used, since a hash takes long
         self.used: TokensUsed = {}
         self.counted: Counts = {}  # what no batch has yet
         self.batch: Counts = {}  # what is being written, and may have been
         self.asked: dict[str, deque[float]] = {}  # seconds at which an account asked, in the last minute
 
     def find(self, key: str) -> Account | None:
-        account_id = self.hashes.get(key) or hash_key(key)
-        account = self.operators.get(account_id) or self.named.get(account_id)
-        if account:
-            self.hashes[key] = account_id
-        return account
+        account_id = hash_key(key)
+        return self.operators.get(account_id) or self.named.get(account_id)
 
     def tokens_used(self, account: Account, today: date) -> int:
         """In the present period."""
@@ -4037,7 +4033,7 @@ class MergedStream(LookAhead):
         super().__init__()
         self.streams: dict[int, EventStream] = {}  # by choice, in the order in which they began
         self.owners = [AsyncExitStack() for _ in attempts]  # of each choice's slot and connection, until it ends
-        # What each choice's next events are waited for by.
+        # The tasks that wait for each choice's next events.
         self.pending = {asyncio.create_task(self.first_of(i, ask)): i for i, ask in enumerate(attempts)}
 
     @property

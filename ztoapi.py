@@ -3303,7 +3303,7 @@ def parse_limit(name: str, value: Any, today: date) -> str | int | None:
 
 
 def last_day(words: str, today: date) -> str:
-    """In ISO's form; "" for a day that is past, and for what is no day."""
+    """In ISO's form; "" for a day in the past, and for words that name no day."""
     with suppress(ValueError, OverflowError):
         day = today + timedelta(int(words[:-1])) if words.endswith("d") else date.fromisoformat(words)
         return day.isoformat() if day >= today and words != "0d" else ""
@@ -3623,13 +3623,13 @@ class Queue:
         return bool(self.in_flight or self.tickets)
 
     def ticket(self, target: Target, caller: Caller) -> Ticket:
-        """A ticket behind those that wait for the account; whoever takes it counts in `tickets`."""
+        """A ticket behind those that wait for the account; the caller counts it in `tickets`."""
         own = (other.turn[0] for other in reversed(self.waiting) if other.caller.account == caller.account)
         last_round = next(own, self.round)
         return Ticket(target, caller, (last_round + 1, next(self.numbers)))
 
     async def acquire(self, ticket: Ticket) -> Slot:
-        """Wait for a slot; whoever gets it releases it. Raises UpstreamError when all keys cool down."""
+        """Wait for a slot, which the caller must release. Raises UpstreamError when all keys cool down."""
         if not self.waiting and (slot := self.try_acquire(ticket)):
             return slot
         ticket.slot = asyncio.get_running_loop().create_future()
@@ -3787,7 +3787,7 @@ async def read_up_to(limit: int, content: aiohttp.StreamReader) -> bytes:
 
 
 class ByteStream:
-    """The bytes of one answer, whose connection belongs to `owner`."""
+    """The bytes of one answer; its connection belongs to `owner`."""
 
     def __init__(self, response: aiohttp.ClientResponse, max_silence: float, owner: AsyncExitStack) -> None:
         self.response = response
@@ -3818,7 +3818,7 @@ class ByteStream:
     async def read(self) -> bytes:
         """The next bytes, none at the end. Raises UpstreamError when the connection breaks off, or is silent."""
         if self.packed:
-            await asyncio.sleep(0)  # a little of it is so much unpacked that no read would ever wait
+            await asyncio.sleep(0)  # unpacked, a few bytes are so many that no read would ever wait
         self.timer.reset()
         self.reading = True
         try:
@@ -3833,14 +3833,14 @@ class ByteStream:
         return header_word(self.response.headers.get("X-Log-Id") or told)
 
     def with_request_id(self, error: UpstreamError, told: str = "") -> UpstreamError:
-        """The error with that id, for whoever wants to ask Z.ai about it."""
+        """The error with the request's id, by which Z.ai can be asked about it."""
         request_id = self.request_id(told)
         error.headers = {"x-zai-request-id": request_id} if request_id else {}
         return error
 
 
 class AnswerInfo(NamedTuple):
-    """About an answer: Z.ai's id of it, Unix seconds (0: not told), the model, Z.ai's id of the request."""
+    """About an answer: its id at Z.ai, Unix seconds (0: not told), the model, the request's id at Z.ai."""
 
     id: str
     created: int
@@ -4122,7 +4122,7 @@ def canonical(arguments: str) -> str:
 
 
 class ReasoningRecorder:
-    """Keeps the reasoning of one answer; in memory when a choice is finished, before its client knows of it."""
+    """Keeps the reasoning of one answer: each choice's when it is finished, before its client knows of it."""
 
     def __init__(self, remember: Callable[[Message], None]) -> None:
         self.remember = remember
@@ -4342,7 +4342,7 @@ PLANS_TTL = 60
 
 
 class PlanQuotas:
-    """What is left of the plans of Z.ai keys; asked for only while somebody looks, and once in PLANS_TTL."""
+    """What is left of the plans of Z.ai keys; asked for when the dashboard is, at most once in PLANS_TTL."""
 
     def __init__(self, client: ZaiClient, keys: tuple[ZaiKey, ...]) -> None:
         self.client, self.keys = client, keys
@@ -4413,7 +4413,7 @@ class Database:
     """
 
     INTERVAL = 1.0  # seconds between two looks for something to write
-    POLL = 3  # intervals after which other processes' words are read, in any case
+    POLL = 3  # intervals after which what other processes wrote is read
     COMPLAINT_INTERVAL = 60
     MAX_UNSAVED, MAX_UNSAVED_SIZE = 1_000, 64 * 2**20  # responses in memory, and their characters
 
@@ -4442,7 +4442,7 @@ class Database:
 
     @asynccontextmanager
     async def kept_up(self, accounts: Accounts) -> AsyncIterator[None]:
-        """Keys and usage are exchanged with the database all the while, and once more at the end."""
+        """Keys and usage are exchanged with the database every few seconds, and once more at the end."""
         if self.exists:
             await self.sync(accounts)
         task = asyncio.create_task(self.keep_up(accounts))

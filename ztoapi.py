@@ -1200,7 +1200,7 @@ def answer_schema(value: Any) -> JSON | None:
         case {"type": "json_schema", "json_schema": {"schema": dict(schema)}}:
             return schema
         case _:
-            raise ValueError("must have the type text, json_object, or json_schema with a json_schema.schema")
+            raise ValueError("must have the type text, json_object, or json_schema with a schema")
 
 
 def search_tool(value: Any) -> JSON:
@@ -1591,15 +1591,8 @@ def completion_choice(index: int, words: str, finish_reason: FinishReason | None
 
 def response_format(value: Any) -> JSON | None:
     """The schema in a request's `text`: as `answer_schema`, but the format is flat."""
-    match mapping(value).get("format"):
-        case None | {"type": "text"}:
-            return None
-        case {"type": "json_object"}:
-            return {}
-        case {"type": "json_schema", "schema": dict(schema)}:
-            return schema
-        case _:
-            raise ValueError("must have a format of type text, json_object, or json_schema with a schema")
+    flat = mapping(value).get("format") or {"type": "text"}
+    return answer_schema({**as_object(flat), "json_schema": flat})
 
 
 def response_effort(value: Any) -> Effort | None:
@@ -1649,20 +1642,15 @@ def stored_by_openai(_: Any) -> None:
     raise ValueError("refers to what only OpenAI stores: send the conversation as 'input', or 'previous_response_id'")
 
 
-RESPONSE_FIELDS: dict[str, Check] = {
-    **COMMON_FIELDS,
-    **dict.fromkeys(("instructions", "previous_response_id", "prompt_cache_key"), string),
-    **dict.fromkeys(("store", "parallel_tool_calls"), switch),
-    **dict.fromkeys(("conversation", "prompt"), stored_by_openai),  # to ignore these would lose the memory of a chat
-    "input": response_input,
-    "max_output_tokens": integer(1, 2**31),
-    "tools": response_tools,
-    "tool_choice": response_tool_choice,
-    "text": response_format,
-    "reasoning": response_effort,
-    "include": array,
-    "metadata": mapping,
-}
+RESPONSE_FIELDS: dict[str, Check] = (
+    COMMON_FIELDS
+    | dict.fromkeys(("instructions", "previous_response_id", "prompt_cache_key"), string)
+    | dict.fromkeys(("store", "parallel_tool_calls"), switch)
+    | dict.fromkeys(("conversation", "prompt"), stored_by_openai)  # to ignore these would lose the memory of a chat
+    | {"input": response_input, "text": response_format, "reasoning": response_effort, "include": array}
+    | {"tools": response_tools, "tool_choice": response_tool_choice}
+    | {"max_output_tokens": integer(1, 2**31), "metadata": mapping}
+)
 
 # Fields of a request that the response repeats, with their defaults.
 ECHOED: JSON = (
@@ -1701,7 +1689,7 @@ class ResponsesRequest:
     echo: JSON
     input: list[Any]  # after the items of the conversation so far; empty if the response is not to be stored
     tools: Mapping[str, JSON]  # as the client sent them, by the names that the model knows
-    include: tuple[str, ...]
+    returns_reasoning: bool  # in a form that the client can send back
     history: History
 
     def encoder(self, head: Head) -> ResponseEncoder:
@@ -1741,7 +1729,8 @@ def parse_response(body: JSON, history: History) -> tuple[Prompt, ResponsesReque
     )
     by_name = {parsed.name: tool for tool, parsed in tools if isinstance(parsed, Tool)}
     echo, stored = echo_of(body), [*before, *items] if given.get("store", True) else []
-    return prompt, ResponsesRequest(echo, stored, by_name, tuple(given.get("include", ())), history)
+    returns_reasoning = "reasoning.encrypted_content" in given.get("include", ())
+    return prompt, ResponsesRequest(echo, stored, by_name, returns_reasoning, history)
 
 
 def previous_items(given: JSON, history: History) -> list[Any]:
@@ -1770,14 +1759,13 @@ def response_of(item_id: str) -> str:
 
 def resolve_reference(item: Any, at: str, history: History) -> Any:
     """The item itself where only its id was sent."""
-    match item:
-        case {"type": "item_reference", "id": str(item_id)}:
-            stored = history.get(response_of(item_id))
-            found = [known for known in stored.response["output"] if known["id"] == item_id] if stored else []
-            if not found:
-                raise BadRequest(f"'{at}' refers to an item that is not stored here: send the item itself.", at)
-            return found[0]
-    return item
+    if as_object(item).get("type") != "item_reference":
+        return item
+    stored = history.get(response_of(str(item.get("id"))))
+    found = [known for known in stored.response["output"] if known["id"] == item["id"]] if stored else []
+    if not found:
+        raise BadRequest(f"'{at}' refers to an item that is not stored here: send the item itself.", at)
+    return found[0]
 
 
 def parse_items(items: Iterable[Any], first: int) -> tuple[Message, ...]:
@@ -1995,7 +1983,6 @@ class ResponseEncoder:
         self.calls: dict[int, Item] = {}  # by the index of the call
         self.usage: Usage | None = None
         self.finish: FinishReason = "stop"
-        self.returns_reasoning = "reasoning.encrypted_content" in request.include
         self.thought_kind = SUMMARY if request.echo["reasoning"]["summary"] else REASONING
 
     def feed(self, event: Event) -> list[JSON]:
@@ -2098,7 +2085,7 @@ class ResponseEncoder:
         return frame
 
     def body(self, item: Item) -> JSON:
-        if self.returns_reasoning and item.kind.type == "reasoning":
+        if self.request.returns_reasoning and item.kind.type == "reasoning":
             return item.body | {"encrypted_content": encode_reasoning(item.text)}
         return item.body
 
@@ -2175,11 +2162,8 @@ def content_blocks(turn: JSON) -> Iterator[Any]:
     content = turn.get("content")
     blocks = [{"type": "text", "text": content}] if isinstance(content, str) else content
     for block in blocks if isinstance(blocks, list) else ():
-        match block:
-            case {"text": str(text)} if turn["role"] == "system":
-                yield {**block, "text": f"<system-reminder>\n{text}\n</system-reminder>"}
-            case _:
-                yield block
+        reminds = turn["role"] == "system" and isinstance(as_object(block).get("text"), str)
+        yield {**block, "text": f"<system-reminder>\n{block['text']}\n</system-reminder>"} if reminds else block
 
 
 def shows_image(body: JSON) -> bool:
@@ -2474,9 +2458,8 @@ THINKING: dict[ThinkingKind, dict[Effort, JSON]] = {
 def zai_thinking(prompt: Prompt, messages: Iterable[Message], model: Model) -> JSON:
     """Z.ai's thinking fields; clear_thinking=false keeps earlier reasoning visible."""
     fields = THINKING[model.thinking].get(prompt.effort, {}) if prompt.effort else {}
-    clear = prompt.clear_thinking
-    if clear is None and any(message.thought for message in messages):
-        clear = False
+    remembers = prompt.clear_thinking is None and any(message.thought for message in messages)
+    clear = False if remembers else prompt.clear_thinking
     if clear is None or model.thinking == "none":
         return fields
     return {**fields, "thinking": {**fields.get("thinking", ENABLED["thinking"]), "clear_thinking": clear}}
@@ -2526,11 +2509,9 @@ class RefInliner:
 
     def __init__(self, schema: JSON) -> None:
         self.schema = schema
+        places = {place: as_object(schema.get(place)) for place in self.PLACES}
         self.definitions = {
-            f"#/{place}/{name}": what
-            for place in self.PLACES
-            for name, what in as_object(schema.get(place)).items()
-            if isinstance(what, dict)
+            f"#/{place}/{name}": what for place, found in places.items() for name, what in found.items()
         }
         self.size = 0
         self.has_refs = False  # a reference stays, so its definition must stay too
@@ -2548,7 +2529,7 @@ class RefInliner:
             return part
         self.size += 1 if depth < self.MAX_DEPTH else self.MAX_NODES
         match part:
-            case {"$ref": str(ref), **others} if ref in self.definitions and ref not in seen:
+            case {"$ref": str(ref), **others} if ref not in seen and isinstance(self.definitions.get(ref), dict):
                 meant = self.inline(self.definitions[ref], (*seen, ref), depth + 1)
                 return {**meant, **self.inline(others, seen, depth + 1)}
             case {"$ref": str(ref)}:
@@ -2583,24 +2564,17 @@ CONTEXT_LENGTH_EXCEEDED = error_kind(400, "context_length_exceeded", TOO_LONG_TE
 CONTENT_FILTER = error_kind(400, "content_filter", "Z.ai's content filter refused the request: rephrase it.")
 
 # Z.ai's codes (docs.z.ai, "Error Codes", with docs.bigmodel.cn's of July 2026).
-KINDS_BY_CODE = {
-    code: kind
-    for codes, kind in (
-        ("1000 1001 1002 1003 1004 1005", AUTHENTICATION),
-        ("1113", NO_BALANCE),
-        ("1200 1230 1234", UNAVAILABLE),
-        ("1210 1213 1214 1215 1221 1222", INVALID),
-        ("1211 1212", MODEL_NOT_FOUND),
-        ("1220 1311", MODEL_NOT_AVAILABLE),
-        ("1261", CONTEXT_LENGTH_EXCEEDED),
-        ("1301", CONTENT_FILTER),
-        ("1302", RATE_LIMITED),
-        ("1305", OVERLOADED),
-        ("1308 1310 1316 1317 1318 1319 1320 1321", QUOTA_EXCEEDED),
-        ("1309 1313 1314 1315", PLAN_NOT_USABLE),
-    )
-    for code in codes.split()
-}
+KINDS_BY_CODE = (
+    dict.fromkeys(("1000", "1001", "1002", "1003", "1004", "1005"), AUTHENTICATION)
+    | dict.fromkeys(("1200", "1230", "1234"), UNAVAILABLE)
+    | dict.fromkeys(("1210", "1213", "1214", "1215", "1221", "1222"), INVALID)
+    | dict.fromkeys(("1211", "1212"), MODEL_NOT_FOUND)
+    | dict.fromkeys(("1220", "1311"), MODEL_NOT_AVAILABLE)
+    | dict.fromkeys(("1308", "1310", "1316", "1317", "1318", "1319", "1320", "1321"), QUOTA_EXCEEDED)
+    | dict.fromkeys(("1309", "1313", "1314", "1315"), PLAN_NOT_USABLE)
+    | {"1113": NO_BALANCE, "1261": CONTEXT_LENGTH_EXCEEDED, "1301": CONTENT_FILTER}
+    | {"1302": RATE_LIMITED, "1305": OVERLOADED}
+)
 
 # For refusals without such a code. Z.ai's gateway answers 404 in shapes of its own to a wrong path.
 KINDS_BY_STATUS = {400: INVALID, 401: AUTHENTICATION, 404: WRONG_ADDRESS, 429: RATE_LIMITED}
@@ -2926,9 +2900,7 @@ class TagReader:
 
     def piece(self, piece: str) -> Iterator[TextPiece]:
         match piece, self.state:
-            case "", _:
-                return
-            case "<|begin_of_box|>" | "<|end_of_box|>", _ if self.tagged_reasoning:
+            case "" | "<|begin_of_box|>" | "<|end_of_box|>", _ if self.tagged_reasoning or not piece:
                 return
             case "<think>", "head" if self.tagged_reasoning:
                 self.state = "thought"
@@ -2960,11 +2932,11 @@ class TagReader:
         return map(Text, held)
 
     def may_be_call(self) -> bool:
-        if not self.named:
-            begun = "".join("".join(self.held[1:]).split())
-            self.named = begun.startswith(self.openings)
-            return self.named or any(opening.startswith(begun) for opening in self.openings)
-        return True
+        if self.named:
+            return True
+        begun = "".join("".join(self.held[1:]).split())
+        self.named = begun.startswith(self.openings)
+        return self.named or any(opening.startswith(begun) for opening in self.openings)
 
 
 LEAKED_PAIR = re.compile(r"(.*?)</arg_key>\s*<arg_value>(.*)</arg_value>\s*", re.DOTALL)
@@ -3084,22 +3056,16 @@ PLAN_WINDOWS = {(3, 5): "5h", (6, 1): "week", (5, 1): "month"}  # by unit and nu
 def plan_quota(document: JSON) -> JSON:
     """What is left of a Coding Plan. Z.ai does not document this, and changed its names in July 2026: odd ones go."""
     data = as_object(document.get("data")) or document
-    shown = [
-        plan_limit(limit) for limit in objects(data.get("limits")) if as_number(limit.get("percentage")) is not None
-    ]
-    return {"level": str(data.get("level") or "")[:20], "limits": shown}
+    limits = [limit for limit in objects(data.get("limits")) if as_number(limit.get("percentage")) is not None]
+    return {"level": str(data.get("level") or "")[:20], "limits": [*map(plan_limit, limits)]}
 
 
 def plan_limit(limit: JSON) -> JSON:
     unit, number, resets_at = limit.get("unit"), limit.get("number"), as_number(limit.get("nextResetTime"))
-    return {
-        "window": PLAN_WINDOWS.get((as_int(unit), as_int(number))) or f"{number} of unit {unit}"[:20],
-        "type": str(limit.get("type"))[:20],
-        "percentage": limit["percentage"],
-        "used": as_number(limit.get("currentValue")),
-        "allowance": as_number(limit.get("usage")),
-        "resets_at": resets_at / 1000 if resets_at else None,
-    }
+    window = PLAN_WINDOWS.get((as_int(unit), as_int(number))) or f"{number} of unit {unit}"[:20]
+    used, allowance = as_number(limit.get("currentValue")), as_number(limit.get("usage"))
+    shown = {"window": window, "type": str(limit.get("type"))[:20], "percentage": limit["percentage"]}
+    return shown | {"used": used, "allowance": allowance, "resets_at": resets_at / 1000 if resets_at else None}
 
 
 class PassThroughReader:

@@ -717,6 +717,11 @@ def as_object(value: Any) -> JSON:
     return value if isinstance(value, dict) else {}
 
 
+def objects(value: Any) -> Iterator[JSON]:
+    """The items of an array, none if it is something else."""
+    return map(as_object, value if isinstance(value, list) else ())
+
+
 def first_object(value: Any) -> JSON:
     return as_object(value[0]) if isinstance(value, list) and value else {}
 
@@ -1595,11 +1600,6 @@ def response_format(value: Any) -> JSON | None:
     return answer_schema({**as_object(flat), "json_schema": flat})
 
 
-def response_effort(value: Any) -> Effort | None:
-    given = mapping(value).get("effort")
-    return None if given is None else effort(given)
-
-
 def response_tool_choice(value: Any) -> ToolChoice:
     match value:
         case {"type": "function" | "custom", "name": str()}:
@@ -1647,7 +1647,7 @@ RESPONSE_FIELDS: dict[str, Check] = (
     | dict.fromkeys(("instructions", "previous_response_id", "prompt_cache_key"), string)
     | dict.fromkeys(("store", "parallel_tool_calls"), switch)
     | dict.fromkeys(("conversation", "prompt"), stored_by_openai)  # to ignore these would lose the memory of a chat
-    | {"input": response_input, "text": response_format, "reasoning": response_effort, "include": array}
+    | {"input": response_input, "text": response_format, "reasoning": effort_from_object, "include": array}
     | {"tools": response_tools, "tool_choice": response_tool_choice}
     | {"max_output_tokens": integer(1, 2**31), "metadata": mapping}
 )
@@ -1699,8 +1699,7 @@ class ResponsesRequest:
         encoder = self.encoder(head)
         for event in answer.events:
             encoder.feed(event)
-        response: JSON = encoder.close()[0]["response"]
-        return response
+        return as_object(encoder.close()[0]["response"])
 
 
 def parse_response(body: JSON, history: History) -> tuple[Prompt, ResponsesRequest]:
@@ -1746,8 +1745,8 @@ def previous_items(given: JSON, history: History) -> list[Any]:
 
 def referred_responses(body: JSON) -> list[str]:
     """The ids of the stored responses that a request refers to."""
-    items = body["input"] if isinstance(body.get("input"), list) else []
-    ids = [response_of(str(item.get("id"))) for item in items if as_object(item).get("type") == "item_reference"]
+    references = [item for item in objects(body.get("input")) if item.get("type") == "item_reference"]
+    ids = [response_of(str(item.get("id"))) for item in references]
     previous = [str(body["previous_response_id"])] if body.get("previous_response_id") else []
     return list(islice(dict.fromkeys([*previous, *ids]), MAX_REFERRED))
 
@@ -1873,8 +1872,8 @@ def decode_reasoning(item: JSON) -> str:
     if isinstance(kept, str) and kept.startswith(REASONING_PREFIX):
         with suppress(ValueError):
             return base64.b64decode(kept.removeprefix(REASONING_PREFIX), validate=True).decode("utf-8", "surrogatepass")
-    parts = [part for key in ("content", "summary") if isinstance(item.get(key), list) for part in item[key]]
-    return "".join(part["text"] for part in parts if isinstance(as_object(part).get("text"), str))
+    parts = chain.from_iterable(objects(item.get(key)) for key in ("content", "summary"))
+    return "".join(part["text"] for part in parts if isinstance(part.get("text"), str))
 
 
 def parse_response_tool(tool: Any, at: str) -> Tool | JSON | None:
@@ -2171,10 +2170,6 @@ def shows_image(body: JSON) -> bool:
     blocks = [block for turn in objects(body.get("messages")) for block in objects(turn.get("content"))]
     within = (part for block in blocks for part in objects(block.get("content")))
     return any(block.get("type") == "image" for block in chain(blocks, within))
-
-
-def objects(value: Any) -> Iterator[JSON]:
-    return map(as_object, value if isinstance(value, list) else ())
 
 
 # ======== Surfaces ==================================================================================================
@@ -2841,23 +2836,22 @@ def chunks_in(part: str) -> tuple[list[JSON], int]:
     """The whole chunks at the beginning of a text, and the index where they end."""
     chunks: list[JSON] = []
     at = 0
-    while at < len(part) and ('"choices"' in part or '"error"' in part):
-        chunk, end = decode_at(part, at)
-        following = CHUNK_END.match(part, end)
-        if chunk is None or following is None:
-            break
+    likely = '"choices"' in part or '"error"' in part  # cheaper than decoding what is none
+    while likely and (found := chunk_at(part, at)):
+        chunk, at = found
         chunks.append(chunk)
-        at = following.end()
     return chunks, at
 
 
-def decode_at(data: str, at: int) -> tuple[JSON | None, int]:
-    """The chunk that starts at this index, and the index where it ends; None if there is none."""
+def chunk_at(data: str, start: int) -> tuple[JSON, int] | None:
+    """The chunk that starts at this index, and the index where the next may start; None if there is none."""
     try:
-        value, end = JSON_DECODER.raw_decode(data, at)
+        value, end = JSON_DECODER.raw_decode(data, start)
     except (ValueError, RecursionError):
-        return None, at
-    return (value, end) if isinstance(value, dict) and ("choices" in value or "error" in value) else (None, at)
+        return None
+    following = CHUNK_END.match(data, end)
+    whole = isinstance(value, dict) and ("choices" in value or "error" in value)
+    return (value, following.end()) if whole and following else None
 
 
 TextPiece = Thought | Text | JSON  # an object is a tool call as Z.ai should have sent it
@@ -3008,14 +3002,16 @@ class CallReader:
 
     def find(self, index: int | None, given_id: str, name: str) -> Call:
         """The call that a piece belongs to, perhaps a new one."""
-        keys = [key for key in (index, given_id) if key not in (None, "")]
-        call = self.known.get(keys[0]) if keys else None
+        call = self.known.get(given_id if index is None else index)
         if call is None and not name and self.calls:
             call = self.calls[-1]
         if call is None or (name and (differ(given_id, call.given_id) or differ(name, call.name))):
             call = Call(len(self.calls))
             self.calls.append(call)
-        self.known |= dict.fromkeys(keys, call)
+        if index is not None:
+            self.known[index] = call
+        if given_id:
+            self.known[given_id] = call
         call.given_id, call.name = call.given_id or given_id, call.name or name
         return call
 
@@ -3163,19 +3159,17 @@ class EmbeddingsReader(UsageReader):
 
     def close(self) -> bytes:
         data = super().close()
-        match parse_json(data):
-            case {"data": [*items]} as document:
-                return encode_json({**document, "data": [packed_embedding(item) for item in items]})
-            case _:
-                return data
+        document = as_object(parse_json(data))
+        if not isinstance(document.get("data"), list):
+            return data
+        return encode_json({**document, "data": [packed_embedding(item) for item in document["data"]]})
 
 
 def packed_embedding(item: Any) -> Any:
-    match item:
-        case {"embedding": [*numbers]} if all(isinstance(number, (int, float)) for number in numbers):
-            return {**item, "embedding": base64.b64encode(struct.pack(f"<{len(numbers)}f", *numbers)).decode()}
-        case _:
-            return item
+    numbers = as_object(item).get("embedding")
+    if not isinstance(numbers, list) or not all(isinstance(number, (int, float)) for number in numbers):
+        return item
+    return {**item, "embedding": base64.b64encode(struct.pack(f"<{len(numbers)}f", *numbers)).decode()}
 
 
 # ======== Accounts ==================================================================================================

@@ -1746,9 +1746,8 @@ def previous_items(given: JSON, history: History) -> list[Any]:
 def referred_responses(body: JSON) -> list[str]:
     """The ids of the stored responses that a request refers to."""
     references = [item for item in objects(body.get("input")) if item.get("type") == "item_reference"]
-    ids = [response_of(str(item.get("id"))) for item in references]
-    previous = [str(body["previous_response_id"])] if body.get("previous_response_id") else []
-    return list(islice(dict.fromkeys([*previous, *ids]), MAX_REFERRED))
+    ids = [body.get("previous_response_id"), *(response_of(str(item.get("id"))) for item in references)]
+    return list(islice(dict.fromkeys(map(str, filter(None, ids))), MAX_REFERRED))
 
 
 def response_of(item_id: str) -> str:
@@ -2105,9 +2104,8 @@ class ResponseEncoder:
 
 def input_items(stored: StoredResponse, query: Mapping[str, str]) -> JSON:
     """A page of a response's input, as its `order`, `after` and `limit` ask for it: the newest 20 first."""
-    items = [input_item(item, f"{stored.response['id']}_input_{i}") for i, item in enumerate(stored.input)]
-    if query.get("order") != "asc":
-        items.reverse()
+    order = 1 if query.get("order") == "asc" else -1
+    items = [input_item(item, f"{stored.response['id']}_input_{i}") for i, item in enumerate(stored.input)][::order]
     ids = [item["id"] for item in items]
     start = ids.index(query["after"]) + 1 if query.get("after") in ids else 0
     limit = query.get("limit", "")
@@ -2353,11 +2351,12 @@ def turn_start(messages: tuple[Message, ...]) -> int:
 
 def with_reasoning(messages: tuple[Message, ...], start: int, recall: Callable[[Message], str]) -> tuple[Message, ...]:
     """The conversation with the reasoning that its client left out, from the index `start` on."""
-    rest = (
-        replace(message, thought=recall(message)) if message.role == "assistant" and not message.thought else message
-        for message in messages[start:]
-    )
-    return (*messages[:start], *rest)
+
+    def recalled(message: Message) -> Message:
+        forgotten = message.role == "assistant" and not message.thought
+        return replace(message, thought=recall(message)) if forgotten else message
+
+    return (*messages[:start], *map(recalled, messages[start:]))
 
 
 def choice_prompt(prompt: Prompt, choice: int) -> Prompt:
@@ -2552,10 +2551,8 @@ def without_null(schema: JSON) -> JSON:
 
 INVALID = error_kind(400, "zai_{}", "Z.ai did not accept the request: change what it names.")  # {}: Z.ai's code
 OTHER = error_kind(502, "zai_{}", "Z.ai refused the request.")
-OVERLOADED_TEXT = "The model is overloaded at Z.ai: wait some seconds, or choose another model."
-OVERLOADED = replace(RATE_LIMITED, message=OVERLOADED_TEXT, retry_after=5)
-TOO_LONG_TEXT = "The messages are longer than the model can read: shorten them."
-CONTEXT_LENGTH_EXCEEDED = error_kind(400, "context_length_exceeded", TOO_LONG_TEXT)
+OVERLOADED = replace(RATE_LIMITED, message="The model is overloaded: wait a little, or choose another.", retry_after=5)
+CONTEXT_LENGTH_EXCEEDED = error_kind(400, "context_length_exceeded", "Too long for the model: shorten the messages.")
 CONTENT_FILTER = error_kind(400, "content_filter", "Z.ai's content filter refused the request: rephrase it.")
 
 # Z.ai's codes (docs.z.ai, "Error Codes", with docs.bigmodel.cn's of July 2026).
@@ -2677,11 +2674,8 @@ class ZaiReader:
         self.text_begun = False
         self.prose = ""  # held: where JSON is wanted, text that is none may stand beside a call
         self.calls = CallReader()
-        self.id = ""  # Z.ai's id of the answer
-        self.created = 0  # Unix seconds; 0: unknown
-        self.request_id = ""
-        self.size = 0  # bytes so far
-        self.torn = 0  # frames dropped because their rest never came
+        self.id, self.created, self.request_id = "", 0, ""  # Z.ai's; created in Unix seconds, 0: unknown
+        self.size, self.torn = 0, 0  # bytes so far; frames dropped because their rest never came
         self.citations: list[JSON] = []
         self.usage: Usage | None = None
         self.finish: str | None = None  # the first finish_reason: some models send stop after tool_calls
@@ -2963,7 +2957,7 @@ class Call:
     given_id: str = ""  # Z.ai's, once it is known
     name: str = ""
     waiting: str = ""  # arguments not yet sent: the name must be sent first
-    begun: bool = False  # the first piece has been sent
+    id: str = ""  # ours, once the first piece has been sent
     empty: bool = True  # no arguments have been sent
 
 
@@ -2981,7 +2975,6 @@ class CallReader:
     def __init__(self) -> None:
         self.calls: list[Call] = []
         self.known: dict[int | str, Call] = {}  # the newest call with each of Z.ai's indexes and ids
-        self.ids: set[str] = set()  # those already used
 
     def feed(self, piece: JSON, answer_id: str) -> Iterator[ToolCall]:
         function = as_object(piece.get("function"))
@@ -3018,18 +3011,17 @@ class CallReader:
     def flush(self, call: Call, answer_id: str) -> Iterator[ToolCall]:
         arguments, call.waiting = call.waiting, ""
         call.empty = call.empty and not arguments
-        if not call.begun:
-            call.begun = True
-            yield ToolCall(call.index, self.new_id(call, answer_id), call.name, arguments)
+        if not call.id:
+            call.id = self.new_id(call, answer_id)
+            yield ToolCall(call.index, call.id, call.name, arguments)
         elif arguments:
             yield ToolCall(call.index, "", "", arguments)
 
     def new_id(self, call: Call, answer_id: str) -> str:
         """Z.ai's id, made unique; one of ours if Z.ai sent none."""
-        call_id = call.given_id or f"call_{answer_id}_{call.index}"
-        while call_id in self.ids:
+        call_id, used = call.given_id or f"call_{answer_id}_{call.index}", {known.id for known in self.calls}
+        while call_id in used:
             call_id += f"_{call.index}"
-        self.ids.add(call_id)
         return call_id
 
 

@@ -4408,7 +4408,7 @@ class Database:
 
     async def keep_up(self, accounts: Accounts) -> None:
         for number in count():
-            is_due = number % self.POLL == 0 and self.exists
+            is_due = number % self.POLL == 0 and self.exists and (accounts.counted or not self.in_memory)
             if is_due or (not self.in_memory and (accounts.counted or accounts.batch or self.unsaved)):
                 await self.sync(accounts)
             await asyncio.sleep(self.INTERVAL)

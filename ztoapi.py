@@ -164,7 +164,7 @@ class ZaiKey:
         return re.sub(r"(/coding)?/paas/v4$", "", self.base_url) + "/anthropic"
 
     def affinity(self, conversation: str) -> str:
-        """Of several keys a conversation takes the one with the least (rendezvous hashing): others change nothing."""
+        """A conversation takes the key with the lowest value (rendezvous hashing): another key moves few of them."""
         return digest(conversation, self.secret)
 
 
@@ -200,6 +200,24 @@ def database_url(text: str) -> str:
 def setting(default: Any, read: Callable[[str], Any], wanted: str) -> Any:
     """A field read from the environment variable of the same name in upper case; `wanted` ends the error message."""
     return field(default=default, metadata={"read": read, "wanted": wanted})
+
+
+def read_setting(variable: Field[Any], text: str) -> Any:
+    try:
+        return variable.metadata["read"](text)
+    except (ValueError, KeyError):
+        is_secret = variable.name.endswith(("_key", "database_url")) or "@" in text  # a broken key is one too
+        shown = variable.name.upper() + ("" if is_secret else f"={text}")
+        raise SettingsError(f"{shown} cannot be used: it must be {variable.metadata['wanted']}") from None
+
+
+def is_loopback(host: str) -> bool:
+    """Whether a host name can only mean this machine, whatever a DNS server says."""
+    try:
+        usual = host.lower() in ("localhost", "127.0.0.1", "::1")  # every request asks: parsing takes longer
+        return usual or ipaddress.ip_address(host.strip("[]")).is_loopback
+    except ValueError:
+        return False
 
 
 @dataclass(frozen=True)
@@ -265,24 +283,6 @@ class Settings:
         return cls(**used)
 
 
-def read_setting(variable: Field[Any], text: str) -> Any:
-    try:
-        return variable.metadata["read"](text)
-    except (ValueError, KeyError):
-        is_secret = variable.name.endswith(("_key", "database_url")) or "@" in text  # a broken key is one too
-        shown = variable.name.upper() + ("" if is_secret else f"={text}")
-        raise SettingsError(f"{shown} cannot be used: it must be {variable.metadata['wanted']}") from None
-
-
-def is_loopback(host: str) -> bool:
-    """Whether a host name can only mean this machine, whatever a DNS server says."""
-    try:
-        usual = host.lower() in ("localhost", "127.0.0.1", "::1")  # every request asks: parsing takes longer
-        return usual or ipaddress.ip_address(host.strip("[]")).is_loopback
-    except ValueError:
-        return False
-
-
 # ======== Errors ====================================================================================================
 
 
@@ -300,7 +300,7 @@ class ErrorKind:
     retry_after: float | None = field(default=None, compare=False)
 
 
-# The error types of each status: OpenAI's, and Anthropic's (docs.anthropic.com, "Errors"). Any other is as 400.
+# The error types of each status: OpenAI's, and Anthropic's (docs.anthropic.com, "Errors"). Others are like 400.
 ERROR_TYPES = {
     400: ("invalid_request_error", "invalid_request_error"),
     401: ("invalid_request_error", "authentication_error"),
@@ -329,7 +329,6 @@ zai_unreachable: Z.ai cannot be reached (connection error, network error): check
 rate_limit_exceeded: Z.ai takes no more requests from this server's key now: wait a little, or send fewer at a time.
 insufficient_quota: This server's Z.ai key has no balance for this model. A Coding Plan key needs \
 ZAI_BASE_URL=https://api.z.ai/api/coding/paas/v4; without a plan, add money or use a free model, such as glm-4.7-flash.
-quota_exceeded: The quota of this server's Z.ai key is used up: wait until it is reset, or use another key.
 model_not_available: This server's Z.ai key may not use this model: choose another, or change the plan.
 model_not_found: Z.ai does not know this model, or not for this use: GET /v1/models lists the names, and this \
 server's MODEL_ALIASES can give a model the name a client insists on.
@@ -352,9 +351,9 @@ UNREACHABLE = error_kind(502, "zai_unreachable", MESSAGES["zai_unreachable"])
 WRONG_ADDRESS = error_kind(502, "zai_wrong_address", "There is no GLM API at this server's ZAI_BASE_URL: check it.")
 TIMEOUT = error_kind(504, "zai_timeout", "Z.ai was silent for too long (UPSTREAM_TIMEOUT): try again.")
 RATE_LIMITED = error_kind(429, "rate_limit_exceeded", MESSAGES["rate_limit_exceeded"], retry_after=1)
-# 402: several agents repeat a request after a 429, for minutes and without a word.
+# 402: several agents silently repeat a request after a 429, for minutes.
 NO_BALANCE = error_kind(402, "insufficient_quota", MESSAGES["insufficient_quota"])
-QUOTA_EXCEEDED = error_kind(402, "quota_exceeded", MESSAGES["quota_exceeded"])
+QUOTA_EXCEEDED = error_kind(402, "quota_exceeded", "The quota of this server's Z.ai key is used up until it is reset.")
 PLAN_NOT_USABLE = error_kind(403, "plan_not_usable", "This server's Z.ai plan cannot be used: see z.ai/manage-apikey.")
 MODEL_NOT_AVAILABLE = error_kind(403, "model_not_available", MESSAGES["model_not_available"])
 MODEL_NOT_FOUND = error_kind(404, "model_not_found", MESSAGES["model_not_found"])
@@ -449,14 +448,14 @@ class Redactor:
 
 
 def any_escaping(word: str) -> str:
-    """A pattern for a word, however often it was written as a string of JSON or Python."""
+    """A pattern for a word, however many times it was escaped as a string of JSON or Python."""
     parts = re.findall(r"\\+|[^\\]", word)
     forms = (r"\\+" if part[0] == "\\" else r"\\*" + part if part in "\"'/" else re.escape(part) for part in parts)
     return "".join(forms).removeprefix(r"\\*")
 
 
 def proxy_passwords(urls: Iterable[str]) -> list[str]:
-    """The password of each proxy's address that has one, as it stands there and decoded."""
+    """The password of each proxy's address that has one, as it is written and percent-decoded."""
     found = [re.match(r"(?:[^/]*//)?(?:[^:@]*:)?(.+)@", url) for url in urls]
     return [form for match in found if match for form in (match[1], unquote(match[1]))]
 
@@ -498,7 +497,7 @@ class Model:
 
 
 # docs.z.ai, October 2026: id, context and output in K, thinking, features, created (from Z.ai's list, or the release),
-# and the price; where none is told for the cache, what comes from there costs the same.
+# and the price; where there is none for cached tokens, they cost the same.
 MODEL_ROWS: tuple[tuple[str, int, int, ThinkingKind, str, int, tuple[float, float, float] | None], ...] = (
     ("glm-5.3", 1024, 128, "always", "", 1786636800, (1.4, 0.26, 4.4)),
     ("glm-5.3-flash", 1024, 128, "always", "sees", 1787702400, (0.15, 0.03, 0.5)),
@@ -629,7 +628,7 @@ def encode_json(value: Any) -> bytes:
 
 
 def escaped(text: str) -> bytes:
-    """JSON text, or frames of it, in UTF-8. Half a surrogate pair stays the escape it came as: the rest may follow."""
+    """JSON text, or frames of it, in UTF-8. Half a surrogate pair is escaped: the rest may come in the next chunk."""
     if text.isascii():
         return text.encode()
     for end, escape in LINE_ENDS:
@@ -643,7 +642,7 @@ def encode_request(value: Any) -> bytes:
     try:
         return to_json(value).encode()
     except UnicodeEncodeError:
-        raise BadRequest("The text has half a surrogate pair (\\ud800 to \\udfff), which is no character.") from None
+        raise BadRequest("The text has half a surrogate pair (\\ud800 to \\udfff), which is not a character.") from None
 
 
 def finite(text: str) -> float:
@@ -846,7 +845,7 @@ Effort = Literal["off", "on", "low", "medium", "high", "xhigh", "max"]
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """A checked request, independent of the API it came by. None means that the client did not say."""
+    """A checked request, independent of the API that it came through. None means that the client did not say."""
 
     model: str
     messages: tuple[Message, ...]
@@ -867,7 +866,7 @@ class Prompt:
     reasoning_format: ReasoningFormat | None = None
     fallbacks: tuple[str, ...] | None = None  # models to ask when the first cannot answer
     native: JSON = field(default_factory=dict)  # Z.ai's own parameters, passed on
-    cache_key: str = ""  # what the client knows the conversation by
+    cache_key: str = ""  # the client's own name for the conversation
     ignored: tuple[str, ...] = ()  # fields that cannot be honoured
 
 
@@ -1248,7 +1247,7 @@ class ChatRequest:
 
     n: int = 1
     include_usage: bool = False
-    has_functions: bool = False  # in the place of tools
+    has_functions: bool = False  # `functions` instead of `tools`
 
     def encoder(self, head: Head) -> ChatEncoder:
         return (FunctionEncoder if self.has_functions else ChatEncoder)(head, self)

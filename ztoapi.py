@@ -324,14 +324,11 @@ invalid_api_key: The API key is missing or wrong: send this server's key (its DE
 'Authorization: Bearer KEY' or 'x-api-key: KEY'.
 zai_api_key_missing: This server has no Z.ai key. Get one at z.ai/manage-apikey (glm-4.7-flash, glm-4.5-flash and \
 glm-4.6v-flash are free), set ZAI_API_KEY and start again; or try it without a key: python ztoapi.py --demo
-zai_authentication: Z.ai did not accept this server's own key: its operator must check ZAI_API_KEY.
 zai_unreachable: Z.ai cannot be reached (connection error, network error): check network, proxy and ZAI_BASE_URL.
 rate_limit_exceeded: Z.ai takes no more requests from this server's key now: wait a little, or send fewer at a time.
 insufficient_quota: This server's Z.ai key has no balance for this model. A Coding Plan key needs \
 ZAI_BASE_URL=https://api.z.ai/api/coding/paas/v4; without a plan, add money or use a free model, such as glm-4.7-flash.
-model_not_available: This server's Z.ai key may not use this model: choose another, or change the plan.
-model_not_found: Z.ai does not know this model, or not for this use: GET /v1/models lists the names, and this \
-server's MODEL_ALIASES can give a model the name a client insists on.
+model_not_found: Z.ai does not know this model, or not for this use: see GET /v1/models. MODEL_ALIASES can rename it.
 """
 MESSAGES = dict(line.split(": ", 1) for line in MESSAGE_LINES.splitlines())
 
@@ -345,7 +342,7 @@ MODEL_NOT_ALLOWED = error_kind(403, "model_not_allowed")
 OPERATOR_ONLY = error_kind(403, "operator_only", "This is for the operator of this server: send its DEFAULT_KEY.")
 DATABASE_UNAVAILABLE = error_kind(503, "database_unavailable", "This server's database is out of reach: try again.")
 ZAI_API_KEY_MISSING = error_kind(503, "zai_api_key_missing", MESSAGES["zai_api_key_missing"])
-AUTHENTICATION = error_kind(502, "zai_authentication", MESSAGES["zai_authentication"])
+AUTHENTICATION = error_kind(502, "zai_authentication", "Z.ai did not accept this server's key: check its ZAI_API_KEY.")
 UNAVAILABLE = error_kind(502, "zai_unavailable", "Z.ai could not answer: try again shortly.")
 UNREACHABLE = error_kind(502, "zai_unreachable", MESSAGES["zai_unreachable"])
 WRONG_ADDRESS = error_kind(502, "zai_wrong_address", "There is no GLM API at this server's ZAI_BASE_URL: check it.")
@@ -355,7 +352,7 @@ RATE_LIMITED = error_kind(429, "rate_limit_exceeded", MESSAGES["rate_limit_excee
 NO_BALANCE = error_kind(402, "insufficient_quota", MESSAGES["insufficient_quota"])
 QUOTA_EXCEEDED = error_kind(402, "quota_exceeded", "The quota of this server's Z.ai key is used up until it is reset.")
 PLAN_NOT_USABLE = error_kind(403, "plan_not_usable", "This server's Z.ai plan cannot be used: see z.ai/manage-apikey.")
-MODEL_NOT_AVAILABLE = error_kind(403, "model_not_available", MESSAGES["model_not_available"])
+MODEL_NOT_AVAILABLE = error_kind(403, "model_not_available", "This server's Z.ai key lacks this model: choose another.")
 MODEL_NOT_FOUND = error_kind(404, "model_not_found", MESSAGES["model_not_found"])
 
 # Agents decide by the words "connection error" and "network error" whether to ask again.
@@ -1011,8 +1008,11 @@ def integer(low: int, high: int) -> Check:
     return must(f"be a whole number from {low} to {high}", lambda value: type(value) is int and low <= value <= high)
 
 
+token_count = integer(0, 2**31)
+
+
 def token_limit(value: Any) -> int | None:
-    return integer(0, 2**31)(value) or None  # 0 sets no limit, as in OpenAI's own tests
+    return token_count(value) or None  # 0 sets no limit, as in OpenAI's own tests
 
 
 def model_names(value: Any) -> tuple[str, ...]:
@@ -1048,8 +1048,11 @@ def validated(body: JSON, wanted: Mapping[str, Check], at: str = "") -> JSON:
 
     Raises BadRequest for the first that is wrong, in the client's order.
     """
-    given = ((name, value) for name, value in body.items() if value is not None and name in wanted)
-    return {name: checked(value, wanted[name], at + name) for name, value in given}
+    given = {}
+    for name, value in body.items():
+        if value is not None and name in wanted:
+            given[name] = checked(value, wanted[name], at + name)
+    return given
 
 
 # Values that ask for nothing, besides null, 0, false, {} and [].
@@ -1058,8 +1061,7 @@ NEUTRAL: JSON = {"modalities": [["text"]], "service_tier": ["auto", "default"], 
 
 def unknown_fields(body: JSON, known: Iterable[str]) -> list[str]:
     """The fields that ask for something GLM cannot do."""
-    unknown = ((name, value) for name, value in body.items() if name not in known)
-    return [name for name, value in unknown if value and value not in NEUTRAL.get(name, ())]
+    return [name for name, value in body.items() if name not in known and value and value not in NEUTRAL.get(name, ())]
 
 
 # The words for effort in the OpenAI API and its relatives.

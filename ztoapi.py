@@ -6361,72 +6361,55 @@ PAGE_FRAME = """<!doctype html>
 <script>{{SCRIPT}}</script>
 """
 STYLE = """
-:root { --ink: #1c2430; --soft: #5b6675; --paper: #fbfbf9; --card: #fff; --line: #d9dde3; --accent: #1d5fbf;
-  --on-accent: #fff; --bad: #b3261e; --good: #1a7f4b; --code: #f2f3f0 }
-@media (prefers-color-scheme: dark) { :root { --ink: #e4e8ee; --soft: #9aa5b4; --paper: #14181d; --card: #1b2027;
-  --line: #323a45; --accent: #7fb2ff; --on-accent: #0d1420; --bad: #ff8a80; --good: #6fd3a0; --code: #10141a } }
-* { box-sizing: border-box } [hidden] { display: none !important }
-body { margin: 0 auto; max-width: 62rem; padding: 1rem 1.25rem 4rem; background: var(--paper); color: var(--ink);
-  font: 16px/1.6 system-ui, sans-serif }
-h1 { font-size: 1.7rem; margin: .5rem 0 } h2 { font-size: 1.2rem; margin: 2.5rem 0 .6rem }
-h3 { font-size: 1rem; margin: 1.2rem 0 .3rem } h2 small { font-weight: 400; font-size: .8rem }
-p { margin: .5rem 0; max-width: 46rem } a { color: var(--accent) } small, .soft { color: var(--soft) }
-nav { display: flex; flex-wrap: wrap; gap: 0 1.1rem; align-items: center; font-size: .95rem }
+:root { --ink: #1c2430; --soft: #5b6675; --paper: #fbfbf9; --card: #fff; --line: #d9dde3; --code: #f2f3f0;
+  --accent: #1d5fbf; --on-accent: #fff; --bad: #b3261e; --good: #1a7f4b }
+@media (prefers-color-scheme: dark) { :root { --ink: #e4e8ee; --soft: #9aa5b4; --paper: #14181d; --card: #1b2027; --line: #323a45; --code: #10141a;
+  --accent: #7fb2ff; --on-accent: #0d1420; --bad: #ff8a80; --good: #6fd3a0 } }
+* { box-sizing: border-box } [hidden] { display: none !important } :focus-visible { outline: 3px solid var(--accent); outline-offset: 2px }
+body { margin: 0 auto; max-width: 62rem; padding: 1rem 1.25rem 4rem; background: var(--paper); color: var(--ink); font: 16px/1.6 system-ui, sans-serif }
+h1 { font-size: 1.7rem; margin: .5rem 0 } h2 { font-size: 1.2rem; margin: 2.5rem 0 .6rem } h3 { font-size: 1rem; margin: 1.2rem 0 .3rem }
+p { margin: .5rem 0; max-width: 46rem } a { color: var(--accent) } small, .soft { color: var(--soft) } h2 small { font-weight: 400; font-size: .8rem }
 code, pre, textarea, .figure b { font-family: ui-monospace, Menlo, Consolas, monospace }
 code { font-size: .9em; background: var(--code); padding: .1em .3em; border-radius: 3px; overflow-wrap: anywhere }
-pre { background: var(--code); border: 1px solid var(--line); border-radius: 6px; padding: .8rem 1rem; margin: 0;
-  overflow-x: auto; font-size: .85rem; line-height: 1.5 }
-pre.wrap, .answer, .thought { white-space: pre-wrap; overflow-wrap: anywhere }
+pre { margin: 0; padding: .8rem 1rem; background: var(--code); border: 1px solid var(--line); border-radius: 6px; overflow-x: auto; font-size: .85rem;
+  line-height: 1.5 } pre.wrap, .answer, .thought { white-space: pre-wrap; overflow-wrap: anywhere }
 .answer { min-height: 1.6em } .thought { color: var(--soft); border-left: 3px solid var(--line); padding-left: .8rem }
-.call { position: relative; margin: .5rem 0 } .call pre { padding-right: 4.5rem }
-.call button { position: absolute; top: .45rem; right: .45rem; padding: .15rem .6rem; font-size: .8rem }
-@media (max-width: 30rem) { .call pre { padding-top: 2.6rem } }
+.call { position: relative; margin: .5rem 0 } .call button { position: absolute; top: .45rem; right: .45rem; padding: .15rem .6rem; font-size: .8rem }
+.call pre { padding-right: 4.5rem } @media (max-width: 30rem) { .call pre { padding-top: 2.6rem } }
 .scroll { overflow-x: auto } table { border-collapse: collapse; width: 100%; font-size: .92rem }
-th, td { text-align: left; padding: .35rem .8rem .35rem 0; border-bottom: 1px solid var(--line); vertical-align: top }
-th:last-child, td:last-child { padding-right: 0 } th { color: var(--soft); font-weight: 600; white-space: nowrap }
-td, #error-rows th { overflow-wrap: anywhere; white-space: normal } #error-rows th { width: min(17rem, 46vw) }
-td:not(.number) { min-width: 5rem }
-.number { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap }
-:is(#model-rows, #month-rows, #recent-rows) td:first-child, #key-rows td:nth-child(5n + 2) { white-space: nowrap }
+th, td { text-align: left; padding: .35rem .8rem .35rem 0; border-bottom: 1px solid var(--line); vertical-align: top; overflow-wrap: anywhere }
+th { color: var(--soft); font-weight: 600; white-space: nowrap } #error-rows th { width: min(17rem, 46vw); white-space: normal }
+:is(th, td):last-child { padding-right: 0 } .number { text-align: right; font-variant-numeric: tabular-nums } td:not(.number) { min-width: 5rem }
+:is(#model-rows, #month-rows, #recent-rows) td:first-child, #key-rows td:nth-child(5n + 2), .number { white-space: nowrap }
 :is(#key-rows, #queue-rows) td:first-child, #recent-rows td:is(:nth-child(2), :nth-child(3)) { min-width: 7.5rem }
 #queue-rows td:last-child, #key-rows td:nth-child(4) { min-width: 11rem }
-button, select, input, textarea { font: inherit; color: inherit; background: var(--card); border: 1px solid var(--soft);
-  border-radius: 6px; padding: .4rem .7rem }
-button { cursor: pointer } button:disabled { opacity: .45; cursor: default }
-button.main, [role=tab][aria-selected=true] { background: var(--accent); border-color: var(--accent);
-  color: var(--on-accent) }
-td button, nav button { padding: .05rem .5rem; margin: 0 .4rem .2rem 0; font-size: .85rem }
-:focus-visible { outline: 3px solid var(--accent); outline-offset: 2px }
+button, select, input, textarea { font: inherit; color: inherit; background: var(--card); border: 1px solid var(--soft); border-radius: 6px;
+  padding: .4rem .7rem } button { cursor: pointer } button:disabled { opacity: .45; cursor: default }
 textarea { width: 100%; min-height: 5rem; font-size: .95rem }
 label { display: block; font-size: .85rem; color: var(--soft); margin: .6rem 0 .15rem } .row label { margin: 0 }
-.fields { display: grid; grid-template-columns: repeat(auto-fit, minmax(12rem, 1fr)); gap: 0 1rem }
-.fields input, .fields select { width: 100%; height: 2.7rem }
-.card, .figure, dialog { background: var(--card); color: var(--ink); border: 1px solid var(--line); border-radius: 8px }
-.card { padding: .8rem 1.1rem 1.1rem; margin: .8rem 0 } dialog { max-width: 26rem }
-.row { display: flex; flex-wrap: wrap; gap: .6rem; align-items: center; margin: .8rem 0 }
-[role=tablist] { display: flex; flex-wrap: wrap; gap: .4rem; margin: .6rem 0 }
 [role=tab] { padding: .2rem .7rem; font-size: .9rem; border-color: var(--line) }
-.bad { color: var(--bad); accent-color: var(--bad) }
-.note { border-left: 4px solid var(--accent); padding: .1rem .9rem; margin: 1rem 0 }
-.figures { display: grid; grid-template-columns: repeat(auto-fit, minmax(7.7rem, 1fr)); gap: .8rem; margin: 1rem 0 }
+button.main, [aria-selected=true][role=tab] { background: var(--accent); border-color: var(--accent); color: var(--on-accent) }
+td button, nav button { padding: .05rem .5rem; margin: 0 .4rem .2rem 0; font-size: .85rem }
+nav, .row, [role=tablist] { display: flex; flex-wrap: wrap; align-items: center; gap: .4rem .6rem; margin: .8rem 0 } nav { gap: 0 1.1rem; margin: 0 }
+.fields, .figures, .charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(var(--least), 1fr)); gap: 0 1rem }
+.fields { --least: 12rem } .charts { --least: 18rem } .figures { --least: 7.7rem; gap: .8rem; margin: 1rem 0 }
+.fields :is(input, select) { width: 100%; height: 2.7rem }
+.card, .figure, dialog { background: var(--card); color: var(--ink); border: 1px solid var(--line); border-radius: 8px } dialog { max-width: 26rem }
+.card { padding: .8rem 1.1rem 1.1rem; margin: .8rem 0 } .note { border-left: 4px solid var(--accent); padding: .1rem .9rem; margin: 1rem 0 }
 .figure { padding: .5rem .9rem } .figure b { display: block; font-size: 1.35rem; font-weight: 600 }
-.charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(18rem, 1fr)); gap: 0 1rem }
-.allowance { display: grid; grid-template-columns: 7.5rem 1fr; gap: .2rem 1rem; align-items: center; margin: .4rem 0 }
+.allowance { display: grid; grid-template-columns: 7.5rem 1fr; gap: .2rem 1rem; align-items: center; margin: .4rem 0 } .allowance small { grid-column: 2 }
 progress { accent-color: var(--accent); height: .8rem; width: 7rem } .allowance progress { width: 100% }
-svg { display: block; width: 100%; height: 6rem } #month { height: 11rem } .allowance small { grid-column: 2 }
-td svg { display: inline; width: .8rem; height: .8rem; margin-right: .5rem }
 .axis { display: flex; justify-content: space-between; font-size: .75rem; color: var(--soft) }
-line { stroke: var(--line) } rect { fill: var(--accent) } rect.bad { fill: var(--bad) } rect.out { fill: var(--good) }
-rect.reach { fill: transparent } [aria-selected=true] .reach { fill: var(--line); opacity: .6 }
-.c0 { fill: #3b7ddd } .c1 { fill: #d07a10 } .c2 { fill: #2c9f6b } .c3 { fill: #c65b9c } .c4 { fill: #8a74e0 }
-.c5 { fill: #1d93a5 } .c6 { fill: #a88d12 } .c7 { fill: #8b94a1 }
-"""
+svg { display: block; width: 100%; height: 6rem } #month { height: 11rem } td svg { display: inline; width: .8rem; height: .8rem; margin-right: .5rem }
+line { stroke: var(--line) } rect { fill: var(--accent) } rect.out { fill: var(--good) } .bad { color: var(--bad); accent-color: var(--bad); fill: var(--bad) }
+rect.reach { fill: transparent } [aria-selected=true] .reach { fill: var(--line); opacity: .6 } .c0 { fill: #3b7ddd } .c1 { fill: #d07a10 }
+.c2 { fill: #2c9f6b } .c3 { fill: #c65b9c } .c4 { fill: #8a74e0 } .c5 { fill: #1d93a5 } .c6 { fill: #a88d12 } .c7 { fill: #8b94a1 }
+"""  # noqa: E501 - a page
 COMMON_SCRIPT = r"""
 "use strict";
-const data = JSON.parse(document.getElementById("data").textContent);
-const $ = id => document.getElementById(id);
+const $ = id => document.getElementById(id), data = JSON.parse($("data").textContent);
 const chinese = (navigator.languages?.[0] || navigator.language || "").toLowerCase().startsWith("zh");
-const say = (english, zh) => chinese ? zh : english;
+const say = (english, zh) => chinese ? zh : english, sayEach = pairs => pairs.map(pair => say(...pair));
 if (chinese) {
   document.documentElement.lang = "zh";
   for (const e of document.querySelectorAll("[data-zh]")) e.textContent = e.dataset.zh;
@@ -6436,9 +6419,7 @@ function make(tag, inside, properties) {
   e.append(...[inside ?? []].flat());
   return e;
 }
-function row(cells, tag = "td", words = cells.length) {
-  return make("tr", cells.map((c, i) => make(tag, c, { className: i < words ? "" : "number" })));
-}
+const row = (cells, tag = "td", words = cells.length) => make("tr", cells.map((c, i) => make(tag, c, { className: i < words ? "" : "number" })));
 function copyButton(source) {
   const copy = say("Copy", "复制"), b = make("button", copy, { type: "button" });
   b.onclick = async () => {
@@ -6455,40 +6436,27 @@ const remember = (name, value) => { try { sessionStorage.setItem(name, value); }
 DOCS_PAGE = page(
     "ztoapi",
     r"""
-<header>
-<h1>ztoapi</h1>
+<header><h1>ztoapi</h1>
 <p data-zh="任何 OpenAI 客户端，都可以通过这台服务器使用 Z.ai 的 GLM 模型：官方 API，自己的密钥。">This server lets every OpenAI
 client talk to Z.ai's GLM models, through Z.ai's official API.</p>
-<nav><a href="#try" data-zh="试一试">Try it</a><a href="#calls" data-zh="调用">Calls</a><a href="#clients"
-data-zh="客户端">Clients</a><a href="#models" data-zh="模型">Models</a><a href="#errors" data-zh="错误">Errors</a><a
-id="to-dashboard" href="dashboard" data-zh="仪表盘">Dashboard</a></nav>
-</header>
-<main>
-<p class="note" id="state" hidden></p>
-<div class="scroll"><table><tbody>
+<nav><a href="#try" data-zh="试一试">Try it</a> <a href="#calls" data-zh="调用">Calls</a> <a href="#clients" data-zh="客户端">Clients</a>
+<a href="#models" data-zh="模型">Models</a> <a href="#errors" data-zh="错误">Errors</a> <a id="to-dashboard" href="dashboard" data-zh="仪表盘">Dashboard</a>
+</nav></header><main><p class="note" id="state" hidden></p><div class="scroll"><table><tbody>
 <tr><th scope="row" data-zh="地址">Base URL</th><td><code id="base"></code></td></tr>
-<tr><th scope="row" data-zh="密钥">API key</th><td><code id="key"></code></td></tr>
-</tbody></table></div>
+<tr><th scope="row" data-zh="密钥">API key</th><td><code id="key"></code></td></tr></tbody></table></div>
 
-<h2 id="try" data-zh="试一试">Try it</h2>
-<form class="card" id="form">
-<div class="fields">
+<h2 id="try" data-zh="试一试">Try it</h2><form class="card" id="form"><div class="fields">
 <div><label for="try-key" data-zh="密钥">API key</label><input id="try-key" type="password" autocomplete="off" required></div>
-<div><label for="try-model" data-zh="模型">Model</label><input id="try-model" list="model-list" required spellcheck="false"
-autocomplete="off"><datalist id="model-list"></datalist></div>
-<div><label for="try-thinking" data-zh="思考">Thinking</label><select id="try-thinking"><option value=""
-data-zh="模型默认">the model's default</option><option value="true" data-zh="开">on</option><option value="false"
-data-zh="关">off</option></select></div>
-</div>
-<label for="try-message" data-zh="消息">Message</label>
-<textarea id="try-message" required></textarea>
-<div class="row"><button class="main" id="send" data-zh="发送">Send</button><button type="button" id="stop" disabled
-data-zh="停止">Stop</button><span class="soft" id="pace"></span></div>
+<div><label for="try-model" data-zh="模型">Model</label><input id="try-model" list="model-list" required spellcheck="false" autocomplete="off">
+<datalist id="model-list"></datalist></div><div><label for="try-thinking" data-zh="思考">Thinking</label><select id="try-thinking">
+<option value="" data-zh="模型默认">the model's default</option><option value="true" data-zh="开">on</option><option value="false" data-zh="关">off</option>
+</select></div></div><label for="try-message" data-zh="消息">Message</label><textarea id="try-message" required></textarea>
+<div class="row"><button class="main" id="send" data-zh="发送">Send</button><button type="button" id="stop" disabled data-zh="停止">Stop</button>
+<span class="soft" id="pace"></span></div>
 <div id="thinking-part" hidden><h3 data-zh="思考过程">Reasoning</h3><div class="thought" id="thought"></div></div>
 <div id="answer-part" hidden><h3 data-zh="回答">Answer</h3><div class="answer" id="answer" aria-live="polite"></div></div>
 <pre class="wrap bad" id="failure" role="alert" hidden></pre>
-<div id="asked-part" hidden><h3 data-zh="刚才的请求">The request just sent</h3><div class="call"><pre id="asked" tabindex="0"></pre></div></div>
-</form>
+<div id="asked-part" hidden><h3 data-zh="刚才的请求">The request just sent</h3><div class="call"><pre id="asked" tabindex="0"></pre></div></div></form>
 
 <h2 id="calls" data-zh="调用">Calls</h2>
 <div class="row"><label for="call-model" data-zh="模型">Model</label><select class="model" id="call-model"></select>
@@ -6507,9 +6475,7 @@ before them: glm-4.6, GLM-4.6 and zai/glm-4.6 are one model.</p>
 <h2 id="errors" data-zh="错误">Errors</h2>
 <p data-zh="错误总是 {&quot;error&quot;: {&quot;message&quot;, &quot;type&quot;, &quot;param&quot;, &quot;code&quot;}}；message 会说明该怎么做。">Always
 {"error": {"message", "type", "param", "code"}}; the message says what to do.</p>
-<div class="scroll"><table><tbody id="error-rows"></tbody></table></div>
-</main>
-<footer><p><small>ztoapi <span id="version"></span></small></p></footer>
+<div class="scroll"><table><tbody id="error-rows"></tbody></table></div></main><footer><p><small>ztoapi <span id="version"></span></small></p></footer>
 """,  # noqa: E501, RUF001 - a page, in two languages
     r"""
 const key = data.key || "YOUR_KEY", base = new URL("v1", location.href).href, origin = base.replace(/\/v1$/, "");
@@ -6519,9 +6485,9 @@ $("key").textContent = data.key || say("the one that the operator of this server
 $("version").textContent = data.version;
 $("to-dashboard").hidden = !data.dashboard;
 $("state").hidden = !data.demo && data.zai_key;
-$("state").textContent = data.demo
-  ? say("This is the demo: answers come from a built-in stand-in, no model is behind them.", "演示模式：回答来自内置替身，没有真正的模型。")
-  : say("This server has no Z.ai key yet: chat answers 503 until its operator sets ZAI_API_KEY.", "服务器尚未设置 ZAI_API_KEY，聊天会返回 503。");
+$("state").textContent = say(...data.demo
+  ? ["This is the demo: answers come from a built-in stand-in, no model is behind them.", "演示模式：回答来自内置替身，没有真正的模型。"]
+  : ["This server has no Z.ai key yet: chat answers 503 until its operator sets ZAI_API_KEY.", "服务器尚未设置 ZAI_API_KEY，聊天会返回 503。"]);
 function block(text) {
   const pre = make("pre", text, { tabIndex: 0 });
   return make("div", [pre, copyButton(pre)], { className: "call" });
@@ -6542,7 +6508,8 @@ function tabs(id, names, fill) {  // fill(n) makes what tab n shows; returns a f
   return () => choose(chosen);
 }
 const q = JSON.stringify, shell = text => "'" + text.replaceAll("'", "'\\''") + "'", bearer = k => "Authorization: Bearer " + k;
-const curl = (path, header, body) => [`curl -N ${base}/${path}`, `-H ${shell(header)}`, "-H 'Content-Type: application/json'", `-d ${shell(q(body))}`].join(" \\\n  ");
+const curl = (path, header, body) =>
+  [`curl -N ${base}/${path}`, `-H ${shell(header)}`, "-H 'Content-Type: application/json'", `-d ${shell(q(body))}`].join(" \\\n  ");
 const chat = (model, stream) => ({ model, messages: [{ role: "user", content: hello }], ...(stream && { stream }) });
 const python = (model, stream) => `from openai import OpenAI
 
@@ -6569,15 +6536,18 @@ const filled = (lines, m) => [["http://ztoapi.example", origin], ["YOUR_KEY", ke
 const local = ["localhost", "127.0.0.1", "[::1]"].includes(location.hostname), said = (words, text) => [make("p", words), block(text)];
 const launched = ({ command, lines, install }) => m => [
   ...(local ? said(say("Beside ztoapi.py, in one line:", "在 ztoapi.py 所在目录，一行即可："), `python ztoapi.py launch ${command} --model ${m.id}`) : []),
-  ...said(say("The same by hand; none of your configuration is changed:", "手动启动（不改动你的任何配置）："), filled(lines, m)), ...said(say("To install it:", "安装："), install)];
-const entered = (how, name, address) => m => said(how, `${name}: ${address}\n${say("API key", "密钥")}: ${key}\n${say("Model", "模型")}: ${m.id}`);
-const clients = [...data.clients.map(c => [c.command, launched(c)]),
-  ["Chatbox", entered(say("Settings › Model Provider › Add › OpenAI API compatible", "设置 › 模型提供方 › 添加 › OpenAI API 兼容"), "API host", origin)],
-  ["Cherry Studio", entered(say("Settings › Model Provider › Add › OpenAI", "设置 › 模型服务 › 添加 › OpenAI"), "API host", origin)],
-  ["Open WebUI", entered(say("Admin › Settings › Connections › OpenAI API › +", "管理员 › 设置 › 外部连接 › OpenAI API › +"), "URL", base)],
-  ["Cursor", entered(say("Cursor calls from its own servers: it needs a public HTTPS address (a tunnel) and a strong key; localhost does not work. Settings › Models › API Keys",
-    "Cursor 从它自己的服务器发出请求：需要公网 HTTPS 地址（隧道）和高强度密钥，不能用 localhost。设置 › Models › API Keys"), "Override OpenAI Base URL", base)],
-  [say("others", "其他"), () => said(say("Most programs read these two variables:", "多数程序读取这两个变量："), `export OPENAI_BASE_URL=${base}\nexport OPENAI_API_KEY=${key}`)]];
+  ...said(say("The same by hand; none of your configuration is changed:", "手动启动（不改动你的任何配置）："), filled(lines, m)),
+  ...said(say("To install it:", "安装："), install)];
+const entered = ([program, address, name, ...how]) =>
+  [program, m => said(say(...how), `${name}: ${address}\n${say("API key", "密钥")}: ${key}\n${say("Model", "模型")}: ${m.id}`)];
+const clients = [...data.clients.map(c => [c.command, launched(c)]), ...[
+  ["Chatbox", origin, "API host", "Settings › Model Provider › Add › OpenAI API compatible", "设置 › 模型提供方 › 添加 › OpenAI API 兼容"],
+  ["Cherry Studio", origin, "API host", "Settings › Model Provider › Add › OpenAI", "设置 › 模型服务 › 添加 › OpenAI"],
+  ["Open WebUI", base, "URL", "Admin › Settings › Connections › OpenAI API › +", "管理员 › 设置 › 外部连接 › OpenAI API › +"],
+  ["Cursor", base, "Override OpenAI Base URL", "Cursor calls from its own servers: it needs a public HTTPS address (a tunnel) and a strong key; "
+    + "localhost does not work. Settings › Models › API Keys", "Cursor 从它自己的服务器发出请求：需要公网 HTTPS 地址（隧道）和高强度密钥，不能用 localhost。设置 › Models › API Keys"],
+].map(entered), [say("others", "其他"), () =>
+  said(say("Most programs read these two variables:", "多数程序读取这两个变量："), `export OPENAI_BASE_URL=${base}\nexport OPENAI_API_KEY=${key}`)]];
 const choices = document.querySelectorAll("select.model"), chosen = () => data.models.find(m => m.id === choices[0].value);
 const plain = data.models.filter(m => /^[\w.:\/-]+$/.test(m.id));  // a shell takes the others for something else
 for (const select of choices) select.append(...plain.map(m => make("option", m.id, { selected: m === free })));
@@ -6589,59 +6559,60 @@ for (const select of choices) select.onchange = () => {
   for (const fill of fillAgain) fill();
 };
 
-$("model-head").append(row([say("name", "名称"), say("context", "上下文"), say("output", "输出"), say("takes", "输入"), say("thinking", "思考"), say("price", "价格")], "th"));
+$("model-head").append(
+  row(sayEach([["name", "名称"], ["context", "上下文"], ["output", "输出"], ["takes", "输入"], ["thinking", "思考"], ["price", "价格"]]), "th"));
 const size = n => n === null ? "?" : n >= 1048576 ? n / 1048576 + "\u00a0M" : n / 1024 + "\u00a0K";
-const thinking = { none: say("no", "无"), switch: say("on, off", "可开关"), effort: say("off, effort", "可关、可调"), always: say("always", "始终") };
+const THINKING = { none: ["no", "无"], switch: ["on, off", "可开关"], effort: ["off, effort", "可关、可调"], always: ["always", "始终"] };
 $("model-rows").append(...data.models.map(m => row([m.id, size(m.context), size(m.output),
-  m.vision ? say("text, images", "文字、图片") : say("text", "文字"), thinking[m.thinking], m.free ? say("free", "免费") : ""])));
+  m.vision ? say("text, images", "文字、图片") : say("text", "文字"), say(...THINKING[m.thinking]), m.free ? say("free", "免费") : ""])));
 $("model-list").append(...data.models.map(m => make("option", "", { value: m.id })));
 $("error-rows").append(...[
-  ["400", say("The request makes no sense; param names the field.", "请求有误，param 指出字段。")],
-  ["401 invalid_api_key", say("Send a key of this server, not of Z.ai.", "请使用本服务器的密钥，而不是 Z.ai 的。")],
-  ["401 key_expired", say("Your key was valid until a date that is past: ask the operator.", "你的密钥已过期，请联系管理员。")],
-  ["402 insufficient_quota", say("No balance: a Coding Plan key needs its own ZAI_BASE_URL; the free models need none.", "余额不足：Coding Plan 密钥要用它自己的 ZAI_BASE_URL；免费模型无需余额。")],
-  ["402 quota_exceeded", say("The plan's quota is used up until Retry-After.", "套餐额度已用完，请等到 Retry-After。")],
-  ["402 key_quota_exceeded", say("Your key's tokens are used up; the message says when they are reset.", "你的密钥的 token 已用完，message 会说明何时重置。")],
-  ["403 model_not_allowed", say("Your key is not for this model: choose one of /v1/models.", "你的密钥不能用这个模型，请从 /v1/models 中选择。")],
-  ["404 model_not_found", say("Z.ai does not know the model: choose one of the above.", "没有这个模型，请从上面选择。")],
-  ["429 rate_limit_exceeded", say("Too many requests at once, or the model is overloaded: wait as Retry-After says.", "请求过多或模型繁忙，请按 Retry-After 等待。")],
-  ["502, 504", say("Z.ai failed, was silent, or is not reached: try again; the operator may run ztoapi.py --check.", "Z.ai 出错、无响应或无法连接：请重试；管理员可运行 ztoapi.py --check。")],
-  ["503 zai_api_key_missing", say("The operator must set ZAI_API_KEY.", "管理员需要设置 ZAI_API_KEY。")],
-].map(([code, what]) => make("tr", [make("th", code, { scope: "row" }), make("td", what)])));
+  ["400", "The request makes no sense; param names the field.", "请求有误，param 指出字段。"],
+  ["401 invalid_api_key", "Send a key of this server, not of Z.ai.", "请使用本服务器的密钥，而不是 Z.ai 的。"],
+  ["401 key_expired", "Your key was valid until a date that is past: ask the operator.", "你的密钥已过期，请联系管理员。"],
+  ["402 insufficient_quota", "No balance: a Coding Plan key needs its own ZAI_BASE_URL; the free models need none.",
+    "余额不足：Coding Plan 密钥要用它自己的 ZAI_BASE_URL；免费模型无需余额。"],
+  ["402 quota_exceeded", "The plan's quota is used up until Retry-After.", "套餐额度已用完，请等到 Retry-After。"],
+  ["402 key_quota_exceeded", "Your key's tokens are used up; the message says when they are reset.", "你的密钥的 token 已用完，message 会说明何时重置。"],
+  ["403 model_not_allowed", "Your key is not for this model: choose one of /v1/models.", "你的密钥不能用这个模型，请从 /v1/models 中选择。"],
+  ["404 model_not_found", "Z.ai does not know the model: choose one of the above.", "没有这个模型，请从上面选择。"],
+  ["429 rate_limit_exceeded", "Too many requests, or the model is overloaded: wait as Retry-After says.", "请求过多或模型繁忙，请按 Retry-After 等待。"],
+  ["502, 504", "Z.ai failed, was silent, or is not reached: try again; the operator may run ztoapi.py --check.",
+    "Z.ai 出错、无响应或无法连接：请重试；管理员可运行 ztoapi.py --check。"],
+  ["503 zai_api_key_missing", "The operator must set ZAI_API_KEY.", "管理员需要设置 ZAI_API_KEY。"],
+].map(([code, ...what]) => make("tr", [make("th", code, { scope: "row" }), make("td", say(...what))])));
 
-$("try-key").value = data.key || remembered("ztoapi-key");
-$("try-model").value = free.id;
-$("try-message").value = hello;
+for (const [id, value] of [["key", data.key || remembered("ztoapi-key")], ["model", free.id], ["message", hello]]) $("try-" + id).value = value;
 $("asked").after(copyButton($("asked")));
 let leaving = null;
 $("stop").onclick = () => leaving?.abort();
+function setBusy(busy) {  // of Send and Stop one can be pressed; it takes over the focus
+  const [from, to] = busy ? [$("send"), $("stop")] : [$("stop"), $("send")];
+  $("answer").ariaBusy = busy;
+  to.disabled = false;
+  if (document.activeElement === from) to.focus();
+  from.disabled = true;
+}
 $("form").onsubmit = async event => {
   event.preventDefault();
-  if (/[^!-~]/.test($("try-key").value.trim())) return fail(say("That key is not this server's.", "密钥不对。"));
-  const k = $("try-key").value.trim(), thinking = $("try-thinking").value, request = {
-    model: $("try-model").value.trim(), messages: [{ role: "user", content: $("try-message").value }], stream: true,
-    stream_options: { include_usage: true }, ...(thinking ? { enable_thinking: thinking === "true" } : {}),
-  };
+  const k = $("try-key").value.trim(), thinking = $("try-thinking").value;
+  if (/[^!-~]/.test(k)) return fail(say("That key is not this server's.", "密钥不对。"));
+  const request = { model: $("try-model").value.trim(), messages: [{ role: "user", content: $("try-message").value }], stream: true,
+    stream_options: { include_usage: true }, ...(thinking && { enable_thinking: thinking === "true" }) };
   remember("ztoapi-key", k);
   for (const id of ["thinking-part", "answer-part", "failure"]) $(id).hidden = true;
   $("thought").textContent = $("answer").textContent = $("pace").textContent = "";
   $("asked").textContent = curl("chat/completions", bearer(k), request);
   $("asked-part").hidden = false;
-  $("answer").ariaBusy = "true";
-  $("stop").disabled = false;
-  if (document.activeElement === $("send")) $("stop").focus();
-  $("send").disabled = true;
+  setBusy(true);
   leaving = new AbortController();
-  const run = { started: performance.now(), first: 0, usage: null, pieces: 0 };
+  const run = { started: performance.now(), first: 0, usage: null, pieces: 0, stopped: false };
   try { await ask(request, k, run); }
   catch (e) {
-    if (e.name === "AbortError") run.stopped = true;
-    else fail(say("The connection to this server broke off, or it does not run: ", "与服务器的连接中断，或服务器未运行：") + e.message);
+    run.stopped = e.name === "AbortError";
+    if (!run.stopped) fail(say("The connection to this server broke off, or it does not run: ", "与服务器的连接中断，或服务器未运行：") + e.message);
   }
-  $("answer").ariaBusy = "false";
-  $("send").disabled = false;
-  if (document.activeElement === $("stop")) $("send").focus();
-  $("stop").disabled = true;
+  setBusy(false);
   pace(run, true);
 };
 async function ask(request, k, run) {
@@ -6661,25 +6632,21 @@ async function ask(request, k, run) {
 }
 function show(chunk, run) {
   if (chunk.error) return fail(JSON.stringify(chunk.error, null, 2));
-  if (chunk.usage) run.usage = chunk.usage;
-  const delta = chunk.choices[0]?.delta || {};
-  for (const [field, id, part] of [["reasoning_content", "thought", "thinking-part"], ["content", "answer", "answer-part"]])
-    if (delta[field]) {
-      run.first ||= performance.now();
-      run.pieces++;
-      $(part).hidden = false;
-      $(id).append(delta[field]);
-    }
+  run.usage = chunk.usage || run.usage;
+  for (const [field, id, part] of [["reasoning_content", "thought", "thinking-part"], ["content", "answer", "answer-part"]]) {
+    const text = chunk.choices[0]?.delta?.[field];
+    if (!text) continue;
+    run.first ||= performance.now();
+    run.pieces++;
+    $(part).hidden = false;
+    $(id).append(text);
+  }
 }
 function pace(run, ended) {
-  if (!run.first) { $("pace").textContent = ended && run.stopped ? say("stopped", "已停止") : ended ? "" : say("waiting…", "等待中…"); return; }
   const seconds = (performance.now() - run.first) / 1000, tokens = run.usage?.completion_tokens || run.pieces;
-  $("pace").textContent = [
-    run.stopped ? say("stopped", "已停止") : "",
-    say("first token after ", "首个 token：") + ((run.first - run.started) / 1000).toFixed(2) + " s",
-    tokens + " tokens",
-    seconds > 0.2 ? (tokens / seconds).toFixed(0) + " tokens/s" : "",
-  ].filter(Boolean).join(" · ");
+  const figures = run.first ? [say("first token after ", "首个 token：") + ((run.first - run.started) / 1000).toFixed(2) + " s", tokens + " tokens",
+    seconds > 0.2 && (tokens / seconds).toFixed(0) + " tokens/s"] : [!ended && say("waiting…", "等待中…")];
+  $("pace").textContent = [run.stopped && say("stopped", "已停止"), ...figures].filter(Boolean).join(" · ");
 }
 const fail = text => Object.assign($("failure"), { hidden: false, textContent: text });
 """,  # noqa: E501, RUF001 - a page, in two languages
@@ -6687,61 +6654,39 @@ const fail = text => Object.assign($("failure"), { hidden: false, textContent: t
 DASHBOARD_PAGE = page(
     "ztoapi dashboard",
     r"""
-<header><h1 data-zh="ztoapi 仪表盘">ztoapi dashboard</h1><nav><a href="docs" data-zh="说明">Docs</a><button type="button" id="leave"
-data-zh="换一个密钥" hidden>Use another key</button></nav></header>
-<main>
-<form class="card" id="door" hidden>
+<header><h1 data-zh="ztoapi 仪表盘">ztoapi dashboard</h1><nav><a href="docs" data-zh="说明">Docs</a>
+<button type="button" id="leave" data-zh="换一个密钥" hidden>Use another key</button></nav></header><main><form class="card" id="door" hidden>
 <label for="door-key" data-zh="本服务器的密钥，只保存在此标签页">A key of this server; it is kept for this tab only</label>
 <div class="row"><input id="door-key" type="password" autocomplete="off" required><button class="main" data-zh="打开">Open</button></div>
-<p class="bad" id="door-says" role="alert"></p>
-</form>
-<p class="note bad" id="gone" role="alert" hidden></p>
-<div id="board" hidden>
-<div class="figures" id="figures"></div>
-<div class="charts" id="hour-part">
-<figure class="card"><figcaption id="requests-title" data-zh="每分钟请求（红色：失败）">Requests a minute (red: failed)</figcaption>
-<svg id="requests" role="img"></svg><div class="axis"><span data-zh="一小时前">an hour ago</span><span id="requests-top"></span><span
-data-zh="现在">now</span></div></figure>
-<figure class="card"><figcaption id="tokens-title" data-zh="每分钟 token（绿色：输出）">Tokens a minute (green: out)</figcaption>
-<svg id="tokens" role="img"></svg><div class="axis"><span data-zh="一小时前">an hour ago</span><span id="tokens-top"></span><span
-data-zh="现在">now</span></div></figure>
-</div>
+<p class="bad" id="door-says" role="alert"></p></form><p class="note bad" id="gone" role="alert" hidden></p><div id="board" hidden>
+<div class="figures" id="figures"></div><div class="charts" id="hour-part">
+<figure class="card"><figcaption id="requests-title" data-zh="每分钟请求（红色：失败）">Requests a minute (red: failed)</figcaption><svg id="requests" role="img">
+</svg><div class="axis"><span data-zh="一小时前">an hour ago</span><span id="requests-top"></span><span data-zh="现在">now</span></div></figure>
+<figure class="card"><figcaption id="tokens-title" data-zh="每分钟 token（绿色：输出）">Tokens a minute (green: out)</figcaption><svg id="tokens" role="img">
+</svg><div class="axis"><span data-zh="一小时前">an hour ago</span><span id="tokens-top"></span><span data-zh="现在">now</span></div></figure></div>
 <section id="plan-part"><h2 data-zh="套餐额度">The plan's allowance</h2><div id="plans"></div></section>
 <section id="month-part"><h2 id="month-title" data-zh="最近 31 天">The last 31 days</h2>
-<div class="row"><label for="by" id="by-words" data-zh="分组">by</label><select id="by"><option value="model" data-zh="模型">model</option><option
-value="key" data-zh="密钥">key</option></select><label for="measure" data-zh="显示">show</label><select id="measure"><option
-value="tokens" data-zh="token">tokens</option><option value="cost" data-zh="费用">cost</option><option value="requests" data-zh="请求">requests</option></select></div>
-<figure class="card"><svg id="month" role="listbox" tabindex="0"></svg><div class="axis"><span data-zh="30 天前">30 days ago</span><span
-id="month-top"></span><span data-zh="今天">today</span></div><figcaption id="day"></figcaption></figure>
-<div class="scroll"><table><thead id="month-head"></thead><tbody id="month-rows"></tbody></table></div>
-<p><small id="month-says"></small></p></section>
+<div class="row"><label for="by" id="by-words" data-zh="分组">by</label>
+<select id="by"><option value="model" data-zh="模型">model</option><option value="key" data-zh="密钥">key</option></select>
+<label for="measure" data-zh="显示">show</label><select id="measure"><option value="tokens" data-zh="token">tokens</option>
+<option value="cost" data-zh="费用">cost</option><option value="requests" data-zh="请求">requests</option></select></div>
+<figure class="card"><svg id="month" role="listbox" tabindex="0"></svg><div class="axis"><span data-zh="30 天前">30 days ago</span>
+<span id="month-top"></span><span data-zh="今天">today</span></div><figcaption id="day"></figcaption></figure><div class="scroll"><table><thead id="month-head"></thead>
+<tbody id="month-rows"></tbody></table></div><p><small id="month-says"></small></p></section>
 <section id="key-part"><h2 data-zh="密钥与限额">Keys and limits</h2>
 <div class="scroll"><table><thead id="key-head"></thead><tbody id="key-rows"></tbody></table></div>
 <p class="note" id="made" role="status" tabindex="-1" hidden></p>
-<form class="card" id="key-form"><h3 id="key-title"></h3>
-<div class="fields">
-<div><label for="name" data-zh="名称">Name</label><input id="name" name="name" required pattern="[A-Za-z0-9._@+\-]+" autocomplete="off" spellcheck="false"></div>
-<div><label for="expires" data-zh="有效期至">Valid until</label><input id="expires" name="expires" placeholder="2027-01-31, 30d" autocomplete="off"></div>
-<div><label for="budget" data-zh="token 额度">Tokens</label><input id="budget" name="tokens" placeholder="5M, 500K/day" autocomplete="off"></div>
-<div><label for="allowed" data-zh="允许的模型">Models</label><input id="allowed" name="models" placeholder="glm-4.*,glm-5.3" autocomplete="off" spellcheck="false"></div>
-<div><label for="rpm" data-zh="每分钟请求">Requests a minute</label><input id="rpm" name="rpm" inputmode="numeric" placeholder="20" autocomplete="off"></div>
-<div><label for="parallel" data-zh="同时请求">Requests in parallel</label><input id="parallel" name="parallel" inputmode="numeric" placeholder="2" autocomplete="off"></div>
-</div>
-<div class="row"><button class="main" id="save"></button><button type="button" id="cancel" hidden
-data-zh="取消">Cancel</button><small data-zh="空：不限">empty: no limit</small></div>
-<p class="bad" id="key-says" role="alert"></p>
-</form></section>
-<section id="live-part">
-<h2><span data-zh="模型">Models</span> <small data-zh="首字与全程：p50 · p95">first token and duration: p50 · p95</small></h2>
+<form class="card" id="key-form"><h3 id="key-title"></h3><div class="fields" id="key-fields"></div>
+<div class="row"><button class="main" id="save"></button><button type="button" id="cancel" hidden data-zh="取消">Cancel</button>
+<small data-zh="空：不限">empty: no limit</small></div><p class="bad" id="key-says" role="alert"></p></form></section>
+<section id="live-part"><h2><span data-zh="模型">Models</span> <small data-zh="首字与全程：p50 · p95">first token and duration: p50 · p95</small></h2>
 <div class="scroll"><table><thead id="model-head"></thead><tbody id="model-rows"></tbody></table></div>
 <h2 data-zh="Z.ai 密钥与队列">Z.ai keys and queues</h2><p id="resting"></p>
 <div class="scroll"><table><thead id="queue-head"></thead><tbody id="queue-rows"></tbody></table></div>
-<h2 data-zh="重试与修复">Retries and repairs</h2><p id="healed"></p>
-<h2 data-zh="最近的请求">Recent requests</h2><div class="scroll"><table><thead id="recent-head"></thead><tbody id="recent-rows"></tbody></table></div>
-</section>
-</div>
-<dialog id="sure"><form method="dialog"><p id="sure-says"></p><div class="row"><button class="main" id="sure-yes" data-zh="删除">Remove</button><button
-data-zh="取消" autofocus>Cancel</button></div></form></dialog>
+<h2 data-zh="重试与修复">Retries and repairs</h2><p id="healed"></p><h2 data-zh="最近的请求">Recent requests</h2>
+<div class="scroll"><table><thead id="recent-head"></thead><tbody id="recent-rows"></tbody></table></div></section></div>
+<dialog id="sure"><form method="dialog"><p id="sure-says"></p><div class="row"><button class="main" id="sure-yes" data-zh="删除">Remove</button>
+<button data-zh="取消" autofocus>Cancel</button></div></form></dialog>
 </main>
 """,  # noqa: E501, RUF001 - a page, in two languages
     r"""

@@ -6660,9 +6660,9 @@ DASHBOARD_PAGE = page(
 <div class="row"><input id="door-key" type="password" autocomplete="off" required><button class="main" data-zh="打开">Open</button></div>
 <p class="bad" id="door-says" role="alert"></p></form><p class="note bad" id="gone" role="alert" hidden></p><div id="board" hidden>
 <div class="figures" id="figures"></div><div class="charts" id="hour-part">
-<figure class="card"><figcaption id="requests-title" data-zh="每分钟请求（红色：失败）">Requests a minute (red: failed)</figcaption><svg id="requests" role="img">
+<figure class="card"><figcaption id="requests-title" data-zh="每分钟请求（红色：失败）">Requests a minute (red: failed)</figcaption><svg id="requests" role="img" viewBox="0 0 620 100" preserveAspectRatio="none">
 </svg><div class="axis"><span data-zh="一小时前">an hour ago</span><span id="requests-top"></span><span data-zh="现在">now</span></div></figure>
-<figure class="card"><figcaption id="tokens-title" data-zh="每分钟 token（绿色：输出）">Tokens a minute (green: out)</figcaption><svg id="tokens" role="img">
+<figure class="card"><figcaption id="tokens-title" data-zh="每分钟 token（绿色：输出）">Tokens a minute (green: out)</figcaption><svg id="tokens" role="img" viewBox="0 0 620 100" preserveAspectRatio="none">
 </svg><div class="axis"><span data-zh="一小时前">an hour ago</span><span id="tokens-top"></span><span data-zh="现在">now</span></div></figure></div>
 <section id="plan-part"><h2 data-zh="套餐额度">The plan's allowance</h2><div id="plans"></div></section>
 <section id="month-part"><h2 id="month-title" data-zh="最近 31 天">The last 31 days</h2>
@@ -6670,7 +6670,7 @@ DASHBOARD_PAGE = page(
 <select id="by"><option value="model" data-zh="模型">model</option><option value="key" data-zh="密钥">key</option></select>
 <label for="measure" data-zh="显示">show</label><select id="measure"><option value="tokens" data-zh="token">tokens</option>
 <option value="cost" data-zh="费用">cost</option><option value="requests" data-zh="请求">requests</option></select></div>
-<figure class="card"><svg id="month" role="listbox" tabindex="0"></svg><div class="axis"><span data-zh="30 天前">30 days ago</span>
+<figure class="card"><svg id="month" role="listbox" tabindex="0" viewBox="0 0 620 100" preserveAspectRatio="none"></svg><div class="axis"><span data-zh="30 天前">30 days ago</span>
 <span id="month-top"></span><span data-zh="今天">today</span></div><figcaption id="day"></figcaption></figure><div class="scroll"><table><thead id="month-head"></thead>
 <tbody id="month-rows"></tbody></table></div><p><small id="month-says"></small></p></section>
 <section id="key-part"><h2 data-zh="密钥与限额">Keys and limits</h2>
@@ -6707,12 +6707,25 @@ const total = sizes => sizes.reduce((sum, [size]) => sum + size, 0);
 const MEASURES = { tokens: [f => f.prompt_tokens + f.completion_tokens, short], cost: [f => f.cost ?? 0, money], requests: [f => f.requests, number] };
 let key = remembered("ztoapi-key"), timer = 0, last = null, picked = DAYS - 1, changing = "", keysShown = "";
 
-const tokenHeads = [say("requests", "请求"), say("failed", "失败"), say("tokens in", "输入 token"), say("cached", "缓存命中"), say("tokens out", "输出 token"), say("cost", "费用")];
-const tokenCells = f => [number(f.requests), number(f.failures), number(f.prompt_tokens), share(f.cached_tokens, f.prompt_tokens), number(f.completion_tokens), money(f.cost)];
-$("model-head").append(row([say("model", "模型"), ...tokenHeads, say("first token", "首字"), say("duration", "全程")], "th", 1));
-$("queue-head").append(row([say("model", "模型"), say("in flight", "进行中"), say("waiting", "等待"), say("key", "密钥"), say("limit", "上限"), say("why", "原因")], "th"));
-$("recent-head").append(row([say("time", "时间"), say("model", "模型"), say("status", "状态"), say("first token", "首字"), say("duration", "全程"), say("tokens", "token")], "th", 3));
-$("key-head").append(row([say("name", "名称"), say("valid until", "有效期至"), say("models", "模型"), say("used", "已用"), say("a minute", "每分钟"), say("parallel", "同时"), ""], "th"));
+const tokenHeads = sayEach(
+  [["requests", "请求"], ["failed", "失败"], ["tokens in", "输入 token"], ["cached", "缓存命中"], ["tokens out", "输出 token"], ["cost", "费用"]]);
+const tokenCells = f => [number(f.requests), number(f.failures), number(f.prompt_tokens), share(f.cached_tokens, f.prompt_tokens),
+  number(f.completion_tokens), money(f.cost)];
+const MODEL = ["model", "模型"], TIMES = [["first token", "首字"], ["duration", "全程"]];
+for (const [id, words, heads] of [
+  ["model", 1, [say(...MODEL), ...tokenHeads, ...sayEach(TIMES)]],
+  ["queue", 6, sayEach([MODEL, ["in flight", "进行中"], ["waiting", "等待"], ["key", "密钥"], ["limit", "上限"], ["why", "原因"]])],
+  ["recent", 3, sayEach([["time", "时间"], MODEL, ["status", "状态"], ...TIMES, ["tokens", "token"]])],
+  ["key", 7, [...sayEach([["name", "名称"], ["valid until", "有效期至"], ["models", "模型"], ["used", "已用"], ["a minute", "每分钟"], ["parallel", "同时"]]), ""]],
+]) $(id + "-head").append(row(heads, "th", words));
+for (const [id, name, label, properties] of [
+  ["name", "name", ["Name", "名称"], { required: true, pattern: "[A-Za-z0-9._@+\\-]+", spellcheck: false }],
+  ["expires", "expires", ["Valid until", "有效期至"], { placeholder: "2027-01-31, 30d" }],
+  ["budget", "tokens", ["Tokens", "token 额度"], { placeholder: "5M, 500K/day" }],
+  ["allowed", "models", ["Models", "允许的模型"], { placeholder: "glm-4.*,glm-5.3", spellcheck: false }],
+  ["rpm", "rpm", ["Requests a minute", "每分钟请求"], { placeholder: "20", inputMode: "numeric" }],
+  ["parallel", "parallel", ["Requests in parallel", "同时请求"], { placeholder: "2", inputMode: "numeric" }],
+]) $("key-fields").append(make("div", [make("label", say(...label), { htmlFor: id }), make("input", null, { id, name, autocomplete: "off", ...properties })]));
 function rows(id, words, lines) {
   const focused = document.activeElement.id, nothing = make("tr", make("td", say("nothing yet", "暂无"), { colSpan: 99 }));
   $(id).replaceChildren(...(lines.length ? lines.map(cells => row(cells, "td", words)) : [nothing]));
@@ -6726,27 +6739,20 @@ function shape(tag, attributes, ...inside) {
 }
 function draw(id, columns, words) {  // a column: what it says, and from the bottom up each part's size and class
   const svg = $(id), wide = 620 / columns.length, top = Math.max(...columns.map(c => total(c.parts)));
-  svg.setAttribute("viewBox", "0 0 620 100");
-  svg.setAttribute("preserveAspectRatio", "none");
-  svg.replaceChildren(shape("line", { x1: 0, x2: 620, y1: 99.5, y2: 99.5 }), ...columns.map((column, n) => {
+  svg.replaceChildren(shape("line", { x1: 0, x2: 620, y1: 99.5, y2: 99.5 }), ...columns.map(({ says, parts }, n) => {
     let y = 99;
-    const bars = column.parts.filter(([size]) => size).map(([size, className]) => {
+    const bars = parts.filter(([size]) => size).map(([size, className]) => {
       const height = Math.max(size / top * 95, .7);
-      y -= height;
-      return shape("rect", { x: (n + .1) * wide, width: wide * .8, y, height, class: className });
+      return shape("rect", { x: (n + .1) * wide, width: wide * .8, y: y -= height, height, class: className });
     });
     const reach = shape("rect", { x: n * wide, width: wide, y: 0, height: 100, class: "reach" });
-    return shape("g", { id: id + n, role: "option", "aria-label": column.says }, shape("title", {}, column.says), reach, ...bars);
+    return shape("g", { id: id + n, role: "option", "aria-label": says }, shape("title", {}, says), reach, ...bars);
   }));
   $(id + "-top").textContent = say("at most ", "最高 ") + words(top);
   svg.setAttribute("aria-label", $(id + "-title").textContent + ", " + $(id + "-top").textContent);
 }
-function hour(id, minutes, classes) {
-  draw(id, minutes.map((sizes, n) => {
-    const parts = sizes.map((size, i) => [size, classes[i]]);
-    return { says: say(`${59 - n} min ago: `, `${59 - n} 分钟前：`) + number(total(parts)), parts };
-  }), number);
-}
+const hour = (id, minutes) => draw(id, minutes.map((parts, n) =>
+  ({ says: say(`${59 - n} min ago: `, `${59 - n} 分钟前：`) + number(total(parts)), parts })), number);
 function sums(usage, by) {  // name → figures
   const all = new Map();
   for (const u of usage) all.set(u[by], plus(all.get(u[by]) || NONE, u));
@@ -6763,10 +6769,11 @@ function month(s) {
   }), words);
   pick(picked);
   const swatch = rank => shape("svg", { viewBox: "0 0 1 1", "aria-hidden": true }, shape("rect", { width: 1, height: 1, class: colour(rank) }));
-  $("month-head").replaceChildren(row([by === "model" ? say("model", "模型") : say("key", "密钥"), ...tokenHeads], "th", 1));
-  rows("month-rows", 1, [...ranked.map(([name, f], rank) => [[swatch(rank), name], ...tokenCells(f)]), [say("total", "合计"), ...tokenCells(usage.reduce(plus, NONE))]]);
-  $("month-says").textContent = s.days ? say("Days are UTC days. Cost is Z.ai's list price in US dollars; –: price unknown.", "日期按 UTC；费用按 Z.ai 目录价估算，单位美元，–：价格未知。")
-    : say("The database is out of reach: no history now.", "数据库无法访问，暂无历史。");
+  $("month-head").replaceChildren(row([by === "model" ? say(...MODEL) : say("key", "密钥"), ...tokenHeads], "th", 1));
+  rows("month-rows", 1,
+    [...ranked.map(([name, f], rank) => [[swatch(rank), name], ...tokenCells(f)]), [say("total", "合计"), ...tokenCells(usage.reduce(plus, NONE))]]);
+  $("month-says").textContent = s.days ? say("Days are UTC days. Cost is Z.ai's list price in US dollars; –: price unknown.",
+    "日期按 UTC；费用按 Z.ai 目录价估算，单位美元，–：价格未知。") : say("The database is out of reach: no history now.", "数据库无法访问，暂无历史。");
 }
 function pick(n) {
   const days = [...$("month").querySelectorAll("g")];
@@ -6776,12 +6783,13 @@ function pick(n) {
   $("day").textContent = days[picked].getAttribute("aria-label");
 }
 const bar = (name, value, max, bad) => make("progress", "", { ariaLabel: name, value, max, className: bad ? "bad" : "" });
-const reset = t => say("resets ", "重置于 ") + clock(t);
+const reset = t => say("resets ", "重置于 ") + clock(t), SPANS = { "5h": ["5 hours", "5 小时"], week: ["week", "每周"], month: ["month", "每月"] };
 function allowance({ window, type, percentage, used, allowance, resets_at }) {
-  const left = 100 - percentage, spans = { "5h": say("5 hours", "5 小时"), week: say("week", "每周"), month: say("month", "每月") };
-  const name = (spans[window] || window) + (type === "TIME_LIMIT" ? say(", search tools", "，搜索工具") : "");
-  const details = [Math.round(left) + say(" % left", " % 剩余"), allowance === null || used === null ? "" : number(allowance - used) + " / " + number(allowance), resets_at ? reset(resets_at) : ""];
-  return make("div", [make("span", name), bar(name, left, 100, left < 10), make("small", details.filter(Boolean).join(" · "))], { className: "allowance" });
+  const left = 100 - percentage, name = say(...SPANS[window] || [window, window]) + (type === "TIME_LIMIT" ? say(", search tools", "，搜索工具") : "");
+  const details = [Math.round(left) + say(" % left", " % 剩余"),
+    allowance !== null && used !== null && number(allowance - used) + " / " + number(allowance), resets_at && reset(resets_at)];
+  const parts = [make("span", name), bar(name, left, 100, left < 10), make("small", details.filter(Boolean).join(" · "))];
+  return make("div", parts, { className: "allowance" });
 }
 function reason(refusal, now) {
   if (!refusal) return say("not refused so far; grows with use", "尚未被拒绝；随使用增长");
@@ -6794,10 +6802,12 @@ function queueRows(q, now) {
   return q.limits.map((limit, n) => [...(n ? ["", "", ""] : [q.model, q.in_flight, q.waiting]), n + 1, limit, fixed + reason(q.refusals[n], now)]);
 }
 function keyRow(k, operator) {
-  const button = (id, words, onclick) => make("button", words, { type: "button", id: id + " " + k.name, ariaLabel: words + " " + k.name, onclick });
-  const used = k.token_limit ? [short(k.used_tokens) + say(" of ", " / ") + k.tokens, make("br"), bar(say("used", "已用"), k.used_tokens, k.token_limit, k.used_tokens > k.token_limit * .9)] : short(k.used_tokens);
-  return [k.name, k.expires ? make("span", k.expires, { className: k.expired ? "bad" : "" }) : "–", k.models || "–", [used, k.resets_at ? [make("br"), make("small", reset(k.resets_at))] : []].flat(2),
-    k.rpm ?? "–", k.parallel ?? "–", operator ? [button("change", say("Change", "修改"), () => edit(k)), button("remove", say("Remove", "删除"), () => remove(k.name))] : ""];
+  const button = ([id, ...words], onclick) => make("button", say(...words), { type: "button", id: id + " " + k.name, ariaLabel: say(...words) + " " + k.name, onclick });
+  const used = k.token_limit ? [short(k.used_tokens) + say(" of ", " / ") + k.tokens, make("br"),
+    bar(say("used", "已用"), k.used_tokens, k.token_limit, k.used_tokens > k.token_limit * .9)] : [short(k.used_tokens)];
+  if (k.resets_at) used.push(make("br"), make("small", reset(k.resets_at)));
+  return [k.name, k.expires ? make("span", k.expires, { className: k.expired ? "bad" : "" }) : "–", k.models || "–", used, k.rpm ?? "–", k.parallel ?? "–",
+    operator ? [button(["change", "Change", "修改"], () => edit(k)), button(["remove", "Remove", "删除"], () => remove(k.name))] : ""];
 }
 function keys(s) {  // a table that stays as it is while nothing has changed, or a click might miss its button
   const shown = JSON.stringify(s.client_keys);
@@ -6810,36 +6820,41 @@ function edit(k) {  // an empty key: one is to be added
   $("name").readOnly = Boolean(changing);
   $("made").hidden = true;
   $("cancel").hidden = !changing;
-  $("key-title").textContent = changing ? say("Change ", "修改 ") + changing : say("Add a key", "添加密钥");
-  $("save").textContent = changing ? say("Save", "保存") : say("Add", "添加");
+  [$("key-title").textContent, $("save").textContent] =
+    changing ? [say("Change ", "修改 ") + changing, say("Save", "保存")] : sayEach([["Add a key", "添加密钥"], ["Add", "添加"]]);
   $("key-says").textContent = "";
   if (changing) $("expires").focus();
 }
 function show(s) {
-  const parts = { "live-part": s.models, "hour-part": s.minutes, "month-part": s.days !== undefined, "plan-part": s.plans?.length, "key-part": s.client_keys, "key-form": s.operator, by: s.operator, "by-words": s.operator };
-  for (const [id, there] of Object.entries(parts)) $(id).hidden = !there;
-  const all = Object.values(s.models || s.days || []).reduce(plus, NONE), figure = (name, value, className) => make("div", [make("b", value, { className }), make("small", name)], { className: "figure" });
-  $("figures").replaceChildren(figure(say("requests", "请求"), short(all.requests), ""), figure(say("failed", "失败"), short(all.failures), all.failures ? "bad" : ""),
-    ...(s.models ? [figure(say("in flight", "进行中"), s.in_flight, ""), figure(say("waiting", "等待"), s.queues.reduce((n, q) => n + q.waiting, 0), "")] : []),
-    figure(say("tokens in", "输入 token"), short(all.prompt_tokens), ""), figure(say("from cache", "缓存命中"), share(all.cached_tokens, all.prompt_tokens), ""),
-    figure(say("tokens out", "输出 token"), short(all.completion_tokens), ""), figure(say("cost", "费用"), money(all.cost), ""),
-    s.models ? figure(say("since", "启动于"), clock(s.started).replace(/( \d\d)?:\d\d$/, ""), "") : figure(say("period", "期间"), say("31 days", "31 天"), ""));
+  for (const [there, ...ids] of [[s.models, "live-part"], [s.minutes, "hour-part"], [s.days !== undefined, "month-part"], [s.plans?.length, "plan-part"],
+    [s.client_keys, "key-part"], [s.operator, "key-form", "by", "by-words"]]) for (const id of ids) $(id).hidden = !there;
+  const all = Object.values(s.models || s.days || []).reduce(plus, NONE);
+  $("figures").replaceChildren(...[
+    [short(all.requests), "requests", "请求"], [short(all.failures), "failed", "失败", all.failures ? "bad" : ""],
+    ...(s.models ? [[s.in_flight, "in flight", "进行中"], [s.queues.reduce((n, q) => n + q.waiting, 0), "waiting", "等待"]] : []),
+    [short(all.prompt_tokens), "tokens in", "输入 token"], [share(all.cached_tokens, all.prompt_tokens), "from cache", "缓存命中"],
+    [short(all.completion_tokens), "tokens out", "输出 token"], [money(all.cost), "cost", "费用"],
+    s.models ? [clock(s.started).replace(/( \d\d)?:\d\d$/, ""), "since", "启动于"] : [say("31 days", "31 天"), "period", "期间"],
+  ].map(([value, english, zh, className = ""]) =>
+    make("div", [make("b", value, { className }), make("small", say(english, zh))], { className: "figure" })));
   if (s.models) live(s);
   if (s.days !== undefined) month(s);
   if (s.client_keys) keys(s);
-  $("plans").replaceChildren(...(s.plans || []).flatMap(p => [make("h3", [say("Z.ai key ", "Z.ai 密钥 ") + p.key, p.level].filter(Boolean).join(" · ")), ...p.limits.map(allowance)]));
+  $("plans").replaceChildren(...(s.plans || []).flatMap(p =>
+    [make("h3", [say("Z.ai key ", "Z.ai 密钥 ") + p.key, p.level].filter(Boolean).join(" · ")), ...p.limits.map(allowance)]));
 }
 function live(s) {
-  hour("requests", s.minutes.map(([n, failed]) => [failed, n - failed]), ["bad", ""]);
-  hour("tokens", s.minutes.map(([, , prompt, completion]) => [prompt, completion]), ["", "out"]);
-  rows("model-rows", 1, Object.entries(s.models).sort((a, b) => b[1].requests - a[1].requests).map(([name, m]) => [name, ...tokenCells({ ...NONE, ...m }), pair(m.first), pair(m.duration)]));
+  hour("requests", s.minutes.map(([n, failed]) => [[failed, "bad"], [n - failed, ""]]));
+  hour("tokens", s.minutes.map(([, , prompt, completion]) => [[prompt, ""], [completion, "out"]]));
+  rows("model-rows", 1, Object.entries(s.models).sort((a, b) => b[1].requests - a[1].requests)
+    .map(([name, m]) => [name, ...tokenCells({ ...NONE, ...m }), pair(m.first), pair(m.duration)]));
   $("resting").textContent = s.keys + say(" Z.ai key(s). ", " 个 Z.ai 密钥。") + (s.resting.map(r => say("Key ", "密钥 ") + r.key +
-    (r.model ? say(" for ", "，模型 ") + r.model : "") + say(" is not used until ", " 暂停至 ") + clock(r.until) + " (" + r.why + ")").join("; ") || say("All are available.", "全部可用。"));
+    (r.model ? say(" for ", "，模型 ") + r.model : "") + say(" is not used until ", " 暂停至 ") + clock(r.until) + " (" + r.why + ")").join("; ")
+    || say("All are available.", "全部可用。"));
   rows("queue-rows", 6, s.queues.flatMap(q => queueRows(q, s.now)));
-  const h = s.healed, healed = [[h.retries, say("retried", "次重试")], [h.queued_again, say("sent back to the queue", "次重新排队")],
-    [h.other_keys, say("served by another key", "次换用密钥")], [h.fallbacks, say("fell back to another model", "次换用模型")],
-    [s.torn, say("torn frames dropped", "个残缺帧被丢弃")]].filter(([n]) => n);
-  $("healed").textContent = healed.map(([n, what]) => n + " " + what).join(" · ") || say("Nothing so far.", "暂无。");
+  const h = s.healed, healed = [[h.retries, "retried", "次重试"], [h.queued_again, "sent back to the queue", "次重新排队"],
+    [h.other_keys, "served by another key", "次换用密钥"], [h.fallbacks, "fell back to another model", "次换用模型"], [s.torn, "torn frames dropped", "个残缺帧被丢弃"]];
+  $("healed").textContent = healed.filter(([n]) => n).map(([n, ...what]) => n + " " + say(...what)).join(" · ") || say("Nothing so far.", "暂无。");
   rows("recent-rows", 3, s.recent.map(r => [clock(r.time), r.model, r.status + (r.error ? " " + r.error : ""), seconds(r.first), seconds(r.duration),
     number(r.prompt_tokens) + " + " + number(r.completion_tokens)]));
 }
@@ -6850,21 +6865,20 @@ async function refresh() {
   if (document.hidden) return;
   if (/[^!-~]/.test(key)) return ask(say("That key is not this server's.", "密钥不对。"));
   try {
-    const response = await call("GET", "stats");
-    if (response.status === 401) return ask(key ? (await response.json()).error.message : "");
+    const response = await call("GET", "stats"), answer = await response.json();
+    if (response.status === 401) return ask(key && answer.error.message);
     if (!response.ok) throw new Error(response.status);
-    show(last = await response.json());
-    $("door").hidden = $("gone").hidden = true;
-    $("board").hidden = $("leave").hidden = false;
+    show(last = answer);
+    reveal("board", "leave");
   } catch {
     $("gone").hidden = false;
     $("gone").textContent = say("The server does not answer. This page keeps trying.", "服务器没有响应，本页会继续尝试。");
   }
   timer = setTimeout(refresh, 2000);
 }
+const reveal = (...ids) => { for (const id of ["door", "gone", "board", "leave"]) $(id).hidden = !ids.includes(id); };
 function ask(why) {
-  $("door").hidden = false;
-  $("board").hidden = $("gone").hidden = $("leave").hidden = true;
+  reveal("door");
   $("door-says").textContent = why;
   $("door-key").focus();
 }
@@ -6886,31 +6900,34 @@ function remove(name) {
 }
 $("key-form").onsubmit = async event => {
   event.preventDefault();
-  const fields = Object.fromEntries([...new FormData($("key-form"))].map(([name, value]) => [name, value.trim() || "none"]));
-  if (!changing && last.client_keys.some(k => k.name === fields.name)) return $("key-says").textContent = say("There is a key of this name.", "已有同名的密钥。");
-  const made = await changeKeys("POST", "keys", fields);
+  const fields = Object.fromEntries([...new FormData($("key-form"))].map(([name, value]) => [name, value.trim() || "none"])), { name } = fields;
+  const taken = !changing && last.client_keys.some(k => k.name === name);
+  if (taken) return $("key-says").textContent = say("There is a key of this name.", "已有同名的密钥。");
+  const made = await changeKeys("POST", "keys", fields), code = make("code", made?.key);
   if (!made) return;
   edit({});
-  const code = make("code", made.key);
   $("made").hidden = !made.key;
-  $("made").replaceChildren(say(`The key of ${fields.name}, shown only now: `, `${fields.name} 的密钥，只显示这一次：`), code, " ", copyButton(code));
-  (made.key ? $("made") : $("change " + fields.name))?.focus();
+  $("made").replaceChildren(say(`The key of ${name}, shown only now: `, `${name} 的密钥，只显示这一次：`), code, " ", copyButton(code));
+  (made.key ? $("made") : $("change " + name))?.focus();
 };
 $("cancel").onclick = () => edit({});
 $("by").onchange = $("measure").onchange = () => month(last);
 $("month").onkeydown = event => { if (arrow(event)) { event.preventDefault(); pick(picked + arrow(event)); } };
-$("month").onpointermove = $("month").onclick = event => { if (event.target.closest("g")) pick(Number(event.target.closest("g").id.slice("month".length))); };
-$("leave").onclick = () => { clearTimeout(timer); key = ""; remember("ztoapi-key", ""); ask(""); };
+$("month").onpointermove = $("month").onclick = event => { const day = event.target.closest("g"); if (day) pick(Number(day.id.slice("month".length))); };
+function enter(newKey) {
+  clearTimeout(timer);
+  remember("ztoapi-key", key = newKey);
+  if (key) refresh(); else ask("");
+}
+$("leave").onclick = () => enter("");
 $("door").onsubmit = event => {
   event.preventDefault();
-  key = $("door-key").value.trim();
-  $("door-key").value = $("door-says").textContent = "";
-  remember("ztoapi-key", key);
-  refresh();
+  enter($("door-key").value.trim());
+  $("door-key").value = "";
 };
 document.onvisibilitychange = refresh;
 edit({});
-if (key) refresh(); else ask("");
+enter(key);
 """,  # noqa: E501, RUF001 - a page, in two languages
 )
 

@@ -6410,10 +6410,7 @@ COMMON_SCRIPT = r"""
 const $ = id => document.getElementById(id), data = JSON.parse($("data").textContent);
 const chinese = (navigator.languages?.[0] || navigator.language || "").toLowerCase().startsWith("zh");
 const say = (english, zh) => chinese ? zh : english, sayEach = pairs => pairs.map(pair => say(...pair));
-if (chinese) {
-  document.documentElement.lang = "zh";
-  for (const e of document.querySelectorAll("[data-zh]")) e.textContent = e.dataset.zh;
-}
+if (chinese) { document.documentElement.lang = "zh"; for (const e of document.querySelectorAll("[data-zh]")) e.textContent = e.dataset.zh; }
 function make(tag, inside, properties) {
   const e = Object.assign(document.createElement(tag), properties);
   e.append(...[inside ?? []].flat());
@@ -6488,10 +6485,7 @@ $("state").hidden = !data.demo && data.zai_key;
 $("state").textContent = say(...data.demo
   ? ["This is the demo: answers come from a built-in stand-in, no model is behind them.", "演示模式：回答来自内置替身，没有真正的模型。"]
   : ["This server has no Z.ai key yet: chat answers 503 until its operator sets ZAI_API_KEY.", "服务器尚未设置 ZAI_API_KEY，聊天会返回 503。"]);
-function block(text) {
-  const pre = make("pre", text, { tabIndex: 0 });
-  return make("div", [pre, copyButton(pre)], { className: "call" });
-}
+function block(text) { const pre = make("pre", text, { tabIndex: 0 }); return make("div", [pre, copyButton(pre)], { className: "call" }); }
 function tabs(id, names, fill) {  // fill(n) makes what tab n shows; returns a function that makes the chosen one anew
   const [list, panel] = $(id).children;
   const buttons = names.map((name, n) => make("button", name, { type: "button", role: "tab", id: `${id}-${n}`, onclick: () => choose(n) }));
@@ -6499,12 +6493,9 @@ function tabs(id, names, fill) {  // fill(n) makes what tab n shows; returns a f
   function choose(n) {
     chosen = (n + names.length) % names.length;
     buttons.forEach((b, i) => Object.assign(b, { ariaSelected: i === chosen, tabIndex: i === chosen ? 0 : -1 }));
-    panel.setAttribute("aria-labelledby", buttons[chosen].id);
-    panel.replaceChildren(...fill(chosen));
+    panel.setAttribute("aria-labelledby", buttons[chosen].id); panel.replaceChildren(...fill(chosen));
   }
-  list.onkeydown = event => { if (arrow(event)) { choose(chosen + arrow(event)); buttons[chosen].focus(); } };
-  list.append(...buttons);
-  choose(0);
+  list.onkeydown = event => { if (arrow(event)) { choose(chosen + arrow(event)); buttons[chosen].focus(); } }; list.append(...buttons); choose(0);
   return () => choose(chosen);
 }
 const q = JSON.stringify, shell = text => "'" + text.replaceAll("'", "'\\''") + "'", bearer = k => "Authorization: Bearer " + k;
@@ -6588,8 +6579,7 @@ let leaving = null;
 $("stop").onclick = () => leaving?.abort();
 function setBusy(busy) {  // of Send and Stop one can be pressed; it takes over the focus
   const [from, to] = busy ? [$("send"), $("stop")] : [$("stop"), $("send")];
-  $("answer").ariaBusy = busy;
-  to.disabled = false;
+  $("answer").ariaBusy = busy; to.disabled = false;
   if (document.activeElement === from) to.focus();
   from.disabled = true;
 }
@@ -6602,9 +6592,7 @@ $("form").onsubmit = async event => {
   remember("ztoapi-key", k);
   for (const id of ["thinking-part", "answer-part", "failure"]) $(id).hidden = true;
   $("thought").textContent = $("answer").textContent = $("pace").textContent = "";
-  $("asked").textContent = curl("chat/completions", bearer(k), request);
-  $("asked-part").hidden = false;
-  setBusy(true);
+  $("asked").textContent = curl("chat/completions", bearer(k), request); $("asked-part").hidden = false; setBusy(true);
   leaving = new AbortController();
   const run = { started: performance.now(), first: 0, usage: null, pieces: 0, stopped: false };
   try { await ask(request, k, run); }
@@ -6612,8 +6600,7 @@ $("form").onsubmit = async event => {
     run.stopped = e.name === "AbortError";
     if (!run.stopped) fail(say("The connection to this server broke off, or it does not run: ", "与服务器的连接中断，或服务器未运行：") + e.message);
   }
-  setBusy(false);
-  pace(run, true);
+  setBusy(false); pace(run, true);
 };
 async function ask(request, k, run) {
   const response = await fetch("v1/chat/completions", { method: "POST", signal: leaving.signal, body: JSON.stringify(request),
@@ -6636,10 +6623,7 @@ function show(chunk, run) {
   for (const [field, id, part] of [["reasoning_content", "thought", "thinking-part"], ["content", "answer", "answer-part"]]) {
     const text = chunk.choices[0]?.delta?.[field];
     if (!text) continue;
-    run.first ||= performance.now();
-    run.pieces++;
-    $(part).hidden = false;
-    $(id).append(text);
+    run.first ||= performance.now(); run.pieces++; $(part).hidden = false; $(id).append(text);
   }
 }
 function pace(run, ended) {
@@ -6777,10 +6761,8 @@ function month(s) {
 }
 function pick(n) {
   const days = [...$("month").querySelectorAll("g")];
-  picked = Math.max(0, Math.min(n, DAYS - 1));
-  days.forEach((g, i) => g.setAttribute("aria-selected", i === picked));
-  $("month").setAttribute("aria-activedescendant", days[picked].id);
-  $("day").textContent = days[picked].getAttribute("aria-label");
+  picked = Math.max(0, Math.min(n, DAYS - 1)); days.forEach((g, i) => g.setAttribute("aria-selected", i === picked));
+  $("month").setAttribute("aria-activedescendant", days[picked].id); $("day").textContent = days[picked].getAttribute("aria-label");
 }
 const bar = (name, value, max, bad) => make("progress", "", { ariaLabel: name, value, max, className: bad ? "bad" : "" });
 const reset = t => say("resets ", "重置于 ") + clock(t), SPANS = { "5h": ["5 hours", "5 小时"], week: ["week", "每周"], month: ["month", "每月"] };
@@ -6817,9 +6799,7 @@ function keys(s) {  // a table that stays as it is while nothing has changed, or
 function edit(k) {  // an empty key: one is to be added
   changing = k.name || "";
   for (const field of $("key-form").querySelectorAll("input")) field.value = k[field.name] ?? "";
-  $("name").readOnly = Boolean(changing);
-  $("made").hidden = true;
-  $("cancel").hidden = !changing;
+  $("name").readOnly = Boolean(changing); $("made").hidden = true; $("cancel").hidden = !changing;
   [$("key-title").textContent, $("save").textContent] =
     changing ? [say("Change ", "修改 ") + changing, say("Save", "保存")] : sayEach([["Add a key", "添加密钥"], ["Add", "添加"]]);
   $("key-says").textContent = "";
@@ -6868,34 +6848,24 @@ async function refresh() {
     const response = await call("GET", "stats"), answer = await response.json();
     if (response.status === 401) return ask(key && answer.error.message);
     if (!response.ok) throw new Error(response.status);
-    show(last = answer);
-    reveal("board", "leave");
+    show(last = answer); reveal("board", "leave");
   } catch {
-    $("gone").hidden = false;
-    $("gone").textContent = say("The server does not answer. This page keeps trying.", "服务器没有响应，本页会继续尝试。");
+    $("gone").hidden = false; $("gone").textContent = say("The server does not answer. This page keeps trying.", "服务器没有响应，本页会继续尝试。");
   }
   timer = setTimeout(refresh, 2000);
 }
 const reveal = (...ids) => { for (const id of ["door", "gone", "board", "leave"]) $(id).hidden = !ids.includes(id); };
-function ask(why) {
-  reveal("door");
-  $("door-says").textContent = why;
-  $("door-key").focus();
-}
+function ask(why) { reveal("door"); $("door-says").textContent = why; $("door-key").focus(); }
 async function changeKeys(method, path, body) {  // the server's answer; null: it refused
   try {
     const response = await call(method, path, body), answer = response.status === 204 ? {} : await response.json();
-    $("key-says").textContent = answer.error?.message || "";
-    refresh();
+    $("key-says").textContent = answer.error?.message || ""; refresh();
     return response.ok ? answer : null;
   } catch { $("key-says").textContent = say("The server does not answer.", "服务器没有响应。"); return null; }
 }
 function remove(name) {
   $("sure-says").textContent = say(`Remove the key of ${name}? Programs that use it are refused from then on.`, `删除 ${name} 的密钥？使用它的程序将立即被拒绝。`);
-  $("sure-yes").onclick = async () => {
-    if (await changeKeys("DELETE", "keys/" + encodeURIComponent(name))) edit({});
-    $("name").focus();
-  };
+  $("sure-yes").onclick = async () => { if (await changeKeys("DELETE", "keys/" + encodeURIComponent(name))) edit({}); $("name").focus(); };
   $("sure").showModal();
 }
 $("key-form").onsubmit = async event => {
@@ -6905,8 +6875,7 @@ $("key-form").onsubmit = async event => {
   if (taken) return $("key-says").textContent = say("There is a key of this name.", "已有同名的密钥。");
   const made = await changeKeys("POST", "keys", fields), code = make("code", made?.key);
   if (!made) return;
-  edit({});
-  $("made").hidden = !made.key;
+  edit({}); $("made").hidden = !made.key;
   $("made").replaceChildren(say(`The key of ${name}, shown only now: `, `${name} 的密钥，只显示这一次：`), code, " ", copyButton(code));
   (made.key ? $("made") : $("change " + name))?.focus();
 };
@@ -6914,17 +6883,9 @@ $("cancel").onclick = () => edit({});
 $("by").onchange = $("measure").onchange = () => month(last);
 $("month").onkeydown = event => { if (arrow(event)) { event.preventDefault(); pick(picked + arrow(event)); } };
 $("month").onpointermove = $("month").onclick = event => { const day = event.target.closest("g"); if (day) pick(Number(day.id.slice("month".length))); };
-function enter(newKey) {
-  clearTimeout(timer);
-  remember("ztoapi-key", key = newKey);
-  if (key) refresh(); else ask("");
-}
+function enter(newKey) { clearTimeout(timer); remember("ztoapi-key", key = newKey); if (key) refresh(); else ask(""); }
 $("leave").onclick = () => enter("");
-$("door").onsubmit = event => {
-  event.preventDefault();
-  enter($("door-key").value.trim());
-  $("door-key").value = "";
-};
+$("door").onsubmit = event => { event.preventDefault(); enter($("door-key").value.trim()); $("door-key").value = ""; };
 document.onvisibilitychange = refresh;
 edit({});
 enter(key);

@@ -6350,12 +6350,8 @@ def csp_hash(text: str) -> str:
 
 
 PAGE_FRAME = """<!doctype html>
-<html lang="en">
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta name="color-scheme" content="light dark">
-<title>{{TITLE}}</title>
-<style>{{STYLE}}</style>
+<html lang="en"><meta charset="utf-8"><title>{{TITLE}}</title><style>{{STYLE}}</style>
+<meta name="viewport" content="width=device-width, initial-scale=1"><meta name="color-scheme" content="light dark">
 {{BODY}}
 <script type="application/json" id="data">{{DATA}}</script>
 <script>{{SCRIPT}}</script>
@@ -6410,13 +6406,16 @@ COMMON_SCRIPT = r"""
 const $ = id => document.getElementById(id), data = JSON.parse($("data").textContent);
 const chinese = (navigator.languages?.[0] || navigator.language || "").toLowerCase().startsWith("zh");
 const say = (english, zh) => chinese ? zh : english, sayEach = pairs => pairs.map(pair => say(...pair));
-if (chinese) { document.documentElement.lang = "zh"; for (const e of document.querySelectorAll("[data-zh]")) e.textContent = e.dataset.zh; }
-function make(tag, inside, properties) {
-  const e = Object.assign(document.createElement(tag), properties);
-  e.append(...[inside ?? []].flat());
-  return e;
-}
+if (chinese) document.documentElement.lang = "zh";
+for (const e of document.querySelectorAll("[data-zh]")) e.textContent = say(e.textContent, e.dataset.zh);
+const withInside = (e, inside) => { e.append(...[inside ?? []].flat()); return e; };
+const make = (tag, inside, properties) => withInside(Object.assign(document.createElement(tag), properties), inside);
+const tell = words => { for (const [id, text] of Object.entries(words)) $(id).textContent = text; };
 const row = (cells, tag = "td", words = cells.length) => make("tr", cells.map((c, i) => make(tag, c, { className: i < words ? "" : "number" })));
+function table(name, heads, words = heads.length) {  // the first `words` columns are words, the others numbers
+  const head = make("thead", row(heads, "th", words), { id: name + "-head" }), body = make("tbody", null, { id: name + "-rows" });
+  $(name + "-table").append(make("table", [head, body]));
+}
 function copyButton(source) {
   const copy = say("Copy", "复制"), b = make("button", copy, { type: "button" });
   b.onclick = async () => {
@@ -6457,37 +6456,29 @@ client talk to Z.ai's GLM models, through Z.ai's official API.</p>
 
 <h2 id="calls" data-zh="调用">Calls</h2>
 <div class="row"><label for="call-model" data-zh="模型">Model</label><select class="model" id="call-model"></select>
-<label><input type="checkbox" id="streamed"> <span data-zh="流式">streamed</span></label></div>
-<div id="call-tabs"><div role="tablist"></div><div role="tabpanel"></div></div>
+<label><input type="checkbox" id="streamed"> <span data-zh="流式">streamed</span></label></div><div id="call-tabs"></div>
 
 <h2 id="clients" data-zh="客户端">Clients</h2>
-<div class="row"><label for="client-model" data-zh="模型">Model</label><select class="model" id="client-model"></select></div>
-<div id="client-tabs"><div role="tablist"></div><div role="tabpanel"></div></div>
+<div class="row"><label for="client-model" data-zh="模型">Model</label><select class="model" id="client-model"></select></div><div id="client-tabs"></div>
 
 <h2 id="models" data-zh="模型">Models</h2>
 <p data-zh="名称不分大小写，可带前缀：glm-4.6、GLM-4.6、zai/glm-4.6 相同。">Names may be in any case, with or without a provider
-before them: glm-4.6, GLM-4.6 and zai/glm-4.6 are one model.</p>
-<div class="scroll"><table><thead id="model-head"></thead><tbody id="model-rows"></tbody></table></div>
+before them: glm-4.6, GLM-4.6 and zai/glm-4.6 are one model.</p><div class="scroll" id="model-table"></div>
 
 <h2 id="errors" data-zh="错误">Errors</h2>
 <p data-zh="错误总是 {&quot;error&quot;: {&quot;message&quot;, &quot;type&quot;, &quot;param&quot;, &quot;code&quot;}}；message 会说明该怎么做。">Always
-{"error": {"message", "type", "param", "code"}}; the message says what to do.</p>
-<div class="scroll"><table><tbody id="error-rows"></tbody></table></div></main><footer><p><small>ztoapi <span id="version"></span></small></p></footer>
+{"error": {"message", "type", "param", "code"}}; the message says what to do.</p><div class="scroll"><table><tbody id="error-rows"></tbody></table></div></main><footer><p><small>ztoapi <span id="version"></span></small></p></footer>
 """,  # noqa: E501, RUF001 - a page, in two languages
     r"""
 const key = data.key || "YOUR_KEY", base = new URL("v1", location.href).href, origin = base.replace(/\/v1$/, "");
 const free = data.models.find(m => m.free) || data.models[0], hello = say("Hello! Who are you?", "你好，请介绍一下你自己");
-$("base").textContent = base;
-$("key").textContent = data.key || say("the one that the operator of this server gave you", "由服务器管理员提供");
-$("version").textContent = data.version;
-$("to-dashboard").hidden = !data.dashboard;
-$("state").hidden = !data.demo && data.zai_key;
-$("state").textContent = say(...data.demo
+$("to-dashboard").hidden = !data.dashboard; $("state").hidden = !data.demo && data.zai_key;
+tell({ base, version: data.version, key: data.key || say("the one that the operator of this server gave you", "由服务器管理员提供"), state: say(...data.demo
   ? ["This is the demo: answers come from a built-in stand-in, no model is behind them.", "演示模式：回答来自内置替身，没有真正的模型。"]
-  : ["This server has no Z.ai key yet: chat answers 503 until its operator sets ZAI_API_KEY.", "服务器尚未设置 ZAI_API_KEY，聊天会返回 503。"]);
+  : ["This server has no Z.ai key yet: chat answers 503 until its operator sets ZAI_API_KEY.", "服务器尚未设置 ZAI_API_KEY，聊天会返回 503。"]) });
 function block(text) { const pre = make("pre", text, { tabIndex: 0 }); return make("div", [pre, copyButton(pre)], { className: "call" }); }
 function tabs(id, names, fill) {  // fill(n) makes what tab n shows; returns a function that makes the chosen one anew
-  const [list, panel] = $(id).children;
+  const list = make("div", null, { role: "tablist" }), panel = make("div", null, { role: "tabpanel" });
   const buttons = names.map((name, n) => make("button", name, { type: "button", role: "tab", id: `${id}-${n}`, onclick: () => choose(n) }));
   let chosen = 0;
   function choose(n) {
@@ -6495,8 +6486,8 @@ function tabs(id, names, fill) {  // fill(n) makes what tab n shows; returns a f
     buttons.forEach((b, i) => Object.assign(b, { ariaSelected: i === chosen, tabIndex: i === chosen ? 0 : -1 }));
     panel.setAttribute("aria-labelledby", buttons[chosen].id); panel.replaceChildren(...fill(chosen));
   }
-  list.onkeydown = event => { if (arrow(event)) { choose(chosen + arrow(event)); buttons[chosen].focus(); } }; list.append(...buttons); choose(0);
-  return () => choose(chosen);
+  list.onkeydown = event => { if (arrow(event)) { choose(chosen + arrow(event)); buttons[chosen].focus(); } };
+  list.append(...buttons); $(id).append(list, panel); choose(0); return () => choose(chosen);
 }
 const q = JSON.stringify, shell = text => "'" + text.replaceAll("'", "'\\''") + "'", bearer = k => "Authorization: Bearer " + k;
 const curl = (path, header, body) =>
@@ -6550,8 +6541,7 @@ for (const select of choices) select.onchange = () => {
   for (const fill of fillAgain) fill();
 };
 
-$("model-head").append(
-  row(sayEach([["name", "名称"], ["context", "上下文"], ["output", "输出"], ["takes", "输入"], ["thinking", "思考"], ["price", "价格"]]), "th"));
+table("model", sayEach([["name", "名称"], ["context", "上下文"], ["output", "输出"], ["takes", "输入"], ["thinking", "思考"], ["price", "价格"]]));
 const size = n => n === null ? "?" : n >= 1048576 ? n / 1048576 + "\u00a0M" : n / 1024 + "\u00a0K";
 const THINKING = { none: ["no", "无"], switch: ["on, off", "可开关"], effort: ["off, effort", "可关、可调"], always: ["always", "始终"] };
 $("model-rows").append(...data.models.map(m => row([m.id, size(m.context), size(m.output),
@@ -6561,15 +6551,13 @@ $("error-rows").append(...[
   ["400", "The request makes no sense; param names the field.", "请求有误，param 指出字段。"],
   ["401 invalid_api_key", "Send a key of this server, not of Z.ai.", "请使用本服务器的密钥，而不是 Z.ai 的。"],
   ["401 key_expired", "Your key was valid until a date that is past: ask the operator.", "你的密钥已过期，请联系管理员。"],
-  ["402 insufficient_quota", "No balance: a Coding Plan key needs its own ZAI_BASE_URL; the free models need none.",
-    "余额不足：Coding Plan 密钥要用它自己的 ZAI_BASE_URL；免费模型无需余额。"],
+  ["402 insufficient_quota", "No balance: Coding Plan keys need their own ZAI_BASE_URL; free models need none.", "余额不足：Coding Plan 密钥要用它自己的 ZAI_BASE_URL；免费模型无需余额。"],
   ["402 quota_exceeded", "The plan's quota is used up until Retry-After.", "套餐额度已用完，请等到 Retry-After。"],
   ["402 key_quota_exceeded", "Your key's tokens are used up; the message says when they are reset.", "你的密钥的 token 已用完，message 会说明何时重置。"],
   ["403 model_not_allowed", "Your key is not for this model: choose one of /v1/models.", "你的密钥不能用这个模型，请从 /v1/models 中选择。"],
   ["404 model_not_found", "Z.ai does not know the model: choose one of the above.", "没有这个模型，请从上面选择。"],
   ["429 rate_limit_exceeded", "Too many requests, or the model is overloaded: wait as Retry-After says.", "请求过多或模型繁忙，请按 Retry-After 等待。"],
-  ["502, 504", "Z.ai failed, was silent, or is not reached: try again; the operator may run ztoapi.py --check.",
-    "Z.ai 出错、无响应或无法连接：请重试；管理员可运行 ztoapi.py --check。"],
+  ["502, 504", "Z.ai failed, was silent, or is not reached: try again; the operator may run ztoapi.py --check.", "Z.ai 出错、无响应或无法连接：请重试；管理员可运行 ztoapi.py --check。"],
   ["503 zai_api_key_missing", "The operator must set ZAI_API_KEY.", "管理员需要设置 ZAI_API_KEY。"],
 ].map(([code, ...what]) => make("tr", [make("th", code, { scope: "row" }), make("td", say(...what))])));
 
@@ -6591,9 +6579,8 @@ $("form").onsubmit = async event => {
     stream_options: { include_usage: true }, ...(thinking && { enable_thinking: thinking === "true" }) };
   remember("ztoapi-key", k);
   for (const id of ["thinking-part", "answer-part", "failure"]) $(id).hidden = true;
-  $("thought").textContent = $("answer").textContent = $("pace").textContent = "";
-  $("asked").textContent = curl("chat/completions", bearer(k), request); $("asked-part").hidden = false; setBusy(true);
-  leaving = new AbortController();
+  tell({ thought: "", answer: "", pace: "", asked: curl("chat/completions", bearer(k), request) });
+  $("asked-part").hidden = false; setBusy(true); leaving = new AbortController();
   const run = { started: performance.now(), first: 0, usage: null, pieces: 0, stopped: false };
   try { await ask(request, k, run); }
   catch (e) {
@@ -6607,11 +6594,8 @@ async function ask(request, k, run) {
     headers: { "Content-Type": "application/json", Authorization: "Bearer " + k } });
   if (!response.ok) return fail(response.status + "\n" + await response.text());
   const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
-  let text = "";
-  for (;;) {
-    const { done, value } = await reader.read();
-    if (done) break;
-    const frames = (text + value).split("\n\n");
+  for (let text = "", part; !(part = await reader.read()).done;) {
+    const frames = (text + part.value).split("\n\n");
     text = frames.pop();
     for (const frame of frames) if (frame.startsWith("data: {")) show(JSON.parse(frame.slice(6)), run);
     pace(run, false);
@@ -6655,30 +6639,24 @@ DASHBOARD_PAGE = page(
 <label for="measure" data-zh="显示">show</label><select id="measure"><option value="tokens" data-zh="token">tokens</option>
 <option value="cost" data-zh="费用">cost</option><option value="requests" data-zh="请求">requests</option></select></div>
 <figure class="card"><svg id="month" role="listbox" tabindex="0" viewBox="0 0 620 100" preserveAspectRatio="none"></svg><div class="axis"><span data-zh="30 天前">30 days ago</span>
-<span id="month-top"></span><span data-zh="今天">today</span></div><figcaption id="day"></figcaption></figure><div class="scroll"><table><thead id="month-head"></thead>
-<tbody id="month-rows"></tbody></table></div><p><small id="month-says"></small></p></section>
-<section id="key-part"><h2 data-zh="密钥与限额">Keys and limits</h2>
-<div class="scroll"><table><thead id="key-head"></thead><tbody id="key-rows"></tbody></table></div>
+<span id="month-top"></span><span data-zh="今天">today</span></div><figcaption id="day"></figcaption></figure><div class="scroll" id="month-table"></div><p><small id="month-says"></small></p></section>
+<section id="key-part"><h2 data-zh="密钥与限额">Keys and limits</h2><div class="scroll" id="key-table"></div>
 <p class="note" id="made" role="status" tabindex="-1" hidden></p>
 <form class="card" id="key-form"><h3 id="key-title"></h3><div class="fields" id="key-fields"></div>
 <div class="row"><button class="main" id="save"></button><button type="button" id="cancel" hidden data-zh="取消">Cancel</button>
 <small data-zh="空：不限">empty: no limit</small></div><p class="bad" id="key-says" role="alert"></p></form></section>
 <section id="live-part"><h2><span data-zh="模型">Models</span> <small data-zh="首字与全程：p50 · p95">first token and duration: p50 · p95</small></h2>
-<div class="scroll"><table><thead id="model-head"></thead><tbody id="model-rows"></tbody></table></div>
-<h2 data-zh="Z.ai 密钥与队列">Z.ai keys and queues</h2><p id="resting"></p>
-<div class="scroll"><table><thead id="queue-head"></thead><tbody id="queue-rows"></tbody></table></div>
-<h2 data-zh="重试与修复">Retries and repairs</h2><p id="healed"></p><h2 data-zh="最近的请求">Recent requests</h2>
-<div class="scroll"><table><thead id="recent-head"></thead><tbody id="recent-rows"></tbody></table></div></section></div>
+<div class="scroll" id="model-table"></div>
+<h2 data-zh="Z.ai 密钥与队列">Z.ai keys and queues</h2><p id="resting"></p><div class="scroll" id="queue-table"></div>
+<h2 data-zh="重试与修复">Retries and repairs</h2><p id="healed"></p><h2 data-zh="最近的请求">Recent requests</h2><div class="scroll" id="recent-table"></div></section></div>
 <dialog id="sure"><form method="dialog"><p id="sure-says"></p><div class="row"><button class="main" id="sure-yes" data-zh="删除">Remove</button>
-<button data-zh="取消" autofocus>Cancel</button></div></form></dialog>
-</main>
+<button data-zh="取消" autofocus>Cancel</button></div></form></dialog></main>
 """,  # noqa: E501, RUF001 - a page, in two languages
     r"""
 const DAYS = 31, COLOURS = 7;  // whatever ranks lower shares one more colour
 const seconds = s => s === null ? "–" : s < 1 ? Math.round(s * 1000) + " ms" : s.toFixed(s < 10 ? 2 : 1) + " s";
 const pair = ({ p50, p95 }) => seconds(p50) + " · " + seconds(p95);
-const number = n => n.toLocaleString("en-US");
-const short = n => n < 1e6 ? number(n) : n.toLocaleString("en-US", { notation: "compact", maximumFractionDigits: 1 });
+const number = n => n.toLocaleString("en-US"), short = n => n < 1e6 ? number(n) : n.toLocaleString("en-US", { notation: "compact", maximumFractionDigits: 1 });
 const money = n => n === null ? "–" : n && n < 0.01 ? "$" + n.toPrecision(1) : n.toLocaleString("en-US", { style: "currency", currency: "USD" });
 const share = (part, whole) => whole && part !== null ? Math.round(part / whole * 100) + " %" : "–";
 const clock = t => {
@@ -6696,12 +6674,11 @@ const tokenHeads = sayEach(
 const tokenCells = f => [number(f.requests), number(f.failures), number(f.prompt_tokens), share(f.cached_tokens, f.prompt_tokens),
   number(f.completion_tokens), money(f.cost)];
 const MODEL = ["model", "模型"], TIMES = [["first token", "首字"], ["duration", "全程"]];
-for (const [id, words, heads] of [
-  ["model", 1, [say(...MODEL), ...tokenHeads, ...sayEach(TIMES)]],
-  ["queue", 6, sayEach([MODEL, ["in flight", "进行中"], ["waiting", "等待"], ["key", "密钥"], ["limit", "上限"], ["why", "原因"]])],
-  ["recent", 3, sayEach([["time", "时间"], MODEL, ["status", "状态"], ...TIMES, ["tokens", "token"]])],
-  ["key", 7, [...sayEach([["name", "名称"], ["valid until", "有效期至"], ["models", "模型"], ["used", "已用"], ["a minute", "每分钟"], ["parallel", "同时"]]), ""]],
-]) $(id + "-head").append(row(heads, "th", words));
+table("model", [say(...MODEL), ...tokenHeads, ...sayEach(TIMES)], 1);
+table("month", []);
+table("queue", sayEach([MODEL, ["in flight", "进行中"], ["waiting", "等待"], ["key", "密钥"], ["limit", "上限"], ["why", "原因"]]));
+table("recent", sayEach([["time", "时间"], MODEL, ["status", "状态"], ...TIMES, ["tokens", "token"]]), 3);
+table("key", [...sayEach([["name", "名称"], ["valid until", "有效期至"], ["models", "模型"], ["used", "已用"], ["a minute", "每分钟"], ["parallel", "同时"]]), ""]);
 for (const [id, name, label, properties] of [
   ["name", "name", ["Name", "名称"], { required: true, pattern: "[A-Za-z0-9._@+\\-]+", spellcheck: false }],
   ["expires", "expires", ["Valid until", "有效期至"], { placeholder: "2027-01-31, 30d" }],
@@ -6715,10 +6692,9 @@ function rows(id, words, lines) {
   $(id).replaceChildren(...(lines.length ? lines.map(cells => row(cells, "td", words)) : [nothing]));
   if (document.activeElement.id !== focused) $(focused)?.focus();
 }
-function shape(tag, attributes, ...inside) {
-  const e = document.createElementNS("http://www.w3.org/2000/svg", tag);
+function shape(tag, attributes, inside) {
+  const e = withInside(document.createElementNS("http://www.w3.org/2000/svg", tag), inside);
   for (const [name, value] of Object.entries(attributes)) e.setAttribute(name, value);
-  e.append(...inside);
   return e;
 }
 function draw(id, columns, words) {  // a column: what it says, and from the bottom up each part's size and class
@@ -6730,18 +6706,14 @@ function draw(id, columns, words) {  // a column: what it says, and from the bot
       return shape("rect", { x: (n + .1) * wide, width: wide * .8, y: y -= height, height, class: className });
     });
     const reach = shape("rect", { x: n * wide, width: wide, y: 0, height: 100, class: "reach" });
-    return shape("g", { id: id + n, role: "option", "aria-label": says }, shape("title", {}, says), reach, ...bars);
+    return shape("g", { id: id + n, role: "option", "aria-label": says }, [shape("title", {}, says), reach, ...bars]);
   }));
   $(id + "-top").textContent = say("at most ", "最高 ") + words(top);
   svg.setAttribute("aria-label", $(id + "-title").textContent + ", " + $(id + "-top").textContent);
 }
 const hour = (id, minutes) => draw(id, minutes.map((parts, n) =>
   ({ says: say(`${59 - n} min ago: `, `${59 - n} 分钟前：`) + number(total(parts)), parts })), number);
-function sums(usage, by) {  // name → figures
-  const all = new Map();
-  for (const u of usage) all.set(u[by], plus(all.get(u[by]) || NONE, u));
-  return all;
-}
+const sums = (usage, by) => usage.reduce((all, u) => all.set(u[by], plus(all.get(u[by]) || NONE, u)), new Map());  // name → figures
 function month(s) {
   const by = s.operator ? $("by").value : "model", [measure, words] = MEASURES[$("measure").value], usage = s.days || [];
   const ranked = [...sums(usage, by)].sort((a, b) => measure(b[1]) - measure(a[1])), colour = n => "c" + Math.min(n, COLOURS);
@@ -6792,22 +6764,23 @@ function keyRow(k, operator) {
     operator ? [button(["change", "Change", "修改"], () => edit(k)), button(["remove", "Remove", "删除"], () => remove(k.name))] : ""];
 }
 function keys(s) {  // a table that stays as it is while nothing has changed, or a click might miss its button
-  const shown = JSON.stringify(s.client_keys);
-  if (shown !== keysShown) rows("key-rows", 7, s.client_keys.map(k => keyRow(k, s.operator)));
-  keysShown = shown;
+  const before = keysShown;
+  if ((keysShown = JSON.stringify(s.client_keys)) !== before) rows("key-rows", 7, s.client_keys.map(k => keyRow(k, s.operator)));
 }
 function edit(k) {  // an empty key: one is to be added
   changing = k.name || "";
   for (const field of $("key-form").querySelectorAll("input")) field.value = k[field.name] ?? "";
   $("name").readOnly = Boolean(changing); $("made").hidden = true; $("cancel").hidden = !changing;
-  [$("key-title").textContent, $("save").textContent] =
-    changing ? [say("Change ", "修改 ") + changing, say("Save", "保存")] : sayEach([["Add a key", "添加密钥"], ["Add", "添加"]]);
-  $("key-says").textContent = "";
+  tell(changing ? { "key-title": say("Change ", "修改 ") + changing, save: say("Save", "保存"), "key-says": "" }
+    : { "key-title": say("Add a key", "添加密钥"), save: say("Add", "添加"), "key-says": "" });
   if (changing) $("expires").focus();
 }
 function show(s) {
-  for (const [there, ...ids] of [[s.models, "live-part"], [s.minutes, "hour-part"], [s.days !== undefined, "month-part"], [s.plans?.length, "plan-part"],
-    [s.client_keys, "key-part"], [s.operator, "key-form", "by", "by-words"]]) for (const id of ids) $(id).hidden = !there;
+  for (const [there, fill, ...ids] of [[s.models, live, "live-part", "hour-part"], [s.days !== undefined, month, "month-part"], [s.client_keys, keys, "key-part"],
+    [s.plans?.length, plans, "plan-part"], [s.operator, null, "key-form", "by", "by-words"]]) {
+    for (const id of ids) $(id).hidden = !there;
+    if (there) fill?.(s);
+  }
   const all = Object.values(s.models || s.days || []).reduce(plus, NONE);
   $("figures").replaceChildren(...[
     [short(all.requests), "requests", "请求"], [short(all.failures), "failed", "失败", all.failures ? "bad" : ""],
@@ -6817,12 +6790,9 @@ function show(s) {
     s.models ? [clock(s.started).replace(/( \d\d)?:\d\d$/, ""), "since", "启动于"] : [say("31 days", "31 天"), "period", "期间"],
   ].map(([value, english, zh, className = ""]) =>
     make("div", [make("b", value, { className }), make("small", say(english, zh))], { className: "figure" })));
-  if (s.models) live(s);
-  if (s.days !== undefined) month(s);
-  if (s.client_keys) keys(s);
-  $("plans").replaceChildren(...(s.plans || []).flatMap(p =>
-    [make("h3", [say("Z.ai key ", "Z.ai 密钥 ") + p.key, p.level].filter(Boolean).join(" · ")), ...p.limits.map(allowance)]));
 }
+const plans = s => $("plans").replaceChildren(...s.plans.flatMap(p =>
+  [make("h3", [say("Z.ai key ", "Z.ai 密钥 ") + p.key, p.level].filter(Boolean).join(" · ")), ...p.limits.map(allowance)]));
 function live(s) {
   hour("requests", s.minutes.map(([n, failed]) => [[failed, "bad"], [n - failed, ""]]));
   hour("tokens", s.minutes.map(([, , prompt, completion]) => [[prompt, ""], [completion, "out"]]));
@@ -6850,7 +6820,7 @@ async function refresh() {
     if (!response.ok) throw new Error(response.status);
     show(last = answer); reveal("board", "leave");
   } catch {
-    $("gone").hidden = false; $("gone").textContent = say("The server does not answer. This page keeps trying.", "服务器没有响应，本页会继续尝试。");
+    $("gone").hidden = false; tell({ gone: say("The server does not answer. This page keeps trying.", "服务器没有响应，本页会继续尝试。") });
   }
   timer = setTimeout(refresh, 2000);
 }

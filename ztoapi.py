@@ -6381,9 +6381,8 @@ th { color: var(--soft); font-weight: 600; white-space: nowrap } #error-rows th 
 #queue-rows td:last-child, #key-rows td:nth-child(4) { min-width: 11rem }
 button, select, input, textarea { font: inherit; color: inherit; background: var(--card); border: 1px solid var(--soft); border-radius: 6px;
   padding: .4rem .7rem } button { cursor: pointer } button:disabled { opacity: .45; cursor: default }
-textarea { width: 100%; min-height: 5rem; font-size: .95rem }
+textarea { width: 100%; min-height: 5rem; font-size: .95rem } [role=tab] { padding: .2rem .7rem; font-size: .9rem; border-color: var(--line) }
 label { display: block; font-size: .85rem; color: var(--soft); margin: .6rem 0 .15rem } .row label { margin: 0 }
-[role=tab] { padding: .2rem .7rem; font-size: .9rem; border-color: var(--line) }
 button.main, [aria-selected=true][role=tab] { background: var(--accent); border-color: var(--accent); color: var(--on-accent) }
 td button, nav button { padding: .05rem .5rem; margin: 0 .4rem .2rem 0; font-size: .85rem }
 nav, .row, [role=tablist] { display: flex; flex-wrap: wrap; align-items: center; gap: .4rem .6rem; margin: .8rem 0 } nav { gap: 0 1.1rem; margin: 0 }
@@ -6397,9 +6396,9 @@ nav, .row, [role=tablist] { display: flex; flex-wrap: wrap; align-items: center;
 progress { accent-color: var(--accent); height: .8rem; width: 7rem } .allowance progress { width: 100% }
 .axis { display: flex; justify-content: space-between; font-size: .75rem; color: var(--soft) }
 svg { display: block; width: 100%; height: 6rem } #month { height: 11rem } td svg { display: inline; width: .8rem; height: .8rem; margin-right: .5rem }
-line { stroke: var(--line) } rect { fill: var(--accent) } rect.out { fill: var(--good) } .bad { color: var(--bad); accent-color: var(--bad); fill: var(--bad) }
-rect.reach { fill: transparent } [aria-selected=true] .reach { fill: var(--line); opacity: .6 } .c0 { fill: #3b7ddd } .c1 { fill: #d07a10 }
-.c2 { fill: #2c9f6b } .c3 { fill: #c65b9c } .c4 { fill: #8a74e0 } .c5 { fill: #1d93a5 } .c6 { fill: #a88d12 } .c7 { fill: #8b94a1 }
+line { stroke: var(--line) } rect { fill: var(--accent) } rect.out { fill: var(--good) }
+.bad { color: var(--bad); accent-color: var(--bad); fill: var(--bad) } rect.reach { fill: transparent } [aria-selected=true] .reach { fill: var(--line); opacity: .6 }
+.c0 { fill: #3b7ddd } .c1 { fill: #d07a10 } .c2 { fill: #2c9f6b } .c3 { fill: #c65b9c } .c4 { fill: #8a74e0 } .c5 { fill: #1d93a5 } .c6 { fill: #a88d12 } .c7 { fill: #8b94a1 }
 """  # noqa: E501 - a page
 COMMON_SCRIPT = r"""
 "use strict";
@@ -6432,8 +6431,7 @@ const remember = (name, value) => { try { sessionStorage.setItem(name, value); }
 DOCS_PAGE = page(
     "ztoapi",
     r"""
-<header><h1>ztoapi</h1>
-<p data-zh="任何 OpenAI 客户端，都可以通过这台服务器使用 Z.ai 的 GLM 模型：官方 API，自己的密钥。">This server lets every OpenAI
+<header><h1>ztoapi</h1><p data-zh="任何 OpenAI 客户端，都可以通过这台服务器使用 Z.ai 的 GLM 模型：官方 API，自己的密钥。">This server lets every OpenAI
 client talk to Z.ai's GLM models, through Z.ai's official API.</p>
 <nav><a href="#try" data-zh="试一试">Try it</a> <a href="#calls" data-zh="调用">Calls</a> <a href="#clients" data-zh="客户端">Clients</a>
 <a href="#models" data-zh="模型">Models</a> <a href="#errors" data-zh="错误">Errors</a> <a id="to-dashboard" href="dashboard" data-zh="仪表盘">Dashboard</a>
@@ -6448,8 +6446,7 @@ client talk to Z.ai's GLM models, through Z.ai's official API.</p>
 <option value="" data-zh="模型默认">the model's default</option><option value="true" data-zh="开">on</option><option value="false" data-zh="关">off</option>
 </select></div></div><label for="try-message" data-zh="消息">Message</label><textarea id="try-message" required></textarea>
 <div class="row"><button class="main" id="send" data-zh="发送">Send</button><button type="button" id="stop" disabled data-zh="停止">Stop</button>
-<span class="soft" id="pace"></span></div>
-<div id="thinking-part" hidden><h3 data-zh="思考过程">Reasoning</h3><div class="thought" id="thought"></div></div>
+<span class="soft" id="pace"></span></div><div id="thinking-part" hidden><h3 data-zh="思考过程">Reasoning</h3><div class="thought" id="thought"></div></div>
 <div id="answer-part" hidden><h3 data-zh="回答">Answer</h3><div class="answer" id="answer" aria-live="polite"></div></div>
 <pre class="wrap bad" id="failure" role="alert" hidden></pre>
 <div id="asked-part" hidden><h3 data-zh="刚才的请求">The request just sent</h3><div class="call"><pre id="asked" tabindex="0"></pre></div></div></form>
@@ -6467,7 +6464,8 @@ before them: glm-4.6, GLM-4.6 and zai/glm-4.6 are one model.</p><div class="scro
 
 <h2 id="errors" data-zh="错误">Errors</h2>
 <p data-zh="错误总是 {&quot;error&quot;: {&quot;message&quot;, &quot;type&quot;, &quot;param&quot;, &quot;code&quot;}}；message 会说明该怎么做。">Always
-{"error": {"message", "type", "param", "code"}}; the message says what to do.</p><div class="scroll"><table><tbody id="error-rows"></tbody></table></div></main><footer><p><small>ztoapi <span id="version"></span></small></p></footer>
+{"error": {"message", "type", "param", "code"}}; the message says what to do.</p><div class="scroll"><table><tbody id="error-rows"></tbody></table></div></main>
+<footer><p><small>ztoapi <span id="version"></span></small></p></footer>
 """,  # noqa: E501, RUF001 - a page, in two languages
     r"""
 const key = data.key || "YOUR_KEY", base = new URL("v1", location.href).href, origin = base.replace(/\/v1$/, "");
@@ -6536,10 +6534,7 @@ for (const select of choices) select.append(...plain.map(m => make("option", m.i
 const fillAgain = [tabs("call-tabs", calls.map(([name]) => name), n => [block(calls[n][1](chosen().id, $("streamed").checked))]),
   tabs("client-tabs", clients.map(([name]) => name), n => clients[n][1](chosen()))];
 $("streamed").onchange = fillAgain[0];
-for (const select of choices) select.onchange = () => {
-  for (const other of choices) other.value = select.value;
-  for (const fill of fillAgain) fill();
-};
+for (const select of choices) select.onchange = () => { for (const other of choices) other.value = select.value; for (const fill of fillAgain) fill(); };
 
 table("model", sayEach([["name", "名称"], ["context", "上下文"], ["output", "输出"], ["takes", "输入"], ["thinking", "思考"], ["price", "价格"]]));
 const size = n => n === null ? "?" : n >= 1048576 ? n / 1048576 + "\u00a0M" : n / 1024 + "\u00a0K";
@@ -6563,8 +6558,7 @@ $("error-rows").append(...[
 
 for (const [id, value] of [["key", data.key || remembered("ztoapi-key")], ["model", free.id], ["message", hello]]) $("try-" + id).value = value;
 $("asked").after(copyButton($("asked")));
-let leaving = null;
-$("stop").onclick = () => leaving?.abort();
+let leaving = null; $("stop").onclick = () => leaving?.abort();
 function setBusy(busy) {  // of Send and Stop one can be pressed; it takes over the focus
   const [from, to] = busy ? [$("send"), $("stop")] : [$("stop"), $("send")];
   $("answer").ariaBusy = busy; to.disabled = false;
@@ -6628,9 +6622,9 @@ DASHBOARD_PAGE = page(
 <div class="row"><input id="door-key" type="password" autocomplete="off" required><button class="main" data-zh="打开">Open</button></div>
 <p class="bad" id="door-says" role="alert"></p></form><p class="note bad" id="gone" role="alert" hidden></p><div id="board" hidden>
 <div class="figures" id="figures"></div><div class="charts" id="hour-part">
-<figure class="card"><figcaption id="requests-title" data-zh="每分钟请求（红色：失败）">Requests a minute (red: failed)</figcaption><svg id="requests" role="img" viewBox="0 0 620 100" preserveAspectRatio="none">
+<figure class="card"><figcaption id="requests-title" data-zh="每分钟请求（红色：失败）">Requests a minute (red: failed)</figcaption><svg id="requests" role="img">
 </svg><div class="axis"><span data-zh="一小时前">an hour ago</span><span id="requests-top"></span><span data-zh="现在">now</span></div></figure>
-<figure class="card"><figcaption id="tokens-title" data-zh="每分钟 token（绿色：输出）">Tokens a minute (green: out)</figcaption><svg id="tokens" role="img" viewBox="0 0 620 100" preserveAspectRatio="none">
+<figure class="card"><figcaption id="tokens-title" data-zh="每分钟 token（绿色：输出）">Tokens a minute (green: out)</figcaption><svg id="tokens" role="img">
 </svg><div class="axis"><span data-zh="一小时前">an hour ago</span><span id="tokens-top"></span><span data-zh="现在">now</span></div></figure></div>
 <section id="plan-part"><h2 data-zh="套餐额度">The plan's allowance</h2><div id="plans"></div></section>
 <section id="month-part"><h2 id="month-title" data-zh="最近 31 天">The last 31 days</h2>
@@ -6638,7 +6632,7 @@ DASHBOARD_PAGE = page(
 <select id="by"><option value="model" data-zh="模型">model</option><option value="key" data-zh="密钥">key</option></select>
 <label for="measure" data-zh="显示">show</label><select id="measure"><option value="tokens" data-zh="token">tokens</option>
 <option value="cost" data-zh="费用">cost</option><option value="requests" data-zh="请求">requests</option></select></div>
-<figure class="card"><svg id="month" role="listbox" tabindex="0" viewBox="0 0 620 100" preserveAspectRatio="none"></svg><div class="axis"><span data-zh="30 天前">30 days ago</span>
+<figure class="card"><svg id="month" role="listbox" tabindex="0"></svg><div class="axis"><span data-zh="30 天前">30 days ago</span>
 <span id="month-top"></span><span data-zh="今天">today</span></div><figcaption id="day"></figcaption></figure><div class="scroll" id="month-table"></div><p><small id="month-says"></small></p></section>
 <section id="key-part"><h2 data-zh="密钥与限额">Keys and limits</h2><div class="scroll" id="key-table"></div>
 <p class="note" id="made" role="status" tabindex="-1" hidden></p>
@@ -6646,19 +6640,18 @@ DASHBOARD_PAGE = page(
 <div class="row"><button class="main" id="save"></button><button type="button" id="cancel" hidden data-zh="取消">Cancel</button>
 <small data-zh="空：不限">empty: no limit</small></div><p class="bad" id="key-says" role="alert"></p></form></section>
 <section id="live-part"><h2><span data-zh="模型">Models</span> <small data-zh="首字与全程：p50 · p95">first token and duration: p50 · p95</small></h2>
-<div class="scroll" id="model-table"></div>
-<h2 data-zh="Z.ai 密钥与队列">Z.ai keys and queues</h2><p id="resting"></p><div class="scroll" id="queue-table"></div>
-<h2 data-zh="重试与修复">Retries and repairs</h2><p id="healed"></p><h2 data-zh="最近的请求">Recent requests</h2><div class="scroll" id="recent-table"></div></section></div>
-<dialog id="sure"><form method="dialog"><p id="sure-says"></p><div class="row"><button class="main" id="sure-yes" data-zh="删除">Remove</button>
-<button data-zh="取消" autofocus>Cancel</button></div></form></dialog></main>
+<div class="scroll" id="model-table"></div><h2 data-zh="Z.ai 密钥与队列">Z.ai keys and queues</h2><p id="resting"></p><div class="scroll" id="queue-table"></div>
+<h2 data-zh="重试与修复">Retries and repairs</h2><p id="healed"></p><h2 data-zh="最近的请求">Recent requests</h2>
+<div class="scroll" id="recent-table"></div></section></div><dialog id="sure"><form method="dialog"><p id="sure-says"></p><div class="row"><button class="main" id="sure-yes"
+data-zh="删除">Remove</button><button data-zh="取消" autofocus>Cancel</button></div></form></dialog></main>
 """,  # noqa: E501, RUF001 - a page, in two languages
     r"""
 const DAYS = 31, COLOURS = 7;  // whatever ranks lower shares one more colour
 const seconds = s => s === null ? "–" : s < 1 ? Math.round(s * 1000) + " ms" : s.toFixed(s < 10 ? 2 : 1) + " s";
 const pair = ({ p50, p95 }) => seconds(p50) + " · " + seconds(p95);
-const number = n => n.toLocaleString("en-US"), short = n => n < 1e6 ? number(n) : n.toLocaleString("en-US", { notation: "compact", maximumFractionDigits: 1 });
-const money = n => n === null ? "–" : n && n < 0.01 ? "$" + n.toPrecision(1) : n.toLocaleString("en-US", { style: "currency", currency: "USD" });
-const share = (part, whole) => whole && part !== null ? Math.round(part / whole * 100) + " %" : "–";
+const number = (n, how = {}) => n.toLocaleString("en-US", how), share = (part, whole) => whole && part !== null ? Math.round(part / whole * 100) + " %" : "–";
+const short = n => n < 1e6 ? number(n) : number(n, { notation: "compact", maximumFractionDigits: 1 });
+const money = n => n === null ? "–" : n && n < 0.01 ? "$" + n.toPrecision(1) : number(n, { style: "currency", currency: "USD" });
 const clock = t => {
   const d = new Date(t * 1000), time = d.toTimeString().slice(0, 8), today = d.toDateString() === new Date().toDateString();
   return today ? time : d.toLocaleDateString(say("en", "zh"), { month: "short", day: "numeric" }) + " " + time.slice(0, 5);
@@ -6669,24 +6662,21 @@ const total = sizes => sizes.reduce((sum, [size]) => sum + size, 0);
 const MEASURES = { tokens: [f => f.prompt_tokens + f.completion_tokens, short], cost: [f => f.cost ?? 0, money], requests: [f => f.requests, number] };
 let key = remembered("ztoapi-key"), timer = 0, last = null, picked = DAYS - 1, changing = "", keysShown = "";
 
-const tokenHeads = sayEach(
-  [["requests", "请求"], ["failed", "失败"], ["tokens in", "输入 token"], ["cached", "缓存命中"], ["tokens out", "输出 token"], ["cost", "费用"]]);
+const tokenHeads = sayEach([["requests", "请求"], ["failed", "失败"], ["tokens in", "输入 token"], ["cached", "缓存命中"], ["tokens out", "输出 token"], ["cost", "费用"]]);
 const tokenCells = f => [number(f.requests), number(f.failures), number(f.prompt_tokens), share(f.cached_tokens, f.prompt_tokens),
   number(f.completion_tokens), money(f.cost)];
 const MODEL = ["model", "模型"], TIMES = [["first token", "首字"], ["duration", "全程"]];
-table("model", [say(...MODEL), ...tokenHeads, ...sayEach(TIMES)], 1);
-table("month", []);
+table("month", []); table("model", [say(...MODEL), ...tokenHeads, ...sayEach(TIMES)], 1);
 table("queue", sayEach([MODEL, ["in flight", "进行中"], ["waiting", "等待"], ["key", "密钥"], ["limit", "上限"], ["why", "原因"]]));
 table("recent", sayEach([["time", "时间"], MODEL, ["status", "状态"], ...TIMES, ["tokens", "token"]]), 3);
 table("key", [...sayEach([["name", "名称"], ["valid until", "有效期至"], ["models", "模型"], ["used", "已用"], ["a minute", "每分钟"], ["parallel", "同时"]]), ""]);
-for (const [id, name, label, properties] of [
-  ["name", "name", ["Name", "名称"], { required: true, pattern: "[A-Za-z0-9._@+\\-]+", spellcheck: false }],
-  ["expires", "expires", ["Valid until", "有效期至"], { placeholder: "2027-01-31, 30d" }],
-  ["budget", "tokens", ["Tokens", "token 额度"], { placeholder: "5M, 500K/day" }],
-  ["allowed", "models", ["Models", "允许的模型"], { placeholder: "glm-4.*,glm-5.3", spellcheck: false }],
-  ["rpm", "rpm", ["Requests a minute", "每分钟请求"], { placeholder: "20", inputMode: "numeric" }],
-  ["parallel", "parallel", ["Requests in parallel", "同时请求"], { placeholder: "2", inputMode: "numeric" }],
-]) $("key-fields").append(make("div", [make("label", say(...label), { htmlFor: id }), make("input", null, { id, name, autocomplete: "off", ...properties })]));
+for (const [id, name, placeholder, ...label] of [
+  ["name", "name", "", "Name", "名称"], ["expires", "expires", "2027-01-31, 30d", "Valid until", "有效期至"],
+  ["budget", "tokens", "5M, 500K/day", "Tokens", "token 额度"], ["allowed", "models", "glm-4.*,glm-5.3", "Models", "允许的模型"],
+  ["rpm", "rpm", "20", "Requests a minute", "每分钟请求"], ["parallel", "parallel", "2", "Requests in parallel", "同时请求"],
+]) $("key-fields").append(make("div", [make("label", say(...label), { htmlFor: id }),
+  make("input", null, { id, name, placeholder, autocomplete: "off", spellcheck: false })]));
+$("rpm").inputMode = $("parallel").inputMode = "numeric"; Object.assign($("name"), { required: true, pattern: "[A-Za-z0-9._@+\\-]+" });
 function rows(id, words, lines) {
   const focused = document.activeElement.id, nothing = make("tr", make("td", say("nothing yet", "暂无"), { colSpan: 99 }));
   $(id).replaceChildren(...(lines.length ? lines.map(cells => row(cells, "td", words)) : [nothing]));
@@ -6694,11 +6684,11 @@ function rows(id, words, lines) {
 }
 function shape(tag, attributes, inside) {
   const e = withInside(document.createElementNS("http://www.w3.org/2000/svg", tag), inside);
-  for (const [name, value] of Object.entries(attributes)) e.setAttribute(name, value);
-  return e;
+  Object.entries(attributes).forEach(([name, value]) => e.setAttribute(name, value)); return e;
 }
 function draw(id, columns, words) {  // a column: what it says, and from the bottom up each part's size and class
   const svg = $(id), wide = 620 / columns.length, top = Math.max(...columns.map(c => total(c.parts)));
+  svg.setAttribute("viewBox", "0 0 620 100"); svg.setAttribute("preserveAspectRatio", "none");
   svg.replaceChildren(shape("line", { x1: 0, x2: 620, y1: 99.5, y2: 99.5 }), ...columns.map(({ says, parts }, n) => {
     let y = 99;
     const bars = parts.filter(([size]) => size).map(([size, className]) => {
@@ -6715,7 +6705,7 @@ const hour = (id, minutes) => draw(id, minutes.map((parts, n) =>
   ({ says: say(`${59 - n} min ago: `, `${59 - n} 分钟前：`) + number(total(parts)), parts })), number);
 const sums = (usage, by) => usage.reduce((all, u) => all.set(u[by], plus(all.get(u[by]) || NONE, u)), new Map());  // name → figures
 function month(s) {
-  const by = s.operator ? $("by").value : "model", [measure, words] = MEASURES[$("measure").value], usage = s.days || [];
+  const by = s.operator ? $("by").value : "model", [measure, words] = MEASURES[$("measure").value], usage = s.days;
   const ranked = [...sums(usage, by)].sort((a, b) => measure(b[1]) - measure(a[1])), colour = n => "c" + Math.min(n, COLOURS);
   draw("month", Array.from({ length: DAYS }, (_, n) => {
     const day = new Date((s.now - (DAYS - 1 - n) * 86400) * 1000).toISOString().slice(0, 10), used = sums(usage.filter(u => u.day === day), by);
@@ -6728,7 +6718,7 @@ function month(s) {
   $("month-head").replaceChildren(row([by === "model" ? say(...MODEL) : say("key", "密钥"), ...tokenHeads], "th", 1));
   rows("month-rows", 1,
     [...ranked.map(([name, f], rank) => [[swatch(rank), name], ...tokenCells(f)]), [say("total", "合计"), ...tokenCells(usage.reduce(plus, NONE))]]);
-  $("month-says").textContent = s.days ? say("Days are UTC days. Cost is Z.ai's list price in US dollars; –: price unknown.",
+  $("month-says").textContent = s.database ? say("Days are UTC days. Cost is Z.ai's list price in US dollars; –: price unknown.",
     "日期按 UTC；费用按 Z.ai 目录价估算，单位美元，–：价格未知。") : say("The database is out of reach: no history now.", "数据库无法访问，暂无历史。");
 }
 function pick(n) {
@@ -6741,9 +6731,8 @@ const reset = t => say("resets ", "重置于 ") + clock(t), SPANS = { "5h": ["5 
 function allowance({ window, type, percentage, used, allowance, resets_at }) {
   const left = 100 - percentage, name = say(...SPANS[window] || [window, window]) + (type === "TIME_LIMIT" ? say(", search tools", "，搜索工具") : "");
   const details = [Math.round(left) + say(" % left", " % 剩余"),
-    allowance !== null && used !== null && number(allowance - used) + " / " + number(allowance), resets_at && reset(resets_at)];
-  const parts = [make("span", name), bar(name, left, 100, left < 10), make("small", details.filter(Boolean).join(" · "))];
-  return make("div", parts, { className: "allowance" });
+    allowance !== null && used !== null && number(allowance - used) + " / " + number(allowance), resets_at && reset(resets_at)].filter(Boolean).join(" · ");
+  return make("div", [make("span", name), bar(name, left, 100, left < 10), make("small", details)], { className: "allowance" });
 }
 function reason(refusal, now) {
   if (!refusal) return say("not refused so far; grows with use", "尚未被拒绝；随使用增长");
@@ -6776,12 +6765,12 @@ function edit(k) {  // an empty key: one is to be added
   if (changing) $("expires").focus();
 }
 function show(s) {
-  for (const [there, fill, ...ids] of [[s.models, live, "live-part", "hour-part"], [s.days !== undefined, month, "month-part"], [s.client_keys, keys, "key-part"],
+  for (const [there, fill, ...ids] of [[s.models, live, "live-part", "hour-part"], [s.client_keys, keys, "key-part"],
     [s.plans?.length, plans, "plan-part"], [s.operator, null, "key-form", "by", "by-words"]]) {
     for (const id of ids) $(id).hidden = !there;
     if (there) fill?.(s);
   }
-  const all = Object.values(s.models || s.days || []).reduce(plus, NONE);
+  month(s); const all = Object.values(s.models || s.days).reduce(plus, NONE);
   $("figures").replaceChildren(...[
     [short(all.requests), "requests", "请求"], [short(all.failures), "failed", "失败", all.failures ? "bad" : ""],
     ...(s.models ? [[s.in_flight, "in flight", "进行中"], [s.queues.reduce((n, q) => n + q.waiting, 0), "waiting", "等待"]] : []),
@@ -6811,8 +6800,7 @@ function live(s) {
 const call = (method, path, body) => fetch("dashboard/" + path, { method, body: body && JSON.stringify(body), cache: "no-store",
   headers: { Authorization: "Bearer " + key, "Content-Type": "application/json" }, signal: AbortSignal.timeout(5000) });
 async function refresh() {
-  clearTimeout(timer);
-  if (document.hidden) return;
+  clearTimeout(timer); if (document.hidden) return;
   if (/[^!-~]/.test(key)) return ask(say("That key is not this server's.", "密钥不对。"));
   try {
     const response = await call("GET", "stats"), answer = await response.json();
@@ -6849,16 +6837,13 @@ $("key-form").onsubmit = async event => {
   $("made").replaceChildren(say(`The key of ${name}, shown only now: `, `${name} 的密钥，只显示这一次：`), code, " ", copyButton(code));
   (made.key ? $("made") : $("change " + name))?.focus();
 };
-$("cancel").onclick = () => edit({});
-$("by").onchange = $("measure").onchange = () => month(last);
+$("cancel").onclick = () => edit({}); $("by").onchange = $("measure").onchange = () => month(last);
 $("month").onkeydown = event => { if (arrow(event)) { event.preventDefault(); pick(picked + arrow(event)); } };
 $("month").onpointermove = $("month").onclick = event => { const day = event.target.closest("g"); if (day) pick(Number(day.id.slice("month".length))); };
 function enter(newKey) { clearTimeout(timer); remember("ztoapi-key", key = newKey); if (key) refresh(); else ask(""); }
 $("leave").onclick = () => enter("");
 $("door").onsubmit = event => { event.preventDefault(); enter($("door-key").value.trim()); $("door-key").value = ""; };
-document.onvisibilitychange = refresh;
-edit({});
-enter(key);
+document.onvisibilitychange = refresh; edit({}); enter(key);
 """,  # noqa: E501, RUF001 - a page, in two languages
 )
 

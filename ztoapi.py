@@ -6427,7 +6427,7 @@ function copyButton(source) {
 const arrow = event => ({ ArrowLeft: -1, ArrowRight: 1 })[event.key] || 0;
 const remembered = name => { try { return sessionStorage.getItem(name) || ""; } catch { return ""; } };
 const remember = (name, value) => { try { sessionStorage.setItem(name, value); } catch {} };
-"""
+"""  # noqa: E501 - a page
 DOCS_PAGE = page(
     "ztoapi",
     r"""

@@ -2673,7 +2673,7 @@ class ZaiReader:
         self.tags = TagReader(model, tools) if model.tagged_reasoning or tools else None
         self.wants_json = bool(tools) and "response_format" in asked
         self.text_begun = False
-        self.prose = ""  # held: where JSON is wanted, text that is none may stand beside a call
+        self.prose = ""  # where JSON is wanted: other text, held until it is clear whether it stands beside a call
         self.calls = CallReader()
         self.id, self.created, self.request_id = "", 0, ""  # Z.ai's; created in Unix seconds, 0: unknown
         self.size, self.torn = 0, 0  # bytes so far; frames dropped because their rest never came
@@ -2831,7 +2831,7 @@ def chunks_in(part: str) -> tuple[list[JSON], int]:
     """The whole chunks at the beginning of a text, and the index where they end."""
     chunks: list[JSON] = []
     at = 0
-    likely = '"choices"' in part or '"error"' in part  # cheaper than decoding what is none
+    likely = '"choices"' in part or '"error"' in part  # otherwise decoding would only cost time
     while likely and (found := chunk_at(part, at)):
         chunk, at = found
         chunks.append(chunk)
@@ -2853,7 +2853,7 @@ TextPiece = Thought | Text | JSON  # an object is a tool call as Z.ai should hav
 
 
 class TagReader:
-    """Text in which a model marks with tags what is no text.
+    """Text in which a model marks reasoning, boxes and calls with tags.
 
     Older vision models put reasoning at its head, <think>…</think>, and box marks, which are dropped. A tool call may
     leak into it: <tool_call>name<arg_key>key</arg_key><arg_value>value</arg_value></tool_call> (zai-org/GLM-5#84).
@@ -2932,7 +2932,7 @@ LEAKED_PAIR = re.compile(r"(.*?)</arg_key>\s*<arg_value>(.*)</arg_value>\s*", re
 
 
 def leaked_call(text: str, tools: Mapping[str, JSON]) -> JSON | None:
-    """The call in the text between <tool_call> tags, as Z.ai should have sent it; None if it is none of one tool."""
+    """The call in the text between <tool_call> tags, as Z.ai should have sent it; None if it calls no known tool."""
     name, *pairs = [part.strip() for part in text.split("<arg_key>")]
     found = [LEAKED_PAIR.fullmatch(pair) for pair in pairs]
     if name not in tools or None in found:
@@ -3102,7 +3102,7 @@ class MessagesReader(PassThroughReader):
         return whole.replace(data, self.renamed(data), 1)
 
     def renamed(self, data: bytes) -> bytes:
-        """Raises UpstreamError for what is no beginning of an answer."""
+        """Raises UpstreamError when the answer is an error, or not JSON."""
         match parse_json(data):
             case {"error": {}} | {"success": False} | None:
                 raise zai_error(200, data)

@@ -5428,7 +5428,9 @@ async def log_requests(request: web.Request, handler: Handler) -> web.StreamResp
     finally:
         del in_flight[task]
         now = time.monotonic()
-        LOG.log(logging.DEBUG if request.path.startswith(UNLOGGED_PATHS) else logging.INFO, "%s", record.line(now))
+        level = logging.DEBUG if request.path.startswith(UNLOGGED_PATHS) else logging.INFO
+        if LOG.isEnabledFor(level):  # LOG.log would look for the line of code that called it, which takes longest
+            LOG.handle(LOG.makeRecord(LOG.name, level, __file__, 0, record.line(now), (), None))
         count_request(request, now)
 
 

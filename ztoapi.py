@@ -6355,8 +6355,7 @@ PAGE_FRAME = """<!doctype html>
 <html lang="en"><meta charset="utf-8"><title>{{TITLE}}</title><style>{{STYLE}}</style>
 <meta name="viewport" content="width=device-width, initial-scale=1"><meta name="color-scheme" content="light dark">
 {{BODY}}
-<script type="application/json" id="data">{{DATA}}</script>
-<script>{{SCRIPT}}</script>
+<script type="application/json" id="data">{{DATA}}</script><script>{{SCRIPT}}</script>
 """
 STYLE = """
 :root { --ink: #1c2430; --soft: #5b6675; --paper: #fbfbf9; --card: #fff; --line: #d9dde3; --code: #f2f3f0;
@@ -6399,8 +6398,9 @@ progress { accent-color: var(--accent); height: .8rem; width: 7rem } .allowance 
 .axis { display: flex; justify-content: space-between; font-size: .75rem; color: var(--soft) }
 svg { display: block; width: 100%; height: 6rem } #month { height: 11rem } td svg { display: inline; width: .8rem; height: .8rem; margin-right: .5rem }
 line { stroke: var(--line) } rect { fill: var(--accent) } rect.out { fill: var(--good) }
-.bad { color: var(--bad); accent-color: var(--bad); fill: var(--bad) } rect.reach { fill: transparent } [aria-selected=true] .reach { fill: var(--line); opacity: .6 }
-.c0 { fill: #3b7ddd } .c1 { fill: #d07a10 } .c2 { fill: #2c9f6b } .c3 { fill: #c65b9c } .c4 { fill: #8a74e0 } .c5 { fill: #1d93a5 } .c6 { fill: #a88d12 } .c7 { fill: #8b94a1 }
+.bad { color: var(--bad); accent-color: var(--bad); fill: var(--bad) } rect.reach { fill: transparent }
+[aria-selected=true] .reach { fill: var(--line); opacity: .6 } .c0 { fill: #3b7ddd }
+.c1 { fill: #d07a10 } .c2 { fill: #2c9f6b } .c3 { fill: #c65b9c } .c4 { fill: #8a74e0 } .c5 { fill: #1d93a5 } .c6 { fill: #a88d12 } .c7 { fill: #8b94a1 }
 """  # noqa: E501 - a page
 COMMON_SCRIPT = r"""
 "use strict";
@@ -6534,8 +6534,7 @@ const choices = document.querySelectorAll("select.model"), chosen = () => data.m
 const plain = data.models.filter(m => /^[\w.:\/-]+$/.test(m.id));  // a shell takes the others for something else
 for (const select of choices) select.append(...plain.map(m => make("option", m.id, { selected: m === free })));
 const fillAgain = [tabs("call-tabs", calls.map(([name]) => name), n => [block(calls[n][1](chosen().id, $("streamed").checked))]),
-  tabs("client-tabs", clients.map(([name]) => name), n => clients[n][1](chosen()))];
-$("streamed").onchange = fillAgain[0];
+  tabs("client-tabs", clients.map(([name]) => name), n => clients[n][1](chosen()))]; $("streamed").onchange = fillAgain[0];
 for (const select of choices) select.onchange = () => { for (const other of choices) other.value = select.value; for (const fill of fillAgain) fill(); };
 
 table("model", sayEach([["name", "名称"], ["context", "上下文"], ["output", "输出"], ["takes", "输入"], ["thinking", "思考"], ["price", "价格"]]));
@@ -6564,17 +6563,14 @@ let leaving = null; $("stop").onclick = () => leaving?.abort();
 function setBusy(busy) {  // of Send and Stop one can be pressed; it takes over the focus
   const [from, to] = busy ? [$("send"), $("stop")] : [$("stop"), $("send")];
   $("answer").ariaBusy = busy; to.disabled = false;
-  if (document.activeElement === from) to.focus();
-  from.disabled = true;
+  if (document.activeElement === from) to.focus(); from.disabled = true;
 }
 $("form").onsubmit = async event => {
-  event.preventDefault();
-  const k = $("try-key").value.trim(), thinking = $("try-thinking").value;
+  event.preventDefault(); const k = $("try-key").value.trim(), thinking = $("try-thinking").value;
   if (/[^!-~]/.test(k)) return fail(say("That key is not this server's.", "密钥不对。"));
   const request = { model: $("try-model").value.trim(), messages: [{ role: "user", content: $("try-message").value }], stream: true,
     stream_options: { include_usage: true }, ...(thinking && { enable_thinking: thinking === "true" }) };
-  remember("ztoapi-key", k);
-  for (const id of ["thinking-part", "answer-part", "failure"]) $(id).hidden = true;
+  remember("ztoapi-key", k); for (const id of ["thinking-part", "answer-part", "failure"]) $(id).hidden = true;
   tell({ thought: "", answer: "", pace: "", asked: curl("chat/completions", bearer(k), request) });
   $("asked-part").hidden = false; setBusy(true); leaving = new AbortController();
   const run = { started: performance.now(), first: 0, usage: null, pieces: 0, stopped: false };
@@ -6591,8 +6587,7 @@ async function ask(request, k, run) {
   if (!response.ok) return fail(response.status + "\n" + await response.text());
   const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
   for (let text = "", part; !(part = await reader.read()).done;) {
-    const frames = (text + part.value).split("\n\n");
-    text = frames.pop();
+    const frames = (text + part.value).split("\n\n"); text = frames.pop();
     for (const frame of frames) if (frame.startsWith("data: {")) show(JSON.parse(frame.slice(6)), run);
     pace(run, false);
   }
@@ -6601,8 +6596,7 @@ function show(chunk, run) {
   if (chunk.error) return fail(JSON.stringify(chunk.error, null, 2));
   run.usage = chunk.usage || run.usage;
   for (const [field, id, part] of [["reasoning_content", "thought", "thinking-part"], ["content", "answer", "answer-part"]]) {
-    const text = chunk.choices[0]?.delta?.[field];
-    if (!text) continue;
+    const text = chunk.choices[0]?.delta?.[field]; if (!text) continue;
     run.first ||= performance.now(); run.pieces++; $(part).hidden = false; $(id).append(text);
   }
 }
@@ -6635,7 +6629,8 @@ DASHBOARD_PAGE = page(
 <label for="measure" data-zh="显示">show</label><select id="measure"><option value="tokens" data-zh="token">tokens</option>
 <option value="cost" data-zh="费用">cost</option><option value="requests" data-zh="请求">requests</option></select></div>
 <figure class="card"><svg id="month" role="listbox" tabindex="0"></svg><div class="axis"><span data-zh="30 天前">30 days ago</span>
-<span id="month-top"></span><span data-zh="今天">today</span></div><figcaption id="day"></figcaption></figure><div class="scroll" id="month-table"></div><p><small id="month-says"></small></p></section>
+<span id="month-top"></span><span data-zh="今天">today</span></div><figcaption id="day"></figcaption></figure>
+<div class="scroll" id="month-table"></div><p><small id="month-says"></small></p></section>
 <section id="key-part"><h2 data-zh="密钥与限额">Keys and limits</h2><div class="scroll" id="key-table"></div>
 <p class="note" id="made" role="status" tabindex="-1" hidden></p>
 <form class="card" id="key-form"><h3 id="key-title"></h3><div class="fields" id="key-fields"></div>
@@ -6692,8 +6687,7 @@ function draw(id, columns, words) {  // a column: what it says, and from the bot
   const svg = $(id), wide = 620 / columns.length, top = Math.max(...columns.map(c => total(c.parts)));
   svg.setAttribute("viewBox", "0 0 620 100"); svg.setAttribute("preserveAspectRatio", "none");
   svg.replaceChildren(shape("line", { x1: 0, x2: 620, y1: 99.5, y2: 99.5 }), ...columns.map(({ says, parts }, n) => {
-    let y = 99;
-    const bars = parts.filter(([size]) => size).map(([size, className]) => {
+    let y = 99; const bars = parts.filter(([size]) => size).map(([size, className]) => {
       const height = Math.max(size / top * 95, .7);
       return shape("rect", { x: (n + .1) * wide, width: wide * .8, y: y -= height, height, class: className });
     });
@@ -6714,8 +6708,7 @@ function month(s) {
     const parts = ranked.map(([name], rank) => [measure(used.get(name) || NONE), colour(rank), name]).filter(([size]) => size);
     const details = parts.map(([size, , name]) => name + " " + words(size)).join(" · ");
     return { says: day + say(": ", "：") + words(total(parts)) + (details && ` (${details})`), parts };
-  }), words);
-  pick(picked);
+  }), words); pick(picked);
   const swatch = rank => shape("svg", { viewBox: "0 0 1 1", "aria-hidden": true }, shape("rect", { width: 1, height: 1, class: colour(rank) }));
   $("month-head").replaceChildren(row([by === "model" ? say(...MODEL) : say("key", "密钥"), ...tokenHeads], "th", 1));
   rows("month-rows", 1,
@@ -6759,8 +6752,7 @@ function keys(s) {  // a table that stays as it is while nothing has changed, or
   if ((keysShown = JSON.stringify(s.client_keys)) !== before) rows("key-rows", 7, s.client_keys.map(k => keyRow(k, s.operator)));
 }
 function edit(k) {  // an empty key: one is to be added
-  changing = k.name || "";
-  for (const field of $("key-form").querySelectorAll("input")) field.value = k[field.name] ?? "";
+  changing = k.name || ""; for (const field of $("key-form").querySelectorAll("input")) field.value = k[field.name] ?? "";
   $("name").readOnly = Boolean(changing); $("made").hidden = true; $("cancel").hidden = !changing;
   tell(changing ? { "key-title": say("Change ", "修改 ") + changing, save: say("Save", "保存"), "key-says": "" }
     : { "key-title": say("Add a key", "添加密钥"), save: say("Add", "添加"), "key-says": "" });
@@ -6819,8 +6811,7 @@ function ask(why) { reveal("door"); $("door-says").textContent = why; $("door-ke
 async function changeKeys(method, path, body) {  // the server's answer; null: it refused
   try {
     const response = await call(method, path, body), answer = response.status === 204 ? {} : await response.json();
-    $("key-says").textContent = answer.error?.message || ""; refresh();
-    return response.ok ? answer : null;
+    $("key-says").textContent = answer.error?.message || ""; refresh(); return response.ok ? answer : null;
   } catch { $("key-says").textContent = say("The server does not answer.", "服务器没有响应。"); return null; }
 }
 function remove(name) {
@@ -6834,8 +6825,7 @@ $("key-form").onsubmit = async event => {
   const taken = !changing && last.client_keys.some(k => k.name === name);
   if (taken) return $("key-says").textContent = say("There is a key of this name.", "已有同名的密钥。");
   const made = await changeKeys("POST", "keys", fields), code = make("code", made?.key);
-  if (!made) return;
-  edit({}); $("made").hidden = !made.key;
+  if (!made) return; edit({}); $("made").hidden = !made.key;
   $("made").replaceChildren(say(`The key of ${name}, shown only now: `, `${name} 的密钥，只显示这一次：`), code, " ", copyButton(code));
   (made.key ? $("made") : $("change " + name))?.focus();
 };

@@ -5002,9 +5002,11 @@ async def delete_response(request: web.Request) -> web.Response:
 
 
 async def health(request: web.Request) -> web.Response:
-    settings = request.app[SETTINGS]
-    program = {"status": "ok", "name": "ztoapi", "version": __version__}
-    return json_response(program | {"demo": settings.demo, "zai_key": bool(settings.zai_api_key)})
+    return json_response({"status": "ok", "name": "ztoapi"} | about(request.app[SETTINGS]))
+
+
+def about(settings: Settings) -> JSON:
+    return {"version": __version__, "demo": settings.demo, "zai_key": bool(settings.zai_api_key)}
 
 
 async def index(request: web.Request) -> web.Response:
@@ -5020,10 +5022,8 @@ async def docs(request: web.Request) -> web.Response:
     settings, models = request.app[SETTINGS], await named_models(request)
     shown = ("context", "output", "vision", "free", "thinking")
     snapshot = {
+        **about(settings),
         "key": PUBLISHED_KEY if settings.published else "",
-        "version": __version__,
-        "demo": settings.demo,
-        "zai_key": bool(settings.zai_api_key),
         "dashboard": settings.dashboard_enabled,
         "clients": client_examples(),
         "models": [{"id": name, **{what: getattr(models[name], what) for what in shown}} for name in models],

@@ -6528,7 +6528,7 @@ async def test_odd_lists_of_models_break_nothing(client, zai):
         **{f"m{i}": ztoapi.Model("x").created for i in range(len(times))},
     }
     zai.models = 200, {"data": [{"id": f"m{i}"} for i in range(2000)]}
-    client.app[ztoapi.CATALOG].asked_at = -math.inf
+    client.app[ztoapi.CATALOG].asked_at, client.app[ztoapi.CATALOG].asking = -math.inf, None
     assert len(await listed(client)) == 1000 + len(MODELS)
     for path in ("/docs", "/v1/models?client_version=1"):
         async with client.get(path, headers=KEY | {"anthropic-version": "1"}) as response:

@@ -19,12 +19,12 @@ Where a request goes:
       ChatEncoder.feed ─► sse() ─► relay    Answer.add ─► chat_completion ─► json_response
 
 Everything above the banner "Admission" is pure: no socket, clock, environment, randomness or async. It raises
-BadRequest (the client's fault), UpstreamError (Z.ai's) or another ProxyError; any other exception is a bug.
+SettingsError, BadRequest (the client's fault), UpstreamError (Z.ai's) or another ProxyError; any other is a bug.
 The sections, in order: Settings, Errors, Models, JSON, Internal representation; what clients speak (Request fields,
 Chat completions, Completions, Responses, Messages, Surfaces), Clients; what Z.ai speaks (request, errors, answer);
-Accounts; I/O: Admission (keys, limits, queue), Z.ai client, Upstream (retries, fallbacks), Requests (records,
-statistics), Streaming out, Handlers, Pass-through, Access, Errors and shutdown, Server, Commands; at the end Demo and
-Pages.
+Accounts; I/O: Admission (keys, limits, queue), Z.ai client, Upstream (retries, fallbacks), Database, Requests
+(records, statistics), Streaming out, Handlers, Pass-through, Access, Errors and shutdown, Client connections, Server,
+Commands, Demo, Pages.
 """
 
 from __future__ import annotations
@@ -206,7 +206,7 @@ def read_setting(variable: Field[Any], text: str) -> Any:
     try:
         return variable.metadata["read"](text)
     except (ValueError, KeyError):
-        is_secret = variable.name.endswith(("_key", "database_url")) or "@" in text  # a broken key is one too
+        is_secret = variable.name.endswith(("_key", "database_url")) or "@" in text  # even a malformed one
         shown = variable.name.upper() + ("" if is_secret else f"={text}")
         raise SettingsError(f"{shown} cannot be used: it must be {variable.metadata['wanted']}") from None
 
@@ -244,18 +244,18 @@ class Settings:
     database_url: str = setting("", database_url, "sqlite:///PATH, postgresql://… or memory")
     cors_origins: tuple[str, ...] = setting(("*",), origins, "origins (https://example.org), separated by commas, or *")
     dashboard_enabled: bool = setting(default=True, read=boolean, wanted="true or false")
-    demo: bool = False  # a flag, never a variable: a server must not make answers up by accident
+    demo: bool = False  # set only by --demo: a server must not make up answers by accident
 
     def __post_init__(self) -> None:
         if not all(self.default_key) or not self.default_key:
-            raise SettingsError("DEFAULT_KEY must not be empty: nobody would be kept out")
+            raise SettingsError("DEFAULT_KEY must not be empty: anybody could call")
         if self.published and not is_loopback(self.host):
             problem = f"HOST={self.host} would let others in while DEFAULT_KEY is the published {PUBLISHED_KEY}"
             raise SettingsError(f"{problem}: set DEFAULT_KEY to a key of your own")
 
     @property
     def published(self) -> bool:
-        """Everybody knows the key, so only this machine may call."""
+        """Whether clients may use the published key; then only this machine may call."""
         return PUBLISHED_KEY in self.default_key
 
     @property
@@ -318,7 +318,7 @@ def error_kind(status: int, code: str | None, message: str = "", retry_after: fl
     return ErrorKind(status, ERROR_TYPES.get(status, ERROR_TYPES[400])[0], code, message, retry_after)
 
 
-# What clients are told, by code, where it is longer than a line of the table below.
+# Messages by error code; only those that are too long for the table below.
 MESSAGE_LINES = """\
 invalid_api_key: The API key is missing or wrong: send this server's key (its DEFAULT_KEY, not a Z.ai key) as \
 'Authorization: Bearer KEY' or 'x-api-key: KEY'.
@@ -339,8 +339,8 @@ KEY_EXPIRED = error_kind(401, "key_expired")
 KEY_QUOTA_EXCEEDED = error_kind(402, "key_quota_exceeded")
 KEY_RATE_LIMITED = error_kind(429, "rate_limit_exceeded")
 MODEL_NOT_ALLOWED = error_kind(403, "model_not_allowed")
-OPERATOR_ONLY = error_kind(403, "operator_only", "This is for the operator of this server: send its DEFAULT_KEY.")
-DATABASE_UNAVAILABLE = error_kind(503, "database_unavailable", "This server's database is out of reach: try again.")
+OPERATOR_ONLY = error_kind(403, "operator_only", "Only the operator may do this: send the server's DEFAULT_KEY.")
+DATABASE_UNAVAILABLE = error_kind(503, "database_unavailable", "This server's database is unreachable: try again.")
 ZAI_API_KEY_MISSING = error_kind(503, "zai_api_key_missing", MESSAGES["zai_api_key_missing"])
 AUTHENTICATION = error_kind(502, "zai_authentication", "Z.ai did not accept this server's key: check its ZAI_API_KEY.")
 UNAVAILABLE = error_kind(502, "zai_unavailable", "Z.ai could not answer: try again shortly.")
@@ -397,7 +397,7 @@ class UpstreamError(ProxyError):
         self.resets_at = reset_time(detail) if kind == QUOTA_EXCEEDED else None
 
     def with_retry_after(self, seconds: float | None) -> UpstreamError:
-        """The same error for another client."""
+        """A copy for another client, without the traceback."""
         error = UpstreamError(self.kind, self.message, self.detail, self.zai_code)
         error.retry_after, error.headers = seconds, self.headers
         return error
@@ -533,9 +533,9 @@ def aliased(name: str, renamed: Iterable[tuple[str, str]]) -> str:
 
 
 def resolve(name: str, renamed: Iterable[tuple[str, str]] = ()) -> Model:
-    """The model that a client's name means, in any case, with or without provider prefix and `[1m]`; aliases win.
+    """The model that a client's name means; case, provider prefix and `[1m]` do not matter; aliases win.
 
-    A name that the table lacks is passed on as it is: Z.ai may be newer than the table.
+    A name that is not in the table is passed on in lower case: Z.ai may be newer.
     """
     bare = bare_name(aliased(name, renamed))
     if not bare:
@@ -612,7 +612,7 @@ def models_from_items(items: list[Any]) -> Iterator[Model]:
 
 # ======== JSON ======================================================================================================
 
-# check_circular costs a sixth of the time, and nothing of ours contains itself.
+# check_circular takes a sixth of the time, and our data is never circular.
 to_json = json.JSONEncoder(separators=(",", ":"), ensure_ascii=False, allow_nan=False, check_circular=False).encode
 quoted = json.encoder.encode_basestring  # a string as JSON, by the same C function
 # Some clients split lines at these characters, so they are sent as escapes; JSON has them only inside strings.
@@ -654,7 +654,7 @@ JSON_DECODER = json.JSONDecoder(parse_float=finite, parse_constant=finite)
 
 
 def parse_json(data: bytes) -> Any:
-    """The value, None if this is not JSON. A character that Z.ai cut in half does not spoil the rest."""
+    """The value; None if this is not JSON (or null). A character cut in half does not spoil the rest."""
     text = data.decode("utf-8", "replace").removeprefix("\ufeff").strip()
     try:
         value, end = JSON_DECODER.raw_decode(text)
@@ -664,7 +664,7 @@ def parse_json(data: bytes) -> Any:
 
 
 def unique_names(pairs: list[tuple[str, Any]]) -> JSON:
-    """object_pairs_hook: rejects a repeated name, since readers differ in which of the two values they take."""
+    """object_pairs_hook: rejects a repeated name, since JSON parsers differ in which value they keep."""
     found = dict(pairs)
     if len(found) < len(pairs):
         raise ValueError("an object has the same name twice")
@@ -677,11 +677,11 @@ MAX_DEPTH = 100  # nested objects and arrays
 
 
 def too_many_values(body: bytes) -> bool:
-    """Whether a JSON has more than MAX_VALUES values, names not counted; found without decoding it."""
+    """Whether JSON text has more than MAX_VALUES values, not counting names; does not decode it."""
     if len(body) <= 2 * MAX_VALUES or openings_and_commas(body) < MAX_VALUES:
         return False
     parts = body.replace(rb"\\", b"").replace(rb"\"", b"").split(b'"', 4 * MAX_VALUES + 4)
-    outside = b"".join(parts[::2])  # of strings
+    outside = b"".join(parts[::2])  # strings left out
     values = 1 + openings_and_commas(outside) - outside.count(b"[]") - outside.count(b"{}")
     return max(values, len(parts) // 4) > MAX_VALUES  # half of the strings may be names
 
@@ -732,10 +732,10 @@ def as_int(value: Any) -> int:
 
 
 # ======== Internal representation ===================================================================================
-# What a client asks and what a model answers, in no API's format.
+# What a client asks and a model answers, independent of any API.
 
 
-@dataclass(slots=True)  # not frozen: that makes it three times as slow, and there is one for each chunk
+@dataclass(slots=True)  # not frozen: that triples the time to make one, and every chunk makes one
 class Thought:
     """A piece of the model's reasoning."""
 
@@ -931,7 +931,7 @@ class Choice:
 
     @property
     def message(self) -> Message:
-        """As clients send it back."""
+        """The message that clients send back later."""
         return Message("assistant", (self.text,), self.thought, tuple(self.tool_calls))
 
 
@@ -981,7 +981,7 @@ Check = Callable[[Any], Any]  # returns a value, converted, or raises ValueError
 
 
 def must(words: str, holds: Callable[[Any], bool]) -> Check:
-    """A check that returns the value as it is."""
+    """A check that returns the value unchanged."""
 
     def check(value: Any) -> Any:
         if not holds(value):
@@ -1046,7 +1046,7 @@ def checked(value: Any, check: Check, at: str) -> Any:
 def validated(body: JSON, wanted: Mapping[str, Check], at: str = "") -> JSON:
     """The known fields of `body` that are not null, each as its check returns it; `at` is the path of `body`.
 
-    Raises BadRequest for the first that is wrong, in the client's order.
+    Raises BadRequest for the first invalid one, in the client's order.
     """
     given = {}
     for name, value in body.items():
@@ -1060,7 +1060,7 @@ NEUTRAL: JSON = {"modalities": [["text"]], "service_tier": ["auto", "default"], 
 
 
 def unknown_fields(body: JSON, known: Iterable[str]) -> list[str]:
-    """The fields that ask for something GLM cannot do."""
+    """The unknown fields with a value that asks for something."""
     return [name for name, value in body.items() if name not in known and value and value not in NEUTRAL.get(name, ())]
 
 
@@ -1118,7 +1118,7 @@ def effort_of(given: JSON) -> Effort | None:
 
 
 def serial_calls(given: JSON) -> Iterator[str]:
-    """The field that asks for one call at a time, which Z.ai cannot be asked for."""
+    """`parallel_tool_calls` if it is false, which Z.ai does not offer."""
     if given.get("tools") and given.get("parallel_tool_calls") is False:
         yield "parallel_tool_calls"
 
@@ -1188,7 +1188,7 @@ def tool_choice(value: Any) -> ToolChoice:
 
 
 def function_list(value: Any) -> list[Any]:
-    """The `functions` of the API before it had tools."""
+    """The deprecated `functions`, checked as tools."""
     return tool_list([{"type": "function", "function": function} for function in array(value)])
 
 
@@ -1292,7 +1292,7 @@ def native_tools(tools: list[Tool | JSON], given: JSON) -> list[JSON]:
     return native if searches or "web_search_options" not in given else [*native, given["web_search_options"]]
 
 
-# Z.ai answers 1214 to developer; OpenAI called tools functions before.
+# Z.ai refuses developer (1214); OpenAI's role function is now tool.
 ROLES = {role: role for role in ("system", "user", "assistant", "tool")} | {"developer": "system", "function": "tool"}
 known_role = must(f"be one of {', '.join(ROLES)}", lambda value: isinstance(value, str) and value in ROLES)
 call_name = must("name the call that this message answers", lambda value: isinstance(value, (str, int)) and value != "")
@@ -1323,7 +1323,7 @@ def parse_content(content: Any, role: str, at: str) -> tuple[str | Media, ...]:
         case list():
             parts = [parse_part(part, role, f"{at}[{i}]") for i, part in enumerate(content)]
             return tuple(part for part in parts if part)
-        case None if role == "assistant":  # OpenAI's own answers have null beside tool calls
+        case None if role == "assistant":  # OpenAI's own answers have null with tool calls
             return ()
         case _:
             raise BadRequest(f"'{at}' must be a string or an array of parts.", at)
@@ -1361,7 +1361,7 @@ def parse_call(call: Any, index: int, at: str) -> ToolCall:
 
 
 def argument_text(arguments: Any) -> str:
-    """Arguments as a JSON string, as OpenAI has them, also where the object itself was sent."""
+    """Arguments as JSON text, as OpenAI has them, even if they were sent as an object."""
     return arguments if isinstance(arguments, str) else to_json(arguments) if arguments else ""
 
 
@@ -1393,7 +1393,7 @@ def envelope(head: Head, prefix: str, kind: str) -> JSON:
 
 
 class ChatEncoder:
-    """Events to chat.completion.chunk frames, as JSON text: most of a chunk is the same in all chunks."""
+    """Turns events into chat.completion.chunk frames: JSON text, since most of it is always the same."""
 
     ID, OBJECT = "chatcmpl-", "chat.completion.chunk"
 
@@ -1445,7 +1445,7 @@ class ChatEncoder:
 
 
 class FunctionEncoder(ChatEncoder):
-    """Events to frames for a client that sent `functions`: with one call at most, which has no id."""
+    """Turns events into frames for a client that sent `functions`: at most one call, without id."""
 
     def frames(self, event: Event) -> list[str]:
         match event:
@@ -1515,7 +1515,7 @@ def one_prompt(value: Any) -> str:
         case str(words) | [str(words)]:
             return words
         case _:
-            raise ValueError("must be a string, or an array of one: GLM takes neither tokens nor several prompts")
+            raise ValueError("must be one string, or an array with one: GLM takes no tokens or several prompts")
 
 
 COMPLETION_FIELDS: dict[str, Check] = {
@@ -1559,13 +1559,13 @@ def parse_completion(body: JSON) -> tuple[Prompt, CompletionRequest]:
 
 
 def completion_messages(prompt: str, suffix: str) -> tuple[Message, ...]:
-    """The prompt as the user's message. Z.ai has no parameter for what is to follow the answer, so a line says it."""
+    """The prompt as the user's message. Z.ai has no parameter for the suffix, so a system message asks for it."""
     line = f"Write only what belongs between the user's text and this: {suffix}"
     return (*([Message("system", (line,))] if suffix else []), Message("user", (prompt,)))
 
 
 class CompletionEncoder(ChatEncoder):
-    """Events to text_completion frames, which have no place for reasoning."""
+    """Turns events into text_completion frames, which cannot hold reasoning."""
 
     ID, OBJECT = "cmpl-", "text_completion"
 
@@ -1595,7 +1595,7 @@ def completion_choice(index: int, words: str, finish_reason: FinishReason | None
 # ======== Responses: request ========================================================================================
 
 
-def response_format(value: Any) -> JSON | None:
+def text_format(value: Any) -> JSON | None:
     """The schema in a request's `text`: as `answer_schema`, but the format is flat."""
     flat = mapping(value).get("format") or {"type": "text"}
     return answer_schema({**as_object(flat), "json_schema": flat})
@@ -1647,8 +1647,8 @@ RESPONSE_FIELDS: dict[str, Check] = (
     COMMON_FIELDS
     | dict.fromkeys(("instructions", "previous_response_id", "prompt_cache_key"), string)
     | dict.fromkeys(("store", "parallel_tool_calls"), switch)
-    | dict.fromkeys(("conversation", "prompt"), stored_by_openai)  # to ignore these would lose the memory of a chat
-    | {"input": response_input, "text": response_format, "reasoning": effort_from_object, "include": array}
+    | dict.fromkeys(("conversation", "prompt"), stored_by_openai)  # ignoring these would lose the conversation
+    | {"input": response_input, "text": text_format, "reasoning": effort_from_object, "include": array}
     | {"tools": response_tools, "tool_choice": response_tool_choice}
     | {"max_output_tokens": integer(1, 2**31), "metadata": mapping}
 )
@@ -1660,7 +1660,7 @@ ECHOED: JSON = (
     | {"tools": [], "tool_choice": "auto", "parallel_tool_calls": True}
     | {"reasoning": {"effort": None, "summary": None}, "text": {"format": {"type": "text"}}}
 )
-# The other keys that a response must have: ztoapi ignores what a request says of them.
+# The other keys that a response must have; in a request, ztoapi ignores them.
 FIXED: JSON = {"background": False, "max_tool_calls": None, "service_tier": "default", "truncation": "disabled"}
 FIXED |= {"frequency_penalty": 0.0, "presence_penalty": 0.0, "top_logprobs": 0}
 MAX_REFERRED = 1_000  # stored responses that one request may refer to
@@ -1734,12 +1734,12 @@ def parse_response(body: JSON, history: History) -> tuple[Prompt, ResponsesReque
 
 
 def previous_items(given: JSON, history: History) -> list[Any]:
-    """The conversation up to and with the previous response, if there is one."""
+    """The conversation including the previous response, if there is one."""
     if "previous_response_id" not in given:
         return []
     stored = history.get(given["previous_response_id"])
     if stored is None:
-        message = "The previous response is not stored here, or no more: send the whole conversation as 'input'."
+        message = "The previous response is not stored here (any more): send the whole conversation as 'input'."
         raise BadRequest(message, "previous_response_id", "previous_response_not_found")
     return [*stored.input, *stored.response["output"]]
 
@@ -1752,12 +1752,12 @@ def referred_responses(body: JSON) -> list[str]:
 
 
 def response_of(item_id: str) -> str:
-    """The id of the response that an item belongs to is part of its own (see `ResponseEncoder.new_item`)."""
+    """The id of the response that an item belongs to, from the item's id (see `ResponseEncoder.new_item`)."""
     return f"resp_{item_id.partition('_')[2].rpartition('_')[0]}"
 
 
 def resolve_reference(item: Any, at: str, history: History) -> Any:
-    """The item itself where only its id was sent."""
+    """The item, looked up if only its id was sent."""
     if as_object(item).get("type") != "item_reference":
         return item
     stored = history.get(response_of(str(item.get("id"))))
@@ -1780,7 +1780,7 @@ FUNCTION_ECHO: JSON = {"description": None, "parameters": None, "strict": None}
 
 
 def echo_of(body: JSON) -> JSON:
-    """The fields that a response repeats of its request; objects and functions get the keys that they must have."""
+    """The fields that a response repeats of its request; objects and functions get their required keys."""
     given = {name: value for name in ECHOED if (value := body.get(name)) is not None}
     objects = {name: ECHOED[name] | given[name] for name in ("reasoning", "text") if name in given}
     tools = [FUNCTION_ECHO | tool if tool.get("type") == "function" else tool for tool in given.get("tools", ())]
@@ -1815,7 +1815,7 @@ def parse_item(item: Any, at: str) -> Iterator[Message]:
 
 
 def hoist_tool_images(messages: Iterable[Message]) -> Iterator[Message]:
-    """Move images that tools returned behind the tools' messages: Z.ai takes them only in user messages."""
+    """Move images that tools returned after the tools' messages: Z.ai takes them only in user messages."""
     for _, run in groupby(messages, is_from_tool):
         yield from sorted(run, key=lambda message: message.role != "tool")
 
@@ -1887,7 +1887,7 @@ def parse_response_tool(tool: Any, at: str) -> Tool | JSON | None:
             about = [str(tool.get("description") or name), *([f"The input's grammar: {grammar}"] if grammar else [])]
             return Tool(qualified_name(tool), "\n".join(about), schema)
         case {"type": str(kind)} if kind.startswith("web_search"):
-            return as_object(validated({at: tool}, {at: search_tool})[at])
+            return as_object(checked(tool, search_tool, at))
         case {"type": str(kind)} if kind not in ("function", "custom"):
             return None
         case _:
@@ -1924,7 +1924,7 @@ MESSAGE = ItemKind("message", "msg", "content", "output_text", "content_part", "
 FUNCTION_CALL = ItemKind("function_call", "fc", "arguments", "function_call_arguments")
 CUSTOM_TOOL_CALL = ItemKind("custom_tool_call", "ctc", "input", "custom_tool_call_input")
 
-# The code of a failed response, by the status that the error has before an answer has begun.
+# The code of a failed response, by the HTTP status of the error.
 FAILURE_CODES = {400: "invalid_prompt", 402: "insufficient_quota", 429: "rate_limit_exceeded"}
 
 
@@ -1973,7 +1973,7 @@ class Item:
 
 
 class ResponseEncoder:
-    """Events to the events of the Responses API, and to the response that they add up to."""
+    """Turns events into those of the Responses API, and into the response as a whole."""
 
     def __init__(self, head: Head, request: ResponsesRequest) -> None:
         self.head, self.request = head, request
@@ -2131,11 +2131,11 @@ def response_usage(usage: Usage) -> JSON:
 
 
 # ======== Messages ==================================================================================================
-# Anthropic's API, which Z.ai serves itself; here is what it takes otherwise than Anthropic.
+# Anthropic's API, which Z.ai serves itself; only what Z.ai takes differently is here.
 
 
 def messages_body(body: JSON, model: str) -> JSON:
-    """The request as Z.ai takes it, which answers 422 to messages of role system (zai-org/GLM-5#74)."""
+    """The request as Z.ai takes it: it answers 422 to messages of role system (zai-org/GLM-5#74)."""
     turns = body.get("messages")
     changed = {"messages": with_reminders(turns)} if isinstance(turns, list) else {}
     return {**body, "model": model, **changed}
@@ -2150,13 +2150,13 @@ def with_reminders(turns: list[Any]) -> list[Any]:
 
 
 def user_turn(turns: Iterable[JSON]) -> JSON:
-    """One turn of several; in it the results of tools must come first."""
+    """Several turns as one, in which tool results must come first."""
     blocks = chain.from_iterable(map(content_blocks, turns))
     return {"role": "user", "content": sorted(blocks, key=lambda block: as_object(block).get("type") != "tool_result")}
 
 
 def content_blocks(turn: JSON) -> Iterator[Any]:
-    """A turn's blocks; a system message's are in the tags in which Claude Code puts what the user did not write."""
+    """A turn's blocks; a system message's get the tags that Claude Code uses for what the user did not write."""
     content = turn.get("content")
     blocks = [{"type": "text", "text": content}] if isinstance(content, str) else content
     for block in blocks if isinstance(blocks, list) else ():
@@ -2165,14 +2165,14 @@ def content_blocks(turn: JSON) -> Iterator[Any]:
 
 
 def shows_image(body: JSON) -> bool:
-    """Whether a turn has an image, or the result of a tool that stands in one."""
+    """Whether a turn, or a tool result in it, has an image."""
     blocks = [block for turn in objects(body.get("messages")) for block in objects(turn.get("content"))]
     within = (part for block in blocks for part in objects(block.get("content")))
     return any(block.get("type") == "image" for block in chain(blocks, within))
 
 
 # ======== Surfaces ==================================================================================================
-# A surface is an API that clients speak: a function that parses a request; the request knows how it is answered.
+# A surface is an API that clients speak: a function that parses a body into a Prompt and a SurfaceRequest.
 
 
 # Turns the events of a streamed answer into frames. A frame is a dict, or a text to be sent as it is.
@@ -2202,7 +2202,7 @@ def sse_frame(frame: JSON | str) -> str:
 
 
 # ======== Clients ===================================================================================================
-# How each client is installed, and started with nothing but this server: as one would type it, variables first. $dir is
+# How each client is installed, and started to use only this server: as typed in a shell, variables first. $dir is
 # a folder of its own; the file that a client reads from it, if any, comes last.
 
 CLIENT_TABLE = """\
@@ -2284,7 +2284,7 @@ class Client:
         return Client(self.install, variables, arguments, files)
 
     def shell_lines(self) -> str:
-        """What one would type; the folder must be "$dir"."""
+        """The lines for a shell; the folder must be "$dir"."""
         files = [f"cat > \"$dir/{name}\" <<'EOF'\n{text}\nEOF" for name, text in self.files.items()]
         exports = [f"export {name}={shell_word(value)}" for name, value in self.variables.items()]
         lines = "\n".join([*files, *exports, " ".join(map(shell_word, self.arguments))])
@@ -2307,7 +2307,7 @@ CLIENTS = dict(map(parse_client, CLIENT_TABLE.replace("$xdg", XDG).replace("$ope
 
 
 def client_examples() -> list[JSON]:
-    """What the page shows, with words that it replaces by its own address, key and model."""
+    """What the docs page shows; its script replaces the example's address, key and model."""
     example = ("http://ztoapi.example", "YOUR_KEY", Model("your-model", 1_000_001, 1_000_002, vision=False), "$dir")
     shown = {name: client.filled(*example) for name, client in CLIENTS.items()}
     return [{"command": name, "install": it.install, "lines": it.shell_lines()} for name, it in shown.items()]
@@ -2319,7 +2319,7 @@ def client_examples() -> list[JSON]:
 def zai_body(prompt: Prompt, model: Model) -> JSON:
     """The request as Z.ai takes it. Raises BadRequest when this model cannot take the prompt.
 
-    It has only fields that Z.ai knows: for one that it dislikes Z.ai fails the whole request, without naming it (1210).
+    It has only fields that Z.ai knows: an unknown one fails the whole request, without being named (1210).
     """
     if not model.vision and has_media(prompt):
         seeing = ", ".join(known.id for known in MODELS.values() if known.vision)
@@ -2393,12 +2393,12 @@ def emulation_lines(prompt: Prompt, tools: list[JSON]) -> Iterator[str]:
     if prompt.tool_choice.mode == "required" and names:
         yield f"Answer by calling {'one of the functions' if len(names) > 1 else 'the function'} {', '.join(names)}."
     if prompt.schema:
-        order = "Answer with JSON alone, without any other text and without Markdown, valid against this JSON Schema: "
+        order = "Answer only with JSON, without any other text and without Markdown, valid against this JSON Schema: "
         yield order + to_json(prompt.schema)
 
 
 def sendable(messages: Iterable[Message]) -> tuple[Message, ...]:
-    """The conversation without what Z.ai refuses: empty messages (1213), and none of the user's or a tool's (1214)."""
+    """The conversation as Z.ai takes it: no empty message (1213), at least one of the user or a tool (1214)."""
     answered = ("user", "tool")
     kept = [message for message in map(completed, messages) if message.role in answered or has_content(message)]
     roles = [message.role for message in kept]
@@ -2427,7 +2427,7 @@ def has_content(message: Message) -> bool:
 
 
 def with_system_lines(messages: tuple[Message, ...], lines: Iterable[str]) -> tuple[Message, ...]:
-    """The conversation with lines added to its first system message: Z.ai may refuse one that is not the first."""
+    """The conversation with lines added to its first system message: Z.ai may refuse a second one."""
     lines, roles = tuple(lines), [message.role for message in messages]
     if not lines:
         return messages
@@ -2495,7 +2495,7 @@ class RefInliner:
     """A JSON Schema with its own definitions in place of the references to them, and without unions with null.
 
     Z.ai answers 500 or nothing at all to `$ref` and `anyOf` (musistudio/claude-code-router#1474). Definitions that
-    contain themselves stay as they are, and so does everything when the whole would grow out of bounds.
+    contain themselves stay as they are, and so does everything if the result would exceed MAX_NODES.
     """
 
     MAX_NODES, MAX_DEPTH = 2_000, 100  # objects and arrays in the result; nested
@@ -2519,7 +2519,7 @@ class RefInliner:
         return inlined | {name: self.schema[name] for name in self.PLACES if self.has_refs and name in self.schema}
 
     def inline(self, part: Any, seen: tuple[str, ...], depth: int) -> Any:
-        """`part` with its references replaced; `seen` are the definitions that it is inside of."""
+        """`part` with its references replaced; `seen` are the definitions around it."""
         if not isinstance(part, (dict, list)) or self.size > self.MAX_NODES:
             return part
         self.size += 1 if depth < self.MAX_DEPTH else self.MAX_NODES
@@ -2539,7 +2539,7 @@ class RefInliner:
 
 
 def without_null(schema: JSON) -> JSON:
-    """What a schema is when it is not null: pydantic writes every Optional as a union with null."""
+    """The schema without its "or null": pydantic writes every Optional as a union with null."""
     for union in ("anyOf", "oneOf"):
         match schema.get(union):
             case [{"type": "null"}, dict(other)] | [dict(other), {"type": "null"}]:
@@ -2550,7 +2550,7 @@ def without_null(schema: JSON) -> JSON:
 
 # ======== Z.ai: errors ==============================================================================================
 
-INVALID = error_kind(400, "zai_{}", "Z.ai did not accept the request: change what it names.")  # {}: Z.ai's code
+INVALID = error_kind(400, "zai_{}", "Z.ai did not accept the request: fix what it names.")  # {}: Z.ai's code
 OTHER = error_kind(502, "zai_{}", "Z.ai refused the request.")
 OVERLOADED = replace(RATE_LIMITED, message="The model is overloaded: wait a little, or choose another.", retry_after=5)
 CONTEXT_LENGTH_EXCEEDED = error_kind(400, "context_length_exceeded", "Too long for the model: shorten the messages.")
@@ -2569,9 +2569,9 @@ KINDS_BY_CODE = (
     | {"1302": RATE_LIMITED, "1305": OVERLOADED}
 )
 
-# For refusals without such a code. Z.ai's gateway answers 404 in shapes of its own to a wrong path.
+# For refusals without such a code. Z.ai's gateway answers a wrong path with its own forms of 404.
 KINDS_BY_STATUS = {400: INVALID, 401: AUTHENTICATION, 404: WRONG_ADDRESS, 429: RATE_LIMITED}
-KINDS_BY_STATUS |= dict.fromkeys(range(300, 400), WRONG_ADDRESS)  # following a redirect would take the key elsewhere
+KINDS_BY_STATUS |= dict.fromkeys(range(300, 400), WRONG_ADDRESS)  # following a redirect would send the key elsewhere
 
 
 def zai_error(status: int, body: bytes | JSON) -> UpstreamError:
@@ -2607,14 +2607,14 @@ def kind_without_code(status: int, code: str, document: Any) -> ErrorKind:
 
 def excerpt(body: bytes | JSON) -> str:
     words = body.decode("utf-8", "replace") if isinstance(body, bytes) else to_json(body)
-    return " ".join(words.split()) or "nothing"
+    return " ".join(words.split()) or "(empty)"
 
 
 # ======== Z.ai: answer ==============================================================================================
 
 
 class SSEDecoder:
-    """Server-sent events out of bytes that may be cut anywhere (WHATWG HTML, 9.2.6), in linear time.
+    """Reads server-sent events from bytes, cut anywhere (WHATWG HTML, 9.2.6), in linear time.
 
     Deviates from the standard: a lone CR is not a line end.
     """
@@ -2655,13 +2655,13 @@ class SSEDecoder:
 FINISH_REASONS: dict[str, FinishReason] = {reason: reason for reason in get_args(FinishReason)}
 FINISH_REASONS |= {"sensitive": "content_filter", "model_context_window_exceeded": "length"}
 MAX_HELD = 64 * 2**20  # bytes
-ENDLESS = "Z.ai sent an answer without an end: try again."
+ENDLESS = "Z.ai's answer is too large: try again."
 
 
 class ZaiReader:
     """Reads Z.ai's bytes, cut anywhere, into events; a whole JSON answer gives the same events as a stream of chunks.
 
-    The bytes decide which of the two it is, not the headers: Z.ai sends either where it should send the other.
+    The bytes decide which of the two it is, not the headers: Z.ai may send one where the other is due.
     """
 
     def __init__(self, model: Model, asked: JSON) -> None:
@@ -2718,7 +2718,7 @@ class ZaiReader:
         for chunk in chunks:
             yield from self.read_chunk(chunk)
         if rest:
-            raise UpstreamError(UNAVAILABLE, "Z.ai sent something that is no answer: try again.", excerpt(data))
+            raise UpstreamError(UNAVAILABLE, "Z.ai sent an answer that is unreadable: try again.", excerpt(data))
 
     def read_document(self, data: bytes) -> Iterator[Event]:
         document = parse_json(data)
@@ -2775,9 +2775,9 @@ class ZaiReader:
                 yield Text(text)
 
     def begin_text(self, text: str) -> str:
-        """The text that may be passed on: without the line ends with which the model's template begins.
+        """The text that may be passed on: without the leading line ends of the model's template.
 
-        Where JSON is wanted, text beside a call is dropped, for SDKs parse all text.
+        Where JSON is wanted, text beside a call is dropped: SDKs parse all text.
         """
         if not self.text_begun and not self.prose:
             text = text.lstrip(None if self.wants_json else "\r\n")
@@ -2812,7 +2812,7 @@ def salvage(data: str) -> tuple[list[JSON], int, str]:
     """The whole chunks in an event's data that is not one JSON object, how many were torn, and the unreadable rest.
 
     Z.ai tears frames and glues the next one to them: {"id":"1","choices":[{"delta":{"condata: {"id":"2",…}
-    (zai-org/GLM-5#66). A torn one is whatever stands before a "data:", or a line end, behind which a whole one stands.
+    (zai-org/GLM-5#66). What stands before a whole frame that follows "data:" or a line end counts as torn.
     """
     data = data.strip()
     starts = [0, *(start.end() for start in CHUNK_START.finditer(data, 1)), len(data)]
@@ -2870,7 +2870,7 @@ class TagReader:
         self.rest = ""  # possibly the beginning of a tag
         self.state: Literal["head", "thought", "text"] = "head"
         self.held: list[str] = []  # possibly a call
-        self.named = False  # what is held has an opening
+        self.named = False  # `held` names a known tool
 
     def reads(self, words: str) -> bool:
         """Whether there may be a tag in this text; most has none."""
@@ -2963,7 +2963,7 @@ class Call:
 
 
 MAX_CALLS = 1_000
-MAX_NAMELESS = 2**20  # characters of arguments before a name; each further piece would cost more than the one before
+MAX_NAMELESS = 2**20  # characters of arguments before a name; adding pieces takes quadratic time
 
 
 class CallReader:
@@ -3043,7 +3043,7 @@ PLAN_WINDOWS = {(3, 5): "5h", (6, 1): "week", (5, 1): "month"}  # by unit and nu
 
 
 def plan_quota(document: JSON) -> JSON:
-    """What is left of a Coding Plan. Z.ai does not document this, and changed its names in July 2026: odd ones go."""
+    """What is left of a Coding Plan. Z.ai does not document this, and changed its names in July 2026."""
     data = as_object(document.get("data")) or document
     limits = [limit for limit in objects(data.get("limits")) if as_number(limit.get("percentage")) is not None]
     return {"level": str(data.get("level") or "")[:20], "limits": [*map(plan_limit, limits)]}
@@ -3058,12 +3058,12 @@ def plan_limit(limit: JSON) -> JSON:
 
 
 class PassThroughReader:
-    """The bytes of an answer that passes through unchanged; `usage` is what it has told so far."""
+    """The bytes of an answer that passes through unchanged; `usage` is what it reported so far."""
 
     usage = Usage()
 
     def feed(self, part: bytes) -> bytes:
-        """The bytes that may go on now."""
+        """The bytes to pass on now."""
         return part
 
     def close(self) -> bytes:
@@ -3073,7 +3073,7 @@ class PassThroughReader:
 class MessagesReader(PassThroughReader):
     """An answer of Anthropic's API, with the model's name as the client wrote it: Claude Code insists on it.
 
-    Of a stream only the first event changes; of the others only those that tell usage are decoded.
+    In a stream only the first event changes; of the others only those with usage are decoded.
     """
 
     def __init__(self, model: str) -> None:
@@ -3096,7 +3096,7 @@ class MessagesReader(PassThroughReader):
         return b"" if self.held is None else self.release(self.held)
 
     def release(self, data: bytes) -> bytes:
-        """All that was held; `data` in it is message_start, or a whole answer."""
+        """All held bytes, with `data` renamed: message_start or a whole answer."""
         whole, self.held = self.held or b"", None
         self.read_usage(data)
         return whole.replace(data, self.renamed(data), 1)
@@ -3114,7 +3114,7 @@ class MessagesReader(PassThroughReader):
                 return data
 
     def read_usage(self, data: bytes) -> None:
-        """Counts are those so far; not every event has all of them."""
+        """Each count is a total so far; no event need have them all."""
         document = as_object(parse_json(data))
         usage = as_object(as_object(document.get("message", document)).get("usage"))
         self.counts |= {name: count for name, count in usage.items() if as_int(count)}
@@ -3132,7 +3132,7 @@ def pass_through_body(body: JSON, renamed: Iterable[tuple[str, str]]) -> JSON:
 
 
 class UsageReader(PassThroughReader):
-    """A whole answer that tells its usage."""
+    """A whole answer that has its usage."""
 
     def __init__(self) -> None:
         self.held = b""
@@ -3148,7 +3148,7 @@ class UsageReader(PassThroughReader):
 
 
 class EmbeddingsReader(UsageReader):
-    """Embeddings in base64, which openai-node asks for unasked, and reads nothing else: little-endian float32."""
+    """Embeddings in base64 (little-endian float32): openai-node asks for it by default, and reads nothing else."""
 
     def close(self) -> bytes:
         data = super().close()
@@ -3166,7 +3166,7 @@ def packed_embedding(item: Any) -> Any:
 
 
 # ======== Accounts ==================================================================================================
-# Who may do what now, without SQL and HTTP. Days and periods are UTC's, weeks begin on Monday.
+# Who may do what now, without SQL and HTTP. Days and periods are in UTC, weeks begin on Monday.
 
 OPERATOR = "operator"  # the name of everybody with a DEFAULT_KEY
 
@@ -3229,18 +3229,18 @@ def day_of(now: float) -> date:
     return datetime.fromtimestamp(now, timezone.utc).date()
 
 
-# What the words of a limit look like, and how to say so.
+# The pattern of each limit, and its description.
 LIMITS: Mapping[str, tuple[str, str]] = {
-    "expires": (r"\d{4}-\d\d-\d\d|\d{1,4}d", "a day to come such as 2027-01-31, or a number of days such as 30d"),
+    "expires": (r"\d{4}-\d\d-\d\d|\d{1,4}d", "a future day such as 2027-01-31, or a number of days such as 30d"),
     "tokens": (r"[1-9]\d{0,11}[kMG]?(/(day|week|month))?", "a number such as 500k or 5M, or 5M/day, 5M/week, 5M/month"),
-    "models": (r"[\w.*?-]+(,[\w.*?-]+)*", "names of models, separated by commas; * stands for any letters"),
+    "models": (r"[\w.*?-]+(,[\w.*?-]+)*", "names of models, separated by commas; * matches anything"),
     "rpm": (r"[1-9]\d{0,5}", "a number of requests a minute"),
     "parallel": (r"[1-9]\d{0,5}", "a number of requests at the same time"),
 }
 
 
 def parse_limits(given: Mapping[str, Any], today: date) -> JSON:
-    """An account's limits from the words of flags or a JSON; "none" and null take one away. Raises BadRequest."""
+    """An account's limits, as given by flags or in JSON; "none" and null remove one. Raises BadRequest."""
     return {name: parse_limit(name, value, today) for name, value in given.items()}
 
 
@@ -3265,21 +3265,21 @@ def last_day(words: str, today: date) -> str:
 
 def parse_key_name(name: Any) -> str:
     if not isinstance(name, str) or not re.fullmatch(r"[\w.@+-]{1,64}", name) or name == OPERATOR:
-        raise BadRequest(f"A key's name must be of letters, digits and ._@+- and not '{OPERATOR}'.", "name")
+        raise BadRequest(f"A key's name is 1 to 64 letters, digits or ._@+-, not '{OPERATOR}'.", "name")
     return name
 
 
 class Accounts:
     """The keys that are known, and what they used: what the database last said, and what was counted here since."""
 
-    MAX_TOKENS = 2**40  # in one request: an odd number must not overflow a column
+    MAX_TOKENS = 2**40  # in one request: a wrong number must not overflow a column
 
     def __init__(self, operator_keys: Iterable[str]) -> None:
         self.operators = {account.id: account for account in map(Account, map(hash_key, operator_keys))}
         self.named: dict[str, Account] = {}  # by id
         self.used: TokensUsed = {}
-        self.counted: Counts = {}  # what no batch has yet
-        self.batch: Counts = {}  # what is being written, and may have been
+        self.counted: Counts = {}  # not in a batch yet
+        self.batch: Counts = {}  # being written, or perhaps written already
         self.asked: dict[str, deque[float]] = {}  # seconds at which an account asked, in the last minute
 
     def find(self, key: str) -> Account | None:
@@ -3297,12 +3297,12 @@ class Accounts:
         if account.budget is None or self.tokens_used(account, today := day_of(now)) < account.budget:
             return
         begins = account.period(today)[1]
-        then = "the operator can give it more" if begins == date.max else f"it begins anew on {begins} at 00:00 UTC"
+        then = "the operator can give it more" if begins == date.max else f"they are reset on {begins} at 00:00 UTC"
         kind = replace(KEY_QUOTA_EXCEEDED, retry_after=midnight(begins) - now if begins < date.max else None)
         raise ProxyError(kind, f"This key has used its {account.tokens} tokens: {then}.")
 
     def check_rate(self, account: Account, seconds: float) -> None:
-        """Count a request, or raise ProxyError after too many in a minute. `seconds`: of a clock that never jumps."""
+        """Count a request, or raise ProxyError after too many in a minute. `seconds` of a monotonic clock."""
         if account.rpm is None:
             return
         asked = self.asked.setdefault(account.id, deque())
@@ -3310,7 +3310,7 @@ class Accounts:
             asked.popleft()
         if len(asked) >= account.rpm:
             kind = replace(KEY_RATE_LIMITED, retry_after=asked[-account.rpm] + 60 - seconds)
-            raise ProxyError(kind, f"This key may ask {account.rpm} times a minute: wait as long as Retry-After says.")
+            raise ProxyError(kind, f"This key may send {account.rpm} requests a minute: wait for Retry-After.")
         asked.append(seconds)
 
     def count(self, key: tuple[str, str, str], figures: Iterable[int]) -> None:
@@ -3319,7 +3319,7 @@ class Accounts:
             row[i] += min(max(figure, 0), self.MAX_TOKENS)
 
     def take(self) -> Counts:
-        """The next batch to write: the last one, until it is known to be written."""
+        """The batch to write: the same one until `written` confirms it."""
         if not self.batch:
             self.batch, self.counted = self.counted, {}
         return self.batch
@@ -3340,7 +3340,7 @@ def midnight(day: date) -> float:
 
 
 class Clock:
-    """The time and chance that the policies see; tests replace it."""
+    """Time and randomness for the policies; tests replace it."""
 
     now = staticmethod(time.monotonic)  # seconds that never jump
     unix = staticmethod(time.time)
@@ -3349,7 +3349,7 @@ class Clock:
 
 
 COOLDOWN_ERRORS = frozenset((AUTHENTICATION, NO_BALANCE, QUOTA_EXCEEDED))  # the key must not be used for a while
-MODEL_ERRORS = frozenset((PLAN_NOT_USABLE, MODEL_NOT_FOUND, MODEL_NOT_AVAILABLE))  # the same where there are others
+MODEL_ERRORS = frozenset((PLAN_NOT_USABLE, MODEL_NOT_FOUND, MODEL_NOT_AVAILABLE))  # the same if there are others
 RETRYABLE = frozenset((RATE_LIMITED, UNAVAILABLE, UNREACHABLE))
 FALLBACK_ERRORS = RETRYABLE | {NO_BALANCE, QUOTA_EXCEEDED, MODEL_NOT_FOUND, MODEL_NOT_AVAILABLE}  # another model may do
 
@@ -3361,18 +3361,18 @@ class Target(NamedTuple):
     path: str = ""
 
     @property
-    def model_there(self) -> str:
+    def path_and_model(self) -> str:
         return f"{self.path} {self.model}".strip()
 
     @property
     def scopes(self) -> tuple[str, ...]:
         """A key is of use here unless it cools down in one of these; "" is everywhere."""
-        return ("", self.model, self.path, self.model_there)
+        return ("", self.model, self.path, self.path_and_model)
 
     def scope_of(self, error: UpstreamError) -> str:
         """Where a key cools down; without quota for one model it may well have some for another (a free one, say)."""
         if error.kind in MODEL_ERRORS:
-            return self.model_there
+            return self.path_and_model
         return self.path if error.kind == AUTHENTICATION else self.model or self.path
 
 
@@ -3394,7 +3394,7 @@ class KeyPool:
     COOLDOWN = 300.0  # seconds, where Z.ai does not tell when the quota is reset
     MAX_COOLDOWN = 32 * 86400.0  # no quota is longer than a month
     PROBE_INTERVAL = 10.0
-    MAX_COOLING = 1_000  # pairs of key and scope: the names of models are the clients'
+    MAX_COOLING = 1_000  # pairs of key and scope: clients may invent models
 
     def __init__(self, keys: tuple[ZaiKey, ...], clock: Clock) -> None:
         bases = list(dict.fromkeys(key.base_url for key in keys))
@@ -3471,7 +3471,7 @@ class AdaptiveLimit:
         self.in_flight = 0
         self.floor = 0  # the limit after the last refusal; 0: there was none
         self.pause = self.MIN_PAUSE
-        self.raise_at = 0.0  # the limit is not raised before
+        self.raise_at = 0.0  # not before this time
 
     def has_room(self, now: float) -> bool:
         """Also for one more than the limit, after the pause: no answer, however long, keeps the probe waiting."""
@@ -3507,7 +3507,7 @@ class AdaptiveLimit:
 class Backoff:
     """How long to wait before a request is tried again, and when to give up."""
 
-    FIRST: Mapping[str, float] = {"1302": 1.0, "1305": 2.0}  # seconds; others:
+    FIRST: Mapping[str, float] = {"1302": 1.0, "1305": 2.0}  # seconds
     OTHERS = 0.5
 
     def __init__(self, retries: int) -> None:
@@ -3515,7 +3515,7 @@ class Backoff:
         self.done = 0
 
     def wait(self, error: UpstreamError, jitter: float) -> float | None:
-        """Seconds, or None to give up; `jitter` from 0 to 1 keeps clients from all coming back at the same time."""
+        """Seconds, or None to give up; `jitter` from 0 to 1 keeps clients from retrying in step."""
         if error.kind not in RETRYABLE or self.done >= self.retries:
             return None
         self.done += 1
@@ -3566,7 +3566,7 @@ class Queue:
         self.limits = {key: AdaptiveLimit() for key in keys.keys}
         self.in_flight = 0  # with all keys together
         self.waiting: list[Ticket] = []  # in the order of their turns
-        self.round = 0  # of those served so far, the highest
+        self.round = 0  # the highest served so far
         self.numbers = count()
         self.tickets = 0  # given out and not returned; a request keeps its own while it sleeps between two tries
         self.timer: asyncio.TimerHandle | None = None
@@ -3674,7 +3674,7 @@ MAX_LISTED = 1_000  # models
 
 
 class IdleTimer:
-    """Calls `on_idle` with the seconds of silence after so many without `reset()`, and again while that lasts."""
+    """Calls `on_idle` with the seconds of silence each time that `seconds` pass without a `reset()`."""
 
     def __init__(self, seconds: float, on_idle: Callable[[float], None]) -> None:
         self.seconds = seconds
@@ -3723,12 +3723,12 @@ def connection_error(error: Exception) -> UpstreamError:
             return UpstreamError(UNAVAILABLE, BROKEN_OFF, type(error).__name__)
 
 
-NO_HEADER_WORD = re.compile(r"[^\w.:-]", re.ASCII)
+NOT_IN_HEADER = re.compile(r"[^\w.:-]", re.ASCII)
 
 
 def header_word(words: str) -> str:
     """Text from outside, made safe for a header."""
-    return NO_HEADER_WORD.sub("_", words)[:128]
+    return NOT_IN_HEADER.sub("_", words)[:128]
 
 
 async def read_up_to(limit: int, content: aiohttp.StreamReader) -> bytes:
@@ -3755,7 +3755,7 @@ class ByteStream:
             owner.callback(self.timer.stop)
 
     def give_up(self, _: float) -> None:
-        """The pending read fails, as by aiohttp's own sock_read."""
+        """Fail the pending read, as aiohttp's sock_read would."""
         if self.reading:
             self.response.content.set_exception(aiohttp.SocketTimeoutError("silence"))
 
@@ -3802,11 +3802,11 @@ class AnswerInfo(NamedTuple):
 
 
 class LookAhead(ABC):
-    """Batches of events, of which the first can be waited for before it is read: an answer has then begun well."""
+    """Batches of events; `begin` waits for the first without consuming it, so that a failure is seen early."""
 
     def __init__(self) -> None:
         self.ahead: list[Event] = []
-        self.listener: Callable[[list[Event]], None] | None = None  # hears what is read
+        self.listener: Callable[[list[Event]], None] | None = None  # gets what is read
 
     async def begin(self) -> None:
         """Wait for the first events. Raises UpstreamError when Z.ai fails before there is one."""
@@ -3875,7 +3875,7 @@ class EventStream(LookAhead):
             pass
 
 
-PART = 2**16  # bytes; aiohttp never waits before so much is written
+PART = 2**16  # bytes; aiohttp does not wait before this many are written
 
 
 class Upload(aiohttp.AsyncIterablePayload):
@@ -3910,7 +3910,7 @@ class ZaiClient:
     async def send(self, url: str, key: ZaiKey, owner: AsyncExitStack, **how: Any) -> ByteStream:
         """One request with our key; the connection belongs to `owner`. Raises UpstreamError.
 
-        `how`: data; method and headers where they are not POST and JSON's.
+        `how`: data; method and headers unless they are POST and JSON's.
         """
         data, headers = how.pop("data"), how.pop("headers", {"Content-Type": "application/json"})
         if isinstance(data, bytes) and len(data) > PART:
@@ -4061,7 +4061,7 @@ class ReasoningMemory:
 
 
 def fingerprint(account: str, message: Message) -> str:
-    """The same for what an account was told and what its client sends back, if nothing but white space differs."""
+    """The same for an answer and for what its client sends back later, if only white space differs."""
     calls = (word for call in message.calls for word in (call.id, call.name, canonical(call.arguments)))
     return digest(account, message_text(message).strip(), *calls)
 
@@ -4119,7 +4119,7 @@ class Upstream:
             if prompt.n == 1:
                 stream = await self.with_fallbacks(bodies.pop(), caller, owner)
                 stream.listener = self.recorder(prompt, account.id)
-                del prompt  # sent
+                del prompt  # long, and sent
                 yield stream
                 await stream.finish()
             else:
@@ -4144,7 +4144,7 @@ class Upstream:
         return replace(prompt, messages=with_reasoning(prompt.messages, start, partial(self.memory.get, account)))
 
     def recorder(self, prompt: Prompt, account: str) -> Callable[[list[Event]], None] | None:
-        """What keeps an answer's reasoning; a tool loop, which goes on within one turn, needs tools."""
+        """What records an answer's reasoning, if wanted; without tools a turn has only one answer."""
         wanted = {"off": False, "turn": bool(prompt.tools), "all": True}[self.settings.reasoning_memory]
         return ReasoningRecorder(partial(self.memory.put, account)).feed if wanted else None
 
@@ -4252,7 +4252,7 @@ class Upstream:
         return {"keys": len(numbers), "resting": cooling, "queues": queues, "healed": dict(self.recoveries)}
 
     def queue(self, model: str) -> Queue:
-        """The model's queue. Names are the clients', so queues of unknown models go when they are not in use."""
+        """The model's queue. Clients may invent names, so unused queues of unknown models are dropped."""
         if model not in self.queues:
             self.queues = {name: queue for name, queue in self.queues.items() if name in MODELS or queue.in_use}
             self.queues[model] = Queue(self.keys, self.settings.max_concurrency, self.clock)
@@ -4263,7 +4263,7 @@ MODELS_TTL = 600  # seconds for which Z.ai's list of models is not asked for aga
 
 
 class Catalog:
-    """The models this server lists: the table, and Z.ai's list for the first key, asked for once in MODELS_TTL."""
+    """The models this server lists: the table, and Z.ai's list for the first key, asked for once per MODELS_TTL."""
 
     def __init__(self, client: ZaiClient, keys: KeyPool) -> None:
         self.client, self.keys = client, keys
@@ -4304,7 +4304,7 @@ class PlanQuotas:
         self.asking: asyncio.Task[None] | None = None
 
     def latest(self, now: float) -> list[JSON]:
-        """Z.ai's last answer; the next is waited for in the background."""
+        """Z.ai's last answer; the next is fetched in the background."""
         if now - self.asked_at >= PLANS_TTL:
             self.asked_at, self.asking = now, asyncio.create_task(self.ask())
         return self.plans
@@ -4315,7 +4315,7 @@ class PlanQuotas:
 
 
 # ======== Database ==================================================================================================
-# SQLite or PostgreSQL by the same statements. A day is YYYY-MM-DD.
+# SQLite or PostgreSQL, with the same SQL. A day is YYYY-MM-DD.
 
 DAYS_KEPT = 30  # of stored responses
 DATABASE_FILE = Path(__file__).with_name("ztoapi.db")
@@ -4383,7 +4383,7 @@ class Database:
 
     @property
     def exists(self) -> bool:
-        """Unless it is made by the first thing to write."""
+        """If not, the first write creates it."""
         return self.is_postgres or self.in_memory or self.path.exists()
 
     def call(self, job: Callable[..., R], *arguments: object) -> R:
@@ -4430,7 +4430,7 @@ class Database:
     def complain(self, error: DatabaseError) -> None:
         if time.monotonic() >= self.complained_at + self.COMPLAINT_INTERVAL:
             self.complained_at = time.monotonic()
-            LOG.warning("%s; requests go on, and what is to be written waits in memory", error)
+            LOG.warning("%s; requests go on, and unsaved data waits in memory", error)
 
     def put_response(self, response_id: str, account_id: str, body: str) -> None:
         self.unsaved[response_id] = (account_id, body)
@@ -4530,7 +4530,7 @@ class Database:
         self.execute(PUT_KEY, account.id, account.name, to_json({name: getattr(account, name) for name in LIMITS}))
 
     def remove_account(self, name: str) -> bool:
-        """Whether there was one. Its row stays, with the name for what it used."""
+        """Whether there was one. Its row stays, to name its past usage."""
         return bool(self.execute(REMOVE_KEY, name).rowcount)
 
     def list_usage(self, since: date) -> list[tuple[Any, ...]]:
@@ -4555,7 +4555,7 @@ class Record:
     path: str
     started: float
     id: str
-    model: str = ""  # that was asked for; "" for requests that the statistics do not count
+    model: str = ""  # as asked for; "" for requests that the statistics do not count
     status: int = CLIENT_LEFT
     error: str = ""
     stopped: bool = False  # cancelled because the server stops
@@ -4592,7 +4592,7 @@ BUCKETS = (0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)  # seconds
 class Histogram:
     """Seconds as Prometheus counts them: how many fell into which bucket, and their sum."""
 
-    SAMPLES = 200  # the percentiles are taken from so many
+    SAMPLES = 200  # the latest, for the percentiles
 
     def __init__(self) -> None:
         self.counts, self.sum = [0] * (len(BUCKETS) + 1), 0.0
@@ -4611,7 +4611,7 @@ class Histogram:
 
 
 def sample(name: str, value: float, labels: Mapping[str, object]) -> str:
-    """One line of Prometheus' text format 0.0.4; JSON escapes what is in a label as it wants it."""
+    """One line of Prometheus' text format 0.0.4; JSON escapes labels in the same way."""
     pairs = ",".join(f"{label}={to_json(str(text))}" for label, text in labels.items())
     return f"ztoapi_{name}{{{pairs}}} {value}"
 
@@ -4664,7 +4664,7 @@ class Statistics:
         self.requests: Counter[tuple[str, str, int]] = Counter()  # all of them, by route, model and status
 
     def label(self, model: str) -> str:
-        """The model's name, or OTHERS for one too many that the table does not have."""
+        """The model's name; OTHERS for an unknown one if there are too many."""
         if model in self.models or model in MODELS or not model:
             return model
         others = sum(name not in MODELS for name in self.models)
@@ -4739,14 +4739,14 @@ STREAM_HEADERS = {"Content-Type": EVENT_STREAM, "Cache-Control": "no-cache", "X-
 
 
 class View:
-    """How the client is to see an answer, batch by batch: with its reasoning shaped. The record counts along."""
+    """An answer as the client is to see it: batches, with the reasoning shaped. Updates the record."""
 
     def __init__(self, stream: EventStream | MergedStream, record: Record, form: ReasoningFormat = "parsed") -> None:
         self.stream, self.record, self.form = stream, record, form
         self.shape = ReasoningShape(form)
 
     async def read(self) -> list[Event] | None:
-        """The next events, perhaps none to be seen; None at the end."""
+        """The next events, perhaps an empty list; None at the end."""
         events = await self.stream.read()
         self.record.note(events)
         self.record.torn = self.stream.torn
@@ -4766,7 +4766,7 @@ async def collect(view: View) -> Answer:
 class SSEResponse:
     """A streamed answer. The first thing sent opens it: until then a failure has a status, later it is a frame.
 
-    While Z.ai is silent, comments keep the connection alive: proxies and clients would give it up otherwise.
+    While Z.ai is silent, comments keep the connection alive: proxies and clients would close it otherwise.
     """
 
     def __init__(self, request: web.Request, asked: SurfaceRequest, model: str) -> None:
@@ -4774,11 +4774,11 @@ class SSEResponse:
         self.response = web.StreamResponse(headers=STREAM_HEADERS)
         self.encoder: Encoder | None = None  # once the answer has its head
         self.timer = IdleTimer(KEEP_ALIVE_INTERVAL, self.on_idle)
-        self.writing = False  # the client takes its time
+        self.writing = False  # waiting for the client
         self.keeping_alive: asyncio.Task[None] | None = None
 
     async def relay(self, view: View, head: Head, headers: dict[str, str]) -> None:
-        """Each batch leaves in one write, as soon as it is there. A slow client makes us read more slowly."""
+        """Send each batch in one write, as soon as it arrives. A slow client makes us read more slowly."""
         if not self.response.prepared:
             self.response.headers.update(headers)
         encoder = self.encoder = self.asked.encoder(head)
@@ -4896,14 +4896,14 @@ async def decode_body(request: web.Request, body: bytes) -> JSON:
 
 
 async def unhurried(request: web.Request, work: Callable[..., R], *arguments: Any) -> R:
-    """What a large request takes is done in a thread, so that the others go on meanwhile."""
+    """Do the work of a large request in a thread, so that the others go on."""
     if request.content.total_bytes < 2**20:
         return work(*arguments)
     return await asyncio.to_thread(work, *arguments)
 
 
 async def read_body(request: web.Request) -> bytes:
-    """As request.read(), which would keep the body as long as the request. Raises BadRequest for a broken one."""
+    """request.read() would keep the body as long as the request. Raises BadRequest for a broken one."""
     parts, size, limit = [], 0, request.app[SETTINGS].max_body_mb * 2**20
     try:
         while part := await request.content.readany():
@@ -5018,7 +5018,7 @@ async def index(request: web.Request) -> web.Response:
 
 
 async def docs(request: web.Request) -> web.Response:
-    """The page that explains this server, with its address, and its key as long as that is the published one."""
+    """The page that explains this server, with its key as long as that is the published one."""
     settings, models = request.app[SETTINGS], await named_models(request)
     shown = ("context", "output", "vision", "free", "thinking")
     snapshot = {
@@ -5052,7 +5052,7 @@ async def dashboard_stats(request: web.Request) -> web.Response:
 
 
 async def usage_days(request: web.Request) -> list[JSON] | None:
-    """The caller's usage in the last month, all accounts' for an operator; None while the database is out of reach."""
+    """The caller's usage in the last month, all accounts' for an operator; None while the database is unreachable."""
     database, account = request.app[DATABASE], request[ACCOUNT]
     try:
         rows = await database.run(database.list_usage, day_of(time.time()) - timedelta(30)) if database.exists else []
@@ -5134,7 +5134,7 @@ async def put_key(request: web.Request) -> web.Response:
 async def remove_key(request: web.Request) -> web.Response:
     database = request.app[DATABASE]
     if not await database.run(database.remove_account, request.match_info["name"]):
-        raise ProxyError(error_kind(404, "key_not_found"), "There is no key of this name.")
+        raise ProxyError(error_kind(404, "key_not_found"), "There is no such key.")
     await database.sync(request.app[ACCOUNTS])
     return web.Response(status=204)
 
@@ -5155,7 +5155,7 @@ def page_response(page: Page, snapshot: JSON) -> web.Response:
 
 
 async def messages(request: web.Request) -> web.StreamResponse:
-    """Anthropic's API, which Z.ai serves itself: only the key and the model's name are ours."""
+    """Passes on a request of Anthropic's API, with retries."""
     settings, upstream = request.app[SETTINGS], request.app[UPSTREAM]
     body = await read_json(request)
     given = validated(body, {"model": model_name})
@@ -5189,7 +5189,7 @@ def sent_headers(request: web.Request, *names: str) -> dict[str, str]:
 
 
 ID = r"{id:[A-Za-z0-9_-][A-Za-z0-9_.:-]*}"  # nothing that could lead to another path
-# The other paths that Z.ai serves under the base URL; no other path is sent our key.
+# The other paths that Z.ai serves under the base URL; our key goes to no other path.
 PASS_THROUGH_ROUTES = (
     *(("POST", path) for path in ("embeddings", "images/generations", "async/images/generations")),
     *(("POST", path) for path in ("audio/transcriptions", "audio/speech", "rerank", "moderations", "tokenizer")),
@@ -5197,7 +5197,7 @@ PASS_THROUGH_ROUTES = (
     *(("GET", path) for path in (f"async-result/{ID}", "files", f"files/{ID}", f"files/{ID}/content")),
     ("DELETE", f"files/{ID}"),
 )
-WITH_USAGE = ("embeddings", "rerank")  # where answers tell it
+WITH_USAGE = ("embeddings", "rerank")  # their answers have it
 # Z.ai's international address answers 1211 or 404 to these (seen in July 2026).
 CHINA_ONLY = ("embeddings", "rerank", "moderations", "audio/speech", "files")
 
@@ -5206,7 +5206,7 @@ async def pass_through(path: str, request: web.Request) -> web.StreamResponse:
     """A request to another of Z.ai's paths, sent only once: its body is streamed and cannot be repeated."""
     keys, target = request.app[UPSTREAM].keys, Target(path="/" + path.partition("/{")[0])
     path = path.replace(ID, request.match_info.get("id", ""))
-    key = min(keys.available(target), key=lambda key: key.affinity(request[ACCOUNT].id))  # files are the key's
+    key = min(keys.available(target), key=lambda key: key.affinity(request[ACCOUNT].id))  # which owns the files
     keys.tried(key, target)
     data, reader = await body_and_reader(path, request)
     as_sent = isinstance(data, Upload) and "Content-Encoding" not in request.headers
@@ -5227,9 +5227,9 @@ async def pass_through(path: str, request: web.Request) -> web.StreamResponse:
 
 
 async def body_and_reader(path: str, request: web.Request) -> tuple[Upload | bytes | None, PassThroughReader]:
-    """The body for Z.ai, and who reads the answer. A body is streamed unless it is JSON that has to be read.
+    """The body for Z.ai, and the answer's reader. A body is streamed unless it is JSON that has to be read.
 
-    Raises ProxyError if the caller may not use the model, or has models to keep to and its body cannot be read.
+    Raises ProxyError if the caller may not use the model, or is limited to some models and its body is not JSON.
     """
     renamed, account = request.app[SETTINGS].model_aliases, request[ACCOUNT]
     is_json = request.content_type == "application/json"
@@ -5357,7 +5357,7 @@ HOST_NOT_ALLOWED = error_kind(403, "host_not_allowed", f"{ONLY_LOCAL}: set DEFAU
 
 @web.middleware
 async def local_only(request: web.Request, handler: Handler) -> web.StreamResponse:
-    """Answers preflights, and while the key is the published one turns strangers' pages away (DNS rebinding)."""
+    """Answers preflights; while the key is the published one, refuses other hosts' pages (DNS rebinding)."""
     if request.app[SETTINGS].published and not is_local(request):
         raise ProxyError(HOST_NOT_ALLOWED)
     if request.method == "OPTIONS":
@@ -5464,12 +5464,12 @@ async def catch_errors(request: web.Request, handler: Handler) -> web.StreamResp
         if not request[RECORD].stopped:  # the client left
             raise
         return await error_response(request, ProxyError(STOPPING))
-    except Exception as error:  # noqa: BLE001 - the one place: nothing but our own shape of error leaves the program
+    except Exception as error:  # noqa: BLE001 - the only place: no other shape of error leaves the program
         return await error_response(request, proxy_error(error, request))
 
 
 def proxy_error(error: Exception, request: web.Request) -> ProxyError:
-    """Any exception as an error of ours; what is not foreseen is a bug, and logged as one."""
+    """Any exception as an error of ours; an unforeseen one is a bug, and logged as one."""
     asked = f"{printable(request.method)} {printable(request.path)}"
     match error:
         case ProxyError():
@@ -5495,7 +5495,7 @@ def proxy_error(error: Exception, request: web.Request) -> ProxyError:
 
 
 async def error_response(request: web.Request, error: ProxyError) -> web.StreamResponse:
-    """Report a failure: with a status, or in a stream that has begun with its last frames."""
+    """Report a failure: with a status, or in the last frames of a stream that has begun."""
     error.detail = truncated(request.app[REDACT](error.detail))  # Z.ai might repeat our key
     request[RECORD].error = error.kind.code or error.kind.type
     stream: OpenResponse | None = request.get(STREAM)
@@ -5504,7 +5504,7 @@ async def error_response(request: web.Request, error: ProxyError) -> web.StreamR
         return stream.response
     headers = error_headers(error)
     if error.kind.status == 402 and request.path.rstrip("/").endswith("/responses"):
-        headers.pop("Retry-After", None)  # Codex would wait until then, without a word
+        headers.pop("Retry-After", None)  # Codex would silently wait until then
     return json_response(request[ERROR_BODY](error), error.kind.status, headers)
 
 
@@ -5527,7 +5527,7 @@ async def drain(app: web.Application) -> None:
 
 
 # ======== Client connections ========================================================================================
-# aiohttp serves them; for what a client may not do to one it has no hooks, so its class gives way to ours.
+# aiohttp serves them, but lets clients stall and flood; it has no hooks for this, so ours replaces its class.
 
 CHECK_INTERVAL = 5.0  # seconds
 MAX_HEAD = 2**15  # bytes
@@ -5559,7 +5559,7 @@ class ClientConnection(RequestHandler):
         self.server, self.write_timeout = server, write_timeout
         self.heard_at = self.read_at = self._loop.time()  # when the client last sent something, and read something
         self.unsent = 0  # bytes of ours that it had not read at the last check
-        self.head_size = 0  # bytes of a head that is not whole
+        self.head_size = 0  # bytes of an incomplete head
         self.owes_head = True  # it has sent nothing yet, or half a head
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
@@ -5579,11 +5579,11 @@ class ClientConnection(RequestHandler):
 
     @property
     def has_request(self) -> bool:
-        """Not while only the rest of a body arrives that was answered before its end."""
+        """False when all that still arrives is the rest of an answered body."""
         return self._request_in_progress or bool(self._messages)
 
     def make_room(self) -> None:
-        LOG.warning("file descriptors run out (ulimit -n): connections without a request are closed")
+        LOG.warning("file descriptors are scarce (ulimit -n): connections without a request are closed")
         connections = (known for known in self.server.connections if isinstance(known, ClientConnection))
         idle = sorted((known for known in connections if not known.has_request), key=attrgetter("heard_at"))
         for connection in idle[: len(idle) // 8 + 1]:
@@ -5591,7 +5591,7 @@ class ClientConnection(RequestHandler):
 
     def data_received(self, data: bytes) -> None:
         super().data_received(data)
-        if not (self.owes_head and self.is_idle):  # a head that comes byte by byte has no more time than others
+        if not (self.owes_head and self.is_idle):  # a head that comes byte by byte gets no more time than others
             self.heard_at = self._loop.time()
         self.owes_head = self.is_idle
         self.head_size = self.head_size + len(data) if self.owes_head else 0
@@ -5657,7 +5657,7 @@ class ClientConnection(RequestHandler):
 
 
 def bare_error(kind: ErrorKind) -> web.Response:
-    """An error that was met outside the app; the connection ends with it."""
+    """An error from outside the app; the connection ends with it."""
     body = encode_json(error_body(ProxyError(kind)))
     response = web.Response(body=body, status=kind.status, content_type="application/json")
     response.force_close()
@@ -5669,13 +5669,13 @@ web_server.RequestHandler = ClientConnection  # type: ignore[assignment, attr-de
 
 # ======== Server ====================================================================================================
 
-API = r"/{prefix:/*(?:(?:v1|api/v1|api/paas/v4)/+)*}"  # clients put before a path what they like
+API = r"/{prefix:/*(?:(?:v1|api/v1|api/paas/v4)/+)*}"  # clients use any of these prefixes
 END = r"{slash:/*}"
 
 
 def create_app(settings: Settings | None = None) -> web.Application:
     """The server as an aiohttp application. Without settings, as process managers call it, it reads the environment."""
-    failed = 2 if settings else 3  # gunicorn stops when a worker exits with 3; on 2 it restarts the worker for ever
+    failed = 2 if settings else 3  # gunicorn stops when a worker exits with 3; on 2 it restarts the worker forever
     settings = settings or settings_of_worker()
     database = database_or_exit(settings, failed)
     # When a client leaves, its handler is cancelled, and with it the request to Z.ai.
@@ -5818,7 +5818,7 @@ class RepeatFilter:
             return True
         error = record.exc_info[1] if record.exc_info else None
         if isinstance(error, OSError) and error.errno == errno.EMFILE:
-            record.exc_info = None  # asyncio's accept: where it happened says nothing
+            record.exc_info = None  # asyncio's accept: its traceback says nothing
         now, words = time.monotonic(), f"{record.getMessage()} {error!r}"
         self.passed = {known: at for known, at in self.passed.items() if now - at < 60}
         return self.passed.setdefault(words, now) == now
@@ -5864,7 +5864,7 @@ def settings_or_exit(flags: Mapping[str, str]) -> Settings:
 
 
 def database_or_exit(settings: Settings, status: int) -> Database:
-    """The database, connected to if it was named or exists; one line on stderr and the status if it cannot be."""
+    """The database, connected if it was named or exists. Exits with one line and the status if that fails."""
     database = Database("memory" if settings.demo else settings.database_url)
     try:
         if settings.database_url or database.exists:
@@ -5957,17 +5957,17 @@ def say(words: str) -> None:
 
 
 def parse_flags(arguments: list[str]) -> argparse.Namespace:
-    usage = "%(prog)s [options] [launch CLIENT [options] [-- what is for the client] | keys ...]"
+    usage = "%(prog)s [options] [launch CLIENT [options] [-- client's arguments] | keys ...]"
     about = "Z.ai's GLM models behind an OpenAI-compatible API."
     parser = argparse.ArgumentParser("ztoapi.py", usage=usage, description=about, epilog="Settings: see .env.example.")
     way = parser.add_mutually_exclusive_group()
     way.add_argument("--demo", action="store_true", help="answer from a built-in stand-in for Z.ai; needs no key")
-    way.add_argument("--check", action="store_true", help="say what is configured and whether it works, then end")
+    way.add_argument("--check", action="store_true", help="say what is configured and whether it works, then exit")
     commands = parser.add_subparsers(dest="command")
     starter = commands.add_parser("launch", help="start a client that uses this server")
     starter.add_argument("client", choices=CLIENTS, help="its own arguments follow --: launch claude -- -p hello")
     starter.add_argument("--model", help="the model that it uses")
-    starter.add_argument("--show", action="store_true", help="print how it is started, as lines for a shell")
+    starter.add_argument("--show", action="store_true", help="print the shell lines that start it")
     for each in (parser, starter):
         each.add_argument("--host", default=argparse.SUPPRESS, help="address to listen on (HOST)")
         each.add_argument("--port", default=argparse.SUPPRESS, help="port to listen on (PORT)")
@@ -5982,13 +5982,13 @@ def parse_flags(arguments: list[str]) -> argparse.Namespace:
 
 
 def return_large_blocks() -> None:
-    """Let glibc return freed blocks of 64 KB and more: it would keep the memory of all prompts that ever met."""
+    """Let glibc return freed blocks of 64 KB and more: it would keep the most memory that prompts ever took."""
     with suppress(ImportError, OSError, TypeError, AttributeError):  # another C library, or another system
         import_module("ctypes").CDLL(None).mallopt(-3, 2**16)  # M_MMAP_THRESHOLD, mallopt(3)
 
 
 def new_loop() -> asyncio.AbstractEventLoop:
-    """uvloop's where it is installed: it needs less processor time."""
+    """uvloop's where it is installed: it takes less CPU time."""
     try:
         return cast("asyncio.AbstractEventLoop", import_module("uvloop").new_event_loop())
     except ImportError:
@@ -6013,7 +6013,7 @@ def main(arguments: list[str] | None = None) -> None:
     app = create_app(settings)
     say(banner(settings, address[1]))
     gc.collect()
-    gc.freeze()  # the collector need not look again at what is here now: it stays
+    gc.freeze()  # what exists now stays, so the collector need not check it
     return_large_blocks()
     web.run_app(app, sock=sockets, print=None, access_log=None, shutdown_timeout=5, backlog=BACKLOG, loop=new_loop())
 
@@ -6045,7 +6045,7 @@ def manage_keys(database: Database, flags: argparse.Namespace) -> str:
     known = {account.name: account for account in accounts.named.values()}
     key, name = new_key(), parse_key_name(flags.name)
     if (name in known) == (flags.action == "add"):
-        raise BadRequest(f"there is {'already a' if name in known else 'no'} key of the name {name}")
+        raise BadRequest(f"there is {'already a' if name in known else 'no'} key named {name}")
     if flags.action == "remove":
         database.call(database.remove_account, name)
         return f"{name} removed"
@@ -6081,7 +6081,7 @@ async def diagnose(settings: Settings) -> AsyncIterator[Finding]:
     yield Finding("settings", f"{', '.join(settings.zai_base_urls)}, {keys} for Z.ai ({source})")
     yield check_port(settings)
     found = [f"python ztoapi.py launch {name}" for name in CLIENTS if shutil.which(CLIENTS[name].arguments[0])]
-    yield Finding("clients", ", ".join(found) or "none is installed; python ztoapi.py launch --help names them")
+    yield Finding("clients", ", ".join(found) or "none is installed; python ztoapi.py launch --help lists them")
     if not settings.zai_api_key:
         yield Finding("key", ZAI_API_KEY_MISSING.message, good=False)
         return
@@ -6113,7 +6113,7 @@ async def check_plan(client: ZaiClient, what: str, key: ZaiKey) -> AsyncIterator
         left = 100 - min(100, limit["percentage"])
         bar = f"{'█' * round(left / 10):░<10}"
         at = limit["resets_at"]
-        reset = f", begins anew {datetime.fromtimestamp(at, timezone.utc):%F %R} UTC" if at else ""
+        reset = f", resets {datetime.fromtimestamp(at, timezone.utc):%F %R} UTC" if at else ""
         yield Finding(what, f"{bar} {left:.0f} % left of {limit['window']}{reset}")
 
 
@@ -6186,7 +6186,7 @@ def launch(settings: Settings, flags: argparse.Namespace) -> int:
 
 
 def end(number: int, _: object) -> NoReturn:
-    """Exit through every `finally`; the same signal once more must not cut them short."""
+    """Exit through every `finally`; a second signal must not cut this short."""
     signal.signal(number, signal.SIG_IGN)
     raise SystemExit(128 + number)
 
@@ -6220,7 +6220,7 @@ def own_server(settings: Settings, origin: str) -> Iterator[None]:
 
 
 def run(command: list[str], variables: dict[str, str]) -> int:
-    """The exit status of a client; as in a shell 128 and the signal's number if a signal ended it."""
+    """Runs a client. Returns its exit status: 128 plus the signal's number if a signal ended it."""
     inherited = {name: value for name, value in os.environ.items() if not name.startswith(OTHER_ACCOUNTS)}
     signal.signal(signal.SIGINT, lambda *_: None)  # the client gets Ctrl-C too, and decides what it means
     with subprocess.Popen(command, env=inherited | variables) as process:
@@ -6237,7 +6237,7 @@ def run(command: list[str], variables: dict[str, str]) -> int:
 # ======== Demo ======================================================================================================
 
 DEMO_PATH = "/demo/api/paas/v4"
-UNLOGGED_PATHS = (DEMO_PATH, "/dashboard/stats")  # asked by the program itself and by its pages, all the time
+UNLOGGED_PATHS = (DEMO_PATH, "/dashboard/stats")  # requested by the program itself and its pages, often
 DEMO_PACE = 0.03  # seconds between words
 
 

@@ -3180,7 +3180,7 @@ class Account:
     """Who calls, and the limits of that key in the words of the `keys` command; None is no limit."""
 
     id: str  # SHA-256 of the key, in hex
-    name: str = OPERATOR
+    name: str = ""
     expires: str | None = None  # the last day, YYYY-MM-DD
     tokens: str | None = None  # such as 5M/week
     models: str | None = None  # patterns, separated by commas
@@ -3206,7 +3206,7 @@ class Account:
             "week": (monday, monday + timedelta(7)),
             "month": (first, (first + timedelta(32)).replace(day=1)),
         }
-        return periods.get((self.tokens or "").partition("/")[2], (date.min, date.max))
+        return periods.get((self.tokens or "").lower().partition("/")[2], (date.min, date.max))
 
     def allows(self, model: Model) -> bool:
         return self.models is None or any(fnmatchcase(model.id, name.lower()) for name in self.models.split(","))
@@ -3275,7 +3275,7 @@ class Accounts:
     MAX_TOKENS = 2**40  # in one request: a wrong number must not overflow a column
 
     def __init__(self, operator_keys: Iterable[str]) -> None:
-        self.operators = {account.id: account for account in map(Account, map(hash_key, operator_keys))}
+        self.operators = {hash_key(key): Account(hash_key(key), OPERATOR) for key in operator_keys}
         self.named: dict[str, Account] = {}  # by id
         self.used: TokensUsed = {}
         self.counted: Counts = {}  # not in a batch yet

@@ -5981,12 +5981,6 @@ def parse_flags(arguments: list[str]) -> argparse.Namespace:
     return parser.parse_args(own, argparse.Namespace(arguments=arguments[len(own) + 1 :]))
 
 
-def return_large_blocks() -> None:
-    """Let glibc return freed blocks of 64 KB and more: it would keep the most memory that prompts ever took."""
-    with suppress(ImportError, OSError, TypeError, AttributeError):  # another C library, or another system
-        import_module("ctypes").CDLL(None).mallopt(-3, 2**16)  # M_MMAP_THRESHOLD, mallopt(3)
-
-
 def new_loop() -> asyncio.AbstractEventLoop:
     """uvloop's where it is installed: it takes less CPU time."""
     try:
@@ -6014,7 +6008,6 @@ def main(arguments: list[str] | None = None) -> None:
     say(banner(settings, address[1]))
     gc.collect()
     gc.freeze()  # what exists now stays, so the collector need not check it
-    return_large_blocks()
     web.run_app(app, sock=sockets, print=None, access_log=None, shutdown_timeout=5, backlog=BACKLOG, loop=new_loop())
 
 

@@ -3575,6 +3575,18 @@ async def test_responses_that_wait_in_memory_are_bounded(connect, monkeypatch):
 
 
 @in_loop
+async def test_a_row_that_cannot_be_read_is_a_complaint_and_nothing_is_lost(database_url, connect, caplog):
+    database, accounts = connect(database_url), Accounts(())
+    await database.run(database.execute, "INSERT INTO ztoapi_keys VALUES ('b', 'bob', '{\"shoes\": 2}', 0)")
+    count_some(accounts)
+    await database.sync(accounts)
+    assert "the database cannot be used: " in caplog.text
+    await database.run(database.remove_account, "bob")
+    await database.sync(accounts)
+    assert [row[4] for row in await database.run(database.list_usage, TODAY)] == [1]
+
+
+@in_loop
 async def test_a_lost_database_is_said_once_a_minute_and_nothing_is_lost(postgresql, connect, caplog):
     database, accounts = connect(postgresql.url), Accounts(())
     await database.sync(accounts)

@@ -4454,7 +4454,7 @@ class Database:
             if not self.connection:
                 self.connect()
             return self.attempt(job, *arguments)
-        except (self.driver.Error, OSError) as error:
+        except (self.driver.Error, OSError, ArithmeticError, TypeError, ValueError) as error:  # or odd rows
             raise DatabaseError(f"the database cannot be used: {' '.join(str(error).split())}") from error
 
     def load_driver(self) -> Any:

@@ -5414,7 +5414,7 @@ async def add_headers(request: web.Request, response: web.StreamResponse) -> Non
 
 @web.middleware
 async def log_requests(request: web.Request, handler: Handler) -> web.StreamResponse:
-    """The outermost: gives every request its record, and every answer its line in the log and the statistics."""
+    """Runs around all else: gives every request its record, and every answer its line in the log and the statistics."""
     request[ERROR_BODY] = anthropic_error_body if speaks_anthropic(request) else error_body
     record = request[RECORD] = Record(request.method, printable(request.path), time.monotonic(), secrets.token_hex(12))
     in_flight, task = request.app[IN_FLIGHT], asyncio.current_task()

@@ -10,7 +10,6 @@ import contextlib
 import errno
 import gzip
 import hashlib
-import http.client
 import io
 import json
 import math
@@ -3615,11 +3614,10 @@ def test_tables_of_an_older_version_are_brought_up_to_date(database_url, connect
         connect(database_url).call(lambda: None)
 
 
-def test_many_processes_may_make_the_tables_at_the_same_time(database_url):
-    words = "import sys, ztoapi; d = ztoapi.Database(sys.argv[1]); d.call(d.list_accounts); d.thread.submit(d.close)"
-    command = [sys.executable, "-c", words, database_url]
-    starting = [subprocess.Popen(command, cwd=PROGRAM.parent, stderr=subprocess.PIPE, text=True) for _ in range(6)]
-    assert [(process.communicate()[1], process.returncode) for process in starting] == [("", 0)] * 6
+def test_many_servers_may_make_the_tables_at_the_same_time(database_url, connect):
+    databases = [connect(database_url) for _ in range(6)]
+    making = [database.thread.submit(database.transact, database.list_accounts) for database in databases]
+    assert [made.result(20) for made in making] == [[]] * 6
 
 
 def test_a_file_of_sqlite_is_for_its_owner_only(tmp_path, connect):
@@ -6288,34 +6286,24 @@ def test_at_most_fifty_models_have_a_name_of_their_own():
     )
 
 
-def command_line(*arguments, **variables):
-    done = subprocess.run(
-        [sys.executable, PROGRAM, *arguments],
-        env=os.environ | variables,
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=20,
-    )
-    return done.returncode, done.stdout, done.stderr
-
-
-def test_keys_are_managed_by_the_command_line(tmp_path):
+def test_keys_are_managed_by_the_command_line(run, command, connect, tmp_path):
     where = {"DATABASE_URL": f"sqlite:///{tmp_path}/z.db", "DEFAULT_KEY": "sk-mine"}
-    assert command_line("keys", **where) == (0, "name  expires  tokens  used_tokens  models  rpm  parallel\n", "")
+    assert command("keys", **where) == (0, "name  expires  tokens  used_tokens  models  rpm  parallel\n", "")
     assert not list(tmp_path.iterdir())
-    status, key, note = command_line(
-        "keys", "add", "anna", "--tokens", "5M/day", "--models", "glm-4.*, glm-5.3", **where
-    )
+    adding = run("keys", "add", "anna", "--tokens", "5M/day", "--models", "glm-4.*, glm-5.3", **where)
+    status, key, note = adding.end()
     assert (status, bool(re.fullmatch(r"sk-[\w-]{43}\n", key)), note) == (0, True, "")
-    assert command_line("keys", "change", "anna", "--tokens", "none", "--rpm", "7", **where)[0] == 0
-    assert command_line("keys", "list", **where)[1].splitlines()[1].split() == [
-        *("anna", "-", "-", "0", "glm-4.*,glm-5.3", "7", "-")
-    ]
+    database = connect(where["DATABASE_URL"])
+
+    def keys(*arguments):
+        return ztoapi.manage_keys(database, ztoapi.parse_flags(["keys", *arguments]))
+
+    assert keys("change", "anna", "--tokens", "none", "--rpm", "7") == "anna changed"
+    assert keys("list").splitlines()[1].split() == ["anna", "-", "-", "0", "glm-4.*,glm-5.3", "7", "-"]
     stored = "".join(path.read_text("latin-1") for path in tmp_path.iterdir())
     assert hashlib.sha256(key.strip().encode()).hexdigest() in stored
     assert key.strip() not in stored
-    assert command_line("keys", "remove", "anna", **where) == (0, "anna removed\n", "")
+    assert keys("remove", "anna") == "anna removed"
 
 
 @pytest.mark.parametrize(
@@ -6335,59 +6323,65 @@ def test_keys_are_managed_by_the_command_line(tmp_path):
         ([], {"DATABASE_URL": "postgresql://u:hunter2@127.0.0.1:1/db?password=hunter2"}, "the database cannot be used"),
     ],
 )
-def test_what_the_keys_command_cannot_do_is_one_line_and_status_2(tmp_path, arguments, variables, line):
+def test_what_the_keys_command_cannot_do_is_one_line_and_status_2(command, tmp_path, arguments, variables, line):
+    if "postgres" in line + str(variables):
+        pytest.importorskip("psycopg")
     where = {"DATABASE_URL": f"sqlite:///{tmp_path}/z.db"} | variables
-    status, _, words = command_line("keys", *arguments, **where)
+    status, _, words = command("keys", *arguments, **where)
     assert (status, words.count("\n")) == ((2, 1) if line else (0, 0))
     assert words.startswith(f"ztoapi: {line}" if line else "")
     assert "hunter2" not in words
 
 
-def test_a_key_is_no_use_to_others_while_the_published_one_counts(tmp_path):
+def test_a_key_is_no_use_to_others_while_the_published_one_counts(run, tmp_path):
     where = {"DATABASE_URL": f"sqlite:///{tmp_path}/z.db", "DEFAULT_KEY": "sk-your-key"}
-    assert "nobody else can reach this server" in command_line("keys", "add", "anna", **where)[2]
+    assert "nobody else can reach this server" in run("keys", "add", "anna", **where).end()[2]
 
 
-@pytest.mark.parametrize("content", [b"no database" * 99, None], ids=["junk", "newer"])
-def test_a_database_that_cannot_be_used_stops_the_start(tmp_path, content):
-    where = tmp_path / "z.db"
-    if content is None:
-        with contextlib.closing(sqlite3.connect(where)) as newer:
-            newer.executescript("CREATE TABLE ztoapi_version (version INT); INSERT INTO ztoapi_version VALUES (99)")
-    else:
-        where.write_bytes(content)
-    status, out, words = command_line("--port", "0", DATABASE_URL=f"sqlite:///{where}")
-    assert (status, out, words.count("\n")) == (2, "", 1)
+def test_a_database_that_cannot_be_used_stops_the_start(run, tmp_path):
+    junk, newer = tmp_path / "junk.db", tmp_path / "newer.db"
+    junk.write_bytes(b"no database" * 99)
+    with contextlib.closing(sqlite3.connect(newer)) as database:
+        database.executescript("CREATE TABLE ztoapi_version (version INT); INSERT INTO ztoapi_version VALUES (99)")
+    for program in [run(DATABASE_URL=f"sqlite:///{path}") for path in (junk, newer)]:
+        status, out, words = program.end()
+        assert (status, out, words.count("\n")) == (2, "", 1)
 
 
-@pytest.mark.parametrize(
-    ("url", "words"), [("sqlite:////no/folder/z.db", "cannot be used"), ("postgresql://h/d", "psycopg[binary]")]
-)
-def test_a_worker_whose_database_cannot_be_used_is_not_started_again(tmp_path, url, words):
+def test_a_worker_whose_database_cannot_be_used_is_not_started_again(tmp_path):
     (tmp_path / "psycopg.py").write_text("raise ImportError")
-    variables = {"DATABASE_URL": url, "PYTHONPATH": f"{tmp_path}:{PROGRAM.parent}"}
+    urls = {"sqlite:////no/folder/z.db": "cannot be used", "postgresql://h/d": "psycopg[binary]"}
+    variables = {"PYTHONPATH": f"{tmp_path}:{PROGRAM.parent}"}
     command = [sys.executable, "-c", "import ztoapi; ztoapi.create_app()"]
-    done = subprocess.run(command, env=os.environ | variables, capture_output=True, text=True, check=False, timeout=20)
-    assert (done.returncode, done.stderr.count("\n"), words in done.stderr) == (3, 1, True)
+    starting = [
+        subprocess.Popen(
+            command, env={**os.environ, **variables, "DATABASE_URL": url}, stderr=subprocess.PIPE, text=True
+        )
+        for url in urls
+    ]
+    for process, words in zip(starting, urls.values(), strict=True):
+        said = process.communicate(timeout=20)[1]
+        assert (process.returncode, said.count("\n"), words in said) == (3, 1, True)
 
 
-def test_a_running_server_knows_within_seconds_what_the_command_did(run, tmp_path):
-    where = {"DATABASE_URL": f"sqlite:///{tmp_path}/z.db", "DEFAULT_KEY": "sk-mine"}
-    program = run(**where)
-    key = command_line("keys", "add", "anna", **where)[1].strip()
-    assert eventually_lists(program, key, 200)
-    command_line("keys", "remove", "anna", **where)
-    assert eventually_lists(program, key, 401)
+@in_loop
+async def test_a_running_server_knows_within_seconds_what_the_command_did(start, connect, monkeypatch, tmp_path):
+    monkeypatch.setattr(ztoapi.Database, "INTERVAL", 0.02)
+    where = f"sqlite:///{tmp_path}/z.db"
+    client, database = await start(database_url=where), connect(where)
 
+    async def status_of(key):
+        async with client.get("/v1/models", headers={"x-api-key": key}) as response:
+            return response.status
 
-def eventually_lists(program, key, status):
-    for _ in range(50):
-        with contextlib.closing(http.client.HTTPConnection("127.0.0.1", program.port)) as connection:
-            connection.request("GET", "/v1/models", headers={"x-api-key": key})
-            if connection.getresponse().status == status:
-                return True
-        time.sleep(0.1)
-    return False
+    async def becomes(key, status):
+        while await status_of(key) != status:
+            await asyncio.sleep(0.01)
+
+    key = ztoapi.manage_keys(database, ztoapi.parse_flags(["keys", "add", "anna"]))
+    await asyncio.wait_for(becomes(key, 200), 3)
+    ztoapi.manage_keys(database, ztoapi.parse_flags(["keys", "remove", "anna"]))
+    await asyncio.wait_for(becomes(key, 401), 3)
 
 
 # ======== Launch ========
@@ -6419,6 +6413,7 @@ class Launch:
     """`launch pi` as a process, with a fake pi, on a port on which nothing listens yet."""
 
     def __init__(self, folder, *arguments, port=None, **variables):
+        folder = Path(tempfile.mkdtemp(dir=folder))
         self.folder, self.story = folder, folder / "story"
         (folder / "bin").mkdir()
         (folder / "bin/pi").write_text(FAKE_CLIENT.format(python=sys.executable))
@@ -6469,32 +6464,30 @@ def test_launch_tells_a_client_what_it_needs_and_no_more(run, tmp_path):
         "modes": ["0o700", "0o600"],
         "health": "ztoapi",
     }
-    assert (status, [*(tmp_path / "tmp").iterdir()]) == (7, [])
+    assert (status, [*(launch.folder / "tmp").iterdir()]) == (7, [])
     assert said == f"ztoapi: pi with glm-4.7-flash at http://localhost:{port}; --model NAME for another\n"
 
 
-@pytest.mark.parametrize(("argument", "wanted"), [("live", 7), ("die", 128 + signal.SIGKILL)])
-def test_launch_starts_a_server_where_there_is_none_and_ends_it(tmp_path, argument, wanted):
-    status, said, left = Launch(tmp_path, argument).end()
-    assert (status, left) == (wanted, [])
-    assert re.search(rf"starting a server for it; its log is {tmp_path}/tmp/ztoapi-\S+\.log\n$", said)
+def test_launch_starts_a_server_where_there_is_none_and_ends_it(tmp_path):
+    for launch, wanted in [(Launch(tmp_path, "live"), 7), (Launch(tmp_path, "die"), 128 + signal.SIGKILL)]:
+        status, said, left = launch.end()
+        assert (status, left) == (wanted, [])
+        assert re.search(rf"starting a server for it; its log is {launch.folder}/tmp/ztoapi-\S+\.log\n$", said)
 
 
 @in_loop
-@pytest.mark.parametrize(
-    ("number", "to_all", "wanted"),
-    [
-        pytest.param(signal.SIGINT, True, 3, id="Ctrl-C, which is the client's"),
-        pytest.param(signal.SIGTERM, False, 143, id="SIGTERM"),
-        pytest.param(signal.SIGHUP, False, 129, id="SIGHUP"),
-    ],
-)
-async def test_a_launch_that_is_ended_leaves_nothing_behind(tmp_path, number, to_all, wanted):
-    launch = Launch(tmp_path, "wait")
-    await launch.told()
-    (os.killpg if to_all else os.kill)(launch.process.pid, number)
-    status, _, left = launch.end()
-    assert (status, left) == (wanted, [])
+async def test_a_launch_that_is_ended_leaves_nothing_behind(tmp_path):
+    interrupted, terminated, hung_up, stubborn = (Launch(tmp_path, "wait", *how) for how in ((), (), (), ("stubborn",)))
+    for launch in (stubborn, interrupted, terminated, hung_up):
+        await launch.told()
+    for _ in range(2):
+        stubborn.process.terminate()
+        await asyncio.sleep(0.1)
+    os.killpg(interrupted.process.pid, signal.SIGINT)  # Ctrl-C is the client's
+    terminated.process.terminate()
+    hung_up.process.send_signal(signal.SIGHUP)
+    ended = [launch.end() for launch in (interrupted, terminated, hung_up, stubborn)]
+    assert [(status, left) for status, _, left in ended] == [(3, []), (143, []), (129, []), (143, [])]
 
 
 def answer_all(listener, reply, asked):
@@ -6506,53 +6499,49 @@ def answer_all(listener, reply, asked):
                 connection.sendall(reply)
 
 
-@in_loop
-async def test_a_client_that_does_not_end_is_killed_when_the_launch_ends(tmp_path):
-    launch = Launch(tmp_path, "wait", "stubborn")
-    await launch.told()
-    for _ in range(2):
-        launch.process.terminate()
-        await asyncio.sleep(0.1)
-    status, _, left = launch.end()
-    assert (status, left) == (143, [])
-
-
-@pytest.mark.parametrize("reply", [b'HTTP/1.1 200 OK\r\nContent-Length: 16\r\n\r\n{"name":"other"}', b"SSH-2.0\r\n"])
-def test_launch_gives_no_key_to_what_is_not_ztoapi(tmp_path, reply):
+@contextlib.contextmanager
+def something_else(reply):
+    """What is no ztoapi: its port, and what it is asked."""
     asked = []
-    with socket.create_server(("127.0.0.1", 0)) as other:
-        threading.Thread(target=answer_all, args=(other, reply, asked)).start()
-        launch = Launch(tmp_path, port=other.getsockname()[1])
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        threading.Thread(target=answer_all, args=(listener, reply, asked)).start()
+        yield listener.getsockname()[1], asked
+        listener.shutdown(socket.SHUT_RDWR)
+
+
+@pytest.mark.parametrize(
+    ("reply", "is_ours"),
+    [
+        (b'HTTP/1.1 200 OK\r\nContent-Length: 17\r\n\r\n{"name":"ztoapi"}', True),
+        (b'HTTP/1.1 200 OK\r\nContent-Length: 16\r\n\r\n{"name":"other"}', False),
+        (b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n[]", False),
+        (b"SSH-2.0\r\n", False),
+    ],
+)
+def test_a_server_is_known_by_its_name(reply, is_ours):
+    with something_else(reply) as (port, _):
+        assert ztoapi.is_ztoapi(f"http://127.0.0.1:{port}") is is_ours
+
+
+def test_launch_gives_no_key_to_what_is_not_ztoapi(tmp_path):
+    with something_else(b'HTTP/1.1 200 OK\r\nContent-Length: 16\r\n\r\n{"name":"other"}') as (port, asked):
+        launch = Launch(tmp_path, port=port)
         status, said, _ = launch.end()
-        other.shutdown(socket.SHUT_RDWR)
     assert (status, launch.story.exists(), b"sk-your-key" in b"".join(asked)) == (2, False, False)
     assert f"ztoapi: port {launch.port} on localhost is in use" in said
 
 
-def launched(*arguments, **variables):
-    env = {**os.environ, "PATH": "/nowhere", **variables}
-    command = [sys.executable, PROGRAM, "launch", *arguments]
-    done = subprocess.run(command, env=env, capture_output=True, text=True, check=False, timeout=10)
-    return done.returncode, done.stdout, done.stderr
-
-
-def test_launch_says_how_a_client_is_installed():
+def test_launch_says_how_a_client_is_installed(command):
     line = "ztoapi: codex is not installed: npm install -g @openai/codex\n"
-    assert launched("codex") == (127, "", line)
+    assert command("launch", "codex", PATH="/nowhere") == (127, "", line)
 
 
-def test_check_says_how_the_clients_that_are_installed_start(tmp_path):
+def test_check_says_how_the_clients_that_are_installed_start(run, tmp_path):
     for program in ("cn", "llm"):
         (tmp_path / program).touch(0o755)
-    done = subprocess.run(
-        [sys.executable, PROGRAM, "--check", "--port", "0"],
-        env={**os.environ, "PATH": str(tmp_path), "ZAI_API_KEY": ""},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    status, out, _ = run("--check", PATH=str(tmp_path), ZAI_API_KEY="").end()
     line = "✓ clients   python ztoapi.py launch continue, python ztoapi.py launch llm"
-    assert (done.returncode, line in done.stdout.splitlines()) == (1, True)
+    assert (status, line in out.splitlines()) == (1, True)
 
 
 def test_launch_needs_a_key_for_a_server_of_its_own(tmp_path):
@@ -6570,9 +6559,9 @@ def test_launch_needs_a_key_for_a_server_of_its_own(tmp_path):
         (["--model", "best"], {"MODEL_ALIASES": "best=GLM-4.6"}, "glm-4.6"),
     ],
 )
-def test_show_needs_neither_client_nor_server(arguments, variables, model):
-    shown = launched("qwen", "--show", *arguments, HOST="0.0.0.0", DEFAULT_KEY="sk-own", PORT="9999", **variables)
-    assert shown == (
+def test_show_needs_neither_client_nor_server(command, arguments, variables, model):
+    given = {"PATH": "/nowhere", "HOST": "0.0.0.0", "DEFAULT_KEY": "sk-own", "PORT": "9999"}
+    assert command("launch", "qwen", "--show", *arguments, **given, **variables) == (
         0,
         f"""dir=$(mktemp -d)
 export QWEN_HOME="$dir"
@@ -6601,8 +6590,8 @@ def test_the_banner_of_a_demo_names_an_agent_that_the_demo_can_answer_and_its_po
     assert demo[-1] == "  agent     python ztoapi.py launch codex --port 8000    (others: launch --help)"
 
 
-def test_what_is_for_the_client_must_follow_two_dashes():
-    status, _, said = launched("claude", "-p", "hello")
+def test_what_is_for_the_client_must_follow_two_dashes(command):
+    status, _, said = command("launch", "claude", "-p", "hello")
     assert (status, "[-- client's arguments]" in said) == (2, True)
 
 
@@ -6722,30 +6711,25 @@ def ask_health(port):
         return connection.recv(65536)[:15]
 
 
-@pytest.mark.parametrize("stdout", [">/dev/full", ">&-", "> >(:)"], ids=["full", "closed", "gone"])
-def test_a_broken_stdout_stops_nothing(stdout):
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
-    command = [
-        shutil.which("bash"),
-        "-c",
-        f'exec "$@" {stdout}',
-        "bash",
-        sys.executable,
-        PROGRAM,
-        "--demo",
-        "--port",
-        str(port),
-    ]
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+def test_a_broken_stdout_stops_nothing():
+    starting = {free_port(): stdout for stdout in (">/dev/full", ">&-", "> >(:)")}  # full, closed, gone
+    programs = {
+        port: subprocess.Popen(
+            ["bash", "-c", f'exec "$@" {stdout}', "bash", sys.executable, PROGRAM, "--demo", "--port", str(port)],
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for port, stdout in starting.items()
+    }
+    for port, program in programs.items():
         for _ in range(100):
             with contextlib.suppress(ConnectionRefusedError):
                 assert ask_health(port) == b"HTTP/1.1 200 OK"
                 break
             time.sleep(0.1)
-        process.terminate()
-        log = process.communicate(timeout=10)[1]
-    assert (process.returncode, "Traceback" in log, "Error" in log) == (0, False, False)
+        program.terminate()
+        log = program.communicate(timeout=10)[1]
+        assert (program.returncode, "Traceback" in log, "Error" in log) == (0, False, False), starting[port]
 
 
 def test_nobody_needs_to_read_the_log(run):

@@ -2054,18 +2054,20 @@ def test_the_same_conversation_is_the_same_bytes_in_every_process():
     tools = [{"type": "function", "function": {"name": name, "parameters": schema}} for name in ("b", "a", "c")]
     answer_format = {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}
     body = chat(tools=tools, tool_choice="required", response_format=answer_format, user="me", web_search_options={})
-    said = {
-        subprocess.run(
+    asking = [
+        subprocess.Popen(
             [sys.executable, "-c", words],
-            input=json.dumps(body).encode(),
-            capture_output=True,
-            check=True,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
             cwd=PROGRAM.parent,
             env={**os.environ, "PYTHONHASHSEED": seed},
-        ).stdout
+        )
         for seed in ("1", "2", "3")
-    }
-    assert len(said) == 1
+    ]
+    first, *others = (process.communicate(json.dumps(body), timeout=20)[0] for process in asking)
+    assert first.startswith('{"model":"glm-4.6"')
+    assert others == [first] * 2
 
 
 # ======== Z.ai: refusals ========
@@ -3430,7 +3432,7 @@ def test_the_reasoning_memory_is_bounded_and_forgets_the_oldest_first():
 
 
 class PostgreSQL:
-    """A server of the test's own, as Debian installs it, on a socket in a folder of its own."""
+    """A server of the tests' own, as Debian installs it, on a socket in a folder of its own; it starts while they go on."""
 
     def __init__(self):
         self.bin = max(Path("/usr/lib/postgresql").glob("*/bin"), key=lambda path: int(path.parent.name))
@@ -3438,16 +3440,26 @@ class PostgreSQL:
         self.user = "postgres" if os.getuid() == 0 else None  # it refuses to be run by root
         if self.user:
             shutil.chown(self.folder, self.user)
-        self.call("initdb", "-D", f"{self.folder}/data", "-A", "trust", "-U", "postgres", "--no-sync")
-        self.start()
+        self.starting = self.begin("initdb", "-D", f"{self.folder}/data", "-A", "trust", "-U", "postgres", "--no-sync")
 
-    @property
-    def url(self):
-        return f"postgresql://postgres@/postgres?host={self.folder}"
+    def begin(self, tool, *arguments):
+        how = {"user": self.user, "cwd": self.folder, "stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+        return subprocess.Popen([self.bin / tool, *arguments], **how)
 
     def call(self, tool, *arguments):
-        command = [self.bin / tool, *arguments]
-        subprocess.run(command, user=self.user, cwd=self.folder, check=True, capture_output=True, timeout=60)
+        assert self.begin(tool, *arguments).wait(60) == 0
+
+    @cached_property
+    def url(self):
+        """Of the first of its databases; this waits until the server is there."""
+        assert self.starting.wait(60) == 0
+        self.start()
+        return f"postgresql://postgres@/postgres?host={self.folder}"
+
+    def new_database(self):
+        url, name = self.url, f"z{secrets.token_hex(4)}"
+        self.call("createdb", "-h", self.folder, "-U", "postgres", name)
+        return url.replace("/postgres?", f"/{name}?")
 
     def start(self):
         options = f"-k {self.folder} -c listen_addresses= -c fsync=off"
@@ -3464,7 +3476,8 @@ def postgresql():
     pytest.importorskip("psycopg")
     server = PostgreSQL()
     yield server
-    with contextlib.suppress(subprocess.CalledProcessError):  # it may be stopped already
+    server.starting.wait(60)
+    if "url" in vars(server):
         server.stop()
     shutil.rmtree(server.folder)
 
@@ -3474,9 +3487,7 @@ def database_url(request, tmp_path):
     """An empty database of either kind."""
     if request.param == "sqlite":
         return f"sqlite:///{tmp_path}/z.db"
-    server, name = request.getfixturevalue("postgresql"), f"z{secrets.token_hex(4)}"
-    server.call("createdb", "-h", server.folder, "-U", "postgres", name)
-    return server.url.replace("/postgres?", f"/{name}?")
+    return request.getfixturevalue("postgresql").new_database()
 
 
 @pytest.fixture
@@ -3657,10 +3668,10 @@ def test_a_request_has_no_more_than_so_many_values(monkeypatch, body, values):
     ids=["arrays", "strings", "objects", "long strings"],
 )
 def test_too_many_values_are_found_without_decoding_them(value):
-    body = b'{"a":[%s1]}' % (value * (2**26 // len(value)))
+    body = b'{"a":[%s1]}' % (value * (2**24 // len(value)))
     started = time.process_time()
     assert ztoapi.too_many_values(body) == (len(value) < 100)
-    assert time.process_time() - started < 1
+    assert time.process_time() - started < 0.5
 
 
 # ======== Fakes and helpers ========
@@ -3950,6 +3961,15 @@ def raw_request(body, key="sk-your-key"):
     return head.encode() + data
 
 
+@pytest.fixture(scope="module", autouse=True)
+def started_early(request):
+    """What takes a second to start does so while the first tests run, if a later one needs it."""
+    needed = {name for item in request.session.items for name in item.fixturenames}
+    for name in needed & {"chromium", "postgresql"}:
+        with contextlib.suppress(pytest.skip.Exception):
+            request.getfixturevalue(name)
+
+
 class Chromium:
     """A headless Chromium for all tests."""
 
@@ -4053,7 +4073,7 @@ async def browser(chromium):
 @pytest_asyncio.fixture
 async def demo(aiohttp_client, monkeypatch):
     """Starts what `--demo` starts, with other settings where a test wants them, and without long pauses."""
-    monkeypatch.setattr(ztoapi, "DEMO_PACE", 0.01)
+    monkeypatch.setattr(ztoapi, "DEMO_PACE", 0.02)
     monkeypatch.setattr(ztoapi.Database, "INTERVAL", 0.02)
 
     async def started(host="127.0.0.1", port=0, **settings):
@@ -4314,7 +4334,7 @@ async def test_one_choice_that_fails_fails_the_answer(client, zai, stream, broke
 
 
 @in_loop
-@pytest.mark.parametrize("row", REFUSED, ids=lambda row: str(row[0]))
+@pytest.mark.parametrize("row", {row[-1]: row for row in REFUSED}.values(), ids=lambda row: row[-1])
 @pytest.mark.parametrize("stream", [False, True], ids=["whole", "streamed"])
 async def test_a_refusal_has_its_status(client, zai, row, stream):
     code, zai.status, status, kind, ours = row
@@ -5802,10 +5822,10 @@ def test_a_start_that_cannot_be_is_one_line_and_status_2(command, arguments, var
     assert words.startswith(line)
 
 
-def test_a_port_in_use_is_one_line_and_status_2(run):
+def test_a_port_in_use_is_one_line_and_status_2(command):
     with socket.create_server(("127.0.0.1", 0)) as other:
         port = str(other.getsockname()[1])
-        status, out, words = run("--port", port).end()
+        status, out, words = command("--port", port)
     assert (status, out, words.count("\n")) == (2, "", 1)
     assert f"port {port} on localhost is in use" in words
 
@@ -5813,12 +5833,9 @@ def test_a_port_in_use_is_one_line_and_status_2(run):
 def test_env_beside_the_program_is_read_and_the_environment_wins(tmp_path):
     (tmp_path / "ztoapi.py").write_text(PROGRAM.read_text())
     (tmp_path / ".env").write_text("PORT=abc\nMAX_BODY_MB=x\n")
-    starting = [
-        subprocess.Popen([sys.executable, tmp_path / "ztoapi.py"], env=env, stderr=subprocess.PIPE, text=True, cwd="/")
-        for env in (os.environ, os.environ | {"PORT": "0"})
-    ]
-    words = [process.communicate(timeout=20)[1][:24] for process in starting]
-    assert words == ["ztoapi: PORT=abc cannot ", "ztoapi: MAX_BODY_MB=x ca"]
+    command, env = [sys.executable, tmp_path / "ztoapi.py"], os.environ | {"PORT": "0"}
+    done = subprocess.run(command, env=env, capture_output=True, text=True, check=False, timeout=20, cwd="/")
+    assert done.stderr.startswith("ztoapi: MAX_BODY_MB=x cannot be used")
 
 
 def test_version_and_help(command):
@@ -5839,20 +5856,29 @@ def impatient(monkeypatch):
     monkeypatch.setattr(ztoapi, "READ_TIMEOUT", 0.2)
 
 
-@in_loop
-@pytest.mark.parametrize("before", [0, 1], ids=["first", "second"])
-@pytest.mark.parametrize("head", [b"", GET[:20]], ids=["nothing", "half a head"])
-async def test_a_connection_without_a_whole_head_is_closed(client, impatient, before, head):
-    reader, writer = await asyncio.open_connection("127.0.0.1", client.port)
+async def is_closed(port, before, head):
+    """Whether a connection that asks something before, and then sends this in half a second, does not last so long."""
+    reader, writer = await asyncio.open_connection("127.0.0.1", port)
     for _ in range(before):
         writer.write(GET)
         await reader.readuntil(b"}")
-    for i in range(20):  # half a second, byte by byte
+    for i in range(20):  # byte by byte
         writer.write(head[i : i + 1])
         await asyncio.sleep(0.025)
-    closed = reader.at_eof() or reader.exception() is not None
-    assert closed == (bool(head) or not before)  # one that has asked may wait for its next request
     writer.close()
+    return reader.at_eof() or reader.exception() is not None
+
+
+@in_loop
+async def test_a_connection_without_a_whole_head_is_closed(client, impatient):
+    connections = {
+        "nothing": (0, b""),
+        "half a head": (0, GET[:20]),
+        "idle": (1, b""),
+        "half a second head": (1, GET[:20]),
+    }
+    closed = await asyncio.gather(*(is_closed(client.port, *how) for how in connections.values()))
+    assert dict(zip(connections, closed, strict=True)) == dict.fromkeys(connections, True) | {"idle": False}
 
 
 @in_loop
@@ -5931,15 +5957,15 @@ LARGE = message(role="user", content="x" * 2**24)
 
 
 @in_loop
-@pytest.mark.parametrize(("pause", "status"), [(0.04, 200), (1, 504)], ids=["slow", "none of it"])
-@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/files"])
-async def test_an_upload_may_be_slow_but_not_stall(start, zai, path, pause, status):
-    client = await start(upstream_timeout=0.5)
+@pytest.mark.parametrize(("pause", "status"), [(0.025, 200), (0.6, 504)], ids=["slow", "none of it"])
+async def test_an_upload_may_be_slow_but_not_stall(start, zai, pause, status):
+    client = await start(upstream_timeout=0.3)
     zai.pause, zai.headers, zai.parts = pause, {}, [DOCUMENT]
     started = time.monotonic()
-    response, _ = await asyncio.wait_for(ask(client, LARGE, path), 10)
-    assert (response.status, (await stats(client))[0]["in_flight"]) == (status, 0)
-    assert time.monotonic() - started > 0.5  # in all, a slow one takes longer than Z.ai may be silent
+    uploads = asyncio.gather(*(ask(client, LARGE, f"/v1/{path}") for path in ("chat/completions", "files")))
+    assert [response.status for response, _ in await asyncio.wait_for(uploads, 10)] == [status] * 2
+    assert time.monotonic() - started > 0.3  # in all, a slow one takes longer than Z.ai may be silent
+    assert (await stats(client))[0]["in_flight"] == 0
 
 
 @in_loop
@@ -6286,23 +6312,22 @@ def test_at_most_fifty_models_have_a_name_of_their_own():
     )
 
 
-def test_keys_are_managed_by_the_command_line(run, command, connect, tmp_path):
-    where = {"DATABASE_URL": f"sqlite:///{tmp_path}/z.db", "DEFAULT_KEY": "sk-mine"}
-    assert command("keys", **where) == (0, "name  expires  tokens  used_tokens  models  rpm  parallel\n", "")
+def test_keys_are_managed_by_the_command_line(command, connect, tmp_path):
+    where = f"sqlite:///{tmp_path}/z.db"
+    assert command("keys", DATABASE_URL=where) == (0, "name  expires  tokens  used_tokens  models  rpm  parallel\n", "")
     assert not list(tmp_path.iterdir())
-    adding = run("keys", "add", "anna", "--tokens", "5M/day", "--models", "glm-4.*, glm-5.3", **where)
-    status, key, note = adding.end()
-    assert (status, bool(re.fullmatch(r"sk-[\w-]{43}\n", key)), note) == (0, True, "")
-    database = connect(where["DATABASE_URL"])
+    database = connect(where)
 
     def keys(*arguments):
         return ztoapi.manage_keys(database, ztoapi.parse_flags(["keys", *arguments]))
 
+    key = keys("add", "anna", "--tokens", "5M/day", "--models", "glm-4.*, glm-5.3")
+    assert keys("list").splitlines()[1].split() == ["anna", "-", "5M/day", "0", "glm-4.*,glm-5.3", "-", "-"]
     assert keys("change", "anna", "--tokens", "none", "--rpm", "7") == "anna changed"
     assert keys("list").splitlines()[1].split() == ["anna", "-", "-", "0", "glm-4.*,glm-5.3", "7", "-"]
     stored = "".join(path.read_text("latin-1") for path in tmp_path.iterdir())
-    assert hashlib.sha256(key.strip().encode()).hexdigest() in stored
-    assert key.strip() not in stored
+    assert hashlib.sha256(key.encode()).hexdigest() in stored
+    assert key not in stored
     assert keys("remove", "anna") == "anna removed"
 
 
@@ -6334,8 +6359,11 @@ def test_what_the_keys_command_cannot_do_is_one_line_and_status_2(command, tmp_p
 
 
 def test_a_key_is_no_use_to_others_while_the_published_one_counts(run, tmp_path):
-    where = {"DATABASE_URL": f"sqlite:///{tmp_path}/z.db", "DEFAULT_KEY": "sk-your-key"}
-    assert "nobody else can reach this server" in run("keys", "add", "anna", **where).end()[2]
+    urls = {key: f"sqlite:///{tmp_path}/{key}.db" for key in ("sk-your-key", "sk-mine")}
+    adding = [run("keys", "add", "anna", DATABASE_URL=url, DEFAULT_KEY=key) for key, url in urls.items()]
+    (status, key, note), (*_, other_note) = (program.end() for program in adding)
+    assert (status, bool(re.fullmatch(r"sk-[\w-]{43}\n", key))) == (0, True)
+    assert ("nobody else can reach this server" in note, other_note) == (True, "")
 
 
 def test_a_database_that_cannot_be_used_stops_the_start(run, tmp_path):
@@ -6387,21 +6415,23 @@ async def test_a_running_server_knows_within_seconds_what_the_command_did(start,
 # ======== Launch ========
 
 # A client that asks the server how it is and tells, as JSON in a file, how it was started; then it waits if it is told to.
-FAKE_CLIENT = """#!{python}
-import json, os, pathlib, signal, sys, time, urllib.request
+FAKE_CLIENT = """#!{python} -IS
+import json, os, signal, socket, sys, time
 signal.signal(signal.SIGINT, lambda *_: sys.exit(3))
 signal.signal(signal.SIGTERM, signal.SIG_IGN if "stubborn" in sys.argv else signal.SIG_DFL)
-folder = pathlib.Path(os.environ["PI_CODING_AGENT_DIR"])
-origin = json.loads((folder / "models.json").read_text())["providers"]["ztoapi"]["baseUrl"][:-3]
-opener = urllib.request.build_opener(urllib.request.ProxyHandler({{}}))
+folder = os.environ["PI_CODING_AGENT_DIR"]
+origin = json.load(open(folder + "/models.json"))["providers"]["ztoapi"]["baseUrl"][:-3]
+server = socket.create_connection(("localhost", int(origin.split(":")[2])))
+server.sendall(b"GET /health HTTP/1.0\\r\\nHost: localhost\\r\\n\\r\\n")
 story = {{
     "arguments": sys.argv[1:],
     "key": os.environ["ZTOAPI_KEY"],
     "theirs": [name for name in os.environ if name.startswith(("OPENAI_", "ANTHROPIC_", "ZAI_"))],
-    "modes": [oct(path.stat().st_mode & 0o777) for path in (folder, folder / "models.json")],
-    "health": json.load(opener.open(origin + "/health"))["name"],
+    "modes": [oct(os.stat(path).st_mode & 0o777) for path in (folder, folder + "/models.json")],
+    "health": json.loads(server.makefile().read().partition("\\n\\n")[2])["name"],
 }}
-pathlib.Path(sys.argv[-1] + ".new").write_text(json.dumps(story))
+with open(sys.argv[-1] + ".new", "w") as file:
+    json.dump(story, file)
 os.rename(sys.argv[-1] + ".new", sys.argv[-1])
 time.sleep(30 if "wait" in sys.argv else 0)
 os.kill(os.getpid(), signal.SIGKILL if "die" in sys.argv else 0)
@@ -6453,6 +6483,20 @@ def free_port():
         return probe.getsockname()[1]
 
 
+@pytest.fixture(scope="module")
+def stubborn(tmp_path_factory):
+    """A launch that was ended though its client does not end; it gives the client three seconds."""
+    launch = Launch(tmp_path_factory.mktemp("stubborn"), "wait", "stubborn")
+    while not launch.story.exists():
+        assert launch.process.poll() is None
+        time.sleep(0.02)
+    for _ in range(2):
+        launch.process.terminate()
+        time.sleep(0.1)
+    return launch
+
+
+@pytest.mark.usefixtures("stubborn")  # which has its three seconds while other tests run
 def test_launch_tells_a_client_what_it_needs_and_no_more(run, tmp_path):
     port = run("--demo").port
     launch = Launch(tmp_path, "--own", port=port, OPENAI_API_KEY="theirs", ZTOAPI_KEY="theirs")
@@ -6477,17 +6521,14 @@ def test_launch_starts_a_server_where_there_is_none_and_ends_it(tmp_path):
 
 @in_loop
 async def test_a_launch_that_is_ended_leaves_nothing_behind(tmp_path):
-    interrupted, terminated, hung_up, stubborn = (Launch(tmp_path, "wait", *how) for how in ((), (), (), ("stubborn",)))
-    for launch in (stubborn, interrupted, terminated, hung_up):
+    launches = interrupted, terminated, hung_up = [Launch(tmp_path, "wait") for _ in range(3)]
+    for launch in launches:
         await launch.told()
-    for _ in range(2):
-        stubborn.process.terminate()
-        await asyncio.sleep(0.1)
     os.killpg(interrupted.process.pid, signal.SIGINT)  # Ctrl-C is the client's
     terminated.process.terminate()
     hung_up.process.send_signal(signal.SIGHUP)
-    ended = [launch.end() for launch in (interrupted, terminated, hung_up, stubborn)]
-    assert [(status, left) for status, _, left in ended] == [(3, []), (143, []), (129, []), (143, [])]
+    ended = [launch.end() for launch in launches]
+    assert [(status, left) for status, _, left in ended] == [(3, []), (143, []), (129, [])]
 
 
 def answer_all(listener, reply, asked):
@@ -6573,6 +6614,11 @@ qwen --auth-type openai
 """,
         "",
     )
+
+
+def test_a_client_that_does_not_end_is_killed_when_the_launch_ends(stubborn):
+    status, _, left = stubborn.end()
+    assert (status, left) == (143, [])
 
 
 def test_the_banner_ends_with_what_to_do_next():
@@ -6980,7 +7026,8 @@ async def test_the_docs_page_shows_for_each_client_the_lines_that_launch_shows(h
 
 
 @in_loop
-async def test_a_stream_can_be_stopped_and_the_dashboard_counts_it(here, browser):
+async def test_a_stream_can_be_stopped_and_the_dashboard_counts_it(here, browser, monkeypatch):
+    monkeypatch.setattr(ztoapi, "DEMO_PACE", 0.05)
     await browser.open(here + "/docs", "!!$('send')")
     await browser.run("$('try-message').value = 'word '.repeat(500); $('send').click()")
     assert await browser.sees(text_of("answer") + ".length > 20")

@@ -5949,7 +5949,7 @@ async def test_a_client_that_no_longer_reads_loses_its_connection(start, zai, pa
         await response.content.readany()
         response._connection.transport.pause_reading()
         assert await eventually(lambda: not client.server.handler.connections, 5)
-        assert (zai.open, client.app[ztoapi.IN_FLIGHT]) == (0, {})
+        assert await eventually(lambda: (zai.open, client.app[ztoapi.IN_FLIGHT]) == (0, {}))
         response.close()
 
 

@@ -2996,10 +2996,12 @@ def test_a_batch_is_taken_again_until_it_is_written():
     assert list(accounts.take()) == [("b", "2026-11-21", "glm-4.6")]
 
 
-def test_odd_figures_do_not_overflow_a_column():
-    accounts = Accounts(())
-    accounts.count(("a", "2026-11-21", "m"), (1, 0, 10**30, -5, 1))
-    assert accounts.take() == {("a", "2026-11-21", "m"): [1, 0, 2**40, 0, 1]}
+def test_odd_figures_count_as_none_and_do_not_overflow_a_column():
+    usage = {"prompt_tokens": 10**30, "completion_tokens": -5, "prompt_tokens_details": {"cached_tokens": True}}
+    assert ztoapi.zai_usage(usage) == ztoapi.Usage()
+    reader = MessagesReader("m")
+    reader.feed(ztoapi.sse([{"type": "message_delta", "usage": {"input_tokens": 10**30, "output_tokens": 2}}]))
+    assert reader.usage == ztoapi.Usage(0, 2, 2)
 
 
 @pytest.mark.parametrize(("seconds", "wait"), [(59, "1"), (60, None), (89, None), (90, None)])
@@ -4850,6 +4852,22 @@ async def test_a_stopping_server_lets_answers_finish_and_tells_those_that_take_t
     assert parse_frames(told)[-1]["error"]["code"] == "server_stopping"
     assert (refused_one.status, error_of(body)["code"]) == (503, "server_stopping")
     assert await eventually(lambda: zai.open == 0)
+
+
+@in_loop
+async def test_a_stopping_server_closes_idle_connections_while_others_are_answered(client, zai):
+    zai.parts = [FIRST, HANG]
+    asking = asyncio.create_task(ask(client, chat(stream=True)))
+    idle, silent = [await asyncio.open_connection("127.0.0.1", client.port) for _ in range(2)]
+    idle[1].write(GET)
+    assert (await idle[0].readline()).startswith(b"HTTP/1.1 200")
+    assert await eventually(lambda: zai.bodies)
+    client.server.runner.server.pre_shutdown()
+    for reader, writer in (idle, silent):
+        await asyncio.wait_for(reader.read(), 3)
+        writer.close()
+    assert not asking.done()
+    asking.cancel()
 
 
 # ======== Reasoning memory and vision ========

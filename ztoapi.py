@@ -75,7 +75,6 @@ from threading import Thread
 from typing import Any, Literal, NamedTuple, NoReturn, Protocol, TypeAlias, TypeVar, cast, get_args
 from urllib.parse import quote, unquote, urljoin, urlsplit
 from urllib.request import ProxyHandler, build_opener, getproxies, proxy_bypass
-from weakref import WeakSet
 
 import aiohttp
 from aiohttp import web, web_server
@@ -438,7 +437,8 @@ class Redactor:
         # A key may appear as it is, in JSON, in JSON inside JSON, or in a URL.
         forms = {form for word in words for form in (any_escaping(word), re.escape(quote(word, safe="")))}
         secret = sorted(forms, key=len, reverse=True)
-        self.pattern = re.compile("|".join((*secret, r"\bsk-[\w-]{43}\b")))  # the last: a key made by `new_key`
+        # The last is a key made by `new_key`. Each begins with a plain character, so that a search skips to those.
+        self.pattern = re.compile("|".join((*secret, r"sk-[\w-]{43}\b")))
 
     def __call__(self, text: str) -> str:
         return self.pattern.sub("***", text)
@@ -527,9 +527,10 @@ MODELS = {
 
 def aliased(name: str, renamed: Iterable[tuple[str, str]]) -> str:
     """The model that an alias stands for, or the name as it is."""
-    forms = (name.strip().lower(), bare_name(name))
-    named = (target for pattern, target in renamed if any(fnmatchcase(form, pattern.lower()) for form in forms))
-    return next(named, name)
+    for pattern, target in renamed:
+        if any(fnmatchcase(form, pattern.lower()) for form in (name.strip().lower(), bare_name(name))):
+            return target
+    return name
 
 
 def resolve(name: str, renamed: Iterable[tuple[str, str]] = ()) -> Model:
@@ -727,15 +728,17 @@ def as_number(value: Any) -> float | None:
     return value if is_number else None
 
 
-def as_int(value: Any) -> int:
-    return value if isinstance(value, int) and not isinstance(value, bool) else 0
+def as_count(value: Any) -> int:
+    """`value` if it is a natural number that fits into a column of a database, else 0."""
+    return value if type(value) is int and 0 <= value < 2**40 else 0
 
 
 # ======== Internal representation ===================================================================================
-# What a client asks and a model answers, independent of any API.
+# What a client asks and a model answers, independent of any API. Nothing changes these values once they are made;
+# most are not frozen, since making one would take three times as long.
 
 
-@dataclass(slots=True)  # not frozen: that triples the time to make one, and every chunk makes one
+@dataclass(slots=True)
 class Thought:
     """A piece of the model's reasoning."""
 
@@ -751,7 +754,7 @@ class Text:
     choice: int = 0
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class ToolCall:
     """A tool call, or a piece of one: the first has id and name, later ones only more `arguments` (JSON text)."""
 
@@ -762,7 +765,7 @@ class ToolCall:
     choice: int = 0
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Usage:
     """Tokens of one answer; `cached` is part of `prompt`, `reasoning` part of `completion`."""
 
@@ -773,15 +776,15 @@ class Usage:
     reasoning: int = 0
 
     def __add__(self, other: Usage) -> Usage:
-        return Usage(*map(add, COUNTS(self), COUNTS(other)))
+        prompt, completion = self.prompt + other.prompt, self.completion + other.completion
+        total, cached = self.total + other.total, self.cached + other.cached
+        return Usage(prompt, completion, total, cached, self.reasoning + other.reasoning)
 
-
-COUNTS = attrgetter(*(f.name for f in fields(Usage)))
 
 FinishReason = Literal["stop", "length", "tool_calls", "content_filter"]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Finish:
     """The last event of a choice that is complete."""
 
@@ -789,7 +792,7 @@ class Finish:
     choice: int = 0
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Citations:
     """The results of a web search as Z.ai lists them: title, link, content and more."""
 
@@ -800,7 +803,7 @@ class Citations:
 Event = Thought | Text | ToolCall | Citations | Usage | Finish
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Tool:
     """A function the model may call; `parameters` is JSON Schema."""
 
@@ -809,7 +812,7 @@ class Tool:
     parameters: JSON
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Media:
     """An image, video or file for a vision model: `type` is image_url, video_url or file_url."""
 
@@ -817,7 +820,7 @@ class Media:
     url: str
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Message:
     """One message. The assistant's may have `calls` and `thought`; a tool message answers `call_id`."""
 
@@ -840,7 +843,7 @@ class ToolChoice:
 Effort = Literal["off", "on", "low", "medium", "high", "xhigh", "max"]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Prompt:
     """A checked request, independent of the API that it came through. None means that the client did not say."""
 
@@ -867,19 +870,22 @@ class Prompt:
     ignored: tuple[str, ...] = ()  # fields that cannot be honoured
 
 
-def conversation_start(prompt: Prompt) -> list[str]:
+def conversation_start(prompt: Prompt) -> Iterator[str]:
     """What the requests of one conversation have in common: its key, or its system messages and first user message."""
     if prompt.cache_key:
-        return [prompt.cache_key]
+        yield prompt.cache_key
+        return
     first_user = next((message for message in prompt.messages if message.role == "user"), None)
-    return [message_text(message) for message in prompt.messages if message.role == "system" or message is first_user]
+    for message in prompt.messages:
+        if message.role == "system" or message is first_user:
+            yield message_text(message)
 
 
 def message_text(message: Message) -> str:
-    return "\n".join(part for part in message.content if isinstance(part, str))
+    return "\n".join([part for part in message.content if isinstance(part, str)])
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Head:
     """What every chunk of an answer repeats.
 
@@ -1114,7 +1120,7 @@ EFFORT_FIELDS: dict[str, Callable[[Any], Effort | None]] = {
 
 def effort_of(given: JSON) -> Effort | None:
     """The effort that the first of EFFORT_FIELDS asks for."""
-    return next((given[name] for name in EFFORT_FIELDS if given.get(name)), None)
+    return next(filter(None, map(given.get, EFFORT_FIELDS)), None)
 
 
 def serial_calls(given: JSON) -> Iterator[str]:
@@ -1158,8 +1164,7 @@ SAME_IN_PROMPT = frozenset(
 def common_arguments(given: JSON) -> JSON:
     """The arguments of Prompt that every API gives in the same way."""
     same = {name: value for name, value in given.items() if name in SAME_IN_PROMPT}
-    users = (given.get(name) for name in ("user_id", "safety_identifier", "user"))
-    return {**same, "user": next(filter(None, users), "")}
+    return {**same, "user": given.get("user_id") or given.get("safety_identifier") or given.get("user", "")}
 
 
 # ======== Chat completions ==========================================================================================
@@ -1243,7 +1248,7 @@ CHAT_FIELDS: dict[str, Check] = {
 }
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class ChatRequest:
     """What the chat API's answer depends on."""
 
@@ -1527,7 +1532,7 @@ COMPLETION_FIELDS: dict[str, Check] = {
 }
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class CompletionRequest(ChatRequest):
     """What the completions API's answer depends on. `echo` is what every answer begins with."""
 
@@ -1683,7 +1688,7 @@ class History(Protocol):
     def put(self, stored: StoredResponse) -> None: ...
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class ResponsesRequest:
     """What the Responses API's answer depends on. `echo` is what the response repeats of the request."""
 
@@ -1746,9 +1751,10 @@ def previous_items(given: JSON, history: History) -> list[Any]:
 
 def referred_responses(body: JSON) -> list[str]:
     """The ids of the stored responses that a request refers to."""
-    references = [item for item in objects(body.get("input")) if item.get("type") == "item_reference"]
-    ids = [body.get("previous_response_id"), *(response_of(str(item.get("id"))) for item in references)]
-    return list(islice(dict.fromkeys(map(str, filter(None, ids))), MAX_REFERRED))
+    references = (item for item in objects(body.get("input")) if item.get("type") == "item_reference")
+    items = [response_of(str(item.get("id"))) for item in references]
+    previous = [str(body["previous_response_id"])] if body.get("previous_response_id") else []
+    return list(dict.fromkeys(previous + items))[:MAX_REFERRED]
 
 
 def response_of(item_id: str) -> str:
@@ -2321,7 +2327,7 @@ def zai_body(prompt: Prompt, model: Model) -> JSON:
 
     It has only fields that Z.ai knows: an unknown one fails the whole request, without being named (1210).
     """
-    if not model.vision and has_media(prompt):
+    if not model.vision and has_media(*prompt.messages):
         seeing = ", ".join(known.id for known in MODELS.values() if known.vision)
         message = f"{model.id} does not take images, videos or files; these do: {seeing}."
         raise BadRequest(message, "messages", "image_not_supported")
@@ -2460,20 +2466,24 @@ def zai_thinking(prompt: Prompt, messages: Iterable[Message], model: Model) -> J
     return {**fields, "thinking": {**fields.get("thinking", ENABLED["thinking"]), "clear_thinking": clear}}
 
 
-def has_media(prompt: Prompt) -> bool:
-    return any(isinstance(part, Media) for message in prompt.messages for part in message.content)
+def has_media(*messages: Message) -> bool:
+    return any(Media in map(type, message.content) for message in messages)
 
 
 def zai_message(message: Message) -> JSON:
-    body = {"role": message.role, "content": zai_content(message)}
-    calls = [call_body(call) for call in message.calls]
-    more = {"reasoning_content": message.thought, "tool_calls": calls, "tool_call_id": message.call_id}
-    return body | {name: value for name, value in more.items() if value}
+    body: JSON = {"role": message.role, "content": zai_content(message)}
+    if message.thought:
+        body["reasoning_content"] = message.thought
+    if message.calls:
+        body["tool_calls"] = [call_body(call) for call in message.calls]
+    if message.call_id:
+        body["tool_call_id"] = message.call_id
+    return body
 
 
 def zai_content(message: Message) -> str | list[JSON]:
     """Text without media is sent as a string: several models answer 1214 to text parts (BerriAI/litellm#25868)."""
-    if any(isinstance(part, Media) for part in message.content):
+    if has_media(message):
         return [
             {"type": "text", "text": part} if isinstance(part, str) else zai_media(part) for part in message.content
         ]
@@ -2627,11 +2637,11 @@ class SSEDecoder:
 
     def feed(self, part: bytes) -> list[bytes]:
         """The data of every event that this part completes."""
-        lines = part.split(b"\n")
-        self.line.append(lines[0])
-        if len(lines) == 1:
+        if part.find(b"\n") < 0:  # much faster than `in` and split()
+            self.line.append(part)
             return []
-        lines[0] = b"".join(self.line)
+        lines = part.split(b"\n")
+        lines[0] = b"".join([*self.line, lines[0]])
         self.line = [lines.pop()]
         return self.events_in(lines)
 
@@ -2743,7 +2753,7 @@ class ZaiReader:
     def read_head(self, chunk: JSON) -> None:
         if not (self.id and self.created and self.request_id):  # most chunks repeat them
             self.id = self.id or str(chunk.get("id") or "")
-            self.created = self.created or as_int(chunk.get("created"))
+            self.created = self.created or as_count(chunk.get("created"))
             self.request_id = self.request_id or str(chunk.get("request_id") or "")
         if isinstance(usage := chunk.get("usage"), dict):
             self.usage = zai_usage(usage)
@@ -3032,10 +3042,10 @@ def differ(one: str, other: str) -> bool:
 
 
 def zai_usage(usage: JSON) -> Usage:
-    prompt, completion = as_int(usage.get("prompt_tokens")), as_int(usage.get("completion_tokens"))
-    cached = as_int(as_object(usage.get("prompt_tokens_details")).get("cached_tokens"))
-    reasoning = as_int(as_object(usage.get("completion_tokens_details")).get("reasoning_tokens"))
-    total = as_int(usage.get("total_tokens")) or prompt + completion
+    prompt, completion = as_count(usage.get("prompt_tokens")), as_count(usage.get("completion_tokens"))
+    cached = as_count(as_object(usage.get("prompt_tokens_details")).get("cached_tokens"))
+    reasoning = as_count(as_object(usage.get("completion_tokens_details")).get("reasoning_tokens"))
+    total = as_count(usage.get("total_tokens")) or prompt + completion
     return Usage(prompt, completion, total, cached, reasoning)
 
 
@@ -3051,7 +3061,7 @@ def plan_quota(document: JSON) -> JSON:
 
 def plan_limit(limit: JSON) -> JSON:
     unit, number, resets_at = limit.get("unit"), limit.get("number"), as_number(limit.get("nextResetTime"))
-    window = PLAN_WINDOWS.get((as_int(unit), as_int(number))) or f"{number} of unit {unit}"[:20]
+    window = PLAN_WINDOWS.get((as_count(unit), as_count(number))) or f"{number} of unit {unit}"[:20]
     used, allowance = as_number(limit.get("currentValue")), as_number(limit.get("usage"))
     shown = {"window": window, "type": str(limit.get("type"))[:20], "percentage": limit["percentage"]}
     return shown | {"used": used, "allowance": allowance, "resets_at": resets_at / 1000 if resets_at else None}
@@ -3117,7 +3127,7 @@ class MessagesReader(PassThroughReader):
         """Each count is a total so far; no event need have them all."""
         document = as_object(parse_json(data))
         usage = as_object(as_object(document.get("message", document)).get("usage"))
-        self.counts |= {name: count for name, count in usage.items() if as_int(count)}
+        self.counts |= {name: count for name, count in usage.items() if as_count(count)}
         told = self.counts.get
         cached, completion = told("cache_read_input_tokens", 0), told("output_tokens", 0)  # not part of input_tokens
         prompt = told("input_tokens", 0) + told("cache_creation_input_tokens", 0) + cached
@@ -3226,7 +3236,7 @@ def hash_key(key: str) -> str:
 
 
 def day_of(now: float) -> date:
-    return datetime.fromtimestamp(now, timezone.utc).date()
+    return date(1970, 1, 1) + timedelta(seconds=now)
 
 
 # The pattern of each limit, and its description.
@@ -3272,8 +3282,6 @@ def parse_key_name(name: Any) -> str:
 class Accounts:
     """The keys that are known, and what they used: what the database last said, and what was counted here since."""
 
-    MAX_TOKENS = 2**40  # in one request: a wrong number must not overflow a column
-
     def __init__(self, operator_keys: Iterable[str]) -> None:
         self.operators = {hash_key(key): Account(hash_key(key), OPERATOR) for key in operator_keys}
         self.named: dict[str, Account] = {}  # by id
@@ -3314,9 +3322,7 @@ class Accounts:
         asked.append(seconds)
 
     def count(self, key: tuple[str, str, str], figures: Iterable[int]) -> None:
-        row = self.counted.setdefault(key, [0, 0, 0, 0, 0])
-        for i, figure in enumerate(figures):
-            row[i] += min(max(figure, 0), self.MAX_TOKENS)
+        self.counted[key] = list(map(add, self.counted.get(key, (0, 0, 0, 0, 0)), figures))
 
     def take(self) -> Counts:
         """The batch to write: the same one until `written` confirms it."""
@@ -4157,7 +4163,7 @@ class Upstream:
         """The request for each model to ask: the one named, then the fallbacks that can take the prompt."""
         names = (prompt.model, *(self.settings.fallback_models if prompt.fallbacks is None else prompt.fallbacks))
         model, *others = (resolve(name, self.settings.model_aliases) for name in names)
-        if has_media(prompt):
+        if has_media(*prompt.messages):
             model = self.with_vision(model)
         for asked in (model, *others[: len(prompt.fallbacks or ())]):
             account.check_model(asked)
@@ -4561,7 +4567,7 @@ class Record:
     stopped: bool = False  # cancelled because the server stops
     first: float | None = None
     torn: int = 0  # frames that Z.ai tore
-    usage: Usage = Usage()
+    usage: Usage = field(default_factory=Usage)
     left_out: str = ""  # tools that Z.ai does not have
 
     def note(self, events: list[Event]) -> None:
@@ -4715,7 +4721,6 @@ OpenResponse: TypeAlias = "SSEResponse | PassThroughResponse"
 SETTINGS = web.AppKey("settings", Settings)
 REDACT = web.AppKey("redact", Redactor)
 IN_FLIGHT: web.AppKey[dict[Any, web.Request]] = web.AppKey("in_flight", dict)  # by the task that answers it
-CONNECTIONS: web.AppKey[Any] = web.AppKey("connections", WeakSet)  # of transports
 CLOCK = web.AppKey("clock", Clock)
 STATISTICS = web.AppKey("statistics", Statistics)
 ACCOUNTS = web.AppKey("accounts", Accounts)
@@ -4726,7 +4731,6 @@ PLANS = web.AppKey("plans", PlanQuotas)
 ACCOUNT = web.RequestKey("account", Account)
 RECORD = web.RequestKey("record", Record)
 STREAM: web.RequestKey[OpenResponse] = web.RequestKey("stream")  # the answer, once it may have begun
-ERROR_BODY: web.RequestKey[Callable[[ProxyError], JSON]] = web.RequestKey("error_body")
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
@@ -4855,7 +4859,7 @@ async def parse_request_of(surface: Surface, request: web.Request) -> tuple[Prom
         await history.load(response_id)
     prompt, asked = await unhurried(request, surface, body, history)
     record.model = model_shown(request, prompt.model)
-    record.left_out = ",".join(header_word(name) for name in prompt.ignored if name.startswith("tools."))[:DETAIL_LIMIT]
+    record.left_out = ",".join([header_word(name) for name in prompt.ignored if name[:6] == "tools."])[:DETAIL_LIMIT]
     return with_defaults(prompt, request.app[SETTINGS], request.headers.get("Accept", "")), asked
 
 
@@ -5310,7 +5314,7 @@ class PassThroughResponse:
     async def fail(self, error: ProxyError) -> None:
         """A stream of events gets one more, an error; any other answer can only be cut off."""
         if "text/event-stream" in self.response.headers.get("Content-Type", ""):
-            await self.response.write(sse([{"type": "error", **self.request[ERROR_BODY](error)}]))
+            await self.response.write(sse([{"type": "error", **error_document(self.request, error)}]))
         elif self.request.transport:
             self.request.transport.close()
 
@@ -5372,9 +5376,12 @@ def is_local(request: web.Request) -> bool:
     return is_here and all(is_loopback(host_name(host)) for host in request.headers.getall("Host", []))
 
 
+PORT_SUFFIX = re.compile(r":\d*$")
+
+
 def host_name(host: str) -> str:
     """The name in "name:port" or "[::1]:port"."""
-    return re.sub(r":\d*$", "", host)
+    return PORT_SUFFIX.sub("", host)
 
 
 def is_allowed_origin(origin: str, settings: Settings) -> bool:
@@ -5415,10 +5422,8 @@ async def add_headers(request: web.Request, response: web.StreamResponse) -> Non
 @web.middleware
 async def log_requests(request: web.Request, handler: Handler) -> web.StreamResponse:
     """Runs around all else: gives every request its record, and every answer its line in the log and the statistics."""
-    request[ERROR_BODY] = anthropic_error_body if speaks_anthropic(request) else error_body
     record = request[RECORD] = Record(request.method, printable(request.path), time.monotonic(), secrets.token_hex(12))
     in_flight, task = request.app[IN_FLIGHT], asyncio.current_task()
-    request.app[CONNECTIONS].add(request.transport)
     REQUEST_ID.set(record.id[:8])
     in_flight[task] = request
     try:
@@ -5450,8 +5455,10 @@ def count_request(request: web.Request, now: float) -> None:
         app[ACCOUNTS].count((request[ACCOUNT].id, day_of(time.time()).isoformat(), model), figures)
 
 
-def speaks_anthropic(request: web.Request) -> bool:
-    return "anthropic-version" in request.headers or request.path.rstrip("/").endswith(("/messages", "/count_tokens"))
+def error_document(request: web.Request, error: ProxyError) -> JSON:
+    """The error in the shape of the API that the client speaks."""
+    is_anthropic = request.path.rstrip("/").endswith(("/messages", "/count_tokens"))
+    return (anthropic_error_body if is_anthropic or "anthropic-version" in request.headers else error_body)(error)
 
 
 async def catch_errors(request: web.Request, handler: Handler) -> web.StreamResponse:
@@ -5505,17 +5512,15 @@ async def error_response(request: web.Request, error: ProxyError) -> web.StreamR
     headers = error_headers(error)
     if error.kind.status == 402 and request.path.rstrip("/").endswith("/responses"):
         headers.pop("Retry-After", None)  # Codex would silently wait until then
-    return json_response(request[ERROR_BODY](error), error.kind.status, headers)
+    return json_response(error_document(request, error), error.kind.status, headers)
 
 
 SHUTDOWN_GRACE = 30  # seconds that answers in flight have to finish
 
 
 async def drain(app: web.Application) -> None:
-    """Before the server stops: close idle connections, let answers in flight finish for a while, then end them too."""
+    """Before the server stops: let answers in flight finish for a while, then end them too."""
     in_flight = app[IN_FLIGHT]
-    for idle in set(app[CONNECTIONS]) - {request.transport for request in in_flight.values()}:
-        idle.close()
     if in_flight:
         LOG.info("stopping: %d answers in flight have %d s to finish", len(in_flight), SHUTDOWN_GRACE)
     for seconds in (SHUTDOWN_GRACE, 2):
@@ -5572,6 +5577,12 @@ class ClientConnection(RequestHandler):
     def connection_lost(self, exc: BaseException | None) -> None:
         super().connection_lost(exc)
         self.timer.cancel()
+
+    def close(self) -> None:
+        """When the server stops: aiohttp would leave an idle connection open until all answers are finished."""
+        if self.is_idle:
+            self.client.close()
+        super().close()
 
     @property
     def is_idle(self) -> bool:
@@ -5684,7 +5695,7 @@ def create_app(settings: Settings | None = None) -> web.Application:
     app = web.Application(middlewares=[log_requests, local_only], client_max_size=limit, handler_args=how)
     app[SETTINGS], app[REDACT] = settings, redactor(settings)
     app[CLOCK] = Clock()
-    app[IN_FLIGHT], app[CONNECTIONS] = {}, WeakSet()
+    app[IN_FLIGHT] = {}
     app[STATISTICS] = Statistics(time.monotonic())
     app[ACCOUNTS], app[DATABASE] = Accounts(settings.default_key), database
     app.on_response_prepare.append(add_headers)

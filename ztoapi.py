@@ -868,6 +868,7 @@ class Prompt:
     native: JSON = field(default_factory=dict)  # Z.ai's own parameters, passed on
     cache_key: str = ""  # the client's own name for the conversation
     ignored: tuple[str, ...] = ()  # fields that cannot be honoured
+    size: int = 0  # bytes of JSON that it was read from, if these are many
 
 
 def conversation_start(prompt: Prompt) -> Iterator[str]:
@@ -1851,21 +1852,24 @@ def as_chat_part(part: Any) -> Any:
 
 def merge_assistant_turns(messages: Iterable[Message]) -> tuple[Message, ...]:
     """The conversation with the assistant's reasoning, text and calls of one turn in one message."""
-    turns: list[Message] = []
+    turns: list[list[Message]] = []
+    reached = 0  # in the last turn: 0 only reasoning, 1 text, 2 calls, which come in this order
     for message in messages:
-        turns.append(merged(turns.pop(), message) if turns and continues_turn(turns[-1], message) else message)
-    return tuple(turns)
+        begins_at = 0 if message.thought else 1 if message.content else 2
+        if not turns or turns[-1][0].role != "assistant" or message.role != "assistant" or begins_at < reached:
+            turns.append([])
+            reached = 0
+        turns[-1].append(message)
+        reached = 2 if message.calls else 1 if message.content else reached
+    return tuple(map(merged, turns))
 
 
-def continues_turn(before: Message, after: Message) -> bool:
-    """Whether both are of one turn of the assistant, in which reasoning comes first, then text, then calls."""
-    in_order = not (after.content and before.calls) and not (after.thought and (before.content or before.calls))
-    return before.role == after.role == "assistant" and in_order
-
-
-def merged(before: Message, after: Message) -> Message:
-    content, calls = before.content + after.content, before.calls + after.calls
-    return replace(before, content=content, thought=before.thought + after.thought, calls=calls)
+def merged(turn: list[Message]) -> Message:
+    first, *others = turn
+    if not others:
+        return first
+    content, calls = ([*chain.from_iterable(map(attrgetter(name), turn))] for name in ("content", "calls"))
+    return replace(first, content=(*content,), thought="".join(part.thought for part in turn), calls=(*calls,))
 
 
 def encode_reasoning(thought: str) -> str:
@@ -2140,11 +2144,11 @@ def response_usage(usage: Usage) -> JSON:
 # Anthropic's API, which Z.ai serves itself; only what Z.ai takes differently is here.
 
 
-def messages_body(body: JSON, model: str) -> JSON:
+def messages_request(body: JSON, model: str) -> bytes:
     """The request as Z.ai takes it: it answers 422 to messages of role system (zai-org/GLM-5#74)."""
     turns = body.get("messages")
     changed = {"messages": with_reminders(turns)} if isinstance(turns, list) else {}
-    return {**body, "model": model, **changed}
+    return encode_request({**body, "model": model, **changed})
 
 
 def with_reminders(turns: list[Any]) -> list[Any]:
@@ -2183,6 +2187,7 @@ def shows_image(body: JSON) -> bool:
 
 # Turns the events of a streamed answer into frames. A frame is a dict, or a text to be sent as it is.
 Encoder = ChatEncoder | ResponseEncoder
+MAX_WRITE = 2**20  # characters
 # How a request is answered: streamed by `encoder`, whole by `document`. It does not keep the prompt.
 SurfaceRequest = ChatRequest | CompletionRequest | ResponsesRequest
 Surface = Callable[[JSON, History], tuple[Prompt, SurfaceRequest]]
@@ -2195,12 +2200,20 @@ SURFACES: dict[str, Surface] = {
 }
 
 
-def sse(frames: Iterable[JSON | str]) -> bytes:
-    """Frames as bytes, each `data: …` and a blank line. A frame with a `type` also gets that as its event name."""
-    return escaped("".join([sse_frame(frame) for frame in frames]))
+def sse(frames: Iterable[JSON | str]) -> Iterator[bytes]:
+    """Frames as bytes, all together unless they are large."""
+    texts = []
+    for frame in frames:
+        texts.append(sse_frame(frame))
+        if len(texts[-1]) > MAX_WRITE:
+            yield escaped("".join(texts))
+            texts = []
+    if texts:
+        yield escaped("".join(texts))
 
 
 def sse_frame(frame: JSON | str) -> str:
+    """`data: …` and a blank line. A frame with a `type` also gets that as its event name."""
     if isinstance(frame, str):
         return f"data: {frame}\n\n"
     name = f"event: {frame['type']}\n" if "type" in frame else ""
@@ -2322,15 +2335,22 @@ def client_examples() -> list[JSON]:
 # ======== Z.ai: request =============================================================================================
 
 
-def zai_body(prompt: Prompt, model: Model) -> JSON:
-    """The request as Z.ai takes it. Raises BadRequest when this model cannot take the prompt.
-
-    It has only fields that Z.ai knows: an unknown one fails the whole request, without being named (1210).
-    """
-    if not model.vision and has_media(*prompt.messages):
+def check_vision(model: Model) -> None:
+    """Raises BadRequest when the model takes no images."""
+    if not model.vision:
         seeing = ", ".join(known.id for known in MODELS.values() if known.vision)
         message = f"{model.id} does not take images, videos or files; these do: {seeing}."
         raise BadRequest(message, "messages", "image_not_supported")
+
+
+def zai_request(prompt: Prompt, model: Model) -> tuple[JSON, bytes]:
+    """The request as Z.ai takes it, also encoded. Raises BadRequest when there is none for this prompt."""
+    body = zai_body(prompt, model)
+    return body, encode_request(body)
+
+
+def zai_body(prompt: Prompt, model: Model) -> JSON:
+    """It has only fields that Z.ai knows: an unknown one fails the whole request, without being named (1210)."""
     tools, messages = offered_tools(prompt), sendable(prompt.messages)
     body = {
         "model": model.id,
@@ -2510,6 +2530,7 @@ class RefInliner:
 
     MAX_NODES, MAX_DEPTH = 2_000, 100  # objects and arrays in the result; nested
     DATA = ("const", "enum", "default", "examples")  # hold values, not schemas
+    MAPS = ("properties", "patternProperties", "dependentSchemas", "$defs", "definitions")  # hold schemas by any name
     PLACES = ("$defs", "definitions")  # of definitions
 
     def __init__(self, schema: JSON) -> None:
@@ -2540,12 +2561,17 @@ class RefInliner:
             case {"$ref": str(ref)}:
                 self.has_refs = True
                 return part
-            case dict():  # a property may have the name $schema
-                kept = {name: value for name, value in part.items() if name != "$schema" or isinstance(value, dict)}
-                schemas = {name: self.inline(kept[name], seen, depth + 1) for name in kept if name not in self.DATA}
-                return without_null(kept | schemas)
+            case dict():
+                names = [name for name in part if name != "$schema"]
+                return without_null({name: self.inline_at(name, part[name], seen, depth + 1) for name in names})
             case _:
                 return [self.inline(value, seen, depth + 1) for value in part]
+
+    def inline_at(self, name: str, part: Any, seen: tuple[str, ...], depth: int) -> Any:
+        """`part` of a schema with its references replaced, if it holds schemas under this name."""
+        if name in self.MAPS and isinstance(part, dict):
+            return {key: self.inline(schema, seen, depth) for key, schema in part.items()}
+        return part if name in self.DATA else self.inline(part, seen, depth)
 
 
 def without_null(schema: JSON) -> JSON:
@@ -2668,6 +2694,13 @@ MAX_HELD = 64 * 2**20  # bytes
 ENDLESS = "Z.ai's answer is too large: try again."
 
 
+def parse_answer(data: bytes) -> Any:
+    """What Z.ai sent, as parse_json does. Raises UpstreamError for JSON that would take too long to decode."""
+    if len(data) > 2 * MAX_VALUES and too_many_values(data):
+        raise UpstreamError(UNAVAILABLE, ENDLESS)
+    return parse_json(data)
+
+
 class ZaiReader:
     """Reads Z.ai's bytes, cut anywhere, into events; a whole JSON answer gives the same events as a stream of chunks.
 
@@ -2716,7 +2749,7 @@ class ZaiReader:
         self.raw = None
         if self.done:
             return ()
-        if isinstance(document := parse_json(data), dict):
+        if isinstance(document := parse_answer(data), dict):
             return self.read_chunk(document)
         if data.strip() == b"[DONE]":
             return () if self.finish is None else self.end()
@@ -2731,7 +2764,7 @@ class ZaiReader:
             raise UpstreamError(UNAVAILABLE, "Z.ai sent an answer that is unreadable: try again.", excerpt(data))
 
     def read_document(self, data: bytes) -> Iterator[Event]:
-        document = parse_json(data)
+        document = parse_answer(data)
         if not isinstance(document, dict):
             raise zai_error(200, data)
         yield from self.read_chunk(document)
@@ -3089,7 +3122,7 @@ class MessagesReader(PassThroughReader):
     def __init__(self, model: str) -> None:
         self.model = model
         self.decoder = SSEDecoder()
-        self.held: bytes | None = b""  # all so far, until the first event shows that this is a stream
+        self.held: bytearray | None = bytearray()  # all so far, until the first event shows that this is a stream
         self.counts: dict[str, int] = {}
 
     def feed(self, part: bytes) -> bytes:
@@ -3103,17 +3136,17 @@ class MessagesReader(PassThroughReader):
         return next((self.release(event) for event in events if b'"ping"' not in event), b"")
 
     def close(self) -> bytes:
-        return b"" if self.held is None else self.release(self.held)
+        return b"" if self.held is None else self.release(bytes(self.held))
 
     def release(self, data: bytes) -> bytes:
         """All held bytes, with `data` renamed: message_start or a whole answer."""
-        whole, self.held = self.held or b"", None
+        whole, self.held = bytes(self.held or b""), None
         self.read_usage(data)
         return whole.replace(data, self.renamed(data), 1)
 
     def renamed(self, data: bytes) -> bytes:
         """Raises UpstreamError when the answer is an error, or not JSON."""
-        match parse_json(data):
+        match parse_answer(data):
             case {"error": {}} | {"success": False} | None:
                 raise zai_error(200, data)
             case {"message": {"model": _} as message, **others}:
@@ -3125,7 +3158,7 @@ class MessagesReader(PassThroughReader):
 
     def read_usage(self, data: bytes) -> None:
         """Each count is a total so far; no event need have them all."""
-        document = as_object(parse_json(data))
+        document = as_object(parse_answer(data))
         usage = as_object(as_object(document.get("message", document)).get("usage"))
         self.counts |= {name: count for name, count in usage.items() if as_count(count)}
         told = self.counts.get
@@ -3145,14 +3178,14 @@ class UsageReader(PassThroughReader):
     """A whole answer that has its usage."""
 
     def __init__(self) -> None:
-        self.held = b""
+        self.held = bytearray()
 
     def feed(self, part: bytes) -> bytes:
         self.held += part
         return b""
 
     def close(self) -> bytes:
-        data, self.held = self.held, b""
+        data, self.held = bytes(self.held), bytearray()
         self.usage = zai_usage(as_object(as_object(parse_json(data)).get("usage"))) if data else self.usage
         return data
 
@@ -3669,9 +3702,22 @@ def trace(what: str, data: bytes | object) -> None:
         LOG.debug("%s %s %s", REQUEST_ID.get(), what, words)
 
 
+R = TypeVar("R")
+LARGE = 2**20  # bytes
+LARGE_WORK = ThreadPoolExecutor(1, "large")  # several threads would only keep each other, and the loop, waiting
+
+
+async def unhurried(size: int, work: Callable[..., R], *arguments: Any) -> R:
+    """Do the work on what has this many bytes; if they are many, in a thread, so that other requests go on."""
+    if size < LARGE:
+        return work(*arguments)
+    return await asyncio.get_running_loop().run_in_executor(LARGE_WORK, work, *arguments)
+
+
 FINISH_TIMEOUT = 2  # seconds to wait for usage and [DONE] after the finish
 BROKEN_BODY = "The request body could not be read: it broke off, or its encoding is broken."
 CONNECT_TIMEOUT = 10  # seconds, including DNS and TLS
+MAX_DURATION = 6 * 3600  # seconds; the longest answers take little more than one hour
 ERROR_BODY_LIMIT = 65536  # bytes of a refusal that are read
 ERROR_BODY_TIMEOUT = 5  # seconds
 GET_TIMEOUT = 5
@@ -3782,7 +3828,7 @@ class ByteStream:
         self.reading = True
         try:
             return await self.response.content.readany()
-        except aiohttp.ClientError as error:
+        except (aiohttp.ClientError, asyncio.TimeoutError) as error:
             raise self.with_request_id(connection_error(error)) from error
         finally:
             self.reading = False
@@ -3851,11 +3897,13 @@ class EventStream(LookAhead):
     async def next_batch(self) -> list[Event]:
         """The events of the next part that has any."""
         events: list[Event] = []
+        size = 0
         while not events and not self.reader.done:
             if self.error:
                 raise self.error
             part = await (self.source.read() if self.reader.finish is None else self.read_rest())
-            events = list(self.events_in(part))
+            size += len(part)
+            events = await unhurried(size, list, self.events_in(part))
             if events:
                 trace("received", events)
         return events
@@ -3925,7 +3973,7 @@ class ZaiClient:
         how = {"method": "POST", "proxy": self.proxy(url), "allow_redirects": False, **how}
         try:
             response = await owner.enter_async_context(self.session.request(url=url, headers=headers, data=data, **how))
-        except (aiohttp.ClientError, ValueError) as error:
+        except (aiohttp.ClientError, asyncio.TimeoutError, ValueError) as error:
             if isinstance(error.__cause__, web.RequestPayloadError):
                 raise BadRequest(BROKEN_BODY) from error
             raise connection_error(error) from error
@@ -3973,8 +4021,8 @@ def environment_proxy(origin: str) -> str | None:
 
 
 def new_session(settings: Settings) -> aiohttp.ClientSession:
-    # No limit on the whole: an answer may take long. sock_read is the longest silence.
-    timeout = aiohttp.ClientTimeout(total=None, connect=CONNECT_TIMEOUT, sock_read=settings.upstream_timeout)
+    # sock_read is the longest silence; `total` ends what is never silent, endless 1xx answers for example.
+    timeout = aiohttp.ClientTimeout(MAX_DURATION, connect=CONNECT_TIMEOUT, sock_read=settings.upstream_timeout)
     connector, cookies = aiohttp.TCPConnector(limit=0), aiohttp.DummyCookieJar()
     # Z.ai writes errors in English for those who ask; a compressed stream would wait in buffers.
     headers = {"User-Agent": f"ztoapi/{__version__}", "Accept-Language": "en-US,en", "Accept-Encoding": "identity"}
@@ -4095,9 +4143,7 @@ class ReasoningRecorder:
                 self.remember(self.choices[event.choice].message)
 
 
-R = TypeVar("R")
 Attempt = Callable[[ZaiKey, AsyncExitStack], Awaitable[R]]  # asks with a key; what it returns has begun well
-Bodies = list[tuple[Model, JSON]]  # the models to ask, one after the other, and what to send for each
 
 
 class Upstream:
@@ -4118,22 +4164,22 @@ class Upstream:
         Raises BadRequest when the model cannot take the prompt, and ProxyError when the account may not use it or no
         model answers.
         """
-        caller = self.caller(account.id, conversation_start(prompt))
-        prompt = self.with_memory(prompt, account.id)
-        bodies = [self.bodies(choice_prompt(prompt, choice), account) for choice in range(prompt.n)]
+        models = self.models(prompt, account)
+        caller, prompt = await unhurried(prompt.size, self.prepared, prompt, account.id)
         async with self.account_slot(account), AsyncExitStack() as owner:
             if prompt.n == 1:
-                stream = await self.with_fallbacks(bodies.pop(), caller, owner)
+                stream = await self.with_fallbacks(prompt, models, caller, owner)
                 stream.listener = self.recorder(prompt, account.id)
                 del prompt  # long, and sent
                 yield stream
                 await stream.finish()
             else:
-                merged = MergedStream([partial(self.with_fallbacks, choice, caller) for choice in bodies])
+                choices = [choice_prompt(prompt, choice) for choice in range(prompt.n)]
+                merged = MergedStream([partial(self.with_fallbacks, choice, models, caller) for choice in choices])
                 owner.push_async_callback(merged.close)
                 await merged.begin()
                 merged.listener = self.recorder(prompt, account.id)
-                del prompt, bodies
+                del prompt, choices
                 yield merged
 
     def account_slot(self, account: Account) -> asyncio.Semaphore | nullcontext[None]:
@@ -4142,12 +4188,14 @@ class Upstream:
             return nullcontext()
         return self.account_slots.setdefault((account.id, account.parallel), asyncio.Semaphore(account.parallel))
 
-    def with_memory(self, prompt: Prompt, account: str) -> Prompt:
-        """The prompt with the reasoning that its client dropped."""
+    def prepared(self, prompt: Prompt, account: str) -> tuple[Caller, Prompt]:
+        """Whose prompt it is, and the prompt with the reasoning that its client dropped."""
+        caller = self.caller(account, conversation_start(prompt))
         if not self.memory.thoughts:
-            return prompt
+            return caller, prompt
         start = 0 if self.settings.reasoning_memory == "all" else turn_start(prompt.messages)
-        return replace(prompt, messages=with_reasoning(prompt.messages, start, partial(self.memory.get, account)))
+        messages = with_reasoning(prompt.messages, start, partial(self.memory.get, account))
+        return caller, replace(prompt, messages=messages)
 
     def recorder(self, prompt: Prompt, account: str) -> Callable[[list[Event]], None] | None:
         """What records an answer's reasoning, if wanted; without tools a turn has only one answer."""
@@ -4159,38 +4207,38 @@ class Upstream:
         name = self.settings.vision_model
         return resolve(name, self.settings.model_aliases) if name and not model.vision else model
 
-    def bodies(self, prompt: Prompt, account: Account) -> Bodies:
-        """The request for each model to ask: the one named, then the fallbacks that can take the prompt."""
+    def models(self, prompt: Prompt, account: Account) -> list[Model]:
+        """The models to ask, one after the other: the one named, then the fallbacks that can take the prompt."""
         names = (prompt.model, *(self.settings.fallback_models if prompt.fallbacks is None else prompt.fallbacks))
         model, *others = (resolve(name, self.settings.model_aliases) for name in names)
-        if has_media(*prompt.messages):
-            model = self.with_vision(model)
+        shows_media = has_media(*prompt.messages)
+        model = self.with_vision(model) if shows_media else model
         for asked in (model, *others[: len(prompt.fallbacks or ())]):
             account.check_model(asked)
-        bodies = [(model, zai_body(prompt, model))]
-        for other in filter(account.allows, others):
-            with suppress(BadRequest):
-                bodies.append((other, zai_body(prompt, other)))
-        return bodies
+        if shows_media:
+            check_vision(model)
+        return [model, *(other for other in filter(account.allows, others) if other.vision or not shows_media)]
 
     def caller(self, account: str, beginning: Iterable[str]) -> Caller:
         """The conversation matters only where there are keys to choose from."""
         return Caller(account, digest(account, *beginning) if len(self.keys.keys) > 1 else "")
 
-    async def with_fallbacks(self, bodies: Bodies, caller: Caller, owner: AsyncExitStack) -> EventStream:
+    async def with_fallbacks(
+        self, prompt: Prompt, models: list[Model], caller: Caller, owner: AsyncExitStack
+    ) -> EventStream:
         """Ask one model after the other; raises the last one's error."""
-        (model, body), *others = bodies
+        model, *others = models
         try:
-            return await self.with_retries(Target(model.id), caller, partial(self.ask, model, body), owner)
+            return await self.with_retries(Target(model.id), caller, partial(self.ask, prompt, model), owner)
         except UpstreamError as error:
             if not others or error.kind not in FALLBACK_ERRORS:
                 raise
         self.recoveries["fallbacks"] += 1
-        return await self.with_fallbacks(others, caller, owner)
+        return await self.with_fallbacks(prompt, others, caller, owner)
 
-    async def ask(self, model: Model, body: JSON, key: ZaiKey, owner: AsyncExitStack) -> EventStream:
-        """Encodes the body only now, for many may wait their turn; raises BadRequest when it cannot be encoded."""
-        data = encode_request(body)
+    async def ask(self, prompt: Prompt, model: Model, key: ZaiKey, owner: AsyncExitStack) -> EventStream:
+        """Makes the request only now, for many may wait their turn; raises BadRequest when it cannot be made."""
+        body, data = await unhurried(prompt.size, zai_request, prompt, model)
         trace("sent", data)
         url = key.base_url + "/chat/completions"
         stream = EventStream(await self.client.send(url, key, owner, data=data), ZaiReader(model, body))
@@ -4382,10 +4430,15 @@ class Database:
         self.thread = ThreadPoolExecutor(1, "database")
         self.driver: Any = None  # a DB-API module
         self.connection: Any = None
-        self.writer, self.batch = secrets.token_hex(8), 1
+        self.batch = 1
         self.unsaved: dict[str, Stored] = {}  # responses by id
         self.lock = asyncio.Lock()  # one batch at a time
         self.complained_at = -math.inf
+
+    @cached_property
+    def writer(self) -> str:
+        """This process in `ztoapi_writers`; not known before it writes, for a process manager may fork."""
+        return secrets.token_hex(8)
 
     @property
     def exists(self) -> bool:
@@ -4442,8 +4495,9 @@ class Database:
         self.unsaved[response_id] = (account_id, body)
         size = sum(len(text) for _, text in self.unsaved.values())
         while len(self.unsaved) > self.MAX_UNSAVED or size > self.MAX_UNSAVED_SIZE:
-            _, oldest = self.unsaved.pop(next(iter(self.unsaved)))
-            size -= len(oldest)
+            # A deleted one stays longest: the database may still have it.
+            oldest = next((name for name, (_, text) in self.unsaved.items() if text), response_id)
+            size -= len(self.unsaved.pop(oldest)[1])
 
     async def find_response(self, response_id: str, account_id: str) -> str:
         """The body; "" if this account has none of this id. Raises DatabaseError."""
@@ -4697,14 +4751,19 @@ class Statistics:
 class ClientHistory:
     """The stored responses of one client key. Those that a request refers to are loaded before it is parsed."""
 
+    MAX_SIZE = MAX_HELD  # characters; what is beyond is as if it were not stored
+
     def __init__(self, database: Database, owner: str) -> None:
         self.database, self.owner = database, owner
         self.loaded: dict[str, StoredResponse] = {}
+        self.size = 0  # characters of what was found
 
     async def load(self, response_id: str) -> None:
         """Raises DatabaseError."""
-        if body := await self.database.find_response(response_id, self.owner):
-            self.loaded[response_id] = StoredResponse(**json.loads(body))
+        body = await self.database.find_response(response_id, self.owner) if self.size <= self.MAX_SIZE else ""
+        self.size += len(body)
+        if body and self.size <= self.MAX_SIZE:
+            self.loaded[response_id] = StoredResponse(**await unhurried(len(body), json.loads, body))
 
     def get(self, response_id: str) -> StoredResponse | None:
         return self.loaded.get(response_id)
@@ -4792,9 +4851,11 @@ class SSEResponse:
         await self.response.write_eof()
 
     async def send(self, frames: Iterable[JSON | str]) -> None:
-        if data := sse(frames):
+        for data in sse(frames):
             trace("answered", data)
             await self.write(data)
+            if len(data) > MAX_WRITE:
+                await asyncio.sleep(0)  # writing need not wait for anything
 
     async def write(self, data: bytes) -> None:
         self.timer.reset()
@@ -4842,6 +4903,7 @@ async def answer(surface: Surface, request: web.Request) -> web.StreamResponse:
         async with opened as stream:
             whole = await collect(View(stream, record, form))
             document = asked.document(head_of(stream.info, model, record), whole)
+            await asyncio.sleep(0)  # others go on between two steps that may be long
             return json_response(document, headers=headers | info_headers(stream.info))
     response = request[STREAM] = SSEResponse(request, asked, model)
     with response.kept_alive():
@@ -4857,9 +4919,11 @@ async def parse_request_of(surface: Surface, request: web.Request) -> tuple[Prom
     body = await read_json(request)
     for response_id in referred_responses(body):
         await history.load(response_id)
-    prompt, asked = await unhurried(request, surface, body, history)
+    size = request.content.total_bytes + history.size
+    prompt, asked = await unhurried(size, surface, body, history)
     record.model = model_shown(request, prompt.model)
     record.left_out = ",".join([header_word(name) for name in prompt.ignored if name[:6] == "tools."])[:DETAIL_LIMIT]
+    prompt = replace(prompt, size=size) if size >= LARGE else prompt
     return with_defaults(prompt, request.app[SETTINGS], request.headers.get("Accept", "")), asked
 
 
@@ -4894,16 +4958,9 @@ async def read_json(request: web.Request) -> JSON:
 async def decode_body(request: web.Request, body: bytes) -> JSON:
     trace(f"asked {request.path}", body)
     try:
-        return await unhurried(request, parse_request, body)
+        return await unhurried(len(body), parse_request, body)
     except (ValueError, RecursionError) as error:
         raise BadRequest(f"The request body is not a JSON object: {error}.") from None
-
-
-async def unhurried(request: web.Request, work: Callable[..., R], *arguments: Any) -> R:
-    """Do the work of a large request in a thread, so that the others go on."""
-    if request.content.total_bytes < 2**20:
-        return work(*arguments)
-    return await asyncio.to_thread(work, *arguments)
 
 
 async def read_body(request: web.Request) -> bytes:
@@ -5170,13 +5227,14 @@ async def messages(request: web.Request) -> web.StreamResponse:
         model = upstream.with_vision(model)
     request[ACCOUNT].check_model(model)
     headers = {"Content-Type": "application/json", **sent_headers(request, "anthropic-version", "anthropic-beta")}
-    how = {"data": encode_request(messages_body(body, model.id)), "headers": headers, "params": request.query}
+    how, size = {"headers": headers, "params": request.query}, request.content.total_bytes
     beginning = (to_json(part) for part in (body.get("system"), first_object(body.get("messages"))))
-    caller = upstream.caller(request[ACCOUNT].id, beginning)
+    caller = await unhurried(size, upstream.caller, request[ACCOUNT].id, beginning)
 
     async def attempt(key: ZaiKey, owner: AsyncExitStack) -> PassThroughResponse:
         url = f"{key.anthropic_url}/v1/{request.match_info['what']}"
-        stream = await upstream.client.send(url, key, owner, **how)
+        data = await unhurried(size, messages_request, body, model.id)
+        stream = await upstream.client.send(url, key, owner, data=data, **how)
         response = PassThroughResponse(request, stream, MessagesReader(given["model"]))
         response.response.headers["x-ztoapi-model"] = header_word(model.id)
         await response.begin()
@@ -5295,10 +5353,11 @@ class PassThroughResponse:
         """The next bytes that may go on, none at the end."""
         data, held = b"", 0
         while not data and (part := await self.stream.read()):
-            data, held = self.reader.feed(part), held + len(part)
+            held += len(part)
             if held > MAX_HELD:
                 raise UpstreamError(UNAVAILABLE, ENDLESS)
-        data = data or self.reader.close()
+            data = await unhurried(held, self.reader.feed, part)
+        data = data or await unhurried(held, self.reader.close)
         self.request[RECORD].usage = self.reader.usage
         return data
 
@@ -5314,7 +5373,8 @@ class PassThroughResponse:
     async def fail(self, error: ProxyError) -> None:
         """A stream of events gets one more, an error; any other answer can only be cut off."""
         if "text/event-stream" in self.response.headers.get("Content-Type", ""):
-            await self.response.write(sse([{"type": "error", **error_document(self.request, error)}]))
+            for data in sse([{"type": "error", **error_document(self.request, error)}]):
+                await self.response.write(data)
         elif self.request.transport:
             self.request.transport.close()
 
@@ -5536,7 +5596,8 @@ async def drain(app: web.Application) -> None:
 
 CHECK_INTERVAL = 5.0  # seconds
 MAX_HEAD = 2**15  # bytes
-READ_TIMEOUT = 30.0  # seconds without a byte, while the rest of a head or a body is missing
+READ_TIMEOUT = 30.0  # seconds for the rest of a head, and for each MIN_READ bytes of a body
+MIN_READ = 2**14
 
 
 def descriptor_limit() -> int:
@@ -5566,6 +5627,7 @@ class ClientConnection(RequestHandler):
         self.unsent = 0  # bytes of ours that it had not read at the last check
         self.head_size = 0  # bytes of an incomplete head
         self.owes_head = True  # it has sent nothing yet, or half a head
+        self.received = 0  # bytes since `heard_at`
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         super().connection_made(transport)
@@ -5589,6 +5651,10 @@ class ClientConnection(RequestHandler):
         return self._waiter is not None and not self._waiter.done()
 
     @property
+    def owes_body(self) -> bool:
+        return self._current_request is not None and not self._current_request.content.is_eof()
+
+    @property
     def has_request(self) -> bool:
         """False when all that still arrives is the rest of an answered body."""
         return self._request_in_progress or bool(self._messages)
@@ -5602,8 +5668,10 @@ class ClientConnection(RequestHandler):
 
     def data_received(self, data: bytes) -> None:
         super().data_received(data)
-        if not (self.owes_head and self.is_idle):  # a head that comes byte by byte gets no more time than others
-            self.heard_at = self._loop.time()
+        self.received += len(data)
+        trickles = self.owes_head if self.is_idle else self.owes_body and self.received < MIN_READ
+        if not trickles:  # what comes byte by byte gets no more time
+            self.heard_at, self.received = self._loop.time(), 0
         self.owes_head = self.is_idle
         self.head_size = self.head_size + len(data) if self.owes_head else 0
         if self.head_size > MAX_HEAD:
@@ -5636,9 +5704,8 @@ class ClientConnection(RequestHandler):
 
     def break_body(self) -> None:
         """Tell the handler that waits for the rest of a body that it will not come."""
-        request = self._current_request
-        if request and not request.content.is_eof():
-            request.content.set_exception(web.RequestPayloadError())
+        if self._current_request and self.owes_body:
+            self._current_request.content.set_exception(web.RequestPayloadError())
 
     async def finish_response(
         self, request: web.BaseRequest, resp: web.StreamResponse, start_time: float | None
@@ -5760,8 +5827,9 @@ def redactor(settings: Settings) -> Redactor:
 
 
 class RedactingFormatter(logging.Formatter):
-    """Formats a line without secrets, and with images shortened."""
+    """Formats a line without secrets, with images shortened, and cut off where it is endless."""
 
+    MAX_LINE, MARGIN = 2**20, 2**12  # characters; a secret that is cut in half would stand in the margin
     BULK = re.compile(r"(?<![A-Za-z0-9+/])([A-Za-z0-9+/]{64})[A-Za-z0-9+/]{192,}=*")
 
     def __init__(self, redact: Redactor) -> None:
@@ -5769,7 +5837,10 @@ class RedactingFormatter(logging.Formatter):
         self.redact = redact
 
     def format(self, record: logging.LogRecord) -> str:
-        line = self.redact(super().format(record))
+        whole = super().format(record)
+        line = self.redact(whole[: self.MAX_LINE])
+        if len(whole) > self.MAX_LINE:
+            line = line[: -self.MARGIN] + "…"
         return self.BULK.sub(r"\1…", line) if len(line) > 256 else line  # BULK is no shorter
 
 
@@ -5879,7 +5950,8 @@ def database_or_exit(settings: Settings, status: int) -> Database:
     database = Database("memory" if settings.demo else settings.database_url)
     try:
         if settings.database_url or database.exists:
-            database.call(database.list_accounts)
+            database.transact(database.list_accounts)
+            database.close()  # and without its thread, for a process manager may fork
     except DatabaseError as error:
         refuse(redactor(settings)(str(error)), status)
     return database
@@ -6274,10 +6346,12 @@ async def demo_stream(request: web.Request, head: JSON, deltas: list[JSON], last
     response = web.StreamResponse(headers={"Content-Type": "text/event-stream;charset=UTF-8"})
     await response.prepare(request)
     for delta in deltas:
-        await response.write(sse([head | {"choices": [{"index": 0, "delta": {"role": "assistant", **delta}}]}]))
+        await response.write(
+            b"".join(sse([head | {"choices": [{"index": 0, "delta": {"role": "assistant", **delta}}]}]))
+        )
         await asyncio.sleep(DEMO_PACE)
     end = {"index": 0, "finish_reason": last["finish_reason"], "delta": {"role": "assistant", "content": ""}}
-    await response.write(sse([head | {"choices": [end], "usage": last["usage"]}, "[DONE]"]))
+    await response.write(b"".join(sse([head | {"choices": [end], "usage": last["usage"]}, "[DONE]"])))
     return response
 
 

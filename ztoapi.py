@@ -698,15 +698,15 @@ def parse_request(body: bytes) -> JSON:
     document = REQUEST_DECODER.decode(body.decode().removeprefix("\ufeff"))
     if not isinstance(document, dict):
         raise ValueError("it is another JSON value")
-    if body.count(b"{") + body.count(b"[") <= MAX_DEPTH:
+    if len(body) < 2**14 and body.count(b"{") + body.count(b"[") <= MAX_DEPTH:  # most requests; counting is fast here
         return document
     level: list[Any] = [document]
     for _ in range(MAX_DEPTH):
-        values = chain.from_iterable(item.values() if isinstance(item, dict) else item for item in level)
+        values = chain.from_iterable([item.values() if isinstance(item, dict) else item for item in level])
         level = [value for value in values if isinstance(value, (dict, list))]
-    if level:
-        raise ValueError(f"it is nested more than {MAX_DEPTH} deep")
-    return document
+        if not level:
+            return document
+    raise ValueError(f"it is nested more than {MAX_DEPTH} deep")
 
 
 def as_object(value: Any) -> JSON:

@@ -2503,16 +2503,14 @@ def zai_message(message: Message) -> JSON:
 
 def zai_content(message: Message) -> str | list[JSON]:
     """Text without media is sent as a string: several models answer 1214 to text parts (BerriAI/litellm#25868)."""
-    if has_media(message):
-        return [
-            {"type": "text", "text": part} if isinstance(part, str) else zai_media(part) for part in message.content
-        ]
-    return message_text(message)
+    return [*map(zai_part, message.content)] if has_media(message) else message_text(message)
 
 
-def zai_media(media: Media) -> JSON:
+def zai_part(part: str | Media) -> JSON:
     """Z.ai takes https URLs and bare base64; some models refuse data: URLs (BigPizzaV3/CodexPlusPlus#2031)."""
-    return {"type": media.type, media.type: {"url": re.sub(r"(?i)^data:[^,]*;base64,", "", media.url, count=1)}}
+    if isinstance(part, str):
+        return {"type": "text", "text": part}
+    return {"type": part.type, part.type: {"url": re.sub(r"(?i)^data:[^,]*;base64,", "", part.url, count=1)}}
 
 
 def zai_tool(tool: Tool) -> JSON:
@@ -2535,10 +2533,8 @@ class RefInliner:
 
     def __init__(self, schema: JSON) -> None:
         self.schema = schema
-        places = {place: as_object(schema.get(place)) for place in self.PLACES}
-        self.definitions = {
-            f"#/{place}/{name}": what for place, found in places.items() for name, what in found.items()
-        }
+        found = [(f"#/{place}/", as_object(schema.get(place))) for place in self.PLACES]
+        self.definitions = {path + name: part for path, parts in found for name, part in parts.items()}
         self.size = 0
         self.has_refs = False  # a reference stays, so its definition must stay too
 
@@ -3516,11 +3512,6 @@ class AdaptiveLimit:
         """Also for one more than the limit, after the pause: no answer, however long, keeps the probe waiting."""
         return self.in_flight < self.limit or (self.in_flight == self.limit and 0 < self.raise_at <= now)
 
-    def take(self) -> int:
-        """Count one more request; returns the new count."""
-        self.in_flight += 1
-        return self.in_flight
-
     def accepted(self, in_flight_at_entry: int, now: float) -> None:
         """Z.ai took a request: raise the limit if it was nearly reached."""
         full = in_flight_at_entry > (self.limit if self.floor else self.limit / 2)
@@ -3684,7 +3675,8 @@ class Queue:
                 self.keys.tried(key, ticket.target)
                 self.round = max(self.round, ticket.turn[0])
                 self.in_flight += 1
-                return Slot(key, limit, limit.take())
+                limit.in_flight += 1
+                return Slot(key, limit, limit.in_flight)
         return None
 
 
@@ -3853,7 +3845,7 @@ class AnswerInfo(NamedTuple):
     request_id: str
 
 
-class LookAhead(ABC):
+class EventSource(ABC):
     """Batches of events; `begin` waits for the first without consuming it, so that a failure is seen early."""
 
     def __init__(self) -> None:
@@ -3875,7 +3867,7 @@ class LookAhead(ABC):
     async def next_batch(self) -> list[Event]: ...
 
 
-class EventStream(LookAhead):
+class EventStream(EventSource):
     """One answer of Z.ai's, as events."""
 
     def __init__(self, source: ByteStream, reader: ZaiReader) -> None:
@@ -4033,7 +4025,7 @@ def new_session(settings: Settings) -> aiohttp.ClientSession:
 # One client's request as requests to Z.ai: choices merged, models fallen back to, keys and retries.
 
 
-class MergedStream(LookAhead):
+class MergedStream(EventSource):
     """Several answers of Z.ai's as one with several choices, since Z.ai has no `n`; events in order of arrival."""
 
     def __init__(self, attempts: Sequence[Callable[[AsyncExitStack], Awaitable[EventStream]]]) -> None:
@@ -4421,7 +4413,6 @@ class Database:
 
     INTERVAL = 1.0  # seconds between two looks for something to write
     POLL = 3  # intervals after which what other processes wrote is read
-    COMPLAINT_INTERVAL = 60
     MAX_UNSAVED, MAX_UNSAVED_SIZE = 1_000, 64 * 2**20  # responses in memory, and their characters
 
     def __init__(self, url: str) -> None:
@@ -4433,7 +4424,6 @@ class Database:
         self.batch = 1
         self.unsaved: dict[str, Stored] = {}  # responses by id
         self.lock = asyncio.Lock()  # one batch at a time
-        self.complained_at = -math.inf
 
     @cached_property
     def writer(self) -> str:
@@ -4480,16 +4470,11 @@ class Database:
             try:
                 known = await self.run(self.exchange, counts, unsaved, day_of(time.time()))
             except DatabaseError as error:
-                self.complain(error)
+                LOG.warning("%s; requests go on, and unsaved data waits in memory", error)  # logged once a minute
                 return
             accounts.written(*known)
             self.batch += 1
             self.unsaved = {name: row for name, row in self.unsaved.items() if unsaved.get(name) is not row}
-
-    def complain(self, error: DatabaseError) -> None:
-        if time.monotonic() >= self.complained_at + self.COMPLAINT_INTERVAL:
-            self.complained_at = time.monotonic()
-            LOG.warning("%s; requests go on, and unsaved data waits in memory", error)
 
     def put_response(self, response_id: str, account_id: str, body: str) -> None:
         self.unsaved[response_id] = (account_id, body)
@@ -4801,7 +4786,7 @@ EVENT_STREAM = "text/event-stream; charset=utf-8"
 STREAM_HEADERS = {"Content-Type": EVENT_STREAM, "Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
 
 
-class View:
+class ClientView:
     """An answer as the client is to see it: batches, with the reasoning shaped. Updates the record."""
 
     def __init__(self, stream: EventStream | MergedStream, record: Record, form: ReasoningFormat = "parsed") -> None:
@@ -4818,7 +4803,7 @@ class View:
         return [shaped for event in events for shaped in self.shape.feed(event)]
 
 
-async def collect(view: View) -> Answer:
+async def collect(view: ClientView) -> Answer:
     answer = Answer()
     while (batch := await view.read()) is not None:
         for event in batch:
@@ -4840,7 +4825,7 @@ class SSEResponse:
         self.writing = False  # waiting for the client
         self.keeping_alive: asyncio.Task[None] | None = None
 
-    async def relay(self, view: View, head: Head, headers: dict[str, str]) -> None:
+    async def relay(self, view: ClientView, head: Head, headers: dict[str, str]) -> None:
         """Send each batch in one write, as soon as it arrives. A slow client makes us read more slowly."""
         if not self.response.prepared:
             self.response.headers.update(headers)
@@ -4901,7 +4886,7 @@ async def answer(surface: Surface, request: web.Request) -> web.StreamResponse:
     del prompt
     if not streamed:
         async with opened as stream:
-            whole = await collect(View(stream, record, form))
+            whole = await collect(ClientView(stream, record, form))
             document = asked.document(head_of(stream.info, model, record), whole)
             await asyncio.sleep(0)  # others go on between two steps that may be long
             return json_response(document, headers=headers | info_headers(stream.info))
@@ -4909,7 +4894,7 @@ async def answer(surface: Surface, request: web.Request) -> web.StreamResponse:
     with response.kept_alive():
         async with opened as stream:
             head = head_of(stream.info, model, record)
-            await response.relay(View(stream, record, form), head, headers | info_headers(stream.info))
+            await response.relay(ClientView(stream, record, form), head, headers | info_headers(stream.info))
     return response.response
 
 
@@ -5547,10 +5532,8 @@ def proxy_error(error: Exception, request: web.Request) -> ProxyError:
             message = "There is nothing here: clients call POST /v1/chat/completions and GET /v1/models."
             return ProxyError(error_kind(404, "unknown_url"), message, detail=asked)
         case web.HTTPMethodNotAllowed():
-            allowed = error.headers["Allow"]
-            refusal = ProxyError(
-                error_kind(405, "method_not_allowed"), f"This path takes only {allowed}.", detail=asked
-            )
+            kind, allowed = error_kind(405, "method_not_allowed"), error.headers["Allow"]
+            refusal = ProxyError(kind, f"This path takes only {allowed}.", detail=asked)
             refusal.headers["Allow"] = allowed
             return refusal
         case web.HTTPRequestEntityTooLarge():
@@ -6210,7 +6193,7 @@ async def check_chat(upstream: Upstream) -> Finding:
     started = time.monotonic()
     try:
         async with upstream.open(prompt, Account("")) as stream:
-            whole = await collect(View(stream, Record("", "", started, "")))
+            whole = await collect(ClientView(stream, Record("", "", started, "")))
     except ProxyError as error:
         return Finding("chat", str(error), good=False)
     text = " ".join(whole.choices[0].text.split())[:40]

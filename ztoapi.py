@@ -88,6 +88,7 @@ JSON = dict[str, Any]
 
 
 # ======== Settings ==================================================================================================
+# What an operator can set: `Settings`, read from the environment.
 
 PUBLISHED_KEY = "sk-your-key"
 ReasoningFormat = Literal["parsed", "raw", "hidden"]
@@ -283,6 +284,7 @@ class Settings:
 
 
 # ======== Errors ====================================================================================================
+# `ErrorKind`: every failure that a client can see. A `ProxyError` carries one to where it is answered.
 
 
 @dataclass(frozen=True, slots=True)
@@ -458,6 +460,7 @@ def proxy_passwords(urls: Iterable[str]) -> list[str]:
 
 
 # ======== Models ====================================================================================================
+# A new model is a row of `MODEL_ROWS`. `resolve` finds the model that a client's name means.
 
 K = 1024
 # How reasoning is controlled: not at all; on/off; on/off plus effort; always on, with effort.
@@ -612,6 +615,7 @@ def models_from_items(items: list[Any]) -> Iterator[Model]:
 
 
 # ======== JSON ======================================================================================================
+# Encoders and decoders, and the limits of a request's JSON.
 
 # check_circular takes a sixth of the time, and our data is never circular.
 to_json = json.JSONEncoder(separators=(",", ":"), ensure_ascii=False, allow_nan=False, check_circular=False).encode
@@ -982,7 +986,7 @@ class ReasoningShape:
 
 
 # ======== Request fields ============================================================================================
-# The checks that OpenAI's APIs share.
+# The checks that OpenAI's APIs share: `validated` applies a table of them to a request.
 
 Check = Callable[[Any], Any]  # returns a value, converted, or raises ValueError with what it must be
 
@@ -1169,6 +1173,7 @@ def common_arguments(given: JSON) -> JSON:
 
 
 # ======== Chat completions ==========================================================================================
+# `parse_chat` reads a request, `ChatEncoder` streams the answer, `chat_completion` is the whole one.
 
 MAX_TOOLS = 128
 
@@ -1599,6 +1604,7 @@ def completion_choice(index: int, words: str, finish_reason: FinishReason | None
 
 
 # ======== Responses: request ========================================================================================
+# `parse_response` reads a request; the items of its input become messages.
 
 
 def text_format(value: Any) -> JSON | None:
@@ -1905,6 +1911,7 @@ def parse_response_tool(tool: Any, at: str) -> Tool | JSON | None:
 
 
 # ======== Responses: answer =========================================================================================
+# `ResponseEncoder` turns events into those of the Responses API; the last one has the whole response.
 
 
 @dataclass(frozen=True, slots=True)
@@ -2333,6 +2340,7 @@ def client_examples() -> list[JSON]:
 
 
 # ======== Z.ai: request =============================================================================================
+# `zai_body` is a Prompt as Z.ai takes it; what Z.ai has no parameter for is emulated or left out.
 
 
 def check_vision(model: Model) -> None:
@@ -2581,6 +2589,7 @@ def without_null(schema: JSON) -> JSON:
 
 
 # ======== Z.ai: errors ==============================================================================================
+# `zai_error` reads Z.ai's refusals, which come in many forms.
 
 INVALID = error_kind(400, "zai_{}", "Z.ai did not accept the request: fix what it names.")  # {}: Z.ai's code
 OTHER = error_kind(502, "zai_{}", "Z.ai refused the request.")
@@ -2643,6 +2652,8 @@ def excerpt(body: bytes | JSON) -> str:
 
 
 # ======== Z.ai: answer ==============================================================================================
+# `ZaiReader` turns bytes into events. It mends what Z.ai breaks: torn frames (`salvage`), tags in the text
+# (`TagReader`), odd tool calls (`CallReader`).
 
 
 class SSEDecoder:
@@ -3205,7 +3216,7 @@ def packed_embedding(item: Any) -> Any:
 
 
 # ======== Accounts ==================================================================================================
-# Who may do what now, without SQL and HTTP. Days and periods are in UTC, weeks begin on Monday.
+# What each client key may do now (`Account`), and has used (`Accounts`). Days are in UTC, weeks begin on Monday.
 
 OPERATOR = "operator"  # the name of everybody with a DEFAULT_KEY
 
@@ -3369,9 +3380,11 @@ def midnight(day: date) -> float:
 
 
 # ======== Admission — from here on: I/O =============================================================================
-# Which request may go to Z.ai, with which key, and when. Who owns what: a request's AsyncExitStack, made in
-# Upstream.open, owns its Slot in the queue and its connection to Z.ai; with_retries empties it after each failed
-# attempt. A merged stream has one such stack for each choice. Leaving `open`, however it happens, closes them all.
+# Which request may go to Z.ai, with which key (`KeyPool` has the cool-downs), and when (`Queue`).
+#
+# Who owns what: a request's AsyncExitStack, made in Upstream.open, owns its Slot in the queue and its connection to
+# Z.ai; with_retries empties it after each failed attempt. A merged stream has one such stack for each choice. Leaving
+# `open`, however it happens, closes them all.
 
 
 class Clock:
@@ -3681,7 +3694,7 @@ class Queue:
 
 
 # ======== Z.ai client ===============================================================================================
-# One HTTP request to Z.ai and its answer, as bytes and as events.
+# `ZaiClient` sends one HTTP request to Z.ai; its answer is a `ByteStream`, and for a chat an `EventStream`.
 
 LOG = logging.getLogger("ztoapi")
 REQUEST_ID: ContextVar[str] = ContextVar("request_id", default="-")  # in every debug line of one request
@@ -4022,7 +4035,7 @@ def new_session(settings: Settings) -> aiohttp.ClientSession:
 
 
 # ======== Upstream ==================================================================================================
-# One client's request as requests to Z.ai: choices merged, models fallen back to, keys and retries.
+# `Upstream.open` makes one client's request requests to Z.ai: retries, other keys, fallbacks, merged choices.
 
 
 class MergedStream(EventSource):
@@ -4361,7 +4374,7 @@ class PlanQuotas:
 
 
 # ======== Database ==================================================================================================
-# SQLite or PostgreSQL, with the same SQL. A day is YYYY-MM-DD.
+# `Database`: keys, usage and stored responses in SQLite or PostgreSQL, with the same SQL. A day is YYYY-MM-DD.
 
 DAYS_KEPT = 30  # of stored responses
 DATABASE_FILE = Path(__file__).with_name("ztoapi.db")
@@ -4587,7 +4600,7 @@ class Database:
 
 
 # ======== Requests ==================================================================================================
-# What is kept about requests: a record of each, statistics for the dashboard, stored responses. Bounded in size.
+# What is kept about requests, bounded in size: `Record`, `Statistics`, and `ClientHistory` of stored responses.
 
 CLIENT_LEFT = 499  # nginx's status for a client that closed the connection
 
@@ -4780,6 +4793,7 @@ Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 
 # ======== Streaming out =============================================================================================
+# `SSEResponse` sends an answer piece by piece (`relay`), and comments while Z.ai is silent (`keep_alive`).
 
 KEEP_ALIVE_INTERVAL = 15  # seconds of silence after which a stream gets a comment
 EVENT_STREAM = "text/event-stream; charset=utf-8"
@@ -4874,6 +4888,7 @@ class SSEResponse:
 
 
 # ======== Handlers ==================================================================================================
+# A function for each route; `answer` serves every surface.
 
 
 async def answer(surface: Surface, request: web.Request) -> web.StreamResponse:
@@ -5365,7 +5380,7 @@ class PassThroughResponse:
 
 
 # ======== Access ====================================================================================================
-# Who may call.
+# Who may call: `require_key` and `local_only`.
 
 
 def require_key(handler: Handler, *checks: Callable[[web.Request], None]) -> Handler:
@@ -5462,6 +5477,7 @@ async def add_headers(request: web.Request, response: web.StreamResponse) -> Non
 
 
 # ======== Errors and shutdown =======================================================================================
+# `log_requests` and `catch_errors` run around every handler, `drain` when the server stops.
 
 
 @web.middleware
@@ -5729,6 +5745,7 @@ web_server.RequestHandler = ClientConnection  # type: ignore[assignment, attr-de
 
 
 # ======== Server ====================================================================================================
+# `create_app` puts everything together and has the routes; `main` reads the flags, sets up the log and listens.
 
 API = r"/{prefix:/*(?:(?:v1|api/v1|api/paas/v4)/+)*}"  # clients use any of these prefixes
 END = r"{slash:/*}"
@@ -6078,6 +6095,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 # ======== Commands ==================================================================================================
+# `keys`, `--check` and `launch`.
 
 
 def keys_command(settings: Settings, flags: argparse.Namespace) -> None:
@@ -6294,6 +6312,7 @@ def run(command: list[str], variables: dict[str, str]) -> int:
 
 
 # ======== Demo ======================================================================================================
+# A stand-in for Z.ai, for users who have no key yet.
 
 DEMO_PATH = "/demo/api/paas/v4"
 UNLOGGED_PATHS = (DEMO_PATH, "/dashboard/stats")  # requested by the program itself and its pages, often

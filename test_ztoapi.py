@@ -4031,7 +4031,12 @@ class Chromium:
 
     FLAGS = (
         *("--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync"),
-        *("--disable-background-networking", "--disable-component-update", "--remote-debugging-port=0"),
+        *(
+            "--disable-background-networking",
+            "--disable-component-update",
+            "--in-process-gpu",
+            "--remote-debugging-port=0",
+        ),
     )
 
     def __init__(self, program, folder):
@@ -6075,7 +6080,7 @@ LARGE = message(role="user", content="x" * 2**24)
 
 
 @in_loop
-@pytest.mark.parametrize(("pause", "status"), [(0.025, 200), (0.6, 504)], ids=["slow", "none of it"])
+@pytest.mark.parametrize(("pause", "status"), [(0.025, 200), (60, 504)], ids=["slow", "none of it"])
 async def test_an_upload_may_be_slow_but_not_stall(start, zai, pause, status):
     client = await start(upstream_timeout=0.3)
     zai.pause, zai.headers, zai.parts = pause, {}, [DOCUMENT]
@@ -6710,8 +6715,10 @@ def something_else(reply):
     asked = []
     with socket.create_server(("127.0.0.1", 0)) as listener:
         threading.Thread(target=answer_all, args=(listener, reply, asked)).start()
-        yield listener.getsockname()[1], asked
-        listener.shutdown(socket.SHUT_RDWR)
+        try:
+            yield listener.getsockname()[1], asked
+        finally:
+            listener.shutdown(socket.SHUT_RDWR)
 
 
 @pytest.mark.parametrize(
@@ -6814,7 +6821,7 @@ def test_the_program_names_its_dependencies_for_uv():
 
 @contextlib.asynccontextmanager
 async def nobody_is_stopped():
-    """While this lasts, others wait no longer for their turn than half a second of this process's computing."""
+    """While this lasts, others wait for their turn no longer than half of what is computed in all."""
     pauses = []
 
     async def look_at_the_clock():
@@ -6826,7 +6833,7 @@ async def nobody_is_stopped():
     looking = asyncio.create_task(look_at_the_clock())
     yield
     looking.cancel()
-    assert max(pauses) < 0.5
+    assert max(pauses) < sum(pauses) / 2
 
 
 def many(number, *values):
@@ -6888,7 +6895,7 @@ async def test_what_is_held_of_an_answer_is_held_in_linear_time(make):
 @in_loop
 async def test_an_answer_that_is_packed_though_we_did_not_ask_for_it_stops_nobody_else(client, zai):
     zai.headers = EVENT_STREAM | {"Content-Encoding": "gzip"}
-    zai.parts = [gzip.compress(FIRST * 50_000 + RECORDED)]
+    zai.parts = [gzip.compress(FIRST * 100_000 + RECORDED)]
     async with nobody_is_stopped():
         assert (await ask(client))[0].status == 200
 

@@ -1,6 +1,6 @@
 """Tests of ztoapi, in the order of the program: the pure parts first, then the whole over real sockets.
 
-Run `pytest`. The tests that need the OpenAI SDK are skipped, by name, where it is not installed.
+Run `pytest`. Tests that need the OpenAI SDK, Chromium or PostgreSQL are skipped, by name, where it is not installed.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ import select
 import shutil
 import signal
 import socket
+import sqlite3
 import subprocess
 import sys
 import tempfile
@@ -6821,7 +6822,7 @@ def test_the_program_names_its_dependencies_for_uv():
 
 @contextlib.asynccontextmanager
 async def nobody_is_stopped():
-    """While this lasts, others wait for their turn no longer than half of what is computed in all."""
+    """While this lasts, others wait for their turn no longer than for two fifths of all that is computed."""
     pauses = []
 
     async def look_at_the_clock():
@@ -6833,7 +6834,7 @@ async def nobody_is_stopped():
     looking = asyncio.create_task(look_at_the_clock())
     yield
     looking.cancel()
-    assert max(pauses) < sum(pauses) / 2
+    assert max(pauses) < 0.4 * sum(pauses)
 
 
 def many(number, *values):
@@ -6842,19 +6843,19 @@ def many(number, *values):
 
 FROM_USER, FROM_MODEL = turn("x"), turn("y", "assistant")
 RESPONSES_CALL = {"type": "function_call", "name": "f", "call_id": "c", "arguments": "{}"}
-WIDE = {"name": "f", "parameters": {"properties": {f"p{i}": {"type": "string"} for i in range(3000)}}}
+WIDE = {"name": "f", "parameters": {"properties": {f"p{i}": {"type": "string"} for i in range(600)}}}
 
 
 @in_loop
 @pytest.mark.parametrize(
     ("path", "body"),
     [
-        pytest.param("chat/completions", b'"messages":[{"role":"user","content":[%s]}]' % many(300_000, text_block("x")), id="parts"),
-        pytest.param("chat/completions", b'"messages":[%s]' % many(150_000, FROM_USER, FROM_MODEL), id="messages"),
-        pytest.param("chat/completions", b'"fallbacks":[%s],"messages":[%s]' % (many(8, "glm-5"), many(100_000, FROM_USER)), id="fallbacks"),
+        pytest.param("chat/completions", b'"messages":[{"role":"user","content":[%s]}]' % many(60_000, text_block("x")), id="parts"),
+        pytest.param("chat/completions", b'"messages":[%s]' % many(30_000, FROM_USER, FROM_MODEL), id="messages"),
+        pytest.param("chat/completions", b'"fallbacks":[%s],"messages":[%s]' % (many(8, "glm-5"), many(80_000, FROM_USER)), id="fallbacks"),
         pytest.param("chat/completions", b'"messages":[%s],"tools":[%s]' % (many(1, FROM_USER), many(128, {"type": "function", "function": WIDE})), id="tools"),
-        pytest.param("responses", b'"input":[%s]' % many(90_000, RESPONSES_CALL, RESPONSES_CALL), id="items"),
-        pytest.param("messages", b'"messages":[%s]' % many(160_000, FROM_USER, turn("s", "system")), id="reminders"),
+        pytest.param("responses", b'"input":[%s]' % many(18_000, RESPONSES_CALL, RESPONSES_CALL), id="items"),
+        pytest.param("messages", b'"messages":[%s]' % many(32_000, FROM_USER, turn("s", "system")), id="reminders"),
     ],
 )  # fmt: skip
 async def test_a_large_request_stops_nobody_else(start, path, body):
@@ -6895,7 +6896,7 @@ async def test_what_is_held_of_an_answer_is_held_in_linear_time(make):
 @in_loop
 async def test_an_answer_that_is_packed_though_we_did_not_ask_for_it_stops_nobody_else(client, zai):
     zai.headers = EVENT_STREAM | {"Content-Encoding": "gzip"}
-    zai.parts = [gzip.compress(FIRST * 100_000 + RECORDED)]
+    zai.parts = [gzip.compress(FIRST * 150_000 + RECORDED)]
     async with nobody_is_stopped():
         assert (await ask(client))[0].status == 200
 

@@ -664,6 +664,9 @@ def test_a_message_is_read(fields, wanted):
         ({}, "model"),
         (chat(model=""), "model"),
         (chat(model=4), "model"),
+        (chat(model="x" * 257), "model"),
+        (chat(model="\ud800"), "model"),
+        (chat(model="a\nb"), "model"),
         (chat(messages=[]), "messages"),
         (chat(messages="hi"), "messages"),
         (chat(messages=["hi"]), "messages[0]"),
@@ -711,6 +714,7 @@ def test_a_message_is_read(fields, wanted):
         (message(role="tool", tool_call_id="", content="42"), "messages[0].tool_call_id"),
         (chat(fallbacks="glm-5"), "fallbacks"),
         (chat(fallbacks=[""]), "fallbacks"),
+        (chat(fallbacks=["x" * 257]), "fallbacks"),
         (chat(tools=[{"type": "custom", "custom": {"name": "f"}}]), "tools[0]"),
         (chat(tools=[{"type": "function", "function": {"name": "f"}}] * 129), "tools"),
         (chat(tool_choice="always"), "tool_choice"),
@@ -1440,6 +1444,8 @@ def test_a_previous_response_that_is_not_there_is_named():
     [
         ({}, []),
         ({"previous_response_id": "resp_1"}, ["resp_1"]),
+        ({"previous_response_id": "resp_\ud800"}, []),
+        ({"previous_response_id": "resp_\x00"}, []),
         (
             {"input": [{"type": "item_reference", "id": "msg_2_0"}, {"type": "item_reference", "id": "fc_2_1"}]},
             ["resp_2"],
@@ -2412,6 +2418,16 @@ def test_an_error_glued_to_a_torn_frame_is_an_error():
 def test_salvage_takes_linear_time(torn):
     few, many = (seconds_of(ztoapi.salvage, "x" + torn * (size // len(torn)) + "y") for size in (2**16, 2**18))
     assert many < min(8 * few, 1)  # four times the text; in quadratic time it would be 16
+
+
+def test_prose_where_json_is_wanted_is_held_in_linear_time():
+    def read():
+        reader = ZaiReader(MODELS["glm-4.6"], {"tools": [function("f", parameters={})], "response_format": {}})
+        assert reader.begin_text("x" * 2**24) == ""
+        for _ in range(2**12):
+            reader.begin_text("x")
+
+    assert seconds_of(read) < 0.5  # in quadratic time 2
 
 
 def seconds_of(work, *arguments):
@@ -3639,6 +3655,14 @@ async def test_a_deleted_response_stays_deleted_while_many_wait_in_memory(databa
     assert await database.find_response("1", "a") == ""
 
 
+def test_what_is_kept_in_memory_outlives_a_failure(connect):
+    database = connect("memory")
+    database.call(database.put_account, ANNA)
+    with pytest.raises(ztoapi.DatabaseError):
+        database.call(database.select_response, "\ud800")
+    assert database.call(database.list_accounts) == [ANNA]
+
+
 @in_loop
 async def test_a_row_that_cannot_be_read_is_a_complaint_and_nothing_is_lost(database_url, connect, caplog):
     database, accounts = connect(database_url), Accounts(())
@@ -4533,10 +4557,11 @@ async def test_a_request_that_makes_no_sense_does_not_reach_zai(client, zai, dat
 
 
 @in_loop
-async def test_a_body_too_large_is_413(start):
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/files"])
+async def test_a_body_too_large_is_413(start, path):
     client = await start(max_body_mb=1)
     body = io.BytesIO(b" " * 2**20 + b"{}")
-    async with client.post("/v1/chat/completions", data=body, headers=KEY) as response:
+    async with client.post(path, data=body, headers=KEY) as response:
         assert (response.status, error_of(await response.text())["code"]) == (413, "request_too_large")
 
 

@@ -1002,11 +1002,15 @@ def must(words: str, holds: Callable[[Any], bool]) -> Check:
     return check
 
 
+def is_model_name(value: Any) -> bool:
+    return isinstance(value, str) and 0 < len(value) <= 256 and value.isprintable()
+
+
 string = must("be a string", lambda value: isinstance(value, str))
 switch = must("be true or false", lambda value: isinstance(value, bool))
 array = must("be an array", lambda value: isinstance(value, list))
 mapping = must("be an object", lambda value: isinstance(value, dict))
-model_name = must("be the name of a model", lambda value: isinstance(value, str) and 0 < len(value) <= 256)
+model_name = must("be the name of a model", is_model_name)
 reasoning_format = must("be parsed, raw or hidden", lambda value: value in ("parsed", "raw", "hidden"))
 
 
@@ -1027,7 +1031,7 @@ def token_limit(value: Any) -> int | None:
 
 
 def model_names(value: Any) -> tuple[str, ...]:
-    if len(array(value)) > 8 or not all(isinstance(name, str) and name for name in value):
+    if len(array(value)) > 8 or not all(map(is_model_name, value)):
         raise ValueError("must be an array of up to 8 names of models")
     return tuple(value)
 
@@ -1761,7 +1765,8 @@ def referred_responses(body: JSON) -> list[str]:
     references = (item for item in objects(body.get("input")) if item.get("type") == "item_reference")
     items = [response_of(str(item.get("id"))) for item in references]
     previous = [str(body["previous_response_id"])] if body.get("previous_response_id") else []
-    return list(dict.fromkeys(previous + items))[:MAX_REFERRED]
+    ids = dict.fromkeys(filter(str.isprintable, previous + items))  # databases refuse some other characters
+    return list(ids)[:MAX_REFERRED]
 
 
 def response_of(item_id: str) -> str:
@@ -2723,7 +2728,9 @@ class ZaiReader:
         self.tags = TagReader(model, tools) if model.tagged_reasoning or tools else None
         self.wants_json = bool(tools) and "response_format" in asked
         self.text_begun = False
-        self.prose = ""  # where JSON is wanted: other text, held until it is clear whether it stands beside a call
+        self.prose: list[
+            str
+        ] = []  # where JSON is wanted: other text, held until it is clear whether it stands beside a call
         self.calls = CallReader()
         self.id, self.created, self.request_id = "", 0, ""  # Z.ai's; created in Unix seconds, 0: unknown
         self.size, self.torn = 0, 0  # bytes so far; frames dropped because their rest never came
@@ -2834,7 +2841,7 @@ class ZaiReader:
             self.text_begun = bool(text) and (not self.wants_json or text[0] in "{[")
         if self.text_begun:
             return "" if self.wants_json and self.calls.calls else text
-        self.prose += text
+        self.prose += [text] if text else []
         return ""
 
     def end(self) -> Iterator[Event]:
@@ -2844,7 +2851,7 @@ class ZaiReader:
         self.done = True
         yield from self.read_text(self.tags.close() if self.tags else ())
         if self.prose and not self.calls.calls:
-            yield Text(self.prose)
+            yield Text("".join(self.prose))
         yield from self.calls.close(self.id)
         if self.citations:
             yield Citations(tuple(self.citations))
@@ -3979,8 +3986,8 @@ class ZaiClient:
         try:
             response = await owner.enter_async_context(self.session.request(url=url, headers=headers, data=data, **how))
         except (aiohttp.ClientError, asyncio.TimeoutError, ValueError) as error:
-            if isinstance(error.__cause__, web.RequestPayloadError):
-                raise BadRequest(BROKEN_BODY) from error
+            if isinstance(error.__cause__, (BadRequest, web.HTTPException)):  # by `body_parts`
+                raise error.__cause__ from error
             raise connection_error(error) from error
         stream = ByteStream(response, self.max_silence, owner)
         await stream.check_status()
@@ -4536,7 +4543,8 @@ class Database:
 
     def attempt(self, job: Callable[..., R], *arguments: object) -> R:
         with ExitStack() as failed:
-            failed.callback(self.close)  # a connection that failed is not used again; closing it rolls back
+            # A connection that failed is not used again; closing it rolls back, but would lose what is in memory.
+            failed.callback(self.connection.rollback if self.in_memory else self.close)
             self.execute("BEGIN" if self.is_postgres else "BEGIN IMMEDIATE")
             result = job(*arguments)
             self.execute("COMMIT")
@@ -4964,17 +4972,21 @@ async def decode_body(request: web.Request, body: bytes) -> JSON:
 
 
 async def read_body(request: web.Request) -> bytes:
-    """request.read() would keep the body as long as the request. Raises BadRequest for a broken one."""
-    parts, size, limit = [], 0, request.app[SETTINGS].max_body_mb * 2**20
+    """request.read() would keep the body as long as the request. Raises what body_parts raises."""
+    return b"".join([part async for part in body_parts(request)])
+
+
+async def body_parts(request: web.Request) -> AsyncIterator[bytes]:
+    """Raises BadRequest for a broken body, and aiohttp's 413 for one that is larger than MAX_BODY_MB."""
+    size, limit = 0, request.app[SETTINGS].max_body_mb * 2**20
     try:
         while part := await request.content.readany():
-            parts.append(part)
             size += len(part)
             if size > limit:
                 raise web.HTTPRequestEntityTooLarge(limit, size)
+            yield part
     except web.RequestPayloadError as error:
         raise BadRequest(BROKEN_BODY) from error
-    return b"".join(parts)
 
 
 def ignored_header(prompt: Prompt) -> dict[str, str]:
@@ -5298,7 +5310,7 @@ async def body_and_reader(path: str, request: web.Request) -> tuple[Upload | byt
     if account.models and not is_json and request.can_read_body:
         raise ProxyError(MODEL_NOT_ALLOWED, f"This key may only use {account.models}, so this body must be JSON.")
     if not is_json or not (renamed or path in WITH_USAGE or not account.is_operator):
-        return Upload(request.content.iter_any()) if request.can_read_body else None, PassThroughReader()
+        return Upload(body_parts(request)) if request.can_read_body else None, PassThroughReader()
     data = await read_body(request)
     body = await decode_body(request, data)
     changed = pass_through_body(body, renamed)

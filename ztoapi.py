@@ -2212,16 +2212,11 @@ SURFACES: dict[str, Surface] = {
 }
 
 
-def sse(frames: Iterable[JSON | str]) -> Iterator[bytes]:
+def sse(frames: Iterable[JSON | str]) -> list[bytes]:
     """Frames as bytes, all together unless they are large."""
-    texts = []
-    for frame in frames:
-        texts.append(sse_frame(frame))
-        if len(texts[-1]) > MAX_WRITE:
-            yield escaped("".join(texts))
-            texts = []
-    if texts:
-        yield escaped("".join(texts))
+    texts = [sse_frame(frame) for frame in frames]
+    whole = "".join(texts)
+    return [escaped(whole)] if len(whole) <= MAX_WRITE else [*map(escaped, texts)]
 
 
 def sse_frame(frame: JSON | str) -> str:
@@ -3729,7 +3724,6 @@ async def unhurried(size: int, work: Callable[..., R], *arguments: Any) -> R:
 FINISH_TIMEOUT = 2  # seconds to wait for usage and [DONE] after the finish
 BROKEN_BODY = "The request body could not be read: it broke off, or its encoding is broken."
 CONNECT_TIMEOUT = 10  # seconds, including DNS and TLS
-MAX_DURATION = 6 * 3600  # seconds; the longest answers take little more than one hour
 ERROR_BODY_LIMIT = 65536  # bytes of a refusal that are read
 ERROR_BODY_TIMEOUT = 5  # seconds
 GET_TIMEOUT = 5
@@ -3840,7 +3834,7 @@ class ByteStream:
         self.reading = True
         try:
             return await self.response.content.readany()
-        except (aiohttp.ClientError, asyncio.TimeoutError) as error:
+        except aiohttp.ClientError as error:
             raise self.with_request_id(connection_error(error)) from error
         finally:
             self.reading = False
@@ -3915,7 +3909,7 @@ class EventStream(EventSource):
                 raise self.error
             part = await (self.source.read() if self.reader.finish is None else self.read_rest())
             size += len(part)
-            events = await unhurried(size, list, self.events_in(part))
+            events = list(self.events_in(part)) if size < LARGE else await unhurried(size, list, self.events_in(part))
             if events:
                 trace("received", events)
         return events
@@ -3985,7 +3979,7 @@ class ZaiClient:
         how = {"method": "POST", "proxy": self.proxy(url), "allow_redirects": False, **how}
         try:
             response = await owner.enter_async_context(self.session.request(url=url, headers=headers, data=data, **how))
-        except (aiohttp.ClientError, asyncio.TimeoutError, ValueError) as error:
+        except (aiohttp.ClientError, ValueError) as error:
             if isinstance(error.__cause__, (BadRequest, web.HTTPException)):  # by `body_parts`
                 raise error.__cause__ from error
             raise connection_error(error) from error
@@ -4033,8 +4027,8 @@ def environment_proxy(origin: str) -> str | None:
 
 
 def new_session(settings: Settings) -> aiohttp.ClientSession:
-    # sock_read is the longest silence; `total` ends what is never silent, endless 1xx answers for example.
-    timeout = aiohttp.ClientTimeout(MAX_DURATION, connect=CONNECT_TIMEOUT, sock_read=settings.upstream_timeout)
+    # No limit on the whole: an answer may take long. sock_read is the longest silence.
+    timeout = aiohttp.ClientTimeout(total=None, connect=CONNECT_TIMEOUT, sock_read=settings.upstream_timeout)
     connector, cookies = aiohttp.TCPConnector(limit=0), aiohttp.DummyCookieJar()
     # Z.ai writes errors in English for those who ask; a compressed stream would wait in buffers.
     headers = {"User-Agent": f"ztoapi/{__version__}", "Accept-Language": "en-US,en", "Accept-Encoding": "identity"}
@@ -4858,7 +4852,7 @@ class SSEResponse:
         await self.response.write_eof()
 
     async def send(self, frames: Iterable[JSON | str]) -> None:
-        for data in sse(frames):
+        for data in filter(None, sse(frames)):
             trace("answered", data)
             await self.write(data)
             if len(data) > MAX_WRITE:
@@ -4911,7 +4905,8 @@ async def answer(surface: Surface, request: web.Request) -> web.StreamResponse:
         async with opened as stream:
             whole = await collect(ClientView(stream, record, form))
             document = asked.document(head_of(stream.info, model, record), whole)
-            await asyncio.sleep(0)  # others go on between two steps that may be long
+            if len(whole.choices[0].text) > LARGE:  # others go on between two steps that take long
+                await asyncio.sleep(0)
             return json_response(document, headers=headers | info_headers(stream.info))
     response = request[STREAM] = SSEResponse(request, asked, model)
     with response.kept_alive():

@@ -372,9 +372,10 @@ def test_the_first_alias_that_fits_wins(name, wanted):
     assert resolve(name, [("gpt-4o", "zai/glm-4.6"), ("claude-*", "GLM-5.3"), ("gpt-*", "glm-5")]).id == wanted
 
 
-def test_a_name_of_nothing_is_refused():
+@pytest.mark.parametrize("name", ["zai/", " ", "[1m]", "zai/ [1m]"])
+def test_a_name_of_nothing_is_refused(name):
     with pytest.raises(BadRequest):
-        resolve("zai/")
+        resolve(name)
 
 
 @pytest.mark.parametrize(

@@ -548,7 +548,7 @@ def resolve(name: str, renamed: Iterable[tuple[str, str]] = ()) -> Model:
 
 
 def bare_name(name: str) -> str:
-    return name.strip().rsplit("/", 1)[-1].lower().removesuffix("[1m]")
+    return name.lower().strip().removesuffix("[1m]").rsplit("/", 1)[-1].strip()
 
 
 def model_item(model: Model, name: str) -> JSON:
@@ -6355,9 +6355,8 @@ async def demo_stream(request: web.Request, head: JSON, deltas: list[JSON], last
     response = web.StreamResponse(headers={"Content-Type": "text/event-stream;charset=UTF-8"})
     await response.prepare(request)
     for delta in deltas:
-        await response.write(
-            b"".join(sse([head | {"choices": [{"index": 0, "delta": {"role": "assistant", **delta}}]}]))
-        )
+        frame = head | {"choices": [{"index": 0, "delta": {"role": "assistant", **delta}}]}
+        await response.write(escaped(sse_frame(frame)))
         await asyncio.sleep(DEMO_PACE)
     end = {"index": 0, "finish_reason": last["finish_reason"], "delta": {"role": "assistant", "content": ""}}
     await response.write(b"".join(sse([head | {"choices": [end], "usage": last["usage"]}, "[DONE]"])))

@@ -2434,14 +2434,14 @@ def test_prose_where_json_is_wanted_is_held_in_linear_time():
 
 
 def seconds_of(work, *arguments):
-    """The least time of five tries."""
+    """The least time of three tries."""
 
     def once():
         started = time.process_time()
         work(*arguments)
         return time.process_time() - started
 
-    return min(once() for _ in range(5))
+    return min(once() for _ in range(3))
 
 
 def test_of_torn_frames_by_the_thousand_those_that_are_whole_are_used():
@@ -4049,7 +4049,7 @@ def raw_request(body, key="sk-your-key"):
 def started_early(request):
     """What takes a second to start does so while the first tests run, if a later one needs it."""
     needed = {name for item in request.session.items for name in item.fixturenames}
-    for name in needed & {"chromium", "postgresql"}:
+    for name in needed & {"chromium", "launches", "postgresql"}:
         with contextlib.suppress(pytest.skip.Exception):
             request.getfixturevalue(name)
 
@@ -4793,17 +4793,17 @@ async def test_no_more_are_in_flight_than_may_be_also_while_one_waits_for_its_ne
     client = await start(max_concurrency=1)
     clock, woken = client.app[ztoapi.CLOCK], asyncio.Event()
     clock.sleep = lambda _: woken.wait()
-    zai.answers = [zai_refuses(1305), [0.2, stream_of(finish())], [0.2, stream_of(finish())]]
+    zai.answers = [zai_refuses(1305), [0.1, stream_of(finish())], [0.1, stream_of(finish())]]
     sleeping = asyncio.create_task(ask(client, chat(model="new")))
     while len(zai.bodies) < 1 or zai.open:
         await asyncio.sleep(0.01)
     await ask(client, chat(model="newer"))  # for which queues that nobody uses are forgotten
-    zai.answers = [[0.2, DOCUMENT]] * 2
+    zai.answers = [[0.1, DOCUMENT]] * 2
     busy = asyncio.create_task(ask(client, chat(model="new")))
     while not zai.open:
         await asyncio.sleep(0.01)
     woken.set()
-    await asyncio.sleep(0.1)
+    await asyncio.sleep(0.05)  # in which it asks, if it may
     assert zai.open == 1
     assert {response.status for response, _ in await asyncio.gather(sleeping, busy)} == {200}
 
@@ -5171,7 +5171,7 @@ async def test_a_client_that_takes_its_time_is_no_silence_of_zais(start, zai):
     zai.parts = [b"data: {}\n\n", *[b": " + b"x" * 2**20 + b"\n"] * 24, b"data: last\n\n"]
     async with client.post("/v1/messages", json=CLAUDE, headers=KEY) as response:
         response._connection.transport.pause_reading()
-        await asyncio.sleep(0.5)  # in which Z.ai could not send anything
+        await asyncio.sleep(0.4)  # in which Z.ai cannot send anything
         response._connection.transport.resume_reading()
         assert (await response.read()).endswith(b"data: last\n\n")
 
@@ -6076,7 +6076,7 @@ async def test_a_body_that_comes_byte_by_byte_gets_no_more_time(passing, impatie
     for _ in range(20):
         if not answer.done():
             writer.write(b"x")  # 5 in each 0.2 s
-        await asyncio.sleep(0.04)
+            await asyncio.sleep(0.04)
     assert answer.done()
     assert answer.result().startswith(b"HTTP/1.1 400")
     writer.close()
@@ -6601,7 +6601,7 @@ story = {{
 with open(sys.argv[-1] + ".new", "w") as file:
     json.dump(story, file)
 os.rename(sys.argv[-1] + ".new", sys.argv[-1])
-time.sleep(30 if "wait" in sys.argv else 0)
+time.sleep(600 if "wait" in sys.argv else 0)
 os.kill(os.getpid(), signal.SIGKILL if "die" in sys.argv else 0)
 sys.exit(7)
 """
@@ -6646,32 +6646,38 @@ class Launch:
 
 
 def free_port():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+    """A port that nobody uses, below those that the system gives to whoever asks for any."""
+    while True:
+        port = 20_000 + secrets.randbelow(10_000)
+        with contextlib.suppress(OSError), socket.create_server(("127.0.0.1", port)):
+            return port
 
 
 @pytest.fixture(scope="module")
-def stubborn(tmp_path_factory):
-    """A launch that was ended though its client does not end; it gives the client three seconds."""
-    launch = Launch(tmp_path_factory.mktemp("stubborn"), "wait", "stubborn")
-
-    def end():
-        while launch.process.poll() is None and not launch.story.exists():
-            time.sleep(0.02)
-        for _ in range(2):
-            launch.process.terminate()
-            time.sleep(0.1)
-
-    ending = threading.Thread(target=end)
+def launches(tmp_path_factory):
+    """Launches that are under way when their tests come. The stubborn one was ended, and gives its client 3 seconds."""
+    words = {"killed": ["die"], "interrupted": ["wait"], "terminated": ["wait"], "hung up": ["wait"]}
+    words["stubborn"] = ["wait", "stubborn"]
+    folder = tmp_path_factory.mktemp("launches")
+    begun = {name: Launch(folder, *arguments) for name, arguments in words.items()}
+    ending = threading.Thread(target=end_when_told, args=(begun["stubborn"],))
     ending.start()
-    yield launch
+    yield begun
     ending.join()
-    if launch.process.returncode is None:
-        launch.end()
+    for launch in begun.values():
+        if launch.process.returncode is None:
+            launch.process.terminate()
+            launch.end()
 
 
-@pytest.mark.usefixtures("stubborn")  # which has its three seconds while other tests run
+def end_when_told(launch):
+    while launch.process.poll() is None and not launch.story.exists():
+        time.sleep(0.02)
+    for _ in range(2):
+        launch.process.terminate()
+        time.sleep(0.1)
+
+
 def test_launch_tells_a_client_what_it_needs_and_no_more(run, tmp_path):
     port = run("--demo").port
     launch = Launch(tmp_path, "--own", port=port, OPENAI_API_KEY="theirs", ZTOAPI_KEY="theirs")
@@ -6687,23 +6693,33 @@ def test_launch_tells_a_client_what_it_needs_and_no_more(run, tmp_path):
     assert said == f"ztoapi: pi with glm-4.7-flash at http://localhost:{port}; --model NAME for another\n"
 
 
-def test_launch_starts_a_server_where_there_is_none_and_ends_it(tmp_path):
-    launch = Launch(tmp_path, "die")
-    status, said, left = launch.end()
+def test_launch_starts_a_server_where_there_is_none_and_ends_it(launches):
+    status, said, left = launches["killed"].end()
     assert (status, left) == (128 + signal.SIGKILL, [])
-    assert re.search(rf"starting a server for it; its log is {launch.folder}/tmp/ztoapi-\S+\.log\n$", said)
+    folder = launches["killed"].folder
+    assert re.search(rf"starting a server for it; its log is {folder}/tmp/ztoapi-\S+\.log\n$", said)
 
 
 @in_loop
-async def test_a_launch_that_is_ended_leaves_nothing_behind(tmp_path):
-    launches = interrupted, terminated, hung_up = [Launch(tmp_path, "wait") for _ in range(3)]
-    for launch in launches:
-        await launch.told()
-    os.killpg(interrupted.process.pid, signal.SIGINT)  # Ctrl-C is the client's
-    terminated.process.terminate()
-    hung_up.process.send_signal(signal.SIGHUP)
-    ended = [launch.end() for launch in launches]
-    assert [(status, left) for status, _, left in ended] == [(3, []), (143, []), (129, [])]
+@pytest.mark.parametrize(
+    ("name", "kill", "number", "wanted"),
+    [
+        pytest.param("interrupted", os.killpg, signal.SIGINT, 3, id="Ctrl-C, which is the client's"),
+        pytest.param("terminated", os.kill, signal.SIGTERM, 143, id="SIGTERM"),
+        pytest.param("hung up", os.kill, signal.SIGHUP, 129, id="SIGHUP"),
+    ],
+)
+async def test_a_launch_that_is_ended_leaves_nothing_behind(launches, name, kill, number, wanted):
+    launch = launches[name]
+    await launch.told()
+    kill(launch.process.pid, number)
+    status, _, left = launch.end()
+    assert (status, left) == (wanted, [])
+
+
+def test_a_client_that_does_not_end_is_killed_when_the_launch_ends(launches):
+    status, _, left = launches["stubborn"].end()
+    assert (status, left) == (143, [])
 
 
 def answer_all(listener, reply, asked):
@@ -6793,11 +6809,6 @@ qwen --auth-type openai
     )
 
 
-def test_a_client_that_does_not_end_is_killed_when_the_launch_ends(stubborn):
-    status, _, left = stubborn.end()
-    assert (status, left) == (143, [])
-
-
 def test_the_banner_ends_with_what_to_do_next():
     with_key, without = (ztoapi.banner(Settings(zai_api_key=keys), 9090).splitlines() for keys in (("zk",), ()))
     assert with_key[-1] == "  agent     python ztoapi.py launch claude    (others: launch --help)"
@@ -6827,19 +6838,19 @@ def test_the_program_names_its_dependencies_for_uv():
 
 @contextlib.asynccontextmanager
 async def nobody_is_stopped():
-    """While this lasts, others wait for their turn no longer than for two fifths of what is computed, or 0.25 s."""
-    pauses = []
+    """While this lasts, the loop does no more than a fifth of all the computing without a look at what others ask."""
+    pauses, begun = [], time.process_time()
 
     async def look_at_the_clock():
         while True:
-            started = time.process_time()
+            started = time.thread_time()
             await asyncio.sleep(0.01)
-            pauses.append(time.process_time() - started)
+            pauses.append(time.thread_time() - started)
 
     looking = asyncio.create_task(look_at_the_clock())
     yield
     looking.cancel()
-    assert max(pauses) < max(0.25, 0.4 * sum(pauses))
+    assert max(pauses) < (time.process_time() - begun) / 5
 
 
 def many(number, *values):
@@ -6848,7 +6859,7 @@ def many(number, *values):
 
 FROM_USER, FROM_MODEL = turn("x"), turn("y", "assistant")
 RESPONSES_CALL = {"type": "function_call", "name": "f", "call_id": "c", "arguments": "{}"}
-WIDE = {"name": "f", "parameters": {"properties": {f"p{i}": {"type": "string"} for i in range(1500)}}}
+WIDE = {"name": "f", "parameters": {"properties": {f"p{i}": {"type": "string"} for i in range(600)}}}
 
 
 @in_loop
@@ -6856,11 +6867,11 @@ WIDE = {"name": "f", "parameters": {"properties": {f"p{i}": {"type": "string"} f
     ("path", "body"),
     [
         pytest.param("chat/completions", b'"messages":[{"role":"user","content":[%s]}]' % many(60_000, text_block("x")), id="parts"),
-        pytest.param("chat/completions", b'"messages":[%s]' % many(75_000, FROM_USER, FROM_MODEL), id="messages"),
+        pytest.param("chat/completions", b'"messages":[%s]' % many(20_000, FROM_USER, FROM_MODEL), id="messages"),
         pytest.param("chat/completions", b'"fallbacks":[%s],"messages":[%s]' % (many(8, "glm-5"), many(80_000, FROM_USER)), id="fallbacks"),
         pytest.param("chat/completions", b'"messages":[%s],"tools":[%s]' % (many(1, FROM_USER), many(128, {"type": "function", "function": WIDE})), id="tools"),
-        pytest.param("responses", b'"input":[%s]' % many(45_000, RESPONSES_CALL, RESPONSES_CALL), id="items"),
-        pytest.param("messages", b'"messages":[%s]' % many(100_000, FROM_USER, turn("s", "system")), id="reminders"),
+        pytest.param("responses", b'"input":[%s]' % many(10_000, RESPONSES_CALL, RESPONSES_CALL), id="items"),
+        pytest.param("messages", b'"messages":[%s]' % many(32_000, FROM_USER, turn("s", "system")), id="reminders"),
     ],
 )  # fmt: skip
 async def test_a_large_request_stops_nobody_else(start, path, body):
@@ -6901,7 +6912,7 @@ async def test_what_is_held_of_an_answer_is_held_in_linear_time(make):
 @in_loop
 async def test_an_answer_that_is_packed_though_we_did_not_ask_for_it_stops_nobody_else(client, zai):
     zai.headers = EVENT_STREAM | {"Content-Encoding": "gzip"}
-    zai.parts = [gzip.compress(FIRST * 150_000 + RECORDED)]
+    zai.parts = [gzip.compress(FIRST * 200_000 + RECORDED)]
     async with nobody_is_stopped():
         assert (await ask(client))[0].status == 200
 
@@ -7269,7 +7280,7 @@ async def shell(lines):
 
 @in_loop
 async def test_the_docs_page_answers_from_key_to_last_token(here, browser, monkeypatch):
-    monkeypatch.setattr(ztoapi, "DEMO_PACE", 0.02)  # for there is no pace before 0.2 seconds
+    monkeypatch.setattr(ztoapi, "DEMO_PACE", 0.015)  # for the page tells no pace before 0.2 seconds
     await browser.open(here + "/docs", "document.querySelectorAll('#model-rows tr').length >= 22")
     assert await browser.run(text_of("base")) == here + "/v1"
     await browser.run("$('try-message').value = \"it's 你好\"; $('send').click()")
@@ -7333,7 +7344,7 @@ async def test_the_docs_page_shows_for_each_client_the_lines_that_launch_shows(h
 
 @in_loop
 async def test_a_stream_can_be_stopped_and_the_dashboard_counts_it(here, browser, monkeypatch):
-    monkeypatch.setattr(ztoapi, "DEMO_PACE", 0.05)
+    monkeypatch.setattr(ztoapi, "DEMO_PACE", 0.03)
     await browser.open(here + "/docs", "!!$('send')")
     await browser.run("$('try-message').value = 'word '.repeat(500); $('send').click()")
     assert await browser.sees(text_of("answer") + ".length > 20")

@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
+import gc
 import gzip
 import hashlib
 import io
@@ -6086,14 +6087,14 @@ LARGE = message(role="user", content="x" * 2**24)
 
 
 @in_loop
-@pytest.mark.parametrize(("pause", "status"), [(0.025, 200), (60, 504)], ids=["slow", "none of it"])
+@pytest.mark.parametrize(("pause", "status"), [(0.04, 200), (60, 504)], ids=["slow", "none of it"])
 async def test_an_upload_may_be_slow_but_not_stall(start, zai, pause, status):
-    client = await start(upstream_timeout=0.3)
+    client = await start(upstream_timeout=0.5)
     zai.pause, zai.headers, zai.parts = pause, {}, [DOCUMENT]
     started = time.monotonic()
     uploads = asyncio.gather(*(ask(client, LARGE, f"/v1/{path}") for path in ("chat/completions", "files")))
     assert [response.status for response, _ in await asyncio.wait_for(uploads, 10)] == [status] * 2
-    assert time.monotonic() - started > 0.3  # in all, a slow one takes longer than Z.ai may be silent
+    assert time.monotonic() - started > 0.5  # in all, a slow one takes longer than Z.ai may be silent
     assert (await stats(client))[0]["in_flight"] == 0
 
 
@@ -6838,7 +6839,7 @@ def test_the_program_names_its_dependencies_for_uv():
 
 @contextlib.asynccontextmanager
 async def nobody_is_stopped():
-    """While this lasts, the loop does no more than a fifth of all the computing without a look at what others ask."""
+    """While this lasts, the loop does no more than a quarter of all the computing without a look at what others ask."""
     pauses, begun = [], time.process_time()
 
     async def look_at_the_clock():
@@ -6848,9 +6849,13 @@ async def nobody_is_stopped():
             pauses.append(time.thread_time() - started)
 
     looking = asyncio.create_task(look_at_the_clock())
-    yield
-    looking.cancel()
-    assert max(pauses) < (time.process_time() - begun) / 5
+    gc.disable()  # what other tests left would be counted too
+    try:
+        yield
+    finally:
+        gc.enable()
+        looking.cancel()
+    assert max(pauses) < (time.process_time() - begun) / 4
 
 
 def many(number, *values):

@@ -3751,10 +3751,10 @@ def test_a_request_has_no_more_than_so_many_values(monkeypatch, body, values):
     ids=["arrays", "strings", "objects", "long strings"],
 )
 def test_too_many_values_are_found_without_decoding_them(value):
-    body = b'{"a":[%s1]}' % (value * (2**24 // len(value)))
+    body = b'{"a":[%s1]}' % (value * (2**25 // len(value)))
     started = time.process_time()
     assert ztoapi.too_many_values(body) == (len(value) < 100)
-    assert time.process_time() - started < 0.5
+    assert time.process_time() - started < 1
 
 
 # ======== Fakes and helpers ========
@@ -6087,14 +6087,14 @@ LARGE = message(role="user", content="x" * 2**24)
 
 
 @in_loop
-@pytest.mark.parametrize(("pause", "status"), [(0.04, 200), (60, 504)], ids=["slow", "none of it"])
+@pytest.mark.parametrize(("pause", "status"), [(0.06, 200), (60, 504)], ids=["slow", "none of it"])
 async def test_an_upload_may_be_slow_but_not_stall(start, zai, pause, status):
-    client = await start(upstream_timeout=0.5)
+    client = await start(upstream_timeout=0.8)
     zai.pause, zai.headers, zai.parts = pause, {}, [DOCUMENT]
     started = time.monotonic()
     uploads = asyncio.gather(*(ask(client, LARGE, f"/v1/{path}") for path in ("chat/completions", "files")))
     assert [response.status for response, _ in await asyncio.wait_for(uploads, 10)] == [status] * 2
-    assert time.monotonic() - started > 0.5  # in all, a slow one takes longer than Z.ai may be silent
+    assert time.monotonic() - started > 0.8  # in all, a slow one takes longer than Z.ai may be silent
     assert (await stats(client))[0]["in_flight"] == 0
 
 

@@ -84,6 +84,7 @@ from ztoapi import (
     messages_request,
     resolve,
     sse,
+    sse_parts,
     to_json,
     zai_body,
     zai_error,
@@ -454,14 +455,14 @@ def test_half_a_surrogate_pair_leaves_as_the_escape_it_came_as():
 
 
 def test_frames_are_data_and_a_blank_line():
-    assert [*sse([{"a": "é"}, "[DONE]"])] == ['data: {"a":"é"}\n\ndata: [DONE]\n\n'.encode()]
+    assert sse([{"a": "é"}, "[DONE]"]) == 'data: {"a":"é"}\n\ndata: [DONE]\n\n'.encode()
 
 
 def test_large_frames_are_made_one_by_one(monkeypatch):
     frames, small, large = ["1", "2" * 20], b"data: 1\n\n", b"data: 22222222222222222222\n\n"
-    assert sse(frames) == [small + large]
+    assert sse_parts(frames) == [small + large]
     monkeypatch.setattr(ztoapi, "MAX_WRITE", 30)
-    assert sse(frames) == [small, large]
+    assert sse_parts(frames) == [small, large]
 
 
 # ======== OpenAI chat completions: the request ========
@@ -3055,8 +3056,7 @@ def test_odd_figures_count_as_none_and_do_not_overflow_a_column():
     usage = {"prompt_tokens": 10**30, "completion_tokens": -5, "prompt_tokens_details": {"cached_tokens": True}}
     assert ztoapi.zai_usage(usage) == ztoapi.Usage()
     reader = MessagesReader("m")
-    (frame,) = sse([{"type": "message_delta", "usage": {"input_tokens": 10**30, "output_tokens": 2}}])
-    reader.feed(frame)
+    reader.feed(sse([{"type": "message_delta", "usage": {"input_tokens": 10**30, "output_tokens": 2}}]))
     assert reader.usage == ztoapi.Usage(0, 2, 2)
 
 
@@ -3569,16 +3569,16 @@ ANNA = Account("a", "anna", expires="2027-01-31", tokens="5M/week", models="glm-
 
 def test_keys_are_kept_changed_and_removed(database_url, connect):
     here, there = connect(database_url), connect(database_url)
-    here.call(here.put_account, ANNA)
-    here.call(here.put_account, Account("b", "bob"))
-    here.call(here.put_account, replace(ANNA, rpm=None))
-    assert there.call(there.list_accounts) == [replace(ANNA, rpm=None), Account("b", "bob")]
-    assert (there.call(there.remove_account, "anna"), there.call(there.remove_account, "anna")) == (True, False)
-    assert here.call(here.list_accounts) == [Account("b", "bob")]
-    here.call(here.put_account, Account("c", "anna"))
+    here.transact(here.put_account, ANNA)
+    here.transact(here.put_account, Account("b", "bob"))
+    here.transact(here.put_account, replace(ANNA, rpm=None))
+    assert there.transact(there.list_accounts) == [replace(ANNA, rpm=None), Account("b", "bob")]
+    assert (there.transact(there.remove_account, "anna"), there.transact(there.remove_account, "anna")) == (True, False)
+    assert here.transact(here.list_accounts) == [Account("b", "bob")]
+    here.transact(here.put_account, Account("c", "anna"))
     with pytest.raises(ztoapi.DatabaseError):  # two machines gave one name at the same moment
-        here.call(here.put_account, Account("d", "anna"))
-    assert [account.id for account in here.call(here.list_accounts)] == ["c", "b"]
+        here.transact(here.put_account, Account("d", "anna"))
+    assert [account.id for account in here.transact(here.list_accounts)] == ["c", "b"]
 
 
 def count_some(accounts, account="a", model="glm-4.6", day=TODAY):
@@ -3589,18 +3589,18 @@ def count_some(accounts, account="a", model="glm-4.6", day=TODAY):
 async def test_what_several_processes_count_adds_up(database_url, connect):
     here, there = connect(database_url), connect(database_url)
     ours, theirs = Accounts(()), Accounts(())
-    here.call(here.put_account, ANNA)
+    here.transact(here.put_account, ANNA)
     for database, accounts in ((here, ours), (there, theirs), (here, ours)):
         count_some(accounts)
         count_some(accounts, "gone", day=date(2026, 11, 20))
         await database.sync(accounts)
     await there.sync(theirs)
     assert theirs.tokens_used(ANNA, TODAY) == 36
-    assert there.call(there.list_usage, date(2026, 11, 20)) == [
+    assert there.transact(there.list_usage, date(2026, 11, 20)) == [
         ("gone", "operator", "2026-11-20", "glm-4.6", 3, 3, 30, 12, 6),
         ("a", "anna", "2026-11-21", "glm-4.6", 3, 3, 30, 12, 6),
     ]
-    assert len(there.call(there.list_usage, TODAY)) == 1
+    assert len(there.transact(there.list_usage, TODAY)) == 1
 
 
 @in_loop
@@ -3611,7 +3611,7 @@ async def test_a_batch_that_was_written_though_nobody_said_so_is_counted_once(da
     count_some(accounts, "b")
     for _ in range(2):
         await database.sync(accounts)
-    assert [row[4] for row in database.call(database.list_usage, TODAY)] == [1, 1]
+    assert [row[4] for row in database.transact(database.list_usage, TODAY)] == [1, 1]
 
 
 @in_loop
@@ -3661,10 +3661,10 @@ async def test_a_deleted_response_stays_deleted_while_many_wait_in_memory(databa
 
 def test_what_is_kept_in_memory_outlives_a_failure(connect):
     database = connect("memory")
-    database.call(database.put_account, ANNA)
+    database.transact(database.put_account, ANNA)
     with pytest.raises(ztoapi.DatabaseError):
-        database.call(database.select_response, "\ud800")
-    assert database.call(database.list_accounts) == [ANNA]
+        database.transact(database.select_response, "\ud800")
+    assert database.transact(database.list_accounts) == [ANNA]
 
 
 @in_loop
@@ -3698,14 +3698,14 @@ async def test_a_lost_database_is_said_once_a_minute_and_nothing_is_lost(postgre
 
 def test_tables_of_an_older_version_are_brought_up_to_date(database_url, connect, monkeypatch):
     old = connect(database_url)
-    old.call(old.put_account, ANNA)
+    old.transact(old.put_account, ANNA)
     monkeypatch.setattr(ztoapi, "MIGRATIONS", (*ztoapi.MIGRATIONS, "CREATE TABLE a (x TEXT); CREATE TABLE b (x TEXT)"))
     new, newer = connect(database_url), connect(database_url)
-    assert (new.call(new.list_accounts), newer.call(newer.list_accounts)) == ([ANNA], [ANNA])
-    assert new.call(lambda: new.execute("SELECT a.x FROM a, b").fetchall()) == []
+    assert (new.transact(new.list_accounts), newer.transact(newer.list_accounts)) == ([ANNA], [ANNA])
+    assert new.transact(lambda: new.execute("SELECT a.x FROM a, b").fetchall()) == []
     monkeypatch.undo()
     with pytest.raises(ztoapi.DatabaseError, match="version 2, so a newer ztoapi made it"):
-        connect(database_url).call(lambda: None)
+        connect(database_url).transact(lambda: None)
 
 
 def test_many_servers_may_make_the_tables_at_the_same_time(database_url, connect):
@@ -3716,7 +3716,7 @@ def test_many_servers_may_make_the_tables_at_the_same_time(database_url, connect
 
 def test_a_file_of_sqlite_is_for_its_owner_only(tmp_path, connect):
     database = connect(f"sqlite:///{tmp_path}/z.db")
-    database.call(database.put_account, ANNA)
+    database.transact(database.put_account, ANNA)
     assert {path.name: path.stat().st_mode & 0o777 for path in tmp_path.iterdir()} == dict.fromkeys(
         ("z.db", "z.db-wal", "z.db-shm"), 0o600
     )
@@ -5876,7 +5876,7 @@ def test_the_demo_answers_without_a_key(run):
 
 def demo_answer(body, **changes):
     deltas = ztoapi.demo_deltas(body | changes)
-    return deltas, ztoapi.demo_last(body | changes, deltas)["finish_reason"]
+    return deltas, ztoapi.demo_last(body | changes, deltas)["choices"][0]["finish_reason"]
 
 
 @pytest.mark.parametrize(
@@ -6524,7 +6524,7 @@ def test_postgresql_without_its_package_says_how_to_get_it(connect, monkeypatch)
     monkeypatch.setitem(sys.modules, "psycopg", None)
     database = connect("postgresql://h/d")
     with pytest.raises(ztoapi.DatabaseError, match=re.escape('pip install "psycopg[binary]"')):
-        database.call(database.list_accounts)
+        database.transact(database.list_accounts)
 
 
 @in_loop

@@ -875,15 +875,12 @@ class Prompt:
     size: int = 0  # bytes of JSON that it was read from, if these are many
 
 
-def conversation_start(prompt: Prompt) -> Iterator[str]:
+def conversation_start(prompt: Prompt) -> Iterable[str]:
     """What the requests of one conversation have in common: its key, or its system messages and first user message."""
     if prompt.cache_key:
-        yield prompt.cache_key
-        return
+        return [prompt.cache_key]
     first_user = next((message for message in prompt.messages if message.role == "user"), None)
-    for message in prompt.messages:
-        if message.role == "system" or message is first_user:
-            yield message_text(message)
+    return (message_text(message) for message in prompt.messages if message.role == "system" or message is first_user)
 
 
 def message_text(message: Message) -> str:
@@ -1840,8 +1837,7 @@ def hoist_tool_images(messages: Iterable[Message]) -> Iterator[Message]:
 
 def is_from_tool(message: Message) -> bool:
     """Whether this may be what a tool returned: its text, or the images beside it."""
-    shows = message.role == "user" and all(isinstance(part, Media) for part in message.content)
-    return message.role == "tool" or shows
+    return message.role == "tool" or (message.role == "user" and set(map(type, message.content)) <= {Media})
 
 
 def as_chat_content(content: Any) -> Any:
@@ -2212,7 +2208,11 @@ SURFACES: dict[str, Surface] = {
 }
 
 
-def sse(frames: Iterable[JSON | str]) -> list[bytes]:
+def sse(frames: Iterable[JSON | str]) -> bytes:
+    return b"".join(sse_parts(frames))
+
+
+def sse_parts(frames: Iterable[JSON | str]) -> list[bytes]:
     """Frames as bytes, all together unless they are large."""
     texts = [sse_frame(frame) for frame in frames]
     whole = "".join(texts)
@@ -2442,15 +2442,12 @@ def sendable(messages: Iterable[Message]) -> tuple[Message, ...]:
     return tuple(kept)
 
 
-TAGGED_THOUGHT = re.compile(r"\s*<think>(.*?)</think>[\r\n]*", re.DOTALL)
-
-
 def completed(message: Message) -> Message:
     """An empty tool result gets words; reasoning in the text, where REASONING_FORMAT=raw puts it, becomes reasoning."""
     if message.role == "tool" and not has_content(message):
         return replace(message, content=("(no output)",))
     text = message.content[0] if message.role == "assistant" and message.content else None
-    if isinstance(text, str) and (tagged := TAGGED_THOUGHT.match(text)):
+    if isinstance(text, str) and (tagged := re.match(r"\s*<think>(.*?)</think>[\r\n]*", text, re.DOTALL)):
         content = (text[tagged.end() :], *message.content[1:])
         return replace(message, content=content, thought=message.thought or tagged[1])
     return message
@@ -2723,9 +2720,8 @@ class ZaiReader:
         self.tags = TagReader(model, tools) if model.tagged_reasoning or tools else None
         self.wants_json = bool(tools) and "response_format" in asked
         self.text_begun = False
-        self.prose: list[
-            str
-        ] = []  # where JSON is wanted: other text, held until it is clear whether it stands beside a call
+        # Where JSON is wanted: other text, held until it is clear whether it stands beside a call.
+        self.prose: list[str] = []
         self.calls = CallReader()
         self.id, self.created, self.request_id = "", 0, ""  # Z.ai's; created in Unix seconds, 0: unknown
         self.size, self.torn = 0, 0  # bytes so far; frames dropped because their rest never came
@@ -2980,13 +2976,10 @@ class TagReader:
         return self.named or any(opening.startswith(begun) for opening in self.openings)
 
 
-LEAKED_PAIR = re.compile(r"(.*?)</arg_key>\s*<arg_value>(.*)</arg_value>\s*", re.DOTALL)
-
-
 def leaked_call(text: str, tools: Mapping[str, JSON]) -> JSON | None:
     """The call in the text between <tool_call> tags, as Z.ai should have sent it; None if it calls no known tool."""
     name, *pairs = [part.strip() for part in text.split("<arg_key>")]
-    found = [LEAKED_PAIR.fullmatch(pair) for pair in pairs]
+    found = [re.fullmatch(r"(.*?)</arg_key>\s*<arg_value>(.*)</arg_value>\s*", pair, re.DOTALL) for pair in pairs]
     if name not in tools or None in found:
         return None
     schemas = as_object(tools[name].get("properties"))
@@ -3732,11 +3725,11 @@ MAX_LISTED = 1_000  # models
 
 
 class IdleTimer:
-    """Calls `on_idle` with the seconds of silence each time that `seconds` pass without a `reset()`."""
+    """Calls `on_idle` each time that `seconds` pass without a `reset()`."""
 
-    def __init__(self, seconds: float, on_idle: Callable[[float], None]) -> None:
+    def __init__(self, seconds: float, on_idle: Callable[[], None]) -> None:
         self.seconds = seconds
-        self.on_idle: Callable[[float], None] | None = on_idle
+        self.on_idle: Callable[[], None] | None = on_idle
         self.timer: asyncio.TimerHandle | None = None
         self.reset()
 
@@ -3755,7 +3748,7 @@ class IdleTimer:
             self.arm(self.seconds - silence)
         elif self.on_idle:
             self.arm(self.seconds)
-            self.on_idle(silence)
+            self.on_idle()
 
     def stop(self) -> None:
         self.on_idle = None  # leaves no reference cycle
@@ -3812,7 +3805,7 @@ class ByteStream:
             self.timer.start()
             owner.callback(self.timer.stop)
 
-    def give_up(self, _: float) -> None:
+    def give_up(self) -> None:
         """Fail the pending read, as aiohttp's sock_read would."""
         if self.reading:
             self.response.content.set_exception(aiohttp.SocketTimeoutError("silence"))
@@ -4449,11 +4442,8 @@ class Database:
         """If not, the first write creates it."""
         return self.is_postgres or self.in_memory or self.path.exists()
 
-    def call(self, job: Callable[..., R], *arguments: object) -> R:
-        """Do a job in a transaction, and wait for it. Raises DatabaseError."""
-        return self.thread.submit(self.transact, job, *arguments).result()
-
     async def run(self, job: Callable[..., R], *arguments: object) -> R:
+        """Do a job in a transaction. Raises DatabaseError."""
         return await asyncio.get_running_loop().run_in_executor(self.thread, self.transact, job, *arguments)
 
     @asynccontextmanager
@@ -4505,7 +4495,7 @@ class Database:
             stored = await self.run(self.select_response, response_id)
         return stored[1] if stored and stored[0] == account_id else ""
 
-    # From here on: in the thread.
+    # From here on: in the thread, or where there is no event loop.
 
     def transact(self, job: Callable[..., R], *arguments: object) -> R:
         self.driver = self.driver or self.load_driver()
@@ -4852,7 +4842,7 @@ class SSEResponse:
         await self.response.write_eof()
 
     async def send(self, frames: Iterable[JSON | str]) -> None:
-        for data in filter(None, sse(frames)):
+        for data in filter(None, sse_parts(frames)):
             trace("answered", data)
             await self.write(data)
             if len(data) > MAX_WRITE:
@@ -4880,7 +4870,7 @@ class SSEResponse:
             if self.keeping_alive:
                 self.keeping_alive.cancel()
 
-    def on_idle(self, _: float) -> None:
+    def on_idle(self) -> None:
         if not self.writing:
             self.keeping_alive = asyncio.create_task(self.keep_alive())
 
@@ -5380,8 +5370,7 @@ class PassThroughResponse:
     async def fail(self, error: ProxyError) -> None:
         """A stream of events gets one more, an error; any other answer can only be cut off."""
         if "text/event-stream" in self.response.headers.get("Content-Type", ""):
-            for data in sse([{"type": "error", **error_document(self.request, error)}]):
-                await self.response.write(data)
+            await self.response.write(sse([{"type": "error", **error_document(self.request, error)}]))
         elif self.request.transport:
             self.request.transport.close()
 
@@ -5443,12 +5432,9 @@ def is_local(request: web.Request) -> bool:
     return is_here and all(is_loopback(host_name(host)) for host in request.headers.getall("Host", []))
 
 
-PORT_SUFFIX = re.compile(r":\d*$")
-
-
 def host_name(host: str) -> str:
     """The name in "name:port" or "[::1]:port"."""
-    return PORT_SUFFIX.sub("", host)
+    return re.sub(r":\d*$", "", host)
 
 
 def is_allowed_origin(origin: str, settings: Settings) -> bool:
@@ -5742,8 +5728,7 @@ class ClientConnection(RequestHandler):
 
 def bare_error(kind: ErrorKind) -> web.Response:
     """An error from outside the app; the connection ends with it."""
-    body = encode_json(error_body(ProxyError(kind)))
-    response = web.Response(body=body, status=kind.status, content_type="application/json")
+    response = json_response(error_body(ProxyError(kind)), kind.status)
     response.force_close()
     return response
 
@@ -5880,10 +5865,9 @@ class BackgroundHandler(logging.Handler):
 
     def write_lines(self) -> None:
         while True:
-            lines = [self.lines.get()]
+            text = self.lines.get()
             while not self.lines.empty():
-                lines.append(self.lines.get())
-            text = "".join(lines)
+                text += self.lines.get()
             with suppress(OSError):
                 os.write(self.descriptor, text.encode("utf-8", "backslashreplace"))
             self.written += len(text)
@@ -5982,13 +5966,6 @@ def listen(host: str, port: int) -> list[socket.socket]:
                 raise
         port = sockets[0].getsockname()[1]
     return sockets
-
-
-def listen_or_exit(settings: Settings) -> list[socket.socket]:
-    try:
-        return listen(settings.host, settings.port)
-    except OSError as error:
-        refuse(cannot_listen(settings, error))
 
 
 def cannot_listen(settings: Settings, error: OSError) -> str:
@@ -6090,7 +6067,10 @@ def main(arguments: list[str] | None = None) -> None:
     if flags.command == "keys":
         keys_command(settings, flags)
         return
-    sockets = listen_or_exit(settings)
+    try:
+        sockets = listen(settings.host, settings.port)
+    except OSError as error:
+        refuse(cannot_listen(settings, error))
     address = sockets[0].getsockname()
     settings = with_demo(settings, address) if flags.demo else settings
     set_up_log(settings)
@@ -6123,7 +6103,7 @@ def manage_keys(database: Database, flags: argparse.Namespace) -> str:
     """What is to be printed. Raises BadRequest and DatabaseError."""
     accounts, today = Accounts(()), day_of(time.time())
     if database.exists:
-        accounts.written(*database.call(database.exchange, {}, {}, today))
+        accounts.written(*database.transact(database.exchange, {}, {}, today))
     if flags.action == "list":
         return key_table(key_item(accounts, account) for account in accounts.named.values())
     known = {account.name: account for account in accounts.named.values()}
@@ -6131,11 +6111,11 @@ def manage_keys(database: Database, flags: argparse.Namespace) -> str:
     if (name in known) == (flags.action == "add"):
         raise BadRequest(f"there is {'already a' if name in known else 'no'} key named {name}")
     if flags.action == "remove":
-        database.call(database.remove_account, name)
+        database.transact(database.remove_account, name)
         return f"{name} removed"
     limits = {limit: words for limit in LIMITS if (words := getattr(flags, limit)) is not None}
     account = replace(known.get(name) or Account(hash_key(key), name), **parse_limits(limits, today))
-    database.call(database.put_account, account)
+    database.transact(database.put_account, account)
     return f"{name} changed" if name in known else key
 
 
@@ -6264,7 +6244,6 @@ def launch(settings: Settings, flags: argparse.Namespace) -> int:
     with server, tempfile.TemporaryDirectory(prefix="ztoapi-", ignore_cleanup_errors=True) as folder:
         client = filled(folder)
         for name, text in client.files.items():
-            Path(folder, name).touch(0o600)
             Path(folder, name).write_text(text, encoding="utf-8")
         return run([program, *client.arguments[1:], *flags.arguments], client.variables)
 
@@ -6319,7 +6298,7 @@ def run(command: list[str], variables: dict[str, str]) -> int:
 
 
 # ======== Demo ======================================================================================================
-# A stand-in for Z.ai, for users who have no key yet.
+# A small stand-in for Z.ai on this server, in Z.ai's wire format, for users who have no key yet.
 
 DEMO_PATH = "/demo/api/paas/v4"
 UNLOGGED_PATHS = (DEMO_PATH, "/dashboard/stats")  # requested by the program itself and its pages, often
@@ -6327,7 +6306,6 @@ DEMO_PACE = 0.03  # seconds between words
 
 
 def demo_routes(app: web.Application) -> None:
-    """A small stand-in for Z.ai on this server, in Z.ai's wire format, for users who have no key yet."""
     app.router.add_post(f"{DEMO_PATH}/chat/completions", demo_chat)
     app.router.add_get(f"{DEMO_PATH}/models", demo_models)
 
@@ -6338,6 +6316,7 @@ async def demo_models(_: web.Request) -> web.Response:
 
 
 async def demo_chat(request: web.Request) -> web.StreamResponse:
+    """Always a stream, which serves a whole answer as well."""
     if request.headers.get("Authorization") != f"Bearer {request.app[SETTINGS].zai_api_key[0]}":
         return json_response({"error": {"code": "1000", "message": "Authentication Failed"}}, 401)
     body = await request.json()
@@ -6345,29 +6324,13 @@ async def demo_chat(request: web.Request) -> web.StreamResponse:
         return json_response({"error": {"code": "1211", "message": "Unknown Model, please check the model code."}}, 400)
     deltas, answer_id = demo_deltas(body), time.strftime("%Y%m%d%H%M%S") + secrets.token_hex(9)
     head = {"id": answer_id, "created": int(time.time()), "model": body["model"]}
-    if body.get("stream"):
-        return await demo_stream(request, head, deltas, demo_last(body, deltas))
-    await asyncio.sleep(DEMO_PACE)
-    return json_response(head | demo_whole(deltas, demo_last(body, deltas)))
-
-
-async def demo_stream(request: web.Request, head: JSON, deltas: list[JSON], last: JSON) -> web.StreamResponse:
     response = web.StreamResponse(headers={"Content-Type": "text/event-stream;charset=UTF-8"})
     await response.prepare(request)
     for delta in deltas:
-        frame = head | {"choices": [{"index": 0, "delta": {"role": "assistant", **delta}}]}
-        await response.write(escaped(sse_frame(frame)))
-        await asyncio.sleep(DEMO_PACE)
-    end = {"index": 0, "finish_reason": last["finish_reason"], "delta": {"role": "assistant", "content": ""}}
-    await response.write(b"".join(sse([head | {"choices": [end], "usage": last["usage"]}, "[DONE]"])))
+        await response.write(sse([head | {"choices": [{"index": 0, "delta": {"role": "assistant", **delta}}]}]))
+        await asyncio.sleep(DEMO_PACE if body.get("stream") else 0)
+    await response.write(sse([head | demo_last(body, deltas), "[DONE]"]))
     return response
-
-
-def demo_whole(deltas: list[JSON], last: JSON) -> JSON:
-    texts = {name: "".join(delta.get(name, "") for delta in deltas) for name in ("content", "reasoning_content")}
-    calls = next((delta for delta in deltas if "tool_calls" in delta), {})
-    choice = {"index": 0, "message": {"role": "assistant", **texts, **calls}, "finish_reason": last["finish_reason"]}
-    return {"choices": [choice], "usage": last["usage"]}
 
 
 def demo_deltas(body: JSON) -> list[JSON]:
@@ -6402,12 +6365,13 @@ def demo_value(schema: JSON) -> Any:
 
 
 def demo_last(body: JSON, deltas: list[JSON]) -> JSON:
-    """The finish_reason and usage; a word counts as a token."""
+    """The last chunk, with usage; a word counts as a token."""
     prompt = len(re.findall(r"\S+", str(body["messages"])))
     cut = len(deltas) >= body.get("max_tokens", math.inf)
     reason = "length" if cut else "tool_calls" if "tool_calls" in deltas[-1] else "stop"
     tokens = {"prompt_tokens": prompt, "completion_tokens": len(deltas), "total_tokens": prompt + len(deltas)}
-    return {"finish_reason": reason, "usage": tokens}
+    end = {"index": 0, "finish_reason": reason, "delta": {"role": "assistant", "content": ""}}
+    return {"choices": [end], "usage": tokens}
 
 
 # ======== Pages =====================================================================================================

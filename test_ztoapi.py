@@ -191,6 +191,7 @@ def test_an_empty_variable_counts_as_not_set():
         ),
         ("ZAI_BASE_URL", "https://a..b/v4", "ZAI_BASE_URL=https://a..b/v4 cannot be used"),
         ("ZAI_BASE_URL", "https://u:p@api.z.ai", "it must be an http or https address such as"),
+        ("ZAI_BASE_URL", "https://:p@api.z.ai", "it must be an http or https address such as"),
         ("MAX_RETRIES", "-1", "MAX_RETRIES=-1 cannot be used: it must be a number of times, 0 to 10"),
         ("MODEL_ALIASES", "gpt-4o", "MODEL_ALIASES=gpt-4o cannot be used: it must be name=model pairs"),
         ("UPSTREAM_TIMEOUT", "0", "UPSTREAM_TIMEOUT=0 cannot be used"),
@@ -1083,6 +1084,11 @@ def test_an_item_may_be_sent_by_its_id_alone():
                 Message("user", (Media("image_url", "https://x"),)),
             ],
             id="a picture from a tool, and what OpenAI's own tools leave",
+        ),
+        pytest.param(
+            [{"type": "function_call_output", "call_id": "c1", "output": []}],
+            [Message("tool", (), call_id="c1")],
+            id="a tool that said nothing",
         ),
         pytest.param("hi", [Message("user", ("hi",))], id="text"),
         pytest.param(
@@ -5738,11 +5744,12 @@ async def test_the_table_alone_is_listed_when_zai_does_not_answer(client, zai, m
 
 
 @in_loop
-async def test_aliases_without_a_star_are_listed(start):
-    client = await start(model_aliases=(("gpt-4o", "glm-4.6"), ("claude-*", "glm-5.3")))
+async def test_aliases_are_listed_unless_they_are_patterns(start):
+    patterns = ("claude-*", "gpt-?", "o[13]")
+    client = await start(model_aliases=(("gpt-4o", "glm-4.6"), *((pattern, "glm-5.3") for pattern in patterns)))
     models = await listed(client)
     assert models["gpt-4o"] == GLM_46 | {"id": "gpt-4o"}
-    assert "claude-*" not in models
+    assert not models.keys() & set(patterns)
 
 
 @in_loop
@@ -6159,6 +6166,17 @@ async def test_what_a_key_may_is_asked_on_every_surface(client, zai, limits, sta
     assert (response.status, kind) == (status, anthropic if path == "messages" else code)
     assert len(zai.bodies) == asked
     assert ("Retry-After" in response.headers) is (status == 429)
+
+
+@in_loop
+async def test_a_client_that_leaves_before_the_end_uses_up_its_tokens_too(client, zai):
+    zai.parts = [FIRST, HANG]
+    key = await make_key(client, tokens="40")
+    async with client.post("/v1/chat/completions", json=chat(stream=True), headers=key) as response:
+        await response.content.readline()
+    assert await eventually(lambda: client.app[ztoapi.ACCOUNTS].counted)
+    ((_, used),) = client.app[ztoapi.ACCOUNTS].counted.items()
+    assert used == [1, 0, len(json.dumps(chat(stream=True))) // 4, 0, 1]
 
 
 @in_loop
@@ -6595,8 +6613,8 @@ server.sendall(b"GET /health HTTP/1.0\\r\\nHost: localhost\\r\\n\\r\\n")
 story = {{
     "arguments": sys.argv[1:],
     "key": os.environ["ZTOAPI_KEY"],
-    "theirs": [name for name in os.environ if name.startswith(("OPENAI_", "ANTHROPIC_", "ZAI_"))],
-    "modes": [oct(os.stat(path).st_mode & 0o777) for path in (folder, folder + "/models.json")],
+    "theirs": [name for name in os.environ if name.startswith(("OPENAI_", "ANTHROPIC_", "ZAI_", "DEFAULT_", "DATABASE_"))],
+    "mode": oct(os.stat(folder).st_mode & 0o777),
     "health": json.loads(server.makefile().read().partition("\\n\\n")[2])["name"],
 }}
 with open(sys.argv[-1] + ".new", "w") as file:
@@ -6611,7 +6629,7 @@ sys.exit(7)
 class Launch:
     """`launch pi` as a process, with a fake pi, on a port on which nothing listens yet."""
 
-    def __init__(self, folder, *arguments, port=None, **variables):
+    def __init__(self, folder, *arguments, flags=(), port=None, **variables):
         folder = Path(tempfile.mkdtemp(dir=folder))
         self.folder, self.story = folder, folder / "story"
         (folder / "bin").mkdir()
@@ -6620,7 +6638,7 @@ class Launch:
         (folder / "tmp").mkdir()
         self.port = port or free_port()
         self.process = subprocess.Popen(
-            [sys.executable, PROGRAM, "launch", "pi", "--port", str(self.port), "--", *arguments, self.story],
+            [sys.executable, PROGRAM, *flags, "launch", "pi", "--port", str(self.port), "--", *arguments, self.story],
             env={
                 **os.environ,
                 "TMPDIR": str(folder / "tmp"),
@@ -6681,13 +6699,14 @@ def end_when_told(launch):
 
 def test_launch_tells_a_client_what_it_needs_and_no_more(run, tmp_path):
     port = run("--demo").port
-    launch = Launch(tmp_path, "--own", port=port, OPENAI_API_KEY="theirs", ZTOAPI_KEY="theirs")
+    secrets_of_others = {"OPENAI_API_KEY": "theirs", "ZTOAPI_KEY": "theirs", "DATABASE_URL": "memory"}
+    launch = Launch(tmp_path, "--own", port=port, DEFAULT_KEY="sk-your-key", **secrets_of_others)
     status, said, _ = launch.end()
     assert json.loads(launch.story.read_text()) == {
         "arguments": ["--provider", "ztoapi", "--model", "glm-4.7-flash", "--own", str(launch.story)],
         "key": "sk-your-key",
         "theirs": [],
-        "modes": ["0o700", "0o600"],
+        "mode": "0o700",
         "health": "ztoapi",
     }
     assert (status, [*(launch.folder / "tmp").iterdir()]) == (7, [])
@@ -6777,6 +6796,12 @@ def test_check_says_how_the_clients_that_are_installed_start(run, tmp_path):
     status, out, _ = run("--check", PATH=str(tmp_path), ZAI_API_KEY="").end()
     line = "✓ clients   python ztoapi.py launch continue, python ztoapi.py launch llm"
     assert (status, line in out.splitlines()) == (1, True)
+
+
+def test_launch_starts_a_demo_without_a_key(tmp_path):
+    launch = Launch(tmp_path, flags=["--demo"], ZAI_API_KEY="")
+    status, _, left = launch.end()
+    assert (status, json.loads(launch.story.read_text())["health"], left) == (7, "ztoapi", [])
 
 
 def test_launch_needs_a_key_for_a_server_of_its_own(tmp_path):

@@ -9,7 +9,7 @@
 
 Where a request goes:
 
-    client JSON ─ parse_chat ─► Prompt ─ zai_body ─► JSON ─ Upstream.open ─► Z.ai
+    client JSON ─ parse_chat ─► Prompt ─ zai_body ─► JSON ─ Upstream.ask ──► Z.ai
                                                                 │
                         ZaiReader.feed ◄── bytes, cut anywhere ─┘
                               │
@@ -19,7 +19,7 @@ Where a request goes:
       ChatEncoder.feed ─► sse() ─► relay    Answer.add ─► chat_completion ─► json_response
 
 Everything above the banner "Admission" is pure: no socket, clock, environment, randomness or async. It raises
-SettingsError, BadRequest (the client's fault), UpstreamError (Z.ai's) or another ProxyError; any other is a bug.
+SettingsError, BadRequest (the client's fault), UpstreamError (Z.ai's) or another ProxyError; all else is a bug.
 The sections, in order: Settings, Errors, Models, JSON, Internal representation; what clients speak (Request fields,
 Chat completions, Completions, Responses, Messages, Surfaces), Clients; what Z.ai speaks (request, errors, answer);
 Accounts; I/O: Admission (keys, limits, queue), Z.ai client, Upstream (retries, fallbacks), Database, Requests
@@ -139,7 +139,7 @@ def address(text: str) -> str:
 
 def base_url(text: str) -> str:
     url = urlsplit(text)
-    unwanted = url.username or url.query or url.fragment
+    unwanted = "@" in url.netloc or url.query or url.fragment
     if url.scheme not in ("http", "https") or not url.hostname or url.port == 0 or unwanted:
         raise ValueError(text)
     url.hostname.encode("idna")  # raises UnicodeError, a ValueError
@@ -164,7 +164,7 @@ class ZaiKey:
         return re.sub(r"(/coding)?/paas/v4$", "", self.base_url) + "/anthropic"
 
     def affinity(self, conversation: str) -> str:
-        """A conversation takes the key with the lowest value (rendezvous hashing): another key moves few of them."""
+        """A conversation takes the key with the lowest value (rendezvous hashing): a new key moves few of them."""
         return digest(conversation, self.secret)
 
 
@@ -214,7 +214,7 @@ def read_setting(variable: Field[Any], text: str) -> Any:
 def is_loopback(host: str) -> bool:
     """Whether a host name can only mean this machine, whatever a DNS server says."""
     try:
-        usual = host.lower() in ("localhost", "127.0.0.1", "::1")  # every request asks: parsing takes longer
+        usual = host.lower() in ("localhost", "127.0.0.1", "::1")  # for speed: every request comes here
         return usual or ipaddress.ip_address(host.strip("[]")).is_loopback
     except ValueError:
         return False
@@ -439,7 +439,7 @@ class Redactor:
         # A key may appear as it is, in JSON, in JSON inside JSON, or in a URL.
         forms = {form for word in words for form in (any_escaping(word), re.escape(quote(word, safe="")))}
         secret = sorted(forms, key=len, reverse=True)
-        # The last is a key made by `new_key`. Each begins with a plain character, so that a search skips to those.
+        # The last is a key made by `new_key`. Each begins with a plain character, which a search finds fast.
         self.pattern = re.compile("|".join((*secret, r"sk-[\w-]{43}\b")))
 
     def __call__(self, text: str) -> str:
@@ -539,7 +539,7 @@ def aliased(name: str, renamed: Iterable[tuple[str, str]]) -> str:
 def resolve(name: str, renamed: Iterable[tuple[str, str]] = ()) -> Model:
     """The model that a client's name means; case, provider prefix and `[1m]` do not matter; aliases win.
 
-    A name that is not in the table is passed on in lower case: Z.ai may be newer.
+    A name that is not in the table is passed on in lower case: Z.ai may know it.
     """
     bare = bare_name(aliased(name, renamed))
     if not bare:
@@ -576,7 +576,7 @@ are given, until the task is done; then you say in a few words what you did.
 - Be brief and exact. Name files with their paths. If something is unclear and matters, ask; else choose and go on.
 """
 
-# The efforts that Codex may ask for, by the model's kind; it sends no other.
+# The efforts that Codex may ask for, by ThinkingKind; it sends no other.
 CODEX_LEVELS: dict[ThinkingKind, tuple[str, ...]] = {
     "none": (),
     "switch": ("none", "high"),
@@ -739,7 +739,7 @@ def as_count(value: Any) -> int:
 
 # ======== Internal representation ===================================================================================
 # What a client asks and a model answers, independent of any API. Nothing changes these values once they are made;
-# most are not frozen, since making one would take three times as long.
+# most are not frozen: frozen ones take three times as long to make.
 
 
 @dataclass(slots=True)
@@ -872,7 +872,7 @@ class Prompt:
     native: JSON = field(default_factory=dict)  # Z.ai's own parameters, passed on
     cache_key: str = ""  # the client's own name for the conversation
     ignored: tuple[str, ...] = ()  # fields that cannot be honoured
-    size: int = 0  # bytes of JSON that it was read from, if these are many
+    size: int = 0  # bytes of the JSON it was read from; 0 if few
 
 
 def conversation_start(prompt: Prompt) -> Iterable[str]:
@@ -1114,7 +1114,7 @@ def effort_from_template(value: Any) -> Effort | None:
     return given.get("enable_thinking")
 
 
-# Five ways to ask for thinking; if a request has several, the first of this order counts.
+# Five ways to ask for thinking; if a request has several, the first in this order counts.
 EFFORT_FIELDS: dict[str, Callable[[Any], Effort | None]] = {
     "reasoning_effort": effort,
     "reasoning": effort_from_object,
@@ -1446,7 +1446,7 @@ class ChatEncoder:
         return f'{self.head}{{"index":{choice},"delta":{delta},"finish_reason":{finish_reason}}}{self.tail}'
 
     def close(self) -> list[JSON | str]:
-        """The frames after the last event: the usage, if it was asked for and Z.ai told it, and the end."""
+        """The frames after the last event: the usage, if it was asked for and Z.ai sent it, and the end."""
         if self.include_usage and self.usage:
             return [f'{self.head}],"usage":{to_json(usage_body(self.usage))}}}', "[DONE]"]
         return ["[DONE]"]
@@ -1527,7 +1527,7 @@ def one_prompt(value: Any) -> str:
         case str(words) | [str(words)]:
             return words
         case _:
-            raise ValueError("must be one string, or an array with one: GLM takes no tokens or several prompts")
+            raise ValueError("must be one string, or an array with one: GLM takes only one, and no tokens")
 
 
 COMPLETION_FIELDS: dict[str, Check] = {
@@ -1634,14 +1634,14 @@ def qualified_name(item: JSON) -> str:
 
 
 def response_tools(value: Any) -> list[tuple[str, Any]]:
-    """The tools, each with its position in the request."""
+    """The tools, each after its path in the request."""
     tools = [found for i, tool in enumerate(array(value)) for found in split_namespace(tool, f"tools[{i}]")]
     tool_list([tool for _, tool in tools])
     return tools
 
 
 def split_namespace(tool: Any, at: str) -> Iterator[tuple[str, Any]]:
-    """Yield the tool, or each tool of a namespace with `namespace` added to it, and its position in the request."""
+    """Yield the tool, or each tool of a namespace with `namespace` added to it, after its path in the request."""
     match tool:
         case {"type": "namespace", "name": str(namespace), "tools": [*members]}:
             for i, member in enumerate(members):
@@ -1682,7 +1682,7 @@ REASONING_PREFIX = "ztoapi:"  # of our `encrypted_content`: base64 follows, neit
 
 @dataclass(frozen=True, slots=True)
 class StoredResponse:
-    """A response that a client may refer to, and the items before it: its input and the conversation so far."""
+    """A response that a client may refer to, and the items before it: the conversation so far and its input."""
 
     response: JSON
     input: list[Any]
@@ -1701,7 +1701,7 @@ class ResponsesRequest:
     """What the Responses API's answer depends on. `echo` is what the response repeats of the request."""
 
     echo: JSON
-    input: list[Any]  # after the items of the conversation so far; empty if the response is not to be stored
+    input: list[Any]  # with the conversation so far before it; empty if the response is not to be stored
     tools: Mapping[str, JSON]  # as the client sent them, by the names that the model knows
     returns_reasoning: bool  # in a form that the client can send back
     history: History
@@ -1783,7 +1783,7 @@ def resolve_reference(item: Any, at: str, history: History) -> Any:
 
 
 def parse_items(items: Iterable[Any], first: int) -> tuple[Message, ...]:
-    """The messages of a conversation; `first` is the position of the first item in the request's input.
+    """The messages of a conversation; `first` is the index of the first item in the request's input.
 
     It is negative where items of a previous response stand before the input.
     """
@@ -1816,8 +1816,9 @@ def parse_item(item: Any, at: str) -> Iterator[Message]:
         case {"type": "function_call_output" | "custom_tool_call_output", "call_id": str(call_id), "output": output}:
             parts = parse_content(as_chat_content(output), "user", f"{at}.output")
             words = tuple(part for part in parts if isinstance(part, str))
-            yield Message("tool", words or ("(a picture, shown below)",), call_id=call_id)
-            if seen := tuple(part for part in parts if isinstance(part, Media)):
+            seen = tuple(part for part in parts if isinstance(part, Media))
+            yield Message("tool", words or ("(a picture, shown below)",) * bool(seen), call_id=call_id)
+            if seen:
                 yield Message("user", seen)
         case {"type": "reasoning"}:
             yield Message("assistant", (), thought=decode_reasoning(item))
@@ -1826,11 +1827,11 @@ def parse_item(item: Any, at: str) -> Iterator[Message]:
         case {"type": str(kind)} if kind in OPENAI_ITEMS:
             return
         case _:
-            raise BadRequest(f"'{at}' must be a message, a call of a tool, its output, or reasoning.", at)
+            raise BadRequest(f"'{at}' must be a message, a tool call, its output, or reasoning.", at)
 
 
 def hoist_tool_images(messages: Iterable[Message]) -> Iterator[Message]:
-    """Move images that tools returned after the tools' messages: Z.ai takes them only in user messages."""
+    """Put images from tools behind the tools' messages: Z.ai takes them only in user messages."""
     for _, run in groupby(messages, is_from_tool):
         yield from sorted(run, key=lambda message: message.role != "tool")
 
@@ -1917,9 +1918,9 @@ def parse_response_tool(tool: Any, at: str) -> Tool | JSON | None:
 
 @dataclass(frozen=True, slots=True)
 class ItemKind:
-    """A kind of item in a response's output. `events` names the events that tell its text, arguments or input.
+    """A kind of item in a response's output. `events` names the events with its text, arguments or input.
 
-    A text is told as the only part of its item, by `part_events`; a call has no parts.
+    Text is sent as its item's only part, with `part_events`; a call has no parts.
     """
 
     type: str
@@ -2077,7 +2078,7 @@ class ResponseEncoder:
             yield self.frame(f"{kind.events}.done", **item.position, text=item.text, **kind.logprobs)
             yield self.frame(f"{kind.part_events}.done", **item.position, part=item.part)
             return
-        if kind is CUSTOM_TOOL_CALL:  # its input cannot be told before it is complete
+        if kind is CUSTOM_TOOL_CALL:  # its input is not known until it is complete
             yield self.frame(f"{kind.events}.delta", **item.position, delta=item.input)
         name = {"name": item.names["name"]} if kind is FUNCTION_CALL else {}
         yield self.frame(f"{kind.events}.done", **item.position, **name, **{kind.content: item.content})
@@ -2228,7 +2229,7 @@ def sse_frame(frame: JSON | str) -> str:
 
 
 # ======== Clients ===================================================================================================
-# How each client is installed, and started to use only this server: as typed in a shell, variables first. $dir is
+# How each client is installed, and started for this server only: as typed in a shell, variables first. $dir is
 # a folder of its own; the file that a client reads from it, if any, comes last.
 
 CLIENT_TABLE = """\
@@ -2282,7 +2283,7 @@ llm: pip install llm
 LLM_USER_PATH=$dir LLM_MODEL=$model OPENAI_API_KEY=$key llm
 extra-openai-models.yaml: [{"model_id": "$model", "model_name": "$model", "api_base": "$base", "reasoning": true, \
 "api_key_name": "openai", "supports_tools": true, "supports_schema": true}]"""
-# What clients have in common: opencode's file, and the variables for programs without one for their folder.
+# What clients have in common: opencode's file, and variables for programs that have none for a folder.
 OPENCODE = """{"model": "ztoapi/$model", "provider": {"ztoapi": {"npm": "@ai-sdk/openai-compatible", \
 "options": {"baseURL": "$base", "apiKey": "$key"}, "models": {"$model": {"reasoning": true, "attachment": $vision, \
 "limit": {"context": $context, "output": $output}}}}}}"""
@@ -2358,7 +2359,7 @@ def zai_request(prompt: Prompt, model: Model) -> tuple[JSON, bytes]:
 
 
 def zai_body(prompt: Prompt, model: Model) -> JSON:
-    """It has only fields that Z.ai knows: an unknown one fails the whole request, without being named (1210)."""
+    """Only fields that Z.ai knows: an unknown one fails the whole request, without being named (1210)."""
     tools, messages = offered_tools(prompt), sendable(prompt.messages)
     body = {
         "model": model.id,
@@ -2385,7 +2386,7 @@ def turn_start(messages: tuple[Message, ...]) -> int:
 
 
 def with_reasoning(messages: tuple[Message, ...], start: int, recall: Callable[[Message], str]) -> tuple[Message, ...]:
-    """The conversation with the reasoning that its client left out, from the index `start` on."""
+    """The conversation with the reasoning that its client lost, from the index `start` on."""
 
     def recalled(message: Message) -> Message:
         forgotten = message.role == "assistant" and not message.thought
@@ -2432,7 +2433,7 @@ def emulation_lines(prompt: Prompt, tools: list[JSON]) -> Iterator[str]:
 
 
 def sendable(messages: Iterable[Message]) -> tuple[Message, ...]:
-    """The conversation as Z.ai takes it: no empty message (1213), at least one of the user or a tool (1214)."""
+    """The conversation as Z.ai takes it: no empty message but a user's (1213), one by a user or tool (1214)."""
     answered = ("user", "tool")
     kept = [message for message in map(completed, messages) if message.role in answered or has_content(message)]
     roles = [message.role for message in kept]
@@ -2443,7 +2444,7 @@ def sendable(messages: Iterable[Message]) -> tuple[Message, ...]:
 
 
 def completed(message: Message) -> Message:
-    """An empty tool result gets words; reasoning in the text, where REASONING_FORMAT=raw puts it, becomes reasoning."""
+    """An empty tool result gets words; reasoning in the text, where REASONING_FORMAT=raw puts it, becomes `thought`."""
     if message.role == "tool" and not has_content(message):
         return replace(message, content=("(no output)",))
     text = message.content[0] if message.role == "assistant" and message.content else None
@@ -2766,14 +2767,14 @@ class ZaiReader:
         for chunk in chunks:
             yield from self.read_chunk(chunk)
         if rest:
-            raise UpstreamError(UNAVAILABLE, "Z.ai sent an answer that is unreadable: try again.", excerpt(data))
+            raise UpstreamError(UNAVAILABLE, "Z.ai's answer is unreadable: try again.", excerpt(data))
 
     def read_document(self, data: bytes) -> Iterator[Event]:
         document = parse_answer(data)
         if not isinstance(document, dict):
             raise zai_error(200, data)
         yield from self.read_chunk(document)
-        if first_object(document.get("choices")) and self.finish is None:  # a complete JSON is a complete answer
+        if first_object(document.get("choices")) and self.finish is None:  # whole JSON is a whole answer
             self.finish = "stop"
 
     def read_chunk(self, chunk: JSON) -> Iterator[Event]:
@@ -2860,7 +2861,7 @@ def salvage(data: str) -> tuple[list[JSON], int, str]:
     """The whole chunks in an event's data that is not one JSON object, how many were torn, and the unreadable rest.
 
     Z.ai tears frames and glues the next one to them: {"id":"1","choices":[{"delta":{"condata: {"id":"2",…}
-    (zai-org/GLM-5#66). What stands before a whole frame that follows "data:" or a line end counts as torn.
+    (zai-org/GLM-5#66). Whatever precedes a whole frame after "data:" or a line end counts as torn.
     """
     data = data.strip()
     starts = [0, *(start.end() for start in CHUNK_START.finditer(data, 1)), len(data)]
@@ -2868,7 +2869,7 @@ def salvage(data: str) -> tuple[list[JSON], int, str]:
     torn = read = 0
     for i, start in enumerate(starts[:-1]):
         if start >= read:
-            # Text inside a whole chunk may look like a start. No more than 16 of them, for linear time.
+            # Text inside a whole chunk may look like a start. At most 16 are tried, for linear time.
             found, end = chunks_in(data[start : starts[min(i + 16, len(starts) - 1)]])
             chunks += found
             torn, read = (torn + (start > read), start + end) if found else (torn, read)
@@ -2921,7 +2922,7 @@ class TagReader:
         self.named = False  # `held` names a known tool
 
     def reads(self, words: str) -> bool:
-        """Whether there may be a tag in this text; most has none."""
+        """Whether this text may have a tag; most has none."""
         return bool(self.held or self.rest or "<" in words)
 
     def feed(self, words: str) -> Iterator[TextPiece]:
@@ -3103,7 +3104,7 @@ def plan_limit(limit: JSON) -> JSON:
 
 
 class PassThroughReader:
-    """The bytes of an answer that passes through unchanged; `usage` is what it reported so far."""
+    """Passes an answer's bytes through unchanged; subclasses keep the `usage` it reports."""
 
     usage = Usage()
 
@@ -3177,7 +3178,7 @@ def pass_through_body(body: JSON, renamed: Iterable[tuple[str, str]]) -> JSON:
 
 
 class UsageReader(PassThroughReader):
-    """A whole answer that has its usage."""
+    """Reads the usage of a whole answer."""
 
     def __init__(self) -> None:
         self.held = bytearray()
@@ -3276,7 +3277,10 @@ def day_of(now: float) -> date:
 
 # The pattern of each limit, and its description.
 LIMITS: Mapping[str, tuple[str, str]] = {
-    "expires": (r"\d{4}-\d\d-\d\d|\d{1,4}d", "a future day such as 2027-01-31, or a number of days such as 30d"),
+    "expires": (
+        r"\d{4}-\d\d-\d\d|\d{1,4}d",
+        "a day not in the past, such as 2027-01-31, or a number of days, such as 30d",
+    ),
     "tokens": (r"[1-9]\d{0,11}[kMG]?(/(day|week|month))?", "a number such as 500k or 5M, or 5M/day, 5M/week, 5M/month"),
     "models": (r"[\w.*?-]+(,[\w.*?-]+)*", "names of models, separated by commas; * matches anything"),
     "rpm": (r"[1-9]\d{0,5}", "a number of requests a minute"),
@@ -3353,7 +3357,7 @@ class Accounts:
             asked.popleft()
         if len(asked) >= account.rpm:
             kind = replace(KEY_RATE_LIMITED, retry_after=asked[-account.rpm] + 60 - seconds)
-            raise ProxyError(kind, f"This key may send {account.rpm} requests a minute: wait for Retry-After.")
+            raise ProxyError(kind, f"This key may send {account.rpm} requests a minute: wait a little.")
         asked.append(seconds)
 
     def count(self, key: tuple[str, str, str], figures: Iterable[int]) -> None:
@@ -3392,7 +3396,7 @@ class Clock:
 
 
 COOLDOWN_ERRORS = frozenset((AUTHENTICATION, NO_BALANCE, QUOTA_EXCEEDED))  # the key must not be used for a while
-MODEL_ERRORS = frozenset((PLAN_NOT_USABLE, MODEL_NOT_FOUND, MODEL_NOT_AVAILABLE))  # the same if there are others
+MODEL_ERRORS = frozenset((PLAN_NOT_USABLE, MODEL_NOT_FOUND, MODEL_NOT_AVAILABLE))  # the same if there are other keys
 RETRYABLE = frozenset((RATE_LIMITED, UNAVAILABLE, UNREACHABLE))
 FALLBACK_ERRORS = RETRYABLE | {NO_BALANCE, QUOTA_EXCEEDED, MODEL_NOT_FOUND, MODEL_NOT_AVAILABLE}  # another model may do
 
@@ -3409,7 +3413,7 @@ class Target(NamedTuple):
 
     @property
     def scopes(self) -> tuple[str, ...]:
-        """A key is of use here unless it cools down in one of these; "" is everywhere."""
+        """A key may be used unless it cools down in one of these; "" is everywhere."""
         return ("", self.model, self.path, self.path_and_model)
 
     def scope_of(self, error: UpstreamError) -> str:
@@ -3462,7 +3466,7 @@ class KeyPool:
         return next((cooldown for cooldown in found if cooldown and cooldown.until > now), None)
 
     def due_for_probe(self, cooling: dict[ZaiKey, CoolDown]) -> ZaiKey:
-        """The key that was not tried for longest. Raises UpstreamError when one was tried a moment ago."""
+        """The key that was tried longest ago. Raises UpstreamError when one was tried a moment ago."""
         now, last = self.clock.now(), max(cooling.values(), key=attrgetter("tried_at"))
         if now < last.tried_at + self.PROBE_INTERVAL:
             raise last.error.with_retry_after(min(cooldown.until for cooldown in cooling.values()) - now)
@@ -3483,13 +3487,13 @@ class KeyPool:
         return error.kind in COOLDOWN_ERRORS or (error.kind in MODEL_ERRORS and len(self.keys) > 1)
 
     def cool_down(self, key: ZaiKey, target: Target, error: UpstreamError) -> None:
-        """Take note of a refusal: until its reset time, or for COOLDOWN."""
+        """Rest a refused key until its reset time, or for COOLDOWN."""
         self.expire()
         now, pair = self.clock.now(), (key, target.scope_of(error))
         told = error.resets_at - self.clock.unix() if error.resets_at else 0
         error.retry_after = min(told, self.MAX_COOLDOWN) if told > 0 else self.COOLDOWN
         self.cooling.pop(pair, None)
-        copy = error.with_retry_after(error.retry_after)  # without the frames of the request, and its prompt
+        copy = error.with_retry_after(error.retry_after)  # without the traceback, which holds the prompt
         self.cooling[pair] = CoolDown(copy, now + error.retry_after, now)
 
     def expire(self) -> None:
@@ -3517,7 +3521,7 @@ class AdaptiveLimit:
         self.raise_at = 0.0  # not before this time
 
     def has_room(self, now: float) -> bool:
-        """Also for one more than the limit, after the pause: no answer, however long, keeps the probe waiting."""
+        """Also for one above the limit, after the pause: the probe must not wait for a long answer to end."""
         return self.in_flight < self.limit or (self.in_flight == self.limit and 0 < self.raise_at <= now)
 
     def accepted(self, in_flight_at_entry: int, now: float) -> None:
@@ -3528,14 +3532,14 @@ class AdaptiveLimit:
 
     def refused(self, in_flight_at_entry: int, now: float) -> None:
         """Z.ai refused a request, which is still counted: lower the limit and pause."""
-        if now >= self.raise_at:  # a refusal during the pause is one of the same crowd
+        if now >= self.raise_at:  # a refusal during the pause belongs to the last one
             probe_failed = self.limit <= self.floor + 1
             self.pause = min(self.pause * 2, self.MAX_PAUSE) if probe_failed else self.MIN_PAUSE
         self.limit = self.floor = max(1, min(self.limit, max(in_flight_at_entry, self.in_flight) - 1))
         self.raise_at = now + self.pause
 
     def last_refusal(self, boot: float) -> JSON | None:
-        """Why the limit is what it is, in Unix time; `boot` is the Unix time at which the clock says 0."""
+        """The last refusal, if any, in Unix time; `boot` is the Unix time at which the clock says 0."""
         if not self.floor:
             return None
         probe_at = boot + self.raise_at
@@ -3594,7 +3598,7 @@ class Ticket:
 
 
 class Queue:
-    """Requests for one model, each until a key has room for it: accounts in turn, first come first served in each."""
+    """Requests for one model wait here for a key with room: accounts in turn, first come first served in each."""
 
     POLL_INTERVAL = 1.0  # seconds
 
@@ -3614,7 +3618,7 @@ class Queue:
         return bool(self.in_flight or self.tickets)
 
     def ticket(self, target: Target, caller: Caller) -> Ticket:
-        """A ticket behind those that wait for the account; the caller counts it in `tickets`."""
+        """A ticket behind the account's others that wait; the caller counts it in `tickets`."""
         own = (other.turn[0] for other in reversed(self.waiting) if other.caller.account == caller.account)
         last_round = next(own, self.round)
         return Ticket(target, caller, (last_round + 1, next(self.numbers)))
@@ -3708,7 +3712,7 @@ LARGE_WORK = ThreadPoolExecutor(1, "large")  # several threads would only keep e
 
 
 async def unhurried(size: int, work: Callable[..., R], *arguments: Any) -> R:
-    """Do the work on what has this many bytes; if they are many, in a thread, so that other requests go on."""
+    """Do the work on `size` bytes; if they are many, in a thread, so that other requests go on."""
     if size < LARGE:
         return work(*arguments)
     return await asyncio.get_running_loop().run_in_executor(LARGE_WORK, work, *arguments)
@@ -3719,7 +3723,7 @@ BROKEN_BODY = "The request body could not be read: it broke off, or its encoding
 CONNECT_TIMEOUT = 10  # seconds, including DNS and TLS
 ERROR_BODY_LIMIT = 65536  # bytes of a refusal that are read
 ERROR_BODY_TIMEOUT = 5  # seconds
-GET_TIMEOUT = 5
+GET_TIMEOUT = 5  # seconds
 GET_LIMIT = 2**22  # bytes
 MAX_LISTED = 1_000  # models
 
@@ -3811,7 +3815,7 @@ class ByteStream:
             self.response.content.set_exception(aiohttp.SocketTimeoutError("silence"))
 
     async def check_status(self) -> None:
-        """Raises UpstreamError for a refusal that has a status."""
+        """Raises UpstreamError unless the HTTP status is 2xx."""
         if not 200 <= self.response.status < 300:
             body = b""
             with suppress(aiohttp.ClientError, asyncio.TimeoutError):  # its status says enough
@@ -3822,7 +3826,7 @@ class ByteStream:
     async def read(self) -> bytes:
         """The next bytes, none at the end. Raises UpstreamError when the connection breaks off, or is silent."""
         if self.packed:
-            await asyncio.sleep(0)  # unpacked, a few bytes are so many that no read would ever wait
+            await asyncio.sleep(0)  # a few bytes unpack to so many that no read would ever wait
         self.timer.reset()
         self.reading = True
         try:
@@ -3833,7 +3837,7 @@ class ByteStream:
             self.reading = False
 
     def request_id(self, told: str = "") -> str:
-        """Z.ai's own id of the request: in its header, else as the answer told it."""
+        """Z.ai's own id of the request: from its header, else from the answer."""
         return header_word(self.response.headers.get("X-Log-Id") or told)
 
     def with_request_id(self, error: UpstreamError, told: str = "") -> UpstreamError:
@@ -3844,7 +3848,7 @@ class ByteStream:
 
 
 class AnswerInfo(NamedTuple):
-    """About an answer: its id at Z.ai, Unix seconds (0: not told), the model, the request's id at Z.ai."""
+    """About an answer: its id at Z.ai, Unix seconds (0: unknown), the model, the request's id at Z.ai."""
 
     id: str
     created: int
@@ -3928,7 +3932,7 @@ class EventStream(EventSource):
             pass
 
 
-PART = 2**16  # bytes; aiohttp does not wait before this many are written
+PART = 2**16  # bytes; aiohttp waits for the reader only after so many
 
 
 class Upload(aiohttp.AsyncIterablePayload):
@@ -3963,7 +3967,7 @@ class ZaiClient:
     async def send(self, url: str, key: ZaiKey, owner: AsyncExitStack, **how: Any) -> ByteStream:
         """One request with our key; the connection belongs to `owner`. Raises UpstreamError.
 
-        `how`: data; method and headers unless they are POST and JSON's.
+        `how`: data; method and headers if not those of a JSON POST.
         """
         data, headers = how.pop("data"), how.pop("headers", {"Content-Type": "application/json"})
         if isinstance(data, bytes) and len(data) > PART:
@@ -4029,7 +4033,7 @@ def new_session(settings: Settings) -> aiohttp.ClientSession:
 
 
 # ======== Upstream ==================================================================================================
-# `Upstream.open` makes one client's request requests to Z.ai: retries, other keys, fallbacks, merged choices.
+# `Upstream.open` turns one request into requests to Z.ai: retries, other keys, fallbacks, merged choices.
 
 
 class MergedStream(EventSource):
@@ -4051,7 +4055,7 @@ class MergedStream(EventSource):
         return sum(stream.torn for stream in self.streams.values())
 
     async def next_batch(self) -> list[Event]:
-        """The next events of whichever choice has some. One that fails fails the whole."""
+        """The next events of whichever choice has some. If one fails, all fail."""
         while self.pending:
             done, _ = await asyncio.wait(self.pending, return_when=asyncio.FIRST_COMPLETED)
             task = done.pop()
@@ -4087,7 +4091,7 @@ async def end_tasks(tasks: Iterable[asyncio.Task[Any]]) -> None:
 
 
 class ReasoningMemory:
-    """What models thought, for clients that drop it, by account and by what was said with it; the oldest goes first."""
+    """What models thought, for clients that lose it, by account and by what was said with it; the oldest goes first."""
 
     MAX_BYTES = 64 * 2**20
     OVERHEAD = 256  # bytes of an entry besides the reasoning
@@ -4142,7 +4146,7 @@ class ReasoningRecorder:
                 self.remember(self.choices[event.choice].message)
 
 
-Attempt = Callable[[ZaiKey, AsyncExitStack], Awaitable[R]]  # asks with a key; what it returns has begun well
+Attempt = Callable[[ZaiKey, AsyncExitStack], Awaitable[R]]  # asks with a key until the answer has begun
 
 
 class Upstream:
@@ -4188,7 +4192,7 @@ class Upstream:
         return self.account_slots.setdefault((account.id, account.parallel), asyncio.Semaphore(account.parallel))
 
     def prepared(self, prompt: Prompt, account: str) -> tuple[Caller, Prompt]:
-        """Whose prompt it is, and the prompt with the reasoning that its client dropped."""
+        """Whose prompt it is, and the prompt with the reasoning that its client lost."""
         caller = self.caller(account, conversation_start(prompt))
         if not self.memory.thoughts:
             return caller, prompt
@@ -4236,7 +4240,7 @@ class Upstream:
         return await self.with_fallbacks(prompt, others, caller, owner)
 
     async def ask(self, prompt: Prompt, model: Model, key: ZaiKey, owner: AsyncExitStack) -> EventStream:
-        """Makes the request only now, for many may wait their turn; raises BadRequest when it cannot be made."""
+        """Encodes the body only now, as many may wait their turn; raises BadRequest when that fails."""
         body, data = await unhurried(prompt.size, zai_request, prompt, model)
         trace("sent", data)
         url = key.base_url + "/chat/completions"
@@ -4344,7 +4348,7 @@ class Catalog:
                 self.models = MODELS | {model.id: model for model in models}
 
 
-PLANS_TTL = 60
+PLANS_TTL = 60  # seconds
 
 
 class PlanQuotas:
@@ -4419,7 +4423,7 @@ class Database:
     """
 
     INTERVAL = 1.0  # seconds between two looks for something to write
-    POLL = 3  # intervals after which what other processes wrote is read
+    POLL = 3  # intervals between two reads of what others wrote
     MAX_UNSAVED, MAX_UNSAVED_SIZE = 1_000, 64 * 2**20  # responses in memory, and their characters
 
     def __init__(self, url: str) -> None:
@@ -4484,7 +4488,7 @@ class Database:
         self.unsaved[response_id] = (account_id, body)
         size = sum(len(text) for _, text in self.unsaved.values())
         while len(self.unsaved) > self.MAX_UNSAVED or size > self.MAX_UNSAVED_SIZE:
-            # A deleted one stays longest: the database may still have it.
+            # A deletion stays longest: the database may still have it.
             oldest = next((name for name, (_, text) in self.unsaved.items() if text), response_id)
             size -= len(self.unsaved.pop(oldest)[1])
 
@@ -4605,13 +4609,14 @@ class Record:
     path: str
     started: float
     id: str
-    model: str = ""  # as asked for; "" for requests that the statistics do not count
+    model: str = ""  # resolved; "" for requests that the statistics do not count
     status: int = CLIENT_LEFT
     error: str = ""
     stopped: bool = False  # cancelled because the server stops
     first: float | None = None
     torn: int = 0  # frames that Z.ai tore
     usage: Usage = field(default_factory=Usage)
+    pieces: int = 0  # of the answer, other than usage
     left_out: str = ""  # tools that Z.ai does not have
 
     def note(self, events: list[Event]) -> None:
@@ -4620,6 +4625,13 @@ class Record:
         for event in events:
             if isinstance(event, Usage):
                 self.usage += event
+            else:
+                self.pieces += 1
+
+    def estimate_usage(self, size: int) -> None:
+        """Where Z.ai did not get to report it: a token for each piece, and for 4 of the request's `size` bytes."""
+        if self.pieces and (self.error or self.status == CLIENT_LEFT) and not self.usage.total:
+            self.usage = Usage(size // 4, self.pieces, size // 4 + self.pieces)
 
     def snapshot(self, duration: float, ended_at: float) -> JSON:
         first = None if self.first is None else round(self.first - self.started, 3)
@@ -4741,7 +4753,7 @@ class Statistics:
 class ClientHistory:
     """The stored responses of one client key. Those that a request refers to are loaded before it is parsed."""
 
-    MAX_SIZE = MAX_HELD  # characters; what is beyond is as if it were not stored
+    MAX_SIZE = MAX_HELD  # characters; the rest counts as not stored
 
     def __init__(self, database: Database, owner: str) -> None:
         self.database, self.owner = database, owner
@@ -4940,7 +4952,7 @@ def with_defaults(prompt: Prompt, settings: Settings, accept: str) -> Prompt:
     stream = wanted if prompt.stream is None else prompt.stream
     tiny: Effort | None = "off" if 0 < (prompt.max_tokens or 0) <= TINY_LIMIT else None
     effort = prompt.effort or thinking or tiny
-    changed = (stream, effort) != (bool(prompt.stream), prompt.effort)  # no value is no stream
+    changed = (stream, effort) != (bool(prompt.stream), prompt.effort)  # None means no stream
     return replace(prompt, stream=stream, effort=effort) if changed else prompt
 
 
@@ -5020,7 +5032,7 @@ async def list_models(request: web.Request) -> web.Response:
 async def named_models(request: web.Request) -> dict[str, Model]:
     """The models that this server lists for the caller: Z.ai's, and the aliases without a pattern."""
     renamed, allows = request.app[SETTINGS].model_aliases, request.get(ACCOUNT, Account("")).allows
-    plain = {name: resolve(name, renamed) for name, _ in renamed if "*" not in name}
+    plain = {name: resolve(name, renamed) for name, _ in renamed if not re.search(r"[*?[]", name)}
     models = await request.app[CATALOG].list(time.monotonic()) | plain
     return {name: model for name, model in models.items() if allows(model)}
 
@@ -5041,7 +5053,7 @@ async def stored_response(request: web.Request) -> StoredResponse:
     await history.load(response_id)
     stored = history.get(response_id)
     if stored is None:
-        raise ProxyError(error_kind(404, "response_not_found"), "This response is not stored here, or no more.")
+        raise ProxyError(error_kind(404, "response_not_found"), "This response is not stored here (any more).")
     return stored
 
 
@@ -5076,7 +5088,7 @@ async def index(request: web.Request) -> web.Response:
 
 
 async def docs(request: web.Request) -> web.Response:
-    """The page that explains this server, with its key as long as that is the published one."""
+    """The page that explains this server, with its client key if that is the published one."""
     settings, models = request.app[SETTINGS], await named_models(request)
     shown = ("context", "output", "vision", "free", "thinking")
     snapshot = {
@@ -5262,7 +5274,7 @@ CHINA_ONLY = ("embeddings", "rerank", "moderations", "audio/speech", "files")
 
 
 async def pass_through(path: str, request: web.Request) -> web.StreamResponse:
-    """A request to another of Z.ai's paths, sent only once: its body is streamed and cannot be repeated."""
+    """A request to another of Z.ai's paths, sent only once: a streamed body cannot be repeated."""
     keys, target = request.app[UPSTREAM].keys, Target(path="/" + path.partition("/{")[0])
     path = path.replace(ID, request.match_info.get("id", ""))
     key = min(keys.available(target), key=lambda key: key.affinity(request[ACCOUNT].id))  # which owns the files
@@ -5312,7 +5324,7 @@ def pass_through_error(error: UpstreamError, path: str, base: str) -> UpstreamEr
     kind, message = error.kind, error.message
     if kind == WRONG_ADDRESS:  # the chat's address may well be right
         kind = error_kind(404, "not_found")
-        message = "Z.ai has nothing at this path of this server's ZAI_BASE_URL, or not under this id."
+        message = "Z.ai has nothing at this path of this server's ZAI_BASE_URL, or not with this id."
     if path.startswith(CHINA_ONLY) and "api.z.ai" in base:
         message += " It may exist only at the China address, open.bigmodel.cn/api/paas/v4 (KEY@china)."
     return UpstreamError(kind, message, error.detail, error.zai_code).with_retry_after(error.retry_after)
@@ -5336,7 +5348,7 @@ class PassThroughResponse:
         self.ahead = b""
 
     async def begin(self) -> None:
-        """Wait for the first bytes that may go on.
+        """Wait for the first bytes to pass on.
 
         Raises UpstreamError for a refusal with status 200: {"code": 401, "msg": …, "success": false}.
         """
@@ -5347,7 +5359,7 @@ class PassThroughResponse:
             raise zai_error(200, document)
 
     async def next_bytes(self) -> bytes:
-        """The next bytes that may go on, none at the end."""
+        """The next bytes to pass on, none at the end."""
         data, held = b"", 0
         while not data and (part := await self.stream.read()):
             held += len(part)
@@ -5403,7 +5415,7 @@ def operator_only(request: web.Request) -> None:
 
 
 def account_of(headers: Mapping[str, str], accounts: Accounts) -> Account:
-    """The account of the key that was sent. Keys are compared by their hashes, so that time tells nothing of them."""
+    """The account of the key that was sent. Keys are compared by their hashes, so that timing tells nothing."""
     scheme, _, bearer = headers.get("Authorization", "").partition(" ")
     for key in (headers.get("x-api-key"), bearer.strip() if scheme.lower() == "bearer" else None):
         if key and (account := accounts.find(key)):
@@ -5486,6 +5498,7 @@ async def log_requests(request: web.Request, handler: Handler) -> web.StreamResp
         return response
     finally:
         del in_flight[task]
+        record.estimate_usage(request.content.total_bytes)
         now = time.monotonic()
         level = logging.DEBUG if request.path.startswith(UNLOGGED_PATHS) else logging.INFO
         if LOG.isEnabledFor(level):  # LOG.log would look for the line of code that called it, which takes longest
@@ -5496,7 +5509,7 @@ async def log_requests(request: web.Request, handler: Handler) -> web.StreamResp
 def count_request(request: web.Request, now: float) -> None:
     """For the statistics, and for the account's usage.
 
-    Clients may send any number of names: the usage has those that the table lacks only where there was an answer.
+    Clients may make names up: one that MODELS lacks is counted as its own only if tokens were used.
     """
     app, record, resource = request.app, request[RECORD], request.match_info.route.resource
     statistics, usage = app[STATISTICS], record.usage
@@ -5625,7 +5638,7 @@ class ClientConnection(RequestHandler):
         super().connection_made(transport)
         self.client = cast("asyncio.Transport", transport)  # aiohttp's own reference ends before the connection does
         self.timer = self._loop.call_later(CHECK_INTERVAL, self.check)
-        if transport.get_extra_info("socket").fileno() > MAX_DESCRIPTORS * 3 // 4:  # it is the lowest that was free
+        if transport.get_extra_info("socket").fileno() > MAX_DESCRIPTORS * 3 // 4:  # always the lowest free number
             self.make_room()
 
     def connection_lost(self, exc: BaseException | None) -> None:
@@ -5648,7 +5661,7 @@ class ClientConnection(RequestHandler):
 
     @property
     def has_request(self) -> bool:
-        """False when all that still arrives is the rest of an answered body."""
+        """False when only the rest of an answered request can still arrive."""
         return self._request_in_progress or bool(self._messages)
 
     def make_room(self) -> None:
@@ -5722,7 +5735,7 @@ class ClientConnection(RequestHandler):
             LOG.error("a bug in ztoapi", exc_info=exc)
             return bare_error(INTERNAL_ERROR)
         LOG.info("%s sent something that is not HTTP", request.remote)
-        message = "This is not HTTP as this server reads it: a header may be malformed, too long, or one too many."
+        message = "This is not HTTP as this server reads it: headers may be malformed, too long or too many."
         return bare_error(error_kind(status, "bad_http", message))
 
 
@@ -5819,7 +5832,7 @@ def redactor(settings: Settings) -> Redactor:
 
 
 class RedactingFormatter(logging.Formatter):
-    """Formats a line without secrets, with images shortened, and cut off where it is endless."""
+    """Formats a line without secrets, with images shortened, and cut off if it is too long."""
 
     MAX_LINE, MARGIN = 2**20, 2**12  # characters; a secret that is cut in half would stand in the margin
     BULK = re.compile(r"(?<![A-Za-z0-9+/])([A-Za-z0-9+/]{64})[A-Za-z0-9+/]{192,}=*")
@@ -5833,7 +5846,7 @@ class RedactingFormatter(logging.Formatter):
         line = self.redact(whole[: self.MAX_LINE])
         if len(whole) > self.MAX_LINE:
             line = line[: -self.MARGIN] + "…"
-        return self.BULK.sub(r"\1…", line) if len(line) > 256 else line  # BULK is no shorter
+        return self.BULK.sub(r"\1…", line) if len(line) > 256 else line  # BULK needs 256
 
 
 class BackgroundHandler(logging.Handler):
@@ -5971,7 +5984,7 @@ def listen(host: str, port: int) -> list[socket.socket]:
 def cannot_listen(settings: Settings, error: OSError) -> str:
     if error.errno == errno.EADDRINUSE:
         in_use = f"port {settings.port} on {settings.host} is in use (by another ztoapi?)"
-        return f"{in_use}: stop what uses it, or choose another by --port"
+        return f"{in_use}: stop what uses it, or use another --port"
     return f"HOST={settings.host}, PORT={settings.port} cannot be listened on: {error.strerror or error}"
 
 
@@ -6034,7 +6047,7 @@ def parse_flags(arguments: list[str]) -> argparse.Namespace:
     starter = commands.add_parser("launch", help="start a client that uses this server")
     starter.add_argument("client", choices=CLIENTS, help="its own arguments follow --: launch claude -- -p hello")
     starter.add_argument("--model", help="the model that it uses")
-    starter.add_argument("--show", action="store_true", help="print the shell lines that start it")
+    starter.add_argument("--show", action="store_true", help="only print the shell lines that start it")
     for each in (parser, starter):
         each.add_argument("--host", default=argparse.SUPPRESS, help="address to listen on (HOST)")
         each.add_argument("--port", default=argparse.SUPPRESS, help="port to listen on (PORT)")
@@ -6139,7 +6152,7 @@ class Finding:
 
 
 async def diagnose(settings: Settings) -> AsyncIterator[Finding]:
-    """Everything that a chat needs, in the order in which it fails. Ends at the failure that hides the rest."""
+    """Checks all that a chat needs, in order. Ends at a failure that hides the rest."""
     source = str(ENV_FILE) if ENV_FILE.exists() else f"no {ENV_FILE}"
     keys = "1 key" if len(settings.zai_api_key) == 1 else f"{len(settings.zai_api_key)} keys"
     yield Finding("settings", f"{', '.join(settings.zai_base_urls)}, {keys} for Z.ai ({source})")
@@ -6221,8 +6234,8 @@ async def check(flags: Mapping[str, str]) -> int:
     return 0 if good else 1
 
 
-# What a client does not inherit: variables for other accounts, and our settings, which have the key for Z.ai.
-OTHER_ACCOUNTS = ("ANTHROPIC_", "OPENAI_", "ZAI_")
+# What a client does not inherit: variables for other accounts, and our secrets.
+NOT_INHERITED = ("ANTHROPIC_", "OPENAI_", "ZAI_", "DATABASE_URL", "DEFAULT_KEY")
 
 
 def launch(settings: Settings, flags: argparse.Namespace) -> int:
@@ -6240,7 +6253,7 @@ def launch(settings: Settings, flags: argparse.Namespace) -> int:
     print(f"ztoapi: {flags.client} with {model.id} at {origin}; --model NAME for another", file=sys.stderr)
     for number in (signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)):  # Windows has no SIGHUP
         signal.signal(number, end)
-    server = nullcontext() if is_ztoapi(origin) else own_server(settings, origin)
+    server = nullcontext() if is_ztoapi(origin) else own_server(settings, origin, ["--demo"] * flags.demo)
     with server, tempfile.TemporaryDirectory(prefix="ztoapi-", ignore_cleanup_errors=True) as folder:
         client = filled(folder)
         for name, text in client.files.items():
@@ -6263,11 +6276,11 @@ def is_ztoapi(origin: str) -> bool:
 
 
 @contextmanager
-def own_server(settings: Settings, origin: str) -> Iterator[None]:
+def own_server(settings: Settings, origin: str, flags: list[str]) -> Iterator[None]:
     """A server in a process of its own while the block runs. Its log is kept only if it failed."""
-    if not settings.zai_api_key:
+    if not settings.zai_api_key and not flags:
         refuse(ZAI_API_KEY_MISSING.message)
-    command = [sys.executable, __file__, f"--host={settings.host}", f"--port={settings.port}"]
+    command = [sys.executable, __file__, f"--host={settings.host}", f"--port={settings.port}", *flags]
     with tempfile.NamedTemporaryFile(prefix="ztoapi-", suffix=".log", delete=False) as log:
         # In a session of its own, so that it does not get the terminal's Ctrl-C.
         server = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
@@ -6284,7 +6297,7 @@ def own_server(settings: Settings, origin: str) -> Iterator[None]:
 
 def run(command: list[str], variables: dict[str, str]) -> int:
     """Runs a client. Returns its exit status: 128 plus the signal's number if a signal ended it."""
-    inherited = {name: value for name, value in os.environ.items() if not name.startswith(OTHER_ACCOUNTS)}
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith(NOT_INHERITED)}
     signal.signal(signal.SIGINT, lambda *_: None)  # the client gets Ctrl-C too, and decides what it means
     with subprocess.Popen(command, env=inherited | variables) as process:
         try:
@@ -6301,7 +6314,7 @@ def run(command: list[str], variables: dict[str, str]) -> int:
 # A small stand-in for Z.ai on this server, in Z.ai's wire format, for users who have no key yet.
 
 DEMO_PATH = "/demo/api/paas/v4"
-UNLOGGED_PATHS = (DEMO_PATH, "/dashboard/stats")  # requested by the program itself and its pages, often
+UNLOGGED_PATHS = (DEMO_PATH, "/dashboard/stats")  # often requested by the program itself and its pages
 DEMO_PACE = 0.03  # seconds between words
 
 

@@ -48,7 +48,6 @@ from ztoapi import (
     Accounts,
     AdaptiveLimit,
     Answer,
-    Backoff,
     BadRequest,
     Caller,
     ChatRequest,
@@ -76,6 +75,7 @@ from ztoapi import (
     UpstreamError,
     Usage,
     ZaiReader,
+    backoff,
     create_app,
     day_of,
     encode_json,
@@ -3226,27 +3226,32 @@ def test_the_names_of_models_that_clients_make_up_are_forgotten():
 @pytest.mark.parametrize(
     ("error", "waits"),
     [
-        (refusal(1302), [1, 2, 4, None]),
-        (refusal(1305), [2, 4, 8, None]),
-        (refusal(1200, 500), [0.5, 1, 2, None]),
-        (zai_error(502, b"<html>"), [0.5, 1, 2, None]),
-        (ztoapi.connection_error(ztoapi.aiohttp.ServerDisconnectedError()), [0.5, 1, 2, None]),
-        (ztoapi.connection_error(ztoapi.aiohttp.ConnectionTimeoutError()), [0.5, 1, 2, None]),
-        (ztoapi.connection_error(ztoapi.aiohttp.SocketTimeoutError()), [None]),
-        (refusal(1113), [None]),
-        (refusal(1308), [None]),
-        (refusal(1210, 400), [None]),
-        (refusal(1000, 401), [None]),
-        (zai_error(404, b""), [None]),
+        (refusal(1302), [1, 2, 4]),
+        (refusal(1305), [2, 4, 8]),
+        (refusal(1200, 500), [0.5, 1, 2]),
+        (zai_error(502, b"<html>"), [0.5, 1, 2]),
+        (ztoapi.connection_error(ztoapi.aiohttp.ServerDisconnectedError()), [0.5, 1, 2]),
+        (ztoapi.connection_error(ztoapi.aiohttp.ConnectionTimeoutError()), [0.5, 1, 2]),
     ],
 )
 def test_the_waits_between_tries(error, waits):
-    backoff = Backoff(3)
-    assert [backoff.wait(error, 0.5) for _ in waits] == waits
+    assert error.kind in ztoapi.RETRYABLE
+    assert [backoff(error, retry, 0.5) for retry in (1, 2, 3)] == waits
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        *(refusal(1113), refusal(1308), refusal(1210, 400), refusal(1000, 401), zai_error(404, b"")),
+        ztoapi.connection_error(ztoapi.aiohttp.SocketTimeoutError()),
+    ],
+)
+def test_a_refusal_that_would_come_again_is_not_retried(error):
+    assert error.kind not in ztoapi.RETRYABLE
 
 
 def test_jitter_spreads_the_waits():
-    assert [Backoff(1).wait(refusal(1302), jitter) for jitter in (0, 1)] == [0.75, 1.25]
+    assert [backoff(refusal(1302), 1, jitter) for jitter in (0, 1)] == [0.75, 1.25]
 
 
 def crowd(hidden, requests, answer=5.0, limit=None):
@@ -3362,7 +3367,7 @@ async def test_accounts_are_served_in_turn_and_each_ones_requests_in_order():
         assert len(queue.waiting) == 7
     await asyncio.gather(*waiting)
     assert order == ["a1", "b1", "c1", "a2", "b2", "a3", "d1", "a4"]
-    assert not queue.in_use
+    assert (queue.in_flight, queue.waiting) == (0, [])
 
 
 @in_loop
@@ -3394,7 +3399,7 @@ async def test_whoever_leaves_the_queue_frees_the_slot():
         assert len(queue.waiting) == 1
     late.cancel()  # just when its turn has come
     await asyncio.wait({late})
-    assert not queue.in_use
+    assert (queue.in_flight, queue.waiting) == (0, [])
 
 
 @in_loop

@@ -3546,22 +3546,12 @@ class AdaptiveLimit:
         return {"lowered_to": self.floor, "refused_at": probe_at - self.pause, "probe_at": probe_at}
 
 
-class Backoff:
-    """How long to wait before a request is tried again, and when to give up."""
+FIRST_WAIT: Mapping[str, float] = {"1302": 1.0, "1305": 2.0}  # seconds, by Z.ai's code
 
-    FIRST: Mapping[str, float] = {"1302": 1.0, "1305": 2.0}  # seconds
-    OTHERS = 0.5
 
-    def __init__(self, retries: int) -> None:
-        self.retries = retries
-        self.done = 0
-
-    def wait(self, error: UpstreamError, jitter: float) -> float | None:
-        """Seconds, or None to give up; `jitter` from 0 to 1 keeps clients from retrying in step."""
-        if error.kind not in RETRYABLE or self.done >= self.retries:
-            return None
-        self.done += 1
-        return self.FIRST.get(error.zai_code, self.OTHERS) * 2.0 ** (self.done - 1) * (0.75 + jitter / 2)
+def backoff(error: UpstreamError, retry: int, jitter: float) -> float:
+    """Seconds to wait before this retry, from 1 on; `jitter` from 0 to 1 keeps clients from retrying in step."""
+    return FIRST_WAIT.get(error.zai_code, 0.5) * 2.0 ** (retry - 1) * (0.75 + jitter / 2)
 
 
 class Caller(NamedTuple):
@@ -3590,6 +3580,7 @@ class Ticket:
     caller: Caller
     turn: tuple[int, int]
     failures: dict[ZaiKey, ErrorKind] = field(default_factory=dict)
+    retries: int = 0
     slot: asyncio.Future[Slot] = field(init=False)  # while it waits
 
     def preference(self, key: ZaiKey) -> tuple[bool, str]:
@@ -3612,10 +3603,6 @@ class Queue:
         self.numbers = count()
         self.tickets = 0  # given out and not returned; a request keeps its own while it sleeps between two tries
         self.timer: asyncio.TimerHandle | None = None
-
-    @property
-    def in_use(self) -> bool:
-        return bool(self.in_flight or self.tickets)
 
     def ticket(self, target: Target, caller: Caller) -> Ticket:
         """A ticket behind the account's others that wait; the caller counts it in `tickets`."""
@@ -4261,7 +4248,6 @@ class Upstream:
             queue.tickets -= 1
 
     async def retry(self, queue: Queue, ticket: Ticket, attempt: Attempt[R], owner: AsyncExitStack) -> R:
-        backoff = Backoff(self.settings.max_retries)
         while True:
             slot = await queue.acquire(ticket)
             owner.callback(queue.release, slot)
@@ -4269,7 +4255,7 @@ class Upstream:
                 stream = await attempt(slot.key, owner)
             except UpstreamError as error:
                 async with owner:  # emptied at the end
-                    wait = self.record_failure(ticket, slot, backoff, error)
+                    wait = self.record_failure(ticket, slot, error)
             else:
                 self.keys.accepted(slot.key, ticket.target)
                 slot.limit.accepted(slot.in_flight_at_entry, self.clock.now())
@@ -4277,7 +4263,7 @@ class Upstream:
                 return stream
             await self.clock.sleep(wait)
 
-    def record_failure(self, ticket: Ticket, slot: Slot, backoff: Backoff, error: UpstreamError) -> float:
+    def record_failure(self, ticket: Ticket, slot: Slot, error: UpstreamError) -> float:
         """Update limits and keys after a failure; return the seconds to wait, or raise if there is no next try."""
         if error.zai_code in ("1302", "1305"):
             slot.limit.refused(slot.in_flight_at_entry, self.clock.now())
@@ -4290,11 +4276,11 @@ class Upstream:
             self.keys.available(ticket.target)  # raises when no other key is left
             self.recoveries["other_keys"] += 1
             return 0
-        wait = backoff.wait(error, self.clock.jitter())
-        if wait is None:
+        if error.kind not in RETRYABLE or ticket.retries >= self.settings.max_retries:
             raise error
         self.recoveries["retries"] += 1
-        return wait
+        ticket.retries += 1
+        return backoff(error, ticket.retries, self.clock.jitter())
 
     def snapshot(self, redact: Callable[[str], str]) -> JSON:
         """The state of keys and queues for the dashboard: a key is shown by its number, other secrets are redacted."""
@@ -4311,7 +4297,7 @@ class Upstream:
     def queue(self, model: str) -> Queue:
         """The model's queue. Clients may invent names, so unused queues of unknown models are dropped."""
         if model not in self.queues:
-            self.queues = {name: queue for name, queue in self.queues.items() if name in MODELS or queue.in_use}
+            self.queues = {n: q for n, q in self.queues.items() if n in MODELS or q.in_flight or q.tickets}
             self.queues[model] = Queue(self.keys, self.settings.max_concurrency, self.clock)
         return self.queues[model]
 

@@ -3691,9 +3691,9 @@ async def test_a_row_that_cannot_be_read_is_a_complaint_and_nothing_is_lost(data
 
 
 @in_loop
-async def test_a_lost_database_is_said_once_a_minute_and_nothing_is_lost(postgresql, connect, caplog):
+async def test_a_lost_database_is_said_once_a_minute_and_nothing_is_lost(postgresql, connect, caplog, monkeypatch):
     database, accounts = connect(postgresql.url), Accounts(())
-    caplog.handler.addFilter(ztoapi.RepeatFilter())
+    monkeypatch.setattr(caplog.handler, "filters", [ztoapi.RepeatFilter()])  # the handler is one for all tests
     await database.sync(accounts)
     postgresql.stop()
     for _ in range(4):

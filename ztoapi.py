@@ -577,12 +577,8 @@ are given, until the task is done; then you say in a few words what you did.
 """
 
 # The efforts that Codex may ask for, by ThinkingKind; it sends no other.
-CODEX_LEVELS: dict[ThinkingKind, tuple[str, ...]] = {
-    "none": (),
-    "switch": ("none", "high"),
-    "effort": ("low", "medium", "high", "xhigh"),
-    "always": ("low", "high", "xhigh"),
-}
+CODEX_LEVELS: dict[ThinkingKind, tuple[str, ...]] = {"none": (), "switch": ("none", "high")}
+CODEX_LEVELS |= {"effort": ("low", "medium", "high", "xhigh"), "always": ("low", "high", "xhigh")}
 
 
 def codex_item(model: Model, name: str) -> JSON:
@@ -1141,25 +1137,11 @@ def wants_usage(given: JSON) -> bool:
 
 
 # The fields that every API has, and those that chat and completions share.
-COMMON_FIELDS: dict[str, Check] = {
-    "model": model_name,
-    "stream": switch,
-    "temperature": number(0, 2),
-    "top_p": number(0, 1),
-    "safety_identifier": string,
-    "user": string,
-    "fallbacks": model_names,
-}
-GENERATION_FIELDS: dict[str, Check] = {
-    **COMMON_FIELDS,
-    "stream_options": mapping,
-    "n": integer(1, 8),
-    "stop": stop_words,
-    "seed": integer(-(2**63), 2**63 - 1),
-    "max_tokens": token_limit,
-    "reasoning_format": reasoning_format,
-    **EFFORT_FIELDS,
-}
+COMMON_FIELDS: dict[str, Check] = {"model": model_name, "stream": switch, "fallbacks": model_names}
+COMMON_FIELDS |= {"temperature": number(0, 2), "top_p": number(0, 1), "safety_identifier": string, "user": string}
+GENERATION_FIELDS = COMMON_FIELDS | EFFORT_FIELDS | {"n": integer(1, 8), "stop": stop_words, "max_tokens": token_limit}
+GENERATION_FIELDS |= {"seed": integer(-(2**63), 2**63 - 1), "stream_options": mapping}
+GENERATION_FIELDS["reasoning_format"] = reasoning_format
 
 # Fields that Prompt has under the same name.
 SAME_IN_PROMPT = frozenset(
@@ -1530,13 +1512,8 @@ def one_prompt(value: Any) -> str:
             raise ValueError("must be one string, or an array with one: GLM takes only one, and no tokens")
 
 
-COMPLETION_FIELDS: dict[str, Check] = {
-    **GENERATION_FIELDS,
-    "prompt": one_prompt,
-    "echo": switch,
-    "suffix": string,
-    "best_of": integer(0, 1),
-}
+COMPLETION_FIELDS = GENERATION_FIELDS | {"prompt": one_prompt, "echo": switch, "suffix": string}
+COMPLETION_FIELDS["best_of"] = integer(0, 1)
 
 
 @dataclass(slots=True)
@@ -2808,10 +2785,9 @@ class ZaiReader:
                 events.append(Text(words))
             else:
                 events += self.read_text(self.tags.feed(words) if self.tags else (Text(words),))
-        if pieces := delta.get("tool_calls"):
-            for piece in objects(pieces):
-                if piece and piece.get("type") in ("function", None):  # Z.ai calls those of type mcp itself
-                    events += self.calls.feed(piece, self.id)
+        for piece in objects(delta.get("tool_calls")):
+            if piece and piece.get("type") in ("function", None):  # Z.ai calls those of type mcp itself
+                events += self.calls.feed(piece, self.id)
         return events
 
     def read_text(self, pieces: Iterable[TextPiece]) -> Iterator[Event]:

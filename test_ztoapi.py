@@ -84,7 +84,6 @@ from ztoapi import (
     messages_request,
     resolve,
     sse,
-    sse_parts,
     to_json,
     zai_body,
     zai_error,
@@ -457,13 +456,6 @@ def test_half_a_surrogate_pair_leaves_as_the_escape_it_came_as():
 
 def test_frames_are_data_and_a_blank_line():
     assert sse([{"a": "é"}, "[DONE]"]) == 'data: {"a":"é"}\n\ndata: [DONE]\n\n'.encode()
-
-
-def test_large_frames_are_made_one_by_one(monkeypatch):
-    frames, small, large = ["1", "2" * 20], b"data: 1\n\n", b"data: 22222222222222222222\n\n"
-    assert sse_parts(frames) == [small + large]
-    monkeypatch.setattr(ztoapi, "MAX_WRITE", 30)
-    assert sse_parts(frames) == [small, large]
 
 
 # ======== OpenAI chat completions: the request ========
@@ -4882,6 +4874,16 @@ async def test_no_more_than_max_concurrency_are_in_flight(start, zai):
 
 
 @in_loop
+async def test_the_frames_of_a_large_answer_are_sent_one_by_one_and_are_the_same(client, monkeypatch):
+    _, together = await ask(client, chat(stream=True))
+    writes, write = [], ztoapi.SSEResponse.write
+    monkeypatch.setattr(ztoapi.SSEResponse, "write", lambda self, data: writes.append(data) or write(self, data))
+    monkeypatch.setattr(ztoapi, "MAX_JOINED", 0)
+    assert (await ask(client, chat(stream=True)))[1] == together
+    assert [data.count(b"\n\n") for data in writes] == [1] * together.count("\n\n")
+
+
+@in_loop
 async def test_a_silent_stream_is_opened_late_and_kept_alive(client, zai, monkeypatch):
     monkeypatch.setattr(ztoapi, "KEEP_ALIVE_INTERVAL", 0.05)
     zai.parts = [HANG]
@@ -6079,12 +6081,13 @@ async def test_a_client_that_no_longer_reads_loses_its_connection(start, zai, pa
 @pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/files"])
 async def test_a_body_that_comes_byte_by_byte_gets_no_more_time(passing, impatient, monkeypatch, path):
     monkeypatch.setattr(ztoapi, "MIN_READ", 40)
+    monkeypatch.setattr(ztoapi, "READ_TIMEOUT", 0.5)
     reader, writer = await asyncio.open_connection("127.0.0.1", passing.port)
     writer.write(POST.format(path, "Content-Length: 99999").encode())
     answer = asyncio.create_task(reader.readline())
-    for _ in range(10):
-        writer.write(b"x" * 20)  # 100 bytes in each 0.2 s
-        await asyncio.sleep(0.04)
+    for _ in range(8):
+        writer.write(b"x" * 20)  # 100 bytes in half a second
+        await asyncio.sleep(0.1)
     assert not answer.done()
     for _ in range(20):
         if not answer.done():

@@ -2173,7 +2173,6 @@ def shows_image(body: JSON) -> bool:
 
 # Turns the events of a streamed answer into frames. A frame is a dict, or a text to be sent as it is.
 Encoder = ChatEncoder | ResponseEncoder
-MAX_WRITE = 2**20  # characters
 # How a request is answered: streamed by `encoder`, whole by `document`. It does not keep the prompt.
 SurfaceRequest = ChatRequest | CompletionRequest | ResponsesRequest
 Surface = Callable[[JSON, History], tuple[Prompt, SurfaceRequest]]
@@ -2187,18 +2186,11 @@ SURFACES: dict[str, Surface] = {
 
 
 def sse(frames: Iterable[JSON | str]) -> bytes:
-    return b"".join(sse_parts(frames))
-
-
-def sse_parts(frames: Iterable[JSON | str]) -> list[bytes]:
-    """Frames as bytes, all together unless they are large."""
-    texts = [sse_frame(frame) for frame in frames]
-    whole = "".join(texts)
-    return [escaped(whole)] if len(whole) <= MAX_WRITE else [*map(escaped, texts)]
+    """Frames as bytes, each `data: …` and a blank line. A frame with a `type` also gets that as its event name."""
+    return escaped("".join([sse_frame(frame) for frame in frames]))
 
 
 def sse_frame(frame: JSON | str) -> str:
-    """`data: …` and a blank line. A frame with a `type` also gets that as its event name."""
     if isinstance(frame, str):
         return f"data: {frame}\n\n"
     name = f"event: {frame['type']}\n" if "type" in frame else ""
@@ -3860,6 +3852,10 @@ class EventStream(EventSource):
     def torn(self) -> int:
         return self.reader.torn
 
+    @property
+    def size(self) -> int:
+        return self.reader.size
+
     async def next_batch(self) -> list[Event]:
         """The events of the next part that has any."""
         events: list[Event] = []
@@ -4016,6 +4012,10 @@ class MergedStream(EventSource):
     @property
     def torn(self) -> int:
         return sum(stream.torn for stream in self.streams.values())
+
+    @property
+    def size(self) -> int:
+        return sum(stream.size for stream in self.streams.values())
 
     async def next_batch(self) -> list[Event]:
         """The next events of whichever choice has some. If one fails, all fail."""
@@ -4761,6 +4761,7 @@ Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 # ======== Streaming out =============================================================================================
 # `SSEResponse` sends an answer piece by piece (`relay`), and comments while Z.ai is silent (`keep_alive`).
 
+MAX_JOINED = 2**23  # bytes of an answer after which its frames are sent one by one
 KEEP_ALIVE_INTERVAL = 15  # seconds of silence after which a stream gets a comment
 EVENT_STREAM = "text/event-stream; charset=utf-8"
 STREAM_HEADERS = {"Content-Type": EVENT_STREAM, "Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
@@ -4809,18 +4810,24 @@ class SSEResponse:
         """Send each batch in one write, as soon as it arrives. A slow client makes us read more slowly."""
         if not self.response.prepared:
             self.response.headers.update(headers)
-        encoder = self.encoder = self.asked.encoder(head)
+        encoder, send = self.asked.encoder(head), self.send
+        self.encoder = encoder
         while (batch := await view.read()) is not None:
-            await self.send([frame for event in batch for frame in encoder.feed(event)])
-        await self.send(encoder.close())
+            send = self.send if view.stream.size < MAX_JOINED else self.send_one_by_one
+            await send([frame for event in batch for frame in encoder.feed(event)])
+        await send(encoder.close())
         await self.response.write_eof()
 
     async def send(self, frames: Iterable[JSON | str]) -> None:
-        for data in filter(None, sse_parts(frames)):
+        if data := sse(frames):
             trace("answered", data)
             await self.write(data)
-            if len(data) > MAX_WRITE:
-                await asyncio.sleep(0)  # writing need not wait for anything
+
+    async def send_one_by_one(self, frames: Iterable[JSON | str]) -> None:
+        """The frames of a large answer may be large themselves: other requests go on in between."""
+        for frame in frames:
+            await self.send([frame])
+            await asyncio.sleep(0)
 
     async def write(self, data: bytes) -> None:
         self.timer.reset()

@@ -3760,6 +3760,21 @@ def test_too_many_values_are_found_without_decoding_them(value):
     assert time.process_time() - started < 1
 
 
+def test_the_depth_of_a_request_is_found_without_work_for_the_garbage_collector():
+    body = b'{"a":[%s]}' % b",".join([b'{"a":' * 90 + b"1" + b"}" * 90] * 1000)
+    collected = collections_during(ztoapi.parse_request, body)
+    assert collected < 1.2 * collections_during(ztoapi.REQUEST_DECODER.decode, body.decode())
+
+
+def collections_during(work, argument):
+    """How often the garbage collector runs meanwhile."""
+    phases = []
+    gc.callbacks.append(lambda phase, _: phases.append(phase))
+    work(argument)
+    gc.callbacks.pop()
+    return phases.count("start")
+
+
 # ======== Fakes and helpers ========
 
 HANG, RESET = object(), object()  # parts of a FakeZai's answer that are no bytes

@@ -702,7 +702,8 @@ def parse_request(body: bytes) -> JSON:
         return document
     level: list[Any] = [document]
     for _ in range(MAX_DEPTH):
-        values = chain.from_iterable([item.values() if isinstance(item, dict) else item for item in level])
+        # One after the other: a list of all these views would keep the garbage collector busy for seconds.
+        values = chain.from_iterable(item.values() if isinstance(item, dict) else item for item in level)
         level = [value for value in values if isinstance(value, (dict, list))]
         if not level:
             return document

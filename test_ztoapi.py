@@ -7337,20 +7337,24 @@ async def test_the_docs_page_answers_from_key_to_last_token(here, browser, monke
     await browser.open(here + "/docs", "document.querySelectorAll('#model-rows tr').length >= 22")
     assert await browser.run(text_of("base")) == here + "/v1"
     await browser.run("$('try-message').value = \"it's 你好\"; $('send').click()")
-    assert await browser.sees(text_of("pace") + ".includes('tokens/s') && !$('send').disabled")
+    assert await browser.sees(text_of("pace") + ".includes('tokens/s') && $('send').ariaDisabled === 'false'")
     assert "it's 你好" in await browser.run(text_of("answer"))
     assert "only a demo" in await browser.run(text_of("thought"))
-    assert "[DONE]" in await shell(await browser.run(text_of("asked")))
+    assert "[DONE]" in await shell(*await browser.run(shown_in("asked")))
     assert browser.complaints == []
     assert {url.split("/")[2] for url in browser.asked if url.startswith("http")} == {here.split("/")[2]}
 
 
-def shown_in(tabs):
-    return f"[...document.querySelectorAll('#{tabs} pre')].map(pre => pre.textContent)"
+def shown_in(panel):
+    return f"[...document.querySelectorAll('#{panel} pre')].map(pre => pre.textContent)"
 
 
 def open_tab(tabs, name):
-    return f"[...document.querySelectorAll('#{tabs} [role=tab]')].find(tab => tab.textContent === '{name}').click()"
+    return f"[...document.querySelectorAll('#{tabs} label')].find(tab => tab.textContent === '{name}').click()"
+
+
+def choose_client_model(name):
+    return f"$('client-model').value = '{name}'; $('client-model').dispatchEvent(new Event('input', {{bubbles: true}}))"
 
 
 @in_loop
@@ -7362,36 +7366,36 @@ def open_tab(tabs, name):
     ],
 )
 async def test_the_calls_of_the_docs_page_work_as_they_are_shown(here, browser, tab, whole, streamed):
-    await browser.open(here + "/docs", "!!$('call-tabs-0')")
+    await browser.open(here + "/docs", "!!document.querySelector('#call-panel pre')")
     for condition, wanted in (("false", whole), ("true", streamed)):
         await browser.run(f"$('streamed').checked = !{condition}; $('streamed').click();" + open_tab("call-tabs", tab))
-        (lines,) = await browser.run(shown_in("call-tabs"))
+        (lines,) = await browser.run(shown_in("call-panel"))
         assert wanted in await shell(lines)
 
 
 @in_loop
 async def test_the_tabs_of_the_docs_page_obey_the_arrow_keys_and_share_the_model(here, browser):
-    await browser.open(here + "/docs", "!!$('call-tabs-0')")
+    await browser.open(here + "/docs", "!!document.querySelector('#call-panel pre')")
     for key, wanted in (("ArrowLeft", "Responses"), ("ArrowRight", "curl"), ("ArrowRight", "Python")):
-        await browser.run("document.querySelector('#call-tabs [aria-selected=true]').focus()")
+        await browser.run("document.querySelector('#call-tabs :checked').focus()")
         await browser.call("Input.dispatchKeyEvent", type="keyDown", key=key)
-        focused = await browser.run("document.activeElement.textContent + document.activeElement.ariaSelected")
+        focused = await browser.run("document.activeElement.parentNode.textContent + document.activeElement.checked")
         assert focused == wanted + "true"
-    await browser.run("$('client-model').value = 'glm-5.3'; $('client-model').onchange()")
-    assert 'model="glm-5.3"' in (await browser.run(shown_in("call-tabs")))[0]
-    assert "glm-5.3" in (await browser.run(shown_in("client-tabs")))[0]
+    await browser.run(choose_client_model("glm-5.3"))
+    assert 'model="glm-5.3"' in (await browser.run(shown_in("call-panel")))[0]
+    assert "glm-5.3" in (await browser.run(shown_in("client-panel")))[0]
     assert browser.complaints == []
 
 
 @in_loop
 async def test_the_docs_page_shows_for_each_client_the_lines_that_launch_shows(here, browser):
-    await browser.open(here + "/docs", "!!$('client-tabs-0')")
-    await browser.run("$('client-model').value = 'glm-5.3-flash'; $('client-model').onchange()")
+    await browser.open(here + "/docs", "!!document.querySelector('#client-panel pre')")
+    await browser.run(choose_client_model("glm-5.3-flash"))
     for name, client in ztoapi.CLIENTS.items():
         await browser.run(open_tab("client-tabs", name))
         shown = client.filled(here, "sk-your-key", MODELS["glm-5.3-flash"], "$dir").shell_lines()
         wanted = [f"python ztoapi.py launch {name} --model glm-5.3-flash", shown, client.install]
-        assert await browser.run(shown_in("client-tabs")) == wanted
+        assert await browser.run(shown_in("client-panel")) == wanted
     assert browser.complaints == []
 
 
@@ -7413,7 +7417,7 @@ async def test_what_comes_from_outside_stays_text(here, browser):
     evil = "<img src=x onerror=window.broken=1>"
     await browser.open(here + "/docs", "!!$('send')")
     await browser.run(f"$('try-model').value = '{evil}'; $('send').click()")
-    assert await browser.sees("!$('failure').hidden")
+    assert await browser.sees("$('failure').checkVisibility()")
     assert "model_not_found" in await browser.run(text_of("failure"))
     async with ztoapi.aiohttp.ClientSession() as session:
         await session.post(here + "/v1/chat/completions", json=chat(model=evil), headers=KEY | {"User-Agent": evil})
@@ -7463,8 +7467,10 @@ async def test_keys_are_added_changed_and_removed_on_the_dashboard(here, browser
     await open_dashboard(browser, here, "sk-your-key")
     await browser.run("$('name').value = 'anna+1'; $('budget').value = '5M/month'; $('save').click()")
     assert await browser.sees("document.activeElement === $('made')")
-    key = await browser.run("document.querySelector('#made code').textContent")
+    key = await browser.run("document.querySelector('#made pre').textContent")
     assert await browser.sees(text_of("key-rows") + ".includes('0 of 5M/month')")
+    same = "const rows = $('key-rows'); refresh().then(() => rows === $('key-rows'))"
+    assert await browser.run(same)  # or a click would miss its button
 
     await browser.run("$('change anna+1').click(); $('rpm').value = '7'; $('save').click()")
     assert await browser.sees("document.activeElement === $('change anna+1')")
@@ -7497,7 +7503,7 @@ async def test_a_key_sees_on_the_dashboard_what_is_its_own(here, browser):
         names = "[...document.querySelectorAll('#month-rows td:first-child')].map(cell => cell.textContent).sort()"
         assert await browser.sees(f"JSON.stringify({names}) === '{ztoapi.to_json(by_model)}'")
         parts = ("live-part", "hour-part", "key-form", "by")
-        assert [await browser.run(f"!$('{part}').hidden") for part in parts] == [operator] * 4
+        assert [await browser.run(f"$('{part}').checkVisibility()") for part in parts] == [operator] * 4
         await browser.run("$('leave').click()")
     assert browser.complaints == []
 

@@ -6369,251 +6369,233 @@ class Page:
     policy: str
 
 
-def page(title: str, body: str, script: str) -> Page:
-    html = PAGE_FRAME
-    for mark, text in (("TITLE", title), ("STYLE", STYLE), ("BODY", body), ("SCRIPT", COMMON_SCRIPT + script)):
-        html = html.replace(f"{{{{{mark}}}}}", text)
+def page(body: str, script: str) -> Page:
+    script = COMMON_SCRIPT + script
     policy = (
-        f"default-src 'none'; script-src {csp_hash(COMMON_SCRIPT + script)}; style-src {csp_hash(STYLE)}; "
+        f"default-src 'none'; script-src {csp_hash(script)}; style-src {csp_hash(STYLE)}; "
         "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
     )
-    return Page(html, policy)
+    return Page(PAGE_FRAME.format(style=STYLE, body=body, script=script), policy)
 
 
 def csp_hash(text: str) -> str:
     return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
 
 
-PAGE_FRAME = """<!doctype html>
-<html lang="en"><meta charset="utf-8"><title>{{TITLE}}</title><style>{{STYLE}}</style>
-<meta name="viewport" content="width=device-width, initial-scale=1"><meta name="color-scheme" content="light dark">
-{{BODY}}
-<script type="application/json" id="data">{{DATA}}</script><script>{{SCRIPT}}</script>
+# Four braces become the two around DATA, which is filled in when the page is asked for.
+PAGE_FRAME = """<!doctype html><html lang="en"><meta charset="utf-8"><style>{style}</style>
+<meta name="viewport" content="width=device-width, initial-scale=1">{body}
+<script type="application/json" id="data">{{{{DATA}}}}</script><script>{script}</script>
 """
 STYLE = """
-:root { --ink: #1c2430; --soft: #5b6675; --paper: #fbfbf9; --card: #fff; --line: #d9dde3; --code: #f2f3f0;
-  --accent: #1d5fbf; --on-accent: #fff; --bad: #b3261e; --good: #1a7f4b }
-@media (prefers-color-scheme: dark) { :root { --ink: #e4e8ee; --soft: #9aa5b4; --paper: #14181d; --card: #1b2027; --line: #323a45; --code: #10141a;
-  --accent: #7fb2ff; --on-accent: #0d1420; --bad: #ff8a80; --good: #6fd3a0 } }
-* { box-sizing: border-box } [hidden] { display: none !important } :focus-visible { outline: 3px solid var(--accent); outline-offset: 2px }
-body { margin: 0 auto; max-width: 62rem; padding: 1rem 1.25rem 4rem; background: var(--paper); color: var(--ink); font: 16px/1.6 system-ui, sans-serif }
-h1 { font-size: 1.7rem; margin: .5rem 0 } h2 { font-size: 1.2rem; margin: 2.5rem 0 .6rem } h3 { font-size: 1rem; margin: 1.2rem 0 .3rem }
-p { margin: .5rem 0; max-width: 46rem } a { color: var(--accent) } small, .soft { color: var(--soft) } h2 small { font-weight: 400; font-size: .8rem }
-code, pre, textarea, .figure b { font-family: ui-monospace, Menlo, Consolas, monospace }
-code { font-size: .9em; background: var(--code); padding: .1em .3em; border-radius: 3px; overflow-wrap: anywhere }
-pre { margin: 0; padding: .8rem 1rem; background: var(--code); border: 1px solid var(--line); border-radius: 6px; overflow-x: auto; font-size: .85rem;
-  line-height: 1.5 } pre.wrap, .answer, .thought { white-space: pre-wrap; overflow-wrap: anywhere }
-.answer { min-height: 1.6em } .thought { color: var(--soft); border-left: 3px solid var(--line); padding-left: .8rem }
-.call { position: relative; margin: .5rem 0 } .call button { position: absolute; top: .45rem; right: .45rem; padding: .15rem .6rem; font-size: .8rem }
-.call pre { padding-right: 4.5rem } @media (max-width: 30rem) { .call pre { padding-top: 2.6rem } }
+:root { color-scheme: light dark;
+  --ink: light-dark(#1c2430, #e4e8ee); --soft: light-dark(#5b6675, #9aa5b4); --line: light-dark(#d9dde3, #323a45);
+  --paper: light-dark(#fbfbf9, #14181d); --card: light-dark(#fff, #1b2027); --code: light-dark(#f2f3f0, #10141a);
+  --accent: light-dark(#1d5fbf, #7fb2ff); --bad: light-dark(#b3261e, #ff8a80); --good: light-dark(#1a7f4b, #6fd3a0) }
+* { box-sizing: border-box } [hidden], p:empty, #made:empty, section:has(> div:empty) { display: none !important }
+body { margin: 0 auto; max-width: 62rem; padding: 1rem 1.25rem 4rem; background: var(--paper); color: var(--ink); font: 16px/1.6 system-ui }
+h1 { font-size: 1.7rem; margin: .5rem 0 } h2 { font-size: 1.2rem; margin: 2.5rem 0 .6rem } h3 { font-size: 1rem; margin: 1rem 0 .3rem }
+p { margin: .5rem 0; max-width: 46rem } a { color: var(--accent) } .bad { color: var(--bad); accent-color: var(--bad) }
+small, label { font-size: .85rem; font-weight: 400 } small, label, th, .soft { color: var(--soft) } label { display: block }
+code, pre { font: .85rem/1.5 ui-monospace, Menlo, Consolas, monospace; background: var(--code); border-radius: 4px }
+code { padding: .1em .3em; overflow-wrap: anywhere }
+pre { margin: 0; padding: .8rem 4.5rem .8rem 1rem; border: 1px solid var(--line); overflow-x: auto }
+.call { position: relative; margin: .5rem 0 } .call button { position: absolute; top: .45rem; right: .45rem }
+@media (max-width: 30rem) { .call pre { padding: 2.6rem 1rem .8rem } }
+.wrap { white-space: pre-wrap; overflow-wrap: anywhere } .note { border-left: 4px solid var(--accent); padding: .1rem .9rem }
+
 .scroll { overflow-x: auto } table { border-collapse: collapse; width: 100%; font-size: .92rem }
-th, td { text-align: left; padding: .35rem .8rem .35rem 0; border-bottom: 1px solid var(--line); vertical-align: top; overflow-wrap: anywhere }
-th { color: var(--soft); font-weight: 600; white-space: nowrap } #error-rows th { width: min(17rem, 46vw); white-space: normal }
-:is(th, td):last-child { padding-right: 0 } .number { text-align: right; font-variant-numeric: tabular-nums } td:not(.number) { min-width: 5rem }
-:is(#model-rows, #month-rows, #recent-rows) td:first-child, #key-rows td:nth-child(5n + 2), .number { white-space: nowrap }
-:is(#key-rows, #queue-rows) td:first-child, #recent-rows td:is(:nth-child(2), :nth-child(3)) { min-width: 7.5rem }
-#queue-rows td:last-child, #key-rows td:nth-child(4) { min-width: 11rem }
-button, select, input, textarea { font: inherit; color: inherit; background: var(--card); border: 1px solid var(--soft); border-radius: 6px;
-  padding: .4rem .7rem } button { cursor: pointer } button:disabled { opacity: .45; cursor: default }
-textarea { width: 100%; min-height: 5rem; font-size: .95rem } [role=tab] { padding: .2rem .7rem; font-size: .9rem; border-color: var(--line) }
-label { display: block; font-size: .85rem; color: var(--soft); margin: .6rem 0 .15rem } .row label { margin: 0 }
-button.main, [aria-selected=true][role=tab] { background: var(--accent); border-color: var(--accent); color: var(--on-accent) }
-td button, nav button { padding: .05rem .5rem; margin: 0 .4rem .2rem 0; font-size: .85rem }
-nav, .row, [role=tablist] { display: flex; flex-wrap: wrap; align-items: center; gap: .4rem .6rem; margin: .8rem 0 } nav { gap: 0 1.1rem; margin: 0 }
-.fields, .figures, .charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(var(--least), 1fr)); gap: 0 1rem }
-.fields { --least: 12rem } .charts { --least: 18rem } .figures { --least: 7.7rem; gap: .8rem; margin: 1rem 0 }
-.fields :is(input, select) { width: 100%; height: 2.7rem }
-.card, .figure, dialog { background: var(--card); color: var(--ink); border: 1px solid var(--line); border-radius: 8px } dialog { max-width: 26rem }
-.card { padding: .8rem 1.1rem 1.1rem; margin: .8rem 0 } .note { border-left: 4px solid var(--accent); padding: .1rem .9rem; margin: 1rem 0 }
-.figure { padding: .5rem .9rem } .figure b { display: block; font-size: 1.35rem; font-weight: 600 }
-.allowance { display: grid; grid-template-columns: 7.5rem 1fr; gap: .2rem 1rem; align-items: center; margin: .4rem 0 } .allowance small { grid-column: 2 }
-progress { accent-color: var(--accent); height: .8rem; width: 7rem } .allowance progress { width: 100% }
+th, td { text-align: left; vertical-align: top; white-space: nowrap; padding: .35rem .8rem .35rem 0; border-bottom: 1px solid var(--line) }
+.words td:last-child { white-space: normal; width: 75%; min-width: 9rem } :is(th, td):last-child { padding-right: 0 }
+.numbers :is(th, td):nth-child(n + 2) { text-align: right; font-variant-numeric: tabular-nums }
+#recent-table :is(th, td):nth-child(-n + 3) { text-align: left }
+
+button, select, input, textarea, .tabs label { font: inherit; font-size: 1rem; color: var(--ink); background: var(--card);
+  border: 1px solid var(--soft); border-radius: 6px; padding: .4rem .7rem }
+.tabs label { border-color: var(--line) } .tabs label:has(:focus-visible) { outline: 3px solid var(--ink) }
+.tabs input { position: absolute; opacity: 0 } .row label > * { margin-left: .4rem } [aria-disabled=true] { opacity: .45 }
+:is(td, nav, .call) button, .tabs label { padding: .1rem .6rem; font-size: .88rem }
+.main, .tabs label:has(:checked) { background: var(--accent); border-color: var(--accent); color: var(--card) }
+nav, .row, .tabs { display: flex; flex-wrap: wrap; align-items: center; gap: .4rem .7rem; margin: .8rem 0 }
+.grid { display: grid; grid-template-columns: repeat(auto-fit, minmax(var(--least, 12rem), 1fr)); gap: .6rem .8rem; margin: .8rem 0 }
+.grid :is(input, select), textarea { display: block; width: 100%; height: 2.7rem } textarea { height: 5rem }
+.card, dialog { background: var(--card); color: var(--ink); border: 1px solid var(--line); border-radius: 8px; padding: .6rem 1rem }
+.card { margin: .8rem 0 } #hour-part { --least: 18rem } #figures { --least: 7.7rem } #figures .card { margin: 0 }
+#figures b { display: block; font-size: 1.35rem } progress { accent-color: var(--accent); width: 7rem } #plans progress { width: 100% }
+.chart { display: flex; height: 6rem; border-bottom: 1px solid var(--line) } #month { height: 11rem }
+.chart div { flex: 1; display: flex; flex-direction: column-reverse } .chart [aria-selected=true] { background: var(--line) }
+i { min-height: 1px; forced-color-adjust: none } .chart i { margin: 0 10% } td i { display: inline-block; padding: .4rem; margin-right: .5rem }
 .axis { display: flex; justify-content: space-between; font-size: .75rem; color: var(--soft) }
-svg { display: block; width: 100%; height: 6rem } #month { height: 11rem } td svg { display: inline; width: .8rem; height: .8rem; margin-right: .5rem }
-line { stroke: var(--line) } rect { fill: var(--accent) } rect.out { fill: var(--good) }
-.bad { color: var(--bad); accent-color: var(--bad); fill: var(--bad) } rect.reach { fill: transparent }
-[aria-selected=true] .reach { fill: var(--line); opacity: .6 } .c0 { fill: #3b7ddd }
-.c1 { fill: #d07a10 } .c2 { fill: #2c9f6b } .c3 { fill: #c65b9c } .c4 { fill: #8a74e0 } .c5 { fill: #1d93a5 } .c6 { fill: #a88d12 } .c7 { fill: #8b94a1 }
 """  # noqa: E501 - a page
 COMMON_SCRIPT = r"""
 "use strict";
 const $ = id => document.getElementById(id), data = JSON.parse($("data").textContent);
 const chinese = (navigator.languages?.[0] || navigator.language || "").toLowerCase().startsWith("zh");
-const say = (english, zh) => chinese ? zh : english, sayEach = pairs => pairs.map(pair => say(...pair));
+const say = (english, zh) => chinese ? zh : english;
 if (chinese) document.documentElement.lang = "zh";
-for (const e of document.querySelectorAll("[data-zh]")) e.textContent = say(e.textContent, e.dataset.zh);
-const withInside = (e, inside) => { e.append(...[inside ?? []].flat()); return e; };
-const make = (tag, inside, properties) => withInside(Object.assign(document.createElement(tag), properties), inside);
-const tell = words => { for (const [id, text] of Object.entries(words)) $(id).textContent = text; };
-const row = (cells, tag = "td", words = cells.length) => make("tr", cells.map((c, i) => make(tag, c, { className: i < words ? "" : "number" })));
-function table(name, heads, words = heads.length) {  // the first `words` columns are words, the others numbers
-  const head = make("thead", row(heads, "th", words), { id: name + "-head" }), body = make("tbody", null, { id: name + "-rows" });
-  $(name + "-table").append(make("table", [head, body]));
+for (const e of document.querySelectorAll("[data-zh]")) e.firstChild.data = say(e.firstChild.data, e.dataset.zh);
+function make(tag, inside = [], properties = {}) {
+  const e = Object.assign(document.createElement(tag), properties);
+  e.append(...[inside].flat()); return e;
 }
-function copyButton(source) {
-  const copy = say("Copy", "复制"), b = make("button", copy, { type: "button" });
-  b.onclick = async () => {
-    try { await navigator.clipboard.writeText(source.textContent); b.textContent = say("Copied", "已复制"); }
-    catch { getSelection().selectAllChildren(source); b.textContent = say("Press Ctrl+C", "请按 Ctrl+C"); }
-    setTimeout(() => { b.textContent = copy; }, 1500);
+const row = (cells, tag = "td") => make("tr", cells.map(cell => make(tag, cell)));
+function table(name, heads, lines) {  // one that has not changed stays as it is, or a click might miss its button
+  const nothing = heads.map((_, n) => n ? "" : say("nothing yet", "暂无")), body = (lines.length ? lines : [nothing]).map(cells => row(cells));
+  const head = make("thead", row(heads.map(pair => say(...pair)), "th")), focused = document.activeElement.id;
+  const all = make("table", [head, make("tbody", body, { id: name + "-rows" })]);
+  if (all.isEqualNode($(name + "-table").firstChild)) return;
+  $(name + "-table").replaceChildren(all); $(focused)?.focus();
+}
+function block(text) {  // lines to copy
+  const pre = make("pre", text, { tabIndex: 0 }), copy = say("Copy", "复制"), button = make("button", copy, { type: "button" });
+  button.onclick = async () => {
+    try { await navigator.clipboard.writeText(text); button.textContent = say("Copied", "已复制"); }
+    catch { getSelection().selectAllChildren(pre); button.textContent = say("Press Ctrl+C", "请按 Ctrl+C"); }
+    setTimeout(() => { button.textContent = copy; }, 1500);
   };
-  return b;
+  return make("div", [pre, button], { className: "call" });
 }
-const arrow = event => ({ ArrowLeft: -1, ArrowRight: 1 })[event.key] || 0;
 const remembered = name => { try { return sessionStorage.getItem(name) || ""; } catch { return ""; } };
 const remember = (name, value) => { try { sessionStorage.setItem(name, value); } catch {} };
 """  # noqa: E501 - a page
-DOCS_PAGE = page(
-    "ztoapi",
-    r"""
-<header><h1>ztoapi</h1><p data-zh="任何 OpenAI 客户端，都可以通过这台服务器使用 Z.ai 的 GLM 模型：官方 API，自己的密钥。">This server lets every OpenAI
-client talk to Z.ai's GLM models, through Z.ai's official API.</p>
-<nav><a href="#try" data-zh="试一试">Try it</a> <a href="#calls" data-zh="调用">Calls</a> <a href="#clients" data-zh="客户端">Clients</a>
-<a href="#models" data-zh="模型">Models</a> <a href="#errors" data-zh="错误">Errors</a> <a id="to-dashboard" href="dashboard" data-zh="仪表盘">Dashboard</a>
-</nav></header><main><p class="note" id="state" hidden></p><div class="scroll"><table><tbody>
-<tr><th scope="row" data-zh="地址">Base URL</th><td><code id="base"></code></td></tr>
-<tr><th scope="row" data-zh="密钥">API key</th><td><code id="key"></code></td></tr></tbody></table></div>
+DOCS_BODY = r"""<title>ztoapi</title><header><h1>ztoapi <small id="version"></small></h1>
+<p data-zh="任何 OpenAI 客户端，都可以通过这台服务器使用 Z.ai 的 GLM 模型：官方 API，自己的密钥。">This server lets every OpenAI client talk
+to Z.ai's GLM models, through Z.ai's official API.</p>
+<nav id="nav"><a id="to-dashboard" href="dashboard" data-zh="仪表盘">Dashboard</a></nav></header><main>
+<p class="note" id="demo" data-zh="演示模式：回答来自内置替身，没有真正的模型。">This is the demo: a built-in stand-in answers, no model is behind it.</p>
+<p class="note" id="no-key" data-zh="服务器尚未设置 ZAI_API_KEY，聊天会返回 503。">Chat answers 503 until this server's operator sets ZAI_API_KEY.</p>
+<table class="words"><tr><th scope="row" data-zh="地址">Base URL</th><td><code id="base"></code></td></tr>
+<tr><th scope="row" data-zh="密钥">API key</th><td><code id="key"></code></td></tr></table>
 
-<h2 id="try" data-zh="试一试">Try it</h2><form class="card" id="form"><div class="fields">
-<div><label for="try-key" data-zh="密钥">API key</label><input id="try-key" type="password" autocomplete="off" required></div>
-<div><label for="try-model" data-zh="模型">Model</label><input id="try-model" list="model-list" required spellcheck="false" autocomplete="off">
-<datalist id="model-list"></datalist></div><div><label for="try-thinking" data-zh="思考">Thinking</label><select id="try-thinking">
-<option value="" data-zh="模型默认">the model's default</option><option value="true" data-zh="开">on</option><option value="false" data-zh="关">off</option>
-</select></div></div><label for="try-message" data-zh="消息">Message</label><textarea id="try-message" required></textarea>
-<div class="row"><button class="main" id="send" data-zh="发送">Send</button><button type="button" id="stop" disabled data-zh="停止">Stop</button>
-<span class="soft" id="pace"></span></div><div id="thinking-part" hidden><h3 data-zh="思考过程">Reasoning</h3><div class="thought" id="thought"></div></div>
-<div id="answer-part" hidden><h3 data-zh="回答">Answer</h3><div class="answer" id="answer" aria-live="polite"></div></div>
-<pre class="wrap bad" id="failure" role="alert" hidden></pre>
-<div id="asked-part" hidden><h3 data-zh="刚才的请求">The request just sent</h3><div class="call"><pre id="asked" tabindex="0"></pre></div></div></form>
+<h2 id="try" data-zh="试一试">Try it</h2><form class="card" id="form" autocomplete="off"><div class="grid" spellcheck="false">
+<label data-zh="密钥">API key <input id="try-key" type="password" required pattern=" *[!-~]+ *"></label>
+<label data-zh="模型">Model <input id="try-model" list="model-list" required></label><datalist id="model-list"></datalist>
+<label data-zh="思考">Thinking <select id="try-thinking"><option value="" data-zh="模型默认">the model's default</option>
+<option value="true" data-zh="开">on</option><option value="false" data-zh="关">off</option></select></label></div>
+<label data-zh="消息">Message <textarea id="try-message" required></textarea></label>
+<div class="row"><button class="main" id="send" data-zh="发送">Send</button><button type="button" id="stop" aria-disabled="true"
+data-zh="停止">Stop</button><span class="soft" id="pace"></span></div><p class="wrap bad" id="failure" role="alert"></p>
+<section><h3 data-zh="思考过程">Reasoning</h3><div class="wrap soft note" id="thought"></div></section>
+<section><h3 data-zh="回答">Answer</h3><div class="wrap" id="answer" aria-live="polite"></div></section>
+<section><h3 data-zh="刚才的请求">The request just sent</h3><div id="asked"></div></section></form>
 
-<h2 id="calls" data-zh="调用">Calls</h2>
-<div class="row"><label for="call-model" data-zh="模型">Model</label><select class="model" id="call-model"></select>
-<label><input type="checkbox" id="streamed"> <span data-zh="流式">streamed</span></label></div><div id="call-tabs"></div>
-
-<h2 id="clients" data-zh="客户端">Clients</h2>
-<div class="row"><label for="client-model" data-zh="模型">Model</label><select class="model" id="client-model"></select></div><div id="client-tabs"></div>
+<div id="uses"><h2 id="calls" data-zh="调用">Calls</h2><div class="row"><label data-zh="模型">Model <select id="call-model"></select></label>
+<label data-zh="流式">streamed <input type="checkbox" id="streamed"></label></div>
+<div class="tabs" id="call-tabs" role="radiogroup" aria-labelledby="calls"></div><div id="call-panel"></div>
+<h2 id="clients" data-zh="客户端">Clients</h2><div class="row"><label data-zh="模型">Model <select id="client-model"></select></label></div>
+<div class="tabs" id="client-tabs" role="radiogroup" aria-labelledby="clients"></div><div id="client-panel"></div></div>
 
 <h2 id="models" data-zh="模型">Models</h2>
 <p data-zh="名称不分大小写，可带前缀：glm-4.6、GLM-4.6、zai/glm-4.6 相同。">Names may be in any case, with or without a provider
 before them: glm-4.6, GLM-4.6 and zai/glm-4.6 are one model.</p><div class="scroll" id="model-table"></div>
-
 <h2 id="errors" data-zh="错误">Errors</h2>
 <p data-zh="错误总是 {&quot;error&quot;: {&quot;message&quot;, &quot;type&quot;, &quot;param&quot;, &quot;code&quot;}}；message 会说明该怎么做。">Always
-{"error": {"message", "type", "param", "code"}}; the message says what to do.</p><div class="scroll"><table><tbody id="error-rows"></tbody></table></div></main>
-<footer><p><small>ztoapi <span id="version"></span></small></p></footer>
-""",  # noqa: E501, RUF001 - a page, in two languages
-    r"""
+{"error": {"message", "type", "param", "code"}}; the message says what to do.</p><div class="scroll words" id="error-table"></div></main>
+"""  # noqa: E501, RUF001 - a page, in two languages
+DOCS_SCRIPT = r"""
 const key = data.key || "YOUR_KEY", base = new URL("v1", location.href).href, origin = base.replace(/\/v1$/, "");
 const free = data.models.find(m => m.free) || data.models[0], hello = say("Hello! Who are you?", "你好，请介绍一下你自己");
-$("to-dashboard").hidden = !data.dashboard; $("state").hidden = !data.demo && data.zai_key;
-tell({ base, version: data.version, key: data.key || say("the one that the operator of this server gave you", "由服务器管理员提供"), state: say(...data.demo
-  ? ["This is the demo: answers come from a built-in stand-in, no model is behind them.", "演示模式：回答来自内置替身，没有真正的模型。"]
-  : ["This server has no Z.ai key yet: chat answers 503 until its operator sets ZAI_API_KEY.", "服务器尚未设置 ZAI_API_KEY，聊天会返回 503。"]) });
-function block(text) { const pre = make("pre", text, { tabIndex: 0 }); return make("div", [pre, copyButton(pre)], { className: "call" }); }
-function tabs(id, names, fill) {  // fill(n) makes what tab n shows; returns a function that makes the chosen one anew
-  const list = make("div", null, { role: "tablist" }), panel = make("div", null, { role: "tabpanel" });
-  const buttons = names.map((name, n) => make("button", name, { type: "button", role: "tab", id: `${id}-${n}`, onclick: () => choose(n) }));
-  let chosen = 0;
-  function choose(n) {
-    chosen = (n + names.length) % names.length;
-    buttons.forEach((b, i) => Object.assign(b, { ariaSelected: i === chosen, tabIndex: i === chosen ? 0 : -1 }));
-    panel.setAttribute("aria-labelledby", buttons[chosen].id); panel.replaceChildren(...fill(chosen));
-  }
-  list.onkeydown = event => { if (arrow(event)) { choose(chosen + arrow(event)); buttons[chosen].focus(); } };
-  list.append(...buttons); $(id).append(list, panel); choose(0); return () => choose(chosen);
-}
+$("nav").prepend(...[...document.querySelectorAll("h2")].map(h => make("a", h.textContent, { href: "#" + h.id })));
+$("to-dashboard").hidden = !data.dashboard; $("base").textContent = base; $("version").textContent = data.version;
+$("key").textContent = data.key || say("the one that the operator of this server gave you", "由服务器管理员提供");
+$("demo").hidden = !data.demo; $("no-key").hidden = data.demo || data.zai_key;
+
+const said = (words, text) => [make("p", words), block(text)];
 const q = JSON.stringify, shell = text => "'" + text.replaceAll("'", "'\\''") + "'", bearer = k => "Authorization: Bearer " + k;
 const curl = (path, header, body) =>
   [`curl -N ${base}/${path}`, `-H ${shell(header)}`, "-H 'Content-Type: application/json'", `-d ${shell(q(body))}`].join(" \\\n  ");
-const chat = (model, stream) => ({ model, messages: [{ role: "user", content: hello }], ...(stream && { stream }) });
+const messages = [{ role: "user", content: hello }];
 const python = (model, stream) => `from openai import OpenAI
 
 client = OpenAI(base_url=${q(base)}, api_key=${q(key)})
-${stream ? "stream" : "answer"} = client.chat.completions.create(
-    model=${q(model)},
-    messages=[{"role": "user", "content": ${q(hello)}}],${stream ? "\n    stream=True," : ""}
+answer = client.chat.completions.create(
+    model=${q(model)}, stream=${stream ? "True" : "False"},
+    messages=${q(messages)},
 )
-${stream ? 'for chunk in stream:\n    print(chunk.choices[0].delta.content or "", end="", flush=True)' : "print(answer.choices[0].message.content)"}`;
+${stream ? 'for chunk in answer:\n    print(chunk.choices[0].delta.content or "", end="", flush=True)' : "print(answer.choices[0].message.content)"}`;
 const javascript = (model, stream) => `import OpenAI from "openai";
 
 const client = new OpenAI({ baseURL: ${q(base)}, apiKey: ${q(key)} });
-const ${stream ? "stream" : "answer"} = await client.chat.completions.create({
-  model: ${q(model)},
-  messages: [{ role: "user", content: ${q(hello)} }],${stream ? "\n  stream: true," : ""}
+const answer = await client.chat.completions.create({
+  model: ${q(model)}, stream: ${Boolean(stream)},
+  messages: ${q(messages)},
 });
-${stream ? 'for await (const chunk of stream) process.stdout.write(chunk.choices[0]?.delta?.content ?? "");' : "console.log(answer.choices[0].message.content);"}`;
-const calls = [["curl", (m, s) => curl("chat/completions", bearer(key), chat(m, s))], ["Python", python], ["JavaScript", javascript],
-  ["Anthropic", (m, s) => curl("messages", "x-api-key: " + key, { max_tokens: 4096, ...chat(m, s) })],
-  ["Responses", (m, s) => curl("responses", bearer(key), { model: m, input: hello, ...(s && { stream: s }) })]];
+${stream ? 'for await (const { choices } of answer) process.stdout.write(choices[0]?.delta.content ?? "");'
+  : "console.log(answer.choices[0].message.content);"}`;
+const calls = Object.entries({
+  curl: (model, stream) => curl("chat/completions", bearer(key), { model, messages, stream }), Python: python, JavaScript: javascript,
+  Anthropic: (model, stream) => curl("messages", "x-api-key: " + key, { model, max_tokens: 4096, messages, stream }),
+  Responses: (model, stream) => curl("responses", bearer(key), { model, input: hello, stream }),
+}).map(([name, lines]) => [name, (m, stream) => [block(lines(m.id, stream))]]);
 
-const filled = (lines, m) => [["http://ztoapi.example", origin], ["YOUR_KEY", key], ["your-model", m.id], ["1000001", m.context || 131072],
-  ["1000002", m.output || 16384], ['"attachment": false', `"attachment": ${m.vision}`]].reduce((text, [example, real]) => text.replaceAll(example, real), lines);
-const local = ["localhost", "127.0.0.1", "[::1]"].includes(location.hostname), said = (words, text) => [make("p", words), block(text)];
-const launched = ({ command, lines, install }) => m => [
+const local = ["localhost", "127.0.0.1", "[::1]"].includes(location.hostname);
+const filled = (lines, m) => Object.entries({
+  "http://ztoapi.example": origin, YOUR_KEY: key, "your-model": m.id, 1000001: m.context || 131072, 1000002: m.output || 16384,
+  '"attachment": false': `"attachment": ${m.vision}`,
+}).reduce((text, [example, real]) => text.replaceAll(example, real), lines);
+const launched = ({ command, lines, install }) => [command, m => [
   ...(local ? said(say("Beside ztoapi.py, in one line:", "在 ztoapi.py 所在目录，一行即可："), `python ztoapi.py launch ${command} --model ${m.id}`) : []),
   ...said(say("The same by hand; none of your configuration is changed:", "手动启动（不改动你的任何配置）："), filled(lines, m)),
-  ...said(say("To install it:", "安装："), install)];
+  ...said(say("To install it:", "安装："), install)]];
 const entered = ([program, address, name, ...how]) =>
   [program, m => said(say(...how), `${name}: ${address}\n${say("API key", "密钥")}: ${key}\n${say("Model", "模型")}: ${m.id}`)];
-const clients = [...data.clients.map(c => [c.command, launched(c)]), ...[
+const clients = [...data.clients.map(launched), ...[
   ["Chatbox", origin, "API host", "Settings › Model Provider › Add › OpenAI API compatible", "设置 › 模型提供方 › 添加 › OpenAI API 兼容"],
   ["Cherry Studio", origin, "API host", "Settings › Model Provider › Add › OpenAI", "设置 › 模型服务 › 添加 › OpenAI"],
   ["Open WebUI", base, "URL", "Admin › Settings › Connections › OpenAI API › +", "管理员 › 设置 › 外部连接 › OpenAI API › +"],
-  ["Cursor", base, "Override OpenAI Base URL", "Cursor calls from its own servers: it needs a public HTTPS address (a tunnel) and a strong key; "
-    + "localhost does not work. Settings › Models › API Keys", "Cursor 从它自己的服务器发出请求：需要公网 HTTPS 地址（隧道）和高强度密钥，不能用 localhost。设置 › Models › API Keys"],
+  ["Cursor", base, "Override OpenAI Base URL", "Cursor calls from its own servers: it needs a public HTTPS address (a tunnel), not localhost, "
+    + "and a strong key. Settings › Models › API Keys", "Cursor 从它自己的服务器发出请求：需要公网 HTTPS 地址（隧道）和高强度密钥。设置 › Models › API Keys"],
 ].map(entered), [say("others", "其他"), () =>
   said(say("Most programs read these two variables:", "多数程序读取这两个变量："), `export OPENAI_BASE_URL=${base}\nexport OPENAI_API_KEY=${key}`)]];
-const choices = document.querySelectorAll("select.model"), chosen = () => data.models.find(m => m.id === choices[0].value);
 const plain = data.models.filter(m => /^[\w.:\/-]+$/.test(m.id));  // a shell takes the others for something else
-for (const select of choices) select.append(...plain.map(m => make("option", m.id, { selected: m === free })));
-const fillAgain = [tabs("call-tabs", calls.map(([name]) => name), n => [block(calls[n][1](chosen().id, $("streamed").checked))]),
-  tabs("client-tabs", clients.map(([name]) => name), n => clients[n][1](chosen()))]; $("streamed").onchange = fillAgain[0];
-for (const select of choices) select.onchange = () => { for (const other of choices) other.value = select.value; for (const fill of fillAgain) fill(); };
+const selects = [$("call-model"), $("client-model")], panels = Object.entries({ call: calls, client: clients });
+for (const select of selects) select.append(...plain.map(m => make("option", m.id, { selected: m === free })));
+for (const [id, entries] of panels) $(id + "-tabs").append(...entries.map(([name], value) =>
+  make("label", [make("input", [], { type: "radio", name: id, value, checked: value === 0 }), name])));
+function fill() {
+  const streamed = $("streamed").checked || undefined;  // JSON leaves undefined out
+  const model = plain.find(m => m.id === selects[0].value), chosen = id => document.querySelector(`[name=${id}]:checked`).value;
+  for (const [id, entries] of panels) $(id + "-panel").replaceChildren(...entries[chosen(id)][1](model, streamed));
+}
+$("uses").oninput = ({ target }) => { if (selects.includes(target)) for (const each of selects) each.value = target.value; fill(); };
+fill();
 
-table("model", sayEach([["name", "名称"], ["context", "上下文"], ["output", "输出"], ["takes", "输入"], ["thinking", "思考"], ["price", "价格"]]));
 const size = n => n === null ? "?" : n >= 1048576 ? n / 1048576 + "\u00a0M" : n / 1024 + "\u00a0K";
 const THINKING = { none: ["no", "无"], switch: ["on, off", "可开关"], effort: ["off, effort", "可关、可调"], always: ["always", "始终"] };
-$("model-rows").append(...data.models.map(m => row([m.id, size(m.context), size(m.output),
-  m.vision ? say("text, images", "文字、图片") : say("text", "文字"), say(...THINKING[m.thinking]), m.free ? say("free", "免费") : ""])));
-$("model-list").append(...data.models.map(m => make("option", "", { value: m.id })));
-$("error-rows").append(...[
+table("model", [["name", "名称"], ["context", "上下文"], ["output", "输出"], ["takes", "输入"], ["thinking", "思考"], ["price", "价格"]],
+  data.models.map(m => [m.id, size(m.context), size(m.output),
+  m.vision ? say("text, images", "文字、图片") : say("text", "文字"), say(...THINKING[m.thinking]), m.free ? say("free", "免费") : ""]));
+$("model-list").append(...data.models.map(m => make("option", [], { value: m.id })));
+table("error", [["error", "错误"], ["what to do", "怎么办"]], [
   ["400", "The request makes no sense; param names the field.", "请求有误，param 指出字段。"],
   ["401 invalid_api_key", "Send a key of this server, not of Z.ai.", "请使用本服务器的密钥，而不是 Z.ai 的。"],
   ["401 key_expired", "Your key was valid until a date that is past: ask the operator.", "你的密钥已过期，请联系管理员。"],
-  ["402 insufficient_quota", "No balance: Coding Plan keys need their own ZAI_BASE_URL; free models need none.", "余额不足：Coding Plan 密钥要用它自己的 ZAI_BASE_URL；免费模型无需余额。"],
+  ["402 insufficient_quota", "No balance; free models need none, Coding Plan keys their own ZAI_BASE_URL.", "余额不足：免费模型无需余额，套餐密钥要用它的 ZAI_BASE_URL。"],
   ["402 quota_exceeded", "The plan's quota is used up until Retry-After.", "套餐额度已用完，请等到 Retry-After。"],
   ["402 key_quota_exceeded", "Your key's tokens are used up; the message says when they are reset.", "你的密钥的 token 已用完，message 会说明何时重置。"],
   ["403 model_not_allowed", "Your key is not for this model: choose one of /v1/models.", "你的密钥不能用这个模型，请从 /v1/models 中选择。"],
   ["404 model_not_found", "Z.ai does not know the model: choose one of the above.", "没有这个模型，请从上面选择。"],
   ["429 rate_limit_exceeded", "Too many requests, or the model is overloaded: wait as Retry-After says.", "请求过多或模型繁忙，请按 Retry-After 等待。"],
-  ["502, 504", "Z.ai failed, was silent, or is not reached: try again; the operator may run ztoapi.py --check.", "Z.ai 出错、无响应或无法连接：请重试；管理员可运行 ztoapi.py --check。"],
+  ["502, 504", "Z.ai failed or is not reached: try again; the operator may run ztoapi.py --check.", "Z.ai 出错或无法连接：请重试；管理员可运行 ztoapi.py --check。"],
   ["503 zai_api_key_missing", "The operator must set ZAI_API_KEY.", "管理员需要设置 ZAI_API_KEY。"],
-].map(([code, ...what]) => make("tr", [make("th", code, { scope: "row" }), make("td", say(...what))])));
+].map(([code, ...what]) => [code, say(...what)]));
 
-for (const [id, value] of [["key", data.key || remembered("ztoapi-key")], ["model", free.id], ["message", hello]]) $("try-" + id).value = value;
-$("asked").after(copyButton($("asked")));
+$("try-key").value = data.key || remembered("ztoapi-key"); $("try-model").value = free.id; $("try-message").value = hello;
 let leaving = null; $("stop").onclick = () => leaving?.abort();
-function setBusy(busy) {  // of Send and Stop one can be pressed; it takes over the focus
-  const [from, to] = busy ? [$("send"), $("stop")] : [$("stop"), $("send")];
-  $("answer").ariaBusy = busy; to.disabled = false;
-  if (document.activeElement === from) to.focus(); from.disabled = true;
-}
 $("form").onsubmit = async event => {
-  event.preventDefault(); const k = $("try-key").value.trim(), thinking = $("try-thinking").value;
-  if (/[^!-~]/.test(k)) return fail(say("That key is not this server's.", "密钥不对。"));
+  event.preventDefault(); if ($("send").ariaDisabled === "true") return;
+  const k = $("try-key").value.trim(), thinking = $("try-thinking").value, run = { started: performance.now(), first: 0, tokens: 0 };
   const request = { model: $("try-model").value.trim(), messages: [{ role: "user", content: $("try-message").value }], stream: true,
     stream_options: { include_usage: true }, ...(thinking && { enable_thinking: thinking === "true" }) };
-  remember("ztoapi-key", k); for (const id of ["thinking-part", "answer-part", "failure"]) $(id).hidden = true;
-  tell({ thought: "", answer: "", pace: "", asked: curl("chat/completions", bearer(k), request) });
-  $("asked-part").hidden = false; setBusy(true); leaving = new AbortController();
-  const run = { started: performance.now(), first: 0, usage: null, pieces: 0, stopped: false };
+  for (const id of ["thought", "answer", "failure"]) $(id).textContent = "";
+  $("asked").replaceChildren(block(curl("chat/completions", bearer(k), request))); $("pace").textContent = say("waiting…", "等待中…");
+  remember("ztoapi-key", k); setBusy(true); leaving = new AbortController();
   try { await ask(request, k, run); }
-  catch (e) {
-    run.stopped = e.name === "AbortError";
-    if (!run.stopped) fail(say("The connection to this server broke off, or it does not run: ", "与服务器的连接中断，或服务器未运行：") + e.message);
-  }
-  setBusy(false); pace(run, true);
+  catch (e) { if (e.name !== "AbortError") fail(say("This server does not answer, or broke off: ", "服务器没有响应或连接中断：") + e.message); }
+  setBusy(false); pace(run, leaving.signal.aborted ? [say("stopped", "已停止")] : []);
 };
+function setBusy(busy) { $("send").ariaDisabled = $("answer").ariaBusy = busy; $("stop").ariaDisabled = !busy; }
+function fail(text) { $("failure").textContent = text; }
 async function ask(request, k, run) {
   const response = await fetch("v1/chat/completions", { method: "POST", signal: leaving.signal, body: JSON.stringify(request),
     headers: { "Content-Type": "application/json", Authorization: "Bearer " + k } });
@@ -6622,145 +6604,127 @@ async function ask(request, k, run) {
   for (let text = "", part; !(part = await reader.read()).done;) {
     const frames = (text + part.value).split("\n\n"); text = frames.pop();
     for (const frame of frames) if (frame.startsWith("data: {")) show(JSON.parse(frame.slice(6)), run);
-    pace(run, false);
   }
 }
-function show(chunk, run) {
-  if (chunk.error) return fail(JSON.stringify(chunk.error, null, 2));
-  run.usage = chunk.usage || run.usage;
-  for (const [field, id, part] of [["reasoning_content", "thought", "thinking-part"], ["content", "answer", "answer-part"]]) {
-    const text = chunk.choices[0]?.delta?.[field]; if (!text) continue;
-    run.first ||= performance.now(); run.pieces++; $(part).hidden = false; $(id).append(text);
+function show({ error, usage, choices }, run) {
+  if (error) return fail(JSON.stringify(error, null, 2));
+  for (const [field, id] of [["reasoning_content", "thought"], ["content", "answer"]]) {
+    const text = choices[0]?.delta?.[field]; if (!text) continue;
+    run.first ||= performance.now(); run.tokens++; $(id).append(text); pace(run, []);
   }
+  run.tokens = usage?.completion_tokens || run.tokens;  // a token a chunk, until Z.ai says how many
 }
-function pace(run, ended) {
-  const seconds = (performance.now() - run.first) / 1000, tokens = run.usage?.completion_tokens || run.pieces;
-  const figures = run.first ? [say("first token after ", "首个 token：") + ((run.first - run.started) / 1000).toFixed(2) + " s", tokens + " tokens",
-    seconds > 0.2 && (tokens / seconds).toFixed(0) + " tokens/s"] : [!ended && say("waiting…", "等待中…")];
-  $("pace").textContent = [run.stopped && say("stopped", "已停止"), ...figures].filter(Boolean).join(" · ");
+function pace({ started, first, tokens }, figures) {
+  const seconds = (performance.now() - first) / 1000;
+  if (first) figures.push(say("first token after ", "首个 token：") + ((first - started) / 1000).toFixed(2) + " s", tokens + " tokens");
+  if (first && seconds > 0.2) figures.push((tokens / seconds).toFixed(0) + " tokens/s");
+  $("pace").textContent = figures.join(" · ");
 }
-const fail = text => Object.assign($("failure"), { hidden: false, textContent: text });
-""",  # noqa: E501, RUF001 - a page, in two languages
-)
-DASHBOARD_PAGE = page(
-    "ztoapi dashboard",
-    r"""
-<header><h1 data-zh="ztoapi 仪表盘">ztoapi dashboard</h1><nav><a href="docs" data-zh="说明">Docs</a>
-<button type="button" id="leave" data-zh="换一个密钥" hidden>Use another key</button></nav></header><main><form class="card" id="door" hidden>
-<label for="door-key" data-zh="本服务器的密钥，只保存在此标签页">A key of this server; it is kept for this tab only</label>
-<div class="row"><input id="door-key" type="password" autocomplete="off" required><button class="main" data-zh="打开">Open</button></div>
-<p class="bad" id="door-says" role="alert"></p></form><p class="note bad" id="gone" role="alert" hidden></p><div id="board" hidden>
-<div class="figures" id="figures"></div><div class="charts" id="hour-part">
-<figure class="card"><figcaption id="requests-title" data-zh="每分钟请求（红色：失败）">Requests a minute (red: failed)</figcaption><svg id="requests" role="img">
-</svg><div class="axis"><span data-zh="一小时前">an hour ago</span><span id="requests-top"></span><span data-zh="现在">now</span></div></figure>
-<figure class="card"><figcaption id="tokens-title" data-zh="每分钟 token（绿色：输出）">Tokens a minute (green: out)</figcaption><svg id="tokens" role="img">
-</svg><div class="axis"><span data-zh="一小时前">an hour ago</span><span id="tokens-top"></span><span data-zh="现在">now</span></div></figure></div>
-<section id="plan-part"><h2 data-zh="套餐额度">The plan's allowance</h2><div id="plans"></div></section>
-<section id="month-part"><h2 id="month-title" data-zh="最近 31 天">The last 31 days</h2>
-<div class="row"><label for="by" id="by-words" data-zh="分组">by</label>
-<select id="by"><option value="model" data-zh="模型">model</option><option value="key" data-zh="密钥">key</option></select>
-<label for="measure" data-zh="显示">show</label><select id="measure"><option value="tokens" data-zh="token">tokens</option>
-<option value="cost" data-zh="费用">cost</option><option value="requests" data-zh="请求">requests</option></select></div>
-<figure class="card"><svg id="month" role="listbox" tabindex="0"></svg><div class="axis"><span data-zh="30 天前">30 days ago</span>
-<span id="month-top"></span><span data-zh="今天">today</span></div><figcaption id="day"></figcaption></figure>
-<div class="scroll" id="month-table"></div><p><small id="month-says"></small></p></section>
-<section id="key-part"><h2 data-zh="密钥与限额">Keys and limits</h2><div class="scroll" id="key-table"></div>
-<p class="note" id="made" role="status" tabindex="-1" hidden></p>
-<form class="card" id="key-form"><h3 id="key-title"></h3><div class="fields" id="key-fields"></div>
-<div class="row"><button class="main" id="save"></button><button type="button" id="cancel" hidden data-zh="取消">Cancel</button>
-<small data-zh="空：不限">empty: no limit</small></div><p class="bad" id="key-says" role="alert"></p></form></section>
-<section id="live-part"><h2><span data-zh="模型">Models</span> <small data-zh="首字与全程：p50 · p95">first token and duration: p50 · p95</small></h2>
-<div class="scroll" id="model-table"></div><h2 data-zh="Z.ai 密钥与队列">Z.ai keys and queues</h2><p id="resting"></p><div class="scroll" id="queue-table"></div>
-<h2 data-zh="重试与修复">Retries and repairs</h2><p id="healed"></p><h2 data-zh="最近的请求">Recent requests</h2>
-<div class="scroll" id="recent-table"></div></section></div><dialog id="sure"><form method="dialog"><p id="sure-says"></p><div class="row"><button class="main" id="sure-yes"
-data-zh="删除">Remove</button><button data-zh="取消" autofocus>Cancel</button></div></form></dialog></main>
-""",  # noqa: E501, RUF001 - a page, in two languages
-    r"""
-const DAYS = 31, COLOURS = 7;  // whatever ranks lower shares one more colour
+"""  # noqa: E501, RUF001 - a page, in two languages
+DOCS_PAGE = page(DOCS_BODY, DOCS_SCRIPT)
+DASHBOARD_BODY = r"""<title>ztoapi dashboard</title><header><h1 data-zh="ztoapi 仪表盘">ztoapi dashboard</h1><nav><a href="docs" data-zh="说明">Docs</a>
+<button type="button" id="leave" data-zh="换一个密钥" hidden>Use another key</button></nav></header>
+<main><form class="card" id="door" autocomplete="off" hidden><label data-zh="本服务器的密钥，只保存在此标签页">A key of this server; it is kept for this
+tab only <input id="door-key" type="password" required pattern=" *[!-~]+ *"></label><button class="main" data-zh="打开">Open</button>
+<p class="bad" id="door-says" role="alert"></p></form>
+<p class="note bad" id="gone" role="alert" hidden data-zh="服务器没有响应，本页会继续尝试。">The server does not answer. This page keeps trying.</p>
+<div id="board" hidden><div class="grid" id="figures"></div><div class="grid operator" id="hour-part">
+<figure class="card"><figcaption id="requests-title" data-zh="每分钟请求（红色：失败）">Requests a minute (red: failed)</figcaption>
+<div class="chart" id="requests" role="img" aria-labelledby="requests-title requests-top"></div>
+<div class="axis"><span data-zh="一小时前">an hour ago</span><span id="requests-top"></span><span data-zh="现在">now</span></div></figure>
+<figure class="card"><figcaption id="tokens-title" data-zh="每分钟 token（绿色：输出）">Tokens a minute (green: out)</figcaption>
+<div class="chart" id="tokens" role="img" aria-labelledby="tokens-title tokens-top"></div>
+<div class="axis"><span data-zh="一小时前">an hour ago</span><span id="tokens-top"></span><span data-zh="现在">now</span></div></figure></div>
+<section><h2 data-zh="套餐额度">The plan's allowance</h2><div id="plans"></div></section>
+
+<h2 id="month-title" data-zh="最近 31 天">The last 31 days</h2><div class="row">
+<label class="operator" data-zh="分组">by <select id="by"><option value="model" data-zh="模型">model</option>
+<option value="key" data-zh="密钥">key</option></select></label>
+<label data-zh="显示">show <select id="measure"><option value="tokens" data-zh="token">tokens</option>
+<option value="cost" data-zh="费用">cost</option><option value="requests" data-zh="请求">requests</option></select></label></div>
+<figure class="card"><div class="chart" id="month" role="listbox" tabindex="0" aria-labelledby="month-title month-top"></div>
+<div class="axis"><span data-zh="30 天前">30 days ago</span><span id="month-top"></span><span data-zh="今天">today</span></div>
+<figcaption id="day"></figcaption></figure><div class="scroll numbers" id="month-table"></div>
+<p><small data-zh="日期按 UTC；费用按 Z.ai 目录价估算，单位美元，–：价格未知。">Days are UTC days. Cost is Z.ai's list price in US dollars;
+–: price unknown.</small></p><p class="bad" id="no-history" data-zh="数据库无法访问，暂无历史。">The database is out of reach: no history now.</p>
+
+<h2 data-zh="密钥与限额">Keys and limits</h2><div class="scroll" id="key-table"></div><div class="note" id="made" role="status" tabindex="-1"></div>
+<form class="card operator" id="key-form" autocomplete="off" spellcheck="false"><h3 id="key-title"></h3><div class="grid">
+<label data-zh="名称">Name <input id="name" name="name" required pattern="[A-Za-z0-9._@+\-]+"></label>
+<label data-zh="有效期至">Valid until <input id="expires" name="expires" placeholder="2027-01-31, 30d"></label>
+<label data-zh="token 额度">Tokens <input id="budget" name="tokens" placeholder="5M, 500K/day"></label>
+<label data-zh="允许的模型">Models <input id="allowed" name="models" placeholder="glm-4.*,glm-5.3"></label>
+<label data-zh="每分钟请求">Requests a minute <input id="rpm" name="rpm" placeholder="20" inputmode="numeric"></label>
+<label data-zh="同时请求">Requests in parallel <input id="parallel" name="parallel" placeholder="2" inputmode="numeric"></label></div>
+<div class="row"><button class="main" id="save" data-zh="保存">Save</button><button type="button" id="cancel" data-zh="取消">Cancel</button>
+<small data-zh="空：不限">empty: no limit</small></div><p class="bad" id="key-says" role="alert"></p></form><div class="operator" id="live-part">
+
+<h2><span data-zh="模型">Models</span> <small data-zh="首字与全程：p50 · p95">first token and duration: p50 · p95</small></h2>
+<div class="scroll numbers" id="model-table"></div><h2 data-zh="Z.ai 密钥与队列">Z.ai keys and queues</h2><p id="resting"></p>
+<div class="scroll words" id="queue-table"></div><h2 data-zh="重试与修复">Retries and repairs</h2><p id="healed"></p>
+<h2 data-zh="最近的请求">Recent requests</h2><div class="scroll numbers" id="recent-table"></div></div></div>
+<dialog id="sure"><form method="dialog"><p id="sure-says"></p><div class="row"><button class="main" id="sure-yes" data-zh="删除">Remove</button>
+<button data-zh="取消" autofocus>Cancel</button></div></form></dialog></main>
+"""  # noqa: E501, RUF001 - a page, in two languages
+DASHBOARD_SCRIPT = r"""
 const seconds = s => s === null ? "–" : s < 1 ? Math.round(s * 1000) + " ms" : s.toFixed(s < 10 ? 2 : 1) + " s";
 const pair = ({ p50, p95 }) => seconds(p50) + " · " + seconds(p95);
-const number = (n, how = {}) => n.toLocaleString("en-US", how), share = (part, whole) => whole && part !== null ? Math.round(part / whole * 100) + " %" : "–";
+const number = (n, how = {}) => n.toLocaleString("en-US", how);
+const share = (part, whole) => whole && part !== null ? Math.round(part / whole * 100) + " %" : "–";
 const short = n => n < 1e6 ? number(n) : number(n, { notation: "compact", maximumFractionDigits: 1 });
 const money = n => n === null ? "–" : n && n < 0.01 ? "$" + n.toPrecision(1) : number(n, { style: "currency", currency: "USD" });
-const clock = t => {
-  const d = new Date(t * 1000), time = d.toTimeString().slice(0, 8), today = d.toDateString() === new Date().toDateString();
-  return today ? time : d.toLocaleDateString(say("en", "zh"), { month: "short", day: "numeric" }) + " " + time.slice(0, 5);
-};
+const local = t => new Date(t * 1000).toLocaleString("sv");  // 2026-01-31 23:59:59
+const clock = t => local(t).startsWith(local(Date.now() / 1000).slice(0, 10)) ? local(t).slice(11) : local(t).slice(5, 16);
 const NONE = { requests: 0, failures: 0, prompt_tokens: 0, cached_tokens: null, completion_tokens: 0, cost: null };
-const plus = (a, b) => Object.fromEntries(Object.keys(NONE).map(f => [f, a[f] === null ? b[f] ?? null : a[f] + (b[f] ?? 0)]));
-const total = sizes => sizes.reduce((sum, [size]) => sum + size, 0);
-const MEASURES = { tokens: [f => f.prompt_tokens + f.completion_tokens, short], cost: [f => f.cost ?? 0, money], requests: [f => f.requests, number] };
-let key = remembered("ztoapi-key"), timer = 0, last = null, picked = DAYS - 1, changing = "", keysShown = "";
+const plus = (a, b) => Object.fromEntries(Object.keys(NONE).map(f => [f, a[f] === null ? b[f] : a[f] + b[f]]));
+const total = parts => parts.reduce((sum, [size]) => sum + size, 0);
+const MEASURES = { tokens: [f => f.prompt_tokens + f.completion_tokens, short], cost: [f => f.cost, money], requests: [f => f.requests, number] };
 
-const tokenHeads = sayEach([["requests", "请求"], ["failed", "失败"], ["tokens in", "输入 token"], ["cached", "缓存命中"], ["tokens out", "输出 token"], ["cost", "费用"]]);
-const tokenCells = f => [number(f.requests), number(f.failures), number(f.prompt_tokens), share(f.cached_tokens, f.prompt_tokens),
-  number(f.completion_tokens), money(f.cost)];
-const MODEL = ["model", "模型"], TIMES = [["first token", "首字"], ["duration", "全程"]];
-table("month", []); table("model", [say(...MODEL), ...tokenHeads, ...sayEach(TIMES)], 1);
-table("queue", sayEach([MODEL, ["in flight", "进行中"], ["waiting", "等待"], ["key", "密钥"], ["limit", "上限"], ["why", "原因"]]));
-table("recent", sayEach([["time", "时间"], MODEL, ["status", "状态"], ...TIMES, ["tokens", "token"]]), 3);
-table("key", [...sayEach([["name", "名称"], ["valid until", "有效期至"], ["models", "模型"], ["used", "已用"], ["a minute", "每分钟"], ["parallel", "同时"]]), ""]);
-for (const [id, name, placeholder, ...label] of [
-  ["name", "name", "", "Name", "名称"], ["expires", "expires", "2027-01-31, 30d", "Valid until", "有效期至"],
-  ["budget", "tokens", "5M, 500K/day", "Tokens", "token 额度"], ["allowed", "models", "glm-4.*,glm-5.3", "Models", "允许的模型"],
-  ["rpm", "rpm", "20", "Requests a minute", "每分钟请求"], ["parallel", "parallel", "2", "Requests in parallel", "同时请求"],
-]) $("key-fields").append(make("div", [make("label", say(...label), { htmlFor: id }),
-  make("input", null, { id, name, placeholder, autocomplete: "off", spellcheck: false })]));
-$("rpm").inputMode = $("parallel").inputMode = "numeric"; Object.assign($("name"), { required: true, pattern: "[A-Za-z0-9._@+\\-]+" });
-function rows(id, words, lines) {
-  const focused = document.activeElement.id, nothing = make("tr", make("td", say("nothing yet", "暂无"), { colSpan: 99 }));
-  $(id).replaceChildren(...(lines.length ? lines.map(cells => row(cells, "td", words)) : [nothing]));
-  if (document.activeElement.id !== focused) $(focused)?.focus();
-}
-function shape(tag, attributes, inside) {
-  const e = withInside(document.createElementNS("http://www.w3.org/2000/svg", tag), inside);
-  Object.entries(attributes).forEach(([name, value]) => e.setAttribute(name, value)); return e;
-}
-function draw(id, columns, words) {  // a column: what it says, and from the bottom up each part's size and class
-  const svg = $(id), wide = 620 / columns.length, top = Math.max(...columns.map(c => total(c.parts)));
-  svg.setAttribute("viewBox", "0 0 620 100"); svg.setAttribute("preserveAspectRatio", "none");
-  svg.replaceChildren(shape("line", { x1: 0, x2: 620, y1: 99.5, y2: 99.5 }), ...columns.map(({ says, parts }, n) => {
-    let y = 99; const bars = parts.filter(([size]) => size).map(([size, className]) => {
-      const height = Math.max(size / top * 95, .7);
-      return shape("rect", { x: (n + .1) * wide, width: wide * .8, y: y -= height, height, class: className });
-    });
-    const reach = shape("rect", { x: n * wide, width: wide, y: 0, height: 100, class: "reach" });
-    return shape("g", { id: id + n, role: "option", "aria-label": says }, [shape("title", {}, says), reach, ...bars]);
-  }));
+const DAYS = 31, MODEL = ["model", "模型"], KEY = ["key", "密钥"], TIMES = [["first token", "首字"], ["duration", "全程"]];
+const FIGURES = [["requests", "请求"], ["failed", "失败"], ["tokens in", "输入 token"], ["cached", "缓存命中"], ["tokens out", "输出 token"], ["cost", "费用"]];
+const figures = (f, words = number) => [words(f.requests), words(f.failures), words(f.prompt_tokens), share(f.cached_tokens, f.prompt_tokens),
+  words(f.completion_tokens), money(f.cost)];
+let key = remembered("ztoapi-key"), timer = 0, last = null, picked = DAYS - 1;
+
+function draw(id, columns, words) {  // a column: what it says, and from the bottom up each part's size and colour
+  const top = Math.max(...columns.map(column => total(column.parts)));
+  const bar = ([size, colour]) => make("i", [], { style: `height: ${size / top * 95}%; background: ${colour}` });
+  $(id).replaceChildren(...columns.map(({ parts, ...properties }, n) =>
+    make("div", parts.filter(([size]) => size).map(bar), { id: id + n, role: "option", ...properties })));
   $(id + "-top").textContent = say("at most ", "最高 ") + words(top);
-  svg.setAttribute("aria-label", $(id + "-title").textContent + ", " + $(id + "-top").textContent);
 }
 const hour = (id, minutes) => draw(id, minutes.map((parts, n) =>
-  ({ says: say(`${59 - n} min ago: `, `${59 - n} 分钟前：`) + number(total(parts)), parts })), number);
-const sums = (usage, by) => usage.reduce((all, u) => all.set(u[by], plus(all.get(u[by]) || NONE, u)), new Map());  // name → figures
-function month(s) {
-  const by = s.operator ? $("by").value : "model", [measure, words] = MEASURES[$("measure").value], usage = s.days;
-  const ranked = [...sums(usage, by)].sort((a, b) => measure(b[1]) - measure(a[1])), colour = n => "c" + Math.min(n, COLOURS);
+  ({ title: say(`${59 - n} min ago: `, `${59 - n} 分钟前：`) + number(total(parts)), parts })), number);
+function month({ now, days, operator }) {
+  const by = operator ? $("by").value : "model", [measure, words] = MEASURES[$("measure").value];
+  const colour = rank => `oklch(64% 0.14 ${256 + rank * 137.5})`;  // the golden angle keeps neighbours apart
+  const sum = usage => usage.reduce((all, u) => all + measure(u), 0), byDay = Object.groupBy(days, u => u.day);
+  const ranked = Object.entries(Object.groupBy(days, u => u[by])).sort(([, a], [, b]) => sum(b) - sum(a));
   draw("month", Array.from({ length: DAYS }, (_, n) => {
-    const day = new Date((s.now - (DAYS - 1 - n) * 86400) * 1000).toISOString().slice(0, 10), used = sums(usage.filter(u => u.day === day), by);
-    const parts = ranked.map(([name], rank) => [measure(used.get(name) || NONE), colour(rank), name]).filter(([size]) => size);
+    const day = new Date((now - (DAYS - 1 - n) * 86400) * 1000).toISOString().slice(0, 10), used = byDay[day] || [];
+    const parts = ranked.map(([name], rank) => [sum(used.filter(u => u[by] === name)), colour(rank), name]).filter(([size]) => size);
     const details = parts.map(([size, , name]) => name + " " + words(size)).join(" · ");
-    return { says: day + say(": ", "：") + words(total(parts)) + (details && ` (${details})`), parts };
+    const title = `${day}: ${words(total(parts))}` + (details && ` (${details})`), choose = () => pick(n);
+    return { parts, title, onpointermove: choose, onclick: choose };
   }), words); pick(picked);
-  const swatch = rank => shape("svg", { viewBox: "0 0 1 1", "aria-hidden": true }, shape("rect", { width: 1, height: 1, class: colour(rank) }));
-  $("month-head").replaceChildren(row([by === "model" ? say(...MODEL) : say("key", "密钥"), ...tokenHeads], "th", 1));
-  rows("month-rows", 1,
-    [...ranked.map(([name, f], rank) => [[swatch(rank), name], ...tokenCells(f)]), [say("total", "合计"), ...tokenCells(usage.reduce(plus, NONE))]]);
-  $("month-says").textContent = s.database ? say("Days are UTC days. Cost is Z.ai's list price in US dollars; –: price unknown.",
-    "日期按 UTC；费用按 Z.ai 目录价估算，单位美元，–：价格未知。") : say("The database is out of reach: no history now.", "数据库无法访问，暂无历史。");
+  const lines = ranked.map(([name, usage], rank) => [
+    [make("i", [], { style: "background: " + colour(rank) }), name], ...figures(usage.reduce(plus))]);
+  table("month", [by === "model" ? MODEL : KEY, ...FIGURES], [...lines, [say("total", "合计"), ...figures(days.reduce(plus, NONE))]]);
 }
 function pick(n) {
-  const days = [...$("month").querySelectorAll("g")];
-  picked = Math.max(0, Math.min(n, DAYS - 1)); days.forEach((g, i) => g.setAttribute("aria-selected", i === picked));
-  $("month").setAttribute("aria-activedescendant", days[picked].id); $("day").textContent = days[picked].getAttribute("aria-label");
+  const days = [...$("month").children];
+  picked = Math.max(0, Math.min(n, DAYS - 1)); days.forEach((day, i) => { day.ariaSelected = i === picked; });
+  $("month").setAttribute("aria-activedescendant", days[picked].id); $("day").textContent = days[picked].title;
 }
-const bar = (name, value, max, bad) => make("progress", "", { ariaLabel: name, value, max, className: bad ? "bad" : "" });
+const gauge = (ariaLabel, value, max, bad, details) =>
+  [make("progress", [], { ariaLabel, value, max, className: bad ? "bad" : "" }), make("br"), make("small", details.filter(Boolean).join(" · "))];
 const reset = t => say("resets ", "重置于 ") + clock(t), SPANS = { "5h": ["5 hours", "5 小时"], week: ["week", "每周"], month: ["month", "每月"] };
+const plan = ({ key, level, limits }) => [
+  make("h3", [say("Z.ai key ", "Z.ai 密钥 ") + key, level].filter(Boolean).join(" · ")), make("table", limits.map(allowance), { className: "words" })];
 function allowance({ window, type, percentage, used, allowance, resets_at }) {
   const left = 100 - percentage, name = say(...SPANS[window] || [window, window]) + (type === "TIME_LIMIT" ? say(", search tools", "，搜索工具") : "");
-  const details = [Math.round(left) + say(" % left", " % 剩余"),
-    allowance !== null && used !== null && number(allowance - used) + " / " + number(allowance), resets_at && reset(resets_at)].filter(Boolean).join(" · ");
-  return make("div", [make("span", name), bar(name, left, 100, left < 10), make("small", details)], { className: "allowance" });
+  const amounts = allowance !== null && used !== null && number(allowance - used) + " / " + number(allowance);
+  return row([name, gauge(name, left, 100, left < 10, [Math.round(left) + say(" % left", " % 剩余"), amounts, resets_at && reset(resets_at)])]);
 }
 function reason(refusal, now) {
   if (!refusal) return say("not refused so far; grows with use", "尚未被拒绝；随使用增长");
@@ -6768,84 +6732,74 @@ function reason(refusal, now) {
   return say(`lowered to ${lowered_to} at ${clock(refused_at)}, when Z.ai refused more; `, `${clock(refused_at)} 因 Z.ai 拒绝更多而降至 ${lowered_to}；`)
     + (probe_at > now ? say("one more is tried from ", "再试一个：") + clock(probe_at) : say("one more is tried when all are in use", "全部占用时再多试一个"));
 }
-function queueRows(q, now) {
+function queue(q, now) {
   const fixed = q.max_in_flight ? say(`at most ${q.max_in_flight} in all (MAX_CONCURRENCY); `, `合计最多 ${q.max_in_flight}（MAX_CONCURRENCY）；`) : "";
   return q.limits.map((limit, n) => [...(n ? ["", "", ""] : [q.model, q.in_flight, q.waiting]), n + 1, limit, fixed + reason(q.refusals[n], now)]);
 }
 function keyRow(k, operator) {
-  const button = ([id, ...words], onclick) => make("button", say(...words), { type: "button", id: id + " " + k.name, ariaLabel: say(...words) + " " + k.name, onclick });
-  const used = k.token_limit ? [short(k.used_tokens) + say(" of ", " / ") + k.tokens, make("br"),
-    bar(say("used", "已用"), k.used_tokens, k.token_limit, k.used_tokens > k.token_limit * .9)] : [short(k.used_tokens)];
-  if (k.resets_at) used.push(make("br"), make("small", reset(k.resets_at)));
-  return [k.name, k.expires ? make("span", k.expires, { className: k.expired ? "bad" : "" }) : "–", k.models || "–", used, k.rpm ?? "–", k.parallel ?? "–",
-    operator ? [button(["change", "Change", "修改"], () => edit(k)), button(["remove", "Remove", "删除"], () => remove(k.name))] : ""];
-}
-function keys(s) {  // a table that stays as it is while nothing has changed, or a click might miss its button
-  const before = keysShown;
-  if ((keysShown = JSON.stringify(s.client_keys)) !== before) rows("key-rows", 7, s.client_keys.map(k => keyRow(k, s.operator)));
-}
-function edit(k) {  // an empty key: one is to be added
-  changing = k.name || ""; for (const field of $("key-form").querySelectorAll("input")) field.value = k[field.name] ?? "";
-  $("name").readOnly = Boolean(changing); $("made").hidden = true; $("cancel").hidden = !changing;
-  tell(changing ? { "key-title": say("Change ", "修改 ") + changing, save: say("Save", "保存"), "key-says": "" }
-    : { "key-title": say("Add a key", "添加密钥"), save: say("Add", "添加"), "key-says": "" });
-  if (changing) $("expires").focus();
+  const button = (id, words, onclick) => make("button", words, { type: "button", id: id + " " + k.name, ariaLabel: words + " " + k.name, onclick });
+  const used = k.token_limit ? gauge(say("used", "已用"), k.used_tokens, k.token_limit, k.used_tokens > k.token_limit * .9,
+    [short(k.used_tokens) + say(" of ", " / ") + k.tokens, k.resets_at && reset(k.resets_at)]) : short(k.used_tokens);
+  return [k.name, make("span", k.expires || "–", { className: k.expired ? "bad" : "" }), k.models || "–", used, k.rpm ?? "–", k.parallel ?? "–",
+    operator ? [button("change", say("Change", "修改"), () => edit(k)), " ", button("remove", say("Remove", "删除"), () => remove(k.name))] : ""];
 }
 function show(s) {
-  for (const [there, fill, ...ids] of [[s.models, live, "live-part", "hour-part"], [s.client_keys, keys, "key-part"],
-    [s.plans?.length, plans, "plan-part"], [s.operator, null, "key-form", "by", "by-words"]]) {
-    for (const id of ids) $(id).hidden = !there;
-    if (there) fill?.(s);
-  }
-  month(s); const all = Object.values(s.models || s.days).reduce(plus, NONE);
-  $("figures").replaceChildren(...[
-    [short(all.requests), "requests", "请求"], [short(all.failures), "failed", "失败", all.failures ? "bad" : ""],
-    ...(s.models ? [[s.in_flight, "in flight", "进行中"], [s.queues.reduce((n, q) => n + q.waiting, 0), "waiting", "等待"]] : []),
-    [short(all.prompt_tokens), "tokens in", "输入 token"], [share(all.cached_tokens, all.prompt_tokens), "from cache", "缓存命中"],
-    [short(all.completion_tokens), "tokens out", "输出 token"], [money(all.cost), "cost", "费用"],
-    s.models ? [clock(s.started).replace(/( \d\d)?:\d\d$/, ""), "since", "启动于"] : [say("31 days", "31 天"), "period", "期间"],
-  ].map(([value, english, zh, className = ""]) =>
-    make("div", [make("b", value, { className }), make("small", say(english, zh))], { className: "figure" })));
+  for (const e of document.querySelectorAll(".operator")) e.hidden = !s.operator;
+  const all = Object.values(s.models || s.days).reduce(plus, NONE), cards = figures(all, short).map((value, n) => [value, ...FIGURES[n]]);
+  if (!s.operator) cards.push([say("31 days", "31 天"), "period", "期间"]);
+  else cards.push([s.in_flight, "in flight", "进行中"], [s.queues.reduce((n, q) => n + q.waiting, 0), "waiting", "等待"],
+    [clock(s.started).slice(0, 5), "since", "启动于"]);
+  $("figures").replaceChildren(...cards.map(([value, english, zh]) => make("div", [
+    make("b", value, { className: english === "failed" && all.failures ? "bad" : "" }), make("small", say(english, zh))], { className: "card" })));
+  $("plans").replaceChildren(...(s.plans || []).flatMap(plan)); $("no-history").hidden = s.database; month(s);
+  table("key", [["name", "名称"], ["valid until", "有效期至"], ["models", "模型"], ["used", "已用"], ["a minute", "每分钟"], ["parallel", "同时"], ["", ""]],
+    s.client_keys.map(k => keyRow(k, s.operator)));
+  if (s.operator) live(s);
 }
-const plans = s => $("plans").replaceChildren(...s.plans.flatMap(p =>
-  [make("h3", [say("Z.ai key ", "Z.ai 密钥 ") + p.key, p.level].filter(Boolean).join(" · ")), ...p.limits.map(allowance)]));
 function live(s) {
-  hour("requests", s.minutes.map(([n, failed]) => [[failed, "bad"], [n - failed, ""]]));
-  hour("tokens", s.minutes.map(([, , prompt, completion]) => [[prompt, ""], [completion, "out"]]));
-  rows("model-rows", 1, Object.entries(s.models).sort((a, b) => b[1].requests - a[1].requests)
-    .map(([name, m]) => [name, ...tokenCells({ ...NONE, ...m }), pair(m.first), pair(m.duration)]));
-  $("resting").textContent = s.keys + say(" Z.ai key(s). ", " 个 Z.ai 密钥。") + (s.resting.map(r => say("Key ", "密钥 ") + r.key +
-    (r.model ? say(" for ", "，模型 ") + r.model : "") + say(" is not used until ", " 暂停至 ") + clock(r.until) + " (" + r.why + ")").join("; ")
-    || say("All are available.", "全部可用。"));
-  rows("queue-rows", 6, s.queues.flatMap(q => queueRows(q, s.now)));
-  const h = s.healed, healed = [[h.retries, "retried", "次重试"], [h.queued_again, "sent back to the queue", "次重新排队"],
-    [h.other_keys, "served by another key", "次换用密钥"], [h.fallbacks, "fell back to another model", "次换用模型"], [s.torn, "torn frames dropped", "个残缺帧被丢弃"]];
-  $("healed").textContent = healed.filter(([n]) => n).map(([n, ...what]) => n + " " + say(...what)).join(" · ") || say("Nothing so far.", "暂无。");
-  rows("recent-rows", 3, s.recent.map(r => [clock(r.time), r.model, r.status + (r.error ? " " + r.error : ""), seconds(r.first), seconds(r.duration),
-    number(r.prompt_tokens) + " + " + number(r.completion_tokens)]));
+  hour("requests", s.minutes.map(([n, failed]) => [[failed, "var(--bad)"], [n - failed, "var(--accent)"]]));
+  hour("tokens", s.minutes.map(([, , prompt, completion]) => [[prompt, "var(--accent)"], [completion, "var(--good)"]]));
+  table("model", [MODEL, ...FIGURES, ...TIMES], Object.entries(s.models).sort(([, a], [, b]) => b.requests - a.requests)
+    .map(([name, m]) => [name, ...figures(m), pair(m.first), pair(m.duration)]));
+  const resting = s.resting.map(r => say("Key ", "密钥 ") + r.key + (r.model && say(" for ", "，模型 ") + r.model)
+    + say(" is not used until ", " 暂停至 ") + clock(r.until) + ` (${r.why})`);
+  $("resting").textContent = s.keys + say(" Z.ai key(s). ", " 个 Z.ai 密钥。") + (resting.join("; ") || say("All are available.", "全部可用。"));
+  table("queue", [MODEL, ["in flight", "进行中"], ["waiting", "等待"], KEY, ["limit", "上限"], ["why", "原因"]], s.queues.flatMap(q => queue(q, s.now)));
+  $("healed").textContent = [[s.healed.retries, "retried", "次重试"], [s.healed.queued_again, "sent back to the queue", "次重新排队"],
+    [s.healed.other_keys, "served by another key", "次换用密钥"], [s.healed.fallbacks, "fell back to another model", "次换用模型"],
+    [s.torn, "torn frames dropped", "个残缺帧被丢弃"]].flatMap(([n, ...what]) => n ? n + " " + say(...what) : []).join(" · ")
+    || say("Nothing so far.", "暂无。");
+  table("recent", [["time", "时间"], MODEL, ["status", "状态"], ...TIMES, ["tokens", "token"]], s.recent.map(r => [clock(r.time), r.model,
+    r.status + " " + r.error, seconds(r.first), seconds(r.duration), number(r.prompt_tokens) + " + " + number(r.completion_tokens)]));
 }
+
 const call = (method, path, body) => fetch("dashboard/" + path, { method, body: body && JSON.stringify(body), cache: "no-store",
   headers: { Authorization: "Bearer " + key, "Content-Type": "application/json" }, signal: AbortSignal.timeout(5000) });
+const reveal = (...ids) => { for (const id of ["door", "gone", "board", "leave"]) $(id).hidden = !ids.includes(id); };
+function ask(why) { reveal("door"); $("door-says").textContent = why; $("door-key").focus(); }
+function enter(newKey) { clearTimeout(timer); remember("ztoapi-key", key = newKey); if (key) refresh(); else ask(""); }
 async function refresh() {
   clearTimeout(timer); if (document.hidden) return;
-  if (/[^!-~]/.test(key)) return ask(say("That key is not this server's.", "密钥不对。"));
   try {
     const response = await call("GET", "stats"), answer = await response.json();
     if (response.status === 401) return ask(key && answer.error.message);
     if (!response.ok) throw new Error(response.status);
     show(last = answer); reveal("board", "leave");
-  } catch {
-    $("gone").hidden = false; tell({ gone: say("The server does not answer. This page keeps trying.", "服务器没有响应，本页会继续尝试。") });
-  }
+  } catch { $("gone").hidden = false; }
   timer = setTimeout(refresh, 2000);
 }
-const reveal = (...ids) => { for (const id of ["door", "gone", "board", "leave"]) $(id).hidden = !ids.includes(id); };
-function ask(why) { reveal("door"); $("door-says").textContent = why; $("door-key").focus(); }
 async function changeKeys(method, path, body) {  // the server's answer; null: it refused
   try {
     const response = await call(method, path, body), answer = response.status === 204 ? {} : await response.json();
     $("key-says").textContent = answer.error?.message || ""; refresh(); return response.ok ? answer : null;
   } catch { $("key-says").textContent = say("The server does not answer.", "服务器没有响应。"); return null; }
+}
+function edit(k) {  // an empty key: one is to be added
+  for (const field of $("key-form").querySelectorAll("input")) field.value = k[field.name] ?? "";
+  const changing = $("name").readOnly = Boolean(k.name);
+  $("key-title").textContent = changing ? say("Change ", "修改 ") + k.name : say("Add a key", "添加密钥");
+  $("cancel").hidden = !changing; $("made").textContent = $("key-says").textContent = "";
+  if (changing) $("expires").focus();
 }
 function remove(name) {
   $("sure-says").textContent = say(`Remove the key of ${name}? Programs that use it are refused from then on.`, `删除 ${name} 的密钥？使用它的程序将立即被拒绝。`);
@@ -6855,22 +6809,21 @@ function remove(name) {
 $("key-form").onsubmit = async event => {
   event.preventDefault();
   const fields = Object.fromEntries([...new FormData($("key-form"))].map(([name, value]) => [name, value.trim() || "none"])), { name } = fields;
-  const taken = !changing && last.client_keys.some(k => k.name === name);
-  if (taken) return $("key-says").textContent = say("There is a key of this name.", "已有同名的密钥。");
-  const made = await changeKeys("POST", "keys", fields), code = make("code", made?.key);
-  if (!made) return; edit({}); $("made").hidden = !made.key;
-  $("made").replaceChildren(say(`The key of ${name}, shown only now: `, `${name} 的密钥，只显示这一次：`), code, " ", copyButton(code));
-  (made.key ? $("made") : $("change " + name))?.focus();
+  if (!$("name").readOnly && last.client_keys.some(k => k.name === name))
+    return $("key-says").textContent = say("There is a key of this name.", "已有同名的密钥。");
+  const answer = await changeKeys("POST", "keys", fields);
+  if (!answer) return; edit({});
+  if (!answer.key) return $("change " + name)?.focus();
+  $("made").append(say(`The key of ${name}, shown only now: `, `${name} 的密钥，只显示这一次：`), block(answer.key));
+  $("made").focus();
 };
 $("cancel").onclick = () => edit({}); $("by").onchange = $("measure").onchange = () => month(last);
-$("month").onkeydown = event => { if (arrow(event)) { event.preventDefault(); pick(picked + arrow(event)); } };
-$("month").onpointermove = $("month").onclick = event => { const day = event.target.closest("g"); if (day) pick(Number(day.id.slice("month".length))); };
-function enter(newKey) { clearTimeout(timer); remember("ztoapi-key", key = newKey); if (key) refresh(); else ask(""); }
+$("month").onkeydown = ({ key }) => pick(picked + ({ ArrowLeft: -1, ArrowRight: 1 }[key] || 0));
 $("leave").onclick = () => enter("");
 $("door").onsubmit = event => { event.preventDefault(); enter($("door-key").value.trim()); $("door-key").value = ""; };
 document.onvisibilitychange = refresh; edit({}); enter(key);
-""",  # noqa: E501, RUF001 - a page, in two languages
-)
+"""  # noqa: E501, RUF001 - a page, in two languages
+DASHBOARD_PAGE = page(DASHBOARD_BODY, DASHBOARD_SCRIPT)
 
 
 if __name__ == "__main__":

@@ -81,13 +81,13 @@ async def load(urls: list[str], requests: int, meanwhile) -> tuple[Counter, list
 def make_keys(url: str) -> None:
     database = Database(url)
     for key in KEYS:
-        database.call(database.put_account, Account(hash_key(key), key.removeprefix("sk-")))
+        database.transact(database.put_account, Account(hash_key(key), key.removeprefix("sk-")))
     database.thread.submit(database.close).result()
 
 
 def read_usage(url: str) -> dict[str, list[int]]:
     database = Database(url)
-    rows = database.call(database.list_usage, date.min)
+    rows = database.transact(database.list_usage, date.min)
     database.thread.submit(database.close).result()
     return {name: list(figures) for _, name, _, _, *figures in rows}
 

@@ -6459,9 +6459,8 @@ const remembered = name => { try { return sessionStorage.getItem(name) || ""; } 
 const remember = (name, value) => { try { sessionStorage.setItem(name, value); } catch {} };
 """  # noqa: E501 - a page
 DOCS_BODY = r"""<title>ztoapi</title><header><h1>ztoapi <small id="version"></small></h1>
-<p data-zh="任何 OpenAI 客户端，都可以通过这台服务器使用 Z.ai 的 GLM 模型：官方 API，自己的密钥。">This server lets every OpenAI client talk
-to Z.ai's GLM models, through Z.ai's official API.</p>
-<nav id="nav"><a id="to-dashboard" href="dashboard" data-zh="仪表盘">Dashboard</a></nav></header><main>
+<p data-zh="任何 OpenAI 客户端，都可以通过这台服务器使用 Z.ai 的 GLM 模型：官方 API，自己的密钥。">Any OpenAI client can use Z.ai's GLM models here,
+through Z.ai's official API.</p><nav id="nav"><a id="to-dashboard" href="dashboard" data-zh="仪表盘">Dashboard</a></nav></header><main>
 <p class="note" id="demo" data-zh="演示模式：回答来自内置替身，没有真正的模型。">This is the demo: a built-in stand-in answers, no model is behind it.</p>
 <p class="note" id="no-key" data-zh="服务器尚未设置 ZAI_API_KEY，聊天会返回 503。">Chat answers 503 until this server's operator sets ZAI_API_KEY.</p>
 <table class="words"><tr><th scope="row" data-zh="地址">Base URL</th><td><code id="base"></code></td></tr>
@@ -6726,15 +6725,13 @@ function allowance({ window, type, percentage, used, allowance, resets_at }) {
   const amounts = allowance !== null && used !== null && number(allowance - used) + " / " + number(allowance);
   return row([name, gauge(name, left, 100, left < 10, [Math.round(left) + say(" % left", " % 剩余"), amounts, resets_at && reset(resets_at)])]);
 }
-function reason(refusal, now) {
-  if (!refusal) return say("not refused so far; grows with use", "尚未被拒绝；随使用增长");
-  const { lowered_to, refused_at, probe_at } = refusal;
-  return say(`lowered to ${lowered_to} at ${clock(refused_at)}, when Z.ai refused more; `, `${clock(refused_at)} 因 Z.ai 拒绝更多而降至 ${lowered_to}；`)
-    + (probe_at > now ? say("one more is tried from ", "再试一个：") + clock(probe_at) : say("one more is tried when all are in use", "全部占用时再多试一个"));
-}
+const lowered = ({ lowered_to, refused_at, probe_at }, now) =>
+  say(`lowered to ${lowered_to} at ${clock(refused_at)}, when Z.ai refused more; `, `${clock(refused_at)} 因 Z.ai 拒绝更多而降至 ${lowered_to}；`)
+  + (probe_at > now ? say("one more is tried from ", "再试一个：") + clock(probe_at) : say("one more is tried when all are in use", "全部占用时再多试一个"));
 function queue(q, now) {
   const fixed = q.max_in_flight ? say(`at most ${q.max_in_flight} in all (MAX_CONCURRENCY); `, `合计最多 ${q.max_in_flight}（MAX_CONCURRENCY）；`) : "";
-  return q.limits.map((limit, n) => [...(n ? ["", "", ""] : [q.model, q.in_flight, q.waiting]), n + 1, limit, fixed + reason(q.refusals[n], now)]);
+  const why = refusal => fixed + (refusal ? lowered(refusal, now) : say("not refused so far; grows with use", "尚未被拒绝；随使用增长"));
+  return q.limits.map((limit, n) => [...(n ? ["", "", ""] : [q.model, q.in_flight, q.waiting]), n + 1, limit, why(q.refusals[n])]);
 }
 function keyRow(k, operator) {
   const button = (id, words, onclick) => make("button", words, { type: "button", id: id + " " + k.name, ariaLabel: words + " " + k.name, onclick });
@@ -6767,8 +6764,8 @@ function live(s) {
   table("queue", [MODEL, ["in flight", "进行中"], ["waiting", "等待"], KEY, ["limit", "上限"], ["why", "原因"]], s.queues.flatMap(q => queue(q, s.now)));
   $("healed").textContent = [[s.healed.retries, "retried", "次重试"], [s.healed.queued_again, "sent back to the queue", "次重新排队"],
     [s.healed.other_keys, "served by another key", "次换用密钥"], [s.healed.fallbacks, "fell back to another model", "次换用模型"],
-    [s.torn, "torn frames dropped", "个残缺帧被丢弃"]].flatMap(([n, ...what]) => n ? n + " " + say(...what) : []).join(" · ")
-    || say("Nothing so far.", "暂无。");
+    [s.torn, "torn frames dropped", "个残缺帧被丢弃"],
+  ].flatMap(([n, ...what]) => n ? n + " " + say(...what) : []).join(" · ") || say("Nothing so far.", "暂无。");
   table("recent", [["time", "时间"], MODEL, ["status", "状态"], ...TIMES, ["tokens", "token"]], s.recent.map(r => [clock(r.time), r.model,
     r.status + " " + r.error, seconds(r.first), seconds(r.duration), number(r.prompt_tokens) + " + " + number(r.completion_tokens)]));
 }

@@ -3147,7 +3147,7 @@ PASSING = [1302, 1305, 1200, 1210, 1261, 1301]
     [pytest.param([FIRST_KEY], QUOTA, id="one key"), pytest.param([FIRST_KEY, SECOND_KEY], QUOTA + MODEL, id="two")],
 )
 def test_a_key_cools_down_where_the_same_one_may_fare_better_later_or_another_now(keys, codes):
-    assert [code for code in QUOTA + MODEL + PASSING if pool(*keys).is_refusal(refusal(code))] == codes
+    assert [code for code in QUOTA + MODEL + PASSING if pool(*keys).calls_for_cooldown(refusal(code))] == codes
 
 
 def test_a_key_cools_down_until_the_quota_is_reset_whatever_the_wall_clock_says_later():
@@ -6991,7 +6991,7 @@ async def test_a_jump_of_the_wall_clock_changes_neither_limits_nor_cooldowns_nor
         keys.cool_down(FIRST_KEY, FREE, refusal(1113))
         keys.cool_down(SECOND_KEY, FREE, refusal(1308, text=f"reset at {reset}"))
         jump()
-        pause = slot.limit.raise_at - clock.now()
+        pause = slot.limit.probe_at - clock.now()
         waiting = asyncio.create_task(wait_in(queue))
         await asyncio.sleep(0)
     await asyncio.wait_for(waiting, 1)
@@ -7161,7 +7161,7 @@ def logged(words, *secrets):
 
 @pytest.mark.parametrize("length", [100, 255])
 def test_long_words_do_not_hold_up_the_log(length):
-    bulk = ztoapi.RedactingFormatter.BULK
+    bulk = ztoapi.RedactingFormatter.BASE64_RUN
     short, long = (seconds_of(bulk.sub, "…", ("x" * n + " ") * (2**19 // n)) for n in (20, length))
     assert long < 4 * short
 
@@ -7206,7 +7206,7 @@ def test_the_statistics_sum_up_and_forget():
             else {"first": 10.1 + i / 1000, "usage": Usage(10, 5, 15)}
         )
         statistics.add(record(model=f"m{i % 200}", torn=i == 7, **failed), 2.0, now=i * 60)
-    snapshot = statistics.snapshot(now=999 * 60, boot=0)
+    snapshot = statistics.snapshot(now=999 * 60, clock_zero=0)
     assert sum(model["requests"] for model in snapshot["models"].values()) == 1000
     assert len(snapshot["models"]) == statistics.MAX_MODELS - len(MODELS)
     assert len(snapshot["recent"]) == 100

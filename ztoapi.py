@@ -1290,7 +1290,9 @@ def native_tools(tools: list[Tool | JSON], given: JSON) -> list[JSON]:
 # Z.ai refuses developer (1214); OpenAI's role function is now tool.
 ROLES = {role: role for role in ("system", "user", "assistant", "tool")} | {"developer": "system", "function": "tool"}
 known_role = must(f"be one of {', '.join(ROLES)}", lambda value: isinstance(value, str) and value in ROLES)
-call_name = must("name the call that this message answers", lambda value: isinstance(value, (str, int)) and value != "")
+call_reference = must(
+    "name the call that this message answers", lambda value: isinstance(value, (str, int)) and value != ""
+)
 url_text = must("be an address", lambda value: isinstance(value, str) and value != "")
 
 
@@ -1305,7 +1307,7 @@ def parse_message(message: Any, at: str) -> Message:
             return Message(role, content, thought, parse_calls(message, at))
         case "tool":
             call_id = message.get("tool_call_id") or message.get("name")
-            return Message(role, content, call_id=str(checked(call_id, call_name, f"{at}.tool_call_id")))
+            return Message(role, content, call_id=str(checked(call_id, call_reference, f"{at}.tool_call_id")))
         case _:
             return Message(role, content)
 
@@ -2405,7 +2407,7 @@ def emulation_lines(prompt: Prompt, tools: list[JSON]) -> Iterator[str]:
 def sendable(messages: Iterable[Message]) -> tuple[Message, ...]:
     """The conversation as Z.ai takes it: no empty message but a user's (1213), one by a user or tool (1214)."""
     answered = ("user", "tool")
-    kept = [message for message in map(completed, messages) if message.role in answered or has_content(message)]
+    kept = [message for message in map(mended, messages) if message.role in answered or has_content(message)]
     roles = [message.role for message in kept]
     if "system" in roles and not any(role in answered for role in roles):
         last = len(roles) - 1 - roles[::-1].index("system")
@@ -2413,7 +2415,7 @@ def sendable(messages: Iterable[Message]) -> tuple[Message, ...]:
     return tuple(kept)
 
 
-def completed(message: Message) -> Message:
+def mended(message: Message) -> Message:
     """An empty tool result gets words; reasoning in the text, where REASONING_FORMAT=raw puts it, becomes `thought`."""
     if message.role == "tool" and not has_content(message):
         return replace(message, content=("(no output)",))
@@ -2666,13 +2668,13 @@ class SSEDecoder:
 FINISH_REASONS: dict[str, FinishReason] = {reason: reason for reason in get_args(FinishReason)}
 FINISH_REASONS |= {"sensitive": "content_filter", "model_context_window_exceeded": "length"}
 MAX_HELD = 64 * 2**20  # bytes
-ENDLESS = "Z.ai's answer is too large: try again."
+TOO_LARGE = "Z.ai's answer is too large: try again."
 
 
 def parse_answer(data: bytes) -> Any:
     """What Z.ai sent, as parse_json does. Raises UpstreamError for JSON that would take too long to decode."""
     if len(data) > 2 * MAX_VALUES and too_many_values(data):
-        raise UpstreamError(UNAVAILABLE, ENDLESS)
+        raise UpstreamError(UNAVAILABLE, TOO_LARGE)
     return parse_json(data)
 
 
@@ -2705,7 +2707,7 @@ class ZaiReader:
         """The events that this part completes. Raises UpstreamError when Z.ai reports a failure."""
         self.size += len(part)
         if self.size > MAX_HELD:
-            raise UpstreamError(UNAVAILABLE, ENDLESS)
+            raise UpstreamError(UNAVAILABLE, TOO_LARGE)
         if self.raw is not None:
             self.raw.append(part)
         for data in self.decoder.feed(part):
@@ -2774,7 +2776,7 @@ class ZaiReader:
         if isinstance(thought := delta.get("reasoning_content"), str) and thought:
             events.append(Thought(thought))
         if isinstance(words := delta.get("content"), str) and words:
-            if self.text_begun and not self.wants_json and not (self.tags and self.tags.reads(words)):
+            if self.text_begun and not self.wants_json and not (self.tags and self.tags.may_have_tag(words)):
                 events.append(Text(words))
             else:
                 events += self.read_text(self.tags.feed(words) if self.tags else (Text(words),))
@@ -2890,7 +2892,7 @@ class TagReader:
         self.held: list[str] = []  # possibly a call
         self.named = False  # `held` names a known tool
 
-    def reads(self, words: str) -> bool:
+    def may_have_tag(self, words: str) -> bool:
         """Whether this text may have a tag; most has none."""
         return bool(self.held or self.rest or "<" in words)
 
@@ -2998,7 +3000,7 @@ class CallReader:
         index = index if isinstance(index, int) and index >= 0 else None
         call = self.find(index, str(piece.get("id") or ""), name if isinstance(name, str) else "")
         if len(self.calls) > MAX_CALLS or len(call.waiting) > MAX_NAMELESS:
-            raise UpstreamError(UNAVAILABLE, ENDLESS)
+            raise UpstreamError(UNAVAILABLE, TOO_LARGE)
         call.waiting += argument_text(function.get("arguments"))
         if call.name:
             yield from self.flush(call, answer_id)
@@ -3014,7 +3016,7 @@ class CallReader:
         call = self.known.get(given_id if index is None else index)
         if call is None and not name and self.calls:
             call = self.calls[-1]
-        if call is None or (name and (differ(given_id, call.given_id) or differ(name, call.name))):
+        if call is None or (name and (contradict(given_id, call.given_id) or contradict(name, call.name))):
             call = Call(len(self.calls))
             self.calls.append(call)
         if index is not None:
@@ -3041,7 +3043,7 @@ class CallReader:
         return call_id
 
 
-def differ(one: str, other: str) -> bool:
+def contradict(one: str, other: str) -> bool:
     """Whether two names are both known and not the same."""
     return bool(one and other and one != other)
 
@@ -3451,7 +3453,7 @@ class KeyPool:
         for scope in target.scopes if self.cooling else ():
             self.cooling.pop((key, scope), None)
 
-    def is_refusal(self, error: UpstreamError) -> bool:
+    def calls_for_cooldown(self, error: UpstreamError) -> bool:
         """Whether the key is to cool down: another may fare better, or the same one later."""
         return error.kind in COOLDOWN_ERRORS or (error.kind in MODEL_ERRORS and len(self.keys) > 1)
 
@@ -3487,31 +3489,31 @@ class AdaptiveLimit:
         self.in_flight = 0
         self.floor = 0  # the limit after the last refusal; 0: there was none
         self.pause = self.MIN_PAUSE
-        self.raise_at = 0.0  # not before this time
+        self.probe_at = 0.0  # not before this time
 
     def has_room(self, now: float) -> bool:
         """Also for one above the limit, after the pause: the probe must not wait for a long answer to end."""
-        return self.in_flight < self.limit or (self.in_flight == self.limit and 0 < self.raise_at <= now)
+        return self.in_flight < self.limit or (self.in_flight == self.limit and 0 < self.probe_at <= now)
 
     def accepted(self, in_flight_at_entry: int, now: float) -> None:
         """Z.ai took a request: raise the limit if it was nearly reached."""
         full = in_flight_at_entry > (self.limit if self.floor else self.limit / 2)
-        if full and now >= self.raise_at:
+        if full and now >= self.probe_at:
             self.limit += 1
 
     def refused(self, in_flight_at_entry: int, now: float) -> None:
         """Z.ai refused a request, which is still counted: lower the limit and pause."""
-        if now >= self.raise_at:  # a refusal during the pause belongs to the last one
+        if now >= self.probe_at:  # a refusal during the pause belongs to the last one
             probe_failed = self.limit <= self.floor + 1
             self.pause = min(self.pause * 2, self.MAX_PAUSE) if probe_failed else self.MIN_PAUSE
         self.limit = self.floor = max(1, min(self.limit, max(in_flight_at_entry, self.in_flight) - 1))
-        self.raise_at = now + self.pause
+        self.probe_at = now + self.pause
 
-    def last_refusal(self, boot: float) -> JSON | None:
-        """The last refusal, if any, in Unix time; `boot` is the Unix time at which the clock says 0."""
+    def last_refusal(self, clock_zero: float) -> JSON | None:
+        """The last refusal, if any, in Unix time; `clock_zero` is the Unix time at which the clock says 0."""
         if not self.floor:
             return None
-        probe_at = boot + self.raise_at
+        probe_at = clock_zero + self.probe_at
         return {"lowered_to": self.floor, "refused_at": probe_at - self.pause, "probe_at": probe_at}
 
 
@@ -3526,7 +3528,7 @@ def backoff(error: UpstreamError, retry: int, jitter: float) -> float:
 class Caller(NamedTuple):
     """Whose request it is: the account's id, and a hash that stays the same for all requests of one conversation."""
 
-    account: str = ""
+    account_id: str = ""
     conversation: str = ""
 
 
@@ -3575,7 +3577,7 @@ class Queue:
 
     def ticket(self, target: Target, caller: Caller) -> Ticket:
         """A ticket behind the account's others that wait; the caller counts it in `tickets`."""
-        own = (other.turn[0] for other in reversed(self.waiting) if other.caller.account == caller.account)
+        own = (other.turn[0] for other in reversed(self.waiting) if other.caller.account_id == caller.account_id)
         last_round = next(own, self.round)
         return Ticket(target, caller, (last_round + 1, next(self.numbers)))
 
@@ -3625,12 +3627,12 @@ class Queue:
             ticket.slot.set_result(slot)
         return slot is not None
 
-    def snapshot(self, keys: Iterable[ZaiKey], boot: float) -> JSON:
+    def snapshot(self, keys: Iterable[ZaiKey], clock_zero: float) -> JSON:
         """For the dashboard; what there is for each key is in the order of `keys`."""
         limits = [self.limits[key] for key in keys]
         counts = {"in_flight": self.in_flight, "waiting": len(self.waiting), "limits": [each.limit for each in limits]}
         maximum = None if self.max_in_flight == math.inf else self.max_in_flight
-        return {**counts, "refusals": [each.last_refusal(boot) for each in limits], "max_in_flight": maximum}
+        return {**counts, "refusals": [each.last_refusal(clock_zero) for each in limits], "max_in_flight": maximum}
 
     def try_acquire(self, ticket: Ticket) -> Slot | None:
         """A slot with the first available key that has room. Raises ProxyError when all keys cool down."""
@@ -3667,7 +3669,7 @@ LARGE = 2**20  # bytes
 LARGE_WORK = ThreadPoolExecutor(1, "large")  # several threads would only keep each other, and the loop, waiting
 
 
-async def unhurried(size: int, work: Callable[..., R], *arguments: Any) -> R:
+async def in_thread_if_large(size: int, work: Callable[..., R], *arguments: Any) -> R:
     """Do the work on `size` bytes; if they are many, in a thread, so that other requests go on."""
     if size < LARGE:
         return work(*arguments)
@@ -3866,7 +3868,11 @@ class EventStream(EventSource):
                 raise self.error
             part = await (self.source.read() if self.reader.finish is None else self.read_rest())
             size += len(part)
-            events = list(self.events_in(part)) if size < LARGE else await unhurried(size, list, self.events_in(part))
+            events = (
+                list(self.events_in(part))
+                if size < LARGE
+                else await in_thread_if_large(size, list, self.events_in(part))
+            )
             if events:
                 trace("received", events)
         return events
@@ -3892,7 +3898,7 @@ class EventStream(EventSource):
             pass
 
 
-PART = 2**16  # bytes; aiohttp waits for the reader only after so many
+PART_SIZE = 2**16  # bytes; aiohttp waits for the reader only after so many
 
 
 class Upload(aiohttp.AsyncIterablePayload):
@@ -3912,8 +3918,8 @@ class Upload(aiohttp.AsyncIterablePayload):
 
 
 async def parts_of(body: bytes) -> AsyncIterator[bytes]:
-    for start in range(0, len(body), PART):
-        yield body[start : start + PART]
+    for start in range(0, len(body), PART_SIZE):
+        yield body[start : start + PART_SIZE]
 
 
 class ZaiClient:
@@ -3930,7 +3936,7 @@ class ZaiClient:
         `how`: data; method and headers if not those of a JSON POST.
         """
         data, headers = how.pop("data"), how.pop("headers", {"Content-Type": "application/json"})
-        if isinstance(data, bytes) and len(data) > PART:
+        if isinstance(data, bytes) and len(data) > PART_SIZE:
             data = Upload(parts_of(data), len(data))
         headers = {**headers, "Authorization": f"Bearer {key.secret}"}
         how = {"method": "POST", "proxy": self.proxy(url), "allow_redirects": False, **how}
@@ -4064,27 +4070,27 @@ class ReasoningMemory:
         self.thoughts: dict[str, bytes] = {}
         self.size = 0
 
-    def put(self, account: str, message: Message) -> None:
-        key, thought = fingerprint(account, message), message.thought.encode("utf-8", "surrogatepass")
+    def put(self, account_id: str, message: Message) -> None:
+        key, thought = fingerprint(account_id, message), message.thought.encode("utf-8", "surrogatepass")
         self.forget(key)
         self.thoughts[key] = thought
         self.size += len(thought) + self.OVERHEAD
         while self.size > self.MAX_BYTES:
             self.forget(next(iter(self.thoughts)))
 
-    def get(self, account: str, message: Message) -> str:
+    def get(self, account_id: str, message: Message) -> str:
         """The reasoning with which the message was said to the account; "" if it is not known."""
-        return self.thoughts.get(fingerprint(account, message), b"").decode("utf-8", "surrogatepass")
+        return self.thoughts.get(fingerprint(account_id, message), b"").decode("utf-8", "surrogatepass")
 
     def forget(self, key: str) -> None:
         if key in self.thoughts:
             self.size -= len(self.thoughts.pop(key)) + self.OVERHEAD
 
 
-def fingerprint(account: str, message: Message) -> str:
+def fingerprint(account_id: str, message: Message) -> str:
     """The same for an answer and for what its client sends back later, if only white space differs."""
     calls = (word for call in message.calls for word in (call.id, call.name, canonical(call.arguments)))
-    return digest(account, message_text(message).strip(), *calls)
+    return digest(account_id, message_text(message).strip(), *calls)
 
 
 def canonical(arguments: str) -> str:
@@ -4122,7 +4128,7 @@ class Upstream:
         self.queues: dict[str, Queue] = {}
         self.account_slots: dict[tuple[str, int], asyncio.Semaphore] = {}  # by account and their number
         self.memory = ReasoningMemory()
-        self.recoveries: Counter[str] = Counter()  # what was done about failures, whether it helped or not
+        self.remedies: Counter[str] = Counter()  # what was done about failures, whether it helped or not
 
     @asynccontextmanager
     async def open(self, prompt: Prompt, account: Account) -> AsyncIterator[EventStream | MergedStream]:
@@ -4132,7 +4138,7 @@ class Upstream:
         model answers.
         """
         models = self.models(prompt, account)
-        caller, prompt = await unhurried(prompt.size, self.prepared, prompt, account.id)
+        caller, prompt = await in_thread_if_large(prompt.size, self.prepared, prompt, account.id)
         async with self.account_slot(account), AsyncExitStack() as owner:
             if prompt.n == 1:
                 stream = await self.with_fallbacks(prompt, models, caller, owner)
@@ -4155,19 +4161,19 @@ class Upstream:
             return nullcontext()
         return self.account_slots.setdefault((account.id, account.parallel), asyncio.Semaphore(account.parallel))
 
-    def prepared(self, prompt: Prompt, account: str) -> tuple[Caller, Prompt]:
+    def prepared(self, prompt: Prompt, account_id: str) -> tuple[Caller, Prompt]:
         """Whose prompt it is, and the prompt with the reasoning that its client lost."""
-        caller = self.caller(account, conversation_start(prompt))
+        caller = self.caller(account_id, conversation_start(prompt))
         if not self.memory.thoughts:
             return caller, prompt
         start = 0 if self.settings.reasoning_memory == "all" else turn_start(prompt.messages)
-        messages = with_reasoning(prompt.messages, start, partial(self.memory.get, account))
+        messages = with_reasoning(prompt.messages, start, partial(self.memory.get, account_id))
         return caller, replace(prompt, messages=messages)
 
-    def recorder(self, prompt: Prompt, account: str) -> Callable[[list[Event]], None] | None:
+    def recorder(self, prompt: Prompt, account_id: str) -> Callable[[list[Event]], None] | None:
         """What records an answer's reasoning, if wanted; without tools a turn has only one answer."""
         wanted = {"off": False, "turn": bool(prompt.tools), "all": True}[self.settings.reasoning_memory]
-        return ReasoningRecorder(partial(self.memory.put, account)).feed if wanted else None
+        return ReasoningRecorder(partial(self.memory.put, account_id)).feed if wanted else None
 
     def with_vision(self, model: Model) -> Model:
         """VISION_MODEL, if it is set, in place of one that takes no images."""
@@ -4186,9 +4192,9 @@ class Upstream:
             check_vision(model)
         return [model, *(other for other in filter(account.allows, others) if other.vision or not shows_media)]
 
-    def caller(self, account: str, beginning: Iterable[str]) -> Caller:
+    def caller(self, account_id: str, beginning: Iterable[str]) -> Caller:
         """The conversation matters only where there are keys to choose from."""
-        return Caller(account, digest(account, *beginning) if len(self.keys.keys) > 1 else "")
+        return Caller(account_id, digest(account_id, *beginning) if len(self.keys.keys) > 1 else "")
 
     async def with_fallbacks(
         self, prompt: Prompt, models: list[Model], caller: Caller, owner: AsyncExitStack
@@ -4200,12 +4206,12 @@ class Upstream:
         except UpstreamError as error:
             if not others or error.kind not in FALLBACK_ERRORS:
                 raise
-        self.recoveries["fallbacks"] += 1
+        self.remedies["fallbacks"] += 1
         return await self.with_fallbacks(prompt, others, caller, owner)
 
     async def ask(self, prompt: Prompt, model: Model, key: ZaiKey, owner: AsyncExitStack) -> EventStream:
         """Encodes the body only now, as many may wait their turn; raises BadRequest when that fails."""
-        body, data = await unhurried(prompt.size, zai_request, prompt, model)
+        body, data = await in_thread_if_large(prompt.size, zai_request, prompt, model)
         trace("sent", data)
         url = key.base_url + "/chat/completions"
         stream = EventStream(await self.client.send(url, key, owner, data=data), ZaiReader(model, body))
@@ -4245,17 +4251,17 @@ class Upstream:
         if error.zai_code in ("1302", "1305"):
             slot.limit.refused(slot.in_flight_at_entry, self.clock.now())
         if error.zai_code == "1302" and slot.limit.in_flight > 1:
-            self.recoveries["queued_again"] += 1
+            self.remedies["queued_again"] += 1
             return 0  # too many at the same time: back to the head of the queue
         last, ticket.failures[slot.key] = ticket.failures.get(slot.key), error.kind
-        if self.keys.is_refusal(error) and error.kind != last:
+        if self.keys.calls_for_cooldown(error) and error.kind != last:
             self.keys.cool_down(slot.key, ticket.target, error)
             self.keys.available(ticket.target)  # raises when no other key is left
-            self.recoveries["other_keys"] += 1
+            self.remedies["other_keys"] += 1
             return 0
         if error.kind not in RETRYABLE or ticket.retries >= self.settings.max_retries:
             raise error
-        self.recoveries["retries"] += 1
+        self.remedies["retries"] += 1
         ticket.retries += 1
         return backoff(error, ticket.retries, self.clock.jitter())
 
@@ -4263,13 +4269,18 @@ class Upstream:
         """The state of keys and queues for the dashboard: a key is shown by its number, other secrets are redacted."""
         self.keys.expire()
         numbers = {key: number for number, key in enumerate(self.settings.zai_keys, 1)}
-        boot = self.clock.unix() - self.clock.now()  # the Unix time at which the clock says 0
+        clock_zero = self.clock.unix() - self.clock.now()  # the Unix time at which the clock says 0
         cooling = [
-            {"key": numbers[key], "model": redact(scope), "until": boot + found.until, "why": found.error.kind.code}
+            {
+                "key": numbers[key],
+                "model": redact(scope),
+                "until": clock_zero + found.until,
+                "why": found.error.kind.code,
+            }
             for (key, scope), found in self.keys.cooling.items()
         ]
-        queues = [{"model": redact(name)} | queue.snapshot(numbers, boot) for name, queue in self.queues.items()]
-        return {"keys": len(numbers), "resting": cooling, "queues": queues, "healed": dict(self.recoveries)}
+        queues = [{"model": redact(name)} | queue.snapshot(numbers, clock_zero) for name, queue in self.queues.items()]
+        return {"keys": len(numbers), "resting": cooling, "queues": queues, "healed": dict(self.remedies)}
 
     def queue(self, model: str) -> Queue:
         """The model's queue. Clients may invent names, so unused queues of unknown models are dropped."""
@@ -4704,12 +4715,12 @@ class Statistics:
             del self.minutes[min(self.minutes)]
         self.recent.appendleft((record, duration, now))
 
-    def snapshot(self, now: float, boot: float) -> JSON:
-        """`boot`: the Unix time at which time.monotonic() was 0, as the system's clock has it now."""
-        last, times = int(now // 60), {"now": boot + now, "started": boot + self.started}
+    def snapshot(self, now: float, clock_zero: float) -> JSON:
+        """`clock_zero`: the Unix time at which time.monotonic() was 0, as the system's clock has it now."""
+        last, times = int(now // 60), {"now": clock_zero + now, "started": clock_zero + self.started}
         models = {name: figures.snapshot(resolve(name)) for name, figures in self.models.items()}
         minutes = [self.minutes.get(last - i, [0, 0, 0, 0]) for i in reversed(range(self.MINUTES))]
-        recent = [record.snapshot(duration, boot + ended_at) for record, duration, ended_at in self.recent]
+        recent = [record.snapshot(duration, clock_zero + ended_at) for record, duration, ended_at in self.recent]
         return {**times, "models": models, "minutes": minutes, "recent": recent, "torn": self.torn}
 
 
@@ -4718,24 +4729,24 @@ class ClientHistory:
 
     MAX_SIZE = MAX_HELD  # characters; the rest counts as not stored
 
-    def __init__(self, database: Database, owner: str) -> None:
-        self.database, self.owner = database, owner
+    def __init__(self, database: Database, account_id: str) -> None:
+        self.database, self.account_id = database, account_id
         self.loaded: dict[str, StoredResponse] = {}
         self.size = 0  # characters of what was found
 
     async def load(self, response_id: str) -> None:
         """Raises DatabaseError."""
-        body = await self.database.find_response(response_id, self.owner) if self.size <= self.MAX_SIZE else ""
+        body = await self.database.find_response(response_id, self.account_id) if self.size <= self.MAX_SIZE else ""
         self.size += len(body)
         if body and self.size <= self.MAX_SIZE:
-            self.loaded[response_id] = StoredResponse(**await unhurried(len(body), json.loads, body))
+            self.loaded[response_id] = StoredResponse(**await in_thread_if_large(len(body), json.loads, body))
 
     def get(self, response_id: str) -> StoredResponse | None:
         return self.loaded.get(response_id)
 
     def put(self, stored: StoredResponse) -> None:
         body = json.dumps({"response": stored.response, "input": stored.input})  # in ASCII: half a surrogate pair too
-        self.database.put_response(stored.response["id"], self.owner, body)
+        self.database.put_response(stored.response["id"], self.account_id, body)
 
 
 # An answer that may have begun: `fail` says in it why it broke off.
@@ -4799,8 +4810,8 @@ class SSEResponse:
     While Z.ai is silent, comments keep the connection alive: proxies and clients would close it otherwise.
     """
 
-    def __init__(self, request: web.Request, asked: SurfaceRequest, model: str) -> None:
-        self.request, self.asked, self.model = request, asked, model
+    def __init__(self, request: web.Request, surface_request: SurfaceRequest, model: str) -> None:
+        self.request, self.surface_request, self.model = request, surface_request, model
         self.response = web.StreamResponse(headers=STREAM_HEADERS)
         self.encoder: Encoder | None = None  # once the answer has its head
         self.timer = IdleTimer(KEEP_ALIVE_INTERVAL, self.on_idle)
@@ -4811,7 +4822,7 @@ class SSEResponse:
         """Send each batch in one write, as soon as it arrives. A slow client makes us read more slowly."""
         if not self.response.prepared:
             self.response.headers.update(headers)
-        encoder, send = self.asked.encoder(head), self.send
+        encoder, send = self.surface_request.encoder(head), self.send
         self.encoder = encoder
         while (batch := await view.read()) is not None:
             send = self.send if view.stream.size < MAX_JOINED else self.send_one_by_one
@@ -4840,7 +4851,7 @@ class SSEResponse:
 
     async def fail(self, error: ProxyError) -> None:
         no_head = head_of(AnswerInfo("", 0, "", ""), self.model, self.request[RECORD])  # Z.ai sent none
-        await self.send((self.encoder or self.asked.encoder(no_head)).fail(error))
+        await self.send((self.encoder or self.surface_request.encoder(no_head)).fail(error))
 
     @contextmanager
     def kept_alive(self) -> Iterator[None]:
@@ -4868,7 +4879,7 @@ class SSEResponse:
 async def answer(surface: Surface, request: web.Request) -> web.StreamResponse:
     """Answers a request of any surface. Nothing of a prompt is kept once it is sent: agents send long ones."""
     record, upstream, account = request[RECORD], request.app[UPSTREAM], request[ACCOUNT]
-    prompt, asked = await parse_request_of(surface, request)
+    prompt, surface_request = await parse_request_of(surface, request)
     model, streamed, headers = prompt.model, prompt.stream, ignored_header(prompt)
     form = prompt.reasoning_format or request.app[SETTINGS].reasoning_format
     opened = upstream.open(prompt, account)
@@ -4876,11 +4887,11 @@ async def answer(surface: Surface, request: web.Request) -> web.StreamResponse:
     if not streamed:
         async with opened as stream:
             whole = await collect(ClientView(stream, record, form))
-            document = asked.document(head_of(stream.info, model, record), whole)
+            document = surface_request.document(head_of(stream.info, model, record), whole)
             if len(whole.choices[0].text) > LARGE:  # others go on between two steps that take long
                 await asyncio.sleep(0)
             return json_response(document, headers=headers | info_headers(stream.info))
-    response = request[STREAM] = SSEResponse(request, asked, model)
+    response = request[STREAM] = SSEResponse(request, surface_request, model)
     with response.kept_alive():
         async with opened as stream:
             head = head_of(stream.info, model, record)
@@ -4895,11 +4906,11 @@ async def parse_request_of(surface: Surface, request: web.Request) -> tuple[Prom
     for response_id in referred_responses(body):
         await history.load(response_id)
     size = request.content.total_bytes + history.size
-    prompt, asked = await unhurried(size, surface, body, history)
+    prompt, surface_request = await in_thread_if_large(size, surface, body, history)
     record.model = model_shown(request, prompt.model)
     record.left_out = ",".join([header_word(name) for name in prompt.ignored if name[:6] == "tools."])[:DETAIL_LIMIT]
     prompt = replace(prompt, size=size) if size >= LARGE else prompt
-    return with_defaults(prompt, request.app[SETTINGS], request.headers.get("Accept", "")), asked
+    return with_defaults(prompt, request.app[SETTINGS], request.headers.get("Accept", "")), surface_request
 
 
 def head_of(info: AnswerInfo, model: str, record: Record) -> Head:
@@ -4933,7 +4944,7 @@ async def read_json(request: web.Request) -> JSON:
 async def decode_body(request: web.Request, body: bytes) -> JSON:
     trace(f"asked {request.path}", body)
     try:
-        return await unhurried(len(body), parse_request, body)
+        return await in_thread_if_large(len(body), parse_request, body)
     except (ValueError, RecursionError) as error:
         raise BadRequest(f"The request body is not a JSON object: {error}.") from None
 
@@ -5081,13 +5092,13 @@ NO_STORE = {"Cache-Control": "no-store"}
 async def dashboard_stats(request: web.Request) -> web.Response:
     """An operator's key sees everything, another key its own figures."""
     app, account, now, days = request.app, request[ACCOUNT], time.monotonic(), await usage_days(request)
-    boot, shown = time.time() - now, app[ACCOUNTS].named.values() if account.is_operator else [account]
-    snapshot: JSON = {"now": boot + now, "operator": account.is_operator, "days": days or []}
+    clock_zero, shown = time.time() - now, app[ACCOUNTS].named.values() if account.is_operator else [account]
+    snapshot: JSON = {"now": clock_zero + now, "operator": account.is_operator, "days": days or []}
     snapshot |= {"database": days is not None, "client_keys": [key_item(app[ACCOUNTS], each) for each in shown]}
     if account.is_operator:
         in_flight = sum(bool(flying[RECORD].model) for flying in app[IN_FLIGHT].values())
         snapshot |= {"in_flight": in_flight, "plans": app[PLANS].latest(now)}
-        snapshot |= app[STATISTICS].snapshot(now, boot) | app[UPSTREAM].snapshot(app[REDACT])
+        snapshot |= app[STATISTICS].snapshot(now, clock_zero) | app[UPSTREAM].snapshot(app[REDACT])
     return json_response(snapshot, headers=NO_STORE)
 
 
@@ -5119,7 +5130,7 @@ async def metrics(request: web.Request) -> web.Response:
     tokens = (({"model": m, "type": kind}, getattr(figures.usage, kind)) for m, figures in models for kind in kinds)
     families = [
         family("build_info", "gauge", [({"version": __version__}, 1)]),
-        family("retries_total", "counter", [({}, upstream.recoveries["retries"])]),
+        family("retries_total", "counter", [({}, upstream.remedies["retries"])]),
         family("requests_total", "counter", requests),
         family("tokens_total", "counter", tokens),
         *(family(name, "gauge", (({"model": m}, n) for m, n in gauge.items())) for name, gauge in gauges.items()),
@@ -5208,11 +5219,11 @@ async def messages(request: web.Request) -> web.StreamResponse:
     headers = {"Content-Type": "application/json", **sent_headers(request, "anthropic-version", "anthropic-beta")}
     how, size = {"headers": headers, "params": request.query}, request.content.total_bytes
     beginning = (to_json(part) for part in (body.get("system"), first_object(body.get("messages"))))
-    caller = await unhurried(size, upstream.caller, request[ACCOUNT].id, beginning)
+    caller = await in_thread_if_large(size, upstream.caller, request[ACCOUNT].id, beginning)
 
     async def attempt(key: ZaiKey, owner: AsyncExitStack) -> PassThroughResponse:
         url = f"{key.anthropic_url}/v1/{request.match_info['what']}"
-        data = await unhurried(size, messages_request, body, model.id)
+        data = await in_thread_if_large(size, messages_request, body, model.id)
         stream = await upstream.client.send(url, key, owner, data=data, **how)
         response = PassThroughResponse(request, stream, MessagesReader(given["model"]))
         response.response.headers["x-ztoapi-model"] = header_word(model.id)
@@ -5259,7 +5270,7 @@ async def pass_through(path: str, request: web.Request) -> web.StreamResponse:
             response = PassThroughResponse(request, stream, reader)
             await response.begin()
         except UpstreamError as error:
-            if keys.is_refusal(error) and error.kind != MODEL_NOT_FOUND:  # clients may make names up
+            if keys.calls_for_cooldown(error) and error.kind != MODEL_NOT_FOUND:  # clients may make names up
                 keys.cool_down(key, target, error)
             raise pass_through_error(error, path, key.base_url) from error
         keys.accepted(key, target)
@@ -5334,9 +5345,9 @@ class PassThroughResponse:
         while not data and (part := await self.stream.read()):
             held += len(part)
             if held > MAX_HELD:
-                raise UpstreamError(UNAVAILABLE, ENDLESS)
-            data = await unhurried(held, self.reader.feed, part)
-        data = data or await unhurried(held, self.reader.close)
+                raise UpstreamError(UNAVAILABLE, TOO_LARGE)
+            data = await in_thread_if_large(held, self.reader.feed, part)
+        data = data or await in_thread_if_large(held, self.reader.close)
         self.request[RECORD].usage = self.reader.usage
         return data
 
@@ -5805,7 +5816,7 @@ class RedactingFormatter(logging.Formatter):
     """Formats a line without secrets, with images shortened, and cut off if it is too long."""
 
     MAX_LINE, MARGIN = 2**20, 2**12  # characters; a secret that is cut in half would stand in the margin
-    BULK = re.compile(r"(?<![A-Za-z0-9+/])([A-Za-z0-9+/]{64})[A-Za-z0-9+/]{192,}=*")
+    BASE64_RUN = re.compile(r"(?<![A-Za-z0-9+/])([A-Za-z0-9+/]{64})[A-Za-z0-9+/]{192,}=*")
 
     def __init__(self, redact: Redactor) -> None:
         super().__init__("%(asctime)s %(levelname)s %(message)s")
@@ -5816,7 +5827,7 @@ class RedactingFormatter(logging.Formatter):
         line = self.redact(whole[: self.MAX_LINE])
         if len(whole) > self.MAX_LINE:
             line = line[: -self.MARGIN] + "…"
-        return self.BULK.sub(r"\1…", line) if len(line) > 256 else line  # BULK needs 256
+        return self.BASE64_RUN.sub(r"\1…", line) if len(line) > 256 else line  # BASE64_RUN needs 256
 
 
 class BackgroundHandler(logging.Handler):
@@ -5916,7 +5927,7 @@ def settings_or_exit(flags: Mapping[str, str]) -> Settings:
     try:
         return Settings.from_env({**environment(), **flags})
     except SettingsError as error:
-        refuse(error)
+        exit_with_error(error)
 
 
 def database_or_exit(settings: Settings, status: int) -> Database:
@@ -5927,11 +5938,11 @@ def database_or_exit(settings: Settings, status: int) -> Database:
             database.transact(database.list_accounts)
             database.close()  # and without its thread, for a process manager may fork
     except DatabaseError as error:
-        refuse(redactor(settings)(str(error)), status)
+        exit_with_error(redactor(settings)(str(error)), status)
     return database
 
 
-def refuse(reason: object, status: int = 2) -> NoReturn:
+def exit_with_error(reason: object, status: int = 2) -> NoReturn:
     print(f"ztoapi: {reason}", file=sys.stderr)
     raise SystemExit(status)
 
@@ -6053,7 +6064,7 @@ def main(arguments: list[str] | None = None) -> None:
     try:
         sockets = listen(settings.host, settings.port)
     except OSError as error:
-        refuse(cannot_listen(settings, error))
+        exit_with_error(cannot_listen(settings, error))
     address = sockets[0].getsockname()
     settings = with_demo(settings, address) if flags.demo else settings
     set_up_log(settings)
@@ -6072,11 +6083,11 @@ def keys_command(settings: Settings, flags: argparse.Namespace) -> None:
     """`keys`: one line on stderr and status 2 for what cannot be done."""
     database = Database(settings.database_url)
     if database.in_memory:
-        refuse("keys need a database: DATABASE_URL is memory")
+        exit_with_error("keys need a database: DATABASE_URL is memory")
     try:
         print(manage_keys(database, flags))
     except (DatabaseError, BadRequest) as error:
-        refuse(redactor(settings)(str(error)))
+        exit_with_error(redactor(settings)(str(error)))
     if flags.action == "add" and settings.published:
         published = f"DEFAULT_KEY is the published {PUBLISHED_KEY}"
         print(f"{published}: nobody else can reach this server until you set another, and HOST.", file=sys.stderr)
@@ -6219,10 +6230,12 @@ def launch(settings: Settings, flags: argparse.Namespace) -> int:
     if flags.show:
         print(client.shell_lines())
         return 0
-    program = shutil.which(client.arguments[0]) or refuse(f"{flags.client} is not installed: {client.install}", 127)
+    program = shutil.which(client.arguments[0]) or exit_with_error(
+        f"{flags.client} is not installed: {client.install}", 127
+    )
     print(f"ztoapi: {flags.client} with {model.id} at {origin}; --model NAME for another", file=sys.stderr)
     for number in (signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)):  # Windows has no SIGHUP
-        signal.signal(number, end)
+        signal.signal(number, exit_on_signal)
     server = nullcontext() if is_ztoapi(origin) else own_server(settings, origin, ["--demo"] * flags.demo)
     with server, tempfile.TemporaryDirectory(prefix="ztoapi-", ignore_cleanup_errors=True) as folder:
         client = filled(folder)
@@ -6231,7 +6244,7 @@ def launch(settings: Settings, flags: argparse.Namespace) -> int:
         return run([program, *client.arguments[1:], *flags.arguments], client.variables)
 
 
-def end(number: int, _: object) -> NoReturn:
+def exit_on_signal(number: int, _: object) -> NoReturn:
     """Exit through every `finally`; a second signal must not cut this short."""
     signal.signal(number, signal.SIG_IGN)
     raise SystemExit(128 + number)
@@ -6249,7 +6262,7 @@ def is_ztoapi(origin: str) -> bool:
 def own_server(settings: Settings, origin: str, flags: list[str]) -> Iterator[None]:
     """A server in a process of its own while the block runs. Its log is kept only if it failed."""
     if not settings.zai_api_key and not flags:
-        refuse(ZAI_API_KEY_MISSING.message)
+        exit_with_error(ZAI_API_KEY_MISSING.message)
     command = [sys.executable, __file__, f"--host={settings.host}", f"--port={settings.port}", *flags]
     with tempfile.NamedTemporaryFile(prefix="ztoapi-", suffix=".log", delete=False) as log:
         # In a session of its own, so that it does not get the terminal's Ctrl-C.
@@ -6258,7 +6271,7 @@ def own_server(settings: Settings, origin: str, flags: list[str]) -> Iterator[No
     try:
         while server.poll() is None and not is_ztoapi(origin):
             time.sleep(0.05)
-        yield None if server.poll() is None else refuse(Path(log.name).read_text().partition(": ")[2].strip())
+        yield None if server.poll() is None else exit_with_error(Path(log.name).read_text().partition(": ")[2].strip())
     finally:
         server.terminate()
         if server.wait() == 0:

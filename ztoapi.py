@@ -6417,11 +6417,11 @@ pre { margin: 0; padding: .8rem 4.5rem .8rem 1rem; border: 1px solid var(--line)
 @media (max-width: 30rem) { .call pre { padding: 2.6rem 1rem .8rem } }
 .wrap { white-space: pre-wrap; overflow-wrap: anywhere } .note { border-left: 4px solid var(--accent); padding: .1rem .9rem }
 
-.scroll { overflow-x: auto } table { border-collapse: collapse; width: 100%; font-size: .92rem }
+.scroll { overflow-x: auto } table { border-collapse: collapse; width: 100%; font-size: .92rem } td small { white-space: normal }
 th, td { text-align: left; vertical-align: top; white-space: nowrap; padding: .35rem .8rem .35rem 0; border-bottom: 1px solid var(--line) }
 .words td:last-child { white-space: normal; width: 75%; min-width: 9rem } :is(th, td):last-child { padding-right: 0 }
 .numbers :is(th, td):nth-child(n + 2) { text-align: right; font-variant-numeric: tabular-nums }
-#recent-table :is(th, td):nth-child(-n + 3) { text-align: left }
+#recent-table :is(th, td):nth-child(-n + 3) { text-align: left } #key-table td:nth-child(3) { white-space: normal; min-width: 7rem }
 
 button, select, input, textarea, .tabs label { font: inherit; font-size: 1rem; color: var(--ink); background: var(--card);
   border: 1px solid var(--soft); border-radius: 6px; padding: .4rem .7rem }

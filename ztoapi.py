@@ -320,18 +320,17 @@ def error_kind(status: int, code: str | None, message: str = "", retry_after: fl
 
 
 # Messages by error code; only those that are too long for the table below.
-MESSAGE_LINES = """\
-invalid_api_key: The API key is missing or wrong: send this server's key (its DEFAULT_KEY, not a Z.ai key) as \
-'Authorization: Bearer KEY' or 'x-api-key: KEY'.
-zai_api_key_missing: This server has no Z.ai key. Get one at z.ai/manage-apikey (glm-4.7-flash, glm-4.5-flash and \
-glm-4.6v-flash are free), set ZAI_API_KEY and start again; or try it without a key: python ztoapi.py --demo
-zai_unreachable: Z.ai cannot be reached (connection error, network error): check network, proxy and ZAI_BASE_URL.
-rate_limit_exceeded: Z.ai takes no more requests from this server's key now: wait a little, or send fewer at a time.
-insufficient_quota: This server's Z.ai key has no balance for this model. A Coding Plan key needs \
-ZAI_BASE_URL=https://api.z.ai/api/coding/paas/v4; without a plan, add money or use a free model, such as glm-4.7-flash.
-model_not_found: Z.ai does not know this model, or not for this use: see GET /v1/models. MODEL_ALIASES can rename it.
-"""
-MESSAGES = dict(line.split(": ", 1) for line in MESSAGE_LINES.splitlines())
+MESSAGES = {
+    "invalid_api_key": "The API key is missing or wrong: send this server's key (its DEFAULT_KEY, not a Z.ai key) as "
+    "'Authorization: Bearer KEY' or 'x-api-key: KEY'.",
+    "zai_api_key_missing": "This server has no Z.ai key. Get one at z.ai/manage-apikey (glm-4.7-flash, glm-4.5-flash "
+    "and glm-4.6v-flash are free), set ZAI_API_KEY and start again; or try it without a key: python ztoapi.py --demo",
+    "zai_unreachable": "Z.ai cannot be reached (connection error, network error): check proxy and ZAI_BASE_URL.",
+    "rate_limit_exceeded": "Z.ai takes no more requests from this server's key now: wait a little, or send fewer.",
+    "insufficient_quota": "This server's Z.ai key has no balance for this model. A Coding Plan key needs ZAI_BASE_URL="
+    "https://api.z.ai/api/coding/paas/v4; without a plan, add money or use a free model, such as glm-4.7-flash.",
+    "model_not_found": "Z.ai does not know this model, or not for this use: see /v1/models and MODEL_ALIASES.",
+}
 
 INTERNAL_ERROR = error_kind(500, "internal_error", "Something went wrong in ztoapi itself; its log has the details.")
 STOPPING = error_kind(503, "server_stopping", "The server is stopping: ask again in a moment.")
@@ -496,36 +495,33 @@ class Model:
         return sum(map(mul, tokens, self.price)) / 1e6 if self.price else None
 
 
-# docs.z.ai, October 2026: id, context and output in K, thinking, features, created (from Z.ai's list, or the release),
-# and the price; where there is none for cached tokens, they cost the same.
-MODEL_ROWS: tuple[tuple[str, int, int, ThinkingKind, str, int, tuple[float, float, float] | None], ...] = (
-    ("glm-5.3", 1024, 128, "always", "", 1786636800, (1.4, 0.26, 4.4)),
-    ("glm-5.3-flash", 1024, 128, "always", "sees", 1787702400, (0.15, 0.03, 0.5)),
-    ("glm-5.3-flashx", 1024, 128, "always", "sees", 1787702400, (0.37, 0.075, 1.25)),
-    ("glm-5.2", 1024, 128, "effort", "", 1780272000, (1.4, 0.26, 4.4)),
-    ("glm-5.1", 200, 128, "switch", "", 1774569600, (1.4, 0.26, 4.4)),
-    ("glm-5", 200, 128, "switch", "", 1770768000, (1.0, 0.2, 3.2)),
-    ("glm-5-turbo", 200, 128, "switch", "", 1773532800, (1.2, 0.24, 4.0)),
-    ("glm-5v-turbo", 200, 128, "switch", "sees", 1775001600, (1.2, 0.24, 4.0)),
-    ("glm-4.7", 200, 128, "switch", "", 1766361600, (0.6, 0.11, 2.2)),
-    ("glm-4.7-flashx", 200, 128, "switch", "", 1768780800, (0.07, 0.01, 0.4)),
-    ("glm-4.7-flash", 200, 128, "switch", "free", 1768780800, (0, 0, 0)),
-    ("glm-4.6", 200, 128, "switch", "", 1759190400, (0.6, 0.11, 2.2)),
-    ("glm-4.6v", 128, 32, "switch", "sees", 1765152000, (0.3, 0.3, 0.9)),
-    ("glm-4.6v-flashx", 128, 32, "switch", "sees", 1765152000, None),
-    ("glm-4.6v-flash", 128, 32, "switch", "sees free", 1765152000, (0, 0, 0)),
-    ("glm-4.5", 128, 96, "switch", "", 1753632000, (0.6, 0.11, 2.2)),
-    ("glm-4.5-x", 128, 96, "switch", "", 1753632000, (2.2, 0.45, 8.9)),
-    ("glm-4.5-air", 128, 96, "switch", "", 1753632000, (0.2, 0.03, 1.1)),
-    ("glm-4.5-airx", 128, 96, "switch", "", 1753632000, (1.1, 0.22, 4.5)),
-    ("glm-4.5-flash", 128, 96, "switch", "free", 1753632000, (0, 0, 0)),
-    ("glm-4.5v", 64, 16, "switch", "sees", 1754870400, (0.6, 0.6, 1.8)),
-    ("glm-4-32b-0414-128k", 128, 16, "none", "", 1744588800, (0.1, 0.1, 0.1)),
+# docs.z.ai, October 2026; `created` is from Z.ai's list, or the day of the release. Where the cache has no price,
+# cached tokens cost the same.
+MODEL_ROWS = (
+    Model("glm-5.3", 1024 * K, 128 * K, "always", vision=False, created=1786636800, price=(1.4, 0.26, 4.4)),
+    Model("glm-5.3-flash", 1024 * K, 128 * K, "always", created=1787702400, price=(0.15, 0.03, 0.5)),
+    Model("glm-5.3-flashx", 1024 * K, 128 * K, "always", created=1787702400, price=(0.37, 0.075, 1.25)),
+    Model("glm-5.2", 1024 * K, 128 * K, "effort", vision=False, created=1780272000, price=(1.4, 0.26, 4.4)),
+    Model("glm-5.1", 200 * K, 128 * K, "switch", vision=False, created=1774569600, price=(1.4, 0.26, 4.4)),
+    Model("glm-5", 200 * K, 128 * K, "switch", vision=False, created=1770768000, price=(1.0, 0.2, 3.2)),
+    Model("glm-5-turbo", 200 * K, 128 * K, "switch", vision=False, created=1773532800, price=(1.2, 0.24, 4.0)),
+    Model("glm-5v-turbo", 200 * K, 128 * K, "switch", created=1775001600, price=(1.2, 0.24, 4.0)),
+    Model("glm-4.7", 200 * K, 128 * K, "switch", vision=False, created=1766361600, price=(0.6, 0.11, 2.2)),
+    Model("glm-4.7-flashx", 200 * K, 128 * K, "switch", vision=False, created=1768780800, price=(0.07, 0.01, 0.4)),
+    Model("glm-4.7-flash", 200 * K, 128 * K, "switch", vision=False, free=True, created=1768780800, price=(0, 0, 0)),
+    Model("glm-4.6", 200 * K, 128 * K, "switch", vision=False, created=1759190400, price=(0.6, 0.11, 2.2)),
+    Model("glm-4.6v", 128 * K, 32 * K, "switch", created=1765152000, price=(0.3, 0.3, 0.9)),
+    Model("glm-4.6v-flashx", 128 * K, 32 * K, "switch", created=1765152000),
+    Model("glm-4.6v-flash", 128 * K, 32 * K, "switch", free=True, created=1765152000, price=(0, 0, 0)),
+    Model("glm-4.5", 128 * K, 96 * K, "switch", vision=False, created=1753632000, price=(0.6, 0.11, 2.2)),
+    Model("glm-4.5-x", 128 * K, 96 * K, "switch", vision=False, created=1753632000, price=(2.2, 0.45, 8.9)),
+    Model("glm-4.5-air", 128 * K, 96 * K, "switch", vision=False, created=1753632000, price=(0.2, 0.03, 1.1)),
+    Model("glm-4.5-airx", 128 * K, 96 * K, "switch", vision=False, created=1753632000, price=(1.1, 0.22, 4.5)),
+    Model("glm-4.5-flash", 128 * K, 96 * K, "switch", vision=False, free=True, created=1753632000, price=(0, 0, 0)),
+    Model("glm-4.5v", 64 * K, 16 * K, "switch", created=1754870400, price=(0.6, 0.6, 1.8)),
+    Model("glm-4-32b-0414-128k", 128 * K, 16 * K, "none", vision=False, created=1744588800, price=(0.1, 0.1, 0.1)),
 )
-MODELS = {
-    name: Model(name, context * K, output * K, thinking, "sees" in what, "free" in what, created, price)
-    for name, context, output, thinking, what, created, price in MODEL_ROWS
-}
+MODELS = {model.id: model for model in MODEL_ROWS}
 
 
 def aliased(name: str, renamed: Iterable[tuple[str, str]]) -> str:
@@ -3718,9 +3714,6 @@ class IdleTimer:
             self.timer.cancel()
 
 
-NO_ADDRESS = "Z.ai cannot be reached (connection error, network error): HTTPS_PROXY or ZAI_BASE_URL is no address."
-
-
 def connection_error(error: Exception) -> UpstreamError:
     """A failed connection to Z.ai in words that an operator can act on."""
     match error:
@@ -3729,7 +3722,7 @@ def connection_error(error: Exception) -> UpstreamError:
         case asyncio.TimeoutError() if not isinstance(error, aiohttp.ClientError):
             return UpstreamError(TIMEOUT, "Z.ai did not answer in time: try again.")
         case ValueError():  # InvalidURL, or an impossible name; the address may contain a password
-            return UpstreamError(UNREACHABLE, NO_ADDRESS)
+            return UpstreamError(UNREACHABLE)
         case aiohttp.ClientConnectorError() | aiohttp.ConnectionTimeoutError() | aiohttp.ClientHttpProxyError():
             return UpstreamError(UNREACHABLE, detail=str(error))
         case _:
@@ -3868,11 +3861,8 @@ class EventStream(EventSource):
                 raise self.error
             part = await (self.source.read() if self.reader.finish is None else self.read_rest())
             size += len(part)
-            events = (
-                list(self.events_in(part))
-                if size < LARGE
-                else await in_thread_if_large(size, list, self.events_in(part))
-            )
+            reading = self.events_in(part)
+            events = list(reading) if size < LARGE else await in_thread_if_large(size, list, reading)
             if events:
                 trace("received", events)
         return events
@@ -4888,7 +4878,7 @@ async def answer(surface: Surface, request: web.Request) -> web.StreamResponse:
         async with opened as stream:
             whole = await collect(ClientView(stream, record, form))
             document = surface_request.document(head_of(stream.info, model, record), whole)
-            if len(whole.choices[0].text) > LARGE:  # others go on between two steps that take long
+            if stream.size > LARGE:  # others go on between two steps that take long
                 await asyncio.sleep(0)
             return json_response(document, headers=headers | info_headers(stream.info))
     response = request[STREAM] = SSEResponse(request, surface_request, model)
@@ -4928,11 +4918,11 @@ TINY_LIMIT = 64  # tokens; a model that thinks uses them up and answers nothing 
 
 def with_defaults(prompt: Prompt, settings: Settings, accept: str) -> Prompt:
     """The prompt with the operator's defaults for what the client did not say."""
-    thinking: Effort | None = None if settings.enable_thinking is None else "on" if settings.enable_thinking else "off"
+    thinking: dict[bool | None, Effort] = {True: "on", False: "off"}
     wanted = "application/json" not in accept and ("text/event-stream" in accept or settings.default_stream)
     stream = wanted if prompt.stream is None else prompt.stream
     tiny: Effort | None = "off" if 0 < (prompt.max_tokens or 0) <= TINY_LIMIT else None
-    effort = prompt.effort or thinking or tiny
+    effort = prompt.effort or thinking.get(settings.enable_thinking, tiny)
     changed = (stream, effort) != (bool(prompt.stream), prompt.effort)  # None means no stream
     return replace(prompt, stream=stream, effort=effort) if changed else prompt
 
@@ -5740,7 +5730,9 @@ END = r"{slash:/*}"
 def create_app(settings: Settings | None = None) -> web.Application:
     """The server as an aiohttp application. Without settings, as process managers call it, it reads the environment."""
     failed = 2 if settings else 3  # gunicorn stops when a worker exits with 3; on 2 it restarts the worker forever
-    settings = settings or settings_of_worker()
+    if settings is None:
+        settings = settings_or_exit({}, failed)
+        set_up_log(settings)
     database = database_or_exit(settings, failed)
     # When a client leaves, its handler is cancelled, and with it the request to Z.ai.
     how = {"handler_cancellation": True, "logger": LOG, "write_timeout": settings.upstream_timeout}
@@ -5901,15 +5893,6 @@ def set_up_log(settings: Settings) -> None:
     LOG.setLevel(logging.DEBUG if settings.debug_mode else logging.INFO)
 
 
-def settings_of_worker() -> Settings:
-    try:
-        settings = settings_or_exit({})
-    except SystemExit:
-        raise SystemExit(3) from None  # see create_app
-    set_up_log(settings)
-    return settings
-
-
 ENV_FILE = Path(__file__).with_name(".env")
 
 
@@ -5922,12 +5905,12 @@ def environment() -> dict[str, str]:
     return {name: value for name, value in (from_file | os.environ).items() if value is not None}
 
 
-def settings_or_exit(flags: Mapping[str, str]) -> Settings:
-    """The settings; flags win. Exits with one line and status 2 when one cannot be used."""
+def settings_or_exit(flags: Mapping[str, str], status: int = 2) -> Settings:
+    """The settings; flags win. Exits with one line and the status when one cannot be used."""
     try:
         return Settings.from_env({**environment(), **flags})
     except SettingsError as error:
-        exit_with_error(error)
+        exit_with_error(error, status)
 
 
 def database_or_exit(settings: Settings, status: int) -> Database:

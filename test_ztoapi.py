@@ -3753,11 +3753,12 @@ def test_a_request_has_no_more_than_so_many_values(monkeypatch, body, values):
     [b"[],", b'"",', b'{"":1},', b'"x' + b"," * 99 + b'",'],
     ids=["arrays", "strings", "objects", "long strings"],
 )
-def test_too_many_values_are_found_without_decoding_them(value):
-    body = b'{"a":[%s1]}' % (value * (2**25 // len(value)))
+def test_too_many_values_are_found_without_decoding_them(monkeypatch, value):
+    monkeypatch.setattr(ztoapi, "MAX_VALUES", 100_000)
+    body = b'{"a":[%s1]}' % (value * (2**22 // len(value)))
     started = time.process_time()
     assert ztoapi.too_many_values(body) == (len(value) < 100)
-    assert time.process_time() - started < 1
+    assert time.process_time() - started < 0.2
 
 
 def test_the_depth_of_a_request_is_found_without_work_for_the_garbage_collector():
@@ -6093,24 +6094,26 @@ async def test_a_client_that_no_longer_reads_loses_its_connection(start, zai, pa
 
 
 @in_loop
-@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/files"])
-async def test_a_body_that_comes_byte_by_byte_gets_no_more_time(passing, impatient, monkeypatch, path):
+async def test_a_body_that_comes_byte_by_byte_gets_no_more_time(passing, impatient, monkeypatch):
+    async def send_slowly(path):
+        reader, writer = await asyncio.open_connection("127.0.0.1", passing.port)
+        writer.write(POST.format(path, "Content-Length: 99999").encode())
+        answer = asyncio.create_task(reader.readline())
+        for _ in range(8):
+            writer.write(b"x" * 20)  # 100 bytes in half a second
+            await asyncio.sleep(0.1)
+        assert not answer.done()
+        for _ in range(20):
+            if not answer.done():
+                writer.write(b"x")  # 5 in each 0.2 s
+                await asyncio.sleep(0.04)
+        assert answer.done()
+        assert answer.result().startswith(b"HTTP/1.1 400")
+        writer.close()
+
     monkeypatch.setattr(ztoapi, "MIN_READ", 40)
     monkeypatch.setattr(ztoapi, "READ_TIMEOUT", 0.5)
-    reader, writer = await asyncio.open_connection("127.0.0.1", passing.port)
-    writer.write(POST.format(path, "Content-Length: 99999").encode())
-    answer = asyncio.create_task(reader.readline())
-    for _ in range(8):
-        writer.write(b"x" * 20)  # 100 bytes in half a second
-        await asyncio.sleep(0.1)
-    assert not answer.done()
-    for _ in range(20):
-        if not answer.done():
-            writer.write(b"x")  # 5 in each 0.2 s
-            await asyncio.sleep(0.04)
-    assert answer.done()
-    assert answer.result().startswith(b"HTTP/1.1 400")
-    writer.close()
+    await asyncio.gather(*map(send_slowly, ("/v1/chat/completions", "/v1/files")))
 
 
 LARGE = message(role="user", content="x" * 2**24)

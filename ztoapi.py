@@ -2776,9 +2776,10 @@ class ZaiReader:
                 events.append(Text(words))
             else:
                 events += self.read_text(self.tags.feed(words) if self.tags else (Text(words),))
-        for piece in objects(delta.get("tool_calls")):
-            if piece and piece.get("type") in ("function", None):  # Z.ai calls those of type mcp itself
-                events += self.calls.feed(piece, self.id)
+        if pieces := delta.get("tool_calls"):
+            for piece in objects(pieces):
+                if piece and piece.get("type") in ("function", None):  # Z.ai calls those of type mcp itself
+                    events += self.calls.feed(piece, self.id)
         return events
 
     def read_text(self, pieces: Iterable[TextPiece]) -> Iterator[Event]:
@@ -4812,12 +4813,11 @@ class SSEResponse:
         """Send each batch in one write, as soon as it arrives. A slow client makes us read more slowly."""
         if not self.response.prepared:
             self.response.headers.update(headers)
-        encoder, send = self.surface_request.encoder(head), self.send
-        self.encoder = encoder
+        encoder = self.encoder = self.surface_request.encoder(head)
         while (batch := await view.read()) is not None:
             send = self.send if view.stream.size < MAX_JOINED else self.send_one_by_one
             await send([frame for event in batch for frame in encoder.feed(event)])
-        await send(encoder.close())
+        await self.send(encoder.close())
         await self.response.write_eof()
 
     async def send(self, frames: Iterable[JSON | str]) -> None:
@@ -5644,12 +5644,11 @@ class ClientConnection(RequestHandler):
 
     def data_received(self, data: bytes) -> None:
         super().data_received(data)
-        self.received += len(data)
-        trickles = self.owes_head if self.is_idle else self.owes_body and self.received < MIN_READ
+        self.received, is_idle = self.received + len(data), self.is_idle
+        trickles = self.owes_head if is_idle else self.owes_body and self.received < MIN_READ
         if not trickles:  # what comes byte by byte gets no more time
             self.heard_at, self.received = self._loop.time(), 0
-        self.owes_head = self.is_idle
-        self.head_size = self.head_size + len(data) if self.owes_head else 0
+        self.owes_head, self.head_size = is_idle, self.head_size + len(data) if is_idle else 0
         if self.head_size > MAX_HEAD:
             self.force_close()
         if self._messages and not isinstance(self._messages[-1][0], RawRequestMessage):  # an error

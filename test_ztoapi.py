@@ -6639,7 +6639,7 @@ server.sendall(b"GET /health HTTP/1.0\\r\\nHost: localhost\\r\\n\\r\\n")
 story = {{
     "arguments": sys.argv[1:],
     "key": os.environ["ZTOAPI_KEY"],
-    "theirs": [name for name in os.environ if name.startswith(("OPENAI_", "ANTHROPIC_", "ZAI_", "DEFAULT_", "DATABASE_"))],
+    "theirs": [name for name in os.environ if name.startswith(("OPENAI_", "ANTHROPIC_", "GPTME_", "ZAI_", "DEFAULT_", "DATABASE_"))],
     "mode": oct(os.stat(folder).st_mode & 0o777),
     "health": json.loads(server.makefile().read().partition("\\n\\n")[2])["name"],
 }}
@@ -6726,6 +6726,7 @@ def end_when_told(launch):
 def test_launch_tells_a_client_what_it_needs_and_no_more(run, tmp_path):
     port = run("--demo").port
     secrets_of_others = {"OPENAI_API_KEY": "theirs", "ZTOAPI_KEY": "theirs", "DATABASE_URL": "memory"}
+    secrets_of_others["GPTME_OPENAI_BASE_URL"] = "http://127.0.0.1:9/v1"
     launch = Launch(tmp_path, "--own", port=port, DEFAULT_KEY="sk-your-key", **secrets_of_others)
     status, said, _ = launch.end()
     assert json.loads(launch.story.read_text()) == {
@@ -7394,10 +7395,11 @@ async def test_the_tabs_of_the_docs_page_obey_the_arrow_keys_and_share_the_model
 async def test_the_docs_page_shows_for_each_client_the_lines_that_launch_shows(here, browser):
     await browser.open(here + "/docs", "!!document.querySelector('#client-panel pre')")
     await browser.run(choose_client_model("glm-5.3-flash"))
+    port = here.split(":")[2]
     for name, client in ztoapi.CLIENTS.items():
         await browser.run(open_tab("client-tabs", name))
         shown = client.filled(here, "sk-your-key", MODELS["glm-5.3-flash"], "$dir").shell_lines()
-        wanted = [f"python ztoapi.py launch {name} --model glm-5.3-flash", shown, client.install]
+        wanted = [f"python ztoapi.py launch {name} --port {port} --model glm-5.3-flash", shown, client.install]
         assert await browser.run(shown_in("client-panel")) == wanted
     assert browser.complaints == []
 
@@ -7601,9 +7603,11 @@ async def test_the_doctor_knows_a_coding_plan_key_on_the_general_address(check, 
 
 @in_loop
 async def test_the_doctor_knows_a_port_in_use(check, client):
-    status, lines = await check(PORT=str(client.port))
-    assert (status, lines[1][:6]) == (1, "✗ port")
-    assert lines[-1].startswith("✓ chat")
+    with something_else(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n{}") as (taken, _):
+        for port, good, words in ((taken, False, "✗ port"), (client.port, True, "✓ port      a ztoapi serves")):
+            status, lines = await check(PORT=str(port))
+            assert (status, lines[1].startswith(words)) == (0 if good else 1, True)
+            assert lines[-1].startswith("✓ chat")
 
 
 # ======== The OpenAI SDK ========

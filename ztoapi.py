@@ -5953,15 +5953,17 @@ def cannot_listen(settings: Settings, error: OSError) -> str:
 
 def with_demo(settings: Settings, place: tuple[Any, ...]) -> Settings:
     """The settings with this server's own stand-in for Z.ai as the upstream; `place` is where the server listens."""
-    address = ipaddress.ip_address(place[0])
-    loopback = "127.0.0.1" if address.version == 4 else "::1"
-    host = loopback if address.is_unspecified else place[0]
-    url = f"http://{bracketed(host)}:{place[1]}{DEMO_PATH}"
+    url = origin_of(place[0], place[1]) + DEMO_PATH
     return replace(settings, demo=True, zai_base_url=url, zai_api_key=(secrets.token_hex(16),))
 
 
 def bracketed(host: str) -> str:
     return f"[{host}]" if ":" in host else host
+
+
+def origin_of(host: str, port: int) -> str:
+    """Where this machine reaches a server that listens there."""
+    return f"http://{bracketed(re.sub(r'^(0.0.0.0|::)$', 'localhost', host))}:{port}"
 
 
 def banner(settings: Settings, port: int) -> str:
@@ -5970,10 +5972,10 @@ def banner(settings: Settings, port: int) -> str:
     zai_keys = 0 if settings.demo else len(settings.zai_api_key)
     lines = [
         f"ztoapi {__version__}",
-        f"  clients   http://{bracketed(settings.host)}:{port}/v1",
+        f"  clients   {origin_of(settings.host, port)}/v1",
         f"  upstream  {upstream}",
         f"  models    {len(MODELS)}, and whatever else Z.ai lists",
-        f"  pages     http://{bracketed(settings.host)}:{port}/docs, /dashboard",
+        f"  pages     {origin_of(settings.host, port)}/docs, /dashboard",
         f"  keys      {len(settings.default_key)} for clients, {zai_keys} for Z.ai",
     ]
     if settings.published:
@@ -6006,7 +6008,7 @@ def parse_flags(arguments: list[str]) -> argparse.Namespace:
     way = parser.add_mutually_exclusive_group()
     way.add_argument("--demo", action="store_true", help="answer from a built-in stand-in for Z.ai; needs no key")
     way.add_argument("--check", action="store_true", help="say what is configured and whether it works, then exit")
-    commands = parser.add_subparsers(dest="command")
+    commands = parser.add_subparsers(dest="command", prog="ztoapi.py")
     starter = commands.add_parser("launch", help="start a client that uses this server")
     starter.add_argument("client", choices=CLIENTS, help="its own arguments follow --: launch claude -- -p hello")
     starter.add_argument("--model", help="the model that it uses")
@@ -6119,7 +6121,7 @@ async def diagnose(settings: Settings) -> AsyncIterator[Finding]:
     source = str(ENV_FILE) if ENV_FILE.exists() else f"no {ENV_FILE}"
     keys = "1 key" if len(settings.zai_api_key) == 1 else f"{len(settings.zai_api_key)} keys"
     yield Finding("settings", f"{', '.join(settings.zai_base_urls)}, {keys} for Z.ai ({source})")
-    yield check_port(settings)
+    yield await asyncio.to_thread(check_port, settings)
     found = [f"python ztoapi.py launch {name}" for name in CLIENTS if shutil.which(CLIENTS[name].arguments[0])]
     yield Finding("clients", ", ".join(found) or "none is installed; python ztoapi.py launch --help lists them")
     if not settings.zai_api_key:
@@ -6152,8 +6154,7 @@ async def check_plan(client: ZaiClient, what: str, key: ZaiKey) -> AsyncIterator
     for limit in (await client.plan_quota(key))["limits"]:
         left = 100 - min(100, limit["percentage"])
         bar = f"{'█' * round(left / 10):░<10}"
-        at = limit["resets_at"]
-        reset = f", resets {datetime.fromtimestamp(at, timezone.utc):%F %R} UTC" if at else ""
+        reset = f", resets {datetime.fromtimestamp(at, timezone.utc):%F %R} UTC" if (at := limit["resets_at"]) else ""
         yield Finding(what, f"{bar} {left:.0f} % left of {limit['window']}{reset}")
 
 
@@ -6162,6 +6163,8 @@ def check_port(settings: Settings) -> Finding:
         for taken in listen(settings.host, settings.port):
             taken.close()
     except OSError as error:
+        if error.errno == errno.EADDRINUSE and is_ztoapi(origin_of(settings.host, settings.port)):
+            return Finding("port", f"a ztoapi serves {settings.port} on {settings.host}")
         return Finding("port", cannot_listen(settings, error), good=False)
     return Finding("port", f"{settings.port} on {settings.host} is free")
 
@@ -6198,15 +6201,14 @@ async def check(flags: Mapping[str, str]) -> int:
 
 
 # What a client does not inherit: variables for other accounts, and our secrets.
-NOT_INHERITED = ("ANTHROPIC_", "OPENAI_", "ZAI_", "DATABASE_URL", "DEFAULT_KEY")
+NOT_INHERITED = ("ANTHROPIC_", "OPENAI_", "GPTME_OPENAI_", "ZAI_", "DATABASE_URL", "DEFAULT_KEY")
 
 
 def launch(settings: Settings, flags: argparse.Namespace) -> int:
     """Start a client that uses this server, or a server of its own if there is none; returns its exit status."""
     default = "glm-5.3" if "/coding/" in settings.zai_base_urls[0] else "glm-4.7-flash"  # which is free
     model = resolve(flags.model or default, settings.model_aliases)
-    host = re.sub(r"^(0\.0\.0\.0|::)$", "localhost", settings.host)
-    origin = f"http://{bracketed(host)}:{settings.port}"
+    origin = origin_of(settings.host, settings.port)
     filled = partial(CLIENTS[flags.client].filled, origin, settings.default_key[0], model)
     client = filled("$dir")
     if flags.show:
@@ -6418,7 +6420,7 @@ nav, .row, .tabs { display: flex; flex-wrap: wrap; align-items: center; gap: .4r
 .card { margin: .8rem 0 } #hour-part { --least: 18rem } #figures { --least: 7.7rem } #figures .card { margin: 0 }
 #figures b { display: block; font-size: 1.35rem } progress { accent-color: var(--accent); width: 7rem } #plans progress { width: 100% }
 .chart { display: flex; height: 6rem; border-bottom: 1px solid var(--line) } #month { height: 11rem }
-.chart div { flex: 1; display: flex; flex-direction: column-reverse } .chart [aria-selected=true] { background: var(--line) }
+.chart div { flex: 1; display: flex; flex-direction: column-reverse } .chart [aria-selected=true] { outline: 1px dashed var(--soft) }
 i { min-height: 1px; forced-color-adjust: none } .chart i { margin: 0 10% } td i { display: inline-block; padding: .4rem; margin-right: .5rem }
 .axis { display: flex; justify-content: space-between; font-size: .75rem; color: var(--soft) }
 """  # noqa: E501 - a page
@@ -6522,13 +6524,13 @@ const calls = Object.entries({
   Responses: (model, stream) => curl("responses", bearer(key), { model, input: hello, stream }),
 }).map(([name, lines]) => [name, (m, stream) => [block(lines(m.id, stream))]]);
 
-const local = ["localhost", "127.0.0.1", "[::1]"].includes(location.hostname);
+const local = ["localhost", "127.0.0.1", "[::1]"].includes(location.hostname), port = location.port === "9090" ? "" : " --port " + location.port;
 const filled = (lines, m) => Object.entries({
   "http://ztoapi.example": origin, YOUR_KEY: key, "your-model": m.id, 1000001: m.context || 131072, 1000002: m.output || 16384,
   '"attachment": false': `"attachment": ${m.vision}`,
 }).reduce((text, [example, real]) => text.replaceAll(example, real), lines);
 const launched = ({ command, lines, install }) => [command, m => [
-  ...(local ? said(say("Beside ztoapi.py, in one line:", "在 ztoapi.py 所在目录，一行即可："), `python ztoapi.py launch ${command} --model ${m.id}`) : []),
+  ...(local ? said(say("Beside ztoapi.py, in one line:", "在 ztoapi.py 所在目录，一行即可："), `python ztoapi.py launch ${command}${port} --model ${m.id}`) : []),
   ...said(say("The same by hand; none of your configuration is changed:", "手动启动（不改动你的任何配置）："), filled(lines, m)),
   ...said(say("To install it:", "安装："), install)]];
 const entered = ([program, address, name, ...how]) =>
@@ -6593,7 +6595,7 @@ function fail(text) { $("failure").textContent = text; }
 async function ask(request, k, run) {
   const response = await fetch("v1/chat/completions", { method: "POST", signal: leaving.signal, body: JSON.stringify(request),
     headers: { "Content-Type": "application/json", Authorization: "Bearer " + k } });
-  if (!response.ok) return fail(response.status + "\n" + await response.text());
+  if (!response.ok) return fail(response.status + " " + ((await response.json().catch(() => null))?.error?.message ?? response.statusText));
   const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
   for (let text = "", part; !(part = await reader.read()).done;) {
     const frames = (text + part.value).split("\n\n"); text = frames.pop();

@@ -6595,7 +6595,7 @@ function fail(text) { $("failure").textContent = text; }
 async function ask(request, k, run) {
   const response = await fetch("v1/chat/completions", { method: "POST", signal: leaving.signal, body: JSON.stringify(request),
     headers: { "Content-Type": "application/json", Authorization: "Bearer " + k } });
-  if (!response.ok) return fail(response.status + " " + ((await response.json().catch(() => null))?.error?.message ?? response.statusText));
+  if (!response.ok) return response.json().then(({ error }) => fail(`${response.status} ${error.code ?? error.type}\n${error.message}`));
   const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
   for (let text = "", part; !(part = await reader.read()).done;) {
     const frames = (text + part.value).split("\n\n"); text = frames.pop();

@@ -6198,11 +6198,13 @@ async def test_what_a_key_may_is_asked_on_every_surface(client, zai, limits, sta
 async def test_a_client_that_leaves_before_the_end_uses_up_its_tokens_too(client, zai):
     zai.parts = [FIRST, HANG]
     key = await make_key(client, tokens="40")
-    async with client.post("/v1/chat/completions", json=chat(stream=True), headers=key) as response:
+    picture = {"type": "image_url", "image_url": {"url": "x" * 9999}}
+    asked = chat(stream=True, model="glm-4.6v", messages=[turn([text_block("x" * 400), picture])])
+    async with client.post("/v1/chat/completions", json=asked, headers=key) as response:
         await response.content.readline()
     assert await eventually(lambda: client.app[ztoapi.ACCOUNTS].counted)
     ((_, used),) = client.app[ztoapi.ACCOUNTS].counted.items()
-    assert used == [1, 0, len(json.dumps(chat(stream=True))) // 4, 0, 1]
+    assert used == [1, 0, 100, 0, 1]
 
 
 @in_loop
@@ -6639,9 +6641,9 @@ server.sendall(b"GET /health HTTP/1.0\\r\\nHost: localhost\\r\\n\\r\\n")
 story = {{
     "arguments": sys.argv[1:],
     "key": os.environ["ZTOAPI_KEY"],
-    "theirs": [name for name in os.environ if name.startswith(("OPENAI_", "ANTHROPIC_", "GPTME_", "ZAI_", "DEFAULT_", "DATABASE_"))],
+    "theirs": [name for name in os.environ if name.startswith(("OPENAI_", "ANTHROPIC_", "GPTME_", "ZAI_", "DEFAULT_"))],
     "mode": oct(os.stat(folder).st_mode & 0o777),
-    "health": json.loads(server.makefile().read().partition("\\n\\n")[2])["name"],
+    "health": json.loads(server.makefile().read().partition("\\n\\n")[2]),
 }}
 with open(sys.argv[-1] + ".new", "w") as file:
     json.dump(story, file)
@@ -6734,7 +6736,7 @@ def test_launch_tells_a_client_what_it_needs_and_no_more(run, tmp_path):
         "key": "sk-your-key",
         "theirs": [],
         "mode": "0o700",
-        "health": "ztoapi",
+        "health": {"status": "ok", "name": "ztoapi", "version": ztoapi.__version__, "demo": True, "zai_key": True},
     }
     assert (status, [*(launch.folder / "tmp").iterdir()]) == (7, [])
     assert said == f"ztoapi: pi with glm-4.7-flash at http://localhost:{port}; --model NAME for another\n"
@@ -6828,7 +6830,7 @@ def test_check_says_how_the_clients_that_are_installed_start(run, tmp_path):
 def test_launch_starts_a_demo_without_a_key(tmp_path):
     launch = Launch(tmp_path, flags=["--demo"], ZAI_API_KEY="")
     status, _, left = launch.end()
-    assert (status, json.loads(launch.story.read_text())["health"], left) == (7, "ztoapi", [])
+    assert (status, json.loads(launch.story.read_text())["health"]["demo"], left) == (7, True, [])
 
 
 def test_launch_needs_a_key_for_a_server_of_its_own(tmp_path):

@@ -1652,7 +1652,6 @@ ECHOED: JSON = (
 # The other keys that a response must have; in a request, ztoapi ignores them.
 FIXED: JSON = {"background": False, "max_tool_calls": None, "service_tier": "default", "truncation": "disabled"}
 FIXED |= {"frequency_penalty": 0.0, "presence_penalty": 0.0, "top_logprobs": 0}
-MAX_REFERRED = 1_000  # stored responses that one request may refer to
 REASONING_PREFIX = "ztoapi:"  # of our `encrypted_content`: base64 follows, neither encrypted nor signed
 
 
@@ -1739,7 +1738,7 @@ def referred_responses(body: JSON) -> list[str]:
     items = [response_of(str(item.get("id"))) for item in references]
     previous = [str(body["previous_response_id"])] if body.get("previous_response_id") else []
     ids = dict.fromkeys(filter(str.isprintable, previous + items))  # databases refuse some other characters
-    return list(ids)[:MAX_REFERRED]
+    return list(ids)[:1_000]
 
 
 def response_of(item_id: str) -> str:
@@ -3157,7 +3156,7 @@ class UsageReader(PassThroughReader):
 
     def close(self) -> bytes:
         data, self.held = bytes(self.held), bytearray()
-        self.usage = zai_usage(as_object(as_object(parse_json(data)).get("usage"))) if data else self.usage
+        self.usage = zai_usage(as_object(as_object(parse_answer(data)).get("usage"))) if data else self.usage
         return data
 
 
@@ -3166,7 +3165,7 @@ class EmbeddingsReader(UsageReader):
 
     def close(self) -> bytes:
         data = super().close()
-        document = as_object(parse_json(data))
+        document = as_object(parse_answer(data))
         if not isinstance(document.get("data"), list):
             return data
         return encode_json({**document, "data": [packed_embedding(item) for item in document["data"]]})
@@ -3680,7 +3679,6 @@ ERROR_BODY_LIMIT = 65536  # bytes of a refusal that are read
 ERROR_BODY_TIMEOUT = 5  # seconds
 GET_TIMEOUT = 5  # seconds
 GET_LIMIT = 2**22  # bytes
-MAX_LISTED = 1_000  # models
 
 
 class IdleTimer:
@@ -3730,12 +3728,9 @@ def connection_error(error: Exception) -> UpstreamError:
             return UpstreamError(UNAVAILABLE, BROKEN_OFF, type(error).__name__)
 
 
-NOT_IN_HEADER = re.compile(r"[^\w.:-]", re.ASCII)
-
-
 def header_word(words: str) -> str:
     """Text from outside, made safe for a header."""
-    return NOT_IN_HEADER.sub("_", words)[:128]
+    return re.sub(r"[^\w.:-]", "_", words, flags=re.ASCII)[:128]
 
 
 async def read_up_to(limit: int, content: aiohttp.StreamReader) -> bytes:
@@ -3911,6 +3906,7 @@ class Upload(aiohttp.AsyncIterablePayload):
 async def parts_of(body: bytes) -> AsyncIterator[bytes]:
     for start in range(0, len(body), PART_SIZE):
         yield body[start : start + PART_SIZE]
+        await asyncio.sleep(0)  # a fast reader would let none of these wait
 
 
 class ZaiClient:
@@ -3954,7 +3950,7 @@ class ZaiClient:
         items = as_object(parse_json(body)).get("data")
         if status != 200 or not isinstance(items, list):
             raise zai_error(status, body)
-        return list(islice(models_from_items(items), MAX_LISTED))
+        return list(islice(models_from_items(items), 1_000))
 
     async def plan_quota(self, key: ZaiKey) -> JSON:
         """What is left of a key's plan; no limits where it has none, and where Z.ai does not say."""
@@ -4582,6 +4578,7 @@ class Record:
     torn: int = 0  # frames that Z.ai tore
     usage: Usage = field(default_factory=Usage)
     pieces: int = 0  # of the answer, other than usage
+    prompt_size: int = 0  # characters, about
     left_out: str = ""  # tools that Z.ai does not have
 
     def note(self, events: list[Event]) -> None:
@@ -4593,10 +4590,11 @@ class Record:
             else:
                 self.pieces += 1
 
-    def estimate_usage(self, size: int) -> None:
-        """Where Z.ai did not get to report it: a token for each piece, and for 4 of the request's `size` bytes."""
-        if self.pieces and (self.error or self.status == CLIENT_LEFT) and not self.usage.total:
-            self.usage = Usage(size // 4, self.pieces, size // 4 + self.pieces)
+    def estimate_usage(self) -> None:
+        """Where Z.ai did not get to report it: a token for each piece, and for 4 characters of the prompt."""
+        if self.pieces > self.usage.completion and (self.error or self.status == CLIENT_LEFT):
+            prompt = self.usage.prompt or self.prompt_size // 4
+            self.usage = Usage(prompt, self.pieces, prompt + self.pieces, self.usage.cached)
 
     def snapshot(self, duration: float, ended_at: float) -> JSON:
         first = None if self.first is None else round(self.first - self.started, 3)
@@ -4898,6 +4896,7 @@ async def parse_request_of(surface: Surface, request: web.Request) -> tuple[Prom
     size = request.content.total_bytes + history.size
     prompt, surface_request = await in_thread_if_large(size, surface, body, history)
     record.model = model_shown(request, prompt.model)
+    record.prompt_size = size if size >= LARGE else sum(len(message_text(message)) for message in prompt.messages)
     record.left_out = ",".join([header_word(name) for name in prompt.ignored if name[:6] == "tools."])[:DETAIL_LIMIT]
     prompt = replace(prompt, size=size) if size >= LARGE else prompt
     return with_defaults(prompt, request.app[SETTINGS], request.headers.get("Accept", "")), surface_request
@@ -4973,12 +4972,9 @@ def json_response(document: JSON, status: int = 200, headers: Mapping[str, str] 
     return web.Response(body=body, status=status, headers=headers, content_type="application/json", charset="utf-8")
 
 
-UNPRINTABLE = re.compile(r"[^!-~]")
-
-
 def printable(words: str) -> str:
     """Text from a client, made safe for a line of the log."""
-    return UNPRINTABLE.sub("?", words)
+    return re.sub(r"[^!-~]", "?", words)
 
 
 DETAIL_LIMIT = 500  # characters of an error's detail
@@ -5222,6 +5218,7 @@ async def messages(request: web.Request) -> web.StreamResponse:
 
     async with upstream.account_slot(request[ACCOUNT]), AsyncExitStack() as owner:
         response = await upstream.with_retries(Target(model.id, "/messages"), caller, attempt, owner)
+        body.clear()  # long, and sent
         request[STREAM] = response
         return await response.send()
 
@@ -5339,6 +5336,7 @@ class PassThroughResponse:
             data = await in_thread_if_large(held, self.reader.feed, part)
         data = data or await in_thread_if_large(held, self.reader.close)
         self.request[RECORD].usage = self.reader.usage
+        self.request[RECORD].pieces += data.count(b"event: content_block_delta")
         return data
 
     async def send(self) -> web.StreamResponse:
@@ -5469,7 +5467,7 @@ async def log_requests(request: web.Request, handler: Handler) -> web.StreamResp
         return response
     finally:
         del in_flight[task]
-        record.estimate_usage(request.content.total_bytes)
+        record.estimate_usage()
         now = time.monotonic()
         level = logging.DEBUG if request.path.startswith(UNLOGGED_PATHS) else logging.INFO
         if LOG.isEnabledFor(level):  # LOG.log would look for the line of code that called it, which takes longest
@@ -6201,7 +6199,7 @@ async def check(flags: Mapping[str, str]) -> int:
 
 
 # What a client does not inherit: variables for other accounts, and our secrets.
-NOT_INHERITED = ("ANTHROPIC_", "OPENAI_", "GPTME_OPENAI_", "ZAI_", "DATABASE_URL", "DEFAULT_KEY")
+NOT_INHERITED = ("ANTHROPIC_", "OPENAI_", "GPTME_OPENAI_", "ZAI_", "DEFAULT_KEY")
 
 
 def launch(settings: Settings, flags: argparse.Namespace) -> int:
@@ -6812,7 +6810,7 @@ $("key-form").onsubmit = async event => {
   $("made").focus();
 };
 $("cancel").onclick = () => edit({}); $("by").onchange = $("measure").onchange = () => month(last);
-$("month").onkeydown = ({ key }) => pick(picked + ({ ArrowLeft: -1, ArrowRight: 1 }[key] || 0));
+$("month").onkeydown = event => { const step = { ArrowLeft: -1, ArrowRight: 1 }[event.key]; if (step) { event.preventDefault(); pick(picked + step); } };
 $("leave").onclick = () => enter("");
 $("door").onsubmit = event => { event.preventDefault(); enter($("door-key").value.trim()); $("door-key").value = ""; };
 document.onvisibilitychange = refresh; edit({}); enter(key);

@@ -2422,7 +2422,7 @@ def mended(message: Message) -> Message:
 
 
 def has_content(message: Message) -> bool:
-    return bool(message.calls) or any(not isinstance(part, str) or part.strip() for part in message.content)
+    return bool(message.calls) or any(p and not (isinstance(p, str) and p.isspace()) for p in message.content)
 
 
 def with_system_lines(messages: tuple[Message, ...], lines: Iterable[str]) -> tuple[Message, ...]:

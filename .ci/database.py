@@ -1,6 +1,6 @@
 """What tests cannot do in seconds: two servers on one database under load, PostgreSQL away for a while, kill -9.
 
-usage: python .ci/database.py [REQUESTS] [SECONDS that PostgreSQL is away]
+usage: PYTHONPATH=. python .ci/database.py [REQUESTS] [SECONDS that PostgreSQL is away]
 """
 
 import asyncio
@@ -19,10 +19,10 @@ from pathlib import Path
 import aiohttp
 from aiohttp import web
 
+from test_ztoapi import PostgreSQL
+from ztoapi import Account, Database, hash_key
+
 ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT))
-from test_ztoapi import PostgreSQL  # noqa: E402
-from ztoapi import Account, Database, hash_key  # noqa: E402
 
 KEYS = [f"sk-load-{i}" for i in range(6)]
 USAGE = {"prompt_tokens": 10, "completion_tokens": 3, "prompt_tokens_details": {"cached_tokens": 4}}

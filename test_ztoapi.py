@@ -27,11 +27,13 @@ import sys
 import tempfile
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from datetime import date, timedelta
 from functools import cache, cached_property
 from heapq import heappop, heappush
+from inspect import signature
 from itertools import count, product
 from pathlib import Path
 from random import Random
@@ -93,8 +95,20 @@ pytestmark = pytest.mark.filterwarnings("error")
 in_loop = pytest.mark.asyncio
 
 PROGRAM = Path(ztoapi.__file__)
+SETTING_NAMES = {field.name.upper() for field in ztoapi.fields(Settings)}
+INHERITED = {name: value for name, value in os.environ.items() if name not in SETTING_NAMES}  # by programs of the tests
 KEY = {"Authorization": "Bearer sk-your-key"}
 HELLO = {"model": "glm-4.6", "messages": [{"role": "user", "content": "你好"}]}
+
+
+def meanwhile(test):
+    """For a test that mostly waits for programs that it starts: a thread runs it while others are tested."""
+
+    def outcome(outcomes):
+        outcomes[test].result()
+
+    outcome.__name__, outcome.meanwhile = test.__name__, test
+    return outcome
 
 
 def read_chat(body):
@@ -438,11 +452,11 @@ def test_events_are_found_wherever_the_bytes_are_cut(stream, wanted):
 def test_a_line_of_many_megabytes_takes_linear_time():
     decoder, part = SSEDecoder(), b"x" * 4096
     decoder.feed(b"data: ")
-    started = time.process_time()
+    started = time.thread_time()
     for _ in range(4096):
         decoder.feed(part)
     assert [len(event) for event in decoder.feed(b"\n\n")] == [16 * 2**20]
-    assert time.process_time() - started < 2
+    assert time.thread_time() - started < 2
 
 
 def test_line_separators_leave_as_escapes():
@@ -2079,7 +2093,8 @@ def test_reasoning_that_a_client_dropped_is_put_back(messages, start, thoughts):
     )
 
 
-def test_the_same_conversation_is_the_same_bytes_in_every_process():
+@meanwhile
+async def test_the_same_conversation_is_the_same_bytes_in_every_process():
     """Sets and hash() differ from process to process."""
     words = "import json, sys, ztoapi; body = json.load(sys.stdin); prompt = ztoapi.parse_chat(body)[0]\n"
     words += "print(ztoapi.to_json(ztoapi.zai_body(prompt, ztoapi.resolve(prompt.model))), *ztoapi.conversation_start(prompt))"
@@ -2095,7 +2110,7 @@ def test_the_same_conversation_is_the_same_bytes_in_every_process():
             stdout=subprocess.PIPE,
             text=True,
             cwd=PROGRAM.parent,
-            env={**os.environ, "PYTHONHASHSEED": seed},
+            env={**INHERITED, "PYTHONHASHSEED": seed},
         )
         for seed in ("1", "2", "3")
     ]
@@ -2437,9 +2452,9 @@ def seconds_of(work, *arguments):
     """The least time of three tries."""
 
     def once():
-        started = time.process_time()
+        started = time.thread_time()
         work(*arguments)
-        return time.process_time() - started
+        return time.thread_time() - started
 
     return min(once() for _ in range(3))
 
@@ -2721,11 +2736,11 @@ def test_no_more_text_is_held_than_may_be_a_call():
 
 
 def test_a_leaked_call_of_megabytes_is_read_in_linear_time():
-    reader, started = ztoapi.TagReader(MODELS["glm-5"], {"read": PATH}), time.process_time()
+    reader, started = ztoapi.TagReader(MODELS["glm-5"], {"read": PATH}), time.thread_time()
     parts = ["<tool_call>read<arg_key>path</arg_key><arg_value>", *["x" * 10] * 100_000, "</arg_value></tool_call>"]
     [call] = [event for part in parts for event in reader.feed(part)]
     assert len(call["function"]["arguments"]) > 1_000_000
-    assert time.process_time() - started < 3
+    assert time.thread_time() - started < 3
 
 
 @pytest.mark.parametrize(
@@ -3756,9 +3771,9 @@ def test_a_request_has_no_more_than_so_many_values(monkeypatch, body, values):
 def test_too_many_values_are_found_without_decoding_them(monkeypatch, value):
     monkeypatch.setattr(ztoapi, "MAX_VALUES", 100_000)
     body = b'{"a":[%s1]}' % (value * (2**22 // len(value)))
-    started = time.process_time()
+    started = time.thread_time()
     assert ztoapi.too_many_values(body) == (len(value) < 100)
-    assert time.process_time() - started < 0.2
+    assert time.thread_time() - started < 0.2
 
 
 def test_the_depth_of_a_request_is_found_without_work_for_the_garbage_collector():
@@ -3982,18 +3997,14 @@ async def eventually(condition, seconds=1.0):
     return condition()
 
 
-SETTING_NAMES = {field.name.upper() for field in ztoapi.fields(Settings)}
-
-
 class Program:
     """ztoapi.py as a process of its own; it starts while the test goes on, on a free port unless told another."""
 
     def __init__(self, *arguments, **variables):
-        inherited = {name: value for name, value in os.environ.items() if name not in SETTING_NAMES}
         ours = {"NO_PROXY": "127.0.0.1,localhost", "DATABASE_URL": "memory", "PORT": "0"}
         self.process = subprocess.Popen(
             [sys.executable, PROGRAM, *arguments],
-            env={**inherited, **ours, **variables},
+            env={**INHERITED, **ours, **variables},
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
@@ -4025,19 +4036,41 @@ class Program:
         return status, banner + out + log
 
 
-@pytest.fixture
-def run():
-    programs = []
+@pytest.fixture(scope="module")
+def outcomes(request, tmp_path_factory):
+    """How the tests of `meanwhile` end, one after the other."""
+    chosen = (getattr(item.function, "meanwhile", None) for item in request.session.items)
+    with ThreadPoolExecutor(1) as thread:
+        yield {
+            test: thread.submit(asyncio.run, run_alone(test, tmp_path_factory.mktemp("meanwhile")))
+            for test in chosen
+            if test
+        }
 
-    def running(*arguments, **variables):
-        programs.append(Program(*arguments, **variables))
+
+async def run_alone(test, tmp_path):
+    """Runs a test of `meanwhile` with those that it wants of these: a folder, a fake Z.ai, and what starts programs."""
+    programs, servers = [], []
+
+    def run(start, *arguments, **how):
+        programs.append(start(*arguments, **how))
         return programs[-1]
 
-    yield running
-    for program in programs:
-        if program.process.poll() is None:
-            program.process.terminate()
-            program.end()
+    async def serve(app, **how):
+        servers.append(TestServer(app, **how))
+        await servers[-1].start_server()
+        return servers[-1]
+
+    given = {"run": run, "tmp_path": tmp_path, "zai": await start_zai(serve)}
+    try:
+        await test(*(given[name] for name in signature(test).parameters))
+    finally:
+        for program in programs:
+            if program.process.returncode is None:
+                program.process.terminate()
+                program.end()
+        for server in servers:
+            await server.close()
 
 
 @pytest.fixture
@@ -4069,7 +4102,7 @@ def raw_request(body, key="sk-your-key"):
 def started_early(request):
     """What takes a second to start does so while the first tests run, if a later one needs it."""
     needed = {name for item in request.session.items for name in item.fixturenames}
-    for name in needed & {"chromium", "launches", "postgresql"}:
+    for name in needed & {"chromium", "outcomes", "postgresql"}:
         with contextlib.suppress(pytest.skip.Exception):
             request.getfixturevalue(name)
 
@@ -5851,9 +5884,9 @@ async def test_a_slow_client_does_not_make_us_read_on(client, zai):
 # ======== The real program ========
 
 
-@in_loop
+@meanwhile
 async def test_clients_that_hang_up_free_zai_within_a_second(run, zai):
-    program = run(ZAI_BASE_URL=zai.url, ZAI_API_KEY="k")
+    program = run(Program, ZAI_BASE_URL=zai.url, ZAI_API_KEY="k")
     for zai.parts, stream in product(([FIRST, HANG], [HANG]), (True, False)):
         reader, writer = await asyncio.open_connection("127.0.0.1", program.port)
         writer.write(raw_request(chat(stream=stream)))
@@ -5868,9 +5901,9 @@ async def test_clients_that_hang_up_free_zai_within_a_second(run, zai):
     assert (status, "Traceback" in log, log.count(" 499 ")) == (0, False, 4)
 
 
-@in_loop
+@meanwhile
 async def test_debug_mode_logs_everything_but_secrets(run, zai):
-    program = run(ZAI_BASE_URL=zai.url, ZAI_API_KEY="Zk3y", DEFAULT_KEY="C1nt", DEBUG_MODE="true")
+    program = run(Program, ZAI_BASE_URL=zai.url, ZAI_API_KEY="Zk3y", DEFAULT_KEY="C1nt", DEBUG_MODE="true")
     zai.status, zai.parts = 401, [b'{"error":{"code":"1000","message":"the key Zk3y is no good"}}']
     image = "QUJD" * 1000
     body = message(
@@ -5889,8 +5922,9 @@ async def test_debug_mode_logs_everything_but_secrets(run, zai):
     assert image not in log
 
 
-def test_the_demo_answers_without_a_key(run):
-    program = run("--demo")
+@meanwhile
+async def test_the_demo_answers_without_a_key(run):
+    program = run(Program, "--demo")
     with socket.create_connection(("127.0.0.1", program.port), timeout=10) as connection:
         connection.sendall(raw_request(chat(stream=True)))
         stream = b""
@@ -5970,10 +6004,11 @@ def test_a_port_in_use_is_one_line_and_status_2(command):
     assert f"port {port} on localhost is in use" in words
 
 
-def test_env_beside_the_program_is_read_and_the_environment_wins(tmp_path):
-    (tmp_path / "ztoapi.py").write_text(PROGRAM.read_text())
+@meanwhile
+async def test_env_beside_the_program_is_read_and_the_environment_wins(tmp_path):
+    shutil.copy(PROGRAM, tmp_path)
     (tmp_path / ".env").write_text("PORT=abc\nMAX_BODY_MB=x\n")
-    command, env = [sys.executable, tmp_path / "ztoapi.py"], os.environ | {"PORT": "0"}
+    command, env = [sys.executable, tmp_path / "ztoapi.py"], INHERITED | {"PORT": "0"}
     done = subprocess.run(command, env=env, capture_output=True, text=True, check=False, timeout=20, cwd="/")
     assert done.stderr.startswith("ztoapi: MAX_BODY_MB=x cannot be used")
 
@@ -6545,24 +6580,27 @@ def test_what_the_keys_command_cannot_do_is_one_line_and_status_2(command, tmp_p
     assert "hunter2" not in words
 
 
-def test_a_key_is_no_use_to_others_while_the_published_one_counts(run, tmp_path):
+@meanwhile
+async def test_a_key_is_no_use_to_others_while_the_published_one_counts(run, tmp_path):
     urls = {key: f"sqlite:///{tmp_path}/{key}.db" for key in ("sk-your-key", "sk-mine")}
-    adding = [run("keys", "add", "anna", DATABASE_URL=url, DEFAULT_KEY=key) for key, url in urls.items()]
+    adding = [run(Program, "keys", "add", "anna", DATABASE_URL=url, DEFAULT_KEY=key) for key, url in urls.items()]
     (status, key, note), (*_, other_note) = (program.end() for program in adding)
     assert (status, bool(re.fullmatch(r"sk-[\w-]{43}\n", key))) == (0, True)
     assert ("nobody else can reach this server" in note, other_note) == (True, "")
 
 
-def test_a_database_that_cannot_be_used_stops_the_start(run, tmp_path):
+@meanwhile
+async def test_a_database_that_cannot_be_used_stops_the_start(run, tmp_path):
     (tmp_path / "z.db").write_bytes(b"no database" * 99)
-    status, out, words = run(DATABASE_URL=f"sqlite:///{tmp_path}/z.db").end()
+    status, out, words = run(Program, DATABASE_URL=f"sqlite:///{tmp_path}/z.db").end()
     assert (status, out, words.count("\n")) == (2, "", 1)
 
 
-def test_a_worker_whose_database_cannot_be_used_is_not_started_again():
+@meanwhile
+async def test_a_worker_whose_database_cannot_be_used_is_not_started_again():
     variables = {"DATABASE_URL": "sqlite:////no/folder/z.db", "PYTHONPATH": str(PROGRAM.parent)}
     command = [sys.executable, "-c", "import ztoapi; ztoapi.create_app()"]
-    done = subprocess.run(command, env=os.environ | variables, capture_output=True, text=True, check=False, timeout=20)
+    done = subprocess.run(command, env=INHERITED | variables, capture_output=True, text=True, check=False, timeout=20)
     assert (done.returncode, done.stderr.count("\n"), "cannot be used" in done.stderr) == (3, 1, True)
 
 
@@ -6573,7 +6611,7 @@ def test_postgresql_without_its_package_says_how_to_get_it(connect, monkeypatch)
         database.transact(database.list_accounts)
 
 
-@in_loop
+@meanwhile
 async def test_a_process_manager_may_make_the_app_before_it_forks(tmp_path, zai):
     pytest.importorskip("gunicorn")
     database = f"sqlite:///{tmp_path}/z.db"
@@ -6582,7 +6620,7 @@ async def test_a_process_manager_may_make_the_app_before_it_forks(tmp_path, zai)
     manager = await asyncio.create_subprocess_exec(
         *(sys.executable, "-m", "gunicorn", "ztoapi:create_app()", "--preload", "--workers", "2"),
         *("--worker-class", "aiohttp.GunicornWebWorker", "--bind", f"127.0.0.1:{(port := free_port())}"),
-        env=os.environ | variables,
+        env=INHERITED | variables,
         cwd=PROGRAM.parent,
         stderr=subprocess.PIPE,
     )
@@ -6668,7 +6706,7 @@ class Launch:
         self.process = subprocess.Popen(
             [sys.executable, PROGRAM, *flags, "launch", "pi", "--port", str(self.port), "--", *arguments, self.story],
             env={
-                **os.environ,
+                **INHERITED,
                 "TMPDIR": str(folder / "tmp"),
                 "PATH": f"{folder}/bin",
                 "ZAI_API_KEY": "zk",
@@ -6700,36 +6738,12 @@ def free_port():
             return port
 
 
-@pytest.fixture(scope="module")
-def launches(tmp_path_factory):
-    """Launches that are under way when their tests come. The stubborn one was ended, and gives its client 3 seconds."""
-    words = {"killed": ["die"], "interrupted": ["wait"], "terminated": ["wait"], "hung up": ["wait"]}
-    words["stubborn"] = ["wait", "stubborn"]
-    folder = tmp_path_factory.mktemp("launches")
-    begun = {name: Launch(folder, *arguments) for name, arguments in words.items()}
-    ending = threading.Thread(target=end_when_told, args=(begun["stubborn"],))
-    ending.start()
-    yield begun
-    ending.join()
-    for launch in begun.values():
-        if launch.process.returncode is None:
-            launch.process.terminate()
-            launch.end()
-
-
-def end_when_told(launch):
-    while launch.process.poll() is None and not launch.story.exists():
-        time.sleep(0.02)
-    for _ in range(2):
-        launch.process.terminate()
-        time.sleep(0.1)
-
-
-def test_launch_tells_a_client_what_it_needs_and_no_more(run, tmp_path):
-    port = run("--demo").port
+@meanwhile
+async def test_launch_tells_a_client_what_it_needs_and_no_more(run, tmp_path):
+    port = run(Program, "--demo").port
     secrets_of_others = {"OPENAI_API_KEY": "theirs", "ZTOAPI_KEY": "theirs", "DATABASE_URL": "memory"}
     secrets_of_others["GPTME_OPENAI_BASE_URL"] = "http://127.0.0.1:9/v1"
-    launch = Launch(tmp_path, "--own", port=port, DEFAULT_KEY="sk-your-key", **secrets_of_others)
+    launch = run(Launch, tmp_path, "--own", port=port, DEFAULT_KEY="sk-your-key", **secrets_of_others)
     status, said, _ = launch.end()
     assert json.loads(launch.story.read_text()) == {
         "arguments": ["--provider", "ztoapi", "--model", "glm-4.7-flash", "--own", str(launch.story)],
@@ -6742,32 +6756,34 @@ def test_launch_tells_a_client_what_it_needs_and_no_more(run, tmp_path):
     assert said == f"ztoapi: pi with glm-4.7-flash at http://localhost:{port}; --model NAME for another\n"
 
 
-def test_launch_starts_a_server_where_there_is_none_and_ends_it(launches):
-    status, said, left = launches["killed"].end()
+@meanwhile
+async def test_launch_starts_a_server_where_there_is_none_and_ends_it(run, tmp_path):
+    launch = run(Launch, tmp_path, "die")
+    status, said, left = launch.end()
     assert (status, left) == (128 + signal.SIGKILL, [])
-    folder = launches["killed"].folder
-    assert re.search(rf"starting a server for it; its log is {folder}/tmp/ztoapi-\S+\.log\n$", said)
+    assert re.search(rf"starting a server for it; its log is {launch.folder}/tmp/ztoapi-\S+\.log\n$", said)
 
 
-@in_loop
-@pytest.mark.parametrize(
-    ("name", "kill", "number", "wanted"),
-    [
-        pytest.param("interrupted", os.killpg, signal.SIGINT, 3, id="Ctrl-C, which is the client's"),
-        pytest.param("terminated", os.kill, signal.SIGTERM, 143, id="SIGTERM"),
-        pytest.param("hung up", os.kill, signal.SIGHUP, 129, id="SIGHUP"),
-    ],
-)
-async def test_a_launch_that_is_ended_leaves_nothing_behind(launches, name, kill, number, wanted):
-    launch = launches[name]
+@meanwhile
+async def test_a_launch_that_is_ended_leaves_nothing_behind(run, tmp_path):
+    # Ctrl-C is the client's own.
+    ends = {(os.killpg, signal.SIGINT): 3, (os.kill, signal.SIGTERM): 143, (os.kill, signal.SIGHUP): 129}
+    launches = {end: run(Launch, tmp_path, "wait") for end in ends}
+    for (kill, number), launch in launches.items():
+        await launch.told()
+        kill(launch.process.pid, number)
+    ended = {end: launch.end() for end, launch in launches.items()}
+    assert {end: (status, left) for end, (status, _, left) in ended.items()} == {end: (ends[end], []) for end in ends}
+
+
+@meanwhile
+async def test_a_client_that_does_not_end_is_killed_when_the_launch_ends(run, tmp_path):
+    launch = run(Launch, tmp_path, "wait", "stubborn")
     await launch.told()
-    kill(launch.process.pid, number)
+    for _ in range(2):
+        launch.process.terminate()
+        await asyncio.sleep(0.1)
     status, _, left = launch.end()
-    assert (status, left) == (wanted, [])
-
-
-def test_a_client_that_does_not_end_is_killed_when_the_launch_ends(launches):
-    status, _, left = launches["stubborn"].end()
     assert (status, left) == (143, [])
 
 
@@ -6806,9 +6822,10 @@ def test_a_server_is_known_by_its_name(reply, is_ours):
         assert ztoapi.is_ztoapi(f"http://127.0.0.1:{port}") is is_ours
 
 
-def test_launch_gives_no_key_to_what_is_not_ztoapi(tmp_path):
+@meanwhile
+async def test_launch_gives_no_key_to_what_is_not_ztoapi(run, tmp_path):
     with something_else(b'HTTP/1.1 200 OK\r\nContent-Length: 16\r\n\r\n{"name":"other"}') as (port, asked):
-        launch = Launch(tmp_path, port=port)
+        launch = run(Launch, tmp_path, port=port)
         status, said, _ = launch.end()
     assert (status, launch.story.exists(), b"sk-your-key" in b"".join(asked)) == (2, False, False)
     assert f"ztoapi: port {launch.port} on localhost is in use" in said
@@ -6819,22 +6836,25 @@ def test_launch_says_how_a_client_is_installed(command):
     assert command("launch", "codex", PATH="/nowhere") == (127, "", line)
 
 
-def test_check_says_how_the_clients_that_are_installed_start(run, tmp_path):
+@meanwhile
+async def test_check_says_how_the_clients_that_are_installed_start(run, tmp_path):
     for program in ("cn", "llm"):
         (tmp_path / program).touch(0o755)
-    status, out, _ = run("--check", PATH=str(tmp_path), ZAI_API_KEY="").end()
+    status, out, _ = run(Program, "--check", PATH=str(tmp_path), ZAI_API_KEY="").end()
     line = "✓ clients   python ztoapi.py launch continue, python ztoapi.py launch llm"
     assert (status, line in out.splitlines()) == (1, True)
 
 
-def test_launch_starts_a_demo_without_a_key(tmp_path):
-    launch = Launch(tmp_path, flags=["--demo"], ZAI_API_KEY="")
+@meanwhile
+async def test_launch_starts_a_demo_without_a_key(run, tmp_path):
+    launch = run(Launch, tmp_path, flags=["--demo"], ZAI_API_KEY="")
     status, _, left = launch.end()
     assert (status, json.loads(launch.story.read_text())["health"]["demo"], left) == (7, True, [])
 
 
-def test_launch_needs_a_key_for_a_server_of_its_own(tmp_path):
-    status, said, left = Launch(tmp_path, ZAI_API_KEY="").end()
+@meanwhile
+async def test_launch_needs_a_key_for_a_server_of_its_own(run, tmp_path):
+    status, said, left = run(Launch, tmp_path, ZAI_API_KEY="").end()
     assert (status, left) == (2, [])
     assert said.endswith("or try it without a key: python ztoapi.py --demo\n")
 
@@ -7029,11 +7049,11 @@ async def test_a_jump_of_the_wall_clock_changes_only_the_times_that_are_shown(st
 
 @in_loop
 async def test_a_path_is_routed_in_linear_time(client):
-    started = time.process_time()
+    started = time.thread_time()
     for path in ("/v1/models/" + "/" * 8100 + "x", "/v1/models/" + "a/" * 4050, "/v1" * 2700, "/" * 8000) * 3:
         head = f"GET {path} HTTP/1.1\r\nHost: localhost\r\n\r\n"
         assert (await talk_raw(client, head.encode())).startswith((b"HTTP/1.1 401", b"HTTP/1.1 404"))
-    assert time.process_time() - started < 0.5
+    assert time.thread_time() - started < 0.5
 
 
 @in_loop
@@ -7112,11 +7132,13 @@ def ask_health(port):
         return connection.recv(65536)[:15]
 
 
-def test_a_broken_stdout_stops_nothing():
+@meanwhile
+async def test_a_broken_stdout_stops_nothing():
     starting = {free_port(): stdout for stdout in (">/dev/full", ">&-", "> >(:)")}  # full, closed, gone
     programs = {
         port: subprocess.Popen(
             ["bash", "-c", f'exec "$@" {stdout}', "bash", sys.executable, PROGRAM, "--demo", "--port", str(port)],
+            env=INHERITED,
             stderr=subprocess.PIPE,
             text=True,
         )
@@ -7127,14 +7149,15 @@ def test_a_broken_stdout_stops_nothing():
             with contextlib.suppress(ConnectionRefusedError):
                 assert ask_health(port) == b"HTTP/1.1 200 OK"
                 break
-            time.sleep(0.1)
+            await asyncio.sleep(0.1)
         program.terminate()
         log = program.communicate(timeout=10)[1]
         assert (program.returncode, "Traceback" in log, "Error" in log) == (0, False, False), starting[port]
 
 
-def test_nobody_needs_to_read_the_log(run):
-    program = run("--demo")
+@meanwhile
+async def test_nobody_needs_to_read_the_log(run):
+    program = run(Program, "--demo")
     with socket.create_connection(("127.0.0.1", program.port), timeout=10) as connection:
         for _ in range(2000):  # more lines than a pipe holds
             connection.sendall(GET)

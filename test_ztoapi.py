@@ -41,7 +41,7 @@ from random import Random
 import pytest
 import pytest_asyncio
 from aiohttp import web
-from aiohttp.test_utils import TestServer, make_mocked_request
+from aiohttp.test_utils import TestServer, get_port_socket, make_mocked_request
 
 import ztoapi
 from ztoapi import (
@@ -3811,7 +3811,7 @@ class FakeZai:
         self.models = 200, {"object": "list", "data": [{"id": "glm-4.6"}]}  # or HANG
         self.quota, self.asked_for_quota = (404, b""), []
         self.asked_for_models = 0
-        self.pause = 0  # seconds before it reads the next MiB of a request
+        self.pauses = []  # seconds before it reads the next MiB of a request
         self.asked = []  # method, path, headers and body
         self.peers, self.open = set(), 0
         self.left = asyncio.Event()  # somebody hung up before the answer's end
@@ -3859,7 +3859,7 @@ class FakeZai:
         body = bytearray()
         while not content.at_eof():
             rest = 2**20 - len(body) % 2**20
-            await asyncio.sleep(self.pause if rest == 2**20 else 0)
+            await asyncio.sleep(self.pauses.pop() if self.pauses and rest == 2**20 else 0)
             try:
                 body += await content.read(rest)
             except web.RequestPayloadError:
@@ -3897,20 +3897,28 @@ def zai_refuses(code, status=429, text="Words"):
     return status, [json.dumps({"error": {"code": str(code), "message": text}}).encode()]
 
 
-async def start_zai(aiohttp_server):
-    fake = FakeZai()
-    fake.url = str((await aiohttp_server(fake.app(), shutdown_timeout=0.1)).make_url("/api/paas/v4"))
-    return fake
+@asynccontextmanager
+async def fake_zai(**how):
+    zai = FakeZai()
+    server = TestServer(zai.app(), **how)
+    await server.start_server(shutdown_timeout=0.1)
+    zai.url = str(server.make_url("/api/paas/v4"))
+    try:
+        yield zai
+    finally:
+        await server.close()
 
 
 @pytest_asyncio.fixture
-async def zai(aiohttp_server):
-    return await start_zai(aiohttp_server)
+async def zai():
+    async with fake_zai() as zai:
+        yield zai
 
 
 @pytest_asyncio.fixture
-async def other_zai(aiohttp_server):
-    return await start_zai(aiohttp_server)
+async def other_zai():
+    async with fake_zai() as zai:
+        yield zai
 
 
 @pytest_asyncio.fixture
@@ -4050,27 +4058,21 @@ def outcomes(request, tmp_path_factory):
 
 async def run_alone(test, tmp_path):
     """Runs a test of `meanwhile` with those that it wants of these: a folder, a fake Z.ai, and what starts programs."""
-    programs, servers = [], []
+    programs = []
 
     def run(start, *arguments, **how):
         programs.append(start(*arguments, **how))
         return programs[-1]
 
-    async def serve(app, **how):
-        servers.append(TestServer(app, **how))
-        await servers[-1].start_server()
-        return servers[-1]
-
-    given = {"run": run, "tmp_path": tmp_path, "zai": await start_zai(serve)}
-    try:
-        await test(*(given[name] for name in signature(test).parameters))
-    finally:
-        for program in programs:
-            if program.process.returncode is None:
-                program.process.terminate()
-                program.end()
-        for server in servers:
-            await server.close()
+    async with fake_zai() as zai:
+        given = {"run": run, "tmp_path": tmp_path, "zai": zai}
+        try:
+            await test(*(given[name] for name in signature(test).parameters))
+        finally:
+            for program in programs:
+                if program.process.returncode is None:
+                    program.process.terminate()
+                    program.end()
 
 
 @pytest.fixture
@@ -6151,19 +6153,27 @@ async def test_a_body_that_comes_byte_by_byte_gets_no_more_time(passing, impatie
     await asyncio.gather(*map(send_slowly, ("/v1/chat/completions", "/v1/files")))
 
 
-LARGE = message(role="user", content="x" * 2**24)
+LARGE = message(role="user", content="x" * 2**23)
+
+
+def narrow_socket(*where):
+    """What connects to this socket can send little before somebody reads."""
+    listener = get_port_socket(*where)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2**16)
+    return listener
 
 
 @in_loop
-@pytest.mark.parametrize(("pause", "status"), [(0.06, 200), (60, 504)], ids=["slow", "none of it"])
-async def test_an_upload_may_be_slow_but_not_stall(start, zai, pause, status):
-    client = await start(upstream_timeout=0.8)
-    zai.pause, zai.headers, zai.parts = pause, {}, [DOCUMENT]
-    started = time.monotonic()
-    uploads = asyncio.gather(*(ask(client, LARGE, f"/v1/{path}") for path in ("chat/completions", "files")))
-    assert [response.status for response, _ in await asyncio.wait_for(uploads, 10)] == [status] * 2
-    assert time.monotonic() - started > 0.8  # in all, a slow one takes longer than Z.ai may be silent
-    assert (await stats(client))[0]["in_flight"] == 0
+@pytest.mark.parametrize(("pauses", "status"), [([0.1] * 10, 200), ([60] * 2, 504)], ids=["slow", "none of it"])
+async def test_an_upload_may_be_slow_but_not_stall(start, pauses, status):
+    async with fake_zai(socket_factory=narrow_socket) as zai:
+        client = await start(upstream_timeout=0.4, zai_base_url=zai.url)
+        zai.pauses, zai.headers, zai.parts = [*pauses], {}, [DOCUMENT]
+        started = time.monotonic()
+        uploads = asyncio.gather(*(ask(client, LARGE, f"/v1/{path}") for path in ("chat/completions", "files")))
+        assert [response.status for response, _ in await asyncio.wait_for(uploads, 10)] == [status] * 2
+        assert time.monotonic() - started > 0.4  # in all, a slow one takes longer than Z.ai may be silent
+        assert (await stats(client))[0]["in_flight"] == 0
 
 
 @in_loop

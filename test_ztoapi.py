@@ -4131,11 +4131,10 @@ class Chromium:
         )
 
     async def address(self):
-        """Of its DevTools, and the path there of the browser as a whole."""
+        """Of its DevTools."""
         port_file = self.folder / "DevToolsActivePort"
         assert await eventually(lambda: port_file.exists() and "/" in port_file.read_text(), 20)
-        port, path = port_file.read_text().splitlines()
-        return f"http://127.0.0.1:{port}", path
+        return f"http://127.0.0.1:{port_file.read_text().splitlines()[0]}"
 
     def close(self):
         self.process.terminate()
@@ -4153,7 +4152,7 @@ def chromium(tmp_path_factory):
 
 
 class DevTools:
-    """What answers at one address of Chromium's DevTools: the browser as a whole, or one page."""
+    """A page of Chromium's, over its DevTools."""
 
     def __init__(self, socket):
         self.socket, self.number, self.complaints, self.asked = socket, count(1), [], []
@@ -4196,22 +4195,18 @@ class DevTools:
 
 @pytest_asyncio.fixture
 async def browser(chromium):
-    """A page with a storage of its own, whose clock runs ten times as fast."""
-    origin, path = await chromium.address()
-    async with (
-        ztoapi.aiohttp.ClientSession() as session,
-        session.ws_connect(origin + path) as socket,
-    ):
-        whole = DevTools(socket)
-        context = await whole.call("Target.createBrowserContext", disposeOnDetach=True)
-        target = await whole.call("Target.createTarget", url="about:blank", **context)
-        async with session.ws_connect(f"{origin}/devtools/page/{target['targetId']}", max_msg_size=0) as page_socket:
+    """Its page, whose clock runs ten times as fast. Each server of a test is another origin, with another storage."""
+    async with ztoapi.aiohttp.ClientSession() as session:
+        async with session.get(await chromium.address() + "/json/list") as response:
+            (url,) = [target["webSocketDebuggerUrl"] for target in await response.json() if target["type"] == "page"]
+        async with session.ws_connect(url, max_msg_size=0) as page_socket:
             page = DevTools(page_socket)
             for domain in ("Runtime", "Log", "Network", "Page"):
                 await page.call(f"{domain}.enable")
             faster = "const wait = setTimeout; setTimeout = (job, ms) => wait(job, ms / 10)"
             await page.call("Page.addScriptToEvaluateOnNewDocument", source=faster)
             yield page
+            await page.call("Page.navigate", url="about:blank")
 
 
 @pytest_asyncio.fixture

@@ -33,6 +33,7 @@ from dataclasses import replace
 from datetime import date, timedelta
 from functools import cache, cached_property
 from heapq import heappop, heappush
+from importlib import import_module
 from inspect import signature
 from itertools import count, product
 from pathlib import Path
@@ -3535,7 +3536,8 @@ class PostgreSQL:
 
     def new_database(self):
         url, name = self.url, f"z{secrets.token_hex(4)}"
-        self.call("createdb", "-h", self.folder, "-U", "postgres", name)
+        with contextlib.closing(import_module("psycopg").connect(url, autocommit=True)) as connection:
+            connection.execute(f"CREATE DATABASE {name}")
         return url.replace("/postgres?", f"/{name}?")
 
     def start(self):

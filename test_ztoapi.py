@@ -6134,19 +6134,19 @@ async def test_a_body_that_comes_byte_by_byte_gets_no_more_time(passing, impatie
         writer.write(POST.format(path, "Content-Length: 99999").encode())
         answer = asyncio.create_task(reader.readline())
         for _ in range(8):
-            writer.write(b"x" * 20)  # 100 bytes in half a second
-            await asyncio.sleep(0.1)
+            writer.write(b"x" * 20)  # 100 bytes in 0.3 s
+            await asyncio.sleep(0.06)
         assert not answer.done()
         for _ in range(20):
             if not answer.done():
-                writer.write(b"x")  # 5 in each 0.2 s
-                await asyncio.sleep(0.04)
+                writer.write(b"x")
+                await asyncio.sleep(0.03)
         assert answer.done()
         assert answer.result().startswith(b"HTTP/1.1 400")
         writer.close()
 
     monkeypatch.setattr(ztoapi, "MIN_READ", 40)
-    monkeypatch.setattr(ztoapi, "READ_TIMEOUT", 0.5)
+    monkeypatch.setattr(ztoapi, "READ_TIMEOUT", 0.3)
     await asyncio.gather(*map(send_slowly, ("/v1/chat/completions", "/v1/files")))
 
 
@@ -6998,7 +6998,7 @@ async def test_what_is_held_of_an_answer_is_held_in_linear_time(make):
 @in_loop
 async def test_an_answer_that_is_packed_though_we_did_not_ask_for_it_stops_nobody_else(client, zai):
     zai.headers = EVENT_STREAM | {"Content-Encoding": "gzip"}
-    zai.parts = [gzip.compress(FIRST * 200_000 + RECORDED)]
+    zai.parts = [gzip.compress(FIRST * 80_000 + RECORDED)]
     async with nobody_is_stopped():
         assert (await ask(client))[0].status == 200
 

@@ -386,7 +386,7 @@ def test_every_model_has_its_kind_of_thinking(kind, names):
     ],
 )
 def test_the_first_alias_that_fits_wins(name, wanted):
-    assert resolve(name, [("gpt-4o", "zai/glm-4.6"), ("claude-*", "GLM-5.3"), ("gpt-*", "glm-5")]).id == wanted
+    assert resolve(name, (("gpt-4o", "zai/glm-4.6"), ("claude-*", "GLM-5.3"), ("gpt-*", "glm-5"))).id == wanted
 
 
 @pytest.mark.parametrize("name", ["zai/", " ", "[1m]", "zai/ [1m]"])
@@ -3845,6 +3845,7 @@ class FakeZai:
         return web.json_response(document, status=status)
 
     async def serve(self, request):
+        request.protocol.timer.cancel()  # our class of connections serves the fake too, which has more patience
         body = await self.read(request.content)
         self.asked.append((request.method, request.path_qs, request.headers, body))
         self.peers.add(request.transport.get_extra_info("peername"))
@@ -5901,6 +5902,21 @@ async def test_clients_that_hang_up_free_zai_within_a_second(run, zai):
 
 
 @meanwhile
+async def test_a_second_signal_ends_the_answers_that_the_first_let_finish(run, zai):
+    program, zai.parts = run(Program, ZAI_BASE_URL=zai.url, ZAI_API_KEY="k"), [FIRST, HANG]
+    reader, writer = await asyncio.open_connection("127.0.0.1", program.port)
+    writer.write(raw_request(chat(stream=True)))
+    await reader.readuntil(b"}]}")
+    program.process.terminate()
+    assert "stopping: 1 answers have 30 s" in program.process.stderr.readline()
+    program.process.terminate()
+    assert error_of((await reader.read()).decode().split("data: ")[1])["code"] == "server_stopping"
+    writer.close()
+    status, _, log = program.end()
+    assert (status, "Traceback" in log) == (0, False)
+
+
+@meanwhile
 async def test_debug_mode_logs_everything_but_secrets(run, zai):
     program = run(Program, ZAI_BASE_URL=zai.url, ZAI_API_KEY="Zk3y", DEFAULT_KEY="C1nt", DEBUG_MODE="true")
     zai.status, zai.parts = 401, [b'{"error":{"code":"1000","message":"the key Zk3y is no good"}}']
@@ -6148,6 +6164,23 @@ async def test_a_body_that_comes_byte_by_byte_gets_no_more_time(passing, impatie
     monkeypatch.setattr(ztoapi, "MIN_READ", 40)
     monkeypatch.setattr(ztoapi, "READ_TIMEOUT", 0.3)
     await asyncio.gather(*map(send_slowly, ("/v1/chat/completions", "/v1/files")))
+
+
+@in_loop
+async def test_while_we_read_nothing_a_client_is_not_silent(client, impatient):
+    head, body = raw_request(HELLO).split(b"\r\n\r\n")
+    reader, writer = await asyncio.open_connection("127.0.0.1", client.port)
+    writer.write(head + b"\r\n\r\n")
+    assert await eventually(lambda: client.app[ztoapi.IN_FLIGHT])
+    (connection,) = client.server.handler.connections
+    connection.pause_reading()
+    await asyncio.sleep(0.3)
+    connection.resume_reading()
+    connection.timer.cancel()
+    connection.check()
+    writer.write(body)
+    assert await asyncio.wait_for(reader.readline(), 2) == b"HTTP/1.1 200 OK\r\n"
+    writer.close()
 
 
 LARGE = message(role="user", content="x" * 2**23)
@@ -6826,7 +6859,7 @@ def something_else(reply):
 )
 def test_a_server_is_known_by_its_name(reply, is_ours):
     with something_else(reply) as (port, _):
-        assert ztoapi.is_ztoapi(f"http://127.0.0.1:{port}") is is_ours
+        assert bool(ztoapi.ztoapi_at(f"http://127.0.0.1:{port}")) is is_ours
 
 
 @meanwhile
@@ -6836,6 +6869,14 @@ async def test_launch_gives_no_key_to_what_is_not_ztoapi(run, tmp_path):
         status, said, _ = launch.end()
     assert (status, launch.story.exists(), b"sk-your-key" in b"".join(asked)) == (2, False, False)
     assert f"ztoapi: port {launch.port} on localhost is in use" in said
+
+
+def test_launch_of_a_demo_uses_no_server_that_is_none(command, tmp_path):
+    (tmp_path / "pi").touch(0o755)
+    with something_else(b'HTTP/1.1 200 OK\r\nContent-Length: 31\r\n\r\n{"name":"ztoapi","demo": false}') as (port, _):
+        status, _, words = command("--demo", "launch", "pi", "--port", str(port), PATH=str(tmp_path))
+    line = f"ztoapi: the ztoapi at http://localhost:{port} is no demo: use another --port, or leave --demo out\n"
+    assert (status, words) == (2, line)
 
 
 def test_launch_says_how_a_client_is_installed(command):
@@ -6998,7 +7039,7 @@ async def test_what_is_held_of_an_answer_is_held_in_linear_time(make):
 @in_loop
 async def test_an_answer_that_is_packed_though_we_did_not_ask_for_it_stops_nobody_else(client, zai):
     zai.headers = EVENT_STREAM | {"Content-Encoding": "gzip"}
-    zai.parts = [gzip.compress(FIRST * 80_000 + RECORDED)]
+    zai.parts = [gzip.compress(FIRST * 160_000 + RECORDED)]
     async with nobody_is_stopped():
         assert (await ask(client))[0].status == 200
 

@@ -63,7 +63,7 @@ from contextvars import ContextVar
 from dataclasses import Field, dataclass, field, fields, replace
 from datetime import date, datetime, timedelta, timezone
 from fnmatch import fnmatchcase
-from functools import cached_property, partial
+from functools import cached_property, lru_cache, partial
 from http.client import HTTPException
 from importlib import import_module
 from itertools import accumulate, chain, count, groupby, islice, takewhile
@@ -437,9 +437,8 @@ class Redactor:
     def __init__(self, words: Iterable[str]) -> None:
         # A key may appear as it is, in JSON, in JSON inside JSON, or in a URL.
         forms = {form for word in words for form in (any_escaping(word), re.escape(quote(word, safe="")))}
-        secret = sorted(forms, key=len, reverse=True)
         # The last is a key made by `new_key`. Each begins with a plain character, which a search finds fast.
-        self.pattern = re.compile("|".join((*secret, r"sk-[\w-]{43}\b")))
+        self.pattern = re.compile("|".join((*sorted(forms, key=len, reverse=True), r"sk-[\w-]{43}\b")))
 
     def __call__(self, text: str) -> str:
         return self.pattern.sub("***", text)
@@ -532,7 +531,8 @@ def aliased(name: str, renamed: Iterable[tuple[str, str]]) -> str:
     return name
 
 
-def resolve(name: str, renamed: Iterable[tuple[str, str]] = ()) -> Model:
+@lru_cache(256)
+def resolve(name: str, renamed: tuple[tuple[str, str], ...] = ()) -> Model:
     """The model that a client's name means; case, provider prefix and `[1m]` do not matter; aliases win.
 
     A name that is not in the table is passed on in lower case: Z.ai may know it.
@@ -1264,7 +1264,7 @@ def parse_chat(body: JSON) -> tuple[Prompt, ChatRequest]:
         **common_arguments(given),
         messages=tuple(parse_message(message, f"messages[{i}]") for i, message in enumerate(given["messages"])),
         max_tokens=given.get("max_completion_tokens", given.get("max_tokens")),
-        tools=tuple(tool for tool in tools if isinstance(tool, Tool)),
+        tools=tuple([tool for tool in tools if isinstance(tool, Tool)]),
         native_tools=tuple(native_tools(tools, given)),
         schema=given.get("response_format"),
         effort=effort_of(given),
@@ -1279,16 +1279,15 @@ def parse_chat(body: JSON) -> tuple[Prompt, ChatRequest]:
 def native_tools(tools: list[Tool | JSON], given: JSON) -> list[JSON]:
     """Z.ai's own tools: those that the client sent, and the search that web_search_options asks for."""
     native = [tool for tool in tools if not isinstance(tool, Tool)]
-    searches = any(tool["type"] == "web_search" for tool in native)
-    return native if searches or "web_search_options" not in given else [*native, given["web_search_options"]]
+    if "web_search_options" in given and not any(tool["type"] == "web_search" for tool in native):
+        native.append(given["web_search_options"])
+    return native
 
 
 # Z.ai refuses developer (1214); OpenAI's role function is now tool.
 ROLES = {role: role for role in ("system", "user", "assistant", "tool")} | {"developer": "system", "function": "tool"}
 known_role = must(f"be one of {', '.join(ROLES)}", lambda value: isinstance(value, str) and value in ROLES)
-call_reference = must(
-    "name the call that this message answers", lambda value: isinstance(value, (str, int)) and value != ""
-)
+call_reference = must("name the call that it answers", lambda value: isinstance(value, (str, int)) and value != "")
 url_text = must("be an address", lambda value: isinstance(value, str) and value != "")
 
 
@@ -1456,8 +1455,7 @@ def as_function_call(choice: JSON) -> JSON:
     fields = {name: value for name, value in choice["message"].items() if name != "tool_calls"}
     calls = [call["function"] for call in choice["message"].get("tool_calls", ())[:1]]
     finish = "function_call" if choice["finish_reason"] == "tool_calls" else choice["finish_reason"]
-    message = fields | ({"function_call": calls[0]} if calls else {})
-    return {**choice, "message": message, "finish_reason": finish}
+    return {**choice, "message": fields | ({"function_call": calls[0]} if calls else {}), "finish_reason": finish}
 
 
 def call_body(call: ToolCall) -> JSON:
@@ -1483,7 +1481,7 @@ def url_citation(result: JSON) -> JSON:
 
 
 def chat_completion(head: Head, answer: Answer) -> JSON:
-    found = [*chain.from_iterable(choice.citations for choice in answer.choices.values())]
+    found = [result for choice in answer.choices.values() for result in choice.citations]
     search = {"web_search": found} if found else {}
     choices = [chat_choice(index, choice) for index, choice in sorted(answer.choices.items())]
     usage = usage_body(answer.usage or Usage())
@@ -1542,8 +1540,7 @@ def parse_completion(body: JSON) -> tuple[Prompt, CompletionRequest]:
         effort=effort_of(given),
         ignored=tuple(unknown_fields(body, COMPLETION_FIELDS)),
     )
-    echo = given["prompt"] if given.get("echo") else ""
-    return prompt, CompletionRequest(prompt.n, wants_usage(given), echo=echo)
+    return prompt, CompletionRequest(prompt.n, wants_usage(given), echo=given["prompt"] if given.get("echo") else "")
 
 
 def completion_messages(prompt: str, suffix: str) -> tuple[Message, ...]:
@@ -1734,11 +1731,12 @@ def previous_items(given: JSON, history: History) -> list[Any]:
 
 def referred_responses(body: JSON) -> list[str]:
     """The ids of the stored responses that a request refers to."""
+    if "input" not in body:
+        return []
     references = (item for item in objects(body.get("input")) if item.get("type") == "item_reference")
     items = [response_of(str(item.get("id"))) for item in references]
     previous = [str(body["previous_response_id"])] if body.get("previous_response_id") else []
-    ids = dict.fromkeys(filter(str.isprintable, previous + items))  # databases refuse some other characters
-    return list(ids)[:1_000]
+    return list(dict.fromkeys(filter(str.isprintable, previous + items)))[:1_000]  # others, a database may refuse
 
 
 def response_of(item_id: str) -> str:
@@ -2060,8 +2058,7 @@ class ResponseEncoder:
 
     def close(self) -> list[JSON]:
         status = self.final_status
-        completed_at = int(self.head.clock()) if status == "completed" else None
-        response = self.response(status, completed_at=completed_at)
+        response = self.response(status, completed_at=int(self.head.clock()) if status == "completed" else None)
         if response["store"]:
             self.request.history.put(StoredResponse(response, self.request.input))
         return [self.frame(status, response=response)]
@@ -3048,8 +3045,7 @@ def zai_usage(usage: JSON) -> Usage:
     prompt, completion = as_count(usage.get("prompt_tokens")), as_count(usage.get("completion_tokens"))
     cached = as_count(as_object(usage.get("prompt_tokens_details")).get("cached_tokens"))
     reasoning = as_count(as_object(usage.get("completion_tokens_details")).get("reasoning_tokens"))
-    total = as_count(usage.get("total_tokens")) or prompt + completion
-    return Usage(prompt, completion, total, cached, reasoning)
+    return Usage(prompt, completion, as_count(usage.get("total_tokens")) or prompt + completion, cached, reasoning)
 
 
 PLAN_WINDOWS = {(3, 5): "5h", (6, 1): "week", (5, 1): "month"}  # by unit and number
@@ -3239,15 +3235,12 @@ def hash_key(key: str) -> str:
 
 
 def day_of(now: float) -> date:
-    return date(1970, 1, 1) + timedelta(seconds=now)
+    return date.fromordinal(719_163 + int(now // 86_400))  # 719,163 is 1970-01-01
 
 
 # The pattern of each limit, and its description.
 LIMITS: Mapping[str, tuple[str, str]] = {
-    "expires": (
-        r"\d{4}-\d\d-\d\d|\d{1,4}d",
-        "a day not in the past, such as 2027-01-31, or a number of days, such as 30d",
-    ),
+    "expires": (r"\d{4}-\d\d-\d\d|\d{1,4}d", "a day not in the past, like 2027-01-31, or a number of days, like 30d"),
     "tokens": (r"[1-9]\d{0,11}[kMG]?(/(day|week|month))?", "a number such as 500k or 5M, or 5M/day, 5M/week, 5M/month"),
     "models": (r"[\w.*?-]+(,[\w.*?-]+)*", "names of models, separated by commas; * matches anything"),
     "rpm": (r"[1-9]\d{0,5}", "a number of requests a minute"),
@@ -3728,9 +3721,12 @@ def connection_error(error: Exception) -> UpstreamError:
             return UpstreamError(UNAVAILABLE, BROKEN_OFF, type(error).__name__)
 
 
+NOT_IN_HEADERS, NOT_PRINTABLE = re.compile(r"[^\w.:-]", re.ASCII), re.compile(r"[^!-~]")
+
+
 def header_word(words: str) -> str:
     """Text from outside, made safe for a header."""
-    return re.sub(r"[^\w.:-]", "_", words, flags=re.ASCII)[:128]
+    return NOT_IN_HEADERS.sub("_", words)[:128]
 
 
 async def read_up_to(limit: int, content: aiohttp.StreamReader) -> bytes:
@@ -3834,7 +3830,7 @@ class EventStream(EventSource):
         self.error: UpstreamError | None = None  # raised after the events that came before it
         self.finish_deadline = 0.0  # loop time after which we stop waiting for usage and [DONE]
 
-    @cached_property
+    @property
     def info(self) -> AnswerInfo:
         """Known when the answer has begun."""
         reader = self.reader
@@ -3928,11 +3924,12 @@ class ZaiClient:
         headers = {**headers, "Authorization": f"Bearer {key.secret}"}
         how = {"method": "POST", "proxy": self.proxy(url), "allow_redirects": False, **how}
         try:
-            response = await owner.enter_async_context(self.session.request(url=url, headers=headers, data=data, **how))
+            response = await self.session.request(url=url, headers=headers, data=data, **how)
         except (aiohttp.ClientError, ValueError) as error:
             if isinstance(error.__cause__, (BadRequest, web.HTTPException)):  # by `body_parts`
                 raise error.__cause__ from error
             raise connection_error(error) from error
+        owner.push_async_exit(response)
         stream = ByteStream(response, self.max_silence, owner)
         await stream.check_status()
         return stream
@@ -4258,13 +4255,8 @@ class Upstream:
         numbers = {key: number for number, key in enumerate(self.settings.zai_keys, 1)}
         clock_zero = self.clock.unix() - self.clock.now()  # the Unix time at which the clock says 0
         cooling = [
-            {
-                "key": numbers[key],
-                "model": redact(scope),
-                "until": clock_zero + found.until,
-                "why": found.error.kind.code,
-            }
-            for (key, scope), found in self.keys.cooling.items()
+            {"key": numbers[key], "model": redact(scope), "until": clock_zero + rest.until, "why": rest.error.kind.code}
+            for (key, scope), rest in self.keys.cooling.items()
         ]
         queues = [{"model": redact(name)} | queue.snapshot(numbers, clock_zero) for name, queue in self.queues.items()]
         return {"keys": len(numbers), "resting": cooling, "queues": queues, "healed": dict(self.remedies)}
@@ -4637,8 +4629,7 @@ class Histogram:
 
 def sample(name: str, value: float, labels: Mapping[str, object]) -> str:
     """One line of Prometheus' text format 0.0.4; JSON escapes labels in the same way."""
-    pairs = ",".join(f"{label}={to_json(str(text))}" for label, text in labels.items())
-    return f"ztoapi_{name}{{{pairs}}} {value}"
+    return f"ztoapi_{name}{{{','.join(f'{label}={to_json(str(text))}' for label, text in labels.items())}}} {value}"
 
 
 class ModelFigures:
@@ -4874,16 +4865,17 @@ async def answer(surface: Surface, request: web.Request) -> web.StreamResponse:
     del prompt
     if not streamed:
         async with opened as stream:
-            whole = await collect(ClientView(stream, record, form))
-            document = surface_request.document(head_of(stream.info, model, record), whole)
+            info, whole = stream.info, await collect(ClientView(stream, record, form))
+            document = surface_request.document(head_of(info, model, record), whole)
             if stream.size > LARGE:  # others go on between two steps that take long
                 await asyncio.sleep(0)
-            return json_response(document, headers=headers | info_headers(stream.info))
+            return json_response(document, headers=headers | info_headers(info))
     response = request[STREAM] = SSEResponse(request, surface_request, model)
     with response.kept_alive():
         async with opened as stream:
-            head = head_of(stream.info, model, record)
-            await response.relay(ClientView(stream, record, form), head, headers | info_headers(stream.info))
+            info = stream.info
+            head, view = head_of(info, model, record), ClientView(stream, record, form)
+            await response.relay(view, head, headers | info_headers(info))
     return response.response
 
 
@@ -4974,7 +4966,7 @@ def json_response(document: JSON, status: int = 200, headers: Mapping[str, str] 
 
 def printable(words: str) -> str:
     """Text from a client, made safe for a line of the log."""
-    return re.sub(r"[^!-~]", "?", words)
+    return NOT_PRINTABLE.sub("?", words)
 
 
 DETAIL_LIMIT = 500  # characters of an error's detail
@@ -5457,7 +5449,7 @@ async def add_headers(request: web.Request, response: web.StreamResponse) -> Non
 @web.middleware
 async def log_requests(request: web.Request, handler: Handler) -> web.StreamResponse:
     """Runs around all else: gives every request its record, and every answer its line in the log and the statistics."""
-    record = request[RECORD] = Record(request.method, printable(request.path), time.monotonic(), secrets.token_hex(12))
+    record = request[RECORD] = Record(request.method, printable(request.path), time.monotonic(), os.urandom(12).hex())
     in_flight, task = request.app[IN_FLIGHT], asyncio.current_task()
     REQUEST_ID.set(record.id[:8])
     in_flight[task] = request
@@ -5471,7 +5463,7 @@ async def log_requests(request: web.Request, handler: Handler) -> web.StreamResp
         now = time.monotonic()
         level = logging.DEBUG if request.path.startswith(UNLOGGED_PATHS) else logging.INFO
         if LOG.isEnabledFor(level):  # LOG.log would look for the line of code that called it, which takes longest
-            LOG.handle(LOG.makeRecord(LOG.name, level, __file__, 0, record.line(now), (), None))
+            LOG.handle(LOG.makeRecord(LOG.name, level, "", 0, record.line(now), (), None))
         count_request(request, now)
 
 
@@ -5553,16 +5545,23 @@ SHUTDOWN_GRACE = 30  # seconds that answers in flight have to finish
 
 
 async def drain(app: web.Application) -> None:
-    """Before the server stops: let answers in flight finish for a while, then end them too."""
+    """Before the server stops: let answers in flight finish for a while, or until it is told again; then end them."""
     in_flight = app[IN_FLIGHT]
+    with suppress(RuntimeError):  # on Windows, and outside of the main thread
+        for number in (signal.SIGINT, signal.SIGTERM):
+            asyncio.get_running_loop().add_signal_handler(number, end_answers, in_flight)
     if in_flight:
-        LOG.info("stopping: %d answers in flight have %d s to finish", len(in_flight), SHUTDOWN_GRACE)
+        LOG.info("stopping: %d answers have %d s to finish (a second Ctrl-C ends them)", len(in_flight), SHUTDOWN_GRACE)
     for seconds in (SHUTDOWN_GRACE, 2):
         if in_flight:
             await asyncio.wait(list(in_flight), timeout=seconds)
-        for task, request in in_flight.items():
-            request[RECORD].stopped = True
-            task.cancel()
+        end_answers(in_flight)
+
+
+def end_answers(in_flight: Mapping[Any, web.Request]) -> None:
+    for task, request in in_flight.items():
+        request[RECORD].stopped = True
+        task.cancel()
 
 
 # ======== Client connections ========================================================================================
@@ -5576,12 +5575,11 @@ MIN_READ = 2**14
 
 def descriptor_limit() -> int:
     """How many files and connections the system lets this process have open."""
-    try:
+    with suppress(ImportError):  # Windows has no such limit
         resource = import_module("resource")
-    except ImportError:  # Windows
-        return sys.maxsize
-    limit: int = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
-    return sys.maxsize if limit == resource.RLIM_INFINITY else limit
+        limit: int = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+        return sys.maxsize if limit == resource.RLIM_INFINITY else limit
+    return sys.maxsize
 
 
 MAX_DESCRIPTORS = descriptor_limit()
@@ -5651,6 +5649,11 @@ class ClientConnection(RequestHandler):
             self.force_close()
         if self._messages and not isinstance(self._messages[-1][0], RawRequestMessage):  # an error
             self.break_body()
+
+    def resume_reading(self, *how: Any, **more: Any) -> None:
+        if self._reading_paused:  # by us: the client could not send
+            self.heard_at = self._loop.time()
+        super().resume_reading(*how, **more)
 
     def resume_writing(self) -> None:
         super().resume_writing()
@@ -5775,7 +5778,8 @@ def page_routes(app: web.Application) -> None:
         add_route(app, "POST", "/dashboard/keys", require_key(put_key, operator_only))
         add_route(app, "DELETE", "/dashboard/keys/{name}", require_key(remove_key, operator_only))
     if app[SETTINGS].demo:
-        demo_routes(app)
+        add_route(app, "GET", f"{DEMO_PATH}/models", demo_models)
+        add_route(app, "POST", f"{DEMO_PATH}/chat/completions", demo_chat)
 
 
 def add_route(app: web.Application, method: str, path: str, handler: Handler) -> None:
@@ -5801,6 +5805,11 @@ def redactor(settings: Settings) -> Redactor:
     return Redactor((*settings.secrets, *proxy_passwords(getproxies().values())))
 
 
+@lru_cache(1)
+def timestamp(second: int) -> str:
+    return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(second))
+
+
 class RedactingFormatter(logging.Formatter):
     """Formats a line without secrets, with images shortened, and cut off if it is too long."""
 
@@ -5808,11 +5817,11 @@ class RedactingFormatter(logging.Formatter):
     BASE64_RUN = re.compile(r"(?<![A-Za-z0-9+/])([A-Za-z0-9+/]{64})[A-Za-z0-9+/]{192,}=*")
 
     def __init__(self, redact: Redactor) -> None:
-        super().__init__("%(asctime)s %(levelname)s %(message)s")
+        super().__init__()
         self.redact = redact
 
     def format(self, record: logging.LogRecord) -> str:
-        whole = super().format(record)
+        whole = f"{timestamp(int(record.created))},{int(record.msecs):03} {record.levelname} {super().format(record)}"
         line = self.redact(whole[: self.MAX_LINE])
         if len(whole) > self.MAX_LINE:
             line = line[: -self.MARGIN] + "…"
@@ -5955,13 +5964,10 @@ def with_demo(settings: Settings, place: tuple[Any, ...]) -> Settings:
     return replace(settings, demo=True, zai_base_url=url, zai_api_key=(secrets.token_hex(16),))
 
 
-def bracketed(host: str) -> str:
-    return f"[{host}]" if ":" in host else host
-
-
 def origin_of(host: str, port: int) -> str:
     """Where this machine reaches a server that listens there."""
-    return f"http://{bracketed(re.sub(r'^(0.0.0.0|::)$', 'localhost', host))}:{port}"
+    host = re.sub(r"^(0.0.0.0|::)$", "localhost", host)
+    return f"http://{f'[{host}]' if ':' in host else host}:{port}"
 
 
 def banner(settings: Settings, port: int) -> str:
@@ -6026,10 +6032,9 @@ def parse_flags(arguments: list[str]) -> argparse.Namespace:
 
 def new_loop() -> asyncio.AbstractEventLoop:
     """uvloop's where it is installed: it takes less CPU time."""
-    try:
+    with suppress(ImportError):
         return cast("asyncio.AbstractEventLoop", import_module("uvloop").new_event_loop())
-    except ImportError:
-        return asyncio.new_event_loop()
+    return asyncio.new_event_loop()
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -6161,7 +6166,7 @@ def check_port(settings: Settings) -> Finding:
         for taken in listen(settings.host, settings.port):
             taken.close()
     except OSError as error:
-        if error.errno == errno.EADDRINUSE and is_ztoapi(origin_of(settings.host, settings.port)):
+        if error.errno == errno.EADDRINUSE and ztoapi_at(origin_of(settings.host, settings.port)):
             return Finding("port", f"a ztoapi serves {settings.port} on {settings.host}")
         return Finding("port", cannot_listen(settings, error), good=False)
     return Finding("port", f"{settings.port} on {settings.host} is free")
@@ -6215,10 +6220,13 @@ def launch(settings: Settings, flags: argparse.Namespace) -> int:
     program = shutil.which(client.arguments[0]) or exit_with_error(
         f"{flags.client} is not installed: {client.install}", 127
     )
+    running = ztoapi_at(origin)
+    if running and flags.demo and not running.get("demo"):
+        exit_with_error(f"the ztoapi at {origin} is no demo: use another --port, or leave --demo out")
     print(f"ztoapi: {flags.client} with {model.id} at {origin}; --model NAME for another", file=sys.stderr)
     for number in (signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)):  # Windows has no SIGHUP
         signal.signal(number, exit_on_signal)
-    server = nullcontext() if is_ztoapi(origin) else own_server(settings, origin, ["--demo"] * flags.demo)
+    server = nullcontext() if running else own_server(settings, origin, ["--demo"] * flags.demo)
     with server, tempfile.TemporaryDirectory(prefix="ztoapi-", ignore_cleanup_errors=True) as folder:
         client = filled(folder)
         for name, text in client.files.items():
@@ -6232,12 +6240,12 @@ def exit_on_signal(number: int, _: object) -> NoReturn:
     raise SystemExit(128 + number)
 
 
-def is_ztoapi(origin: str) -> bool:
-    """Whether a ztoapi answers there: nothing else may get the key."""
-    with suppress(OSError, ValueError, AttributeError, HTTPException):
-        reply = build_opener(ProxyHandler({})).open(f"{origin}/health", timeout=5)
-        return bool(json.loads(reply.read(9999)).get("name") == "ztoapi")
-    return False
+def ztoapi_at(origin: str) -> JSON:
+    """What the ztoapi there says of itself; {} where there is none: nothing else may get the key."""
+    with suppress(OSError, ValueError, HTTPException):
+        reply = as_object(json.loads(build_opener(ProxyHandler({})).open(f"{origin}/health", timeout=5).read(9999)))
+        return reply if reply.get("name") == "ztoapi" else {}
+    return {}
 
 
 @contextmanager
@@ -6251,7 +6259,7 @@ def own_server(settings: Settings, origin: str, flags: list[str]) -> Iterator[No
         server = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
     print(f"ztoapi: starting a server for it; its log is {log.name}", file=sys.stderr)
     try:
-        while server.poll() is None and not is_ztoapi(origin):
+        while server.poll() is None and not ztoapi_at(origin):
             time.sleep(0.05)
         yield None if server.poll() is None else exit_with_error(Path(log.name).read_text().partition(": ")[2].strip())
     finally:
@@ -6281,11 +6289,6 @@ def run(command: list[str], variables: dict[str, str]) -> int:
 DEMO_PATH = "/demo/api/paas/v4"
 UNLOGGED_PATHS = (DEMO_PATH, "/dashboard/stats")  # often requested by the program itself and its pages
 DEMO_PACE = 0.03  # seconds between words
-
-
-def demo_routes(app: web.Application) -> None:
-    app.router.add_post(f"{DEMO_PATH}/chat/completions", demo_chat)
-    app.router.add_get(f"{DEMO_PATH}/models", demo_models)
 
 
 async def demo_models(_: web.Request) -> web.Response:

@@ -279,8 +279,7 @@ class Settings:
         """Read every variable of the README's table. An empty one counts as not set, except DEFAULT_KEY."""
         variables = [f for f in fields(cls) if "read" in f.metadata and f.name.upper() in env]
         given = {f: env[f.name.upper()].strip() for f in variables}
-        used = {f.name: read_setting(f, text) for f, text in given.items() if text or f.name == "default_key"}
-        return cls(**used)
+        return cls(**{f.name: read_setting(f, text) for f, text in given.items() if text or f.name == "default_key"})
 
 
 # ======== Errors ====================================================================================================
@@ -490,8 +489,7 @@ class Model:
 
     def cost(self, prompt: int, cached: int, completion: int) -> float | None:
         """What these tokens cost at list price, in US dollars; None where the price is not known."""
-        tokens = (prompt - cached, cached, completion)
-        return sum(map(mul, tokens, self.price)) / 1e6 if self.price else None
+        return sum(map(mul, (prompt - cached, cached, completion), self.price)) / 1e6 if self.price else None
 
 
 # docs.z.ai, October 2026; `created` is from Z.ai's list, or the day of the release. Where the cache has no price,
@@ -721,8 +719,7 @@ def first_object(value: Any) -> JSON:
 
 
 def as_number(value: Any) -> float | None:
-    is_number = isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value < 2**53
-    return value if is_number else None
+    return value if isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value < 2**53 else None
 
 
 def as_count(value: Any) -> int:
@@ -1464,8 +1461,7 @@ def call_body(call: ToolCall) -> JSON:
 
 def call_delta(call: ToolCall) -> JSON:
     """The first piece of a call has its id and name, later ones only arguments."""
-    piece = call_body(call) if call.id else {"function": {"arguments": call.arguments}}
-    return {"index": call.index, **piece}
+    return {"index": call.index, **(call_body(call) if call.id else {"function": {"arguments": call.arguments}})}
 
 
 def url_citations(results: Iterable[JSON]) -> list[JSON]:
@@ -1731,7 +1727,7 @@ def previous_items(given: JSON, history: History) -> list[Any]:
 
 def referred_responses(body: JSON) -> list[str]:
     """The ids of the stored responses that a request refers to."""
-    if "input" not in body:
+    if not body.keys() & {"input", "previous_response_id"}:  # most requests
         return []
     references = (item for item in objects(body.get("input")) if item.get("type") == "item_reference")
     items = [response_of(str(item.get("id"))) for item in references]
@@ -3458,8 +3454,7 @@ class KeyPool:
 
     def expire(self) -> None:
         """Forget the cool-downs that are over."""
-        now = self.clock.now()
-        cooling = [(pair, cooldown) for pair, cooldown in self.cooling.items() if cooldown.until > now]
+        cooling = [(pair, rest) for pair, rest in self.cooling.items() if rest.until > self.clock.now()]
         self.cooling = dict(cooling[-self.MAX_COOLING :])
 
 
@@ -3567,8 +3562,7 @@ class Queue:
     def ticket(self, target: Target, caller: Caller) -> Ticket:
         """A ticket behind the account's others that wait; the caller counts it in `tickets`."""
         own = (other.turn[0] for other in reversed(self.waiting) if other.caller.account_id == caller.account_id)
-        last_round = next(own, self.round)
-        return Ticket(target, caller, (last_round + 1, next(self.numbers)))
+        return Ticket(target, caller, (next(own, self.round) + 1, next(self.numbers)))
 
     async def acquire(self, ticket: Ticket) -> Slot:
         """Wait for a slot, which the caller must release. Raises UpstreamError when all keys cool down."""
@@ -5003,8 +4997,7 @@ async def one_model(request: web.Request) -> web.Response:
     if name is None:
         message = "There is no such model: GET /v1/models lists them."
         raise ProxyError(MODEL_NOT_FOUND, message, "model", printable(asked))
-    item = anthropic_item if "anthropic-version" in request.headers else model_item
-    return json_response(item(models[name], name))
+    return json_response((anthropic_item if "anthropic-version" in request.headers else model_item)(models[name], name))
 
 
 async def stored_response(request: web.Request) -> StoredResponse:
@@ -5545,23 +5538,37 @@ SHUTDOWN_GRACE = 30  # seconds that answers in flight have to finish
 
 
 async def drain(app: web.Application) -> None:
-    """Before the server stops: let answers in flight finish for a while, or until it is told again; then end them."""
+    """Before the server stops: let answers in flight finish for a while, then end them too."""
     in_flight = app[IN_FLIGHT]
-    with suppress(RuntimeError):  # on Windows, and outside of the main thread
-        for number in (signal.SIGINT, signal.SIGTERM):
-            asyncio.get_running_loop().add_signal_handler(number, end_answers, in_flight)
     if in_flight:
-        LOG.info("stopping: %d answers have %d s to finish (a second Ctrl-C ends them)", len(in_flight), SHUTDOWN_GRACE)
+        LOG.info("stopping in %d s, or when these are finished: answers in flight: %d", SHUTDOWN_GRACE, len(in_flight))
     for seconds in (SHUTDOWN_GRACE, 2):
         if in_flight:
             await asyncio.wait(list(in_flight), timeout=seconds)
-        end_answers(in_flight)
+        end_answers(app)
 
 
-def end_answers(in_flight: Mapping[Any, web.Request]) -> None:
-    for task, request in in_flight.items():
+def end_answers(app: web.Application) -> None:
+    for task, request in app[IN_FLIGHT].items():
         request[RECORD].stopped = True
         task.cancel()
+
+
+async def obey_signals(app: web.Application) -> None:
+    """The first signal stops the server, a second ends the answers; within a second, it is the first, sent twice."""
+    loop = asyncio.get_running_loop()
+    told_at: list[float] = []  # loop time
+
+    def react() -> None:
+        told_at.append(loop.time())
+        if len(told_at) == 1:
+            raise web.GracefulExit
+        if told_at[-1] > told_at[0] + 1:
+            end_answers(app)
+
+    with suppress(NotImplementedError):  # on Windows; elsewhere aiohttp has set its own, which are replaced
+        for number in (signal.SIGINT, signal.SIGTERM):
+            loop.add_signal_handler(number, react)
 
 
 # ======== Client connections ========================================================================================
@@ -5739,9 +5746,8 @@ def create_app(settings: Settings | None = None) -> web.Application:
     limit = settings.max_body_mb * 2**20
     app = web.Application(middlewares=[log_requests, local_only], client_max_size=limit, handler_args=how)
     app[SETTINGS], app[REDACT] = settings, redactor(settings)
-    app[CLOCK] = Clock()
     app[IN_FLIGHT] = {}
-    app[STATISTICS] = Statistics(time.monotonic())
+    app[CLOCK], app[STATISTICS] = Clock(), Statistics(time.monotonic())
     app[ACCOUNTS], app[DATABASE] = Accounts(settings.default_key), database
     app.on_response_prepare.append(add_headers)
     app.cleanup_ctx.append(connect)
@@ -5960,8 +5966,8 @@ def cannot_listen(settings: Settings, error: OSError) -> str:
 
 def with_demo(settings: Settings, place: tuple[Any, ...]) -> Settings:
     """The settings with this server's own stand-in for Z.ai as the upstream; `place` is where the server listens."""
-    url = origin_of(place[0], place[1]) + DEMO_PATH
-    return replace(settings, demo=True, zai_base_url=url, zai_api_key=(secrets.token_hex(16),))
+    url, key = origin_of(*place[:2]) + DEMO_PATH, secrets.token_hex(16)
+    return replace(settings, demo=True, zai_base_url=url, zai_api_key=(key,))
 
 
 def origin_of(host: str, port: int) -> str:
@@ -6056,6 +6062,7 @@ def main(arguments: list[str] | None = None) -> None:
     settings = with_demo(settings, address) if flags.demo else settings
     set_up_log(settings)
     app = create_app(settings)
+    app.on_startup.append(obey_signals)
     say(banner(settings, address[1]))
     gc.collect()
     gc.freeze()  # what exists now stays, so the collector need not check it
@@ -6217,9 +6224,8 @@ def launch(settings: Settings, flags: argparse.Namespace) -> int:
     if flags.show:
         print(client.shell_lines())
         return 0
-    program = shutil.which(client.arguments[0]) or exit_with_error(
-        f"{flags.client} is not installed: {client.install}", 127
-    )
+    missing = f"{flags.client} is not installed: {client.install}"
+    program = shutil.which(client.arguments[0]) or exit_with_error(missing, 127)
     running = ztoapi_at(origin)
     if running and flags.demo and not running.get("demo"):
         exit_with_error(f"the ztoapi at {origin} is no demo: use another --port, or leave --demo out")
@@ -6396,8 +6402,7 @@ h1 { font-size: 1.7rem; margin: .5rem 0 } h2 { font-size: 1.2rem; margin: 2.5rem
 p { margin: .5rem 0; max-width: 46rem } a { color: var(--accent) } .bad { color: var(--bad); accent-color: var(--bad) }
 small, label { font-size: .85rem; font-weight: 400 } small, label, th, .soft { color: var(--soft) } label { display: block }
 code, pre { font: .85rem/1.5 ui-monospace, Menlo, Consolas, monospace; background: var(--code); border-radius: 4px }
-code { padding: .1em .3em; overflow-wrap: anywhere }
-pre { margin: 0; padding: .8rem 4.5rem .8rem 1rem; border: 1px solid var(--line); overflow-x: auto }
+code { padding: .1em .3em; overflow-wrap: anywhere } pre { margin: 0; padding: .8rem 4.5rem .8rem 1rem; border: 1px solid var(--line); overflow-x: auto }
 .call { position: relative; margin: .5rem 0 } .call button { position: absolute; top: .45rem; right: .45rem }
 @media (max-width: 30rem) { .call pre { padding: 2.6rem 1rem .8rem } }
 .wrap { white-space: pre-wrap; overflow-wrap: anywhere } .note { border-left: 4px solid var(--accent); padding: .1rem .9rem }

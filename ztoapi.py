@@ -4471,7 +4471,7 @@ class Database:
             if not self.in_memory:
                 os.close(os.open(self.path, os.O_CREAT | os.O_RDWR, 0o600))
             path = ":memory:" if self.in_memory else self.path
-            self.connection = self.driver.connect(path, 10, isolation_level=None, check_same_thread=False)
+            self.connection = self.driver.connect(path, timeout=10, isolation_level=None, check_same_thread=False)
             self.execute("PRAGMA journal_mode = WAL")
             self.execute("PRAGMA synchronous = NORMAL")
         self.attempt(self.migrate)

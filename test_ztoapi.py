@@ -30,7 +30,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from dataclasses import replace
-from datetime import date, timedelta
+from datetime import date, datetime, timedelta, timezone
 from functools import cache, cached_property
 from heapq import heappop, heappush
 from importlib import import_module
@@ -2945,6 +2945,14 @@ def test_what_is_left_of_a_plan_is_read_and_odd_words_are_left_out(document, wan
 
 TODAY = date(2026, 11, 21)  # a Saturday
 NOON = ztoapi.midnight(TODAY) + 12 * 3600
+
+
+def test_a_day_begins_at_midnight_in_utc():
+    midnight = datetime(2028, 3, 1, tzinfo=timezone.utc).timestamp()
+    assert [day_of(midnight + seconds) for seconds in (-0.5, 0, 86399.5)] == [
+        date(2028, 2, 29),
+        *[date(2028, 3, 1)] * 2,
+    ]
 
 
 @pytest.mark.parametrize(
@@ -7252,6 +7260,14 @@ def test_a_log_that_cannot_be_written_loses_lines_and_says_how_many(monkeypatch)
 def logged(words, *secrets):
     formatter = ztoapi.RedactingFormatter(Redactor(secrets))
     return formatter.format(ztoapi.logging.makeLogRecord({"msg": words})).split(" ", 4)[4]
+
+
+@pytest.mark.parametrize("told_at", [0.0, 1_795_290_963.9996, 1_795_290_964.0])
+def test_a_line_of_the_log_begins_with_the_time_as_it_usually_does(told_at):
+    record = ztoapi.logging.makeLogRecord({"msg": "words", "levelname": "INFO", "created": told_at})
+    record.msecs = told_at % 1 * 1000
+    usual = ztoapi.logging.Formatter("%(asctime)s %(levelname)s %(message)s")
+    assert ztoapi.RedactingFormatter(Redactor(())).format(record) == usual.format(record)
 
 
 @pytest.mark.parametrize("length", [100, 255])

@@ -3454,7 +3454,7 @@ class KeyPool:
 
     def expire(self) -> None:
         """Forget the cool-downs that are over."""
-        cooling = [(pair, rest) for pair, rest in self.cooling.items() if rest.until > self.clock.now()]
+        cooling = [(pair, cooldown) for pair, cooldown in self.cooling.items() if cooldown.until > self.clock.now()]
         self.cooling = dict(cooling[-self.MAX_COOLING :])
 
 
@@ -5541,7 +5541,7 @@ async def drain(app: web.Application) -> None:
     """Before the server stops: let answers in flight finish for a while, then end them too."""
     in_flight = app[IN_FLIGHT]
     if in_flight:
-        LOG.info("stopping in %d s, or when these are finished: answers in flight: %d", SHUTDOWN_GRACE, len(in_flight))
+        LOG.info("stopping: waiting at most %d s for answers in flight: %d", SHUTDOWN_GRACE, len(in_flight))
     for seconds in (SHUTDOWN_GRACE, 2):
         if in_flight:
             await asyncio.wait(list(in_flight), timeout=seconds)
@@ -5555,7 +5555,7 @@ def end_answers(app: web.Application) -> None:
 
 
 async def obey_signals(app: web.Application) -> None:
-    """The first signal stops the server, a second ends the answers; within a second, it is the first, sent twice."""
+    """The first signal stops the server, a later one ends the answers. `timeout` and others send the first twice."""
     loop = asyncio.get_running_loop()
     told_at: list[float] = []  # loop time
 
@@ -5563,7 +5563,7 @@ async def obey_signals(app: web.Application) -> None:
         told_at.append(loop.time())
         if len(told_at) == 1:
             raise web.GracefulExit
-        if told_at[-1] > told_at[0] + 1:
+        if told_at[-1] > told_at[0] + 1:  # second
             end_answers(app)
 
     with suppress(NotImplementedError):  # on Windows; elsewhere aiohttp has set its own, which are replaced

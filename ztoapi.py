@@ -214,8 +214,8 @@ def read_setting(variable: Field[Any], text: str) -> Any:
 def is_loopback(host: str) -> bool:
     """Whether a host name can only mean this machine, whatever a DNS server says."""
     try:
-        usual = host.lower() in ("localhost", "127.0.0.1", "::1")  # for speed: every request comes here
-        return usual or ipaddress.ip_address(host.strip("[]")).is_loopback
+        # The first half is for speed: every request comes here.
+        return host.lower() in ("localhost", "127.0.0.1", "::1") or ipaddress.ip_address(host.strip("[]")).is_loopback
     except ValueError:
         return False
 
@@ -865,12 +865,11 @@ class Prompt:
     size: int = 0  # bytes of the JSON it was read from; 0 if few
 
 
-def conversation_start(prompt: Prompt) -> Iterable[str]:
+def conversation_start(prompt: Prompt) -> Iterator[str]:
     """What the requests of one conversation have in common: its key, or its system messages and first user message."""
-    if prompt.cache_key:
-        return [prompt.cache_key]
     first_user = next((message for message in prompt.messages if message.role == "user"), None)
-    return (message_text(message) for message in prompt.messages if message.role == "system" or message is first_user)
+    texts = (message_text(each) for each in prompt.messages if each.role == "system" or each is first_user)
+    yield from [prompt.cache_key] if prompt.cache_key else texts
 
 
 def message_text(message: Message) -> str:
@@ -3642,7 +3641,7 @@ REQUEST_ID: ContextVar[str] = ContextVar("request_id", default="-")  # in every 
 
 def trace(what: str, data: bytes | object) -> None:
     """A line of the debug log; costs nothing when that is off."""
-    if LOG.isEnabledFor(logging.DEBUG):
+    if LOG.level == logging.DEBUG:
         words = data.decode("utf-8", "replace").strip() if isinstance(data, bytes) else data
         LOG.debug("%s %s %s", REQUEST_ID.get(), what, words)
 
@@ -4572,7 +4571,7 @@ class Record:
             self.first = time.monotonic()
         for event in events:
             if isinstance(event, Usage):
-                self.usage += event
+                self.usage = self.usage + event if self.usage.total else event
             else:
                 self.pieces += 1
 
@@ -5359,8 +5358,9 @@ def require_key(handler: Handler, *checks: Callable[[web.Request], None]) -> Han
 
 
 def within_limits(request: web.Request) -> None:
-    request.app[ACCOUNTS].check_budget(request[ACCOUNT], time.time())
-    request.app[ACCOUNTS].check_rate(request[ACCOUNT], time.monotonic())
+    accounts, account = request.app[ACCOUNTS], request[ACCOUNT]
+    accounts.check_budget(account, time.time())
+    accounts.check_rate(account, time.monotonic())
 
 
 def operator_only(request: web.Request) -> None:

@@ -1725,11 +1725,16 @@ def test_a_message_with_nothing_in_it_that_wants_no_answer_is_left_out(fields):
             [SYSTEM, {"role": "user", "content": "Be kind."}, {"role": "assistant", "content": "Yes"}],
         ),
         ([SYSTEM, {"role": "tool", "tool_call_id": "c", "content": "0"}],) * 2,
-        ([{"role": "assistant", "content": ""}], []),
     ],
 )
 def test_in_every_conversation_there_is_a_message_to_answer(messages, wanted):
     assert sent(*messages) == wanted
+
+
+@pytest.mark.parametrize("role", ["assistant", "system"])
+def test_a_conversation_with_nothing_in_it_is_refused(role):
+    with pytest.raises(BadRequest, match="must not all be empty"):
+        sent({"role": role, "content": ""}, {"role": role, "content": " "})
 
 
 @pytest.mark.parametrize(
@@ -1875,7 +1880,6 @@ ORDER = "Answer by calling the function f."
         ([SYSTEM, QUESTION], [SYSTEM | {"content": f"Be kind.\n{ORDER}"}, QUESTION]),
         ([QUESTION, SYSTEM, SYSTEM], [QUESTION, SYSTEM | {"content": f"Be kind.\n{ORDER}"}, SYSTEM]),
         ([SYSTEM], [SYSTEM | {"content": ORDER}, SYSTEM | {"role": "user"}]),
-        ([{"role": "assistant", "content": ""}], [SYSTEM | {"content": ORDER}]),
     ],
 )
 def test_an_order_is_added_to_the_first_system_message(messages, wanted):
@@ -5393,6 +5397,15 @@ async def test_a_path_that_zai_does_not_have_is_not_found(passing, zai):
 
 
 @in_loop
+@pytest.mark.parametrize(("path", "code"), [("web_search", "not_found"), ("images/generations", "zai_1210")])
+async def test_a_refusal_of_what_is_passed_on_tells_zais_id_of_the_request(passing, zai, path, code):
+    zai.headers = {"X-Log-Id": "log-9"}
+    zai.answers = [(404, [b"<html>404"]) if code == "not_found" else zai_refuses(1210, 400)]
+    response, text = await ask(passing, {"model": "m"}, f"/v1/{path}")
+    assert (error_of(text)["code"], response.headers["x-zai-request-id"]) == (code, "log-9")
+
+
+@in_loop
 async def test_a_packed_body_is_passed_on_unpacked(passing, zai):
     headers = KEY | {"Content-Encoding": "gzip", "Content-Type": "application/json"}
     async with passing.post("/v1/reader", data=gzip.compress(b'{"url":"x"}'), headers=headers) as response:
@@ -6905,6 +6918,12 @@ def test_launch_of_a_demo_uses_no_server_that_is_none(command, tmp_path):
     assert (status, words) == (2, line)
 
 
+def test_launch_needs_a_port_that_it_can_tell_the_client(command, tmp_path):
+    (tmp_path / "pi").touch(0o755)
+    status, _, words = command("launch", "pi", "--port", "0", PATH=str(tmp_path), ZAI_API_KEY="zk")
+    assert (status, "--port with another number than 0" in words) == (2, True)
+
+
 def test_launch_says_how_a_client_is_installed(command):
     line = "ztoapi: codex is not installed: npm install -g @openai/codex\n"
     assert command("launch", "codex", PATH="/nowhere") == (127, "", line)
@@ -7338,6 +7357,23 @@ def test_the_percentiles_of_times():
 async def stats(client):
     async with client.get("/dashboard/stats", headers=KEY) as response:
         return await response.json(), await response.text()
+
+
+@in_loop
+async def test_no_model_that_a_client_makes_up_breaks_the_dashboard(client):
+    for name in ("[1m][1m]", "a/[1m] [1m]", "/ [1m]x"):
+        await ask(client, chat(model=name))
+    assert (await stats(client))[0]["models"].keys() == {"[1m]", "[1m]x"}
+
+
+@in_loop
+async def test_a_slow_database_shifts_no_times_of_the_dashboard(client, monkeypatch):
+    async def wait(_):
+        await asyncio.sleep(0.3)
+
+    before = (await stats(client))[0]["started"]
+    monkeypatch.setattr(ztoapi, "usage_days", wait)
+    assert (await stats(client))[0]["started"] == pytest.approx(before, abs=0.1)
 
 
 @in_loop

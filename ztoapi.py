@@ -19,10 +19,10 @@ Where a request goes:
       ChatEncoder.feed ─► sse() ─► relay    Answer.add ─► chat_completion ─► json_response
 
 Everything above the banner "Admission" is pure: no socket, clock, environment, randomness or async. It raises
-SettingsError, BadRequest (the client's fault), UpstreamError (Z.ai's) or another ProxyError; all else is a bug.
+SettingsError, BadRequest (the client's fault), UpstreamError (Z.ai's) or another ProxyError; a check, ValueError.
 The sections, in order: Settings, Errors, Models, JSON, Internal representation; what clients speak (Request fields,
 Chat completions, Completions, Responses, Messages, Surfaces), Clients; what Z.ai speaks (request, errors, answer);
-Accounts; I/O: Admission (keys, limits, queue), Z.ai client, Upstream (retries, fallbacks), Database, Requests
+Accounts; I/O: Admission (Z.ai's keys, queue), Z.ai client, Upstream (retries, fallbacks), Database, Requests
 (records, statistics), Streaming out, Handlers, Pass-through, Access, Errors and shutdown, Client connections, Server,
 Commands, Demo, Pages.
 """
@@ -387,7 +387,7 @@ class UpstreamError(ProxyError):
     """Z.ai refused, broke off, or could not be reached.
 
     `zai_code` is Z.ai's own code ("" if it gave none), `resets_at` the Unix time at which a used-up quota is reset,
-    `retry_after` the seconds for which our key is not used.
+    `retry_after` the seconds after which the client may ask again.
     """
 
     def __init__(self, kind: ErrorKind, message: str = "", detail: str = "", zai_code: str = "") -> None:
@@ -466,7 +466,7 @@ ThinkingKind = Literal["none", "switch", "effort", "always"]
 
 @dataclass(frozen=True, slots=True)
 class Model:
-    """One of Z.ai's models: `context` and `output` in tokens (None: not known), `created` in Unix seconds."""
+    """A model of Z.ai's; defaults are for unknown ones. `context`, `output` in tokens, `created` in Unix seconds."""
 
     id: str
     context: int | None = None
@@ -1001,8 +1001,8 @@ reasoning_format = must("be parsed, raw or hidden", lambda value: value in ("par
 
 
 def number(low: float, high: float) -> Check:
-    kinds = (int, float)  # and not bool, which is an int for isinstance()
-    return must(f"be a number from {low} to {high}", lambda value: type(value) in kinds and low <= value <= high)
+    # Not isinstance(), for which True is an int.
+    return must(f"be a number from {low} to {high}", lambda value: type(value) in (int, float) and low <= value <= high)
 
 
 def integer(low: int, high: int) -> Check:
@@ -2167,7 +2167,7 @@ Encoder = ChatEncoder | ResponseEncoder
 SurfaceRequest = ChatRequest | CompletionRequest | ResponsesRequest
 Surface = Callable[[JSON, History], tuple[Prompt, SurfaceRequest]]
 
-# By path. A new API is a row here, and a request class with an encoder above.
+# By path. A new API is a row here, a request class and an encoder in the two unions above, and `error_document`.
 SURFACES: dict[str, Surface] = {
     "chat/completions": lambda body, _: parse_chat(body),
     "completions": lambda body, _: parse_completion(body),
@@ -2312,7 +2312,7 @@ def check_vision(model: Model) -> None:
 
 
 def zai_request(prompt: Prompt, model: Model) -> tuple[JSON, bytes]:
-    """The request as Z.ai takes it, also encoded. Raises BadRequest when there is none for this prompt."""
+    """The request as Z.ai takes it, also encoded. Raises BadRequest when it cannot be sent."""
     body = zai_body(prompt, model)
     return body, encode_request(body)
 
@@ -2392,9 +2392,11 @@ def emulation_lines(prompt: Prompt, tools: list[JSON]) -> Iterator[str]:
 
 
 def sendable(messages: Iterable[Message]) -> tuple[Message, ...]:
-    """The conversation as Z.ai takes it: no empty message but a user's (1213), one by a user or tool (1214)."""
+    """The messages as Z.ai takes them: only a user's may be empty (1213), and one is a user's or a tool's (1214)."""
     answered = ("user", "tool")
     kept = [message for message in map(mended, messages) if message.role in answered or has_content(message)]
+    if not kept:
+        raise BadRequest("'messages' must not all be empty.", "messages")
     roles = [message.role for message in kept]
     if "system" in roles and not any(role in answered for role in roles):
         last = len(roles) - 1 - roles[::-1].index("system")
@@ -3122,9 +3124,9 @@ class MessagesReader(PassThroughReader):
         document = as_object(parse_answer(data))
         usage = as_object(as_object(document.get("message", document)).get("usage"))
         self.counts |= {name: count for name, count in usage.items() if as_count(count)}
-        told = self.counts.get
-        cached, completion = told("cache_read_input_tokens", 0), told("output_tokens", 0)  # not part of input_tokens
-        prompt = told("input_tokens", 0) + told("cache_creation_input_tokens", 0) + cached
+        count = self.counts.get
+        cached, completion = count("cache_read_input_tokens", 0), count("output_tokens", 0)  # not part of input_tokens
+        prompt = count("input_tokens", 0) + count("cache_creation_input_tokens", 0) + cached
         self.usage = Usage(prompt, completion, prompt + completion, cached)
 
 
@@ -3136,7 +3138,7 @@ def pass_through_body(body: JSON, renamed: Iterable[tuple[str, str]]) -> JSON:
 
 
 class UsageReader(PassThroughReader):
-    """Reads the usage of a whole answer."""
+    """Reads the usage of a whole answer, which it holds back until the end."""
 
     def __init__(self) -> None:
         self.held = bytearray()
@@ -3249,7 +3251,7 @@ def parse_limits(given: Mapping[str, Any], today: date) -> JSON:
 
 
 def parse_limit(name: str, value: Any, today: date) -> str | int | None:
-    pattern, wanted = LIMITS.get(name, ("(?!)", f"one of {', '.join(LIMITS)}"))
+    pattern, wanted = LIMITS.get(name, ("(?!)", f"left out; the limits are {', '.join(LIMITS)}"))
     words = "none" if value is None else str(value).replace(" ", "")
     if words == "none" and name in LIMITS:
         return None
@@ -3351,7 +3353,7 @@ class Clock:
 
 
 COOLDOWN_ERRORS = frozenset((AUTHENTICATION, NO_BALANCE, QUOTA_EXCEEDED))  # the key must not be used for a while
-MODEL_ERRORS = frozenset((PLAN_NOT_USABLE, MODEL_NOT_FOUND, MODEL_NOT_AVAILABLE))  # the same if there are other keys
+MODEL_ERRORS = frozenset((PLAN_NOT_USABLE, MODEL_NOT_FOUND, MODEL_NOT_AVAILABLE))  # likewise, if there are others
 RETRYABLE = frozenset((RATE_LIMITED, UNAVAILABLE, UNREACHABLE))
 FALLBACK_ERRORS = RETRYABLE | {NO_BALANCE, QUOTA_EXCEEDED, MODEL_NOT_FOUND, MODEL_NOT_AVAILABLE}  # another model may do
 
@@ -3475,7 +3477,7 @@ class AdaptiveLimit:
         self.probe_at = 0.0  # not before this time
 
     def has_room(self, now: float) -> bool:
-        """Also for one above the limit, after the pause: the probe must not wait for a long answer to end."""
+        """Whether one more may go, after the pause even above the limit: a probe must not wait for a long answer."""
         return self.in_flight < self.limit or (self.in_flight == self.limit and 0 < self.probe_at <= now)
 
     def accepted(self, in_flight_at_entry: int, now: float) -> None:
@@ -4103,7 +4105,7 @@ class Upstream:
         self.settings, self.client, self.clock = settings, client, clock
         self.keys = KeyPool(settings.zai_keys, clock)
         self.queues: dict[str, Queue] = {}
-        self.account_slots: dict[tuple[str, int], asyncio.Semaphore] = {}  # by account and their number
+        self.account_slots: dict[tuple[str, int], asyncio.Semaphore] = {}  # by account id and how many it has
         self.memory = ReasoningMemory()
         self.remedies: Counter[str] = Counter()  # what was done about failures, whether it helped or not
 
@@ -4691,7 +4693,7 @@ class Statistics:
     def snapshot(self, now: float, clock_zero: float) -> JSON:
         """`clock_zero`: the Unix time at which time.monotonic() was 0, as the system's clock has it now."""
         last, times = int(now // 60), {"now": clock_zero + now, "started": clock_zero + self.started}
-        models = {name: figures.snapshot(resolve(name)) for name, figures in self.models.items()}
+        models = {name: figures.snapshot(MODELS.get(name) or Model(name)) for name, figures in self.models.items()}
         minutes = [self.minutes.get(last - i, [0, 0, 0, 0]) for i in reversed(range(self.MINUTES))]
         recent = [record.snapshot(duration, clock_zero + ended_at) for record, duration, ended_at in self.recent]
         return {**times, "models": models, "minutes": minutes, "recent": recent, "torn": self.torn}
@@ -5061,7 +5063,7 @@ NO_STORE = {"Cache-Control": "no-store"}
 
 async def dashboard_stats(request: web.Request) -> web.Response:
     """An operator's key sees everything, another key its own figures."""
-    app, account, now, days = request.app, request[ACCOUNT], time.monotonic(), await usage_days(request)
+    app, account, days, now = request.app, request[ACCOUNT], await usage_days(request), time.monotonic()
     clock_zero, shown = time.time() - now, app[ACCOUNTS].named.values() if account.is_operator else [account]
     snapshot: JSON = {"now": clock_zero + now, "operator": account.is_operator, "days": days or []}
     snapshot |= {"database": days is not None, "client_keys": [key_item(app[ACCOUNTS], each) for each in shown]}
@@ -5084,7 +5086,7 @@ async def usage_days(request: web.Request) -> list[JSON] | None:
 
 def usage_item(key: str, day: str, model: str, *figures: int) -> JSON:
     names = ("requests", "failures", "prompt_tokens", "cached_tokens", "completion_tokens")
-    item = {"key": key, "day": day, "model": model, "cost": resolve(model).cost(*figures[2:])}
+    item = {"key": key, "day": day, "model": model, "cost": (MODELS.get(model) or Model(model)).cost(*figures[2:])}
     return item | dict(zip(names, figures, strict=True))
 
 
@@ -5172,7 +5174,7 @@ def page_response(page: Page, snapshot: JSON) -> web.Response:
 
 
 # ======== Pass-through ==============================================================================================
-# What Z.ai serves itself, its Anthropic API among it: only the key and the model's name are ours.
+# What Z.ai serves itself, its Anthropic API among it: passed on with our key and the model's name, mended if needed.
 
 
 async def messages(request: web.Request) -> web.StreamResponse:
@@ -5243,7 +5245,8 @@ async def pass_through(path: str, request: web.Request) -> web.StreamResponse:
         except UpstreamError as error:
             if keys.calls_for_cooldown(error) and error.kind != MODEL_NOT_FOUND:  # clients may make names up
                 keys.cool_down(key, target, error)
-            raise pass_through_error(error, path, key.base_url) from error
+            adapt_to_path(error, path, key.base_url)
+            raise
         keys.accepted(key, target)
         request[STREAM] = response
         return await response.send()
@@ -5271,15 +5274,13 @@ async def body_and_reader(path: str, request: web.Request) -> tuple[Upload | byt
     return data if changed == body else encode_request(changed), reader
 
 
-def pass_through_error(error: UpstreamError, path: str, base: str) -> UpstreamError:
-    """The error in words that fit a path other than chat's."""
-    kind, message = error.kind, error.message
-    if kind == WRONG_ADDRESS:  # the chat's address may well be right
-        kind = error_kind(404, "not_found")
-        message = "Z.ai has nothing at this path of this server's ZAI_BASE_URL, or not with this id."
+def adapt_to_path(error: UpstreamError, path: str, base: str) -> None:
+    """Put the error into words that fit a path other than chat's."""
+    if error.kind == WRONG_ADDRESS:  # the chat's address may well be right
+        error.kind = error_kind(404, "not_found")
+        error.message = "Z.ai has nothing at this path of this server's ZAI_BASE_URL, or not with this id."
     if path.startswith(CHINA_ONLY) and "api.z.ai" in base:
-        message += " It may exist only at the China address, open.bigmodel.cn/api/paas/v4 (KEY@china)."
-    return UpstreamError(kind, message, error.detail, error.zai_code).with_retry_after(error.retry_after)
+        error.message += " It may exist only at the China address, open.bigmodel.cn/api/paas/v4 (KEY@china)."
 
 
 PASS_THROUGH_HEADERS = ("Content-Type", "Content-Length", "Content-Disposition", "Cache-Control")
@@ -5341,7 +5342,7 @@ class PassThroughResponse:
 
 
 # ======== Access ====================================================================================================
-# Who may call: `require_key` and `local_only`.
+# Who may call (`require_key`, `local_only`), and how much (`within_limits`; in parallel: `Upstream.account_slot`).
 
 
 def require_key(handler: Handler, *checks: Callable[[web.Request], None]) -> Handler:
@@ -5358,9 +5359,8 @@ def require_key(handler: Handler, *checks: Callable[[web.Request], None]) -> Han
 
 
 def within_limits(request: web.Request) -> None:
-    accounts, account = request.app[ACCOUNTS], request[ACCOUNT]
-    accounts.check_budget(account, time.time())
-    accounts.check_rate(account, time.monotonic())
+    request.app[ACCOUNTS].check_budget(request[ACCOUNT], time.time())
+    request.app[ACCOUNTS].check_rate(request[ACCOUNT], time.monotonic())
 
 
 def operator_only(request: web.Request) -> None:
@@ -5436,7 +5436,7 @@ async def add_headers(request: web.Request, response: web.StreamResponse) -> Non
 
 
 # ======== Errors and shutdown =======================================================================================
-# `log_requests` and `catch_errors` run around every handler, `drain` when the server stops.
+# `log_requests` and `catch_errors` run around every handler; `obey_signals` (Ctrl-C) and `drain` stop the server.
 
 
 @web.middleware
@@ -5555,7 +5555,7 @@ def end_answers(app: web.Application) -> None:
 
 
 async def obey_signals(app: web.Application) -> None:
-    """The first signal stops the server, a later one ends the answers. `timeout` and others send the first twice."""
+    """The first signal stops the server; one over a second later ends the answers (`timeout` sends two together)."""
     loop = asyncio.get_running_loop()
     told_at: list[float] = []  # loop time
 
@@ -5563,7 +5563,7 @@ async def obey_signals(app: web.Application) -> None:
         told_at.append(loop.time())
         if len(told_at) == 1:
             raise web.GracefulExit
-        if told_at[-1] > told_at[0] + 1:  # second
+        if told_at[-1] - told_at[0] > 1:  # in seconds
             end_answers(app)
 
     with suppress(NotImplementedError):  # on Windows; elsewhere aiohttp has set its own, which are replaced
@@ -6084,7 +6084,7 @@ def keys_command(settings: Settings, flags: argparse.Namespace) -> None:
         exit_with_error(redactor(settings)(str(error)))
     if flags.action == "add" and settings.published:
         published = f"DEFAULT_KEY is the published {PUBLISHED_KEY}"
-        print(f"{published}: nobody else can reach this server until you set another, and HOST.", file=sys.stderr)
+        print(f"{published}: nobody else can reach this server until you set your own, and HOST.", file=sys.stderr)
 
 
 def manage_keys(database: Database, flags: argparse.Namespace) -> str:
@@ -6210,7 +6210,7 @@ async def check(flags: Mapping[str, str]) -> int:
     return 0 if good else 1
 
 
-# What a client does not inherit: variables for other accounts, and our secrets.
+# What a client does not inherit: variables for other accounts, and our keys.
 NOT_INHERITED = ("ANTHROPIC_", "OPENAI_", "GPTME_OPENAI_", "ZAI_", "DEFAULT_KEY")
 
 
@@ -6226,6 +6226,8 @@ def launch(settings: Settings, flags: argparse.Namespace) -> int:
         return 0
     missing = f"{flags.client} is not installed: {client.install}"
     program = shutil.which(client.arguments[0]) or exit_with_error(missing, 127)
+    if not settings.port:
+        exit_with_error("launch needs a port that the client can know: use --port with another number than 0")
     running = ztoapi_at(origin)
     if running and flags.demo and not running.get("demo"):
         exit_with_error(f"the ztoapi at {origin} is no demo: use another --port, or leave --demo out")

@@ -538,7 +538,12 @@ def resolve(name: str, renamed: tuple[tuple[str, str], ...] = ()) -> Model:
     bare = bare_name(aliased(name, renamed))
     if not bare:
         raise BadRequest("'model' must name a model, such as glm-4.6.", "model")
-    return MODELS.get(bare) or Model(bare)
+    return model_of(bare)
+
+
+def model_of(model_id: str) -> Model:
+    """The row of the table, or a model of which only the id is known."""
+    return MODELS.get(model_id) or Model(model_id)
 
 
 def bare_name(name: str) -> str:
@@ -4693,7 +4698,7 @@ class Statistics:
     def snapshot(self, now: float, clock_zero: float) -> JSON:
         """`clock_zero`: the Unix time at which time.monotonic() was 0, as the system's clock has it now."""
         last, times = int(now // 60), {"now": clock_zero + now, "started": clock_zero + self.started}
-        models = {name: figures.snapshot(MODELS.get(name) or Model(name)) for name, figures in self.models.items()}
+        models = {name: figures.snapshot(model_of(name)) for name, figures in self.models.items()}
         minutes = [self.minutes.get(last - i, [0, 0, 0, 0]) for i in reversed(range(self.MINUTES))]
         recent = [record.snapshot(duration, clock_zero + ended_at) for record, duration, ended_at in self.recent]
         return {**times, "models": models, "minutes": minutes, "recent": recent, "torn": self.torn}
@@ -4868,9 +4873,8 @@ async def answer(surface: Surface, request: web.Request) -> web.StreamResponse:
     response = request[STREAM] = SSEResponse(request, surface_request, model)
     with response.kept_alive():
         async with opened as stream:
-            info = stream.info
-            head, view = head_of(info, model, record), ClientView(stream, record, form)
-            await response.relay(view, head, headers | info_headers(info))
+            info, view = stream.info, ClientView(stream, record, form)
+            await response.relay(view, head_of(info, model, record), headers | info_headers(info))
     return response.response
 
 
@@ -5086,7 +5090,7 @@ async def usage_days(request: web.Request) -> list[JSON] | None:
 
 def usage_item(key: str, day: str, model: str, *figures: int) -> JSON:
     names = ("requests", "failures", "prompt_tokens", "cached_tokens", "completion_tokens")
-    item = {"key": key, "day": day, "model": model, "cost": (MODELS.get(model) or Model(model)).cost(*figures[2:])}
+    item = {"key": key, "day": day, "model": model, "cost": model_of(model).cost(*figures[2:])}
     return item | dict(zip(names, figures, strict=True))
 
 
@@ -5556,11 +5560,10 @@ def end_answers(app: web.Application) -> None:
 
 async def obey_signals(app: web.Application) -> None:
     """The first signal stops the server; one over a second later ends the answers (`timeout` sends two together)."""
-    loop = asyncio.get_running_loop()
-    told_at: list[float] = []  # loop time
+    told_at: list[float] = []  # of time.monotonic()
 
     def react() -> None:
-        told_at.append(loop.time())
+        told_at.append(time.monotonic())
         if len(told_at) == 1:
             raise web.GracefulExit
         if told_at[-1] - told_at[0] > 1:  # in seconds
@@ -5568,7 +5571,7 @@ async def obey_signals(app: web.Application) -> None:
 
     with suppress(NotImplementedError):  # on Windows; elsewhere aiohttp has set its own, which are replaced
         for number in (signal.SIGINT, signal.SIGTERM):
-            loop.add_signal_handler(number, react)
+            asyncio.get_running_loop().add_signal_handler(number, react)
 
 
 # ======== Client connections ========================================================================================

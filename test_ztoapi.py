@@ -98,7 +98,9 @@ in_loop = pytest.mark.asyncio
 
 PROGRAM = Path(ztoapi.__file__)
 SETTING_NAMES = {field.name.upper() for field in ztoapi.fields(Settings)}
-INHERITED = {name: value for name, value in os.environ.items() if name not in SETTING_NAMES}  # by programs of the tests
+INHERITED = {
+    name: value for name, value in os.environ.items() if name not in SETTING_NAMES
+}  # by programs of the tests
 KEY = {"Authorization": "Bearer sk-your-key"}
 HELLO = {"model": "glm-4.6", "messages": [{"role": "user", "content": "你好"}]}
 
@@ -183,12 +185,21 @@ def test_every_variable_is_read_by_its_name_in_capitals():
 
 def test_every_variable_is_in_env_example_with_its_default_and_in_the_readme():
     example = dict(
-        line.split("=", 1) for line in PROGRAM.with_name(".env.example").read_text().splitlines() if "=" in line[:20]
+        line.split("=", 1)
+        for line in PROGRAM.with_name(".env.example").read_text().splitlines()
+        if "=" in line[:20]
     )
     assert Settings.from_env(example) == Settings()
     names = {f.name.upper() for f in ztoapi.fields(Settings) if "read" in f.metadata}
     assert set(example) == names
-    assert set(re.findall(r"^\| ([A-Z_]+) \|", PROGRAM.with_name("README.md").read_text(), re.MULTILINE)) == names
+    assert (
+        set(
+            re.findall(
+                r"^\| ([A-Z_]+) \|", PROGRAM.with_name("README.md").read_text(), re.MULTILINE
+            )
+        )
+        == names
+    )
 
 
 def test_an_empty_variable_counts_as_not_set():
@@ -200,8 +211,16 @@ def test_an_empty_variable_counts_as_not_set():
     [
         ("PORT", "abc", "PORT=abc cannot be used: it must be a port number, 0 to 65535"),
         ("PORT", "70000", "PORT=70000 cannot be used: it must be a port number, 0 to 65535"),
-        ("REASONING_FORMAT", "both", "REASONING_FORMAT=both cannot be used: it must be parsed, raw or hidden"),
-        ("ENABLE_THINKING", "auto", "ENABLE_THINKING=auto cannot be used: it must be true or false"),
+        (
+            "REASONING_FORMAT",
+            "both",
+            "REASONING_FORMAT=both cannot be used: it must be parsed, raw or hidden",
+        ),
+        (
+            "ENABLE_THINKING",
+            "auto",
+            "ENABLE_THINKING=auto cannot be used: it must be true or false",
+        ),
         ("DEBUG_MODE", "maybe", "DEBUG_MODE=maybe cannot be used: it must be true or false"),
         (
             "ZAI_BASE_URL",
@@ -211,14 +230,30 @@ def test_an_empty_variable_counts_as_not_set():
         ("ZAI_BASE_URL", "https://a..b/v4", "ZAI_BASE_URL=https://a..b/v4 cannot be used"),
         ("ZAI_BASE_URL", "https://u:p@api.z.ai", "it must be an http or https address such as"),
         ("ZAI_BASE_URL", "https://:p@api.z.ai", "it must be an http or https address such as"),
-        ("MAX_RETRIES", "-1", "MAX_RETRIES=-1 cannot be used: it must be a number of times, 0 to 10"),
-        ("MODEL_ALIASES", "gpt-4o", "MODEL_ALIASES=gpt-4o cannot be used: it must be name=model pairs"),
+        (
+            "MAX_RETRIES",
+            "-1",
+            "MAX_RETRIES=-1 cannot be used: it must be a number of times, 0 to 10",
+        ),
+        (
+            "MODEL_ALIASES",
+            "gpt-4o",
+            "MODEL_ALIASES=gpt-4o cannot be used: it must be name=model pairs",
+        ),
         ("UPSTREAM_TIMEOUT", "0", "UPSTREAM_TIMEOUT=0 cannot be used"),
         ("DEFAULT_KEY", "", "DEFAULT_KEY cannot be used: it must be keys"),
         ("DEFAULT_KEY", " , ", "DEFAULT_KEY cannot be used"),
         ("ZAI_API_KEY", "schlüssel", "ZAI_API_KEY cannot be used"),
-        ("ZAI_API_KEY", "key,@plan", "BASE is api, plan, china, china-plan or an http or https address"),
-        ("HOST", "0.0.0.0", "HOST=0.0.0.0 would let others in while DEFAULT_KEY is the published sk-your-key"),
+        (
+            "ZAI_API_KEY",
+            "key,@plan",
+            "BASE is api, plan, china, china-plan or an http or https address",
+        ),
+        (
+            "HOST",
+            "0.0.0.0",
+            "HOST=0.0.0.0 would let others in while DEFAULT_KEY is the published sk-your-key",
+        ),
     ],
 )
 def test_a_value_that_cannot_be_used_is_named_with_what_is_wanted(name, value, wanted):
@@ -248,8 +283,16 @@ def test_a_secret_that_cannot_be_used_is_not_repeated(name, value):
         ("k", "https://z.example/v4", "https://z.example/v4/anthropic"),
         ("k@api", "https://api.z.ai/api/paas/v4", "https://api.z.ai/api/anthropic"),
         ("k@plan", "https://api.z.ai/api/coding/paas/v4", "https://api.z.ai/api/anthropic"),
-        ("k@china", "https://open.bigmodel.cn/api/paas/v4", "https://open.bigmodel.cn/api/anthropic"),
-        ("k@china-plan", "https://open.bigmodel.cn/api/coding/paas/v4", "https://open.bigmodel.cn/api/anthropic"),
+        (
+            "k@china",
+            "https://open.bigmodel.cn/api/paas/v4",
+            "https://open.bigmodel.cn/api/anthropic",
+        ),
+        (
+            "k@china-plan",
+            "https://open.bigmodel.cn/api/coding/paas/v4",
+            "https://open.bigmodel.cn/api/anthropic",
+        ),
         (
             "k@http://[::1]:80/api/paas/v4/chat/completions",
             "http://[::1]:80/api/paas/v4",
@@ -257,8 +300,12 @@ def test_a_secret_that_cannot_be_used_is_not_repeated(name, value):
         ),
     ],
 )
-def test_a_key_may_name_the_base_where_it_belongs_and_anthropics_api_is_beside_it(key, base, anthropic):
-    (found,) = Settings.from_env({"ZAI_API_KEY": key, "ZAI_BASE_URL": "https://z.example/v4"}).zai_keys
+def test_a_key_may_name_the_base_where_it_belongs_and_anthropics_api_is_beside_it(
+    key, base, anthropic
+):
+    (found,) = Settings.from_env(
+        {"ZAI_API_KEY": key, "ZAI_BASE_URL": "https://z.example/v4"}
+    ).zai_keys
     assert (found, found.anthropic_url) == (ztoapi.ZaiKey("k", base), anthropic)
 
 
@@ -339,7 +386,10 @@ def test_an_error_has_openais_shape():
         (zai_error(429, b'{"error":{"code":"1302","message":"slow down"}}'), {"Retry-After": "1"}),
         (zai_error(429, b'{"error":{"code":"1305","message":"overloaded"}}'), {"Retry-After": "5"}),
         (refusal(1113).with_retry_after(299.1), {"x-should-retry": "false", "Retry-After": "300"}),
-        (zai_error(400, b'{"error":{"code":"1214","message":"at 2026-09-12 00:35:41"}}'), {"x-should-retry": "false"}),
+        (
+            zai_error(400, b'{"error":{"code":"1214","message":"at 2026-09-12 00:35:41"}}'),
+            {"x-should-retry": "false"},
+        ),
         (zai_error(500, b""), {}),
     ],
 )
@@ -368,7 +418,15 @@ def test_a_name_that_is_not_in_the_table_is_passed_on():
         (
             "switch",
             [
-                *("glm-4.5", "glm-4.5-air", "glm-4.5-flash", "glm-4.5v", "glm-4.6", "glm-4.6v", "glm-4.6v-flash"),
+                *(
+                    "glm-4.5",
+                    "glm-4.5-air",
+                    "glm-4.5-flash",
+                    "glm-4.5v",
+                    "glm-4.6",
+                    "glm-4.6v",
+                    "glm-4.6v-flash",
+                ),
                 *("glm-4.7", "glm-4.7-flash", "glm-5", "glm-5-turbo", "glm-5.1", "glm-5v-turbo"),
             ],
         ),
@@ -391,7 +449,10 @@ def test_every_model_has_its_kind_of_thinking(kind, names):
     ],
 )
 def test_the_first_alias_that_fits_wins(name, wanted):
-    assert resolve(name, (("gpt-4o", "zai/glm-4.6"), ("claude-*", "GLM-5.3"), ("gpt-*", "glm-5"))).id == wanted
+    assert (
+        resolve(name, (("gpt-4o", "zai/glm-4.6"), ("claude-*", "GLM-5.3"), ("gpt-*", "glm-5"))).id
+        == wanted
+    )
 
 
 @pytest.mark.parametrize("name", ["zai/", " ", "[1m]", "zai/ [1m]"])
@@ -466,7 +527,9 @@ def test_a_line_of_many_megabytes_takes_linear_time():
 
 
 def test_line_separators_leave_as_escapes():
-    assert encode_json({"a": "\u0085\u2028\u2029é你"}) == '{"a":"\\u0085\\u2028\\u2029é你"}'.encode()
+    assert (
+        encode_json({"a": "\u0085\u2028\u2029é你"}) == '{"a":"\\u0085\\u2028\\u2029é你"}'.encode()
+    )
 
 
 def test_half_a_surrogate_pair_leaves_as_the_escape_it_came_as():
@@ -487,28 +550,54 @@ def test_frames_are_data_and_a_blank_line():
         pytest.param({}, {}, id="nothing more"),
         pytest.param({"stream": True}, {"stream": True}, id="stream"),
         pytest.param({"stream": None, "temperature": None}, {}, id="null is absent"),
-        pytest.param({"temperature": 1.5, "top_p": 0.5}, {"temperature": 1.5, "top_p": 0.5}, id="sampling"),
+        pytest.param(
+            {"temperature": 1.5, "top_p": 0.5}, {"temperature": 1.5, "top_p": 0.5}, id="sampling"
+        ),
         pytest.param({"max_tokens": 5}, {"max_tokens": 5}, id="max_tokens"),
         pytest.param({"max_tokens": 0, "max_completion_tokens": 0}, {}, id="no limit"),
-        pytest.param({"max_tokens": 5, "max_completion_tokens": 7}, {"max_tokens": 7}, id="max_completion_tokens"),
+        pytest.param(
+            {"max_tokens": 5, "max_completion_tokens": 7},
+            {"max_tokens": 7},
+            id="max_completion_tokens",
+        ),
         pytest.param({"stop": "x"}, {"stop": ("x",)}, id="stop"),
         pytest.param({"stop": ["x", "", "y"]}, {"stop": ("x", "y")}, id="stops"),
-        pytest.param({"stop": ["a", "b", "c", "d"]}, {"stop": ("a", "b", "c", "d")}, id="four stops"),
+        pytest.param(
+            {"stop": ["a", "b", "c", "d"]}, {"stop": ("a", "b", "c", "d")}, id="four stops"
+        ),
         pytest.param({"n": 3}, {"n": 3}, id="n"),
         pytest.param({"seed": -7}, {"seed": -7}, id="seed"),
         pytest.param({"user": "bob"}, {"user": "bob"}, id="user"),
-        pytest.param({"user": "a", "safety_identifier": "b"}, {"user": "b"}, id="safety_identifier"),
-        pytest.param({"user": "a", "safety_identifier": "b", "user_id": "c"}, {"user": "c"}, id="user_id"),
-        pytest.param({"tool_choice": "none"}, {"tool_choice": ToolChoice("none")}, id="tool_choice"),
+        pytest.param(
+            {"user": "a", "safety_identifier": "b"}, {"user": "b"}, id="safety_identifier"
+        ),
+        pytest.param(
+            {"user": "a", "safety_identifier": "b", "user_id": "c"}, {"user": "c"}, id="user_id"
+        ),
+        pytest.param(
+            {"tool_choice": "none"}, {"tool_choice": ToolChoice("none")}, id="tool_choice"
+        ),
         pytest.param({"parallel_tool_calls": False}, {}, id="parallel_tool_calls without tools"),
         pytest.param({"response_format": {"type": "text"}}, {}, id="response_format text"),
-        pytest.param({"response_format": {"type": "json_object"}}, {"schema": {}}, id="json_object"),
-        pytest.param({"reasoning_format": "raw"}, {"reasoning_format": "raw"}, id="reasoning_format"),
+        pytest.param(
+            {"response_format": {"type": "json_object"}}, {"schema": {}}, id="json_object"
+        ),
+        pytest.param(
+            {"reasoning_format": "raw"}, {"reasoning_format": "raw"}, id="reasoning_format"
+        ),
         pytest.param({"do_sample": False}, {"native": {"do_sample": False}}, id="do_sample"),
         pytest.param({"request_id": "r"}, {"native": {"request_id": "r"}}, id="request_id"),
         pytest.param({"tool_stream": False}, {"native": {"tool_stream": False}}, id="tool_stream"),
-        pytest.param({"sensitive_word_check": {}}, {"native": {"sensitive_word_check": {}}}, id="sensitive_word_check"),
-        pytest.param({"thinking": {"clear_thinking": False}}, {"clear_thinking": False}, id="thinking.clear_thinking"),
+        pytest.param(
+            {"sensitive_word_check": {}},
+            {"native": {"sensitive_word_check": {}}},
+            id="sensitive_word_check",
+        ),
+        pytest.param(
+            {"thinking": {"clear_thinking": False}},
+            {"clear_thinking": False},
+            id="thinking.clear_thinking",
+        ),
     ],
 )
 def test_a_request_is_read(fields, wanted):
@@ -519,9 +608,18 @@ def test_a_request_is_read(fields, wanted):
 @pytest.mark.parametrize(
     ("name", "value"),
     [
-        *(("presence_penalty", 1), ("frequency_penalty", -0.5), ("logit_bias", {"1": 2}), ("logprobs", True)),
+        *(
+            ("presence_penalty", 1),
+            ("frequency_penalty", -0.5),
+            ("logit_bias", {"1": 2}),
+            ("logprobs", True),
+        ),
         *(("top_logprobs", 3), ("metadata", {"a": "b"}), ("store", True), ("service_tier", "flex")),
-        *(("prediction", {"type": "content"}), ("modalities", ["text", "audio"]), ("prompt_cache_key", "k")),
+        *(
+            ("prediction", {"type": "content"}),
+            ("modalities", ["text", "audio"]),
+            ("prompt_cache_key", "k"),
+        ),
         *(("verbosity", "low"), ("top_k", 40)),
     ],
 )
@@ -532,9 +630,19 @@ def test_what_zai_cannot_do_is_listed_as_ignored(name, value):
 @pytest.mark.parametrize(
     ("name", "value"),
     [
-        *(("presence_penalty", 0), ("frequency_penalty", 0.0), ("logit_bias", {}), ("logprobs", False)),
+        *(
+            ("presence_penalty", 0),
+            ("frequency_penalty", 0.0),
+            ("logit_bias", {}),
+            ("logprobs", False),
+        ),
         *(("top_logprobs", None), ("metadata", {}), ("store", False), ("service_tier", "auto")),
-        *(("service_tier", "default"), ("modalities", ["text"]), ("functions", []), ("prompt_cache_key", "")),
+        *(
+            ("service_tier", "default"),
+            ("modalities", ["text"]),
+            ("functions", []),
+            ("prompt_cache_key", ""),
+        ),
     ],
 )
 def test_what_asks_for_nothing_is_not_listed(name, value):
@@ -546,7 +654,9 @@ def function(name, **more):
 
 
 def test_parallel_tool_calls_false_is_listed():
-    assert read_chat(chat(tools=[function("f")], parallel_tool_calls=False)).ignored == ("parallel_tool_calls",)
+    assert read_chat(chat(tools=[function("f")], parallel_tool_calls=False)).ignored == (
+        "parallel_tool_calls",
+    )
     assert read_chat(chat(tools=[function("f")], parallel_tool_calls=True)).ignored == ()
 
 
@@ -563,14 +673,22 @@ def test_parallel_tool_calls_false_is_listed():
         pytest.param({"reasoning": {"effort": "none"}}, "off", id="reasoning.effort none"),
         pytest.param({"reasoning": {"enabled": True}}, "on", id="reasoning.enabled"),
         pytest.param({"reasoning": {"enabled": False}}, "off", id="reasoning.enabled false"),
-        pytest.param({"reasoning": {"enabled": False, "effort": "high"}}, "off", id="reasoning off with an effort"),
+        pytest.param(
+            {"reasoning": {"enabled": False, "effort": "high"}},
+            "off",
+            id="reasoning off with an effort",
+        ),
         pytest.param({"reasoning": {}}, None, id="reasoning says nothing"),
         pytest.param({"thinking": {"type": "enabled"}}, "on", id="thinking"),
         pytest.param({"thinking": {"type": "disabled"}}, "off", id="thinking disabled"),
         pytest.param({"enable_thinking": True}, "on", id="enable_thinking"),
         pytest.param({"enable_thinking": False}, "off", id="enable_thinking false"),
-        pytest.param({"chat_template_kwargs": {"enable_thinking": False}}, "off", id="chat_template_kwargs"),
-        pytest.param({"chat_template_kwargs": {"x": 1}}, None, id="chat_template_kwargs say nothing"),
+        pytest.param(
+            {"chat_template_kwargs": {"enable_thinking": False}}, "off", id="chat_template_kwargs"
+        ),
+        pytest.param(
+            {"chat_template_kwargs": {"x": 1}}, None, id="chat_template_kwargs say nothing"
+        ),
     ],
 )
 def test_thinking_is_asked_for_in_five_ways(fields, wanted):
@@ -586,7 +704,9 @@ TWICE = {
 }
 
 
-@pytest.mark.parametrize(("left_out", "wanted"), [(0, "max"), (1, "low"), (2, "off"), (3, "on"), (4, "off")])
+@pytest.mark.parametrize(
+    ("left_out", "wanted"), [(0, "max"), (1, "low"), (2, "off"), (3, "on"), (4, "off")]
+)
 def test_where_thinking_is_said_twice_the_first_counts(left_out, wanted):
     fields = dict(list(TWICE.items())[left_out:])
     assert read_chat(chat(**fields)).effort == wanted
@@ -599,17 +719,28 @@ CALL = {"id": "c1", "type": "function", "function": {"name": "f", "arguments": '
     ("fields", "wanted"),
     [
         pytest.param({"role": "system", "content": "x"}, Message("system", ("x",)), id="system"),
-        pytest.param({"role": "developer", "content": "x"}, Message("system", ("x",)), id="developer"),
-        pytest.param({"role": "user", "content": "x", "name": "bob"}, Message("user", ("x",)), id="name is dropped"),
         pytest.param(
-            {"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": ""}]},
+            {"role": "developer", "content": "x"}, Message("system", ("x",)), id="developer"
+        ),
+        pytest.param(
+            {"role": "user", "content": "x", "name": "bob"},
+            Message("user", ("x",)),
+            id="name is dropped",
+        ),
+        pytest.param(
+            {
+                "role": "user",
+                "content": [{"type": "text", "text": "a"}, {"type": "text", "text": ""}],
+            },
             Message("user", ("a",)),
             id="empty text parts go",
         ),
         pytest.param(
             {
                 "role": "user",
-                "content": [{"type": "image_url", "image_url": {"url": "https://x/y.png", "detail": "low"}}],
+                "content": [
+                    {"type": "image_url", "image_url": {"url": "https://x/y.png", "detail": "low"}}
+                ],
             },
             Message("user", (Media("image_url", "https://x/y.png"),)),
             id="image",
@@ -617,7 +748,10 @@ CALL = {"id": "c1", "type": "function", "function": {"name": "f", "arguments": '
         pytest.param(
             {
                 "role": "user",
-                "content": [{"type": f"{kind}_url", f"{kind}_url": {"url": "https://x"}} for kind in ("video", "file")],
+                "content": [
+                    {"type": f"{kind}_url", f"{kind}_url": {"url": "https://x"}}
+                    for kind in ("video", "file")
+                ],
             },
             Message("user", (Media("video_url", "https://x"), Media("file_url", "https://x"))),
             id="video and file",
@@ -642,7 +776,9 @@ CALL = {"id": "c1", "type": "function", "function": {"name": "f", "arguments": '
             Message("tool", ("",), call_id="7"),
             id="a number for a call's id",
         ),
-        pytest.param({"role": "assistant", "content": None}, Message("assistant", ()), id="null content"),
+        pytest.param(
+            {"role": "assistant", "content": None}, Message("assistant", ()), id="null content"
+        ),
         pytest.param({"role": "assistant"}, Message("assistant", ()), id="no content"),
         pytest.param(
             {"role": "assistant", "content": "x", "reasoning_content": "hm"},
@@ -655,15 +791,22 @@ CALL = {"id": "c1", "type": "function", "function": {"name": "f", "arguments": '
             id="tool calls",
         ),
         pytest.param(
-            {"role": "assistant", "tool_calls": [{"id": 7, "function": {"name": "f", "arguments": {"a": 1}}}]},
+            {
+                "role": "assistant",
+                "tool_calls": [{"id": 7, "function": {"name": "f", "arguments": {"a": 1}}}],
+            },
             Message("assistant", (), calls=(ToolCall(0, "7", "f", '{"a":1}'),)),
             id="a number for an id, an object for arguments",
         ),
         pytest.param(
-            {"role": "tool", "tool_call_id": "c1", "content": "42"}, Message("tool", ("42",), call_id="c1"), id="tool"
+            {"role": "tool", "tool_call_id": "c1", "content": "42"},
+            Message("tool", ("42",), call_id="c1"),
+            id="tool",
         ),
         pytest.param(
-            {"role": "function", "name": "f", "content": "42"}, Message("tool", ("42",), call_id="f"), id="function"
+            {"role": "function", "name": "f", "content": "42"},
+            Message("tool", ("42",), call_id="f"),
+            id="function",
         ),
     ],
 )
@@ -689,18 +832,33 @@ def test_a_message_is_read(fields, wanted):
         (message(role="user"), "messages[0].content"),
         (message(role="user", content=5), "messages[0].content"),
         (message(role="user", content=["x"]), "messages[0].content[0]"),
-        (message(role="user", content=[{"type": "image_url"}]), "messages[0].content[0].image_url.url"),
-        (message(role="user", content=[{"type": "input_audio", "input_audio": {}}]), "messages[0].content[0]"),
+        (
+            message(role="user", content=[{"type": "image_url"}]),
+            "messages[0].content[0].image_url.url",
+        ),
+        (
+            message(role="user", content=[{"type": "input_audio", "input_audio": {}}]),
+            "messages[0].content[0]",
+        ),
         (message(role="user", content=[{"type": "file", "file": {}}]), "messages[0].content[0]"),
         (message(role="assistant", reasoning_content=5), "messages[0].reasoning_content"),
-        (message(role="assistant", function_call={"arguments": "{}"}), "messages[0].tool_calls[0].function.name"),
+        (
+            message(role="assistant", function_call={"arguments": "{}"}),
+            "messages[0].tool_calls[0].function.name",
+        ),
         (chat(reasoning_effort=[]), "reasoning_effort"),
         (chat(reasoning={"enabled": "yes"}), "reasoning"),
         (chat(web_search_options={"search_context_size": 5}), "web_search_options"),
-        (message(role="system", content=[{"type": "image_url", "image_url": {"url": "x"}}]), "messages[0].content[0]"),
+        (
+            message(role="system", content=[{"type": "image_url", "image_url": {"url": "x"}}]),
+            "messages[0].content[0]",
+        ),
         (message(role="tool", content="42"), "messages[0].tool_call_id"),
         (message(role="assistant", tool_calls=5), "messages[0].tool_calls"),
-        (message(role="assistant", tool_calls=[{"id": "x"}]), "messages[0].tool_calls[0].function.name"),
+        (
+            message(role="assistant", tool_calls=[{"id": "x"}]),
+            "messages[0].tool_calls[0].function.name",
+        ),
         (chat(stream="yes"), "stream"),
         (chat(stream_options=True), "stream_options"),
         (chat(temperature="hot"), "temperature"),
@@ -774,7 +932,12 @@ def test_the_clients_json_is_not_modified():
 # ======== OpenAI chat completions: the answer ========
 
 HEAD = Head("2026", 1760762344, "GLM-4.6", "ours", lambda: 1760762349.5)
-ENVELOPE = {"id": "chatcmpl-2026", "object": "chat.completion.chunk", "created": 1760762344, "model": "GLM-4.6"}
+ENVELOPE = {
+    "id": "chatcmpl-2026",
+    "object": "chat.completion.chunk",
+    "created": 1760762344,
+    "model": "GLM-4.6",
+}
 REQUEST = ChatRequest()
 WITH_USAGE = ztoapi.replace(REQUEST, include_usage=True)
 USAGE = {
@@ -788,7 +951,10 @@ EVENTS = [Thought("hm"), Text("你"), Text("好"), Usage(6, 3, 9, 2, 1), Finish(
 
 
 def decoded(frames):
-    return [frame if frame == "[DONE]" or isinstance(frame, dict) else json.loads(frame) for frame in frames]
+    return [
+        frame if frame == "[DONE]" or isinstance(frame, dict) else json.loads(frame)
+        for frame in frames
+    ]
 
 
 def frames(events, request=REQUEST):
@@ -833,7 +999,10 @@ FUNCTIONS = {"functions": [{"name": "f", "parameters": {"type": "object"}}]}
 )
 def test_functions_are_tools(fields, wanted):
     prompt = read_chat(chat(**FUNCTIONS) | fields)
-    assert (tuple(tool.name for tool in prompt.tools), prompt.tool_choice, prompt.ignored) == (*wanted, ())
+    assert (tuple(tool.name for tool in prompt.tools), prompt.tool_choice, prompt.ignored) == (
+        *wanted,
+        (),
+    )
 
 
 def test_a_call_of_a_function_is_answered_as_one_whole_and_streamed():
@@ -868,7 +1037,12 @@ def test_usage_that_zai_did_not_send_is_not_made_up():
 
 def test_a_streamed_tool_call_has_its_name_once():
     pieces = [ToolCall(0, "c1", "f", '{"a'), ToolCall(0, "", "", '":1}'), Finish("tool_calls")]
-    first = {"index": 0, "id": "c1", "type": "function", "function": {"name": "f", "arguments": '{"a'}}
+    first = {
+        "index": 0,
+        "id": "c1",
+        "type": "function",
+        "function": {"name": "f", "arguments": '{"a'},
+    }
     assert frames(pieces) == [
         chunk({"role": "assistant", "tool_calls": [first]}),
         chunk({"tool_calls": [{"index": 0, "function": {"arguments": '":1}'}}]}),
@@ -929,12 +1103,21 @@ def test_citations_are_annotations_whole_and_streamed():
     annotations = [{"type": "url_citation", "url_citation": CITED}]
     whole = chat_document(events)
     assert whole["choices"][0]["message"]["annotations"] == annotations
-    assert frames(events)[1] == chunk({"annotations": annotations}) | {"web_search": whole["web_search"]}
+    assert frames(events)[1] == chunk({"annotations": annotations}) | {
+        "web_search": whole["web_search"]
+    }
     assert whole["web_search"] == [FOUND, {"title": "no link"}]
 
 
 def test_choices_are_chunks_of_their_own_begun_in_order_with_one_usage():
-    events = [Text("a", 1), Text("b", 0), Usage(1, 2, 3), Finish("stop", 1), Usage(1, 5, 6), Finish("length", 0)]
+    events = [
+        Text("a", 1),
+        Text("b", 0),
+        Usage(1, 2, 3),
+        Finish("stop", 1),
+        Usage(1, 5, 6),
+        Finish("length", 0),
+    ]
     streamed = frames(events, ztoapi.replace(WITH_USAGE, n=2))
     choices = [frame["choices"][0] for frame in streamed[:6]]
     assert choices == [
@@ -947,7 +1130,9 @@ def test_choices_are_chunks_of_their_own_begun_in_order_with_one_usage():
     ]
     assert (streamed[6]["usage"]["total_tokens"], streamed[7:]) == (9, ["[DONE]"])
     whole = chat_document(events)
-    assert [(c["index"], c["message"]["content"], c["finish_reason"]) for c in whole["choices"]] == [
+    assert [
+        (c["index"], c["message"]["content"], c["finish_reason"]) for c in whole["choices"]
+    ] == [
         (0, "b", "length"),
         (1, "a", "stop"),
     ]
@@ -993,7 +1178,13 @@ def test_a_completion_is_asked_for_as_a_chat():
         "best_of": 1,
         "echo": False,
     }
-    wanted = Prompt("glm-4.6", (Message("user", ("写一首诗",)),), max_tokens=9, stop=("x",), ignored=("logprobs",))
+    wanted = Prompt(
+        "glm-4.6",
+        (Message("user", ("写一首诗",)),),
+        max_tokens=9,
+        stop=("x",),
+        ignored=("logprobs",),
+    )
     assert ztoapi.parse_completion(body)[0] == wanted
 
 
@@ -1016,14 +1207,20 @@ def test_a_completion_that_cannot_be_had_is_refused_with_a_reason(fields, param)
 
 
 def test_a_completion_knows_what_is_to_follow_it():
-    prompt = ztoapi.parse_completion({"model": "glm-4.6", "prompt": "def f(", "suffix": "return x"})[0]
+    prompt = ztoapi.parse_completion(
+        {"model": "glm-4.6", "prompt": "def f(", "suffix": "return x"}
+    )[0]
     line = "Write only what belongs between the user's text and this: return x"
     assert prompt.messages == (Message("system", (line,)), Message("user", ("def f(",)))
 
 
-@pytest.mark.parametrize(("n", "wanted"), [(1, ["诗:你", "好", ""]), (2, ["诗:你", "好", "", "诗:"])])
+@pytest.mark.parametrize(
+    ("n", "wanted"), [(1, ["诗:你", "好", ""]), (2, ["诗:你", "好", "", "诗:"])]
+)
 def test_an_echoed_prompt_begins_each_choice(n, wanted):
-    _, request = ztoapi.parse_completion({"model": "glm-4.6", "prompt": "诗:", "echo": True, "n": n})
+    _, request = ztoapi.parse_completion(
+        {"model": "glm-4.6", "prompt": "诗:", "echo": True, "n": n}
+    )
     events = [Text("你"), Text("好"), *(Finish("stop", choice) for choice in range(n))]
     assert request.document(HEAD, summed_up(events))["choices"][0]["text"] == "诗:你好"
     encoder = request.encoder(HEAD)
@@ -1032,13 +1229,20 @@ def test_an_echoed_prompt_begins_each_choice(n, wanted):
 
 
 def test_a_completion_has_the_text_alone():
-    envelope = {"id": "cmpl-2026", "object": "text_completion", "created": 1760762344, "model": "GLM-4.6"}
+    envelope = {
+        "id": "cmpl-2026",
+        "object": "text_completion",
+        "created": 1760762344,
+        "model": "GLM-4.6",
+    }
     choice = {"index": 0, "text": "你好", "logprobs": None, "finish_reason": "stop"}
     answer = summed_up(EVENTS)
     request = ztoapi.CompletionRequest(include_usage=True)
     assert request.document(HEAD, answer) == {**envelope, "choices": [choice], "usage": USAGE}
     encoder = request.encoder(HEAD)
-    streamed = decoded([frame for event in EVENTS for frame in encoder.feed(event)] + encoder.close())
+    streamed = decoded(
+        [frame for event in EVENTS for frame in encoder.feed(event)] + encoder.close()
+    )
     assert [frame["choices"][0]["text"] for frame in streamed[:3]] == ["你", "好", ""]
     assert streamed[2]["choices"][0]["finish_reason"] == "stop"
     assert streamed[3:] == [{**envelope, "choices": [], "usage": USAGE}, "[DONE]"]
@@ -1062,7 +1266,10 @@ NAMESPACE = {
     "type": "namespace",
     "name": "mcp__w",
     "description": "weather",
-    "tools": [{"type": "function", "name": "get", "parameters": {"type": "object"}}, {"type": "custom", "name": "say"}],
+    "tools": [
+        {"type": "function", "name": "get", "parameters": {"type": "object"}},
+        {"type": "custom", "name": "say"},
+    ],
 }
 
 
@@ -1071,7 +1278,10 @@ def test_an_item_may_be_sent_by_its_id_alone():
     items = [{"type": "item_reference", "id": item["id"]} for item in response["output"]]
     output = {"type": "function_call_output", "call_id": "c1", "output": "1"}
     prompt = ztoapi.parse_response({"model": "glm-4.6", "input": [*items, output]}, store)[0]
-    assert prompt.messages == (Message("assistant", ("x",), calls=(CALLED,)), Message("tool", ("1",), call_id="c1"))
+    assert prompt.messages == (
+        Message("assistant", ("x",), calls=(CALLED,)),
+        Message("tool", ("1",), call_id="c1"),
+    )
 
 
 @pytest.mark.parametrize(
@@ -1090,7 +1300,11 @@ def test_an_item_may_be_sent_by_its_id_alone():
                 {"type": "web_search_call", "id": "ws_1"},
             ],
             [
-                Message("assistant", (), calls=(ToolCall(0, "c1", "f", "{}"), ToolCall(0, "c2", "f", "{}"))),
+                Message(
+                    "assistant",
+                    (),
+                    calls=(ToolCall(0, "c1", "f", "{}"), ToolCall(0, "c2", "f", "{}")),
+                ),
                 Message("tool", ("(a picture, shown below)",), call_id="c1"),
                 Message("tool", ("2",), call_id="c2"),
                 Message("user", (Media("image_url", "https://x"),)),
@@ -1104,7 +1318,9 @@ def test_an_item_may_be_sent_by_its_id_alone():
         ),
         pytest.param("hi", [Message("user", ("hi",))], id="text"),
         pytest.param(
-            [{"role": "developer", "content": "x"}], [Message("system", ("x",))], id="a message without a type"
+            [{"role": "developer", "content": "x"}],
+            [Message("system", ("x",))],
+            id="a message without a type",
         ),
         pytest.param(
             [
@@ -1123,11 +1339,19 @@ def test_an_item_may_be_sent_by_its_id_alone():
         pytest.param(
             [
                 {"type": "reasoning", "summary": [{"type": "summary_text", "text": "hm"}]},
-                {"type": "message", "role": "assistant", "content": [{"type": "output_text", "text": "ok"}]},
+                {
+                    "type": "message",
+                    "role": "assistant",
+                    "content": [{"type": "output_text", "text": "ok"}],
+                },
                 {"type": "function_call", "call_id": "c1", "name": "f", "arguments": "{}"},
                 {"type": "custom_tool_call", "call_id": "c2", "name": "g", "input": "raw"},
                 {"type": "function_call_output", "call_id": "c1", "output": "1"},
-                {"type": "custom_tool_call_output", "call_id": "c2", "output": [{"type": "input_text", "text": "2"}]},
+                {
+                    "type": "custom_tool_call_output",
+                    "call_id": "c2",
+                    "output": [{"type": "input_text", "text": "2"}],
+                },
             ],
             [
                 Message(
@@ -1143,7 +1367,11 @@ def test_an_item_may_be_sent_by_its_id_alone():
         ),
         pytest.param(
             [
-                {"type": "reasoning", "summary": [], "encrypted_content": ztoapi.encode_reasoning("想😀")},
+                {
+                    "type": "reasoning",
+                    "summary": [],
+                    "encrypted_content": ztoapi.encode_reasoning("想😀"),
+                },
                 {"role": "user", "content": "x"},
             ],
             [Message("assistant", (), "想😀"), Message("user", ("x",))],
@@ -1155,7 +1383,15 @@ def test_an_item_may_be_sent_by_its_id_alone():
             id="reasoning that cannot be read",
         ),
         pytest.param(
-            [{"type": "function_call", "call_id": "c1", "name": "get", "namespace": "mcp__w", "arguments": "{}"}],
+            [
+                {
+                    "type": "function_call",
+                    "call_id": "c1",
+                    "name": "get",
+                    "namespace": "mcp__w",
+                    "arguments": "{}",
+                }
+            ],
             [Message("assistant", (), calls=(ToolCall(0, "c1", "mcp__w__get", "{}"),))],
             id="a call in a namespace",
         ),
@@ -1172,7 +1408,10 @@ def test_items_are_a_conversation(items, wanted):
         ({"input": [5]}, "input[0]"),
         ({"input": [{"type": "item_reference", "id": "x"}]}, "input[0]"),
         ({"input": ["x", {"type": "item_reference", "id": "msg_ours_0"}]}, "input[1]"),
-        ({"input": [{"role": "user", "content": [{"type": "input_audio"}]}]}, "input[0].content[0]"),
+        (
+            {"input": [{"role": "user", "content": [{"type": "input_audio"}]}]},
+            "input[0].content[0]",
+        ),
         ({"model": ""}, "model"),
         ({"tools": [5]}, "tools[0]"),
         ({"tools": [{"type": "function"}]}, "tools[0]"),
@@ -1218,7 +1457,12 @@ def test_what_else_a_response_asks_for():
         truncation="disabled",
     )
     assert prompt.messages == (Message("system", ("Be kind.",)), Message("user", ("你好",)))
-    assert (prompt.max_tokens, prompt.temperature, prompt.effort, prompt.schema) == (9, 0.5, "high", schema)
+    assert (prompt.max_tokens, prompt.temperature, prompt.effort, prompt.schema) == (
+        9,
+        0.5,
+        "high",
+        schema,
+    )
     assert [tool.name for tool in prompt.tools] == ["f", "g", "mcp__w__get", "mcp__w__say"]
     assert [tool["type"] for tool in prompt.native_tools] == ["web_search"]
     assert prompt.tool_choice == ToolChoice("required", ("f",))
@@ -1229,11 +1473,17 @@ def test_what_else_a_response_asks_for():
     "choice",
     [
         {"type": "custom", "name": "say", "namespace": "mcp__w"},
-        {"type": "allowed_tools", "mode": "required", "tools": [{"name": "say", "namespace": "mcp__w"}]},
+        {
+            "type": "allowed_tools",
+            "mode": "required",
+            "tools": [{"name": "say", "namespace": "mcp__w"}],
+        },
     ],
 )
 def test_a_tool_in_a_namespace_can_be_chosen(choice):
-    assert parse_response(tools=[NAMESPACE], tool_choice=choice).tool_choice == ToolChoice("required", ("mcp__w__say",))
+    assert parse_response(tools=[NAMESPACE], tool_choice=choice).tool_choice == ToolChoice(
+        "required", ("mcp__w__say",)
+    )
 
 
 def respond(events, **fields):
@@ -1242,7 +1492,11 @@ def respond(events, **fields):
     stream = ztoapi.parse_response(ASKED | fields, store)[1].encoder(HEAD)
     streamed = [frame for event in events for frame in stream.feed(event)] + stream.close()
     assert [frame["sequence_number"] for frame in streamed] == list(range(len(streamed)))
-    return [frame["type"].removeprefix("response.") for frame in streamed], streamed[-1]["response"], store
+    return (
+        [frame["type"].removeprefix("response.") for frame in streamed],
+        streamed[-1]["response"],
+        store,
+    )
 
 
 def test_a_streamed_response_is_its_events_in_order():
@@ -1258,7 +1512,11 @@ def test_a_streamed_response_is_its_events_in_order():
     assert [item["type"] for item in response["output"]] == ["reasoning", "message"]
     assert response["output"][1]["content"][0]["text"] == "你好"
     assert response["usage"]["output_tokens_details"] == {"reasoning_tokens": 1}
-    assert (response["status"], response["model"], response["id"]) == ("completed", "GLM-4.6", "resp_ours")
+    assert (response["status"], response["model"], response["id"]) == (
+        "completed",
+        "GLM-4.6",
+        "resp_ours",
+    )
 
 
 def test_a_response_has_every_key_that_its_schema_requires():
@@ -1284,7 +1542,9 @@ def test_a_response_has_every_key_that_its_schema_requires():
                 "type": "message",
                 "status": "completed",
                 "role": "assistant",
-                "content": [{"type": "output_text", "text": "x", "annotations": [], "logprobs": []}],
+                "content": [
+                    {"type": "output_text", "text": "x", "annotations": [], "logprobs": []}
+                ],
             }
         ],
         "usage": None,
@@ -1317,10 +1577,14 @@ def test_the_frames_of_a_message_say_where_it_stands():
     encoder = ztoapi.parse_response(ASKED, History())[1].encoder(HEAD)
     frames = [frame for event in (Text("a"), Finish("stop")) for frame in encoder.feed(event)][2:]
     item = {"id": "msg_ours_0", "type": "message", "role": "assistant"}
-    empty, full = ({"type": "output_text", "text": text, "annotations": [], "logprobs": []} for text in ("", "a"))
+    empty, full = (
+        {"type": "output_text", "text": text, "annotations": [], "logprobs": []}
+        for text in ("", "a")
+    )
     part = {"item_id": "msg_ours_0", "output_index": 0, "content_index": 0}
     assert [
-        {key: value for key, value in frame.items() if key not in ("type", "sequence_number")} for frame in frames
+        {key: value for key, value in frame.items() if key not in ("type", "sequence_number")}
+        for frame in frames
     ] == [
         {"output_index": 0, "item": item | {"status": "in_progress", "content": []}},
         part | {"part": empty},
@@ -1350,7 +1614,9 @@ def test_text_around_a_call_is_two_messages():
 
 
 def test_reasoning_is_a_summary_for_those_who_ask_for_one_and_sealed_for_those_who_keep_it():
-    names, response, _ = respond(EVENTS, reasoning={"summary": "auto"}, include=["reasoning.encrypted_content"])
+    names, response, _ = respond(
+        EVENTS, reasoning={"summary": "auto"}, include=["reasoning.encrypted_content"]
+    )
     assert names[2:6] == [
         "output_item.added",
         "reasoning_summary_part.added",
@@ -1372,7 +1638,12 @@ def test_calls_are_items_and_custom_ones_have_their_input():
     ]
     names, response, _ = respond(calls, tools=[{"type": "custom", "name": "g"}])
     assert names[2:] == [
-        *("output_item.added", "function_call_arguments.delta", "function_call_arguments.delta", "output_item.added"),
+        *(
+            "output_item.added",
+            "function_call_arguments.delta",
+            "function_call_arguments.delta",
+            "output_item.added",
+        ),
         *("function_call_arguments.done", "output_item.done"),
         *("custom_tool_call_input.delta", "custom_tool_call_input.done", "output_item.done"),
         "completed",
@@ -1383,8 +1654,13 @@ def test_calls_are_items_and_custom_ones_have_their_input():
 
 
 def test_a_call_in_a_namespace_comes_back_with_name_and_namespace_apart():
-    calls = [ToolCall(0, "c1", "mcp__w__get", "{}"), ToolCall(1, "c2", "mcp__w__say", '{"input":"hi"}')]
-    _, response, _ = respond([*calls, ToolCall(2, "c3", "mcp__x__get", "{}"), Finish("tool_calls")], tools=[NAMESPACE])
+    calls = [
+        ToolCall(0, "c1", "mcp__w__get", "{}"),
+        ToolCall(1, "c2", "mcp__w__say", '{"input":"hi"}'),
+    ]
+    _, response, _ = respond(
+        [*calls, ToolCall(2, "c3", "mcp__x__get", "{}"), Finish("tool_calls")], tools=[NAMESPACE]
+    )
     assert [(item["type"], item["name"], item.get("namespace")) for item in response["output"]] == [
         ("function_call", "get", "mcp__w"),
         ("custom_tool_call", "say", "mcp__w"),
@@ -1398,10 +1674,16 @@ def test_citations_are_annotations_of_the_message():
     assert response["output"][0]["content"][0]["annotations"] == [{"type": "url_citation", **CITED}]
 
 
-@pytest.mark.parametrize(("reason", "why"), [("length", "max_output_tokens"), ("content_filter", "content_filter")])
+@pytest.mark.parametrize(
+    ("reason", "why"), [("length", "max_output_tokens"), ("content_filter", "content_filter")]
+)
 def test_a_response_that_is_cut_short_says_so(reason, why):
     names, response, _ = respond([Text("x"), Finish(reason)])
-    assert (names[-1], response["status"], response["completed_at"]) == ("incomplete", "incomplete", None)
+    assert (names[-1], response["status"], response["completed_at"]) == (
+        "incomplete",
+        "incomplete",
+        None,
+    )
     assert response["incomplete_details"] == {"reason": why}
 
 
@@ -1422,7 +1704,11 @@ def test_a_response_that_breaks_off_has_failed(code, wanted):
     assert (frame["type"], frame["response"]["error"]["code"]) == ("response.failed", wanted)
     assert frame["response"]["completed_at"] is None
     early = ztoapi.parse_response(ASKED, History())[1].encoder(HEAD).fail(BadRequest("no"))
-    assert [frame["type"] for frame in early] == ["response.created", "response.in_progress", "response.failed"]
+    assert [frame["type"] for frame in early] == [
+        "response.created",
+        "response.in_progress",
+        "response.failed",
+    ]
 
 
 @pytest.mark.parametrize(
@@ -1459,7 +1745,10 @@ def test_a_response_is_remembered_with_the_whole_conversation():
 def test_a_previous_response_that_is_not_there_is_named():
     with pytest.raises(BadRequest) as raised:
         ztoapi.parse_response(ASKED | {"previous_response_id": "resp_gone"}, History())
-    assert (raised.value.kind.code, raised.value.param) == ("previous_response_not_found", "previous_response_id")
+    assert (raised.value.kind.code, raised.value.param) == (
+        "previous_response_not_found",
+        "previous_response_id",
+    )
 
 
 @pytest.mark.parametrize(
@@ -1470,10 +1759,21 @@ def test_a_previous_response_that_is_not_there_is_named():
         ({"previous_response_id": "resp_\ud800"}, []),
         ({"previous_response_id": "resp_\x00"}, []),
         (
-            {"input": [{"type": "item_reference", "id": "msg_2_0"}, {"type": "item_reference", "id": "fc_2_1"}]},
+            {
+                "input": [
+                    {"type": "item_reference", "id": "msg_2_0"},
+                    {"type": "item_reference", "id": "fc_2_1"},
+                ]
+            },
             ["resp_2"],
         ),
-        ({"input": [{"type": "item_reference"}, 1, {"id": "msg_3_0"}], "previous_response_id": 5}, ["5", "resp_"]),
+        (
+            {
+                "input": [{"type": "item_reference"}, 1, {"id": "msg_3_0"}],
+                "previous_response_id": 5,
+            },
+            ["5", "resp_"],
+        ),
     ],
 )
 def test_the_responses_that_a_request_refers_to_are_known_before_it_is_parsed(fields, wanted):
@@ -1487,7 +1787,11 @@ def test_the_responses_that_a_request_refers_to_are_known_before_it_is_parsed(fi
         ({"order": "asc", "limit": "2"}, ["resp_ours_input_0", "resp_ours_input_1"], True),
         ({"after": "fc_1", "limit": "1"}, ["resp_ours_input_1"], True),
         ({"after": "resp_ours_input_0"}, [], False),
-        ({"after": "gone", "limit": "many"}, ["fc_1", "resp_ours_input_1", "resp_ours_input_0"], False),
+        (
+            {"after": "gone", "limit": "many"},
+            ["fc_1", "resp_ours_input_1", "resp_ours_input_0"],
+            False,
+        ),
     ],
 )
 def test_the_input_of_a_response_is_listed_in_pages(query, wanted, more):
@@ -1501,9 +1805,18 @@ def test_the_input_of_a_response_is_listed_in_pages(query, wanted, more):
 
 def test_an_item_of_the_input_is_listed_with_all_its_keys():
     said = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "x", "id": None}]
-    assert ztoapi.input_items(ztoapi.StoredResponse({"id": "resp_1"}, said), {"order": "asc"})["data"] == [
-        {"id": f"resp_1_input_{i}", "type": "message", "role": role, "content": [{"type": kind, "text": text}]}
-        for i, (role, kind, text) in enumerate([("user", "input_text", "hi"), ("assistant", "output_text", "x")])
+    assert ztoapi.input_items(ztoapi.StoredResponse({"id": "resp_1"}, said), {"order": "asc"})[
+        "data"
+    ] == [
+        {
+            "id": f"resp_1_input_{i}",
+            "type": "message",
+            "role": role,
+            "content": [{"type": kind, "text": text}],
+        }
+        for i, (role, kind, text) in enumerate(
+            [("user", "input_text", "hi"), ("assistant", "output_text", "x")]
+        )
     ]
 
 
@@ -1530,12 +1843,22 @@ USE = turn([{"type": "tool_use", "id": "t1", "name": "f", "input": {}}], "assist
 @pytest.mark.parametrize(
     ("turns", "wanted"),
     [
-        pytest.param([turn("hi"), turn("a", "system")], [turn([text_block("hi"), reminder("a")])], id="behind"),
         pytest.param(
-            [turn("a", "system"), turn([text_block("hi")])], [turn([reminder("a"), text_block("hi")])], id="before"
+            [turn("hi"), turn("a", "system")],
+            [turn([text_block("hi"), reminder("a")])],
+            id="behind",
         ),
         pytest.param(
-            [turn("hi"), turn([text_block("a"), text_block("b") | CACHED], "system"), turn("c", "system")],
+            [turn("a", "system"), turn([text_block("hi")])],
+            [turn([reminder("a"), text_block("hi")])],
+            id="before",
+        ),
+        pytest.param(
+            [
+                turn("hi"),
+                turn([text_block("a"), text_block("b") | CACHED], "system"),
+                turn("c", "system"),
+            ],
             [turn([text_block("hi"), reminder("a"), reminder("b") | CACHED, reminder("c")])],
             id="several",
         ),
@@ -1549,15 +1872,25 @@ USE = turn([{"type": "tool_use", "id": "t1", "name": "f", "input": {}}], "assist
             [USE, turn([TOOL_RESULT, reminder("a")])],
             id="results first",
         ),
-        pytest.param([turn("hi"), turn("there")], [turn("hi"), turn("there")], id="no system message"),
+        pytest.param(
+            [turn("hi"), turn("there")], [turn("hi"), turn("there")], id="no system message"
+        ),
         pytest.param([7, turn(None, "system"), turn(7)], [{}, turn([])], id="nothing that is one"),
-        pytest.param([turn([7, {"type": "image"}], "system")], [turn([7, {"type": "image"}])], id="no text"),
-        pytest.param([{"content": "x"}, turn("a", "system")], [{"content": "x"}, turn([reminder("a")])], id="no role"),
+        pytest.param(
+            [turn([7, {"type": "image"}], "system")], [turn([7, {"type": "image"}])], id="no text"
+        ),
+        pytest.param(
+            [{"content": "x"}, turn("a", "system")],
+            [{"content": "x"}, turn([reminder("a")])],
+            id="no role",
+        ),
         pytest.param("hi", "hi", id="no turns"),
     ],
 )
 def test_a_system_message_of_anthropics_is_a_reminder_in_the_users_turn(turns, wanted):
-    assert json.loads(messages_request({"model": "opus", "messages": turns, "top_k": 1}, "glm-5.3")) == {
+    assert json.loads(
+        messages_request({"model": "opus", "messages": turns, "top_k": 1}, "glm-5.3")
+    ) == {
         "model": "glm-5.3",
         "messages": wanted,
         "top_k": 1,
@@ -1586,7 +1919,10 @@ def test_no_client_has_the_key_in_an_argument_where_others_could_see_it(name):
 
 @pytest.mark.parametrize("name", ztoapi.CLIENTS)
 def test_the_file_of_a_client_is_json_whatever_the_key(name):
-    plain, odd = ([json.loads(text) for text in filled(name, key=key).files.values()] for key in ("sk-k", 'a"\\b'))
+    plain, odd = (
+        [json.loads(text) for text in filled(name, key=key).files.values()]
+        for key in ("sk-k", 'a"\\b')
+    )
     assert repr(odd) == repr(plain).replace(repr("sk-k"), repr('a"\\b'))
 
 
@@ -1598,10 +1934,15 @@ def test_the_lines_for_a_shell_start_the_client_in_the_same_way(tmp_path, name):
     (tmp_path / program).chmod(0o755)
     script = f"set -a\n{filled(name).shell_lines()}"
     env = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "dir": ""}
-    said = subprocess.run(["sh", "-c", script], env=env, capture_output=True, text=True, check=True).stdout
+    said = subprocess.run(
+        ["sh", "-c", script], env=env, capture_output=True, text=True, check=True
+    ).stdout
     client = filled(name, folder=re.search("dir (.*)", said)[1])
     assert said.startswith("\n".join(client.arguments[1:]))
-    for line in (*(f"{name}={value}" for name, value in client.variables.items()), *client.files.values()):
+    for line in (
+        *(f"{name}={value}" for name, value in client.variables.items()),
+        *client.files.values(),
+    ):
         assert f"{line}\n" in said
 
 
@@ -1629,41 +1970,71 @@ def test_the_page_shows_each_client_with_words_that_it_can_replace():
         pytest.param({"temperature": 0}, {"temperature": 0}, id="cold"),
         pytest.param({"top_p": 0}, {"top_p": 0.01}, id="top_p 0"),
         pytest.param({"top_p": 1}, {"top_p": 1}, id="top_p 1"),
-        pytest.param({"max_tokens": 999999}, {"max_tokens": 128 * 1024}, id="more than the model can"),
+        pytest.param(
+            {"max_tokens": 999999}, {"max_tokens": 128 * 1024}, id="more than the model can"
+        ),
         pytest.param({"max_completion_tokens": 7}, {"max_tokens": 7}, id="max_completion_tokens"),
         pytest.param({"stop": "x"}, {"stop": ["x"]}, id="stop"),
         pytest.param({"stop": []}, {}, id="no stop"),
-        pytest.param({"stream": True, "stream_options": {"include_usage": True}}, {"stream": True}, id="stream"),
+        pytest.param(
+            {"stream": True, "stream_options": {"include_usage": True}},
+            {"stream": True},
+            id="stream",
+        ),
         pytest.param({"seed": 7}, {"seed": 7}, id="seed"),
         pytest.param({"user": "a"}, {"user_id": "user-a"}, id="a short user"),
         pytest.param({"user": "alice@example"}, {"user_id": "alice@example"}, id="a user"),
-        pytest.param({"user": "x" * 129}, {"user_id": hashlib.sha256(b"x" * 129).hexdigest()}, id="a long user"),
+        pytest.param(
+            {"user": "x" * 129},
+            {"user_id": hashlib.sha256(b"x" * 129).hexdigest()},
+            id="a long user",
+        ),
         pytest.param({"user": "abcdef"}, {"user_id": "abcdef"}, id="a user just long enough"),
         pytest.param({"user": "x" * 128}, {"user_id": "x" * 128}, id="a user just short enough"),
-        pytest.param({"sensitive_word_check": {"a": 1}}, {"sensitive_word_check": {"a": 1}}, id="sensitive_word_check"),
+        pytest.param(
+            {"sensitive_word_check": {"a": 1}},
+            {"sensitive_word_check": {"a": 1}},
+            id="sensitive_word_check",
+        ),
         pytest.param({"user": ""}, {}, id="no user"),
         pytest.param(
-            {"response_format": {"type": "json_object"}}, {"response_format": {"type": "json_object"}}, id="json_object"
+            {"response_format": {"type": "json_object"}},
+            {"response_format": {"type": "json_object"}},
+            id="json_object",
         ),
         pytest.param({"response_format": {"type": "text"}}, {}, id="response_format text"),
-        pytest.param({"tool_choice": "required", "parallel_tool_calls": False}, {}, id="tool_choice without tools"),
+        pytest.param(
+            {"tool_choice": "required", "parallel_tool_calls": False},
+            {},
+            id="tool_choice without tools",
+        ),
         pytest.param({"tool_choice": function("f")}, {}, id="a named choice without tools"),
         pytest.param(
-            {"do_sample": False, "request_id": "r1"}, {"do_sample": False, "request_id": "r1"}, id="Z.ai's own"
+            {"do_sample": False, "request_id": "r1"},
+            {"do_sample": False, "request_id": "r1"},
+            id="Z.ai's own",
         ),
         pytest.param(
-            {"metadata": {"a": 1}, "n": 2, "reasoning_format": "raw"}, {}, id="nothing that Z.ai does not know"
+            {"metadata": {"a": 1}, "n": 2, "reasoning_format": "raw"},
+            {},
+            id="nothing that Z.ai does not know",
         ),
     ],
 )
 def test_zai_gets_what_it_takes(fields, wanted):
     body = zai_body(read_chat(chat(stream=False) | fields), MODELS["glm-4.6"])
-    assert body == {"model": "glm-4.6", "messages": [{"role": "user", "content": "你好"}], "stream": False} | wanted
+    assert (
+        body
+        == {"model": "glm-4.6", "messages": [{"role": "user", "content": "你好"}], "stream": False}
+        | wanted
+    )
 
 
 def sent(*messages, **fields):
     """The messages as Z.ai gets them."""
-    return zai_body(read_chat(chat(messages=list(messages)) | fields), MODELS["glm-4.6"])["messages"]
+    return zai_body(read_chat(chat(messages=list(messages)) | fields), MODELS["glm-4.6"])[
+        "messages"
+    ]
 
 
 QUESTION, SYSTEM = {"role": "user", "content": "hi"}, {"role": "system", "content": "Be kind."}
@@ -1672,9 +2043,16 @@ QUESTION, SYSTEM = {"role": "user", "content": "hi"}, {"role": "system", "conten
 @pytest.mark.parametrize(
     ("fields", "wanted"),
     [
-        pytest.param({"role": "developer", "content": "x"}, {"role": "system", "content": "x"}, id="developer"),
         pytest.param(
-            {"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]},
+            {"role": "developer", "content": "x"},
+            {"role": "system", "content": "x"},
+            id="developer",
+        ),
+        pytest.param(
+            {
+                "role": "user",
+                "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}],
+            },
             {"role": "user", "content": "a\nb"},
             id="text parts are joined",
         ),
@@ -1722,7 +2100,11 @@ def test_a_message_with_nothing_in_it_that_wants_no_answer_is_left_out(fields):
         ([SYSTEM], [{"role": "user", "content": "Be kind."}]),
         (
             [SYSTEM, SYSTEM, {"role": "assistant", "content": "Yes"}],
-            [SYSTEM, {"role": "user", "content": "Be kind."}, {"role": "assistant", "content": "Yes"}],
+            [
+                SYSTEM,
+                {"role": "user", "content": "Be kind."},
+                {"role": "assistant", "content": "Yes"},
+            ],
         ),
         ([SYSTEM, {"role": "tool", "tool_call_id": "c", "content": "0"}],) * 2,
     ],
@@ -1738,7 +2120,8 @@ def test_a_conversation_with_nothing_in_it_is_refused(role):
 
 
 @pytest.mark.parametrize(
-    ("content", "wanted"), [("", "(no output)"), ([], "(no output)"), ("\n", "(no output)"), ("0", "0")]
+    ("content", "wanted"),
+    [("", "(no output)"), ([], "(no output)"), ("\n", "(no output)"), ("0", "0")],
 )
 def test_an_empty_result_of_a_tool_is_said_in_words(content, wanted):
     result = {"role": "tool", "tool_call_id": "c"}
@@ -1748,26 +2131,42 @@ def test_an_empty_result_of_a_tool_is_said_in_words(content, wanted):
 @pytest.mark.parametrize(
     ("fields", "wanted"),
     [
-        ({"content": "<think>\nhm</think>\n\nyes"}, {"content": "yes", "reasoning_content": "\nhm"}),
         (
-            {"content": [{"type": "text", "text": "\n<think>hm</think>yes"}, {"type": "text", "text": "no"}]},
+            {"content": "<think>\nhm</think>\n\nyes"},
+            {"content": "yes", "reasoning_content": "\nhm"},
+        ),
+        (
+            {
+                "content": [
+                    {"type": "text", "text": "\n<think>hm</think>yes"},
+                    {"type": "text", "text": "no"},
+                ]
+            },
             {"content": "yes\nno", "reasoning_content": "hm"},
         ),
         (
             {"content": "<think>hm</think>", "tool_calls": [CALL]},
             {"content": "", "reasoning_content": "hm", "tool_calls": [CALL]},
         ),
-        ({"content": "<think>a</think>yes", "reasoning_content": "b"}, {"content": "yes", "reasoning_content": "b"}),
+        (
+            {"content": "<think>a</think>yes", "reasoning_content": "b"},
+            {"content": "yes", "reasoning_content": "b"},
+        ),
         ({"content": "I <think>hm</think>"}, {"content": "I <think>hm</think>"}),
         ({"content": "<think>hm"}, {"content": "<think>hm"}),
     ],
 )
 def test_reasoning_at_the_head_of_an_assistants_text_is_its_reasoning(fields, wanted):
-    assert sent(QUESTION, {"role": "assistant", **fields}) == [QUESTION, {"role": "assistant", **wanted}]
+    assert sent(QUESTION, {"role": "assistant", **fields}) == [
+        QUESTION,
+        {"role": "assistant", **wanted},
+    ]
 
 
 def test_a_user_may_write_of_tags():
-    assert sent(QUESTION | {"content": "<think>hm</think>"}) == [QUESTION | {"content": "<think>hm</think>"}]
+    assert sent(QUESTION | {"content": "<think>hm</think>"}) == [
+        QUESTION | {"content": "<think>hm</think>"}
+    ]
 
 
 def test_an_image_goes_as_bare_base64_or_as_an_address():
@@ -1843,7 +2242,12 @@ def ordered(line):
     [
         pytest.param("auto", [F, G], HELLO["messages"], id="auto"),
         pytest.param("none", None, HELLO["messages"], id="none"),
-        pytest.param("required", [F, G], ordered("Answer by calling one of the functions f, g."), id="required"),
+        pytest.param(
+            "required",
+            [F, G],
+            ordered("Answer by calling one of the functions f, g."),
+            id="required",
+        ),
         pytest.param(function("g"), [G], ordered("Answer by calling the function g."), id="named"),
         pytest.param(
             {"type": "allowed_tools", "allowed_tools": {"mode": "auto", "tools": [function("g")]}},
@@ -1878,7 +2282,10 @@ ORDER = "Answer by calling the function f."
     ("messages", "wanted"),
     [
         ([SYSTEM, QUESTION], [SYSTEM | {"content": f"Be kind.\n{ORDER}"}, QUESTION]),
-        ([QUESTION, SYSTEM, SYSTEM], [QUESTION, SYSTEM | {"content": f"Be kind.\n{ORDER}"}, SYSTEM]),
+        (
+            [QUESTION, SYSTEM, SYSTEM],
+            [QUESTION, SYSTEM | {"content": f"Be kind.\n{ORDER}"}, SYSTEM],
+        ),
         ([SYSTEM], [SYSTEM | {"content": ORDER}, SYSTEM | {"role": "user"}]),
     ],
 )
@@ -1889,19 +2296,30 @@ def test_an_order_is_added_to_the_first_system_message(messages, wanted):
 def test_a_schema_goes_as_an_order():
     schema = {"type": "object", "properties": {"城市": {"type": "string"}}}
     body = zai_tools(
-        response_format={"type": "json_schema", "json_schema": {"name": "x", "strict": True, "schema": schema}}
+        response_format={
+            "type": "json_schema",
+            "json_schema": {"name": "x", "strict": True, "schema": schema},
+        }
     )
     assert body["response_format"] == {"type": "json_object"}
-    assert body["messages"][0]["content"].endswith(': {"type":"object","properties":{"城市":{"type":"string"}}}')
+    assert body["messages"][0]["content"].endswith(
+        ': {"type":"object","properties":{"城市":{"type":"string"}}}'
+    )
 
 
 @pytest.mark.parametrize(
     ("options", "more"),
-    [({}, {}), ({"search_context_size": "low"}, {}), ({"search_context_size": "high"}, {"content_size": "high"})],
+    [
+        ({}, {}),
+        ({"search_context_size": "low"}, {}),
+        ({"search_context_size": "high"}, {"content_size": "high"}),
+    ],
 )
 def test_web_search_options_are_a_tool(options, more):
     search = {"enable": True, "search_engine": "search-prime", "search_result": True} | more
-    assert zai_tools(web_search_options=options)["tools"] == [{"type": "web_search", "web_search": search}]
+    assert zai_tools(web_search_options=options)["tools"] == [
+        {"type": "web_search", "web_search": search}
+    ]
 
 
 def test_a_search_of_zais_own_is_not_doubled():
@@ -1922,12 +2340,18 @@ POINT = {"type": "object", "properties": {"x": {"type": "number"}}}
             id="$defs",
         ),
         pytest.param(
-            {"properties": {"p": {"$ref": "#/definitions/P", "description": "d"}}, "definitions": {"P": POINT}},
+            {
+                "properties": {"p": {"$ref": "#/definitions/P", "description": "d"}},
+                "definitions": {"P": POINT},
+            },
             {"properties": {"p": {**POINT, "description": "d"}}},
             id="definitions, with more beside",
         ),
         pytest.param(
-            {"items": {"$ref": "#/$defs/A"}, "$defs": {"A": {"anyOf": [{"$ref": "#/$defs/P"}]}, "P": POINT}},
+            {
+                "items": {"$ref": "#/$defs/A"},
+                "$defs": {"A": {"anyOf": [{"$ref": "#/$defs/P"}]}, "P": POINT},
+            },
             {"items": {"anyOf": [POINT]}},
             id="a reference in a definition",
         ),
@@ -1969,7 +2393,11 @@ POINT = {"type": "object", "properties": {"x": {"type": "number"}}}
             id="data that looks like a reference",
         ),
         pytest.param({"$schema": "x", "type": "object"}, {"type": "object"}, id="$schema"),
-        pytest.param({"properties": {"$schema": POINT}}, {"properties": {"$schema": POINT}}, id="a property $schema"),
+        pytest.param(
+            {"properties": {"$schema": POINT}},
+            {"properties": {"$schema": POINT}},
+            id="a property $schema",
+        ),
         pytest.param(
             {"anyOf": [{"type": "string", "title": "A"}, NULL], "default": None, "title": "B"},
             {"type": "string", "title": "B"},
@@ -1985,9 +2413,14 @@ POINT = {"type": "object", "properties": {"x": {"type": "number"}}}
             POINT,
             id="a reference or null",
         ),
-        pytest.param(*({"anyOf": [POINT, {"type": "string"}, NULL], "default": None},) * 2, id="more than one or null"),
+        pytest.param(
+            *({"anyOf": [POINT, {"type": "string"}, NULL], "default": None},) * 2,
+            id="more than one or null",
+        ),
         pytest.param(*({"anyOf": [POINT]},) * 2, id="a union without null"),
-        pytest.param(*({"enum": [{"anyOf": [POINT, NULL]}]},) * 2, id="data that looks like a union"),
+        pytest.param(
+            *({"enum": [{"anyOf": [POINT, NULL]}]},) * 2, id="data that looks like a union"
+        ),
     ],
 )
 def test_references_and_unions_with_null_go_from_a_schema(schema, wanted):
@@ -2029,7 +2462,10 @@ ON, OFF = {"thinking": {"type": "enabled"}}, {"thinking": {"type": "disabled"}}
             ("glm-5.2", effort, ON | {"reasoning_effort": effort})
             for effort in ("low", "medium", "high", "xhigh", "max")
         ),
-        *(("glm-5.3", effort, {"reasoning_effort": "low"}) for effort in ("none", "minimal", "low")),
+        *(
+            ("glm-5.3", effort, {"reasoning_effort": "low"})
+            for effort in ("none", "minimal", "low")
+        ),
         *(("glm-5.3", effort, {"reasoning_effort": "high"}) for effort in ("medium", "high")),
         *(("glm-5.3", effort, {"reasoning_effort": "max"}) for effort in ("xhigh", "max")),
     ],
@@ -2040,15 +2476,21 @@ def test_an_effort_is_what_the_model_takes(model, effort, wanted):
 
 
 @pytest.mark.parametrize(
-    ("model", "wanted"), [("glm-4-32b-0414-128k", None), ("glm-4.6", ON), ("glm-5.2", ON), ("glm-5.3", None)]
+    ("model", "wanted"),
+    [("glm-4-32b-0414-128k", None), ("glm-4.6", ON), ("glm-5.2", ON), ("glm-5.3", None)],
 )
 def test_thinking_on_without_an_effort(model, wanted):
     body = zai_body(read_chat(chat(enable_thinking=True)), MODELS[model])
-    assert (body.get("thinking"), "reasoning_effort" in body) == (wanted and wanted["thinking"], False)
+    assert (body.get("thinking"), "reasoning_effort" in body) == (
+        wanted and wanted["thinking"],
+        False,
+    )
 
 
 def test_nothing_said_about_thinking_is_nothing_sent():
-    assert not {"thinking", "reasoning_effort"} & zai_body(read_chat(HELLO), MODELS["glm-5.2"]).keys()
+    assert (
+        not {"thinking", "reasoning_effort"} & zai_body(read_chat(HELLO), MODELS["glm-5.2"]).keys()
+    )
 
 
 THOUGHT = [{"role": "assistant", "content": "x", "reasoning_content": "hm"}, *HELLO["messages"]]
@@ -2058,7 +2500,11 @@ THOUGHT = [{"role": "assistant", "content": "x", "reasoning_content": "hm"}, *HE
     ("model", "fields", "wanted"),
     [
         ("glm-4.6", {"messages": THOUGHT}, {"type": "enabled", "clear_thinking": False}),
-        ("glm-4.6", {"messages": THOUGHT, "enable_thinking": False}, {"type": "disabled", "clear_thinking": False}),
+        (
+            "glm-4.6",
+            {"messages": THOUGHT, "enable_thinking": False},
+            {"type": "disabled", "clear_thinking": False},
+        ),
         (
             "glm-4.6",
             {"messages": THOUGHT, "thinking": {"clear_thinking": True}},
@@ -2073,7 +2519,12 @@ THOUGHT = [{"role": "assistant", "content": "x", "reasoning_content": "hm"}, *HE
         ("glm-4-32b-0414-128k", {"messages": THOUGHT}, None),
         (
             "glm-4.6",
-            {"messages": [THOUGHT[0] | {"content": "<think>hm</think>x", "reasoning_content": ""}, *THOUGHT[1:]]},
+            {
+                "messages": [
+                    THOUGHT[0] | {"content": "<think>hm</think>x", "reasoning_content": ""},
+                    *THOUGHT[1:],
+                ]
+            },
             {"type": "enabled", "clear_thinking": False},
         ),
     ],
@@ -2082,24 +2533,39 @@ def test_reasoning_sent_back_is_kept(model, fields, wanted):
     assert zai_body(read_chat(chat(**fields)), MODELS[model]).get("thinking") == wanted
 
 
-USER, SAID, TOOL_SAID = Message("user", ("u",)), Message("assistant", ("a",)), Message("tool", ("r",), call_id="c")
+USER, SAID, TOOL_SAID = (
+    Message("user", ("u",)),
+    Message("assistant", ("a",)),
+    Message("tool", ("r",), call_id="c"),
+)
 KNOWN = replace(SAID, thought="the client's own")
 
 
 @pytest.mark.parametrize(
     ("messages", "start", "thoughts"),
     [
-        ((USER, SAID, USER, SAID, TOOL_SAID, KNOWN), 0, ["", "said", "", "said", "", "the client's own"]),
-        ((USER, SAID, USER, SAID, TOOL_SAID, KNOWN), 3, ["", "", "", "said", "", "the client's own"]),
+        (
+            (USER, SAID, USER, SAID, TOOL_SAID, KNOWN),
+            0,
+            ["", "said", "", "said", "", "the client's own"],
+        ),
+        (
+            (USER, SAID, USER, SAID, TOOL_SAID, KNOWN),
+            3,
+            ["", "", "", "said", "", "the client's own"],
+        ),
         ((SAID,), 0, ["said"]),
         ((USER, SAID, USER), 3, ["", "", ""]),
     ],
 )
 def test_reasoning_that_a_client_dropped_is_put_back(messages, start, thoughts):
     assert ztoapi.turn_start(messages) in (start, 3)
-    asked = ztoapi.with_reasoning(messages, start, lambda message: "".join(["said"] * (message.content == ("a",))))
+    asked = ztoapi.with_reasoning(
+        messages, start, lambda message: "".join(["said"] * (message.content == ("a",)))
+    )
     assert asked == tuple(
-        replace(message, thought=thought) for message, thought in zip(messages, thoughts, strict=True)
+        replace(message, thought=thought)
+        for message, thought in zip(messages, thoughts, strict=True)
     )
 
 
@@ -2110,9 +2576,18 @@ async def test_the_same_conversation_is_the_same_bytes_in_every_process():
     words += "print(ztoapi.to_json(ztoapi.zai_body(prompt, ztoapi.resolve(prompt.model))), *ztoapi.conversation_start(prompt))"
     schema = {"$defs": {name: {"type": "string"} for name in "qwertyuiop"}, "type": "object"}
     schema["properties"] = {name: {"$ref": f"#/$defs/{name}"} for name in "qwertyuiop"}
-    tools = [{"type": "function", "function": {"name": name, "parameters": schema}} for name in ("b", "a", "c")]
+    tools = [
+        {"type": "function", "function": {"name": name, "parameters": schema}}
+        for name in ("b", "a", "c")
+    ]
     answer_format = {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}
-    body = chat(tools=tools, tool_choice="required", response_format=answer_format, user="me", web_search_options={})
+    body = chat(
+        tools=tools,
+        tool_choice="required",
+        response_format=answer_format,
+        user="me",
+        web_search_options={},
+    )
     asking = [
         subprocess.Popen(
             [sys.executable, "-c", words],
@@ -2135,13 +2610,19 @@ async def test_the_same_conversation_is_the_same_bytes_in_every_process():
 REFUSED = [
     *((code, 401, 502, "upstream_error", "zai_authentication") for code in range(1000, 1006)),
     (1113, 429, 402, "insufficient_quota", "insufficient_quota"),
-    *((code, 400, 400, "invalid_request_error", f"zai_{code}") for code in (1210, 1213, 1214, 1215, 1221, 1222, 1299)),
+    *(
+        (code, 400, 400, "invalid_request_error", f"zai_{code}")
+        for code in (1210, 1213, 1214, 1215, 1221, 1222, 1299)
+    ),
     *((code, 400, 404, "invalid_request_error", "model_not_found") for code in (1211, 1212)),
     *((code, 403, 403, "permission_error", "model_not_available") for code in (1220, 1311)),
     (1261, 400, 400, "invalid_request_error", "context_length_exceeded"),
     (1301, 400, 400, "invalid_request_error", "content_filter"),
     *((code, 429, 429, "rate_limit_error", "rate_limit_exceeded") for code in (1302, 1305, 1399)),
-    *((code, 429, 402, "insufficient_quota", "quota_exceeded") for code in (1308, 1310, *range(1316, 1322))),
+    *(
+        (code, 429, 402, "insufficient_quota", "quota_exceeded")
+        for code in (1308, 1310, *range(1316, 1322))
+    ),
     *((code, 429, 403, "permission_error", "plan_not_usable") for code in (1309, 1313, 1314, 1315)),
     *((code, 500, 502, "upstream_error", "zai_unavailable") for code in (1200, 1230, 1234)),
     (1999, 418, 418, "upstream_error", "zai_1999"),
@@ -2161,7 +2642,9 @@ def test_a_code_inside_a_200_means_the_same(row):
     code, _, status, kind, ours = row
     error = zai_error(200, {"error": {"code": code, "message": "Words"}})
     named = code not in (1299, 1399, 1999)
-    assert error.kind == (ErrorKind(status, kind, ours) if named else ErrorKind(502, "upstream_error", f"zai_{code}"))
+    assert error.kind == (
+        ErrorKind(status, kind, ours) if named else ErrorKind(502, "upstream_error", f"zai_{code}")
+    )
 
 
 @pytest.mark.parametrize(
@@ -2191,7 +2674,9 @@ def test_what_comes_without_a_known_code_goes_by_its_status(http, body, status, 
 
 
 def test_no_balance_names_the_address_of_the_coding_plan():
-    assert "https://api.z.ai/api/coding/paas/v4" in str(zai_error(429, b'{"error":{"code":"1113","message":""}}'))
+    assert "https://api.z.ai/api/coding/paas/v4" in str(
+        zai_error(429, b'{"error":{"code":"1113","message":""}}')
+    )
 
 
 # ======== Z.ai: the answer ========
@@ -2199,20 +2684,30 @@ def test_no_balance_names_the_address_of_the_coding_plan():
 
 def stream_of(*chunks, done="data: [DONE]\n\n"):
     """Chunks as Z.ai streams them; a delta alone is put into its chunk."""
-    whole = [c if "choices" in c else {"id": "7", "created": 1, "choices": [{"index": 0, "delta": c}]} for c in chunks]
-    return "".join(f"data: {json.dumps(c, ensure_ascii=False)}\n\n" for c in whole).encode() + done.encode()
+    whole = [
+        c if "choices" in c else {"id": "7", "created": 1, "choices": [{"index": 0, "delta": c}]}
+        for c in chunks
+    ]
+    return (
+        "".join(f"data: {json.dumps(c, ensure_ascii=False)}\n\n" for c in whole).encode()
+        + done.encode()
+    )
 
 
 def finish(reason="stop", **more):
     return {
         "id": "7",
-        "choices": [{"index": 0, "finish_reason": reason, "delta": {"role": "assistant", "content": ""}}],
+        "choices": [
+            {"index": 0, "finish_reason": reason, "delta": {"role": "assistant", "content": ""}}
+        ],
         **more,
     }
 
 
 def document_of(message, reason="stop", **more):
-    return json.dumps({"id": "7", "choices": [{"message": message, "finish_reason": reason}], **more}).encode()
+    return json.dumps(
+        {"id": "7", "choices": [{"message": message, "finish_reason": reason}], **more}
+    ).encode()
 
 
 # As recorded (October 2025: no object, no finish_reason, the role in every delta, usage in the last chunk).
@@ -2240,7 +2735,11 @@ data: {"id":"2026","created":1,"object":"chat.completion.chunk","model":"glm-5",
 data: [DONE]
 
 """
-RECORDED_CALL_EVENTS = [ToolCall(0, "call_417fb", "bash", '{"cmd":"ls"}'), Usage(1, 2, 3), Finish("tool_calls")]
+RECORDED_CALL_EVENTS = [
+    ToolCall(0, "call_417fb", "bash", '{"cmd":"ls"}'),
+    Usage(1, 2, 3),
+    Finish("tool_calls"),
+]
 
 # The same answer as RECORDED, asked for whole.
 DOCUMENT = json.dumps(
@@ -2325,7 +2824,10 @@ def test_an_events_text_comes_out_with_the_part_that_completes_it():
         pytest.param(b'{"id":"1","choices":[]}', id="a document with no choices"),
         pytest.param(b'{"id":"1","choices":null}', id="a document with choices null"),
         pytest.param(
-            document_of({"tool_calls": [{"function": {"name": "f", "arguments": {"x": math.nan}}}]}), id="NaN"
+            document_of(
+                {"tool_calls": [{"function": {"name": "f", "arguments": {"x": math.nan}}}]}
+            ),
+            id="NaN",
         ),
         pytest.param(RECORDED.replace(b'"stop"', b'"network_error"'), id="network_error"),
     ],
@@ -2424,7 +2926,9 @@ END = b"\n\n" + stream_of(finish())
             id="a start inside the whole one",
         ),
         pytest.param(ONE + b"data: [DONE]", ["hi"], 0, id="[DONE] glued"),
-        pytest.param('data: {"id":"你'.encode()[:-1] + TWO, ["你"], 1, id="torn inside a character"),
+        pytest.param(
+            'data: {"id":"你'.encode()[:-1] + TWO, ["你"], 1, id="torn inside a character"
+        ),
     ],
 )
 def test_a_torn_frame_is_dropped_and_counted_and_the_whole_one_used(line, words, torn):
@@ -2441,16 +2945,22 @@ def test_an_error_glued_to_a_torn_frame_is_an_error():
 
 
 @pytest.mark.parametrize(
-    "torn", ["\n", "\n{", "data: {", '\n{"choices":', '\n{"choices":[{"delta":{"content":"x"}}\ndata: ']
+    "torn",
+    ["\n", "\n{", "data: {", '\n{"choices":', '\n{"choices":[{"delta":{"content":"x"}}\ndata: '],
 )
 def test_salvage_takes_linear_time(torn):
-    few, many = (seconds_of(ztoapi.salvage, "x" + torn * (size // len(torn)) + "y") for size in (2**16, 2**18))
+    few, many = (
+        seconds_of(ztoapi.salvage, "x" + torn * (size // len(torn)) + "y")
+        for size in (2**16, 2**18)
+    )
     assert many < min(8 * few, 1)  # four times the text; in quadratic time it would be 16
 
 
 def test_prose_where_json_is_wanted_is_held_in_linear_time():
     def read():
-        reader = ZaiReader(MODELS["glm-4.6"], {"tools": [function("f", parameters={})], "response_format": {}})
+        reader = ZaiReader(
+            MODELS["glm-4.6"], {"tools": [function("f", parameters={})], "response_format": {}}
+        )
         assert reader.begin_text("x" * 2**24) == ""
         for _ in range(2**12):
             reader.begin_text("x")
@@ -2471,7 +2981,11 @@ def seconds_of(work, *arguments):
 
 def test_of_torn_frames_by_the_thousand_those_that_are_whole_are_used():
     whole = """{"choices":[{"delta":{"content":"data: {'"}}]}"""
-    assert ztoapi.salvage(f"{whole[:-9]}data: {whole}\n" * 1000) == ([json.loads(whole)] * 1000, 1000, "")
+    assert ztoapi.salvage(f"{whole[:-9]}data: {whole}\n" * 1000) == (
+        [json.loads(whole)] * 1000,
+        1000,
+        "",
+    )
 
 
 @pytest.mark.parametrize("part", [b"x", b": comment\n\n", ONE + b"\n\n"])
@@ -2482,10 +2996,15 @@ def test_what_never_ends_is_a_failure(part, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "function", [{"name": "f"}, {"arguments": "x" * 2**12}], ids=["calls", "arguments without a name"]
+    "function",
+    [{"name": "f"}, {"arguments": "x" * 2**12}],
+    ids=["calls", "arguments without a name"],
 )
 def test_calls_that_never_end_are_a_failure(function):
-    calls = ({"tool_calls": [{"id": f"{i}" if "name" in function else "", "function": function}]} for i in range(1100))
+    calls = (
+        {"tool_calls": [{"id": f"{i}" if "name" in function else "", "function": function}]}
+        for i in range(1100)
+    )
     with pytest.raises(UpstreamError, match="too large"):
         read_all(stream_of(call) for call in calls)
 
@@ -2589,8 +3108,13 @@ def test_tool_calls_are_healed(pieces, wanted, as_document):
         choice = chat_document(events)["choices"][0]
         calls = choice["message"]["tool_calls"]
         assert [(call["id"], *call["function"].values()) for call in calls] == wanted
-        assert (choice["finish_reason"], {call["type"] for call in calls}) == ("tool_calls", {"function"})
-        assert [event.index for event in events if isinstance(event, ToolCall) and event.id] == list(range(len(wanted)))
+        assert (choice["finish_reason"], {call["type"] for call in calls}) == (
+            "tool_calls",
+            {"function"},
+        )
+        assert [
+            event.index for event in events if isinstance(event, ToolCall) and event.id
+        ] == list(range(len(wanted)))
 
 
 @pytest.mark.parametrize(
@@ -2608,7 +3132,10 @@ def test_what_a_search_found_comes_before_the_finish(data):
 def read_tagged(words, model="glm-4.5v"):
     """The events of deltas with these words, consecutive texts joined."""
     reader, joined = ZaiReader(MODELS[model], {}), []
-    for event in [*reader.feed(stream_of(*({"content": word} for word in words), finish())), *reader.close()]:
+    for event in [
+        *reader.feed(stream_of(*({"content": word} for word in words), finish())),
+        *reader.close(),
+    ]:
         more = bool(joined) and type(joined[-1]) is type(event)
         joined.append(type(event)(joined.pop().text + event.text) if more else event)
     return joined[:-1]
@@ -2635,7 +3162,10 @@ def test_other_models_may_write_of_tags():
     assert read_tagged(["<think>hm</think>"], "glm-4.6") == [Text("<think>hm</think>")]
 
 
-PATH = {"type": "object", "properties": {"path": {"type": "string"}, "line": {"type": ["string", "null"]}}}
+PATH = {
+    "type": "object",
+    "properties": {"path": {"type": "string"}, "line": {"type": ["string", "null"]}},
+}
 READ = {"type": "function", "function": {"name": "read", "parameters": PATH}}
 READ_ALL = {"type": "function", "function": {"name": "read_all", "parameters": {}}}
 READ_CALL = piece(index=0, id="c1", function=named("read", "{}"))
@@ -2645,7 +3175,10 @@ CALLS_END = Finish("tool_calls")
 
 
 def leak(name, **arguments):
-    pairs = [f"<arg_key>{key}</arg_key>\n<arg_value>{value}</arg_value>\n" for key, value in arguments.items()]
+    pairs = [
+        f"<arg_key>{key}</arg_key>\n<arg_value>{value}</arg_value>\n"
+        for key, value in arguments.items()
+    ]
     return f"<tool_call>{name}{''.join(pairs)}</tool_call>"
 
 
@@ -2666,13 +3199,19 @@ def read_deltas(deltas, **asked):
     ("text", "wanted"),
     [
         pytest.param(LEAK, [LEAKED, CALLS_END], id="a call"),
-        pytest.param(f"\n {LEAK}\n", [Text(" "), LEAKED, Text("\n"), CALLS_END], id="white space around it"),
+        pytest.param(
+            f"\n {LEAK}\n", [Text(" "), LEAKED, Text("\n"), CALLS_END], id="white space around it"
+        ),
         pytest.param(f"a<{LEAK}b", [Text("a<"), LEAKED, Text("b"), CALLS_END], id="text around it"),
         pytest.param(
-            LEAK + leak(" read_all "), [LEAKED, ToolCall(1, "call_7_1", "read_all", "{}"), CALLS_END], id="two calls"
+            LEAK + leak(" read_all "),
+            [LEAKED, ToolCall(1, "call_7_1", "read_all", "{}"), CALLS_END],
+            id="two calls",
         ),
         pytest.param(
-            leak("read", path='7 "<arg_value>', line="7", deep='{"a":[1]}', bare="x y", none="null"),
+            leak(
+                "read", path='7 "<arg_value>', line="7", deep='{"a":[1]}', bare="x y", none="null"
+            ),
             [
                 ToolCall(
                     0,
@@ -2685,7 +3224,9 @@ def read_deltas(deltas, **asked):
             id="values",
         ),
         pytest.param(
-            f"<tool_call>read {LEAK}", [Text("<tool_call>read "), LEAKED, CALLS_END], id="one that begins anew"
+            f"<tool_call>read {LEAK}",
+            [Text("<tool_call>read "), LEAKED, CALLS_END],
+            id="one that begins anew",
         ),
         *(
             pytest.param(text, [Text(text), Finish("stop")], id=text)
@@ -2747,7 +3288,11 @@ def test_no_more_text_is_held_than_may_be_a_call():
 
 def test_a_leaked_call_of_megabytes_is_read_in_linear_time():
     reader, started = ztoapi.TagReader(MODELS["glm-5"], {"read": PATH}), time.thread_time()
-    parts = ["<tool_call>read<arg_key>path</arg_key><arg_value>", *["x" * 10] * 100_000, "</arg_value></tool_call>"]
+    parts = [
+        "<tool_call>read<arg_key>path</arg_key><arg_value>",
+        *["x" * 10] * 100_000,
+        "</arg_value></tool_call>",
+    ]
     [call] = [event for part in parts for event in reader.feed(part)]
     assert len(call["function"]["arguments"]) > 1_000_000
     assert time.thread_time() - started < 3
@@ -2763,7 +3308,10 @@ def test_a_leaked_call_of_megabytes_is_read_in_linear_time():
 )
 def test_line_ends_at_the_head_of_the_text_are_the_templates(deltas, wanted):
     assert read_deltas(deltas) == wanted
-    whole = {"content": "".join(d for d in deltas if isinstance(d, str)), **(READ_CALL if READ_CALL in deltas else {})}
+    whole = {
+        "content": "".join(d for d in deltas if isinstance(d, str)),
+        **(READ_CALL if READ_CALL in deltas else {}),
+    }
     assert read_all([document_of(whole)]) == wanted
 
 
@@ -2782,13 +3330,19 @@ def test_where_json_is_wanted_no_text_stands_beside_a_call(deltas, wanted):
 
 
 def test_json_is_passed_on_as_it_comes():
-    reader = ZaiReader(MODELS["glm-4.6"], {"tools": [READ], "response_format": {"type": "json_object"}})
+    reader = ZaiReader(
+        MODELS["glm-4.6"], {"tools": [READ], "response_format": {"type": "json_object"}}
+    )
     heard = [list(reader.feed(stream_of({"content": text}, done=""))) for text in (" ", "[", "1")]
     assert heard == [[], [Text("[")], [Text("1")]]
 
 
 def test_where_no_json_is_wanted_text_stands_beside_a_call():
-    assert read_deltas(["I will.", READ_CALL], tools=[READ]) == [Text("I will."), READ_EVENT, CALLS_END]
+    assert read_deltas(["I will.", READ_CALL], tools=[READ]) == [
+        Text("I will."),
+        READ_EVENT,
+        CALLS_END,
+    ]
 
 
 @pytest.mark.parametrize(
@@ -2865,7 +3419,11 @@ def test_messages_pass_with_the_clients_name_of_the_model_and_tell_their_usage(d
         assert pass_messages(parts) == (wanted, usage)
 
 
-VECTORS = {"object": "list", "data": [{"embedding": [0.5, -1, 2]}, {"embedding": ["?"]}, 7], "model": "embedding-3"}
+VECTORS = {
+    "object": "list",
+    "data": [{"embedding": [0.5, -1, 2]}, {"embedding": ["?"]}, 7],
+    "model": "embedding-3",
+}
 PACKED = VECTORS | {"data": [{"embedding": "AAAAPwAAgL8AAABA"}, *VECTORS["data"][1:]]}
 
 
@@ -2880,13 +3438,20 @@ PACKED = VECTORS | {"data": [{"embedding": "AAAAPwAAgL8AAABA"}, *VECTORS["data"]
 def test_embeddings_are_packed_into_base64(data, wanted):
     for parts in cuts(data):
         reader = ztoapi.EmbeddingsReader()
-        assert [*map(reader.feed, parts), reader.close(), reader.close()] == [b""] * len(parts) + [wanted, b""]
+        assert [*map(reader.feed, parts), reader.close(), reader.close()] == [b""] * len(parts) + [
+            wanted,
+            b"",
+        ]
 
 
 def test_messages_pass_as_they_come():
     reader = MessagesReader("m")
     start = MESSAGE_START.replace("glm-5.3", "m").encode()
-    assert [*map(reader.feed, (MESSAGE_START[:-1].encode(), b"\nda", b"ta"))] == [b"", start + b"da", b"ta"]
+    assert [*map(reader.feed, (MESSAGE_START[:-1].encode(), b"\nda", b"ta"))] == [
+        b"",
+        start + b"da",
+        b"ta",
+    ]
 
 
 @pytest.mark.parametrize(
@@ -2905,9 +3470,28 @@ def test_messages_that_begin_with_a_failure_fail(data):
             pass_messages(parts)
 
 
-CREDITS = {"type": "CREDIT_LIMIT", "unit": 3, "number": 5, "usage": 12000, "currentValue": 4500, "percentage": 37.5}
-TOKENS = {"type": "TOKENS_LIMIT", "unit": 6, "number": 1, "percentage": 100, "nextResetTime": 1787056863927}
-WEEK = {"window": "week", "type": "TOKENS_LIMIT", "percentage": 100, "used": None, "allowance": None}
+CREDITS = {
+    "type": "CREDIT_LIMIT",
+    "unit": 3,
+    "number": 5,
+    "usage": 12000,
+    "currentValue": 4500,
+    "percentage": 37.5,
+}
+TOKENS = {
+    "type": "TOKENS_LIMIT",
+    "unit": 6,
+    "number": 1,
+    "percentage": 100,
+    "nextResetTime": 1787056863927,
+}
+WEEK = {
+    "window": "week",
+    "type": "TOKENS_LIMIT",
+    "percentage": 100,
+    "used": None,
+    "allowance": None,
+}
 PLAN = {
     "level": "pro",
     "limits": [
@@ -2929,14 +3513,30 @@ PLAN = {
     [
         ({"code": 200, "data": {"limits": [CREDITS, TOKENS], "level": "pro"}}, PLAN),
         ({"limits": [CREDITS, TOKENS], "level": "pro"}, PLAN),
-        ({"code": 401, "msg": "token expired or incorrect", "success": False}, {"level": "", "limits": []}),
+        (
+            {"code": 401, "msg": "token expired or incorrect", "success": False},
+            {"level": "", "limits": []},
+        ),
         ({"data": [1], "limits": {"a": "b"}, "level": 7}, {"level": "7", "limits": []}),
         (
-            {"limits": [None, 5, {}, {"percentage": "80"}, {"percentage": True}, {"percentage": 10**400}]},
+            {
+                "limits": [
+                    None,
+                    5,
+                    {},
+                    {"percentage": "80"},
+                    {"percentage": True},
+                    {"percentage": 10**400},
+                ]
+            },
             {"level": "", "limits": []},
         ),
         (
-            {"limits": [TOKENS | {"unit": "5", "number": None, "nextResetTime": "soon", "usage": -1}]},
+            {
+                "limits": [
+                    TOKENS | {"unit": "5", "number": None, "nextResetTime": "soon", "usage": -1}
+                ]
+            },
             {"level": "", "limits": [WEEK | {"window": "None of unit 5", "resets_at": None}]},
         ),
     ],
@@ -2982,8 +3582,14 @@ def test_a_limit_is_kept_in_the_words_it_was_given_in(limit, words, wanted):
 @pytest.mark.parametrize(
     ("limit", "words"),
     [
-        *(("expires", words) for words in ("2026-11-20", "2026-02-30", "0d", "d", "-3d", "99999d", "soon", "")),
-        *(("tokens", words) for words in ("lots", "0", "-5", "5M/year", "5T", "1.5M", "5M/", "٣", "", [])),
+        *(
+            ("expires", words)
+            for words in ("2026-11-20", "2026-02-30", "0d", "d", "-3d", "99999d", "soon", "")
+        ),
+        *(
+            ("tokens", words)
+            for words in ("lots", "0", "-5", "5M/year", "5T", "1.5M", "5M/", "٣", "", [])
+        ),
         *(("models", words) for words in (",", "glm-4.6,", "a b c!", "")),
         *(("rpm", words) for words in ("0", "-1", "1.5", "many", True, 10**9)),
         *(("parallel", words) for words in ("0", {})),
@@ -3030,7 +3636,9 @@ def test_a_key_is_valid_to_the_end_of_its_last_day():
     assert (raised.value.kind.status, raised.value.kind.code) == (401, "key_expired")
 
 
-@pytest.mark.parametrize(("models", "allowed"), [(None, True), ("GLM-4.*,glm-5", True), ("glm-5*", False)])
+@pytest.mark.parametrize(
+    ("models", "allowed"), [(None, True), ("GLM-4.*,glm-5", True), ("glm-5*", False)]
+)
 def test_the_models_of_a_key_are_patterns(models, allowed):
     assert Account("a", models=models).allows(MODELS["glm-4.6"]) is allowed
 
@@ -3084,10 +3692,16 @@ def test_a_batch_is_taken_again_until_it_is_written():
 
 
 def test_odd_figures_count_as_none_and_do_not_overflow_a_column():
-    usage = {"prompt_tokens": 10**30, "completion_tokens": -5, "prompt_tokens_details": {"cached_tokens": True}}
+    usage = {
+        "prompt_tokens": 10**30,
+        "completion_tokens": -5,
+        "prompt_tokens_details": {"cached_tokens": True},
+    }
     assert ztoapi.zai_usage(usage) == ztoapi.Usage()
     reader = MessagesReader("m")
-    reader.feed(sse([{"type": "message_delta", "usage": {"input_tokens": 10**30, "output_tokens": 2}}]))
+    reader.feed(
+        sse([{"type": "message_delta", "usage": {"input_tokens": 10**30, "output_tokens": 2}}])
+    )
     assert reader.usage == ztoapi.Usage(0, 2, 2)
 
 
@@ -3106,7 +3720,9 @@ def test_a_key_may_ask_so_often_in_any_minute(seconds, wait):
 
 def test_a_price_is_for_a_million_tokens_and_less_from_the_cache():
     assert MODELS["glm-5.3"].cost(1_000_000, 500_000, 100_000) == pytest.approx(0.7 + 0.13 + 0.44)
-    assert [resolve(name).cost(5, 0, 5) for name in ("glm-4.7-flash", "glm-4.6v-flashx", "new")] == [0, None, None]
+    assert [
+        resolve(name).cost(5, 0, 5) for name in ("glm-4.7-flash", "glm-4.6v-flashx", "new")
+    ] == [0, None, None]
 
 
 def test_a_key_that_this_program_made_is_redacted_wherever_it_stands():
@@ -3151,10 +3767,14 @@ def test_a_key_without_quota_cools_down_for_the_one_model(code):
         pytest.param(FILES, [CHAT, FREE, MESSAGES], id="files"),
     ],
 )
-def test_a_key_refused_for_the_chat_cools_down_everywhere_for_another_path_only_there(refused, available):
+def test_a_key_refused_for_the_chat_cools_down_everywhere_for_another_path_only_there(
+    refused, available
+):
     keys = pool(FIRST_KEY, SECOND_KEY)
     keys.cool_down(FIRST_KEY, refused, refusal(1000, 401))
-    assert [target for target in (CHAT, FREE, MESSAGES, FILES) if FIRST_KEY in keys.available(target)] == available
+    assert [
+        target for target in (CHAT, FREE, MESSAGES, FILES) if FIRST_KEY in keys.available(target)
+    ] == available
 
 
 def test_a_model_that_another_path_lacks_may_still_serve_the_chat():
@@ -3177,16 +3797,25 @@ PASSING = [1302, 1305, 1200, 1210, 1261, 1301]
 
 @pytest.mark.parametrize(
     ("keys", "codes"),
-    [pytest.param([FIRST_KEY], QUOTA, id="one key"), pytest.param([FIRST_KEY, SECOND_KEY], QUOTA + MODEL, id="two")],
+    [
+        pytest.param([FIRST_KEY], QUOTA, id="one key"),
+        pytest.param([FIRST_KEY, SECOND_KEY], QUOTA + MODEL, id="two"),
+    ],
 )
 def test_a_key_cools_down_where_the_same_one_may_fare_better_later_or_another_now(keys, codes):
-    assert [code for code in QUOTA + MODEL + PASSING if pool(*keys).calls_for_cooldown(refusal(code))] == codes
+    assert [
+        code for code in QUOTA + MODEL + PASSING if pool(*keys).calls_for_cooldown(refusal(code))
+    ] == codes
 
 
 def test_a_key_cools_down_until_the_quota_is_reset_whatever_the_wall_clock_says_later():
     keys = pool(FIRST_KEY)
-    keys.clock.epoch = 1789144541.0 - 60 - keys.clock.time  # a minute before 2026-09-12 00:35:41 in China
-    keys.cool_down(FIRST_KEY, CHAT, refusal(1308, text="Your limit will reset at 2026-09-12 00:35:41"))
+    keys.clock.epoch = (
+        1789144541.0 - 60 - keys.clock.time
+    )  # a minute before 2026-09-12 00:35:41 in China
+    keys.cool_down(
+        FIRST_KEY, CHAT, refusal(1308, text="Your limit will reset at 2026-09-12 00:35:41")
+    )
     keys.clock.epoch -= 86400
     with pytest.raises(UpstreamError, match="1308") as raised:
         keys.available(CHAT)
@@ -3267,7 +3896,13 @@ def test_the_waits_between_tries(error, waits):
 @pytest.mark.parametrize(
     "error",
     [
-        *(refusal(1113), refusal(1308), refusal(1210, 400), refusal(1000, 401), zai_error(404, b"")),
+        *(
+            refusal(1113),
+            refusal(1308),
+            refusal(1210, 400),
+            refusal(1000, 401),
+            zai_error(404, b""),
+        ),
         ztoapi.connection_error(ztoapi.aiohttp.SocketTimeoutError()),
     ],
 )
@@ -3307,7 +3942,11 @@ def crowd(hidden, requests, answer=5.0, limit=None):
             refusals.append(now)
             limit.refused(rank, now)
         limit.in_flight -= 1
-        active, done, waiting = active - (what == "done"), done + (what == "done"), waiting + (what == "refused")
+        active, done, waiting = (
+            active - (what == "done"),
+            done + (what == "done"),
+            waiting + (what == "refused"),
+        )
     best, left = 0.0, requests * (answer + 0.5)
     while left > 0:
         best, left = best + 0.1, left - hidden(best) * 0.1
@@ -3325,7 +3964,9 @@ def test_a_hidden_limit_is_found_within_a_few_requests(hidden):
 def test_a_crowd_is_served_nearly_as_fast_as_can_be_with_few_refusals(hidden):
     took, best, refusals, limit = crowd(lambda _: hidden, 1000)
     assert best / took > 0.9
-    assert len(refusals) < 10 + took / 30  # one try in half a minute to find out whether there is more
+    assert (
+        len(refusals) < 10 + took / 30
+    )  # one try in half a minute to find out whether there is more
     assert hidden <= limit <= hidden + 1
 
 
@@ -3345,7 +3986,9 @@ def test_a_limit_that_changes_is_followed(hidden):
 
 def test_a_raised_limit_is_found_out_within_a_minute():
     limit = AdaptiveLimit()
-    crowd(lambda t: 1 if t < 120 else 10, 20 + 40, limit=limit)  # about 20 until then, and 40 in the minute after
+    crowd(
+        lambda t: 1 if t < 120 else 10, 20 + 40, limit=limit
+    )  # about 20 until then, and 40 in the minute after
     assert limit.limit >= 10
 
 
@@ -3387,7 +4030,10 @@ async def test_accounts_are_served_in_turn_and_each_ones_requests_in_order():
             await request("d1")
 
     async with slot_in(queue, "a"):
-        waiting = [asyncio.create_task(request(name)) for name in ("a1", "a2", "a3", "a4", "b1", "b2", "c1")]
+        waiting = [
+            asyncio.create_task(request(name))
+            for name in ("a1", "a2", "a3", "a4", "b1", "b2", "c1")
+        ]
         await asyncio.sleep(0)
         assert len(queue.waiting) == 7
     await asyncio.gather(*waiting)
@@ -3450,7 +4096,9 @@ async def test_a_conversation_stays_with_its_key_unless_that_is_full_or_has_fail
 
     homes = {name: await key_of(name) for name in map(str, range(40))}
     assert {name: await key_of(name) for name in reversed(homes)} == homes
-    assert "".join(key.secret for key in homes.values()) == "2222112221111111111111211221111211221112"  # for ever
+    assert (
+        "".join(key.secret for key in homes.values()) == "2222112221111111111111211221111211221112"
+    )  # for ever
     ticket = queue.ticket(CHAT, Caller(conversation="0"))
     ticket.failures[SECOND_KEY] = ztoapi.UNAVAILABLE
     assert (await queue.acquire(ticket)).key == FIRST_KEY
@@ -3484,7 +4132,10 @@ async def test_those_who_wait_are_told_when_all_keys_cool_down():
 
 
 LOOKING = Message(
-    "assistant", ("Let me look.",), "I should look.", (ToolCall(0, "c1", "read", '{"path": "a", "n": 1}'),)
+    "assistant",
+    ("Let me look.",),
+    "I should look.",
+    (ToolCall(0, "c1", "read", '{"path": "a", "n": 1}'),),
 )
 
 
@@ -3496,8 +4147,14 @@ def with_call(**changes):
     ("message", "known"),
     [
         pytest.param(replace(LOOKING, thought=""), True, id="the same"),
-        pytest.param(replace(LOOKING, content=("\nLet me look.\n",)), True, id="white space around the text"),
-        pytest.param(with_call(arguments='{"n":1,"path":"a"}'), True, id="the same arguments written otherwise"),
+        pytest.param(
+            replace(LOOKING, content=("\nLet me look.\n",)), True, id="white space around the text"
+        ),
+        pytest.param(
+            with_call(arguments='{"n":1,"path":"a"}'),
+            True,
+            id="the same arguments written otherwise",
+        ),
         pytest.param(with_call(arguments='{"n":2,"path":"a"}'), False, id="other arguments"),
         pytest.param(with_call(arguments="{"), False, id="no JSON"),
         pytest.param(with_call(id="c2"), False, id="another id"),
@@ -3509,7 +4166,10 @@ def with_call(**changes):
 def test_reasoning_is_known_by_the_account_and_by_what_was_said_with_it(message, known):
     memory = ztoapi.ReasoningMemory()
     memory.put("me", LOOKING)
-    assert (memory.get("me", message), memory.get("you", message)) == ("I should look." if known else "", "")
+    assert (memory.get("me", message), memory.get("you", message)) == (
+        "I should look." if known else "",
+        "",
+    )
 
 
 def test_the_reasoning_memory_is_bounded_and_forgets_the_oldest_first():
@@ -3530,15 +4190,24 @@ class PostgreSQL:
     """A server of the tests' own, as Debian installs it, on a socket in a folder of its own; it starts while they go on."""
 
     def __init__(self):
-        self.bin = max(Path("/usr/lib/postgresql").glob("*/bin"), key=lambda path: int(path.parent.name))
+        self.bin = max(
+            Path("/usr/lib/postgresql").glob("*/bin"), key=lambda path: int(path.parent.name)
+        )
         self.folder = tempfile.mkdtemp(prefix="ztoapi-")
         self.user = "postgres" if os.getuid() == 0 else None  # it refuses to be run by root
         if self.user:
             shutil.chown(self.folder, self.user)
-        self.starting = self.begin("initdb", "-D", f"{self.folder}/data", "-A", "trust", "-U", "postgres", "--no-sync")
+        self.starting = self.begin(
+            "initdb", "-D", f"{self.folder}/data", "-A", "trust", "-U", "postgres", "--no-sync"
+        )
 
     def begin(self, tool, *arguments):
-        how = {"user": self.user, "cwd": self.folder, "stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+        how = {
+            "user": self.user,
+            "cwd": self.folder,
+            "stdout": subprocess.DEVNULL,
+            "stderr": subprocess.DEVNULL,
+        }
         return subprocess.Popen([self.bin / tool, *arguments], **how)
 
     def call(self, tool, *arguments):
@@ -3553,13 +4222,25 @@ class PostgreSQL:
 
     def new_database(self):
         url, name = self.url, f"z{secrets.token_hex(4)}"
-        with contextlib.closing(import_module("psycopg").connect(url, autocommit=True)) as connection:
+        with contextlib.closing(
+            import_module("psycopg").connect(url, autocommit=True)
+        ) as connection:
             connection.execute(f"CREATE DATABASE {name}")
         return url.replace("/postgres?", f"/{name}?")
 
     def start(self):
         options = f"-k {self.folder} -c listen_addresses= -c fsync=off"
-        self.call("pg_ctl", "-D", f"{self.folder}/data", "-l", f"{self.folder}/log", "-o", options, "-w", "start")
+        self.call(
+            "pg_ctl",
+            "-D",
+            f"{self.folder}/data",
+            "-l",
+            f"{self.folder}/log",
+            "-o",
+            options,
+            "-w",
+            "start",
+        )
 
     def stop(self):
         self.call("pg_ctl", "-D", f"{self.folder}/data", "-m", "immediate", "-w", "stop")
@@ -3601,7 +4282,9 @@ def connect():
         database.thread.shutdown()
 
 
-ANNA = Account("a", "anna", expires="2027-01-31", tokens="5M/week", models="glm-*", rpm=3, parallel=2)
+ANNA = Account(
+    "a", "anna", expires="2027-01-31", tokens="5M/week", models="glm-*", rpm=3, parallel=2
+)
 
 
 def test_keys_are_kept_changed_and_removed(database_url, connect):
@@ -3610,7 +4293,10 @@ def test_keys_are_kept_changed_and_removed(database_url, connect):
     here.transact(here.put_account, Account("b", "bob"))
     here.transact(here.put_account, replace(ANNA, rpm=None))
     assert there.transact(there.list_accounts) == [replace(ANNA, rpm=None), Account("b", "bob")]
-    assert (there.transact(there.remove_account, "anna"), there.transact(there.remove_account, "anna")) == (True, False)
+    assert (
+        there.transact(there.remove_account, "anna"),
+        there.transact(there.remove_account, "anna"),
+    ) == (True, False)
     assert here.transact(here.list_accounts) == [Account("b", "bob")]
     here.transact(here.put_account, Account("c", "anna"))
     with pytest.raises(ztoapi.DatabaseError):  # two machines gave one name at the same moment
@@ -3641,7 +4327,9 @@ async def test_what_several_processes_count_adds_up(database_url, connect):
 
 
 @in_loop
-async def test_a_batch_that_was_written_though_nobody_said_so_is_counted_once(database_url, connect):
+async def test_a_batch_that_was_written_though_nobody_said_so_is_counted_once(
+    database_url, connect
+):
     database, accounts = connect(database_url), Accounts(())
     count_some(accounts)
     await database.run(database.exchange, accounts.take(), {}, TODAY)  # and the connection breaks
@@ -3652,17 +4340,26 @@ async def test_a_batch_that_was_written_though_nobody_said_so_is_counted_once(da
 
 
 @in_loop
-async def test_a_stored_response_is_there_for_its_key_and_for_thirty_days(database_url, connect, monkeypatch):
+async def test_a_stored_response_is_there_for_its_key_and_for_thirty_days(
+    database_url, connect, monkeypatch
+):
     here, there = connect(database_url), connect(database_url)
     here.put_response("resp_1", "a", '{"x": "\\ud800"}')
     assert await here.find_response("resp_1", "a") == '{"x": "\\ud800"}'
     await here.sync(Accounts(()))
     assert here.unsaved == {}
-    assert [await there.find_response("resp_1", who) for who in ("a", "b")] == ['{"x": "\\ud800"}', ""]
+    assert [await there.find_response("resp_1", who) for who in ("a", "b")] == [
+        '{"x": "\\ud800"}',
+        "",
+    ]
     there.put_response("resp_1", "a", "")
     there.put_response("resp_2", "a", "{}")
     await there.sync(Accounts(()))
-    assert [await here.find_response(name, "a") for name in ("resp_1", "resp_2", "resp_3")] == ["", "{}", ""]
+    assert [await here.find_response(name, "a") for name in ("resp_1", "resp_2", "resp_3")] == [
+        "",
+        "{}",
+        "",
+    ]
     here.put_response("resp_3", "a", "{}")
     await here.run(here.exchange, {}, here.unsaved, day_of(time.time()) + timedelta(31))
     assert [await there.find_response(name, "a") for name in ("resp_2", "resp_3")] == ["", "{}"]
@@ -3682,7 +4379,9 @@ async def test_responses_that_wait_in_memory_are_bounded(connect, monkeypatch):
 
 
 @in_loop
-async def test_a_deleted_response_stays_deleted_while_many_wait_in_memory(database_url, connect, monkeypatch):
+async def test_a_deleted_response_stays_deleted_while_many_wait_in_memory(
+    database_url, connect, monkeypatch
+):
     monkeypatch.setattr(ztoapi.Database, "MAX_UNSAVED", 3)
     database = connect(database_url)
     database.put_response("1", "a", "{}")
@@ -3705,9 +4404,13 @@ def test_what_is_kept_in_memory_outlives_a_failure(connect):
 
 
 @in_loop
-async def test_a_row_that_cannot_be_read_is_a_complaint_and_nothing_is_lost(database_url, connect, caplog):
+async def test_a_row_that_cannot_be_read_is_a_complaint_and_nothing_is_lost(
+    database_url, connect, caplog
+):
     database, accounts = connect(database_url), Accounts(())
-    await database.run(database.execute, "INSERT INTO ztoapi_keys VALUES ('b', 'bob', '{\"shoes\": 2}', 0)")
+    await database.run(
+        database.execute, "INSERT INTO ztoapi_keys VALUES ('b', 'bob', '{\"shoes\": 2}', 0)"
+    )
     count_some(accounts)
     await database.sync(accounts)
     assert "the database cannot be used: " in caplog.text
@@ -3717,9 +4420,13 @@ async def test_a_row_that_cannot_be_read_is_a_complaint_and_nothing_is_lost(data
 
 
 @in_loop
-async def test_a_lost_database_is_said_once_a_minute_and_nothing_is_lost(postgresql, connect, caplog, monkeypatch):
+async def test_a_lost_database_is_said_once_a_minute_and_nothing_is_lost(
+    postgresql, connect, caplog, monkeypatch
+):
     database, accounts = connect(postgresql.url), Accounts(())
-    monkeypatch.setattr(caplog.handler, "filters", [ztoapi.RepeatFilter()])  # the handler is one for all tests
+    monkeypatch.setattr(
+        caplog.handler, "filters", [ztoapi.RepeatFilter()]
+    )  # the handler is one for all tests
     await database.sync(accounts)
     postgresql.stop()
     for _ in range(4):
@@ -3736,9 +4443,16 @@ async def test_a_lost_database_is_said_once_a_minute_and_nothing_is_lost(postgre
 def test_tables_of_an_older_version_are_brought_up_to_date(database_url, connect, monkeypatch):
     old = connect(database_url)
     old.transact(old.put_account, ANNA)
-    monkeypatch.setattr(ztoapi, "MIGRATIONS", (*ztoapi.MIGRATIONS, "CREATE TABLE a (x TEXT); CREATE TABLE b (x TEXT)"))
+    monkeypatch.setattr(
+        ztoapi,
+        "MIGRATIONS",
+        (*ztoapi.MIGRATIONS, "CREATE TABLE a (x TEXT); CREATE TABLE b (x TEXT)"),
+    )
     new, newer = connect(database_url), connect(database_url)
-    assert (new.transact(new.list_accounts), newer.transact(newer.list_accounts)) == ([ANNA], [ANNA])
+    assert (new.transact(new.list_accounts), newer.transact(newer.list_accounts)) == (
+        [ANNA],
+        [ANNA],
+    )
     assert new.transact(lambda: new.execute("SELECT a.x FROM a, b").fetchall()) == []
     monkeypatch.undo()
     with pytest.raises(ztoapi.DatabaseError, match="version 2, so a newer ztoapi made it"):
@@ -3747,7 +4461,9 @@ def test_tables_of_an_older_version_are_brought_up_to_date(database_url, connect
 
 def test_many_servers_may_make_the_tables_at_the_same_time(database_url, connect):
     databases = [connect(database_url) for _ in range(6)]
-    making = [database.thread.submit(database.transact, database.list_accounts) for database in databases]
+    making = [
+        database.thread.submit(database.transact, database.list_accounts) for database in databases
+    ]
     assert [made.result(20) for made in making] == [[]] * 6
 
 
@@ -3852,7 +4568,9 @@ class FakeZai:
 
     async def tell_quota(self, request):
         self.asked_for_quota.append(request.headers["Authorization"])
-        return web.Response(status=self.quota[0], body=self.quota[1], headers={"Location": "/api/paas/v4/models"})
+        return web.Response(
+            status=self.quota[0], body=self.quota[1], headers={"Location": "/api/paas/v4/models"}
+        )
 
     async def list_models(self, request):
         self.asked_for_models += 1
@@ -3889,7 +4607,9 @@ class FakeZai:
         headers, usual = self.CHAT if request.path.endswith("/chat/completions") else self.OTHERS
         key = request.headers["Authorization"].removeprefix("Bearer ")
         status, parts = self.accounts.get(key) or self.next_answer()
-        response = web.StreamResponse(status=status, headers=headers if self.headers is None else self.headers)
+        response = web.StreamResponse(
+            status=status, headers=headers if self.headers is None else self.headers
+        )
         await response.prepare(request)
         for part in usual if parts is None else parts:
             if part is HANG:
@@ -3988,7 +4708,9 @@ async def client(start):
 
 
 async def ask(client, body=HELLO, path="/v1/chat/completions", headers=KEY):
-    async with client.post(path, data=io.BytesIO(json.dumps(body).encode()), headers=headers) as response:
+    async with client.post(
+        path, data=io.BytesIO(json.dumps(body).encode()), headers=headers
+    ) as response:
         return response, await response.text()
 
 
@@ -4142,7 +4864,14 @@ class Chromium:
     """A headless Chromium for all tests."""
 
     FLAGS = (
-        *("--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync"),
+        *(
+            "--headless",
+            "--no-sandbox",
+            "--disable-gpu",
+            "--disable-quic",
+            "--no-first-run",
+            "--disable-sync",
+        ),
         *(
             "--disable-background-networking",
             "--disable-component-update",
@@ -4172,7 +4901,11 @@ class Chromium:
 
 @pytest.fixture(scope="module")
 def chromium(tmp_path_factory):
-    program = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    program = (
+        shutil.which("chromium")
+        or shutil.which("chromium-browser")
+        or shutil.which("google-chrome")
+    )
     if program is None:
         pytest.skip("Chromium is not installed")
     chromium = Chromium(program, tmp_path_factory.mktemp("chromium"))
@@ -4208,10 +4941,14 @@ class DevTools:
     async def open(self, url, condition="true"):
         """Shows a page, and waits until it is there and the condition holds."""
         await self.call("Page.navigate", url=url)
-        assert await self.sees(f"location.href === '{url}' && document.readyState === 'complete' && ({condition})")
+        assert await self.sees(
+            f"location.href === '{url}' && document.readyState === 'complete' && ({condition})"
+        )
 
     async def run(self, script):
-        result = await self.call("Runtime.evaluate", expression=script, awaitPromise=True, returnByValue=True)
+        result = await self.call(
+            "Runtime.evaluate", expression=script, awaitPromise=True, returnByValue=True
+        )
         assert "exceptionDetails" not in result, result
         return result["result"].get("value")
 
@@ -4227,7 +4964,11 @@ async def browser(chromium):
     """Its page, whose clock runs ten times as fast. Each server of a test is another origin, with another storage."""
     async with ztoapi.aiohttp.ClientSession() as session:
         async with session.get(await chromium.address() + "/json/list") as response:
-            (url,) = [target["webSocketDebuggerUrl"] for target in await response.json() if target["type"] == "page"]
+            (url,) = [
+                target["webSocketDebuggerUrl"]
+                for target in await response.json()
+                if target["type"] == "page"
+            ]
         async with session.ws_connect(url, max_msg_size=0) as page_socket:
             page = DevTools(page_socket)
             for domain in ("Runtime", "Log", "Network", "Page"):
@@ -4265,7 +5006,9 @@ def text_of(name):
 @pytest_asyncio.fixture
 async def sdk(client):
     openai = pytest.importorskip("openai")
-    http_client = openai.DefaultAsyncHttpxClient(verify=False)  # there is no TLS, and reading certificates takes 30 ms
+    http_client = openai.DefaultAsyncHttpxClient(
+        verify=False
+    )  # there is no TLS, and reading certificates takes 30 ms
     where = {"base_url": str(client.make_url("/v1")), "http_client": http_client}
     async with openai.AsyncOpenAI(**where, api_key="sk-your-key", max_retries=0) as sdk:
         yield sdk
@@ -4381,7 +5124,9 @@ async def test_accept_decides_where_stream_is_absent(client, zai, fields, accept
 async def test_default_stream_decides_where_nothing_else_does(start):
     client = await start(default_stream=True)
     assert (await ask(client))[0].content_type == "text/event-stream"
-    assert (await ask(client, headers=KEY | {"Accept": "application/json"}))[0].content_type == "application/json"
+    assert (await ask(client, headers=KEY | {"Accept": "application/json"}))[
+        0
+    ].content_type == "application/json"
 
 
 @in_loop
@@ -4401,14 +5146,19 @@ async def test_the_answer_names_the_model_as_the_client_did(start, zai):
 async def test_reasoning_goes_where_the_setting_says_unless_the_request_does(start):
     client = await start(reasoning_format="hidden")
     assert "想" not in (await ask(client, chat(stream=True)))[1]
-    assert said((await ask(client, chat(stream=True, reasoning_format="raw")))[1]) == "<think>想</think>你好😀"
+    assert (
+        said((await ask(client, chat(stream=True, reasoning_format="raw")))[1])
+        == "<think>想</think>你好😀"
+    )
     whole = json.loads((await ask(client, chat(reasoning_format="raw")))[1])
     assert whole["choices"][0]["message"]["content"] == "<think>想</think>你好😀"
 
 
 @in_loop
 @pytest.mark.parametrize(("setting", "wanted"), [(True, ON), (False, OFF), (None, {})])
-async def test_the_setting_decides_on_thinking_where_the_request_does_not(start, zai, setting, wanted):
+async def test_the_setting_decides_on_thinking_where_the_request_does_not(
+    start, zai, setting, wanted
+):
     client = await start(enable_thinking=setting)
     await ask(client)
     await ask(client, chat(reasoning_effort="none"))
@@ -4428,7 +5178,9 @@ async def test_the_setting_decides_on_thinking_where_the_request_does_not(start,
         ("responses", {"max_output_tokens": 16, "input": "hi"}, {"type": "disabled"}),
     ],
 )
-async def test_a_limit_of_a_few_tokens_leaves_none_for_thinking(client, zai, path, fields, thinking):
+async def test_a_limit_of_a_few_tokens_leaves_none_for_thinking(
+    client, zai, path, fields, thinking
+):
     await ask(client, chat(**fields), f"/v1/{path}")
     assert zai.bodies[0].get("thinking") == thinking
 
@@ -4454,7 +5206,8 @@ async def test_n_answers_are_merged_into_one(client, zai):
 
 @in_loop
 @pytest.mark.parametrize(
-    ("n", "settings", "takes"), [(8, {}, 1000), (2, {"max_concurrency": 1}, 1000), (8, {}, 3), (2, {}, 1)]
+    ("n", "settings", "takes"),
+    [(8, {}, 1000), (2, {"max_concurrency": 1}, 1000), (8, {}, 3), (2, {}, 1)],
 )
 @pytest.mark.parametrize("stream", [False, True], ids=["whole", "streamed"])
 async def test_more_choices_than_places_take_turns(start, zai, n, settings, takes, stream):
@@ -4462,7 +5215,9 @@ async def test_more_choices_than_places_take_turns(start, zai, n, settings, take
     zai.takes, zai.parts = takes, [FIRST, 0.02, RECORDED]
     _, body = await asyncio.wait_for(ask(client, chat(n=n, stream=stream)), 10)
     if stream:
-        assert {choice["index"] for frame in parse_frames(body) for choice in frame["choices"]} == set(range(n))
+        assert {
+            choice["index"] for frame in parse_frames(body) for choice in frame["choices"]
+        } == set(range(n))
     else:
         assert len(json.loads(body)["choices"]) == n
     assert await eventually(lambda: zai.open == 0)
@@ -4479,7 +5234,9 @@ async def test_choices_differ_in_seed_and_have_no_request_id(client, zai):
 @pytest.mark.parametrize("slow", [[FIRST, HANG], [HANG]], ids=["later", "from the start"])
 async def test_choices_come_as_they_come(client, zai, slow):
     zai.answers = [slow, [RECORDED]]
-    async with client.post("/v1/chat/completions", json=chat(n=2, stream=True), headers=KEY) as response:
+    async with client.post(
+        "/v1/chat/completions", json=chat(n=2, stream=True), headers=KEY
+    ) as response:
         seen = ""
         while '"finish_reason":"stop"' not in seen:
             seen += (await asyncio.wait_for(response.content.readany(), 5)).decode()
@@ -4490,7 +5247,10 @@ async def test_choices_come_as_they_come(client, zai, slow):
 @pytest.mark.parametrize("stream", [False, True], ids=["whole", "streamed"])
 @pytest.mark.parametrize(
     "broken",
-    [[b'{"error":{"code":"1301","message":"no"}}'], [FIRST, b'data: {"error":{"code":"1301"}}\n\n']],
+    [
+        [b'{"error":{"code":"1301","message":"no"}}'],
+        [FIRST, b'data: {"error":{"code":"1301"}}\n\n'],
+    ],
     ids=["at once", "later"],
 )
 async def test_one_choice_that_fails_fails_the_answer(client, zai, stream, broken):
@@ -4513,7 +5273,12 @@ async def test_a_refusal_has_its_status(client, zai, row, stream):
     response, body = await ask(client, chat(stream=stream))
     assert (response.status, error_of(body)["type"], error_of(body)["code"]) == (status, kind, ours)
     assert response.headers["x-zai-request-id"] == "log-7"
-    worth_a_retry = ours in ("rate_limit_exceeded", "zai_unavailable", "zai_unreachable", "zai_timeout")
+    worth_a_retry = ours in (
+        "rate_limit_exceeded",
+        "zai_unavailable",
+        "zai_unreachable",
+        "zai_timeout",
+    )
     assert response.headers.get("x-should-retry") == (None if worth_a_retry else "false")
 
 
@@ -4537,7 +5302,11 @@ async def test_an_error_in_a_200_has_its_status(client, zai, parts, stream):
 @pytest.mark.parametrize(
     ("rest", "code"),
     [
-        pytest.param([b'data: {"error":{"code":"1301","message":"no"}}\n\n'], "content_filter", id="error frame"),
+        pytest.param(
+            [b'data: {"error":{"code":"1301","message":"no"}}\n\n'],
+            "content_filter",
+            id="error frame",
+        ),
         pytest.param([], "zai_unavailable", id="end"),
         pytest.param([RESET], "zai_unavailable", id="reset"),
         pytest.param([b"data: <html>\n\n"], "zai_unavailable", id="junk"),
@@ -4562,7 +5331,10 @@ async def test_a_failure_after_the_first_word_of_a_whole_answer_has_a_status(cli
 @in_loop
 @pytest.mark.parametrize("stream", [False, True], ids=["whole", "streamed"])
 async def test_zais_request_id_is_told_with_a_later_failure_too(client, zai, stream):
-    zai.headers, zai.parts = {"X-Log-Id": "log-9"}, [FIRST, b'data: {"error":{"code":"1301","message":"no"}}\n\n']
+    zai.headers, zai.parts = (
+        {"X-Log-Id": "log-9"},
+        [FIRST, b'data: {"error":{"code":"1301","message":"no"}}\n\n'],
+    )
     response, _ = await ask(client, chat(stream=stream))
     assert response.headers["x-zai-request-id"] == "log-9"
 
@@ -4571,7 +5343,11 @@ async def test_zais_request_id_is_told_with_a_later_failure_too(client, zai, str
 async def test_a_redirect_is_not_followed(client, zai):
     zai.status, zai.headers, zai.parts = 307, {"Location": zai.url + "/chat/completions"}, []
     response, body = await ask(client)
-    assert (response.status, error_of(body)["code"], len(zai.bodies)) == (502, "zai_wrong_address", 1)
+    assert (response.status, error_of(body)["code"], len(zai.bodies)) == (
+        502,
+        "zai_wrong_address",
+        1,
+    )
 
 
 @in_loop
@@ -4596,14 +5372,19 @@ async def test_silence_is_a_timeout(start, zai):
 async def test_silence_in_a_stream_is_a_frame(start, zai):
     client = await start(upstream_timeout=0.1)
     zai.parts = [FIRST, HANG]
-    assert parse_frames((await ask(client, chat(stream=True)))[1])[-1]["error"]["code"] == "zai_timeout"
+    assert (
+        parse_frames((await ask(client, chat(stream=True)))[1])[-1]["error"]["code"]
+        == "zai_timeout"
+    )
 
 
 CONNECTION_WORDS = re.compile(r"connection error.*network error")
 
 
 @in_loop
-@pytest.mark.parametrize("url", ["http://127.0.0.1:1/v4", "https://name.invalid/v4", "https://127.0.0.1:{port}/v4"])
+@pytest.mark.parametrize(
+    "url", ["http://127.0.0.1:1/v4", "https://name.invalid/v4", "https://127.0.0.1:{port}/v4"]
+)
 async def test_a_zai_that_is_not_there_is_unreachable(start, zai, url):
     client = await start(zai_base_url=url.format(port=zai.url.split(":")[2].split("/")[0]))
     response, body = await ask(client)
@@ -4634,7 +5415,11 @@ async def test_without_a_key_the_client_is_told_where_to_get_one(start, zai):
 async def test_a_request_that_makes_no_sense_does_not_reach_zai(client, zai, data, status, param):
     async with client.post("/v1/chat/completions", data=data, headers=KEY) as response:
         error = error_of(await response.text())
-    assert (response.status, error["type"], error["param"]) == (status, "invalid_request_error", param)
+    assert (response.status, error["type"], error["param"]) == (
+        status,
+        "invalid_request_error",
+        param,
+    )
     assert zai.bodies == []
 
 
@@ -4644,7 +5429,10 @@ async def test_a_body_too_large_is_413(start, path):
     client = await start(max_body_mb=1)
     body = io.BytesIO(b" " * 2**20 + b"{}")
     async with client.post(path, data=body, headers=KEY) as response:
-        assert (response.status, error_of(await response.text())["code"]) == (413, "request_too_large")
+        assert (response.status, error_of(await response.text())["code"]) == (
+            413,
+            "request_too_large",
+        )
 
 
 @in_loop
@@ -4659,7 +5447,10 @@ async def test_a_wrong_path_is_404_and_a_wrong_method_405(client):
     async with client.get("/v1/nothing", headers=KEY) as response:
         assert (response.status, error_of(await response.text())["code"]) == (404, "unknown_url")
     async with client.get("/v1/chat/completions", headers=KEY) as response:
-        assert (response.status, error_of(await response.text())["code"]) == (405, "method_not_allowed")
+        assert (response.status, error_of(await response.text())["code"]) == (
+            405,
+            "method_not_allowed",
+        )
         assert response.headers["Allow"] == "POST"
 
 
@@ -4696,12 +5487,18 @@ async def test_our_own_bug_is_told_without_a_traceback(start, caplog, stream):
         pytest.param([], [0.5, 1], id="nothing"),
         pytest.param([RESET], [0.5, 1], id="reset"),
         pytest.param([b'{"error":{"code":"1305","message":"busy"}}'], [2, 4], id="in a 200"),
-        pytest.param([b'data: {"error":{"code":"1302","message":"busy"}}\n\n'], [1, 2], id="in the first frame"),
+        pytest.param(
+            [b'data: {"error":{"code":"1302","message":"busy"}}\n\n'],
+            [1, 2],
+            id="in the first frame",
+        ),
         pytest.param([DOCUMENT[:99], RESET], [0.5, 1], id="half a document"),
         pytest.param([stream_of(finish("network_error"))], [0.5, 1], id="network_error"),
     ],
 )
-async def test_a_passing_failure_before_the_first_byte_is_tried_again(client, zai, answer, waits, stream):
+async def test_a_passing_failure_before_the_first_byte_is_tried_again(
+    client, zai, answer, waits, stream
+):
     zai.answers = [answer, answer]
     response, body = await ask(client, chat(stream=stream))
     assert (response.status, "好😀" in body) == (200, True)
@@ -4752,7 +5549,9 @@ async def test_a_key_without_balance_cools_down_while_others_serve(start, zai):
 
 
 @in_loop
-async def test_while_all_keys_cool_down_one_request_in_ten_seconds_finds_out_and_the_others_are_told(client, zai):
+async def test_while_all_keys_cool_down_one_request_in_ten_seconds_finds_out_and_the_others_are_told(
+    client, zai
+):
     zai.answers, zai.parts, asked = [zai_refuses(1113), zai_refuses(1308)], [DOCUMENT], []
     for seconds in (0, 9, 1, 9, 1, 0):
         client.app[ztoapi.CLOCK].time += seconds
@@ -4780,7 +5579,9 @@ async def test_a_key_that_the_list_of_models_is_refused_to_cools_down(start, zai
 
 
 @in_loop
-async def test_a_request_asks_each_key_once_however_soon_its_quota_is_reset(start, zai, monkeypatch):
+async def test_a_request_asks_each_key_once_however_soon_its_quota_is_reset(
+    start, zai, monkeypatch
+):
     monkeypatch.setattr(KeyPool, "COOLDOWN", 0)
     client = await start(zai_api_key=("a", "b"))
     zai.accounts = {"a": zai_refuses(1113), "b": zai_refuses(1113)}
@@ -4805,7 +5606,9 @@ async def test_codex_is_not_told_to_wait_for_the_quota(client, zai):
 
 @in_loop
 @pytest.mark.parametrize("code", [1000, 1113, 1308, 1309, 1313, 1211, 1311])
-async def test_a_plan_is_used_first_and_the_next_base_when_it_cannot_be(start, zai, other_zai, code):
+async def test_a_plan_is_used_first_and_the_next_base_when_it_cannot_be(
+    start, zai, other_zai, code
+):
     client = await start(zai_api_key=("plan", f"payg@{other_zai.url}"))
     for answer in (None, zai_refuses(code), zai_refuses(code)):
         zai.accounts = {"plan": answer}
@@ -4815,9 +5618,13 @@ async def test_a_plan_is_used_first_and_the_next_base_when_it_cannot_be(start, z
 
 @in_loop
 @pytest.mark.parametrize(
-    "answer", [zai_refuses(1302), zai_refuses(1305), (502, [b""]), [RESET]], ids=["1302", "1305", "502", "reset"]
+    "answer",
+    [zai_refuses(1302), zai_refuses(1305), (502, [b""]), [RESET]],
+    ids=["1302", "1305", "502", "reset"],
 )
-async def test_the_next_base_does_not_serve_because_the_one_before_is_busy_or_fails(start, zai, other_zai, answer):
+async def test_the_next_base_does_not_serve_because_the_one_before_is_busy_or_fails(
+    start, zai, other_zai, answer
+):
     client = await start(zai_api_key=("plan", f"payg@{other_zai.url}"))
     zai.answers = [answer] * 3
     assert (await ask(client))[0].status >= 429
@@ -4842,7 +5649,9 @@ async def test_a_conversation_is_known_by_its_prompt_cache_key(start, zai, path)
     client = await start(zai_api_key=("a", "b"))
     for number in range(6):
         words = (
-            {"input": f"{number}"} if "responses" in path else {"messages": [{"role": "user", "content": f"{number}"}]}
+            {"input": f"{number}"}
+            if "responses" in path
+            else {"messages": [{"role": "user", "content": f"{number}"}]}
         )
         await ask(client, {"model": "glm-4.6", "prompt_cache_key": "one", **words}, path)
     assert len({*zai.keys}) == 1
@@ -4859,7 +5668,8 @@ async def test_forty_requests_of_one_client_do_not_hold_up_another(start, zai):
 
     waiting = [asyncio.create_task(request("sk-forty")) for _ in range(40)]
     while (
-        len(client.app[ztoapi.UPSTREAM].queues) == 0 or len(client.app[ztoapi.UPSTREAM].queue("glm-4.6").waiting) < 39
+        len(client.app[ztoapi.UPSTREAM].queues) == 0
+        or len(client.app[ztoapi.UPSTREAM].queue("glm-4.6").waiting) < 39
     ):
         await asyncio.sleep(0.01)
     await request("sk-one")
@@ -4892,7 +5702,9 @@ async def test_no_more_are_in_flight_than_may_be_also_while_one_waits_for_its_ne
 @pytest.mark.parametrize("stream", [False, True], ids=["whole", "streamed"])
 async def test_another_model_serves_where_the_first_cannot(client, zai, code, stream):
     zai.answers = [zai_refuses(code)] * (3 if code == 1305 else 1)
-    response, body = await ask(client, chat(fallbacks=["zai/glm-4.7-flash", "glm-4.5"], stream=stream))
+    response, body = await ask(
+        client, chat(fallbacks=["zai/glm-4.7-flash", "glm-4.5"], stream=stream)
+    )
     assert (response.status, response.headers["x-ztoapi-model"]) == (200, "glm-4.7-flash")
     assert zai.bodies[-1]["model"] == "glm-4.7-flash"
     assert '"model":"glm-4.6"' in body
@@ -4949,10 +5761,14 @@ async def test_no_more_than_max_concurrency_are_in_flight(start, zai):
 
 
 @in_loop
-async def test_the_frames_of_a_large_answer_are_sent_one_by_one_and_are_the_same(client, monkeypatch):
+async def test_the_frames_of_a_large_answer_are_sent_one_by_one_and_are_the_same(
+    client, monkeypatch
+):
     _, together = await ask(client, chat(stream=True))
     writes, write = [], ztoapi.SSEResponse.write
-    monkeypatch.setattr(ztoapi.SSEResponse, "write", lambda self, data: writes.append(data) or write(self, data))
+    monkeypatch.setattr(
+        ztoapi.SSEResponse, "write", lambda self, data: writes.append(data) or write(self, data)
+    )
     monkeypatch.setattr(ztoapi, "MAX_JOINED", 0)
     assert (await ask(client, chat(stream=True)))[1] == together
     assert [data.count(b"\n\n") for data in writes] == [1] * together.count("\n\n")
@@ -4993,7 +5809,9 @@ async def test_a_failure_after_a_comment_is_a_frame(client, zai, monkeypatch):
 
 
 @in_loop
-async def test_after_zais_last_word_nothing_that_happens_to_the_connection_matters(client, zai, monkeypatch):
+async def test_after_zais_last_word_nothing_that_happens_to_the_connection_matters(
+    client, zai, monkeypatch
+):
     monkeypatch.setattr(ztoapi, "FINISH_TIMEOUT", 0.1)
     said_all = RECORDED.removesuffix(b"data: [DONE]\n\n")
     for rest in (RESET, HANG):
@@ -5018,7 +5836,9 @@ async def test_comments_after_the_finish_do_not_delay_the_end(client, zai, monke
 
 
 @in_loop
-async def test_a_stopping_server_lets_answers_finish_and_tells_those_that_take_too_long(client, zai, monkeypatch):
+async def test_a_stopping_server_lets_answers_finish_and_tells_those_that_take_too_long(
+    client, zai, monkeypatch
+):
     monkeypatch.setattr(ztoapi, "SHUTDOWN_GRACE", 0.3)
     zai.answers = [[FIRST, 0.1, RECORDED], [FIRST, HANG], [HANG]]
     asking = []
@@ -5070,19 +5890,27 @@ def turns(*calls, text="Let me look."):
         "content": text,
         "tool_calls": [{"id": "c1", "type": "function", "function": call} for call in calls],
     }
-    return [*HELLO["messages"], said, {"role": "tool", "tool_call_id": "c1", "content": "It says a."}]
+    return [
+        *HELLO["messages"],
+        said,
+        {"role": "tool", "tool_call_id": "c1", "content": "It says a."},
+    ]
 
 
 def reasoning_sent(zai):
     asked = zai.bodies[-1]
     clear = asked.get("thinking", {}).get("clear_thinking")
-    return [said.get("reasoning_content") for said in asked["messages"] if said["role"] == "assistant"], clear
+    return [
+        said.get("reasoning_content") for said in asked["messages"] if said["role"] == "assistant"
+    ], clear
 
 
 @in_loop
 @pytest.mark.parametrize("stream", [False, True], ids=["whole", "streamed"])
 @pytest.mark.parametrize("n", [1, 2])
-async def test_an_agent_that_drops_reasoning_has_it_put_back_while_its_tool_loop_goes_on(client, zai, stream, n):
+async def test_an_agent_that_drops_reasoning_has_it_put_back_while_its_tool_loop_goes_on(
+    client, zai, stream, n
+):
     zai.parts = [LOOKS]
     await ask(client, chat(tools=READ_TOOLS, stream=stream, n=n))
     for messages, wanted in (
@@ -5090,14 +5918,23 @@ async def test_an_agent_that_drops_reasoning_has_it_put_back_while_its_tool_loop
         (turns({**READS_A, "arguments": '{"path":"b"}'}), ([None], None)),
         ([*turns(READS_A), {"role": "user", "content": "And now?"}], ([None], None)),
         (
-            [*turns(READS_A)[:1], {**turns(READS_A)[1], "reasoning_content": "mine"}, turns(READS_A)[2]],
+            [
+                *turns(READS_A)[:1],
+                {**turns(READS_A)[1], "reasoning_content": "mine"},
+                turns(READS_A)[2],
+            ],
             (["mine"], False),
         ),
     ):
         await ask(client, chat(tools=READ_TOOLS, messages=messages))
         assert reasoning_sent(zai) == wanted
     await ask(
-        client, chat(tools=READ_TOOLS, messages=turns(READS_A), thinking={"type": "enabled", "clear_thinking": True})
+        client,
+        chat(
+            tools=READ_TOOLS,
+            messages=turns(READS_A),
+            thinking={"type": "enabled", "clear_thinking": True},
+        ),
     )
     assert reasoning_sent(zai) == (["I should look."], True)
 
@@ -5108,7 +5945,9 @@ async def test_reasoning_is_not_put_back_for_another_clients_key(start, zai):
     zai.parts = [LOOKS]
     sent = []
     for key in ("sk-mine", "sk-yours", "sk-mine"):
-        await ask(client, chat(tools=READ_TOOLS, messages=turns(READS_A)), headers={"x-api-key": key})
+        await ask(
+            client, chat(tools=READ_TOOLS, messages=turns(READS_A)), headers={"x-api-key": key}
+        )
         sent.append(reasoning_sent(zai))
         if key == "sk-mine":
             await ask(client, headers={"x-api-key": key})
@@ -5116,7 +5955,9 @@ async def test_reasoning_is_not_put_back_for_another_clients_key(start, zai):
 
 
 @in_loop
-@pytest.mark.parametrize(("setting", "wanted"), [("off", [None, None]), ("turn", [None, "想"]), ("all", ["想", "想"])])
+@pytest.mark.parametrize(
+    ("setting", "wanted"), [("off", [None, None]), ("turn", [None, "想"]), ("all", ["想", "想"])]
+)
 async def test_the_operator_says_which_reasoning_is_put_back(start, zai, setting, wanted):
     client = await start(reasoning_memory=setting)
     await ask(client, chat(tools=READ_TOOLS))
@@ -5140,7 +5981,9 @@ async def test_the_responses_api_too_has_reasoning_put_back(client, zai):
     assert reasoning_sent(zai) == (["I should look."], False)
 
 
-PICTURE = message(role="user", content=[{"type": "image_url", "image_url": {"url": "https://x/p.png"}}])
+PICTURE = message(
+    role="user", content=[{"type": "image_url", "image_url": {"url": "https://x/p.png"}}]
+)
 
 
 @in_loop
@@ -5148,14 +5991,22 @@ PICTURE = message(role="user", content=[{"type": "image_url", "image_url": {"url
     ("body", "model"),
     [
         pytest.param(PICTURE, "glm-4.6v", id="a picture"),
-        pytest.param({**PICTURE, "model": "glm-5.3-flash"}, "glm-5.3-flash", id="a model that takes it"),
+        pytest.param(
+            {**PICTURE, "model": "glm-5.3-flash"}, "glm-5.3-flash", id="a model that takes it"
+        ),
         pytest.param(HELLO, "glm-4.6", id="no picture"),
     ],
 )
-async def test_the_vision_model_answers_instead_of_one_that_takes_no_images(start, zai, body, model):
+async def test_the_vision_model_answers_instead_of_one_that_takes_no_images(
+    start, zai, body, model
+):
     client = await start(vision_model="zai/glm-4.6v")
     response, text = await ask(client, body)
-    assert (response.status, zai.bodies[-1]["model"], json.loads(text)["model"]) == (200, model, body["model"])
+    assert (response.status, zai.bodies[-1]["model"], json.loads(text)["model"]) == (
+        200,
+        model,
+        body["model"],
+    )
 
 
 # ======== Every surface is the same path ========
@@ -5174,7 +6025,11 @@ async def test_every_surface_answers_whole_and_streamed_and_is_counted(client, z
     response, text = await ask(client, body, path)
     assert (response.status, "好😀" in text) == (200, True)
     response, stream = await ask(client, body | {"stream": True}, path)
-    assert (response.status, response.content_type, "好😀" in stream) == (200, "text/event-stream", True)
+    assert (response.status, response.content_type, "好😀" in stream) == (
+        200,
+        "text/event-stream",
+        True,
+    )
     assert (await stats(client))[0]["models"]["glm-4.6"]["requests"] == 2
 
 
@@ -5183,7 +6038,11 @@ async def test_every_surface_answers_whole_and_streamed_and_is_counted(client, z
 async def test_every_surface_tries_again_and_falls_back(client, zai, path, body):
     zai.answers = [zai_refuses(1302), zai_refuses(1311)]
     response, _ = await ask(client, body | {"fallbacks": ["glm-4.5"], "stream": True}, path)
-    assert (response.status, response.headers["x-ztoapi-model"], slept(client)) == (200, "glm-4.5", [1])
+    assert (response.status, response.headers["x-ztoapi-model"], slept(client)) == (
+        200,
+        "glm-4.5",
+        [1],
+    )
 
 
 @in_loop
@@ -5250,7 +6109,11 @@ async def test_tools_that_only_openai_has_are_named_in_a_header_and_in_the_log(c
 # ======== What Z.ai serves itself ========
 
 
-CLAUDE = {"model": "claude-opus-5", "max_tokens": 9, "messages": [{"role": "user", "content": "你好"}]}
+CLAUDE = {
+    "model": "claude-opus-5",
+    "max_tokens": 9,
+    "messages": [{"role": "user", "content": "你好"}],
+}
 
 
 @in_loop
@@ -5273,7 +6136,11 @@ async def test_messages_go_to_zais_own_anthropic_api_with_our_key(passing, zai):
     response, body = await ask(passing, CLAUDE, "/v1/messages", headers)
     assert (response.content_type, body.encode()) == ("text/event-stream", b"".join(zai.parts))
     method, path, sent, data = zai.asked[0]
-    assert (method, path, sent["Authorization"]) == ("POST", "/api/anthropic/v1/messages", "Bearer zai-key")
+    assert (method, path, sent["Authorization"]) == (
+        "POST",
+        "/api/anthropic/v1/messages",
+        "Bearer zai-key",
+    )
     assert (sent["anthropic-version"], sent["anthropic-beta"]) == ("2023-06-01", "tools")
     assert json.loads(data) == CLAUDE | {"model": "glm-5.3"}
     assert (await ask(passing, CLAUDE, "/v1/messages/count_tokens"))[0].status == 200
@@ -5298,7 +6165,11 @@ async def test_messages_go_to_zais_own_anthropic_api_with_our_key(passing, zai):
 async def test_failures_of_messages_have_anthropics_shape(passing, zai, http, body, status, kind):
     zai.status, zai.parts = http, [body]
     response, text = await ask(passing, CLAUDE, "/v1/messages")
-    assert (response.status, json.loads(text)["type"], error_of(text)["type"]) == (status, "error", kind)
+    assert (response.status, json.loads(text)["type"], error_of(text)["type"]) == (
+        status,
+        "error",
+        kind,
+    )
 
 
 @in_loop
@@ -5313,7 +6184,9 @@ async def test_messages_have_the_model_as_the_client_named_it_and_are_counted(pa
     assert ("claude-opus-5" in body, response.headers["x-ztoapi-model"]) == (True, "glm-5.3")
     assert response.headers["x-zai-request-id"] == "log-9"
     figures = (await stats(passing))[0]["models"]["glm-5.3"]
-    assert (figures["prompt_tokens"], figures["completion_tokens"]) == ((8, 7) if stream else (2, 7))
+    assert (figures["prompt_tokens"], figures["completion_tokens"]) == (
+        (8, 7) if stream else (2, 7)
+    )
     assert not stream or 0 < figures["first"]["p50"] < figures["duration"]["p50"]
 
 
@@ -5331,8 +6204,13 @@ IMAGE = {"type": "image", "source": {"type": "base64", "media_type": "image/png"
 )
 async def test_messages_with_an_image_are_for_the_vision_model(start, zai, content, model):
     client = await start(model_aliases=(("claude-*", "glm-5.3"),), vision_model="glm-4.6v")
-    response, _ = await ask(client, CLAUDE | {"messages": [{"role": "user", "content": content}]}, "/v1/messages")
-    assert (json.loads(zai.asked[0][3])["model"], response.headers["x-ztoapi-model"]) == (model, model)
+    response, _ = await ask(
+        client, CLAUDE | {"messages": [{"role": "user", "content": content}]}, "/v1/messages"
+    )
+    assert (json.loads(zai.asked[0][3])["model"], response.headers["x-ztoapi-model"]) == (
+        model,
+        model,
+    )
 
 
 @in_loop
@@ -5355,11 +6233,17 @@ async def test_a_key_refused_on_another_path_still_serves_the_chat(start, zai, p
 
 
 @in_loop
-@pytest.mark.parametrize(("code", "statuses"), [(1309, [403, 200]), (1113, [402, 200]), (1211, [404, 404])])
-async def test_a_path_that_a_key_may_not_use_is_asked_of_the_next_base(start, zai, other_zai, code, statuses):
+@pytest.mark.parametrize(
+    ("code", "statuses"), [(1309, [403, 200]), (1113, [402, 200]), (1211, [404, 404])]
+)
+async def test_a_path_that_a_key_may_not_use_is_asked_of_the_next_base(
+    start, zai, other_zai, code, statuses
+):
     zai.status, zai.parts = zai_refuses(code)
     client = await start(zai_api_key=("plan", f"payg@{other_zai.url}"))
-    assert [(await ask(client, {"input": "x"}, "/v1/embeddings"))[0].status for _ in "12"] == statuses
+    assert [
+        (await ask(client, {"input": "x"}, "/v1/embeddings"))[0].status for _ in "12"
+    ] == statuses
 
 
 @in_loop
@@ -5368,12 +6252,16 @@ async def test_messages_go_beside_the_base_of_each_key(start, zai, other_zai):
     plan_url = zai.url.replace("/paas", "/coding/paas")
     client = await start(zai_api_key=(f"plan@{plan_url}", f"payg@{other_zai.url}"))
     assert (await ask(client, CLAUDE, "/v1/messages"))[0].status == 200
-    sent = [(path, headers["Authorization"]) for _, path, headers, _ in (*zai.asked, *other_zai.asked)]
+    sent = [
+        (path, headers["Authorization"]) for _, path, headers, _ in (*zai.asked, *other_zai.asked)
+    ]
     assert sent == [("/api/anthropic/v1/messages", f"Bearer {key}") for key in ("plan", "payg")]
 
 
 @in_loop
-@pytest.mark.parametrize("answer", [zai_refuses(1302), (200, [b'data: {"type":"error","error":{"code":"1302"}}\n\n'])])
+@pytest.mark.parametrize(
+    "answer", [zai_refuses(1302), (200, [b'data: {"type":"error","error":{"code":"1302"}}\n\n'])]
+)
 async def test_messages_are_tried_again_like_chat(passing, zai, answer):
     zai.status, zai.parts = answer
     response, _ = await ask(passing, CLAUDE, "/v1/messages")
@@ -5386,7 +6274,10 @@ async def test_messages_need_the_key_in_anthropics_shape_too(passing, zai, path)
     response, body = await ask(passing, CLAUDE, path, {"x-api-key": "wrong"})
     assert (response.status, error_of(body)["type"], zai.asked) == (401, "authentication_error", [])
     async with passing.get("/v1/nothing", headers={"anthropic-version": "1"}) as response:
-        assert (response.status, (await response.json())["error"]["type"]) == (404, "not_found_error")
+        assert (response.status, (await response.json())["error"]["type"]) == (
+            404,
+            "not_found_error",
+        )
 
 
 @in_loop
@@ -5397,8 +6288,12 @@ async def test_a_path_that_zai_does_not_have_is_not_found(passing, zai):
 
 
 @in_loop
-@pytest.mark.parametrize(("path", "code"), [("web_search", "not_found"), ("images/generations", "zai_1210")])
-async def test_a_refusal_of_what_is_passed_on_tells_zais_id_of_the_request(passing, zai, path, code):
+@pytest.mark.parametrize(
+    ("path", "code"), [("web_search", "not_found"), ("images/generations", "zai_1210")]
+)
+async def test_a_refusal_of_what_is_passed_on_tells_zais_id_of_the_request(
+    passing, zai, path, code
+):
     zai.headers = {"X-Log-Id": "log-9"}
     zai.answers = [(404, [b"<html>404"]) if code == "not_found" else zai_refuses(1210, 400)]
     response, text = await ask(passing, {"model": "m"}, f"/v1/{path}")
@@ -5408,22 +6303,36 @@ async def test_a_refusal_of_what_is_passed_on_tells_zais_id_of_the_request(passi
 @in_loop
 async def test_a_packed_body_is_passed_on_unpacked(passing, zai):
     headers = KEY | {"Content-Encoding": "gzip", "Content-Type": "application/json"}
-    async with passing.post("/v1/reader", data=gzip.compress(b'{"url":"x"}'), headers=headers) as response:
+    async with passing.post(
+        "/v1/reader", data=gzip.compress(b'{"url":"x"}'), headers=headers
+    ) as response:
         assert response.status == 200
     assert zai.asked[0][3] == b'{"url":"x"}'
 
 
 @in_loop
-@pytest.mark.parametrize(("method", "path"), ztoapi.PASS_THROUGH_ROUTES, ids=lambda word: word.replace(ztoapi.ID, "ID"))
+@pytest.mark.parametrize(
+    ("method", "path"), ztoapi.PASS_THROUGH_ROUTES, ids=lambda word: word.replace(ztoapi.ID, "ID")
+)
 async def test_what_else_zai_serves_is_passed_on(passing, zai, method, path):
     path = path.replace(ztoapi.ID, "file-7")
     zai.headers, zai.parts = {"Content-Type": "audio/wav"}, [b"RIFF", 0.01, b"\x00\xff"]
     data = b"--x\r\n\r\nbytes" if method == "POST" else None
     headers = KEY | ({"Content-Type": "multipart/form-data; boundary=x"} if data else {})
-    async with passing.request(method, f"/v1/{path}?limit=2", data=data, headers=headers) as response:
-        assert (response.status, response.content_type, await response.read()) == (200, "audio/wav", b"RIFF\x00\xff")
+    async with passing.request(
+        method, f"/v1/{path}?limit=2", data=data, headers=headers
+    ) as response:
+        assert (response.status, response.content_type, await response.read()) == (
+            200,
+            "audio/wav",
+            b"RIFF\x00\xff",
+        )
     asked_method, asked, sent, body = zai.asked[0]
-    assert (asked_method, asked, sent["Authorization"]) == (method, f"/api/paas/v4/{path}?limit=2", "Bearer zai-key")
+    assert (asked_method, asked, sent["Authorization"]) == (
+        method,
+        f"/api/paas/v4/{path}?limit=2",
+        "Bearer zai-key",
+    )
     assert (body, sent.get("Content-Type")) == (data or b"", headers.get("Content-Type"))
 
 
@@ -5431,7 +6340,11 @@ async def test_what_else_zai_serves_is_passed_on(passing, zai, method, path):
 @pytest.mark.parametrize(
     ("path", "data", "wanted"),
     [
-        ("images/generations", b'{ "model": "dall-e-3", "n": 1.0}', b'{"model":"cogview-4","n":1.0}'),
+        (
+            "images/generations",
+            b'{ "model": "dall-e-3", "n": 1.0}',
+            b'{"model":"cogview-4","n":1.0}',
+        ),
         ("images/generations", b'{ "model": "GLM-Image", "n": 1.0}', None),
         ("tokenizer", b'{ "model": 7}', None),
         (
@@ -5473,11 +6386,19 @@ async def test_messages_without_an_end_are_a_failure(passing, zai, monkeypatch):
 
 @in_loop
 @pytest.mark.parametrize(
-    "path", ["/v1/files/..%2Fmodels", "/v1/files/%2e%2e", "/v1/files/a%2Fb", "/v1/agents", "/v1/files/../agents"]
+    "path",
+    [
+        "/v1/files/..%2Fmodels",
+        "/v1/files/%2e%2e",
+        "/v1/files/a%2Fb",
+        "/v1/agents",
+        "/v1/files/../agents",
+    ],
 )
 async def test_nothing_else_gets_our_key(passing, zai, path):
     answer = await talk_raw(
-        passing, f"GET {path} HTTP/1.1\r\nHost: localhost\r\nx-api-key: sk-your-key\r\n\r\n".encode()
+        passing,
+        f"GET {path} HTTP/1.1\r\nHost: localhost\r\nx-api-key: sk-your-key\r\n\r\n".encode(),
     )
     assert (answer[:12], zai.asked) == (b"HTTP/1.1 404", [])
 
@@ -5491,7 +6412,9 @@ async def test_a_path_of_the_china_address_alone_says_so(start):
 
 @in_loop
 async def test_the_list_of_models_speaks_anthropic_and_codex_too(client):
-    async with client.get("/v1/models", headers=KEY | {"anthropic-version": "2023-06-01"}) as response:
+    async with client.get(
+        "/v1/models", headers=KEY | {"anthropic-version": "2023-06-01"}
+    ) as response:
         models = await response.json()
     assert models["data"][0] == {
         "type": "model",
@@ -5501,7 +6424,9 @@ async def test_the_list_of_models_speaks_anthropic_and_codex_too(client):
     }
     async with client.get("/v1/models?client_version=1.0", headers=KEY) as response:
         models = await response.json()
-    assert {model["slug"] for model in models["models"]} == {model["id"] for model in models["data"]}
+    assert {model["slug"] for model in models["models"]} == {
+        model["id"] for model in models["data"]
+    }
 
 
 # ======== Bounds ========
@@ -5522,7 +6447,10 @@ async def test_the_list_of_models_speaks_anthropic_and_codex_too(client):
 )  # fmt: skip
 async def test_json_out_of_bounds_is_refused(client, zai, data):
     async with client.post("/v1/chat/completions", data=data, headers=KEY) as response:
-        assert (response.status, error_of(await response.text())["type"]) == (400, "invalid_request_error")
+        assert (response.status, error_of(await response.text())["type"]) == (
+            400,
+            "invalid_request_error",
+        )
     assert zai.bodies == []
 
 
@@ -5532,11 +6460,17 @@ async def test_json_out_of_bounds_is_refused(client, zai, data):
     [
         pytest.param(b"junk\r\n\r\n", id="no HTTP"),
         pytest.param(
-            b"GET /health HTTP/1.1\r\nHost: localhost\r\nx-api-key: topsecret\x01\r\n\r\n", id="control character"
+            b"GET /health HTTP/1.1\r\nHost: localhost\r\nx-api-key: topsecret\x01\r\n\r\n",
+            id="control character",
         ),
-        pytest.param(b"GET /health HTTP/1.1\r\nHost: localhost\r\nx: " + b"y" * 10_000 + b"\r\n\r\n", id="long header"),
+        pytest.param(
+            b"GET /health HTTP/1.1\r\nHost: localhost\r\nx: " + b"y" * 10_000 + b"\r\n\r\n",
+            id="long header",
+        ),
         pytest.param(b"GET /health HTTP/1.1\r\n" + b"x: y\r\n" * 300 + b"\r\n", id="many headers"),
-        pytest.param(b"GET /" + b"x" * 10_000 + b" HTTP/1.1\r\nHost: localhost\r\n\r\n", id="long path"),
+        pytest.param(
+            b"GET /" + b"x" * 10_000 + b" HTTP/1.1\r\nHost: localhost\r\n\r\n", id="long path"
+        ),
         pytest.param(b"BREW /health HTTP/1.1\r\nHost: localhost\r\n\r\n", id="unknown method"),
     ],
 )
@@ -5552,7 +6486,10 @@ async def test_what_is_no_http_is_refused_in_our_shape(client, caplog, data):
 @in_loop
 @pytest.mark.parametrize(
     ("expects", "first", "code"),
-    [("100-continue", b"HTTP/1.1 100", b""), ("miracles", b"HTTP/1.1 417", b'"code":"unknown_expectation"')],
+    [
+        ("100-continue", b"HTTP/1.1 100", b""),
+        ("miracles", b"HTTP/1.1 417", b'"code":"unknown_expectation"'),
+    ],
 )
 @pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/nothing"])
 async def test_what_a_client_expects(client, expects, first, code, path):
@@ -5600,7 +6537,9 @@ def odd_requests():
     """Every field that counts, at each location, with every odd value in it."""
     for location, names in LOCATIONS.items():
         for name, value in product(names, ODD):
-            body = json.loads(json.dumps(chat(tools=[function("f")], messages=[ASKS, CALLS, RESULT])))
+            body = json.loads(
+                json.dumps(chat(tools=[function("f")], messages=[ASKS, CALLS, RESULT]))
+            )
             target = body
             for step in re.findall(r"\w+", location):
                 target = target[int(step) if step.isdigit() else step]
@@ -5629,7 +6568,9 @@ def test_odd_requests_are_refused_by_the_name_of_a_field_or_become_a_request_to_
 @in_loop
 async def test_odd_requests_get_an_answer_or_a_400_and_break_nothing(client, zai):
     for _, body in Random(7).sample(list(odd_requests()), 60):
-        response, text = await ask(client, {**body, "stream": False} if body.get("stream") is True else body)
+        response, text = await ask(
+            client, {**body, "stream": False} if body.get("stream") is True else body
+        )
         assert response.status == 200 or (response.status == 400 and error_of(text)["param"]), body
     assert (await ask(client))[0].status == 200
 
@@ -5728,7 +6669,9 @@ async def test_a_preflight_needs_no_key_and_reflects_what_it_asks(start, path):
 @pytest.mark.parametrize("body", [HELLO, chat(stream=True), {}], ids=["whole", "streamed", "error"])
 async def test_every_answer_has_the_origin_and_an_id(start, body):
     client = await start(default_key=("sk-mine",))
-    response, _ = await ask(client, body, headers={"x-api-key": "sk-mine", "Origin": "https://app.example"})
+    response, _ = await ask(
+        client, body, headers={"x-api-key": "sk-mine", "Origin": "https://app.example"}
+    )
     assert response.headers["Access-Control-Allow-Origin"] == "https://app.example"
     assert response.headers["x-request-id"].startswith("req_")
 
@@ -5736,7 +6679,10 @@ async def test_every_answer_has_the_origin_and_an_id(start, body):
 @in_loop
 async def test_only_origins_of_the_setting_are_reflected(start):
     client = await start(default_key=("sk-mine",), cors_origins=("https://app.example",))
-    for origin, wanted in (("https://app.example", "https://app.example"), ("https://evil.example", None)):
+    for origin, wanted in (
+        ("https://app.example", "https://app.example"),
+        ("https://evil.example", None),
+    ):
         async with client.get("/health", headers={"Origin": origin}) as response:
             assert response.headers.get("Access-Control-Allow-Origin") == wanted
 
@@ -5761,7 +6707,13 @@ async def test_the_published_key_lets_only_this_machines_pages_in(client, origin
 @in_loop
 @pytest.mark.parametrize(
     ("host", "status"),
-    [("localhost", 200), ("127.0.0.1:9090", 200), ("[::1]:9090", 200), ("evil.example", 403), ("10.0.0.1:9090", 403)],
+    [
+        ("localhost", 200),
+        ("127.0.0.1:9090", 200),
+        ("[::1]:9090", 200),
+        ("evil.example", 403),
+        ("10.0.0.1:9090", 403),
+    ],
 )
 @pytest.mark.parametrize("path", ["/health", "/"])
 async def test_the_published_key_answers_to_loopback_names_alone(client, host, status, path):
@@ -5771,20 +6723,29 @@ async def test_the_published_key_answers_to_loopback_names_alone(client, host, s
 
 @in_loop
 async def test_every_host_header_counts(client):
-    answer = await talk_raw(client, b"GET /health HTTP/1.1\r\nHost: localhost\r\nHost: evil.example\r\n\r\n")
+    answer = await talk_raw(
+        client, b"GET /health HTTP/1.1\r\nHost: localhost\r\nHost: evil.example\r\n\r\n"
+    )
     assert re.match(rb"HTTP/1.[01] 4\d\d", answer)
 
 
 @pytest.mark.parametrize(
     ("place", "local"),
-    [(("127.0.0.1", 9090), True), (("::1", 9090, 0, 0), True), ("/run/socket", True), (("192.0.2.1", 9090), False)],
+    [
+        (("127.0.0.1", 9090), True),
+        (("::1", 9090, 0, 0), True),
+        ("/run/socket", True),
+        (("192.0.2.1", 9090), False),
+    ],
 )
 def test_the_published_key_answers_on_loopback_addresses_alone_whoever_listens(place, local):
     class Transport:
         def get_extra_info(self, name):
             return {"sockname": place}.get(name)
 
-    request = make_mocked_request("GET", "/health", headers={"Host": "localhost"}, transport=Transport())
+    request = make_mocked_request(
+        "GET", "/health", headers={"Host": "localhost"}, transport=Transport()
+    )
     assert ztoapi.is_local(request) is local
 
 
@@ -5819,7 +6780,10 @@ GLM_46 |= {"context_length": 200 * 1024, "max_output_tokens": 128 * 1024}
 
 @in_loop
 async def test_the_list_is_the_table_with_what_zai_lists(client, zai):
-    zai.models = 200, {"data": [{"id": "GLM-9", "created": 5}, {"id": "glm-4.6", "created": 6}, {"no": 1}]}
+    zai.models = (
+        200,
+        {"data": [{"id": "GLM-9", "created": 5}, {"id": "glm-4.6", "created": 6}, {"no": 1}]},
+    )
     models = await listed(client)
     assert set(models) == {*MODELS, "glm-9"}
     assert models["glm-4.6"] == GLM_46
@@ -5827,7 +6791,9 @@ async def test_the_list_is_the_table_with_what_zai_lists(client, zai):
 
 
 @in_loop
-@pytest.mark.parametrize("models", [(401, {"error": {"code": "1001"}}), (200, []), (200, "<html>"), HANG])
+@pytest.mark.parametrize(
+    "models", [(401, {"error": {"code": "1001"}}), (200, []), (200, "<html>"), HANG]
+)
 async def test_the_table_alone_is_listed_when_zai_does_not_answer(client, zai, models, monkeypatch):
     monkeypatch.setattr(ztoapi, "GET_TIMEOUT", 0.2)
     zai.models = models
@@ -5837,7 +6803,9 @@ async def test_the_table_alone_is_listed_when_zai_does_not_answer(client, zai, m
 @in_loop
 async def test_aliases_are_listed_unless_they_are_patterns(start):
     patterns = ("claude-*", "gpt-?", "o[13]")
-    client = await start(model_aliases=(("gpt-4o", "glm-4.6"), *((pattern, "glm-5.3") for pattern in patterns)))
+    client = await start(
+        model_aliases=(("gpt-4o", "glm-4.6"), *((pattern, "glm-5.3") for pattern in patterns))
+    )
     models = await listed(client)
     assert models["gpt-4o"] == GLM_46 | {"id": "gpt-4o"}
     assert not models.keys() & set(patterns)
@@ -5957,11 +6925,17 @@ async def test_a_second_signal_ends_the_answers_that_the_first_let_finish(run, z
 
 @meanwhile
 async def test_debug_mode_logs_everything_but_secrets(run, zai):
-    program = run(Program, ZAI_BASE_URL=zai.url, ZAI_API_KEY="Zk3y", DEFAULT_KEY="C1nt", DEBUG_MODE="true")
+    program = run(
+        Program, ZAI_BASE_URL=zai.url, ZAI_API_KEY="Zk3y", DEFAULT_KEY="C1nt", DEBUG_MODE="true"
+    )
     zai.status, zai.parts = 401, [b'{"error":{"code":"1000","message":"the key Zk3y is no good"}}']
     image = "QUJD" * 1000
     body = message(
-        role="user", content=[{"type": "text", "text": "C1nt Zk3y"}, {"type": "image_url", "image_url": {"url": image}}]
+        role="user",
+        content=[
+            {"type": "text", "text": "C1nt Zk3y"},
+            {"type": "image_url", "image_url": {"url": image}},
+        ],
     )
     reader, writer = await asyncio.open_connection("127.0.0.1", program.port)
     writer.write(raw_request(body | {"model": "glm-4.6v-C1nt"}, "C1nt"))
@@ -5988,7 +6962,9 @@ async def test_the_demo_answers_without_a_key(run):
     assert "你好" in stream.decode()
     status, log = program.stop()
     assert status == 0
-    assert re.search(r"POST /v1/chat/completions glm-4.6 200 first \d\.\d\d s, \d\.\d\d s, \d+\+\d+ tokens", log)
+    assert re.search(
+        r"POST /v1/chat/completions glm-4.6 200 first \d\.\d\d s, \d\.\d\d s, \d+\+\d+ tokens", log
+    )
     assert "/demo/" not in log
 
 
@@ -6008,7 +6984,9 @@ def demo_answer(body, **changes):
     ],
 )
 def test_the_demo_calls_the_first_tool_when_the_user_asks_for_one(how, value):
-    tools = [function("f", parameters={"type": "object", "properties": {"a": how}, "required": ["a"]})]
+    tools = [
+        function("f", parameters={"type": "object", "properties": {"a": how}, "required": ["a"]})
+    ]
     deltas, reason = demo_answer(message(role="user", content="Please use the tool"), tools=tools)
     assert json.loads(deltas[-1]["tool_calls"][0]["function"]["arguments"]) == {"a": value}
     assert reason == "tool_calls"
@@ -6033,8 +7011,16 @@ async def test_the_demo_works_on_every_address(demo, host):
 @pytest.mark.parametrize(
     ("arguments", "variables", "line"),
     [
-        ([], {"PORT": "abc"}, "ztoapi: PORT=abc cannot be used: it must be a port number, 0 to 65535"),
-        (["--port", "abc"], {}, "ztoapi: PORT=abc cannot be used: it must be a port number, 0 to 65535"),
+        (
+            [],
+            {"PORT": "abc"},
+            "ztoapi: PORT=abc cannot be used: it must be a port number, 0 to 65535",
+        ),
+        (
+            ["--port", "abc"],
+            {},
+            "ztoapi: PORT=abc cannot be used: it must be a port number, 0 to 65535",
+        ),
         (["--host", "0.0.0.0"], {}, "ztoapi: HOST=0.0.0.0 would let others in"),
         ([], {"DEFAULT_KEY": ""}, "ztoapi: DEFAULT_KEY cannot be used"),
         (
@@ -6063,7 +7049,9 @@ async def test_env_beside_the_program_is_read_and_the_environment_wins(tmp_path)
     shutil.copy(PROGRAM, tmp_path)
     (tmp_path / ".env").write_text("PORT=abc\nMAX_BODY_MB=x\n")
     command, env = [sys.executable, tmp_path / "ztoapi.py"], INHERITED | {"PORT": "0"}
-    done = subprocess.run(command, env=env, capture_output=True, text=True, check=False, timeout=20, cwd="/")
+    done = subprocess.run(
+        command, env=env, capture_output=True, text=True, check=False, timeout=20, cwd="/"
+    )
     assert done.stderr.startswith("ztoapi: MAX_BODY_MB=x cannot be used")
 
 
@@ -6107,7 +7095,9 @@ async def test_a_connection_without_a_whole_head_is_closed(client, impatient):
         "half a second head": (1, GET[:20]),
     }
     closed = await asyncio.gather(*(is_closed(client.port, *how) for how in connections.values()))
-    assert dict(zip(connections, closed, strict=True)) == dict.fromkeys(connections, True) | {"idle": False}
+    assert dict(zip(connections, closed, strict=True)) == dict.fromkeys(connections, True) | {
+        "idle": False
+    }
 
 
 @in_loop
@@ -6121,7 +7111,8 @@ async def test_a_head_without_end_is_not_kept(client):
 
 @in_loop
 @pytest.mark.parametrize(
-    "data", [b"", GET, b"POST /v1/files HTTP/1.1\r\nHost: localhost\r\nContent-Length: 9\r\n\r\nabc"]
+    "data",
+    [b"", GET, b"POST /v1/files HTTP/1.1\r\nHost: localhost\r\nContent-Length: 9\r\n\r\nabc"],
 )
 async def test_those_that_ask_nothing_make_room_for_those_that_do(client, monkeypatch, data):
     silent = [await asyncio.open_connection("127.0.0.1", client.port) for _ in range(10)]
@@ -6146,7 +7137,9 @@ async def test_those_that_ask_nothing_make_room_for_those_that_do(client, monkey
         pytest.param("Content-Length: 9", b"abc", id="silence"),
     ],
 )
-async def test_a_broken_body_is_refused_and_ends_the_connection(passing, impatient, caplog, path, headers, body):
+async def test_a_broken_body_is_refused_and_ends_the_connection(
+    passing, impatient, caplog, path, headers, body
+):
     client = passing
     reader, writer = await asyncio.open_connection("127.0.0.1", client.port)
     writer.write(POST.format(path, headers).encode())
@@ -6170,7 +7163,9 @@ async def test_a_broken_body_is_refused_and_ends_the_connection(passing, impatie
         ("/v1/files/f/content", False),
     ],
 )
-async def test_a_client_that_no_longer_reads_loses_its_connection(start, zai, path, stream, impatient):
+async def test_a_client_that_no_longer_reads_loses_its_connection(
+    start, zai, path, stream, impatient
+):
     client = await start(upstream_timeout=0.2)
     zai.parts = [FIRST.replace("想".encode(), b"x" * 2**20)] * 40 + [RECORDED]
     method, body = ("GET", None) if "files" in path else ("POST", chat(stream=stream, max_tokens=9))
@@ -6233,15 +7228,23 @@ def narrow_socket(*where):
 
 
 @in_loop
-@pytest.mark.parametrize(("pauses", "status"), [([0.1] * 10, 200), ([60] * 2, 504)], ids=["slow", "none of it"])
+@pytest.mark.parametrize(
+    ("pauses", "status"), [([0.1] * 10, 200), ([60] * 2, 504)], ids=["slow", "none of it"]
+)
 async def test_an_upload_may_be_slow_but_not_stall(start, pauses, status):
     async with fake_zai(socket_factory=narrow_socket) as zai:
         client = await start(upstream_timeout=0.4, zai_base_url=zai.url)
         zai.pauses, zai.headers, zai.parts = [*pauses], {}, [DOCUMENT]
         started = time.monotonic()
-        uploads = asyncio.gather(*(ask(client, LARGE, f"/v1/{path}") for path in ("chat/completions", "files")))
-        assert [response.status for response, _ in await asyncio.wait_for(uploads, 10)] == [status] * 2
-        assert time.monotonic() - started > 0.4  # in all, a slow one takes longer than Z.ai may be silent
+        uploads = asyncio.gather(
+            *(ask(client, LARGE, f"/v1/{path}") for path in ("chat/completions", "files"))
+        )
+        assert [response.status for response, _ in await asyncio.wait_for(uploads, 10)] == [
+            status
+        ] * 2
+        assert (
+            time.monotonic() - started > 0.4
+        )  # in all, a slow one takes longer than Z.ai may be silent
         assert (await stats(client))[0]["in_flight"] == 0
 
 
@@ -6257,7 +7260,9 @@ async def test_a_refusal_whose_body_stalls_is_judged_by_its_status(client, zai, 
 
 
 async def make_key(client, name="anna", status=201, **limits):
-    async with client.post("/dashboard/keys", json={"name": name, **limits}, headers=KEY) as response:
+    async with client.post(
+        "/dashboard/keys", json={"name": name, **limits}, headers=KEY
+    ) as response:
         document = await response.json()
         assert response.status == status, document
         return {"x-api-key": document["key"]} if status == 201 else document
@@ -6278,7 +7283,9 @@ def kind_of(path, body):
 
 
 async def ask_surface(client, path, stream, key, **fields):
-    response, body = await ask(client, ASKING[path] | {"stream": stream} | fields, f"/v1/{path}", key)
+    response, body = await ask(
+        client, ASKING[path] | {"stream": stream} | fields, f"/v1/{path}", key
+    )
     return response, kind_of(path, body) if response.status >= 400 else ""
 
 
@@ -6293,7 +7300,9 @@ async def ask_surface(client, path, stream, key, **fields):
         ({"rpm": 1}, 429, "rate_limit_exceeded", "rate_limit_error"),
     ],
 )
-async def test_what_a_key_may_is_asked_on_every_surface(client, zai, limits, status, code, anthropic, path, stream):
+async def test_what_a_key_may_is_asked_on_every_surface(
+    client, zai, limits, status, code, anthropic, path, stream
+):
     key = await make_key(client, **limits)
     client.app[ztoapi.ACCOUNTS].count(
         (ztoapi.hash_key(key["x-api-key"]), day_of(time.time()).isoformat(), "m"), (1, 0, 9, 0, 0)
@@ -6325,19 +7334,32 @@ async def test_a_client_that_leaves_before_the_end_uses_up_its_tokens_too(client
 async def test_an_expired_key_is_refused_everywhere(client):
     key = await make_key(client, expires="1d")
     accounts = client.app[ztoapi.ACCOUNTS]
-    accounts.named = {name: replace(account, expires="2026-01-01") for name, account in accounts.named.items()}
+    accounts.named = {
+        name: replace(account, expires="2026-01-01") for name, account in accounts.named.items()
+    }
     for path in ("/v1/models", "/v1/responses/resp_1", "/dashboard/stats"):
         async with client.get(path, headers=key) as response:
-            assert (response.status, error_of(await response.text())["code"]) == (401, "key_expired")
+            assert (response.status, error_of(await response.text())["code"]) == (
+                401,
+                "key_expired",
+            )
 
 
 @in_loop
-async def test_fallbacks_of_the_client_must_be_allowed_and_those_of_the_operator_are_left_out(start, zai):
-    client = await start(fallback_models=("glm-5.3", "glm-4.7"), max_retries=0, model_aliases=(("best", "glm-5.3"),))
+async def test_fallbacks_of_the_client_must_be_allowed_and_those_of_the_operator_are_left_out(
+    start, zai
+):
+    client = await start(
+        fallback_models=("glm-5.3", "glm-4.7"), max_retries=0, model_aliases=(("best", "glm-5.3"),)
+    )
     key, (status, busy) = await make_key(client, models="glm-4*"), zai_refuses(1302)
     for fields in ({"model": "best"}, {"fallbacks": ["glm-4.7", "zai/GLM-5.3"]}):
         response, body = await ask(client, chat(**fields), headers=key)
-        assert (response.status, error_of(body)["code"], zai.bodies) == (403, "model_not_allowed", [])
+        assert (response.status, error_of(body)["code"], zai.bodies) == (
+            403,
+            "model_not_allowed",
+            [],
+        )
     zai.answers, zai.parts = [(status, busy)], [DOCUMENT]
     response, _ = await ask(client, headers=key)
     assert (response.status, response.headers["x-ztoapi-model"]) == (200, "glm-4.7")
@@ -6355,10 +7377,14 @@ async def test_fallbacks_of_the_client_must_be_allowed_and_those_of_the_operator
         ("web_search", "application/json", b"{}", 200),
     ],
 )
-async def test_what_is_passed_through_is_for_the_models_of_a_key(start, zai, path, kind, body, status):
+async def test_what_is_passed_through_is_for_the_models_of_a_key(
+    start, zai, path, kind, body, status
+):
     client = await start(model_aliases=(("mine", "embedding-3"),))
     key = await make_key(client, models="embedding-3")
-    async with client.post(f"/v1/{path}", data=body, headers=key | {"Content-Type": kind}) as response:
+    async with client.post(
+        f"/v1/{path}", data=body, headers=key | {"Content-Type": kind}
+    ) as response:
         assert response.status == status, await response.text()
     assert len(zai.asked) == (status == 200)
     async with client.get("/v1/files", headers=key) as response:
@@ -6371,7 +7397,12 @@ async def test_what_embeddings_tell_is_counted(start, zai, form):
     key = KEY | {"Content-Type": "application/json"}
     client, usage = await start(), {"prompt_tokens": 8, "total_tokens": 8}
     zai.parts = [json.dumps(VECTORS | {"usage": usage}).encode()]
-    await ask(client, {"model": "embedding-3", "input": "x", "encoding_format": form}, "/v1/embeddings", key)
+    await ask(
+        client,
+        {"model": "embedding-3", "input": "x", "encoding_format": form},
+        "/v1/embeddings",
+        key,
+    )
     assert await eventually(lambda: client.app[ztoapi.ACCOUNTS].counted)
     assert [(key[2], row) for key, row in client.app[ztoapi.ACCOUNTS].take().items()] == [
         ("embedding-3", [1, 0, 8, 0, 0])
@@ -6381,7 +7412,9 @@ async def test_what_embeddings_tell_is_counted(start, zai, form):
 @in_loop
 async def test_a_key_sees_only_its_own_models(start):
     client = await start(model_aliases=(("mini", "glm-4.5-air"), ("best", "glm-5.3")))
-    async with client.get("/v1/models", headers=await make_key(client, models="glm-4.5*")) as response:
+    async with client.get(
+        "/v1/models", headers=await make_key(client, models="glm-4.5*")
+    ) as response:
         listed = {model["id"] for model in (await response.json())["data"]}
     assert {"mini", "glm-4.5-air"} < listed
     assert all(name == "mini" or name.startswith("glm-4.5") for name in listed)
@@ -6414,8 +7447,14 @@ ROUTES = [
     (("POST", "/dashboard/keys"), "400 403 401"),
     (("DELETE", "/dashboard/keys/gone"), "404 403 401"),
     (("POST", "/v1/messages/count_tokens"), "400 400 401"),
-    *(((method, f"/v1/{path.replace(ztoapi.ID, 'x')}"), "200 200 401") for method, path in ztoapi.PASS_THROUGH_ROUTES),
-    *((("GET", path), "200 200 200") for path in ("/health", "/", "/docs", "/dashboard", "/api/hello")),
+    *(
+        ((method, f"/v1/{path.replace(ztoapi.ID, 'x')}"), "200 200 401")
+        for method, path in ztoapi.PASS_THROUGH_ROUTES
+    ),
+    *(
+        (("GET", path), "200 200 200")
+        for path in ("/health", "/", "/docs", "/dashboard", "/api/hello")
+    ),
 ]
 
 
@@ -6429,7 +7468,9 @@ async def test_the_table_of_routes_has_every_route(client):
 
 
 @in_loop
-@pytest.mark.parametrize(("route", "statuses"), ROUTES, ids=[" ".join(route) for route, _ in ROUTES])
+@pytest.mark.parametrize(
+    ("route", "statuses"), ROUTES, ids=[" ".join(route) for route, _ in ROUTES]
+)
 async def test_every_route_for_an_operators_key_a_named_one_and_none(client, zai, route, statuses):
     zai.parts, zai.headers = [DOCUMENT], {}
     method, path = route
@@ -6449,7 +7490,9 @@ async def test_keys_are_listed_changed_and_removed_over_http(client):
     async with client.get("/dashboard/keys", headers=KEY) as response:
         assert await response.json() == {"keys": [changed]}
     for name, limits in (("anna", {"rpm": "0"}), ("bob", {"token": "5M"}), ("a b", {}), (None, {})):
-        assert (await make_key(client, name, 400, **limits))["error"]["type"] == "invalid_request_error"
+        assert (await make_key(client, name, 400, **limits))["error"][
+            "type"
+        ] == "invalid_request_error"
     for status in (204, 404):
         async with client.delete("/dashboard/keys/anna", headers=KEY) as response:
             assert response.status == status
@@ -6474,7 +7517,10 @@ async def test_a_key_sees_its_own_figures_and_the_operator_everybodys(client, za
         assert [key["name"] for key in snapshot["client_keys"]] == ["anna"]
     async with client.get("/dashboard/stats", headers=KEY) as response:
         snapshot = await response.json()
-    assert {(row["key"], row["model"], row["requests"], row["prompt_tokens"]) for row in snapshot["days"]} == {
+    assert {
+        (row["key"], row["model"], row["requests"], row["prompt_tokens"])
+        for row in snapshot["days"]
+    } == {
         *(("anna", "glm-4.6", 1, 6), ("bob", "glm-4.6", 2, 12), ("operator", "glm-4.6", 1, 6)),
         ("bob", "no-such", 1, 6),
     }
@@ -6486,8 +7532,12 @@ async def test_names_that_nobody_knows_are_counted_as_one(client, zai):
     zai.status, zai.parts = zai_refuses(1211, 400)
     for i in range(3):
         await ask(client, chat(model=f"m{i}"))
-    assert await eventually(lambda: sum(row[0] for row in client.app[ztoapi.ACCOUNTS].counted.values()) == 3)
-    assert [(key[2], row) for key, row in client.app[ztoapi.ACCOUNTS].take().items()] == [("other", [3, 3, 0, 0, 0])]
+    assert await eventually(
+        lambda: sum(row[0] for row in client.app[ztoapi.ACCOUNTS].counted.values()) == 3
+    )
+    assert [(key[2], row) for key, row in client.app[ztoapi.ACCOUNTS].take().items()] == [
+        ("other", [3, 3, 0, 0, 0])
+    ]
 
 
 @in_loop
@@ -6501,7 +7551,9 @@ async def test_a_stored_response_outlives_the_program_and_belongs_to_its_key(sta
     client = await start(database_url=where, default_key=("sk-a", "sk-b"))
     follow_up = ASKING["responses"] | {"previous_response_id": response_id}
     for key, status in (("sk-a", 200), ("sk-b", 400)):
-        assert (await ask(client, follow_up, "/v1/responses", {"x-api-key": key}))[0].status == status
+        assert (await ask(client, follow_up, "/v1/responses", {"x-api-key": key}))[
+            0
+        ].status == status
     assert len(zai.bodies[-1]["messages"]) == 3
     assert "sk-a" not in "".join(path.read_text("latin-1") for path in tmp_path.iterdir())
 
@@ -6527,7 +7579,10 @@ async def test_requests_go_on_while_the_database_is_lost(start, zai, postgresql,
         assert (await ask(client, headers=key))[0].status == 200
         assert (await stats(client))[0]["database"] is False
         async with client.post("/dashboard/keys", json={"name": "bob"}, headers=KEY) as response:
-            assert (response.status, (await response.json())["error"]["code"]) == (503, "database_unavailable")
+            assert (response.status, (await response.json())["error"]["code"]) == (
+                503,
+                "database_unavailable",
+            )
     finally:
         postgresql.start()
 
@@ -6570,14 +7625,22 @@ async def test_prometheus_reads_the_metrics(start, zai):
         for family in parser.text_string_to_metric_families(text)
         for sample in family.samples
     }
-    assert {key: value for key, value in found.items() if not key[0].startswith(("time", "request_d"))} == {
+    assert {
+        key: value for key, value in found.items() if not key[0].startswith(("time", "request_d"))
+    } == {
         ("build_info", ztoapi.__version__): 1,
         ("retries_total",): 1,
         ("requests_total", "/v1/chat/completions", "glm-4.6", "200"): 2,
         ("requests_total", "/v1/chat/completions", 'x"\\y', "200"): 1,
         ("requests_total", "/v1/chat/completions", "", "401"): 1,
-        **{("tokens_total", "glm-4.6", kind): 2 * n for kind, n in (("prompt", 6), ("cached", 2), ("completion", 3))},
-        **{("tokens_total", 'x"\\y', kind): n for kind, n in (("prompt", 6), ("cached", 2), ("completion", 3))},
+        **{
+            ("tokens_total", "glm-4.6", kind): 2 * n
+            for kind, n in (("prompt", 6), ("cached", 2), ("completion", 3))
+        },
+        **{
+            ("tokens_total", 'x"\\y', kind): n
+            for kind, n in (("prompt", 6), ("cached", 2), ("completion", 3))
+        },
         **{(name, "glm-4.6"): n for name, n in (("in_flight", 0), ("waiting", 0), ("limit", 1))},
         **{(name, 'x"\\y'): n for name, n in (("in_flight", 0), ("waiting", 0), ("limit", 4))},
     }
@@ -6594,7 +7657,10 @@ def test_a_histogram_counts_what_is_at_most_each_bound():
     for seconds in (0.1, 0.2, 1000):
         histogram.add(seconds)
     lines = list(histogram.samples("x", "m"))
-    assert lines[:2] == ['ztoapi_x_bucket{model="m",le="0.1"} 1', 'ztoapi_x_bucket{model="m",le="0.25"} 2']
+    assert lines[:2] == [
+        'ztoapi_x_bucket{model="m",le="0.1"} 1',
+        'ztoapi_x_bucket{model="m",le="0.25"} 2',
+    ]
     assert lines[-3:] == [
         'ztoapi_x_bucket{model="m",le="+Inf"} 3',
         'ztoapi_x_sum{model="m"} 1000.3',
@@ -6615,7 +7681,11 @@ def test_at_most_fifty_models_have_a_name_of_their_own():
 
 def test_keys_are_managed_by_the_command_line(command, connect, tmp_path):
     where = f"sqlite:///{tmp_path}/z.db"
-    assert command("keys", DATABASE_URL=where) == (0, "name  expires  tokens  used_tokens  models  rpm  parallel\n", "")
+    assert command("keys", DATABASE_URL=where) == (
+        0,
+        "name  expires  tokens  used_tokens  models  rpm  parallel\n",
+        "",
+    )
     assert not list(tmp_path.iterdir())
     database = connect(where)
 
@@ -6623,9 +7693,25 @@ def test_keys_are_managed_by_the_command_line(command, connect, tmp_path):
         return ztoapi.manage_keys(database, ztoapi.parse_flags(["keys", *arguments]))
 
     key = keys("add", "anna", "--tokens", "5M/day", "--models", "glm-4.*, glm-5.3")
-    assert keys("list").splitlines()[1].split() == ["anna", "-", "5M/day", "0", "glm-4.*,glm-5.3", "-", "-"]
+    assert keys("list").splitlines()[1].split() == [
+        "anna",
+        "-",
+        "5M/day",
+        "0",
+        "glm-4.*,glm-5.3",
+        "-",
+        "-",
+    ]
     assert keys("change", "anna", "--tokens", "none", "--rpm", "7") == "anna changed"
-    assert keys("list").splitlines()[1].split() == ["anna", "-", "-", "0", "glm-4.*,glm-5.3", "7", "-"]
+    assert keys("list").splitlines()[1].split() == [
+        "anna",
+        "-",
+        "-",
+        "0",
+        "glm-4.*,glm-5.3",
+        "7",
+        "-",
+    ]
     stored = "".join(path.read_text("latin-1") for path in tmp_path.iterdir())
     assert hashlib.sha256(key.encode()).hexdigest() in stored
     assert key not in stored
@@ -6644,12 +7730,22 @@ def test_keys_are_managed_by_the_command_line(command, connect, tmp_path):
         (["add", "bob", "--rpm", "0"], {}, "rpm 0 cannot"),
         ([], {"DATABASE_URL": "memory"}, "keys need a database"),
         ([], {"DATABASE_URL": "sqlite:////no/such/folder/z.db"}, ""),
-        (["add", "bob"], {"DATABASE_URL": "sqlite:////no/such/folder/z.db"}, "the database cannot be used"),
+        (
+            ["add", "bob"],
+            {"DATABASE_URL": "sqlite:////no/such/folder/z.db"},
+            "the database cannot be used",
+        ),
         ([], {"DATABASE_URL": "mysql://user:hunter2@host/db"}, "DATABASE_URL cannot be used"),
-        ([], {"DATABASE_URL": "postgresql://u:hunter2@127.0.0.1:1/db?password=hunter2"}, "the database cannot be used"),
+        (
+            [],
+            {"DATABASE_URL": "postgresql://u:hunter2@127.0.0.1:1/db?password=hunter2"},
+            "the database cannot be used",
+        ),
     ],
 )
-def test_what_the_keys_command_cannot_do_is_one_line_and_status_2(command, tmp_path, arguments, variables, line):
+def test_what_the_keys_command_cannot_do_is_one_line_and_status_2(
+    command, tmp_path, arguments, variables, line
+):
     if "postgres" in line + str(variables):
         pytest.importorskip("psycopg")
     where = {"DATABASE_URL": f"sqlite:///{tmp_path}/z.db"} | variables
@@ -6662,7 +7758,10 @@ def test_what_the_keys_command_cannot_do_is_one_line_and_status_2(command, tmp_p
 @meanwhile
 async def test_a_key_is_no_use_to_others_while_the_published_one_counts(run, tmp_path):
     urls = {key: f"sqlite:///{tmp_path}/{key}.db" for key in ("sk-your-key", "sk-mine")}
-    adding = [run(Program, "keys", "add", "anna", DATABASE_URL=url, DEFAULT_KEY=key) for key, url in urls.items()]
+    adding = [
+        run(Program, "keys", "add", "anna", DATABASE_URL=url, DEFAULT_KEY=key)
+        for key, url in urls.items()
+    ]
     (status, key, note), (*_, other_note) = (program.end() for program in adding)
     assert (status, bool(re.fullmatch(r"sk-[\w-]{43}\n", key))) == (0, True)
     assert ("nobody else can reach this server" in note, other_note) == (True, "")
@@ -6679,8 +7778,14 @@ async def test_a_database_that_cannot_be_used_stops_the_start(run, tmp_path):
 async def test_a_worker_whose_database_cannot_be_used_is_not_started_again():
     variables = {"DATABASE_URL": "sqlite:////no/folder/z.db", "PYTHONPATH": str(PROGRAM.parent)}
     command = [sys.executable, "-c", "import ztoapi; ztoapi.create_app()"]
-    done = subprocess.run(command, env=INHERITED | variables, capture_output=True, text=True, check=False, timeout=20)
-    assert (done.returncode, done.stderr.count("\n"), "cannot be used" in done.stderr) == (3, 1, True)
+    done = subprocess.run(
+        command, env=INHERITED | variables, capture_output=True, text=True, check=False, timeout=20
+    )
+    assert (done.returncode, done.stderr.count("\n"), "cannot be used" in done.stderr) == (
+        3,
+        1,
+        True,
+    )
 
 
 def test_postgresql_without_its_package_says_how_to_get_it(connect, monkeypatch):
@@ -6695,10 +7800,20 @@ async def test_a_process_manager_may_make_the_app_before_it_forks(tmp_path, zai)
     pytest.importorskip("gunicorn")
     database = f"sqlite:///{tmp_path}/z.db"
     (tmp_path / "z.db").touch()
-    variables = {"ZAI_BASE_URL": zai.url, "ZAI_API_KEY": "k", "DATABASE_URL": database, "NO_PROXY": "127.0.0.1"}
+    variables = {
+        "ZAI_BASE_URL": zai.url,
+        "ZAI_API_KEY": "k",
+        "DATABASE_URL": database,
+        "NO_PROXY": "127.0.0.1",
+    }
     manager = await asyncio.create_subprocess_exec(
         *(sys.executable, "-m", "gunicorn", "ztoapi:create_app()", "--preload", "--workers", "2"),
-        *("--worker-class", "aiohttp.GunicornWebWorker", "--bind", f"127.0.0.1:{(port := free_port())}"),
+        *(
+            "--worker-class",
+            "aiohttp.GunicornWebWorker",
+            "--bind",
+            f"127.0.0.1:{(port := free_port())}",
+        ),
         env=INHERITED | variables,
         cwd=PROGRAM.parent,
         stderr=subprocess.PIPE,
@@ -6725,7 +7840,9 @@ async def ask_once(port):
 
 
 @in_loop
-async def test_a_running_server_knows_within_seconds_what_the_command_did(start, connect, monkeypatch, tmp_path):
+async def test_a_running_server_knows_within_seconds_what_the_command_did(
+    start, connect, monkeypatch, tmp_path
+):
     monkeypatch.setattr(ztoapi.Database, "INTERVAL", 0.02)
     where = f"sqlite:///{tmp_path}/z.db"
     client, database = await start(database_url=where), connect(where)
@@ -6783,7 +7900,18 @@ class Launch:
         (folder / "tmp").mkdir()
         self.port = port or free_port()
         self.process = subprocess.Popen(
-            [sys.executable, PROGRAM, *flags, "launch", "pi", "--port", str(self.port), "--", *arguments, self.story],
+            [
+                sys.executable,
+                PROGRAM,
+                *flags,
+                "launch",
+                "pi",
+                "--port",
+                str(self.port),
+                "--",
+                *arguments,
+                self.story,
+            ],
             env={
                 **INHERITED,
                 "TMPDIR": str(folder / "tmp"),
@@ -6806,7 +7934,11 @@ class Launch:
         _, said = self.process.communicate(timeout=20)
         with socket.socket() as probe:
             server = probe.connect_ex(("127.0.0.1", self.port)) == 0
-        return self.process.returncode, said, [*(self.folder / "tmp").iterdir(), *(["a server"] if server else [])]
+        return (
+            self.process.returncode,
+            said,
+            [*(self.folder / "tmp").iterdir(), *(["a server"] if server else [])],
+        )
 
 
 def free_port():
@@ -6820,19 +7952,41 @@ def free_port():
 @meanwhile
 async def test_launch_tells_a_client_what_it_needs_and_no_more(run, tmp_path):
     port = run(Program, "--demo").port
-    secrets_of_others = {"OPENAI_API_KEY": "theirs", "ZTOAPI_KEY": "theirs", "DATABASE_URL": "memory"}
+    secrets_of_others = {
+        "OPENAI_API_KEY": "theirs",
+        "ZTOAPI_KEY": "theirs",
+        "DATABASE_URL": "memory",
+    }
     secrets_of_others["GPTME_OPENAI_BASE_URL"] = "http://127.0.0.1:9/v1"
-    launch = run(Launch, tmp_path, "--own", port=port, DEFAULT_KEY="sk-your-key", **secrets_of_others)
+    launch = run(
+        Launch, tmp_path, "--own", port=port, DEFAULT_KEY="sk-your-key", **secrets_of_others
+    )
     status, said, _ = launch.end()
     assert json.loads(launch.story.read_text()) == {
-        "arguments": ["--provider", "ztoapi", "--model", "glm-4.7-flash", "--own", str(launch.story)],
+        "arguments": [
+            "--provider",
+            "ztoapi",
+            "--model",
+            "glm-4.7-flash",
+            "--own",
+            str(launch.story),
+        ],
         "key": "sk-your-key",
         "theirs": [],
         "mode": "0o700",
-        "health": {"status": "ok", "name": "ztoapi", "version": ztoapi.__version__, "demo": True, "zai_key": True},
+        "health": {
+            "status": "ok",
+            "name": "ztoapi",
+            "version": ztoapi.__version__,
+            "demo": True,
+            "zai_key": True,
+        },
     }
     assert (status, [*(launch.folder / "tmp").iterdir()]) == (7, [])
-    assert said == f"ztoapi: pi with glm-4.7-flash at http://localhost:{port}; --model NAME for another\n"
+    assert (
+        said
+        == f"ztoapi: pi with glm-4.7-flash at http://localhost:{port}; --model NAME for another\n"
+    )
 
 
 @meanwhile
@@ -6840,19 +7994,27 @@ async def test_launch_starts_a_server_where_there_is_none_and_ends_it(run, tmp_p
     launch = run(Launch, tmp_path, "die")
     status, said, left = launch.end()
     assert (status, left) == (128 + signal.SIGKILL, [])
-    assert re.search(rf"starting a server for it; its log is {launch.folder}/tmp/ztoapi-\S+\.log\n$", said)
+    assert re.search(
+        rf"starting a server for it; its log is {launch.folder}/tmp/ztoapi-\S+\.log\n$", said
+    )
 
 
 @meanwhile
 async def test_a_launch_that_is_ended_leaves_nothing_behind(run, tmp_path):
     # Ctrl-C is the client's own.
-    ends = {(os.killpg, signal.SIGINT): 3, (os.kill, signal.SIGTERM): 143, (os.kill, signal.SIGHUP): 129}
+    ends = {
+        (os.killpg, signal.SIGINT): 3,
+        (os.kill, signal.SIGTERM): 143,
+        (os.kill, signal.SIGHUP): 129,
+    }
     launches = {end: run(Launch, tmp_path, "wait") for end in ends}
     for (kill, number), launch in launches.items():
         await launch.told()
         kill(launch.process.pid, number)
     ended = {end: launch.end() for end, launch in launches.items()}
-    assert {end: (status, left) for end, (status, _, left) in ended.items()} == {end: (ends[end], []) for end in ends}
+    assert {end: (status, left) for end, (status, _, left) in ended.items()} == {
+        end: (ends[end], []) for end in ends
+    }
 
 
 @meanwhile
@@ -6903,7 +8065,10 @@ def test_a_server_is_known_by_its_name(reply, is_ours):
 
 @meanwhile
 async def test_launch_gives_no_key_to_what_is_not_ztoapi(run, tmp_path):
-    with something_else(b'HTTP/1.1 200 OK\r\nContent-Length: 16\r\n\r\n{"name":"other"}') as (port, asked):
+    with something_else(b'HTTP/1.1 200 OK\r\nContent-Length: 16\r\n\r\n{"name":"other"}') as (
+        port,
+        asked,
+    ):
         launch = run(Launch, tmp_path, port=port)
         status, said, _ = launch.end()
     assert (status, launch.story.exists(), b"sk-your-key" in b"".join(asked)) == (2, False, False)
@@ -6912,8 +8077,12 @@ async def test_launch_gives_no_key_to_what_is_not_ztoapi(run, tmp_path):
 
 def test_launch_of_a_demo_uses_no_server_that_is_none(command, tmp_path):
     (tmp_path / "pi").touch(0o755)
-    with something_else(b'HTTP/1.1 200 OK\r\nContent-Length: 31\r\n\r\n{"name":"ztoapi","demo": false}') as (port, _):
-        status, _, words = command("--demo", "launch", "pi", "--port", str(port), PATH=str(tmp_path))
+    with something_else(
+        b'HTTP/1.1 200 OK\r\nContent-Length: 31\r\n\r\n{"name":"ztoapi","demo": false}'
+    ) as (port, _):
+        status, _, words = command(
+            "--demo", "launch", "pi", "--port", str(port), PATH=str(tmp_path)
+        )
     line = f"ztoapi: the ztoapi at http://localhost:{port} is no demo: use another --port, or leave --demo out\n"
     assert (status, words) == (2, line)
 
@@ -6978,7 +8147,9 @@ qwen --auth-type openai
 
 
 def test_the_banner_ends_with_what_to_do_next():
-    with_key, without = (ztoapi.banner(Settings(zai_api_key=keys), 9090).splitlines() for keys in (("zk",), ()))
+    with_key, without = (
+        ztoapi.banner(Settings(zai_api_key=keys), 9090).splitlines() for keys in (("zk",), ())
+    )
     assert with_key[-1] == "  agent     python ztoapi.py launch claude    (others: launch --help)"
     assert [re.sub(r"/\S+/", "…/", line) for line in without[-3:]] == [
         "  note      no ZAI_API_KEY yet, so chat answers 503. Get a key: https:…/apikey-list",
@@ -6989,7 +8160,10 @@ def test_the_banner_ends_with_what_to_do_next():
 
 def test_the_banner_of_a_demo_names_an_agent_that_the_demo_can_answer_and_its_port():
     demo = ztoapi.banner(Settings(demo=True, zai_api_key=("k",)), 8000).splitlines()
-    assert demo[-1] == "  agent     python ztoapi.py launch codex --port 8000    (others: launch --help)"
+    assert (
+        demo[-1]
+        == "  agent     python ztoapi.py launch codex --port 8000    (others: launch --help)"
+    )
 
 
 def test_what_is_for_the_client_must_follow_two_dashes(command):
@@ -7000,7 +8174,12 @@ def test_what_is_for_the_client_must_follow_two_dashes(command):
 def test_the_program_names_its_dependencies_for_uv():
     program, requirements = PROGRAM.read_text(), (PROGRAM.parent / "requirements.txt").read_text()
     wanted = requirements.split("# its tests")[0].splitlines()[1:]
-    lines = ["/// script", 'requires-python = ">=3.10"', f"dependencies = {json.dumps(wanted)}", "///"]
+    lines = [
+        "/// script",
+        'requires-python = ">=3.10"',
+        f"dependencies = {json.dumps(wanted)}",
+        "///",
+    ]
     assert program.startswith("".join(f"# {line}\n" for line in lines))
 
 
@@ -7031,7 +8210,10 @@ def many(number, *values):
 
 FROM_USER, FROM_MODEL = turn("x"), turn("y", "assistant")
 RESPONSES_CALL = {"type": "function_call", "name": "f", "call_id": "c", "arguments": "{}"}
-WIDE = {"name": "f", "parameters": {"properties": {f"p{i}": {"type": "string"} for i in range(600)}}}
+WIDE = {
+    "name": "f",
+    "parameters": {"properties": {f"p{i}": {"type": "string"} for i in range(600)}},
+}
 
 
 @in_loop
@@ -7048,7 +8230,9 @@ WIDE = {"name": "f", "parameters": {"properties": {f"p{i}": {"type": "string"} f
 )  # fmt: skip
 async def test_a_large_request_stops_nobody_else(start, path, body):
     client = await start(reasoning_memory="all")
-    client.app[ztoapi.UPSTREAM].memory.put("", Message("assistant", ("what another said",), "thought"))
+    client.app[ztoapi.UPSTREAM].memory.put(
+        "", Message("assistant", ("what another said",), "thought")
+    )
     body = io.BytesIO(b'{"model":"glm-4.6",%s}' % body)
     async with nobody_is_stopped(), client.post(f"/v1/{path}", data=body, headers=KEY) as response:
         assert response.status == 200
@@ -7059,11 +8243,18 @@ async def test_a_large_request_stops_nobody_else(start, path, body):
     ("path", "stream", "data"),
     [
         pytest.param("chat/completions", False, b'{"x":[%s1]}' % (b"[]," * 2**23), id="values"),
-        pytest.param("chat/completions", True, b'data: {"x":[%s1]}\n\n' % (b"[]," * 2**23), id="values in a frame"),
+        pytest.param(
+            "chat/completions",
+            True,
+            b'data: {"x":[%s1]}\n\n' % (b"[]," * 2**23),
+            id="values in a frame",
+        ),
         pytest.param("messages", False, b'{"x":[%s1]}' % (b"[]," * 2**23), id="values of messages"),
     ],
 )
-async def test_an_answer_with_too_many_values_is_refused_and_stops_nobody_else(start, zai, path, stream, data):
+async def test_an_answer_with_too_many_values_is_refused_and_stops_nobody_else(
+    start, zai, path, stream, data
+):
     client, zai.parts = await start(max_retries=0), [data]
     async with nobody_is_stopped():
         response, text = await ask(client, chat(stream=stream), f"/v1/{path}")
@@ -7102,7 +8293,10 @@ def jump(request, monkeypatch):
 
 @in_loop
 async def test_a_jump_of_the_wall_clock_changes_neither_limits_nor_cooldowns_nor_queues(jump):
-    clock, reset = ztoapi.Clock(), time.strftime("%Y-%m-%d %H:%M:%S", time.gmtime(time.time() + 8 * 3600 + 60))
+    clock, reset = (
+        ztoapi.Clock(),
+        time.strftime("%Y-%m-%d %H:%M:%S", time.gmtime(time.time() + 8 * 3600 + 60)),
+    )
     keys = KeyPool((FIRST_KEY, SECOND_KEY), clock)
     queue = Queue(keys, 1, clock)
     async with slot_in(queue) as slot:
@@ -7121,7 +8315,9 @@ async def test_a_jump_of_the_wall_clock_changes_neither_limits_nor_cooldowns_nor
 
 
 @in_loop
-async def test_a_jump_of_the_wall_clock_changes_only_the_times_that_are_shown(start, zai, jump, monkeypatch):
+async def test_a_jump_of_the_wall_clock_changes_only_the_times_that_are_shown(
+    start, zai, jump, monkeypatch
+):
     monkeypatch.setattr(ztoapi, "KEEP_ALIVE_INTERVAL", 0.1)
     client, key = await start(), ztoapi.new_key()
     client.app[ztoapi.ACCOUNTS].written([Account(ztoapi.hash_key(key), "anna", rpm=2)], {})
@@ -7132,7 +8328,11 @@ async def test_a_jump_of_the_wall_clock_changes_only_the_times_that_are_shown(st
         assert (response.status, text.count(": keep-alive")) == (200, 1)
         await listed(client)
         now, snapshot = time.time(), (await stats(client))[0]
-        times = [snapshot["now"], snapshot["started"], *(recent["time"] for recent in snapshot["recent"])]
+        times = [
+            snapshot["now"],
+            snapshot["started"],
+            *(recent["time"] for recent in snapshot["recent"]),
+        ]
         assert times == pytest.approx([now] * len(times), abs=5)
     assert sum(minute[0] for minute in snapshot["minutes"][-2:]) == 2
     assert all(0.1 < recent["duration"] < 2 for recent in snapshot["recent"])
@@ -7143,17 +8343,28 @@ async def test_a_jump_of_the_wall_clock_changes_only_the_times_that_are_shown(st
 @in_loop
 async def test_a_path_is_routed_in_linear_time(client):
     started = time.thread_time()
-    for path in ("/v1/models/" + "/" * 8100 + "x", "/v1/models/" + "a/" * 4050, "/v1" * 2700, "/" * 8000) * 3:
+    for path in (
+        "/v1/models/" + "/" * 8100 + "x",
+        "/v1/models/" + "a/" * 4050,
+        "/v1" * 2700,
+        "/" * 8000,
+    ) * 3:
         head = f"GET {path} HTTP/1.1\r\nHost: localhost\r\n\r\n"
-        assert (await talk_raw(client, head.encode())).startswith((b"HTTP/1.1 401", b"HTTP/1.1 404"))
+        assert (await talk_raw(client, head.encode())).startswith(
+            (b"HTTP/1.1 401", b"HTTP/1.1 404")
+        )
     assert time.thread_time() - started < 0.5
 
 
 @in_loop
-async def test_what_is_sent_to_zai_is_made_and_encoded_only_when_it_is_its_turn(start, zai, monkeypatch):
+async def test_what_is_sent_to_zai_is_made_and_encoded_only_when_it_is_its_turn(
+    start, zai, monkeypatch
+):
     made, make = [], ztoapi.zai_request
     monkeypatch.setattr(
-        ztoapi, "zai_request", lambda *asked: made.append((asked[1].id, len(zai.asked))) or make(*asked)
+        ztoapi,
+        "zai_request",
+        lambda *asked: made.append((asked[1].id, len(zai.asked))) or make(*asked),
     )
     client = await start(max_concurrency=1)
     zai.answers = [zai_refuses(1311)] * 2
@@ -7227,10 +8438,22 @@ def ask_health(port):
 
 @meanwhile
 async def test_a_broken_stdout_stops_nothing():
-    starting = {free_port(): stdout for stdout in (">/dev/full", ">&-", "> >(:)")}  # full, closed, gone
+    starting = {
+        free_port(): stdout for stdout in (">/dev/full", ">&-", "> >(:)")
+    }  # full, closed, gone
     programs = {
         port: subprocess.Popen(
-            ["bash", "-c", f'exec "$@" {stdout}', "bash", sys.executable, PROGRAM, "--demo", "--port", str(port)],
+            [
+                "bash",
+                "-c",
+                f'exec "$@" {stdout}',
+                "bash",
+                sys.executable,
+                PROGRAM,
+                "--demo",
+                "--port",
+                str(port),
+            ],
             env=INHERITED,
             stderr=subprocess.PIPE,
             text=True,
@@ -7245,7 +8468,9 @@ async def test_a_broken_stdout_stops_nothing():
             await asyncio.sleep(0.1)
         program.terminate()
         log = program.communicate(timeout=10)[1]
-        assert (program.returncode, "Traceback" in log, "Error" in log) == (0, False, False), starting[port]
+        assert (program.returncode, "Traceback" in log, "Error" in log) == (0, False, False), (
+            starting[port]
+        )
 
 
 @meanwhile
@@ -7315,7 +8540,9 @@ def test_the_same_error_is_logged_once_a_minute():
 
 
 def test_the_want_of_descriptors_is_no_traceback():
-    record = ztoapi.logging.makeLogRecord({"levelno": 40, "exc_info": (OSError, OSError(errno.EMFILE, "many"), None)})
+    record = ztoapi.logging.makeLogRecord(
+        {"levelno": 40, "exc_info": (OSError, OSError(errno.EMFILE, "many"), None)}
+    )
     assert ztoapi.RepeatFilter()(record)
     assert record.exc_info is None
 
@@ -7324,7 +8551,9 @@ def test_the_want_of_descriptors_is_no_traceback():
 
 
 def record(**fields):
-    return ztoapi.Record("POST", "/v1/chat/completions", 10.0, "id", **{"model": "glm-4.6", "status": 200} | fields)
+    return ztoapi.Record(
+        "POST", "/v1/chat/completions", 10.0, "id", **{"model": "glm-4.6", "status": 200} | fields
+    )
 
 
 def test_the_statistics_sum_up_and_forget():
@@ -7350,7 +8579,10 @@ def test_the_percentiles_of_times():
     for i in range(101):
         figures.add(record(first=10 + i / 100), duration=i / 10)
     snapshot = figures.snapshot(MODELS["glm-4.6"])
-    assert (snapshot["first"], snapshot["duration"]) == ({"p50": 0.5, "p95": 0.95}, {"p50": 5.0, "p95": 9.5})
+    assert (snapshot["first"], snapshot["duration"]) == (
+        {"p50": 0.5, "p95": 0.95},
+        {"p50": 5.0, "p95": 9.5},
+    )
     assert ztoapi.percentiles([]) == {"p50": None, "p95": None}
 
 
@@ -7385,7 +8617,9 @@ async def test_the_dashboard_tells_what_went_through_and_no_secret(start, zai):
     await ask(client, {"model": ""})
     snapshot, text = await stats(client)
     figures = ("requests", "prompt_tokens", "cached_tokens", "completion_tokens", "cost")
-    assert {name: [model[figure] for figure in figures] for name, model in snapshot["models"].items()} == {
+    assert {
+        name: [model[figure] for figure in figures] for name, model in snapshot["models"].items()
+    } == {
         "glm-4.6": [1, 6, 2, 3, pytest.approx((4 * 0.6 + 2 * 0.11 + 3 * 2.2) / 1e6)],
         "<b>x": [1, 6, 2, 3, None],
     }
@@ -7407,7 +8641,11 @@ async def test_the_dashboard_tells_what_went_through_and_no_secret(start, zai):
         "insufficient_quota",
     )
     assert resting["until"] == FakeClock().unix() + KeyPool.COOLDOWN
-    assert (snapshot["in_flight"], snapshot["healed"]["other_keys"], snapshot["healed"]["retries"]) == (0, 1, 1)
+    assert (
+        snapshot["in_flight"],
+        snapshot["healed"]["other_keys"],
+        snapshot["healed"]["retries"],
+    ) == (0, 1, 1)
     for secret in ("zai-one", "zai-two", "sk-your-key", "secret prompt", "127.0.0.1"):
         assert secret not in text
 
@@ -7436,7 +8674,14 @@ async def test_the_dashboard_sees_what_is_in_flight_and_what_waits(start, zai):
     snapshot, _ = await stats(client)
     assert snapshot["in_flight"] == 3
     assert snapshot["queues"] == [
-        {"model": "glm-4.6", "in_flight": 1, "waiting": 2, "limits": [4], "refusals": [None], "max_in_flight": 1}
+        {
+            "model": "glm-4.6",
+            "in_flight": 1,
+            "waiting": 2,
+            "limits": [4],
+            "refusals": [None],
+            "max_in_flight": 1,
+        }
     ]
     await ztoapi.end_tasks(asking)
 
@@ -7458,7 +8703,9 @@ async def test_the_figures_need_the_key_and_the_pages_do_not(client):
 
 @in_loop
 async def test_browsers_are_led_to_the_docs(client):
-    async with client.get("/", headers={"Accept": "text/html,*/*"}, allow_redirects=False) as response:
+    async with client.get(
+        "/", headers={"Accept": "text/html,*/*"}, allow_redirects=False
+    ) as response:
         assert (response.status, response.headers["Location"]) == (302, "/docs")
 
 
@@ -7474,7 +8721,9 @@ async def test_the_docs_show_the_key_only_while_it_is_the_published_one(start):
 
 
 async def shell(lines):
-    done = await asyncio.create_subprocess_shell(lines, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+    done = await asyncio.create_subprocess_shell(
+        lines, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
+    )
     return (await asyncio.wait_for(done.communicate(), 20))[0].decode()
 
 
@@ -7484,12 +8733,16 @@ async def test_the_docs_page_answers_from_key_to_last_token(here, browser, monke
     await browser.open(here + "/docs", "document.querySelectorAll('#model-rows tr').length >= 22")
     assert await browser.run(text_of("base")) == here + "/v1"
     await browser.run("$('try-message').value = \"it's 你好\"; $('send').click()")
-    assert await browser.sees(text_of("pace") + ".includes('tokens/s') && $('send').ariaDisabled === 'false'")
+    assert await browser.sees(
+        text_of("pace") + ".includes('tokens/s') && $('send').ariaDisabled === 'false'"
+    )
     assert "it's 你好" in await browser.run(text_of("answer"))
     assert "only a demo" in await browser.run(text_of("thought"))
     assert "[DONE]" in await shell(*await browser.run(shown_in("asked")))
     assert browser.complaints == []
-    assert {url.split("/")[2] for url in browser.asked if url.startswith("http")} == {here.split("/")[2]}
+    assert {url.split("/")[2] for url in browser.asked if url.startswith("http")} == {
+        here.split("/")[2]
+    }
 
 
 def shown_in(panel):
@@ -7509,13 +8762,20 @@ def choose_client_model(name):
     ("tab", "whole", "streamed"),
     [
         pytest.param("curl", '"object":"chat.completion"', "data: [DONE]", id="curl"),
-        pytest.param("Responses", '"status":"completed"', '"type":"response.completed"', id="Responses"),
+        pytest.param(
+            "Responses", '"status":"completed"', '"type":"response.completed"', id="Responses"
+        ),
     ],
 )
-async def test_the_calls_of_the_docs_page_work_as_they_are_shown(here, browser, tab, whole, streamed):
+async def test_the_calls_of_the_docs_page_work_as_they_are_shown(
+    here, browser, tab, whole, streamed
+):
     await browser.open(here + "/docs", "!!document.querySelector('#call-panel pre')")
     for condition, wanted in (("false", whole), ("true", streamed)):
-        await browser.run(f"$('streamed').checked = !{condition}; $('streamed').click();" + open_tab("call-tabs", tab))
+        await browser.run(
+            f"$('streamed').checked = !{condition}; $('streamed').click();"
+            + open_tab("call-tabs", tab)
+        )
         (lines,) = await browser.run(shown_in("call-panel"))
         assert wanted in await shell(lines)
 
@@ -7523,10 +8783,16 @@ async def test_the_calls_of_the_docs_page_work_as_they_are_shown(here, browser, 
 @in_loop
 async def test_the_tabs_of_the_docs_page_obey_the_arrow_keys_and_share_the_model(here, browser):
     await browser.open(here + "/docs", "!!document.querySelector('#call-panel pre')")
-    for key, wanted in (("ArrowLeft", "Responses"), ("ArrowRight", "curl"), ("ArrowRight", "Python")):
+    for key, wanted in (
+        ("ArrowLeft", "Responses"),
+        ("ArrowRight", "curl"),
+        ("ArrowRight", "Python"),
+    ):
         await browser.run("document.querySelector('#call-tabs :checked').focus()")
         await browser.call("Input.dispatchKeyEvent", type="keyDown", key=key)
-        focused = await browser.run("document.activeElement.parentNode.textContent + document.activeElement.checked")
+        focused = await browser.run(
+            "document.activeElement.parentNode.textContent + document.activeElement.checked"
+        )
         assert focused == wanted + "true"
     await browser.run(choose_client_model("glm-5.3"))
     assert 'model="glm-5.3"' in (await browser.run(shown_in("call-panel")))[0]
@@ -7542,7 +8808,11 @@ async def test_the_docs_page_shows_for_each_client_the_lines_that_launch_shows(h
     for name, client in ztoapi.CLIENTS.items():
         await browser.run(open_tab("client-tabs", name))
         shown = client.filled(here, "sk-your-key", MODELS["glm-5.3-flash"], "$dir").shell_lines()
-        wanted = [f"python ztoapi.py launch {name} --port {port} --model glm-5.3-flash", shown, client.install]
+        wanted = [
+            f"python ztoapi.py launch {name} --port {port} --model glm-5.3-flash",
+            shown,
+            client.install,
+        ]
         assert await browser.run(shown_in("client-panel")) == wanted
     assert browser.complaints == []
 
@@ -7555,7 +8825,9 @@ async def test_a_stream_can_be_stopped_and_the_dashboard_counts_it(here, browser
     assert await browser.sees(text_of("answer") + ".length > 20")
     await browser.run("$('stop').click()")
     assert await browser.sees(text_of("pace") + ".includes('stopped')")
-    await browser.open(here + "/dashboard", "document.querySelectorAll('#recent-rows tr').length === 1")
+    await browser.open(
+        here + "/dashboard", "document.querySelectorAll('#recent-rows tr').length === 1"
+    )
     assert "499" in await browser.run(text_of("recent-rows"))
     assert browser.complaints == []
 
@@ -7568,9 +8840,13 @@ async def test_what_comes_from_outside_stays_text(here, browser):
     assert await browser.sees("$('failure').checkVisibility()")
     assert "model_not_found" in await browser.run(text_of("failure"))
     async with ztoapi.aiohttp.ClientSession() as session:
-        await session.post(here + "/v1/chat/completions", json=chat(model=evil), headers=KEY | {"User-Agent": evil})
+        await session.post(
+            here + "/v1/chat/completions", json=chat(model=evil), headers=KEY | {"User-Agent": evil}
+        )
     browser.complaints.clear()  # the 404 is one for the console
-    await browser.open(here + "/dashboard", "document.querySelectorAll('#recent-rows tr').length === 2")
+    await browser.open(
+        here + "/dashboard", "document.querySelectorAll('#recent-rows tr').length === 2"
+    )
     assert "<img?src=x?onerror=window.broken=1>" in await browser.run(text_of("recent-rows"))
     assert await browser.run("document.querySelectorAll('img').length + (window.broken || 0)") == 0
     assert browser.complaints == []
@@ -7590,15 +8866,24 @@ async def test_the_dashboard_comes_back_by_itself(demo, browser):
 @in_loop
 async def test_the_dashboard_asks_for_the_key(demo, browser):
     client = await demo(default_key=("sk-mine",))
-    await browser.open(f"http://localhost:{client.port}/dashboard", "$('door') && !$('door').hidden")
-    for key, condition in (("wrong", text_of("door-says") + " !== ''"), ("sk-mine", "!$('board').hidden")):
-        await browser.run(f"$('door-key').value = '{key}'; document.querySelector('#door button').click()")
+    await browser.open(
+        f"http://localhost:{client.port}/dashboard", "$('door') && !$('door').hidden"
+    )
+    for key, condition in (
+        ("wrong", text_of("door-says") + " !== ''"),
+        ("sk-mine", "!$('board').hidden"),
+    ):
+        await browser.run(
+            f"$('door-key').value = '{key}'; document.querySelector('#door button').click()"
+        )
         assert await browser.sees(condition)
 
 
 async def open_dashboard(browser, here, key):
     await browser.open(here + "/dashboard", "!!$('door')")
-    await browser.run(f"$('door-key').value = '{key}'; document.querySelector('#door button').click()")
+    await browser.run(
+        f"$('door-key').value = '{key}'; document.querySelector('#door button').click()"
+    )
     assert await browser.sees("!$('board').hidden")
 
 
@@ -7613,7 +8898,9 @@ async def stats_for(here, key):
 @in_loop
 async def test_keys_are_added_changed_and_removed_on_the_dashboard(here, browser):
     await open_dashboard(browser, here, "sk-your-key")
-    await browser.run("$('name').value = 'anna+1'; $('budget').value = '5M/month'; $('save').click()")
+    await browser.run(
+        "$('name').value = 'anna+1'; $('budget').value = '5M/month'; $('save').click()"
+    )
     assert await browser.sees("document.activeElement === $('made')")
     key = await browser.run("document.querySelector('#made pre').textContent")
     assert await browser.sees(text_of("key-rows") + ".includes('0 of 5M/month')")
@@ -7623,7 +8910,11 @@ async def test_keys_are_added_changed_and_removed_on_the_dashboard(here, browser
     await browser.run("$('change anna+1').click(); $('rpm').value = '7'; $('save').click()")
     assert await browser.sees("document.activeElement === $('change anna+1')")
     status, snapshot = await stats_for(here, key)
-    assert (status, snapshot["client_keys"][0]["tokens"], snapshot["client_keys"][0]["rpm"]) == (200, "5M/month", 7)
+    assert (status, snapshot["client_keys"][0]["tokens"], snapshot["client_keys"][0]["rpm"]) == (
+        200,
+        "5M/month",
+        7,
+    )
 
     await browser.run("$('name').value = 'anna+1'; $('save').click()")
     assert "of this name" in await browser.run(text_of("key-says"))
@@ -7642,7 +8933,9 @@ async def test_a_key_sees_on_the_dashboard_what_is_its_own(here, browser):
             key = (await response.json())["key"]
         for model, asked_with in (("glm-5.3", key), ("glm-4.6", "sk-your-key")):
             headers = {"x-api-key": asked_with, "Authorization": ""}
-            await session.post(here + "/v1/chat/completions", json=chat(model=model), headers=headers)
+            await session.post(
+                here + "/v1/chat/completions", json=chat(model=model), headers=headers
+            )
     for asked_with, by_model, operator in (
         (key, ["glm-5.3", "total"], False),
         ("sk-your-key", ["glm-4.6", "glm-5.3", "total"], True),
@@ -7651,7 +8944,9 @@ async def test_a_key_sees_on_the_dashboard_what_is_its_own(here, browser):
         names = "[...document.querySelectorAll('#month-rows td:first-child')].map(cell => cell.textContent).sort()"
         assert await browser.sees(f"JSON.stringify({names}) === '{ztoapi.to_json(by_model)}'")
         parts = ("live-part", "hour-part", "key-form", "by")
-        assert [await browser.run(f"$('{part}').checkVisibility()") for part in parts] == [operator] * 4
+        assert [await browser.run(f"$('{part}').checkVisibility()") for part in parts] == [
+            operator
+        ] * 4
         await browser.run("$('leave').click()")
     assert browser.complaints == []
 
@@ -7664,7 +8959,11 @@ async def test_the_arrow_keys_choose_a_day_of_the_month(here, browser):
     assert await browser.sees(text_of("day") + ".includes('(glm-4.6 ')")
     await browser.run("$('by').value = 'key'; $('by').onchange()")
     assert await browser.sees(text_of("day") + ".includes('(operator ')")
-    for key, wanted in (("ArrowLeft", "month29"), ("ArrowLeft", "month28"), ("ArrowRight", "month29")):
+    for key, wanted in (
+        ("ArrowLeft", "month29"),
+        ("ArrowLeft", "month28"),
+        ("ArrowRight", "month29"),
+    ):
         await browser.run("$('month').focus()")
         await browser.call("Input.dispatchKeyEvent", type="keyDown", key=key)
         assert await browser.run("$('month').getAttribute('aria-activedescendant')") == wanted
@@ -7672,9 +8971,23 @@ async def test_the_arrow_keys_choose_a_day_of_the_month(here, browser):
 
 
 @in_loop
-async def test_the_dashboard_shows_what_is_left_of_a_plan_and_what_lowered_a_limit(client, browser, zai):
-    limit = {"type": "CREDIT_LIMIT", "unit": 3, "number": 5, "usage": 12000, "currentValue": 9000, "percentage": 75}
-    zai.quota = 200, json.dumps({"limits": [limit, limit | {"unit": 6, "number": 1, "percentage": 95}]}).encode()
+async def test_the_dashboard_shows_what_is_left_of_a_plan_and_what_lowered_a_limit(
+    client, browser, zai
+):
+    limit = {
+        "type": "CREDIT_LIMIT",
+        "unit": 3,
+        "number": 5,
+        "usage": 12000,
+        "currentValue": 9000,
+        "percentage": 75,
+    }
+    zai.quota = (
+        200,
+        json.dumps(
+            {"limits": [limit, limit | {"unit": 6, "number": 1, "percentage": 95}]}
+        ).encode(),
+    )
     zai.answers = [zai_refuses(1302)]
     await ask(client)
     await open_dashboard(browser, f"http://localhost:{client.port}", "sk-your-key")
@@ -7692,7 +9005,9 @@ def check(zai, monkeypatch, capsys):
     monkeypatch.setenv("NO_PROXY", "*")
 
     async def checked(**settings):
-        status = await ztoapi.check({"PORT": "0", "ZAI_BASE_URL": zai.url, "ZAI_API_KEY": "id.secret"} | settings)
+        status = await ztoapi.check(
+            {"PORT": "0", "ZAI_BASE_URL": zai.url, "ZAI_API_KEY": "id.secret"} | settings
+        )
         return status, capsys.readouterr().out.splitlines()
 
     return checked
@@ -7711,9 +9026,19 @@ async def test_the_doctor_finds_all_well(check, zai):
     ("settings", "wanted"),
     [
         pytest.param({"PORT": "abc"}, "✗ settings  PORT=abc cannot be used", id="a setting"),
-        pytest.param({"ZAI_API_KEY": ""}, "✗ key       This server has no Z.ai key. Get one at", id="no key"),
-        pytest.param({"ZAI_BASE_URL": "http://127.0.0.1:1/v4"}, "✗ Z.ai      Z.ai cannot be reached", id="refused"),
-        pytest.param({"ZAI_BASE_URL": "http://name.invalid"}, "✗ Z.ai      Z.ai cannot be reached", id="no such name"),
+        pytest.param(
+            {"ZAI_API_KEY": ""}, "✗ key       This server has no Z.ai key. Get one at", id="no key"
+        ),
+        pytest.param(
+            {"ZAI_BASE_URL": "http://127.0.0.1:1/v4"},
+            "✗ Z.ai      Z.ai cannot be reached",
+            id="refused",
+        ),
+        pytest.param(
+            {"ZAI_BASE_URL": "http://name.invalid"},
+            "✗ Z.ai      Z.ai cannot be reached",
+            id="no such name",
+        ),
     ],
 )
 async def test_the_doctor_says_what_is_wrong(check, settings, wanted):
@@ -7747,7 +9072,10 @@ async def test_the_doctor_knows_a_coding_plan_key_on_the_general_address(check, 
 @in_loop
 async def test_the_doctor_knows_a_port_in_use(check, client):
     with something_else(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n{}") as (taken, _):
-        for port, good, words in ((taken, False, "✗ port"), (client.port, True, "✓ port      a ztoapi serves")):
+        for port, good, words in (
+            (taken, False, "✗ port"),
+            (client.port, True, "✓ port      a ztoapi serves"),
+        ):
             status, lines = await check(PORT=str(port))
             assert (status, lines[1].startswith(words)) == (0 if good else 1, True)
             assert lines[-1].startswith("✓ chat")
@@ -7766,7 +9094,9 @@ async def test_the_sdk_reads_a_whole_answer(sdk):
 
 @in_loop
 async def test_the_sdk_reads_a_stream(sdk):
-    stream = await sdk.chat.completions.create(**HELLO, stream=True, stream_options={"include_usage": True})
+    stream = await sdk.chat.completions.create(
+        **HELLO, stream=True, stream_options={"include_usage": True}
+    )
     chunks = [chunk async for chunk in stream]
     assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks[:-1]) == "你好😀"
     assert (chunks[-1].choices, chunks[-1].usage.total_tokens) == ([], 9)
@@ -7775,7 +9105,12 @@ async def test_the_sdk_reads_a_stream(sdk):
 @in_loop
 async def test_the_sdk_reads_a_tool_call(sdk, zai):
     zai.parts = [RECORDED_CALL]
-    tools = [{"type": "function", "function": {"name": "bash", "parameters": {"type": "object", "properties": {}}}}]
+    tools = [
+        {
+            "type": "function",
+            "function": {"name": "bash", "parameters": {"type": "object", "properties": {}}},
+        }
+    ]
     async with sdk.chat.completions.stream(**HELLO, tools=tools) as stream:
         answer = await stream.get_final_completion()
     assert answer.choices[0].message.tool_calls[0].function.arguments == '{"cmd":"ls"}'
@@ -7787,10 +9122,13 @@ async def test_the_sdk_works_without_async_too(client):
     openai = pytest.importorskip("openai")
 
     def talk():
-        with openai.OpenAI(base_url=str(client.make_url("/v1")), api_key="sk-your-key", max_retries=0) as sdk:
+        with openai.OpenAI(
+            base_url=str(client.make_url("/v1")), api_key="sk-your-key", max_retries=0
+        ) as sdk:
             whole = sdk.chat.completions.create(**HELLO)
             streamed = [
-                chunk.choices[0].delta.content or "" for chunk in sdk.chat.completions.create(**HELLO, stream=True)
+                chunk.choices[0].delta.content or ""
+                for chunk in sdk.chat.completions.create(**HELLO, stream=True)
             ]
         return whole.choices[0].message.content, "".join(streamed)
 
@@ -7807,7 +9145,12 @@ async def test_the_sdk_parses_an_answer_into_a_model(sdk, zai):
     assert '"label"' in zai.bodies[0]["messages"][0]["content"]
 
 
-LOOK = {"index": 0, "id": "c1", "type": "function", "function": {"name": "Look", "arguments": '{"at":"点"}'}}
+LOOK = {
+    "index": 0,
+    "id": "c1",
+    "type": "function",
+    "function": {"name": "Look", "arguments": '{"at":"点"}'},
+}
 
 
 @cache
@@ -7836,7 +9179,10 @@ async def parsed_response(sdk, stream, point, tools):
             answer = await events.get_final_response()
     else:
         answer = await sdk.responses.parse(**asked)
-    return [answer.output_parsed, *(item.parsed_arguments for item in answer.output if item.type == "function_call")]
+    return [
+        answer.output_parsed,
+        *(item.parsed_arguments for item in answer.output if item.type == "function_call"),
+    ]
 
 
 @in_loop
@@ -7846,22 +9192,38 @@ async def parsed_response(sdk, stream, point, tools):
     ("said", "reason", "wanted"),
     [
         ({"content": '\n{"x": 1.5, "label": "点"}'}, "stop", {"x": 1.5, "label": "点"}),
-        ({"content": "\nLet me look.\n", "tool_calls": [LOOK]}, "tool_calls", {"at": "点", "range": None}),
+        (
+            {"content": "\nLet me look.\n", "tool_calls": [LOOK]},
+            "tool_calls",
+            {"at": "点", "range": None},
+        ),
     ],
     ids=["answer", "call"],
 )
-async def test_the_sdk_parses_an_answer_or_a_call_into_a_model(sdk, zai, said, reason, wanted, parsed, stream):
+async def test_the_sdk_parses_an_answer_or_a_call_into_a_model(
+    sdk, zai, said, reason, wanted, parsed, stream
+):
     point, tools = sdk_models()
     finish = {"index": 0, "delta": {"role": "assistant", "content": ""}, "finish_reason": reason}
     zai.parts = [stream_of(said, {"choices": [finish]}) if stream else document_of(said, reason)]
-    assert [model.model_dump() for model in await parsed(sdk, stream, point, tools) if model] == [wanted]
+    assert [model.model_dump() for model in await parsed(sdk, stream, point, tools) if model] == [
+        wanted
+    ]
 
 
 @in_loop
 async def test_the_sdk_sends_an_image(sdk, zai):
-    parts = [{"type": "text", "text": "?"}, {"type": "image_url", "image_url": {"url": "data:image/png;base64,QUJD"}}]
-    await sdk.chat.completions.create(model="glm-4.6v", messages=[{"role": "user", "content": parts}])
-    assert zai.bodies[0]["messages"][0]["content"][1] == {"type": "image_url", "image_url": {"url": "QUJD"}}
+    parts = [
+        {"type": "text", "text": "?"},
+        {"type": "image_url", "image_url": {"url": "data:image/png;base64,QUJD"}},
+    ]
+    await sdk.chat.completions.create(
+        model="glm-4.6v", messages=[{"role": "user", "content": parts}]
+    )
+    assert zai.bodies[0]["messages"][0]["content"][1] == {
+        "type": "image_url",
+        "image_url": {"url": "QUJD"},
+    }
 
 
 @in_loop

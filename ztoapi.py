@@ -56,9 +56,25 @@ import time
 from abc import ABC, abstractmethod
 from bisect import bisect_left, insort
 from collections import Counter, defaultdict, deque
-from collections.abc import AsyncIterator, Awaitable, Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import (
+    AsyncIterator,
+    Awaitable,
+    Callable,
+    Generator,
+    Iterable,
+    Iterator,
+    Mapping,
+    Sequence,
+)
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AsyncExitStack, ExitStack, asynccontextmanager, contextmanager, nullcontext, suppress
+from contextlib import (
+    AsyncExitStack,
+    ExitStack,
+    asynccontextmanager,
+    contextmanager,
+    nullcontext,
+    suppress,
+)
 from contextvars import ContextVar
 from dataclasses import Field, dataclass, field, fields, replace
 from datetime import date, datetime, timedelta, timezone
@@ -107,7 +123,9 @@ class SettingsError(ValueError):
 
 
 def boolean(text: str) -> bool:
-    words = dict.fromkeys(("true", "1", "yes", "on"), True) | dict.fromkeys(("false", "0", "no", "off"), False)
+    words = dict.fromkeys(("true", "1", "yes", "on"), True) | dict.fromkeys(
+        ("false", "0", "no", "off"), False
+    )
     return words[text.lower()]
 
 
@@ -206,16 +224,23 @@ def read_setting(variable: Field[Any], text: str) -> Any:
     try:
         return variable.metadata["read"](text)
     except (ValueError, KeyError):
-        is_secret = variable.name.endswith(("_key", "database_url")) or "@" in text  # even a malformed one
+        is_secret = (
+            variable.name.endswith(("_key", "database_url")) or "@" in text
+        )  # even a malformed one
         shown = variable.name.upper() + ("" if is_secret else f"={text}")
-        raise SettingsError(f"{shown} cannot be used: it must be {variable.metadata['wanted']}") from None
+        raise SettingsError(
+            f"{shown} cannot be used: it must be {variable.metadata['wanted']}"
+        ) from None
 
 
 def is_loopback(host: str) -> bool:
     """Whether a host name can only mean this machine, whatever a DNS server says."""
     try:
         # The first half is for speed: every request comes here.
-        return host.lower() in ("localhost", "127.0.0.1", "::1") or ipaddress.ip_address(host.strip("[]")).is_loopback
+        return (
+            host.lower() in ("localhost", "127.0.0.1", "::1")
+            or ipaddress.ip_address(host.strip("[]")).is_loopback
+        )
     except ValueError:
         return False
 
@@ -226,23 +251,39 @@ class Settings:
 
     port: int = setting(9090, whole_number(0, 65535), "a port number, 0 to 65535")
     host: str = setting("localhost", address, "one address or host name")
-    default_key: tuple[str, ...] = setting((PUBLISHED_KEY,), keys, "keys of plain ASCII, separated by commas")
+    default_key: tuple[str, ...] = setting(
+        (PUBLISHED_KEY,), keys, "keys of plain ASCII, separated by commas"
+    )
     debug_mode: bool = setting(default=False, read=boolean, wanted="true or false")
-    zai_api_key: tuple[str, ...] = setting((), zai_keys, f"KEY or KEY@BASE, several separated by commas; {BASES}")
-    zai_base_url: str = setting(GENERAL_URL, base_url, f"an http or https address such as {GENERAL_URL}")
+    zai_api_key: tuple[str, ...] = setting(
+        (), zai_keys, f"KEY or KEY@BASE, several separated by commas; {BASES}"
+    )
+    zai_base_url: str = setting(
+        GENERAL_URL, base_url, f"an http or https address such as {GENERAL_URL}"
+    )
     default_stream: bool = setting(default=False, read=boolean, wanted="true or false")
     enable_thinking: bool | None = setting(None, boolean, "true or false, or empty")
-    reasoning_format: ReasoningFormat = setting("parsed", one_of(("parsed", "raw", "hidden")), "parsed, raw or hidden")
-    model_aliases: tuple[tuple[str, str], ...] = setting((), aliases, "name=model pairs, separated by commas")
-    fallback_models: tuple[str, ...] = setting((), comma_list, "names of models, separated by commas")
+    reasoning_format: ReasoningFormat = setting(
+        "parsed", one_of(("parsed", "raw", "hidden")), "parsed, raw or hidden"
+    )
+    model_aliases: tuple[tuple[str, str], ...] = setting(
+        (), aliases, "name=model pairs, separated by commas"
+    )
+    fallback_models: tuple[str, ...] = setting(
+        (), comma_list, "names of models, separated by commas"
+    )
     vision_model: str = setting("", str, "the name of a model")
     reasoning_memory: str = setting("turn", one_of(("off", "turn", "all")), "off, turn or all")
-    max_concurrency: int = setting(0, whole_number(0, 100_000), "a number of requests, 0 to 100000; 0 = learn it")
+    max_concurrency: int = setting(
+        0, whole_number(0, 100_000), "a number of requests, 0 to 100000; 0 = learn it"
+    )
     max_retries: int = setting(2, whole_number(0, 10), "a number of times, 0 to 10")
     upstream_timeout: int = setting(300, whole_number(1, 86400), "a number of seconds, 1 to 86400")
     max_body_mb: int = setting(64, whole_number(1, 4096), "a number of megabytes, 1 to 4096")
     database_url: str = setting("", database_url, "sqlite:///PATH, postgresql://… or memory")
-    cors_origins: tuple[str, ...] = setting(("*",), origins, "origins (https://example.org), separated by commas, or *")
+    cors_origins: tuple[str, ...] = setting(
+        ("*",), origins, "origins (https://example.org), separated by commas, or *"
+    )
     dashboard_enabled: bool = setting(default=True, read=boolean, wanted="true or false")
     demo: bool = False  # set only by --demo: a server must not make up answers by accident
 
@@ -272,14 +313,22 @@ class Settings:
         zai_secrets = (key.secret for key in self.zai_keys)
         database = re.findall(r"(?<=:)[^:@/]+(?=@)|(?<=password=)[^&]+", self.database_url)
         passwords = (*database, *map(unquote, database))
-        return tuple(key for key in (*self.default_key, *zai_secrets, *passwords) if key != PUBLISHED_KEY)
+        return tuple(
+            key for key in (*self.default_key, *zai_secrets, *passwords) if key != PUBLISHED_KEY
+        )
 
     @classmethod
     def from_env(cls, env: Mapping[str, str]) -> Settings:
         """Read every variable of the README's table. An empty one counts as not set, except DEFAULT_KEY."""
         variables = [f for f in fields(cls) if "read" in f.metadata and f.name.upper() in env]
         given = {f: env[f.name.upper()].strip() for f in variables}
-        return cls(**{f.name: read_setting(f, text) for f, text in given.items() if text or f.name == "default_key"})
+        return cls(
+            **{
+                f.name: read_setting(f, text)
+                for f, text in given.items()
+                if text or f.name == "default_key"
+            }
+        )
 
 
 # ======== Errors ====================================================================================================
@@ -314,8 +363,12 @@ ERROR_TYPES = {
 }
 
 
-def error_kind(status: int, code: str | None, message: str = "", retry_after: float | None = None) -> ErrorKind:
-    return ErrorKind(status, ERROR_TYPES.get(status, ERROR_TYPES[400])[0], code, message, retry_after)
+def error_kind(
+    status: int, code: str | None, message: str = "", retry_after: float | None = None
+) -> ErrorKind:
+    return ErrorKind(
+        status, ERROR_TYPES.get(status, ERROR_TYPES[400])[0], code, message, retry_after
+    )
 
 
 # Messages by error code; only those that are too long for the table below.
@@ -331,33 +384,55 @@ MESSAGES = {
     "model_not_found": "Z.ai does not know this model, or not for this use: see /v1/models and MODEL_ALIASES.",
 }
 
-INTERNAL_ERROR = error_kind(500, "internal_error", "Something went wrong in ztoapi itself; its log has the details.")
+INTERNAL_ERROR = error_kind(
+    500, "internal_error", "Something went wrong in ztoapi itself; its log has the details."
+)
 STOPPING = error_kind(503, "server_stopping", "The server is stopping: ask again in a moment.")
 INVALID_API_KEY = error_kind(401, "invalid_api_key", MESSAGES["invalid_api_key"])
 KEY_EXPIRED = error_kind(401, "key_expired")
 KEY_QUOTA_EXCEEDED = error_kind(402, "key_quota_exceeded")
 KEY_RATE_LIMITED = error_kind(429, "rate_limit_exceeded")
 MODEL_NOT_ALLOWED = error_kind(403, "model_not_allowed")
-OPERATOR_ONLY = error_kind(403, "operator_only", "Only the operator may do this: send the server's DEFAULT_KEY.")
-DATABASE_UNAVAILABLE = error_kind(503, "database_unavailable", "This server's database is unreachable: try again.")
+OPERATOR_ONLY = error_kind(
+    403, "operator_only", "Only the operator may do this: send the server's DEFAULT_KEY."
+)
+DATABASE_UNAVAILABLE = error_kind(
+    503, "database_unavailable", "This server's database is unreachable: try again."
+)
 ZAI_API_KEY_MISSING = error_kind(503, "zai_api_key_missing", MESSAGES["zai_api_key_missing"])
-AUTHENTICATION = error_kind(502, "zai_authentication", "Z.ai did not accept this server's key: check its ZAI_API_KEY.")
+AUTHENTICATION = error_kind(
+    502, "zai_authentication", "Z.ai did not accept this server's key: check its ZAI_API_KEY."
+)
 UNAVAILABLE = error_kind(502, "zai_unavailable", "Z.ai could not answer: try again shortly.")
 UNREACHABLE = error_kind(502, "zai_unreachable", MESSAGES["zai_unreachable"])
-WRONG_ADDRESS = error_kind(502, "zai_wrong_address", "There is no GLM API at this server's ZAI_BASE_URL: check it.")
-TIMEOUT = error_kind(504, "zai_timeout", "Z.ai was silent for too long (UPSTREAM_TIMEOUT): try again.")
-RATE_LIMITED = error_kind(429, "rate_limit_exceeded", MESSAGES["rate_limit_exceeded"], retry_after=1)
+WRONG_ADDRESS = error_kind(
+    502, "zai_wrong_address", "There is no GLM API at this server's ZAI_BASE_URL: check it."
+)
+TIMEOUT = error_kind(
+    504, "zai_timeout", "Z.ai was silent for too long (UPSTREAM_TIMEOUT): try again."
+)
+RATE_LIMITED = error_kind(
+    429, "rate_limit_exceeded", MESSAGES["rate_limit_exceeded"], retry_after=1
+)
 # 402: several agents silently repeat a request after a 429, for minutes.
 NO_BALANCE = error_kind(402, "insufficient_quota", MESSAGES["insufficient_quota"])
-QUOTA_EXCEEDED = error_kind(402, "quota_exceeded", "The quota of this server's Z.ai key is used up until it is reset.")
-PLAN_NOT_USABLE = error_kind(403, "plan_not_usable", "This server's Z.ai plan cannot be used: see z.ai/manage-apikey.")
-MODEL_NOT_AVAILABLE = error_kind(403, "model_not_available", "This server's Z.ai key lacks this model: choose another.")
+QUOTA_EXCEEDED = error_kind(
+    402, "quota_exceeded", "The quota of this server's Z.ai key is used up until it is reset."
+)
+PLAN_NOT_USABLE = error_kind(
+    403, "plan_not_usable", "This server's Z.ai plan cannot be used: see z.ai/manage-apikey."
+)
+MODEL_NOT_AVAILABLE = error_kind(
+    403, "model_not_available", "This server's Z.ai key lacks this model: choose another."
+)
 MODEL_NOT_FOUND = error_kind(404, "model_not_found", MESSAGES["model_not_found"])
 
 # Agents decide by the words "connection error" and "network error" whether to ask again.
 BROKEN_OFF = "Z.ai broke off its answer (connection error, network error): try again."
 
-SHOULD_RETRY = frozenset((RATE_LIMITED, UNAVAILABLE, UNREACHABLE, TIMEOUT))  # a client may send the request again
+SHOULD_RETRY = frozenset(
+    (RATE_LIMITED, UNAVAILABLE, UNREACHABLE, TIMEOUT)
+)  # a client may send the request again
 
 
 class ProxyError(Exception):
@@ -366,9 +441,16 @@ class ProxyError(Exception):
     `message` is ours and safe; `detail` quotes others (Z.ai, the client) and must be redacted before it is shown.
     """
 
-    def __init__(self, kind: ErrorKind, message: str = "", param: str | None = None, detail: str = "") -> None:
+    def __init__(
+        self, kind: ErrorKind, message: str = "", param: str | None = None, detail: str = ""
+    ) -> None:
         super().__init__(kind, message, param, detail)
-        self.kind, self.message, self.param, self.detail = kind, message or kind.message, param, detail
+        self.kind, self.message, self.param, self.detail = (
+            kind,
+            message or kind.message,
+            param,
+            detail,
+        )
         self.retry_after = kind.retry_after  # in seconds
         self.headers: dict[str, str] = {}  # for the answer that reports it
 
@@ -390,7 +472,9 @@ class UpstreamError(ProxyError):
     `retry_after` the seconds after which the client may ask again.
     """
 
-    def __init__(self, kind: ErrorKind, message: str = "", detail: str = "", zai_code: str = "") -> None:
+    def __init__(
+        self, kind: ErrorKind, message: str = "", detail: str = "", zai_code: str = ""
+    ) -> None:
         super().__init__(kind, message, detail=detail)
         self.zai_code = zai_code
         self.resets_at = reset_time(detail) if kind == QUOTA_EXCEEDED else None
@@ -406,7 +490,10 @@ def reset_time(text: str) -> float | None:
     """The Unix time in "… will reset at 2026-09-12 00:35:41", which is UTC+8 (can1357/oh-my-pi#11014)."""
     found = re.findall(r"\b(20\d\d-\d\d-\d\d)[ T](\d\d:\d\d:\d\d)\b", text)
     try:
-        return max((datetime.fromisoformat(f"{day}T{hour}+08:00").timestamp() for day, hour in found), default=None)
+        return max(
+            (datetime.fromisoformat(f"{day}T{hour}+08:00").timestamp() for day, hour in found),
+            default=None,
+        )
     except ValueError:
         return None
 
@@ -414,7 +501,9 @@ def reset_time(text: str) -> float | None:
 def error_body(error: ProxyError) -> JSON:
     """OpenAI's error object."""
     kind = error.kind
-    return {"error": {"message": str(error), "type": kind.type, "param": error.param, "code": kind.code}}
+    return {
+        "error": {"message": str(error), "type": kind.type, "param": error.param, "code": kind.code}
+    }
 
 
 def anthropic_error_body(error: ProxyError) -> JSON:
@@ -426,7 +515,11 @@ def anthropic_error_body(error: ProxyError) -> JSON:
 def error_headers(error: ProxyError) -> dict[str, str]:
     """The headers that SDKs obey: whether to ask again (x-should-retry), and after how many seconds (Retry-After)."""
     refusal = {} if error.kind in SHOULD_RETRY else {"x-should-retry": "false"}
-    wait = {} if error.retry_after is None else {"Retry-After": str(max(1, math.ceil(error.retry_after)))}
+    wait = (
+        {}
+        if error.retry_after is None
+        else {"Retry-After": str(max(1, math.ceil(error.retry_after)))}
+    )
     return error.headers | refusal | wait
 
 
@@ -435,9 +528,13 @@ class Redactor:
 
     def __init__(self, words: Iterable[str]) -> None:
         # A key may appear as it is, in JSON, in JSON inside JSON, or in a URL.
-        forms = {form for word in words for form in (any_escaping(word), re.escape(quote(word, safe="")))}
+        forms = {
+            form for word in words for form in (any_escaping(word), re.escape(quote(word, safe="")))
+        }
         # The last is a key made by `new_key`. Each begins with a plain character, which a search finds fast.
-        self.pattern = re.compile("|".join((*sorted(forms, key=len, reverse=True), r"sk-[\w-]{43}\b")))
+        self.pattern = re.compile(
+            "|".join((*sorted(forms, key=len, reverse=True), r"sk-[\w-]{43}\b"))
+        )
 
     def __call__(self, text: str) -> str:
         return self.pattern.sub("***", text)
@@ -446,7 +543,10 @@ class Redactor:
 def any_escaping(word: str) -> str:
     """A pattern for a word, however many times it was escaped as a string of JSON or Python."""
     parts = re.findall(r"\\+|[^\\]", word)
-    forms = (r"\\+" if part[0] == "\\" else r"\\*" + part if part in "\"'/" else re.escape(part) for part in parts)
+    forms = (
+        r"\\+" if part[0] == "\\" else r"\\*" + part if part in "\"'/" else re.escape(part)
+        for part in parts
+    )
     return "".join(forms).removeprefix(r"\\*")
 
 
@@ -475,7 +575,9 @@ class Model:
     vision: bool = True
     free: bool = False
     created: int = 1753632000  # the oldest date in Z.ai's own list
-    price: tuple[float, float, float] | None = None  # US dollars for a million tokens: in, in from the cache, out
+    price: tuple[float, float, float] | None = (
+        None  # US dollars for a million tokens: in, in from the cache, out
+    )
 
     @property
     def streams_arguments(self) -> bool:
@@ -489,34 +591,160 @@ class Model:
 
     def cost(self, prompt: int, cached: int, completion: int) -> float | None:
         """What these tokens cost at list price, in US dollars; None where the price is not known."""
-        return sum(map(mul, (prompt - cached, cached, completion), self.price)) / 1e6 if self.price else None
+        return (
+            sum(map(mul, (prompt - cached, cached, completion), self.price)) / 1e6
+            if self.price
+            else None
+        )
 
 
 # docs.z.ai, October 2026; `created` is from Z.ai's list, or the day of the release. Where the cache has no price,
 # cached tokens cost the same.
 MODEL_ROWS = (
-    Model("glm-5.3", 1024 * K, 128 * K, "always", vision=False, created=1786636800, price=(1.4, 0.26, 4.4)),
-    Model("glm-5.3-flash", 1024 * K, 128 * K, "always", created=1787702400, price=(0.15, 0.03, 0.5)),
-    Model("glm-5.3-flashx", 1024 * K, 128 * K, "always", created=1787702400, price=(0.37, 0.075, 1.25)),
-    Model("glm-5.2", 1024 * K, 128 * K, "effort", vision=False, created=1780272000, price=(1.4, 0.26, 4.4)),
-    Model("glm-5.1", 200 * K, 128 * K, "switch", vision=False, created=1774569600, price=(1.4, 0.26, 4.4)),
-    Model("glm-5", 200 * K, 128 * K, "switch", vision=False, created=1770768000, price=(1.0, 0.2, 3.2)),
-    Model("glm-5-turbo", 200 * K, 128 * K, "switch", vision=False, created=1773532800, price=(1.2, 0.24, 4.0)),
+    Model(
+        "glm-5.3",
+        1024 * K,
+        128 * K,
+        "always",
+        vision=False,
+        created=1786636800,
+        price=(1.4, 0.26, 4.4),
+    ),
+    Model(
+        "glm-5.3-flash", 1024 * K, 128 * K, "always", created=1787702400, price=(0.15, 0.03, 0.5)
+    ),
+    Model(
+        "glm-5.3-flashx", 1024 * K, 128 * K, "always", created=1787702400, price=(0.37, 0.075, 1.25)
+    ),
+    Model(
+        "glm-5.2",
+        1024 * K,
+        128 * K,
+        "effort",
+        vision=False,
+        created=1780272000,
+        price=(1.4, 0.26, 4.4),
+    ),
+    Model(
+        "glm-5.1",
+        200 * K,
+        128 * K,
+        "switch",
+        vision=False,
+        created=1774569600,
+        price=(1.4, 0.26, 4.4),
+    ),
+    Model(
+        "glm-5", 200 * K, 128 * K, "switch", vision=False, created=1770768000, price=(1.0, 0.2, 3.2)
+    ),
+    Model(
+        "glm-5-turbo",
+        200 * K,
+        128 * K,
+        "switch",
+        vision=False,
+        created=1773532800,
+        price=(1.2, 0.24, 4.0),
+    ),
     Model("glm-5v-turbo", 200 * K, 128 * K, "switch", created=1775001600, price=(1.2, 0.24, 4.0)),
-    Model("glm-4.7", 200 * K, 128 * K, "switch", vision=False, created=1766361600, price=(0.6, 0.11, 2.2)),
-    Model("glm-4.7-flashx", 200 * K, 128 * K, "switch", vision=False, created=1768780800, price=(0.07, 0.01, 0.4)),
-    Model("glm-4.7-flash", 200 * K, 128 * K, "switch", vision=False, free=True, created=1768780800, price=(0, 0, 0)),
-    Model("glm-4.6", 200 * K, 128 * K, "switch", vision=False, created=1759190400, price=(0.6, 0.11, 2.2)),
+    Model(
+        "glm-4.7",
+        200 * K,
+        128 * K,
+        "switch",
+        vision=False,
+        created=1766361600,
+        price=(0.6, 0.11, 2.2),
+    ),
+    Model(
+        "glm-4.7-flashx",
+        200 * K,
+        128 * K,
+        "switch",
+        vision=False,
+        created=1768780800,
+        price=(0.07, 0.01, 0.4),
+    ),
+    Model(
+        "glm-4.7-flash",
+        200 * K,
+        128 * K,
+        "switch",
+        vision=False,
+        free=True,
+        created=1768780800,
+        price=(0, 0, 0),
+    ),
+    Model(
+        "glm-4.6",
+        200 * K,
+        128 * K,
+        "switch",
+        vision=False,
+        created=1759190400,
+        price=(0.6, 0.11, 2.2),
+    ),
     Model("glm-4.6v", 128 * K, 32 * K, "switch", created=1765152000, price=(0.3, 0.3, 0.9)),
     Model("glm-4.6v-flashx", 128 * K, 32 * K, "switch", created=1765152000),
-    Model("glm-4.6v-flash", 128 * K, 32 * K, "switch", free=True, created=1765152000, price=(0, 0, 0)),
-    Model("glm-4.5", 128 * K, 96 * K, "switch", vision=False, created=1753632000, price=(0.6, 0.11, 2.2)),
-    Model("glm-4.5-x", 128 * K, 96 * K, "switch", vision=False, created=1753632000, price=(2.2, 0.45, 8.9)),
-    Model("glm-4.5-air", 128 * K, 96 * K, "switch", vision=False, created=1753632000, price=(0.2, 0.03, 1.1)),
-    Model("glm-4.5-airx", 128 * K, 96 * K, "switch", vision=False, created=1753632000, price=(1.1, 0.22, 4.5)),
-    Model("glm-4.5-flash", 128 * K, 96 * K, "switch", vision=False, free=True, created=1753632000, price=(0, 0, 0)),
+    Model(
+        "glm-4.6v-flash", 128 * K, 32 * K, "switch", free=True, created=1765152000, price=(0, 0, 0)
+    ),
+    Model(
+        "glm-4.5",
+        128 * K,
+        96 * K,
+        "switch",
+        vision=False,
+        created=1753632000,
+        price=(0.6, 0.11, 2.2),
+    ),
+    Model(
+        "glm-4.5-x",
+        128 * K,
+        96 * K,
+        "switch",
+        vision=False,
+        created=1753632000,
+        price=(2.2, 0.45, 8.9),
+    ),
+    Model(
+        "glm-4.5-air",
+        128 * K,
+        96 * K,
+        "switch",
+        vision=False,
+        created=1753632000,
+        price=(0.2, 0.03, 1.1),
+    ),
+    Model(
+        "glm-4.5-airx",
+        128 * K,
+        96 * K,
+        "switch",
+        vision=False,
+        created=1753632000,
+        price=(1.1, 0.22, 4.5),
+    ),
+    Model(
+        "glm-4.5-flash",
+        128 * K,
+        96 * K,
+        "switch",
+        vision=False,
+        free=True,
+        created=1753632000,
+        price=(0, 0, 0),
+    ),
     Model("glm-4.5v", 64 * K, 16 * K, "switch", created=1754870400, price=(0.6, 0.6, 1.8)),
-    Model("glm-4-32b-0414-128k", 128 * K, 16 * K, "none", vision=False, created=1744588800, price=(0.1, 0.1, 0.1)),
+    Model(
+        "glm-4-32b-0414-128k",
+        128 * K,
+        16 * K,
+        "none",
+        vision=False,
+        created=1744588800,
+        price=(0.1, 0.1, 0.1),
+    ),
 )
 MODELS = {model.id: model for model in MODEL_ROWS}
 
@@ -524,7 +752,9 @@ MODELS = {model.id: model for model in MODEL_ROWS}
 def aliased(name: str, renamed: Iterable[tuple[str, str]]) -> str:
     """The model that an alias stands for, or the name as it is."""
     for pattern, target in renamed:
-        if any(fnmatchcase(form, pattern.lower()) for form in (name.strip().lower(), bare_name(name))):
+        if any(
+            fnmatchcase(form, pattern.lower()) for form in (name.strip().lower(), bare_name(name))
+        ):
             return target
     return name
 
@@ -585,9 +815,20 @@ def codex_item(model: Model, name: str) -> JSON:
     levels = CODEX_LEVELS[model.thinking]
     names = {"slug": name, "display_name": name, "description": "GLM through Z.ai's official API"}
     listing = {"visibility": "list", "supported_in_api": True, "priority": 1, "upgrade": None}
-    tools = {"shell_type": "shell_command", "apply_patch_tool_type": "freeform", "supports_parallel_tool_calls": True}
-    absent: JSON = {"support_verbosity": False, "default_verbosity": None, "experimental_supported_tools": []}
-    limits = {"context_window": model.context or 128 * K, "truncation_policy": {"mode": "bytes", "limit": 10_000}}
+    tools = {
+        "shell_type": "shell_command",
+        "apply_patch_tool_type": "freeform",
+        "supports_parallel_tool_calls": True,
+    }
+    absent: JSON = {
+        "support_verbosity": False,
+        "default_verbosity": None,
+        "experimental_supported_tools": [],
+    }
+    limits = {
+        "context_window": model.context or 128 * K,
+        "truncation_policy": {"mode": "bytes", "limit": 10_000},
+    }
     return {
         **(names | listing | tools | absent | limits),
         "base_instructions": CODEX_INSTRUCTIONS,
@@ -613,7 +854,9 @@ def models_from_items(items: list[Any]) -> Iterator[Model]:
 # Encoders and decoders, and the limits of a request's JSON.
 
 # check_circular takes a sixth of the time, and our data is never circular.
-to_json = json.JSONEncoder(separators=(",", ":"), ensure_ascii=False, allow_nan=False, check_circular=False).encode
+to_json = json.JSONEncoder(
+    separators=(",", ":"), ensure_ascii=False, allow_nan=False, check_circular=False
+).encode
 quoted = json.encoder.encode_basestring  # a string as JSON, by the same C function
 # Some clients split lines at these characters, so they are sent as escapes; JSON has them only inside strings.
 LINE_ENDS = (("\u0085", "\\u0085"), ("\u2028", "\\u2028"), ("\u2029", "\\u2029"))
@@ -639,7 +882,9 @@ def encode_request(value: Any) -> bytes:
     try:
         return to_json(value).encode()
     except UnicodeEncodeError:
-        raise BadRequest("The text has half a surrogate pair (\\ud800 to \\udfff), which is not a character.") from None
+        raise BadRequest(
+            "The text has half a surrogate pair (\\ud800 to \\udfff), which is not a character."
+        ) from None
 
 
 def finite(text: str) -> float:
@@ -671,7 +916,9 @@ def unique_names(pairs: list[tuple[str, Any]]) -> JSON:
     return found
 
 
-REQUEST_DECODER = json.JSONDecoder(object_pairs_hook=unique_names, parse_float=finite, parse_constant=finite)
+REQUEST_DECODER = json.JSONDecoder(
+    object_pairs_hook=unique_names, parse_float=finite, parse_constant=finite
+)
 MAX_VALUES = 1_000_000
 MAX_DEPTH = 100  # nested objects and arrays
 
@@ -697,12 +944,16 @@ def parse_request(body: bytes) -> JSON:
     document = REQUEST_DECODER.decode(body.decode().removeprefix("\ufeff"))
     if not isinstance(document, dict):
         raise ValueError("it is another JSON value")
-    if len(body) < 2**14 and body.count(b"{") + body.count(b"[") <= MAX_DEPTH:  # most requests; counting is fast here
+    if (
+        len(body) < 2**14 and body.count(b"{") + body.count(b"[") <= MAX_DEPTH
+    ):  # most requests; counting is fast here
         return document
     level: list[Any] = [document]
     for _ in range(MAX_DEPTH):
         # One after the other: a list of all these views would keep the garbage collector busy for seconds.
-        values = chain.from_iterable(item.values() if isinstance(item, dict) else item for item in level)
+        values = chain.from_iterable(
+            item.values() if isinstance(item, dict) else item for item in level
+        )
         level = [value for value in values if isinstance(value, (dict, list))]
         if not level:
             return document
@@ -724,7 +975,11 @@ def first_object(value: Any) -> JSON:
 
 
 def as_number(value: Any) -> float | None:
-    return value if isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value < 2**53 else None
+    return (
+        value
+        if isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value < 2**53
+        else None
+    )
 
 
 def as_count(value: Any) -> int:
@@ -873,7 +1128,11 @@ class Prompt:
 def conversation_start(prompt: Prompt) -> Iterator[str]:
     """What the requests of one conversation have in common: its key, or its system messages and first user message."""
     first_user = next((message for message in prompt.messages if message.role == "user"), None)
-    texts = (message_text(each) for each in prompt.messages if each.role == "system" or each is first_user)
+    texts = (
+        message_text(each)
+        for each in prompt.messages
+        if each.role == "system" or each is first_user
+    )
     yield from [prompt.cache_key] if prompt.cache_key else texts
 
 
@@ -929,7 +1188,10 @@ class Choice:
 
     @property
     def tool_calls(self) -> list[ToolCall]:
-        return [replace(call[0], arguments="".join(piece.arguments for piece in call)) for call in self.calls.values()]
+        return [
+            replace(call[0], arguments="".join(piece.arguments for piece in call))
+            for call in self.calls.values()
+        ]
 
     @property
     def message(self) -> Message:
@@ -979,7 +1241,9 @@ class ReasoningShape:
 # ======== Request fields ============================================================================================
 # The checks that OpenAI's APIs share: `validated` applies a table of them to a request.
 
-Check = Callable[[Any], Any]  # returns a value, converted, or raises ValueError with what it must be
+Check = Callable[
+    [Any], Any
+]  # returns a value, converted, or raises ValueError with what it must be
 
 
 def must(words: str, holds: Callable[[Any], bool]) -> Check:
@@ -1002,16 +1266,24 @@ switch = must("be true or false", lambda value: isinstance(value, bool))
 array = must("be an array", lambda value: isinstance(value, list))
 mapping = must("be an object", lambda value: isinstance(value, dict))
 model_name = must("be the name of a model", is_model_name)
-reasoning_format = must("be parsed, raw or hidden", lambda value: value in ("parsed", "raw", "hidden"))
+reasoning_format = must(
+    "be parsed, raw or hidden", lambda value: value in ("parsed", "raw", "hidden")
+)
 
 
 def number(low: float, high: float) -> Check:
     # Not isinstance(), for which True is an int.
-    return must(f"be a number from {low} to {high}", lambda value: type(value) in (int, float) and low <= value <= high)
+    return must(
+        f"be a number from {low} to {high}",
+        lambda value: type(value) in (int, float) and low <= value <= high,
+    )
 
 
 def integer(low: int, high: int) -> Check:
-    return must(f"be a whole number from {low} to {high}", lambda value: type(value) is int and low <= value <= high)
+    return must(
+        f"be a whole number from {low} to {high}",
+        lambda value: type(value) is int and low <= value <= high,
+    )
 
 
 token_count = integer(0, 2**31)
@@ -1029,7 +1301,11 @@ def model_names(value: Any) -> tuple[str, ...]:
 
 def stop_words(value: Any) -> tuple[str, ...]:
     words = [value] if isinstance(value, str) else value
-    if not isinstance(words, list) or len(words) > 4 or not all(isinstance(word, str) for word in words):
+    if (
+        not isinstance(words, list)
+        or len(words) > 4
+        or not all(isinstance(word, str) for word in words)
+    ):
         raise ValueError("must be a string or an array of up to 4 strings")
     return tuple(word for word in words if word)
 
@@ -1062,20 +1338,34 @@ def validated(body: JSON, wanted: Mapping[str, Check], at: str = "") -> JSON:
 
 
 # Values that ask for nothing, besides null, 0, false, {} and [].
-NEUTRAL: JSON = {"modalities": [["text"]], "service_tier": ["auto", "default"], "truncation": ["disabled"]}
+NEUTRAL: JSON = {
+    "modalities": [["text"]],
+    "service_tier": ["auto", "default"],
+    "truncation": ["disabled"],
+}
 
 
 def unknown_fields(body: JSON, known: Iterable[str]) -> list[str]:
     """The unknown fields with a value that asks for something."""
-    return [name for name, value in body.items() if name not in known and value and value not in NEUTRAL.get(name, ())]
+    return [
+        name
+        for name, value in body.items()
+        if name not in known and value and value not in NEUTRAL.get(name, ())
+    ]
 
 
 # The words for effort in the OpenAI API and its relatives.
 EFFORT_LEVELS: tuple[Effort, ...] = ("low", "medium", "high", "xhigh", "max")
-EFFORTS: dict[str, Effort] = {"none": "off", "minimal": "off", **{level: level for level in EFFORT_LEVELS}}
+EFFORTS: dict[str, Effort] = {
+    "none": "off",
+    "minimal": "off",
+    **{level: level for level in EFFORT_LEVELS},
+}
 
 
-known_effort = must(f"be one of {', '.join(EFFORTS)}", lambda value: isinstance(value, str) and value in EFFORTS)
+known_effort = must(
+    f"be one of {', '.join(EFFORTS)}", lambda value: isinstance(value, str) and value in EFFORTS
+)
 
 
 def effort(value: Any) -> Effort:
@@ -1091,7 +1381,15 @@ def effort_from_object(value: Any) -> Effort | None:
     enabled, level = mapping(value).get("enabled"), value.get("effort")
     if not isinstance(enabled, bool | None):
         raise ValueError("must have true or false as enabled")
-    return "off" if enabled is False else effort(level) if level is not None else "on" if enabled else None
+    return (
+        "off"
+        if enabled is False
+        else effort(level)
+        if level is not None
+        else "on"
+        if enabled
+        else None
+    )
 
 
 def effort_from_thinking(value: Any) -> Effort | None:
@@ -1104,7 +1402,9 @@ def effort_from_thinking(value: Any) -> Effort | None:
 
 def effort_from_template(value: Any) -> Effort | None:
     """The `chat_template_kwargs` of vLLM and SGLang."""
-    given = validated(mapping(value), {"enable_thinking": effort_from_switch}, "chat_template_kwargs.")
+    given = validated(
+        mapping(value), {"enable_thinking": effort_from_switch}, "chat_template_kwargs."
+    )
     return given.get("enable_thinking")
 
 
@@ -1130,27 +1430,52 @@ def serial_calls(given: JSON) -> Iterator[str]:
 
 
 def wants_usage(given: JSON) -> bool:
-    options = validated(given.get("stream_options", {}), {"include_usage": switch}, "stream_options.")
+    options = validated(
+        given.get("stream_options", {}), {"include_usage": switch}, "stream_options."
+    )
     return bool(options.get("include_usage"))
 
 
 # The fields that every API has, and those that chat and completions share.
 COMMON_FIELDS: dict[str, Check] = {"model": model_name, "stream": switch, "fallbacks": model_names}
-COMMON_FIELDS |= {"temperature": number(0, 2), "top_p": number(0, 1), "safety_identifier": string, "user": string}
-GENERATION_FIELDS = COMMON_FIELDS | EFFORT_FIELDS | {"n": integer(1, 8), "stop": stop_words, "max_tokens": token_limit}
+COMMON_FIELDS |= {
+    "temperature": number(0, 2),
+    "top_p": number(0, 1),
+    "safety_identifier": string,
+    "user": string,
+}
+GENERATION_FIELDS = (
+    COMMON_FIELDS
+    | EFFORT_FIELDS
+    | {"n": integer(1, 8), "stop": stop_words, "max_tokens": token_limit}
+)
 GENERATION_FIELDS |= {"seed": integer(-(2**63), 2**63 - 1), "stream_options": mapping}
 GENERATION_FIELDS["reasoning_format"] = reasoning_format
 
 # Fields that Prompt has under the same name.
 SAME_IN_PROMPT = frozenset(
-    ("model", "stream", "n", "temperature", "top_p", "stop", "seed", "tool_choice", "reasoning_format", "fallbacks")
+    (
+        "model",
+        "stream",
+        "n",
+        "temperature",
+        "top_p",
+        "stop",
+        "seed",
+        "tool_choice",
+        "reasoning_format",
+        "fallbacks",
+    )
 )
 
 
 def common_arguments(given: JSON) -> JSON:
     """The arguments of Prompt that every API gives in the same way."""
     same = {name: value for name, value in given.items() if name in SAME_IN_PROMPT}
-    return {**same, "user": given.get("user_id") or given.get("safety_identifier") or given.get("user", "")}
+    return {
+        **same,
+        "user": given.get("user_id") or given.get("safety_identifier") or given.get("user", ""),
+    }
 
 
 # ======== Chat completions ==========================================================================================
@@ -1172,7 +1497,10 @@ def tool_choice(value: Any) -> ToolChoice:
             return ToolChoice(value)
         case {"type": "function", "function": {"name": str(name)}}:
             return ToolChoice("required", (name,))
-        case {"type": "allowed_tools", "allowed_tools": {"mode": "auto" | "required" as mode, "tools": [*tools]}}:
+        case {
+            "type": "allowed_tools",
+            "allowed_tools": {"mode": "auto" | "required" as mode, "tools": [*tools]},
+        }:
             functions = (as_object(as_object(tool).get("function")) for tool in tools)
             return ToolChoice(mode, tuple(str(function.get("name")) for function in functions))
         case _:
@@ -1185,7 +1513,9 @@ def function_list(value: Any) -> list[Any]:
 
 
 def function_choice(value: Any) -> ToolChoice:
-    return tool_choice({"type": "function", "function": value} if isinstance(value, dict) else value)
+    return tool_choice(
+        {"type": "function", "function": value} if isinstance(value, dict) else value
+    )
 
 
 def answer_schema(value: Any) -> JSON | None:
@@ -1215,7 +1545,12 @@ def search_tool(value: Any) -> JSON:
 
 
 # Z.ai's own parameters, sent on unchanged.
-NATIVE_FIELDS = {"do_sample": switch, "request_id": string, "tool_stream": switch, "sensitive_word_check": mapping}
+NATIVE_FIELDS = {
+    "do_sample": switch,
+    "request_id": string,
+    "tool_stream": switch,
+    "sensitive_word_check": mapping,
+}
 
 
 # Each known field and its check. Any other is left out and listed as ignored.
@@ -1258,12 +1593,17 @@ def parse_chat(body: JSON) -> tuple[Prompt, ChatRequest]:
     required(given, "model", "messages")
     has_functions = "functions" in given and "tools" not in given
     if has_functions:
-        given |= {"tools": given["functions"], "tool_choice": given.get("function_call", ToolChoice())}
+        given |= {
+            "tools": given["functions"],
+            "tool_choice": given.get("function_call", ToolChoice()),
+        }
     tools = [parse_tool(tool, f"tools[{i}]") for i, tool in enumerate(given.get("tools", ()))]
     thinking = validated(as_object(body.get("thinking")), {"clear_thinking": switch}, "thinking.")
     prompt = Prompt(
         **common_arguments(given),
-        messages=tuple(parse_message(message, f"messages[{i}]") for i, message in enumerate(given["messages"])),
+        messages=tuple(
+            parse_message(message, f"messages[{i}]") for i, message in enumerate(given["messages"])
+        ),
         max_tokens=given.get("max_completion_tokens", given.get("max_tokens")),
         tools=tuple([tool for tool in tools if isinstance(tool, Tool)]),
         native_tools=tuple(native_tools(tools, given)),
@@ -1286,9 +1626,16 @@ def native_tools(tools: list[Tool | JSON], given: JSON) -> list[JSON]:
 
 
 # Z.ai refuses developer (1214); OpenAI's role function is now tool.
-ROLES = {role: role for role in ("system", "user", "assistant", "tool")} | {"developer": "system", "function": "tool"}
-known_role = must(f"be one of {', '.join(ROLES)}", lambda value: isinstance(value, str) and value in ROLES)
-call_reference = must("name the call that it answers", lambda value: isinstance(value, (str, int)) and value != "")
+ROLES = {role: role for role in ("system", "user", "assistant", "tool")} | {
+    "developer": "system",
+    "function": "tool",
+}
+known_role = must(
+    f"be one of {', '.join(ROLES)}", lambda value: isinstance(value, str) and value in ROLES
+)
+call_reference = must(
+    "name the call that it answers", lambda value: isinstance(value, (str, int)) and value != ""
+)
 url_text = must("be an address", lambda value: isinstance(value, str) and value != "")
 
 
@@ -1303,7 +1650,9 @@ def parse_message(message: Any, at: str) -> Message:
             return Message(role, content, thought, parse_calls(message, at))
         case "tool":
             call_id = message.get("tool_call_id") or message.get("name")
-            return Message(role, content, call_id=str(checked(call_id, call_reference, f"{at}.tool_call_id")))
+            return Message(
+                role, content, call_id=str(checked(call_id, call_reference, f"{at}.tool_call_id"))
+            )
         case _:
             return Message(role, content)
 
@@ -1333,12 +1682,17 @@ def parse_part(part: Any, role: str, at: str) -> str | Media:
         case {"type": "input_audio" | "file" as kind}:
             raise BadRequest(f"'{at}': GLM models do not take {kind} parts.", at)
         case _:
-            raise BadRequest(f"'{at}' must be a text part{' or an image_url part' if role == 'user' else ''}.", at)
+            raise BadRequest(
+                f"'{at}' must be a text part{' or an image_url part' if role == 'user' else ''}.",
+                at,
+            )
 
 
 def parse_calls(message: JSON, at: str) -> tuple[ToolCall, ...]:
     calls = checked(message.get("tool_calls") or [], array, f"{at}.tool_calls")
-    if message.get("function_call"):  # OpenAI's calls before there were tools: without an id, so the name serves as one
+    if message.get(
+        "function_call"
+    ):  # OpenAI's calls before there were tools: without an id, so the name serves as one
         function = as_object(message["function_call"])
         calls = [*calls, {"id": function.get("name"), "function": function}]
     return tuple(parse_call(call, i, f"{at}.tool_calls[{i}]") for i, call in enumerate(calls))
@@ -1371,11 +1725,18 @@ def parse_tool(tool: Any, at: str) -> Tool | JSON:
         case {"type": "web_search" | "retrieval" | "mcp"}:
             return as_object(tool)
         case _:
-            raise BadRequest(f"'{at}' must be a function with a name, or Z.ai's web_search, retrieval or mcp.", at)
+            raise BadRequest(
+                f"'{at}' must be a function with a name, or Z.ai's web_search, retrieval or mcp.",
+                at,
+            )
 
 
 def usage_body(usage: Usage) -> JSON:
-    counts = {"prompt_tokens": usage.prompt, "completion_tokens": usage.completion, "total_tokens": usage.total}
+    counts = {
+        "prompt_tokens": usage.prompt,
+        "completion_tokens": usage.completion,
+        "total_tokens": usage.total,
+    }
     cached, reasoning = {"cached_tokens": usage.cached}, {"reasoning_tokens": usage.reasoning}
     return {**counts, "prompt_tokens_details": cached, "completion_tokens_details": reasoning}
 
@@ -1456,27 +1817,48 @@ def as_function_call(choice: JSON) -> JSON:
     fields = {name: value for name, value in choice["message"].items() if name != "tool_calls"}
     calls = [call["function"] for call in choice["message"].get("tool_calls", ())[:1]]
     finish = "function_call" if choice["finish_reason"] == "tool_calls" else choice["finish_reason"]
-    return {**choice, "message": fields | ({"function_call": calls[0]} if calls else {}), "finish_reason": finish}
+    return {
+        **choice,
+        "message": fields | ({"function_call": calls[0]} if calls else {}),
+        "finish_reason": finish,
+    }
 
 
 def call_body(call: ToolCall) -> JSON:
-    return {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": call.arguments}}
+    return {
+        "id": call.id,
+        "type": "function",
+        "function": {"name": call.name, "arguments": call.arguments},
+    }
 
 
 def call_delta(call: ToolCall) -> JSON:
     """The first piece of a call has its id and name, later ones only arguments."""
-    return {"index": call.index, **(call_body(call) if call.id else {"function": {"arguments": call.arguments}})}
+    return {
+        "index": call.index,
+        **(call_body(call) if call.id else {"function": {"arguments": call.arguments}}),
+    }
 
 
 def url_citations(results: Iterable[JSON]) -> list[JSON]:
     """Search results as OpenAI's annotations."""
-    return [url_citation(result) for result in results if isinstance(result.get("link"), str) and result["link"]]
+    return [
+        url_citation(result)
+        for result in results
+        if isinstance(result.get("link"), str) and result["link"]
+    ]
 
 
 def url_citation(result: JSON) -> JSON:
     """Z.ai does not say where in the text a result belongs, so the indexes are 0."""
     title, content = str(result.get("title") or ""), str(result.get("content") or "")
-    cited = {"url": result["link"], "title": title, "start_index": 0, "end_index": 0, "content": content}
+    cited = {
+        "url": result["link"],
+        "title": title,
+        "start_index": 0,
+        "end_index": 0,
+        "content": content,
+    }
     return {"type": "url_citation", "url_citation": cited}
 
 
@@ -1485,7 +1867,12 @@ def chat_completion(head: Head, answer: Answer) -> JSON:
     search = {"web_search": found} if found else {}
     choices = [chat_choice(index, choice) for index, choice in sorted(answer.choices.items())]
     usage = usage_body(answer.usage or Usage())
-    return {**envelope(head, "chatcmpl-", "chat.completion"), "choices": choices, "usage": usage, **search}
+    return {
+        **envelope(head, "chatcmpl-", "chat.completion"),
+        "choices": choices,
+        "usage": usage,
+        **search,
+    }
 
 
 def chat_choice(index: int, choice: Choice) -> JSON:
@@ -1506,7 +1893,9 @@ def one_prompt(value: Any) -> str:
         case str(words) | [str(words)]:
             return words
         case _:
-            raise ValueError("must be one string, or an array with one: GLM takes only one, and no tokens")
+            raise ValueError(
+                "must be one string, or an array with one: GLM takes only one, and no tokens"
+            )
 
 
 COMPLETION_FIELDS = GENERATION_FIELDS | {"prompt": one_prompt, "echo": switch, "suffix": string}
@@ -1524,7 +1913,10 @@ class CompletionRequest(ChatRequest):
 
     def document(self, head: Head, answer: Answer) -> JSON:
         found = sorted(answer.choices.items())
-        choices = [completion_choice(index, self.echo + choice.text, choice.finish) for index, choice in found]
+        choices = [
+            completion_choice(index, self.echo + choice.text, choice.finish)
+            for index, choice in found
+        ]
         usage = usage_body(answer.usage or Usage())
         return {**envelope(head, "cmpl-", "text_completion"), "choices": choices, "usage": usage}
 
@@ -1540,7 +1932,9 @@ def parse_completion(body: JSON) -> tuple[Prompt, CompletionRequest]:
         effort=effort_of(given),
         ignored=tuple(unknown_fields(body, COMPLETION_FIELDS)),
     )
-    return prompt, CompletionRequest(prompt.n, wants_usage(given), echo=given["prompt"] if given.get("echo") else "")
+    return prompt, CompletionRequest(
+        prompt.n, wants_usage(given), echo=given["prompt"] if given.get("echo") else ""
+    )
 
 
 def completion_messages(prompt: str, suffix: str) -> tuple[Message, ...]:
@@ -1556,12 +1950,16 @@ class CompletionEncoder(ChatEncoder):
 
     def __init__(self, head: Head, request: CompletionRequest) -> None:
         super().__init__(head, request)
-        self.echoes = dict.fromkeys(range(self.n), request.echo)  # of the choices that have not begun
+        self.echoes = dict.fromkeys(
+            range(self.n), request.echo
+        )  # of the choices that have not begun
 
     def feed(self, event: Event) -> list[str]:
         match event:
             case Text(text, choice):
-                return [self.frame(completion_choice(choice, self.echoes.pop(choice, "") + text, None))]
+                return [
+                    self.frame(completion_choice(choice, self.echoes.pop(choice, "") + text, None))
+                ]
             case Finish(reason, choice):
                 return [self.frame(completion_choice(choice, self.echoes.pop(choice, ""), reason))]
             case Usage():
@@ -1608,7 +2006,11 @@ def qualified_name(item: JSON) -> str:
 
 def response_tools(value: Any) -> list[tuple[str, Any]]:
     """The tools, each after its path in the request."""
-    tools = [found for i, tool in enumerate(array(value)) for found in split_namespace(tool, f"tools[{i}]")]
+    tools = [
+        found
+        for i, tool in enumerate(array(value))
+        for found in split_namespace(tool, f"tools[{i}]")
+    ]
     tool_list([tool for _, tool in tools])
     return tools
 
@@ -1626,15 +2028,24 @@ def split_namespace(tool: Any, at: str) -> Iterator[tuple[str, Any]]:
 
 
 def stored_by_openai(_: Any) -> None:
-    raise ValueError("refers to what only OpenAI stores: send the conversation as 'input', or 'previous_response_id'")
+    raise ValueError(
+        "refers to what only OpenAI stores: send the conversation as 'input', or 'previous_response_id'"
+    )
 
 
 RESPONSE_FIELDS: dict[str, Check] = (
     COMMON_FIELDS
     | dict.fromkeys(("instructions", "previous_response_id", "prompt_cache_key"), string)
     | dict.fromkeys(("store", "parallel_tool_calls"), switch)
-    | dict.fromkeys(("conversation", "prompt"), stored_by_openai)  # ignoring these would lose the conversation
-    | {"input": response_input, "text": text_format, "reasoning": effort_from_object, "include": array}
+    | dict.fromkeys(
+        ("conversation", "prompt"), stored_by_openai
+    )  # ignoring these would lose the conversation
+    | {
+        "input": response_input,
+        "text": text_format,
+        "reasoning": effort_from_object,
+        "include": array,
+    }
     | {"tools": response_tools, "tool_choice": response_tool_choice}
     | {"max_output_tokens": integer(1, 2**31), "metadata": mapping}
 )
@@ -1642,14 +2053,28 @@ RESPONSE_FIELDS: dict[str, Check] = (
 # Fields of a request that the response repeats, with their defaults.
 ECHOED: JSON = (
     dict.fromkeys(("instructions", "max_output_tokens", "previous_response_id", "prompt_cache_key"))
-    | {"safety_identifier": None, "user": None, "store": True, "metadata": {}, "temperature": 1.0, "top_p": 1.0}
+    | {
+        "safety_identifier": None,
+        "user": None,
+        "store": True,
+        "metadata": {},
+        "temperature": 1.0,
+        "top_p": 1.0,
+    }
     | {"tools": [], "tool_choice": "auto", "parallel_tool_calls": True}
     | {"reasoning": {"effort": None, "summary": None}, "text": {"format": {"type": "text"}}}
 )
 # The other keys that a response must have; in a request, ztoapi ignores them.
-FIXED: JSON = {"background": False, "max_tool_calls": None, "service_tier": "default", "truncation": "disabled"}
+FIXED: JSON = {
+    "background": False,
+    "max_tool_calls": None,
+    "service_tier": "default",
+    "truncation": "disabled",
+}
 FIXED |= {"frequency_penalty": 0.0, "presence_penalty": 0.0, "top_logprobs": 0}
-REASONING_PREFIX = "ztoapi:"  # of our `encrypted_content`: base64 follows, neither encrypted nor signed
+REASONING_PREFIX = (
+    "ztoapi:"  # of our `encrypted_content`: base64 follows, neither encrypted nor signed
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -1673,7 +2098,9 @@ class ResponsesRequest:
     """What the Responses API's answer depends on. `echo` is what the response repeats of the request."""
 
     echo: JSON
-    input: list[Any]  # with the conversation so far before it; empty if the response is not to be stored
+    input: list[
+        Any
+    ]  # with the conversation so far before it; empty if the response is not to be stored
     tools: Mapping[str, JSON]  # as the client sent them, by the names that the model knows
     returns_reasoning: bool  # in a form that the client can send back
     history: History
@@ -1693,11 +2120,16 @@ def parse_response(body: JSON, history: History) -> tuple[Prompt, ResponsesReque
     given = validated(body, RESPONSE_FIELDS)
     required(given, "model")
     before = previous_items(given, history)
-    items = [resolve_reference(item, f"input[{i}]", history) for i, item in enumerate(given.get("input", ()))]
+    items = [
+        resolve_reference(item, f"input[{i}]", history)
+        for i, item in enumerate(given.get("input", ()))
+    ]
     conversation = parse_items([*before, *items], -len(before))
     if not conversation:
         raise BadRequest("'input' is required and must not be empty.", "input")
-    instructions = (Message("system", (given["instructions"],)),) if given.get("instructions") else ()
+    instructions = (
+        (Message("system", (given["instructions"],)),) if given.get("instructions") else ()
+    )
     tools = [(tool, parse_response_tool(tool, at)) for at, tool in given.get("tools", ())]
     left_out = dict.fromkeys(f"tools.{tool['type']}" for tool, parsed in tools if parsed is None)
     prompt = Prompt(
@@ -1733,10 +2165,14 @@ def referred_responses(body: JSON) -> list[str]:
     """The ids of the stored responses that a request refers to."""
     if not body.keys() & {"input", "previous_response_id"}:  # most requests
         return []
-    references = (item for item in objects(body.get("input")) if item.get("type") == "item_reference")
+    references = (
+        item for item in objects(body.get("input")) if item.get("type") == "item_reference"
+    )
     items = [response_of(str(item.get("id"))) for item in references]
     previous = [str(body["previous_response_id"])] if body.get("previous_response_id") else []
-    return list(dict.fromkeys(filter(str.isprintable, previous + items)))[:1_000]  # others, a database may refuse
+    return list(dict.fromkeys(filter(str.isprintable, previous + items)))[
+        :1_000
+    ]  # others, a database may refuse
 
 
 def response_of(item_id: str) -> str:
@@ -1749,9 +2185,15 @@ def resolve_reference(item: Any, at: str, history: History) -> Any:
     if as_object(item).get("type") != "item_reference":
         return item
     stored = history.get(response_of(str(item.get("id"))))
-    found = [known for known in stored.response["output"] if known["id"] == item["id"]] if stored else []
+    found = (
+        [known for known in stored.response["output"] if known["id"] == item["id"]]
+        if stored
+        else []
+    )
     if not found:
-        raise BadRequest(f"'{at}' refers to an item that is not stored here: send the item itself.", at)
+        raise BadRequest(
+            f"'{at}' refers to an item that is not stored here: send the item itself.", at
+        )
     return found[0]
 
 
@@ -1760,7 +2202,9 @@ def parse_items(items: Iterable[Any], first: int) -> tuple[Message, ...]:
 
     It is negative where items of a previous response stand before the input.
     """
-    messages = chain.from_iterable(parse_item(item, f"input[{i}]") for i, item in enumerate(items, first))
+    messages = chain.from_iterable(
+        parse_item(item, f"input[{i}]") for i, item in enumerate(items, first)
+    )
     return merge_assistant_turns(hoist_tool_images(messages))
 
 
@@ -1771,36 +2215,58 @@ def echo_of(body: JSON) -> JSON:
     """The fields that a response repeats of its request; objects and functions get their required keys."""
     given = {name: value for name in ECHOED if (value := body.get(name)) is not None}
     objects = {name: ECHOED[name] | given[name] for name in ("reasoning", "text") if name in given}
-    tools = [FUNCTION_ECHO | tool if tool.get("type") == "function" else tool for tool in given.get("tools", ())]
+    tools = [
+        FUNCTION_ECHO | tool if tool.get("type") == "function" else tool
+        for tool in given.get("tools", ())
+    ]
     return ECHOED | given | objects | {"tools": tools}
 
 
 # Items of OpenAI-hosted tools, skipped: the assistant's text already has their results.
-OPENAI_ITEMS = ("web_search_call", "file_search_call", "code_interpreter_call", "image_generation_call")
+OPENAI_ITEMS = (
+    "web_search_call",
+    "file_search_call",
+    "code_interpreter_call",
+    "image_generation_call",
+)
 
 
 def parse_item(item: Any, at: str) -> Iterator[Message]:
     """One item of the input as messages; several items may form one assistant message (see merge_assistant_turns)."""
     match item:
         case {"type": "function_call" | "custom_tool_call", "name": str(), "call_id": str(call_id)}:
-            arguments = item.get("arguments") if item["type"] == "function_call" else {"input": item.get("input")}
+            arguments = (
+                item.get("arguments")
+                if item["type"] == "function_call"
+                else {"input": item.get("input")}
+            )
             call = ToolCall(0, call_id, qualified_name(item), argument_text(arguments) or "{}")
             yield Message("assistant", (), calls=(call,))
-        case {"type": "function_call_output" | "custom_tool_call_output", "call_id": str(call_id), "output": output}:
+        case {
+            "type": "function_call_output" | "custom_tool_call_output",
+            "call_id": str(call_id),
+            "output": output,
+        }:
             parts = parse_content(as_chat_content(output), "user", f"{at}.output")
             words = tuple(part for part in parts if isinstance(part, str))
             seen = tuple(part for part in parts if isinstance(part, Media))
-            yield Message("tool", words or ("(a picture, shown below)",) * bool(seen), call_id=call_id)
+            yield Message(
+                "tool", words or ("(a picture, shown below)",) * bool(seen), call_id=call_id
+            )
             if seen:
                 yield Message("user", seen)
         case {"type": "reasoning"}:
             yield Message("assistant", (), thought=decode_reasoning(item))
         case {"role": "user" | "assistant" | "system" | "developer" as role, "content": content}:
-            yield Message(ROLES[role], parse_content(as_chat_content(content), role, f"{at}.content"))
+            yield Message(
+                ROLES[role], parse_content(as_chat_content(content), role, f"{at}.content")
+            )
         case {"type": str(kind)} if kind in OPENAI_ITEMS:
             return
         case _:
-            raise BadRequest(f"'{at}' must be a message, a tool call, its output, or reasoning.", at)
+            raise BadRequest(
+                f"'{at}' must be a message, a tool call, its output, or reasoning.", at
+            )
 
 
 def hoist_tool_images(messages: Iterable[Message]) -> Iterator[Message]:
@@ -1811,7 +2277,9 @@ def hoist_tool_images(messages: Iterable[Message]) -> Iterator[Message]:
 
 def is_from_tool(message: Message) -> bool:
     """Whether this may be what a tool returned: its text, or the images beside it."""
-    return message.role == "tool" or (message.role == "user" and set(map(type, message.content)) <= {Media})
+    return message.role == "tool" or (
+        message.role == "user" and set(map(type, message.content)) <= {Media}
+    )
 
 
 def as_chat_content(content: Any) -> Any:
@@ -1837,7 +2305,12 @@ def merge_assistant_turns(messages: Iterable[Message]) -> tuple[Message, ...]:
     reached = 0  # in the last turn: 0 only reasoning, 1 text, 2 calls, which come in this order
     for message in messages:
         begins_at = 0 if message.thought else 1 if message.content else 2
-        if not turns or turns[-1][0].role != "assistant" or message.role != "assistant" or begins_at < reached:
+        if (
+            not turns
+            or turns[-1][0].role != "assistant"
+            or message.role != "assistant"
+            or begins_at < reached
+        ):
             turns.append([])
             reached = 0
         turns[-1].append(message)
@@ -1849,8 +2322,12 @@ def merged(turn: list[Message]) -> Message:
     first, *others = turn
     if not others:
         return first
-    content, calls = ([*chain.from_iterable(map(attrgetter(name), turn))] for name in ("content", "calls"))
-    return replace(first, content=(*content,), thought="".join(part.thought for part in turn), calls=(*calls,))
+    content, calls = (
+        [*chain.from_iterable(map(attrgetter(name), turn))] for name in ("content", "calls")
+    )
+    return replace(
+        first, content=(*content,), thought="".join(part.thought for part in turn), calls=(*calls,)
+    )
 
 
 def encode_reasoning(thought: str) -> str:
@@ -1862,7 +2339,9 @@ def decode_reasoning(item: JSON) -> str:
     kept = item.get("encrypted_content")
     if isinstance(kept, str) and kept.startswith(REASONING_PREFIX):
         with suppress(ValueError):
-            return base64.b64decode(kept.removeprefix(REASONING_PREFIX), validate=True).decode("utf-8", "surrogatepass")
+            return base64.b64decode(kept.removeprefix(REASONING_PREFIX), validate=True).decode(
+                "utf-8", "surrogatepass"
+            )
     parts = chain.from_iterable(objects(item.get(key)) for key in ("content", "summary"))
     return "".join(part["text"] for part in parts if isinstance(part.get("text"), str))
 
@@ -1871,18 +2350,29 @@ def parse_response_tool(tool: Any, at: str) -> Tool | JSON | None:
     """A tool, or None for a kind that only OpenAI has. A custom tool becomes a function with one string, its input."""
     match tool:
         case {"type": "function", "name": str()}:
-            return parse_tool({"type": "function", "function": tool | {"name": qualified_name(tool)}}, at)
+            return parse_tool(
+                {"type": "function", "function": tool | {"name": qualified_name(tool)}}, at
+            )
         case {"type": "custom", "name": str(name)} if name:
-            schema = {"type": "object", "properties": {"input": {"type": "string"}}, "required": ["input"]}
+            schema = {
+                "type": "object",
+                "properties": {"input": {"type": "string"}},
+                "required": ["input"],
+            }
             grammar = as_object(tool.get("format")).get("definition")
-            about = [str(tool.get("description") or name), *([f"The input's grammar: {grammar}"] if grammar else [])]
+            about = [
+                str(tool.get("description") or name),
+                *([f"The input's grammar: {grammar}"] if grammar else []),
+            ]
             return Tool(qualified_name(tool), "\n".join(about), schema)
         case {"type": str(kind)} if kind.startswith("web_search"):
             return as_object(checked(tool, search_tool, at))
         case {"type": str(kind)} if kind not in ("function", "custom"):
             return None
         case _:
-            raise BadRequest(f"'{at}' must be a tool with a type, and a function must have a name.", at)
+            raise BadRequest(
+                f"'{at}' must be a tool with a type, and a function must have a name.", at
+            )
 
 
 # ======== Responses: answer =========================================================================================
@@ -1909,10 +2399,22 @@ class ItemKind:
         return {"logprobs": []} if self is MESSAGE else {}
 
 
-REASONING = ItemKind("reasoning", "rs", "content", "reasoning_text", "content_part", "reasoning_text", {"summary": []})
+REASONING = ItemKind(
+    "reasoning",
+    "rs",
+    "content",
+    "reasoning_text",
+    "content_part",
+    "reasoning_text",
+    {"summary": []},
+)
 # Reasoning for clients that ask for a summary.
-SUMMARY = ItemKind("reasoning", "rs", "summary", "reasoning_summary_text", "reasoning_summary_part", "summary_text")
-MESSAGE = ItemKind("message", "msg", "content", "output_text", "content_part", "output_text", {"role": "assistant"})
+SUMMARY = ItemKind(
+    "reasoning", "rs", "summary", "reasoning_summary_text", "reasoning_summary_part", "summary_text"
+)
+MESSAGE = ItemKind(
+    "message", "msg", "content", "output_text", "content_part", "output_text", {"role": "assistant"}
+)
 FUNCTION_CALL = ItemKind("function_call", "fc", "arguments", "function_call_arguments")
 CUSTOM_TOOL_CALL = ItemKind("custom_tool_call", "ctc", "input", "custom_tool_call_input")
 
@@ -1960,7 +2462,12 @@ class Item:
 
     @property
     def body(self) -> JSON:
-        fields = {"type": self.kind.type, **self.kind.fields, **self.names, self.kind.content: self.content}
+        fields = {
+            "type": self.kind.type,
+            **self.kind.fields,
+            **self.names,
+            self.kind.content: self.content,
+        }
         return {"id": self.id, "status": self.status, **fields}
 
 
@@ -1982,7 +2489,10 @@ class ResponseEncoder:
     def opening(self) -> list[JSON]:
         if self.sequence:
             return []
-        return [self.frame(name, response=self.response("in_progress")) for name in ("created", "in_progress")]
+        return [
+            self.frame(name, response=self.response("in_progress"))
+            for name in ("created", "in_progress")
+        ]
 
     def frames(self, event: Event) -> Iterator[JSON]:
         match event:
@@ -2012,7 +2522,10 @@ class ResponseEncoder:
         item = self.calls.get(call.index)
         if item is None:
             tool = self.request.tools.get(call.name, {"name": call.name})
-            names: JSON = {"call_id": call.id, **{key: tool[key] for key in ("name", "namespace") if key in tool}}
+            names: JSON = {
+                "call_id": call.id,
+                **{key: tool[key] for key in ("name", "namespace") if key in tool},
+            }
             kind = CUSTOM_TOOL_CALL if tool.get("type") == "custom" else FUNCTION_CALL
             item = self.calls[call.index] = yield from self.new_item(kind, names)
         item.pieces.append(call.arguments)
@@ -2048,26 +2561,37 @@ class ResponseEncoder:
     def last_frames(self, item: Item) -> Iterator[JSON]:
         kind = item.kind
         if kind.part_type:
-            yield self.frame(f"{kind.events}.done", **item.position, text=item.text, **kind.logprobs)
+            yield self.frame(
+                f"{kind.events}.done", **item.position, text=item.text, **kind.logprobs
+            )
             yield self.frame(f"{kind.part_events}.done", **item.position, part=item.part)
             return
         if kind is CUSTOM_TOOL_CALL:  # its input is not known until it is complete
             yield self.frame(f"{kind.events}.delta", **item.position, delta=item.input)
         name = {"name": item.names["name"]} if kind is FUNCTION_CALL else {}
-        yield self.frame(f"{kind.events}.done", **item.position, **name, **{kind.content: item.content})
+        yield self.frame(
+            f"{kind.events}.done", **item.position, **name, **{kind.content: item.content}
+        )
 
     def close(self) -> list[JSON]:
         status = self.final_status
-        response = self.response(status, completed_at=int(self.head.clock()) if status == "completed" else None)
+        response = self.response(
+            status, completed_at=int(self.head.clock()) if status == "completed" else None
+        )
         if response["store"]:
             self.request.history.put(StoredResponse(response, self.request.input))
         return [self.frame(status, response=response)]
 
     def fail(self, error: ProxyError) -> list[JSON]:
-        too_long = error.kind.code == "context_length_exceeded"  # Codex then says that its context is full
+        too_long = (
+            error.kind.code == "context_length_exceeded"
+        )  # Codex then says that its context is full
         code = error.kind.code if too_long else FAILURE_CODES.get(error.kind.status, "server_error")
         failure = {"code": code, "message": str(error)}
-        return [*self.opening(), self.frame("failed", response=self.response("failed", error=failure))]
+        return [
+            *self.opening(),
+            self.frame("failed", response=self.response("failed", error=failure)),
+        ]
 
     def frame(self, event: str, **fields: Any) -> JSON:
         frame = {"type": f"response.{event}", "sequence_number": self.sequence, **fields}
@@ -2087,9 +2611,22 @@ class ResponseEncoder:
         head, usage = self.head, response_usage(self.usage) if self.usage else None
         reason = {"reason": "max_output_tokens" if self.finish == "length" else "content_filter"}
         return (
-            {"id": f"resp_{head.own_id}", "object": "response", "model": head.model, "created_at": head.created}
-            | {"status": status, "incomplete_details": reason if status == "incomplete" else None, "usage": usage}
-            | {"output": [self.body(item) for item in self.items], "completed_at": None, "error": None}
+            {
+                "id": f"resp_{head.own_id}",
+                "object": "response",
+                "model": head.model,
+                "created_at": head.created,
+            }
+            | {
+                "status": status,
+                "incomplete_details": reason if status == "incomplete" else None,
+                "usage": usage,
+            }
+            | {
+                "output": [self.body(item) for item in self.items],
+                "completed_at": None,
+                "error": None,
+            }
             | {**outcome, **self.request.echo, **FIXED}
         )
 
@@ -2097,13 +2634,22 @@ class ResponseEncoder:
 def input_items(stored: StoredResponse, query: Mapping[str, str]) -> JSON:
     """A page of a response's input, as its `order`, `after` and `limit` ask for it: the newest 20 first."""
     order = 1 if query.get("order") == "asc" else -1
-    items = [input_item(item, f"{stored.response['id']}_input_{i}") for i, item in enumerate(stored.input)][::order]
+    items = [
+        input_item(item, f"{stored.response['id']}_input_{i}")
+        for i, item in enumerate(stored.input)
+    ][::order]
     ids = [item["id"] for item in items]
     start = ids.index(query["after"]) + 1 if query.get("after") in ids else 0
     limit = query.get("limit", "")
     end = start + (int(limit) if re.fullmatch("[1-9][0-9]?|100", limit) else 20)
     first, last = (ids[start], ids[start:end][-1]) if ids[start:end] else (None, None)
-    return {"object": "list", "data": items[start:end], "first_id": first, "last_id": last, "has_more": end < len(ids)}
+    return {
+        "object": "list",
+        "data": items[start:end],
+        "first_id": first,
+        "last_id": last,
+        "has_more": end < len(ids),
+    }
 
 
 def input_item(item: JSON, item_id: str) -> JSON:
@@ -2116,9 +2662,17 @@ def input_item(item: JSON, item_id: str) -> JSON:
 
 
 def response_usage(usage: Usage) -> JSON:
-    counts = {"input_tokens": usage.prompt, "output_tokens": usage.completion, "total_tokens": usage.total}
+    counts = {
+        "input_tokens": usage.prompt,
+        "output_tokens": usage.completion,
+        "total_tokens": usage.total,
+    }
     read = {"cached_tokens": usage.cached, "cache_write_tokens": 0}
-    return {**counts, "input_tokens_details": read, "output_tokens_details": {"reasoning_tokens": usage.reasoning}}
+    return {
+        **counts,
+        "input_tokens_details": read,
+        "output_tokens_details": {"reasoning_tokens": usage.reasoning},
+    }
 
 
 # ======== Messages ==================================================================================================
@@ -2136,14 +2690,24 @@ def with_reminders(turns: list[Any]) -> list[Any]:
     """The conversation with each system message put into the user's turn beside it, as a reminder."""
     if not any(as_object(turn).get("role") == "system" for turn in turns):
         return turns
-    groups = groupby(map(as_object, turns), lambda turn: "user" if turn.get("role") == "system" else turn.get("role"))
-    return [*chain.from_iterable([user_turn(group)] if role == "user" else group for role, group in groups)]
+    groups = groupby(
+        map(as_object, turns),
+        lambda turn: "user" if turn.get("role") == "system" else turn.get("role"),
+    )
+    return [
+        *chain.from_iterable(
+            [user_turn(group)] if role == "user" else group for role, group in groups
+        )
+    ]
 
 
 def user_turn(turns: Iterable[JSON]) -> JSON:
     """Several turns as one, in which tool results must come first."""
     blocks = chain.from_iterable(map(content_blocks, turns))
-    return {"role": "user", "content": sorted(blocks, key=lambda block: as_object(block).get("type") != "tool_result")}
+    return {
+        "role": "user",
+        "content": sorted(blocks, key=lambda block: as_object(block).get("type") != "tool_result"),
+    }
 
 
 def content_blocks(turn: JSON) -> Iterator[Any]:
@@ -2152,12 +2716,18 @@ def content_blocks(turn: JSON) -> Iterator[Any]:
     blocks = [{"type": "text", "text": content}] if isinstance(content, str) else content
     for block in blocks if isinstance(blocks, list) else ():
         reminds = turn["role"] == "system" and isinstance(as_object(block).get("text"), str)
-        yield {**block, "text": f"<system-reminder>\n{block['text']}\n</system-reminder>"} if reminds else block
+        yield (
+            {**block, "text": f"<system-reminder>\n{block['text']}\n</system-reminder>"}
+            if reminds
+            else block
+        )
 
 
 def shows_image(body: JSON) -> bool:
     """Whether a turn, or a tool result in it, has an image."""
-    blocks = [block for turn in objects(body.get("messages")) for block in objects(turn.get("content"))]
+    blocks = [
+        block for turn in objects(body.get("messages")) for block in objects(turn.get("content"))
+    ]
     within = (part for block in blocks for part in objects(block.get("content")))
     return any(block.get("type") == "image" for block in chain(blocks, within))
 
@@ -2265,11 +2835,19 @@ class Client:
 
     def filled(self, origin: str, key: str, model: Model, folder: str) -> Client:
         """The client for one server, key, model and folder."""
-        words = {"origin": origin, "base": f"{origin}/v1", "key": key, "dir": folder, "model": model.id}
+        words = {
+            "origin": origin,
+            "base": f"{origin}/v1",
+            "key": key,
+            "dir": folder,
+            "model": model.id,
+        }
         words |= {"context": str(model.context or 128 * K), "output": str(model.output or 16 * K)}
         words["vision"] = to_json(model.vision)
         in_json = {word: to_json(text)[1:-1] for word, text in words.items()}
-        variables = {name: Template(text).substitute(words) for name, text in self.variables.items()}
+        variables = {
+            name: Template(text).substitute(words) for name, text in self.variables.items()
+        }
         arguments = [Template(text).substitute(words) for text in self.arguments]
         files = {name: Template(text).substitute(in_json) for name, text in self.files.items()}
         return Client(self.install, variables, arguments, files)
@@ -2291,17 +2869,31 @@ def parse_client(row: str) -> tuple[str, Client]:
     name, _, install = head.partition(": ")
     words = shlex.split(line)
     variables = dict(word.split("=", 1) for word in takewhile(re.compile(r"\w+=").match, words))
-    return name, Client(install, variables, words[len(variables) :], dict(file.split(": ", 1) for file in files))
+    return name, Client(
+        install, variables, words[len(variables) :], dict(file.split(": ", 1) for file in files)
+    )
 
 
-CLIENTS = dict(map(parse_client, CLIENT_TABLE.replace("$xdg", XDG).replace("$opencode", OPENCODE).split("\n\n")))
+CLIENTS = dict(
+    map(
+        parse_client, CLIENT_TABLE.replace("$xdg", XDG).replace("$opencode", OPENCODE).split("\n\n")
+    )
+)
 
 
 def client_examples() -> list[JSON]:
     """What the docs page shows; its script replaces the example's address, key and model."""
-    example = ("http://ztoapi.example", "YOUR_KEY", Model("your-model", 1_000_001, 1_000_002, vision=False), "$dir")
+    example = (
+        "http://ztoapi.example",
+        "YOUR_KEY",
+        Model("your-model", 1_000_001, 1_000_002, vision=False),
+        "$dir",
+    )
     shown = {name: client.filled(*example) for name, client in CLIENTS.items()}
-    return [{"command": name, "install": it.install, "lines": it.shell_lines()} for name, it in shown.items()]
+    return [
+        {"command": name, "install": it.install, "lines": it.shell_lines()}
+        for name, it in shown.items()
+    ]
 
 
 # ======== Z.ai: request =============================================================================================
@@ -2327,11 +2919,15 @@ def zai_body(prompt: Prompt, model: Model) -> JSON:
     tools, messages = offered_tools(prompt), sendable(prompt.messages)
     body = {
         "model": model.id,
-        "messages": [zai_message(message) for message in with_system_lines(messages, emulation_lines(prompt, tools))],
+        "messages": [
+            zai_message(message)
+            for message in with_system_lines(messages, emulation_lines(prompt, tools))
+        ],
         "stream": bool(prompt.stream),
         "temperature": None if prompt.temperature is None else min(prompt.temperature, 1),
         "top_p": None if prompt.top_p is None else max(prompt.top_p, 0.01),
-        "max_tokens": prompt.max_tokens and min(prompt.max_tokens, model.output or prompt.max_tokens),
+        "max_tokens": prompt.max_tokens
+        and min(prompt.max_tokens, model.output or prompt.max_tokens),
         "stop": list(prompt.stop) or None,  # documented as a list
         "seed": prompt.seed,
         "user_id": zai_user(prompt.user),
@@ -2346,10 +2942,14 @@ def zai_body(prompt: Prompt, model: Model) -> JSON:
 
 def turn_start(messages: tuple[Message, ...]) -> int:
     """The index after the last user message: the tool loop in progress begins there."""
-    return max((index for index, message in enumerate(messages, 1) if message.role == "user"), default=0)
+    return max(
+        (index for index, message in enumerate(messages, 1) if message.role == "user"), default=0
+    )
 
 
-def with_reasoning(messages: tuple[Message, ...], start: int, recall: Callable[[Message], str]) -> tuple[Message, ...]:
+def with_reasoning(
+    messages: tuple[Message, ...], start: int, recall: Callable[[Message], str]
+) -> tuple[Message, ...]:
     """The conversation with the reasoning that its client lost, from the index `start` on."""
 
     def recalled(message: Message) -> Message:
@@ -2364,7 +2964,9 @@ def choice_prompt(prompt: Prompt, choice: int) -> Prompt:
     if prompt.n == 1:
         return prompt
     native = {name: value for name, value in prompt.native.items() if name != "request_id"}
-    return replace(prompt, seed=None if prompt.seed is None else prompt.seed + choice, native=native)
+    return replace(
+        prompt, seed=None if prompt.seed is None else prompt.seed + choice, native=native
+    )
 
 
 def zai_user(user: str) -> str | None:
@@ -2382,7 +2984,9 @@ def offered_tools(prompt: Prompt) -> list[JSON]:
     if choice.names is None or not (tools or prompt.native_tools):
         return [zai_tool(tool) for tool in tools] + list(prompt.native_tools)
     if unknown := set(choice.names) - {tool.name for tool in tools}:
-        raise BadRequest(f"'tool_choice' names {', '.join(sorted(unknown))}, not among the tools.", "tool_choice")
+        raise BadRequest(
+            f"'tool_choice' names {', '.join(sorted(unknown))}, not among the tools.", "tool_choice"
+        )
     return [zai_tool(tool) for tool in tools if tool.name in choice.names]
 
 
@@ -2399,7 +3003,11 @@ def emulation_lines(prompt: Prompt, tools: list[JSON]) -> Iterator[str]:
 def sendable(messages: Iterable[Message]) -> tuple[Message, ...]:
     """The messages as Z.ai takes them: only a user's may be empty (1213), and one is a user's or a tool's (1214)."""
     answered = ("user", "tool")
-    kept = [message for message in map(mended, messages) if message.role in answered or has_content(message)]
+    kept = [
+        message
+        for message in map(mended, messages)
+        if message.role in answered or has_content(message)
+    ]
     if not kept:
         raise BadRequest("'messages' must not all be empty.", "messages")
     roles = [message.role for message in kept]
@@ -2414,14 +3022,18 @@ def mended(message: Message) -> Message:
     if message.role == "tool" and not has_content(message):
         return replace(message, content=("(no output)",))
     text = message.content[0] if message.role == "assistant" and message.content else None
-    if isinstance(text, str) and (tagged := re.match(r"\s*<think>(.*?)</think>[\r\n]*", text, re.DOTALL)):
+    if isinstance(text, str) and (
+        tagged := re.match(r"\s*<think>(.*?)</think>[\r\n]*", text, re.DOTALL)
+    ):
         content = (text[tagged.end() :], *message.content[1:])
         return replace(message, content=content, thought=message.thought or tagged[1])
     return message
 
 
 def has_content(message: Message) -> bool:
-    return bool(message.calls) or any(p and not (isinstance(p, str) and p.isspace()) for p in message.content)
+    return bool(message.calls) or any(
+        p and not (isinstance(p, str) and p.isspace()) for p in message.content
+    )
 
 
 def with_system_lines(messages: tuple[Message, ...], lines: Iterable[str]) -> tuple[Message, ...]:
@@ -2432,17 +3044,32 @@ def with_system_lines(messages: tuple[Message, ...], lines: Iterable[str]) -> tu
     if "system" not in roles:
         return (Message("system", lines), *messages)
     at = roles.index("system")
-    return (*messages[:at], replace(messages[at], content=(*messages[at].content, *lines)), *messages[at + 1 :])
+    return (
+        *messages[:at],
+        replace(messages[at], content=(*messages[at].content, *lines)),
+        *messages[at + 1 :],
+    )
 
 
 ENABLED, DISABLED = {"thinking": {"type": "enabled"}}, {"thinking": {"type": "disabled"}}
 # Models that always think have three levels; this is the nearest for each effort.
-ALWAYS: dict[Effort, str] = {"off": "low", "low": "low", "medium": "high", "high": "high", "xhigh": "max", "max": "max"}
-WITH_EFFORT: dict[Effort, JSON] = {level: ENABLED | {"reasoning_effort": level} for level in EFFORT_LEVELS}
+ALWAYS: dict[Effort, str] = {
+    "off": "low",
+    "low": "low",
+    "medium": "high",
+    "high": "high",
+    "xhigh": "max",
+    "max": "max",
+}
+WITH_EFFORT: dict[Effort, JSON] = {
+    level: ENABLED | {"reasoning_effort": level} for level in EFFORT_LEVELS
+}
 # The fields for each kind of model and effort (docs.z.ai, "Thinking Mode"; NousResearch/hermes-agent#85890, #97286).
 THINKING: dict[ThinkingKind, dict[Effort, JSON]] = {
     "none": {},
-    "switch": {level: DISABLED if level == "off" else ENABLED for level in ("off", "on", *EFFORT_LEVELS)},
+    "switch": {
+        level: DISABLED if level == "off" else ENABLED for level in ("off", "on", *EFFORT_LEVELS)
+    },
     "effort": {"off": DISABLED, "on": ENABLED, **WITH_EFFORT},
     "always": {level: {"reasoning_effort": known} for level, known in ALWAYS.items()},
 }
@@ -2455,7 +3082,10 @@ def zai_thinking(prompt: Prompt, messages: Iterable[Message], model: Model) -> J
     clear = False if remembers else prompt.clear_thinking
     if clear is None or model.thinking == "none":
         return fields
-    return {**fields, "thinking": {**fields.get("thinking", ENABLED["thinking"]), "clear_thinking": clear}}
+    return {
+        **fields,
+        "thinking": {**fields.get("thinking", ENABLED["thinking"]), "clear_thinking": clear},
+    }
 
 
 def has_media(*messages: Message) -> bool:
@@ -2482,7 +3112,10 @@ def zai_part(part: str | Media) -> JSON:
     """Z.ai takes https URLs and bare base64; some models refuse data: URLs (BigPizzaV3/CodexPlusPlus#2031)."""
     if isinstance(part, str):
         return {"type": "text", "text": part}
-    return {"type": part.type, part.type: {"url": re.sub(r"(?i)^data:[^,]*;base64,", "", part.url, count=1)}}
+    return {
+        "type": part.type,
+        part.type: {"url": re.sub(r"(?i)^data:[^,]*;base64,", "", part.url, count=1)},
+    }
 
 
 def zai_tool(tool: Tool) -> JSON:
@@ -2500,13 +3133,21 @@ class RefInliner:
 
     MAX_NODES, MAX_DEPTH = 2_000, 100  # objects and arrays in the result; nested
     DATA = ("const", "enum", "default", "examples")  # hold values, not schemas
-    MAPS = ("properties", "patternProperties", "dependentSchemas", "$defs", "definitions")  # hold schemas by any name
+    MAPS = (
+        "properties",
+        "patternProperties",
+        "dependentSchemas",
+        "$defs",
+        "definitions",
+    )  # hold schemas by any name
     PLACES = ("$defs", "definitions")  # of definitions
 
     def __init__(self, schema: JSON) -> None:
         self.schema = schema
         found = [(f"#/{place}/", as_object(schema.get(place))) for place in self.PLACES]
-        self.definitions = {path + name: part for path, parts in found for name, part in parts.items()}
+        self.definitions = {
+            path + name: part for path, parts in found for name, part in parts.items()
+        }
         self.size = 0
         self.has_refs = False  # a reference stays, so its definition must stay too
 
@@ -2515,7 +3156,9 @@ class RefInliner:
         inlined: JSON = self.inline(body, (), 0)
         if self.size > self.MAX_NODES:
             return self.schema
-        return inlined | {name: self.schema[name] for name in self.PLACES if self.has_refs and name in self.schema}
+        return inlined | {
+            name: self.schema[name] for name in self.PLACES if self.has_refs and name in self.schema
+        }
 
     def inline(self, part: Any, seen: tuple[str, ...], depth: int) -> Any:
         """`part` with its references replaced; `seen` are the definitions around it."""
@@ -2523,7 +3166,9 @@ class RefInliner:
             return part
         self.size += 1 if depth < self.MAX_DEPTH else self.MAX_NODES
         match part:
-            case {"$ref": str(ref), **others} if ref not in seen and isinstance(self.definitions.get(ref), dict):
+            case {"$ref": str(ref), **others} if ref not in seen and isinstance(
+                self.definitions.get(ref), dict
+            ):
                 meant = self.inline(self.definitions[ref], (*seen, ref), depth + 1)
                 return {**meant, **self.inline(others, seen, depth + 1)}
             case {"$ref": str(ref)}:
@@ -2531,7 +3176,9 @@ class RefInliner:
                 return part
             case dict():
                 names = [name for name in part if name != "$schema"]
-                return without_null({name: self.inline_at(name, part[name], seen, depth + 1) for name in names})
+                return without_null(
+                    {name: self.inline_at(name, part[name], seen, depth + 1) for name in names}
+                )
             case _:
                 return [self.inline(value, seen, depth + 1) for value in part]
 
@@ -2548,18 +3195,31 @@ def without_null(schema: JSON) -> JSON:
         match schema.get(union):
             case [{"type": "null"}, dict(other)] | [dict(other), {"type": "null"}]:
                 gone = ((union, schema[union]), ("default", None))
-                return {**other, **{name: value for name, value in schema.items() if (name, value) not in gone}}
+                return {
+                    **other,
+                    **{name: value for name, value in schema.items() if (name, value) not in gone},
+                }
     return schema
 
 
 # ======== Z.ai: errors ==============================================================================================
 # `zai_error` reads Z.ai's refusals, which come in many forms.
 
-INVALID = error_kind(400, "zai_{}", "Z.ai did not accept the request: fix what it names.")  # {}: Z.ai's code
+INVALID = error_kind(
+    400, "zai_{}", "Z.ai did not accept the request: fix what it names."
+)  # {}: Z.ai's code
 OTHER = error_kind(502, "zai_{}", "Z.ai refused the request.")
-OVERLOADED = replace(RATE_LIMITED, message="The model is overloaded: wait a little, or choose another.", retry_after=5)
-CONTEXT_LENGTH_EXCEEDED = error_kind(400, "context_length_exceeded", "Too long for the model: shorten the messages.")
-CONTENT_FILTER = error_kind(400, "content_filter", "Z.ai's content filter refused the request: rephrase it.")
+OVERLOADED = replace(
+    RATE_LIMITED,
+    message="The model is overloaded: wait a little, or choose another.",
+    retry_after=5,
+)
+CONTEXT_LENGTH_EXCEEDED = error_kind(
+    400, "context_length_exceeded", "Too long for the model: shorten the messages."
+)
+CONTENT_FILTER = error_kind(
+    400, "content_filter", "Z.ai's content filter refused the request: rephrase it."
+)
 
 # Z.ai's codes (docs.z.ai, "Error Codes", with docs.bigmodel.cn's of July 2026).
 KINDS_BY_CODE = (
@@ -2568,7 +3228,9 @@ KINDS_BY_CODE = (
     | dict.fromkeys(("1210", "1213", "1214", "1215", "1221", "1222"), INVALID)
     | dict.fromkeys(("1211", "1212"), MODEL_NOT_FOUND)
     | dict.fromkeys(("1220", "1311"), MODEL_NOT_AVAILABLE)
-    | dict.fromkeys(("1308", "1310", "1316", "1317", "1318", "1319", "1320", "1321"), QUOTA_EXCEEDED)
+    | dict.fromkeys(
+        ("1308", "1310", "1316", "1317", "1318", "1319", "1320", "1321"), QUOTA_EXCEEDED
+    )
     | dict.fromkeys(("1309", "1313", "1314", "1315"), PLAN_NOT_USABLE)
     | {"1113": NO_BALANCE, "1261": CONTEXT_LENGTH_EXCEEDED, "1301": CONTENT_FILTER}
     | {"1302": RATE_LIMITED, "1305": OVERLOADED}
@@ -2576,14 +3238,18 @@ KINDS_BY_CODE = (
 
 # For refusals without such a code. Z.ai's gateway answers a wrong path with its own forms of 404.
 KINDS_BY_STATUS = {400: INVALID, 401: AUTHENTICATION, 404: WRONG_ADDRESS, 429: RATE_LIMITED}
-KINDS_BY_STATUS |= dict.fromkeys(range(300, 400), WRONG_ADDRESS)  # following a redirect would send the key elsewhere
+KINDS_BY_STATUS |= dict.fromkeys(
+    range(300, 400), WRONG_ADDRESS
+)  # following a redirect would send the key elsewhere
 
 
 def zai_error(status: int, body: bytes | JSON) -> UpstreamError:
     """Z.ai's refusal, from an HTTP status and body or from a frame in a stream (status 200)."""
     document = parse_json(body) if isinstance(body, bytes) else body
     code, text = code_and_text(document)
-    if status < 400 and len(code) == 3:  # an HTTP status inside a 200: {"code": 401, "msg": …, "success": false}
+    if (
+        status < 400 and len(code) == 3
+    ):  # an HTTP status inside a 200: {"code": 401, "msg": …, "success": false}
         status = int(code)
     if len(code) != 4:
         code = ""
@@ -2599,7 +3265,9 @@ def code_and_text(document: Any) -> tuple[str, str]:
     if not isinstance(inner, dict):  # Spring says {"status": 404, "error": "Not Found"}
         return "", ""
     code, text = inner.get("code"), inner.get("message") or inner.get("msg")
-    return str(code) if re.fullmatch(r"\d{3,4}", str(code)) else "", text if isinstance(text, str) else ""
+    return str(code) if re.fullmatch(r"\d{3,4}", str(code)) else "", text if isinstance(
+        text, str
+    ) else ""
 
 
 def kind_without_code(status: int, code: str, document: Any) -> ErrorKind:
@@ -2679,22 +3347,32 @@ class ZaiReader:
     """
 
     def __init__(self, model: Model, asked: JSON) -> None:
-        functions = [tool["function"] for tool in asked.get("tools", ()) if tool["type"] == "function"]
+        functions = [
+            tool["function"] for tool in asked.get("tools", ()) if tool["type"] == "function"
+        ]
         tools = {function["name"]: function["parameters"] for function in functions}
         self.model = model.id
         self.decoder = SSEDecoder()
-        self.raw: list[bytes] | None = []  # everything so far, until the first event shows that this is a stream
+        self.raw: (
+            list[bytes] | None
+        ) = []  # everything so far, until the first event shows that this is a stream
         self.tags = TagReader(model, tools) if model.tagged_reasoning or tools else None
         self.wants_json = bool(tools) and "response_format" in asked
         self.text_begun = False
         # Where JSON is wanted: other text, held until it is clear whether it stands beside a call.
         self.prose: list[str] = []
         self.calls = CallReader()
-        self.id, self.created, self.request_id = "", 0, ""  # Z.ai's; created in Unix seconds, 0: unknown
+        self.id, self.created, self.request_id = (
+            "",
+            0,
+            "",
+        )  # Z.ai's; created in Unix seconds, 0: unknown
         self.size, self.torn = 0, 0  # bytes so far; frames dropped because their rest never came
         self.citations: list[JSON] = []
         self.usage: Usage | None = None
-        self.finish: str | None = None  # the first finish_reason: some models send stop after tool_calls
+        self.finish: str | None = (
+            None  # the first finish_reason: some models send stop after tool_calls
+        )
         self.done = False  # Finish has been yielded
 
     def feed(self, part: bytes) -> Iterator[Event]:
@@ -2733,14 +3411,18 @@ class ZaiReader:
         for chunk in chunks:
             yield from self.read_chunk(chunk)
         if rest:
-            raise UpstreamError(UNAVAILABLE, "Z.ai's answer is unreadable: try again.", excerpt(data))
+            raise UpstreamError(
+                UNAVAILABLE, "Z.ai's answer is unreadable: try again.", excerpt(data)
+            )
 
     def read_document(self, data: bytes) -> Iterator[Event]:
         document = parse_answer(data)
         if not isinstance(document, dict):
             raise zai_error(200, data)
         yield from self.read_chunk(document)
-        if first_object(document.get("choices")) and self.finish is None:  # whole JSON is a whole answer
+        if (
+            first_object(document.get("choices")) and self.finish is None
+        ):  # whole JSON is a whole answer
             self.finish = "stop"
 
     def read_chunk(self, chunk: JSON) -> Iterator[Event]:
@@ -2770,13 +3452,20 @@ class ZaiReader:
         if isinstance(thought := delta.get("reasoning_content"), str) and thought:
             events.append(Thought(thought))
         if isinstance(words := delta.get("content"), str) and words:
-            if self.text_begun and not self.wants_json and not (self.tags and self.tags.may_have_tag(words)):
+            if (
+                self.text_begun
+                and not self.wants_json
+                and not (self.tags and self.tags.may_have_tag(words))
+            ):
                 events.append(Text(words))
             else:
                 events += self.read_text(self.tags.feed(words) if self.tags else (Text(words),))
         if pieces := delta.get("tool_calls"):
             for piece in objects(pieces):
-                if piece and piece.get("type") in ("function", None):  # Z.ai calls those of type mcp itself
+                if piece and piece.get("type") in (
+                    "function",
+                    None,
+                ):  # Z.ai calls those of type mcp itself
                     events += self.calls.feed(piece, self.id)
         return events
 
@@ -2874,9 +3563,18 @@ class TagReader:
     leak into it: <tool_call>name<arg_key>key</arg_key><arg_value>value</arg_value></tool_call> (zai-org/GLM-5#84).
     """
 
-    TAGS = ("<|begin_of_box|>", "<|end_of_box|>", "<think>", "</think>", "<tool_call>", "</tool_call>")
+    TAGS = (
+        "<|begin_of_box|>",
+        "<|end_of_box|>",
+        "<think>",
+        "</think>",
+        "<tool_call>",
+        "</tool_call>",
+    )
     TAG = re.compile("(" + "|".join(map(re.escape, TAGS)) + ")")
-    BEGUN = re.compile("(?:" + "|".join(re.escape(tag[:i]) for tag in TAGS for i in range(1, len(tag))) + r")\Z")
+    BEGUN = re.compile(
+        "(?:" + "|".join(re.escape(tag[:i]) for tag in TAGS for i in range(1, len(tag))) + r")\Z"
+    )
 
     def __init__(self, model: Model, tools: Mapping[str, JSON]) -> None:
         self.tagged_reasoning = model.tagged_reasoning
@@ -2904,7 +3602,9 @@ class TagReader:
 
     def piece(self, piece: str) -> Iterator[TextPiece]:
         match piece, self.state:
-            case "" | "<|begin_of_box|>" | "<|end_of_box|>", _ if self.tagged_reasoning or not piece:
+            case "" | "<|begin_of_box|>" | "<|end_of_box|>", _ if (
+                self.tagged_reasoning or not piece
+            ):
                 return
             case "<think>", "head" if self.tagged_reasoning:
                 self.state = "thought"
@@ -2946,11 +3646,16 @@ class TagReader:
 def leaked_call(text: str, tools: Mapping[str, JSON]) -> JSON | None:
     """The call in the text between <tool_call> tags, as Z.ai should have sent it; None if it calls no known tool."""
     name, *pairs = [part.strip() for part in text.split("<arg_key>")]
-    found = [re.fullmatch(r"(.*?)</arg_key>\s*<arg_value>(.*)</arg_value>\s*", pair, re.DOTALL) for pair in pairs]
+    found = [
+        re.fullmatch(r"(.*?)</arg_key>\s*<arg_value>(.*)</arg_value>\s*", pair, re.DOTALL)
+        for pair in pairs
+    ]
     if name not in tools or None in found:
         return None
     schemas = as_object(tools[name].get("properties"))
-    arguments = {pair[1]: leaked_value(pair[2], as_object(schemas.get(pair[1]))) for pair in found if pair}
+    arguments = {
+        pair[1]: leaked_value(pair[2], as_object(schemas.get(pair[1]))) for pair in found if pair
+    }
     return {"function": {"name": name, "arguments": to_json(arguments)}}
 
 
@@ -2987,7 +3692,9 @@ class CallReader:
 
     def __init__(self) -> None:
         self.calls: list[Call] = []
-        self.known: dict[int | str, Call] = {}  # the newest call with each of Z.ai's indexes and ids
+        self.known: dict[
+            int | str, Call
+        ] = {}  # the newest call with each of Z.ai's indexes and ids
 
     def feed(self, piece: JSON, answer_id: str) -> Iterator[ToolCall]:
         function = as_object(piece.get("function"))
@@ -3011,7 +3718,9 @@ class CallReader:
         call = self.known.get(given_id if index is None else index)
         if call is None and not name and self.calls:
             call = self.calls[-1]
-        if call is None or (name and (contradict(given_id, call.given_id) or contradict(name, call.name))):
+        if call is None or (
+            name and (contradict(given_id, call.given_id) or contradict(name, call.name))
+        ):
             call = Call(len(self.calls))
             self.calls.append(call)
         if index is not None:
@@ -3032,7 +3741,10 @@ class CallReader:
 
     def new_id(self, call: Call, answer_id: str) -> str:
         """Z.ai's id, made unique; one of ours if Z.ai sent none."""
-        call_id, used = call.given_id or f"call_{answer_id}_{call.index}", {known.id for known in self.calls}
+        call_id, used = (
+            call.given_id or f"call_{answer_id}_{call.index}",
+            {known.id for known in self.calls},
+        )
         while call_id in used:
             call_id += f"_{call.index}"
         return call_id
@@ -3044,10 +3756,19 @@ def contradict(one: str, other: str) -> bool:
 
 
 def zai_usage(usage: JSON) -> Usage:
-    prompt, completion = as_count(usage.get("prompt_tokens")), as_count(usage.get("completion_tokens"))
+    prompt, completion = (
+        as_count(usage.get("prompt_tokens")),
+        as_count(usage.get("completion_tokens")),
+    )
     cached = as_count(as_object(usage.get("prompt_tokens_details")).get("cached_tokens"))
     reasoning = as_count(as_object(usage.get("completion_tokens_details")).get("reasoning_tokens"))
-    return Usage(prompt, completion, as_count(usage.get("total_tokens")) or prompt + completion, cached, reasoning)
+    return Usage(
+        prompt,
+        completion,
+        as_count(usage.get("total_tokens")) or prompt + completion,
+        cached,
+        reasoning,
+    )
 
 
 PLAN_WINDOWS = {(3, 5): "5h", (6, 1): "week", (5, 1): "month"}  # by unit and number
@@ -3056,16 +3777,32 @@ PLAN_WINDOWS = {(3, 5): "5h", (6, 1): "week", (5, 1): "month"}  # by unit and nu
 def plan_quota(document: JSON) -> JSON:
     """What is left of a Coding Plan. Z.ai does not document this, and changed its names in July 2026."""
     data = as_object(document.get("data")) or document
-    limits = [limit for limit in objects(data.get("limits")) if as_number(limit.get("percentage")) is not None]
+    limits = [
+        limit
+        for limit in objects(data.get("limits"))
+        if as_number(limit.get("percentage")) is not None
+    ]
     return {"level": str(data.get("level") or "")[:20], "limits": [*map(plan_limit, limits)]}
 
 
 def plan_limit(limit: JSON) -> JSON:
-    unit, number, resets_at = limit.get("unit"), limit.get("number"), as_number(limit.get("nextResetTime"))
+    unit, number, resets_at = (
+        limit.get("unit"),
+        limit.get("number"),
+        as_number(limit.get("nextResetTime")),
+    )
     window = PLAN_WINDOWS.get((as_count(unit), as_count(number))) or f"{number} of unit {unit}"[:20]
     used, allowance = as_number(limit.get("currentValue")), as_number(limit.get("usage"))
-    shown = {"window": window, "type": str(limit.get("type"))[:20], "percentage": limit["percentage"]}
-    return shown | {"used": used, "allowance": allowance, "resets_at": resets_at / 1000 if resets_at else None}
+    shown = {
+        "window": window,
+        "type": str(limit.get("type"))[:20],
+        "percentage": limit["percentage"],
+    }
+    return shown | {
+        "used": used,
+        "allowance": allowance,
+        "resets_at": resets_at / 1000 if resets_at else None,
+    }
 
 
 class PassThroughReader:
@@ -3090,7 +3827,9 @@ class MessagesReader(PassThroughReader):
     def __init__(self, model: str) -> None:
         self.model = model
         self.decoder = SSEDecoder()
-        self.held: bytearray | None = bytearray()  # all so far, until the first event shows that this is a stream
+        self.held: bytearray | None = (
+            bytearray()
+        )  # all so far, until the first event shows that this is a stream
         self.counts: dict[str, int] = {}
 
     def feed(self, part: bytes) -> bytes:
@@ -3130,7 +3869,10 @@ class MessagesReader(PassThroughReader):
         usage = as_object(as_object(document.get("message", document)).get("usage"))
         self.counts |= {name: count for name, count in usage.items() if as_count(count)}
         count = self.counts.get
-        cached, completion = count("cache_read_input_tokens", 0), count("output_tokens", 0)  # not part of input_tokens
+        cached, completion = (
+            count("cache_read_input_tokens", 0),
+            count("output_tokens", 0),
+        )  # not part of input_tokens
         prompt = count("input_tokens", 0) + count("cache_creation_input_tokens", 0) + cached
         self.usage = Usage(prompt, completion, prompt + completion, cached)
 
@@ -3154,7 +3896,9 @@ class UsageReader(PassThroughReader):
 
     def close(self) -> bytes:
         data, self.held = bytes(self.held), bytearray()
-        self.usage = zai_usage(as_object(as_object(parse_answer(data)).get("usage"))) if data else self.usage
+        self.usage = (
+            zai_usage(as_object(as_object(parse_answer(data)).get("usage"))) if data else self.usage
+        )
         return data
 
 
@@ -3166,14 +3910,21 @@ class EmbeddingsReader(UsageReader):
         document = as_object(parse_answer(data))
         if not isinstance(document.get("data"), list):
             return data
-        return encode_json({**document, "data": [packed_embedding(item) for item in document["data"]]})
+        return encode_json(
+            {**document, "data": [packed_embedding(item) for item in document["data"]]}
+        )
 
 
 def packed_embedding(item: Any) -> Any:
     numbers = as_object(item).get("embedding")
-    if not isinstance(numbers, list) or not all(isinstance(number, (int, float)) for number in numbers):
+    if not isinstance(numbers, list) or not all(
+        isinstance(number, (int, float)) for number in numbers
+    ):
         return item
-    return {**item, "embedding": base64.b64encode(struct.pack(f"<{len(numbers)}f", *numbers)).decode()}
+    return {
+        **item,
+        "embedding": base64.b64encode(struct.pack(f"<{len(numbers)}f", *numbers)).decode(),
+    }
 
 
 # ======== Accounts ==================================================================================================
@@ -3220,11 +3971,15 @@ class Account:
         return periods.get((self.tokens or "").lower().partition("/")[2], (date.min, date.max))
 
     def allows(self, model: Model) -> bool:
-        return self.models is None or any(fnmatchcase(model.id, name.lower()) for name in self.models.split(","))
+        return self.models is None or any(
+            fnmatchcase(model.id, name.lower()) for name in self.models.split(",")
+        )
 
     def check_model(self, model: Model) -> None:
         if not self.allows(model):
-            raise ProxyError(MODEL_NOT_ALLOWED, f"This key may not use {model.id}, only {self.models}.", "model")
+            raise ProxyError(
+                MODEL_NOT_ALLOWED, f"This key may not use {model.id}, only {self.models}.", "model"
+            )
 
     def check_date(self, now: float) -> None:
         if self.expires and day_of(now).isoformat() > self.expires:
@@ -3242,9 +3997,18 @@ def day_of(now: float) -> date:
 
 # The pattern of each limit, and its description.
 LIMITS: Mapping[str, tuple[str, str]] = {
-    "expires": (r"\d{4}-\d\d-\d\d|\d{1,4}d", "a day not in the past, like 2027-01-31, or a number of days, like 30d"),
-    "tokens": (r"[1-9]\d{0,11}[kMG]?(/(day|week|month))?", "a number such as 500k or 5M, or 5M/day, 5M/week, 5M/month"),
-    "models": (r"[\w.*?-]+(,[\w.*?-]+)*", "names of models, separated by commas; * matches anything"),
+    "expires": (
+        r"\d{4}-\d\d-\d\d|\d{1,4}d",
+        "a day not in the past, like 2027-01-31, or a number of days, like 30d",
+    ),
+    "tokens": (
+        r"[1-9]\d{0,11}[kMG]?(/(day|week|month))?",
+        "a number such as 500k or 5M, or 5M/day, 5M/week, 5M/month",
+    ),
+    "models": (
+        r"[\w.*?-]+(,[\w.*?-]+)*",
+        "names of models, separated by commas; * matches anything",
+    ),
     "rpm": (r"[1-9]\d{0,5}", "a number of requests a minute"),
     "parallel": (r"[1-9]\d{0,5}", "a number of requests at the same time"),
 }
@@ -3269,14 +4033,18 @@ def parse_limit(name: str, value: Any, today: date) -> str | int | None:
 def last_day(words: str, today: date) -> str:
     """In ISO's form; "" for a day in the past, and for words that name no day."""
     with suppress(ValueError, OverflowError):
-        day = today + timedelta(int(words[:-1])) if words.endswith("d") else date.fromisoformat(words)
+        day = (
+            today + timedelta(int(words[:-1])) if words.endswith("d") else date.fromisoformat(words)
+        )
         return day.isoformat() if day >= today and words != "0d" else ""
     return ""
 
 
 def parse_key_name(name: Any) -> str:
     if not isinstance(name, str) or not re.fullmatch(r"[\w.@+-]{1,64}", name) or name == OPERATOR:
-        raise BadRequest(f"A key's name is 1 to 64 letters, digits or ._@+-, not '{OPERATOR}'.", "name")
+        raise BadRequest(
+            f"A key's name is 1 to 64 letters, digits or ._@+-, not '{OPERATOR}'.", "name"
+        )
     return name
 
 
@@ -3289,7 +4057,9 @@ class Accounts:
         self.used: TokensUsed = {}
         self.counted: Counts = {}  # not in a batch yet
         self.batch: Counts = {}  # being written, or perhaps written already
-        self.asked: dict[str, deque[float]] = {}  # seconds at which an account asked, in the last minute
+        self.asked: dict[
+            str, deque[float]
+        ] = {}  # seconds at which an account asked, in the last minute
 
     def find(self, key: str) -> Account | None:
         account_id = hash_key(key)
@@ -3299,15 +4069,28 @@ class Accounts:
         """In the present period."""
         start = account.period(today)[0].isoformat()
         counts = chain(self.batch.items(), self.counted.items())
-        here = (row[2] + row[4] for (account_id, day, _), row in counts if account_id == account.id and day >= start)
+        here = (
+            row[2] + row[4]
+            for (account_id, day, _), row in counts
+            if account_id == account.id and day >= start
+        )
         return self.used.get((account.id, start), 0) + sum(here)
 
     def check_budget(self, account: Account, now: float) -> None:
-        if account.budget is None or self.tokens_used(account, today := day_of(now)) < account.budget:
+        if (
+            account.budget is None
+            or self.tokens_used(account, today := day_of(now)) < account.budget
+        ):
             return
         begins = account.period(today)[1]
-        then = "the operator can give it more" if begins == date.max else f"they are reset on {begins} at 00:00 UTC"
-        kind = replace(KEY_QUOTA_EXCEEDED, retry_after=midnight(begins) - now if begins < date.max else None)
+        then = (
+            "the operator can give it more"
+            if begins == date.max
+            else f"they are reset on {begins} at 00:00 UTC"
+        )
+        kind = replace(
+            KEY_QUOTA_EXCEEDED, retry_after=midnight(begins) - now if begins < date.max else None
+        )
         raise ProxyError(kind, f"This key has used its {account.tokens} tokens: {then}.")
 
     def check_rate(self, account: Account, seconds: float) -> None:
@@ -3319,7 +4102,9 @@ class Accounts:
             asked.popleft()
         if len(asked) >= account.rpm:
             kind = replace(KEY_RATE_LIMITED, retry_after=asked[-account.rpm] + 60 - seconds)
-            raise ProxyError(kind, f"This key may send {account.rpm} requests a minute: wait a little.")
+            raise ProxyError(
+                kind, f"This key may send {account.rpm} requests a minute: wait a little."
+            )
         asked.append(seconds)
 
     def count(self, key: tuple[str, str, str], figures: Iterable[int]) -> None:
@@ -3357,10 +4142,19 @@ class Clock:
     sleep = staticmethod(asyncio.sleep)
 
 
-COOLDOWN_ERRORS = frozenset((AUTHENTICATION, NO_BALANCE, QUOTA_EXCEEDED))  # the key must not be used for a while
-MODEL_ERRORS = frozenset((PLAN_NOT_USABLE, MODEL_NOT_FOUND, MODEL_NOT_AVAILABLE))  # likewise, if there are others
+COOLDOWN_ERRORS = frozenset(
+    (AUTHENTICATION, NO_BALANCE, QUOTA_EXCEEDED)
+)  # the key must not be used for a while
+MODEL_ERRORS = frozenset(
+    (PLAN_NOT_USABLE, MODEL_NOT_FOUND, MODEL_NOT_AVAILABLE)
+)  # likewise, if there are others
 RETRYABLE = frozenset((RATE_LIMITED, UNAVAILABLE, UNREACHABLE))
-FALLBACK_ERRORS = RETRYABLE | {NO_BALANCE, QUOTA_EXCEEDED, MODEL_NOT_FOUND, MODEL_NOT_AVAILABLE}  # another model may do
+FALLBACK_ERRORS = RETRYABLE | {
+    NO_BALANCE,
+    QUOTA_EXCEEDED,
+    MODEL_NOT_FOUND,
+    MODEL_NOT_AVAILABLE,
+}  # another model may do
 
 
 class Target(NamedTuple):
@@ -3431,7 +4225,9 @@ class KeyPool:
         """The key that was tried longest ago. Raises UpstreamError when one was tried a moment ago."""
         now, last = self.clock.now(), max(cooling.values(), key=attrgetter("tried_at"))
         if now < last.tried_at + self.PROBE_INTERVAL:
-            raise last.error.with_retry_after(min(cooldown.until for cooldown in cooling.values()) - now)
+            raise last.error.with_retry_after(
+                min(cooldown.until for cooldown in cooling.values()) - now
+            )
         return min(cooling, key=lambda key: cooling[key].tried_at)
 
     def tried(self, key: ZaiKey, target: Target) -> None:
@@ -3455,12 +4251,18 @@ class KeyPool:
         told = error.resets_at - self.clock.unix() if error.resets_at else 0
         error.retry_after = min(told, self.MAX_COOLDOWN) if told > 0 else self.COOLDOWN
         self.cooling.pop(pair, None)
-        copy = error.with_retry_after(error.retry_after)  # without the traceback, which holds the prompt
+        copy = error.with_retry_after(
+            error.retry_after
+        )  # without the traceback, which holds the prompt
         self.cooling[pair] = CoolDown(copy, now + error.retry_after, now)
 
     def expire(self) -> None:
         """Forget the cool-downs that are over."""
-        cooling = [(pair, cooldown) for pair, cooldown in self.cooling.items() if cooldown.until > self.clock.now()]
+        cooling = [
+            (pair, cooldown)
+            for pair, cooldown in self.cooling.items()
+            if cooldown.until > self.clock.now()
+        ]
         self.cooling = dict(cooling[-self.MAX_COOLING :])
 
 
@@ -3483,7 +4285,9 @@ class AdaptiveLimit:
 
     def has_room(self, now: float) -> bool:
         """Whether one more may go, after the pause even above the limit: a probe must not wait for a long answer."""
-        return self.in_flight < self.limit or (self.in_flight == self.limit and 0 < self.probe_at <= now)
+        return self.in_flight < self.limit or (
+            self.in_flight == self.limit and 0 < self.probe_at <= now
+        )
 
     def accepted(self, in_flight_at_entry: int, now: float) -> None:
         """Z.ai took a request: raise the limit if it was nearly reached."""
@@ -3496,7 +4300,9 @@ class AdaptiveLimit:
         if now >= self.probe_at:  # a refusal during the pause belongs to the last one
             probe_failed = self.limit <= self.floor + 1
             self.pause = min(self.pause * 2, self.MAX_PAUSE) if probe_failed else self.MIN_PAUSE
-        self.limit = self.floor = max(1, min(self.limit, max(in_flight_at_entry, self.in_flight) - 1))
+        self.limit = self.floor = max(
+            1, min(self.limit, max(in_flight_at_entry, self.in_flight) - 1)
+        )
         self.probe_at = now + self.pause
 
     def last_refusal(self, clock_zero: float) -> JSON | None:
@@ -3567,7 +4373,11 @@ class Queue:
 
     def ticket(self, target: Target, caller: Caller) -> Ticket:
         """A ticket behind the account's others that wait; the caller counts it in `tickets`."""
-        own = (other.turn[0] for other in reversed(self.waiting) if other.caller.account_id == caller.account_id)
+        own = (
+            other.turn[0]
+            for other in reversed(self.waiting)
+            if other.caller.account_id == caller.account_id
+        )
         return Ticket(target, caller, (next(own, self.round) + 1, next(self.numbers)))
 
     async def acquire(self, ticket: Ticket) -> Slot:
@@ -3580,7 +4390,9 @@ class Queue:
         try:
             return await ticket.slot
         except asyncio.CancelledError:
-            if not (ticket.slot.cancelled() or ticket.slot.exception()):  # granted at the same moment
+            if not (
+                ticket.slot.cancelled() or ticket.slot.exception()
+            ):  # granted at the same moment
                 self.release(ticket.slot.result())
             raise
         finally:
@@ -3596,7 +4408,9 @@ class Queue:
         """Grant slots to the head of the queue, as long as there are any."""
         while self.waiting and self.grant(self.waiting[0]):
             self.waiting.pop(0)
-        if self.waiting and self.timer is None:  # a pause or a cool-down may end while nothing else happens
+        if (
+            self.waiting and self.timer is None
+        ):  # a pause or a cool-down may end while nothing else happens
             self.timer = asyncio.get_running_loop().call_later(self.POLL_INTERVAL, self.poll)
 
     def poll(self) -> None:
@@ -3619,9 +4433,17 @@ class Queue:
     def snapshot(self, keys: Iterable[ZaiKey], clock_zero: float) -> JSON:
         """For the dashboard; what there is for each key is in the order of `keys`."""
         limits = [self.limits[key] for key in keys]
-        counts = {"in_flight": self.in_flight, "waiting": len(self.waiting), "limits": [each.limit for each in limits]}
+        counts = {
+            "in_flight": self.in_flight,
+            "waiting": len(self.waiting),
+            "limits": [each.limit for each in limits],
+        }
         maximum = None if self.max_in_flight == math.inf else self.max_in_flight
-        return {**counts, "refusals": [each.last_refusal(clock_zero) for each in limits], "max_in_flight": maximum}
+        return {
+            **counts,
+            "refusals": [each.last_refusal(clock_zero) for each in limits],
+            "max_in_flight": maximum,
+        }
 
     def try_acquire(self, ticket: Ticket) -> Slot | None:
         """A slot with the first available key that has room. Raises ProxyError when all keys cool down."""
@@ -3643,7 +4465,9 @@ class Queue:
 # `ZaiClient` sends one HTTP request to Z.ai; its answer is a `ByteStream`, and for a chat an `EventStream`.
 
 LOG = logging.getLogger("ztoapi")
-REQUEST_ID: ContextVar[str] = ContextVar("request_id", default="-")  # in every debug line of one request
+REQUEST_ID: ContextVar[str] = ContextVar(
+    "request_id", default="-"
+)  # in every debug line of one request
 
 
 def trace(what: str, data: bytes | object) -> None:
@@ -3655,7 +4479,9 @@ def trace(what: str, data: bytes | object) -> None:
 
 R = TypeVar("R")
 LARGE = 2**20  # bytes
-LARGE_WORK = ThreadPoolExecutor(1, "large")  # several threads would only keep each other, and the loop, waiting
+LARGE_WORK = ThreadPoolExecutor(
+    1, "large"
+)  # several threads would only keep each other, and the loop, waiting
 
 
 async def in_thread_if_large(size: int, work: Callable[..., R], *arguments: Any) -> R:
@@ -3715,7 +4541,11 @@ def connection_error(error: Exception) -> UpstreamError:
             return UpstreamError(TIMEOUT, "Z.ai did not answer in time: try again.")
         case ValueError():  # InvalidURL, or an impossible name; the address may contain a password
             return UpstreamError(UNREACHABLE)
-        case aiohttp.ClientConnectorError() | aiohttp.ConnectionTimeoutError() | aiohttp.ClientHttpProxyError():
+        case (
+            aiohttp.ClientConnectorError()
+            | aiohttp.ConnectionTimeoutError()
+            | aiohttp.ClientHttpProxyError()
+        ):
             return UpstreamError(UNREACHABLE, detail=str(error))
         case _:
             return UpstreamError(UNAVAILABLE, BROKEN_OFF, type(error).__name__)
@@ -3740,14 +4570,20 @@ async def read_up_to(limit: int, content: aiohttp.StreamReader) -> bytes:
 class ByteStream:
     """The bytes of one answer; its connection belongs to `owner`."""
 
-    def __init__(self, response: aiohttp.ClientResponse, max_silence: float, owner: AsyncExitStack) -> None:
+    def __init__(
+        self, response: aiohttp.ClientResponse, max_silence: float, owner: AsyncExitStack
+    ) -> None:
         self.response = response
-        self.reading = False  # silence counts only while we wait for Z.ai, not while the client takes its time
+        self.reading = (
+            False  # silence counts only while we wait for Z.ai, not while the client takes its time
+        )
         self.timer = IdleTimer(max_silence, self.give_up)
         self.packed = "Content-Encoding" in response.headers  # though we asked for identity
         connection = response.connection
         if connection is not None and connection.protocol is not None:  # there is more to come
-            connection.protocol.read_timeout = None  # sock_read would set a new timer for every part
+            connection.protocol.read_timeout = (
+                None  # sock_read would set a new timer for every part
+            )
             connection.protocol.start_timeout()  # cancels the one that the headers set
             self.timer.start()
             owner.callback(self.timer.stop)
@@ -3762,7 +4598,9 @@ class ByteStream:
         if not 200 <= self.response.status < 300:
             body = b""
             with suppress(aiohttp.ClientError, asyncio.TimeoutError):  # its status says enough
-                body = await asyncio.wait_for(read_up_to(ERROR_BODY_LIMIT, self.response.content), ERROR_BODY_TIMEOUT)
+                body = await asyncio.wait_for(
+                    read_up_to(ERROR_BODY_LIMIT, self.response.content), ERROR_BODY_TIMEOUT
+                )
             trace(f"received HTTP {self.response.status}", body)
             raise self.with_request_id(zai_error(self.response.status, body))
 
@@ -3834,7 +4672,9 @@ class EventStream(EventSource):
     def info(self) -> AnswerInfo:
         """Known when the answer has begun."""
         reader = self.reader
-        return AnswerInfo(reader.id, reader.created, reader.model, self.source.request_id(reader.request_id))
+        return AnswerInfo(
+            reader.id, reader.created, reader.model, self.source.request_id(reader.request_id)
+        )
 
     @property
     def torn(self) -> int:
@@ -3854,7 +4694,9 @@ class EventStream(EventSource):
             part = await (self.source.read() if self.reader.finish is None else self.read_rest())
             size += len(part)
             reading = self.events_in(part)
-            events = list(reading) if size < LARGE else await in_thread_if_large(size, list, reading)
+            events = (
+                list(reading) if size < LARGE else await in_thread_if_large(size, list, reading)
+            )
             if events:
                 trace("received", events)
         return events
@@ -3911,7 +4753,9 @@ class ZaiClient:
     def __init__(self, session: aiohttp.ClientSession, settings: Settings) -> None:
         self.session, self.max_silence = session, settings.upstream_timeout
         self.uses_proxies = not settings.demo
-        self.proxies: dict[str, str | None] = {}  # by origin; aiohttp's trust_env would look for each request
+        self.proxies: dict[
+            str, str | None
+        ] = {}  # by origin; aiohttp's trust_env would look for each request
 
     async def send(self, url: str, key: ZaiKey, owner: AsyncExitStack, **how: Any) -> ByteStream:
         """One request with our key; the connection belongs to `owner`. Raises UpstreamError.
@@ -3958,7 +4802,10 @@ class ZaiClient:
 
     async def get(self, url: str, key: ZaiKey) -> tuple[int, bytes]:
         """Status and body of a short answer. Raises UpstreamError, also after GET_TIMEOUT."""
-        headers, timeout = {"Authorization": f"Bearer {key.secret}"}, aiohttp.ClientTimeout(total=GET_TIMEOUT)
+        headers, timeout = (
+            {"Authorization": f"Bearer {key.secret}"},
+            aiohttp.ClientTimeout(total=GET_TIMEOUT),
+        )
         how: JSON = {"proxy": self.proxy(url), "headers": headers, "timeout": timeout}
         try:
             async with self.session.get(url, allow_redirects=False, **how) as response:
@@ -3975,11 +4822,19 @@ def environment_proxy(origin: str) -> str | None:
 
 def new_session(settings: Settings) -> aiohttp.ClientSession:
     # No limit on the whole: an answer may take long. sock_read is the longest silence.
-    timeout = aiohttp.ClientTimeout(total=None, connect=CONNECT_TIMEOUT, sock_read=settings.upstream_timeout)
+    timeout = aiohttp.ClientTimeout(
+        total=None, connect=CONNECT_TIMEOUT, sock_read=settings.upstream_timeout
+    )
     connector, cookies = aiohttp.TCPConnector(limit=0), aiohttp.DummyCookieJar()
     # Z.ai writes errors in English for those who ask; a compressed stream would wait in buffers.
-    headers = {"User-Agent": f"ztoapi/{__version__}", "Accept-Language": "en-US,en", "Accept-Encoding": "identity"}
-    return aiohttp.ClientSession(timeout=timeout, connector=connector, cookie_jar=cookies, headers=headers)
+    headers = {
+        "User-Agent": f"ztoapi/{__version__}",
+        "Accept-Language": "en-US,en",
+        "Accept-Encoding": "identity",
+    }
+    return aiohttp.ClientSession(
+        timeout=timeout, connector=connector, cookie_jar=cookies, headers=headers
+    )
 
 
 # ======== Upstream ==================================================================================================
@@ -3989,12 +4844,18 @@ def new_session(settings: Settings) -> aiohttp.ClientSession:
 class MergedStream(EventSource):
     """Several answers of Z.ai's as one with several choices, since Z.ai has no `n`; events in order of arrival."""
 
-    def __init__(self, attempts: Sequence[Callable[[AsyncExitStack], Awaitable[EventStream]]]) -> None:
+    def __init__(
+        self, attempts: Sequence[Callable[[AsyncExitStack], Awaitable[EventStream]]]
+    ) -> None:
         super().__init__()
         self.streams: dict[int, EventStream] = {}  # by choice, in the order in which they began
-        self.owners = [AsyncExitStack() for _ in attempts]  # of each choice's slot and connection, until it ends
+        self.owners = [
+            AsyncExitStack() for _ in attempts
+        ]  # of each choice's slot and connection, until it ends
         # The tasks that wait for each choice's next events.
-        self.pending = {asyncio.create_task(self.first_of(i, ask)): i for i, ask in enumerate(attempts)}
+        self.pending = {
+            asyncio.create_task(self.first_of(i, ask)): i for i, ask in enumerate(attempts)
+        }
 
     @property
     def info(self) -> AnswerInfo:
@@ -4019,7 +4880,9 @@ class MergedStream(EventSource):
                 return [e if isinstance(e, Usage) else replace(e, choice=choice) for e in events]
         return []
 
-    async def first_of(self, choice: int, ask: Callable[[AsyncExitStack], Awaitable[EventStream]]) -> list[Event]:
+    async def first_of(
+        self, choice: int, ask: Callable[[AsyncExitStack], Awaitable[EventStream]]
+    ) -> list[Event]:
         self.streams[choice] = await ask(self.owners[choice])
         return await self.next_of(choice)
 
@@ -4055,7 +4918,10 @@ class ReasoningMemory:
         self.size = 0
 
     def put(self, account_id: str, message: Message) -> None:
-        key, thought = fingerprint(account_id, message), message.thought.encode("utf-8", "surrogatepass")
+        key, thought = (
+            fingerprint(account_id, message),
+            message.thought.encode("utf-8", "surrogatepass"),
+        )
         self.forget(key)
         self.thoughts[key] = thought
         self.size += len(thought) + self.OVERHEAD
@@ -4064,7 +4930,9 @@ class ReasoningMemory:
 
     def get(self, account_id: str, message: Message) -> str:
         """The reasoning with which the message was said to the account; "" if it is not known."""
-        return self.thoughts.get(fingerprint(account_id, message), b"").decode("utf-8", "surrogatepass")
+        return self.thoughts.get(fingerprint(account_id, message), b"").decode(
+            "utf-8", "surrogatepass"
+        )
 
     def forget(self, key: str) -> None:
         if key in self.thoughts:
@@ -4073,7 +4941,9 @@ class ReasoningMemory:
 
 def fingerprint(account_id: str, message: Message) -> str:
     """The same for an answer and for what its client sends back later, if only white space differs."""
-    calls = (word for call in message.calls for word in (call.id, call.name, canonical(call.arguments)))
+    calls = (
+        word for call in message.calls for word in (call.id, call.name, canonical(call.arguments))
+    )
     return digest(account_id, message_text(message).strip(), *calls)
 
 
@@ -4100,7 +4970,9 @@ class ReasoningRecorder:
                 self.remember(self.choices[event.choice].message)
 
 
-Attempt = Callable[[ZaiKey, AsyncExitStack], Awaitable[R]]  # asks with a key until the answer has begun
+Attempt = Callable[
+    [ZaiKey, AsyncExitStack], Awaitable[R]
+]  # asks with a key until the answer has begun
 
 
 class Upstream:
@@ -4110,12 +4982,18 @@ class Upstream:
         self.settings, self.client, self.clock = settings, client, clock
         self.keys = KeyPool(settings.zai_keys, clock)
         self.queues: dict[str, Queue] = {}
-        self.account_slots: dict[tuple[str, int], asyncio.Semaphore] = {}  # by account id and how many it has
+        self.account_slots: dict[
+            tuple[str, int], asyncio.Semaphore
+        ] = {}  # by account id and how many it has
         self.memory = ReasoningMemory()
-        self.remedies: Counter[str] = Counter()  # what was done about failures, whether it helped or not
+        self.remedies: Counter[str] = (
+            Counter()
+        )  # what was done about failures, whether it helped or not
 
     @asynccontextmanager
-    async def open(self, prompt: Prompt, account: Account) -> AsyncIterator[EventStream | MergedStream]:
+    async def open(
+        self, prompt: Prompt, account: Account
+    ) -> AsyncIterator[EventStream | MergedStream]:
         """Yields an answer that has begun. On exit, however it happens, every connection and slot is released.
 
         Raises BadRequest when the model cannot take the prompt, and ProxyError when the account may not use it or no
@@ -4132,7 +5010,9 @@ class Upstream:
                 await stream.finish()
             else:
                 choices = [choice_prompt(prompt, choice) for choice in range(prompt.n)]
-                merged = MergedStream([partial(self.with_fallbacks, choice, models, caller) for choice in choices])
+                merged = MergedStream(
+                    [partial(self.with_fallbacks, choice, models, caller) for choice in choices]
+                )
                 owner.push_async_callback(merged.close)
                 await merged.begin()
                 merged.listener = self.recorder(prompt, account.id)
@@ -4143,7 +5023,9 @@ class Upstream:
         """Waits until fewer requests of the account are in flight than it may have."""
         if account.parallel is None:
             return nullcontext()
-        return self.account_slots.setdefault((account.id, account.parallel), asyncio.Semaphore(account.parallel))
+        return self.account_slots.setdefault(
+            (account.id, account.parallel), asyncio.Semaphore(account.parallel)
+        )
 
     def prepared(self, prompt: Prompt, account_id: str) -> tuple[Caller, Prompt]:
         """Whose prompt it is, and the prompt with the reasoning that its client lost."""
@@ -4156,7 +5038,9 @@ class Upstream:
 
     def recorder(self, prompt: Prompt, account_id: str) -> Callable[[list[Event]], None] | None:
         """What records an answer's reasoning, if wanted; without tools a turn has only one answer."""
-        wanted = {"off": False, "turn": bool(prompt.tools), "all": True}[self.settings.reasoning_memory]
+        wanted = {"off": False, "turn": bool(prompt.tools), "all": True}[
+            self.settings.reasoning_memory
+        ]
         return ReasoningRecorder(partial(self.memory.put, account_id)).feed if wanted else None
 
     def with_vision(self, model: Model) -> Model:
@@ -4166,7 +5050,10 @@ class Upstream:
 
     def models(self, prompt: Prompt, account: Account) -> list[Model]:
         """The models to ask, one after the other: the one named, then the fallbacks that can take the prompt."""
-        names = (prompt.model, *(self.settings.fallback_models if prompt.fallbacks is None else prompt.fallbacks))
+        names = (
+            prompt.model,
+            *(self.settings.fallback_models if prompt.fallbacks is None else prompt.fallbacks),
+        )
         model, *others = (resolve(name, self.settings.model_aliases) for name in names)
         shows_media = has_media(*prompt.messages)
         model = self.with_vision(model) if shows_media else model
@@ -4174,7 +5061,10 @@ class Upstream:
             account.check_model(asked)
         if shows_media:
             check_vision(model)
-        return [model, *(other for other in filter(account.allows, others) if other.vision or not shows_media)]
+        return [
+            model,
+            *(other for other in filter(account.allows, others) if other.vision or not shows_media),
+        ]
 
     def caller(self, account_id: str, beginning: Iterable[str]) -> Caller:
         """The conversation matters only where there are keys to choose from."""
@@ -4186,23 +5076,31 @@ class Upstream:
         """Ask one model after the other; raises the last one's error."""
         model, *others = models
         try:
-            return await self.with_retries(Target(model.id), caller, partial(self.ask, prompt, model), owner)
+            return await self.with_retries(
+                Target(model.id), caller, partial(self.ask, prompt, model), owner
+            )
         except UpstreamError as error:
             if not others or error.kind not in FALLBACK_ERRORS:
                 raise
         self.remedies["fallbacks"] += 1
         return await self.with_fallbacks(prompt, others, caller, owner)
 
-    async def ask(self, prompt: Prompt, model: Model, key: ZaiKey, owner: AsyncExitStack) -> EventStream:
+    async def ask(
+        self, prompt: Prompt, model: Model, key: ZaiKey, owner: AsyncExitStack
+    ) -> EventStream:
         """Encodes the body only now, as many may wait their turn; raises BadRequest when that fails."""
         body, data = await in_thread_if_large(prompt.size, zai_request, prompt, model)
         trace("sent", data)
         url = key.base_url + "/chat/completions"
-        stream = EventStream(await self.client.send(url, key, owner, data=data), ZaiReader(model, body))
+        stream = EventStream(
+            await self.client.send(url, key, owner, data=data), ZaiReader(model, body)
+        )
         await stream.begin()
         return stream
 
-    async def with_retries(self, target: Target, caller: Caller, attempt: Attempt[R], owner: AsyncExitStack) -> R:
+    async def with_retries(
+        self, target: Target, caller: Caller, attempt: Attempt[R], owner: AsyncExitStack
+    ) -> R:
         """Retry one model (queue, keys, back-off); raises the last error.
 
         The slot and the connection belong to `owner`, which holds nothing else: it is emptied after a failed attempt.
@@ -4214,7 +5112,9 @@ class Upstream:
         finally:
             queue.tickets -= 1
 
-    async def retry(self, queue: Queue, ticket: Ticket, attempt: Attempt[R], owner: AsyncExitStack) -> R:
+    async def retry(
+        self, queue: Queue, ticket: Ticket, attempt: Attempt[R], owner: AsyncExitStack
+    ) -> R:
         while True:
             slot = await queue.acquire(ticket)
             owner.callback(queue.release, slot)
@@ -4255,16 +5155,31 @@ class Upstream:
         numbers = {key: number for number, key in enumerate(self.settings.zai_keys, 1)}
         clock_zero = self.clock.unix() - self.clock.now()  # the Unix time at which the clock says 0
         cooling = [
-            {"key": numbers[key], "model": redact(scope), "until": clock_zero + rest.until, "why": rest.error.kind.code}
+            {
+                "key": numbers[key],
+                "model": redact(scope),
+                "until": clock_zero + rest.until,
+                "why": rest.error.kind.code,
+            }
             for (key, scope), rest in self.keys.cooling.items()
         ]
-        queues = [{"model": redact(name)} | queue.snapshot(numbers, clock_zero) for name, queue in self.queues.items()]
-        return {"keys": len(numbers), "resting": cooling, "queues": queues, "healed": dict(self.remedies)}
+        queues = [
+            {"model": redact(name)} | queue.snapshot(numbers, clock_zero)
+            for name, queue in self.queues.items()
+        ]
+        return {
+            "keys": len(numbers),
+            "resting": cooling,
+            "queues": queues,
+            "healed": dict(self.remedies),
+        }
 
     def queue(self, model: str) -> Queue:
         """The model's queue. Clients may invent names, so unused queues of unknown models are dropped."""
         if model not in self.queues:
-            self.queues = {n: q for n, q in self.queues.items() if n in MODELS or q.in_flight or q.tickets}
+            self.queues = {
+                n: q for n, q in self.queues.items() if n in MODELS or q.in_flight or q.tickets
+            }
             self.queues[model] = Queue(self.keys, self.settings.max_concurrency, self.clock)
         return self.queues[model]
 
@@ -4321,7 +5236,9 @@ class PlanQuotas:
 
     async def ask(self) -> None:
         plans = await asyncio.gather(*map(self.client.plan_quota, self.keys))
-        self.plans = [{"key": number, **plan} for number, plan in enumerate(plans, 1) if plan["limits"]]
+        self.plans = [
+            {"key": number, **plan} for number, plan in enumerate(plans, 1) if plan["limits"]
+        ]
 
 
 # ======== Database ==================================================================================================
@@ -4359,7 +5276,10 @@ USAGE_SINCE = """
     SELECT account, COALESCE(name, 'operator'), day, model, requests, failures, prompt, cached, completion
     FROM ztoapi_usage LEFT JOIN ztoapi_keys ON id = account WHERE day >= ? ORDER BY day, name, model"""
 PUT_RESPONSE = "INSERT INTO ztoapi_responses VALUES (?, ?, ?, ?) ON CONFLICT (id) DO UPDATE SET body = excluded.body"
-DELETE_OLD = ("DELETE FROM ztoapi_responses WHERE day < ?", "DELETE FROM ztoapi_writers WHERE day < ?")
+DELETE_OLD = (
+    "DELETE FROM ztoapi_responses WHERE day < ?",
+    "DELETE FROM ztoapi_writers WHERE day < ?",
+)
 
 Stored = tuple[str, str]  # account id, and the body of a response: "" if it was deleted
 
@@ -4380,7 +5300,11 @@ class Database:
     MAX_UNSAVED, MAX_UNSAVED_SIZE = 1_000, 64 * 2**20  # responses in memory, and their characters
 
     def __init__(self, url: str) -> None:
-        self.url, self.is_postgres, self.in_memory = url, url.startswith("postgres"), url == "memory"
+        self.url, self.is_postgres, self.in_memory = (
+            url,
+            url.startswith("postgres"),
+            url == "memory",
+        )
         self.path = DATABASE_FILE.parent / url.removeprefix("sqlite:///") if url else DATABASE_FILE
         self.thread = ThreadPoolExecutor(1, "database")
         self.driver: Any = None  # a DB-API module
@@ -4401,7 +5325,9 @@ class Database:
 
     async def run(self, job: Callable[..., R], *arguments: object) -> R:
         """Do a job in a transaction. Raises DatabaseError."""
-        return await asyncio.get_running_loop().run_in_executor(self.thread, self.transact, job, *arguments)
+        return await asyncio.get_running_loop().run_in_executor(
+            self.thread, self.transact, job, *arguments
+        )
 
     @asynccontextmanager
     async def kept_up(self, accounts: Accounts) -> AsyncIterator[None]:
@@ -4419,8 +5345,12 @@ class Database:
 
     async def keep_up(self, accounts: Accounts) -> None:
         for number in count():
-            is_due = number % self.POLL == 0 and self.exists and (accounts.counted or not self.in_memory)
-            if is_due or (not self.in_memory and (accounts.counted or accounts.batch or self.unsaved)):
+            is_due = (
+                number % self.POLL == 0 and self.exists and (accounts.counted or not self.in_memory)
+            )
+            if is_due or (
+                not self.in_memory and (accounts.counted or accounts.batch or self.unsaved)
+            ):
                 await self.sync(accounts)
             await asyncio.sleep(self.INTERVAL)
 
@@ -4431,11 +5361,15 @@ class Database:
             try:
                 known = await self.run(self.exchange, counts, unsaved, day_of(time.time()))
             except DatabaseError as error:
-                LOG.warning("%s; requests go on, and unsaved data waits in memory", error)  # logged once a minute
+                LOG.warning(
+                    "%s; requests go on, and unsaved data waits in memory", error
+                )  # logged once a minute
                 return
             accounts.written(*known)
             self.batch += 1
-            self.unsaved = {name: row for name, row in self.unsaved.items() if unsaved.get(name) is not row}
+            self.unsaved = {
+                name: row for name, row in self.unsaved.items() if unsaved.get(name) is not row
+            }
 
     def put_response(self, response_id: str, account_id: str, body: str) -> None:
         self.unsaved[response_id] = (account_id, body)
@@ -4460,24 +5394,41 @@ class Database:
             if not self.connection:
                 self.connect()
             return self.attempt(job, *arguments)
-        except (self.driver.Error, OSError, ArithmeticError, TypeError, ValueError) as error:  # or odd rows
-            raise DatabaseError(f"the database cannot be used: {' '.join(str(error).split())}") from error
+        except (
+            self.driver.Error,
+            OSError,
+            ArithmeticError,
+            TypeError,
+            ValueError,
+        ) as error:  # or odd rows
+            raise DatabaseError(
+                f"the database cannot be used: {' '.join(str(error).split())}"
+            ) from error
 
     def load_driver(self) -> Any:
         try:
             return import_module("psycopg" if self.is_postgres else "sqlite3")
         except ImportError:
-            raise DatabaseError('PostgreSQL needs a package: pip install "psycopg[binary]"') from None
+            raise DatabaseError(
+                'PostgreSQL needs a package: pip install "psycopg[binary]"'
+            ) from None
 
     def connect(self) -> None:
         if self.is_postgres:
-            waits = {"connect_timeout": 5, "tcp_user_timeout": 10_000}  # a machine that is gone does not answer at all
-            self.connection = self.driver.connect(self.url, autocommit=True, prepare_threshold=None, **waits)
+            waits = {
+                "connect_timeout": 5,
+                "tcp_user_timeout": 10_000,
+            }  # a machine that is gone does not answer at all
+            self.connection = self.driver.connect(
+                self.url, autocommit=True, prepare_threshold=None, **waits
+            )
         else:
             if not self.in_memory:
                 os.close(os.open(self.path, os.O_CREAT | os.O_RDWR, 0o600))
             path = ":memory:" if self.in_memory else self.path
-            self.connection = self.driver.connect(path, timeout=10, isolation_level=None, check_same_thread=False)
+            self.connection = self.driver.connect(
+                path, timeout=10, isolation_level=None, check_same_thread=False
+            )
             self.execute("PRAGMA journal_mode = WAL")
             self.execute("PRAGMA synchronous = NORMAL")
         self.attempt(self.migrate)
@@ -4498,31 +5449,44 @@ class Database:
         self.connection = None
 
     def execute(self, statement: str, *values: object) -> Any:
-        return self.connection.execute(statement.replace("?", "%s") if self.is_postgres else statement, values)
+        return self.connection.execute(
+            statement.replace("?", "%s") if self.is_postgres else statement, values
+        )
 
     def migrate(self) -> None:
         """Bring the tables to this program's version. Raises DatabaseError if they have a newer one."""
         if self.is_postgres:
-            self.execute("SELECT pg_advisory_xact_lock(90909090)")  # another process may be starting too
+            self.execute(
+                "SELECT pg_advisory_xact_lock(90909090)"
+            )  # another process may be starting too
         self.execute("CREATE TABLE IF NOT EXISTS ztoapi_version (version BIGINT NOT NULL)")
         version = self.execute("SELECT MAX(version) FROM ztoapi_version").fetchone()[0] or 0
         if version > len(MIGRATIONS):
-            raise DatabaseError(f"the database has version {version}, so a newer ztoapi made it: update this one")
+            raise DatabaseError(
+                f"the database has version {version}, so a newer ztoapi made it: update this one"
+            )
         for number, statements in enumerate(MIGRATIONS[version:], version + 1):
             for statement in statements.split(";"):
                 self.execute(statement)
             self.execute("INSERT INTO ztoapi_version VALUES (?)", number)
 
-    def exchange(self, counts: Counts, unsaved: Mapping[str, Stored], today: date) -> tuple[list[Account], TokensUsed]:
+    def exchange(
+        self, counts: Counts, unsaved: Mapping[str, Stored], today: date
+    ) -> tuple[list[Account], TokensUsed]:
         if counts or unsaved:
             self.write(counts, unsaved, today)
         named = self.list_accounts()
         periods = [(account.id, account.period(today)[0].isoformat()) for account in named]
-        return named, {period: int(self.execute(TOKENS_SINCE, *period).fetchone()[0] or 0) for period in periods}
+        return named, {
+            period: int(self.execute(TOKENS_SINCE, *period).fetchone()[0] or 0)
+            for period in periods
+        }
 
     def write(self, counts: Counts, unsaved: Mapping[str, Stored], today: date) -> None:
         if self.execute(BEGIN_BATCH, self.writer, self.batch, today.isoformat()).rowcount:
-            for key, figures in sorted(counts.items()):  # sorted, or two writers might wait for each other
+            for key, figures in sorted(
+                counts.items()
+            ):  # sorted, or two writers might wait for each other
                 self.execute(ADD_USAGE, *key, *figures)
         for response_id, (account_id, body) in unsaved.items():
             self.execute(PUT_RESPONSE, response_id, account_id, today.isoformat(), body)
@@ -4530,11 +5494,20 @@ class Database:
             self.execute(statement, (today - timedelta(DAYS_KEPT)).isoformat())
 
     def list_accounts(self) -> list[Account]:
-        rows = self.execute("SELECT id, name, limits FROM ztoapi_keys WHERE removed = 0 ORDER BY name")
-        return [Account(account_id, name, **json.loads(limits)) for account_id, name, limits in rows]
+        rows = self.execute(
+            "SELECT id, name, limits FROM ztoapi_keys WHERE removed = 0 ORDER BY name"
+        )
+        return [
+            Account(account_id, name, **json.loads(limits)) for account_id, name, limits in rows
+        ]
 
     def put_account(self, account: Account) -> None:
-        self.execute(PUT_KEY, account.id, account.name, to_json({name: getattr(account, name) for name in LIMITS}))
+        self.execute(
+            PUT_KEY,
+            account.id,
+            account.name,
+            to_json({name: getattr(account, name) for name in LIMITS}),
+        )
 
     def remove_account(self, name: str) -> bool:
         """Whether there was one. Its row stays, to name its past usage."""
@@ -4545,7 +5518,12 @@ class Database:
         return list(self.execute(USAGE_SINCE, since.isoformat()))
 
     def select_response(self, response_id: str) -> Stored | None:
-        return next(iter(self.execute("SELECT account, body FROM ztoapi_responses WHERE id = ?", response_id)), None)
+        return next(
+            iter(
+                self.execute("SELECT account, body FROM ztoapi_responses WHERE id = ?", response_id)
+            ),
+            None,
+        )
 
 
 # ======== Requests ==================================================================================================
@@ -4592,7 +5570,13 @@ class Record:
         first = None if self.first is None else round(self.first - self.started, 3)
         outcome = {"model": self.model, "status": self.status, "error": self.error}
         tokens = {"prompt_tokens": self.usage.prompt, "completion_tokens": self.usage.completion}
-        return {"time": ended_at, **outcome, "first": first, "duration": round(duration, 3), **tokens}
+        return {
+            "time": ended_at,
+            **outcome,
+            "first": first,
+            "duration": round(duration, 3),
+            **tokens,
+        }
 
     def line(self, now: float) -> str:
         outcome = f"{self.status} {self.error}".rstrip()
@@ -4651,9 +5635,16 @@ class ModelFigures:
 
     def snapshot(self, model: Model) -> JSON:
         usage, counts = self.usage, {"requests": self.requests, "failures": self.failures}
-        tokens = {"prompt_tokens": usage.prompt, "cached_tokens": usage.cached, "completion_tokens": usage.completion}
+        tokens = {
+            "prompt_tokens": usage.prompt,
+            "cached_tokens": usage.cached,
+            "completion_tokens": usage.completion,
+        }
         cost = model.cost(usage.prompt, usage.cached, usage.completion)
-        times = {"first": percentiles(self.first_times.latest), "duration": percentiles(self.durations.latest)}
+        times = {
+            "first": percentiles(self.first_times.latest),
+            "duration": percentiles(self.durations.latest),
+        }
         return {**counts, **tokens, "cost": cost, **times}
 
 
@@ -4661,7 +5652,10 @@ def percentiles(seconds: Iterable[float]) -> JSON:
     ordered = sorted(seconds)
     if not ordered:
         return {"p50": None, "p95": None}
-    return {name: round(ordered[int((len(ordered) - 1) * part)], 3) for name, part in (("p50", 0.5), ("p95", 0.95))}
+    return {
+        name: round(ordered[int((len(ordered) - 1) * part)], 3)
+        for name, part in (("p50", 0.5), ("p95", 0.95))
+    }
 
 
 class Statistics:
@@ -4673,11 +5667,15 @@ class Statistics:
     def __init__(self, now: float) -> None:
         self.started = now
         self.models: defaultdict[str, ModelFigures] = defaultdict(ModelFigures)
-        self.minutes: dict[int, list[int]] = {}  # minute → requests, failures, tokens in, tokens out
+        self.minutes: dict[
+            int, list[int]
+        ] = {}  # minute → requests, failures, tokens in, tokens out
         # With the seconds that each took, and the time of its end.
         self.recent: deque[tuple[Record, float, float]] = deque(maxlen=self.RECENT)
         self.torn = 0  # frames
-        self.requests: Counter[tuple[str, str, int]] = Counter()  # all of them, by route, model and status
+        self.requests: Counter[tuple[str, str, int]] = (
+            Counter()
+        )  # all of them, by route, model and status
 
     def label(self, model: str) -> str:
         """The model's name; OTHERS for an unknown one if there are too many."""
@@ -4689,7 +5687,10 @@ class Statistics:
     def add(self, record: Record, duration: float, now: float) -> None:
         self.models[self.label(record.model)].add(record, duration)
         self.torn += record.torn
-        minute, more = int(now // 60), (1, bool(record.error), record.usage.prompt, record.usage.completion)
+        minute, more = (
+            int(now // 60),
+            (1, bool(record.error), record.usage.prompt, record.usage.completion),
+        )
         self.minutes[minute] = list(map(add, self.minutes.get(minute, (0, 0, 0, 0)), more))
         if len(self.minutes) > self.MINUTES:
             del self.minutes[min(self.minutes)]
@@ -4697,10 +5698,16 @@ class Statistics:
 
     def snapshot(self, now: float, clock_zero: float) -> JSON:
         """`clock_zero`: the Unix time at which time.monotonic() was 0, as the system's clock has it now."""
-        last, times = int(now // 60), {"now": clock_zero + now, "started": clock_zero + self.started}
+        last, times = (
+            int(now // 60),
+            {"now": clock_zero + now, "started": clock_zero + self.started},
+        )
         models = {name: figures.snapshot(model_of(name)) for name, figures in self.models.items()}
         minutes = [self.minutes.get(last - i, [0, 0, 0, 0]) for i in reversed(range(self.MINUTES))]
-        recent = [record.snapshot(duration, clock_zero + ended_at) for record, duration, ended_at in self.recent]
+        recent = [
+            record.snapshot(duration, clock_zero + ended_at)
+            for record, duration, ended_at in self.recent
+        ]
         return {**times, "models": models, "minutes": minutes, "recent": recent, "torn": self.torn}
 
 
@@ -4716,16 +5723,24 @@ class ClientHistory:
 
     async def load(self, response_id: str) -> None:
         """Raises DatabaseError."""
-        body = await self.database.find_response(response_id, self.account_id) if self.size <= self.MAX_SIZE else ""
+        body = (
+            await self.database.find_response(response_id, self.account_id)
+            if self.size <= self.MAX_SIZE
+            else ""
+        )
         self.size += len(body)
         if body and self.size <= self.MAX_SIZE:
-            self.loaded[response_id] = StoredResponse(**await in_thread_if_large(len(body), json.loads, body))
+            self.loaded[response_id] = StoredResponse(
+                **await in_thread_if_large(len(body), json.loads, body)
+            )
 
     def get(self, response_id: str) -> StoredResponse | None:
         return self.loaded.get(response_id)
 
     def put(self, stored: StoredResponse) -> None:
-        body = json.dumps({"response": stored.response, "input": stored.input})  # in ASCII: half a surrogate pair too
+        body = json.dumps(
+            {"response": stored.response, "input": stored.input}
+        )  # in ASCII: half a surrogate pair too
         self.database.put_response(stored.response["id"], self.account_id, body)
 
 
@@ -4735,7 +5750,9 @@ OpenResponse: TypeAlias = "SSEResponse | PassThroughResponse"
 
 SETTINGS = web.AppKey("settings", Settings)
 REDACT = web.AppKey("redact", Redactor)
-IN_FLIGHT: web.AppKey[dict[Any, web.Request]] = web.AppKey("in_flight", dict)  # by the task that answers it
+IN_FLIGHT: web.AppKey[dict[Any, web.Request]] = web.AppKey(
+    "in_flight", dict
+)  # by the task that answers it
 CLOCK = web.AppKey("clock", Clock)
 STATISTICS = web.AppKey("statistics", Statistics)
 ACCOUNTS = web.AppKey("accounts", Accounts)
@@ -4745,7 +5762,9 @@ CATALOG = web.AppKey("catalog", Catalog)
 PLANS = web.AppKey("plans", PlanQuotas)
 ACCOUNT = web.RequestKey("account", Account)
 RECORD = web.RequestKey("record", Record)
-STREAM: web.RequestKey[OpenResponse] = web.RequestKey("stream")  # the answer, once it may have begun
+STREAM: web.RequestKey[OpenResponse] = web.RequestKey(
+    "stream"
+)  # the answer, once it may have begun
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
@@ -4756,13 +5775,19 @@ Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 MAX_JOINED = 2**23  # bytes of an answer after which its frames are sent one by one
 KEEP_ALIVE_INTERVAL = 15  # seconds of silence after which a stream gets a comment
 EVENT_STREAM = "text/event-stream; charset=utf-8"
-STREAM_HEADERS = {"Content-Type": EVENT_STREAM, "Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
+STREAM_HEADERS = {
+    "Content-Type": EVENT_STREAM,
+    "Cache-Control": "no-cache",
+    "X-Accel-Buffering": "no",
+}
 
 
 class ClientView:
     """An answer as the client is to see it: batches, with the reasoning shaped. Updates the record."""
 
-    def __init__(self, stream: EventStream | MergedStream, record: Record, form: ReasoningFormat = "parsed") -> None:
+    def __init__(
+        self, stream: EventStream | MergedStream, record: Record, form: ReasoningFormat = "parsed"
+    ) -> None:
         self.stream, self.record, self.form = stream, record, form
         self.shape = ReasoningShape(form)
 
@@ -4829,7 +5854,9 @@ class SSEResponse:
         self.writing = False
 
     async def fail(self, error: ProxyError) -> None:
-        no_head = head_of(AnswerInfo("", 0, "", ""), self.model, self.request[RECORD])  # Z.ai sent none
+        no_head = head_of(
+            AnswerInfo("", 0, "", ""), self.model, self.request[RECORD]
+        )  # Z.ai sent none
         await self.send((self.encoder or self.surface_request.encoder(no_head)).fail(error))
 
     @contextmanager
@@ -4887,10 +5914,16 @@ async def parse_request_of(surface: Surface, request: web.Request) -> tuple[Prom
     size = request.content.total_bytes + history.size
     prompt, surface_request = await in_thread_if_large(size, surface, body, history)
     record.model = model_shown(request, prompt.model)
-    record.prompt_size = size if size >= LARGE else sum(len(message_text(message)) for message in prompt.messages)
-    record.left_out = ",".join([header_word(name) for name in prompt.ignored if name[:6] == "tools."])[:DETAIL_LIMIT]
+    record.prompt_size = (
+        size if size >= LARGE else sum(len(message_text(message)) for message in prompt.messages)
+    )
+    record.left_out = ",".join(
+        [header_word(name) for name in prompt.ignored if name[:6] == "tools."]
+    )[:DETAIL_LIMIT]
     prompt = replace(prompt, size=size) if size >= LARGE else prompt
-    return with_defaults(prompt, request.app[SETTINGS], request.headers.get("Accept", "")), surface_request
+    return with_defaults(
+        prompt, request.app[SETTINGS], request.headers.get("Accept", "")
+    ), surface_request
 
 
 def head_of(info: AnswerInfo, model: str, record: Record) -> Head:
@@ -4903,13 +5936,17 @@ def model_shown(request: web.Request, name: str) -> str:
     return model.id if model.id in MODELS else truncated(printable(request.app[REDACT](model.id)))
 
 
-TINY_LIMIT = 64  # tokens; a model that thinks uses them up and answers nothing (nashsu/llm_wiki#348)
+TINY_LIMIT = (
+    64  # tokens; a model that thinks uses them up and answers nothing (nashsu/llm_wiki#348)
+)
 
 
 def with_defaults(prompt: Prompt, settings: Settings, accept: str) -> Prompt:
     """The prompt with the operator's defaults for what the client did not say."""
     thinking: dict[bool | None, Effort] = {True: "on", False: "off"}
-    wanted = "application/json" not in accept and ("text/event-stream" in accept or settings.default_stream)
+    wanted = "application/json" not in accept and (
+        "text/event-stream" in accept or settings.default_stream
+    )
     stream = wanted if prompt.stream is None else prompt.stream
     tiny: Effort | None = "off" if 0 < (prompt.max_tokens or 0) <= TINY_LIMIT else None
     effort = prompt.effort or thinking.get(settings.enable_thinking, tiny)
@@ -4957,10 +5994,14 @@ def info_headers(info: AnswerInfo) -> dict[str, str]:
     return {name: value for name, value in headers.items() if value}
 
 
-def json_response(document: JSON, status: int = 200, headers: Mapping[str, str] | None = None) -> web.Response:
+def json_response(
+    document: JSON, status: int = 200, headers: Mapping[str, str] | None = None
+) -> web.Response:
     body = encode_json(document)
     trace("answered", body)
-    return web.Response(body=body, status=status, headers=headers, content_type="application/json", charset="utf-8")
+    return web.Response(
+        body=body, status=status, headers=headers, content_type="application/json", charset="utf-8"
+    )
 
 
 def printable(words: str) -> str:
@@ -4980,7 +6021,9 @@ async def list_models(request: web.Request) -> web.Response:
     """The list in the caller's format: OpenAI's, Anthropic's, or OpenAI's with the fields that Codex reads."""
     models = await named_models(request)
     if "anthropic-version" in request.headers:
-        return json_response({"data": [anthropic_item(models[name], name) for name in models], "has_more": False})
+        return json_response(
+            {"data": [anthropic_item(models[name], name) for name in models], "has_more": False}
+        )
     listing: JSON = {"object": "list", "data": [model_item(models[name], name) for name in models]}
     if "client_version" in request.query:
         listing["models"] = [codex_item(models[name], name) for name in models]
@@ -5002,15 +6045,24 @@ async def one_model(request: web.Request) -> web.Response:
     if name is None:
         message = "There is no such model: GET /v1/models lists them."
         raise ProxyError(MODEL_NOT_FOUND, message, "model", printable(asked))
-    return json_response((anthropic_item if "anthropic-version" in request.headers else model_item)(models[name], name))
+    return json_response(
+        (anthropic_item if "anthropic-version" in request.headers else model_item)(
+            models[name], name
+        )
+    )
 
 
 async def stored_response(request: web.Request) -> StoredResponse:
-    history, response_id = ClientHistory(request.app[DATABASE], request[ACCOUNT].id), request.match_info["id"]
+    history, response_id = (
+        ClientHistory(request.app[DATABASE], request[ACCOUNT].id),
+        request.match_info["id"],
+    )
     await history.load(response_id)
     stored = history.get(response_id)
     if stored is None:
-        raise ProxyError(error_kind(404, "response_not_found"), "This response is not stored here (any more).")
+        raise ProxyError(
+            error_kind(404, "response_not_found"), "This response is not stored here (any more)."
+        )
     return stored
 
 
@@ -5041,7 +6093,9 @@ async def index(request: web.Request) -> web.Response:
     if "text/html" in request.headers.get("Accept", ""):
         return web.Response(status=302, headers={"Location": "/docs"})
     base_url = f"{request.scheme}://{request.host}/v1"
-    return json_response({"name": "ztoapi", "version": __version__, "base_url": base_url, "docs": "/docs"})
+    return json_response(
+        {"name": "ztoapi", "version": __version__, "base_url": base_url, "docs": "/docs"}
+    )
 
 
 async def docs(request: web.Request) -> web.Response:
@@ -5053,7 +6107,9 @@ async def docs(request: web.Request) -> web.Response:
         "key": PUBLISHED_KEY if settings.published else "",
         "dashboard": settings.dashboard_enabled,
         "clients": client_examples(),
-        "models": [{"id": name, **{what: getattr(models[name], what) for what in shown}} for name in models],
+        "models": [
+            {"id": name, **{what: getattr(models[name], what) for what in shown}} for name in models
+        ],
     }
     return page_response(DOCS_PAGE, snapshot)
 
@@ -5067,10 +6123,21 @@ NO_STORE = {"Cache-Control": "no-store"}
 
 async def dashboard_stats(request: web.Request) -> web.Response:
     """An operator's key sees everything, another key its own figures."""
-    app, account, days, now = request.app, request[ACCOUNT], await usage_days(request), time.monotonic()
-    clock_zero, shown = time.time() - now, app[ACCOUNTS].named.values() if account.is_operator else [account]
+    app, account, days, now = (
+        request.app,
+        request[ACCOUNT],
+        await usage_days(request),
+        time.monotonic(),
+    )
+    clock_zero, shown = (
+        time.time() - now,
+        app[ACCOUNTS].named.values() if account.is_operator else [account],
+    )
     snapshot: JSON = {"now": clock_zero + now, "operator": account.is_operator, "days": days or []}
-    snapshot |= {"database": days is not None, "client_keys": [key_item(app[ACCOUNTS], each) for each in shown]}
+    snapshot |= {
+        "database": days is not None,
+        "client_keys": [key_item(app[ACCOUNTS], each) for each in shown],
+    }
     if account.is_operator:
         in_flight = sum(bool(flying[RECORD].model) for flying in app[IN_FLIGHT].values())
         snapshot |= {"in_flight": in_flight, "plans": app[PLANS].latest(now)}
@@ -5082,10 +6149,18 @@ async def usage_days(request: web.Request) -> list[JSON] | None:
     """The caller's usage in the last month, all accounts' for an operator; None while the database is unreachable."""
     database, account = request.app[DATABASE], request[ACCOUNT]
     try:
-        rows = await database.run(database.list_usage, day_of(time.time()) - timedelta(30)) if database.exists else []
+        rows = (
+            await database.run(database.list_usage, day_of(time.time()) - timedelta(30))
+            if database.exists
+            else []
+        )
     except DatabaseError:
         return None
-    return [usage_item(*row) for account_id, *row in rows if account.is_operator or account_id == account.id]
+    return [
+        usage_item(*row)
+        for account_id, *row in rows
+        if account.is_operator or account_id == account.id
+    ]
 
 
 def usage_item(key: str, day: str, model: str, *figures: int) -> JSON:
@@ -5098,32 +6173,50 @@ async def metrics(request: web.Request) -> web.Response:
     """For Prometheus."""
     statistics, upstream = request.app[STATISTICS], request.app[UPSTREAM]
     models, kinds = statistics.models.items(), ("prompt", "cached", "completion")
-    gauges: dict[str, Counter[str]] = {name: Counter() for name in ("in_flight", "waiting", "limit")}
+    gauges: dict[str, Counter[str]] = {
+        name: Counter() for name in ("in_flight", "waiting", "limit")
+    }
     for queue in upstream.snapshot(request.app[REDACT])["queues"]:
-        for name, value in zip(gauges, (queue["in_flight"], queue["waiting"], sum(queue["limits"])), strict=True):
+        for name, value in zip(
+            gauges, (queue["in_flight"], queue["waiting"], sum(queue["limits"])), strict=True
+        ):
             gauges[name][statistics.label(queue["model"])] += value
-    requests = (({"path": route_name(p), "model": m, "status": s}, n) for (p, m, s), n in statistics.requests.items())
-    tokens = (({"model": m, "type": kind}, getattr(figures.usage, kind)) for m, figures in models for kind in kinds)
+    requests = (
+        ({"path": route_name(p), "model": m, "status": s}, n)
+        for (p, m, s), n in statistics.requests.items()
+    )
+    tokens = (
+        ({"model": m, "type": kind}, getattr(figures.usage, kind))
+        for m, figures in models
+        for kind in kinds
+    )
     families = [
         family("build_info", "gauge", [({"version": __version__}, 1)]),
         family("retries_total", "counter", [({}, upstream.remedies["retries"])]),
         family("requests_total", "counter", requests),
         family("tokens_total", "counter", tokens),
-        *(family(name, "gauge", (({"model": m}, n) for m, n in gauge.items())) for name, gauge in gauges.items()),
+        *(
+            family(name, "gauge", (({"model": m}, n) for m, n in gauge.items()))
+            for name, gauge in gauges.items()
+        ),
         ["# TYPE ztoapi_time_to_first_token_seconds histogram"],
         *(figures.first_times.samples("time_to_first_token_seconds", m) for m, figures in models),
         ["# TYPE ztoapi_request_duration_seconds histogram"],
         *(figures.durations.samples("request_duration_seconds", m) for m, figures in models),
     ]
     headers = {"Content-Type": "text/plain; version=0.0.4; charset=utf-8"}
-    return web.Response(body="".join(f"{line}\n" for line in chain(*families)).encode(), headers=headers)
+    return web.Response(
+        body="".join(f"{line}\n" for line in chain(*families)).encode(), headers=headers
+    )
 
 
 def route_name(path: str) -> str:
     return path.replace("{prefix}", "v1/").replace("{slash}", "")
 
 
-def family(name: str, kind: str, samples: Iterable[tuple[Mapping[str, object], float]]) -> Iterator[str]:
+def family(
+    name: str, kind: str, samples: Iterable[tuple[Mapping[str, object], float]]
+) -> Iterator[str]:
     yield f"# TYPE ztoapi_{name} {kind}"
     yield from (sample(name, value, labels) for labels, value in samples)
 
@@ -5143,15 +6236,23 @@ def key_item(accounts: Accounts, account: Account) -> JSON:
 
 async def list_keys(request: web.Request) -> web.Response:
     accounts = request.app[ACCOUNTS]
-    return json_response({"keys": [key_item(accounts, a) for a in accounts.named.values()]}, headers=NO_STORE)
+    return json_response(
+        {"keys": [key_item(accounts, a) for a in accounts.named.values()]}, headers=NO_STORE
+    )
 
 
 async def put_key(request: web.Request) -> web.Response:
     """A new name adds a key, a known one changes its limits; what is not given stays."""
-    accounts, database, body = request.app[ACCOUNTS], request.app[DATABASE], await read_json(request)
+    accounts, database, body = (
+        request.app[ACCOUNTS],
+        request.app[DATABASE],
+        await read_json(request),
+    )
     known = {account.name: account for account in await database.run(database.list_accounts)}
     key, name = new_key(), parse_key_name(body.pop("name", None))
-    account = replace(known.get(name) or Account(hash_key(key), name), **parse_limits(body, day_of(time.time())))
+    account = replace(
+        known.get(name) or Account(hash_key(key), name), **parse_limits(body, day_of(time.time()))
+    )
     await database.run(database.put_account, account)
     await database.sync(accounts)
     item = key_item(accounts, account)
@@ -5174,7 +6275,9 @@ def page_response(page: Page, snapshot: JSON) -> web.Response:
     """A page with data in it. "<" is escaped, so that the data cannot become a script."""
     html = page.html.replace("{{DATA}}", to_json(snapshot).replace("<", "\\u003c"))
     headers = {"Content-Security-Policy": page.policy, "Referrer-Policy": "no-referrer", **NO_STORE}
-    return web.Response(text=html, content_type="text/html", headers=headers | {"X-Content-Type-Options": "nosniff"})
+    return web.Response(
+        text=html, content_type="text/html", headers=headers | {"X-Content-Type-Options": "nosniff"}
+    )
 
 
 # ======== Pass-through ==============================================================================================
@@ -5192,7 +6295,10 @@ async def messages(request: web.Request) -> web.StreamResponse:
     if shows_image(body):
         model = upstream.with_vision(model)
     request[ACCOUNT].check_model(model)
-    headers = {"Content-Type": "application/json", **sent_headers(request, "anthropic-version", "anthropic-beta")}
+    headers = {
+        "Content-Type": "application/json",
+        **sent_headers(request, "anthropic-version", "anthropic-beta"),
+    }
     how, size = {"headers": headers, "params": request.query}, request.content.total_bytes
     beginning = (to_json(part) for part in (body.get("system"), first_object(body.get("messages"))))
     caller = await in_thread_if_large(size, upstream.caller, request[ACCOUNT].id, beginning)
@@ -5207,7 +6313,9 @@ async def messages(request: web.Request) -> web.StreamResponse:
         return response
 
     async with upstream.account_slot(request[ACCOUNT]), AsyncExitStack() as owner:
-        response = await upstream.with_retries(Target(model.id, "/messages"), caller, attempt, owner)
+        response = await upstream.with_retries(
+            Target(model.id, "/messages"), caller, attempt, owner
+        )
         body.clear()  # long, and sent
         request[STREAM] = response
         return await response.send()
@@ -5221,9 +6329,18 @@ ID = r"{id:[A-Za-z0-9_-][A-Za-z0-9_.:-]*}"  # nothing that could lead to another
 # The other paths that Z.ai serves under the base URL; our key goes to no other path.
 PASS_THROUGH_ROUTES = (
     *(("POST", path) for path in ("embeddings", "images/generations", "async/images/generations")),
-    *(("POST", path) for path in ("audio/transcriptions", "audio/speech", "rerank", "moderations", "tokenizer")),
-    *(("POST", path) for path in ("web_search", "reader", "layout_parsing", "videos/generations", "files")),
-    *(("GET", path) for path in (f"async-result/{ID}", "files", f"files/{ID}", f"files/{ID}/content")),
+    *(
+        ("POST", path)
+        for path in ("audio/transcriptions", "audio/speech", "rerank", "moderations", "tokenizer")
+    ),
+    *(
+        ("POST", path)
+        for path in ("web_search", "reader", "layout_parsing", "videos/generations", "files")
+    ),
+    *(
+        ("GET", path)
+        for path in (f"async-result/{ID}", "files", f"files/{ID}", f"files/{ID}/content")
+    ),
     ("DELETE", f"files/{ID}"),
 )
 WITH_USAGE = ("embeddings", "rerank")  # their answers have it
@@ -5235,7 +6352,9 @@ async def pass_through(path: str, request: web.Request) -> web.StreamResponse:
     """A request to another of Z.ai's paths, sent only once: a streamed body cannot be repeated."""
     keys, target = request.app[UPSTREAM].keys, Target(path="/" + path.partition("/{")[0])
     path = path.replace(ID, request.match_info.get("id", ""))
-    key = min(keys.available(target), key=lambda key: key.affinity(request[ACCOUNT].id))  # which owns the files
+    key = min(
+        keys.available(target), key=lambda key: key.affinity(request[ACCOUNT].id)
+    )  # which owns the files
     keys.tried(key, target)
     data, reader = await body_and_reader(path, request)
     as_sent = isinstance(data, Upload) and "Content-Encoding" not in request.headers
@@ -5243,11 +6362,15 @@ async def pass_through(path: str, request: web.Request) -> web.StreamResponse:
     how = {"method": request.method, "data": data, "headers": headers, "params": request.query}
     async with request.app[UPSTREAM].account_slot(request[ACCOUNT]), AsyncExitStack() as owner:
         try:
-            stream = await request.app[UPSTREAM].client.send(f"{key.base_url}/{path}", key, owner, **how)
+            stream = await request.app[UPSTREAM].client.send(
+                f"{key.base_url}/{path}", key, owner, **how
+            )
             response = PassThroughResponse(request, stream, reader)
             await response.begin()
         except UpstreamError as error:
-            if keys.calls_for_cooldown(error) and error.kind != MODEL_NOT_FOUND:  # clients may make names up
+            if (
+                keys.calls_for_cooldown(error) and error.kind != MODEL_NOT_FOUND
+            ):  # clients may make names up
                 keys.cool_down(key, target, error)
             adapt_to_path(error, path, key.base_url)
             raise
@@ -5256,7 +6379,9 @@ async def pass_through(path: str, request: web.Request) -> web.StreamResponse:
         return await response.send()
 
 
-async def body_and_reader(path: str, request: web.Request) -> tuple[Upload | bytes | None, PassThroughReader]:
+async def body_and_reader(
+    path: str, request: web.Request
+) -> tuple[Upload | bytes | None, PassThroughReader]:
     """The body for Z.ai, and the answer's reader. A body is streamed unless it is JSON that has to be read.
 
     Raises ProxyError if the caller may not use the model, or is limited to some models and its body is not JSON.
@@ -5264,7 +6389,9 @@ async def body_and_reader(path: str, request: web.Request) -> tuple[Upload | byt
     renamed, account = request.app[SETTINGS].model_aliases, request[ACCOUNT]
     is_json = request.content_type == "application/json"
     if account.models and not is_json and request.can_read_body:
-        raise ProxyError(MODEL_NOT_ALLOWED, f"This key may only use {account.models}, so this body must be JSON.")
+        raise ProxyError(
+            MODEL_NOT_ALLOWED, f"This key may only use {account.models}, so this body must be JSON."
+        )
     if not is_json or not (renamed or path in WITH_USAGE or not account.is_operator):
         return Upload(body_parts(request)) if request.can_read_body else None, PassThroughReader()
     data = await read_body(request)
@@ -5274,7 +6401,13 @@ async def body_and_reader(path: str, request: web.Request) -> tuple[Upload | byt
         request[RECORD].model = model_shown(request, body["model"])
         account.check_model(resolve(changed["model"]))
     packed = body.get("encoding_format") == "base64"
-    reader = EmbeddingsReader() if packed else UsageReader() if path in WITH_USAGE else PassThroughReader()
+    reader = (
+        EmbeddingsReader()
+        if packed
+        else UsageReader()
+        if path in WITH_USAGE
+        else PassThroughReader()
+    )
     return data if changed == body else encode_request(changed), reader
 
 
@@ -5282,9 +6415,13 @@ def adapt_to_path(error: UpstreamError, path: str, base: str) -> None:
     """Put the error into words that fit a path other than chat's."""
     if error.kind == WRONG_ADDRESS:  # the chat's address may well be right
         error.kind = error_kind(404, "not_found")
-        error.message = "Z.ai has nothing at this path of this server's ZAI_BASE_URL, or not with this id."
+        error.message = (
+            "Z.ai has nothing at this path of this server's ZAI_BASE_URL, or not with this id."
+        )
     if path.startswith(CHINA_ONLY) and "api.z.ai" in base:
-        error.message += " It may exist only at the China address, open.bigmodel.cn/api/paas/v4 (KEY@china)."
+        error.message += (
+            " It may exist only at the China address, open.bigmodel.cn/api/paas/v4 (KEY@china)."
+        )
 
 
 PASS_THROUGH_HEADERS = ("Content-Type", "Content-Length", "Content-Disposition", "Cache-Control")
@@ -5295,8 +6432,12 @@ class PassThroughResponse:
 
     def __init__(self, request: web.Request, stream: ByteStream, reader: PassThroughReader) -> None:
         reply = stream.response
-        headers = {name: reply.headers[name] for name in PASS_THROUGH_HEADERS if name in reply.headers}
-        if "Content-Encoding" in reply.headers or type(reader) is not PassThroughReader:  # the length changes
+        headers = {
+            name: reply.headers[name] for name in PASS_THROUGH_HEADERS if name in reply.headers
+        }
+        if (
+            "Content-Encoding" in reply.headers or type(reader) is not PassThroughReader
+        ):  # the length changes
             headers.pop("Content-Length", None)
         if "X-Log-Id" in reply.headers:
             headers["x-zai-request-id"] = header_word(reply.headers["X-Log-Id"])
@@ -5311,7 +6452,11 @@ class PassThroughResponse:
         """
         self.ahead = await self.next_bytes()
         self.request[RECORD].note([])
-        document = as_object(parse_json(self.ahead)) if self.stream.response.content_type == "application/json" else {}
+        document = (
+            as_object(parse_json(self.ahead))
+            if self.stream.response.content_type == "application/json"
+            else {}
+        )
         if document.get("success") is False or as_object(document.get("error")).get("code"):
             raise zai_error(200, document)
 
@@ -5340,7 +6485,9 @@ class PassThroughResponse:
     async def fail(self, error: ProxyError) -> None:
         """A stream of events gets one more, an error; any other answer can only be cut off."""
         if "text/event-stream" in self.response.headers.get("Content-Type", ""):
-            await self.response.write(sse([{"type": "error", **error_document(self.request, error)}]))
+            await self.response.write(
+                sse([{"type": "error", **error_document(self.request, error)}])
+            )
         elif self.request.transport:
             self.request.transport.close()
 
@@ -5382,7 +6529,9 @@ def account_of(headers: Mapping[str, str], accounts: Accounts) -> Account:
 
 
 ONLY_LOCAL = f"This server has the published key {PUBLISHED_KEY}, so it answers only on localhost"
-HOST_NOT_ALLOWED = error_kind(403, "host_not_allowed", f"{ONLY_LOCAL}: set DEFAULT_KEY to a key of your own.")
+HOST_NOT_ALLOWED = error_kind(
+    403, "host_not_allowed", f"{ONLY_LOCAL}: set DEFAULT_KEY to a key of your own."
+)
 
 
 @web.middleware
@@ -5399,7 +6548,9 @@ def is_local(request: web.Request) -> bool:
     """Whether a request came to a loopback address, under a loopback name. A process manager may listen elsewhere."""
     place = request.transport.get_extra_info("sockname") if request.transport else None
     is_here = not isinstance(place, tuple) or is_loopback(place[0])  # a Unix socket's is no tuple
-    return is_here and all(is_loopback(host_name(host)) for host in request.headers.getall("Host", []))
+    return is_here and all(
+        is_loopback(host_name(host)) for host in request.headers.getall("Host", [])
+    )
 
 
 def host_name(host: str) -> str:
@@ -5410,11 +6561,18 @@ def host_name(host: str) -> str:
 def is_allowed_origin(origin: str, settings: Settings) -> bool:
     if settings.published:
         return is_loopback(host_name(origin.partition("://")[2]))
-    return any(origin == pattern or fnmatchcase(origin, pattern) for pattern in settings.cors_origins)
+    return any(
+        origin == pattern or fnmatchcase(origin, pattern) for pattern in settings.cors_origins
+    )
 
 
-EXPOSED_HEADERS = "x-request-id, x-zai-request-id, x-ztoapi-model, x-ztoapi-ignored, x-should-retry, Retry-After"
-PREFLIGHT_HEADERS = {"Access-Control-Allow-Methods": "GET, POST, DELETE, OPTIONS", "Access-Control-Max-Age": "86400"}
+EXPOSED_HEADERS = (
+    "x-request-id, x-zai-request-id, x-ztoapi-model, x-ztoapi-ignored, x-should-retry, Retry-After"
+)
+PREFLIGHT_HEADERS = {
+    "Access-Control-Allow-Methods": "GET, POST, DELETE, OPTIONS",
+    "Access-Control-Max-Age": "86400",
+}
 
 
 def cors_headers(request: web.Request) -> dict[str, str]:
@@ -5422,11 +6580,18 @@ def cors_headers(request: web.Request) -> dict[str, str]:
     origin = request.headers.get("Origin", "")
     if not origin or not is_allowed_origin(origin, request.app[SETTINGS]):
         return {}
-    headers = {"Access-Control-Allow-Origin": origin, "Access-Control-Expose-Headers": EXPOSED_HEADERS}
+    headers = {
+        "Access-Control-Allow-Origin": origin,
+        "Access-Control-Expose-Headers": EXPOSED_HEADERS,
+    }
     if request.method == "OPTIONS":
-        wanted = request.headers.get("Access-Control-Request-Headers", "Authorization, Content-Type")
+        wanted = request.headers.get(
+            "Access-Control-Request-Headers", "Authorization, Content-Type"
+        )
         headers |= PREFLIGHT_HEADERS | {"Access-Control-Allow-Headers": wanted}
-        if "Access-Control-Request-Private-Network" in request.headers:  # a public page that calls localhost
+        if (
+            "Access-Control-Request-Private-Network" in request.headers
+        ):  # a public page that calls localhost
             headers["Access-Control-Allow-Private-Network"] = "true"
     return headers
 
@@ -5446,7 +6611,9 @@ async def add_headers(request: web.Request, response: web.StreamResponse) -> Non
 @web.middleware
 async def log_requests(request: web.Request, handler: Handler) -> web.StreamResponse:
     """Runs around all else: gives every request its record, and every answer its line in the log and the statistics."""
-    record = request[RECORD] = Record(request.method, printable(request.path), time.monotonic(), os.urandom(12).hex())
+    record = request[RECORD] = Record(
+        request.method, printable(request.path), time.monotonic(), os.urandom(12).hex()
+    )
     in_flight, task = request.app[IN_FLIGHT], asyncio.current_task()
     REQUEST_ID.set(record.id[:8])
     in_flight[task] = request
@@ -5459,7 +6626,9 @@ async def log_requests(request: web.Request, handler: Handler) -> web.StreamResp
         record.estimate_usage()
         now = time.monotonic()
         level = logging.DEBUG if request.path.startswith(UNLOGGED_PATHS) else logging.INFO
-        if LOG.isEnabledFor(level):  # LOG.log would look for the line of code that called it, which takes longest
+        if LOG.isEnabledFor(
+            level
+        ):  # LOG.log would look for the line of code that called it, which takes longest
             LOG.handle(LOG.makeRecord(LOG.name, level, "", 0, record.line(now), (), None))
         count_request(request, now)
 
@@ -5483,7 +6652,11 @@ def count_request(request: web.Request, now: float) -> None:
 def error_document(request: web.Request, error: ProxyError) -> JSON:
     """The error in the shape of the API that the client speaks."""
     is_anthropic = request.path.rstrip("/").endswith(("/messages", "/count_tokens"))
-    return (anthropic_error_body if is_anthropic or "anthropic-version" in request.headers else error_body)(error)
+    return (
+        anthropic_error_body
+        if is_anthropic or "anthropic-version" in request.headers
+        else error_body
+    )(error)
 
 
 async def catch_errors(request: web.Request, handler: Handler) -> web.StreamResponse:
@@ -5509,7 +6682,9 @@ def proxy_error(error: Exception, request: web.Request) -> ProxyError:
         case DatabaseError():
             return ProxyError(DATABASE_UNAVAILABLE)
         case web.HTTPNotFound():
-            message = "There is nothing here: clients call POST /v1/chat/completions and GET /v1/models."
+            message = (
+                "There is nothing here: clients call POST /v1/chat/completions and GET /v1/models."
+            )
             return ProxyError(error_kind(404, "unknown_url"), message, detail=asked)
         case web.HTTPMethodNotAllowed():
             kind, allowed = error_kind(405, "method_not_allowed"), error.headers["Allow"]
@@ -5545,7 +6720,11 @@ async def drain(app: web.Application) -> None:
     """Before the server stops: let answers in flight finish for a while, then end them too."""
     in_flight = app[IN_FLIGHT]
     if in_flight:
-        LOG.info("stopping: waiting at most %d s for answers in flight: %d", SHUTDOWN_GRACE, len(in_flight))
+        LOG.info(
+            "stopping: waiting at most %d s for answers in flight: %d",
+            SHUTDOWN_GRACE,
+            len(in_flight),
+        )
     for seconds in (SHUTDOWN_GRACE, 2):
         if in_flight:
             await asyncio.wait(list(in_flight), timeout=seconds)
@@ -5569,7 +6748,9 @@ async def obey_signals(app: web.Application) -> None:
         if told_at[-1] - told_at[0] > 1:  # in seconds
             end_answers(app)
 
-    with suppress(NotImplementedError):  # on Windows; elsewhere aiohttp has set its own, which are replaced
+    with suppress(
+        NotImplementedError
+    ):  # on Windows; elsewhere aiohttp has set its own, which are replaced
         for number in (signal.SIGINT, signal.SIGTERM):
             asyncio.get_running_loop().add_signal_handler(number, react)
 
@@ -5593,7 +6774,9 @@ def descriptor_limit() -> int:
 
 
 MAX_DESCRIPTORS = descriptor_limit()
-BACKLOG = min(1024, MAX_DESCRIPTORS // 8)  # connections accepted before the first of them is looked at
+BACKLOG = min(
+    1024, MAX_DESCRIPTORS // 8
+)  # connections accepted before the first of them is looked at
 
 
 class ClientConnection(RequestHandler):
@@ -5605,7 +6788,9 @@ class ClientConnection(RequestHandler):
     def __init__(self, server: web.Server, *, write_timeout: float = math.inf, **how: Any) -> None:
         super().__init__(server, **how)
         self.server, self.write_timeout = server, write_timeout
-        self.heard_at = self.read_at = self._loop.time()  # when the client last sent something, and read something
+        self.heard_at = self.read_at = (
+            self._loop.time()
+        )  # when the client last sent something, and read something
         self.unsent = 0  # bytes of ours that it had not read at the last check
         self.head_size = 0  # bytes of an incomplete head
         self.owes_head = True  # it has sent nothing yet, or half a head
@@ -5613,9 +6798,13 @@ class ClientConnection(RequestHandler):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         super().connection_made(transport)
-        self.client = cast("asyncio.Transport", transport)  # aiohttp's own reference ends before the connection does
+        self.client = cast(
+            "asyncio.Transport", transport
+        )  # aiohttp's own reference ends before the connection does
         self.timer = self._loop.call_later(CHECK_INTERVAL, self.check)
-        if transport.get_extra_info("socket").fileno() > MAX_DESCRIPTORS * 3 // 4:  # always the lowest free number
+        if (
+            transport.get_extra_info("socket").fileno() > MAX_DESCRIPTORS * 3 // 4
+        ):  # always the lowest free number
             self.make_room()
 
     def connection_lost(self, exc: BaseException | None) -> None:
@@ -5642,9 +6831,15 @@ class ClientConnection(RequestHandler):
         return self._request_in_progress or bool(self._messages)
 
     def make_room(self) -> None:
-        LOG.warning("file descriptors are scarce (ulimit -n): connections without a request are closed")
-        connections = (known for known in self.server.connections if isinstance(known, ClientConnection))
-        idle = sorted((known for known in connections if not known.has_request), key=attrgetter("heard_at"))
+        LOG.warning(
+            "file descriptors are scarce (ulimit -n): connections without a request are closed"
+        )
+        connections = (
+            known for known in self.server.connections if isinstance(known, ClientConnection)
+        )
+        idle = sorted(
+            (known for known in connections if not known.has_request), key=attrgetter("heard_at")
+        )
         for connection in idle[: len(idle) // 8 + 1]:
             connection.force_close()
 
@@ -5707,11 +6902,17 @@ class ClientConnection(RequestHandler):
             super().log_exception(*words, **how)
 
     def handle_error(
-        self, request: web.BaseRequest, status: int = 500, exc: BaseException | None = None, _: str | None = None
+        self,
+        request: web.BaseRequest,
+        status: int = 500,
+        exc: BaseException | None = None,
+        _: str | None = None,
     ) -> web.Response:
         """Refuse what does not reach the app; aiohttp's own texts would repeat headers, keys too."""
         if isinstance(exc, ConnectionError) or request.writer.output_size:
-            raise ConnectionError("the client has left, or an answer has begun") from exc  # aiohttp knows what to do
+            raise ConnectionError(
+                "the client has left, or an answer has begun"
+            ) from exc  # aiohttp knows what to do
         if status >= 500:
             LOG.error("a bug in ztoapi", exc_info=exc)
             return bare_error(INTERNAL_ERROR)
@@ -5739,7 +6940,9 @@ END = r"{slash:/*}"
 
 def create_app(settings: Settings | None = None) -> web.Application:
     """The server as an aiohttp application. Without settings, as process managers call it, it reads the environment."""
-    failed = 2 if settings else 3  # gunicorn stops when a worker exits with 3; on 2 it restarts the worker forever
+    failed = (
+        2 if settings else 3
+    )  # gunicorn stops when a worker exits with 3; on 2 it restarts the worker forever
     if settings is None:
         settings = settings_or_exit({}, failed)
         set_up_log(settings)
@@ -5747,7 +6950,9 @@ def create_app(settings: Settings | None = None) -> web.Application:
     # When a client leaves, its handler is cancelled, and with it the request to Z.ai.
     how = {"handler_cancellation": True, "logger": LOG, "write_timeout": settings.upstream_timeout}
     limit = settings.max_body_mb * 2**20
-    app = web.Application(middlewares=[log_requests, local_only], client_max_size=limit, handler_args=how)
+    app = web.Application(
+        middlewares=[log_requests, local_only], client_max_size=limit, handler_args=how
+    )
     app[SETTINGS], app[REDACT] = settings, redactor(settings)
     app[IN_FLIGHT] = {}
     app[CLOCK], app[STATISTICS] = Clock(), Statistics(time.monotonic())
@@ -5762,10 +6967,22 @@ def create_app(settings: Settings | None = None) -> web.Application:
 
 def api_routes(app: web.Application) -> None:
     for path, surface in SURFACES.items():
-        add_route(app, "POST", f"{API}{path}{END}", require_key(partial(answer, surface), within_limits))
+        add_route(
+            app, "POST", f"{API}{path}{END}", require_key(partial(answer, surface), within_limits)
+        )
     for method, path in PASS_THROUGH_ROUTES:
-        add_route(app, method, f"{API}{path}{END}", require_key(partial(pass_through, path), within_limits))
-    add_route(app, "POST", f"{API}{{what:messages|messages/count_tokens}}{END}", require_key(messages, within_limits))
+        add_route(
+            app,
+            method,
+            f"{API}{path}{END}",
+            require_key(partial(pass_through, path), within_limits),
+        )
+    add_route(
+        app,
+        "POST",
+        f"{API}{{what:messages|messages/count_tokens}}{END}",
+        require_key(messages, within_limits),
+    )
     add_route(app, "GET", f"{API}models{END}", require_key(list_models))
     add_route(app, "GET", f"{API}models/{{id:.*[^/]}}{END}", require_key(one_model))
     response = API + r"responses/{id:resp_\w+}"
@@ -5822,7 +7039,10 @@ def timestamp(second: int) -> str:
 class RedactingFormatter(logging.Formatter):
     """Formats a line without secrets, with images shortened, and cut off if it is too long."""
 
-    MAX_LINE, MARGIN = 2**20, 2**12  # characters; a secret that is cut in half would stand in the margin
+    MAX_LINE, MARGIN = (
+        2**20,
+        2**12,
+    )  # characters; a secret that is cut in half would stand in the margin
     BASE64_RUN = re.compile(r"(?<![A-Za-z0-9+/])([A-Za-z0-9+/]{64})[A-Za-z0-9+/]{192,}=*")
 
     def __init__(self, redact: Redactor) -> None:
@@ -5834,7 +7054,9 @@ class RedactingFormatter(logging.Formatter):
         line = self.redact(whole[: self.MAX_LINE])
         if len(whole) > self.MAX_LINE:
             line = line[: -self.MARGIN] + "…"
-        return self.BASE64_RUN.sub(r"\1…", line) if len(line) > 256 else line  # BASE64_RUN needs 256
+        return (
+            self.BASE64_RUN.sub(r"\1…", line) if len(line) > 256 else line
+        )  # BASE64_RUN needs 256
 
 
 class BackgroundHandler(logging.Handler):
@@ -5860,7 +7082,9 @@ class BackgroundHandler(logging.Handler):
             self.dropped = 0
         self.added += len(line)
         self.lines.put(line)
-        if self.thread is None or not self.thread.is_alive():  # not yet, or in a process forked from one that had it
+        if (
+            self.thread is None or not self.thread.is_alive()
+        ):  # not yet, or in a process forked from one that had it
             self.thread = Thread(target=self.write_lines, daemon=True)
             self.thread.start()
 
@@ -5872,7 +7096,9 @@ class BackgroundHandler(logging.Handler):
             with suppress(OSError):
                 os.write(self.descriptor, text.encode("utf-8", "backslashreplace"))
             self.written += len(text)
-            time.sleep(0.02)  # seconds; under load, waking for each line would cost more than the line
+            time.sleep(
+                0.02
+            )  # seconds; under load, waking for each line would cost more than the line
 
     def flush(self) -> None:
         """Before the program ends: a reader who stalls then has one second."""
@@ -5949,12 +7175,18 @@ def listen(host: str, port: int) -> list[socket.socket]:
     """A socket for every address that `host` means, all on one port (0: any free one). Raises OSError."""
     sockets: list[socket.socket] = []
     for name in ("127.0.0.1", "::1") if host == "localhost" else (host,):
-        family, _, _, _, place = socket.getaddrinfo(name, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
+        family, _, _, _, place = socket.getaddrinfo(
+            name, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
         try:
             dual = name == "::" and socket.has_dualstack_ipv6()
-            sockets.append(socket.create_server((place[0], port), family=family, dualstack_ipv6=dual))
+            sockets.append(
+                socket.create_server((place[0], port), family=family, dualstack_ipv6=dual)
+            )
         except OSError as error:
-            if not (sockets and error.errno in (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT)):  # a machine without IPv6
+            if not (
+                sockets and error.errno in (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT)
+            ):  # a machine without IPv6
                 raise
         port = sockets[0].getsockname()[1]
     return sockets
@@ -5992,7 +7224,9 @@ def banner(settings: Settings, port: int) -> str:
         f"  keys      {len(settings.default_key)} for clients, {zai_keys} for Z.ai",
     ]
     if settings.published:
-        lines.append(f"  note      the key for clients is the published {PUBLISHED_KEY}, so only this machine may call")
+        lines.append(
+            f"  note      the key for clients is the published {PUBLISHED_KEY}, so only this machine may call"
+        )
     if not settings.zai_api_key:
         lines += [
             "  note      no ZAI_API_KEY yet, so chat answers 503. Get a key: https://z.ai/manage-apikey/apikey-list",
@@ -6002,7 +7236,9 @@ def banner(settings: Settings, port: int) -> str:
     else:
         agent = "codex" if settings.demo else "claude"  # the demo does not speak Anthropic's API
         port_flag = f" --port {port}" if port != Settings.port else ""
-        lines.append(f"  agent     python ztoapi.py launch {agent}{port_flag}    (others: launch --help)")
+        lines.append(
+            f"  agent     python ztoapi.py launch {agent}{port_flag}    (others: launch --help)"
+        )
     return "\n".join(lines)
 
 
@@ -6017,21 +7253,35 @@ def say(words: str) -> None:
 def parse_flags(arguments: list[str]) -> argparse.Namespace:
     usage = "%(prog)s [options] [launch CLIENT [options] [-- client's arguments] | keys ...]"
     about = "Z.ai's GLM models behind an OpenAI-compatible API."
-    parser = argparse.ArgumentParser("ztoapi.py", usage=usage, description=about, epilog="Settings: see .env.example.")
+    parser = argparse.ArgumentParser(
+        "ztoapi.py", usage=usage, description=about, epilog="Settings: see .env.example."
+    )
     way = parser.add_mutually_exclusive_group()
-    way.add_argument("--demo", action="store_true", help="answer from a built-in stand-in for Z.ai; needs no key")
-    way.add_argument("--check", action="store_true", help="say what is configured and whether it works, then exit")
+    way.add_argument(
+        "--demo", action="store_true", help="answer from a built-in stand-in for Z.ai; needs no key"
+    )
+    way.add_argument(
+        "--check",
+        action="store_true",
+        help="say what is configured and whether it works, then exit",
+    )
     commands = parser.add_subparsers(dest="command", prog="ztoapi.py")
     starter = commands.add_parser("launch", help="start a client that uses this server")
-    starter.add_argument("client", choices=CLIENTS, help="its own arguments follow --: launch claude -- -p hello")
+    starter.add_argument(
+        "client", choices=CLIENTS, help="its own arguments follow --: launch claude -- -p hello"
+    )
     starter.add_argument("--model", help="the model that it uses")
-    starter.add_argument("--show", action="store_true", help="only print the shell lines that start it")
+    starter.add_argument(
+        "--show", action="store_true", help="only print the shell lines that start it"
+    )
     for each in (parser, starter):
         each.add_argument("--host", default=argparse.SUPPRESS, help="address to listen on (HOST)")
         each.add_argument("--port", default=argparse.SUPPRESS, help="port to listen on (PORT)")
     parser.add_argument("--version", action="version", version=f"ztoapi {__version__}")
     manager = commands.add_parser("keys", help="list, add, change and remove the keys of clients")
-    manager.add_argument("action", nargs="?", choices=("list", "add", "change", "remove"), default="list")
+    manager.add_argument(
+        "action", nargs="?", choices=("list", "add", "change", "remove"), default="list"
+    )
     manager.add_argument("name", nargs="?")
     for name, (_, wanted) in LIMITS.items():
         manager.add_argument(f"--{name}", help=f"{wanted}; or none")
@@ -6069,7 +7319,15 @@ def main(arguments: list[str] | None = None) -> None:
     say(banner(settings, address[1]))
     gc.collect()
     gc.freeze()  # what exists now stays, so the collector need not check it
-    web.run_app(app, sock=sockets, print=None, access_log=None, shutdown_timeout=5, backlog=BACKLOG, loop=new_loop())
+    web.run_app(
+        app,
+        sock=sockets,
+        print=None,
+        access_log=None,
+        shutdown_timeout=5,
+        backlog=BACKLOG,
+        loop=new_loop(),
+    )
 
 
 # ======== Commands ==================================================================================================
@@ -6087,7 +7345,10 @@ def keys_command(settings: Settings, flags: argparse.Namespace) -> None:
         exit_with_error(redactor(settings)(str(error)))
     if flags.action == "add" and settings.published:
         published = f"DEFAULT_KEY is the published {PUBLISHED_KEY}"
-        print(f"{published}: nobody else can reach this server until you set your own, and HOST.", file=sys.stderr)
+        print(
+            f"{published}: nobody else can reach this server until you set your own, and HOST.",
+            file=sys.stderr,
+        )
 
 
 def manage_keys(database: Database, flags: argparse.Namespace) -> str:
@@ -6105,14 +7366,22 @@ def manage_keys(database: Database, flags: argparse.Namespace) -> str:
         database.transact(database.remove_account, name)
         return f"{name} removed"
     limits = {limit: words for limit in LIMITS if (words := getattr(flags, limit)) is not None}
-    account = replace(known.get(name) or Account(hash_key(key), name), **parse_limits(limits, today))
+    account = replace(
+        known.get(name) or Account(hash_key(key), name), **parse_limits(limits, today)
+    )
     database.transact(database.put_account, account)
     return f"{name} changed" if name in known else key
 
 
 def key_table(items: Iterable[JSON]) -> str:
     columns = ("name", "expires", "tokens", "used_tokens", "models", "rpm", "parallel")
-    rows = [columns, *(tuple("-" if item[name] is None else str(item[name]) for name in columns) for item in items)]
+    rows = [
+        columns,
+        *(
+            tuple("-" if item[name] is None else str(item[name]) for name in columns)
+            for item in items
+        ),
+    ]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return "\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
 
@@ -6135,8 +7404,15 @@ async def diagnose(settings: Settings) -> AsyncIterator[Finding]:
     keys = "1 key" if len(settings.zai_api_key) == 1 else f"{len(settings.zai_api_key)} keys"
     yield Finding("settings", f"{', '.join(settings.zai_base_urls)}, {keys} for Z.ai ({source})")
     yield await asyncio.to_thread(check_port, settings)
-    found = [f"python ztoapi.py launch {name}" for name in CLIENTS if shutil.which(CLIENTS[name].arguments[0])]
-    yield Finding("clients", ", ".join(found) or "none is installed; python ztoapi.py launch --help lists them")
+    found = [
+        f"python ztoapi.py launch {name}"
+        for name in CLIENTS
+        if shutil.which(CLIENTS[name].arguments[0])
+    ]
+    yield Finding(
+        "clients",
+        ", ".join(found) or "none is installed; python ztoapi.py launch --help lists them",
+    )
     if not settings.zai_api_key:
         yield Finding("key", ZAI_API_KEY_MISSING.message, good=False)
         return
@@ -6148,7 +7424,9 @@ async def diagnose(settings: Settings) -> AsyncIterator[Finding]:
             async for limit in check_plan(client, f"plan {number}", key):
                 yield limit
             accepted = accepted or finding.good
-            if finding.what == "Z.ai" and len(settings.zai_base_urls) == 1:  # the other keys would fail in the same way
+            if (
+                finding.what == "Z.ai" and len(settings.zai_base_urls) == 1
+            ):  # the other keys would fail in the same way
                 return
         if accepted:
             yield await check_chat(Upstream(replace(settings, max_retries=0), client, Clock()))
@@ -6167,7 +7445,11 @@ async def check_plan(client: ZaiClient, what: str, key: ZaiKey) -> AsyncIterator
     for limit in (await client.plan_quota(key))["limits"]:
         left = 100 - min(100, limit["percentage"])
         bar = f"{'█' * round(left / 10):░<10}"
-        reset = f", resets {datetime.fromtimestamp(at, timezone.utc):%F %R} UTC" if (at := limit["resets_at"]) else ""
+        reset = (
+            f", resets {datetime.fromtimestamp(at, timezone.utc):%F %R} UTC"
+            if (at := limit["resets_at"])
+            else ""
+        )
         yield Finding(what, f"{bar} {left:.0f} % left of {limit['window']}{reset}")
 
 
@@ -6185,8 +7467,13 @@ def check_port(settings: Settings) -> Finding:
 async def check_chat(upstream: Upstream) -> Finding:
     """One word from a free model, or from one that every plan has."""
     message = Message("user", ("Answer with the one word: pong",))
-    model, *others = (*(model.id for model in MODELS.values() if model.free and not model.vision), "glm-5.3-flash")
-    prompt = Prompt(model, (message,), stream=False, max_tokens=64, effort="off", fallbacks=tuple(others))
+    model, *others = (
+        *(model.id for model in MODELS.values() if model.free and not model.vision),
+        "glm-5.3-flash",
+    )
+    prompt = Prompt(
+        model, (message,), stream=False, max_tokens=64, effort="off", fallbacks=tuple(others)
+    )
     started = time.monotonic()
     try:
         async with upstream.open(prompt, Account("")) as stream:
@@ -6194,7 +7481,9 @@ async def check_chat(upstream: Upstream) -> Finding:
     except ProxyError as error:
         return Finding("chat", str(error), good=False)
     text = " ".join(whole.choices[0].text.split())[:40]
-    return Finding("chat", f"{stream.info.model} says {text!r} after {time.monotonic() - started:.1f} s")
+    return Finding(
+        "chat", f"{stream.info.model} says {text!r} after {time.monotonic() - started:.1f} s"
+    )
 
 
 async def check(flags: Mapping[str, str]) -> int:
@@ -6219,7 +7508,9 @@ NOT_INHERITED = ("ANTHROPIC_", "OPENAI_", "GPTME_OPENAI_", "ZAI_", "DEFAULT_KEY"
 
 def launch(settings: Settings, flags: argparse.Namespace) -> int:
     """Start a client that uses this server, or a server of its own if there is none; returns its exit status."""
-    default = "glm-5.3" if "/coding/" in settings.zai_base_urls[0] else "glm-4.7-flash"  # which is free
+    default = (
+        "glm-5.3" if "/coding/" in settings.zai_base_urls[0] else "glm-4.7-flash"
+    )  # which is free
     model = resolve(flags.model or default, settings.model_aliases)
     origin = origin_of(settings.host, settings.port)
     filled = partial(CLIENTS[flags.client].filled, origin, settings.default_key[0], model)
@@ -6230,15 +7521,28 @@ def launch(settings: Settings, flags: argparse.Namespace) -> int:
     missing = f"{flags.client} is not installed: {client.install}"
     program = shutil.which(client.arguments[0]) or exit_with_error(missing, 127)
     if not settings.port:
-        exit_with_error("launch needs a port that the client can know: use --port with another number than 0")
+        exit_with_error(
+            "launch needs a port that the client can know: use --port with another number than 0"
+        )
     running = ztoapi_at(origin)
     if running and flags.demo and not running.get("demo"):
-        exit_with_error(f"the ztoapi at {origin} is no demo: use another --port, or leave --demo out")
-    print(f"ztoapi: {flags.client} with {model.id} at {origin}; --model NAME for another", file=sys.stderr)
-    for number in (signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)):  # Windows has no SIGHUP
+        exit_with_error(
+            f"the ztoapi at {origin} is no demo: use another --port, or leave --demo out"
+        )
+    print(
+        f"ztoapi: {flags.client} with {model.id} at {origin}; --model NAME for another",
+        file=sys.stderr,
+    )
+    for number in (
+        signal.SIGTERM,
+        getattr(signal, "SIGHUP", signal.SIGTERM),
+    ):  # Windows has no SIGHUP
         signal.signal(number, exit_on_signal)
     server = nullcontext() if running else own_server(settings, origin, ["--demo"] * flags.demo)
-    with server, tempfile.TemporaryDirectory(prefix="ztoapi-", ignore_cleanup_errors=True) as folder:
+    with (
+        server,
+        tempfile.TemporaryDirectory(prefix="ztoapi-", ignore_cleanup_errors=True) as folder,
+    ):
         client = filled(folder)
         for name, text in client.files.items():
             Path(folder, name).write_text(text, encoding="utf-8")
@@ -6254,7 +7558,11 @@ def exit_on_signal(number: int, _: object) -> NoReturn:
 def ztoapi_at(origin: str) -> JSON:
     """What the ztoapi there says of itself; {} where there is none: nothing else may get the key."""
     with suppress(OSError, ValueError, HTTPException):
-        reply = as_object(json.loads(build_opener(ProxyHandler({})).open(f"{origin}/health", timeout=5).read(9999)))
+        reply = as_object(
+            json.loads(
+                build_opener(ProxyHandler({})).open(f"{origin}/health", timeout=5).read(9999)
+            )
+        )
         return reply if reply.get("name") == "ztoapi" else {}
     return {}
 
@@ -6264,7 +7572,13 @@ def own_server(settings: Settings, origin: str, flags: list[str]) -> Iterator[No
     """A server in a process of its own while the block runs. Its log is kept only if it failed."""
     if not settings.zai_api_key and not flags:
         exit_with_error(ZAI_API_KEY_MISSING.message)
-    command = [sys.executable, __file__, f"--host={settings.host}", f"--port={settings.port}", *flags]
+    command = [
+        sys.executable,
+        __file__,
+        f"--host={settings.host}",
+        f"--port={settings.port}",
+        *flags,
+    ]
     with tempfile.NamedTemporaryFile(prefix="ztoapi-", suffix=".log", delete=False) as log:
         # In a session of its own, so that it does not get the terminal's Ctrl-C.
         server = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
@@ -6272,7 +7586,11 @@ def own_server(settings: Settings, origin: str, flags: list[str]) -> Iterator[No
     try:
         while server.poll() is None and not ztoapi_at(origin):
             time.sleep(0.05)
-        yield None if server.poll() is None else exit_with_error(Path(log.name).read_text().partition(": ")[2].strip())
+        yield (
+            None
+            if server.poll() is None
+            else exit_with_error(Path(log.name).read_text().partition(": ")[2].strip())
+        )
     finally:
         server.terminate()
         if server.wait() == 0:
@@ -6281,8 +7599,12 @@ def own_server(settings: Settings, origin: str, flags: list[str]) -> Iterator[No
 
 def run(command: list[str], variables: dict[str, str]) -> int:
     """Runs a client. Returns its exit status: 128 plus the signal's number if a signal ended it."""
-    inherited = {name: value for name, value in os.environ.items() if not name.startswith(NOT_INHERITED)}
-    signal.signal(signal.SIGINT, lambda *_: None)  # the client gets Ctrl-C too, and decides what it means
+    inherited = {
+        name: value for name, value in os.environ.items() if not name.startswith(NOT_INHERITED)
+    }
+    signal.signal(
+        signal.SIGINT, lambda *_: None
+    )  # the client gets Ctrl-C too, and decides what it means
     with subprocess.Popen(command, env=inherited | variables) as process:
         try:
             status = process.wait()
@@ -6298,7 +7620,10 @@ def run(command: list[str], variables: dict[str, str]) -> int:
 # A small stand-in for Z.ai on this server, in Z.ai's wire format, for users who have no key yet.
 
 DEMO_PATH = "/demo/api/paas/v4"
-UNLOGGED_PATHS = (DEMO_PATH, "/dashboard/stats")  # often requested by the program itself and its pages
+UNLOGGED_PATHS = (
+    DEMO_PATH,
+    "/dashboard/stats",
+)  # often requested by the program itself and its pages
 DEMO_PACE = 0.03  # seconds between words
 
 
@@ -6313,13 +7638,18 @@ async def demo_chat(request: web.Request) -> web.StreamResponse:
         return json_response({"error": {"code": "1000", "message": "Authentication Failed"}}, 401)
     body = await request.json()
     if body["model"] not in MODELS:
-        return json_response({"error": {"code": "1211", "message": "Unknown Model, please check the model code."}}, 400)
+        return json_response(
+            {"error": {"code": "1211", "message": "Unknown Model, please check the model code."}},
+            400,
+        )
     deltas, answer_id = demo_deltas(body), time.strftime("%Y%m%d%H%M%S") + secrets.token_hex(9)
     head = {"id": answer_id, "created": int(time.time()), "model": body["model"]}
     response = web.StreamResponse(headers={"Content-Type": "text/event-stream;charset=UTF-8"})
     await response.prepare(request)
     for delta in deltas:
-        await response.write(sse([head | {"choices": [{"index": 0, "delta": {"role": "assistant", **delta}}]}]))
+        await response.write(
+            sse([head | {"choices": [{"index": 0, "delta": {"role": "assistant", **delta}}]}])
+        )
         await asyncio.sleep(DEMO_PACE if body.get("stream") else 0)
     await response.write(sse([head | demo_last(body, deltas), "[DONE]"]))
     return response
@@ -6332,7 +7662,11 @@ def demo_deltas(body: JSON) -> list[JSON]:
     deltas: list[JSON] = [{"reasoning_content": thought} for thought in thoughts]
     if as_object(body.get("thinking")).get("type") == "disabled":
         deltas = []
-    if body.get("tools") and by_user and re.search(r"\b(tools?|call|use)\b|工具|调用", asked, re.IGNORECASE):
+    if (
+        body.get("tools")
+        and by_user
+        and re.search(r"\b(tools?|call|use)\b|工具|调用", asked, re.IGNORECASE)
+    ):
         deltas.append({"tool_calls": [demo_call(body["tools"][0].get("function", {}))]})
     else:
         words = f"This is the demo of ztoapi; no model is behind it (这是演示,没有真正的模型). You wrote: {asked[:200]}"
@@ -6343,16 +7677,30 @@ def demo_deltas(body: JSON) -> list[JSON]:
 def demo_call(function: JSON) -> JSON:
     schema = as_object(function.get("parameters"))
     properties, names = as_object(schema.get("properties")), schema.get("required") or ()
-    values = {name: demo_value(as_object(properties.get(name))) for name in names if isinstance(name, str)}
+    values = {
+        name: demo_value(as_object(properties.get(name))) for name in names if isinstance(name, str)
+    }
     called = {"name": function.get("name", "demo"), "arguments": to_json(values)}
-    return {"id": f"call_{secrets.token_hex(8)}", "index": 0, "type": "function", "function": called}
+    return {
+        "id": f"call_{secrets.token_hex(8)}",
+        "index": 0,
+        "type": "function",
+        "function": called,
+    }
 
 
 def demo_value(schema: JSON) -> Any:
     """Something that fits a schema."""
     kind = schema.get("type")
     kind = kind[0] if isinstance(kind, list) and kind else kind
-    samples = {"string": "demo", "integer": 1, "number": 1.5, "boolean": True, "array": [], "object": {}}
+    samples = {
+        "string": "demo",
+        "integer": 1,
+        "number": 1.5,
+        "boolean": True,
+        "array": [],
+        "object": {},
+    }
     return (schema.get("enum") or [samples.get(str(kind))])[0]
 
 
@@ -6361,7 +7709,11 @@ def demo_last(body: JSON, deltas: list[JSON]) -> JSON:
     prompt = len(re.findall(r"\S+", str(body["messages"])))
     cut = len(deltas) >= body.get("max_tokens", math.inf)
     reason = "length" if cut else "tool_calls" if "tool_calls" in deltas[-1] else "stop"
-    tokens = {"prompt_tokens": prompt, "completion_tokens": len(deltas), "total_tokens": prompt + len(deltas)}
+    tokens = {
+        "prompt_tokens": prompt,
+        "completion_tokens": len(deltas),
+        "total_tokens": prompt + len(deltas),
+    }
     end = {"index": 0, "finish_reason": reason, "delta": {"role": "assistant", "content": ""}}
     return {"choices": [end], "usage": tokens}
 

@@ -44,9 +44,9 @@ def frames(text: str) -> list[bytes]:
     finish = {"index": 0, "finish_reason": "stop", "delta": {"role": "assistant", "content": ""}}
     usage = {"prompt_tokens": 1, "completion_tokens": 2, "total_tokens": 3}
     last = {"id": "c", "created": 1, "choices": [finish], "usage": usage}
-    return [b"data: " + json.dumps(c, ensure_ascii=False).encode() + b"\n\n" for c in (*chunks, last)] + [
-        b"data: [DONE]\n\n"
-    ]
+    return [
+        b"data: " + json.dumps(c, ensure_ascii=False).encode() + b"\n\n" for c in (*chunks, last)
+    ] + [b"data: [DONE]\n\n"]
 
 
 def cut(random: Random, data: bytes) -> list[bytes]:
@@ -84,7 +84,9 @@ class BadZai:
         body = await request.read()
         if "anthropic" in request.path:
             return await self.pass_on(
-                request, b"event: message_start\ndata: {}\n\nevent: message_stop\ndata: {}\n\n", mood
+                request,
+                b"event: message_start\ndata: {}\n\nevent: message_stop\ndata: {}\n\n",
+                mood,
             )
         if not request.path.endswith("chat/completions"):
             return await self.pass_on(request, b'{"size":%d}' % len(body), mood)
@@ -94,13 +96,20 @@ class BadZai:
         if not asked.get("stream"):
             message = {"role": "assistant", "content": said}
             parts = [
-                json.dumps({"id": "c", "choices": [{"index": 0, "message": message, "finish_reason": "stop"}]}).encode()
+                json.dumps(
+                    {
+                        "id": "c",
+                        "choices": [{"index": 0, "message": message, "finish_reason": "stop"}],
+                    }
+                ).encode()
             ]
         return await self.send(request, 200, self.parts(mood, parts), mood)
 
     async def pass_on(self, request: web.Request, body: bytes, mood: str) -> web.StreamResponse:
         kind = "text/event-stream" if b"event" in body else "application/json"
-        return await self.send(request, 200, cut(self.random, body) if mood != "reset" else ["reset"], mood, kind)
+        return await self.send(
+            request, 200, cut(self.random, body) if mood != "reset" else ["reset"], mood, kind
+        )
 
     def parts(self, mood: str, parts: list[bytes]) -> list[bytes | str | float]:
         half, words = parts[: len(parts) // 2], b"".join(parts)
@@ -117,7 +126,9 @@ class BadZai:
             "no end": [*parts[:-1], "hang"],
             "half a document": [words[: len(words) // 2]],
             "drip": [part for piece in cut(self.random, words) for part in (piece, 0.05)],
-            "comments": [piece for part in parts for piece in (b": x\n\n" * 9, part)] if len(parts) > 1 else parts,
+            "comments": [piece for part in parts for piece in (b": x\n\n" * 9, part)]
+            if len(parts) > 1
+            else parts,
             "odd": [
                 b'data: {"choices":[{"delta":{"content":null,"tool_calls":[null,{"index":-1}]}}],"usage":[]}\n\n',
                 *parts,
@@ -129,10 +140,21 @@ class BadZai:
     async def send(
         self, request: web.Request, status: int, parts: list, mood: str, kind: str = "x/y"
     ) -> web.StreamResponse:
-        refused = {"busy": 1302, "overloaded": 1305, "1234": 1234, "dead": 1113, "stalled refusal": 1302}.get(mood)
+        refused = {
+            "busy": 1302,
+            "overloaded": 1305,
+            "1234": 1234,
+            "dead": 1113,
+            "stalled refusal": 1302,
+        }.get(mood)
         if refused:
-            status, parts = 429, [refusal(refused)] if mood != "stalled refusal" else [b'{"error"', "hang"]
-        response = web.StreamResponse(status=502 if mood == "html" else status, headers={"Content-Type": kind})
+            status, parts = (
+                429,
+                [refusal(refused)] if mood != "stalled refusal" else [b'{"error"', "hang"],
+            )
+        response = web.StreamResponse(
+            status=502 if mood == "html" else status, headers={"Content-Type": kind}
+        )
         with contextlib.suppress(ConnectionError):  # the program has left
             await response.prepare(request)
             for part in parts:
@@ -158,7 +180,9 @@ class Crowd:
 
     async def run(self, seconds: float) -> None:
         end = time.monotonic() + seconds
-        async with aiohttp.ClientSession(self.url, connector=aiohttp.TCPConnector(limit=0)) as session:
+        async with aiohttp.ClientSession(
+            self.url, connector=aiohttp.TCPConnector(limit=0)
+        ) as session:
             await asyncio.gather(*(self.client(session, end) for _ in range(CLIENTS)))
 
     async def client(self, session: aiohttp.ClientSession, end: float) -> None:
@@ -192,7 +216,12 @@ class Crowd:
 
     async def chat(self, session: aiohttp.ClientSession, number: int) -> None:
         stream, n = self.random.random() < 0.7, self.random.choice((1, 1, 1, 2))
-        body = {"model": "glm-4.6", "messages": [{"role": "user", "content": f"#{number}"}], "stream": stream, "n": n}
+        body = {
+            "model": "glm-4.6",
+            "messages": [{"role": "user", "content": f"#{number}"}],
+            "stream": stream,
+            "n": n,
+        }
         if self.random.random() < 0.1:
             body |= {"fallbacks": ["glm-5"], "metadata": {"x": "y" * 2**20}}
         async with session.post("/v1/chat/completions", json=body, headers=HEADERS) as response:
@@ -204,7 +233,9 @@ class Crowd:
         for frame in re.findall(r"(?m)^data: (\{.*)$", text):
             for choice in json.loads(frame)["choices"]:
                 texts[choice["index"]] += choice["delta"].get("content", "")
-        if not text.endswith("data: [DONE]\n\n") or not (broken_off or texts == [text_of(number)] * n):
+        if not text.endswith("data: [DONE]\n\n") or not (
+            broken_off or texts == [text_of(number)] * n
+        ):
             self.complain(f"chat: not whole: {text[-300:]}")
         return None
 
@@ -212,7 +243,9 @@ class Crowd:
         body = {"model": "glm-4.6", "input": f"#{number}", "stream": self.random.random() < 0.5}
         async with session.post("/v1/responses", json=body, headers=HEADERS) as response:
             text = await response.text()
-        self.judge("responses", response.status, text, json.dumps(text_of(number), ensure_ascii=False))
+        self.judge(
+            "responses", response.status, text, json.dumps(text_of(number), ensure_ascii=False)
+        )
         if (
             body["stream"]
             and response.status == 200
@@ -221,7 +254,11 @@ class Crowd:
             self.complain(f"responses: no end: {text[-300:]}")
 
     async def messages(self, session: aiohttp.ClientSession, number: int) -> None:
-        body = {"model": "glm-4.6", "max_tokens": 99, "messages": [{"role": "user", "content": f"#{number}"}]}
+        body = {
+            "model": "glm-4.6",
+            "max_tokens": 99,
+            "messages": [{"role": "user", "content": f"#{number}"}],
+        }
         async with session.post("/v1/messages", json=body, headers=HEADERS) as response:
             self.judge("messages", response.status, await response.text(), "event: message_stop")
 
@@ -232,7 +269,15 @@ class Crowd:
 
     async def pages(self, session: aiohttp.ClientSession, _: int) -> None:
         path = self.random.choice(
-            ("/docs", "/dashboard", "/v1/models", "/dashboard/stats", "/health", "/metrics", "/v1/" + "/" * 8000)
+            (
+                "/docs",
+                "/dashboard",
+                "/v1/models",
+                "/dashboard/stats",
+                "/health",
+                "/metrics",
+                "/v1/" + "/" * 8000,
+            )
         )
         async with session.get(path, headers=HEADERS) as response:
             self.outcomes[f"pages {response.status}"] += 1
@@ -245,7 +290,11 @@ class Crowd:
             await asyncio.wait_for(self.chat(session, number), self.random.random())
 
     async def slow(self, session: aiohttp.ClientSession, number: int) -> None:
-        body = {"model": "glm-4.6", "messages": [{"role": "user", "content": f"#{number}"}], "stream": True}
+        body = {
+            "model": "glm-4.6",
+            "messages": [{"role": "user", "content": f"#{number}"}],
+            "stream": True,
+        }
         async with session.post("/v1/chat/completions", json=body, headers=HEADERS) as response:
             await asyncio.sleep(self.random.random() * 3)
             text = await response.text()
@@ -279,7 +328,9 @@ class Program:
             env={"PATH": os.environ["PATH"], "NO_PROXY": "127.0.0.1", "DATABASE_URL": "memory", **variables},
             stdout=asyncio.subprocess.PIPE, stderr=stderr,
         )  # fmt: skip
-        while not (line := re.search(rb"http://localhost:(\d+)", await self.process.stdout.readline())):
+        while not (
+            line := re.search(rb"http://localhost:(\d+)", await self.process.stdout.readline())
+        ):
             pass
         self.port = int(line[1])
         self.url = f"http://127.0.0.1:{self.port}"
@@ -288,12 +339,17 @@ class Program:
     def size(self) -> tuple[int, int]:
         """Open descriptors, and resident memory in MB."""
         status = Path(f"/proc/{self.process.pid}/status").read_text()
-        return len(os.listdir(f"/proc/{self.process.pid}/fd")), int(re.search(r"VmRSS:\s+(\d+)", status)[1]) // 1024
+        return len(os.listdir(f"/proc/{self.process.pid}/fd")), int(
+            re.search(r"VmRSS:\s+(\d+)", status)[1]
+        ) // 1024
 
     async def health(self) -> float:
         """Seconds until a new connection is answered."""
         started = time.monotonic()
-        async with aiohttp.ClientSession() as session, session.get(self.url + "/health") as response:
+        async with (
+            aiohttp.ClientSession() as session,
+            session.get(self.url + "/health") as response,
+        ):
             assert response.status == 200
         return time.monotonic() - started
 
@@ -313,7 +369,13 @@ async def chaos(seconds: float, seed: int) -> None:
     await site.start()
     base = f"http://127.0.0.1:{site._server.sockets[0].getsockname()[1]}/api/paas/v4"
     program = await Program().start(
-        "", log, ZAI_BASE_URL=base, ZAI_API_KEY="a,b,dead", DEFAULT_KEY=KEY, UPSTREAM_TIMEOUT="2", HOST="localhost"
+        "",
+        log,
+        ZAI_BASE_URL=base,
+        ZAI_API_KEY="a,b,dead",
+        DEFAULT_KEY=KEY,
+        UPSTREAM_TIMEOUT="2",
+        HOST="localhost",
     )
     crowd = Crowd(program.url, program.port, random)
     await crowd.run(seconds / 2)
@@ -329,7 +391,9 @@ async def chaos(seconds: float, seed: int) -> None:
     log.seek(0)
     written = log.read()
     assert "Traceback" not in written, written[written.index("Traceback") - 500 :][:3000]
-    assert not crowd.complaints, "\n".join([f"{len(crowd.complaints)} complaints", *crowd.complaints[:10]])
+    assert not crowd.complaints, "\n".join(
+        [f"{len(crowd.complaints)} complaints", *crowd.complaints[:10]]
+    )
     assert not left, left
 
 
@@ -378,7 +442,11 @@ async def stalled_log() -> None:
         body = {"model": "glm-4.6", "messages": [{"role": "user", "content": "x" * 500}]}
         for start in range(0, 1000, 50):
             asking = (
-                session.post(program.url + "/v1/chat/completions", json=body, headers={"x-api-key": "sk-your-key"})
+                session.post(
+                    program.url + "/v1/chat/completions",
+                    json=body,
+                    headers={"x-api-key": "sk-your-key"},
+                )
                 for _ in range(50)
             )
             assert {response.status for response in await asyncio.gather(*asking)} == {200}, start

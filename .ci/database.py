@@ -31,7 +31,9 @@ FIGURES = [1, 0, 10, 4, 3]  # of one request, as the usage has them
 
 
 async def chat(_: web.Request) -> web.Response:
-    return web.json_response({"id": "1", "created": 1, "model": "glm-4.6", "choices": [CHOICE], "usage": USAGE})
+    return web.json_response(
+        {"id": "1", "created": 1, "model": "glm-4.6", "choices": [CHOICE], "usage": USAGE}
+    )
 
 
 async def start_zai() -> str:
@@ -45,9 +47,16 @@ async def start_zai() -> str:
 
 
 def start_server(zai: str, database: str, log: Path) -> tuple[subprocess.Popen, str]:
-    env = os.environ | {"ZAI_BASE_URL": zai, "ZAI_API_KEY": "k", "DATABASE_URL": database, "DEFAULT_KEY": "sk-operator"}
+    env = os.environ | {
+        "ZAI_BASE_URL": zai,
+        "ZAI_API_KEY": "k",
+        "DATABASE_URL": database,
+        "DEFAULT_KEY": "sk-operator",
+    }
     command = [sys.executable, ROOT / "ztoapi.py", "--port", "0", "--host", "127.0.0.1"]
-    process = subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=log.open("a"), text=True)
+    process = subprocess.Popen(
+        command, env=env, stdout=subprocess.PIPE, stderr=log.open("a"), text=True
+    )
     while "http://" not in (line := process.stdout.readline()):
         assert line, log.read_text()
     return process, line.split()[-1]
@@ -55,12 +64,16 @@ def start_server(zai: str, database: str, log: Path) -> tuple[subprocess.Popen, 
 
 async def ask(session: aiohttp.ClientSession, url: str, key: str) -> int:
     body = {"model": "glm-4.6", "messages": [{"role": "user", "content": "hi"}]}
-    async with session.post(f"{url}/chat/completions", json=body, headers={"x-api-key": key}) as response:
+    async with session.post(
+        f"{url}/chat/completions", json=body, headers={"x-api-key": key}
+    ) as response:
         await response.read()
         return response.status
 
 
-async def load(urls: list[str], requests: int, meanwhile) -> tuple[Counter, list[tuple[float, str]]]:
+async def load(
+    urls: list[str], requests: int, meanwhile
+) -> tuple[Counter, list[tuple[float, str]]]:
     """Statuses of the answers, and when each key had its answers."""
     turns, statuses, answered = iter(range(requests)), Counter(), []
 
@@ -74,7 +87,9 @@ async def load(urls: list[str], requests: int, meanwhile) -> tuple[Counter, list
             answered.append((time.monotonic(), key))
 
     async with aiohttp.ClientSession() as session:
-        await asyncio.gather(meanwhile(lambda: len(answered)), *(worker(session) for _ in range(32)))
+        await asyncio.gather(
+            meanwhile(lambda: len(answered)), *(worker(session) for _ in range(32))
+        )
     return statuses, answered
 
 
@@ -102,11 +117,16 @@ async def two_servers(url: str, folder: Path, requests: int, meanwhile) -> None:
     for process, _ in servers:
         process.send_signal(signal.SIGTERM)
         assert process.wait(30) == 0, log.read_text()
-    wanted = {key.removeprefix("sk-"): [n * f for f in FIGURES] for key, n in Counter(key for _, key in answered).items()}
+    wanted = {
+        key.removeprefix("sk-"): [n * f for f in FIGURES]
+        for key, n in Counter(key for _, key in answered).items()
+    }
     assert statuses == {200: requests}, statuses
     assert read_usage(url) == wanted, (read_usage(url), wanted)
     assert "locked" not in log.read_text()
-    print(f"{requests} requests in {took:.0f} s, every count exact; {log.read_text().count('database cannot')} complaints")
+    print(
+        f"{requests} requests in {took:.0f} s, every count exact; {log.read_text().count('database cannot')} complaints"
+    )
 
 
 async def nothing(_) -> None:
@@ -130,7 +150,9 @@ async def killed(folder: Path) -> None:
     assert owed <= kept <= len(answered) + 32, (owed, kept, len(answered))
     with sqlite3.connect(folder / "killed.db") as connection:
         assert connection.execute("PRAGMA integrity_check").fetchall() == [("ok",)]
-    print(f"kill -9: {kept} of {len(answered)} kept, {owed} were older than 2 s; the file is sound ({time.monotonic() - at:.1f} s)")
+    print(
+        f"kill -9: {kept} of {len(answered)} kept, {owed} were older than 2 s; the file is sound ({time.monotonic() - at:.1f} s)"
+    )
 
 
 async def main(requests: int, outage: float) -> None:

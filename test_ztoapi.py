@@ -15,6 +15,7 @@ import io
 import json
 import math
 import os
+import random
 import re
 import secrets
 import select
@@ -51,10 +52,9 @@ from ztoapi import (
     Account,
     Accounts,
     AdaptiveLimit,
-    Answer,
     BadRequest,
     Caller,
-    ChatRequest,
+    ChatReply,
     Citations,
     ErrorKind,
     Finish,
@@ -65,7 +65,6 @@ from ztoapi import (
     MessagesReader,
     Prompt,
     Queue,
-    ReasoningShape,
     Redactor,
     RefInliner,
     Settings,
@@ -938,8 +937,6 @@ ENVELOPE = {
     "created": 1760762344,
     "model": "GLM-4.6",
 }
-REQUEST = ChatRequest()
-WITH_USAGE = ztoapi.replace(REQUEST, include_usage=True)
 USAGE = {
     "prompt_tokens": 6,
     "completion_tokens": 3,
@@ -957,9 +954,18 @@ def decoded(frames):
     ]
 
 
-def frames(events, request=REQUEST):
-    encoder = request.encoder(HEAD)
-    return decoded([frame for event in events for frame in encoder.feed(event)] + encoder.close())
+def begun(reply):
+    reply.begin(HEAD)
+    return reply
+
+
+def chat_reply(n=1, *, include_usage=False):
+    return ChatReply(n, include_usage)
+
+
+def frames(events, reply=None):
+    reply = begun(reply or chat_reply())
+    return decoded([*reply.frames_of(events), *reply.close()])
 
 
 def chunk(delta, finish_reason=None):
@@ -977,7 +983,9 @@ def test_a_stream_is_chunks_of_one_answer():
 
 
 def test_usage_is_a_chunk_of_its_own_for_those_who_ask():
-    assert frames([Text("好"), Usage(6, 3, 9, 2, 1), Finish("stop")], WITH_USAGE) == [
+    assert frames(
+        [Text("好"), Usage(6, 3, 9, 2, 1), Finish("stop")], chat_reply(include_usage=True)
+    ) == [
         {**chunk({"role": "assistant", "content": "好"}), "usage": None},
         {**chunk({}, "stop"), "usage": None},
         {**ENVELOPE, "choices": [], "usage": USAGE},
@@ -1021,7 +1029,7 @@ def test_a_call_of_a_function_is_answered_as_one_whole_and_streamed():
         ({"function_call": {"arguments": ":1}"}}, None),
         ({}, "function_call"),
     ]
-    [choice] = request.document(HEAD, summed_up(events))["choices"]
+    [choice] = begun(request).fold(events)["choices"]
     assert choice["message"] == {
         "role": "assistant",
         "content": "hi",
@@ -1032,7 +1040,7 @@ def test_a_call_of_a_function_is_answered_as_one_whole_and_streamed():
 
 
 def test_usage_that_zai_did_not_send_is_not_made_up():
-    assert frames([Text("好"), Finish("stop")], WITH_USAGE)[2:] == ["[DONE]"]
+    assert frames([Text("好"), Finish("stop")], chat_reply(include_usage=True))[2:] == ["[DONE]"]
 
 
 def test_a_streamed_tool_call_has_its_name_once():
@@ -1056,20 +1064,12 @@ def test_a_finish_without_any_text_is_an_answer():
 
 
 def test_a_failure_in_a_stream_is_a_frame_with_choices():
-    encoder = REQUEST.encoder(HEAD)
     error = BadRequest("No.")
-    assert encoder.fail(error) == [{**error_body(error), "choices": []}, "[DONE]"]
-
-
-def summed_up(events):
-    answer = Answer()
-    for event in events:
-        answer.add(event)
-    return answer
+    assert chat_reply().fail(error) == [{**error_body(error), "choices": []}, "[DONE]"]
 
 
 def chat_document(events):
-    return REQUEST.document(HEAD, summed_up(events))
+    return begun(chat_reply()).fold(events)
 
 
 def test_a_whole_answer_is_the_sum_of_its_events():
@@ -1118,7 +1118,7 @@ def test_choices_are_chunks_of_their_own_begun_in_order_with_one_usage():
         Usage(1, 5, 6),
         Finish("length", 0),
     ]
-    streamed = frames(events, ztoapi.replace(WITH_USAGE, n=2))
+    streamed = frames(events, chat_reply(2, include_usage=True))
     choices = [frame["choices"][0] for frame in streamed[:6]]
     assert choices == [
         {"index": 0, "delta": {"role": "assistant"}, "finish_reason": None},
@@ -1152,17 +1152,11 @@ CALLED = ToolCall(0, "c1", "f", "{}")
         pytest.param("raw", [Thought("a"), Finish("length")], [Text("<think>a"), Text("</think>"), Finish("length")], id="raw and nothing more"),
         pytest.param("raw", [Thought("a"), Citations(()), Finish("stop")], [Text("<think>a"), Text("</think>"), Citations(()), Finish("stop")], id="raw before citations"),
         pytest.param("raw", EVENTS[1:], EVENTS[1:], id="raw without reasoning"),
-        pytest.param(
-            "raw",
-            [Thought("a", 1), Text("x", 0), Text("y", 1)],
-            [Text("<think>a", 1), Text("x", 0), Text("</think>", 1), Text("y", 1)],
-            id="raw, each choice for itself",
-        ),
     ],
 )  # fmt: skip
 def test_reasoning_goes_where_it_is_wanted(form, events, wanted):
-    shape = ReasoningShape(form)
-    assert [snapshot for event in events for snapshot in shape.feed(event)] == wanted
+    chain = ztoapi.RepairChain(ztoapi.reasoning_shape(form))
+    assert [shaped for event in events for shaped in chain.feed(event)] == wanted
 
 
 # ======== OpenAI completions ========
@@ -1218,13 +1212,10 @@ def test_a_completion_knows_what_is_to_follow_it():
     ("n", "wanted"), [(1, ["诗:你", "好", ""]), (2, ["诗:你", "好", "", "诗:"])]
 )
 def test_an_echoed_prompt_begins_each_choice(n, wanted):
-    _, request = ztoapi.parse_completion(
-        {"model": "glm-4.6", "prompt": "诗:", "echo": True, "n": n}
-    )
+    _, reply = ztoapi.parse_completion({"model": "glm-4.6", "prompt": "诗:", "echo": True, "n": n})
     events = [Text("你"), Text("好"), *(Finish("stop", choice) for choice in range(n))]
-    assert request.document(HEAD, summed_up(events))["choices"][0]["text"] == "诗:你好"
-    encoder = request.encoder(HEAD)
-    streamed = decoded(frame for event in events for frame in encoder.feed(event))
+    assert begun(reply).fold(events)["choices"][0]["text"] == "诗:你好"
+    streamed = decoded(reply.frames_of(events))
     assert [frame["choices"][0]["text"] for frame in streamed] == wanted
 
 
@@ -1236,13 +1227,9 @@ def test_a_completion_has_the_text_alone():
         "model": "GLM-4.6",
     }
     choice = {"index": 0, "text": "你好", "logprobs": None, "finish_reason": "stop"}
-    answer = summed_up(EVENTS)
-    request = ztoapi.CompletionRequest(include_usage=True)
-    assert request.document(HEAD, answer) == {**envelope, "choices": [choice], "usage": USAGE}
-    encoder = request.encoder(HEAD)
-    streamed = decoded(
-        [frame for event in EVENTS for frame in encoder.feed(event)] + encoder.close()
-    )
+    reply = begun(ztoapi.CompletionReply(1, include_usage=True, echo=""))
+    assert reply.fold(EVENTS) == {**envelope, "choices": [choice], "usage": USAGE}
+    streamed = decoded([*reply.frames_of(EVENTS), *reply.close()])
     assert [frame["choices"][0]["text"] for frame in streamed[:3]] == ["你", "好", ""]
     assert streamed[2]["choices"][0]["finish_reason"] == "stop"
     assert streamed[3:] == [{**envelope, "choices": [], "usage": USAGE}, "[DONE]"]
@@ -1254,8 +1241,7 @@ ASKED = {"model": "glm-4.6", "input": "你好"}
 
 
 class History(dict):
-    def put(self, stored):
-        self[stored.response["id"]] = stored
+    """Stored responses, by id."""
 
 
 def parse_response(**fields):
@@ -1486,11 +1472,17 @@ def test_a_tool_in_a_namespace_can_be_chosen(choice):
     )
 
 
+def response_reply(history=None, /, **fields):
+    return begun(ztoapi.parse_response(ASKED | fields, history or History())[1])
+
+
 def respond(events, **fields):
     """The types of the events of a streamed response, and the response in the last."""
     store = History()
-    stream = ztoapi.parse_response(ASKED | fields, store)[1].encoder(HEAD)
-    streamed = [frame for event in events for frame in stream.feed(event)] + stream.close()
+    reply = response_reply(store, **fields)
+    streamed = [*reply.frames_of(events), *reply.close()]
+    if reply.stored:
+        store[reply.stored.response["id"]] = reply.stored
     assert [frame["sequence_number"] for frame in streamed] == list(range(len(streamed)))
     return (
         [frame["type"].removeprefix("response.") for frame in streamed],
@@ -1574,8 +1566,7 @@ def test_a_response_has_every_key_that_its_schema_requires():
 
 
 def test_the_frames_of_a_message_say_where_it_stands():
-    encoder = ztoapi.parse_response(ASKED, History())[1].encoder(HEAD)
-    frames = [frame for event in (Text("a"), Finish("stop")) for frame in encoder.feed(event)][2:]
+    frames = response_reply().frames_of([Text("a"), Finish("stop")])[2:]
     item = {"id": "msg_ours_0", "type": "message", "role": "assistant"}
     empty, full = (
         {"type": "output_text", "text": text, "annotations": [], "logprobs": []}
@@ -1698,12 +1689,12 @@ def test_a_response_that_is_cut_short_says_so(reason, why):
     ],
 )
 def test_a_response_that_breaks_off_has_failed(code, wanted):
-    stream = ztoapi.parse_response(ASKED, History())[1].encoder(HEAD)
-    stream.feed(Text("x"))
-    (frame,) = stream.fail(zai_error(400, b'{"error":{"code":"%s","message":"x"}}' % code.encode()))
+    reply = response_reply()
+    reply.feed(Text("x"))
+    (frame,) = reply.fail(zai_error(400, b'{"error":{"code":"%s","message":"x"}}' % code.encode()))
     assert (frame["type"], frame["response"]["error"]["code"]) == ("response.failed", wanted)
     assert frame["response"]["completed_at"] is None
-    early = ztoapi.parse_response(ASKED, History())[1].encoder(HEAD).fail(BadRequest("no"))
+    early = response_reply().fail(BadRequest("no"))
     assert [frame["type"] for frame in early] == [
         "response.created",
         "response.in_progress",
@@ -1723,7 +1714,7 @@ def test_a_response_that_breaks_off_has_failed(code, wanted):
 )
 def test_a_whole_response_is_the_last_of_its_events(events):
     _, streamed, _ = respond(events)
-    assert ztoapi.parse_response(ASKED, History())[1].document(HEAD, summed_up(events)) == streamed
+    assert response_reply().fold(events) == streamed
 
 
 def test_the_calls_of_a_turn_are_joined_in_linear_time():
@@ -1973,12 +1964,14 @@ def test_the_page_shows_each_client_with_words_that_it_can_replace():
         pytest.param(
             {"max_tokens": 999999}, {"max_tokens": 128 * 1024}, id="more than the model can"
         ),
-        pytest.param({"max_completion_tokens": 7}, {"max_tokens": 7}, id="max_completion_tokens"),
+        pytest.param(
+            {"max_completion_tokens": 700}, {"max_tokens": 700}, id="max_completion_tokens"
+        ),
         pytest.param({"stop": "x"}, {"stop": ["x"]}, id="stop"),
         pytest.param({"stop": []}, {}, id="no stop"),
         pytest.param(
-            {"stream": True, "stream_options": {"include_usage": True}},
-            {"stream": True},
+            {"stream": False, "stream_options": {"include_usage": True}},
+            {},
             id="stream",
         ),
         pytest.param({"seed": 7}, {"seed": 7}, id="seed"),
@@ -2022,19 +2015,20 @@ def test_the_page_shows_each_client_with_words_that_it_can_replace():
     ],
 )
 def test_zai_gets_what_it_takes(fields, wanted):
-    body = zai_body(read_chat(chat(stream=False) | fields), MODELS["glm-4.6"])
-    assert (
-        body
-        == {"model": "glm-4.6", "messages": [{"role": "user", "content": "你好"}], "stream": False}
-        | wanted
-    )
+    body = body_for_zai(chat() | fields)
+    messages = [{"role": "user", "content": "你好"}]
+    assert body == {"model": "glm-4.6", "messages": messages, "stream": True} | wanted
+
+
+def body_for_zai(body, model="glm-4.6", /, **settings):
+    """What Z.ai gets of a chat."""
+    plan = ztoapi.make_plan(read_chat(body), Settings(**settings), Account(""), "7")
+    return zai_body(plan.prompts[0][1], MODELS[model])
 
 
 def sent(*messages, **fields):
     """The messages as Z.ai gets them."""
-    return zai_body(read_chat(chat(messages=list(messages)) | fields), MODELS["glm-4.6"])[
-        "messages"
-    ]
+    return body_for_zai(chat(messages=list(messages)) | fields, "glm-4.6")["messages"]
 
 
 QUESTION, SYSTEM = {"role": "user", "content": "hi"}, {"role": "system", "content": "Be kind."}
@@ -2169,6 +2163,19 @@ def test_a_user_may_write_of_tags():
     ]
 
 
+@pytest.mark.parametrize(
+    ("text", "wanted"),
+    [
+        ("cut \ud83d", "cut \ufffd"),
+        ("\ude00 cut", "\ufffd cut"),
+        ("\ud83d\ude00", "😀"),
+        ("\ud83d\ud83d\ude00x", "\ufffd😀x"),
+    ],
+)
+def test_half_a_surrogate_pair_is_the_replacement_character(text, wanted):
+    assert json.loads(ztoapi.encode_request({"a": text})) == {"a": wanted}
+
+
 def test_an_image_goes_as_bare_base64_or_as_an_address():
     parts = [
         {"type": "text", "text": "what?"},
@@ -2192,7 +2199,7 @@ def test_an_image_for_a_model_that_does_not_see_is_refused_with_names_of_those_t
 
 
 def zai_tools(**fields):
-    return zai_body(read_chat(chat(**fields)), MODELS["glm-4.6"])
+    return body_for_zai(chat(**fields), "glm-4.6")
 
 
 EMPTY = {"type": "object", "properties": {}}
@@ -2220,17 +2227,17 @@ def test_zais_own_tools_go_as_they_are():
 @pytest.mark.parametrize(
     ("model", "fields", "wanted"),
     [
-        ("glm-4.6", {"stream": True, "tools": [F]}, True),
-        ("glm-5.3", {"stream": True, "tools": [F]}, True),
-        ("glm-4.5", {"stream": True, "tools": [F]}, None),
-        ("glm-4.6", {"stream": False, "tools": [F]}, None),
-        ("glm-4.6", {"stream": True}, None),
-        ("glm-4.6", {"stream": True, "tools": [F], "tool_choice": "none"}, None),
-        ("glm-4.6", {"stream": True, "tools": [F], "tool_stream": False}, False),
+        ("glm-4.6", {"tools": [F]}, True),
+        ("glm-5.3", {"tools": [F]}, True),
+        ("glm-4.5", {"tools": [F]}, None),
+        ("glm-4.6", {"tools": [F], "stream": False}, True),
+        ("glm-4.6", {}, None),
+        ("glm-4.6", {"tools": [F], "tool_choice": "none"}, None),
+        ("glm-4.6", {"tools": [F], "tool_stream": False}, False),
     ],
 )
 def test_arguments_are_streamed_where_they_can_be(model, fields, wanted):
-    assert zai_body(read_chat(chat(**fields)), MODELS[model]).get("tool_stream") is wanted
+    assert body_for_zai(chat(**fields), model).get("tool_stream") is wanted
 
 
 def ordered(line):
@@ -2471,7 +2478,7 @@ ON, OFF = {"thinking": {"type": "enabled"}}, {"thinking": {"type": "disabled"}}
     ],
 )
 def test_an_effort_is_what_the_model_takes(model, effort, wanted):
-    body = zai_body(read_chat(chat(reasoning_effort=effort)), MODELS[model])
+    body = body_for_zai(chat(reasoning_effort=effort), model)
     assert {name: body[name] for name in ("thinking", "reasoning_effort") if name in body} == wanted
 
 
@@ -2480,7 +2487,7 @@ def test_an_effort_is_what_the_model_takes(model, effort, wanted):
     [("glm-4-32b-0414-128k", None), ("glm-4.6", ON), ("glm-5.2", ON), ("glm-5.3", None)],
 )
 def test_thinking_on_without_an_effort(model, wanted):
-    body = zai_body(read_chat(chat(enable_thinking=True)), MODELS[model])
+    body = body_for_zai(chat(enable_thinking=True), model)
     assert (body.get("thinking"), "reasoning_effort" in body) == (
         wanted and wanted["thinking"],
         False,
@@ -2530,7 +2537,7 @@ THOUGHT = [{"role": "assistant", "content": "x", "reasoning_content": "hm"}, *HE
     ],
 )
 def test_reasoning_sent_back_is_kept(model, fields, wanted):
-    assert zai_body(read_chat(chat(**fields)), MODELS[model]).get("thinking") == wanted
+    assert body_for_zai(chat(**fields), model).get("thinking") == wanted
 
 
 USER, SAID, TOOL_SAID = (
@@ -2766,9 +2773,27 @@ DOCUMENT = json.dumps(
 ).encode()
 
 
-def read_all(parts):
-    reader = ZaiReader(MODELS["glm-4.6"], {})
-    return [event for part in parts for event in reader.feed(part)] + list(reader.close())
+class Mended:
+    """Z.ai's bytes as mended events."""
+
+    def __init__(self, model="glm-4.6", tools=(), *, wants_json=False, quoted=frozenset()):
+        offered = {tool["function"]["name"]: tool["function"]["parameters"] for tool in tools}
+        needs = ztoapi.RepairNeeds(MODELS[model], "7", offered, wants_json, quoted)
+        self.reader = ZaiReader(MODELS[model])
+        self.chain = ztoapi.RepairChain(ztoapi.repairs_for(needs))
+
+    def feed(self, part):
+        for event in self.reader.feed(part):
+            yield from self.chain.feed(event)
+
+    def close(self):
+        for event in self.reader.close():
+            yield from self.chain.feed(event)
+
+
+def read_all(parts, **asked):
+    mended = Mended(**asked)
+    return [event for part in parts for event in mended.feed(part)] + list(mended.close())
 
 
 def summed(events):
@@ -2795,7 +2820,7 @@ def test_a_whole_answer_without_a_finish_reason_is_complete():
 
 
 def test_all_chunks_have_the_first_ones_id():
-    reader = ZaiReader(MODELS["glm-4.6"], {})
+    reader = ZaiReader(MODELS["glm-4.6"])
     list(reader.feed(RECORDED.replace(b'"2025"', b'"2024"', 1)))
     assert reader.id == "2024"
 
@@ -2806,7 +2831,7 @@ def test_a_whole_answer_gives_the_same_wherever_it_is_cut():
 
 
 def test_an_events_text_comes_out_with_the_part_that_completes_it():
-    assert list(ZaiReader(MODELS["glm-4.6"], {}).feed(FIRST)) == [Thought("想")]
+    assert list(ZaiReader(MODELS["glm-4.6"]).feed(FIRST)) == [Thought("想")]
 
 
 @pytest.mark.parametrize(
@@ -2853,7 +2878,7 @@ def test_an_error_inside_a_200_is_an_error(data):
 
 
 def test_what_came_before_a_failure_is_not_lost():
-    events = ZaiReader(MODELS["glm-4.6"], {}).feed(FIRST + b"data: junk\n\n")
+    events = ZaiReader(MODELS["glm-4.6"]).feed(FIRST + b"data: junk\n\n")
     assert next(events) == RECORDED_EVENTS[0]
     with pytest.raises(UpstreamError):
         next(events)
@@ -2933,7 +2958,7 @@ END = b"\n\n" + stream_of(finish())
 )
 def test_a_torn_frame_is_dropped_and_counted_and_the_whole_one_used(line, words, torn):
     for parts in cuts(line + END):
-        reader = ZaiReader(MODELS["glm-4.6"], {})
+        reader = ZaiReader(MODELS["glm-4.6"])
         events = [event for part in parts for event in reader.feed(part)] + list(reader.close())
         assert events == [*map(Text, words), Finish("stop")]
         assert reader.torn == torn
@@ -2958,12 +2983,10 @@ def test_salvage_takes_linear_time(torn):
 
 def test_prose_where_json_is_wanted_is_held_in_linear_time():
     def read():
-        reader = ZaiReader(
-            MODELS["glm-4.6"], {"tools": [function("f", parameters={})], "response_format": {}}
-        )
-        assert reader.begin_text("x" * 2**24) == ""
+        repair = ztoapi.JsonAlone()
+        assert list(repair.feed(Text("x" * 2**24))) == []
         for _ in range(2**12):
-            reader.begin_text("x")
+            list(repair.feed(Text("x")))
 
     assert seconds_of(read) < 0.5  # in quadratic time 2
 
@@ -3071,6 +3094,11 @@ def test_a_torn_frame_that_nothing_follows_is_a_failure():
             id="the name after the arguments",
         ),
         pytest.param(
+            [piece(id="a", index=0, function={"arguments": "{"}), piece(id="b", index=1, function=named("g", "{}")), piece(index=0, function=named("f", "}"))],
+            [("b", "g", "{}"), ("a", "f", "{}")],
+            id="the first one's name after the second",
+        ),
+        pytest.param(
             [piece(id="a", index=0, function=named("f", "{")), piece(id="a", index=0, function=named("f", "}"))],
             [("a", "f", "{}")],
             id="id and name in every piece",
@@ -3131,7 +3159,7 @@ def test_what_a_search_found_comes_before_the_finish(data):
 
 def read_tagged(words, model="glm-4.5v"):
     """The events of deltas with these words, consecutive texts joined."""
-    reader, joined = ZaiReader(MODELS[model], {}), []
+    reader, joined = Mended(model), []
     for event in [
         *reader.feed(stream_of(*({"content": word} for word in words), finish())),
         *reader.close(),
@@ -3187,7 +3215,7 @@ LEAK = leak("read\n", path="a.py")
 
 def read_deltas(deltas, **asked):
     """The events of an answer with these deltas, or pieces of text, consecutive texts joined."""
-    reader, events = ZaiReader(MODELS["glm-4.6"], asked), []
+    reader, events = Mended(**asked), []
     chunks = [delta if isinstance(delta, dict) else {"content": delta} for delta in deltas]
     for event in [*reader.feed(stream_of(*chunks, finish())), *reader.close()]:
         more = bool(events) and type(events[-1]) is type(event) is Text
@@ -3199,10 +3227,8 @@ def read_deltas(deltas, **asked):
     ("text", "wanted"),
     [
         pytest.param(LEAK, [LEAKED, CALLS_END], id="a call"),
-        pytest.param(
-            f"\n {LEAK}\n", [Text(" "), LEAKED, Text("\n"), CALLS_END], id="white space around it"
-        ),
-        pytest.param(f"a<{LEAK}b", [Text("a<"), LEAKED, Text("b"), CALLS_END], id="text around it"),
+        pytest.param(f"\n {LEAK}\n", [Text(" "), LEAKED, CALLS_END], id="white space around it"),
+        pytest.param(f"a<{LEAK}", [Text("a<"), LEAKED, CALLS_END], id="text before it"),
         pytest.param(
             LEAK + leak(" read_all "),
             [LEAKED, ToolCall(1, "call_7_1", "read_all", "{}"), CALLS_END],
@@ -3262,7 +3288,7 @@ def test_where_no_tool_was_offered_no_call_leaks():
 
 
 def test_no_more_text_is_held_than_may_be_a_call():
-    reader = ZaiReader(MODELS["glm-4.6"], {"tools": [READ]})
+    reader = Mended(tools=[READ])
     heard = [
         "".join(event.text for event in reader.feed(stream_of({"content": text}, done="")))
         for text in (
@@ -3287,15 +3313,73 @@ def test_no_more_text_is_held_than_may_be_a_call():
 
 
 def test_a_leaked_call_of_megabytes_is_read_in_linear_time():
-    reader, started = ztoapi.TagReader(MODELS["glm-5"], {"read": PATH}), time.thread_time()
-    parts = [
-        "<tool_call>read<arg_key>path</arg_key><arg_value>",
-        *["x" * 10] * 100_000,
-        "</arg_value></tool_call>",
-    ]
-    [call] = [event for part in parts for event in reader.feed(part)]
-    assert len(call["function"]["arguments"]) > 1_000_000
-    assert time.thread_time() - started < 3
+    def read(size):
+        repair = ztoapi.LeakedCalls({"read": PATH}, frozenset())
+        parts = [
+            "<tool_call>read<arg_key>path</arg_key><arg_value>",
+            *["x</tool_call>"] * size,
+            "</arg_value></tool_call>",
+        ]
+        assert [event for part in parts for event in repair.feed(Text(part))] == []
+        call, _ = repair.feed(Finish("stop"))
+        assert len(call.arguments) > 10 * size
+
+    few, many = (seconds_of(read, size) for size in (2**12, 2**14))
+    assert many < 10 * few  # four times the text; in quadratic time it would be 16
+
+
+QUOTED = frozenset({ztoapi.without_space(LEAK[len("<tool_call>") : -len("</tool_call>")])})
+
+
+@pytest.mark.parametrize(
+    "deltas",
+    [
+        pytest.param([LEAK, " and more"], id="text behind it"),
+        pytest.param([f"```xml\n{LEAK}\n```"], id="in a fence"),
+        pytest.param([f"```xml\n{LEAK}"], id="in a fence that does not end"),
+        pytest.param([f"~~~\n{LEAK}\n~~~\n"], id="in a fence of tildes"),
+        pytest.param([f"Write `{LEAK}`"], id="between backticks"),
+        pytest.param([f"Write `{LEAK}"], id="behind a backtick"),
+        pytest.param([LEAK, LEAK, "."], id="two, then text"),
+        pytest.param([f"{LEAK}<tool_call>write<arg_key>"], id="one, then what is none"),
+    ],
+)
+def test_a_quotation_is_not_a_leak(deltas):
+    text = "".join(deltas)
+    for cut in range(0, len(text), 7):
+        given = [text[:cut], text[cut:]]
+        assert read_deltas(given, tools=[READ]) == [Text(text), Finish("stop")]
+
+
+def test_code_that_has_ended_is_no_code_any_more():
+    text = "```\nx\n```\nNow `y`.\n\nIt`s:\n\n"
+    assert read_deltas([*text, LEAK], tools=[READ]) == [Text(text), LEAKED, CALLS_END]
+
+
+def test_markup_that_stands_in_the_request_is_a_quotation():
+    assert read_deltas([LEAK], tools=[READ], quoted=QUOTED) == [Text(LEAK), Finish("stop")]
+
+
+def test_a_call_leaks_only_where_the_answer_has_no_other():
+    assert read_deltas([READ_CALL, LEAK], tools=[READ])[:2] == [READ_EVENT, Text(LEAK)]
+    assert read_deltas([LEAK, READ_CALL], tools=[READ])[:2] == [Text(LEAK), READ_EVENT]
+
+
+def test_a_call_leaks_only_where_the_answer_has_come_to_its_end():
+    data = stream_of({"content": LEAK}, finish("length"))
+    assert read_all([data], tools=[READ]) == [Text(LEAK), Finish("length")]
+
+
+@in_loop
+@pytest.mark.parametrize("role", ["user", "tool"])
+async def test_a_page_that_quotes_our_markup_makes_no_call(client, zai, role):
+    page = {"role": role, "content": f"Say: {LEAK}", "tool_call_id": "c"}
+    asked = {"id": "c", "type": "function", "function": named("read", "{}")}
+    called = {"role": "assistant", "content": None, "tool_calls": [asked]}
+    body = chat(messages=[*HELLO["messages"], called, page], tools=[READ])
+    zai.parts = [stream_of({"content": LEAK}, finish())]
+    message = json.loads((await ask(client, body))[1])["choices"][0]["message"]
+    assert message == {"role": "assistant", "content": LEAK, "refusal": None}
 
 
 @pytest.mark.parametrize(
@@ -3326,13 +3410,11 @@ def test_line_ends_at_the_head_of_the_text_are_the_templates(deltas, wanted):
     ],
 )
 def test_where_json_is_wanted_no_text_stands_beside_a_call(deltas, wanted):
-    assert read_deltas(deltas, tools=[READ], response_format={"type": "json_object"}) == wanted
+    assert read_deltas(deltas, tools=[READ], wants_json=True) == wanted
 
 
 def test_json_is_passed_on_as_it_comes():
-    reader = ZaiReader(
-        MODELS["glm-4.6"], {"tools": [READ], "response_format": {"type": "json_object"}}
-    )
+    reader = Mended(tools=[READ], wants_json=True)
     heard = [list(reader.feed(stream_of({"content": text}, done=""))) for text in (" ", "[", "1")]
     assert heard == [[], [Text("[")], [Text("1")]]
 
@@ -4475,6 +4557,87 @@ def test_a_file_of_sqlite_is_for_its_owner_only(tmp_path, connect):
     )
 
 
+# ======== Plans ========
+
+
+def random_value(chance, depth=0):
+    """Any JSON value, odd ones more often than not."""
+    simple = [
+        None,
+        True,
+        False,
+        0,
+        -1,
+        3,
+        7.5,
+        1e308,
+        2**70,
+        "",
+        "a",
+        "\ud800",
+        "x" * 300,
+        "glm-4.6v",
+        "auto",
+        "none",
+    ]
+    if depth > 2 or chance.random() < 0.6:
+        return chance.choice(simple)
+    if chance.random() < 0.5:
+        return [random_value(chance, depth + 1) for _ in range(chance.randrange(3))]
+    names = [
+        "type",
+        "role",
+        "content",
+        "text",
+        "name",
+        "id",
+        "function",
+        "arguments",
+        "input",
+        "url",
+        "image_url",
+    ]
+    return {
+        chance.choice(names): random_value(chance, depth + 1) for _ in range(chance.randrange(4))
+    }
+
+
+def random_body(chance, sound, known):
+    """A sound body in which some known fields are odd."""
+    odd = {chance.choice(sorted(known)): random_value(chance) for _ in range(chance.randrange(4))}
+    return sound | odd
+
+
+FULL_CHAT = chat(tools=[function("f")], temperature=0.5, max_tokens=9, stop=["x"], stream=True)
+FULL_RESPONSE = {"model": "glm-4.6", "input": [{"role": "user", "content": "x"}], "tools": []}
+
+
+@pytest.mark.parametrize("seed", range(40))
+@pytest.mark.parametrize(
+    ("surface", "sound", "known"),
+    [
+        ("chat/completions", FULL_CHAT, ztoapi.CHAT_FIELDS),
+        ("completions", {"model": "glm-4.6", "prompt": "x"}, ztoapi.COMPLETION_FIELDS),
+        ("responses", FULL_RESPONSE, ztoapi.RESPONSE_FIELDS),
+    ],
+)
+def test_a_body_is_refused_when_it_is_read_or_planned_or_never(seed, surface, sound, known):
+    chance = random.Random(f"{seed} {surface}")
+    refused = 0
+    for _ in range(50):
+        body = json.loads(json.dumps(random_body(chance, sound, known)))
+        try:
+            prompt, _ = ztoapi.SURFACES[surface].parse(body, History())
+            plan = ztoapi.make_plan(prompt, Settings(), Account(""), "7")
+        except BadRequest:
+            refused += 1
+            continue
+        for model, planned in plan.prompts:
+            request = ztoapi.zai_request(planned, model, "https://api.z.ai/api/paas/v4", "7")
+            assert json.loads(request.data)["stream"] is True
+    assert refused < 50
+
+
 # ======== Bounds of a request ========
 
 VALUES = b'{"a":[%s]}'
@@ -5024,7 +5187,10 @@ async def test_a_whole_answer(client, zai):
     assert (response.status, response.content_type) == (200, "application/json")
     wanted = chat_document([Thought("想"), Text("你好😀"), Usage(6, 3, 9, 2), Finish("stop")])
     assert json.loads(body) == wanted | {"id": "chatcmpl-2025", "model": "glm-4.6"}
-    assert zai.bodies == [{"model": "glm-4.6", "messages": HELLO["messages"], "stream": False}]
+    usage = {"stream_options": {"include_usage": True}}  # for bases that are not Z.ai's own
+    assert zai.bodies == [
+        {"model": "glm-4.6", "messages": HELLO["messages"], "stream": True, **usage}
+    ]
     assert zai.keys == ["Bearer zai-key"]
 
 
@@ -5117,7 +5283,7 @@ async def test_a_large_request_reaches_zai(client, zai):
 async def test_accept_decides_where_stream_is_absent(client, zai, fields, accept, streams):
     response, _ = await ask(client, chat(**fields), headers=KEY | {"Accept": accept})
     assert response.content_type == ("text/event-stream" if streams else "application/json")
-    assert zai.bodies[0]["stream"] is streams
+    assert zai.bodies[0]["stream"] is True
 
 
 @in_loop
@@ -6069,9 +6235,115 @@ async def test_every_surface_is_kept_alive_and_freed(client, zai, path, body, mo
     monkeypatch.setattr(ztoapi, "KEEP_ALIVE_INTERVAL", 0.05)
     zai.parts = [HANG]
     async with client.post(path, json=body | {"stream": True}, headers=KEY) as response:
-        assert await response.content.readuntil(b"\n\n") == b": keep-alive\n\n"
+        sign = await response.content.readuntil(b"\n\n")
         response.close()
+    wanted = b"event: response.created\n" if "responses" in path else b": keep-alive\n\n"
+    assert sign.startswith(wanted)
     assert await eventually(lambda: zai.open == 0)
+
+
+@in_loop
+async def test_codex_sees_life_in_events_numbered_like_all(client, zai, monkeypatch):
+    monkeypatch.setattr(ztoapi, "KEEP_ALIVE_INTERVAL", 0.05)
+    zai.parts = [0.13, RECORDED]
+    _, stream = await ask(client, ASKED | {"stream": True}, "/v1/responses")
+    events = [json.loads(frame.partition("data: ")[2]) for frame in stream.split("\n\n")[:-1]]
+    types = [event["type"].removeprefix("response.") for event in events]
+    assert types[:3] == ["created", "in_progress", "in_progress"]
+    assert types.count("created") == 1
+    assert [event["sequence_number"] for event in events] == [*range(len(events))]
+    assert len({event["response"]["id"] for event in events if "response" in event}) == 1
+
+
+TORN_STREAM = FIRST[:-20] + RECORDED  # a piece of it is lost
+
+
+@in_loop
+@on_every_surface
+@pytest.mark.parametrize(
+    "broken",
+    [
+        pytest.param([FIRST, RESET], id="broken off"),
+        pytest.param([FIRST], id="ended early"),
+        pytest.param([FIRST, b'data: {"error":{"code":"1230","message":"no"}}\n\n'], id="error"),
+        pytest.param([TORN_STREAM], id="a piece torn"),
+        pytest.param([RECORDED.replace(b'"stop"', b'"network_error"')], id="network_error"),
+    ],
+)
+async def test_a_whole_answer_that_lacks_a_piece_is_asked_for_again(
+    client, zai, path, body, broken
+):
+    zai.answers = [broken]
+    response, text = await ask(client, body, path)
+    assert (response.status, "你好😀" in text, len(zai.asked)) == (200, True, 2)
+
+
+@in_loop
+async def test_a_whole_answer_that_always_lacks_a_piece_is_a_failure(client, zai):
+    zai.parts = [TORN_STREAM]
+    response, body = await ask(client)
+    assert (response.status, error_of(body)["code"]) == (502, "zai_unavailable")
+    assert len(zai.asked) == 3
+
+
+@in_loop
+async def test_a_stream_that_lacks_a_piece_goes_on(client, zai):
+    zai.parts = [TORN_STREAM]
+    _, stream = await ask(client, chat(stream=True))
+    assert (said(stream), len(zai.asked)) == ("你好😀", 1)
+
+
+@in_loop
+@on_every_surface
+async def test_a_whole_answer_may_take_longer_than_the_longest_silence(start, zai, path, body):
+    client = await start(upstream_timeout=0.4)
+    zai.parts = [part for _ in range(12) for part in (FIRST, 0.1)] + [RECORDED]
+    assert (await ask(client, body, path))[0].status == 200
+
+
+IMAGE = {"type": "image_url", "image_url": {"url": "https://example.org/x.png"}}
+NAMED = {"type": "function", "function": {"name": "nope"}}
+IMPOSSIBLE = [
+    pytest.param(
+        chat(tools=[function("f")], tool_choice=NAMED), 400, id="a tool that is not there"
+    ),
+    pytest.param(
+        chat(messages=[{"role": "user", "content": [IMAGE]}]),
+        400,
+        id="an image for a model that does not see",
+    ),
+    pytest.param(chat(messages=[{"role": "assistant", "content": ""}]), 400, id="nothing to say"),
+    pytest.param(chat(fallbacks=[" / "]), 400, id="a fallback without a name"),
+]
+
+
+@in_loop
+@pytest.mark.parametrize(("body", "status"), IMPOSSIBLE)
+async def test_what_cannot_be_sent_is_told_while_the_queue_is_full(start, zai, body, status):
+    client = await start(max_concurrency=1)
+    zai.parts = [HANG]
+    waiting = asyncio.create_task(ask(client))
+    assert await eventually(lambda: zai.open)
+    assert (await asyncio.wait_for(ask(client, body), 5))[0].status == status
+    waiting.cancel()
+    await asyncio.wait([waiting])
+
+
+@in_loop
+@pytest.mark.parametrize(("body", "status"), IMPOSSIBLE)
+async def test_what_cannot_be_sent_is_told_without_a_key(start, body, status):
+    client = await start(zai_api_key=())
+    assert (await ask(client, body))[0].status == status
+    assert (await ask(client))[0].status == 503
+
+
+@in_loop
+@pytest.mark.parametrize(("body", "status"), IMPOSSIBLE)
+async def test_what_cannot_be_sent_is_told_while_all_keys_rest(client, zai, body, status):
+    zai.status, zai.parts = zai_refuses(1113)
+    assert (await ask(client))[0].status == 402
+    assert (await ask(client, body))[0].status == status
+    assert len(zai.asked) == 1
 
 
 @in_loop
@@ -6438,7 +6710,6 @@ async def test_the_list_of_models_speaks_anthropic_and_codex_too(client):
     [
         pytest.param(b'{"a":' * 101 + b"1" + b"}" * 101, id="deep"),
         pytest.param(b'{"model":"glm-4.6","model":"glm-5","messages":[]}', id="a name twice"),
-        pytest.param(json.dumps(message(role="user", content="\ud83d")).encode(), id="half a surrogate pair"),
         pytest.param(json.dumps(chat(tools=[function("f", parameters={"max": 1})])).replace("1}", "1e999}").encode(), id="infinity"),
         pytest.param(b'{"a":"\x00"}', id="NUL"),
         pytest.param(b'{"a":' + b"9" * 5000 + b"}", id="a huge number"),
@@ -9082,6 +9353,154 @@ async def test_the_doctor_knows_a_port_in_use(check, client):
 
 
 # ======== The OpenAI SDK ========
+
+
+def random_events(seed):
+    """The events of an answer, as the repairs let them through: any, in any order that they come in."""
+    chance = random.Random(seed)
+    words = ["", "a", "好😀", " \n", '{"x": 1}', "<think>", "\u2028"]
+    thoughts = [Thought(chance.choice(words)) for _ in range(chance.randrange(4))]
+    texts = [Text(chance.choice(words)) for _ in range(chance.randrange(4))]
+    calls = []
+    for index in range(chance.randrange(4)):
+        calls.append(
+            [ToolCall(index, f"c{index}", f"f{index}", chance.choice(["", "{", '{"a":1}']))]
+        )
+        calls[-1] += [ToolCall(index, "", "", ':"好"') for _ in range(chance.randrange(3))]
+    events = [event for event in thoughts + texts if event.text]
+    while any(calls):  # the pieces of two calls may alternate
+        begun = [call for call in calls if not call[0].id]
+        events.append(
+            chance.choice([*begun, *[call for call in calls if call not in begun][:1]]).pop(0)
+        )
+        calls = [call for call in calls if call]
+    if chance.random() < 0.3:
+        chance.shuffle(texts)
+        events += [event for event in texts if event.text]
+    if chance.random() < 0.3:
+        events.append(Citations((FOUND,)))
+    if chance.random() < 0.7:
+        events.append(Usage(*(chance.randrange(9) for _ in range(5))))
+    return [*events, Finish(chance.choice(["stop", "length", "tool_calls", "content_filter"]))]
+
+
+RANDOM = pytest.mark.parametrize("seed", range(60))
+
+
+@RANDOM
+def test_what_the_sdk_makes_of_a_streamed_chat_is_the_whole_one(seed):
+    streaming = pytest.importorskip("openai.lib.streaming.chat._completions")
+    types = pytest.importorskip("openai.types.chat")
+    events = random_events(seed)
+    state = streaming.ChatCompletionStreamState()
+    for frame in frames(events, chat_reply(include_usage=True))[:-1]:
+        state.handle_chunk(types.ChatCompletionChunk.model_validate(frame))
+    whole = chat_document(events)
+    made = state.current_completion_snapshot.model_dump(mode="json", exclude_unset=True)
+    assert made["choices"][0]["finish_reason"] == whole["choices"][0]["finish_reason"]
+    assert spoken(made) == spoken(whole)
+    if Usage in map(type, events):
+        assert made["usage"] == whole["usage"]
+
+
+def spoken(document):
+    """What a chat's message says, without what the SDK adds."""
+    message = document["choices"][0]["message"]
+    calls = message.get("tool_calls") or []
+    return {
+        "content": message.get("content") or "",
+        "reasoning": message.get("reasoning_content") or "",
+        "annotations": message.get("annotations") or [],
+        "calls": [
+            (call["id"], call["function"]["name"], call["function"]["arguments"]) for call in calls
+        ],
+    }
+
+
+@RANDOM
+def test_what_the_sdk_makes_of_a_streamed_response_is_the_whole_one(seed):
+    openai = pytest.importorskip("openai")
+    streaming = pytest.importorskip("openai.lib.streaming.responses._responses")
+    types = pytest.importorskip("openai.types.responses")
+    pydantic = pytest.importorskip("pydantic")
+    adapter = pydantic.TypeAdapter(types.ResponseStreamEvent)
+    events, reply = random_events(seed), response_reply()
+    state = streaming.ResponseStreamState(input_tools=openai.omit, text_format=openai.omit)
+    made = None
+    for frame in [*reply.frames_of(events), *reply.close()]:
+        for event in state.handle_event(adapter.validate_python(frame)):
+            if event.type in ("response.completed", "response.incomplete"):
+                made = event.response.model_dump(mode="json")
+    whole = response_reply().fold(events)
+    assert [item["type"] for item in made["output"]] == [item["type"] for item in whole["output"]]
+    assert without_parsed(made["output"], whole["output"]) == whole["output"]
+    assert (made["status"], made["id"]) == (whole["status"], whole["id"])
+
+
+def without_parsed(theirs, ours):
+    """The SDK's document with only the fields that ours has too, at every depth."""
+    if isinstance(ours, dict):
+        return {name: without_parsed(theirs.get(name), ours[name]) for name in ours}
+    if isinstance(ours, list) and isinstance(theirs, list) and len(theirs) == len(ours):
+        return [without_parsed(*pair) for pair in zip(theirs, ours, strict=True)]
+    return theirs
+
+
+@RANDOM
+def test_a_streamed_completion_adds_up_to_the_whole_one(seed):
+    events = random_events(seed)
+    reply = begun(ztoapi.CompletionReply(1, include_usage=True, echo="Hm. "))
+    streamed = decoded(reply.frames_of(events))
+    (whole,) = reply.fold(events)["choices"]
+    assert "".join(frame["choices"][0]["text"] for frame in streamed) == whole["text"]
+    assert streamed[-1]["choices"][0]["finish_reason"] == whole["finish_reason"]
+
+
+def random_deltas(chance):
+    """Chunks of Z.ai's, with what models say wrong."""
+    words = ["", "\n", "Hi", "<", "好", "<think>", "</think>", "```", "`", '{"a":1}', *leak_pieces]
+    deltas = []
+    for _ in range(chance.randrange(1, 9)):
+        kind = chance.randrange(4)
+        if kind == 0:
+            deltas.append({"reasoning_content": chance.choice(words)})
+        elif kind == 1:
+            index = chance.choice([0, 1, -1, None])
+            call = piece(
+                index=index,
+                id=chance.choice(["a", None]),
+                function=named(chance.choice(["read", None]), chance.choice(["", "{}"])),
+            )
+            deltas.append(call)
+        else:
+            deltas.append({"content": chance.choice(words)})
+    return deltas
+
+
+leak_pieces = [
+    "<tool_call>",
+    "read",
+    "<arg_key>path</arg_key>",
+    "<arg_value>a",
+    "</arg_value>",
+    "</tool_call>",
+    LEAK,
+]
+
+
+@RANDOM
+@pytest.mark.parametrize("model", ["glm-4.6", "glm-4.5v"])
+def test_repairs_give_the_same_wherever_a_stream_is_cut(seed, model):
+    chance = random.Random(seed)
+    reason = chance.choice(["stop", "tool_calls", "length"])
+    data = stream_of(*random_deltas(chance), finish(reason, **SPENT))
+    asked = {"model": model, "tools": [READ], "wants_json": seed % 3 == 0}
+    wanted = chat_document(read_all([data], **asked))
+    for _ in range(5):
+        at = sorted(chance.randrange(len(data)) for _ in range(3))
+        parts = [data[a:b] for a, b in zip([0, *at], [*at, len(data)], strict=True)]
+        assert chat_document(read_all(parts, **asked)) == wanted
+    assert read_all([data], **asked)[-1].reason in ("stop", "tool_calls", "length")
 
 
 @in_loop

@@ -68,6 +68,7 @@ from collections.abc import (
 )
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import (
+    AbstractAsyncContextManager,
     AsyncExitStack,
     ExitStack,
     asynccontextmanager,
@@ -88,7 +89,18 @@ from pathlib import Path
 from queue import SimpleQueue
 from string import Template
 from threading import Thread
-from typing import Any, Literal, NamedTuple, NoReturn, Protocol, TypeAlias, TypeVar, cast, get_args
+from typing import (
+    Any,
+    ClassVar,
+    Literal,
+    NamedTuple,
+    NoReturn,
+    Protocol,
+    TypeAlias,
+    TypeVar,
+    cast,
+    get_args,
+)
 from urllib.parse import quote, unquote, urljoin, urlsplit
 from urllib.request import ProxyHandler, build_opener, getproxies, proxy_bypass
 
@@ -299,7 +311,7 @@ class Settings:
         """Whether clients may use the published key; then only this machine may call."""
         return PUBLISHED_KEY in self.default_key
 
-    @property
+    @cached_property
     def zai_keys(self) -> tuple[ZaiKey, ...]:
         return tuple(dict.fromkeys(zai_key(text, self.zai_base_url) for text in self.zai_api_key))
 
@@ -877,14 +889,25 @@ def escaped(text: str) -> bytes:
     return text.encode("utf-8", "backslashreplace")
 
 
+def sse(frames: Iterable[JSON | str]) -> bytes:
+    """Frames as bytes, each `data: …` and a blank line. A frame with a `type` also gets that as its event name."""
+    return escaped("".join([sse_frame(frame) for frame in frames]))
+
+
+def sse_frame(frame: JSON | str) -> str:
+    if isinstance(frame, str):
+        return f"data: {frame}\n\n"
+    name = f"event: {frame['type']}\n" if "type" in frame else ""
+    return f"{name}data: {to_json(frame)}\n\n"
+
+
 def encode_request(value: Any) -> bytes:
-    """Compact JSON in UTF-8. Raises BadRequest for half a surrogate pair, which UTF-8 does not have."""
+    """Compact JSON in UTF-8; half a surrogate pair, which UTF-8 does not have, becomes U+FFFD."""
+    text = to_json(value)
     try:
-        return to_json(value).encode()
+        return text.encode()
     except UnicodeEncodeError:
-        raise BadRequest(
-            "The text has half a surrogate pair (\\ud800 to \\udfff), which is not a character."
-        ) from None
+        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace").encode()
 
 
 def finite(text: str) -> float:
@@ -1200,42 +1223,54 @@ class Choice:
 
 
 class Answer:
-    """A whole answer: its events, and what they add up to."""
+    """What the events of a whole answer add up to."""
 
-    def __init__(self) -> None:
-        self.events: list[Event] = []
+    def __init__(self, events: Iterable[Event]) -> None:
         self.choices: defaultdict[int, Choice] = defaultdict(Choice)
         self.usage: Usage | None = None  # None: Z.ai sent none
-
-    def add(self, event: Event) -> None:
-        self.events.append(event)
-        if isinstance(event, Usage):
-            self.usage = self.usage + event if self.usage else event
-        else:
-            self.choices[event.choice].add(event)
+        for event in events:
+            if isinstance(event, Usage):
+                self.usage = self.usage + event if self.usage else event
+            else:
+                self.choices[event.choice].add(event)
 
 
-class ReasoningShape:
-    """Leaves reasoning as it is, moves it into the text between <think> tags, or drops it."""
+# A frame of a stream: an object, or a text that is sent as it is.
+Frame: TypeAlias = "JSON | str"
 
-    def __init__(self, form: ReasoningFormat) -> None:
-        self.form = form
-        self.thinking: set[int] = set()  # choices with an open <think>
 
-    def feed(self, event: Event) -> Iterator[Event]:
-        match event:
-            case Thought() if self.form == "hidden":
-                return
-            case Thought(text, choice) if self.form == "raw":
-                yield Text(text if choice in self.thinking else "<think>" + text, choice)
-                self.thinking.add(choice)
-            case Thought() | Usage():
-                yield event
-            case _:
-                if event.choice in self.thinking:
-                    self.thinking.remove(event.choice)
-                    yield Text("</think>", event.choice)
-                yield event
+class Reply(ABC):
+    """How one request is answered in its API's form: as frames while events come, or as a document.
+
+    `begin` comes first, when the head of the answer is known. A stream is what `feed` makes of each
+    event, and `close` at the end, or `fail` where the answer breaks off. A whole answer is `fold` of
+    all events, and says what the client's SDK would make of that stream.
+    """
+
+    head: Head
+    stored: StoredResponse | None = None  # what is to be kept of a complete answer
+
+    def frames_of(self, events: Iterable[Event]) -> list[Frame]:
+        return [frame for event in events for frame in self.feed(event)]
+
+    def begin(self, head: Head) -> None:
+        self.head = head
+
+    @abstractmethod
+    def feed(self, event: Event) -> Sequence[Frame]: ...
+
+    @abstractmethod
+    def close(self) -> Sequence[Frame]: ...
+
+    @abstractmethod
+    def fail(self, error: ProxyError) -> Sequence[Frame]: ...
+
+    def sign_of_life(self, _: Head) -> bytes:
+        """What is sent while Z.ai is silent; the head is for an answer that has none yet."""
+        return b": keep-alive\n\n"
+
+    @abstractmethod
+    def fold(self, events: Sequence[Event]) -> JSON: ...
 
 
 # ======== Request fields ============================================================================================
@@ -1570,24 +1605,7 @@ CHAT_FIELDS: dict[str, Check] = {
 }
 
 
-@dataclass(slots=True)
-class ChatRequest:
-    """What the chat API's answer depends on."""
-
-    n: int = 1
-    include_usage: bool = False
-    has_functions: bool = False  # `functions` instead of `tools`
-
-    def encoder(self, head: Head) -> ChatEncoder:
-        return (FunctionEncoder if self.has_functions else ChatEncoder)(head, self)
-
-    def document(self, head: Head, answer: Answer) -> JSON:
-        document = chat_completion(head, answer)
-        choices = map(as_function_call, document["choices"])
-        return {**document, "choices": [*choices]} if self.has_functions else document
-
-
-def parse_chat(body: JSON) -> tuple[Prompt, ChatRequest]:
+def parse_chat(body: JSON) -> tuple[Prompt, ChatReply]:
     """Raises BadRequest for an invalid field; never changes `body`."""
     given = validated(body, CHAT_FIELDS)
     required(given, "model", "messages")
@@ -1614,7 +1632,8 @@ def parse_chat(body: JSON) -> tuple[Prompt, ChatRequest]:
         native={name: value for name, value in given.items() if name in NATIVE_FIELDS},
         ignored=(*unknown_fields(body, CHAT_FIELDS), *serial_calls(given)),
     )
-    return prompt, ChatRequest(prompt.n, wants_usage(given), has_functions)
+    reply = FunctionReply if has_functions else ChatReply
+    return prompt, reply(prompt.n, wants_usage(given))
 
 
 def native_tools(tools: list[Tool | JSON], given: JSON) -> list[JSON]:
@@ -1746,82 +1765,144 @@ def envelope(head: Head, prefix: str, kind: str) -> JSON:
     return {"id": prefix + head.id, "object": kind, "created": head.created, "model": head.model}
 
 
-class ChatEncoder:
-    """Turns events into chat.completion.chunk frames: JSON text, since most of it is always the same."""
+class ChatReply(Reply):
+    """A chat's answer: chat.completion.chunk frames, or a chat.completion.
 
-    ID, OBJECT = "chatcmpl-", "chat.completion.chunk"
+    Frames are JSON text, since most of each is always the same.
+    """
 
-    def __init__(self, head: Head, request: ChatRequest) -> None:
-        self.head = to_json(envelope(head, self.ID, self.OBJECT))[:-1] + ',"choices":['
-        self.tail = '],"usage":null}' if request.include_usage else "]}"
-        self.include_usage, self.n = request.include_usage, request.n
+    def __init__(self, n: int, include_usage: bool) -> None:  # noqa: FBT001 - as in the request
+        self.n = n
+        self.include_usage = include_usage
+        self.start = ""  # of every frame: the envelope
+        self.tail = '],"usage":null}' if include_usage else "]}"
         self.usage: Usage | None = None  # the sum over the choices
         self.begun: set[int] = set()  # choices that have had their first delta
+
+    def begin(self, head: Head) -> None:
+        super().begin(head)
+        self.start = frame_start(envelope(head, "chatcmpl-", "chat.completion.chunk"))
 
     def feed(self, event: Event) -> list[str]:
         if self.n > 1 and not self.begun and not isinstance(event, Usage):
             # The OpenAI SDK's stream() fails on choices that do not begin in their order.
-            return [*(self.chunk(choice, "{}") for choice in range(self.n)), *self.frames(event)]
+            return [*(self.chunk(choice, "") for choice in range(self.n)), *self.frames(event)]
         return self.frames(event)
 
     def frames(self, event: Event) -> list[str]:
         match event:
             case Text():
-                return [self.chunk(event.choice, f'{{"content":{quoted(event.text)}}}')]
+                return [self.chunk(event.choice, f'"content":{quoted(event.text)}')]
             case Thought():
-                return [self.chunk(event.choice, f'{{"reasoning_content":{quoted(event.text)}}}')]
+                return [self.chunk(event.choice, f'"reasoning_content":{quoted(event.text)}')]
             case ToolCall():
-                return [self.chunk(event.choice, to_json({"tool_calls": [call_delta(event)]}))]
-            case Citations(results, choice):
-                chunk = self.chunk(choice, to_json({"annotations": url_citations(results)}))
-                return [f'{chunk[:-1]},"web_search":{to_json(results)}}}']
+                return [self.chunk(event.choice, f'"tool_calls":[{to_json(call_delta(event))}]')]
+            case Citations():
+                annotations = to_json(url_citations(event.results))
+                chunk = self.chunk(event.choice, f'"annotations":{annotations}')
+                return [f'{chunk[:-1]},"web_search":{to_json(event.results)}}}']
             case Usage():
                 self.usage = self.usage + event if self.usage else event
                 return []
-            case Finish(reason, choice):
-                return [self.chunk(choice, "{}", quoted(reason))]
+            case Finish():
+                return [self.chunk(event.choice, "", quoted(event.reason))]
 
     def chunk(self, choice: int, delta: str, finish_reason: str = "null") -> str:
+        """A frame; `delta` is what stands between the braces of the delta."""
         if choice not in self.begun:
             self.begun.add(choice)
-            delta = '{"role":"assistant"' + delta.replace("{", "," if len(delta) > 2 else "", 1)
-        return f'{self.head}{{"index":{choice},"delta":{delta},"finish_reason":{finish_reason}}}{self.tail}'
+            role = '"role":"assistant"'
+            delta = f"{role},{delta}" if delta else role
+        state = f'"delta":{{{delta}}},"finish_reason":{finish_reason}'
+        return f'{self.start}{{"index":{choice},{state}}}{self.tail}'
 
-    def close(self) -> list[JSON | str]:
-        """The frames after the last event: the usage, if it was asked for and Z.ai sent it, and the end."""
-        if self.include_usage and self.usage:
-            return [f'{self.head}],"usage":{to_json(usage_body(self.usage))}}}', "[DONE]"]
-        return ["[DONE]"]
+    def close(self) -> list[Frame]:
+        return last_frames(self.start, self.usage if self.include_usage else None)
 
-    def fail(self, error: ProxyError) -> list[JSON | str]:
-        """The last frames of an answer that broke off: OpenAI's SDKs raise on `error`, Dify needs `choices`."""
-        return [{**error_body(error), "choices": []}, "[DONE]"]
+    def fail(self, error: ProxyError) -> list[Frame]:
+        return failure_frames(error)
+
+    def fold(self, events: Sequence[Event]) -> JSON:
+        answer = Answer(events)
+        choices = sorted(answer.choices.items())
+        document = {
+            **envelope(self.head, "chatcmpl-", "chat.completion"),
+            "choices": [self.choice_body(index, choice) for index, choice in choices],
+            "usage": usage_body(answer.usage or Usage()),
+        }
+        found = [result for _, choice in choices for result in choice.citations]
+        if found:
+            document["web_search"] = found
+        return document
+
+    def choice_body(self, index: int, choice: Choice) -> JSON:
+        """One choice of a whole answer; content is null when there are only calls."""
+        return {
+            "index": index,
+            "message": {
+                "role": "assistant",
+                "content": choice.text or (None if choice.calls else ""),
+                "refusal": None,
+                **self.extras(choice),
+            },
+            "logprobs": None,
+            "finish_reason": choice.finish,
+        }
+
+    def extras(self, choice: Choice) -> JSON:
+        """The fields of a message that only some have."""
+        fields = {
+            "reasoning_content": choice.thought,
+            "annotations": url_citations(choice.citations),
+            "tool_calls": [*map(call_body, choice.tool_calls)],
+        }
+        return {name: value for name, value in fields.items() if value}
 
 
-class FunctionEncoder(ChatEncoder):
-    """Turns events into frames for a client that sent `functions`: at most one call, without id."""
+def frame_start(body: JSON) -> str:
+    """What every frame begins with, up to its choices."""
+    return to_json(body)[:-1] + ',"choices":['
+
+
+def last_frames(start: str, usage: Usage | None) -> list[Frame]:
+    """The frames after the last event: the usage, if it was asked for and Z.ai sent it, and the end."""
+    if usage:
+        return [f'{start}],"usage":{to_json(usage_body(usage))}}}', "[DONE]"]
+    return ["[DONE]"]
+
+
+def failure_frames(error: ProxyError) -> list[Frame]:
+    """The last frames of an answer that broke off: OpenAI's SDKs raise on `error`, Dify needs `choices`."""
+    return [{**error_body(error), "choices": []}, "[DONE]"]
+
+
+class FunctionReply(ChatReply):
+    """A chat's answer for a client that sent `functions`: at most one call, without id."""
 
     def frames(self, event: Event) -> list[str]:
         match event:
+            case ToolCall() if event.index:
+                return []
             case ToolCall():
-                delta = to_json({"function_call": call_delta(event)["function"]})
-                return [] if event.index else [self.chunk(event.choice, delta)]
-            case Finish("tool_calls", choice):
-                return [self.chunk(choice, "{}", quoted("function_call"))]
+                function = to_json(call_delta(event)["function"])
+                return [self.chunk(event.choice, f'"function_call":{function}')]
+            case Finish("tool_calls"):
+                return [self.chunk(event.choice, "", quoted("function_call"))]
             case _:
                 return super().frames(event)
 
+    def choice_body(self, index: int, choice: Choice) -> JSON:
+        body = super().choice_body(index, choice)
+        if choice.finish == "tool_calls":
+            body["finish_reason"] = "function_call"
+        return body
 
-def as_function_call(choice: JSON) -> JSON:
-    """A whole choice as FunctionEncoder streams it."""
-    fields = {name: value for name, value in choice["message"].items() if name != "tool_calls"}
-    calls = [call["function"] for call in choice["message"].get("tool_calls", ())[:1]]
-    finish = "function_call" if choice["finish_reason"] == "tool_calls" else choice["finish_reason"]
-    return {
-        **choice,
-        "message": fields | ({"function_call": calls[0]} if calls else {}),
-        "finish_reason": finish,
-    }
+    def extras(self, choice: Choice) -> JSON:
+        fields = super().extras(choice)
+        calls = fields.pop("tool_calls", [])
+        if calls:
+            fields["function_call"] = calls[0]["function"]
+        return fields
 
 
 def call_body(call: ToolCall) -> JSON:
@@ -1862,28 +1943,6 @@ def url_citation(result: JSON) -> JSON:
     return {"type": "url_citation", "url_citation": cited}
 
 
-def chat_completion(head: Head, answer: Answer) -> JSON:
-    found = [result for choice in answer.choices.values() for result in choice.citations]
-    search = {"web_search": found} if found else {}
-    choices = [chat_choice(index, choice) for index, choice in sorted(answer.choices.items())]
-    usage = usage_body(answer.usage or Usage())
-    return {
-        **envelope(head, "chatcmpl-", "chat.completion"),
-        "choices": choices,
-        "usage": usage,
-        **search,
-    }
-
-
-def chat_choice(index: int, choice: Choice) -> JSON:
-    content = choice.text or (None if choice.calls else "")
-    calls, citations = [*map(call_body, choice.tool_calls)], url_citations(choice.citations)
-    optional = {"reasoning_content": choice.thought, "annotations": citations, "tool_calls": calls}
-    told = {name: value for name, value in optional.items() if value}
-    message = {"role": "assistant", "content": content, "refusal": None, **told}
-    return {"index": index, "message": message, "logprobs": None, "finish_reason": choice.finish}
-
-
 # ======== Completions ===============================================================================================
 # OpenAI's API before chat, translated.
 
@@ -1902,26 +1961,7 @@ COMPLETION_FIELDS = GENERATION_FIELDS | {"prompt": one_prompt, "echo": switch, "
 COMPLETION_FIELDS["best_of"] = integer(0, 1)
 
 
-@dataclass(slots=True)
-class CompletionRequest(ChatRequest):
-    """What the completions API's answer depends on. `echo` is what every answer begins with."""
-
-    echo: str = ""
-
-    def encoder(self, head: Head) -> CompletionEncoder:
-        return CompletionEncoder(head, self)
-
-    def document(self, head: Head, answer: Answer) -> JSON:
-        found = sorted(answer.choices.items())
-        choices = [
-            completion_choice(index, self.echo + choice.text, choice.finish)
-            for index, choice in found
-        ]
-        usage = usage_body(answer.usage or Usage())
-        return {**envelope(head, "cmpl-", "text_completion"), "choices": choices, "usage": usage}
-
-
-def parse_completion(body: JSON) -> tuple[Prompt, CompletionRequest]:
+def parse_completion(body: JSON) -> tuple[Prompt, CompletionReply]:
     """The prompt as a chat. Raises BadRequest for an invalid field."""
     given = validated(body, COMPLETION_FIELDS)
     required(given, "model", "prompt")
@@ -1932,9 +1972,8 @@ def parse_completion(body: JSON) -> tuple[Prompt, CompletionRequest]:
         effort=effort_of(given),
         ignored=tuple(unknown_fields(body, COMPLETION_FIELDS)),
     )
-    return prompt, CompletionRequest(
-        prompt.n, wants_usage(given), echo=given["prompt"] if given.get("echo") else ""
-    )
+    echo = given["prompt"] if given.get("echo") else ""
+    return prompt, CompletionReply(prompt.n, wants_usage(given), echo)
 
 
 def completion_messages(prompt: str, suffix: str) -> tuple[Message, ...]:
@@ -1943,32 +1982,55 @@ def completion_messages(prompt: str, suffix: str) -> tuple[Message, ...]:
     return (*([Message("system", (line,))] if suffix else []), Message("user", (prompt,)))
 
 
-class CompletionEncoder(ChatEncoder):
-    """Turns events into text_completion frames, which cannot hold reasoning."""
+class CompletionReply(Reply):
+    """A completion's answer: text_completion frames, or one document. It cannot hold reasoning.
 
-    ID, OBJECT = "cmpl-", "text_completion"
+    `echo` is what every choice begins with.
+    """
 
-    def __init__(self, head: Head, request: CompletionRequest) -> None:
-        super().__init__(head, request)
-        self.echoes = dict.fromkeys(
-            range(self.n), request.echo
-        )  # of the choices that have not begun
+    def __init__(self, n: int, include_usage: bool, echo: str) -> None:  # noqa: FBT001 - as in the request
+        self.echo = echo
+        self.include_usage = include_usage
+        self.echoes = dict.fromkeys(range(n), echo)  # of the choices that have not begun
+        self.start = ""  # of every frame: the envelope
+        self.tail = '],"usage":null}' if include_usage else "]}"
+        self.usage: Usage | None = None  # the sum over the choices
+
+    def begin(self, head: Head) -> None:
+        super().begin(head)
+        self.start = frame_start(envelope(head, "cmpl-", "text_completion"))
 
     def feed(self, event: Event) -> list[str]:
         match event:
             case Text(text, choice):
-                return [
-                    self.frame(completion_choice(choice, self.echoes.pop(choice, "") + text, None))
-                ]
+                text = self.echoes.pop(choice, "") + text
+                return [self.frame(completion_choice(choice, text, None))]
             case Finish(reason, choice):
                 return [self.frame(completion_choice(choice, self.echoes.pop(choice, ""), reason))]
             case Usage():
-                return super().feed(event)
-            case _:
-                return []
+                self.usage = self.usage + event if self.usage else event
+        return []
 
     def frame(self, choice: JSON) -> str:
-        return f"{self.head}{to_json(choice)}{self.tail}"
+        return f"{self.start}{to_json(choice)}{self.tail}"
+
+    def close(self) -> list[Frame]:
+        return last_frames(self.start, self.usage if self.include_usage else None)
+
+    def fail(self, error: ProxyError) -> list[Frame]:
+        return failure_frames(error)
+
+    def fold(self, events: Sequence[Event]) -> JSON:
+        answer = Answer(events)
+        choices = [
+            completion_choice(index, self.echo + choice.text, choice.finish)
+            for index, choice in sorted(answer.choices.items())
+        ]
+        return {
+            **envelope(self.head, "cmpl-", "text_completion"),
+            "choices": choices,
+            "usage": usage_body(answer.usage or Usage()),
+        }
 
 
 def completion_choice(index: int, words: str, finish_reason: FinishReason | None) -> JSON:
@@ -2090,12 +2152,10 @@ class History(Protocol):
 
     def get(self, response_id: str) -> StoredResponse | None: ...
 
-    def put(self, stored: StoredResponse) -> None: ...
-
 
 @dataclass(slots=True)
 class ResponsesRequest:
-    """What the Responses API's answer depends on. `echo` is what the response repeats of the request."""
+    """What a response's answer depends on. `echo` is what the response repeats of the request."""
 
     echo: JSON
     input: list[
@@ -2103,19 +2163,9 @@ class ResponsesRequest:
     ]  # with the conversation so far before it; empty if the response is not to be stored
     tools: Mapping[str, JSON]  # as the client sent them, by the names that the model knows
     returns_reasoning: bool  # in a form that the client can send back
-    history: History
-
-    def encoder(self, head: Head) -> ResponseEncoder:
-        return ResponseEncoder(head, self)
-
-    def document(self, head: Head, answer: Answer) -> JSON:
-        encoder = self.encoder(head)
-        for event in answer.events:
-            encoder.feed(event)
-        return as_object(encoder.close()[0]["response"])
 
 
-def parse_response(body: JSON, history: History) -> tuple[Prompt, ResponsesRequest]:
+def parse_response(body: JSON, history: History) -> tuple[Prompt, ResponseReply]:
     """Raises BadRequest for an invalid field and for a previous response that is not stored."""
     given = validated(body, RESPONSE_FIELDS)
     required(given, "model")
@@ -2147,7 +2197,7 @@ def parse_response(body: JSON, history: History) -> tuple[Prompt, ResponsesReque
     by_name = {parsed.name: tool for tool, parsed in tools if isinstance(parsed, Tool)}
     echo, stored = echo_of(body), [*before, *items] if given.get("store", True) else []
     returns_reasoning = "reasoning.encrypted_content" in given.get("include", ())
-    return prompt, ResponsesRequest(echo, stored, by_name, returns_reasoning, history)
+    return prompt, ResponseReply(ResponsesRequest(echo, stored, by_name, returns_reasoning))
 
 
 def previous_items(given: JSON, history: History) -> list[Any]:
@@ -2176,7 +2226,7 @@ def referred_responses(body: JSON) -> list[str]:
 
 
 def response_of(item_id: str) -> str:
-    """The id of the response that an item belongs to, from the item's id (see `ResponseEncoder.new_item`)."""
+    """The id of the response that an item belongs to, from the item's id (see `ResponseReply.new_item`)."""
     return f"resp_{item_id.partition('_')[2].rpartition('_')[0]}"
 
 
@@ -2376,7 +2426,7 @@ def parse_response_tool(tool: Any, at: str) -> Tool | JSON | None:
 
 
 # ======== Responses: answer =========================================================================================
-# `ResponseEncoder` turns events into those of the Responses API; the last one has the whole response.
+# `ResponseReply` turns events into those of the Responses API; the last one has the whole response.
 
 
 @dataclass(frozen=True, slots=True)
@@ -2471,17 +2521,18 @@ class Item:
         return {"id": self.id, "status": self.status, **fields}
 
 
-class ResponseEncoder:
-    """Turns events into those of the Responses API, and into the response as a whole."""
+class ResponseReply(Reply):
+    """A response: the events of the Responses API, or the document that the last of them has."""
 
-    def __init__(self, head: Head, request: ResponsesRequest) -> None:
-        self.head, self.request = head, request
+    def __init__(self, request: ResponsesRequest) -> None:
+        self.request = request
         self.sequence = 0  # number of the next event
         self.items: list[Item] = []
         self.calls: dict[int, Item] = {}  # by the index of the call
         self.usage: Usage | None = None
         self.finish: FinishReason = "stop"
         self.thought_kind = SUMMARY if request.echo["reasoning"]["summary"] else REASONING
+        self.stored: StoredResponse | None = None  # what is to be kept, once the answer is complete
 
     def feed(self, event: Event) -> list[JSON]:
         return [*self.opening(), *self.frames(event)]
@@ -2579,8 +2630,25 @@ class ResponseEncoder:
             status, completed_at=int(self.head.clock()) if status == "completed" else None
         )
         if response["store"]:
-            self.request.history.put(StoredResponse(response, self.request.input))
+            self.stored = StoredResponse(response, self.request.input)
         return [self.frame(status, response=response)]
+
+    def begin(self, head: Head) -> None:
+        if not self.sequence:  # else a sign of life came first
+            super().begin(head)
+
+    def sign_of_life(self, head: Head) -> bytes:
+        """An event: Codex does not count comments (Menci/Floway#498)."""
+        self.begin(head)
+        frames = self.opening()
+        if not frames:
+            frames = [self.frame("in_progress", response=self.response("in_progress"))]
+        return sse(frames)
+
+    def fold(self, events: Sequence[Event]) -> JSON:
+        for event in events:
+            self.feed(event)
+        return as_object(self.close()[0]["response"])
 
     def fail(self, error: ProxyError) -> list[JSON]:
         too_long = (
@@ -2733,33 +2801,26 @@ def shows_image(body: JSON) -> bool:
 
 
 # ======== Surfaces ==================================================================================================
-# A surface is an API that clients speak: a function that parses a body into a Prompt and a SurfaceRequest.
+# A surface is an API that clients speak. `respond` serves all of them and never asks which.
 
 
-# Turns the events of a streamed answer into frames. A frame is a dict, or a text to be sent as it is.
-Encoder = ChatEncoder | ResponseEncoder
-# How a request is answered: streamed by `encoder`, whole by `document`. It does not keep the prompt.
-SurfaceRequest = ChatRequest | CompletionRequest | ResponsesRequest
-Surface = Callable[[JSON, History], tuple[Prompt, SurfaceRequest]]
+@dataclass(frozen=True, slots=True)
+class Surface:
+    """An API that clients speak: how a body is read, and what an error looks like.
 
-# By path. A new API is a row here, a request class and an encoder in the two unions above, and `error_document`.
+    `parse` raises BadRequest; its Reply says how the answer looks.
+    """
+
+    parse: Callable[[JSON, History], tuple[Prompt, Reply]]
+    error: Callable[[ProxyError], JSON] = error_body
+
+
+# By path. A new API is a row here and a section above: its parse function and its Reply.
 SURFACES: dict[str, Surface] = {
-    "chat/completions": lambda body, _: parse_chat(body),
-    "completions": lambda body, _: parse_completion(body),
-    "responses": parse_response,
+    "chat/completions": Surface(lambda body, _: parse_chat(body)),
+    "completions": Surface(lambda body, _: parse_completion(body)),
+    "responses": Surface(parse_response),
 }
-
-
-def sse(frames: Iterable[JSON | str]) -> bytes:
-    """Frames as bytes, each `data: …` and a blank line. A frame with a `type` also gets that as its event name."""
-    return escaped("".join([sse_frame(frame) for frame in frames]))
-
-
-def sse_frame(frame: JSON | str) -> str:
-    if isinstance(frame, str):
-        return f"data: {frame}\n\n"
-    name = f"event: {frame['type']}\n" if "type" in frame else ""
-    return f"{name}data: {to_json(frame)}\n\n"
 
 
 # ======== Clients ===================================================================================================
@@ -2908,22 +2969,18 @@ def check_vision(model: Model) -> None:
         raise BadRequest(message, "messages", "image_not_supported")
 
 
-def zai_request(prompt: Prompt, model: Model) -> tuple[JSON, bytes]:
-    """The request as Z.ai takes it, also encoded. Raises BadRequest when it cannot be sent."""
-    body = zai_body(prompt, model)
-    return body, encode_request(body)
-
-
 def zai_body(prompt: Prompt, model: Model) -> JSON:
-    """Only fields that Z.ai knows: an unknown one fails the whole request, without being named (1210)."""
-    tools, messages = offered_tools(prompt), sendable(prompt.messages)
+    """Only fields that Z.ai knows: an unknown one fails the whole request, without being named (1210).
+
+    It is always asked for a stream: a whole answer is what its stream adds up to, and a model that
+    thinks for minutes is silent for no longer than its pauses.
+    """
+    tools = [*map(zai_tool, prompt.tools), *prompt.native_tools]
+    messages = with_system_lines(prompt.messages, emulation_lines(prompt))
     body = {
         "model": model.id,
-        "messages": [
-            zai_message(message)
-            for message in with_system_lines(messages, emulation_lines(prompt, tools))
-        ],
-        "stream": bool(prompt.stream),
+        "messages": [*map(zai_message, messages)],
+        "stream": True,
         "temperature": None if prompt.temperature is None else min(prompt.temperature, 1),
         "top_p": None if prompt.top_p is None else max(prompt.top_p, 0.01),
         "max_tokens": prompt.max_tokens
@@ -2932,12 +2989,37 @@ def zai_body(prompt: Prompt, model: Model) -> JSON:
         "seed": prompt.seed,
         "user_id": zai_user(prompt.user),
         "tools": tools or None,
-        "tool_stream": True if prompt.stream and tools and model.streams_arguments else None,
+        "tool_stream": True if tools and model.streams_arguments else None,
         "response_format": None if prompt.schema is None else {"type": "json_object"},
-        **zai_thinking(prompt, messages, model),
+        **zai_thinking(prompt, model),
         **prompt.native,
     }
     return {name: value for name, value in body.items() if value is not None}
+
+
+@dataclass(slots=True)
+class ZaiRequest:
+    """A request as it is sent, and what the repair of its answer must know."""
+
+    data: bytes
+    needs: RepairNeeds
+
+
+ZAI_HOSTS = ("api.z.ai", "open.bigmodel.cn")
+
+
+def zai_request(prompt: Prompt, model: Model, base_url: str, answer_id: str) -> ZaiRequest:
+    """The request to a base; `answer_id` is ours, unique."""
+    body = zai_body(prompt, model)
+    if urlsplit(base_url).hostname not in ZAI_HOSTS:  # Z.ai itself tells usage unasked
+        body["stream_options"] = {"include_usage": True}
+    data = encode_request(body)
+    functions = [tool["function"] for tool in body.get("tools", ()) if tool["type"] == "function"]
+    tools = {function["name"]: function["parameters"] for function in functions}
+    is_quoting = bool(tools) and b"<tool_call>" in data
+    quoted = quoted_calls(prompt.messages) if is_quoting else frozenset()
+    wants_json = prompt.schema is not None
+    return ZaiRequest(data, RepairNeeds(model, answer_id, tools, wants_json, quoted))
 
 
 def turn_start(messages: tuple[Message, ...]) -> int:
@@ -2976,25 +3058,30 @@ def zai_user(user: str) -> str | None:
     return user if len(user) >= 6 else f"user-{user}" if user else None
 
 
-def offered_tools(prompt: Prompt) -> list[JSON]:
-    """The tools as Z.ai takes them. It knows only tool_choice auto, so it gets only the tools that may be called."""
-    choice, tools = prompt.tool_choice, prompt.tools
+def with_chosen_tools(prompt: Prompt) -> Prompt:
+    """The prompt with only the tools that may be called: Z.ai knows no tool_choice but auto.
+
+    Raises BadRequest where the choice names a function that is not among them.
+    """
+    choice = prompt.tool_choice
     if choice.mode == "none":
-        return []
-    if choice.names is None or not (tools or prompt.native_tools):
-        return [zai_tool(tool) for tool in tools] + list(prompt.native_tools)
-    if unknown := set(choice.names) - {tool.name for tool in tools}:
-        raise BadRequest(
-            f"'tool_choice' names {', '.join(sorted(unknown))}, not among the tools.", "tool_choice"
-        )
-    return [zai_tool(tool) for tool in tools if tool.name in choice.names]
+        return replace(prompt, tools=(), native_tools=())
+    if choice.names is None or not (prompt.tools or prompt.native_tools):
+        return prompt
+    unknown = set(choice.names) - {tool.name for tool in prompt.tools}
+    if unknown:
+        names = ", ".join(sorted(unknown))
+        raise BadRequest(f"'tool_choice' names {names}, not among the tools.", "tool_choice")
+    chosen = tuple(tool for tool in prompt.tools if tool.name in choice.names)
+    return replace(prompt, tools=chosen, native_tools=())
 
 
-def emulation_lines(prompt: Prompt, tools: list[JSON]) -> Iterator[str]:
-    """Lines for the system message that stand in for what Z.ai has no parameter for: tool_choice and JSON Schemas."""
-    names = [tool["function"]["name"] for tool in tools if tool["type"] == "function"]
-    if prompt.tool_choice.mode == "required" and names:
-        yield f"Answer by calling {'one of the functions' if len(names) > 1 else 'the function'} {', '.join(names)}."
+def emulation_lines(prompt: Prompt) -> Iterator[str]:
+    """Lines for the system message, for what Z.ai has no parameter for: tool_choice and JSON Schemas."""
+    names = ", ".join(tool.name for tool in prompt.tools)
+    if prompt.tool_choice.mode == "required" and prompt.tools:
+        which = "one of the functions" if len(prompt.tools) > 1 else "the function"
+        yield f"Answer by calling {which} {names}."
     if prompt.schema:
         order = "Answer only with JSON, without any other text and without Markdown, valid against this JSON Schema: "
         yield order + to_json(prompt.schema)
@@ -3075,10 +3162,12 @@ THINKING: dict[ThinkingKind, dict[Effort, JSON]] = {
 }
 
 
-def zai_thinking(prompt: Prompt, messages: Iterable[Message], model: Model) -> JSON:
+def zai_thinking(prompt: Prompt, model: Model) -> JSON:
     """Z.ai's thinking fields; clear_thinking=false keeps earlier reasoning visible."""
     fields = THINKING[model.thinking].get(prompt.effort, {}) if prompt.effort else {}
-    remembers = prompt.clear_thinking is None and any(message.thought for message in messages)
+    remembers = prompt.clear_thinking is None and any(
+        message.thought for message in prompt.messages
+    )
     clear = False if remembers else prompt.clear_thinking
     if clear is None or model.thinking == "none":
         return fields
@@ -3284,8 +3373,8 @@ def excerpt(body: bytes | JSON) -> str:
 
 
 # ======== Z.ai: answer ==============================================================================================
-# `ZaiReader` turns bytes into events. It mends what Z.ai breaks: torn frames (`salvage`), tags in the text
-# (`TagReader`), odd tool calls (`CallReader`).
+# `ZaiReader` turns bytes into events. What was torn on the way, `salvage` puts together; what the model says wrong,
+# the repairs of the next section mend.
 
 
 class SSEDecoder:
@@ -3331,6 +3420,7 @@ FINISH_REASONS: dict[str, FinishReason] = {reason: reason for reason in get_args
 FINISH_REASONS |= {"sensitive": "content_filter", "model_context_window_exceeded": "length"}
 MAX_HELD = 64 * 2**20  # bytes
 TOO_LARGE = "Z.ai's answer is too large: try again."
+TORN = "A piece of Z.ai's answer was lost on the way: try again."
 
 
 def parse_answer(data: bytes) -> Any:
@@ -3341,39 +3431,27 @@ def parse_answer(data: bytes) -> Any:
 
 
 class ZaiReader:
-    """Reads Z.ai's bytes, cut anywhere, into events; a whole JSON answer gives the same events as a stream of chunks.
+    """Reads Z.ai's bytes, cut anywhere, into events; mends nothing but what was torn on the way.
 
-    The bytes decide which of the two it is, not the headers: Z.ai may send one where the other is due.
+    A whole JSON answer gives the same events as a stream of chunks. The bytes decide which of the
+    two it is, not the headers: Z.ai may send one where the other is due. `Finish` comes last, when
+    the answer has ended: usage may follow the finish_reason in a chunk of its own.
     """
 
-    def __init__(self, model: Model, asked: JSON) -> None:
-        functions = [
-            tool["function"] for tool in asked.get("tools", ()) if tool["type"] == "function"
-        ]
-        tools = {function["name"]: function["parameters"] for function in functions}
+    def __init__(self, model: Model) -> None:
         self.model = model.id
         self.decoder = SSEDecoder()
-        self.raw: (
-            list[bytes] | None
-        ) = []  # everything so far, until the first event shows that this is a stream
-        self.tags = TagReader(model, tools) if model.tagged_reasoning or tools else None
-        self.wants_json = bool(tools) and "response_format" in asked
-        self.text_begun = False
-        # Where JSON is wanted: other text, held until it is clear whether it stands beside a call.
-        self.prose: list[str] = []
-        self.calls = CallReader()
-        self.id, self.created, self.request_id = (
-            "",
-            0,
-            "",
-        )  # Z.ai's; created in Unix seconds, 0: unknown
-        self.size, self.torn = 0, 0  # bytes so far; frames dropped because their rest never came
-        self.citations: list[JSON] = []
-        self.usage: Usage | None = None
+        # Everything so far, until the first event shows that this is a stream.
+        self.raw: list[bytes] | None = []
+        self.id = ""  # Z.ai's, of the answer
+        self.created = 0  # in Unix seconds; 0: unknown
+        self.request_id = ""  # Z.ai's, of the request
+        self.size = 0  # bytes so far
+        self.torn = 0  # frames dropped because their rest never came
         self.finish: str | None = (
             None  # the first finish_reason: some models send stop after tool_calls
         )
-        self.done = False  # Finish has been yielded
+        self.done = False  # Finish has been read
 
     def feed(self, part: bytes) -> Iterator[Event]:
         """The events that this part completes. Raises UpstreamError when Z.ai reports a failure."""
@@ -3386,7 +3464,7 @@ class ZaiReader:
             yield from self.read_event(data)
 
     def close(self) -> Iterator[Event]:
-        """The events that are left at the end of the bytes. Raises UpstreamError when the answer is incomplete."""
+        """The events that are left at the end of the bytes. Raises UpstreamError when some are missing."""
         for data in self.decoder.close():
             yield from self.read_event(data)
         if self.raw is not None:
@@ -3399,10 +3477,11 @@ class ZaiReader:
         self.raw = None
         if self.done:
             return ()
-        if isinstance(document := parse_answer(data), dict):
+        document = parse_answer(data)
+        if isinstance(document, dict):
             return self.read_chunk(document)
         if data.strip() == b"[DONE]":
-            return () if self.finish is None else self.end()
+            return self.end()
         return self.read_torn(data)
 
     def read_torn(self, data: bytes) -> Iterator[Event]:
@@ -3420,92 +3499,71 @@ class ZaiReader:
         if not isinstance(document, dict):
             raise zai_error(200, data)
         yield from self.read_chunk(document)
-        if (
-            first_object(document.get("choices")) and self.finish is None
-        ):  # whole JSON is a whole answer
-            self.finish = "stop"
+        if first_object(document.get("choices")) and self.finish is None:
+            self.finish = "stop"  # whole JSON is a whole answer
 
-    def read_chunk(self, chunk: JSON) -> Iterator[Event]:
+    def read_chunk(self, chunk: JSON) -> list[Event]:
         """The events of a chunk or of a whole answer, which differ in the name of one field."""
         if chunk.get("error") or ("code" in chunk and "choices" not in chunk):
             raise zai_error(200, chunk)
-        self.read_head(chunk)
+        if not (self.id and self.created and self.request_id):  # most chunks repeat them
+            self.read_head(chunk)
         choice = first_object(chunk.get("choices"))
-        yield from self.read_delta(as_object(choice.get("delta") or choice.get("message")))
-        if self.finish is None and (finish := choice.get("finish_reason")):
+        events = self.read_delta(as_object(choice.get("delta") or choice.get("message")))
+        usage = chunk.get("usage")
+        if isinstance(usage, dict):
+            events.append(zai_usage(usage))
+        found = chunk.get("web_search")
+        if isinstance(found, list):
+            events.append(Citations(tuple(filter(None, objects(found)))))
+        finish = choice.get("finish_reason")
+        if finish and self.finish is None:
             self.finish = str(finish)
             if self.finish == "network_error":
                 raise UpstreamError(UNAVAILABLE, BROKEN_OFF, "Z.ai: network_error")
+        return events
 
     def read_head(self, chunk: JSON) -> None:
-        if not (self.id and self.created and self.request_id):  # most chunks repeat them
-            self.id = self.id or str(chunk.get("id") or "")
-            self.created = self.created or as_count(chunk.get("created"))
-            self.request_id = self.request_id or str(chunk.get("request_id") or "")
-        if isinstance(usage := chunk.get("usage"), dict):
-            self.usage = zai_usage(usage)
-        if isinstance(found := chunk.get("web_search"), list):
-            self.citations += [result for result in found if isinstance(result, dict)]
+        self.id = self.id or str(chunk.get("id") or "")
+        self.created = self.created or as_count(chunk.get("created"))
+        self.request_id = self.request_id or str(chunk.get("request_id") or "")
 
     def read_delta(self, delta: JSON) -> list[Event]:
         events: list[Event] = []
-        if isinstance(thought := delta.get("reasoning_content"), str) and thought:
+        thought = delta.get("reasoning_content")
+        if thought and isinstance(thought, str):
             events.append(Thought(thought))
-        if isinstance(words := delta.get("content"), str) and words:
-            if (
-                self.text_begun
-                and not self.wants_json
-                and not (self.tags and self.tags.may_have_tag(words))
-            ):
-                events.append(Text(words))
-            else:
-                events += self.read_text(self.tags.feed(words) if self.tags else (Text(words),))
-        if pieces := delta.get("tool_calls"):
-            for piece in objects(pieces):
-                if piece and piece.get("type") in (
-                    "function",
-                    None,
-                ):  # Z.ai calls those of type mcp itself
-                    events += self.calls.feed(piece, self.id)
+        text = delta.get("content")
+        if text and isinstance(text, str):
+            events.append(Text(text))
+        pieces = delta.get("tool_calls")
+        if pieces:
+            events += map(zai_call, filter(is_function_call, objects(pieces)))
         return events
 
-    def read_text(self, pieces: Iterable[TextPiece]) -> Iterator[Event]:
-        for piece in pieces:
-            if isinstance(piece, dict):
-                yield from self.calls.feed(piece, self.id)
-            elif isinstance(piece, Thought):
-                yield piece
-            elif text := self.begin_text(piece.text):
-                yield Text(text)
-
-    def begin_text(self, text: str) -> str:
-        """The text that may be passed on: without the leading line ends of the model's template.
-
-        Where JSON is wanted, text beside a call is dropped: SDKs parse all text.
-        """
-        if not self.text_begun and not self.prose:
-            text = text.lstrip(None if self.wants_json else "\r\n")
-            self.text_begun = bool(text) and (not self.wants_json or text[0] in "{[")
-        if self.text_begun:
-            return "" if self.wants_json and self.calls.calls else text
-        self.prose += [text] if text else []
-        return ""
-
     def end(self) -> Iterator[Event]:
-        """The last events, in a fixed order however Z.ai sent them; none the second time."""
-        if self.done:
-            return
-        self.done = True
-        yield from self.read_text(self.tags.close() if self.tags else ())
-        if self.prose and not self.calls.calls:
-            yield Text("".join(self.prose))
-        yield from self.calls.close(self.id)
-        if self.citations:
-            yield Citations(tuple(self.citations))
-        if self.usage:
-            yield self.usage
-        reason = FINISH_REASONS.get(self.finish or "", "stop")
-        yield Finish("tool_calls" if reason == "stop" and self.calls.calls else reason)
+        """The finish, once."""
+        if self.finish is not None and not self.done:
+            self.done = True
+            yield Finish(FINISH_REASONS.get(self.finish, "stop"))
+
+
+def is_function_call(piece: JSON) -> bool:
+    """Z.ai makes the calls of type mcp itself."""
+    return bool(piece) and piece.get("type") in ("function", None)
+
+
+def zai_call(piece: JSON) -> ToolCall:
+    """A piece of a call as Z.ai sent it; index -1, and id and name "", where it did not say."""
+    function = as_object(piece.get("function"))
+    index = piece.get("index")
+    if type(index) is not int or index < 0:
+        index = -1
+    name = function.get("name")
+    if not isinstance(name, str):
+        name = ""
+    given_id = str(piece.get("id") or "")
+    return ToolCall(index, given_id, name, argument_text(function.get("arguments")))
 
 
 CHUNK_START = re.compile(r"(?:data:|\n)[ \t]*(?=\{)")
@@ -3553,208 +3611,6 @@ def chunk_at(data: str, start: int) -> tuple[JSON, int] | None:
     return (value, following.end()) if whole and following else None
 
 
-TextPiece = Thought | Text | JSON  # an object is a tool call as Z.ai should have sent it
-
-
-class TagReader:
-    """Text in which a model marks reasoning, boxes and calls with tags.
-
-    Older vision models put reasoning at its head, <think>…</think>, and box marks, which are dropped. A tool call may
-    leak into it: <tool_call>name<arg_key>key</arg_key><arg_value>value</arg_value></tool_call> (zai-org/GLM-5#84).
-    """
-
-    TAGS = (
-        "<|begin_of_box|>",
-        "<|end_of_box|>",
-        "<think>",
-        "</think>",
-        "<tool_call>",
-        "</tool_call>",
-    )
-    TAG = re.compile("(" + "|".join(map(re.escape, TAGS)) + ")")
-    BEGUN = re.compile(
-        "(?:" + "|".join(re.escape(tag[:i]) for tag in TAGS for i in range(1, len(tag))) + r")\Z"
-    )
-
-    def __init__(self, model: Model, tools: Mapping[str, JSON]) -> None:
-        self.tagged_reasoning = model.tagged_reasoning
-        self.tools = tools  # the parameters of each, by name
-        self.openings = tuple(name + "<arg_key>" for name in tools)
-        self.rest = ""  # possibly the beginning of a tag
-        self.state: Literal["head", "thought", "text"] = "head"
-        self.held: list[str] = []  # possibly a call
-        self.named = False  # `held` names a known tool
-
-    def may_have_tag(self, words: str) -> bool:
-        """Whether this text may have a tag; most has none."""
-        return bool(self.held or self.rest or "<" in words)
-
-    def feed(self, words: str) -> Iterator[TextPiece]:
-        *pieces, last = self.TAG.split(self.rest + words)
-        begun = self.BEGUN.search(last)
-        self.rest = begun[0] if begun else ""
-        for piece in (*pieces, last.removesuffix(self.rest)):
-            yield from self.piece(piece)
-
-    def close(self) -> Iterator[TextPiece]:
-        yield from self.piece(self.rest)
-        yield from self.release()
-
-    def piece(self, piece: str) -> Iterator[TextPiece]:
-        match piece, self.state:
-            case "" | "<|begin_of_box|>" | "<|end_of_box|>", _ if (
-                self.tagged_reasoning or not piece
-            ):
-                return
-            case "<think>", "head" if self.tagged_reasoning:
-                self.state = "thought"
-            case "</think>", "thought":
-                self.state = "text"
-            case _, "thought":
-                yield Thought(piece)
-            case _:
-                self.state = "text" if piece.strip() else self.state
-                yield from self.text(piece)
-
-    def text(self, piece: str) -> Iterator[TextPiece]:
-        match piece:
-            case "<tool_call>":
-                yield from self.release()
-                self.held = [piece]
-            case _ if not self.held:
-                yield Text(piece)
-            case "</tool_call>" if call := leaked_call("".join(self.held[1:]), self.tools):
-                self.held = []
-                yield call
-            case _:
-                self.held.append(piece)
-                if piece == "</tool_call>" or not self.may_be_call():
-                    yield from self.release()
-
-    def release(self) -> Iterator[Text]:
-        held, self.held, self.named = self.held, [], False
-        return map(Text, held)
-
-    def may_be_call(self) -> bool:
-        if self.named:
-            return True
-        begun = "".join("".join(self.held[1:]).split())
-        self.named = begun.startswith(self.openings)
-        return self.named or any(opening.startswith(begun) for opening in self.openings)
-
-
-def leaked_call(text: str, tools: Mapping[str, JSON]) -> JSON | None:
-    """The call in the text between <tool_call> tags, as Z.ai should have sent it; None if it calls no known tool."""
-    name, *pairs = [part.strip() for part in text.split("<arg_key>")]
-    found = [
-        re.fullmatch(r"(.*?)</arg_key>\s*<arg_value>(.*)</arg_value>\s*", pair, re.DOTALL)
-        for pair in pairs
-    ]
-    if name not in tools or None in found:
-        return None
-    schemas = as_object(tools[name].get("properties"))
-    arguments = {
-        pair[1]: leaked_value(pair[2], as_object(schemas.get(pair[1]))) for pair in found if pair
-    }
-    return {"function": {"name": name, "arguments": to_json(arguments)}}
-
-
-def leaked_value(text: str, schema: JSON) -> Any:
-    """An argument as it stands between tags: JSON, except that a string has no quotes."""
-    if "string" in str(schema.get("type")):  # which may be a list
-        return text
-    value = parse_json(text.encode("utf-8", "surrogatepass"))
-    return text if value is None and text.strip() != "null" else value
-
-
-@dataclass
-class Call:
-    """A tool call while its pieces arrive."""
-
-    index: int  # ours
-    given_id: str = ""  # Z.ai's, once it is known
-    name: str = ""
-    waiting: str = ""  # arguments not yet sent: the name must be sent first
-    id: str = ""  # ours, once the first piece has been sent
-    empty: bool = True  # no arguments have been sent
-
-
-MAX_CALLS = 1_000
-MAX_NAMELESS = 2**20  # characters of arguments before a name; adding pieces takes quadratic time
-
-
-class CallReader:
-    """Turns tool calls as Z.ai streams them into OpenAI's: index from 0, one id each, the name with the first piece.
-
-    Seen: index -1 or missing (zai-org/GLM-4.5#17), ids null, missing or numbers (anomalyco/opencode#2557), arguments
-    as an object, name null on later pieces (lobehub/lobehub#13189), one index for several calls.
-    """
-
-    def __init__(self) -> None:
-        self.calls: list[Call] = []
-        self.known: dict[
-            int | str, Call
-        ] = {}  # the newest call with each of Z.ai's indexes and ids
-
-    def feed(self, piece: JSON, answer_id: str) -> Iterator[ToolCall]:
-        function = as_object(piece.get("function"))
-        index, name = piece.get("index"), function.get("name")
-        index = index if isinstance(index, int) and index >= 0 else None
-        call = self.find(index, str(piece.get("id") or ""), name if isinstance(name, str) else "")
-        if len(self.calls) > MAX_CALLS or len(call.waiting) > MAX_NAMELESS:
-            raise UpstreamError(UNAVAILABLE, TOO_LARGE)
-        call.waiting += argument_text(function.get("arguments"))
-        if call.name:
-            yield from self.flush(call, answer_id)
-
-    def close(self, answer_id: str) -> Iterator[ToolCall]:
-        """The rest: calls that never got a name, and {} for those without arguments."""
-        for call in self.calls:
-            call.waiting = call.waiting or ("{}" if call.empty else "")
-            yield from self.flush(call, answer_id)
-
-    def find(self, index: int | None, given_id: str, name: str) -> Call:
-        """The call that a piece belongs to, perhaps a new one."""
-        call = self.known.get(given_id if index is None else index)
-        if call is None and not name and self.calls:
-            call = self.calls[-1]
-        if call is None or (
-            name and (contradict(given_id, call.given_id) or contradict(name, call.name))
-        ):
-            call = Call(len(self.calls))
-            self.calls.append(call)
-        if index is not None:
-            self.known[index] = call
-        if given_id:
-            self.known[given_id] = call
-        call.given_id, call.name = call.given_id or given_id, call.name or name
-        return call
-
-    def flush(self, call: Call, answer_id: str) -> Iterator[ToolCall]:
-        arguments, call.waiting = call.waiting, ""
-        call.empty = call.empty and not arguments
-        if not call.id:
-            call.id = self.new_id(call, answer_id)
-            yield ToolCall(call.index, call.id, call.name, arguments)
-        elif arguments:
-            yield ToolCall(call.index, "", "", arguments)
-
-    def new_id(self, call: Call, answer_id: str) -> str:
-        """Z.ai's id, made unique; one of ours if Z.ai sent none."""
-        call_id, used = (
-            call.given_id or f"call_{answer_id}_{call.index}",
-            {known.id for known in self.calls},
-        )
-        while call_id in used:
-            call_id += f"_{call.index}"
-        return call_id
-
-
-def contradict(one: str, other: str) -> bool:
-    """Whether two names are both known and not the same."""
-    return bool(one and other and one != other)
-
-
 def zai_usage(usage: JSON) -> Usage:
     prompt, completion = (
         as_count(usage.get("prompt_tokens")),
@@ -3769,6 +3625,643 @@ def zai_usage(usage: JSON) -> Usage:
         cached,
         reasoning,
     )
+
+
+# ======== Z.ai: repairs =============================================================================================
+# Models say things that no client expects. Each such quirk has a machine of its own here, a `Repair`:
+# events go in, mended events come out. `REPAIRS` lists them in order, each with the requests that
+# need it, so that the twentieth quirk costs what the first did, and can be deleted alone.
+#
+#     ZaiReader ─► TaggedReasoning ─► TextHead ─► LeakedCalls ─► CallPieces ─► JsonAlone ─► Ending ─►
+#
+# An event visits only the machines that want to see events of its type (`sees`), in order; what a
+# machine makes of it goes on to the machines behind it. A plain text answer visits TextHead until
+# its first word, and Ending at its end; an answer with tools pays for what tools need.
+#
+# A machine holds back what it cannot judge yet, and no more: the first word must come at once. What
+# it holds it lets go when it is clear, and at the latest at Finish, the last event of an answer,
+# which it sees, puts its rest before, and passes on. When an answer breaks off there is no Finish;
+# what is held then is lost with the rest of the answer.
+#
+# The rule for all: nothing is guessed. What is not plainly the quirk stays as it is. In particular
+# a quotation is not a leak: a model may explain our markup, or repeat a page that an agent read,
+# and no call must come of it.
+
+
+@dataclass(frozen=True, slots=True)
+class RepairNeeds:
+    """What of a request decides which repairs its answer needs."""
+
+    # It keeps nothing of the prompt, which is long, but what the answer may quote.
+
+    model: Model
+    answer_id: str  # ours, unique
+    tools: Mapping[str, JSON]  # the parameters of each function that was offered, by name
+    wants_json: bool
+    quoted: frozenset[str]  # see `quoted_calls`
+
+
+class Repair(ABC):
+    """Mends one quirk of one answer: `feed` takes an event of a type in `sees`.
+
+    `mended` counts how often there was something to mend, for the dashboard, which shows it by `kind`.
+    """
+
+    kind = ""
+    sees: frozenset[type] = frozenset()
+    mended = 0
+
+    @classmethod
+    def needed(cls, _: RepairNeeds) -> Repair | None:
+        """A new machine for the answer to a request; None if the request does not need one."""
+        return cls()
+
+    @abstractmethod
+    def feed(self, event: Any) -> Iterable[Event]:
+        """What the event becomes, in order; nothing while it is held back."""
+
+
+class RepairChain:
+    """The repairs that one request needs, in order."""
+
+    def __init__(self, repairs: Sequence[Repair]) -> None:
+        self.repairs = repairs
+
+    def feed(self, event: Event, start: int = 0) -> list[Event]:
+        """What comes out for an event that enters at the repair number `start`."""
+        kind = type(event)
+        for position in range(start, len(self.repairs)):
+            repair = self.repairs[position]
+            if kind in repair.sees:
+                mended: list[Event] = []
+                for event_of_it in repair.feed(event):
+                    mended += self.feed(event_of_it, position + 1)
+                return mended
+        return [event]
+
+
+class TaggedReasoning(Repair):
+    """Reasoning that a model writes into its text between <think> tags, and box marks around results.
+
+    Older vision models do (docs.z.ai, GLM-4.5V): <think>…</think> at the head becomes reasoning,
+    <|begin_of_box|> and <|end_of_box|> are dropped.
+    """
+
+    kind = "reasoning_in_text"
+    sees = frozenset((Text, ToolCall, Finish))
+    BOXES = ("<|begin_of_box|>", "<|end_of_box|>")
+    TAGS = ("<think>", "</think>", *BOXES)
+    TAG = re.compile("(" + "|".join(map(re.escape, TAGS)) + ")")
+
+    @classmethod
+    def needed(cls, needs: RepairNeeds) -> Repair | None:
+        return cls() if needs.model.tagged_reasoning else None
+
+    def __init__(self) -> None:
+        self.rest = ""  # perhaps the beginning of a tag
+        self.state: Literal["head", "thought", "text"] = "head"
+
+    def feed(self, event: Text | ToolCall | Finish) -> Iterator[Event]:
+        if isinstance(event, Text):
+            *pieces, last = self.TAG.split(self.rest + event.text)
+            self.rest = partial_tag(last, self.TAGS)
+            for piece in (*pieces, last.removesuffix(self.rest)):
+                yield from self.read(piece)
+            return
+        rest = self.rest
+        self.rest = ""
+        yield from self.read(rest)
+        yield event
+
+    def read(self, piece: str) -> Iterator[Event]:
+        """The event for a tag, or for the text between two tags."""
+        if not piece or piece in self.BOXES:
+            self.mended += bool(piece)
+        elif piece == "<think>" and self.state == "head":
+            self.state = "thought"
+            self.mended += 1
+        elif piece == "</think>" and self.state == "thought":
+            self.state = "text"
+        elif self.state == "thought":
+            yield Thought(piece)
+        else:
+            if piece.strip():
+                self.state = "text"
+            yield Text(piece)
+
+
+def partial_tag(text: str, tags: Iterable[str]) -> str:
+    """The end of a text that may be the beginning of one of the tags; "" if there is none.
+
+    A tag begins with "<" and has no other.
+    """
+    start = text.rfind("<")
+    if start < 0:
+        return ""
+    end = text[start:]
+    if any(tag.startswith(end) and tag != end for tag in tags):
+        return end
+    return ""
+
+
+class TextHead(Repair):
+    r"""Line ends at the very head of a text, which are the model's template ("\n" before a call, say)."""
+
+    kind = "line_ends_at_head"
+    sees = frozenset((Text,))
+
+    def feed(self, event: Text) -> tuple[Event, ...]:
+        text = event.text.lstrip("\r\n")
+        self.mended += text != event.text
+        if not text:
+            return ()
+        self.sees = frozenset()  # the text has begun
+        return (Text(text),)
+
+
+class CodeMarks:
+    """Whether a text, read in pieces, ends inside a code fence or between backticks.
+
+    After CommonMark, 4.5 and 6.1, and rather too often than too rarely: backticks are counted, and
+    a paragraph with an odd number of them counts as code until it ends.
+    """
+
+    FENCES = ("```", "~~~")
+
+    def __init__(self) -> None:
+        self.fence = ""  # what the open fence began with
+        self.line = ""  # the beginning of the unfinished line
+        self.is_blank = True  # the unfinished line
+        self.ticks = 0  # backticks in the paragraph, fences aside
+
+    def feed(self, text: str) -> None:
+        *ended, last = text.split("\n")
+        for part in ended:
+            self.add(part)
+            self.end_line()
+        self.add(last)
+
+    def add(self, part: str) -> None:
+        if len(self.line) < 8:
+            self.line = (self.line + part)[:8]
+        self.is_blank = self.is_blank and not part.strip()
+        self.ticks += part.count("`")
+
+    def end_line(self) -> None:
+        mark = self.line.strip()[:3]
+        if mark in self.FENCES:
+            self.ticks = 0
+            if not self.fence:
+                self.fence = mark
+            elif self.fence == mark:
+                self.fence = ""
+        elif self.is_blank:
+            self.ticks = 0
+        self.line = ""
+        self.is_blank = True
+
+    @property
+    def inside(self) -> bool:
+        return bool(self.fence) or self.ticks % 2 == 1 or self.line.strip()[:3] in self.FENCES
+
+
+class LeakedCalls(Repair):
+    """Tool calls that leak into the text as the model's own markup (zai-org/GLM-5#84).
+
+    <tool_call>name<arg_key>key</arg_key><arg_value>value</arg_value>…</tool_call>, one or several
+    behind each other. They are calls only at the end of an answer that has no other call and ended
+    with stop or tool_calls, outside of code, of tools that were offered, and if the same markup does
+    not stand in the request (`quoted`): a page that an agent reads could otherwise make it act.
+    """
+
+    kind = "leaked_calls"
+    sees = frozenset((Text, ToolCall, Finish))
+
+    @classmethod
+    def needed(cls, needs: RepairNeeds) -> Repair | None:
+        return cls(needs.tools, needs.quoted) if needs.tools else None
+
+    def __init__(self, tools: Mapping[str, JSON], quoted: frozenset[str]) -> None:
+        self.tools = tools  # the parameters of each, by name
+        self.quoted = quoted  # the markup in the request, without white space
+        self.marks = CodeMarks()
+        self.rest = ""  # perhaps the beginning of a tag
+        self.held: list[str] = []  # the text from the first <tool_call> on
+        self.open: CallMarkup | None = None  # the last call in it, while it is not complete
+        self.calls: list[CallMarkup] = []  # the complete ones
+        self.has_call = False  # Z.ai sent one as it should
+
+    def feed(self, event: Text | ToolCall | Finish) -> Iterator[Event]:
+        if isinstance(event, Text):
+            yield from self.read_text(event.text)
+            return
+        if isinstance(event, ToolCall):
+            self.has_call = True
+        rest = self.rest
+        self.rest = ""
+        yield from self.read(rest)
+        if isinstance(event, Finish) and self.are_calls(event.reason):
+            self.mended += 1
+            yield from [markup.call() for markup in self.calls]
+        else:
+            yield from self.release()
+        yield event
+
+    def read_text(self, text: str) -> Iterator[Event]:
+        if "<" not in text and not self.rest and not self.held:  # most texts
+            self.marks.feed(text)
+            yield Text(text)
+            return
+        *pieces, last = CallMarkup.TAG.split(self.rest + text)
+        self.rest = partial_tag(last, CallMarkup.TAGS)
+        for piece in (*pieces, last.removesuffix(self.rest)):
+            yield from self.read(piece)
+
+    def read(self, piece: str) -> Iterator[Event]:
+        """Read a tag, or the text between two tags."""
+        if self.open and self.open.feed(piece):
+            self.held.append(piece)
+            if self.open.state == "complete":
+                self.calls.append(self.open)
+                self.open = None
+        elif piece == "<tool_call>" and not self.marks.inside and not self.has_call:
+            if self.open:  # what came before it was no call
+                yield from self.release()
+            self.held.append(piece)
+            self.open = CallMarkup(self.tools)
+        elif self.held and not self.open and not piece.strip():
+            self.held.append(piece)
+        elif piece:
+            yield from self.release()
+            self.marks.feed(piece)
+            yield Text(piece)
+
+    def are_calls(self, reason: FinishReason) -> bool:
+        """Whether what is held is calls, now that the answer has ended."""
+        if self.has_call or self.open or reason not in ("stop", "tool_calls"):
+            return False
+        quoted = [markup for markup in self.calls if without_space(markup.text) in self.quoted]
+        return bool(self.calls) and not quoted
+
+    def release(self) -> Iterator[Event]:
+        """What was held is text."""
+        text = "".join(self.held)
+        self.held = []
+        self.open = None
+        self.calls = []
+        if text:
+            self.marks.feed(text)
+            yield Text(text)
+
+
+class CallMarkup:
+    """One call as the model writes it, read tag by tag from behind its <tool_call>."""
+
+    TAGS = ("<tool_call>", "</tool_call>", "<arg_key>", "</arg_key>", "<arg_value>", "</arg_value>")
+    TAG = re.compile("(</?(?:tool_call|arg_key|arg_value)>)")
+    # The next state, by state and tag. A value may have any other tag in it.
+    NEXT: ClassVar[Mapping[tuple[str, str], str]] = {
+        ("name", "<arg_key>"): "key",
+        ("key", "</arg_key>"): "before value",
+        ("before value", "<arg_value>"): "value",
+        ("value", "</arg_value>"): "after value",
+        ("after value", "<arg_key>"): "key",
+        ("name", "</tool_call>"): "complete",
+        ("after value", "</tool_call>"): "complete",
+    }
+
+    def __init__(self, tools: Mapping[str, JSON]) -> None:
+        self.tools = tools
+        self.state = "name"
+        self.name = ""
+        self.key = ""
+        self.value: list[str] = []  # pieces
+        self.pairs: list[tuple[str, str]] = []
+        self.pieces: list[str] = []  # all
+
+    @property
+    def text(self) -> str:
+        """All that was read, without the last tag."""
+        return "".join(self.pieces[:-1])
+
+    def feed(self, piece: str) -> bool:
+        """Read a tag, or the text between two. False if this is no call of a tool that was offered."""
+        following = self.NEXT.get((self.state, piece))
+        if following:
+            self.leave()
+            self.state = following
+            fits = self.name in self.tools
+        else:
+            fits = self.add(piece)
+        if fits:
+            self.pieces.append(piece)
+        return fits
+
+    def leave(self) -> None:
+        """The end of a name, a key or a value."""
+        if self.state == "name":
+            self.name = self.name.strip()
+        elif self.state == "value":
+            self.pairs.append((self.key.strip(), "".join(self.value)))
+            self.key = ""
+            self.value = []
+
+    def add(self, piece: str) -> bool:
+        """More of a name, a key or a value."""
+        if self.state == "value":
+            self.value.append(piece)
+            return True
+        if self.state == "name":
+            self.name = (self.name + piece).lstrip()
+            return any(name.startswith(self.name.rstrip()) for name in self.tools)
+        if self.state == "key":
+            self.key += piece
+            return piece not in self.TAGS
+        return not piece.strip()
+
+    def call(self) -> ToolCall:
+        schemas = as_object(self.tools[self.name].get("properties"))
+        arguments = {
+            key: leaked_value(value, as_object(schemas.get(key))) for key, value in self.pairs
+        }
+        return ToolCall(-1, "", self.name, to_json(arguments))
+
+
+def without_space(text: str) -> str:
+    return "".join(text.split())
+
+
+def leaked_value(text: str, schema: JSON) -> Any:
+    """An argument as it stands between tags: JSON, except that a string has no quotes."""
+    if "string" in str(schema.get("type")):  # which may be a list
+        return text
+    value = parse_json(text.encode("utf-8", "surrogatepass"))
+    if value is None and text.strip() != "null":
+        return text
+    return value
+
+
+QUOTED_CALL = re.compile("<tool_call>(.*?)</tool_call>", re.DOTALL)
+
+
+def quoted_calls(messages: Iterable[Message]) -> frozenset[str]:
+    """The markup of calls that stands in a conversation, without white space."""
+    found: set[str] = set()
+    for message in messages:
+        for text in (message.thought, *message.content):
+            if isinstance(text, str):
+                found.update(map(without_space, QUOTED_CALL.findall(text)))
+    return frozenset(found)
+
+
+@dataclass
+class Call:
+    """A tool call while its pieces arrive."""
+
+    given_id: str = ""  # Z.ai's, once it is known
+    name: str = ""
+    waiting: str = ""  # arguments not yet sent: the name must be sent first
+    id: str = ""  # ours, once the first piece has been sent
+    index: int = (
+        0  # ours, likewise: the OpenAI SDK's stream() fails on calls that do not begin in order
+    )
+    is_empty: bool = True  # no arguments have been sent
+
+
+MAX_CALLS = 1_000
+MAX_NAMELESS = 2**20  # characters of arguments before a name; adding pieces takes quadratic time
+
+
+class CallPieces(Repair):
+    """Tool calls as OpenAI streams them: index from 0, one id each, the name with the first piece.
+
+    Seen: index -1 or missing (zai-org/GLM-4.5#17), ids null, missing or numbers
+    (anomalyco/opencode#2557), arguments as an object, name null on later pieces
+    (lobehub/lobehub#13189), one index for several calls.
+    """
+
+    kind = "call_pieces"
+    sees = frozenset((ToolCall, Finish))
+
+    @classmethod
+    def needed(cls, needs: RepairNeeds) -> Repair | None:
+        return cls(needs.answer_id)
+
+    def __init__(self, answer_id: str) -> None:
+        self.answer_id = answer_id  # for the ids of calls that have none
+        self.calls: list[Call] = []
+        self.known: dict[
+            int | str, Call
+        ] = {}  # the newest call with each of Z.ai's indexes and ids
+
+    def feed(self, event: ToolCall | Finish) -> Iterator[Event]:
+        if isinstance(event, Finish):
+            yield from self.end()
+            yield event
+            return
+        call = self.find(event)
+        if len(self.calls) > MAX_CALLS or len(call.waiting) > MAX_NAMELESS:
+            raise UpstreamError(UNAVAILABLE, TOO_LARGE)
+        call.waiting += event.arguments
+        if call.name:
+            yield from self.flush(call)
+
+    def end(self) -> Iterator[Event]:
+        """The rest: calls that never got a name, and {} for those without arguments."""
+        for call in self.calls:
+            if call.is_empty and not call.waiting:
+                call.waiting = "{}"
+            yield from self.flush(call)
+
+    def find(self, piece: ToolCall) -> Call:
+        """The call that a piece belongs to, perhaps a new one."""
+        place = piece.id if piece.index < 0 else piece.index
+        call = self.known.get(place)
+        if call is None and not piece.name and self.calls:
+            call = self.calls[-1]
+        if call is None or is_another(piece, call):
+            call = Call()
+            self.calls.append(call)
+        if piece.index >= 0:
+            self.known[piece.index] = call
+        if piece.id:
+            self.known[piece.id] = call
+        call.given_id = call.given_id or piece.id
+        call.name = call.name or piece.name
+        return call
+
+    def flush(self, call: Call) -> Iterator[Event]:
+        arguments = call.waiting
+        call.waiting = ""
+        call.is_empty = call.is_empty and not arguments
+        if not call.id:
+            call.index = sum(bool(known.id) for known in self.calls)
+            call.id = self.new_id(call)
+            yield ToolCall(call.index, call.id, call.name, arguments)
+        elif arguments:
+            yield ToolCall(call.index, "", "", arguments)
+
+    def new_id(self, call: Call) -> str:
+        """Z.ai's id, made unique; one of ours if Z.ai sent none."""
+        call_id = call.given_id or f"call_{self.answer_id}_{call.index}"
+        used = {known.id for known in self.calls}
+        while call_id in used:
+            call_id += f"_{call.index}"
+        return call_id
+
+
+def is_another(piece: ToolCall, call: Call) -> bool:
+    """Whether a piece with a name begins another call than the one with its index or id."""
+    if not piece.name:
+        return False
+    return contradict(piece.id, call.given_id) or contradict(piece.name, call.name)
+
+
+def contradict(one: str, other: str) -> bool:
+    """Whether two names are both known and not the same."""
+    return bool(one and other and one != other)
+
+
+class JsonAlone(Repair):
+    """Text beside a call, where JSON was asked for and tools were offered: SDKs parse all text as JSON.
+
+    Text that begins as JSON streams on until a call comes; other text is held until it is clear
+    whether it stands beside a call.
+    """
+
+    kind = "text_beside_json"
+    sees = frozenset((Text, ToolCall, Finish))
+
+    @classmethod
+    def needed(cls, needs: RepairNeeds) -> Repair | None:
+        return cls() if needs.tools and needs.wants_json else None
+
+    def __init__(self) -> None:
+        self.held: list[str] = []  # text that does not begin as JSON
+        self.has_begun = False  # text that begins as JSON has been passed on
+        self.has_call = False
+
+    def feed(self, event: Text | ToolCall | Finish) -> Iterator[Event]:
+        if isinstance(event, Text):
+            yield from self.read_text(event.text)
+            return
+        if isinstance(event, ToolCall):
+            self.has_call = True
+        elif self.held and not self.has_call:
+            yield Text("".join(self.held))
+        elif self.held:
+            self.mended += 1
+        yield event
+
+    def read_text(self, text: str) -> Iterator[Event]:
+        if not self.has_begun and not self.held:
+            text = text.lstrip()
+            self.has_begun = text.startswith(("{", "["))
+        if not self.has_begun:
+            self.held += filter(None, [text])
+        elif not self.has_call:
+            yield Text(text)
+
+
+class Ending(Repair):
+    """The end of an answer in a fixed order, however Z.ai sent it: citations, usage, finish.
+
+    An answer with calls that finishes with stop finishes with tool_calls.
+    """
+
+    kind = "finish"
+    sees = frozenset((ToolCall, Citations, Usage, Finish))
+
+    def __init__(self) -> None:
+        self.results: tuple[JSON, ...] = ()
+        self.usage: Usage | None = None
+        self.has_call = False
+
+    def feed(self, event: ToolCall | Citations | Usage | Finish) -> Iterator[Event]:
+        if isinstance(event, ToolCall):
+            self.has_call = True
+            yield event
+        elif isinstance(event, Citations):
+            self.results += event.results
+        elif isinstance(event, Usage):
+            self.usage = event
+        else:
+            yield from self.end(event.reason)
+
+    def end(self, reason: FinishReason) -> Iterator[Event]:
+        if self.results:
+            yield Citations(self.results)
+        if self.usage:
+            yield self.usage
+        if reason == "stop" and self.has_call:
+            reason = "tool_calls"
+        yield Finish(reason)
+
+
+# In order: the head of the text, calls in it, calls, JSON, the end.
+REPAIRS: tuple[type[Repair], ...] = (
+    TaggedReasoning,
+    TextHead,
+    LeakedCalls,
+    CallPieces,
+    JsonAlone,
+    Ending,
+)
+
+
+def repairs_for(needs: RepairNeeds) -> list[Repair]:
+    made = [repair.needed(needs) for repair in REPAIRS]
+    return [repair for repair in made if repair]
+
+
+class Memo(Repair):
+    """Not a repair: keeps what was said, for clients that lose the reasoning."""
+
+    sees = frozenset((Thought, Text, ToolCall, Finish))
+
+    def __init__(self) -> None:
+        self.choice = Choice()
+
+    def feed(self, event: Thought | Text | ToolCall | Finish) -> tuple[Event, ...]:
+        self.choice.add(event)
+        return (event,)
+
+
+class HiddenReasoning(Repair):
+    """Not a repair: leaves out the reasoning, where the client wants none."""
+
+    sees = frozenset((Thought,))
+
+    def feed(self, _: Thought) -> tuple[Event, ...]:
+        return ()
+
+
+class RawReasoning(Repair):
+    """Not a repair: puts the reasoning into the text between <think> tags, where the client wants that."""
+
+    sees = frozenset((Thought, Text, ToolCall, Citations, Finish))
+
+    def __init__(self) -> None:
+        self.is_open = False  # <think> has been sent, </think> has not
+
+    def feed(self, event: Thought | Text | ToolCall | Citations | Finish) -> Iterator[Event]:
+        if isinstance(event, Thought):
+            yield Text(event.text if self.is_open else "<think>" + event.text)
+            self.is_open = True
+            return
+        if self.is_open:
+            yield Text("</think>")
+            self.is_open = False
+        yield event
+
+
+def reasoning_shape(form: ReasoningFormat) -> list[Repair]:
+    """The machine that puts the reasoning where the client wants it."""
+    if form == "hidden":
+        return [HiddenReasoning()]
+    if form == "raw":
+        return [RawReasoning()]
+    return []
 
 
 PLAN_WINDOWS = {(3, 5): "5h", (6, 1): "week", (5, 1): "month"}  # by unit and number
@@ -4125,6 +4618,140 @@ def midnight(day: date) -> float:
     return datetime(day.year, day.month, day.day, tzinfo=timezone.utc).timestamp()
 
 
+# ======== Plan ======================================================================================================
+# `make_plan` decides all that can be decided about a request before it is sent, and refuses what cannot be: every 400
+# and 403 is told here, or when the request is parsed, before it waits for anything.
+
+
+class Caller(NamedTuple):
+    """Whose request it is: the account's id, and a hash that stays the same for all requests of one conversation."""
+
+    account_id: str = ""
+    conversation: str = ""
+
+
+@dataclass(slots=True)
+class Plan:
+    """A request that can be sent: its names are resolved, its permissions checked, its bodies possible.
+
+    Nothing is encoded yet: many plans may wait for their turn.
+    """
+
+    prompts: list[tuple[Model, Prompt]]  # for the model that was asked for, then for its fallbacks
+    account: Account
+    caller: Caller
+    n: int
+    streamed: bool
+    reasoning_format: ReasoningFormat
+    remembers: bool  # the answer's reasoning, for a client that may lose it
+    answer_id: str  # ours, random
+    size: int  # bytes of the request; 0 if few
+
+    def for_choice(self, choice: int) -> Plan:
+        """The plan for one of `n` choices, since Z.ai has no `n`."""
+        prompts = [(model, choice_prompt(prompt, choice)) for model, prompt in self.prompts]
+        return replace(self, prompts=prompts, n=1, answer_id=f"{self.answer_id}{choice}")
+
+    def forget_prompts(self) -> None:
+        """They are sent: agents send long ones, and an answer may take long."""
+        self.prompts.clear()
+
+
+def make_plan(
+    prompt: Prompt,
+    settings: Settings,
+    account: Account,
+    answer_id: str,
+    recall: Callable[[Message], str] | None = None,
+) -> Plan:
+    """The plan for a request of the account; `answer_id` is a random id for the answer.
+
+    `recall` tells the reasoning with which the model said a message, "" where it is not known.
+    Raises BadRequest when the prompt cannot be sent, and ProxyError when the account may not use the
+    model.
+    """
+    models = models_to_ask(prompt, settings, account)
+    caller = caller_of(settings, account.id, conversation_start(prompt))
+    messages = prompt.messages
+    if recall:
+        start = 0 if settings.reasoning_memory == "all" else turn_start(messages)
+        messages = with_reasoning(messages, start, recall)
+    prompt = replace(
+        with_chosen_tools(prompt),
+        messages=sendable(messages),
+        effort=prompt.effort or default_effort(prompt, settings),
+    )
+    return Plan(
+        prompts=[(model, prompt) for model in models],
+        account=account,
+        caller=caller,
+        n=prompt.n,
+        streamed=bool(prompt.stream),
+        reasoning_format=prompt.reasoning_format or settings.reasoning_format,
+        remembers=remembers_reasoning(prompt, settings),
+        answer_id=answer_id,
+        size=prompt.size,
+    )
+
+
+def models_to_ask(prompt: Prompt, settings: Settings, account: Account) -> list[Model]:
+    """The model that the prompt names, and the fallbacks that can take it.
+
+    Raises ProxyError when the account may not use a model that the client named.
+    """
+    shows_media = has_media(*prompt.messages)
+    model = resolve(prompt.model, settings.model_aliases)
+    if shows_media:
+        model = with_vision(model, settings)
+    account.check_model(model)
+    if prompt.fallbacks is None:  # the operator's: pass over those that the account may not use
+        fallbacks = [resolve(name, settings.model_aliases) for name in settings.fallback_models]
+        fallbacks = [*filter(account.allows, fallbacks)]
+    else:
+        fallbacks = [resolve(name, settings.model_aliases) for name in prompt.fallbacks]
+        for fallback in fallbacks:
+            account.check_model(fallback)
+    if not shows_media:
+        return [model, *fallbacks]
+    check_vision(model)
+    return [model, *(fallback for fallback in fallbacks if fallback.vision)]
+
+
+def with_vision(model: Model, settings: Settings) -> Model:
+    """VISION_MODEL, if it is set, in place of a model that takes no images."""
+    if model.vision or not settings.vision_model:
+        return model
+    return resolve(settings.vision_model, settings.model_aliases)
+
+
+TINY_LIMIT = (
+    64  # tokens; a model that thinks uses them up and answers nothing (nashsu/llm_wiki#348)
+)
+
+
+def default_effort(prompt: Prompt, settings: Settings) -> Effort | None:
+    """How much to think for a request that does not say."""
+    if settings.enable_thinking is not None:
+        return "on" if settings.enable_thinking else "off"
+    if 0 < (prompt.max_tokens or 0) <= TINY_LIMIT:
+        return "off"
+    return None
+
+
+def remembers_reasoning(prompt: Prompt, settings: Settings) -> bool:
+    """Whether the answer's reasoning is kept; without tools a turn has only one answer."""
+    if settings.reasoning_memory == "turn":
+        return bool(prompt.tools)
+    return settings.reasoning_memory == "all"
+
+
+def caller_of(settings: Settings, account_id: str, beginning: Iterable[str]) -> Caller:
+    """The conversation matters only where there are keys to choose from."""
+    if len(settings.zai_keys) < 2:
+        return Caller(account_id)
+    return Caller(account_id, digest(account_id, *beginning))
+
+
 # ======== Admission — from here on: I/O =============================================================================
 # Which request may go to Z.ai, with which key (`KeyPool` has the cool-downs), and when (`Queue`).
 #
@@ -4319,13 +4946,6 @@ FIRST_WAIT: Mapping[str, float] = {"1302": 1.0, "1305": 2.0}  # seconds, by Z.ai
 def backoff(error: UpstreamError, retry: int, jitter: float) -> float:
     """Seconds to wait before this retry, from 1 on; `jitter` from 0 to 1 keeps clients from retrying in step."""
     return FIRST_WAIT.get(error.zai_code, 0.5) * 2.0 ** (retry - 1) * (0.75 + jitter / 2)
-
-
-class Caller(NamedTuple):
-    """Whose request it is: the account's id, and a hash that stays the same for all requests of one conversation."""
-
-    account_id: str = ""
-    conversation: str = ""
 
 
 class Slot(NamedTuple):
@@ -4638,11 +5258,10 @@ class AnswerInfo(NamedTuple):
 
 
 class EventSource(ABC):
-    """Batches of events; `begin` waits for the first without consuming it, so that a failure is seen early."""
+    """An answer as batches of events, each what came together; an empty batch is the end."""
 
     def __init__(self) -> None:
         self.ahead: list[Event] = []
-        self.listener: Callable[[list[Event]], None] | None = None  # gets what is read
 
     async def begin(self) -> None:
         """Wait for the first events. Raises UpstreamError when Z.ai fails before there is one."""
@@ -4650,21 +5269,37 @@ class EventSource(ABC):
 
     async def read(self) -> list[Event]:
         """The next events, none at the end. Raises UpstreamError when Z.ai breaks off."""
-        batch, self.ahead = self.ahead or await self.next_batch(), []
-        if self.listener:
-            self.listener(batch)
-        return batch
+        if self.ahead:
+            batch = self.ahead
+            self.ahead = []
+            return batch
+        return await self.next_batch()
 
     @abstractmethod
     async def next_batch(self) -> list[Event]: ...
 
+    @property
+    @abstractmethod
+    def is_complete(self) -> bool:
+        """Whether the last batch that was read has the last events."""
+
+    @property
+    @abstractmethod
+    def said(self) -> list[Message]:
+        """The messages whose reasoning is to be remembered."""
+
 
 class EventStream(EventSource):
-    """One answer of Z.ai's, as events."""
+    """One answer of Z.ai's, as events, mended."""
 
-    def __init__(self, source: ByteStream, reader: ZaiReader) -> None:
+    def __init__(
+        self, source: ByteStream, reader: ZaiReader, repairs: list[Repair], memo: Memo | None
+    ) -> None:
         super().__init__()
-        self.source, self.reader = source, reader
+        self.source = source
+        self.reader = reader
+        self.chain = RepairChain(repairs)
+        self.memo = memo  # one of the repairs
         self.error: UpstreamError | None = None  # raised after the events that came before it
         self.finish_deadline = 0.0  # loop time after which we stop waiting for usage and [DONE]
 
@@ -4672,9 +5307,8 @@ class EventStream(EventSource):
     def info(self) -> AnswerInfo:
         """Known when the answer has begun."""
         reader = self.reader
-        return AnswerInfo(
-            reader.id, reader.created, reader.model, self.source.request_id(reader.request_id)
-        )
+        request_id = self.source.request_id(reader.request_id)
+        return AnswerInfo(reader.id, reader.created, reader.model, request_id)
 
     @property
     def torn(self) -> int:
@@ -4683,6 +5317,25 @@ class EventStream(EventSource):
     @property
     def size(self) -> int:
         return self.reader.size
+
+    @property
+    def is_complete(self) -> bool:
+        return self.reader.done
+
+    @property
+    def said(self) -> list[Message]:
+        if self.memo and self.memo.choice.thought:
+            return [self.memo.choice.message]
+        return []
+
+    async def complete(self) -> None:
+        """Wait for all events. Raises UpstreamError when one is missing: nothing has reached the client."""
+        events: list[Event] = []
+        while batch := await self.next_batch():
+            events += batch
+        if self.torn:
+            raise self.source.with_request_id(UpstreamError(UNAVAILABLE, TORN))
+        self.ahead = events
 
     async def next_batch(self) -> list[Event]:
         """The events of the next part that has any."""
@@ -4693,20 +5346,23 @@ class EventStream(EventSource):
                 raise self.error
             part = await (self.source.read() if self.reader.finish is None else self.read_rest())
             size += len(part)
-            reading = self.events_in(part)
-            events = (
-                list(reading) if size < LARGE else await in_thread_if_large(size, list, reading)
-            )
+            if size < LARGE:
+                events = self.events_in(part)
+            else:
+                events = await in_thread_if_large(size, self.events_in, part)
             if events:
                 trace("received", events)
         return events
 
-    def events_in(self, part: bytes) -> Iterator[Event]:
+    def events_in(self, part: bytes) -> list[Event]:
         """The events before a failure, which is kept for later."""
+        events: list[Event] = []
         try:
-            yield from self.reader.feed(part) if part else self.reader.close()
+            for event in self.reader.feed(part) if part else self.reader.close():
+                events += self.chain.feed(event)
         except UpstreamError as error:
             self.error = self.source.with_request_id(error, self.reader.request_id)
+        return events
 
     async def read_rest(self) -> bytes:
         """The next bytes after Z.ai's finish, none at the end: a broken connection no longer matters."""
@@ -4849,6 +5505,7 @@ class MergedStream(EventSource):
     ) -> None:
         super().__init__()
         self.streams: dict[int, EventStream] = {}  # by choice, in the order in which they began
+        self.finished = 0  # choices
         self.owners = [
             AsyncExitStack() for _ in attempts
         ]  # of each choice's slot and connection, until it ends
@@ -4869,14 +5526,24 @@ class MergedStream(EventSource):
     def size(self) -> int:
         return sum(stream.size for stream in self.streams.values())
 
+    @property
+    def is_complete(self) -> bool:
+        return self.finished == len(self.owners)
+
+    @property
+    def said(self) -> list[Message]:
+        return [message for stream in self.streams.values() for message in stream.said]
+
     async def next_batch(self) -> list[Event]:
         """The next events of whichever choice has some. If one fails, all fail."""
         while self.pending:
             done, _ = await asyncio.wait(self.pending, return_when=asyncio.FIRST_COMPLETED)
             task = done.pop()
             choice = self.pending.pop(task)
-            if events := task.result():
+            events = task.result()
+            if events:
                 self.pending[asyncio.create_task(self.next_of(choice))] = choice
+                self.finished += isinstance(events[-1], Finish)
                 return [e if isinstance(e, Usage) else replace(e, choice=choice) for e in events]
         return []
 
@@ -4955,21 +5622,6 @@ def canonical(arguments: str) -> str:
         return arguments
 
 
-class ReasoningRecorder:
-    """Keeps the reasoning of one answer: each choice's when it is finished, before its client knows of it."""
-
-    def __init__(self, remember: Callable[[Message], None]) -> None:
-        self.remember = remember
-        self.choices: defaultdict[int, Choice] = defaultdict(Choice)
-
-    def feed(self, events: list[Event]) -> None:
-        for event in events:
-            if not isinstance(event, Usage):
-                self.choices[event.choice].add(event)
-            if isinstance(event, Finish) and self.choices[event.choice].thought:
-                self.remember(self.choices[event.choice].message)
-
-
 Attempt = Callable[
     [ZaiKey, AsyncExitStack], Awaitable[R]
 ]  # asks with a key until the answer has begun
@@ -4991,32 +5643,24 @@ class Upstream:
         )  # what was done about failures, whether it helped or not
 
     @asynccontextmanager
-    async def open(
-        self, prompt: Prompt, account: Account
-    ) -> AsyncIterator[EventStream | MergedStream]:
-        """Yields an answer that has begun. On exit, however it happens, every connection and slot is released.
+    async def open(self, plan: Plan) -> AsyncIterator[EventStream | MergedStream]:
+        """Yields an answer that has begun; one that is not streamed is complete.
 
-        Raises BadRequest when the model cannot take the prompt, and ProxyError when the account may not use it or no
+        On exit, however it happens, every connection and slot is released. Raises ProxyError when no
         model answers.
         """
-        models = self.models(prompt, account)
-        caller, prompt = await in_thread_if_large(prompt.size, self.prepared, prompt, account.id)
-        async with self.account_slot(account), AsyncExitStack() as owner:
-            if prompt.n == 1:
-                stream = await self.with_fallbacks(prompt, models, caller, owner)
-                stream.listener = self.recorder(prompt, account.id)
-                del prompt  # long, and sent
+        async with self.account_slot(plan.account), AsyncExitStack() as owner:
+            if plan.n == 1:
+                stream = await self.with_fallbacks(plan, owner)
+                plan.forget_prompts()
                 yield stream
                 await stream.finish()
             else:
-                choices = [choice_prompt(prompt, choice) for choice in range(prompt.n)]
-                merged = MergedStream(
-                    [partial(self.with_fallbacks, choice, models, caller) for choice in choices]
-                )
+                choices = map(plan.for_choice, range(plan.n))
+                merged = MergedStream([partial(self.with_fallbacks, choice) for choice in choices])
                 owner.push_async_callback(merged.close)
                 await merged.begin()
-                merged.listener = self.recorder(prompt, account.id)
-                del prompt, choices
+                plan.forget_prompts()
                 yield merged
 
     def account_slot(self, account: Account) -> asyncio.Semaphore | nullcontext[None]:
@@ -5027,76 +5671,45 @@ class Upstream:
             (account.id, account.parallel), asyncio.Semaphore(account.parallel)
         )
 
-    def prepared(self, prompt: Prompt, account_id: str) -> tuple[Caller, Prompt]:
-        """Whose prompt it is, and the prompt with the reasoning that its client lost."""
-        caller = self.caller(account_id, conversation_start(prompt))
-        if not self.memory.thoughts:
-            return caller, prompt
-        start = 0 if self.settings.reasoning_memory == "all" else turn_start(prompt.messages)
-        messages = with_reasoning(prompt.messages, start, partial(self.memory.get, account_id))
-        return caller, replace(prompt, messages=messages)
-
-    def recorder(self, prompt: Prompt, account_id: str) -> Callable[[list[Event]], None] | None:
-        """What records an answer's reasoning, if wanted; without tools a turn has only one answer."""
-        wanted = {"off": False, "turn": bool(prompt.tools), "all": True}[
-            self.settings.reasoning_memory
-        ]
-        return ReasoningRecorder(partial(self.memory.put, account_id)).feed if wanted else None
-
-    def with_vision(self, model: Model) -> Model:
-        """VISION_MODEL, if it is set, in place of one that takes no images."""
-        name = self.settings.vision_model
-        return resolve(name, self.settings.model_aliases) if name and not model.vision else model
-
-    def models(self, prompt: Prompt, account: Account) -> list[Model]:
-        """The models to ask, one after the other: the one named, then the fallbacks that can take the prompt."""
-        names = (
-            prompt.model,
-            *(self.settings.fallback_models if prompt.fallbacks is None else prompt.fallbacks),
-        )
-        model, *others = (resolve(name, self.settings.model_aliases) for name in names)
-        shows_media = has_media(*prompt.messages)
-        model = self.with_vision(model) if shows_media else model
-        for asked in (model, *others[: len(prompt.fallbacks or ())]):
-            account.check_model(asked)
-        if shows_media:
-            check_vision(model)
-        return [
-            model,
-            *(other for other in filter(account.allows, others) if other.vision or not shows_media),
-        ]
-
-    def caller(self, account_id: str, beginning: Iterable[str]) -> Caller:
-        """The conversation matters only where there are keys to choose from."""
-        return Caller(account_id, digest(account_id, *beginning) if len(self.keys.keys) > 1 else "")
-
-    async def with_fallbacks(
-        self, prompt: Prompt, models: list[Model], caller: Caller, owner: AsyncExitStack
-    ) -> EventStream:
+    async def with_fallbacks(self, plan: Plan, owner: AsyncExitStack) -> EventStream:
         """Ask one model after the other; raises the last one's error."""
-        model, *others = models
-        try:
-            return await self.with_retries(
-                Target(model.id), caller, partial(self.ask, prompt, model), owner
-            )
-        except UpstreamError as error:
-            if not others or error.kind not in FALLBACK_ERRORS:
-                raise
-        self.remedies["fallbacks"] += 1
-        return await self.with_fallbacks(prompt, others, caller, owner)
+        for model, prompt in plan.prompts[:-1]:
+            try:
+                return await self.ask_model(plan, model, prompt, owner)
+            except UpstreamError as error:
+                if error.kind not in FALLBACK_ERRORS:
+                    raise
+            self.remedies["fallbacks"] += 1
+        return await self.ask_model(plan, *plan.prompts[-1], owner)
+
+    async def ask_model(
+        self, plan: Plan, model: Model, prompt: Prompt, owner: AsyncExitStack
+    ) -> EventStream:
+        attempt = partial(self.ask, plan, model, prompt)
+        return await self.with_retries(Target(model.id), plan.caller, attempt, owner)
 
     async def ask(
-        self, prompt: Prompt, model: Model, key: ZaiKey, owner: AsyncExitStack
+        self, plan: Plan, model: Model, prompt: Prompt, key: ZaiKey, owner: AsyncExitStack
     ) -> EventStream:
-        """Encodes the body only now, as many may wait their turn; raises BadRequest when that fails."""
-        body, data = await in_thread_if_large(prompt.size, zai_request, prompt, model)
-        trace("sent", data)
-        url = key.base_url + "/chat/completions"
-        stream = EventStream(
-            await self.client.send(url, key, owner, data=data), ZaiReader(model, body)
+        """Asks a model with a key. Encodes the body only now, as many may wait their turn."""
+        request = await in_thread_if_large(
+            plan.size, zai_request, prompt, model, key.base_url, plan.answer_id
         )
-        await stream.begin()
+        trace("sent", request.data)
+        url = key.base_url + "/chat/completions"
+        repairs = repairs_for(request.needs)
+        memo = Memo() if plan.remembers else None
+        machines = [*repairs, *filter(None, [memo]), *reasoning_shape(plan.reasoning_format)]
+        source = await self.client.send(url, key, owner, data=request.data)
+        stream = EventStream(source, ZaiReader(model), machines, memo)
+        owner.callback(self.count_repairs, repairs)
+        await (stream.begin() if plan.streamed else stream.complete())
         return stream
+
+    def count_repairs(self, repairs: Iterable[Repair]) -> None:
+        for repair in repairs:
+            if repair.mended:
+                self.remedies[repair.kind] += repair.mended
 
     async def with_retries(
         self, target: Target, caller: Caller, attempt: Attempt[R], owner: AsyncExitStack
@@ -5767,6 +6380,7 @@ STREAM: web.RequestKey[OpenResponse] = web.RequestKey(
 )  # the answer, once it may have begun
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
+Answering = EventStream | MergedStream  # an answer that has begun
 
 
 # ======== Streaming out =============================================================================================
@@ -5782,68 +6396,47 @@ STREAM_HEADERS = {
 }
 
 
-class ClientView:
-    """An answer as the client is to see it: batches, with the reasoning shaped. Updates the record."""
-
-    def __init__(
-        self, stream: EventStream | MergedStream, record: Record, form: ReasoningFormat = "parsed"
-    ) -> None:
-        self.stream, self.record, self.form = stream, record, form
-        self.shape = ReasoningShape(form)
-
-    async def read(self) -> list[Event] | None:
-        """The next events, perhaps an empty list; None at the end."""
-        events = await self.stream.read()
-        self.record.note(events)
-        self.record.torn = self.stream.torn
-        if self.form == "parsed" or not events:
-            return events or None
-        return [shaped for event in events for shaped in self.shape.feed(event)]
-
-
-async def collect(view: ClientView) -> Answer:
-    answer = Answer()
-    while (batch := await view.read()) is not None:
-        for event in batch:
-            answer.add(event)
-    return answer
-
-
 class SSEResponse:
     """A streamed answer. The first thing sent opens it: until then a failure has a status, later it is a frame.
 
-    While Z.ai is silent, comments keep the connection alive: proxies and clients would close it otherwise.
+    While Z.ai is silent, signs of life keep the connection open: proxies and clients would close it.
     """
 
-    def __init__(self, request: web.Request, surface_request: SurfaceRequest, model: str) -> None:
-        self.request, self.surface_request, self.model = request, surface_request, model
+    def __init__(self, request: web.Request, reply: Reply, model: str) -> None:
+        self.request = request
+        self.reply = reply
+        # For an answer of which Z.ai has sent nothing yet.
+        self.own_head = head_of(AnswerInfo("", 0, "", ""), model, request[RECORD])
         self.response = web.StreamResponse(headers=STREAM_HEADERS)
-        self.encoder: Encoder | None = None  # once the answer has its head
+        self.has_begun = False  # the reply knows the answer's head
         self.timer = IdleTimer(KEEP_ALIVE_INTERVAL, self.on_idle)
         self.writing = False  # waiting for the client
         self.keeping_alive: asyncio.Task[None] | None = None
 
-    async def relay(self, view: ClientView, head: Head, headers: dict[str, str]) -> None:
-        """Send each batch in one write, as soon as it arrives. A slow client makes us read more slowly."""
+    def begin(self, head: Head, headers: Mapping[str, str]) -> None:
+        """The answer has begun; a head that is already sent stays as it is."""
+        self.has_begun = True
+        self.reply.begin(head)
         if not self.response.prepared:
             self.response.headers.update(headers)
-        encoder = self.encoder = self.surface_request.encoder(head)
-        while (batch := await view.read()) is not None:
-            send = self.send if view.stream.size < MAX_JOINED else self.send_one_by_one
-            await send([frame for event in batch for frame in encoder.feed(event)])
-        await self.send(encoder.close())
-        await self.response.write_eof()
 
-    async def send(self, frames: Iterable[JSON | str]) -> None:
-        if data := sse(frames):
+    async def send(self, frames: Sequence[Frame], size: int = 0) -> None:
+        """Send frames in one write, or those of a large answer one by one: other requests go on in between.
+
+        `size` is the answer's, in bytes so far.
+        """
+        if size < MAX_JOINED:
+            await self.send_together(frames)
+            return
+        for frame in frames:
+            await self.send_together([frame])
+            await asyncio.sleep(0)
+
+    async def send_together(self, frames: Sequence[Frame]) -> None:
+        data = sse(frames)
+        if data:
             trace("answered", data)
             await self.write(data)
-
-    async def send_one_by_one(self, frames: Iterable[JSON | str]) -> None:
-        """The frames of a large answer may be large themselves: other requests go on in between."""
-        for frame in frames:
-            await self.send([frame])
-            await asyncio.sleep(0)
 
     async def write(self, data: bytes) -> None:
         self.timer.reset()
@@ -5854,10 +6447,9 @@ class SSEResponse:
         self.writing = False
 
     async def fail(self, error: ProxyError) -> None:
-        no_head = head_of(
-            AnswerInfo("", 0, "", ""), self.model, self.request[RECORD]
-        )  # Z.ai sent none
-        await self.send((self.encoder or self.surface_request.encoder(no_head)).fail(error))
+        if not self.has_begun:
+            self.reply.begin(self.own_head)
+        await self.send(self.reply.fail(error))
 
     @contextmanager
     def kept_alive(self) -> Iterator[None]:
@@ -5875,44 +6467,93 @@ class SSEResponse:
 
     async def keep_alive(self) -> None:
         with suppress(ConnectionError):  # the client left: its handler learns of it too
-            await self.write(b": keep-alive\n\n")
+            await self.write(self.reply.sign_of_life(self.own_head))
 
 
 # ======== Handlers ==================================================================================================
 # A function for each route; `answer` serves every surface.
 
 
-async def answer(surface: Surface, request: web.Request) -> web.StreamResponse:
-    """Answers a request of any surface. Nothing of a prompt is kept once it is sent: agents send long ones."""
-    record, upstream, account = request[RECORD], request.app[UPSTREAM], request[ACCOUNT]
-    prompt, surface_request = await parse_request_of(surface, request)
-    model, streamed, headers = prompt.model, prompt.stream, ignored_header(prompt)
-    form = prompt.reasoning_format or request.app[SETTINGS].reasoning_format
-    opened = upstream.open(prompt, account)
-    del prompt
-    if not streamed:
-        async with opened as stream:
-            info, whole = stream.info, await collect(ClientView(stream, record, form))
-            document = surface_request.document(head_of(info, model, record), whole)
-            if stream.size > LARGE:  # others go on between two steps that take long
-                await asyncio.sleep(0)
-            return json_response(document, headers=headers | info_headers(info))
-    response = request[STREAM] = SSEResponse(request, surface_request, model)
+async def respond(surface: Surface, request: web.Request) -> web.StreamResponse:
+    """Answers a request of any surface: the only place where an answer is written."""
+    asked = await plan_request(surface, request)
+    opened = request.app[UPSTREAM].open(asked.plan)
+    if asked.plan.streamed:
+        return await respond_streamed(request, asked, opened)
+    async with opened as answer:
+        events: list[Event] = []
+        while batch := await read_noted(request, answer):
+            events += batch
+        asked.reply.begin(head_of(answer.info, asked.model, request[RECORD]))
+        document = asked.reply.fold(events)
+        keep(request, asked.reply, answer)
+        if answer.size > LARGE:  # others go on between two steps that take long
+            await asyncio.sleep(0)
+        return json_response(document, headers=asked.headers | info_headers(answer.info))
+
+
+async def respond_streamed(
+    request: web.Request, asked: Asked, opened: AbstractAsyncContextManager[Answering]
+) -> web.StreamResponse:
+    """Sends each batch in one write, as soon as it is there. A slow client makes us read more slowly."""
+    response = request[STREAM] = SSEResponse(request, asked.reply, asked.model)
     with response.kept_alive():
-        async with opened as stream:
-            info, view = stream.info, ClientView(stream, record, form)
-            await response.relay(view, head_of(info, model, record), headers | info_headers(info))
+        async with opened as answer:
+            head = head_of(answer.info, asked.model, request[RECORD])
+            response.begin(head, asked.headers | info_headers(answer.info))
+            frames = asked.reply.frames_of(await read_noted(request, answer))
+            while not answer.is_complete:
+                await response.send(frames, answer.size)
+                frames = asked.reply.frames_of(await read_noted(request, answer))
+            frames += asked.reply.close()
+            keep(request, asked.reply, answer)
+            await response.send(frames, answer.size)
+            await response.response.write_eof()
     return response.response
 
 
-async def parse_request_of(surface: Surface, request: web.Request) -> tuple[Prompt, SurfaceRequest]:
-    """The prompt, with the operator's defaults, and how it is to be answered; the record learns the model."""
-    record, history = request[RECORD], ClientHistory(request.app[DATABASE], request[ACCOUNT].id)
+async def read_noted(request: web.Request, answer: Answering) -> list[Event]:
+    """The next events of an answer; the record learns of them."""
+    batch = await answer.read()
+    request[RECORD].note(batch)
+    request[RECORD].torn = answer.torn
+    return batch
+
+
+def keep(request: web.Request, reply: Reply, answer: Answering) -> None:
+    """Keep what a complete answer leaves behind, before its last frame: a client asks again at once."""
+    for message in answer.said:
+        request.app[UPSTREAM].memory.put(request[ACCOUNT].id, message)
+    if reply.stored:
+        ClientHistory(request.app[DATABASE], request[ACCOUNT].id).put(reply.stored)
+
+
+@dataclass(slots=True)
+class Asked:
+    """What a client asked for: the plan, how it is answered, the model's name as written, headers of the answer."""
+
+    plan: Plan
+    reply: Reply
+    model: str
+    headers: dict[str, str]
+
+
+async def plan_request(surface: Surface, request: web.Request) -> Asked:
+    """Reads a request and plans it; the record learns the model. Every 400 and 403 is raised here."""
+    history = ClientHistory(request.app[DATABASE], request[ACCOUNT].id)
     body = await read_json(request)
     for response_id in referred_responses(body):
         await history.load(response_id)
     size = request.content.total_bytes + history.size
-    prompt, surface_request = await in_thread_if_large(size, surface, body, history)
+    return await in_thread_if_large(size, planned, surface, request, body, history, size)
+
+
+def planned(
+    surface: Surface, request: web.Request, body: JSON, history: ClientHistory, size: int
+) -> Asked:
+    app, record = request.app, request[RECORD]
+    settings, memory, account = app[SETTINGS], app[UPSTREAM].memory, request[ACCOUNT]
+    prompt, reply = surface.parse(body, history)
     record.model = model_shown(request, prompt.model)
     record.prompt_size = (
         size if size >= LARGE else sum(len(message_text(message)) for message in prompt.messages)
@@ -5920,10 +6561,20 @@ async def parse_request_of(surface: Surface, request: web.Request) -> tuple[Prom
     record.left_out = ",".join(
         [header_word(name) for name in prompt.ignored if name[:6] == "tools."]
     )[:DETAIL_LIMIT]
+    if prompt.stream is None:
+        prompt = replace(prompt, stream=wants_stream(request, settings))
     prompt = replace(prompt, size=size) if size >= LARGE else prompt
-    return with_defaults(
-        prompt, request.app[SETTINGS], request.headers.get("Accept", "")
-    ), surface_request
+    recall = partial(memory.get, account.id) if memory.thoughts else None
+    plan = make_plan(prompt, settings, account, record.id, recall)
+    return Asked(plan, reply, prompt.model, ignored_header(prompt))
+
+
+def wants_stream(request: web.Request, settings: Settings) -> bool:
+    """Whether a request that does not say gets a stream."""
+    accepted = request.headers.get("Accept", "")
+    if "application/json" in accepted:
+        return False
+    return "text/event-stream" in accepted or settings.default_stream
 
 
 def head_of(info: AnswerInfo, model: str, record: Record) -> Head:
@@ -5934,24 +6585,6 @@ def model_shown(request: web.Request, name: str) -> str:
     """The model that a client's name means, for the log and the statistics; the client may have put a secret there."""
     model = resolve(name, request.app[SETTINGS].model_aliases)
     return model.id if model.id in MODELS else truncated(printable(request.app[REDACT](model.id)))
-
-
-TINY_LIMIT = (
-    64  # tokens; a model that thinks uses them up and answers nothing (nashsu/llm_wiki#348)
-)
-
-
-def with_defaults(prompt: Prompt, settings: Settings, accept: str) -> Prompt:
-    """The prompt with the operator's defaults for what the client did not say."""
-    thinking: dict[bool | None, Effort] = {True: "on", False: "off"}
-    wanted = "application/json" not in accept and (
-        "text/event-stream" in accept or settings.default_stream
-    )
-    stream = wanted if prompt.stream is None else prompt.stream
-    tiny: Effort | None = "off" if 0 < (prompt.max_tokens or 0) <= TINY_LIMIT else None
-    effort = prompt.effort or thinking.get(settings.enable_thinking, tiny)
-    changed = (stream, effort) != (bool(prompt.stream), prompt.effort)  # None means no stream
-    return replace(prompt, stream=stream, effort=effort) if changed else prompt
 
 
 async def read_json(request: web.Request) -> JSON:
@@ -6293,7 +6926,7 @@ async def messages(request: web.Request) -> web.StreamResponse:
     request[RECORD].model = model_shown(request, given["model"])
     model = resolve(given["model"], settings.model_aliases)
     if shows_image(body):
-        model = upstream.with_vision(model)
+        model = with_vision(model, settings)
     request[ACCOUNT].check_model(model)
     headers = {
         "Content-Type": "application/json",
@@ -6301,7 +6934,7 @@ async def messages(request: web.Request) -> web.StreamResponse:
     }
     how, size = {"headers": headers, "params": request.query}, request.content.total_bytes
     beginning = (to_json(part) for part in (body.get("system"), first_object(body.get("messages"))))
-    caller = await in_thread_if_large(size, upstream.caller, request[ACCOUNT].id, beginning)
+    caller = await in_thread_if_large(size, caller_of, settings, request[ACCOUNT].id, beginning)
 
     async def attempt(key: ZaiKey, owner: AsyncExitStack) -> PassThroughResponse:
         url = f"{key.anthropic_url}/v1/{request.match_info['what']}"
@@ -6968,7 +7601,7 @@ def create_app(settings: Settings | None = None) -> web.Application:
 def api_routes(app: web.Application) -> None:
     for path, surface in SURFACES.items():
         add_route(
-            app, "POST", f"{API}{path}{END}", require_key(partial(answer, surface), within_limits)
+            app, "POST", f"{API}{path}{END}", require_key(partial(respond, surface), within_limits)
         )
     for method, path in PASS_THROUGH_ROUTES:
         add_route(
@@ -7476,11 +8109,12 @@ async def check_chat(upstream: Upstream) -> Finding:
     )
     started = time.monotonic()
     try:
-        async with upstream.open(prompt, Account("")) as stream:
-            whole = await collect(ClientView(stream, Record("", "", started, "")))
+        plan = make_plan(prompt, upstream.settings, Account(""), "check")
+        async with upstream.open(plan) as stream:
+            answer = Answer(await stream.read())
     except ProxyError as error:
         return Finding("chat", str(error), good=False)
-    text = " ".join(whole.choices[0].text.split())[:40]
+    text = " ".join(answer.choices[0].text.split())[:40]
     return Finding(
         "chat", f"{stream.info.model} says {text!r} after {time.monotonic() - started:.1f} s"
     )

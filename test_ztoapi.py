@@ -314,6 +314,13 @@ def test_a_key_is_a_secret_wherever_it_belongs():
     assert "one" not in repr(settings.zai_keys)
 
 
+@pytest.mark.parametrize(
+    "url", ["postgresql://me:pa:s/s@host/db", "postgresql://host/db?password=pa:s/s&x=1"]
+)
+def test_the_whole_password_of_a_database_is_a_secret(url):
+    assert "pa:s/s" in Settings(database_url=url).secrets
+
+
 @pytest.mark.parametrize("keys", [(), ("",), ("sk-a", "")])
 def test_the_door_is_never_open(keys):
     with pytest.raises(SettingsError, match="DEFAULT_KEY"):
@@ -3672,8 +3679,9 @@ def test_a_limit_is_kept_in_the_words_it_was_given_in(limit, words, wanted):
             ("tokens", words)
             for words in ("lots", "0", "-5", "5M/year", "5T", "1.5M", "5M/", "٣", "", [])
         ),
-        *(("models", words) for words in (",", "glm-4.6,", "a b c!", "")),
+        *(("models", words) for words in (",", "glm-4.6,", "a b c!", "", 7, ["glm-4.6"])),
         *(("rpm", words) for words in ("0", "-1", "1.5", "many", True, 10**9)),
+        *(("expires", words) for words in (20270131, True)),
         *(("parallel", words) for words in ("0", {})),
         *(("owner", words) for words in ("me", "none", None)),
     ],
@@ -4355,13 +4363,12 @@ def connect():
     opened = []
 
     def connected(url):
-        opened.append(ztoapi.Database(url))
+        opened.append(ztoapi.Database(url, lambda: NOON))
         return opened[-1]
 
     yield connected
     for database in opened:
-        database.thread.submit(database.close).result()
-        database.thread.shutdown()
+        database.thread.submit(database.close).result(10)
 
 
 ANNA = Account(
@@ -4414,11 +4421,145 @@ async def test_a_batch_that_was_written_though_nobody_said_so_is_counted_once(
 ):
     database, accounts = connect(database_url), Accounts(())
     count_some(accounts)
-    await database.run(database.exchange, accounts.take(), {}, TODAY)  # and the connection breaks
+    await database.run(
+        database.write_and_read, accounts.take(), {}, TODAY
+    )  # and the connection breaks
     count_some(accounts, "b")
     for _ in range(2):
         await database.sync(accounts)
     assert [row[4] for row in database.transact(database.list_usage, TODAY)] == [1, 1]
+
+
+def other_program(path, script):
+    """Another process that has the SQLite file open: it runs the script, says so, and waits for its stdin."""
+    code = f"import sqlite3; c = sqlite3.connect({str(path)!r}, isolation_level=None); {script}; print(1, flush=True); input()"
+    program = subprocess.Popen(
+        [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    )
+    assert program.stdout.readline() == b"1\n"
+    return program
+
+
+@in_loop
+async def test_reads_do_not_wait_for_another_process_that_writes(tmp_path, connect):
+    database = connect(f"sqlite:///{tmp_path}/a.db")
+    await database.run(database.put_account, ANNA)
+    with other_program(tmp_path / "a.db", "c.execute('BEGIN IMMEDIATE')") as writer:
+        assert await database.run(database.list_accounts, begin=ztoapi.READ) == [ANNA]
+        writer.communicate(b"\n")
+
+
+@in_loop
+async def test_while_sqlite_is_locked_what_wants_to_write_fails_soon_and_then_at_once(
+    tmp_path, connect, monkeypatch
+):
+    monkeypatch.setattr(ztoapi.Database, "BUSY_TIMEOUT", 0.1)
+    database, accounts = connect(f"sqlite:///{tmp_path}/a.db"), Accounts(())
+    await database.run(database.put_account, ANNA)
+    with other_program(tmp_path / "a.db", "c.execute('BEGIN IMMEDIATE')") as writer:
+        with pytest.raises(ztoapi.DatabaseError, match="locked"):
+            await database.run(database.remove_account, "anna")
+        for _ in range(6):
+            with pytest.raises(ztoapi.DatabaseError, match="does not answer"):
+                await database.run(database.list_accounts)
+        writer.communicate(b"\n")
+    await database.sync(accounts)
+    assert await database.run(database.list_accounts) == [ANNA]
+
+
+@in_loop
+async def test_a_database_that_stands_still_is_not_waited_for_twice(
+    postgresql, connect, monkeypatch
+):
+    database, accounts = connect(postgresql.new_database()), Accounts(())
+    process = await database.run(lambda: database.execute("SELECT pg_backend_pid()").fetchone()[0])
+    count_some(accounts)
+    monkeypatch.setattr(database, "WAIT", 0.2)
+    os.kill(process, signal.SIGSTOP)
+    try:
+        await database.sync(accounts)
+        started = time.monotonic()
+        for _ in range(6):
+            with pytest.raises(ztoapi.DatabaseError, match="does not answer"):
+                await database.run(database.list_accounts)
+            await database.sync(accounts)
+        assert time.monotonic() - started < 0.2
+    finally:
+        os.kill(process, signal.SIGCONT)
+    await asyncio.wait([database.hanging])
+    monkeypatch.setattr(database, "WAIT", 10)
+    await database.sync(accounts)
+    assert [row[4] for row in await database.run(database.list_usage, TODAY)] == [1]
+
+
+@in_loop
+async def test_the_server_ends_though_its_database_stands_still(postgresql, connect, monkeypatch):
+    monkeypatch.setattr(ztoapi.Database, "WAIT", 0.2)
+    monkeypatch.setattr(ztoapi.Database, "INTERVAL", 60)
+    database, accounts = connect(postgresql.new_database()), Accounts(())
+    async with database.running(accounts):
+        pid = "SELECT pg_backend_pid()"
+        process = await database.run(lambda: database.execute(pid).fetchone()[0])
+        os.kill(process, signal.SIGSTOP)
+        count_some(accounts)
+        ending = time.monotonic()
+    assert time.monotonic() - ending < 3
+    os.kill(process, signal.SIGCONT)
+
+
+@in_loop
+async def test_chat_goes_on_while_the_database_stands_still(start, postgresql, monkeypatch):
+    client = await start(database_url=postgresql.new_database())
+    database = client.app[ztoapi.DATABASE]
+    monkeypatch.setattr(database, "WAIT", 0.2)
+    pid = "SELECT pg_backend_pid()"
+    process = await database.run(lambda: database.execute(pid).fetchone()[0])
+    os.kill(process, signal.SIGSTOP)
+    try:
+        async with client.get("/v1/responses/resp_1", headers=KEY) as response:
+            assert response.status == 503
+            assert error_of(await response.text())["code"] == "database_unavailable"
+        assert (await ask(client))[0].status == 200
+        async with client.get("/dashboard/stats", headers=KEY) as response:
+            assert (response.status, (await response.json())["database"]) == (200, False)
+    finally:
+        os.kill(process, signal.SIGCONT)
+
+
+@in_loop
+@pytest.mark.parametrize("how", ["deleted", "replaced"])
+async def test_a_file_that_is_gone_is_opened_anew(tmp_path, connect, how, caplog):
+    path = tmp_path / "a.db"
+    database, other = connect(f"sqlite:///{path}"), connect(f"sqlite:///{tmp_path}/b.db")
+    await database.run(database.put_account, ANNA)
+    await other.run(other.put_account, ztoapi.replace(ANNA, name="bob"))
+    other.thread.submit(other.close).result(10)
+    if how == "deleted":
+        path.unlink()
+    else:
+        (tmp_path / "b.db").replace(path)
+    ztoapi.LOG.addHandler(caplog.handler)
+    found = await database.run(database.list_accounts)
+    ztoapi.LOG.removeHandler(caplog.handler)
+    assert [account.name for account in found] == ([] if how == "deleted" else ["bob"])
+    assert "opened anew" in caplog.text
+    assert path.stat().st_mode & 0o777 == 0o600
+
+
+@in_loop
+async def test_of_two_who_add_a_key_one_adds_it_and_the_other_changes_it(database_url, connect):
+    here, there = connect(database_url), connect(database_url)
+    await asyncio.gather(*(each.run(each.list_accounts) for each in (here, there)))
+
+    def adding(account_id, rpm):
+        return lambda known: ztoapi.replace(known or Account(account_id, "new"), rpm=rpm)
+
+    made = await asyncio.gather(
+        here.run(here.change_account, "new", adding("one", 1)),
+        there.run(there.change_account, "new", adding("two", 2)),
+    )
+    assert len({account.id for account in made}) == 1
+    assert await here.run(here.list_accounts) in ([made[0]], [made[1]])
 
 
 @in_loop
@@ -4443,7 +4584,7 @@ async def test_a_stored_response_is_there_for_its_key_and_for_thirty_days(
         "",
     ]
     here.put_response("resp_3", "a", "{}")
-    await here.run(here.exchange, {}, here.unsaved, day_of(time.time()) + timedelta(31))
+    await here.run(here.write_and_read, {}, here.unsaved, TODAY + timedelta(31))
     assert [await there.find_response(name, "a") for name in ("resp_2", "resp_3")] == ["", "{}"]
 
 
@@ -4544,7 +4685,8 @@ def test_tables_of_an_older_version_are_brought_up_to_date(database_url, connect
 def test_many_servers_may_make_the_tables_at_the_same_time(database_url, connect):
     databases = [connect(database_url) for _ in range(6)]
     making = [
-        database.thread.submit(database.transact, database.list_accounts) for database in databases
+        database.thread.submit(partial(database.transact, database.list_accounts))
+        for database in databases
     ]
     assert [made.result(20) for made in making] == [[]] * 6
 

@@ -66,7 +66,7 @@ from collections.abc import (
     Mapping,
     Sequence,
 )
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import (
     AbstractAsyncContextManager,
     AsyncExitStack,
@@ -323,7 +323,8 @@ class Settings:
     @property
     def secrets(self) -> tuple[str, ...]:
         zai_secrets = (key.secret for key in self.zai_keys)
-        database = re.findall(r"(?<=:)[^:@/]+(?=@)|(?<=password=)[^&]+", self.database_url)
+        database = re.findall(r"(?<=password=)[^&]+", self.database_url)
+        database += re.findall(r"//[^:/@]*:(.+)@", self.database_url)  # it may have any character
         passwords = (*database, *map(unquote, database))
         return tuple(
             key for key in (*self.default_key, *zai_secrets, *passwords) if key != PUBLISHED_KEY
@@ -4513,14 +4514,26 @@ def parse_limits(given: Mapping[str, Any], today: date) -> JSON:
 
 
 def parse_limit(name: str, value: Any, today: date) -> str | int | None:
-    pattern, wanted = LIMITS.get(name, ("(?!)", f"left out; the limits are {', '.join(LIMITS)}"))
-    words = "none" if value is None else str(value).replace(" ", "")
-    if words == "none" and name in LIMITS:
+    if name not in LIMITS:
+        raise BadRequest(f"{name[:40]} is no limit; the limits are {', '.join(LIMITS)}.", name[:40])
+    if value is None or value == "none":
         return None
+    pattern, wanted = LIMITS[name]
+    words = limit_words(name, value)
     limit = last_day(words, today) if name == "expires" else words
     if not limit or not re.fullmatch(pattern, words, re.ASCII | re.IGNORECASE):
-        raise BadRequest(f"{name} {words[:40]} cannot be used: it must be {wanted}.", name)
+        shown = str(value)[:40]
+        raise BadRequest(f"{name} {shown} cannot be used: it must be {wanted}.", name)
     return int(limit) if name in ("rpm", "parallel") else limit
+
+
+def limit_words(name: str, value: Any) -> str:
+    """A limit as a flag has it; "" for a value of another type. Numbers may be JSON numbers."""
+    if isinstance(value, str):
+        return value.replace(" ", "")
+    if type(value) is int and name in ("tokens", "rpm", "parallel"):
+        return str(value)
+    return ""
 
 
 def last_day(words: str, today: date) -> str:
@@ -5885,14 +5898,20 @@ ADD_USAGE = """
     prompt = u.prompt + excluded.prompt, cached = u.cached + excluded.cached,
     completion = u.completion + excluded.completion"""
 TOKENS_SINCE = "SELECT SUM(prompt + completion) FROM ztoapi_usage WHERE account = ? AND day >= ?"
-USAGE_SINCE = """
+USAGE_ROWS = """
     SELECT account, COALESCE(name, 'operator'), day, model, requests, failures, prompt, cached, completion
-    FROM ztoapi_usage LEFT JOIN ztoapi_keys ON id = account WHERE day >= ? ORDER BY day, name, model"""
+    FROM ztoapi_usage LEFT JOIN ztoapi_keys ON id = account WHERE day >= ?"""
+USAGE_SINCE = USAGE_ROWS + " ORDER BY day, name, model"
+USAGE_OF_ONE = USAGE_ROWS + " AND account = ? ORDER BY day, model"
 PUT_RESPONSE = "INSERT INTO ztoapi_responses VALUES (?, ?, ?, ?) ON CONFLICT (id) DO UPDATE SET body = excluded.body"
 DELETE_OLD = (
     "DELETE FROM ztoapi_responses WHERE day < ?",
     "DELETE FROM ztoapi_writers WHERE day < ?",
 )
+
+# How a transaction begins in SQLite, where one that reads does not wait for another process that writes.
+READ, WRITE = "BEGIN", "BEGIN IMMEDIATE"
+NO_ANSWER = "the database does not answer"
 
 Stored = tuple[str, str]  # account id, and the body of a response: "" if it was deleted
 
@@ -5901,27 +5920,85 @@ class DatabaseError(Exception):
     """The database cannot be used; the text is one line, for the operator."""
 
 
-class Database:
-    """One connection in one thread: the event loop never waits for a disk.
+class OddRowError(DatabaseError):
+    """A row cannot be read; others can."""
 
-    Counts are written in numbered batches. One that was being committed when the connection broke is written again
-    under its number, which `ztoapi_writers` takes only once.
+
+def unusable(error: Exception) -> str:
+    return f"the database cannot be used: {' '.join(str(error).split())}"
+
+
+def file_identity(path: Path) -> tuple[int, int] | None:
+    """What tells a file from another one of the same name; None if there is none."""
+    try:
+        status = path.stat()
+    except OSError:
+        return None
+    return status.st_dev, status.st_ino
+
+
+def forget_outcome(done: asyncio.Future[Any]) -> None:
+    """Ask for an exception that nobody waits for any more, or asyncio logs it."""
+    if not done.cancelled():
+        done.exception()
+
+
+class DatabaseThread:
+    """One thread that does jobs in turn. Unlike a ThreadPoolExecutor's it keeps no program from ending."""
+
+    def __init__(self) -> None:
+        self.jobs: SimpleQueue[tuple[Future[Any], Callable[[], Any]]] = SimpleQueue()
+        self.thread: Thread | None = None
+
+    def submit(self, job: Callable[[], R]) -> Future[R]:
+        """Do a job after those before it; it may raise DatabaseError, anything else is a bug."""
+        future: Future[R] = Future()
+        self.jobs.put((future, job))
+        if self.thread is None or not self.thread.is_alive():  # not yet, or in a forked process
+            self.thread = Thread(target=self.work, name="database", daemon=True)
+            self.thread.start()
+        return future
+
+    def work(self) -> None:
+        while True:
+            future, job = self.jobs.get()
+            try:
+                result = job()
+            except DatabaseError as error:
+                future.set_exception(error)
+            else:
+                future.set_result(result)
+            del future, job  # else kept until the next one
+
+
+class Database:
+    """One connection in one thread: the event loop never waits for a disk, and nobody waits for long.
+
+    What does not answer within WAIT seconds, or fails, is not asked again for requests until the
+    exchange that runs all the while has succeeded. Counts are written in numbered batches. One that
+    was perhaps written before the connection broke is written again under its number, which
+    `ztoapi_writers` takes only once.
     """
 
     INTERVAL = 1.0  # seconds between two looks for something to write
     POLL = 3  # intervals between two reads of what others wrote
-    MAX_UNSAVED, MAX_UNSAVED_SIZE = 1_000, 64 * 2**20  # responses in memory, and their characters
+    WAIT = 5.0  # seconds
+    BUSY_TIMEOUT = 2.0  # seconds for which SQLite waits for another process that writes
+    MAX_UNSAVED = 1_000  # responses in memory
+    MAX_UNSAVED_SIZE = 64 * 2**20  # their characters
 
-    def __init__(self, url: str) -> None:
-        self.url, self.is_postgres, self.in_memory = (
-            url,
-            url.startswith("postgres"),
-            url == "memory",
-        )
+    def __init__(self, url: str, unix: Callable[[], float] = time.time) -> None:
+        self.url = url
+        self.unix = unix
+        self.is_postgres = url.startswith("postgres")
+        self.in_memory = url == "memory"
         self.path = DATABASE_FILE.parent / url.removeprefix("sqlite:///") if url else DATABASE_FILE
-        self.thread = ThreadPoolExecutor(1, "database")
+        self.thread = DatabaseThread()
         self.driver: Any = None  # a DB-API module
         self.connection: Any = None
+        self.opened: list[tuple[int, int] | None] = []  # device and number of each SQLite file
+        self.hanging: asyncio.Future[Any] | None = None  # the job that did not end in time
+        self.has_failed = False  # the last job did
         self.batch = 1
         self.unsaved: dict[str, Stored] = {}  # responses by id
         self.lock = asyncio.Lock()  # one batch at a time
@@ -5936,53 +6013,78 @@ class Database:
         """If not, the first write creates it."""
         return self.is_postgres or self.in_memory or self.path.exists()
 
-    async def run(self, job: Callable[..., R], *arguments: object) -> R:
-        """Do a job in a transaction. Raises DatabaseError."""
-        return await asyncio.get_running_loop().run_in_executor(
-            self.thread, self.transact, job, *arguments
-        )
+    async def run(self, job: Callable[..., R], *arguments: object, begin: str = WRITE) -> R:
+        """Do a job in a transaction. Raises DatabaseError, at once while others fail."""
+        if self.has_failed:
+            raise DatabaseError(NO_ANSWER)
+        return await self.wait_for(job, *arguments, begin=begin)
+
+    async def wait_for(self, job: Callable[..., R], *arguments: object, begin: str) -> R:
+        """Do a job. Raises DatabaseError when that fails or takes longer than WAIT."""
+        if self.hanging and not self.hanging.done():
+            raise DatabaseError(NO_ANSWER)
+        work = partial(self.transact, job, *arguments, begin=begin)
+        done = asyncio.wrap_future(self.thread.submit(work))
+        finished, _ = await asyncio.wait({done}, timeout=self.WAIT)
+        if not finished:
+            self.hanging = done
+            done.add_done_callback(forget_outcome)
+            self.has_failed = True
+            raise DatabaseError(NO_ANSWER)
+        failure = done.exception()
+        self.has_failed = failure is not None and not isinstance(failure, OddRowError)
+        return done.result()
 
     @asynccontextmanager
-    async def kept_up(self, accounts: Accounts) -> AsyncIterator[None]:
+    async def running(self, accounts: Accounts) -> AsyncIterator[None]:
         """Keys and usage are exchanged with the database every few seconds, and once more at the end."""
         if self.exists:
             await self.sync(accounts)
-        task = asyncio.create_task(self.keep_up(accounts))
+        task = asyncio.create_task(self.loop(accounts))
         yield
         await end_tasks([task])
         for _ in range(3):  # a broken connection, the batch that it broke with, the rest
             if accounts.counted or accounts.batch or self.unsaved:
                 await self.sync(accounts)
-        self.thread.submit(self.close)
-        self.thread.shutdown(wait=False)
+        await asyncio.wait({asyncio.wrap_future(self.thread.submit(self.close))}, timeout=1)
 
-    async def keep_up(self, accounts: Accounts) -> None:
+    async def loop(self, accounts: Accounts) -> None:
         for number in count():
-            is_due = (
-                number % self.POLL == 0 and self.exists and (accounts.counted or not self.in_memory)
-            )
-            if is_due or (
-                not self.in_memory and (accounts.counted or accounts.batch or self.unsaved)
-            ):
+            if self.is_due(accounts, number):
                 await self.sync(accounts)
             await asyncio.sleep(self.INTERVAL)
 
+    def is_due(self, accounts: Accounts, number: int) -> bool:
+        """Whether to exchange something at this interval."""
+        if self.in_memory:
+            return number % self.POLL == 0 and bool(accounts.counted)
+        if accounts.counted or accounts.batch or self.unsaved or self.has_failed:
+            return True
+        return number % self.POLL == 0 and (self.exists or self.connection is not None)
+
     async def sync(self, accounts: Accounts) -> None:
-        """Write what was counted and stored, read what other processes wrote; what fails waits for the next time."""
+        """Write what was counted and stored, read what other processes wrote.
+
+        What fails waits for the next time.
+        """
         async with self.lock:
-            counts, unsaved = accounts.take(), {} if self.in_memory else dict(self.unsaved)
+            counts = accounts.take()
+            unsaved = {} if self.in_memory else dict(self.unsaved)
+            today = day_of(self.unix())
+            begin = WRITE if counts or unsaved else READ
             try:
-                known = await self.run(self.exchange, counts, unsaved, day_of(time.time()))
+                known = await self.wait_for(
+                    self.write_and_read, counts, unsaved, today, begin=begin
+                )
             except DatabaseError as error:
-                LOG.warning(
-                    "%s; requests go on, and unsaved data waits in memory", error
-                )  # logged once a minute
+                # Logged once a minute.
+                LOG.warning("%s; requests go on, and unsaved data waits in memory", error)
                 return
             accounts.written(*known)
             self.batch += 1
-            self.unsaved = {
-                name: row for name, row in self.unsaved.items() if unsaved.get(name) is not row
-            }
+            for name, row in unsaved.items():
+                if self.unsaved.get(name) is row:
+                    del self.unsaved[name]
 
     def put_response(self, response_id: str, account_id: str, body: str) -> None:
         self.unsaved[response_id] = (account_id, body)
@@ -5996,27 +6098,41 @@ class Database:
         """The body; "" if this account has none of this id. Raises DatabaseError."""
         stored = self.unsaved.get(response_id)
         if stored is None and self.exists:
-            stored = await self.run(self.select_response, response_id)
+            stored = await self.run(self.select_response, response_id, begin=READ)
         return stored[1] if stored and stored[0] == account_id else ""
 
     # From here on: in the thread, or where there is no event loop.
 
-    def transact(self, job: Callable[..., R], *arguments: object) -> R:
+    def transact(self, job: Callable[..., R], *arguments: object, begin: str = WRITE) -> R:
+        """Connect if need be, and do a job in a transaction. Raises DatabaseError."""
         self.driver = self.driver or self.load_driver()
         try:
+            if self.connection and self.file_is_gone():
+                self.leave_file()
             if not self.connection:
                 self.connect()
-            return self.attempt(job, *arguments)
-        except (
-            self.driver.Error,
-            OSError,
-            ArithmeticError,
-            TypeError,
-            ValueError,
-        ) as error:  # or odd rows
-            raise DatabaseError(
-                f"the database cannot be used: {' '.join(str(error).split())}"
-            ) from error
+            return self.commit(job, *arguments, begin=begin)
+        except (self.driver.Error, OSError) as error:
+            raise DatabaseError(unusable(error)) from error
+        except (ArithmeticError, TypeError, ValueError) as error:
+            raise OddRowError(unusable(error)) from error
+
+    def file_is_gone(self) -> bool:
+        """Whether the SQLite file that was opened is not the one at its path any more."""
+        return bool(self.opened) and self.opened[0] != file_identity(self.path)
+
+    def leave_file(self) -> None:
+        """Close a file that is gone, with its journal, which SQLite would add to the file in its place."""
+        LOG.warning("%s was deleted or replaced: it is opened anew", self.path)
+        opened = self.opened
+        self.close()
+        for path, identity in zip(self.files(), opened, strict=True):
+            if path != self.path and identity and file_identity(path) == identity:
+                path.unlink()
+
+    def files(self) -> list[Path]:
+        """The SQLite file and what SQLite keeps beside it."""
+        return [self.path.with_name(self.path.name + end) for end in ("", "-wal", "-shm")]
 
     def load_driver(self) -> Any:
         try:
@@ -6028,29 +6144,34 @@ class Database:
 
     def connect(self) -> None:
         if self.is_postgres:
-            waits = {
-                "connect_timeout": 5,
-                "tcp_user_timeout": 10_000,
-            }  # a machine that is gone does not answer at all
+            # A machine that is gone does not answer at all.
+            waits = {"connect_timeout": 5, "tcp_user_timeout": 10_000}
             self.connection = self.driver.connect(
                 self.url, autocommit=True, prepare_threshold=None, **waits
             )
         else:
-            if not self.in_memory:
-                os.close(os.open(self.path, os.O_CREAT | os.O_RDWR, 0o600))
-            path = ":memory:" if self.in_memory else self.path
-            self.connection = self.driver.connect(
-                path, timeout=10, isolation_level=None, check_same_thread=False
-            )
-            self.execute("PRAGMA journal_mode = WAL")
-            self.execute("PRAGMA synchronous = NORMAL")
-        self.attempt(self.migrate)
+            self.connect_sqlite()
+        self.commit(self.migrate, begin=WRITE)
+        if not (self.is_postgres or self.in_memory):
+            self.opened = [*map(file_identity, self.files())]
 
-    def attempt(self, job: Callable[..., R], *arguments: object) -> R:
+    def connect_sqlite(self) -> None:
+        path: Path | str = ":memory:"
+        if not self.in_memory:
+            path = self.path
+            os.close(os.open(path, os.O_CREAT | os.O_RDWR, 0o600))
+        self.connection = self.driver.connect(
+            path, timeout=self.BUSY_TIMEOUT, isolation_level=None, check_same_thread=False
+        )
+        self.execute("PRAGMA journal_mode = WAL")
+        self.execute("PRAGMA synchronous = NORMAL")
+
+    def commit(self, job: Callable[..., R], *arguments: object, begin: str) -> R:
+        """Do a job in a transaction of the open connection, which is closed if that fails."""
         with ExitStack() as failed:
-            # A connection that failed is not used again; closing it rolls back, but would lose what is in memory.
+            # Closing rolls back, but would lose what is in memory.
             failed.callback(self.connection.rollback if self.in_memory else self.close)
-            self.execute("BEGIN" if self.is_postgres else "BEGIN IMMEDIATE")
+            self.execute("BEGIN" if self.is_postgres else begin)
             result = job(*arguments)
             self.execute("COMMIT")
             failed.pop_all()
@@ -6060,6 +6181,7 @@ class Database:
         if self.connection:
             self.connection.close()
         self.connection = None
+        self.opened = []
 
     def execute(self, statement: str, *values: object) -> Any:
         return self.connection.execute(
@@ -6083,7 +6205,7 @@ class Database:
                 self.execute(statement)
             self.execute("INSERT INTO ztoapi_version VALUES (?)", number)
 
-    def exchange(
+    def write_and_read(
         self, counts: Counts, unsaved: Mapping[str, Stored], today: date
     ) -> tuple[list[Account], TokensUsed]:
         if counts or unsaved:
@@ -6114,20 +6236,30 @@ class Database:
             Account(account_id, name, **json.loads(limits)) for account_id, name, limits in rows
         ]
 
+    def change_account(self, name: str, change: Callable[[Account | None], Account]) -> Account:
+        """Put what `change` makes of the key of this name (None: there is none) in its place.
+
+        Of two who add a key at the same time, one adds it, the other changes it.
+        """
+        if self.is_postgres:
+            self.execute("SELECT pg_advisory_xact_lock(90909091)")
+        named = {account.name: account for account in self.list_accounts()}
+        account = change(named.get(name))
+        self.put_account(account)
+        return account
+
     def put_account(self, account: Account) -> None:
-        self.execute(
-            PUT_KEY,
-            account.id,
-            account.name,
-            to_json({name: getattr(account, name) for name in LIMITS}),
-        )
+        limits = {name: getattr(account, name) for name in LIMITS}
+        self.execute(PUT_KEY, account.id, account.name, to_json(limits))
 
     def remove_account(self, name: str) -> bool:
         """Whether there was one. Its row stays, to name its past usage."""
         return bool(self.execute(REMOVE_KEY, name).rowcount)
 
-    def list_usage(self, since: date) -> list[tuple[Any, ...]]:
-        """Account id and name, day, model, and the figures of Counts."""
+    def list_usage(self, since: date, account_id: str = "") -> list[tuple[Any, ...]]:
+        """Account id and name, day, model, and the figures of Counts; of all accounts, or of one."""
+        if account_id:
+            return list(self.execute(USAGE_OF_ONE, since.isoformat(), account_id))
         return list(self.execute(USAGE_SINCE, since.isoformat()))
 
     def select_response(self, response_id: str) -> Stored | None:
@@ -6781,19 +6913,15 @@ async def dashboard_stats(request: web.Request) -> web.Response:
 async def usage_days(request: web.Request) -> list[JSON] | None:
     """The caller's usage in the last month, all accounts' for an operator; None while the database is unreachable."""
     database, account = request.app[DATABASE], request[ACCOUNT]
+    if not database.exists:
+        return []
+    since = day_of(time.time()) - timedelta(30)
+    whose = "" if account.is_operator else account.id
     try:
-        rows = (
-            await database.run(database.list_usage, day_of(time.time()) - timedelta(30))
-            if database.exists
-            else []
-        )
+        rows = await database.run(database.list_usage, since, whose, begin=READ)
     except DatabaseError:
         return None
-    return [
-        usage_item(*row)
-        for account_id, *row in rows
-        if account.is_operator or account_id == account.id
-    ]
+    return [usage_item(*row) for _, *row in rows]
 
 
 def usage_item(key: str, day: str, model: str, *figures: int) -> JSON:
@@ -6876,20 +7004,21 @@ async def list_keys(request: web.Request) -> web.Response:
 
 async def put_key(request: web.Request) -> web.Response:
     """A new name adds a key, a known one changes its limits; what is not given stays."""
-    accounts, database, body = (
-        request.app[ACCOUNTS],
-        request.app[DATABASE],
-        await read_json(request),
-    )
-    known = {account.name: account for account in await database.run(database.list_accounts)}
-    key, name = new_key(), parse_key_name(body.pop("name", None))
-    account = replace(
-        known.get(name) or Account(hash_key(key), name), **parse_limits(body, day_of(time.time()))
-    )
-    await database.run(database.put_account, account)
+    accounts, database = request.app[ACCOUNTS], request.app[DATABASE]
+    body = await read_json(request)
+    key = new_key()
+    name = parse_key_name(body.pop("name", None))
+    limits = parse_limits(body, day_of(time.time()))
+
+    def change(known: Account | None) -> Account:
+        return replace(known or Account(hash_key(key), name), **limits)
+
+    account = await database.run(database.change_account, name, change)
     await database.sync(accounts)
     item = key_item(accounts, account)
-    return json_response(item) if name in known else json_response(item | {"key": key}, 201)
+    if account.id == hash_key(key):
+        return json_response(item | {"key": key}, 201)
+    return json_response(item)
 
 
 async def remove_key(request: web.Request) -> web.Response:
@@ -7655,7 +7784,7 @@ async def connect(app: web.Application) -> AsyncIterator[None]:
         app[UPSTREAM] = Upstream(settings, client, app[CLOCK])
         app[CATALOG] = Catalog(client, app[UPSTREAM].keys)
         app[PLANS] = PlanQuotas(client, () if settings.demo else settings.zai_keys)
-        async with app[DATABASE].kept_up(app[ACCOUNTS]):
+        async with app[DATABASE].running(app[ACCOUNTS]):
             yield
         await end_tasks(filter(None, (app[CATALOG].asking, app[PLANS].asking)))
 
@@ -7792,7 +7921,7 @@ def database_or_exit(settings: Settings, status: int) -> Database:
     database = Database("memory" if settings.demo else settings.database_url)
     try:
         if settings.database_url or database.exists:
-            database.transact(database.list_accounts)
+            database.transact(database.list_accounts, begin=READ)
             database.close()  # and without its thread, for a process manager may fork
     except DatabaseError as error:
         exit_with_error(redactor(settings)(str(error)), status)
@@ -7988,7 +8117,7 @@ def manage_keys(database: Database, flags: argparse.Namespace) -> str:
     """What is to be printed. Raises BadRequest and DatabaseError."""
     accounts, today = Accounts(()), day_of(time.time())
     if database.exists:
-        accounts.written(*database.transact(database.exchange, {}, {}, today))
+        accounts.written(*database.transact(database.write_and_read, {}, {}, today, begin=READ))
     if flags.action == "list":
         return key_table(key_item(accounts, account) for account in accounts.named.values())
     known = {account.name: account for account in accounts.named.values()}

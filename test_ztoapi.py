@@ -32,7 +32,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from datetime import date, datetime, timedelta, timezone
-from functools import cache, cached_property
+from functools import cache, cached_property, partial
 from heapq import heappop, heappush
 from importlib import import_module
 from inspect import signature
@@ -92,8 +92,24 @@ from ztoapi import (
     zai_error,
 )
 
-pytestmark = pytest.mark.filterwarnings("error")
 in_loop = pytest.mark.asyncio
+
+LONGEST_TEST = 50  # seconds; one that hangs fails then
+
+
+@pytest.fixture(autouse=True)
+def no_hang():
+    """Fails a test that hangs, also one whose event loop waits for ever."""
+
+    def fail(*_):
+        raise TimeoutError(f"this test took longer than {LONGEST_TEST} seconds")
+
+    before = signal.signal(signal.SIGALRM, fail)
+    signal.setitimer(signal.ITIMER_REAL, LONGEST_TEST)
+    yield
+    signal.setitimer(signal.ITIMER_REAL, 0)
+    signal.signal(signal.SIGALRM, before)
+
 
 PROGRAM = Path(ztoapi.__file__)
 SETTING_NAMES = {field.name.upper() for field in ztoapi.fields(Settings)}
@@ -5122,7 +5138,8 @@ async def run_alone(test, tmp_path):
 
         async with fake_zai() as zai:
             given = {"run": run, "tmp_path": tmp_path, "zai": zai}
-            await test(*(given[name] for name in signature(test).parameters))
+            wanted = [given[name] for name in signature(test).parameters]
+            await asyncio.wait_for(test(*wanted), LONGEST_TEST)
 
 
 def end_if_running(program):
@@ -8584,9 +8601,32 @@ def test_what_is_for_the_client_must_follow_two_dashes(command):
     assert (status, "[-- client's arguments]" in said) == (2, True)
 
 
+@pytest.mark.parametrize(
+    ("before", "said"),
+    [
+        ("import aiohttp; aiohttp.__version__ = '3.13.9'", "aiohttp 3.13.9"),
+        ("import aiohttp; aiohttp.__version__ = '3.15.0'", "aiohttp 3.15.0"),
+        ("sys.modules['aiohttp.web'] = None", "aiohttp"),
+        ("sys.modules['aiohttp'] = None", "aiohttp"),
+        ("sys.modules['dotenv'] = None", "dotenv"),
+    ],
+)
+@pytest.mark.parametrize("name", ["__main__", "ztoapi"])
+def test_a_package_that_will_not_do_is_named_in_one_line(before, said, name):
+    script = f"import runpy, sys; {before}; runpy.run_path({str(PROGRAM)!r}, run_name={name!r})"
+    command = [sys.executable, "-c", script]
+    ended = subprocess.run(
+        command, env=INHERITED, capture_output=True, text=True, timeout=20, check=False
+    )
+    assert (ended.returncode, ended.stdout, ended.stderr.count("\n")) == (2, "", 1)
+    assert said in ended.stderr
+    assert "pip install -r requirements.txt" in ended.stderr
+
+
 def test_the_program_names_its_dependencies_for_uv():
     program, requirements = PROGRAM.read_text(), (PROGRAM.parent / "requirements.txt").read_text()
-    wanted = requirements.split("# its tests")[0].splitlines()[1:]
+    lines = requirements.split("# its tests")[0].splitlines()
+    wanted = [line for line in lines if not line.startswith("#")]
     lines = [
         "/// script",
         'requires-python = ">=3.10"',
@@ -9141,6 +9181,7 @@ async def shell(lines):
 
 
 @in_loop
+@pytest.mark.browser
 async def test_the_docs_page_answers_from_key_to_last_token(here, browser, monkeypatch):
     monkeypatch.setattr(ztoapi, "DEMO_PACE", 0.015)  # for the page tells no pace before 0.2 seconds
     await browser.open(here + "/docs", "document.querySelectorAll('#model-rows tr').length >= 22")
@@ -9194,6 +9235,7 @@ async def test_the_calls_of_the_docs_page_work_as_they_are_shown(
 
 
 @in_loop
+@pytest.mark.browser
 async def test_the_tabs_of_the_docs_page_obey_the_arrow_keys_and_share_the_model(here, browser):
     await browser.open(here + "/docs", "!!document.querySelector('#call-panel pre')")
     for key, wanted in (
@@ -9214,6 +9256,7 @@ async def test_the_tabs_of_the_docs_page_obey_the_arrow_keys_and_share_the_model
 
 
 @in_loop
+@pytest.mark.browser
 async def test_the_docs_page_shows_for_each_client_the_lines_that_launch_shows(here, browser):
     await browser.open(here + "/docs", "!!document.querySelector('#client-panel pre')")
     await browser.run(choose_client_model("glm-5.3-flash"))
@@ -9231,6 +9274,7 @@ async def test_the_docs_page_shows_for_each_client_the_lines_that_launch_shows(h
 
 
 @in_loop
+@pytest.mark.browser
 async def test_a_stream_can_be_stopped_and_the_dashboard_counts_it(here, browser, monkeypatch):
     monkeypatch.setattr(ztoapi, "DEMO_PACE", 0.03)
     await browser.open(here + "/docs", "!!$('send')")
@@ -9246,6 +9290,7 @@ async def test_a_stream_can_be_stopped_and_the_dashboard_counts_it(here, browser
 
 
 @in_loop
+@pytest.mark.browser
 async def test_what_comes_from_outside_stays_text(here, browser):
     evil = "<img src=x onerror=window.broken=1>"
     await browser.open(here + "/docs", "!!$('send')")
@@ -9266,6 +9311,7 @@ async def test_what_comes_from_outside_stays_text(here, browser):
 
 
 @in_loop
+@pytest.mark.browser
 async def test_the_dashboard_comes_back_by_itself(demo, browser):
     client = await demo()
     port = client.port
@@ -9277,6 +9323,7 @@ async def test_the_dashboard_comes_back_by_itself(demo, browser):
 
 
 @in_loop
+@pytest.mark.browser
 async def test_the_dashboard_asks_for_the_key(demo, browser):
     client = await demo(default_key=("sk-mine",))
     await browser.open(
@@ -9309,6 +9356,7 @@ async def stats_for(here, key):
 
 
 @in_loop
+@pytest.mark.browser
 async def test_keys_are_added_changed_and_removed_on_the_dashboard(here, browser):
     await open_dashboard(browser, here, "sk-your-key")
     await browser.run(
@@ -9340,6 +9388,7 @@ async def test_keys_are_added_changed_and_removed_on_the_dashboard(here, browser
 
 
 @in_loop
+@pytest.mark.browser
 async def test_a_key_sees_on_the_dashboard_what_is_its_own(here, browser):
     async with ztoapi.aiohttp.ClientSession(headers=KEY) as session:
         async with session.post(here + "/dashboard/keys", json={"name": "anna"}) as response:
@@ -9365,6 +9414,7 @@ async def test_a_key_sees_on_the_dashboard_what_is_its_own(here, browser):
 
 
 @in_loop
+@pytest.mark.browser
 async def test_the_arrow_keys_choose_a_day_of_the_month(here, browser):
     async with ztoapi.aiohttp.ClientSession(headers=KEY) as session:
         await session.post(here + "/v1/chat/completions", json=chat())
@@ -9384,6 +9434,7 @@ async def test_the_arrow_keys_choose_a_day_of_the_month(here, browser):
 
 
 @in_loop
+@pytest.mark.browser
 async def test_the_dashboard_shows_what_is_left_of_a_plan_and_what_lowered_a_limit(
     client, browser, zai
 ):

@@ -1,6 +1,6 @@
 # /// script
 # requires-python = ">=3.10"
-# dependencies = ["aiohttp>=3.14", "python-dotenv>=1.0"]
+# dependencies = ["aiohttp>=3.14,<3.15", "python-dotenv>=1.0"]
 # ///
 """ztoapi: Z.ai's GLM models behind an OpenAI-compatible API, in one file.
 
@@ -104,11 +104,20 @@ from typing import (
 from urllib.parse import quote, unquote, urljoin, urlsplit
 from urllib.request import ProxyHandler, build_opener, getproxies, proxy_bypass
 
-import aiohttp
-from aiohttp import web, web_server
-from aiohttp.http import RawRequestMessage
-from aiohttp.web_protocol import RequestHandler
-from dotenv import dotenv_values
+try:
+    import aiohttp
+    from aiohttp import web, web_server
+    from aiohttp.http import RawRequestMessage
+    from aiohttp.web_protocol import RequestHandler
+    from dotenv import dotenv_values
+except ImportError as error:
+    print(f"ztoapi: {error}: run pip install -r requirements.txt", file=sys.stderr)
+    raise SystemExit(2) from None
+
+if not aiohttp.__version__.startswith("3.14."):  # the private names that are used may differ
+    found = f"aiohttp {aiohttp.__version__} is installed, and 3.14 is needed"
+    print(f"ztoapi: {found}: run pip install -r requirements.txt", file=sys.stderr)
+    raise SystemExit(2)
 
 __version__ = "1.0.0"
 

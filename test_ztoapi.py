@@ -6429,6 +6429,29 @@ async def test_the_list_of_models_speaks_anthropic_and_codex_too(client):
     }
 
 
+async def modalities(client, headers=KEY):
+    """What Codex may send to each model."""
+    async with client.get("/v1/models?client_version=1", headers=headers) as response:
+        models = (await response.json())["models"]
+    return {model["slug"]: model["input_modalities"] for model in models}
+
+
+@in_loop
+@pytest.mark.parametrize(
+    ("name", "takes"),
+    [
+        pytest.param("", ["text"], id="unset"),
+        pytest.param("glm-4.6v-flash", ["text", "image"], id="set"),
+        pytest.param("eyes", ["text", "image"], id="an alias"),
+        pytest.param("glm-4.5", ["text"], id="blind itself"),
+    ],
+)
+async def test_with_a_vision_model_every_model_takes_images(start, name, takes):
+    client = await start(vision_model=name, model_aliases=(("eyes", "glm-4.6v"),))
+    told = await modalities(client)
+    assert (told["glm-4.6"], told["glm-5.3-flash"]) == (takes, ["text", "image"])
+
+
 # ======== Bounds ========
 
 
@@ -7418,6 +7441,15 @@ async def test_a_key_sees_only_its_own_models(start):
         listed = {model["id"] for model in (await response.json())["data"]}
     assert {"mini", "glm-4.5-air"} < listed
     assert all(name == "mini" or name.startswith("glm-4.5") for name in listed)
+
+
+@in_loop
+@pytest.mark.parametrize(
+    ("models", "takes"), [("glm-4.6*", ["text", "image"]), ("glm-4.6", ["text"])]
+)
+async def test_a_key_is_told_of_no_images_that_it_may_not_have_answered(start, models, takes):
+    client = await start(vision_model="glm-4.6v-flash")
+    assert (await modalities(client, await make_key(client, models=models)))["glm-4.6"] == takes
 
 
 @in_loop

@@ -771,6 +771,23 @@ def resolve(name: str, renamed: tuple[tuple[str, str], ...] = ()) -> Model:
     return model_of(bare)
 
 
+def vision_model(settings: Settings) -> Model | None:
+    """VISION_MODEL, if it is set."""
+    if not settings.vision_model:
+        return None
+    return resolve(settings.vision_model, settings.model_aliases)
+
+
+def with_eyes_of(seeing: Model | None, model: Model) -> Model:
+    """The model as clients are told of it: where VISION_MODEL sees for it, it takes images.
+
+    A client that is told otherwise drops images before it sends them.
+    """
+    if seeing is None or model.vision:
+        return model
+    return replace(model, vision=seeing.vision)
+
+
 def model_of(model_id: str) -> Model:
     """The row of the table, or a model of which only the id is known."""
     return MODELS.get(model_id) or Model(model_id)
@@ -6032,10 +6049,14 @@ async def list_models(request: web.Request) -> web.Response:
 
 async def named_models(request: web.Request) -> dict[str, Model]:
     """The models that this server lists for the caller: Z.ai's, and the aliases without a pattern."""
-    renamed, allows = request.app[SETTINGS].model_aliases, request.get(ACCOUNT, Account("")).allows
+    settings, allows = request.app[SETTINGS], request.get(ACCOUNT, Account("")).allows
+    renamed = settings.model_aliases
     plain = {name: resolve(name, renamed) for name, _ in renamed if not re.search(r"[*?[]", name)}
     models = await request.app[CATALOG].list(time.monotonic()) | plain
-    return {name: model for name, model in models.items() if allows(model)}
+    seeing = vision_model(settings)
+    if seeing is not None and not allows(seeing):
+        seeing = None
+    return {name: with_eyes_of(seeing, model) for name, model in models.items() if allows(model)}
 
 
 async def one_model(request: web.Request) -> web.Response:

@@ -8005,6 +8005,7 @@ server.sendall(b"GET /health HTTP/1.0\\r\\nHost: localhost\\r\\n\\r\\n")
 story = {{
     "arguments": sys.argv[1:],
     "key": json.load(open(folder + "/models.json"))["providers"]["ztoapi"]["apiKey"],
+    "in_home": os.path.relpath(os.path.dirname(folder), os.environ["HOME"]),
     "theirs": [name for name in os.environ if name.startswith(("OPENAI_", "ANTHROPIC_", "GPTME_", "ZAI_", "DEFAULT_"))],
     "mode": oct(os.stat(folder).st_mode & 0o777),
     "health": json.loads(server.makefile().read().partition("\\n\\n")[2]),
@@ -8046,6 +8047,7 @@ class Launch:
             env={
                 **INHERITED,
                 "TMPDIR": str(folder / "tmp"),
+                "HOME": str(folder / "home"),
                 "PATH": f"{folder}/bin",
                 "ZAI_API_KEY": "zk",
                 **variables,
@@ -8103,6 +8105,7 @@ async def test_launch_tells_a_client_what_it_needs_and_no_more(run, tmp_path):
             str(launch.story),
         ],
         "key": "sk-your-key",
+        "in_home": ".cache",
         "theirs": [],
         "mode": "0o700",
         "health": {
@@ -8118,6 +8121,25 @@ async def test_launch_tells_a_client_what_it_needs_and_no_more(run, tmp_path):
         said
         == f"ztoapi: pi with glm-4.7-flash at http://localhost:{port}; --model NAME for another\n"
     )
+
+
+@meanwhile
+async def test_a_client_has_a_temporary_folder_where_the_cache_cannot_be_written(run, tmp_path):
+    port = run(Program, "--demo").port
+    launch = run(Launch, tmp_path, port=port, XDG_CACHE_HOME="/proc/nowhere")
+    status, _, _ = launch.end()
+    assert json.loads(launch.story.read_text())["in_home"] == "../tmp"
+    assert (status, launch.files()) == (7, [])
+
+
+@meanwhile
+async def test_launch_leaves_alone_what_others_keep_in_the_cache(run, tmp_path):
+    port = run(Program, "--demo").port
+    cache = tmp_path / "cache"
+    cache.mkdir()
+    (cache / "kept").touch()
+    status, _, _ = run(Launch, tmp_path, port=port, XDG_CACHE_HOME=str(cache)).end()
+    assert (status, [*cache.iterdir()]) == (7, [cache / "kept"])
 
 
 @meanwhile
@@ -8276,7 +8298,7 @@ def test_show_needs_neither_client_nor_server(command, arguments, variables, mod
     told = f'"contextWindowSize": {context}, "modalities": {{"image": {sees}}}'
     assert command("launch", "qwen", "--show", *arguments, **given, **variables) == (
         0,
-        f"""dir=$(mktemp -d)
+        f"""mkdir -p ~/.cache && dir=$(mktemp -d ~/.cache/ztoapi-XXXXXX)
 cat > "$dir/settings.json" <<'EOF'
 {{"model": {{"generationConfig": {{{told}, "samplingParams": {{"max_tokens": 131072}}}}}}}}
 EOF

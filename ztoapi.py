@@ -2860,6 +2860,8 @@ OPENCODE = """{"model": "ztoapi/$model", "provider": {"ztoapi": {"npm": "@ai-sdk
 "modalities": {"input": $input, "output": ["text"]}, "limit": {"context": $context, "output": $output}}}}}}"""
 XDG = "XDG_CONFIG_HOME=$dir/config XDG_DATA_HOME=$dir/data XDG_STATE_HOME=$dir/state XDG_CACHE_HOME=$dir/cache"
 
+# Such a folder as `launch` makes, by hand.
+NEW_FOLDER = "mkdir -p ~/.cache && dir=$(mktemp -d ~/.cache/ztoapi-XXXXXX)"
 
 
 @dataclass(frozen=True, slots=True)
@@ -2886,7 +2888,7 @@ class Client:
         files = [f"cat > \"$dir/{name}\" <<'EOF'\n{text}\nEOF" for name, text in self.files.items()]
         exports = [f"export {name}={shell_word(value)}" for name, value in self.variables.items()]
         lines = "\n".join([*files, *exports, " ".join(map(shell_word, self.arguments))])
-        return f"dir=$(mktemp -d)\n{lines}" if "$dir" in lines else lines
+        return f"{NEW_FOLDER}\n{lines}" if "$dir" in lines else lines
 
 
 def client_words(origin: str, key: str, model: Model) -> dict[str, object]:
@@ -7612,14 +7614,51 @@ def launch(settings: Settings, flags: argparse.Namespace) -> int:
     ):  # Windows has no SIGHUP
         signal.signal(number, exit_on_signal)
     server = nullcontext() if running else own_server(settings, origin, ["--demo"] * flags.demo)
-    with (
-        server,
-        tempfile.TemporaryDirectory(prefix="ztoapi-", ignore_cleanup_errors=True) as folder,
-    ):
+    with server, client_folder() as folder:
         client = CLIENTS[flags.client].filled({**words, "dir": folder})
         for name, text in client.files.items():
             Path(folder, name).write_text(text, encoding="utf-8")
         return run([program, *client.arguments[1:], *flags.arguments], client.variables)
+
+
+@contextmanager
+def client_folder() -> Iterator[str]:
+    """A new folder for a client's files while the block runs, readable for the user alone.
+
+    It is in the user's cache, where that can be written: below the system's temporary folder, to which others may
+    write too, Codex makes none of its helper programs.
+    """
+    parent = user_cache()
+    made = [folder for folder in (parent, *parent.parents) if not folder.exists()]
+    try:
+        parent.mkdir(parents=True, exist_ok=True)
+        temporary = new_folder(parent)
+    except OSError:
+        temporary = new_folder(None)
+    try:
+        with temporary as folder:
+            yield folder
+    finally:
+        for empty in made:
+            with suppress(OSError):  # others use it by now
+                empty.rmdir()
+
+
+def new_folder(parent: Path | None) -> tempfile.TemporaryDirectory[str]:
+    return tempfile.TemporaryDirectory(prefix="ztoapi-", dir=parent, ignore_cleanup_errors=True)
+
+
+def user_cache() -> Path:
+    """Where this user's programs keep what can be made again; of a user without a home, temporary files."""
+    try:
+        home = Path.home()
+    except RuntimeError:
+        return Path(tempfile.gettempdir())
+    if sys.platform == "win32":
+        return Path(os.environ.get("LOCALAPPDATA") or home / "AppData/Local")
+    if sys.platform == "darwin":
+        return home / "Library/Caches"
+    return Path(os.environ.get("XDG_CACHE_HOME") or home / ".cache")
 
 
 def exit_on_signal(number: int, _: object) -> NoReturn:

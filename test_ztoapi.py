@@ -1914,8 +1914,9 @@ def test_a_system_message_of_anthropics_is_a_reminder_in_the_users_turn(turns, w
 # ======== Clients ========
 
 
-def filled(name, folder="$dir", key="sk-k"):
-    return ztoapi.CLIENTS[name].filled("http://h:1", key, MODELS["glm-5.3"], folder)
+def filled(name, folder="$dir", key="sk-k", model=MODELS["glm-5.3"]):
+    words = ztoapi.client_words("http://h:1", key, model)
+    return ztoapi.CLIENTS[name].filled({**words, "dir": folder})
 
 
 @pytest.mark.parametrize("name", ztoapi.CLIENTS)
@@ -1947,7 +1948,7 @@ def test_the_lines_for_a_shell_start_the_client_in_the_same_way(tmp_path, name):
     (tmp_path / program).write_text(f"#!/bin/sh\n{report}\n")
     (tmp_path / program).chmod(0o755)
     script = f"set -a\n{filled(name).shell_lines()}"
-    env = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "dir": ""}
+    env = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "HOME": str(tmp_path), "dir": ""}
     said = subprocess.run(
         ["sh", "-c", script], env=env, capture_output=True, text=True, check=True
     ).stdout
@@ -1960,6 +1961,104 @@ def test_the_lines_for_a_shell_start_the_client_in_the_same_way(tmp_path, name):
         assert f"{line}\n" in said
 
 
+def told(name, model):
+    """All that a client is told: its variables, and its file."""
+    client = filled(name, model=model)
+    files = {file: json.loads(text) for file, text in client.files.items()}
+    return {"variables": client.variables, "files": files}
+
+
+def found(key, value):
+    """The values of a key, wherever it is."""
+    if isinstance(value, dict):
+        yield from (value[name] for name in value if name == key)
+    if isinstance(value, dict | list):
+        for each in value.values() if isinstance(value, dict) else value:
+            yield from found(key, each)
+
+
+@pytest.mark.parametrize(
+    ("name", "limits"),
+    [
+        (
+            "claude",
+            {"CLAUDE_CODE_MAX_CONTEXT_TOKENS": "204800", "CLAUDE_CODE_MAX_OUTPUT_TOKENS": "131072"},
+        ),
+        ("opencode", {"limit": {"context": 204800, "output": 131072}}),
+        ("kilo", {"limit": {"context": 204800, "output": 131072}}),
+        ("qwen", {"contextWindowSize": 204800, "max_tokens": 131072}),
+        ("pi", {"contextWindow": 204800, "maxTokens": 131072}),
+        ("cline", {"contextWindow": 204800, "maxTokens": 131072}),
+        ("continue", {"contextLength": 204800, "maxTokens": 51200}),
+        ("aider", {"max_input_tokens": 204800, "max_output_tokens": 131072}),
+        ("gptme", {"GPTME_CONTEXT_LENGTH": "204800"}),
+        (
+            "copilot",
+            {
+                "COPILOT_PROVIDER_MAX_PROMPT_TOKENS": "153600",
+                "COPILOT_PROVIDER_MAX_OUTPUT_TOKENS": "51200",
+            },
+        ),
+        ("hermes", {"context_length": 204800, "max_tokens": 131072}),
+    ],
+)
+def test_a_client_knows_how_much_its_model_takes_and_gives(name, limits):
+    everything = told(name, MODELS["glm-4.7"])
+    assert {key: [*found(key, everything)] for key in limits} == {
+        key: [limit] for key, limit in limits.items()
+    }
+
+
+@pytest.mark.parametrize(
+    ("name", "key", "blind", "seeing"),
+    [
+        ("opencode", "attachment", False, True),
+        ("opencode", "input", ["text"], ["text", "image"]),
+        ("kilo", "input", ["text"], ["text", "image"]),
+        ("qwen", "image", False, True),
+        ("pi", "input", ["text"], ["text", "image"]),
+        ("continue", "capabilities", ["tool_use"], ["tool_use", "image_input"]),
+        ("aider", "supports_vision", False, True),
+        ("llm", "vision", False, True),
+        ("hermes", "supports_vision", False, True),
+    ],
+)
+def test_a_client_knows_whether_its_model_sees(name, key, blind, seeing):
+    models = MODELS["glm-4.6"], MODELS["glm-4.6v"]
+    assert [[*found(key, told(name, model))] for model in models] == [[blind], [seeing]]
+
+
+@pytest.mark.parametrize("name", ["opencode", "pi", "llm"])
+def test_a_client_knows_whether_its_model_thinks(name):
+    models = MODELS["glm-4-32b-0414-128k"], MODELS["glm-4.6"]
+    assert [[*found("reasoning", told(name, model))] for model in models] == [[False], [True]]
+
+
+def test_aider_knows_the_list_price_of_a_token():
+    costs = {
+        "input_cost_per_token": 0.6e-6,
+        "cache_read_input_token_cost": 0.11e-6,
+        "output_cost_per_token": 2.2e-6,
+    }
+    entry = told("aider", MODELS["glm-4.6"])["files"]["models.json"]["openai/glm-4.6"]
+    assert {name: entry[name] for name in costs} == pytest.approx(costs)
+
+
+def test_claude_code_hides_no_tool_and_asks_one_model_for_everything():
+    variables = filled("claude").variables
+    models = {value for name, value in variables.items() if name.endswith("_MODEL")}
+    assert (models, variables["ENABLE_TOOL_SEARCH"]) == ({"glm-5.3"}, "false")
+    assert {"ANTHROPIC_DEFAULT_FABLE_MODEL", "CLAUDE_CODE_AUTO_MODE_SERVER"} <= {*variables}
+
+
+@pytest.mark.parametrize(
+    ("key", "written"),
+    [("sk-k", "sk-k"), ("$HOME", "$$HOME"), ("!ls", "$!ls"), ("a!$b$", "a!$$b$$")],
+)
+def test_pi_takes_a_key_literally(key, written):
+    assert [*found("apiKey", json.loads(filled("pi", key=key).files["models.json"]))] == [written]
+
+
 def test_the_readme_names_the_clients_of_the_table():
     assert f"({', '.join(ztoapi.CLIENTS)})" in (PROGRAM.parent / "README.md").read_text()
 
@@ -1967,9 +2066,8 @@ def test_the_readme_names_the_clients_of_the_table():
 def test_the_page_shows_each_client_with_words_that_it_can_replace():
     examples = ztoapi.client_examples()
     assert [example["command"] for example in examples] == list(ztoapi.CLIENTS)
-    assert {"http://ztoapi.example", "YOUR_KEY", "your-model", "1000001", "1000002"} == set(
-        re.findall(r"http://ztoapi.example|YOUR_KEY|your-model|100000\d", json.dumps(examples))
-    )
+    words = re.findall(r"%(\w+)%", json.dumps(examples))
+    assert {*words} == {*ztoapi.client_words("", "", MODELS["glm-5.3"])}
 
 
 # ======== Z.ai: the request ========
@@ -6860,6 +6958,29 @@ async def test_the_list_of_models_speaks_anthropic_and_codex_too(client):
     }
 
 
+async def modalities(client, headers=KEY):
+    """What Codex may send to each model."""
+    async with client.get("/v1/models?client_version=1", headers=headers) as response:
+        models = (await response.json())["models"]
+    return {model["slug"]: model["input_modalities"] for model in models}
+
+
+@in_loop
+@pytest.mark.parametrize(
+    ("name", "takes"),
+    [
+        pytest.param("", ["text"], id="unset"),
+        pytest.param("glm-4.6v-flash", ["text", "image"], id="set"),
+        pytest.param("eyes", ["text", "image"], id="an alias"),
+        pytest.param("glm-4.5", ["text"], id="blind itself"),
+    ],
+)
+async def test_with_a_vision_model_every_model_takes_images(start, name, takes):
+    client = await start(vision_model=name, model_aliases=(("eyes", "glm-4.6v"),))
+    told = await modalities(client)
+    assert (told["glm-4.6"], told["glm-5.3-flash"]) == (takes, ["text", "image"])
+
+
 # ======== Bounds ========
 
 
@@ -7851,6 +7972,15 @@ async def test_a_key_sees_only_its_own_models(start):
 
 
 @in_loop
+@pytest.mark.parametrize(
+    ("models", "takes"), [("glm-4.6*", ["text", "image"]), ("glm-4.6", ["text"])]
+)
+async def test_a_key_is_told_of_no_images_that_it_may_not_have_answered(start, models, takes):
+    client = await start(vision_model="glm-4.6v-flash")
+    assert (await modalities(client, await make_key(client, models=models)))["glm-4.6"] == takes
+
+
+@in_loop
 async def test_more_than_its_parallel_requests_wait(client, zai):
     key, zai.parts = await make_key(client, parallel=2), [HANG]
     asking = [asyncio.create_task(ask(client, headers=key)) for _ in range(4)]
@@ -8304,7 +8434,8 @@ server = socket.create_connection(("localhost", int(origin.split(":")[2])))
 server.sendall(b"GET /health HTTP/1.0\\r\\nHost: localhost\\r\\n\\r\\n")
 story = {{
     "arguments": sys.argv[1:],
-    "key": os.environ["ZTOAPI_KEY"],
+    "key": json.load(open(folder + "/models.json"))["providers"]["ztoapi"]["apiKey"],
+    "in_home": os.path.relpath(os.path.dirname(folder), os.environ["HOME"]),
     "theirs": [name for name in os.environ if name.startswith(("OPENAI_", "ANTHROPIC_", "GPTME_", "ZAI_", "DEFAULT_"))],
     "mode": oct(os.stat(folder).st_mode & 0o777),
     "health": json.loads(server.makefile().read().partition("\\n\\n")[2]),
@@ -8327,7 +8458,8 @@ class Launch:
         (folder / "bin").mkdir()
         (folder / "bin/pi").write_text(FAKE_CLIENT.format(python=sys.executable))
         (folder / "bin/pi").chmod(0o755)
-        (folder / "tmp").mkdir()
+        for name in ("tmp", "home"):
+            (folder / name).mkdir()
         self.port = port or free_port()
         self.process = subprocess.Popen(
             [
@@ -8345,6 +8477,7 @@ class Launch:
             env={
                 **INHERITED,
                 "TMPDIR": str(folder / "tmp"),
+                "HOME": str(folder / "home"),
                 "PATH": f"{folder}/bin",
                 "ZAI_API_KEY": "zk",
                 **variables,
@@ -8364,11 +8497,11 @@ class Launch:
         _, said = self.process.communicate(timeout=20)
         with socket.socket() as probe:
             server = probe.connect_ex(("127.0.0.1", self.port)) == 0
-        return (
-            self.process.returncode,
-            said,
-            [*(self.folder / "tmp").iterdir(), *(["a server"] if server else [])],
-        )
+        return self.process.returncode, said, [*self.files(), *(["a server"] if server else [])]
+
+    def files(self):
+        """What is in its home, and among its temporary files."""
+        return [file for name in ("tmp", "home") for file in (self.folder / name).iterdir()]
 
 
 def free_port():
@@ -8402,6 +8535,7 @@ async def test_launch_tells_a_client_what_it_needs_and_no_more(run, tmp_path):
             str(launch.story),
         ],
         "key": "sk-your-key",
+        "in_home": ".cache",
         "theirs": [],
         "mode": "0o700",
         "health": {
@@ -8412,11 +8546,30 @@ async def test_launch_tells_a_client_what_it_needs_and_no_more(run, tmp_path):
             "zai_key": True,
         },
     }
-    assert (status, [*(launch.folder / "tmp").iterdir()]) == (7, [])
+    assert (status, launch.files()) == (7, [])
     assert (
         said
         == f"ztoapi: pi with glm-4.7-flash at http://localhost:{port}; --model NAME for another\n"
     )
+
+
+@meanwhile
+async def test_a_client_has_a_temporary_folder_where_the_cache_cannot_be_written(run, tmp_path):
+    port = run(Program, "--demo").port
+    launch = run(Launch, tmp_path, port=port, XDG_CACHE_HOME="/proc/nowhere")
+    status, _, _ = launch.end()
+    assert json.loads(launch.story.read_text())["in_home"] == "../tmp"
+    assert (status, launch.files()) == (7, [])
+
+
+@meanwhile
+async def test_launch_leaves_alone_what_others_keep_in_the_cache(run, tmp_path):
+    port = run(Program, "--demo").port
+    cache = tmp_path / "cache"
+    cache.mkdir()
+    (cache / "kept").touch()
+    status, _, _ = run(Launch, tmp_path, port=port, XDG_CACHE_HOME=str(cache)).end()
+    assert (status, [*cache.iterdir()]) == (7, [cache / "kept"])
 
 
 @meanwhile
@@ -8552,19 +8705,33 @@ async def test_launch_needs_a_key_for_a_server_of_its_own(run, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("arguments", "variables", "model"),
+    ("arguments", "variables", "model", "context", "sees"),
     [
-        ([], {}, "glm-4.7-flash"),
-        ([], {"ZAI_BASE_URL": "https://api.z.ai/api/coding/paas/v4"}, "glm-5.3"),
-        ([], {"ZAI_API_KEY": "k@china-plan,k@api"}, "glm-5.3"),
-        (["--model", "best"], {"MODEL_ALIASES": "best=GLM-4.6"}, "glm-4.6"),
+        ([], {}, "glm-4.7-flash", 204800, "false"),
+        (
+            [],
+            {"ZAI_BASE_URL": "https://api.z.ai/api/coding/paas/v4"},
+            "glm-5.3",
+            1048576,
+            "false",
+        ),
+        ([], {"ZAI_API_KEY": "k@china-plan,k@api"}, "glm-5.3", 1048576, "false"),
+        ([], {"ZAI_API_KEY": "k@api,k@plan"}, "glm-4.7-flash", 204800, "false"),
+        (["--model", "best"], {"MODEL_ALIASES": "best=GLM-4.6"}, "glm-4.6", 204800, "false"),
+        ([], {"VISION_MODEL": "glm-4.6v-flash"}, "glm-4.7-flash", 204800, "true"),
+        ([], {"VISION_MODEL": "glm-4.5"}, "glm-4.7-flash", 204800, "false"),
     ],
+    ids=["free", "plan", "plan first", "plan last", "alias", "VISION_MODEL", "blind VISION_MODEL"],
 )
-def test_show_needs_neither_client_nor_server(command, arguments, variables, model):
+def test_show_needs_neither_client_nor_server(command, arguments, variables, model, context, sees):
     given = {"PATH": "/nowhere", "HOST": "0.0.0.0", "DEFAULT_KEY": "sk-own", "PORT": "9999"}
+    told = f'"contextWindowSize": {context}, "modalities": {{"image": {sees}}}'
     assert command("launch", "qwen", "--show", *arguments, **given, **variables) == (
         0,
-        f"""dir=$(mktemp -d)
+        f"""mkdir -p ~/.cache && dir=$(mktemp -d ~/.cache/ztoapi-XXXXXX)
+cat > "$dir/settings.json" <<'EOF'
+{{"model": {{"generationConfig": {{{told}, "samplingParams": {{"max_tokens": 131072}}}}}}}}
+EOF
 export QWEN_HOME="$dir"
 export NO_UPDATE_NOTIFIER=1
 export OPENAI_API_KEY=sk-own
@@ -9262,7 +9429,8 @@ async def test_the_docs_page_shows_for_each_client_the_lines_that_launch_shows(h
     port = here.split(":")[2]
     for name, client in ztoapi.CLIENTS.items():
         await browser.run(open_tab("client-tabs", name))
-        shown = client.filled(here, "sk-your-key", MODELS["glm-5.3-flash"], "$dir").shell_lines()
+        words = ztoapi.client_words(here, "sk-your-key", MODELS["glm-5.3-flash"])
+        shown = client.filled({**words, "dir": "$dir"}).shell_lines()
         wanted = [
             f"python ztoapi.py launch {name} --port {port} --model glm-5.3-flash",
             shown,

@@ -793,6 +793,23 @@ def resolve(name: str, renamed: tuple[tuple[str, str], ...] = ()) -> Model:
     return model_of(bare)
 
 
+def vision_model(settings: Settings) -> Model | None:
+    """VISION_MODEL, if it is set."""
+    if not settings.vision_model:
+        return None
+    return resolve(settings.vision_model, settings.model_aliases)
+
+
+def with_eyes_of(seeing: Model | None, model: Model) -> Model:
+    """The model as clients are told of it: where VISION_MODEL sees for it, it takes images.
+
+    A client that is told otherwise drops images before it sends them.
+    """
+    if seeing is None or model.vision:
+        return model
+    return replace(model, vision=seeing.vision)
+
+
 def model_of(model_id: str) -> Model:
     """The row of the table, or a model of which only the id is known."""
     return MODELS.get(model_id) or Model(model_id)
@@ -2841,13 +2858,21 @@ CLIENT_TABLE = """\
 claude: npm install -g @anthropic-ai/claude-code
 CLAUDE_CONFIG_DIR=$dir ANTHROPIC_BASE_URL=$origin ANTHROPIC_AUTH_TOKEN=$key ANTHROPIC_API_KEY= ANTHROPIC_MODEL=$model \
 ANTHROPIC_DEFAULT_OPUS_MODEL=$model ANTHROPIC_DEFAULT_SONNET_MODEL=$model ANTHROPIC_DEFAULT_HAIKU_MODEL=$model \
-CLAUDE_CODE_SUBAGENT_MODEL=$model CLAUDE_CODE_ATTRIBUTION_HEADER=0 claude
+ANTHROPIC_DEFAULT_FABLE_MODEL=$model CLAUDE_CODE_SUBAGENT_MODEL=$model CLAUDE_CODE_ATTRIBUTION_HEADER=0 \
+CLAUDE_CODE_MAX_CONTEXT_TOKENS=$context CLAUDE_CODE_MAX_OUTPUT_TOKENS=$output ENABLE_TOOL_SEARCH=false \
+CLAUDE_CODE_AUTO_MODE_SERVER=0 claude
 .claude.json: {"hasCompletedOnboarding": true}
 
 codex: npm install -g @openai/codex
 CODEX_HOME=$dir ZTOAPI_KEY=$key codex -c model=$model -c model_provider=ztoapi -c model_providers.ztoapi.name=ztoapi \
 -c model_providers.ztoapi.base_url=$base -c model_providers.ztoapi.env_key=ZTOAPI_KEY \
 -c model_providers.ztoapi.wire_api=responses -c model_providers.ztoapi.model_catalog_url=$base/models
+
+copilot: npm install -g @github/copilot
+COPILOT_HOME=$dir XDG_CACHE_HOME=$dir/cache COPILOT_OFFLINE=true COPILOT_PROVIDER_BASE_URL=$base \
+COPILOT_PROVIDER_BEARER_TOKEN=$key COPILOT_PROVIDER_TYPE=openai COPILOT_PROVIDER_WIRE_API=completions \
+COPILOT_MODEL=$model COPILOT_PROVIDER_MODEL_ID=$model COPILOT_PROVIDER_WIRE_MODEL=$model \
+COPILOT_PROVIDER_MAX_PROMPT_TOKENS=$prompt COPILOT_PROVIDER_MAX_OUTPUT_TOKENS=$reserve copilot
 
 opencode: npm install -g opencode-ai
 $xdg npm_config_cache=$dir/npm OPENCODE_CONFIG=$dir/config.json opencode -m ztoapi/$model
@@ -2860,39 +2885,54 @@ config.json: $opencode
 qwen: npm install -g @qwen-code/qwen-code
 QWEN_HOME=$dir NO_UPDATE_NOTIFIER=1 OPENAI_API_KEY=$key OPENAI_BASE_URL=$base OPENAI_MODEL=$model \
 qwen --auth-type openai
+settings.json: {"model": {"generationConfig": {"contextWindowSize": $context, "modalities": {"image": $vision}, \
+"samplingParams": {"max_tokens": $output}}}}
 
-pi: npm install -g @mariozechner/pi-coding-agent
-PI_CODING_AGENT_DIR=$dir ZTOAPI_KEY=$key pi --provider ztoapi --model $model
-models.json: {"providers": {"ztoapi": {"baseUrl": "$base", "api": "openai-completions", "apiKey": "ZTOAPI_KEY", \
-"models": [{"id": "$model", "reasoning": true, "contextWindow": $context, "maxTokens": $output}]}}}
+pi: npm install -g @earendil-works/pi-coding-agent
+PI_CODING_AGENT_DIR=$dir pi --provider ztoapi --model $model
+models.json: {"providers": {"ztoapi": {"baseUrl": "$base", "api": "openai-completions", "apiKey": "$escaped_key", \
+"models": [{"id": "$model", "reasoning": $thinks, "input": $input, "contextWindow": $context, "maxTokens": $output}]}}}
 
 cline: npm install -g cline
 CLINE_DIR=$dir CLINE_DATA_DIR=$dir CLINE_PROVIDER_SETTINGS_PATH=$dir/providers.json CLINE_SESSION_BACKEND_MODE=local \
 cline -P openai-compatible -m $model
 providers.json: {"version": 1, "providers": {"openai-compatible": {"settings": {"provider": "openai-compatible", \
-"apiKey": "$key", "model": "$model", "baseUrl": "$base"}, "updatedAt": "2026-01-01T00:00:00.000Z"}}}
+"apiKey": "$key", "model": "$model", "baseUrl": "$base", "contextWindow": $context, "maxTokens": $output}, \
+"updatedAt": "2026-01-01T00:00:00.000Z"}}}
 
 continue: npm install -g @continuedev/cli
 CONTINUE_GLOBAL_DIR=$dir cn --config $dir/config.yaml
 config.yaml: {"name": "ztoapi", "version": "1.0.0", "schema": "v1", "models": [{"name": "$model", "model": "$model", \
-"provider": "openai", "apiBase": "$base", "apiKey": "$key", "roles": ["chat", "edit", "apply"]}]}
+"provider": "openai", "apiBase": "$base", "apiKey": "$key", "roles": ["chat", "edit", "apply"], \
+"capabilities": $capabilities, "defaultCompletionOptions": {"contextLength": $context, "maxTokens": $reserve}}]}
+
+hermes: pip install hermes-agent
+HERMES_HOME=$dir hermes chat --provider custom -m $model
+config.yaml: {"model": {"default": "$model", "provider": "custom", "base_url": "$base", "api_key": "$key", \
+"context_length": $context, "max_tokens": $output, "supports_vision": $vision}}
 
 aider: pip install aider-chat
-AIDER_OPENAI_API_BASE=$base AIDER_OPENAI_API_KEY=$key aider --model openai/$model --weak-model openai/$model \
---edit-format diff --no-show-model-warnings
+AIDER_OPENAI_API_BASE=$base AIDER_OPENAI_API_KEY=$key AIDER_MODEL_METADATA_FILE=$dir/models.json \
+aider --model openai/$model --weak-model openai/$model --edit-format diff --no-show-model-warnings
+models.json: {"openai/$model": {"litellm_provider": "openai", "mode": "chat", "max_input_tokens": $context, \
+"max_output_tokens": $output, "supports_vision": $vision, "input_cost_per_token": $input_cost, \
+"cache_read_input_token_cost": $cached_cost, "output_cost_per_token": $output_cost}}
 
 gptme: pip install gptme
-$xdg OPENAI_BASE_URL=$base OPENAI_API_KEY=$key gptme --tool-format tool -m local/$model
+$xdg OPENAI_BASE_URL=$base OPENAI_API_KEY=$key GPTME_CONTEXT_LENGTH=$context gptme --tool-format tool -m local/$model
 
 llm: pip install llm
 LLM_USER_PATH=$dir LLM_MODEL=$model OPENAI_API_KEY=$key llm
-extra-openai-models.yaml: [{"model_id": "$model", "model_name": "$model", "api_base": "$base", "reasoning": true, \
-"api_key_name": "openai", "supports_tools": true, "supports_schema": true}]"""
+extra-openai-models.yaml: [{"model_id": "$model", "model_name": "$model", "api_base": "$base", "reasoning": $thinks, \
+"api_key_name": "openai", "supports_tools": true, "supports_schema": true, "vision": $vision}]"""
 # What clients have in common: opencode's file, and variables for programs that have none for a folder.
 OPENCODE = """{"model": "ztoapi/$model", "provider": {"ztoapi": {"npm": "@ai-sdk/openai-compatible", \
-"options": {"baseURL": "$base", "apiKey": "$key"}, "models": {"$model": {"reasoning": true, "attachment": $vision, \
-"limit": {"context": $context, "output": $output}}}}}}"""
+"options": {"baseURL": "$base", "apiKey": "$key"}, "models": {"$model": {"reasoning": $thinks, "attachment": $vision, \
+"modalities": {"input": $input, "output": ["text"]}, "limit": {"context": $context, "output": $output}}}}}}"""
 XDG = "XDG_CONFIG_HOME=$dir/config XDG_DATA_HOME=$dir/data XDG_STATE_HOME=$dir/state XDG_CACHE_HOME=$dir/cache"
+
+# Such a folder as `launch` makes, by hand.
+NEW_FOLDER = "mkdir -p ~/.cache && dir=$(mktemp -d ~/.cache/ztoapi-XXXXXX)"
 
 
 @dataclass(frozen=True, slots=True)
@@ -2904,18 +2944,9 @@ class Client:
     arguments: list[str]
     files: dict[str, str]
 
-    def filled(self, origin: str, key: str, model: Model, folder: str) -> Client:
-        """The client for one server, key, model and folder."""
-        words = {
-            "origin": origin,
-            "base": f"{origin}/v1",
-            "key": key,
-            "dir": folder,
-            "model": model.id,
-        }
-        words |= {"context": str(model.context or 128 * K), "output": str(model.output or 16 * K)}
-        words["vision"] = to_json(model.vision)
-        in_json = {word: to_json(text)[1:-1] for word, text in words.items()}
+    def filled(self, words: Mapping[str, object]) -> Client:
+        """The client with the words of `client_words` and the folder `dir` put in."""
+        in_json = {word: json_word(value) for word, value in words.items()}
         variables = {
             name: Template(text).substitute(words) for name, text in self.variables.items()
         }
@@ -2928,7 +2959,46 @@ class Client:
         files = [f"cat > \"$dir/{name}\" <<'EOF'\n{text}\nEOF" for name, text in self.files.items()]
         exports = [f"export {name}={shell_word(value)}" for name, value in self.variables.items()]
         lines = "\n".join([*files, *exports, " ".join(map(shell_word, self.arguments))])
-        return f"dir=$(mktemp -d)\n{lines}" if "$dir" in lines else lines
+        return f"{NEW_FOLDER}\n{lines}" if "$dir" in lines else lines
+
+
+def client_words(origin: str, key: str, model: Model) -> dict[str, object]:
+    """What the words of the table stand for, but for $dir."""
+    # In pi's files $NAME is a variable, and a line that begins with ! a command.
+    escaped = re.sub(r"^!|\$", r"$\g<0>", key)
+    address = {"origin": origin, "base": f"{origin}/v1"}
+    return {**address, "key": key, "escaped_key": escaped, "model": model.id, **model_words(model)}
+
+
+def model_words(model: Model) -> dict[str, object]:
+    """What clients are told of a model: sizes in tokens, costs in US dollars a token.
+
+    `reserve` is for clients that keep room for a whole answer free, and give only the rest, `prompt`, to the
+    conversation: with `output` itself that would be a quarter of glm-4.5's context, and filled by a few files.
+    """
+    context = model.context or 128 * K
+    output = model.output or 16 * K
+    reserve = min(output, context // 4)
+    cost, cached_cost, output_cost = (price / 1e6 for price in model.price or (0, 0, 0))
+    return {
+        "context": context,
+        "output": output,
+        "reserve": reserve,
+        "prompt": context - reserve,
+        "thinks": model.thinking != "none",
+        "vision": model.vision,
+        "input": ["text", "image"] if model.vision else ["text"],
+        "capabilities": ["tool_use", "image_input"] if model.vision else ["tool_use"],
+        "input_cost": cost,
+        "cached_cost": cached_cost,
+        "output_cost": output_cost,
+    }
+
+
+def json_word(value: object) -> str:
+    """A value as it stands in a JSON file; a text without its quotes, which are there."""
+    text = to_json(value)
+    return text[1:-1] if isinstance(value, str) else text
 
 
 def shell_word(word: str) -> str:
@@ -2953,14 +3023,9 @@ CLIENTS = dict(
 
 
 def client_examples() -> list[JSON]:
-    """What the docs page shows; its script replaces the example's address, key and model."""
-    example = (
-        "http://ztoapi.example",
-        "YOUR_KEY",
-        Model("your-model", 1_000_001, 1_000_002, vision=False),
-        "$dir",
-    )
-    shown = {name: client.filled(*example) for name, client in CLIENTS.items()}
+    """What the docs page shows: its script puts the address, key and model in place of %words%."""
+    words = {word: f"%{word}%" for word in client_words("", "", Model(""))}
+    shown = {name: client.filled({**words, "dir": "$dir"}) for name, client in CLIENTS.items()}
     return [
         {"command": name, "install": it.install, "lines": it.shell_lines()}
         for name, it in shown.items()
@@ -6806,10 +6871,14 @@ async def list_models(request: web.Request) -> web.Response:
 
 async def named_models(request: web.Request) -> dict[str, Model]:
     """The models that this server lists for the caller: Z.ai's, and the aliases without a pattern."""
-    renamed, allows = request.app[SETTINGS].model_aliases, request.get(ACCOUNT, Account("")).allows
+    settings, allows = request.app[SETTINGS], request.get(ACCOUNT, Account("")).allows
+    renamed = settings.model_aliases
     plain = {name: resolve(name, renamed) for name, _ in renamed if not re.search(r"[*?[]", name)}
     models = await request.app[CATALOG].list(time.monotonic()) | plain
-    return {name: model for name, model in models.items() if allows(model)}
+    seeing = vision_model(settings)
+    if seeing is not None and not allows(seeing):
+        seeing = None
+    return {name: with_eyes_of(seeing, model) for name, model in models.items() if allows(model)}
 
 
 async def one_model(request: web.Request) -> web.Response:
@@ -6882,7 +6951,12 @@ async def docs(request: web.Request) -> web.Response:
         "dashboard": settings.dashboard_enabled,
         "clients": client_examples(),
         "models": [
-            {"id": name, **{what: getattr(models[name], what) for what in shown}} for name in models
+            {
+                "id": name,
+                **{what: getattr(models[name], what) for what in shown},
+                "words": {word: json_word(to) for word, to in model_words(models[name]).items()},
+            }
+            for name in models
         ],
     }
     return page_response(DOCS_PAGE, snapshot)
@@ -8285,8 +8359,9 @@ def launch(settings: Settings, flags: argparse.Namespace) -> int:
     )  # which is free
     model = resolve(flags.model or default, settings.model_aliases)
     origin = origin_of(settings.host, settings.port)
-    filled = partial(CLIENTS[flags.client].filled, origin, settings.default_key[0], model)
-    client = filled("$dir")
+    told = with_eyes_of(vision_model(settings), model)
+    words = client_words(origin, settings.default_key[0], told)
+    client = CLIENTS[flags.client].filled({**words, "dir": "$dir"})
     if flags.show:
         print(client.shell_lines())
         return 0
@@ -8311,14 +8386,51 @@ def launch(settings: Settings, flags: argparse.Namespace) -> int:
     ):  # Windows has no SIGHUP
         signal.signal(number, exit_on_signal)
     server = nullcontext() if running else own_server(settings, origin, ["--demo"] * flags.demo)
-    with (
-        server,
-        tempfile.TemporaryDirectory(prefix="ztoapi-", ignore_cleanup_errors=True) as folder,
-    ):
-        client = filled(folder)
+    with server, client_folder() as folder:
+        client = CLIENTS[flags.client].filled({**words, "dir": folder})
         for name, text in client.files.items():
             Path(folder, name).write_text(text, encoding="utf-8")
         return run([program, *client.arguments[1:], *flags.arguments], client.variables)
+
+
+@contextmanager
+def client_folder() -> Iterator[str]:
+    """A new folder for a client's files while the block runs, readable for the user alone.
+
+    It is in the user's cache, where that can be written: below the system's temporary folder, to which others may
+    write too, Codex makes none of its helper programs.
+    """
+    parent = user_cache()
+    made = [folder for folder in (parent, *parent.parents) if not folder.exists()]
+    try:
+        parent.mkdir(parents=True, exist_ok=True)
+        temporary = new_folder(parent)
+    except OSError:
+        temporary = new_folder(None)
+    try:
+        with temporary as folder:
+            yield folder
+    finally:
+        for empty in made:
+            with suppress(OSError):  # others use it by now
+                empty.rmdir()
+
+
+def new_folder(parent: Path | None) -> tempfile.TemporaryDirectory[str]:
+    return tempfile.TemporaryDirectory(prefix="ztoapi-", dir=parent, ignore_cleanup_errors=True)
+
+
+def user_cache() -> Path:
+    """Where this user's programs keep what can be made again; of a user without a home, temporary files."""
+    try:
+        home = Path.home()
+    except RuntimeError:
+        return Path(tempfile.gettempdir())
+    if sys.platform == "win32":
+        return Path(os.environ.get("LOCALAPPDATA") or home / "AppData/Local")
+    if sys.platform == "darwin":
+        return home / "Library/Caches"
+    return Path(os.environ.get("XDG_CACHE_HOME") or home / ".cache")
 
 
 def exit_on_signal(number: int, _: object) -> NoReturn:
@@ -8660,10 +8772,10 @@ const calls = Object.entries({
 }).map(([name, lines]) => [name, (m, stream) => [block(lines(m.id, stream))]]);
 
 const local = ["localhost", "127.0.0.1", "[::1]"].includes(location.hostname), port = location.port === "9090" ? "" : " --port " + location.port;
-const filled = (lines, m) => Object.entries({
-  "http://ztoapi.example": origin, YOUR_KEY: key, "your-model": m.id, 1000001: m.context || 131072, 1000002: m.output || 16384,
-  '"attachment": false': `"attachment": ${m.vision}`,
-}).reduce((text, [example, real]) => text.replaceAll(example, real), lines);
+function filled(lines, m) {
+  const words = { ...m.words, origin, base, key, escaped_key: key, model: m.id };
+  return lines.replace(/%(\w+)%/g, (_, word) => words[word]);
+}
 const launched = ({ command, lines, install }) => [command, m => [
   ...(local ? said(say("Beside ztoapi.py, in one line:", "在 ztoapi.py 所在目录，一行即可："), `python ztoapi.py launch ${command}${port} --model ${m.id}`) : []),
   ...said(say("The same by hand; none of your configuration is changed:", "手动启动（不改动你的任何配置）："), filled(lines, m)),

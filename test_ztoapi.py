@@ -170,6 +170,7 @@ def test_every_variable_is_read_by_its_name_in_capitals():
         "REASONING_MEMORY": "ALL",
         "MAX_CONCURRENCY": "3",
         "MAX_RETRIES": "0",
+        "RATE_LIMIT_WAIT": "30",
         "UPSTREAM_TIMEOUT": "60",
         "MAX_BODY_MB": "8",
         "DASHBOARD_ENABLED": "off",
@@ -191,6 +192,7 @@ def test_every_variable_is_read_by_its_name_in_capitals():
         reasoning_memory="all",
         max_concurrency=3,
         max_retries=0,
+        rate_limit_wait=30,
         upstream_timeout=60,
         max_body_mb=8,
         dashboard_enabled=False,
@@ -4082,19 +4084,23 @@ def test_the_names_of_models_that_clients_make_up_are_forgotten():
 
 
 @pytest.mark.parametrize(
-    ("error", "waits"),
+    "error",
     [
-        (refusal(1302), [1, 2, 4]),
-        (refusal(1305), [2, 4, 8]),
-        (refusal(1200, 500), [0.5, 1, 2]),
-        (zai_error(502, b"<html>"), [0.5, 1, 2]),
-        (ztoapi.connection_error(ztoapi.aiohttp.ServerDisconnectedError()), [0.5, 1, 2]),
-        (ztoapi.connection_error(ztoapi.aiohttp.ConnectionTimeoutError()), [0.5, 1, 2]),
+        refusal(1200, 500),
+        zai_error(502, b"<html>"),
+        ztoapi.connection_error(ztoapi.aiohttp.ServerDisconnectedError()),
+        ztoapi.connection_error(ztoapi.aiohttp.ConnectionTimeoutError()),
+        refusal(1399),
     ],
 )
-def test_the_waits_between_tries(error, waits):
+def test_what_may_pass_is_tried_again(error):
     assert error.kind in ztoapi.RETRYABLE
-    assert [backoff(error, retry, 0.5) for retry in (1, 2, 3)] == waits
+    assert not ztoapi.is_refusal_for_load(error)
+
+
+def test_the_waits_between_tries_double_and_jitter_spreads_them():
+    assert [backoff(retry, 0.5) for retry in (1, 2, 3)] == [0.5, 1, 2]
+    assert [backoff(1, jitter) for jitter in (0, 1)] == [0.375, 0.625]
 
 
 @pytest.mark.parametrize(
@@ -4114,8 +4120,50 @@ def test_a_refusal_that_would_come_again_is_not_retried(error):
     assert error.kind not in ztoapi.RETRYABLE
 
 
-def test_jitter_spreads_the_waits():
-    assert [backoff(refusal(1302), 1, jitter) for jitter in (0, 1)] == [0.75, 1.25]
+BARE_429 = zai_error(429, b"slow down")
+
+
+def with_wait(error, seconds):
+    error = ztoapi.UpstreamError(error.kind, detail=error.detail, zai_code=error.zai_code)
+    error.told_wait = seconds
+    return error
+
+
+@pytest.mark.parametrize(
+    ("error", "answer_time", "waits"),
+    [
+        pytest.param(refusal(1302), 0, [0.3, 0.6, 1, 1, 1], id="too many"),
+        pytest.param(refusal(1302), 3, [0.3, 0.6, 1.2, 1.5, 1.5], id="too many, answers of 3 s"),
+        pytest.param(refusal(1302), 60, [0.3, 0.6, 1.2, 2.4, 4.8, 5, 5], id="long answers"),
+        pytest.param(BARE_429, 0, [0.3, 0.6, 1, 1], id="without a code"),
+        pytest.param(refusal(1305), 0, [2, 4, 8, 15, 15], id="overloaded"),
+        pytest.param(with_wait(refusal(1302), 7.0), 0, [7, 7], id="Z.ai says when"),
+        pytest.param(with_wait(refusal(1305), 1.0), 0, [2, 4], id="Z.ai says when, too soon"),
+    ],
+)
+def test_a_key_that_was_refused_for_load_opens_after_a_while(error, answer_time, waits):
+    patience, now, waited = ztoapi.Patience(), 100.0, []
+    for _ in waits:
+        assert patience.is_open(now)
+        patience.refused(error, answer_time, now, 0.5)
+        patience.refused(error, answer_time, now, 0.5)  # at the same time: counts once
+        assert not patience.is_open(now)
+        waited.append(round(patience.opens_at - now, 6))
+        now = patience.opens_at
+    assert waited == waits
+    patience.accepted()
+    patience.refused(error, 0, now, 0.5)
+    assert round(patience.opens_at - now, 6) == waits[0]
+
+
+@pytest.mark.parametrize(
+    ("error", "opens"), [(refusal(1302), True), (with_wait(refusal(1302), 7.0), False)]
+)
+def test_an_answer_of_ours_that_ends_opens_a_key_unless_zai_said_when(error, opens):
+    patience = ztoapi.Patience()
+    patience.refused(error, 0, 100.0, 0.5)
+    patience.answered()
+    assert patience.is_open(100.0) is opens
 
 
 def crowd(hidden, requests, answer=5.0, limit=None):
@@ -5120,6 +5168,13 @@ class FakeClock(ztoapi.Clock):
         self.time += seconds
         await asyncio.sleep(0)
 
+    def call_later(self, seconds, callback):
+        def fire():
+            self.time += seconds
+            callback()
+
+        return asyncio.get_running_loop().call_later(0.001, fire)
+
 
 @pytest_asyncio.fixture
 async def client(start):
@@ -5901,18 +5956,16 @@ async def test_our_own_bug_is_told_without_a_traceback(start, caplog, stream):
 @pytest.mark.parametrize(
     ("answer", "waits"),
     [
-        pytest.param(zai_refuses(1302), [1, 2], id="1302"),
-        pytest.param(zai_refuses(1305), [2, 4], id="1305"),
         pytest.param(zai_refuses(1399), [0.5, 1], id="another 429"),
         pytest.param(zai_refuses(1234, 500), [0.5, 1], id="1234"),
         pytest.param((502, [b"<html>Bad Gateway</html>"]), [0.5, 1], id="HTML"),
         pytest.param([b"junk"], [0.5, 1], id="junk"),
         pytest.param([], [0.5, 1], id="nothing"),
         pytest.param([RESET], [0.5, 1], id="reset"),
-        pytest.param([b'{"error":{"code":"1305","message":"busy"}}'], [2, 4], id="in a 200"),
+        pytest.param([b'{"error":{"code":"1234","message":"no"}}'], [0.5, 1], id="in a 200"),
         pytest.param(
-            [b'data: {"error":{"code":"1302","message":"busy"}}\n\n'],
-            [1, 2],
+            [b'data: {"error":{"code":"1234","message":"no"}}\n\n'],
+            [0.5, 1],
             id="in the first frame",
         ),
         pytest.param([DOCUMENT[:99], RESET], [0.5, 1], id="half a document"),
@@ -5968,7 +6021,7 @@ async def test_a_key_without_balance_cools_down_while_others_serve(start, zai):
     zai.accounts = {"a": zai_refuses(1113)}
     for text in "abcdefgh":
         assert (await ask(client, message(role="user", content=text)))[0].status == 200
-    assert (zai.keys.count("Bearer a"), zai.keys.count("Bearer b"), slept(client)) == (1, 8, [0])
+    assert (zai.keys.count("Bearer a"), zai.keys.count("Bearer b"), slept(client)) == (1, 8, [])
 
 
 @in_loop
@@ -6048,10 +6101,10 @@ async def test_a_plan_is_used_first_and_the_next_base_when_it_cannot_be(
 async def test_the_next_base_does_not_serve_because_the_one_before_is_busy_or_fails(
     start, zai, other_zai, answer
 ):
-    client = await start(zai_api_key=("plan", f"payg@{other_zai.url}"))
+    client = await start(zai_api_key=("plan", f"payg@{other_zai.url}"), rate_limit_wait=0)
     zai.answers = [answer] * 3
     assert (await ask(client))[0].status >= 429
-    assert (len(zai.bodies), other_zai.bodies) == (3, [])
+    assert other_zai.bodies == []
 
 
 @in_loop
@@ -6100,6 +6153,145 @@ async def test_forty_requests_of_one_client_do_not_hold_up_another(start, zai):
     await ztoapi.end_tasks(waiting)
 
 
+LOAD = [
+    pytest.param(zai_refuses(1302), id="1302"),
+    pytest.param(zai_refuses(1305), id="1305"),
+    pytest.param((429, [b"slow down"]), id="a 429 without a code"),
+    pytest.param([b'{"error":{"code":"1305","message":"busy"}}'], id="in a 200"),
+    pytest.param([b'data: {"error":{"code":"1302","message":"busy"}}\n\n'], id="in a frame"),
+]
+
+
+@in_loop
+@pytest.mark.parametrize("stream", [False, True], ids=["whole", "streamed"])
+@pytest.mark.parametrize("refusal", LOAD)
+async def test_a_refusal_for_load_is_waited_out(start, zai, refusal, stream):
+    client = await start(max_retries=0)
+    zai.answers = [refusal] * 5
+    response, body = await ask(client, chat(stream=stream))
+    assert (response.status, "好😀" in body, len(zai.asked)) == (200, True, 6)
+
+
+@in_loop
+@pytest.mark.parametrize("refusal", LOAD)
+async def test_a_client_is_told_of_load_after_a_while_and_when_to_come_again(start, zai, refusal):
+    client = await start(rate_limit_wait=20)
+    zai.status, zai.parts = refusal if isinstance(refusal, tuple) else (200, refusal)
+    started = client.app[ztoapi.CLOCK].now()
+    response, body = await ask(client)
+    assert (response.status, error_of(body)["code"]) == (429, "rate_limit_exceeded")
+    assert 20 <= client.app[ztoapi.CLOCK].now() - started < 36
+    assert 1 <= int(response.headers["Retry-After"]) <= 15
+    assert "x-should-retry" not in response.headers
+
+
+@in_loop
+async def test_where_zai_says_when_nobody_asks_before_that(client, zai):
+    zai.headers, zai.answers = {"Retry-After": "40"}, [zai_refuses(1302)]
+    started = client.app[ztoapi.CLOCK].now()
+    zai.parts = [DOCUMENT]
+    assert (await ask(client))[0].status == 200
+    assert client.app[ztoapi.CLOCK].now() - started >= 40
+
+
+@in_loop
+async def test_a_time_that_is_too_late_is_told_at_once(client, zai):
+    zai.headers, zai.answers = {"Retry-After": "500"}, [zai_refuses(1302)]
+    response, _ = await ask(client)
+    assert (response.status, response.headers["Retry-After"], len(zai.asked)) == (429, "500", 1)
+
+
+@in_loop
+async def test_another_key_with_room_serves_what_one_refuses_for_load(start, zai):
+    client = await start(zai_api_key=("a", "b"))
+    zai.accounts = {"a": zai_refuses(1302)}
+    started = client.app[ztoapi.CLOCK].now()
+    for text in "abcdefgh":
+        assert (await ask(client, message(role="user", content=text)))[0].status == 200
+    assert zai.keys.count("Bearer b") == 8
+    assert client.app[ztoapi.CLOCK].now() - started < 10
+
+
+@in_loop
+async def test_another_model_serves_before_a_client_is_told_of_load(client, zai):
+    zai.answers = [zai_refuses(1305)] * 4  # 2 s, 4 s, 8 s: more than ten
+    response, _ = await ask(client, chat(fallbacks=["glm-4.5"]))
+    assert (response.status, response.headers["x-ztoapi-model"]) == (200, "glm-4.5")
+    assert [body["model"] for body in zai.bodies] == ["glm-4.6"] * 4 + ["glm-4.5"]
+
+
+@in_loop
+async def test_a_refused_request_keeps_its_turn_and_nobody_runs_into_the_same_refusal(start, zai):
+    client, order = await start(), []
+    zai.answers = [zai_refuses(1302)] * 4
+    zai.takes = 1
+
+    async def request(name):
+        await ask(client, message(role="user", content=name))
+        order.append(name)
+
+    first = asyncio.create_task(request("first"))
+    assert await eventually(lambda: zai.asked)
+    others = [asyncio.create_task(request(f"{number}")) for number in range(5)]
+    await asyncio.gather(first, *others)
+    assert order[0] == "first"
+    texts = [body["messages"][0]["content"] for body in zai.bodies]
+    assert texts[:5] == ["first"] * 5
+
+
+@in_loop
+async def test_an_answer_that_ends_wakes_who_waits_for_its_key(start, zai):
+    client = await start()
+    queue = client.app[ztoapi.UPSTREAM].queue("glm-4.6")
+    client.app[ztoapi.CLOCK].call_later = lambda *_: None  # no time passes
+    zai.takes, zai.parts = 1, [0.2, RECORDED]
+    answers = await asyncio.gather(*(ask(client) for _ in range(3)))
+    assert [response.status for response, _ in answers] == [200] * 3
+    assert (queue.in_flight, queue.waiting) == (0, [])
+
+
+@in_loop
+@pytest.mark.parametrize("stream", [False, True], ids=["whole", "streamed"])
+async def test_who_leaves_while_waiting_out_a_refusal_leaves_nothing_behind(start, zai, stream):
+    client = await start()
+    client.app[ztoapi.CLOCK].call_later = lambda *_: None  # no time passes
+    zai.status, zai.parts = zai_refuses(1305)
+    asking = asyncio.create_task(ask(client, chat(stream=stream)))
+    queue = client.app[ztoapi.UPSTREAM].queue("glm-4.6")
+    assert await eventually(lambda: queue.waiting)
+    asking.cancel()
+    assert await eventually(lambda: (queue.waiting, queue.in_flight, queue.tickets) == ([], 0, 0))
+
+
+@in_loop
+async def test_a_stream_is_kept_alive_while_a_refusal_is_waited_out(start, zai, monkeypatch):
+    monkeypatch.setattr(ztoapi, "KEEP_ALIVE_INTERVAL", 0.05)
+    client = await start()
+    client.app[ztoapi.CLOCK].call_later = lambda *_: None  # no time passes
+    zai.status, zai.parts = zai_refuses(1305)
+    async with client.post(CHAT_PATH, json=chat(stream=True), headers=KEY) as response:
+        assert await response.content.readuntil(b"\n\n") == b": keep-alive\n\n"
+
+
+CHAT_PATH = "/v1/chat/completions"
+
+
+@in_loop
+async def test_a_whole_answer_that_ran_long_is_asked_for_only_once_more(start, zai):
+    client = await start(max_retries=5)
+    clock = client.app[ztoapi.CLOCK]
+    asked = FakeZai.answer
+
+    async def slow(self, request):
+        clock.time += 61
+        return await asked(self, request)
+
+    zai.answer = slow.__get__(zai)
+    zai.parts = [FIRST, RESET]
+    assert (await ask(client))[0].status == 502
+    assert len(zai.asked) == 2
+
+
 @in_loop
 async def test_no_more_are_in_flight_than_may_be_also_while_one_waits_for_its_next_try(start, zai):
     client = await start(max_concurrency=1)
@@ -6121,10 +6313,10 @@ async def test_no_more_are_in_flight_than_may_be_also_while_one_waits_for_its_ne
 
 
 @in_loop
-@pytest.mark.parametrize("code", [1113, 1211, 1308, 1310, 1311, 1305])
+@pytest.mark.parametrize("code", [1113, 1211, 1308, 1310, 1311])
 @pytest.mark.parametrize("stream", [False, True], ids=["whole", "streamed"])
 async def test_another_model_serves_where_the_first_cannot(client, zai, code, stream):
-    zai.answers = [zai_refuses(code)] * (3 if code == 1305 else 1)
+    zai.answers = [zai_refuses(code)]
     response, body = await ask(
         client, chat(fallbacks=["zai/glm-4.7-flash", "glm-4.5"], stream=stream)
     )
@@ -6459,12 +6651,12 @@ async def test_every_surface_answers_whole_and_streamed_and_is_counted(client, z
 @in_loop
 @on_every_surface
 async def test_every_surface_tries_again_and_falls_back(client, zai, path, body):
-    zai.answers = [zai_refuses(1302), zai_refuses(1311)]
+    zai.answers = [zai_refuses(1234, 500), zai_refuses(1311)]
     response, _ = await ask(client, body | {"fallbacks": ["glm-4.5"], "stream": True}, path)
     assert (response.status, response.headers["x-ztoapi-model"], slept(client)) == (
         200,
         "glm-4.5",
-        [1],
+        [0.5],
     )
 
 
@@ -6789,12 +6981,16 @@ async def test_messages_go_beside_the_base_of_each_key(start, zai, other_zai):
 
 @in_loop
 @pytest.mark.parametrize(
-    "answer", [zai_refuses(1302), (200, [b'data: {"type":"error","error":{"code":"1302"}}\n\n'])]
+    "answer",
+    [
+        zai_refuses(1234, 500),
+        (200, [b'data: {"type":"error","error":{"code":"1234"}}\n\n']),
+    ],
 )
 async def test_messages_are_tried_again_like_chat(passing, zai, answer):
     zai.status, zai.parts = answer
     response, _ = await ask(passing, CLAUDE, "/v1/messages")
-    assert (response.status, len(zai.asked)) == (429, 3)
+    assert (response.status, len(zai.asked)) == (502, 3)
 
 
 @in_loop
@@ -7802,7 +7998,7 @@ async def test_an_upload_may_be_slow_but_not_stall(start, pauses, status):
 @in_loop
 async def test_a_refusal_whose_body_stalls_is_judged_by_its_status(client, zai, monkeypatch):
     monkeypatch.setattr(ztoapi, "ERROR_BODY_TIMEOUT", 0.1)
-    zai.answers = [(429, [b'{"error":', HANG]), (500, [b"<html>", RESET]), (400, [HANG])]
+    zai.answers = [(502, [b'{"error":', HANG]), (500, [b"<html>", RESET]), (400, [HANG])]
     response, text = await ask(client)
     assert (response.status, error_of(text)["code"], slept(client)) == (400, "zai_400", [0.5, 1])
 
@@ -7903,7 +8099,7 @@ async def test_fallbacks_of_the_client_must_be_allowed_and_those_of_the_operator
     client = await start(
         fallback_models=("glm-5.3", "glm-4.7"), max_retries=0, model_aliases=(("best", "glm-5.3"),)
     )
-    key, (status, busy) = await make_key(client, models="glm-4*"), zai_refuses(1302)
+    key, (status, busy) = await make_key(client, models="glm-4*"), zai_refuses(1234, 500)
     for fields in ({"model": "best"}, {"fallbacks": ["glm-4.7", "zai/GLM-5.3"]}):
         response, body = await ask(client, chat(**fields), headers=key)
         assert (response.status, error_of(body)["code"], zai.bodies) == (
@@ -8173,7 +8369,7 @@ async def test_a_key_without_a_plan_shows_nothing(start, zai, quota):
 async def test_prometheus_reads_the_metrics(start, zai):
     parser = pytest.importorskip("prometheus_client.parser")
     client, zai.parts = await start(max_retries=1), [DOCUMENT]
-    zai.answers = [zai_refuses(1302)]
+    zai.answers = [zai_refuses(1234, 500)]
     for body in (HELLO, chat(stream=True), chat(model='x"\\y')):
         await ask(client, body)
     await ask(client, {}, headers={})
@@ -8201,7 +8397,7 @@ async def test_prometheus_reads_the_metrics(start, zai):
             ("tokens_total", 'x"\\y', kind): n
             for kind, n in (("prompt", 6), ("cached", 2), ("completion", 3))
         },
-        **{(name, "glm-4.6"): n for name, n in (("in_flight", 0), ("waiting", 0), ("limit", 1))},
+        **{(name, "glm-4.6"): n for name, n in (("in_flight", 0), ("waiting", 0), ("limit", 4))},
         **{(name, 'x"\\y'): n for name, n in (("in_flight", 0), ("waiting", 0), ("limit", 4))},
     }
     assert (
@@ -9230,7 +9426,7 @@ async def test_a_slow_database_shifts_no_times_of_the_dashboard(client, monkeypa
 @in_loop
 async def test_the_dashboard_tells_what_went_through_and_no_secret(start, zai):
     client = await start(zai_api_key=("zai-one", "zai-two"))
-    zai.answers = [zai_refuses(1113), zai_refuses(1302)]
+    zai.answers = [zai_refuses(1113), zai_refuses(1234, 500)]
     await ask(client, message(role="user", content="my secret prompt"))
     await ask(client, chat(model="<B>x", stream=True, fallbacks=["glm-5"]))
     await ask(client, {"model": ""})

@@ -299,6 +299,7 @@ class Settings:
         0, whole_number(0, 100_000), "a number of requests, 0 to 100000; 0 = learn it"
     )
     max_retries: int = setting(2, whole_number(0, 10), "a number of times, 0 to 10")
+    rate_limit_wait: int = setting(120, whole_number(0, 86400), "a number of seconds, 0 to 86400")
     upstream_timeout: int = setting(300, whole_number(1, 86400), "a number of seconds, 1 to 86400")
     max_body_mb: int = setting(64, whole_number(1, 4096), "a number of megabytes, 1 to 4096")
     database_url: str = setting("", database_url, "sqlite:///PATH, postgresql://… or memory")
@@ -499,6 +500,7 @@ class UpstreamError(ProxyError):
     ) -> None:
         super().__init__(kind, message, detail=detail)
         self.zai_code = zai_code
+        self.told_wait: float | None = None  # seconds, where Z.ai sent Retry-After
         self.resets_at = reset_time(detail) if kind == QUOTA_EXCEEDED else None
 
     def with_retry_after(self, seconds: float | None) -> UpstreamError:
@@ -4855,6 +4857,9 @@ class Clock:
     jitter = staticmethod(random.SystemRandom().random)
     sleep = staticmethod(asyncio.sleep)
 
+    def call_later(self, seconds: float, callback: Callable[[], None]) -> asyncio.TimerHandle:
+        return asyncio.get_running_loop().call_later(seconds, callback)
+
 
 COOLDOWN_ERRORS = frozenset(
     (AUTHENTICATION, NO_BALANCE, QUOTA_EXCEEDED)
@@ -5027,20 +5032,80 @@ class AdaptiveLimit:
         return {"lowered_to": self.floor, "refused_at": probe_at - self.pause, "probe_at": probe_at}
 
 
-FIRST_WAIT: Mapping[str, float] = {"1302": 1.0, "1305": 2.0}  # seconds, by Z.ai's code
-
-
-def backoff(error: UpstreamError, retry: int, jitter: float) -> float:
+def backoff(retry: int, jitter: float) -> float:
     """Seconds to wait before this retry, from 1 on; `jitter` from 0 to 1 keeps clients from retrying in step."""
-    return FIRST_WAIT.get(error.zai_code, 0.5) * 2.0 ** (retry - 1) * (0.75 + jitter / 2)
+    return 0.5 * 2.0 ** (retry - 1) * (0.75 + jitter / 2)
 
 
-class Slot(NamedTuple):
+# Patience. Z.ai refuses requests for load: 1302 (too many at once with this key), 1305 (the model is
+# overloaded), or a 429 without a code. It passes when others finish, and who the others are we cannot
+# know: the same key may serve other processes and other programs. So a refused request does not come
+# back to its client as an error, nor spends it a retry; it stays at the head of its queue, and the key
+# is closed for this model for a while: nobody else of the queue runs into the same refusal.
+#
+# The key opens again after 0.3 s, then after twice that, up to half of what an answer takes (1 to 5 s);
+# for 1305, which lasts longer, after 2 to 15 s. It opens at once when an answer of ours with this key
+# ends, for then there is room that we know of.
+#
+# Processes that share a key share it fairly enough without knowing of each other. Say P of them wait
+# for a key that takes one request at a time, and answers take a seconds. Who has the key keeps it for
+# as long as it has requests waiting, without a gap; new requests come to all processes alike, so its
+# queue runs dry after some turns. Then the other P - 1 ask every w seconds, at times that jitter spreads,
+# and one finds the key free after w/P on average: with w = 1 s and P = 4, a quarter of a second, once
+# in many answers. Each of the P - 1 wastes a request every w seconds, so (P - 1)a/w for each answer:
+# one and a half for answers of 0.5 s, fewer the more patient w is with longer ones.
+class Patience:
+    """When a key that Z.ai refused for load may be tried again. Times are seconds of the clock."""
+
+    FIRST_WAIT, LEAST_WAIT, MOST_WAIT = 0.3, 1.0, 5.0
+    OVERLOADED_WAIT, MOST_OVERLOADED_WAIT = 2.0, 15.0  # for 1305
+
+    def __init__(self) -> None:
+        self.refusals = 0  # one after the other
+        self.opens_at = 0.0
+        self.is_named = False  # Z.ai said when
+
+    def is_open(self, now: float) -> bool:
+        return now >= self.opens_at
+
+    def refused(self, error: UpstreamError, answer_time: float, now: float, jitter: float) -> None:
+        """Close the key; `answer_time` is what answers took lately, in seconds."""
+        if not self.is_open(now):  # a refusal meanwhile belongs to the last one
+            return
+        first = self.FIRST_WAIT
+        most = min(max(answer_time / 2, self.LEAST_WAIT), self.MOST_WAIT)
+        if error.zai_code == "1305":
+            first = self.OVERLOADED_WAIT
+            most = self.MOST_OVERLOADED_WAIT
+        wait = min(first * 2.0 ** min(self.refusals, 10), most) * (0.75 + jitter / 2)
+        told = error.told_wait or 0.0
+        self.is_named = told > wait
+        self.opens_at = now + max(told, wait)
+        self.refusals += 1
+
+    def accepted(self) -> None:
+        self.refusals = 0
+
+    def answered(self) -> None:
+        """An answer of ours with this key has ended, so there is room for one more."""
+        if not self.is_named:
+            self.opens_at = 0.0
+
+
+def is_refusal_for_load(error: UpstreamError) -> bool:
+    """Whether it passes when others finish."""
+    return error.zai_code in ("1302", "1305") or (error.kind == RATE_LIMITED and not error.zai_code)
+
+
+@dataclass(slots=True, eq=False)
+class Slot:
     """One request's slot in flight, with this key; `in_flight_at_entry` counts it too."""
 
     key: ZaiKey
     limit: AdaptiveLimit
+    patience: Patience
     in_flight_at_entry: int
+    accepted_at: float | None = None  # when Z.ai took the request
 
 
 @dataclass(slots=True, eq=False)
@@ -5055,6 +5120,7 @@ class Ticket:
     turn: tuple[int, int]
     failures: dict[ZaiKey, ErrorKind] = field(default_factory=dict)
     retries: int = 0
+    refused_at: float | None = None  # for load, the first time
     slot: asyncio.Future[Slot] = field(init=False)  # while it waits
 
     def preference(self, key: ZaiKey) -> tuple[bool, str]:
@@ -5071,12 +5137,15 @@ class Queue:
         self.keys, self.clock = keys, clock
         self.max_in_flight = max_in_flight or math.inf
         self.limits = {key: AdaptiveLimit() for key in keys.keys}
+        self.patience = {key: Patience() for key in keys.keys}
+        self.answer_time = 0.0  # seconds that answers took lately
         self.in_flight = 0  # with all keys together
         self.waiting: list[Ticket] = []  # in the order of their turns
         self.round = 0  # the highest served so far
         self.numbers = count()
         self.tickets = 0  # given out and not returned; a request keeps its own while it sleeps between two tries
-        self.timer: asyncio.TimerHandle | None = None
+        self.timer: asyncio.TimerHandle | None = None  # for the next look at the queue
+        self.looks_at = 0.0
 
     def ticket(self, target: Target, caller: Caller) -> Ticket:
         """A ticket behind the account's others that wait; the caller counts it in `tickets`."""
@@ -5106,7 +5175,26 @@ class Queue:
             if ticket in self.waiting:
                 self.waiting.remove(ticket)
 
+    def accepted(self, slot: Slot) -> None:
+        """Z.ai took the request: there may be room for another one."""
+        now = self.clock.now()
+        slot.accepted_at = now
+        slot.limit.accepted(slot.in_flight_at_entry, now)
+        slot.patience.accepted()
+        if self.waiting:
+            self.admit()
+
+    def refused(self, slot: Slot, error: UpstreamError) -> None:
+        """Z.ai refused the request for load: later ones must wait too."""
+        now = self.clock.now()
+        slot.limit.refused(slot.in_flight_at_entry, now)
+        slot.patience.refused(error, self.answer_time, now, self.clock.jitter())
+
     def release(self, slot: Slot) -> None:
+        if slot.accepted_at is not None:
+            took = self.clock.now() - slot.accepted_at
+            self.answer_time += (took - self.answer_time) / 4
+            slot.patience.answered()
         slot.limit.in_flight -= 1
         self.in_flight -= 1
         self.admit()
@@ -5115,10 +5203,20 @@ class Queue:
         """Grant slots to the head of the queue, as long as there are any."""
         while self.waiting and self.grant(self.waiting[0]):
             self.waiting.pop(0)
-        if (
-            self.waiting and self.timer is None
-        ):  # a pause or a cool-down may end while nothing else happens
-            self.timer = asyncio.get_running_loop().call_later(self.POLL_INTERVAL, self.poll)
+        if self.waiting:
+            self.look_again()
+
+    def look_again(self) -> None:
+        """Look at the queue when a key opens, and now and then: a rest may end while nothing else happens."""
+        now = self.clock.now()
+        closed = [each.opens_at - now for each in self.patience.values() if not each.is_open(now)]
+        delay = min([self.POLL_INTERVAL, *closed])
+        if self.timer and self.looks_at <= now + delay:
+            return
+        if self.timer:
+            self.timer.cancel()
+        self.looks_at = now + delay
+        self.timer = self.clock.call_later(delay, self.poll)
 
     def poll(self) -> None:
         self.timer = None
@@ -5153,18 +5251,18 @@ class Queue:
         }
 
     def try_acquire(self, ticket: Ticket) -> Slot | None:
-        """A slot with the first available key that has room. Raises ProxyError when all keys cool down."""
+        """A slot with the first available key that has room and is open. Raises ProxyError when all keys cool down."""
         keys, now = self.keys.available(ticket.target), self.clock.now()
         if self.in_flight >= self.max_in_flight:
             return None
         for key in keys if len(keys) == 1 else sorted(keys, key=ticket.preference):
-            limit = self.limits[key]
-            if limit.has_room(now):
+            limit, patience = self.limits[key], self.patience[key]
+            if limit.has_room(now) and patience.is_open(now):
                 self.keys.tried(key, ticket.target)
                 self.round = max(self.round, ticket.turn[0])
                 self.in_flight += 1
                 limit.in_flight += 1
-                return Slot(key, limit, limit.in_flight)
+                return Slot(key, limit, patience, limit.in_flight)
         return None
 
 
@@ -5266,6 +5364,13 @@ def header_word(words: str) -> str:
     return NOT_IN_HEADERS.sub("_", words)[:128]
 
 
+def retry_after_seconds(words: str) -> float | None:
+    """The seconds in a Retry-After header; None for a date, which no answer of Z.ai's has had."""
+    if re.fullmatch(r"\d{1,6}", words, re.ASCII):
+        return float(words)
+    return None
+
+
 async def read_up_to(limit: int, content: aiohttp.StreamReader) -> bytes:
     """All of a body, or at least its first `limit` bytes."""
     parts: list[bytes] = []
@@ -5309,7 +5414,9 @@ class ByteStream:
                     read_up_to(ERROR_BODY_LIMIT, self.response.content), ERROR_BODY_TIMEOUT
                 )
             trace(f"received HTTP {self.response.status}", body)
-            raise self.with_request_id(zai_error(self.response.status, body))
+            error = self.with_request_id(zai_error(self.response.status, body))
+            error.told_wait = retry_after_seconds(self.response.headers.get("Retry-After", ""))
+            raise error
 
     async def read(self) -> bytes:
         """The next bytes, none at the end. Raises UpstreamError when the connection breaks off, or is silent."""
@@ -5709,6 +5816,11 @@ def canonical(arguments: str) -> str:
         return arguments
 
 
+LONG_ATTEMPT = 60  # seconds; a whole answer that broke off after that is asked for only once more
+FALLBACK_PATIENCE = (
+    10  # seconds for which refusals for load are waited out where another model may do
+)
+
 Attempt = Callable[
     [ZaiKey, AsyncExitStack], Awaitable[R]
 ]  # asks with a key until the answer has begun
@@ -5760,18 +5872,17 @@ class Upstream:
 
     async def with_fallbacks(self, plan: Plan, owner: AsyncExitStack) -> EventStream:
         """Ask one model after the other; raises the last one's error."""
+        patience = min(FALLBACK_PATIENCE, self.settings.rate_limit_wait)
         for model, prompt in plan.prompts[:-1]:
+            attempt = partial(self.ask, plan, model, prompt)
+            use = Target(model.id)
             try:
-                return await self.ask_model(plan, model, prompt, owner)
+                return await self.with_retries(use, plan.caller, attempt, owner, patience)
             except UpstreamError as error:
                 if error.kind not in FALLBACK_ERRORS:
                     raise
             self.remedies["fallbacks"] += 1
-        return await self.ask_model(plan, *plan.prompts[-1], owner)
-
-    async def ask_model(
-        self, plan: Plan, model: Model, prompt: Prompt, owner: AsyncExitStack
-    ) -> EventStream:
+        model, prompt = plan.prompts[-1]
         attempt = partial(self.ask, plan, model, prompt)
         return await self.with_retries(Target(model.id), plan.caller, attempt, owner)
 
@@ -5799,55 +5910,94 @@ class Upstream:
                 self.remedies[repair.kind] += repair.mended
 
     async def with_retries(
-        self, target: Target, caller: Caller, attempt: Attempt[R], owner: AsyncExitStack
+        self,
+        target: Target,
+        caller: Caller,
+        attempt: Attempt[R],
+        owner: AsyncExitStack,
+        patience: float | None = None,
     ) -> R:
         """Retry one model (queue, keys, back-off); raises the last error.
 
-        The slot and the connection belong to `owner`, which holds nothing else: it is emptied after a failed attempt.
+        `patience`: for how many seconds refusals for load are waited out, else RATE_LIMIT_WAIT. The
+        slot and the connection belong to `owner`, which holds nothing else: it is emptied after a
+        failed attempt.
         """
+        if patience is None:
+            patience = self.settings.rate_limit_wait
         queue = self.queue(target.model)
         queue.tickets += 1
         try:
-            return await self.retry(queue, queue.ticket(target, caller), attempt, owner)
+            return await self.retry(queue, queue.ticket(target, caller), attempt, owner, patience)
         finally:
             queue.tickets -= 1
 
     async def retry(
-        self, queue: Queue, ticket: Ticket, attempt: Attempt[R], owner: AsyncExitStack
+        self,
+        queue: Queue,
+        ticket: Ticket,
+        attempt: Attempt[R],
+        owner: AsyncExitStack,
+        patience: float,
     ) -> R:
         while True:
             slot = await queue.acquire(ticket)
+            started = self.clock.now()
             owner.callback(queue.release, slot)
             try:
                 stream = await attempt(slot.key, owner)
             except UpstreamError as error:
                 async with owner:  # emptied at the end
-                    wait = self.record_failure(ticket, slot, error)
+                    if is_refusal_for_load(error):
+                        self.wait_out(queue, ticket, slot, error, patience)
+                        wait = 0.0
+                    else:
+                        lasted = self.clock.now() - started
+                        wait = self.record_failure(ticket, slot, error, lasted)
             else:
                 self.keys.accepted(slot.key, ticket.target)
-                slot.limit.accepted(slot.in_flight_at_entry, self.clock.now())
-                queue.admit()
+                queue.accepted(slot)
                 return stream
-            await self.clock.sleep(wait)
+            if wait:
+                await self.clock.sleep(wait)
 
-    def record_failure(self, ticket: Ticket, slot: Slot, error: UpstreamError) -> float:
-        """Update limits and keys after a failure; return the seconds to wait, or raise if there is no next try."""
-        if error.zai_code in ("1302", "1305"):
-            slot.limit.refused(slot.in_flight_at_entry, self.clock.now())
-        if error.zai_code == "1302" and slot.limit.in_flight > 1:
-            self.remedies["queued_again"] += 1
-            return 0  # too many at the same time: back to the head of the queue
-        last, ticket.failures[slot.key] = ticket.failures.get(slot.key), error.kind
+    def wait_out(
+        self, queue: Queue, ticket: Ticket, slot: Slot, error: UpstreamError, patience: float
+    ) -> None:
+        """Let a request that was refused for load wait in its place; raise the refusal after `patience` seconds."""
+        queue.refused(slot, error)
+        now = self.clock.now()
+        if ticket.refused_at is None:
+            ticket.refused_at = now
+        ends_at = ticket.refused_at + patience
+        opens_at = slot.patience.opens_at
+        if now >= ends_at or (slot.patience.is_named and opens_at > ends_at):
+            error.retry_after = max(error.retry_after or 0, opens_at - now)
+            raise error
+        self.remedies["queued_again"] += 1
+
+    def record_failure(
+        self, ticket: Ticket, slot: Slot, error: UpstreamError, lasted: float
+    ) -> float:
+        """Update keys after a failure; return the seconds to wait, or raise if there is no next try.
+
+        `lasted`: seconds that the attempt took. One that was long is repeated only once.
+        """
+        last = ticket.failures.get(slot.key)
+        ticket.failures[slot.key] = error.kind
         if self.keys.calls_for_cooldown(error) and error.kind != last:
             self.keys.cool_down(slot.key, ticket.target, error)
             self.keys.available(ticket.target)  # raises when no other key is left
             self.remedies["other_keys"] += 1
             return 0
-        if error.kind not in RETRYABLE or ticket.retries >= self.settings.max_retries:
+        retries = self.settings.max_retries
+        if lasted > LONG_ATTEMPT:
+            retries = min(retries, 1)
+        if error.kind not in RETRYABLE or ticket.retries >= retries:
             raise error
         self.remedies["retries"] += 1
         ticket.retries += 1
-        return backoff(error, ticket.retries, self.clock.jitter())
+        return backoff(ticket.retries, self.clock.jitter())
 
     def snapshot(self, redact: Callable[[str], str]) -> JSON:
         """The state of keys and queues for the dashboard: a key is shown by its number, other secrets are redacted."""

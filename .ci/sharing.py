@@ -1,0 +1,148 @@
+"""How processes that share a key share what Z.ai takes, without knowing of each other.
+
+usage: python .ci/sharing.py [PROCESSES,… [LIMIT,… [SECONDS]]]      default: 1,4 1,3 12
+
+A stand-in for Z.ai takes LIMIT requests at a time and refuses others with 1302; 24 clients ask
+ztoapi, as that many processes, again and again, over a new connection each time.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import aiohttp
+from aiohttp import web
+
+PROGRAM = Path(__file__).parent.parent / "ztoapi.py"
+ANSWER = 0.5  # seconds
+CLIENTS = 24
+CHUNK = b'data: {"id":"1","created":1,"choices":[{"index":0,"delta":{"content":"hi"}}]}\n\n'
+END = (
+    b'data: {"id":"1","choices":[{"index":0,"finish_reason":"stop","delta":{}}]}\n\n'
+    b"data: [DONE]\n\n"
+)
+ASKED = {"model": "glm-5.3", "messages": [{"role": "user", "content": "hi"}]}
+
+
+class BusyZai:
+    """Takes `limit` requests at a time."""
+
+    def __init__(self, limit: int) -> None:
+        self.limit = limit
+        self.active = 0
+        self.answered = 0
+        self.refused = 0
+
+    async def chat(self, request: web.Request) -> web.StreamResponse:
+        await request.read()
+        if self.active >= self.limit:
+            self.refused += 1
+            return web.json_response({"error": {"code": "1302", "message": "slow"}}, status=429)
+        self.active += 1
+        try:
+            response = web.StreamResponse(headers={"Content-Type": "text/event-stream"})
+            await response.prepare(request)
+            await response.write(CHUNK)
+            await asyncio.sleep(ANSWER)
+            await response.write(END)
+        finally:
+            self.active -= 1
+        self.answered += 1
+        return response
+
+
+def start_ztoapi(zai_port: int) -> tuple[subprocess.Popen[str], str]:
+    settings = {
+        "ZAI_API_KEY": "key",
+        "ZAI_BASE_URL": f"http://127.0.0.1:{zai_port}/v4",
+        "DATABASE_URL": "memory",
+        "DEFAULT_KEY": "sk-sharing",
+        "PORT": "0",
+        "HOST": "127.0.0.1",
+    }
+    process = subprocess.Popen(
+        [sys.executable, PROGRAM],
+        env={**os.environ, **settings},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+    )
+    for line in process.stdout or ():
+        if "clients" in line:
+            return process, line.split()[-1]
+    raise SystemExit("ztoapi did not start")
+
+
+async def ask_again_and_again(
+    addresses: list[str], ends_at: float, waits: list[float], refusals: list[int]
+) -> None:
+    connector = aiohttp.TCPConnector(force_close=True)
+    headers = {"Authorization": "Bearer sk-sharing"}
+    async with aiohttp.ClientSession(connector=connector, headers=headers) as session:
+        while time.monotonic() < ends_at:
+            started = time.monotonic()
+            url = random.choice(addresses) + "/chat/completions"
+            async with session.post(url, json=ASKED) as response:
+                await response.read()
+            if response.status != 200:
+                refusals.append(response.status)
+            waits.append(time.monotonic() - started)
+
+
+async def share(processes: int, limit: int, seconds: float) -> float:
+    """Prints one line; the share of the best possible answers per second."""
+    zai = BusyZai(limit)
+    app = web.Application()
+    app.router.add_post("/v4/chat/completions", zai.chat)
+    runner = web.AppRunner(app)
+    await runner.setup()
+    site = web.TCPSite(runner, "127.0.0.1", 0)
+    await site.start()
+    port = runner.addresses[0][1]
+    started = [start_ztoapi(port) for _ in range(processes)]
+    addresses = [address for _, address in started]
+    waits: list[float] = []
+    refusals: list[int] = []
+    begins = time.monotonic()
+    await asyncio.gather(
+        *(ask_again_and_again(addresses, begins + seconds, waits, refusals) for _ in range(CLIENTS))
+    )
+    took = time.monotonic() - begins
+    for process, _ in started:
+        process.send_signal(signal.SIGTERM)
+        process.wait(40)
+    await runner.cleanup()
+    best = min(limit, CLIENTS) / ANSWER
+    share = zai.answered / took / best
+    mean = sum(waits) / len(waits)
+    print(
+        f"{processes} processes, limit {limit:2}: {zai.answered / took:5.2f} answers/s,"
+        f" {share:.2f} of the best; told a refusal: {len(refusals)};"
+        f" wasted at Z.ai: {zai.refused / max(zai.answered, 1):.2f} for each answer;"
+        f" longest wait {max(waits) / mean:.1f} times the mean of {mean:.1f} s",
+        flush=True,
+    )
+    assert not refusals, refusals
+    return share
+
+
+async def main() -> None:
+    given = sys.argv[1:] + ["1,4", "1,3", "12"][len(sys.argv) - 1 :]
+    processes, limits = ([int(number) for number in words.split(",")] for words in given[:2])
+    for limit in limits:
+        alone = 1.0
+        for number in processes:
+            share_of_best = await share(number, limit, float(given[2]))
+            if number == 1:
+                alone = share_of_best
+            assert share_of_best >= 0.8 * alone, "too much is left unused"
+
+
+asyncio.run(main())

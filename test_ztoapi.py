@@ -7042,8 +7042,14 @@ async def test_a_packed_body_is_passed_on_unpacked(passing, zai):
 async def test_what_else_zai_serves_is_passed_on(passing, zai, method, path):
     path = path.replace(ztoapi.ID, "file-7")
     zai.headers, zai.parts = {"Content-Type": "audio/wav"}, [b"RIFF", 0.01, b"\x00\xff"]
-    data = b"--x\r\n\r\nbytes" if method == "POST" else None
-    headers = KEY | ({"Content-Type": "multipart/form-data; boundary=x"} if data else {})
+    data, headers = None, KEY
+    if path in ("files", "audio/transcriptions") and method == "POST":
+        data, headers = (
+            b"--x\r\n\r\nbytes",
+            KEY | {"Content-Type": "multipart/form-data; boundary=x"},
+        )
+    elif method == "POST":
+        data, headers = b'{ "x":1}', KEY | {"Content-Type": "application/json"}
     async with passing.request(
         method, f"/v1/{path}?limit=2", data=data, headers=headers
     ) as response:
@@ -7071,7 +7077,6 @@ async def test_what_else_zai_serves_is_passed_on(passing, zai, method, path):
             b'{"model":"cogview-4","n":1.0}',
         ),
         ("images/generations", b'{ "model": "GLM-Image", "n": 1.0}', None),
-        ("tokenizer", b'{ "model": 7}', None),
         (
             "embeddings",
             b'{"model":"embedding-3","input":"x","encoding_format":"float"}',
@@ -8074,7 +8079,154 @@ async def test_a_client_that_leaves_before_the_end_uses_up_its_tokens_too(client
         await response.content.readline()
     assert await eventually(lambda: client.app[ztoapi.ACCOUNTS].counted)
     ((_, used),) = client.app[ztoapi.ACCOUNTS].counted.items()
-    assert used == [1, 0, 100, 0, 1]
+    assert used[0:2] == [1, 0]
+    assert 1100 <= used[2] <= 1200  # 400 characters of text and 4,000 for the picture
+    assert used[3:] == [0, 1]
+
+
+@in_loop
+@pytest.mark.parametrize("stream", [False, True], ids=["whole", "streamed"])
+async def test_who_leaves_before_the_first_word_has_used_all_that_zai_has(client, zai, stream):
+    zai.parts = [HANG]
+    key = await make_key(client, tokens="1M")
+    tool = function("f", description="x" * 40_000, parameters={"enum": ["y" * 40_000]})
+    asking = asyncio.create_task(ask(client, chat(stream=stream, tools=[tool]), headers=key))
+    assert await eventually(lambda: zai.asked)
+    asking.cancel()
+    assert await eventually(lambda: client.app[ztoapi.ACCOUNTS].counted)
+    ((_, used),) = client.app[ztoapi.ACCOUNTS].counted.items()
+    assert 20_000 <= used[2] <= 21_000
+
+
+@in_loop
+async def test_who_leaves_the_queue_has_used_nothing(start, zai):
+    client = await start(max_concurrency=1)
+    zai.parts = [HANG]
+    key = await make_key(client, tokens="1M")
+    first = asyncio.create_task(ask(client))
+    assert await eventually(lambda: zai.asked)
+    asking = asyncio.create_task(ask(client, headers=key))
+    assert await eventually(lambda: client.app[ztoapi.UPSTREAM].queue("glm-4.6").waiting)
+    asking.cancel()
+    counted = client.app[ztoapi.ACCOUNTS].counted
+    assert await eventually(lambda: counted)
+    assert [figures[2:] for figures in counted.values()] == [[0, 0, 0]]
+    await ztoapi.end_tasks([first])
+
+
+@in_loop
+async def test_what_was_received_counts_with_reasoning_and_arguments(client, zai):
+    call = piece(id="a", index=0, function=named("f", json.dumps({"x": "z" * 4000})))
+    zai.parts = [stream_of({"reasoning_content": "t" * 4000}, call, done=""), RESET]
+    key = await make_key(client, tokens="1M")
+    await ask(client, chat(stream=True, tools=[function("f")]), headers=key)
+    assert await eventually(lambda: client.app[ztoapi.ACCOUNTS].counted)
+    ((_, used),) = client.app[ztoapi.ACCOUNTS].counted.items()
+    assert 2000 <= used[4] <= 2010
+
+
+@in_loop
+async def test_those_who_wait_in_the_queue_do_not_pass_a_budget(start, zai):
+    client = await start(max_concurrency=1)
+    key = await make_key(client, tokens="20")  # an answer takes 9
+    asked = await asyncio.gather(*(ask(client, headers=key) for _ in range(12)))
+    statuses = sorted(response.status for response, _ in asked)
+    assert statuses[:3] == [200] * 3
+    assert statuses[4:] == [402] * 8  # one may have begun while the last answer was counted
+
+
+@in_loop
+async def test_each_of_n_choices_counts_for_rpm(client, zai):
+    key = await make_key(client, rpm=5)
+    statuses = [(await ask(client, chat(n=n), headers=key))[0].status for n in (3, 3, 1, 1)]
+    assert statuses == [200, 429, 200, 429]
+    other = await make_key(client, "bob", rpm=5)
+    response, text = await ask(client, chat(n=6), headers=other)
+    assert (response.status, "ask for fewer" in text, len(zai.asked)) == (429, True, 4)
+
+
+@in_loop
+@pytest.mark.parametrize("stream", [False, True], ids=["whole", "streamed"])
+async def test_of_n_choices_no_more_than_parallel_are_in_flight(client, zai, stream):
+    most = 0
+
+    async def counted(self, request):
+        nonlocal most
+        most = max(most, self.open)
+        await asyncio.sleep(0.02)
+        return await FakeZai.answer(self, request)
+
+    zai.answer = counted.__get__(zai)
+    key = await make_key(client, parallel=2)
+    asked = await asyncio.gather(
+        *(ask(client, chat(n=5, stream=stream), headers=key) for _ in range(2))
+    )
+    assert [response.status for response, _ in asked] == [200, 200]
+    assert (most, len(zai.asked)) == (2, 10)
+
+
+LONG_NAME = "m" * 257
+
+
+@in_loop
+@pytest.mark.parametrize(
+    "path",
+    ["web_search", "embeddings", "images/generations", "chat/completions", "messages", "responses"],
+)
+@pytest.mark.parametrize("models", [None, "glm-*"])
+async def test_a_name_that_is_too_long_is_refused_before_it_is_looked_up(client, zai, path, models):
+    key = await make_key(client, models=models)
+    body = {**HELLO, "model": LONG_NAME, "max_tokens": 9, "input": "x"}
+    looked_up = ztoapi.resolve.cache_info().misses
+    response, text = await ask(client, body, f"/v1/{path}", key)
+    assert (response.status, LONG_NAME in text, zai.asked) == (400, False, [])
+    assert ztoapi.resolve.cache_info().misses == looked_up
+
+
+@in_loop
+async def test_a_name_that_is_too_long_is_not_found_in_a_path(client):
+    async with client.get(f"/v1/models/{LONG_NAME}", headers=KEY) as response:
+        assert (response.status, LONG_NAME in await response.text()) == (404, False)
+
+
+@in_loop
+@pytest.mark.parametrize("model", [None, ["glm-image"], "", 7, "ABSENT"])
+@pytest.mark.parametrize("kind", ["application/json", "application/vnd.api+json", "text/plain"])
+async def test_a_key_limited_to_models_must_name_one(client, zai, model, kind):
+    key = await make_key(client, models="glm-4*")
+    body = json.dumps({"prompt": "x"} | ({} if model == "ABSENT" else {"model": model}))
+    path, headers = "/v1/images/generations", key | {"Content-Type": kind}
+    async with client.post(path, data=body, headers=headers) as response:
+        assert (response.status in (400, 403), zai.asked) == (True, [])
+
+
+@in_loop
+@pytest.mark.parametrize("kind", ["application/json", "application/vnd.api+json", "text/plain"])
+async def test_usage_is_counted_whatever_the_content_type(client, zai, kind):
+    zai.parts = [b'{"data":[],"usage":{"prompt_tokens":7,"total_tokens":7}}']
+    key = await make_key(client, tokens="1M")
+    body = b'{"model":"embedding-3","input":"x"}'
+    headers = key | {"Content-Type": kind}
+    async with client.post("/v1/embeddings", data=body, headers=headers) as response:
+        assert response.status == 200
+    assert await eventually(lambda: client.app[ztoapi.ACCOUNTS].counted)
+    ((account, used),) = client.app[ztoapi.ACCOUNTS].counted.items()
+    assert (account[2], used) == ("embedding-3", [1, 0, 7, 0, 0])
+
+
+@in_loop
+async def test_images_are_counted_by_model(client):
+    body = {"model": "glm-image", "prompt": "x"}
+    await ask(client, body, "/v1/images/generations")
+    assert (await stats(client))[0]["models"]["glm-image"]["requests"] == 1
+
+
+@in_loop
+async def test_the_limit_in_the_metrics_is_what_may_be_in_flight(start):
+    client = await start(max_concurrency=1)
+    await ask(client)
+    async with client.get("/metrics", headers=KEY) as response:
+        assert 'ztoapi_limit{model="glm-4.6"} 1\n' in await response.text()
 
 
 @in_loop
@@ -8427,12 +8579,20 @@ def test_a_histogram_counts_what_is_at_most_each_bound():
 def test_at_most_fifty_models_have_a_name_of_their_own():
     statistics = ztoapi.Statistics(0)
     for name in (*(f"m{i}" for i in range(60)), *MODELS):
-        statistics.add(ztoapi.Record("", "", 0, "", model=name), 1, 0)
+        statistics.add(ztoapi.Record("", "", 0, "", model=name, status=200), 1, 0)
     assert len(statistics.models) == 50
     assert (statistics.models["other"].requests, statistics.models["glm-5.3"].requests) == (
         60 - 50 + len(MODELS) + 1,
         1,
     )
+
+
+def test_models_that_clients_make_up_take_no_place():
+    statistics = ztoapi.Statistics(0)
+    for i in range(60):
+        statistics.add(ztoapi.Record("", "", 0, "", model=f"m{i}", status=404, error="x"), 1, 0)
+    statistics.add(ztoapi.Record("", "", 0, "", model="new", status=200), 1, 0)
+    assert statistics.models.keys() == {"other", "new"}
 
 
 def test_keys_are_managed_by_the_command_line(command, connect, tmp_path):
@@ -9494,6 +9654,7 @@ async def test_the_dashboard_sees_what_is_in_flight_and_what_waits(start, zai):
             "in_flight": 1,
             "waiting": 2,
             "limits": [4],
+            "may_be_in_flight": 1,
             "refusals": [None],
             "max_in_flight": 1,
         }

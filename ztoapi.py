@@ -3076,10 +3076,17 @@ def zai_body(prompt: Prompt, model: Model) -> JSON:
 
 @dataclass(slots=True)
 class ZaiRequest:
-    """A request as it is sent, and what the repair of its answer must know."""
+    """A request as it is sent, and what the repair of its answer must know.
+
+    `characters` is its size, images counted as IMAGE_SIZE each.
+    """
 
     data: bytes
     needs: RepairNeeds
+    characters: int
+
+
+IMAGE_SIZE = 4_000  # characters that an image counts for in an estimate of tokens
 
 
 ZAI_HOSTS = ("api.z.ai", "open.bigmodel.cn")
@@ -3096,7 +3103,14 @@ def zai_request(prompt: Prompt, model: Model, base_url: str, answer_id: str) -> 
     is_quoting = bool(tools) and b"<tool_call>" in data
     quoted = quoted_calls(prompt.messages) if is_quoting else frozenset()
     wants_json = prompt.schema is not None
-    return ZaiRequest(data, RepairNeeds(model, answer_id, tools, wants_json, quoted))
+    needs = RepairNeeds(model, answer_id, tools, wants_json, quoted)
+    return ZaiRequest(data, needs, len(data) - media_size(prompt.messages))
+
+
+def media_size(messages: Iterable[Message]) -> int:
+    """The characters of all images and files, less what they count for."""
+    media = [part for message in messages for part in message.content if isinstance(part, Media)]
+    return sum(len(part.url) - IMAGE_SIZE for part in media)
 
 
 def turn_start(messages: tuple[Message, ...]) -> int:
@@ -4449,9 +4463,11 @@ class MessagesReader(PassThroughReader):
 
 def pass_through_body(body: JSON, renamed: Iterable[tuple[str, str]]) -> JSON:
     """With the model that an alias stands for, and without encoding_format, which Z.ai's embeddings do not have."""
-    model = body.get("model")
-    changed = {"model": aliased(model, renamed)} if isinstance(model, str) else {}
-    return {name: value for name, value in (body | changed).items() if name != "encoding_format"}
+    sent = {name: value for name, value in body.items() if name != "encoding_format"}
+    name = body.get("model")
+    if isinstance(name, str) and is_model_name(name):
+        sent["model"] = aliased(name, renamed)
+    return sent
 
 
 class UsageReader(PassThroughReader):
@@ -4675,19 +4691,28 @@ class Accounts:
         )
         raise ProxyError(kind, f"This key has used its {account.tokens} tokens: {then}.")
 
-    def check_rate(self, account: Account, seconds: float) -> None:
-        """Count a request, or raise ProxyError after too many in a minute. `seconds` of a monotonic clock."""
+    def check_rate(self, account: Account, seconds: float, requests: int = 1) -> None:
+        """Count requests, or raise ProxyError after too many in a minute. `seconds` of a monotonic clock."""
         if account.rpm is None:
             return
         asked = self.asked.setdefault(account.id, deque())
         while asked and asked[0] <= seconds - 60:
             asked.popleft()
-        if len(asked) >= account.rpm:
-            kind = replace(KEY_RATE_LIMITED, retry_after=asked[-account.rpm] + 60 - seconds)
+        if len(asked) + requests > account.rpm:
+            wait = asked[len(asked) + requests - account.rpm - 1] + 60 - seconds
+            kind = replace(KEY_RATE_LIMITED, retry_after=wait)
             raise ProxyError(
                 kind, f"This key may send {account.rpm} requests a minute: wait a little."
             )
-        asked.append(seconds)
+        asked.extend([seconds] * requests)
+
+    def check_choices(self, account: Account, n: int, seconds: float) -> None:
+        """Count `n` choices as that many requests, of which one has been counted. Raises ProxyError."""
+        if account.rpm is not None and n > account.rpm:
+            words = f"This key may send {account.rpm} requests a minute, and n={n} counts as {n}: ask for fewer."
+            raise ProxyError(KEY_RATE_LIMITED, words, "n")
+        if n > 1:
+            self.check_rate(account, seconds, n - 1)
 
     def count(self, key: tuple[str, str, str], figures: Iterable[int]) -> None:
         self.counted[key] = list(map(add, self.counted.get(key, (0, 0, 0, 0, 0)), figures))
@@ -4720,6 +4745,13 @@ class Caller(NamedTuple):
 
 
 @dataclass(slots=True)
+class Sent:
+    """What Z.ai has of a request, also where its answer never came."""
+
+    characters: int = 0
+
+
+@dataclass(slots=True)
 class Plan:
     """A request that can be sent: its names are resolved, its permissions checked, its bodies possible.
 
@@ -4735,6 +4767,9 @@ class Plan:
     remembers: bool  # the answer's reasoning, for a client that may lose it
     answer_id: str  # ours, random
     size: int  # bytes of the request; 0 if few
+    sent: Sent = field(default_factory=Sent)
+    # Called when the request's turn has come; raises ProxyError when the account may not ask any more.
+    admit: Callable[[], None] = lambda: None
 
     def for_choice(self, choice: int) -> Plan:
         """The plan for one of `n` choices, since Z.ai has no `n`."""
@@ -5246,6 +5281,7 @@ class Queue:
         maximum = None if self.max_in_flight == math.inf else self.max_in_flight
         return {
             **counts,
+            "may_be_in_flight": min(sum(each.limit for each in limits), self.max_in_flight),
             "refusals": [each.last_refusal(clock_zero) for each in limits],
             "max_in_flight": maximum,
         }
@@ -5848,15 +5884,15 @@ class Upstream:
         On exit, however it happens, every connection and slot is released. Raises ProxyError when no
         model answers.
         """
-        async with self.account_slot(plan.account), AsyncExitStack() as owner:
+        async with AsyncExitStack() as owner:
             if plan.n == 1:
-                stream = await self.with_fallbacks(plan, owner)
+                stream = await self.ask_in_turn(plan, owner)
                 plan.forget_prompts()
                 yield stream
                 await stream.finish()
             else:
                 choices = map(plan.for_choice, range(plan.n))
-                merged = MergedStream([partial(self.with_fallbacks, choice) for choice in choices])
+                merged = MergedStream([partial(self.ask_in_turn, choice) for choice in choices])
                 owner.push_async_callback(merged.close)
                 await merged.begin()
                 plan.forget_prompts()
@@ -5869,6 +5905,12 @@ class Upstream:
         return self.account_slots.setdefault(
             (account.id, account.parallel), asyncio.Semaphore(account.parallel)
         )
+
+    async def ask_in_turn(self, plan: Plan, owner: AsyncExitStack) -> EventStream:
+        """Ask as soon as the account has fewer requests in flight than it may have."""
+        await owner.enter_async_context(self.account_slot(plan.account))
+        attempts = await owner.enter_async_context(AsyncExitStack())
+        return await self.with_fallbacks(plan, attempts)
 
     async def with_fallbacks(self, plan: Plan, owner: AsyncExitStack) -> EventStream:
         """Ask one model after the other; raises the last one's error."""
@@ -5893,15 +5935,21 @@ class Upstream:
         request = await in_thread_if_large(
             plan.size, zai_request, prompt, model, key.base_url, plan.answer_id
         )
+        plan.admit()
         trace("sent", request.data)
         url = key.base_url + "/chat/completions"
         repairs = repairs_for(request.needs)
         memo = Memo() if plan.remembers else None
         machines = [*repairs, *filter(None, [memo]), *reasoning_shape(plan.reasoning_format)]
-        source = await self.client.send(url, key, owner, data=request.data)
-        stream = EventStream(source, ZaiReader(model), machines, memo)
-        owner.callback(self.count_repairs, repairs)
-        await (stream.begin() if plan.streamed else stream.complete())
+        plan.sent.characters += request.characters
+        try:
+            source = await self.client.send(url, key, owner, data=request.data)
+            stream = EventStream(source, ZaiReader(model), machines, memo)
+            owner.callback(self.count_repairs, repairs)
+            await (stream.begin() if plan.streamed else stream.complete())
+        except UpstreamError:
+            plan.sent.characters -= request.characters
+            raise
         return stream
 
     def count_repairs(self, repairs: Iterable[Repair]) -> None:
@@ -6516,9 +6564,15 @@ class Record:
     first: float | None = None
     torn: int = 0  # frames that Z.ai tore
     usage: Usage = field(default_factory=Usage)
+    sent: Sent = field(default_factory=Sent)
     pieces: int = 0  # of the answer, other than usage
-    prompt_size: int = 0  # characters, about
+    received: int = 0  # characters in them
     left_out: str = ""  # tools that Z.ai does not have
+
+    @property
+    def has_real_model(self) -> bool:
+        """Whether Z.ai has answered for this model."""
+        return self.usage.total > 0 or (self.status < 400 and not self.error)
 
     def note(self, events: list[Event]) -> None:
         if self.first is None:
@@ -6526,14 +6580,22 @@ class Record:
         for event in events:
             if isinstance(event, Usage):
                 self.usage = self.usage + event if self.usage.total else event
-            else:
-                self.pieces += 1
+                continue
+            self.pieces += 1
+            if isinstance(event, (Text, Thought)):
+                self.received += len(event.text)
+            elif isinstance(event, ToolCall):
+                self.received += len(event.arguments)
 
     def estimate_usage(self) -> None:
-        """Where Z.ai did not get to report it: a token for each piece, and for 4 characters of the prompt."""
-        if self.pieces > self.usage.completion and (self.error or self.status == CLIENT_LEFT):
-            prompt = self.usage.prompt or self.prompt_size // 4
-            self.usage = Usage(prompt, self.pieces, prompt + self.pieces, self.usage.cached)
+        """Where Z.ai did not get to report it: a token for 4 characters, and for each piece at least."""
+        is_cut_short = bool(self.error) or self.status == CLIENT_LEFT
+        if not is_cut_short or not (self.sent.characters or self.pieces):
+            return
+        completion = max(self.pieces, self.received // 4)
+        if completion > self.usage.completion or not self.usage.total:
+            prompt = self.usage.prompt or self.sent.characters // 4
+            self.usage = Usage(prompt, completion, prompt + completion, self.usage.cached)
 
     def snapshot(self, duration: float, ended_at: float) -> JSON:
         first = None if self.first is None else round(self.first - self.started, 3)
@@ -6650,11 +6712,17 @@ class Statistics:
         """The model's name; OTHERS for an unknown one if there are too many."""
         if model in self.models or model in MODELS or not model:
             return model
-        others = sum(name not in MODELS for name in self.models)
+        others = sum(name not in MODELS and name != self.OTHERS for name in self.models)
         return model if others < self.MAX_MODELS - len(MODELS) - 1 else self.OTHERS
 
+    def name_of(self, record: Record) -> str:
+        """The name under which a request is counted: clients may make models up, which Z.ai refuses."""
+        if record.model in MODELS or record.has_real_model:
+            return self.label(record.model)
+        return self.OTHERS if record.model else ""
+
     def add(self, record: Record, duration: float, now: float) -> None:
-        self.models[self.label(record.model)].add(record, duration)
+        self.models[self.name_of(record)].add(record, duration)
         self.torn += record.torn
         minute, more = (
             int(now // 60),
@@ -6901,7 +6969,9 @@ async def plan_request(surface: Surface, request: web.Request) -> Asked:
     for response_id in referred_responses(body):
         await history.load(response_id)
     size = request.content.total_bytes + history.size
-    return await in_thread_if_large(size, planned, surface, request, body, history, size)
+    asked = await in_thread_if_large(size, planned, surface, request, body, history, size)
+    request.app[ACCOUNTS].check_choices(request[ACCOUNT], asked.plan.n, time.monotonic())
+    return asked
 
 
 def planned(
@@ -6911,9 +6981,6 @@ def planned(
     settings, memory, account = app[SETTINGS], app[UPSTREAM].memory, request[ACCOUNT]
     prompt, reply = surface.parse(body, history)
     record.model = model_shown(request, prompt.model)
-    record.prompt_size = (
-        size if size >= LARGE else sum(len(message_text(message)) for message in prompt.messages)
-    )
     record.left_out = ",".join(
         [header_word(name) for name in prompt.ignored if name[:6] == "tools."]
     )[:DETAIL_LIMIT]
@@ -6922,6 +6989,8 @@ def planned(
     prompt = replace(prompt, size=size) if size >= LARGE else prompt
     recall = partial(memory.get, account.id) if memory.thoughts else None
     plan = make_plan(prompt, settings, account, record.id, recall)
+    plan.sent = record.sent
+    plan.admit = partial(check_budget, request)
     return Asked(plan, reply, prompt.model, ignored_header(prompt))
 
 
@@ -7033,16 +7102,14 @@ async def named_models(request: web.Request) -> dict[str, Model]:
 
 async def one_model(request: web.Request) -> web.Response:
     asked, models = request.match_info["id"], await named_models(request)
-    meant = resolve(asked, request.app[SETTINGS].model_aliases)
-    name = next((name for name in (asked, meant.id) if name in models), None)
-    if name is None:
+    name = asked
+    if name not in models and is_model_name(asked):
+        name = resolve(asked, request.app[SETTINGS].model_aliases).id
+    if name not in models:
         message = "There is no such model: GET /v1/models lists them."
-        raise ProxyError(MODEL_NOT_FOUND, message, "model", printable(asked))
-    return json_response(
-        (anthropic_item if "anthropic-version" in request.headers else model_item)(
-            models[name], name
-        )
-    )
+        raise ProxyError(MODEL_NOT_FOUND, message, "model", printable(asked[:256]))
+    item = anthropic_item if "anthropic-version" in request.headers else model_item
+    return json_response(item(models[name], name))
 
 
 async def stored_response(request: web.Request) -> StoredResponse:
@@ -7172,7 +7239,7 @@ async def metrics(request: web.Request) -> web.Response:
     }
     for queue in upstream.snapshot(request.app[REDACT])["queues"]:
         for name, value in zip(
-            gauges, (queue["in_flight"], queue["waiting"], sum(queue["limits"])), strict=True
+            gauges, (queue["in_flight"], queue["waiting"], queue["may_be_in_flight"]), strict=True
         ):
             gauges[name][statistics.label(queue["model"])] += value
     requests = (
@@ -7301,6 +7368,8 @@ async def messages(request: web.Request) -> web.StreamResponse:
     async def attempt(key: ZaiKey, owner: AsyncExitStack) -> PassThroughResponse:
         url = f"{key.anthropic_url}/v1/{request.match_info['what']}"
         data = await in_thread_if_large(size, messages_request, body, model.id)
+        check_budget(request)
+        request[RECORD].sent.characters = len(data)
         stream = await upstream.client.send(url, key, owner, data=data, **how)
         response = PassThroughResponse(request, stream, MessagesReader(given["model"]))
         response.response.headers["x-ztoapi-model"] = header_word(model.id)
@@ -7339,6 +7408,7 @@ PASS_THROUGH_ROUTES = (
     ("DELETE", f"files/{ID}"),
 )
 WITH_USAGE = ("embeddings", "rerank")  # their answers have it
+WITHOUT_MODEL = ("web_search", "reader", "files")
 # Z.ai's international address answers 1211 or 404 to these (seen in July 2026).
 CHINA_ONLY = ("embeddings", "rerank", "moderations", "audio/speech", "files")
 
@@ -7377,33 +7447,47 @@ async def pass_through(path: str, request: web.Request) -> web.StreamResponse:
 async def body_and_reader(
     path: str, request: web.Request
 ) -> tuple[Upload | bytes | None, PassThroughReader]:
-    """The body for Z.ai, and the answer's reader. A body is streamed unless it is JSON that has to be read.
+    """The body for Z.ai, and the answer's reader. Files are streamed; JSON is read, whatever its type says.
 
-    Raises ProxyError if the caller may not use the model, or is limited to some models and its body is not JSON.
+    Raises ProxyError if the caller may not use the model, or is limited to some and names none.
     """
-    renamed, account = request.app[SETTINGS].model_aliases, request[ACCOUNT]
-    is_json = request.content_type == "application/json"
-    if account.models and not is_json and request.can_read_body:
-        raise ProxyError(
-            MODEL_NOT_ALLOWED, f"This key may only use {account.models}, so this body must be JSON."
-        )
-    if not is_json or not (renamed or path in WITH_USAGE or not account.is_operator):
-        return Upload(body_parts(request)) if request.can_read_body else None, PassThroughReader()
+    if not request.can_read_body:
+        return None, PassThroughReader()
+    is_form = request.content_type.startswith("multipart/")
+    if path == "files" or (is_form and path == "audio/transcriptions"):
+        if request[ACCOUNT].models and path not in WITHOUT_MODEL:
+            raise ProxyError(
+                MODEL_NOT_ALLOWED, f"{only_models(request)}, so this body must be JSON."
+            )
+        return Upload(body_parts(request)), PassThroughReader()
     data = await read_body(request)
     body = await decode_body(request, data)
-    changed = pass_through_body(body, renamed)
-    if isinstance(body.get("model"), str):
-        request[RECORD].model = model_shown(request, body["model"])
-        account.check_model(resolve(changed["model"]))
-    packed = body.get("encoding_format") == "base64"
-    reader = (
-        EmbeddingsReader()
-        if packed
-        else UsageReader()
-        if path in WITH_USAGE
-        else PassThroughReader()
-    )
+    changed = pass_through_body(body, request.app[SETTINGS].model_aliases)
+    check_model_named(path, request, changed.get("model"))
+    if body.get("encoding_format") == "base64":
+        reader: PassThroughReader = EmbeddingsReader()
+    elif path in WITH_USAGE:
+        reader = UsageReader()
+    else:
+        reader = PassThroughReader()
     return data if changed == body else encode_request(changed), reader
+
+
+def check_model_named(path: str, request: web.Request, name: Any) -> None:
+    """The record learns the model; raises ProxyError if the account may not use it."""
+    account = request[ACCOUNT]
+    if name is not None:
+        model = resolve(checked(name, model_name, "model"))
+        request[RECORD].model = model_shown(request, model.id)
+        account.check_model(model)
+    elif account.models and path not in WITHOUT_MODEL:
+        raise ProxyError(
+            MODEL_NOT_ALLOWED, f"{only_models(request)}: name one as 'model'.", "model"
+        )
+
+
+def only_models(request: web.Request) -> str:
+    return f"This key may only use {request[ACCOUNT].models}"
 
 
 def adapt_to_path(error: UpstreamError, path: str, base: str) -> None:
@@ -7504,8 +7588,12 @@ def require_key(handler: Handler, *checks: Callable[[web.Request], None]) -> Han
     return checked
 
 
-def within_limits(request: web.Request) -> None:
+def check_budget(request: web.Request) -> None:
     request.app[ACCOUNTS].check_budget(request[ACCOUNT], time.time())
+
+
+def within_limits(request: web.Request) -> None:
+    check_budget(request)
     request.app[ACCOUNTS].check_rate(request[ACCOUNT], time.monotonic())
 
 
@@ -7631,15 +7719,16 @@ async def log_requests(request: web.Request, handler: Handler) -> web.StreamResp
 def count_request(request: web.Request, now: float) -> None:
     """For the statistics, and for the account's usage.
 
-    Clients may make names up: one that MODELS lacks is counted as its own only if tokens were used.
+    Clients may make names up: one that MODELS lacks is counted as its own only if Z.ai answered.
     """
     app, record, resource = request.app, request[RECORD], request.match_info.route.resource
     statistics, usage = app[STATISTICS], record.usage
     route = resource.canonical if resource else ""
-    statistics.requests[route, statistics.label(record.model), record.status] += 1
+    statistics.requests[route, statistics.name_of(record), record.status] += 1
     if record.model:
         statistics.add(record, now - record.started, now)
-        model = record.model if record.model in MODELS or usage.total else Statistics.OTHERS
+        is_real = record.model in MODELS or record.has_real_model
+        model = record.model if is_real else Statistics.OTHERS
         figures = (1, int(bool(record.error)), usage.prompt, usage.cached, usage.completion)
         app[ACCOUNTS].count((request[ACCOUNT].id, day_of(time.time()).isoformat(), model), figures)
 

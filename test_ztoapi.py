@@ -2673,6 +2673,22 @@ def test_what_comes_without_a_known_code_goes_by_its_status(http, body, status, 
     assert (kind.status, kind.code) == (status, code)
 
 
+TOO_LONG = zai_error(400, b'{"error":{"code":"1261","message":"Prompt exceeds max length"}}')
+OVERFLOW_WORDS = ("context_length_exceeded", "reduce the length of the messages")
+
+
+def test_a_full_window_is_told_in_words_by_which_agents_compact():
+    openai_words = error_body(TOO_LONG)["error"]["message"]
+    assert openai_words.startswith("context_length_exceeded: ")
+    assert "reduce the length of the messages" in openai_words
+    assert openai_words.endswith("(Z.ai 1261: Prompt exceeds max length)")
+    anthropic = ztoapi.anthropic_error_body(TOO_LONG)["error"]
+    assert anthropic["type"] == "invalid_request_error"
+    assert anthropic["message"] == f"prompt is too long: {openai_words}"
+    other = ztoapi.anthropic_error_body(BadRequest("No."))["error"]
+    assert other["message"] == "No."
+
+
 def test_no_balance_names_the_address_of_the_coding_plan():
     assert "https://api.z.ai/api/coding/paas/v4" in str(
         zai_error(429, b'{"error":{"code":"1113","message":""}}')
@@ -2850,6 +2866,42 @@ def test_an_error_inside_a_200_is_an_error(data):
     for parts in cuts(data):
         with pytest.raises(UpstreamError, match="1305: busy"):
             read_all(parts)
+
+
+FULL_WINDOW = finish("model_context_window_exceeded")
+OFFERED = {"type": "function", "function": {"name": "read", "parameters": {}}}
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        pytest.param(stream_of(FULL_WINDOW), id="stream"),
+        pytest.param(stream_of({"reasoning_content": "hm"}, FULL_WINDOW), id="reasoning alone"),
+        pytest.param(stream_of({"content": "\n"}, FULL_WINDOW), id="line end alone"),
+        pytest.param(document_of({"content": ""}, "model_context_window_exceeded"), id="document"),
+    ],
+)
+def test_a_full_window_is_no_answer(data):
+    for parts in cuts(data):
+        with pytest.raises(UpstreamError) as failed:
+            read_all(parts)
+        assert failed.value.kind.code == "context_length_exceeded"
+
+
+@pytest.mark.parametrize("asked", [{}, {"tools": [OFFERED]}], ids=["no tools", "tools"])
+@pytest.mark.parametrize(
+    "said",
+    [
+        {"content": "a"},
+        {"content": "<tool_"},
+        {"tool_calls": [{"id": "c", "function": {"name": "read", "arguments": "{}"}}]},
+    ],
+    ids=["text", "text that looks like a tag", "call"],
+)
+def test_a_window_that_fills_up_on_the_way_cuts_the_answer_short(said, asked):
+    reader = ZaiReader(MODELS["glm-4.6"], asked)
+    events = [*reader.feed(stream_of(said, FULL_WINDOW)), *reader.close()]
+    assert events[-1] == Finish("length")
 
 
 def test_what_came_before_a_failure_is_not_lost():
@@ -5514,6 +5566,50 @@ async def test_a_failure_that_stays_is_not_tried_again(client, zai, code):
     zai.answers = [zai_refuses(code, 400)]
     await ask(client)
     assert len(zai.bodies) == 1
+
+
+@in_loop
+@pytest.mark.parametrize(
+    "answer",
+    [
+        pytest.param(zai_refuses(1261, 400), id="1261"),
+        pytest.param([stream_of(FULL_WINDOW)], id="a finish alone"),
+    ],
+)
+@pytest.mark.parametrize("stream", [False, True], ids=["whole", "streamed"])
+@pytest.mark.parametrize(
+    ("path", "body"), [("chat/completions", HELLO), ("responses", ASKED)], ids=["chat", "responses"]
+)
+async def test_a_full_window_is_a_400_that_is_not_tried_again(
+    client, zai, path, body, stream, answer
+):
+    zai.answers = [answer]
+    response, text = await ask(client, {**body, "stream": stream}, f"/v1/{path}")
+    error = error_of(text)
+    assert (response.status, error["code"]) == (400, "context_length_exceeded")
+    assert all(words in error["message"] for words in OVERFLOW_WORDS)
+    assert len(zai.bodies) == 1
+
+
+@in_loop
+@pytest.mark.parametrize(
+    ("path", "body"), [("chat/completions", HELLO), ("responses", ASKED)], ids=["chat", "responses"]
+)
+async def test_a_full_window_after_reasoning_ends_a_stream_in_the_same_words(
+    client, zai, path, body
+):
+    zai.parts = [stream_of({"reasoning_content": "hm"}, done=""), stream_of(FULL_WINDOW)]
+    _, text = await ask(client, {**body, "stream": True}, f"/v1/{path}")
+    last_error = text[text.rindex("context_length_exceeded: ") :]
+    assert "reduce the length of the messages" in last_error
+
+
+@in_loop
+async def test_claude_code_is_told_of_a_full_window_in_its_own_words(passing, zai):
+    zai.answers = [zai_refuses(1261, 400, "Prompt exceeds max length")]
+    response, text = await ask(passing, CLAUDE, "/v1/messages")
+    assert (response.status, error_of(text)["type"]) == (400, "invalid_request_error")
+    assert error_of(text)["message"].startswith("prompt is too long: ")
 
 
 @in_loop

@@ -375,6 +375,10 @@ def error_kind(
 MESSAGES = {
     "invalid_api_key": "The API key is missing or wrong: send this server's key (its DEFAULT_KEY, not a Z.ai key) as "
     "'Authorization: Bearer KEY' or 'x-api-key: KEY'.",
+    # Agents compact a conversation only where they find words that they know: pi these at both ends
+    # (earendil-works/pi#5930), hermes "context length" (NousResearch/hermes-agent#2600).
+    "context_length_exceeded": "context_length_exceeded: the conversation exceeds the model's "
+    "maximum context length: reduce the length of the messages.",
     "zai_api_key_missing": "This server has no Z.ai key. Get one at z.ai/manage-apikey (glm-4.7-flash, glm-4.5-flash "
     "and glm-4.6v-flash are free), set ZAI_API_KEY and start again; or try it without a key: python ztoapi.py --demo",
     "zai_unreachable": "Z.ai cannot be reached (connection error, network error): check proxy and ZAI_BASE_URL.",
@@ -509,7 +513,11 @@ def error_body(error: ProxyError) -> JSON:
 def anthropic_error_body(error: ProxyError) -> JSON:
     """Anthropic's error object."""
     kind = ERROR_TYPES.get(error.kind.status, ERROR_TYPES[400])[1]
-    return {"type": "error", "error": {"type": kind, "message": str(error)}}
+    message = str(error)
+    if error.kind.code == "context_length_exceeded":
+        # Claude Code compacts only where a message begins so (anthropics/claude-code#58252).
+        message = f"prompt is too long: {message}"
+    return {"type": "error", "error": {"type": kind, "message": message}}
 
 
 def error_headers(error: ProxyError) -> dict[str, str]:
@@ -3215,7 +3223,7 @@ OVERLOADED = replace(
     retry_after=5,
 )
 CONTEXT_LENGTH_EXCEEDED = error_kind(
-    400, "context_length_exceeded", "Too long for the model: shorten the messages."
+    400, "context_length_exceeded", MESSAGES["context_length_exceeded"]
 )
 CONTENT_FILTER = error_kind(
     400, "content_filter", "Z.ai's content filter refused the request: rephrase it."
@@ -3495,6 +3503,7 @@ class ZaiReader:
         """The last events, in a fixed order however Z.ai sent them; none the second time."""
         if self.done:
             return
+        self.check_window()
         self.done = True
         yield from self.read_text(self.tags.close() if self.tags else ())
         if self.prose and not self.calls.calls:
@@ -3506,6 +3515,14 @@ class ZaiReader:
             yield self.usage
         reason = FINISH_REASONS.get(self.finish or "", "stop")
         yield Finish("tool_calls" if reason == "stop" and self.calls.calls else reason)
+
+    def check_window(self) -> None:
+        """Raises UpstreamError where all that Z.ai says is that the conversation fills the window."""
+        held = self.tags and (self.tags.held or self.tags.rest)
+        answered = self.text_begun or self.prose or self.calls.calls or held
+        if self.finish == "model_context_window_exceeded" and not answered:
+            detail = f"Z.ai: {self.finish}"
+            raise UpstreamError(CONTEXT_LENGTH_EXCEEDED, detail=detail)
 
 
 CHUNK_START = re.compile(r"(?:data:|\n)[ \t]*(?=\{)")

@@ -5494,6 +5494,46 @@ async def test_a_broken_encoding_is_400(client):
         assert (response.status, bool(error_of(await response.text()))) == (400, True)
 
 
+WEBSOCKET = {
+    "Upgrade": "websocket",
+    "Connection": "Upgrade",
+    "Sec-WebSocket-Version": "13",
+    "Sec-WebSocket-Key": "dGhlIHNhbXBsZSBub25jZQ==",
+}
+
+
+@in_loop
+@pytest.mark.parametrize(
+    "path", ["/v1/responses", "/responses", "/api/v1/responses/", "/api/paas/v4/responses"]
+)
+async def test_codex_is_told_at_once_that_there_is_no_websocket(client, path):
+    async with client.get(path, headers=KEY | WEBSOCKET) as response:
+        assert (response.status, response.headers["Upgrade"]) == (426, "HTTP/1.1")
+        assert error_of(await response.text()) == {
+            "message": "There is no WebSocket here: send POST requests over HTTP.",
+            "type": "invalid_request_error",
+            "param": None,
+            "code": "upgrade_required",
+        }
+    assert (await ask(client, ASKED, path))[0].status == 200
+
+
+@in_loop
+@pytest.mark.parametrize(
+    ("method", "path", "headers"),
+    [
+        ("GET", "/v1/responses", {}),
+        ("GET", "/v1/responses", WEBSOCKET | {"Upgrade": "h2c"}),
+        ("PUT", "/v1/responses", WEBSOCKET),
+        ("GET", "/v1/chat/completions", WEBSOCKET),
+    ],
+    ids=["no upgrade", "another protocol", "another method", "another path"],
+)
+async def test_only_codexs_probe_is_told_of_websockets(client, method, path, headers):
+    async with client.request(method, path, headers=KEY | headers) as response:
+        assert (response.status, response.headers["Allow"]) == (405, "POST")
+
+
 @in_loop
 async def test_a_wrong_path_is_404_and_a_wrong_method_405(client):
     async with client.get("/v1/nothing", headers=KEY) as response:

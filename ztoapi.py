@@ -6703,6 +6703,8 @@ def proxy_error(error: Exception, request: web.Request) -> ProxyError:
                 "There is nothing here: clients call POST /v1/chat/completions and GET /v1/models."
             )
             return ProxyError(error_kind(404, "unknown_url"), message, detail=asked)
+        case web.HTTPMethodNotAllowed() if probes_websocket(request):
+            return upgrade_required()
         case web.HTTPMethodNotAllowed():
             kind, allowed = error_kind(405, "method_not_allowed"), error.headers["Allow"]
             refusal = ProxyError(kind, f"This path takes only {allowed}.", detail=asked)
@@ -6714,6 +6716,24 @@ def proxy_error(error: Exception, request: web.Request) -> ProxyError:
         case _:
             LOG.error("a bug in ztoapi", exc_info=error)
             return ProxyError(INTERNAL_ERROR)
+
+
+def probes_websocket(request: web.Request) -> bool:
+    """Whether a client of the Responses API asks for a WebSocket instead, as Codex does first."""
+    upgrade = request.headers.get("Upgrade", "").lower()
+    is_responses = request.path.rstrip("/").endswith("/responses")
+    return request.method == "GET" and upgrade == "websocket" and is_responses
+
+
+def upgrade_required() -> ProxyError:
+    """426, after which Codex goes on over HTTP; after any other status it tries seven times.
+
+    It must name a protocol that we speak (RFC 9110, 15.5.22).
+    """
+    message = "There is no WebSocket here: send POST requests over HTTP."
+    refusal = ProxyError(error_kind(426, "upgrade_required"), message)
+    refusal.headers.update({"Upgrade": "HTTP/1.1", "Connection": "Upgrade"})
+    return refusal
 
 
 async def error_response(request: web.Request, error: ProxyError) -> web.StreamResponse:

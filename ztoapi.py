@@ -886,13 +886,20 @@ def escaped(text: str) -> bytes:
 
 
 def encode_request(value: Any) -> bytes:
-    """Compact JSON in UTF-8. Raises BadRequest for half a surrogate pair, which UTF-8 does not have."""
+    """Compact JSON in UTF-8, for Z.ai. Half a surrogate pair in it becomes U+FFFD."""
+    text = to_json(value)
     try:
-        return to_json(value).encode()
+        return text.encode()
     except UnicodeEncodeError:
-        raise BadRequest(
-            "The text has half a surrogate pair (\\ud800 to \\udfff), which is not a character."
-        ) from None
+        return whole_characters(text).encode()
+
+
+def whole_characters(text: str) -> str:
+    """The text with U+FFFD for each half of a surrogate pair that lacks the other, which UTF-8 cannot have.
+
+    Agents cut texts at a number of UTF-16 units, in the middle of an emoji (anthropics/claude-code#56064).
+    """
+    return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
 
 
 def finite(text: str) -> float:

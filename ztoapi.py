@@ -6710,19 +6710,22 @@ def proxy_error(error: Exception, request: web.Request) -> ProxyError:
                 "There is nothing here: clients call POST /v1/chat/completions and GET /v1/models."
             )
             return ProxyError(error_kind(404, "unknown_url"), message, detail=asked)
-        case web.HTTPMethodNotAllowed() if probes_websocket(request):
-            return upgrade_required()
         case web.HTTPMethodNotAllowed():
-            kind, allowed = error_kind(405, "method_not_allowed"), error.headers["Allow"]
-            refusal = ProxyError(kind, f"This path takes only {allowed}.", detail=asked)
-            refusal.headers["Allow"] = allowed
-            return refusal
+            return upgrade_required() if probes_websocket(request) else wrong_method(error, asked)
         case web.HTTPRequestEntityTooLarge():
             message = f"The request is larger than {request.app[SETTINGS].max_body_mb} MB, this server's MAX_BODY_MB."
             return ProxyError(error_kind(413, "request_too_large"), message)
         case _:
             LOG.error("a bug in ztoapi", exc_info=error)
             return ProxyError(INTERNAL_ERROR)
+
+
+def wrong_method(error: web.HTTPMethodNotAllowed, asked: str) -> ProxyError:
+    allowed = error.headers["Allow"]
+    kind = error_kind(405, "method_not_allowed")
+    refusal = ProxyError(kind, f"This path takes only {allowed}.", detail=asked)
+    refusal.headers["Allow"] = allowed
+    return refusal
 
 
 def probes_websocket(request: web.Request) -> bool:

@@ -2278,6 +2278,36 @@ def test_tool_choice_on_a_server_that_knows_auto_alone(choice, tools, messages):
     assert "tool_choice" not in body
 
 
+@pytest.mark.parametrize(
+    ("parameters", "wanted"),
+    [
+        ([], EMPTY),
+        ({"type": "object", "properties": []}, EMPTY),
+        (
+            {"type": "object", "properties": {"a": {"type": "object", "properties": []}}},
+            {"type": "object", "properties": {"a": EMPTY}},
+        ),
+        ({"type": "object", "required": []}, {"type": "object", "required": []}),
+    ],
+    ids=["parameters", "properties", "nested", "an array that is one"],
+)
+def test_an_empty_object_of_phps_is_an_object_in_a_tool(parameters, wanted):
+    tools = zai_tools(tools=[function("f", description="f", parameters=parameters)])["tools"]
+    assert tools == [function("f", description="f", parameters=wanted)]
+
+
+@pytest.mark.parametrize("field", ["stream_options", "reasoning", "chat_template_kwargs"])
+def test_an_empty_object_of_phps_is_an_object_in_a_request(field):
+    assert read_chat(chat(**{field: []})) == read_chat(chat(**{field: {}}))
+
+
+def test_an_empty_object_of_phps_is_an_object_in_a_response():
+    fields = {"metadata": [], "reasoning": [], "text": []}
+    _, response, _ = respond([Text("x"), Finish("stop")], **fields)
+    _, plain, _ = respond([Text("x"), Finish("stop")])
+    assert response == plain
+
+
 def test_a_choice_that_is_not_among_the_tools_is_refused():
     with pytest.raises(BadRequest) as raised:
         zai_tools(tools=[F], tool_choice=function("h"))

@@ -1279,7 +1279,17 @@ def is_model_name(value: Any) -> bool:
 string = must("be a string", lambda value: isinstance(value, str))
 switch = must("be true or false", lambda value: isinstance(value, bool))
 array = must("be an array", lambda value: isinstance(value, list))
-mapping = must("be an object", lambda value: isinstance(value, dict))
+
+
+def mapping(value: Any) -> JSON:
+    """An object. PHP writes an empty one as []."""
+    if isinstance(value, dict):
+        return value
+    if value == []:
+        return {}
+    raise ValueError("must be an object")
+
+
 model_name = must("be the name of a model", is_model_name)
 reasoning_format = must(
     "be parsed, raw or hidden", lambda value: value in ("parsed", "raw", "hidden")
@@ -1393,7 +1403,8 @@ def effort_from_switch(value: Any) -> Effort:
 
 def effort_from_object(value: Any) -> Effort | None:
     """OpenRouter's `reasoning` object."""
-    enabled, level = mapping(value).get("enabled"), value.get("effort")
+    given = mapping(value)
+    enabled, level = given.get("enabled"), given.get("effort")
     if not isinstance(enabled, bool | None):
         raise ValueError("must have true or false as enabled")
     return (
@@ -2229,6 +2240,9 @@ FUNCTION_ECHO: JSON = {"description": None, "parameters": None, "strict": None}
 def echo_of(body: JSON) -> JSON:
     """The fields that a response repeats of its request; objects and functions get their required keys."""
     given = {name: value for name in ECHOED if (value := body.get(name)) is not None}
+    for name in ("metadata", "reasoning", "text"):
+        if given.get(name) == []:  # see `mapping`
+            del given[name]
     objects = {name: ECHOED[name] | given[name] for name in ("reasoning", "text") if name in given}
     tools = [
         FUNCTION_ECHO | tool if tool.get("type") == "function" else tool
@@ -3199,6 +3213,8 @@ class RefInliner:
 
     def inline_at(self, name: str, part: Any, seen: tuple[str, ...], depth: int) -> Any:
         """`part` of a schema with its references replaced, if it holds schemas under this name."""
+        if name in self.MAPS and part == []:  # an empty object of PHP's
+            return {}
         if name in self.MAPS and isinstance(part, dict):
             return {key: self.inline(schema, seen, depth) for key, schema in part.items()}
         return part if name in self.DATA else self.inline(part, seen, depth)

@@ -829,6 +829,9 @@ def test_a_message_is_read(fields, wanted):
     assert read_chat(message(**fields)).messages == (wanted,)
 
 
+FUNCTIONS = [{"name": "f", "parameters": {"type": "object"}}]
+
+
 @pytest.mark.parametrize(
     ("body", "param"),
     [
@@ -909,6 +912,10 @@ def test_a_message_is_read(fields, wanted):
         (chat(response_format="json"), "response_format"),
         (chat(response_format={"type": "yaml"}), "response_format"),
         (chat(response_format={"type": "json_schema"}), "response_format"),
+        (chat(functions=[{"name": ""}]), "functions[0]"),
+        (chat(functions=[FUNCTIONS[0], 5]), "functions[1]"),
+        (chat(functions=[{"name": "f", "parameters": 5}]), "functions[0].parameters"),
+        (chat(functions=FUNCTIONS, function_call={"name": "g"}), "function_call"),
         (chat(web_search_options=True), "web_search_options"),
         (chat(n=0), "n"),
         (chat(n=9), "n"),
@@ -1000,9 +1007,6 @@ def test_usage_is_a_chunk_of_its_own_for_those_who_ask():
     ]
 
 
-FUNCTIONS = {"functions": [{"name": "f", "parameters": {"type": "object"}}]}
-
-
 @pytest.mark.parametrize(
     ("fields", "wanted"),
     [
@@ -1013,7 +1017,7 @@ FUNCTIONS = {"functions": [{"name": "f", "parameters": {"type": "object"}}]}
     ],
 )
 def test_functions_are_tools(fields, wanted):
-    prompt = read_chat(chat(**FUNCTIONS) | fields)
+    prompt = read_chat(chat(functions=FUNCTIONS) | fields)
     assert (tuple(tool.name for tool in prompt.tools), prompt.tool_choice, prompt.ignored) == (
         *wanted,
         (),
@@ -1021,7 +1025,7 @@ def test_functions_are_tools(fields, wanted):
 
 
 def test_a_call_of_a_function_is_answered_as_one_whole_and_streamed():
-    _, request = ztoapi.parse_chat(chat(**FUNCTIONS))
+    _, request = ztoapi.parse_chat(chat(functions=FUNCTIONS))
     events = [
         Text("hi"),
         ToolCall(0, "c", "f", '{"a"'),

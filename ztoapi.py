@@ -1534,8 +1534,9 @@ def tool_choice(value: Any) -> ToolChoice:
 
 
 def function_list(value: Any) -> list[Any]:
-    """The deprecated `functions`, checked as tools."""
-    return tool_list([{"type": "function", "function": function} for function in array(value)])
+    """The deprecated `functions`."""
+    tool_list([{"type": "function", "function": function} for function in array(value)])
+    return list(value)
 
 
 def function_choice(value: Any) -> ToolChoice:
@@ -1623,7 +1624,9 @@ def parse_chat(body: JSON) -> tuple[Prompt, ChatRequest]:
             "tools": given["functions"],
             "tool_choice": given.get("function_call", ToolChoice()),
         }
-    tools = [parse_tool(tool, f"tools[{i}]") for i, tool in enumerate(given.get("tools", ()))]
+        tools = parse_functions(given)
+    else:
+        tools = [parse_tool(tool, f"tools[{i}]") for i, tool in enumerate(given.get("tools", ()))]
     thinking = validated(as_object(body.get("thinking")), {"clear_thinking": switch}, "thinking.")
     prompt = Prompt(
         **common_arguments(given),
@@ -1741,13 +1744,36 @@ def argument_text(arguments: Any) -> str:
 TOOL_FIELDS: dict[str, Check] = {"name": string, "description": string, "parameters": mapping}
 
 
+def parse_functions(given: JSON) -> list[Tool | JSON]:
+    """The deprecated `functions`. Raises BadRequest also if `function_call` names none of them."""
+    tools: list[Tool | JSON] = []
+    names: set[str] = set()
+    for index, function in enumerate(given["functions"]):
+        at = f"functions[{index}]"
+        name = as_object(function).get("name")
+        if not isinstance(name, str) or not name:
+            raise BadRequest(f"'{at}' must be a function with a name.", at)
+        tools.append(parse_function(function, f"{at}."))
+        names.add(name)
+    chosen = set(given["tool_choice"].names or ())
+    if not chosen <= names:
+        words = f"'function_call' names {', '.join(chosen)}, not among the functions."
+        raise BadRequest(words, "function_call")
+    return tools
+
+
+def parse_function(function: JSON, at: str) -> Tool:
+    """A function with a name; `at` is the path before its fields."""
+    given = validated(function, TOOL_FIELDS, at)
+    # Z.ai requires description and parameters, OpenAI neither.
+    parameters = given.get("parameters") or {"type": "object", "properties": {}}
+    return Tool(given["name"], given.get("description") or given["name"], parameters)
+
+
 def parse_tool(tool: Any, at: str) -> Tool | JSON:
     match tool:
         case {"type": "function", "function": {"name": str(name)} as function} if name:
-            given = validated(function, TOOL_FIELDS, f"{at}.function.")
-            # Z.ai requires description and parameters, OpenAI neither.
-            parameters = given.get("parameters") or {"type": "object", "properties": {}}
-            return Tool(name, given.get("description") or name, parameters)
+            return parse_function(function, f"{at}.function.")
         case {"type": "web_search" | "retrieval" | "mcp"}:
             return as_object(tool)
         case _:

@@ -20,11 +20,12 @@ Where a request goes:
 
 Everything above the banner "Admission" is pure: no socket, clock, environment, randomness or async. It raises
 SettingsError, BadRequest (the client's fault), UpstreamError (Z.ai's) or another ProxyError; a check, ValueError.
-The sections, in order: Settings, Errors, Models, JSON, Internal representation; what clients speak (Request fields,
-Chat completions, Completions, Responses, Messages, Surfaces), Clients; what Z.ai speaks (request, errors, answer);
-Accounts; I/O: Admission (Z.ai's keys, queue), Z.ai client, Upstream (retries, fallbacks), Database, Requests
-(records, statistics), Streaming out, Handlers, Pass-through, Access, Errors and shutdown, Client connections, Server,
-Commands, Demo, Pages.
+The sections, in order: Settings, Errors, Models, JSON, Internal representation; what clients speak
+(Request fields, Contents, Chat completions, Completions, Responses, Messages, Surfaces, Histories),
+Clients; what Z.ai speaks (request, errors, answer); Accounts; I/O: Admission (Z.ai's keys, queue),
+Z.ai client, Upstream (retries, fallbacks), Database, Requests (records, statistics), Streaming out,
+Handlers, Pass-through, Access, Errors and shutdown, Client connections, Server, Commands, Demo,
+Pages.
 """
 
 from __future__ import annotations
@@ -895,9 +896,10 @@ def encode_request(value: Any) -> bytes:
 
 
 def whole_characters(text: str) -> str:
-    """The text with U+FFFD for each half of a surrogate pair that lacks the other, which UTF-8 cannot have.
+    """The text with U+FFFD for each half of a surrogate pair that lacks the other.
 
-    Agents cut texts at a number of UTF-16 units, in the middle of an emoji (anthropics/claude-code#56064).
+    UTF-8 has no halves. Agents cut texts at a number of UTF-16 units, in the middle of an emoji
+    (anthropics/claude-code#56064).
     """
     return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
 
@@ -1088,16 +1090,44 @@ class Media:
     type: str
     url: str
 
+    @property
+    def kind(self) -> Literal["image", "file"]:
+        return "image" if self.type == "image_url" else "file"
+
+
+@dataclass(slots=True)
+class Unreadable:
+    """What no GLM model takes: a PDF, audio, an image out of reach.
+
+    `advice` says what would help, `at` is its path in the request.
+    """
+
+    kind: Literal["image", "file"]
+    name: str
+    advice: str
+    at: str
+
+
+Part = str | Media | Unreadable
+
 
 @dataclass(slots=True)
 class Message:
-    """One message. The assistant's may have `calls` and `thought`; a tool message answers `call_id`."""
+    """One message: an assistant's may have `calls` and `thought`, a tool's answers `call_id`.
+
+    A user message that `continues` is not a user's own (the result of a tool, an image from one):
+    it begins no new turn.
+    """
 
     role: str
-    content: tuple[str | Media, ...]
+    content: tuple[Part, ...]
     thought: str = ""
     calls: tuple[ToolCall, ...] = ()
     call_id: str = ""
+    continues: bool = False
+
+
+Messages = tuple[Message, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -1504,6 +1534,338 @@ def common_arguments(given: JSON) -> JSON:
     }
 
 
+# ======== Contents ================================================================================
+# `read_message`: one message of any API as Messages. A client sends its history again with every
+# request, so what is said in a message is never refused here; what is not known goes as its text.
+
+# Z.ai refuses developer (1214); OpenAI's role function is now tool.
+ROLES = {role: role for role in ("system", "user", "assistant", "tool")} | {
+    "developer": "system",
+    "function": "tool",
+}
+known_role = must(
+    f"be one of {', '.join(ROLES)}", lambda value: isinstance(value, str) and value in ROLES
+)
+
+# What helps where GLM cannot take a part.
+SEND_TEXT = "GLM takes neither PDF nor other binary files: send its text"
+SEND_TRANSCRIPT = "GLM takes no audio: send a transcript"
+SEND_DATA = "it was not sent itself: send it as a data: URL"
+SEND_IMAGE = "Z.ai needs a public https address, or a data: URL in base64"
+
+
+def read_message(message: Any, at: str) -> list[Message]:
+    """A message as those that it is for Z.ai: a user's with results of tools is several.
+
+    `at` is its path in the request. Raises BadRequest for no object, and for an unknown role.
+    """
+    role = ROLES[checked(checked(message, mapping, at).get("role"), known_role, f"{at}.role")]
+    given = message.get("content")
+    if isinstance(given, str) and role in ("user", "system"):  # most of them
+        return [Message(role, (given,))]
+    reader = ContentReader(role)
+    reader.read(given, f"{at}.content")
+    content, results = tuple(reader.content), reader.results
+    match role:
+        case "assistant":
+            thought = read_thought(message) or "".join(reader.thoughts)
+            calls = merge_calls(read_calls(message), reader.calls)
+            return [Message(role, content, thought, calls), *results]
+        case _ if results:
+            rest = Message("user", content, continues=True)
+            return [*results, rest] if content else results
+        case "tool":
+            return [Message(role, content, call_id=answered_call(message))]
+        case _:
+            return [Message(role, content)]
+
+
+class ContentReader:
+    """Reads the content of one message: a string, parts of any API, or any other JSON.
+
+    Parts that say the same have other names in Chat (text, image_url, file), in Responses
+    (input_text, input_image, input_file) and in Messages (image, document, thinking, tool_use,
+    tool_result); clients that change the API in mid-conversation mix them
+    (langchain-ai/langchainjs#11049).
+    """
+
+    def __init__(self, role: str) -> None:
+        self.role = role
+        self.content: list[Part] = []
+        self.thoughts: list[str] = []  # the assistant's
+        self.calls: list[ToolCall] = []  # the assistant's
+        self.results: list[Message] = []  # of tools
+
+    def read(self, content: Any, at: str) -> None:
+        if isinstance(content, str):
+            self.content.append(content)
+        elif isinstance(content, list):
+            for index, part in enumerate(content):
+                self.read_part(part, f"{at}[{index}]")
+        else:
+            self.read_part(content, at)
+
+    def read_part(self, part: Any, at: str) -> None:
+        kind = part_type(part)
+        says = self.role == "assistant"
+        if kind in PART_READERS:
+            # Z.ai refuses empty text parts (1214).
+            self.content += [read for read in PART_READERS[kind](part, at) if read]
+        elif kind in ("thinking", "reasoning") and says:
+            self.thoughts.append(part_thought(part))
+        elif kind == "tool_use" and says:
+            self.calls.append(read_call(part, len(self.calls)))
+        elif kind == "tool_result" and self.role != "system":
+            self.results.append(read_result(part, at))
+        elif part is not None:
+            self.content.append(json_or_text(part))
+
+
+# The results of tools are any JSON: what lacks all of these is an object that has such a type.
+PART_FIELDS = {
+    "text": {"text"},
+    "image": {"source", "image", "image_url"},
+    "file": {"file", "file_data", "file_id", "file_url", "data", "source"},
+    "document": {"source", "file_data", "data"},
+    "audio": {"audio", "input_audio", "data"},
+}
+
+
+def part_type(part: Any) -> str:
+    """The type of a part, "" for other JSON.
+
+    A bare string is a text, and so is an object with nothing but one.
+    """
+    if isinstance(part, str):
+        return "text"
+    names = as_object(part).keys()
+    if names == {"text"}:
+        return "text"
+    kind = str(as_object(part).get("type", ""))
+    is_part = names & PART_FIELDS.get(kind, names)
+    return kind if is_part else ""
+
+
+def read_text(part: Any, _: str) -> list[Part]:
+    if isinstance(part, str):
+        return [part]
+    return [json_or_text(part.get("text", part.get("refusal")))]
+
+
+def json_or_text(value: Any) -> str:
+    """A text as it is, nothing for null, and the JSON of any other value."""
+    if value is None:
+        return ""
+    return value if isinstance(value, str) else to_json(value)
+
+
+def read_media(part: JSON, at: str) -> list[Part]:
+    """An image, video or file of Chat or of Z.ai's own: its address, or an object that has it."""
+    kind = part["type"]
+    given = part.get(kind)
+    url = given.get("url") if isinstance(given, dict) else given
+    return [media_at(url, kind, f"{at}.{kind}.url")]
+
+
+def media_at(url: Any, kind: str, at: str) -> Part:
+    if isinstance(url, str) and is_within_reach(url):
+        return Media(kind, url)
+    return Unreadable("image" if kind == "image_url" else "file", "", SEND_IMAGE, at)
+
+
+SCHEME = re.compile(r"([a-zA-Z][a-zA-Z0-9+.-]{0,20}):")
+BASE64_URL = re.compile(r"data:([^,;]*)[^,]*;base64,", re.IGNORECASE)
+
+
+def is_within_reach(url: str) -> bool:
+    """Whether Z.ai may load this: a public address, a data: URL in base64, or bare base64."""
+    found = SCHEME.match(url)
+    if found is None:
+        return bool(url.strip())
+    match found[1].lower():
+        case "data":
+            head = BASE64_URL.match(url)
+            return head is not None and head.end() < len(url)
+        case "http" | "https":
+            return is_public(url)
+        case _:
+            return False
+
+
+def is_public(url: str) -> bool:
+    """Whether an address is not plainly of a private network or of one machine."""
+    try:
+        host = urlsplit(url).hostname or ""
+    except ValueError:
+        return False
+    if not host or host == "localhost" or host.endswith((".localhost", ".local")):
+        return False
+    try:
+        return ipaddress.ip_address(host).is_global
+    except ValueError:
+        return True  # a name
+
+
+def read_image(part: JSON, at: str) -> list[Part]:
+    """An image of Responses (`image_url`) or of Messages (`source`)."""
+    source = as_object(part.get("source"))
+    url = part.get("image_url") or source.get("url") or part.get("image")
+    if isinstance(source.get("data"), str):
+        url = f"data:{source.get('media_type')};base64,{source['data']}"
+    if isinstance(url, dict):
+        url = url.get("url")
+    return [media_at(url, "image_url", at)]
+
+
+def read_file(part: JSON, at: str) -> list[Part]:
+    """A file of Chat, Responses or Messages: its text with its name above it, or an image."""
+    given = as_object(part.get("file")) or as_object(part.get("source")) or part
+    name = file_name(part)
+    if "content" in given:
+        reader = ContentReader("system")
+        reader.read(given["content"], f"{at}.source.content")
+        return [name, *reader.content]
+    data = given.get("file_data") or given.get("data")
+    if not isinstance(data, str):
+        return [Unreadable("file", name, SEND_DATA, at)]
+    if given.get("type") == "text":
+        return [with_name(name, data)]
+    return [file_in_base64(name, str(given.get("media_type")), data, at)]
+
+
+def file_in_base64(name: str, media_type: str, data: str, at: str) -> Part:
+    head = BASE64_URL.match(data)
+    if head:
+        media_type = head[1]
+        data = data[head.end() :]
+    if media_type.startswith("image/"):
+        return media_at(f"data:{media_type};base64,{data}", "image_url", at)
+    text = text_in_base64(data)
+    return Unreadable("file", name, SEND_TEXT, at) if text is None else with_name(name, text)
+
+
+def file_name(part: JSON) -> str:
+    given = as_object(part.get("file")) or part
+    name = given.get("filename") or given.get("title")
+    return name if isinstance(name, str) else ""
+
+
+def with_name(name: str, text: str) -> str:
+    return f"{name}\n{text}" if name else text
+
+
+def text_in_base64(data: str) -> str | None:
+    """The text of a file, whatever its media type says of it; None if its bytes are none."""
+    try:
+        text = base64.b64decode(data, validate=True).decode("utf-8-sig")
+    except ValueError:
+        return None
+    return None if "\0" in text or text.startswith("%PDF-") else text
+
+
+def read_audio(_: JSON, at: str) -> list[Part]:
+    return [Unreadable("file", "audio", SEND_TRANSCRIPT, at)]
+
+
+def read_secret(_: JSON, __: str) -> list[Part]:
+    """What only its maker can read."""
+    return []
+
+
+# How the parts of any API are read, by their types; but for those of the assistant's and of tools.
+PART_READERS: dict[str, Callable[[Any, str], list[Part]]] = {
+    **dict.fromkeys(("text", "input_text", "output_text", "refusal"), read_text),
+    **dict.fromkeys(("image_url", "video_url", "file_url"), read_media),
+    **dict.fromkeys(("input_image", "image"), read_image),
+    **dict.fromkeys(("file", "input_file", "document"), read_file),
+    **dict.fromkeys(("input_audio", "audio"), read_audio),
+    **dict.fromkeys(("redacted_thinking", "encrypted_content"), read_secret),
+}
+
+
+def read_result(part: JSON, at: str) -> Message:
+    """The result of a tool, as Anthropic's API has it in a user's message."""
+    reader = ContentReader("system")  # in which further results would be text
+    reader.read(part.get("content"), f"{at}.content")
+    content = reader.content
+    first = content[0] if content and isinstance(content[0], str) else ""
+    if part.get("is_error") is True and not first.lower().startswith("error"):
+        content.insert(0, "Error:")
+    return Message("tool", tuple(content), call_id=answered_call(part))
+
+
+def answered_call(message: JSON) -> str:
+    """The id of the call that a result answers, or else its function's name; "" for neither."""
+    for name in ("tool_call_id", "tool_use_id", "name", "tool_name"):
+        if message.get(name) not in (None, ""):
+            return str(message[name])
+    return ""
+
+
+def read_thought(message: JSON) -> str:
+    """An assistant's reasoning, in the field of whichever gateway the client spoke with before."""
+    for name in ("reasoning_content", "reasoning"):
+        if isinstance(message.get(name), str) and message[name]:
+            return str(message[name])
+    return joined_texts(message.get("reasoning_details"))  # OpenRouter's
+
+
+def part_thought(part: JSON) -> str:
+    """The reasoning in a part: Anthropic's and Mistral's `thinking`, or the texts of others."""
+    for name in ("thinking", "reasoning", "text", "content", "summary"):
+        if thought := joined_texts(part.get(name)):
+            return thought
+    return ""
+
+
+def joined_texts(value: Any) -> str:
+    """A text, or the `text` of each object in an array."""
+    if isinstance(value, str):
+        return value
+    texts = [item.get("text") for item in objects(value)]
+    return "".join([text for text in texts if isinstance(text, str)])
+
+
+def read_calls(message: JSON) -> list[ToolCall]:
+    """The calls in `tool_calls`, or in `function_call`, OpenAI's before there were tools."""
+    given = message.get("tool_calls")
+    calls = [given] if isinstance(given, dict) else [*objects(given)]
+    if isinstance(function := message.get("function_call"), dict):
+        calls.append({"id": function.get("name"), "function": function})  # it has no other id
+    return [read_call(call, index) for index, call in enumerate(calls)]
+
+
+def read_call(call: JSON, index: int) -> ToolCall:
+    """A call: OpenAI's, nested, or with its fields beside the id, as other APIs have it."""
+    match call:
+        case {"function": dict(function)}:
+            arguments = function.get("arguments")
+        case {"custom": dict(function)}:
+            arguments = {"input": function.get("input")}
+        case _:
+            function = call
+            arguments = call.get("arguments", call.get("input", call.get("args")))
+    given_id = call.get("id")
+    call_id = f"call_{index}" if given_id in (None, "") else str(given_id)
+    name = function.get("name")
+    if not isinstance(name, str):
+        name = ""
+    return ToolCall(index, call_id, name, argument_text(arguments) or "{}")
+
+
+def merge_calls(calls: list[ToolCall], others: list[ToolCall]) -> tuple[ToolCall, ...]:
+    """The calls of a message, and those of its parts that are not among them."""
+    known = {call.id for call in calls} if others else set()
+    return (*calls, *[call for call in others if call.id not in known])
+
+
+def argument_text(arguments: Any) -> str:
+    """Arguments as JSON text, as OpenAI has them, even if they were sent as an object."""
+    if isinstance(arguments, str):
+        return arguments
+    return to_json(arguments) if arguments else ""
+
+
 # ======== Chat completions ==========================================================================================
 # `parse_chat` reads a request, `ChatEncoder` streams the answer, `chat_completion` is the whole one.
 
@@ -1630,9 +1992,7 @@ def parse_chat(body: JSON) -> tuple[Prompt, ChatRequest]:
     thinking = validated(as_object(body.get("thinking")), {"clear_thinking": switch}, "thinking.")
     prompt = Prompt(
         **common_arguments(given),
-        messages=tuple(
-            parse_message(message, f"messages[{i}]") for i, message in enumerate(given["messages"])
-        ),
+        messages=read_messages(given["messages"]),
         max_tokens=given.get("max_completion_tokens", given.get("max_tokens")),
         tools=tuple([tool for tool in tools if isinstance(tool, Tool)]),
         native_tools=tuple(native_tools(tools, given)),
@@ -1641,9 +2001,26 @@ def parse_chat(body: JSON) -> tuple[Prompt, ChatRequest]:
         clear_thinking=thinking.get("clear_thinking"),
         cache_key=str(body.get("prompt_cache_key") or ""),
         native={name: value for name, value in given.items() if name in NATIVE_FIELDS},
-        ignored=(*unknown_fields(body, CHAT_FIELDS), *serial_calls(given)),
+        ignored=(
+            *unknown_fields(body, CHAT_FIELDS),
+            *serial_calls(given),
+            *dropped_names(given["messages"]),
+        ),
     )
     return prompt, ChatRequest(prompt.n, wants_usage(given), has_functions)
+
+
+def read_messages(messages: list[Any]) -> Messages:
+    read: list[Message] = []
+    for index, message in enumerate(messages):
+        read += read_message(message, f"messages[{index}]")
+    return tuple(read)
+
+
+def dropped_names(messages: list[JSON]) -> list[str]:
+    """`messages.name` if a message has a name; the name of a function answers a call."""
+    named = any(message.get("name") and message["role"] != "function" for message in messages)
+    return ["messages.name"] if named else []
 
 
 def native_tools(tools: list[Tool | JSON], given: JSON) -> list[JSON]:
@@ -1652,93 +2029,6 @@ def native_tools(tools: list[Tool | JSON], given: JSON) -> list[JSON]:
     if "web_search_options" in given and not any(tool["type"] == "web_search" for tool in native):
         native.append(given["web_search_options"])
     return native
-
-
-# Z.ai refuses developer (1214); OpenAI's role function is now tool.
-ROLES = {role: role for role in ("system", "user", "assistant", "tool")} | {
-    "developer": "system",
-    "function": "tool",
-}
-known_role = must(
-    f"be one of {', '.join(ROLES)}", lambda value: isinstance(value, str) and value in ROLES
-)
-call_reference = must(
-    "name the call that it answers", lambda value: isinstance(value, (str, int)) and value != ""
-)
-url_text = must("be an address", lambda value: isinstance(value, str) and value != "")
-
-
-def parse_message(message: Any, at: str) -> Message:
-    """One message; `at` is its path in the request, for errors."""
-    role = ROLES[checked(checked(message, mapping, at).get("role"), known_role, f"{at}.role")]
-    content = parse_content(message.get("content"), role, f"{at}.content")
-    match role:
-        case "assistant":
-            thought = message.get("reasoning_content") or message.get("reasoning") or ""
-            checked(thought, string, f"{at}.reasoning_content")
-            return Message(role, content, thought, parse_calls(message, at))
-        case "tool":
-            call_id = message.get("tool_call_id") or message.get("name")
-            return Message(
-                role, content, call_id=str(checked(call_id, call_reference, f"{at}.tool_call_id"))
-            )
-        case _:
-            return Message(role, content)
-
-
-def parse_content(content: Any, role: str, at: str) -> tuple[str | Media, ...]:
-    """The text and media of a message's content; null is allowed for the assistant. Empty text parts are dropped."""
-    match content:
-        case str():
-            return (content,)
-        case list():
-            parts = [parse_part(part, role, f"{at}[{i}]") for i, part in enumerate(content)]
-            return tuple(part for part in parts if part)
-        case None if role == "assistant":  # OpenAI's own answers have null with tool calls
-            return ()
-        case _:
-            raise BadRequest(f"'{at}' must be a string or an array of parts.", at)
-
-
-def parse_part(part: Any, role: str, at: str) -> str | Media:
-    match part:
-        case {"type": "text", "text": str(words)} | {"type": "refusal", "refusal": str(words)}:
-            return words
-        case {"type": "image_url" | "video_url" | "file_url" as kind} if role == "user":
-            media = part.get(kind)
-            url = media.get("url") if isinstance(media, dict) else media
-            return Media(kind, checked(url, url_text, f"{at}.{kind}.url"))
-        case {"type": "input_audio" | "file" as kind}:
-            raise BadRequest(f"'{at}': GLM models do not take {kind} parts.", at)
-        case _:
-            raise BadRequest(
-                f"'{at}' must be a text part{' or an image_url part' if role == 'user' else ''}.",
-                at,
-            )
-
-
-def parse_calls(message: JSON, at: str) -> tuple[ToolCall, ...]:
-    calls = checked(message.get("tool_calls") or [], array, f"{at}.tool_calls")
-    if message.get(
-        "function_call"
-    ):  # OpenAI's calls before there were tools: without an id, so the name serves as one
-        function = as_object(message["function_call"])
-        calls = [*calls, {"id": function.get("name"), "function": function}]
-    return tuple(parse_call(call, i, f"{at}.tool_calls[{i}]") for i, call in enumerate(calls))
-
-
-def parse_call(call: Any, index: int, at: str) -> ToolCall:
-    match call:
-        case {"function": {"name": str(name), **rest}}:
-            call_id = str(call.get("id") or f"call_{index}")
-            return ToolCall(index, call_id, name, argument_text(rest.get("arguments")) or "{}")
-        case _:
-            raise BadRequest(f"'{at}.function.name' must be a string.", f"{at}.function.name")
-
-
-def argument_text(arguments: Any) -> str:
-    """Arguments as JSON text, as OpenAI has them, even if they were sent as an object."""
-    return arguments if isinstance(arguments, str) else to_json(arguments) if arguments else ""
 
 
 TOOL_FIELDS: dict[str, Check] = {"name": string, "description": string, "parameters": mapping}
@@ -2176,14 +2466,15 @@ def parse_response(body: JSON, history: History) -> tuple[Prompt, ResponsesReque
         resolve_reference(item, f"input[{i}]", history)
         for i, item in enumerate(given.get("input", ()))
     ]
-    conversation = parse_items([*before, *items], -len(before))
+    items = [*before, *items]
+    conversation = read_items(items, -len(before))
     if not conversation:
         raise BadRequest("'input' is required and must not be empty.", "input")
     instructions = (
         (Message("system", (given["instructions"],)),) if given.get("instructions") else ()
     )
     tools = [(tool, parse_response_tool(tool, at)) for at, tool in given.get("tools", ())]
-    left_out = dict.fromkeys(f"tools.{tool['type']}" for tool, parsed in tools if parsed is None)
+    left_out = [f"tools.{tool.get('type')}" for tool, parsed in tools if parsed is None]
     prompt = Prompt(
         **common_arguments({"stream": False, **given}),
         messages=(*instructions, *conversation),
@@ -2194,10 +2485,14 @@ def parse_response(body: JSON, history: History) -> tuple[Prompt, ResponsesReque
         effort=given.get("reasoning"),
         reasoning_format="parsed",
         cache_key=given.get("prompt_cache_key", ""),
-        ignored=(*unknown_fields(body, RESPONSE_FIELDS), *serial_calls(given), *left_out),
+        ignored=(
+            *unknown_fields(body, RESPONSE_FIELDS),
+            *serial_calls(given),
+            *dict.fromkeys(left_out),
+        ),
     )
     by_name = {parsed.name: tool for tool, parsed in tools if isinstance(parsed, Tool)}
-    echo, stored = echo_of(body), [*before, *items] if given.get("store", True) else []
+    echo, stored = echo_of(body), items if given.get("store", True) else []
     returns_reasoning = "reasoning.encrypted_content" in given.get("include", ())
     return prompt, ResponsesRequest(echo, stored, by_name, returns_reasoning, history)
 
@@ -2249,17 +2544,6 @@ def resolve_reference(item: Any, at: str, history: History) -> Any:
     return found[0]
 
 
-def parse_items(items: Iterable[Any], first: int) -> tuple[Message, ...]:
-    """The messages of a conversation; `first` is the index of the first item in the request's input.
-
-    It is negative where items of a previous response stand before the input.
-    """
-    messages = chain.from_iterable(
-        parse_item(item, f"input[{i}]") for i, item in enumerate(items, first)
-    )
-    return merge_assistant_turns(hoist_tool_images(messages))
-
-
 FUNCTION_ECHO: JSON = {"description": None, "parameters": None, "strict": None}
 
 
@@ -2277,81 +2561,76 @@ def echo_of(body: JSON) -> JSON:
     return ECHOED | given | objects | {"tools": tools}
 
 
-# Items of OpenAI-hosted tools, skipped: the assistant's text already has their results.
-OPENAI_ITEMS = (
-    "web_search_call",
-    "file_search_call",
-    "code_interpreter_call",
-    "image_generation_call",
+def read_items(items: Iterable[Any], first: int) -> Messages:
+    """The messages of a conversation; `first` is the index of the first item in the input.
+
+    It is negative where items of a previous response stand before the input.
+    """
+    messages: list[Message] = []
+    for index, item in enumerate(items, first):
+        at = f"input[{index}]"
+        read = ITEM_READERS.get(item_type(checked(item, mapping, at)))
+        if read is not None:
+            messages += read(item, at)
+    return merge_assistant_turns(messages)
+
+
+def item_type(item: JSON) -> str:
+    """A message may have no type."""
+    return str(item.get("type") or "message")
+
+
+def read_call_item(item: JSON, _: str) -> list[Message]:
+    """A call; several items may form one assistant message (see merge_assistant_turns)."""
+    kind = str(item["type"])
+    name = qualified_name(item) if item.get("name") else ""
+    if kind == "function_call":
+        arguments = item.get("arguments")
+    elif kind == "custom_tool_call":
+        arguments = {"input": item.get("input")}
+    else:  # of a tool of OpenAI's own
+        arguments = item.get("action") or item.get("operation")
+        name = kind.removesuffix("_call")
+    call = ToolCall(0, item_call_id(item), name, argument_text(arguments) or "{}")
+    return [Message("assistant", (), calls=(call,))]
+
+
+def item_call_id(item: JSON) -> str:
+    """OpenAI's local_shell_call_output has the call's id as its own."""
+    return str(item.get("call_id") or item.get("id") or "")
+
+
+def read_output_item(item: JSON, at: str) -> list[Message]:
+    reader = ContentReader("tool")
+    output = item.get("output")
+    reader.read(item.get("status") if output is None else output, f"{at}.output")
+    return [Message("tool", tuple(reader.content), call_id=item_call_id(item))]
+
+
+def read_reasoning_item(item: JSON, _: str) -> list[Message]:
+    return [Message("assistant", (), thought=decode_reasoning(item))]
+
+
+CALL_ITEMS = (
+    "function_call",
+    "custom_tool_call",
 )
-
-
-def parse_item(item: Any, at: str) -> Iterator[Message]:
-    """One item of the input as messages; several items may form one assistant message (see merge_assistant_turns)."""
-    match item:
-        case {"type": "function_call" | "custom_tool_call", "name": str(), "call_id": str(call_id)}:
-            arguments = (
-                item.get("arguments")
-                if item["type"] == "function_call"
-                else {"input": item.get("input")}
-            )
-            call = ToolCall(0, call_id, qualified_name(item), argument_text(arguments) or "{}")
-            yield Message("assistant", (), calls=(call,))
-        case {
-            "type": "function_call_output" | "custom_tool_call_output",
-            "call_id": str(call_id),
-            "output": output,
-        }:
-            parts = parse_content(as_chat_content(output), "user", f"{at}.output")
-            words = tuple(part for part in parts if isinstance(part, str))
-            seen = tuple(part for part in parts if isinstance(part, Media))
-            yield Message(
-                "tool", words or ("(a picture, shown below)",) * bool(seen), call_id=call_id
-            )
-            if seen:
-                yield Message("user", seen)
-        case {"type": "reasoning"}:
-            yield Message("assistant", (), thought=decode_reasoning(item))
-        case {"role": "user" | "assistant" | "system" | "developer" as role, "content": content}:
-            yield Message(
-                ROLES[role], parse_content(as_chat_content(content), role, f"{at}.content")
-            )
-        case {"type": str(kind)} if kind in OPENAI_ITEMS:
-            return
-        case _:
-            raise BadRequest(
-                f"'{at}' must be a message, a tool call, its output, or reasoning.", at
-            )
-
-
-def hoist_tool_images(messages: Iterable[Message]) -> Iterator[Message]:
-    """Put images from tools behind the tools' messages: Z.ai takes them only in user messages."""
-    for _, run in groupby(messages, is_from_tool):
-        yield from sorted(run, key=lambda message: message.role != "tool")
-
-
-def is_from_tool(message: Message) -> bool:
-    """Whether this may be what a tool returned: its text, or the images beside it."""
-    return message.role == "tool" or (
-        message.role == "user" and set(map(type, message.content)) <= {Media}
+# How each type of item is read, and the types that say nothing which is not said elsewhere.
+ITEM_READERS: dict[str, Callable[[JSON, str], list[Message]]] = {
+    "message": read_message,
+    "reasoning": read_reasoning_item,
+    **dict.fromkeys(CALL_ITEMS, read_call_item),
+    **dict.fromkeys([f"{kind}_output" for kind in CALL_ITEMS], read_output_item),
+}
+SKIPPED_ITEMS = frozenset(
+    (
+        # OpenAI's own tools: the assistant's text has their results.
+        "web_search_call",
+        "file_search_call",
+        "code_interpreter_call",
+        "image_generation_call",
     )
-
-
-def as_chat_content(content: Any) -> Any:
-    """Content parts under the names that they have in chat."""
-    return [as_chat_part(part) for part in content] if isinstance(content, list) else content
-
-
-def as_chat_part(part: Any) -> Any:
-    match part:
-        case {"type": "input_text" | "output_text", "text": words}:
-            return {"type": "text", "text": words}
-        case {"type": "input_image", "image_url": url}:
-            return {"type": "image_url", "image_url": {"url": url}}
-        case {"type": "input_file"}:
-            return {"type": "file"}
-        case _:
-            return part
+)
 
 
 def merge_assistant_turns(messages: Iterable[Message]) -> tuple[Message, ...]:
@@ -2817,6 +3096,442 @@ def sse_frame(frame: JSON | str) -> str:
     return f"{name}data: {to_json(frame)}\n\n"
 
 
+# ======== Histories ===============================================================================
+# What keeps a conversation alive whatever stands in its history: `repair_history`, a list of
+# repairs that are the same for every model, and `fit_media`, which depends on what a model sees.
+#
+# A client sends its history again with every request. What Z.ai refuses in it once it refuses for
+# ever (1210, 1213, 1214), and the chat is lost. So each repair turns one kind of what Z.ai refuses
+# into what it takes, says so in words where the model should know, and leaves all else as it is.
+# It adds nothing that depends on time, chance or what comes later: Z.ai's cache needs the same
+# beginning to be the same bytes. A repair that has nothing to do returns the tuple that it got.
+
+
+def repair_history(messages: Messages) -> tuple[Messages, list[str]]:
+    """The messages as Z.ai takes them, media aside, and the names of the repairs that were needed.
+
+    Raises BadRequest if there is nothing in any of them.
+    """
+    needed = []
+    repairs = HISTORY_REPAIRS if has_tools(messages) else TEXT_REPAIRS
+    for repair in repairs:
+        repaired = repair(messages)
+        if repaired is not messages:
+            needed.append(repair.__name__)
+            messages = repaired
+    return messages, needed
+
+
+def has_tools(messages: Messages) -> bool:
+    return any(message.calls or message.role == "tool" for message in messages)
+
+
+def read_request(
+    surface: Surface, body: JSON, history: History
+) -> tuple[Prompt, SurfaceRequest, list[str]]:
+    """A request of any surface with its history repaired, and the names of the repairs."""
+    prompt, surface_request = surface(body, history)
+    messages, repairs = repair_history(prompt.messages)
+    if repairs:
+        prompt = replace(prompt, messages=messages)
+    return prompt, surface_request, repairs
+
+
+def changed_each(change: Callable[[Message], Message], messages: Messages) -> Messages:
+    changed = tuple(map(change, messages))
+    return messages if changed == messages else changed
+
+
+def pair_calls_and_results(messages: Messages) -> Messages:
+    """Each call has an id of its own, and its one result right behind it, in the calls' order.
+
+    Z.ai answers 1214 to other orders and to ids twice (MetaGLM/zhipuai-sdk-python-v4#14); clients
+    lose results when they are interrupted, lose calls when they shorten a history, and send both
+    twice. A call without a result gets "(no result)", a result without a call is a user's text.
+    """
+    if are_paired(messages):
+        return messages
+    ledger = CallLedger()
+    kept: list[Message] = []
+    for message in messages:
+        if message.role == "tool":
+            kept += ledger.file(message)
+        elif message.role == "assistant":
+            kept.append(ledger.enter(message))
+        else:
+            kept.append(message)
+            ledger.begin_batch()
+    paired = []
+    for message in kept:
+        paired.append(message)
+        paired += [ledger.result_of(call) for call in message.calls]
+    return tuple(paired)
+
+
+def are_paired(messages: Messages) -> bool:
+    """Whether all calls have different ids and are followed by their results."""
+    ids: set[str] = set()
+    total = 0
+    due: list[str] = []  # ids of the last calls that have no result yet, the next one last
+    for message in messages:
+        if message.role == "tool":
+            if not due or due.pop() != message.call_id:
+                return False
+        elif due:
+            return False
+        elif message.calls:
+            due = [call.id for call in reversed(message.calls)]
+            ids.update(due)
+            total += len(due)
+    return not due and len(ids) == total and "" not in ids and "".join(ids).isascii()
+
+
+class CallLedger:
+    """The calls of a conversation while it is read from its beginning, and the result of each.
+
+    Calls with no other message between them are a batch. A result answers a call of its id that
+    has none yet, if it names a function instead of a call one of that function, and if it names
+    neither (Ollama's clients) any: the oldest of the last batch that has one.
+    """
+
+    def __init__(self) -> None:
+        self.taken: set[str] = set()  # ids that calls have
+        self.times: Counter[str] = Counter()  # how often one was made of an id
+        self.said: set[tuple[str, str, str]] = set()  # the calls of this batch
+        self.batch = 0
+        # By what a result may name: the batches, and in each the ids of calls, as we gave them.
+        self.waiting: defaultdict[tuple[str, str], list[tuple[int, deque[str]]]] = defaultdict(list)
+        self.results: dict[str, Message] = {}  # by id of ours
+
+    def begin_batch(self) -> None:
+        self.batch += 1
+        self.said = set()
+
+    def enter(self, message: Message) -> Message:
+        """The message with an id of its own for each call; without what the batch has already."""
+        calls = []
+        for call in message.calls:
+            said = (call.id, call.name, call.arguments)
+            if said in self.said:
+                continue
+            self.said.add(said)
+            own_id = self.new_id(call.id)
+            self.wait(("id", call.id), own_id)
+            self.wait(("name", call.name), own_id)
+            self.wait(("any", ""), own_id)
+            calls.append(call if own_id == call.id else replace(call, id=own_id))
+        return replace(message, calls=tuple(calls))
+
+    def wait(self, key: tuple[str, str], own_id: str) -> None:
+        batches = self.waiting[key]
+        if not batches or batches[-1][0] != self.batch:
+            batches.append((self.batch, deque()))
+        batches[-1][1].append(own_id)
+
+    def new_id(self, given_id: str) -> str:
+        """The client's id, or one made of it if an earlier call has that already."""
+        base = own_id = whole_characters(given_id) or "call"
+        while own_id in self.taken:
+            self.times[base] += 1
+            own_id = f"{base}_{self.times[base] + 1}"
+        self.taken.add(own_id)
+        return own_id
+
+    def file(self, result: Message) -> list[Message]:
+        """Keep a result for its call; what is left to say in its place if there is none."""
+        self.begin_batch()
+        own_id = self.call_of(result.call_id)
+        if own_id:
+            self.results[own_id] = replace(result, call_id=own_id)
+            return []
+        if ("id", result.call_id) in self.waiting:  # the first result of a call counts
+            return []
+        words = f"(The result of a call that is not in this conversation, {result.call_id or '?'}:)"
+        content = [part for part in result.content if not is_blank(part)]
+        return [Message("user", (words, *content), continues=True)]
+
+    def call_of(self, call_id: str) -> str:
+        """The call that a result with this id answers; "" if no call waits for it."""
+        keys = [("id", call_id), ("name", call_id)] if call_id else [("any", "")]
+        for key in keys:
+            batches = self.waiting.get(key, [])
+            while batches:
+                _, ids = batches[-1]
+                while ids and ids[0] in self.results:
+                    ids.popleft()
+                if ids:
+                    return ids[0]
+                batches.pop()
+        return ""
+
+    def result_of(self, call: ToolCall) -> Message:
+        return self.results.get(call.id) or Message("tool", ("(no result)",), call_id=call.id)
+
+
+def drop_nameless_calls(messages: Messages) -> Messages:
+    """Without calls of an empty name and their results.
+
+    Models say such calls, and no history that repeats them is taken (anomalyco/opencode#33064).
+    """
+    nameless = {call.id for message in messages for call in message.calls if not call.name.strip()}
+    if not nameless:
+        return messages
+    kept = []
+    for message in messages:
+        if message.calls:
+            calls = [call for call in message.calls if call.id not in nameless]
+            kept.append(replace(message, calls=tuple(calls)))
+        elif message.role != "tool" or message.call_id not in nameless:
+            kept.append(message)
+    return tuple(kept)
+
+
+def mend_arguments(messages: Messages) -> Messages:
+    """The arguments of each call are a JSON object, or {} and the text in the result.
+
+    Models leave arguments unfinished; Z.ai answers 1214 to what is no JSON.
+    """
+    mended = changed_each(with_object_arguments, messages)
+    if mended is messages:
+        return messages
+    texts: dict[str, str] = {}  # what were no arguments, by the id of the call
+    for before, after in zip(messages, mended, strict=True):
+        for call, other in zip(before.calls, after.calls, strict=True):
+            if other is not call and call.arguments.strip() not in ("", "null"):
+                texts[call.id] = call.arguments
+
+    def with_text(message: Message) -> Message:
+        if message.role != "tool" or message.call_id not in texts:
+            return message
+        words = f"{texts[message.call_id]}\n(These arguments were no JSON object.)"
+        return replace(message, content=(words, *message.content))
+
+    return changed_each(with_text, mended)
+
+
+def with_object_arguments(message: Message) -> Message:
+    calls = tuple(map(with_object, message.calls))
+    return message if calls == message.calls else replace(message, calls=calls)
+
+
+def with_object(call: ToolCall) -> ToolCall:
+    return call if is_json_object(call.arguments) else replace(call, arguments="{}")
+
+
+def is_json_object(text: str) -> bool:
+    try:
+        return isinstance(JSON_DECODER.decode(text), dict)
+    except (ValueError, RecursionError):
+        return False
+
+
+def mend_escapes(messages: Messages) -> Messages:
+    """No arguments have half a surrogate pair as an escape, which `encode_request` cannot see."""
+    return changed_each(without_halves, messages)
+
+
+HALF_ESCAPE = re.compile(r"\\u[dD][89a-fA-F]")
+
+
+def without_halves(message: Message) -> Message:
+    calls = tuple(map(without_half, message.calls))
+    return message if calls == message.calls else replace(message, calls=calls)
+
+
+def without_half(call: ToolCall) -> ToolCall:
+    if not HALF_ESCAPE.search(call.arguments):
+        return call
+    text = to_json(JSON_DECODER.decode(call.arguments))
+    whole = whole_characters(text)
+    return call if whole == text else replace(call, arguments=whole)
+
+
+THINK_BLOCK = re.compile(r"\s*<think>(.*?)</think>[\r\n]*", re.DOTALL)
+
+
+def read_think_blocks(messages: Messages) -> Messages:
+    """Reasoning at the head of an assistant's text (REASONING_FORMAT=raw) is its `thought`."""
+    return changed_each(without_think_block, messages)
+
+
+def without_think_block(message: Message) -> Message:
+    text = message.content[0] if message.role == "assistant" and message.content else None
+    found = THINK_BLOCK.match(text) if isinstance(text, str) else None
+    if not isinstance(text, str) or found is None:
+        return message
+    content = (text[found.end() :], *message.content[1:])
+    return replace(message, content=content, thought=message.thought or found[1])
+
+
+# What stands for nothing: Z.ai refuses an empty result, and an empty user message (1213).
+NOTHING_SAID = {"tool": "(no output)", "user": "(no text)"}
+
+
+def mend_empty_messages(messages: Messages) -> Messages:
+    """Each message says something: results and users in words, others are left out.
+
+    Agents send empty ones after a broken stream; Z.ai answers 1213, also where they have reasoning.
+    Raises BadRequest if nothing is left.
+    """
+    if all(map(has_content, messages)):
+        return messages
+    kept = []
+    for message in messages:
+        if has_content(message):
+            kept.append(message)
+        elif message.role in NOTHING_SAID:
+            kept.append(replace(message, content=(NOTHING_SAID[message.role],)))
+    if not kept:
+        raise BadRequest("'messages' must not all be empty.", "messages")
+    return tuple(kept)
+
+
+def has_content(message: Message) -> bool:
+    return bool(message.calls) or not all(map(is_blank, message.content))
+
+
+def is_blank(part: Part) -> bool:
+    return isinstance(part, str) and (not part or part.isspace())
+
+
+def ask_something(messages: Messages) -> Messages:
+    """One message at least is a user's or a tool's (1214): if need be, the last of the system's."""
+    roles = [message.role for message in messages]
+    if "user" in roles or "tool" in roles:
+        return messages
+    if "system" not in roles:
+        return (Message("user", (NOTHING_SAID["user"],), continues=True), *messages)
+    last = len(roles) - 1 - roles[::-1].index("system")
+    asked = replace(messages[last], role="user", continues=True)
+    return (*messages[:last], asked, *messages[last + 1 :])
+
+
+Repair = Callable[[Messages], Messages]
+# In this order: the others rely on each call's having one result, and may leave messages empty.
+CALL_REPAIRS: tuple[Repair, ...] = (
+    pair_calls_and_results,
+    drop_nameless_calls,
+    mend_arguments,
+    mend_escapes,
+)
+TEXT_REPAIRS: tuple[Repair, ...] = (read_think_blocks, mend_empty_messages, ask_something)
+HISTORY_REPAIRS = CALL_REPAIRS + TEXT_REPAIRS
+
+
+def turn_start(messages: Messages) -> int:
+    """The index after the last message that a user sent: the tool loop in progress begins there."""
+    for index in range(len(messages), 0, -1):
+        message = messages[index - 1]
+        if message.role == "user" and not message.continues:
+            return index
+    return 0
+
+
+def are_texts(messages: Messages) -> bool:
+    return all(isinstance(part, str) for message in messages for part in message.content)
+
+
+def has_media(*messages: Message) -> bool:
+    """Whether there is something for a model that sees."""
+    return any(Media in map(type, message.content) for message in messages)
+
+
+def user_shows_media(messages: Messages) -> bool:
+    """Whether the user's own message of the turn that is on needs a model that sees."""
+    start = turn_start(messages)
+    return start > 0 and has_media(messages[start - 1])
+
+
+def turn_shows_media(messages: Messages) -> bool:
+    """Whether anything of the turn that is on is for a model that sees, such as a tool's result."""
+    return has_media(*messages[max(turn_start(messages) - 1, 0) :])
+
+
+def fit_media(messages: Messages, model: Model) -> Messages:
+    """The messages with what the model can take. Z.ai answers 1210 to images where it sees none.
+
+    For one that sees, images of tools, assistants and systems go into a user message behind them,
+    the only place where Z.ai takes them. For others, words stand in their place. Raises BadRequest
+    only for what the user shows now: what is past the client will send again.
+    """
+    if are_texts(messages):
+        return messages
+    own = turn_start(messages) - 1  # the index of what the user says now
+    if own >= 0:
+        check_media(messages[own], model)
+    shown = tuple([with_placeholders(message, model) for message in messages])
+    return hoist_media(shown) if model.vision else shown
+
+
+def check_media(message: Message, model: Model) -> None:
+    """Raises BadRequest for a part that the model does not take."""
+    for part in message.content:
+        if isinstance(part, Media):
+            check_vision(model)
+        if isinstance(part, Unreadable):
+            words = f"'{part.at}' cannot be shown to the model: {part.advice}."
+            raise BadRequest(words, part.at, f"{part.kind}_not_supported")
+
+
+def check_vision(model: Model) -> None:
+    """Raises BadRequest when the model takes no images."""
+    if not model.vision:
+        seeing = ", ".join(known.id for known in MODELS.values() if known.vision)
+        message = f"{model.id} does not take images, videos or files; these do: {seeing}. "
+        message += "Or the operator sets VISION_MODEL, which then answers."
+        raise BadRequest(message, "messages", "image_not_supported")
+
+
+def with_placeholders(message: Message, model: Model) -> Message:
+    if are_texts((message,)):
+        return message
+    content = tuple([placeholder(part, model) for part in message.content])
+    return replace(message, content=content)
+
+
+def placeholder(part: Part, model: Model) -> Part:
+    """Words in place of what the model does not take; a part that it takes."""
+    match part:
+        case Unreadable(kind, name, advice):
+            about = f"{kind} {name}"
+        case Media(_, url) if not model.vision:
+            about = f"{part.kind} {url if url.startswith('http') else ''}"
+            advice = "a model that sees takes it, and so does VISION_MODEL"
+        case _:
+            return part
+    return f"[{about.strip()}: not shown to {model.id}: {advice}]"
+
+
+def hidden_media(messages: Messages, model: Model) -> list[str]:
+    """What the model is not shown, in the words for `x-ztoapi-ignored`: images, files."""
+    hidden = {}
+    for part in chain.from_iterable([message.content for message in messages]):
+        if not isinstance(part, str) and isinstance(placeholder(part, model), str):
+            hidden[f"{part.kind}s"] = True
+    return list(hidden)
+
+
+def hoist_media(messages: Messages) -> Messages:
+    """The messages with images that are not in a user's put into one, behind the tools' results."""
+    hoisted: list[Message] = []
+    seen: list[Part] = []  # images not yet put into a user message
+    for message in messages:
+        if seen and message.role != "tool":
+            hoisted.append(Message("user", tuple(seen), continues=True))
+            seen = []
+        if message.role == "user" or not has_media(message):
+            hoisted.append(message)
+            continue
+        seen += [part for part in message.content if isinstance(part, Media)]
+        words = tuple([part for part in message.content if not isinstance(part, Media)])
+        if all(map(is_blank, words)):
+            words = ("(a picture, shown below)",)
+        hoisted.append(replace(message, content=words))
+    if seen:
+        hoisted.append(Message("user", tuple(seen), continues=True))
+    return tuple(hoisted)
+
+
 # ======== Clients ===================================================================================================
 # How each client is installed, and started for this server only: as typed in a shell, variables first. $dir is
 # a folder of its own; the file that a client reads from it, if any, comes last.
@@ -2955,23 +3670,18 @@ def client_examples() -> list[JSON]:
 # `zai_body` is a Prompt as Z.ai takes it; what Z.ai has no parameter for is emulated or left out.
 
 
-def check_vision(model: Model) -> None:
-    """Raises BadRequest when the model takes no images."""
-    if not model.vision:
-        seeing = ", ".join(known.id for known in MODELS.values() if known.vision)
-        message = f"{model.id} does not take images, videos or files; these do: {seeing}."
-        raise BadRequest(message, "messages", "image_not_supported")
-
-
 def zai_request(prompt: Prompt, model: Model) -> tuple[JSON, bytes]:
     """The request as Z.ai takes it, also encoded. Raises BadRequest when it cannot be sent."""
+    messages = fit_media(prompt.messages, model)
+    if messages is not prompt.messages:
+        prompt = replace(prompt, messages=messages)
     body = zai_body(prompt, model)
     return body, encode_request(body)
 
 
 def zai_body(prompt: Prompt, model: Model) -> JSON:
     """Only fields that Z.ai knows: an unknown one fails the whole request, without being named (1210)."""
-    tools, messages = offered_tools(prompt), sendable(prompt.messages)
+    tools, messages = offered_tools(prompt), prompt.messages
     body = {
         "model": model.id,
         "messages": [
@@ -2993,13 +3703,6 @@ def zai_body(prompt: Prompt, model: Model) -> JSON:
         **prompt.native,
     }
     return {name: value for name, value in body.items() if value is not None}
-
-
-def turn_start(messages: tuple[Message, ...]) -> int:
-    """The index after the last user message: the tool loop in progress begins there."""
-    return max(
-        (index for index, message in enumerate(messages, 1) if message.role == "user"), default=0
-    )
 
 
 def with_reasoning(
@@ -3055,42 +3758,6 @@ def emulation_lines(prompt: Prompt, tools: list[JSON]) -> Iterator[str]:
         yield order + to_json(prompt.schema)
 
 
-def sendable(messages: Iterable[Message]) -> tuple[Message, ...]:
-    """The messages as Z.ai takes them: only a user's may be empty (1213), and one is a user's or a tool's (1214)."""
-    answered = ("user", "tool")
-    kept = [
-        message
-        for message in map(mended, messages)
-        if message.role in answered or has_content(message)
-    ]
-    if not kept:
-        raise BadRequest("'messages' must not all be empty.", "messages")
-    roles = [message.role for message in kept]
-    if "system" in roles and not any(role in answered for role in roles):
-        last = len(roles) - 1 - roles[::-1].index("system")
-        kept[last] = replace(kept[last], role="user")
-    return tuple(kept)
-
-
-def mended(message: Message) -> Message:
-    """An empty tool result gets words; reasoning in the text, where REASONING_FORMAT=raw puts it, becomes `thought`."""
-    if message.role == "tool" and not has_content(message):
-        return replace(message, content=("(no output)",))
-    text = message.content[0] if message.role == "assistant" and message.content else None
-    if isinstance(text, str) and (
-        tagged := re.match(r"\s*<think>(.*?)</think>[\r\n]*", text, re.DOTALL)
-    ):
-        content = (text[tagged.end() :], *message.content[1:])
-        return replace(message, content=content, thought=message.thought or tagged[1])
-    return message
-
-
-def has_content(message: Message) -> bool:
-    return bool(message.calls) or any(
-        p and not (isinstance(p, str) and p.isspace()) for p in message.content
-    )
-
-
 def with_system_lines(messages: tuple[Message, ...], lines: Iterable[str]) -> tuple[Message, ...]:
     """The conversation with lines added to its first system message: Z.ai may refuse a second one."""
     lines, roles = tuple(lines), [message.role for message in messages]
@@ -3143,10 +3810,6 @@ def zai_thinking(prompt: Prompt, messages: Iterable[Message], model: Model) -> J
     }
 
 
-def has_media(*messages: Message) -> bool:
-    return any(Media in map(type, message.content) for message in messages)
-
-
 def zai_message(message: Message) -> JSON:
     body: JSON = {"role": message.role, "content": zai_content(message)}
     if message.thought:
@@ -3160,17 +3823,19 @@ def zai_message(message: Message) -> JSON:
 
 def zai_content(message: Message) -> str | list[JSON]:
     """Text without media is sent as a string: several models answer 1214 to text parts (BerriAI/litellm#25868)."""
-    return [*map(zai_part, message.content)] if has_media(message) else message_text(message)
+    if not has_media(message):
+        return message_text(message)
+    return [zai_part(part) for part in message.content if not is_blank(part)]
 
 
-def zai_part(part: str | Media) -> JSON:
+def zai_part(part: Part) -> JSON:
     """Z.ai takes https URLs and bare base64; some models refuse data: URLs (BigPizzaV3/CodexPlusPlus#2031)."""
-    if isinstance(part, str):
-        return {"type": "text", "text": part}
-    return {
-        "type": part.type,
-        part.type: {"url": re.sub(r"(?i)^data:[^,]*;base64,", "", part.url, count=1)},
-    }
+    match part:
+        case Media(kind, url):
+            head = BASE64_URL.match(url)
+            return {"type": kind, kind: {"url": url[head.end() :] if head else url}}
+        case _:
+            return {"type": "text", "text": part}
 
 
 def zai_tool(tool: Tool) -> JSON:
@@ -3566,7 +4231,7 @@ class ZaiReader:
         yield Finish("tool_calls" if reason == "stop" and self.calls.calls else reason)
 
     def check_window(self) -> None:
-        """Raises UpstreamError where all that Z.ai says is that the conversation fills the window."""
+        """Raises UpstreamError where all that Z.ai says is that the window is full."""
         held = self.tags and (self.tags.held or self.tags.rest)
         answered = self.text_begun or self.prose or self.calls.calls or held
         if self.finish == "model_context_window_exceeded" and not answered:
@@ -5122,14 +5787,16 @@ class Upstream:
         )
         model, *others = (resolve(name, self.settings.model_aliases) for name in names)
         shows_media = has_media(*prompt.messages)
-        model = self.with_vision(model) if shows_media else model
+        must_see = shows_media and user_shows_media(prompt.messages)
+        if shows_media and turn_shows_media(prompt.messages):
+            model = self.with_vision(model)
         for asked in (model, *others[: len(prompt.fallbacks or ())]):
             account.check_model(asked)
-        if shows_media:
+        if must_see:
             check_vision(model)
         return [
             model,
-            *(other for other in filter(account.allows, others) if other.vision or not shows_media),
+            *(other for other in filter(account.allows, others) if other.vision or not must_see),
         ]
 
     def caller(self, account_id: str, beginning: Iterable[str]) -> Caller:
@@ -5978,8 +6645,13 @@ async def parse_request_of(surface: Surface, request: web.Request) -> tuple[Prom
     for response_id in referred_responses(body):
         await history.load(response_id)
     size = request.content.total_bytes + history.size
-    prompt, surface_request = await in_thread_if_large(size, surface, body, history)
+    prompt, surface_request, repairs = await in_thread_if_large(
+        size, read_request, surface, body, history
+    )
+    upstream = request.app[UPSTREAM]
+    upstream.remedies.update(repairs)
     record.model = model_shown(request, prompt.model)
+    prompt = with_hidden_media_listed(prompt, upstream, request[ACCOUNT])
     record.prompt_size = (
         size if size >= LARGE else sum(len(message_text(message)) for message in prompt.messages)
     )
@@ -5990,6 +6662,17 @@ async def parse_request_of(surface: Surface, request: web.Request) -> tuple[Prom
     return with_defaults(
         prompt, request.app[SETTINGS], request.headers.get("Accept", "")
     ), surface_request
+
+
+def with_hidden_media_listed(prompt: Prompt, upstream: Upstream, account: Account) -> Prompt:
+    """Raises BadRequest for what the user shows now and the model does not take."""
+    if are_texts(prompt.messages):
+        return prompt
+    model = upstream.models(prompt, account)[0]
+    fit_media(prompt.messages, model)
+    hidden = hidden_media(prompt.messages, model)
+    upstream.remedies.update([f"hidden_{kind}" for kind in hidden])
+    return replace(prompt, ignored=(*prompt.ignored, *hidden)) if hidden else prompt
 
 
 def head_of(info: AnswerInfo, model: str, record: Record) -> Head:

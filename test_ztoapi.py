@@ -1394,6 +1394,123 @@ def test_items_are_a_conversation(items, wanted):
     assert parse_response(input=items).messages == tuple(wanted)
 
 
+AGENT = {"type": "agent_message", "author": "/root/a", "recipient": "/root"}
+RUN = {"type": "exec", "command": ["ls"]}
+
+
+@pytest.mark.parametrize(
+    ("items", "wanted"),
+    [
+        pytest.param(
+            [AGENT | {"content": [{"type": "input_text", "text": "done"}, {"type": "encrypted_content"}]}],
+            [Message("user", ("Message from the agent /root/a:", "done"), continues=True)],
+            id="agent",
+        ),
+        pytest.param(
+            [
+                {"type": "local_shell_call", "call_id": "c1", "action": RUN},
+                {"type": "local_shell_call_output", "id": "c1", "output": "a.py"},
+            ],
+            [
+                Message("assistant", (), calls=(ToolCall(0, "c1", "local_shell", to_json(RUN)),)),
+                Message("tool", ("a.py",), call_id="c1"),
+            ],
+            id="local shell",
+        ),
+        pytest.param(
+            [
+                {"type": "shell_call", "call_id": "c1", "action": {"commands": ["ls"]}},
+                {"type": "shell_call_output", "call_id": "c1", "output": [{"stdout": "a.py"}]},
+            ],
+            [
+                Message("assistant", (), calls=(ToolCall(0, "c1", "shell", '{"commands":["ls"]}'),)),
+                Message("tool", ('{"stdout":"a.py"}',), call_id="c1"),
+            ],
+            id="shell",
+        ),
+        pytest.param(
+            [
+                {"type": "apply_patch_call", "call_id": "c1", "operation": {"path": "a.py"}},
+                {"type": "apply_patch_call_output", "call_id": "c1", "status": "completed"},
+            ],
+            [
+                Message("assistant", (), calls=(ToolCall(0, "c1", "apply_patch", '{"path":"a.py"}'),)),
+                Message("tool", ("completed",), call_id="c1"),
+            ],
+            id="patch",
+        ),
+        pytest.param(
+            [{"type": "mcp_call", "id": "m1", "server_label": "w", "name": "get", "arguments": '{"a":1}', "output": "42"}],
+            [
+                Message("assistant", (), calls=(ToolCall(0, "m1", "w__get", '{"a":1}'),)),
+                Message("tool", ("42",), call_id="m1"),
+            ],
+            id="MCP",
+        ),
+        pytest.param(
+            [{"type": "mcp_call", "id": "m1", "name": "get", "error": {"code": 1}}],
+            [
+                Message("assistant", (), calls=(ToolCall(0, "m1", "get", "{}"),)),
+                Message("tool", ('{"code":1}',), call_id="m1"),
+            ],
+            id="MCP that failed",
+        ),
+        pytest.param(
+            [{"type": "function_call", "call_id": "c1", "namespace": "w"}, {"type": "function_call_output", "call_id": "c1", "output": {"a": 1}}],
+            [
+                Message("assistant", (), calls=(ToolCall(0, "c1", "", "{}"),)),
+                Message("tool", ('{"a":1}',), call_id="c1"),
+            ],
+            id="a call without a name, an object as output",
+        ),
+    ],
+)  # fmt: skip
+def test_the_items_of_agents_and_of_tools_of_openais_own_are_read(items, wanted):
+    assert parse_response(input=items).messages == tuple(wanted)
+
+
+def test_items_of_unknown_types_are_left_out_and_listed():
+    hi = {"role": "user", "content": "hi"}
+    new, newer = {"type": "never_heard_of", "x": 1}, {"type": 5}
+    prompt = parse_response(input=[new, hi, new, newer, {"type": "web_search_call"}])
+    assert prompt.messages == (Message("user", ("hi",)),)
+    assert prompt.ignored == ("input.never_heard_of", "input.5")
+
+
+def additional(*tools):
+    item = {"type": "additional_tools", "role": "developer", "tools": list(tools)}
+    return [item, {"role": "user", "content": "hi"}]
+
+
+NOW = {"type": "function", "name": "now", "parameters": {"type": "object"}}
+
+
+def test_tools_in_the_conversation_join_the_others():
+    known = NOW | {"description": "the first"}
+    more = [NOW, NAMESPACE, {"type": "web_search"}, {"type": "custom", "name": "say"}]
+    prompt = parse_response(tools=[known], input=additional(*more))
+    assert prompt.messages == (Message("user", ("hi",)),)
+    assert [tool.name for tool in prompt.tools] == ["now", "mcp__w__get", "mcp__w__say", "say"]
+    assert prompt.tools[0].description == "the first"
+    assert [tool["type"] for tool in prompt.native_tools] == ["web_search"]
+
+
+def test_a_call_of_a_tool_in_the_conversation_comes_back_as_the_client_knows_it():
+    called = ToolCall(0, "c1", "mcp__w__get", "{}")
+    _, response, _ = respond([called, Finish("tool_calls")], input=additional(NAMESPACE))
+    names = {key: response["output"][0][key] for key in ("type", "name", "namespace")}
+    assert names == {"type": "function_call", "name": "get", "namespace": "mcp__w"}
+
+
+def test_tools_in_the_conversation_that_cannot_be_offered_are_left_out_and_listed():
+    odd = [{"type": "function"}, {"type": "computer"}, {"type": "custom", "name": 5}, 7]
+    prompt = parse_response(input=additional(NOW, *odd))
+    assert [tool.name for tool in prompt.tools] == ["now"]
+    assert prompt.ignored == ("tools.function", "tools.computer", "tools.custom")
+    many = parse_response(input=additional(*[NOW | {"name": f"f{i}"} for i in range(130)]))
+    assert (len(many.tools), many.ignored) == (128, ("tools.function",))
+
+
 @pytest.mark.parametrize(
     ("fields", "param"),
     [
@@ -7072,6 +7189,19 @@ async def test_a_poisoned_conversation_goes_on_and_is_counted(client, zai):
     async with client.get("/dashboard/stats", headers=KEY) as response:
         healed = (await response.json())["healed"]
     assert healed == {"drop_nameless_calls": 1, "mend_empty_messages": 1}
+
+
+@in_loop
+async def test_a_poisoned_conversation_of_the_responses_api_goes_on(client, zai):
+    items = [
+        {"role": "user", "content": "hi"},
+        {"type": "function_call", "call_id": "c1", "name": "f", "arguments": '{"p":'},
+        {"type": "function_call_output", "call_id": "gone", "output": None},
+        {"type": "never_heard_of"},
+    ]
+    response, _ = await ask(client, {"model": "glm-4.6", "input": items}, "/v1/responses")
+    assert (response.status, response.headers["x-ztoapi-ignored"]) == (200, "input.never_heard_of")
+    assert list(what_zai_refuses(zai.bodies[0]["messages"], BLIND)) == []
 
 
 # ======== Every surface is the same path ========

@@ -2474,6 +2474,7 @@ def parse_response(body: JSON, history: History) -> tuple[Prompt, ResponsesReque
         (Message("system", (given["instructions"],)),) if given.get("instructions") else ()
     )
     tools = [(tool, parse_response_tool(tool, at)) for at, tool in given.get("tools", ())]
+    tools = with_additional_tools(tools, items)
     left_out = [f"tools.{tool.get('type')}" for tool, parsed in tools if parsed is None]
     prompt = Prompt(
         **common_arguments({"stream": False, **given}),
@@ -2489,6 +2490,7 @@ def parse_response(body: JSON, history: History) -> tuple[Prompt, ResponsesReque
             *unknown_fields(body, RESPONSE_FIELDS),
             *serial_calls(given),
             *dict.fromkeys(left_out),
+            *unknown_items(items),
         ),
     )
     by_name = {parsed.name: tool for tool, parsed in tools if isinstance(parsed, Tool)}
@@ -2580,6 +2582,14 @@ def item_type(item: JSON) -> str:
     return str(item.get("type") or "message")
 
 
+def unknown_items(items: Iterable[JSON]) -> list[str]:
+    """The types of items that are left out: Codex brings new ones with each version."""
+    known = ITEM_READERS.keys() | SKIPPED_ITEMS
+    return list(
+        {f"input.{item_type(item)}": True for item in items if item_type(item) not in known}
+    )
+
+
 def read_call_item(item: JSON, _: str) -> list[Message]:
     """A call; several items may form one assistant message (see merge_assistant_turns)."""
     kind = str(item["type"])
@@ -2607,6 +2617,23 @@ def read_output_item(item: JSON, at: str) -> list[Message]:
     return [Message("tool", tuple(reader.content), call_id=item_call_id(item))]
 
 
+def read_mcp_item(item: JSON, at: str) -> list[Message]:
+    """A call that OpenAI's server made, and what came of it."""
+    name = "__".join([str(item[key]) for key in ("server_label", "name") if item.get(key)])
+    call_id = item_call_id(item) or at
+    call = ToolCall(0, call_id, name, argument_text(item.get("arguments")) or "{}")
+    said = json_or_text(item.get("output") or item.get("error"))
+    return [Message("assistant", (), calls=(call,)), Message("tool", (said,), call_id=call_id)]
+
+
+def read_agent_item(item: JSON, at: str) -> list[Message]:
+    """What one of Codex's agents wrote to another, as a user's text that names its author."""
+    reader = ContentReader("system")
+    reader.read(item.get("content"), f"{at}.content")
+    words = f"Message from the agent {item.get('author') or '?'}:"
+    return [Message("user", (words, *reader.content), continues=True)]
+
+
 def read_reasoning_item(item: JSON, _: str) -> list[Message]:
     return [Message("assistant", (), thought=decode_reasoning(item))]
 
@@ -2614,11 +2641,16 @@ def read_reasoning_item(item: JSON, _: str) -> list[Message]:
 CALL_ITEMS = (
     "function_call",
     "custom_tool_call",
+    "local_shell_call",
+    "shell_call",
+    "apply_patch_call",
 )
 # How each type of item is read, and the types that say nothing which is not said elsewhere.
 ITEM_READERS: dict[str, Callable[[JSON, str], list[Message]]] = {
     "message": read_message,
     "reasoning": read_reasoning_item,
+    "agent_message": read_agent_item,
+    "mcp_call": read_mcp_item,
     **dict.fromkeys(CALL_ITEMS, read_call_item),
     **dict.fromkeys([f"{kind}_output" for kind in CALL_ITEMS], read_output_item),
 }
@@ -2629,8 +2661,49 @@ SKIPPED_ITEMS = frozenset(
         "file_search_call",
         "code_interpreter_call",
         "image_generation_call",
+        "additional_tools",  # see with_additional_tools
     )
 )
+
+
+# A tool as the client sent it, and as it is offered: None for one that GLM does not have.
+ReadTool = tuple[JSON, Tool | JSON | None]
+
+
+def with_additional_tools(tools: list[ReadTool], items: Iterable[JSON]) -> list[ReadTool]:
+    """The tools, and those that Codex puts into the conversation; of one name the first."""
+    known = {tool_name(read) for _, read in tools if read}
+    joined = list(tools)
+    for tool in chain.from_iterable(map(additional_tools, items)):
+        read = read_additional_tool(tool) if len(known) < MAX_TOOLS else None
+        if read is None:
+            joined.append((tool, None))
+        elif tool_name(read) not in known:
+            joined.append((tool, read))
+            known.add(tool_name(read))
+    return joined
+
+
+def tool_name(read: Tool | JSON) -> str:
+    """What a tool is known by; one of Z.ai's own by its type."""
+    return read.name if isinstance(read, Tool) else str(read["type"])
+
+
+def additional_tools(item: JSON) -> list[JSON]:
+    """The tools in an item, those of a namespace apart; none in an item of another type."""
+    found: list[JSON] = []
+    if item_type(item) == "additional_tools":
+        for tool in objects(item.get("tools")):
+            found += [part for _, part in split_namespace(tool, "") if part]
+    return found
+
+
+def read_additional_tool(tool: JSON) -> Tool | JSON | None:
+    """None also for one that makes no sense: it stands in the history, so it will come again."""
+    try:
+        return parse_response_tool(tool, "tools")
+    except BadRequest:
+        return None
 
 
 def merge_assistant_turns(messages: Iterable[Message]) -> tuple[Message, ...]:

@@ -6,6 +6,7 @@ Run `pytest`. Tests that need the OpenAI SDK, Chromium or PostgreSQL are skipped
 from __future__ import annotations
 
 import asyncio
+import base64
 import contextlib
 import errno
 import gc
@@ -561,6 +562,21 @@ def test_half_a_surrogate_pair_leaves_as_the_escape_it_came_as():
     assert json.loads(encode_json("\ud83d" + "\ude00")) == "😀"
 
 
+@pytest.mark.parametrize(
+    ("text", "wanted"),
+    [
+        ("cut \ud83d", "cut \ufffd"),
+        ("\ude00 cut", "\ufffd cut"),
+        ("a\ud83db\ude00c", "a\ufffdb\ufffdc"),
+        ("\ud83d\ud83d\ude00", "\ufffd😀"),
+        ("whole 😀 好", "whole 😀 好"),
+    ],
+    ids=["the end", "the beginning", "two halves apart", "a half before a pair", "whole"],
+)
+def test_half_a_surrogate_pair_is_not_sent_to_zai(text, wanted):
+    assert json.loads(ztoapi.encode_request([text]).decode()) == [wanted]
+
+
 def test_frames_are_data_and_a_blank_line():
     assert sse([{"a": "é"}, "[DONE]"]) == 'data: {"a":"é"}\n\ndata: [DONE]\n\n'.encode()
 
@@ -838,6 +854,9 @@ def test_a_message_is_read(fields, wanted):
     assert read_chat(message(**fields)).messages == (wanted,)
 
 
+FUNCTIONS = [{"name": "f", "parameters": {"type": "object"}}]
+
+
 @pytest.mark.parametrize(
     ("body", "param"),
     [
@@ -853,36 +872,11 @@ def test_a_message_is_read(fields, wanted):
         (message(content="x"), "messages[0].role"),
         (message(role="robot", content="x"), "messages[0].role"),
         (message(role=["user"], content="x"), "messages[0].role"),
-        (message(role="user"), "messages[0].content"),
-        (message(role="user", content=5), "messages[0].content"),
-        (message(role="user", content=["x"]), "messages[0].content[0]"),
-        (
-            message(role="user", content=[{"type": "image_url"}]),
-            "messages[0].content[0].image_url.url",
-        ),
-        (
-            message(role="user", content=[{"type": "input_audio", "input_audio": {}}]),
-            "messages[0].content[0]",
-        ),
-        (message(role="user", content=[{"type": "file", "file": {}}]), "messages[0].content[0]"),
-        (message(role="assistant", reasoning_content=5), "messages[0].reasoning_content"),
-        (
-            message(role="assistant", function_call={"arguments": "{}"}),
-            "messages[0].tool_calls[0].function.name",
-        ),
+        (chat(messages=[*HELLO["messages"], {"role": "robot"}]), "messages[1].role"),
+        (chat(messages=[*HELLO["messages"], None]), "messages[1]"),
         (chat(reasoning_effort=[]), "reasoning_effort"),
         (chat(reasoning={"enabled": "yes"}), "reasoning"),
         (chat(web_search_options={"search_context_size": 5}), "web_search_options"),
-        (
-            message(role="system", content=[{"type": "image_url", "image_url": {"url": "x"}}]),
-            "messages[0].content[0]",
-        ),
-        (message(role="tool", content="42"), "messages[0].tool_call_id"),
-        (message(role="assistant", tool_calls=5), "messages[0].tool_calls"),
-        (
-            message(role="assistant", tool_calls=[{"id": "x"}]),
-            "messages[0].tool_calls[0].function.name",
-        ),
         (chat(stream="yes"), "stream"),
         (chat(stream_options=True), "stream_options"),
         (chat(temperature="hot"), "temperature"),
@@ -906,7 +900,6 @@ def test_a_message_is_read(fields, wanted):
             "tools[0].function.parameters",
         ),
         (chat(stream_options={"include_usage": "yes"}), "stream_options.include_usage"),
-        (message(role="tool", tool_call_id="", content="42"), "messages[0].tool_call_id"),
         (chat(fallbacks="glm-5"), "fallbacks"),
         (chat(fallbacks=[""]), "fallbacks"),
         (chat(fallbacks=["x" * 257]), "fallbacks"),
@@ -918,6 +911,10 @@ def test_a_message_is_read(fields, wanted):
         (chat(response_format="json"), "response_format"),
         (chat(response_format={"type": "yaml"}), "response_format"),
         (chat(response_format={"type": "json_schema"}), "response_format"),
+        (chat(functions=[{"name": ""}]), "functions[0]"),
+        (chat(functions=[FUNCTIONS[0], 5]), "functions[1]"),
+        (chat(functions=[{"name": "f", "parameters": 5}]), "functions[0].parameters"),
+        (chat(functions=FUNCTIONS, function_call={"name": "g"}), "function_call"),
         (chat(web_search_options=True), "web_search_options"),
         (chat(n=0), "n"),
         (chat(n=9), "n"),
@@ -1018,9 +1015,6 @@ def test_usage_is_a_chunk_of_its_own_for_those_who_ask():
     ]
 
 
-FUNCTIONS = {"functions": [{"name": "f", "parameters": {"type": "object"}}]}
-
-
 @pytest.mark.parametrize(
     ("fields", "wanted"),
     [
@@ -1031,7 +1025,7 @@ FUNCTIONS = {"functions": [{"name": "f", "parameters": {"type": "object"}}]}
     ],
 )
 def test_functions_are_tools(fields, wanted):
-    prompt = read_chat(chat(**FUNCTIONS) | fields)
+    prompt = read_chat(chat(functions=FUNCTIONS) | fields)
     assert (tuple(tool.name for tool in prompt.tools), prompt.tool_choice, prompt.ignored) == (
         *wanted,
         (),
@@ -1039,7 +1033,7 @@ def test_functions_are_tools(fields, wanted):
 
 
 def test_a_call_of_a_function_is_answered_as_one_whole_and_streamed():
-    _, request = ztoapi.parse_chat(chat(**FUNCTIONS))
+    _, request = ztoapi.parse_chat(chat(functions=FUNCTIONS))
     events = [
         Text("hi"),
         ToolCall(0, "c", "f", '{"a"'),
@@ -1316,9 +1310,8 @@ def test_an_item_may_be_sent_by_its_id_alone():
                     (),
                     calls=(ToolCall(0, "c1", "f", "{}"), ToolCall(0, "c2", "f", "{}")),
                 ),
-                Message("tool", ("(a picture, shown below)",), call_id="c1"),
+                Message("tool", (Media("image_url", "https://x"),), call_id="c1"),
                 Message("tool", ("2",), call_id="c2"),
-                Message("user", (Media("image_url", "https://x"),)),
             ],
             id="a picture from a tool, and what OpenAI's own tools leave",
         ),
@@ -1412,6 +1405,123 @@ def test_items_are_a_conversation(items, wanted):
     assert parse_response(input=items).messages == tuple(wanted)
 
 
+AGENT = {"type": "agent_message", "author": "/root/a", "recipient": "/root"}
+RUN = {"type": "exec", "command": ["ls"]}
+
+
+@pytest.mark.parametrize(
+    ("items", "wanted"),
+    [
+        pytest.param(
+            [AGENT | {"content": [{"type": "input_text", "text": "done"}, {"type": "encrypted_content"}]}],
+            [Message("user", ("Message from the agent /root/a:", "done"), continues=True)],
+            id="agent",
+        ),
+        pytest.param(
+            [
+                {"type": "local_shell_call", "call_id": "c1", "action": RUN},
+                {"type": "local_shell_call_output", "id": "c1", "output": "a.py"},
+            ],
+            [
+                Message("assistant", (), calls=(ToolCall(0, "c1", "local_shell", to_json(RUN)),)),
+                Message("tool", ("a.py",), call_id="c1"),
+            ],
+            id="local shell",
+        ),
+        pytest.param(
+            [
+                {"type": "shell_call", "call_id": "c1", "action": {"commands": ["ls"]}},
+                {"type": "shell_call_output", "call_id": "c1", "output": [{"stdout": "a.py"}]},
+            ],
+            [
+                Message("assistant", (), calls=(ToolCall(0, "c1", "shell", '{"commands":["ls"]}'),)),
+                Message("tool", ('{"stdout":"a.py"}',), call_id="c1"),
+            ],
+            id="shell",
+        ),
+        pytest.param(
+            [
+                {"type": "apply_patch_call", "call_id": "c1", "operation": {"path": "a.py"}},
+                {"type": "apply_patch_call_output", "call_id": "c1", "status": "completed"},
+            ],
+            [
+                Message("assistant", (), calls=(ToolCall(0, "c1", "apply_patch", '{"path":"a.py"}'),)),
+                Message("tool", ("completed",), call_id="c1"),
+            ],
+            id="patch",
+        ),
+        pytest.param(
+            [{"type": "mcp_call", "id": "m1", "server_label": "w", "name": "get", "arguments": '{"a":1}', "output": "42"}],
+            [
+                Message("assistant", (), calls=(ToolCall(0, "m1", "w__get", '{"a":1}'),)),
+                Message("tool", ("42",), call_id="m1"),
+            ],
+            id="MCP",
+        ),
+        pytest.param(
+            [{"type": "mcp_call", "id": "m1", "name": "get", "error": {"code": 1}}],
+            [
+                Message("assistant", (), calls=(ToolCall(0, "m1", "get", "{}"),)),
+                Message("tool", ('{"code":1}',), call_id="m1"),
+            ],
+            id="MCP that failed",
+        ),
+        pytest.param(
+            [{"type": "function_call", "call_id": "c1", "namespace": "w"}, {"type": "function_call_output", "call_id": "c1", "output": {"a": 1}}],
+            [
+                Message("assistant", (), calls=(ToolCall(0, "c1", "", "{}"),)),
+                Message("tool", ('{"a":1}',), call_id="c1"),
+            ],
+            id="a call without a name, an object as output",
+        ),
+    ],
+)  # fmt: skip
+def test_the_items_of_agents_and_of_tools_of_openais_own_are_read(items, wanted):
+    assert parse_response(input=items).messages == tuple(wanted)
+
+
+def test_items_of_unknown_types_are_left_out_and_listed():
+    hi = {"role": "user", "content": "hi"}
+    new, newer = {"type": "never_heard_of", "x": 1}, {"type": 5}
+    prompt = parse_response(input=[new, hi, new, newer, {"type": "web_search_call"}])
+    assert prompt.messages == (Message("user", ("hi",)),)
+    assert prompt.ignored == ("input.never_heard_of", "input.5")
+
+
+def additional(*tools):
+    item = {"type": "additional_tools", "role": "developer", "tools": list(tools)}
+    return [item, {"role": "user", "content": "hi"}]
+
+
+NOW = {"type": "function", "name": "now", "parameters": {"type": "object"}}
+
+
+def test_tools_in_the_conversation_join_the_others():
+    known = NOW | {"description": "the first"}
+    more = [NOW, NAMESPACE, {"type": "web_search"}, {"type": "custom", "name": "say"}]
+    prompt = parse_response(tools=[known], input=additional(*more))
+    assert prompt.messages == (Message("user", ("hi",)),)
+    assert [tool.name for tool in prompt.tools] == ["now", "mcp__w__get", "mcp__w__say", "say"]
+    assert prompt.tools[0].description == "the first"
+    assert [tool["type"] for tool in prompt.native_tools] == ["web_search"]
+
+
+def test_a_call_of_a_tool_in_the_conversation_comes_back_as_the_client_knows_it():
+    called = ToolCall(0, "c1", "mcp__w__get", "{}")
+    _, response, _ = respond([called, Finish("tool_calls")], input=additional(NAMESPACE))
+    names = {key: response["output"][0][key] for key in ("type", "name", "namespace")}
+    assert names == {"type": "function_call", "name": "get", "namespace": "mcp__w"}
+
+
+def test_tools_in_the_conversation_that_cannot_be_offered_are_left_out_and_listed():
+    odd = [{"type": "function"}, {"type": "computer"}, {"type": "custom", "name": 5}, 7]
+    prompt = parse_response(input=additional(NOW, *odd))
+    assert [tool.name for tool in prompt.tools] == ["now"]
+    assert prompt.ignored == ("tools.function", "tools.computer", "tools.custom")
+    many = parse_response(input=additional(*[NOW | {"name": f"f{i}"} for i in range(130)]))
+    assert (len(many.tools), many.ignored) == (128, ("tools.function",))
+
+
 @pytest.mark.parametrize(
     ("fields", "param"),
     [
@@ -1419,10 +1529,8 @@ def test_items_are_a_conversation(items, wanted):
         ({"input": [5]}, "input[0]"),
         ({"input": [{"type": "item_reference", "id": "x"}]}, "input[0]"),
         ({"input": ["x", {"type": "item_reference", "id": "msg_ours_0"}]}, "input[1]"),
-        (
-            {"input": [{"role": "user", "content": [{"type": "input_audio"}]}]},
-            "input[0].content[0]",
-        ),
+        ({"input": [{"role": "robot", "content": "x"}]}, "input[0].role"),
+        ({"input": [{"content": "x"}]}, "input[0].role"),
         ({"model": ""}, "model"),
         ({"tools": [5]}, "tools[0]"),
         ({"tools": [{"type": "function"}]}, "tools[0]"),
@@ -1913,6 +2021,804 @@ def test_a_system_message_of_anthropics_is_a_reminder_in_the_users_turn(turns, w
     }
 
 
+# ======== Contents ========
+
+
+def read(role, content, **fields):
+    return ztoapi.read_message({"role": role, "content": content, **fields}, "messages[0]")
+
+
+def in_base64(text):
+    return base64.b64encode(text.encode()).decode()
+
+
+SKY = Media("image_url", "https://x/sky.png")
+USES_F = {"type": "tool_use", "id": "t1", "name": "f", "input": {"a": 1}}
+CALLS_F = ToolCall(0, "t1", "f", '{"a":1}')
+
+
+@pytest.mark.parametrize(
+    ("part", "wanted"),
+    [
+        ({"type": "text", "text": "a"}, ("a",)),
+        ({"type": "input_text", "text": "a"}, ("a",)),
+        ({"type": "output_text", "text": "a", "annotations": []}, ("a",)),
+        ({"type": "text", "text": None}, ()),
+        ({"type": "text", "text": {"a": 1}}, ('{"a":1}',)),
+        ({"type": "refusal", "refusal": "no"}, ("no",)),
+        ({"text": "a"}, ("a",)),
+        ("a", ("a",)),
+        ("", ()),
+        (None, ()),
+        (7, ("7",)),
+        (["a", 1], ('["a",1]',)),
+        ({"type": "hologram", "depth": 3}, ('{"type":"hologram","depth":3}',)),
+        ({"type": ["text"]}, ('{"type":["text"]}',)),
+        ({"type": "image_url", "image_url": {"url": SKY.url, "detail": "low"}}, (SKY,)),
+        ({"type": "image_url", "image_url": SKY.url}, (SKY,)),
+        ({"type": "input_image", "image_url": SKY.url}, (SKY,)),
+        ({"type": "input_image", "image_url": {"url": SKY.url}}, (SKY,)),
+        ({"type": "image", "source": {"type": "url", "url": SKY.url}}, (SKY,)),
+        (
+            {"type": "image", "source": {"media_type": "image/png", "data": "QUJD"}},
+            (Media("image_url", "data:image/png;base64,QUJD"),),
+        ),
+        ({"type": "video_url", "video_url": {"url": "https://x"}}, (Media("video_url", "https://x"),)),
+        ({"type": "redacted_thinking", "data": "?"}, ()),
+        ({"type": "encrypted_content", "encrypted_content": "?"}, ()),
+        ({"type": "thinking", "thinking": "hm"}, ('{"type":"thinking","thinking":"hm"}',)),
+        ({"type": "tool_use", "name": "f"}, ('{"type":"tool_use","name":"f"}',)),
+    ],
+)  # fmt: skip
+def test_a_part_of_any_api_is_read(part, wanted):
+    assert read("user", [part]) == [Message("user", wanted)]
+
+
+@pytest.mark.parametrize(
+    ("content", "wanted"),
+    [
+        pytest.param(None, (), id="null"),
+        pytest.param({"a": 1}, ('{"a":1}',), id="an object"),
+        pytest.param({"type": "text", "text": "a"}, ("a",), id="one part"),
+        pytest.param([{"a": 1}, {"b": 2}], ('{"a":1}', '{"b":2}'), id="objects"),
+        pytest.param(["a", "b"], ("a", "b"), id="texts"),
+        pytest.param([], (), id="an empty array"),
+        pytest.param(0, ("0",), id="a number"),
+        pytest.param(
+            [{"type": "file", "path": "a.py"}, {"type": "text", "value": "x"}],
+            ('{"type":"file","path":"a.py"}', '{"type":"text","value":"x"}'),
+            id="objects that only look like parts",
+        ),
+    ],
+)
+@pytest.mark.parametrize("role", ["system", "user", "assistant", "tool"])
+def test_any_json_is_a_content(role, content, wanted):
+    assert read(role, content) == [Message(role, wanted)]
+
+
+@pytest.mark.parametrize(
+    ("url", "within_reach"),
+    [
+        ("https://x/y.png", True),
+        ("http://8.8.8.8/y.png", True),
+        ("data:image/png;base64,QUJD", True),
+        ("DATA:image/png;charset=x;BASE64,QUJD", True),
+        ("QUJD", True),
+        ("", False),
+        (" ", False),
+        (None, False),
+        ({}, False),
+        ("data:image/png;base64,", False),
+        ("data:image/svg+xml,<svg>", False),
+        ("blob:https://x/1", False),
+        ("file:///home/me/a.png", False),
+        ("https:///y.png", False),
+        ("https://[y.png", False),
+        ("http://localhost:3000/y.png", False),
+        ("http://app.localhost/y.png", False),
+        ("http://nas.local/y.png", False),
+        ("http://127.0.0.1/y.png", False),
+        ("http://[::1]/y.png", False),
+        ("http://192.168.1.2/y.png", False),
+        ("http://10.0.0.1/y.png", False),
+        ("http://169.254.0.1/y.png", False),
+    ],
+)
+def test_an_image_must_be_where_zai_can_load_it(url, within_reach):
+    part = {"type": "image_url", "image_url": {"url": url}}
+    out_of_reach = ztoapi.Unreadable(
+        "image", "", ztoapi.SEND_IMAGE, "messages[0].content[0].image_url.url"
+    )
+    wanted = Media("image_url", url) if within_reach else out_of_reach
+    assert read("user", [part]) == [Message("user", (wanted,))]
+
+
+def test_a_long_image_is_read_in_linear_time():
+    part = {"type": "image_url", "image_url": {"url": "A" * 2**24}}
+    assert seconds_of(read, "user", [part]) < 0.5
+
+
+PDF = "data:application/pdf;base64," + in_base64("%PDF-1.7")
+
+
+def unreadable(name, advice, at="messages[0].content[0]"):
+    return ztoapi.Unreadable("file", name, advice, at)
+
+
+@pytest.mark.parametrize(
+    ("part", "wanted"),
+    [
+        pytest.param(
+            {"type": "file", "file": {"filename": "a.py", "file_data": "data:text/x-python;base64," + in_base64("1 + 1")}},
+            ("a.py\n1 + 1",),
+            id="Chat's source code",
+        ),
+        pytest.param(
+            {"type": "input_file", "filename": "a.json", "file_data": "data:application/json;base64," + in_base64("{}")},
+            ("a.json\n{}",),
+            id="Responses' JSON",
+        ),
+        pytest.param(
+            {"type": "file", "file": {"file_data": in_base64("\ufeff好")}}, ("好",), id="no name, no type"
+        ),
+        pytest.param(
+            {"type": "document", "title": "T", "source": {"type": "text", "media_type": "text/plain", "data": "d"}},
+            ("T\nd",),
+            id="Anthropic's text",
+        ),
+        pytest.param(
+            {"type": "document", "source": {"type": "base64", "media_type": "text/csv", "data": in_base64("a,b")}},
+            ("a,b",),
+            id="Anthropic's base64",
+        ),
+        pytest.param(
+            {"type": "document", "title": "T", "source": {"type": "content", "content": [{"type": "text", "text": "d"}]}},
+            ("T", "d"),
+            id="Anthropic's blocks",
+        ),
+        pytest.param(
+            {"type": "file", "file": {"filename": "a.png", "file_data": "data:image/png;base64,QUJD"}},
+            (Media("image_url", "data:image/png;base64,QUJD"),),
+            id="an image",
+        ),
+        pytest.param(
+            {"type": "file", "file": {"filename": "a.pdf", "file_data": PDF}},
+            (unreadable("a.pdf", ztoapi.SEND_TEXT),),
+            id="PDF",
+        ),
+        pytest.param(
+            {"type": "document", "source": {"type": "base64", "media_type": "application/zip", "data": "AAAA"}},
+            (unreadable("", ztoapi.SEND_TEXT),),
+            id="NUL",
+        ),
+        pytest.param(
+            {"type": "input_file", "filename": "a", "file_data": "//8="},
+            (unreadable("a", ztoapi.SEND_TEXT),),
+            id="no UTF-8",
+        ),
+        pytest.param(
+            {"type": "input_file", "filename": "a", "file_data": "no base64"},
+            (unreadable("a", ztoapi.SEND_TEXT),),
+            id="no base64",
+        ),
+        pytest.param(
+            {"type": "file", "file": {"file_id": "f1"}}, (unreadable("", ztoapi.SEND_DATA),), id="an id"
+        ),
+        pytest.param(
+            {"type": "input_audio", "input_audio": {"data": "QUJD", "format": "wav"}},
+            (unreadable("audio", ztoapi.SEND_TRANSCRIPT),),
+            id="audio",
+        ),
+    ],
+)  # fmt: skip
+def test_a_file_whose_data_is_text_is_its_text_with_its_name_above(part, wanted):
+    assert read("user", [part]) == [Message("user", wanted)]
+
+
+@pytest.mark.parametrize(
+    ("fields", "wanted"),
+    [
+        ({"content": "x", "reasoning_content": "hm"}, Message("assistant", ("x",), "hm")),
+        ({"content": "x", "reasoning": "hm"}, Message("assistant", ("x",), "hm")),
+        ({"content": "x", "reasoning_content": 5}, Message("assistant", ("x",))),
+        (
+            {"content": "x", "reasoning_details": [{"text": "h"}, {"data": "?"}, {"text": "m"}]},
+            Message("assistant", ("x",), "hm"),
+        ),
+        (
+            {"content": [{"type": "thinking", "thinking": "hm"}, {"type": "text", "text": "x"}]},
+            Message("assistant", ("x",), "hm"),
+        ),
+        (
+            {"content": [{"type": "thinking", "thinking": [{"type": "text", "text": "hm"}]}, "x"]},
+            Message("assistant", ("x",), "hm"),
+        ),
+        (
+            {"content": [{"type": "reasoning", "text": "h"}, {"type": "reasoning", "summary": [{"text": "m"}]}]},
+            Message("assistant", (), "hm"),
+        ),
+        (
+            {"content": [{"type": "thinking", "thinking": "other"}], "reasoning_content": "hm"},
+            Message("assistant", (), "hm"),
+        ),
+    ],
+    ids=["field", "gateways' field", "no text", "OpenRouter", "Anthropic", "Mistral", "others", "both"],
+)  # fmt: skip
+def test_reasoning_is_read_wherever_it_stands(fields, wanted):
+    assert read("assistant", **{"content": None, **fields}) == [wanted]
+
+
+@pytest.mark.parametrize(
+    ("call", "wanted"),
+    [
+        (CALL, ToolCall(0, "c1", "f", '{"a":1}')),
+        ({"id": "c1", "name": "f", "args": {"a": 1}}, ToolCall(0, "c1", "f", '{"a":1}')),
+        ({"id": "c1", "type": "custom", "custom": {"name": "f", "input": "x"}}, ToolCall(0, "c1", "f", '{"input":"x"}')),
+        ({"id": "c1", "function": {"name": None}}, ToolCall(0, "c1", "", "{}")),
+        ({"id": 0, "function": {"name": "f"}}, ToolCall(0, "0", "f", "{}")),
+        ({"function": {"name": "f", "arguments": None}}, ToolCall(0, "call_0", "f", "{}")),
+        (5, ToolCall(0, "call_0", "", "{}")),
+    ],
+)  # fmt: skip
+def test_a_call_of_any_shape_is_read(call, wanted):
+    assert read("assistant", None, tool_calls=[call]) == [Message("assistant", (), calls=(wanted,))]
+
+
+@pytest.mark.parametrize(
+    ("role", "listed"),
+    [("user", True), ("assistant", True), ("system", True), ("tool", True), ("function", False)],
+)
+def test_a_name_that_is_dropped_is_listed(role, listed):
+    ignored = read_chat(message(role=role, content="x", name="f")).ignored
+    assert ignored == (("messages.name",) if listed else ())
+
+
+@pytest.mark.parametrize("calls", [5, "x", [], None, {}])
+def test_calls_that_are_none_are_no_reason_to_refuse_a_message(calls):
+    assert all(not call.name for call in read("assistant", "x", tool_calls=calls)[0].calls)
+
+
+def test_a_use_of_a_tool_is_a_call_once():
+    assert read("assistant", ["x", USES_F]) == [Message("assistant", ("x",), calls=(CALLS_F,))]
+    known = {"id": "t1", "function": {"name": "f", "arguments": '{"a": 1}'}}
+    (message,) = read("assistant", [USES_F, USES_F | {"id": "t2"}], tool_calls=[known])
+    assert [(call.id, call.arguments) for call in message.calls] == [
+        ("t1", '{"a": 1}'),
+        ("t2", '{"a":1}'),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("part", "wanted"),
+    [
+        ({"content": "42"}, ("42",)),
+        ({"content": [{"type": "text", "text": "42"}, {"type": "image", "source": {"url": SKY.url}}]}, ("42", SKY)),
+        ({}, ()),
+        ({"content": "no such file", "is_error": True}, ("Error:", "no such file")),
+        ({"content": "Error: no such file", "is_error": True}, ("Error: no such file",)),
+    ],
+)  # fmt: skip
+def test_the_result_of_a_tool_may_stand_in_a_users_message(part, wanted):
+    result = {"type": "tool_result", "tool_use_id": "t1", **part}
+    told = Message("tool", wanted, call_id="t1")
+    assert read("user", [result]) == read("tool", [result]) == [told]
+    assert read("user", ["go on", result]) == [told, Message("user", ("go on",), continues=True)]
+    said = Message("assistant", ("x",), calls=(CALLS_F,))
+    assert read("assistant", ["x", USES_F, result]) == [said, told]
+
+
+def test_the_result_of_a_tool_in_a_system_message_is_its_text():
+    part = {"type": "tool_result", "content": "42"}
+    assert read("system", [part]) == [Message("system", (to_json(part),))]
+
+
+@pytest.mark.parametrize(
+    ("fields", "call_id"),
+    [
+        ({"tool_call_id": "c1", "name": "f"}, "c1"),
+        ({"tool_call_id": 7}, "7"),
+        ({"tool_call_id": "", "name": "f"}, "f"),
+        ({"tool_name": "f"}, "f"),
+        ({}, ""),
+    ],
+)
+def test_a_result_names_its_call_or_the_function(fields, call_id):
+    assert read("tool", "42", **fields) == [Message("tool", ("42",), call_id=call_id)]
+
+
+# ======== Histories ========
+
+ASKED_F = Message("assistant", ("x",), calls=(ToolCall(0, "c1", "f", "{}"),))
+TOLD_F = Message("tool", ("1",), call_id="c1")
+GO_ON = Message("user", ("go on",))
+ORPHAN = "(The result of a call that is not in this conversation, {}:)"
+
+
+def call(call_id, name="f", arguments="{}"):
+    return ToolCall(0, call_id, name, arguments)
+
+
+def calling(*calls):
+    return Message("assistant", (), calls=calls)
+
+
+def told(call_id, text="1"):
+    return Message("tool", (text,), call_id=call_id)
+
+
+def from_tools(*content):
+    return Message("user", content, continues=True)
+
+
+@pytest.mark.parametrize(
+    ("messages", "wanted"),
+    [
+        pytest.param([ASKED_F, GO_ON], [ASKED_F, told("c1", "(no result)"), GO_ON], id="no result"),
+        pytest.param([ASKED_F], [ASKED_F, told("c1", "(no result)")], id="no result at the end"),
+        pytest.param(
+            [told("gone"), GO_ON], [from_tools(ORPHAN.format("gone"), "1"), GO_ON], id="no call"
+        ),
+        pytest.param([told("")], [from_tools(ORPHAN.format("?"), "1")], id="no call and no id"),
+        pytest.param(
+            [told("gone", "")], [from_tools(ORPHAN.format("gone"))], id="no call and no output"
+        ),
+        pytest.param([ASKED_F, GO_ON, TOLD_F], [ASKED_F, TOLD_F, GO_ON], id="a result too late"),
+        pytest.param(
+            [calling(call("a"), call("b")), told("b", "B"), told("a", "A")],
+            [calling(call("a"), call("b")), told("a", "A"), told("b", "B")],
+            id="results in another order",
+        ),
+        pytest.param(
+            [ASKED_F, TOLD_F, told("c1", "2"), GO_ON], [ASKED_F, TOLD_F, GO_ON], id="two results"
+        ),
+        pytest.param(
+            [calling(call("c1"), call("c1")), TOLD_F, told("c1", "2")],
+            [calling(call("c1")), TOLD_F],
+            id="a call twice",
+        ),
+        pytest.param(
+            [ASKED_F, ASKED_F, TOLD_F],
+            [ASKED_F, TOLD_F, replace(ASKED_F, calls=())],
+            id="a call twice in two messages",
+        ),
+        pytest.param(
+            [calling(call("c1"), call("c1", "g"), call("c1", "f", '{"a":1}')), *map(told, ["c1"] * 3, "ABC")],
+            [
+                calling(call("c1"), call("c1_2", "g"), call("c1_3", "f", '{"a":1}')),
+                told("c1", "A"), told("c1_2", "B"), told("c1_3", "C"),
+            ],
+            id="an id for several calls",
+        ),
+        pytest.param(
+            [ASKED_F, TOLD_F, ASKED_F, told("c1", "2")],
+            [ASKED_F, TOLD_F, replace(ASKED_F, calls=(call("c1_2"),)), told("c1_2", "2")],
+            id="an id again in a later turn",
+        ),
+        pytest.param(
+            [calling(call("c1"), call("c1_2"), call("c1", "g"))],
+            [
+                calling(call("c1"), call("c1_2"), call("c1_3", "g")),
+                *map(told, ("c1", "c1_2", "c1_3"), ["(no result)"] * 3),
+            ],
+            id="an id that looks like ours",
+        ),
+        pytest.param(
+            [ASKED_F, GO_ON, calling(call("c1", "g")), told("c1")],
+            [ASKED_F, told("c1", "(no result)"), GO_ON, calling(call("c1_2", "g")), told("c1_2")],
+            id="an id again after a call that was interrupted",
+        ),
+        pytest.param(
+            [ASKED_F, GO_ON, calling(call("c1", "g")), told("c1", "G"), told("c1", "F")],
+            [ASKED_F, told("c1", "F"), GO_ON, calling(call("c1_2", "g")), told("c1_2", "G")],
+            id="a late result of the call before",
+        ),
+        pytest.param(
+            [ASKED_F, GO_ON, ASKED_F, TOLD_F],
+            [
+                ASKED_F, told("c1", "(no result)"), GO_ON,
+                replace(ASKED_F, calls=(call("c1_2"),)), told("c1_2"),
+            ],
+            id="a call again after it was interrupted",
+        ),
+        pytest.param(
+            [ASKED_F, GO_ON, calling(call("d", "g")), told("")],
+            [ASKED_F, told("c1", "(no result)"), GO_ON, calling(call("d", "g")), told("d")],
+            id="a result without an id after a call that was interrupted",
+        ),
+        pytest.param(
+            [calling(call("c", "f")), calling(call("c", "g")), told("c", "F"), told("c", "G")],
+            [calling(call("c", "f")), told("c", "F"), calling(call("c_2", "g")), told("c_2", "G")],
+            id="an id in two messages behind each other",
+        ),
+        pytest.param(
+            [calling(call("a", "f"), call("b", "g")), told("g", "G"), told("", "F")],
+            [calling(call("a", "f"), call("b", "g")), told("a", "F"), told("b", "G")],
+            id="results by name and by order",
+        ),
+        pytest.param(
+            [calling(call("\ud83d"), call("\ude00")), told("\ude00", "B"), told("\ud83d", "A")],
+            [calling(call("\ufffd"), call("\ufffd_2")), told("\ufffd", "A"), told("\ufffd_2", "B")],
+            id="ids that are half a character",
+        ),
+        pytest.param(
+            [calling(call("\ud83d")), told("\ud83d"), calling(call("\ude00")), told("\ude00")],
+            [calling(call("\ufffd")), told("\ufffd"), calling(call("\ufffd_2")), told("\ufffd_2")],
+            id="different halves of characters",
+        ),
+    ],
+)  # fmt: skip
+def test_every_call_has_one_result_right_behind_it(messages, wanted):
+    assert ztoapi.pair_calls_and_results(tuple(messages)) == tuple(wanted)
+
+
+@pytest.mark.parametrize("name", ["", " ", "\n"])
+def test_a_call_without_a_name_goes_with_its_result(name):
+    messages = (GO_ON, calling(call("a", name), call("b")), told("a"), told("b"), ASKED_F, TOLD_F)
+    assert ztoapi.drop_nameless_calls(messages) == (
+        GO_ON, calling(call("b")), told("b"), ASKED_F, TOLD_F
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "arguments", ['{"p":', "[1]", "7", '"{}"', '{"a": NaN}', "read it", "[" * 99999]
+)
+def test_arguments_that_are_no_object_stand_in_the_result(arguments):
+    asked = calling(call("c1", "f", arguments), call("c2", "f", '{"a":1}'))
+    words = f"{arguments}\n(These arguments were no JSON object.)"
+    assert ztoapi.mend_arguments((asked, told("c1", "no"), told("c2"))) == (
+        calling(call("c1"), call("c2", "f", '{"a":1}')),
+        Message("tool", (words, "no"), call_id="c1"),
+        told("c2"),
+    )
+
+
+@pytest.mark.parametrize("arguments", ["", " ", "null"])
+def test_no_arguments_are_an_empty_object(arguments):
+    asked = calling(call("c1", "f", arguments))
+    assert ztoapi.mend_arguments((asked, TOLD_F)) == (calling(call("c1")), TOLD_F)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "wanted"),
+    [
+        ('{"a":"\\ud83d"}', '{"a":"\ufffd"}'),
+        ('{"a": "\\ud83d\\ude00"}', '{"a": "\\ud83d\\ude00"}'),
+        ('{"a": "\\u4f60"}', '{"a": "\\u4f60"}'),
+    ],
+    ids=["half", "whole", "another character"],
+)
+def test_half_a_surrogate_pair_in_arguments_is_found_as_an_escape(arguments, wanted):
+    mended = ztoapi.mend_escapes((calling(call("c1", "f", arguments)),))
+    assert mended == (calling(call("c1", "f", wanted)),)
+
+
+@pytest.mark.parametrize("role", ["user", "tool"])
+@pytest.mark.parametrize("content", [(), ("",), ("\n", " ")])
+def test_what_must_be_answered_says_something(role, content):
+    (filled,) = ztoapi.mend_empty_messages((Message(role, content, call_id="c1"),))
+    assert filled.content == ({"user": "(no text)", "tool": "(no output)"}[role],)
+
+
+def test_a_conversation_of_the_assistants_alone_gets_a_user():
+    said = Message("assistant", ("x",))
+    assert ztoapi.ask_something((said,)) == (from_tools("(no text)"), said)
+
+
+PLAIN = (
+    Message("system", ("Be kind.",)),
+    Message("user", ("look", SKY)),
+    calling(call("a", "f", '{"a": 1}'), call("b", "g", "{ }")),
+    told("a", "A"),
+    told("b", "B"),
+    Message("assistant", ("I <think>hm</think>",), "hm"),
+    Message("user", ("<think>hm</think>",)),
+    calling(call("d")),
+    told("d", "0"),
+)
+
+
+@pytest.mark.parametrize("repair", ztoapi.HISTORY_REPAIRS, ids=lambda repair: repair.__name__)
+def test_a_history_that_zai_takes_is_left_alone(repair):
+    assert repair(PLAIN) is PLAIN
+    assert ztoapi.repair_history(PLAIN) == (PLAIN, [])
+
+
+def test_a_repaired_history_says_what_was_repaired():
+    assert ztoapi.repair_history((GO_ON, told("gone"), Message("assistant", ()))) == (
+        (GO_ON, from_tools(ORPHAN.format("gone"), "1")),
+        ["pair_calls_and_results", "mend_empty_messages"],
+    )
+
+
+def test_an_image_of_the_system_is_not_the_users_where_there_is_no_user():
+    part = {"type": "image_url", "image_url": {"url": SKY.url}}
+    sent = zai_messages(message(role="system", content=["look", part]), "glm-5.3")
+    assert sent == [{"role": "user", "content": f"look\n{HIDDEN}"}]
+
+
+SEEING, BLIND = MODELS["glm-4.6v"], MODELS["glm-5.3"]
+HIDDEN = (
+    f"[image {SKY.url}: not shown to glm-5.3: a model that sees takes it, and so does VISION_MODEL]"
+)
+SHOWN_BELOW = "(a picture, shown below)"
+
+
+@pytest.mark.parametrize(
+    ("messages", "for_blind", "for_seeing"),
+    [
+        pytest.param(
+            [Message("user", ("look", SKY)), Message("assistant", ("a cat",)), GO_ON],
+            [Message("user", ("look", HIDDEN)), Message("assistant", ("a cat",)), GO_ON],
+            [Message("user", ("look", SKY)), Message("assistant", ("a cat",)), GO_ON],
+            id="an earlier turn",
+        ),
+        pytest.param(
+            [GO_ON, calling(call("a"), call("b")), Message("tool", ("A", SKY), call_id="a"), told("b", "B")],
+            [GO_ON, calling(call("a"), call("b")), Message("tool", ("A", HIDDEN), call_id="a"), told("b", "B")],
+            [GO_ON, calling(call("a"), call("b")), told("a", "A"), told("b", "B"), from_tools(SKY)],
+            id="a result of the turn that is on",
+        ),
+        pytest.param(
+            [GO_ON, calling(call("a")), Message("tool", (SKY,), call_id="a"), Message("assistant", ("x",))],
+            [GO_ON, calling(call("a")), told("a", HIDDEN), Message("assistant", ("x",))],
+            [GO_ON, calling(call("a")), told("a", SHOWN_BELOW), from_tools(SKY), Message("assistant", ("x",))],
+            id="nothing but an image",
+        ),
+        pytest.param(
+            [Message("system", ("s", SKY)), GO_ON, Message("assistant", (SKY,)), GO_ON],
+            [Message("system", ("s", HIDDEN)), GO_ON, Message("assistant", (HIDDEN,)), GO_ON],
+            [
+                Message("system", ("s",)), from_tools(SKY), GO_ON,
+                Message("assistant", (SHOWN_BELOW,)), from_tools(SKY), GO_ON,
+            ],
+            id="systems and assistants",
+        ),
+        pytest.param(
+            [GO_ON, from_tools("with a result", SKY)],
+            [GO_ON, from_tools("with a result", HIDDEN)],
+            [GO_ON, from_tools("with a result", SKY)],
+            id="beside the result of a tool",
+        ),
+    ],
+)  # fmt: skip
+def test_what_was_shown_before_is_shown_where_it_can_be(messages, for_blind, for_seeing):
+    assert ztoapi.fit_media(tuple(messages), BLIND) == tuple(for_blind)
+    assert ztoapi.fit_media(tuple(messages), SEEING) == tuple(for_seeing)
+    assert ztoapi.hidden_media(tuple(messages), BLIND) == ["images"]
+    assert ztoapi.hidden_media(tuple(messages), SEEING) == []
+
+
+@pytest.mark.parametrize(
+    ("part", "words", "kind"),
+    [
+        (unreadable("a.pdf", ztoapi.SEND_TEXT), f"[file a.pdf: not shown to {{}}: {ztoapi.SEND_TEXT}]", "files"),
+        (ztoapi.Unreadable("image", "", ztoapi.SEND_IMAGE, "x"), f"[image: not shown to {{}}: {ztoapi.SEND_IMAGE}]", "images"),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("model", [SEEING, BLIND], ids=lambda model: model.id)
+def test_what_no_model_takes_is_words_in_a_history(model, part, words, kind):
+    messages = (Message("user", (part,)), GO_ON)
+    assert ztoapi.fit_media(messages, model) == (Message("user", (words.format(model.id),)), GO_ON)
+    assert ztoapi.hidden_media(messages, model) == [kind]
+
+
+def test_an_image_without_an_address_has_no_name():
+    image = Media("image_url", "data:image/png;base64,QUJD")
+    (hidden, _) = ztoapi.fit_media((Message("user", (image,)), GO_ON), BLIND)
+    assert hidden.content == (HIDDEN.replace(f" {SKY.url}", ""),)
+
+
+@pytest.mark.parametrize(
+    ("part", "model", "code", "param", "words"),
+    [
+        (SKY, BLIND, "image_not_supported", "messages", "VISION_MODEL"),
+        (Media("file_url", "https://x"), BLIND, "image_not_supported", "messages", "glm-4.6v"),
+        (unreadable("a.pdf", ztoapi.SEND_TEXT), SEEING, "file_not_supported", "messages[0].content[0]", "PDF"),
+    ],
+)  # fmt: skip
+def test_what_the_user_shows_now_is_refused_where_the_model_does_not_take_it(
+    part, model, code, param, words
+):
+    turn = (calling(call("a")), Message("tool", (SKY,), call_id="a"), from_tools(SKY))
+    with pytest.raises(BadRequest, match=words) as raised:
+        ztoapi.fit_media((GO_ON, Message("user", ("look", part)), *turn), model)
+    assert (raised.value.kind.code, raised.value.param) == (code, param)
+
+
+def what_zai_refuses(messages, model):
+    """What a strict Z.ai finds wrong with messages (its answers 1210, 1213 and 1214)."""
+    yield from wrong_order(messages)
+    for message in messages:
+        yield from wrong_content(message, model.vision and message["role"] == "user")
+        for asked in message.get("tool_calls", ()):
+            yield from wrong_call(asked["function"])
+
+
+def wrong_order(messages):
+    """Each call has its result right behind it, and somebody waits for an answer."""
+    due, ids = [], []
+    for message in messages:
+        if message["role"] == "tool":
+            if not due or due.pop(0) != message["tool_call_id"]:
+                yield "a result without its call before it"
+        elif due:
+            yield "a call without its result behind it"
+        if message["role"] == "assistant":
+            due = [asked["id"] for asked in message.get("tool_calls", ())]
+            ids += due
+    if due or len(set(ids)) < len(ids) or "" in ids:
+        yield "a call without a result, or an id twice"
+    if not {"user", "tool"} & {message["role"] for message in messages}:
+        yield "nothing to answer"
+
+
+def wrong_content(message, sees):
+    content = message["content"]
+    if message["role"] not in ("system", "user", "assistant", "tool"):
+        yield "a role"
+    if isinstance(content, str):
+        content = [{"type": "text", "text": content}]
+    elif not sees:
+        yield "a content that is no string"
+    for part in content:
+        if part["type"] == "text" and not part["text"].strip() and "tool_calls" not in message:
+            yield "an empty text"
+        if part["type"] != "text" and part[part["type"]].keys() != {"url"}:
+            yield "an unknown field of an image"
+
+
+def wrong_call(function):
+    arguments = json.loads(function["arguments"])
+    if not function["name"].strip() or not isinstance(arguments, dict):
+        yield "a call"
+    json.dumps(arguments, ensure_ascii=False).encode()  # raises for half a surrogate pair
+
+
+class OddHistory:
+    """Random conversations as clients may send them, of parts, roles, calls and results of any API."""
+
+    TEXTS = ("", " ", "hi", "cut \ud83d", "<think>hm</think>x", "<think>hm</think>", "好")
+    IDS = ("c1", "c2", "c1_2", "", "\ud83d", "\ude00", None, 7, {})
+    NAMES = ("f", "g", "", " ", None, 5)
+    ARGUMENTS = (
+        "{}",
+        '{"a":1}',
+        '{"a":',
+        "[]",
+        "null",
+        "",
+        {"a": 1},
+        [],
+        None,
+        5,
+        '"{}"',
+        '{"a":"\\ud83d"}',
+    )
+    URLS = (
+        "https://x/y.png",
+        "data:image/png;base64,QUJD",
+        "blob:1",
+        "http://localhost/",
+        "",
+        None,
+    )
+    VALUES = (None, True, 5, "hi", [], {}, [["x"]], {"type": "x"}, {"type": None}, {"text": "hi"})  # fmt: skip
+
+    def __init__(self, seed):
+        self.random = Random(seed)
+
+    def one(self, values):
+        return self.random.choice(values)
+
+    def some(self, make, most=3):
+        return [make() for _ in range(self.random.randint(0, most))]
+
+    def part(self):
+        kind = self.one(("text", "input_text", "thinking", "image_url", "input_image", "image", "file", "document",
+                         "input_audio", "tool_use", "tool_result", "redacted_thinking", "x", None))  # fmt: skip
+        given = {
+            "text": self.one(self.TEXTS), "thinking": self.one(self.TEXTS), "image_url": {"url": self.one(self.URLS)},
+            "file": {"filename": "a", "file_data": self.one((PDF, in_base64("t"), None))},
+            "source": self.one(({"type": "text", "data": "t"}, {"url": self.one(self.URLS)}, {"content": "t"}, 5)),
+            "id": self.one(self.IDS), "tool_use_id": self.one(self.IDS), "name": self.one(self.NAMES),
+            "input": self.one(self.ARGUMENTS), "content": self.one((*self.TEXTS, None, ["t", {"type": "image"}])),
+        }  # fmt: skip
+        return self.one(self.VALUES) if kind is None else {"type": kind, **given}
+
+    def content(self):
+        make = self.one((lambda: self.one(self.TEXTS), lambda: self.one(self.VALUES)))
+        return make() if self.random.random() < 0.4 else self.some(self.part)
+
+    def call(self):
+        function = {"name": self.one(self.NAMES), "arguments": self.one(self.ARGUMENTS)}
+        return self.one(({"id": self.one(self.IDS), "function": function}, {**function}, 5))
+
+    def message(self):
+        role = self.one(("user", "assistant", "assistant", "tool", "tool", "system", "developer"))
+        fields = {"role": role, "content": self.content(), "name": self.one((None, "f"))}
+        if role == "assistant":
+            fields["tool_calls"] = self.some(self.call)
+            fields["reasoning_content"] = self.one((None, "hm", 5))
+        if role == "tool":
+            fields["tool_call_id"] = self.one(self.IDS)
+        return fields
+
+    def item(self):
+        kind = self.one(("function_call", "custom_tool_call", "shell_call", "mcp_call", "reasoning", "message",
+                         "function_call_output", "shell_call_output", "agent_message", "additional_tools", "x"))  # fmt: skip
+        if kind == "message":
+            return self.message()
+        return {
+            "type": kind, "call_id": self.one(self.IDS), "name": self.one(self.NAMES), "arguments": self.one(self.ARGUMENTS),
+            "output": self.one((*self.TEXTS, *self.VALUES)), "content": self.content(), "summary": self.one(self.VALUES),
+            "tools": self.some(lambda: self.one((self.call(), {"type": "custom"}, {"type": "function", "name": "f"}))),
+        }  # fmt: skip
+
+
+def with_plain_last_user_message(messages):
+    """The same with a plain text in the last message that is of the user alone."""
+    for index in range(len(messages) - 1, -1, -1):
+        message = messages[index]
+        content = message.get("content")
+        parts = content if isinstance(content, list) else [content]
+        results = [
+            part for part in parts if isinstance(part, dict) and part.get("type") == "tool_result"
+        ]
+        if message.get("role") == "user" and not results:
+            return [*messages[:index], {"role": "user", "content": "hi"}, *messages[index + 1 :]]
+    raise AssertionError
+
+
+@pytest.mark.parametrize("model", [SEEING, BLIND], ids=lambda model: model.id)
+@pytest.mark.parametrize(
+    ("parse", "field"),
+    [
+        (ztoapi.parse_chat, "messages"),
+        (lambda body: ztoapi.parse_response(body, History()), "input"),
+    ],
+    ids=["chat", "responses"],
+)
+def test_any_history_becomes_what_zai_takes_unless_the_user_shows_now_what_it_does_not(
+    parse, field, model
+):
+    refused = 0
+    for seed in range(400):
+        odd = OddHistory(seed)
+        make = odd.message if field == "messages" else odd.item
+        messages = [*HELLO["messages"], *odd.some(make, 8)]
+        body = {"model": model.id, field: messages}
+        before = json.dumps(body)
+        try:
+            sent = zai_messages(body, model.id, parse)
+        except BadRequest:
+            refused += 1
+            body = {**body, field: with_plain_last_user_message(messages)}
+            sent = zai_messages(body, model.id, parse)
+        else:
+            assert json.dumps(body) == before
+            assert zai_messages(json.loads(before), model.id, parse) == sent
+        json.loads(ztoapi.encode_request(sent).decode())
+        assert list(what_zai_refuses(sent, model)) == [], seed
+    assert 0 < refused < 200
+
+
+@pytest.mark.parametrize("repeated", [1, 2], ids=["paired", "not paired"])
+def test_a_long_history_is_repaired_in_linear_time(repeated):
+    messages = []
+    for index in range(30_000):
+        call_id = f"c{index // repeated}"
+        messages += [Message("user", ("x",)), calling(call(call_id, "f", '{"a":1}')), told(call_id)]
+    assert seconds_of(ztoapi.repair_history, tuple(messages)) < 3
+
+
+def test_many_calls_without_ids_are_paired_in_linear_time():
+    calls = calling(*[call("c", "f", f'{{"a":{i}}}') for i in range(20_000)])
+    results = [told("c")] * 10_000 + [told("f")] * 5_000 + [told("")] * 5_000
+    paired = ztoapi.pair_calls_and_results((calls, *results))
+    assert seconds_of(ztoapi.pair_calls_and_results, (calls, *results)) < 2
+    assert len({message.call_id for message in paired[1:]}) == 20_000
+
+
 # ======== Clients ========
 
 
@@ -1963,7 +2869,7 @@ def test_the_lines_for_a_shell_start_the_client_in_the_same_way(tmp_path, name):
         assert f"{line}\n" in said
 
 
-def told(name, model):
+def client_told(name, model):
     """All that a client is told: its variables, and its file."""
     client = filled(name, model=model)
     files = {file: json.loads(text) for file, text in client.files.items()}
@@ -2005,7 +2911,7 @@ def found(key, value):
     ],
 )
 def test_a_client_knows_how_much_its_model_takes_and_gives(name, limits):
-    everything = told(name, MODELS["glm-4.7"])
+    everything = client_told(name, MODELS["glm-4.7"])
     assert {key: [*found(key, everything)] for key in limits} == {
         key: [limit] for key, limit in limits.items()
     }
@@ -2027,13 +2933,16 @@ def test_a_client_knows_how_much_its_model_takes_and_gives(name, limits):
 )
 def test_a_client_knows_whether_its_model_sees(name, key, blind, seeing):
     models = MODELS["glm-4.6"], MODELS["glm-4.6v"]
-    assert [[*found(key, told(name, model))] for model in models] == [[blind], [seeing]]
+    assert [[*found(key, client_told(name, model))] for model in models] == [[blind], [seeing]]
 
 
 @pytest.mark.parametrize("name", ["opencode", "pi", "llm"])
 def test_a_client_knows_whether_its_model_thinks(name):
     models = MODELS["glm-4-32b-0414-128k"], MODELS["glm-4.6"]
-    assert [[*found("reasoning", told(name, model))] for model in models] == [[False], [True]]
+    assert [[*found("reasoning", client_told(name, model))] for model in models] == [
+        [False],
+        [True],
+    ]
 
 
 def test_aider_knows_the_list_price_of_a_token():
@@ -2042,7 +2951,7 @@ def test_aider_knows_the_list_price_of_a_token():
         "cache_read_input_token_cost": 0.11e-6,
         "output_cost_per_token": 2.2e-6,
     }
-    entry = told("aider", MODELS["glm-4.6"])["files"]["models.json"]["openai/glm-4.6"]
+    entry = client_told("aider", MODELS["glm-4.6"])["files"]["models.json"]["openai/glm-4.6"]
     assert {name: entry[name] for name in costs} == pytest.approx(costs)
 
 
@@ -2149,12 +3058,25 @@ def body_for_zai(body, model="glm-4.6", /, **settings):
     return zai_body(plan.prompts[0][1], MODELS[model])
 
 
+def zai_messages(body, model="glm-4.6", parse=ztoapi.parse_chat):
+    """The messages of a request as a model gets them, its history repaired."""
+    prompt = replace(parse(body)[0], model=model)
+    plan = ztoapi.make_plan(prompt, Settings(), Account(""), "7")
+    return json.loads(ztoapi.zai_request(plan.prompts[0][1], resolve(model), ZAI, "7").data)[
+        "messages"
+    ]
+
+
+ZAI = "https://api.z.ai/api/paas/v4"
+
+
 def sent(*messages, **fields):
     """The messages as Z.ai gets them."""
     return body_for_zai(chat(messages=list(messages)) | fields, "glm-4.6")["messages"]
 
 
 QUESTION, SYSTEM = {"role": "user", "content": "hi"}, {"role": "system", "content": "Be kind."}
+ASSISTANT_CALLS = {"role": "assistant", "content": "", "tool_calls": [CALL]}
 
 
 @pytest.mark.parametrize(
@@ -2174,16 +3096,6 @@ QUESTION, SYSTEM = {"role": "user", "content": "hi"}, {"role": "system", "conten
             id="text parts are joined",
         ),
         pytest.param(
-            {"role": "assistant", "content": None, "tool_calls": [CALL]},
-            {"role": "assistant", "content": "", "tool_calls": [CALL]},
-            id="tool calls beside null",
-        ),
-        pytest.param(
-            {"role": "tool", "tool_call_id": "c1", "content": [{"type": "text", "text": "42"}]},
-            {"role": "tool", "tool_call_id": "c1", "content": "42"},
-            id="tool",
-        ),
-        pytest.param(
             {"role": "assistant", "content": "x", "reasoning": "hm"},
             {"role": "assistant", "content": "x", "reasoning_content": "hm"},
             id="thought",
@@ -2192,6 +3104,13 @@ QUESTION, SYSTEM = {"role": "user", "content": "hi"}, {"role": "system", "conten
 )
 def test_a_message_as_zai_takes_it(fields, wanted):
     assert sent(QUESTION, fields) == [QUESTION, wanted]
+
+
+def test_a_call_and_its_result_as_zai_takes_them():
+    asked = {"role": "assistant", "content": None, "tool_calls": [CALL]}
+    told = {"role": "tool", "tool_call_id": "c1", "content": [{"type": "text", "text": "42"}]}
+    wanted = [QUESTION, asked | {"content": ""}, told | {"content": "42"}]
+    assert sent(QUESTION, asked, told) == wanted
 
 
 @pytest.mark.parametrize(
@@ -2223,7 +3142,10 @@ def test_a_message_with_nothing_in_it_that_wants_no_answer_is_left_out(fields):
                 {"role": "assistant", "content": "Yes"},
             ],
         ),
-        ([SYSTEM, {"role": "tool", "tool_call_id": "c", "content": "0"}],) * 2,
+        (
+            [SYSTEM, ASSISTANT_CALLS, {"role": "tool", "tool_call_id": "c1", "content": "0"}],
+            [SYSTEM, ASSISTANT_CALLS, {"role": "tool", "tool_call_id": "c1", "content": "0"}],
+        ),
     ],
 )
 def test_in_every_conversation_there_is_a_message_to_answer(messages, wanted):
@@ -2241,8 +3163,9 @@ def test_a_conversation_with_nothing_in_it_is_refused(role):
     [("", "(no output)"), ([], "(no output)"), ("\n", "(no output)"), ("0", "0")],
 )
 def test_an_empty_result_of_a_tool_is_said_in_words(content, wanted):
-    result = {"role": "tool", "tool_call_id": "c"}
-    assert sent(result | {"content": content}) == [result | {"content": wanted}]
+    result = {"role": "tool", "tool_call_id": "c1"}
+    messages = sent(ASSISTANT_CALLS, result | {"content": content})
+    assert messages == [ASSISTANT_CALLS, result | {"content": wanted}]
 
 
 @pytest.mark.parametrize(
@@ -2274,7 +3197,7 @@ def test_an_empty_result_of_a_tool_is_said_in_words(content, wanted):
     ],
 )
 def test_reasoning_at_the_head_of_an_assistants_text_is_its_reasoning(fields, wanted):
-    assert sent(QUESTION, {"role": "assistant", **fields}) == [
+    assert sent(QUESTION, {"role": "assistant", **fields})[:2] == [
         QUESTION,
         {"role": "assistant", **wanted},
     ]
@@ -2305,6 +3228,7 @@ def test_an_image_goes_as_bare_base64_or_as_an_address():
         {"type": "image_url", "image_url": {"url": "data:image/png;base64,QUJD", "detail": "high"}},
         {"type": "image_url", "image_url": {"url": "https://x/y.png"}},
         {"type": "image_url", "image_url": {"url": "DATA:image/png;BASE64,QUJD"}},
+        {"type": "text", "text": " "},
     ]
     body = zai_body(read_chat(message(role="user", content=parts)), MODELS["glm-4.6v"])
     assert body["messages"][0]["content"] == [
@@ -2391,6 +3315,36 @@ def test_tool_choice_on_a_server_that_knows_auto_alone(choice, tools, messages):
     body = zai_tools(tools=[F, G], tool_choice=choice)
     assert (body.get("tools"), body["messages"]) == (tools, messages)
     assert "tool_choice" not in body
+
+
+@pytest.mark.parametrize(
+    ("parameters", "wanted"),
+    [
+        ([], EMPTY),
+        ({"type": "object", "properties": []}, EMPTY),
+        (
+            {"type": "object", "properties": {"a": {"type": "object", "properties": []}}},
+            {"type": "object", "properties": {"a": EMPTY}},
+        ),
+        ({"type": "object", "required": []}, {"type": "object", "required": []}),
+    ],
+    ids=["parameters", "properties", "nested", "an array that is one"],
+)
+def test_an_empty_object_of_phps_is_an_object_in_a_tool(parameters, wanted):
+    tools = zai_tools(tools=[function("f", description="f", parameters=parameters)])["tools"]
+    assert tools == [function("f", description="f", parameters=wanted)]
+
+
+@pytest.mark.parametrize("field", ["stream_options", "reasoning", "chat_template_kwargs"])
+def test_an_empty_object_of_phps_is_an_object_in_a_request(field):
+    assert read_chat(chat(**{field: []})) == read_chat(chat(**{field: {}}))
+
+
+def test_an_empty_object_of_phps_is_an_object_in_a_response():
+    fields = {"metadata": [], "reasoning": [], "text": []}
+    _, response, _ = respond([Text("x"), Finish("stop")], **fields)
+    _, plain, _ = respond([Text("x"), Finish("stop")])
+    assert response == plain
 
 
 def test_a_choice_that_is_not_among_the_tools_is_refused():
@@ -2690,6 +3644,7 @@ KNOWN = replace(SAID, thought="the client's own")
 )
 def test_reasoning_that_a_client_dropped_is_put_back(messages, start, thoughts):
     assert ztoapi.turn_start(messages) in (start, 3)
+    assert ztoapi.turn_start((*messages, from_tools(SKY))) == ztoapi.turn_start(messages)
     asked = ztoapi.with_reasoning(
         messages, start, lambda message: "".join(["said"] * (message.content == ("a",)))
     )
@@ -2801,6 +3756,22 @@ def test_a_code_inside_a_200_means_the_same(row):
 def test_what_comes_without_a_known_code_goes_by_its_status(http, body, status, code):
     kind = zai_error(http, body.encode()).kind
     assert (kind.status, kind.code) == (status, code)
+
+
+TOO_LONG = zai_error(400, b'{"error":{"code":"1261","message":"Prompt exceeds max length"}}')
+OVERFLOW_WORDS = ("context_length_exceeded", "reduce the length of the messages")
+
+
+def test_a_full_window_is_told_in_words_by_which_agents_compact():
+    openai_words = error_body(TOO_LONG)["error"]["message"]
+    assert openai_words.startswith("context_length_exceeded: ")
+    assert "reduce the length of the messages" in openai_words
+    assert openai_words.endswith("(Z.ai 1261: Prompt exceeds max length)")
+    anthropic = ztoapi.anthropic_error_body(TOO_LONG)["error"]
+    assert anthropic["type"] == "invalid_request_error"
+    assert anthropic["message"] == f"prompt is too long: {openai_words}"
+    other = ztoapi.anthropic_error_body(BadRequest("No."))["error"]
+    assert other["message"] == "No."
 
 
 def test_no_balance_names_the_address_of_the_coding_plan():
@@ -2998,6 +3969,40 @@ def test_an_error_inside_a_200_is_an_error(data):
     for parts in cuts(data):
         with pytest.raises(UpstreamError, match="1305: busy"):
             read_all(parts)
+
+
+FULL_WINDOW = finish("model_context_window_exceeded")
+OFFERED = {"type": "function", "function": {"name": "read", "parameters": {}}}
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        pytest.param(stream_of(FULL_WINDOW), id="stream"),
+        pytest.param(stream_of({"reasoning_content": "hm"}, FULL_WINDOW), id="reasoning alone"),
+        pytest.param(stream_of({"content": "\n"}, FULL_WINDOW), id="line end alone"),
+        pytest.param(document_of({"content": ""}, "model_context_window_exceeded"), id="document"),
+    ],
+)
+def test_a_full_window_is_no_answer(data):
+    for parts in cuts(data):
+        with pytest.raises(UpstreamError) as failed:
+            read_all(parts)
+        assert failed.value.kind.code == "context_length_exceeded"
+
+
+@pytest.mark.parametrize("asked", [{}, {"tools": [OFFERED]}], ids=["no tools", "tools"])
+@pytest.mark.parametrize(
+    "said",
+    [
+        {"content": "a"},
+        {"content": "<tool_"},
+        {"tool_calls": [{"id": "c", "function": {"name": "read", "arguments": "{}"}}]},
+    ],
+    ids=["text", "text that looks like a tag", "call"],
+)
+def test_a_window_that_fills_up_on_the_way_cuts_the_answer_short(said, asked):
+    assert read_all([stream_of(said, FULL_WINDOW)], **asked)[-1] == Finish("length")
 
 
 def test_what_came_before_a_failure_is_not_lost():
@@ -5920,6 +6925,46 @@ async def test_a_broken_encoding_is_400(client):
         assert (response.status, bool(error_of(await response.text()))) == (400, True)
 
 
+WEBSOCKET = {
+    "Upgrade": "websocket",
+    "Connection": "Upgrade",
+    "Sec-WebSocket-Version": "13",
+    "Sec-WebSocket-Key": "dGhlIHNhbXBsZSBub25jZQ==",
+}
+
+
+@in_loop
+@pytest.mark.parametrize(
+    "path", ["/v1/responses", "/responses", "/api/v1/responses/", "/api/paas/v4/responses"]
+)
+async def test_codex_is_told_at_once_that_there_is_no_websocket(client, path):
+    async with client.get(path, headers=KEY | WEBSOCKET) as response:
+        assert (response.status, response.headers["Upgrade"]) == (426, "HTTP/1.1")
+        assert error_of(await response.text()) == {
+            "message": "There is no WebSocket here: send POST requests over HTTP.",
+            "type": "invalid_request_error",
+            "param": None,
+            "code": "upgrade_required",
+        }
+    assert (await ask(client, ASKED, path))[0].status == 200
+
+
+@in_loop
+@pytest.mark.parametrize(
+    ("method", "path", "headers"),
+    [
+        ("GET", "/v1/responses", {}),
+        ("GET", "/v1/responses", WEBSOCKET | {"Upgrade": "h2c"}),
+        ("PUT", "/v1/responses", WEBSOCKET),
+        ("GET", "/v1/chat/completions", WEBSOCKET),
+    ],
+    ids=["no upgrade", "another protocol", "another method", "another path"],
+)
+async def test_only_codexs_probe_is_told_of_websockets(client, method, path, headers):
+    async with client.request(method, path, headers=KEY | headers) as response:
+        assert (response.status, response.headers["Allow"]) == (405, "POST")
+
+
 @in_loop
 async def test_a_wrong_path_is_404_and_a_wrong_method_405(client):
     async with client.get("/v1/nothing", headers=KEY) as response:
@@ -5990,6 +7035,50 @@ async def test_a_failure_that_stays_is_not_tried_again(client, zai, code):
     zai.answers = [zai_refuses(code, 400)]
     await ask(client)
     assert len(zai.bodies) == 1
+
+
+@in_loop
+@pytest.mark.parametrize(
+    "answer",
+    [
+        pytest.param(zai_refuses(1261, 400), id="1261"),
+        pytest.param([stream_of(FULL_WINDOW)], id="a finish alone"),
+    ],
+)
+@pytest.mark.parametrize("stream", [False, True], ids=["whole", "streamed"])
+@pytest.mark.parametrize(
+    ("path", "body"), [("chat/completions", HELLO), ("responses", ASKED)], ids=["chat", "responses"]
+)
+async def test_a_full_window_is_a_400_that_is_not_tried_again(
+    client, zai, path, body, stream, answer
+):
+    zai.answers = [answer]
+    response, text = await ask(client, {**body, "stream": stream}, f"/v1/{path}")
+    error = error_of(text)
+    assert (response.status, error["code"]) == (400, "context_length_exceeded")
+    assert all(words in error["message"] for words in OVERFLOW_WORDS)
+    assert len(zai.bodies) == 1
+
+
+@in_loop
+@pytest.mark.parametrize(
+    ("path", "body"), [("chat/completions", HELLO), ("responses", ASKED)], ids=["chat", "responses"]
+)
+async def test_a_full_window_after_reasoning_ends_a_stream_in_the_same_words(
+    client, zai, path, body
+):
+    zai.parts = [stream_of({"reasoning_content": "hm"}, done=""), stream_of(FULL_WINDOW)]
+    _, text = await ask(client, {**body, "stream": True}, f"/v1/{path}")
+    last_error = text[text.rindex("context_length_exceeded: ") :]
+    assert "reduce the length of the messages" in last_error
+
+
+@in_loop
+async def test_claude_code_is_told_of_a_full_window_in_its_own_words(passing, zai):
+    zai.answers = [zai_refuses(1261, 400, "Prompt exceeds max length")]
+    response, text = await ask(passing, CLAUDE, "/v1/messages")
+    assert (response.status, error_of(text)["type"]) == (400, "invalid_request_error")
+    assert error_of(text)["message"].startswith("prompt is too long: ")
 
 
 @in_loop
@@ -6624,6 +7713,118 @@ async def test_the_vision_model_answers_instead_of_one_that_takes_no_images(
     )
 
 
+SHOWN_BEFORE = [*PICTURE["messages"], {"role": "assistant", "content": "a cat"}, QUESTION]
+SHOWN_BY_TOOL = [
+    QUESTION,
+    ASSISTANT_CALLS,
+    {"role": "tool", "tool_call_id": "c1", "content": ["ok", *PICTURE["messages"][0]["content"]]},
+]
+NOT_SHOWN = "[image https://x/p.png: not shown to glm-5.3: "
+
+
+@in_loop
+@pytest.mark.parametrize("stream", [False, True], ids=["whole", "streamed"])
+@pytest.mark.parametrize(
+    ("messages", "where"),
+    [(SHOWN_BEFORE, 0), (SHOWN_BY_TOOL, 2)],
+    ids=["an earlier turn", "a tool's result"],
+)
+async def test_a_picture_of_before_is_words_for_a_model_that_takes_none(
+    client, zai, messages, where, stream
+):
+    response, _ = await ask(client, {"model": "glm-5.3", "messages": messages, "stream": stream})
+    assert (response.status, response.headers["x-ztoapi-ignored"]) == (200, "images")
+    assert NOT_SHOWN in zai.bodies[0]["messages"][where]["content"]
+    assert client.app[ztoapi.UPSTREAM].remedies["hidden_images"] == 1
+
+
+@in_loop
+@pytest.mark.parametrize(
+    ("messages", "model"),
+    [(PICTURE["messages"], "glm-4.6v"), (SHOWN_BY_TOOL, "glm-4.6v"), (SHOWN_BEFORE, "glm-5.3")],
+    ids=["the user's", "a tool's", "an earlier turn's"],
+)
+async def test_the_vision_model_answers_where_the_turn_that_is_on_has_a_picture(
+    start, zai, messages, model
+):
+    client = await start(vision_model="glm-4.6v")
+    response, _ = await ask(client, {"model": "glm-5.3", "messages": messages})
+    assert (zai.bodies[0]["model"], response.headers["x-ztoapi-model"]) == (model, model)
+    assert ("x-ztoapi-ignored" in response.headers) == (model == "glm-5.3")
+
+
+@in_loop
+@pytest.mark.parametrize(
+    ("messages", "models"),
+    [(PICTURE["messages"], ["glm-4.6v"]), (SHOWN_BY_TOOL, ["glm-4.6v", "glm-5.3"])],
+    ids=["the user's", "a tool's"],
+)
+async def test_a_model_that_takes_no_pictures_may_stand_in_where_the_user_shows_none(
+    client, zai, messages, models
+):
+    zai.status, zai.parts = zai_refuses(1211, 400)
+    body = {"model": "glm-4.6v", "fallbacks": ["glm-5.3"], "messages": messages}
+    await ask(client, body)
+    assert [body["model"] for body in zai.bodies] == models
+    assert (NOT_SHOWN in json.dumps(zai.bodies[-1])) == (models[-1] == "glm-5.3")
+
+
+@in_loop
+@pytest.mark.parametrize(
+    ("content", "code", "param"),
+    [
+        (PICTURE["messages"][0]["content"], "image_not_supported", "messages"),
+        ([{"type": "input_audio"}], "file_not_supported", "messages[0].content[0]"),
+    ],
+    ids=["a picture", "audio"],
+)
+async def test_what_the_user_shows_now_is_refused_before_anything_is_waited_for(
+    start, zai, content, code, param
+):
+    client = await start(zai_api_key=())
+    body = {"model": "glm-5.3", "messages": [{"role": "user", "content": content}, ASSISTANT_CALLS]}
+    response, text = await ask(client, body)
+    assert (response.status, error_of(text)["code"], error_of(text)["param"]) == (400, code, param)
+
+
+@in_loop
+async def test_a_file_of_before_is_words_and_listed_with_names_that_are_dropped(client, zai):
+    shown = {"role": "user", "name": "bob", "content": [{"type": "input_audio"}]}
+    result = {"role": "function", "name": "f", "content": "1"}
+    body = chat(messages=[shown, ASSISTANT_CALLS, result, QUESTION])
+    response, _ = await ask(client, body)
+    assert response.headers["x-ztoapi-ignored"] == "messages.name,files"
+    assert zai.bodies[0]["messages"][0]["content"].startswith("[file audio: not shown to glm-4.6")
+
+
+POISONED = {**CALL, "function": {"name": "", "arguments": '{"p":'}}
+
+
+@in_loop
+async def test_a_poisoned_conversation_goes_on_and_is_counted(client, zai):
+    said = {"role": "assistant", "content": "", "tool_calls": [POISONED]}
+    told = {"role": "tool", "tool_call_id": "c1", "content": "no such tool"}
+    response, _ = await ask(client, chat(messages=[QUESTION, said, told, QUESTION]))
+    assert response.status == 200
+    assert zai.bodies[0]["messages"] == [QUESTION, QUESTION]
+    async with client.get("/dashboard/stats", headers=KEY) as response:
+        healed = (await response.json())["healed"]
+    assert {"drop_nameless_calls": 1, "mend_empty_messages": 1}.items() <= healed.items()
+
+
+@in_loop
+async def test_a_poisoned_conversation_of_the_responses_api_goes_on(client, zai):
+    items = [
+        {"role": "user", "content": "hi"},
+        {"type": "function_call", "call_id": "c1", "name": "f", "arguments": '{"p":'},
+        {"type": "function_call_output", "call_id": "gone", "output": None},
+        {"type": "never_heard_of"},
+    ]
+    response, _ = await ask(client, {"model": "glm-4.6", "input": items}, "/v1/responses")
+    assert (response.status, response.headers["x-ztoapi-ignored"]) == (200, "input.never_heard_of")
+    assert list(what_zai_refuses(zai.bodies[0]["messages"], BLIND)) == []
+
+
 # ======== Every surface is the same path ========
 
 SURFACES = {
@@ -6932,6 +8133,22 @@ async def test_messages_with_an_image_are_for_the_vision_model(start, zai, conte
         model,
         model,
     )
+
+
+@in_loop
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("chat/completions", message(role="user", content="cut \ud83d")),
+        ("completions", {"model": "glm-4.6", "prompt": "cut \ud83d"}),
+        ("responses", ASKED | {"input": "cut \ud83d"}),
+        ("messages", {**CLAUDE, "messages": [{"role": "user", "content": "cut \ud83d"}]}),
+    ],
+    ids=["chat", "completions", "responses", "messages"],
+)
+async def test_a_text_that_was_cut_in_an_emoji_is_no_reason_to_refuse_it(passing, zai, path, body):
+    assert (await ask(passing, body, f"/v1/{path}"))[0].status == 200
+    assert zai.bodies[0]["messages"][0]["content"] == "cut \ufffd"
 
 
 @in_loop
@@ -7308,13 +8525,17 @@ def test_odd_requests_are_refused_by_the_name_of_a_field_or_become_a_request_to_
     named = {location: [] for location in LOCATIONS}
     for location, body in odd_requests():
         try:
-            prompt = ztoapi.replace(read_chat(body), stream=False)
-            json.loads(encode_json(zai_body(prompt, resolve(prompt.model))))
+            prompt = ztoapi.make_plan(read_chat(body), Settings(), Account(""), "7").prompts[0][1]
+            prompt = ztoapi.replace(prompt, stream=False)
+            json.loads(ztoapi.zai_request(prompt, resolve(prompt.model), ZAI, "7").data)
         except BadRequest as error:
             named[location].append(error.param)
-    assert all(param for params in named.values() for param in params)
-    least = {location: len(names) * len(ODD) // 3 for location, names in LOCATIONS.items()}
-    assert {location for location in LOCATIONS if len(named[location]) < least[location]} == set()
+    in_messages = [location for location in LOCATIONS if location.startswith("messages")]
+    elsewhere = LOCATIONS.keys() - in_messages
+    assert all(param for location in elsewhere for param in named[location])
+    least = {location: len(LOCATIONS[location]) * len(ODD) // 3 for location in elsewhere}
+    assert {location for location in elsewhere if len(named[location]) < least[location]} == set()
+    assert {param[-5:] for location in in_messages for param in named[location]} == {".role"}
 
 
 @in_loop

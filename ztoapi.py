@@ -20,11 +20,12 @@ Where a request goes:
 
 Everything above the banner "Admission" is pure: no socket, clock, environment, randomness or async. It raises
 SettingsError, BadRequest (the client's fault), UpstreamError (Z.ai's) or another ProxyError; a check, ValueError.
-The sections, in order: Settings, Errors, Models, JSON, Internal representation; what clients speak (Request fields,
-Chat completions, Completions, Responses, Messages, Surfaces), Clients; what Z.ai speaks (request, errors, answer);
-Accounts; I/O: Admission (Z.ai's keys, queue), Z.ai client, Upstream (retries, fallbacks), Database, Requests
-(records, statistics), Streaming out, Handlers, Pass-through, Access, Errors and shutdown, Client connections, Server,
-Commands, Demo, Pages.
+The sections, in order: Settings, Errors, Models, JSON, Internal representation; what clients speak
+(Request fields, Contents, Chat completions, Completions, Responses, Messages, Surfaces, Histories),
+Clients; what Z.ai speaks (request, errors, answer); Accounts; I/O: Admission (Z.ai's keys, queue),
+Z.ai client, Upstream (retries, fallbacks), Database, Requests (records, statistics), Streaming out,
+Handlers, Pass-through, Access, Errors and shutdown, Client connections, Server, Commands, Demo,
+Pages.
 """
 
 from __future__ import annotations
@@ -398,6 +399,10 @@ def error_kind(
 MESSAGES = {
     "invalid_api_key": "The API key is missing or wrong: send this server's key (its DEFAULT_KEY, not a Z.ai key) as "
     "'Authorization: Bearer KEY' or 'x-api-key: KEY'.",
+    # Agents compact a conversation only where they find words that they know: pi these at both ends
+    # (earendil-works/pi#5930), hermes "context length" (NousResearch/hermes-agent#2600).
+    "context_length_exceeded": "context_length_exceeded: the conversation exceeds the model's "
+    "maximum context length: reduce the length of the messages.",
     "zai_api_key_missing": "This server has no Z.ai key. Get one at z.ai/manage-apikey (glm-4.7-flash, glm-4.5-flash "
     "and glm-4.6v-flash are free), set ZAI_API_KEY and start again; or try it without a key: python ztoapi.py --demo",
     "zai_unreachable": "Z.ai cannot be reached (connection error, network error): check proxy and ZAI_BASE_URL.",
@@ -533,7 +538,11 @@ def error_body(error: ProxyError) -> JSON:
 def anthropic_error_body(error: ProxyError) -> JSON:
     """Anthropic's error object."""
     kind = ERROR_TYPES.get(error.kind.status, ERROR_TYPES[400])[1]
-    return {"type": "error", "error": {"type": kind, "message": str(error)}}
+    message = str(error)
+    if error.kind.code == "context_length_exceeded":
+        # Claude Code compacts only where a message begins so (anthropics/claude-code#58252).
+        message = f"prompt is too long: {message}"
+    return {"type": "error", "error": {"type": kind, "message": message}}
 
 
 def error_headers(error: ProxyError) -> dict[str, str]:
@@ -931,12 +940,21 @@ def sse_frame(frame: JSON | str) -> str:
 
 
 def encode_request(value: Any) -> bytes:
-    """Compact JSON in UTF-8; half a surrogate pair, which UTF-8 does not have, becomes U+FFFD."""
+    """Compact JSON in UTF-8, for Z.ai. Half a surrogate pair in it becomes U+FFFD."""
     text = to_json(value)
     try:
         return text.encode()
     except UnicodeEncodeError:
-        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace").encode()
+        return whole_characters(text).encode()
+
+
+def whole_characters(text: str) -> str:
+    """The text with U+FFFD for each half of a surrogate pair that lacks the other.
+
+    UTF-8 has no halves. Agents cut texts at a number of UTF-16 units, in the middle of an emoji
+    (anthropics/claude-code#56064).
+    """
+    return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
 
 
 def finite(text: str) -> float:
@@ -1087,7 +1105,8 @@ class Usage:
         return Usage(prompt, completion, total, cached, self.reasoning + other.reasoning)
 
 
-FinishReason = Literal["stop", "length", "tool_calls", "content_filter"]
+# "window_full" becomes "length" or an error before a Reply sees it.
+FinishReason = Literal["stop", "length", "tool_calls", "content_filter", "window_full"]
 
 
 @dataclass(slots=True)
@@ -1125,16 +1144,44 @@ class Media:
     type: str
     url: str
 
+    @property
+    def kind(self) -> Literal["image", "file"]:
+        return "image" if self.type == "image_url" else "file"
+
+
+@dataclass(slots=True)
+class Unreadable:
+    """What no GLM model takes: a PDF, audio, an image out of reach.
+
+    `advice` says what would help, `at` is its path in the request.
+    """
+
+    kind: Literal["image", "file"]
+    name: str
+    advice: str
+    at: str
+
+
+Part = str | Media | Unreadable
+
 
 @dataclass(slots=True)
 class Message:
-    """One message. The assistant's may have `calls` and `thought`; a tool message answers `call_id`."""
+    """One message: an assistant's may have `calls` and `thought`, a tool's answers `call_id`.
+
+    A user message that `continues` is not a user's own (the result of a tool, an image from one):
+    it begins no new turn.
+    """
 
     role: str
-    content: tuple[str | Media, ...]
+    content: tuple[Part, ...]
     thought: str = ""
     calls: tuple[ToolCall, ...] = ()
     call_id: str = ""
+    continues: bool = False
+
+
+Messages = tuple[Message, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -1328,7 +1375,17 @@ def is_model_name(value: Any) -> bool:
 string = must("be a string", lambda value: isinstance(value, str))
 switch = must("be true or false", lambda value: isinstance(value, bool))
 array = must("be an array", lambda value: isinstance(value, list))
-mapping = must("be an object", lambda value: isinstance(value, dict))
+
+
+def mapping(value: Any) -> JSON:
+    """An object. PHP writes an empty one as []."""
+    if isinstance(value, dict):
+        return value
+    if value == []:
+        return {}
+    raise ValueError("must be an object")
+
+
 model_name = must("be the name of a model", is_model_name)
 reasoning_format = must(
     "be parsed, raw or hidden", lambda value: value in ("parsed", "raw", "hidden")
@@ -1442,7 +1499,8 @@ def effort_from_switch(value: Any) -> Effort:
 
 def effort_from_object(value: Any) -> Effort | None:
     """OpenRouter's `reasoning` object."""
-    enabled, level = mapping(value).get("enabled"), value.get("effort")
+    given = mapping(value)
+    enabled, level = given.get("enabled"), given.get("effort")
     if not isinstance(enabled, bool | None):
         raise ValueError("must have true or false as enabled")
     return (
@@ -1542,6 +1600,338 @@ def common_arguments(given: JSON) -> JSON:
     }
 
 
+# ======== Contents ================================================================================
+# `read_message`: one message of any API as Messages. A client sends its history again with every
+# request, so what is said in a message is never refused here; what is not known goes as its text.
+
+# Z.ai refuses developer (1214); OpenAI's role function is now tool.
+ROLES = {role: role for role in ("system", "user", "assistant", "tool")} | {
+    "developer": "system",
+    "function": "tool",
+}
+known_role = must(
+    f"be one of {', '.join(ROLES)}", lambda value: isinstance(value, str) and value in ROLES
+)
+
+# What helps where GLM cannot take a part.
+SEND_TEXT = "GLM takes neither PDF nor other binary files: send its text"
+SEND_TRANSCRIPT = "GLM takes no audio: send a transcript"
+SEND_DATA = "it was not sent itself: send it as a data: URL"
+SEND_IMAGE = "Z.ai needs a public https address, or a data: URL in base64"
+
+
+def read_message(message: Any, at: str) -> list[Message]:
+    """A message as those that it is for Z.ai: a user's with results of tools is several.
+
+    `at` is its path in the request. Raises BadRequest for no object, and for an unknown role.
+    """
+    role = ROLES[checked(checked(message, mapping, at).get("role"), known_role, f"{at}.role")]
+    given = message.get("content")
+    if isinstance(given, str) and role in ("user", "system"):  # most of them
+        return [Message(role, (given,))]
+    reader = ContentReader(role)
+    reader.read(given, f"{at}.content")
+    content, results = tuple(reader.content), reader.results
+    match role:
+        case "assistant":
+            thought = read_thought(message) or "".join(reader.thoughts)
+            calls = merge_calls(read_calls(message), reader.calls)
+            return [Message(role, content, thought, calls), *results]
+        case _ if results:
+            rest = Message("user", content, continues=True)
+            return [*results, rest] if content else results
+        case "tool":
+            return [Message(role, content, call_id=answered_call(message))]
+        case _:
+            return [Message(role, content)]
+
+
+class ContentReader:
+    """Reads the content of one message: a string, parts of any API, or any other JSON.
+
+    Parts that say the same have other names in Chat (text, image_url, file), in Responses
+    (input_text, input_image, input_file) and in Messages (image, document, thinking, tool_use,
+    tool_result); clients that change the API in mid-conversation mix them
+    (langchain-ai/langchainjs#11049).
+    """
+
+    def __init__(self, role: str) -> None:
+        self.role = role
+        self.content: list[Part] = []
+        self.thoughts: list[str] = []  # the assistant's
+        self.calls: list[ToolCall] = []  # the assistant's
+        self.results: list[Message] = []  # of tools
+
+    def read(self, content: Any, at: str) -> None:
+        if isinstance(content, str):
+            self.content.append(content)
+        elif isinstance(content, list):
+            for index, part in enumerate(content):
+                self.read_part(part, f"{at}[{index}]")
+        else:
+            self.read_part(content, at)
+
+    def read_part(self, part: Any, at: str) -> None:
+        kind = part_type(part)
+        says = self.role == "assistant"
+        if kind in PART_READERS:
+            # Z.ai refuses empty text parts (1214).
+            self.content += [read for read in PART_READERS[kind](part, at) if read]
+        elif kind in ("thinking", "reasoning") and says:
+            self.thoughts.append(part_thought(part))
+        elif kind == "tool_use" and says:
+            self.calls.append(read_call(part, len(self.calls)))
+        elif kind == "tool_result" and self.role != "system":
+            self.results.append(read_result(part, at))
+        elif part is not None:
+            self.content.append(json_or_text(part))
+
+
+# The results of tools are any JSON: what lacks all of these is an object that has such a type.
+PART_FIELDS = {
+    "text": {"text"},
+    "image": {"source", "image", "image_url"},
+    "file": {"file", "file_data", "file_id", "file_url", "data", "source"},
+    "document": {"source", "file_data", "data"},
+    "audio": {"audio", "input_audio", "data"},
+}
+
+
+def part_type(part: Any) -> str:
+    """The type of a part, "" for other JSON.
+
+    A bare string is a text, and so is an object with nothing but one.
+    """
+    if isinstance(part, str):
+        return "text"
+    names = as_object(part).keys()
+    if names == {"text"}:
+        return "text"
+    kind = str(as_object(part).get("type", ""))
+    is_part = names & PART_FIELDS.get(kind, names)
+    return kind if is_part else ""
+
+
+def read_text(part: Any, _: str) -> list[Part]:
+    if isinstance(part, str):
+        return [part]
+    return [json_or_text(part.get("text", part.get("refusal")))]
+
+
+def json_or_text(value: Any) -> str:
+    """A text as it is, nothing for null, and the JSON of any other value."""
+    if value is None:
+        return ""
+    return value if isinstance(value, str) else to_json(value)
+
+
+def read_media(part: JSON, at: str) -> list[Part]:
+    """An image, video or file of Chat or of Z.ai's own: its address, or an object that has it."""
+    kind = part["type"]
+    given = part.get(kind)
+    url = given.get("url") if isinstance(given, dict) else given
+    return [media_at(url, kind, f"{at}.{kind}.url")]
+
+
+def media_at(url: Any, kind: str, at: str) -> Part:
+    if isinstance(url, str) and is_within_reach(url):
+        return Media(kind, url)
+    return Unreadable("image" if kind == "image_url" else "file", "", SEND_IMAGE, at)
+
+
+SCHEME = re.compile(r"([a-zA-Z][a-zA-Z0-9+.-]{0,20}):")
+BASE64_URL = re.compile(r"data:([^,;]*)[^,]*;base64,", re.IGNORECASE)
+
+
+def is_within_reach(url: str) -> bool:
+    """Whether Z.ai may load this: a public address, a data: URL in base64, or bare base64."""
+    found = SCHEME.match(url)
+    if found is None:
+        return bool(url.strip())
+    match found[1].lower():
+        case "data":
+            head = BASE64_URL.match(url)
+            return head is not None and head.end() < len(url)
+        case "http" | "https":
+            return is_public(url)
+        case _:
+            return False
+
+
+def is_public(url: str) -> bool:
+    """Whether an address is not plainly of a private network or of one machine."""
+    try:
+        host = urlsplit(url).hostname or ""
+    except ValueError:
+        return False
+    if not host or host == "localhost" or host.endswith((".localhost", ".local")):
+        return False
+    try:
+        return ipaddress.ip_address(host).is_global
+    except ValueError:
+        return True  # a name
+
+
+def read_image(part: JSON, at: str) -> list[Part]:
+    """An image of Responses (`image_url`) or of Messages (`source`)."""
+    source = as_object(part.get("source"))
+    url = part.get("image_url") or source.get("url") or part.get("image")
+    if isinstance(source.get("data"), str):
+        url = f"data:{source.get('media_type')};base64,{source['data']}"
+    if isinstance(url, dict):
+        url = url.get("url")
+    return [media_at(url, "image_url", at)]
+
+
+def read_file(part: JSON, at: str) -> list[Part]:
+    """A file of Chat, Responses or Messages: its text with its name above it, or an image."""
+    given = as_object(part.get("file")) or as_object(part.get("source")) or part
+    name = file_name(part)
+    if "content" in given:
+        reader = ContentReader("system")
+        reader.read(given["content"], f"{at}.source.content")
+        return [name, *reader.content]
+    data = given.get("file_data") or given.get("data")
+    if not isinstance(data, str):
+        return [Unreadable("file", name, SEND_DATA, at)]
+    if given.get("type") == "text":
+        return [with_name(name, data)]
+    return [file_in_base64(name, str(given.get("media_type")), data, at)]
+
+
+def file_in_base64(name: str, media_type: str, data: str, at: str) -> Part:
+    head = BASE64_URL.match(data)
+    if head:
+        media_type = head[1]
+        data = data[head.end() :]
+    if media_type.startswith("image/"):
+        return media_at(f"data:{media_type};base64,{data}", "image_url", at)
+    text = text_in_base64(data)
+    return Unreadable("file", name, SEND_TEXT, at) if text is None else with_name(name, text)
+
+
+def file_name(part: JSON) -> str:
+    given = as_object(part.get("file")) or part
+    name = given.get("filename") or given.get("title")
+    return name if isinstance(name, str) else ""
+
+
+def with_name(name: str, text: str) -> str:
+    return f"{name}\n{text}" if name else text
+
+
+def text_in_base64(data: str) -> str | None:
+    """The text of a file, whatever its media type says of it; None if its bytes are none."""
+    try:
+        text = base64.b64decode(data, validate=True).decode("utf-8-sig")
+    except ValueError:
+        return None
+    return None if "\0" in text or text.startswith("%PDF-") else text
+
+
+def read_audio(_: JSON, at: str) -> list[Part]:
+    return [Unreadable("file", "audio", SEND_TRANSCRIPT, at)]
+
+
+def read_secret(_: JSON, __: str) -> list[Part]:
+    """What only its maker can read."""
+    return []
+
+
+# How the parts of any API are read, by their types; but for those of the assistant's and of tools.
+PART_READERS: dict[str, Callable[[Any, str], list[Part]]] = {
+    **dict.fromkeys(("text", "input_text", "output_text", "refusal"), read_text),
+    **dict.fromkeys(("image_url", "video_url", "file_url"), read_media),
+    **dict.fromkeys(("input_image", "image"), read_image),
+    **dict.fromkeys(("file", "input_file", "document"), read_file),
+    **dict.fromkeys(("input_audio", "audio"), read_audio),
+    **dict.fromkeys(("redacted_thinking", "encrypted_content"), read_secret),
+}
+
+
+def read_result(part: JSON, at: str) -> Message:
+    """The result of a tool, as Anthropic's API has it in a user's message."""
+    reader = ContentReader("system")  # in which further results would be text
+    reader.read(part.get("content"), f"{at}.content")
+    content = reader.content
+    first = content[0] if content and isinstance(content[0], str) else ""
+    if part.get("is_error") is True and not first.lower().startswith("error"):
+        content.insert(0, "Error:")
+    return Message("tool", tuple(content), call_id=answered_call(part))
+
+
+def answered_call(message: JSON) -> str:
+    """The id of the call that a result answers, or else its function's name; "" for neither."""
+    for name in ("tool_call_id", "tool_use_id", "name", "tool_name"):
+        if message.get(name) not in (None, ""):
+            return str(message[name])
+    return ""
+
+
+def read_thought(message: JSON) -> str:
+    """An assistant's reasoning, in the field of whichever gateway the client spoke with before."""
+    for name in ("reasoning_content", "reasoning"):
+        if isinstance(message.get(name), str) and message[name]:
+            return str(message[name])
+    return joined_texts(message.get("reasoning_details"))  # OpenRouter's
+
+
+def part_thought(part: JSON) -> str:
+    """The reasoning in a part: Anthropic's and Mistral's `thinking`, or the texts of others."""
+    for name in ("thinking", "reasoning", "text", "content", "summary"):
+        if thought := joined_texts(part.get(name)):
+            return thought
+    return ""
+
+
+def joined_texts(value: Any) -> str:
+    """A text, or the `text` of each object in an array."""
+    if isinstance(value, str):
+        return value
+    texts = [item.get("text") for item in objects(value)]
+    return "".join([text for text in texts if isinstance(text, str)])
+
+
+def read_calls(message: JSON) -> list[ToolCall]:
+    """The calls in `tool_calls`, or in `function_call`, OpenAI's before there were tools."""
+    given = message.get("tool_calls")
+    calls = [given] if isinstance(given, dict) else [*objects(given)]
+    if isinstance(function := message.get("function_call"), dict):
+        calls.append({"id": function.get("name"), "function": function})  # it has no other id
+    return [read_call(call, index) for index, call in enumerate(calls)]
+
+
+def read_call(call: JSON, index: int) -> ToolCall:
+    """A call: OpenAI's, nested, or with its fields beside the id, as other APIs have it."""
+    match call:
+        case {"function": dict(function)}:
+            arguments = function.get("arguments")
+        case {"custom": dict(function)}:
+            arguments = {"input": function.get("input")}
+        case _:
+            function = call
+            arguments = call.get("arguments", call.get("input", call.get("args")))
+    given_id = call.get("id")
+    call_id = f"call_{index}" if given_id in (None, "") else str(given_id)
+    name = function.get("name")
+    if not isinstance(name, str):
+        name = ""
+    return ToolCall(index, call_id, name, argument_text(arguments) or "{}")
+
+
+def merge_calls(calls: list[ToolCall], others: list[ToolCall]) -> tuple[ToolCall, ...]:
+    """The calls of a message, and those of its parts that are not among them."""
+    known = {call.id for call in calls} if others else set()
+    return (*calls, *[call for call in others if call.id not in known])
+
+
+def argument_text(arguments: Any) -> str:
+    """Arguments as JSON text, as OpenAI has them, even if they were sent as an object."""
+    if isinstance(arguments, str):
+        return arguments
+    return to_json(arguments) if arguments else ""
+
+
 # ======== Chat completions ==========================================================================================
 # `parse_chat` reads a request, `ChatEncoder` streams the answer, `chat_completion` is the whole one.
 
@@ -1572,8 +1962,9 @@ def tool_choice(value: Any) -> ToolChoice:
 
 
 def function_list(value: Any) -> list[Any]:
-    """The deprecated `functions`, checked as tools."""
-    return tool_list([{"type": "function", "function": function} for function in array(value)])
+    """The deprecated `functions`."""
+    tool_list([{"type": "function", "function": function} for function in array(value)])
+    return list(value)
 
 
 def function_choice(value: Any) -> ToolChoice:
@@ -1644,13 +2035,13 @@ def parse_chat(body: JSON) -> tuple[Prompt, ChatReply]:
             "tools": given["functions"],
             "tool_choice": given.get("function_call", ToolChoice()),
         }
-    tools = [parse_tool(tool, f"tools[{i}]") for i, tool in enumerate(given.get("tools", ()))]
+        tools = parse_functions(given)
+    else:
+        tools = [parse_tool(tool, f"tools[{i}]") for i, tool in enumerate(given.get("tools", ()))]
     thinking = validated(as_object(body.get("thinking")), {"clear_thinking": switch}, "thinking.")
     prompt = Prompt(
         **common_arguments(given),
-        messages=tuple(
-            parse_message(message, f"messages[{i}]") for i, message in enumerate(given["messages"])
-        ),
+        messages=read_messages(given["messages"]),
         max_tokens=given.get("max_completion_tokens", given.get("max_tokens")),
         tools=tuple([tool for tool in tools if isinstance(tool, Tool)]),
         native_tools=tuple(native_tools(tools, given)),
@@ -1659,10 +2050,27 @@ def parse_chat(body: JSON) -> tuple[Prompt, ChatReply]:
         clear_thinking=thinking.get("clear_thinking"),
         cache_key=str(body.get("prompt_cache_key") or ""),
         native={name: value for name, value in given.items() if name in NATIVE_FIELDS},
-        ignored=(*unknown_fields(body, CHAT_FIELDS), *serial_calls(given)),
+        ignored=(
+            *unknown_fields(body, CHAT_FIELDS),
+            *serial_calls(given),
+            *dropped_names(given["messages"]),
+        ),
     )
     reply = FunctionReply if has_functions else ChatReply
     return prompt, reply(prompt.n, wants_usage(given))
+
+
+def read_messages(messages: list[Any]) -> Messages:
+    read: list[Message] = []
+    for index, message in enumerate(messages):
+        read += read_message(message, f"messages[{index}]")
+    return tuple(read)
+
+
+def dropped_names(messages: list[JSON]) -> list[str]:
+    """`messages.name` if a message has a name; the name of a function answers a call."""
+    named = any(message.get("name") and message["role"] != "function" for message in messages)
+    return ["messages.name"] if named else []
 
 
 def native_tools(tools: list[Tool | JSON], given: JSON) -> list[JSON]:
@@ -1673,103 +2081,39 @@ def native_tools(tools: list[Tool | JSON], given: JSON) -> list[JSON]:
     return native
 
 
-# Z.ai refuses developer (1214); OpenAI's role function is now tool.
-ROLES = {role: role for role in ("system", "user", "assistant", "tool")} | {
-    "developer": "system",
-    "function": "tool",
-}
-known_role = must(
-    f"be one of {', '.join(ROLES)}", lambda value: isinstance(value, str) and value in ROLES
-)
-call_reference = must(
-    "name the call that it answers", lambda value: isinstance(value, (str, int)) and value != ""
-)
-url_text = must("be an address", lambda value: isinstance(value, str) and value != "")
-
-
-def parse_message(message: Any, at: str) -> Message:
-    """One message; `at` is its path in the request, for errors."""
-    role = ROLES[checked(checked(message, mapping, at).get("role"), known_role, f"{at}.role")]
-    content = parse_content(message.get("content"), role, f"{at}.content")
-    match role:
-        case "assistant":
-            thought = message.get("reasoning_content") or message.get("reasoning") or ""
-            checked(thought, string, f"{at}.reasoning_content")
-            return Message(role, content, thought, parse_calls(message, at))
-        case "tool":
-            call_id = message.get("tool_call_id") or message.get("name")
-            return Message(
-                role, content, call_id=str(checked(call_id, call_reference, f"{at}.tool_call_id"))
-            )
-        case _:
-            return Message(role, content)
-
-
-def parse_content(content: Any, role: str, at: str) -> tuple[str | Media, ...]:
-    """The text and media of a message's content; null is allowed for the assistant. Empty text parts are dropped."""
-    match content:
-        case str():
-            return (content,)
-        case list():
-            parts = [parse_part(part, role, f"{at}[{i}]") for i, part in enumerate(content)]
-            return tuple(part for part in parts if part)
-        case None if role == "assistant":  # OpenAI's own answers have null with tool calls
-            return ()
-        case _:
-            raise BadRequest(f"'{at}' must be a string or an array of parts.", at)
-
-
-def parse_part(part: Any, role: str, at: str) -> str | Media:
-    match part:
-        case {"type": "text", "text": str(words)} | {"type": "refusal", "refusal": str(words)}:
-            return words
-        case {"type": "image_url" | "video_url" | "file_url" as kind} if role == "user":
-            media = part.get(kind)
-            url = media.get("url") if isinstance(media, dict) else media
-            return Media(kind, checked(url, url_text, f"{at}.{kind}.url"))
-        case {"type": "input_audio" | "file" as kind}:
-            raise BadRequest(f"'{at}': GLM models do not take {kind} parts.", at)
-        case _:
-            raise BadRequest(
-                f"'{at}' must be a text part{' or an image_url part' if role == 'user' else ''}.",
-                at,
-            )
-
-
-def parse_calls(message: JSON, at: str) -> tuple[ToolCall, ...]:
-    calls = checked(message.get("tool_calls") or [], array, f"{at}.tool_calls")
-    if message.get(
-        "function_call"
-    ):  # OpenAI's calls before there were tools: without an id, so the name serves as one
-        function = as_object(message["function_call"])
-        calls = [*calls, {"id": function.get("name"), "function": function}]
-    return tuple(parse_call(call, i, f"{at}.tool_calls[{i}]") for i, call in enumerate(calls))
-
-
-def parse_call(call: Any, index: int, at: str) -> ToolCall:
-    match call:
-        case {"function": {"name": str(name), **rest}}:
-            call_id = str(call.get("id") or f"call_{index}")
-            return ToolCall(index, call_id, name, argument_text(rest.get("arguments")) or "{}")
-        case _:
-            raise BadRequest(f"'{at}.function.name' must be a string.", f"{at}.function.name")
-
-
-def argument_text(arguments: Any) -> str:
-    """Arguments as JSON text, as OpenAI has them, even if they were sent as an object."""
-    return arguments if isinstance(arguments, str) else to_json(arguments) if arguments else ""
-
-
 TOOL_FIELDS: dict[str, Check] = {"name": string, "description": string, "parameters": mapping}
+
+
+def parse_functions(given: JSON) -> list[Tool | JSON]:
+    """The deprecated `functions`. Raises BadRequest also if `function_call` names none of them."""
+    tools: list[Tool | JSON] = []
+    names: set[str] = set()
+    for index, function in enumerate(given["functions"]):
+        at = f"functions[{index}]"
+        name = as_object(function).get("name")
+        if not isinstance(name, str) or not name:
+            raise BadRequest(f"'{at}' must be a function with a name.", at)
+        tools.append(parse_function(function, f"{at}."))
+        names.add(name)
+    chosen = set(given["tool_choice"].names or ())
+    if not chosen <= names:
+        words = f"'function_call' names {', '.join(chosen)}, not among the functions."
+        raise BadRequest(words, "function_call")
+    return tools
+
+
+def parse_function(function: JSON, at: str) -> Tool:
+    """A function with a name; `at` is the path before its fields."""
+    given = validated(function, TOOL_FIELDS, at)
+    # Z.ai requires description and parameters, OpenAI neither.
+    parameters = given.get("parameters") or {"type": "object", "properties": {}}
+    return Tool(given["name"], given.get("description") or given["name"], parameters)
 
 
 def parse_tool(tool: Any, at: str) -> Tool | JSON:
     match tool:
         case {"type": "function", "function": {"name": str(name)} as function} if name:
-            given = validated(function, TOOL_FIELDS, f"{at}.function.")
-            # Z.ai requires description and parameters, OpenAI neither.
-            parameters = given.get("parameters") or {"type": "object", "properties": {}}
-            return Tool(name, given.get("description") or name, parameters)
+            return parse_function(function, f"{at}.function.")
         case {"type": "web_search" | "retrieval" | "mcp"}:
             return as_object(tool)
         case _:
@@ -2203,14 +2547,16 @@ def parse_response(body: JSON, history: History) -> tuple[Prompt, ResponseReply]
         resolve_reference(item, f"input[{i}]", history)
         for i, item in enumerate(given.get("input", ()))
     ]
-    conversation = parse_items([*before, *items], -len(before))
+    items = [*before, *items]
+    conversation = read_items(items, -len(before))
     if not conversation:
         raise BadRequest("'input' is required and must not be empty.", "input")
     instructions = (
         (Message("system", (given["instructions"],)),) if given.get("instructions") else ()
     )
     tools = [(tool, parse_response_tool(tool, at)) for at, tool in given.get("tools", ())]
-    left_out = dict.fromkeys(f"tools.{tool['type']}" for tool, parsed in tools if parsed is None)
+    tools = with_additional_tools(tools, items)
+    left_out = [f"tools.{tool.get('type')}" for tool, parsed in tools if parsed is None]
     prompt = Prompt(
         **common_arguments({"stream": False, **given}),
         messages=(*instructions, *conversation),
@@ -2221,10 +2567,15 @@ def parse_response(body: JSON, history: History) -> tuple[Prompt, ResponseReply]
         effort=given.get("reasoning"),
         reasoning_format="parsed",
         cache_key=given.get("prompt_cache_key", ""),
-        ignored=(*unknown_fields(body, RESPONSE_FIELDS), *serial_calls(given), *left_out),
+        ignored=(
+            *unknown_fields(body, RESPONSE_FIELDS),
+            *serial_calls(given),
+            *dict.fromkeys(left_out),
+            *unknown_items(items),
+        ),
     )
     by_name = {parsed.name: tool for tool, parsed in tools if isinstance(parsed, Tool)}
-    echo, stored = echo_of(body), [*before, *items] if given.get("store", True) else []
+    echo, stored = echo_of(body), items if given.get("store", True) else []
     returns_reasoning = "reasoning.encrypted_content" in given.get("include", ())
     return prompt, ResponseReply(ResponsesRequest(echo, stored, by_name, returns_reasoning))
 
@@ -2276,23 +2627,15 @@ def resolve_reference(item: Any, at: str, history: History) -> Any:
     return found[0]
 
 
-def parse_items(items: Iterable[Any], first: int) -> tuple[Message, ...]:
-    """The messages of a conversation; `first` is the index of the first item in the request's input.
-
-    It is negative where items of a previous response stand before the input.
-    """
-    messages = chain.from_iterable(
-        parse_item(item, f"input[{i}]") for i, item in enumerate(items, first)
-    )
-    return merge_assistant_turns(hoist_tool_images(messages))
-
-
 FUNCTION_ECHO: JSON = {"description": None, "parameters": None, "strict": None}
 
 
 def echo_of(body: JSON) -> JSON:
     """The fields that a response repeats of its request; objects and functions get their required keys."""
     given = {name: value for name in ECHOED if (value := body.get(name)) is not None}
+    for name in ("metadata", "reasoning", "text"):
+        if given.get(name) == []:  # see `mapping`
+            del given[name]
     objects = {name: ECHOED[name] | given[name] for name in ("reasoning", "text") if name in given}
     tools = [
         FUNCTION_ECHO | tool if tool.get("type") == "function" else tool
@@ -2301,81 +2644,147 @@ def echo_of(body: JSON) -> JSON:
     return ECHOED | given | objects | {"tools": tools}
 
 
-# Items of OpenAI-hosted tools, skipped: the assistant's text already has their results.
-OPENAI_ITEMS = (
-    "web_search_call",
-    "file_search_call",
-    "code_interpreter_call",
-    "image_generation_call",
-)
+def read_items(items: Iterable[Any], first: int) -> Messages:
+    """The messages of a conversation; `first` is the index of the first item in the input.
+
+    It is negative where items of a previous response stand before the input.
+    """
+    messages: list[Message] = []
+    for index, item in enumerate(items, first):
+        at = f"input[{index}]"
+        read = ITEM_READERS.get(item_type(checked(item, mapping, at)))
+        if read is not None:
+            messages += read(item, at)
+    return merge_assistant_turns(messages)
 
 
-def parse_item(item: Any, at: str) -> Iterator[Message]:
-    """One item of the input as messages; several items may form one assistant message (see merge_assistant_turns)."""
-    match item:
-        case {"type": "function_call" | "custom_tool_call", "name": str(), "call_id": str(call_id)}:
-            arguments = (
-                item.get("arguments")
-                if item["type"] == "function_call"
-                else {"input": item.get("input")}
-            )
-            call = ToolCall(0, call_id, qualified_name(item), argument_text(arguments) or "{}")
-            yield Message("assistant", (), calls=(call,))
-        case {
-            "type": "function_call_output" | "custom_tool_call_output",
-            "call_id": str(call_id),
-            "output": output,
-        }:
-            parts = parse_content(as_chat_content(output), "user", f"{at}.output")
-            words = tuple(part for part in parts if isinstance(part, str))
-            seen = tuple(part for part in parts if isinstance(part, Media))
-            yield Message(
-                "tool", words or ("(a picture, shown below)",) * bool(seen), call_id=call_id
-            )
-            if seen:
-                yield Message("user", seen)
-        case {"type": "reasoning"}:
-            yield Message("assistant", (), thought=decode_reasoning(item))
-        case {"role": "user" | "assistant" | "system" | "developer" as role, "content": content}:
-            yield Message(
-                ROLES[role], parse_content(as_chat_content(content), role, f"{at}.content")
-            )
-        case {"type": str(kind)} if kind in OPENAI_ITEMS:
-            return
-        case _:
-            raise BadRequest(
-                f"'{at}' must be a message, a tool call, its output, or reasoning.", at
-            )
+def item_type(item: JSON) -> str:
+    """A message may have no type."""
+    return str(item.get("type") or "message")
 
 
-def hoist_tool_images(messages: Iterable[Message]) -> Iterator[Message]:
-    """Put images from tools behind the tools' messages: Z.ai takes them only in user messages."""
-    for _, run in groupby(messages, is_from_tool):
-        yield from sorted(run, key=lambda message: message.role != "tool")
-
-
-def is_from_tool(message: Message) -> bool:
-    """Whether this may be what a tool returned: its text, or the images beside it."""
-    return message.role == "tool" or (
-        message.role == "user" and set(map(type, message.content)) <= {Media}
+def unknown_items(items: Iterable[JSON]) -> list[str]:
+    """The types of items that are left out: Codex brings new ones with each version."""
+    known = ITEM_READERS.keys() | SKIPPED_ITEMS
+    return list(
+        {f"input.{item_type(item)}": True for item in items if item_type(item) not in known}
     )
 
 
-def as_chat_content(content: Any) -> Any:
-    """Content parts under the names that they have in chat."""
-    return [as_chat_part(part) for part in content] if isinstance(content, list) else content
+def read_call_item(item: JSON, _: str) -> list[Message]:
+    """A call; several items may form one assistant message (see merge_assistant_turns)."""
+    kind = str(item["type"])
+    name = qualified_name(item) if item.get("name") else ""
+    if kind == "function_call":
+        arguments = item.get("arguments")
+    elif kind == "custom_tool_call":
+        arguments = {"input": item.get("input")}
+    else:  # of a tool of OpenAI's own
+        arguments = item.get("action") or item.get("operation")
+        name = kind.removesuffix("_call")
+    call = ToolCall(0, item_call_id(item), name, argument_text(arguments) or "{}")
+    return [Message("assistant", (), calls=(call,))]
 
 
-def as_chat_part(part: Any) -> Any:
-    match part:
-        case {"type": "input_text" | "output_text", "text": words}:
-            return {"type": "text", "text": words}
-        case {"type": "input_image", "image_url": url}:
-            return {"type": "image_url", "image_url": {"url": url}}
-        case {"type": "input_file"}:
-            return {"type": "file"}
-        case _:
-            return part
+def item_call_id(item: JSON) -> str:
+    """OpenAI's local_shell_call_output has the call's id as its own."""
+    return str(item.get("call_id") or item.get("id") or "")
+
+
+def read_output_item(item: JSON, at: str) -> list[Message]:
+    reader = ContentReader("tool")
+    output = item.get("output")
+    reader.read(item.get("status") if output is None else output, f"{at}.output")
+    return [Message("tool", tuple(reader.content), call_id=item_call_id(item))]
+
+
+def read_mcp_item(item: JSON, at: str) -> list[Message]:
+    """A call that OpenAI's server made, and what came of it."""
+    name = "__".join([str(item[key]) for key in ("server_label", "name") if item.get(key)])
+    call_id = item_call_id(item) or at
+    call = ToolCall(0, call_id, name, argument_text(item.get("arguments")) or "{}")
+    said = json_or_text(item.get("output") or item.get("error"))
+    return [Message("assistant", (), calls=(call,)), Message("tool", (said,), call_id=call_id)]
+
+
+def read_agent_item(item: JSON, at: str) -> list[Message]:
+    """What one of Codex's agents wrote to another, as a user's text that names its author."""
+    reader = ContentReader("system")
+    reader.read(item.get("content"), f"{at}.content")
+    words = f"Message from the agent {item.get('author') or '?'}:"
+    return [Message("user", (words, *reader.content), continues=True)]
+
+
+def read_reasoning_item(item: JSON, _: str) -> list[Message]:
+    return [Message("assistant", (), thought=decode_reasoning(item))]
+
+
+CALL_ITEMS = (
+    "function_call",
+    "custom_tool_call",
+    "local_shell_call",
+    "shell_call",
+    "apply_patch_call",
+)
+# How each type of item is read, and the types that say nothing which is not said elsewhere.
+ITEM_READERS: dict[str, Callable[[JSON, str], list[Message]]] = {
+    "message": read_message,
+    "reasoning": read_reasoning_item,
+    "agent_message": read_agent_item,
+    "mcp_call": read_mcp_item,
+    **dict.fromkeys(CALL_ITEMS, read_call_item),
+    **dict.fromkeys([f"{kind}_output" for kind in CALL_ITEMS], read_output_item),
+}
+SKIPPED_ITEMS = frozenset(
+    (
+        # OpenAI's own tools: the assistant's text has their results.
+        "web_search_call",
+        "file_search_call",
+        "code_interpreter_call",
+        "image_generation_call",
+        "additional_tools",  # see with_additional_tools
+    )
+)
+
+
+# A tool as the client sent it, and as it is offered: None for one that GLM does not have.
+ReadTool = tuple[JSON, Tool | JSON | None]
+
+
+def with_additional_tools(tools: list[ReadTool], items: Iterable[JSON]) -> list[ReadTool]:
+    """The tools, and those that Codex puts into the conversation; of one name the first."""
+    known = {tool_name(read) for _, read in tools if read}
+    joined = list(tools)
+    for tool in chain.from_iterable(map(additional_tools, items)):
+        read = read_additional_tool(tool) if len(known) < MAX_TOOLS else None
+        if read is None:
+            joined.append((tool, None))
+        elif tool_name(read) not in known:
+            joined.append((tool, read))
+            known.add(tool_name(read))
+    return joined
+
+
+def tool_name(read: Tool | JSON) -> str:
+    """What a tool is known by; one of Z.ai's own by its type."""
+    return read.name if isinstance(read, Tool) else str(read["type"])
+
+
+def additional_tools(item: JSON) -> list[JSON]:
+    """The tools in an item, those of a namespace apart; none in an item of another type."""
+    found: list[JSON] = []
+    if item_type(item) == "additional_tools":
+        for tool in objects(item.get("tools")):
+            found += [part for _, part in split_namespace(tool, "") if part]
+    return found
+
+
+def read_additional_tool(tool: JSON) -> Tool | JSON | None:
+    """None also for one that makes no sense: it stands in the history, so it will come again."""
+    try:
+        return parse_response_tool(tool, "tools")
+    except BadRequest:
+        return None
 
 
 def merge_assistant_turns(messages: Iterable[Message]) -> tuple[Message, ...]:
@@ -2852,6 +3261,431 @@ SURFACES: dict[str, Surface] = {
 }
 
 
+# ======== Histories ===============================================================================
+# What keeps a conversation alive whatever stands in its history: `repair_history`, a list of
+# repairs that are the same for every model, and `fit_media`, which depends on what a model sees.
+#
+# A client sends its history again with every request. What Z.ai refuses in it once it refuses for
+# ever (1210, 1213, 1214), and the chat is lost. So each repair turns one kind of what Z.ai refuses
+# into what it takes, says so in words where the model should know, and leaves all else as it is.
+# It adds nothing that depends on time, chance or what comes later: Z.ai's cache needs the same
+# beginning to be the same bytes. A repair that has nothing to do returns the tuple that it got.
+
+
+def repair_history(messages: Messages) -> tuple[Messages, list[str]]:
+    """The messages as Z.ai takes them, media aside, and the names of the repairs that were needed.
+
+    Raises BadRequest if there is nothing in any of them.
+    """
+    needed = []
+    repairs = HISTORY_REPAIRS if has_tools(messages) else TEXT_REPAIRS
+    for repair in repairs:
+        repaired = repair(messages)
+        if repaired is not messages:
+            needed.append(repair.__name__)
+            messages = repaired
+    return messages, needed
+
+
+def has_tools(messages: Messages) -> bool:
+    return any(message.calls or message.role == "tool" for message in messages)
+
+
+def changed_each(change: Callable[[Message], Message], messages: Messages) -> Messages:
+    changed = tuple(map(change, messages))
+    return messages if changed == messages else changed
+
+
+def pair_calls_and_results(messages: Messages) -> Messages:
+    """Each call has an id of its own, and its one result right behind it, in the calls' order.
+
+    Z.ai answers 1214 to other orders and to ids twice (MetaGLM/zhipuai-sdk-python-v4#14); clients
+    lose results when they are interrupted, lose calls when they shorten a history, and send both
+    twice. A call without a result gets "(no result)", a result without a call is a user's text.
+    """
+    if are_paired(messages):
+        return messages
+    ledger = CallLedger()
+    kept: list[Message] = []
+    for message in messages:
+        if message.role == "tool":
+            kept += ledger.file(message)
+        elif message.role == "assistant":
+            kept.append(ledger.enter(message))
+        else:
+            kept.append(message)
+            ledger.begin_batch()
+    paired = []
+    for message in kept:
+        paired.append(message)
+        paired += [ledger.result_of(call) for call in message.calls]
+    return tuple(paired)
+
+
+def are_paired(messages: Messages) -> bool:
+    """Whether all calls have different ids and are followed by their results."""
+    ids: set[str] = set()
+    total = 0
+    due: list[str] = []  # ids of the last calls that have no result yet, the next one last
+    for message in messages:
+        if message.role == "tool":
+            if not due or due.pop() != message.call_id:
+                return False
+        elif due:
+            return False
+        elif message.calls:
+            due = [call.id for call in reversed(message.calls)]
+            ids.update(due)
+            total += len(due)
+    return not due and len(ids) == total and "" not in ids and "".join(ids).isascii()
+
+
+class CallLedger:
+    """The calls of a conversation while it is read from its beginning, and the result of each.
+
+    Calls with no other message between them are a batch. A result answers a call of its id that
+    has none yet, if it names a function instead of a call one of that function, and if it names
+    neither (Ollama's clients) any: the oldest of the last batch that has one.
+    """
+
+    def __init__(self) -> None:
+        self.taken: set[str] = set()  # ids that calls have
+        self.times: Counter[str] = Counter()  # how often one was made of an id
+        self.said: set[tuple[str, str, str]] = set()  # the calls of this batch
+        self.batch = 0
+        # By what a result may name: the batches, and in each the ids of calls, as we gave them.
+        self.waiting: defaultdict[tuple[str, str], list[tuple[int, deque[str]]]] = defaultdict(list)
+        self.results: dict[str, Message] = {}  # by id of ours
+
+    def begin_batch(self) -> None:
+        self.batch += 1
+        self.said = set()
+
+    def enter(self, message: Message) -> Message:
+        """The message with an id of its own for each call; without what the batch has already."""
+        calls = []
+        for call in message.calls:
+            said = (call.id, call.name, call.arguments)
+            if said in self.said:
+                continue
+            self.said.add(said)
+            own_id = self.new_id(call.id)
+            self.wait(("id", call.id), own_id)
+            self.wait(("name", call.name), own_id)
+            self.wait(("any", ""), own_id)
+            calls.append(call if own_id == call.id else replace(call, id=own_id))
+        return replace(message, calls=tuple(calls))
+
+    def wait(self, key: tuple[str, str], own_id: str) -> None:
+        batches = self.waiting[key]
+        if not batches or batches[-1][0] != self.batch:
+            batches.append((self.batch, deque()))
+        batches[-1][1].append(own_id)
+
+    def new_id(self, given_id: str) -> str:
+        """The client's id, or one made of it if an earlier call has that already."""
+        base = own_id = whole_characters(given_id) or "call"
+        while own_id in self.taken:
+            self.times[base] += 1
+            own_id = f"{base}_{self.times[base] + 1}"
+        self.taken.add(own_id)
+        return own_id
+
+    def file(self, result: Message) -> list[Message]:
+        """Keep a result for its call; what is left to say in its place if there is none."""
+        self.begin_batch()
+        own_id = self.call_of(result.call_id)
+        if own_id:
+            self.results[own_id] = replace(result, call_id=own_id)
+            return []
+        if ("id", result.call_id) in self.waiting:  # the first result of a call counts
+            return []
+        words = f"(The result of a call that is not in this conversation, {result.call_id or '?'}:)"
+        content = [part for part in result.content if not is_blank(part)]
+        return [Message("user", (words, *content), continues=True)]
+
+    def call_of(self, call_id: str) -> str:
+        """The call that a result with this id answers; "" if no call waits for it."""
+        keys = [("id", call_id), ("name", call_id)] if call_id else [("any", "")]
+        for key in keys:
+            batches = self.waiting.get(key, [])
+            while batches:
+                _, ids = batches[-1]
+                while ids and ids[0] in self.results:
+                    ids.popleft()
+                if ids:
+                    return ids[0]
+                batches.pop()
+        return ""
+
+    def result_of(self, call: ToolCall) -> Message:
+        return self.results.get(call.id) or Message("tool", ("(no result)",), call_id=call.id)
+
+
+def drop_nameless_calls(messages: Messages) -> Messages:
+    """Without calls of an empty name and their results.
+
+    Models say such calls, and no history that repeats them is taken (anomalyco/opencode#33064).
+    """
+    nameless = {call.id for message in messages for call in message.calls if not call.name.strip()}
+    if not nameless:
+        return messages
+    kept = []
+    for message in messages:
+        if message.calls:
+            calls = [call for call in message.calls if call.id not in nameless]
+            kept.append(replace(message, calls=tuple(calls)))
+        elif message.role != "tool" or message.call_id not in nameless:
+            kept.append(message)
+    return tuple(kept)
+
+
+def mend_arguments(messages: Messages) -> Messages:
+    """The arguments of each call are a JSON object, or {} and the text in the result.
+
+    Models leave arguments unfinished; Z.ai answers 1214 to what is no JSON.
+    """
+    mended = changed_each(with_object_arguments, messages)
+    if mended is messages:
+        return messages
+    texts: dict[str, str] = {}  # what were no arguments, by the id of the call
+    for before, after in zip(messages, mended, strict=True):
+        for call, other in zip(before.calls, after.calls, strict=True):
+            if other is not call and call.arguments.strip() not in ("", "null"):
+                texts[call.id] = call.arguments
+
+    def with_text(message: Message) -> Message:
+        if message.role != "tool" or message.call_id not in texts:
+            return message
+        words = f"{texts[message.call_id]}\n(These arguments were no JSON object.)"
+        return replace(message, content=(words, *message.content))
+
+    return changed_each(with_text, mended)
+
+
+def with_object_arguments(message: Message) -> Message:
+    calls = tuple(map(with_object, message.calls))
+    return message if calls == message.calls else replace(message, calls=calls)
+
+
+def with_object(call: ToolCall) -> ToolCall:
+    return call if is_json_object(call.arguments) else replace(call, arguments="{}")
+
+
+def is_json_object(text: str) -> bool:
+    try:
+        return isinstance(JSON_DECODER.decode(text), dict)
+    except (ValueError, RecursionError):
+        return False
+
+
+def mend_escapes(messages: Messages) -> Messages:
+    """No arguments have half a surrogate pair as an escape, which `encode_request` cannot see."""
+    return changed_each(without_halves, messages)
+
+
+HALF_ESCAPE = re.compile(r"\\u[dD][89a-fA-F]")
+
+
+def without_halves(message: Message) -> Message:
+    calls = tuple(map(without_half, message.calls))
+    return message if calls == message.calls else replace(message, calls=calls)
+
+
+def without_half(call: ToolCall) -> ToolCall:
+    if not HALF_ESCAPE.search(call.arguments):
+        return call
+    text = to_json(JSON_DECODER.decode(call.arguments))
+    whole = whole_characters(text)
+    return call if whole == text else replace(call, arguments=whole)
+
+
+THINK_BLOCK = re.compile(r"\s*<think>(.*?)</think>[\r\n]*", re.DOTALL)
+
+
+def read_think_blocks(messages: Messages) -> Messages:
+    """Reasoning at the head of an assistant's text (REASONING_FORMAT=raw) is its `thought`."""
+    return changed_each(without_think_block, messages)
+
+
+def without_think_block(message: Message) -> Message:
+    text = message.content[0] if message.role == "assistant" and message.content else None
+    found = THINK_BLOCK.match(text) if isinstance(text, str) else None
+    if not isinstance(text, str) or found is None:
+        return message
+    content = (text[found.end() :], *message.content[1:])
+    return replace(message, content=content, thought=message.thought or found[1])
+
+
+# What stands for nothing: Z.ai refuses an empty result, and an empty user message (1213).
+NOTHING_SAID = {"tool": "(no output)", "user": "(no text)"}
+
+
+def mend_empty_messages(messages: Messages) -> Messages:
+    """Each message says something: results and users in words, others are left out.
+
+    Agents send empty ones after a broken stream; Z.ai answers 1213, also where they have reasoning.
+    Raises BadRequest if nothing is left.
+    """
+    if all(map(has_content, messages)):
+        return messages
+    kept = []
+    for message in messages:
+        if has_content(message):
+            kept.append(message)
+        elif message.role in NOTHING_SAID:
+            kept.append(replace(message, content=(NOTHING_SAID[message.role],)))
+    if not kept:
+        raise BadRequest("'messages' must not all be empty.", "messages")
+    return tuple(kept)
+
+
+def has_content(message: Message) -> bool:
+    return bool(message.calls) or not all(map(is_blank, message.content))
+
+
+def is_blank(part: Part) -> bool:
+    return isinstance(part, str) and (not part or part.isspace())
+
+
+def ask_something(messages: Messages) -> Messages:
+    """One message at least is a user's or a tool's (1214): if need be, the last of the system's."""
+    roles = [message.role for message in messages]
+    if "user" in roles or "tool" in roles:
+        return messages
+    if "system" not in roles:
+        return (Message("user", (NOTHING_SAID["user"],), continues=True), *messages)
+    last = len(roles) - 1 - roles[::-1].index("system")
+    asked = replace(messages[last], role="user", continues=True)
+    return (*messages[:last], asked, *messages[last + 1 :])
+
+
+HistoryRepair = Callable[[Messages], Messages]
+# In this order: the others rely on each call's having one result, and may leave messages empty.
+CALL_REPAIRS: tuple[HistoryRepair, ...] = (
+    pair_calls_and_results,
+    drop_nameless_calls,
+    mend_arguments,
+    mend_escapes,
+)
+TEXT_REPAIRS: tuple[HistoryRepair, ...] = (read_think_blocks, mend_empty_messages, ask_something)
+HISTORY_REPAIRS = CALL_REPAIRS + TEXT_REPAIRS
+
+
+def turn_start(messages: Messages) -> int:
+    """The index after the last message that a user sent: the tool loop in progress begins there."""
+    for index in range(len(messages), 0, -1):
+        message = messages[index - 1]
+        if message.role == "user" and not message.continues:
+            return index
+    return 0
+
+
+def are_texts(messages: Messages) -> bool:
+    return all(isinstance(part, str) for message in messages for part in message.content)
+
+
+def has_media(*messages: Message) -> bool:
+    """Whether there is something for a model that sees."""
+    return any(Media in map(type, message.content) for message in messages)
+
+
+def user_shows_media(messages: Messages) -> bool:
+    """Whether the user's own message of the turn that is on needs a model that sees."""
+    start = turn_start(messages)
+    return start > 0 and has_media(messages[start - 1])
+
+
+def turn_shows_media(messages: Messages) -> bool:
+    """Whether anything of the turn that is on is for a model that sees, such as a tool's result."""
+    return has_media(*messages[max(turn_start(messages) - 1, 0) :])
+
+
+def fit_media(messages: Messages, model: Model) -> Messages:
+    """The messages with what the model can take. Z.ai answers 1210 to images where it sees none.
+
+    For one that sees, images of tools, assistants and systems go into a user message behind them,
+    the only place where Z.ai takes them. For others, words stand in their place. Raises BadRequest
+    only for what the user shows now: what is past the client will send again.
+    """
+    if are_texts(messages):
+        return messages
+    own = turn_start(messages) - 1  # the index of what the user says now
+    if own >= 0:
+        check_media(messages[own], model)
+    shown = tuple([with_placeholders(message, model) for message in messages])
+    return hoist_media(shown) if model.vision else shown
+
+
+def check_media(message: Message, model: Model) -> None:
+    """Raises BadRequest for a part that the model does not take."""
+    for part in message.content:
+        if isinstance(part, Media):
+            check_vision(model)
+        if isinstance(part, Unreadable):
+            words = f"'{part.at}' cannot be shown to the model: {part.advice}."
+            raise BadRequest(words, part.at, f"{part.kind}_not_supported")
+
+
+def check_vision(model: Model) -> None:
+    """Raises BadRequest when the model takes no images."""
+    if not model.vision:
+        seeing = ", ".join(known.id for known in MODELS.values() if known.vision)
+        message = f"{model.id} does not take images, videos or files; these do: {seeing}. "
+        message += "Or the operator sets VISION_MODEL, which then answers."
+        raise BadRequest(message, "messages", "image_not_supported")
+
+
+def with_placeholders(message: Message, model: Model) -> Message:
+    if are_texts((message,)):
+        return message
+    content = tuple([placeholder(part, model) for part in message.content])
+    return replace(message, content=content)
+
+
+def placeholder(part: Part, model: Model) -> Part:
+    """Words in place of what the model does not take; a part that it takes."""
+    match part:
+        case Unreadable(kind, name, advice):
+            about = f"{kind} {name}"
+        case Media(_, url) if not model.vision:
+            about = f"{part.kind} {url if url.startswith('http') else ''}"
+            advice = "a model that sees takes it, and so does VISION_MODEL"
+        case _:
+            return part
+    return f"[{about.strip()}: not shown to {model.id}: {advice}]"
+
+
+def hidden_media(messages: Messages, model: Model) -> list[str]:
+    """What the model is not shown, in the words for `x-ztoapi-ignored`: images, files."""
+    hidden = {}
+    for part in chain.from_iterable([message.content for message in messages]):
+        if not isinstance(part, str) and isinstance(placeholder(part, model), str):
+            hidden[f"{part.kind}s"] = True
+    return list(hidden)
+
+
+def hoist_media(messages: Messages) -> Messages:
+    """The messages with images that are not in a user's put into one, behind the tools' results."""
+    hoisted: list[Message] = []
+    seen: list[Part] = []  # images not yet put into a user message
+    for message in messages:
+        if seen and message.role != "tool":
+            hoisted.append(Message("user", tuple(seen), continues=True))
+            seen = []
+        if message.role == "user" or not has_media(message):
+            hoisted.append(message)
+            continue
+        seen += [part for part in message.content if isinstance(part, Media)]
+        words = tuple([part for part in message.content if not isinstance(part, Media)])
+        if all(map(is_blank, words)):
+            words = ("(a picture, shown below)",)
+        hoisted.append(replace(message, content=words))
+    if seen:
+        hoisted.append(Message("user", tuple(seen), continues=True))
+    return tuple(hoisted)
+
+
 # ======== Clients ===================================================================================================
 # How each client is installed, and started for this server only: as typed in a shell, variables first. $dir is
 # a folder of its own; the file that a client reads from it, if any, comes last.
@@ -3038,14 +3872,6 @@ def client_examples() -> list[JSON]:
 # `zai_body` is a Prompt as Z.ai takes it; what Z.ai has no parameter for is emulated or left out.
 
 
-def check_vision(model: Model) -> None:
-    """Raises BadRequest when the model takes no images."""
-    if not model.vision:
-        seeing = ", ".join(known.id for known in MODELS.values() if known.vision)
-        message = f"{model.id} does not take images, videos or files; these do: {seeing}."
-        raise BadRequest(message, "messages", "image_not_supported")
-
-
 def zai_body(prompt: Prompt, model: Model) -> JSON:
     """Only fields that Z.ai knows: an unknown one fails the whole request, without being named (1210).
 
@@ -3113,13 +3939,6 @@ def media_size(messages: Iterable[Message]) -> int:
     return sum(len(part.url) - IMAGE_SIZE for part in media)
 
 
-def turn_start(messages: tuple[Message, ...]) -> int:
-    """The index after the last user message: the tool loop in progress begins there."""
-    return max(
-        (index for index, message in enumerate(messages, 1) if message.role == "user"), default=0
-    )
-
-
 def with_reasoning(
     messages: tuple[Message, ...], start: int, recall: Callable[[Message], str]
 ) -> tuple[Message, ...]:
@@ -3178,42 +3997,6 @@ def emulation_lines(prompt: Prompt) -> Iterator[str]:
         yield order + to_json(prompt.schema)
 
 
-def sendable(messages: Iterable[Message]) -> tuple[Message, ...]:
-    """The messages as Z.ai takes them: only a user's may be empty (1213), and one is a user's or a tool's (1214)."""
-    answered = ("user", "tool")
-    kept = [
-        message
-        for message in map(mended, messages)
-        if message.role in answered or has_content(message)
-    ]
-    if not kept:
-        raise BadRequest("'messages' must not all be empty.", "messages")
-    roles = [message.role for message in kept]
-    if "system" in roles and not any(role in answered for role in roles):
-        last = len(roles) - 1 - roles[::-1].index("system")
-        kept[last] = replace(kept[last], role="user")
-    return tuple(kept)
-
-
-def mended(message: Message) -> Message:
-    """An empty tool result gets words; reasoning in the text, where REASONING_FORMAT=raw puts it, becomes `thought`."""
-    if message.role == "tool" and not has_content(message):
-        return replace(message, content=("(no output)",))
-    text = message.content[0] if message.role == "assistant" and message.content else None
-    if isinstance(text, str) and (
-        tagged := re.match(r"\s*<think>(.*?)</think>[\r\n]*", text, re.DOTALL)
-    ):
-        content = (text[tagged.end() :], *message.content[1:])
-        return replace(message, content=content, thought=message.thought or tagged[1])
-    return message
-
-
-def has_content(message: Message) -> bool:
-    return bool(message.calls) or any(
-        p and not (isinstance(p, str) and p.isspace()) for p in message.content
-    )
-
-
 def with_system_lines(messages: tuple[Message, ...], lines: Iterable[str]) -> tuple[Message, ...]:
     """The conversation with lines added to its first system message: Z.ai may refuse a second one."""
     lines, roles = tuple(lines), [message.role for message in messages]
@@ -3268,10 +4051,6 @@ def zai_thinking(prompt: Prompt, model: Model) -> JSON:
     }
 
 
-def has_media(*messages: Message) -> bool:
-    return any(Media in map(type, message.content) for message in messages)
-
-
 def zai_message(message: Message) -> JSON:
     body: JSON = {"role": message.role, "content": zai_content(message)}
     if message.thought:
@@ -3285,17 +4064,19 @@ def zai_message(message: Message) -> JSON:
 
 def zai_content(message: Message) -> str | list[JSON]:
     """Text without media is sent as a string: several models answer 1214 to text parts (BerriAI/litellm#25868)."""
-    return [*map(zai_part, message.content)] if has_media(message) else message_text(message)
+    if not has_media(message):
+        return message_text(message)
+    return [zai_part(part) for part in message.content if not is_blank(part)]
 
 
-def zai_part(part: str | Media) -> JSON:
+def zai_part(part: Part) -> JSON:
     """Z.ai takes https URLs and bare base64; some models refuse data: URLs (BigPizzaV3/CodexPlusPlus#2031)."""
-    if isinstance(part, str):
-        return {"type": "text", "text": part}
-    return {
-        "type": part.type,
-        part.type: {"url": re.sub(r"(?i)^data:[^,]*;base64,", "", part.url, count=1)},
-    }
+    match part:
+        case Media(kind, url):
+            head = BASE64_URL.match(url)
+            return {"type": kind, kind: {"url": url[head.end() :] if head else url}}
+        case _:
+            return {"type": "text", "text": part}
 
 
 def zai_tool(tool: Tool) -> JSON:
@@ -3364,6 +4145,8 @@ class RefInliner:
 
     def inline_at(self, name: str, part: Any, seen: tuple[str, ...], depth: int) -> Any:
         """`part` of a schema with its references replaced, if it holds schemas under this name."""
+        if name in self.MAPS and part == []:  # an empty object of PHP's
+            return {}
         if name in self.MAPS and isinstance(part, dict):
             return {key: self.inline(schema, seen, depth) for key, schema in part.items()}
         return part if name in self.DATA else self.inline(part, seen, depth)
@@ -3395,7 +4178,7 @@ OVERLOADED = replace(
     retry_after=5,
 )
 CONTEXT_LENGTH_EXCEEDED = error_kind(
-    400, "context_length_exceeded", "Too long for the model: shorten the messages."
+    400, "context_length_exceeded", MESSAGES["context_length_exceeded"]
 )
 CONTENT_FILTER = error_kind(
     400, "content_filter", "Z.ai's content filter refused the request: rephrase it."
@@ -3508,7 +4291,7 @@ class SSEDecoder:
 
 
 FINISH_REASONS: dict[str, FinishReason] = {reason: reason for reason in get_args(FinishReason)}
-FINISH_REASONS |= {"sensitive": "content_filter", "model_context_window_exceeded": "length"}
+FINISH_REASONS |= {"sensitive": "content_filter", "model_context_window_exceeded": "window_full"}
 MAX_HELD = 64 * 2**20  # bytes
 TOO_LARGE = "Z.ai's answer is too large: try again."
 TORN = "A piece of Z.ai's answer was lost on the way: try again."
@@ -4257,19 +5040,26 @@ class JsonAlone(Repair):
 class Ending(Repair):
     """The end of an answer in a fixed order, however Z.ai sent it: citations, usage, finish.
 
-    An answer with calls that finishes with stop finishes with tool_calls.
+    An answer with calls that finishes with stop finishes with tool_calls. One that finishes because
+    the model's window is full is cut short, or, before any text or call, an error: agents then
+    shorten the conversation.
     """
 
     kind = "finish"
-    sees = frozenset((ToolCall, Citations, Usage, Finish))
+    sees = frozenset((Text, ToolCall, Citations, Usage, Finish))
 
     def __init__(self) -> None:
         self.results: tuple[JSON, ...] = ()
         self.usage: Usage | None = None
+        self.has_text = False
         self.has_call = False
 
-    def feed(self, event: ToolCall | Citations | Usage | Finish) -> Iterator[Event]:
-        if isinstance(event, ToolCall):
+    def feed(self, event: Text | ToolCall | Citations | Usage | Finish) -> Iterator[Event]:
+        if isinstance(event, Text):
+            self.has_text = True
+            self.sees = self.sees - {Text}  # one is enough
+            yield event
+        elif isinstance(event, ToolCall):
             self.has_call = True
             yield event
         elif isinstance(event, Citations):
@@ -4280,6 +5070,11 @@ class Ending(Repair):
             yield from self.end(event.reason)
 
     def end(self, reason: FinishReason) -> Iterator[Event]:
+        if reason == "window_full":
+            if not (self.has_text or self.has_call):
+                detail = "Z.ai: model_context_window_exceeded"
+                raise UpstreamError(CONTEXT_LENGTH_EXCEEDED, detail=detail)
+            reason = "length"
         if self.results:
             yield Citations(self.results)
         if self.usage:
@@ -4767,6 +5562,8 @@ class Plan:
     remembers: bool  # the answer's reasoning, for a client that may lose it
     answer_id: str  # ours, random
     size: int  # bytes of the request; 0 if few
+    ignored: tuple[str, ...]  # what cannot be honoured
+    repairs: list[str]  # of the history, by name
     sent: Sent = field(default_factory=Sent)
     # Called when the request's turn has come; raises ProxyError when the account may not ask any more.
     admit: Callable[[], None] = lambda: None
@@ -4796,17 +5593,19 @@ def make_plan(
     """
     models = models_to_ask(prompt, settings, account)
     caller = caller_of(settings, account.id, conversation_start(prompt))
+    hidden = hidden_media(prompt.messages, models[0])
     messages = prompt.messages
     if recall:
         start = 0 if settings.reasoning_memory == "all" else turn_start(messages)
         messages = with_reasoning(messages, start, recall)
+    messages, repairs = repair_history(messages)
     prompt = replace(
         with_chosen_tools(prompt),
-        messages=sendable(messages),
+        messages=messages,
         effort=prompt.effort or default_effort(prompt, settings),
     )
     return Plan(
-        prompts=[(model, prompt) for model in models],
+        prompts=[(model, prompt_for(model, prompt)) for model in models],
         account=account,
         caller=caller,
         n=prompt.n,
@@ -4814,8 +5613,16 @@ def make_plan(
         reasoning_format=prompt.reasoning_format or settings.reasoning_format,
         remembers=remembers_reasoning(prompt, settings),
         answer_id=answer_id,
+        ignored=(*prompt.ignored, *hidden),
+        repairs=[*repairs, *(f"hidden_{kind}" for kind in hidden)],
         size=prompt.size,
     )
+
+
+def prompt_for(model: Model, prompt: Prompt) -> Prompt:
+    """The prompt with what the model takes of it. Raises BadRequest for what it does not, and the user shows now."""
+    messages = fit_media(prompt.messages, model)
+    return prompt if messages is prompt.messages else replace(prompt, messages=messages)
 
 
 def models_to_ask(prompt: Prompt, settings: Settings, account: Account) -> list[Model]:
@@ -4823,9 +5630,11 @@ def models_to_ask(prompt: Prompt, settings: Settings, account: Account) -> list[
 
     Raises ProxyError when the account may not use a model that the client named.
     """
-    shows_media = has_media(*prompt.messages)
+    messages = prompt.messages
+    is_plain = are_texts(messages)
+    must_see = not is_plain and user_shows_media(messages)
     model = resolve(prompt.model, settings.model_aliases)
-    if shows_media:
+    if not is_plain and turn_shows_media(messages):
         model = with_vision(model, settings)
     account.check_model(model)
     if prompt.fallbacks is None:  # the operator's: pass over those that the account may not use
@@ -4835,7 +5644,7 @@ def models_to_ask(prompt: Prompt, settings: Settings, account: Account) -> list[
         fallbacks = [resolve(name, settings.model_aliases) for name in prompt.fallbacks]
         for fallback in fallbacks:
             account.check_model(fallback)
-    if not shows_media:
+    if not must_see:
         return [model, *fallbacks]
     check_vision(model)
     return [model, *(fallback for fallback in fallbacks if fallback.vision)]
@@ -5550,7 +6359,7 @@ class EventStream(EventSource):
 
     @property
     def is_complete(self) -> bool:
-        return self.reader.done
+        return self.reader.done and not self.error
 
     @property
     def said(self) -> list[Message]:
@@ -5571,9 +6380,11 @@ class EventStream(EventSource):
         """The events of the next part that has any."""
         events: list[Event] = []
         size = 0
-        while not events and not self.reader.done:
+        while not events:
             if self.error:
                 raise self.error
+            if self.reader.done:
+                break
             part = await (self.source.read() if self.reader.finish is None else self.read_rest())
             size += len(part)
             if size < LARGE:
@@ -6970,6 +7781,7 @@ async def plan_request(surface: Surface, request: web.Request) -> Asked:
         await history.load(response_id)
     size = request.content.total_bytes + history.size
     asked = await in_thread_if_large(size, planned, surface, request, body, history, size)
+    request.app[UPSTREAM].remedies.update(asked.plan.repairs)
     request.app[ACCOUNTS].check_choices(request[ACCOUNT], asked.plan.n, time.monotonic())
     return asked
 
@@ -6991,7 +7803,7 @@ def planned(
     plan = make_plan(prompt, settings, account, record.id, recall)
     plan.sent = record.sent
     plan.admit = partial(check_budget, request)
-    return Asked(plan, reply, prompt.model, ignored_header(prompt))
+    return Asked(plan, reply, prompt.model, ignored_header(plan.ignored))
 
 
 def wants_stream(request: web.Request, settings: Settings) -> bool:
@@ -7042,8 +7854,8 @@ async def body_parts(request: web.Request) -> AsyncIterator[bytes]:
         raise BadRequest(BROKEN_BODY) from error
 
 
-def ignored_header(prompt: Prompt) -> dict[str, str]:
-    ignored = ",".join(map(header_word, prompt.ignored[:32]))
+def ignored_header(names: Sequence[str]) -> dict[str, str]:
+    ignored = ",".join(map(header_word, names[:32]))
     return {"x-ztoapi-ignored": ignored} if ignored else {}
 
 
@@ -7771,16 +8583,39 @@ def proxy_error(error: Exception, request: web.Request) -> ProxyError:
             )
             return ProxyError(error_kind(404, "unknown_url"), message, detail=asked)
         case web.HTTPMethodNotAllowed():
-            kind, allowed = error_kind(405, "method_not_allowed"), error.headers["Allow"]
-            refusal = ProxyError(kind, f"This path takes only {allowed}.", detail=asked)
-            refusal.headers["Allow"] = allowed
-            return refusal
+            return upgrade_required() if probes_websocket(request) else wrong_method(error, asked)
         case web.HTTPRequestEntityTooLarge():
             message = f"The request is larger than {request.app[SETTINGS].max_body_mb} MB, this server's MAX_BODY_MB."
             return ProxyError(error_kind(413, "request_too_large"), message)
         case _:
             LOG.error("a bug in ztoapi", exc_info=error)
             return ProxyError(INTERNAL_ERROR)
+
+
+def wrong_method(error: web.HTTPMethodNotAllowed, asked: str) -> ProxyError:
+    allowed = error.headers["Allow"]
+    kind = error_kind(405, "method_not_allowed")
+    refusal = ProxyError(kind, f"This path takes only {allowed}.", detail=asked)
+    refusal.headers["Allow"] = allowed
+    return refusal
+
+
+def probes_websocket(request: web.Request) -> bool:
+    """Whether a client of the Responses API asks for a WebSocket instead, as Codex does first."""
+    upgrade = request.headers.get("Upgrade", "").lower()
+    is_responses = request.path.rstrip("/").endswith("/responses")
+    return request.method == "GET" and upgrade == "websocket" and is_responses
+
+
+def upgrade_required() -> ProxyError:
+    """426, after which Codex goes on over HTTP; after any other status it tries seven times.
+
+    It must name a protocol that we speak (RFC 9110, 15.5.22).
+    """
+    message = "There is no WebSocket here: send POST requests over HTTP."
+    refusal = ProxyError(error_kind(426, "upgrade_required"), message)
+    refusal.headers.update({"Upgrade": "HTTP/1.1", "Connection": "Upgrade"})
+    return refusal
 
 
 async def error_response(request: web.Request, error: ProxyError) -> web.StreamResponse:

@@ -1708,8 +1708,9 @@ def part_type(part: Any) -> str:
     if names == {"text"}:
         return "text"
     kind = str(as_object(part).get("type", ""))
-    is_part = names & PART_FIELDS.get(kind, names)
-    return kind if is_part else ""
+    if not names & PART_FIELDS.get(kind, names):
+        return ""
+    return kind
 
 
 def read_text(part: Any, _: str) -> list[Part]:
@@ -1722,14 +1723,17 @@ def json_or_text(value: Any) -> str:
     """A text as it is, nothing for null, and the JSON of any other value."""
     if value is None:
         return ""
-    return value if isinstance(value, str) else to_json(value)
+    if isinstance(value, str):
+        return value
+    return to_json(value)
 
 
 def read_media(part: JSON, at: str) -> list[Part]:
     """An image, video or file of Chat or of Z.ai's own: its address, or an object that has it."""
     kind = part["type"]
-    given = part.get(kind)
-    url = given.get("url") if isinstance(given, dict) else given
+    url = part.get(kind)
+    if isinstance(url, dict):
+        url = url.get("url")
     return [media_at(url, kind, f"{at}.{kind}.url")]
 
 
@@ -1807,17 +1811,20 @@ def file_in_base64(name: str, media_type: str, data: str, at: str) -> Part:
     if media_type.startswith("image/"):
         return media_at(f"data:{media_type};base64,{data}", "image_url", at)
     text = text_in_base64(data)
-    return Unreadable("file", name, SEND_TEXT, at) if text is None else with_name(name, text)
+    if text is None:
+        return Unreadable("file", name, SEND_TEXT, at)
+    return with_name(name, text)
 
 
 def file_name(part: JSON) -> str:
     given = as_object(part.get("file")) or part
-    name = given.get("filename") or given.get("title")
-    return name if isinstance(name, str) else ""
+    return str(given.get("filename") or given.get("title") or "")
 
 
 def with_name(name: str, text: str) -> str:
-    return f"{name}\n{text}" if name else text
+    if not name:
+        return text
+    return f"{name}\n{text}"
 
 
 def text_in_base64(data: str) -> str | None:
@@ -1826,7 +1833,9 @@ def text_in_base64(data: str) -> str | None:
         text = base64.b64decode(data, validate=True).decode("utf-8-sig")
     except ValueError:
         return None
-    return None if "\0" in text or text.startswith("%PDF-") else text
+    if "\0" in text or text.startswith("%PDF-"):
+        return None
+    return text
 
 
 def read_audio(_: JSON, at: str) -> list[Part]:
@@ -1854,10 +1863,14 @@ def read_result(part: JSON, at: str) -> Message:
     reader = ContentReader("system")  # in which further results would be text
     reader.read(part.get("content"), f"{at}.content")
     content = reader.content
-    first = content[0] if content and isinstance(content[0], str) else ""
-    if part.get("is_error") is True and not first.lower().startswith("error"):
+    if part.get("is_error") is True and not says_error(content):
         content.insert(0, "Error:")
     return Message("tool", tuple(content), call_id=answered_call(part))
+
+
+def says_error(content: list[Part]) -> bool:
+    texts = [part for part in content if isinstance(part, str)]
+    return bool(texts) and texts[0].lower().startswith("error")
 
 
 def answered_call(message: JSON) -> str:
@@ -3427,14 +3440,15 @@ def drop_nameless_calls(messages: Messages) -> Messages:
 
     Models say such calls, and no history that repeats them is taken (anomalyco/opencode#33064).
     """
-    nameless = {call.id for message in messages for call in message.calls if not call.name.strip()}
+    calls = chain.from_iterable([message.calls for message in messages])
+    nameless = {call.id for call in calls if not call.name.strip()}
     if not nameless:
         return messages
     kept = []
     for message in messages:
         if message.calls:
-            calls = [call for call in message.calls if call.id not in nameless]
-            kept.append(replace(message, calls=tuple(calls)))
+            named = [call for call in message.calls if call.id not in nameless]
+            kept.append(replace(message, calls=tuple(named)))
         elif message.role != "tool" or message.call_id not in nameless:
             kept.append(message)
     return tuple(kept)
@@ -3497,7 +3511,9 @@ def without_half(call: ToolCall) -> ToolCall:
         return call
     text = to_json(JSON_DECODER.decode(call.arguments))
     whole = whole_characters(text)
-    return call if whole == text else replace(call, arguments=whole)
+    if whole == text:
+        return call
+    return replace(call, arguments=whole)
 
 
 THINK_BLOCK = re.compile(r"\s*<think>(.*?)</think>[\r\n]*", re.DOTALL)
@@ -3509,9 +3525,13 @@ def read_think_blocks(messages: Messages) -> Messages:
 
 
 def without_think_block(message: Message) -> Message:
-    text = message.content[0] if message.role == "assistant" and message.content else None
-    found = THINK_BLOCK.match(text) if isinstance(text, str) else None
-    if not isinstance(text, str) or found is None:
+    if message.role != "assistant" or not message.content:
+        return message
+    text = message.content[0]
+    if not isinstance(text, str):
+        return message
+    found = THINK_BLOCK.match(text)
+    if found is None:
         return message
     content = (text[found.end() :], *message.content[1:])
     return replace(message, content=content, thought=message.thought or found[1])

@@ -9855,6 +9855,20 @@ def test_keys_are_managed_by_the_command_line(command, connect, tmp_path):
     assert keys("remove", "anna") == "anna removed"
 
 
+def test_a_key_that_is_being_added_is_not_added_twice(connect, tmp_path):
+    database, other = (connect(f"sqlite:///{tmp_path}/z.db") for _ in range(2))
+    for each in (database, other):
+        each.transact(each.list_accounts)
+    other.execute("BEGIN IMMEDIATE")
+    other.put_account(ANNA)
+    commit = threading.Timer(0.3, other.execute, ["COMMIT"])
+    commit.start()
+    with pytest.raises(BadRequest, match="there is already a key named anna"):
+        ztoapi.manage_keys(database, ztoapi.parse_flags(["keys", "add", "anna"]))
+    commit.join()
+    assert database.transact(database.list_accounts) == [ANNA]
+
+
 @pytest.mark.parametrize(
     ("arguments", "variables", "line"),
     [

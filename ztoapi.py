@@ -9297,19 +9297,26 @@ def manage_keys(database: Database, flags: argparse.Namespace) -> str:
         accounts.written(*database.transact(database.write_and_read, {}, {}, today, begin=READ))
     if flags.action == "list":
         return key_table(key_item(accounts, account) for account in accounts.named.values())
-    known = {account.name: account for account in accounts.named.values()}
-    key, name = new_key(), parse_key_name(flags.name)
-    if (name in known) == (flags.action == "add"):
-        raise BadRequest(f"there is {'already a' if name in known else 'no'} key named {name}")
+    name = parse_key_name(flags.name)
+    if flags.action != "add" and not database.exists:  # which need not make one
+        raise BadRequest(f"there is no key named {name}")
     if flags.action == "remove":
-        database.transact(database.remove_account, name)
+        if not database.transact(database.remove_account, name):
+            raise BadRequest(f"there is no key named {name}")
         return f"{name} removed"
     limits = {limit: words for limit in LIMITS if (words := getattr(flags, limit)) is not None}
-    account = replace(
-        known.get(name) or Account(hash_key(key), name), **parse_limits(limits, today)
-    )
-    database.transact(database.put_account, account)
-    return f"{name} changed" if name in known else key
+    parsed = parse_limits(limits, today)
+    key = new_key()
+
+    def change(known: Account | None) -> Account:
+        if known and flags.action == "add":
+            raise BadRequest(f"there is already a key named {name}")
+        if not known and flags.action == "change":
+            raise BadRequest(f"there is no key named {name}")
+        return replace(known or Account(hash_key(key), name), **parsed)
+
+    database.transact(database.change_account, name, change)
+    return key if flags.action == "add" else f"{name} changed"
 
 
 def key_table(items: Iterable[JSON]) -> str:

@@ -410,7 +410,7 @@ def test_an_error_has_openais_shape():
         (BadRequest("no"), {"x-should-retry": "false"}),
         (zai_error(429, b'{"error":{"code":"1302","message":"slow down"}}'), {"Retry-After": "1"}),
         (zai_error(429, b'{"error":{"code":"1305","message":"overloaded"}}'), {"Retry-After": "5"}),
-        (refusal(1113).with_retry_after(299.1), {"x-should-retry": "false", "Retry-After": "300"}),
+        (refusal(1113).for_others(299.1), {"x-should-retry": "false", "Retry-After": "300"}),
         (
             zai_error(400, b'{"error":{"code":"1214","message":"at 2026-09-12 00:35:41"}}'),
             {"x-should-retry": "false"},
@@ -5036,18 +5036,19 @@ def test_a_key_cools_down_until_the_quota_is_reset_whatever_the_wall_clock_says_
 
 
 @pytest.mark.parametrize(
-    ("text", "seconds"),
+    ("code", "text", "seconds"),
     [
-        ("reset at 2099-12-31 00:00:00", KeyPool.MAX_COOLDOWN),
-        ("since 2020-01-01 00:00:00, reset at 2026-09-12 00:35:41", 60),
-        ("reset at 2020-01-01 00:00:00", KeyPool.COOLDOWN),
-        ("reset at 2026-99-99 00:00:00", KeyPool.COOLDOWN),
+        (1308, "reset at 2099-12-31 00:00:00", 5 * 3600),
+        (1310, "reset at 2099-12-31 00:00:00", KeyPool.MAX_COOLDOWN),
+        (1308, "since 2020-01-01 00:00:00, reset at 2026-09-12 00:35:41", 60),
+        (1308, "reset at 2020-01-01 00:00:00", KeyPool.COOLDOWN),
+        (1308, "reset at 2026-99-99 00:00:00", KeyPool.COOLDOWN),
     ],
 )
-def test_a_reset_is_believed_within_reason(text, seconds):
+def test_a_reset_is_believed_within_reason(code, text, seconds):
     keys = pool(FIRST_KEY)
     keys.clock.epoch = 1789144541.0 - 60 - keys.clock.time
-    keys.cool_down(FIRST_KEY, CHAT, refusal(1308, text=text))
+    keys.cool_down(FIRST_KEY, CHAT, refusal(code, text=text))
     with pytest.raises(UpstreamError) as raised:
         keys.available(CHAT)
     assert raised.value.retry_after == seconds
@@ -5076,6 +5077,15 @@ def test_a_refusal_is_kept_without_the_request_that_met_with_it():
         raise refusal(1113)
     keys.cool_down(FIRST_KEY, CHAT, met.value)
     assert [cooldown.error.__traceback__ for cooldown in keys.cooling.values()] == [None]
+
+
+def test_a_resting_key_tells_zais_code_and_none_of_its_words():
+    keys, error = pool(FIRST_KEY), refusal(1113, text="no balance for <the first one's prompt>")
+    error.headers = {"x-zai-request-id": "of-the-first"}
+    keys.cool_down(FIRST_KEY, CHAT, error)
+    with pytest.raises(UpstreamError) as told:
+        keys.available(CHAT)
+    assert (str(told.value), told.value.headers) == (f"{ztoapi.NO_BALANCE.message} (Z.ai 1113)", {})
 
 
 def test_the_names_of_models_that_clients_make_up_are_forgotten():
@@ -8240,6 +8250,37 @@ async def test_a_refusal_of_what_is_passed_on_tells_zais_id_of_the_request(
     zai.answers = [(404, [b"<html>404"]) if code == "not_found" else zai_refuses(1210, 400)]
     response, text = await ask(passing, {"model": "m"}, f"/v1/{path}")
     assert (error_of(text)["code"], response.headers["x-zai-request-id"]) == (code, "log-9")
+
+
+REFUSAL_LIKE = b'{"error":{"code":"1310","message":"gone until 2099-01-01 00:00:00, says anna"}}'
+
+
+@in_loop
+async def test_the_content_of_a_file_is_no_refusal_whatever_it_says(passing, zai):
+    zai.parts = [REFUSAL_LIKE]
+    for _ in "12":
+        async with passing.get("/v1/files/file-7/content", headers=KEY) as response:
+            assert (response.status, await response.read()) == (200, REFUSAL_LIKE)
+
+
+@in_loop
+@pytest.mark.parametrize(
+    ("answer", "status"),
+    [
+        pytest.param(REFUSAL_LIKE, 402, id="a code of Z.ai's"),
+        pytest.param(b'{"code":401,"msg":"x","success":false}', 502, id="a status"),
+        pytest.param(b'{"error":{"code":"7777","message":"x"}}', 200, id="another code"),
+        pytest.param(b'{"code":200,"success":false}', 200, id="another status"),
+        pytest.param(b'{"success":false}', 200, id="no code"),
+        pytest.param(b'{"code":"1310","message":"x"}', 200, id="another shape"),
+    ],
+)
+async def test_what_is_passed_on_is_a_refusal_only_with_a_known_code_in_zais_shape(
+    passing, zai, answer, status
+):
+    zai.parts = [answer]
+    response, _ = await ask(passing, {}, "/v1/files")
+    assert response.status == status
 
 
 @in_loop

@@ -508,10 +508,15 @@ class UpstreamError(ProxyError):
         self.told_wait: float | None = None  # seconds, where Z.ai sent Retry-After
         self.resets_at = reset_time(detail) if kind == QUOTA_EXCEEDED else None
 
-    def with_retry_after(self, seconds: float | None) -> UpstreamError:
-        """A copy for another client, without the traceback."""
-        error = UpstreamError(self.kind, self.message, self.detail, self.zai_code)
-        error.retry_after, error.headers = seconds, self.headers
+    def for_others(self, seconds: float) -> UpstreamError:
+        """What other clients are told of it: our words and Z.ai's code, since Z.ai's words may quote the first one's.
+
+        Without the traceback, which holds that client's prompt.
+        """
+        detail = f"Z.ai {self.zai_code}" if self.zai_code else ""
+        error = UpstreamError(self.kind, detail=detail, zai_code=self.zai_code)
+        error.resets_at = self.resets_at
+        error.retry_after = seconds
         return error
 
 
@@ -4242,6 +4247,22 @@ def zai_error(status: int, body: bytes | JSON) -> UpstreamError:
     return UpstreamError(kind, detail=detail, zai_code=code)
 
 
+def refusal_in(body: bytes) -> UpstreamError | None:
+    """Z.ai's refusal in an answer that has a status of success; None where it is no refusal.
+
+    Z.ai's are {"error": {"code": "1113", …}} and {"code": 401, "msg": …, "success": false}; a document with any other
+    code is the answer.
+    """
+    document = as_object(parse_json(body))
+    if not isinstance(document.get("error"), dict) and document.get("success") is not False:
+        return None
+    code, _ = code_and_text(document)
+    is_status = document.get("success") is False and "400" <= code <= "599"
+    if code in KINDS_BY_CODE or is_status:
+        return zai_error(200, document)
+    return None
+
+
 def code_and_text(document: Any) -> tuple[str, str]:
     """Z.ai's code and text from any of the shapes in which its errors come; empty strings if there are none."""
     inner = document.get("error", document) if isinstance(document, dict) else None
@@ -5779,6 +5800,7 @@ class KeyPool:
 
     COOLDOWN = 300.0  # seconds, where Z.ai does not tell when the quota is reset
     MAX_COOLDOWN = 32 * 86400.0  # no quota is longer than a month
+    MAX_COOLDOWNS = {"1308": 5 * 3600.0}  # by Z.ai's code; this is the quota of five hours
     PROBE_INTERVAL = 10.0
     MAX_COOLING = 1_000  # pairs of key and scope: clients may invent models
 
@@ -5808,9 +5830,8 @@ class KeyPool:
         """The key that was tried longest ago. Raises UpstreamError when one was tried a moment ago."""
         now, last = self.clock.now(), max(cooling.values(), key=attrgetter("tried_at"))
         if now < last.tried_at + self.PROBE_INTERVAL:
-            raise last.error.with_retry_after(
-                min(cooldown.until for cooldown in cooling.values()) - now
-            )
+            first_end = min(cooldown.until for cooldown in cooling.values())
+            raise last.error.for_others(first_end - now)
         return min(cooling, key=lambda key: cooling[key].tried_at)
 
     def tried(self, key: ZaiKey, target: Target) -> None:
@@ -5832,12 +5853,12 @@ class KeyPool:
         self.expire()
         now, pair = self.clock.now(), (key, target.scope_of(error))
         told = error.resets_at - self.clock.unix() if error.resets_at else 0
-        error.retry_after = min(told, self.MAX_COOLDOWN) if told > 0 else self.COOLDOWN
+        longest = self.MAX_COOLDOWNS.get(error.zai_code, self.MAX_COOLDOWN)
+        error.retry_after = min(told, longest) if told > 0 else self.COOLDOWN
         self.cooling.pop(pair, None)
-        copy = error.with_retry_after(
-            error.retry_after
-        )  # without the traceback, which holds the prompt
-        self.cooling[pair] = CoolDown(copy, now + error.retry_after, now)
+        self.cooling[pair] = CoolDown(
+            error.for_others(error.retry_after), now + error.retry_after, now
+        )
 
     def expire(self) -> None:
         """Forget the cool-downs that are over."""
@@ -6866,7 +6887,13 @@ class Upstream:
         ticket.failures[slot.key] = error.kind
         if self.keys.calls_for_cooldown(error) and error.kind != last:
             self.keys.cool_down(slot.key, ticket.target, error)
-            self.keys.available(ticket.target)  # raises when no other key is left
+            try:
+                self.keys.available(ticket.target)
+            except (
+                UpstreamError
+            ) as repeated:  # no other key is left: its own client gets Z.ai's words
+                error.retry_after = repeated.retry_after
+                raise error from None
             self.remedies["other_keys"] += 1
             return 0
         retries = self.settings.max_retries
@@ -8206,6 +8233,7 @@ async def messages(request: web.Request) -> web.StreamResponse:
         response = PassThroughResponse(request, stream, MessagesReader(given["model"]))
         response.response.headers["x-ztoapi-model"] = header_word(model.id)
         await response.begin()
+        response.check_refusal()
         return response
 
     async with upstream.account_slot(request[ACCOUNT]), AsyncExitStack() as owner:
@@ -8222,6 +8250,9 @@ def sent_headers(request: web.Request, *names: str) -> dict[str, str]:
 
 
 ID = r"{id:[A-Za-z0-9_-][A-Za-z0-9_.:-]*}"  # nothing that could lead to another path
+FILE_CONTENT = (
+    "/content"  # ends the path of what a client stored, which may look like anything of Z.ai's
+)
 # The other paths that Z.ai serves under the base URL; our key goes to no other path.
 PASS_THROUGH_ROUTES = (
     *(("POST", path) for path in ("embeddings", "images/generations", "async/images/generations")),
@@ -8235,7 +8266,7 @@ PASS_THROUGH_ROUTES = (
     ),
     *(
         ("GET", path)
-        for path in (f"async-result/{ID}", "files", f"files/{ID}", f"files/{ID}/content")
+        for path in (f"async-result/{ID}", "files", f"files/{ID}", f"files/{ID}{FILE_CONTENT}")
     ),
     ("DELETE", f"files/{ID}"),
 )
@@ -8264,6 +8295,8 @@ async def pass_through(path: str, request: web.Request) -> web.StreamResponse:
             )
             response = PassThroughResponse(request, stream, reader)
             await response.begin()
+            if not path.endswith(FILE_CONTENT):
+                response.check_refusal()
         except UpstreamError as error:
             if (
                 keys.calls_for_cooldown(error) and error.kind != MODEL_NOT_FOUND
@@ -8357,19 +8390,16 @@ class PassThroughResponse:
         self.ahead = b""
 
     async def begin(self) -> None:
-        """Wait for the first bytes to pass on.
-
-        Raises UpstreamError for a refusal with status 200: {"code": 401, "msg": …, "success": false}.
-        """
+        """Wait for the first bytes to pass on. Raises UpstreamError."""
         self.ahead = await self.next_bytes()
         self.request[RECORD].note([])
-        document = (
-            as_object(parse_json(self.ahead))
-            if self.stream.response.content_type == "application/json"
-            else {}
-        )
-        if document.get("success") is False or as_object(document.get("error")).get("code"):
-            raise zai_error(200, document)
+
+    def check_refusal(self) -> None:
+        """Raises UpstreamError for a refusal with a status of success."""
+        if self.stream.response.content_type != "application/json":
+            return
+        if error := refusal_in(self.ahead):
+            raise self.stream.with_request_id(error)
 
     async def next_bytes(self) -> bytes:
         """The next bytes to pass on, none at the end."""

@@ -5800,7 +5800,9 @@ class KeyPool:
 
     COOLDOWN = 300.0  # seconds, where Z.ai does not tell when the quota is reset
     MAX_COOLDOWN = 32 * 86400.0  # no quota is longer than a month
-    MAX_COOLDOWNS = {"1308": 5 * 3600.0}  # by Z.ai's code; this is the quota of five hours
+    MAX_COOLDOWNS: ClassVar[Mapping[str, float]] = {
+        "1308": 5 * 3600.0
+    }  # by Z.ai's code; this is the quota of five hours
     PROBE_INTERVAL = 10.0
     MAX_COOLING = 1_000  # pairs of key and scope: clients may invent models
 
@@ -9334,19 +9336,24 @@ def manage_keys(database: Database, flags: argparse.Namespace) -> str:
         if not database.transact(database.remove_account, name):
             raise BadRequest(f"there is no key named {name}")
         return f"{name} removed"
-    limits = {limit: words for limit in LIMITS if (words := getattr(flags, limit)) is not None}
-    parsed = parse_limits(limits, today)
+    given = {limit: getattr(flags, limit) for limit in LIMITS}
+    limits = {limit: words for limit, words in given.items() if words is not None}
+    return add_or_change(database, flags.action, name, parse_limits(limits, today))
+
+
+def add_or_change(database: Database, action: str, name: str, limits: JSON) -> str:
+    """The new key, or that the old one is changed. Raises BadRequest and DatabaseError."""
     key = new_key()
 
     def change(known: Account | None) -> Account:
-        if known and flags.action == "add":
+        if known and action == "add":
             raise BadRequest(f"there is already a key named {name}")
-        if not known and flags.action == "change":
+        if not known and action == "change":
             raise BadRequest(f"there is no key named {name}")
-        return replace(known or Account(hash_key(key), name), **parsed)
+        return replace(known or Account(hash_key(key), name), **limits)
 
     database.transact(database.change_account, name, change)
-    return key if flags.action == "add" else f"{name} changed"
+    return key if action == "add" else f"{name} changed"
 
 
 def key_table(items: Iterable[JSON]) -> str:

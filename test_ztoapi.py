@@ -7534,6 +7534,106 @@ async def test_after_zais_last_word_nothing_that_happens_to_the_connection_matte
         assert (await ask(client))[0].status == 200
 
 
+def http_answer(body, *headers, status="200 OK"):
+    head = [f"HTTP/1.1 {status}", f"Content-Length: {len(body)}", *headers]
+    return "\r\n".join([*head, "", body]).encode()
+
+
+class RawZai:
+    """A Z.ai that answers with bytes as they are; `written` has what it writes to, by connection."""
+
+    def __init__(self, answer):
+        self.answer, self.written = answer, []
+
+    async def serve(self, reader, writer):
+        self.written.append(writer)
+        with contextlib.suppress(OSError, asyncio.IncompleteReadError):
+            while request := await reader.readuntil(b"\r\n\r\n"):
+                await self.answer(request.split()[1].decode(), writer)
+
+
+@pytest_asyncio.fixture
+async def raw_zai(start):
+    """Starts ztoapi in front of a RawZai."""
+    async with contextlib.AsyncExitStack() as stack:
+
+        async def started(answer, **settings):
+            zai = RawZai(answer)
+            server = await asyncio.start_server(zai.serve, "127.0.0.1", 0)
+            stack.callback(lambda: [writer.close() for writer in zai.written])
+            stack.callback(server.close)
+            port = server.sockets[0].getsockname()[1]
+            base = f"http://127.0.0.1:{port}/api/paas/v4"
+            return zai, await start(zai_base_url=base, **settings)
+
+        yield started
+
+
+async def tell_path(path, writer):
+    writer.write(http_answer(path.rpartition("/")[2]))
+
+
+async def get_file(client, name):
+    async with client.get(f"/v1/files/{name}", headers=KEY) as response:
+        return response.status, await response.text()
+
+
+@in_loop
+@pytest.mark.parametrize("seconds", [0, 0.05], ids=["not read yet", "read"])
+@pytest.mark.parametrize(
+    "late",
+    [
+        pytest.param(http_answer("of-anna"), id="a whole answer"),
+        pytest.param(http_answer("of-anna")[:20], id="half a head"),
+        pytest.param(b"\r\n", id="an empty line"),
+    ],
+)
+async def test_what_comes_late_on_an_idle_connection_reaches_nobody(raw_zai, late, seconds):
+    zai, client = await raw_zai(tell_path)
+    assert await get_file(client, "anna") == (200, "anna")
+    assert await get_file(client, "bert") == (200, "bert")
+    assert len(zai.written) == 1
+    zai.written[0].write(late)
+    await asyncio.sleep(seconds)
+    assert await get_file(client, "carl") == (200, "carl")
+    assert len(zai.written) == 2
+
+
+@in_loop
+async def test_an_answer_behind_an_answer_reaches_nobody(raw_zai):
+    async def answer_twice(path, writer):
+        await tell_path(path, writer)
+        writer.write(http_answer("of-anna"))
+
+    _, client = await raw_zai(answer_twice)
+    for name in ("anna", "bert", "carl"):
+        assert await get_file(client, name) == (200, name)
+
+
+@in_loop
+@pytest.mark.parametrize("pause", [0.02, 60], ids=["without end", "one"])
+async def test_informational_answers_are_silence(raw_zai, pause):
+    async def inform(_, writer):
+        while not writer.is_closing():
+            writer.write(b"HTTP/1.1 103 Early Hints\r\n\r\n")
+            await asyncio.sleep(pause)
+
+    _, client = await raw_zai(inform, upstream_timeout=0.2)
+    status, text = await asyncio.wait_for(get_file(client, "a"), 10)
+    assert (status, error_of(text)["code"]) == (504, "zai_timeout")
+
+
+@in_loop
+async def test_an_informational_answer_delays_nothing(raw_zai):
+    async def inform(path, writer):
+        writer.write(b"HTTP/1.1 103 Early Hints\r\n\r\n")
+        await tell_path(path, writer)
+
+    _, client = await raw_zai(inform)
+    for name in ("anna", "bert"):
+        assert await get_file(client, name) == (200, name)
+
+
 @in_loop
 async def test_a_connection_to_zai_serves_again(client, zai):
     zai.parts = [RECORDED, 0.02]

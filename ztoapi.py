@@ -45,6 +45,7 @@ import os
 import random
 import re
 import secrets
+import select
 import shlex
 import shutil
 import signal
@@ -108,7 +109,8 @@ from urllib.request import ProxyHandler, build_opener, getproxies, proxy_bypass
 try:
     import aiohttp
     from aiohttp import web, web_server
-    from aiohttp.http import RawRequestMessage
+    from aiohttp.client_proto import ResponseHandler
+    from aiohttp.http import RawRequestMessage, RawResponseMessage
     from aiohttp.web_protocol import RequestHandler
     from dotenv import dotenv_values
 except ImportError as error:
@@ -5800,9 +5802,7 @@ class KeyPool:
 
     COOLDOWN = 300.0  # seconds, where Z.ai does not tell when the quota is reset
     MAX_COOLDOWN = 32 * 86400.0  # no quota is longer than a month
-    MAX_COOLDOWNS: ClassVar[Mapping[str, float]] = {
-        "1308": 5 * 3600.0
-    }  # by Z.ai's code; this is the quota of five hours
+    MAX_COOLDOWN_1308 = 5 * 3600.0  # the quota of five hours
     PROBE_INTERVAL = 10.0
     MAX_COOLING = 1_000  # pairs of key and scope: clients may invent models
 
@@ -5855,7 +5855,7 @@ class KeyPool:
         self.expire()
         now, pair = self.clock.now(), (key, target.scope_of(error))
         told = error.resets_at - self.clock.unix() if error.resets_at else 0
-        longest = self.MAX_COOLDOWNS.get(error.zai_code, self.MAX_COOLDOWN)
+        longest = self.MAX_COOLDOWN_1308 if error.zai_code == "1308" else self.MAX_COOLDOWN
         error.retry_after = min(told, longest) if told > 0 else self.COOLDOWN
         self.cooling.pop(pair, None)
         self.cooling[pair] = CoolDown(
@@ -6554,6 +6554,96 @@ class ZaiClient:
             raise connection_error(error) from error
 
 
+class ZaiConnection(ResponseHandler):
+    """One connection to Z.ai.
+
+    aiohttp reads on past informational answers (1xx), and stops its timer at each of them: here they are silence.
+    Private names of aiohttp's: _loop, _parser, _on_read_timeout.
+    """
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        super().__init__(loop)
+        self.written_at: float | None = None  # loop time of the last part; None when there is none
+        self.silence: asyncio.TimerHandle | None = None  # runs only after an informational answer
+
+    def start_timeout(self) -> None:
+        """Called when the request, or a part of it, is written."""
+        self.written_at = self._loop.time()
+        super().start_timeout()
+
+    def feed_data(
+        self, data: tuple[RawResponseMessage, aiohttp.StreamReader], size: int = 0
+    ) -> None:
+        """Called with the head of each answer."""
+        if data[0].code >= 200:
+            self.stop_silence()
+        elif self.silence is None:
+            self.wait()
+        super().feed_data(data, size)
+
+    def wait(self) -> None:
+        """Give up when it is too long since the request was written; until then, look again."""
+        if self.read_timeout is None:  # the whole is limited
+            return
+        now = self._loop.time()
+        if self.written_at is None:
+            self.written_at = now
+        end = self.written_at + self.read_timeout
+        if now < end:
+            self.silence = self._loop.call_at(end, self.wait)
+        else:
+            self._on_read_timeout()
+
+    def stop_silence(self) -> None:
+        if self.silence:
+            self.silence.cancel()
+            self.silence = None
+
+    def connection_lost(self, exc: BaseException | None) -> None:
+        self.stop_silence()
+        super().connection_lost(exc)
+
+    def rest(self) -> None:
+        """Called when it becomes idle: what comes from now on is kept unread, however little."""
+        self.written_at = None
+        self._parser = None
+
+    def is_connected(self) -> bool:
+        """Whether it can be used; aiohttp asks before it uses an idle one again.
+
+        Bytes that nobody asked for, or the end, make it useless: they would be taken for the next request's answer.
+        """
+        return super().is_connected() and not self.should_close and not self.is_readable()
+
+    def is_readable(self) -> bool:
+        """Whether the system has something that was not read yet."""
+        number = self.transport.get_extra_info("socket").fileno() if self.transport else -1
+        return number < 0 or has_input(number)
+
+
+class ZaiConnector(aiohttp.TCPConnector):
+    """The connections to Z.ai. Private names of aiohttp's: _factory, _loop, _release."""
+
+    def __init__(self) -> None:
+        super().__init__(limit=0)
+        connection: type[ResponseHandler] = ZaiConnection
+        self._factory = partial(connection, loop=self._loop)
+
+    def _release(self, key: Any, protocol: ResponseHandler, *, should_close: bool = False) -> None:
+        super()._release(key, protocol, should_close=should_close)
+        if isinstance(protocol, ZaiConnection):
+            protocol.rest()
+
+
+def has_input(number: int) -> bool:
+    """Whether a read of this descriptor would not wait."""
+    if not hasattr(select, "poll"):  # Windows
+        return bool(select.select([number], [], [], 0)[0])
+    poll = select.poll()
+    poll.register(number, select.POLLIN)
+    return bool(poll.poll(0))
+
+
 def environment_proxy(origin: str) -> str | None:
     """The proxy that HTTPS_PROXY and the like name for an origin."""
     url = urlsplit(origin)
@@ -6565,7 +6655,7 @@ def new_session(settings: Settings) -> aiohttp.ClientSession:
     timeout = aiohttp.ClientTimeout(
         total=None, connect=CONNECT_TIMEOUT, sock_read=settings.upstream_timeout
     )
-    connector, cookies = aiohttp.TCPConnector(limit=0), aiohttp.DummyCookieJar()
+    connector, cookies = ZaiConnector(), aiohttp.DummyCookieJar()
     # Z.ai writes errors in English for those who ask; a compressed stream would wait in buffers.
     headers = {
         "User-Agent": f"ztoapi/{__version__}",

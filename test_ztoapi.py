@@ -1403,6 +1403,9 @@ def test_an_item_may_be_sent_by_its_id_alone():
 )
 def test_items_are_a_conversation(items, wanted):
     assert parse_response(input=items).messages == tuple(wanted)
+    assert parse_response(
+        input=ztoapi.stored_items(ztoapi.response_input(items))
+    ).messages == tuple(wanted)
 
 
 AGENT = {"type": "agent_message", "author": "/root/a", "recipient": "/root"}
@@ -1544,6 +1547,10 @@ def test_tools_in_the_conversation_that_cannot_be_offered_are_left_out_and_liste
         ({"reasoning": {"effort": "huge"}}, "reasoning"),
         ({"max_output_tokens": 0}, "max_output_tokens"),
         ({"previous_response_id": "resp_gone"}, "previous_response_id"),
+        ({"metadata": {str(i): "x" for i in range(17)}}, "metadata"),
+        ({"metadata": {"k" * 65: "x"}}, "metadata"),
+        ({"metadata": {"k": "x" * 513}}, "metadata"),
+        ({"metadata": {"k": 1}}, "metadata"),
     ],
 )
 def test_a_response_that_makes_no_sense_names_the_field(fields, param):
@@ -1644,8 +1651,12 @@ def test_a_streamed_response_is_its_events_in_order():
     )
 
 
+NO_MORE_KEYS = {"description": None, "parameters": None, "strict": None}
+
+
 def test_a_response_has_every_key_that_its_schema_requires():
     tool = {"type": "function", "name": "f"}
+    get, say = NAMESPACE["tools"]
     fields = {
         "tools": [tool, NAMESPACE],
         "reasoning": {"effort": "high"},
@@ -1685,7 +1696,7 @@ def test_a_response_has_every_key_that_its_schema_requires():
         "temperature": 1.0,
         "text": {"format": {"type": "text"}, "verbosity": "low"},
         "tool_choice": "auto",
-        "tools": [tool | {"description": None, "parameters": None, "strict": None}, NAMESPACE],
+        "tools": [tool | NO_MORE_KEYS, NAMESPACE | {"tools": [NO_MORE_KEYS | get, say]}],
         "top_p": 1.0,
         "user": None,
         "background": False,
@@ -1866,6 +1877,93 @@ def test_a_response_is_remembered_with_the_whole_conversation():
     assert respond(EVENTS, store=False)[2] == {}
 
 
+def test_a_response_stores_its_own_items_and_where_they_go_on_from():
+    store = History(
+        resp_1=ztoapi.StoredResponse({"output": [user_item("b", "assistant")]}, [user_item("a")]),
+        resp_2=ztoapi.StoredResponse(
+            {"output": [user_item("d", "assistant")]}, [user_item("c")], "resp_1"
+        ),
+    )
+    reply = response_reply(store, input="e", previous_response_id="resp_2")
+    reply.fold([Text("f"), Finish("stop")])
+    assert reply.stored.input == [{"type": "message"} | user_item("e")]
+    assert reply.stored.parent == "resp_2"
+    store["resp_3"] = reply.stored
+    body = ASKED | {"input": "g", "previous_response_id": "resp_3"}
+    prompt, _ = ztoapi.parse_response(body, store)
+    assert [message.content[0] for message in prompt.messages] == list("abcdefg")
+    del store["resp_1"]
+    with pytest.raises(BadRequest, match="not stored"):
+        ztoapi.parse_response(body, store)
+
+
+def user_item(words, role="user"):
+    return {"role": role, "content": words}
+
+
+JUNK = "junk" * 500
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        pytest.param({"junk": JUNK}, id="an unknown field"),
+        pytest.param({"user": JUNK}, id="a user"),
+        pytest.param({"prompt_cache_key": JUNK}, id="a cache key"),
+        pytest.param({"reasoning": {"effort": "low", "x": JUNK}}, id="reasoning"),
+        pytest.param({"reasoning": {"summary": JUNK}}, id="a summary"),
+        pytest.param({"text": {"x": JUNK, "verbosity": JUNK}}, id="text"),
+        pytest.param({"text": {"format": {"type": "text", "x": JUNK}}}, id="a format"),
+        pytest.param({"tools": [{"type": "computer", "x": JUNK}]}, id="OpenAI's tool"),
+        pytest.param({"tools": [{"type": "function", "name": "f", "x": JUNK}]}, id="a function"),
+        pytest.param({"tools": [{"type": "custom", "name": "f", "x": JUNK}]}, id="a custom tool"),
+        pytest.param({"tools": [{"type": "web_search", "x": JUNK}]}, id="a search"),
+        pytest.param({"tools": [{"type": "function", "name": "f", "strict": JUNK}]}, id="strict"),
+        pytest.param(
+            {"tools": [{"type": "custom", "name": "f", "format": {"syntax": JUNK, "x": JUNK}}]},
+            id="a grammar",
+        ),
+        pytest.param({"tools": [NAMESPACE | {"x": JUNK, "description": JUNK}]}, id="a namespace"),
+        pytest.param(
+            {
+                "tools": [NAMESPACE],
+                "tool_choice": {
+                    "type": "allowed_tools",
+                    "mode": "auto",
+                    "x": JUNK,
+                    "tools": [{"name": "get", "namespace": "mcp__w", "x": JUNK}],
+                },
+            },
+            id="a choice",
+        ),
+        *(
+            pytest.param({"input": [user_item("x"), item]}, id=f"an item: {name}")
+            for name, item in {
+                "a message": user_item("x") | {"x": JUNK, "id": JUNK},
+                "of any type": user_item("x") | {"type": 5, "x": JUNK},
+                "a part": user_item([{"type": "input_text", "text": "x", "x": JUNK}]),
+                "a picture": user_item(
+                    [{"type": "image_url", "image_url": {"url": "u", "x": JUNK}}]
+                ),
+                "reasoning": {"type": "reasoning", "encrypted_content": JUNK, "summary": []},
+                "skipped": {"type": "web_search_call", "x": JUNK},
+                "a call": {"type": "function_call", "call_id": "c", "name": "f", "x": JUNK},
+                "an output": {
+                    "type": "function_call_output",
+                    "call_id": "c",
+                    "output": "x",
+                    "x": JUNK,
+                },
+            }.items()
+        ),
+    ],
+)
+def test_what_no_model_reads_is_not_stored(fields):
+    reply = response_reply(None, **fields)
+    reply.fold([Text("x"), Finish("stop")])
+    assert JUNK not in json.dumps([reply.stored.response, reply.stored.input])
+
+
 def test_a_previous_response_that_is_not_there_is_named():
     with pytest.raises(BadRequest) as raised:
         ztoapi.parse_response(ASKED | {"previous_response_id": "resp_gone"}, History())
@@ -1878,10 +1976,10 @@ def test_a_previous_response_that_is_not_there_is_named():
 @pytest.mark.parametrize(
     ("fields", "wanted"),
     [
-        ({}, []),
-        ({"previous_response_id": "resp_1"}, ["resp_1"]),
-        ({"previous_response_id": "resp_\ud800"}, []),
-        ({"previous_response_id": "resp_\x00"}, []),
+        ({}, ("", ())),
+        ({"previous_response_id": "resp_1"}, ("resp_1", ())),
+        ({"previous_response_id": "resp_\ud800"}, ("", ())),
+        ({"previous_response_id": "resp_\x00"}, ("", ())),
         (
             {
                 "input": [
@@ -1889,14 +1987,14 @@ def test_a_previous_response_that_is_not_there_is_named():
                     {"type": "item_reference", "id": "fc_2_1"},
                 ]
             },
-            ["resp_2"],
+            ("", ("resp_2",)),
         ),
         (
             {
                 "input": [{"type": "item_reference"}, 1, {"id": "msg_3_0"}],
                 "previous_response_id": 5,
             },
-            ["5", "resp_"],
+            ("5", ("resp_",)),
         ),
     ],
 )
@@ -1921,7 +2019,7 @@ def test_the_responses_that_a_request_refers_to_are_known_before_it_is_parsed(fi
 def test_the_input_of_a_response_is_listed_in_pages(query, wanted, more):
     call = {"type": "function_call", "id": "fc_1", "call_id": "c1", "name": "f", "arguments": "{}"}
     said = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "x"}, call]
-    page = ztoapi.input_items(ztoapi.StoredResponse({"id": "resp_ours"}, said), query)
+    page = ztoapi.input_items("resp_ours", said, query)
     assert [item["id"] for item in page["data"]] == wanted
     ends = (wanted[0], wanted[-1]) if wanted else (None, None)
     assert (page["first_id"], page["last_id"], page["has_more"]) == (*ends, more)
@@ -1929,9 +2027,7 @@ def test_the_input_of_a_response_is_listed_in_pages(query, wanted, more):
 
 def test_an_item_of_the_input_is_listed_with_all_its_keys():
     said = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "x", "id": None}]
-    assert ztoapi.input_items(ztoapi.StoredResponse({"id": "resp_1"}, said), {"order": "asc"})[
-        "data"
-    ] == [
+    assert ztoapi.input_items("resp_1", said, {"order": "asc"})["data"] == [
         {
             "id": f"resp_1_input_{i}",
             "type": "message",
@@ -5697,6 +5793,7 @@ async def test_chat_goes_on_while_the_database_stands_still(start, postgresql, m
             assert response.status == 503
             assert error_of(await response.text())["code"] == "database_unavailable"
         assert (await ask(client))[0].status == 200
+        assert (await ask(client, ASKED, "/v1/responses"))[0].status == 200
         async with client.get("/dashboard/stats", headers=KEY) as response:
             assert (response.status, (await response.json())["database"]) == (200, False)
     finally:
@@ -5739,67 +5836,182 @@ async def test_of_two_who_add_a_key_one_adds_it_and_the_other_changes_it(databas
     assert await here.run(here.list_accounts) in ([made[0]], [made[1]])
 
 
+def stored_row(response_id, parent="", account="a", day=TODAY, body='{"x": "\\ud800"}'):
+    return ztoapi.ResponseRow(response_id, account, day.isoformat(), 1, parent, len(body), body)
+
+
+async def ids_found(database, previous="", *others, account="a", room=10**6):
+    """The ids of the responses that are found, in order."""
+    asked = ztoapi.Referred(previous, others)
+    return sorted({row.id for row in await database.find_responses(account, asked, room)})
+
+
+async def store_rows(database, *rows):
+    for row in rows:
+        await database.put_response(row)
+    assert database.unsaved.rows == {}
+
+
 @in_loop
-async def test_a_stored_response_is_there_for_its_key_and_for_thirty_days(
-    database_url, connect, monkeypatch
+async def test_a_stored_response_is_there_at_once_for_its_key_in_every_process(
+    database_url, connect
 ):
     here, there = connect(database_url), connect(database_url)
-    here.put_response("resp_1", "a", '{"x": "\\ud800"}')
-    assert await here.find_response("resp_1", "a") == '{"x": "\\ud800"}'
-    await here.sync(Accounts(()))
-    assert here.unsaved == {}
-    assert [await there.find_response("resp_1", who) for who in ("a", "b")] == [
-        '{"x": "\\ud800"}',
-        "",
-    ]
-    there.put_response("resp_1", "a", "")
-    there.put_response("resp_2", "a", "{}")
-    await there.sync(Accounts(()))
-    assert [await here.find_response(name, "a") for name in ("resp_1", "resp_2", "resp_3")] == [
-        "",
-        "{}",
-        "",
-    ]
-    here.put_response("resp_3", "a", "{}")
-    await here.run(here.write_and_read, {}, here.unsaved, TODAY + timedelta(31))
-    assert [await there.find_response(name, "a") for name in ("resp_2", "resp_3")] == ["", "{}"]
+    await store_rows(here, stored_row("1"), stored_row("2", "1"), stored_row("b", account="b"))
+    for database in (here, there):
+        assert await ids_found(database, "2", "1") == ["1", "2"]
+        assert await ids_found(database, "2", "b", account="b") == ["b"]
+        assert await ids_found(database, "b", "2") == ["2"]
+    assert await there.find_responses("a", ztoapi.Referred("1"), 99) == [stored_row("1")]
 
 
 @in_loop
-async def test_responses_that_wait_in_memory_are_bounded(connect, monkeypatch):
-    monkeypatch.setattr(ztoapi.Database, "MAX_UNSAVED", 3)
-    monkeypatch.setattr(ztoapi.Database, "MAX_UNSAVED_SIZE", 100)
-    database = connect("memory")
-    for name in "12341":
-        database.put_response(name, "a", "x" * 20)
-    await database.sync(Accounts(()))
-    assert list(database.unsaved) == ["3", "4", "1"]
-    database.put_response("5", "a", "x" * 80)
-    assert list(database.unsaved) == ["1", "5"]
-
-
-@in_loop
-async def test_a_deleted_response_stays_deleted_while_many_wait_in_memory(
-    database_url, connect, monkeypatch
-):
-    monkeypatch.setattr(ztoapi.Database, "MAX_UNSAVED", 3)
+async def test_a_line_may_begin_in_memory_and_go_on_in_the_database(database_url, connect):
     database = connect(database_url)
-    database.put_response("1", "a", "{}")
+    await store_rows(database, stored_row("1"), stored_row("2", "1"))
+    database.unsaved.put(stored_row("3", "2"))
+    database.unsaved.put(stored_row("4", "3"))
+    assert await ids_found(database, "4", "3", "1") == ["1", "2", "3", "4"]
+    assert await ids_found(database, "4", account="b") == []
+
+
+@in_loop
+async def test_of_a_long_line_only_so_much_is_read(database_url, connect):
+    database = connect(database_url)
+    await store_rows(database, *(stored_row(str(i), str(i - 1)) for i in range(1_200)))
+    size = stored_row("1").size
+    assert await ids_found(database, "1199", room=1_100 * size) == sorted(
+        str(i) for i in range(100, 1_200)
+    )
+    assert await ids_found(database, "", "7", "8", "9", room=2 * size) == ["7", "8"]
+
+
+class CountingDatabase(ztoapi.Database):
+    """Counts how often it is asked."""
+
+    asked = 0
+
+    async def run(self, *arguments, **how):
+        self.asked += 1
+        return await super().run(*arguments, **how)
+
+
+@in_loop
+async def test_a_thousand_references_are_one_read(start, database_url, connect):
+    ids = [f"{i:04}" for i in range(1_000)]
+    database = CountingDatabase(database_url, lambda: NOON)
+    history = ztoapi.ClientHistory(database, "a")
+    for i in ids:
+        item = {"id": f"msg_{i}_0", "type": "message", **user_item("x")}
+        stored = ztoapi.StoredResponse({"id": f"resp_{i}", "output": [item]}, [])
+        database.unsaved.put(history.row(stored))
     await database.sync(Accounts(()))
-    for name in ("1", "2", "3"):
-        database.put_response(name, "a", "")
-    for name in ("4", "5", "2"):
-        database.put_response(name, "a", "{}")
-    assert list(database.unsaved) == ["1", "2", "3"]
+    body = ASKED | {"input": [{"type": "item_reference", "id": f"msg_{i}_0"} for i in ids]}
+    await history.load(ztoapi.referred_responses(body))
+    assert len(ztoapi.parse_response(body, history)[0].messages) == 1_000
+    assert database.asked == 1
+    database.thread.submit(database.close).result(10)
+
+
+@in_loop
+async def test_a_response_is_given_out_for_thirty_days_and_is_a_parent_for_longer(
+    database_url, connect
+):
+    database = connect(database_url)
+    old, young = TODAY - timedelta(31), TODAY - timedelta(30)
+    await store_rows(database, stored_row("x"))  # what is old was looked for today
+    rows = [stored_row("1", day=old), stored_row("2", "1", day=young), stored_row("3", day=old)]
+    for row in rows:
+        database.unsaved.put(row)
+    for _ in range(2):  # in memory, in the database
+        assert await ids_found(database, "1", "1", "3") == []
+        assert await ids_found(database, "2", "2") == ["1", "2"]
+        await database.sync(Accounts(()))
+    assert await ids_in(database) == ["1", "2", "3", "x"]
+    database.cleaned_on = None
+    await database.put_response(stored_row("y"))
+    assert await ids_in(database) == ["1", "2", "x", "y"]
+    await database.run(database.clean, TODAY + timedelta(1))
+    assert await ids_in(database) == ["x", "y"]
+
+
+async def ids_in(database):
+    rows = "SELECT id FROM ztoapi_responses ORDER BY id"
+    return [row[0] for row in await database.run(lambda: database.execute(rows).fetchall())]
+
+
+@in_loop
+async def test_what_goes_on_from_a_deleted_response_goes_on(database_url, connect):
+    database = connect(database_url)
+    await store_rows(database, stored_row("1"), stored_row("2", "1"), stored_row("3", "2"))
+    assert await database.delete_response("2", "b") is False
+    assert [await database.delete_response(name, "a") for name in "122"] == [True, True, False]
+    assert await ids_found(database, "2", "1") == []
+    assert await ids_found(database, "3") == ["1", "2", "3"]
+    assert await database.delete_response("3", "a") is True
+    assert await ids_in(database) == []
+
+
+@in_loop
+async def test_a_response_may_be_deleted_while_it_is_written(database_url, connect):
+    database = connect(database_url)
+    for row in (stored_row("1"), stored_row("2", "1")):
+        database.unsaved.put(row)
+    writing = asyncio.create_task(database.sync(Accounts(())))
+    while database.thread.jobs.empty() and not database.lock.locked():
+        await asyncio.sleep(0)
+    assert [await database.delete_response("1", who) for who in "bab"] == [False, True, False]
+    await writing
+    assert await ids_found(database, "", "1") == []
     await database.sync(Accounts(()))
-    assert await database.find_response("1", "a") == ""
+    assert await ids_found(database, "1", "1") == []
+    assert await ids_found(database, "2") == ["1", "2"]
+
+
+@in_loop
+async def test_of_what_a_key_stores_the_oldest_goes_first(database_url, connect, monkeypatch):
+    monkeypatch.setattr(ztoapi.Database, "MAX_STORED", 250)
+    database = connect(database_url)
+    yesterday = TODAY - timedelta(1)
+    rows = [stored_row(i, body=100 * "x")._replace(stored_at=int(i)) for i in "1234"]
+    rows.append(stored_row("5", body=100 * "x", day=yesterday)._replace(stored_at=9))
+    rows.append(stored_row("6", body=240 * "x", account="b"))
+    for row in rows:
+        database.unsaved.put(row)
+    await database.sync(Accounts(()))
+    assert await ids_in(database) == ["3", "4", "6"]
+
+
+def test_responses_that_wait_in_memory_are_bounded(monkeypatch):
+    monkeypatch.setattr(ztoapi.UnsavedResponses, "MAX_ROWS", 3)
+    monkeypatch.setattr(ztoapi.UnsavedResponses, "MAX_SIZE", 100)
+    unsaved = ztoapi.UnsavedResponses()
+    for name in "1234":
+        unsaved.put(stored_row(name, body="x" * 20))
+    assert (list(unsaved.rows), unsaved.size) == (["2", "3", "4"], 60)
+    unsaved.put(stored_row("5", body="x" * 80))
+    assert (list(unsaved.rows), unsaved.size) == (["4", "5"], 100)
+
+
+@in_loop
+async def test_a_response_that_cannot_be_written_waits_in_memory(postgresql, connect):
+    database = connect(postgresql.new_database())
+    await store_rows(database, stored_row("1"))
+    postgresql.stop()
+    await database.put_response(stored_row("2", "1"))
+    assert await ids_found(database, "", "2") == ["2"]
+    postgresql.start()
+    for _ in range(2):
+        await database.sync(Accounts(()))
+    assert await ids_found(database, "2") == ["1", "2"]
+    assert database.unsaved.rows == {}
 
 
 def test_what_is_kept_in_memory_outlives_a_failure(connect):
     database = connect("memory")
     database.transact(database.put_account, ANNA)
     with pytest.raises(ztoapi.DatabaseError):
-        database.transact(database.select_response, "\ud800")
+        database.transact(database.execute, "SELECT ?", "\ud800")
     assert database.transact(database.list_accounts) == [ANNA]
 
 
@@ -5855,8 +6067,28 @@ def test_tables_of_an_older_version_are_brought_up_to_date(database_url, connect
     )
     assert new.transact(lambda: new.execute("SELECT a.x FROM a, b").fetchall()) == []
     monkeypatch.undo()
-    with pytest.raises(ztoapi.DatabaseError, match="version 2, so a newer ztoapi made it"):
+    with pytest.raises(ztoapi.DatabaseError, match="version 3, so a newer ztoapi made it"):
         connect(database_url).transact(lambda: None)
+
+
+@in_loop
+async def test_what_the_first_version_stored_can_be_used(database_url, connect):
+    old = connect(database_url)
+    body = (
+        '{"response": {"id": "resp_1", "output": []}, "input": [{"role": "user", "content": "hi"}]}'
+    )
+    columns = "(id, account, day, body)"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ztoapi, "MIGRATIONS", ztoapi.MIGRATIONS[:1])
+        for row in (("resp_1", body), ("resp_2", "")):  # which was deleted
+            put = f"INSERT INTO ztoapi_responses {columns} VALUES (?, 'a', ?, ?)"
+            old.transact(old.execute, put, row[0], TODAY.isoformat(), row[1])
+    history = ztoapi.ClientHistory(connect(database_url), "a")
+    await history.load(ztoapi.Referred("resp_1", ("resp_2",)))
+    assert history.loaded == {
+        "resp_1": ztoapi.StoredResponse({"id": "resp_1", "output": []}, [user_item("hi")])
+    }
+    assert history.size == len(body)
 
 
 def test_many_servers_may_make_the_tables_at_the_same_time(database_url, connect):
@@ -9833,10 +10065,19 @@ async def test_of_what_is_stored_only_so_much_is_loaded_for_one_request(connect,
     monkeypatch.setattr(ztoapi.ClientHistory, "MAX_SIZE", 2500)
     history = ztoapi.ClientHistory(connect("memory"), "a")
     for name in "12345":
-        history.put(ztoapi.StoredResponse({"id": name}, ["x" * 1000]))
-    for name in "12345":
-        await history.load(name)
-    assert (list(history.loaded), 3000 < history.size < 4000) == (["1", "2"], True)
+        await history.put(ztoapi.StoredResponse({"id": name}, ["x" * 1000]), 0)
+    await history.load(ztoapi.Referred(others=tuple("12345")))
+    assert list(history.loaded) == ["1", "2"]
+
+
+@in_loop
+@pytest.mark.parametrize("stream", [False, True])
+async def test_the_next_request_may_reach_another_process(start, database_url, monkeypatch, stream):
+    monkeypatch.setattr(ztoapi.Database, "INTERVAL", 60)
+    here, there = [await start(database_url=database_url) for _ in range(2)]
+    _, answer = await ask(here, ASKED | {"stream": stream}, "/v1/responses")
+    follow_up = ASKED | {"previous_response_id": re.search("resp_[0-9a-f]+", answer)[0]}
+    assert (await ask(there, follow_up, "/v1/responses"))[0].status == 200
 
 
 @in_loop

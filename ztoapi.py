@@ -2482,6 +2482,18 @@ def split_namespace(tool: Any, at: str) -> Iterator[tuple[str, Any]]:
             yield at, tool
 
 
+def metadata(value: Any) -> JSON:
+    """As OpenAI bounds it: 16 pairs, keys of 64 characters, values of 512."""
+    pairs = as_object(mapping(value))
+    fits = len(pairs) <= 16 and all(
+        len(key) <= 64 and isinstance(words, str) and len(words) <= 512
+        for key, words in pairs.items()
+    )
+    if not fits:
+        raise ValueError("must have at most 16 strings of 512 characters, with keys of 64")
+    return pairs
+
+
 def stored_by_openai(_: Any) -> None:
     raise ValueError(
         "refers to what only OpenAI stores: send the conversation as 'input', or 'previous_response_id'"
@@ -2502,7 +2514,7 @@ RESPONSE_FIELDS: dict[str, Check] = (
         "include": array,
     }
     | {"tools": response_tools, "tool_choice": response_tool_choice}
-    | {"max_output_tokens": integer(1, 2**31), "metadata": mapping}
+    | {"max_output_tokens": integer(1, 2**31), "metadata": metadata}
 )
 
 # Fields of a request that the response repeats, with their defaults.
@@ -2534,16 +2546,27 @@ REASONING_PREFIX = (
 
 @dataclass(frozen=True, slots=True)
 class StoredResponse:
-    """A response that a client may refer to, and the items before it: the conversation so far and its input."""
+    """A response that a client may refer to: a link in a conversation, which goes back from parent to parent.
+
+    An older version stored the whole conversation as the input, and no parent.
+    """
 
     response: JSON
-    input: list[Any]
+    input: list[JSON]  # the request's own items, as they were understood
+    parent: str = ""  # id of the response that the request went on from
 
 
 class History(Protocol):
-    """The stored responses that one client key may see."""
+    """The stored responses that one client key may see, as far as a request refers to them."""
 
     def get(self, response_id: str) -> StoredResponse | None: ...
+
+
+class Referred(NamedTuple):
+    """What a request refers to: the response that it goes on from, and those that it takes items from."""
+
+    previous: str = ""
+    others: tuple[str, ...] = ()
 
 
 @dataclass(slots=True)
@@ -2551,9 +2574,7 @@ class ResponsesRequest:
     """What a response's answer depends on. `echo` is what the response repeats of the request."""
 
     echo: JSON
-    input: list[
-        Any
-    ]  # with the conversation so far before it; empty if the response is not to be stored
+    input: list[JSON]  # what is to be stored of its own items
     tools: Mapping[str, JSON]  # as the client sent them, by the names that the model knows
     returns_reasoning: bool  # in a form that the client can send back
 
@@ -2562,12 +2583,12 @@ def parse_response(body: JSON, history: History) -> tuple[Prompt, ResponseReply]
     """Raises BadRequest for an invalid field and for a previous response that is not stored."""
     given = validated(body, RESPONSE_FIELDS)
     required(given, "model")
-    before = previous_items(given, history)
-    items = [
+    before = previous_items(given.get("previous_response_id", ""), history)
+    own = [
         resolve_reference(item, f"input[{i}]", history)
         for i, item in enumerate(given.get("input", ()))
     ]
-    items = [*before, *items]
+    items = [*before, *own]
     conversation = read_items(items, -len(before))
     if not conversation:
         raise BadRequest("'input' is required and must not be empty.", "input")
@@ -2595,34 +2616,44 @@ def parse_response(body: JSON, history: History) -> tuple[Prompt, ResponseReply]
         ),
     )
     by_name = {parsed.name: tool for tool, parsed in tools if isinstance(parsed, Tool)}
-    echo, stored = echo_of(body), items if given.get("store", True) else []
+    echo = echo_of(body)
+    stored = stored_items(own) if echo["store"] else []
     returns_reasoning = "reasoning.encrypted_content" in given.get("include", ())
     return prompt, ResponseReply(ResponsesRequest(echo, stored, by_name, returns_reasoning))
 
 
-def previous_items(given: JSON, history: History) -> list[Any]:
-    """The conversation including the previous response, if there is one."""
-    if "previous_response_id" not in given:
-        return []
-    stored = history.get(given["previous_response_id"])
-    if stored is None:
-        message = "The previous response is not stored here (any more): send the whole conversation as 'input'."
-        raise BadRequest(message, "previous_response_id", "previous_response_not_found")
-    return [*stored.input, *stored.response["output"]]
+def previous_items(response_id: str, history: History) -> list[JSON]:
+    """The conversation up to and including a response; none for the id "".
+
+    Raises BadRequest where a part of it is not stored, for OpenAI's clients then send all of it.
+    """
+    turns: list[list[JSON]] = []
+    while response_id:
+        stored = history.get(response_id)
+        if stored is None:
+            message = "The previous response is not stored here (any more): send the whole conversation as 'input'."
+            raise BadRequest(message, "previous_response_id", "previous_response_not_found")
+        turns.append([*stored.input, *stored.response["output"]])
+        response_id = stored.parent
+    return [*chain.from_iterable(reversed(turns))]
 
 
-def referred_responses(body: JSON) -> list[str]:
-    """The ids of the stored responses that a request refers to."""
+MAX_REFERENCES = 1_000  # responses whose items one request refers to
+
+
+def referred_responses(body: JSON) -> Referred:
+    """The stored responses that a request refers to; only ids that every database takes."""
     if not body.keys() & {"input", "previous_response_id"}:  # most requests
-        return []
-    references = (
-        item for item in objects(body.get("input")) if item.get("type") == "item_reference"
-    )
-    items = [response_of(str(item.get("id"))) for item in references]
-    previous = [str(body["previous_response_id"])] if body.get("previous_response_id") else []
-    return list(dict.fromkeys(filter(str.isprintable, previous + items)))[
-        :1_000
-    ]  # others, a database may refuse
+        return Referred()
+    others: dict[str, None] = {}
+    for item in objects(body.get("input")):
+        if item.get("type") == "item_reference":
+            others[response_of(str(item.get("id")))] = None
+    printable_ids = tuple(filter(str.isprintable, others))
+    previous = str(body.get("previous_response_id") or "")
+    if not previous.isprintable():
+        previous = ""
+    return Referred(previous, printable_ids[:MAX_REFERENCES])
 
 
 def response_of(item_id: str) -> str:
@@ -2647,21 +2678,102 @@ def resolve_reference(item: Any, at: str, history: History) -> Any:
     return found[0]
 
 
-FUNCTION_ECHO: JSON = {"description": None, "parameters": None, "strict": None}
+SHORT = 512  # characters of what a response repeats, but the model never reads
+
+
+def short(value: Any) -> str | None:
+    return value[:SHORT] if isinstance(value, str) else None
+
+
+def fields_of(value: Any, *names: str) -> JSON:
+    """An object with only these of its fields."""
+    return {name: value[name] for name in names if name in value}
 
 
 def echo_of(body: JSON) -> JSON:
-    """The fields that a response repeats of its request; objects and functions get their required keys."""
-    given = {name: value for name in ECHOED if (value := body.get(name)) is not None}
-    for name in ("metadata", "reasoning", "text"):
-        if given.get(name) == []:  # see `mapping`
-            del given[name]
-    objects = {name: ECHOED[name] | given[name] for name in ("reasoning", "text") if name in given}
-    tools = [
-        FUNCTION_ECHO | tool if tool.get("type") == "function" else tool
-        for tool in given.get("tools", ())
-    ]
-    return ECHOED | given | objects | {"tools": tools}
+    """The fields that a response repeats of its request, as they were understood.
+
+    It is stored: what no model reads is left out or short, or a few tokens would fill a disk.
+    """
+    echo = ECHOED | {name: body[name] for name in ECHOED if body.get(name) is not None}
+    for name in ("user", "safety_identifier", "prompt_cache_key"):
+        echo[name] = short(echo[name])
+    reasoning, text = as_object(echo["reasoning"]), as_object(echo["text"])
+    echo["metadata"] = as_object(echo["metadata"])
+    echo["reasoning"] = {name: short(reasoning.get(name)) for name in ("effort", "summary")}
+    answer_format = format_echo(as_object(text.get("format")) or {"type": "text"})
+    echo["text"] = {"format": answer_format, **shortened(text, "verbosity")}
+    echo["tool_choice"] = choice_echo(echo["tool_choice"])
+    echo["tools"] = tool_echoes(echo["tools"])
+    return echo
+
+
+def format_echo(given: JSON) -> JSON:
+    echo = fields_of(given, "type", "schema") | shortened(given, "name", "description")
+    if "strict" in given:
+        echo["strict"] = bool(given["strict"])
+    return echo
+
+
+def choice_echo(choice: Any) -> Any:
+    """A `tool_choice`; one in chat's form has the name one level deeper."""
+    if not isinstance(choice, dict):
+        return choice
+    given = choice | as_object(choice.get("function"))
+    echo = fields_of(given, "type", "name", "namespace", "mode")
+    if "tools" in choice:
+        names = ("type", "name", "namespace")
+        echo["tools"] = [fields_of(tool, *names) for tool in objects(choice["tools"])]
+    return echo
+
+
+def shortened(value: Any, *names: str) -> JSON:
+    """An object with only these of its fields, as short texts."""
+    return {name: short(value[name]) for name in names if name in value}
+
+
+def function_echo(tool: JSON) -> JSON:
+    strict = tool.get("strict")
+    return {
+        "type": "function",
+        "name": tool.get("name"),
+        "description": tool.get("description"),
+        "parameters": tool.get("parameters"),
+        "strict": strict if isinstance(strict, bool) else None,
+    }
+
+
+def custom_echo(tool: JSON) -> JSON:
+    echo = fields_of(tool, "type", "name", "description")
+    grammar = as_object(tool.get("format"))
+    if grammar:
+        echo["format"] = shortened(grammar, "type", "syntax") | fields_of(grammar, "definition")
+    return echo
+
+
+def namespace_echo(tool: JSON) -> JSON:
+    about = short(tool.get("description"))
+    members = tool_echoes(tool.get("tools"))
+    return fields_of(tool, "type", "name") | {"description": about, "tools": members}
+
+
+TOOL_ECHOES: Mapping[str, Callable[[JSON], JSON]] = {
+    "function": function_echo,
+    "custom": custom_echo,
+    "namespace": namespace_echo,
+}
+
+
+def tool_echoes(tools: Any) -> list[JSON]:
+    """The tools without those that only OpenAI has."""
+    echoes: list[JSON] = []
+    for tool in objects(tools):
+        kind = str(tool.get("type"))
+        if kind in TOOL_ECHOES:
+            echoes.append(TOOL_ECHOES[kind](tool))
+        elif kind.startswith("web_search"):
+            echoes.append(shortened(tool, "type", "search_context_size"))
+    return echoes
 
 
 def read_items(items: Iterable[Any], first: int) -> Messages:
@@ -2681,6 +2793,58 @@ def read_items(items: Iterable[Any], first: int) -> Messages:
 def item_type(item: JSON) -> str:
     """A message may have no type."""
     return str(item.get("type") or "message")
+
+
+# The fields of each type of item that are read.
+CALL_FIELDS = (
+    *("call_id", "server_label", "name", "namespace", "arguments", "action", "operation"),
+    *("output", "error", "status", "author", "content"),
+)
+ITEM_FIELDS: Mapping[str, tuple[str, ...]] = {
+    "message": ("role", "content"),
+    "reasoning": (),  # it is in one of several places
+    "function_call": ("call_id", "name", "namespace", "arguments"),
+    "custom_tool_call": ("call_id", "name", "namespace", "input"),
+    "function_call_output": ("call_id", "output"),
+    "custom_tool_call_output": ("call_id", "output"),
+}
+# Likewise those of each type of content part.
+STORED_PART_FIELDS: Mapping[str, tuple[str, ...]] = {
+    **dict.fromkeys(("text", "input_text", "output_text"), ("text",)),
+    "refusal": ("refusal",),
+    "input_image": ("image_url",),
+    **{kind: (kind,) for kind in ("image_url", "video_url", "file_url")},
+}
+
+
+def stored_items(items: Iterable[JSON]) -> list[JSON]:
+    """What is kept of items: all that a model read of them, but not what was skipped."""
+    return [stored_item(item) for item in items if item_type(item) in ITEM_READERS]
+
+
+def stored_item(item: JSON) -> JSON:
+    kind = item_type(item)
+    kept: JSON = {"type": kind, **fields_of(item, *ITEM_FIELDS.get(kind, CALL_FIELDS))}
+    for name in ("content", "output"):
+        if isinstance(kept.get(name), list):
+            kept[name] = [stored_part(part) for part in kept[name]]
+    if kind == "reasoning":
+        kept["summary"] = [{"type": "summary_text", "text": decode_reasoning(item)}]
+    item_id = item.get("id")
+    if isinstance(item_id, str) and len(item_id) <= SHORT:
+        kept["id"] = item_id
+    return kept
+
+
+def stored_part(part: Any) -> Any:
+    kind = str(as_object(part).get("type"))
+    if kind not in STORED_PART_FIELDS:
+        return part
+    kept: JSON = {"type": kind, **fields_of(part, *STORED_PART_FIELDS[kind])}
+    for name, value in kept.items():
+        if isinstance(value, dict):  # a picture's address, and how closely to look at it
+            kept[name] = fields_of(value, "url")
+    return kept
 
 
 def unknown_items(items: Iterable[JSON]) -> list[str]:
@@ -3088,7 +3252,8 @@ class ResponseReply(Reply):
             status, completed_at=int(self.head.clock()) if status == "completed" else None
         )
         if response["store"]:
-            self.stored = StoredResponse(response, self.request.input)
+            parent = self.request.echo["previous_response_id"] or ""
+            self.stored = StoredResponse(response, self.request.input, parent)
         return [self.frame(status, response=response)]
 
     def begin(self, head: Head) -> None:
@@ -3157,13 +3322,10 @@ class ResponseReply(Reply):
         )
 
 
-def input_items(stored: StoredResponse, query: Mapping[str, str]) -> JSON:
+def input_items(response_id: str, said: Sequence[JSON], query: Mapping[str, str]) -> JSON:
     """A page of a response's input, as its `order`, `after` and `limit` ask for it: the newest 20 first."""
     order = 1 if query.get("order") == "asc" else -1
-    items = [
-        input_item(item, f"{stored.response['id']}_input_{i}")
-        for i, item in enumerate(stored.input)
-    ][::order]
+    items = [input_item(item, f"{response_id}_input_{i}") for i, item in enumerate(said)][::order]
     ids = [item["id"] for item in items]
     start = ids.index(query["after"]) + 1 if query.get("after") in ids else 0
     limit = query.get("limit", "")
@@ -7108,6 +7270,16 @@ MIGRATIONS = (
     CREATE INDEX ztoapi_response_days ON ztoapi_responses (day);
     CREATE TABLE ztoapi_writers (id TEXT PRIMARY KEY, batch BIGINT NOT NULL, day TEXT NOT NULL)
     """,
+    # A response without a body was a deleted one.
+    """
+    DELETE FROM ztoapi_responses WHERE body = '';
+    ALTER TABLE ztoapi_responses ADD COLUMN parent TEXT NOT NULL DEFAULT '';
+    ALTER TABLE ztoapi_responses ADD COLUMN size BIGINT NOT NULL DEFAULT 0;
+    ALTER TABLE ztoapi_responses ADD COLUMN stored_at BIGINT NOT NULL DEFAULT 0;
+    UPDATE ztoapi_responses SET size = LENGTH(body);
+    CREATE INDEX ztoapi_response_parents ON ztoapi_responses (parent);
+    CREATE INDEX ztoapi_response_ages ON ztoapi_responses (account, day, stored_at, size)
+    """,
 )
 PUT_KEY = "INSERT INTO ztoapi_keys VALUES (?, ?, ?, 0) ON CONFLICT (id) DO UPDATE SET limits = excluded.limits"
 REMOVE_KEY = "UPDATE ztoapi_keys SET removed = 1 WHERE name = ? AND removed = 0"
@@ -7125,17 +7297,62 @@ USAGE_ROWS = """
     FROM ztoapi_usage LEFT JOIN ztoapi_keys ON id = account WHERE day >= ?"""
 USAGE_SINCE = USAGE_ROWS + " ORDER BY day, name, model"
 USAGE_OF_ONE = USAGE_ROWS + " AND account = ? ORDER BY day, model"
-PUT_RESPONSE = "INSERT INTO ztoapi_responses VALUES (?, ?, ?, ?) ON CONFLICT (id) DO UPDATE SET body = excluded.body"
-DELETE_OLD = (
-    "DELETE FROM ztoapi_responses WHERE day < ?",
-    "DELETE FROM ztoapi_writers WHERE day < ?",
+FORGET_WRITERS = "DELETE FROM ztoapi_writers WHERE day < ?"
+
+# A response may be written twice; the second time it can only have been deleted meanwhile.
+PUT_RESPONSE = """
+    INSERT INTO ztoapi_responses (id, account, day, stored_at, parent, size, body) VALUES (?, ?, ?, ?, ?, ?, ?)
+    ON CONFLICT (id) DO UPDATE SET day = excluded.day WHERE excluded.day = ''"""
+DELETE_RESPONSE = "UPDATE ztoapi_responses SET day = '' WHERE id = ? AND account = ? AND day >= ?"
+DELETE_UNNEEDED = """
+    DELETE FROM ztoapi_responses WHERE day < ? AND NOT EXISTS (
+        SELECT 1 FROM ztoapi_responses AS child WHERE child.parent = ztoapi_responses.id)"""
+SIZE_OF_ALL = "SELECT SUM(size) FROM ztoapi_responses WHERE account = ?"
+DELETE_OLDEST = """
+    DELETE FROM ztoapi_responses WHERE id IN (SELECT id FROM (
+        SELECT id, SUM(size) OVER (ORDER BY day DESC, stored_at DESC, id) AS size_from_here
+        FROM ztoapi_responses WHERE account = ?) AS aged WHERE size_from_here > ?)"""
+# A response and those before it, the last one first, until they are too large together.
+LINE = """
+    WITH RECURSIVE line (id, parent, size, total) AS (
+        SELECT id, parent, size, size FROM ztoapi_responses WHERE id = ? AND account = ? AND day >= ?
+        UNION ALL SELECT r.id, r.parent, r.size, line.total + r.size
+        FROM line JOIN ztoapi_responses AS r ON r.id = line.parent
+        WHERE r.account = ? AND line.total <= ?)
+    SELECT id, size FROM line"""
+SIZES = "SELECT id, size FROM ztoapi_responses WHERE id IN ({}) AND account = ? AND day >= ?"
+ROWS = (
+    "SELECT id, account, day, stored_at, parent, size, body FROM ztoapi_responses WHERE id IN ({})"
 )
 
 # How a transaction begins in SQLite, where one that reads does not wait for another process that writes.
 READ, WRITE = "BEGIN", "BEGIN IMMEDIATE"
 NO_ANSWER = "the database does not answer"
 
-Stored = tuple[str, str]  # account id, and the body of a response: "" if it was deleted
+# What only one process does at a time; numbers of PostgreSQL's advisory locks.
+MIGRATING, CHANGING_KEYS, MAKING_ROOM = 90909090, 90909091, 90909092
+
+
+class ResponseRow(NamedTuple):
+    """A stored response. What is deleted stays while others have it as their parent."""
+
+    id: str
+    account: str  # its id
+    day: str  # on which it was stored; DELETED is before every day
+    stored_at: int  # Unix time in milliseconds
+    parent: str  # id of the response that it went on from, or ""
+    size: int  # bytes of the body
+    body: str  # JSON
+
+
+DELETED = ""
+
+
+class LineStart(NamedTuple):
+    """Where a line of responses begins that the database is asked for, and the first day for that."""
+
+    id: str  # "" for no line
+    first_day: str
 
 
 class DatabaseError(Exception):
@@ -7193,6 +7410,43 @@ class DatabaseThread:
             del future, job  # else kept until the next one
 
 
+class UnsavedResponses:
+    """Responses that the database does not have yet; too many, or too large, the oldest are lost."""
+
+    MAX_ROWS = 1_000
+    MAX_SIZE = 64 * 2**20  # bytes
+
+    def __init__(self) -> None:
+        self.rows: dict[str, ResponseRow] = {}  # by id, the oldest first
+        self.size = 0  # bytes
+
+    def put(self, row: ResponseRow) -> None:
+        self.rows[row.id] = row
+        self.size += row.size
+        while len(self.rows) > self.MAX_ROWS or self.size > self.MAX_SIZE:
+            self.drop(next(iter(self.rows)))
+
+    def drop(self, response_id: str) -> None:
+        self.size -= self.rows.pop(response_id).size
+
+    def delete(self, response_id: str) -> None:
+        """Mark it as deleted: it may be being written, and others may have it as their parent."""
+        self.rows[response_id] = self.rows[response_id]._replace(day=DELETED)
+
+    def line_from(self, response_id: str) -> Iterator[ResponseRow]:
+        """A response and those before it, the last one first, as far as they are here."""
+        row = self.rows.get(response_id)
+        while row:
+            yield row
+            row = self.rows.get(row.parent)
+
+    def saved(self, rows: Mapping[str, ResponseRow]) -> None:
+        """These are in the database now, except those that changed while they were written."""
+        for response_id, row in rows.items():
+            if self.rows.get(response_id) is row:
+                self.drop(response_id)
+
+
 class Database:
     """One connection in one thread: the event loop never waits for a disk, and nobody waits for long.
 
@@ -7206,8 +7460,7 @@ class Database:
     POLL = 3  # intervals between two reads of what others wrote
     WAIT = 5.0  # seconds
     BUSY_TIMEOUT = 2.0  # seconds for which SQLite waits for another process that writes
-    MAX_UNSAVED = 1_000  # responses in memory
-    MAX_UNSAVED_SIZE = 64 * 2**20  # their characters
+    MAX_STORED = 256 * 2**20  # bytes of responses for one account; then the oldest go
 
     def __init__(self, url: str, unix: Callable[[], float] = time.time) -> None:
         self.url = url
@@ -7222,8 +7475,9 @@ class Database:
         self.hanging: asyncio.Future[Any] | None = None  # the job that did not end in time
         self.has_failed = False  # the last job did
         self.batch = 1
-        self.unsaved: dict[str, Stored] = {}  # responses by id
+        self.unsaved = UnsavedResponses()
         self.lock = asyncio.Lock()  # one batch at a time
+        self.cleaned_on: date | None = None  # when what is old was looked for
 
     @cached_property
     def writer(self) -> str:
@@ -7247,10 +7501,10 @@ class Database:
             raise DatabaseError(NO_ANSWER)
         work = partial(self.transact, job, *arguments, begin=begin)
         done = asyncio.wrap_future(self.thread.submit(work))
+        done.add_done_callback(forget_outcome)  # whoever waits may be cancelled, or wait too long
         finished, _ = await asyncio.wait({done}, timeout=self.WAIT)
         if not finished:
             self.hanging = done
-            done.add_done_callback(forget_outcome)
             self.has_failed = True
             raise DatabaseError(NO_ANSWER)
         failure = done.exception()
@@ -7266,7 +7520,7 @@ class Database:
         yield
         await end_tasks([task])
         for _ in range(3):  # a broken connection, the batch that it broke with, the rest
-            if accounts.counted or accounts.batch or self.unsaved:
+            if accounts.counted or accounts.batch or self.unsaved.rows:
                 await self.sync(accounts)
         await asyncio.wait({asyncio.wrap_future(self.thread.submit(self.close))}, timeout=1)
 
@@ -7280,7 +7534,7 @@ class Database:
         """Whether to exchange something at this interval."""
         if self.in_memory:
             return number % self.POLL == 0 and bool(accounts.counted)
-        if accounts.counted or accounts.batch or self.unsaved or self.has_failed:
+        if accounts.counted or accounts.batch or self.unsaved.rows or self.has_failed:
             return True
         return number % self.POLL == 0 and (self.exists or self.connection is not None)
 
@@ -7291,7 +7545,7 @@ class Database:
         """
         async with self.lock:
             counts = accounts.take()
-            unsaved = {} if self.in_memory else dict(self.unsaved)
+            unsaved = {} if self.in_memory else dict(self.unsaved.rows)
             today = day_of(self.unix())
             begin = WRITE if counts or unsaved else READ
             try:
@@ -7304,24 +7558,72 @@ class Database:
                 return
             accounts.written(*known)
             self.batch += 1
-            for name, row in unsaved.items():
-                if self.unsaved.get(name) is row:
-                    del self.unsaved[name]
+            self.unsaved.saved(unsaved)
 
-    def put_response(self, response_id: str, account_id: str, body: str) -> None:
-        self.unsaved[response_id] = (account_id, body)
-        size = sum(len(text) for _, text in self.unsaved.values())
-        while len(self.unsaved) > self.MAX_UNSAVED or size > self.MAX_UNSAVED_SIZE:
-            # A deletion stays longest: the database may still have it.
-            oldest = next((name for name, (_, text) in self.unsaved.items() if text), response_id)
-            size -= len(self.unsaved.pop(oldest)[1])
+    @property
+    def first_day_kept(self) -> str:
+        """Responses of earlier days are not given out any more."""
+        return (day_of(self.unix()) - timedelta(DAYS_KEPT)).isoformat()
 
-    async def find_response(self, response_id: str, account_id: str) -> str:
-        """The body; "" if this account has none of this id. Raises DatabaseError."""
-        stored = self.unsaved.get(response_id)
-        if stored is None and self.exists:
-            stored = await self.run(self.select_response, response_id, begin=READ)
-        return stored[1] if stored and stored[0] == account_id else ""
+    async def put_response(self, row: ResponseRow) -> None:
+        """Keep a response: in memory at once, and in the database before its client hears of it.
+
+        The client's next request may reach another process. What cannot be written waits in memory.
+        """
+        self.unsaved.put(row)
+        if self.in_memory:
+            return
+        async with self.lock:
+            unsaved = dict(self.unsaved.rows)
+            if row.id not in unsaved:  # written while this one waited for the lock
+                return
+            try:
+                await self.run(self.write_responses, unsaved, day_of(self.unix()))
+            except DatabaseError:  # `sync` tries again, and logs it
+                return
+            self.unsaved.saved(unsaved)
+
+    async def find_responses(
+        self, account_id: str, asked: Referred, room: int
+    ) -> list[ResponseRow]:
+        """The account's responses of these ids, and the whole line of those before `asked.previous`.
+
+        What was deleted or stored more than DAYS_KEPT days ago is found only as another's parent.
+        Of what the database has, the rest is left out after `room` bytes. Raises DatabaseError.
+        """
+        first_day = self.first_day_kept
+        here = self.unsaved.rows
+
+        def is_given_out(row: ResponseRow) -> bool:
+            return row.account == account_id and row.day >= first_day
+
+        rows = [here[other] for other in asked.others if other in here]
+        rows = [*filter(is_given_out, rows)]
+        line = [*self.unsaved.line_from(asked.previous)]
+        start = LineStart(asked.previous, first_day)
+        if line and is_given_out(line[0]):
+            rows += line
+            start = LineStart(line[-1].parent, DELETED)
+        elif line:
+            start = LineStart("", "")
+        missing = [other for other in asked.others if other not in here]
+        if (start.id or missing) and self.exists and not self.in_memory:
+            select = partial(self.select_responses, account_id, start, missing, first_day, room)
+            rows += await self.run(select, begin=READ)
+        return rows
+
+    async def delete_response(self, response_id: str, account_id: str) -> bool:
+        """Whether there was one. Responses that go on from it still can be used."""
+        row = self.unsaved.rows.get(response_id)
+        first_day = self.first_day_kept
+        if row:
+            is_there = row.account == account_id and row.day >= first_day
+            if is_there:
+                self.unsaved.delete(response_id)
+            return is_there
+        if self.in_memory or not self.exists:
+            return False
+        return await self.run(self.mark_deleted, response_id, account_id, first_day)
 
     # From here on: in the thread, or where there is no event loop.
 
@@ -7404,18 +7706,21 @@ class Database:
             self.connection.close()
         self.connection = None
         self.opened = []
+        self.cleaned_on = None
 
     def execute(self, statement: str, *values: object) -> Any:
         return self.connection.execute(
             statement.replace("?", "%s") if self.is_postgres else statement, values
         )
 
+    def lock_out(self, activity: int) -> None:
+        """Until the transaction ends, keep other processes from doing the same; SQLite has one writer."""
+        if self.is_postgres:
+            self.execute("SELECT pg_advisory_xact_lock(?)", activity)
+
     def migrate(self) -> None:
         """Bring the tables to this program's version. Raises DatabaseError if they have a newer one."""
-        if self.is_postgres:
-            self.execute(
-                "SELECT pg_advisory_xact_lock(90909090)"
-            )  # another process may be starting too
+        self.lock_out(MIGRATING)
         self.execute("CREATE TABLE IF NOT EXISTS ztoapi_version (version BIGINT NOT NULL)")
         version = self.execute("SELECT MAX(version) FROM ztoapi_version").fetchone()[0] or 0
         if version > len(MIGRATIONS):
@@ -7428,7 +7733,7 @@ class Database:
             self.execute("INSERT INTO ztoapi_version VALUES (?)", number)
 
     def write_and_read(
-        self, counts: Counts, unsaved: Mapping[str, Stored], today: date
+        self, counts: Counts, unsaved: Mapping[str, ResponseRow], today: date
     ) -> tuple[list[Account], TokensUsed]:
         if counts or unsaved:
             self.write(counts, unsaved, today)
@@ -7439,16 +7744,40 @@ class Database:
             for period in periods
         }
 
-    def write(self, counts: Counts, unsaved: Mapping[str, Stored], today: date) -> None:
+    def write(self, counts: Counts, unsaved: Mapping[str, ResponseRow], today: date) -> None:
         if self.execute(BEGIN_BATCH, self.writer, self.batch, today.isoformat()).rowcount:
             for key, figures in sorted(
                 counts.items()
             ):  # sorted, or two writers might wait for each other
                 self.execute(ADD_USAGE, *key, *figures)
-        for response_id, (account_id, body) in unsaved.items():
-            self.execute(PUT_RESPONSE, response_id, account_id, today.isoformat(), body)
-        for statement in DELETE_OLD:
-            self.execute(statement, (today - timedelta(DAYS_KEPT)).isoformat())
+        self.write_responses(unsaved, today)
+
+    def write_responses(self, rows: Mapping[str, ResponseRow], today: date) -> None:
+        """Write them, and make room: for each account, and once a day for all."""
+        for row in rows.values():
+            self.execute(PUT_RESPONSE, *row)
+        for account_id in {row.account for row in rows.values()}:
+            stored = self.execute(SIZE_OF_ALL, account_id).fetchone()[0] or 0
+            if stored > self.MAX_STORED:
+                self.lock_out(MAKING_ROOM)
+                self.execute(DELETE_OLDEST, account_id, self.MAX_STORED)
+        has_deleted = any(row.day == DELETED for row in rows.values())
+        if has_deleted or self.cleaned_on != today:
+            self.clean(today)
+
+    def clean(self, today: date) -> None:
+        """Delete what is old or marked as deleted, unless a younger response goes on from it."""
+        first_day = (today - timedelta(DAYS_KEPT)).isoformat()
+        self.lock_out(MAKING_ROOM)
+        self.execute(FORGET_WRITERS, first_day)
+        while self.execute(DELETE_UNNEEDED, first_day).rowcount:
+            pass  # a parent is not needed any more when its children are gone
+        self.cleaned_on = today
+
+    def mark_deleted(self, response_id: str, account_id: str, first_day: str) -> bool:
+        found = self.execute(DELETE_RESPONSE, response_id, account_id, first_day).rowcount
+        self.clean(day_of(self.unix()))
+        return bool(found)
 
     def list_accounts(self) -> list[Account]:
         rows = self.execute(
@@ -7463,8 +7792,7 @@ class Database:
 
         Of two who add a key at the same time, one adds it, the other changes it.
         """
-        if self.is_postgres:
-            self.execute("SELECT pg_advisory_xact_lock(90909091)")
+        self.lock_out(CHANGING_KEYS)
         named = {account.name: account for account in self.list_accounts()}
         account = change(named.get(name))
         self.put_account(account)
@@ -7484,13 +7812,38 @@ class Database:
             return list(self.execute(USAGE_OF_ONE, since.isoformat(), account_id))
         return list(self.execute(USAGE_SINCE, since.isoformat()))
 
-    def select_response(self, response_id: str) -> Stored | None:
-        return next(
-            iter(
-                self.execute("SELECT account, body FROM ztoapi_responses WHERE id = ?", response_id)
-            ),
-            None,
-        )
+    def select_responses(
+        self,
+        account_id: str,
+        start: LineStart,
+        others: Sequence[str],
+        first_day: str,
+        room: int,
+    ) -> list[ResponseRow]:
+        """See `find_responses`: first what there is, then as much of it as there is room for."""
+        sizes: dict[str, int] = {}  # by id
+        if start.id:
+            sizes.update(
+                self.execute(LINE, start.id, account_id, start.first_day, account_id, room)
+            )
+        if others:
+            there = self.execute(SIZES.format(marks(others)), *others, account_id, first_day)
+            sizes.update(there)
+        wanted: list[str] = []
+        for response_id, size in sizes.items():
+            room -= size
+            if room >= 0:
+                wanted.append(response_id)
+        rows: list[ResponseRow] = []
+        for begin in range(0, len(wanted), 500):  # databases bound the values of a statement
+            some = wanted[begin : begin + 500]
+            rows += map(ResponseRow._make, self.execute(ROWS.format(marks(some)), *some))
+        return rows
+
+
+def marks(values: Sequence[object]) -> str:
+    """A placeholder of SQL for each of the values."""
+    return ", ".join("?" * len(values))
 
 
 # ======== Requests ==================================================================================================
@@ -7701,34 +8054,48 @@ class Statistics:
 class ClientHistory:
     """The stored responses of one client key. Those that a request refers to are loaded before it is parsed."""
 
-    MAX_SIZE = MAX_HELD  # characters; the rest counts as not stored
+    MAX_SIZE = MAX_HELD  # bytes; the rest counts as not stored
 
     def __init__(self, database: Database, account_id: str) -> None:
-        self.database, self.account_id = database, account_id
+        self.database = database
+        self.account_id = account_id
         self.loaded: dict[str, StoredResponse] = {}
-        self.size = 0  # characters of what was found
+        self.size = 0  # bytes of what was found
 
-    async def load(self, response_id: str) -> None:
+    async def load(self, asked: Referred) -> None:
         """Raises DatabaseError."""
-        body = (
-            await self.database.find_response(response_id, self.account_id)
-            if self.size <= self.MAX_SIZE
-            else ""
-        )
-        self.size += len(body)
-        if body and self.size <= self.MAX_SIZE:
-            self.loaded[response_id] = StoredResponse(
-                **await in_thread_if_large(len(body), json.loads, body)
-            )
+        if not asked.previous and not asked.others:
+            return
+        rows = await self.database.find_responses(self.account_id, asked, self.MAX_SIZE)
+        await in_thread_if_large(sum(row.size for row in rows), self.read, rows)
+
+    def read(self, rows: Iterable[ResponseRow]) -> None:
+        for row in rows:
+            self.size += row.size
+            if self.size <= self.MAX_SIZE:
+                self.loaded[row.id] = StoredResponse(**json.loads(row.body), parent=row.parent)
 
     def get(self, response_id: str) -> StoredResponse | None:
         return self.loaded.get(response_id)
 
-    def put(self, stored: StoredResponse) -> None:
-        body = json.dumps(
-            {"response": stored.response, "input": stored.input}
-        )  # in ASCII: half a surrogate pair too
-        self.database.put_response(stored.response["id"], self.account_id, body)
+    async def put(self, stored: StoredResponse, size: int) -> None:
+        """`size` is about that of the request and the answer, in bytes."""
+        row = await in_thread_if_large(size, self.row, stored)
+        await self.database.put_response(row)
+
+    def row(self, stored: StoredResponse) -> ResponseRow:
+        body = encode_json({"response": stored.response, "input": stored.input})
+        now = self.database.unix()
+        day = day_of(now).isoformat()
+        return ResponseRow(
+            stored.response["id"],
+            self.account_id,
+            day,
+            int(now * 1000),
+            stored.parent,
+            len(body),
+            body.decode(),
+        )
 
 
 # An answer that may have begun: `fail` says in it why it broke off.
@@ -7860,7 +8227,7 @@ async def respond(surface: Surface, request: web.Request) -> web.StreamResponse:
             events += batch
         asked.reply.begin(head_of(answer.info, asked.model, request[RECORD]))
         document = asked.reply.fold(events)
-        keep(request, asked.reply, answer)
+        await keep(request, asked.reply, answer)
         if answer.size > LARGE:  # others go on between two steps that take long
             await asyncio.sleep(0)
         return json_response(document, headers=asked.headers | info_headers(answer.info))
@@ -7880,7 +8247,7 @@ async def respond_streamed(
                 await response.send(frames, answer.size)
                 frames = asked.reply.frames_of(await read_noted(request, answer))
             frames += asked.reply.close()
-            keep(request, asked.reply, answer)
+            await keep(request, asked.reply, answer)
             await response.send(frames, answer.size)
             await response.response.write_eof()
     return response.response
@@ -7894,12 +8261,13 @@ async def read_noted(request: web.Request, answer: Answering) -> list[Event]:
     return batch
 
 
-def keep(request: web.Request, reply: Reply, answer: Answering) -> None:
+async def keep(request: web.Request, reply: Reply, answer: Answering) -> None:
     """Keep what a complete answer leaves behind, before its last frame: a client asks again at once."""
     for message in answer.said:
         request.app[UPSTREAM].memory.put(request[ACCOUNT].id, message)
     if reply.stored:
-        ClientHistory(request.app[DATABASE], request[ACCOUNT].id).put(reply.stored)
+        history = ClientHistory(request.app[DATABASE], request[ACCOUNT].id)
+        await history.put(reply.stored, request.content.total_bytes + answer.size)
 
 
 @dataclass(slots=True)
@@ -7916,8 +8284,7 @@ async def plan_request(surface: Surface, request: web.Request) -> Asked:
     """Reads a request and plans it; the record learns the model. Every 400 and 403 is raised here."""
     history = ClientHistory(request.app[DATABASE], request[ACCOUNT].id)
     body = await read_json(request)
-    for response_id in referred_responses(body):
-        await history.load(response_id)
+    await history.load(referred_responses(body))
     size = request.content.total_bytes + history.size
     asked = await in_thread_if_large(size, planned, surface, request, body, history, size)
     request.app[UPSTREAM].remedies.update(asked.plan.repairs)
@@ -8063,31 +8430,38 @@ async def one_model(request: web.Request) -> web.Response:
     return json_response(item(models[name], name))
 
 
-async def stored_response(request: web.Request) -> StoredResponse:
-    history, response_id = (
-        ClientHistory(request.app[DATABASE], request[ACCOUNT].id),
-        request.match_info["id"],
-    )
-    await history.load(response_id)
-    stored = history.get(response_id)
-    if stored is None:
-        raise ProxyError(
-            error_kind(404, "response_not_found"), "This response is not stored here (any more)."
-        )
-    return stored
+RESPONSE_NOT_FOUND = error_kind(
+    404, "response_not_found", "This response is not stored here (any more)."
+)
 
 
 async def one_response(request: web.Request) -> web.Response:
-    return json_response((await stored_response(request)).response)
+    history = ClientHistory(request.app[DATABASE], request[ACCOUNT].id)
+    response_id = request.match_info["id"]
+    await history.load(Referred(others=(response_id,)))
+    stored = history.get(response_id)
+    if stored is None:
+        raise ProxyError(RESPONSE_NOT_FOUND)
+    return json_response(stored.response)
 
 
 async def list_input_items(request: web.Request) -> web.Response:
-    return json_response(input_items(await stored_response(request), request.query))
+    """The whole conversation before a response, the request's own items last."""
+    history = ClientHistory(request.app[DATABASE], request[ACCOUNT].id)
+    response_id = request.match_info["id"]
+    await history.load(Referred(previous=response_id))
+    stored = history.get(response_id)
+    if stored is None:
+        raise ProxyError(RESPONSE_NOT_FOUND)
+    said = [*previous_items(stored.parent, history), *stored.input]
+    return json_response(input_items(response_id, said, request.query))
 
 
 async def delete_response(request: web.Request) -> web.Response:
-    response_id = (await stored_response(request)).response["id"]
-    request.app[DATABASE].put_response(response_id, request[ACCOUNT].id, "")
+    """A response that others go on from is not given out any more, but its conversation goes on."""
+    response_id = request.match_info["id"]
+    if not await request.app[DATABASE].delete_response(response_id, request[ACCOUNT].id):
+        raise ProxyError(RESPONSE_NOT_FOUND)
     return json_response({"id": response_id, "object": "response", "deleted": True})
 
 
@@ -9419,6 +9793,11 @@ def manage_keys(database: Database, flags: argparse.Namespace) -> str:
         accounts.written(*database.transact(database.write_and_read, {}, {}, today, begin=READ))
     if flags.action == "list":
         return key_table(key_item(accounts, account) for account in accounts.named.values())
+    return change_key(database, flags, today)
+
+
+def change_key(database: Database, flags: argparse.Namespace, today: date) -> str:
+    """Add, change or remove a key."""
     name = parse_key_name(flags.name)
     if flags.action != "add" and not database.exists:  # which need not make one
         raise BadRequest(f"there is no key named {name}")

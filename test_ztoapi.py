@@ -4738,6 +4738,12 @@ PACKED = VECTORS | {"data": [{"embedding": "AAAAPwAAgL8AAABA"}, *VECTORS["data"]
     [
         (json.dumps(VECTORS).encode(), encode_json(PACKED)),
         (b'{"data":7}', b'{"data":7}'),
+        (
+            b'{"data":[{"embedding":[1e308,-1e308,1' + b"0" * 99 + b"]}]}",
+            b'{"data":[{"embedding":"AACAfwAAgP8AAIB/"}]}',
+        ),
+        (b'{"data":[{"embedding":[true]}]}', b'{"data":[{"embedding":[true]}]}'),
+        (b'{"data":[{"embedding":["1"]}]}', b'{"data":[{"embedding":["1"]}]}'),
         (b"<html>", b"<html>"),
     ],
 )
@@ -4748,6 +4754,13 @@ def test_embeddings_are_packed_into_base64(data, wanted):
             wanted,
             b"",
         ]
+
+
+@pytest.mark.parametrize(
+    ("at", "wanted"), [(253402214399999, 253402214399.999), (9e15, None), (0, None)]
+)
+def test_a_quota_is_reset_at_a_date_or_nobody_knows_when(at, wanted):
+    assert ztoapi.plan_limit({"percentage": 1, "nextResetTime": at})["resets_at"] == wanted
 
 
 def test_messages_pass_as_they_come():
@@ -7843,6 +7856,19 @@ async def test_an_answer_behind_an_answer_reaches_nobody(raw_zai):
 
 
 @in_loop
+async def test_headers_of_zais_are_cleaned_before_they_are_passed_on(raw_zai):
+    async def answer(path, writer):
+        header = "Content-Disposition: attachment; filename=\x01a\x0b\x7f.txt"
+        kind = "Content-Type: text/plain\x01"
+        writer.write(http_answer("{}", header, kind, "X-Log-Id: \x01log\x0b"))
+
+    _, client = await raw_zai(answer)
+    async with client.get("/v1/files/a", headers=KEY) as response:
+        assert (response.status, await response.text()) == (200, "{}")
+        assert response.headers["Content-Disposition"] == "attachment; filename=a.txt"
+
+
+@in_loop
 @pytest.mark.parametrize("pause", [0.02, 60], ids=["without end", "one"])
 async def test_informational_answers_are_silence(raw_zai, pause):
     async def inform(_, writer):
@@ -10409,7 +10435,7 @@ story = {{
     "arguments": sys.argv[1:],
     "key": json.load(open(folder + "/models.json"))["providers"]["ztoapi"]["apiKey"],
     "in_home": os.path.relpath(os.path.dirname(folder), os.environ["HOME"]),
-    "theirs": [name for name in os.environ if name.startswith(("OPENAI_", "ANTHROPIC_", "GPTME_", "ZAI_", "DEFAULT_"))],
+    "theirs": [name for name in os.environ if "theirs" in os.environ[name]],
     "mode": oct(os.stat(folder).st_mode & 0o777),
     "health": json.loads(server.makefile().read().partition("\\n\\n")[2]),
 }}
@@ -10490,10 +10516,14 @@ async def test_launch_tells_a_client_what_it_needs_and_no_more(run, tmp_path):
     port = run(Program, "--demo").port
     secrets_of_others = {
         "OPENAI_API_KEY": "theirs",
+        "ANTHROPIC_AUTH_TOKEN": "theirs",
+        "GPTME_OPENAI_BASE_URL": "http://theirs/v1",
         "ZTOAPI_KEY": "theirs",
-        "DATABASE_URL": "memory",
+        "ZAI_API_KEY": "theirs",
+        "DATABASE_URL": "sqlite:////theirs.db",
+        "CORS_ORIGINS": "https://theirs",
+        "VISION_MODEL": "theirs",
     }
-    secrets_of_others["GPTME_OPENAI_BASE_URL"] = "http://127.0.0.1:9/v1"
     launch = run(
         Launch, tmp_path, "--own", port=port, DEFAULT_KEY="sk-your-key", **secrets_of_others
     )

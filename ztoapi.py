@@ -5369,12 +5369,13 @@ def plan_quota(document: JSON) -> JSON:
     return {"level": str(data.get("level") or "")[:20], "limits": [*map(plan_limit, limits)]}
 
 
+LAST_MILLISECOND = 253_402_214_400_000  # of Unix time that is a date: the end of the year 9999
+
+
 def plan_limit(limit: JSON) -> JSON:
-    unit, number, resets_at = (
-        limit.get("unit"),
-        limit.get("number"),
-        as_number(limit.get("nextResetTime")),
-    )
+    unit, number = limit.get("unit"), limit.get("number")
+    resets_at = as_number(limit.get("nextResetTime")) or 0
+    is_known = 0 < resets_at < LAST_MILLISECOND
     window = PLAN_WINDOWS.get((as_count(unit), as_count(number))) or f"{number} of unit {unit}"[:20]
     used, allowance = as_number(limit.get("currentValue")), as_number(limit.get("usage"))
     shown = {
@@ -5385,7 +5386,7 @@ def plan_limit(limit: JSON) -> JSON:
     return shown | {
         "used": used,
         "allowance": allowance,
-        "resets_at": resets_at / 1000 if resets_at else None,
+        "resets_at": resets_at / 1000 if is_known else None,
     }
 
 
@@ -5502,15 +5503,34 @@ class EmbeddingsReader(UsageReader):
 
 
 def packed_embedding(item: Any) -> Any:
+    """The item with its numbers packed; as it is where there is something else among them."""
     numbers = as_object(item).get("embedding")
-    if not isinstance(numbers, list) or not all(
-        isinstance(number, (int, float)) for number in numbers
-    ):
+    if not isinstance(numbers, list):
         return item
-    return {
-        **item,
-        "embedding": base64.b64encode(struct.pack(f"<{len(numbers)}f", *numbers)).decode(),
-    }
+    for number in numbers:
+        if type(number) not in (int, float):
+            return item
+    return {**item, "embedding": base64.b64encode(packed_floats(numbers)).decode()}
+
+
+def packed_floats(numbers: list[int | float]) -> bytes:
+    """Little-endian 32-bit floats; those that do not fit are infinite."""
+    form = f"<{len(numbers)}f"
+    try:
+        return struct.pack(form, *numbers)
+    except (OverflowError, struct.error):  # rare, so that the others are not looked at one by one
+        return struct.pack(form, *map(fitting, numbers))
+
+
+MAX_FLOAT_32 = (2 - 2**-23) * 2.0**127
+
+
+def fitting(number: int | float) -> float:
+    if number > MAX_FLOAT_32:
+        return math.inf
+    if number < -MAX_FLOAT_32:
+        return -math.inf
+    return number
 
 
 # ======== Accounts ==================================================================================================
@@ -6407,6 +6427,12 @@ def connection_error(error: Exception) -> UpstreamError:
 
 
 NOT_IN_HEADERS, NOT_PRINTABLE = re.compile(r"[^\w.:-]", re.ASCII), re.compile(r"[^!-~]")
+CONTROL = re.compile(r"[\x00-\x08\x0a-\x1f\x7f\ud800-\udfff]")  # and bytes that are no UTF-8
+
+
+def header_text(text: str) -> str:
+    """A header's value from outside without the control characters that no header may have."""
+    return CONTROL.sub("", text)
 
 
 def header_word(words: str) -> str:
@@ -8842,9 +8868,10 @@ class PassThroughResponse:
 
     def __init__(self, request: web.Request, stream: ByteStream, reader: PassThroughReader) -> None:
         reply = stream.response
-        headers = {
-            name: reply.headers[name] for name in PASS_THROUGH_HEADERS if name in reply.headers
-        }
+        headers = {}
+        for name in PASS_THROUGH_HEADERS:
+            if name in reply.headers:
+                headers[name] = header_text(reply.headers[name])
         if (
             "Content-Encoding" in reply.headers or type(reader) is not PassThroughReader
         ):  # the length changes
@@ -9955,8 +9982,8 @@ async def check(flags: Mapping[str, str]) -> int:
     return 0 if good else 1
 
 
-# What a client does not inherit: variables for other accounts, and our keys.
-NOT_INHERITED = ("ANTHROPIC_", "OPENAI_", "GPTME_OPENAI_", "ZAI_", "DEFAULT_KEY")
+# What a client does not inherit, besides this server's settings: variables for other accounts, and our keys.
+NOT_INHERITED = ("ANTHROPIC_", "OPENAI_", "GPTME_OPENAI_", "ZAI_", "ZTOAPI_")
 
 
 def launch(settings: Settings, flags: argparse.Namespace) -> int:
@@ -10090,8 +10117,11 @@ def own_server(settings: Settings, origin: str, flags: list[str]) -> Iterator[No
 
 def run(command: list[str], variables: dict[str, str]) -> int:
     """Runs a client. Returns its exit status: 128 plus the signal's number if a signal ended it."""
+    settings = {setting.name.upper() for setting in fields(Settings)}
     inherited = {
-        name: value for name, value in os.environ.items() if not name.startswith(NOT_INHERITED)
+        name: value
+        for name, value in os.environ.items()
+        if name not in settings and not name.startswith(NOT_INHERITED)
     }
     signal.signal(
         signal.SIGINT, lambda *_: None

@@ -4636,19 +4636,12 @@ def zai_refuses(code, status=429, text="Words"):
     return status, [json.dumps({"error": {"code": str(code), "message": text}}).encode()]
 
 
-class PlainServer(web.Server):
-    """Serves with aiohttp's own class of connections, in whose place we put ours."""
-
-    def __call__(self):
-        return RequestHandler(self, loop=self._loop, **self._kwargs)
-
-
 @asynccontextmanager
 async def fake_zai(**how):
     zai = FakeZai()
     server = TestServer(zai.app(), **how)
     await server.start_server(shutdown_timeout=0.1)
-    server.handler.__class__ = PlainServer
+    zai.server = server
     zai.url = str(server.make_url("/api/paas/v4"))
     try:
         yield zai
@@ -6464,12 +6457,12 @@ async def test_json_out_of_bounds_is_refused(client, zai, data):
             id="control character",
         ),
         pytest.param(
-            b"GET /health HTTP/1.1\r\nHost: localhost\r\nx: " + b"y" * 10_000 + b"\r\n\r\n",
+            b"GET /health HTTP/1.1\r\nHost: localhost\r\nx: " + b"y" * 40_000 + b"\r\n\r\n",
             id="long header",
         ),
         pytest.param(b"GET /health HTTP/1.1\r\n" + b"x: y\r\n" * 300 + b"\r\n", id="many headers"),
         pytest.param(
-            b"GET /" + b"x" * 10_000 + b" HTTP/1.1\r\nHost: localhost\r\n\r\n", id="long path"
+            b"GET /" + b"x" * 40_000 + b" HTTP/1.1\r\nHost: localhost\r\n\r\n", id="long path"
         ),
         pytest.param(b"BREW /health HTTP/1.1\r\nHost: localhost\r\n\r\n", id="unknown method"),
     ],
@@ -6477,6 +6470,7 @@ async def test_json_out_of_bounds_is_refused(client, zai, data):
 async def test_what_is_no_http_is_refused_in_our_shape(client, caplog, data):
     head, _, body = (await talk_raw(client, data)).partition(b"\r\n\r\n")
     assert re.match(rb"HTTP/1\.[01] 4\d\d ", head)
+    assert re.search(rb"\r\nx-request-id: req_\w{24}(\r|$)", head)
     assert error_of(body)["type"] == "invalid_request_error"
     assert b"topsecret" not in body
     assert "Traceback" not in caplog.text
@@ -6497,6 +6491,121 @@ async def test_what_a_client_expects(client, expects, first, code, path):
     head = POST.format(path, f"Expect: {expects}\r\nContent-Length: {len(data)}").encode()
     answer = await talk_raw(client, head + data)
     assert (answer[: len(first)], code in answer) == (first, True)
+    assert expects == "100-continue" or b"\r\nx-request-id: req_" in answer
+
+
+def request_with(*headers):
+    return b"GET /health HTTP/1.1\r\nHost: localhost\r\n" + b"".join(headers) + b"\r\n"
+
+
+@in_loop
+@pytest.mark.parametrize(
+    "headers",
+    [
+        pytest.param([b"Cookie: " + b"c" * 8_200 + b"\r\n"], id="a cookie"),
+        pytest.param([b"Cookie: " + b"c" * 32_600 + b"\r\n"], id="a long cookie"),
+        pytest.param([b"x%d: %s\r\n" % (i, b"y" * 300) for i in range(100)], id="many"),
+    ],
+)
+async def test_a_head_of_32_kb_is_read(client, headers):
+    assert (await talk_raw(client, request_with(*headers))).startswith(b"HTTP/1.1 200 OK")
+
+
+TOO_LARGE = [
+    pytest.param([b"Cookie: " + b"c" * 33_000 + b"\r\n"], b"longest is Cookie.", id="a cookie"),
+    pytest.param(
+        [b"x%d: %s\r\n" % (i, b"c" * (600 + i)) for i in range(60)], b"longest is x59.", id="many"
+    ),
+]
+
+
+@in_loop
+@pytest.mark.parametrize("before", [0, 1, 3])
+@pytest.mark.parametrize("size", [2**18, 1000], ids=["at once", "in pieces"])
+@pytest.mark.parametrize(("headers", "named"), TOO_LARGE)
+async def test_a_larger_head_is_431_and_its_longest_header_is_named(
+    client, before, size, headers, named
+):
+    reader, writer = await asyncio.open_connection("127.0.0.1", client.port)
+    writer.write(GET * before)
+    for _ in range(before):
+        await asyncio.wait_for(reader.readuntil(b"}"), 5)
+    data = request_with(*headers)
+    for start in range(0, len(data), size):
+        writer.write(data[start : start + size])
+        await asyncio.sleep(0)
+    answer = await asyncio.wait_for(reader.readuntil(b"}}"), 5)
+    assert answer.startswith(b"HTTP/1.0 431 Request Header Fields Too Large\r\n")
+    assert (named in answer, b"ccc" in answer) == (True, False)
+    writer.close()
+
+
+@in_loop
+async def test_behind_what_is_no_http_nothing_more_is_read(client, zai):
+    zai.parts = [FIRST, HANG]
+    reader, writer = await asyncio.open_connection("127.0.0.1", client.port)
+    writer.write(raw_request(chat(stream=True)))
+    await asyncio.wait_for(reader.readuntil(b"}"), 5)
+    (connection,) = client.server.handler.connections
+    writer.write(b"junk\r\n\r\n")
+    assert await eventually(lambda: connection.has_request)
+    kept = connection.head
+    writer.write(GET * 99)
+    await asyncio.sleep(0.1)
+    assert connection.head == kept
+    writer.close()
+
+
+@in_loop
+async def test_an_address_that_is_too_long_is_414(client):
+    answer = await talk_raw(
+        client, b"GET /" + b"x" * 40_000 + b" HTTP/1.1\r\nHost: localhost\r\n\r\n"
+    )
+    assert (answer[9:12], b'"code":"address_too_long"' in answer) == (b"414", True)
+
+
+@in_loop
+async def test_what_is_tls_is_told_to_use_http(client, caplog):
+    caplog.set_level("INFO")
+    answer = await talk_raw(client, b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03" + b"x" * 506)
+    assert (answer[9:12], b"use http://" in answer, "use http://" in caplog.text) == (
+        b"400",
+        True,
+        True,
+    )
+
+
+@in_loop
+async def test_line_ends_between_requests_mean_nothing(client, impatient, zai):
+    zai.parts = [FIRST, 0.5, RECORDED]
+    reader, writer = await asyncio.open_connection("127.0.0.1", client.port)
+    for _ in range(2):
+        writer.write(raw_request(chat(stream=True)))
+        assert b"HTTP/1.1 200 OK" in await asyncio.wait_for(reader.readuntil(b"}"), 5)
+        writer.write(b"\r\n")  # as some clients end a body
+        await asyncio.wait_for(reader.readuntil(b"[DONE]\n\n\r\n0\r\n\r\n"), 5)
+        await asyncio.sleep(0.4)  # longer than half a head may take here
+    writer.close()
+
+
+@in_loop
+async def test_half_a_head_behind_a_request_does_not_end_its_answer(client, impatient, zai):
+    zai.parts = [FIRST, 0.5, RECORDED]
+    reader, writer = await asyncio.open_connection("127.0.0.1", client.port)
+    writer.write(raw_request(chat(stream=True)))
+    await asyncio.wait_for(reader.readuntil(b"}"), 5)
+    writer.write(GET[:20])
+    await asyncio.wait_for(reader.readuntil(b"[DONE]"), 5)
+    assert await asyncio.wait_for(reader.read(), 5)  # and is then given up
+    writer.close()
+
+
+@in_loop
+async def test_servers_of_other_apps_are_left_alone(client):
+    assert type(client.server.handler()) is ztoapi.ClientConnection
+    assert type(web.Server(None)()) is RequestHandler
+    async with fake_zai() as zai:
+        assert type(zai.server.handler()) is RequestHandler
 
 
 ODD = [
@@ -7103,9 +7212,9 @@ async def test_a_connection_without_a_whole_head_is_closed(client, impatient):
 @in_loop
 async def test_a_head_without_end_is_not_kept(client):
     reader, writer = await asyncio.open_connection("127.0.0.1", client.port)
-    writer.write(GET[:-2] + b"".join(b"x%d: %s\r\n" % (i, b"y" * 1000) for i in range(60)))
+    writer.write(GET[:-2] + b"".join(b"x%d: %s\r\n" % (i, b"y" * 1000) for i in range(300)))
     with contextlib.suppress(ConnectionResetError):
-        assert await asyncio.wait_for(reader.read(), 5) == b""
+        assert (await asyncio.wait_for(reader.read(), 5)).startswith(b"HTTP/1.0 431 ")
     writer.close()
 
 
@@ -7134,6 +7243,7 @@ async def test_those_that_ask_nothing_make_room_for_those_that_do(client, monkey
     [
         pytest.param("Content-Encoding: gzip\r\nContent-Length: 9", b"not gzip!", id="encoding"),
         pytest.param("Transfer-Encoding: chunked", b"3\r\nabc\r\nno chunk\r\n", id="chunks"),
+        pytest.param("Transfer-Encoding: chunked", b"3\r\n{ }\r\n|no chunk\r\n", id="a late chunk"),
         pytest.param("Content-Length: 9", b"abc", id="silence"),
     ],
 )
@@ -7143,8 +7253,9 @@ async def test_a_broken_body_is_refused_and_ends_the_connection(
     client = passing
     reader, writer = await asyncio.open_connection("127.0.0.1", client.port)
     writer.write(POST.format(path, headers).encode())
-    await asyncio.sleep(0.02)
-    writer.write(body)
+    for part in body.split(b"|"):
+        await asyncio.sleep(0.02)
+        writer.write(part)
     head, _, text = (await asyncio.wait_for(reader.readuntil(b"}}"), 2)).partition(b"\r\n\r\n")
     assert head.startswith(b"HTTP/1.1 404" if path == "/v1/nothing" else b"HTTP/1.1 400")
     assert path == "/v1/nothing" or await asyncio.wait_for(reader.read(), 2) == b""
@@ -7200,23 +7311,6 @@ async def test_a_body_that_comes_byte_by_byte_gets_no_more_time(passing, impatie
     await asyncio.gather(*map(send_slowly, ("/v1/chat/completions", "/v1/files")))
 
 
-@in_loop
-async def test_while_we_read_nothing_a_client_is_not_silent(client, impatient):
-    head, body = raw_request(HELLO).split(b"\r\n\r\n")
-    reader, writer = await asyncio.open_connection("127.0.0.1", client.port)
-    writer.write(head + b"\r\n\r\n")
-    assert await eventually(lambda: client.app[ztoapi.IN_FLIGHT])
-    (connection,) = client.server.handler.connections
-    connection.pause_reading()
-    await asyncio.sleep(0.3)
-    connection.resume_reading()
-    connection.timer.cancel()
-    connection.check()
-    writer.write(body)
-    assert await asyncio.wait_for(reader.readline(), 2) == b"HTTP/1.1 200 OK\r\n"
-    writer.close()
-
-
 LARGE = message(role="user", content="x" * 2**23)
 
 
@@ -7246,6 +7340,15 @@ async def test_an_upload_may_be_slow_but_not_stall(start, pauses, status):
             time.monotonic() - started > 0.4
         )  # in all, a slow one takes longer than Z.ai may be silent
         assert (await stats(client))[0]["in_flight"] == 0
+
+
+@in_loop
+async def test_while_we_read_nothing_a_client_is_not_silent(start, impatient):
+    async with fake_zai(socket_factory=narrow_socket) as zai:
+        client = await start(zai_base_url=zai.url)
+        zai.pauses, zai.headers, zai.parts = [0.3] * 4, {}, [DOCUMENT]
+        response, _ = await ask(client, LARGE, "/v1/files")
+        assert response.status == 200
 
 
 @in_loop
@@ -7819,21 +7922,23 @@ async def test_a_process_manager_may_make_the_app_before_it_forks(tmp_path, zai)
         stderr=subprocess.PIPE,
     )
     answers = [await ask_once(port) for _ in range(20)]
+    refused = await ask_once(port, request_with(b"x: " + b"y" * 40_000 + b"\r\n"))
     manager.terminate()
     _, log = await asyncio.wait_for(manager.communicate(), 20)
     with contextlib.closing(sqlite3.connect(tmp_path / "z.db")) as written:
         counted = written.execute("SELECT SUM(requests) FROM ztoapi_usage").fetchone()
     assert (set(answers), counted, b"Traceback" in log) == ({b"HTTP/1.1 200 OK"}, (20,), False)
+    assert refused.startswith(b"HTTP/1.0 431 ")
 
 
-async def ask_once(port):
+async def ask_once(port, data=None):
     """The status line of an answer over a connection of its own, perhaps to a server that is starting."""
     try:
         reader, writer = await asyncio.open_connection("127.0.0.1", port)
     except ConnectionRefusedError:
         await asyncio.sleep(0.1)
-        return await ask_once(port)
-    writer.write(raw_request(HELLO))
+        return await ask_once(port, data)
+    writer.write(data or raw_request(HELLO))
     line = await asyncio.wait_for(reader.readline(), 10)
     writer.close()
     return line.strip()

@@ -23,8 +23,8 @@ SettingsError, BadRequest (the client's fault), UpstreamError (Z.ai's) or anothe
 The sections, in order: Settings, Errors, Models, JSON, Internal representation; what clients speak (Request fields,
 Chat completions, Completions, Responses, Messages, Surfaces), Clients; what Z.ai speaks (request, errors, answer);
 Accounts; I/O: Admission (Z.ai's keys, queue), Z.ai client, Upstream (retries, fallbacks), Database, Requests
-(records, statistics), Streaming out, Handlers, Pass-through, Access, Errors and shutdown, Client connections, Server,
-Commands, Demo, Pages.
+(records, statistics), Streaming out, Request bodies, Handlers, Pass-through, Access, Errors and shutdown, Client
+connections, Server, Commands, Demo, Pages.
 """
 
 from __future__ import annotations
@@ -93,9 +93,8 @@ from urllib.parse import quote, unquote, urljoin, urlsplit
 from urllib.request import ProxyHandler, build_opener, getproxies, proxy_bypass
 
 import aiohttp
-from aiohttp import web, web_server
-from aiohttp.http import RawRequestMessage
-from aiohttp.web_protocol import RequestHandler
+from aiohttp import web
+from aiohttp.http import HttpProcessingError, RawRequestMessage
 from dotenv import dotenv_values
 
 __version__ = "1.0.0"
@@ -4492,7 +4491,6 @@ async def in_thread_if_large(size: int, work: Callable[..., R], *arguments: Any)
 
 
 FINISH_TIMEOUT = 2  # seconds to wait for usage and [DONE] after the finish
-BROKEN_BODY = "The request body could not be read: it broke off, or its encoding is broken."
 CONNECT_TIMEOUT = 10  # seconds, including DNS and TLS
 ERROR_BODY_LIMIT = 65536  # bytes of a refusal that are read
 ERROR_BODY_TIMEOUT = 5  # seconds
@@ -5878,6 +5876,79 @@ class SSEResponse:
             await self.write(b": keep-alive\n\n")
 
 
+# ======== Request bodies ============================================================================================
+# `body_parts` reads one, in the time and up to the size that a client may have.
+
+READ_TIMEOUT = 30.0  # seconds for a whole head, and for each MIN_READ bytes of a body
+MIN_READ = 2**14
+
+
+class BrokenBody(BadRequest):
+    """A body that stops, or is not what its headers say. The connection ends with the answer."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            "The request body could not be read: it broke off, or its encoding is broken."
+        )
+
+
+async def read_body(request: web.Request) -> bytes:
+    """request.read() would keep the body as long as the request. Raises what body_parts raises."""
+    return b"".join([part async for part in body_parts(request)])
+
+
+def body_parts(request: web.Request) -> AsyncIterator[bytes]:
+    """The body in parts as it comes. Raises BrokenBody, and aiohttp's 413 if it is larger than MAX_BODY_MB."""
+    return limited_parts(BodyReader(request.content), request.app[SETTINGS].max_body_mb * 2**20)
+
+
+async def limited_parts(body: BodyReader, limit: int) -> AsyncIterator[bytes]:
+    size = 0
+    while part := await body.read():
+        size += len(part)
+        if size > limit:
+            raise web.HTTPRequestEntityTooLarge(limit, size)
+        yield part
+
+
+class BodyReader:
+    """Reads a body as it comes, and gives up on a client that stalls.
+
+    It has READ_TIMEOUT seconds for each MIN_READ bytes, so what comes byte by byte gets no more time. Only waiting
+    for the client counts: while Z.ai takes an upload slowly, nothing is read.
+    """
+
+    def __init__(self, content: aiohttp.StreamReader) -> None:
+        self.content = content
+        self.seconds_left = READ_TIMEOUT
+        self.received = 0  # bytes since it had all these seconds
+
+    async def read(self) -> bytes:
+        """The next bytes, none at the end. Raises BrokenBody."""
+        try:
+            part = await self.wait()
+        except (web.RequestPayloadError, HttpProcessingError) as error:
+            raise BrokenBody from error
+        except asyncio.TimeoutError as error:
+            self.content.feed_eof()  # or aiohttp would wait for the rest, to ignore it
+            raise BrokenBody from error
+        if self.content.exception():
+            raise BrokenBody
+        return part
+
+    async def wait(self) -> bytes:
+        if self.content.is_eof():  # all of it is here
+            return await self.content.readany()
+        began = time.monotonic()
+        part = await asyncio.wait_for(self.content.readany(), self.seconds_left)
+        self.seconds_left -= time.monotonic() - began
+        self.received += len(part)
+        if self.received >= MIN_READ:
+            self.seconds_left = READ_TIMEOUT
+            self.received = 0
+        return part
+
+
 # ======== Handlers ==================================================================================================
 # A function for each route; `answer` serves every surface.
 
@@ -5964,24 +6035,6 @@ async def decode_body(request: web.Request, body: bytes) -> JSON:
         return await in_thread_if_large(len(body), parse_request, body)
     except (ValueError, RecursionError) as error:
         raise BadRequest(f"The request body is not a JSON object: {error}.") from None
-
-
-async def read_body(request: web.Request) -> bytes:
-    """request.read() would keep the body as long as the request. Raises what body_parts raises."""
-    return b"".join([part async for part in body_parts(request)])
-
-
-async def body_parts(request: web.Request) -> AsyncIterator[bytes]:
-    """Raises BadRequest for a broken body, and aiohttp's 413 for one that is larger than MAX_BODY_MB."""
-    size, limit = 0, request.app[SETTINGS].max_body_mb * 2**20
-    try:
-        while part := await request.content.readany():
-            size += len(part)
-            if size > limit:
-                raise web.HTTPRequestEntityTooLarge(limit, size)
-            yield part
-    except web.RequestPayloadError as error:
-        raise BadRequest(BROKEN_BODY) from error
 
 
 def ignored_header(prompt: Prompt) -> dict[str, str]:
@@ -6710,7 +6763,10 @@ async def error_response(request: web.Request, error: ProxyError) -> web.StreamR
     headers = error_headers(error)
     if error.kind.status == 402 and request.path.rstrip("/").endswith("/responses"):
         headers.pop("Retry-After", None)  # Codex would silently wait until then
-    return json_response(error_document(request, error), error.kind.status, headers)
+    response = json_response(error_document(request, error), error.kind.status, headers)
+    if isinstance(error, BrokenBody):
+        response.force_close()
+    return response
 
 
 SHUTDOWN_GRACE = 30  # seconds that answers in flight have to finish
@@ -6756,12 +6812,20 @@ async def obey_signals(app: web.Application) -> None:
 
 
 # ======== Client connections ========================================================================================
-# aiohttp serves them, but lets clients stall and flood; it has no hooks for this, so ours replaces its class.
+# aiohttp serves clients, but lets them stall and flood, and answers what is not HTTP in its own words.
+# `serve_as_here` gives an app's servers these connections; nothing in aiohttp itself is changed.
+#
+# Used of aiohttp without being documented:
+#   Application._make_handler       makes the server; run_app, gunicorn's worker and tests all call it
+#   RequestHandler._messages        requests that were parsed and not yet begun, each with its body
+#   RequestHandler.data_received, handle_error, finish_response; Server.__call__, connection_made, pre_shutdown
+#   and in `Upload`: Payload._size, ResponseHandler.start_timeout
 
 CHECK_INTERVAL = 5.0  # seconds
 MAX_HEAD = 2**15  # bytes
-READ_TIMEOUT = 30.0  # seconds for the rest of a head, and for each MIN_READ bytes of a body
-MIN_READ = 2**14
+MAX_REFUSED_HEAD = 2**18  # bytes of a larger head that are taken before it is refused
+END_OF_HEAD = b"\r\n\r\n"
+NO_HEAD = b"\0" + END_OF_HEAD  # what aiohttp's parsers refuse, wherever a head is
 
 
 def descriptor_limit() -> int:
@@ -6779,114 +6843,147 @@ BACKLOG = min(
 )  # connections accepted before the first of them is looked at
 
 
-class ClientConnection(RequestHandler):
-    """Ends when its client is silent in the middle of a request, or no longer reads; reports errors in our shape.
+def serve_as_here(app: web.Application) -> None:
+    """Lets a ClientServer serve the app, whatever runs it."""
+    make_plain_server = app._make_handler  # noqa: SLF001 - nothing public leads to the server
 
-    Before file descriptors run out, connections without a request end, the longest silent first.
+    def make_server(**how: Any) -> web.Server:
+        plain = make_plain_server(**how)
+        how["request_factory"] = plain.request_factory
+        return ClientServer(app, plain.request_handler, how)
+
+    vars(app)["_make_handler"] = make_server
+
+
+class ClientServer(web.Server):
+    """Accepts clients, and ends connections that only take up room.
+
+    Those are: without a whole head for READ_TIMEOUT, with a client that reads nothing for UPSTREAM_TIMEOUT, and,
+    before file descriptors run out, those without a request, the longest silent first.
     """
 
-    def __init__(self, server: web.Server, *, write_timeout: float = math.inf, **how: Any) -> None:
-        super().__init__(server, **how)
-        self.server, self.write_timeout = server, write_timeout
-        self.heard_at = self.read_at = (
-            self._loop.time()
-        )  # when the client last sent something, and read something
-        self.unsent = 0  # bytes of ours that it had not read at the last check
-        self.head_size = 0  # bytes of an incomplete head
-        self.owes_head = True  # it has sent nothing yet, or half a head
-        self.received = 0  # bytes since `heard_at`
+    def __init__(self, app: web.Application, handler: Any, how: JSON) -> None:
+        """`how`: what the app's runner wants of the server and of each connection."""
+        loop, request_factory = how.pop("loop"), how.pop("request_factory")
+        # When a client leaves, its handler is cancelled, and with it the request to Z.ai.
+        how.pop("handler_cancellation", None)
+        super().__init__(
+            handler, loop=loop, request_factory=request_factory, handler_cancellation=True
+        )
+        self.app = app
+        self.loop = loop
+        self.how = {
+            **how,
+            "logger": LOG,
+            "max_line_size": MAX_HEAD,
+            "max_field_size": MAX_HEAD,
+        }
+        self.next_check: asyncio.TimerHandle | None = None  # while there are connections
 
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        super().connection_made(transport)
-        self.client = cast(
-            "asyncio.Transport", transport
-        )  # aiohttp's own reference ends before the connection does
-        self.timer = self._loop.call_later(CHECK_INTERVAL, self.check)
-        if (
-            transport.get_extra_info("socket").fileno() > MAX_DESCRIPTORS * 3 // 4
-        ):  # always the lowest free number
+    def __call__(self) -> ClientConnection:
+        return ClientConnection(self, loop=self.loop, **self.how)
+
+    def connection_made(self, handler: web.RequestHandler, transport: asyncio.Transport) -> None:
+        super().connection_made(handler, transport)
+        if self.next_check is None:
+            self.next_check = self.loop.call_later(CHECK_INTERVAL, self.check)
+        descriptor = transport.get_extra_info("socket").fileno()  # always the lowest free number
+        if descriptor > MAX_DESCRIPTORS * 3 // 4:
             self.make_room()
 
-    def connection_lost(self, exc: BaseException | None) -> None:
-        super().connection_lost(exc)
-        self.timer.cancel()
-
-    def close(self) -> None:
-        """When the server stops: aiohttp would leave an idle connection open until all answers are finished."""
-        if self.is_idle:
-            self.client.close()
-        super().close()
-
-    @property
-    def is_idle(self) -> bool:
-        return self._waiter is not None and not self._waiter.done()
-
-    @property
-    def owes_body(self) -> bool:
-        return self._current_request is not None and not self._current_request.content.is_eof()
-
-    @property
-    def has_request(self) -> bool:
-        """False when only the rest of an answered request can still arrive."""
-        return self._request_in_progress or bool(self._messages)
+    def without_request(self) -> list[ClientConnection]:
+        """The connections of whose request, if there was one, only a rest can still arrive that nobody reads."""
+        busy = {request.protocol for request in self.app[IN_FLIGHT].values()}
+        connections = cast("list[ClientConnection]", self.connections)
+        return [known for known in connections if known not in busy and not known.has_request]
 
     def make_room(self) -> None:
         LOG.warning(
             "file descriptors are scarce (ulimit -n): connections without a request are closed"
         )
-        connections = (
-            known for known in self.server.connections if isinstance(known, ClientConnection)
-        )
-        idle = sorted(
-            (known for known in connections if not known.has_request), key=attrgetter("heard_at")
-        )
+        idle = sorted(self.without_request(), key=attrgetter("last_received_at"))
         for connection in idle[: len(idle) // 8 + 1]:
             connection.force_close()
 
-    def data_received(self, data: bytes) -> None:
-        super().data_received(data)
-        self.received, is_idle = self.received + len(data), self.is_idle
-        trickles = self.owes_head if is_idle else self.owes_body and self.received < MIN_READ
-        if not trickles:  # what comes byte by byte gets no more time
-            self.heard_at, self.received = self._loop.time(), 0
-        self.owes_head, self.head_size = is_idle, self.head_size + len(data) if is_idle else 0
-        if self.head_size > MAX_HEAD:
-            self.force_close()
-        if self._messages and not isinstance(self._messages[-1][0], RawRequestMessage):  # an error
-            self.break_body()
-
-    def resume_reading(self, *how: Any, **more: Any) -> None:
-        if self._reading_paused:  # by us: the client could not send
-            self.heard_at = self._loop.time()
-        super().resume_reading(*how, **more)
-
-    def resume_writing(self) -> None:
-        super().resume_writing()
-        self.read_at = self._loop.time()
-
     def check(self) -> None:
-        self.timer = self._loop.call_later(CHECK_INTERVAL, self.check)
-        self.check_reader()
-        if self._loop.time() - self.heard_at > READ_TIMEOUT:
-            if self.is_idle and self.owes_head:
-                self.force_close()
-            elif not self._reading_paused:
-                self.break_body()
+        self.next_check = None
+        now = time.monotonic()
+        for connection in self.without_request():
+            if now > connection.head_due:
+                connection.force_close()
+        for connection in cast("list[ClientConnection]", self.connections):
+            connection.check_reader(now, self.app[SETTINGS].upstream_timeout)
+        if self.connections:
+            self.next_check = self.loop.call_later(CHECK_INTERVAL, self.check)
 
-    def check_reader(self) -> None:
-        """End the connection when the client has read nothing for `write_timeout`."""
-        now, unsent = self._loop.time(), self.client.get_write_buffer_size()
-        growing = self._current_request is not None and not self._paused
-        if growing or not unsent or unsent < self.unsent:
-            self.read_at = now
-        self.unsent = unsent
-        if now - self.read_at > self.write_timeout:
+    def pre_shutdown(self) -> None:
+        """Closes what is idle: aiohttp would leave it open until all answers are finished."""
+        for connection in self.without_request():
+            connection.force_close()
+        super().pre_shutdown()
+
+
+class ClientConnection(web.RequestHandler):
+    """A client's connection: bounds each head, and refuses in our shape what does not reach the app."""
+
+    def __init__(self, server: ClientServer, **how: Any) -> None:
+        super().__init__(server, **how)
+        self.last_received_at = time.monotonic()
+        self.head = b""  # what has come of a request's head, until it is whole
+        self.head_due = self.last_received_at + READ_TIMEOUT  # when it must be whole
+        self.latest: Any = None  # the latest request that was parsed, with its body
+        self.body: aiohttp.StreamReader = aiohttp.EMPTY_PAYLOAD  # the latest request's
+        self.is_refused = False  # the parser could not read what came
+        self.unsent_bytes = 0  # that the client had not taken at the last check
+        self.unsent_since = 0.0  # since when they have been so many
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        # aiohttp's own reference ends before the connection does
+        self.client = cast("asyncio.Transport", transport)
+        super().connection_made(transport)
+
+    @property
+    def has_request(self) -> bool:
+        """Whether a request waits to be begun."""
+        return bool(self._messages)
+
+    def data_received(self, data: bytes) -> None:
+        """aiohttp's parser reads all that comes, but no head of more than MAX_HEAD bytes."""
+        if self.is_refused:
+            return
+        self.last_received_at = time.monotonic()
+        if self.body.is_eof():
+            self.head = (self.head + data).lstrip(b"\r\n")  # line ends before a head mean nothing
+            if len(self.head) > MAX_HEAD and self.head.find(END_OF_HEAD, 0, MAX_HEAD) < 0:
+                # Refused once all of it is here: a client that is still sending might miss the answer.
+                is_whole = END_OF_HEAD in self.head or len(self.head) > MAX_REFUSED_HEAD
+                data = NO_HEAD if is_whole else b""
+        super().data_received(data)
+        if self._messages and self._messages[-1] is not self.latest:
+            self.latest = self._messages[-1]
+            self.begin_request(*self.latest)
+        elif self.head and self.head_due == math.inf:
+            self.head_due = self.last_received_at + READ_TIMEOUT
+
+    def begin_request(self, message: Any, body: aiohttp.StreamReader) -> None:
+        if isinstance(message, RawRequestMessage):
+            self.head = b""
+            self.head_due = math.inf
+            self.body = body
+            return
+        self.is_refused = True
+        if not self.body.is_eof():  # its chunks are broken; nothing waits for the rest
+            self.body.feed_eof()
+            self.body.set_exception(web.RequestPayloadError())
+
+    def check_reader(self, now: float, patience: float) -> None:
+        """Ends the connection when the client has read nothing for so many seconds."""
+        unsent = self.client.get_write_buffer_size()
+        if not unsent or unsent != self.unsent_bytes:
+            self.unsent_bytes = unsent
+            self.unsent_since = now
+        elif now - self.unsent_since > patience:
             self.client.abort()
-
-    def break_body(self) -> None:
-        """Tell the handler that waits for the rest of a body that it will not come."""
-        if self._current_request and self.owes_body:
-            self._current_request.content.set_exception(web.RequestPayloadError())
 
     async def finish_response(
         self, request: web.BaseRequest, resp: web.StreamResponse, start_time: float | None
@@ -6916,19 +7013,49 @@ class ClientConnection(RequestHandler):
         if status >= 500:
             LOG.error("a bug in ztoapi", exc_info=exc)
             return bare_error(INTERNAL_ERROR)
-        LOG.info("%s sent something that is not HTTP", request.remote)
-        message = "This is not HTTP as this server reads it: headers may be malformed, too long or too many."
-        return bare_error(error_kind(status, "bad_http", message))
+        return bare_error(refusal_of(self.head), request.remote)
 
 
-def bare_error(kind: ErrorKind) -> web.Response:
+TLS_HANDSHAKE = b"\x16\x03"  # the first bytes of a ClientHello (RFC 8446, 5.1)
+
+
+def refusal_of(head: bytes) -> ErrorKind:
+    """Why these first bytes of a request are none that this server reads."""
+    if head.startswith(TLS_HANDSHAKE):
+        message = (
+            "This server speaks HTTP, not TLS: use http:// instead of https:// in its address."
+        )
+        return error_kind(400, "tls_not_spoken", message)
+    if len(head) > MAX_HEAD:
+        return head_too_large(head)
+    message = (
+        "This is not HTTP as this server reads it: the request line, a header or a chunk is malformed, "
+        "or the headers are too many."
+    )
+    return error_kind(400, "bad_http", message)
+
+
+def head_too_large(head: bytes) -> ErrorKind:
+    """Names the longest header, never its value."""
+    limit = f"more than the {MAX_HEAD // 1024} KB that this server reads"
+    address, *headers = head.partition(END_OF_HEAD)[0].split(b"\r\n")
+    longest = max(headers, key=len, default=b"")
+    if len(address) > len(longest):
+        return error_kind(414, "address_too_long", f"The request's address has {limit}.")
+    name = truncated(printable(longest.partition(b":")[0].decode("latin-1")))
+    message = f"The request's headers have {limit}; the longest is {name}."
+    return error_kind(431, "headers_too_large", message)
+
+
+def bare_error(kind: ErrorKind, client: str | None = None) -> web.Response:
     """An error from outside the app; the connection ends with it."""
-    response = json_response(error_body(ProxyError(kind)), kind.status)
+    request_id = os.urandom(12).hex()
+    LOG.info("%s %s %s", client or "-", kind.status, kind.message)
+    response = json_response(
+        error_body(ProxyError(kind)), kind.status, {"x-request-id": f"req_{request_id}"}
+    )
     response.force_close()
     return response
-
-
-web_server.RequestHandler = ClientConnection  # type: ignore[assignment, attr-defined] # for every app in this process
 
 
 # ======== Server ====================================================================================================
@@ -6947,12 +7074,9 @@ def create_app(settings: Settings | None = None) -> web.Application:
         settings = settings_or_exit({}, failed)
         set_up_log(settings)
     database = database_or_exit(settings, failed)
-    # When a client leaves, its handler is cancelled, and with it the request to Z.ai.
-    how = {"handler_cancellation": True, "logger": LOG, "write_timeout": settings.upstream_timeout}
     limit = settings.max_body_mb * 2**20
-    app = web.Application(
-        middlewares=[log_requests, local_only], client_max_size=limit, handler_args=how
-    )
+    app = web.Application(middlewares=[log_requests, local_only], client_max_size=limit)
+    serve_as_here(app)
     app[SETTINGS], app[REDACT] = settings, redactor(settings)
     app[IN_FLIGHT] = {}
     app[CLOCK], app[STATISTICS] = Clock(), Statistics(time.monotonic())

@@ -27,6 +27,7 @@ import sys
 import tempfile
 import threading
 import time
+import zlib
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from dataclasses import replace
@@ -5428,11 +5429,168 @@ async def test_a_body_too_large_is_413(start, path):
         )
 
 
+def bare_deflate(data):
+    packer = zlib.compressobj(wbits=-zlib.MAX_WBITS)
+    return packer.compress(data) + packer.flush()
+
+
+def packed_by(*modules):
+    """What packs with the first of these modules that is installed; without one, the test is skipped."""
+
+    def pack(data):
+        module = ztoapi.first_module(*modules) or pytest.skip(f"needs one of {modules}")
+        return module.compress(data)
+
+    return pack
+
+
+pack_brotli = packed_by("brotli", "brotlicffi")
+pack_zstd = packed_by("compression.zstd", "backports.zstd", "zstandard")
+PACKED_BODIES = [
+    pytest.param("gzip", gzip.compress, id="gzip"),
+    pytest.param("X-GZip", lambda data: gzip.compress(data[:9]) + gzip.compress(data[9:]), id="two members"),
+    pytest.param("deflate", zlib.compress, id="deflate"),
+    pytest.param("deflate", bare_deflate, id="bare deflate"),
+    pytest.param("br", pack_brotli, id="br"),
+    pytest.param("zstd", pack_zstd, id="zstd"),
+    pytest.param("zstd", lambda data: pack_zstd(data[:9]) + pack_zstd(data[9:]), id="two frames"),
+    pytest.param("gzip, identity,deflate", lambda data: zlib.compress(gzip.compress(data)), id="one in the other"),
+    pytest.param("identity", bytes, id="identity"),
+]  # fmt: skip
+
+
+def unpacked(codings, packed, size, limit=2**20):
+    """What a body unpacks to that comes in parts of this size; and how large its steps are."""
+    unpackers, steps = ztoapi.unpackers_for([codings], limit), []
+    for start in range(0, len(packed), size):
+        steps += ztoapi.unpacking(packed[start : start + size], unpackers)
+    for unpacker in unpackers:
+        unpacker.close()
+    return b"".join(steps), [len(step) for step in steps]
+
+
+@pytest.mark.parametrize(("codings", "pack"), PACKED_BODIES)
+def test_a_packed_body_is_unpacked_wherever_it_is_cut(codings, pack):
+    text = Random(1).randbytes(500) + b"hello " * 20_000
+    packed = pack(text)
+    for size in (1, 2, 7, 300, len(packed)):
+        assert unpacked(codings, packed, size)[0] == text
+
+
+@pytest.mark.parametrize(("codings", "pack"), PACKED_BODIES[:-1])
+def test_a_packed_body_that_is_cut_off_or_none_is_broken(codings, pack):
+    packed = pack(b"hello " * 99)
+    for broken in (packed[:-1], packed[:9], b"\xffjunk" + packed, packed + b"junk!"):
+        with pytest.raises(ztoapi.BrokenBody):
+            unpacked(codings, broken, 50)
+
+
+@pytest.mark.parametrize(("codings", "pack"), PACKED_BODIES[:-1])
+def test_a_body_that_unpacks_to_much_does_so_in_steps_and_not_beyond_the_limit(codings, pack):
+    packed = pack(bytes(2**23))
+    _, steps = unpacked(codings, packed, len(packed), 2**23)
+    assert max(steps) <= (2**23 if ztoapi.first_module("zstandard") else 2**17)
+    with pytest.raises(web.HTTPRequestEntityTooLarge):
+        unpacked(codings, packed, len(packed), 2**23 - 1)
+
+
+def coding_of_zstandard(zstandard):
+    return ztoapi.Coding(lambda _: ztoapi.ZstandardStream(zstandard), zstandard.ZstdError)
+
+
+def test_zstandard_unpacks_without_a_limit_of_its_own():
+    zstandard = pytest.importorskip("zstandard")
+    unpacker = ztoapi.Unpacker(coding_of_zstandard(zstandard), 2**24)
+    data = Random(1).randbytes(5000) + bytes(2**23)
+    packed = zstandard.compress(data) + zstandard.compress(b"more")
+    assert b"".join(unpacker.feed(packed)) == data + b"more"
+    unpacker.close()
+
+
+def test_what_lies_between_two_codings_counts_too():
+    inner = gzip.compress(b"") * 60_000  # over a megabyte that unpacks to nothing
+    with pytest.raises(web.HTTPRequestEntityTooLarge):
+        unpacked("gzip, deflate", zlib.compress(inner), 2**20)
+
+
+def test_a_window_of_zstd_larger_than_8_mb_is_refused():
+    zstandard = pytest.importorskip("zstandard")
+    how = zstandard.ZstdCompressionParameters(window_log=27, write_content_size=False)
+    packer = zstandard.ZstdCompressor(compression_params=how).compressobj()
+    packed = packer.compress(b"x") + packer.flush()
+    for coding in (coding_of_zstandard(zstandard), ztoapi.readable_codings()["zstd"]):
+        with pytest.raises(ztoapi.BrokenBody):
+            list(ztoapi.Unpacker(coding, 2**20).feed(packed))
+
+
 @in_loop
-async def test_a_broken_encoding_is_400(client):
+@pytest.mark.parametrize("path", ["chat/completions", "files", "embeddings"])
+@pytest.mark.parametrize(("codings", "pack"), PACKED_BODIES)
+async def test_a_packed_body_is_read(client, zai, path, codings, pack):
+    zai.headers, zai.parts = {"Content-Type": "application/json"}, [DOCUMENT]
+    data, headers = json.dumps(HELLO).encode(), KEY | {"Content-Encoding": codings}
+    headers |= {"Content-Type": "application/json" if path != "files" else "image/png"}
+    async with client.post(f"/v1/{path}", data=pack(data), headers=headers) as response:
+        assert response.status == 200, await response.text()
+    assert json.loads(zai.asked[0][3])["messages"] == HELLO["messages"]
+
+
+@in_loop
+@pytest.mark.parametrize("path", ["chat/completions", "files", "messages"])
+@pytest.mark.parametrize("codings", ["snappy", "gzip, none", "gzip,gzip,gzip,gzip"])
+async def test_a_coding_that_is_not_read_is_415_and_says_which_are(client, zai, path, codings):
+    headers = KEY | {"Content-Encoding": codings}
+    async with client.post(f"/v1/{path}", data=b"x", headers=headers) as response:
+        message = error_of(await response.text())["message"]
+        assert (response.status, response.headers["Accept-Encoding"] in message) == (415, True)
+        assert {"gzip", "deflate"} <= set(response.headers["Accept-Encoding"].split(", "))
+    assert zai.asked == []
+
+
+@pytest.mark.parametrize(("coding", "package"), [("br", "Brotli"), ("zstd", "zstandard")])
+def test_a_coding_whose_package_is_missing_is_named_with_it(monkeypatch, coding, package):
+    monkeypatch.setattr(ztoapi, "first_module", lambda *_: None)
+    monkeypatch.setattr(ztoapi, "readable_codings", ztoapi.readable_codings.__wrapped__)
+    with pytest.raises(ztoapi.ProxyError, match=package) as refused:
+        ztoapi.unpackers_for([coding], 1)
+    assert refused.value.headers["Accept-Encoding"] == "deflate, gzip, x-gzip"
+
+
+@in_loop
+@pytest.mark.parametrize(
+    ("request_line", "key", "status"),
+    [
+        ("POST /v1/nothing", "sk-your-key", 404),
+        ("POST /v1/messages", "wrong", 401),
+        ("POST /v1/models", "sk-your-key", 405),
+        ("GET /health", "", 200),
+    ],
+)
+@pytest.mark.parametrize("coding", ["gzip", "deflate", "br", "zstd"])
+async def test_a_body_that_nobody_reads_is_not_unpacked(client, request_line, key, status, coding):
+    head = f"{request_line} HTTP/1.1\r\nHost: localhost\r\nx-api-key: {key}\r\n"
+    head += f"Content-Encoding: {coding}\r\nContent-Length: 9\r\n\r\n"
+    reader, writer = await asyncio.open_connection("127.0.0.1", client.port)
+    writer.write(head.encode() + b"not so...")  # would not unpack, and so end the connection
+    answer = await asyncio.wait_for(reader.readuntil(b"}"), 5)
+    assert answer.startswith(f"HTTP/1.1 {status} ".encode())
+    writer.write(GET)
+    assert b"HTTP/1.1 200 OK" in await asyncio.wait_for(reader.readuntil(b'"status"'), 5)
+    writer.close()
+
+
+@in_loop
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/files"])
+async def test_a_packed_body_that_becomes_too_large_is_413(start, zai, path):
+    client = await start(max_body_mb=1)
     headers = KEY | {"Content-Encoding": "gzip"}
-    async with client.post("/v1/chat/completions", data=b"no gzip", headers=headers) as response:
-        assert (response.status, bool(error_of(await response.text()))) == (400, True)
+    async with client.post(path, data=gzip.compress(bytes(2**21)), headers=headers) as response:
+        assert (response.status, error_of(await response.text())["code"]) == (
+            413,
+            "request_too_large",
+        )
+    async with client.get("/health") as response:
+        assert response.status == 200
 
 
 @in_loop

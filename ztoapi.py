@@ -53,6 +53,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import zlib
 from abc import ABC, abstractmethod
 from bisect import bisect_left, insort
 from collections import Counter, defaultdict, deque
@@ -5546,6 +5547,7 @@ class Record:
     torn: int = 0  # frames that Z.ai tore
     usage: Usage = field(default_factory=Usage)
     pieces: int = 0  # of the answer, other than usage
+    body_size: int = 0  # bytes of the request, unpacked
     prompt_size: int = 0  # characters, about
     left_out: str = ""  # tools that Z.ai does not have
 
@@ -5877,10 +5879,16 @@ class SSEResponse:
 
 
 # ======== Request bodies ============================================================================================
-# `body_parts` reads one, in the time and up to the size that a client may have.
+# Bodies come as they were sent, packed or not: aiohttp unpacks none. `body_parts` unpacks the one that a handler reads,
+# step by step, so that others go on meanwhile; what no handler reads costs no more than its own bytes.
 
 READ_TIMEOUT = 30.0  # seconds for a whole head, and for each MIN_READ bytes of a body
 MIN_READ = 2**14
+STEP_INPUT = 2**14  # packed bytes that one step reads
+STEP_OUTPUT = 2**16  # bytes that one step unpacks
+MAX_CODINGS = 3  # one inside the other
+
+UNSUPPORTED_CODING = error_kind(415, "unsupported_content_encoding")
 
 
 class BrokenBody(BadRequest):
@@ -5893,13 +5901,26 @@ class BrokenBody(BadRequest):
 
 
 async def read_body(request: web.Request) -> bytes:
-    """request.read() would keep the body as long as the request. Raises what body_parts raises."""
-    return b"".join([part async for part in body_parts(request)])
+    """The whole body, unpacked; the record learns its size. Raises what `body_parts` raises.
+
+    request.read() would keep the body as long as the request.
+    """
+    body = b"".join([part async for part in body_parts(request)])
+    request[RECORD].body_size = len(body)
+    return body
 
 
 def body_parts(request: web.Request) -> AsyncIterator[bytes]:
-    """The body in parts as it comes. Raises BrokenBody, and aiohttp's 413 if it is larger than MAX_BODY_MB."""
-    return limited_parts(BodyReader(request.content), request.app[SETTINGS].max_body_mb * 2**20)
+    """The body in parts as it comes, unpacked. Raises ProxyError (415) for a coding that is not read here.
+
+    Iterating raises BrokenBody, and aiohttp's 413 for a body that is, packed or not, larger than MAX_BODY_MB.
+    """
+    limit = request.app[SETTINGS].max_body_mb * 2**20
+    codings = request.headers.getall("Content-Encoding", ())
+    parts = limited_parts(BodyReader(request.content), limit)
+    if not codings:
+        return parts
+    return unpacked_parts(parts, unpackers_for(codings, limit))
 
 
 async def limited_parts(body: BodyReader, limit: int) -> AsyncIterator[bytes]:
@@ -5909,6 +5930,18 @@ async def limited_parts(body: BodyReader, limit: int) -> AsyncIterator[bytes]:
         if size > limit:
             raise web.HTTPRequestEntityTooLarge(limit, size)
         yield part
+
+
+async def unpacked_parts(
+    parts: AsyncIterator[bytes], unpackers: Sequence[Unpacker]
+) -> AsyncIterator[bytes]:
+    async for part in parts:
+        for step in unpacking(part, unpackers):
+            await asyncio.sleep(0)
+            if step:
+                yield step
+    for unpacker in unpackers:
+        unpacker.close()
 
 
 class BodyReader:
@@ -5949,6 +5982,222 @@ class BodyReader:
         return part
 
 
+class PackedStream(Protocol):
+    """Unpacks one stream piece by piece, as the standard library's bz2, lzma and zstd do."""
+
+    @property
+    def needs_input(self) -> bool:
+        """False while it can unpack more of what it has."""
+
+    @property
+    def eof(self) -> bool:
+        """Whether the stream has ended."""
+
+    @property
+    def unused_data(self) -> bytes:
+        """What stood behind its end."""
+
+    def decompress(self, data: bytes, max_length: int) -> bytes: ...
+
+
+class ZlibStream:
+    """gzip (RFC 1952), and deflate (RFC 1950, 1951)."""
+
+    def __init__(self, window_bits: int) -> None:
+        self.inflater = zlib.decompressobj(window_bits)
+        self.needs_input = True
+
+    @property
+    def eof(self) -> bool:
+        return self.inflater.eof
+
+    @property
+    def unused_data(self) -> bytes:
+        return self.inflater.unused_data
+
+    def decompress(self, data: bytes, max_length: int) -> bytes:
+        unpacked = self.inflater.decompress(self.inflater.unconsumed_tail + data, max_length)
+        self.needs_input = len(unpacked) < max_length
+        return unpacked
+
+
+class BrotliStream:
+    """br (RFC 7932), with the package Brotli or brotlicffi."""
+
+    unused_data = b""  # it refuses whatever stands behind its end
+
+    def __init__(self, package: Any) -> None:
+        self.decompressor = package.Decompressor()
+        self.needs_input = True
+
+    @property
+    def eof(self) -> bool:
+        return bool(self.decompressor.is_finished())
+
+    def decompress(self, data: bytes, max_length: int) -> bytes:
+        unpacked = bytes(self.decompressor.process(data, output_buffer_limit=max_length))
+        # It may have more to give although it says that it can accept more.
+        is_waiting = self.decompressor.can_accept_more_data()
+        self.needs_input = is_waiting and len(unpacked) < max_length
+        return unpacked
+
+
+ZSTD_WINDOW_BITS = 23  # the largest window of a body's zstd, 8 MB (RFC 9659)
+
+
+class ZstandardStream:
+    """zstd with the package zstandard, which takes no max_length.
+
+    A block has at least 4 bytes and unpacks to 128 KB at most (RFC 8878), so SLICE bytes to 8 MB at most.
+    """
+
+    SLICE = 256
+
+    def __init__(self, package: Any) -> None:
+        decompressor = package.ZstdDecompressor(max_window_size=2**ZSTD_WINDOW_BITS)
+        self.decompressor = decompressor.decompressobj()
+        self.waiting = b""  # not yet unpacked
+
+    @property
+    def needs_input(self) -> bool:
+        return not self.waiting
+
+    @property
+    def eof(self) -> bool:
+        return bool(self.decompressor.eof)
+
+    @property
+    def unused_data(self) -> bytes:
+        return bytes(self.decompressor.unused_data) + self.waiting
+
+    def decompress(self, data: bytes, _: int) -> bytes:
+        waiting = self.waiting + data
+        self.waiting = waiting[self.SLICE :]
+        return bytes(self.decompressor.decompress(waiting[: self.SLICE]))
+
+
+class Coding(NamedTuple):
+    """A content coding that can be read: what opens a stream that begins with these bytes, and what it may raise."""
+
+    open: Callable[[bytes], PackedStream]
+    error: type[Exception]
+
+
+def open_gzip(_: bytes) -> PackedStream:
+    return ZlibStream(16 + zlib.MAX_WBITS)
+
+
+def open_deflate(data: bytes) -> PackedStream:
+    """As RFC 9110 has it, in zlib's wrapping; or bare, as some send it."""
+    is_wrapped = data[0] & 15 == 8  # the method in zlib's first byte (RFC 1950)
+    return ZlibStream(zlib.MAX_WBITS if is_wrapped else -zlib.MAX_WBITS)
+
+
+@lru_cache(1)
+def readable_codings() -> dict[str, Coding]:
+    """The content codings that this Python and its packages can unpack, by name."""
+    gzip = Coding(open_gzip, zlib.error)
+    codings = {"gzip": gzip, "x-gzip": gzip, "deflate": Coding(open_deflate, zlib.error)}
+    brotli = first_module("brotli", "brotlicffi")
+    if hasattr(getattr(brotli, "Decompressor", None), "can_accept_more_data"):  # since 1.2
+        codings["br"] = Coding(lambda _: BrotliStream(brotli), brotli.error)
+    zstd = zstd_coding()
+    if zstd:
+        codings["zstd"] = zstd
+    return codings
+
+
+def zstd_coding() -> Coding | None:
+    zstd = first_module("compression.zstd", "backports.zstd")
+    if zstd:
+        options = {zstd.DecompressionParameter.window_log_max: ZSTD_WINDOW_BITS}
+        return Coding(lambda _: zstd.ZstdDecompressor(options=options), zstd.ZstdError)
+    zstandard = first_module("zstandard")
+    if zstandard:
+        return Coding(lambda _: ZstandardStream(zstandard), zstandard.ZstdError)
+    return None
+
+
+def first_module(*names: str) -> Any:
+    """The first of these modules that is installed, or None."""
+    for name in names:
+        with suppress(ImportError):
+            return import_module(name)
+    return None
+
+
+class Unpacker:
+    """Undoes one coding of a body that comes in parts."""
+
+    def __init__(self, coding: Coding, limit: int) -> None:
+        self.coding = coding
+        self.limit = limit
+        self.size = 0  # bytes that came out
+        self.stream: PackedStream | None = (
+            None  # the one that is open: streams may follow each other
+        )
+
+    def feed(self, data: bytes) -> Iterator[bytes]:
+        """What the bytes unpack to, in steps, some of them empty. Raises BrokenBody; 413 above the limit."""
+        for start in range(0, len(data), STEP_INPUT):
+            packed = data[start : start + STEP_INPUT]
+            while packed:
+                stream = self.stream = self.stream or self.coding.open(packed)
+                yield self.step(stream, packed)
+                while not (stream.eof or stream.needs_input):
+                    yield self.step(stream, b"")
+                packed = b""
+                if stream.eof:
+                    packed = stream.unused_data
+                    self.stream = None
+
+    def step(self, stream: PackedStream, packed: bytes) -> bytes:
+        try:
+            unpacked = stream.decompress(packed, STEP_OUTPUT)
+        except self.coding.error as error:
+            raise BrokenBody from error
+        self.size += len(unpacked)
+        if self.size > self.limit:
+            raise web.HTTPRequestEntityTooLarge(self.limit, self.size)
+        return unpacked
+
+    def close(self) -> None:
+        """Raises BrokenBody if the last stream has not ended."""
+        if self.stream:
+            raise BrokenBody
+
+
+def unpacking(data: bytes, unpackers: Sequence[Unpacker]) -> Iterator[bytes]:
+    """What is left of the bytes behind all these unpackers, in steps, some of them empty."""
+    if not (data and unpackers):
+        yield data
+        return
+    first, *others = unpackers
+    for unpacked in first.feed(data):
+        yield from unpacking(unpacked, others)
+
+
+def unpackers_for(headers: Iterable[str], limit: int) -> list[Unpacker]:
+    """What undoes the codings that Content-Encoding lists, the last first. Raises ProxyError (415)."""
+    names = [name.strip().lower() for header in headers for name in header.split(",")]
+    names = [name for name in names if name not in ("", "identity")]
+    readable = readable_codings()
+    if len(names) > MAX_CODINGS or not readable.keys() >= set(names):
+        raise unsupported_coding(readable)
+    return [Unpacker(readable[name], limit) for name in reversed(names)]
+
+
+def unsupported_coding(readable: Iterable[str]) -> ProxyError:
+    names = ", ".join(sorted(readable))
+    message = (
+        f"This server reads bodies whose Content-Encoding is {names} (at most {MAX_CODINGS}), or that have none; "
+        "br only where the package Brotli is installed, zstd only with Python 3.14 or the package zstandard."
+    )
+    error = ProxyError(UNSUPPORTED_CODING, message)
+    error.headers["Accept-Encoding"] = names  # as RFC 9110, 15.5.16, has it
+    return error
+
+
 # ======== Handlers ==================================================================================================
 # A function for each route; `answer` serves every surface.
 
@@ -5982,7 +6231,7 @@ async def parse_request_of(surface: Surface, request: web.Request) -> tuple[Prom
     body = await read_json(request)
     for response_id in referred_responses(body):
         await history.load(response_id)
-    size = request.content.total_bytes + history.size
+    size = record.body_size + history.size
     prompt, surface_request = await in_thread_if_large(size, surface, body, history)
     record.model = model_shown(request, prompt.model)
     record.prompt_size = (
@@ -6352,7 +6601,7 @@ async def messages(request: web.Request) -> web.StreamResponse:
         "Content-Type": "application/json",
         **sent_headers(request, "anthropic-version", "anthropic-beta"),
     }
-    how, size = {"headers": headers, "params": request.query}, request.content.total_bytes
+    how, size = {"headers": headers, "params": request.query}, request[RECORD].body_size
     beginning = (to_json(part) for part in (body.get("system"), first_object(body.get("messages"))))
     caller = await in_thread_if_large(size, upstream.caller, request[ACCOUNT].id, beginning)
 
@@ -6875,6 +7124,7 @@ class ClientServer(web.Server):
         self.how = {
             **how,
             "logger": LOG,
+            "auto_decompress": False,
             "max_line_size": MAX_HEAD,
             "max_field_size": MAX_HEAD,
         }
@@ -6992,11 +7242,6 @@ class ClientConnection(web.RequestHandler):
             message = "The only expectation known here is 'Expect: 100-continue'."
             resp = bare_error(error_kind(417, "unknown_expectation", message))
         return await super().finish_response(request, resp, start_time)
-
-    def log_exception(self, *words: Any, **how: Any) -> None:
-        """Not for a broken body of which nothing more is read: the connection just ends."""
-        if not isinstance(how.get("exc_info"), web.RequestPayloadError):
-            super().log_exception(*words, **how)
 
     def handle_error(
         self,

@@ -7653,6 +7653,16 @@ async def test_what_is_passed_through_is_for_the_models_of_a_key(
 
 
 @in_loop
+async def test_a_named_key_deletes_a_file_with_openais_sdk(client, zai, sdk):
+    """The SDK says that it sends JSON, and sends nothing."""
+    zai.headers = {"Content-Type": "application/json"}
+    zai.parts = [b'{"id": "abc", "object": "file", "deleted": true}']
+    key = await make_key(client, models="glm-4*")
+    deleted = await sdk.with_options(api_key=key["x-api-key"]).files.delete("abc")
+    assert (deleted.deleted, zai.asked[0][0], zai.asked[0][3]) == (True, "DELETE", b"")
+
+
+@in_loop
 @pytest.mark.parametrize("form", ["float", "base64"])
 async def test_what_embeddings_tell_is_counted(start, zai, form):
     key = KEY | {"Content-Type": "application/json"}

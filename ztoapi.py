@@ -6689,13 +6689,15 @@ async def body_and_reader(
     Raises ProxyError if the caller may not use the model, or is limited to some models and its body is not JSON.
     """
     renamed, account = request.app[SETTINGS].model_aliases, request[ACCOUNT]
+    if not request.can_read_body:  # openai-python's DELETE says that it has JSON, and has nothing
+        return None, PassThroughReader()
     is_json = request.content_type == "application/json"
-    if account.models and not is_json and request.can_read_body:
+    if account.models and not is_json:
         raise ProxyError(
             MODEL_NOT_ALLOWED, f"This key may only use {account.models}, so this body must be JSON."
         )
     if not is_json or not (renamed or path in WITH_USAGE or not account.is_operator):
-        return Upload(body_parts(request)) if request.can_read_body else None, PassThroughReader()
+        return Upload(body_parts(request)), PassThroughReader()
     data = await read_body(request)
     body = await decode_body(request, data)
     changed = pass_through_body(body, renamed)

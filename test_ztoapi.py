@@ -8774,6 +8774,33 @@ def test_a_log_that_cannot_be_written_loses_lines_and_says_how_many(monkeypatch)
     assert told + lines.count(line) >= 100
 
 
+def test_a_log_that_does_not_block_loses_nothing():
+    reading, writing = os.pipe()
+    os.set_blocking(writing, False)
+    handler, log = ztoapi.BackgroundHandler(writing), b""
+    for _ in range(100):
+        handler.emit(ztoapi.logging.makeLogRecord({"msg": "x" * 2**12}))
+    while log.count(b"\n") < 100 and select.select([reading], [], [], 5)[0]:
+        log += os.read(reading, 2**16)
+    assert log == (b"x" * 2**12 + b"\n") * 100
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+def test_a_log_that_fails_for_a_while_says_how_many_lines_are_missing():
+    (reading, writing), full = os.pipe(), os.open("/dev/full", os.O_WRONLY)
+    handler = ztoapi.BackgroundHandler(full)
+    for _ in range(3):
+        handler.emit(ztoapi.logging.makeLogRecord({"msg": "lost"}))
+        handler.flush()
+    os.dup2(writing, full)
+    handler.emit(ztoapi.logging.makeLogRecord({"msg": "written"}))
+    handler.flush()
+    assert os.read(reading, 2**16).splitlines() == [
+        b"3 lines were dropped here, because they could not be written",
+        b"written",
+    ]
+
+
 def logged(words, *secrets):
     formatter = ztoapi.RedactingFormatter(Redactor(secrets))
     return formatter.format(ztoapi.logging.makeLogRecord({"msg": words})).split(" ", 4)[4]

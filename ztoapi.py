@@ -7434,6 +7434,7 @@ class BackgroundHandler(logging.Handler):
     """Writes the log in a thread: a reader who stalls stops only the log, and loses what MAX_WAITING cannot hold."""
 
     MAX_WAITING = 2**23  # characters
+    DROPPED = "{} lines were dropped here, because they could not be written\n"
 
     def __init__(self, descriptor: int) -> None:
         super().__init__()
@@ -7449,7 +7450,7 @@ class BackgroundHandler(logging.Handler):
             self.dropped += 1
             return
         if self.dropped:
-            line = f"{self.dropped} lines were dropped here, because nobody read the log\n{line}"
+            line = self.DROPPED.format(self.dropped) + line
             self.dropped = 0
         self.added += len(line)
         self.lines.put(line)
@@ -7460,16 +7461,34 @@ class BackgroundHandler(logging.Handler):
             self.thread.start()
 
     def write_lines(self) -> None:
+        lost = 0  # lines, since one was written
         while True:
             text = self.lines.get()
             while not self.lines.empty():
                 text += self.lines.get()
-            with suppress(OSError):
-                os.write(self.descriptor, text.encode("utf-8", "backslashreplace"))
+            notice = self.DROPPED.format(lost) if lost else ""
+            missing = self.write(notice + text).count(b"\n")
+            lines = text.count("\n")
+            if missing > lines:  # the notice is missing too
+                lost += lines
+            else:
+                lost = missing
             self.written += len(text)
             time.sleep(
                 0.02
             )  # seconds; under load, waking for each line would cost more than the line
+
+    def write(self, text: str) -> bytes:
+        """Writes a text, however little is taken at a time. Returns what cannot be written: a disk may be full."""
+        data = memoryview(text.encode("utf-8", "backslashreplace"))
+        while data:
+            try:
+                data = data[os.write(self.descriptor, data) :]
+            except BlockingIOError:  # whoever started us has set the descriptor not to block
+                time.sleep(0.02)
+            except OSError:
+                break
+        return bytes(data)
 
     def flush(self) -> None:
         """Before the program ends: a reader who stalls then has one second."""

@@ -8038,6 +8038,58 @@ async def test_a_key_is_no_use_to_others_while_the_published_one_counts(run, tmp
     assert ("nobody else can reach this server" in note, other_note) == (True, "")
 
 
+MOMENTS = [
+    ["import", "argparse"],
+    ["import", "aiohttp"],
+    ["socket.bind"],
+    ["sqlite3.connect"],
+]
+
+
+@meanwhile
+async def test_ctrl_c_while_it_starts_is_one_line(run, tmp_path):
+    programs = []
+    for number, moment in enumerate(MOMENTS):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        (folder / "sitecustomize.py").write_text(interrupting(moment))
+        database = f"sqlite:///{folder}/z.db"
+        programs.append(run(Program, PYTHONPATH=str(folder), DATABASE_URL=database))
+    for program in programs:
+        status, _, words = program.end()
+        assert (status, words) == (130, "ztoapi: interrupted\n")
+
+
+def interrupting(moment):
+    """A sitecustomize.py that sends a program Ctrl-C at this event of Python's audit."""
+    return f"""
+import os, signal, sys
+def interrupt(event, about):
+    if [event, *map(str, about)][: len({moment})] == {moment} and sys.argv[0]:
+        os.kill(os.getpid(), signal.SIGINT)
+sys.addaudithook(interrupt)
+"""
+
+
+@meanwhile
+async def test_ctrl_c_right_behind_the_banner_is_no_traceback(run):
+    for _ in range(3):
+        program = run(Program)
+        assert program.banner
+        program.process.send_signal(signal.SIGINT)
+        status, _, words = program.end()
+        assert (status, words) in [(130, "ztoapi: interrupted\n"), (0, "")]
+
+
+@meanwhile
+async def test_ctrl_c_stops_a_running_server_without_a_word(run):
+    program = run(Program)
+    await ask_once(program.port, GET)
+    program.process.send_signal(signal.SIGINT)
+    status, _, log = program.end()
+    assert (status, "Traceback" in log) == (0, False)
+
+
 @meanwhile
 async def test_a_database_that_cannot_be_used_stops_the_start(run, tmp_path):
     (tmp_path / "z.db").write_bytes(b"no database" * 99)

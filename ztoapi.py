@@ -29,6 +29,22 @@ connections, Server, Commands, Demo, Pages.
 
 from __future__ import annotations
 
+import sys
+
+if __name__ == "__main__":  # Ctrl-C until `obey_signals`, while all the rest is imported
+    try:
+        import os
+        import signal
+
+        def leave(*_: object) -> None:
+            os.write(2, b"ztoapi: interrupted\n")
+            os._exit(130)
+
+        signal.signal(signal.SIGINT, leave)
+    except KeyboardInterrupt:
+        print("ztoapi: interrupted", file=sys.stderr)
+        sys.exit(130)
+
 import argparse
 import asyncio
 import base64
@@ -50,7 +66,6 @@ import signal
 import socket
 import struct
 import subprocess
-import sys
 import tempfile
 import time
 import zlib
@@ -7055,11 +7070,12 @@ async def obey_signals(app: web.Application) -> None:
         if told_at[-1] - told_at[0] > 1:  # in seconds
             end_answers(app)
 
-    with suppress(
-        NotImplementedError
-    ):  # on Windows; elsewhere aiohttp has set its own, which are replaced
-        for number in (signal.SIGINT, signal.SIGTERM):
-            asyncio.get_running_loop().add_signal_handler(number, react)
+    loop = asyncio.get_running_loop()
+    try:
+        loop.add_signal_handler(signal.SIGINT, react)
+        loop.add_signal_handler(signal.SIGTERM, react)
+    except NotImplementedError:  # on Windows, where run_app stops at a KeyboardInterrupt
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 # ======== Client connections ========================================================================================
@@ -7715,6 +7731,7 @@ def main(arguments: list[str] | None = None) -> None:
         print=None,
         access_log=None,
         shutdown_timeout=5,
+        handle_signals=False,  # `obey_signals` does
         backlog=BACKLOG,
         loop=new_loop(),
     )
@@ -7924,6 +7941,7 @@ def launch(settings: Settings, flags: argparse.Namespace) -> int:
         file=sys.stderr,
     )
     for number in (
+        signal.SIGINT,
         signal.SIGTERM,
         getattr(signal, "SIGHUP", signal.SIGTERM),
     ):  # Windows has no SIGHUP

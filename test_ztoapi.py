@@ -29,6 +29,7 @@ import sys
 import tempfile
 import threading
 import time
+import zlib
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from dataclasses import replace
@@ -6363,19 +6364,12 @@ def zai_refuses(code, status=429, text="Words"):
     return status, [json.dumps({"error": {"code": str(code), "message": text}}).encode()]
 
 
-class PlainServer(web.Server):
-    """Serves with aiohttp's own class of connections, in whose place we put ours."""
-
-    def __call__(self):
-        return RequestHandler(self, loop=self._loop, **self._kwargs)
-
-
 @asynccontextmanager
 async def fake_zai(**how):
     zai = FakeZai()
     server = TestServer(zai.app(), **how)
     await server.start_server(shutdown_timeout=0.1)
-    server.handler.__class__ = PlainServer
+    zai.server = server
     zai.url = str(server.make_url("/api/paas/v4"))
     try:
         yield zai
@@ -7173,11 +7167,168 @@ async def test_a_body_too_large_is_413(start, path):
         )
 
 
+def bare_deflate(data):
+    packer = zlib.compressobj(wbits=-zlib.MAX_WBITS)
+    return packer.compress(data) + packer.flush()
+
+
+def packed_by(*modules):
+    """What packs with the first of these modules that is installed; without one, the test is skipped."""
+
+    def pack(data):
+        module = ztoapi.first_module(*modules) or pytest.skip(f"needs one of {modules}")
+        return module.compress(data)
+
+    return pack
+
+
+pack_brotli = packed_by("brotli", "brotlicffi")
+pack_zstd = packed_by("compression.zstd", "backports.zstd", "zstandard")
+PACKED_BODIES = [
+    pytest.param("gzip", gzip.compress, id="gzip"),
+    pytest.param("X-GZip", lambda data: gzip.compress(data[:9]) + gzip.compress(data[9:]), id="two members"),
+    pytest.param("deflate", zlib.compress, id="deflate"),
+    pytest.param("deflate", bare_deflate, id="bare deflate"),
+    pytest.param("br", pack_brotli, id="br"),
+    pytest.param("zstd", pack_zstd, id="zstd"),
+    pytest.param("zstd", lambda data: pack_zstd(data[:9]) + pack_zstd(data[9:]), id="two frames"),
+    pytest.param("gzip, identity,deflate", lambda data: zlib.compress(gzip.compress(data)), id="one in the other"),
+    pytest.param("identity", bytes, id="identity"),
+]  # fmt: skip
+
+
+def unpacked(codings, packed, size, limit=2**20):
+    """What a body unpacks to that comes in parts of this size; and how large its steps are."""
+    unpackers, steps = ztoapi.unpackers_for([codings], limit), []
+    for start in range(0, len(packed), size):
+        steps += ztoapi.unpacking(packed[start : start + size], unpackers)
+    for unpacker in unpackers:
+        unpacker.close()
+    return b"".join(steps), [len(step) for step in steps]
+
+
+@pytest.mark.parametrize(("codings", "pack"), PACKED_BODIES)
+def test_a_packed_body_is_unpacked_wherever_it_is_cut(codings, pack):
+    text = Random(1).randbytes(500) + b"hello " * 20_000
+    packed = pack(text)
+    for size in (1, 2, 7, 300, len(packed)):
+        assert unpacked(codings, packed, size)[0] == text
+
+
+@pytest.mark.parametrize(("codings", "pack"), PACKED_BODIES[:-1])
+def test_a_packed_body_that_is_cut_off_or_none_is_broken(codings, pack):
+    packed = pack(b"hello " * 99)
+    for broken in (packed[:-1], packed[:9], b"\xffjunk" + packed, packed + b"junk!"):
+        with pytest.raises(ztoapi.BrokenBody):
+            unpacked(codings, broken, 50)
+
+
+@pytest.mark.parametrize(("codings", "pack"), PACKED_BODIES[:-1])
+def test_a_body_that_unpacks_to_much_does_so_in_steps_and_not_beyond_the_limit(codings, pack):
+    packed = pack(bytes(2**23))
+    _, steps = unpacked(codings, packed, len(packed), 2**23)
+    assert max(steps) <= (2**23 if ztoapi.first_module("zstandard") else 2**17)
+    with pytest.raises(web.HTTPRequestEntityTooLarge):
+        unpacked(codings, packed, len(packed), 2**23 - 1)
+
+
+def coding_of_zstandard(zstandard):
+    return ztoapi.Coding(lambda _: ztoapi.ZstandardStream(zstandard), zstandard.ZstdError)
+
+
+def test_zstandard_unpacks_without_a_limit_of_its_own():
+    zstandard = pytest.importorskip("zstandard")
+    unpacker = ztoapi.Unpacker(coding_of_zstandard(zstandard), 2**24)
+    data = Random(1).randbytes(5000) + bytes(2**23)
+    packed = zstandard.compress(data) + zstandard.compress(b"more")
+    assert b"".join(unpacker.feed(packed)) == data + b"more"
+    unpacker.close()
+
+
+def test_what_lies_between_two_codings_counts_too():
+    inner = gzip.compress(b"") * 60_000  # over a megabyte that unpacks to nothing
+    with pytest.raises(web.HTTPRequestEntityTooLarge):
+        unpacked("gzip, deflate", zlib.compress(inner), 2**20)
+
+
+def test_a_window_of_zstd_larger_than_8_mb_is_refused():
+    zstandard = pytest.importorskip("zstandard")
+    how = zstandard.ZstdCompressionParameters(window_log=27, write_content_size=False)
+    packer = zstandard.ZstdCompressor(compression_params=how).compressobj()
+    packed = packer.compress(b"x") + packer.flush()
+    for coding in (coding_of_zstandard(zstandard), ztoapi.readable_codings()["zstd"]):
+        with pytest.raises(ztoapi.BrokenBody):
+            list(ztoapi.Unpacker(coding, 2**20).feed(packed))
+
+
 @in_loop
-async def test_a_broken_encoding_is_400(client):
+@pytest.mark.parametrize("path", ["chat/completions", "files", "embeddings"])
+@pytest.mark.parametrize(("codings", "pack"), PACKED_BODIES)
+async def test_a_packed_body_is_read(client, zai, path, codings, pack):
+    zai.headers, zai.parts = {"Content-Type": "application/json"}, [DOCUMENT]
+    data, headers = json.dumps(HELLO).encode(), KEY | {"Content-Encoding": codings}
+    headers |= {"Content-Type": "application/json" if path != "files" else "image/png"}
+    async with client.post(f"/v1/{path}", data=pack(data), headers=headers) as response:
+        assert response.status == 200, await response.text()
+    assert json.loads(zai.asked[0][3])["messages"] == HELLO["messages"]
+
+
+@in_loop
+@pytest.mark.parametrize("path", ["chat/completions", "files", "messages"])
+@pytest.mark.parametrize("codings", ["snappy", "gzip, none", "gzip,gzip,gzip,gzip"])
+async def test_a_coding_that_is_not_read_is_415_and_says_which_are(client, zai, path, codings):
+    headers = KEY | {"Content-Encoding": codings}
+    async with client.post(f"/v1/{path}", data=b"x", headers=headers) as response:
+        message = error_of(await response.text())["message"]
+        assert (response.status, response.headers["Accept-Encoding"] in message) == (415, True)
+        assert {"gzip", "deflate"} <= set(response.headers["Accept-Encoding"].split(", "))
+    assert zai.asked == []
+
+
+@pytest.mark.parametrize(("coding", "package"), [("br", "Brotli"), ("zstd", "zstandard")])
+def test_a_coding_whose_package_is_missing_is_named_with_it(monkeypatch, coding, package):
+    monkeypatch.setattr(ztoapi, "first_module", lambda *_: None)
+    monkeypatch.setattr(ztoapi, "readable_codings", ztoapi.readable_codings.__wrapped__)
+    with pytest.raises(ztoapi.ProxyError, match=package) as refused:
+        ztoapi.unpackers_for([coding], 1)
+    assert refused.value.headers["Accept-Encoding"] == "deflate, gzip, x-gzip"
+
+
+@in_loop
+@pytest.mark.parametrize(
+    ("request_line", "key", "status"),
+    [
+        ("POST /v1/nothing", "sk-your-key", 404),
+        ("POST /v1/messages", "wrong", 401),
+        ("POST /v1/models", "sk-your-key", 405),
+        ("GET /health", "", 200),
+    ],
+)
+@pytest.mark.parametrize("coding", ["gzip", "deflate", "br", "zstd"])
+async def test_a_body_that_nobody_reads_is_not_unpacked(client, request_line, key, status, coding):
+    head = f"{request_line} HTTP/1.1\r\nHost: localhost\r\nx-api-key: {key}\r\n"
+    head += f"Content-Encoding: {coding}\r\nContent-Length: 9\r\n\r\n"
+    reader, writer = await asyncio.open_connection("127.0.0.1", client.port)
+    writer.write(head.encode() + b"not so...")  # would not unpack, and so end the connection
+    answer = await asyncio.wait_for(reader.readuntil(b"}"), 5)
+    assert answer.startswith(f"HTTP/1.1 {status} ".encode())
+    writer.write(GET)
+    assert b"HTTP/1.1 200 OK" in await asyncio.wait_for(reader.readuntil(b'"status"'), 5)
+    writer.close()
+
+
+@in_loop
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/files"])
+async def test_a_packed_body_that_becomes_too_large_is_413(start, zai, path):
+    client = await start(max_body_mb=1)
     headers = KEY | {"Content-Encoding": "gzip"}
-    async with client.post("/v1/chat/completions", data=b"no gzip", headers=headers) as response:
-        assert (response.status, bool(error_of(await response.text()))) == (400, True)
+    async with client.post(path, data=gzip.compress(bytes(2**21)), headers=headers) as response:
+        assert (response.status, error_of(await response.text())["code"]) == (
+            413,
+            "request_too_large",
+        )
+    async with client.get("/health") as response:
+        assert response.status == 200
 
 
 WEBSOCKET = {
@@ -8832,12 +8983,12 @@ async def test_json_out_of_bounds_is_refused(client, zai, data):
             id="control character",
         ),
         pytest.param(
-            b"GET /health HTTP/1.1\r\nHost: localhost\r\nx: " + b"y" * 10_000 + b"\r\n\r\n",
+            b"GET /health HTTP/1.1\r\nHost: localhost\r\nx: " + b"y" * 40_000 + b"\r\n\r\n",
             id="long header",
         ),
         pytest.param(b"GET /health HTTP/1.1\r\n" + b"x: y\r\n" * 300 + b"\r\n", id="many headers"),
         pytest.param(
-            b"GET /" + b"x" * 10_000 + b" HTTP/1.1\r\nHost: localhost\r\n\r\n", id="long path"
+            b"GET /" + b"x" * 40_000 + b" HTTP/1.1\r\nHost: localhost\r\n\r\n", id="long path"
         ),
         pytest.param(b"BREW /health HTTP/1.1\r\nHost: localhost\r\n\r\n", id="unknown method"),
     ],
@@ -8845,6 +8996,7 @@ async def test_json_out_of_bounds_is_refused(client, zai, data):
 async def test_what_is_no_http_is_refused_in_our_shape(client, caplog, data):
     head, _, body = (await talk_raw(client, data)).partition(b"\r\n\r\n")
     assert re.match(rb"HTTP/1\.[01] 4\d\d ", head)
+    assert re.search(rb"\r\nx-request-id: req_\w{24}(\r|$)", head)
     assert error_of(body)["type"] == "invalid_request_error"
     assert b"topsecret" not in body
     assert "Traceback" not in caplog.text
@@ -8865,6 +9017,121 @@ async def test_what_a_client_expects(client, expects, first, code, path):
     head = POST.format(path, f"Expect: {expects}\r\nContent-Length: {len(data)}").encode()
     answer = await talk_raw(client, head + data)
     assert (answer[: len(first)], code in answer) == (first, True)
+    assert expects == "100-continue" or b"\r\nx-request-id: req_" in answer
+
+
+def request_with(*headers):
+    return b"GET /health HTTP/1.1\r\nHost: localhost\r\n" + b"".join(headers) + b"\r\n"
+
+
+@in_loop
+@pytest.mark.parametrize(
+    "headers",
+    [
+        pytest.param([b"Cookie: " + b"c" * 8_200 + b"\r\n"], id="a cookie"),
+        pytest.param([b"Cookie: " + b"c" * 32_600 + b"\r\n"], id="a long cookie"),
+        pytest.param([b"x%d: %s\r\n" % (i, b"y" * 300) for i in range(100)], id="many"),
+    ],
+)
+async def test_a_head_of_32_kb_is_read(client, headers):
+    assert (await talk_raw(client, request_with(*headers))).startswith(b"HTTP/1.1 200 OK")
+
+
+TOO_LARGE = [
+    pytest.param([b"Cookie: " + b"c" * 33_000 + b"\r\n"], b"longest is Cookie.", id="a cookie"),
+    pytest.param(
+        [b"x%d: %s\r\n" % (i, b"c" * (600 + i)) for i in range(60)], b"longest is x59.", id="many"
+    ),
+]
+
+
+@in_loop
+@pytest.mark.parametrize("before", [0, 1, 3])
+@pytest.mark.parametrize("size", [2**18, 1000], ids=["at once", "in pieces"])
+@pytest.mark.parametrize(("headers", "named"), TOO_LARGE)
+async def test_a_larger_head_is_431_and_its_longest_header_is_named(
+    client, before, size, headers, named
+):
+    reader, writer = await asyncio.open_connection("127.0.0.1", client.port)
+    writer.write(GET * before)
+    for _ in range(before):
+        await asyncio.wait_for(reader.readuntil(b"}"), 5)
+    data = request_with(*headers)
+    for start in range(0, len(data), size):
+        writer.write(data[start : start + size])
+        await asyncio.sleep(0)
+    answer = await asyncio.wait_for(reader.readuntil(b"}}"), 5)
+    assert answer.startswith(b"HTTP/1.0 431 Request Header Fields Too Large\r\n")
+    assert (named in answer, b"ccc" in answer) == (True, False)
+    writer.close()
+
+
+@in_loop
+async def test_behind_what_is_no_http_nothing_more_is_read(client, zai):
+    zai.parts = [FIRST, HANG]
+    reader, writer = await asyncio.open_connection("127.0.0.1", client.port)
+    writer.write(raw_request(chat(stream=True)))
+    await asyncio.wait_for(reader.readuntil(b"}"), 5)
+    (connection,) = client.server.handler.connections
+    writer.write(b"junk\r\n\r\n")
+    assert await eventually(lambda: connection.has_request)
+    kept = connection.head
+    writer.write(GET * 99)
+    await asyncio.sleep(0.1)
+    assert connection.head == kept
+    writer.close()
+
+
+@in_loop
+async def test_an_address_that_is_too_long_is_414(client):
+    answer = await talk_raw(
+        client, b"GET /" + b"x" * 40_000 + b" HTTP/1.1\r\nHost: localhost\r\n\r\n"
+    )
+    assert (answer[9:12], b'"code":"address_too_long"' in answer) == (b"414", True)
+
+
+@in_loop
+async def test_what_is_tls_is_told_to_use_http(client, caplog):
+    caplog.set_level("INFO")
+    answer = await talk_raw(client, b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03" + b"x" * 506)
+    assert (answer[9:12], b"use http://" in answer, "use http://" in caplog.text) == (
+        b"400",
+        True,
+        True,
+    )
+
+
+@in_loop
+async def test_line_ends_between_requests_mean_nothing(client, impatient, zai):
+    zai.parts = [FIRST, 0.5, RECORDED]
+    reader, writer = await asyncio.open_connection("127.0.0.1", client.port)
+    for _ in range(2):
+        writer.write(raw_request(chat(stream=True)))
+        assert b"HTTP/1.1 200 OK" in await asyncio.wait_for(reader.readuntil(b"}"), 5)
+        writer.write(b"\r\n")  # as some clients end a body
+        await asyncio.wait_for(reader.readuntil(b"[DONE]\n\n\r\n0\r\n\r\n"), 5)
+        await asyncio.sleep(0.4)  # longer than half a head may take here
+    writer.close()
+
+
+@in_loop
+async def test_half_a_head_behind_a_request_does_not_end_its_answer(client, impatient, zai):
+    zai.parts = [FIRST, 0.5, RECORDED]
+    reader, writer = await asyncio.open_connection("127.0.0.1", client.port)
+    writer.write(raw_request(chat(stream=True)))
+    await asyncio.wait_for(reader.readuntil(b"}"), 5)
+    writer.write(GET[:20])
+    await asyncio.wait_for(reader.readuntil(b"[DONE]"), 5)
+    assert await asyncio.wait_for(reader.read(), 5)  # and is then given up
+    writer.close()
+
+
+@in_loop
+async def test_servers_of_other_apps_are_left_alone(client):
+    assert type(client.server.handler()) is ztoapi.ClientConnection
+    assert type(web.Server(None)()) is RequestHandler
+    async with fake_zai() as zai:
+        assert type(zai.server.handler()) is RequestHandler
 
 
 ODD = [
@@ -9475,9 +9742,9 @@ async def test_a_connection_without_a_whole_head_is_closed(client, impatient):
 @in_loop
 async def test_a_head_without_end_is_not_kept(client):
     reader, writer = await asyncio.open_connection("127.0.0.1", client.port)
-    writer.write(GET[:-2] + b"".join(b"x%d: %s\r\n" % (i, b"y" * 1000) for i in range(60)))
+    writer.write(GET[:-2] + b"".join(b"x%d: %s\r\n" % (i, b"y" * 1000) for i in range(300)))
     with contextlib.suppress(ConnectionResetError):
-        assert await asyncio.wait_for(reader.read(), 5) == b""
+        assert (await asyncio.wait_for(reader.read(), 5)).startswith(b"HTTP/1.0 431 ")
     writer.close()
 
 
@@ -9506,6 +9773,7 @@ async def test_those_that_ask_nothing_make_room_for_those_that_do(client, monkey
     [
         pytest.param("Content-Encoding: gzip\r\nContent-Length: 9", b"not gzip!", id="encoding"),
         pytest.param("Transfer-Encoding: chunked", b"3\r\nabc\r\nno chunk\r\n", id="chunks"),
+        pytest.param("Transfer-Encoding: chunked", b"3\r\n{ }\r\n|no chunk\r\n", id="a late chunk"),
         pytest.param("Content-Length: 9", b"abc", id="silence"),
     ],
 )
@@ -9515,8 +9783,9 @@ async def test_a_broken_body_is_refused_and_ends_the_connection(
     client = passing
     reader, writer = await asyncio.open_connection("127.0.0.1", client.port)
     writer.write(POST.format(path, headers).encode())
-    await asyncio.sleep(0.02)
-    writer.write(body)
+    for part in body.split(b"|"):
+        await asyncio.sleep(0.02)
+        writer.write(part)
     head, _, text = (await asyncio.wait_for(reader.readuntil(b"}}"), 2)).partition(b"\r\n\r\n")
     assert head.startswith(b"HTTP/1.1 404" if path == "/v1/nothing" else b"HTTP/1.1 400")
     assert path == "/v1/nothing" or await asyncio.wait_for(reader.read(), 2) == b""
@@ -9572,23 +9841,6 @@ async def test_a_body_that_comes_byte_by_byte_gets_no_more_time(passing, impatie
     await asyncio.gather(*map(send_slowly, ("/v1/chat/completions", "/v1/files")))
 
 
-@in_loop
-async def test_while_we_read_nothing_a_client_is_not_silent(client, impatient):
-    head, body = raw_request(HELLO).split(b"\r\n\r\n")
-    reader, writer = await asyncio.open_connection("127.0.0.1", client.port)
-    writer.write(head + b"\r\n\r\n")
-    assert await eventually(lambda: client.app[ztoapi.IN_FLIGHT])
-    (connection,) = client.server.handler.connections
-    connection.pause_reading()
-    await asyncio.sleep(0.3)
-    connection.resume_reading()
-    connection.timer.cancel()
-    connection.check()
-    writer.write(body)
-    assert await asyncio.wait_for(reader.readline(), 2) == b"HTTP/1.1 200 OK\r\n"
-    writer.close()
-
-
 LARGE = message(role="user", content="x" * 2**23)
 
 
@@ -9618,6 +9870,15 @@ async def test_an_upload_may_be_slow_but_not_stall(start, pauses, status):
             time.monotonic() - started > 0.4
         )  # in all, a slow one takes longer than Z.ai may be silent
         assert (await stats(client))[0]["in_flight"] == 0
+
+
+@in_loop
+async def test_while_we_read_nothing_a_client_is_not_silent(start, impatient):
+    async with fake_zai(socket_factory=narrow_socket) as zai:
+        client = await start(zai_base_url=zai.url)
+        zai.pauses, zai.headers, zai.parts = [0.3] * 4, {}, [DOCUMENT]
+        response, _ = await ask(client, LARGE, "/v1/files")
+        assert response.status == 200
 
 
 @in_loop
@@ -9908,6 +10169,16 @@ async def test_what_is_passed_through_is_for_the_models_of_a_key(
     assert len(zai.asked) == (status == 200)
     async with client.get("/v1/files", headers=key) as response:
         assert response.status == 200
+
+
+@in_loop
+async def test_a_named_key_deletes_a_file_with_openais_sdk(client, zai, sdk):
+    """The SDK says that it sends JSON, and sends nothing."""
+    zai.headers = {"Content-Type": "application/json"}
+    zai.parts = [b'{"id": "abc", "object": "file", "deleted": true}']
+    key = await make_key(client, models="glm-4*")
+    deleted = await sdk.with_options(api_key=key["x-api-key"]).files.delete("abc")
+    assert (deleted.deleted, zai.asked[0][0], zai.asked[0][3]) == (True, "DELETE", b"")
 
 
 @in_loop
@@ -10326,6 +10597,58 @@ async def test_a_key_is_no_use_to_others_while_the_published_one_counts(run, tmp
     assert ("nobody else can reach this server" in note, other_note) == (True, "")
 
 
+MOMENTS = [
+    ["import", "argparse"],
+    ["import", "aiohttp"],
+    ["socket.bind"],
+    ["sqlite3.connect"],
+]
+
+
+@meanwhile
+async def test_ctrl_c_while_it_starts_is_one_line(run, tmp_path):
+    programs = []
+    for number, moment in enumerate(MOMENTS):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        (folder / "sitecustomize.py").write_text(interrupting(moment))
+        database = f"sqlite:///{folder}/z.db"
+        programs.append(run(Program, PYTHONPATH=str(folder), DATABASE_URL=database))
+    for program in programs:
+        status, _, words = program.end()
+        assert (status, words) == (130, "ztoapi: interrupted\n")
+
+
+def interrupting(moment):
+    """A sitecustomize.py that sends a program Ctrl-C at this event of Python's audit."""
+    return f"""
+import os, signal, sys
+def interrupt(event, about):
+    if [event, *map(str, about)][: len({moment})] == {moment} and sys.argv[0]:
+        os.kill(os.getpid(), signal.SIGINT)
+sys.addaudithook(interrupt)
+"""
+
+
+@meanwhile
+async def test_ctrl_c_right_behind_the_banner_is_no_traceback(run):
+    for _ in range(3):
+        program = run(Program)
+        assert program.banner
+        program.process.send_signal(signal.SIGINT)
+        status, _, words = program.end()
+        assert (status, words) in [(130, "ztoapi: interrupted\n"), (0, "")]
+
+
+@meanwhile
+async def test_ctrl_c_stops_a_running_server_without_a_word(run):
+    program = run(Program)
+    await ask_once(program.port, GET)
+    program.process.send_signal(signal.SIGINT)
+    status, _, log = program.end()
+    assert (status, "Traceback" in log) == (0, False)
+
+
 @meanwhile
 async def test_a_database_that_cannot_be_used_stops_the_start(run, tmp_path):
     (tmp_path / "z.db").write_bytes(b"no database" * 99)
@@ -10378,21 +10701,23 @@ async def test_a_process_manager_may_make_the_app_before_it_forks(tmp_path, zai)
         stderr=subprocess.PIPE,
     )
     answers = [await ask_once(port) for _ in range(20)]
+    refused = await ask_once(port, request_with(b"x: " + b"y" * 40_000 + b"\r\n"))
     manager.terminate()
     _, log = await asyncio.wait_for(manager.communicate(), 20)
     with contextlib.closing(sqlite3.connect(tmp_path / "z.db")) as written:
         counted = written.execute("SELECT SUM(requests) FROM ztoapi_usage").fetchone()
     assert (set(answers), counted, b"Traceback" in log) == ({b"HTTP/1.1 200 OK"}, (20,), False)
+    assert refused.startswith(b"HTTP/1.0 431 ")
 
 
-async def ask_once(port):
+async def ask_once(port, data=None):
     """The status line of an answer over a connection of its own, perhaps to a server that is starting."""
     try:
         reader, writer = await asyncio.open_connection("127.0.0.1", port)
     except ConnectionRefusedError:
         await asyncio.sleep(0.1)
-        return await ask_once(port)
-    writer.write(raw_request(HELLO))
+        return await ask_once(port, data)
+    writer.write(data or raw_request(HELLO))
     line = await asyncio.wait_for(reader.readline(), 10)
     writer.close()
     return line.strip()
@@ -11121,6 +11446,33 @@ def test_a_log_that_cannot_be_written_loses_lines_and_says_how_many(monkeypatch)
     told = next(int(line.split()[0]) for line in lines if "dropped" in line)
     assert lines.index(line) == 0
     assert told + lines.count(line) >= 100
+
+
+def test_a_log_that_does_not_block_loses_nothing():
+    reading, writing = os.pipe()
+    os.set_blocking(writing, False)
+    handler, log = ztoapi.BackgroundHandler(writing), b""
+    for _ in range(100):
+        handler.emit(ztoapi.logging.makeLogRecord({"msg": "x" * 2**12}))
+    while log.count(b"\n") < 100 and select.select([reading], [], [], 5)[0]:
+        log += os.read(reading, 2**16)
+    assert log == (b"x" * 2**12 + b"\n") * 100
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+def test_a_log_that_fails_for_a_while_says_how_many_lines_are_missing():
+    (reading, writing), full = os.pipe(), os.open("/dev/full", os.O_WRONLY)
+    handler = ztoapi.BackgroundHandler(full)
+    for _ in range(3):
+        handler.emit(ztoapi.logging.makeLogRecord({"msg": "lost"}))
+        handler.flush()
+    os.dup2(writing, full)
+    handler.emit(ztoapi.logging.makeLogRecord({"msg": "written"}))
+    handler.flush()
+    assert os.read(reading, 2**16).splitlines() == [
+        b"3 lines were dropped here, because they could not be written",
+        b"written",
+    ]
 
 
 def logged(words, *secrets):

@@ -24,11 +24,27 @@ The sections, in order: Settings, Errors, Models, JSON, Internal representation;
 (Request fields, Contents, Chat completions, Completions, Responses, Messages, Surfaces, Histories),
 Clients; what Z.ai speaks (request, errors, answer); Accounts; I/O: Admission (Z.ai's keys, queue),
 Z.ai client, Upstream (retries, fallbacks), Database, Requests (records, statistics), Streaming out,
-Handlers, Pass-through, Access, Errors and shutdown, Client connections, Server, Commands, Demo,
+Request bodies, Handlers, Pass-through, Access, Errors and shutdown, Client connections, Server, Commands, Demo,
 Pages.
 """
 
 from __future__ import annotations
+
+import sys
+
+if __name__ == "__main__":  # Ctrl-C until `obey_signals`, while all the rest is imported
+    try:
+        import os
+        import signal
+
+        def leave(*_: object) -> None:
+            os.write(2, b"ztoapi: interrupted\n")
+            os._exit(130)
+
+        signal.signal(signal.SIGINT, leave)
+    except KeyboardInterrupt:
+        print("ztoapi: interrupted", file=sys.stderr)
+        sys.exit(130)
 
 import argparse
 import asyncio
@@ -52,9 +68,9 @@ import signal
 import socket
 import struct
 import subprocess
-import sys
 import tempfile
 import time
+import zlib
 from abc import ABC, abstractmethod
 from bisect import bisect_left, insort
 from collections import Counter, defaultdict, deque
@@ -108,10 +124,9 @@ from urllib.request import ProxyHandler, build_opener, getproxies, proxy_bypass
 
 try:
     import aiohttp
-    from aiohttp import web, web_server
+    from aiohttp import web
     from aiohttp.client_proto import ResponseHandler
-    from aiohttp.http import RawRequestMessage, RawResponseMessage
-    from aiohttp.web_protocol import RequestHandler
+    from aiohttp.http import HttpProcessingError, RawRequestMessage, RawResponseMessage
     from dotenv import dotenv_values
 except ImportError as error:
     print(f"ztoapi: {error}: run pip install -r requirements.txt", file=sys.stderr)
@@ -6367,7 +6382,6 @@ async def in_thread_if_large(size: int, work: Callable[..., R], *arguments: Any)
 
 
 FINISH_TIMEOUT = 2  # seconds to wait for usage and [DONE] after the finish
-BROKEN_BODY = "The request body could not be read: it broke off, or its encoding is broken."
 CONNECT_TIMEOUT = 10  # seconds, including DNS and TLS
 ERROR_BODY_LIMIT = 65536  # bytes of a refusal that are read
 ERROR_BODY_TIMEOUT = 5  # seconds
@@ -7895,6 +7909,7 @@ class Record:
     usage: Usage = field(default_factory=Usage)
     sent: Sent = field(default_factory=Sent)
     pieces: int = 0  # of the answer, other than usage
+    body_size: int = 0  # bytes of the request, unpacked
     received: int = 0  # characters in them
     left_out: str = ""  # tools that Z.ai does not have
 
@@ -8237,6 +8252,326 @@ class SSEResponse:
             await self.write(self.reply.sign_of_life(self.own_head))
 
 
+# ======== Request bodies ============================================================================================
+# Bodies come as they were sent, packed or not: aiohttp unpacks none. `body_parts` unpacks the one that a handler reads,
+# step by step, so that others go on meanwhile; what no handler reads costs no more than its own bytes.
+
+READ_TIMEOUT = 30.0  # seconds for a whole head, and for each MIN_READ bytes of a body
+MIN_READ = 2**14
+STEP_INPUT = 2**14  # packed bytes that one step reads
+STEP_OUTPUT = 2**16  # bytes that one step unpacks
+MAX_CODINGS = 3  # one inside the other
+
+UNSUPPORTED_CODING = error_kind(415, "unsupported_content_encoding")
+
+
+class BrokenBody(BadRequest):
+    """A body that stops, or is not what its headers say. The connection ends with the answer."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            "The request body could not be read: it broke off, or its encoding is broken."
+        )
+
+
+async def read_body(request: web.Request) -> bytes:
+    """The whole body, unpacked; the record learns its size. Raises what `body_parts` raises.
+
+    request.read() would keep the body as long as the request.
+    """
+    body = b"".join([part async for part in body_parts(request)])
+    request[RECORD].body_size = len(body)
+    return body
+
+
+def body_parts(request: web.Request) -> AsyncIterator[bytes]:
+    """The body in parts as it comes, unpacked. Raises ProxyError (415) for a coding that is not read here.
+
+    Iterating raises BrokenBody, and aiohttp's 413 for a body that is, packed or not, larger than MAX_BODY_MB.
+    """
+    limit = request.app[SETTINGS].max_body_mb * 2**20
+    codings = request.headers.getall("Content-Encoding", ())
+    parts = limited_parts(BodyReader(request.content), limit)
+    if not codings:
+        return parts
+    return unpacked_parts(parts, unpackers_for(codings, limit))
+
+
+async def limited_parts(body: BodyReader, limit: int) -> AsyncIterator[bytes]:
+    size = 0
+    while part := await body.read():
+        size += len(part)
+        if size > limit:
+            raise web.HTTPRequestEntityTooLarge(limit, size)
+        yield part
+
+
+async def unpacked_parts(
+    parts: AsyncIterator[bytes], unpackers: Sequence[Unpacker]
+) -> AsyncIterator[bytes]:
+    async for part in parts:
+        for step in unpacking(part, unpackers):
+            await asyncio.sleep(0)
+            if step:
+                yield step
+    for unpacker in unpackers:
+        unpacker.close()
+
+
+class BodyReader:
+    """Reads a body as it comes, and gives up on a client that stalls.
+
+    It has READ_TIMEOUT seconds for each MIN_READ bytes, so what comes byte by byte gets no more time. Only waiting
+    for the client counts: while Z.ai takes an upload slowly, nothing is read.
+    """
+
+    def __init__(self, content: aiohttp.StreamReader) -> None:
+        self.content = content
+        self.seconds_left = READ_TIMEOUT
+        self.received = 0  # bytes since it had all these seconds
+
+    async def read(self) -> bytes:
+        """The next bytes, none at the end. Raises BrokenBody."""
+        try:
+            part = await self.wait()
+        except (web.RequestPayloadError, HttpProcessingError) as error:
+            raise BrokenBody from error
+        except asyncio.TimeoutError as error:
+            self.content.feed_eof()  # or aiohttp would wait for the rest, to ignore it
+            raise BrokenBody from error
+        if self.content.exception():
+            raise BrokenBody
+        return part
+
+    async def wait(self) -> bytes:
+        if self.content.is_eof():  # all of it is here
+            return await self.content.readany()
+        began = time.monotonic()
+        part = await asyncio.wait_for(self.content.readany(), self.seconds_left)
+        self.seconds_left -= time.monotonic() - began
+        self.received += len(part)
+        if self.received >= MIN_READ:
+            self.seconds_left = READ_TIMEOUT
+            self.received = 0
+        return part
+
+
+class PackedStream(Protocol):
+    """Unpacks one stream piece by piece, as the standard library's bz2, lzma and zstd do."""
+
+    @property
+    def needs_input(self) -> bool:
+        """False while it can unpack more of what it has."""
+
+    @property
+    def eof(self) -> bool:
+        """Whether the stream has ended."""
+
+    @property
+    def unused_data(self) -> bytes:
+        """What stood behind its end."""
+
+    def decompress(self, data: bytes, max_length: int) -> bytes: ...
+
+
+class ZlibStream:
+    """gzip (RFC 1952), and deflate (RFC 1950, 1951)."""
+
+    def __init__(self, window_bits: int) -> None:
+        self.inflater = zlib.decompressobj(window_bits)
+        self.needs_input = True
+
+    @property
+    def eof(self) -> bool:
+        return self.inflater.eof
+
+    @property
+    def unused_data(self) -> bytes:
+        return self.inflater.unused_data
+
+    def decompress(self, data: bytes, max_length: int) -> bytes:
+        unpacked = self.inflater.decompress(self.inflater.unconsumed_tail + data, max_length)
+        self.needs_input = len(unpacked) < max_length
+        return unpacked
+
+
+class BrotliStream:
+    """br (RFC 7932), with the package Brotli or brotlicffi."""
+
+    unused_data = b""  # it refuses whatever stands behind its end
+
+    def __init__(self, package: Any) -> None:
+        self.decompressor = package.Decompressor()
+        self.needs_input = True
+
+    @property
+    def eof(self) -> bool:
+        return bool(self.decompressor.is_finished())
+
+    def decompress(self, data: bytes, max_length: int) -> bytes:
+        unpacked = bytes(self.decompressor.process(data, output_buffer_limit=max_length))
+        # It may have more to give although it says that it can accept more.
+        is_waiting = self.decompressor.can_accept_more_data()
+        self.needs_input = is_waiting and len(unpacked) < max_length
+        return unpacked
+
+
+ZSTD_WINDOW_BITS = 23  # the largest window of a body's zstd, 8 MB (RFC 9659)
+
+
+class ZstandardStream:
+    """zstd with the package zstandard, which takes no max_length.
+
+    A block has at least 4 bytes and unpacks to 128 KB at most (RFC 8878), so SLICE bytes to 8 MB at most.
+    """
+
+    SLICE = 256
+
+    def __init__(self, package: Any) -> None:
+        decompressor = package.ZstdDecompressor(max_window_size=2**ZSTD_WINDOW_BITS)
+        self.decompressor = decompressor.decompressobj()
+        self.waiting = b""  # not yet unpacked
+
+    @property
+    def needs_input(self) -> bool:
+        return not self.waiting
+
+    @property
+    def eof(self) -> bool:
+        return bool(self.decompressor.eof)
+
+    @property
+    def unused_data(self) -> bytes:
+        return bytes(self.decompressor.unused_data) + self.waiting
+
+    def decompress(self, data: bytes, _: int) -> bytes:
+        waiting = self.waiting + data
+        self.waiting = waiting[self.SLICE :]
+        return bytes(self.decompressor.decompress(waiting[: self.SLICE]))
+
+
+class Coding(NamedTuple):
+    """A content coding that can be read: what opens a stream that begins with these bytes, and what it may raise."""
+
+    open: Callable[[bytes], PackedStream]
+    error: type[Exception]
+
+
+def open_gzip(_: bytes) -> PackedStream:
+    return ZlibStream(16 + zlib.MAX_WBITS)
+
+
+def open_deflate(data: bytes) -> PackedStream:
+    """As RFC 9110 has it, in zlib's wrapping; or bare, as some send it."""
+    is_wrapped = data[0] & 15 == 8  # the method in zlib's first byte (RFC 1950)
+    return ZlibStream(zlib.MAX_WBITS if is_wrapped else -zlib.MAX_WBITS)
+
+
+@lru_cache(1)
+def readable_codings() -> dict[str, Coding]:
+    """The content codings that this Python and its packages can unpack, by name."""
+    gzip = Coding(open_gzip, zlib.error)
+    codings = {"gzip": gzip, "x-gzip": gzip, "deflate": Coding(open_deflate, zlib.error)}
+    brotli = first_module("brotli", "brotlicffi")
+    if hasattr(getattr(brotli, "Decompressor", None), "can_accept_more_data"):  # since 1.2
+        codings["br"] = Coding(lambda _: BrotliStream(brotli), brotli.error)
+    zstd = zstd_coding()
+    if zstd:
+        codings["zstd"] = zstd
+    return codings
+
+
+def zstd_coding() -> Coding | None:
+    zstd = first_module("compression.zstd", "backports.zstd")
+    if zstd:
+        options = {zstd.DecompressionParameter.window_log_max: ZSTD_WINDOW_BITS}
+        return Coding(lambda _: zstd.ZstdDecompressor(options=options), zstd.ZstdError)
+    zstandard = first_module("zstandard")
+    if zstandard:
+        return Coding(lambda _: ZstandardStream(zstandard), zstandard.ZstdError)
+    return None
+
+
+def first_module(*names: str) -> Any:
+    """The first of these modules that is installed, or None."""
+    for name in names:
+        with suppress(ImportError):
+            return import_module(name)
+    return None
+
+
+class Unpacker:
+    """Undoes one coding of a body that comes in parts."""
+
+    def __init__(self, coding: Coding, limit: int) -> None:
+        self.coding = coding
+        self.limit = limit
+        self.size = 0  # bytes that came out
+        self.stream: PackedStream | None = (
+            None  # the one that is open: streams may follow each other
+        )
+
+    def feed(self, data: bytes) -> Iterator[bytes]:
+        """What the bytes unpack to, in steps, some of them empty. Raises BrokenBody; 413 above the limit."""
+        for start in range(0, len(data), STEP_INPUT):
+            packed = data[start : start + STEP_INPUT]
+            while packed:
+                stream = self.stream = self.stream or self.coding.open(packed)
+                yield self.step(stream, packed)
+                while not (stream.eof or stream.needs_input):
+                    yield self.step(stream, b"")
+                packed = b""
+                if stream.eof:
+                    packed = stream.unused_data
+                    self.stream = None
+
+    def step(self, stream: PackedStream, packed: bytes) -> bytes:
+        try:
+            unpacked = stream.decompress(packed, STEP_OUTPUT)
+        except self.coding.error as error:
+            raise BrokenBody from error
+        self.size += len(unpacked)
+        if self.size > self.limit:
+            raise web.HTTPRequestEntityTooLarge(self.limit, self.size)
+        return unpacked
+
+    def close(self) -> None:
+        """Raises BrokenBody if the last stream has not ended."""
+        if self.stream:
+            raise BrokenBody
+
+
+def unpacking(data: bytes, unpackers: Sequence[Unpacker]) -> Iterator[bytes]:
+    """What is left of the bytes behind all these unpackers, in steps, some of them empty."""
+    if not (data and unpackers):
+        yield data
+        return
+    first, *others = unpackers
+    for unpacked in first.feed(data):
+        yield from unpacking(unpacked, others)
+
+
+def unpackers_for(headers: Iterable[str], limit: int) -> list[Unpacker]:
+    """What undoes the codings that Content-Encoding lists, the last first. Raises ProxyError (415)."""
+    names = [name.strip().lower() for header in headers for name in header.split(",")]
+    names = [name for name in names if name not in ("", "identity")]
+    readable = readable_codings()
+    if len(names) > MAX_CODINGS or not readable.keys() >= set(names):
+        raise unsupported_coding(readable)
+    return [Unpacker(readable[name], limit) for name in reversed(names)]
+
+
+def unsupported_coding(readable: Iterable[str]) -> ProxyError:
+    names = ", ".join(sorted(readable))
+    message = (
+        f"This server reads bodies whose Content-Encoding is {names} (at most {MAX_CODINGS}), or that have none; "
+        "br only where the package Brotli is installed, zstd only with Python 3.14 or the package zstandard."
+    )
+    error = ProxyError(UNSUPPORTED_CODING, message)
+    error.headers["Accept-Encoding"] = names  # as RFC 9110, 15.5.16, has it
+    return error
+
+
 # ======== Handlers ==================================================================================================
 # A function for each route; `answer` serves every surface.
 
@@ -8293,7 +8628,7 @@ async def keep(request: web.Request, reply: Reply, answer: Answering) -> None:
         request.app[UPSTREAM].memory.put(request[ACCOUNT].id, message)
     if reply.stored:
         history = ClientHistory(request.app[DATABASE], request[ACCOUNT].id)
-        await history.put(reply.stored, request.content.total_bytes + answer.size)
+        await history.put(reply.stored, request[RECORD].body_size + answer.size)
 
 
 @dataclass(slots=True)
@@ -8311,7 +8646,7 @@ async def plan_request(surface: Surface, request: web.Request) -> Asked:
     history = ClientHistory(request.app[DATABASE], request[ACCOUNT].id)
     body = await read_json(request)
     await history.load(referred_responses(body))
-    size = request.content.total_bytes + history.size
+    size = request[RECORD].body_size + history.size
     asked = await in_thread_if_large(size, planned, surface, request, body, history, size)
     request.app[UPSTREAM].remedies.update(asked.plan.repairs)
     request.app[ACCOUNTS].check_choices(request[ACCOUNT], asked.plan.n, time.monotonic())
@@ -8366,24 +8701,6 @@ async def decode_body(request: web.Request, body: bytes) -> JSON:
         return await in_thread_if_large(len(body), parse_request, body)
     except (ValueError, RecursionError) as error:
         raise BadRequest(f"The request body is not a JSON object: {error}.") from None
-
-
-async def read_body(request: web.Request) -> bytes:
-    """request.read() would keep the body as long as the request. Raises what body_parts raises."""
-    return b"".join([part async for part in body_parts(request)])
-
-
-async def body_parts(request: web.Request) -> AsyncIterator[bytes]:
-    """Raises BadRequest for a broken body, and aiohttp's 413 for one that is larger than MAX_BODY_MB."""
-    size, limit = 0, request.app[SETTINGS].max_body_mb * 2**20
-    try:
-        while part := await request.content.readany():
-            size += len(part)
-            if size > limit:
-                raise web.HTTPRequestEntityTooLarge(limit, size)
-            yield part
-    except web.RequestPayloadError as error:
-        raise BadRequest(BROKEN_BODY) from error
 
 
 def ignored_header(names: Sequence[str]) -> dict[str, str]:
@@ -8712,7 +9029,7 @@ async def messages(request: web.Request) -> web.StreamResponse:
         "Content-Type": "application/json",
         **sent_headers(request, "anthropic-version", "anthropic-beta"),
     }
-    how, size = {"headers": headers, "params": request.query}, request.content.total_bytes
+    how, size = {"headers": headers, "params": request.query}, request[RECORD].body_size
     beginning = (to_json(part) for part in (body.get("system"), first_object(body.get("messages"))))
     caller = await in_thread_if_large(size, caller_of, settings, request[ACCOUNT].id, beginning)
 
@@ -9172,7 +9489,10 @@ async def error_response(request: web.Request, error: ProxyError) -> web.StreamR
     headers = error_headers(error)
     if error.kind.status == 402 and request.path.rstrip("/").endswith("/responses"):
         headers.pop("Retry-After", None)  # Codex would silently wait until then
-    return json_response(error_document(request, error), error.kind.status, headers)
+    response = json_response(error_document(request, error), error.kind.status, headers)
+    if isinstance(error, BrokenBody):
+        response.force_close()
+    return response
 
 
 SHUTDOWN_GRACE = 30  # seconds that answers in flight have to finish
@@ -9210,20 +9530,29 @@ async def obey_signals(app: web.Application) -> None:
         if told_at[-1] - told_at[0] > 1:  # in seconds
             end_answers(app)
 
-    with suppress(
-        NotImplementedError
-    ):  # on Windows; elsewhere aiohttp has set its own, which are replaced
-        for number in (signal.SIGINT, signal.SIGTERM):
-            asyncio.get_running_loop().add_signal_handler(number, react)
+    loop = asyncio.get_running_loop()
+    try:
+        loop.add_signal_handler(signal.SIGINT, react)
+        loop.add_signal_handler(signal.SIGTERM, react)
+    except NotImplementedError:  # on Windows, where run_app stops at a KeyboardInterrupt
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 # ======== Client connections ========================================================================================
-# aiohttp serves them, but lets clients stall and flood; it has no hooks for this, so ours replaces its class.
+# aiohttp serves clients, but lets them stall and flood, and answers what is not HTTP in its own words.
+# `serve_as_here` gives an app's servers these connections; nothing in aiohttp itself is changed.
+#
+# Used of aiohttp without being documented:
+#   Application._make_handler       makes the server; run_app, gunicorn's worker and tests all call it
+#   RequestHandler._messages        requests that were parsed and not yet begun, each with its body
+#   RequestHandler.data_received, handle_error, finish_response; Server.__call__, connection_made, pre_shutdown
+#   and in `Upload`: Payload._size, ResponseHandler.start_timeout
 
 CHECK_INTERVAL = 5.0  # seconds
 MAX_HEAD = 2**15  # bytes
-READ_TIMEOUT = 30.0  # seconds for the rest of a head, and for each MIN_READ bytes of a body
-MIN_READ = 2**14
+MAX_REFUSED_HEAD = 2**18  # bytes of a larger head that are taken before it is refused
+END_OF_HEAD = b"\r\n\r\n"
+NO_HEAD = b"\0" + END_OF_HEAD  # what aiohttp's parsers refuse, wherever a head is
 
 
 def descriptor_limit() -> int:
@@ -9241,114 +9570,148 @@ BACKLOG = min(
 )  # connections accepted before the first of them is looked at
 
 
-class ClientConnection(RequestHandler):
-    """Ends when its client is silent in the middle of a request, or no longer reads; reports errors in our shape.
+def serve_as_here(app: web.Application) -> None:
+    """Lets a ClientServer serve the app, whatever runs it."""
+    make_plain_server = app._make_handler  # noqa: SLF001 - nothing public leads to the server
 
-    Before file descriptors run out, connections without a request end, the longest silent first.
+    def make_server(**how: Any) -> web.Server:
+        plain = make_plain_server(**how)
+        how["request_factory"] = plain.request_factory
+        return ClientServer(app, plain.request_handler, how)
+
+    vars(app)["_make_handler"] = make_server
+
+
+class ClientServer(web.Server):
+    """Accepts clients, and ends connections that only take up room.
+
+    Those are: without a whole head for READ_TIMEOUT, with a client that reads nothing for UPSTREAM_TIMEOUT, and,
+    before file descriptors run out, those without a request, the longest silent first.
     """
 
-    def __init__(self, server: web.Server, *, write_timeout: float = math.inf, **how: Any) -> None:
-        super().__init__(server, **how)
-        self.server, self.write_timeout = server, write_timeout
-        self.heard_at = self.read_at = (
-            self._loop.time()
-        )  # when the client last sent something, and read something
-        self.unsent = 0  # bytes of ours that it had not read at the last check
-        self.head_size = 0  # bytes of an incomplete head
-        self.owes_head = True  # it has sent nothing yet, or half a head
-        self.received = 0  # bytes since `heard_at`
+    def __init__(self, app: web.Application, handler: Any, how: JSON) -> None:
+        """`how`: what the app's runner wants of the server and of each connection."""
+        loop, request_factory = how.pop("loop"), how.pop("request_factory")
+        # When a client leaves, its handler is cancelled, and with it the request to Z.ai.
+        how.pop("handler_cancellation", None)
+        super().__init__(
+            handler, loop=loop, request_factory=request_factory, handler_cancellation=True
+        )
+        self.app = app
+        self.loop = loop
+        self.how = {
+            **how,
+            "logger": LOG,
+            "auto_decompress": False,
+            "max_line_size": MAX_HEAD,
+            "max_field_size": MAX_HEAD,
+        }
+        self.next_check: asyncio.TimerHandle | None = None  # while there are connections
 
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        super().connection_made(transport)
-        self.client = cast(
-            "asyncio.Transport", transport
-        )  # aiohttp's own reference ends before the connection does
-        self.timer = self._loop.call_later(CHECK_INTERVAL, self.check)
-        if (
-            transport.get_extra_info("socket").fileno() > MAX_DESCRIPTORS * 3 // 4
-        ):  # always the lowest free number
+    def __call__(self) -> ClientConnection:
+        return ClientConnection(self, loop=self.loop, **self.how)
+
+    def connection_made(self, handler: web.RequestHandler, transport: asyncio.Transport) -> None:
+        super().connection_made(handler, transport)
+        if self.next_check is None:
+            self.next_check = self.loop.call_later(CHECK_INTERVAL, self.check)
+        descriptor = transport.get_extra_info("socket").fileno()  # always the lowest free number
+        if descriptor > MAX_DESCRIPTORS * 3 // 4:
             self.make_room()
 
-    def connection_lost(self, exc: BaseException | None) -> None:
-        super().connection_lost(exc)
-        self.timer.cancel()
-
-    def close(self) -> None:
-        """When the server stops: aiohttp would leave an idle connection open until all answers are finished."""
-        if self.is_idle:
-            self.client.close()
-        super().close()
-
-    @property
-    def is_idle(self) -> bool:
-        return self._waiter is not None and not self._waiter.done()
-
-    @property
-    def owes_body(self) -> bool:
-        return self._current_request is not None and not self._current_request.content.is_eof()
-
-    @property
-    def has_request(self) -> bool:
-        """False when only the rest of an answered request can still arrive."""
-        return self._request_in_progress or bool(self._messages)
+    def without_request(self) -> list[ClientConnection]:
+        """The connections of whose request, if there was one, only a rest can still arrive that nobody reads."""
+        busy = {request.protocol for request in self.app[IN_FLIGHT].values()}
+        connections = cast("list[ClientConnection]", self.connections)
+        return [known for known in connections if known not in busy and not known.has_request]
 
     def make_room(self) -> None:
         LOG.warning(
             "file descriptors are scarce (ulimit -n): connections without a request are closed"
         )
-        connections = (
-            known for known in self.server.connections if isinstance(known, ClientConnection)
-        )
-        idle = sorted(
-            (known for known in connections if not known.has_request), key=attrgetter("heard_at")
-        )
+        idle = sorted(self.without_request(), key=attrgetter("last_received_at"))
         for connection in idle[: len(idle) // 8 + 1]:
             connection.force_close()
 
-    def data_received(self, data: bytes) -> None:
-        super().data_received(data)
-        self.received, is_idle = self.received + len(data), self.is_idle
-        trickles = self.owes_head if is_idle else self.owes_body and self.received < MIN_READ
-        if not trickles:  # what comes byte by byte gets no more time
-            self.heard_at, self.received = self._loop.time(), 0
-        self.owes_head, self.head_size = is_idle, self.head_size + len(data) if is_idle else 0
-        if self.head_size > MAX_HEAD:
-            self.force_close()
-        if self._messages and not isinstance(self._messages[-1][0], RawRequestMessage):  # an error
-            self.break_body()
-
-    def resume_reading(self, *how: Any, **more: Any) -> None:
-        if self._reading_paused:  # by us: the client could not send
-            self.heard_at = self._loop.time()
-        super().resume_reading(*how, **more)
-
-    def resume_writing(self) -> None:
-        super().resume_writing()
-        self.read_at = self._loop.time()
-
     def check(self) -> None:
-        self.timer = self._loop.call_later(CHECK_INTERVAL, self.check)
-        self.check_reader()
-        if self._loop.time() - self.heard_at > READ_TIMEOUT:
-            if self.is_idle and self.owes_head:
-                self.force_close()
-            elif not self._reading_paused:
-                self.break_body()
+        self.next_check = None
+        now = time.monotonic()
+        for connection in self.without_request():
+            if now > connection.head_due:
+                connection.force_close()
+        for connection in cast("list[ClientConnection]", self.connections):
+            connection.check_reader(now, self.app[SETTINGS].upstream_timeout)
+        if self.connections:
+            self.next_check = self.loop.call_later(CHECK_INTERVAL, self.check)
 
-    def check_reader(self) -> None:
-        """End the connection when the client has read nothing for `write_timeout`."""
-        now, unsent = self._loop.time(), self.client.get_write_buffer_size()
-        growing = self._current_request is not None and not self._paused
-        if growing or not unsent or unsent < self.unsent:
-            self.read_at = now
-        self.unsent = unsent
-        if now - self.read_at > self.write_timeout:
+    def pre_shutdown(self) -> None:
+        """Closes what is idle: aiohttp would leave it open until all answers are finished."""
+        for connection in self.without_request():
+            connection.force_close()
+        super().pre_shutdown()
+
+
+class ClientConnection(web.RequestHandler):
+    """A client's connection: bounds each head, and refuses in our shape what does not reach the app."""
+
+    def __init__(self, server: ClientServer, **how: Any) -> None:
+        super().__init__(server, **how)
+        self.last_received_at = time.monotonic()
+        self.head = b""  # what has come of a request's head, until it is whole
+        self.head_due = self.last_received_at + READ_TIMEOUT  # when it must be whole
+        self.latest: Any = None  # the latest request that was parsed, with its body
+        self.body: aiohttp.StreamReader = aiohttp.EMPTY_PAYLOAD  # the latest request's
+        self.is_refused = False  # the parser could not read what came
+        self.unsent_bytes = 0  # that the client had not taken at the last check
+        self.unsent_since = 0.0  # since when they have been so many
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        # aiohttp's own reference ends before the connection does
+        self.client = cast("asyncio.Transport", transport)
+        super().connection_made(transport)
+
+    @property
+    def has_request(self) -> bool:
+        """Whether a request waits to be begun."""
+        return bool(self._messages)
+
+    def data_received(self, data: bytes) -> None:
+        """aiohttp's parser reads all that comes, but no head of more than MAX_HEAD bytes."""
+        if self.is_refused:
+            return
+        self.last_received_at = time.monotonic()
+        if self.body.is_eof():
+            self.head = (self.head + data).lstrip(b"\r\n")  # line ends before a head mean nothing
+            if len(self.head) > MAX_HEAD and self.head.find(END_OF_HEAD, 0, MAX_HEAD) < 0:
+                # Refused once all of it is here: a client that is still sending might miss the answer.
+                is_whole = END_OF_HEAD in self.head or len(self.head) > MAX_REFUSED_HEAD
+                data = NO_HEAD if is_whole else b""
+        super().data_received(data)
+        if self._messages and self._messages[-1] is not self.latest:
+            self.latest = self._messages[-1]
+            self.begin_request(*self.latest)
+        elif self.head and self.head_due == math.inf:
+            self.head_due = self.last_received_at + READ_TIMEOUT
+
+    def begin_request(self, message: Any, body: aiohttp.StreamReader) -> None:
+        if isinstance(message, RawRequestMessage):
+            self.head = b""
+            self.head_due = math.inf
+            self.body = body
+            return
+        self.is_refused = True
+        if not self.body.is_eof():  # its chunks are broken; nothing waits for the rest
+            self.body.feed_eof()
+            self.body.set_exception(web.RequestPayloadError())
+
+    def check_reader(self, now: float, patience: float) -> None:
+        """Ends the connection when the client has read nothing for so many seconds."""
+        unsent = self.client.get_write_buffer_size()
+        if not unsent or unsent != self.unsent_bytes:
+            self.unsent_bytes = unsent
+            self.unsent_since = now
+        elif now - self.unsent_since > patience:
             self.client.abort()
-
-    def break_body(self) -> None:
-        """Tell the handler that waits for the rest of a body that it will not come."""
-        if self._current_request and self.owes_body:
-            self._current_request.content.set_exception(web.RequestPayloadError())
 
     async def finish_response(
         self, request: web.BaseRequest, resp: web.StreamResponse, start_time: float | None
@@ -9357,11 +9720,6 @@ class ClientConnection(RequestHandler):
             message = "The only expectation known here is 'Expect: 100-continue'."
             resp = bare_error(error_kind(417, "unknown_expectation", message))
         return await super().finish_response(request, resp, start_time)
-
-    def log_exception(self, *words: Any, **how: Any) -> None:
-        """Not for a broken body of which nothing more is read: the connection just ends."""
-        if not isinstance(how.get("exc_info"), web.RequestPayloadError):
-            super().log_exception(*words, **how)
 
     def handle_error(
         self,
@@ -9378,19 +9736,49 @@ class ClientConnection(RequestHandler):
         if status >= 500:
             LOG.error("a bug in ztoapi", exc_info=exc)
             return bare_error(INTERNAL_ERROR)
-        LOG.info("%s sent something that is not HTTP", request.remote)
-        message = "This is not HTTP as this server reads it: headers may be malformed, too long or too many."
-        return bare_error(error_kind(status, "bad_http", message))
+        return bare_error(refusal_of(self.head), request.remote)
 
 
-def bare_error(kind: ErrorKind) -> web.Response:
+TLS_HANDSHAKE = b"\x16\x03"  # the first bytes of a ClientHello (RFC 8446, 5.1)
+
+
+def refusal_of(head: bytes) -> ErrorKind:
+    """Why these first bytes of a request are none that this server reads."""
+    if head.startswith(TLS_HANDSHAKE):
+        message = (
+            "This server speaks HTTP, not TLS: use http:// instead of https:// in its address."
+        )
+        return error_kind(400, "tls_not_spoken", message)
+    if len(head) > MAX_HEAD:
+        return head_too_large(head)
+    message = (
+        "This is not HTTP as this server reads it: the request line, a header or a chunk is malformed, "
+        "or the headers are too many."
+    )
+    return error_kind(400, "bad_http", message)
+
+
+def head_too_large(head: bytes) -> ErrorKind:
+    """Names the longest header, never its value."""
+    limit = f"more than the {MAX_HEAD // 1024} KB that this server reads"
+    address, *headers = head.partition(END_OF_HEAD)[0].split(b"\r\n")
+    longest = max(headers, key=len, default=b"")
+    if len(address) > len(longest):
+        return error_kind(414, "address_too_long", f"The request's address has {limit}.")
+    name = truncated(printable(longest.partition(b":")[0].decode("latin-1")))
+    message = f"The request's headers have {limit}; the longest is {name}."
+    return error_kind(431, "headers_too_large", message)
+
+
+def bare_error(kind: ErrorKind, client: str | None = None) -> web.Response:
     """An error from outside the app; the connection ends with it."""
-    response = json_response(error_body(ProxyError(kind)), kind.status)
+    request_id = os.urandom(12).hex()
+    LOG.info("%s %s %s", client or "-", kind.status, kind.message)
+    response = json_response(
+        error_body(ProxyError(kind)), kind.status, {"x-request-id": f"req_{request_id}"}
+    )
     response.force_close()
     return response
-
-
-web_server.RequestHandler = ClientConnection  # type: ignore[assignment, attr-defined] # for every app in this process
 
 
 # ======== Server ====================================================================================================
@@ -9409,12 +9797,9 @@ def create_app(settings: Settings | None = None) -> web.Application:
         settings = settings_or_exit({}, failed)
         set_up_log(settings)
     database = database_or_exit(settings, failed)
-    # When a client leaves, its handler is cancelled, and with it the request to Z.ai.
-    how = {"handler_cancellation": True, "logger": LOG, "write_timeout": settings.upstream_timeout}
     limit = settings.max_body_mb * 2**20
-    app = web.Application(
-        middlewares=[log_requests, local_only], client_max_size=limit, handler_args=how
-    )
+    app = web.Application(middlewares=[log_requests, local_only], client_max_size=limit)
+    serve_as_here(app)
     app[SETTINGS], app[REDACT] = settings, redactor(settings)
     app[IN_FLIGHT] = {}
     app[CLOCK], app[STATISTICS] = Clock(), Statistics(time.monotonic())
@@ -9525,6 +9910,7 @@ class BackgroundHandler(logging.Handler):
     """Writes the log in a thread: a reader who stalls stops only the log, and loses what MAX_WAITING cannot hold."""
 
     MAX_WAITING = 2**23  # characters
+    DROPPED = "{} lines were dropped here, because they could not be written\n"
 
     def __init__(self, descriptor: int) -> None:
         super().__init__()
@@ -9540,7 +9926,7 @@ class BackgroundHandler(logging.Handler):
             self.dropped += 1
             return
         if self.dropped:
-            line = f"{self.dropped} lines were dropped here, because nobody read the log\n{line}"
+            line = self.DROPPED.format(self.dropped) + line
             self.dropped = 0
         self.added += len(line)
         self.lines.put(line)
@@ -9551,16 +9937,34 @@ class BackgroundHandler(logging.Handler):
             self.thread.start()
 
     def write_lines(self) -> None:
+        lost = 0  # lines, since one was written
         while True:
             text = self.lines.get()
             while not self.lines.empty():
                 text += self.lines.get()
-            with suppress(OSError):
-                os.write(self.descriptor, text.encode("utf-8", "backslashreplace"))
+            notice = self.DROPPED.format(lost) if lost else ""
+            missing = self.write(notice + text).count(b"\n")
+            lines = text.count("\n")
+            if missing > lines:  # the notice is missing too
+                lost += lines
+            else:
+                lost = missing
             self.written += len(text)
             time.sleep(
                 0.02
             )  # seconds; under load, waking for each line would cost more than the line
+
+    def write(self, text: str) -> bytes:
+        """Writes a text, however little is taken at a time. Returns what cannot be written: a disk may be full."""
+        data = memoryview(text.encode("utf-8", "backslashreplace"))
+        while data:
+            try:
+                data = data[os.write(self.descriptor, data) :]
+            except BlockingIOError:  # whoever started us has set the descriptor not to block
+                time.sleep(0.02)
+            except OSError:
+                break
+        return bytes(data)
 
     def flush(self) -> None:
         """Before the program ends: a reader who stalls then has one second."""
@@ -9787,6 +10191,7 @@ def main(arguments: list[str] | None = None) -> None:
         print=None,
         access_log=None,
         shutdown_timeout=5,
+        handle_signals=False,  # `obey_signals` does
         backlog=BACKLOG,
         loop=new_loop(),
     )
@@ -10015,6 +10420,7 @@ def launch(settings: Settings, flags: argparse.Namespace) -> int:
         file=sys.stderr,
     )
     for number in (
+        signal.SIGINT,
         signal.SIGTERM,
         getattr(signal, "SIGHUP", signal.SIGTERM),
     ):  # Windows has no SIGHUP

@@ -8007,6 +8007,54 @@ async def test_an_answer_behind_an_answer_reaches_nobody(raw_zai):
 
 
 @in_loop
+@pytest.mark.parametrize("status", ["204 No Content", "304 Not Modified"])
+async def test_a_body_behind_an_answer_that_has_none_reaches_nobody(raw_zai, status):
+    body = http_answer("of-anna").decode()
+
+    async def answer(path, writer):
+        if len(zai.written) > 1:
+            await tell_path(path, writer)
+            return
+        head, _, late = http_answer(body, status=status).partition(b"\r\n\r\n")
+        writer.write(head + b"\r\n\r\n")
+        await writer.drain()
+        await asyncio.sleep(0.02)
+        writer.write(late)
+        behind.set()
+
+    behind = asyncio.Event()
+    zai, client = await raw_zai(answer)
+    await get_file(client, "anna")
+    await behind.wait()
+    assert await get_file(client, "bert") == (200, "bert")
+
+
+@in_loop
+@pytest.mark.parametrize(
+    "answer",
+    [
+        pytest.param(http_answer("{}") + b"of-anna", id="more than its length"),
+        pytest.param(http_answer("{}", "Content-Length: 3"), id="two lengths"),
+        pytest.param(http_answer("{}", "X: " + 30_000 * "x"), id="a long header"),
+        pytest.param(http_answer("{}", "Content-Encoding: gzip"), id="packed, and broken"),
+        pytest.param(b"junk\r\n\r\n", id="no HTTP"),
+    ],
+)
+async def test_an_answer_that_is_no_sound_http_is_an_error_of_one_request(raw_zai, answer, caplog):
+    async def broken_at_first(path, writer):
+        if len(zai.written) > 1:
+            await tell_path(path, writer)
+        else:
+            writer.write(answer)
+
+    zai, client = await raw_zai(broken_at_first)
+    status, text = await get_file(client, "anna")
+    assert (status, error_of(text)["code"]) == (502, "zai_unavailable")
+    assert await get_file(client, "bert") == (200, "bert")
+    assert "Traceback" not in caplog.text
+
+
+@in_loop
 async def test_headers_of_zais_are_cleaned_before_they_are_passed_on(raw_zai):
     async def answer(path, writer):
         header = "Content-Disposition: attachment; filename=\x01a\x0b\x7f.txt"

@@ -5934,7 +5934,7 @@ def caller_of(settings: Settings, account_id: str, beginning: Iterable[str]) -> 
 
 
 class Clock:
-    """Time and randomness for the policies; tests replace it."""
+    """Time and randomness for whatever depends on them; tests have one of their own."""
 
     now = staticmethod(time.monotonic)  # seconds that never jump
     unix = staticmethod(time.time)
@@ -7502,7 +7502,7 @@ class Database:
     BUSY_TIMEOUT = 2.0  # seconds for which SQLite waits for another process that writes
     MAX_STORED = 256 * 2**20  # bytes of responses for one account; then the oldest go
 
-    def __init__(self, url: str, unix: Callable[[], float] = time.time) -> None:
+    def __init__(self, url: str, unix: Callable[[], float]) -> None:
         self.url = url
         self.unix = unix
         self.is_postgres = url.startswith("postgres")
@@ -8188,7 +8188,7 @@ class SSEResponse:
         self.request = request
         self.reply = reply
         # For an answer of which Z.ai has sent nothing yet.
-        self.own_head = head_of(AnswerInfo("", 0, "", ""), model, request[RECORD])
+        self.own_head = head_of(AnswerInfo("", 0, "", ""), model, request)
         self.response = web.StreamResponse(headers=STREAM_HEADERS)
         self.has_begun = False  # the reply knows the answer's head
         self.timer = IdleTimer(KEEP_ALIVE_INTERVAL, self.on_idle)
@@ -8586,7 +8586,7 @@ async def respond(surface: Surface, request: web.Request) -> web.StreamResponse:
         events: list[Event] = []
         while batch := await read_noted(request, answer):
             events += batch
-        asked.reply.begin(head_of(answer.info, asked.model, request[RECORD]))
+        asked.reply.begin(head_of(answer.info, asked.model, request))
         document = asked.reply.fold(events)
         await keep(request, asked.reply, answer)
         if answer.size > LARGE:  # others go on between two steps that take long
@@ -8601,7 +8601,7 @@ async def respond_streamed(
     response = request[STREAM] = SSEResponse(request, asked.reply, asked.model)
     with response.kept_alive():
         async with opened as answer:
-            head = head_of(answer.info, asked.model, request[RECORD])
+            head = head_of(answer.info, asked.model, request)
             response.begin(head, asked.headers | info_headers(answer.info))
             frames = asked.reply.frames_of(await read_noted(request, answer))
             while not answer.is_complete:
@@ -8681,8 +8681,10 @@ def wants_stream(request: web.Request, settings: Settings) -> bool:
     return "text/event-stream" in accepted or settings.default_stream
 
 
-def head_of(info: AnswerInfo, model: str, record: Record) -> Head:
-    return Head(info.id or record.id, info.created or int(time.time()), model, record.id, time.time)
+def head_of(info: AnswerInfo, model: str, request: web.Request) -> Head:
+    """What is not told by Z.ai is ours."""
+    our_id, unix = request[RECORD].id, request.app[CLOCK].unix
+    return Head(info.id or our_id, info.created or int(unix()), model, our_id, unix)
 
 
 def model_shown(request: web.Request, name: str) -> str:
@@ -8854,22 +8856,24 @@ async def dashboard(_: web.Request) -> web.Response:
 NO_STORE = {"Cache-Control": "no-store"}
 
 
+def today_of(app: web.Application) -> date:
+    """In UTC."""
+    return day_of(app[CLOCK].unix())
+
+
 async def dashboard_stats(request: web.Request) -> web.Response:
     """An operator's key sees everything, another key its own figures."""
-    app, account, days, now = (
-        request.app,
-        request[ACCOUNT],
-        await usage_days(request),
-        time.monotonic(),
-    )
-    clock_zero, shown = (
-        time.time() - now,
-        app[ACCOUNTS].named.values() if account.is_operator else [account],
-    )
-    snapshot: JSON = {"now": clock_zero + now, "operator": account.is_operator, "days": days or []}
-    snapshot |= {
+    app, account = request.app, request[ACCOUNT]
+    days = await usage_days(request)
+    now = time.monotonic()
+    clock_zero = app[CLOCK].unix() - now
+    shown = app[ACCOUNTS].named.values() if account.is_operator else [account]
+    snapshot: JSON = {
+        "now": clock_zero + now,
+        "operator": account.is_operator,
+        "days": days or [],
         "database": days is not None,
-        "client_keys": [key_item(app[ACCOUNTS], each) for each in shown],
+        "client_keys": [key_item(app[ACCOUNTS], each, today_of(app)) for each in shown],
     }
     if account.is_operator:
         in_flight = sum(bool(flying[RECORD].model) for flying in app[IN_FLIGHT].values())
@@ -8883,7 +8887,7 @@ async def usage_days(request: web.Request) -> list[JSON] | None:
     database, account = request.app[DATABASE], request[ACCOUNT]
     if not database.exists:
         return []
-    since = day_of(time.time()) - timedelta(30)
+    since = today_of(request.app) - timedelta(30)
     whose = "" if account.is_operator else account.id
     try:
         rows = await database.run(database.list_usage, since, whose, begin=READ)
@@ -8950,9 +8954,8 @@ def family(
     yield from (sample(name, value, labels) for labels, value in samples)
 
 
-def key_item(accounts: Accounts, account: Account) -> JSON:
+def key_item(accounts: Accounts, account: Account, today: date) -> JSON:
     """A key with its limits in the words of the `keys` command, and what it used."""
-    today = day_of(time.time())
     return {
         "name": account.name,
         **{limit: getattr(account, limit) for limit in LIMITS},
@@ -8964,10 +8967,9 @@ def key_item(accounts: Accounts, account: Account) -> JSON:
 
 
 async def list_keys(request: web.Request) -> web.Response:
-    accounts = request.app[ACCOUNTS]
-    return json_response(
-        {"keys": [key_item(accounts, a) for a in accounts.named.values()]}, headers=NO_STORE
-    )
+    accounts, day = request.app[ACCOUNTS], today_of(request.app)
+    items = [key_item(accounts, account, day) for account in accounts.named.values()]
+    return json_response({"keys": items}, headers=NO_STORE)
 
 
 async def put_key(request: web.Request) -> web.Response:
@@ -8976,14 +8978,14 @@ async def put_key(request: web.Request) -> web.Response:
     body = await read_json(request)
     key = new_key()
     name = parse_key_name(body.pop("name", None))
-    limits = parse_limits(body, day_of(time.time()))
+    limits = parse_limits(body, today_of(request.app))
 
     def change(known: Account | None) -> Account:
         return replace(known or Account(hash_key(key), name), **limits)
 
     account = await database.run(database.change_account, name, change)
     await database.sync(accounts)
-    item = key_item(accounts, account)
+    item = key_item(accounts, account, today_of(request.app))
     if account.id == hash_key(key):
         return json_response(item | {"key": key}, 201)
     return json_response(item)
@@ -9252,7 +9254,7 @@ def require_key(handler: Handler, *checks: Callable[[web.Request], None]) -> Han
 
     async def checked(request: web.Request) -> web.StreamResponse:
         account = request[ACCOUNT] = account_of(request.headers, request.app[ACCOUNTS])
-        account.check_date(time.time())
+        account.check_date(request.app[CLOCK].unix())
         for check in checks:
             check(request)
         return await handler(request)
@@ -9261,7 +9263,7 @@ def require_key(handler: Handler, *checks: Callable[[web.Request], None]) -> Han
 
 
 def check_budget(request: web.Request) -> None:
-    request.app[ACCOUNTS].check_budget(request[ACCOUNT], time.time())
+    request.app[ACCOUNTS].check_budget(request[ACCOUNT], request.app[CLOCK].unix())
 
 
 def within_limits(request: web.Request) -> None:
@@ -9402,7 +9404,7 @@ def count_request(request: web.Request, now: float) -> None:
         is_real = record.model in MODELS or record.has_real_model
         model = record.model if is_real else Statistics.OTHERS
         figures = (1, int(bool(record.error)), usage.prompt, usage.cached, usage.completion)
-        app[ACCOUNTS].count((request[ACCOUNT].id, day_of(time.time()).isoformat(), model), figures)
+        app[ACCOUNTS].count((request[ACCOUNT].id, today_of(app).isoformat(), model), figures)
 
 
 def error_document(request: web.Request, error: ProxyError) -> JSON:
@@ -9788,7 +9790,7 @@ API = r"/{prefix:/*(?:(?:v1|api/v1|api/paas/v4)/+)*}"  # clients use any of thes
 END = r"{slash:/*}"
 
 
-def create_app(settings: Settings | None = None) -> web.Application:
+def create_app(settings: Settings | None = None, clock: Clock | None = None) -> web.Application:
     """The server as an aiohttp application. Without settings, as process managers call it, it reads the environment."""
     failed = (
         2 if settings else 3
@@ -9796,13 +9798,14 @@ def create_app(settings: Settings | None = None) -> web.Application:
     if settings is None:
         settings = settings_or_exit({}, failed)
         set_up_log(settings)
-    database = database_or_exit(settings, failed)
+    clock = clock or Clock()
+    database = database_or_exit(settings, clock, failed)
     limit = settings.max_body_mb * 2**20
     app = web.Application(middlewares=[log_requests, local_only], client_max_size=limit)
     serve_as_here(app)
     app[SETTINGS], app[REDACT] = settings, redactor(settings)
     app[IN_FLIGHT] = {}
-    app[CLOCK], app[STATISTICS] = Clock(), Statistics(time.monotonic())
+    app[CLOCK], app[STATISTICS] = clock, Statistics(time.monotonic())
     app[ACCOUNTS], app[DATABASE] = Accounts(settings.default_key), database
     app.on_response_prepare.append(add_headers)
     app.cleanup_ctx.append(connect)
@@ -10020,9 +10023,9 @@ def settings_or_exit(flags: Mapping[str, str], status: int = 2) -> Settings:
         exit_with_error(error, status)
 
 
-def database_or_exit(settings: Settings, status: int) -> Database:
+def database_or_exit(settings: Settings, clock: Clock, status: int) -> Database:
     """The database, connected if it was named or exists. Exits with one line and the status if that fails."""
-    database = Database("memory" if settings.demo else settings.database_url)
+    database = Database("memory" if settings.demo else settings.database_url, clock.unix)
     try:
         if settings.database_url or database.exists:
             database.transact(database.list_accounts, begin=READ)
@@ -10203,7 +10206,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 def keys_command(settings: Settings, flags: argparse.Namespace) -> None:
     """`keys`: one line on stderr and status 2 for what cannot be done."""
-    database = Database(settings.database_url)
+    database = Database(settings.database_url, Clock.unix)
     if database.in_memory:
         exit_with_error("keys need a database: DATABASE_URL is memory")
     try:
@@ -10220,11 +10223,11 @@ def keys_command(settings: Settings, flags: argparse.Namespace) -> None:
 
 def manage_keys(database: Database, flags: argparse.Namespace) -> str:
     """What is to be printed. Raises BadRequest and DatabaseError."""
-    accounts, today = Accounts(()), day_of(time.time())
+    accounts, today = Accounts(()), day_of(database.unix())
     if database.exists:
         accounts.written(*database.transact(database.write_and_read, {}, {}, today, begin=READ))
     if flags.action == "list":
-        return key_table(key_item(accounts, account) for account in accounts.named.values())
+        return key_table(key_item(accounts, each, today) for each in accounts.named.values())
     return change_key(database, flags, today)
 
 
@@ -10569,8 +10572,9 @@ async def demo_chat(request: web.Request) -> web.StreamResponse:
             {"error": {"code": "1211", "message": "Unknown Model, please check the model code."}},
             400,
         )
-    deltas, answer_id = demo_deltas(body), time.strftime("%Y%m%d%H%M%S") + secrets.token_hex(9)
-    head = {"id": answer_id, "created": int(time.time()), "model": body["model"]}
+    deltas, now = demo_deltas(body), request.app[CLOCK].unix()
+    answer_id = time.strftime("%Y%m%d%H%M%S", time.localtime(now)) + secrets.token_hex(9)
+    head = {"id": answer_id, "created": int(now), "model": body["model"]}
     response = web.StreamResponse(headers={"Content-Type": "text/event-stream;charset=UTF-8"})
     await response.prepare(request)
     for delta in deltas:

@@ -94,14 +94,14 @@ async def load(
 
 
 def make_keys(url: str) -> None:
-    database = Database(url)
+    database = Database(url, time.time)
     for key in KEYS:
         database.transact(database.put_account, Account(hash_key(key), key.removeprefix("sk-")))
     database.thread.submit(database.close).result()
 
 
 def read_usage(url: str) -> dict[str, list[int]]:
-    database = Database(url)
+    database = Database(url, time.time)
     rows = database.transact(database.list_usage, date.min)
     database.thread.submit(database.close).result()
     return {name: list(figures) for _, name, _, _, *figures in rows}

@@ -9111,7 +9111,7 @@ async def test_a_larger_head_is_431_and_its_longest_header_is_named(
         await asyncio.sleep(0)
     answer = await asyncio.wait_for(reader.readuntil(b"}}"), 5)
     assert answer.startswith(b"HTTP/1.0 431 Request Header Fields Too Large\r\n")
-    assert (named in answer, b"ccc" in answer) == (True, False)
+    assert (named in answer, b"c" * 20 in answer) == (True, False)
     writer.close()
 
 

@@ -7559,10 +7559,16 @@ class Database:
         task = asyncio.create_task(self.loop(accounts))
         yield
         await end_tasks([task])
+        task = asyncio.create_task(self.write_rest(accounts))
+        await asyncio.wait({task}, timeout=self.WAIT + 1)
+        await end_tasks([task])
+        await asyncio.wait({asyncio.wrap_future(self.thread.submit(self.close))}, timeout=1)
+
+    async def write_rest(self, accounts: Accounts) -> None:
+        """At the end."""
         for _ in range(3):  # a broken connection, the batch that it broke with, the rest
             if accounts.counted or accounts.batch or self.unsaved.rows:
                 await self.sync(accounts)
-        await asyncio.wait({asyncio.wrap_future(self.thread.submit(self.close))}, timeout=1)
 
     async def loop(self, accounts: Accounts) -> None:
         for number in count():

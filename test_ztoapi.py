@@ -3785,6 +3785,30 @@ async def test_the_same_conversation_is_the_same_bytes_in_every_process():
     assert others == [first] * 2
 
 
+def nested(depth):
+    return "[" * depth + "]" * depth
+
+
+@pytest.mark.parametrize(
+    ("text", "readable"),
+    [
+        pytest.param(nested(ztoapi.MAX_ANSWER_DEPTH), True, id="just"),
+        pytest.param(nested(ztoapi.MAX_ANSWER_DEPTH + 1), False, id="deeper"),
+        pytest.param(nested(900), False, id="so that it could be decoded"),
+        pytest.param(nested(100_000), False, id="so that it could not"),
+        pytest.param(json.dumps("[" * 9_999), True, id="a text of brackets"),
+        pytest.param("[" + "[]," * 9_999 + "0]", True, id="wide"),
+    ],
+)
+def test_an_answer_nested_too_deep_to_be_encoded_again_is_unreadable(text, readable):
+    assert (ztoapi.parse_json(text.encode()) is not None) == readable
+
+
+def test_a_chunk_nested_too_deep_is_lost_when_it_is_torn():
+    chunk = f'{{"choices":{nested(ztoapi.MAX_ANSWER_DEPTH)}}}'
+    assert ztoapi.salvage(chunk + "{") == ([], 0, chunk + "{")
+
+
 # ======== Z.ai: refusals ========
 
 # Every row of the table: Z.ai's code, its HTTP status, what the client gets.

@@ -973,6 +973,28 @@ def finite(text: str) -> float:
 
 
 JSON_DECODER = json.JSONDecoder(parse_float=finite, parse_constant=finite)
+MAX_ANSWER_DEPTH = 400  # nested objects and arrays; what Python can just decode it may not encode
+SHALLOW = 2 * MAX_ANSWER_DEPTH  # characters in which there is no room for more
+
+
+def is_too_deep(value: Any, text: str) -> bool:
+    """Whether a value, decoded from this text, is nested deeper than MAX_ANSWER_DEPTH."""
+    openings = text.count("{") + text.count("[")
+    return openings > MAX_ANSWER_DEPTH and is_deeper(value, MAX_ANSWER_DEPTH)
+
+
+def is_deeper(value: Any, depth: int) -> bool:
+    """Whether objects and arrays are nested more than `depth` deep."""
+    level: list[Any] = [value]
+    for _ in range(depth):
+        # One after the other: a list of all these views would keep the garbage collector busy for seconds.
+        values = chain.from_iterable(
+            item.values() if isinstance(item, dict) else item for item in level
+        )
+        level = [value for value in values if isinstance(value, (dict, list))]
+        if not level:
+            return False
+    return True
 
 
 def parse_json(data: bytes) -> Any:
@@ -982,7 +1004,9 @@ def parse_json(data: bytes) -> Any:
         value, end = JSON_DECODER.raw_decode(text)
     except (ValueError, RecursionError):
         return None
-    return value if end == len(text) else None
+    if end != len(text) or (end > SHALLOW and is_too_deep(value, text)):
+        return None
+    return value
 
 
 def unique_names(pairs: list[tuple[str, Any]]) -> JSON:
@@ -1025,16 +1049,9 @@ def parse_request(body: bytes) -> JSON:
         len(body) < 2**14 and body.count(b"{") + body.count(b"[") <= MAX_DEPTH
     ):  # most requests; counting is fast here
         return document
-    level: list[Any] = [document]
-    for _ in range(MAX_DEPTH):
-        # One after the other: a list of all these views would keep the garbage collector busy for seconds.
-        values = chain.from_iterable(
-            item.values() if isinstance(item, dict) else item for item in level
-        )
-        level = [value for value in values if isinstance(value, (dict, list))]
-        if not level:
-            return document
-    raise ValueError(f"it is nested more than {MAX_DEPTH} deep")
+    if is_deeper(document, MAX_DEPTH):
+        raise ValueError(f"it is nested more than {MAX_DEPTH} deep")
+    return document
 
 
 def as_object(value: Any) -> JSON:
@@ -4684,6 +4701,8 @@ def chunk_at(data: str, start: int) -> tuple[JSON, int] | None:
     try:
         value, end = JSON_DECODER.raw_decode(data, start)
     except (ValueError, RecursionError):
+        return None
+    if end - start > SHALLOW and is_too_deep(value, data[start:end]):
         return None
     following = CHUNK_END.match(data, end)
     whole = isinstance(value, dict) and ("choices" in value or "error" in value)

@@ -7893,6 +7893,28 @@ async def test_headers_of_zais_are_cleaned_before_they_are_passed_on(raw_zai):
 
 
 @in_loop
+@pytest.mark.parametrize(
+    ("encoding", "body", "wanted"),
+    [
+        pytest.param("GZIP", gzip.compress(b"{}"), (200, b"{}"), id="gzip"),
+        pytest.param("identity", b"{}", (200, b"{}"), id="not packed"),
+        pytest.param("compress", b"\x1f\x9d", (502, ztoapi.PACKED), id="unknown"),
+        pytest.param("gzip, br", b"\x1f\x8b", (502, ztoapi.PACKED), id="packed twice"),
+    ],
+)
+async def test_an_answer_packed_unasked_is_unpacked_or_an_error(raw_zai, encoding, body, wanted):
+    async def answer(_, writer):
+        head = http_answer("", f"Content-Encoding: {encoding}")
+        writer.write(head.replace(b"Length: 0", b"Length: %d" % len(body)) + body)
+
+    _, client = await raw_zai(answer, max_retries=0)
+    async with client.get("/v1/files/a", headers=KEY) as response:
+        text = await response.read()
+    told = text if response.status == 200 else error_of(text)["message"]
+    assert (response.status, told) == wanted
+
+
+@in_loop
 @pytest.mark.parametrize("pause", [0.02, 60], ids=["without end", "one"])
 async def test_informational_answers_are_silence(raw_zai, pause):
     async def inform(_, writer):

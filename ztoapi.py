@@ -6388,6 +6388,9 @@ async def in_thread_if_large(size: int, work: Callable[..., R], *arguments: Any)
 FINISH_TIMEOUT = 2  # seconds to wait for usage and [DONE] after the finish
 BROKEN_BODY = "The request body could not be read: it broke off, or its encoding is broken."
 CONNECT_TIMEOUT = 10  # seconds, including DNS and TLS
+# The encodings of a body that aiohttp unpacks (some only where their package is installed: it raises).
+UNPACKED = ("identity", "gzip", "deflate", "br", "zstd")
+PACKED = "Z.ai's answer is packed so that it cannot be read: try again."
 ERROR_BODY_LIMIT = 65536  # bytes of a refusal that are read
 ERROR_BODY_TIMEOUT = 5  # seconds
 GET_TIMEOUT = 5  # seconds
@@ -6499,6 +6502,11 @@ class ByteStream:
         """Fail the pending read, as aiohttp's sock_read would."""
         if self.reading:
             self.response.content.set_exception(aiohttp.SocketTimeoutError("silence"))
+
+    def check_encoding(self) -> None:
+        """Raises UpstreamError for a body that aiohttp did not unpack."""
+        if self.packed and self.response.headers["Content-Encoding"].lower() not in UNPACKED:
+            raise self.with_request_id(UpstreamError(UNAVAILABLE, PACKED))
 
     async def check_status(self) -> None:
         """Raises UpstreamError unless the HTTP status is 2xx."""
@@ -6723,6 +6731,7 @@ class ZaiClient:
         owner.push_async_exit(response)
         stream = ByteStream(response, self.max_silence, owner)
         await stream.check_status()
+        stream.check_encoding()
         return stream
 
     def proxy(self, url: str) -> str | None:

@@ -8677,12 +8677,14 @@ async def test_the_content_of_a_file_is_no_refusal_whatever_it_says(passing, zai
         pytest.param(b'{"code":200,"success":false}', 200, id="another status"),
         pytest.param(b'{"success":false}', 200, id="no code"),
         pytest.param(b'{"code":"1310","message":"x"}', 200, id="another shape"),
+        pytest.param(REFUSAL_LIKE.replace(b"anna", b"a" * 2**16), 200, id="too long for one"),
     ],
 )
+@pytest.mark.parametrize("cut", [0, 9], ids=["whole", "in two parts"])
 async def test_what_is_passed_on_is_a_refusal_only_with_a_known_code_in_zais_shape(
-    passing, zai, answer, status
+    passing, zai, answer, status, cut
 ):
-    zai.parts = [answer]
+    zai.parts = [answer[:cut], 0.01, answer[cut:]]
     response, _ = await ask(passing, {}, "/v1/files")
     assert response.status == status
 

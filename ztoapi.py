@@ -8753,7 +8753,7 @@ async def messages(request: web.Request) -> web.StreamResponse:
         response = PassThroughResponse(request, stream, MessagesReader(given["model"]))
         response.response.headers["x-ztoapi-model"] = header_word(model.id)
         await response.begin()
-        response.check_refusal()
+        await response.check_refusal()
         return response
 
     async with upstream.account_slot(request[ACCOUNT]), AsyncExitStack() as owner:
@@ -8816,7 +8816,7 @@ async def pass_through(path: str, request: web.Request) -> web.StreamResponse:
             response = PassThroughResponse(request, stream, reader)
             await response.begin()
             if not path.endswith(FILE_CONTENT):
-                response.check_refusal()
+                await response.check_refusal()
         except UpstreamError as error:
             if (
                 keys.calls_for_cooldown(error) and error.kind != MODEL_NOT_FOUND
@@ -8915,9 +8915,13 @@ class PassThroughResponse:
         self.ahead = await self.next_bytes()
         self.request[RECORD].note([])
 
-    def check_refusal(self) -> None:
-        """Raises UpstreamError for a refusal with a status of success."""
+    async def check_refusal(self) -> None:
+        """Raises UpstreamError for a refusal with a status of success, in however many parts it comes."""
         if self.stream.response.content_type != "application/json":
+            return
+        while len(self.ahead) < ERROR_BODY_LIMIT and (data := await self.next_bytes()):
+            self.ahead += data
+        if len(self.ahead) > ERROR_BODY_LIMIT:  # no refusal is so long
             return
         if error := refusal_in(self.ahead):
             raise self.stream.with_request_id(error)

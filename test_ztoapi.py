@@ -3786,6 +3786,30 @@ async def test_the_same_conversation_is_the_same_bytes_in_every_process():
     assert others == [first] * 2
 
 
+def nested(depth):
+    return "[" * depth + "]" * depth
+
+
+@pytest.mark.parametrize(
+    ("text", "readable"),
+    [
+        pytest.param(nested(ztoapi.MAX_ANSWER_DEPTH), True, id="just"),
+        pytest.param(nested(ztoapi.MAX_ANSWER_DEPTH + 1), False, id="deeper"),
+        pytest.param(nested(900), False, id="so that it could be decoded"),
+        pytest.param(nested(100_000), False, id="so that it could not"),
+        pytest.param(json.dumps("[" * 9_999), True, id="a text of brackets"),
+        pytest.param("[" + "[]," * 9_999 + "0]", True, id="wide"),
+    ],
+)
+def test_an_answer_nested_too_deep_to_be_encoded_again_is_unreadable(text, readable):
+    assert (ztoapi.parse_json(text.encode()) is not None) == readable
+
+
+def test_a_chunk_nested_too_deep_is_lost_when_it_is_torn():
+    chunk = f'{{"choices":{nested(ztoapi.MAX_ANSWER_DEPTH)}}}'
+    assert ztoapi.salvage(chunk + "{") == ([], 0, chunk + "{")
+
+
 # ======== Z.ai: refusals ========
 
 # Every row of the table: Z.ai's code, its HTTP status, what the client gets.
@@ -8069,6 +8093,28 @@ async def test_headers_of_zais_are_cleaned_before_they_are_passed_on(raw_zai):
 
 
 @in_loop
+@pytest.mark.parametrize(
+    ("encoding", "body", "wanted"),
+    [
+        pytest.param("GZIP", gzip.compress(b"{}"), (200, b"{}"), id="gzip"),
+        pytest.param("identity", b"{}", (200, b"{}"), id="not packed"),
+        pytest.param("compress", b"\x1f\x9d", (502, ztoapi.PACKED), id="unknown"),
+        pytest.param("gzip, br", b"\x1f\x8b", (502, ztoapi.PACKED), id="packed twice"),
+    ],
+)
+async def test_an_answer_packed_unasked_is_unpacked_or_an_error(raw_zai, encoding, body, wanted):
+    async def answer(_, writer):
+        head = http_answer("", f"Content-Encoding: {encoding}")
+        writer.write(head.replace(b"Length: 0", b"Length: %d" % len(body)) + body)
+
+    _, client = await raw_zai(answer, max_retries=0)
+    async with client.get("/v1/files/a", headers=KEY) as response:
+        text = await response.read()
+    told = text if response.status == 200 else error_of(text)["message"]
+    assert (response.status, told) == wanted
+
+
+@in_loop
 @pytest.mark.parametrize("pause", [0.02, 60], ids=["without end", "one"])
 async def test_informational_answers_are_silence(raw_zai, pause):
     async def inform(_, writer):
@@ -8831,12 +8877,14 @@ async def test_the_content_of_a_file_is_no_refusal_whatever_it_says(passing, zai
         pytest.param(b'{"code":200,"success":false}', 200, id="another status"),
         pytest.param(b'{"success":false}', 200, id="no code"),
         pytest.param(b'{"code":"1310","message":"x"}', 200, id="another shape"),
+        pytest.param(REFUSAL_LIKE.replace(b"anna", b"a" * 2**16), 200, id="too long for one"),
     ],
 )
+@pytest.mark.parametrize("cut", [0, 9], ids=["whole", "in two parts"])
 async def test_what_is_passed_on_is_a_refusal_only_with_a_known_code_in_zais_shape(
-    passing, zai, answer, status
+    passing, zai, answer, status, cut
 ):
-    zai.parts = [answer]
+    zai.parts = [answer[:cut], 0.01, answer[cut:]]
     response, _ = await ask(passing, {}, "/v1/files")
     assert response.status == status
 

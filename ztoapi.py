@@ -988,6 +988,28 @@ def finite(text: str) -> float:
 
 
 JSON_DECODER = json.JSONDecoder(parse_float=finite, parse_constant=finite)
+MAX_ANSWER_DEPTH = 400  # nested objects and arrays; what Python can just decode it may not encode
+SHALLOW = 2 * MAX_ANSWER_DEPTH  # characters in which there is no room for more
+
+
+def is_too_deep(value: Any, text: str) -> bool:
+    """Whether a value, decoded from this text, is nested deeper than MAX_ANSWER_DEPTH."""
+    openings = text.count("{") + text.count("[")
+    return openings > MAX_ANSWER_DEPTH and is_deeper(value, MAX_ANSWER_DEPTH)
+
+
+def is_deeper(value: Any, depth: int) -> bool:
+    """Whether objects and arrays are nested more than `depth` deep."""
+    level: list[Any] = [value]
+    for _ in range(depth):
+        # One after the other: a list of all these views would keep the garbage collector busy for seconds.
+        values = chain.from_iterable(
+            item.values() if isinstance(item, dict) else item for item in level
+        )
+        level = [value for value in values if isinstance(value, (dict, list))]
+        if not level:
+            return False
+    return True
 
 
 def parse_json(data: bytes) -> Any:
@@ -997,7 +1019,9 @@ def parse_json(data: bytes) -> Any:
         value, end = JSON_DECODER.raw_decode(text)
     except (ValueError, RecursionError):
         return None
-    return value if end == len(text) else None
+    if end != len(text) or (end > SHALLOW and is_too_deep(value, text)):
+        return None
+    return value
 
 
 def unique_names(pairs: list[tuple[str, Any]]) -> JSON:
@@ -1040,16 +1064,9 @@ def parse_request(body: bytes) -> JSON:
         len(body) < 2**14 and body.count(b"{") + body.count(b"[") <= MAX_DEPTH
     ):  # most requests; counting is fast here
         return document
-    level: list[Any] = [document]
-    for _ in range(MAX_DEPTH):
-        # One after the other: a list of all these views would keep the garbage collector busy for seconds.
-        values = chain.from_iterable(
-            item.values() if isinstance(item, dict) else item for item in level
-        )
-        level = [value for value in values if isinstance(value, (dict, list))]
-        if not level:
-            return document
-    raise ValueError(f"it is nested more than {MAX_DEPTH} deep")
+    if is_deeper(document, MAX_DEPTH):
+        raise ValueError(f"it is nested more than {MAX_DEPTH} deep")
+    return document
 
 
 def as_object(value: Any) -> JSON:
@@ -4700,6 +4717,8 @@ def chunk_at(data: str, start: int) -> tuple[JSON, int] | None:
         value, end = JSON_DECODER.raw_decode(data, start)
     except (ValueError, RecursionError):
         return None
+    if end - start > SHALLOW and is_too_deep(value, data[start:end]):
+        return None
     following = CHUNK_END.match(data, end)
     whole = isinstance(value, dict) and ("choices" in value or "error" in value)
     return (value, following.end()) if whole and following else None
@@ -6383,6 +6402,9 @@ async def in_thread_if_large(size: int, work: Callable[..., R], *arguments: Any)
 
 FINISH_TIMEOUT = 2  # seconds to wait for usage and [DONE] after the finish
 CONNECT_TIMEOUT = 10  # seconds, including DNS and TLS
+# The encodings of a body that aiohttp unpacks (some only where their package is installed: it raises).
+UNPACKED = ("identity", "gzip", "deflate", "br", "zstd")
+PACKED = "Z.ai's answer is packed so that it cannot be read: try again."
 ERROR_BODY_LIMIT = 65536  # bytes of a refusal that are read
 ERROR_BODY_TIMEOUT = 5  # seconds
 GET_TIMEOUT = 5  # seconds
@@ -6494,6 +6516,11 @@ class ByteStream:
         """Fail the pending read, as aiohttp's sock_read would."""
         if self.reading:
             self.response.content.set_exception(aiohttp.SocketTimeoutError("silence"))
+
+    def check_encoding(self) -> None:
+        """Raises UpstreamError for a body that aiohttp did not unpack."""
+        if self.packed and self.response.headers["Content-Encoding"].lower() not in UNPACKED:
+            raise self.with_request_id(UpstreamError(UNAVAILABLE, PACKED))
 
     async def check_status(self) -> None:
         """Raises UpstreamError unless the HTTP status is 2xx."""
@@ -6718,6 +6745,7 @@ class ZaiClient:
         owner.push_async_exit(response)
         stream = ByteStream(response, self.max_silence, owner)
         await stream.check_status()
+        stream.check_encoding()
         return stream
 
     def proxy(self, url: str) -> str | None:
@@ -9050,7 +9078,7 @@ async def messages(request: web.Request) -> web.StreamResponse:
         response = PassThroughResponse(request, stream, MessagesReader(given["model"]))
         response.response.headers["x-ztoapi-model"] = header_word(model.id)
         await response.begin()
-        response.check_refusal()
+        await response.check_refusal()
         return response
 
     async with upstream.account_slot(request[ACCOUNT]), AsyncExitStack() as owner:
@@ -9113,7 +9141,7 @@ async def pass_through(path: str, request: web.Request) -> web.StreamResponse:
             response = PassThroughResponse(request, stream, reader)
             await response.begin()
             if not path.endswith(FILE_CONTENT):
-                response.check_refusal()
+                await response.check_refusal()
         except UpstreamError as error:
             if (
                 keys.calls_for_cooldown(error) and error.kind != MODEL_NOT_FOUND
@@ -9212,9 +9240,13 @@ class PassThroughResponse:
         self.ahead = await self.next_bytes()
         self.request[RECORD].note([])
 
-    def check_refusal(self) -> None:
-        """Raises UpstreamError for a refusal with a status of success."""
+    async def check_refusal(self) -> None:
+        """Raises UpstreamError for a refusal with a status of success, in however many parts it comes."""
         if self.stream.response.content_type != "application/json":
+            return
+        while len(self.ahead) < ERROR_BODY_LIMIT and (data := await self.next_bytes()):
+            self.ahead += data
+        if len(self.ahead) > ERROR_BODY_LIMIT:  # no refusal is so long
             return
         if error := refusal_in(self.ahead):
             raise self.stream.with_request_id(error)

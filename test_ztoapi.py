@@ -4,10 +4,13 @@ Run `pytest`. Tests that need the OpenAI SDK, Chromium or PostgreSQL are skipped
 """
 
 from __future__ import annotations
+import __future__
 
+import ast
 import asyncio
 import base64
 import contextlib
+import dis
 import errno
 import gc
 import gzip
@@ -30,6 +33,7 @@ import tempfile
 import threading
 import time
 import zlib
+from bisect import bisect_right
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from dataclasses import replace
@@ -146,6 +150,76 @@ def chat(**changes):
 
 def message(**fields):
     return chat(messages=[fields])
+
+
+# ======== The file ========
+
+
+def sections():
+    """The program's sections in order: the title of each, and the names that its code defines and uses."""
+    source = PROGRAM.read_text()
+    lines = source.splitlines()
+    starts = [number for number, line in enumerate(lines, 1) if line.startswith("# ======== ")]
+    found = [(lines[start - 1].split("=")[8].strip(), set(), set()) for start in starts]
+    for node in ast.parse(source).body:
+        number = bisect_right(starts, node.lineno) - 1
+        if number >= 0:
+            _, defined, used = found[number]
+            code = compile(ast.Module([node], []), "", "exec", dont_inherit=True, flags=ANNOTATIONS)
+            defined.update(i.argval for i in dis.get_instructions(code) if i.opname == "STORE_NAME")
+            used.update(names_used(code))
+    return found
+
+
+ANNOTATIONS = __future__.annotations.compiler_flag  # they are texts, and no use of a name
+
+
+def names_used(code):
+    for instruction in dis.get_instructions(code):
+        if instruction.opname in ("LOAD_GLOBAL", "LOAD_NAME"):
+            yield instruction.argval
+    for constant in code.co_consts:
+        if hasattr(constant, "co_code"):
+            yield from names_used(constant)
+
+
+# What may name something that stands below it: a part may have two sections, and main starts the rest.
+FORWARD = {
+    ("Responses: request", "Responses: answer"),
+    ("Handlers", "Pages"),
+    ("Errors and shutdown", "Demo"),
+    ("Server", "Commands"),
+    ("Server", "Demo"),
+}
+
+
+def test_sections_use_what_stands_above_them():
+    found = sections()
+    where = {}
+    for number, (_, defined, _) in enumerate(found):
+        for name in defined:
+            where.setdefault(name, number)
+    forward = {
+        (title, found[where[name]][0])
+        for number, (title, defined, used) in enumerate(found)
+        for name in used - defined
+        if where.get(name, -1) > number
+    }
+    assert forward == FORWARD
+
+
+IMPURE = {
+    *("aiohttp", "asyncio", "getproxies", "logging", "open", "os", "Path", "random", "secrets"),
+    *("signal", "socket", "subprocess", "sys", "tempfile", "Thread", "time", "web", "LOG"),
+}
+
+
+def test_the_pure_part_reads_no_clock_no_socket_no_environment_and_no_chance():
+    found = sections()
+    titles = [title for title, _, _ in found]
+    pure = found[: titles.index("Admission — from here on: I/O")]
+    assert {title: used & IMPURE for title, _, used in pure if used & IMPURE} == {}
+    assert len(pure) > 15
 
 
 # ======== Settings ========

@@ -9,23 +9,30 @@
 
 Where a request goes:
 
-    client JSON ─ parse_chat ─► Prompt ─ zai_body ─► JSON ─ Upstream.ask ──► Z.ai
-                                                                │
-                        ZaiReader.feed ◄── bytes, cut anywhere ─┘
-                              │
-         events: Thought │ Text │ ToolCall │ Citations │ Usage │ Finish (always last)
-               ┌──────────────┴───────────────┐
-               ▼ streamed                     ▼ whole
-      ChatEncoder.feed ─► sse() ─► relay    Answer.add ─► chat_completion ─► json_response
+                  pure: no socket, clock, environment, chance or async              I/O
+     body ── Surface.parse ──► Prompt + Reply
+     Prompt ── make_plan ────► Plan: caller, [(model, prompt), …]     each 400 and 403 is raised by now
+                                 │
+                                 └─────────────────── Upstream.open ──► Z.ai, always asked for a stream
+                                                                          │
+                     ZaiReader.feed ◄──────── bytes, cut anywhere ────────┘
+                            │  events: Thought │ Text │ ToolCall │ Citations │ Usage │ Finish (always last)
+                     RepairChain: small machines, only those that this request needs
+                            │
+                            ├── streamed: Reply.feed(event) ──► frames, written as they come
+                            └── whole:    Reply.fold(events) ─► document
 
-Everything above the banner "Admission" is pure: no socket, clock, environment, randomness or async. It raises
-SettingsError, BadRequest (the client's fault), UpstreamError (Z.ai's) or another ProxyError; a check, ValueError.
-The sections, in order: Settings, Errors, Models, JSON, Internal representation; what clients speak
-(Request fields, Contents, Chat completions, Completions, Responses, Messages, Surfaces, Histories),
-Clients; what Z.ai speaks (request, errors, answer); Accounts; I/O: Admission (Z.ai's keys, queue),
-Z.ai client, Upstream (retries, fallbacks), Database, Requests (records, statistics), Streaming out,
-Request bodies, Handlers, Pass-through, Access, Errors and shutdown, Client connections, Server, Commands, Demo,
-Pages.
+`respond` is the only writer of answers. What is relayed as it is (embeddings, images, files …) is
+`pass_through`, and nothing of the above knows it.
+
+Everything above the banner "Admission" is pure. It raises SettingsError, BadRequest (the client's
+fault), UpstreamError (Z.ai's) or another ProxyError; a check, ValueError. The sections, in order:
+what this is (Settings, Errors, JSON, Models, Internal representation); what clients say (Request
+fields, Contents, Chat completions, Completions, Responses, Messages, Surfaces, Histories, Clients);
+what Z.ai says (errors, answer, repairs, request); who and when (Accounts, Plan); from there on I/O:
+Admission (keys, queue, patience), Z.ai client, Upstream, Database, Requests (records, statistics),
+Streaming out, Request bodies, Access, Handlers, Pass-through, Errors and shutdown, Client
+connections, Server, Commands, Demo, Pages.
 """
 
 from __future__ import annotations
@@ -611,6 +618,180 @@ def proxy_passwords(urls: Iterable[str]) -> list[str]:
     return [form for match in found if match for form in (match[1], unquote(match[1]))]
 
 
+# ======== JSON ======================================================================================================
+# Encoders and decoders, and the limits of a request's JSON.
+
+# check_circular takes a sixth of the time, and our data is never circular.
+to_json = json.JSONEncoder(
+    separators=(",", ":"), ensure_ascii=False, allow_nan=False, check_circular=False
+).encode
+quoted = json.encoder.encode_basestring  # a string as JSON, by the same C function
+# Some clients split lines at these characters, so they are sent as escapes; JSON has them only inside strings.
+LINE_ENDS = (("\u0085", "\\u0085"), ("\u2028", "\\u2028"), ("\u2029", "\\u2029"))
+
+
+def encode_json(value: Any) -> bytes:
+    """Compact JSON in UTF-8."""
+    return escaped(to_json(value))
+
+
+def escaped(text: str) -> bytes:
+    """JSON text, or frames of it, in UTF-8. Half a surrogate pair is escaped: the rest may come in the next chunk."""
+    if text.isascii():
+        return text.encode()
+    for end, escape in LINE_ENDS:
+        if end in text:  # much faster than str.translate
+            text = text.replace(end, escape)
+    return text.encode("utf-8", "backslashreplace")
+
+
+def sse(frames: Iterable[JSON | str]) -> bytes:
+    """Frames as bytes, each `data: …` and a blank line. A frame with a `type` also gets that as its event name."""
+    return escaped("".join([sse_frame(frame) for frame in frames]))
+
+
+def sse_frame(frame: JSON | str) -> str:
+    if isinstance(frame, str):
+        return f"data: {frame}\n\n"
+    name = f"event: {frame['type']}\n" if "type" in frame else ""
+    return f"{name}data: {to_json(frame)}\n\n"
+
+
+def encode_request(value: Any) -> bytes:
+    """Compact JSON in UTF-8, for Z.ai. Half a surrogate pair in it becomes U+FFFD."""
+    text = to_json(value)
+    try:
+        return text.encode()
+    except UnicodeEncodeError:
+        return whole_characters(text).encode()
+
+
+def whole_characters(text: str) -> str:
+    """The text with U+FFFD for each half of a surrogate pair that lacks the other.
+
+    UTF-8 has no halves. Agents cut texts at a number of UTF-16 units, in the middle of an emoji
+    (anthropics/claude-code#56064).
+    """
+    return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
+
+
+def finite(text: str) -> float:
+    """parse_float hook: rejects NaN and infinities, which Python accepts and JSON lacks."""
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError(f"{text} is not a JSON number")
+    return value
+
+
+JSON_DECODER = json.JSONDecoder(parse_float=finite, parse_constant=finite)
+MAX_ANSWER_DEPTH = 400  # nested objects and arrays; what Python can just decode it may not encode
+SHALLOW = 2 * MAX_ANSWER_DEPTH  # characters in which there is no room for more
+
+
+def is_too_deep(value: Any, text: str) -> bool:
+    """Whether a value, decoded from this text, is nested deeper than MAX_ANSWER_DEPTH."""
+    openings = text.count("{") + text.count("[")
+    return openings > MAX_ANSWER_DEPTH and is_deeper(value, MAX_ANSWER_DEPTH)
+
+
+def is_deeper(value: Any, depth: int) -> bool:
+    """Whether objects and arrays are nested more than `depth` deep."""
+    level: list[Any] = [value]
+    for _ in range(depth):
+        # One after the other: a list of all these views would keep the garbage collector busy for seconds.
+        values = chain.from_iterable(
+            item.values() if isinstance(item, dict) else item for item in level
+        )
+        level = [value for value in values if isinstance(value, (dict, list))]
+        if not level:
+            return False
+    return True
+
+
+def parse_json(data: bytes) -> Any:
+    """The value; None if this is not JSON (or null). A character cut in half does not spoil the rest."""
+    text = data.decode("utf-8", "replace").removeprefix("\ufeff").strip()
+    try:
+        value, end = JSON_DECODER.raw_decode(text)
+    except (ValueError, RecursionError):
+        return None
+    if end != len(text) or (end > SHALLOW and is_too_deep(value, text)):
+        return None
+    return value
+
+
+def unique_names(pairs: list[tuple[str, Any]]) -> JSON:
+    """object_pairs_hook: rejects a repeated name, since JSON parsers differ in which value they keep."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise ValueError("an object has the same name twice")
+    return found
+
+
+REQUEST_DECODER = json.JSONDecoder(
+    object_pairs_hook=unique_names, parse_float=finite, parse_constant=finite
+)
+MAX_VALUES = 1_000_000
+MAX_DEPTH = 100  # nested objects and arrays
+
+
+def too_many_values(body: bytes) -> bool:
+    """Whether JSON text has more than MAX_VALUES values, not counting names; does not decode it."""
+    if len(body) <= 2 * MAX_VALUES or openings_and_commas(body) < MAX_VALUES:
+        return False
+    parts = body.replace(rb"\\", b"").replace(rb"\"", b"").split(b'"', 4 * MAX_VALUES + 4)
+    outside = b"".join(parts[::2])  # strings left out
+    values = 1 + openings_and_commas(outside) - outside.count(b"[]") - outside.count(b"{}")
+    return max(values, len(parts) // 4) > MAX_VALUES  # half of the strings may be names
+
+
+def openings_and_commas(text: bytes) -> int:
+    return len(text) - len(text.translate(None, b"[{,"))
+
+
+def parse_request(body: bytes) -> JSON:
+    """A client's JSON object. Raises ValueError or RecursionError for anything else."""
+    if too_many_values(body):
+        raise ValueError(f"it has more than {MAX_VALUES:,} values")
+    document = REQUEST_DECODER.decode(body.decode().removeprefix("\ufeff"))
+    if not isinstance(document, dict):
+        raise ValueError("it is another JSON value")
+    if (
+        len(body) < 2**14 and body.count(b"{") + body.count(b"[") <= MAX_DEPTH
+    ):  # most requests; counting is fast here
+        return document
+    if is_deeper(document, MAX_DEPTH):
+        raise ValueError(f"it is nested more than {MAX_DEPTH} deep")
+    return document
+
+
+def as_object(value: Any) -> JSON:
+    """`value` if it is an object, else {}."""
+    return value if isinstance(value, dict) else {}
+
+
+def objects(value: Any) -> Iterator[JSON]:
+    """The items of an array, none if it is something else."""
+    return map(as_object, value if isinstance(value, list) else ())
+
+
+def first_object(value: Any) -> JSON:
+    return as_object(value[0]) if isinstance(value, list) and value else {}
+
+
+def as_number(value: Any) -> float | None:
+    return (
+        value
+        if isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value < 2**53
+        else None
+    )
+
+
+def as_count(value: Any) -> int:
+    """`value` if it is a natural number that fits into a column of a database, else 0."""
+    return value if type(value) is int and 0 <= value < 2**40 else 0
+
+
 # ======== Models ====================================================================================================
 # A new model is a row of `MODEL_ROWS`. `resolve` finds the model that a client's name means.
 
@@ -922,180 +1103,6 @@ def models_from_items(items: list[Any]) -> Iterator[Model]:
             yield MODELS.get(model.id) or model
 
 
-# ======== JSON ======================================================================================================
-# Encoders and decoders, and the limits of a request's JSON.
-
-# check_circular takes a sixth of the time, and our data is never circular.
-to_json = json.JSONEncoder(
-    separators=(",", ":"), ensure_ascii=False, allow_nan=False, check_circular=False
-).encode
-quoted = json.encoder.encode_basestring  # a string as JSON, by the same C function
-# Some clients split lines at these characters, so they are sent as escapes; JSON has them only inside strings.
-LINE_ENDS = (("\u0085", "\\u0085"), ("\u2028", "\\u2028"), ("\u2029", "\\u2029"))
-
-
-def encode_json(value: Any) -> bytes:
-    """Compact JSON in UTF-8."""
-    return escaped(to_json(value))
-
-
-def escaped(text: str) -> bytes:
-    """JSON text, or frames of it, in UTF-8. Half a surrogate pair is escaped: the rest may come in the next chunk."""
-    if text.isascii():
-        return text.encode()
-    for end, escape in LINE_ENDS:
-        if end in text:  # much faster than str.translate
-            text = text.replace(end, escape)
-    return text.encode("utf-8", "backslashreplace")
-
-
-def sse(frames: Iterable[JSON | str]) -> bytes:
-    """Frames as bytes, each `data: …` and a blank line. A frame with a `type` also gets that as its event name."""
-    return escaped("".join([sse_frame(frame) for frame in frames]))
-
-
-def sse_frame(frame: JSON | str) -> str:
-    if isinstance(frame, str):
-        return f"data: {frame}\n\n"
-    name = f"event: {frame['type']}\n" if "type" in frame else ""
-    return f"{name}data: {to_json(frame)}\n\n"
-
-
-def encode_request(value: Any) -> bytes:
-    """Compact JSON in UTF-8, for Z.ai. Half a surrogate pair in it becomes U+FFFD."""
-    text = to_json(value)
-    try:
-        return text.encode()
-    except UnicodeEncodeError:
-        return whole_characters(text).encode()
-
-
-def whole_characters(text: str) -> str:
-    """The text with U+FFFD for each half of a surrogate pair that lacks the other.
-
-    UTF-8 has no halves. Agents cut texts at a number of UTF-16 units, in the middle of an emoji
-    (anthropics/claude-code#56064).
-    """
-    return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
-
-
-def finite(text: str) -> float:
-    """parse_float hook: rejects NaN and infinities, which Python accepts and JSON lacks."""
-    value = float(text)
-    if not math.isfinite(value):
-        raise ValueError(f"{text} is not a JSON number")
-    return value
-
-
-JSON_DECODER = json.JSONDecoder(parse_float=finite, parse_constant=finite)
-MAX_ANSWER_DEPTH = 400  # nested objects and arrays; what Python can just decode it may not encode
-SHALLOW = 2 * MAX_ANSWER_DEPTH  # characters in which there is no room for more
-
-
-def is_too_deep(value: Any, text: str) -> bool:
-    """Whether a value, decoded from this text, is nested deeper than MAX_ANSWER_DEPTH."""
-    openings = text.count("{") + text.count("[")
-    return openings > MAX_ANSWER_DEPTH and is_deeper(value, MAX_ANSWER_DEPTH)
-
-
-def is_deeper(value: Any, depth: int) -> bool:
-    """Whether objects and arrays are nested more than `depth` deep."""
-    level: list[Any] = [value]
-    for _ in range(depth):
-        # One after the other: a list of all these views would keep the garbage collector busy for seconds.
-        values = chain.from_iterable(
-            item.values() if isinstance(item, dict) else item for item in level
-        )
-        level = [value for value in values if isinstance(value, (dict, list))]
-        if not level:
-            return False
-    return True
-
-
-def parse_json(data: bytes) -> Any:
-    """The value; None if this is not JSON (or null). A character cut in half does not spoil the rest."""
-    text = data.decode("utf-8", "replace").removeprefix("\ufeff").strip()
-    try:
-        value, end = JSON_DECODER.raw_decode(text)
-    except (ValueError, RecursionError):
-        return None
-    if end != len(text) or (end > SHALLOW and is_too_deep(value, text)):
-        return None
-    return value
-
-
-def unique_names(pairs: list[tuple[str, Any]]) -> JSON:
-    """object_pairs_hook: rejects a repeated name, since JSON parsers differ in which value they keep."""
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        raise ValueError("an object has the same name twice")
-    return found
-
-
-REQUEST_DECODER = json.JSONDecoder(
-    object_pairs_hook=unique_names, parse_float=finite, parse_constant=finite
-)
-MAX_VALUES = 1_000_000
-MAX_DEPTH = 100  # nested objects and arrays
-
-
-def too_many_values(body: bytes) -> bool:
-    """Whether JSON text has more than MAX_VALUES values, not counting names; does not decode it."""
-    if len(body) <= 2 * MAX_VALUES or openings_and_commas(body) < MAX_VALUES:
-        return False
-    parts = body.replace(rb"\\", b"").replace(rb"\"", b"").split(b'"', 4 * MAX_VALUES + 4)
-    outside = b"".join(parts[::2])  # strings left out
-    values = 1 + openings_and_commas(outside) - outside.count(b"[]") - outside.count(b"{}")
-    return max(values, len(parts) // 4) > MAX_VALUES  # half of the strings may be names
-
-
-def openings_and_commas(text: bytes) -> int:
-    return len(text) - len(text.translate(None, b"[{,"))
-
-
-def parse_request(body: bytes) -> JSON:
-    """A client's JSON object. Raises ValueError or RecursionError for anything else."""
-    if too_many_values(body):
-        raise ValueError(f"it has more than {MAX_VALUES:,} values")
-    document = REQUEST_DECODER.decode(body.decode().removeprefix("\ufeff"))
-    if not isinstance(document, dict):
-        raise ValueError("it is another JSON value")
-    if (
-        len(body) < 2**14 and body.count(b"{") + body.count(b"[") <= MAX_DEPTH
-    ):  # most requests; counting is fast here
-        return document
-    if is_deeper(document, MAX_DEPTH):
-        raise ValueError(f"it is nested more than {MAX_DEPTH} deep")
-    return document
-
-
-def as_object(value: Any) -> JSON:
-    """`value` if it is an object, else {}."""
-    return value if isinstance(value, dict) else {}
-
-
-def objects(value: Any) -> Iterator[JSON]:
-    """The items of an array, none if it is something else."""
-    return map(as_object, value if isinstance(value, list) else ())
-
-
-def first_object(value: Any) -> JSON:
-    return as_object(value[0]) if isinstance(value, list) and value else {}
-
-
-def as_number(value: Any) -> float | None:
-    return (
-        value
-        if isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value < 2**53
-        else None
-    )
-
-
-def as_count(value: Any) -> int:
-    """`value` if it is a natural number that fits into a column of a database, else 0."""
-    return value if type(value) is int and 0 <= value < 2**40 else 0
-
-
 # ======== Internal representation ===================================================================================
 # What a client asks and a model answers, independent of any API. Nothing changes these values once they are made;
 # most are not frozen: frozen ones take three times as long to make.
@@ -1348,6 +1355,18 @@ class Answer:
                 self.usage = self.usage + event if self.usage else event
             else:
                 self.choices[event.choice].add(event)
+
+
+@dataclass(frozen=True, slots=True)
+class StoredResponse:
+    """A response that a client may refer to: a link in a conversation, which goes back from parent to parent.
+
+    An older version stored the whole conversation as the input, and no parent.
+    """
+
+    response: JSON
+    input: list[JSON]  # the request's own items, as they were understood
+    parent: str = ""  # id of the response that the request went on from
 
 
 # A frame of a stream: an object, or a text that is sent as it is.
@@ -2574,18 +2593,6 @@ FIXED |= {"frequency_penalty": 0.0, "presence_penalty": 0.0, "top_logprobs": 0}
 REASONING_PREFIX = (
     "ztoapi:"  # of our `encrypted_content`: base64 follows, neither encrypted nor signed
 )
-
-
-@dataclass(frozen=True, slots=True)
-class StoredResponse:
-    """A response that a client may refer to: a link in a conversation, which goes back from parent to parent.
-
-    An older version stored the whole conversation as the input, and no parent.
-    """
-
-    response: JSON
-    input: list[JSON]  # the request's own items, as they were understood
-    parent: str = ""  # id of the response that the request went on from
 
 
 class History(Protocol):
@@ -4089,303 +4096,6 @@ def client_examples() -> list[JSON]:
     ]
 
 
-# ======== Z.ai: request =============================================================================================
-# `zai_body` is a Prompt as Z.ai takes it; what Z.ai has no parameter for is emulated or left out.
-
-
-def zai_body(prompt: Prompt, model: Model) -> JSON:
-    """Only fields that Z.ai knows: an unknown one fails the whole request, without being named (1210).
-
-    It is always asked for a stream: a whole answer is what its stream adds up to, and a model that
-    thinks for minutes is silent for no longer than its pauses.
-    """
-    tools = [*map(zai_tool, prompt.tools), *prompt.native_tools]
-    messages = with_system_lines(prompt.messages, emulation_lines(prompt))
-    body = {
-        "model": model.id,
-        "messages": [*map(zai_message, messages)],
-        "stream": True,
-        "temperature": None if prompt.temperature is None else min(prompt.temperature, 1),
-        "top_p": None if prompt.top_p is None else max(prompt.top_p, 0.01),
-        "max_tokens": prompt.max_tokens
-        and min(prompt.max_tokens, model.output or prompt.max_tokens),
-        "stop": list(prompt.stop) or None,  # documented as a list
-        "seed": prompt.seed,
-        "user_id": zai_user(prompt.user),
-        "tools": tools or None,
-        "tool_stream": True if tools and model.streams_arguments else None,
-        "response_format": None if prompt.schema is None else {"type": "json_object"},
-        **zai_thinking(prompt, model),
-        **prompt.native,
-    }
-    return {name: value for name, value in body.items() if value is not None}
-
-
-@dataclass(slots=True)
-class ZaiRequest:
-    """A request as it is sent, and what the repair of its answer must know.
-
-    `characters` is its size, images counted as IMAGE_SIZE each.
-    """
-
-    data: bytes
-    needs: RepairNeeds
-    characters: int
-
-
-IMAGE_SIZE = 4_000  # characters that an image counts for in an estimate of tokens
-
-
-ZAI_HOSTS = ("api.z.ai", "open.bigmodel.cn")
-
-
-def zai_request(prompt: Prompt, model: Model, base_url: str, answer_id: str) -> ZaiRequest:
-    """The request to a base; `answer_id` is ours, unique."""
-    body = zai_body(prompt, model)
-    if urlsplit(base_url).hostname not in ZAI_HOSTS:  # Z.ai itself tells usage unasked
-        body["stream_options"] = {"include_usage": True}
-    data = encode_request(body)
-    functions = [tool["function"] for tool in body.get("tools", ()) if tool["type"] == "function"]
-    tools = {function["name"]: function["parameters"] for function in functions}
-    is_quoting = bool(tools) and b"<tool_call>" in data
-    quoted = quoted_calls(prompt.messages) if is_quoting else frozenset()
-    wants_json = prompt.schema is not None
-    needs = RepairNeeds(model, answer_id, tools, wants_json, quoted)
-    return ZaiRequest(data, needs, len(data) - media_size(prompt.messages))
-
-
-def media_size(messages: Iterable[Message]) -> int:
-    """The characters of all images and files, less what they count for."""
-    media = [part for message in messages for part in message.content if isinstance(part, Media)]
-    return sum(len(part.url) - IMAGE_SIZE for part in media)
-
-
-def with_reasoning(
-    messages: tuple[Message, ...], start: int, recall: Callable[[Message], str]
-) -> tuple[Message, ...]:
-    """The conversation with the reasoning that its client lost, from the index `start` on."""
-
-    def recalled(message: Message) -> Message:
-        forgotten = message.role == "assistant" and not message.thought
-        return replace(message, thought=recall(message)) if forgotten else message
-
-    return (*messages[:start], *map(recalled, messages[start:]))
-
-
-def choice_prompt(prompt: Prompt, choice: int) -> Prompt:
-    """The prompt for one of `n` choices: with its own seed, or all would be the same, and without the request_id."""
-    if prompt.n == 1:
-        return prompt
-    native = {name: value for name, value in prompt.native.items() if name != "request_id"}
-    return replace(
-        prompt, seed=None if prompt.seed is None else prompt.seed + choice, native=native
-    )
-
-
-def zai_user(user: str) -> str | None:
-    """Z.ai's user_id has 6 to 128 characters."""
-    if len(user) > 128:
-        return hashlib.sha256(user.encode("utf-8", "surrogatepass")).hexdigest()
-    return user if len(user) >= 6 else f"user-{user}" if user else None
-
-
-def with_chosen_tools(prompt: Prompt) -> Prompt:
-    """The prompt with only the tools that may be called: Z.ai knows no tool_choice but auto.
-
-    Raises BadRequest where the choice names a function that is not among them.
-    """
-    choice = prompt.tool_choice
-    if choice.mode == "none":
-        return replace(prompt, tools=(), native_tools=())
-    if choice.names is None or not (prompt.tools or prompt.native_tools):
-        return prompt
-    unknown = set(choice.names) - {tool.name for tool in prompt.tools}
-    if unknown:
-        names = ", ".join(sorted(unknown))
-        raise BadRequest(f"'tool_choice' names {names}, not among the tools.", "tool_choice")
-    chosen = tuple(tool for tool in prompt.tools if tool.name in choice.names)
-    return replace(prompt, tools=chosen, native_tools=())
-
-
-def emulation_lines(prompt: Prompt) -> Iterator[str]:
-    """Lines for the system message, for what Z.ai has no parameter for: tool_choice and JSON Schemas."""
-    names = ", ".join(tool.name for tool in prompt.tools)
-    if prompt.tool_choice.mode == "required" and prompt.tools:
-        which = "one of the functions" if len(prompt.tools) > 1 else "the function"
-        yield f"Answer by calling {which} {names}."
-    if prompt.schema:
-        order = "Answer only with JSON, without any other text and without Markdown, valid against this JSON Schema: "
-        yield order + to_json(prompt.schema)
-
-
-def with_system_lines(messages: tuple[Message, ...], lines: Iterable[str]) -> tuple[Message, ...]:
-    """The conversation with lines added to its first system message: Z.ai may refuse a second one."""
-    lines, roles = tuple(lines), [message.role for message in messages]
-    if not lines:
-        return messages
-    if "system" not in roles:
-        return (Message("system", lines), *messages)
-    at = roles.index("system")
-    return (
-        *messages[:at],
-        replace(messages[at], content=(*messages[at].content, *lines)),
-        *messages[at + 1 :],
-    )
-
-
-ENABLED, DISABLED = {"thinking": {"type": "enabled"}}, {"thinking": {"type": "disabled"}}
-# Models that always think have three levels; this is the nearest for each effort.
-ALWAYS: dict[Effort, str] = {
-    "off": "low",
-    "low": "low",
-    "medium": "high",
-    "high": "high",
-    "xhigh": "max",
-    "max": "max",
-}
-WITH_EFFORT: dict[Effort, JSON] = {
-    level: ENABLED | {"reasoning_effort": level} for level in EFFORT_LEVELS
-}
-# The fields for each kind of model and effort (docs.z.ai, "Thinking Mode"; NousResearch/hermes-agent#85890, #97286).
-THINKING: dict[ThinkingKind, dict[Effort, JSON]] = {
-    "none": {},
-    "switch": {
-        level: DISABLED if level == "off" else ENABLED for level in ("off", "on", *EFFORT_LEVELS)
-    },
-    "effort": {"off": DISABLED, "on": ENABLED, **WITH_EFFORT},
-    "always": {level: {"reasoning_effort": known} for level, known in ALWAYS.items()},
-}
-
-
-def zai_thinking(prompt: Prompt, model: Model) -> JSON:
-    """Z.ai's thinking fields; clear_thinking=false keeps earlier reasoning visible."""
-    fields = THINKING[model.thinking].get(prompt.effort, {}) if prompt.effort else {}
-    remembers = prompt.clear_thinking is None and any(
-        message.thought for message in prompt.messages
-    )
-    clear = False if remembers else prompt.clear_thinking
-    if clear is None or model.thinking == "none":
-        return fields
-    return {
-        **fields,
-        "thinking": {**fields.get("thinking", ENABLED["thinking"]), "clear_thinking": clear},
-    }
-
-
-def zai_message(message: Message) -> JSON:
-    body: JSON = {"role": message.role, "content": zai_content(message)}
-    if message.thought:
-        body["reasoning_content"] = message.thought
-    if message.calls:
-        body["tool_calls"] = [call_body(call) for call in message.calls]
-    if message.call_id:
-        body["tool_call_id"] = message.call_id
-    return body
-
-
-def zai_content(message: Message) -> str | list[JSON]:
-    """Text without media is sent as a string: several models answer 1214 to text parts (BerriAI/litellm#25868)."""
-    if not has_media(message):
-        return message_text(message)
-    return [zai_part(part) for part in message.content if not is_blank(part)]
-
-
-def zai_part(part: Part) -> JSON:
-    """Z.ai takes https URLs and bare base64; some models refuse data: URLs (BigPizzaV3/CodexPlusPlus#2031)."""
-    match part:
-        case Media(kind, url):
-            head = BASE64_URL.match(url)
-            return {"type": kind, kind: {"url": url[head.end() :] if head else url}}
-        case _:
-            return {"type": "text", "text": part}
-
-
-def zai_tool(tool: Tool) -> JSON:
-    parameters = RefInliner(tool.parameters).inline_all()
-    function = {"name": tool.name, "description": tool.description, "parameters": parameters}
-    return {"type": "function", "function": function}
-
-
-class RefInliner:
-    """A JSON Schema with its own definitions in place of the references to them, and without unions with null.
-
-    Z.ai answers 500 or nothing at all to `$ref` and `anyOf` (musistudio/claude-code-router#1474). Definitions that
-    contain themselves stay as they are, and so does everything if the result would exceed MAX_NODES.
-    """
-
-    MAX_NODES, MAX_DEPTH = 2_000, 100  # objects and arrays in the result; nested
-    DATA = ("const", "enum", "default", "examples")  # hold values, not schemas
-    MAPS = (
-        "properties",
-        "patternProperties",
-        "dependentSchemas",
-        "$defs",
-        "definitions",
-    )  # hold schemas by any name
-    PLACES = ("$defs", "definitions")  # of definitions
-
-    def __init__(self, schema: JSON) -> None:
-        self.schema = schema
-        found = [(f"#/{place}/", as_object(schema.get(place))) for place in self.PLACES]
-        self.definitions = {
-            path + name: part for path, parts in found for name, part in parts.items()
-        }
-        self.size = 0
-        self.has_refs = False  # a reference stays, so its definition must stay too
-
-    def inline_all(self) -> JSON:
-        body = {name: part for name, part in self.schema.items() if name not in self.PLACES}
-        inlined: JSON = self.inline(body, (), 0)
-        if self.size > self.MAX_NODES:
-            return self.schema
-        return inlined | {
-            name: self.schema[name] for name in self.PLACES if self.has_refs and name in self.schema
-        }
-
-    def inline(self, part: Any, seen: tuple[str, ...], depth: int) -> Any:
-        """`part` with its references replaced; `seen` are the definitions around it."""
-        if not isinstance(part, (dict, list)) or self.size > self.MAX_NODES:
-            return part
-        self.size += 1 if depth < self.MAX_DEPTH else self.MAX_NODES
-        match part:
-            case {"$ref": str(ref), **others} if ref not in seen and isinstance(
-                self.definitions.get(ref), dict
-            ):
-                meant = self.inline(self.definitions[ref], (*seen, ref), depth + 1)
-                return {**meant, **self.inline(others, seen, depth + 1)}
-            case {"$ref": str(ref)}:
-                self.has_refs = True
-                return part
-            case dict():
-                names = [name for name in part if name != "$schema"]
-                return without_null(
-                    {name: self.inline_at(name, part[name], seen, depth + 1) for name in names}
-                )
-            case _:
-                return [self.inline(value, seen, depth + 1) for value in part]
-
-    def inline_at(self, name: str, part: Any, seen: tuple[str, ...], depth: int) -> Any:
-        """`part` of a schema with its references replaced, if it holds schemas under this name."""
-        if name in self.MAPS and part == []:  # an empty object of PHP's
-            return {}
-        if name in self.MAPS and isinstance(part, dict):
-            return {key: self.inline(schema, seen, depth) for key, schema in part.items()}
-        return part if name in self.DATA else self.inline(part, seen, depth)
-
-
-def without_null(schema: JSON) -> JSON:
-    """The schema without its "or null": pydantic writes every Optional as a union with null."""
-    for union in ("anyOf", "oneOf"):
-        match schema.get(union):
-            case [{"type": "null"}, dict(other)] | [dict(other), {"type": "null"}]:
-                gone = ((union, schema[union]), ("default", None))
-                return {
-                    **other,
-                    **{name: value for name, value in schema.items() if (name, value) not in gone},
-                }
-    return schema
-
-
 # ======== Z.ai: errors ==============================================================================================
 # `zai_error` reads Z.ai's refusals, which come in many forms.
 
@@ -5565,6 +5275,303 @@ def fitting(number: int | float) -> float:
     if number < -MAX_FLOAT_32:
         return -math.inf
     return number
+
+
+# ======== Z.ai: request =============================================================================================
+# `zai_body` is a Prompt as Z.ai takes it; what Z.ai has no parameter for is emulated or left out.
+
+
+def zai_body(prompt: Prompt, model: Model) -> JSON:
+    """Only fields that Z.ai knows: an unknown one fails the whole request, without being named (1210).
+
+    It is always asked for a stream: a whole answer is what its stream adds up to, and a model that
+    thinks for minutes is silent for no longer than its pauses.
+    """
+    tools = [*map(zai_tool, prompt.tools), *prompt.native_tools]
+    messages = with_system_lines(prompt.messages, emulation_lines(prompt))
+    body = {
+        "model": model.id,
+        "messages": [*map(zai_message, messages)],
+        "stream": True,
+        "temperature": None if prompt.temperature is None else min(prompt.temperature, 1),
+        "top_p": None if prompt.top_p is None else max(prompt.top_p, 0.01),
+        "max_tokens": prompt.max_tokens
+        and min(prompt.max_tokens, model.output or prompt.max_tokens),
+        "stop": list(prompt.stop) or None,  # documented as a list
+        "seed": prompt.seed,
+        "user_id": zai_user(prompt.user),
+        "tools": tools or None,
+        "tool_stream": True if tools and model.streams_arguments else None,
+        "response_format": None if prompt.schema is None else {"type": "json_object"},
+        **zai_thinking(prompt, model),
+        **prompt.native,
+    }
+    return {name: value for name, value in body.items() if value is not None}
+
+
+@dataclass(slots=True)
+class ZaiRequest:
+    """A request as it is sent, and what the repair of its answer must know.
+
+    `characters` is its size, images counted as IMAGE_SIZE each.
+    """
+
+    data: bytes
+    needs: RepairNeeds
+    characters: int
+
+
+IMAGE_SIZE = 4_000  # characters that an image counts for in an estimate of tokens
+
+
+ZAI_HOSTS = ("api.z.ai", "open.bigmodel.cn")
+
+
+def zai_request(prompt: Prompt, model: Model, base_url: str, answer_id: str) -> ZaiRequest:
+    """The request to a base; `answer_id` is ours, unique."""
+    body = zai_body(prompt, model)
+    if urlsplit(base_url).hostname not in ZAI_HOSTS:  # Z.ai itself tells usage unasked
+        body["stream_options"] = {"include_usage": True}
+    data = encode_request(body)
+    functions = [tool["function"] for tool in body.get("tools", ()) if tool["type"] == "function"]
+    tools = {function["name"]: function["parameters"] for function in functions}
+    is_quoting = bool(tools) and b"<tool_call>" in data
+    quoted = quoted_calls(prompt.messages) if is_quoting else frozenset()
+    wants_json = prompt.schema is not None
+    needs = RepairNeeds(model, answer_id, tools, wants_json, quoted)
+    return ZaiRequest(data, needs, len(data) - media_size(prompt.messages))
+
+
+def media_size(messages: Iterable[Message]) -> int:
+    """The characters of all images and files, less what they count for."""
+    media = [part for message in messages for part in message.content if isinstance(part, Media)]
+    return sum(len(part.url) - IMAGE_SIZE for part in media)
+
+
+def with_reasoning(
+    messages: tuple[Message, ...], start: int, recall: Callable[[Message], str]
+) -> tuple[Message, ...]:
+    """The conversation with the reasoning that its client lost, from the index `start` on."""
+
+    def recalled(message: Message) -> Message:
+        forgotten = message.role == "assistant" and not message.thought
+        return replace(message, thought=recall(message)) if forgotten else message
+
+    return (*messages[:start], *map(recalled, messages[start:]))
+
+
+def choice_prompt(prompt: Prompt, choice: int) -> Prompt:
+    """The prompt for one of `n` choices: with its own seed, or all would be the same, and without the request_id."""
+    if prompt.n == 1:
+        return prompt
+    native = {name: value for name, value in prompt.native.items() if name != "request_id"}
+    return replace(
+        prompt, seed=None if prompt.seed is None else prompt.seed + choice, native=native
+    )
+
+
+def zai_user(user: str) -> str | None:
+    """Z.ai's user_id has 6 to 128 characters."""
+    if len(user) > 128:
+        return hashlib.sha256(user.encode("utf-8", "surrogatepass")).hexdigest()
+    return user if len(user) >= 6 else f"user-{user}" if user else None
+
+
+def with_chosen_tools(prompt: Prompt) -> Prompt:
+    """The prompt with only the tools that may be called: Z.ai knows no tool_choice but auto.
+
+    Raises BadRequest where the choice names a function that is not among them.
+    """
+    choice = prompt.tool_choice
+    if choice.mode == "none":
+        return replace(prompt, tools=(), native_tools=())
+    if choice.names is None or not (prompt.tools or prompt.native_tools):
+        return prompt
+    unknown = set(choice.names) - {tool.name for tool in prompt.tools}
+    if unknown:
+        names = ", ".join(sorted(unknown))
+        raise BadRequest(f"'tool_choice' names {names}, not among the tools.", "tool_choice")
+    chosen = tuple(tool for tool in prompt.tools if tool.name in choice.names)
+    return replace(prompt, tools=chosen, native_tools=())
+
+
+def emulation_lines(prompt: Prompt) -> Iterator[str]:
+    """Lines for the system message, for what Z.ai has no parameter for: tool_choice and JSON Schemas."""
+    names = ", ".join(tool.name for tool in prompt.tools)
+    if prompt.tool_choice.mode == "required" and prompt.tools:
+        which = "one of the functions" if len(prompt.tools) > 1 else "the function"
+        yield f"Answer by calling {which} {names}."
+    if prompt.schema:
+        order = "Answer only with JSON, without any other text and without Markdown, valid against this JSON Schema: "
+        yield order + to_json(prompt.schema)
+
+
+def with_system_lines(messages: tuple[Message, ...], lines: Iterable[str]) -> tuple[Message, ...]:
+    """The conversation with lines added to its first system message: Z.ai may refuse a second one."""
+    lines, roles = tuple(lines), [message.role for message in messages]
+    if not lines:
+        return messages
+    if "system" not in roles:
+        return (Message("system", lines), *messages)
+    at = roles.index("system")
+    return (
+        *messages[:at],
+        replace(messages[at], content=(*messages[at].content, *lines)),
+        *messages[at + 1 :],
+    )
+
+
+ENABLED, DISABLED = {"thinking": {"type": "enabled"}}, {"thinking": {"type": "disabled"}}
+# Models that always think have three levels; this is the nearest for each effort.
+ALWAYS: dict[Effort, str] = {
+    "off": "low",
+    "low": "low",
+    "medium": "high",
+    "high": "high",
+    "xhigh": "max",
+    "max": "max",
+}
+WITH_EFFORT: dict[Effort, JSON] = {
+    level: ENABLED | {"reasoning_effort": level} for level in EFFORT_LEVELS
+}
+# The fields for each kind of model and effort (docs.z.ai, "Thinking Mode"; NousResearch/hermes-agent#85890, #97286).
+THINKING: dict[ThinkingKind, dict[Effort, JSON]] = {
+    "none": {},
+    "switch": {
+        level: DISABLED if level == "off" else ENABLED for level in ("off", "on", *EFFORT_LEVELS)
+    },
+    "effort": {"off": DISABLED, "on": ENABLED, **WITH_EFFORT},
+    "always": {level: {"reasoning_effort": known} for level, known in ALWAYS.items()},
+}
+
+
+def zai_thinking(prompt: Prompt, model: Model) -> JSON:
+    """Z.ai's thinking fields; clear_thinking=false keeps earlier reasoning visible."""
+    fields = THINKING[model.thinking].get(prompt.effort, {}) if prompt.effort else {}
+    remembers = prompt.clear_thinking is None and any(
+        message.thought for message in prompt.messages
+    )
+    clear = False if remembers else prompt.clear_thinking
+    if clear is None or model.thinking == "none":
+        return fields
+    return {
+        **fields,
+        "thinking": {**fields.get("thinking", ENABLED["thinking"]), "clear_thinking": clear},
+    }
+
+
+def zai_message(message: Message) -> JSON:
+    body: JSON = {"role": message.role, "content": zai_content(message)}
+    if message.thought:
+        body["reasoning_content"] = message.thought
+    if message.calls:
+        body["tool_calls"] = [call_body(call) for call in message.calls]
+    if message.call_id:
+        body["tool_call_id"] = message.call_id
+    return body
+
+
+def zai_content(message: Message) -> str | list[JSON]:
+    """Text without media is sent as a string: several models answer 1214 to text parts (BerriAI/litellm#25868)."""
+    if not has_media(message):
+        return message_text(message)
+    return [zai_part(part) for part in message.content if not is_blank(part)]
+
+
+def zai_part(part: Part) -> JSON:
+    """Z.ai takes https URLs and bare base64; some models refuse data: URLs (BigPizzaV3/CodexPlusPlus#2031)."""
+    match part:
+        case Media(kind, url):
+            head = BASE64_URL.match(url)
+            return {"type": kind, kind: {"url": url[head.end() :] if head else url}}
+        case _:
+            return {"type": "text", "text": part}
+
+
+def zai_tool(tool: Tool) -> JSON:
+    parameters = RefInliner(tool.parameters).inline_all()
+    function = {"name": tool.name, "description": tool.description, "parameters": parameters}
+    return {"type": "function", "function": function}
+
+
+class RefInliner:
+    """A JSON Schema with its own definitions in place of the references to them, and without unions with null.
+
+    Z.ai answers 500 or nothing at all to `$ref` and `anyOf` (musistudio/claude-code-router#1474). Definitions that
+    contain themselves stay as they are, and so does everything if the result would exceed MAX_NODES.
+    """
+
+    MAX_NODES, MAX_DEPTH = 2_000, 100  # objects and arrays in the result; nested
+    DATA = ("const", "enum", "default", "examples")  # hold values, not schemas
+    MAPS = (
+        "properties",
+        "patternProperties",
+        "dependentSchemas",
+        "$defs",
+        "definitions",
+    )  # hold schemas by any name
+    PLACES = ("$defs", "definitions")  # of definitions
+
+    def __init__(self, schema: JSON) -> None:
+        self.schema = schema
+        found = [(f"#/{place}/", as_object(schema.get(place))) for place in self.PLACES]
+        self.definitions = {
+            path + name: part for path, parts in found for name, part in parts.items()
+        }
+        self.size = 0
+        self.has_refs = False  # a reference stays, so its definition must stay too
+
+    def inline_all(self) -> JSON:
+        body = {name: part for name, part in self.schema.items() if name not in self.PLACES}
+        inlined: JSON = self.inline(body, (), 0)
+        if self.size > self.MAX_NODES:
+            return self.schema
+        return inlined | {
+            name: self.schema[name] for name in self.PLACES if self.has_refs and name in self.schema
+        }
+
+    def inline(self, part: Any, seen: tuple[str, ...], depth: int) -> Any:
+        """`part` with its references replaced; `seen` are the definitions around it."""
+        if not isinstance(part, (dict, list)) or self.size > self.MAX_NODES:
+            return part
+        self.size += 1 if depth < self.MAX_DEPTH else self.MAX_NODES
+        match part:
+            case {"$ref": str(ref), **others} if ref not in seen and isinstance(
+                self.definitions.get(ref), dict
+            ):
+                meant = self.inline(self.definitions[ref], (*seen, ref), depth + 1)
+                return {**meant, **self.inline(others, seen, depth + 1)}
+            case {"$ref": str(ref)}:
+                self.has_refs = True
+                return part
+            case dict():
+                names = [name for name in part if name != "$schema"]
+                return without_null(
+                    {name: self.inline_at(name, part[name], seen, depth + 1) for name in names}
+                )
+            case _:
+                return [self.inline(value, seen, depth + 1) for value in part]
+
+    def inline_at(self, name: str, part: Any, seen: tuple[str, ...], depth: int) -> Any:
+        """`part` of a schema with its references replaced, if it holds schemas under this name."""
+        if name in self.MAPS and part == []:  # an empty object of PHP's
+            return {}
+        if name in self.MAPS and isinstance(part, dict):
+            return {key: self.inline(schema, seen, depth) for key, schema in part.items()}
+        return part if name in self.DATA else self.inline(part, seen, depth)
+
+
+def without_null(schema: JSON) -> JSON:
+    """The schema without its "or null": pydantic writes every Optional as a union with null."""
+    for union in ("anyOf", "oneOf"):
+        match schema.get(union):
+            case [{"type": "null"}, dict(other)] | [dict(other), {"type": "null"}]:
+                gone = ((union, schema[union]), ("default", None))
+                return {
+                    **other,
+                    **{name: value for name, value in schema.items() if (name, value) not in gone},
+                }
+    return schema
 
 
 # ======== Accounts ==================================================================================================
@@ -8212,6 +8219,12 @@ STREAM_HEADERS = {
 }
 
 
+def head_of(info: AnswerInfo, model: str, request: web.Request) -> Head:
+    """What is not told by Z.ai is ours."""
+    our_id, unix = request[RECORD].id, request.app[CLOCK].unix
+    return Head(info.id or our_id, info.created or int(unix()), model, our_id, unix)
+
+
 class SSEResponse:
     """A streamed answer. The first thing sent opens it: until then a failure has a status, later it is a frame.
 
@@ -8606,6 +8619,132 @@ def unsupported_coding(readable: Iterable[str]) -> ProxyError:
     return error
 
 
+# ======== Access ====================================================================================================
+# Who may call (`require_key`, `local_only`), and how much (`within_limits`; in parallel: `Upstream.account_slot`).
+
+
+def require_key(handler: Handler, *checks: Callable[[web.Request], None]) -> Handler:
+    """The handler, for callers with a valid key for whom the checks raise no ProxyError."""
+
+    async def checked(request: web.Request) -> web.StreamResponse:
+        account = request[ACCOUNT] = account_of(request.headers, request.app[ACCOUNTS])
+        account.check_date(request.app[CLOCK].unix())
+        for check in checks:
+            check(request)
+        return await handler(request)
+
+    return checked
+
+
+def check_budget(request: web.Request) -> None:
+    request.app[ACCOUNTS].check_budget(request[ACCOUNT], request.app[CLOCK].unix())
+
+
+def within_limits(request: web.Request) -> None:
+    check_budget(request)
+    request.app[ACCOUNTS].check_rate(request[ACCOUNT], time.monotonic())
+
+
+def operator_only(request: web.Request) -> None:
+    if not request[ACCOUNT].is_operator:
+        raise ProxyError(OPERATOR_ONLY)
+
+
+def account_of(headers: Mapping[str, str], accounts: Accounts) -> Account:
+    """The account of the key that was sent. Keys are compared by their hashes, so that timing tells nothing."""
+    scheme, _, bearer = headers.get("Authorization", "").partition(" ")
+    for key in (headers.get("x-api-key"), bearer.strip() if scheme.lower() == "bearer" else None):
+        if key and (account := accounts.find(key)):
+            return account
+    raise ProxyError(INVALID_API_KEY)
+
+
+ONLY_LOCAL = f"This server has the published key {PUBLISHED_KEY}, so it answers only on localhost"
+HOST_NOT_ALLOWED = error_kind(
+    403, "host_not_allowed", f"{ONLY_LOCAL}: set DEFAULT_KEY to a key of your own."
+)
+
+
+@web.middleware
+async def local_only(request: web.Request, handler: Handler) -> web.StreamResponse:
+    """Answers preflights; while the key is the published one, refuses other hosts' pages (DNS rebinding)."""
+    if request.app[SETTINGS].published and not is_local(request):
+        raise ProxyError(HOST_NOT_ALLOWED)
+    if request.method == "OPTIONS":
+        return web.Response(status=204)
+    return await handler(request)
+
+
+def is_local(request: web.Request) -> bool:
+    """Whether a request came to a loopback address, under a loopback name. A process manager may listen elsewhere."""
+    place = request.transport.get_extra_info("sockname") if request.transport else None
+    is_here = not isinstance(place, tuple) or is_loopback(place[0])  # a Unix socket's is no tuple
+    return is_here and all(
+        is_loopback(host_name(host)) for host in request.headers.getall("Host", [])
+    )
+
+
+def host_name(host: str) -> str:
+    """The name in "name:port" or "[::1]:port"."""
+    return re.sub(r":\d*$", "", host)
+
+
+def is_allowed_origin(origin: str, settings: Settings) -> bool:
+    if settings.published:
+        return is_loopback(host_name(origin.partition("://")[2]))
+    return any(
+        origin == pattern or fnmatchcase(origin, pattern) for pattern in settings.cors_origins
+    )
+
+
+EXPOSED_HEADERS = (
+    "x-request-id, x-zai-request-id, x-ztoapi-model, x-ztoapi-ignored, x-should-retry, Retry-After"
+)
+PREFLIGHT_HEADERS = {
+    "Access-Control-Allow-Methods": "GET, POST, DELETE, OPTIONS",
+    "Access-Control-Max-Age": "86400",
+}
+
+
+def cors_headers(request: web.Request) -> dict[str, str]:
+    """The headers that let a page of another origin call us, if its origin is allowed."""
+    origin = request.headers.get("Origin", "")
+    if not origin or not is_allowed_origin(origin, request.app[SETTINGS]):
+        return {}
+    headers = {
+        "Access-Control-Allow-Origin": origin,
+        "Access-Control-Expose-Headers": EXPOSED_HEADERS,
+    }
+    if request.method == "OPTIONS":
+        wanted = request.headers.get(
+            "Access-Control-Request-Headers", "Authorization, Content-Type"
+        )
+        headers |= PREFLIGHT_HEADERS | {"Access-Control-Allow-Headers": wanted}
+        if (
+            "Access-Control-Request-Private-Network" in request.headers
+        ):  # a public page that calls localhost
+            headers["Access-Control-Allow-Private-Network"] = "true"
+    return headers
+
+
+async def add_headers(request: web.Request, response: web.StreamResponse) -> None:
+    """Runs just before the headers of any answer are sent, streams and errors too."""
+    if record := request.get(RECORD):
+        response.headers["x-request-id"] = f"req_{record.id}"
+    response.headers["Vary"] = "Origin, Access-Control-Request-Headers"
+    response.headers.update(cors_headers(request))
+
+
+def error_document(request: web.Request, error: ProxyError) -> JSON:
+    """The error in the shape of the API that the client speaks."""
+    is_anthropic = request.path.rstrip("/").endswith(("/messages", "/count_tokens"))
+    return (
+        anthropic_error_body
+        if is_anthropic or "anthropic-version" in request.headers
+        else error_body
+    )(error)
+
+
 # ======== Handlers ==================================================================================================
 # A function for each route; `answer` serves every surface.
 
@@ -8713,12 +8852,6 @@ def wants_stream(request: web.Request, settings: Settings) -> bool:
     if "application/json" in accepted:
         return False
     return "text/event-stream" in accepted or settings.default_stream
-
-
-def head_of(info: AnswerInfo, model: str, request: web.Request) -> Head:
-    """What is not told by Z.ai is ours."""
-    our_id, unix = request[RECORD].id, request.app[CLOCK].unix
-    return Head(info.id or our_id, info.created or int(unix()), model, our_id, unix)
 
 
 def model_shown(request: web.Request, name: str) -> str:
@@ -9283,122 +9416,6 @@ class PassThroughResponse:
             self.request.transport.close()
 
 
-# ======== Access ====================================================================================================
-# Who may call (`require_key`, `local_only`), and how much (`within_limits`; in parallel: `Upstream.account_slot`).
-
-
-def require_key(handler: Handler, *checks: Callable[[web.Request], None]) -> Handler:
-    """The handler, for callers with a valid key for whom the checks raise no ProxyError."""
-
-    async def checked(request: web.Request) -> web.StreamResponse:
-        account = request[ACCOUNT] = account_of(request.headers, request.app[ACCOUNTS])
-        account.check_date(request.app[CLOCK].unix())
-        for check in checks:
-            check(request)
-        return await handler(request)
-
-    return checked
-
-
-def check_budget(request: web.Request) -> None:
-    request.app[ACCOUNTS].check_budget(request[ACCOUNT], request.app[CLOCK].unix())
-
-
-def within_limits(request: web.Request) -> None:
-    check_budget(request)
-    request.app[ACCOUNTS].check_rate(request[ACCOUNT], time.monotonic())
-
-
-def operator_only(request: web.Request) -> None:
-    if not request[ACCOUNT].is_operator:
-        raise ProxyError(OPERATOR_ONLY)
-
-
-def account_of(headers: Mapping[str, str], accounts: Accounts) -> Account:
-    """The account of the key that was sent. Keys are compared by their hashes, so that timing tells nothing."""
-    scheme, _, bearer = headers.get("Authorization", "").partition(" ")
-    for key in (headers.get("x-api-key"), bearer.strip() if scheme.lower() == "bearer" else None):
-        if key and (account := accounts.find(key)):
-            return account
-    raise ProxyError(INVALID_API_KEY)
-
-
-ONLY_LOCAL = f"This server has the published key {PUBLISHED_KEY}, so it answers only on localhost"
-HOST_NOT_ALLOWED = error_kind(
-    403, "host_not_allowed", f"{ONLY_LOCAL}: set DEFAULT_KEY to a key of your own."
-)
-
-
-@web.middleware
-async def local_only(request: web.Request, handler: Handler) -> web.StreamResponse:
-    """Answers preflights; while the key is the published one, refuses other hosts' pages (DNS rebinding)."""
-    if request.app[SETTINGS].published and not is_local(request):
-        raise ProxyError(HOST_NOT_ALLOWED)
-    if request.method == "OPTIONS":
-        return web.Response(status=204)
-    return await handler(request)
-
-
-def is_local(request: web.Request) -> bool:
-    """Whether a request came to a loopback address, under a loopback name. A process manager may listen elsewhere."""
-    place = request.transport.get_extra_info("sockname") if request.transport else None
-    is_here = not isinstance(place, tuple) or is_loopback(place[0])  # a Unix socket's is no tuple
-    return is_here and all(
-        is_loopback(host_name(host)) for host in request.headers.getall("Host", [])
-    )
-
-
-def host_name(host: str) -> str:
-    """The name in "name:port" or "[::1]:port"."""
-    return re.sub(r":\d*$", "", host)
-
-
-def is_allowed_origin(origin: str, settings: Settings) -> bool:
-    if settings.published:
-        return is_loopback(host_name(origin.partition("://")[2]))
-    return any(
-        origin == pattern or fnmatchcase(origin, pattern) for pattern in settings.cors_origins
-    )
-
-
-EXPOSED_HEADERS = (
-    "x-request-id, x-zai-request-id, x-ztoapi-model, x-ztoapi-ignored, x-should-retry, Retry-After"
-)
-PREFLIGHT_HEADERS = {
-    "Access-Control-Allow-Methods": "GET, POST, DELETE, OPTIONS",
-    "Access-Control-Max-Age": "86400",
-}
-
-
-def cors_headers(request: web.Request) -> dict[str, str]:
-    """The headers that let a page of another origin call us, if its origin is allowed."""
-    origin = request.headers.get("Origin", "")
-    if not origin or not is_allowed_origin(origin, request.app[SETTINGS]):
-        return {}
-    headers = {
-        "Access-Control-Allow-Origin": origin,
-        "Access-Control-Expose-Headers": EXPOSED_HEADERS,
-    }
-    if request.method == "OPTIONS":
-        wanted = request.headers.get(
-            "Access-Control-Request-Headers", "Authorization, Content-Type"
-        )
-        headers |= PREFLIGHT_HEADERS | {"Access-Control-Allow-Headers": wanted}
-        if (
-            "Access-Control-Request-Private-Network" in request.headers
-        ):  # a public page that calls localhost
-            headers["Access-Control-Allow-Private-Network"] = "true"
-    return headers
-
-
-async def add_headers(request: web.Request, response: web.StreamResponse) -> None:
-    """Runs just before the headers of any answer are sent, streams and errors too."""
-    if record := request.get(RECORD):
-        response.headers["x-request-id"] = f"req_{record.id}"
-    response.headers["Vary"] = "Origin, Access-Control-Request-Headers"
-    response.headers.update(cors_headers(request))
-
-
 # ======== Errors and shutdown =======================================================================================
 # `log_requests` and `catch_errors` run around every handler; `obey_signals` (Ctrl-C) and `drain` stop the server.
 
@@ -9443,16 +9460,6 @@ def count_request(request: web.Request, now: float) -> None:
         model = record.model if is_real else Statistics.OTHERS
         figures = (1, int(bool(record.error)), usage.prompt, usage.cached, usage.completion)
         app[ACCOUNTS].count((request[ACCOUNT].id, today_of(app).isoformat(), model), figures)
-
-
-def error_document(request: web.Request, error: ProxyError) -> JSON:
-    """The error in the shape of the API that the client speaks."""
-    is_anthropic = request.path.rstrip("/").endswith(("/messages", "/count_tokens"))
-    return (
-        anthropic_error_body
-        if is_anthropic or "anthropic-version" in request.headers
-        else error_body
-    )(error)
 
 
 async def catch_errors(request: web.Request, handler: Handler) -> web.StreamResponse:

@@ -8632,6 +8632,15 @@ async def test_a_stream_that_lacks_a_piece_goes_on(client, zai):
 
 
 @in_loop
+@pytest.mark.parametrize("n", [1, 2])
+async def test_the_first_token_of_a_whole_answer_is_when_it_came(client, zai, n):
+    zai.parts = [FIRST, 0.3, RECORDED[len(FIRST) :]]
+    await ask(client, chat(n=n))
+    (last,) = (await stats(client))[0]["recent"]
+    assert last["first"] < last["duration"] - 0.2
+
+
+@in_loop
 @on_every_surface
 async def test_a_whole_answer_may_take_longer_than_the_longest_silence(start, zai, path, body):
     client = await start(upstream_timeout=0.4)

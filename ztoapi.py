@@ -6618,6 +6618,7 @@ class EventStream(EventSource):
         self.reader = reader
         self.chain = RepairChain(repairs)
         self.memo = memo  # one of the repairs
+        self.first_at: float | None = None  # when the first events came, by time.monotonic()
         self.error: UpstreamError | None = None  # raised after the events that came before it
         self.finish_deadline = 0.0  # loop time after which we stop waiting for usage and [DONE]
 
@@ -6671,6 +6672,7 @@ class EventStream(EventSource):
             else:
                 events = await in_thread_if_large(size, self.events_in, part)
             if events:
+                self.first_at = self.first_at or time.monotonic()
                 trace("received", events)
         return events
 
@@ -6936,6 +6938,12 @@ class MergedStream(EventSource):
     @property
     def size(self) -> int:
         return sum(stream.size for stream in self.streams.values())
+
+    @property
+    def first_at(self) -> float | None:
+        """When the first events came, by time.monotonic()."""
+        times = [stream.first_at for stream in self.streams.values() if stream.first_at]
+        return min(times, default=None)
 
     @property
     def is_complete(self) -> bool:
@@ -8790,6 +8798,7 @@ async def respond_streamed(
 async def read_noted(request: web.Request, answer: Answering) -> list[Event]:
     """The next events of an answer; the record learns of them."""
     batch = await answer.read()
+    request[RECORD].first = request[RECORD].first or answer.first_at
     request[RECORD].note(batch)
     request[RECORD].torn = answer.torn
     return batch

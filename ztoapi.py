@@ -1183,6 +1183,9 @@ class Tool:
     parameters: JSON
 
 
+IMAGE_SIZE = 4_000  # characters that an image counts for in an estimate of tokens
+
+
 @dataclass(slots=True)
 class Media:
     """An image, video or file for a vision model: `type` is image_url, video_url or file_url."""
@@ -3452,11 +3455,26 @@ def content_blocks(turn: JSON) -> Iterator[Any]:
 
 def shows_image(body: JSON) -> bool:
     """Whether a turn, or a tool result in it, has an image."""
-    blocks = [
-        block for turn in objects(body.get("messages")) for block in objects(turn.get("content"))
-    ]
-    within = (part for block in blocks for part in objects(block.get("content")))
-    return any(block.get("type") == "image" for block in chain(blocks, within))
+    return any(block.get("type") == "image" for block in all_blocks(body))
+
+
+def all_blocks(body: JSON) -> Iterator[JSON]:
+    """The blocks of all turns, and those in their tool results."""
+    for turn in objects(body.get("messages")):
+        for block in objects(turn.get("content")):
+            yield block
+            yield from objects(block.get("content"))
+
+
+def image_size(body: JSON) -> int:
+    """The characters of all images and files, less what they count for."""
+    size = 0
+    for block in all_blocks(body):
+        source = as_object(block.get("source"))
+        data = source.get("data")
+        if source.get("type") == "base64" and isinstance(data, str):
+            size += len(data) - IMAGE_SIZE
+    return size
 
 
 # ======== Surfaces ==================================================================================================
@@ -5193,10 +5211,13 @@ class MessagesReader(PassThroughReader):
                 return data
 
     def read_usage(self, data: bytes) -> None:
-        """Each count is a total so far; no event need have them all."""
+        """Each count is a total so far; no event need have them all. A stream's beginning knows no output."""
         document = as_object(parse_answer(data))
-        usage = as_object(as_object(document.get("message", document)).get("usage"))
-        self.counts |= {name: count for name, count in usage.items() if as_count(count)}
+        begun = as_object(document.get("message"))
+        usage = as_object(begun.get("usage")) or as_object(document.get("usage"))
+        for name, tokens in usage.items():
+            if as_count(tokens) and not (begun and name == "output_tokens"):
+                self.counts[name] = tokens
         count = self.counts.get
         cached, completion = (
             count("cache_read_input_tokens", 0),
@@ -5319,9 +5340,6 @@ class ZaiRequest:
     data: bytes
     needs: RepairNeeds
     characters: int
-
-
-IMAGE_SIZE = 4_000  # characters that an image counts for in an estimate of tokens
 
 
 ZAI_HOSTS = ("api.z.ai", "open.bigmodel.cn")
@@ -5768,12 +5786,18 @@ class Accounts:
         asked.extend([seconds] * requests)
 
     def check_choices(self, account: Account, n: int, seconds: float) -> None:
-        """Count `n` choices as that many requests, of which one has been counted. Raises ProxyError."""
-        if account.rpm is not None and n > account.rpm:
+        """Count `n` choices as that many requests, in place of the one that was counted. Raises ProxyError."""
+        if account.rpm is None or n == 1:
+            return
+        asked = self.asked[account.id]
+        if asked:  # the body may have taken more than a minute
+            asked.pop()  # so that what is refused counts as none
+        if n > account.rpm:
             words = f"This key may send {account.rpm} requests a minute, and n={n} counts as {n}: ask for fewer."
-            raise ProxyError(KEY_RATE_LIMITED, words, "n")
-        if n > 1:
-            self.check_rate(account, seconds, n - 1)
+            error = ProxyError(KEY_RATE_LIMITED, words, "n")
+            error.headers["x-should-retry"] = "false"
+            raise error
+        self.check_rate(account, seconds, n)
 
     def count(self, key: tuple[str, str, str], figures: Iterable[int]) -> None:
         self.counted[key] = list(map(add, self.counted.get(key, (0, 0, 0, 0, 0)), figures))
@@ -5805,11 +5829,52 @@ class Caller(NamedTuple):
     conversation: str = ""
 
 
-@dataclass(slots=True)
-class Sent:
-    """What Z.ai has of a request, also where its answer never came."""
+CHARACTERS_OF_TOKEN = 4  # in an estimate
 
-    characters: int = 0
+
+@dataclass(slots=True, eq=False)
+class Meter:
+    """What one answer of Z.ai's costs, as far as that is known: its client may leave at any moment."""
+
+    sent: int = 0  # characters that Z.ai has of the request
+    pieces: int = 0  # of the answer
+    received: int = 0  # characters in them
+    told: Usage = field(default_factory=Usage)  # what Z.ai says itself
+
+    @contextmanager
+    def asking(self, characters: int) -> Iterator[None]:
+        """Z.ai is sent a request, in place of one that failed; if it says nothing, nothing is counted."""
+        self.sent = characters
+        self.pieces = 0
+        self.received = 0
+        self.told = Usage()
+        try:
+            yield
+        except UpstreamError:
+            if not self.pieces:
+                self.sent = 0
+            raise
+
+    def note(self, events: Iterable[Event]) -> None:
+        for event in events:
+            if isinstance(event, (Text, Thought)):
+                self.pieces += 1
+                self.received += len(event.text)
+            elif isinstance(event, ToolCall):
+                self.pieces += 1
+                self.received += len(event.arguments)
+            elif isinstance(event, Usage):
+                self.told = event
+
+    @property
+    def usage(self) -> Usage:
+        """As Z.ai told it; what it has not told is estimated, with at least a token for each piece."""
+        told = self.told
+        if told.completion:
+            return told
+        prompt = told.prompt or self.sent // CHARACTERS_OF_TOKEN
+        completion = max(self.pieces, self.received // CHARACTERS_OF_TOKEN)
+        return Usage(prompt, completion, prompt + completion, told.cached)
 
 
 @dataclass(slots=True)
@@ -5830,14 +5895,19 @@ class Plan:
     size: int  # bytes of the request; 0 if few
     ignored: tuple[str, ...]  # what cannot be honoured
     repairs: list[str]  # of the history, by name
-    sent: Sent = field(default_factory=Sent)
+    meters: list[Meter]  # one for each choice
     # Called when the request's turn has come; raises ProxyError when the account may not ask any more.
     admit: Callable[[], None] = lambda: None
 
     def for_choice(self, choice: int) -> Plan:
         """The plan for one of `n` choices, since Z.ai has no `n`."""
-        prompts = [(model, choice_prompt(prompt, choice)) for model, prompt in self.prompts]
-        return replace(self, prompts=prompts, n=1, answer_id=f"{self.answer_id}{choice}")
+        return replace(
+            self,
+            prompts=[(model, choice_prompt(prompt, choice)) for model, prompt in self.prompts],
+            n=1,
+            answer_id=f"{self.answer_id}{choice}",
+            meters=[self.meters[choice]],
+        )
 
     def forget_prompts(self) -> None:
         """They are sent: agents send long ones, and an answer may take long."""
@@ -5882,6 +5952,7 @@ def make_plan(
         ignored=(*prompt.ignored, *hidden),
         repairs=[*repairs, *(f"hidden_{kind}" for kind in hidden)],
         size=prompt.size,
+        meters=[Meter() for _ in range(prompt.n)],
     )
 
 
@@ -6027,7 +6098,7 @@ class KeyPool:
     MAX_COOLDOWN = 32 * 86400.0  # no quota is longer than a month
     MAX_COOLDOWN_1308 = 5 * 3600.0  # the quota of five hours
     PROBE_INTERVAL = 10.0
-    MAX_COOLING = 1_000  # pairs of key and scope: clients may invent models
+    MAX_COOLING = 1_000  # pairs of key and scope, for unknown models: clients may invent them
 
     def __init__(self, keys: tuple[ZaiKey, ...], clock: Clock) -> None:
         bases = list(dict.fromkeys(key.base_url for key in keys))
@@ -6086,13 +6157,18 @@ class KeyPool:
         )
 
     def expire(self) -> None:
-        """Forget the cool-downs that are over."""
-        cooling = [
-            (pair, cooldown)
-            for pair, cooldown in self.cooling.items()
-            if cooldown.until > self.clock.now()
-        ]
-        self.cooling = dict(cooling[-self.MAX_COOLING :])
+        """Forget the cool-downs that are over, and the oldest for models that clients may have made up."""
+        now = self.clock.now()
+        self.cooling = {pair: rest for pair, rest in self.cooling.items() if rest.until > now}
+        unknown = [pair for pair in self.cooling if names_unknown_model(pair[1])]
+        for pair in unknown[: -self.MAX_COOLING]:
+            del self.cooling[pair]
+
+
+def names_unknown_model(scope: str) -> bool:
+    """Whether a scope (see Target) is of a model that MODELS lacks."""
+    model = scope.partition(" ")[2] if scope.startswith("/") else scope
+    return model != "" and model not in MODELS
 
 
 class AdaptiveLimit:
@@ -6348,17 +6424,14 @@ class Queue:
     def snapshot(self, keys: Iterable[ZaiKey], clock_zero: float) -> JSON:
         """For the dashboard; what there is for each key is in the order of `keys`."""
         limits = [self.limits[key] for key in keys]
-        counts = {
+        maximum = self.max_in_flight
+        return {
             "in_flight": self.in_flight,
             "waiting": len(self.waiting),
-            "limits": [each.limit for each in limits],
-        }
-        maximum = None if self.max_in_flight == math.inf else self.max_in_flight
-        return {
-            **counts,
-            "may_be_in_flight": min(sum(each.limit for each in limits), self.max_in_flight),
+            "limits": [min(each.limit, maximum) for each in limits],
+            "may_be_in_flight": min(sum(each.limit for each in limits), maximum),
             "refusals": [each.last_refusal(clock_zero) for each in limits],
-            "max_in_flight": maximum,
+            "max_in_flight": None if maximum == math.inf else maximum,
         }
 
     def try_acquire(self, ticket: Ticket) -> Slot | None:
@@ -6611,9 +6684,15 @@ class EventStream(EventSource):
     """One answer of Z.ai's, as events, mended."""
 
     def __init__(
-        self, source: ByteStream, reader: ZaiReader, repairs: list[Repair], memo: Memo | None
+        self,
+        source: ByteStream,
+        reader: ZaiReader,
+        repairs: list[Repair],
+        memo: Memo | None,
+        meter: Meter,
     ) -> None:
         super().__init__()
+        self.meter = meter
         self.source = source
         self.reader = reader
         self.chain = RepairChain(repairs)
@@ -6673,6 +6752,7 @@ class EventStream(EventSource):
                 events = await in_thread_if_large(size, self.events_in, part)
             if events:
                 self.first_at = self.first_at or time.monotonic()
+                self.meter.note(events)
                 trace("received", events)
         return events
 
@@ -7121,24 +7201,21 @@ class Upstream:
         self, plan: Plan, model: Model, prompt: Prompt, key: ZaiKey, owner: AsyncExitStack
     ) -> EventStream:
         """Asks a model with a key. Encodes the body only now, as many may wait their turn."""
+        plan.admit()
         request = await in_thread_if_large(
             plan.size, zai_request, prompt, model, key.base_url, plan.answer_id
         )
-        plan.admit()
         trace("sent", request.data)
         url = key.base_url + "/chat/completions"
         repairs = repairs_for(request.needs)
         memo = Memo() if plan.remembers else None
         machines = [*repairs, *filter(None, [memo]), *reasoning_shape(plan.reasoning_format)]
-        plan.sent.characters += request.characters
-        try:
+        [meter] = plan.meters
+        with meter.asking(request.characters):
             source = await self.client.send(url, key, owner, data=request.data)
-            stream = EventStream(source, ZaiReader(model), machines, memo)
+            stream = EventStream(source, ZaiReader(model), machines, memo, meter)
             owner.callback(self.count_repairs, repairs)
             await (stream.begin() if plan.streamed else stream.complete())
-        except UpstreamError:
-            plan.sent.characters -= request.characters
-            raise
         return stream
 
     def count_repairs(self, repairs: Iterable[Repair]) -> None:
@@ -7953,42 +8030,19 @@ class Record:
     status: int = CLIENT_LEFT
     error: str = ""
     stopped: bool = False  # cancelled because the server stops
-    first: float | None = None
+    first: float | None = None  # when Z.ai's answer began
     torn: int = 0  # frames that Z.ai tore
     usage: Usage = field(default_factory=Usage)
-    sent: Sent = field(default_factory=Sent)
-    pieces: int = 0  # of the answer, other than usage
+    meters: list[Meter] = field(default_factory=list)  # of the answers it asks for
+    is_counted: bool = False  # for its account
     body_size: int = 0  # bytes of the request, unpacked
-    received: int = 0  # characters in them
     left_out: str = ""  # tools that Z.ai does not have
 
-    @property
-    def has_real_model(self) -> bool:
-        """Whether Z.ai has answered for this model."""
-        return self.usage.total > 0 or (self.status < 400 and not self.error)
-
-    def note(self, events: list[Event]) -> None:
-        if self.first is None:
-            self.first = time.monotonic()
-        for event in events:
-            if isinstance(event, Usage):
-                self.usage = self.usage + event if self.usage.total else event
-                continue
-            self.pieces += 1
-            if isinstance(event, (Text, Thought)):
-                self.received += len(event.text)
-            elif isinstance(event, ToolCall):
-                self.received += len(event.arguments)
-
-    def estimate_usage(self) -> None:
-        """Where Z.ai did not get to report it: a token for 4 characters, and for each piece at least."""
-        is_cut_short = bool(self.error) or self.status == CLIENT_LEFT
-        if not is_cut_short or not (self.sent.characters or self.pieces):
-            return
-        completion = max(self.pieces, self.received // 4)
-        if completion > self.usage.completion or not self.usage.total:
-            prompt = self.usage.prompt or self.sent.characters // 4
-            self.usage = Usage(prompt, completion, prompt + completion, self.usage.cached)
+    def settle(self) -> None:
+        """Sum up what the answers cost."""
+        self.usage = Usage()
+        for meter in self.meters:
+            self.usage += meter.usage
 
     def snapshot(self, duration: float, ended_at: float) -> JSON:
         first = None if self.first is None else round(self.first - self.started, 3)
@@ -8102,17 +8156,18 @@ class Statistics:
         )  # all of them, by route, model and status
 
     def label(self, model: str) -> str:
-        """The model's name; OTHERS for an unknown one if there are too many."""
-        if model in self.models or model in MODELS or not model:
-            return model
-        others = sum(name not in MODELS and name != self.OTHERS for name in self.models)
-        return model if others < self.MAX_MODELS - len(MODELS) - 1 else self.OTHERS
+        """The model's name, if it is one that requests are counted under."""
+        return model if model in self.models or model in MODELS else self.OTHERS
 
     def name_of(self, record: Record) -> str:
-        """The name under which a request is counted: clients may make models up, which Z.ai refuses."""
-        if record.model in MODELS or record.has_real_model:
-            return self.label(record.model)
-        return self.OTHERS if record.model else ""
+        """The name under which a request is counted: an unknown one gets a place when Z.ai has answered for it."""
+        model = record.model
+        if not model or model in self.models or model in MODELS:
+            return model
+        if record.first is None:  # clients make names up
+            return self.OTHERS
+        unknown = sum(name not in MODELS and name != self.OTHERS for name in self.models)
+        return model if unknown < self.MAX_MODELS - len(MODELS) - 1 else self.OTHERS
 
     def add(self, record: Record, duration: float, now: float) -> None:
         self.models[self.name_of(record)].add(record, duration)
@@ -8753,6 +8808,20 @@ def error_document(request: web.Request, error: ProxyError) -> JSON:
     )(error)
 
 
+def count_usage(request: web.Request) -> None:
+    """Count a request for its account, once: before its client can read the end of the answer and ask again."""
+    app, record = request.app, request[RECORD]
+    if record.is_counted or not record.model:
+        return
+    record.is_counted = True
+    record.settle()
+    usage = record.usage
+    day = today_of(app).isoformat()
+    model = app[STATISTICS].name_of(record)
+    figures = (1, int(bool(record.error)), usage.prompt, usage.cached, usage.completion)
+    app[ACCOUNTS].count((request[ACCOUNT].id, day, model), figures)
+
+
 # ======== Handlers ==================================================================================================
 # A function for each route; `answer` serves every surface.
 
@@ -8798,9 +8867,9 @@ async def respond_streamed(
 async def read_noted(request: web.Request, answer: Answering) -> list[Event]:
     """The next events of an answer; the record learns of them."""
     batch = await answer.read()
-    request[RECORD].first = request[RECORD].first or answer.first_at
-    request[RECORD].note(batch)
-    request[RECORD].torn = answer.torn
+    record = request[RECORD]
+    record.torn = answer.torn
+    record.first = record.first or answer.first_at
     return batch
 
 
@@ -8808,6 +8877,7 @@ async def keep(request: web.Request, reply: Reply, answer: Answering) -> None:
     """Keep what a complete answer leaves behind, before its last frame: a client asks again at once."""
     for message in answer.said:
         request.app[UPSTREAM].memory.put(request[ACCOUNT].id, message)
+    count_usage(request)
     if reply.stored:
         history = ClientHistory(request.app[DATABASE], request[ACCOUNT].id)
         await history.put(reply.stored, request[RECORD].body_size + answer.size)
@@ -8841,7 +8911,7 @@ def planned(
     app, record = request.app, request[RECORD]
     settings, memory, account = app[SETTINGS], app[UPSTREAM].memory, request[ACCOUNT]
     prompt, reply = surface.parse(body, history)
-    record.model = model_shown(request, prompt.model)
+    record.model = model_shown(request, resolve(prompt.model, settings.model_aliases))
     record.left_out = ",".join(
         [header_word(name) for name in prompt.ignored if name[:6] == "tools."]
     )[:DETAIL_LIMIT]
@@ -8850,7 +8920,7 @@ def planned(
     prompt = replace(prompt, size=size) if size >= LARGE else prompt
     recall = partial(memory.get, account.id) if memory.thoughts else None
     plan = make_plan(prompt, settings, account, record.id, recall)
-    plan.sent = record.sent
+    record.meters = plan.meters
     plan.admit = partial(check_budget, request)
     return Asked(plan, reply, prompt.model, ignored_header(plan.ignored))
 
@@ -8863,9 +8933,8 @@ def wants_stream(request: web.Request, settings: Settings) -> bool:
     return "text/event-stream" in accepted or settings.default_stream
 
 
-def model_shown(request: web.Request, name: str) -> str:
-    """The model that a client's name means, for the log and the statistics; the client may have put a secret there."""
-    model = resolve(name, request.app[SETTINGS].model_aliases)
+def model_shown(request: web.Request, model: Model) -> str:
+    """The model's name for the log and the statistics; the client may have put a secret there."""
     return model.id if model.id in MODELS else truncated(printable(request.app[REDACT](model.id)))
 
 
@@ -8906,7 +8975,7 @@ def printable(words: str) -> str:
     return NOT_PRINTABLE.sub("?", words)
 
 
-DETAIL_LIMIT = 500  # characters of an error's detail
+DETAIL_LIMIT = 500  # characters of what an error says or quotes
 
 
 def truncated(words: str) -> str:
@@ -9192,17 +9261,25 @@ def page_response(page: Page, snapshot: JSON) -> web.Response:
 # What Z.ai serves itself, its Anthropic API among it: passed on with our key and the model's name, mended if needed.
 
 
+def messages_model(request: web.Request, body: JSON) -> Model:
+    """The model to ask; the record learns what the client named. Raises ProxyError if its key may not use it."""
+    settings = request.app[SETTINGS]
+    given = validated(body, {"model": model_name})
+    required(given, "model")
+    model = resolve(given["model"], settings.model_aliases)
+    request[RECORD].model = model_shown(request, model)
+    if shows_image(body):
+        model = with_vision(model, settings)
+    request[ACCOUNT].check_model(model)
+    return model
+
+
 async def messages(request: web.Request) -> web.StreamResponse:
     """Passes on a request of Anthropic's API, with retries."""
     settings, upstream = request.app[SETTINGS], request.app[UPSTREAM]
     body = await read_json(request)
-    given = validated(body, {"model": model_name})
-    required(given, "model")
-    request[RECORD].model = model_shown(request, given["model"])
-    model = resolve(given["model"], settings.model_aliases)
-    if shows_image(body):
-        model = with_vision(model, settings)
-    request[ACCOUNT].check_model(model)
+    model = messages_model(request, body)
+    name = body["model"]
     headers = {
         "Content-Type": "application/json",
         **sent_headers(request, "anthropic-version", "anthropic-beta"),
@@ -9211,16 +9288,21 @@ async def messages(request: web.Request) -> web.StreamResponse:
     beginning = (to_json(part) for part in (body.get("system"), first_object(body.get("messages"))))
     caller = await in_thread_if_large(size, caller_of, settings, request[ACCOUNT].id, beginning)
 
+    what, meter = request.match_info["what"], Meter()
+    if what == "messages":  # to count tokens costs none
+        request[RECORD].meters = [meter]
+
     async def attempt(key: ZaiKey, owner: AsyncExitStack) -> PassThroughResponse:
-        url = f"{key.anthropic_url}/v1/{request.match_info['what']}"
-        data = await in_thread_if_large(size, messages_request, body, model.id)
         check_budget(request)
-        request[RECORD].sent.characters = len(data)
-        stream = await upstream.client.send(url, key, owner, data=data, **how)
-        response = PassThroughResponse(request, stream, MessagesReader(given["model"]))
-        response.response.headers["x-ztoapi-model"] = header_word(model.id)
-        await response.begin()
-        await response.check_refusal()
+        url = f"{key.anthropic_url}/v1/{what}"
+        data = await in_thread_if_large(size, messages_request, body, model.id)
+        images = await in_thread_if_large(size, image_size, body)
+        with meter.asking(len(data) - images):
+            stream = await upstream.client.send(url, key, owner, data=data, **how)
+            response = PassThroughResponse(request, stream, MessagesReader(name), meter)
+            response.response.headers["x-ztoapi-model"] = header_word(model.id)
+            await response.begin()
+            await response.check_refusal()
         return response
 
     async with upstream.account_slot(request[ACCOUNT]), AsyncExitStack() as owner:
@@ -9258,7 +9340,7 @@ PASS_THROUGH_ROUTES = (
     ("DELETE", f"files/{ID}"),
 )
 WITH_USAGE = ("embeddings", "rerank")  # their answers have it
-WITHOUT_MODEL = ("web_search", "reader", "files")
+WITHOUT_MODEL = ("web_search", "reader", "files")  # a name in their bodies is only checked
 # Z.ai's international address answers 1211 or 404 to these (seen in July 2026).
 CHINA_ONLY = ("embeddings", "rerank", "moderations", "audio/speech", "files")
 
@@ -9275,15 +9357,22 @@ async def pass_through(path: str, request: web.Request) -> web.StreamResponse:
     as_sent = isinstance(data, Upload) and "Content-Encoding" not in request.headers
     headers = sent_headers(request, "Content-Type", *(("Content-Length",) if as_sent else ()))
     how = {"method": request.method, "data": data, "headers": headers, "params": request.query}
+    meter = Meter()
+    request[RECORD].meters = [meter]
+    size = 0
+    if path in WITH_USAGE and isinstance(data, bytes):
+        size = len(data)
     async with request.app[UPSTREAM].account_slot(request[ACCOUNT]), AsyncExitStack() as owner:
+        check_budget(request)
         try:
-            stream = await request.app[UPSTREAM].client.send(
-                f"{key.base_url}/{path}", key, owner, **how
-            )
-            response = PassThroughResponse(request, stream, reader)
-            await response.begin()
-            if not path.endswith(FILE_CONTENT):
-                await response.check_refusal()
+            with meter.asking(size):
+                stream = await request.app[UPSTREAM].client.send(
+                    f"{key.base_url}/{path}", key, owner, **how
+                )
+                response = PassThroughResponse(request, stream, reader, meter)
+                await response.begin()
+                if not path.endswith(FILE_CONTENT):
+                    await response.check_refusal()
         except UpstreamError as error:
             if (
                 keys.calls_for_cooldown(error) and error.kind != MODEL_NOT_FOUND
@@ -9330,7 +9419,8 @@ def check_model_named(path: str, request: web.Request, name: Any) -> None:
     account = request[ACCOUNT]
     if name is not None:
         model = resolve(checked(name, model_name, "model"))
-        request[RECORD].model = model_shown(request, model.id)
+        if path not in WITHOUT_MODEL:
+            request[RECORD].model = model_shown(request, model)
         account.check_model(model)
     elif account.models and path not in WITHOUT_MODEL:
         raise ProxyError(
@@ -9361,7 +9451,9 @@ PASS_THROUGH_HEADERS = ("Content-Type", "Content-Length", "Content-Disposition",
 class PassThroughResponse:
     """Passes Z.ai's bytes to the client, as the reader changes them."""
 
-    def __init__(self, request: web.Request, stream: ByteStream, reader: PassThroughReader) -> None:
+    def __init__(
+        self, request: web.Request, stream: ByteStream, reader: PassThroughReader, meter: Meter
+    ) -> None:
         reply = stream.response
         headers = {}
         for name in PASS_THROUGH_HEADERS:
@@ -9373,14 +9465,13 @@ class PassThroughResponse:
             headers.pop("Content-Length", None)
         if "X-Log-Id" in reply.headers:
             headers["x-zai-request-id"] = header_word(reply.headers["X-Log-Id"])
-        self.request, self.stream, self.reader = request, stream, reader
+        self.request, self.stream, self.reader, self.meter = request, stream, reader, meter
         self.response = web.StreamResponse(status=reply.status, headers=headers)
         self.ahead = b""
 
     async def begin(self) -> None:
         """Wait for the first bytes to pass on. Raises UpstreamError."""
         self.ahead = await self.next_bytes()
-        self.request[RECORD].note([])
 
     async def check_refusal(self) -> None:
         """Raises UpstreamError for a refusal with a status of success, in however many parts it comes."""
@@ -9402,11 +9493,12 @@ class PassThroughResponse:
                 raise UpstreamError(UNAVAILABLE, TOO_LARGE)
             data = await in_thread_if_large(held, self.reader.feed, part)
         data = data or await in_thread_if_large(held, self.reader.close)
-        self.request[RECORD].usage = self.reader.usage
-        self.request[RECORD].pieces += data.count(b"event: content_block_delta")
+        self.meter.told = self.reader.usage
+        self.meter.pieces += data.count(b"event: content_block_delta")
         return data
 
     async def send(self) -> web.StreamResponse:
+        self.request[RECORD].first = time.monotonic()
         await self.response.prepare(self.request)
         data = self.ahead
         while data:
@@ -9444,7 +9536,7 @@ async def log_requests(request: web.Request, handler: Handler) -> web.StreamResp
         return response
     finally:
         del in_flight[task]
-        record.estimate_usage()
+        count_usage(request)
         now = time.monotonic()
         level = logging.DEBUG if request.path.startswith(UNLOGGED_PATHS) else logging.INFO
         if LOG.isEnabledFor(
@@ -9455,20 +9547,13 @@ async def log_requests(request: web.Request, handler: Handler) -> web.StreamResp
 
 
 def count_request(request: web.Request, now: float) -> None:
-    """For the statistics, and for the account's usage.
-
-    Clients may make names up: one that MODELS lacks is counted as its own only if Z.ai answered.
-    """
-    app, record, resource = request.app, request[RECORD], request.match_info.route.resource
-    statistics, usage = app[STATISTICS], record.usage
+    """For the statistics."""
+    record, resource = request[RECORD], request.match_info.route.resource
+    statistics = request.app[STATISTICS]
     route = resource.canonical if resource else ""
     statistics.requests[route, statistics.name_of(record), record.status] += 1
     if record.model:
         statistics.add(record, now - record.started, now)
-        is_real = record.model in MODELS or record.has_real_model
-        model = record.model if is_real else Statistics.OTHERS
-        figures = (1, int(bool(record.error)), usage.prompt, usage.cached, usage.completion)
-        app[ACCOUNTS].count((request[ACCOUNT].id, today_of(app).isoformat(), model), figures)
 
 
 async def catch_errors(request: web.Request, handler: Handler) -> web.StreamResponse:
@@ -9536,6 +9621,7 @@ def upgrade_required() -> ProxyError:
 
 async def error_response(request: web.Request, error: ProxyError) -> web.StreamResponse:
     """Report a failure: with a status, or in the last frames of a stream that has begun."""
+    error.message = truncated(error.message)  # it may repeat a name from the request
     error.detail = truncated(request.app[REDACT](error.detail))  # Z.ai might repeat our key
     request[RECORD].error = error.kind.code or error.kind.type
     stream: OpenResponse | None = request.get(STREAM)

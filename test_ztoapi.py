@@ -10040,7 +10040,7 @@ def narrow_socket(*where):
 
 @in_loop
 @pytest.mark.parametrize(
-    ("pauses", "status"), [([0.2] * 10, 200), ([60] * 2, 504)], ids=["slow", "none of it"]
+    ("pauses", "status"), [([0.4] * 10, 200), ([60] * 2, 504)], ids=["slow", "none of it"]
 )
 async def test_an_upload_may_be_slow_but_not_stall(start, pauses, status):
     async with fake_zai(socket_factory=narrow_socket) as zai:

@@ -6078,7 +6078,7 @@ async def test_a_response_may_be_deleted_while_it_is_written(database_url, conne
     for row in (stored_row("1"), stored_row("2", "1")):
         database.unsaved.put(row)
     writing = asyncio.create_task(database.sync(Accounts(())))
-    while database.thread.jobs.empty() and not database.lock.locked():
+    while not database.lock.locked():
         await asyncio.sleep(0)
     assert [await database.delete_response("1", who) for who in "bab"] == [False, True, False]
     await writing
@@ -6086,6 +6086,10 @@ async def test_a_response_may_be_deleted_while_it_is_written(database_url, conne
     await database.sync(Accounts(()))
     assert await ids_found(database, "1", "1") == []
     assert await ids_found(database, "2") == ["1", "2"]
+    database.unsaved.put(stored_row("3"))
+    assert await database.delete_response("3", "a") is True
+    await database.sync(Accounts(()))
+    assert await ids_in(database) == ["1", "2"]
 
 
 @in_loop

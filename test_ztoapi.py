@@ -5299,10 +5299,18 @@ def test_a_resting_key_tells_zais_code_and_none_of_its_words():
 def test_the_names_of_models_that_clients_make_up_are_forgotten():
     keys = pool(FIRST_KEY, SECOND_KEY)
     for number in range(KeyPool.MAX_COOLING + 9):
-        keys.cool_down(FIRST_KEY, Target(f"made-up-{number}"), refusal(1211))
+        keys.cool_down(FIRST_KEY, Target(f"made-up-{number} glm-4.6", "/messages"), refusal(1211))
     keys.cool_down(FIRST_KEY, CHAT, refusal(1113))
     keys.cool_down(FIRST_KEY, Target("made-up"), refusal(1211))
-    assert len(keys.cooling) == KeyPool.MAX_COOLING + 1
+    assert len(keys.cooling) == KeyPool.MAX_COOLING + 2
+    assert keys.available(CHAT) == [SECOND_KEY]
+
+
+def test_made_up_models_push_out_no_cooldown_of_a_real_one():
+    keys = pool(FIRST_KEY, SECOND_KEY)
+    keys.cool_down(FIRST_KEY, CHAT, refusal(1113))
+    for number in range(KeyPool.MAX_COOLING + 9):
+        keys.cool_down(FIRST_KEY, Target(f"made-up-{number}"), refusal(1211))
     assert keys.available(CHAT) == [SECOND_KEY]
 
 

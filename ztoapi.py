@@ -6027,7 +6027,7 @@ class KeyPool:
     MAX_COOLDOWN = 32 * 86400.0  # no quota is longer than a month
     MAX_COOLDOWN_1308 = 5 * 3600.0  # the quota of five hours
     PROBE_INTERVAL = 10.0
-    MAX_COOLING = 1_000  # pairs of key and scope: clients may invent models
+    MAX_COOLING = 1_000  # pairs of key and scope, for unknown models: clients may invent them
 
     def __init__(self, keys: tuple[ZaiKey, ...], clock: Clock) -> None:
         bases = list(dict.fromkeys(key.base_url for key in keys))
@@ -6086,13 +6086,18 @@ class KeyPool:
         )
 
     def expire(self) -> None:
-        """Forget the cool-downs that are over."""
-        cooling = [
-            (pair, cooldown)
-            for pair, cooldown in self.cooling.items()
-            if cooldown.until > self.clock.now()
-        ]
-        self.cooling = dict(cooling[-self.MAX_COOLING :])
+        """Forget the cool-downs that are over, and the oldest for models that clients may have made up."""
+        now = self.clock.now()
+        self.cooling = {pair: rest for pair, rest in self.cooling.items() if rest.until > now}
+        unknown = [pair for pair in self.cooling if names_unknown_model(pair[1])]
+        for pair in unknown[: -self.MAX_COOLING]:
+            del self.cooling[pair]
+
+
+def names_unknown_model(scope: str) -> bool:
+    """Whether a scope (see Target) is of a model that MODELS lacks."""
+    model = scope.partition(" ")[2] if scope.startswith("/") else scope
+    return model != "" and model not in MODELS
 
 
 class AdaptiveLimit:

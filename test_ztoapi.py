@@ -11846,7 +11846,7 @@ async def test_the_dashboard_sees_what_is_in_flight_and_what_waits(start, zai):
             "model": "glm-4.6",
             "in_flight": 1,
             "waiting": 2,
-            "limits": [4],
+            "limits": [1],
             "may_be_in_flight": 1,
             "refusals": [None],
             "max_in_flight": 1,

@@ -6353,17 +6353,14 @@ class Queue:
     def snapshot(self, keys: Iterable[ZaiKey], clock_zero: float) -> JSON:
         """For the dashboard; what there is for each key is in the order of `keys`."""
         limits = [self.limits[key] for key in keys]
-        counts = {
+        maximum = self.max_in_flight
+        return {
             "in_flight": self.in_flight,
             "waiting": len(self.waiting),
-            "limits": [each.limit for each in limits],
-        }
-        maximum = None if self.max_in_flight == math.inf else self.max_in_flight
-        return {
-            **counts,
-            "may_be_in_flight": min(sum(each.limit for each in limits), self.max_in_flight),
+            "limits": [min(each.limit, maximum) for each in limits],
+            "may_be_in_flight": min(sum(each.limit for each in limits), maximum),
             "refusals": [each.last_refusal(clock_zero) for each in limits],
-            "max_in_flight": maximum,
+            "max_in_flight": None if maximum == math.inf else maximum,
         }
 
     def try_acquire(self, ticket: Ticket) -> Slot | None:

@@ -10253,6 +10253,13 @@ async def test_a_name_that_is_too_long_is_refused_before_it_is_looked_up(client,
 
 
 @in_loop
+async def test_an_error_repeats_no_name_at_length(client):
+    choice = {"type": "function", "function": {"name": "f" * 100_000}}
+    response, text = await ask(client, chat(tools=[function("f")], tool_choice=choice))
+    assert (response.status, "names fff" in text, len(text) < 1000) == (400, True, True)
+
+
+@in_loop
 async def test_a_name_that_is_too_long_is_not_found_in_a_path(client):
     async with client.get(f"/v1/models/{LONG_NAME}", headers=KEY) as response:
         assert (response.status, LONG_NAME in await response.text()) == (404, False)

@@ -8908,7 +8908,7 @@ def printable(words: str) -> str:
     return NOT_PRINTABLE.sub("?", words)
 
 
-DETAIL_LIMIT = 500  # characters of an error's detail
+DETAIL_LIMIT = 500  # characters of what an error says or quotes
 
 
 def truncated(words: str) -> str:
@@ -9538,6 +9538,7 @@ def upgrade_required() -> ProxyError:
 
 async def error_response(request: web.Request, error: ProxyError) -> web.StreamResponse:
     """Report a failure: with a status, or in the last frames of a stream that has begun."""
+    error.message = truncated(error.message)  # it may repeat a name from the request
     error.detail = truncated(request.app[REDACT](error.detail))  # Z.ai might repeat our key
     request[RECORD].error = error.kind.code or error.kind.type
     stream: OpenResponse | None = request.get(STREAM)

@@ -5768,12 +5768,18 @@ class Accounts:
         asked.extend([seconds] * requests)
 
     def check_choices(self, account: Account, n: int, seconds: float) -> None:
-        """Count `n` choices as that many requests, of which one has been counted. Raises ProxyError."""
-        if account.rpm is not None and n > account.rpm:
+        """Count `n` choices as that many requests, in place of the one that was counted. Raises ProxyError."""
+        if account.rpm is None or n == 1:
+            return
+        asked = self.asked[account.id]
+        if asked:  # the body may have taken more than a minute
+            asked.pop()  # so that what is refused counts as none
+        if n > account.rpm:
             words = f"This key may send {account.rpm} requests a minute, and n={n} counts as {n}: ask for fewer."
-            raise ProxyError(KEY_RATE_LIMITED, words, "n")
-        if n > 1:
-            self.check_rate(account, seconds, n - 1)
+            error = ProxyError(KEY_RATE_LIMITED, words, "n")
+            error.headers["x-should-retry"] = "false"
+            raise error
+        self.check_rate(account, seconds, n)
 
     def count(self, key: tuple[str, str, str], figures: Iterable[int]) -> None:
         self.counted[key] = list(map(add, self.counted.get(key, (0, 0, 0, 0, 0)), figures))

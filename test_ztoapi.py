@@ -10317,6 +10317,37 @@ async def test_images_are_counted_by_model(client):
 
 
 @in_loop
+async def test_an_alias_stands_for_a_model_once(start):
+    client = await start(model_aliases=(("picture", "glm-image"), ("glm-image", "cogview-4")))
+    await ask(client, {"model": "picture", "prompt": "x"}, "/v1/images/generations")
+    assert [*(await stats(client))[0]["models"]] == ["glm-image"]
+
+
+@in_loop
+async def test_where_no_model_serves_the_name_of_one_is_not_counted(client):
+    for path in ("web_search", "reader"):
+        assert (await ask(client, chat(model="made-up"), f"/v1/{path}"))[0].status == 200
+    async with client.get("/metrics", headers=KEY) as response:
+        assert "made-up" not in await response.text()
+
+
+@in_loop
+@pytest.mark.parametrize("parts", [[HANG], [b"{}"]], ids=["left", "refused"])
+async def test_a_model_that_zai_has_not_answered_for_is_not_named(client, zai, parts):
+    zai.answers = [(404, parts)]
+    key = await make_key(client, tokens="1M")
+    asking = asyncio.create_task(ask(client, chat(model="made-up"), headers=key))
+    assert await eventually(lambda: zai.asked)
+    async with client.get("/metrics", headers=KEY) as response:
+        assert "made-up" not in await response.text()
+    await ztoapi.end_tasks([asking])
+    counted = client.app[ztoapi.ACCOUNTS].counted
+    assert await eventually(lambda: counted)
+    assert [model for _, _, model in counted] == ["other"]
+    assert (await stats(client))[0]["models"].keys() == {"other"}
+
+
+@in_loop
 async def test_the_limit_in_the_metrics_is_what_may_be_in_flight(start):
     client = await start(max_concurrency=1)
     await ask(client)
@@ -10693,7 +10724,7 @@ def test_a_histogram_counts_what_is_at_most_each_bound():
 def test_at_most_fifty_models_have_a_name_of_their_own():
     statistics = ztoapi.Statistics(0)
     for name in (*(f"m{i}" for i in range(60)), *MODELS):
-        statistics.add(ztoapi.Record("", "", 0, "", model=name, status=200), 1, 0)
+        statistics.add(ztoapi.Record("", "", 0, "", model=name, first=0), 1, 0)
     assert len(statistics.models) == 50
     assert (statistics.models["other"].requests, statistics.models["glm-5.3"].requests) == (
         60 - 50 + len(MODELS) + 1,
@@ -10704,8 +10735,8 @@ def test_at_most_fifty_models_have_a_name_of_their_own():
 def test_models_that_clients_make_up_take_no_place():
     statistics = ztoapi.Statistics(0)
     for i in range(60):
-        statistics.add(ztoapi.Record("", "", 0, "", model=f"m{i}", status=404, error="x"), 1, 0)
-    statistics.add(ztoapi.Record("", "", 0, "", model="new", status=200), 1, 0)
+        statistics.add(ztoapi.Record("", "", 0, "", model=f"m{i}"), 1, 0)
+    statistics.add(ztoapi.Record("", "", 0, "", model="new", first=0), 1, 0)
     assert statistics.models.keys() == {"other", "new"}
 
 

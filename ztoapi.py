@@ -7970,11 +7970,6 @@ class Record:
     received: int = 0  # characters in them
     left_out: str = ""  # tools that Z.ai does not have
 
-    @property
-    def has_real_model(self) -> bool:
-        """Whether Z.ai has answered for this model."""
-        return self.usage.total > 0 or (self.status < 400 and not self.error)
-
     def note(self, events: list[Event]) -> None:
         if self.first is None:
             self.first = time.monotonic()
@@ -8110,17 +8105,18 @@ class Statistics:
         )  # all of them, by route, model and status
 
     def label(self, model: str) -> str:
-        """The model's name; OTHERS for an unknown one if there are too many."""
-        if model in self.models or model in MODELS or not model:
-            return model
-        others = sum(name not in MODELS and name != self.OTHERS for name in self.models)
-        return model if others < self.MAX_MODELS - len(MODELS) - 1 else self.OTHERS
+        """The model's name, if it is one that requests are counted under."""
+        return model if model in self.models or model in MODELS else self.OTHERS
 
     def name_of(self, record: Record) -> str:
-        """The name under which a request is counted: clients may make models up, which Z.ai refuses."""
-        if record.model in MODELS or record.has_real_model:
-            return self.label(record.model)
-        return self.OTHERS if record.model else ""
+        """The name under which a request is counted: an unknown one gets a place when Z.ai has answered for it."""
+        model = record.model
+        if not model or model in self.models or model in MODELS:
+            return model
+        if record.first is None:  # clients make names up
+            return self.OTHERS
+        unknown = sum(name not in MODELS and name != self.OTHERS for name in self.models)
+        return model if unknown < self.MAX_MODELS - len(MODELS) - 1 else self.OTHERS
 
     def add(self, record: Record, duration: float, now: float) -> None:
         self.models[self.name_of(record)].add(record, duration)
@@ -8849,7 +8845,7 @@ def planned(
     app, record = request.app, request[RECORD]
     settings, memory, account = app[SETTINGS], app[UPSTREAM].memory, request[ACCOUNT]
     prompt, reply = surface.parse(body, history)
-    record.model = model_shown(request, prompt.model)
+    record.model = model_shown(request, resolve(prompt.model, settings.model_aliases))
     record.left_out = ",".join(
         [header_word(name) for name in prompt.ignored if name[:6] == "tools."]
     )[:DETAIL_LIMIT]
@@ -8871,9 +8867,8 @@ def wants_stream(request: web.Request, settings: Settings) -> bool:
     return "text/event-stream" in accepted or settings.default_stream
 
 
-def model_shown(request: web.Request, name: str) -> str:
-    """The model that a client's name means, for the log and the statistics; the client may have put a secret there."""
-    model = resolve(name, request.app[SETTINGS].model_aliases)
+def model_shown(request: web.Request, model: Model) -> str:
+    """The model's name for the log and the statistics; the client may have put a secret there."""
     return model.id if model.id in MODELS else truncated(printable(request.app[REDACT](model.id)))
 
 
@@ -9206,8 +9201,8 @@ async def messages(request: web.Request) -> web.StreamResponse:
     body = await read_json(request)
     given = validated(body, {"model": model_name})
     required(given, "model")
-    request[RECORD].model = model_shown(request, given["model"])
     model = resolve(given["model"], settings.model_aliases)
+    request[RECORD].model = model_shown(request, model)
     if shows_image(body):
         model = with_vision(model, settings)
     request[ACCOUNT].check_model(model)
@@ -9266,7 +9261,7 @@ PASS_THROUGH_ROUTES = (
     ("DELETE", f"files/{ID}"),
 )
 WITH_USAGE = ("embeddings", "rerank")  # their answers have it
-WITHOUT_MODEL = ("web_search", "reader", "files")
+WITHOUT_MODEL = ("web_search", "reader", "files")  # a name in their bodies is only checked
 # Z.ai's international address answers 1211 or 404 to these (seen in July 2026).
 CHINA_ONLY = ("embeddings", "rerank", "moderations", "audio/speech", "files")
 
@@ -9338,7 +9333,8 @@ def check_model_named(path: str, request: web.Request, name: Any) -> None:
     account = request[ACCOUNT]
     if name is not None:
         model = resolve(checked(name, model_name, "model"))
-        request[RECORD].model = model_shown(request, model.id)
+        if path not in WITHOUT_MODEL:
+            request[RECORD].model = model_shown(request, model)
         account.check_model(model)
     elif account.models and path not in WITHOUT_MODEL:
         raise ProxyError(
@@ -9463,20 +9459,16 @@ async def log_requests(request: web.Request, handler: Handler) -> web.StreamResp
 
 
 def count_request(request: web.Request, now: float) -> None:
-    """For the statistics, and for the account's usage.
-
-    Clients may make names up: one that MODELS lacks is counted as its own only if Z.ai answered.
-    """
+    """For the statistics, and for the account's usage."""
     app, record, resource = request.app, request[RECORD], request.match_info.route.resource
     statistics, usage = app[STATISTICS], record.usage
     route = resource.canonical if resource else ""
-    statistics.requests[route, statistics.name_of(record), record.status] += 1
+    name = statistics.name_of(record)
+    statistics.requests[route, name, record.status] += 1
     if record.model:
         statistics.add(record, now - record.started, now)
-        is_real = record.model in MODELS or record.has_real_model
-        model = record.model if is_real else Statistics.OTHERS
         figures = (1, int(bool(record.error)), usage.prompt, usage.cached, usage.completion)
-        app[ACCOUNTS].count((request[ACCOUNT].id, today_of(app).isoformat(), model), figures)
+        app[ACCOUNTS].count((request[ACCOUNT].id, today_of(app).isoformat(), name), figures)
 
 
 async def catch_errors(request: web.Request, handler: Handler) -> web.StreamResponse:

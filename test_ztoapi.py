@@ -10168,6 +10168,51 @@ async def test_who_leaves_before_the_first_word_has_used_all_that_zai_has(client
 
 
 @in_loop
+@pytest.mark.parametrize(
+    ("path", "tokens"),
+    [("messages", 10_000), ("embeddings", 10_000), ("messages/count_tokens", 0), ("web_search", 0)],
+)
+async def test_who_leaves_another_path_has_used_what_zai_counts_there(client, zai, path, tokens):
+    zai.headers, zai.parts = {}, [HANG]
+    key = await make_key(client, tokens="1M")
+    body = {"model": "glm-4.6", "max_tokens": 9, "input": "x" * 40_000}
+    asking = asyncio.create_task(ask(client, body, f"/v1/{path}", key))
+    assert await eventually(lambda: zai.asked)
+    asking.cancel()
+    assert await eventually(lambda: not client.app[ztoapi.IN_FLIGHT])
+    used = [figures[2] for figures in client.app[ztoapi.ACCOUNTS].counted.values()]
+    assert tokens <= sum(used) <= tokens + 50
+
+
+@in_loop
+async def test_the_images_of_messages_are_not_counted_as_text(client, zai):
+    zai.parts = [HANG]
+    key = await make_key(client, tokens="1M")
+    picture = {"type": "base64", "media_type": "image/png", "data": "x" * 400_000}
+    words = {"type": "text", "media_type": "text/plain", "data": "y" * 40_000}
+    document, image = {"type": "document", "source": words}, {"type": "image", "source": picture}
+    said = [turn([document, {"type": "tool_result", "tool_use_id": "a", "content": [image]}])]
+    body = {"model": "glm-4.6v", "max_tokens": 9, "messages": said}
+    asking = asyncio.create_task(ask(client, body, "/v1/messages", key))
+    assert await eventually(lambda: zai.asked)
+    asking.cancel()
+    assert await eventually(lambda: client.app[ztoapi.ACCOUNTS].counted)
+    ((_, used),) = client.app[ztoapi.ACCOUNTS].counted.items()
+    assert 11_000 <= used[2] <= 11_100
+
+
+@in_loop
+@pytest.mark.parametrize("path", [*ASKING, "embeddings"])
+async def test_what_zai_refuses_costs_nothing(client, zai, path):
+    zai.answers = [(400, [b"{}"])]
+    key = await make_key(client, tokens="1M")
+    body = ASKING.get(path, {"model": "embedding-3", "input": "hi"})
+    assert (await ask(client, body, f"/v1/{path}", key))[0].status == 400
+    ((_, used),) = client.app[ztoapi.ACCOUNTS].counted.items()
+    assert used == [1, 1, 0, 0, 0]
+
+
+@in_loop
 async def test_who_leaves_the_queue_has_used_nothing(start, zai):
     client = await start(max_concurrency=1)
     zai.parts = [HANG]
@@ -10194,14 +10239,97 @@ async def test_what_was_received_counts_with_reasoning_and_arguments(client, zai
     assert 2000 <= used[4] <= 2010
 
 
+def pieces_received(client):
+    records = [request[ztoapi.RECORD] for request in client.app[ztoapi.IN_FLIGHT].values()]
+    return sum(meter.pieces for record in records for meter in record.meters)
+
+
+@in_loop
+async def test_who_leaves_a_whole_answer_has_used_what_came_of_it(client, zai):
+    zai.parts = [stream_of({"content": "t" * 4000}, done=""), HANG]
+    key = await make_key(client, tokens="1M")
+    asking = asyncio.create_task(ask(client, headers=key))
+    assert await eventually(lambda: pieces_received(client))
+    asking.cancel()
+    assert await eventually(lambda: client.app[ztoapi.ACCOUNTS].counted)
+    ((_, used),) = client.app[ztoapi.ACCOUNTS].counted.items()
+    assert used[4] == 1000
+
+
+@in_loop
+async def test_a_whole_answer_that_breaks_off_for_good_is_charged_once(client, zai):
+    zai.parts = [stream_of({"content": "t" * 4000}, done=""), RESET]
+    key = await make_key(client, tokens="1M")
+    assert (await ask(client, headers=key))[0].status == 502
+    ((_, used),) = client.app[ztoapi.ACCOUNTS].counted.items()
+    assert (used[0:2], used[4], len(zai.asked)) == ([1, 1], 1000, 3)
+
+
+@in_loop
+async def test_who_leaves_messages_midway_has_used_what_came_of_them(client, zai):
+    begun = {"model": "m", "usage": {"input_tokens": 7, "output_tokens": 1}}
+    start = {"type": "message_start", "message": begun}
+    delta = b"event: content_block_delta\ndata: {}\n\n"
+    zai.headers = EVENT_STREAM
+    zai.parts = [
+        b"event: message_start\ndata: %s\n\n" % json.dumps(start).encode() + delta * 9,
+        HANG,
+    ]
+    key = await make_key(client, tokens="1M")
+    asking = asyncio.create_task(ask(client, CLAUDE | {"stream": True}, "/v1/messages", key))
+    assert await eventually(lambda: pieces_received(client))
+    asking.cancel()
+    assert await eventually(lambda: client.app[ztoapi.ACCOUNTS].counted)
+    ((_, used),) = client.app[ztoapi.ACCOUNTS].counted.items()
+    assert used == [1, 0, 7, 0, 9]
+
+
+@in_loop
+async def test_of_n_choices_each_is_charged_what_is_known_of_it(client, zai):
+    zai.answers = [[RECORDED], [stream_of({"content": "t" * 4000}, done=""), HANG]]
+    key = await make_key(client, tokens="1M")
+    async with client.post(
+        "/v1/chat/completions", json=chat(stream=True, n=2), headers=key
+    ) as response:
+        while b"ttt" not in await response.content.readline():
+            pass
+    assert await eventually(lambda: client.app[ztoapi.ACCOUNTS].counted)
+    ((_, used),) = client.app[ztoapi.ACCOUNTS].counted.items()
+    size = len(zai.asked[0][3])
+    assert used == [1, 0, 6 + size // 4, 2, 3 + 1000]
+
+
+@in_loop
+async def test_usage_is_counted_before_the_client_has_the_last_frame(client, zai):
+    zai.parts = [stream_of({"content": "t" * 2**23}, done="") + RECORDED]
+    key = await make_key(client, tokens="1M")
+    async with client.post("/v1/chat/completions", json=chat(stream=True), headers=key):
+        assert await eventually(lambda: client.app[ztoapi.ACCOUNTS].counted)
+        assert client.app[ztoapi.IN_FLIGHT]
+
+
 @in_loop
 async def test_those_who_wait_in_the_queue_do_not_pass_a_budget(start, zai):
     client = await start(max_concurrency=1)
     key = await make_key(client, tokens="20")  # an answer takes 9
     asked = await asyncio.gather(*(ask(client, headers=key) for _ in range(12)))
     statuses = sorted(response.status for response, _ in asked)
-    assert statuses[:3] == [200] * 3
-    assert statuses[4:] == [402] * 8  # one may have begun while the last answer was counted
+    assert statuses == [200] * 3 + [402] * 9
+
+
+@in_loop
+@pytest.mark.parametrize("path", [*ASKING, "embeddings"])
+async def test_those_who_wait_for_others_of_their_key_do_not_pass_a_budget(client, zai, path):
+    if path == "embeddings":
+        zai.headers, zai.parts = {}, [b'{"data":[],"usage":{"prompt_tokens":9,"total_tokens":9}}']
+    elif path == "messages":
+        zai.parts = [b'{"model":"m","usage":{"input_tokens":6,"output_tokens":3}}']
+        zai.headers = {"Content-Type": "application/json"}
+    key = await make_key(client, tokens="20", parallel=1)
+    body = ASKING.get(path, {"model": "embedding-3", "input": "hi"})
+    asked = await asyncio.gather(*(ask(client, body, f"/v1/{path}", key) for _ in range(9)))
+    statuses = sorted(response.status for response, _ in asked)
+    assert statuses == [200] * 3 + [402] * 6
 
 
 @in_loop

@@ -3452,11 +3452,15 @@ def content_blocks(turn: JSON) -> Iterator[Any]:
 
 def shows_image(body: JSON) -> bool:
     """Whether a turn, or a tool result in it, has an image."""
-    blocks = [
-        block for turn in objects(body.get("messages")) for block in objects(turn.get("content"))
-    ]
-    within = (part for block in blocks for part in objects(block.get("content")))
-    return any(block.get("type") == "image" for block in chain(blocks, within))
+    return any(block.get("type") == "image" for block in all_blocks(body))
+
+
+def all_blocks(body: JSON) -> Iterator[JSON]:
+    """The blocks of all turns, and those in their tool results."""
+    for turn in objects(body.get("messages")):
+        for block in objects(turn.get("content")):
+            yield block
+            yield from objects(block.get("content"))
 
 
 # ======== Surfaces ==================================================================================================
@@ -5193,10 +5197,13 @@ class MessagesReader(PassThroughReader):
                 return data
 
     def read_usage(self, data: bytes) -> None:
-        """Each count is a total so far; no event need have them all."""
+        """Each count is a total so far; no event need have them all. A stream's beginning knows no output."""
         document = as_object(parse_answer(data))
-        usage = as_object(as_object(document.get("message", document)).get("usage"))
-        self.counts |= {name: count for name, count in usage.items() if as_count(count)}
+        begun = as_object(document.get("message"))
+        usage = as_object(begun.get("usage")) or as_object(document.get("usage"))
+        for name, tokens in usage.items():
+            if as_count(tokens) and not (begun and name == "output_tokens"):
+                self.counts[name] = tokens
         count = self.counts.get
         cached, completion = (
             count("cache_read_input_tokens", 0),
@@ -5811,11 +5818,52 @@ class Caller(NamedTuple):
     conversation: str = ""
 
 
-@dataclass(slots=True)
-class Sent:
-    """What Z.ai has of a request, also where its answer never came."""
+CHARACTERS_OF_TOKEN = 4  # in an estimate
 
-    characters: int = 0
+
+@dataclass(slots=True, eq=False)
+class Meter:
+    """What one answer of Z.ai's costs, as far as that is known: its client may leave at any moment."""
+
+    sent: int = 0  # characters that Z.ai has of the request
+    pieces: int = 0  # of the answer
+    received: int = 0  # characters in them
+    told: Usage = field(default_factory=Usage)  # what Z.ai says itself
+
+    @contextmanager
+    def asking(self, characters: int) -> Iterator[None]:
+        """Z.ai is sent a request, in place of one that failed; if it says nothing, nothing is counted."""
+        self.sent = characters
+        self.pieces = 0
+        self.received = 0
+        self.told = Usage()
+        try:
+            yield
+        except UpstreamError:
+            if not self.pieces:
+                self.sent = 0
+            raise
+
+    def note(self, events: Iterable[Event]) -> None:
+        for event in events:
+            if isinstance(event, (Text, Thought)):
+                self.pieces += 1
+                self.received += len(event.text)
+            elif isinstance(event, ToolCall):
+                self.pieces += 1
+                self.received += len(event.arguments)
+            elif isinstance(event, Usage):
+                self.told = event
+
+    @property
+    def usage(self) -> Usage:
+        """As Z.ai told it; what it has not told is estimated, with at least a token for each piece."""
+        told = self.told
+        if told.completion:
+            return told
+        prompt = told.prompt or self.sent // CHARACTERS_OF_TOKEN
+        completion = max(self.pieces, self.received // CHARACTERS_OF_TOKEN)
+        return Usage(prompt, completion, prompt + completion, told.cached)
 
 
 @dataclass(slots=True)
@@ -5836,14 +5884,19 @@ class Plan:
     size: int  # bytes of the request; 0 if few
     ignored: tuple[str, ...]  # what cannot be honoured
     repairs: list[str]  # of the history, by name
-    sent: Sent = field(default_factory=Sent)
+    meters: list[Meter]  # one for each choice
     # Called when the request's turn has come; raises ProxyError when the account may not ask any more.
     admit: Callable[[], None] = lambda: None
 
     def for_choice(self, choice: int) -> Plan:
         """The plan for one of `n` choices, since Z.ai has no `n`."""
-        prompts = [(model, choice_prompt(prompt, choice)) for model, prompt in self.prompts]
-        return replace(self, prompts=prompts, n=1, answer_id=f"{self.answer_id}{choice}")
+        return replace(
+            self,
+            prompts=[(model, choice_prompt(prompt, choice)) for model, prompt in self.prompts],
+            n=1,
+            answer_id=f"{self.answer_id}{choice}",
+            meters=[self.meters[choice]],
+        )
 
     def forget_prompts(self) -> None:
         """They are sent: agents send long ones, and an answer may take long."""
@@ -5888,6 +5941,7 @@ def make_plan(
         ignored=(*prompt.ignored, *hidden),
         repairs=[*repairs, *(f"hidden_{kind}" for kind in hidden)],
         size=prompt.size,
+        meters=[Meter() for _ in range(prompt.n)],
     )
 
 
@@ -6619,9 +6673,15 @@ class EventStream(EventSource):
     """One answer of Z.ai's, as events, mended."""
 
     def __init__(
-        self, source: ByteStream, reader: ZaiReader, repairs: list[Repair], memo: Memo | None
+        self,
+        source: ByteStream,
+        reader: ZaiReader,
+        repairs: list[Repair],
+        memo: Memo | None,
+        meter: Meter,
     ) -> None:
         super().__init__()
+        self.meter = meter
         self.source = source
         self.reader = reader
         self.chain = RepairChain(repairs)
@@ -6681,6 +6741,7 @@ class EventStream(EventSource):
                 events = await in_thread_if_large(size, self.events_in, part)
             if events:
                 self.first_at = self.first_at or time.monotonic()
+                self.meter.note(events)
                 trace("received", events)
         return events
 
@@ -7129,24 +7190,21 @@ class Upstream:
         self, plan: Plan, model: Model, prompt: Prompt, key: ZaiKey, owner: AsyncExitStack
     ) -> EventStream:
         """Asks a model with a key. Encodes the body only now, as many may wait their turn."""
+        plan.admit()
         request = await in_thread_if_large(
             plan.size, zai_request, prompt, model, key.base_url, plan.answer_id
         )
-        plan.admit()
         trace("sent", request.data)
         url = key.base_url + "/chat/completions"
         repairs = repairs_for(request.needs)
         memo = Memo() if plan.remembers else None
         machines = [*repairs, *filter(None, [memo]), *reasoning_shape(plan.reasoning_format)]
-        plan.sent.characters += request.characters
-        try:
+        [meter] = plan.meters
+        with meter.asking(request.characters):
             source = await self.client.send(url, key, owner, data=request.data)
-            stream = EventStream(source, ZaiReader(model), machines, memo)
+            stream = EventStream(source, ZaiReader(model), machines, memo, meter)
             owner.callback(self.count_repairs, repairs)
             await (stream.begin() if plan.streamed else stream.complete())
-        except UpstreamError:
-            plan.sent.characters -= request.characters
-            raise
         return stream
 
     def count_repairs(self, repairs: Iterable[Repair]) -> None:
@@ -7961,37 +8019,19 @@ class Record:
     status: int = CLIENT_LEFT
     error: str = ""
     stopped: bool = False  # cancelled because the server stops
-    first: float | None = None
+    first: float | None = None  # when Z.ai's answer began
     torn: int = 0  # frames that Z.ai tore
     usage: Usage = field(default_factory=Usage)
-    sent: Sent = field(default_factory=Sent)
-    pieces: int = 0  # of the answer, other than usage
+    meters: list[Meter] = field(default_factory=list)  # of the answers it asks for
+    is_counted: bool = False  # for its account
     body_size: int = 0  # bytes of the request, unpacked
-    received: int = 0  # characters in them
     left_out: str = ""  # tools that Z.ai does not have
 
-    def note(self, events: list[Event]) -> None:
-        if self.first is None:
-            self.first = time.monotonic()
-        for event in events:
-            if isinstance(event, Usage):
-                self.usage = self.usage + event if self.usage.total else event
-                continue
-            self.pieces += 1
-            if isinstance(event, (Text, Thought)):
-                self.received += len(event.text)
-            elif isinstance(event, ToolCall):
-                self.received += len(event.arguments)
-
-    def estimate_usage(self) -> None:
-        """Where Z.ai did not get to report it: a token for 4 characters, and for each piece at least."""
-        is_cut_short = bool(self.error) or self.status == CLIENT_LEFT
-        if not is_cut_short or not (self.sent.characters or self.pieces):
-            return
-        completion = max(self.pieces, self.received // 4)
-        if completion > self.usage.completion or not self.usage.total:
-            prompt = self.usage.prompt or self.sent.characters // 4
-            self.usage = Usage(prompt, completion, prompt + completion, self.usage.cached)
+    def settle(self) -> None:
+        """Sum up what the answers cost."""
+        self.usage = Usage()
+        for meter in self.meters:
+            self.usage += meter.usage
 
     def snapshot(self, duration: float, ended_at: float) -> JSON:
         first = None if self.first is None else round(self.first - self.started, 3)
@@ -8802,9 +8842,9 @@ async def respond_streamed(
 async def read_noted(request: web.Request, answer: Answering) -> list[Event]:
     """The next events of an answer; the record learns of them."""
     batch = await answer.read()
-    request[RECORD].first = request[RECORD].first or answer.first_at
-    request[RECORD].note(batch)
-    request[RECORD].torn = answer.torn
+    record = request[RECORD]
+    record.first = record.first or answer.first_at
+    record.torn = answer.torn
     return batch
 
 
@@ -8812,9 +8852,24 @@ async def keep(request: web.Request, reply: Reply, answer: Answering) -> None:
     """Keep what a complete answer leaves behind, before its last frame: a client asks again at once."""
     for message in answer.said:
         request.app[UPSTREAM].memory.put(request[ACCOUNT].id, message)
+    count_usage(request)
     if reply.stored:
         history = ClientHistory(request.app[DATABASE], request[ACCOUNT].id)
         await history.put(reply.stored, request[RECORD].body_size + answer.size)
+
+
+def count_usage(request: web.Request) -> None:
+    """Count a request for its account, once: before its client can read the end of the answer and ask again."""
+    app, record = request.app, request[RECORD]
+    if record.is_counted or not record.model:
+        return
+    record.is_counted = True
+    record.settle()
+    usage = record.usage
+    day = today_of(app).isoformat()
+    model = app[STATISTICS].name_of(record)
+    figures = (1, int(bool(record.error)), usage.prompt, usage.cached, usage.completion)
+    app[ACCOUNTS].count((request[ACCOUNT].id, day, model), figures)
 
 
 @dataclass(slots=True)
@@ -8854,7 +8909,7 @@ def planned(
     prompt = replace(prompt, size=size) if size >= LARGE else prompt
     recall = partial(memory.get, account.id) if memory.thoughts else None
     plan = make_plan(prompt, settings, account, record.id, recall)
-    plan.sent = record.sent
+    record.meters = plan.meters
     plan.admit = partial(check_budget, request)
     return Asked(plan, reply, prompt.model, ignored_header(plan.ignored))
 
@@ -9195,10 +9250,20 @@ def page_response(page: Page, snapshot: JSON) -> web.Response:
 # What Z.ai serves itself, its Anthropic API among it: passed on with our key and the model's name, mended if needed.
 
 
-async def messages(request: web.Request) -> web.StreamResponse:
-    """Passes on a request of Anthropic's API, with retries."""
-    settings, upstream = request.app[SETTINGS], request.app[UPSTREAM]
-    body = await read_json(request)
+def image_size(body: JSON) -> int:
+    """The characters of all images and files, less what they count for."""
+    size = 0
+    for block in all_blocks(body):
+        source = as_object(block.get("source"))
+        data = source.get("data")
+        if source.get("type") == "base64" and isinstance(data, str):
+            size += len(data) - IMAGE_SIZE
+    return size
+
+
+def messages_model(request: web.Request, body: JSON) -> Model:
+    """The model to ask; the record learns what the client named. Raises ProxyError if its key may not use it."""
+    settings = request.app[SETTINGS]
     given = validated(body, {"model": model_name})
     required(given, "model")
     model = resolve(given["model"], settings.model_aliases)
@@ -9206,6 +9271,15 @@ async def messages(request: web.Request) -> web.StreamResponse:
     if shows_image(body):
         model = with_vision(model, settings)
     request[ACCOUNT].check_model(model)
+    return model
+
+
+async def messages(request: web.Request) -> web.StreamResponse:
+    """Passes on a request of Anthropic's API, with retries."""
+    settings, upstream = request.app[SETTINGS], request.app[UPSTREAM]
+    body = await read_json(request)
+    model = messages_model(request, body)
+    name = body["model"]
     headers = {
         "Content-Type": "application/json",
         **sent_headers(request, "anthropic-version", "anthropic-beta"),
@@ -9214,16 +9288,21 @@ async def messages(request: web.Request) -> web.StreamResponse:
     beginning = (to_json(part) for part in (body.get("system"), first_object(body.get("messages"))))
     caller = await in_thread_if_large(size, caller_of, settings, request[ACCOUNT].id, beginning)
 
+    what, meter = request.match_info["what"], Meter()
+    if what == "messages":  # to count tokens costs none
+        request[RECORD].meters = [meter]
+
     async def attempt(key: ZaiKey, owner: AsyncExitStack) -> PassThroughResponse:
-        url = f"{key.anthropic_url}/v1/{request.match_info['what']}"
-        data = await in_thread_if_large(size, messages_request, body, model.id)
         check_budget(request)
-        request[RECORD].sent.characters = len(data)
-        stream = await upstream.client.send(url, key, owner, data=data, **how)
-        response = PassThroughResponse(request, stream, MessagesReader(given["model"]))
-        response.response.headers["x-ztoapi-model"] = header_word(model.id)
-        await response.begin()
-        await response.check_refusal()
+        url = f"{key.anthropic_url}/v1/{what}"
+        data = await in_thread_if_large(size, messages_request, body, model.id)
+        images = await in_thread_if_large(size, image_size, body)
+        with meter.asking(len(data) - images):
+            stream = await upstream.client.send(url, key, owner, data=data, **how)
+            response = PassThroughResponse(request, stream, MessagesReader(name), meter)
+            response.response.headers["x-ztoapi-model"] = header_word(model.id)
+            await response.begin()
+            await response.check_refusal()
         return response
 
     async with upstream.account_slot(request[ACCOUNT]), AsyncExitStack() as owner:
@@ -9278,15 +9357,22 @@ async def pass_through(path: str, request: web.Request) -> web.StreamResponse:
     as_sent = isinstance(data, Upload) and "Content-Encoding" not in request.headers
     headers = sent_headers(request, "Content-Type", *(("Content-Length",) if as_sent else ()))
     how = {"method": request.method, "data": data, "headers": headers, "params": request.query}
+    meter = Meter()
+    request[RECORD].meters = [meter]
+    size = 0
+    if path in WITH_USAGE and isinstance(data, bytes):
+        size = len(data)
     async with request.app[UPSTREAM].account_slot(request[ACCOUNT]), AsyncExitStack() as owner:
+        check_budget(request)
         try:
-            stream = await request.app[UPSTREAM].client.send(
-                f"{key.base_url}/{path}", key, owner, **how
-            )
-            response = PassThroughResponse(request, stream, reader)
-            await response.begin()
-            if not path.endswith(FILE_CONTENT):
-                await response.check_refusal()
+            with meter.asking(size):
+                stream = await request.app[UPSTREAM].client.send(
+                    f"{key.base_url}/{path}", key, owner, **how
+                )
+                response = PassThroughResponse(request, stream, reader, meter)
+                await response.begin()
+                if not path.endswith(FILE_CONTENT):
+                    await response.check_refusal()
         except UpstreamError as error:
             if (
                 keys.calls_for_cooldown(error) and error.kind != MODEL_NOT_FOUND
@@ -9365,7 +9451,9 @@ PASS_THROUGH_HEADERS = ("Content-Type", "Content-Length", "Content-Disposition",
 class PassThroughResponse:
     """Passes Z.ai's bytes to the client, as the reader changes them."""
 
-    def __init__(self, request: web.Request, stream: ByteStream, reader: PassThroughReader) -> None:
+    def __init__(
+        self, request: web.Request, stream: ByteStream, reader: PassThroughReader, meter: Meter
+    ) -> None:
         reply = stream.response
         headers = {}
         for name in PASS_THROUGH_HEADERS:
@@ -9377,14 +9465,13 @@ class PassThroughResponse:
             headers.pop("Content-Length", None)
         if "X-Log-Id" in reply.headers:
             headers["x-zai-request-id"] = header_word(reply.headers["X-Log-Id"])
-        self.request, self.stream, self.reader = request, stream, reader
+        self.request, self.stream, self.reader, self.meter = request, stream, reader, meter
         self.response = web.StreamResponse(status=reply.status, headers=headers)
         self.ahead = b""
 
     async def begin(self) -> None:
         """Wait for the first bytes to pass on. Raises UpstreamError."""
         self.ahead = await self.next_bytes()
-        self.request[RECORD].note([])
 
     async def check_refusal(self) -> None:
         """Raises UpstreamError for a refusal with a status of success, in however many parts it comes."""
@@ -9406,11 +9493,12 @@ class PassThroughResponse:
                 raise UpstreamError(UNAVAILABLE, TOO_LARGE)
             data = await in_thread_if_large(held, self.reader.feed, part)
         data = data or await in_thread_if_large(held, self.reader.close)
-        self.request[RECORD].usage = self.reader.usage
-        self.request[RECORD].pieces += data.count(b"event: content_block_delta")
+        self.meter.told = self.reader.usage
+        self.meter.pieces += data.count(b"event: content_block_delta")
         return data
 
     async def send(self) -> web.StreamResponse:
+        self.request[RECORD].first = time.monotonic()
         await self.response.prepare(self.request)
         data = self.ahead
         while data:
@@ -9448,7 +9536,7 @@ async def log_requests(request: web.Request, handler: Handler) -> web.StreamResp
         return response
     finally:
         del in_flight[task]
-        record.estimate_usage()
+        count_usage(request)
         now = time.monotonic()
         level = logging.DEBUG if request.path.startswith(UNLOGGED_PATHS) else logging.INFO
         if LOG.isEnabledFor(
@@ -9459,16 +9547,13 @@ async def log_requests(request: web.Request, handler: Handler) -> web.StreamResp
 
 
 def count_request(request: web.Request, now: float) -> None:
-    """For the statistics, and for the account's usage."""
-    app, record, resource = request.app, request[RECORD], request.match_info.route.resource
-    statistics, usage = app[STATISTICS], record.usage
+    """For the statistics."""
+    record, resource = request[RECORD], request.match_info.route.resource
+    statistics = request.app[STATISTICS]
     route = resource.canonical if resource else ""
-    name = statistics.name_of(record)
-    statistics.requests[route, name, record.status] += 1
+    statistics.requests[route, statistics.name_of(record), record.status] += 1
     if record.model:
         statistics.add(record, now - record.started, now)
-        figures = (1, int(bool(record.error)), usage.prompt, usage.cached, usage.completion)
-        app[ACCOUNTS].count((request[ACCOUNT].id, today_of(app).isoformat(), name), figures)
 
 
 async def catch_errors(request: web.Request, handler: Handler) -> web.StreamResponse:

@@ -8682,6 +8682,11 @@ def unsupported_coding(readable: Iterable[str]) -> ProxyError:
     return error
 
 
+def today_of(app: web.Application) -> date:
+    """In UTC."""
+    return day_of(app[CLOCK].unix())
+
+
 # ======== Access ====================================================================================================
 # Who may call (`require_key`, `local_only`), and how much (`within_limits`; in parallel: `Upstream.account_slot`).
 
@@ -9099,11 +9104,6 @@ async def dashboard(_: web.Request) -> web.Response:
 
 
 NO_STORE = {"Cache-Control": "no-store"}
-
-
-def today_of(app: web.Application) -> date:
-    """In UTC."""
-    return day_of(app[CLOCK].unix())
 
 
 async def dashboard_stats(request: web.Request) -> web.Response:

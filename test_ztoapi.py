@@ -119,9 +119,9 @@ def no_hang():
 
 PROGRAM = Path(ztoapi.__file__)
 SETTING_NAMES = {field.name.upper() for field in ztoapi.fields(Settings)}
-INHERITED = {
-    name: value for name, value in os.environ.items() if name not in SETTING_NAMES
-}  # by programs of the tests
+# What programs of the tests inherit. FAKETIME_SHARED is libfaketime's, and not for another process.
+NOT_INHERITED = SETTING_NAMES | {"FAKETIME_SHARED"}
+INHERITED = {name: value for name, value in os.environ.items() if name not in NOT_INHERITED}
 KEY = {"Authorization": "Bearer sk-your-key"}
 HELLO = {"model": "glm-4.6", "messages": [{"role": "user", "content": "你好"}]}
 
@@ -10920,7 +10920,12 @@ def test_a_key_that_is_being_added_is_not_added_twice(connect, tmp_path):
         each.transact(each.list_accounts)
     other.execute("BEGIN IMMEDIATE")
     other.put_account(ANNA)
-    commit = threading.Timer(0.3, other.execute, ["COMMIT"])
+
+    def commit_later():  # a threading.Timer waits for ever under libfaketime
+        time.sleep(0.3)
+        other.execute("COMMIT")
+
+    commit = threading.Thread(target=commit_later)
     commit.start()
     with pytest.raises(BadRequest, match="there is already a key named anna"):
         ztoapi.manage_keys(database, ztoapi.parse_flags(["keys", "add", "anna"]))

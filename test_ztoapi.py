@@ -48,7 +48,7 @@ from random import Random
 
 import pytest
 import pytest_asyncio
-from aiohttp import web
+from aiohttp import ClientTimeout, web
 from aiohttp.test_utils import TestServer, get_port_socket, make_mocked_request
 from aiohttp.web_protocol import RequestHandler
 
@@ -101,20 +101,42 @@ from ztoapi import (
 in_loop = pytest.mark.asyncio
 
 LONGEST_TEST = 50  # seconds; one that hangs fails then
+PATIENT = ClientTimeout(total=20)  # of a test's client
+CLOSING = 15  # seconds in which what a test that hung has started must end
+MOST_HANGS = 3  # after which others would hang too
 
 
 @pytest.fixture(autouse=True)
-def no_hang():
-    """Fails a test that hangs, also one whose event loop waits for ever."""
+def no_hang(request):
+    """Fails a test that hangs, and says where its tasks stood.
+
+    Where no signal comes through, `faulthandler_timeout` in .pytest.ini ends the run.
+    """
+    if not hasattr(signal, "setitimer"):  # Windows
+        yield
+        return
 
     def fail(*_):
-        raise TimeoutError(f"this test took longer than {LONGEST_TEST} seconds")
+        session = request.session
+        session.hangs = getattr(session, "hangs", 0) + 1
+        if session.hangs >= MOST_HANGS:
+            session.shouldfail = f"{MOST_HANGS} tests hung"
+        pytest.fail(f"longer than {LONGEST_TEST} seconds\n{where_tasks_stand()}")
 
     before = signal.signal(signal.SIGALRM, fail)
-    signal.setitimer(signal.ITIMER_REAL, LONGEST_TEST)
+    signal.setitimer(signal.ITIMER_REAL, LONGEST_TEST, CLOSING)
     yield
     signal.setitimer(signal.ITIMER_REAL, 0)
     signal.signal(signal.SIGALRM, before)
+
+
+def where_tasks_stand():
+    """The stacks of the running event loop's tasks, if one runs."""
+    stacks = io.StringIO()
+    with contextlib.suppress(RuntimeError):
+        for task in asyncio.all_tasks():
+            task.print_stack(file=stacks)
+    return stacks.getvalue()
 
 
 PROGRAM = Path(ztoapi.__file__)
@@ -617,13 +639,14 @@ def test_events_are_found_wherever_the_bytes_are_cut(stream, wanted):
 
 
 def test_a_line_of_many_megabytes_takes_linear_time():
-    decoder, part = SSEDecoder(), b"x" * 4096
-    decoder.feed(b"data: ")
-    started = time.thread_time()
-    for _ in range(4096):
-        decoder.feed(part)
-    assert [len(event) for event in decoder.feed(b"\n\n")] == [16 * 2**20]
-    assert time.thread_time() - started < 2
+    def read():
+        decoder, part = SSEDecoder(), b"x" * 4096
+        decoder.feed(b"data: ")
+        for _ in range(4096):
+            decoder.feed(part)
+        assert [len(event) for event in decoder.feed(b"\n\n")] == [16 * 2**20]
+
+    assert seconds_of(read) < 1
 
 
 def test_line_separators_leave_as_escapes():
@@ -4338,7 +4361,12 @@ def test_prose_where_json_is_wanted_is_held_in_linear_time():
 
 
 def seconds_of(work, *arguments):
-    """The least time of three tries."""
+    """The processor's time for some work, as on the machine where the tests' bounds were set."""
+    return least_time(work, *arguments) / slowness()
+
+
+def least_time(work, *arguments):
+    """Of three tries."""
 
     def once():
         started = time.thread_time()
@@ -4346,6 +4374,17 @@ def seconds_of(work, *arguments):
         return time.thread_time() - started
 
     return min(once() for _ in range(3))
+
+
+@cache
+def slowness():
+    """How many times as long as there this machine takes."""
+
+    def count_to_a_million():
+        for _ in range(10**6):
+            pass
+
+    return least_time(count_to_a_million) / 0.015  # seconds there
 
 
 def test_of_torn_frames_by_the_thousand_those_that_are_whole_are_used():
@@ -5622,7 +5661,7 @@ async def test_a_long_answer_does_not_stop_those_who_wait_for_long(monkeypatch):
         await asyncio.sleep(0.05)
         assert not waiting.done()
         queue.clock.time += AdaptiveLimit.MIN_PAUSE
-        await asyncio.wait_for(waiting, 1)
+        await asyncio.wait_for(waiting, 10)
 
 
 @in_loop
@@ -5894,12 +5933,10 @@ async def test_a_database_that_stands_still_is_not_waited_for_twice(
     os.kill(process, signal.SIGSTOP)
     try:
         await database.sync(accounts)
-        started = time.monotonic()
-        for _ in range(6):
-            with pytest.raises(ztoapi.DatabaseError, match="does not answer"):
-                await database.run(database.list_accounts)
-            await database.sync(accounts)
-        assert time.monotonic() - started < 0.2
+        monkeypatch.setattr(database, "WAIT", 2 * LONGEST_TEST)
+        with pytest.raises(ztoapi.DatabaseError, match="does not answer"):
+            await database.run(database.list_accounts)
+        await database.sync(accounts)
     finally:
         os.kill(process, signal.SIGCONT)
     await asyncio.wait([database.hanging])
@@ -5918,8 +5955,6 @@ async def test_the_server_ends_though_its_database_stands_still(postgresql, conn
         process = await database.run(lambda: database.execute(pid).fetchone()[0])
         os.kill(process, signal.SIGSTOP)
         count_some(accounts)
-        ending = time.monotonic()
-    assert time.monotonic() - ending < 3
     os.kill(process, signal.SIGCONT)
 
 
@@ -6370,9 +6405,9 @@ def test_a_request_has_no_more_than_so_many_values(monkeypatch, body, values):
 def test_too_many_values_are_found_without_decoding_them(monkeypatch, value):
     monkeypatch.setattr(ztoapi, "MAX_VALUES", 100_000)
     body = b'{"a":[%s1]}' % (value * (2**22 // len(value)))
-    started = time.thread_time()
     assert ztoapi.too_many_values(body) == (len(value) < 100)
-    assert time.thread_time() - started < 0.2
+    assert collections_during(ztoapi.too_many_values, body) < 10  # when it is decoded, a thousand
+    assert seconds_of(ztoapi.too_many_values, body) < 0.3
 
 
 def test_the_depth_of_a_request_is_found_without_work_for_the_garbage_collector():
@@ -6410,7 +6445,7 @@ class FakeZai:
         self.models = 200, {"object": "list", "data": [{"id": "glm-4.6"}]}  # or HANG
         self.quota, self.asked_for_quota = (404, b""), []
         self.asked_for_models = 0
-        self.pauses = []  # seconds before it reads the next MiB of a request
+        self.pauses = []  # seconds before it reads each of the first MiB of a request
         self.asked = []  # method, path, headers and body
         self.peers, self.open = set(), 0
         self.left = asyncio.Event()  # somebody hung up before the answer's end
@@ -6457,10 +6492,10 @@ class FakeZai:
             self.open -= 1
 
     async def read(self, content):
-        body = bytearray()
+        body, pauses = bytearray(), [*self.pauses]
         while not content.at_eof():
             rest = 2**20 - len(body) % 2**20
-            await asyncio.sleep(self.pauses.pop() if self.pauses and rest == 2**20 else 0)
+            await asyncio.sleep(pauses.pop() if pauses and rest == 2**20 else 0)
             try:
                 body += await content.read(rest)
             except web.RequestPayloadError:
@@ -6533,7 +6568,7 @@ async def start(zai, aiohttp_client):  # in this order: what asks ends before wh
         given = {"zai_base_url": zai.url, "zai_api_key": ("zai-key",)} | settings
         settings = Settings(**{"database_url": "memory", **given})
         app = create_app(settings, clock or FakeClock())
-        return await aiohttp_client(app)
+        return await aiohttp_client(app, timeout=PATIENT)
 
     return started
 
@@ -6611,13 +6646,13 @@ async def talk_raw(client, data):
     """What the server answers to bytes that need not be HTTP."""
     reader, writer = await asyncio.open_connection("127.0.0.1", client.port)
     writer.write(data)
-    answer = await asyncio.wait_for(reader.read(65536), 5)
+    answer = await asyncio.wait_for(reader.read(65536), 10)
     writer.close()
     return answer
 
 
-async def eventually(condition, seconds=1.0):
-    """Whether something comes true within a second."""
+async def eventually(condition, seconds=10.0):
+    """Whether something comes true; the seconds are for a machine that is busy."""
     end = time.monotonic() + seconds
     while not condition() and time.monotonic() < end:
         await asyncio.sleep(0.01)
@@ -6683,6 +6718,9 @@ async def run_alone(test, tmp_path):
         def run(start, *arguments, **how):
             program = start(*arguments, **how)
             started.callback(end_if_running, program)
+            killer = threading.Timer(LONGEST_TEST, program.process.kill)
+            killer.start()
+            started.callback(killer.cancel)
             return program
 
         async with fake_zai() as zai:
@@ -6859,7 +6897,8 @@ async def demo(aiohttp_client, monkeypatch):
     async def started(host="127.0.0.1", port=0, **settings):
         (listener,) = ztoapi.listen(host, port)
         app = create_app(ztoapi.with_demo(Settings(**settings), listener.getsockname()))
-        return await aiohttp_client(TestServer(app, host=host, socket_factory=lambda *_: listener))
+        server = TestServer(app, host=host, socket_factory=lambda *_: listener)
+        return await aiohttp_client(server, timeout=PATIENT)
 
     return started
 
@@ -6947,7 +6986,7 @@ async def test_json_where_a_stream_was_asked_for_is_streamed(client, zai):
 async def test_the_first_word_is_there_before_the_second_is_sent(client, zai):
     zai.parts = [FIRST, HANG]
     async with client.post("/v1/chat/completions", json=chat(stream=True), headers=KEY) as response:
-        assert "想" in (await asyncio.wait_for(response.content.readline(), 5)).decode()
+        assert "想" in (await asyncio.wait_for(response.content.readline(), 10)).decode()
 
 
 @in_loop
@@ -7113,7 +7152,7 @@ async def test_choices_come_as_they_come(client, zai, slow):
     ) as response:
         seen = ""
         while '"finish_reason":"stop"' not in seen:
-            seen += (await asyncio.wait_for(response.content.readany(), 5)).decode()
+            seen += (await asyncio.wait_for(response.content.readany(), 10)).decode()
     assert await eventually(lambda: zai.open == 0)
 
 
@@ -8266,7 +8305,7 @@ async def test_a_connection_to_zai_serves_again(client, zai):
 async def test_comments_after_the_finish_do_not_delay_the_end(client, zai, monkeypatch):
     monkeypatch.setattr(ztoapi, "FINISH_TIMEOUT", 0.2)
     zai.parts = [RECORDED.removesuffix(b"data: [DONE]\n\n"), *[b": x\n\n", 0.1] * 100]
-    assert said((await asyncio.wait_for(ask(client, chat(stream=True)), 3))[1]) == "你好😀"
+    assert said((await asyncio.wait_for(ask(client, chat(stream=True)), 10))[1]) == "你好😀"
 
 
 @in_loop
@@ -8298,7 +8337,7 @@ async def test_a_stopping_server_closes_idle_connections_while_others_are_answer
     assert await eventually(lambda: zai.bodies)
     client.server.runner.server.pre_shutdown()
     for reader, writer in (idle, silent):
-        await asyncio.wait_for(reader.read(), 3)
+        await asyncio.wait_for(reader.read(), 10)
         writer.close()
     assert not asking.done()
     asking.cancel()
@@ -8712,7 +8751,7 @@ async def test_what_cannot_be_sent_is_told_while_the_queue_is_full(start, zai, b
     zai.parts = [HANG]
     waiting = asyncio.create_task(ask(client))
     assert await eventually(lambda: zai.open)
-    assert (await asyncio.wait_for(ask(client, body), 5))[0].status == status
+    assert (await asyncio.wait_for(ask(client, body), 10))[0].status == status
     waiting.cancel()
     await asyncio.wait([waiting])
 
@@ -9748,12 +9787,12 @@ async def test_a_slow_client_does_not_make_us_read_on(client, zai):
 
 
 @meanwhile
-async def test_clients_that_hang_up_free_zai_within_a_second(run, zai):
+async def test_clients_that_hang_up_free_zai(run, zai):
     program = run(Program, ZAI_BASE_URL=zai.url, ZAI_API_KEY="k")
     for zai.parts, stream in product(([FIRST, HANG], [HANG]), (True, False)):
         reader, writer = await asyncio.open_connection("127.0.0.1", program.port)
         writer.write(raw_request(chat(stream=stream)))
-        assert await eventually(lambda: zai.open == 1, 5)
+        assert await eventually(lambda: zai.open == 1)
         if stream and zai.parts[0] is FIRST:
             await reader.readuntil(b"}]}")
         zai.left.clear()
@@ -9776,7 +9815,7 @@ async def test_a_second_signal_ends_the_answers_that_the_first_let_finish(run, z
     await asyncio.sleep(1.2)
     assert zai.open == 1
     program.process.terminate()
-    rest = await asyncio.wait_for(reader.read(), 5)
+    rest = await asyncio.wait_for(reader.read(), 10)
     assert error_of(rest.decode().split("data: ")[1])["code"] == "server_stopping"
     writer.close()
     status, _, log = program.end()
@@ -9933,31 +9972,24 @@ def impatient(monkeypatch):
     monkeypatch.setattr(ztoapi, "READ_TIMEOUT", 0.2)
 
 
-async def is_closed(port, before, head):
-    """Whether a connection that asks something before, and then sends this in half a second, does not last so long."""
-    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+@in_loop
+@pytest.mark.parametrize("part", [b"", b"GET /"], ids=["nothing", "half a head"])
+@pytest.mark.parametrize("before", [0, 1], ids=["first", "second"])
+async def test_a_connection_without_a_whole_head_is_closed(client, impatient, before, part):
+    reader, writer = await asyncio.open_connection("127.0.0.1", client.port)
     for _ in range(before):
         writer.write(GET)
         await reader.readuntil(b"}")
-    for i in range(20):  # byte by byte
-        writer.write(head[i : i + 1])
-        await asyncio.sleep(0.025)
+
+    def is_closed():
+        if part and not reader.at_eof():
+            writer.write(b"x")  # it goes on, byte by byte
+        return reader.at_eof()
+
+    writer.write(part)
+    is_idle = bool(before) and not part
+    assert await eventually(is_closed, 0.5 if is_idle else 10) is not is_idle
     writer.close()
-    return reader.at_eof() or reader.exception() is not None
-
-
-@in_loop
-async def test_a_connection_without_a_whole_head_is_closed(client, impatient):
-    connections = {
-        "nothing": (0, b""),
-        "half a head": (0, GET[:20]),
-        "idle": (1, b""),
-        "half a second head": (1, GET[:20]),
-    }
-    closed = await asyncio.gather(*(is_closed(client.port, *how) for how in connections.values()))
-    assert dict(zip(connections, closed, strict=True)) == dict.fromkeys(connections, True) | {
-        "idle": False
-    }
 
 
 @in_loop
@@ -9965,7 +9997,7 @@ async def test_a_head_without_end_is_not_kept(client):
     reader, writer = await asyncio.open_connection("127.0.0.1", client.port)
     writer.write(GET[:-2] + b"".join(b"x%d: %s\r\n" % (i, b"y" * 1000) for i in range(300)))
     with contextlib.suppress(ConnectionResetError):
-        assert (await asyncio.wait_for(reader.read(), 5)).startswith(b"HTTP/1.0 431 ")
+        assert (await asyncio.wait_for(reader.read(), 10)).startswith(b"HTTP/1.0 431 ")
     writer.close()
 
 
@@ -9983,7 +10015,7 @@ async def test_those_that_ask_nothing_make_room_for_those_that_do(client, monkey
     for _ in silent:
         assert (await talk_raw(client, GET)).startswith(b"HTTP/1.1 200")
     for reader, writer in silent:
-        await asyncio.wait_for(reader.read(), 1)
+        await asyncio.wait_for(reader.read(), 10)
         writer.close()
 
 
@@ -10007,9 +10039,9 @@ async def test_a_broken_body_is_refused_and_ends_the_connection(
     for part in body.split(b"|"):
         await asyncio.sleep(0.02)
         writer.write(part)
-    head, _, text = (await asyncio.wait_for(reader.readuntil(b"}}"), 2)).partition(b"\r\n\r\n")
+    head, _, text = (await asyncio.wait_for(reader.readuntil(b"}}"), 10)).partition(b"\r\n\r\n")
     assert head.startswith(b"HTTP/1.1 404" if path == "/v1/nothing" else b"HTTP/1.1 400")
-    assert path == "/v1/nothing" or await asyncio.wait_for(reader.read(), 2) == b""
+    assert path == "/v1/nothing" or await asyncio.wait_for(reader.read(), 10) == b""
     assert error_of(text)["type"] == "invalid_request_error"
     assert ("Traceback" in caplog.text, client.app[ztoapi.IN_FLIGHT]) == (False, {})
     writer.close()
@@ -10034,7 +10066,7 @@ async def test_a_client_that_no_longer_reads_loses_its_connection(
     async with client.request(method, path, json=body, headers=KEY) as response:
         await response.content.readany()
         response._connection.transport.pause_reading()
-        assert await eventually(lambda: not client.server.handler.connections, 5)
+        assert await eventually(lambda: not client.server.handler.connections)
         assert await eventually(lambda: (zai.open, client.app[ztoapi.IN_FLIGHT]) == (0, {}))
         response.close()
 
@@ -10045,24 +10077,25 @@ async def test_a_body_that_comes_byte_by_byte_gets_no_more_time(passing, impatie
         reader, writer = await asyncio.open_connection("127.0.0.1", passing.port)
         writer.write(POST.format(path, "Content-Length: 99999").encode())
         answer = asyncio.create_task(reader.readline())
-        for _ in range(8):
-            writer.write(b"x" * 20)  # 100 bytes in 0.3 s
-            await asyncio.sleep(0.06)
+        for _ in range(10):
+            writer.write(b"x" * 400)
+            await asyncio.sleep(0.1)
         assert not answer.done()
-        for _ in range(20):
-            if not answer.done():
-                writer.write(b"x")
-                await asyncio.sleep(0.03)
-        assert answer.done()
+
+        def is_refused():
+            writer.write(b"" if answer.done() else b"x")
+            return answer.done()
+
+        assert await eventually(is_refused)
         assert answer.result().startswith(b"HTTP/1.1 400")
         writer.close()
 
-    monkeypatch.setattr(ztoapi, "MIN_READ", 40)
-    monkeypatch.setattr(ztoapi, "READ_TIMEOUT", 0.3)
+    monkeypatch.setattr(ztoapi, "MIN_READ", 400)
+    monkeypatch.setattr(ztoapi, "READ_TIMEOUT", 0.8)
     await asyncio.gather(*map(send_slowly, ("/v1/chat/completions", "/v1/files")))
 
 
-LARGE = message(role="user", content="x" * 2**23)
+LARGE = message(role="user", content="x" * 2**24)
 
 
 def narrow_socket(*where):
@@ -10074,12 +10107,12 @@ def narrow_socket(*where):
 
 @in_loop
 @pytest.mark.parametrize(
-    ("pauses", "status"), [([0.4] * 10, 200), ([60] * 2, 504)], ids=["slow", "none of it"]
+    ("pauses", "status"), [([0.15] * 16, 200), ([60], 504)], ids=["slow", "none of it"]
 )
 async def test_an_upload_may_be_slow_but_not_stall(start, pauses, status):
     async with fake_zai(socket_factory=narrow_socket) as zai:
-        client = await start(upstream_timeout=1.5, zai_base_url=zai.url)
-        zai.pauses, zai.headers, zai.parts = [*pauses], {}, [DOCUMENT]
+        client = await start(upstream_timeout=1.4, zai_base_url=zai.url)
+        zai.pauses, zai.headers, zai.parts = pauses, {}, [DOCUMENT]
         started = time.monotonic()
         uploads = asyncio.gather(
             *(ask(client, LARGE, f"/v1/{path}") for path in ("chat/completions", "files"))
@@ -10087,9 +10120,8 @@ async def test_an_upload_may_be_slow_but_not_stall(start, pauses, status):
         assert [response.status for response, _ in await asyncio.wait_for(uploads, 30)] == [
             status
         ] * 2
-        assert (
-            time.monotonic() - started > 1.5
-        )  # in all, a slow one takes longer than Z.ai may be silent
+        # In all, a slow one takes longer than Z.ai may be silent.
+        assert time.monotonic() - started > 1.4
         assert (await stats(client))[0]["in_flight"] == 0
 
 
@@ -10100,6 +10132,13 @@ async def test_while_we_read_nothing_a_client_is_not_silent(start, impatient):
         zai.pauses, zai.headers, zai.parts = [0.3] * 4, {}, [DOCUMENT]
         response, _ = await ask(client, LARGE, "/v1/files")
         assert response.status == 200
+
+
+@in_loop
+async def test_zai_is_told_how_long_a_large_request_is(client, zai):
+    await ask(client, LARGE)
+    ((_, _, headers, body),) = zai.asked
+    assert headers["Content-Length"] == str(len(body))
 
 
 @in_loop
@@ -10632,7 +10671,7 @@ async def test_more_than_its_parallel_requests_wait(client, zai):
     assert await eventually(lambda: len(client.app[ztoapi.IN_FLIGHT]) == 4 and zai.open == 2)
     await make_key(client, parallel=3, status=200)
     asking.append(asyncio.create_task(ask(client, headers=key)))
-    await eventually(lambda: zai.open > 2)
+    assert await eventually(lambda: zai.open > 2)
     zai.parts = [DOCUMENT]
     await ztoapi.end_tasks(asking[:2])
     assert (await asking[3])[0].status == 200
@@ -11151,9 +11190,9 @@ async def test_a_running_server_knows_within_seconds_what_the_command_did(
             await asyncio.sleep(0.01)
 
     key = ztoapi.manage_keys(database, ztoapi.parse_flags(["keys", "add", "anna"]))
-    await asyncio.wait_for(becomes(key, 200), 3)
+    await asyncio.wait_for(becomes(key, 200), 10)
     ztoapi.manage_keys(database, ztoapi.parse_flags(["keys", "remove", "anna"]))
-    await asyncio.wait_for(becomes(key, 401), 3)
+    await asyncio.wait_for(becomes(key, 401), 10)
 
 
 # ======== Launch ========
@@ -11224,7 +11263,7 @@ class Launch:
         )
 
     async def told(self):
-        assert await eventually(self.story.exists, 10)
+        assert await eventually(self.story.exists)
         return json.loads(self.story.read_text())
 
     def end(self):
@@ -11664,7 +11703,7 @@ async def test_a_jump_of_the_wall_clock_changes_neither_limits_nor_cooldowns_nor
         pause = slot.limit.probe_at - clock.now()
         waiting = asyncio.create_task(wait_in(queue))
         await asyncio.sleep(0)
-    await asyncio.wait_for(waiting, 1)
+    await asyncio.wait_for(waiting, 10)
     with pytest.raises(UpstreamError, match="1308") as told:
         keys.available(FREE)
     cooling = [cooldown.until - clock.now() for cooldown in keys.cooling.values()]
@@ -11716,7 +11755,7 @@ async def test_a_path_is_routed_in_linear_time(client):
         assert (await talk_raw(client, head.encode())).startswith(
             (b"HTTP/1.1 401", b"HTTP/1.1 404")
         )
-    assert time.thread_time() - started < 0.5
+    assert (time.thread_time() - started) / slowness() < 0.5
 
 
 @in_loop

@@ -11546,23 +11546,28 @@ def test_what_is_for_the_client_must_follow_two_dashes(command):
     assert (status, "[-- client's arguments]" in said) == (2, True)
 
 
+@pytest.mark.parametrize(("name", "status"), [("__main__", 2), ("ztoapi", 3)])
 @pytest.mark.parametrize(
     ("before", "said"),
     [
         ("import aiohttp; aiohttp.__version__ = '3.13.9'", "aiohttp 3.13.9"),
-        ("import aiohttp; aiohttp.__version__ = '3.15.0'", "aiohttp 3.15.0"),
+        (
+            "import aiohttp; aiohttp.__version__ = '3.15.0'; sys.modules['aiohttp.web'] = None",
+            "aiohttp 3.15.0",
+        ),
         ("sys.modules['aiohttp.web'] = None", "aiohttp"),
         ("sys.modules['aiohttp'] = None", "aiohttp"),
         ("sys.modules['dotenv'] = None", "dotenv"),
     ],
+    ids=["older", "newer", "broken", "no aiohttp", "no dotenv"],
 )
-def test_a_package_that_will_not_do_is_named_in_one_line(before, said):
-    script = f"import runpy, sys; {before}; runpy.run_path({str(PROGRAM)!r}, run_name='__main__')"
+def test_a_package_that_will_not_do_is_named_in_one_line(before, said, name, status):
+    script = f"import runpy, sys; {before}; runpy.run_path({str(PROGRAM)!r}, run_name={name!r})"
     command = [sys.executable, "-c", script]
     ended = subprocess.run(
         command, env=INHERITED, capture_output=True, text=True, timeout=20, check=False
     )
-    assert (ended.returncode, ended.stdout, ended.stderr.count("\n")) == (2, "", 1)
+    assert (ended.returncode, ended.stdout, ended.stderr.count("\n")) == (status, "", 1)
     assert said in ended.stderr
     assert "pip install -r requirements.txt" in ended.stderr
 
@@ -11578,6 +11583,31 @@ def test_the_program_names_its_dependencies_for_uv():
         "///",
     ]
     assert program.startswith("".join(f"# {line}\n" for line in lines))
+
+
+def test_the_names_of_aiohttps_that_may_go_are_listed_where_it_is_bounded():
+    requirements = PROGRAM.with_name("requirements.txt").read_text()
+    listed = dict(re.findall(r"^#   (\S+) +(test_\w+)$", requirements, re.MULTILINE))
+    source, names = PROGRAM.read_text(), {name.rpartition(".")[2] for name in listed}
+    assert undocumented_names(ast.parse(source)) <= names
+    assert {name for name in names if not re.search(rf"\b{name}\b", source)} == set()
+    assert set(listed.values()) <= globals().keys()
+
+
+def undocumented_names(tree):
+    """Private names, and what is imported from modules that aiohttp's documentation does not have."""
+    found = set()
+    for node in ast.walk(tree):
+        match node:
+            case ast.ImportFrom(module=str(module)) if module.startswith("aiohttp"):
+                found |= {alias.name for alias in node.names}
+            case (
+                ast.Attribute(attr=name)
+                | ast.FunctionDef(name=name)
+                | ast.AsyncFunctionDef(name=name)
+            ) if re.match("_[a-z]", name):
+                found.add(name)
+    return found - {"web", "_exit", "_make", "_replace"}  # documented
 
 
 @contextlib.asynccontextmanager

@@ -129,20 +129,29 @@ from typing import (
 from urllib.parse import quote, unquote, urljoin, urlsplit
 from urllib.request import ProxyHandler, build_opener, getproxies, proxy_bypass
 
+
+def cannot_start(reason: object) -> NoReturn:
+    """Say so in one line."""
+    print(f"ztoapi: {reason}: run pip install -r requirements.txt", file=sys.stderr)
+    # gunicorn stops when a worker exits with 3; on 2 it starts another, again and again.
+    raise SystemExit(2 if __name__ == "__main__" else 3)
+
+
 try:
     import aiohttp
+except ImportError as error:
+    cannot_start(error)
+
+if not aiohttp.__version__.startswith("3.14."):  # requirements.txt says why
+    cannot_start(f"aiohttp {aiohttp.__version__} is installed, and 3.14 is needed")
+
+try:
     from aiohttp import web
     from aiohttp.client_proto import ResponseHandler
     from aiohttp.http import HttpProcessingError, RawRequestMessage, RawResponseMessage
     from dotenv import dotenv_values
 except ImportError as error:
-    print(f"ztoapi: {error}: run pip install -r requirements.txt", file=sys.stderr)
-    raise SystemExit(2) from None
-
-if not aiohttp.__version__.startswith("3.14."):  # the private names that are used may differ
-    found = f"aiohttp {aiohttp.__version__} is installed, and 3.14 is needed"
-    print(f"ztoapi: {found}: run pip install -r requirements.txt", file=sys.stderr)
-    raise SystemExit(2)
+    cannot_start(error)
 
 __version__ = "1.0.0"
 
@@ -6903,7 +6912,6 @@ class ZaiConnection(ResponseHandler):
     """One connection to Z.ai.
 
     aiohttp reads on past informational answers (1xx), and stops its timer at each of them: here they are silence.
-    Private names of aiohttp's: _loop, _parser, _on_read_timeout.
     """
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
@@ -6967,7 +6975,7 @@ class ZaiConnection(ResponseHandler):
 
 
 class ZaiConnector(aiohttp.TCPConnector):
-    """The connections to Z.ai. Private names of aiohttp's: _factory, _loop, _release."""
+    """The connections to Z.ai."""
 
     def __init__(self) -> None:
         super().__init__(limit=0)
@@ -9709,12 +9717,7 @@ async def obey_signals(app: web.Application) -> None:
 # ======== Client connections ========================================================================================
 # aiohttp serves clients, but lets them stall and flood, and answers what is not HTTP in its own words.
 # `serve_as_here` gives an app's servers these connections; nothing in aiohttp itself is changed.
-#
-# Used of aiohttp without being documented:
-#   Application._make_handler       makes the server; run_app, gunicorn's worker and tests all call it
-#   RequestHandler._messages        requests that were parsed and not yet begun, each with its body
-#   RequestHandler.data_received, handle_error, finish_response; Server.__call__, connection_made, pre_shutdown
-#   and in `Upload`: Payload._size, ResponseHandler.start_timeout
+# requirements.txt lists what is used of aiohttp without being documented.
 
 CHECK_INTERVAL = 5.0  # seconds
 MAX_HEAD = 2**15  # bytes
@@ -9739,7 +9742,7 @@ BACKLOG = min(
 
 
 def serve_as_here(app: web.Application) -> None:
-    """Lets a ClientServer serve the app, whatever runs it."""
+    """Lets a ClientServer serve the app: run_app, gunicorn's worker and tests all call _make_handler."""
     make_plain_server = app._make_handler  # noqa: SLF001 - nothing public leads to the server
 
     def make_server(**how: Any) -> web.Server:
@@ -9840,7 +9843,7 @@ class ClientConnection(web.RequestHandler):
 
     @property
     def has_request(self) -> bool:
-        """Whether a request waits to be begun."""
+        """Whether a request was parsed and waits to be begun."""
         return bool(self._messages)
 
     def data_received(self, data: bytes) -> None:

@@ -8304,7 +8304,7 @@ async def test_a_connection_to_zai_serves_again(client, zai):
 @in_loop
 async def test_comments_after_the_finish_do_not_delay_the_end(client, zai, monkeypatch):
     monkeypatch.setattr(ztoapi, "FINISH_TIMEOUT", 0.2)
-    zai.parts = [RECORDED.removesuffix(b"data: [DONE]\n\n"), *[b": x\n\n", 0.1] * 100]
+    zai.parts = [RECORDED.removesuffix(b"data: [DONE]\n\n"), *[b": x\n\n", 0.1] * 300]
     assert said((await asyncio.wait_for(ask(client, chat(stream=True)), 10))[1]) == "你好😀"
 
 

@@ -34,8 +34,9 @@ import threading
 import time
 import zlib
 from bisect import bisect_right
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import replace
 from datetime import date, datetime, timedelta, timezone
 from functools import cache, cached_property, partial
@@ -5397,6 +5398,180 @@ def test_an_answer_of_ours_that_ends_opens_a_key_unless_zai_said_when(error, ope
     assert patience.lets_go(0, 1, 100.0) is opens
 
 
+def test_a_time_that_zai_names_counts_also_where_a_key_is_closed_already():
+    patience = ztoapi.Patience()
+    patience.refused(refusal(1302), 3, 0, 100.0, 0.5)
+    patience.refused(with_wait(refusal(1302), 7.0), 2, 0, 100.0, 0.5)
+    patience.answered(1, 1, 0.5, 101.0)
+    assert [patience.lets_go(0, 1, now) for now in (106.9, 107.0)] == [False, True]
+
+
+def test_no_more_than_zai_took_are_tried_while_a_refused_one_is_tried_again():
+    patience = ztoapi.Patience()
+    patience.refused(refusal(1302), 0, 0, 100.0, 0.5)
+    assert [patience.lets_go(in_flight, 1, 101.0) for in_flight in (0, 1)] == [True, False]
+    patience.taken(1, 101.0)
+    assert patience.lets_go(1, 1, 101.0)
+
+
+@pytest.mark.parametrize(
+    ("code", "others", "ends_at"),
+    [
+        pytest.param(1302, 0, 220.0, id="nothing of ours is in flight"),
+        pytest.param(1302, 1, math.inf, id="our own answers explain it"),
+        pytest.param(1305, 1, 220.0, id="overloaded, whoever asks"),
+    ],
+)
+def test_a_client_is_told_when_nothing_was_taken_for_long(code, others, ends_at):
+    patience = ztoapi.Patience()
+    for now in (100.0, 150.0):
+        patience.refused(refusal(code), others, 0, now, 0.5)
+    assert patience.ends_at(0.0, 120.0) == ends_at  # came before
+    assert patience.ends_at(130.0, 120.0) == max(250.0, ends_at)  # came meanwhile
+    patience.taken(1, 200.0)
+    assert patience.ends_at(0.0, 120.0) == math.inf
+
+
+def saturated(places, seconds):
+    """The patience of a key whose places are all ours, and which refused one more, for so long."""
+    patience = ztoapi.Patience()
+    for in_flight in range(1, places + 1):
+        patience.taken(in_flight, 100.0)
+    patience.refused(refusal(1302), places, 0.5, 100.0, 0.5)
+    patience.answered(places, 1, 0.5, 100.0 + seconds)
+    return patience
+
+
+@pytest.mark.parametrize(
+    ("places", "seconds", "stay"),
+    [(1, 7.9, 1), (1, 8, 0), (3, 8, 2), (8, 8, 6), (10, 8, 7)],
+)
+def test_a_process_leaves_some_of_its_places_to_others_now_and_then(places, seconds, stay):
+    patience, now = saturated(places, seconds), 100.0 + seconds
+    may_go = [n for n in range(places) if patience.lets_go(n, places, now)]
+    assert may_go == [*range(stay)]
+    assert patience.lets_go(places - 1, places, now + 1.25)
+
+
+def test_it_leaves_none_where_nobody_waits_or_nothing_was_refused():
+    patience = ztoapi.Patience()
+    patience.taken(1, 100.0)
+    patience.answered(1, 1, 0.5, 200.0)
+    assert patience.lets_go(0, 1, 200.0)
+    patience = saturated(1, 7)
+    patience.answered(1, 0, 0.5, 108.0)
+    patience.taken(1, 109.0)
+    patience.answered(1, 1, 0.5, 116.0)
+    assert patience.lets_go(0, 1, 116.0)
+
+
+@pytest.mark.parametrize(
+    ("is_used", "next_gap"), [(True, 8.0), (False, 60.0)], ids=["others used it", "nobody did"]
+)
+def test_what_becomes_of_a_gap_says_when_the_next_one_is_due(is_used, next_gap):
+    patience = saturated(1, 8)
+    patience.taken(1, 110.0)
+    if is_used:
+        patience = saturated(1, 8)
+        patience.refused(refusal(1302), 0, 0.5, 109.0, 0.5)
+        patience.taken(1, 110.0)
+    patience.refused(refusal(1302), 1, 0.5, 110.5, 0.5)
+    patience.answered(1, 1, 0.5, 110.0 + next_gap - 0.1)
+    assert patience.lets_go(0, 1, 110.0 + next_gap - 0.1)
+    patience.answered(1, 1, 0.5, 110.0 + next_gap)
+    assert not patience.lets_go(0, 1, 110.0 + next_gap)
+
+
+class VirtualLoop(asyncio.SelectorEventLoop):
+    """Time passes only while everybody waits, and then at once."""
+
+    def __init__(self):
+        super().__init__()
+        self.now = 0.0
+        self.poll, self._selector.select = self._selector.select, self.skip
+
+    def time(self):
+        return self.now
+
+    def skip(self, timeout=None):
+        self.now += timeout or 0
+        return self.poll(0)
+
+
+class SharedKey:
+    """A key at Z.ai that takes `places` requests at a time, of processes that do not know each other."""
+
+    ANSWER, WAY = 0.5, 0.005  # seconds: of an answer, and to Z.ai and back
+
+    def __init__(self, places, processes):
+        self.loop = VirtualLoop()
+        self.random = Random(1)
+        self.places, self.taken = places, 0
+        self.answers, self.refusals = Counter(), 0
+        self.waits = []
+        self.processes = [ztoapi.Upstream(SHARING, None, self.clock()) for _ in range(processes)]
+
+    def clock(self):
+        clock = ztoapi.Clock()
+        clock.now, clock.jitter = self.loop.time, self.random.random
+        clock.call_later = self.loop.call_later
+        return clock
+
+    async def attempt(self, slot, _):
+        await asyncio.sleep(self.WAY)
+        if self.taken >= self.places:
+            self.refusals += 1
+            raise refusal(1302)
+        self.taken += 1
+
+    async def client(self, choose, seconds):
+        while self.loop.now < seconds:
+            process, asked_at = choose(), self.loop.now
+            async with AsyncExitStack() as owner:
+                upstream = self.processes[process]
+                await upstream.with_retries(CHAT, Caller(), self.attempt, owner)
+                await asyncio.sleep(self.ANSWER)
+                self.taken -= 1
+            self.answers[process] += 1
+            self.waits.append(self.loop.now - asked_at)
+
+    async def clients(self, choices, seconds):
+        await asyncio.gather(*(self.client(choose, seconds) for choose in choices))
+
+    def serve(self, choices, seconds=60):
+        """The answers per second, of what is best."""
+        self.loop.run_until_complete(self.clients(choices, seconds))
+        self.loop.close()
+        return sum(self.answers.values()) / self.loop.now * self.ANSWER / self.places
+
+
+SHARING = ztoapi.Settings(zai_api_key=("key",))
+CLIENTS = 24
+
+
+@pytest.mark.parametrize("processes", [2, 4, 8])
+@pytest.mark.parametrize("places", [1, 3, 10])
+def test_processes_share_a_key_without_knowing_of_each_other(places, processes):
+    def served(processes):
+        key = SharedKey(places, processes)
+        choose = partial(key.random.randrange, processes)
+        return key, key.serve([choose] * CLIENTS)
+
+    alone, (key, share) = served(1)[1], served(processes)
+    assert alone > 0.93
+    assert share > 0.8 * alone
+    assert key.refusals < max(2, processes / 2) * sum(key.answers.values())
+    assert max(key.waits) < 10 * sum(key.waits) / len(key.waits)
+
+
+@pytest.mark.parametrize("places", [1, 3, 10])
+def test_no_process_keeps_the_others_from_a_key(places):
+    key = SharedKey(places, 4)
+    choices = [partial(int, number % 4) for number in range(CLIENTS)]  # each has its own process
+    assert key.serve(choices, 120) > 0.85
+    assert min(key.answers.values()) > 20
+
+
 def crowd(hidden, requests, answer=5.0, limit=None):
     """Requests that all wait at once, before a Z.ai that takes `hidden(time)` of them, on a clock of its own.
 
@@ -7861,6 +8036,97 @@ async def test_an_answer_that_ends_wakes_who_waits_for_its_key(start, zai):
 
 
 @in_loop
+async def test_a_whole_answer_counts_as_taken_when_it_begins(client, zai):
+    zai.parts = [FIRST, HANG]
+    asking = asyncio.create_task(ask(client))
+    queue = client.app[ztoapi.UPSTREAM].queue("glm-4.6")
+    assert await eventually(lambda: [each.answering for each in queue.patience.values()] == [1])
+    asking.cancel()
+    assert await eventually(lambda: [each.answering for each in queue.patience.values()] == [0])
+
+
+@in_loop
+async def test_a_request_waits_for_our_own_answers_however_long_they_take(start, zai):
+    client = await start(rate_limit_wait=1)
+    zai.answers, zai.takes = [[FIRST, 0.5, RECORDED]], 1
+    long = asyncio.create_task(ask(client))
+    assert await eventually(lambda: zai.asked)
+    started = client.app[ztoapi.CLOCK].now()
+    response, _ = await ask(client)
+    assert (response.status, (await long)[0].status) == (200, 200)
+    assert client.app[ztoapi.CLOCK].now() - started > 2
+
+
+@in_loop
+async def test_another_model_serves_while_our_own_answers_keep_the_first_one_busy(client, zai):
+    zai.answers = [[FIRST, HANG]]
+    long = asyncio.create_task(ask(client, chat(stream=True)))
+    assert await eventually(lambda: zai.asked)
+    busy, takes = zai_refuses(1302), (200, None)
+    zai.next_answer = lambda: busy if zai.bodies[-1]["model"] == "glm-4.6" else takes
+    started = client.app[ztoapi.CLOCK].now()
+    response, _ = await ask(client, chat(fallbacks=["glm-4.5"]))
+    waited = client.app[ztoapi.CLOCK].now() - started
+    assert (response.headers["x-ztoapi-model"], 10 <= waited < 12) == ("glm-4.5", True)
+    long.cancel()
+
+
+@in_loop
+async def test_nobody_overtakes_a_refused_request_while_its_connection_is_released(start):
+    upstream, order, released = (await start()).app[ztoapi.UPSTREAM], [], asyncio.Event()
+    upstream.queue("glm-5").limits[upstream.keys.keys[0]].limit = 1
+
+    async def attempt(name, slot, owner):
+        order.append(name)
+        if order == ["refused"]:
+            owner.push_async_callback(released.wait)
+            raise refusal(1302)
+
+    async def request(name):
+        async with AsyncExitStack() as owner:
+            await upstream.with_retries(CHAT, Caller(), partial(attempt, name), owner)
+
+    asking = [asyncio.create_task(request(name)) for name in ("refused", "later")]
+    await asyncio.sleep(0)
+    upstream.clock.time += 5  # the key has opened
+    upstream.queue("glm-5").admit()
+    released.set()
+    await asyncio.gather(*asking)
+    assert order == ["refused", "refused", "later"]
+
+
+@in_loop
+async def test_messages_wait_out_a_refusal_for_load_too(passing, zai):
+    zai.answers = [zai_refuses(1302), zai_refuses(1305, 529), (429, [b"slow down"])]
+    response, _ = await ask(passing, CLAUDE, "/v1/messages")
+    assert (response.status, len(zai.asked)) == (200, 4)
+
+
+@in_loop
+async def test_other_paths_tell_when_zai_wants_to_be_asked_again(client, zai):
+    zai.headers, zai.answers = {"Retry-After": "40"}, [zai_refuses(1302)]
+    response, _ = await ask(client, {"model": "embedding-3", "input": "hi"}, "/v1/embeddings")
+    assert (response.status, response.headers["Retry-After"]) == (429, "40")
+
+
+@in_loop
+@pytest.mark.parametrize("stream", [False, True], ids=["whole", "streamed"])
+async def test_a_server_that_stops_tells_those_who_wait_out_a_refusal(
+    client, zai, monkeypatch, stream
+):
+    monkeypatch.setattr(ztoapi, "SHUTDOWN_GRACE", 0.2)
+    client.app[ztoapi.CLOCK].call_later = lambda *_: None  # no time passes
+    zai.status, zai.parts = zai_refuses(1305)
+    asking = asyncio.create_task(ask(client, chat(stream=stream)))
+    queue = client.app[ztoapi.UPSTREAM].queue("glm-4.6")
+    assert await eventually(lambda: queue.waiting)
+    await ztoapi.drain(client.app)
+    response, body = await asking
+    assert (response.status, "server_stopping" in body) == (503, True)
+    assert (queue.waiting, queue.in_flight, queue.tickets) == ([], 0, 0)
+
+
+@in_loop
 @pytest.mark.parametrize("stream", [False, True], ids=["whole", "streamed"])
 async def test_who_leaves_while_waiting_out_a_refusal_leaves_nothing_behind(start, zai, stream):
     client = await start()
@@ -9736,6 +10002,22 @@ async def test_clients_that_hang_up_free_zai_within_a_second(run, zai):
         assert zai.left.is_set()
     status, log = program.stop()
     assert (status, "Traceback" in log, log.count(" 499 ")) == (0, False, 4)
+
+
+@meanwhile
+async def test_a_second_signal_ends_those_who_wait_out_a_refusal_too(run, zai):
+    program = run(Program, ZAI_BASE_URL=zai.url, ZAI_API_KEY="k")
+    zai.status, zai.parts = zai_refuses(1305)
+    asking = asyncio.create_task(ask_once(program.port))
+    assert await eventually(lambda: zai.asked, 10)
+    program.process.terminate()
+    assert program.process.stderr.readline().endswith("answers in flight: 1\n")
+    await asyncio.sleep(1.2)
+    assert not asking.done()
+    program.process.terminate()
+    assert (await asking).split()[1] == b"503"
+    status, _, log = program.end()
+    assert (status, "Traceback" in log) == (0, False)
 
 
 @meanwhile

@@ -6230,37 +6230,43 @@ def backoff(retry: int, jitter: float) -> float:
     return 0.5 * 2.0 ** (retry - 1) * (0.75 + jitter / 2)
 
 
-# Patience. Z.ai refuses requests for load: 1302 (too many at once with this key), 1305 (the model is
-# overloaded), or a 429 without a code. That passes when others finish, and who the others are we cannot
-# know: other processes and programs may use the same key. So a refused request does not come back to
-# its client as an error, nor costs it a retry. It stays at the head of its queue, and the key is closed
-# for this model for a while: nobody else of the queue runs into the same refusal.
+# Patience. Z.ai refuses requests for load: 1302 (too many at once with this key), 1305 (the model
+# is overloaded), or a 429 without a code. That passes when others finish, and who the others are
+# we cannot know: other processes and programs may use the same key. So a refused request does not
+# come back to its client as an error, nor costs it a retry. It stays at the head of its queue, and
+# the key is closed for this model for a while: nobody else of the queue runs into the same
+# refusal.
 #
-# The key opens after 0.3 s, then after twice that, and so on up to w, which is half of what an answer
-# takes, but 1 to 5 s; for 1305, which lasts longer, after 2 to 15 s. It opens at once when an answer of
-# ours with this key ends, since then there is room that we know of; unless Z.ai said when to come.
+# The key opens after 0.3 s, then after twice that, and so on up to w, which is half of what an
+# answer takes, but 1 to 5 s; for 1305, which lasts longer, after 2 to 15 s. It opens at once when
+# an answer of ours with this key ends, since then there is room that we know of; unless Z.ai said
+# when to come.
 #
-# Processes that share a key are told nothing of each other, so fairness must come from what each does
-# alone. One whose answers follow each other without a gap keeps the others out for ever: they ask every
-# w seconds, and always find the key taken. So each now and then leaves a quarter of its places, and one
-# at least, free for w seconds, in which every other one asks once: each HOLD seconds if others use the
-# key, else each HOLD_ALONE, and only while Z.ai takes less than it is asked. Whether others use the key
-# shows by itself: if they took the places, Z.ai refuses what it took before; if not, it takes it again.
+# Processes that share a key are told nothing of each other, so fairness must come from what each
+# does alone. One whose answers follow each other without a gap keeps the others out for ever: they
+# ask every w seconds, and always find the key taken. So each now and then leaves a quarter of its
+# places, and one at least, free for 1.25 w, in which every other one asks once: each HOLD seconds
+# if others use the key, else each HOLD_ALONE, and only while Z.ai takes less than it is asked.
+# Whether others use the key shows by itself: if they took the places, Z.ai refuses what it took
+# before; if not, it takes it again.
 #
-# What that costs, if P processes wait for a key that takes one request at a time, and an answer takes a
-# seconds: of the other P - 1 the first to ask takes the key w/P into the gap, a quarter of a second in
-# HOLD = 8 for P = 4 and w = 1: 3 %. The same again is lost when a queue runs dry. They waste (P - 1)a/w
-# requests for each answer: one and a half for answers of half a second. A process that is alone loses w
-# in HOLD_ALONE of one place: 2 % with short answers, 8 % with long ones, one at a time.
+# What that costs, if P processes wait for a key that takes one request at a time, and an answer
+# takes a seconds: of the other P - 1 the first to ask takes the key w/P into the gap, a quarter of
+# a second in HOLD = 8 for P = 4 and w = 1: 3 %. More is lost when a queue runs dry while others
+# wait. They waste (P - 1)a/w requests for each answer: one and a half for answers of half a
+# second. A process that is alone loses 1.25 w in HOLD_ALONE of one place: 2 % with short answers,
+# 10 % with long ones, one at a time.
 #
-# A client is told at last when Z.ai has taken nothing for RATE_LIMIT_WAIT seconds. What our own answers
-# in flight explain does not count: they will end, and the request is in their queue.
+# A client is told at last when Z.ai has taken nothing for RATE_LIMIT_WAIT seconds. What our own
+# answers in flight explain does not count: they will end, and the request is in their queue.
 class Patience:
     """When a key that Z.ai refused for load may be tried again. Times are seconds of the clock."""
 
     FIRST_WAIT, LEAST_WAIT, MOST_WAIT = 0.3, 1.0, 5.0
     OVERLOADED_WAIT, MOST_OVERLOADED_WAIT = 2.0, 15.0  # for 1305
     HOLD, HOLD_ALONE = 8.0, 60.0
+    GAP = 1.25  # longest waits, so that every other process asks in it
+    ANSWERS_PER_PROBE = 6
     LENT = 4  # in a gap, one of so many places is left to others, and at least one
 
     def __init__(self) -> None:
@@ -6279,7 +6285,10 @@ class Patience:
         )
 
     def lets_go(self, in_flight: int, limit: int, now: float) -> bool:
-        """Whether one more request may go, beside so many of ours; `limit` is what Z.ai takes, as far as we know."""
+        """Whether one more request may go, beside so many of ours.
+
+        `limit` is how many Z.ai takes, as far as we know.
+        """
         if now < self.opens_at:
             return False
         if now < self.gap_ends_at and in_flight >= self.most_in_gap:
@@ -6293,12 +6302,13 @@ class Patience:
         return min(times, default=math.inf)
 
     def longest_pause(self, in_flight: int, answer_time: float) -> float:
-        """Seconds after which one request more than Z.ai takes is tried: a few answers, so that it costs little."""
-        answers = 4 if self.is_shared else 20
+        """Seconds after which one request more than Z.ai takes is tried, beside so many of ours.
+
+        A few answers, so that it costs little; where others use the key, they free places any time.
+        """
         longest = self.longest_wait(answer_time) if self.is_shared else AdaptiveLimit.MAX_PAUSE
-        if not answer_time:
-            return min(AdaptiveLimit.MIN_PAUSE, longest)
-        return min(answers * answer_time / max(1, in_flight), longest)
+        few_answers = self.ANSWERS_PER_PROBE * answer_time / max(1, in_flight)
+        return min(few_answers or AdaptiveLimit.MIN_PAUSE, longest)
 
     def longest_wait(self, answer_time: float) -> float:
         return min(max(answer_time / 2, self.LEAST_WAIT), self.MOST_WAIT)
@@ -6342,7 +6352,7 @@ class Patience:
             self.is_named = True
 
     def learn_of_others(self, in_flight: int) -> None:
-        """Others use the key if Z.ai refuses what it took of us before: behind a gap, or twice in a row."""
+        """Others use the key if Z.ai refuses what it took before: behind a gap, or twice in a row."""
         self.is_full = True
         gap_was_used = in_flight < self.tests_gap_with
         if gap_was_used or (self.refusals and not in_flight):
@@ -6351,7 +6361,7 @@ class Patience:
             self.held_since = None
 
     def answered(self, in_flight: int, waiting: int, answer_time: float, now: float) -> None:
-        """An answer of ours with this key has ended, of so many in flight: there is room for one more."""
+        """An answer of ours has ended, one of so many in flight: there is room for one more."""
         self.answering -= 1
         if not self.is_named:
             self.opens_at = min(self.opens_at, now)
@@ -6362,7 +6372,7 @@ class Patience:
             self.held_since = None
             self.is_full = False
             self.tests_gap_with = in_flight
-            self.gap_ends_at = now + self.longest_wait(answer_time)
+            self.gap_ends_at = now + self.GAP * self.longest_wait(answer_time)
             self.most_in_gap = in_flight - math.ceil(in_flight / self.LENT)
 
     def is_turn_of_others(self, now: float) -> bool:
@@ -6372,7 +6382,7 @@ class Patience:
         return self.is_full and now >= self.held_since + hold
 
     def ends_at(self, arrived_at: float, seconds: float) -> float:
-        """When a request that waits since then is told that it was refused, if nothing is taken for so many seconds."""
+        """When a request that arrived then is told of its refusal, after so many seconds of them."""
         if self.refusing_since is None:
             return math.inf
         return max(arrived_at, self.refusing_since) + seconds
@@ -6521,7 +6531,7 @@ class Queue:
         self.admit()
 
     def admit(self) -> None:
-        """Grant slots to the head of the queue, as long as there are any and nobody comes back to it."""
+        """Grant slots to the head of the queue while there are any, unless somebody comes back to it."""
         if self.coming_back:
             return
         while self.waiting and self.settle(self.waiting[0]):
@@ -6550,7 +6560,7 @@ class Queue:
         self.admit()
 
     def settle(self, ticket: Ticket) -> bool:
-        """Whether the ticket need not wait: it gets a slot or the error that all keys cool down, or is done already."""
+        """Give a slot, or the error that all keys cool down; whether the ticket need not wait."""
         if ticket.slot.done():  # it left, and is not yet out of the queue
             return True
         try:
@@ -6873,7 +6883,7 @@ class EventStream(EventSource):
 
     async def complete(self) -> None:
         """Wait for all events. Raises UpstreamError when one is missing: nothing has reached the client."""
-        events = self.ahead
+        events = list(self.ahead)
         while batch := await self.next_batch():
             events += batch
         if self.torn:
@@ -7418,7 +7428,7 @@ class Upstream:
                 await self.clock.sleep(wait)
 
     def wait_out(self, ticket: Ticket, slot: Slot, error: UpstreamError) -> None:
-        """Let a request that was refused for load wait in its place; raise the refusal if it has waited long enough."""
+        """Let a request that was refused for load wait in its place; raise if it has waited enough."""
         slot.queue.refused(slot, error)
         now = self.clock.now()
         ticket.refused(error, now)

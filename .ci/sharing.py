@@ -142,7 +142,7 @@ async def main() -> None:
             share_of_best = await share(number, limit, float(given[2]))
             if number == 1:
                 alone = share_of_best
-            assert share_of_best >= 0.8 * alone, "too much is left unused"
+            assert share_of_best >= 0.85 * alone, "too much is left unused"
 
 
 asyncio.run(main())

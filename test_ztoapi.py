@@ -6690,6 +6690,8 @@ async def start(zai, aiohttp_client):  # in this order: what asks ends before wh
 class FakeClock(ztoapi.Clock):
     """A clock that never waits: sleeping puts it forward."""
 
+    tick = 0.001  # real seconds that any time takes
+
     def __init__(self):
         self.time, self.epoch, self.slept = 1000.0, 1_800_000_000.0, []
 
@@ -6714,7 +6716,7 @@ class FakeClock(ztoapi.Clock):
             self.time = max(self.time, due)
             callback()
 
-        return asyncio.get_running_loop().call_later(0.001, fire)
+        return asyncio.get_running_loop().call_later(self.tick, fire)
 
 
 @pytest_asyncio.fixture
@@ -8017,8 +8019,10 @@ async def test_a_refused_request_keeps_its_turn_and_nobody_runs_into_the_same_re
     def request(name):
         return asyncio.create_task(ask(client, message(role="user", content=name)))
 
+    client.app[ztoapi.CLOCK].tick = 0.1  # more than it takes to stand in the queue again
     first = request("first")
-    assert await eventually(lambda: zai.asked)
+    queue = client.app[ztoapi.UPSTREAM].queue("glm-4.6")
+    assert await eventually(lambda: queue.waiting or len(zai.asked) > 1)  # it was refused
     await asyncio.gather(first, *(request(f"{number}") for number in range(5)))
     texts = [body["messages"][0]["content"] for body in zai.bodies]
     assert texts[:5] == ["first"] * 5

@@ -6399,17 +6399,11 @@ class Slot:
 
     queue: Queue
     key: ZaiKey
+    limit: AdaptiveLimit
+    patience: Patience
     in_flight_at_entry: int
     granted_at: float
     is_taken: bool = False  # by Z.ai
-
-    @property
-    def limit(self) -> AdaptiveLimit:
-        return self.queue.limits[self.key]
-
-    @property
-    def patience(self) -> Patience:
-        return self.queue.patience[self.key]
 
     def taken(self) -> None:
         """Z.ai's answer has begun. To be called once more or less does no harm."""
@@ -6591,15 +6585,14 @@ class Queue:
         if self.in_flight >= self.max_in_flight:
             return None
         for key in keys if len(keys) == 1 else sorted(keys, key=ticket.preference):
-            limit = self.limits[key]
-            if limit.has_room(now) and self.patience[key].lets_go(
-                limit.in_flight, limit.limit, now
-            ):
+            limit, patience = self.limits[key], self.patience[key]
+            room = limit.has_room(now) and patience.lets_go(limit.in_flight, limit.limit, now)
+            if room:
                 self.keys.tried(key, ticket.target)
                 self.round = max(self.round, ticket.turn.round)
                 self.in_flight += 1
                 limit.in_flight += 1
-                return Slot(self, key, limit.in_flight, now)
+                return Slot(self, key, limit, patience, limit.in_flight, now)
         return None
 
 

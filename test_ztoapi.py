@@ -67,6 +67,7 @@ from ztoapi import (
     Finish,
     Head,
     KeyPool,
+    KeyUse,
     Media,
     Message,
     MessagesReader,
@@ -77,7 +78,6 @@ from ztoapi import (
     Settings,
     SettingsError,
     SSEDecoder,
-    Target,
     Text,
     Thought,
     ToolCall,
@@ -5157,8 +5157,8 @@ FIRST_KEY, SECOND_KEY, NEXT_BASE = (
     ztoapi.ZaiKey("2", "https://a"),
     ztoapi.ZaiKey("1", "https://b"),
 )
-CHAT, MESSAGES, FILES = Target("glm-5"), Target("glm-5", "/messages"), Target(path="/files")
-FREE = Target("glm-4.7-flash")
+CHAT, MESSAGES, FILES = KeyUse("glm-5"), KeyUse("glm-5", "/messages"), KeyUse(path="/files")
+FREE = KeyUse("glm-4.7-flash")
 
 
 def pool(*keys):
@@ -5182,7 +5182,7 @@ def test_a_key_without_quota_cools_down_for_the_one_model(code):
     ("refused", "available"),
     [
         pytest.param(CHAT, [], id="chat"),
-        pytest.param(Target(), [], id="models"),
+        pytest.param(KeyUse(), [], id="models"),
         pytest.param(MESSAGES, [CHAT, FREE, FILES], id="messages"),
         pytest.param(FILES, [CHAT, FREE, MESSAGES], id="files"),
     ],
@@ -5300,9 +5300,9 @@ def test_a_resting_key_tells_zais_code_and_none_of_its_words():
 def test_the_names_of_models_that_clients_make_up_are_forgotten():
     keys = pool(FIRST_KEY, SECOND_KEY)
     for number in range(KeyPool.MAX_COOLING + 9):
-        keys.cool_down(FIRST_KEY, Target(f"made-up-{number} glm-4.6", "/messages"), refusal(1211))
+        keys.cool_down(FIRST_KEY, KeyUse(f"made-up-{number} glm-4.6", "/messages"), refusal(1211))
     keys.cool_down(FIRST_KEY, CHAT, refusal(1113))
-    keys.cool_down(FIRST_KEY, Target("made-up"), refusal(1211))
+    keys.cool_down(FIRST_KEY, KeyUse("made-up"), refusal(1211))
     assert len(keys.cooling) == KeyPool.MAX_COOLING + 2
     assert keys.available(CHAT) == [SECOND_KEY]
 
@@ -5311,7 +5311,7 @@ def test_made_up_models_push_out_no_cooldown_of_a_real_one():
     keys = pool(FIRST_KEY, SECOND_KEY)
     keys.cool_down(FIRST_KEY, CHAT, refusal(1113))
     for number in range(KeyPool.MAX_COOLING + 9):
-        keys.cool_down(FIRST_KEY, Target(f"made-up-{number}"), refusal(1211))
+        keys.cool_down(FIRST_KEY, KeyUse(f"made-up-{number}"), refusal(1211))
     assert keys.available(CHAT) == [SECOND_KEY]
 
 

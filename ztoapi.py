@@ -6057,7 +6057,7 @@ FALLBACK_ERRORS = RETRYABLE | {
 }  # another model may do
 
 
-class Target(NamedTuple):
+class KeyUse(NamedTuple):
     """What a key is wanted for: a model ("": not known), and a path of Z.ai's ("" for the chat's)."""
 
     model: str = ""
@@ -6107,19 +6107,19 @@ class KeyPool:
         self.clock = clock
         self.cooling: dict[tuple[ZaiKey, str], CoolDown] = {}  # by key and scope, the latest last
 
-    def available(self, target: Target) -> list[ZaiKey]:
+    def available(self, use: KeyUse) -> list[ZaiKey]:
         """The keys of one base that may be used. Raises the last refusal when all cool down."""
         if not self.keys:
             raise ProxyError(ZAI_API_KEY_MISSING)
         if not self.cooling:
             return self.first_base
-        cooling = {key: found for key in self.keys if (found := self.cooldown(key, target))}
+        cooling = {key: found for key in self.keys if (found := self.cooldown(key, use))}
         usable = [key for key in self.keys if key not in cooling] or [self.due_for_probe(cooling)]
         return [key for key in usable if key.base_url == usable[0].base_url]
 
-    def cooldown(self, key: ZaiKey, target: Target) -> CoolDown | None:
+    def cooldown(self, key: ZaiKey, use: KeyUse) -> CoolDown | None:
         """Why the key may not be used; None when it may."""
-        now, found = self.clock.now(), [self.cooling.get((key, scope)) for scope in target.scopes]
+        now, found = self.clock.now(), [self.cooling.get((key, scope)) for scope in use.scopes]
         return next((cooldown for cooldown in found if cooldown and cooldown.until > now), None)
 
     def due_for_probe(self, cooling: dict[ZaiKey, CoolDown]) -> ZaiKey:
@@ -6130,24 +6130,24 @@ class KeyPool:
             raise last.error.for_others(first_end - now)
         return min(cooling, key=lambda key: cooling[key].tried_at)
 
-    def tried(self, key: ZaiKey, target: Target) -> None:
+    def tried(self, key: ZaiKey, use: KeyUse) -> None:
         """A request uses the key: no other is to probe it for a while."""
-        if self.cooling and (cooldown := self.cooldown(key, target)):
+        if self.cooling and (cooldown := self.cooldown(key, use)):
             cooldown.tried_at = self.clock.now()
 
-    def accepted(self, key: ZaiKey, target: Target) -> None:
+    def accepted(self, key: ZaiKey, use: KeyUse) -> None:
         """Z.ai took a request with this key, so it need not cool down."""
-        for scope in target.scopes if self.cooling else ():
+        for scope in use.scopes if self.cooling else ():
             self.cooling.pop((key, scope), None)
 
     def calls_for_cooldown(self, error: UpstreamError) -> bool:
         """Whether the key is to cool down: another may fare better, or the same one later."""
         return error.kind in COOLDOWN_ERRORS or (error.kind in MODEL_ERRORS and len(self.keys) > 1)
 
-    def cool_down(self, key: ZaiKey, target: Target, error: UpstreamError) -> None:
+    def cool_down(self, key: ZaiKey, use: KeyUse, error: UpstreamError) -> None:
         """Rest a refused key until its reset time, or for COOLDOWN."""
         self.expire()
-        now, pair = self.clock.now(), (key, target.scope_of(error))
+        now, pair = self.clock.now(), (key, use.scope_of(error))
         told = error.resets_at - self.clock.unix() if error.resets_at else 0
         longest = self.MAX_COOLDOWN_1308 if error.zai_code == "1308" else self.MAX_COOLDOWN
         error.retry_after = min(told, longest) if told > 0 else self.COOLDOWN
@@ -6166,7 +6166,7 @@ class KeyPool:
 
 
 def names_unknown_model(scope: str) -> bool:
-    """Whether a scope (see Target) is of a model that MODELS lacks."""
+    """Whether a scope (see KeyUse) is of a model that MODELS lacks."""
     model = scope.partition(" ")[2] if scope.startswith("/") else scope
     return model != "" and model not in MODELS
 
@@ -6423,7 +6423,7 @@ class Turn(NamedTuple):
 class Ticket:
     """One request's turn in a queue, which it keeps while it is retried."""
 
-    target: Target
+    use: KeyUse
     caller: Caller
     turn: Turn
     arrived_at: float
@@ -6465,7 +6465,7 @@ class Queue:
         self.timer: asyncio.TimerHandle | None = None  # for the next look at the queue
         self.looks_at = 0.0
 
-    def ticket(self, target: Target, caller: Caller, leaves_after: float = math.inf) -> Ticket:
+    def ticket(self, use: KeyUse, caller: Caller, leaves_after: float = math.inf) -> Ticket:
         """A ticket behind the account's others that wait; the caller counts it in `tickets`."""
         last_round = self.round
         for other in reversed(self.waiting):
@@ -6473,7 +6473,7 @@ class Queue:
                 last_round = other.turn.round
                 break
         turn = Turn(last_round + 1, next(self.arrivals))
-        return Ticket(target, caller, turn, self.clock.now(), leaves_after)
+        return Ticket(use, caller, turn, self.clock.now(), leaves_after)
 
     async def acquire(self, ticket: Ticket) -> Slot:
         """Wait for a slot, which the caller must release. Raises UpstreamError when all keys cool down."""
@@ -6581,14 +6581,14 @@ class Queue:
 
     def try_acquire(self, ticket: Ticket) -> Slot | None:
         """A slot with the first available key that has room and is open. Raises ProxyError when all keys cool down."""
-        keys, now = self.keys.available(ticket.target), self.clock.now()
+        keys, now = self.keys.available(ticket.use), self.clock.now()
         if self.in_flight >= self.max_in_flight:
             return None
         for key in keys if len(keys) == 1 else sorted(keys, key=ticket.preference):
             limit, patience = self.limits[key], self.patience[key]
             room = limit.has_room(now) and patience.lets_go(limit.in_flight, limit.limit, now)
             if room:
-                self.keys.tried(key, ticket.target)
+                self.keys.tried(key, ticket.use)
                 self.round = max(self.round, ticket.turn.round)
                 self.in_flight += 1
                 limit.in_flight += 1
@@ -7331,7 +7331,7 @@ class Upstream:
         leaves_after = min(FALLBACK_PATIENCE, self.settings.rate_limit_wait)
         for model, prompt in plan.prompts[:-1]:
             attempt = partial(self.ask, plan, model, prompt)
-            use = Target(model.id)
+            use = KeyUse(model.id)
             try:
                 return await self.with_retries(use, plan.caller, attempt, owner, leaves_after)
             except UpstreamError as error:
@@ -7340,7 +7340,7 @@ class Upstream:
             self.remedies["fallbacks"] += 1
         model, prompt = plan.prompts[-1]
         attempt = partial(self.ask, plan, model, prompt)
-        return await self.with_retries(Target(model.id), plan.caller, attempt, owner)
+        return await self.with_retries(KeyUse(model.id), plan.caller, attempt, owner)
 
     async def ask(
         self, plan: Plan, model: Model, prompt: Prompt, slot: Slot, owner: AsyncExitStack
@@ -7374,7 +7374,7 @@ class Upstream:
 
     async def with_retries(
         self,
-        target: Target,
+        use: KeyUse,
         caller: Caller,
         attempt: Attempt[R],
         owner: AsyncExitStack,
@@ -7386,9 +7386,9 @@ class Upstream:
         `leaves_after` seconds. The slot and the connection belong to `owner`, which holds nothing
         else: it is emptied after a failed attempt.
         """
-        queue = self.queue(target.model)
+        queue = self.queue(use.model)
         queue.tickets += 1
-        ticket = queue.ticket(target, caller, leaves_after)
+        ticket = queue.ticket(use, caller, leaves_after)
         try:
             return await self.retry(queue, ticket, attempt, owner)
         finally:
@@ -7414,7 +7414,7 @@ class Upstream:
                     else:
                         wait = self.record_failure(ticket, slot, error)
             else:
-                self.keys.accepted(slot.key, ticket.target)
+                self.keys.accepted(slot.key, ticket.use)
                 slot.taken()
                 return stream
             if wait:
@@ -7439,9 +7439,9 @@ class Upstream:
         last = ticket.failures.get(slot.key)
         ticket.failures[slot.key] = error.kind
         if self.keys.calls_for_cooldown(error) and error.kind != last:
-            self.keys.cool_down(slot.key, ticket.target, error)
+            self.keys.cool_down(slot.key, ticket.use, error)
             try:
-                self.keys.available(ticket.target)
+                self.keys.available(ticket.use)
             except (
                 UpstreamError
             ) as repeated:  # no other key is left: its own client gets Z.ai's words
@@ -7520,7 +7520,7 @@ class Catalog:
             except UpstreamError as error:
                 LOG.debug("no list of models: %s", error)
                 if error.kind == AUTHENTICATION:
-                    self.keys.cool_down(key, Target(), error)
+                    self.keys.cool_down(key, KeyUse(), error)
             else:
                 self.models = MODELS | {model.id: model for model in models}
 
@@ -9446,7 +9446,7 @@ async def messages(request: web.Request) -> web.StreamResponse:
 
     async with upstream.account_slot(request[ACCOUNT]), AsyncExitStack() as owner:
         response = await upstream.with_retries(
-            Target(model.id, "/messages"), caller, attempt, owner
+            KeyUse(model.id, "/messages"), caller, attempt, owner
         )
         body.clear()  # long, and sent
         request[STREAM] = response
@@ -9486,12 +9486,12 @@ CHINA_ONLY = ("embeddings", "rerank", "moderations", "audio/speech", "files")
 
 async def pass_through(path: str, request: web.Request) -> web.StreamResponse:
     """A request to another of Z.ai's paths, sent only once: a streamed body cannot be repeated."""
-    keys, target = request.app[UPSTREAM].keys, Target(path="/" + path.partition("/{")[0])
+    keys, use = request.app[UPSTREAM].keys, KeyUse(path="/" + path.partition("/{")[0])
     path = path.replace(ID, request.match_info.get("id", ""))
     key = min(
-        keys.available(target), key=lambda key: key.affinity(request[ACCOUNT].id)
+        keys.available(use), key=lambda key: key.affinity(request[ACCOUNT].id)
     )  # which owns the files
-    keys.tried(key, target)
+    keys.tried(key, use)
     data, reader = await body_and_reader(path, request)
     as_sent = isinstance(data, Upload) and "Content-Encoding" not in request.headers
     headers = sent_headers(request, "Content-Type", *(("Content-Length",) if as_sent else ()))
@@ -9516,10 +9516,10 @@ async def pass_through(path: str, request: web.Request) -> web.StreamResponse:
             if (
                 keys.calls_for_cooldown(error) and error.kind != MODEL_NOT_FOUND
             ):  # clients may make names up
-                keys.cool_down(key, target, error)
+                keys.cool_down(key, use, error)
             adapt_to_path(error, path, key.base_url)
             raise
-        keys.accepted(key, target)
+        keys.accepted(key, use)
         request[STREAM] = response
         return await response.send()
 

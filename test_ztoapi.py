@@ -120,9 +120,9 @@ def no_hang():
 
 PROGRAM = Path(ztoapi.__file__)
 SETTING_NAMES = {field.name.upper() for field in ztoapi.fields(Settings)}
-INHERITED = {
-    name: value for name, value in os.environ.items() if name not in SETTING_NAMES
-}  # by programs of the tests
+# What programs of the tests inherit. FAKETIME_SHARED is libfaketime's, and not for another process.
+NOT_INHERITED = SETTING_NAMES | {"FAKETIME_SHARED"}
+INHERITED = {name: value for name, value in os.environ.items() if name not in NOT_INHERITED}
 KEY = {"Authorization": "Bearer sk-your-key"}
 HELLO = {"model": "glm-4.6", "messages": [{"role": "user", "content": "你好"}]}
 
@@ -1340,7 +1340,12 @@ class History(dict):
 
 
 def parse_response(**fields):
-    return ztoapi.parse_response(ASKED | fields, History())[0]
+    """The prompt of a request; what is stored of its input must say the same as the input."""
+    prompt, reply = ztoapi.parse_response(ASKED | fields, History())
+    again = {"input": reply.request.input}
+    stored, _ = ztoapi.parse_response(ASKED | fields | again, History())
+    assert (stored.messages, stored.tools) == (prompt.messages, prompt.tools)
+    return prompt
 
 
 NAMESPACE = {
@@ -1479,9 +1484,6 @@ def test_an_item_may_be_sent_by_its_id_alone():
 )
 def test_items_are_a_conversation(items, wanted):
     assert parse_response(input=items).messages == tuple(wanted)
-    assert parse_response(
-        input=ztoapi.stored_items(ztoapi.response_input(items))
-    ).messages == tuple(wanted)
 
 
 AGENT = {"type": "agent_message", "author": "/root/a", "recipient": "/root"}
@@ -1565,6 +1567,16 @@ def test_items_of_unknown_types_are_left_out_and_listed():
     prompt = parse_response(input=[new, hi, new, newer, {"type": "web_search_call"}])
     assert prompt.messages == (Message("user", ("hi",)),)
     assert prompt.ignored == ("input.never_heard_of", "input.5")
+
+
+def test_messages_of_chat_are_read_in_the_input_too():
+    call = {"id": "c1", "type": "function", "function": {"name": "f", "arguments": "{}"}}
+    asked = {"role": "assistant", "content": None, "tool_calls": [call], "reasoning": "hm"}
+    told = {"role": "tool", "tool_call_id": "c1", "content": "x"}
+    assert parse_response(input=[asked, told]).messages == (
+        Message("assistant", (), "hm", (ToolCall(0, "c1", "f", "{}"),)),
+        Message("tool", ("x",), call_id="c1"),
+    )
 
 
 def additional(*tools):
@@ -1734,7 +1746,12 @@ def test_a_response_has_every_key_that_its_schema_requires():
     tool = {"type": "function", "name": "f"}
     get, say = NAMESPACE["tools"]
     fields = {
-        "tools": [tool, NAMESPACE],
+        "tools": [
+            tool,
+            NAMESPACE,
+            {"type": "computer"},
+            {"type": "web_search", "external_web_access": False},
+        ],
         "reasoning": {"effort": "high"},
         "text": {"verbosity": "low"},
         "top_logprobs": 5,
@@ -2023,6 +2040,12 @@ JUNK = "junk" * 500
                 ),
                 "reasoning": {"type": "reasoning", "encrypted_content": JUNK, "summary": []},
                 "skipped": {"type": "web_search_call", "x": JUNK},
+                "unknown": {"type": "never_heard_of", "x": JUNK},
+                "tools": {"type": "additional_tools", "tools": [{"type": "computer", "x": JUNK}]},
+                "a PDF": user_item(
+                    [{"type": "input_file", "filename": "a.pdf", "file_data": f"%PDF-{JUNK}"}]
+                ),
+                "a secret": user_item([{"type": "redacted_thinking", "data": JUNK}]),
                 "a call": {"type": "function_call", "call_id": "c", "name": "f", "x": JUNK},
                 "an output": {
                     "type": "function_call_output",
@@ -6223,6 +6246,9 @@ async def test_a_response_is_given_out_for_thirty_days_and_is_a_parent_for_longe
         assert await ids_found(database, "2", "2") == ["1", "2"]
         await database.sync(Accounts(()))
     assert await ids_in(database) == ["1", "2", "3", "x"]
+    database.unsaved.put(stored_row("z", "1"))
+    assert await ids_found(database, "z") == ["1", "z"]
+    database.unsaved.drop("z")
     database.cleaned_on = None
     await database.put_response(stored_row("y"))
     assert await ids_in(database) == ["1", "2", "x", "y"]
@@ -11209,7 +11235,12 @@ def test_a_key_that_is_being_added_is_not_added_twice(connect, tmp_path):
         each.transact(each.list_accounts)
     other.execute("BEGIN IMMEDIATE")
     other.put_account(ANNA)
-    commit = threading.Timer(0.3, other.execute, ["COMMIT"])
+
+    def commit_later():  # a threading.Timer waits for ever under libfaketime
+        time.sleep(0.3)
+        other.execute("COMMIT")
+
+    commit = threading.Thread(target=commit_later)
     commit.start()
     with pytest.raises(BadRequest, match="there is already a key named anna"):
         ztoapi.manage_keys(database, ztoapi.parse_flags(["keys", "add", "anna"]))

@@ -2813,7 +2813,7 @@ def tool_echoes(tools: Any) -> list[JSON]:
         kind = str(tool.get("type"))
         if kind in TOOL_ECHOES:
             echoes.append(TOOL_ECHOES[kind](tool))
-        elif kind.startswith("web_search"):
+        elif kind.startswith("web_search") and tool.get("external_web_access") is not False:
             echoes.append(shortened(tool, "type", "search_context_size"))
     return echoes
 
@@ -2850,6 +2850,14 @@ ITEM_FIELDS: Mapping[str, tuple[str, ...]] = {
     "function_call_output": ("call_id", "output"),
     "custom_tool_call_output": ("call_id", "output"),
 }
+# More of them in a message, as other APIs have it.
+ROLE_FIELDS: Mapping[str, tuple[str, ...]] = {
+    "assistant": (
+        *("reasoning_content", "reasoning", "reasoning_details"),
+        *("tool_calls", "function_call"),
+    ),
+    "tool": ("tool_call_id", "tool_use_id", "name", "tool_name"),
+}
 # Likewise those of each type of content part.
 STORED_PART_FIELDS: Mapping[str, tuple[str, ...]] = {
     **dict.fromkeys(("text", "input_text", "output_text"), ("text",)),
@@ -2860,13 +2868,22 @@ STORED_PART_FIELDS: Mapping[str, tuple[str, ...]] = {
 
 
 def stored_items(items: Iterable[JSON]) -> list[JSON]:
-    """What is kept of items: all that a model read of them, but not what was skipped."""
-    return [stored_item(item) for item in items if item_type(item) in ITEM_READERS]
+    """What is kept of items: all that was read of them, but not what was skipped."""
+    stored: list[JSON] = []
+    for item in items:
+        kind = item_type(item)
+        if kind in ITEM_READERS:
+            stored.append(stored_item(item, kind))
+        elif kind == "additional_tools":
+            stored.append({"type": kind, "tools": tool_echoes(item.get("tools"))})
+    return stored
 
 
-def stored_item(item: JSON) -> JSON:
-    kind = item_type(item)
-    kept: JSON = {"type": kind, **fields_of(item, *ITEM_FIELDS.get(kind, CALL_FIELDS))}
+def stored_item(item: JSON, kind: str) -> JSON:
+    names = ITEM_FIELDS.get(kind, CALL_FIELDS)
+    if kind == "message":
+        names += ROLE_FIELDS.get(ROLES[item["role"]], ())
+    kept: JSON = {"type": kind, **fields_of(item, *names)}
     for name in ("content", "output"):
         if isinstance(kept.get(name), list):
             kept[name] = [stored_part(part) for part in kept[name]]
@@ -2879,8 +2896,17 @@ def stored_item(item: JSON) -> JSON:
 
 
 def stored_part(part: Any) -> Any:
-    kind = str(as_object(part).get("type"))
-    if kind not in STORED_PART_FIELDS:
+    """A part of a content; of what no model takes only its name."""
+    kind = part_type(part)
+    if not isinstance(part, dict) or kind not in PART_READERS:
+        return part
+    parts = PART_READERS[kind](part, "")
+    if not parts:
+        return {"type": kind}
+    for read in parts:
+        if isinstance(read, Unreadable):
+            return {"type": f"input_{read.kind}", "filename": short(read.name)}
+    if not part.keys() & STORED_PART_FIELDS.get(kind, ()):
         return part
     kept: JSON = {"type": kind, **fields_of(part, *STORED_PART_FIELDS[kind])}
     for name, value in kept.items():

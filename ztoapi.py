@@ -6092,7 +6092,7 @@ FALLBACK_ERRORS = RETRYABLE | {
 }  # another model may do
 
 
-class Target(NamedTuple):
+class KeyUse(NamedTuple):
     """What a key is wanted for: a model ("": not known), and a path of Z.ai's ("" for the chat's)."""
 
     model: str = ""
@@ -6142,19 +6142,19 @@ class KeyPool:
         self.clock = clock
         self.cooling: dict[tuple[ZaiKey, str], CoolDown] = {}  # by key and scope, the latest last
 
-    def available(self, target: Target) -> list[ZaiKey]:
+    def available(self, use: KeyUse) -> list[ZaiKey]:
         """The keys of one base that may be used. Raises the last refusal when all cool down."""
         if not self.keys:
             raise ProxyError(ZAI_API_KEY_MISSING)
         if not self.cooling:
             return self.first_base
-        cooling = {key: found for key in self.keys if (found := self.cooldown(key, target))}
+        cooling = {key: found for key in self.keys if (found := self.cooldown(key, use))}
         usable = [key for key in self.keys if key not in cooling] or [self.due_for_probe(cooling)]
         return [key for key in usable if key.base_url == usable[0].base_url]
 
-    def cooldown(self, key: ZaiKey, target: Target) -> CoolDown | None:
+    def cooldown(self, key: ZaiKey, use: KeyUse) -> CoolDown | None:
         """Why the key may not be used; None when it may."""
-        now, found = self.clock.now(), [self.cooling.get((key, scope)) for scope in target.scopes]
+        now, found = self.clock.now(), [self.cooling.get((key, scope)) for scope in use.scopes]
         return next((cooldown for cooldown in found if cooldown and cooldown.until > now), None)
 
     def due_for_probe(self, cooling: dict[ZaiKey, CoolDown]) -> ZaiKey:
@@ -6165,24 +6165,24 @@ class KeyPool:
             raise last.error.for_others(first_end - now)
         return min(cooling, key=lambda key: cooling[key].tried_at)
 
-    def tried(self, key: ZaiKey, target: Target) -> None:
+    def tried(self, key: ZaiKey, use: KeyUse) -> None:
         """A request uses the key: no other is to probe it for a while."""
-        if self.cooling and (cooldown := self.cooldown(key, target)):
+        if self.cooling and (cooldown := self.cooldown(key, use)):
             cooldown.tried_at = self.clock.now()
 
-    def accepted(self, key: ZaiKey, target: Target) -> None:
+    def accepted(self, key: ZaiKey, use: KeyUse) -> None:
         """Z.ai took a request with this key, so it need not cool down."""
-        for scope in target.scopes if self.cooling else ():
+        for scope in use.scopes if self.cooling else ():
             self.cooling.pop((key, scope), None)
 
     def calls_for_cooldown(self, error: UpstreamError) -> bool:
         """Whether the key is to cool down: another may fare better, or the same one later."""
         return error.kind in COOLDOWN_ERRORS or (error.kind in MODEL_ERRORS and len(self.keys) > 1)
 
-    def cool_down(self, key: ZaiKey, target: Target, error: UpstreamError) -> None:
+    def cool_down(self, key: ZaiKey, use: KeyUse, error: UpstreamError) -> None:
         """Rest a refused key until its reset time, or for COOLDOWN."""
         self.expire()
-        now, pair = self.clock.now(), (key, target.scope_of(error))
+        now, pair = self.clock.now(), (key, use.scope_of(error))
         told = error.resets_at - self.clock.unix() if error.resets_at else 0
         longest = self.MAX_COOLDOWN_1308 if error.zai_code == "1308" else self.MAX_COOLDOWN
         error.retry_after = min(told, longest) if told > 0 else self.COOLDOWN
@@ -6201,7 +6201,7 @@ class KeyPool:
 
 
 def names_unknown_model(scope: str) -> bool:
-    """Whether a scope (see Target) is of a model that MODELS lacks."""
+    """Whether a scope (see KeyUse) is of a model that MODELS lacks."""
     model = scope.partition(" ")[2] if scope.startswith("/") else scope
     return model != "" and model not in MODELS
 
@@ -6219,7 +6219,7 @@ class AdaptiveLimit:
     def __init__(self) -> None:
         self.limit = self.START
         self.in_flight = 0
-        self.floor = 0  # the limit after the last refusal; 0: there was none
+        self.limit_after_refusal = 0  # 0: there was none
         self.pause = self.MIN_PAUSE
         self.probe_at = 0.0  # not before this time
 
@@ -6231,26 +6231,33 @@ class AdaptiveLimit:
 
     def accepted(self, in_flight_at_entry: int, now: float) -> None:
         """Z.ai took a request: raise the limit if it was nearly reached."""
-        full = in_flight_at_entry > (self.limit if self.floor else self.limit / 2)
-        if full and now >= self.probe_at:
+        mark = self.limit if self.limit_after_refusal else self.limit / 2
+        if in_flight_at_entry > mark and now >= self.probe_at:
             self.limit += 1
 
-    def refused(self, in_flight_at_entry: int, now: float) -> None:
+    def refused(
+        self, in_flight_at_entry: int, now: float, longest_pause: float = MAX_PAUSE
+    ) -> None:
         """Z.ai refused a request, which is still counted: lower the limit and pause."""
         if now >= self.probe_at:  # a refusal during the pause belongs to the last one
-            probe_failed = self.limit <= self.floor + 1
-            self.pause = min(self.pause * 2, self.MAX_PAUSE) if probe_failed else self.MIN_PAUSE
-        self.limit = self.floor = max(
-            1, min(self.limit, max(in_flight_at_entry, self.in_flight) - 1)
-        )
+            probe_failed = self.limit <= self.limit_after_refusal + 1
+            pause = self.pause * 2 if probe_failed else self.MIN_PAUSE
+            self.pause = min(pause, longest_pause)
+        in_flight = max(in_flight_at_entry, self.in_flight)
+        self.limit = max(1, min(self.limit, in_flight - 1))
+        self.limit_after_refusal = self.limit
         self.probe_at = now + self.pause
 
     def last_refusal(self, clock_zero: float) -> JSON | None:
         """The last refusal, if any, in Unix time; `clock_zero` is the Unix time at which the clock says 0."""
-        if not self.floor:
+        if not self.limit_after_refusal:
             return None
         probe_at = clock_zero + self.probe_at
-        return {"lowered_to": self.floor, "refused_at": probe_at - self.pause, "probe_at": probe_at}
+        return {
+            "lowered_to": self.limit_after_refusal,
+            "refused_at": probe_at - self.pause,
+            "probe_at": probe_at,
+        }
 
 
 def backoff(retry: int, jitter: float) -> float:
@@ -6258,59 +6265,162 @@ def backoff(retry: int, jitter: float) -> float:
     return 0.5 * 2.0 ** (retry - 1) * (0.75 + jitter / 2)
 
 
-# Patience. Z.ai refuses requests for load: 1302 (too many at once with this key), 1305 (the model is
-# overloaded), or a 429 without a code. It passes when others finish, and who the others are we cannot
-# know: the same key may serve other processes and other programs. So a refused request does not come
-# back to its client as an error, nor spends it a retry; it stays at the head of its queue, and the key
-# is closed for this model for a while: nobody else of the queue runs into the same refusal.
+# Patience. Z.ai refuses requests for load: 1302 (too many at once with this key), 1305 (the model
+# is overloaded), or a 429 without a code. That passes when others finish, and who the others are
+# we cannot know: other processes and programs may use the same key. So a refused request does not
+# come back to its client as an error, nor costs it a retry. It stays at the head of its queue, and
+# the key is closed for this model for a while: nobody else of the queue runs into the same
+# refusal.
 #
-# The key opens again after 0.3 s, then after twice that, up to half of what an answer takes (1 to 5 s);
-# for 1305, which lasts longer, after 2 to 15 s. It opens at once when an answer of ours with this key
-# ends, for then there is room that we know of.
+# The key opens after 0.3 s, then after twice that, and so on up to w, which is half of what an
+# answer takes, but 1 to 5 s; for 1305, which lasts longer, after 2 to 15 s. It opens at once when
+# an answer of ours with this key ends, since then there is room that we know of; unless Z.ai said
+# when to come.
 #
-# Processes that share a key share it fairly enough without knowing of each other. Say P of them wait
-# for a key that takes one request at a time, and answers take a seconds. Who has the key keeps it for
-# as long as it has requests waiting, without a gap; new requests come to all processes alike, so its
-# queue runs dry after some turns. Then the other P - 1 ask every w seconds, at times that jitter spreads,
-# and one finds the key free after w/P on average: with w = 1 s and P = 4, a quarter of a second, once
-# in many answers. Each of the P - 1 wastes a request every w seconds, so (P - 1)a/w for each answer:
-# one and a half for answers of 0.5 s, fewer the more patient w is with longer ones.
+# Processes that share a key are told nothing of each other, so fairness must come from what each
+# does alone. One whose answers follow each other without a gap keeps the others out for ever: they
+# ask every w seconds, and always find the key taken. So each now and then leaves a quarter of its
+# places, and one at least, free for 1.25 w, in which every other one asks once: each HOLD seconds
+# if others use the key, else each HOLD_ALONE, and only while Z.ai takes less than it is asked.
+# Whether others use the key shows by itself: if they took the places, Z.ai refuses what it took
+# before; if not, it takes it again.
+#
+# What that costs, if P processes wait for a key that takes one request at a time, and an answer
+# takes a seconds: of the other P - 1 the first to ask takes the key w/P into the gap, a quarter of
+# a second in HOLD = 8 for P = 4 and w = 1: 3 %. More is lost when a queue runs dry while others
+# wait. They waste (P - 1)a/w requests for each answer: one and a half for answers of half a
+# second. A process that is alone loses 1.25 w in HOLD_ALONE of one place: 2 % with short answers,
+# 10 % with long ones, one at a time.
+#
+# A client is told at last when Z.ai has taken nothing for RATE_LIMIT_WAIT seconds. What our own
+# answers in flight explain does not count: they will end, and the request is in their queue.
 class Patience:
     """When a key that Z.ai refused for load may be tried again. Times are seconds of the clock."""
 
     FIRST_WAIT, LEAST_WAIT, MOST_WAIT = 0.3, 1.0, 5.0
     OVERLOADED_WAIT, MOST_OVERLOADED_WAIT = 2.0, 15.0  # for 1305
+    HOLD, HOLD_ALONE = 8.0, 60.0
+    GAP = 1.25  # longest waits, so that every other process asks in it
+    ANSWERS_PER_PROBE = 6
+    LENT = 4  # in a gap, one of so many places is left to others, and at least one
 
     def __init__(self) -> None:
-        self.refusals = 0  # one after the other
         self.opens_at = 0.0
-        self.is_named = False  # Z.ai said when
+        self.is_named = False  # Z.ai said so
+        self.refusals = 0  # one after the other
+        self.answering = 0  # requests of ours that Z.ai took
+        self.refusing_since: float | None = None  # while our own answers do not explain it
+        self.is_full = False  # Z.ai refused one since the last gap
+        self.is_shared = True  # others use the key, as far as we know
+        self.held_since: float | None = None  # since when there was no gap
+        self.gap_ends_at = 0.0
+        self.most_in_gap = 0  # of our requests in flight
+        self.tests_gap_with = (
+            0  # in flight at the same time, to see whether others used the last gap
+        )
 
-    def is_open(self, now: float) -> bool:
-        return now >= self.opens_at
+    def lets_go(self, in_flight: int, limit: int, now: float) -> bool:
+        """Whether one more request may go, beside so many of ours.
 
-    def refused(self, error: UpstreamError, answer_time: float, now: float, jitter: float) -> None:
-        """Close the key; `answer_time` is what answers took lately, in seconds."""
-        if not self.is_open(now):  # a refusal meanwhile belongs to the last one
-            return
-        first = self.FIRST_WAIT
-        most = min(max(answer_time / 2, self.LEAST_WAIT), self.MOST_WAIT)
-        if error.zai_code == "1305":
-            first = self.OVERLOADED_WAIT
-            most = self.MOST_OVERLOADED_WAIT
-        wait = min(first * 2.0 ** min(self.refusals, 10), most) * (0.75 + jitter / 2)
-        told = error.told_wait or 0.0
-        self.is_named = told > wait
-        self.opens_at = now + max(told, wait)
-        self.refusals += 1
+        `limit` is how many Z.ai takes, as far as we know.
+        """
+        if now < self.opens_at:
+            return False
+        if now < self.gap_ends_at and in_flight >= self.most_in_gap:
+            return False
+        is_on_trial = self.refusals > 0 and in_flight > self.answering
+        return in_flight < limit or not is_on_trial
 
-    def accepted(self) -> None:
+    def next_change(self, now: float) -> float:
+        """Seconds until it may let more go."""
+        times = [at - now for at in (self.opens_at, self.gap_ends_at) if at > now]
+        return min(times, default=math.inf)
+
+    def longest_pause(self, in_flight: int, answer_time: float) -> float:
+        """Seconds after which one request more than Z.ai takes is tried, beside so many of ours.
+
+        A few answers, so that it costs little; where others use the key, they free places any time.
+        """
+        longest = self.longest_wait(answer_time) if self.is_shared else AdaptiveLimit.MAX_PAUSE
+        few_answers = self.ANSWERS_PER_PROBE * answer_time / max(1, in_flight)
+        return min(few_answers or AdaptiveLimit.MIN_PAUSE, longest)
+
+    def longest_wait(self, answer_time: float) -> float:
+        return min(max(answer_time / 2, self.LEAST_WAIT), self.MOST_WAIT)
+
+    def taken(self, in_flight: int, now: float) -> None:
+        """Z.ai took a request, which was in flight beside others of ours, so many in all."""
         self.refusals = 0
+        self.answering += 1
+        self.refusing_since = None
+        if self.tests_gap_with and in_flight >= self.tests_gap_with:
+            self.tests_gap_with = 0
+            self.is_shared = False
+        if self.held_since is None:
+            self.held_since = now
 
-    def answered(self) -> None:
-        """An answer of ours with this key has ended, so there is room for one more."""
+    def refused(
+        self, error: UpstreamError, others: int, answer_time: float, now: float, jitter: float
+    ) -> None:
+        """Z.ai refused a request while so many others of ours were in flight.
+
+        `answer_time`: what answers took lately, in seconds. `jitter`: from 0 to 1.
+        """
+        is_overloaded = error.zai_code == "1305"
+        if self.refusing_since is None and (is_overloaded or not others):
+            self.refusing_since = now
+        if not is_overloaded:
+            self.learn_of_others(others)
+        if now >= self.opens_at:  # a refusal meanwhile belongs to the last one
+            first = self.FIRST_WAIT
+            most = self.longest_wait(answer_time)
+            if is_overloaded:
+                first = self.OVERLOADED_WAIT
+                most = self.MOST_OVERLOADED_WAIT
+            wait = min(first * 2.0 ** min(self.refusals, 10), most) * (0.75 + jitter / 2)
+            self.opens_at = now + wait
+            self.is_named = False
+            self.refusals += 1
+        told = now + (error.told_wait or 0.0)
+        if told > self.opens_at:
+            self.opens_at = told
+            self.is_named = True
+
+    def learn_of_others(self, in_flight: int) -> None:
+        """Others use the key if Z.ai refuses what it took before: behind a gap, or twice in a row."""
+        self.is_full = True
+        gap_was_used = in_flight < self.tests_gap_with
+        if gap_was_used or (self.refusals and not in_flight):
+            self.is_shared = True
+            self.tests_gap_with = 0
+            self.held_since = None
+
+    def answered(self, in_flight: int, waiting: int, answer_time: float, now: float) -> None:
+        """An answer of ours has ended, one of so many in flight: there is room for one more."""
+        self.answering -= 1
         if not self.is_named:
-            self.opens_at = 0.0
+            self.opens_at = min(self.opens_at, now)
+        if not waiting:
+            self.held_since = None
+            self.tests_gap_with = 0
+        elif self.is_turn_of_others(now):
+            self.held_since = None
+            self.is_full = False
+            self.tests_gap_with = in_flight
+            self.gap_ends_at = now + self.GAP * self.longest_wait(answer_time)
+            self.most_in_gap = in_flight - math.ceil(in_flight / self.LENT)
+
+    def is_turn_of_others(self, now: float) -> bool:
+        if self.held_since is None or now < self.gap_ends_at:
+            return False
+        hold = self.HOLD if self.is_shared else self.HOLD_ALONE
+        return self.is_full and now >= self.held_since + hold
+
+    def ends_at(self, arrived_at: float, seconds: float) -> float:
+        """When a request that arrived then is told of its refusal, after so many seconds of them."""
+        if self.refusing_since is None:
+            return math.inf
+        return max(arrived_at, self.refusing_since) + seconds
 
 
 def is_refusal_for_load(error: UpstreamError) -> bool:
@@ -6322,27 +6432,48 @@ def is_refusal_for_load(error: UpstreamError) -> bool:
 class Slot:
     """One request's slot in flight, with this key; `in_flight_at_entry` counts it too."""
 
+    queue: Queue
     key: ZaiKey
     limit: AdaptiveLimit
     patience: Patience
     in_flight_at_entry: int
-    accepted_at: float | None = None  # when Z.ai took the request
+    granted_at: float
+    is_taken: bool = False  # by Z.ai
+
+    def taken(self) -> None:
+        """Z.ai's answer has begun. To be called once more or less does no harm."""
+        if not self.is_taken:
+            self.is_taken = True
+            self.queue.taken(self)
+
+
+class Turn(NamedTuple):
+    """A place in a queue: in each round every account that waits is served once."""
+
+    round: int
+    arrival: int
 
 
 @dataclass(slots=True, eq=False)
 class Ticket:
-    """One request's turn in a queue, which it keeps while it is retried.
+    """One request's turn in a queue, which it keeps while it is retried."""
 
-    `turn` is a round, in which every account that waits is served once, and a number in the order of arrival.
-    """
-
-    target: Target
+    use: KeyUse
     caller: Caller
-    turn: tuple[int, int]
+    turn: Turn
+    arrived_at: float
+    leaves_after: float  # seconds after its first refusal for load: another model may do
     failures: dict[ZaiKey, ErrorKind] = field(default_factory=dict)
     retries: int = 0
-    refused_at: float | None = None  # for load, the first time
+    leaves_at: float = math.inf
+    refusal: UpstreamError | None = None  # for load, the last one
     slot: asyncio.Future[Slot] = field(init=False)  # while it waits
+
+    def refused(self, error: UpstreamError, now: float) -> None:
+        """Z.ai refused it for load. Keeps no traceback, which would keep the encoded request."""
+        if self.refusal is None:
+            self.leaves_at = now + self.leaves_after
+        self.refusal = error.with_traceback(None)
 
     def preference(self, key: ZaiKey) -> tuple[bool, str]:
         """Sorts keys: a conversation stays with its own, which has the prompt cache, unless that failed or is full."""
@@ -6362,24 +6493,27 @@ class Queue:
         self.answer_time = 0.0  # seconds that answers took lately
         self.in_flight = 0  # with all keys together
         self.waiting: list[Ticket] = []  # in the order of their turns
+        self.coming_back: set[Ticket] = set()  # refused, their connections being released
         self.round = 0  # the highest served so far
-        self.numbers = count()
+        self.arrivals = count()
         self.tickets = 0  # given out and not returned; a request keeps its own while it sleeps between two tries
         self.timer: asyncio.TimerHandle | None = None  # for the next look at the queue
         self.looks_at = 0.0
 
-    def ticket(self, target: Target, caller: Caller) -> Ticket:
+    def ticket(self, use: KeyUse, caller: Caller, leaves_after: float = math.inf) -> Ticket:
         """A ticket behind the account's others that wait; the caller counts it in `tickets`."""
-        own = (
-            other.turn[0]
-            for other in reversed(self.waiting)
-            if other.caller.account_id == caller.account_id
-        )
-        return Ticket(target, caller, (next(own, self.round) + 1, next(self.numbers)))
+        last_round = self.round
+        for other in reversed(self.waiting):
+            if other.caller.account_id == caller.account_id:
+                last_round = other.turn.round
+                break
+        turn = Turn(last_round + 1, next(self.arrivals))
+        return Ticket(use, caller, turn, self.clock.now(), leaves_after)
 
     async def acquire(self, ticket: Ticket) -> Slot:
         """Wait for a slot, which the caller must release. Raises UpstreamError when all keys cool down."""
-        if not self.waiting and (slot := self.try_acquire(ticket)):
+        self.coming_back.discard(ticket)
+        if not (self.waiting or self.coming_back) and (slot := self.try_acquire(ticket)):
             return slot
         ticket.slot = asyncio.get_running_loop().create_future()
         insort(self.waiting, ticket, key=attrgetter("turn"))
@@ -6396,33 +6530,40 @@ class Queue:
             if ticket in self.waiting:
                 self.waiting.remove(ticket)
 
-    def accepted(self, slot: Slot) -> None:
+    def taken(self, slot: Slot) -> None:
         """Z.ai took the request: there may be room for another one."""
         now = self.clock.now()
-        slot.accepted_at = now
         slot.limit.accepted(slot.in_flight_at_entry, now)
-        slot.patience.accepted()
+        slot.patience.taken(slot.in_flight_at_entry, now)
         if self.waiting:
             self.admit()
 
     def refused(self, slot: Slot, error: UpstreamError) -> None:
         """Z.ai refused the request for load: later ones must wait too."""
-        now = self.clock.now()
-        slot.limit.refused(slot.in_flight_at_entry, now)
-        slot.patience.refused(error, self.answer_time, now, self.clock.jitter())
+        if slot.is_taken:  # and broke the answer off
+            slot.is_taken = False
+            slot.patience.answering -= 1
+        limit, patience, now = slot.limit, slot.patience, self.clock.now()
+        others = limit.in_flight - 1
+        patience.refused(error, others, self.answer_time, now, self.clock.jitter())
+        longest_pause = patience.longest_pause(others, self.answer_time)
+        limit.refused(slot.in_flight_at_entry, now, longest_pause)
 
     def release(self, slot: Slot) -> None:
-        if slot.accepted_at is not None:
-            took = self.clock.now() - slot.accepted_at
-            self.answer_time += (took - self.answer_time) / 4
-            slot.patience.answered()
+        if slot.is_taken:
+            now = self.clock.now()
+            took = now - slot.granted_at
+            self.answer_time += (took - self.answer_time) / (4 if self.answer_time else 1)
+            slot.patience.answered(slot.limit.in_flight, len(self.waiting), self.answer_time, now)
         slot.limit.in_flight -= 1
         self.in_flight -= 1
         self.admit()
 
     def admit(self) -> None:
-        """Grant slots to the head of the queue, as long as there are any."""
-        while self.waiting and self.grant(self.waiting[0]):
+        """Grant slots to the head of the queue while there are any, unless somebody comes back to it."""
+        if self.coming_back:
+            return
+        while self.waiting and self.settle(self.waiting[0]):
             self.waiting.pop(0)
         if self.waiting:
             self.look_again()
@@ -6430,8 +6571,8 @@ class Queue:
     def look_again(self) -> None:
         """Look at the queue when a key opens, and now and then: a rest may end while nothing else happens."""
         now = self.clock.now()
-        closed = [each.opens_at - now for each in self.patience.values() if not each.is_open(now)]
-        delay = min([self.POLL_INTERVAL, *closed])
+        changes = [patience.next_change(now) for patience in self.patience.values()]
+        delay = min([self.POLL_INTERVAL, *changes])
         if self.timer and self.looks_at <= now + delay:
             return
         if self.timer:
@@ -6441,11 +6582,15 @@ class Queue:
 
     def poll(self) -> None:
         self.timer = None
+        now = self.clock.now()
+        for ticket in self.waiting:
+            if ticket.refusal and now >= ticket.leaves_at and not ticket.slot.done():
+                ticket.slot.set_exception(ticket.refusal)
         self.admit()
 
-    def grant(self, ticket: Ticket) -> bool:
-        """Pass on a slot, or the error that all keys cool down; False when there is neither."""
-        if ticket.slot.done():  # cancelled, and not yet out of the queue
+    def settle(self, ticket: Ticket) -> bool:
+        """Give a slot, or the error that all keys cool down; whether the ticket need not wait."""
+        if ticket.slot.done():  # it left, and is not yet out of the queue
             return True
         try:
             slot = self.try_acquire(ticket)
@@ -6471,17 +6616,18 @@ class Queue:
 
     def try_acquire(self, ticket: Ticket) -> Slot | None:
         """A slot with the first available key that has room and is open. Raises ProxyError when all keys cool down."""
-        keys, now = self.keys.available(ticket.target), self.clock.now()
+        keys, now = self.keys.available(ticket.use), self.clock.now()
         if self.in_flight >= self.max_in_flight:
             return None
         for key in keys if len(keys) == 1 else sorted(keys, key=ticket.preference):
             limit, patience = self.limits[key], self.patience[key]
-            if limit.has_room(now) and patience.is_open(now):
-                self.keys.tried(key, ticket.target)
-                self.round = max(self.round, ticket.turn[0])
+            room = limit.has_room(now) and patience.lets_go(limit.in_flight, limit.limit, now)
+            if room:
+                self.keys.tried(key, ticket.use)
+                self.round = max(self.round, ticket.turn.round)
                 self.in_flight += 1
                 limit.in_flight += 1
-                return Slot(key, limit, patience, limit.in_flight)
+                return Slot(self, key, limit, patience, limit.in_flight, now)
         return None
 
 
@@ -6648,6 +6794,8 @@ class ByteStream:
             trace(f"received HTTP {self.response.status}", body)
             error = self.with_request_id(zai_error(self.response.status, body))
             error.told_wait = retry_after_seconds(self.response.headers.get("Retry-After", ""))
+            if error.told_wait is not None and error.kind == RATE_LIMITED:
+                error.retry_after = max(error.retry_after or 0.0, error.told_wait)
             raise error
 
     async def read(self) -> bytes:
@@ -6763,7 +6911,7 @@ class EventStream(EventSource):
 
     async def complete(self) -> None:
         """Wait for all events. Raises UpstreamError when one is missing: nothing has reached the client."""
-        events: list[Event] = []
+        events = list(self.ahead)
         while batch := await self.next_batch():
             events += batch
         if self.torn:
@@ -7156,13 +7304,10 @@ def canonical(arguments: str) -> str:
 
 
 LONG_ATTEMPT = 60  # seconds; a whole answer that broke off after that is asked for only once more
-FALLBACK_PATIENCE = (
-    10  # seconds for which refusals for load are waited out where another model may do
-)
+FALLBACK_PATIENCE = 10  # seconds; after that another model is asked, if there is one
 
-Attempt = Callable[
-    [ZaiKey, AsyncExitStack], Awaitable[R]
-]  # asks with a key until the answer has begun
+# Asks with the slot's key until the answer has begun.
+Attempt = Callable[[Slot, AsyncExitStack], Awaitable[R]]
 
 
 class Upstream:
@@ -7217,25 +7362,26 @@ class Upstream:
 
     async def with_fallbacks(self, plan: Plan, owner: AsyncExitStack) -> EventStream:
         """Ask one model after the other; raises the last one's error."""
-        patience = min(FALLBACK_PATIENCE, self.settings.rate_limit_wait)
+        leaves_after = min(FALLBACK_PATIENCE, self.settings.rate_limit_wait)
         for model, prompt in plan.prompts[:-1]:
             attempt = partial(self.ask, plan, model, prompt)
-            use = Target(model.id)
+            use = KeyUse(model.id)
             try:
-                return await self.with_retries(use, plan.caller, attempt, owner, patience)
+                return await self.with_retries(use, plan.caller, attempt, owner, leaves_after)
             except UpstreamError as error:
                 if error.kind not in FALLBACK_ERRORS:
                     raise
             self.remedies["fallbacks"] += 1
         model, prompt = plan.prompts[-1]
         attempt = partial(self.ask, plan, model, prompt)
-        return await self.with_retries(Target(model.id), plan.caller, attempt, owner)
+        return await self.with_retries(KeyUse(model.id), plan.caller, attempt, owner)
 
     async def ask(
-        self, plan: Plan, model: Model, prompt: Prompt, key: ZaiKey, owner: AsyncExitStack
+        self, plan: Plan, model: Model, prompt: Prompt, slot: Slot, owner: AsyncExitStack
     ) -> EventStream:
         """Asks a model with a key. Encodes the body only now, as many may wait their turn."""
         plan.admit()
+        key = slot.key
         request = await in_thread_if_large(
             plan.size, zai_request, prompt, model, key.base_url, plan.answer_id
         )
@@ -7249,7 +7395,10 @@ class Upstream:
             source = await self.client.send(url, key, owner, data=request.data)
             stream = EventStream(source, ZaiReader(model), machines, memo, meter)
             owner.callback(self.count_repairs, repairs)
-            await (stream.begin() if plan.streamed else stream.complete())
+            await stream.begin()
+            slot.taken()
+            if not plan.streamed:
+                await stream.complete()
         return stream
 
     def count_repairs(self, repairs: Iterable[Repair]) -> None:
@@ -7259,84 +7408,74 @@ class Upstream:
 
     async def with_retries(
         self,
-        target: Target,
+        use: KeyUse,
         caller: Caller,
         attempt: Attempt[R],
         owner: AsyncExitStack,
-        patience: float | None = None,
+        leaves_after: float = math.inf,
     ) -> R:
         """Retry one model (queue, keys, back-off); raises the last error.
 
-        `patience`: for how many seconds refusals for load are waited out, else RATE_LIMIT_WAIT. The
-        slot and the connection belong to `owner`, which holds nothing else: it is emptied after a
-        failed attempt.
+        A refusal for load is waited out for RATE_LIMIT_WAIT, and where another model may do for
+        `leaves_after` seconds. The slot and the connection belong to `owner`, which holds nothing
+        else: it is emptied after a failed attempt.
         """
-        if patience is None:
-            patience = self.settings.rate_limit_wait
-        queue = self.queue(target.model)
+        queue = self.queue(use.model)
         queue.tickets += 1
+        ticket = queue.ticket(use, caller, leaves_after)
         try:
-            return await self.retry(queue, queue.ticket(target, caller), attempt, owner, patience)
+            return await self.retry(queue, ticket, attempt, owner)
         finally:
             queue.tickets -= 1
+            if ticket in queue.coming_back:  # it was cancelled just then
+                queue.coming_back.remove(ticket)
+                queue.admit()
 
     async def retry(
-        self,
-        queue: Queue,
-        ticket: Ticket,
-        attempt: Attempt[R],
-        owner: AsyncExitStack,
-        patience: float,
+        self, queue: Queue, ticket: Ticket, attempt: Attempt[R], owner: AsyncExitStack
     ) -> R:
+        """Ask until the answer has begun. Raises UpstreamError when there is no next try."""
         while True:
             slot = await queue.acquire(ticket)
-            started = self.clock.now()
             owner.callback(queue.release, slot)
             try:
-                stream = await attempt(slot.key, owner)
+                stream = await attempt(slot, owner)
             except UpstreamError as error:
                 async with owner:  # emptied at the end
                     if is_refusal_for_load(error):
-                        self.wait_out(queue, ticket, slot, error, patience)
+                        self.wait_out(ticket, slot, error)
                         wait = 0.0
                     else:
-                        lasted = self.clock.now() - started
-                        wait = self.record_failure(ticket, slot, error, lasted)
+                        wait = self.record_failure(ticket, slot, error)
             else:
-                self.keys.accepted(slot.key, ticket.target)
-                queue.accepted(slot)
+                self.keys.accepted(slot.key, ticket.use)
+                slot.taken()
                 return stream
             if wait:
                 await self.clock.sleep(wait)
 
-    def wait_out(
-        self, queue: Queue, ticket: Ticket, slot: Slot, error: UpstreamError, patience: float
-    ) -> None:
-        """Let a request that was refused for load wait in its place; raise the refusal after `patience` seconds."""
-        queue.refused(slot, error)
+    def wait_out(self, ticket: Ticket, slot: Slot, error: UpstreamError) -> None:
+        """Let a request that was refused for load wait in its place; raise if it has waited enough."""
+        slot.queue.refused(slot, error)
         now = self.clock.now()
-        if ticket.refused_at is None:
-            ticket.refused_at = now
-        ends_at = ticket.refused_at + patience
-        opens_at = slot.patience.opens_at
-        if now >= ends_at or (slot.patience.is_named and opens_at > ends_at):
-            error.retry_after = max(error.retry_after or 0, opens_at - now)
+        ticket.refused(error, now)
+        patience, seconds = slot.patience, self.settings.rate_limit_wait
+        ends_at = min(ticket.leaves_at, patience.ends_at(ticket.arrived_at, seconds))
+        told_too_long = (error.told_wait or 0.0) > min(ends_at - now, seconds)
+        if now >= ends_at or told_too_long:
+            error.retry_after = max(error.retry_after or 0.0, patience.opens_at - now)
             raise error
+        slot.queue.coming_back.add(ticket)
         self.remedies["queued_again"] += 1
 
-    def record_failure(
-        self, ticket: Ticket, slot: Slot, error: UpstreamError, lasted: float
-    ) -> float:
-        """Update keys after a failure; return the seconds to wait, or raise if there is no next try.
-
-        `lasted`: seconds that the attempt took. One that was long is repeated only once.
-        """
+    def record_failure(self, ticket: Ticket, slot: Slot, error: UpstreamError) -> float:
+        """Update keys after a failure; return the seconds to wait, or raise if there is no next try."""
         last = ticket.failures.get(slot.key)
         ticket.failures[slot.key] = error.kind
         if self.keys.calls_for_cooldown(error) and error.kind != last:
-            self.keys.cool_down(slot.key, ticket.target, error)
+            self.keys.cool_down(slot.key, ticket.use, error)
             try:
-                self.keys.available(ticket.target)
+                self.keys.available(ticket.use)
             except (
                 UpstreamError
             ) as repeated:  # no other key is left: its own client gets Z.ai's words
@@ -7345,7 +7484,7 @@ class Upstream:
             self.remedies["other_keys"] += 1
             return 0
         retries = self.settings.max_retries
-        if lasted > LONG_ATTEMPT:
+        if self.clock.now() - slot.granted_at > LONG_ATTEMPT:
             retries = min(retries, 1)
         if error.kind not in RETRYABLE or ticket.retries >= retries:
             raise error
@@ -7415,7 +7554,7 @@ class Catalog:
             except UpstreamError as error:
                 LOG.debug("no list of models: %s", error)
                 if error.kind == AUTHENTICATION:
-                    self.keys.cool_down(key, Target(), error)
+                    self.keys.cool_down(key, KeyUse(), error)
             else:
                 self.models = MODELS | {model.id: model for model in models}
 
@@ -9326,13 +9465,13 @@ async def messages(request: web.Request) -> web.StreamResponse:
     if what == "messages":  # to count tokens costs none
         request[RECORD].meters = [meter]
 
-    async def attempt(key: ZaiKey, owner: AsyncExitStack) -> PassThroughResponse:
+    async def attempt(slot: Slot, owner: AsyncExitStack) -> PassThroughResponse:
         check_budget(request)
-        url = f"{key.anthropic_url}/v1/{what}"
+        url = f"{slot.key.anthropic_url}/v1/{what}"
         data = await in_thread_if_large(size, messages_request, body, model.id)
         images = await in_thread_if_large(size, image_size, body)
         with meter.asking(len(data) - images):
-            stream = await upstream.client.send(url, key, owner, data=data, **how)
+            stream = await upstream.client.send(url, slot.key, owner, data=data, **how)
             response = PassThroughResponse(request, stream, MessagesReader(name), meter)
             response.response.headers["x-ztoapi-model"] = header_word(model.id)
             await response.begin()
@@ -9341,7 +9480,7 @@ async def messages(request: web.Request) -> web.StreamResponse:
 
     async with upstream.account_slot(request[ACCOUNT]), AsyncExitStack() as owner:
         response = await upstream.with_retries(
-            Target(model.id, "/messages"), caller, attempt, owner
+            KeyUse(model.id, "/messages"), caller, attempt, owner
         )
         body.clear()  # long, and sent
         request[STREAM] = response
@@ -9381,12 +9520,12 @@ CHINA_ONLY = ("embeddings", "rerank", "moderations", "audio/speech", "files")
 
 async def pass_through(path: str, request: web.Request) -> web.StreamResponse:
     """A request to another of Z.ai's paths, sent only once: a streamed body cannot be repeated."""
-    keys, target = request.app[UPSTREAM].keys, Target(path="/" + path.partition("/{")[0])
+    keys, use = request.app[UPSTREAM].keys, KeyUse(path="/" + path.partition("/{")[0])
     path = path.replace(ID, request.match_info.get("id", ""))
     key = min(
-        keys.available(target), key=lambda key: key.affinity(request[ACCOUNT].id)
+        keys.available(use), key=lambda key: key.affinity(request[ACCOUNT].id)
     )  # which owns the files
-    keys.tried(key, target)
+    keys.tried(key, use)
     data, reader = await body_and_reader(path, request)
     as_sent = isinstance(data, Upload) and "Content-Encoding" not in request.headers
     headers = sent_headers(request, "Content-Type", *(("Content-Length",) if as_sent else ()))
@@ -9411,10 +9550,10 @@ async def pass_through(path: str, request: web.Request) -> web.StreamResponse:
             if (
                 keys.calls_for_cooldown(error) and error.kind != MODEL_NOT_FOUND
             ):  # clients may make names up
-                keys.cool_down(key, target, error)
+                keys.cool_down(key, use, error)
             adapt_to_path(error, path, key.base_url)
             raise
-        keys.accepted(key, target)
+        keys.accepted(key, use)
         request[STREAM] = response
         return await response.send()
 

@@ -15,6 +15,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import aiohttp
@@ -51,7 +52,8 @@ class BusyZai:
             await response.prepare(request)
             await response.write(CHUNK)
             await asyncio.sleep(ANSWER)
-            await response.write(END)
+            with suppress(ConnectionError):  # who asked left at the end
+                await response.write(END)
         finally:
             self.active -= 1
         self.answered += 1
@@ -81,19 +83,22 @@ def start_ztoapi(zai_port: int) -> tuple[subprocess.Popen[str], str]:
 
 
 async def ask_again_and_again(
-    addresses: list[str], ends_at: float, waits: list[float], refusals: list[int]
+    addresses: list[str], waits: list[float], refusals: list[int]
 ) -> None:
+    """Until it is cancelled; what is being waited for then counts as a wait."""
     connector = aiohttp.TCPConnector(force_close=True)
     headers = {"Authorization": "Bearer sk-sharing"}
     async with aiohttp.ClientSession(connector=connector, headers=headers) as session:
-        while time.monotonic() < ends_at:
+        while True:
             started = time.monotonic()
             url = random.choice(addresses) + "/chat/completions"
-            async with session.post(url, json=ASKED) as response:
-                await response.read()
+            try:
+                async with session.post(url, json=ASKED) as response:
+                    await response.read()
+            finally:
+                waits.append(time.monotonic() - started)
             if response.status != 200:
                 refusals.append(response.status)
-            waits.append(time.monotonic() - started)
 
 
 async def share(processes: int, limit: int, seconds: float) -> float:
@@ -110,22 +115,27 @@ async def share(processes: int, limit: int, seconds: float) -> float:
     addresses = [address for _, address in started]
     waits: list[float] = []
     refusals: list[int] = []
-    begins = time.monotonic()
-    await asyncio.gather(
-        *(ask_again_and_again(addresses, begins + seconds, waits, refusals) for _ in range(CLIENTS))
-    )
-    took = time.monotonic() - begins
+    clients = [
+        asyncio.create_task(ask_again_and_again(addresses, waits, refusals)) for _ in range(CLIENTS)
+    ]
+    await asyncio.sleep(seconds)
+    answered, refused = zai.answered, zai.refused
+    asking = [client for client in clients if not client.done()]
+    for client in asking:
+        client.cancel()
+    await asyncio.wait(clients)
+    assert len(asking) == CLIENTS, "a client failed"
     for process, _ in started:
         process.send_signal(signal.SIGTERM)
         process.wait(40)
     await runner.cleanup()
     best = min(limit, CLIENTS) / ANSWER
-    share = zai.answered / took / best
+    share = answered / seconds / best
     mean = sum(waits) / len(waits)
     print(
-        f"{processes} processes, limit {limit:2}: {zai.answered / took:5.2f} answers/s,"
+        f"{processes} processes, limit {limit:2}: {answered / seconds:5.2f} answers/s,"
         f" {share:.2f} of the best; told a refusal: {len(refusals)};"
-        f" wasted at Z.ai: {zai.refused / max(zai.answered, 1):.2f} for each answer;"
+        f" wasted at Z.ai: {refused / max(answered, 1):.2f} for each answer;"
         f" longest wait {max(waits) / mean:.1f} times the mean of {mean:.1f} s",
         flush=True,
     )
@@ -142,7 +152,8 @@ async def main() -> None:
             share_of_best = await share(number, limit, float(given[2]))
             if number == 1:
                 alone = share_of_best
-            assert share_of_best >= 0.8 * alone, "too much is left unused"
+            # One process alone also leaves others a turn, so that the best counts too.
+            assert share_of_best >= max(0.85 * alone, 0.75), "too much is left unused"
 
 
 asyncio.run(main())

@@ -8556,6 +8556,54 @@ async def test_informational_answers_are_silence(raw_zai, pause):
 
 
 @in_loop
+@pytest.mark.parametrize("before", ["", "anna"], ids=["new connection", "kept one"])
+async def test_a_head_that_drips_is_silence(raw_zai, before):
+    async def drip(path, writer):
+        if path.endswith("anna"):
+            await tell_path(path, writer)
+            return
+        writer.write(b"HTTP/1.1 200 OK\r\n")
+        while not writer.is_closing():
+            writer.write(b"X: y\r\n")
+            await asyncio.sleep(0.1)
+
+    zai, client = await raw_zai(drip, upstream_timeout=0.4)
+    if before:
+        assert await get_file(client, before) == (200, before)
+        await asyncio.sleep(0.5)  # that nothing comes while nothing is asked is no silence
+    status, text = await asyncio.wait_for(get_file(client, "bert"), 10)
+    assert (status, error_of(text)["code"]) == (504, "zai_timeout")
+    assert len(zai.written) == 1
+
+
+@in_loop
+async def test_each_request_on_a_kept_connection_has_a_silence_of_its_own(raw_zai):
+    async def think(path, writer):
+        await asyncio.sleep(0.6)
+        await tell_path(path, writer)
+
+    zai, client = await raw_zai(think, upstream_timeout=1)
+    for name in ("anna", "bert"):
+        assert await get_file(client, name) == (200, name)
+    assert len(zai.written) == 1
+
+
+@in_loop
+async def test_nothing_is_left_of_a_connection_that_has_ended(raw_zai):
+    async def close(_, writer):
+        writer.write(http_answer(ascii_only, "Connection: close"))
+
+    def is_gone():
+        gc.collect()
+        return not [thing for thing in gc.get_objects() if type(thing) is ztoapi.ZaiConnection]
+
+    ascii_only = json.dumps(json.loads(DOCUMENT))
+    _, client = await raw_zai(close)
+    assert (await ask(client))[0].status == 200
+    assert await eventually(is_gone)
+
+
+@in_loop
 async def test_an_informational_answer_delays_nothing(raw_zai):
     async def inform(path, writer):
         writer.write(b"HTTP/1.1 103 Early Hints\r\n\r\n")

@@ -6764,17 +6764,12 @@ class ByteStream:
         )
         self.timer = IdleTimer(max_silence, self.give_up)
         self.packed = "Content-Encoding" in response.headers  # though we asked for identity
-        connection = response.connection
-        if connection is not None and connection.protocol is not None:  # there is more to come
-            connection.protocol.read_timeout = (
-                None  # sock_read would set a new timer for every part
-            )
-            connection.protocol.start_timeout()  # cancels the one that the headers set
+        if response.connection is not None:  # there is more to come
             self.timer.start()
             owner.callback(self.timer.stop)
 
     def give_up(self) -> None:
-        """Fail the pending read, as aiohttp's sock_read would."""
+        """Fail the pending read."""
         if self.reading:
             self.response.content.set_exception(aiohttp.SocketTimeoutError("silence"))
 
@@ -6967,10 +6962,7 @@ PART_SIZE = 2**16  # bytes; aiohttp waits for the reader only after so many
 
 
 class Upload(aiohttp.AsyncIterablePayload):
-    """A request's body, of which Z.ai must take each part within UPSTREAM_TIMEOUT.
-
-    aiohttp's own timeout, sock_read, starts only when the whole body is written.
-    """
+    """A request's body, of which Z.ai must take each part within UPSTREAM_TIMEOUT."""
 
     def __init__(self, parts: AsyncIterator[bytes], size: int | None = None) -> None:
         super().__init__(parts)
@@ -7059,54 +7051,54 @@ class ZaiClient:
 class ZaiConnection(ResponseHandler):
     """One connection to Z.ai.
 
-    aiohttp reads on past informational answers (1xx), and stops its timer at each of them: here they are silence.
+    A request fails when the whole head of its answer has not come `max_silence` seconds after the request, or a part
+    of it, was written: informational answers (1xx) and a head that drips are silence. aiohttp's own timer, sock_read,
+    starts anew with every byte. One timer serves all requests of a connection: it looks again when it is due.
     """
 
-    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+    def __init__(self, loop: asyncio.AbstractEventLoop, max_silence: float) -> None:
         super().__init__(loop)
-        self.written_at: float | None = None  # loop time of the last part; None when there is none
-        self.silence: asyncio.TimerHandle | None = None  # runs only after an informational answer
+        self.max_silence = max_silence
+        self.owed_since = math.inf  # in loop time; infinite while no head is owed
+        self.timer: asyncio.TimerHandle | None = None
+
+    def set_response_params(self, **how: Any) -> None:
+        """Called when a request begins."""
+        super().set_response_params(**how)
+        self.owed_since = self._loop.time()
+        if self.timer is None:
+            self.timer = self._loop.call_later(self.max_silence, self.look)
 
     def start_timeout(self) -> None:
         """Called when the request, or a part of it, is written."""
-        self.written_at = self._loop.time()
-        super().start_timeout()
+        self.owed_since = self._loop.time()
 
     def feed_data(
         self, data: tuple[RawResponseMessage, aiohttp.StreamReader], size: int = 0
     ) -> None:
         """Called with the head of each answer."""
         if data[0].code >= 200:
-            self.stop_silence()
-        elif self.silence is None:
-            self.wait()
+            self.owed_since = math.inf
         super().feed_data(data, size)
 
-    def wait(self) -> None:
-        """Give up when it is too long since the request was written; until then, look again."""
-        if self.read_timeout is None:  # the whole is limited
+    def look(self) -> None:
+        """Give up when a head is owed for too long; until then, look again."""
+        self.timer = None
+        if self.owed_since == math.inf:
             return
-        now = self._loop.time()
-        if self.written_at is None:
-            self.written_at = now
-        end = self.written_at + self.read_timeout
-        if now < end:
-            self.silence = self._loop.call_at(end, self.wait)
+        end = self.owed_since + self.max_silence
+        if self._loop.time() < end:
+            self.timer = self._loop.call_at(end, self.look)
         else:
-            self._on_read_timeout()
-
-    def stop_silence(self) -> None:
-        if self.silence:
-            self.silence.cancel()
-            self.silence = None
+            self.set_exception(aiohttp.SocketTimeoutError("silence"))
 
     def connection_lost(self, exc: BaseException | None) -> None:
-        self.stop_silence()
+        if self.timer:
+            self.timer.cancel()
         super().connection_lost(exc)
 
     def rest(self) -> None:
         """Called when it becomes idle: what comes from now on is kept unread, however little."""
-        self.written_at = None
         self._parser = None
 
     def is_connected(self) -> bool:
@@ -7125,10 +7117,10 @@ class ZaiConnection(ResponseHandler):
 class ZaiConnector(aiohttp.TCPConnector):
     """The connections to Z.ai."""
 
-    def __init__(self) -> None:
+    def __init__(self, max_silence: float) -> None:
         super().__init__(limit=0)
-        connection: type[ResponseHandler] = ZaiConnection
-        self._factory = partial(connection, loop=self._loop)
+        factory = partial(ZaiConnection, self._loop, max_silence)
+        self._factory = cast("partial[ResponseHandler]", factory)
 
     def _release(self, key: Any, protocol: ResponseHandler, *, should_close: bool = False) -> None:
         super()._release(key, protocol, should_close=should_close)
@@ -7152,11 +7144,9 @@ def environment_proxy(origin: str) -> str | None:
 
 
 def new_session(settings: Settings) -> aiohttp.ClientSession:
-    # No limit on the whole: an answer may take long. sock_read is the longest silence.
-    timeout = aiohttp.ClientTimeout(
-        total=None, connect=CONNECT_TIMEOUT, sock_read=settings.upstream_timeout
-    )
-    connector, cookies = ZaiConnector(), aiohttp.DummyCookieJar()
+    # No limit on the whole: an answer may take long. ZaiConnection and ByteStream time silence.
+    timeout = aiohttp.ClientTimeout(total=None, connect=CONNECT_TIMEOUT)
+    connector, cookies = ZaiConnector(settings.upstream_timeout), aiohttp.DummyCookieJar()
     # Z.ai writes errors in English for those who ask; a compressed stream would wait in buffers.
     headers = {
         "User-Agent": f"ztoapi/{__version__}",

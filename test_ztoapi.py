@@ -9034,6 +9034,29 @@ async def test_a_stream_that_lacks_a_piece_goes_on(client, zai):
 
 
 @in_loop
+@pytest.mark.parametrize("turns", range(5))
+@pytest.mark.parametrize("n", [1, 3])
+async def test_who_is_cancelled_twice_leaves_nothing_behind(client, zai, n, turns):
+    zai.parts = [FIRST, HANG]
+    upstream = client.app[ztoapi.UPSTREAM]
+    plan = ztoapi.make_plan(read_chat(chat(n=n, stream=True)), Settings(), Account(""), "7")
+
+    async def read():
+        async with upstream.open(plan) as answer:
+            while True:
+                await answer.read()
+
+    reading = asyncio.create_task(read())
+    assert await eventually(lambda: zai.open == n)
+    reading.cancel()
+    for _ in range(turns):  # a failed write ends the handler, and the lost connection cancels it
+        await asyncio.sleep(0)
+    reading.cancel()
+    await asyncio.wait([reading])
+    assert await eventually(lambda: (upstream.queue("glm-4.6").in_flight, zai.open) == (0, 0))
+
+
+@in_loop
 @pytest.mark.parametrize("n", [1, 2])
 async def test_the_first_token_of_a_whole_answer_is_when_it_came(client, zai, n):
     zai.parts = [FIRST, 0.3, RECORDED[len(FIRST) :]]

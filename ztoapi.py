@@ -7232,9 +7232,11 @@ class MergedStream(EventSource):
         return events
 
     async def close(self) -> None:
-        await end_tasks(self.pending)
-        for owner in self.owners:
-            await owner.aclose()
+        """Release everything, also if this is cancelled: a lost connection cancels a handler that already ends."""
+        async with AsyncExitStack() as owners:
+            for owner in self.owners:
+                owners.push_async_callback(owner.aclose)
+            await end_tasks(self.pending)
 
 
 async def end_tasks(tasks: Iterable[asyncio.Task[Any]]) -> None:

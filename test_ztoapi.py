@@ -1081,7 +1081,7 @@ def begun(reply):
 
 
 def chat_reply(n=1, *, include_usage=False):
-    return ChatReply(n, include_usage)
+    return ChatReply(n, include_usage=include_usage)
 
 
 def frames(events, reply=None):
@@ -8309,6 +8309,7 @@ async def test_a_request_that_is_wrong_does_not_fall_back(client, zai):
 @pytest.mark.parametrize("takes", [1, 3])
 async def test_a_crowd_waits_its_turn_instead_of_failing(start, zai, takes):
     client = await start(max_retries=0)
+    client.app[ztoapi.CLOCK].tick = 0.05  # so that an answer takes less time than a wait
     zai.takes, zai.parts = takes, [FIRST, *[b": wait\n\n"] * 20, RECORDED]
     answers = await asyncio.gather(*(ask(client, chat(stream=True)) for _ in range(30)))
     assert {response.status for response, _ in answers} == {200}

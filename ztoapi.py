@@ -2140,7 +2140,7 @@ def parse_chat(body: JSON) -> tuple[Prompt, ChatReply]:
         ),
     )
     reply = FunctionReply if has_functions else ChatReply
-    return prompt, reply(prompt.n, wants_usage(given))
+    return prompt, reply(prompt.n, include_usage=wants_usage(given))
 
 
 def read_messages(messages: list[Any]) -> Messages:
@@ -2227,7 +2227,7 @@ class ChatReply(Reply):
     Frames are JSON text, since most of each is always the same.
     """
 
-    def __init__(self, n: int, include_usage: bool) -> None:  # noqa: FBT001 - as in the request
+    def __init__(self, n: int, *, include_usage: bool) -> None:
         self.n = n
         self.include_usage = include_usage
         self.start = ""  # of every frame: the envelope
@@ -2429,7 +2429,7 @@ def parse_completion(body: JSON) -> tuple[Prompt, CompletionReply]:
         ignored=tuple(unknown_fields(body, COMPLETION_FIELDS)),
     )
     echo = given["prompt"] if given.get("echo") else ""
-    return prompt, CompletionReply(prompt.n, wants_usage(given), echo)
+    return prompt, CompletionReply(prompt.n, echo, include_usage=wants_usage(given))
 
 
 def completion_messages(prompt: str, suffix: str) -> tuple[Message, ...]:
@@ -2444,7 +2444,7 @@ class CompletionReply(Reply):
     `echo` is what every choice begins with.
     """
 
-    def __init__(self, n: int, include_usage: bool, echo: str) -> None:  # noqa: FBT001 - as in the request
+    def __init__(self, n: int, echo: str, *, include_usage: bool) -> None:
         self.echo = echo
         self.include_usage = include_usage
         self.echoes = dict.fromkeys(range(n), echo)  # of the choices that have not begun

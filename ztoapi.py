@@ -4538,7 +4538,7 @@ class RepairNeeds:
 
 
 class Repair(ABC):
-    """Mends one quirk of one answer: `feed` takes an event of a type in `sees`.
+    """Mends one quirk of one answer: `feed` takes an event of a type in `sees`, which only shrinks.
 
     `mended` counts how often there was something to mend, for the dashboard, which shows it by `kind`.
     """
@@ -4558,22 +4558,38 @@ class Repair(ABC):
 
 
 class RepairChain:
-    """The repairs that one request needs, in order."""
+    """The repairs that one request needs, in order.
+
+    A repair that has lost its interest in a type of events costs nothing for later ones.
+    """
 
     def __init__(self, repairs: Sequence[Repair]) -> None:
         self.repairs = repairs
+        # By type of event: the repairs that see it, with their numbers in the chain.
+        self.routes: dict[type, list[tuple[int, Repair]]] = {}
 
     def feed(self, event: Event, start: int = 0) -> list[Event]:
         """What comes out for an event that enters at the repair number `start`."""
         kind = type(event)
-        for position in range(start, len(self.repairs)):
-            repair = self.repairs[position]
-            if kind in repair.sees:
+        route = self.routes.get(kind)
+        if route is None:
+            route = self.routes[kind] = self.new_route(kind)
+        for position, repair in route:
+            if position >= start:
                 mended: list[Event] = []
                 for event_of_it in repair.feed(event):
                     mended += self.feed(event_of_it, position + 1)
+                if kind not in repair.sees:  # any more
+                    self.routes[kind] = self.new_route(kind)
                 return mended
         return [event]
+
+    def new_route(self, kind: type) -> list[tuple[int, Repair]]:
+        route = []
+        for position, repair in enumerate(self.repairs):
+            if kind in repair.sees:
+                route.append((position, repair))
+        return route
 
 
 class TaggedReasoning(Repair):

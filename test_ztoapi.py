@@ -4151,6 +4151,108 @@ def test_a_stream_gives_its_events_wherever_it_is_cut(data, wanted):
         assert read_all(parts) == wanted
 
 
+def outcome(events):
+    """What events add up to: reasoning, text, the calls, the finish."""
+    choice = ztoapi.Answer(events).choices[0]
+    calls = [(call.id, call.name, call.arguments) for call in choice.tool_calls]
+    return choice.thought, choice.text, calls, choice.finish
+
+
+def chunk_of(*deltas):
+    """Deltas as stream_of and document_of take them; a text alone is content."""
+    return [delta if isinstance(delta, dict) else {"content": delta} for delta in deltas]
+
+
+def message_of(deltas):
+    """The message of a whole answer that says the same as these deltas."""
+    message = {"role": "assistant"}
+    for delta in chunk_of(*deltas):
+        for name, value in delta.items():
+            message[name] = message[name] + value if name in message else value
+    return message
+
+
+def outcomes_of(deltas, reason="stop", **asked):
+    """What comes of an answer: whole, streamed at once, cut anywhere, and byte by byte; each once."""
+    answers = [[document_of(message_of(deltas), reason)]]
+    answers += cuts(stream_of(*chunk_of(*deltas), finish(reason)))
+    found = []
+    for parts in answers:
+        this = outcome(read_all(parts, **asked))
+        if this not in found:
+            found.append(this)
+    return found
+
+
+def says(text="", thought="", calls=(), finish="stop"):
+    """What must come of an answer, however it comes."""
+    return [(thought, text, list(calls), finish)]
+
+
+@pytest.mark.parametrize(
+    ("deltas", "wanted"),
+    [
+        (["a\ud83d", "\ude00b"], says("a😀b")),
+        (["\ud83d", "\ude00"], says("😀")),
+        (["a\ud83d", "b\ude00"], says("a\ufffdb\ufffd")),
+        (["a\ud83d"], says("a\ufffd")),
+        (["\ud83d", "\ud83d", "\ude00"], says("\ufffd😀")),
+        ([{"reasoning_content": "\ud83d"}, "\ude00"], says("\ufffd", "\ufffd")),
+        ([{"reasoning_content": "\ud83d"}, {"reasoning_content": "\ude00"}], says("", "😀")),
+        (["한글 \ud55c", "\ud7a3"], says("한글 한힣")),
+    ],
+    ids=["two", "alone", "apart", "no other", "the second", "thought", "thoughts", "Korean"],
+)
+def test_half_a_character_waits_for_its_other_half(deltas, wanted):
+    data = json.dumps  # escapes what UTF-8 has not
+    chunks = [{"id": "7", "choices": [{"delta": delta}]} for delta in chunk_of(*deltas)]
+    frames = [f"data: {data(chunk)}\n\n" for chunk in (*chunks, finish())]
+    for parts in cuts("".join(frames).encode()):
+        assert [outcome(read_all(parts))] == wanted
+
+
+def test_half_a_character_is_whole_in_a_whole_answer_too():
+    assert outcome(read_all([document_of({"content": "\ud83d\ude00\ud83d"})]))[1] == "😀\ufffd"
+
+
+@pytest.mark.parametrize(
+    ("pieces", "wanted"),
+    [
+        (['{"a":"\ud83d', '\ude00"}'], '{"a":"😀"}'),
+        (['{"a":"\ud83d', "", '\ude00"}'], '{"a":"😀"}'),
+        (['{"a":"\ud83d', '"}'], '{"a":"\ufffd"}'),
+    ],
+)
+def test_half_a_character_in_arguments_waits_for_its_other_half(pieces, wanted):
+    first, *others = pieces
+    deltas = [
+        piece(id="a", index=0, function=named("f", first)),
+        *(piece(index=0, function={"arguments": more}) for more in others),
+    ]
+    frames = [f"data: {json.dumps({'choices': [{'delta': delta}]})}\n\n" for delta in deltas] + [
+        f"data: {json.dumps(finish())}\n\n"
+    ]
+    for parts in cuts("".join(frames).encode()):
+        assert outcome(read_all(parts))[2] == [("a", "f", wanted)]
+
+
+def test_no_text_gets_out_as_half_a_character():
+    reader = Mended()
+    deltas = ({"content": text} for text in ("a\ud83d", "\ude00b"))
+    heard = []
+    for delta in deltas:
+        frame = f"data: {json.dumps({'choices': [{'delta': delta}]})}\n\n"
+        heard.append(list(reader.feed(frame.encode())))
+    assert heard == [[Text("a")], [Text("😀b")]]
+
+
+@pytest.mark.parametrize("word", ["\ud83d", "x\ude00"])
+def test_what_a_search_found_has_no_half_a_character(word):
+    document = json.loads(document_of(HI)) | {"web_search": [FOUND | {"title": word}]}
+    (found,) = read_all([json.dumps(document).encode()])[1].results
+    assert found["title"] == word.replace("\ud83d", "\ufffd").replace("\ude00", "\ufffd")
+
+
 def test_a_whole_answer_without_a_finish_reason_is_complete():
     assert read_all([document_of(HI, None)])[-1] == Finish("stop")
 

@@ -645,7 +645,7 @@ def encode_json(value: Any) -> bytes:
 
 
 def escaped(text: str) -> bytes:
-    """JSON text, or frames of it, in UTF-8. Half a surrogate pair is escaped: the rest may come in the next chunk."""
+    """JSON text, or frames of it, in UTF-8. Half a surrogate pair, which UTF-8 has not, is escaped."""
     if text.isascii():
         return text.encode()
     for end, escape in LINE_ENDS:
@@ -4304,6 +4304,69 @@ def parse_answer(data: bytes) -> Any:
     return parse_json(data)
 
 
+class HalfPairs:
+    """Joins surrogate pairs whose halves stand in two deltas; a half that stays alone is U+FFFD.
+
+    Models stream byte by byte, and a server that escapes what it has so far cuts characters in two.
+    """
+
+    def __init__(self) -> None:
+        self.half = ""  # that the last delta ended with
+        self.ended: Thought | Text | ToolCall | None = None  # that delta
+
+    def feed(self, events: Iterable[Event]) -> list[Event]:
+        joined: list[Event] = []
+        for event in events:
+            if isinstance(event, Citations):
+                results = parse_json(encode_request(event.results))  # which leaves no halves
+                joined.append(Citations(tuple(results)))
+            elif isinstance(event, (Thought, Text, ToolCall)):
+                if self.ended and not continues(self.ended, event):
+                    joined += self.close()
+                joined += self.join(event)
+            else:
+                joined.append(event)
+        return joined
+
+    def close(self) -> list[Event]:
+        """The half that nothing came for."""
+        if not self.ended:
+            return []
+        alone = with_words(self.ended, "\ufffd")
+        self.half = ""
+        self.ended = None
+        return [alone]
+
+    def join(self, event: Thought | Text | ToolCall) -> list[Event]:
+        words = event.arguments if isinstance(event, ToolCall) else event.text
+        words = self.half + words
+        self.half = ""
+        self.ended = None
+        if "\ud800" <= words[-1:] <= "\udbff":
+            self.half = words[-1]
+            self.ended = event
+            words = words[:-1]
+        words = whole_characters(words)
+        if isinstance(event, ToolCall):
+            name = whole_characters(event.name)
+            return [replace(event, name=name, arguments=words)]
+        return [replace(event, text=words)] if words else []
+
+
+def continues(before: Event, event: Event) -> bool:
+    """Whether a delta goes on with what the one before it said."""
+    if isinstance(before, ToolCall) and isinstance(event, ToolCall):
+        return before.index == event.index and not event.name
+    return type(before) is type(event)
+
+
+def with_words(event: Thought | Text | ToolCall, words: str) -> Event:
+    """More of what a delta says."""
+    if isinstance(event, ToolCall):
+        return replace(event, name="", arguments=words)
+    return replace(event, text=words)
+
+
 class ZaiReader:
     """Reads Z.ai's bytes, cut anywhere, into events; mends nothing but what was torn on the way.
 
@@ -4322,6 +4385,7 @@ class ZaiReader:
         self.request_id = ""  # Z.ai's, of the request
         self.size = 0  # bytes so far
         self.torn = 0  # frames dropped because their rest never came
+        self.halves: HalfPairs | None = None  # once something may have been half a character
         self.finish: str | None = (
             None  # the first finish_reason: some models send stop after tool_calls
         )
@@ -4351,12 +4415,17 @@ class ZaiReader:
         self.raw = None
         if self.done:
             return ()
+        self.look_for_halves(data)
         document = parse_answer(data)
         if isinstance(document, dict):
             return self.read_chunk(document)
         if data.strip() == b"[DONE]":
             return self.end()
         return self.read_torn(data)
+
+    def look_for_halves(self, data: bytes) -> None:
+        if b"\\ud" in data or b"\\uD" in data:  # UTF-8 itself has no halves
+            self.halves = self.halves or HalfPairs()
 
     def read_torn(self, data: bytes) -> Iterator[Event]:
         chunks, torn, rest = salvage(data.decode("utf-8", "replace"))
@@ -4369,6 +4438,7 @@ class ZaiReader:
             )
 
     def read_document(self, data: bytes) -> Iterator[Event]:
+        self.look_for_halves(data)
         document = parse_answer(data)
         if not isinstance(document, dict):
             raise zai_error(200, data)
@@ -4395,6 +4465,8 @@ class ZaiReader:
             self.finish = str(finish)
             if self.finish == "network_error":
                 raise UpstreamError(UNAVAILABLE, BROKEN_OFF, "Z.ai: network_error")
+        if self.halves:
+            return self.halves.feed(events)
         return events
 
     def read_head(self, chunk: JSON) -> None:
@@ -4419,6 +4491,8 @@ class ZaiReader:
         """The finish, once."""
         if self.finish is not None and not self.done:
             self.done = True
+            if self.halves:
+                yield from self.halves.close()
             yield Finish(FINISH_REASONS.get(self.finish, "stop"))
 
 

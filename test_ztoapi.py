@@ -4397,6 +4397,30 @@ def test_what_zai_leaves_out_or_says_twice(data, wanted):
         assert read_all(parts) == wanted
 
 
+@pytest.mark.parametrize(
+    ("deltas", "wanted"),
+    [
+        ([{"content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]}], says("ab")),
+        ([{"content": ["a", {"text": "b"}]}, {"content": ["c"]}], says("abc")),
+        ([{"content": [{"type": "output_text", "text": "a"}]}], says("a")),
+        ([{"content": [{"type": "thinking", "thinking": "hm"}, None, 7, "a"]}], says("a")),
+        ([{"content": [{"type": "text", "text": 7}]}, {"content": ["a"]}], says("a")),
+        ([{"reasoning": "hm"}, "a"], says("a", "hm")),
+        ([{"reasoning": "no", "reasoning_content": "hm"}, "a"], says("a", "hm")),
+        ([{"reasoning": {"summary": "hm"}}, "a"], says("a")),
+        ([{"content": {"text": "no"}}], says()),
+    ],
+)
+def test_text_and_reasoning_in_another_shape_are_read(deltas, wanted):
+    assert outcomes_of(deltas) == wanted
+
+
+@pytest.mark.parametrize("reason", ["", None])
+def test_an_empty_finish_reason_is_none(reason):
+    for parts in cuts(stream_of(HI, finish(reason), HI, finish("length"))):
+        assert outcome(read_all(parts)) == ("", "hihi", [], "length")
+
+
 ONE, TWO = stream_of(HI, done="").strip(), stream_of({"content": "你"}, done="").strip()
 END = b"\n\n" + stream_of(finish())
 

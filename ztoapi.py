@@ -4476,10 +4476,12 @@ class ZaiReader:
 
     def read_delta(self, delta: JSON) -> list[Event]:
         events: list[Event] = []
-        thought = delta.get("reasoning_content")
+        thought = delta.get("reasoning_content") or delta.get("reasoning")
         if thought and isinstance(thought, str):
             events.append(Thought(thought))
         text = delta.get("content")
+        if isinstance(text, list):
+            text = text_of_parts(text)
         if text and isinstance(text, str):
             events.append(Text(text))
         pieces = delta.get("tool_calls")
@@ -4494,6 +4496,18 @@ class ZaiReader:
             if self.halves:
                 yield from self.halves.close()
             yield Finish(FINISH_REASONS.get(self.finish, "stop"))
+
+
+def text_of_parts(parts: list[Any]) -> str:
+    """The text of a content that came as an array of parts, as messages of requests have it."""
+    texts = []
+    for part in parts:
+        text = part
+        if isinstance(part, dict) and part.get("type") in ("text", "output_text", None):
+            text = part.get("text")
+        if isinstance(text, str):
+            texts.append(text)
+    return "".join(texts)
 
 
 def is_function_call(piece: JSON) -> bool:

@@ -4702,6 +4702,35 @@ def test_other_models_may_write_of_tags():
     assert read_tagged(["<think>hm</think>"], "glm-4.6") == [Text("<think>hm</think>")]
 
 
+@pytest.mark.parametrize(
+    ("deltas", "wanted"),
+    [
+        (["</think>Hi"], says("Hi")),
+        (["\n</think>\n\nHi\n"], says("Hi\n")),
+        (["</th", "ink", ">", "\n", "Hi"], says("Hi")),
+        ([" </think> Hi"], says("  Hi")),
+        ([{"reasoning_content": "hm"}, "</think>", "Hi"], says("Hi", "hm")),
+        (["</think>", "</think>Hi"], says("</think>Hi")),
+        (["Hi</think>"], says("Hi</think>")),
+        (["<think>hm</think>Hi"], says("<think>hm</think>Hi")),
+        (["</thin"], says("</thin")),
+        (["</thinking>Hi"], says("</thinking>Hi")),
+        (["`</think>`"], says("`</think>`")),
+        ([" ", "</"], says(" </")),
+    ],
+)
+def test_a_stray_tag_at_the_head_of_the_text_is_dropped(deltas, wanted):
+    assert outcomes_of(deltas) == wanted
+
+
+def test_no_more_of_a_text_is_held_than_may_be_a_stray_tag():
+    reader = Mended()
+    heard = [
+        list(reader.feed(stream_of({"content": text}, done=""))) for text in ("</", "t", "x", "<")
+    ]
+    assert heard == [[], [], [Text("</tx")], [Text("<")]]
+
+
 PATH = {
     "type": "object",
     "properties": {"path": {"type": "string"}, "line": {"type": ["string", "null"]}},

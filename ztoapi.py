@@ -4744,6 +4744,32 @@ def partial_tag(text: str, tags: Iterable[str]) -> str:
     return ""
 
 
+class StrayTag(Repair):
+    """A </think> at the head of a text: the server that took the reasoning out has left it there."""
+
+    kind = "stray_tags"
+    sees = frozenset((Text, ToolCall, Finish))
+    TAG = "</think>"
+
+    def __init__(self) -> None:
+        self.head = ""  # white space, and perhaps the beginning of the tag
+
+    def feed(self, event: Text | ToolCall | Finish) -> Iterator[Event]:
+        if isinstance(event, Text):
+            self.head += event.text
+            word = self.head.lstrip()
+            if self.TAG.startswith(word) and word != self.TAG:
+                return
+            if word.startswith(self.TAG):
+                self.head = self.head.replace(self.TAG, "", 1)
+                self.mended += 1
+        self.sees = frozenset()  # the text has begun
+        if self.head:
+            yield Text(self.head)
+        if not isinstance(event, Text):
+            yield event
+
+
 class TextHead(Repair):
     r"""Line ends at the very head of a text, which are the model's template ("\n" before a call, say)."""
 
@@ -5193,6 +5219,7 @@ class Ending(Repair):
 # In order: the head of the text, calls in it, calls, JSON, the end.
 REPAIRS: tuple[type[Repair], ...] = (
     TaggedReasoning,
+    StrayTag,
     TextHead,
     LeakedCalls,
     CallPieces,

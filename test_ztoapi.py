@@ -4364,6 +4364,7 @@ def named(name, arguments=""):
     return {"name": name, "arguments": arguments}
 
 
+READ_PIECE = piece(index=0, id="c1", function=named("read", "{}"))
 SPENT = {"usage": {"prompt_tokens": 1, "completion_tokens": 2, "total_tokens": 3}}
 HI = {"role": "assistant", "content": "hi"}
 HI_EVENTS = [Text("hi"), Usage(1, 2, 3), Finish("stop")]
@@ -4458,6 +4459,48 @@ def test_a_torn_frame_is_dropped_and_counted_and_the_whole_one_used(line, words,
         events = [event for part in parts for event in reader.feed(part)] + list(reader.close())
         assert events == [*map(Text, words), Finish("stop")]
         assert reader.torn == torn
+
+
+def frame_of(answer_id, delta):
+    """A whole frame of the answer with this id."""
+    chunk = {"id": answer_id, "choices": [{"index": 0, "delta": delta}]}
+    return f"data: {json.dumps(chunk)}".encode()
+
+
+THINKS, ANSWERS = {"reasoning_content": "hm"}, {"content": "hi"}
+FINISHED = b"\n\ndata: " + json.dumps(finish() | {"id": None}).encode() + b"\n\n"
+
+
+@pytest.mark.parametrize(
+    ("frames", "wanted"),
+    [
+        ([("A", THINKS), None, ("B", THINKS), ("B", ANSWERS)], says("hi", "hmhm")),
+        ([None, ("B", THINKS), ("B", ANSWERS)], says("hi", "hm")),
+        ([("A", THINKS), None, ("B", THINKS), None, ("C", ANSWERS)], says("hi", "hmhm")),
+        ([("A", {"content": "\n"}), None, ("B", ANSWERS)], says("hi")),
+        ([("B", ANSWERS), None, ("B", ANSWERS)], says("hihi")),
+        ([("A", ANSWERS), ("B", ANSWERS)], says("hihi")),
+        ([("B", ANSWERS), None, (None, ANSWERS)], says("hihi")),
+        ([("A", ANSWERS), None, ("B", ANSWERS)], None),
+        ([("A", THINKS), ("A", READ_PIECE), None, ("B", THINKS)], None),
+        ([("A", THINKS), None, ("B", ANSWERS), None, ("C", ANSWERS)], None),
+    ],
+    ids=[
+        *("after reasoning", "at first", "twice", "after a line end"),
+        *("no other id", "nothing torn", "no id"),
+        *("after text", "after a call", "twice, after text"),
+    ],
+)
+def test_an_answer_that_begins_again_goes_on_only_where_nothing_was_said(frames, wanted):
+    torn = frame_of("Z", THINKS)[:-20]
+    data = b"\n\n".join(frame_of(*frame) if frame else torn for frame in frames)
+    for parts in cuts(data.replace(torn + b"\n\n", torn) + FINISHED):
+        if wanted:
+            assert [outcome(read_all(parts))] == wanted
+            continue
+        with pytest.raises(UpstreamError, match="began another one") as failed:
+            read_all(parts)
+        assert failed.value.kind in ztoapi.SHOULD_RETRY
 
 
 def test_an_error_glued_to_a_torn_frame_is_an_error():
@@ -4737,7 +4780,7 @@ PATH = {
 }
 READ = {"type": "function", "function": {"name": "read", "parameters": PATH}}
 READ_ALL = {"type": "function", "function": {"name": "read_all", "parameters": {}}}
-READ_CALL = piece(index=0, id="c1", function=named("read", "{}"))
+READ_CALL = READ_PIECE
 READ_EVENT = ToolCall(0, "c1", "read", "{}")
 LEAKED = ToolCall(0, "call_7_0", "read", '{"path":"a.py"}')
 CALLS_END = Finish("tool_calls")

@@ -4294,6 +4294,7 @@ FINISH_REASONS: dict[str, FinishReason] = {reason: reason for reason in get_args
 FINISH_REASONS |= {"sensitive": "content_filter", "model_context_window_exceeded": "window_full"}
 MAX_HELD = 64 * 2**20  # bytes
 TOO_LARGE = "Z.ai's answer is too large: try again."
+BEGUN_AGAIN = "Z.ai lost its answer on the way and began another one: try again."
 TORN = "A piece of Z.ai's answer was lost on the way: try again."
 
 
@@ -4302,6 +4303,11 @@ def parse_answer(data: bytes) -> Any:
     if len(data) > 2 * MAX_VALUES and too_many_values(data):
         raise UpstreamError(UNAVAILABLE, TOO_LARGE)
     return parse_json(data)
+
+
+@dataclass(slots=True)
+class BegunAgain:
+    """Between two events: Z.ai has lost its answer, and begins another one in the same stream."""
 
 
 class HalfPairs:
@@ -4367,12 +4373,16 @@ def with_words(event: Thought | Text | ToolCall, words: str) -> Event:
     return replace(event, text=words)
 
 
+ZaiEvent: TypeAlias = "Event | BegunAgain"  # what the reader makes, and the repairs are fed
+
+
 class ZaiReader:
     """Reads Z.ai's bytes, cut anywhere, into events; mends nothing but what was torn on the way.
 
     A whole JSON answer gives the same events as a stream of chunks. The bytes decide which of the
     two it is, not the headers: Z.ai may send one where the other is due. `Finish` comes last, when
-    the answer has ended: usage may follow the finish_reason in a chunk of its own.
+    the answer has ended: usage may follow the finish_reason in a chunk of its own. Where another
+    answer begins in the same stream, `BegunAgain` comes before its events.
     """
 
     def __init__(self, model: Model) -> None:
@@ -4381,6 +4391,7 @@ class ZaiReader:
         # Everything so far, until the first event shows that this is a stream.
         self.raw: list[bytes] | None = []
         self.id = ""  # Z.ai's, of the answer
+        self.newest_id = ""  # of the answer that has begun last, if one has begun again
         self.created = 0  # in Unix seconds; 0: unknown
         self.request_id = ""  # Z.ai's, of the request
         self.size = 0  # bytes so far
@@ -4391,7 +4402,7 @@ class ZaiReader:
         )
         self.done = False  # Finish has been read
 
-    def feed(self, part: bytes) -> Iterator[Event]:
+    def feed(self, part: bytes) -> Iterator[ZaiEvent]:
         """The events that this part completes. Raises UpstreamError when Z.ai reports a failure."""
         self.size += len(part)
         if self.size > MAX_HELD:
@@ -4401,7 +4412,7 @@ class ZaiReader:
         for data in self.decoder.feed(part):
             yield from self.read_event(data)
 
-    def close(self) -> Iterator[Event]:
+    def close(self) -> Iterator[ZaiEvent]:
         """The events that are left at the end of the bytes. Raises UpstreamError when some are missing."""
         for data in self.decoder.close():
             yield from self.read_event(data)
@@ -4411,7 +4422,7 @@ class ZaiReader:
             raise UpstreamError(UNAVAILABLE, BROKEN_OFF)
         yield from self.end()
 
-    def read_event(self, data: bytes) -> Iterable[Event]:
+    def read_event(self, data: bytes) -> Iterable[ZaiEvent]:
         self.raw = None
         if self.done:
             return ()
@@ -4427,7 +4438,7 @@ class ZaiReader:
         if b"\\ud" in data or b"\\uD" in data:  # UTF-8 itself has no halves
             self.halves = self.halves or HalfPairs()
 
-    def read_torn(self, data: bytes) -> Iterator[Event]:
+    def read_torn(self, data: bytes) -> Iterator[ZaiEvent]:
         chunks, torn, rest = salvage(data.decode("utf-8", "replace"))
         self.torn += torn
         for chunk in chunks:
@@ -4437,7 +4448,7 @@ class ZaiReader:
                 UNAVAILABLE, "Z.ai's answer is unreadable: try again.", excerpt(data)
             )
 
-    def read_document(self, data: bytes) -> Iterator[Event]:
+    def read_document(self, data: bytes) -> Iterator[ZaiEvent]:
         self.look_for_halves(data)
         document = parse_answer(data)
         if not isinstance(document, dict):
@@ -4446,12 +4457,20 @@ class ZaiReader:
         if first_object(document.get("choices")) and self.finish is None:
             self.finish = "stop"  # whole JSON is a whole answer
 
-    def read_chunk(self, chunk: JSON) -> list[Event]:
+    def read_chunk(self, chunk: JSON) -> Sequence[ZaiEvent]:
         """The events of a chunk or of a whole answer, which differ in the name of one field."""
         if chunk.get("error") or ("code" in chunk and "choices" not in chunk):
             raise zai_error(200, chunk)
         if not (self.id and self.created and self.request_id):  # most chunks repeat them
             self.read_head(chunk)
+        events = self.read_choice(chunk)
+        if self.halves:
+            events = self.halves.feed(events)
+        if self.torn and self.begins_again(chunk):
+            return [BegunAgain(), *events]
+        return events
+
+    def read_choice(self, chunk: JSON) -> list[Event]:
         choice = first_object(chunk.get("choices"))
         events = self.read_delta(as_object(choice.get("delta") or choice.get("message")))
         usage = chunk.get("usage")
@@ -4465,9 +4484,16 @@ class ZaiReader:
             self.finish = str(finish)
             if self.finish == "network_error":
                 raise UpstreamError(UNAVAILABLE, BROKEN_OFF, "Z.ai: network_error")
-        if self.halves:
-            return self.halves.feed(events)
         return events
+
+    def begins_again(self, chunk: JSON) -> bool:
+        """Whether a chunk behind a torn frame is the first one of another answer, which its id tells."""
+        given = chunk.get("id")
+        newest = self.newest_id or self.id
+        if not given or str(given) == newest:
+            return False
+        self.newest_id = str(given)
+        return True
 
     def read_head(self, chunk: JSON) -> None:
         self.id = self.id or str(chunk.get("id") or "")
@@ -4656,7 +4682,7 @@ class RepairChain:
         # By type of event: the repairs that see it, with their numbers in the chain.
         self.routes: dict[type, list[tuple[int, Repair]]] = {}
 
-    def feed(self, event: Event, start: int = 0) -> list[Event]:
+    def feed(self, event: ZaiEvent, start: int = 0) -> list[Event]:
         """What comes out for an event that enters at the repair number `start`."""
         kind = type(event)
         route = self.routes.get(kind)
@@ -4670,7 +4696,7 @@ class RepairChain:
                 if kind not in repair.sees:  # any more
                     self.routes[kind] = self.new_route(kind)
                 return mended
-        return [event]
+        return [cast("Event", event)]  # FreshStart keeps BegunAgain
 
     def new_route(self, kind: type) -> list[tuple[int, Repair]]:
         route = []
@@ -4783,6 +4809,31 @@ class TextHead(Repair):
             return ()
         self.sees = frozenset()  # the text has begun
         return (Text(text),)
+
+
+class FreshStart(Repair):
+    """An answer that begins anew in its own stream, behind a torn frame and under another id.
+
+    Z.ai does so when it loses an answer on the way (zai-org/GLM-5#66, anomalyco/opencode#23442): what
+    follows is not the rest of what came before. If that was reasoning alone, the new one goes on;
+    behind a text or a call it would be nonsense, so the answer breaks off.
+    """
+
+    kind = "begun_again"
+    sees = frozenset((Text, ToolCall, BegunAgain))
+
+    def __init__(self) -> None:
+        self.has_answered = False  # text or a call has been sent
+
+    def feed(self, event: Text | ToolCall | BegunAgain) -> tuple[Event, ...]:
+        if isinstance(event, BegunAgain):
+            self.mended += 1
+            if self.has_answered:
+                raise UpstreamError(UNAVAILABLE, BEGUN_AGAIN)
+            return ()
+        self.has_answered = True
+        self.sees = frozenset((BegunAgain,))
+        return (event,)
 
 
 class CodeMarks:
@@ -5221,6 +5272,7 @@ REPAIRS: tuple[type[Repair], ...] = (
     TaggedReasoning,
     StrayTag,
     TextHead,
+    FreshStart,
     LeakedCalls,
     CallPieces,
     JsonAlone,

@@ -15,6 +15,7 @@ import errno
 import gc
 import gzip
 import hashlib
+import html
 import io
 import json
 import math
@@ -4112,7 +4113,7 @@ DOCUMENT = json.dumps(
 class Mended:
     """Z.ai's bytes as mended events."""
 
-    def __init__(self, model="glm-4.6", tools=(), *, wants_json=False, quoted=frozenset()):
+    def __init__(self, model="glm-4.6", tools=(), *, wants_json=False, quoted=""):
         offered = {tool["function"]["name"]: tool["function"]["parameters"] for tool in tools}
         needs = ztoapi.RepairNeeds(MODELS[model], "7", offered, wants_json, quoted)
         self.reader = ZaiReader(MODELS[model])
@@ -4898,7 +4899,7 @@ def test_no_more_text_is_held_than_may_be_a_call():
 
 def test_a_leaked_call_of_megabytes_is_read_in_linear_time():
     def read(size):
-        repair = ztoapi.LeakedCalls({"read": PATH}, frozenset())
+        repair = ztoapi.LeakedCalls({"read": PATH}, "")
         parts = [
             "<tool_call>read<arg_key>path</arg_key><arg_value>",
             *["x</tool_call>"] * size,
@@ -4912,7 +4913,7 @@ def test_a_leaked_call_of_megabytes_is_read_in_linear_time():
     assert many < 10 * few  # four times the text; in quadratic time it would be 16
 
 
-QUOTED = frozenset({ztoapi.without_space(LEAK[len("<tool_call>") : -len("</tool_call>")])})
+QUOTED = ztoapi.quoted_text([Message("tool", (f"A page.\n{LEAK}",))])
 
 
 @pytest.mark.parametrize(
@@ -4952,6 +4953,52 @@ def test_a_call_leaks_only_where_the_answer_has_no_other():
 def test_a_call_leaks_only_where_the_answer_has_come_to_its_end():
     data = stream_of({"content": LEAK}, finish("length"))
     assert read_all([data], tools=[READ]) == [Text(LEAK), Finish("length")]
+
+
+@pytest.mark.parametrize(
+    "quote",
+    [
+        lambda text: text,
+        lambda text: f"```\n{text}\n```",
+        json.dumps,
+        lambda text: json.dumps(json.dumps({"page": text})),
+        lambda text: json.dumps(text).replace("<", r"\u003c"),
+        lambda text: html.escape(text),
+        lambda text: json.dumps({"page": html.escape(text)}),
+        lambda text: text.replace("\n", "\r\n    "),
+    ],
+    ids=[
+        "plain",
+        "fence",
+        "JSON",
+        "JSON in JSON",
+        "JSON of Go",
+        "HTML",
+        "HTML in JSON",
+        "indented",
+    ],
+)
+@pytest.mark.parametrize("value", ["a.py", 'C:\\new\\"x" & <b>', "😀 é\t|"])
+def test_markup_is_found_however_a_page_quotes_it(quote, value):
+    leaked = leak("read\n", path=value)
+    page = Message("tool", (f"See: {quote(leaked)}.",))
+    quoted = ztoapi.quoted_text([page])
+    assert read_deltas([leaked], tools=[READ], quoted=quoted)[-1] == Finish("stop")
+    assert read_deltas([leaked], tools=[READ])[-1] == CALLS_END
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        Message("user", (f"Say {LEAK}",)),
+        Message("assistant", (), thought=f"I could write {LEAK}"),
+        Message("assistant", (), calls=(ToolCall(0, "c", "write", json.dumps({"text": LEAK})),)),
+    ],
+    ids=["text", "thought", "arguments"],
+)
+def test_all_of_a_conversation_may_be_quoted(message):
+    quoted = ztoapi.quoted_text([message])
+    assert read_deltas([LEAK], tools=[READ], quoted=quoted) == [Text(LEAK), Finish("stop")]
 
 
 @in_loop

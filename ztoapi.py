@@ -106,6 +106,7 @@ from dataclasses import Field, dataclass, field, fields, replace
 from datetime import date, datetime, timedelta, timezone
 from fnmatch import fnmatchcase
 from functools import cached_property, lru_cache, partial
+from html import unescape
 from http.client import HTTPException
 from importlib import import_module
 from itertools import accumulate, chain, count, groupby, islice, takewhile
@@ -4648,7 +4649,7 @@ class RepairNeeds:
     answer_id: str  # ours, unique
     tools: Mapping[str, JSON]  # the parameters of each function that was offered, by name
     wants_json: bool
-    quoted: frozenset[str]  # see `quoted_calls`
+    quoted: str  # see `quoted_text`
 
 
 class Repair(ABC):
@@ -4893,23 +4894,24 @@ class LeakedCalls(Repair):
 
     kind = "leaked_calls"
     sees = frozenset((Text, ToolCall, Finish))
+    WORDS: type[Text] | type[Thought] = Text  # where calls leak into
 
     @classmethod
     def needed(cls, needs: RepairNeeds) -> Repair | None:
         return cls(needs.tools, needs.quoted) if needs.tools else None
 
-    def __init__(self, tools: Mapping[str, JSON], quoted: frozenset[str]) -> None:
+    def __init__(self, tools: Mapping[str, JSON], quoted: str) -> None:
         self.tools = tools  # the parameters of each, by name
-        self.quoted = quoted  # the markup in the request, without white space
+        self.quoted = quoted  # what the request says, see `quoted_text`
         self.marks = CodeMarks()
         self.rest = ""  # perhaps the beginning of a tag
         self.held: list[str] = []  # the text from the first <tool_call> on
-        self.open: CallMarkup | None = None  # the last call in it, while it is not complete
-        self.calls: list[CallMarkup] = []  # the complete ones
+        self.open: list[LeakedCall] = []  # ways to read the last call in it, until it is complete
+        self.calls: list[LeakedCall] = []  # the complete ones
         self.has_call = False  # Z.ai sent one as it should
 
-    def feed(self, event: Text | ToolCall | Finish) -> Iterator[Event]:
-        if isinstance(event, Text):
+    def feed(self, event: Thought | Text | ToolCall | Finish) -> Iterator[Event]:
+        if isinstance(event, self.WORDS):
             yield from self.read_text(event.text)
             return
         if isinstance(event, ToolCall):
@@ -4919,63 +4921,106 @@ class LeakedCalls(Repair):
         yield from self.read(rest)
         if isinstance(event, Finish) and self.are_calls(event.reason):
             self.mended += 1
-            yield from [markup.call() for markup in self.calls]
-        else:
+            yield from [leaked.call() for leaked in self.calls]
+        elif not is_blank_text(event):
             yield from self.release()
         yield event
 
     def read_text(self, text: str) -> Iterator[Event]:
         if "<" not in text and not self.rest and not self.held:  # most texts
             self.marks.feed(text)
-            yield Text(text)
+            yield self.WORDS(text)
             return
-        *pieces, last = CallMarkup.TAG.split(self.rest + text)
-        self.rest = partial_tag(last, CallMarkup.TAGS)
+        *pieces, last = MARKUP_TAG.split(self.rest + text)
+        self.rest = partial_tag(last, MARKUP_TAGS)
         for piece in (*pieces, last.removesuffix(self.rest)):
             yield from self.read(piece)
 
     def read(self, piece: str) -> Iterator[Event]:
         """Read a tag, or the text between two tags."""
-        if self.open and self.open.feed(piece):
+        if self.open:
+            if self.goes_on(piece):
+                self.held.append(piece)
+                return
+            yield from self.release()
+        if piece == "<tool_call>" and not self.marks.inside and not self.has_call:
             self.held.append(piece)
-            if self.open.state == "complete":
-                self.calls.append(self.open)
-                self.open = None
-        elif piece == "<tool_call>" and not self.marks.inside and not self.has_call:
-            if self.open:  # what came before it was no call
-                yield from self.release()
-            self.held.append(piece)
-            self.open = CallMarkup(self.tools)
-        elif self.held and not self.open and not piece.strip():
+            self.open = self.new_calls()
+        elif self.held and not piece.strip():
             self.held.append(piece)
         elif piece:
             yield from self.release()
             self.marks.feed(piece)
-            yield Text(piece)
+            yield self.WORDS(piece)
+
+    def new_calls(self) -> list[LeakedCall]:
+        """The ways to read what comes behind a <tool_call>."""
+        return [MarkupCall(self.tools)]
+
+    def goes_on(self, piece: str) -> bool:
+        """Read more of the open call. False if it is none."""
+        self.open = [leaked for leaked in self.open if leaked.feed(piece)]
+        for leaked in self.open:
+            if leaked.is_complete:
+                self.calls.append(leaked)
+                self.open = []
+                return True
+        return bool(self.open)
 
     def are_calls(self, reason: FinishReason) -> bool:
         """Whether what is held is calls, now that the answer has ended."""
         if self.has_call or self.open or reason not in ("stop", "tool_calls"):
             return False
-        quoted = [markup for markup in self.calls if without_space(markup.text) in self.quoted]
-        return bool(self.calls) and not quoted
+        quotations = [leaked for leaked in self.calls if plain_form(leaked.text) in self.quoted]
+        return bool(self.calls) and not quotations
 
     def release(self) -> Iterator[Event]:
         """What was held is text."""
         text = "".join(self.held)
         self.held = []
-        self.open = None
+        self.open = []
         self.calls = []
         if text:
             self.marks.feed(text)
-            yield Text(text)
+            yield self.WORDS(text)
 
 
-class CallMarkup:
-    """One call as the model writes it, read tag by tag from behind its <tool_call>."""
+def is_blank_text(event: Event) -> bool:
+    return isinstance(event, Text) and not event.text.strip()
 
-    TAGS = ("<tool_call>", "</tool_call>", "<arg_key>", "</arg_key>", "<arg_value>", "</arg_value>")
-    TAG = re.compile("(</?(?:tool_call|arg_key|arg_value)>)")
+
+MARKUP_TAGS = (
+    *("<tool_call>", "</tool_call>"),
+    *("<arg_key>", "</arg_key>", "<arg_value>", "</arg_value>"),
+)
+MARKUP_TAG = re.compile("(</?(?:tool_call|arg_key|arg_value)>)")
+
+
+class LeakedCall(ABC):
+    """One call that leaked, read from behind its <tool_call>."""
+
+    is_complete = False  # its </tool_call> has been read
+
+    def __init__(self, tools: Mapping[str, JSON]) -> None:
+        self.tools = tools
+        self.pieces: list[str] = []  # all
+
+    @property
+    def text(self) -> str:
+        """All that was read, without the last tag."""
+        return "".join(self.pieces[:-1])
+
+    @abstractmethod
+    def feed(self, piece: str) -> bool:
+        """Read a tag, or the text between two. False if this is no call of a tool that was offered."""
+
+    @abstractmethod
+    def call(self) -> ToolCall: ...
+
+
+class MarkupCall(LeakedCall):
+    """A call as the model writes it, in tags."""
+
     # The next state, by state and tag. A value may have any other tag in it.
     NEXT: ClassVar[Mapping[tuple[str, str], str]] = {
         ("name", "<arg_key>"): "key",
@@ -4988,25 +5033,19 @@ class CallMarkup:
     }
 
     def __init__(self, tools: Mapping[str, JSON]) -> None:
-        self.tools = tools
+        super().__init__(tools)
         self.state = "name"
         self.name = ""
         self.key = ""
         self.value: list[str] = []  # pieces
         self.pairs: list[tuple[str, str]] = []
-        self.pieces: list[str] = []  # all
-
-    @property
-    def text(self) -> str:
-        """All that was read, without the last tag."""
-        return "".join(self.pieces[:-1])
 
     def feed(self, piece: str) -> bool:
-        """Read a tag, or the text between two. False if this is no call of a tool that was offered."""
         following = self.NEXT.get((self.state, piece))
         if following:
             self.leave()
             self.state = following
+            self.is_complete = following == "complete"
             fits = self.name in self.tools
         else:
             fits = self.add(piece)
@@ -5033,7 +5072,7 @@ class CallMarkup:
             return any(name.startswith(self.name.rstrip()) for name in self.tools)
         if self.state == "key":
             self.key += piece
-            return piece not in self.TAGS
+            return piece not in MARKUP_TAGS
         return not piece.strip()
 
     def call(self) -> ToolCall:
@@ -5042,10 +5081,6 @@ class CallMarkup:
             key: leaked_value(value, as_object(schemas.get(key))) for key, value in self.pairs
         }
         return ToolCall(-1, "", self.name, to_json(arguments))
-
-
-def without_space(text: str) -> str:
-    return "".join(text.split())
 
 
 def leaked_value(text: str, schema: JSON) -> Any:
@@ -5058,17 +5093,42 @@ def leaked_value(text: str, schema: JSON) -> Any:
     return value
 
 
-QUOTED_CALL = re.compile("<tool_call>(.*?)</tool_call>", re.DOTALL)
+QUOTED_CALL = re.compile(r"(?:<|u003c|&lt;|&#0*60;|&#x0*3c;)tool_call", re.IGNORECASE)
+ESCAPE = re.compile(r"\\+(?:u([0-9a-fA-F]{4})|[nrt])?")  # however often it was escaped
 
 
-def quoted_calls(messages: Iterable[Message]) -> frozenset[str]:
-    """The markup of calls that stands in a conversation, without white space."""
-    found: set[str] = set()
+def quoted_text(messages: Iterable[Message]) -> str:
+    """The texts of a conversation that have the markup of calls in them, in plain form."""
+    found = []
+    for text in conversation_texts(messages):
+        if QUOTED_CALL.search(text):
+            found.append(plain_form(text))
+    return "\n".join(found)
+
+
+def conversation_texts(messages: Iterable[Message]) -> Iterator[str]:
+    """All that was said, thought and called."""
     for message in messages:
-        for text in (message.thought, *message.content):
-            if isinstance(text, str):
-                found.update(map(without_space, QUOTED_CALL.findall(text)))
-    return frozenset(found)
+        yield message.thought
+        for part in message.content:
+            if isinstance(part, str):
+                yield part
+        for call in message.calls:
+            yield call.arguments
+
+
+def plain_form(text: str) -> str:
+    """A text without white space and escapes: the same for a page, for it in JSON, and for it in HTML."""
+    if "&" in text:
+        text = unescape(text)
+    if "\\" in text:
+        text = whole_characters(ESCAPE.sub(unescaped, text))
+    return "".join(text.split())
+
+
+def unescaped(escape: re.Match[str]) -> str:
+    """What an escape of JSON stands for; nothing for a line end, and for the backslash before a quote."""
+    return chr(int(escape[1], 16)) if escape[1] else ""
 
 
 @dataclass
@@ -5571,8 +5631,7 @@ def zai_request(prompt: Prompt, model: Model, base_url: str, answer_id: str) -> 
     data = encode_request(body)
     functions = [tool["function"] for tool in body.get("tools", ()) if tool["type"] == "function"]
     tools = {function["name"]: function["parameters"] for function in functions}
-    is_quoting = bool(tools) and b"<tool_call>" in data
-    quoted = quoted_calls(prompt.messages) if is_quoting else frozenset()
+    quoted = quoted_text(prompt.messages) if tools else ""
     wants_json = prompt.schema is not None
     needs = RepairNeeds(model, answer_id, tools, wants_json, quoted)
     return ZaiRequest(data, needs, len(data) - media_size(prompt.messages))

@@ -4958,12 +4958,12 @@ def test_a_call_leaks_only_where_the_answer_has_come_to_its_end():
 @pytest.mark.parametrize(
     "quote",
     [
-        lambda text: text,
+        str,
         lambda text: f"```\n{text}\n```",
         json.dumps,
         lambda text: json.dumps(json.dumps({"page": text})),
         lambda text: json.dumps(text).replace("<", r"\u003c"),
-        lambda text: html.escape(text),
+        html.escape,
         lambda text: json.dumps({"page": html.escape(text)}),
         lambda text: text.replace("\n", "\r\n    "),
     ],
@@ -5011,6 +5011,145 @@ async def test_a_page_that_quotes_our_markup_makes_no_call(client, zai, role):
     zai.parts = [stream_of({"content": LEAK}, finish())]
     message = json.loads((await ask(client, body))[1])["choices"][0]["message"]
     assert message == {"role": "assistant", "content": LEAK, "refusal": None}
+
+
+def json_leak(name="read", *, text=None, **arguments):
+    """A call as JSON in the model's tags."""
+    return f"<tool_call>{text or json.dumps({'name': name, 'arguments': arguments})}</tool_call>"
+
+
+CALLED = ("call_7_0", "read", '{"path":"a.py"}')
+JSON_LEAK = json_leak(path="a.py")
+NO_CALLS_AS_JSON = [
+    JSON_LEAK + " and more",
+    f"```\n{JSON_LEAK}\n```",
+    f"Write `{JSON_LEAK}`",
+    json_leak("write", path="a.py"),
+    json_leak(text='{"name": "read"}'),
+    json_leak(text='{"name": "read", "arguments": {}, "id": 7}'),
+    json_leak(text='{"name": "read", "arguments": "a.py"}'),
+    json_leak(text='{"name": "read", "arguments": {}'),
+    json_leak(text='[{"name": "read", "arguments": {}}]'),
+    json_leak(text=" "),
+    "<tool_call>" + '{"name": "read", "arguments": {}}',
+    '{"name": "read", "arguments": {}}',
+]
+
+
+@pytest.mark.parametrize(
+    ("text", "wanted"),
+    [
+        (JSON_LEAK, says("", "", [CALLED], "tool_calls")),
+        (f"I read.\n{JSON_LEAK}\n", says("I read.\n", "", [CALLED], "tool_calls")),
+        (
+            json_leak("read_all") + json_leak(path="a.py"),
+            says("", "", [("call_7_0", "read_all", "{}"), ("call_7_1", *CALLED[1:])], "tool_calls"),
+        ),
+        (
+            json_leak(path="}</tool_call><arg_key>"),
+            says("", "", [("call_7_0", "read", '{"path":"}</tool_call><arg_key>"}')], "tool_calls"),
+        ),
+        (
+            json_leak(text='\n{"arguments":\n{"path": "é", "n": [1]}, "name": "read"}\n'),
+            says("", "", [("call_7_0", "read", '{"path":"é","n":[1]}')], "tool_calls"),
+        ),
+        *((text, says(text)) for text in NO_CALLS_AS_JSON),
+    ],
+)
+def test_a_call_that_leaks_into_the_text_as_json_is_a_call(text, wanted):
+    tools = [READ, READ_ALL]
+    assert outcomes_of([text], tools=tools) == wanted
+    for deltas in (list(text), *([text[:i], text[i:]] for i in range(1, len(text)))):
+        data = stream_of(*chunk_of(*deltas), finish())
+        assert [outcome(read_all([data], tools=tools))] == wanted
+
+
+def test_a_call_as_json_that_never_ends_is_read_in_linear_time():
+    def read(size):
+        repair = ztoapi.JsonCalls({"read": PATH}, "")
+        text = '<tool_call>{"a":"' + "}</tool_call>" * size
+        assert list(repair.feed(Text(text)))
+
+    few, many = (seconds_of(read, size) for size in (2**12, 2**14))
+    assert many < 10 * few
+
+
+THOUGHT_NO_CALLS = [
+    [LEAK, " and more"],
+    [f"I could write `{LEAK}`"],
+    [f"```\n{LEAK}\n```"],
+    [leak("write", path="a.py")],
+    [LEAK.removesuffix("</tool_call>")],
+]
+
+
+def thinks(*words):
+    return [{"reasoning_content": word} for word in words]
+
+
+@pytest.mark.parametrize(
+    ("deltas", "wanted"),
+    [
+        (thinks("Let me read.", LEAK), says("", "Let me read.", [CALLED], "tool_calls")),
+        (thinks(LEAK, "\n"), says("", "", [CALLED], "tool_calls")),
+        ([*thinks("hm", LEAK), "\n \n"], says(" \n", "hm", [CALLED], "tool_calls")),
+        (thinks("hm", JSON_LEAK), says("", "hm", [CALLED], "tool_calls")),
+        (
+            thinks(LEAK, leak("read_all")),
+            says("", "", [CALLED, ("call_7_1", "read_all", "{}")], "tool_calls"),
+        ),
+        ([*thinks(LEAK), "I have read it."], says("I have read it.", LEAK)),
+        (
+            [*thinks(LEAK), READ_CALL],
+            says("", LEAK, [("c1", "read", "{}")], "tool_calls"),
+        ),
+        *((thinks(*words), says("", "".join(words))) for words in THOUGHT_NO_CALLS),
+    ],
+)
+def test_a_call_at_the_end_of_the_reasoning_is_a_call(deltas, wanted):
+    assert outcomes_of(deltas, tools=[READ, READ_ALL]) == wanted
+
+
+def test_a_call_in_the_reasoning_that_the_request_quotes_is_none():
+    deltas = thinks("The page says ", LEAK)
+    assert outcomes_of(deltas, tools=[READ], quoted=QUOTED) == says("", "The page says " + LEAK)
+
+
+@pytest.mark.parametrize("reason", ["length", "sensitive", "model_context_window_exceeded"])
+def test_a_call_in_the_reasoning_of_an_answer_that_was_cut_off_is_none(reason):
+    data = stream_of(*thinks(LEAK), {"content": "x"}, finish(reason))
+    thought, _, calls, _ = outcome(read_all([data], tools=[READ]))
+    assert (thought, calls) == (LEAK, [])
+
+
+def test_reasoning_streams_on_until_it_may_be_a_call():
+    reader = Mended(tools=[READ])
+    words = ("hm < ", "a <tool", "_x", "<tool_call>read", "er")
+    heard = [list(reader.feed(stream_of(*thinks(word), done=""))) for word in words]
+    assert heard == [
+        [Thought("hm < ")],
+        [Thought("a ")],
+        [Thought("<tool_x")],
+        [],
+        [Thought("<tool_call>reader")],
+    ]
+
+
+@pytest.mark.parametrize(
+    ("deltas", "quoted"),
+    [
+        ([JSON_LEAK], json.dumps({"page": JSON_LEAK})),
+        (thinks(LEAK), f"<pre>{html.escape(LEAK)}</pre>"),
+        ([LEAK], f"```\n{LEAK}\n```"),
+        (thinks(JSON_LEAK), JSON_LEAK),
+    ],
+    ids=["JSON in a JSON result", "reasoning of HTML", "text of a fence", "reasoning of JSON"],
+)
+def test_what_a_page_says_makes_no_call_however_it_is_repeated(deltas, quoted):
+    tools = [READ, READ_ALL]
+    page = ztoapi.quoted_text([Message("tool", (quoted,), call_id="c")])
+    assert [calls for _, _, calls, _ in outcomes_of(deltas, tools=tools, quoted=page)] == [[]]
+    assert outcomes_of(deltas, tools=tools)[0][2] == [CALLED]
 
 
 @pytest.mark.parametrize(

@@ -730,6 +730,11 @@ def parse_json(data: bytes) -> Any:
     return value
 
 
+def parse_text(text: str) -> Any:
+    """As parse_json."""
+    return parse_json(text.encode("utf-8", "surrogatepass"))
+
+
 def unique_names(pairs: list[tuple[str, Any]]) -> JSON:
     """object_pairs_hook: rejects a repeated name, since JSON parsers differ in which value they keep."""
     found = dict(pairs)
@@ -4916,14 +4921,16 @@ class LeakedCalls(Repair):
             return
         if isinstance(event, ToolCall):
             self.has_call = True
-        rest = self.rest
+        said = self.read_pieces([self.rest])
         self.rest = ""
-        yield from self.read(rest)
-        if isinstance(event, Finish) and self.are_calls(event.reason):
+        is_end = isinstance(event, Finish) and self.are_calls(event.reason)
+        if not is_end and not is_blank_text(event):
+            said += self.release()
+        if said:
+            yield self.WORDS(said)
+        if is_end:
             self.mended += 1
             yield from [leaked.call() for leaked in self.calls]
-        elif not is_blank_text(event):
-            yield from self.release()
         yield event
 
     def read_text(self, text: str) -> Iterator[Event]:
@@ -4933,25 +4940,31 @@ class LeakedCalls(Repair):
             return
         *pieces, last = MARKUP_TAG.split(self.rest + text)
         self.rest = partial_tag(last, MARKUP_TAGS)
-        for piece in (*pieces, last.removesuffix(self.rest)):
-            yield from self.read(piece)
+        said = self.read_pieces([*pieces, last.removesuffix(self.rest)])
+        if said:
+            yield self.WORDS(said)
 
-    def read(self, piece: str) -> Iterator[Event]:
-        """Read a tag, or the text between two tags."""
+    def read_pieces(self, pieces: Iterable[str]) -> str:
+        return "".join([self.read(piece) for piece in pieces])
+
+    def read(self, piece: str) -> str:
+        """Read a tag, or the text between two tags; return what turns out to be no call."""
+        released = ""
         if self.open:
             if self.goes_on(piece):
-                self.held.append(piece)
-                return
-            yield from self.release()
+                return ""
+            released = self.release()
         if piece == "<tool_call>" and not self.marks.inside and not self.has_call:
             self.held.append(piece)
             self.open = self.new_calls()
-        elif self.held and not piece.strip():
+            return released
+        if self.held and not piece.strip():
             self.held.append(piece)
-        elif piece:
-            yield from self.release()
+            return released
+        if piece:
+            released += self.release()
             self.marks.feed(piece)
-            yield self.WORDS(piece)
+        return released + piece
 
     def new_calls(self) -> list[LeakedCall]:
         """The ways to read what comes behind a <tool_call>."""
@@ -4960,12 +4973,15 @@ class LeakedCalls(Repair):
     def goes_on(self, piece: str) -> bool:
         """Read more of the open call. False if it is none."""
         self.open = [leaked for leaked in self.open if leaked.feed(piece)]
+        if not self.open:
+            return False
+        self.held.append(piece)
         for leaked in self.open:
             if leaked.is_complete:
                 self.calls.append(leaked)
                 self.open = []
-                return True
-        return bool(self.open)
+                break
+        return True
 
     def are_calls(self, reason: FinishReason) -> bool:
         """Whether what is held is calls, now that the answer has ended."""
@@ -4974,15 +4990,41 @@ class LeakedCalls(Repair):
         quotations = [leaked for leaked in self.calls if plain_form(leaked.text) in self.quoted]
         return bool(self.calls) and not quotations
 
-    def release(self) -> Iterator[Event]:
-        """What was held is text."""
+    def release(self) -> str:
+        """What was held: it is no call."""
         text = "".join(self.held)
         self.held = []
         self.open = []
         self.calls = []
-        if text:
-            self.marks.feed(text)
-            yield self.WORDS(text)
+        self.marks.feed(text)
+        return text
+
+
+class ThoughtCalls(LeakedCalls):
+    """Calls that the model makes while it still thinks: they stand at the end of its reasoning.
+
+    anomalyco/opencode#6883, vllm-project/vllm#42400. As in LeakedCalls; they are none where a text
+    or another call follows.
+    """
+
+    kind = "calls_in_reasoning"
+    sees = frozenset((Thought, Text, ToolCall, Finish))
+    WORDS = Thought
+
+    def new_calls(self) -> list[LeakedCall]:
+        return [MarkupCall(self.tools), JsonCall(self.tools)]
+
+
+class JsonCalls(LeakedCalls):
+    """Calls that leak into the text as JSON: <tool_call>{"name": …, "arguments": {…}}</tool_call>.
+
+    vllm-project/vllm#48095. As in LeakedCalls.
+    """
+
+    kind = "calls_as_json"
+
+    def new_calls(self) -> list[LeakedCall]:
+        return [JsonCall(self.tools)]
 
 
 def is_blank_text(event: Event) -> bool:
@@ -5087,10 +5129,44 @@ def leaked_value(text: str, schema: JSON) -> Any:
     """An argument as it stands between tags: JSON, except that a string has no quotes."""
     if "string" in str(schema.get("type")):  # which may be a list
         return text
-    value = parse_json(text.encode("utf-8", "surrogatepass"))
+    value = parse_text(text)
     if value is None and text.strip() != "null":
         return text
     return value
+
+
+class JsonCall(LeakedCall):
+    """A call as one JSON object with a name and arguments."""
+
+    MAX_TRIES = 16  # at its end: a string in it may look like one
+
+    def __init__(self, tools: Mapping[str, JSON]) -> None:
+        super().__init__(tools)
+        self.has_begun = False  # its brace has been read
+        self.tries = 0
+        self.name = ""
+        self.arguments: JSON = {}
+
+    def feed(self, piece: str) -> bool:
+        self.pieces.append(piece)
+        if piece == "</tool_call>":
+            self.read_object()
+            return self.has_begun and self.tries < self.MAX_TRIES
+        if not self.has_begun and piece.strip():
+            self.has_begun = piece.lstrip().startswith("{")
+            return self.has_begun
+        return True
+
+    def read_object(self) -> None:
+        self.tries += 1
+        match parse_text(self.text):
+            case {"name": str(name), "arguments": dict(arguments), **others}:
+                self.is_complete = name in self.tools and not others
+                self.name = name
+                self.arguments = arguments
+
+    def call(self) -> ToolCall:
+        return ToolCall(-1, "", self.name, to_json(self.arguments))
 
 
 QUOTED_CALL = re.compile(r"(?:<|u003c|&lt;|&#0*60;|&#x0*3c;)tool_call", re.IGNORECASE)
@@ -5099,11 +5175,8 @@ ESCAPE = re.compile(r"\\+(?:u([0-9a-fA-F]{4})|[nrt])?")  # however often it was 
 
 def quoted_text(messages: Iterable[Message]) -> str:
     """The texts of a conversation that have the markup of calls in them, in plain form."""
-    found = []
-    for text in conversation_texts(messages):
-        if QUOTED_CALL.search(text):
-            found.append(plain_form(text))
-    return "\n".join(found)
+    found = filter(QUOTED_CALL.search, conversation_texts(messages))
+    return "\n".join(map(plain_form, found))
 
 
 def conversation_texts(messages: Iterable[Message]) -> Iterator[str]:
@@ -5333,7 +5406,9 @@ REPAIRS: tuple[type[Repair], ...] = (
     StrayTag,
     TextHead,
     FreshStart,
+    ThoughtCalls,
     LeakedCalls,
+    JsonCalls,
     CallPieces,
     JsonAlone,
     Ending,

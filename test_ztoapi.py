@@ -4865,7 +4865,34 @@ def test_other_models_may_write_of_tags_where_calls_may_leak_too():
 
 
 def test_half_a_surrogate_pair_may_leak_too():
-    assert ztoapi.leaked_value("\ud800", {}) == "\ud800"
+    assert ztoapi.leaked_value("\ud800", ztoapi.Schema({}, {})) == "\ud800"
+
+
+REFERRED = {"$defs": {"a/b": {"type": "integer"}, "loop": {"$ref": "#/$defs/loop"}}}
+
+
+@pytest.mark.parametrize(
+    ("part", "types"),
+    [
+        ({"type": "integer"}, {"integer"}),
+        ({"type": ["integer", "null"]}, {"integer", "null"}),
+        ({"anyOf": [{"type": "array"}, {"type": "null"}]}, {"array", "null"}),
+        ({"oneOf": [{"anyOf": [{"const": 1}]}, {"enum": [True, 2.5]}]}, {"integer", "boolean", "number"}),
+        ({"$ref": "#/$defs/a~1b"}, {"integer"}),
+        ({"allOf": [{"$ref": "#/$defs/a~1b"}], "description": "x"}, {"integer"}),
+        ({"anyOf": [{"type": "array"}, {}]}, None),
+        ({"anyOf": [{"type": "array"}, {"type": "string"}]}, {"array", "string"}),
+        ({"allOf": [{"type": "integer"}, {"minimum": 1}]}, None),
+        ({"$ref": "#/$defs/loop"}, None),
+        ({"$ref": "https://example.com/x"}, None),
+        ({"$ref": "#/nowhere/at/all"}, None),
+        ({"properties": {}}, None),
+        (True, None),
+        ([], None),
+    ],
+)  # fmt: skip
+def test_the_types_that_a_schema_allows(part, types):
+    assert ztoapi.Schema(part, REFERRED).types == types
 
 
 def test_where_no_tool_was_offered_no_call_leaks():

@@ -5118,16 +5118,20 @@ class MarkupCall(LeakedCall):
         return not piece.strip()
 
     def call(self) -> ToolCall:
-        schemas = as_object(self.tools[self.name].get("properties"))
-        arguments = {
-            key: leaked_value(value, as_object(schemas.get(key))) for key, value in self.pairs
-        }
-        return ToolCall(-1, "", self.name, to_json(arguments))
+        parameters = self.tools[self.name]
+        return ToolCall(-1, "", self.name, arguments_of_pairs(self.pairs, parameters))
 
 
-def leaked_value(text: str, schema: JSON) -> Any:
+def arguments_of_pairs(pairs: Iterable[tuple[str, str]], parameters: JSON) -> str:
+    """Arguments as JSON text, from names and values as they stand between tags."""
+    schema = Schema(parameters, parameters)
+    arguments = {name: leaked_value(value, schema.of_property(name)) for name, value in pairs}
+    return to_json(arguments)
+
+
+def leaked_value(text: str, schema: Schema) -> Any:
     """An argument as it stands between tags: JSON, except that a string has no quotes."""
-    if "string" in str(schema.get("type")):  # which may be a list
+    if schema.types and schema.allows_string:
         return text
     value = parse_text(text)
     if value is None and text.strip() != "null":
@@ -5167,6 +5171,113 @@ class JsonCall(LeakedCall):
 
     def call(self) -> ToolCall:
         return ToolCall(-1, "", self.name, to_json(self.arguments))
+
+
+JSON_TYPES = {
+    bool: "boolean",
+    int: "integer",
+    float: "number",
+    str: "string",
+    list: "array",
+    dict: "object",
+    type(None): "null",
+}
+
+
+class Schema:
+    """What a JSON Schema says of a value, as far as the repairs need it; what it leaves open, is allowed.
+
+    A reference is followed within `root`, the whole schema; a union allows what one of its `options` does.
+    """
+
+    MAX_DEPTH = 32  # of unions, references and values in one another
+
+    def __init__(self, part: Any, root: JSON) -> None:
+        self.root = root
+        self.options = self.options_of(part, 0)
+
+    def options_of(self, part: Any, depth: int) -> list[JSON]:
+        part = self.followed(part)
+        if "type" in part or depth > self.MAX_DEPTH:
+            return [part]
+        for union in ("anyOf", "oneOf", "allOf"):
+            options = part.get(union)
+            if isinstance(options, list) and (union != "allOf" or len(options) == 1):
+                found = []
+                for option in options:
+                    found += self.options_of(option, depth + 1)
+                return found
+        return [part]
+
+    def followed(self, part: Any) -> JSON:
+        """The part that a reference means; {} for what is no schema of ours."""
+        for _ in range(self.MAX_DEPTH):
+            if not isinstance(part, dict) or "$ref" not in part:
+                break
+            part = self.at(str(part["$ref"]))
+        return as_object(part)
+
+    def at(self, reference: str) -> Any:
+        """The part at a JSON Pointer (RFC 6901); None if it is not in this schema."""
+        start, *names = reference.split("/")
+        if start != "#":
+            return None
+        part: Any = self.root
+        for name in names:
+            part = as_object(part).get(name.replace("~1", "/").replace("~0", "~"))
+        return part
+
+    @cached_property
+    def types(self) -> frozenset[str] | None:
+        """The types of values that it allows; None: any."""
+        types: set[str] = set()
+        for option in self.options:
+            given = types_of(option)
+            if given is None:
+                return None
+            types.update(given)
+        return frozenset(types)
+
+    def allows_type_of(self, value: Any) -> bool:
+        if self.types is None:
+            return True
+        name = JSON_TYPES[type(value)]
+        return name in self.types or (name == "integer" and "number" in self.types)
+
+    @property
+    def allows_string(self) -> bool:
+        return self.types is None or "string" in self.types
+
+    def of_property(self, name: str) -> Schema:
+        """Of the value that an object has under this name; one that allows all if that is not clear."""
+        found = []
+        for option in self.options:
+            known = as_object(option.get("properties"))
+            if name in known:
+                found.append(known[name])
+        return self.only(found)
+
+    def of_items(self) -> Schema:
+        """Of an array's items, likewise."""
+        return self.only([option["items"] for option in self.options if "items" in option])
+
+    def only(self, parts: list[Any]) -> Schema:
+        return Schema(parts[0] if len(parts) == 1 else {}, self.root)
+
+
+def types_of(schema: JSON) -> Iterable[str] | None:
+    """The types that a schema without unions names, or that its values have; None if it names none."""
+    named = schema.get("type")
+    if isinstance(named, str):
+        return {named}
+    if isinstance(named, list):
+        return map(str, named)
+    values = schema.get("enum")
+    if isinstance(values, list):
+        return {JSON_TYPES[type(value)] for value in values}
+    if "const" in schema:
+        return {JSON_TYPES[type(schema["const"])]}
+    return None
 
 
 QUOTED_CALL = re.compile(r"(?:<|u003c|&lt;|&#0*60;|&#x0*3c;)tool_call", re.IGNORECASE)
@@ -5704,8 +5815,7 @@ def zai_request(prompt: Prompt, model: Model, base_url: str, answer_id: str) -> 
     if urlsplit(base_url).hostname not in ZAI_HOSTS:  # Z.ai itself tells usage unasked
         body["stream_options"] = {"include_usage": True}
     data = encode_request(body)
-    functions = [tool["function"] for tool in body.get("tools", ()) if tool["type"] == "function"]
-    tools = {function["name"]: function["parameters"] for function in functions}
+    tools = {tool.name: tool.parameters for tool in prompt.tools}
     quoted = quoted_text(prompt.messages) if tools else ""
     wants_json = prompt.schema is not None
     needs = RepairNeeds(model, answer_id, tools, wants_json, quoted)

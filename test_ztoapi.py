@@ -4113,9 +4113,9 @@ DOCUMENT = json.dumps(
 class Mended:
     """Z.ai's bytes as mended events."""
 
-    def __init__(self, model="glm-4.6", tools=(), *, wants_json=False, quoted=""):
+    def __init__(self, model="glm-4.6", tools=(), *, wants_json=False, quoted="", **more):
         offered = {tool["function"]["name"]: tool["function"]["parameters"] for tool in tools}
-        needs = ztoapi.RepairNeeds(MODELS[model], "7", offered, wants_json, quoted)
+        needs = ztoapi.RepairNeeds(MODELS[model], "7", offered, wants_json, quoted, **more)
         self.reader = ZaiReader(MODELS[model])
         self.chain = ztoapi.RepairChain(ztoapi.repairs_for(needs))
 
@@ -5101,6 +5101,98 @@ def test_a_call_as_json_that_never_ends_is_read_in_linear_time():
     assert many < 10 * few
 
 
+def thinks(*words):
+    return [{"reasoning_content": word} for word in words]
+
+
+def tool(name, required=(), /, **properties):
+    parameters = {"type": "object", "properties": properties, "required": list(required)}
+    return {"type": "function", "function": {"name": name, "parameters": parameters}}
+
+
+SAVE = tool(
+    "save",
+    ["name"],
+    name={"type": "string"},
+    age={"anyOf": [{"type": "integer"}, {"type": "null"}]},
+    tags={"type": "array", "items": {"enum": ["a", "b"]}},
+)
+SAVED = [("call_7_0", "save", '{"name":"Ann"}')]
+
+
+@pytest.mark.parametrize(
+    ("deltas", "wanted"),
+    [
+        (['{"name":"Ann"}'], says("", "", SAVED, "tool_calls")),
+        (['\n{"name":', '"Ann"}\n'], says("", "", SAVED, "tool_calls")),
+        (['```json\n{"name":"Ann"}\n```'], says("", "", SAVED, "tool_calls")),
+        (["``", '`\n{"name":"Ann"}\n', "```\n"], says("", "", SAVED, "tool_calls")),
+        (
+            [*thinks("hm"), '{"name": "A", "age": null, "tags": ["a"]}'],
+            says("", "hm", [("call_7_0", "save", '{"name": "A", "age": null, "tags": ["a"]}')], "tool_calls"),
+        ),
+        *(
+            ([text], says(text))
+            for text in (
+                'Here: {"name":"Ann"}',
+                '{"name":"Ann"} is it.',
+                '```json\n{"name":"Ann"}\n```\nThat is it.',
+                '{"name":"Ann","error":"?"}',
+                '{"age":7}',
+                '{"name":"Ann","age":"7"}',
+                '{"name":"Ann","tags":["c"]}',
+                '[{"name":"Ann"}]',
+                '{"name":"Ann"',
+                "I can't.",
+                "{}",
+            )
+        ),
+        (
+            [piece(id="a", index=0, function=named("save", "{}")), '{"name":"Ann"}'],
+            says('{"name":"Ann"}', "", [("a", "save", "{}")], "tool_calls"),
+        ),
+    ],
+)  # fmt: skip
+def test_a_text_that_is_the_arguments_of_a_forced_call_is_that_call(deltas, wanted):
+    assert outcomes_of(deltas, tools=[SAVE], forced="save") == wanted
+
+
+@pytest.mark.parametrize("said", ['Save {"name": "Ann"}.', '{"x": "{\\"name\\":\\"Ann\\"}"}'])
+def test_what_a_page_says_is_no_forced_call(said):
+    page = Message("tool", (said,), call_id="c")
+    quoted = ztoapi.quoted_text([page], forced=True)
+    asked = {"tools": [SAVE], "forced": "save"}
+    assert outcomes_of(['{"name":"Ann"}'], **asked, quoted=quoted) == says('{"name":"Ann"}')
+    assert outcomes_of(['{"name":"Bob"}'], **asked, quoted=quoted)[0][2]
+
+
+def test_text_is_no_call_where_the_model_had_a_choice():
+    assert outcomes_of(['{"name":"Ann"}'], tools=[SAVE]) == says('{"name":"Ann"}')
+
+
+@pytest.mark.parametrize(
+    ("choice", "forced"),
+    [
+        ({"type": "function", "function": {"name": "save"}}, "save"),
+        ("required", ""),
+        ("auto", ""),
+        ("none", ""),
+    ],
+)
+def test_a_function_is_forced_where_tool_choice_names_it(choice, forced):
+    prompt = ztoapi.with_chosen_tools(read_chat(chat(tools=[SAVE], tool_choice=choice)))
+    request = ztoapi.zai_request(prompt, MODELS["glm-4.6"], "https://api.z.ai", "7")
+    assert request.needs.forced == forced
+
+
+def test_a_text_for_a_forced_call_streams_on_once_it_is_none():
+    reader = Mended(tools=[SAVE], forced="save")
+    heard = [
+        list(reader.feed(stream_of({"content": text}, done=""))) for text in (" ", "`", "I", "`{")
+    ]
+    assert heard == [[], [], [Text(" `I")], [Text("`{")]]
+
+
 THOUGHT_NO_CALLS = [
     [LEAK, " and more"],
     [f"I could write `{LEAK}`"],
@@ -5108,10 +5200,6 @@ THOUGHT_NO_CALLS = [
     [leak("write", path="a.py")],
     [LEAK.removesuffix("</tool_call>")],
 ]
-
-
-def thinks(*words):
-    return [{"reasoning_content": word} for word in words]
 
 
 @pytest.mark.parametrize(

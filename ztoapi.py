@@ -4655,6 +4655,7 @@ class RepairNeeds:
     tools: Mapping[str, JSON]  # the parameters of each function that was offered, by name
     wants_json: bool
     quoted: str  # see `quoted_text`
+    forced: str = ""  # the function that must be called
 
 
 class Repair(ABC):
@@ -5027,6 +5028,80 @@ class JsonCalls(LeakedCalls):
         return [JsonCall(self.tools)]
 
 
+class ForcedCall(Repair):
+    """A text that is nothing but the arguments of the function that tool_choice forces, fenced or not.
+
+    NousResearch/hermes-agent#7462. Z.ai knows no forced calls, and answers with what the call would
+    have had. As in LeakedCalls, but the fence does not count: it is around all of the text.
+    """
+
+    kind = "arguments_as_text"
+    sees = frozenset((Text, ToolCall, Finish))
+
+    @classmethod
+    def needed(cls, needs: RepairNeeds) -> Repair | None:
+        if not needs.forced:
+            return None
+        return cls(needs.forced, needs.tools[needs.forced], needs.quoted)
+
+    def __init__(self, name: str, parameters: JSON, quoted: str) -> None:
+        self.name = name
+        self.schema = Schema(parameters, parameters)
+        self.quoted = quoted  # what the request says, see `quoted_text`
+        self.beginning = Beginning("{", "```")
+        self.held: list[str] = []  # the text so far
+
+    def feed(self, event: Text | ToolCall | Finish) -> Iterator[Event]:
+        if isinstance(event, Text):
+            self.held.append(event.text)
+            if self.beginning.feed(event.text):
+                return
+        text = "".join(self.held)
+        self.sees = frozenset()  # this is the end, or there is something else
+        if isinstance(event, Finish) and self.are_arguments(text, event.reason):
+            self.mended += 1
+            yield ToolCall(-1, "", self.name, json_in(text))
+        elif text:
+            yield Text(text)
+        if not isinstance(event, Text):
+            yield event
+
+    def are_arguments(self, text: str, reason: FinishReason) -> bool:
+        if reason not in ("stop", "tool_calls"):
+            return False
+        inside = json_in(text)
+        value = parse_text(inside)
+        if not isinstance(value, dict) or plain_form(inside) in self.quoted:
+            return False
+        known = as_object(self.schema.options[0].get("properties"))
+        return known.keys() >= value.keys() and fits(value, self.schema)
+
+
+FENCED = re.compile(r"\s*```\w*[ \t]*\r?\n(.*)```\s*", re.DOTALL)
+
+
+def json_in(text: str) -> str:
+    """The inside of a fence, if that is all there is, else the text; without white space around it."""
+    fenced = FENCED.fullmatch(text)
+    return (fenced[1] if fenced else text).strip()
+
+
+class Beginning:
+    """Whether a text that comes in pieces begins in one of some ways, white space aside."""
+
+    def __init__(self, *starts: str) -> None:
+        self.starts = starts
+        self.head = ""  # of the text, while that is not clear
+        self.is_certain = False
+
+    def feed(self, text: str) -> bool:
+        """Read more. False once it does not."""
+        if not self.is_certain:
+            self.head = (self.head + text).lstrip()
+            self.is_certain = self.head.startswith(self.starts)
+        return self.is_certain or any(start.startswith(self.head) for start in self.starts)
+
+
 def is_blank_text(event: Event) -> bool:
     return isinstance(event, Text) and not event.text.strip()
 
@@ -5265,6 +5340,37 @@ class Schema:
         return Schema(parts[0] if len(parts) == 1 else {}, self.root)
 
 
+def fits(value: Any, schema: Schema, depth: int = 0) -> bool:
+    """Whether a value is what a schema asks for, as far as its types, names and choices say."""
+    if depth > Schema.MAX_DEPTH:
+        return False
+    return any(fits_option(value, option, schema, depth) for option in schema.options)
+
+
+def fits_option(value: Any, option: JSON, schema: Schema, depth: int) -> bool:
+    if not Schema(option, schema.root).allows_type_of(value):
+        return False
+    choices = option.get("enum")
+    if isinstance(choices, list) and value not in choices:
+        return False
+    if value != option.get("const", value):
+        return False
+    if isinstance(value, list):
+        items = schema.of_items()
+        return all(fits(item, items, depth + 1) for item in value)
+    if isinstance(value, dict):
+        has_all = value.keys() >= required_names(option)
+        return has_all and all(
+            fits(part, schema.of_property(name), depth + 1) for name, part in value.items()
+        )
+    return True
+
+
+def required_names(schema: JSON) -> set[str]:
+    names = schema.get("required")
+    return set(map(str, names)) if isinstance(names, list) else set()
+
+
 def types_of(schema: JSON) -> Iterable[str] | None:
     """The types that a schema without unions names, or that its values have; None if it names none."""
     named = schema.get("type")
@@ -5284,10 +5390,13 @@ QUOTED_CALL = re.compile(r"(?:<|u003c|&lt;|&#0*60;|&#x0*3c;)tool_call", re.IGNOR
 ESCAPE = re.compile(r"\\+(?:u([0-9a-fA-F]{4})|[nrt])?")  # however often it was escaped
 
 
-def quoted_text(messages: Iterable[Message]) -> str:
-    """The texts of a conversation that have the markup of calls in them, in plain form."""
-    found = filter(QUOTED_CALL.search, conversation_texts(messages))
-    return "\n".join(map(plain_form, found))
+def quoted_text(messages: Iterable[Message], *, forced: bool = False) -> str:
+    """The texts of a conversation that have the markup of calls in them, in plain form.
+
+    Where a call is `forced`, an object may be one: then it is those that have a brace in them.
+    """
+    has_calls = re.compile("{").search if forced else QUOTED_CALL.search
+    return "\n".join(map(plain_form, filter(has_calls, conversation_texts(messages))))
 
 
 def conversation_texts(messages: Iterable[Message]) -> Iterator[str]:
@@ -5520,6 +5629,7 @@ REPAIRS: tuple[type[Repair], ...] = (
     ThoughtCalls,
     LeakedCalls,
     JsonCalls,
+    ForcedCall,
     CallPieces,
     JsonAlone,
     Ending,
@@ -5816,10 +5926,19 @@ def zai_request(prompt: Prompt, model: Model, base_url: str, answer_id: str) -> 
         body["stream_options"] = {"include_usage": True}
     data = encode_request(body)
     tools = {tool.name: tool.parameters for tool in prompt.tools}
-    quoted = quoted_text(prompt.messages) if tools else ""
+    forced = forced_function(prompt)
+    quoted = quoted_text(prompt.messages, forced=bool(forced)) if tools else ""
     wants_json = prompt.schema is not None
-    needs = RepairNeeds(model, answer_id, tools, wants_json, quoted)
+    needs = RepairNeeds(model, answer_id, tools, wants_json, quoted, forced)
     return ZaiRequest(data, needs, len(data) - media_size(prompt.messages))
+
+
+def forced_function(prompt: Prompt) -> str:
+    """The one function that tool_choice names; "" where it leaves a choice."""
+    choice = prompt.tool_choice
+    if choice.mode == "required" and choice.names is not None and len(prompt.tools) == 1:
+        return prompt.tools[0].name
+    return ""
 
 
 def media_size(messages: Iterable[Message]) -> int:

@@ -4701,6 +4701,76 @@ def test_tool_calls_are_healed(pieces, wanted, as_document):
         ] == list(range(len(wanted)))
 
 
+def calls(*pairs):
+    """A delta with whole calls: names and arguments."""
+    pieces = []
+    for index, (name, arguments) in enumerate(pairs):
+        pieces.append({"id": f"c{index}", "index": index, "function": named(name, arguments)})
+    return {"tool_calls": pieces}
+
+
+def calls_of(*pairs):
+    """What must come of calls."""
+    made = [(f"c{index}", name, arguments) for index, (name, arguments) in enumerate(pairs)]
+    return says("", "", made, "tool_calls")
+
+
+TWO_TOOLS = {
+    "tools": [OFFERED, {"type": "function", "function": {"name": "read_all", "parameters": {}}}]
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "wanted"),
+    [
+        ("read</arg_value>", "read"),
+        ("read\n", "read"),
+        ("read_all\r\n ", "read_all"),
+        ("read <tool_call>", "read"),
+        ("read<tool_call>read_all", "read"),
+        ("read", "read"),
+        ("readx</arg_value>", "readx</arg_value>"),
+        ("\nread", "\nread"),
+        ("<arg_key>read", "<arg_key>read"),
+        ("read.", "read."),
+        ("reading all", "reading all"),
+    ],
+)
+def test_remnants_of_the_template_leave_the_name_of_a_call(name, wanted):
+    assert outcomes_of([calls((name, '{"a":1}'))], **TWO_TOOLS) == calls_of((wanted, '{"a":1}'))
+    begun = [
+        piece(id="c0", index=0, function=named(name)),
+        piece(index=0, function={"arguments": "{}"}),
+    ]
+    assert outcomes_of(begun, **TWO_TOOLS) == calls_of((wanted, "{}"))
+
+
+def test_without_tools_a_name_stays_as_it_is():
+    assert outcomes_of([calls(("read\n", "{}"))]) == calls_of(("read\n", "{}"))
+
+
+NAMELESS = {"id": "x", "index": 0, "function": named("", '{"a":1}')}
+
+
+@pytest.mark.parametrize(
+    ("deltas", "wanted"),
+    [
+        ([{"tool_calls": [NAMELESS]}], says("", "", [], "tool_calls")),
+        ([{"tool_calls": [NAMELESS | {"function": named(None, "{}")}]}], says("", "", [], "tool_calls")),
+        ([{"tool_calls": [NAMELESS | {"function": named(" \n", "{}")}]}], says("", "", [], "tool_calls")),
+        (["hi", {"tool_calls": [NAMELESS]}], says("hi", "", [], "tool_calls")),
+        ([calls(("read", "{}"), ("", "{}"))], calls_of(("read", "{}"))),
+        ([calls(("", "{}"), ("read", "{}"))], says("", "", [("c1", "read", "{}")], "tool_calls")),
+        ([calls(("?", "{}"))], calls_of(("?", "{}"))),
+        ([calls(("read", '{"a"')), piece(index=0, function=named("", ":1}"))], calls_of(("read", '{"a":1}'))),
+        ([calls(("read", '{"a"')), piece(index=0, id="c0", function=named("", ":1}"))], calls_of(("read", '{"a":1}'))),
+        ([calls(("read", '{"a"')), piece(index=-1, function=named("", ":1}"))], calls_of(("read", '{"a":1}'))),
+    ],
+)  # fmt: skip
+def test_a_call_without_a_name_is_dropped(deltas, wanted):
+    assert outcomes_of(deltas, "tool_calls") == wanted
+
+
 @pytest.mark.parametrize(
     "data",
     [

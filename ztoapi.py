@@ -5424,6 +5424,36 @@ def unescaped(escape: re.Match[str]) -> str:
     return chr(int(escape[1], 16)) if escape[1] else ""
 
 
+class NameRemnants(Repair):
+    """Remnants of the model's template in the name of a call: read</arg_value>, or read and its arguments.
+
+    zai-org/GLM-5#84, can1357/oh-my-pi#3458. The name is what precedes the first tag or white space,
+    if that was offered. Pairs of <arg_key> and <arg_value> behind it are moved into the arguments,
+    which MarkupArguments reads.
+    """
+
+    kind = "remnants_in_names"
+    sees = frozenset((ToolCall,))
+    NAME = re.compile(r"[^<\s]+")
+
+    @classmethod
+    def needed(cls, needs: RepairNeeds) -> Repair | None:
+        return cls(needs.tools) if needs.tools else None
+
+    def __init__(self, tools: Mapping[str, JSON]) -> None:
+        self.tools = tools
+
+    def feed(self, event: ToolCall) -> tuple[Event, ...]:
+        if not event.name or event.name in self.tools:
+            return (event,)
+        found = self.NAME.match(event.name)
+        if not found or found[0] not in self.tools:
+            return (event,)
+        self.mended += 1
+        _, key, pairs = event.name.partition("<arg_key>")
+        return (replace(event, name=found[0], arguments=key + pairs + event.arguments),)
+
+
 @dataclass
 class Call:
     """A tool call while its pieces arrive."""
@@ -5487,7 +5517,8 @@ class CallPieces(Repair):
         """The call that a piece belongs to, perhaps a new one."""
         place = piece.id if piece.index < 0 else piece.index
         call = self.known.get(place)
-        if call is None and not piece.name and self.calls:
+        is_new = piece.index >= 0 and piece.id  # though it may have no name
+        if call is None and not piece.name and self.calls and not is_new:
             call = self.calls[-1]
         if call is None or is_another(piece, call):
             call = Call()
@@ -5518,6 +5549,19 @@ class CallPieces(Repair):
         while call_id in used:
             call_id += f"_{call.index}"
         return call_id
+
+
+class NamelessCalls(Repair):
+    """Calls with an empty name, which no client can make (edison7009/EchoBird#187)."""
+
+    kind = "nameless_calls"
+    sees = frozenset((ToolCall,))
+
+    def feed(self, event: ToolCall) -> tuple[Event, ...]:
+        if not event.id or event.name.strip():
+            return (event,)
+        self.mended += 1
+        return ()
 
 
 def is_another(piece: ToolCall, call: Call) -> bool:
@@ -5630,7 +5674,9 @@ REPAIRS: tuple[type[Repair], ...] = (
     LeakedCalls,
     JsonCalls,
     ForcedCall,
+    NameRemnants,
     CallPieces,
+    NamelessCalls,
     JsonAlone,
     Ending,
 )

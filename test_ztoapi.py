@@ -4715,6 +4715,7 @@ def calls_of(*pairs):
     return says("", "", made, "tool_calls")
 
 
+READ_AGAIN = piece(index=0, id="c0", type="function", function=named("read", '{"a": 1}'))
 TWO_TOOLS = {
     "tools": [OFFERED, {"type": "function", "function": {"name": "read_all", "parameters": {}}}]
 }
@@ -4747,6 +4748,99 @@ def test_remnants_of_the_template_leave_the_name_of_a_call(name, wanted):
 
 def test_without_tools_a_name_stays_as_it_is():
     assert outcomes_of([calls(("read\n", "{}"))]) == calls_of(("read\n", "{}"))
+
+
+def pieces_of(*arguments, name="read"):
+    """A call whose arguments come in these pieces, as deltas."""
+    first, *others = arguments
+    begun = piece(index=0, id="c0", type="function", function=named(name, first))
+    return [begun, *(piece(index=0, function={"arguments": more}) for more in others)]
+
+
+A, B = '{"a":1}', '{"b": [{"c": "}{"}]}'
+
+
+@pytest.mark.parametrize(
+    ("deltas", "wanted"),
+    [
+        (pieces_of(A, A), calls_of(("read", A))),
+        (pieces_of(A + A), calls_of(("read", A))),
+        (pieces_of('{"a"', ":1}", '{"a"', ": 1 }"), calls_of(("read", A))),
+        (pieces_of(A, "\n", A, A), calls_of(("read", A + "\n"))),
+        (pieces_of("{}", A), calls_of(("read", A))),
+        (pieces_of("{}" + A), calls_of(("read", A))),
+        (pieces_of("{", "}", '{"a"', ":1}"), calls_of(("read", A))),
+        (pieces_of("{}", "{}"), calls_of(("read", "{}"))),
+        (pieces_of("{ }{}{}"), calls_of(("read", "{ }"))),
+        (pieces_of("{}", "{}", A, A), calls_of(("read", A))),
+        (pieces_of(B, B), calls_of(("read", B))),
+        ([calls(("read", A)), READ_AGAIN], calls_of(("read", A))),
+    ],
+)
+def test_arguments_that_are_sent_twice_are_sent_once(deltas, wanted):
+    assert outcomes_of(deltas, "tool_calls", **TWO_TOOLS) == wanted
+
+
+@pytest.mark.parametrize(
+    ("deltas", "wanted"),
+    [
+        (pieces_of(A, B), [("c0", "read", A), ("c0_1", "read", B)]),
+        (pieces_of(A + B), [("c0", "read", A), ("c0_1", "read", B)]),
+        (pieces_of(A + B + A + B), [("c0", "read", A), ("c0_1", "read", B)]),
+        (pieces_of("{}" + A + "\n" + B), [("c0", "read", A), ("c0_1", "read", B)]),
+        (
+            [*pieces_of(A, B), piece(index=1, id="c0_1", function=named("read_all", "{}"))],
+            [("c0", "read", A), ("c0_1", "read", B), ("c0_1_2", "read_all", "{}")],
+        ),
+        (
+            [piece(index=0, id="c0", function=named("read", more)) for more in (A, B)],
+            [("c0", "read", A), ("c0_1", "read", B)],
+        ),
+    ],
+)
+def test_other_arguments_for_one_call_are_another_call(deltas, wanted):
+    assert outcomes_of(deltas, "tool_calls", **TWO_TOOLS) == says("", "", wanted, "tool_calls")
+
+
+@pytest.mark.parametrize(
+    "pieces",
+    [
+        [A, B[:-1]],
+        [A, "}", A],
+        [A, ",", B],
+        [A, "{a}"],
+        ["[1]", "[1]"],
+        ['"x"', '"x"'],
+        ["x{}", "{}"],
+        ['{"a":"{}', '{}"', "}"],
+        ["{", '"a":{}', "}"],
+        ["{}", ","],
+    ],
+)
+def test_other_arguments_stay_as_they_are(pieces):
+    wanted = calls_of(("read", "".join(pieces)))
+    assert outcomes_of(pieces_of(*pieces), "tool_calls", **TWO_TOOLS) == wanted
+    assert outcomes_of(pieces_of("".join(pieces)), "tool_calls", **TWO_TOOLS) == wanted
+    assert outcomes_of(pieces_of(*"".join(pieces)), "tool_calls", **TWO_TOOLS) == wanted
+
+
+def test_the_first_arguments_stream_on_as_they_come():
+    reader = Mended(**TWO_TOOLS)
+    heard = [
+        [event.arguments for event in reader.feed(stream_of(delta, done=""))]
+        for delta in pieces_of("", "{", '"a', '":', "1", "}", "{", '"a', '":2}')
+    ]
+    assert heard == [[""], ["{"], ['"a'], ['":'], ["1"], ["}"], [], [], ['{"a":2}']]
+
+
+def test_doubled_arguments_of_megabytes_are_read_in_linear_time():
+    def read(size):
+        reader = ztoapi.ObjectReader()
+        parts = ['{"a":"', *[r"\n{}\""] * size, '"}'] * 2
+        assert len([out for part in parts for out in reader.feed(part)]) >= size
+
+    few, many = (seconds_of(read, size) for size in (2**13, 2**15))
+    assert many < 10 * few
 
 
 NAMELESS = {"id": "x", "index": 0, "function": named("", '{"a":1}')}
@@ -4869,12 +4963,18 @@ LEAK = leak("read\n", path="a.py")
 
 
 def read_deltas(deltas, **asked):
-    """The events of an answer with these deltas, or pieces of text, consecutive texts joined."""
-    reader, events = Mended(**asked), []
-    chunks = [delta if isinstance(delta, dict) else {"content": delta} for delta in deltas]
-    for event in [*reader.feed(stream_of(*chunks, finish())), *reader.close()]:
-        more = bool(events) and type(events[-1]) is type(event) is Text
-        events.append(Text(events.pop().text + event.text) if more else event)
+    """The events of an answer with these deltas, or pieces of text; consecutive texts, and calls, joined."""
+    events = []
+    begun = {}
+    for event in read_all([stream_of(*chunk_of(*deltas), finish())], **asked):
+        if events and type(events[-1]) is type(event) is Text:
+            events.append(Text(events.pop().text + event.text))
+        elif isinstance(event, ToolCall) and not event.id:
+            at = begun[event.index]
+            events[at] = replace(events[at], arguments=events[at].arguments + event.arguments)
+        else:
+            begun[getattr(event, "index", -1)] = len(events)
+            events.append(event)
     return events
 
 

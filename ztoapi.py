@@ -5564,6 +5564,237 @@ class NamelessCalls(Repair):
         return ()
 
 
+class JsonScanner:
+    """Where JSON text stands that comes in pieces: in a string or not, and in which brackets."""
+
+    MARK = re.compile(r'["{}\[\]:,]')
+    # As far as a string goes; the bound is for the memory that the pattern takes.
+    INSIDE = re.compile(r'[^"\\]*(?:\\.[^"\\]*){0,1000}', re.DOTALL)
+    CLOSERS: ClassVar[Mapping[str, str]] = {"{": "}", "[": "]"}
+
+    def __init__(self) -> None:
+        self.closers: list[str] = []  # of the brackets that are open
+        self.in_string = False
+        self.is_escaped = False  # the next character of the string
+        self.last = ""  # mark outside of strings
+
+    def feed(self, text: str) -> Iterator[tuple[str, int]]:
+        """Each mark of JSON in more of the text, with the index behind it; a string has two, its quotes."""
+        at = 0
+        while at < len(text):
+            if self.in_string:
+                at = self.skip(text, at)
+                if not self.in_string:
+                    yield '"', at
+                continue
+            found = self.MARK.search(text, at)
+            if not found:
+                return
+            at = found.end()
+            self.take(found[0])
+            yield found[0], at
+
+    def skip(self, text: str, at: int) -> int:
+        """The index behind what belongs to the string; behind its quote, if that is there."""
+        if self.is_escaped:
+            self.is_escaped = False
+            return at + 1
+        found = self.INSIDE.match(text, at)
+        at = found.end() if found else at
+        following = text[at : at + 2]
+        if following == "\\":  # the last character
+            self.is_escaped = True
+            return at + 1
+        if following.startswith('"'):
+            self.in_string = False
+            return at + 1
+        return at
+
+    def take(self, mark: str) -> None:
+        if mark == '"':
+            self.in_string = True
+            return
+        if mark in self.CLOSERS:
+            self.closers.append(self.CLOSERS[mark])
+        elif self.closers and mark == self.closers[-1]:
+            self.closers.pop()
+        self.last = mark
+
+
+class ObjectReader:
+    """The objects in the arguments of one call, of which there should be one."""
+
+    EMPTY = re.compile(r"\s*\{\s*\}\s*")
+
+    def __init__(self) -> None:
+        self.scanner = JsonScanner()
+        self.objects: list[str] = []  # that are complete
+        self.begun: list[str] = []  # pieces of the next one
+        self.held = ""  # what has not gone out of a first object that is empty
+        self.is_plain = True  # there has been nothing else
+        self.mended = 0
+
+    def feed(self, text: str) -> Iterator[tuple[Literal["more", "another"], str]]:
+        """What goes out now: more of the call's arguments, or those of another call."""
+        start = 0
+        if self.is_plain:
+            for mark, end in self.scanner.feed(text):
+                if mark == "}" and not self.scanner.closers:
+                    yield from self.read_end(text[start:end])
+                    start = end
+        if start < len(text):
+            yield "more", self.read(text[start:])
+
+    def read(self, part: str) -> str:
+        """Read more of an object, or what stands between two; return what goes out."""
+        if not self.is_plain:
+            return part
+        if self.begun:
+            return self.go_on(part)
+        if not part.strip():
+            return self.read_space(part)
+        if not part.lstrip().startswith("{"):
+            self.is_plain = False
+            return self.close() + part
+        if not self.held:
+            return self.go_on(part)
+        return self.replace_empty(part)
+
+    def read_space(self, part: str) -> str:
+        if not self.held:
+            return part
+        self.held += part
+        return ""
+
+    def go_on(self, part: str) -> str:
+        """More of an object; the first one goes out as it comes."""
+        self.begun.append(part)
+        return "" if self.objects else part
+
+    def replace_empty(self, part: str) -> str:
+        """An object begins in the place of an empty one, whose opening brace may have gone out."""
+        is_open = "{" not in self.held
+        self.held = ""
+        self.mended += 1
+        part = self.go_on(part).lstrip()
+        return part.removeprefix("{") if is_open else part
+
+    def read_end(self, part: str) -> Iterator[tuple[Literal["more", "another"], str]]:
+        """Read a part that ends with a closing brace outside of other brackets."""
+        whole = "".join(self.begun) + part
+        if not self.is_plain or not whole.lstrip().startswith("{"):
+            yield "more", self.read(part)
+        elif self.objects:
+            yield from self.read_another(whole)
+        elif self.EMPTY.fullmatch(whole):
+            self.mended += bool(self.held)
+            self.held = self.held or part
+        else:
+            yield "more", self.read(part)
+            self.objects.append(whole)
+        self.begun = []
+
+    def read_another(self, whole: str) -> Iterator[tuple[Literal["more", "another"], str]]:
+        """Read an object behind the first."""
+        value = parse_text(whole)
+        if not isinstance(value, dict):
+            self.is_plain = False
+            yield "more", whole
+            return
+        self.mended += 1
+        if value not in map(parse_text, self.objects):
+            self.objects.append(whole)
+            yield "another", whole.strip()
+
+    def close(self) -> str:
+        """What was held, when no more comes."""
+        held = self.held
+        if self.objects:
+            held += "".join(self.begun)
+        self.held = ""
+        self.begun = []
+        return held
+
+
+@dataclass(slots=True)
+class SentCall:
+    """A call that has gone out."""
+
+    index: int
+    id: str
+    name: str
+
+
+class DoubledArguments(Repair):
+    """More than one object in the arguments of a call.
+
+    The same object again (anomalyco/opencode#33064), and an empty one before another, are dropped;
+    a different one is a call of its own, of the same function (sgl-project/sglang#16371). The first
+    streams on; the others are held until they are complete.
+    """
+
+    kind = "doubled_arguments"
+    sees = frozenset((ToolCall, Finish))
+
+    @classmethod
+    def needed(cls, needs: RepairNeeds) -> Repair | None:
+        return cls() if needs.tools else None
+
+    def __init__(self) -> None:
+        self.calls: dict[int, SentCall] = {}  # by the index that they came with
+        self.readers: dict[int, ObjectReader] = {}  # likewise
+        self.ids: set[str] = set()  # of all calls that have gone out
+
+    def feed(self, event: ToolCall | Finish) -> Iterator[Event]:
+        if isinstance(event, Finish):
+            yield from self.close()
+            self.mended = sum(reader.mended for reader in self.readers.values())
+            yield event
+        elif event.id:
+            yield from self.close()  # Z.ai sends one call after the other
+            yield from self.begin(event)
+        else:
+            yield from self.read(event)
+
+    def begin(self, event: ToolCall) -> Iterator[Event]:
+        """The first piece of a call, which has its id and name."""
+        call = self.send(event.id, event.name)
+        self.calls[event.index] = call
+        self.readers[event.index] = ObjectReader()
+        arguments = ""
+        others = []
+        for piece in self.read(event):
+            if piece.index == call.index:
+                arguments += piece.arguments
+            else:
+                others.append(piece)
+        yield ToolCall(call.index, call.id, call.name, arguments)
+        yield from others
+
+    def read(self, event: ToolCall) -> Iterator[ToolCall]:
+        call = self.calls[event.index]
+        for what, arguments in self.readers[event.index].feed(event.arguments):
+            if what == "another":
+                another = self.send(call.id, call.name)
+                yield ToolCall(another.index, another.id, another.name, arguments)
+            elif arguments:
+                yield ToolCall(call.index, "", "", arguments)
+
+    def send(self, given_id: str, name: str) -> SentCall:
+        """The next call, with an id of its own."""
+        index = len(self.ids)
+        while given_id in self.ids:
+            given_id += f"_{index}"
+        self.ids.add(given_id)
+        return SentCall(index, given_id, name)
+
+    def close(self) -> Iterator[Event]:
+        for index, reader in self.readers.items():
+            held = reader.close()
+            if held:
+                yield ToolCall(self.calls[index].index, "", "", held)
+
+
 def is_another(piece: ToolCall, call: Call) -> bool:
     """Whether a piece with a name begins another call than the one with its index or id."""
     if not piece.name:
@@ -5677,6 +5908,7 @@ REPAIRS: tuple[type[Repair], ...] = (
     NameRemnants,
     CallPieces,
     NamelessCalls,
+    DoubledArguments,
     JsonAlone,
     Ending,
 )

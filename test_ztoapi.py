@@ -4701,6 +4701,11 @@ def test_tool_calls_are_healed(pieces, wanted, as_document):
         ] == list(range(len(wanted)))
 
 
+def tool(name, required=(), /, **properties):
+    parameters = {"type": "object", "properties": properties, "required": list(required)}
+    return {"type": "function", "function": {"name": name, "parameters": parameters}}
+
+
 def calls(*pairs):
     """A delta with whole calls: names and arguments."""
     pieces = []
@@ -4841,6 +4846,103 @@ def test_doubled_arguments_of_megabytes_are_read_in_linear_time():
 
     few, many = (seconds_of(read, size) for size in (2**13, 2**15))
     assert many < 10 * few
+
+
+def arguments_outcomes(arguments, reason="tool_calls", name="read", **asked):
+    """What comes of a call with these arguments: in one piece, cut at each place, and character by character."""
+    cuts_of_it = [[arguments], list(arguments)]
+    cuts_of_it += ([arguments[:at], arguments[at:]] for at in range(1, len(arguments)))
+    found = []
+    for pieces in cuts_of_it:
+        data = stream_of(*pieces_of(*pieces, name=name), finish(reason))
+        (made,) = outcome(read_all([data], **asked))[2]
+        if made not in found:
+            found.append(made)
+    assert outcomes_of(pieces_of(arguments, name=name), reason, **asked)[0][2] == found[:1]
+    return [text for _, _, text in found]
+
+
+def pair(key, value):
+    return f"<arg_key>{key}</arg_key>\n<arg_value>{value}</arg_value>\n"
+
+
+FIND = tool("find", ["path"], path={"type": "string"}, n={"$ref": "#/$defs/n"}, all={})
+FIND["function"]["parameters"]["$defs"] = {"n": {"type": "integer"}}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "wanted"),
+    [
+        (pair("path", "/a"), '{"path":"/a"}'),
+        (pair("path", "7") + pair("n", "7") + "{}", '{"path":"7","n":7}'),
+        (
+            pair("path", "") + pair("all", '{"x": [1]}') + "</tool_call>",
+            '{"path":"","all":{"x":[1]}}',
+        ),
+        (f"\n{pair(' path ', '<b>')}\n{{ }}", '{"path":"<b>"}'),
+        (pair("path", "/a") + "null", '{"path":"/a"}'),
+        ('```json\n{"path": "/a"}\n```', '{"path": "/a"}'),
+        ('```\n{"path":\n"```"}```\n', '{"path":\n"```"}'),
+        ("\n```JSON\r\n{}\r\n```", "{}"),
+        ('``` \n {"a":1}\n ```', '{"a":1}'),
+        ("null", "{}"),
+        (" null\n", "{}"),
+        ("\nnull", "{}"),
+        ("null ", "{}"),
+    ],
+)
+def test_arguments_that_are_no_object_are_made_one(arguments, wanted):
+    assert arguments_outcomes(arguments, name="find", tools=[FIND]) == [wanted]
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        pair("path", "/a") + '{"n":1}',
+        pair("path", "/a") + "and more",
+        pair("path", "/a").replace("</arg_value>", ""),
+        "<arg_key>path</arg_key>/a",
+        "<arg_keys>",
+        '{"path":"<arg_key>x</arg_key><arg_value>y</arg_value>"}',
+        "```json\n{}",
+        "```json\n{}\n```\nThat is it.",
+        "```\n/a\n```",
+        '{"path":"```json\\n{}\\n```"}',
+        "nul",
+        "null,",
+        "nullable",
+        '"null"',
+        "[null]",
+    ],
+)
+def test_arguments_that_are_neither_objects_nor_plainly_meant_as_such_stay(arguments):
+    assert arguments_outcomes(arguments, name="find", tools=[FIND]) == [arguments]
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "wanted"),
+    [
+        (f"find{pair('path', '/a')}", "{}", '{"path":"/a"}'),
+        (f"find\n{pair('path', '/a')}</tool_call>", "", '{"path":"/a"}'),
+        ("find<arg_key>", pair("path", "/a").removeprefix("<arg_key>"), '{"path":"/a"}'),
+        ("find</arg_value>", "{}", "{}"),
+    ],
+)
+def test_arguments_in_the_name_of_a_call_are_its_arguments(name, arguments, wanted):
+    delta = {"tool_calls": [{"id": "c0", "index": 0, "function": named(name, arguments)}]}
+    assert outcomes_of([delta], tools=[FIND]) == calls_of(("find", wanted))
+    begun = [
+        piece(index=0, id="c0", function=named(name)),
+        piece(index=0, function={"arguments": arguments}),
+    ]
+    assert outcomes_of(begun, tools=[FIND]) == calls_of(("find", wanted))
+
+
+def test_the_arguments_of_two_calls_are_held_each_for_itself():
+    first, second = pair("path", "/a"), '{"path":"/b"}'
+    deltas = [calls(("find", first), ("find", second))]
+    wanted = calls_of(("find", '{"path":"/a"}'), ("find", second))
+    assert outcomes_of(deltas, tools=[FIND]) == wanted
 
 
 NAMELESS = {"id": "x", "index": 0, "function": named("", '{"a":1}')}
@@ -5273,11 +5375,6 @@ def test_a_call_as_json_that_never_ends_is_read_in_linear_time():
 
 def thinks(*words):
     return [{"reasoning_content": word} for word in words]
-
-
-def tool(name, required=(), /, **properties):
-    parameters = {"type": "object", "properties": properties, "required": list(required)}
-    return {"type": "function", "function": {"name": name, "parameters": parameters}}
 
 
 SAVE = tool(

@@ -5795,6 +5795,102 @@ class DoubledArguments(Repair):
                 yield ToolCall(self.calls[index].index, "", "", held)
 
 
+class HeldArguments(Repair):
+    """Mends arguments that are no object: they are known by how they begin, and held to their end."""
+
+    sees = frozenset((ToolCall, Finish))
+    START = ""  # how they begin
+
+    @classmethod
+    def needed(cls, needs: RepairNeeds) -> Repair | None:
+        return cls(needs.tools) if needs.tools else None
+
+    def __init__(self, tools: Mapping[str, JSON]) -> None:
+        self.tools = tools  # the parameters of each, by name
+        self.names: dict[int, str] = {}  # of calls, by index, whose arguments are or may be held
+        self.beginnings: dict[int, Beginning] = {}  # likewise
+        self.held: dict[int, list[str]] = {}  # likewise
+
+    def feed(self, event: ToolCall | Finish) -> Iterable[Event]:
+        if isinstance(event, Finish):
+            return [*self.close(), event]
+        index = event.index
+        if event.id:
+            self.names[index] = event.name
+            self.beginnings[index] = Beginning(self.START)
+            self.held[index] = []
+        if index not in self.held or not event.arguments:
+            return (event,)
+        self.held[index].append(event.arguments)
+        if not self.beginnings[index].feed(event.arguments):
+            arguments = "".join(self.held.pop(index))
+            return (replace(event, arguments=arguments),)
+        if event.id:
+            return (replace(event, arguments=""),)
+        return ()
+
+    def close(self) -> Iterator[Event]:
+        for index, pieces in self.held.items():
+            text = "".join(pieces)
+            mended = self.mend(text, self.tools.get(self.names[index], {}))
+            self.mended += mended is not None
+            if text:
+                yield ToolCall(index, "", "", mended or text)
+        self.held = {}
+
+    @abstractmethod
+    def mend(self, text: str, parameters: JSON) -> str | None:
+        """The arguments as JSON text; None if they are not plainly what this mends."""
+
+
+class MarkupArguments(HeldArguments):
+    """Arguments in the model's own markup: <arg_key>path</arg_key><arg_value>/a</arg_value>.
+
+    zai-org/GLM-5#84. Nothing may stand behind them but an empty object or tags that close.
+    """
+
+    kind = "markup_in_arguments"
+    START = "<arg_key>"
+    PAIR = re.compile(r"\s*<arg_key>(.*?)</arg_key>\s*<arg_value>(.*?)</arg_value>", re.DOTALL)
+    REST = re.compile(r"\s*(?:</tool_call>)?\s*(?:\{\s*\}|null)?\s*")
+
+    def mend(self, text: str, parameters: JSON) -> str | None:
+        pairs: list[tuple[str, str]] = []
+        at = 0
+        while True:
+            pair = self.PAIR.match(text, at)
+            if not pair:
+                break
+            pairs.append((pair[1].strip(), pair[2]))
+            at = pair.end()
+        if not pairs or not self.REST.fullmatch(text, at):
+            return None
+        return arguments_of_pairs(pairs, parameters)
+
+
+class FencedArguments(HeldArguments):
+    """Arguments inside a code fence."""
+
+    kind = "fenced_arguments"
+    START = "```"
+
+    def mend(self, text: str, _: JSON) -> str | None:
+        inside = json_in(text)
+        if inside == text.strip() or not inside.startswith("{"):
+            return None
+        return inside
+
+
+class NullArguments(HeldArguments):
+    """`null` in place of arguments; none at all, CallPieces mends."""
+
+    kind = "null_arguments"
+    START = "null"
+
+    def mend(self, text: str, _: JSON) -> str | None:
+        return "{}" if text.strip() == "null" else None
+
+
 def is_another(piece: ToolCall, call: Call) -> bool:
     """Whether a piece with a name begins another call than the one with its index or id."""
     if not piece.name:
@@ -5909,6 +6005,9 @@ REPAIRS: tuple[type[Repair], ...] = (
     CallPieces,
     NamelessCalls,
     DoubledArguments,
+    MarkupArguments,
+    FencedArguments,
+    NullArguments,
     JsonAlone,
     Ending,
 )

@@ -4819,7 +4819,7 @@ def test_other_arguments_for_one_call_are_another_call(deltas, wanted):
         ["x{}", "{}"],
         ['{"a":"{}', '{}"', "}"],
         ["{", '"a":{}', "}"],
-        ["{}", ","],
+        ["{}", "x"],
     ],
 )
 def test_other_arguments_stay_as_they_are(pieces):
@@ -4943,6 +4943,68 @@ def test_the_arguments_of_two_calls_are_held_each_for_itself():
     deltas = [calls(("find", first), ("find", second))]
     wanted = calls_of(("find", '{"path":"/a"}'), ("find", second))
     assert outcomes_of(deltas, tools=[FIND]) == wanted
+
+
+@pytest.mark.parametrize(
+    ("arguments", "wanted"),
+    [
+        ('{"path":"/a"', '{"path":"/a"}'),
+        ('{"path":"/a",', '{"path":"/a"}'),
+        ('{"path":"/a"} , ', '{"path":"/a"} '),
+        ('{"path":"/a","all":[{"x":["y"', '{"path":"/a","all":[{"x":["y"]}]}'),
+        ('{"path":"/a","all":[1]\n', '{"path":"/a","all":[1]\n}'),
+        ('{"path":"}]\\"{"', '{"path":"}]\\"{"}'),
+        ('{"all":{},"path":"/a,"', '{"all":{},"path":"/a,"}'),
+        ('{"path":"/a","all":{"x":"y",', '{"path":"/a","all":{"x":"y"}}'),
+    ],
+)
+def test_arguments_that_are_not_finished_are_closed(arguments, wanted):
+    assert arguments_outcomes(arguments, name="find", tools=[FIND]) == [wanted]
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        '{"path":"/a","n":1',
+        '{"path":"/a","all":true',
+        '{"path":"/a","n"',
+        '{"path":"/a","n":',
+        '{"path":"/a',
+        '{"path":"/a\\',
+        '{"all":"x"',
+        '{"path":"/a",,',
+        '{"path":"/a",}',
+        '{"path":"/a"]',
+        '{"path":"/a"}}',
+        '{"path":"/a"} x,',
+        '{path:"/a"',
+        '["/a"',
+        '"/a",',
+        "{",
+        ",",
+        '{"path":"/a, ", "all": [1, 2]}  ',
+    ],
+)
+def test_other_broken_arguments_stay_as_they_are(arguments):
+    assert arguments_outcomes(arguments, name="find", tools=[FIND]) == [arguments]
+
+
+@pytest.mark.parametrize("reason", ["length", "model_context_window_exceeded"])
+def test_arguments_that_were_cut_off_are_not_closed(reason):
+    cut = '{"path":"/a",'
+    assert arguments_outcomes(cut, reason, "find", tools=[FIND]) == [cut]
+    assert arguments_outcomes(cut[:-1], reason, "find", tools=[FIND]) == [cut[:-1]]
+    assert arguments_outcomes('{"path":"/a"},', reason, "find", tools=[FIND]) == ['{"path":"/a"}']
+
+
+def test_calls_whose_pieces_alternate_are_closed_at_their_ends():
+    deltas = [calls(("read", "{"), ("read", "{"))]
+    deltas += [
+        piece(index=i, function={"arguments": more}) for more in ('"a":"b"', ",") for i in (0, 1)
+    ]
+    assert outcomes_of(deltas, **TWO_TOOLS) == calls_of(
+        ("read", '{"a":"b"}'), ("read", '{"a":"b"}')
+    )
 
 
 NAMELESS = {"id": "x", "index": 0, "function": named("", '{"a":1}')}

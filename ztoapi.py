@@ -5891,6 +5891,79 @@ class NullArguments(HeldArguments):
         return "{}" if text.strip() == "null" else None
 
 
+class UnfinishedArguments(Repair):
+    """Arguments that lack their last brackets (sgl-project/sglang#19345), or end in a comma.
+
+    They are closed only where the model has ended by itself, behind a string or a bracket, and if
+    all that the function requires is there: anything else may have been cut off in the middle.
+    """
+
+    kind = "unfinished_arguments"
+    sees = frozenset((ToolCall, Finish))
+
+    @classmethod
+    def needed(cls, needs: RepairNeeds) -> Repair | None:
+        return cls(needs.tools) if needs.tools else None
+
+    def __init__(self, tools: Mapping[str, JSON]) -> None:
+        self.tools = tools  # the parameters of each, by name
+        self.names: dict[int, str] = {}  # of the calls, by index
+        self.sent: dict[int, list[str]] = {}  # arguments, likewise
+        self.commas: dict[int, str] = {}  # held from the end of the last piece, likewise
+
+    def feed(self, event: ToolCall | Finish) -> Iterable[Event]:
+        if isinstance(event, Finish):
+            return [*self.close(event.reason), event]
+        index = event.index
+        if event.id:
+            self.names[index] = event.name
+            self.sent[index] = []
+        if index not in self.commas and event.arguments[-1:] not in ", \t\r\n":  # most pieces
+            self.sent[index].append(event.arguments)
+            return (event,)
+        return self.hold_comma(event)
+
+    def hold_comma(self, event: ToolCall) -> Iterable[Event]:
+        """Pass a piece on without the comma that it may end in."""
+        text = self.commas.pop(event.index, "") + event.arguments
+        kept = text.rstrip()
+        if kept.endswith(","):
+            kept = kept[:-1]
+            self.commas[event.index] = text[len(kept) :]
+        else:
+            kept = text
+        self.sent[event.index].append(kept)
+        if kept or event.id:
+            return (replace(event, arguments=kept),)
+        return ()
+
+    def close(self, reason: FinishReason) -> Iterator[Event]:
+        for index, pieces in self.sent.items():
+            comma = self.commas.get(index, "")
+            missing = self.missing("".join(pieces), self.tools.get(self.names[index], {}))
+            is_whole = missing == "" or (missing and reason not in ("length", "window_full"))
+            if is_whole and (missing or comma):
+                self.mended += 1
+            rest = missing if is_whole else comma
+            if rest:
+                yield ToolCall(index, "", "", rest)
+
+    def missing(self, text: str, parameters: JSON) -> str | None:
+        """The brackets that make an object of the arguments; None if no brackets do."""
+        if isinstance(parse_text(text), dict):
+            return ""
+        scanner = JsonScanner()
+        for _ in scanner.feed(text):
+            pass
+        if scanner.in_string or not text.rstrip().endswith(('"', "}", "]")):
+            return None
+        brackets = "".join(reversed(scanner.closers))
+        value = parse_text(text + brackets)
+        if isinstance(value, dict) and value.keys() >= required_names(parameters):
+            return brackets
+        return None
+
+
 def is_another(piece: ToolCall, call: Call) -> bool:
     """Whether a piece with a name begins another call than the one with its index or id."""
     if not piece.name:
@@ -6008,6 +6081,7 @@ REPAIRS: tuple[type[Repair], ...] = (
     MarkupArguments,
     FencedArguments,
     NullArguments,
+    UnfinishedArguments,
     JsonAlone,
     Ending,
 )

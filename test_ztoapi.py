@@ -5007,6 +5007,125 @@ def test_calls_whose_pieces_alternate_are_closed_at_their_ends():
     )
 
 
+EDIT = tool(
+    "edit",
+    edits={"type": "array", "items": {"type": "object", "properties": {"o": {"type": "integer"}}}},
+    n={"type": "integer"},
+    all={"anyOf": [{"type": "boolean"}, {"type": "null"}]},
+    where={"$ref": "#/$defs/where"},
+    ratio={"type": "number"},
+    level={"enum": [1, 2]},
+    note={"type": "string"},
+    tag={"type": ["string", "integer"]},
+    any={},
+)
+EDIT["function"]["parameters"]["$defs"] = {
+    "where": {
+        "type": "object",
+        "properties": {"line": {"type": "integer"}, "in": {"$ref": "#/$defs/where"}},
+    }
+}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "wanted"),
+    [
+        (r'{"edits":"[{\"o\":1}]","n":"3","all":"true","note":"12"}', '{"edits":[{"o":1}],"n":3,"all":true,"note":"12"}'),
+        (r'{ "n" : "-3" , "note" : "\u00e9\/" }', r'{ "n" : -3 , "note" : "\u00e9\/" }'),
+        (r'{"edits":" [ {\"o\": \"1\", \"p\": \"2\"},\n{\"o\":2} ]\n"}', '{"edits":[ {"o": 1, "p": "2"},\n{"o":2} ]}'),
+        (r'{"where":"{\"line\":\"7\",\"in\":\"{\\\"line\\\":\\\"8\\\"}\"}"}', '{"where":{"line":7,"in":{"line":8}}}'),
+        (r'{"all":"null","ratio":"1e3","level":"2"}', '{"all":null,"ratio":1e3,"level":2}'),
+        (r'{"\u006e":"3","ratio":"7"}', r'{"\u006e":3,"ratio":7}'),
+        ('{"edits":"[]","where":"{}"}', '{"edits":[],"where":{}}'),
+    ],
+)  # fmt: skip
+def test_a_string_becomes_the_value_that_it_should_have_been(arguments, wanted):
+    assert arguments_outcomes(arguments, name="edit", tools=[EDIT]) == [wanted]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "wanted"),
+    [
+        (r'{"where":{"line":"7"},"n":"3"}', '{"where":{"line":7},"n":3}'),
+        (r'{"edits":[{"o":"1"},{"o":2}]}', '{"edits":[{"o":1},{"o":2}]}'),
+        (json.dumps('{"n":"3","note":"3"}'), '{"n":3,"note":"3"}'),
+        (json.dumps(' {"note":"3"}\n'), '{"note":"3"}'),
+        (json.dumps("{}"), "{}"),
+    ],
+)
+def test_arguments_in_one_piece_are_mended_at_every_depth(arguments, wanted):
+    assert outcomes_of(pieces_of(arguments, name="edit"), tools=[EDIT]) == calls_of(
+        ("edit", wanted)
+    )
+    begun = pieces_of("", arguments, name="edit")
+    assert outcomes_of(begun, tools=[EDIT]) == calls_of(("edit", wanted))
+
+
+def test_arguments_that_come_in_pieces_are_not_mended_below_the_top():
+    text = '{"where":{"line":"7"},"edits":[{"o":"1"}]}'
+    assert outcomes_of(pieces_of(*text, name="edit"), tools=[EDIT]) == calls_of(("edit", text))
+    encoded = json.dumps('{"n":"3"}')
+    assert outcomes_of(pieces_of(*encoded, name="edit"), tools=[EDIT]) == calls_of(
+        ("edit", encoded)
+    )
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        '{"note":"12","tag":"3","any":"4","more":"5"}',
+        '{"n":"three","all":"True","ratio":"","level":" "}',
+        '{"n":"1.0","edits":"{}","where":"[]","all":"1"}',
+        '{"n":"\\"3\\"","ratio":"NaN","level":"1 2"}',
+        '{"edits":"[{\\"o\\":1}","where":"{"}',
+        '{"n":"3',
+        '{"n":3,"edits":[{"o":1}],"note":"n\\":\\"3"}',
+        '["n","3"]',
+        '"n"',
+        '"[1]"',
+        "{n:'3'}",
+        '{"n" "3"}',
+        '}]{"n":',
+        "[[]],{",
+    ],
+)
+def test_other_strings_in_arguments_stay_as_they_are(arguments):
+    assert arguments_outcomes(arguments, name="edit", tools=[EDIT]) == [arguments]
+    named_otherwise = arguments_outcomes('{"n":"3"}', name="edits", tools=[EDIT])
+    assert named_otherwise == ['{"n":"3"}']
+
+
+def heard_of(pieces, **asked):
+    """The arguments that come out with each piece."""
+    reader = Mended(**asked)
+    deltas = pieces_of(*pieces, name="edit")
+    heard = [list(reader.feed(stream_of(delta, done=""))) for delta in deltas]
+    return ["".join(event.arguments for event in events) for events in heard]
+
+
+def test_only_a_string_at_the_top_that_should_be_none_is_held():
+    given = ["", '{"no', 'te":"', "1", '2","n":', '"', "3", '","where":{"li', 'ne":"', '7"}}']
+    heard = ["", '{"no', 'te":"', "1", '2","n":', "", "", '3,"where":{"li', 'ne":"', '7"}}']
+    assert heard_of(given, tools=[EDIT]) == heard
+
+
+def test_where_all_may_be_strings_nothing_is_held():
+    given = ['{"path', '":"', "1", '","', 'line":"', '2"', "}"]
+    assert heard_of(given, tools=[tool("edit", path={"type": "string"}, line={})]) == given
+
+
+def test_a_held_value_of_megabytes_is_read_in_linear_time():
+    def read(size):
+        repair = ztoapi.TypedArguments({"edit": EDIT["function"]["parameters"]})
+        list(repair.feed(ToolCall(0, "c", "edit", '{"edits":"[')))
+        parts = [*[r"{\"o\":1},"] * size, r'{}]"}']
+        heard = [event for part in parts for event in repair.feed(ToolCall(0, "", "", part))]
+        assert len(heard[-1].arguments) > 8 * size
+
+    few, many = (seconds_of(read, size) for size in (2**11, 2**13))
+    assert many < 10 * few
+
+
 NAMELESS = {"id": "x", "index": 0, "function": named("", '{"a":1}')}
 
 

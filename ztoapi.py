@@ -5964,6 +5964,166 @@ class UnfinishedArguments(Repair):
         return None
 
 
+class TypeMender:
+    """Puts values in the place of strings in JSON text that comes in pieces, where a schema allows no string.
+
+    Only within `depth` brackets. Such a string is held to its end; all else passes as it is.
+    """
+
+    def __init__(self, schema: Schema, depth: int) -> None:
+        self.scanner = JsonScanner()
+        self.depth = depth
+        self.schemas: list[Schema] = []  # of the objects and arrays that are open
+        self.expected = schema  # of the next value
+        self.key = ""  # the last one
+        self.role: Literal["", "key", "value"] = (
+            ""  # of the string that is open; "": of no interest
+        )
+        self.string: list[str] = []  # its pieces
+        self.mended = 0
+
+    def feed(self, text: str) -> str:
+        """What goes out now."""
+        out = []
+        start = 0
+        for mark, end in self.scanner.feed(text):
+            out.append(self.read(mark, text[start:end]))
+            start = end
+        rest = text[start:]
+        if self.role:
+            self.string.append(rest)
+        if self.role != "value":
+            out.append(rest)
+        return "".join(out)
+
+    def close(self) -> str:
+        """What was held."""
+        return "".join(self.string) if self.role == "value" else ""
+
+    def read(self, mark: str, text: str) -> str:
+        """Read up to a mark; return what goes out."""
+        if mark != '"':
+            self.take(mark)
+            return text
+        if self.scanner.in_string:
+            self.role = self.role_of_string()
+            self.string = [mark]
+            return text.removesuffix(mark) if self.role == "value" else text
+        self.string.append(text)
+        role = self.role
+        self.role = ""
+        if role == "value":
+            return self.mend("".join(self.string))
+        if role == "key":
+            self.key = str(parse_text("".join(self.string)))
+        return text
+
+    def role_of_string(self) -> Literal["", "key", "value"]:
+        closers = self.scanner.closers
+        if not 0 < len(closers) <= self.depth:
+            return ""
+        if closers[-1] == "}" and self.scanner.last != ":":
+            return "key"
+        return "" if self.expected.allows_string else "value"
+
+    def mend(self, text: str) -> str:
+        """A string, or the value that it should have been."""
+        decoded = parse_text(text)
+        value = parse_text(str(decoded))
+        if value is None and decoded != "null":
+            return text
+        if not self.expected.allows_type_of(value):
+            return text
+        self.mended += 1
+        return TypeMender(self.expected, MAX_ANSWER_DEPTH).feed(str(decoded).strip())
+
+    def take(self, mark: str) -> None:
+        """A mark outside of strings."""
+        closers = self.scanner.closers
+        del self.schemas[len(closers) :]
+        if mark in JsonScanner.CLOSERS:
+            self.schemas.append(self.expected)
+        if not 0 < len(closers) <= self.depth:
+            return
+        if mark == ":":
+            self.expected = self.schemas[-1].of_property(self.key)
+        elif closers[-1] == "]":
+            self.expected = self.schemas[-1].of_items()
+
+
+class TypedArguments(Repair):
+    """Arguments of the wrong type: "3" for a number, "[…]" for an array, a string for all of them.
+
+    mastra-ai/mastra#12771, antirez/ds4#569. A string becomes the value that it is the JSON of, where
+    the schema allows that and no string. In arguments that come in one piece this holds at every
+    depth; in others only a value at the top is held for it, all else streams on.
+    """
+
+    kind = "argument_types"
+    sees = frozenset((ToolCall, Finish))
+
+    @classmethod
+    def needed(cls, needs: RepairNeeds) -> Repair | None:
+        return cls(needs.tools) if needs.tools else None
+
+    def __init__(self, tools: Mapping[str, JSON]) -> None:
+        self.tools = tools  # the parameters of each, by name
+        self.begun: dict[int, Schema] = {}  # of calls that have had no arguments yet, by index
+        self.menders: dict[int, TypeMender] = {}  # of those that come in pieces, likewise
+
+    def feed(self, event: ToolCall | Finish) -> Iterable[Event]:
+        if isinstance(event, Finish):
+            return [*self.close(), event]
+        index = event.index
+        if event.id:
+            parameters = self.tools.get(event.name, {})
+            self.begun[index] = Schema(parameters, parameters)
+        if not event.arguments:
+            return (event,)
+        if index in self.begun:
+            arguments = self.begin(index, event.arguments)
+        elif index in self.menders:
+            arguments = self.menders[index].feed(event.arguments)
+        else:
+            return (event,)
+        if event.id or arguments:
+            return (replace(event, arguments=arguments),)
+        return ()
+
+    def begin(self, index: int, text: str) -> str:
+        """Read the first piece, which may be all; return what goes out of it."""
+        schema = self.begun.pop(index)
+        value = parse_text(text)
+        if isinstance(value, str) and isinstance(parse_text(value), dict):
+            self.mended += 1
+            text = value.strip()
+        elif not isinstance(value, dict):
+            if has_other_types_than_strings(schema):
+                self.menders[index] = TypeMender(schema, 1)
+                return self.menders[index].feed(text)
+            return text
+        mender = TypeMender(schema, MAX_ANSWER_DEPTH)
+        mended = mender.feed(text)
+        self.mended += mender.mended
+        return mended
+
+    def close(self) -> Iterator[Event]:
+        for index, mender in self.menders.items():
+            self.mended += mender.mended
+            held = mender.close()
+            if held:
+                yield ToolCall(index, "", "", held)
+
+
+def has_other_types_than_strings(schema: Schema) -> bool:
+    """Whether an object has properties that may be no string."""
+    for option in schema.options:
+        for part in as_object(option.get("properties")).values():
+            if not Schema(part, schema.root).allows_string:
+                return True
+    return False
+
+
 def is_another(piece: ToolCall, call: Call) -> bool:
     """Whether a piece with a name begins another call than the one with its index or id."""
     if not piece.name:
@@ -6082,6 +6242,7 @@ REPAIRS: tuple[type[Repair], ...] = (
     FencedArguments,
     NullArguments,
     UnfinishedArguments,
+    TypedArguments,
     JsonAlone,
     Ending,
 )

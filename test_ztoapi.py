@@ -5732,6 +5732,78 @@ def test_line_ends_at_the_head_of_the_text_are_the_templates(deltas, wanted):
     assert read_all([document_of(whole)]) == wanted
 
 
+ANN = '{"name":"Ann"}'
+
+
+@pytest.mark.parametrize("tools", [(), [READ]], ids=["no tools", "tools"])
+@pytest.mark.parametrize(
+    ("text", "wanted"),
+    [
+        (f"```json\n{ANN}\n```", ANN),
+        (f"\n```\n{ANN}```\n", ANN),
+        (f" ```JSON \r\n {ANN}\r\n``` ", ANN),
+        ('```json\n[1, {"a": "```"}]\n```', '[1, {"a": "```"}]'),
+        ('```json5\n{\n  "a": 1\n}\n```', '{\n  "a": 1\n}'),
+    ],
+)
+def test_json_in_a_fence_comes_without_it(text, wanted, tools):
+    for deltas in ([text], list(text), *([text[:at], text[at:]] for at in range(1, len(text)))):
+        data = stream_of(*chunk_of(*deltas), finish())
+        assert outcome(read_all([data], wants_json=True, tools=tools))[1] == wanted
+    assert outcomes_of([text], wants_json=True, tools=tools) == says(wanted)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        f"```json\n{ANN}\n```\nThat is Ann.",
+        f"Ann: ```json\n{ANN}\n```",
+        f"```json\n{ANN}",
+        "```json\n{name: 'Ann'}\n```",
+        f"```json\n{ANN}\n```\n```json\n{ANN}\n```",
+        "```\nAnn\n```",
+        "```json\n7\n```",
+        f"`{ANN}`",
+        f"~~~\n{ANN}\n~~~",
+        f"```{ANN}```",
+        '{"a":"```json\\n{}\\n```"}',
+    ],
+)
+def test_other_fences_stay_where_json_is_wanted(text):
+    for deltas in ([text], list(text)):
+        data = stream_of(*chunk_of(*deltas), finish())
+        assert outcome(read_all([data], wants_json=True))[1] == text
+    assert outcomes_of([text], wants_json=True) == says(text)
+
+
+def test_a_fence_that_is_cut_off_stays():
+    text = f"```json\n{ANN[:-3]}"
+    assert outcomes_of([text], "length", wants_json=True) == says(text, finish="length")
+
+
+def test_a_fence_stays_where_no_json_is_wanted():
+    assert outcomes_of([f"```json\n{ANN}\n```"]) == says(f"```json\n{ANN}\n```")
+
+
+@pytest.mark.parametrize(
+    ("texts", "wanted"),
+    [
+        (["``", "`", "json", "\n", "{", "}"], [""] * 6),
+        (["``", "`", "\n", "x", "{"], ["", "", "", "```\nx", "{"]),
+        (["{", '"a"', ":1}"], ["{", '"a"', ":1}"]),
+        (["`", "a"], ["", "`a"]),
+        (["```" + "j" * 99, "\n{"], ["```" + "j" * 99, "\n{"]),
+    ],
+)
+def test_no_more_than_a_fence_with_json_is_held(texts, wanted):
+    reader = Mended(wants_json=True)
+    heard = []
+    for text in texts:
+        events = list(reader.feed(stream_of({"content": text}, done="")))
+        heard.append("".join(event.text for event in events))
+    assert heard == wanted
+
+
 @pytest.mark.parametrize(
     ("deltas", "wanted"),
     [

@@ -6136,6 +6136,59 @@ def contradict(one: str, other: str) -> bool:
     return bool(one and other and one != other)
 
 
+class FencedJson(Repair):
+    """JSON inside a code fence, where JSON was asked for (hugalafutro/model-hotel#896).
+
+    Its inside is the answer, if the fence is all there is. That shows only at the end, and so a text
+    that begins with a fence and JSON in it is held until then; any other streams on.
+    """
+
+    kind = "fenced_json"
+    sees = frozenset((Text, ToolCall, Finish))
+    # What may become the beginning of such a text, and no more; what is certain to be one.
+    PARTIAL = re.compile(r"\s*(`{0,2}|```\w*[ \t]*(\r?|\r?\n\s*))")
+    BEGINNING = re.compile(r"\s*```\w*[ \t]*\r?\n\s*[{\[]")
+    LONGEST = 100  # characters of a beginning
+
+    @classmethod
+    def needed(cls, needs: RepairNeeds) -> Repair | None:
+        return cls() if needs.wants_json else None
+
+    def __init__(self) -> None:
+        self.held: list[str] = []  # the text so far
+        self.head = ""  # its beginning, until that is certain
+        self.has_begun = False  # in a fence, with JSON
+
+    def feed(self, event: Text | ToolCall | Finish) -> Iterator[Event]:
+        if isinstance(event, Text):
+            self.held.append(event.text)
+            if self.may_be_fenced(event.text):
+                return
+        text = "".join(self.held)
+        self.sees = frozenset()  # this is the end, or there is something else
+        if isinstance(event, Finish):
+            text = self.inside(text)
+        if text:
+            yield Text(text)
+        if not isinstance(event, Text):
+            yield event
+
+    def may_be_fenced(self, more: str) -> bool:
+        if self.has_begun:
+            return True
+        self.head += more
+        self.has_begun = bool(self.BEGINNING.match(self.head))
+        is_short = len(self.head) < self.LONGEST
+        return self.has_begun or (is_short and bool(self.PARTIAL.fullmatch(self.head)))
+
+    def inside(self, text: str) -> str:
+        inside = json_in(text)
+        if not self.has_begun or not isinstance(parse_text(inside), (dict, list)):
+            return text
+        self.mended += inside != text
+        return inside
+
+
 class JsonAlone(Repair):
     """Text beside a call, where JSON was asked for and tools were offered: SDKs parse all text as JSON.
 
@@ -6243,6 +6296,7 @@ REPAIRS: tuple[type[Repair], ...] = (
     NullArguments,
     UnfinishedArguments,
     TypedArguments,
+    FencedJson,
     JsonAlone,
     Ending,
 )

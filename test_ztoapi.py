@@ -4026,11 +4026,17 @@ def test_no_balance_names_the_address_of_the_coding_plan():
 # ======== Z.ai: the answer ========
 
 
+def chunk_of(*deltas):
+    """Deltas as stream_of and document_of take them; a text alone is content."""
+    return [delta if isinstance(delta, dict) else {"content": delta} for delta in deltas]
+
+
 def stream_of(*chunks, done="data: [DONE]\n\n"):
     """Chunks as Z.ai streams them; a delta alone is put into its chunk."""
+    deltas = chunk_of(*chunks)
     whole = [
         c if "choices" in c else {"id": "7", "created": 1, "choices": [{"index": 0, "delta": c}]}
-        for c in chunks
+        for c in deltas
     ]
     return (
         "".join(f"data: {json.dumps(c, ensure_ascii=False)}\n\n" for c in whole).encode()
@@ -4157,11 +4163,6 @@ def outcome(events):
     choice = ztoapi.Answer(events).choices[0]
     calls = [(call.id, call.name, call.arguments) for call in choice.tool_calls]
     return choice.thought, choice.text, calls, choice.finish
-
-
-def chunk_of(*deltas):
-    """Deltas as stream_of and document_of take them; a text alone is content."""
-    return [delta if isinstance(delta, dict) else {"content": delta} for delta in deltas]
 
 
 def message_of(deltas):
@@ -5844,6 +5845,92 @@ def test_where_no_json_is_wanted_text_stands_beside_a_call():
 )
 def test_finish_reasons_are_openais(reason, wanted):
     assert read_all([RECORDED.replace(b'"stop"', f'"{reason}"'.encode())])[-1] == Finish(wanted)
+
+
+@pytest.mark.parametrize(
+    ("text", "stop", "wanted", "met"),
+    [
+        ("x = 1\n</code>", ["</code>"], "x = 1\n", "</code>"),
+        ("x = 1\n</code", ["</code>"], "x = 1\n", "</code>"),
+        ("x</c", ["</code>"], "x", "</code>"),
+        ("Hi\n\nUser: no", ["\n\nUser:", "Human:"], "Hi", "\n\nUser:"),
+        ("Hi\n\nUs", ["Human:", "\n\nUser:"], "Hi", "\n\nUser:"),
+        ("one two three", ["three", "two"], "one ", "two"),
+        ("abcd", ["abcd", "bc"], "a", "bc"),
+        ("ab", ["b", "ab"], "", "ab"),
+        ("END", ["END"], "", "END"),
+        ("a.b.c", ["c", "x", "y", "z", ".c"], "a.b", ".c"),
+        ("aaab", ["aab"], "a", "aab"),
+    ],
+)
+def test_an_answer_ends_before_a_stop_string(text, stop, wanted, met):
+    for deltas in ([text], list(text), *([text[:at], text[at:]] for at in range(1, len(text)))):
+        events = read_all([stream_of(*chunk_of(*deltas), finish())], stop=tuple(stop))
+        assert (outcome(events)[1], events[-1]) == (wanted, Finish("stop", stop_sequence=met))
+    assert outcomes_of([text], stop=tuple(stop)) == says(wanted)
+
+
+@pytest.mark.parametrize(
+    ("text", "stop"),
+    [
+        ("x</", ["</code>"]),
+        ("x</cod e>", ["</code>"]),
+        ("</CODE>", ["</code>"]),
+        ("En", ["END"]),
+        ("The EN", ["END"]),
+        ("a STO", ["STOP"]),
+        ("Hi\n\n", ["\n\nUser:"]),
+        ("<|im_", ["im_end"]),
+        ("abab", ["abc"]),
+    ],
+)
+def test_what_is_no_stop_string_stays(text, stop):
+    for deltas in ([text], list(text)):
+        events = read_all([stream_of(*chunk_of(*deltas), finish())], stop=tuple(stop))
+        assert (outcome(events)[1], events[-1]) == (text, Finish("stop"))
+    assert outcomes_of([text], stop=tuple(stop)) == says(text)
+
+
+def test_a_part_of_a_stop_string_stays_where_the_answer_was_cut_off():
+    assert outcomes_of(["x</cod"], "length", stop=("</code>",)) == says("x</cod", finish="length")
+
+
+def test_a_stop_string_counts_in_the_text_alone():
+    deltas = [*thinks("a STOP"), calls(("read", '{"a":"STOP"}'))]
+    made = [("c0", "read", '{"a":"STOP"}')]
+    assert outcomes_of(deltas, stop=("STOP",)) == says("", "a STOP", made, "tool_calls")
+
+
+def test_nothing_comes_behind_a_stop_string():
+    data = stream_of(
+        {"content": "a STOP"}, *thinks("b"), {"content": "c"}, READ_CALL, finish("length", **SPENT)
+    )
+    assert read_all([data], stop=("STOP",)) == [Text("a "), Finish("stop", stop_sequence="STOP")]
+
+
+def test_no_more_text_is_held_than_may_be_a_stop_string():
+    reader = Mended(stop=("</code>", "\n\nUser:"))
+    heard = []
+    for text in ("a <", "b", "</co", "dx\n", "\n", "\n", "x"):
+        events = list(reader.feed(stream_of({"content": text}, done="")))
+        heard.append("".join(event.text for event in events))
+    assert heard == ["a ", "<b", "", "</codx", "", "\n", "\n\nx"]
+
+
+def test_long_stop_strings_are_looked_for_in_linear_time():
+    def read(size):
+        repair = ztoapi.StopStrings(("a" * 1000 + "b", "<" * 1000))
+        for _ in range(size):
+            list(repair.feed(Text("some words and more ")))
+
+    assert seconds_of(read, 2**12) < 0.5
+
+
+def test_zai_gets_four_stop_strings():
+    prompt = Prompt("glm-4.6", (Message("user", ("x",)),), stop=tuple("abcdef"))
+    request = ztoapi.zai_request(prompt, MODELS["glm-4.6"], "https://api.z.ai", "7")
+    assert json.loads(request.data)["stop"] == ["a", "b", "c", "d"]
+    assert request.needs.stop == tuple("abcdef")
 
 
 MESSAGE_START = """\
@@ -8121,6 +8208,31 @@ async def sdk(client):
 
 
 # ======== Over real sockets ========
+
+
+STOPPING_SLOWLY = [stream_of(*thinks("hm"), "x = 1\n</co", "de>and mo", done=""), HANG]
+
+
+@in_loop
+@pytest.mark.parametrize("stream", [True, False], ids=["streamed", "whole"])
+async def test_zai_is_left_at_a_stop_string(client, zai, stream):
+    zai.parts = STOPPING_SLOWLY
+    asked = chat(stop=["</code>"], stream=stream)
+    if stream:
+        asked["stream_options"] = {"include_usage": True}
+    _, text = await ask(client, asked)
+    await asyncio.wait_for(zai.left.wait(), 5)
+    if stream:
+        assert said(text) == "x = 1\n"
+        *_, last, spent = parse_frames(text)
+        assert last["choices"][0]["finish_reason"] == "stop"
+        usage = spent["usage"]
+    else:
+        (choice,) = json.loads(text)["choices"]
+        assert (choice["message"]["content"], choice["finish_reason"]) == ("x = 1\n", "stop")
+        usage = json.loads(text)["usage"]
+    assert usage["completion_tokens"] == 2
+    assert usage["prompt_tokens"] > 5
 
 
 @in_loop

@@ -1172,10 +1172,11 @@ FinishReason = Literal["stop", "length", "tool_calls", "content_filter", "window
 
 @dataclass(slots=True)
 class Finish:
-    """The last event of a choice that is complete."""
+    """The last event of a choice that is complete; `stop_sequence` is the stop string that ended it, if one did."""
 
     reason: FinishReason
     choice: int = 0
+    stop_sequence: str = ""
 
 
 @dataclass(slots=True)
@@ -4656,6 +4657,7 @@ class RepairNeeds:
     wants_json: bool
     quoted: str  # see `quoted_text`
     forced: str = ""  # the function that must be called
+    stop: tuple[str, ...] = ()  # strings that end the answer
 
 
 class Repair(ABC):
@@ -6230,6 +6232,92 @@ class JsonAlone(Repair):
             yield Text(text)
 
 
+class StopStrings(Repair):
+    """Stop strings that Z.ai leaves in the text, or does not know: it takes four (zai-org/GLM-4#511).
+
+    The answer ends before the first one that is complete; what Z.ai sends behind it is not read. At
+    the end of an answer also a part of one goes that is plainly no text (huggingface/smolagents#1934):
+    of three characters or more, and beginning with "<" or a line end.
+    """
+
+    kind = "stop_strings"
+    sees = frozenset((Thought, Text, ToolCall, Citations, Usage, Finish))
+    LEAST_PART = 3  # characters
+
+    @classmethod
+    def needed(cls, needs: RepairNeeds) -> Repair | None:
+        return cls(needs.stop) if needs.stop else None
+
+    def __init__(self, stop: tuple[str, ...]) -> None:
+        self.stop = stop
+        self.held = ""  # perhaps the beginning of one, at the end of the text so far
+        self.has_ended = False  # one was met
+
+    def feed(
+        self, event: Thought | Text | ToolCall | Citations | Usage | Finish
+    ) -> Iterator[Event]:
+        if self.has_ended:
+            return
+        if isinstance(event, Text):
+            yield from self.read(self.held + event.text)
+            return
+        if isinstance(event, Finish):
+            event = self.end(event)
+        if self.held and isinstance(event, (ToolCall, Finish)):
+            yield Text(self.held)
+            self.held = ""
+        yield event
+
+    def read(self, text: str) -> Iterator[Event]:
+        start, met = first_stop(text, self.stop)
+        if met:
+            self.mended += 1
+            self.has_ended = True
+            self.held = ""
+            if start:
+                yield Text(text[:start])
+            yield Finish("stop", stop_sequence=met)
+            return
+        start = self.start_of_part(text)
+        self.held = text[start:]
+        if start:
+            yield Text(text[:start])
+
+    def start_of_part(self, text: str) -> int:
+        """The index of what may be the beginning of a stop string; the end if there is none."""
+        earliest = len(text)
+        for stop in self.stop:
+            at = text.find(stop[0], max(0, len(text) - len(stop) + 1))
+            while 0 <= at < earliest:
+                if stop.startswith(text[at:]):
+                    earliest = at
+                at = text.find(stop[0], at + 1)
+        return earliest
+
+    def end(self, finish: Finish) -> Finish:
+        """The finish, when the text has ended with a part of a stop string that is not one of its own."""
+        if finish.reason != "stop" or len(self.held) < self.LEAST_PART:
+            return finish
+        if not self.held.startswith(("<", "\n", "\r")):
+            return finish
+        met = next(stop for stop in self.stop if stop.startswith(self.held))
+        self.mended += 1
+        self.held = ""
+        return replace(finish, stop_sequence=met)
+
+
+def first_stop(text: str, stops: Iterable[str]) -> tuple[int, str]:
+    """Where the stop string begins that is the first to be complete, and which; "" if there is none."""
+    first = len(text) + 1
+    start, met = 0, ""
+    for stop in stops:
+        at = text.find(stop)
+        end = at + len(stop)
+        if at >= 0 and (end, at) < (first, start):
+            first, start, met = end, at, stop
+    return start, met
+
+
 class Ending(Repair):
     """The end of an answer in a fixed order, however Z.ai sent it: citations, usage, finish.
 
@@ -6260,9 +6348,10 @@ class Ending(Repair):
         elif isinstance(event, Usage):
             self.usage = event
         else:
-            yield from self.end(event.reason)
+            yield from self.end(event)
 
-    def end(self, reason: FinishReason) -> Iterator[Event]:
+    def end(self, finish: Finish) -> Iterator[Event]:
+        reason = finish.reason
         if reason == "window_full":
             if not (self.has_text or self.has_call):
                 detail = "Z.ai: model_context_window_exceeded"
@@ -6274,7 +6363,7 @@ class Ending(Repair):
             yield self.usage
         if reason == "stop" and self.has_call:
             reason = "tool_calls"
-        yield Finish(reason)
+        yield replace(finish, reason=reason)
 
 
 # In order: the head of the text, calls in it, calls, JSON, the end.
@@ -6298,6 +6387,7 @@ REPAIRS: tuple[type[Repair], ...] = (
     TypedArguments,
     FencedJson,
     JsonAlone,
+    StopStrings,
     Ending,
 )
 
@@ -6542,6 +6632,9 @@ def fitting(number: int | float) -> float:
 # `zai_body` is a Prompt as Z.ai takes it; what Z.ai has no parameter for is emulated or left out.
 
 
+MAX_ZAI_STOPS = 4  # stop strings; StopStrings honours all (QwenLM/Qwen-Agent#370)
+
+
 def zai_body(prompt: Prompt, model: Model) -> JSON:
     """Only fields that Z.ai knows: an unknown one fails the whole request, without being named (1210).
 
@@ -6558,7 +6651,7 @@ def zai_body(prompt: Prompt, model: Model) -> JSON:
         "top_p": None if prompt.top_p is None else max(prompt.top_p, 0.01),
         "max_tokens": prompt.max_tokens
         and min(prompt.max_tokens, model.output or prompt.max_tokens),
-        "stop": list(prompt.stop) or None,  # documented as a list
+        "stop": list(prompt.stop[:MAX_ZAI_STOPS]) or None,  # documented as a list
         "seed": prompt.seed,
         "user_id": zai_user(prompt.user),
         "tools": tools or None,
@@ -6595,7 +6688,7 @@ def zai_request(prompt: Prompt, model: Model, base_url: str, answer_id: str) -> 
     forced = forced_function(prompt)
     quoted = quoted_text(prompt.messages, forced=bool(forced)) if tools else ""
     wants_json = prompt.schema is not None
-    needs = RepairNeeds(model, answer_id, tools, wants_json, quoted, forced)
+    needs = RepairNeeds(model, answer_id, tools, wants_json, quoted, forced, prompt.stop)
     return ZaiRequest(data, needs, len(data) - media_size(prompt.messages))
 
 
@@ -8088,6 +8181,7 @@ class EventStream(EventSource):
         self.chain = RepairChain(repairs)
         self.memo = memo  # one of the repairs
         self.first_at: float | None = None  # when the first events came, by time.monotonic()
+        self.has_ended = False  # Finish has come, perhaps before Z.ai's own
         self.error: UpstreamError | None = None  # raised after the events that came before it
         self.finish_deadline = 0.0  # loop time after which we stop waiting for usage and [DONE]
 
@@ -8108,7 +8202,7 @@ class EventStream(EventSource):
 
     @property
     def is_complete(self) -> bool:
-        return self.reader.done and not self.error
+        return self.has_ended and not self.error
 
     @property
     def said(self) -> list[Message]:
@@ -8132,7 +8226,7 @@ class EventStream(EventSource):
         while not events:
             if self.error:
                 raise self.error
-            if self.reader.done:
+            if self.has_ended:
                 break
             part = await (self.source.read() if self.reader.finish is None else self.read_rest())
             size += len(part)
@@ -8144,7 +8238,18 @@ class EventStream(EventSource):
                 self.first_at = self.first_at or time.monotonic()
                 self.meter.note(events)
                 trace("received", events)
+        if events and self.has_ended and not self.reader.done:
+            return self.cut_off(events)
         return events
+
+    def cut_off(self, events: list[Event]) -> list[Event]:
+        """The last events of an answer that a stop string ended: nobody reads what Z.ai would still write.
+
+        It did not come to telling its usage either: that is estimated.
+        """
+        self.source.response.close()
+        *others, finish = events
+        return [*others, self.meter.usage, finish]
 
     def events_in(self, part: bytes) -> list[Event]:
         """The events before a failure, which is kept for later."""
@@ -8152,6 +8257,9 @@ class EventStream(EventSource):
         try:
             for event in self.reader.feed(part) if part else self.reader.close():
                 events += self.chain.feed(event)
+                if events and isinstance(events[-1], Finish):
+                    self.has_ended = True
+                    break
         except UpstreamError as error:
             self.error = self.source.with_request_id(error, self.reader.request_id)
         return events
@@ -8166,7 +8274,11 @@ class EventStream(EventSource):
 
     async def finish(self) -> None:
         """Read to the end of the answer, so that the connection can serve again."""
-        while not self.source.response.content.at_eof() and await self.read_rest():
+        while (
+            self.reader.done
+            and not self.source.response.content.at_eof()
+            and await self.read_rest()
+        ):
             pass
 
 

@@ -5133,10 +5133,10 @@ NAMELESS = {"id": "x", "index": 0, "function": named("", '{"a":1}')}
 @pytest.mark.parametrize(
     ("deltas", "wanted"),
     [
-        ([{"tool_calls": [NAMELESS]}], says("", "", [], "tool_calls")),
-        ([{"tool_calls": [NAMELESS | {"function": named(None, "{}")}]}], says("", "", [], "tool_calls")),
-        ([{"tool_calls": [NAMELESS | {"function": named(" \n", "{}")}]}], says("", "", [], "tool_calls")),
-        (["hi", {"tool_calls": [NAMELESS]}], says("hi", "", [], "tool_calls")),
+        ([{"tool_calls": [NAMELESS]}], says()),
+        ([{"tool_calls": [NAMELESS | {"function": named(None, "{}")}]}], says()),
+        ([{"tool_calls": [NAMELESS | {"function": named(" \n", "{}")}]}], says()),
+        (["hi", {"tool_calls": [NAMELESS]}], says("hi")),
         ([calls(("read", "{}"), ("", "{}"))], calls_of(("read", "{}"))),
         ([calls(("", "{}"), ("read", "{}"))], says("", "", [("c1", "read", "{}")], "tool_calls")),
         ([calls(("?", "{}"))], calls_of(("?", "{}"))),
@@ -5845,6 +5845,66 @@ def test_where_no_json_is_wanted_text_stands_beside_a_call():
 )
 def test_finish_reasons_are_openais(reason, wanted):
     assert read_all([RECORDED.replace(b'"stop"', f'"{reason}"'.encode())])[-1] == Finish(wanted)
+
+
+@pytest.mark.parametrize(
+    ("deltas", "wanted"),
+    [
+        (["done"], says("done")),
+        (thinks("hm"), says("", "hm")),
+        (["\n"], says()),
+        (["a", {"tool_calls": [NAMELESS]}], says("a")),
+        ([], says()),
+        ([READ_PIECE], says("", "", [("c1", "read", "{}")], "tool_calls")),
+        ([{"tool_calls": [NAMELESS | {"function": named("f", "{}")}]}], says("", "", [("x", "f", "{}")], "tool_calls")),
+        ([LEAK], says("", "", [CALLED], "tool_calls")),
+        (["a", READ_PIECE], says("a", "", [("c1", "read", "{}")], "tool_calls")),
+    ],
+)  # fmt: skip
+def test_an_answer_finishes_with_tool_calls_where_it_has_one(deltas, wanted):
+    assert outcomes_of(deltas, "tool_calls", tools=[READ]) == wanted
+
+
+@pytest.mark.parametrize("reason", ["length", "sensitive", "stop"])
+def test_other_finishes_without_a_call_stay(reason):
+    wanted = ztoapi.FINISH_REASONS[reason]
+    assert outcomes_of(["a"], reason) == says("a", finish=wanted)
+
+
+EMPTY_ANSWERS = {
+    "nothing": ([], "stop"),
+    "a line end": (["\n"], "stop"),
+    "no call": ([], "tool_calls"),
+    "a call without a name": ([{"tool_calls": [NAMELESS]}], "tool_calls"),
+    "a stray tag": (["</think>\n"], "stop"),
+}
+
+
+@pytest.mark.parametrize("case", EMPTY_ANSWERS)
+def test_an_empty_answer_is_asked_for_again(case):
+    deltas, reason = EMPTY_ANSWERS[case]
+    for parts in cuts(stream_of(*chunk_of(*deltas), finish(reason, **SPENT))):
+        with pytest.raises(ztoapi.EmptyAnswerError):
+            read_all(parts, asks_again=True)
+    with pytest.raises(ztoapi.EmptyAnswerError):
+        read_all([document_of(message_of(deltas), reason)], asks_again=True)
+    assert outcomes_of(deltas, reason) == says()
+
+
+@pytest.mark.parametrize(
+    ("deltas", "reason"),
+    [
+        (["a"], "stop"),
+        ([" "], "stop"),
+        (thinks("hm"), "stop"),
+        (thinks("hm"), "tool_calls"),
+        ([READ_PIECE], "tool_calls"),
+        ([], "length"),
+        ([], "sensitive"),
+    ],
+)
+def test_other_answers_are_not_asked_for_again(deltas, reason):
+    assert len(outcomes_of(deltas, reason, asks_again=True)) == 1
 
 
 @pytest.mark.parametrize(
@@ -8208,6 +8268,89 @@ async def sdk(client):
 
 
 # ======== Over real sockets ========
+
+
+EMPTY = [stream_of(finish(**SPENT))]
+THOUGHT_ALONE = [stream_of(*thinks("hm"), finish(**SPENT))]
+
+
+@in_loop
+@pytest.mark.parametrize("path", ["chat/completions", "completions", "responses"])
+@pytest.mark.parametrize("stream", [True, False], ids=["streamed", "whole"])
+async def test_an_empty_answer_is_asked_for_once_more(client, zai, path, stream):
+    zai.answers, zai.parts = [EMPTY], [RECORDED]
+    words = {"messages": HELLO["messages"], "prompt": "x", "input": "x"}
+    name = {"chat/completions": "messages", "completions": "prompt", "responses": "input"}[path]
+    body = {"model": "glm-4.6", "stream": stream, name: words[name]}
+    response, text = await ask(client, body, f"/v1/{path}")
+    assert (response.status, "好😀" in text, len(zai.bodies)) == (200, True, 2)
+    assert slept(client) == []
+
+
+@in_loop
+@pytest.mark.parametrize("stream", [True, False], ids=["streamed", "whole"])
+async def test_a_second_empty_answer_is_the_answer(client, zai, stream):
+    zai.parts = EMPTY
+    response, text = await ask(client, chat(stream=stream))
+    assert (response.status, len(zai.bodies)) == (200, 2)
+    assert '"finish_reason":"stop"' in text
+
+
+@in_loop
+@pytest.mark.parametrize(
+    ("parts", "changes", "settings"),
+    [
+        (EMPTY, {"stop": ["x"]}, {}),
+        (EMPTY, {}, {"max_retries": 0}),
+        (THOUGHT_ALONE, {}, {}),
+        ([stream_of(finish("length"))], {}, {}),
+    ],
+    ids=["stop was sent", "no retries", "reasoning alone", "cut off"],
+)
+async def test_what_is_not_asked_for_again(start, zai, parts, changes, settings):
+    client = await start(**settings)
+    zai.parts = parts
+    response, _ = await ask(client, chat(**changes))
+    assert (response.status, len(zai.bodies)) == (200, 1)
+
+
+@in_loop
+async def test_each_choice_is_asked_for_again_by_itself(client, zai):
+    zai.answers, zai.parts = [EMPTY, [RECORDED], EMPTY], [RECORDED]
+    _, text = await ask(client, chat(n=3))
+    contents = [choice["message"]["content"] for choice in json.loads(text)["choices"]]
+    assert (contents, len(zai.bodies)) == (["你好😀"] * 3, 5)
+
+
+@in_loop
+@pytest.mark.parametrize("form", ["parsed", "raw", "hidden"])
+@pytest.mark.parametrize(
+    ("parts", "silent"),
+    [(THOUGHT_ALONE, True), (EMPTY, True), ([RECORDED], False), ([RECORDED_CALL], False)],
+    ids=["reasoning alone", "nothing", "text", "a call"],
+)
+async def test_the_log_says_which_answers_have_no_text(client, zai, caplog, parts, silent, form):
+    caplog.set_level("INFO", "ztoapi")
+    zai.parts = parts
+    await ask(client, chat(reasoning_format=form))
+    assert (", no text" in caplog.messages[-1]) is silent
+
+
+@in_loop
+async def test_what_was_mended_is_counted_by_kind(client, zai):
+    mended = {
+        "leaked_calls": [LEAK],
+        "stray_tags": ["</think>a"],
+        "argument_types": [calls(("find", '{"path":"a","n":"3"}'))],
+    }
+    for deltas in mended.values():
+        zai.parts = [stream_of(*deltas, finish())]
+        await ask(client, chat(tools=[READ, FIND]))
+    zai.answers, zai.parts = [EMPTY], [RECORDED]
+    await ask(client)
+    async with client.get("/dashboard/stats", headers=KEY) as response:
+        healed = (await response.json())["healed"]
+    assert healed == dict.fromkeys([*mended, "empty_answers"], 1) | {"line_ends_at_head": 1}
 
 
 STOPPING_SLOWLY = [stream_of(*thinks("hm"), "x = 1\n</co", "de>and mo", done=""), HANG]

@@ -554,6 +554,13 @@ class UpstreamError(ProxyError):
         return error
 
 
+class EmptyAnswerError(UpstreamError):
+    """Z.ai's answer says nothing. No client learns of it: the next one is passed on, whatever it says."""
+
+    def __init__(self) -> None:
+        super().__init__(UNAVAILABLE, "Z.ai's answer was empty: try again.")
+
+
 def reset_time(text: str) -> float | None:
     """The Unix time in "… will reset at 2026-09-12 00:35:41", which is UTC+8 (can1357/oh-my-pi#11014)."""
     found = re.findall(r"\b(20\d\d-\d\d-\d\d)[ T](\d\d:\d\d:\d\d)\b", text)
@@ -4658,6 +4665,7 @@ class RepairNeeds:
     quoted: str  # see `quoted_text`
     forced: str = ""  # the function that must be called
     stop: tuple[str, ...] = ()  # strings that end the answer
+    asks_again: bool = False  # where an answer is empty
 
 
 class Repair(ABC):
@@ -4688,7 +4696,7 @@ class RepairChain:
 
     def __init__(self, repairs: Sequence[Repair]) -> None:
         self.repairs = repairs
-        # By type of event: the repairs that see it, with their numbers in the chain.
+        # By type of event: the repairs that saw it last, with their numbers in the chain.
         self.routes: dict[type, list[tuple[int, Repair]]] = {}
 
     def feed(self, event: ZaiEvent, start: int = 0) -> list[Event]:
@@ -4698,7 +4706,7 @@ class RepairChain:
         if route is None:
             route = self.routes[kind] = self.new_route(kind)
         for position, repair in route:
-            if position >= start:
+            if position >= start and kind in repair.sees:
                 mended: list[Event] = []
                 for event_of_it in repair.feed(event):
                     mended += self.feed(event_of_it, position + 1)
@@ -6318,6 +6326,41 @@ def first_stop(text: str, stops: Iterable[str]) -> tuple[int, str]:
     return start, met
 
 
+class FinishWithoutCall(Repair):
+    """The finish tool_calls of an answer that has no call, which is stop: an agent waits for one."""
+
+    kind = "finish_without_call"
+    sees = frozenset((ToolCall, Finish))
+
+    def feed(self, event: ToolCall | Finish) -> tuple[Event, ...]:
+        self.sees = frozenset()  # one call is enough
+        if isinstance(event, Finish) and event.reason == "tool_calls":
+            self.mended += 1
+            return (replace(event, reason="stop"),)
+        return (event,)
+
+
+class EmptyAnswer(Repair):
+    """An answer that says nothing at all, and claims to be complete (mistralai/mistral-vibe#1116).
+
+    It raises EmptyAnswerError, so that Z.ai is asked again. Reasoning alone is an answer.
+    """
+
+    kind = "empty_answers"
+    sees = frozenset((Thought, Text, ToolCall, Finish))
+
+    @classmethod
+    def needed(cls, needs: RepairNeeds) -> Repair | None:
+        return cls() if needs.asks_again else None
+
+    def feed(self, event: Thought | Text | ToolCall | Finish) -> tuple[Event, ...]:
+        self.sees = frozenset()
+        if isinstance(event, Finish) and event.reason == "stop":
+            self.mended += 1
+            raise EmptyAnswerError
+        return (event,)
+
+
 class Ending(Repair):
     """The end of an answer in a fixed order, however Z.ai sent it: citations, usage, finish.
 
@@ -6334,6 +6377,7 @@ class Ending(Repair):
         self.usage: Usage | None = None
         self.has_text = False
         self.has_call = False
+        self.is_silent = False  # it is complete, and has neither
 
     def feed(self, event: Text | ToolCall | Citations | Usage | Finish) -> Iterator[Event]:
         if isinstance(event, Text):
@@ -6357,6 +6401,7 @@ class Ending(Repair):
                 detail = "Z.ai: model_context_window_exceeded"
                 raise UpstreamError(CONTEXT_LENGTH_EXCEEDED, detail=detail)
             reason = "length"
+        self.is_silent = not self.has_text and not self.has_call
         if self.results:
             yield Citations(self.results)
         if self.usage:
@@ -6388,6 +6433,8 @@ REPAIRS: tuple[type[Repair], ...] = (
     FencedJson,
     JsonAlone,
     StopStrings,
+    FinishWithoutCall,
+    EmptyAnswer,
     Ending,
 )
 
@@ -7180,6 +7227,8 @@ class Meter:
     pieces: int = 0  # of the answer
     received: int = 0  # characters in them
     told: Usage = field(default_factory=Usage)  # what Z.ai says itself
+    was_empty: bool = False  # an answer, and Z.ai is asked again
+    is_silent: bool = False  # the answer is complete, and has neither text nor call
 
     @contextmanager
     def asking(self, characters: int) -> Iterator[None]:
@@ -7190,9 +7239,10 @@ class Meter:
         self.told = Usage()
         try:
             yield
-        except UpstreamError:
+        except UpstreamError as error:
             if not self.pieces:
                 self.sent = 0
+            self.was_empty = self.was_empty or isinstance(error, EmptyAnswerError)
             raise
 
     def note(self, events: Iterable[Event]) -> None:
@@ -8703,24 +8753,31 @@ class Upstream:
         )
         trace("sent", request.data)
         url = key.base_url + "/chat/completions"
-        repairs = repairs_for(request.needs)
+        repairs = repairs_for(replace(request.needs, asks_again=self.asks_again(plan, prompt)))
         memo = Memo() if plan.remembers else None
         machines = [*repairs, *filter(None, [memo]), *reasoning_shape(plan.reasoning_format)]
         [meter] = plan.meters
         with meter.asking(request.characters):
             source = await self.client.send(url, key, owner, data=request.data)
             stream = EventStream(source, ZaiReader(model), machines, memo, meter)
-            owner.callback(self.count_repairs, repairs)
+            owner.callback(self.count_repairs, repairs, meter)
             await stream.begin()
             slot.taken()
             if not plan.streamed:
                 await stream.complete()
         return stream
 
-    def count_repairs(self, repairs: Iterable[Repair]) -> None:
+    def asks_again(self, plan: Plan, prompt: Prompt) -> bool:
+        """Whether an empty answer is asked for once more; with `stop`, that may be all there is to say."""
+        [meter] = plan.meters
+        return self.settings.max_retries > 0 and not prompt.stop and not meter.was_empty
+
+    def count_repairs(self, repairs: Iterable[Repair], meter: Meter) -> None:
         for repair in repairs:
             if repair.mended:
                 self.remedies[repair.kind] += repair.mended
+            if isinstance(repair, Ending):
+                meter.is_silent = repair.is_silent
 
     async def with_retries(
         self,
@@ -8786,6 +8843,8 @@ class Upstream:
 
     def record_failure(self, ticket: Ticket, slot: Slot, error: UpstreamError) -> float:
         """Update keys after a failure; return the seconds to wait, or raise if there is no next try."""
+        if isinstance(error, EmptyAnswerError):
+            return 0  # the next one counts
         last = ticket.failures.get(slot.key)
         ticket.failures[slot.key] = error.kind
         if self.keys.calls_for_cooldown(error) and error.kind != last:
@@ -9551,7 +9610,8 @@ class Record:
         tokens = f", {self.usage.prompt}+{self.usage.completion} tokens" if self.usage.total else ""
         left_out = f", left out {self.left_out}" if self.left_out else ""
         took = f"{now - self.started:.2f} s"
-        return f"{self.method} {self.path} {self.model or '-'} {outcome} {first}{took}{tokens}{left_out}"
+        silent = ", no text" if self.meters and all(m.is_silent for m in self.meters) else ""
+        return f"{self.method} {self.path} {self.model or '-'} {outcome} {first}{took}{tokens}{silent}{left_out}"
 
 
 BUCKETS = (0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)  # seconds

@@ -4031,7 +4031,7 @@ def chunk_of(*deltas):
     return [delta if isinstance(delta, dict) else {"content": delta} for delta in deltas]
 
 
-def stream_of(*chunks, done="data: [DONE]\n\n"):
+def stream_of(*chunks, done="data: [DONE]\n\n", ensure_ascii=False):
     """Chunks as Z.ai streams them; a delta alone is put into its chunk."""
     deltas = chunk_of(*chunks)
     whole = [
@@ -4039,7 +4039,7 @@ def stream_of(*chunks, done="data: [DONE]\n\n"):
         for c in deltas
     ]
     return (
-        "".join(f"data: {json.dumps(c, ensure_ascii=False)}\n\n" for c in whole).encode()
+        "".join(f"data: {json.dumps(c, ensure_ascii=ensure_ascii)}\n\n" for c in whole).encode()
         + done.encode()
     )
 
@@ -4206,10 +4206,7 @@ def says(text="", thought="", calls=(), finish="stop"):
     ids=["two", "alone", "apart", "no other", "the second", "thought", "thoughts", "Korean"],
 )
 def test_half_a_character_waits_for_its_other_half(deltas, wanted):
-    data = json.dumps  # escapes what UTF-8 has not
-    chunks = [{"id": "7", "choices": [{"delta": delta}]} for delta in chunk_of(*deltas)]
-    frames = [f"data: {data(chunk)}\n\n" for chunk in (*chunks, finish())]
-    for parts in cuts("".join(frames).encode()):
+    for parts in cuts(stream_of(*deltas, finish(), ensure_ascii=True)):
         assert [outcome(read_all(parts))] == wanted
 
 
@@ -4231,21 +4228,14 @@ def test_half_a_character_in_arguments_waits_for_its_other_half(pieces, wanted):
         piece(id="a", index=0, function=named("f", first)),
         *(piece(index=0, function={"arguments": more}) for more in others),
     ]
-    frames = [f"data: {json.dumps({'choices': [{'delta': delta}]})}\n\n" for delta in deltas] + [
-        f"data: {json.dumps(finish())}\n\n"
-    ]
-    for parts in cuts("".join(frames).encode()):
+    for parts in cuts(stream_of(*deltas, finish(), ensure_ascii=True)):
         assert outcome(read_all(parts))[2] == [("a", "f", wanted)]
 
 
 def test_no_text_gets_out_as_half_a_character():
     reader = Mended()
-    deltas = ({"content": text} for text in ("a\ud83d", "\ude00b"))
-    heard = []
-    for delta in deltas:
-        frame = f"data: {json.dumps({'choices': [{'delta': delta}]})}\n\n"
-        heard.append(list(reader.feed(frame.encode())))
-    assert heard == [[Text("a")], [Text("😀b")]]
+    halves = [stream_of(text, done="", ensure_ascii=True) for text in ("a\ud83d", "\ude00b")]
+    assert [list(reader.feed(data)) for data in halves] == [[Text("a")], [Text("😀b")]]
 
 
 @pytest.mark.parametrize("word", ["\ud83d", "x\ude00"])
@@ -8351,6 +8341,116 @@ async def test_what_was_mended_is_counted_by_kind(client, zai):
     async with client.get("/dashboard/stats", headers=KEY) as response:
         healed = (await response.json())["healed"]
     assert healed == dict.fromkeys([*mended, "empty_answers"], 1) | {"line_ends_at_head": 1}
+
+
+READ_FILE = tool("read", filePath={"type": "string"}, n={"type": "integer"})
+MARKUP = "<tool_call>read\n<arg_key>filePath</arg_key>\n<arg_value>/a</arg_value>\n</tool_call>"
+A_FILE = ("read", {"filePath": "/a"})
+PERSON = {"type": "object", "properties": {"name": {"type": "string"}}}
+AS_PERSON = {"type": "json_schema", "json_schema": {"name": "p", "schema": PERSON}}
+# What models say, as it was reported: the deltas, the finish, what else was asked; text, reasoning and calls of it.
+REPORTED = {
+    "wrong types": (
+        [calls(("edit", r'{"edits":"[{\"o\":1}]","n":"3","all":"true","note":"12"}'))],
+        "tool_calls",
+        {"tools": [EDIT]},
+        ("", "", [("edit", {"edits": [{"o": 1}], "n": 3, "all": True, "note": "12"})]),
+    ),
+    "arguments in a name": (
+        [calls(("read<arg_key>filePath</arg_key><arg_value>/a</arg_value>", "{}"))],
+        "tool_calls",
+        {},
+        ("", "", [A_FILE]),
+    ),
+    "a tag in a name": ([calls(("read</arg_value>", "{}"))], "tool_calls", {}, ("", "", [("read", {})])),
+    "a call in the reasoning": (thinks("Let me read." + MARKUP), "stop", {}, ("", "Let me read.", [A_FILE])),
+    "a call as JSON": ([json_leak(filePath="/a")], "stop", {}, ("", "", [A_FILE])),
+    "a forced call as text": (
+        ['{"filePath":', '"/a"}'],
+        "stop",
+        {"tool_choice": {"type": "function", "function": {"name": "read"}}},
+        ("", "", [A_FILE]),
+    ),
+    "arguments twice": (pieces_of('{"filePath":"/a"}', '{"filePath":"/a"}'), "tool_calls", {}, ("", "", [A_FILE])),
+    "arguments unclosed": (pieces_of('{"filePath":"/a"'), "tool_calls", {}, ("", "", [A_FILE])),
+    "arguments null": (pieces_of("null"), "tool_calls", {}, ("", "", [("read", {})])),
+    "JSON in a fence": (
+        ["``", '`json\n{"na', 'me":"Ann"}\n``', "`"],
+        "stop",
+        {"response_format": AS_PERSON},
+        ('{"name":"Ann"}', "", []),
+    ),
+    "a stop string": (["x = 1\n</co", "de"], "stop", {"stop": ["</code>"]}, ("x = 1\n", "", [])),
+    "no call": (["done"], "tool_calls", {}, ("done", "", [])),
+    "a stray tag": (["</think>\n", "done"], "stop", {}, ("done", "", [])),
+    "content in parts": ([{"content": [{"type": "text", "text": "done"}]}], "stop", {}, ("done", "", [])),
+    "reasoning by its other name": ([{"reasoning": "hm"}, "done"], "stop", {}, ("done", "hm", [])),
+}  # fmt: skip
+
+
+def spoken_in(text, *, stream):
+    """Text, reasoning and calls of a chat's answer, and its finish."""
+    if not stream:
+        (choice,) = json.loads(text)["choices"]
+        return spoken(json.loads(text)), choice["finish_reason"]
+    message = {"content": "", "reasoning_content": "", "tool_calls": []}
+    for frame in parse_frames(text):
+        (choice,) = frame["choices"]
+        for name in ("content", "reasoning_content"):
+            message[name] += choice["delta"].get(name, "")
+        for call in choice["delta"].get("tool_calls", ()):
+            if "id" in call:
+                message["tool_calls"].append(call)
+            else:
+                begun = message["tool_calls"][call["index"]]["function"]
+                begun["arguments"] += call["function"]["arguments"]
+    return spoken({"choices": [{"message": message}]}), choice["finish_reason"]
+
+
+@in_loop
+@pytest.mark.parametrize("stream", [True, False], ids=["streamed", "whole"])
+@pytest.mark.parametrize("case", REPORTED)
+async def test_what_models_say_wrong_is_mended(client, zai, case, stream):
+    deltas, reason, asked, (text, thought, made) = REPORTED[case]
+    zai.parts = [stream_of(*chunk_of(*deltas), finish(reason, **SPENT))]
+    _, body = await ask(client, chat(**{"tools": [READ_FILE], "stream": stream, **asked}))
+    heard, finished = spoken_in(body, stream=stream)
+    calls_heard = [(name, json.loads(arguments)) for _, name, arguments in heard["calls"]]
+    assert (heard["content"], heard["reasoning"], calls_heard) == (text, thought, made)
+    assert finished == ("tool_calls" if made else "stop")
+
+
+@in_loop
+@pytest.mark.parametrize("case", [case for case in REPORTED if case != "a stop string"])
+async def test_what_models_say_wrong_is_mended_for_responses_too(client, zai, case):
+    deltas, reason, asked, (text, _, made) = REPORTED[case]
+    zai.parts = [stream_of(*chunk_of(*deltas), finish(reason, **SPENT))]
+    functions = [
+        {"type": "function", **each["function"]} for each in asked.get("tools", [READ_FILE])
+    ]
+    body = {"model": "glm-4.6", "input": "x", "tools": functions}
+    if "response_format" in asked:
+        body["text"] = {"format": {"type": "json_schema", "name": "p", "schema": PERSON}}
+    if "tool_choice" in asked:
+        body["tool_choice"] = {"type": "function", "name": "read"}
+    output = json.loads((await ask(client, body, "/v1/responses"))[1])["output"]
+    heard = [
+        (item["name"], json.loads(item["arguments"]))
+        for item in output
+        if item["type"] == "function_call"
+    ]
+    texts = [
+        part["text"] for item in output if item["type"] == "message" for part in item["content"]
+    ]
+    assert ("".join(texts), heard) == (text, made)
+
+
+@in_loop
+@pytest.mark.parametrize("stream", [True, False], ids=["streamed", "whole"])
+async def test_no_client_gets_half_a_character(client, zai, stream):
+    zai.parts = [stream_of("a\ud83d", "\ude00b\ud83d", finish(), ensure_ascii=True)]
+    _, text = await ask(client, chat(stream=stream))
+    assert spoken_in(text, stream=stream)[0]["content"] == "a😀b\ufffd"
 
 
 STOPPING_SLOWLY = [stream_of(*thinks("hm"), "x = 1\n</co", "de>and mo", done=""), HANG]
@@ -14295,20 +14395,45 @@ def test_a_streamed_completion_adds_up_to_the_whole_one(seed):
 
 def random_deltas(chance):
     """Chunks of Z.ai's, with what models say wrong."""
-    words = ["", "\n", "Hi", "<", "好", "<think>", "</think>", "```", "`", '{"a":1}', *leak_pieces]
+    words = [
+        "",
+        "\n",
+        "Hi",
+        "<",
+        "好",
+        "<think>",
+        "</think>",
+        "```",
+        "`",
+        '{"a":1}',
+        "STOP",
+        "\n\nU",
+    ]
+    words += [*leak_pieces, "```json\n", "\n```", "\ud83d", "\ude00"]
+    arguments = [
+        "",
+        "{}",
+        '{"path":',
+        '"a"',
+        "}",
+        ",",
+        '{"path":"a"}',
+        '{"n":"3',
+        '"}',
+        "null",
+        "```\n",
+    ]
     deltas = []
-    for _ in range(chance.randrange(1, 9)):
+    for _ in range(chance.randrange(9)):
         kind = chance.randrange(4)
         if kind == 0:
             deltas.append({"reasoning_content": chance.choice(words)})
         elif kind == 1:
             index = chance.choice([0, 1, -1, None])
-            call = piece(
-                index=index,
-                id=chance.choice(["a", None]),
-                function=named(chance.choice(["read", None]), chance.choice(["", "{}"])),
-            )
-            deltas.append(call)
+            name = chance.choice(["find", "find", None, "", "find\n", f"find{pair('path', 'a')}"])
+            text = chance.choice([*arguments, pair("path", "a")])
+            call_id = chance.choice(["a", "b", None])
+            deltas.append(piece(index=index, id=call_id, function=named(name, text)))
         else:
             deltas.append({"content": chance.choice(words)})
     return deltas
@@ -14316,28 +14441,59 @@ def random_deltas(chance):
 
 leak_pieces = [
     "<tool_call>",
-    "read",
+    "find",
     "<arg_key>path</arg_key>",
     "<arg_value>a",
     "</arg_value>",
     "</tool_call>",
-    LEAK,
+    leak("find", path="a"),
+    json_leak("find", path="a"),
 ]
+
+
+def random_answer(seed):
+    """An answer of Z.ai's, and what the request was that needs its repairs."""
+    chance = random.Random(seed)
+    reason = chance.choice(["stop", "tool_calls", "length"])
+    data = stream_of(*random_deltas(chance), finish(reason, **SPENT), ensure_ascii=True)
+    asked = {
+        "tools": [FIND],
+        "wants_json": seed % 3 == 0,
+        "forced": "find" if seed % 4 == 0 else "",
+        "stop": ("STOP", "\n\nUser:") if seed % 2 else (),
+    }
+    return data, asked
 
 
 @RANDOM
 @pytest.mark.parametrize("model", ["glm-4.6", "glm-4.5v"])
 def test_repairs_give_the_same_wherever_a_stream_is_cut(seed, model):
+    data, asked = random_answer(seed)
+    wanted = chat_document(read_all([data], model=model, **asked))
     chance = random.Random(seed)
-    reason = chance.choice(["stop", "tool_calls", "length"])
-    data = stream_of(*random_deltas(chance), finish(reason, **SPENT))
-    asked = {"model": model, "tools": [READ], "wants_json": seed % 3 == 0}
-    wanted = chat_document(read_all([data], **asked))
     for _ in range(5):
         at = sorted(chance.randrange(len(data)) for _ in range(3))
         parts = [data[a:b] for a, b in zip([0, *at], [*at, len(data)], strict=True)]
-        assert chat_document(read_all(parts, **asked)) == wanted
-    assert read_all([data], **asked)[-1].reason in ("stop", "tool_calls", "length")
+        assert chat_document(read_all(parts, model=model, **asked)) == wanted
+    events = read_all([data], model=model, **asked)
+    assert [type(event) for event in events].count(Finish) == 1
+    assert events[-1].reason in ("stop", "tool_calls", "length")
+    to_json(wanted).encode()  # raises for half a character
+
+
+@pytest.mark.parametrize("seed", range(200))
+def test_what_the_sdk_makes_of_a_mended_stream_is_the_whole_answer(seed):
+    streaming = pytest.importorskip("openai.lib.streaming.chat._completions")
+    types = pytest.importorskip("openai.types.chat")
+    data, asked = random_answer(seed)
+    events = read_all([data], **asked)
+    state = streaming.ChatCompletionStreamState()
+    for frame in frames(events, chat_reply(include_usage=True))[:-1]:
+        state.handle_chunk(types.ChatCompletionChunk.model_validate(frame))
+    whole = chat_document(events)
+    made = state.current_completion_snapshot.model_dump(mode="json", exclude_unset=True)
+    assert made["choices"][0]["finish_reason"] == whole["choices"][0]["finish_reason"]
+    assert spoken(made) == spoken(whole)
 
 
 @in_loop

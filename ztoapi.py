@@ -4440,9 +4440,11 @@ class ZaiReader:
         self.raw = None
         if self.done:
             return ()
-        self.look_for_halves(data)
         document = parse_answer(data)
         if isinstance(document, dict):
+            if self.torn or self.halves or b"\\u" in data:
+                self.look_for_halves(data)
+                return self.read_with_care(document)
             return self.read_chunk(document)
         if data.strip() == b"[DONE]":
             return self.end()
@@ -4453,10 +4455,11 @@ class ZaiReader:
             self.halves = self.halves or HalfPairs()
 
     def read_torn(self, data: bytes) -> Iterator[ZaiEvent]:
+        self.look_for_halves(data)
         chunks, torn, rest = salvage(data.decode("utf-8", "replace"))
         self.torn += torn
         for chunk in chunks:
-            yield from self.read_chunk(chunk)
+            yield from self.read_with_care(chunk)
         if rest:
             raise UpstreamError(
                 UNAVAILABLE, "Z.ai's answer is unreadable: try again.", excerpt(data)
@@ -4467,24 +4470,25 @@ class ZaiReader:
         document = parse_answer(data)
         if not isinstance(document, dict):
             raise zai_error(200, data)
-        yield from self.read_chunk(document)
+        yield from self.read_with_care(document)
         if first_object(document.get("choices")) and self.finish is None:
             self.finish = "stop"  # whole JSON is a whole answer
 
-    def read_chunk(self, chunk: JSON) -> Sequence[ZaiEvent]:
-        """The events of a chunk or of a whole answer, which differ in the name of one field."""
-        if chunk.get("error") or ("code" in chunk and "choices" not in chunk):
-            raise zai_error(200, chunk)
-        if not (self.id and self.created and self.request_id):  # most chunks repeat them
-            self.read_head(chunk)
-        events = self.read_choice(chunk)
+    def read_with_care(self, chunk: JSON) -> Sequence[ZaiEvent]:
+        """As read_chunk, where characters may be cut in two, or another answer may begin."""
+        events = self.read_chunk(chunk)
         if self.halves:
             events = self.halves.feed(events)
         if self.torn and self.begins_again(chunk):
             return [BegunAgain(), *events]
         return events
 
-    def read_choice(self, chunk: JSON) -> list[Event]:
+    def read_chunk(self, chunk: JSON) -> list[Event]:
+        """The events of a chunk or of a whole answer, which differ in the name of one field."""
+        if chunk.get("error") or ("code" in chunk and "choices" not in chunk):
+            raise zai_error(200, chunk)
+        if not (self.id and self.created and self.request_id):  # most chunks repeat them
+            self.read_head(chunk)
         choice = first_object(chunk.get("choices"))
         events = self.read_delta(as_object(choice.get("delta") or choice.get("message")))
         usage = chunk.get("usage")
@@ -4520,9 +4524,9 @@ class ZaiReader:
         if thought and isinstance(thought, str):
             events.append(Thought(thought))
         text = delta.get("content")
-        if isinstance(text, list):
+        if text and not isinstance(text, str):
             text = text_of_parts(text)
-        if text and isinstance(text, str):
+        if text:
             events.append(Text(text))
         pieces = delta.get("tool_calls")
         if pieces:
@@ -4538,10 +4542,10 @@ class ZaiReader:
             yield Finish(FINISH_REASONS.get(self.finish, "stop"))
 
 
-def text_of_parts(parts: list[Any]) -> str:
+def text_of_parts(content: Any) -> str:
     """The text of a content that came as an array of parts, as messages of requests have it."""
     texts = []
-    for part in parts:
+    for part in content if isinstance(content, list) else ():
         text = part
         if isinstance(part, dict) and part.get("type") in ("text", "output_text", None):
             text = part.get("text")
@@ -4706,14 +4710,20 @@ class RepairChain:
         if route is None:
             route = self.routes[kind] = self.new_route(kind)
         for position, repair in route:
-            if position >= start and kind in repair.sees:
-                mended: list[Event] = []
-                for event_of_it in repair.feed(event):
-                    mended += self.feed(event_of_it, position + 1)
-                if kind not in repair.sees:  # any more
-                    self.routes[kind] = self.new_route(kind)
-                return mended
-        return [cast("Event", event)]  # FreshStart keeps BegunAgain
+            if position < start or kind not in repair.sees:
+                continue
+            made = repair.feed(event)
+            if kind not in repair.sees:  # any more
+                self.routes[kind] = self.new_route(kind)
+            if type(made) is tuple and len(made) == 1 and type(made[0]) is kind:
+                event = made[0]  # it goes on in place of the first; a short cut for most events
+                continue
+            mended: list[Event] = []
+            for event_of_it in made:
+                mended += self.feed(event_of_it, position + 1)
+            return mended
+        passed: list[Any] = [event]  # an Event: FreshStart keeps BegunAgain
+        return passed
 
     def new_route(self, kind: type) -> list[tuple[int, Repair]]:
         route = []
@@ -4861,15 +4871,23 @@ class CodeMarks:
     """
 
     FENCES = ("```", "~~~")
+    MANY = 64
 
     def __init__(self) -> None:
+        self.unread: list[str] = []  # pieces; to read some together takes less time
         self.fence = ""  # what the open fence began with
         self.line = ""  # the beginning of the unfinished line
         self.is_blank = True  # the unfinished line
         self.ticks = 0  # backticks in the paragraph, fences aside
 
     def feed(self, text: str) -> None:
-        *ended, last = text.split("\n")
+        self.unread.append(text)
+        if len(self.unread) > self.MANY:
+            self.read()
+
+    def read(self) -> None:
+        *ended, last = "".join(self.unread).split("\n")
+        self.unread = []
         for part in ended:
             self.add(part)
             self.end_line()
@@ -4896,6 +4914,7 @@ class CodeMarks:
 
     @property
     def inside(self) -> bool:
+        self.read()
         return bool(self.fence) or self.ticks % 2 == 1 or self.line.strip()[:3] in self.FENCES
 
 
@@ -4926,12 +4945,26 @@ class LeakedCalls(Repair):
         self.calls: list[LeakedCall] = []  # the complete ones
         self.has_call = False  # Z.ai sent one as it should
 
-    def feed(self, event: Thought | Text | ToolCall | Finish) -> Iterator[Event]:
-        if isinstance(event, self.WORDS):
-            yield from self.read_text(event.text)
-            return
+    def feed(self, event: Thought | Text | ToolCall | Finish) -> Iterable[Event]:
         if isinstance(event, ToolCall):
             self.has_call = True
+        if not self.rest and not self.held and not self.may_begin_in(event):  # most events
+            return (event,)
+        if isinstance(event, self.WORDS):
+            return self.read_text(event.text)
+        return self.end(event)
+
+    def may_begin_in(self, event: Thought | Text | ToolCall | Finish) -> bool:
+        """Whether there is something to read in the event; when not, it has been read."""
+        if not isinstance(event, self.WORDS):
+            return False
+        if "<" in event.text:
+            return True
+        self.marks.feed(event.text)
+        return False
+
+    def end(self, event: Event) -> Iterator[Event]:
+        """What was held, before an event that it may end at."""
         said = self.read_pieces([self.rest])
         self.rest = ""
         is_end = isinstance(event, Finish) and self.are_calls(event.reason)
@@ -4945,10 +4978,6 @@ class LeakedCalls(Repair):
         yield event
 
     def read_text(self, text: str) -> Iterator[Event]:
-        if "<" not in text and not self.rest and not self.held:  # most texts
-            self.marks.feed(text)
-            yield self.WORDS(text)
-            return
         *pieces, last = MARKUP_TAG.split(self.rest + text)
         self.rest = partial_tag(last, MARKUP_TAGS)
         said = self.read_pieces([*pieces, last.removesuffix(self.rest)])
@@ -5588,6 +5617,10 @@ class JsonScanner:
         self.is_escaped = False  # the next character of the string
         self.last = ""  # mark outside of strings
 
+    def is_inside(self, text: str) -> bool:
+        """Whether this is just more of a string: such text need not be fed."""
+        return self.in_string and not self.is_escaped and '"' not in text and "\\" not in text
+
     def feed(self, text: str) -> Iterator[tuple[str, int]]:
         """Each mark of JSON in more of the text, with the index behind it; a string has two, its quotes."""
         at = 0
@@ -5647,7 +5680,7 @@ class ObjectReader:
     def feed(self, text: str) -> Iterator[tuple[Literal["more", "another"], str]]:
         """What goes out now: more of the call's arguments, or those of another call."""
         start = 0
-        if self.is_plain:
+        if self.is_plain and not self.scanner.is_inside(text):
             for mark, end in self.scanner.feed(text):
                 if mark == "}" and not self.scanner.closers:
                     yield from self.read_end(text[start:end])
@@ -5755,16 +5788,13 @@ class DoubledArguments(Repair):
         self.readers: dict[int, ObjectReader] = {}  # likewise
         self.ids: set[str] = set()  # of all calls that have gone out
 
-    def feed(self, event: ToolCall | Finish) -> Iterator[Event]:
+    def feed(self, event: ToolCall | Finish) -> Iterable[Event]:
         if isinstance(event, Finish):
-            yield from self.close()
             self.mended = sum(reader.mended for reader in self.readers.values())
-            yield event
-        elif event.id:
-            yield from self.close()  # Z.ai sends one call after the other
-            yield from self.begin(event)
-        else:
-            yield from self.read(event)
+            return [*self.close(), event]
+        if event.id:  # Z.ai sends one call after the other
+            return [*self.close(), *self.begin(event)]
+        return tuple(self.read(event))
 
     def begin(self, event: ToolCall) -> Iterator[Event]:
         """The first piece of a call, which has its id and name."""
@@ -5994,6 +6024,8 @@ class TypeMender:
 
     def feed(self, text: str) -> str:
         """What goes out now."""
+        if not self.role and self.scanner.is_inside(text):
+            return text
         out = []
         start = 0
         for mark, end in self.scanner.feed(text):
@@ -6097,7 +6129,7 @@ class TypedArguments(Repair):
         else:
             return (event,)
         if event.id or arguments:
-            return (replace(event, arguments=arguments),)
+            return (ToolCall(index, event.id, event.name, arguments),)
         return ()
 
     def begin(self, index: int, text: str) -> str:
@@ -6258,23 +6290,25 @@ class StopStrings(Repair):
 
     def __init__(self, stop: tuple[str, ...]) -> None:
         self.stop = stop
+        # What each of them begins with: most texts have none of these characters.
+        self.first = re.compile("|".join([re.escape(each[0]) for each in stop]))
         self.held = ""  # perhaps the beginning of one, at the end of the text so far
         self.has_ended = False  # one was met
 
-    def feed(
-        self, event: Thought | Text | ToolCall | Citations | Usage | Finish
-    ) -> Iterator[Event]:
+    def feed(self, event: Event) -> Iterable[Event]:
         if self.has_ended:
-            return
+            return ()
         if isinstance(event, Text):
-            yield from self.read(self.held + event.text)
-            return
+            if not self.held and not self.first.search(event.text):
+                return (event,)
+            return self.read(self.held + event.text)
         if isinstance(event, Finish):
             event = self.end(event)
-        if self.held and isinstance(event, (ToolCall, Finish)):
-            yield Text(self.held)
-            self.held = ""
-        yield event
+        if not self.held or not isinstance(event, (ToolCall, Finish)):
+            return (event,)
+        text = Text(self.held)
+        self.held = ""
+        return (text, event)
 
     def read(self, text: str) -> Iterator[Event]:
         start, met = first_stop(text, self.stop)

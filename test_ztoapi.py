@@ -680,6 +680,45 @@ def test_frames_are_data_and_a_blank_line():
     assert sse([{"a": "é"}, "[DONE]"]) == 'data: {"a":"é"}\n\ndata: [DONE]\n\n'.encode()
 
 
+# ======== The size of a prompt ========
+
+
+@pytest.mark.parametrize(
+    ("message", "tokens"),
+    [
+        pytest.param(("user", ""), 0, id="nothing"),
+        pytest.param(("user", "a" * 100), 28, id="Latin"),
+        pytest.param(("user", "é" * 100), 28, id="accents"),
+        pytest.param(("user", "🙂" * 100), 28, id="emoji"),
+        pytest.param(("user", "漢" * 100), 75, id="Chinese"),
+        pytest.param(("user", "かカ、。" * 25), 75, id="Japanese"),
+        pytest.param(("user", "한" * 100), 75, id="Korean"),
+        pytest.param(("user", "\uff0c\uff01" * 50), 75, id="full width"),
+        pytest.param(("user", "𠀀" * 100), 75, id="rare ideographs"),
+        pytest.param(("user", "漢a" * 100), 103, id="mixed"),
+        pytest.param(("system", "a" * 100), 28, id="of every role"),
+        pytest.param(("user", "a" * 50, "b" * 49), 28, id="in parts"),
+        pytest.param(("user", "a" * 100, Media("image_url", "x" * 90_000)), 1028, id="an image"),
+    ],
+)
+def test_tokens_are_estimated_by_characters(message, tokens):
+    role, *content = message
+    assert ztoapi.estimated_tokens(Prompt("m", (Message(role, tuple(content)),))) == tokens
+
+
+def test_an_estimate_counts_all_that_the_model_reads():
+    call = ToolCall(0, "call_1", "n" * 10, "a" * 90)
+    turn = Message("assistant", (), thought="t" * 100, calls=(call,))
+    result = Message("tool", ("r" * 100,), call_id="call_1")
+    tool = ztoapi.Tool("n" * 10, "d" * 88, {})  # and "{}"
+    prompt = Prompt("m", (turn, result), tools=(tool,))
+    assert ztoapi.estimated_tokens(prompt) == 4 * 28
+
+
+def test_an_estimate_takes_halves_of_characters():
+    assert ztoapi.estimated_tokens(Prompt("m", (Message("user", ("\ud83d" * 100,)),))) == 28
+
+
 # ======== OpenAI chat completions: the request ========
 
 

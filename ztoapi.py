@@ -11571,23 +11571,28 @@ DEEPEST = 30  # schemas inside each other; some require themselves for ever
 
 def smallest(schema: JSON, root: JSON | None = None, depth: int = 0) -> Any:
     """A value that fits a JSON Schema, with nothing optional in it; `root` is the whole schema."""
+    root = root or schema
     if depth > DEEPEST:
         return None
-    root = root or schema
+    meant = first_meaning(schema, root)
+    if meant is not schema:
+        return smallest(meant, root, depth + 1)
     for choice in ("const", "default"):
         if choice in schema:
             return schema[choice]
     if schema.get("enum"):
         return schema["enum"][0]
+    return smallest_of_kind(schema, root, depth + 1)
+
+
+def first_meaning(schema: JSON, root: JSON) -> JSON:
+    """The schema that a reference or a union stands for; any other schema as it is."""
+    if isinstance(schema.get("$ref"), str):
+        return definition_at(schema["$ref"], root)
     for union in ("anyOf", "oneOf", "allOf"):
         if schema.get(union):
-            return smallest(as_object(schema[union][0]), root, depth + 1)
-    if isinstance(schema.get("$ref"), str):
-        return smallest(definition_at(schema["$ref"], root), root, depth + 1)
-    kind = schema.get("type")
-    if isinstance(kind, list) and kind:
-        kind = kind[0]
-    return smallest_of_kind(str(kind), schema, root, depth + 1)
+            return as_object(schema[union][0])
+    return schema
 
 
 def definition_at(ref: str, root: JSON) -> JSON:
@@ -11598,7 +11603,10 @@ def definition_at(ref: str, root: JSON) -> JSON:
     return part
 
 
-def smallest_of_kind(kind: str, schema: JSON, root: JSON, depth: int) -> Any:
+def smallest_of_kind(schema: JSON, root: JSON, depth: int) -> Any:
+    kind = schema.get("type")
+    if isinstance(kind, list) and kind:
+        kind = kind[0]
     match kind:
         case "string":
             return "demo".ljust(as_count(schema.get("minLength")), ".")

@@ -6545,6 +6545,47 @@ def test_a_body_is_refused_when_it_is_read_or_planned_or_never(seed, surface, so
     assert refused < 50
 
 
+BEGUN = [
+    {"role": "system", "content": [{"type": "text", "text": "You are Claude Code."}]},
+    {"role": "user", "content": "hi"},
+]
+BILLED = {"type": "text", "text": "x-anthropic-billing-header: cc_version=1; cch=7;"}
+
+
+@pytest.mark.parametrize(
+    ("messages", "is_same"),
+    [
+        pytest.param([*BEGUN, {"role": "assistant", "content": "hello"}], True, id="it went on"),
+        pytest.param([*BEGUN, {"role": "system", "content": "x"}], True, id="a later system line"),
+        pytest.param(
+            [{**BEGUN[0], "content": [{**BEGUN[0]["content"][0], "cache_control": {}}]}, BEGUN[1]],
+            True,
+            id="a cache mark",
+        ),
+        pytest.param([BEGUN[0], {**BEGUN[1], "id": "msg_1"}], True, id="an id"),
+        pytest.param(
+            [{**BEGUN[0], "content": [BILLED, *BEGUN[0]["content"]]}, BEGUN[1]],
+            True,
+            id="a billing header",
+        ),
+        pytest.param(
+            [{"role": "system", "content": BILLED["text"]}, *BEGUN], True, id="alone in a message"
+        ),
+        pytest.param([BEGUN[0], {"role": "user", "content": "ho"}], False, id="another beginning"),
+        pytest.param([BEGUN[1]], False, id="another system prompt"),
+    ],
+)
+def test_a_conversation_is_known_by_its_beginning(messages, is_same):
+    keys = {"zai_api_key": ("a", "b")}
+
+    def conversation(messages, account="me"):
+        prompt = read_chat(chat(messages=messages))
+        return ztoapi.make_plan(prompt, Settings(**keys), Account(account), "7").caller.conversation
+
+    assert (conversation(messages) == conversation(BEGUN)) is is_same
+    assert conversation(messages, "you") != conversation(messages)
+
+
 # ======== Bounds of a request ========
 
 VALUES = b'{"a":[%s]}'

@@ -1322,15 +1322,32 @@ class Prompt:
     size: int = 0  # bytes of the JSON it was read from; 0 if few
 
 
+# Claude Code begins its system prompt with a block that changes from call to call.
+BILLING_HEADER = "x-anthropic-billing-header:"
+
+
 def conversation_start(prompt: Prompt) -> Iterator[str]:
-    """What the requests of one conversation have in common: its key, or its system messages and first user message."""
-    first_user = next((message for message in prompt.messages if message.role == "user"), None)
-    texts = (
-        message_text(each)
-        for each in prompt.messages
-        if each.role == "system" or each is first_user
-    )
-    yield from [prompt.cache_key] if prompt.cache_key else texts
+    """What the requests of one conversation have in common.
+
+    Its own key, or else the texts of its system messages and of the first user's.
+    """
+    if prompt.cache_key:
+        yield prompt.cache_key
+        return
+    for message in prompt.messages:
+        if message.role == "user":
+            yield message_text(message)
+            return
+        if message.role == "system":
+            yield from texts_without_billing(message)
+
+
+def texts_without_billing(message: Message) -> list[str]:
+    """The texts of a system message, but not what Claude Code puts before them."""
+    texts = [part for part in message.content if isinstance(part, str)]
+    if texts and texts[0].startswith(BILLING_HEADER):
+        del texts[0]
+    return texts
 
 
 def message_text(message: Message) -> str:

@@ -10451,6 +10451,31 @@ async def test_a_client_that_no_longer_reads_loses_its_connection(start, zai, pa
         response.close()
 
 
+@pytest.mark.parametrize(
+    ("unsent", "ends"),
+    [
+        pytest.param([5, 5, 5, 5], True, id="reads nothing"),
+        pytest.param([5, 6, 7, 8], True, id="reads nothing of what grows"),
+        pytest.param([9, 5, 9, 9], False, id="reads"),
+        pytest.param([5, 5, 0, 5], False, id="reads all"),
+    ],
+)
+@in_loop
+async def test_a_client_that_reads_nothing_is_told_from_a_slow_one(client, unsent, ends):
+    class Transport:
+        ended = False
+        get_write_buffer_size = iter(unsent).__next__
+
+        def abort(self):
+            self.ended = True
+
+    connection, transport = client.server.handler(), Transport()
+    connection.client = transport
+    for now in range(len(unsent)):
+        connection.check_reader(connection.last_received_at + 10 * now, patience=25)
+    assert transport.ended is ends
+
+
 @in_loop
 async def test_a_body_that_comes_byte_by_byte_gets_no_more_time(start):
     client = await start(limits=Limits(min_read=400, read_timeout=0.8))

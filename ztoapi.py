@@ -10022,7 +10022,7 @@ class ClientConnection(web.RequestHandler):
         self.body: aiohttp.StreamReader = aiohttp.EMPTY_PAYLOAD  # the latest request's
         self.is_refused = False  # the parser could not read what came
         self.unsent_bytes = 0  # that the client had not taken at the last check
-        self.unsent_since = 0.0  # since when they have been so many
+        self.last_taken_at = self.last_received_at  # when it had taken some, or all
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         # aiohttp's own reference ends before the connection does
@@ -10064,13 +10064,16 @@ class ClientConnection(web.RequestHandler):
             self.body.set_exception(web.RequestPayloadError())
 
     def check_reader(self, now: float, patience: float) -> None:
-        """Ends the connection when the client has read nothing for so many seconds."""
+        """Ends the connection when the client has read nothing for so many seconds.
+
+        What waits for it may grow meanwhile; it shrinks, between some two looks, where a client reads.
+        """
         unsent = self.client.get_write_buffer_size()
-        if not unsent or unsent != self.unsent_bytes:
-            self.unsent_bytes = unsent
-            self.unsent_since = now
-        elif now - self.unsent_since > patience:
+        if not unsent or unsent < self.unsent_bytes:
+            self.last_taken_at = now
+        elif now - self.last_taken_at > patience:
             self.client.abort()
+        self.unsent_bytes = unsent
 
     async def finish_response(
         self, request: web.BaseRequest, resp: web.StreamResponse, start_time: float | None

@@ -8396,6 +8396,13 @@ async def test_the_timer_of_a_stream_ends_with_it(client, monkeypatch):
 
 
 @in_loop
+async def test_when_to_ask_again_is_in_the_words_of_a_late_refusal(lively, zai):
+    zai.headers, zai.answers = {"Retry-After": "500"}, [(429, [0.2, b"slow down"])]
+    _, stream = await ask(lively, chat(stream=True))
+    assert "Try again in 500 seconds. (" in stream
+
+
+@in_loop
 async def test_a_failure_after_a_comment_is_a_frame(lively, zai):
     zai.parts = [b": wait\n\n", 0.2, b'data: {"error":{"code":"1301","message":"no"}}\n\n']
     response, stream = await ask(lively, chat(stream=True))

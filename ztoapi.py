@@ -9854,6 +9854,7 @@ async def error_response(request: web.Request, error: ProxyError) -> web.StreamR
     request[RECORD].error = error.kind.code or error.kind.type
     stream: OpenResponse | None = request.get(STREAM)
     if stream and stream.response.prepared:
+        say_when(error)
         await stream.fail(error)
         return stream.response
     headers = error_headers(error)
@@ -9863,6 +9864,12 @@ async def error_response(request: web.Request, error: ProxyError) -> web.StreamR
     if isinstance(error, BrokenBody):
         response.force_close()
     return response
+
+
+def say_when(error: ProxyError) -> None:
+    """Put Retry-After into words, where it is too late for a header. Codex reads these."""
+    if error.retry_after is not None:
+        error.message += f" Try again in {max(1, math.ceil(error.retry_after))} seconds."
 
 
 async def drain(app: web.Application) -> None:

@@ -8861,7 +8861,7 @@ async def test_a_picture_of_before_is_words_for_a_model_that_takes_none(
     response, _ = await ask(client, {"model": "glm-5.3", "messages": messages, "stream": stream})
     assert (response.status, response.headers["x-ztoapi-ignored"]) == (200, "images")
     assert NOT_SHOWN in zai.bodies[0]["messages"][where]["content"]
-    assert client.app[ztoapi.UPSTREAM].remedies["hidden_images"] == 1
+    assert client.app[ztoapi.UPSTREAM].repairs["hidden_images"] == 1
 
 
 @in_loop
@@ -10957,6 +10957,20 @@ async def test_a_model_that_zai_has_not_answered_for_is_not_named(client, zai, p
     assert await eventually(lambda: counted)
     assert [model for _, _, model in counted] == ["other"]
     assert (await stats(client))[0]["models"].keys() == {"other"}
+
+
+@in_loop
+async def test_what_was_mended_is_in_the_metrics_by_the_repairs_own_name(client, zai):
+    zai.parts = [RECORDED.replace("你".encode(), "\\n你".encode(), 1)]
+    text = message(role="user", content="hi")["messages"]
+    await ask(client, chat(messages=[*text, {"role": "assistant", "content": ""}]))
+    async with client.get("/metrics", headers=KEY) as response:
+        metrics = (await response.text()).splitlines()
+    assert [line for line in metrics if "repairs" in line] == [
+        "# TYPE ztoapi_repairs_total counter",
+        'ztoapi_repairs_total{kind="mend_empty_messages"} 1',
+        'ztoapi_repairs_total{kind="line_ends_at_head"} 1',
+    ]
 
 
 @in_loop

@@ -7379,9 +7379,9 @@ class Upstream:
             tuple[str, int], asyncio.Semaphore
         ] = {}  # by account id and how many it has
         self.memory = ReasoningMemory(limits.reasoning_size)
-        self.remedies: Counter[str] = (
-            Counter()
-        )  # what was done about failures, whether it helped or not
+        # What was done about failures, whether it helped or not, and what was mended.
+        self.remedies: Counter[str] = Counter()
+        self.repairs: Counter[str] = Counter()  # by the repair's own name
 
     @asynccontextmanager
     async def open(self, plan: Plan) -> AsyncIterator[EventStream | MergedStream]:
@@ -7453,6 +7453,7 @@ class Upstream:
             source = await self.client.send(url, key, owner, data=request.data)
             reader = ZaiReader(model, self.limits.answer_size)
             stream = EventStream(source, reader, machines, memo, meter)
+            stream.on_end = slot.answered
             owner.callback(self.count_repairs, repairs)
             await stream.begin()
             slot.taken()
@@ -7463,7 +7464,7 @@ class Upstream:
     def count_repairs(self, repairs: Iterable[Repair]) -> None:
         for repair in repairs:
             if repair.mended:
-                self.remedies[repair.kind] += repair.mended
+                self.repairs[repair.kind] += repair.mended
 
     async def with_retries(
         self,
@@ -7573,7 +7574,7 @@ class Upstream:
             "keys": len(numbers),
             "resting": cooling,
             "queues": queues,
-            "healed": dict(self.remedies),
+            "healed": {**self.remedies, **self.repairs},
         }
 
     def queue(self, model: str) -> Queue:
@@ -9133,7 +9134,7 @@ async def plan_request(surface: Surface, request: web.Request) -> Asked:
     await history.load(referred_responses(body))
     size = request[RECORD].body_size + history.size
     asked = await in_thread_if_large(size, planned, surface, request, body, history, size)
-    request.app[UPSTREAM].remedies.update(asked.plan.repairs)
+    request.app[UPSTREAM].repairs.update(asked.plan.repairs)
     request.app[ACCOUNTS].check_choices(request[ACCOUNT], asked.plan.n, time.monotonic())
     return asked
 
@@ -9396,9 +9397,11 @@ async def metrics(request: web.Request) -> web.Response:
         for m, figures in models
         for kind in kinds
     )
+    repairs = (({"kind": kind}, n) for kind, n in upstream.repairs.items())
     families = [
         family("build_info", "gauge", [({"version": __version__}, 1)]),
         family("retries_total", "counter", [({}, upstream.remedies["retries"])]),
+        family("repairs_total", "counter", repairs),
         family("requests_total", "counter", requests),
         family("tokens_total", "counter", tokens),
         *(

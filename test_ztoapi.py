@@ -8143,6 +8143,18 @@ async def test_an_answer_that_ends_wakes_who_waits_for_its_key(start, zai):
 
 
 @in_loop
+async def test_a_place_is_free_when_zais_answer_has_ended_whatever_its_connection_does(start, zai):
+    limits = Limits(finish_timeout=LONGEST_TEST, shutdown_grace=0)
+    client = await start(max_concurrency=1, limits=limits)
+    zai.answers = [[RECORDED, HANG]]
+    queue = client.app[ztoapi.UPSTREAM].queue("glm-4.6")
+    asked = chat(stream=True)
+    answers = await asyncio.gather(ask(client, asked), ask(client, asked))
+    assert [said(stream) for _, stream in answers] == ["你好😀"] * 2
+    assert (queue.in_flight, [each.answering for each in queue.patience.values()]) == (0, [0])
+
+
+@in_loop
 async def test_a_whole_answer_counts_as_taken_when_it_begins(client, zai):
     zai.parts = [FIRST, HANG]
     asking = asyncio.create_task(ask(client))

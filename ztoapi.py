@@ -6499,12 +6499,24 @@ class Slot:
     in_flight_at_entry: int
     granted_at: float
     is_taken: bool = False  # by Z.ai
+    is_released: bool = False
 
     def taken(self) -> None:
         """Z.ai's answer has begun. To be called once more or less does no harm."""
         if not self.is_taken:
             self.is_taken = True
             self.queue.taken(self)
+
+    def answered(self) -> None:
+        """Z.ai's answer has ended, though the client may not have read it yet."""
+        self.taken()
+        self.release()
+
+    def release(self) -> None:
+        """Leave the place to another request. To be called once more does no harm."""
+        if not self.is_released:
+            self.is_released = True
+            self.queue.release(self)
 
 
 class Turn(NamedTuple):
@@ -6589,7 +6601,7 @@ class Queue:
             if not (
                 ticket.slot.cancelled() or ticket.slot.exception()
             ):  # granted at the same moment
-                self.release(ticket.slot.result())
+                ticket.slot.result().release()
             raise
         finally:
             if ticket in self.waiting:
@@ -6937,6 +6949,7 @@ class EventStream(EventSource):
         meter: Meter,
     ) -> None:
         super().__init__()
+        self.on_end: Callable[[], None] | None = None  # called when the last event was read
         self.meter = meter
         self.source = source
         self.reader = reader
@@ -6999,6 +7012,8 @@ class EventStream(EventSource):
                 self.first_at = self.first_at or time.monotonic()
                 self.meter.note(events)
                 trace("received", events)
+        if self.on_end and self.is_complete:
+            self.on_end()
         return events
 
     def events_in(self, part: bytes) -> list[Event]:
@@ -7497,7 +7512,7 @@ class Upstream:
         """Ask until the answer has begun. Raises UpstreamError when there is no next try."""
         while True:
             slot = await queue.acquire(ticket)
-            owner.callback(queue.release, slot)
+            owner.callback(slot.release)
             try:
                 stream = await attempt(slot, owner)
             except UpstreamError as error:

@@ -8154,6 +8154,59 @@ async def test_a_place_is_free_when_zais_answer_has_ended_whatever_its_connectio
     assert (queue.in_flight, [each.answering for each in queue.patience.values()]) == (0, [0])
 
 
+SLOW = {"first_token_timeout": 0.1}
+SILENT = 200, [b": wait\n\n", HANG]
+
+
+@in_loop
+@pytest.mark.parametrize("beginning", [[HANG], [b": wait\n\n", HANG]], ids=["nothing", "comments"])
+@pytest.mark.parametrize("stream", [False, True], ids=["whole", "streamed"])
+async def test_a_slow_answer_is_left_for_another_key_which_is_no_retry(
+    start, zai, beginning, stream
+):
+    client = await start(**SLOW, zai_api_key=("a", "b"), max_retries=0)
+    zai.accounts = {"a": (200, beginning)}
+    for text in "abcdefgh":
+        asked = message(role="user", content=text) | {"stream": stream}
+        assert (await ask(client, asked))[0].status == 200
+    assert zai.keys.count("Bearer b") == 8
+    assert client.app[ztoapi.UPSTREAM].remedies == {"other_keys": len(zai.asked) - 8}
+    assert await eventually(lambda: zai.open == 0)
+
+
+@in_loop
+async def test_a_slow_answer_is_left_for_another_model(start, zai):
+    client = await start(**SLOW, zai_api_key=("a", "b"), max_retries=0)
+    zai.answers = [SILENT, SILENT]
+    response, _ = await ask(client, chat(fallbacks=["glm-4.5"]))
+    assert (response.status, response.headers["x-ztoapi-model"]) == (200, "glm-4.5")
+    assert [body["model"] for body in zai.bodies] == ["glm-4.6", "glm-4.6", "glm-4.5"]
+    assert {*zai.keys[:2]} == {"Bearer a", "Bearer b"}
+
+
+@in_loop
+@pytest.mark.parametrize(
+    ("settings", "first"),
+    [
+        pytest.param({}, [b": wait\n\n", 0.4], id="there is no other"),
+        pytest.param({"zai_api_key": ("a", "b")}, [FIRST, 0.4], id="reasoning has begun"),
+    ],
+)
+async def test_a_slow_answer_is_waited_for_where(start, zai, settings, first):
+    client = await start(**SLOW, **settings, max_retries=0)
+    zai.answers = [[*first, RECORDED]]
+    assert (await ask(client))[0].status == 200
+    assert len(zai.asked) == 1
+
+
+@in_loop
+async def test_the_last_who_may_answer_is_waited_for_and_then_told_as_silent(start, zai):
+    client = await start(**SLOW, zai_api_key=("a", "b"), upstream_timeout=0.5)
+    zai.parts = [HANG]
+    response, body = await ask(client)
+    assert (response.status, error_of(body)["code"], len(zai.asked)) == (504, "zai_timeout", 2)
+
+
 @in_loop
 async def test_a_whole_answer_counts_as_taken_when_it_begins(client, zai):
     zai.parts = [FIRST, HANG]

@@ -334,6 +334,9 @@ class Settings:
     )
     max_retries: int = setting(2, whole_number(0, 10), "a number of times, 0 to 10")
     rate_limit_wait: int = setting(120, whole_number(0, 86400), "a number of seconds, 0 to 86400")
+    first_token_timeout: int = setting(
+        0, whole_number(0, 86400), "a number of seconds, 0 to 86400; 0 = no such limit"
+    )
     upstream_timeout: int = setting(300, whole_number(1, 86400), "a number of seconds, 1 to 86400")
     max_body_mb: int = setting(64, whole_number(1, 4096), "a number of megabytes, 1 to 4096")
     database_url: str = setting("", database_url, "sqlite:///PATH, postgresql://… or memory")
@@ -6541,6 +6544,11 @@ class Ticket:
     refusal: UpstreamError | None = None  # for load, the last one
     slot: asyncio.Future[Slot] = field(init=False)  # while it waits
 
+    @property
+    def may_leave(self) -> bool:
+        """Whether another model may do."""
+        return self.leaves_after < math.inf
+
     def refused(self, error: UpstreamError, now: float) -> None:
         """Z.ai refused it for load. Keeps no traceback, which would keep the encoded request."""
         if self.refusal is None:
@@ -6697,15 +6705,21 @@ class Queue:
         if self.in_flight >= self.max_in_flight:
             return None
         for key in keys if len(keys) == 1 else sorted(keys, key=ticket.preference):
-            limit, patience = self.limits[key], self.patience[key]
-            room = limit.has_room(now) and patience.lets_go(limit.in_flight, limit.limit, now)
-            if room:
+            if self.has_room(key):
                 self.keys.tried(key, ticket.use)
                 self.round = max(self.round, ticket.turn.round)
+                limit = self.limits[key]
                 self.in_flight += 1
                 limit.in_flight += 1
-                return Slot(self, key, limit, patience, limit.in_flight, now)
+                return Slot(self, key, limit, self.patience[key], limit.in_flight, now)
         return None
+
+    def has_room(self, key: ZaiKey) -> bool:
+        """Whether one more request may be sent with this key now."""
+        limit, now = self.limits[key], self.clock.now()
+        if not limit.has_room(now):
+            return False
+        return self.patience[key].lets_go(limit.in_flight, limit.limit, now)
 
 
 # ======== Z.ai client ===============================================================================================
@@ -7378,6 +7392,10 @@ def canonical(arguments: str) -> str:
         return arguments
 
 
+class SlowAnswerError(UpstreamError):
+    """Z.ai has said nothing for FIRST_TOKEN_TIMEOUT, and another key or model may answer sooner."""
+
+
 # Asks with the slot's key until the answer has begun.
 Attempt = Callable[[Slot, AsyncExitStack], Awaitable[R]]
 
@@ -7442,7 +7460,7 @@ class Upstream:
             try:
                 return await self.with_retries(use, plan.caller, attempt, owner, leaves_after)
             except UpstreamError as error:
-                if error.kind not in FALLBACK_ERRORS:
+                if error.kind not in FALLBACK_ERRORS and not isinstance(error, SlowAnswerError):
                     raise
             self.remedies["fallbacks"] += 1
         model, prompt = plan.prompts[-1]
@@ -7513,8 +7531,11 @@ class Upstream:
         while True:
             slot = await queue.acquire(ticket)
             owner.callback(slot.release)
+            asking = attempt(slot, owner)
+            if self.settings.first_token_timeout:
+                asking = self.in_time(asking, ticket, slot)
             try:
-                stream = await attempt(slot, owner)
+                stream = await asking
             except UpstreamError as error:
                 async with owner:  # emptied at the end
                     if is_refusal_for_load(error):
@@ -7528,6 +7549,33 @@ class Upstream:
                 return stream
             if wait:
                 await self.clock.sleep(wait)
+
+    async def in_time(self, asking: Awaitable[R], ticket: Ticket, slot: Slot) -> R:
+        """What asking comes to. Raises SlowAnswerError when Z.ai says nothing for FIRST_TOKEN_TIMEOUT.
+
+        Only if another key or model may do; the last one is waited for.
+        """
+        task = asyncio.ensure_future(asking)
+        try:
+            await asyncio.wait({task}, timeout=self.settings.first_token_timeout)
+            if not (task.done() or slot.is_taken) and self.has_other(ticket, slot):
+                raise SlowAnswerError(TIMEOUT)
+            return await task
+        finally:
+            await end_tasks([task])
+
+    def has_other(self, ticket: Ticket, slot: Slot) -> bool:
+        """Whether another key or another model may answer in place of a slow one."""
+        return ticket.may_leave or self.has_other_key(ticket, slot)
+
+    def has_other_key(self, ticket: Ticket, slot: Slot) -> bool:
+        """Whether a key that has not failed yet has room."""
+        tried = {slot.key, *ticket.failures}
+        try:
+            keys = self.keys.available(ticket.use)
+        except UpstreamError:  # all of them cool down by now
+            return False
+        return any(key not in tried and slot.queue.has_room(key) for key in keys)
 
     def wait_out(self, ticket: Ticket, slot: Slot, error: UpstreamError) -> None:
         """Let a request that was refused for load wait in its place; raise if it has waited enough."""
@@ -7547,6 +7595,11 @@ class Upstream:
         """Update keys after a failure; return the seconds to wait, or raise if there is no next try."""
         last = ticket.failures.get(slot.key)
         ticket.failures[slot.key] = error.kind
+        if isinstance(error, SlowAnswerError):
+            if not self.has_other_key(ticket, slot):
+                raise error
+            self.remedies["other_keys"] += 1
+            return 0
         if self.keys.calls_for_cooldown(error) and error.kind != last:
             self.keys.cool_down(slot.key, ticket.use, error)
             try:

@@ -6269,12 +6269,22 @@ def names_unknown_model(scope: str) -> bool:
     return model != "" and model not in MODELS
 
 
+# The limit that learns. Z.ai publishes no number of requests that it takes at a time
+# (zai-org/GLM-5#83), and tells too many only by refusing one. But what a refusal says is exact: with
+# n in flight, it takes n - 1 now. So the limit needs no search.
+#
+# Before the first refusal it doubles in the time of an answer's beginning, as TCP's window does at
+# the start: each success while it is more than half full adds one. A refusal sets it to what was
+# in flight, less the refused one. From then on nothing goes beyond it but a probe, one request more
+# after a pause. If Z.ai takes the probe, the limit is one higher, and the next probe may follow at
+# once: so from 1 to 10 takes nine beginnings of answers. If it refuses, the pause doubles, from 2 s
+# to 30 s: so a crowd wastes one request in half a minute, and what Z.ai has opened is found within
+# that time. A probe follows the clock, not the next free place, since an answer may last minutes.
+#
+# Several refusals of one moment are one: those that come during the pause lower the limit, for
+# fewer are in flight, but lengthen no pause.
 class AdaptiveLimit:
-    """How many requests Z.ai takes at the same time for one key and model; it publishes no number (zai-org/GLM-5#83).
-
-    Grows by one per success while more than half full (after a refusal: only beyond the limit); a refusal sets it to
-    the in-flight count minus one; one probe follows a pause that doubles while probes fail.
-    """
+    """How many requests Z.ai takes at the same time for one key and model."""
 
     START = 4
     MIN_PAUSE, MAX_PAUSE = 2.0, 30.0  # seconds
@@ -6343,17 +6353,27 @@ def backoff(retry: int, jitter: float) -> float:
 # Processes that share a key are told nothing of each other, so fairness must come from what each
 # does alone. One whose answers follow each other without a gap keeps the others out for ever: they
 # ask every w seconds, and always find the key taken. So each now and then leaves a quarter of its
-# places, and one at least, free for 1.25 w, in which every other one asks once: each HOLD seconds
-# if others use the key, else each HOLD_ALONE, and only while Z.ai takes less than it is asked.
-# Whether others use the key shows by itself: if they took the places, Z.ai refuses what it took
-# before; if not, it takes it again.
+# places, and one at least, free for 1.25 w: each HOLD seconds if others use the key, else each
+# HOLD_ALONE, and only while Z.ai takes less than it is asked. Whether others use the key shows by
+# itself: if they took the places, Z.ai refuses what it took before; if not, it takes it again.
 #
-# What that costs, if P processes wait for a key that takes one request at a time, and an answer
-# takes a seconds: of the other P - 1 the first to ask takes the key w/P into the gap, a quarter of
-# a second in HOLD = 8 for P = 4 and w = 1: 3 %. More is lost when a queue runs dry while others
-# wait. They waste (P - 1)a/w requests for each answer: one and a half for answers of half a
-# second. A process that is alone loses 1.25 w in HOLD_ALONE of one place: 2 % with short answers,
-# 10 % with long ones, one at a time.
+# Why that is fair. A process that waits asks every 0.75 to 1.25 w, with jitter of its own, so in a
+# gap each of them asks once, and none knows when the gap began: all have the same chance to be
+# first. Of P processes, then, each of the P - 1 that wait gets a given gap with a chance of
+# 1/(P - 1), and holds the place as long as any other would. In the long run each has it for 1/P
+# of the time, waits (P - 1) HOLD for it on average, and is passed over k times in a row with a
+# chance of ((P - 2)/(P - 1))^k: for P = 4, ten times in a row (80 s) in 1.7 % of its turns. With
+# more places than one, each process leaves a quarter of what it has, so who has more leaves more:
+# of two with p and q places the first gives up p/4 and the second q/4 in the same time, and the
+# difference shrinks by a quarter each HOLD. A program that does none of this (it asks again at
+# once, say) gets each gap, and we get what it leaves; RATE_LIMIT_WAIT ends that.
+#
+# What it costs, if P processes wait for a key that takes one request at a time, and an answer
+# takes a seconds: in a gap the first of P - 1 asks after w/P on average, a quarter of a second in
+# HOLD = 8 for P = 4 and w = 1: 3 %. More is lost when a queue runs dry while others wait. Those
+# who wait waste (P - 1)a/w requests for each answer: one and a half for answers of half a second.
+# A process that is alone loses 1.25 w in HOLD_ALONE of one place: 2 % with short answers, 10 %
+# with long ones, one at a time.
 #
 # A client is told at last when Z.ai has taken nothing for RATE_LIMIT_WAIT seconds. What our own
 # answers in flight explain does not count: they will end, and the request is in their queue.
@@ -6560,8 +6580,20 @@ class Ticket:
         return key in self.failures, key.affinity(self.caller.conversation)
 
 
+# The queue. What waits stands in one list in the order of turns, for each model; only its head is
+# looked at, so nobody overtakes. A turn is a round and an arrival: a request takes the round behind
+# the last one of its account that waits, or behind the last one that was served. So in each round
+# every account is served once: of forty requests of one and a single one of another, the single one
+# is the second to go.
+#
+# The head gets the first key of its conversation's order (the best first: it has the prompt cache)
+# whose limit has room and whose patience lets it go. If none has, all wait, for the head's turn is
+# not given away. A refused request comes back to the same turn, and while its connection is being
+# released nobody else is let through. What may change the head's lot looks at it again: an answer
+# that begins (the limit may grow) or ends (a place is free), whoever leaves, and a timer, for when
+# a key opens, a gap ends, or a key has rested.
 class Queue:
-    """Requests for one model wait here for a key with room: accounts in turn, first come first served in each."""
+    """Requests for one model wait here for a key with room."""
 
     def __init__(
         self,

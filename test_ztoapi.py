@@ -39,10 +39,10 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack, asynccontextmanager, closing
 from dataclasses import replace
 from datetime import date, datetime, timedelta, timezone
-from functools import cache, cached_property, partial
+from functools import cache, cached_property, partial, wraps
 from heapq import heappop, heappush
 from importlib import import_module
-from inspect import signature
+from inspect import Signature, signature
 from itertools import count, product
 from pathlib import Path
 from random import Random
@@ -50,7 +50,7 @@ from random import Random
 import pytest
 import pytest_asyncio
 from aiohttp import ClientTimeout, web
-from aiohttp.test_utils import TestServer, get_port_socket, make_mocked_request
+from aiohttp.test_utils import TestClient, TestServer, get_port_socket, make_mocked_request
 from aiohttp.web_protocol import RequestHandler
 
 import ztoapi
@@ -9080,6 +9080,75 @@ async def test_every_surface_is_kept_alive_and_freed(lively, zai, path, body):
     wanted = b"event: response.created\n" if "responses" in path else b": keep-alive\n\n"
     assert sign.startswith(wanted)
     assert await eventually(lambda: zai.open == 0)
+
+
+class QuickLoop(asyncio.SelectorEventLoop):
+    """With real sockets. Time passes only when nothing has come for a moment, and then at once."""
+
+    MOMENT = 0.005  # real seconds
+
+    def __init__(self):
+        super().__init__()
+        self.now = 0.0
+        self.poll, self._selector.select = self._selector.select, self.skip
+
+    def time(self):
+        return self.now
+
+    def skip(self, timeout=None):
+        came = self.poll(timeout and min(timeout, self.MOMENT))
+        if not came:
+            self.now += timeout or 0
+        return came
+
+
+def quickly(test):
+    """Runs a test of a client and a fake Z.ai on a QuickLoop: minutes take moments."""
+
+    @wraps(test)
+    def run(**parameters):
+        async def between():
+            loop, clock = asyncio.get_running_loop(), ztoapi.Clock()
+            clock.now = loop.time
+            async with fake_zai() as zai:
+                settings = Settings(
+                    zai_base_url=zai.url, zai_api_key=("zai-key",), database_url="memory"
+                )
+                # A thread of the database's would take none of this time.
+                app = create_app(settings, Limits(database_interval=10**6), clock)
+                async with TestClient(TestServer(app)) as client:
+                    await test(client, zai, **parameters)
+
+        with closing(QuickLoop()) as loop:
+            loop.run_until_complete(between())
+
+    run.__signature__ = Signature(list(signature(test).parameters.values())[2:])
+    return run
+
+
+IMPATIENT_CLIENT = ClientTimeout(total=None, sock_read=25)  # seconds, as Codex may be set
+
+
+@on_every_surface
+@quickly
+async def test_a_silence_is_survived_by_clients_that_allow_none(client, zai, path, body):
+    zai.parts = [60.0, FIRST, 90.0, RECORDED[len(FIRST) :]]
+    how = {"json": body | {"stream": True}, "headers": KEY, "timeout": IMPATIENT_CLIENT}
+    async with client.post(path, **how) as response:
+        stream = await response.text()
+    assert (response.status, "好😀" in stream, len(zai.asked)) == (200, True, 1)
+    assert asyncio.get_running_loop().time() >= 150
+
+
+@on_every_surface
+@quickly
+async def test_a_whole_answer_may_take_12_minutes_to_think(client, zai, path, body):
+    zai.parts = [FIRST, 60.0] * 12 + [RECORDED]
+    how = {"json": body, "headers": KEY, "timeout": ClientTimeout(total=None)}
+    async with client.post(path, **how) as response:
+        text = await response.text()
+    assert (response.status, "好😀" in text, len(zai.asked)) == (200, True, 1)
+    assert asyncio.get_running_loop().time() >= 720
 
 
 @in_loop

@@ -6798,19 +6798,20 @@ class IdleTimer:
         self.seconds = seconds
         self.on_idle: Callable[[], None] | None = on_idle
         self.timer: asyncio.TimerHandle | None = None
+        self.loop = asyncio.get_running_loop()
         self.reset()
 
     def start(self) -> None:
         self.arm(self.seconds)
 
     def reset(self) -> None:
-        self.last_reset = time.monotonic()
+        self.last_reset = self.loop.time()
 
     def arm(self, seconds: float) -> None:
-        self.timer = asyncio.get_running_loop().call_later(seconds, self.expire)
+        self.timer = self.loop.call_later(seconds, self.expire)
 
     def expire(self) -> None:
-        silence = time.monotonic() - self.last_reset
+        silence = self.loop.time() - self.last_reset
         if silence < self.seconds:
             self.arm(self.seconds - silence)
         elif self.on_idle:

@@ -39,10 +39,10 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack, asynccontextmanager, closing
 from dataclasses import replace
 from datetime import date, datetime, timedelta, timezone
-from functools import cache, cached_property, partial
+from functools import cache, cached_property, partial, wraps
 from heapq import heappop, heappush
 from importlib import import_module
-from inspect import signature
+from inspect import Signature, signature
 from itertools import count, pairwise, product
 from pathlib import Path
 from random import Random
@@ -50,7 +50,7 @@ from random import Random
 import pytest
 import pytest_asyncio
 from aiohttp import ClientTimeout, web
-from aiohttp.test_utils import TestServer, get_port_socket, make_mocked_request
+from aiohttp.test_utils import TestClient, TestServer, get_port_socket, make_mocked_request
 from aiohttp.web_protocol import RequestHandler
 
 import ztoapi
@@ -68,6 +68,7 @@ from ztoapi import (
     Head,
     KeyPool,
     KeyUse,
+    Limits,
     Media,
     Message,
     Prompt,
@@ -5041,10 +5042,11 @@ def test_of_torn_frames_by_the_thousand_those_that_are_whole_are_used():
 
 
 @pytest.mark.parametrize("part", [b"x", b": comment\n\n", ONE + b"\n\n"])
-def test_what_never_ends_is_a_failure(part, monkeypatch):
-    monkeypatch.setattr(ztoapi, "MAX_HELD", 1000)
+def test_what_never_ends_is_a_failure(part):
+    reader = ZaiReader(MODELS["glm-4.6"], max_size=1000)
+    events = (event for _ in range(1001) for event in reader.feed(part))
     with pytest.raises(UpstreamError, match="too large"):
-        read_all([part] * 1001)
+        list(events)
 
 
 @pytest.mark.parametrize(
@@ -5787,7 +5789,7 @@ def test_a_key_without_quota_cools_down_for_the_one_model(code):
         [SECOND_KEY],
         [FIRST_KEY, SECOND_KEY],
     ]
-    keys.clock.time += KeyPool.COOLDOWN
+    keys.clock.time += Limits.cooldown
     assert keys.available(CHAT) == [FIRST_KEY, SECOND_KEY]
 
 
@@ -5863,8 +5865,8 @@ def test_a_key_cools_down_until_the_quota_is_reset_whatever_the_wall_clock_says_
         (1308, "reset at 2099-12-31 00:00:00", 5 * 3600),
         (1310, "reset at 2099-12-31 00:00:00", KeyPool.MAX_COOLDOWN),
         (1308, "since 2020-01-01 00:00:00, reset at 2026-09-12 00:35:41", 60),
-        (1308, "reset at 2020-01-01 00:00:00", KeyPool.COOLDOWN),
-        (1308, "reset at 2026-99-99 00:00:00", KeyPool.COOLDOWN),
+        (1308, "reset at 2020-01-01 00:00:00", Limits.cooldown),
+        (1308, "reset at 2026-99-99 00:00:00", Limits.cooldown),
     ],
 )
 def test_a_reset_is_believed_within_reason(code, text, seconds):
@@ -6122,7 +6124,9 @@ class SharedKey:
         self.places, self.taken = places, 0
         self.answers, self.refusals = Counter(), 0
         self.waits = []
-        self.processes = [ztoapi.Upstream(SHARING, None, self.clock()) for _ in range(processes)]
+        self.processes = [
+            ztoapi.Upstream(SHARING, Limits(), None, self.clock()) for _ in range(processes)
+        ]
 
     def clock(self):
         clock = ztoapi.Clock()
@@ -6271,9 +6275,9 @@ def test_a_limit_says_what_lowered_it_and_when_one_more_is_tried():
     assert limit.last_refusal(1000.0) == {"lowered_to": 2, "refused_at": 1005.0, "probe_at": 1007.0}
 
 
-def make_queue(*keys, max_in_flight=0):
+def make_queue(*keys, max_in_flight=0, **how):
     clock = FakeClock()
-    return Queue(KeyPool(keys or (FIRST_KEY,), clock), max_in_flight, clock)
+    return Queue(KeyPool(keys or (FIRST_KEY,), clock), max_in_flight, clock, **how)
 
 
 @asynccontextmanager
@@ -6378,9 +6382,8 @@ async def test_a_conversation_stays_with_its_key_unless_that_is_full_or_has_fail
 
 
 @in_loop
-async def test_a_long_answer_does_not_stop_those_who_wait_for_long(monkeypatch):
-    monkeypatch.setattr(Queue, "POLL_INTERVAL", 0.01)
-    queue = make_queue()
+async def test_a_long_answer_does_not_stop_those_who_wait_for_long():
+    queue = make_queue(poll_interval=0.01)
     async with slot_in(queue) as long:
         long.limit.refused(2, queue.clock.now())  # one more was too many, just once
         waiting = asyncio.create_task(wait_in(queue))
@@ -6450,7 +6453,7 @@ def test_the_reasoning_memory_is_bounded_and_forgets_the_oldest_first():
         memory.put("me", message)
     kept = [number for number, message in enumerate(numbered) if memory.get("me", message)]
     entry = 3 * 2**18 + memory.OVERHEAD
-    assert kept == [*range(100 - memory.MAX_BYTES // entry, 100)]
+    assert kept == [*range(100 - memory.max_size // entry, 100)]
     assert memory.size == len(kept) * entry
 
 
@@ -6543,8 +6546,8 @@ def connect():
     """Databases that are closed in the end."""
     opened = []
 
-    def connected(url):
-        opened.append(ztoapi.Database(url, lambda: NOON))
+    def connected(url, **limits):
+        opened.append(ztoapi.Database(url, lambda: NOON, Limits(**limits)))
         return opened[-1]
 
     yield connected
@@ -6632,10 +6635,9 @@ async def test_reads_do_not_wait_for_another_process_that_writes(tmp_path, conne
 
 @in_loop
 async def test_while_sqlite_is_locked_what_wants_to_write_fails_soon_and_then_at_once(
-    tmp_path, connect, monkeypatch
+    tmp_path, connect
 ):
-    monkeypatch.setattr(ztoapi.Database, "BUSY_TIMEOUT", 0.1)
-    database, accounts = connect(f"sqlite:///{tmp_path}/a.db"), Accounts(())
+    database, accounts = connect(f"sqlite:///{tmp_path}/a.db", busy_timeout=0.1), Accounts(())
     await database.run(database.put_account, ANNA)
     with other_program(tmp_path / "a.db", "c.execute('BEGIN IMMEDIATE')") as writer:
         with pytest.raises(ztoapi.DatabaseError, match="locked"):
@@ -6649,33 +6651,30 @@ async def test_while_sqlite_is_locked_what_wants_to_write_fails_soon_and_then_at
 
 
 @in_loop
-async def test_a_database_that_stands_still_is_not_waited_for_twice(
-    postgresql, connect, monkeypatch
-):
+async def test_a_database_that_stands_still_is_not_waited_for_twice(postgresql, connect):
     database, accounts = connect(postgresql.new_database()), Accounts(())
     process = await database.run(lambda: database.execute("SELECT pg_backend_pid()").fetchone()[0])
     count_some(accounts)
-    monkeypatch.setattr(database, "WAIT", 0.2)
+    database.limits = Limits(database_wait=0.2)
     os.kill(process, signal.SIGSTOP)
     try:
         await database.sync(accounts)
-        monkeypatch.setattr(database, "WAIT", 2 * LONGEST_TEST)
+        database.limits = Limits(database_wait=2 * LONGEST_TEST)
         with pytest.raises(ztoapi.DatabaseError, match="does not answer"):
             await database.run(database.list_accounts)
         await database.sync(accounts)
     finally:
         os.kill(process, signal.SIGCONT)
     await asyncio.wait([database.hanging])
-    monkeypatch.setattr(database, "WAIT", 10)
+    database.limits = Limits(database_wait=10)
     await database.sync(accounts)
     assert [row[4] for row in await database.run(database.list_usage, TODAY)] == [1]
 
 
 @in_loop
-async def test_the_server_ends_though_its_database_stands_still(postgresql, connect, monkeypatch):
-    monkeypatch.setattr(ztoapi.Database, "WAIT", 0.2)
-    monkeypatch.setattr(ztoapi.Database, "INTERVAL", 60)
-    database, accounts = connect(postgresql.new_database()), Accounts(())
+async def test_the_server_ends_though_its_database_stands_still(postgresql, connect):
+    limits = {"database_wait": 0.2, "database_interval": 60}
+    database, accounts = connect(postgresql.new_database(), **limits), Accounts(())
     async with database.running(accounts):
         pid = "SELECT pg_backend_pid()"
         process = await database.run(lambda: database.execute(pid).fetchone()[0])
@@ -6685,10 +6684,10 @@ async def test_the_server_ends_though_its_database_stands_still(postgresql, conn
 
 
 @in_loop
-async def test_chat_goes_on_while_the_database_stands_still(start, postgresql, monkeypatch):
-    client = await start(database_url=postgresql.new_database())
+async def test_chat_goes_on_while_the_database_stands_still(start, postgresql):
+    limits = Limits(database_wait=0.2)
+    client = await start(limits=limits, database_url=postgresql.new_database())
     database = client.app[ztoapi.DATABASE]
-    monkeypatch.setattr(database, "WAIT", 0.2)
     pid = "SELECT pg_backend_pid()"
     process = await database.run(lambda: database.execute(pid).fetchone()[0])
     os.kill(process, signal.SIGSTOP)
@@ -6880,9 +6879,8 @@ async def test_a_response_may_be_deleted_while_it_is_written(database_url, conne
 
 
 @in_loop
-async def test_of_what_a_key_stores_the_oldest_goes_first(database_url, connect, monkeypatch):
-    monkeypatch.setattr(ztoapi.Database, "MAX_STORED", 250)
-    database = connect(database_url)
+async def test_of_what_a_key_stores_the_oldest_goes_first(database_url, connect):
+    database = connect(database_url, stored_size=250)
     yesterday = TODAY - timedelta(1)
     rows = [stored_row(i, body=100 * "x")._replace(stored_at=int(i)) for i in "1234"]
     rows.append(stored_row("5", body=100 * "x", day=yesterday)._replace(stored_at=9))
@@ -6893,10 +6891,8 @@ async def test_of_what_a_key_stores_the_oldest_goes_first(database_url, connect,
     assert await ids_in(database) == ["3", "4", "6"]
 
 
-def test_responses_that_wait_in_memory_are_bounded(monkeypatch):
-    monkeypatch.setattr(ztoapi.UnsavedResponses, "MAX_ROWS", 3)
-    monkeypatch.setattr(ztoapi.UnsavedResponses, "MAX_SIZE", 100)
-    unsaved = ztoapi.UnsavedResponses()
+def test_responses_that_wait_in_memory_are_bounded():
+    unsaved = ztoapi.UnsavedResponses(Limits(unsaved_rows=3, unsaved_size=100))
     for name in "1234":
         unsaved.put(stored_row(name, body="x" * 20))
     assert (list(unsaved.rows), unsaved.size) == (["2", "3", "4"], 60)
@@ -7107,6 +7103,47 @@ def test_a_body_is_refused_when_it_is_read_or_planned_or_never(seed, surface, so
     assert refused < 50
 
 
+BEGUN = [
+    {"role": "system", "content": [{"type": "text", "text": "You are Claude Code."}]},
+    {"role": "user", "content": "hi"},
+]
+BILLED = {"type": "text", "text": "x-anthropic-billing-header: cc_version=1; cch=7;"}
+
+
+@pytest.mark.parametrize(
+    ("messages", "is_same"),
+    [
+        pytest.param([*BEGUN, {"role": "assistant", "content": "hello"}], True, id="it went on"),
+        pytest.param([*BEGUN, {"role": "system", "content": "x"}], True, id="a later system line"),
+        pytest.param(
+            [{**BEGUN[0], "content": [{**BEGUN[0]["content"][0], "cache_control": {}}]}, BEGUN[1]],
+            True,
+            id="a cache mark",
+        ),
+        pytest.param([BEGUN[0], {**BEGUN[1], "id": "msg_1"}], True, id="an id"),
+        pytest.param(
+            [{**BEGUN[0], "content": [BILLED, *BEGUN[0]["content"]]}, BEGUN[1]],
+            True,
+            id="a billing header",
+        ),
+        pytest.param(
+            [{"role": "system", "content": BILLED["text"]}, *BEGUN], True, id="alone in a message"
+        ),
+        pytest.param([BEGUN[0], {"role": "user", "content": "ho"}], False, id="another beginning"),
+        pytest.param([BEGUN[1]], False, id="another system prompt"),
+    ],
+)
+def test_a_conversation_is_known_by_its_beginning(messages, is_same):
+    keys = {"zai_api_key": ("a", "b")}
+
+    def conversation(messages, account="me"):
+        prompt = read_chat(chat(messages=messages))
+        return ztoapi.make_plan(prompt, Settings(**keys), Account(account), "7").caller.conversation
+
+    assert (conversation(messages) == conversation(BEGUN)) is is_same
+    assert conversation(messages, "you") != conversation(messages)
+
+
 # ======== Bounds of a request ========
 
 VALUES = b'{"a":[%s]}'
@@ -7122,12 +7159,10 @@ VALUES = b'{"a":[%s]}'
         pytest.param(b"{%s}" % b",".join(b'"%d":"x"' % i for i in range(9)), 10, id="names"),
     ],
 )
-def test_a_request_has_no_more_than_so_many_values(monkeypatch, body, values):
-    monkeypatch.setattr(ztoapi, "MAX_VALUES", values)
-    assert isinstance(ztoapi.parse_request(body), dict)
-    monkeypatch.setattr(ztoapi, "MAX_VALUES", values - 1)
+def test_a_request_has_no_more_than_so_many_values(body, values):
+    assert isinstance(ztoapi.parse_request(body, values), dict)
     with pytest.raises(ValueError, match="values"):
-        ztoapi.parse_request(body)
+        ztoapi.parse_request(body, values - 1)
 
 
 @pytest.mark.parametrize(
@@ -7135,12 +7170,12 @@ def test_a_request_has_no_more_than_so_many_values(monkeypatch, body, values):
     [b"[],", b'"",', b'{"":1},', b'"x' + b"," * 99 + b'",'],
     ids=["arrays", "strings", "objects", "long strings"],
 )
-def test_too_many_values_are_found_without_decoding_them(monkeypatch, value):
-    monkeypatch.setattr(ztoapi, "MAX_VALUES", 100_000)
+def test_too_many_values_are_found_without_decoding_them(value):
+    too_many = partial(ztoapi.too_many_values, most=100_000)
     body = b'{"a":[%s1]}' % (value * (2**22 // len(value)))
-    assert ztoapi.too_many_values(body) == (len(value) < 100)
-    assert collections_during(ztoapi.too_many_values, body) < 10  # when it is decoded, a thousand
-    assert seconds_of(ztoapi.too_many_values, body) < 0.3
+    assert too_many(body) == (len(value) < 100)
+    assert collections_during(too_many, body) < 10  # when it is decoded, a thousand
+    assert seconds_of(too_many, body) < 0.3
 
 
 def test_the_depth_of_a_request_is_found_without_work_for_the_garbage_collector():
@@ -7160,6 +7195,7 @@ def collections_during(work, argument):
 
 # ======== Fakes and helpers ========
 
+IMPATIENT = Limits(check_interval=0.02, read_timeout=0.2)  # with clients
 HANG, RESET = object(), object()  # parts of a FakeZai's answer that are no bytes
 EVENT_STREAM = {"Content-Type": "text/event-stream"}
 
@@ -7295,12 +7331,12 @@ async def other_zai():
 
 @pytest_asyncio.fixture
 async def start(zai, aiohttp_client):  # in this order: what asks ends before what answers
-    """Starts ztoapi in front of the fake, with other settings or another clock where a test wants them."""
+    """Starts ztoapi in front of the fake, with other settings, limits or another clock where a test wants them."""
 
-    async def started(clock=None, **settings):
+    async def started(clock=None, limits=None, **settings):
         given = {"zai_base_url": zai.url, "zai_api_key": ("zai-key",)} | settings
         settings = Settings(**{"database_url": "memory", **given})
-        app = create_app(settings, clock or FakeClock())
+        app = create_app(settings, limits, clock or FakeClock())
         return await aiohttp_client(app, timeout=PATIENT)
 
     return started
@@ -7341,6 +7377,12 @@ class FakeClock(ztoapi.Clock):
 @pytest_asyncio.fixture
 async def client(start):
     return await start()
+
+
+@pytest_asyncio.fixture
+async def lively(start):
+    """Gives signs of life after less than a moment of silence."""
+    return await start(limits=Limits(keep_alive_interval=0.05))
 
 
 async def ask(client, body=HELLO, path="/v1/chat/completions", headers=KEY):
@@ -7624,14 +7666,13 @@ async def browser(chromium):
 
 
 @pytest_asyncio.fixture
-async def demo(aiohttp_client, monkeypatch):
+async def demo(aiohttp_client):
     """Starts what `--demo` starts, with other settings where a test wants them, and without its pauses."""
-    monkeypatch.setattr(ztoapi, "DEMO_PACE", 0)
-    monkeypatch.setattr(ztoapi.Database, "INTERVAL", 0.02)
 
-    async def started(host="127.0.0.1", port=0, **settings):
+    async def started(host="127.0.0.1", port=0, pace=0.0, **settings):
         (listener,) = ztoapi.listen(host, port)
-        app = create_app(ztoapi.with_demo(Settings(**settings), listener.getsockname()))
+        limits = Limits(demo_pace=pace, database_interval=0.02)
+        app = create_app(ztoapi.with_demo(Settings(**settings), listener.getsockname()), limits)
         server = TestServer(app, host=host, socket_factory=lambda *_: listener)
         return await aiohttp_client(server, timeout=PATIENT)
 
@@ -8466,11 +8507,8 @@ async def test_a_key_that_the_list_of_models_is_refused_to_cools_down(start, zai
 
 
 @in_loop
-async def test_a_request_asks_each_key_once_however_soon_its_quota_is_reset(
-    start, zai, monkeypatch
-):
-    monkeypatch.setattr(KeyPool, "COOLDOWN", 0)
-    client = await start(zai_api_key=("a", "b"))
+async def test_a_request_asks_each_key_once_however_soon_its_quota_is_reset(start, zai):
+    client = await start(limits=Limits(cooldown=0), zai_api_key=("a", "b"))
     zai.accounts = {"a": zai_refuses(1113), "b": zai_refuses(1113)}
     assert (await ask(client))[0].status == 402
     assert len(zai.bodies) == 3
@@ -8663,6 +8701,71 @@ async def test_an_answer_that_ends_wakes_who_waits_for_its_key(start, zai):
 
 
 @in_loop
+async def test_a_place_is_free_when_zais_answer_has_ended_whatever_its_connection_does(start, zai):
+    limits = Limits(finish_timeout=LONGEST_TEST, shutdown_grace=0)
+    client = await start(max_concurrency=1, limits=limits)
+    zai.answers = [[RECORDED, HANG]]
+    queue = client.app[ztoapi.UPSTREAM].queue("glm-4.6")
+    asked = chat(stream=True)
+    answers = await asyncio.gather(ask(client, asked), ask(client, asked))
+    assert [said(stream) for _, stream in answers] == ["你好😀"] * 2
+    assert (queue.in_flight, [each.answering for each in queue.patience.values()]) == (0, [0])
+
+
+SLOW = {"first_token_timeout": 0.1}
+SILENT = 200, [b": wait\n\n", HANG]
+
+
+@in_loop
+@pytest.mark.parametrize("beginning", [[HANG], [b": wait\n\n", HANG]], ids=["nothing", "comments"])
+@pytest.mark.parametrize("stream", [False, True], ids=["whole", "streamed"])
+async def test_a_slow_answer_is_left_for_another_key_which_is_no_retry(
+    start, zai, beginning, stream
+):
+    client = await start(**SLOW, zai_api_key=("a", "b"), max_retries=0)
+    zai.accounts = {"a": (200, beginning)}
+    for text in "abcdefgh":
+        asked = message(role="user", content=text) | {"stream": stream}
+        assert (await ask(client, asked))[0].status == 200
+    assert zai.keys.count("Bearer b") == 8
+    assert client.app[ztoapi.UPSTREAM].remedies == {"other_keys": len(zai.asked) - 8}
+    assert await eventually(lambda: zai.open == 0)
+
+
+@in_loop
+async def test_a_slow_answer_is_left_for_another_model(start, zai):
+    client = await start(**SLOW, zai_api_key=("a", "b"), max_retries=0)
+    zai.answers = [SILENT, SILENT]
+    response, _ = await ask(client, chat(fallbacks=["glm-4.5"]))
+    assert (response.status, response.headers["x-ztoapi-model"]) == (200, "glm-4.5")
+    assert [body["model"] for body in zai.bodies] == ["glm-4.6", "glm-4.6", "glm-4.5"]
+    assert {*zai.keys[:2]} == {"Bearer a", "Bearer b"}
+
+
+@in_loop
+@pytest.mark.parametrize(
+    ("settings", "first"),
+    [
+        pytest.param({}, [b": wait\n\n", 0.4], id="there is no other"),
+        pytest.param({"zai_api_key": ("a", "b")}, [FIRST, 0.4], id="reasoning has begun"),
+    ],
+)
+async def test_a_slow_answer_is_waited_for_where(start, zai, settings, first):
+    client = await start(**SLOW, **settings, max_retries=0)
+    zai.answers = [[*first, RECORDED]]
+    assert (await ask(client))[0].status == 200
+    assert len(zai.asked) == 1
+
+
+@in_loop
+async def test_the_last_who_may_answer_is_waited_for_and_then_told_as_silent(start, zai):
+    client = await start(**SLOW, zai_api_key=("a", "b"), upstream_timeout=0.5)
+    zai.parts = [HANG]
+    response, body = await ask(client)
+    assert (response.status, error_of(body)["code"], len(zai.asked)) == (504, "zai_timeout", 2)
+
+
+@in_loop
 async def test_a_whole_answer_counts_as_taken_when_it_begins(client, zai):
     zai.parts = [FIRST, HANG]
     asking = asyncio.create_task(ask(client))
@@ -8741,10 +8844,8 @@ async def test_other_paths_tell_when_zai_wants_to_be_asked_again(client, zai):
 
 @in_loop
 @pytest.mark.parametrize("stream", [False, True], ids=["whole", "streamed"])
-async def test_a_server_that_stops_tells_those_who_wait_out_a_refusal(
-    client, zai, monkeypatch, stream
-):
-    monkeypatch.setattr(ztoapi, "SHUTDOWN_GRACE", 0.2)
+async def test_a_server_that_stops_tells_those_who_wait_out_a_refusal(start, zai, stream):
+    client = await start(limits=Limits(shutdown_grace=0.2))
     client.app[ztoapi.CLOCK].call_later = lambda *_: None  # no time passes
     zai.status, zai.parts = zai_refuses(1305)
     asking = asyncio.create_task(ask(client, chat(stream=stream)))
@@ -8770,12 +8871,10 @@ async def test_who_leaves_while_waiting_out_a_refusal_leaves_nothing_behind(star
 
 
 @in_loop
-async def test_a_stream_is_kept_alive_while_a_refusal_is_waited_out(start, zai, monkeypatch):
-    monkeypatch.setattr(ztoapi, "KEEP_ALIVE_INTERVAL", 0.05)
-    client = await start()
-    client.app[ztoapi.CLOCK].call_later = lambda *_: None  # no time passes
+async def test_a_stream_is_kept_alive_while_a_refusal_is_waited_out(lively, zai):
+    lively.app[ztoapi.CLOCK].call_later = lambda *_: None  # no time passes
     zai.status, zai.parts = zai_refuses(1305)
-    async with client.post(CHAT_PATH, json=chat(stream=True), headers=KEY) as response:
+    async with lively.post(CHAT_PATH, json=chat(stream=True), headers=KEY) as response:
         assert await response.content.readuntil(b"\n\n") == b": keep-alive\n\n"
 
 
@@ -8884,23 +8983,22 @@ async def test_no_more_than_max_concurrency_are_in_flight(start, zai):
 
 @in_loop
 async def test_the_frames_of_a_large_answer_are_sent_one_by_one_and_are_the_same(
-    client, monkeypatch
+    start, client, monkeypatch
 ):
     _, together = await ask(client, chat(stream=True))
+    client = await start(limits=Limits(joined_size=0))
     writes, write = [], ztoapi.SSEResponse.write
     monkeypatch.setattr(
         ztoapi.SSEResponse, "write", lambda self, data: writes.append(data) or write(self, data)
     )
-    monkeypatch.setattr(ztoapi, "MAX_JOINED", 0)
     assert (await ask(client, chat(stream=True)))[1] == together
     assert [data.count(b"\n\n") for data in writes] == [1] * together.count("\n\n")
 
 
 @in_loop
-async def test_a_silent_stream_is_opened_late_and_kept_alive(client, zai, monkeypatch):
-    monkeypatch.setattr(ztoapi, "KEEP_ALIVE_INTERVAL", 0.05)
+async def test_a_silent_stream_is_opened_late_and_kept_alive(lively, zai):
     zai.parts = [HANG]
-    async with client.post("/v1/chat/completions", json=chat(stream=True), headers=KEY) as response:
+    async with lively.post("/v1/chat/completions", json=chat(stream=True), headers=KEY) as response:
         for _ in range(2):
             assert await response.content.readuntil(b"\n\n") == b": keep-alive\n\n"
         assert response.headers["Content-Type"] == "text/event-stream; charset=utf-8"
@@ -8921,20 +9019,24 @@ async def test_the_timer_of_a_stream_ends_with_it(client, monkeypatch):
 
 
 @in_loop
-async def test_a_failure_after_a_comment_is_a_frame(client, zai, monkeypatch):
-    monkeypatch.setattr(ztoapi, "KEEP_ALIVE_INTERVAL", 0.05)
+async def test_when_to_ask_again_is_in_the_words_of_a_late_refusal(lively, zai):
+    zai.headers, zai.answers = {"Retry-After": "500"}, [(429, [0.2, b"slow down"])]
+    _, stream = await ask(lively, chat(stream=True))
+    assert "Try again in 500 seconds. (" in stream
+
+
+@in_loop
+async def test_a_failure_after_a_comment_is_a_frame(lively, zai):
     zai.parts = [b": wait\n\n", 0.2, b'data: {"error":{"code":"1301","message":"no"}}\n\n']
-    response, stream = await ask(client, chat(stream=True))
+    response, stream = await ask(lively, chat(stream=True))
     assert (response.status, stream[:14]) == (200, ": keep-alive\n\n")
     assert '"code":"content_filter"' in stream
     assert stream.endswith("data: [DONE]\n\n")
 
 
 @in_loop
-async def test_after_zais_last_word_nothing_that_happens_to_the_connection_matters(
-    client, zai, monkeypatch
-):
-    monkeypatch.setattr(ztoapi, "FINISH_TIMEOUT", 0.1)
+async def test_after_zais_last_word_nothing_that_happens_to_the_connection_matters(start, zai):
+    client = await start(limits=Limits(finish_timeout=0.1))
     said_all = RECORDED.removesuffix(b"data: [DONE]\n\n")
     for rest in (RESET, HANG):
         zai.parts = [said_all, rest]
@@ -9182,17 +9284,15 @@ async def test_a_connection_to_zai_serves_again(client, zai):
 
 
 @in_loop
-async def test_comments_after_the_finish_do_not_delay_the_end(client, zai, monkeypatch):
-    monkeypatch.setattr(ztoapi, "FINISH_TIMEOUT", 0.2)
+async def test_comments_after_the_finish_do_not_delay_the_end(start, zai):
+    client = await start(limits=Limits(finish_timeout=0.2))
     zai.parts = [RECORDED.removesuffix(b"data: [DONE]\n\n"), *[b": x\n\n", 0.1] * 300]
     assert said((await asyncio.wait_for(ask(client, chat(stream=True)), 10))[1]) == "你好😀"
 
 
 @in_loop
-async def test_a_stopping_server_lets_answers_finish_and_tells_those_that_take_too_long(
-    client, zai, monkeypatch
-):
-    monkeypatch.setattr(ztoapi, "SHUTDOWN_GRACE", 0.3)
+async def test_a_stopping_server_lets_answers_finish_and_tells_those_that_take_too_long(start, zai):
+    client = await start(limits=Limits(shutdown_grace=0.3))
     zai.answers = [[FIRST, 0.1, RECORDED], [FIRST, HANG], [HANG]]
     asking = []
     for stream in (True, True, False):
@@ -9384,7 +9484,7 @@ async def test_a_picture_of_before_is_words_for_a_model_that_takes_none(
     response, _ = await ask(client, {"model": "glm-5.3", "messages": messages, "stream": stream})
     assert (response.status, response.headers["x-ztoapi-ignored"]) == (200, "images")
     assert NOT_SHOWN in zai.bodies[0]["messages"][where]["content"]
-    assert client.app[ztoapi.UPSTREAM].remedies["hidden_images"] == 1
+    assert client.app[ztoapi.UPSTREAM].repairs["hidden_images"] == 1
 
 
 @in_loop
@@ -9530,10 +9630,9 @@ async def test_every_surface_says_in_the_stream_that_it_breaks_off(client, zai, 
 
 @in_loop
 @on_every_surface
-async def test_every_surface_is_kept_alive_and_freed(client, zai, path, body, monkeypatch):
-    monkeypatch.setattr(ztoapi, "KEEP_ALIVE_INTERVAL", 0.05)
+async def test_every_surface_is_kept_alive_and_freed(lively, zai, path, body):
     zai.parts = [HANG]
-    async with client.post(path, json=body | {"stream": True}, headers=KEY) as response:
+    async with lively.post(path, json=body | {"stream": True}, headers=KEY) as response:
         sign = await response.content.readuntil(b"\n\n")
         response.close()
     wanted = b"event: response.created\n" if "responses" in path else b": keep-alive\n\n"
@@ -9541,11 +9640,79 @@ async def test_every_surface_is_kept_alive_and_freed(client, zai, path, body, mo
     assert await eventually(lambda: zai.open == 0)
 
 
+class QuickLoop(asyncio.SelectorEventLoop):
+    """With real sockets. Time passes only when nothing has come for a moment, and then at once."""
+
+    MOMENT = 0.005  # real seconds
+
+    def __init__(self):
+        super().__init__()
+        self.now = 0.0
+        self.poll, self._selector.select = self._selector.select, self.skip
+
+    def time(self):
+        return self.now
+
+    def skip(self, timeout=None):
+        came = self.poll(timeout and min(timeout, self.MOMENT))
+        if not came:
+            self.now += timeout or 0
+        return came
+
+
+def quickly(test):
+    """Runs a test of a client and a fake Z.ai on a QuickLoop: minutes take moments."""
+
+    @wraps(test)
+    def run(**parameters):
+        async def between():
+            loop, clock = asyncio.get_running_loop(), ztoapi.Clock()
+            clock.now = loop.time
+            async with fake_zai() as zai:
+                settings = Settings(
+                    zai_base_url=zai.url, zai_api_key=("zai-key",), database_url="memory"
+                )
+                # A thread of the database's would take none of this time.
+                app = create_app(settings, Limits(database_interval=10**6), clock)
+                async with TestClient(TestServer(app)) as client:
+                    await test(client, zai, **parameters)
+
+        with closing(QuickLoop()) as loop:
+            loop.run_until_complete(between())
+
+    run.__signature__ = Signature(list(signature(test).parameters.values())[2:])
+    return run
+
+
+IMPATIENT_CLIENT = ClientTimeout(total=None, sock_read=25)  # seconds, as Codex may be set
+
+
+@on_every_surface
+@quickly
+async def test_a_silence_is_survived_by_clients_that_allow_none(client, zai, path, body):
+    zai.parts = [60.0, FIRST, 90.0, RECORDED[len(FIRST) :]]
+    how = {"json": body | {"stream": True}, "headers": KEY, "timeout": IMPATIENT_CLIENT}
+    async with client.post(path, **how) as response:
+        stream = await response.text()
+    assert (response.status, "好😀" in stream, len(zai.asked)) == (200, True, 1)
+    assert asyncio.get_running_loop().time() >= 150
+
+
+@on_every_surface
+@quickly
+async def test_a_whole_answer_may_take_12_minutes_to_think(client, zai, path, body):
+    zai.parts = [FIRST, 60.0] * 12 + [RECORDED]
+    how = {"json": body, "headers": KEY, "timeout": ClientTimeout(total=None)}
+    async with client.post(path, **how) as response:
+        text = await response.text()
+    assert (response.status, "好😀" in text, len(zai.asked)) == (200, True, 1)
+    assert asyncio.get_running_loop().time() >= 720
+
+
 @in_loop
-async def test_codex_sees_life_in_events_numbered_like_all(client, zai, monkeypatch):
-    monkeypatch.setattr(ztoapi, "KEEP_ALIVE_INTERVAL", 0.05)
+async def test_codex_sees_life_in_events_numbered_like_all(lively, zai):
     zai.parts = [0.13, RECORDED]
-    _, stream = await ask(client, ASKED | {"stream": True}, "/v1/responses")
+    _, stream = await ask(lively, ASKED | {"stream": True}, "/v1/responses")
     events = [json.loads(frame.partition("data: ")[2]) for frame in stream.split("\n\n")[:-1]]
     types = [event["type"].removeprefix("response.") for event in events]
     assert types[:3] == ["created", "in_progress", "in_progress"]
@@ -9827,8 +9994,8 @@ async def test_messages_with_an_image_are_for_the_vision_model(start, zai, conte
 
 
 @in_loop
-async def test_while_zai_thinks_a_message_gets_pings(client, zai, monkeypatch):
-    monkeypatch.setattr(ztoapi, "KEEP_ALIVE_INTERVAL", 0.1)
+async def test_while_zai_thinks_a_message_gets_pings(start, zai):
+    client = await start(limits=Limits(keep_alive_interval=0.1))
     zai.parts = [0.35, RECORDED]
     _, stream = await ask(client, CLAUDE | {"model": "glm-4.6", "stream": True}, "/v1/messages")
     kinds = [event["type"] for event in message_events(stream)]
@@ -10111,10 +10278,10 @@ async def test_embeddings_come_in_base64_for_those_who_ask(start, zai):
 
 
 @in_loop
-async def test_messages_without_an_end_are_a_failure(passing, zai, monkeypatch):
-    monkeypatch.setattr(ztoapi, "MAX_HELD", 100)
+async def test_messages_without_an_end_are_a_failure(start, zai):
+    client = await start(limits=Limits(answer_size=100))
     zai.parts = [b"x" * 60, b"x" * 60]
-    response, body = await ask(passing, CLAUDE, "/v1/messages")
+    response, body = await ask(client, CLAUDE | {"model": "glm-5.3"}, "/v1/messages")
     assert (response.status, "too large" in body) == (502, True)
 
 
@@ -10339,7 +10506,8 @@ async def test_what_is_tls_is_told_to_use_http(client, caplog):
 
 
 @in_loop
-async def test_line_ends_between_requests_mean_nothing(client, impatient, zai):
+async def test_line_ends_between_requests_mean_nothing(start, zai):
+    client = await start(limits=IMPATIENT)
     zai.parts = [FIRST, 0.5, RECORDED]
     reader, writer = await asyncio.open_connection("127.0.0.1", client.port)
     for _ in range(2):
@@ -10352,7 +10520,8 @@ async def test_line_ends_between_requests_mean_nothing(client, impatient, zai):
 
 
 @in_loop
-async def test_half_a_head_behind_a_request_does_not_end_its_answer(client, impatient, zai):
+async def test_half_a_head_behind_a_request_does_not_end_its_answer(start, zai):
+    client = await start(limits=IMPATIENT)
     zai.parts = [FIRST, 0.5, RECORDED]
     reader, writer = await asyncio.open_connection("127.0.0.1", client.port)
     writer.write(raw_request(chat(stream=True)))
@@ -10670,8 +10839,8 @@ async def test_the_list_is_the_table_with_what_zai_lists(client, zai):
 @pytest.mark.parametrize(
     "models", [(401, {"error": {"code": "1001"}}), (200, []), (200, "<html>"), HANG]
 )
-async def test_the_table_alone_is_listed_when_zai_does_not_answer(client, zai, models, monkeypatch):
-    monkeypatch.setattr(ztoapi, "GET_TIMEOUT", 0.2)
+async def test_the_table_alone_is_listed_when_zai_does_not_answer(start, zai, models):
+    client = await start(limits=Limits(get_timeout=0.2))
     zai.models = models
     assert set(await listed(client)) == set(MODELS)
 
@@ -11007,16 +11176,11 @@ GET = b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n"
 POST = "POST {} HTTP/1.1\r\nHost: localhost\r\nx-api-key: sk-your-key\r\n{}\r\n\r\n"
 
 
-@pytest.fixture
-def impatient(monkeypatch):
-    monkeypatch.setattr(ztoapi, "CHECK_INTERVAL", 0.02)
-    monkeypatch.setattr(ztoapi, "READ_TIMEOUT", 0.2)
-
-
 @in_loop
 @pytest.mark.parametrize("part", [b"", b"GET /"], ids=["nothing", "half a head"])
 @pytest.mark.parametrize("before", [0, 1], ids=["first", "second"])
-async def test_a_connection_without_a_whole_head_is_closed(client, impatient, before, part):
+async def test_a_connection_without_a_whole_head_is_closed(start, before, part):
+    client = await start(limits=IMPATIENT)
     reader, writer = await asyncio.open_connection("127.0.0.1", client.port)
     for _ in range(before):
         writer.write(GET)
@@ -11047,12 +11211,12 @@ async def test_a_head_without_end_is_not_kept(client):
     "data",
     [b"", GET, b"POST /v1/files HTTP/1.1\r\nHost: localhost\r\nContent-Length: 9\r\n\r\nabc"],
 )
-async def test_those_that_ask_nothing_make_room_for_those_that_do(client, monkeypatch, data):
+async def test_those_that_ask_nothing_make_room_for_those_that_do(client, data):
     silent = [await asyncio.open_connection("127.0.0.1", client.port) for _ in range(10)]
     for reader, writer in silent:
         writer.write(data)
         assert not data or await reader.readuntil(b"}")  # one is answered before its body has ended
-    monkeypatch.setattr(ztoapi, "MAX_DESCRIPTORS", 0)  # none is left
+    client.server.handler.max_descriptors = 0  # none is left
     for _ in silent:
         assert (await talk_raw(client, GET)).startswith(b"HTTP/1.1 200")
     for reader, writer in silent:
@@ -11071,10 +11235,8 @@ async def test_those_that_ask_nothing_make_room_for_those_that_do(client, monkey
         pytest.param("Content-Length: 9", b"abc", id="silence"),
     ],
 )
-async def test_a_broken_body_is_refused_and_ends_the_connection(
-    passing, impatient, caplog, path, headers, body
-):
-    client = passing
+async def test_a_broken_body_is_refused_and_ends_the_connection(start, caplog, path, headers, body):
+    client = await start(limits=IMPATIENT)
     reader, writer = await asyncio.open_connection("127.0.0.1", client.port)
     writer.write(POST.format(path, headers).encode())
     for part in body.split(b"|"):
@@ -11098,10 +11260,8 @@ async def test_a_broken_body_is_refused_and_ends_the_connection(
         ("/v1/files/f/content", False),
     ],
 )
-async def test_a_client_that_no_longer_reads_loses_its_connection(
-    start, zai, path, stream, impatient
-):
-    client = await start(upstream_timeout=0.2)
+async def test_a_client_that_no_longer_reads_loses_its_connection(start, zai, path, stream):
+    client = await start(limits=IMPATIENT, upstream_timeout=0.2)
     piece = FIRST.replace(b"reasoning_content", b"content").replace("想".encode(), b"x" * 2**20)
     zai.parts = [piece] * 40 + [RECORDED]
     method, body = ("GET", None) if "files" in path else ("POST", chat(stream=stream, max_tokens=9))
@@ -11113,10 +11273,37 @@ async def test_a_client_that_no_longer_reads_loses_its_connection(
         response.close()
 
 
+@pytest.mark.parametrize(
+    ("unsent", "ends"),
+    [
+        pytest.param([5, 5, 5, 5], True, id="reads nothing"),
+        pytest.param([5, 6, 7, 8], True, id="reads nothing of what grows"),
+        pytest.param([9, 5, 9, 9], False, id="reads"),
+        pytest.param([5, 5, 0, 5], False, id="reads all"),
+    ],
+)
 @in_loop
-async def test_a_body_that_comes_byte_by_byte_gets_no_more_time(passing, impatient, monkeypatch):
+async def test_a_client_that_reads_nothing_is_told_from_a_slow_one(client, unsent, ends):
+    class Transport:
+        ended = False
+        get_write_buffer_size = iter(unsent).__next__
+
+        def abort(self):
+            self.ended = True
+
+    connection, transport = client.server.handler(), Transport()
+    connection.client = transport
+    for now in range(len(unsent)):
+        connection.check_reader(connection.last_received_at + 10 * now, patience=25)
+    assert transport.ended is ends
+
+
+@in_loop
+async def test_a_body_that_comes_byte_by_byte_gets_no_more_time(start):
+    client = await start(limits=Limits(min_read=400, read_timeout=0.8))
+
     async def send_slowly(path):
-        reader, writer = await asyncio.open_connection("127.0.0.1", passing.port)
+        reader, writer = await asyncio.open_connection("127.0.0.1", client.port)
         writer.write(POST.format(path, "Content-Length: 99999").encode())
         answer = asyncio.create_task(reader.readline())
         for _ in range(10):
@@ -11132,8 +11319,6 @@ async def test_a_body_that_comes_byte_by_byte_gets_no_more_time(passing, impatie
         assert answer.result().startswith(b"HTTP/1.1 400")
         writer.close()
 
-    monkeypatch.setattr(ztoapi, "MIN_READ", 400)
-    monkeypatch.setattr(ztoapi, "READ_TIMEOUT", 0.8)
     await asyncio.gather(*map(send_slowly, ("/v1/chat/completions", "/v1/files")))
 
 
@@ -11168,9 +11353,9 @@ async def test_an_upload_may_be_slow_but_not_stall(start, pauses, status):
 
 
 @in_loop
-async def test_while_we_read_nothing_a_client_is_not_silent(start, impatient):
+async def test_while_we_read_nothing_a_client_is_not_silent(start):
     async with fake_zai(socket_factory=narrow_socket) as zai:
-        client = await start(zai_base_url=zai.url)
+        client = await start(limits=IMPATIENT, zai_base_url=zai.url)
         zai.pauses, zai.headers, zai.parts = [0.3] * 4, {}, [DOCUMENT]
         response, _ = await ask(client, LARGE, "/v1/files")
         assert response.status == 200
@@ -11184,8 +11369,8 @@ async def test_zai_is_told_how_long_a_large_request_is(client, zai):
 
 
 @in_loop
-async def test_a_refusal_whose_body_stalls_is_judged_by_its_status(client, zai, monkeypatch):
-    monkeypatch.setattr(ztoapi, "ERROR_BODY_TIMEOUT", 0.1)
+async def test_a_refusal_whose_body_stalls_is_judged_by_its_status(start, zai):
+    client = await start(limits=Limits(error_body_timeout=0.1))
     zai.answers = [(502, [b'{"error":', HANG]), (500, [b"<html>", RESET]), (400, [HANG])]
     response, text = await ask(client)
     assert (response.status, error_of(text)["code"], slept(client)) == (400, "zai_400", [0.5, 1])
@@ -11568,6 +11753,20 @@ async def test_a_model_that_zai_has_not_answered_for_is_not_named(client, zai, p
 
 
 @in_loop
+async def test_what_was_mended_is_in_the_metrics_by_the_repairs_own_name(client, zai):
+    zai.parts = [RECORDED.replace("你".encode(), "\\n你".encode(), 1)]
+    text = message(role="user", content="hi")["messages"]
+    await ask(client, chat(messages=[*text, {"role": "assistant", "content": ""}]))
+    async with client.get("/metrics", headers=KEY) as response:
+        metrics = (await response.text()).splitlines()
+    assert [line for line in metrics if "repairs" in line] == [
+        "# TYPE ztoapi_repairs_total counter",
+        'ztoapi_repairs_total{kind="mend_empty_messages"} 1',
+        'ztoapi_repairs_total{kind="line_ends_at_head"} 1',
+    ]
+
+
+@in_loop
 async def test_the_limit_in_the_metrics_is_what_may_be_in_flight(start):
     client = await start(max_concurrency=1)
     await ask(client)
@@ -11823,9 +12022,8 @@ async def test_a_stored_response_outlives_the_program_and_belongs_to_its_key(sta
 
 
 @in_loop
-async def test_of_what_is_stored_only_so_much_is_loaded_for_one_request(connect, monkeypatch):
-    monkeypatch.setattr(ztoapi.ClientHistory, "MAX_SIZE", 2500)
-    history = ztoapi.ClientHistory(connect("memory"), "a")
+async def test_of_what_is_stored_only_so_much_is_loaded_for_one_request(connect):
+    history = ztoapi.ClientHistory(connect("memory", loaded_size=2500), "a")
     for name in "12345":
         await history.put(ztoapi.StoredResponse({"id": name}, ["x" * 1000]), 0)
     await history.load(ztoapi.Referred(others=tuple("12345")))
@@ -11834,9 +12032,9 @@ async def test_of_what_is_stored_only_so_much_is_loaded_for_one_request(connect,
 
 @in_loop
 @pytest.mark.parametrize("stream", [False, True])
-async def test_the_next_request_may_reach_another_process(start, database_url, monkeypatch, stream):
-    monkeypatch.setattr(ztoapi.Database, "INTERVAL", 60)
-    here, there = [await start(database_url=database_url) for _ in range(2)]
+async def test_the_next_request_may_reach_another_process(start, database_url, stream):
+    how = {"limits": Limits(database_interval=60), "database_url": database_url}
+    here, there = [await start(**how) for _ in range(2)]
     _, answer = await ask(here, ASKED | {"stream": stream}, "/v1/responses")
     follow_up = ASKED | {"previous_response_id": re.search("resp_[0-9a-f]+", answer)[0]}
     assert (await ask(there, follow_up, "/v1/responses"))[0].status == 200
@@ -11903,6 +12101,7 @@ async def test_prometheus_reads_the_metrics(start, zai):
     } == {
         ("build_info", ztoapi.__version__): 1,
         ("retries_total",): 1,
+        ("repairs_total", "line_ends_at_head"): 3,
         ("requests_total", "/v1/chat/completions", "glm-4.6", "200"): 2,
         ("requests_total", "/v1/chat/completions", 'x"\\y', "200"): 1,
         ("requests_total", "/v1/chat/completions", "", "401"): 1,
@@ -12194,12 +12393,10 @@ async def ask_once(port, data=None):
 
 
 @in_loop
-async def test_a_running_server_knows_within_seconds_what_the_command_did(
-    start, connect, monkeypatch, tmp_path
-):
-    monkeypatch.setattr(ztoapi.Database, "INTERVAL", 0.02)
+async def test_a_running_server_knows_within_seconds_what_the_command_did(start, connect, tmp_path):
     where = f"sqlite:///{tmp_path}/z.db"
-    client, database = await start(database_url=where), connect(where)
+    client = await start(limits=Limits(database_interval=0.02), database_url=where)
+    database = connect(where)
 
     async def status_of(key):
         async with client.get("/v1/models", headers={"x-api-key": key}) as response:
@@ -12761,16 +12958,15 @@ async def test_a_jump_of_the_wall_clock_changes_neither_limits_nor_cooldowns_nor
 
 @in_loop
 @jumps
-async def test_a_jump_of_the_wall_clock_changes_only_the_times_that_are_shown(
-    client, zai, jump, monkeypatch
-):
+async def test_a_jump_of_the_wall_clock_changes_only_the_times_that_are_shown(start, zai, jump):
+    client = await start(limits=Limits(keep_alive_interval=0.1))
+
     def parts():
         yield 0.15  # seconds
         client.app[ztoapi.CLOCK].epoch += jump
         yield 0.15
         yield RECORDED
 
-    monkeypatch.setattr(ztoapi, "KEEP_ALIVE_INTERVAL", 0.1)
     key = ztoapi.new_key()
     client.app[ztoapi.ACCOUNTS].written([Account(ztoapi.hash_key(key), "anna", rpm=2)], {})
     zai.answers = [parts(), parts()]
@@ -12935,10 +13131,9 @@ async def test_nobody_needs_to_read_the_log(run):
     assert (status, log.count("GET /health")) == (0, 2000)
 
 
-def test_a_log_that_cannot_be_written_loses_lines_and_says_how_many(monkeypatch):
-    monkeypatch.setattr(ztoapi.BackgroundHandler, "MAX_WAITING", 2**17)
+def test_a_log_that_cannot_be_written_loses_lines_and_says_how_many():
     (reading, writing), line = os.pipe(), "x" * 2**12
-    handler, log = ztoapi.BackgroundHandler(writing), b""
+    handler, log = ztoapi.BackgroundHandler(writing, max_waiting=2**17), b""
     for _ in range(100):
         handler.emit(ztoapi.logging.makeLogRecord({"msg": line}))
     assert handler.dropped > 0
@@ -13119,7 +13314,7 @@ async def test_the_dashboard_tells_what_went_through_and_no_secret(start, zai):
         "glm-4.6",
         "insufficient_quota",
     )
-    assert resting["until"] == FakeClock().unix() + KeyPool.COOLDOWN
+    assert resting["until"] == FakeClock().unix() + Limits.cooldown
     assert (
         snapshot["in_flight"],
         snapshot["healed"]["other_keys"],
@@ -13209,8 +13404,9 @@ async def shell(lines):
 
 @in_loop
 @pytest.mark.browser
-async def test_the_docs_page_answers_from_key_to_last_token(here, browser, monkeypatch):
-    monkeypatch.setattr(ztoapi, "DEMO_PACE", 0.015)  # for the page tells no pace before 0.2 seconds
+async def test_the_docs_page_answers_from_key_to_last_token(demo, browser):
+    # The page tells no pace before 0.2 seconds.
+    here = f"http://localhost:{(await demo(pace=0.015)).port}"
     await browser.open(here + "/docs", "document.querySelectorAll('#model-rows tr').length >= 22")
     assert await browser.run(text_of("base")) == here + "/v1"
     await browser.run("$('try-message').value = \"it's 你好\"; $('send').click()")
@@ -13303,8 +13499,8 @@ async def test_the_docs_page_shows_for_each_client_the_lines_that_launch_shows(h
 
 @in_loop
 @pytest.mark.browser
-async def test_a_stream_can_be_stopped_and_the_dashboard_counts_it(here, browser, monkeypatch):
-    monkeypatch.setattr(ztoapi, "DEMO_PACE", 0.03)
+async def test_a_stream_can_be_stopped_and_the_dashboard_counts_it(demo, browser):
+    here = f"http://localhost:{(await demo(pace=0.03)).port}"
     await browser.open(here + "/docs", "!!$('send')")
     await browser.run("$('try-message').value = 'word '.repeat(500); $('send').click()")
     assert await browser.sees(text_of("answer") + ".length > 20")

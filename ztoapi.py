@@ -329,6 +329,9 @@ class Settings:
     )
     max_retries: int = setting(2, whole_number(0, 10), "a number of times, 0 to 10")
     rate_limit_wait: int = setting(120, whole_number(0, 86400), "a number of seconds, 0 to 86400")
+    first_token_timeout: int = setting(
+        0, whole_number(0, 86400), "a number of seconds, 0 to 86400; 0 = no such limit"
+    )
     upstream_timeout: int = setting(300, whole_number(1, 86400), "a number of seconds, 1 to 86400")
     max_body_mb: int = setting(64, whole_number(1, 4096), "a number of megabytes, 1 to 4096")
     database_url: str = setting("", database_url, "sqlite:///PATH, postgresql://… or memory")
@@ -381,6 +384,46 @@ class Settings:
                 if text or f.name == "default_key"
             }
         )
+
+
+@dataclass(frozen=True)
+class Limits:
+    """How long things may take and how large they may grow, where no setting says; tests pass their own."""
+
+    # Z.ai
+    connect_timeout: float = 10.0  # seconds, including DNS and TLS
+    get_timeout: float = 5.0  # seconds for a short answer, such as the list of models
+    error_body_timeout: float = 5.0  # seconds for the body of a refusal
+    finish_timeout: float = 2.0  # seconds to wait for usage and [DONE] after the finish
+    answer_size: int = 64 * 2**20  # bytes
+    models_ttl: float = 600.0  # seconds for which the list of models is not asked for again
+    plans_ttl: float = 60.0  # likewise what is left of plans
+
+    # Whose turn it is
+    cooldown: float = 300.0  # seconds that a key rests where Z.ai does not say until when
+    poll_interval: float = 1.0  # seconds between two looks at a queue, at most
+    fallback_patience: float = 10.0  # seconds; then another model is asked, if there is one
+    long_attempt: float = 60.0  # seconds; what breaks off after that is asked for once more only
+
+    # Clients
+    read_timeout: float = 30.0  # seconds for a whole head, and for each `min_read` of a body
+    min_read: int = 2**14  # bytes
+    check_interval: float = 5.0  # seconds between two looks for connections that stand still
+    max_descriptors: int = 0  # files and connections; 0: as many as the system allows
+    keep_alive_interval: float = 15.0  # seconds of silence before a stream gets a sign of life
+    joined_size: int = 2**23  # bytes of an answer; the frames behind them are sent one by one
+    shutdown_grace: float = 30.0  # seconds that answers in flight have to finish
+    demo_pace: float = 0.03  # seconds between two words of the demo's
+
+    # What is kept
+    reasoning_size: int = 64 * 2**20  # bytes, of all that models thought
+    database_interval: float = 1.0  # seconds between two looks for something to write
+    database_wait: float = 5.0  # seconds for any job of the database's
+    busy_timeout: float = 2.0  # seconds for which SQLite waits for another process that writes
+    stored_size: int = 256 * 2**20  # bytes of responses of one account; then the oldest go
+    loaded_size: int = 64 * 2**20  # bytes of them for one request; the rest counts as not stored
+    unsaved_size: int = 64 * 2**20  # bytes of responses that wait to be written
+    unsaved_rows: int = 1_000  # likewise, their number
 
 
 # ======== Errors ====================================================================================================
@@ -757,24 +800,24 @@ MAX_VALUES = 1_000_000
 MAX_DEPTH = 100  # nested objects and arrays
 
 
-def too_many_values(body: bytes) -> bool:
-    """Whether JSON text has more than MAX_VALUES values, not counting names; does not decode it."""
-    if len(body) <= 2 * MAX_VALUES or openings_and_commas(body) < MAX_VALUES:
+def too_many_values(body: bytes, most: int = MAX_VALUES) -> bool:
+    """Whether JSON text has more than so many values, not counting names; does not decode it."""
+    if len(body) <= 2 * most or openings_and_commas(body) < most:
         return False
-    parts = body.replace(rb"\\", b"").replace(rb"\"", b"").split(b'"', 4 * MAX_VALUES + 4)
+    parts = body.replace(rb"\\", b"").replace(rb"\"", b"").split(b'"', 4 * most + 4)
     outside = b"".join(parts[::2])  # strings left out
     values = 1 + openings_and_commas(outside) - outside.count(b"[]") - outside.count(b"{}")
-    return max(values, len(parts) // 4) > MAX_VALUES  # half of the strings may be names
+    return max(values, len(parts) // 4) > most  # half of the strings may be names
 
 
 def openings_and_commas(text: bytes) -> int:
     return len(text) - len(text.translate(None, b"[{,"))
 
 
-def parse_request(body: bytes) -> JSON:
+def parse_request(body: bytes, most_values: int = MAX_VALUES) -> JSON:
     """A client's JSON object. Raises ValueError or RecursionError for anything else."""
-    if too_many_values(body):
-        raise ValueError(f"it has more than {MAX_VALUES:,} values")
+    if too_many_values(body, most_values):
+        raise ValueError(f"it has more than {most_values:,} values")
     document = REQUEST_DECODER.decode(body.decode().removeprefix("\ufeff"))
     if not isinstance(document, dict):
         raise ValueError("it is another JSON value")
@@ -1305,15 +1348,32 @@ class Prompt:
     size: int = 0  # bytes of the JSON it was read from; 0 if few
 
 
+# Claude Code begins its system prompt with a block that changes from call to call.
+BILLING_HEADER = "x-anthropic-billing-header:"
+
+
 def conversation_start(prompt: Prompt) -> Iterator[str]:
-    """What the requests of one conversation have in common: its key, or its system messages and first user message."""
-    first_user = next((message for message in prompt.messages if message.role == "user"), None)
-    texts = (
-        message_text(each)
-        for each in prompt.messages
-        if each.role == "system" or each is first_user
-    )
-    yield from [prompt.cache_key] if prompt.cache_key else texts
+    """What the requests of one conversation have in common.
+
+    Its own key, or else the texts of its system messages and of the first user's.
+    """
+    if prompt.cache_key:
+        yield prompt.cache_key
+        return
+    for message in prompt.messages:
+        if message.role == "user":
+            yield message_text(message)
+            return
+        if message.role == "system":
+            yield from texts_without_billing(message)
+
+
+def texts_without_billing(message: Message) -> list[str]:
+    """The texts of a system message, but not what Claude Code puts before them."""
+    texts = [part for part in message.content if isinstance(part, str)]
+    if texts and texts[0].startswith(BILLING_HEADER):
+        del texts[0]
+    return texts
 
 
 def message_text(message: Message) -> str:
@@ -4976,7 +5036,6 @@ class SSEDecoder:
 
 FINISH_REASONS: dict[str, FinishReason] = {reason: reason for reason in get_args(FinishReason)}
 FINISH_REASONS |= {"sensitive": "content_filter", "model_context_window_exceeded": "window_full"}
-MAX_HELD = 64 * 2**20  # bytes
 TOO_LARGE = "Z.ai's answer is too large: try again."
 TORN = "A piece of Z.ai's answer was lost on the way: try again."
 
@@ -4996,8 +5055,9 @@ class ZaiReader:
     the answer has ended: usage may follow the finish_reason in a chunk of its own.
     """
 
-    def __init__(self, model: Model) -> None:
+    def __init__(self, model: Model, max_size: int = Limits.answer_size) -> None:
         self.model = model.id
+        self.max_size = max_size  # bytes
         self.decoder = SSEDecoder()
         # Everything so far, until the first event shows that this is a stream.
         self.raw: list[bytes] | None = []
@@ -5014,7 +5074,7 @@ class ZaiReader:
     def feed(self, part: bytes) -> Iterator[Event]:
         """The events that this part completes. Raises UpstreamError when Z.ai reports a failure."""
         self.size += len(part)
-        if self.size > MAX_HELD:
+        if self.size > self.max_size:
             raise UpstreamError(UNAVAILABLE, TOO_LARGE)
         if self.raw is not None:
             self.raw.append(part)
@@ -6778,17 +6838,20 @@ class KeyPool:
     While all of them cool down, now and then one request is let through to see whether that still holds.
     """
 
-    COOLDOWN = 300.0  # seconds, where Z.ai does not tell when the quota is reset
     MAX_COOLDOWN = 32 * 86400.0  # no quota is longer than a month
     MAX_COOLDOWN_1308 = 5 * 3600.0  # the quota of five hours
     PROBE_INTERVAL = 10.0
     MAX_COOLING = 1_000  # pairs of key and scope, for unknown models: clients may invent them
 
-    def __init__(self, keys: tuple[ZaiKey, ...], clock: Clock) -> None:
+    def __init__(
+        self, keys: tuple[ZaiKey, ...], clock: Clock, cooldown: float = Limits.cooldown
+    ) -> None:
+        """`cooldown` is in seconds, where Z.ai does not tell when the quota is reset."""
         bases = list(dict.fromkeys(key.base_url for key in keys))
         self.keys = sorted(keys, key=lambda key: bases.index(key.base_url))
         self.first_base = [key for key in keys if key.base_url == bases[0]]
         self.clock = clock
+        self.usual_cooldown = cooldown
         self.cooling: dict[tuple[ZaiKey, str], CoolDown] = {}  # by key and scope, the latest last
 
     def available(self, use: KeyUse) -> list[ZaiKey]:
@@ -6829,12 +6892,12 @@ class KeyPool:
         return error.kind in COOLDOWN_ERRORS or (error.kind in MODEL_ERRORS and len(self.keys) > 1)
 
     def cool_down(self, key: ZaiKey, use: KeyUse, error: UpstreamError) -> None:
-        """Rest a refused key until its reset time, or for COOLDOWN."""
+        """Rest a refused key until its reset time, or as long as usual."""
         self.expire()
         now, pair = self.clock.now(), (key, use.scope_of(error))
         told = error.resets_at - self.clock.unix() if error.resets_at else 0
         longest = self.MAX_COOLDOWN_1308 if error.zai_code == "1308" else self.MAX_COOLDOWN
-        error.retry_after = min(told, longest) if told > 0 else self.COOLDOWN
+        error.retry_after = min(told, longest) if told > 0 else self.usual_cooldown
         self.cooling.pop(pair, None)
         self.cooling[pair] = CoolDown(
             error.for_others(error.retry_after), now + error.retry_after, now
@@ -6855,12 +6918,22 @@ def names_unknown_model(scope: str) -> bool:
     return model != "" and model not in MODELS
 
 
+# The limit that learns. Z.ai publishes no number of requests that it takes at a time
+# (zai-org/GLM-5#83), and tells too many only by refusing one. But what a refusal says is exact: with
+# n in flight, it takes n - 1 now. So the limit needs no search.
+#
+# Before the first refusal it doubles in the time of an answer's beginning, as TCP's window does at
+# the start: each success while it is more than half full adds one. A refusal sets it to what was
+# in flight, less the refused one. From then on nothing goes beyond it but a probe, one request more
+# after a pause. If Z.ai takes the probe, the limit is one higher, and the next probe may follow at
+# once: so from 1 to 10 takes nine beginnings of answers. If it refuses, the pause doubles, from 2 s
+# to 30 s: so a crowd wastes one request in half a minute, and what Z.ai has opened is found within
+# that time. A probe follows the clock, not the next free place, since an answer may last minutes.
+#
+# Several refusals of one moment are one: those that come during the pause lower the limit, for
+# fewer are in flight, but lengthen no pause.
 class AdaptiveLimit:
-    """How many requests Z.ai takes at the same time for one key and model; it publishes no number (zai-org/GLM-5#83).
-
-    Grows by one per success while more than half full (after a refusal: only beyond the limit); a refusal sets it to
-    the in-flight count minus one; one probe follows a pause that doubles while probes fail.
-    """
+    """How many requests Z.ai takes at the same time for one key and model."""
 
     START = 4
     MIN_PAUSE, MAX_PAUSE = 2.0, 30.0  # seconds
@@ -6929,17 +7002,27 @@ def backoff(retry: int, jitter: float) -> float:
 # Processes that share a key are told nothing of each other, so fairness must come from what each
 # does alone. One whose answers follow each other without a gap keeps the others out for ever: they
 # ask every w seconds, and always find the key taken. So each now and then leaves a quarter of its
-# places, and one at least, free for 1.25 w, in which every other one asks once: each HOLD seconds
-# if others use the key, else each HOLD_ALONE, and only while Z.ai takes less than it is asked.
-# Whether others use the key shows by itself: if they took the places, Z.ai refuses what it took
-# before; if not, it takes it again.
+# places, and one at least, free for 1.25 w: each HOLD seconds if others use the key, else each
+# HOLD_ALONE, and only while Z.ai takes less than it is asked. Whether others use the key shows by
+# itself: if they took the places, Z.ai refuses what it took before; if not, it takes it again.
 #
-# What that costs, if P processes wait for a key that takes one request at a time, and an answer
-# takes a seconds: of the other P - 1 the first to ask takes the key w/P into the gap, a quarter of
-# a second in HOLD = 8 for P = 4 and w = 1: 3 %. More is lost when a queue runs dry while others
-# wait. They waste (P - 1)a/w requests for each answer: one and a half for answers of half a
-# second. A process that is alone loses 1.25 w in HOLD_ALONE of one place: 2 % with short answers,
-# 10 % with long ones, one at a time.
+# Why that is fair. A process that waits asks every 0.75 to 1.25 w, with jitter of its own, so in a
+# gap each of them asks once, and none knows when the gap began: all have the same chance to be
+# first. Of P processes, then, each of the P - 1 that wait gets a given gap with a chance of
+# 1/(P - 1), and holds the place as long as any other would. In the long run each has it for 1/P
+# of the time, waits (P - 1) HOLD for it on average, and is passed over k times in a row with a
+# chance of ((P - 2)/(P - 1))^k: for P = 4, ten times in a row (80 s) in 1.7 % of its turns. With
+# more places than one, each process leaves a quarter of what it has, so who has more leaves more:
+# of two with p and q places the first gives up p/4 and the second q/4 in the same time, and the
+# difference shrinks by a quarter each HOLD. A program that does none of this (it asks again at
+# once, say) gets each gap, and we get what it leaves; RATE_LIMIT_WAIT ends that.
+#
+# What it costs, if P processes wait for a key that takes one request at a time, and an answer
+# takes a seconds: in a gap the first of P - 1 asks after w/P on average, a quarter of a second in
+# HOLD = 8 for P = 4 and w = 1: 3 %. More is lost when a queue runs dry while others wait. Those
+# who wait waste (P - 1)a/w requests for each answer: one and a half for answers of half a second.
+# A process that is alone loses 1.25 w in HOLD_ALONE of one place: 2 % with short answers, 10 %
+# with long ones, one at a time.
 #
 # A client is told at last when Z.ai has taken nothing for RATE_LIMIT_WAIT seconds. What our own
 # answers in flight explain does not count: they will end, and the request is in their queue.
@@ -7088,12 +7171,24 @@ class Slot:
     in_flight_at_entry: int
     granted_at: float
     is_taken: bool = False  # by Z.ai
+    is_released: bool = False
 
     def taken(self) -> None:
         """Z.ai's answer has begun. To be called once more or less does no harm."""
         if not self.is_taken:
             self.is_taken = True
             self.queue.taken(self)
+
+    def answered(self) -> None:
+        """Z.ai's answer has ended, though the client may not have read it yet."""
+        self.taken()
+        self.release()
+
+    def release(self) -> None:
+        """Leave the place to another request. To be called once more does no harm."""
+        if not self.is_released:
+            self.is_released = True
+            self.queue.release(self)
 
 
 class Turn(NamedTuple):
@@ -7118,6 +7213,11 @@ class Ticket:
     refusal: UpstreamError | None = None  # for load, the last one
     slot: asyncio.Future[Slot] = field(init=False)  # while it waits
 
+    @property
+    def may_leave(self) -> bool:
+        """Whether another model may do."""
+        return self.leaves_after < math.inf
+
     def refused(self, error: UpstreamError, now: float) -> None:
         """Z.ai refused it for load. Keeps no traceback, which would keep the encoded request."""
         if self.refusal is None:
@@ -7129,13 +7229,30 @@ class Ticket:
         return key in self.failures, key.affinity(self.caller.conversation)
 
 
+# The queue. What waits stands in one list in the order of turns, for each model; only its head is
+# looked at, so nobody overtakes. A turn is a round and an arrival: a request takes the round behind
+# the last one of its account that waits, or behind the last one that was served. So in each round
+# every account is served once: of forty requests of one and a single one of another, the single one
+# is the second to go.
+#
+# The head gets the first key of its conversation's order (the best first: it has the prompt cache)
+# whose limit has room and whose patience lets it go. If none has, all wait, for the head's turn is
+# not given away. A refused request comes back to the same turn, and while its connection is being
+# released nobody else is let through. What may change the head's lot looks at it again: an answer
+# that begins (the limit may grow) or ends (a place is free), whoever leaves, and a timer, for when
+# a key opens, a gap ends, or a key has rested.
 class Queue:
-    """Requests for one model wait here for a key with room: accounts in turn, first come first served in each."""
+    """Requests for one model wait here for a key with room."""
 
-    POLL_INTERVAL = 1.0  # seconds
-
-    def __init__(self, keys: KeyPool, max_in_flight: int, clock: Clock) -> None:
+    def __init__(
+        self,
+        keys: KeyPool,
+        max_in_flight: int,
+        clock: Clock,
+        poll_interval: float = Limits.poll_interval,
+    ) -> None:
         self.keys, self.clock = keys, clock
+        self.poll_interval = poll_interval  # seconds
         self.max_in_flight = max_in_flight or math.inf
         self.limits = {key: AdaptiveLimit() for key in keys.keys}
         self.patience = {key: Patience() for key in keys.keys}
@@ -7173,7 +7290,7 @@ class Queue:
             if not (
                 ticket.slot.cancelled() or ticket.slot.exception()
             ):  # granted at the same moment
-                self.release(ticket.slot.result())
+                ticket.slot.result().release()
             raise
         finally:
             if ticket in self.waiting:
@@ -7221,7 +7338,7 @@ class Queue:
         """Look at the queue when a key opens, and now and then: a rest may end while nothing else happens."""
         now = self.clock.now()
         changes = [patience.next_change(now) for patience in self.patience.values()]
-        delay = min([self.POLL_INTERVAL, *changes])
+        delay = min([self.poll_interval, *changes])
         if self.timer and self.looks_at <= now + delay:
             return
         if self.timer:
@@ -7269,15 +7386,21 @@ class Queue:
         if self.in_flight >= self.max_in_flight:
             return None
         for key in keys if len(keys) == 1 else sorted(keys, key=ticket.preference):
-            limit, patience = self.limits[key], self.patience[key]
-            room = limit.has_room(now) and patience.lets_go(limit.in_flight, limit.limit, now)
-            if room:
+            if self.has_room(key):
                 self.keys.tried(key, ticket.use)
                 self.round = max(self.round, ticket.turn.round)
+                limit = self.limits[key]
                 self.in_flight += 1
                 limit.in_flight += 1
-                return Slot(self, key, limit, patience, limit.in_flight, now)
+                return Slot(self, key, limit, self.patience[key], limit.in_flight, now)
         return None
+
+    def has_room(self, key: ZaiKey) -> bool:
+        """Whether one more request may be sent with this key now."""
+        limit, now = self.limits[key], self.clock.now()
+        if not limit.has_room(now):
+            return False
+        return self.patience[key].lets_go(limit.in_flight, limit.limit, now)
 
 
 # ======== Z.ai client ===============================================================================================
@@ -7310,14 +7433,10 @@ async def in_thread_if_large(size: int, work: Callable[..., R], *arguments: Any)
     return await asyncio.get_running_loop().run_in_executor(LARGE_WORK, work, *arguments)
 
 
-FINISH_TIMEOUT = 2  # seconds to wait for usage and [DONE] after the finish
-CONNECT_TIMEOUT = 10  # seconds, including DNS and TLS
 # The encodings of a body that aiohttp unpacks (some only where their package is installed: it raises).
 UNPACKED = ("identity", "gzip", "deflate", "br", "zstd")
 PACKED = "Z.ai's answer is packed so that it cannot be read: try again."
 ERROR_BODY_LIMIT = 65536  # bytes of a refusal that are read
-ERROR_BODY_TIMEOUT = 5  # seconds
-GET_TIMEOUT = 5  # seconds
 GET_LIMIT = 2**22  # bytes
 
 
@@ -7328,19 +7447,20 @@ class IdleTimer:
         self.seconds = seconds
         self.on_idle: Callable[[], None] | None = on_idle
         self.timer: asyncio.TimerHandle | None = None
+        self.loop = asyncio.get_running_loop()
         self.reset()
 
     def start(self) -> None:
         self.arm(self.seconds)
 
     def reset(self) -> None:
-        self.last_reset = time.monotonic()
+        self.last_reset = self.loop.time()
 
     def arm(self, seconds: float) -> None:
-        self.timer = asyncio.get_running_loop().call_later(seconds, self.expire)
+        self.timer = self.loop.call_later(seconds, self.expire)
 
     def expire(self) -> None:
-        silence = time.monotonic() - self.last_reset
+        silence = self.loop.time() - self.last_reset
         if silence < self.seconds:
             self.arm(self.seconds - silence)
         elif self.on_idle:
@@ -7405,9 +7525,14 @@ class ByteStream:
     """The bytes of one answer; its connection belongs to `owner`."""
 
     def __init__(
-        self, response: aiohttp.ClientResponse, max_silence: float, owner: AsyncExitStack
+        self,
+        response: aiohttp.ClientResponse,
+        max_silence: float,
+        limits: Limits,
+        owner: AsyncExitStack,
     ) -> None:
         self.response = response
+        self.limits = limits
         self.reading = (
             False  # silence counts only while we wait for Z.ai, not while the client takes its time
         )
@@ -7433,7 +7558,8 @@ class ByteStream:
             body = b""
             with suppress(aiohttp.ClientError, asyncio.TimeoutError):  # its status says enough
                 body = await asyncio.wait_for(
-                    read_up_to(ERROR_BODY_LIMIT, self.response.content), ERROR_BODY_TIMEOUT
+                    read_up_to(ERROR_BODY_LIMIT, self.response.content),
+                    self.limits.error_body_timeout,
                 )
             trace(f"received HTTP {self.response.status}", body)
             error = self.with_request_id(zai_error(self.response.status, body))
@@ -7519,6 +7645,7 @@ class EventStream(EventSource):
         meter: Meter,
     ) -> None:
         super().__init__()
+        self.on_end: Callable[[], None] | None = None  # called when the last event was read
         self.meter = meter
         self.source = source
         self.reader = reader
@@ -7581,6 +7708,8 @@ class EventStream(EventSource):
                 self.first_at = self.first_at or time.monotonic()
                 self.meter.note(events)
                 trace("received", events)
+        if self.on_end and self.is_complete:
+            self.on_end()
         return events
 
     def events_in(self, part: bytes) -> list[Event]:
@@ -7596,7 +7725,7 @@ class EventStream(EventSource):
     async def read_rest(self) -> bytes:
         """The next bytes after Z.ai's finish, none at the end: a broken connection no longer matters."""
         now = asyncio.get_running_loop().time()
-        self.finish_deadline = self.finish_deadline or now + FINISH_TIMEOUT
+        self.finish_deadline = self.finish_deadline or now + self.source.limits.finish_timeout
         with suppress(UpstreamError, asyncio.TimeoutError):
             return await asyncio.wait_for(self.source.read(), self.finish_deadline - now)
         return b""
@@ -7632,8 +7761,9 @@ async def parts_of(body: bytes) -> AsyncIterator[bytes]:
 class ZaiClient:
     """HTTP to Z.ai, over one session for the life of the program."""
 
-    def __init__(self, session: aiohttp.ClientSession, settings: Settings) -> None:
+    def __init__(self, session: aiohttp.ClientSession, settings: Settings, limits: Limits) -> None:
         self.session, self.max_silence = session, settings.upstream_timeout
+        self.limits = limits
         self.uses_proxies = not settings.demo
         self.proxies: dict[
             str, str | None
@@ -7656,7 +7786,7 @@ class ZaiClient:
                 raise error.__cause__ from error
             raise connection_error(error) from error
         owner.push_async_exit(response)
-        stream = ByteStream(response, self.max_silence, owner)
+        stream = ByteStream(response, self.max_silence, self.limits, owner)
         await stream.check_status()
         stream.check_encoding()
         return stream
@@ -7684,10 +7814,10 @@ class ZaiClient:
         return plan_quota(as_object(parse_json(body)))
 
     async def get(self, url: str, key: ZaiKey) -> tuple[int, bytes]:
-        """Status and body of a short answer. Raises UpstreamError, also after GET_TIMEOUT."""
+        """Status and body of a short answer. Raises UpstreamError, also when it takes too long."""
         headers, timeout = (
             {"Authorization": f"Bearer {key.secret}"},
-            aiohttp.ClientTimeout(total=GET_TIMEOUT),
+            aiohttp.ClientTimeout(total=self.limits.get_timeout),
         )
         how: JSON = {"proxy": self.proxy(url), "headers": headers, "timeout": timeout}
         try:
@@ -7792,9 +7922,9 @@ def environment_proxy(origin: str) -> str | None:
     return None if proxy_bypass(url.hostname or "") else getproxies().get(url.scheme)
 
 
-def new_session(settings: Settings) -> aiohttp.ClientSession:
+def new_session(settings: Settings, limits: Limits) -> aiohttp.ClientSession:
     # No limit on the whole: an answer may take long. ZaiConnection and ByteStream time silence.
-    timeout = aiohttp.ClientTimeout(total=None, connect=CONNECT_TIMEOUT)
+    timeout = aiohttp.ClientTimeout(total=None, connect=limits.connect_timeout)
     connector, cookies = ZaiConnector(settings.upstream_timeout), aiohttp.DummyCookieJar()
     # Z.ai writes errors in English for those who ask; a compressed stream would wait in buffers.
     headers = {
@@ -7899,10 +8029,10 @@ async def end_tasks(tasks: Iterable[asyncio.Task[Any]]) -> None:
 class ReasoningMemory:
     """What models thought, for clients that lose it, by account and by what was said with it; the oldest goes first."""
 
-    MAX_BYTES = 64 * 2**20
     OVERHEAD = 256  # bytes of an entry besides the reasoning
 
-    def __init__(self) -> None:
+    def __init__(self, max_size: int = Limits.reasoning_size) -> None:
+        self.max_size = max_size  # bytes
         self.thoughts: dict[str, bytes] = {}
         self.size = 0
 
@@ -7914,7 +8044,7 @@ class ReasoningMemory:
         self.forget(key)
         self.thoughts[key] = thought
         self.size += len(thought) + self.OVERHEAD
-        while self.size > self.MAX_BYTES:
+        while self.size > self.max_size:
             self.forget(next(iter(self.thoughts)))
 
     def get(self, account_id: str, message: Message) -> str:
@@ -7944,8 +8074,9 @@ def canonical(arguments: str) -> str:
         return arguments
 
 
-LONG_ATTEMPT = 60  # seconds; a whole answer that broke off after that is asked for only once more
-FALLBACK_PATIENCE = 10  # seconds; after that another model is asked, if there is one
+class SlowAnswerError(UpstreamError):
+    """Z.ai has said nothing for FIRST_TOKEN_TIMEOUT, and another key or model may answer sooner."""
+
 
 # Asks with the slot's key until the answer has begun.
 Attempt = Callable[[Slot, AsyncExitStack], Awaitable[EventStream]]
@@ -7954,17 +8085,18 @@ Attempt = Callable[[Slot, AsyncExitStack], Awaitable[EventStream]]
 class Upstream:
     """The way to Z.ai: the keys, a queue for each model, retries and fallbacks."""
 
-    def __init__(self, settings: Settings, client: ZaiClient, clock: Clock) -> None:
-        self.settings, self.client, self.clock = settings, client, clock
-        self.keys = KeyPool(settings.zai_keys, clock)
+    def __init__(self, settings: Settings, limits: Limits, client: ZaiClient, clock: Clock) -> None:
+        self.settings, self.limits = settings, limits
+        self.client, self.clock = client, clock
+        self.keys = KeyPool(settings.zai_keys, clock, limits.cooldown)
         self.queues: dict[str, Queue] = {}
         self.account_slots: dict[
             tuple[str, int], asyncio.Semaphore
         ] = {}  # by account id and how many it has
-        self.memory = ReasoningMemory()
-        self.remedies: Counter[str] = (
-            Counter()
-        )  # what was done about failures, whether it helped or not
+        self.memory = ReasoningMemory(limits.reasoning_size)
+        # What was done about failures, whether it helped or not, and what was mended.
+        self.remedies: Counter[str] = Counter()
+        self.repairs: Counter[str] = Counter()  # by the repair's own name
 
     @asynccontextmanager
     async def open(self, plan: Plan) -> AsyncIterator[EventStream | MergedStream]:
@@ -8003,14 +8135,14 @@ class Upstream:
 
     async def with_fallbacks(self, plan: Plan, owner: AsyncExitStack) -> EventStream:
         """Ask one model after the other; raises the last one's error."""
-        leaves_after = min(FALLBACK_PATIENCE, self.settings.rate_limit_wait)
+        leaves_after = min(self.limits.fallback_patience, self.settings.rate_limit_wait)
         for model, prompt in plan.prompts[:-1]:
             attempt = partial(self.ask, plan, model, prompt)
             use = KeyUse(model.id)
             try:
                 return await self.with_retries(use, plan.caller, attempt, owner, leaves_after)
             except UpstreamError as error:
-                if error.kind not in FALLBACK_ERRORS:
+                if error.kind not in FALLBACK_ERRORS and not isinstance(error, SlowAnswerError):
                     raise
             self.remedies["fallbacks"] += 1
         model, prompt = plan.prompts[-1]
@@ -8034,7 +8166,9 @@ class Upstream:
         [meter] = plan.meters
         with meter.asking(request.characters):
             source = await self.client.send(url, key, owner, data=request.data)
-            stream = EventStream(source, ZaiReader(model), machines, memo, meter)
+            reader = ZaiReader(model, self.limits.answer_size)
+            stream = EventStream(source, reader, machines, memo, meter)
+            stream.on_end = slot.answered
             owner.callback(self.count_repairs, repairs)
             await stream.begin()
             slot.taken()
@@ -8045,7 +8179,7 @@ class Upstream:
     def count_repairs(self, repairs: Iterable[Repair]) -> None:
         for repair in repairs:
             if repair.mended:
-                self.remedies[repair.kind] += repair.mended
+                self.repairs[repair.kind] += repair.mended
 
     async def with_retries(
         self,
@@ -8078,9 +8212,12 @@ class Upstream:
         """Ask until the answer has begun. Raises UpstreamError when there is no next try."""
         while True:
             slot = await queue.acquire(ticket)
-            owner.callback(queue.release, slot)
+            owner.callback(slot.release)
+            asking = attempt(slot, owner)
+            if self.settings.first_token_timeout:
+                asking = self.in_time(asking, ticket, slot)
             try:
-                stream = await attempt(slot, owner)
+                stream = await asking
             except UpstreamError as error:
                 async with owner:  # emptied at the end
                     if is_refusal_for_load(error):
@@ -8094,6 +8231,33 @@ class Upstream:
                 return stream
             if wait:
                 await self.clock.sleep(wait)
+
+    async def in_time(self, asking: Awaitable[R], ticket: Ticket, slot: Slot) -> R:
+        """What asking comes to. Raises SlowAnswerError when Z.ai says nothing for FIRST_TOKEN_TIMEOUT.
+
+        Only if another key or model may do; the last one is waited for.
+        """
+        task = asyncio.ensure_future(asking)
+        try:
+            await asyncio.wait({task}, timeout=self.settings.first_token_timeout)
+            if not (task.done() or slot.is_taken) and self.has_other(ticket, slot):
+                raise SlowAnswerError(TIMEOUT)
+            return await task
+        finally:
+            await end_tasks([task])
+
+    def has_other(self, ticket: Ticket, slot: Slot) -> bool:
+        """Whether another key or another model may answer in place of a slow one."""
+        return ticket.may_leave or self.has_other_key(ticket, slot)
+
+    def has_other_key(self, ticket: Ticket, slot: Slot) -> bool:
+        """Whether a key that has not failed yet has room."""
+        tried = {slot.key, *ticket.failures}
+        try:
+            keys = self.keys.available(ticket.use)
+        except UpstreamError:  # all of them cool down by now
+            return False
+        return any(key not in tried and slot.queue.has_room(key) for key in keys)
 
     def wait_out(self, ticket: Ticket, slot: Slot, error: UpstreamError) -> None:
         """Let a request that was refused for load wait in its place; raise if it has waited enough."""
@@ -8113,6 +8277,11 @@ class Upstream:
         """Update keys after a failure; return the seconds to wait, or raise if there is no next try."""
         last = ticket.failures.get(slot.key)
         ticket.failures[slot.key] = error.kind
+        if isinstance(error, SlowAnswerError):
+            if not self.has_other_key(ticket, slot):
+                raise error
+            self.remedies["other_keys"] += 1
+            return 0
         if self.keys.calls_for_cooldown(error) and error.kind != last:
             self.keys.cool_down(slot.key, ticket.use, error)
             try:
@@ -8125,7 +8294,7 @@ class Upstream:
             self.remedies["other_keys"] += 1
             return 0
         retries = self.settings.max_retries
-        if self.clock.now() - slot.granted_at > LONG_ATTEMPT:
+        if self.clock.now() - slot.granted_at > self.limits.long_attempt:
             retries = min(retries, 1)
         if error.kind not in RETRYABLE or ticket.retries >= retries:
             raise error
@@ -8155,7 +8324,7 @@ class Upstream:
             "keys": len(numbers),
             "resting": cooling,
             "queues": queues,
-            "healed": dict(self.remedies),
+            "healed": {**self.remedies, **self.repairs},
         }
 
     def queue(self, model: str) -> Queue:
@@ -8164,25 +8333,25 @@ class Upstream:
             self.queues = {
                 n: q for n, q in self.queues.items() if n in MODELS or q.in_flight or q.tickets
             }
-            self.queues[model] = Queue(self.keys, self.settings.max_concurrency, self.clock)
+            self.queues[model] = Queue(
+                self.keys, self.settings.max_concurrency, self.clock, self.limits.poll_interval
+            )
         return self.queues[model]
 
 
-MODELS_TTL = 600  # seconds for which Z.ai's list of models is not asked for again
-
-
 class Catalog:
-    """The models this server lists: the table, and Z.ai's list for the first key, asked for once per MODELS_TTL."""
+    """The models this server lists: the table, and Z.ai's list for the first key, asked for now and then."""
 
-    def __init__(self, client: ZaiClient, keys: KeyPool) -> None:
-        self.client, self.keys = client, keys
+    def __init__(self, client: ZaiClient, keys: KeyPool, ttl: float) -> None:
+        """`ttl`: seconds for which Z.ai is not asked again."""
+        self.client, self.keys, self.ttl = client, keys, ttl
         self.models = dict(MODELS)
         self.asked_at = -math.inf
         self.asking: asyncio.Task[None] | None = None
 
     async def list(self, now: float) -> dict[str, Model]:
         """By id. Only the first caller waits for Z.ai; later the list is refreshed in the background."""
-        if now - self.asked_at >= MODELS_TTL:
+        if now - self.asked_at >= self.ttl:
             before, self.asking, self.asked_at = self.asking, asyncio.create_task(self.ask()), now
             if before is None:
                 await asyncio.wait({self.asking})
@@ -8200,21 +8369,19 @@ class Catalog:
                 self.models = MODELS | {model.id: model for model in models}
 
 
-PLANS_TTL = 60  # seconds
-
-
 class PlanQuotas:
-    """What is left of the plans of Z.ai keys; asked for when the dashboard is, at most once in PLANS_TTL."""
+    """What is left of the plans of Z.ai keys; asked for when the dashboard is, now and then."""
 
-    def __init__(self, client: ZaiClient, keys: tuple[ZaiKey, ...]) -> None:
-        self.client, self.keys = client, keys
+    def __init__(self, client: ZaiClient, keys: tuple[ZaiKey, ...], ttl: float) -> None:
+        """`ttl`: seconds for which Z.ai is not asked again."""
+        self.client, self.keys, self.ttl = client, keys, ttl
         self.plans: list[JSON] = []
         self.asked_at = -math.inf
         self.asking: asyncio.Task[None] | None = None
 
     def latest(self, now: float) -> list[JSON]:
         """Z.ai's last answer; the next is fetched in the background."""
-        if now - self.asked_at >= PLANS_TTL:
+        if now - self.asked_at >= self.ttl:
             self.asked_at, self.asking = now, asyncio.create_task(self.ask())
         return self.plans
 
@@ -8387,17 +8554,16 @@ class DatabaseThread:
 class UnsavedResponses:
     """Responses that the database does not have yet; too many, or too large, the oldest are lost."""
 
-    MAX_ROWS = 1_000
-    MAX_SIZE = 64 * 2**20  # bytes
-
-    def __init__(self) -> None:
+    def __init__(self, limits: Limits) -> None:
+        self.limits = limits
         self.rows: dict[str, ResponseRow] = {}  # by id, the oldest first
         self.size = 0  # bytes
 
     def put(self, row: ResponseRow) -> None:
         self.rows[row.id] = row
         self.size += row.size
-        while len(self.rows) > self.MAX_ROWS or self.size > self.MAX_SIZE:
+        limits = self.limits
+        while len(self.rows) > limits.unsaved_rows or self.size > limits.unsaved_size:
             self.drop(next(iter(self.rows)))
 
     def drop(self, response_id: str) -> None:
@@ -8424,21 +8590,18 @@ class UnsavedResponses:
 class Database:
     """One connection in one thread: the event loop never waits for a disk, and nobody waits for long.
 
-    What does not answer within WAIT seconds, or fails, is not asked again for requests until the
+    What does not answer in time, or fails, is not asked again for requests until the
     exchange that runs all the while has succeeded. Counts are written in numbered batches. One that
     was perhaps written before the connection broke is written again under its number, which
     `ztoapi_writers` takes only once.
     """
 
-    INTERVAL = 1.0  # seconds between two looks for something to write
     POLL = 3  # intervals between two reads of what others wrote
-    WAIT = 5.0  # seconds
-    BUSY_TIMEOUT = 2.0  # seconds for which SQLite waits for another process that writes
-    MAX_STORED = 256 * 2**20  # bytes of responses for one account; then the oldest go
 
-    def __init__(self, url: str, unix: Callable[[], float]) -> None:
+    def __init__(self, url: str, unix: Callable[[], float], limits: Limits | None = None) -> None:
         self.url = url
         self.unix = unix
+        self.limits = limits or Limits()
         self.is_postgres = url.startswith("postgres")
         self.in_memory = url == "memory"
         self.path = DATABASE_FILE.parent / url.removeprefix("sqlite:///") if url else DATABASE_FILE
@@ -8449,7 +8612,7 @@ class Database:
         self.hanging: asyncio.Future[Any] | None = None  # the job that did not end in time
         self.has_failed = False  # the last job did
         self.batch = 1
-        self.unsaved = UnsavedResponses()
+        self.unsaved = UnsavedResponses(self.limits)
         self.lock = asyncio.Lock()  # one batch at a time
         self.cleaned_on: date | None = None  # when what is old was looked for
 
@@ -8470,13 +8633,13 @@ class Database:
         return await self.wait_for(job, *arguments, begin=begin)
 
     async def wait_for(self, job: Callable[..., R], *arguments: object, begin: str) -> R:
-        """Do a job. Raises DatabaseError when that fails or takes longer than WAIT."""
+        """Do a job. Raises DatabaseError when that fails or takes too long."""
         if self.hanging and not self.hanging.done():
             raise DatabaseError(NO_ANSWER)
         work = partial(self.transact, job, *arguments, begin=begin)
         done = asyncio.wrap_future(self.thread.submit(work))
         done.add_done_callback(forget_outcome)  # whoever waits may be cancelled, or wait too long
-        finished, _ = await asyncio.wait({done}, timeout=self.WAIT)
+        finished, _ = await asyncio.wait({done}, timeout=self.limits.database_wait)
         if not finished:
             self.hanging = done
             self.has_failed = True
@@ -8494,7 +8657,7 @@ class Database:
         yield
         await end_tasks([task])
         task = asyncio.create_task(self.write_rest(accounts))
-        await asyncio.wait({task}, timeout=self.WAIT + 1)
+        await asyncio.wait({task}, timeout=self.limits.database_wait + 1)
         await end_tasks([task])
         await asyncio.wait({asyncio.wrap_future(self.thread.submit(self.close))}, timeout=1)
 
@@ -8508,7 +8671,7 @@ class Database:
         for number in count():
             if self.is_due(accounts, number):
                 await self.sync(accounts)
-            await asyncio.sleep(self.INTERVAL)
+            await asyncio.sleep(self.limits.database_interval)
 
     def is_due(self, accounts: Accounts, number: int) -> bool:
         """Whether to exchange something at this interval."""
@@ -8665,7 +8828,10 @@ class Database:
             path = self.path
             os.close(os.open(path, os.O_CREAT | os.O_RDWR, 0o600))
         self.connection = self.driver.connect(
-            path, timeout=self.BUSY_TIMEOUT, isolation_level=None, check_same_thread=False
+            path,
+            timeout=self.limits.busy_timeout,
+            isolation_level=None,
+            check_same_thread=False,
         )
         self.execute("PRAGMA journal_mode = WAL")
         self.execute("PRAGMA synchronous = NORMAL")
@@ -8738,9 +8904,9 @@ class Database:
             self.execute(PUT_RESPONSE, *row)
         for account_id in {row.account for row in rows.values()}:
             stored = self.execute(SIZE_OF_ALL, account_id).fetchone()[0] or 0
-            if stored > self.MAX_STORED:
+            if stored > self.limits.stored_size:
                 self.lock_out(MAKING_ROOM)
-                self.execute(DELETE_OLDEST, account_id, self.MAX_STORED)
+                self.execute(DELETE_OLDEST, account_id, self.limits.stored_size)
         has_deleted = any(row.day == DELETED for row in rows.values())
         if has_deleted or self.cleaned_on != today:
             self.clean(today)
@@ -9013,10 +9179,9 @@ class Statistics:
 class ClientHistory:
     """The stored responses of one client key. Those that a request refers to are loaded before it is parsed."""
 
-    MAX_SIZE = MAX_HELD  # bytes; the rest counts as not stored
-
     def __init__(self, database: Database, account_id: str) -> None:
         self.database = database
+        self.max_size = database.limits.loaded_size
         self.account_id = account_id
         self.loaded: dict[str, StoredResponse] = {}
         self.size = 0  # bytes of what was found
@@ -9025,13 +9190,13 @@ class ClientHistory:
         """Raises DatabaseError."""
         if not asked.previous and not asked.others:
             return
-        rows = await self.database.find_responses(self.account_id, asked, self.MAX_SIZE)
+        rows = await self.database.find_responses(self.account_id, asked, self.max_size)
         await in_thread_if_large(sum(row.size for row in rows), self.read, rows)
 
     def read(self, rows: Iterable[ResponseRow]) -> None:
         for row in rows:
             self.size += row.size
-            if self.size <= self.MAX_SIZE:
+            if self.size <= self.max_size:
                 self.loaded[row.id] = StoredResponse(**json.loads(row.body), parent=row.parent)
 
     def get(self, response_id: str) -> StoredResponse | None:
@@ -9062,6 +9227,7 @@ OpenResponse: TypeAlias = "SSEResponse | PassThroughResponse"
 
 
 SETTINGS = web.AppKey("settings", Settings)
+APP_LIMITS = web.AppKey("limits", Limits)
 REDACT = web.AppKey("redact", Redactor)
 IN_FLIGHT: web.AppKey[dict[Any, web.Request]] = web.AppKey(
     "in_flight", dict
@@ -9087,8 +9253,6 @@ Answering = EventStream | MergedStream  # an answer that has begun
 # ======== Streaming out =============================================================================================
 # `SSEResponse` sends an answer piece by piece (`relay`), and comments while Z.ai is silent (`keep_alive`).
 
-MAX_JOINED = 2**23  # bytes of an answer after which its frames are sent one by one
-KEEP_ALIVE_INTERVAL = 15  # seconds of silence after which a stream gets a comment
 EVENT_STREAM = "text/event-stream; charset=utf-8"
 STREAM_HEADERS = {
     "Content-Type": EVENT_STREAM,
@@ -9116,7 +9280,9 @@ class SSEResponse:
         self.own_head = head_of(AnswerInfo("", 0, "", ""), model, request)
         self.response = web.StreamResponse(headers=STREAM_HEADERS)
         self.has_begun = False  # the reply knows the answer's head
-        self.timer = IdleTimer(KEEP_ALIVE_INTERVAL, self.on_idle)
+        limits = request.app[APP_LIMITS]
+        self.joined_size = limits.joined_size
+        self.timer = IdleTimer(limits.keep_alive_interval, self.on_idle)
         self.writing = False  # waiting for the client
         self.keeping_alive: asyncio.Task[None] | None = None
 
@@ -9132,7 +9298,7 @@ class SSEResponse:
 
         `size` is the answer's, in bytes so far.
         """
-        if size < MAX_JOINED:
+        if size < self.joined_size:
             await self.send_together(frames)
             return
         for frame in frames:
@@ -9181,8 +9347,6 @@ class SSEResponse:
 # Bodies come as they were sent, packed or not: aiohttp unpacks none. `body_parts` unpacks the one that a handler reads,
 # step by step, so that others go on meanwhile; what no handler reads costs no more than its own bytes.
 
-READ_TIMEOUT = 30.0  # seconds for a whole head, and for each MIN_READ bytes of a body
-MIN_READ = 2**14
 STEP_INPUT = 2**14  # packed bytes that one step reads
 STEP_OUTPUT = 2**16  # bytes that one step unpacks
 MAX_CODINGS = 3  # one inside the other
@@ -9216,7 +9380,7 @@ def body_parts(request: web.Request) -> AsyncIterator[bytes]:
     """
     limit = request.app[SETTINGS].max_body_mb * 2**20
     codings = request.headers.getall("Content-Encoding", ())
-    parts = limited_parts(BodyReader(request.content), limit)
+    parts = limited_parts(BodyReader(request.content, request.app[APP_LIMITS]), limit)
     if not codings:
         return parts
     return unpacked_parts(parts, unpackers_for(codings, limit))
@@ -9246,13 +9410,14 @@ async def unpacked_parts(
 class BodyReader:
     """Reads a body as it comes, and gives up on a client that stalls.
 
-    It has READ_TIMEOUT seconds for each MIN_READ bytes, so what comes byte by byte gets no more time. Only waiting
+    It has `read_timeout` seconds for each `min_read` bytes, so what comes byte by byte gets no more time. Only waiting
     for the client counts: while Z.ai takes an upload slowly, nothing is read.
     """
 
-    def __init__(self, content: aiohttp.StreamReader) -> None:
+    def __init__(self, content: aiohttp.StreamReader, limits: Limits) -> None:
         self.content = content
-        self.seconds_left = READ_TIMEOUT
+        self.limits = limits
+        self.seconds_left = limits.read_timeout
         self.received = 0  # bytes since it had all these seconds
 
     async def read(self) -> bytes:
@@ -9275,8 +9440,8 @@ class BodyReader:
         part = await asyncio.wait_for(self.content.readany(), self.seconds_left)
         self.seconds_left -= time.monotonic() - began
         self.received += len(part)
-        if self.received >= MIN_READ:
-            self.seconds_left = READ_TIMEOUT
+        if self.received >= self.limits.min_read:
+            self.seconds_left = self.limits.read_timeout
             self.received = 0
         return part
 
@@ -9724,7 +9889,7 @@ async def plan_request(surface: Surface, request: web.Request) -> Asked:
     await history.load(referred_responses(body))
     size = request[RECORD].body_size + history.size
     asked = await in_thread_if_large(size, planned, surface, request, body, history, size)
-    request.app[UPSTREAM].remedies.update(asked.plan.repairs)
+    request.app[UPSTREAM].repairs.update(asked.plan.repairs)
     request.app[ACCOUNTS].check_choices(request[ACCOUNT], asked.plan.n, time.monotonic())
     return asked
 
@@ -10004,9 +10169,11 @@ async def metrics(request: web.Request) -> web.Response:
         for m, figures in models
         for kind in kinds
     )
+    repairs = (({"kind": kind}, n) for kind, n in upstream.repairs.items())
     families = [
         family("build_info", "gauge", [({"version": __version__}, 1)]),
         family("retries_total", "counter", [({}, upstream.remedies["retries"])]),
+        family("repairs_total", "counter", repairs),
         family("requests_total", "counter", requests),
         family("tokens_total", "counter", tokens),
         *(
@@ -10272,7 +10439,7 @@ class PassThroughResponse:
         data, held = b"", 0
         while not data and (part := await self.stream.read()):
             held += len(part)
-            if held > MAX_HELD:
+            if held > self.request.app[APP_LIMITS].answer_size:
                 raise UpstreamError(UNAVAILABLE, TOO_LARGE)
             data = await in_thread_if_large(held, self.reader.feed, part)
         data = data or await in_thread_if_large(held, self.reader.close)
@@ -10407,6 +10574,7 @@ async def error_response(request: web.Request, error: ProxyError) -> web.StreamR
     request[RECORD].error = error.kind.code or error.kind.type
     stream: OpenResponse | None = request.get(STREAM)
     if stream and stream.response.prepared:
+        say_when(error)
         await stream.fail(error)
         return stream.response
     headers = error_headers(error)
@@ -10419,19 +10587,19 @@ async def error_response(request: web.Request, error: ProxyError) -> web.StreamR
     return response
 
 
-SHUTDOWN_GRACE = 30  # seconds that answers in flight have to finish
+def say_when(error: ProxyError) -> None:
+    """Put Retry-After into words, where it is too late for a header. Codex reads these."""
+    if error.retry_after is not None:
+        error.message += f" Try again in {max(1, math.ceil(error.retry_after))} seconds."
 
 
 async def drain(app: web.Application) -> None:
     """Before the server stops: let answers in flight finish for a while, then end them too."""
     in_flight = app[IN_FLIGHT]
+    grace = app[APP_LIMITS].shutdown_grace
     if in_flight:
-        LOG.info(
-            "stopping: waiting at most %d s for answers in flight: %d",
-            SHUTDOWN_GRACE,
-            len(in_flight),
-        )
-    for seconds in (SHUTDOWN_GRACE, 2):
+        LOG.info("stopping: waiting at most %d s for answers in flight: %d", grace, len(in_flight))
+    for seconds in (grace, 2):
         if in_flight:
             await asyncio.wait(list(in_flight), timeout=seconds)
         end_answers(app)
@@ -10467,7 +10635,6 @@ async def obey_signals(app: web.Application) -> None:
 # `serve_as_here` gives an app's servers these connections; nothing in aiohttp itself is changed.
 # requirements.txt lists what is used of aiohttp without being documented.
 
-CHECK_INTERVAL = 5.0  # seconds
 MAX_HEAD = 2**15  # bytes
 MAX_REFUSED_HEAD = 2**18  # bytes of a larger head that are taken before it is refused
 END_OF_HEAD = b"\r\n\r\n"
@@ -10483,10 +10650,8 @@ def descriptor_limit() -> int:
     return sys.maxsize
 
 
-MAX_DESCRIPTORS = descriptor_limit()
-BACKLOG = min(
-    1024, MAX_DESCRIPTORS // 8
-)  # connections accepted before the first of them is looked at
+# Connections accepted before the first of them is looked at.
+BACKLOG = min(1024, descriptor_limit() // 8)
 
 
 def serve_as_here(app: web.Application) -> None:
@@ -10504,7 +10669,7 @@ def serve_as_here(app: web.Application) -> None:
 class ClientServer(web.Server):
     """Accepts clients, and ends connections that only take up room.
 
-    Those are: without a whole head for READ_TIMEOUT, with a client that reads nothing for UPSTREAM_TIMEOUT, and,
+    Those are: without a whole head for `read_timeout`, with a client that reads nothing for UPSTREAM_TIMEOUT, and,
     before file descriptors run out, those without a request, the longest silent first.
     """
 
@@ -10517,6 +10682,8 @@ class ClientServer(web.Server):
             handler, loop=loop, request_factory=request_factory, handler_cancellation=True
         )
         self.app = app
+        self.limits = app[APP_LIMITS]
+        self.max_descriptors = self.limits.max_descriptors or descriptor_limit()
         self.loop = loop
         self.how = {
             **how,
@@ -10533,9 +10700,9 @@ class ClientServer(web.Server):
     def connection_made(self, handler: web.RequestHandler, transport: asyncio.Transport) -> None:
         super().connection_made(handler, transport)
         if self.next_check is None:
-            self.next_check = self.loop.call_later(CHECK_INTERVAL, self.check)
+            self.next_check = self.loop.call_later(self.limits.check_interval, self.check)
         descriptor = transport.get_extra_info("socket").fileno()  # always the lowest free number
-        if descriptor > MAX_DESCRIPTORS * 3 // 4:
+        if descriptor > self.max_descriptors * 3 // 4:
             self.make_room()
 
     def without_request(self) -> list[ClientConnection]:
@@ -10561,7 +10728,7 @@ class ClientServer(web.Server):
         for connection in cast("list[ClientConnection]", self.connections):
             connection.check_reader(now, self.app[SETTINGS].upstream_timeout)
         if self.connections:
-            self.next_check = self.loop.call_later(CHECK_INTERVAL, self.check)
+            self.next_check = self.loop.call_later(self.limits.check_interval, self.check)
 
     def pre_shutdown(self) -> None:
         """Closes what is idle: aiohttp would leave it open until all answers are finished."""
@@ -10575,14 +10742,15 @@ class ClientConnection(web.RequestHandler):
 
     def __init__(self, server: ClientServer, **how: Any) -> None:
         super().__init__(server, **how)
+        self.read_timeout = server.limits.read_timeout
         self.last_received_at = time.monotonic()
         self.head = b""  # what has come of a request's head, until it is whole
-        self.head_due = self.last_received_at + READ_TIMEOUT  # when it must be whole
+        self.head_due = self.last_received_at + self.read_timeout  # when it must be whole
         self.latest: Any = None  # the latest request that was parsed, with its body
         self.body: aiohttp.StreamReader = aiohttp.EMPTY_PAYLOAD  # the latest request's
         self.is_refused = False  # the parser could not read what came
         self.unsent_bytes = 0  # that the client had not taken at the last check
-        self.unsent_since = 0.0  # since when they have been so many
+        self.last_taken_at = self.last_received_at  # when it had taken some, or all
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         # aiohttp's own reference ends before the connection does
@@ -10610,7 +10778,7 @@ class ClientConnection(web.RequestHandler):
             self.latest = self._messages[-1]
             self.begin_request(*self.latest)
         elif self.head and self.head_due == math.inf:
-            self.head_due = self.last_received_at + READ_TIMEOUT
+            self.head_due = self.last_received_at + self.read_timeout
 
     def begin_request(self, message: Any, body: aiohttp.StreamReader) -> None:
         if isinstance(message, RawRequestMessage):
@@ -10624,13 +10792,16 @@ class ClientConnection(web.RequestHandler):
             self.body.set_exception(web.RequestPayloadError())
 
     def check_reader(self, now: float, patience: float) -> None:
-        """Ends the connection when the client has read nothing for so many seconds."""
+        """Ends the connection when the client has read nothing for so many seconds.
+
+        What waits for it may grow meanwhile; it shrinks, between some two looks, where a client reads.
+        """
         unsent = self.client.get_write_buffer_size()
-        if not unsent or unsent != self.unsent_bytes:
-            self.unsent_bytes = unsent
-            self.unsent_since = now
-        elif now - self.unsent_since > patience:
+        if not unsent or unsent < self.unsent_bytes:
+            self.last_taken_at = now
+        elif now - self.last_taken_at > patience:
             self.client.abort()
+        self.unsent_bytes = unsent
 
     async def finish_response(
         self, request: web.BaseRequest, resp: web.StreamResponse, start_time: float | None
@@ -10707,7 +10878,9 @@ API = r"/{prefix:/*(?:(?:v1|api/v1|api/paas/v4)/+)*}"  # clients use any of thes
 END = r"{slash:/*}"
 
 
-def create_app(settings: Settings | None = None, clock: Clock | None = None) -> web.Application:
+def create_app(
+    settings: Settings | None = None, limits: Limits | None = None, clock: Clock | None = None
+) -> web.Application:
     """The server as an aiohttp application. Without settings, as process managers call it, it reads the environment."""
     failed = (
         2 if settings else 3
@@ -10715,12 +10888,14 @@ def create_app(settings: Settings | None = None, clock: Clock | None = None) -> 
     if settings is None:
         settings = settings_or_exit({}, failed)
         set_up_log(settings)
+    limits = limits or Limits()
     clock = clock or Clock()
-    database = database_or_exit(settings, clock, failed)
+    database = database_or_exit(settings, limits, clock, failed)
     limit = settings.max_body_mb * 2**20
     app = web.Application(middlewares=[log_requests, local_only], client_max_size=limit)
     serve_as_here(app)
     app[SETTINGS], app[REDACT] = settings, redactor(settings)
+    app[APP_LIMITS] = limits
     app[IN_FLIGHT] = {}
     app[CLOCK], app[STATISTICS] = clock, Statistics(time.monotonic())
     app[ACCOUNTS], app[DATABASE] = Accounts(settings.default_key), database
@@ -10780,11 +10955,13 @@ def add_route(app: web.Application, method: str, path: str, handler: Handler) ->
 async def connect(app: web.Application) -> AsyncIterator[None]:
     """Opens what lives as long as the app: the session to Z.ai and what uses it."""
     settings = app[SETTINGS]
-    async with new_session(settings) as session:
-        client = ZaiClient(session, settings)
-        app[UPSTREAM] = Upstream(settings, client, app[CLOCK])
-        app[CATALOG] = Catalog(client, app[UPSTREAM].keys)
-        app[PLANS] = PlanQuotas(client, () if settings.demo else settings.zai_keys)
+    limits = app[APP_LIMITS]
+    async with new_session(settings, limits) as session:
+        client = ZaiClient(session, settings, limits)
+        app[UPSTREAM] = Upstream(settings, limits, client, app[CLOCK])
+        app[CATALOG] = Catalog(client, app[UPSTREAM].keys, limits.models_ttl)
+        keys_with_plans = () if settings.demo else settings.zai_keys
+        app[PLANS] = PlanQuotas(client, keys_with_plans, limits.plans_ttl)
         async with app[DATABASE].running(app[ACCOUNTS]):
             yield
         await end_tasks(filter(None, (app[CATALOG].asking, app[PLANS].asking)))
@@ -10823,14 +11000,15 @@ class RedactingFormatter(logging.Formatter):
 
 
 class BackgroundHandler(logging.Handler):
-    """Writes the log in a thread: a reader who stalls stops only the log, and loses what MAX_WAITING cannot hold."""
+    """Writes the log in a thread: a reader who stalls stops only the log, and loses what there is no room for."""
 
-    MAX_WAITING = 2**23  # characters
     DROPPED = "{} lines were dropped here, because they could not be written\n"
 
-    def __init__(self, descriptor: int) -> None:
+    def __init__(self, descriptor: int, max_waiting: int = 2**23) -> None:
+        """`max_waiting` is in characters."""
         super().__init__()
         self.descriptor = descriptor
+        self.max_waiting = max_waiting
         self.lines: SimpleQueue[str] = SimpleQueue()
         self.added = self.written = 0  # characters
         self.dropped = 0  # lines
@@ -10838,7 +11016,7 @@ class BackgroundHandler(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         line = self.format(record) + "\n"
-        if self.added - self.written > self.MAX_WAITING:
+        if self.added - self.written > self.max_waiting:
             self.dropped += 1
             return
         if self.dropped:
@@ -10936,9 +11114,10 @@ def settings_or_exit(flags: Mapping[str, str], status: int = 2) -> Settings:
         exit_with_error(error, status)
 
 
-def database_or_exit(settings: Settings, clock: Clock, status: int) -> Database:
+def database_or_exit(settings: Settings, limits: Limits, clock: Clock, status: int) -> Database:
     """The database, connected if it was named or exists. Exits with one line and the status if that fails."""
-    database = Database("memory" if settings.demo else settings.database_url, clock.unix)
+    url = "memory" if settings.demo else settings.database_url
+    database = Database(url, clock.unix, limits)
     try:
         if settings.database_url or database.exists:
             database.transact(database.list_accounts, begin=READ)
@@ -11216,8 +11395,9 @@ async def diagnose(settings: Settings) -> AsyncIterator[Finding]:
     if not settings.zai_api_key:
         yield Finding("key", ZAI_API_KEY_MISSING.message, good=False)
         return
-    async with new_session(settings) as session:
-        client, accepted = ZaiClient(session, settings), False
+    limits = Limits()
+    async with new_session(settings, limits) as session:
+        client, accepted = ZaiClient(session, settings, limits), False
         for number, key in enumerate(settings.zai_keys, 1):
             finding = await check_key(client, f"key {number}", key)
             yield finding
@@ -11229,7 +11409,9 @@ async def diagnose(settings: Settings) -> AsyncIterator[Finding]:
             ):  # the other keys would fail in the same way
                 return
         if accepted:
-            yield await check_chat(Upstream(replace(settings, max_retries=0), client, Clock()))
+            yield await check_chat(
+                Upstream(replace(settings, max_retries=0), limits, client, Clock())
+            )
 
 
 async def check_key(client: ZaiClient, what: str, key: ZaiKey) -> Finding:
@@ -11467,7 +11649,6 @@ UNLOGGED_PATHS = (
     DEMO_PATH,
     "/dashboard/stats",
 )  # often requested by the program itself and its pages
-DEMO_PACE = 0.03  # seconds between words
 
 
 async def demo_models(_: web.Request) -> web.Response:
@@ -11494,7 +11675,7 @@ async def demo_chat(request: web.Request) -> web.StreamResponse:
         await response.write(
             sse([head | {"choices": [{"index": 0, "delta": {"role": "assistant", **delta}}]}])
         )
-        await asyncio.sleep(DEMO_PACE if body.get("stream") else 0)
+        await asyncio.sleep(request.app[APP_LIMITS].demo_pace if body.get("stream") else 0)
     await response.write(sse([head | demo_last(body, deltas), "[DONE]"]))
     return response
 

@@ -15,6 +15,7 @@ import errno
 import gc
 import gzip
 import hashlib
+import html
 import io
 import json
 import math
@@ -4755,9 +4756,9 @@ DOCUMENT = json.dumps(
 class Mended:
     """Z.ai's bytes as mended events."""
 
-    def __init__(self, model="glm-4.6", tools=(), *, wants_json=False, quoted=frozenset()):
+    def __init__(self, model="glm-4.6", tools=(), *, wants_json=False, quoted="", **more):
         offered = {tool["function"]["name"]: tool["function"]["parameters"] for tool in tools}
-        needs = ztoapi.RepairNeeds(MODELS[model], "7", offered, wants_json, quoted)
+        needs = ztoapi.RepairNeeds(MODELS[model], "7", offered, wants_json, quoted, **more)
         self.reader = ZaiReader(MODELS[model])
         self.chain = ztoapi.RepairChain(ztoapi.repairs_for(needs))
 
@@ -4792,6 +4793,108 @@ def summed(events):
 def test_a_stream_gives_its_events_wherever_it_is_cut(data, wanted):
     for parts in cuts(data):
         assert read_all(parts) == wanted
+
+
+def outcome(events):
+    """What events add up to: reasoning, text, the calls, the finish."""
+    choice = ztoapi.Answer(events).choices[0]
+    calls = [(call.id, call.name, call.arguments) for call in choice.tool_calls]
+    return choice.thought, choice.text, calls, choice.finish
+
+
+def chunk_of(*deltas):
+    """Deltas as stream_of and document_of take them; a text alone is content."""
+    return [delta if isinstance(delta, dict) else {"content": delta} for delta in deltas]
+
+
+def message_of(deltas):
+    """The message of a whole answer that says the same as these deltas."""
+    message = {"role": "assistant"}
+    for delta in chunk_of(*deltas):
+        for name, value in delta.items():
+            message[name] = message[name] + value if name in message else value
+    return message
+
+
+def outcomes_of(deltas, reason="stop", **asked):
+    """What comes of an answer: whole, streamed at once, cut anywhere, and byte by byte; each once."""
+    answers = [[document_of(message_of(deltas), reason)]]
+    answers += cuts(stream_of(*chunk_of(*deltas), finish(reason)))
+    found = []
+    for parts in answers:
+        this = outcome(read_all(parts, **asked))
+        if this not in found:
+            found.append(this)
+    return found
+
+
+def says(text="", thought="", calls=(), finish="stop"):
+    """What must come of an answer, however it comes."""
+    return [(thought, text, list(calls), finish)]
+
+
+@pytest.mark.parametrize(
+    ("deltas", "wanted"),
+    [
+        (["a\ud83d", "\ude00b"], says("a😀b")),
+        (["\ud83d", "\ude00"], says("😀")),
+        (["a\ud83d", "b\ude00"], says("a\ufffdb\ufffd")),
+        (["a\ud83d"], says("a\ufffd")),
+        (["\ud83d", "\ud83d", "\ude00"], says("\ufffd😀")),
+        ([{"reasoning_content": "\ud83d"}, "\ude00"], says("\ufffd", "\ufffd")),
+        ([{"reasoning_content": "\ud83d"}, {"reasoning_content": "\ude00"}], says("", "😀")),
+        (["한글 \ud55c", "\ud7a3"], says("한글 한힣")),
+    ],
+    ids=["two", "alone", "apart", "no other", "the second", "thought", "thoughts", "Korean"],
+)
+def test_half_a_character_waits_for_its_other_half(deltas, wanted):
+    data = json.dumps  # escapes what UTF-8 has not
+    chunks = [{"id": "7", "choices": [{"delta": delta}]} for delta in chunk_of(*deltas)]
+    frames = [f"data: {data(chunk)}\n\n" for chunk in (*chunks, finish())]
+    for parts in cuts("".join(frames).encode()):
+        assert [outcome(read_all(parts))] == wanted
+
+
+def test_half_a_character_is_whole_in_a_whole_answer_too():
+    assert outcome(read_all([document_of({"content": "\ud83d\ude00\ud83d"})]))[1] == "😀\ufffd"
+
+
+@pytest.mark.parametrize(
+    ("pieces", "wanted"),
+    [
+        (['{"a":"\ud83d', '\ude00"}'], '{"a":"😀"}'),
+        (['{"a":"\ud83d', "", '\ude00"}'], '{"a":"😀"}'),
+        (['{"a":"\ud83d', '"}'], '{"a":"\ufffd"}'),
+    ],
+)
+def test_half_a_character_in_arguments_waits_for_its_other_half(pieces, wanted):
+    first, *others = pieces
+    deltas = [
+        piece(id="a", index=0, function=named("f", first)),
+        *(piece(index=0, function={"arguments": more}) for more in others),
+    ]
+    frames = [f"data: {json.dumps({'choices': [{'delta': delta}]})}\n\n" for delta in deltas] + [
+        f"data: {json.dumps(finish())}\n\n"
+    ]
+    for parts in cuts("".join(frames).encode()):
+        assert outcome(read_all(parts))[2] == [("a", "f", wanted)]
+
+
+def test_no_text_gets_out_as_half_a_character():
+    reader = Mended()
+    deltas = ({"content": text} for text in ("a\ud83d", "\ude00b"))
+    heard = []
+    for delta in deltas:
+        frame = f"data: {json.dumps({'choices': [{'delta': delta}]})}\n\n"
+        heard.append(list(reader.feed(frame.encode())))
+    assert heard == [[Text("a")], [Text("😀b")]]
+
+
+@pytest.mark.parametrize("word", ["\ud83d", "x\ude00"])
+def test_what_a_search_found_has_no_half_a_character(word):
+    document = json.loads(document_of(HI)) | {"web_search": [FOUND | {"title": word}]}
+    (found,) = read_all([json.dumps(document).encode()])[1].results
+    assert found["title"] == word.replace("\ud83d", "\ufffd").replace("\ude00", "\ufffd")
 
 
 def test_a_whole_answer_without_a_finish_reason_is_complete():
@@ -4906,6 +5009,7 @@ def named(name, arguments=""):
     return {"name": name, "arguments": arguments}
 
 
+READ_PIECE = piece(index=0, id="c1", function=named("read", "{}"))
 SPENT = {"usage": {"prompt_tokens": 1, "completion_tokens": 2, "total_tokens": 3}}
 HI = {"role": "assistant", "content": "hi"}
 HI_EVENTS = [Text("hi"), Usage(1, 2, 3), Finish("stop")]
@@ -4937,6 +5041,30 @@ HI_EVENTS = [Text("hi"), Usage(1, 2, 3), Finish("stop")]
 def test_what_zai_leaves_out_or_says_twice(data, wanted):
     for parts in cuts(data):
         assert read_all(parts) == wanted
+
+
+@pytest.mark.parametrize(
+    ("deltas", "wanted"),
+    [
+        ([{"content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]}], says("ab")),
+        ([{"content": ["a", {"text": "b"}]}, {"content": ["c"]}], says("abc")),
+        ([{"content": [{"type": "output_text", "text": "a"}]}], says("a")),
+        ([{"content": [{"type": "thinking", "thinking": "hm"}, None, 7, "a"]}], says("a")),
+        ([{"content": [{"type": "text", "text": 7}]}, {"content": ["a"]}], says("a")),
+        ([{"reasoning": "hm"}, "a"], says("a", "hm")),
+        ([{"reasoning": "no", "reasoning_content": "hm"}, "a"], says("a", "hm")),
+        ([{"reasoning": {"summary": "hm"}}, "a"], says("a")),
+        ([{"content": {"text": "no"}}], says()),
+    ],
+)
+def test_text_and_reasoning_in_another_shape_are_read(deltas, wanted):
+    assert outcomes_of(deltas) == wanted
+
+
+@pytest.mark.parametrize("reason", ["", None])
+def test_an_empty_finish_reason_is_none(reason):
+    for parts in cuts(stream_of(HI, finish(reason), HI, finish("length"))):
+        assert outcome(read_all(parts)) == ("", "hihi", [], "length")
 
 
 ONE, TWO = stream_of(HI, done="").strip(), stream_of({"content": "你"}, done="").strip()
@@ -4976,6 +5104,48 @@ def test_a_torn_frame_is_dropped_and_counted_and_the_whole_one_used(line, words,
         events = [event for part in parts for event in reader.feed(part)] + list(reader.close())
         assert events == [*map(Text, words), Finish("stop")]
         assert reader.torn == torn
+
+
+def frame_of(answer_id, delta):
+    """A whole frame of the answer with this id."""
+    chunk = {"id": answer_id, "choices": [{"index": 0, "delta": delta}]}
+    return f"data: {json.dumps(chunk)}".encode()
+
+
+THINKS, ANSWERS = {"reasoning_content": "hm"}, {"content": "hi"}
+FINISHED = b"\n\ndata: " + json.dumps(finish() | {"id": None}).encode() + b"\n\n"
+
+
+@pytest.mark.parametrize(
+    ("frames", "wanted"),
+    [
+        ([("A", THINKS), None, ("B", THINKS), ("B", ANSWERS)], says("hi", "hmhm")),
+        ([None, ("B", THINKS), ("B", ANSWERS)], says("hi", "hm")),
+        ([("A", THINKS), None, ("B", THINKS), None, ("C", ANSWERS)], says("hi", "hmhm")),
+        ([("A", {"content": "\n"}), None, ("B", ANSWERS)], says("hi")),
+        ([("B", ANSWERS), None, ("B", ANSWERS)], says("hihi")),
+        ([("A", ANSWERS), ("B", ANSWERS)], says("hihi")),
+        ([("B", ANSWERS), None, (None, ANSWERS)], says("hihi")),
+        ([("A", ANSWERS), None, ("B", ANSWERS)], None),
+        ([("A", THINKS), ("A", READ_PIECE), None, ("B", THINKS)], None),
+        ([("A", THINKS), None, ("B", ANSWERS), None, ("C", ANSWERS)], None),
+    ],
+    ids=[
+        *("after reasoning", "at first", "twice", "after a line end"),
+        *("no other id", "nothing torn", "no id"),
+        *("after text", "after a call", "twice, after text"),
+    ],
+)
+def test_an_answer_that_begins_again_goes_on_only_where_nothing_was_said(frames, wanted):
+    torn = frame_of("Z", THINKS)[:-20]
+    data = b"\n\n".join(frame_of(*frame) if frame else torn for frame in frames)
+    for parts in cuts(data.replace(torn + b"\n\n", torn) + FINISHED):
+        if wanted:
+            assert [outcome(read_all(parts))] == wanted
+            continue
+        with pytest.raises(UpstreamError, match="began another one") as failed:
+            read_all(parts)
+        assert failed.value.kind in ztoapi.SHOULD_RETRY
 
 
 def test_an_error_glued_to_a_torn_frame_is_an_error():
@@ -5176,6 +5346,334 @@ def test_tool_calls_are_healed(pieces, wanted, as_document):
         ] == list(range(len(wanted)))
 
 
+def tool(name, required=(), /, **properties):
+    parameters = {"type": "object", "properties": properties, "required": list(required)}
+    return {"type": "function", "function": {"name": name, "parameters": parameters}}
+
+
+def calls(*pairs):
+    """A delta with whole calls: names and arguments."""
+    pieces = []
+    for index, (name, arguments) in enumerate(pairs):
+        pieces.append({"id": f"c{index}", "index": index, "function": named(name, arguments)})
+    return {"tool_calls": pieces}
+
+
+def calls_of(*pairs):
+    """What must come of calls."""
+    made = [(f"c{index}", name, arguments) for index, (name, arguments) in enumerate(pairs)]
+    return says("", "", made, "tool_calls")
+
+
+READ_AGAIN = piece(index=0, id="c0", type="function", function=named("read", '{"a": 1}'))
+TWO_TOOLS = {
+    "tools": [OFFERED, {"type": "function", "function": {"name": "read_all", "parameters": {}}}]
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "wanted"),
+    [
+        ("read</arg_value>", "read"),
+        ("read\n", "read"),
+        ("read_all\r\n ", "read_all"),
+        ("read <tool_call>", "read"),
+        ("read<tool_call>read_all", "read"),
+        ("read", "read"),
+        ("readx</arg_value>", "readx</arg_value>"),
+        ("\nread", "\nread"),
+        ("<arg_key>read", "<arg_key>read"),
+        ("read.", "read."),
+        ("reading all", "reading all"),
+    ],
+)
+def test_remnants_of_the_template_leave_the_name_of_a_call(name, wanted):
+    assert outcomes_of([calls((name, '{"a":1}'))], **TWO_TOOLS) == calls_of((wanted, '{"a":1}'))
+    begun = [
+        piece(id="c0", index=0, function=named(name)),
+        piece(index=0, function={"arguments": "{}"}),
+    ]
+    assert outcomes_of(begun, **TWO_TOOLS) == calls_of((wanted, "{}"))
+
+
+def test_without_tools_a_name_stays_as_it_is():
+    assert outcomes_of([calls(("read\n", "{}"))]) == calls_of(("read\n", "{}"))
+
+
+def pieces_of(*arguments, name="read"):
+    """A call whose arguments come in these pieces, as deltas."""
+    first, *others = arguments
+    begun = piece(index=0, id="c0", type="function", function=named(name, first))
+    return [begun, *(piece(index=0, function={"arguments": more}) for more in others)]
+
+
+A, B = '{"a":1}', '{"b": [{"c": "}{"}]}'
+
+
+@pytest.mark.parametrize(
+    ("deltas", "wanted"),
+    [
+        (pieces_of(A, A), calls_of(("read", A))),
+        (pieces_of(A + A), calls_of(("read", A))),
+        (pieces_of('{"a"', ":1}", '{"a"', ": 1 }"), calls_of(("read", A))),
+        (pieces_of(A, "\n", A, A), calls_of(("read", A + "\n"))),
+        (pieces_of("{}", A), calls_of(("read", A))),
+        (pieces_of("{}" + A), calls_of(("read", A))),
+        (pieces_of("{", "}", '{"a"', ":1}"), calls_of(("read", A))),
+        (pieces_of("{}", "{}"), calls_of(("read", "{}"))),
+        (pieces_of("{ }{}{}"), calls_of(("read", "{ }"))),
+        (pieces_of("{}", "{}", A, A), calls_of(("read", A))),
+        (pieces_of(B, B), calls_of(("read", B))),
+        ([calls(("read", A)), READ_AGAIN], calls_of(("read", A))),
+    ],
+)
+def test_arguments_that_are_sent_twice_are_sent_once(deltas, wanted):
+    assert outcomes_of(deltas, "tool_calls", **TWO_TOOLS) == wanted
+
+
+@pytest.mark.parametrize(
+    ("deltas", "wanted"),
+    [
+        (pieces_of(A, B), [("c0", "read", A), ("c0_1", "read", B)]),
+        (pieces_of(A + B), [("c0", "read", A), ("c0_1", "read", B)]),
+        (pieces_of(A + B + A + B), [("c0", "read", A), ("c0_1", "read", B)]),
+        (pieces_of("{}" + A + "\n" + B), [("c0", "read", A), ("c0_1", "read", B)]),
+        (
+            [*pieces_of(A, B), piece(index=1, id="c0_1", function=named("read_all", "{}"))],
+            [("c0", "read", A), ("c0_1", "read", B), ("c0_1_2", "read_all", "{}")],
+        ),
+        (
+            [piece(index=0, id="c0", function=named("read", more)) for more in (A, B)],
+            [("c0", "read", A), ("c0_1", "read", B)],
+        ),
+    ],
+)
+def test_other_arguments_for_one_call_are_another_call(deltas, wanted):
+    assert outcomes_of(deltas, "tool_calls", **TWO_TOOLS) == says("", "", wanted, "tool_calls")
+
+
+@pytest.mark.parametrize(
+    "pieces",
+    [
+        [A, B[:-1]],
+        [A, "}", A],
+        [A, ",", B],
+        [A, "{a}"],
+        ["[1]", "[1]"],
+        ['"x"', '"x"'],
+        ["x{}", "{}"],
+        ['{"a":"{}', '{}"', "}"],
+        ["{", '"a":{}', "}"],
+        ["{}", "x"],
+    ],
+)
+def test_other_arguments_stay_as_they_are(pieces):
+    wanted = calls_of(("read", "".join(pieces)))
+    assert outcomes_of(pieces_of(*pieces), "tool_calls", **TWO_TOOLS) == wanted
+    assert outcomes_of(pieces_of("".join(pieces)), "tool_calls", **TWO_TOOLS) == wanted
+    assert outcomes_of(pieces_of(*"".join(pieces)), "tool_calls", **TWO_TOOLS) == wanted
+
+
+def test_the_first_arguments_stream_on_as_they_come():
+    reader = Mended(**TWO_TOOLS)
+    heard = [
+        [event.arguments for event in reader.feed(stream_of(delta, done=""))]
+        for delta in pieces_of("", "{", '"a', '":', "1", "}", "{", '"a', '":2}')
+    ]
+    assert heard == [[""], ["{"], ['"a'], ['":'], ["1"], ["}"], [], [], ['{"a":2}']]
+
+
+def test_doubled_arguments_of_megabytes_are_read_in_linear_time():
+    def read(size):
+        reader = ztoapi.ObjectReader()
+        parts = ['{"a":"', *[r"\n{}\""] * size, '"}'] * 2
+        assert len([out for part in parts for out in reader.feed(part)]) >= size
+
+    few, many = (seconds_of(read, size) for size in (2**13, 2**15))
+    assert many < 10 * few
+
+
+def arguments_outcomes(arguments, reason="tool_calls", name="read", **asked):
+    """What comes of a call with these arguments: in one piece, cut at each place, and character by character."""
+    cuts_of_it = [[arguments], list(arguments)]
+    cuts_of_it += ([arguments[:at], arguments[at:]] for at in range(1, len(arguments)))
+    found = []
+    for pieces in cuts_of_it:
+        data = stream_of(*pieces_of(*pieces, name=name), finish(reason))
+        (made,) = outcome(read_all([data], **asked))[2]
+        if made not in found:
+            found.append(made)
+    assert outcomes_of(pieces_of(arguments, name=name), reason, **asked)[0][2] == found[:1]
+    return [text for _, _, text in found]
+
+
+def pair(key, value):
+    return f"<arg_key>{key}</arg_key>\n<arg_value>{value}</arg_value>\n"
+
+
+FIND = tool("find", ["path"], path={"type": "string"}, n={"$ref": "#/$defs/n"}, all={})
+FIND["function"]["parameters"]["$defs"] = {"n": {"type": "integer"}}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "wanted"),
+    [
+        (pair("path", "/a"), '{"path":"/a"}'),
+        (pair("path", "7") + pair("n", "7") + "{}", '{"path":"7","n":7}'),
+        (
+            pair("path", "") + pair("all", '{"x": [1]}') + "</tool_call>",
+            '{"path":"","all":{"x":[1]}}',
+        ),
+        (f"\n{pair(' path ', '<b>')}\n{{ }}", '{"path":"<b>"}'),
+        (pair("path", "/a") + "null", '{"path":"/a"}'),
+        ('```json\n{"path": "/a"}\n```', '{"path": "/a"}'),
+        ('```\n{"path":\n"```"}```\n', '{"path":\n"```"}'),
+        ("\n```JSON\r\n{}\r\n```", "{}"),
+        ('``` \n {"a":1}\n ```', '{"a":1}'),
+        ("null", "{}"),
+        (" null\n", "{}"),
+        ("\nnull", "{}"),
+        ("null ", "{}"),
+    ],
+)
+def test_arguments_that_are_no_object_are_made_one(arguments, wanted):
+    assert arguments_outcomes(arguments, name="find", tools=[FIND]) == [wanted]
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        pair("path", "/a") + '{"n":1}',
+        pair("path", "/a") + "and more",
+        pair("path", "/a").replace("</arg_value>", ""),
+        "<arg_key>path</arg_key>/a",
+        "<arg_keys>",
+        '{"path":"<arg_key>x</arg_key><arg_value>y</arg_value>"}',
+        "```json\n{}",
+        "```json\n{}\n```\nThat is it.",
+        "```\n/a\n```",
+        '{"path":"```json\\n{}\\n```"}',
+        "nul",
+        "null,",
+        "nullable",
+        '"null"',
+        "[null]",
+    ],
+)
+def test_arguments_that_are_neither_objects_nor_plainly_meant_as_such_stay(arguments):
+    assert arguments_outcomes(arguments, name="find", tools=[FIND]) == [arguments]
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "wanted"),
+    [
+        (f"find{pair('path', '/a')}", "{}", '{"path":"/a"}'),
+        (f"find\n{pair('path', '/a')}</tool_call>", "", '{"path":"/a"}'),
+        ("find<arg_key>", pair("path", "/a").removeprefix("<arg_key>"), '{"path":"/a"}'),
+        ("find</arg_value>", "{}", "{}"),
+    ],
+)
+def test_arguments_in_the_name_of_a_call_are_its_arguments(name, arguments, wanted):
+    delta = {"tool_calls": [{"id": "c0", "index": 0, "function": named(name, arguments)}]}
+    assert outcomes_of([delta], tools=[FIND]) == calls_of(("find", wanted))
+    begun = [
+        piece(index=0, id="c0", function=named(name)),
+        piece(index=0, function={"arguments": arguments}),
+    ]
+    assert outcomes_of(begun, tools=[FIND]) == calls_of(("find", wanted))
+
+
+def test_the_arguments_of_two_calls_are_held_each_for_itself():
+    first, second = pair("path", "/a"), '{"path":"/b"}'
+    deltas = [calls(("find", first), ("find", second))]
+    wanted = calls_of(("find", '{"path":"/a"}'), ("find", second))
+    assert outcomes_of(deltas, tools=[FIND]) == wanted
+
+
+@pytest.mark.parametrize(
+    ("arguments", "wanted"),
+    [
+        ('{"path":"/a"', '{"path":"/a"}'),
+        ('{"path":"/a",', '{"path":"/a"}'),
+        ('{"path":"/a"} , ', '{"path":"/a"} '),
+        ('{"path":"/a","all":[{"x":["y"', '{"path":"/a","all":[{"x":["y"]}]}'),
+        ('{"path":"/a","all":[1]\n', '{"path":"/a","all":[1]\n}'),
+        ('{"path":"}]\\"{"', '{"path":"}]\\"{"}'),
+        ('{"all":{},"path":"/a,"', '{"all":{},"path":"/a,"}'),
+        ('{"path":"/a","all":{"x":"y",', '{"path":"/a","all":{"x":"y"}}'),
+    ],
+)
+def test_arguments_that_are_not_finished_are_closed(arguments, wanted):
+    assert arguments_outcomes(arguments, name="find", tools=[FIND]) == [wanted]
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        '{"path":"/a","n":1',
+        '{"path":"/a","all":true',
+        '{"path":"/a","n"',
+        '{"path":"/a","n":',
+        '{"path":"/a',
+        '{"path":"/a\\',
+        '{"all":"x"',
+        '{"path":"/a",,',
+        '{"path":"/a",}',
+        '{"path":"/a"]',
+        '{"path":"/a"}}',
+        '{"path":"/a"} x,',
+        '{path:"/a"',
+        '["/a"',
+        '"/a",',
+        "{",
+        ",",
+        '{"path":"/a, ", "all": [1, 2]}  ',
+    ],
+)
+def test_other_broken_arguments_stay_as_they_are(arguments):
+    assert arguments_outcomes(arguments, name="find", tools=[FIND]) == [arguments]
+
+
+@pytest.mark.parametrize("reason", ["length", "model_context_window_exceeded"])
+def test_arguments_that_were_cut_off_are_not_closed(reason):
+    cut = '{"path":"/a",'
+    assert arguments_outcomes(cut, reason, "find", tools=[FIND]) == [cut]
+    assert arguments_outcomes(cut[:-1], reason, "find", tools=[FIND]) == [cut[:-1]]
+    assert arguments_outcomes('{"path":"/a"},', reason, "find", tools=[FIND]) == ['{"path":"/a"}']
+
+
+def test_calls_whose_pieces_alternate_are_closed_at_their_ends():
+    deltas = [calls(("read", "{"), ("read", "{"))]
+    deltas += [
+        piece(index=i, function={"arguments": more}) for more in ('"a":"b"', ",") for i in (0, 1)
+    ]
+    assert outcomes_of(deltas, **TWO_TOOLS) == calls_of(
+        ("read", '{"a":"b"}'), ("read", '{"a":"b"}')
+    )
+
+
+NAMELESS = {"id": "x", "index": 0, "function": named("", '{"a":1}')}
+
+
+@pytest.mark.parametrize(
+    ("deltas", "wanted"),
+    [
+        ([{"tool_calls": [NAMELESS]}], says("", "", [], "tool_calls")),
+        ([{"tool_calls": [NAMELESS | {"function": named(None, "{}")}]}], says("", "", [], "tool_calls")),
+        ([{"tool_calls": [NAMELESS | {"function": named(" \n", "{}")}]}], says("", "", [], "tool_calls")),
+        (["hi", {"tool_calls": [NAMELESS]}], says("hi", "", [], "tool_calls")),
+        ([calls(("read", "{}"), ("", "{}"))], calls_of(("read", "{}"))),
+        ([calls(("", "{}"), ("read", "{}"))], says("", "", [("c1", "read", "{}")], "tool_calls")),
+        ([calls(("?", "{}"))], calls_of(("?", "{}"))),
+        ([calls(("read", '{"a"')), piece(index=0, function=named("", ":1}"))], calls_of(("read", '{"a":1}'))),
+        ([calls(("read", '{"a"')), piece(index=0, id="c0", function=named("", ":1}"))], calls_of(("read", '{"a":1}'))),
+        ([calls(("read", '{"a"')), piece(index=-1, function=named("", ":1}"))], calls_of(("read", '{"a":1}'))),
+    ],
+)  # fmt: skip
+def test_a_call_without_a_name_is_dropped(deltas, wanted):
+    assert outcomes_of(deltas, "tool_calls") == wanted
+
+
 @pytest.mark.parametrize(
     "data",
     [
@@ -5221,13 +5719,42 @@ def test_other_models_may_write_of_tags():
     assert read_tagged(["<think>hm</think>"], "glm-4.6") == [Text("<think>hm</think>")]
 
 
+@pytest.mark.parametrize(
+    ("deltas", "wanted"),
+    [
+        (["</think>Hi"], says("Hi")),
+        (["\n</think>\n\nHi\n"], says("Hi\n")),
+        (["</th", "ink", ">", "\n", "Hi"], says("Hi")),
+        ([" </think> Hi"], says("  Hi")),
+        ([{"reasoning_content": "hm"}, "</think>", "Hi"], says("Hi", "hm")),
+        (["</think>", "</think>Hi"], says("</think>Hi")),
+        (["Hi</think>"], says("Hi</think>")),
+        (["<think>hm</think>Hi"], says("<think>hm</think>Hi")),
+        (["</thin"], says("</thin")),
+        (["</thinking>Hi"], says("</thinking>Hi")),
+        (["`</think>`"], says("`</think>`")),
+        ([" ", "</"], says(" </")),
+    ],
+)
+def test_a_stray_tag_at_the_head_of_the_text_is_dropped(deltas, wanted):
+    assert outcomes_of(deltas) == wanted
+
+
+def test_no_more_of_a_text_is_held_than_may_be_a_stray_tag():
+    reader = Mended()
+    heard = [
+        list(reader.feed(stream_of({"content": text}, done=""))) for text in ("</", "t", "x", "<")
+    ]
+    assert heard == [[], [], [Text("</tx")], [Text("<")]]
+
+
 PATH = {
     "type": "object",
     "properties": {"path": {"type": "string"}, "line": {"type": ["string", "null"]}},
 }
 READ = {"type": "function", "function": {"name": "read", "parameters": PATH}}
 READ_ALL = {"type": "function", "function": {"name": "read_all", "parameters": {}}}
-READ_CALL = piece(index=0, id="c1", function=named("read", "{}"))
+READ_CALL = READ_PIECE
 READ_EVENT = ToolCall(0, "c1", "read", "{}")
 LEAKED = ToolCall(0, "call_7_0", "read", '{"path":"a.py"}')
 CALLS_END = Finish("tool_calls")
@@ -5245,12 +5772,18 @@ LEAK = leak("read\n", path="a.py")
 
 
 def read_deltas(deltas, **asked):
-    """The events of an answer with these deltas, or pieces of text, consecutive texts joined."""
-    reader, events = Mended(**asked), []
-    chunks = [delta if isinstance(delta, dict) else {"content": delta} for delta in deltas]
-    for event in [*reader.feed(stream_of(*chunks, finish())), *reader.close()]:
-        more = bool(events) and type(events[-1]) is type(event) is Text
-        events.append(Text(events.pop().text + event.text) if more else event)
+    """The events of an answer with these deltas, or pieces of text; consecutive texts, and calls, joined."""
+    events = []
+    begun = {}
+    for event in read_all([stream_of(*chunk_of(*deltas), finish())], **asked):
+        if events and type(events[-1]) is type(event) is Text:
+            events.append(Text(events.pop().text + event.text))
+        elif isinstance(event, ToolCall) and not event.id:
+            at = begun[event.index]
+            events[at] = replace(events[at], arguments=events[at].arguments + event.arguments)
+        else:
+            begun[getattr(event, "index", -1)] = len(events)
+            events.append(event)
     return events
 
 
@@ -5311,7 +5844,34 @@ def test_other_models_may_write_of_tags_where_calls_may_leak_too():
 
 
 def test_half_a_surrogate_pair_may_leak_too():
-    assert ztoapi.leaked_value("\ud800", {}) == "\ud800"
+    assert ztoapi.leaked_value("\ud800", ztoapi.Schema({}, {})) == "\ud800"
+
+
+REFERRED = {"$defs": {"a/b": {"type": "integer"}, "loop": {"$ref": "#/$defs/loop"}}}
+
+
+@pytest.mark.parametrize(
+    ("part", "types"),
+    [
+        ({"type": "integer"}, {"integer"}),
+        ({"type": ["integer", "null"]}, {"integer", "null"}),
+        ({"anyOf": [{"type": "array"}, {"type": "null"}]}, {"array", "null"}),
+        ({"oneOf": [{"anyOf": [{"const": 1}]}, {"enum": [True, 2.5]}]}, {"integer", "boolean", "number"}),
+        ({"$ref": "#/$defs/a~1b"}, {"integer"}),
+        ({"allOf": [{"$ref": "#/$defs/a~1b"}], "description": "x"}, {"integer"}),
+        ({"anyOf": [{"type": "array"}, {}]}, None),
+        ({"anyOf": [{"type": "array"}, {"type": "string"}]}, {"array", "string"}),
+        ({"allOf": [{"type": "integer"}, {"minimum": 1}]}, None),
+        ({"$ref": "#/$defs/loop"}, None),
+        ({"$ref": "https://example.com/x"}, None),
+        ({"$ref": "#/nowhere/at/all"}, None),
+        ({"properties": {}}, None),
+        (True, None),
+        ([], None),
+    ],
+)  # fmt: skip
+def test_the_types_that_a_schema_allows(part, types):
+    assert ztoapi.Schema(part, REFERRED).types == types
 
 
 def test_where_no_tool_was_offered_no_call_leaks():
@@ -5345,7 +5905,7 @@ def test_no_more_text_is_held_than_may_be_a_call():
 
 def test_a_leaked_call_of_megabytes_is_read_in_linear_time():
     def read(size):
-        repair = ztoapi.LeakedCalls({"read": PATH}, frozenset())
+        repair = ztoapi.LeakedCalls({"read": PATH}, "")
         parts = [
             "<tool_call>read<arg_key>path</arg_key><arg_value>",
             *["x</tool_call>"] * size,
@@ -5359,7 +5919,7 @@ def test_a_leaked_call_of_megabytes_is_read_in_linear_time():
     assert many < 10 * few  # four times the text; in quadratic time it would be 16
 
 
-QUOTED = frozenset({ztoapi.without_space(LEAK[len("<tool_call>") : -len("</tool_call>")])})
+QUOTED = ztoapi.quoted_text([Message("tool", (f"A page.\n{LEAK}",))])
 
 
 @pytest.mark.parametrize(
@@ -5401,6 +5961,52 @@ def test_a_call_leaks_only_where_the_answer_has_come_to_its_end():
     assert read_all([data], tools=[READ]) == [Text(LEAK), Finish("length")]
 
 
+@pytest.mark.parametrize(
+    "quote",
+    [
+        str,
+        lambda text: f"```\n{text}\n```",
+        json.dumps,
+        lambda text: json.dumps(json.dumps({"page": text})),
+        lambda text: json.dumps(text).replace("<", r"\u003c"),
+        html.escape,
+        lambda text: json.dumps({"page": html.escape(text)}),
+        lambda text: text.replace("\n", "\r\n    "),
+    ],
+    ids=[
+        "plain",
+        "fence",
+        "JSON",
+        "JSON in JSON",
+        "JSON of Go",
+        "HTML",
+        "HTML in JSON",
+        "indented",
+    ],
+)
+@pytest.mark.parametrize("value", ["a.py", 'C:\\new\\"x" & <b>', "😀 é\t|"])
+def test_markup_is_found_however_a_page_quotes_it(quote, value):
+    leaked = leak("read\n", path=value)
+    page = Message("tool", (f"See: {quote(leaked)}.",))
+    quoted = ztoapi.quoted_text([page])
+    assert read_deltas([leaked], tools=[READ], quoted=quoted)[-1] == Finish("stop")
+    assert read_deltas([leaked], tools=[READ])[-1] == CALLS_END
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        Message("user", (f"Say {LEAK}",)),
+        Message("assistant", (), thought=f"I could write {LEAK}"),
+        Message("assistant", (), calls=(ToolCall(0, "c", "write", json.dumps({"text": LEAK})),)),
+    ],
+    ids=["text", "thought", "arguments"],
+)
+def test_all_of_a_conversation_may_be_quoted(message):
+    quoted = ztoapi.quoted_text([message])
+    assert read_deltas([LEAK], tools=[READ], quoted=quoted) == [Text(LEAK), Finish("stop")]
+
+
 @in_loop
 @pytest.mark.parametrize("role", ["user", "tool"])
 async def test_a_page_that_quotes_our_markup_makes_no_call(client, zai, role):
@@ -5411,6 +6017,228 @@ async def test_a_page_that_quotes_our_markup_makes_no_call(client, zai, role):
     zai.parts = [stream_of({"content": LEAK}, finish())]
     message = json.loads((await ask(client, body))[1])["choices"][0]["message"]
     assert message == {"role": "assistant", "content": LEAK, "refusal": None}
+
+
+def json_leak(name="read", *, text=None, **arguments):
+    """A call as JSON in the model's tags."""
+    return f"<tool_call>{text or json.dumps({'name': name, 'arguments': arguments})}</tool_call>"
+
+
+CALLED = ("call_7_0", "read", '{"path":"a.py"}')
+JSON_LEAK = json_leak(path="a.py")
+NO_CALLS_AS_JSON = [
+    JSON_LEAK + " and more",
+    f"```\n{JSON_LEAK}\n```",
+    f"Write `{JSON_LEAK}`",
+    json_leak("write", path="a.py"),
+    json_leak(text='{"name": "read"}'),
+    json_leak(text='{"name": "read", "arguments": {}, "id": 7}'),
+    json_leak(text='{"name": "read", "arguments": "a.py"}'),
+    json_leak(text='{"name": "read", "arguments": {}'),
+    json_leak(text='[{"name": "read", "arguments": {}}]'),
+    json_leak(text=" "),
+    "<tool_call>" + '{"name": "read", "arguments": {}}',
+    '{"name": "read", "arguments": {}}',
+]
+
+
+@pytest.mark.parametrize(
+    ("text", "wanted"),
+    [
+        (JSON_LEAK, says("", "", [CALLED], "tool_calls")),
+        (f"I read.\n{JSON_LEAK}\n", says("I read.\n", "", [CALLED], "tool_calls")),
+        (
+            json_leak("read_all") + json_leak(path="a.py"),
+            says("", "", [("call_7_0", "read_all", "{}"), ("call_7_1", *CALLED[1:])], "tool_calls"),
+        ),
+        (
+            json_leak(path="}</tool_call><arg_key>"),
+            says("", "", [("call_7_0", "read", '{"path":"}</tool_call><arg_key>"}')], "tool_calls"),
+        ),
+        (
+            json_leak(text='\n{"arguments":\n{"path": "é", "n": [1]}, "name": "read"}\n'),
+            says("", "", [("call_7_0", "read", '{"path":"é","n":[1]}')], "tool_calls"),
+        ),
+        *((text, says(text)) for text in NO_CALLS_AS_JSON),
+    ],
+)
+def test_a_call_that_leaks_into_the_text_as_json_is_a_call(text, wanted):
+    tools = [READ, READ_ALL]
+    assert outcomes_of([text], tools=tools) == wanted
+    for deltas in (list(text), *([text[:i], text[i:]] for i in range(1, len(text)))):
+        data = stream_of(*chunk_of(*deltas), finish())
+        assert [outcome(read_all([data], tools=tools))] == wanted
+
+
+def test_a_call_as_json_that_never_ends_is_read_in_linear_time():
+    def read(size):
+        repair = ztoapi.JsonCalls({"read": PATH}, "")
+        text = '<tool_call>{"a":"' + "}</tool_call>" * size
+        assert list(repair.feed(Text(text)))
+
+    few, many = (seconds_of(read, size) for size in (2**12, 2**14))
+    assert many < 10 * few
+
+
+def thinks(*words):
+    return [{"reasoning_content": word} for word in words]
+
+
+SAVE = tool(
+    "save",
+    ["name"],
+    name={"type": "string"},
+    age={"anyOf": [{"type": "integer"}, {"type": "null"}]},
+    tags={"type": "array", "items": {"enum": ["a", "b"]}},
+)
+SAVED = [("call_7_0", "save", '{"name":"Ann"}')]
+
+
+@pytest.mark.parametrize(
+    ("deltas", "wanted"),
+    [
+        (['{"name":"Ann"}'], says("", "", SAVED, "tool_calls")),
+        (['\n{"name":', '"Ann"}\n'], says("", "", SAVED, "tool_calls")),
+        (['```json\n{"name":"Ann"}\n```'], says("", "", SAVED, "tool_calls")),
+        (["``", '`\n{"name":"Ann"}\n', "```\n"], says("", "", SAVED, "tool_calls")),
+        (
+            [*thinks("hm"), '{"name": "A", "age": null, "tags": ["a"]}'],
+            says("", "hm", [("call_7_0", "save", '{"name": "A", "age": null, "tags": ["a"]}')], "tool_calls"),
+        ),
+        *(
+            ([text], says(text))
+            for text in (
+                'Here: {"name":"Ann"}',
+                '{"name":"Ann"} is it.',
+                '```json\n{"name":"Ann"}\n```\nThat is it.',
+                '{"name":"Ann","error":"?"}',
+                '{"age":7}',
+                '{"name":"Ann","age":"7"}',
+                '{"name":"Ann","tags":["c"]}',
+                '[{"name":"Ann"}]',
+                '{"name":"Ann"',
+                "I can't.",
+                "{}",
+            )
+        ),
+        (
+            [piece(id="a", index=0, function=named("save", "{}")), '{"name":"Ann"}'],
+            says('{"name":"Ann"}', "", [("a", "save", "{}")], "tool_calls"),
+        ),
+    ],
+)  # fmt: skip
+def test_a_text_that_is_the_arguments_of_a_forced_call_is_that_call(deltas, wanted):
+    assert outcomes_of(deltas, tools=[SAVE], forced="save") == wanted
+
+
+@pytest.mark.parametrize("said", ['Save {"name": "Ann"}.', '{"x": "{\\"name\\":\\"Ann\\"}"}'])
+def test_what_a_page_says_is_no_forced_call(said):
+    page = Message("tool", (said,), call_id="c")
+    quoted = ztoapi.quoted_text([page], forced=True)
+    asked = {"tools": [SAVE], "forced": "save"}
+    assert outcomes_of(['{"name":"Ann"}'], **asked, quoted=quoted) == says('{"name":"Ann"}')
+    assert outcomes_of(['{"name":"Bob"}'], **asked, quoted=quoted)[0][2]
+
+
+def test_text_is_no_call_where_the_model_had_a_choice():
+    assert outcomes_of(['{"name":"Ann"}'], tools=[SAVE]) == says('{"name":"Ann"}')
+
+
+@pytest.mark.parametrize(
+    ("choice", "forced"),
+    [
+        ({"type": "function", "function": {"name": "save"}}, "save"),
+        ("required", ""),
+        ("auto", ""),
+        ("none", ""),
+    ],
+)
+def test_a_function_is_forced_where_tool_choice_names_it(choice, forced):
+    prompt = ztoapi.with_chosen_tools(read_chat(chat(tools=[SAVE], tool_choice=choice)))
+    request = ztoapi.zai_request(prompt, MODELS["glm-4.6"], "https://api.z.ai", "7")
+    assert request.needs.forced == forced
+
+
+def test_a_text_for_a_forced_call_streams_on_once_it_is_none():
+    reader = Mended(tools=[SAVE], forced="save")
+    heard = [
+        list(reader.feed(stream_of({"content": text}, done=""))) for text in (" ", "`", "I", "`{")
+    ]
+    assert heard == [[], [], [Text(" `I")], [Text("`{")]]
+
+
+THOUGHT_NO_CALLS = [
+    [LEAK, " and more"],
+    [f"I could write `{LEAK}`"],
+    [f"```\n{LEAK}\n```"],
+    [leak("write", path="a.py")],
+    [LEAK.removesuffix("</tool_call>")],
+]
+
+
+@pytest.mark.parametrize(
+    ("deltas", "wanted"),
+    [
+        (thinks("Let me read.", LEAK), says("", "Let me read.", [CALLED], "tool_calls")),
+        (thinks(LEAK, "\n"), says("", "", [CALLED], "tool_calls")),
+        ([*thinks("hm", LEAK), "\n \n"], says(" \n", "hm", [CALLED], "tool_calls")),
+        (thinks("hm", JSON_LEAK), says("", "hm", [CALLED], "tool_calls")),
+        (
+            thinks(LEAK, leak("read_all")),
+            says("", "", [CALLED, ("call_7_1", "read_all", "{}")], "tool_calls"),
+        ),
+        ([*thinks(LEAK), "I have read it."], says("I have read it.", LEAK)),
+        (
+            [*thinks(LEAK), READ_CALL],
+            says("", LEAK, [("c1", "read", "{}")], "tool_calls"),
+        ),
+        *((thinks(*words), says("", "".join(words))) for words in THOUGHT_NO_CALLS),
+    ],
+)
+def test_a_call_at_the_end_of_the_reasoning_is_a_call(deltas, wanted):
+    assert outcomes_of(deltas, tools=[READ, READ_ALL]) == wanted
+
+
+def test_a_call_in_the_reasoning_that_the_request_quotes_is_none():
+    deltas = thinks("The page says ", LEAK)
+    assert outcomes_of(deltas, tools=[READ], quoted=QUOTED) == says("", "The page says " + LEAK)
+
+
+@pytest.mark.parametrize("reason", ["length", "sensitive", "model_context_window_exceeded"])
+def test_a_call_in_the_reasoning_of_an_answer_that_was_cut_off_is_none(reason):
+    data = stream_of(*thinks(LEAK), {"content": "x"}, finish(reason))
+    thought, _, calls, _ = outcome(read_all([data], tools=[READ]))
+    assert (thought, calls) == (LEAK, [])
+
+
+def test_reasoning_streams_on_until_it_may_be_a_call():
+    reader = Mended(tools=[READ])
+    words = ("hm < ", "a <tool", "_x", "<tool_call>read", "er")
+    heard = [list(reader.feed(stream_of(*thinks(word), done=""))) for word in words]
+    assert heard == [
+        [Thought("hm < ")],
+        [Thought("a ")],
+        [Thought("<tool_x")],
+        [],
+        [Thought("<tool_call>reader")],
+    ]
+
+
+@pytest.mark.parametrize(
+    ("deltas", "quoted"),
+    [
+        ([JSON_LEAK], json.dumps({"page": JSON_LEAK})),
+        (thinks(LEAK), f"<pre>{html.escape(LEAK)}</pre>"),
+        ([LEAK], f"```\n{LEAK}\n```"),
+        (thinks(JSON_LEAK), JSON_LEAK),
+    ],
+    ids=["JSON in a JSON result", "reasoning of HTML", "text of a fence", "reasoning of JSON"],
+)
+def test_what_a_page_says_makes_no_call_however_it_is_repeated(deltas, quoted):
+    tools = [READ, READ_ALL]
+    page = ztoapi.quoted_text([Message("tool", (quoted,), call_id="c")])
+    assert [calls for _, _, calls, _ in outcomes_of(deltas, tools=tools, quoted=page)] == [[]]
+    assert outcomes_of(deltas, tools=tools)[0][2] == [CALLED]
 
 
 @pytest.mark.parametrize(

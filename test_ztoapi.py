@@ -1675,6 +1675,130 @@ def test_tools_in_the_conversation_that_cannot_be_offered_are_left_out_and_liste
     assert (len(many.tools), many.ignored) == (128, ("tools.function",))
 
 
+TOOL_SEARCH = {
+    "type": "tool_search",
+    "execution": "client",
+    "description": "Finds tools.",
+    "parameters": {"type": "object", "properties": {"query": {"type": "string"}}},
+}
+SEARCHED = {
+    "type": "tool_search_call",
+    "call_id": "c1",
+    "execution": "client",
+    "arguments": {"query": "weather"},
+}
+FOUND_TOOLS = {"type": "tool_search_output", "call_id": "c1", "execution": "client"}
+AVAILABLE = """\
+tool mcp__w__get is now available
+tool mcp__w__say is now available
+tool now is now available"""
+
+
+def test_a_search_of_tools_that_the_client_runs_is_offered_as_a_function():
+    prompt = parse_response(tools=[TOOL_SEARCH, NOW])
+    search = ztoapi.Tool("tool_search", TOOL_SEARCH["description"], TOOL_SEARCH["parameters"])
+    assert (prompt.tools[0], len(prompt.tools), prompt.ignored) == (search, 2, ())
+
+
+@pytest.mark.parametrize(
+    ("tool", "ignored"),
+    [
+        pytest.param({"type": "tool_search"}, ("tools.tool_search",), id="hosted"),
+        pytest.param(
+            TOOL_SEARCH | {"execution": "server"}, ("tools.tool_search",), id="OpenAI's server"
+        ),
+        pytest.param(TOOL_SEARCH | {"type": "file_search"}, ("tools.file_search",), id="of files"),
+        pytest.param(TOOL_SEARCH | {"execution": 5}, ("tools.tool_search",), id="nobody's"),
+    ],
+)
+def test_a_search_of_tools_that_others_run_is_left_out(tool, ignored):
+    prompt = parse_response(tools=[tool])
+    assert (prompt.tools, prompt.ignored) == ((), ignored)
+
+
+def test_a_search_of_tools_needs_no_description():
+    prompt = parse_response(tools=[{"type": "tool_search", "execution": "client"}])
+    nothing = {"type": "object", "properties": {}}
+    assert prompt.tools == (ztoapi.Tool("tool_search", "tool_search", nothing),)
+
+
+@pytest.mark.parametrize(
+    ("items", "wanted"),
+    [
+        pytest.param(
+            [SEARCHED, FOUND_TOOLS | {"tools": [NAMESPACE, NOW]}],
+            [
+                "mcp__w__get",
+                "mcp__w__say",
+                "now",
+                AVAILABLE,
+            ],
+            id="tools",
+        ),
+        pytest.param([SEARCHED, FOUND_TOOLS | {"tools": []}], ["no tool was found"], id="none"),
+        pytest.param([SEARCHED, FOUND_TOOLS], ["no tool was found"], id="nothing"),
+        pytest.param(
+            [SEARCHED, FOUND_TOOLS | {"tools": [5, {"type": "computer"}]}],
+            ["no tool was found"],
+            id="nothing that can be called",
+        ),
+    ],
+)
+def test_a_search_of_tools_is_a_call_and_what_it_found_joins_the_tools(items, wanted):
+    prompt = parse_response(input=items)
+    call = ToolCall(0, "c1", "tool_search", '{"query":"weather"}')
+    assert prompt.messages == (
+        Message("assistant", (), calls=(call,)),
+        Message("tool", (wanted[-1],), call_id="c1"),
+    )
+    assert [tool.name for tool in prompt.tools] == wanted[:-1]
+
+
+def test_a_search_of_tools_by_openais_server_leaves_only_the_tools():
+    call = {"type": "tool_search_call", "execution": "server", "call_id": None, "arguments": {}}
+    found = {"type": "tool_search_output", "execution": "server", "call_id": None, "tools": [NOW]}
+    prompt = parse_response(input=[call, found, {"role": "user", "content": "hi"}])
+    assert prompt.messages == (Message("user", ("hi",)),)
+    assert ([tool.name for tool in prompt.tools], prompt.ignored) == (["now"], ())
+
+
+@pytest.mark.parametrize(
+    ("pieces", "arguments"),
+    [
+        pytest.param(
+            ['{"query":"weather","limit":4}'], {"query": "weather", "limit": 4}, id="whole"
+        ),
+        pytest.param(['{"que', 'ry":"x"}'], {"query": "x"}, id="in pieces"),
+        pytest.param([""], {}, id="none"),
+        pytest.param(['{"query":'], {}, id="broken off"),
+        pytest.param(['["weather"]'], {}, id="no object"),
+    ],
+)
+def test_a_search_of_tools_comes_back_as_an_item_of_its_own(pieces, arguments):
+    first = ToolCall(0, "c1", "tool_search", pieces[0])
+    more = [ToolCall(0, "", "", piece) for piece in pieces[1:]]
+    events = [first, *more, Finish("tool_calls")]
+    names, response, _ = respond(events, tools=[TOOL_SEARCH])
+    item = {"id": "tsc_ours_0", "status": "completed"} | SEARCHED | {"arguments": arguments}
+    assert names[2:] == ["output_item.added", "output_item.done", "completed"]
+    assert (response["output"], response["tools"]) == ([item], [TOOL_SEARCH])
+    assert response_reply(tools=[TOOL_SEARCH]).fold(events) == response
+
+
+def test_a_function_that_is_called_tool_search_stays_one():
+    called = [ToolCall(0, "c1", "tool_search", "{}"), Finish("tool_calls")]
+    _, response, _ = respond(called, tools=[NOW | {"name": "tool_search"}])
+    assert response["output"][0]["type"] == "function_call"
+
+
+def test_a_found_tool_comes_back_as_the_client_knows_it():
+    called = [ToolCall(0, "c2", "mcp__w__get", "{}"), Finish("tool_calls")]
+    items = [SEARCHED, FOUND_TOOLS | {"tools": [NAMESPACE]}]
+    _, response, _ = respond(called, input=items, tools=[TOOL_SEARCH])
+    names = {key: response["output"][0][key] for key in ("type", "name", "namespace")}
+    assert names == {"type": "function_call", "name": "get", "namespace": "mcp__w"}
+
+
 @pytest.mark.parametrize(
     ("fields", "param"),
     [
@@ -2073,6 +2197,7 @@ JUNK = "junk" * 500
         pytest.param({"tools": [{"type": "function", "name": "f", "x": JUNK}]}, id="a function"),
         pytest.param({"tools": [{"type": "custom", "name": "f", "x": JUNK}]}, id="a custom tool"),
         pytest.param({"tools": [{"type": "web_search", "x": JUNK}]}, id="a search"),
+        pytest.param({"tools": [TOOL_SEARCH | {"x": JUNK}]}, id="a search of tools"),
         pytest.param({"tools": [{"type": "function", "name": "f", "strict": JUNK}]}, id="strict"),
         pytest.param(
             {"tools": [{"type": "custom", "name": "f", "format": {"syntax": JUNK, "x": JUNK}}]},
@@ -2104,6 +2229,8 @@ JUNK = "junk" * 500
                 "skipped": {"type": "web_search_call", "x": JUNK},
                 "unknown": {"type": "never_heard_of", "x": JUNK},
                 "tools": {"type": "additional_tools", "tools": [{"type": "computer", "x": JUNK}]},
+                "a search": SEARCHED | {"x": JUNK},
+                "found tools": FOUND_TOOLS | {"tools": [NOW | {"x": JUNK}], "x": JUNK},
                 "a PDF": user_item(
                     [{"type": "input_file", "filename": "a.pdf", "file_data": f"%PDF-{JUNK}"}]
                 ),

@@ -2850,6 +2850,10 @@ def namespace_echo(tool: JSON) -> JSON:
     return fields_of(tool, "type", "name") | {"description": about, "tools": members}
 
 
+def search_echo(tool: JSON) -> JSON:
+    return fields_of(tool, "type", "execution", "description", "parameters")
+
+
 TOOL_ECHOES: Mapping[str, Callable[[JSON], JSON]] = {
     "function": function_echo,
     "custom": custom_echo,
@@ -2864,6 +2868,8 @@ def tool_echoes(tools: Any) -> list[JSON]:
         kind = str(tool.get("type"))
         if kind in TOOL_ECHOES:
             echoes.append(TOOL_ECHOES[kind](tool))
+        elif searches_tools(tool):
+            echoes.append(search_echo(tool))
         elif kind.startswith("web_search") and tool.get("external_web_access") is not False:
             echoes.append(shortened(tool, "type", "search_context_size"))
     return echoes
@@ -2900,6 +2906,9 @@ ITEM_FIELDS: Mapping[str, tuple[str, ...]] = {
     "custom_tool_call": ("call_id", "name", "namespace", "input"),
     "function_call_output": ("call_id", "output"),
     "custom_tool_call_output": ("call_id", "output"),
+    "tool_search_call": ("call_id", "execution", "arguments"),
+    "tool_search_output": ("call_id", "execution"),
+    "additional_tools": (),
 }
 # More of them in a message, as other APIs have it.
 ROLE_FIELDS: Mapping[str, tuple[str, ...]] = {
@@ -2925,8 +2934,6 @@ def stored_items(items: Iterable[JSON]) -> list[JSON]:
         kind = item_type(item)
         if kind in ITEM_READERS:
             stored.append(stored_item(item, kind))
-        elif kind == "additional_tools":
-            stored.append({"type": kind, "tools": tool_echoes(item.get("tools"))})
     return stored
 
 
@@ -2940,6 +2947,8 @@ def stored_item(item: JSON, kind: str) -> JSON:
             kept[name] = [stored_part(part) for part in kept[name]]
     if kind == "reasoning":
         kept["summary"] = [{"type": "summary_text", "text": decode_reasoning(item)}]
+    if kind in TOOL_ITEMS:
+        kept["tools"] = tool_echoes(item.get("tools"))
     item_id = item.get("id")
     if isinstance(item_id, str) and len(item_id) <= SHORT:
         kept["id"] = item_id
@@ -2982,11 +2991,31 @@ def read_call_item(item: JSON, _: str) -> list[Message]:
         arguments = item.get("arguments")
     elif kind == "custom_tool_call":
         arguments = {"input": item.get("input")}
+    elif kind == "tool_search_call":
+        arguments = item.get("arguments")
+        name = TOOL_SEARCH
     else:  # of a tool of OpenAI's own
         arguments = item.get("action") or item.get("operation")
         name = kind.removesuffix("_call")
     call = ToolCall(0, item_call_id(item), name, argument_text(arguments) or "{}")
     return [Message("assistant", (), calls=(call,))]
+
+
+def read_search_item(item: JSON, at: str) -> list[Message]:
+    """A search of tools; one that OpenAI's server made says nothing but the tools that it found."""
+    if item.get("execution") == "server":
+        return []
+    return read_call_item(item, at)
+
+
+def read_found_tools(item: JSON, _: str) -> list[Message]:
+    """What a search of tools found, by name: the tools themselves join the others."""
+    if item.get("execution") == "server":
+        return []
+    names = filter(None, map(qualified_name, additional_tools(item)))
+    said = "\n".join([f"tool {name} is now available" for name in names])
+    said = said or "no tool was found"
+    return [Message("tool", (said,), call_id=item_call_id(item))]
 
 
 def item_call_id(item: JSON) -> str:
@@ -3022,6 +3051,11 @@ def read_reasoning_item(item: JSON, _: str) -> list[Message]:
     return [Message("assistant", (), thought=decode_reasoning(item))]
 
 
+def read_nothing(_: JSON, __: str) -> list[Message]:
+    """An item that says nothing to the model itself."""
+    return []
+
+
 CALL_ITEMS = (
     "function_call",
     "custom_tool_call",
@@ -3035,6 +3069,9 @@ ITEM_READERS: dict[str, Callable[[JSON, str], list[Message]]] = {
     "reasoning": read_reasoning_item,
     "agent_message": read_agent_item,
     "mcp_call": read_mcp_item,
+    "tool_search_call": read_search_item,
+    "tool_search_output": read_found_tools,
+    "additional_tools": read_nothing,
     **dict.fromkeys(CALL_ITEMS, read_call_item),
     **dict.fromkeys([f"{kind}_output" for kind in CALL_ITEMS], read_output_item),
 }
@@ -3045,9 +3082,9 @@ SKIPPED_ITEMS = frozenset(
         "file_search_call",
         "code_interpreter_call",
         "image_generation_call",
-        "additional_tools",  # see with_additional_tools
     )
 )
+TOOL_ITEMS = ("additional_tools", "tool_search_output")  # see with_additional_tools
 
 
 # A tool as the client sent it, and as it is offered: None for one that GLM does not have.
@@ -3055,7 +3092,7 @@ ReadTool = tuple[JSON, Tool | JSON | None]
 
 
 def with_additional_tools(tools: list[ReadTool], items: Iterable[JSON]) -> list[ReadTool]:
-    """The tools, and those that Codex puts into the conversation; of one name the first."""
+    """The tools, and those that Codex puts into the conversation or finds in it; of one name the first."""
     known = {tool_name(read) for _, read in tools if read}
     joined = list(tools)
     for tool in chain.from_iterable(map(additional_tools, items)):
@@ -3076,7 +3113,7 @@ def tool_name(read: Tool | JSON) -> str:
 def additional_tools(item: JSON) -> list[JSON]:
     """The tools in an item, those of a namespace apart; none in an item of another type."""
     found: list[JSON] = []
-    if item_type(item) == "additional_tools":
+    if item_type(item) in TOOL_ITEMS:
         for tool in objects(item.get("tools")):
             found += [part for _, part in split_namespace(tool, "") if part]
     return found
@@ -3137,6 +3174,15 @@ def decode_reasoning(item: JSON) -> str:
     return "".join(part["text"] for part in parts if isinstance(part.get("text"), str))
 
 
+# Codex's tool that finds others, which are not offered before (openai/codex, tool_search.rs; tried
+# with 0.171). The client runs it; OpenAI has one of the same type that its server runs.
+TOOL_SEARCH = "tool_search"
+
+
+def searches_tools(tool: JSON) -> bool:
+    return tool.get("type") == TOOL_SEARCH and tool.get("execution") == "client"
+
+
 def parse_response_tool(tool: Any, at: str) -> Tool | JSON | None:
     """A tool, or None for a kind that only OpenAI has. A custom tool becomes a function with one string, its input."""
     match tool:
@@ -3156,6 +3202,9 @@ def parse_response_tool(tool: Any, at: str) -> Tool | JSON | None:
                 *([f"The input's grammar: {grammar}"] if grammar else []),
             ]
             return Tool(qualified_name(tool), "\n".join(about), schema)
+        case dict() if searches_tools(tool):
+            described = fields_of(tool, "description", "parameters")
+            return parse_function({"name": TOOL_SEARCH, **described}, f"{at}.")
         case {"type": str(kind)} if kind.startswith("web_search"):
             return as_object(checked(tool, search_tool, at))
         case {"type": str(kind)} if kind not in ("function", "custom"):
@@ -3174,7 +3223,8 @@ def parse_response_tool(tool: Any, at: str) -> Tool | JSON | None:
 class ItemKind:
     """A kind of item in a response's output. `events` names the events with its text, arguments or input.
 
-    Text is sent as its item's only part, with `part_events`; a call has no parts.
+    Text is sent as its item's only part, with `part_events`; a call has no parts. A search of tools
+    has no events but those of every item.
     """
 
     type: str
@@ -3208,6 +3258,11 @@ MESSAGE = ItemKind(
 )
 FUNCTION_CALL = ItemKind("function_call", "fc", "arguments", "function_call_arguments")
 CUSTOM_TOOL_CALL = ItemKind("custom_tool_call", "ctc", "input", "custom_tool_call_input")
+TOOL_SEARCH_CALL = ItemKind(
+    "tool_search_call", "tsc", "arguments", "", fields={"execution": "client"}
+)
+# The kind of a call, by the type of its tool; of the others it is a function call.
+CALL_KINDS = {"custom": CUSTOM_TOOL_CALL, TOOL_SEARCH: TOOL_SEARCH_CALL}
 
 # The code of a failed response, by the HTTP status of the error.
 FAILURE_CODES = {400: "invalid_prompt", 402: "insufficient_quota", 429: "rate_limit_exceeded"}
@@ -3246,10 +3301,14 @@ class Item:
         return {"type": self.kind.part_type, "text": self.text, **annotations, **self.kind.logprobs}
 
     @property
-    def content(self) -> str | list[JSON]:
+    def content(self) -> str | list[JSON] | JSON:
         if self.kind.part_type:
             return [self.part] if self.pieces else []
-        return self.input if self.kind is CUSTOM_TOOL_CALL else self.text
+        if self.kind is CUSTOM_TOOL_CALL:
+            return self.input
+        if self.kind is TOOL_SEARCH_CALL:
+            return as_object(parse_json(self.text.encode("utf-8", "surrogatepass")))
+        return self.text
 
     @property
     def body(self) -> JSON:
@@ -3318,7 +3377,7 @@ class ResponseReply(Reply):
                 "call_id": call.id,
                 **{key: tool[key] for key in ("name", "namespace") if key in tool},
             }
-            kind = CUSTOM_TOOL_CALL if tool.get("type") == "custom" else FUNCTION_CALL
+            kind = CALL_KINDS.get(str(tool.get("type")), FUNCTION_CALL)
             item = self.calls[call.index] = yield from self.new_item(kind, names)
         item.pieces.append(call.arguments)
         if item.kind is FUNCTION_CALL and call.arguments:
@@ -3352,6 +3411,8 @@ class ResponseReply(Reply):
 
     def last_frames(self, item: Item) -> Iterator[JSON]:
         kind = item.kind
+        if not kind.events:
+            return
         if kind.part_type:
             yield self.frame(
                 f"{kind.events}.done", **item.position, text=item.text, **kind.logprobs

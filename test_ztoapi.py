@@ -2067,6 +2067,109 @@ def test_calls_are_items_and_custom_ones_have_their_input():
     assert (two["type"], two["call_id"], two["input"]) == ("custom_tool_call", "c2", "x\ny")
 
 
+PATCH = """\
+*** Begin Patch
+*** Update File: a.md
+@@
+-```
++"new" *** End Patch
+*** End Patch"""
+HEREDOC = f"apply_patch <<'EOF'\n{PATCH}\nEOF"
+
+
+def custom_input(name, *pieces):
+    """What the client is told that a custom tool was called with, streamed and whole."""
+    first = ToolCall(0, "c1", name, pieces[0])
+    calls = [first, *[ToolCall(0, "", "", piece) for piece in pieces[1:]], Finish("tool_calls")]
+    tools = [{"type": "custom", "name": name}]
+    frames = response_reply(tools=tools).frames_of(calls)
+    (said,) = response_reply(tools=tools).fold(calls)["output"]
+    told = [frame for frame in frames if frame["type"].startswith("response.custom_tool_call")]
+    assert [frame.get("delta", frame.get("input")) for frame in told] == [said["input"]] * 2
+    return said["input"]
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        pytest.param(to_json({"input": PATCH}), id="input"),
+        pytest.param(to_json({"patch": PATCH}), id="patch"),
+        pytest.param(to_json({"command": ["apply_patch", PATCH]}), id="command"),
+        pytest.param(to_json({"command": ["bash", "-lc", HEREDOC]}), id="a shell's command"),
+        pytest.param(to_json({"input": HEREDOC}), id="heredoc"),
+        pytest.param(to_json(PATCH), id="a JSON string"),
+        pytest.param(PATCH, id="bare"),
+        pytest.param(f"```diff\n{PATCH}\n```", id="a fence"),
+        pytest.param(to_json({"input": f"Here:\n```\n{PATCH}\n```\n"}), id="a fence in JSON"),
+        pytest.param(to_json({"input": {"patch": PATCH}}), id="an object as input"),
+        pytest.param(to_json({"input": ["apply_patch", PATCH]}), id="an array as input"),
+        pytest.param(to_json({"input": to_json({"input": PATCH})}), id="JSON in JSON"),
+        pytest.param(to_json({"path": "a.md", "changes": [{"diff": PATCH}]}), id="deeper"),
+    ],
+)
+def test_a_patch_is_found_in_whatever_a_model_wraps_it(arguments):
+    assert custom_input("apply_patch", arguments) == PATCH
+
+
+def test_a_patch_is_found_wherever_its_pieces_are_cut():
+    arguments = to_json({"patch": PATCH})
+    for at in range(len(arguments)):
+        assert custom_input("apply_patch", arguments[:at], arguments[at:]) == PATCH
+
+
+def test_a_patch_is_looked_for_in_linear_time():
+    assert seconds_of(ztoapi.patch_in, "*** Begin Patch\n" * 2**16) < 0.5  # in quadratic time 30
+
+
+TWO_PATCHES = f"{PATCH}\n{PATCH.replace('a.md', 'b.md')}"
+CRLF = PATCH.replace("\n", "\r\n")
+
+
+@pytest.mark.parametrize(
+    ("said", "wanted"),
+    [
+        pytest.param(to_json({"input": f"{PATCH}\n"}), f"{PATCH}\n", id="a line's end"),
+        pytest.param(to_json({"input": CRLF}), CRLF, id="Windows"),
+        pytest.param(to_json({"input": TWO_PATCHES}), TWO_PATCHES, id="two"),
+        pytest.param(to_json({"input": "*** Begin Patch\n+x"}), "*** Begin Patch\n+x", id="no end"),
+        pytest.param(to_json({"input": "```\nx\n```"}), "```\nx\n```", id="a fence without one"),
+        pytest.param(to_json({"input": "x *** Begin Patch"}), "x *** Begin Patch", id="words"),
+        pytest.param(to_json({"input": {"a": "好"}}), '{"a":"好"}', id="an object"),
+        pytest.param(to_json({"input": None}), "", id="null"),
+        pytest.param('{"file": "a.md"}', '{"file": "a.md"}', id="another object"),
+        pytest.param('{"input": "*** Begin', '{"input": "*** Begin', id="broken off"),
+    ],
+)
+def test_what_has_no_patch_in_it_stays_as_it_is(said, wanted):
+    assert custom_input("apply_patch", said) == wanted
+
+
+@pytest.mark.parametrize(
+    ("arguments", "wanted"),
+    [
+        pytest.param(to_json({"input": "x\ny"}), "x\ny", id="a string"),
+        pytest.param(to_json("x\ny"), "x\ny", id="a JSON string"),
+        pytest.param("text('hi')", "text('hi')", id="bare"),
+        pytest.param(to_json({"input": {"a": [True, None]}}), '{"a":[true,null]}', id="an object"),
+        pytest.param(to_json({"input": [1, "x"]}), '[1,"x"]', id="an array"),
+        pytest.param(to_json({"input": 5}), "5", id="a number"),
+        pytest.param(to_json({"input": True}), "true", id="a truth"),
+        pytest.param('{"code": "x"}', '{"code": "x"}', id="another name"),
+        pytest.param(to_json({"input": HEREDOC}), HEREDOC, id="a patch, but not of apply_patch"),
+        pytest.param("", "", id="nothing"),
+        pytest.param('{"input": "\ud83d"}', "\ud83d", id="half a character"),
+    ],
+)
+def test_a_custom_tool_is_called_with_a_string(arguments, wanted):
+    assert custom_input("exec", arguments) == wanted
+
+
+def test_a_function_that_is_called_apply_patch_keeps_its_arguments():
+    called = [ToolCall(0, "c1", "apply_patch", to_json({"patch": PATCH})), Finish("tool_calls")]
+    _, response, _ = respond(called, tools=[NOW | {"name": "apply_patch"}])
+    assert json.loads(response["output"][0]["arguments"]) == {"patch": PATCH}
+
+
 def test_a_call_in_a_namespace_comes_back_with_name_and_namespace_apart():
     calls = [
         ToolCall(0, "c1", "mcp__w__get", "{}"),

@@ -719,7 +719,12 @@ def is_deeper(value: Any, depth: int) -> bool:
 
 def parse_json(data: bytes) -> Any:
     """The value; None if this is not JSON (or null). A character cut in half does not spoil the rest."""
-    text = data.decode("utf-8", "replace").removeprefix("\ufeff").strip()
+    return parse_json_text(data.decode("utf-8", "replace").removeprefix("\ufeff"))
+
+
+def parse_json_text(text: str) -> Any:
+    """The value; None if this is not JSON (or null)."""
+    text = text.strip()
     try:
         value, end = JSON_DECODER.raw_decode(text)
     except (ValueError, RecursionError):
@@ -3268,6 +3273,52 @@ CALL_KINDS = {"custom": CUSTOM_TOOL_CALL, TOOL_SEARCH: TOOL_SEARCH_CALL}
 FAILURE_CODES = {400: "invalid_prompt", 402: "insufficient_quota", 429: "rate_limit_exceeded"}
 
 
+def custom_input(name: str, arguments: str) -> str:
+    """What a custom tool is called with: a string, offered to the model as a function's only field."""
+    given = parse_json_text(arguments)
+    if isinstance(given, dict) and "input" in given:
+        said = json_or_text(given["input"])
+    elif isinstance(given, str):
+        said = given
+    else:
+        said = arguments
+    if name == "apply_patch":
+        return patch_in(said)
+    return said
+
+
+# The lines around a patch, as Codex's apply_patch takes it (openai/codex, apply-patch/src/parser.rs).
+PATCH_BEGINS = re.compile(r"^\*\*\* Begin Patch[ \t\r]*\n", re.MULTILINE)
+PATCH_ENDS = "\n*** End Patch"
+
+
+def patch_in(said: str) -> str:
+    """The patch in what a model says instead of one; what has no patch in it stays as it is.
+
+    Models wrap it in a fence, in a command of a shell, or in JSON of their own.
+    """
+    for text in [said, *strings_in(parse_json_text(said))]:
+        begins = PATCH_BEGINS.search(text)
+        ends = text.rfind(PATCH_ENDS)
+        if begins and begins.start() < ends:
+            patch = text[begins.start() : ends + len(PATCH_ENDS)]
+            is_bare = patch == text.strip()
+            return text if is_bare else patch
+    return said
+
+
+def strings_in(value: Any) -> Iterator[str]:
+    """The strings in a JSON value, at every depth, but for names."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict):
+        for member in value.values():
+            yield from strings_in(member)
+    elif isinstance(value, list):
+        for member in value:
+            yield from strings_in(member)
+
+
 @dataclass
 class Item:
     """One item of a response's output, while events are added."""
@@ -3284,12 +3335,6 @@ class Item:
     def text(self) -> str:
         return "".join(self.pieces)
 
-    @property
-    def input(self) -> str:
-        """The string that a custom tool is called with."""
-        given = parse_json(self.text.encode("utf-8", "surrogatepass"))
-        return str(given["input"]) if isinstance(given, dict) and "input" in given else self.text
-
     @cached_property
     def position(self) -> JSON:
         part = {f"{self.kind.content}_index": 0} if self.kind.part_type else {}
@@ -3305,9 +3350,9 @@ class Item:
         if self.kind.part_type:
             return [self.part] if self.pieces else []
         if self.kind is CUSTOM_TOOL_CALL:
-            return self.input
+            return custom_input(self.names["name"], self.text)
         if self.kind is TOOL_SEARCH_CALL:
-            return as_object(parse_json(self.text.encode("utf-8", "surrogatepass")))
+            return as_object(parse_json_text(self.text))
         return self.text
 
     @property
@@ -3420,7 +3465,7 @@ class ResponseReply(Reply):
             yield self.frame(f"{kind.part_events}.done", **item.position, part=item.part)
             return
         if kind is CUSTOM_TOOL_CALL:  # its input is not known until it is complete
-            yield self.frame(f"{kind.events}.delta", **item.position, delta=item.input)
+            yield self.frame(f"{kind.events}.delta", **item.position, delta=item.content)
         name = {"name": item.names["name"]} if kind is FUNCTION_CALL else {}
         yield self.frame(
             f"{kind.events}.done", **item.position, **name, **{kind.content: item.content}

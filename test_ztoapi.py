@@ -1886,6 +1886,146 @@ def test_a_tool_in_a_namespace_can_be_chosen(choice):
     )
 
 
+def offered(**fields):
+    """What Z.ai gets of the tools: functions by name, its own search as whether it must search."""
+    prompt = ztoapi.with_chosen_tools(parse_response(**fields))
+    body = zai_body(prompt, resolve("glm-4.6"))
+    names = []
+    for tool in body.get("tools", []):
+        if tool["type"] == "web_search":
+            names.append(tool["web_search"].get("require_search", "may search"))
+        else:
+            names.append(tool["function"]["name"])
+    must_call = "Answer by calling" in body["messages"][0]["content"]
+    return names, must_call, prompt.ignored
+
+
+HOSTED_SEARCH = {"type": "web_search_preview", "search_context_size": "high"}
+DRAW = {"type": "image_generation"}
+
+
+def allowed(mode, *tools):
+    return {"type": "allowed_tools", "mode": mode, "tools": list(tools)}
+
+
+@pytest.mark.parametrize(
+    ("tools", "choice", "wanted"),
+    [
+        pytest.param([HOSTED_SEARCH], {"type": "web_search_preview"}, [True], id="a search"),
+        pytest.param([HOSTED_SEARCH], {"type": "web_search"}, [True], id="of another version"),
+        pytest.param(
+            [NOW, {"type": "web_search_2025_08_26"}],
+            {"type": "web_search_preview_2025_03_11"},
+            [True],
+            id="alone",
+        ),
+        pytest.param([HOSTED_SEARCH], "required", [True], id="the only one"),
+        pytest.param(
+            [NOW, HOSTED_SEARCH], allowed("required", HOSTED_SEARCH), [True], id="alone allowed"
+        ),
+        pytest.param(
+            [NOW, HOSTED_SEARCH],
+            allowed("auto", {"type": "web_search"}),
+            ["may search"],
+            id="allowed",
+        ),
+        pytest.param(
+            [NOW, HOSTED_SEARCH, NOW | {"name": "then"}],
+            allowed("auto", NOW, HOSTED_SEARCH),
+            ["now", "may search"],
+            id="allowed beside a function",
+        ),
+        pytest.param([NOW, HOSTED_SEARCH], "auto", ["now", "may search"], id="negative: auto"),
+        pytest.param([NOW, HOSTED_SEARCH], "none", [], id="negative: none"),
+        pytest.param(
+            [NOW, HOSTED_SEARCH], allowed("auto", NOW), ["now"], id="negative: not allowed"
+        ),
+        pytest.param([NOW], allowed("auto"), [], id="negative: nothing allowed"),
+    ],
+)
+def test_a_search_that_is_chosen_is_zais(tools, choice, wanted):
+    assert offered(tools=tools, tool_choice=choice) == (wanted, False, ())
+
+
+@pytest.mark.parametrize(
+    ("tools", "choice", "wanted"),
+    [
+        pytest.param([NOW, HOSTED_SEARCH], "required", ["now", "may search"], id="any"),
+        pytest.param([NOW, HOSTED_SEARCH], {"type": "function", "name": "now"}, ["now"], id="one"),
+        pytest.param(
+            [NOW, HOSTED_SEARCH],
+            {"type": "function", "function": {"name": "now"}},
+            ["now"],
+            id="in chat's form",
+        ),
+        pytest.param([NOW, TOOL_SEARCH], {"type": "tool_search"}, ["tool_search"], id="of tools"),
+        pytest.param(
+            [NOW, HOSTED_SEARCH, TOOL_SEARCH],
+            allowed("required", NOW, HOSTED_SEARCH, {"type": "tool_search"}),
+            ["now", "tool_search", "may search"],
+            id="one of several",
+        ),
+    ],
+)
+def test_a_function_that_must_be_called_is_not_a_search_that_must_be_made(tools, choice, wanted):
+    assert offered(tools=tools, tool_choice=choice) == (wanted, True, ())
+
+
+def test_tools_that_are_allowed_and_not_there_are_left_out_and_listed():
+    choice = allowed("auto", NOW, DRAW, {"type": "mcp", "server_label": "w"})
+    left_out = ("tools.image_generation", "tools.mcp")
+    assert offered(tools=[NOW, DRAW], tool_choice=choice) == (["now"], False, left_out)
+    none = allowed("auto", DRAW)
+    assert offered(tools=[NOW, DRAW], tool_choice=none) == ([], False, left_out[:1])
+
+
+def test_a_search_that_must_be_made_without_tools_is_left_out_and_listed():
+    assert offered(tool_choice={"type": "web_search"}) == ([], False, ("tools.web_search",))
+
+
+@pytest.mark.parametrize(
+    ("tools", "choice", "words"),
+    [
+        pytest.param([DRAW], DRAW, "image_generation, which GLM does not have", id="a picture"),
+        pytest.param(
+            [], {"type": "code_interpreter"}, "which GLM does not have", id="without tools"
+        ),
+        pytest.param([NOW], {"type": "mcp", "server_label": "w"}, "GLM does not have", id="MCP"),
+        pytest.param([NOW], {"type": "shell"}, "shell, which GLM does not have", id="a shell"),
+        pytest.param(
+            [NOW, DRAW],
+            allowed("required", DRAW, {"type": "file_search"}),
+            "image_generation, file_search, which GLM does not have",
+            id="several",
+        ),
+        pytest.param([NOW], {"type": "web_search"}, "not among the tools", id="no search"),
+        pytest.param(
+            [NOW, {"type": "web_search", "external_web_access": False}],
+            {"type": "web_search"},
+            "not among the tools",
+            id="no live search",
+        ),
+        pytest.param(
+            [NOW], {"type": "tool_search"}, "not among the tools", id="no search of tools"
+        ),
+    ],
+)
+def test_a_tool_that_must_be_called_and_is_not_there_is_refused(tools, choice, words):
+    with pytest.raises(BadRequest, match=words) as raised:
+        parse_response(tools=tools, tool_choice=choice)
+    assert raised.value.param == "tool_choice"
+
+
+@pytest.mark.parametrize(
+    "choice",
+    [5, "sometimes", {}, {"type": 5}, {"type": "function"}, {"type": "custom", "name": 5}],
+    ids=to_json,
+)
+def test_a_choice_that_makes_no_sense_is_refused(choice):
+    with pytest.raises(BadRequest, match="tool_choice' must be"):
+        parse_response(tools=[NOW], tool_choice=choice)
+
+
 def response_reply(history=None, /, **fields):
     return begun(ztoapi.parse_response(ASKED | fields, history or History())[1])
 

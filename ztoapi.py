@@ -1249,10 +1249,14 @@ Messages = tuple[Message, ...]
 
 @dataclass(frozen=True, slots=True)
 class ToolChoice:
-    """Whether a tool may or must be called; `names` restricts it to those functions."""
+    """Whether a tool may or must be called; `names` restricts it to those functions.
+
+    Then only those of Z.ai's own tools may be called whose types are in `natives`.
+    """
 
     mode: Literal["auto", "none", "required"] = "auto"
     names: tuple[str, ...] | None = None
+    natives: tuple[str, ...] = ()
 
 
 # How much to think; "on" leaves the effort to the model.
@@ -2550,14 +2554,36 @@ def text_format(value: Any) -> JSON | None:
     return answer_schema({**as_object(flat), "json_schema": flat})
 
 
-def response_tool_choice(value: Any) -> ToolChoice:
+class ChosenTools(NamedTuple):
+    """A `tool_choice` that names tools: functions by name, OpenAI's own by type."""
+
+    mode: Literal["auto", "required"]
+    names: tuple[str, ...]
+    kinds: tuple[str, ...]
+
+
+def response_tool_choice(value: Any) -> ToolChoice | ChosenTools:
     match value:
-        case {"type": "function" | "custom", "name": str()}:
-            return ToolChoice("required", (qualified_name(value),))
         case {"type": "allowed_tools", "mode": "auto" | "required" as mode, "tools": [*tools]}:
-            return ToolChoice(mode, tuple(qualified_name(as_object(tool)) for tool in tools))
+            return chosen_tools(mode, tools)
+        case {"type": "function" | "custom", "name": str()}:
+            return chosen_tools("required", [value])
+        case {"type": str(kind)} if kind not in ("function", "custom", "allowed_tools"):
+            return chosen_tools("required", [value])
         case _:
-            return tool_choice(value)
+            return tool_choice(value)  # a word, or chat's form
+
+
+def chosen_tools(mode: Literal["auto", "required"], tools: list[Any]) -> ChosenTools:
+    names: list[str] = []
+    kinds: list[str] = []
+    for tool in objects(tools):
+        kind = str(tool.get("type") or "function")
+        if kind in ("function", "custom"):
+            names.append(qualified_name(tool))
+        else:
+            kinds.append(kind)
+    return ChosenTools(mode, tuple(names), tuple(kinds))
 
 
 def response_input(value: Any) -> list[Any]:
@@ -2682,26 +2708,21 @@ def parse_response(body: JSON, history: History) -> tuple[Prompt, ResponseReply]
     given = validated(body, RESPONSE_FIELDS)
     required(given, "model")
     before = previous_items(given.get("previous_response_id", ""), history)
-    own = [
-        resolve_reference(item, f"input[{i}]", history)
-        for i, item in enumerate(given.get("input", ()))
-    ]
+    own = resolved_input(given.get("input", []), history)
     items = [*before, *own]
     conversation = read_items(items, -len(before))
     if not conversation:
         raise BadRequest("'input' is required and must not be empty.", "input")
-    instructions = (
-        (Message("system", (given["instructions"],)),) if given.get("instructions") else ()
-    )
-    tools = [(tool, parse_response_tool(tool, at)) for at, tool in given.get("tools", ())]
-    tools = with_additional_tools(tools, items)
-    left_out = [f"tools.{tool.get('type')}" for tool, parsed in tools if parsed is None]
+    if given.get("instructions"):
+        conversation = (Message("system", (given["instructions"],)), *conversation)
+    tools = with_additional_tools(read_tools(given.get("tools", [])), items)
+    offered = offered_tools(given.get("tool_choice", ToolChoice()), tools)
     prompt = Prompt(
-        **common_arguments({"stream": False, **given}),
-        messages=(*instructions, *conversation),
+        **common_arguments({"stream": False, **given, "tool_choice": offered.choice}),
+        messages=conversation,
         max_tokens=given.get("max_output_tokens"),
-        tools=tuple(parsed for _, parsed in tools if isinstance(parsed, Tool)),
-        native_tools=tuple(parsed for _, parsed in tools if isinstance(parsed, dict)),
+        tools=offered.functions,
+        native_tools=offered.natives,
         schema=given.get("text"),
         effort=given.get("reasoning"),
         reasoning_format="parsed",
@@ -2709,15 +2730,18 @@ def parse_response(body: JSON, history: History) -> tuple[Prompt, ResponseReply]
         ignored=(
             *unknown_fields(body, RESPONSE_FIELDS),
             *serial_calls(given),
-            *dict.fromkeys(left_out),
+            *offered.left_out,
             *unknown_items(items),
         ),
     )
-    by_name = {parsed.name: tool for tool, parsed in tools if isinstance(parsed, Tool)}
     echo = echo_of(body)
     stored = stored_items(own) if echo["store"] else []
     returns_reasoning = "reasoning.encrypted_content" in given.get("include", ())
-    return prompt, ResponseReply(ResponsesRequest(echo, stored, by_name, returns_reasoning))
+    return prompt, ResponseReply(ResponsesRequest(echo, stored, offered.by_name, returns_reasoning))
+
+
+def resolved_input(items: list[Any], history: History) -> list[Any]:
+    return [resolve_reference(item, f"input[{index}]", history) for index, item in enumerate(items)]
 
 
 def previous_items(response_id: str, history: History) -> list[JSON]:
@@ -3096,6 +3120,44 @@ TOOL_ITEMS = ("additional_tools", "tool_search_output")  # see with_additional_t
 ReadTool = tuple[JSON, Tool | JSON | None]
 
 
+def read_tools(tools: list[tuple[str, Any]]) -> list[ReadTool]:
+    return [(tool, parse_response_tool(tool, at)) for at, tool in tools]
+
+
+@dataclass(slots=True)
+class OfferedTools:
+    """The tools of a request as the model gets them, and what was left out, by the names for the client."""
+
+    choice: ToolChoice
+    functions: tuple[Tool, ...]
+    natives: tuple[JSON, ...]
+    by_name: dict[str, JSON]  # functions as the client sent them, by the names that the model knows
+    left_out: list[str]
+
+
+def offered_tools(wanted: ToolChoice | ChosenTools, tools: list[ReadTool]) -> OfferedTools:
+    """Raises BadRequest for a tool that must be called and is not there."""
+    functions: list[Tool] = []
+    natives: list[JSON] = []
+    by_name: dict[str, JSON] = {}
+    left_out: list[str] = []
+    for tool, read in tools:
+        if isinstance(read, Tool):
+            functions.append(read)
+            by_name[read.name] = tool
+        elif read:
+            natives.append(read)
+        else:
+            left_out.append(f"tools.{tool.get('type')}")
+    if isinstance(wanted, ChosenTools):
+        left_out += [f"tools.{kind}" for kind in wanted.kinds if not offered_as(kind, tools)]
+    choice = fulfilled(wanted, tools)
+    if must_search(choice, tuple(functions)):
+        natives = [with_required_search(native) for native in natives]
+    left_out = [*dict.fromkeys(left_out)]
+    return OfferedTools(choice, tuple(functions), tuple(natives), by_name, left_out)
+
+
 def with_additional_tools(tools: list[ReadTool], items: Iterable[JSON]) -> list[ReadTool]:
     """The tools, and those that Codex puts into the conversation or finds in it; of one name the first."""
     known = {tool_name(read) for _, read in tools if read}
@@ -3108,6 +3170,64 @@ def with_additional_tools(tools: list[ReadTool], items: Iterable[JSON]) -> list[
             joined.append((tool, read))
             known.add(tool_name(read))
     return joined
+
+
+def fulfilled(choice: ToolChoice | ChosenTools, tools: list[ReadTool]) -> ToolChoice:
+    """The choice among the tools as they are offered.
+
+    Raises BadRequest where a tool must be called, and the model has none of those that it names.
+    """
+    if isinstance(choice, ToolChoice):
+        return choice
+    names = list(choice.names)
+    natives: list[str] = []
+    for kind in choice.kinds:
+        for read in offered_as(kind, tools):
+            if isinstance(read, Tool):
+                names.append(read.name)
+            else:
+                natives.append(read["type"])
+    if choice.mode == "required" and choice.kinds and not names and not natives:
+        check_available(choice.kinds, tools)
+    return ToolChoice(choice.mode, tuple(names), tuple(natives))
+
+
+def offered_as(kind: str, tools: list[ReadTool]) -> list[Tool | JSON]:
+    """What the model is offered for OpenAI's tools of this type."""
+    wanted = unversioned(kind)
+    return [read for tool, read in tools if read and unversioned(str(tool.get("type"))) == wanted]
+
+
+def unversioned(kind: str) -> str:
+    """The type of a tool without its version: OpenAI's search has several."""
+    if kind.startswith("web_search"):
+        return "web_search"
+    return kind
+
+
+def check_available(kinds: tuple[str, ...], tools: list[ReadTool]) -> None:
+    """Raises BadRequest for tools that must be called and are not offered; without tools a search needs not be."""
+    which = ", ".join(kinds)
+    if not {*map(unversioned, kinds)} <= {"web_search", TOOL_SEARCH}:
+        words = f"'tool_choice' names {which}, which GLM does not have: it has functions and web_search."
+        raise BadRequest(words, "tool_choice")
+    if tools:
+        raise BadRequest(f"'tool_choice' names {which}, not among the tools.", "tool_choice")
+
+
+def must_search(choice: ToolChoice, functions: tuple[Tool, ...]) -> bool:
+    """Whether a search is the only tool that may be called, where one must be."""
+    if choice.mode != "required":
+        return False
+    if choice.names is None:
+        return not functions
+    return not choice.names
+
+
+def with_required_search(native: JSON) -> JSON:
+    if native["type"] != "web_search":
+        return native
+    return {**native, "web_search": {**native["web_search"], "require_search": True}}
 
 
 def tool_name(read: Tool | JSON) -> str:
@@ -5593,7 +5713,8 @@ def with_chosen_tools(prompt: Prompt) -> Prompt:
         names = ", ".join(sorted(unknown))
         raise BadRequest(f"'tool_choice' names {names}, not among the tools.", "tool_choice")
     chosen = tuple(tool for tool in prompt.tools if tool.name in choice.names)
-    return replace(prompt, tools=chosen, native_tools=())
+    native = tuple(tool for tool in prompt.native_tools if tool["type"] in choice.natives)
+    return replace(prompt, tools=chosen, native_tools=native)
 
 
 def emulation_lines(prompt: Prompt) -> Iterator[str]:

@@ -2081,6 +2081,7 @@ def test_a_response_has_every_key_that_its_schema_requires():
         "reasoning": {"effort": "high"},
         "text": {"verbosity": "low"},
         "top_logprobs": 5,
+        "max_tool_calls": 7,
     }
     assert respond([Text("x"), Finish("stop")], **fields)[1] == {
         "id": "resp_ours",
@@ -2120,12 +2121,22 @@ def test_a_response_has_every_key_that_its_schema_requires():
         "user": None,
         "background": False,
         "frequency_penalty": 0.0,
-        "max_tool_calls": None,
+        "max_tool_calls": 7,
         "presence_penalty": 0.0,
         "service_tier": "default",
         "top_logprobs": 0,
         "truncation": "disabled",
     }
+
+
+@pytest.mark.parametrize("limit", [None, "7", True, 7.5, [7]], ids=repr)
+def test_what_a_response_repeats_of_a_limit_is_a_number(limit):
+    response = respond([Text("x"), Finish("stop")], max_tool_calls=limit)[1]
+    assert response["max_tool_calls"] is None
+
+
+def test_a_limit_of_calls_is_not_kept_and_listed():
+    assert parse_response(max_tool_calls=7).ignored == ("max_tool_calls",)
 
 
 def test_the_frames_of_a_message_say_where_it_stands():

@@ -2636,45 +2636,53 @@ def stored_by_openai(_: Any) -> None:
     )
 
 
-RESPONSE_FIELDS: dict[str, Check] = (
-    COMMON_FIELDS
-    | dict.fromkeys(("instructions", "previous_response_id", "prompt_cache_key"), string)
-    | dict.fromkeys(("store", "parallel_tool_calls"), switch)
-    | dict.fromkeys(
-        ("conversation", "prompt"), stored_by_openai
-    )  # ignoring these would lose the conversation
-    | {
-        "input": response_input,
-        "text": text_format,
-        "reasoning": effort_from_object,
-        "include": array,
-    }
-    | {"tools": response_tools, "tool_choice": response_tool_choice}
-    | {"max_output_tokens": integer(1, 2**31), "metadata": metadata}
-)
+RESPONSE_FIELDS: dict[str, Check] = {
+    **COMMON_FIELDS,
+    "input": response_input,
+    "instructions": string,
+    "previous_response_id": string,
+    "conversation": stored_by_openai,  # ignoring these two would lose the conversation
+    "prompt": stored_by_openai,
+    "prompt_cache_key": string,
+    "store": switch,
+    "include": array,
+    "metadata": metadata,
+    "max_output_tokens": integer(1, 2**31),
+    "reasoning": effort_from_object,
+    "text": text_format,
+    "tools": response_tools,
+    "tool_choice": response_tool_choice,
+    "parallel_tool_calls": switch,
+}
 
 # Fields of a request that the response repeats, with their defaults.
-ECHOED: JSON = (
-    dict.fromkeys(("instructions", "max_output_tokens", "previous_response_id", "prompt_cache_key"))
-    | {
-        "safety_identifier": None,
-        "user": None,
-        "store": True,
-        "metadata": {},
-        "temperature": 1.0,
-        "top_p": 1.0,
-    }
-    | {"tools": [], "tool_choice": "auto", "parallel_tool_calls": True}
-    | {"reasoning": {"effort": None, "summary": None}, "text": {"format": {"type": "text"}}}
-)
+ECHOED: JSON = {
+    "instructions": None,
+    "max_output_tokens": None,
+    "previous_response_id": None,
+    "prompt_cache_key": None,
+    "safety_identifier": None,
+    "user": None,
+    "store": True,
+    "metadata": {},
+    "temperature": 1.0,
+    "top_p": 1.0,
+    "tools": [],
+    "tool_choice": "auto",
+    "parallel_tool_calls": True,
+    "max_tool_calls": None,
+    "reasoning": {"effort": None, "summary": None},
+    "text": {"format": {"type": "text"}},
+}
 # The other keys that a response must have; in a request, ztoapi ignores them.
 FIXED: JSON = {
     "background": False,
-    "max_tool_calls": None,
     "service_tier": "default",
     "truncation": "disabled",
+    "frequency_penalty": 0.0,
+    "presence_penalty": 0.0,
+    "top_logprobs": 0,
 }
-FIXED |= {"frequency_penalty": 0.0, "presence_penalty": 0.0, "top_logprobs": 0}
 REASONING_PREFIX = (
     "ztoapi:"  # of our `encrypted_content`: base64 follows, neither encrypted nor signed
 )
@@ -2821,6 +2829,8 @@ def echo_of(body: JSON) -> JSON:
     for name in ("user", "safety_identifier", "prompt_cache_key"):
         echo[name] = short(echo[name])
     reasoning, text = as_object(echo["reasoning"]), as_object(echo["text"])
+    if type(echo["max_tool_calls"]) is not int:
+        echo["max_tool_calls"] = None
     echo["metadata"] = as_object(echo["metadata"])
     echo["reasoning"] = {name: short(reasoning.get(name)) for name in ("effort", "summary")}
     answer_format = format_echo(as_object(text.get("format")) or {"type": "text"})

@@ -1397,6 +1397,10 @@ def test_a_completion_has_the_text_alone():
 ASKED = {"model": "glm-4.6", "input": "你好"}
 
 
+def user_item(words, role="user"):
+    return {"role": role, "content": words}
+
+
 class History(dict):
     """Stored responses, by id."""
 
@@ -2399,6 +2403,186 @@ def test_the_calls_of_a_turn_are_joined_in_linear_time():
     assert seconds_of(ztoapi.merge_assistant_turns, [call] * 2**16) < 0.5  # in quadratic time 3
 
 
+TRIGGER = {"type": "compaction_trigger"}
+TO_SUM_UP = [{"role": "user", "content": "hi"}, TRIGGER]
+
+
+def test_a_trigger_asks_the_model_for_a_summary_and_for_nothing_else():
+    fields = {
+        "instructions": "Be kind.",
+        "input": TO_SUM_UP,
+        "tools": [NOW, {"type": "web_search"}],
+        "tool_choice": {"type": "function", "name": "now"},
+        "text": {"format": {"type": "json_object"}},
+    }
+    prompt, _ = ztoapi.parse_response(ASKED | fields, History())
+    *before, order = prompt.messages
+    assert before == [Message("system", ("Be kind.",)), Message("user", ("hi",))]
+    assert (order.role, order.continues) == ("user", True)
+    assert [tool.name for tool in prompt.tools] == ["now"]
+    assert (prompt.native_tools, prompt.tool_choice, prompt.schema) == ((), ToolChoice(), None)
+    assert prompt.ignored == ()
+
+
+@pytest.mark.parametrize(
+    "words",
+    ["asked", "decided", "changed", "open", "names of files", "exactly as they are", "next step"],
+)
+def test_a_summary_is_asked_for_in_words_that_lose_nothing(words):
+    assert words in ztoapi.COMPACTION_ORDER
+
+
+@pytest.mark.parametrize(
+    "items",
+    [
+        pytest.param([TRIGGER, {"role": "user", "content": "hi"}], id="before a message"),
+        pytest.param([TRIGGER | {"type": "compaction"}], id="a summary"),
+        pytest.param("compaction_trigger", id="text"),
+        pytest.param([{"role": "user", "content": "hi", "x": TRIGGER}], id="inside"),
+    ],
+)
+def test_what_does_not_end_in_a_trigger_is_no_compaction(items):
+    _, reply = ztoapi.parse_response(ASKED | {"input": items}, History())
+    assert type(reply) is ztoapi.ResponseReply
+
+
+@pytest.mark.parametrize("items", [[], [TRIGGER], [TRIGGER, TRIGGER], [{"type": "new"}, TRIGGER]])
+def test_where_nothing_was_said_there_is_nothing_to_sum_up(items):
+    with pytest.raises(BadRequest, match="'input' is required"):
+        parse_response(input=items)
+
+
+def summary_of(words, name="compaction"):
+    return {"type": name, "encrypted_content": ztoapi.encode_reasoning(words)}
+
+
+SUMMED_UP = {"id": "cmp_ours_0", **summary_of("想: do it😀")}
+
+
+@pytest.mark.parametrize(
+    "events",
+    [
+        pytest.param([Text("想: do it😀")], id="text"),
+        pytest.param([Thought("hm"), Text("想"), Text(": do"), Text(" it😀")], id="in pieces"),
+        pytest.param([Text("想: do it😀"), CALLED], id="and a call"),
+        pytest.param([CALLED, Text("想: do it😀"), Citations((FOUND,))], id="and more"),
+        pytest.param([Text("想: do"), Thought("hm"), Text(" it😀")], id="with a thought in it"),
+    ],
+)
+def test_a_compaction_is_one_item_with_the_summary(events):
+    events = [*events, Usage(5, 2, 7), Finish("stop")]
+    names, response, store = respond(events, input=TO_SUM_UP)
+    assert names == [
+        *("created", "in_progress", "output_item.added", "output_item.done", "completed")
+    ]
+    assert (response["output"], response["object"]) == ([SUMMED_UP], "response")
+    assert (response["status"], response["usage"]["total_tokens"]) == ("completed", 7)
+    assert response_reply(input=TO_SUM_UP).fold(events) == response
+    assert store["resp_ours"].input == [{"type": "message", **TO_SUM_UP[0]}]
+
+
+@pytest.mark.parametrize("cut", range(1, 9))
+def test_a_summary_is_the_same_wherever_its_stream_is_cut(cut):
+    words = "想: do it😀"
+    events = [Text(words[:cut]), Text(words[cut:]), Finish("stop")]
+    assert respond(events, input=TO_SUM_UP)[1]["output"] == [SUMMED_UP]
+
+
+def test_a_summary_that_is_cut_short_says_so():
+    names, response, _ = respond([Text("Do"), Finish("length")], input=TO_SUM_UP)
+    assert (names[-1], response["status"]) == ("incomplete", "incomplete")
+    assert [item["type"] for item in response["output"]] == ["compaction"]
+
+
+@pytest.mark.parametrize(
+    "events",
+    [[], [Thought("hm")], [CALLED], [Text("\n"), Text(" ")], [Text("")]],
+    ids=["nothing", "a thought", "a call", "blanks", "an empty text"],
+)
+def test_a_model_that_does_not_sum_up_has_failed(events):
+    reply = response_reply(input=TO_SUM_UP)
+    with pytest.raises(UpstreamError, match="did not sum up") as raised:
+        reply.frames_of([*events, Finish("tool_calls")])
+    assert raised.value.kind in ztoapi.SHOULD_RETRY
+    assert reply.fail(raised.value)[-1]["type"] == "response.failed"
+
+
+SUMMARY = Message("user", ("Summary of the conversation so far:", "Do it."), continues=True)
+SECRET = Message("user", ("[earlier summary that only its maker can read]",), continues=True)
+
+
+@pytest.mark.parametrize(
+    ("item", "wanted", "ignored"),
+    [
+        pytest.param(summary_of("Do it."), SUMMARY, (), id="ours"),
+        pytest.param(summary_of("Do it.", "compaction_summary"), SUMMARY, (), id="ours, of old"),
+        pytest.param(
+            summary_of("Do it.") | {"id": "cmp_1", "status": "completed"}, SUMMARY, (), id="with id"
+        ),
+        pytest.param(
+            {"type": "compaction", "encrypted_content": "gAAAAABo"},
+            SECRET,
+            ("input.compaction",),
+            id="OpenAI's",
+        ),
+        pytest.param(
+            {"type": "compaction_summary", "encrypted_content": "gAAAAABo"},
+            SECRET,
+            ("input.compaction_summary",),
+            id="OpenAI's, of old",
+        ),
+        pytest.param(
+            {"type": "compaction", "encrypted_content": "ztoapi:%"},
+            SECRET,
+            ("input.compaction",),
+            id="spoilt",
+        ),
+        pytest.param({"type": "compaction"}, SECRET, ("input.compaction",), id="without one"),
+        pytest.param(
+            {"type": "compaction", "encrypted_content": 5, "summary": "x"},
+            SECRET,
+            ("input.compaction",),
+            id="no text",
+        ),
+    ],
+)
+def test_a_summary_that_comes_back_is_text(item, wanted, ignored):
+    hi = {"role": "user", "content": "hi"}
+    prompt = parse_response(input=[hi, item, hi])
+    said = Message("user", ("hi",))
+    assert (prompt.messages, prompt.ignored) == ((said, wanted, said), ignored)
+
+
+def test_a_summary_that_comes_back_begins_no_turn():
+    picture = [{"type": "input_image", "image_url": "https://x"}]
+    prompt = parse_response(input=[user_item(picture), summary_of("Do it.")])
+    assert ztoapi.user_shows_media(prompt.messages)
+
+
+def test_what_follows_a_stored_compaction_begins_with_its_summary():
+    summed_up = ztoapi.StoredResponse({"output": [SUMMED_UP]}, [user_item("a")], "resp_gone")
+    answered = ztoapi.StoredResponse(
+        {"output": [user_item("c", "assistant")]}, [user_item("b")], "resp_1"
+    )
+    store = History(resp_1=summed_up, resp_2=answered)
+    body = ASKED | {"input": "d", "previous_response_id": "resp_2"}
+    prompt, _ = ztoapi.parse_response(body, store)
+    assert [message.content[-1] for message in prompt.messages] == ["想: do it😀", *"bcd"]
+
+
+def test_a_request_for_a_summary_alone_is_answered_with_it_alone():
+    prompt, reply = ztoapi.parse_compaction(ASKED, History())
+    assert prompt.messages[-1].content == (ztoapi.COMPACTION_ORDER,)
+    assert begun(reply).fold([Text("想: do it😀"), Usage(5, 2, 7), Finish("stop")]) == {
+        "object": "response.compaction",
+        "id": "resp_ours",
+        "created_at": 1760762344,
+        "output": [SUMMED_UP],
+        "usage": ztoapi.response_usage(Usage(5, 2, 7)),
+    }
+    assert (reply.stored, prompt.stream) == (None, False)
+
+
 def test_a_response_is_remembered_with_the_whole_conversation():
     _, response, store = respond(EVENTS)
     body = {"model": "glm-4.6", "input": "and?", "previous_response_id": response["id"]}
@@ -2428,10 +2612,6 @@ def test_a_response_stores_its_own_items_and_where_they_go_on_from():
     del store["resp_1"]
     with pytest.raises(BadRequest, match="not stored"):
         ztoapi.parse_response(body, store)
-
-
-def user_item(words, role="user"):
-    return {"role": role, "content": words}
 
 
 JUNK = "junk" * 500
@@ -2484,6 +2664,8 @@ JUNK = "junk" * 500
                 "unknown": {"type": "never_heard_of", "x": JUNK},
                 "tools": {"type": "additional_tools", "tools": [{"type": "computer", "x": JUNK}]},
                 "a search": SEARCHED | {"x": JUNK},
+                "a summary": {"type": "compaction", "encrypted_content": JUNK},
+                "a summary of ours": summary_of("x") | {"x": JUNK},
                 "found tools": FOUND_TOOLS | {"tools": [NOW | {"x": JUNK}], "x": JUNK},
                 "a PDF": user_item(
                     [{"type": "input_file", "filename": "a.pdf", "file_data": f"%PDF-{JUNK}"}]
@@ -9555,7 +9737,7 @@ async def test_a_response_can_be_looked_up_and_forgotten(client):
         ("GET", path, 404),
         ("GET", f"{path}/input_items", 404),
         ("DELETE", path, 404),
-        ("POST", "/v1/responses/compact", 404),
+        ("POST", "/v1/responses/forget", 404),
         ("POST", f"{path}/cancel", 404),
     ]:
         async with client.request(method, url, headers=KEY) as response:

@@ -2713,6 +2713,19 @@ class ResponsesRequest:
 
 def parse_response(body: JSON, history: History) -> tuple[Prompt, ResponseReply]:
     """Raises BadRequest for an invalid field and for a previous response that is not stored."""
+    prompt, request = read_response_request(body, history)
+    if ends_in_trigger(body.get("input")):
+        return with_compaction(prompt), CompactionReply(request)
+    return prompt, ResponseReply(request)
+
+
+def parse_compaction(body: JSON, history: History) -> tuple[Prompt, ResponseReply]:
+    """A request for nothing but a summary; what comes of it is not stored. Raises as parse_response."""
+    prompt, request = read_response_request({**body, "store": False}, history)
+    return with_compaction(prompt), CompactedReply(request)
+
+
+def read_response_request(body: JSON, history: History) -> tuple[Prompt, ResponsesRequest]:
     given = validated(body, RESPONSE_FIELDS)
     required(given, "model")
     before = previous_items(given.get("previous_response_id", ""), history)
@@ -2745,7 +2758,38 @@ def parse_response(body: JSON, history: History) -> tuple[Prompt, ResponseReply]
     echo = echo_of(body)
     stored = stored_items(own) if echo["store"] else []
     returns_reasoning = "reasoning.encrypted_content" in given.get("include", ())
-    return prompt, ResponseReply(ResponsesRequest(echo, stored, offered.by_name, returns_reasoning))
+    return prompt, ResponsesRequest(echo, stored, offered.by_name, returns_reasoning)
+
+
+def ends_in_trigger(items: Any) -> bool:
+    """Whether the input asks for a summary of the conversation, as Codex does before its window is full."""
+    kinds = [item.get("type") for item in objects(items)]
+    return kinds[-1:] == [COMPACTION_TRIGGER]
+
+
+COMPACTION_TRIGGER = "compaction_trigger"
+COMPACTION_ORDER = """\
+Write a summary of this conversation for the model that goes on with the work. It will see nothing \
+else of what came before, so whatever it needs must be in your summary:
+- What was asked: the task, every later wish and correction, and what must not be done.
+- What was decided, and why; what was tried and did not work.
+- What was changed: each file and what is different in it now; commands that were run and what came of them.
+- What is open: what remains to be done, what is in progress, known errors, and the next step.
+Write the names of files, functions, commands, settings, versions and ids, and the words of errors, \
+exactly as they are. An earlier summary above counts as part of the conversation. Call no tool. \
+Answer with the summary alone."""
+
+
+def with_compaction(prompt: Prompt) -> Prompt:
+    """The conversation with the order to sum it up at its end; its beginning stays as it was, for Z.ai's cache."""
+    order = Message("user", (COMPACTION_ORDER,), continues=True)
+    return replace(
+        prompt,
+        messages=(*prompt.messages, order),
+        native_tools=(),
+        tool_choice=ToolChoice(),
+        schema=None,
+    )
 
 
 def resolved_input(items: list[Any], history: History) -> list[Any]:
@@ -2763,7 +2807,11 @@ def previous_items(response_id: str, history: History) -> list[JSON]:
         if stored is None:
             message = "The previous response is not stored here (any more): send the whole conversation as 'input'."
             raise BadRequest(message, "previous_response_id", "previous_response_not_found")
-        turns.append([*stored.input, *stored.response["output"]])
+        output = stored.response["output"]
+        if "compaction" in map(item_type, output):  # it stands for all that came before
+            turns.append(output)
+            break
+        turns.append([*stored.input, *output])
         response_id = stored.parent
     return [*chain.from_iterable(reversed(turns))]
 
@@ -2948,6 +2996,8 @@ ITEM_FIELDS: Mapping[str, tuple[str, ...]] = {
     "tool_search_call": ("call_id", "execution", "arguments"),
     "tool_search_output": ("call_id", "execution"),
     "additional_tools": (),
+    "compaction": ("encrypted_content",),
+    "compaction_summary": ("encrypted_content",),
 }
 # More of them in a message, as other APIs have it.
 ROLE_FIELDS: Mapping[str, tuple[str, ...]] = {
@@ -2988,6 +3038,8 @@ def stored_item(item: JSON, kind: str) -> JSON:
         kept["summary"] = [{"type": "summary_text", "text": decode_reasoning(item)}]
     if kind in TOOL_ITEMS:
         kept["tools"] = tool_echoes(item.get("tools"))
+    if is_foreign_summary(item):
+        kept["encrypted_content"] = ""
     item_id = item.get("id")
     if isinstance(item_id, str) and len(item_id) <= SHORT:
         kept["id"] = item_id
@@ -3015,11 +3067,14 @@ def stored_part(part: Any) -> Any:
 
 
 def unknown_items(items: Iterable[JSON]) -> list[str]:
-    """The types of items that are left out: Codex brings new ones with each version."""
+    """The types of items that are not understood: Codex brings new ones with each version."""
     known = ITEM_READERS.keys() | SKIPPED_ITEMS
-    return list(
-        {f"input.{item_type(item)}": True for item in items if item_type(item) not in known}
-    )
+    unknown: dict[str, None] = {}
+    for item in items:
+        kind = item_type(item)
+        if kind not in known or is_foreign_summary(item):
+            unknown[f"input.{kind}"] = None
+    return list(unknown)
 
 
 def read_call_item(item: JSON, _: str) -> list[Message]:
@@ -3090,6 +3145,23 @@ def read_reasoning_item(item: JSON, _: str) -> list[Message]:
     return [Message("assistant", (), thought=decode_reasoning(item))]
 
 
+SUMMARY_ITEMS = ("compaction", "compaction_summary")
+FOREIGN_SUMMARY = "[earlier summary that only its maker can read]"
+
+
+def read_summary_item(item: JSON, _: str) -> list[Message]:
+    """What a compaction left of the conversation before it. It begins no new turn."""
+    if is_foreign_summary(item):
+        return [Message("user", (FOREIGN_SUMMARY,), continues=True)]
+    summary = kept_reasoning(item["encrypted_content"])
+    return [Message("user", ("Summary of the conversation so far:", summary), continues=True)]
+
+
+def is_foreign_summary(item: JSON) -> bool:
+    """Whether an item is a summary that another server made: only that one can read it."""
+    return item_type(item) in SUMMARY_ITEMS and not kept_reasoning(item.get("encrypted_content"))
+
+
 def read_nothing(_: JSON, __: str) -> list[Message]:
     """An item that says nothing to the model itself."""
     return []
@@ -3111,6 +3183,7 @@ ITEM_READERS: dict[str, Callable[[JSON, str], list[Message]]] = {
     "tool_search_call": read_search_item,
     "tool_search_output": read_found_tools,
     "additional_tools": read_nothing,
+    **dict.fromkeys(SUMMARY_ITEMS, read_summary_item),
     **dict.fromkeys(CALL_ITEMS, read_call_item),
     **dict.fromkeys([f"{kind}_output" for kind in CALL_ITEMS], read_output_item),
 }
@@ -3121,6 +3194,7 @@ SKIPPED_ITEMS = frozenset(
         "file_search_call",
         "code_interpreter_call",
         "image_generation_call",
+        COMPACTION_TRIGGER,  # see parse_response
     )
 )
 TOOL_ITEMS = ("additional_tools", "tool_search_output")  # see with_additional_tools
@@ -3297,14 +3371,22 @@ def encode_reasoning(thought: str) -> str:
     return REASONING_PREFIX + base64.b64encode(thought.encode("utf-8", "surrogatepass")).decode()
 
 
+def kept_reasoning(value: Any) -> str:
+    """The text that `encode_reasoning` sealed; "" for any other value."""
+    if not isinstance(value, str) or not value.startswith(REASONING_PREFIX):
+        return ""
+    try:
+        data = base64.b64decode(value.removeprefix(REASONING_PREFIX), validate=True)
+        return data.decode("utf-8", "surrogatepass")
+    except ValueError:
+        return ""
+
+
 def decode_reasoning(item: JSON) -> str:
     """The reasoning in an item: from our `encrypted_content`, else from its visible text."""
-    kept = item.get("encrypted_content")
-    if isinstance(kept, str) and kept.startswith(REASONING_PREFIX):
-        with suppress(ValueError):
-            return base64.b64decode(kept.removeprefix(REASONING_PREFIX), validate=True).decode(
-                "utf-8", "surrogatepass"
-            )
+    thought = kept_reasoning(item.get("encrypted_content"))
+    if thought:
+        return thought
     parts = chain.from_iterable(objects(item.get(key)) for key in ("content", "summary"))
     return "".join(part["text"] for part in parts if isinstance(part.get("text"), str))
 
@@ -3396,6 +3478,7 @@ CUSTOM_TOOL_CALL = ItemKind("custom_tool_call", "ctc", "input", "custom_tool_cal
 TOOL_SEARCH_CALL = ItemKind(
     "tool_search_call", "tsc", "arguments", "", fields={"execution": "client"}
 )
+COMPACTION = ItemKind("compaction", "cmp", "encrypted_content", "")
 # The kind of a call, by the type of its tool; of the others it is a function call.
 CALL_KINDS = {"custom": CUSTOM_TOOL_CALL, TOOL_SEARCH: TOOL_SEARCH_CALL}
 
@@ -3483,6 +3566,8 @@ class Item:
             return custom_input(self.names["name"], self.text)
         if self.kind is TOOL_SEARCH_CALL:
             return as_object(parse_json_text(self.text))
+        if self.kind is COMPACTION:
+            return encode_reasoning(self.text)
         return self.text
 
     @property
@@ -3493,6 +3578,8 @@ class Item:
             **self.names,
             self.kind.content: self.content,
         }
+        if self.kind is COMPACTION:
+            return {"id": self.id, **fields}
         return {"id": self.id, "status": self.status, **fields}
 
 
@@ -3677,6 +3764,44 @@ class ResponseReply(Reply):
         )
 
 
+NO_SUMMARY = "The model did not sum up the conversation: try again."
+
+
+class CompactionReply(ResponseReply):
+    """A response whose only item is a summary of the conversation, sealed as reasoning is.
+
+    Clients send it back in place of what it sums up, and need not read it.
+    """
+
+    def frames(self, event: Event) -> Iterator[JSON]:
+        match event:
+            case Text(words) if words:
+                yield from self.add_summary(words)
+            case Usage():
+                yield from super().frames(event)
+            case Finish():
+                if not any(item.text.strip() for item in self.items):
+                    raise UpstreamError(UNAVAILABLE, NO_SUMMARY)
+                yield from super().frames(event)
+
+    def add_summary(self, words: str) -> Iterator[JSON]:
+        """The item is opened at once, as a sign of life, and has its text when it is complete."""
+        if not self.items:
+            yield from self.new_item(COMPACTION)
+        self.items[0].pieces.append(words)
+
+
+class CompactedReply(CompactionReply):
+    """The answer to a request for nothing but a summary; streamed it is a response like any other."""
+
+    def fold(self, events: Sequence[Event]) -> JSON:
+        response = super().fold(events)
+        return {
+            "object": "response.compaction",
+            **fields_of(response, "id", "created_at", "output", "usage"),
+        }
+
+
 def input_items(response_id: str, said: Sequence[JSON], query: Mapping[str, str]) -> JSON:
     """A page of a response's input, as its `order`, `after` and `limit` ask for it: the newest 20 first."""
     order = 1 if query.get("order") == "asc" else -1
@@ -3810,6 +3935,7 @@ SURFACES: dict[str, Surface] = {
     "chat/completions": Surface(lambda body, _: parse_chat(body)),
     "completions": Surface(lambda body, _: parse_completion(body)),
     "responses": Surface(parse_response),
+    "responses/compact": Surface(parse_compaction),
 }
 
 
@@ -10073,7 +10199,8 @@ async def error_response(request: web.Request, error: ProxyError) -> web.StreamR
         await stream.fail(error)
         return stream.response
     headers = error_headers(error)
-    if error.kind.status == 402 and request.path.rstrip("/").endswith("/responses"):
+    is_response = request.path.rstrip("/").endswith(("/responses", "/responses/compact"))
+    if error.kind.status == 402 and is_response:
         headers.pop("Retry-After", None)  # Codex would silently wait until then
     response = json_response(error_document(request, error), error.kind.status, headers)
     if isinstance(error, BrokenBody):

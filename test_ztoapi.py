@@ -2583,6 +2583,33 @@ def test_a_request_for_a_summary_alone_is_answered_with_it_alone():
     assert (reply.stored, prompt.stream) == (None, False)
 
 
+@pytest.mark.parametrize(
+    ("body", "tokens"),
+    [
+        pytest.param({"model": "glm-4.6", "input": "a" * 100}, 28, id="text"),
+        pytest.param({"input": "a" * 100}, 28, id="no model"),
+        pytest.param({"model": None, "input": [user_item("汉" * 100)]}, 75, id="items"),
+        pytest.param({"input": "a" * 50, "instructions": "b" * 50}, 28, id="instructions"),
+        pytest.param({"instructions": "a" * 100}, 28, id="no input"),
+        pytest.param({"tools": [NOW | {"description": "d" * 80}]}, 28, id="a tool"),
+        pytest.param(
+            {"input": [user_item([{"type": "input_image", "image_url": "https://x"}])]},
+            1000,
+            id="an image",
+        ),
+        pytest.param(
+            {"input": "a" * 100, "temperature": 9, "tool_choice": DRAW, "max_output_tokens": 0},
+            28,
+            id="what else it asks for",
+        ),
+        pytest.param({}, 0, id="nothing"),
+    ],
+)
+def test_the_tokens_of_a_response_are_estimated(body, tokens):
+    prompt = ztoapi.parse_counted_response(body, History())
+    assert ztoapi.estimated_tokens(prompt) == tokens
+
+
 def test_a_response_is_remembered_with_the_whole_conversation():
     _, response, store = respond(EVENTS)
     body = {"model": "glm-4.6", "input": "and?", "previous_response_id": response["id"]}

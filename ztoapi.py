@@ -2725,6 +2725,16 @@ def parse_compaction(body: JSON, history: History) -> tuple[Prompt, ResponseRepl
     return with_compaction(prompt), CompactedReply(request)
 
 
+COUNTED_OF_RESPONSE = ("model", "instructions", "input", "tools", "previous_response_id")
+
+
+def parse_counted_response(body: JSON, history: History) -> Prompt:
+    """What a model would read of a request, of which nothing else is looked at; the model need not be named."""
+    given = {name: body[name] for name in COUNTED_OF_RESPONSE if body.get(name) is not None}
+    prompt, _ = read_response_request({"model": "any", "input": "", **given}, history)
+    return prompt
+
+
 def read_response_request(body: JSON, history: History) -> tuple[Prompt, ResponsesRequest]:
     given = validated(body, RESPONSE_FIELDS)
     required(given, "model")
@@ -9630,6 +9640,20 @@ async def delete_response(request: web.Request) -> web.Response:
     return json_response({"id": response_id, "object": "response", "deleted": True})
 
 
+async def count_input_tokens(request: web.Request) -> web.Response:
+    """An estimate, in the form of the Responses API: Z.ai is not asked."""
+    history = ClientHistory(request.app[DATABASE], request[ACCOUNT].id)
+    body = await read_json(request)
+    await history.load(referred_responses(body))
+    size = request[RECORD].body_size + history.size
+    tokens = await in_thread_if_large(size, response_tokens, body, history)
+    return json_response({"object": "response.input_tokens", "input_tokens": tokens})
+
+
+def response_tokens(body: JSON, history: ClientHistory) -> int:
+    return estimated_tokens(parse_counted_response(body, history))
+
+
 async def health(request: web.Request) -> web.Response:
     return json_response({"status": "ok", "name": "ztoapi"} | about(request.app[SETTINGS]))
 
@@ -10541,6 +10565,7 @@ def api_routes(app: web.Application) -> None:
     )
     add_route(app, "GET", f"{API}models{END}", require_key(list_models))
     add_route(app, "GET", f"{API}models/{{id:.*[^/]}}{END}", require_key(one_model))
+    add_route(app, "POST", f"{API}responses/input_tokens{END}", require_key(count_input_tokens))
     response = API + r"responses/{id:resp_\w+}"
     add_route(app, "GET", response + END, require_key(one_response))
     add_route(app, "GET", f"{response}/input_items{END}", require_key(list_input_items))

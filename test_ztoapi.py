@@ -1565,6 +1565,21 @@ RUN = {"type": "exec", "command": ["ls"]}
             id="agent",
         ),
         pytest.param(
+            [AGENT | {"content": [{"type": "input_text", "text": "Payload:"}, {"type": "encrypted_content", "encrypted_content": "say hi"}]}],
+            [Message("user", ("Message from the agent /root/a:", "Payload:", "say hi"), continues=True)],
+            id="an agent's task, which only OpenAI's models encrypt",
+        ),
+        pytest.param(
+            [AGENT | {"content": [{"type": "input_text", "text": "Payload:"}, {"type": "encrypted_content", "encrypted_content": "gAAAAABo-x_9=="}]}],
+            [Message("user", ("Message from the agent /root/a:", "Payload:"), continues=True)],
+            id="an agent's task that is encrypted",
+        ),
+        pytest.param(
+            [AGENT | {"content": "done"}],
+            [Message("user", ("Message from the agent /root/a:", "done"), continues=True)],
+            id="an agent's text",
+        ),
+        pytest.param(
             [
                 {"type": "local_shell_call", "call_id": "c1", "action": RUN},
                 {"type": "local_shell_call_output", "id": "c1", "output": "a.py"},

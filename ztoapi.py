@@ -3040,20 +3040,27 @@ def stored_item(item: JSON, kind: str) -> JSON:
     names = ITEM_FIELDS.get(kind, CALL_FIELDS)
     if kind == "message":
         names += ROLE_FIELDS.get(ROLES[item["role"]], ())
-    kept: JSON = {"type": kind, **fields_of(item, *names)}
+    kept: JSON = {"type": kind, **fields_of(item, *names), **rewritten(item, kind)}
     for name in ("content", "output"):
         if isinstance(kept.get(name), list):
             kept[name] = [stored_part(part) for part in kept[name]]
-    if kind == "reasoning":
-        kept["summary"] = [{"type": "summary_text", "text": decode_reasoning(item)}]
-    if kind in TOOL_ITEMS:
-        kept["tools"] = tool_echoes(item.get("tools"))
-    if is_foreign_summary(item):
-        kept["encrypted_content"] = ""
     item_id = item.get("id")
     if isinstance(item_id, str) and len(item_id) <= SHORT:
         kept["id"] = item_id
     return kept
+
+
+def rewritten(item: JSON, kind: str) -> JSON:
+    """The fields of an item that are kept in another form than they came in."""
+    if kind == "reasoning":
+        return {"summary": [{"type": "summary_text", "text": decode_reasoning(item)}]}
+    if kind == "agent_message":
+        return {"content": agent_content(item)}
+    if kind in TOOL_ITEMS:
+        return {"tools": tool_echoes(item.get("tools"))}
+    if is_foreign_summary(item):
+        return {"encrypted_content": ""}
+    return {}
 
 
 def stored_part(part: Any) -> Any:
@@ -3146,9 +3153,33 @@ def read_mcp_item(item: JSON, at: str) -> list[Message]:
 def read_agent_item(item: JSON, at: str) -> list[Message]:
     """What one of Codex's agents wrote to another, as a user's text that names its author."""
     reader = ContentReader("system")
-    reader.read(item.get("content"), f"{at}.content")
+    reader.read(agent_content(item), f"{at}.content")
     words = f"Message from the agent {item.get('author') or '?'}:"
     return [Message("user", (words, *reader.content), continues=True)]
+
+
+CIPHERTEXT = re.compile(r"gAAAA[\w-]+=*")  # as OpenAI encrypts: Fernet
+
+
+def agent_content(item: JSON) -> Any:
+    """The content of an agent's message with its tasks as text.
+
+    OpenAI's models encrypt what they tell another agent. Codex passes on as `encrypted_content`
+    whatever the model said (tried with 0.171); other models say it in plain text.
+    """
+    content = item.get("content")
+    if not isinstance(content, list):
+        return content
+    return [plain_part(part) for part in content]
+
+
+def plain_part(part: Any) -> Any:
+    match part:
+        case {"type": "encrypted_content", "encrypted_content": str(said)}:
+            is_secret = CIPHERTEXT.fullmatch(said)
+            return part if is_secret else {"type": "input_text", "text": said}
+        case _:
+            return part
 
 
 def read_reasoning_item(item: JSON, _: str) -> list[Message]:

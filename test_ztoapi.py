@@ -2806,6 +2806,110 @@ def test_an_item_of_the_input_is_listed_with_all_its_keys():
     ]
 
 
+# What Codex 0.171 sends, recorded in November 2026 with gpt-5.5 as its model; long descriptions are cut.
+TURN = {"internal_chat_message_metadata_passthrough": {"turn_id": "01a22bd8-a67d-75a2"}}
+CODEX = {
+    "model": "gpt-5.5",
+    "stream": True,
+    "tool_choice": "auto",
+    "parallel_tool_calls": True,
+    "reasoning": {"effort": "medium"},
+    "store": False,
+    "include": ["reasoning.encrypted_content"],
+    "prompt_cache_key": "01a22bd8-a656-7ef1",
+    "text": {"verbosity": "low"},
+    "client_metadata": {"session_id": "01a22bd8-a656-7ef1", "mcp_attribution": '{"status":"none"}'},
+}
+CODEX_TOOLS = [
+    {"type": "function", "name": "exec_command", "description": "Runs a command in a PTY.", "strict": False, "parameters": {"type": "object", "properties": {"cmd": {"type": "string"}}, "required": ["cmd"]}},
+    {"type": "custom", "name": "apply_patch", "description": "Edit files.", "format": {"type": "grammar", "syntax": "lark", "definition": "start: begin_patch hunk+ end_patch"}},
+    {"type": "tool_search", "execution": "client", "description": "# Tool discovery", "parameters": {"type": "object", "properties": {"limit": {"type": "number"}, "query": {"type": "string"}}, "required": ["query"], "additionalProperties": False}},
+    {"type": "web_search", "external_web_access": True, "search_content_types": ["text", "image"]},
+]  # fmt: skip
+CODEX_BEGINS = [
+    {"type": "message", "id": "msg_1", "role": "developer", "content": [{"type": "input_text", "text": "You are Codex."}]},
+    {"type": "message", "id": "msg_2", "role": "user", "content": [{"type": "input_text", "text": "<environment_context/>"}], **TURN},
+    {"type": "message", "id": "msg_3", "role": "user", "content": [{"type": "input_text", "text": "What is the weather?"}], **TURN},
+]  # fmt: skip
+CODEX_SEARCHED = [
+    {"type": "message", "status": "completed", "id": "msg_9b3a_0", "role": "assistant", "content": [{"type": "output_text", "text": "I look.", "annotations": [], "logprobs": []}], **TURN},
+    {"type": "tool_search_call", "id": "tsc_9b3a_1", "call_id": "call_1_0", "status": "completed", "execution": "client", "arguments": {"query": "weather", "limit": 4}, **TURN},
+    {"type": "tool_search_output", "id": "tso_01a2", "call_id": "call_1_0", "status": "completed", "execution": "client", "tools": [{"type": "namespace", "name": "mcp__weather", "description": "Tools in the mcp__weather namespace.", "tools": [{"type": "function", "name": "get_weather", "description": "The weather in a city", "strict": False, "defer_loading": True, "parameters": {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]}}]}], **TURN},
+    {"type": "function_call", "status": "completed", "id": "fc_e194_0", "name": "get_weather", "namespace": "mcp__weather", "arguments": '{"city": "Rome"}', "call_id": "call_2_0", **TURN},
+    {"type": "function_call_output", "id": "fco_01a2", "call_id": "call_2_0", "output": [{"type": "input_text", "text": "Wall time: 0.0023 seconds\nOutput:"}, {"type": "input_text", "text": "sunny in Rome"}], **TURN},
+]  # fmt: skip
+CODEX_AGENT = {"type": "agent_message", "id": "amsg_01a2", "author": "/root", "recipient": "/root/helper", "content": [{"type": "input_text", "text": "Message Type: NEW_TASK\nTask name: /root/helper\nSender: /root\nPayload:\n"}, {"type": "encrypted_content", "encrypted_content": "Say hi."}], **TURN}  # fmt: skip
+CODEX_ADDITIONAL = {"type": "additional_tools", "id": "at_01a2", "role": "developer", "tools": [{"type": "namespace", "name": "functions", "description": "", "tools": [{"type": "custom", "name": "exec", "description": "Run JavaScript code", "format": {"type": "grammar", "syntax": "lark", "definition": "start: SOURCE"}}]}, {"type": "namespace", "name": "clock", "description": "", "tools": [{"type": "function", "name": "sleep", "description": "Sleeps.", "strict": False, "parameters": {"type": "object", "properties": {}}}]}]}  # fmt: skip
+
+
+def asked_by_codex(*items, tools=CODEX_TOOLS):
+    """The messages and the names of the tools that Z.ai gets, and what the client is told was left out."""
+    asked = CODEX | {"tools": tools, "input": list(items)}
+    prompt = ztoapi.with_chosen_tools(ztoapi.parse_response(asked, History())[0])
+    body = zai_body(prompt, resolve("glm-5.3"))
+    names = [tool.get("function", tool).get("name", tool["type"]) for tool in body["tools"]]
+    return body["messages"], names, prompt.ignored
+
+
+def test_codex_finds_a_tool_and_calls_it():
+    messages, names, ignored = asked_by_codex(*CODEX_BEGINS, *CODEX_SEARCHED)
+    search = {"name": "tool_search", "arguments": '{"query":"weather","limit":4}'}
+    get = {"name": "mcp__weather__get_weather", "arguments": '{"city": "Rome"}'}
+    assert messages == [
+        {"role": "system", "content": "You are Codex."},
+        {"role": "user", "content": "<environment_context/>"},
+        {"role": "user", "content": "What is the weather?"},
+        {
+            "role": "assistant",
+            "content": "I look.",
+            "tool_calls": [{"id": "call_1_0", "type": "function", "function": search}],
+        },
+        {
+            "role": "tool",
+            "tool_call_id": "call_1_0",
+            "content": "tool mcp__weather__get_weather is now available",
+        },
+        {
+            "role": "assistant",
+            "content": "",
+            "tool_calls": [{"id": "call_2_0", "type": "function", "function": get}],
+        },
+        {
+            "role": "tool",
+            "tool_call_id": "call_2_0",
+            "content": "Wall time: 0.0023 seconds\nOutput:\nsunny in Rome",
+        },
+    ]
+    given = ["exec_command", "apply_patch", "tool_search", "mcp__weather__get_weather"]
+    assert (names, ignored) == ([*given, "web_search"], ("client_metadata",))
+
+
+def test_codex_tells_another_agent_what_to_do():
+    messages, *_ = asked_by_codex(*CODEX_BEGINS, CODEX_AGENT)
+    assert messages[-1]["content"].startswith("Message from the agent /root:")
+    assert messages[-1]["content"].endswith("Payload:\n\nSay hi.")
+
+
+def test_codex_puts_its_tools_into_the_conversation():
+    messages, names, ignored = asked_by_codex(CODEX_ADDITIONAL, *CODEX_BEGINS, tools=[])
+    assert (names, ignored) == (["functions__exec", "clock__sleep"], ("client_metadata",))
+    assert [message["role"] for message in messages] == ["system", "user", "user"]
+
+
+def test_codex_compacts_a_conversation_and_goes_on():
+    asked = CODEX | {"tools": CODEX_TOOLS, "input": [*CODEX_BEGINS, *CODEX_SEARCHED, TRIGGER]}
+    prompt, reply = ztoapi.parse_response(asked, History())
+    before, _ = ztoapi.parse_response(asked | {"input": asked["input"][:-1]}, History())
+    assert prompt.messages[:-1] == before.messages
+    assert prompt.tools == before.tools
+    (item,) = begun(reply).fold([Thought("hm"), Text("It is sunny."), Finish("stop")])["output"]
+    messages, *_ = asked_by_codex(*CODEX_BEGINS, item)
+    assert messages[-1] == {
+        "role": "user",
+        "content": "Summary of the conversation so far:\nIt is sunny.",
+    }
+
+
 # ======== Messages ========
 
 
@@ -9787,6 +9891,94 @@ async def test_a_response_can_be_looked_up_and_forgotten(client):
 
 
 @in_loop
+async def test_new_items_of_codex_are_no_400_and_listed(client, zai):
+    hi = {"type": "message", "role": "user", "content": [{"type": "input_text", "text": "hi"}]}
+    agent = AGENT | {"content": [{"type": "input_text", "text": "done"}]}
+    items = [*additional(NOW)[:1], hi, agent, {"type": "never_heard_of", "x": 1}]
+    response, _ = await ask(client, ASKED | {"store": False, "input": items}, "/v1/responses")
+    assert response.status == 200
+    assert response.headers["x-ztoapi-ignored"] == "input.never_heard_of"
+    assert [tool["function"]["name"] for tool in zai.bodies[0]["tools"]] == ["now"]
+    assert [message["content"] for message in zai.bodies[0]["messages"]] == [
+        "hi",
+        "Message from the agent /root/a:\ndone",
+    ]
+
+
+@in_loop
+async def test_a_search_that_must_be_made_is_asked_of_zai(client, zai):
+    choice = {"type": "web_search_preview"}
+    asked = {"model": "glm-4.7", "input": "News?", "tools": [choice], "tool_choice": choice}
+    assert (await ask(client, asked, "/v1/responses"))[0].status == 200
+    (tool,) = zai.bodies[0]["tools"]
+    assert (tool["type"], tool["web_search"]["require_search"]) == ("web_search", True)
+
+
+def last_event(stream):
+    return json.loads(stream.strip().rpartition("data: ")[2])
+
+
+@in_loop
+@pytest.mark.parametrize("stream", [True, False], ids=["streamed", "whole"])
+async def test_a_conversation_is_summed_up_and_goes_on(client, zai, stream):
+    asked = ASKED | {"store": False, "input": TO_SUM_UP, "stream": stream}
+    _, body = await ask(client, asked, "/v1/responses")
+    response = last_event(body)["response"] if stream else json.loads(body)
+    assert zai.bodies[0]["messages"][-1]["content"] == ztoapi.COMPACTION_ORDER
+    (item,) = response["output"]
+    assert (response["status"], item["type"]) == ("completed", "compaction")
+    await ask(client, ASKED | {"input": [item, user_item("and?")]}, "/v1/responses")
+    assert [message["content"] for message in zai.bodies[1]["messages"]] == [
+        "Summary of the conversation so far:\n你好😀",
+        "and?",
+    ]
+
+
+@in_loop
+@pytest.mark.parametrize("stream", [True, False], ids=["streamed", "whole"])
+async def test_a_summary_can_be_asked_for_at_an_address_of_its_own(client, zai, stream):
+    response, body = await ask(client, ASKED | {"stream": stream}, "/v1/responses/compact")
+    answer = last_event(body)["response"] if stream else json.loads(body)
+    assert zai.bodies[0]["messages"][-1]["content"] == ztoapi.COMPACTION_ORDER
+    assert answer["object"] == ("response" if stream else "response.compaction")
+    assert [item["type"] for item in answer["output"]] == ["compaction"]
+    assert response.headers["Content-Type"].startswith("text/event" if stream else "application/js")
+    async with client.get(f"/v1/responses/{answer['id']}", headers=KEY) as looked_up:
+        assert looked_up.status == 404
+
+
+@in_loop
+@pytest.mark.parametrize("path", ["/v1/responses", "/v1/responses/compact"])
+async def test_a_model_that_calls_a_tool_instead_of_summing_up_is_an_error(client, zai, path):
+    zai.parts = [RECORDED_CALL]
+    whole, body = await ask(client, ASKED | {"input": TO_SUM_UP}, path)
+    assert (whole.status, json.loads(body)["error"]["code"]) == (502, "zai_unavailable")
+    assert "x-should-retry" not in whole.headers
+    streamed, _ = await ask(client, ASKED | {"input": TO_SUM_UP, "stream": True}, path)
+    assert streamed.status == 502
+
+
+@in_loop
+async def test_tokens_are_counted_without_zai(client, zai):
+    response, body = await ask(client, {"input": "a" * 100}, "/v1/responses/input_tokens")
+    assert json.loads(body) == {"object": "response.input_tokens", "input_tokens": 28}
+    assert (response.status, zai.asked) == (200, [])
+
+
+@in_loop
+async def test_the_tokens_of_a_stored_conversation_are_counted_too(client):
+    asked = ASKED | {"input": "a" * 100}
+    first = json.loads((await ask(client, asked, "/v1/responses"))[1])
+    more = {"input": "b" * 100, "previous_response_id": first["id"]}
+    _, body = await ask(client, more, "/v1/responses/input_tokens")
+    assert 56 <= json.loads(body)["input_tokens"] <= 60
+    gone = more | {"previous_response_id": "resp_gone"}
+    refused, body = await ask(client, gone, "/v1/responses/input_tokens")
+    assert refused.status == 400
+    assert json.loads(body)["error"]["code"] == "previous_response_not_found"
+
+
+@in_loop
 async def test_tools_that_only_openai_has_are_named_in_a_header_and_in_the_log(client, caplog):
     caplog.set_level("INFO")
     response, _ = await ask(client, ASKED | {"tools": [{"type": "computer"}]}, "/v1/responses")
@@ -13642,6 +13834,93 @@ def test_what_the_sdk_makes_of_a_streamed_response_is_the_whole_one(seed):
     assert [item["type"] for item in made["output"]] == [item["type"] for item in whole["output"]]
     assert without_parsed(made["output"], whole["output"]) == whole["output"]
     assert (made["status"], made["id"]) == (whole["status"], whole["id"])
+
+
+@pytest.mark.parametrize(
+    ("fields", "events"),
+    [
+        pytest.param(
+            {"tools": [TOOL_SEARCH, {"type": "custom", "name": "apply_patch"}]},
+            [
+                Thought("hm"),
+                Text("x"),
+                ToolCall(0, "c1", "tool_search", '{"query":'),
+                ToolCall(1, "c2", "apply_patch", to_json({"patch": PATCH})),
+                ToolCall(0, "", "", '"weather"}'),
+                Usage(5, 2, 7),
+                Finish("tool_calls"),
+            ],
+            id="calls",
+        ),
+        pytest.param(
+            {"tools": [NAMESPACE], "max_tool_calls": 7, "tool_choice": allowed("auto", NOW, DRAW)},
+            [ToolCall(0, "c1", "mcp__w__get", "{}"), Finish("length")],
+            id="a call in a namespace",
+        ),
+        pytest.param(
+            {"tools": [HOSTED_SEARCH], "tool_choice": HOSTED_SEARCH},
+            [Text("x"), Citations((FOUND,)), Finish("stop")],
+            id="a search",
+        ),
+        pytest.param(
+            {"reasoning": {"summary": "auto"}, "include": ["reasoning.encrypted_content"]},
+            [Thought("hm"), Finish("content_filter")],
+            id="a summary of reasoning",
+        ),
+        pytest.param(
+            {"input": [*TO_SUM_UP[:1], summary_of("Do it."), TRIGGER]},
+            [Thought("hm"), Text("Do"), Text(" it."), Usage(5, 2, 7), Finish("stop")],
+            id="a compaction",
+        ),
+        pytest.param({"input": TO_SUM_UP}, [Text("Do")], id="a compaction that breaks off"),
+        pytest.param({}, [], id="nothing"),
+    ],
+)
+def test_every_event_of_a_response_has_one_of_the_sdks_types(fields, events):
+    types = pytest.importorskip("openai.types.responses")
+    pydantic = pytest.importorskip("pydantic")
+    adapter = pydantic.TypeAdapter(types.ResponseStreamEvent)
+    reply = response_reply(**fields)
+    frames = [*json.loads(f"[{sign_of_life(reply)}]"), *reply.frames_of(events)]
+    if events and isinstance(events[-1], Finish):
+        frames += reply.close()
+    else:
+        frames += reply.fail(zai_error(500, b"x"))
+    for frame in frames:
+        event = adapter.validate_python(frame)
+        assert type(event).model_fields["type"].annotation.__args__ == (frame["type"],)
+        for item in items_in(frame):
+            read = pydantic.TypeAdapter(types.ResponseOutputItem).validate_python(item)
+            assert type(read).model_fields["type"].annotation.__args__ == (item["type"],)
+    for tool in frames[-1]["response"]["tools"]:
+        pydantic.TypeAdapter(types.Tool).validate_python(tool)
+
+
+def sign_of_life(reply):
+    """The frames of a sign of life, as JSON with commas between them."""
+    lines = reply.sign_of_life(HEAD).decode().splitlines()
+    return ",".join(line.removeprefix("data: ") for line in lines if line.startswith("data: "))
+
+
+def items_in(frame):
+    return [frame["item"]] if "item" in frame else frame.get("response", {}).get("output", [])
+
+
+@in_loop
+async def test_the_sdk_has_a_conversation_summed_up(sdk, zai):
+    summed_up = await sdk.responses.compact(model="glm-4.6", input="你好")
+    (item,) = summed_up.output
+    assert (summed_up.object, item.type) == ("response.compaction", "compaction")
+    assert summed_up.usage.total_tokens == 9
+    sent = [item.model_dump(), {"role": "user", "content": "and?"}]
+    await sdk.responses.create(model="glm-4.6", input=sent)
+    assert zai.bodies[1]["messages"][0]["content"].endswith("你好😀")
+
+
+@in_loop
+async def test_the_sdk_counts_tokens(sdk):
+    counted = await sdk.responses.input_tokens.count(model="glm-4.6", input="a" * 100)
+    assert (counted.object, counted.input_tokens) == ("response.input_tokens", 28)
 
 
 def without_parsed(theirs, ours):

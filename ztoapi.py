@@ -776,7 +776,12 @@ def is_deeper(value: Any, depth: int) -> bool:
 
 def parse_json(data: bytes) -> Any:
     """The value; None if this is not JSON (or null). A character cut in half does not spoil the rest."""
-    text = data.decode("utf-8", "replace").removeprefix("\ufeff").strip()
+    return parse_json_text(data.decode("utf-8", "replace").removeprefix("\ufeff"))
+
+
+def parse_json_text(text: str) -> Any:
+    """The value; None if this is not JSON (or null)."""
+    text = text.strip()
     try:
         value, end = JSON_DECODER.raw_decode(text)
     except (ValueError, RecursionError):
@@ -1315,10 +1320,14 @@ Messages = tuple[Message, ...]
 
 @dataclass(frozen=True, slots=True)
 class ToolChoice:
-    """Whether a tool may or must be called; `names` restricts it to those functions."""
+    """Whether a tool may or must be called; `names` restricts it to those functions.
+
+    Then only those of Z.ai's own tools may be called whose types are in `natives`.
+    """
 
     mode: Literal["auto", "none", "required"] = "auto"
     names: tuple[str, ...] | None = None
+    natives: tuple[str, ...] = ()
 
 
 # How much to think; "on" leaves the effort to the model.
@@ -2688,14 +2697,36 @@ def text_format(value: Any) -> JSON | None:
     return answer_schema({**as_object(flat), "json_schema": flat})
 
 
-def response_tool_choice(value: Any) -> ToolChoice:
+class ChosenTools(NamedTuple):
+    """A `tool_choice` that names tools: functions by name, OpenAI's own by type."""
+
+    mode: Literal["auto", "required"]
+    names: tuple[str, ...]
+    kinds: tuple[str, ...]
+
+
+def response_tool_choice(value: Any) -> ToolChoice | ChosenTools:
     match value:
-        case {"type": "function" | "custom", "name": str()}:
-            return ToolChoice("required", (qualified_name(value),))
         case {"type": "allowed_tools", "mode": "auto" | "required" as mode, "tools": [*tools]}:
-            return ToolChoice(mode, tuple(qualified_name(as_object(tool)) for tool in tools))
+            return chosen_tools(mode, tools)
+        case {"type": "function" | "custom", "name": str()}:
+            return chosen_tools("required", [value])
+        case {"type": str(kind)} if kind not in ("function", "custom", "allowed_tools"):
+            return chosen_tools("required", [value])
         case _:
-            return tool_choice(value)
+            return tool_choice(value)  # a word, or chat's form
+
+
+def chosen_tools(mode: Literal["auto", "required"], tools: list[Any]) -> ChosenTools:
+    names: list[str] = []
+    kinds: list[str] = []
+    for tool in objects(tools):
+        kind = str(tool.get("type") or "function")
+        if kind in ("function", "custom"):
+            names.append(qualified_name(tool))
+        else:
+            kinds.append(kind)
+    return ChosenTools(mode, tuple(names), tuple(kinds))
 
 
 def response_input(value: Any) -> list[Any]:
@@ -2748,45 +2779,53 @@ def stored_by_openai(_: Any) -> None:
     )
 
 
-RESPONSE_FIELDS: dict[str, Check] = (
-    COMMON_FIELDS
-    | dict.fromkeys(("instructions", "previous_response_id", "prompt_cache_key"), string)
-    | dict.fromkeys(("store", "parallel_tool_calls"), switch)
-    | dict.fromkeys(
-        ("conversation", "prompt"), stored_by_openai
-    )  # ignoring these would lose the conversation
-    | {
-        "input": response_input,
-        "text": text_format,
-        "reasoning": effort_from_object,
-        "include": array,
-    }
-    | {"tools": response_tools, "tool_choice": response_tool_choice}
-    | {"max_output_tokens": integer(1, 2**31), "metadata": metadata}
-)
+RESPONSE_FIELDS: dict[str, Check] = {
+    **COMMON_FIELDS,
+    "input": response_input,
+    "instructions": string,
+    "previous_response_id": string,
+    "conversation": stored_by_openai,  # ignoring these two would lose the conversation
+    "prompt": stored_by_openai,
+    "prompt_cache_key": string,
+    "store": switch,
+    "include": array,
+    "metadata": metadata,
+    "max_output_tokens": integer(1, 2**31),
+    "reasoning": effort_from_object,
+    "text": text_format,
+    "tools": response_tools,
+    "tool_choice": response_tool_choice,
+    "parallel_tool_calls": switch,
+}
 
 # Fields of a request that the response repeats, with their defaults.
-ECHOED: JSON = (
-    dict.fromkeys(("instructions", "max_output_tokens", "previous_response_id", "prompt_cache_key"))
-    | {
-        "safety_identifier": None,
-        "user": None,
-        "store": True,
-        "metadata": {},
-        "temperature": 1.0,
-        "top_p": 1.0,
-    }
-    | {"tools": [], "tool_choice": "auto", "parallel_tool_calls": True}
-    | {"reasoning": {"effort": None, "summary": None}, "text": {"format": {"type": "text"}}}
-)
+ECHOED: JSON = {
+    "instructions": None,
+    "max_output_tokens": None,
+    "previous_response_id": None,
+    "prompt_cache_key": None,
+    "safety_identifier": None,
+    "user": None,
+    "store": True,
+    "metadata": {},
+    "temperature": 1.0,
+    "top_p": 1.0,
+    "tools": [],
+    "tool_choice": "auto",
+    "parallel_tool_calls": True,
+    "max_tool_calls": None,
+    "reasoning": {"effort": None, "summary": None},
+    "text": {"format": {"type": "text"}},
+}
 # The other keys that a response must have; in a request, ztoapi ignores them.
 FIXED: JSON = {
     "background": False,
-    "max_tool_calls": None,
     "service_tier": "default",
     "truncation": "disabled",
+    "frequency_penalty": 0.0,
+    "presence_penalty": 0.0,
+    "top_logprobs": 0,
 }
-FIXED |= {"frequency_penalty": 0.0, "presence_penalty": 0.0, "top_logprobs": 0}
 
 
 class History(Protocol):
@@ -2814,29 +2853,47 @@ class ResponsesRequest:
 
 def parse_response(body: JSON, history: History) -> tuple[Prompt, ResponseReply]:
     """Raises BadRequest for an invalid field and for a previous response that is not stored."""
+    prompt, request = read_response_request(body, history)
+    if ends_in_trigger(body.get("input")):
+        return with_compaction(prompt), CompactionReply(request)
+    return prompt, ResponseReply(request)
+
+
+def parse_compaction(body: JSON, history: History) -> tuple[Prompt, ResponseReply]:
+    """A request for nothing but a summary; what comes of it is not stored. Raises as parse_response."""
+    prompt, request = read_response_request({**body, "store": False}, history)
+    return with_compaction(prompt), CompactedReply(request)
+
+
+COUNTED_OF_RESPONSE = ("model", "instructions", "input", "tools", "previous_response_id")
+
+
+def parse_counted_response(body: JSON, history: History) -> Prompt:
+    """What a model would read of a request, of which nothing else is looked at; the model need not be named."""
+    given = {name: body[name] for name in COUNTED_OF_RESPONSE if body.get(name) is not None}
+    prompt, _ = read_response_request({"model": "any", "input": "", **given}, history)
+    return prompt
+
+
+def read_response_request(body: JSON, history: History) -> tuple[Prompt, ResponsesRequest]:
     given = validated(body, RESPONSE_FIELDS)
     required(given, "model")
     before = previous_items(given.get("previous_response_id", ""), history)
-    own = [
-        resolve_reference(item, f"input[{i}]", history)
-        for i, item in enumerate(given.get("input", ()))
-    ]
+    own = resolved_input(given.get("input", []), history)
     items = [*before, *own]
     conversation = read_items(items, -len(before))
     if not conversation:
         raise BadRequest("'input' is required and must not be empty.", "input")
-    instructions = (
-        (Message("system", (given["instructions"],)),) if given.get("instructions") else ()
-    )
-    tools = [(tool, parse_response_tool(tool, at)) for at, tool in given.get("tools", ())]
-    tools = with_additional_tools(tools, items)
-    left_out = [f"tools.{tool.get('type')}" for tool, parsed in tools if parsed is None]
+    if given.get("instructions"):
+        conversation = (Message("system", (given["instructions"],)), *conversation)
+    tools = with_additional_tools(read_tools(given.get("tools", [])), items)
+    offered = offered_tools(given.get("tool_choice", ToolChoice()), tools)
     prompt = Prompt(
-        **common_arguments({"stream": False, **given}),
-        messages=(*instructions, *conversation),
+        **common_arguments({"stream": False, **given, "tool_choice": offered.choice}),
+        messages=conversation,
         max_tokens=given.get("max_output_tokens"),
-        tools=tuple(parsed for _, parsed in tools if isinstance(parsed, Tool)),
-        native_tools=tuple(parsed for _, parsed in tools if isinstance(parsed, dict)),
+        tools=offered.functions,
+        native_tools=offered.natives,
         schema=given.get("text"),
         effort=given.get("reasoning"),
         reasoning_format="parsed",
@@ -2844,15 +2901,49 @@ def parse_response(body: JSON, history: History) -> tuple[Prompt, ResponseReply]
         ignored=(
             *unknown_fields(body, RESPONSE_FIELDS),
             *serial_calls(given),
-            *dict.fromkeys(left_out),
+            *offered.left_out,
             *unknown_items(items),
         ),
     )
-    by_name = {parsed.name: tool for tool, parsed in tools if isinstance(parsed, Tool)}
     echo = echo_of(body)
     stored = stored_items(own) if echo["store"] else []
     returns_reasoning = "reasoning.encrypted_content" in given.get("include", ())
-    return prompt, ResponseReply(ResponsesRequest(echo, stored, by_name, returns_reasoning))
+    return prompt, ResponsesRequest(echo, stored, offered.by_name, returns_reasoning)
+
+
+def ends_in_trigger(items: Any) -> bool:
+    """Whether the input asks for a summary of the conversation, as Codex does before its window is full."""
+    kinds = [item.get("type") for item in objects(items)]
+    return kinds[-1:] == [COMPACTION_TRIGGER]
+
+
+COMPACTION_TRIGGER = "compaction_trigger"
+COMPACTION_ORDER = """\
+Write a summary of this conversation for the model that goes on with the work. It will see nothing \
+else of what came before, so whatever it needs must be in your summary:
+- What was asked: the task, every later wish and correction, and what must not be done.
+- What was decided, and why; what was tried and did not work.
+- What was changed: each file and what is different in it now; commands that were run and what came of them.
+- What is open: what remains to be done, what is in progress, known errors, and the next step.
+Write the names of files, functions, commands, settings, versions and ids, and the words of errors, \
+exactly as they are. An earlier summary above counts as part of the conversation. Call no tool. \
+Answer with the summary alone."""
+
+
+def with_compaction(prompt: Prompt) -> Prompt:
+    """The conversation with the order to sum it up at its end; its beginning stays as it was, for Z.ai's cache."""
+    order = Message("user", (COMPACTION_ORDER,), continues=True)
+    return replace(
+        prompt,
+        messages=(*prompt.messages, order),
+        native_tools=(),
+        tool_choice=ToolChoice(),
+        schema=None,
+    )
+
+
+def resolved_input(items: list[Any], history: History) -> list[Any]:
+    return [resolve_reference(item, f"input[{index}]", history) for index, item in enumerate(items)]
 
 
 def previous_items(response_id: str, history: History) -> list[JSON]:
@@ -2866,7 +2957,11 @@ def previous_items(response_id: str, history: History) -> list[JSON]:
         if stored is None:
             message = "The previous response is not stored here (any more): send the whole conversation as 'input'."
             raise BadRequest(message, "previous_response_id", "previous_response_not_found")
-        turns.append([*stored.input, *stored.response["output"]])
+        output = stored.response["output"]
+        if "compaction" in map(item_type, output):  # it stands for all that came before
+            turns.append(output)
+            break
+        turns.append([*stored.input, *output])
         response_id = stored.parent
     return [*chain.from_iterable(reversed(turns))]
 
@@ -2932,6 +3027,8 @@ def echo_of(body: JSON) -> JSON:
     for name in ("user", "safety_identifier", "prompt_cache_key"):
         echo[name] = short(echo[name])
     reasoning, text = as_object(echo["reasoning"]), as_object(echo["text"])
+    if type(echo["max_tool_calls"]) is not int:
+        echo["max_tool_calls"] = None
     echo["metadata"] = as_object(echo["metadata"])
     echo["reasoning"] = {name: short(reasoning.get(name)) for name in ("effort", "summary")}
     answer_format = format_echo(as_object(text.get("format")) or {"type": "text"})
@@ -2990,6 +3087,10 @@ def namespace_echo(tool: JSON) -> JSON:
     return fields_of(tool, "type", "name") | {"description": about, "tools": members}
 
 
+def search_echo(tool: JSON) -> JSON:
+    return fields_of(tool, "type", "execution", "description", "parameters")
+
+
 TOOL_ECHOES: Mapping[str, Callable[[JSON], JSON]] = {
     "function": function_echo,
     "custom": custom_echo,
@@ -3004,6 +3105,8 @@ def tool_echoes(tools: Any) -> list[JSON]:
         kind = str(tool.get("type"))
         if kind in TOOL_ECHOES:
             echoes.append(TOOL_ECHOES[kind](tool))
+        elif searches_tools(tool):
+            echoes.append(search_echo(tool))
         elif kind.startswith("web_search") and tool.get("external_web_access") is not False:
             echoes.append(shortened(tool, "type", "search_context_size"))
     return echoes
@@ -3040,6 +3143,11 @@ ITEM_FIELDS: Mapping[str, tuple[str, ...]] = {
     "custom_tool_call": ("call_id", "name", "namespace", "input"),
     "function_call_output": ("call_id", "output"),
     "custom_tool_call_output": ("call_id", "output"),
+    "tool_search_call": ("call_id", "execution", "arguments"),
+    "tool_search_output": ("call_id", "execution"),
+    "additional_tools": (),
+    "compaction": ("encrypted_content",),
+    "compaction_summary": ("encrypted_content",),
 }
 # More of them in a message, as other APIs have it.
 ROLE_FIELDS: Mapping[str, tuple[str, ...]] = {
@@ -3065,8 +3173,6 @@ def stored_items(items: Iterable[JSON]) -> list[JSON]:
         kind = item_type(item)
         if kind in ITEM_READERS:
             stored.append(stored_item(item, kind))
-        elif kind == "additional_tools":
-            stored.append({"type": kind, "tools": tool_echoes(item.get("tools"))})
     return stored
 
 
@@ -3074,16 +3180,27 @@ def stored_item(item: JSON, kind: str) -> JSON:
     names = ITEM_FIELDS.get(kind, CALL_FIELDS)
     if kind == "message":
         names += ROLE_FIELDS.get(ROLES[item["role"]], ())
-    kept: JSON = {"type": kind, **fields_of(item, *names)}
+    kept: JSON = {"type": kind, **fields_of(item, *names), **rewritten(item, kind)}
     for name in ("content", "output"):
         if isinstance(kept.get(name), list):
             kept[name] = [stored_part(part) for part in kept[name]]
-    if kind == "reasoning":
-        kept["summary"] = [{"type": "summary_text", "text": decode_reasoning(item)}]
     item_id = item.get("id")
     if isinstance(item_id, str) and len(item_id) <= SHORT:
         kept["id"] = item_id
     return kept
+
+
+def rewritten(item: JSON, kind: str) -> JSON:
+    """The fields of an item that are kept in another form than they came in."""
+    if kind == "reasoning":
+        return {"summary": [{"type": "summary_text", "text": decode_reasoning(item)}]}
+    if kind == "agent_message":
+        return {"content": agent_content(item)}
+    if kind in TOOL_ITEMS:
+        return {"tools": tool_echoes(item.get("tools"))}
+    if is_foreign_summary(item):
+        return {"encrypted_content": ""}
+    return {}
 
 
 def stored_part(part: Any) -> Any:
@@ -3107,11 +3224,14 @@ def stored_part(part: Any) -> Any:
 
 
 def unknown_items(items: Iterable[JSON]) -> list[str]:
-    """The types of items that are left out: Codex brings new ones with each version."""
+    """The types of items that are not understood: Codex brings new ones with each version."""
     known = ITEM_READERS.keys() | SKIPPED_ITEMS
-    return list(
-        {f"input.{item_type(item)}": True for item in items if item_type(item) not in known}
-    )
+    unknown: dict[str, None] = {}
+    for item in items:
+        kind = item_type(item)
+        if kind not in known or is_foreign_summary(item):
+            unknown[f"input.{kind}"] = None
+    return list(unknown)
 
 
 def read_call_item(item: JSON, _: str) -> list[Message]:
@@ -3122,11 +3242,31 @@ def read_call_item(item: JSON, _: str) -> list[Message]:
         arguments = item.get("arguments")
     elif kind == "custom_tool_call":
         arguments = {"input": item.get("input")}
+    elif kind == "tool_search_call":
+        arguments = item.get("arguments")
+        name = TOOL_SEARCH
     else:  # of a tool of OpenAI's own
         arguments = item.get("action") or item.get("operation")
         name = kind.removesuffix("_call")
     call = ToolCall(0, item_call_id(item), name, argument_text(arguments) or "{}")
     return [Message("assistant", (), calls=(call,))]
+
+
+def read_search_item(item: JSON, at: str) -> list[Message]:
+    """A search of tools; one that OpenAI's server made says nothing but the tools that it found."""
+    if item.get("execution") == "server":
+        return []
+    return read_call_item(item, at)
+
+
+def read_found_tools(item: JSON, _: str) -> list[Message]:
+    """What a search of tools found, by name: the tools themselves join the others."""
+    if item.get("execution") == "server":
+        return []
+    names = filter(None, map(qualified_name, additional_tools(item)))
+    said = "\n".join([f"tool {name} is now available" for name in names])
+    said = said or "no tool was found"
+    return [Message("tool", (said,), call_id=item_call_id(item))]
 
 
 def item_call_id(item: JSON) -> str:
@@ -3153,13 +3293,59 @@ def read_mcp_item(item: JSON, at: str) -> list[Message]:
 def read_agent_item(item: JSON, at: str) -> list[Message]:
     """What one of Codex's agents wrote to another, as a user's text that names its author."""
     reader = ContentReader("system")
-    reader.read(item.get("content"), f"{at}.content")
+    reader.read(agent_content(item), f"{at}.content")
     words = f"Message from the agent {item.get('author') or '?'}:"
     return [Message("user", (words, *reader.content), continues=True)]
 
 
+CIPHERTEXT = re.compile(r"gAAAA[\w-]+=*")  # as OpenAI encrypts: Fernet
+
+
+def agent_content(item: JSON) -> Any:
+    """The content of an agent's message with its tasks as text.
+
+    OpenAI's models encrypt what they tell another agent. Codex passes on as `encrypted_content`
+    whatever the model said (tried with 0.171); other models say it in plain text.
+    """
+    content = item.get("content")
+    if not isinstance(content, list):
+        return content
+    return [plain_part(part) for part in content]
+
+
+def plain_part(part: Any) -> Any:
+    match part:
+        case {"type": "encrypted_content", "encrypted_content": str(said)}:
+            is_secret = CIPHERTEXT.fullmatch(said)
+            return part if is_secret else {"type": "input_text", "text": said}
+        case _:
+            return part
+
+
 def read_reasoning_item(item: JSON, _: str) -> list[Message]:
     return [Message("assistant", (), thought=decode_reasoning(item))]
+
+
+SUMMARY_ITEMS = ("compaction", "compaction_summary")
+FOREIGN_SUMMARY = "[earlier summary that only its maker can read]"
+
+
+def read_summary_item(item: JSON, _: str) -> list[Message]:
+    """What a compaction left of the conversation before it. It begins no new turn."""
+    if is_foreign_summary(item):
+        return [Message("user", (FOREIGN_SUMMARY,), continues=True)]
+    summary = kept_reasoning(item["encrypted_content"])
+    return [Message("user", ("Summary of the conversation so far:", summary), continues=True)]
+
+
+def is_foreign_summary(item: JSON) -> bool:
+    """Whether an item is a summary that another server made: only that one can read it."""
+    return item_type(item) in SUMMARY_ITEMS and not kept_reasoning(item.get("encrypted_content"))
+
+
+def read_nothing(_: JSON, __: str) -> list[Message]:
+    """An item that says nothing to the model itself."""
+    return []
 
 
 CALL_ITEMS = (
@@ -3175,6 +3361,10 @@ ITEM_READERS: dict[str, Callable[[JSON, str], list[Message]]] = {
     "reasoning": read_reasoning_item,
     "agent_message": read_agent_item,
     "mcp_call": read_mcp_item,
+    "tool_search_call": read_search_item,
+    "tool_search_output": read_found_tools,
+    "additional_tools": read_nothing,
+    **dict.fromkeys(SUMMARY_ITEMS, read_summary_item),
     **dict.fromkeys(CALL_ITEMS, read_call_item),
     **dict.fromkeys([f"{kind}_output" for kind in CALL_ITEMS], read_output_item),
 }
@@ -3185,17 +3375,56 @@ SKIPPED_ITEMS = frozenset(
         "file_search_call",
         "code_interpreter_call",
         "image_generation_call",
-        "additional_tools",  # see with_additional_tools
+        COMPACTION_TRIGGER,  # see parse_response
     )
 )
+TOOL_ITEMS = ("additional_tools", "tool_search_output")  # see with_additional_tools
 
 
 # A tool as the client sent it, and as it is offered: None for one that GLM does not have.
 ReadTool = tuple[JSON, Tool | JSON | None]
 
 
+def read_tools(tools: list[tuple[str, Any]]) -> list[ReadTool]:
+    return [(tool, parse_response_tool(tool, at)) for at, tool in tools]
+
+
+@dataclass(slots=True)
+class OfferedTools:
+    """The tools of a request as the model gets them, and what was left out, by the names for the client."""
+
+    choice: ToolChoice
+    functions: tuple[Tool, ...]
+    natives: tuple[JSON, ...]
+    by_name: dict[str, JSON]  # functions as the client sent them, by the names that the model knows
+    left_out: list[str]
+
+
+def offered_tools(wanted: ToolChoice | ChosenTools, tools: list[ReadTool]) -> OfferedTools:
+    """Raises BadRequest for a tool that must be called and is not there."""
+    functions: list[Tool] = []
+    natives: list[JSON] = []
+    by_name: dict[str, JSON] = {}
+    left_out: list[str] = []
+    for tool, read in tools:
+        if isinstance(read, Tool):
+            functions.append(read)
+            by_name[read.name] = tool
+        elif read:
+            natives.append(read)
+        else:
+            left_out.append(f"tools.{tool.get('type')}")
+    if isinstance(wanted, ChosenTools):
+        left_out += [f"tools.{kind}" for kind in wanted.kinds if not offered_as(kind, tools)]
+    choice = fulfilled(wanted, tools)
+    if must_search(choice, tuple(functions)):
+        natives = [with_required_search(native) for native in natives]
+    left_out = [*dict.fromkeys(left_out)]
+    return OfferedTools(choice, tuple(functions), tuple(natives), by_name, left_out)
+
+
 def with_additional_tools(tools: list[ReadTool], items: Iterable[JSON]) -> list[ReadTool]:
-    """The tools, and those that Codex puts into the conversation; of one name the first."""
+    """The tools, and those that Codex puts into the conversation or finds in it; of one name the first."""
     known = {tool_name(read) for _, read in tools if read}
     joined = list(tools)
     for tool in chain.from_iterable(map(additional_tools, items)):
@@ -3208,6 +3437,64 @@ def with_additional_tools(tools: list[ReadTool], items: Iterable[JSON]) -> list[
     return joined
 
 
+def fulfilled(choice: ToolChoice | ChosenTools, tools: list[ReadTool]) -> ToolChoice:
+    """The choice among the tools as they are offered.
+
+    Raises BadRequest where a tool must be called, and the model has none of those that it names.
+    """
+    if isinstance(choice, ToolChoice):
+        return choice
+    names = list(choice.names)
+    natives: list[str] = []
+    for kind in choice.kinds:
+        for read in offered_as(kind, tools):
+            if isinstance(read, Tool):
+                names.append(read.name)
+            else:
+                natives.append(read["type"])
+    if choice.mode == "required" and choice.kinds and not names and not natives:
+        check_available(choice.kinds, tools)
+    return ToolChoice(choice.mode, tuple(names), tuple(natives))
+
+
+def offered_as(kind: str, tools: list[ReadTool]) -> list[Tool | JSON]:
+    """What the model is offered for OpenAI's tools of this type."""
+    wanted = unversioned(kind)
+    return [read for tool, read in tools if read and unversioned(str(tool.get("type"))) == wanted]
+
+
+def unversioned(kind: str) -> str:
+    """The type of a tool without its version: OpenAI's search has several."""
+    if kind.startswith("web_search"):
+        return "web_search"
+    return kind
+
+
+def check_available(kinds: tuple[str, ...], tools: list[ReadTool]) -> None:
+    """Raises BadRequest for tools that must be called and are not offered; without tools a search needs not be."""
+    which = ", ".join(kinds)
+    if not {*map(unversioned, kinds)} <= {"web_search", TOOL_SEARCH}:
+        words = f"'tool_choice' names {which}, which GLM does not have: it has functions and web_search."
+        raise BadRequest(words, "tool_choice")
+    if tools:
+        raise BadRequest(f"'tool_choice' names {which}, not among the tools.", "tool_choice")
+
+
+def must_search(choice: ToolChoice, functions: tuple[Tool, ...]) -> bool:
+    """Whether a search is the only tool that may be called, where one must be."""
+    if choice.mode != "required":
+        return False
+    if choice.names is None:
+        return not functions
+    return not choice.names
+
+
+def with_required_search(native: JSON) -> JSON:
+    if native["type"] != "web_search":
+        return native
+    return {**native, "web_search": {**native["web_search"], "require_search": True}}
+
+
 def tool_name(read: Tool | JSON) -> str:
     """What a tool is known by; one of Z.ai's own by its type."""
     return read.name if isinstance(read, Tool) else str(read["type"])
@@ -3216,7 +3503,7 @@ def tool_name(read: Tool | JSON) -> str:
 def additional_tools(item: JSON) -> list[JSON]:
     """The tools in an item, those of a namespace apart; none in an item of another type."""
     found: list[JSON] = []
-    if item_type(item) == "additional_tools":
+    if item_type(item) in TOOL_ITEMS:
         for tool in objects(item.get("tools")):
             found += [part for _, part in split_namespace(tool, "") if part]
     return found
@@ -3270,6 +3557,15 @@ def decode_reasoning(item: JSON) -> str:
     return "".join(part["text"] for part in parts if isinstance(part.get("text"), str))
 
 
+# Codex's tool that finds others, which are not offered before (openai/codex, tool_search.rs; tried
+# with 0.171). The client runs it; OpenAI has one of the same type that its server runs.
+TOOL_SEARCH = "tool_search"
+
+
+def searches_tools(tool: JSON) -> bool:
+    return tool.get("type") == TOOL_SEARCH and tool.get("execution") == "client"
+
+
 def parse_response_tool(tool: Any, at: str) -> Tool | JSON | None:
     """A tool, or None for a kind that only OpenAI has. A custom tool becomes a function with one string, its input."""
     match tool:
@@ -3289,6 +3585,9 @@ def parse_response_tool(tool: Any, at: str) -> Tool | JSON | None:
                 *([f"The input's grammar: {grammar}"] if grammar else []),
             ]
             return Tool(qualified_name(tool), "\n".join(about), schema)
+        case dict() if searches_tools(tool):
+            described = fields_of(tool, "description", "parameters")
+            return parse_function({"name": TOOL_SEARCH, **described}, f"{at}.")
         case {"type": str(kind)} if kind.startswith("web_search"):
             return as_object(checked(tool, search_tool, at))
         case {"type": str(kind)} if kind not in ("function", "custom"):
@@ -3307,7 +3606,8 @@ def parse_response_tool(tool: Any, at: str) -> Tool | JSON | None:
 class ItemKind:
     """A kind of item in a response's output. `events` names the events with its text, arguments or input.
 
-    Text is sent as its item's only part, with `part_events`; a call has no parts.
+    Text is sent as its item's only part, with `part_events`; a call has no parts. A search of tools
+    has no events but those of every item.
     """
 
     type: str
@@ -3341,9 +3641,61 @@ MESSAGE = ItemKind(
 )
 FUNCTION_CALL = ItemKind("function_call", "fc", "arguments", "function_call_arguments")
 CUSTOM_TOOL_CALL = ItemKind("custom_tool_call", "ctc", "input", "custom_tool_call_input")
+TOOL_SEARCH_CALL = ItemKind(
+    "tool_search_call", "tsc", "arguments", "", fields={"execution": "client"}
+)
+COMPACTION = ItemKind("compaction", "cmp", "encrypted_content", "")
+# The kind of a call, by the type of its tool; of the others it is a function call.
+CALL_KINDS = {"custom": CUSTOM_TOOL_CALL, TOOL_SEARCH: TOOL_SEARCH_CALL}
 
 # The code of a failed response, by the HTTP status of the error.
 FAILURE_CODES = {400: "invalid_prompt", 402: "insufficient_quota", 429: "rate_limit_exceeded"}
+
+
+def custom_input(name: str, arguments: str) -> str:
+    """What a custom tool is called with: a string, offered to the model as a function's only field."""
+    given = parse_json_text(arguments)
+    if isinstance(given, dict) and "input" in given:
+        said = json_or_text(given["input"])
+    elif isinstance(given, str):
+        said = given
+    else:
+        said = arguments
+    if name == "apply_patch":
+        return patch_in(said)
+    return said
+
+
+# The lines around a patch, as Codex's apply_patch takes it (openai/codex, apply-patch/src/parser.rs).
+PATCH_BEGINS = re.compile(r"^\*\*\* Begin Patch[ \t\r]*\n", re.MULTILINE)
+PATCH_ENDS = "\n*** End Patch"
+
+
+def patch_in(said: str) -> str:
+    """The patch in what a model says instead of one; what has no patch in it stays as it is.
+
+    Models wrap it in a fence, in a command of a shell, or in JSON of their own.
+    """
+    for text in [said, *strings_in(parse_json_text(said))]:
+        begins = PATCH_BEGINS.search(text)
+        ends = text.rfind(PATCH_ENDS)
+        if begins and begins.start() < ends:
+            patch = text[begins.start() : ends + len(PATCH_ENDS)]
+            is_bare = patch == text.strip()
+            return text if is_bare else patch
+    return said
+
+
+def strings_in(value: Any) -> Iterator[str]:
+    """The strings in a JSON value, at every depth, but for names."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict):
+        for member in value.values():
+            yield from strings_in(member)
+    elif isinstance(value, list):
+        for member in value:
+            yield from strings_in(member)
 
 
 @dataclass
@@ -3362,12 +3714,6 @@ class Item:
     def text(self) -> str:
         return "".join(self.pieces)
 
-    @property
-    def input(self) -> str:
-        """The string that a custom tool is called with."""
-        given = parse_json(self.text.encode("utf-8", "surrogatepass"))
-        return str(given["input"]) if isinstance(given, dict) and "input" in given else self.text
-
     @cached_property
     def position(self) -> JSON:
         part = {f"{self.kind.content}_index": 0} if self.kind.part_type else {}
@@ -3379,10 +3725,16 @@ class Item:
         return {"type": self.kind.part_type, "text": self.text, **annotations, **self.kind.logprobs}
 
     @property
-    def content(self) -> str | list[JSON]:
+    def content(self) -> str | list[JSON] | JSON:
         if self.kind.part_type:
             return [self.part] if self.pieces else []
-        return self.input if self.kind is CUSTOM_TOOL_CALL else self.text
+        if self.kind is CUSTOM_TOOL_CALL:
+            return custom_input(self.names["name"], self.text)
+        if self.kind is TOOL_SEARCH_CALL:
+            return as_object(parse_json_text(self.text))
+        if self.kind is COMPACTION:
+            return encode_reasoning(self.text)
+        return self.text
 
     @property
     def body(self) -> JSON:
@@ -3392,6 +3744,8 @@ class Item:
             **self.names,
             self.kind.content: self.content,
         }
+        if self.kind is COMPACTION:
+            return {"id": self.id, **fields}
         return {"id": self.id, "status": self.status, **fields}
 
 
@@ -3451,7 +3805,7 @@ class ResponseReply(Reply):
                 "call_id": call.id,
                 **{key: tool[key] for key in ("name", "namespace") if key in tool},
             }
-            kind = CUSTOM_TOOL_CALL if tool.get("type") == "custom" else FUNCTION_CALL
+            kind = CALL_KINDS.get(str(tool.get("type")), FUNCTION_CALL)
             item = self.calls[call.index] = yield from self.new_item(kind, names)
         item.pieces.append(call.arguments)
         if item.kind is FUNCTION_CALL and call.arguments:
@@ -3485,6 +3839,8 @@ class ResponseReply(Reply):
 
     def last_frames(self, item: Item) -> Iterator[JSON]:
         kind = item.kind
+        if not kind.events:
+            return
         if kind.part_type:
             yield self.frame(
                 f"{kind.events}.done", **item.position, text=item.text, **kind.logprobs
@@ -3492,7 +3848,7 @@ class ResponseReply(Reply):
             yield self.frame(f"{kind.part_events}.done", **item.position, part=item.part)
             return
         if kind is CUSTOM_TOOL_CALL:  # its input is not known until it is complete
-            yield self.frame(f"{kind.events}.delta", **item.position, delta=item.input)
+            yield self.frame(f"{kind.events}.delta", **item.position, delta=item.content)
         name = {"name": item.names["name"]} if kind is FUNCTION_CALL else {}
         yield self.frame(
             f"{kind.events}.done", **item.position, **name, **{kind.content: item.content}
@@ -3572,6 +3928,44 @@ class ResponseReply(Reply):
             }
             | {**outcome, **self.request.echo, **FIXED}
         )
+
+
+NO_SUMMARY = "The model did not sum up the conversation: try again."
+
+
+class CompactionReply(ResponseReply):
+    """A response whose only item is a summary of the conversation, sealed as reasoning is.
+
+    Clients send it back in place of what it sums up, and need not read it.
+    """
+
+    def frames(self, event: Event) -> Iterator[JSON]:
+        match event:
+            case Text(words) if words:
+                yield from self.add_summary(words)
+            case Usage():
+                yield from super().frames(event)
+            case Finish():
+                if not any(item.text.strip() for item in self.items):
+                    raise UpstreamError(UNAVAILABLE, NO_SUMMARY)
+                yield from super().frames(event)
+
+    def add_summary(self, words: str) -> Iterator[JSON]:
+        """The item is opened at once, as a sign of life, and has its text when it is complete."""
+        if not self.items:
+            yield from self.new_item(COMPACTION)
+        self.items[0].pieces.append(words)
+
+
+class CompactedReply(CompactionReply):
+    """The answer to a request for nothing but a summary; streamed it is a response like any other."""
+
+    def fold(self, events: Sequence[Event]) -> JSON:
+        response = super().fold(events)
+        return {
+            "object": "response.compaction",
+            **fields_of(response, "id", "created_at", "output", "usage"),
+        }
 
 
 def input_items(response_id: str, said: Sequence[JSON], query: Mapping[str, str]) -> JSON:
@@ -4288,6 +4682,7 @@ SURFACES: dict[str, Surface] = {
     "chat/completions": Surface(lambda body, _: parse_chat(body)),
     "completions": Surface(lambda body, _: parse_completion(body)),
     "responses": Surface(parse_response),
+    "responses/compact": Surface(parse_compaction),
     "messages": Surface(lambda body, _: parse_message(body), anthropic_error),
 }
 
@@ -7125,7 +7520,8 @@ def with_chosen_tools(prompt: Prompt) -> Prompt:
         names = ", ".join(sorted(unknown))
         raise BadRequest(f"'tool_choice' names {names}, not among the tools.", "tool_choice")
     chosen = tuple(tool for tool in prompt.tools if tool.name in choice.names)
-    return replace(prompt, tools=chosen, native_tools=())
+    native = tuple(tool for tool in prompt.native_tools if tool["type"] in choice.natives)
+    return replace(prompt, tools=chosen, native_tools=native)
 
 
 CALL_ORDER = "Answer by calling "
@@ -11058,6 +11454,20 @@ async def delete_response(request: web.Request) -> web.Response:
     return json_response({"id": response_id, "object": "response", "deleted": True})
 
 
+async def count_input_tokens(request: web.Request) -> web.Response:
+    """An estimate, in the form of the Responses API: Z.ai is not asked."""
+    history = ClientHistory(request.app[DATABASE], request[ACCOUNT].id)
+    body = await read_json(request)
+    await history.load(referred_responses(body))
+    size = request[RECORD].body_size + history.size
+    tokens = await in_thread_if_large(size, response_tokens, body, history)
+    return json_response({"object": "response.input_tokens", "input_tokens": tokens})
+
+
+def response_tokens(body: JSON, history: ClientHistory) -> int:
+    return estimated_tokens(parse_counted_response(body, history))
+
+
 async def health(request: web.Request) -> web.Response:
     return json_response({"status": "ok", "name": "ztoapi"} | about(request.app[SETTINGS]))
 
@@ -11575,7 +11985,8 @@ async def error_response(request: web.Request, error: ProxyError) -> web.StreamR
         await stream.fail(error)
         return stream.response
     headers = error_headers(error)
-    if error.kind.status == 402 and request.path.rstrip("/").endswith("/responses"):
+    is_response = request.path.rstrip("/").endswith(("/responses", "/responses/compact"))
+    if error.kind.status == 402 and is_response:
         headers.pop("Retry-After", None)  # Codex would silently wait until then
     status, body = surface_of(request).error(error, our_request_id(request))
     response = json_response(body, status, headers)
@@ -11920,6 +12331,7 @@ def api_routes(app: web.Application) -> None:
     add_route(app, "POST", f"{API}messages/count_tokens{END}", require_key(count_tokens))
     add_route(app, "GET", f"{API}models{END}", require_key(list_models))
     add_route(app, "GET", f"{API}models/{{id:.*[^/]}}{END}", require_key(one_model))
+    add_route(app, "POST", f"{API}responses/input_tokens{END}", require_key(count_input_tokens))
     response = API + r"responses/{id:resp_\w+}"
     add_route(app, "GET", response + END, require_key(one_response))
     add_route(app, "GET", f"{response}/input_items{END}", require_key(list_input_items))

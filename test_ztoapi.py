@@ -257,6 +257,35 @@ def test_no_name_of_the_tests_is_given_twice():
     assert [name for name, times in Counter(names).items() if times > 1] == []
 
 
+RECORDER = Path(ztoapi.__file__).parent / ".ci" / "record.py"
+DEBUG_LOG = """\
+2026-11-30 09:44:54,367 DEBUG 3db64d17 asked /v1/chat/completions {"model":"glm-4.6","user":"anna","messages":[{"role":"user","content":"Read Annas.txt"}]}
+2026-11-30 09:44:54,370 DEBUG 3db64d17 received "data: {\\"choices\\":[{\\"delta\\":{\\"content\\":\\"Anna <think>\\"}}]}\\n\\nda"
+2026-11-30 09:44:54,371 DEBUG 3db64d17 received "ta: {\\"choices\\":[{\\"delta\\":{\\"content\\":\\"Secret"
+2026-11-30 09:44:54,373 DEBUG 3db64d17 answered {"choices":[{"index":0,"message":{"content":"Anna <think>"}}]}
+2026-11-30 09:44:54,374 INFO POST /v1/chat/completions glm-4.6 200 0.02 s
+"""
+
+
+def test_a_recorded_conversation_keeps_its_form_and_loses_its_words(tmp_path):
+    log = tmp_path / "log"
+    log.write_text(DEBUG_LOG)
+    command = [sys.executable, RECORDER, log]
+    done = subprocess.run(command, capture_output=True, timeout=20, check=True)
+    (case,) = json.loads(done.stdout)
+    assert (case["path"], case["asked"]["model"]) == ("/v1/chat/completions", "glm-4.6")
+    came = [json.loads(line.partition("received ")[2]) for line in DEBUG_LOG.splitlines()[1:3]]
+    assert [*map(len, case["received"])] == [*map(len, came)]
+    assert "<think>" in case["received"][0]
+    assert case["received"][1].startswith('ta: {"choices":[{"delta":{"content":"')
+    text = json.dumps(case)
+    assert not [word for word in ("Anna", "anna", "Annas", "Secret", "Read") if word in text]
+    first, *_ = case["asked"]["messages"][0]["content"].split(" ")
+    assert len(first) == 4
+    answered = json.loads(case["answered"][0])["choices"][0]["message"]["content"]
+    assert answered.split(" ")[0] in case["received"][0]
+
+
 # ======== Settings ========
 
 

@@ -8812,6 +8812,12 @@ def trace(what: str, data: bytes | object) -> None:
         LOG.debug("%s %s %s", REQUEST_ID.get(), what, words)
 
 
+def trace_part(what: str, part: bytes) -> None:
+    """A line of the debug log with bytes exactly as they came, as a JSON string: they may be cut anywhere."""
+    if LOG.level == logging.DEBUG and part:
+        trace(what, quoted(part.decode("utf-8", "backslashreplace")))
+
+
 R = TypeVar("R")
 LARGE = 2**20  # bytes
 LARGE_WORK = ThreadPoolExecutor(
@@ -9092,6 +9098,7 @@ class EventStream(EventSource):
             if self.reader.done:
                 break
             part = await (self.source.read() if self.reader.finish is None else self.read_rest())
+            trace_part("received", part)
             size += len(part)
             if size < LARGE:
                 events = self.events_in(part)
@@ -9100,7 +9107,6 @@ class EventStream(EventSource):
             if events:
                 self.first_at = self.first_at or time.monotonic()
                 self.meter.note(events)
-                trace("received", events)
         if self.on_end and self.is_complete:
             self.on_end()
         return events

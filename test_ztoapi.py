@@ -9021,10 +9021,12 @@ async def eventually(condition, seconds=10.0):
 class Program:
     """ztoapi.py as a process of its own; it starts while the test goes on, on a free port unless told another."""
 
+    COMMAND = (sys.executable, PROGRAM)
+
     def __init__(self, *arguments, **variables):
         ours = {"NO_PROXY": "127.0.0.1,localhost", "DATABASE_URL": "memory", "PORT": "0"}
         self.process = subprocess.Popen(
-            [sys.executable, PROGRAM, *arguments],
+            [*self.COMMAND, *arguments],
             env={**INHERITED, **ours, **variables},
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -12679,6 +12681,45 @@ async def test_debug_mode_logs_everything_but_secrets(run, zai):
     assert "Zk3y" not in log
     assert "C1nt" not in log
     assert image not in log
+
+
+# What Windows lacks is taken away before the program starts.
+AS_ON_WINDOWS = f"""
+import asyncio, asyncio.unix_events, os, runpy, select, signal, sys
+
+for module, names in (
+    (os, "fork getuid geteuid fchmod fchown chown set_blocking killpg getpgid register_at_fork"),
+    (signal, "SIGHUP SIGUSR1 SIGALRM setitimer alarm pthread_sigmask"),
+    (select, "poll epoll"),
+):
+    for name in names.split():
+        if hasattr(module, name):
+            delattr(module, name)
+sys.modules.update(dict.fromkeys(("resource", "fcntl", "pwd", "grp"), None))
+
+def add_signal_handler(*_):
+    raise NotImplementedError
+
+asyncio.unix_events._UnixSelectorEventLoop.add_signal_handler = add_signal_handler
+sys.argv = [{str(PROGRAM)!r}, *sys.argv[1:]]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+class ProgramAsOnWindows(Program):
+    COMMAND = (sys.executable, "-c", AS_ON_WINDOWS)
+
+
+@meanwhile
+async def test_the_program_starts_serves_and_stops_without_what_windows_lacks(run, zai, tmp_path):
+    database = f"sqlite:///{tmp_path}/z.db"
+    program = run(ProgramAsOnWindows, ZAI_API_KEY="k", ZAI_BASE_URL=zai.url, DATABASE_URL=database)
+    for _ in range(2):  # the second on a connection to Z.ai that was used before
+        answer = await ask_once(program.port)
+        assert b"200 OK" in answer
+    program.process.send_signal(signal.SIGINT)
+    status, _, log = program.end()
+    assert (status, "Traceback" in log) == (0, False)
 
 
 @meanwhile

@@ -9308,7 +9308,7 @@ class ZaiConnector(aiohttp.TCPConnector):
 
 def has_input(number: int) -> bool:
     """Whether a read of this descriptor would not wait."""
-    if not hasattr(select, "poll"):  # Windows
+    if sys.platform == "win32" or not hasattr(select, "poll"):
         return bool(select.select([number], [], [], 0)[0])
     poll = select.poll()
     poll.register(number, select.POLLIN)

@@ -220,6 +220,10 @@ def base_url(text: str) -> str:
     return text.rstrip("/").removesuffix("/chat/completions")
 
 
+def sha256(text: str) -> str:
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
+
+
 def digest(*words: str) -> str:
     """SHA-256 of several texts; unlike hash() the same in every process."""
     return hashlib.sha256(json.dumps(words).encode()).hexdigest()
@@ -4233,7 +4237,7 @@ def parse_message(body: JSON) -> tuple[Prompt, MessageReply]:
         top_p=given.get("top_p"),
         max_tokens=given["max_tokens"],
         stop=given.get("stop_sequences", ()),
-        user=digest(user_id) if user_id else "",  # it names an account
+        user=sha256(user_id) if user_id else "",  # it names an account
         tools=tools.functions,
         native_tools=tools.searches,
         tool_choice=tools.choice,
@@ -7501,7 +7505,7 @@ def choice_prompt(prompt: Prompt, choice: int) -> Prompt:
 def zai_user(user: str) -> str | None:
     """Z.ai's user_id has 6 to 128 characters."""
     if len(user) > 128:
-        return hashlib.sha256(user.encode("utf-8", "surrogatepass")).hexdigest()
+        return sha256(user)
     return user if len(user) >= 6 else f"user-{user}" if user else None
 
 

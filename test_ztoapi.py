@@ -40,18 +40,18 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack, asynccontextmanager, closing
 from dataclasses import replace
 from datetime import date, datetime, timedelta, timezone
-from functools import cache, cached_property, partial
+from functools import cache, cached_property, partial, wraps
 from heapq import heappop, heappush
 from importlib import import_module
-from inspect import signature
-from itertools import count, product
+from inspect import Signature, signature
+from itertools import count, pairwise, product
 from pathlib import Path
 from random import Random
 
 import pytest
 import pytest_asyncio
 from aiohttp import ClientTimeout, web
-from aiohttp.test_utils import TestServer, get_port_socket, make_mocked_request
+from aiohttp.test_utils import TestClient, TestServer, get_port_socket, make_mocked_request
 from aiohttp.web_protocol import RequestHandler
 
 import ztoapi
@@ -69,9 +69,9 @@ from ztoapi import (
     Head,
     KeyPool,
     KeyUse,
+    Limits,
     Media,
     Message,
-    MessagesReader,
     Prompt,
     Queue,
     Redactor,
@@ -92,7 +92,6 @@ from ztoapi import (
     encode_json,
     error_body,
     error_headers,
-    messages_request,
     resolve,
     sse,
     to_json,
@@ -210,6 +209,7 @@ def names_used(code):
 # What may name something that stands below it: a part may have two sections, and main starts the rest.
 FORWARD = {
     ("Responses: request", "Responses: answer"),
+    ("Messages: request", "Messages: answer"),
     ("Handlers", "Pages"),
     ("Errors and shutdown", "Demo"),
     ("Server", "Commands"),
@@ -244,6 +244,46 @@ def test_the_pure_part_reads_no_clock_no_socket_no_environment_and_no_chance():
     pure = found[: titles.index("Admission — from here on: I/O")]
     assert {title: used & IMPURE for title, _, used in pure if used & IMPURE} == {}
     assert len(pure) > 15
+
+
+def test_no_name_of_the_tests_is_given_twice():
+    names = []
+    for statement in ast.parse(Path(__file__).read_text()).body:
+        if isinstance(statement, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
+            names.append(statement.name)
+        for target in getattr(statement, "targets", ()):
+            stored = [node for node in ast.walk(target) if isinstance(node, ast.Name)]
+            names += [node.id for node in stored if isinstance(node.ctx, ast.Store)]
+    assert [name for name, times in Counter(names).items() if times > 1] == []
+
+
+RECORDER = Path(ztoapi.__file__).parent / ".ci" / "record.py"
+DEBUG_LOG = """\
+2026-11-30 09:44:54,367 DEBUG 3db64d17 asked /v1/chat/completions {"model":"glm-4.6","user":"anna","messages":[{"role":"user","content":"Read Annas.txt"}]}
+2026-11-30 09:44:54,370 DEBUG 3db64d17 received "data: {\\"choices\\":[{\\"delta\\":{\\"content\\":\\"Anna <think>\\"}}]}\\n\\nda"
+2026-11-30 09:44:54,371 DEBUG 3db64d17 received "ta: {\\"choices\\":[{\\"delta\\":{\\"content\\":\\"Secret"
+2026-11-30 09:44:54,373 DEBUG 3db64d17 answered {"choices":[{"index":0,"message":{"content":"Anna <think>"}}]}
+2026-11-30 09:44:54,374 INFO POST /v1/chat/completions glm-4.6 200 0.02 s
+"""
+
+
+def test_a_recorded_conversation_keeps_its_form_and_loses_its_words(tmp_path):
+    log = tmp_path / "log"
+    log.write_text(DEBUG_LOG)
+    command = [sys.executable, RECORDER, log]
+    done = subprocess.run(command, capture_output=True, timeout=20, check=True)
+    (case,) = json.loads(done.stdout)
+    assert (case["path"], case["asked"]["model"]) == ("/v1/chat/completions", "glm-4.6")
+    came = [json.loads(line.partition("received ")[2]) for line in DEBUG_LOG.splitlines()[1:3]]
+    assert [*map(len, case["received"])] == [*map(len, came)]
+    assert "<think>" in case["received"][0]
+    assert case["received"][1].startswith('ta: {"choices":[{"delta":{"content":"')
+    text = json.dumps(case)
+    assert not [word for word in ("Anna", "anna", "Annas", "Secret", "Read") if word in text]
+    first, *_ = case["asked"]["messages"][0]["content"].split(" ")
+    assert len(first) == 4
+    answered = json.loads(case["answered"][0])["choices"][0]["message"]["content"]
+    assert answered.split(" ")[0] in case["received"][0]
 
 
 # ======== Settings ========
@@ -395,35 +435,19 @@ def test_a_secret_that_cannot_be_used_is_not_repeated(name, value):
 
 
 @pytest.mark.parametrize(
-    ("key", "base", "anthropic"),
+    ("key", "base"),
     [
-        ("k", "https://z.example/v4", "https://z.example/v4/anthropic"),
-        ("k@api", "https://api.z.ai/api/paas/v4", "https://api.z.ai/api/anthropic"),
-        ("k@plan", "https://api.z.ai/api/coding/paas/v4", "https://api.z.ai/api/anthropic"),
-        (
-            "k@china",
-            "https://open.bigmodel.cn/api/paas/v4",
-            "https://open.bigmodel.cn/api/anthropic",
-        ),
-        (
-            "k@china-plan",
-            "https://open.bigmodel.cn/api/coding/paas/v4",
-            "https://open.bigmodel.cn/api/anthropic",
-        ),
-        (
-            "k@http://[::1]:80/api/paas/v4/chat/completions",
-            "http://[::1]:80/api/paas/v4",
-            "http://[::1]:80/api/anthropic",
-        ),
+        ("k", "https://z.example/v4"),
+        ("k@api", "https://api.z.ai/api/paas/v4"),
+        ("k@plan", "https://api.z.ai/api/coding/paas/v4"),
+        ("k@china", "https://open.bigmodel.cn/api/paas/v4"),
+        ("k@china-plan", "https://open.bigmodel.cn/api/coding/paas/v4"),
+        ("k@http://[::1]:80/api/paas/v4/chat/completions", "http://[::1]:80/api/paas/v4"),
     ],
 )
-def test_a_key_may_name_the_base_where_it_belongs_and_anthropics_api_is_beside_it(
-    key, base, anthropic
-):
-    (found,) = Settings.from_env(
-        {"ZAI_API_KEY": key, "ZAI_BASE_URL": "https://z.example/v4"}
-    ).zai_keys
-    assert (found, found.anthropic_url) == (ztoapi.ZaiKey("k", base), anthropic)
+def test_a_key_may_name_the_base_where_it_belongs(key, base):
+    env = {"ZAI_API_KEY": key, "ZAI_BASE_URL": "https://z.example/v4"}
+    assert Settings.from_env(env).zai_keys == (ztoapi.ZaiKey("k", base),)
 
 
 def test_a_key_is_a_secret_wherever_it_belongs():
@@ -679,6 +703,45 @@ def test_half_a_surrogate_pair_is_not_sent_to_zai(text, wanted):
 
 def test_frames_are_data_and_a_blank_line():
     assert sse([{"a": "é"}, "[DONE]"]) == 'data: {"a":"é"}\n\ndata: [DONE]\n\n'.encode()
+
+
+# ======== The size of a prompt ========
+
+
+@pytest.mark.parametrize(
+    ("message", "tokens"),
+    [
+        pytest.param(("user", ""), 0, id="nothing"),
+        pytest.param(("user", "a" * 100), 28, id="Latin"),
+        pytest.param(("user", "é" * 100), 28, id="accents"),
+        pytest.param(("user", "🙂" * 100), 28, id="emoji"),
+        pytest.param(("user", "漢" * 100), 75, id="Chinese"),
+        pytest.param(("user", "かカ、。" * 25), 75, id="Japanese"),
+        pytest.param(("user", "한" * 100), 75, id="Korean"),
+        pytest.param(("user", "\uff0c\uff01" * 50), 75, id="full width"),
+        pytest.param(("user", "𠀀" * 100), 75, id="rare ideographs"),
+        pytest.param(("user", "漢a" * 100), 103, id="mixed"),
+        pytest.param(("system", "a" * 100), 28, id="of every role"),
+        pytest.param(("user", "a" * 50, "b" * 49), 28, id="in parts"),
+        pytest.param(("user", "a" * 100, Media("image_url", "x" * 90_000)), 1028, id="an image"),
+    ],
+)
+def test_tokens_are_estimated_by_characters(message, tokens):
+    role, *content = message
+    assert ztoapi.estimated_tokens(Prompt("m", (Message(role, tuple(content)),))) == tokens
+
+
+def test_an_estimate_counts_all_that_the_model_reads():
+    call = ToolCall(0, "call_1", "n" * 10, "a" * 90)
+    turn = Message("assistant", (), thought="t" * 100, calls=(call,))
+    result = Message("tool", ("r" * 100,), call_id="call_1")
+    tool = ztoapi.Tool("n" * 10, "d" * 88, {})  # and "{}"
+    prompt = Prompt("m", (turn, result), tools=(tool,))
+    assert ztoapi.estimated_tokens(prompt) == 4 * 28
+
+
+def test_an_estimate_takes_halves_of_characters():
+    assert ztoapi.estimated_tokens(Prompt("m", (Message("user", ("\ud83d" * 100,)),))) == 28
 
 
 # ======== OpenAI chat completions: the request ========
@@ -1359,6 +1422,10 @@ def test_a_completion_has_the_text_alone():
 ASKED = {"model": "glm-4.6", "input": "你好"}
 
 
+def user_item(words, role="user"):
+    return {"role": role, "content": words}
+
+
 class History(dict):
     """Stored responses, by id."""
 
@@ -1523,6 +1590,21 @@ RUN = {"type": "exec", "command": ["ls"]}
             id="agent",
         ),
         pytest.param(
+            [AGENT | {"content": [{"type": "input_text", "text": "Payload:"}, {"type": "encrypted_content", "encrypted_content": "say hi"}]}],
+            [Message("user", ("Message from the agent /root/a:", "Payload:", "say hi"), continues=True)],
+            id="an agent's task, which only OpenAI's models encrypt",
+        ),
+        pytest.param(
+            [AGENT | {"content": [{"type": "input_text", "text": "Payload:"}, {"type": "encrypted_content", "encrypted_content": "gAAAAABo-x_9=="}]}],
+            [Message("user", ("Message from the agent /root/a:", "Payload:"), continues=True)],
+            id="an agent's task that is encrypted",
+        ),
+        pytest.param(
+            [AGENT | {"content": "done"}],
+            [Message("user", ("Message from the agent /root/a:", "done"), continues=True)],
+            id="an agent's text",
+        ),
+        pytest.param(
             [
                 {"type": "local_shell_call", "call_id": "c1", "action": RUN},
                 {"type": "local_shell_call_output", "id": "c1", "output": "a.py"},
@@ -1637,6 +1719,130 @@ def test_tools_in_the_conversation_that_cannot_be_offered_are_left_out_and_liste
     assert (len(many.tools), many.ignored) == (128, ("tools.function",))
 
 
+TOOL_SEARCH = {
+    "type": "tool_search",
+    "execution": "client",
+    "description": "Finds tools.",
+    "parameters": {"type": "object", "properties": {"query": {"type": "string"}}},
+}
+SEARCHED = {
+    "type": "tool_search_call",
+    "call_id": "c1",
+    "execution": "client",
+    "arguments": {"query": "weather"},
+}
+FOUND_TOOLS = {"type": "tool_search_output", "call_id": "c1", "execution": "client"}
+AVAILABLE = """\
+tool mcp__w__get is now available
+tool mcp__w__say is now available
+tool now is now available"""
+
+
+def test_a_search_of_tools_that_the_client_runs_is_offered_as_a_function():
+    prompt = parse_response(tools=[TOOL_SEARCH, NOW])
+    search = ztoapi.Tool("tool_search", TOOL_SEARCH["description"], TOOL_SEARCH["parameters"])
+    assert (prompt.tools[0], len(prompt.tools), prompt.ignored) == (search, 2, ())
+
+
+@pytest.mark.parametrize(
+    ("tool", "ignored"),
+    [
+        pytest.param({"type": "tool_search"}, ("tools.tool_search",), id="hosted"),
+        pytest.param(
+            TOOL_SEARCH | {"execution": "server"}, ("tools.tool_search",), id="OpenAI's server"
+        ),
+        pytest.param(TOOL_SEARCH | {"type": "file_search"}, ("tools.file_search",), id="of files"),
+        pytest.param(TOOL_SEARCH | {"execution": 5}, ("tools.tool_search",), id="nobody's"),
+    ],
+)
+def test_a_search_of_tools_that_others_run_is_left_out(tool, ignored):
+    prompt = parse_response(tools=[tool])
+    assert (prompt.tools, prompt.ignored) == ((), ignored)
+
+
+def test_a_search_of_tools_needs_no_description():
+    prompt = parse_response(tools=[{"type": "tool_search", "execution": "client"}])
+    nothing = {"type": "object", "properties": {}}
+    assert prompt.tools == (ztoapi.Tool("tool_search", "tool_search", nothing),)
+
+
+@pytest.mark.parametrize(
+    ("items", "wanted"),
+    [
+        pytest.param(
+            [SEARCHED, FOUND_TOOLS | {"tools": [NAMESPACE, NOW]}],
+            [
+                "mcp__w__get",
+                "mcp__w__say",
+                "now",
+                AVAILABLE,
+            ],
+            id="tools",
+        ),
+        pytest.param([SEARCHED, FOUND_TOOLS | {"tools": []}], ["no tool was found"], id="none"),
+        pytest.param([SEARCHED, FOUND_TOOLS], ["no tool was found"], id="nothing"),
+        pytest.param(
+            [SEARCHED, FOUND_TOOLS | {"tools": [5, {"type": "computer"}]}],
+            ["no tool was found"],
+            id="nothing that can be called",
+        ),
+    ],
+)
+def test_a_search_of_tools_is_a_call_and_what_it_found_joins_the_tools(items, wanted):
+    prompt = parse_response(input=items)
+    call = ToolCall(0, "c1", "tool_search", '{"query":"weather"}')
+    assert prompt.messages == (
+        Message("assistant", (), calls=(call,)),
+        Message("tool", (wanted[-1],), call_id="c1"),
+    )
+    assert [tool.name for tool in prompt.tools] == wanted[:-1]
+
+
+def test_a_search_of_tools_by_openais_server_leaves_only_the_tools():
+    call = {"type": "tool_search_call", "execution": "server", "call_id": None, "arguments": {}}
+    found = {"type": "tool_search_output", "execution": "server", "call_id": None, "tools": [NOW]}
+    prompt = parse_response(input=[call, found, {"role": "user", "content": "hi"}])
+    assert prompt.messages == (Message("user", ("hi",)),)
+    assert ([tool.name for tool in prompt.tools], prompt.ignored) == (["now"], ())
+
+
+@pytest.mark.parametrize(
+    ("pieces", "arguments"),
+    [
+        pytest.param(
+            ['{"query":"weather","limit":4}'], {"query": "weather", "limit": 4}, id="whole"
+        ),
+        pytest.param(['{"que', 'ry":"x"}'], {"query": "x"}, id="in pieces"),
+        pytest.param([""], {}, id="none"),
+        pytest.param(['{"query":'], {}, id="broken off"),
+        pytest.param(['["weather"]'], {}, id="no object"),
+    ],
+)
+def test_a_search_of_tools_comes_back_as_an_item_of_its_own(pieces, arguments):
+    first = ToolCall(0, "c1", "tool_search", pieces[0])
+    more = [ToolCall(0, "", "", piece) for piece in pieces[1:]]
+    events = [first, *more, Finish("tool_calls")]
+    names, response, _ = respond(events, tools=[TOOL_SEARCH])
+    item = {"id": "tsc_ours_0", "status": "completed"} | SEARCHED | {"arguments": arguments}
+    assert names[2:] == ["output_item.added", "output_item.done", "completed"]
+    assert (response["output"], response["tools"]) == ([item], [TOOL_SEARCH])
+    assert response_reply(tools=[TOOL_SEARCH]).fold(events) == response
+
+
+def test_a_function_that_is_called_tool_search_stays_one():
+    called = [ToolCall(0, "c1", "tool_search", "{}"), Finish("tool_calls")]
+    _, response, _ = respond(called, tools=[NOW | {"name": "tool_search"}])
+    assert response["output"][0]["type"] == "function_call"
+
+
+def test_a_found_tool_comes_back_as_the_client_knows_it():
+    called = [ToolCall(0, "c2", "mcp__w__get", "{}"), Finish("tool_calls")]
+    items = [SEARCHED, FOUND_TOOLS | {"tools": [NAMESPACE]}]
+    _, response, _ = respond(called, input=items, tools=[TOOL_SEARCH])
+    names = {key: response["output"][0][key] for key in ("type", "name", "namespace")}
+    assert names == {"type": "function_call", "name": "get", "namespace": "mcp__w"}
+
+
 @pytest.mark.parametrize(
     ("fields", "param"),
     [
@@ -1724,6 +1930,146 @@ def test_a_tool_in_a_namespace_can_be_chosen(choice):
     )
 
 
+def offered(**fields):
+    """What Z.ai gets of the tools: functions by name, its own search as whether it must search."""
+    prompt = ztoapi.with_chosen_tools(parse_response(**fields))
+    body = zai_body(prompt, resolve("glm-4.6"))
+    names = []
+    for tool in body.get("tools", []):
+        if tool["type"] == "web_search":
+            names.append(tool["web_search"].get("require_search", "may search"))
+        else:
+            names.append(tool["function"]["name"])
+    must_call = "Answer by calling" in body["messages"][0]["content"]
+    return names, must_call, prompt.ignored
+
+
+HOSTED_SEARCH = {"type": "web_search_preview", "search_context_size": "high"}
+DRAW = {"type": "image_generation"}
+
+
+def allowed(mode, *tools):
+    return {"type": "allowed_tools", "mode": mode, "tools": list(tools)}
+
+
+@pytest.mark.parametrize(
+    ("tools", "choice", "wanted"),
+    [
+        pytest.param([HOSTED_SEARCH], {"type": "web_search_preview"}, [True], id="a search"),
+        pytest.param([HOSTED_SEARCH], {"type": "web_search"}, [True], id="of another version"),
+        pytest.param(
+            [NOW, {"type": "web_search_2025_08_26"}],
+            {"type": "web_search_preview_2025_03_11"},
+            [True],
+            id="alone",
+        ),
+        pytest.param([HOSTED_SEARCH], "required", [True], id="the only one"),
+        pytest.param(
+            [NOW, HOSTED_SEARCH], allowed("required", HOSTED_SEARCH), [True], id="alone allowed"
+        ),
+        pytest.param(
+            [NOW, HOSTED_SEARCH],
+            allowed("auto", {"type": "web_search"}),
+            ["may search"],
+            id="allowed",
+        ),
+        pytest.param(
+            [NOW, HOSTED_SEARCH, NOW | {"name": "then"}],
+            allowed("auto", NOW, HOSTED_SEARCH),
+            ["now", "may search"],
+            id="allowed beside a function",
+        ),
+        pytest.param([NOW, HOSTED_SEARCH], "auto", ["now", "may search"], id="negative: auto"),
+        pytest.param([NOW, HOSTED_SEARCH], "none", [], id="negative: none"),
+        pytest.param(
+            [NOW, HOSTED_SEARCH], allowed("auto", NOW), ["now"], id="negative: not allowed"
+        ),
+        pytest.param([NOW], allowed("auto"), [], id="negative: nothing allowed"),
+    ],
+)
+def test_a_search_that_is_chosen_is_zais(tools, choice, wanted):
+    assert offered(tools=tools, tool_choice=choice) == (wanted, False, ())
+
+
+@pytest.mark.parametrize(
+    ("tools", "choice", "wanted"),
+    [
+        pytest.param([NOW, HOSTED_SEARCH], "required", ["now", "may search"], id="any"),
+        pytest.param([NOW, HOSTED_SEARCH], {"type": "function", "name": "now"}, ["now"], id="one"),
+        pytest.param(
+            [NOW, HOSTED_SEARCH],
+            {"type": "function", "function": {"name": "now"}},
+            ["now"],
+            id="in chat's form",
+        ),
+        pytest.param([NOW, TOOL_SEARCH], {"type": "tool_search"}, ["tool_search"], id="of tools"),
+        pytest.param(
+            [NOW, HOSTED_SEARCH, TOOL_SEARCH],
+            allowed("required", NOW, HOSTED_SEARCH, {"type": "tool_search"}),
+            ["now", "tool_search", "may search"],
+            id="one of several",
+        ),
+    ],
+)
+def test_a_function_that_must_be_called_is_not_a_search_that_must_be_made(tools, choice, wanted):
+    assert offered(tools=tools, tool_choice=choice) == (wanted, True, ())
+
+
+def test_tools_that_are_allowed_and_not_there_are_left_out_and_listed():
+    choice = allowed("auto", NOW, DRAW, {"type": "mcp", "server_label": "w"})
+    left_out = ("tools.image_generation", "tools.mcp")
+    assert offered(tools=[NOW, DRAW], tool_choice=choice) == (["now"], False, left_out)
+    none = allowed("auto", DRAW)
+    assert offered(tools=[NOW, DRAW], tool_choice=none) == ([], False, left_out[:1])
+
+
+def test_a_search_that_must_be_made_without_tools_is_left_out_and_listed():
+    assert offered(tool_choice={"type": "web_search"}) == ([], False, ("tools.web_search",))
+
+
+@pytest.mark.parametrize(
+    ("tools", "choice", "words"),
+    [
+        pytest.param([DRAW], DRAW, "image_generation, which GLM does not have", id="a picture"),
+        pytest.param(
+            [], {"type": "code_interpreter"}, "which GLM does not have", id="without tools"
+        ),
+        pytest.param([NOW], {"type": "mcp", "server_label": "w"}, "GLM does not have", id="MCP"),
+        pytest.param([NOW], {"type": "shell"}, "shell, which GLM does not have", id="a shell"),
+        pytest.param(
+            [NOW, DRAW],
+            allowed("required", DRAW, {"type": "file_search"}),
+            "image_generation, file_search, which GLM does not have",
+            id="several",
+        ),
+        pytest.param([NOW], {"type": "web_search"}, "not among the tools", id="no search"),
+        pytest.param(
+            [NOW, {"type": "web_search", "external_web_access": False}],
+            {"type": "web_search"},
+            "not among the tools",
+            id="no live search",
+        ),
+        pytest.param(
+            [NOW], {"type": "tool_search"}, "not among the tools", id="no search of tools"
+        ),
+    ],
+)
+def test_a_tool_that_must_be_called_and_is_not_there_is_refused(tools, choice, words):
+    with pytest.raises(BadRequest, match=words) as raised:
+        parse_response(tools=tools, tool_choice=choice)
+    assert raised.value.param == "tool_choice"
+
+
+@pytest.mark.parametrize(
+    "choice",
+    [5, "sometimes", {}, {"type": 5}, {"type": "function"}, {"type": "custom", "name": 5}],
+    ids=to_json,
+)
+def test_a_choice_that_makes_no_sense_is_refused(choice):
+    with pytest.raises(BadRequest, match="tool_choice' must be"):
+        parse_response(tools=[NOW], tool_choice=choice)
+
+
 def response_reply(history=None, /, **fields):
     return begun(ztoapi.parse_response(ASKED | fields, history or History())[1])
 
@@ -1779,6 +2125,7 @@ def test_a_response_has_every_key_that_its_schema_requires():
         "reasoning": {"effort": "high"},
         "text": {"verbosity": "low"},
         "top_logprobs": 5,
+        "max_tool_calls": 7,
     }
     assert respond([Text("x"), Finish("stop")], **fields)[1] == {
         "id": "resp_ours",
@@ -1818,12 +2165,22 @@ def test_a_response_has_every_key_that_its_schema_requires():
         "user": None,
         "background": False,
         "frequency_penalty": 0.0,
-        "max_tool_calls": None,
+        "max_tool_calls": 7,
         "presence_penalty": 0.0,
         "service_tier": "default",
         "top_logprobs": 0,
         "truncation": "disabled",
     }
+
+
+@pytest.mark.parametrize("limit", [None, "7", True, 7.5, [7]], ids=repr)
+def test_what_a_response_repeats_of_a_limit_is_a_number(limit):
+    response = respond([Text("x"), Finish("stop")], max_tool_calls=limit)[1]
+    assert response["max_tool_calls"] is None
+
+
+def test_a_limit_of_calls_is_not_kept_and_listed():
+    assert parse_response(max_tool_calls=7).ignored == ("max_tool_calls",)
 
 
 def test_the_frames_of_a_message_say_where_it_stands():
@@ -1905,6 +2262,109 @@ def test_calls_are_items_and_custom_ones_have_their_input():
     assert (two["type"], two["call_id"], two["input"]) == ("custom_tool_call", "c2", "x\ny")
 
 
+PATCH = """\
+*** Begin Patch
+*** Update File: a.md
+@@
+-```
++"new" *** End Patch
+*** End Patch"""
+HEREDOC = f"apply_patch <<'EOF'\n{PATCH}\nEOF"
+
+
+def custom_input(name, *pieces):
+    """What the client is told that a custom tool was called with, streamed and whole."""
+    first = ToolCall(0, "c1", name, pieces[0])
+    calls = [first, *[ToolCall(0, "", "", piece) for piece in pieces[1:]], Finish("tool_calls")]
+    tools = [{"type": "custom", "name": name}]
+    frames = response_reply(tools=tools).frames_of(calls)
+    (said,) = response_reply(tools=tools).fold(calls)["output"]
+    told = [frame for frame in frames if frame["type"].startswith("response.custom_tool_call")]
+    assert [frame.get("delta", frame.get("input")) for frame in told] == [said["input"]] * 2
+    return said["input"]
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        pytest.param(to_json({"input": PATCH}), id="input"),
+        pytest.param(to_json({"patch": PATCH}), id="patch"),
+        pytest.param(to_json({"command": ["apply_patch", PATCH]}), id="command"),
+        pytest.param(to_json({"command": ["bash", "-lc", HEREDOC]}), id="a shell's command"),
+        pytest.param(to_json({"input": HEREDOC}), id="heredoc"),
+        pytest.param(to_json(PATCH), id="a JSON string"),
+        pytest.param(PATCH, id="bare"),
+        pytest.param(f"```diff\n{PATCH}\n```", id="a fence"),
+        pytest.param(to_json({"input": f"Here:\n```\n{PATCH}\n```\n"}), id="a fence in JSON"),
+        pytest.param(to_json({"input": {"patch": PATCH}}), id="an object as input"),
+        pytest.param(to_json({"input": ["apply_patch", PATCH]}), id="an array as input"),
+        pytest.param(to_json({"input": to_json({"input": PATCH})}), id="JSON in JSON"),
+        pytest.param(to_json({"path": "a.md", "changes": [{"diff": PATCH}]}), id="deeper"),
+    ],
+)
+def test_a_patch_is_found_in_whatever_a_model_wraps_it(arguments):
+    assert custom_input("apply_patch", arguments) == PATCH
+
+
+def test_a_patch_is_found_wherever_its_pieces_are_cut():
+    arguments = to_json({"patch": PATCH})
+    for at in range(len(arguments)):
+        assert custom_input("apply_patch", arguments[:at], arguments[at:]) == PATCH
+
+
+def test_a_patch_is_looked_for_in_linear_time():
+    assert seconds_of(ztoapi.patch_in, "*** Begin Patch\n" * 2**16) < 0.5  # in quadratic time 30
+
+
+TWO_PATCHES = f"{PATCH}\n{PATCH.replace('a.md', 'b.md')}"
+CRLF = PATCH.replace("\n", "\r\n")
+
+
+@pytest.mark.parametrize(
+    ("said", "wanted"),
+    [
+        pytest.param(to_json({"input": f"{PATCH}\n"}), f"{PATCH}\n", id="a line's end"),
+        pytest.param(to_json({"input": CRLF}), CRLF, id="Windows"),
+        pytest.param(to_json({"input": TWO_PATCHES}), TWO_PATCHES, id="two"),
+        pytest.param(to_json({"input": "*** Begin Patch\n+x"}), "*** Begin Patch\n+x", id="no end"),
+        pytest.param(to_json({"input": "```\nx\n```"}), "```\nx\n```", id="a fence without one"),
+        pytest.param(to_json({"input": "x *** Begin Patch"}), "x *** Begin Patch", id="words"),
+        pytest.param(to_json({"input": {"a": "好"}}), '{"a":"好"}', id="an object"),
+        pytest.param(to_json({"input": None}), "", id="null"),
+        pytest.param('{"file": "a.md"}', '{"file": "a.md"}', id="another object"),
+        pytest.param('{"input": "*** Begin', '{"input": "*** Begin', id="broken off"),
+    ],
+)
+def test_what_has_no_patch_in_it_stays_as_it_is(said, wanted):
+    assert custom_input("apply_patch", said) == wanted
+
+
+@pytest.mark.parametrize(
+    ("arguments", "wanted"),
+    [
+        pytest.param(to_json({"input": "x\ny"}), "x\ny", id="a string"),
+        pytest.param(to_json("x\ny"), "x\ny", id="a JSON string"),
+        pytest.param("text('hi')", "text('hi')", id="bare"),
+        pytest.param(to_json({"input": {"a": [True, None]}}), '{"a":[true,null]}', id="an object"),
+        pytest.param(to_json({"input": [1, "x"]}), '[1,"x"]', id="an array"),
+        pytest.param(to_json({"input": 5}), "5", id="a number"),
+        pytest.param(to_json({"input": True}), "true", id="a truth"),
+        pytest.param('{"code": "x"}', '{"code": "x"}', id="another name"),
+        pytest.param(to_json({"input": HEREDOC}), HEREDOC, id="a patch, but not of apply_patch"),
+        pytest.param("", "", id="nothing"),
+        pytest.param('{"input": "\ud83d"}', "\ud83d", id="half a character"),
+    ],
+)
+def test_a_custom_tool_is_called_with_a_string(arguments, wanted):
+    assert custom_input("exec", arguments) == wanted
+
+
+def test_a_function_that_is_called_apply_patch_keeps_its_arguments():
+    called = [ToolCall(0, "c1", "apply_patch", to_json({"patch": PATCH})), Finish("tool_calls")]
+    _, response, _ = respond(called, tools=[NOW | {"name": "apply_patch"}])
+    assert json.loads(response["output"][0]["arguments"]) == {"patch": PATCH}
+
+
 def test_a_call_in_a_namespace_comes_back_with_name_and_namespace_apart():
     calls = [
         ToolCall(0, "c1", "mcp__w__get", "{}"),
@@ -1983,6 +2443,213 @@ def test_the_calls_of_a_turn_are_joined_in_linear_time():
     assert seconds_of(ztoapi.merge_assistant_turns, [call] * 2**16) < 0.5  # in quadratic time 3
 
 
+TRIGGER = {"type": "compaction_trigger"}
+TO_SUM_UP = [{"role": "user", "content": "hi"}, TRIGGER]
+
+
+def test_a_trigger_asks_the_model_for_a_summary_and_for_nothing_else():
+    fields = {
+        "instructions": "Be kind.",
+        "input": TO_SUM_UP,
+        "tools": [NOW, {"type": "web_search"}],
+        "tool_choice": {"type": "function", "name": "now"},
+        "text": {"format": {"type": "json_object"}},
+    }
+    prompt, _ = ztoapi.parse_response(ASKED | fields, History())
+    *before, order = prompt.messages
+    assert before == [Message("system", ("Be kind.",)), Message("user", ("hi",))]
+    assert (order.role, order.continues) == ("user", True)
+    assert [tool.name for tool in prompt.tools] == ["now"]
+    assert (prompt.native_tools, prompt.tool_choice, prompt.schema) == ((), ToolChoice(), None)
+    assert prompt.ignored == ()
+
+
+@pytest.mark.parametrize(
+    "words",
+    ["asked", "decided", "changed", "open", "names of files", "exactly as they are", "next step"],
+)
+def test_a_summary_is_asked_for_in_words_that_lose_nothing(words):
+    assert words in ztoapi.COMPACTION_ORDER
+
+
+@pytest.mark.parametrize(
+    "items",
+    [
+        pytest.param([TRIGGER, {"role": "user", "content": "hi"}], id="before a message"),
+        pytest.param([TRIGGER | {"type": "compaction"}], id="a summary"),
+        pytest.param("compaction_trigger", id="text"),
+        pytest.param([{"role": "user", "content": "hi", "x": TRIGGER}], id="inside"),
+    ],
+)
+def test_what_does_not_end_in_a_trigger_is_no_compaction(items):
+    _, reply = ztoapi.parse_response(ASKED | {"input": items}, History())
+    assert type(reply) is ztoapi.ResponseReply
+
+
+@pytest.mark.parametrize("items", [[], [TRIGGER], [TRIGGER, TRIGGER], [{"type": "new"}, TRIGGER]])
+def test_where_nothing_was_said_there_is_nothing_to_sum_up(items):
+    with pytest.raises(BadRequest, match="'input' is required"):
+        parse_response(input=items)
+
+
+def summary_of(words, name="compaction"):
+    return {"type": name, "encrypted_content": ztoapi.encode_reasoning(words)}
+
+
+SUMMED_UP = {"id": "cmp_ours_0", **summary_of("想: do it😀")}
+
+
+@pytest.mark.parametrize(
+    "events",
+    [
+        pytest.param([Text("想: do it😀")], id="text"),
+        pytest.param([Thought("hm"), Text("想"), Text(": do"), Text(" it😀")], id="in pieces"),
+        pytest.param([Text("想: do it😀"), CALLED], id="and a call"),
+        pytest.param([CALLED, Text("想: do it😀"), Citations((FOUND,))], id="and more"),
+        pytest.param([Text("想: do"), Thought("hm"), Text(" it😀")], id="with a thought in it"),
+    ],
+)
+def test_a_compaction_is_one_item_with_the_summary(events):
+    events = [*events, Usage(5, 2, 7), Finish("stop")]
+    names, response, store = respond(events, input=TO_SUM_UP)
+    assert names == [
+        *("created", "in_progress", "output_item.added", "output_item.done", "completed")
+    ]
+    assert (response["output"], response["object"]) == ([SUMMED_UP], "response")
+    assert (response["status"], response["usage"]["total_tokens"]) == ("completed", 7)
+    assert response_reply(input=TO_SUM_UP).fold(events) == response
+    assert store["resp_ours"].input == [{"type": "message", **TO_SUM_UP[0]}]
+
+
+@pytest.mark.parametrize("cut", range(1, 9))
+def test_a_summary_is_the_same_wherever_its_stream_is_cut(cut):
+    words = "想: do it😀"
+    events = [Text(words[:cut]), Text(words[cut:]), Finish("stop")]
+    assert respond(events, input=TO_SUM_UP)[1]["output"] == [SUMMED_UP]
+
+
+def test_a_summary_that_is_cut_short_says_so():
+    names, response, _ = respond([Text("Do"), Finish("length")], input=TO_SUM_UP)
+    assert (names[-1], response["status"]) == ("incomplete", "incomplete")
+    assert [item["type"] for item in response["output"]] == ["compaction"]
+
+
+@pytest.mark.parametrize(
+    "events",
+    [[], [Thought("hm")], [CALLED], [Text("\n"), Text(" ")], [Text("")]],
+    ids=["nothing", "a thought", "a call", "blanks", "an empty text"],
+)
+def test_a_model_that_does_not_sum_up_has_failed(events):
+    reply = response_reply(input=TO_SUM_UP)
+    with pytest.raises(UpstreamError, match="did not sum up") as raised:
+        reply.frames_of([*events, Finish("tool_calls")])
+    assert raised.value.kind in ztoapi.SHOULD_RETRY
+    assert reply.fail(raised.value)[-1]["type"] == "response.failed"
+
+
+SUMMARY = Message("user", ("Summary of the conversation so far:", "Do it."), continues=True)
+SECRET = Message("user", ("[earlier summary that only its maker can read]",), continues=True)
+
+
+@pytest.mark.parametrize(
+    ("item", "wanted", "ignored"),
+    [
+        pytest.param(summary_of("Do it."), SUMMARY, (), id="ours"),
+        pytest.param(summary_of("Do it.", "compaction_summary"), SUMMARY, (), id="ours, of old"),
+        pytest.param(
+            summary_of("Do it.") | {"id": "cmp_1", "status": "completed"}, SUMMARY, (), id="with id"
+        ),
+        pytest.param(
+            {"type": "compaction", "encrypted_content": "gAAAAABo"},
+            SECRET,
+            ("input.compaction",),
+            id="OpenAI's",
+        ),
+        pytest.param(
+            {"type": "compaction_summary", "encrypted_content": "gAAAAABo"},
+            SECRET,
+            ("input.compaction_summary",),
+            id="OpenAI's, of old",
+        ),
+        pytest.param(
+            {"type": "compaction", "encrypted_content": "ztoapi:%"},
+            SECRET,
+            ("input.compaction",),
+            id="spoilt",
+        ),
+        pytest.param({"type": "compaction"}, SECRET, ("input.compaction",), id="without one"),
+        pytest.param(
+            {"type": "compaction", "encrypted_content": 5, "summary": "x"},
+            SECRET,
+            ("input.compaction",),
+            id="no text",
+        ),
+    ],
+)
+def test_a_summary_that_comes_back_is_text(item, wanted, ignored):
+    hi = {"role": "user", "content": "hi"}
+    prompt = parse_response(input=[hi, item, hi])
+    said = Message("user", ("hi",))
+    assert (prompt.messages, prompt.ignored) == ((said, wanted, said), ignored)
+
+
+def test_a_summary_that_comes_back_begins_no_turn():
+    picture = [{"type": "input_image", "image_url": "https://x"}]
+    prompt = parse_response(input=[user_item(picture), summary_of("Do it.")])
+    assert ztoapi.user_shows_media(prompt.messages)
+
+
+def test_what_follows_a_stored_compaction_begins_with_its_summary():
+    summed_up = ztoapi.StoredResponse({"output": [SUMMED_UP]}, [user_item("a")], "resp_gone")
+    answered = ztoapi.StoredResponse(
+        {"output": [user_item("c", "assistant")]}, [user_item("b")], "resp_1"
+    )
+    store = History(resp_1=summed_up, resp_2=answered)
+    body = ASKED | {"input": "d", "previous_response_id": "resp_2"}
+    prompt, _ = ztoapi.parse_response(body, store)
+    assert [message.content[-1] for message in prompt.messages] == ["想: do it😀", *"bcd"]
+
+
+def test_a_request_for_a_summary_alone_is_answered_with_it_alone():
+    prompt, reply = ztoapi.parse_compaction(ASKED, History())
+    assert prompt.messages[-1].content == (ztoapi.COMPACTION_ORDER,)
+    assert begun(reply).fold([Text("想: do it😀"), Usage(5, 2, 7), Finish("stop")]) == {
+        "object": "response.compaction",
+        "id": "resp_ours",
+        "created_at": 1760762344,
+        "output": [SUMMED_UP],
+        "usage": ztoapi.response_usage(Usage(5, 2, 7)),
+    }
+    assert (reply.stored, prompt.stream) == (None, False)
+
+
+@pytest.mark.parametrize(
+    ("body", "tokens"),
+    [
+        pytest.param({"model": "glm-4.6", "input": "a" * 100}, 28, id="text"),
+        pytest.param({"input": "a" * 100}, 28, id="no model"),
+        pytest.param({"model": None, "input": [user_item("汉" * 100)]}, 75, id="items"),
+        pytest.param({"input": "a" * 50, "instructions": "b" * 50}, 28, id="instructions"),
+        pytest.param({"instructions": "a" * 100}, 28, id="no input"),
+        pytest.param({"tools": [NOW | {"description": "d" * 80}]}, 28, id="a tool"),
+        pytest.param(
+            {"input": [user_item([{"type": "input_image", "image_url": "https://x"}])]},
+            1000,
+            id="an image",
+        ),
+        pytest.param(
+            {"input": "a" * 100, "temperature": 9, "tool_choice": DRAW, "max_output_tokens": 0},
+            28,
+            id="what else it asks for",
+        ),
+        pytest.param({}, 0, id="nothing"),
+    ],
+)
+def test_the_tokens_of_a_response_are_estimated(body, tokens):
+    prompt = ztoapi.parse_counted_response(body, History())
+    assert ztoapi.estimated_tokens(prompt) == tokens
+
+
 def test_a_response_is_remembered_with_the_whole_conversation():
     _, response, store = respond(EVENTS)
     body = {"model": "glm-4.6", "input": "and?", "previous_response_id": response["id"]}
@@ -2014,10 +2681,6 @@ def test_a_response_stores_its_own_items_and_where_they_go_on_from():
         ztoapi.parse_response(body, store)
 
 
-def user_item(words, role="user"):
-    return {"role": role, "content": words}
-
-
 JUNK = "junk" * 500
 
 
@@ -2035,6 +2698,7 @@ JUNK = "junk" * 500
         pytest.param({"tools": [{"type": "function", "name": "f", "x": JUNK}]}, id="a function"),
         pytest.param({"tools": [{"type": "custom", "name": "f", "x": JUNK}]}, id="a custom tool"),
         pytest.param({"tools": [{"type": "web_search", "x": JUNK}]}, id="a search"),
+        pytest.param({"tools": [TOOL_SEARCH | {"x": JUNK}]}, id="a search of tools"),
         pytest.param({"tools": [{"type": "function", "name": "f", "strict": JUNK}]}, id="strict"),
         pytest.param(
             {"tools": [{"type": "custom", "name": "f", "format": {"syntax": JUNK, "x": JUNK}}]},
@@ -2066,6 +2730,10 @@ JUNK = "junk" * 500
                 "skipped": {"type": "web_search_call", "x": JUNK},
                 "unknown": {"type": "never_heard_of", "x": JUNK},
                 "tools": {"type": "additional_tools", "tools": [{"type": "computer", "x": JUNK}]},
+                "a search": SEARCHED | {"x": JUNK},
+                "a summary": {"type": "compaction", "encrypted_content": JUNK},
+                "a summary of ours": summary_of("x") | {"x": JUNK},
+                "found tools": FOUND_TOOLS | {"tools": [NOW | {"x": JUNK}], "x": JUNK},
                 "a PDF": user_item(
                     [{"type": "input_file", "filename": "a.pdf", "file_data": f"%PDF-{JUNK}"}]
                 ),
@@ -2163,80 +2831,107 @@ def test_an_item_of_the_input_is_listed_with_all_its_keys():
     ]
 
 
-# ======== Messages ========
+# What Codex 0.171 sends, recorded in November 2026 with gpt-5.5 as its model; long descriptions are cut.
+TURN = {"internal_chat_message_metadata_passthrough": {"turn_id": "01a22bd8-a67d-75a2"}}
+CODEX = {
+    "model": "gpt-5.5",
+    "stream": True,
+    "tool_choice": "auto",
+    "parallel_tool_calls": True,
+    "reasoning": {"effort": "medium"},
+    "store": False,
+    "include": ["reasoning.encrypted_content"],
+    "prompt_cache_key": "01a22bd8-a656-7ef1",
+    "text": {"verbosity": "low"},
+    "client_metadata": {"session_id": "01a22bd8-a656-7ef1", "mcp_attribution": '{"status":"none"}'},
+}
+CODEX_TOOLS = [
+    {"type": "function", "name": "exec_command", "description": "Runs a command in a PTY.", "strict": False, "parameters": {"type": "object", "properties": {"cmd": {"type": "string"}}, "required": ["cmd"]}},
+    {"type": "custom", "name": "apply_patch", "description": "Edit files.", "format": {"type": "grammar", "syntax": "lark", "definition": "start: begin_patch hunk+ end_patch"}},
+    {"type": "tool_search", "execution": "client", "description": "# Tool discovery", "parameters": {"type": "object", "properties": {"limit": {"type": "number"}, "query": {"type": "string"}}, "required": ["query"], "additionalProperties": False}},
+    {"type": "web_search", "external_web_access": True, "search_content_types": ["text", "image"]},
+]  # fmt: skip
+CODEX_BEGINS = [
+    {"type": "message", "id": "msg_1", "role": "developer", "content": [{"type": "input_text", "text": "You are Codex."}]},
+    {"type": "message", "id": "msg_2", "role": "user", "content": [{"type": "input_text", "text": "<environment_context/>"}], **TURN},
+    {"type": "message", "id": "msg_3", "role": "user", "content": [{"type": "input_text", "text": "What is the weather?"}], **TURN},
+]  # fmt: skip
+CODEX_SEARCHED = [
+    {"type": "message", "status": "completed", "id": "msg_9b3a_0", "role": "assistant", "content": [{"type": "output_text", "text": "I look.", "annotations": [], "logprobs": []}], **TURN},
+    {"type": "tool_search_call", "id": "tsc_9b3a_1", "call_id": "call_1_0", "status": "completed", "execution": "client", "arguments": {"query": "weather", "limit": 4}, **TURN},
+    {"type": "tool_search_output", "id": "tso_01a2", "call_id": "call_1_0", "status": "completed", "execution": "client", "tools": [{"type": "namespace", "name": "mcp__weather", "description": "Tools in the mcp__weather namespace.", "tools": [{"type": "function", "name": "get_weather", "description": "The weather in a city", "strict": False, "defer_loading": True, "parameters": {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]}}]}], **TURN},
+    {"type": "function_call", "status": "completed", "id": "fc_e194_0", "name": "get_weather", "namespace": "mcp__weather", "arguments": '{"city": "Rome"}', "call_id": "call_2_0", **TURN},
+    {"type": "function_call_output", "id": "fco_01a2", "call_id": "call_2_0", "output": [{"type": "input_text", "text": "Wall time: 0.0023 seconds\nOutput:"}, {"type": "input_text", "text": "sunny in Rome"}], **TURN},
+]  # fmt: skip
+CODEX_AGENT = {"type": "agent_message", "id": "amsg_01a2", "author": "/root", "recipient": "/root/helper", "content": [{"type": "input_text", "text": "Message Type: NEW_TASK\nTask name: /root/helper\nSender: /root\nPayload:\n"}, {"type": "encrypted_content", "encrypted_content": "Say hi."}], **TURN}  # fmt: skip
+CODEX_ADDITIONAL = {"type": "additional_tools", "id": "at_01a2", "role": "developer", "tools": [{"type": "namespace", "name": "functions", "description": "", "tools": [{"type": "custom", "name": "exec", "description": "Run JavaScript code", "format": {"type": "grammar", "syntax": "lark", "definition": "start: SOURCE"}}]}, {"type": "namespace", "name": "clock", "description": "", "tools": [{"type": "function", "name": "sleep", "description": "Sleeps.", "strict": False, "parameters": {"type": "object", "properties": {}}}]}]}  # fmt: skip
 
 
-def turn(content, role="user"):
-    return {"role": role, "content": content}
+def asked_by_codex(*items, tools=CODEX_TOOLS):
+    """The messages and the names of the tools that Z.ai gets, and what the client is told was left out."""
+    asked = CODEX | {"tools": tools, "input": list(items)}
+    prompt = ztoapi.with_chosen_tools(ztoapi.parse_response(asked, History())[0])
+    body = zai_body(prompt, resolve("glm-5.3"))
+    names = [tool.get("function", tool).get("name", tool["type"]) for tool in body["tools"]]
+    return body["messages"], names, prompt.ignored
 
 
-def text_block(text):
-    return {"type": "text", "text": text}
+def test_codex_finds_a_tool_and_calls_it():
+    messages, names, ignored = asked_by_codex(*CODEX_BEGINS, *CODEX_SEARCHED)
+    search = {"name": "tool_search", "arguments": '{"query":"weather","limit":4}'}
+    get = {"name": "mcp__weather__get_weather", "arguments": '{"city": "Rome"}'}
+    assert messages == [
+        {"role": "system", "content": "You are Codex."},
+        {"role": "user", "content": "<environment_context/>"},
+        {"role": "user", "content": "What is the weather?"},
+        {
+            "role": "assistant",
+            "content": "I look.",
+            "tool_calls": [{"id": "call_1_0", "type": "function", "function": search}],
+        },
+        {
+            "role": "tool",
+            "tool_call_id": "call_1_0",
+            "content": "tool mcp__weather__get_weather is now available",
+        },
+        {
+            "role": "assistant",
+            "content": "",
+            "tool_calls": [{"id": "call_2_0", "type": "function", "function": get}],
+        },
+        {
+            "role": "tool",
+            "tool_call_id": "call_2_0",
+            "content": "Wall time: 0.0023 seconds\nOutput:\nsunny in Rome",
+        },
+    ]
+    given = ["exec_command", "apply_patch", "tool_search", "mcp__weather__get_weather"]
+    assert (names, ignored) == ([*given, "web_search"], ("client_metadata",))
 
 
-def reminder(text):
-    return text_block(f"<system-reminder>\n{text}\n</system-reminder>")
+def test_codex_tells_another_agent_what_to_do():
+    messages, *_ = asked_by_codex(*CODEX_BEGINS, CODEX_AGENT)
+    assert messages[-1]["content"].startswith("Message from the agent /root:")
+    assert messages[-1]["content"].endswith("Payload:\n\nSay hi.")
 
 
-CACHED = {"cache_control": {"type": "ephemeral"}}
-TOOL_RESULT = {"type": "tool_result", "tool_use_id": "t1", "content": "42"}
-USE = turn([{"type": "tool_use", "id": "t1", "name": "f", "input": {}}], "assistant")
+def test_codex_puts_its_tools_into_the_conversation():
+    messages, names, ignored = asked_by_codex(CODEX_ADDITIONAL, *CODEX_BEGINS, tools=[])
+    assert (names, ignored) == (["functions__exec", "clock__sleep"], ("client_metadata",))
+    assert [message["role"] for message in messages] == ["system", "user", "user"]
 
 
-@pytest.mark.parametrize(
-    ("turns", "wanted"),
-    [
-        pytest.param(
-            [turn("hi"), turn("a", "system")],
-            [turn([text_block("hi"), reminder("a")])],
-            id="behind",
-        ),
-        pytest.param(
-            [turn("a", "system"), turn([text_block("hi")])],
-            [turn([reminder("a"), text_block("hi")])],
-            id="before",
-        ),
-        pytest.param(
-            [
-                turn("hi"),
-                turn([text_block("a"), text_block("b") | CACHED], "system"),
-                turn("c", "system"),
-            ],
-            [turn([text_block("hi"), reminder("a"), reminder("b") | CACHED, reminder("c")])],
-            id="several",
-        ),
-        pytest.param(
-            [turn("hi"), turn("yes", "assistant"), turn("a", "system")],
-            [turn([text_block("hi")]), turn("yes", "assistant"), turn([reminder("a")])],
-            id="none beside it",
-        ),
-        pytest.param(
-            [USE, turn("a", "system"), turn([TOOL_RESULT])],
-            [USE, turn([TOOL_RESULT, reminder("a")])],
-            id="results first",
-        ),
-        pytest.param(
-            [turn("hi"), turn("there")], [turn("hi"), turn("there")], id="no system message"
-        ),
-        pytest.param([7, turn(None, "system"), turn(7)], [{}, turn([])], id="nothing that is one"),
-        pytest.param(
-            [turn([7, {"type": "image"}], "system")], [turn([7, {"type": "image"}])], id="no text"
-        ),
-        pytest.param(
-            [{"content": "x"}, turn("a", "system")],
-            [{"content": "x"}, turn([reminder("a")])],
-            id="no role",
-        ),
-        pytest.param("hi", "hi", id="no turns"),
-    ],
-)
-def test_a_system_message_of_anthropics_is_a_reminder_in_the_users_turn(turns, wanted):
-    assert json.loads(
-        messages_request({"model": "opus", "messages": turns, "top_k": 1}, "glm-5.3")
-    ) == {
-        "model": "glm-5.3",
-        "messages": wanted,
-        "top_k": 1,
+def test_codex_compacts_a_conversation_and_goes_on():
+    asked = CODEX | {"tools": CODEX_TOOLS, "input": [*CODEX_BEGINS, *CODEX_SEARCHED, TRIGGER]}
+    prompt, reply = ztoapi.parse_response(asked, History())
+    before, _ = ztoapi.parse_response(asked | {"input": asked["input"][:-1]}, History())
+    assert prompt.messages[:-1] == before.messages
+    assert prompt.tools == before.tools
+    (item,) = begun(reply).fold([Thought("hm"), Text("It is sunny."), Finish("stop")])["output"]
+    messages, *_ = asked_by_codex(*CODEX_BEGINS, item)
+    assert messages[-1] == {
+        "role": "user",
+        "content": "Summary of the conversation so far:\nIt is sunny.",
     }
 
 
@@ -2513,7 +3208,7 @@ def test_a_use_of_a_tool_is_a_call_once():
         ({"content": "42"}, ("42",)),
         ({"content": [{"type": "text", "text": "42"}, {"type": "image", "source": {"url": SKY.url}}]}, ("42", SKY)),
         ({}, ()),
-        ({"content": "no such file", "is_error": True}, ("Error:", "no such file")),
+        ({"content": "no such file", "is_error": True}, ("Error: no such file",)),
         ({"content": "Error: no such file", "is_error": True}, ("Error: no such file",)),
     ],
 )  # fmt: skip
@@ -2543,6 +3238,704 @@ def test_the_result_of_a_tool_in_a_system_message_is_its_text():
 )
 def test_a_result_names_its_call_or_the_function(fields, call_id):
     assert read("tool", "42", **fields) == [Message("tool", ("42",), call_id=call_id)]
+
+
+# ======== Messages: the request ========
+
+
+def turn(content, role="user"):
+    return {"role": role, "content": content}
+
+
+def text_block(text):
+    return {"type": "text", "text": text}
+
+
+def reminder(text):
+    return f"<system-reminder>\n{text}\n</system-reminder>"
+
+
+CLAUDE = {
+    "model": "claude-opus-5",
+    "max_tokens": 9_000,
+    "messages": [{"role": "user", "content": "你好"}],
+}
+
+
+def plan_of_message(body, **settings):
+    """The plan for a request, `body` added to CLAUDE."""
+    given = {"model_aliases": (("claude-*", "glm-4.6"),)} | settings
+    prompt, _ = ztoapi.parse_message(CLAUDE | body)
+    return ztoapi.make_plan(prompt, Settings(**given), Account(""), "7")
+
+
+def asked_of_zai(body, **settings):
+    """What Z.ai gets of a request of Anthropic's API, without what every request has."""
+    model, prompt = plan_of_message(body, **settings).prompts[0]
+    sent = zai_body(prompt, model)
+    return {name: value for name, value in sent.items() if name not in ("model", "stream")}
+
+
+def turns_for_zai(*turns):
+    return asked_of_zai({"messages": list(turns)})["messages"]
+
+
+PICTURE_BLOCK = {
+    "type": "image",
+    "source": {"type": "base64", "media_type": "image/png", "data": "QUJD"},
+}
+CACHED = {"cache_control": {"type": "ephemeral"}}
+TOOL_RESULT = {"type": "tool_result", "tool_use_id": "t1", "content": "42"}
+USE = turn([{"type": "tool_use", "id": "t1", "name": "f", "input": {}}], "assistant")
+ZAI_USE = {
+    "role": "assistant",
+    "content": "",
+    "tool_calls": [{"id": "t1", "type": "function", "function": {"name": "f", "arguments": "{}"}}],
+}
+ZAI_RESULT = {"role": "tool", "content": "42", "tool_call_id": "t1"}
+
+
+@pytest.mark.parametrize(
+    ("turns", "wanted"),
+    [
+        pytest.param(
+            [turn("hi"), turn("a", "system")], [turn(f"hi\n{reminder('a')}")], id="behind"
+        ),
+        pytest.param(
+            [turn("a", "system"), turn([text_block("hi")])],
+            [turn(f"{reminder('a')}\nhi")],
+            id="before",
+        ),
+        pytest.param(
+            [turn("hi"), turn([text_block("a"), text_block("b") | CACHED], "system"), turn("c", "system")],
+            [turn("\n".join(["hi", reminder("a"), reminder("b"), reminder("c")]))],
+            id="several",
+        ),
+        pytest.param(
+            [turn("hi"), turn("yes", "assistant"), turn("a", "system")],
+            [turn("hi"), turn("yes", "assistant"), turn(reminder("a"))],
+            id="none beside it",
+        ),
+        pytest.param(
+            [USE, turn("a", "system"), turn([TOOL_RESULT])],
+            [ZAI_USE, ZAI_RESULT, turn(reminder("a"))],
+            id="before results",
+        ),
+        pytest.param([turn("hi"), turn("there")], [turn("hi"), turn("there")], id="no system message"),
+    ],
+)  # fmt: skip
+def test_a_system_message_among_the_others_is_a_reminder_in_the_users_turn(turns, wanted):
+    assert turns_for_zai(*turns) == wanted
+
+
+def test_a_reminder_begins_no_turn():
+    use = plan_of_message(
+        {"messages": [turn("hi"), USE, turn([TOOL_RESULT]), turn("a", "system")]}
+    ).prompts[0][1]
+    assert ztoapi.turn_start(use.messages) == 1
+
+
+@pytest.mark.parametrize(
+    ("system", "wanted"),
+    [
+        pytest.param("Be kind.", "Be kind.", id="text"),
+        pytest.param([text_block("a") | CACHED, text_block("b")], "a\n\nb", id="blocks"),
+        pytest.param(
+            [text_block("x-anthropic-billing-header: cc=1; cch=9;"), text_block("b")],
+            "b",
+            id="billing header",
+        ),
+        pytest.param([text_block("a"), text_block("")], "a", id="an empty block"),
+    ],
+)
+def test_the_system_prompt_is_one_message(system, wanted):
+    assert asked_of_zai({"system": system})["messages"] == [
+        {"role": "system", "content": wanted},
+        turn("你好"),
+    ]
+
+
+def test_no_system_prompt_is_no_message():
+    for system in ("", [], [text_block("x-anthropic-billing-header: x")], None):
+        assert asked_of_zai({"system": system})["messages"] == [turn("你好")]
+
+
+def result_of(content, **more):
+    return turn([{"type": "tool_result", "tool_use_id": "t1", "content": content, **more}])
+
+
+FOUND_BLOCK = {
+    "type": "web_search_result",
+    "url": "https://x/y",
+    "title": "T",
+    "encrypted_content": in_base64("Sunny."),
+    "page_age": None,
+}
+
+
+@pytest.mark.parametrize(
+    ("block", "wanted"),
+    [
+        (text_block("hi"), "hi"),
+        ({"type": "document", "title": "a.py", "source": {"type": "text", "media_type": "text/plain", "data": "x = 1"}}, "a.py\nx = 1"),
+        ({"type": "document", "source": {"type": "base64", "media_type": "text/csv", "data": in_base64("a,b")}}, "a,b"),
+        ({"type": "document", "source": {"type": "content", "content": [text_block("c")]}}, "c"),
+        ({"type": "search_result", "title": "T", "source": "https://x", "content": [text_block("c")]}, "T\nhttps://x\nc"),
+        ({"type": "tool_reference", "tool_name": "Read"}, "Tool Read is now available."),
+        ({"type": "web_search_tool_result", "tool_use_id": "s", "content": [FOUND_BLOCK]}, "T\nhttps://x/y\nSunny."),
+        ({"type": "web_search_tool_result", "tool_use_id": "s", "content": {"type": "web_search_tool_result_error", "error_code": "unavailable"}}, '{"type":"web_search_tool_result_error","error_code":"unavailable"}'),
+    ],
+    ids=["text", "document", "document in base64", "document of blocks", "search result", "tool reference", "web search", "failed web search"],
+)  # fmt: skip
+def test_blocks_are_read_as_the_text_that_they_bring(block, wanted):
+    assert turns_for_zai(turn([block])) == [turn(wanted)]
+    assert turns_for_zai(turn("hi"), USE, result_of([block]))[2]["content"] == wanted
+
+
+@pytest.mark.parametrize(
+    ("content", "error", "wanted"),
+    [
+        pytest.param("42", False, "42", id="text"),
+        pytest.param([text_block("4"), text_block("2")], False, "4\n2", id="blocks"),
+        pytest.param("no such file", True, "Error: no such file", id="error"),
+        pytest.param("Error: no", True, "Error: no", id="error that says so"),
+        pytest.param(None, True, "Error:", id="error without words"),
+        pytest.param([], False, "(no output)", id="empty"),
+        pytest.param(None, False, "(no output)", id="absent"),
+    ],
+)
+def test_results_of_tools_are_texts(content, error, wanted):
+    assert turns_for_zai(turn("hi"), USE, result_of(content, is_error=error))[2] == {
+        "role": "tool",
+        "content": wanted,
+        "tool_call_id": "t1",
+    }
+
+
+@pytest.mark.parametrize(
+    ("block", "thought"),
+    [
+        ({"type": "thinking", "thinking": "hm", "signature": "any"}, "hm"),
+        ({"type": "thinking", "thinking": "", "signature": ztoapi.encode_reasoning("hm")}, "hm"),
+        ({"type": "thinking", "thinking": "", "signature": "ztoapi:?"}, None),
+        ({"type": "redacted_thinking", "data": "x"}, None),
+    ],
+    ids=["shown", "omitted", "spoilt", "redacted"],
+)
+def test_thinking_that_comes_back_is_reasoning(block, thought):
+    said = turns_for_zai(turn("hi"), turn([block, text_block("yes")], "assistant"), turn("go"))[1]
+    assert (said["content"], said.get("reasoning_content")) == ("yes", thought)
+
+
+def test_a_search_that_comes_back_is_what_it_found():
+    use = {"type": "server_tool_use", "id": "s", "name": "web_search", "input": {"query": "q"}}
+    found = {"type": "web_search_tool_result", "tool_use_id": "s", "content": [FOUND_BLOCK]}
+    said = turn([text_block("It is sunny."), use, found], "assistant")
+    assert turns_for_zai(turn("hi"), said)[1] == {
+        "role": "assistant",
+        "content": "It is sunny.\nT\nhttps://x/y\nSunny.",
+    }
+
+
+def test_images_of_messages_are_for_models_that_see():
+    source = {"type": "base64", "media_type": "image/png", "data": "QUJD"}
+    image, at = {"type": "image", "source": source}, {"type": "url", "url": "https://x/a.png"}
+    content = [text_block("?"), image, {"type": "image", "source": at}]
+    (said,) = asked_of_zai({"model": "glm-4.6v", "messages": [turn(content)]})["messages"]
+    urls = [part["image_url"]["url"] for part in said["content"][1:]]
+    assert urls == ["QUJD", "https://x/a.png"]
+    with pytest.raises(BadRequest, match="does not take images"):
+        asked_of_zai({"messages": [turn(content)]})
+    shown = turns_for_zai(turn("hi"), USE, result_of([image]))[2]
+    assert shown["content"].startswith("[image: not shown to glm-4.6")
+
+
+def test_a_block_of_an_unknown_type_is_left_out_and_listed():
+    new = {"type": "tool_addition", "tool": {"type": "tool_definition"}}
+    body = {"messages": [turn("a", "system"), turn([new, text_block("hi")]), turn([new], "system")]}
+    plan = plan_of_message(body)
+    assert plan.ignored == ("content.tool_addition",)
+    assert [message.role for message in plan.prompts[0][1].messages] == ["user"]
+
+
+def test_a_last_turn_of_the_assistants_stays_one():
+    assert turns_for_zai(turn("1, 2,"), turn("3,", "assistant"))[-1] == turn("3,", "assistant")
+
+
+ASKS_TO_THINK, NOT = {"thinking": {"type": "enabled"}}, {"thinking": {"type": "disabled"}}
+ADAPTIVE = {"thinking": {"type": "adaptive"}}
+WITH_TOOLS = {"tools": [{"name": "f", "input_schema": {}}], "max_tokens": 100}
+
+
+def budget(tokens):
+    return {"thinking": {"type": "enabled", "budget_tokens": tokens}}
+
+
+def wanting(effort):
+    return {"output_config": {"effort": effort}}
+
+
+@pytest.mark.parametrize(
+    ("body", "always", "switch"),
+    [
+        pytest.param(budget(4_096), "low", "enabled", id="a small budget"),
+        pytest.param(budget(16_384), "high", "enabled", id="a budget"),
+        pytest.param(budget(16_385), "max", "enabled", id="a large budget"),
+        pytest.param(ASKS_TO_THINK, None, "enabled", id="no budget"),
+        pytest.param(budget(100) | wanting("max"), "max", "enabled", id="an effort before the budget"),
+        pytest.param(ADAPTIVE, None, None, id="adaptive"),
+        pytest.param(ADAPTIVE | wanting("low"), "low", "enabled", id="adaptive with an effort"),
+        pytest.param({"thinking": {"type": "disabled"}} | wanting("max"), "low", "disabled", id="disabled"),
+        pytest.param({"max_tokens": 8_192}, None, None, id="not asked, with room"),
+        pytest.param({"max_tokens": 8_191}, "low", "disabled", id="not asked, without room"),
+        pytest.param(WITH_TOOLS, None, None, id="not asked, with tools"),
+        pytest.param(wanting("max") | {"max_tokens": 100}, "low", "disabled", id="an effort alone"),
+    ],
+)  # fmt: skip
+def test_thinking_is_asked_for_as_the_model_has_it(body, always, switch):
+    assert asked_of_zai({"model": "glm-5.3", **body}).get("reasoning_effort") == always
+    thinking = asked_of_zai({"model": "glm-4.6", **body}).get("thinking", {})
+    assert thinking.get("type") == switch
+
+
+@pytest.mark.parametrize(
+    ("body", "form"),
+    [(ASKS_TO_THINK, "parsed"), (ADAPTIVE, "parsed"), (NOT, "hidden"), ({}, "hidden"), (WITH_TOOLS, "hidden")],
+    ids=["enabled", "adaptive", "disabled", "not asked", "tools"],
+)  # fmt: skip
+def test_thinking_is_shown_where_it_was_asked_for(body, form):
+    assert plan_of_message(body, reasoning_format="raw").reasoning_format == form
+
+
+def test_where_nobody_asks_for_thinking_the_operators_word_counts():
+    assert asked_of_zai({"max_tokens": 100}, enable_thinking=True)["thinking"]["type"] == "enabled"
+    assert asked_of_zai(WITH_TOOLS, enable_thinking=False)["thinking"]["type"] == "disabled"
+
+
+ANTHROPIC_SEARCH = {"type": "web_search_20250305", "name": "web_search", "max_uses": 8}
+SEARCHING = {"enable": True, "search_engine": "search-prime", "search_result": True}
+GREP = {"name": "grep", "description": "Find", "input_schema": {"type": "object"}, **CACHED}
+ZAI_GREP = {
+    "type": "function",
+    "function": {"name": "grep", "description": "Find", "parameters": {"type": "object"}},
+}
+
+
+def searching(**more):
+    return {"type": "web_search", "web_search": {**SEARCHING, **more}}
+
+
+@pytest.mark.parametrize(
+    ("tools", "wanted", "ignored"),
+    [
+        pytest.param([GREP], [ZAI_GREP], (), id="function"),
+        pytest.param([{**GREP, "type": "custom", "defer_loading": True}], [ZAI_GREP], (), id="deferred"),
+        pytest.param(
+            [GREP, {"name": "DeferredToolPlaceholder", "defer_loading": True, "input_schema": {}}],
+            [ZAI_GREP], (), id="a placeholder",
+        ),
+        pytest.param(
+            [{"type": "bash_20250124", "name": "bash"}, GREP, {"type": "memory_20250818", "name": "memory"}],
+            [ZAI_GREP], ("tools.bash_20250124", "tools.memory_20250818"), id="clients' tools",
+        ),
+        pytest.param([ANTHROPIC_SEARCH], [searching(require_search=True)], (), id="search alone"),
+        pytest.param([ANTHROPIC_SEARCH, GREP], [ZAI_GREP, searching()], (), id="search beside others"),
+        pytest.param(
+            [{**ANTHROPIC_SEARCH, "allowed_domains": ["a.org", "b.org"]}, GREP],
+            [ZAI_GREP, searching(search_domain_filter="a.org,b.org")], (), id="domains",
+        ),
+        pytest.param(
+            [{**ANTHROPIC_SEARCH, "type": "web_search_20260209", "blocked_domains": ["a.org"]}, GREP],
+            [ZAI_GREP, searching()], ("tools.blocked_domains",), id="blocked domains",
+        ),
+        pytest.param([{"name": "f"}], [{"type": "function", "function": {"name": "f", "description": "f", "parameters": {"type": "object", "properties": {}}}}], (), id="no schema"),
+    ],
+)  # fmt: skip
+def test_tools_of_anthropics_are_z_ais(tools, wanted, ignored):
+    assert asked_of_zai({"tools": tools})["tools"] == wanted
+    assert plan_of_message({"tools": tools}).ignored == ignored
+
+
+@pytest.mark.parametrize(
+    ("choice", "tools", "line"),
+    [
+        pytest.param({"type": "auto"}, ["grep", "web_search"], None, id="auto"),
+        pytest.param({"type": "none"}, None, None, id="none"),
+        pytest.param({"type": "any"}, ["grep", "web_search"], "Answer by calling the function grep.", id="any"),
+        pytest.param({"type": "tool", "name": "grep"}, ["grep"], "Answer by calling the function grep.", id="a function"),
+        pytest.param({"type": "tool", "name": "web_search"}, ["web_search"], None, id="the search"),
+    ],
+)  # fmt: skip
+def test_a_choice_of_tools_is_kept(choice, tools, line):
+    sent = asked_of_zai({"tools": [GREP, ANTHROPIC_SEARCH], "tool_choice": choice})
+    names = [tool.get("function", {}).get("name", tool["type"]) for tool in sent.get("tools", [])]
+    assert (names or None) == tools
+    first = sent["messages"][0]
+    assert (first["content"] if first["role"] == "system" else None) == line
+    if choice.get("name") == "web_search":
+        assert sent["tools"] == [searching(require_search=True)]
+
+
+@pytest.mark.parametrize(
+    ("body", "at"),
+    [
+        pytest.param({"model": None}, "model", id="no model"),
+        pytest.param({"messages": []}, "messages", id="no messages"),
+        pytest.param({"max_tokens": None}, "max_tokens", id="no limit"),
+        pytest.param({"max_tokens": 0}, "max_tokens", id="a limit of 0"),
+        pytest.param({"temperature": 1.5}, "temperature", id="temperature"),
+        pytest.param({"thinking": {"type": "much"}}, "thinking", id="thinking"),
+        pytest.param({"thinking": {"type": "enabled", "budget_tokens": "9"}}, "thinking", id="budget"),
+        pytest.param(wanting("huge"), "output_config.effort", id="effort"),
+        pytest.param({"output_config": {"format": {"type": "xml"}}}, "output_config.format", id="format"),
+        pytest.param({"system": [{"type": "image"}]}, "system", id="system"),
+        pytest.param({"tools": [{}]}, "tools[0]", id="a tool without a name"),
+        pytest.param({"tools": [GREP], "tool_choice": {"type": "tool", "name": "ls"}}, "tool_choice", id="a choice of no tool"),
+        pytest.param({"tools": [GREP], "tool_choice": "auto"}, "tool_choice", id="a choice that is a word"),
+        pytest.param({"tools": [{**ANTHROPIC_SEARCH, "allowed_domains": "a.org"}]}, "tools[0].allowed_domains", id="domains"),
+        pytest.param({"messages": [turn("hi", "nobody")]}, "messages[0].role", id="role"),
+        pytest.param({"stop_sequences": [1]}, "stop_sequences", id="stop sequences"),
+    ],
+)  # fmt: skip
+def test_a_request_of_anthropics_names_what_is_wrong_in_it(body, at):
+    with pytest.raises(BadRequest) as raised:
+        plan_of_message(body)
+    assert raised.value.param == at
+
+
+def test_what_cannot_be_honoured_is_listed_where_it_asks_for_something():
+    body = {
+        "top_k": 5,
+        "container": "c",
+        "context_management": {"edits": []},
+        "service_tier": "auto",
+        "mcp_servers": [],
+        "tools": [GREP],
+        "tool_choice": {"type": "auto", "disable_parallel_tool_use": True},
+        **CACHED,
+    }
+    assert plan_of_message(body).ignored == (
+        "top_k",
+        "container",
+        "context_management",
+        "disable_parallel_tool_use",
+    )
+
+
+def test_a_user_of_anthropics_is_told_only_as_a_hash():
+    user_id = '{"device_id": "d", "account_uuid": "me", "session_id": "s1"}'
+    sent = asked_of_zai({"metadata": {"user_id": user_id}})
+    assert sent["user_id"] == hashlib.sha256(user_id.encode()).hexdigest()
+    assert asked_of_zai({"metadata": {}}).keys() == {"messages", "max_tokens"}
+
+
+@pytest.mark.parametrize(
+    ("user_id", "session"),
+    [
+        ('{"device_id": "d", "session_id": "s1"}', "s1"),
+        ("user_1_account_2_session_s1", "s1"),
+        ("anna", ""),
+        ("[1]", ""),
+        ('{"session_id": 7}', ""),
+    ],
+    ids=["JSON", "words", "a name", "other JSON", "a number"],
+)
+def test_a_session_is_the_name_of_the_conversation(user_id, session):
+    prompt, _ = ztoapi.parse_message(CLAUDE | {"metadata": {"user_id": user_id}})
+    assert prompt.cache_key == session
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        {"output_config": {"format": {"type": "json_schema", "schema": {"type": "object"}}}},
+        {"output_format": {"type": "json_schema", "schema": {"type": "object"}}},
+    ],
+    ids=["output_config", "output_format"],
+)
+def test_a_format_of_the_answer_is_a_schema(body):
+    sent = asked_of_zai(body)
+    assert sent["response_format"] == {"type": "json_object"}
+    assert sent["messages"][0]["content"].endswith(
+        'valid against this JSON Schema: {"type":"object"}'
+    )
+
+
+def test_what_is_asked_of_anthropic_is_asked_of_zai_whole():
+    body = {
+        "system": "Be kind.",
+        "temperature": 0.5,
+        "top_p": 0.9,
+        "stop_sequences": ["END"],
+        "tools": [GREP],
+        "thinking": {"type": "disabled"},
+        "fallbacks": ["glm-4.5"],
+        "stream": True,
+    }
+    assert asked_of_zai(body) == {
+        "messages": [{"role": "system", "content": "Be kind."}, turn("你好")],
+        "temperature": 0.5,
+        "top_p": 0.9,
+        "max_tokens": 9_000,
+        "stop": ["END"],
+        "tools": [ZAI_GREP],
+        "tool_stream": True,
+        "thinking": {"type": "disabled"},
+    }
+    plan = plan_of_message(body)
+    assert (plan.streamed, [model.id for model, _ in plan.prompts]) == (
+        True,
+        ["glm-4.6", "glm-4.5"],
+    )
+
+
+GOLDEN = PROGRAM.parent / ".ci" / "golden"
+
+
+def golden(name):
+    """Requests of a real client, its words replaced, with what Z.ai must get of each."""
+    cases = json.loads((GOLDEN / f"{name}.json").read_text())
+    return [pytest.param(case, id=case["name"]) for case in cases]
+
+
+@pytest.mark.parametrize("case", golden("claude-code"))
+def test_what_claude_code_sends_reaches_zai_as_it_must(case):
+    prompt, _ = ztoapi.parse_message(case["asked"])
+    plan = ztoapi.make_plan(prompt, Settings(), Account(""), "7")
+    model, planned = plan.prompts[0]
+    assert (zai_body(planned, model), list(plan.ignored)) == (case["sent"], case["ignored"])
+
+
+def test_a_tokens_estimate_is_scaled_by_what_zai_told_of_the_model():
+    scale = ztoapi.TokenScale()
+    scale.learn("glm-4.6", 100, 0)
+    assert scale.scaled("glm-4.6", 100) == 100
+    scale.learn("glm-4.6", 100, 200)
+    assert (scale.scaled("glm-4.6", 100), scale.scaled("glm-5", 100)) == (200, 100)
+    scale.learn("glm-4.6", 100, 100)
+    assert scale.scaled("glm-4.6", 100) == 175
+    for number in range(200):
+        scale.learn(f"m{number}", 1, 1)
+    assert len(scale.factors) == scale.MAX_MODELS
+
+
+# ======== Messages: the answer ========
+
+
+def message_reply(**fields):
+    return begun(ztoapi.parse_message(CLAUDE | fields)[1])
+
+
+def message_frames(events, **fields):
+    reply = message_reply(**fields)
+    return [*reply.frames_of(events), *reply.close()]
+
+
+def message_document(events, **fields):
+    return message_reply(**fields).fold(events)
+
+
+MESSAGE_USAGE = {
+    "input_tokens": 4,
+    "cache_creation_input_tokens": 0,
+    "cache_read_input_tokens": 2,
+    "output_tokens": 3,
+}
+MESSAGE = {
+    "id": "msg_2026",
+    "type": "message",
+    "role": "assistant",
+    "model": "GLM-4.6",
+    "content": [],
+    "stop_reason": None,
+    "stop_sequence": None,
+    "stop_details": None,
+}
+SPENT_6 = Usage(6, 3, 9, 2)
+
+
+def test_a_message_is_streamed_block_by_block():
+    events = [Thought("h"), Thought("m"), Text("你"), Text("好"), SPENT_6, Finish("stop")]
+    assert message_frames(events) == [
+        {"type": "message_start", "message": {**MESSAGE, "usage": {**MESSAGE_USAGE, "input_tokens": 2, "cache_read_input_tokens": 0, "output_tokens": 0}}},
+        {"type": "content_block_start", "index": 0, "content_block": {"type": "thinking", "thinking": "", "signature": ""}},
+        {"type": "content_block_delta", "index": 0, "delta": {"type": "thinking_delta", "thinking": "h"}},
+        {"type": "content_block_delta", "index": 0, "delta": {"type": "thinking_delta", "thinking": "m"}},
+        {"type": "content_block_delta", "index": 0, "delta": {"type": "signature_delta", "signature": "ztoapi:"}},
+        {"type": "content_block_stop", "index": 0},
+        {"type": "content_block_start", "index": 1, "content_block": {"type": "text", "text": ""}},
+        {"type": "content_block_delta", "index": 1, "delta": {"type": "text_delta", "text": "你"}},
+        {"type": "content_block_delta", "index": 1, "delta": {"type": "text_delta", "text": "好"}},
+        {"type": "content_block_stop", "index": 1},
+        {"type": "message_delta", "delta": {"stop_reason": "end_turn", "stop_sequence": None, "stop_details": None}, "usage": MESSAGE_USAGE},
+        {"type": "message_stop"},
+    ]  # fmt: skip
+
+
+def test_a_message_that_is_whole_has_its_blocks():
+    events = [
+        Thought("hm"),
+        Text("你好"),
+        ToolCall(0, "c1", "f", '{"a":'),
+        ToolCall(0, "", "", "1}"),
+        SPENT_6,
+        Finish("tool_calls"),
+    ]
+    assert message_document(events) == {
+        **MESSAGE,
+        "content": [
+            {"type": "thinking", "thinking": "hm", "signature": "ztoapi:"},
+            {"type": "text", "text": "你好"},
+            {"type": "tool_use", "id": "c1", "name": "f", "input": {"a": 1}},
+        ],
+        "stop_reason": "tool_use",
+        "usage": MESSAGE_USAGE,
+    }
+
+
+def test_thinking_that_is_omitted_is_in_the_signature():
+    events = [Thought("h"), Thought("m"), Text("x"), Finish("stop")]
+    thinking = {"thinking": {"type": "adaptive", "display": "omitted"}}
+    deltas = [frame["delta"] for frame in message_frames(events, **thinking) if "delta" in frame]
+    assert deltas[0] == {"type": "signature_delta", "signature": "ztoapi:aG0="}
+    block = message_document(events, **thinking)["content"][0]
+    assert block == {"type": "thinking", "thinking": "", "signature": "ztoapi:aG0="}
+    assert ztoapi.part_thought(block) == "hm"
+
+
+def opened(frames):
+    """The blocks in the order in which they begin, and what each says."""
+    found = []
+    for frame in frames:
+        if frame["type"] == "content_block_start":
+            block = frame["content_block"]
+            found.append([block.get("id", block["type"]), ""])
+        elif frame["type"] == "content_block_delta":
+            assert frame["index"] == len(found) - 1
+            found[-1][1] += frame["delta"].get("partial_json") or frame["delta"].get("text", "")
+    return found
+
+
+def test_the_pieces_of_two_calls_are_one_block_after_the_other():
+    one, two = ToolCall(0, "c1", "f", '{"a":'), ToolCall(1, "c2", "g", '{"b":')
+    ends = [ToolCall(1, "", "", "2}"), ToolCall(0, "", "", "1}")]
+    frames = message_frames([one, two, *ends, Text("so"), Finish("tool_calls")])
+    assert opened(frames) == [["c1", '{"a":1}'], ["c2", '{"b":2}'], ["text", "so"]]
+
+
+def test_a_call_that_is_complete_makes_no_other_wait():
+    reply = message_reply()
+    reply.feed(ToolCall(0, "c1", "f", "{}"))
+    begun_types = [frame["type"] for frame in reply.feed(ToolCall(1, "c2", "g", ""))]
+    assert begun_types == ["content_block_stop", "content_block_start"]
+
+
+@pytest.mark.parametrize(
+    ("end", "reason", "sequence"),
+    [
+        (Finish("stop"), "end_turn", None),
+        (Finish("length"), "max_tokens", None),
+        (Finish("tool_calls"), "tool_use", None),
+        (Finish("content_filter"), "refusal", None),
+        (Finish("stop", stop_sequence="END"), "stop_sequence", "END"),
+        (Finish("length", is_window_full=True), "model_context_window_exceeded", None),
+    ],
+    ids=["stop", "length", "calls", "filter", "stop sequence", "window"],
+)
+def test_reasons_to_stop_are_anthropics(end, reason, sequence):
+    whole = message_document([Text("x"), end])
+    assert (whole["stop_reason"], whole["stop_sequence"]) == (reason, sequence)
+    delta = message_frames([Text("x"), end])[-2]["delta"]
+    assert delta == {"stop_reason": reason, "stop_sequence": sequence, "stop_details": None}
+
+
+def test_a_window_that_is_full_after_some_text_is_told_apart_from_a_limit():
+    full = stream_of({"content": "x"}, finish("model_context_window_exceeded"))
+    assert read_all([full])[-1] == Finish("length", is_window_full=True)
+    assert read_all([stream_of({"content": "x"}, finish("length"))])[-1] == Finish("length")
+
+
+def test_a_search_is_told_with_what_it_found():
+    events = [Text("Sunny."), Citations((FOUND | {"publish_date": "2026-11-29"},)), SPENT_6, Finish("stop")]  # fmt: skip
+    text, use, result = message_document(events, tools=[ANTHROPIC_SEARCH])["content"]
+    assert text["citations"] == [
+        {
+            "type": "web_search_result_location",
+            "cited_text": "C",
+            "encrypted_index": "0",
+            "title": "T",
+            "url": "https://x/y",
+        }
+    ]
+    assert use == {
+        "type": "server_tool_use",
+        "id": "srvtoolu_ours_0",
+        "name": "web_search",
+        "input": {"query": "你好"},
+    }
+    found = {**FOUND_BLOCK, "encrypted_content": in_base64("C"), "page_age": "2026-11-29"}
+    assert result == {
+        "type": "web_search_tool_result",
+        "tool_use_id": use["id"],
+        "content": [found],
+    }
+    usage = message_document(events, tools=[ANTHROPIC_SEARCH])["usage"]
+    assert usage["server_tool_use"] == {"web_search_requests": 1, "web_fetch_requests": 0}
+
+
+def test_usage_that_zai_does_not_tell_is_estimated():
+    usage = message_document([Text("x" * 100), Finish("stop")])["usage"]
+    assert (usage["input_tokens"], usage["output_tokens"]) == (2, 28)
+
+
+def test_arguments_that_are_no_object_are_none():
+    (block,) = message_document([ToolCall(0, "c", "f", "[1"), Finish("length")])["content"]
+    assert block["input"] == {}
+
+
+def test_a_message_that_breaks_off_ends_with_an_error():
+    reply = message_reply()
+    reply.feed(Text("x"))
+    assert reply.fail(UpstreamError(ztoapi.UNAVAILABLE)) == [
+        {
+            "type": "error",
+            "error": {"type": "api_error", "message": ztoapi.UNAVAILABLE.message},
+            "request_id": "req_ours",
+        }
+    ]
+
+
+def test_the_sign_of_life_of_a_message_is_a_ping():
+    reply = ztoapi.parse_message(CLAUDE)[1]
+    assert reply.sign_of_life(HEAD) == b'event: ping\ndata: {"type":"ping"}\n\n'
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "kind"),
+    [
+        (BadRequest("No."), 400, "invalid_request_error"),
+        (ztoapi.ProxyError(ztoapi.INVALID_API_KEY), 401, "authentication_error"),
+        (ztoapi.ProxyError(ztoapi.KEY_QUOTA_EXCEEDED), 402, "billing_error"),
+        (ztoapi.ProxyError(ztoapi.MODEL_NOT_ALLOWED), 403, "permission_error"),
+        (UpstreamError(ztoapi.MODEL_NOT_FOUND), 404, "not_found_error"),
+        (ztoapi.ProxyError(ztoapi.error_kind(413, "request_too_large")), 413, "request_too_large"),
+        (zai_error(429, b'{"error":{"code":"1302"}}'), 429, "rate_limit_error"),
+        (zai_error(429, b'{"error":{"code":"1305"}}'), 529, "overloaded_error"),
+        (UpstreamError(ztoapi.UNAVAILABLE), 502, "api_error"),
+        (ztoapi.ProxyError(ztoapi.ZAI_API_KEY_MISSING), 503, "api_error"),
+        (UpstreamError(ztoapi.TIMEOUT), 504, "api_error"),
+    ],
+    ids=lambda value: str(value) if isinstance(value, (int, str)) else "",
+)
+def test_errors_have_anthropics_status_and_type(error, status, kind):
+    assert ztoapi.anthropic_error(error, "req_1") == (
+        status,
+        {
+            "type": "error",
+            "error": {"type": kind, "message": str(error)},
+            "request_id": "req_1",
+        },
+    )
 
 
 # ======== Histories ========
@@ -4010,11 +5403,10 @@ def test_a_full_window_is_told_in_words_by_which_agents_compact():
     assert openai_words.startswith("context_length_exceeded: ")
     assert "reduce the length of the messages" in openai_words
     assert openai_words.endswith("(Z.ai 1261: Prompt exceeds max length)")
-    anthropic = ztoapi.anthropic_error_body(TOO_LONG)["error"]
+    _, body = ztoapi.anthropic_error(TOO_LONG, "req_1")
+    anthropic = body["error"]
     assert anthropic["type"] == "invalid_request_error"
     assert anthropic["message"] == f"prompt is too long: {openai_words}"
-    other = ztoapi.anthropic_error_body(BadRequest("No."))["error"]
-    assert other["message"] == "No."
 
 
 def test_no_balance_names_the_address_of_the_coding_plan():
@@ -4338,7 +5730,8 @@ def test_a_full_window_is_no_answer(data):
     ids=["text", "text that looks like a tag", "call"],
 )
 def test_a_window_that_fills_up_on_the_way_cuts_the_answer_short(said, asked):
-    assert read_all([stream_of(said, FULL_WINDOW)], **asked)[-1] == Finish("length")
+    ended = read_all([stream_of(said, FULL_WINDOW)], **asked)[-1]
+    assert ended == Finish("length", is_window_full=True)
 
 
 def test_what_came_before_a_failure_is_not_lost():
@@ -4559,10 +5952,11 @@ def test_of_torn_frames_by_the_thousand_those_that_are_whole_are_used():
 
 
 @pytest.mark.parametrize("part", [b"x", b": comment\n\n", ONE + b"\n\n"])
-def test_what_never_ends_is_a_failure(part, monkeypatch):
-    monkeypatch.setattr(ztoapi, "MAX_HELD", 1000)
+def test_what_never_ends_is_a_failure(part):
+    reader = ZaiReader(MODELS["glm-4.6"], max_size=1000)
+    events = (event for _ in range(1001) for event in reader.feed(part))
     with pytest.raises(UpstreamError, match="too large"):
-        read_all([part] * 1001)
+        list(events)
 
 
 @pytest.mark.parametrize(
@@ -5489,7 +6883,7 @@ def json_leak(name="read", *, text=None, **arguments):
     return f"<tool_call>{text or json.dumps({'name': name, 'arguments': arguments})}</tool_call>"
 
 
-CALLED = ("call_7_0", "read", '{"path":"a.py"}')
+CALLED_READ = ("call_7_0", "read", '{"path":"a.py"}')
 JSON_LEAK = json_leak(path="a.py")
 NO_CALLS_AS_JSON = [
     JSON_LEAK + " and more",
@@ -5510,11 +6904,16 @@ NO_CALLS_AS_JSON = [
 @pytest.mark.parametrize(
     ("text", "wanted"),
     [
-        (JSON_LEAK, says("", "", [CALLED], "tool_calls")),
-        (f"I read.\n{JSON_LEAK}\n", says("I read.\n", "", [CALLED], "tool_calls")),
+        (JSON_LEAK, says("", "", [CALLED_READ], "tool_calls")),
+        (f"I read.\n{JSON_LEAK}\n", says("I read.\n", "", [CALLED_READ], "tool_calls")),
         (
             json_leak("read_all") + json_leak(path="a.py"),
-            says("", "", [("call_7_0", "read_all", "{}"), ("call_7_1", *CALLED[1:])], "tool_calls"),
+            says(
+                "",
+                "",
+                [("call_7_0", "read_all", "{}"), ("call_7_1", *CALLED_READ[1:])],
+                "tool_calls",
+            ),
         ),
         (
             json_leak(path="}</tool_call><arg_key>"),
@@ -5644,13 +7043,13 @@ THOUGHT_NO_CALLS = [
 @pytest.mark.parametrize(
     ("deltas", "wanted"),
     [
-        (thinks("Let me read.", LEAK), says("", "Let me read.", [CALLED], "tool_calls")),
-        (thinks(LEAK, "\n"), says("", "", [CALLED], "tool_calls")),
-        ([*thinks("hm", LEAK), "\n \n"], says(" \n", "hm", [CALLED], "tool_calls")),
-        (thinks("hm", JSON_LEAK), says("", "hm", [CALLED], "tool_calls")),
+        (thinks("Let me read.", LEAK), says("", "Let me read.", [CALLED_READ], "tool_calls")),
+        (thinks(LEAK, "\n"), says("", "", [CALLED_READ], "tool_calls")),
+        ([*thinks("hm", LEAK), "\n \n"], says(" \n", "hm", [CALLED_READ], "tool_calls")),
+        (thinks("hm", JSON_LEAK), says("", "hm", [CALLED_READ], "tool_calls")),
         (
             thinks(LEAK, leak("read_all")),
-            says("", "", [CALLED, ("call_7_1", "read_all", "{}")], "tool_calls"),
+            says("", "", [CALLED_READ, ("call_7_1", "read_all", "{}")], "tool_calls"),
         ),
         ([*thinks(LEAK), "I have read it."], says("I have read it.", LEAK)),
         (
@@ -5703,7 +7102,7 @@ def test_what_a_page_says_makes_no_call_however_it_is_repeated(deltas, quoted):
     tools = [READ, READ_ALL]
     page = ztoapi.quoted_text([Message("tool", (quoted,), call_id="c")])
     assert [calls for _, _, calls, _ in outcomes_of(deltas, tools=tools, quoted=page)] == [[]]
-    assert outcomes_of(deltas, tools=tools)[0][2] == [CALLED]
+    assert outcomes_of(deltas, tools=tools)[0][2] == [CALLED_READ]
 
 
 @pytest.mark.parametrize(
@@ -5828,7 +7227,6 @@ def test_where_no_json_is_wanted_text_stands_beside_a_call():
     [
         ("sensitive", "content_filter"),
         ("content_filter", "content_filter"),
-        ("model_context_window_exceeded", "length"),
         ("length", "length"),
         ("?", "stop"),
     ],
@@ -5983,66 +7381,6 @@ def test_zai_gets_four_stop_strings():
     assert request.needs.stop == tuple("abcdef")
 
 
-MESSAGE_START = """\
-event: message_start
-data: {"type":"message_start","message":{"id":"m","model":"glm-5.3","usage":{"input_tokens":5,"output_tokens":0}}}
-
-"""
-MESSAGE_REST = """\
-event: content_block_delta
-data: {"type":"content_block_delta","delta":{"text":"\\"usage\\":\\"model\\":\\"glm-5.3\\" 好"}}
-
-event: message_delta
-data: {"type":"message_delta","usage":{"input_tokens":null,"output_tokens":7,"cache_read_input_tokens":3}}
-
-"""
-PING = 'event: ping\ndata: {"type": "ping"}\n\n'
-MESSAGE = {
-    "content": [{"input": {"model": "glm-5.3"}}],
-    "usage": {"output_tokens": 7, "cache_creation_input_tokens": 2},
-}
-
-
-def pass_messages(parts):
-    reader = MessagesReader("claude-好")
-    return b"".join([*map(reader.feed, parts), reader.close()]).decode(), reader.usage
-
-
-@pytest.mark.parametrize(
-    ("data", "wanted", "usage"),
-    [
-        pytest.param(
-            MESSAGE_START + MESSAGE_REST,
-            MESSAGE_START.replace("glm-5.3", "claude-好") + MESSAGE_REST,
-            Usage(8, 7, 15, 3),
-            id="stream",
-        ),
-        pytest.param(
-            PING + MESSAGE_START + PING,
-            PING + MESSAGE_START.replace("glm-5.3", "claude-好") + PING,
-            Usage(5, 0, 5),
-            id="ping first",
-        ),
-        pytest.param(
-            MESSAGE_START.replace("\n", "\r\n"),
-            MESSAGE_START.replace("glm-5.3", "claude-好").replace("\n", "\r\n"),
-            Usage(5, 0, 5),
-            id="CR LF",
-        ),
-        pytest.param(
-            json.dumps(MESSAGE | {"model": "glm-5.3"}),
-            to_json(MESSAGE | {"model": "claude-好"}),
-            Usage(2, 7, 9),
-            id="whole",
-        ),
-        pytest.param('{"input_tokens": 5}', '{"input_tokens": 5}', Usage(), id="count_tokens"),
-    ],
-)
-def test_messages_pass_with_the_clients_name_of_the_model_and_tell_their_usage(data, wanted, usage):
-    for parts in cuts(data.encode()):
-        assert pass_messages(parts) == (wanted, usage)
-
-
 VECTORS = {
     "object": "list",
     "data": [{"embedding": [0.5, -1, 2]}, {"embedding": ["?"]}, 7],
@@ -6079,32 +7417,6 @@ def test_embeddings_are_packed_into_base64(data, wanted):
 )
 def test_a_quota_is_reset_at_a_date_or_nobody_knows_when(at, wanted):
     assert ztoapi.plan_limit({"percentage": 1, "nextResetTime": at})["resets_at"] == wanted
-
-
-def test_messages_pass_as_they_come():
-    reader = MessagesReader("m")
-    start = MESSAGE_START.replace("glm-5.3", "m").encode()
-    assert [*map(reader.feed, (MESSAGE_START[:-1].encode(), b"\nda", b"ta"))] == [
-        b"",
-        start + b"da",
-        b"ta",
-    ]
-
-
-@pytest.mark.parametrize(
-    "data",
-    [
-        b'{"code":401,"msg":"x","success":false}',
-        b'{"error":{"code":"1305","message":"x"}}',
-        b'event: error\ndata: {"type":"error","error":{"code":"1305","message":"x"}}\n\n',
-        b"<html>",
-        b"",
-    ],
-)
-def test_messages_that_begin_with_a_failure_fail(data):
-    for parts in cuts(data):
-        with pytest.raises(UpstreamError):
-            pass_messages(parts)
 
 
 CREDITS = {
@@ -6336,11 +7648,6 @@ def test_odd_figures_count_as_none_and_do_not_overflow_a_column():
         "prompt_tokens_details": {"cached_tokens": True},
     }
     assert ztoapi.zai_usage(usage) == ztoapi.Usage()
-    reader = MessagesReader("m")
-    reader.feed(
-        sse([{"type": "message_delta", "usage": {"input_tokens": 10**30, "output_tokens": 2}}])
-    )
-    assert reader.usage == ztoapi.Usage(0, 2, 2)
 
 
 @pytest.mark.parametrize(("seconds", "wait"), [(59, "1"), (60, None), (89, None), (90, None)])
@@ -6392,7 +7699,7 @@ def test_a_key_without_quota_cools_down_for_the_one_model(code):
         [SECOND_KEY],
         [FIRST_KEY, SECOND_KEY],
     ]
-    keys.clock.time += KeyPool.COOLDOWN
+    keys.clock.time += Limits.cooldown
     assert keys.available(CHAT) == [FIRST_KEY, SECOND_KEY]
 
 
@@ -6468,8 +7775,8 @@ def test_a_key_cools_down_until_the_quota_is_reset_whatever_the_wall_clock_says_
         (1308, "reset at 2099-12-31 00:00:00", 5 * 3600),
         (1310, "reset at 2099-12-31 00:00:00", KeyPool.MAX_COOLDOWN),
         (1308, "since 2020-01-01 00:00:00, reset at 2026-09-12 00:35:41", 60),
-        (1308, "reset at 2020-01-01 00:00:00", KeyPool.COOLDOWN),
-        (1308, "reset at 2026-99-99 00:00:00", KeyPool.COOLDOWN),
+        (1308, "reset at 2020-01-01 00:00:00", Limits.cooldown),
+        (1308, "reset at 2026-99-99 00:00:00", Limits.cooldown),
     ],
 )
 def test_a_reset_is_believed_within_reason(code, text, seconds):
@@ -6727,7 +8034,9 @@ class SharedKey:
         self.places, self.taken = places, 0
         self.answers, self.refusals = Counter(), 0
         self.waits = []
-        self.processes = [ztoapi.Upstream(SHARING, None, self.clock()) for _ in range(processes)]
+        self.processes = [
+            ztoapi.Upstream(SHARING, Limits(), None, self.clock()) for _ in range(processes)
+        ]
 
     def clock(self):
         clock = ztoapi.Clock()
@@ -6876,9 +8185,9 @@ def test_a_limit_says_what_lowered_it_and_when_one_more_is_tried():
     assert limit.last_refusal(1000.0) == {"lowered_to": 2, "refused_at": 1005.0, "probe_at": 1007.0}
 
 
-def make_queue(*keys, max_in_flight=0):
+def make_queue(*keys, max_in_flight=0, **how):
     clock = FakeClock()
-    return Queue(KeyPool(keys or (FIRST_KEY,), clock), max_in_flight, clock)
+    return Queue(KeyPool(keys or (FIRST_KEY,), clock), max_in_flight, clock, **how)
 
 
 @asynccontextmanager
@@ -6983,9 +8292,8 @@ async def test_a_conversation_stays_with_its_key_unless_that_is_full_or_has_fail
 
 
 @in_loop
-async def test_a_long_answer_does_not_stop_those_who_wait_for_long(monkeypatch):
-    monkeypatch.setattr(Queue, "POLL_INTERVAL", 0.01)
-    queue = make_queue()
+async def test_a_long_answer_does_not_stop_those_who_wait_for_long():
+    queue = make_queue(poll_interval=0.01)
     async with slot_in(queue) as long:
         long.limit.refused(2, queue.clock.now())  # one more was too many, just once
         waiting = asyncio.create_task(wait_in(queue))
@@ -7055,7 +8363,7 @@ def test_the_reasoning_memory_is_bounded_and_forgets_the_oldest_first():
         memory.put("me", message)
     kept = [number for number, message in enumerate(numbered) if memory.get("me", message)]
     entry = 3 * 2**18 + memory.OVERHEAD
-    assert kept == [*range(100 - memory.MAX_BYTES // entry, 100)]
+    assert kept == [*range(100 - memory.max_size // entry, 100)]
     assert memory.size == len(kept) * entry
 
 
@@ -7148,8 +8456,8 @@ def connect():
     """Databases that are closed in the end."""
     opened = []
 
-    def connected(url):
-        opened.append(ztoapi.Database(url, lambda: NOON))
+    def connected(url, **limits):
+        opened.append(ztoapi.Database(url, lambda: NOON, Limits(**limits)))
         return opened[-1]
 
     yield connected
@@ -7237,10 +8545,9 @@ async def test_reads_do_not_wait_for_another_process_that_writes(tmp_path, conne
 
 @in_loop
 async def test_while_sqlite_is_locked_what_wants_to_write_fails_soon_and_then_at_once(
-    tmp_path, connect, monkeypatch
+    tmp_path, connect
 ):
-    monkeypatch.setattr(ztoapi.Database, "BUSY_TIMEOUT", 0.1)
-    database, accounts = connect(f"sqlite:///{tmp_path}/a.db"), Accounts(())
+    database, accounts = connect(f"sqlite:///{tmp_path}/a.db", busy_timeout=0.1), Accounts(())
     await database.run(database.put_account, ANNA)
     with other_program(tmp_path / "a.db", "c.execute('BEGIN IMMEDIATE')") as writer:
         with pytest.raises(ztoapi.DatabaseError, match="locked"):
@@ -7254,33 +8561,30 @@ async def test_while_sqlite_is_locked_what_wants_to_write_fails_soon_and_then_at
 
 
 @in_loop
-async def test_a_database_that_stands_still_is_not_waited_for_twice(
-    postgresql, connect, monkeypatch
-):
+async def test_a_database_that_stands_still_is_not_waited_for_twice(postgresql, connect):
     database, accounts = connect(postgresql.new_database()), Accounts(())
     process = await database.run(lambda: database.execute("SELECT pg_backend_pid()").fetchone()[0])
     count_some(accounts)
-    monkeypatch.setattr(database, "WAIT", 0.2)
+    database.limits = Limits(database_wait=0.2)
     os.kill(process, signal.SIGSTOP)
     try:
         await database.sync(accounts)
-        monkeypatch.setattr(database, "WAIT", 2 * LONGEST_TEST)
+        database.limits = Limits(database_wait=2 * LONGEST_TEST)
         with pytest.raises(ztoapi.DatabaseError, match="does not answer"):
             await database.run(database.list_accounts)
         await database.sync(accounts)
     finally:
         os.kill(process, signal.SIGCONT)
     await asyncio.wait([database.hanging])
-    monkeypatch.setattr(database, "WAIT", 10)
+    database.limits = Limits(database_wait=10)
     await database.sync(accounts)
     assert [row[4] for row in await database.run(database.list_usage, TODAY)] == [1]
 
 
 @in_loop
-async def test_the_server_ends_though_its_database_stands_still(postgresql, connect, monkeypatch):
-    monkeypatch.setattr(ztoapi.Database, "WAIT", 0.2)
-    monkeypatch.setattr(ztoapi.Database, "INTERVAL", 60)
-    database, accounts = connect(postgresql.new_database()), Accounts(())
+async def test_the_server_ends_though_its_database_stands_still(postgresql, connect):
+    limits = {"database_wait": 0.2, "database_interval": 60}
+    database, accounts = connect(postgresql.new_database(), **limits), Accounts(())
     async with database.running(accounts):
         pid = "SELECT pg_backend_pid()"
         process = await database.run(lambda: database.execute(pid).fetchone()[0])
@@ -7290,10 +8594,10 @@ async def test_the_server_ends_though_its_database_stands_still(postgresql, conn
 
 
 @in_loop
-async def test_chat_goes_on_while_the_database_stands_still(start, postgresql, monkeypatch):
-    client = await start(database_url=postgresql.new_database())
+async def test_chat_goes_on_while_the_database_stands_still(start, postgresql):
+    limits = Limits(database_wait=0.2)
+    client = await start(limits=limits, database_url=postgresql.new_database())
     database = client.app[ztoapi.DATABASE]
-    monkeypatch.setattr(database, "WAIT", 0.2)
     pid = "SELECT pg_backend_pid()"
     process = await database.run(lambda: database.execute(pid).fetchone()[0])
     os.kill(process, signal.SIGSTOP)
@@ -7485,9 +8789,8 @@ async def test_a_response_may_be_deleted_while_it_is_written(database_url, conne
 
 
 @in_loop
-async def test_of_what_a_key_stores_the_oldest_goes_first(database_url, connect, monkeypatch):
-    monkeypatch.setattr(ztoapi.Database, "MAX_STORED", 250)
-    database = connect(database_url)
+async def test_of_what_a_key_stores_the_oldest_goes_first(database_url, connect):
+    database = connect(database_url, stored_size=250)
     yesterday = TODAY - timedelta(1)
     rows = [stored_row(i, body=100 * "x")._replace(stored_at=int(i)) for i in "1234"]
     rows.append(stored_row("5", body=100 * "x", day=yesterday)._replace(stored_at=9))
@@ -7498,10 +8801,8 @@ async def test_of_what_a_key_stores_the_oldest_goes_first(database_url, connect,
     assert await ids_in(database) == ["3", "4", "6"]
 
 
-def test_responses_that_wait_in_memory_are_bounded(monkeypatch):
-    monkeypatch.setattr(ztoapi.UnsavedResponses, "MAX_ROWS", 3)
-    monkeypatch.setattr(ztoapi.UnsavedResponses, "MAX_SIZE", 100)
-    unsaved = ztoapi.UnsavedResponses()
+def test_responses_that_wait_in_memory_are_bounded():
+    unsaved = ztoapi.UnsavedResponses(Limits(unsaved_rows=3, unsaved_size=100))
     for name in "1234":
         unsaved.put(stored_row(name, body="x" * 20))
     assert (list(unsaved.rows), unsaved.size) == (["2", "3", "4"], 60)
@@ -7677,6 +8978,12 @@ def random_body(chance, sound, known):
 
 FULL_CHAT = chat(tools=[function("f")], temperature=0.5, max_tokens=9, stop=["x"], stream=True)
 FULL_RESPONSE = {"model": "glm-4.6", "input": [{"role": "user", "content": "x"}], "tools": []}
+FULL_MESSAGE = CLAUDE | {
+    "model": "glm-4.6",
+    "tools": [GREP, ANTHROPIC_SEARCH],
+    "system": "x",
+    **ASKS_TO_THINK,
+}
 
 
 @pytest.mark.parametrize("seed", range(40))
@@ -7686,6 +8993,7 @@ FULL_RESPONSE = {"model": "glm-4.6", "input": [{"role": "user", "content": "x"}]
         ("chat/completions", FULL_CHAT, ztoapi.CHAT_FIELDS),
         ("completions", {"model": "glm-4.6", "prompt": "x"}, ztoapi.COMPLETION_FIELDS),
         ("responses", FULL_RESPONSE, ztoapi.RESPONSE_FIELDS),
+        ("messages", FULL_MESSAGE, ztoapi.MESSAGE_FIELDS),
     ],
 )
 def test_a_body_is_refused_when_it_is_read_or_planned_or_never(seed, surface, sound, known):
@@ -7705,6 +9013,47 @@ def test_a_body_is_refused_when_it_is_read_or_planned_or_never(seed, surface, so
     assert refused < 50
 
 
+BEGUN = [
+    {"role": "system", "content": [{"type": "text", "text": "You are Claude Code."}]},
+    {"role": "user", "content": "hi"},
+]
+BILLED = {"type": "text", "text": "x-anthropic-billing-header: cc_version=1; cch=7;"}
+
+
+@pytest.mark.parametrize(
+    ("messages", "is_same"),
+    [
+        pytest.param([*BEGUN, {"role": "assistant", "content": "hello"}], True, id="it went on"),
+        pytest.param([*BEGUN, {"role": "system", "content": "x"}], True, id="a later system line"),
+        pytest.param(
+            [{**BEGUN[0], "content": [{**BEGUN[0]["content"][0], "cache_control": {}}]}, BEGUN[1]],
+            True,
+            id="a cache mark",
+        ),
+        pytest.param([BEGUN[0], {**BEGUN[1], "id": "msg_1"}], True, id="an id"),
+        pytest.param(
+            [{**BEGUN[0], "content": [BILLED, *BEGUN[0]["content"]]}, BEGUN[1]],
+            True,
+            id="a billing header",
+        ),
+        pytest.param(
+            [{"role": "system", "content": BILLED["text"]}, *BEGUN], True, id="alone in a message"
+        ),
+        pytest.param([BEGUN[0], {"role": "user", "content": "ho"}], False, id="another beginning"),
+        pytest.param([BEGUN[1]], False, id="another system prompt"),
+    ],
+)
+def test_a_conversation_is_known_by_its_beginning(messages, is_same):
+    keys = {"zai_api_key": ("a", "b")}
+
+    def conversation(messages, account="me"):
+        prompt = read_chat(chat(messages=messages))
+        return ztoapi.make_plan(prompt, Settings(**keys), Account(account), "7").caller.conversation
+
+    assert (conversation(messages) == conversation(BEGUN)) is is_same
+    assert conversation(messages, "you") != conversation(messages)
+
+
 # ======== Bounds of a request ========
 
 VALUES = b'{"a":[%s]}'
@@ -7720,12 +9069,10 @@ VALUES = b'{"a":[%s]}'
         pytest.param(b"{%s}" % b",".join(b'"%d":"x"' % i for i in range(9)), 10, id="names"),
     ],
 )
-def test_a_request_has_no_more_than_so_many_values(monkeypatch, body, values):
-    monkeypatch.setattr(ztoapi, "MAX_VALUES", values)
-    assert isinstance(ztoapi.parse_request(body), dict)
-    monkeypatch.setattr(ztoapi, "MAX_VALUES", values - 1)
+def test_a_request_has_no_more_than_so_many_values(body, values):
+    assert isinstance(ztoapi.parse_request(body, values), dict)
     with pytest.raises(ValueError, match="values"):
-        ztoapi.parse_request(body)
+        ztoapi.parse_request(body, values - 1)
 
 
 @pytest.mark.parametrize(
@@ -7733,12 +9080,12 @@ def test_a_request_has_no_more_than_so_many_values(monkeypatch, body, values):
     [b"[],", b'"",', b'{"":1},', b'"x' + b"," * 99 + b'",'],
     ids=["arrays", "strings", "objects", "long strings"],
 )
-def test_too_many_values_are_found_without_decoding_them(monkeypatch, value):
-    monkeypatch.setattr(ztoapi, "MAX_VALUES", 100_000)
+def test_too_many_values_are_found_without_decoding_them(value):
+    too_many = partial(ztoapi.too_many_values, most=100_000)
     body = b'{"a":[%s1]}' % (value * (2**22 // len(value)))
-    assert ztoapi.too_many_values(body) == (len(value) < 100)
-    assert collections_during(ztoapi.too_many_values, body) < 10  # when it is decoded, a thousand
-    assert seconds_of(ztoapi.too_many_values, body) < 0.3
+    assert too_many(body) == (len(value) < 100)
+    assert collections_during(too_many, body) < 10  # when it is decoded, a thousand
+    assert seconds_of(too_many, body) < 0.3
 
 
 def test_the_depth_of_a_request_is_found_without_work_for_the_garbage_collector():
@@ -7758,6 +9105,7 @@ def collections_during(work, argument):
 
 # ======== Fakes and helpers ========
 
+IMPATIENT = Limits(check_interval=0.02, read_timeout=0.2)  # with clients
 HANG, RESET = object(), object()  # parts of a FakeZai's answer that are no bytes
 EVENT_STREAM = {"Content-Type": "text/event-stream"}
 
@@ -7793,7 +9141,7 @@ class FakeZai:
         app = web.Application(client_max_size=2**30)
         app.router.add_get("/api/monitor/usage/quota/limit", self.tell_quota)
         app.router.add_get("/api/paas/v4/models", self.list_models)
-        app.router.add_route("*", "/api/{_:((coding/)?paas/v4|anthropic/v1)/.*}", self.serve)
+        app.router.add_route("*", "/api/{_:(coding/)?paas/v4/.*}", self.serve)
         return app
 
     async def tell_quota(self, request):
@@ -7893,12 +9241,12 @@ async def other_zai():
 
 @pytest_asyncio.fixture
 async def start(zai, aiohttp_client):  # in this order: what asks ends before what answers
-    """Starts ztoapi in front of the fake, with other settings or another clock where a test wants them."""
+    """Starts ztoapi in front of the fake, with other settings, limits or another clock where a test wants them."""
 
-    async def started(clock=None, **settings):
+    async def started(clock=None, limits=None, **settings):
         given = {"zai_base_url": zai.url, "zai_api_key": ("zai-key",)} | settings
         settings = Settings(**{"database_url": "memory", **given})
-        app = create_app(settings, clock or FakeClock())
+        app = create_app(settings, limits, clock or FakeClock())
         return await aiohttp_client(app, timeout=PATIENT)
 
     return started
@@ -7939,6 +9287,12 @@ class FakeClock(ztoapi.Clock):
 @pytest_asyncio.fixture
 async def client(start):
     return await start()
+
+
+@pytest_asyncio.fixture
+async def lively(start):
+    """Gives signs of life after less than a moment of silence."""
+    return await start(limits=Limits(keep_alive_interval=0.05))
 
 
 async def ask(client, body=HELLO, path="/v1/chat/completions", headers=KEY):
@@ -7995,10 +9349,12 @@ async def eventually(condition, seconds=10.0):
 class Program:
     """ztoapi.py as a process of its own; it starts while the test goes on, on a free port unless told another."""
 
+    COMMAND = (sys.executable, PROGRAM)
+
     def __init__(self, *arguments, **variables):
         ours = {"NO_PROXY": "127.0.0.1,localhost", "DATABASE_URL": "memory", "PORT": "0"}
         self.process = subprocess.Popen(
-            [sys.executable, PROGRAM, *arguments],
+            [*self.COMMAND, *arguments],
             env={**INHERITED, **ours, **variables},
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -8222,14 +9578,13 @@ async def browser(chromium):
 
 
 @pytest_asyncio.fixture
-async def demo(aiohttp_client, monkeypatch):
+async def demo(aiohttp_client):
     """Starts what `--demo` starts, with other settings where a test wants them, and without its pauses."""
-    monkeypatch.setattr(ztoapi, "DEMO_PACE", 0)
-    monkeypatch.setattr(ztoapi.Database, "INTERVAL", 0.02)
 
-    async def started(host="127.0.0.1", port=0, **settings):
+    async def started(host="127.0.0.1", port=0, pace=0.0, **settings):
         (listener,) = ztoapi.listen(host, port)
-        app = create_app(ztoapi.with_demo(Settings(**settings), listener.getsockname()))
+        limits = Limits(demo_pace=pace, database_interval=0.02)
+        app = create_app(ztoapi.with_demo(Settings(**settings), listener.getsockname()), limits)
         server = TestServer(app, host=host, socket_factory=lambda *_: listener)
         return await aiohttp_client(server, timeout=PATIENT)
 
@@ -9282,11 +10637,8 @@ async def test_a_key_that_the_list_of_models_is_refused_to_cools_down(start, zai
 
 
 @in_loop
-async def test_a_request_asks_each_key_once_however_soon_its_quota_is_reset(
-    start, zai, monkeypatch
-):
-    monkeypatch.setattr(KeyPool, "COOLDOWN", 0)
-    client = await start(zai_api_key=("a", "b"))
+async def test_a_request_asks_each_key_once_however_soon_its_quota_is_reset(start, zai):
+    client = await start(limits=Limits(cooldown=0), zai_api_key=("a", "b"))
     zai.accounts = {"a": zai_refuses(1113), "b": zai_refuses(1113)}
     assert (await ask(client))[0].status == 402
     assert len(zai.bodies) == 3
@@ -9479,6 +10831,71 @@ async def test_an_answer_that_ends_wakes_who_waits_for_its_key(start, zai):
 
 
 @in_loop
+async def test_a_place_is_free_when_zais_answer_has_ended_whatever_its_connection_does(start, zai):
+    limits = Limits(finish_timeout=LONGEST_TEST, shutdown_grace=0)
+    client = await start(max_concurrency=1, limits=limits)
+    zai.answers = [[RECORDED, HANG]]
+    queue = client.app[ztoapi.UPSTREAM].queue("glm-4.6")
+    asked = chat(stream=True)
+    answers = await asyncio.gather(ask(client, asked), ask(client, asked))
+    assert [said(stream) for _, stream in answers] == ["你好😀"] * 2
+    assert (queue.in_flight, [each.answering for each in queue.patience.values()]) == (0, [0])
+
+
+SLOW = {"first_token_timeout": 0.1}
+SILENT = 200, [b": wait\n\n", HANG]
+
+
+@in_loop
+@pytest.mark.parametrize("beginning", [[HANG], [b": wait\n\n", HANG]], ids=["nothing", "comments"])
+@pytest.mark.parametrize("stream", [False, True], ids=["whole", "streamed"])
+async def test_a_slow_answer_is_left_for_another_key_which_is_no_retry(
+    start, zai, beginning, stream
+):
+    client = await start(**SLOW, zai_api_key=("a", "b"), max_retries=0)
+    zai.accounts = {"a": (200, beginning)}
+    for text in "abcdefgh":
+        asked = message(role="user", content=text) | {"stream": stream}
+        assert (await ask(client, asked))[0].status == 200
+    assert zai.keys.count("Bearer b") == 8
+    assert client.app[ztoapi.UPSTREAM].remedies == {"other_keys": len(zai.asked) - 8}
+    assert await eventually(lambda: zai.open == 0)
+
+
+@in_loop
+async def test_a_slow_answer_is_left_for_another_model(start, zai):
+    client = await start(**SLOW, zai_api_key=("a", "b"), max_retries=0)
+    zai.answers = [SILENT, SILENT]
+    response, _ = await ask(client, chat(fallbacks=["glm-4.5"]))
+    assert (response.status, response.headers["x-ztoapi-model"]) == (200, "glm-4.5")
+    assert [body["model"] for body in zai.bodies] == ["glm-4.6", "glm-4.6", "glm-4.5"]
+    assert {*zai.keys[:2]} == {"Bearer a", "Bearer b"}
+
+
+@in_loop
+@pytest.mark.parametrize(
+    ("settings", "first"),
+    [
+        pytest.param({}, [b": wait\n\n", 0.4], id="there is no other"),
+        pytest.param({"zai_api_key": ("a", "b")}, [FIRST, 0.4], id="reasoning has begun"),
+    ],
+)
+async def test_a_slow_answer_is_waited_for_where(start, zai, settings, first):
+    client = await start(**SLOW, **settings, max_retries=0)
+    zai.answers = [[*first, RECORDED]]
+    assert (await ask(client))[0].status == 200
+    assert len(zai.asked) == 1
+
+
+@in_loop
+async def test_the_last_who_may_answer_is_waited_for_and_then_told_as_silent(start, zai):
+    client = await start(**SLOW, zai_api_key=("a", "b"), upstream_timeout=0.5)
+    zai.parts = [HANG]
+    response, body = await ask(client)
+    assert (response.status, error_of(body)["code"], len(zai.asked)) == (504, "zai_timeout", 2)
+
+
+@in_loop
 async def test_a_whole_answer_counts_as_taken_when_it_begins(client, zai):
     zai.parts = [FIRST, HANG]
     asking = asyncio.create_task(ask(client))
@@ -9557,10 +10974,8 @@ async def test_other_paths_tell_when_zai_wants_to_be_asked_again(client, zai):
 
 @in_loop
 @pytest.mark.parametrize("stream", [False, True], ids=["whole", "streamed"])
-async def test_a_server_that_stops_tells_those_who_wait_out_a_refusal(
-    client, zai, monkeypatch, stream
-):
-    monkeypatch.setattr(ztoapi, "SHUTDOWN_GRACE", 0.2)
+async def test_a_server_that_stops_tells_those_who_wait_out_a_refusal(start, zai, stream):
+    client = await start(limits=Limits(shutdown_grace=0.2))
     client.app[ztoapi.CLOCK].call_later = lambda *_: None  # no time passes
     zai.status, zai.parts = zai_refuses(1305)
     asking = asyncio.create_task(ask(client, chat(stream=stream)))
@@ -9586,12 +11001,10 @@ async def test_who_leaves_while_waiting_out_a_refusal_leaves_nothing_behind(star
 
 
 @in_loop
-async def test_a_stream_is_kept_alive_while_a_refusal_is_waited_out(start, zai, monkeypatch):
-    monkeypatch.setattr(ztoapi, "KEEP_ALIVE_INTERVAL", 0.05)
-    client = await start()
-    client.app[ztoapi.CLOCK].call_later = lambda *_: None  # no time passes
+async def test_a_stream_is_kept_alive_while_a_refusal_is_waited_out(lively, zai):
+    lively.app[ztoapi.CLOCK].call_later = lambda *_: None  # no time passes
     zai.status, zai.parts = zai_refuses(1305)
-    async with client.post(CHAT_PATH, json=chat(stream=True), headers=KEY) as response:
+    async with lively.post(CHAT_PATH, json=chat(stream=True), headers=KEY) as response:
         assert await response.content.readuntil(b"\n\n") == b": keep-alive\n\n"
 
 
@@ -9700,23 +11113,22 @@ async def test_no_more_than_max_concurrency_are_in_flight(start, zai):
 
 @in_loop
 async def test_the_frames_of_a_large_answer_are_sent_one_by_one_and_are_the_same(
-    client, monkeypatch
+    start, client, monkeypatch
 ):
     _, together = await ask(client, chat(stream=True))
+    client = await start(limits=Limits(joined_size=0))
     writes, write = [], ztoapi.SSEResponse.write
     monkeypatch.setattr(
         ztoapi.SSEResponse, "write", lambda self, data: writes.append(data) or write(self, data)
     )
-    monkeypatch.setattr(ztoapi, "MAX_JOINED", 0)
     assert (await ask(client, chat(stream=True)))[1] == together
     assert [data.count(b"\n\n") for data in writes] == [1] * together.count("\n\n")
 
 
 @in_loop
-async def test_a_silent_stream_is_opened_late_and_kept_alive(client, zai, monkeypatch):
-    monkeypatch.setattr(ztoapi, "KEEP_ALIVE_INTERVAL", 0.05)
+async def test_a_silent_stream_is_opened_late_and_kept_alive(lively, zai):
     zai.parts = [HANG]
-    async with client.post("/v1/chat/completions", json=chat(stream=True), headers=KEY) as response:
+    async with lively.post("/v1/chat/completions", json=chat(stream=True), headers=KEY) as response:
         for _ in range(2):
             assert await response.content.readuntil(b"\n\n") == b": keep-alive\n\n"
         assert response.headers["Content-Type"] == "text/event-stream; charset=utf-8"
@@ -9737,20 +11149,24 @@ async def test_the_timer_of_a_stream_ends_with_it(client, monkeypatch):
 
 
 @in_loop
-async def test_a_failure_after_a_comment_is_a_frame(client, zai, monkeypatch):
-    monkeypatch.setattr(ztoapi, "KEEP_ALIVE_INTERVAL", 0.05)
+async def test_when_to_ask_again_is_in_the_words_of_a_late_refusal(lively, zai):
+    zai.headers, zai.answers = {"Retry-After": "500"}, [(429, [0.2, b"slow down"])]
+    _, stream = await ask(lively, chat(stream=True))
+    assert "Try again in 500 seconds. (" in stream
+
+
+@in_loop
+async def test_a_failure_after_a_comment_is_a_frame(lively, zai):
     zai.parts = [b": wait\n\n", 0.2, b'data: {"error":{"code":"1301","message":"no"}}\n\n']
-    response, stream = await ask(client, chat(stream=True))
+    response, stream = await ask(lively, chat(stream=True))
     assert (response.status, stream[:14]) == (200, ": keep-alive\n\n")
     assert '"code":"content_filter"' in stream
     assert stream.endswith("data: [DONE]\n\n")
 
 
 @in_loop
-async def test_after_zais_last_word_nothing_that_happens_to_the_connection_matters(
-    client, zai, monkeypatch
-):
-    monkeypatch.setattr(ztoapi, "FINISH_TIMEOUT", 0.1)
+async def test_after_zais_last_word_nothing_that_happens_to_the_connection_matters(start, zai):
+    client = await start(limits=Limits(finish_timeout=0.1))
     said_all = RECORDED.removesuffix(b"data: [DONE]\n\n")
     for rest in (RESET, HANG):
         zai.parts = [said_all, rest]
@@ -9998,17 +11414,15 @@ async def test_a_connection_to_zai_serves_again(client, zai):
 
 
 @in_loop
-async def test_comments_after_the_finish_do_not_delay_the_end(client, zai, monkeypatch):
-    monkeypatch.setattr(ztoapi, "FINISH_TIMEOUT", 0.2)
+async def test_comments_after_the_finish_do_not_delay_the_end(start, zai):
+    client = await start(limits=Limits(finish_timeout=0.2))
     zai.parts = [RECORDED.removesuffix(b"data: [DONE]\n\n"), *[b": x\n\n", 0.1] * 300]
     assert said((await asyncio.wait_for(ask(client, chat(stream=True)), 10))[1]) == "你好😀"
 
 
 @in_loop
-async def test_a_stopping_server_lets_answers_finish_and_tells_those_that_take_too_long(
-    client, zai, monkeypatch
-):
-    monkeypatch.setattr(ztoapi, "SHUTDOWN_GRACE", 0.3)
+async def test_a_stopping_server_lets_answers_finish_and_tells_those_that_take_too_long(start, zai):
+    client = await start(limits=Limits(shutdown_grace=0.3))
     zai.answers = [[FIRST, 0.1, RECORDED], [FIRST, HANG], [HANG]]
     asking = []
     for stream in (True, True, False):
@@ -10200,7 +11614,7 @@ async def test_a_picture_of_before_is_words_for_a_model_that_takes_none(
     response, _ = await ask(client, {"model": "glm-5.3", "messages": messages, "stream": stream})
     assert (response.status, response.headers["x-ztoapi-ignored"]) == (200, "images")
     assert NOT_SHOWN in zai.bodies[0]["messages"][where]["content"]
-    assert client.app[ztoapi.UPSTREAM].remedies["hidden_images"] == 1
+    assert client.app[ztoapi.UPSTREAM].repairs["hidden_images"] == 1
 
 
 @in_loop
@@ -10346,10 +11760,9 @@ async def test_every_surface_says_in_the_stream_that_it_breaks_off(client, zai, 
 
 @in_loop
 @on_every_surface
-async def test_every_surface_is_kept_alive_and_freed(client, zai, path, body, monkeypatch):
-    monkeypatch.setattr(ztoapi, "KEEP_ALIVE_INTERVAL", 0.05)
+async def test_every_surface_is_kept_alive_and_freed(lively, zai, path, body):
     zai.parts = [HANG]
-    async with client.post(path, json=body | {"stream": True}, headers=KEY) as response:
+    async with lively.post(path, json=body | {"stream": True}, headers=KEY) as response:
         sign = await response.content.readuntil(b"\n\n")
         response.close()
     wanted = b"event: response.created\n" if "responses" in path else b": keep-alive\n\n"
@@ -10357,11 +11770,79 @@ async def test_every_surface_is_kept_alive_and_freed(client, zai, path, body, mo
     assert await eventually(lambda: zai.open == 0)
 
 
+class QuickLoop(asyncio.SelectorEventLoop):
+    """With real sockets. Time passes only when nothing has come for a moment, and then at once."""
+
+    MOMENT = 0.005  # real seconds
+
+    def __init__(self):
+        super().__init__()
+        self.now = 0.0
+        self.poll, self._selector.select = self._selector.select, self.skip
+
+    def time(self):
+        return self.now
+
+    def skip(self, timeout=None):
+        came = self.poll(timeout and min(timeout, self.MOMENT))
+        if not came:
+            self.now += timeout or 0
+        return came
+
+
+def quickly(test):
+    """Runs a test of a client and a fake Z.ai on a QuickLoop: minutes take moments."""
+
+    @wraps(test)
+    def run(**parameters):
+        async def between():
+            loop, clock = asyncio.get_running_loop(), ztoapi.Clock()
+            clock.now = loop.time
+            async with fake_zai() as zai:
+                settings = Settings(
+                    zai_base_url=zai.url, zai_api_key=("zai-key",), database_url="memory"
+                )
+                # A thread of the database's would take none of this time.
+                app = create_app(settings, Limits(database_interval=10**6), clock)
+                async with TestClient(TestServer(app)) as client:
+                    await test(client, zai, **parameters)
+
+        with closing(QuickLoop()) as loop:
+            loop.run_until_complete(between())
+
+    run.__signature__ = Signature(list(signature(test).parameters.values())[2:])
+    return run
+
+
+IMPATIENT_CLIENT = ClientTimeout(total=None, sock_read=25)  # seconds, as Codex may be set
+
+
+@on_every_surface
+@quickly
+async def test_a_silence_is_survived_by_clients_that_allow_none(client, zai, path, body):
+    zai.parts = [60.0, FIRST, 90.0, RECORDED[len(FIRST) :]]
+    how = {"json": body | {"stream": True}, "headers": KEY, "timeout": IMPATIENT_CLIENT}
+    async with client.post(path, **how) as response:
+        stream = await response.text()
+    assert (response.status, "好😀" in stream, len(zai.asked)) == (200, True, 1)
+    assert asyncio.get_running_loop().time() >= 150
+
+
+@on_every_surface
+@quickly
+async def test_a_whole_answer_may_take_12_minutes_to_think(client, zai, path, body):
+    zai.parts = [FIRST, 60.0] * 12 + [RECORDED]
+    how = {"json": body, "headers": KEY, "timeout": ClientTimeout(total=None)}
+    async with client.post(path, **how) as response:
+        text = await response.text()
+    assert (response.status, "好😀" in text, len(zai.asked)) == (200, True, 1)
+    assert asyncio.get_running_loop().time() >= 720
+
+
 @in_loop
-async def test_codex_sees_life_in_events_numbered_like_all(client, zai, monkeypatch):
-    monkeypatch.setattr(ztoapi, "KEEP_ALIVE_INTERVAL", 0.05)
+async def test_codex_sees_life_in_events_numbered_like_all(lively, zai):
     zai.parts = [0.13, RECORDED]
-    _, stream = await ask(client, ASKED | {"stream": True}, "/v1/responses")
+    _, stream = await ask(lively, ASKED | {"stream": True}, "/v1/responses")
     events = [json.loads(frame.partition("data: ")[2]) for frame in stream.split("\n\n")[:-1]]
     types = [event["type"].removeprefix("response.") for event in events]
     assert types[:3] == ["created", "in_progress", "in_progress"]
@@ -10509,11 +11990,99 @@ async def test_a_response_can_be_looked_up_and_forgotten(client):
         ("GET", path, 404),
         ("GET", f"{path}/input_items", 404),
         ("DELETE", path, 404),
-        ("POST", "/v1/responses/compact", 404),
+        ("POST", "/v1/responses/forget", 404),
         ("POST", f"{path}/cancel", 404),
     ]:
         async with client.request(method, url, headers=KEY) as response:
             assert response.status == status, (method, url)
+
+
+@in_loop
+async def test_new_items_of_codex_are_no_400_and_listed(client, zai):
+    hi = {"type": "message", "role": "user", "content": [{"type": "input_text", "text": "hi"}]}
+    agent = AGENT | {"content": [{"type": "input_text", "text": "done"}]}
+    items = [*additional(NOW)[:1], hi, agent, {"type": "never_heard_of", "x": 1}]
+    response, _ = await ask(client, ASKED | {"store": False, "input": items}, "/v1/responses")
+    assert response.status == 200
+    assert response.headers["x-ztoapi-ignored"] == "input.never_heard_of"
+    assert [tool["function"]["name"] for tool in zai.bodies[0]["tools"]] == ["now"]
+    assert [message["content"] for message in zai.bodies[0]["messages"]] == [
+        "hi",
+        "Message from the agent /root/a:\ndone",
+    ]
+
+
+@in_loop
+async def test_a_search_that_must_be_made_is_asked_of_zai(client, zai):
+    choice = {"type": "web_search_preview"}
+    asked = {"model": "glm-4.7", "input": "News?", "tools": [choice], "tool_choice": choice}
+    assert (await ask(client, asked, "/v1/responses"))[0].status == 200
+    (tool,) = zai.bodies[0]["tools"]
+    assert (tool["type"], tool["web_search"]["require_search"]) == ("web_search", True)
+
+
+def last_event(stream):
+    return json.loads(stream.strip().rpartition("data: ")[2])
+
+
+@in_loop
+@pytest.mark.parametrize("stream", [True, False], ids=["streamed", "whole"])
+async def test_a_conversation_is_summed_up_and_goes_on(client, zai, stream):
+    asked = ASKED | {"store": False, "input": TO_SUM_UP, "stream": stream}
+    _, body = await ask(client, asked, "/v1/responses")
+    response = last_event(body)["response"] if stream else json.loads(body)
+    assert zai.bodies[0]["messages"][-1]["content"] == ztoapi.COMPACTION_ORDER
+    (item,) = response["output"]
+    assert (response["status"], item["type"]) == ("completed", "compaction")
+    await ask(client, ASKED | {"input": [item, user_item("and?")]}, "/v1/responses")
+    assert [message["content"] for message in zai.bodies[1]["messages"]] == [
+        "Summary of the conversation so far:\n你好😀",
+        "and?",
+    ]
+
+
+@in_loop
+@pytest.mark.parametrize("stream", [True, False], ids=["streamed", "whole"])
+async def test_a_summary_can_be_asked_for_at_an_address_of_its_own(client, zai, stream):
+    response, body = await ask(client, ASKED | {"stream": stream}, "/v1/responses/compact")
+    answer = last_event(body)["response"] if stream else json.loads(body)
+    assert zai.bodies[0]["messages"][-1]["content"] == ztoapi.COMPACTION_ORDER
+    assert answer["object"] == ("response" if stream else "response.compaction")
+    assert [item["type"] for item in answer["output"]] == ["compaction"]
+    assert response.headers["Content-Type"].startswith("text/event" if stream else "application/js")
+    async with client.get(f"/v1/responses/{answer['id']}", headers=KEY) as looked_up:
+        assert looked_up.status == 404
+
+
+@in_loop
+@pytest.mark.parametrize("path", ["/v1/responses", "/v1/responses/compact"])
+async def test_a_model_that_calls_a_tool_instead_of_summing_up_is_an_error(client, zai, path):
+    zai.parts = [RECORDED_CALL]
+    whole, body = await ask(client, ASKED | {"input": TO_SUM_UP}, path)
+    assert (whole.status, json.loads(body)["error"]["code"]) == (502, "zai_unavailable")
+    assert "x-should-retry" not in whole.headers
+    streamed, _ = await ask(client, ASKED | {"input": TO_SUM_UP, "stream": True}, path)
+    assert streamed.status == 502
+
+
+@in_loop
+async def test_tokens_are_counted_without_zai(client, zai):
+    response, body = await ask(client, {"input": "a" * 100}, "/v1/responses/input_tokens")
+    assert json.loads(body) == {"object": "response.input_tokens", "input_tokens": 28}
+    assert (response.status, zai.asked) == (200, [])
+
+
+@in_loop
+async def test_the_tokens_of_a_stored_conversation_are_counted_too(client):
+    asked = ASKED | {"input": "a" * 100}
+    first = json.loads((await ask(client, asked, "/v1/responses"))[1])
+    more = {"input": "b" * 100, "previous_response_id": first["id"]}
+    _, body = await ask(client, more, "/v1/responses/input_tokens")
+    assert 56 <= json.loads(body)["input_tokens"] <= 60
+    gone = more | {"previous_response_id": "resp_gone"}
+    refused, body = await ask(client, gone, "/v1/responses/input_tokens")
+    assert refused.status == 400
+    assert json.loads(body)["error"]["code"] == "previous_response_not_found"
 
 
 @in_loop
@@ -10524,111 +12093,219 @@ async def test_tools_that_only_openai_has_are_named_in_a_header_and_in_the_log(c
     assert "left out tools.computer" in caplog.text
 
 
-# ======== What Z.ai serves itself ========
+# ======== Messages over real sockets ========
 
 
-CLAUDE = {
-    "model": "claude-opus-5",
-    "max_tokens": 9,
-    "messages": [{"role": "user", "content": "你好"}],
-}
-
-
-@in_loop
-async def test_a_client_that_takes_its_time_is_no_silence_of_zais(start, zai):
-    client = await start(upstream_timeout=0.2)
-    zai.headers = EVENT_STREAM
-    zai.parts = [b"data: {}\n\n", *[b": " + b"x" * 2**20 + b"\n"] * 24, b"data: last\n\n"]
-    async with client.post("/v1/messages", json=CLAUDE, headers=KEY) as response:
-        response._connection.transport.pause_reading()
-        await asyncio.sleep(0.4)  # in which Z.ai cannot send anything
-        response._connection.transport.resume_reading()
-        assert (await response.read()).endswith(b"data: last\n\n")
+def message_events(stream):
+    """The events of a stream, each with the name that it must have."""
+    found = []
+    for frame in stream.split("\n\n")[:-1]:
+        name, data = frame.split("\n")
+        event = json.loads(data.removeprefix("data: "))
+        assert name == f"event: {event['type']}"
+        found.append(event)
+    return found
 
 
 @in_loop
-async def test_messages_go_to_zais_own_anthropic_api_with_our_key(passing, zai):
-    zai.headers = EVENT_STREAM
-    zai.parts = [b"event: message_start\ndata: {}\n\n", b"event: message_stop\ndata: {}\n\n"]
-    headers = KEY | {"anthropic-version": "2023-06-01", "anthropic-beta": "tools"}
-    response, body = await ask(passing, CLAUDE, "/v1/messages", headers)
-    assert (response.content_type, body.encode()) == ("text/event-stream", b"".join(zai.parts))
-    method, path, sent, data = zai.asked[0]
-    assert (method, path, sent["Authorization"]) == (
-        "POST",
-        "/api/anthropic/v1/messages",
-        "Bearer zai-key",
-    )
-    assert (sent["anthropic-version"], sent["anthropic-beta"]) == ("2023-06-01", "tools")
-    assert json.loads(data) == CLAUDE | {"model": "glm-5.3"}
-    assert (await ask(passing, CLAUDE, "/v1/messages/count_tokens"))[0].status == 200
-    assert zai.asked[1][1] == "/api/anthropic/v1/messages/count_tokens"
-
-
-@in_loop
-@pytest.mark.parametrize(
-    ("http", "body", "status", "kind"),
-    [
-        (
-            429,
-            b'{"type":"error","error":{"type":"rate_limit_error","code":"1308","message":"x"}}',
-            402,
-            "billing_error",
-        ),
-        (200, b'{"code":401,"msg":"token expired or incorrect","success":false}', 502, "api_error"),
-        (404, b"", 502, "api_error"),
-        (400, b'{"error":{"code":"1210","message":"x"}}', 400, "invalid_request_error"),
-    ],
-)
-async def test_failures_of_messages_have_anthropics_shape(passing, zai, http, body, status, kind):
-    zai.status, zai.parts = http, [body]
-    response, text = await ask(passing, CLAUDE, "/v1/messages")
-    assert (response.status, json.loads(text)["type"], error_of(text)["type"]) == (
-        status,
-        "error",
-        kind,
-    )
-
-
-@in_loop
-@pytest.mark.parametrize("stream", [True, False], ids=["streamed", "whole"])
-async def test_messages_have_the_model_as_the_client_named_it_and_are_counted(passing, zai, stream):
-    whole = json.dumps(MESSAGE | {"model": "glm-5.3"}).encode()
-    begun, rest = MESSAGE_START[:40].encode(), (MESSAGE_START[40:] + MESSAGE_REST).encode()
-    zai.parts = [begun, 0.01, rest, 0.01] if stream else [whole]
-    as_json = {"Content-Type": "application/json", "Content-Length": str(len(whole))}
-    zai.headers = {"X-Log-Id": "log-9"} | (EVENT_STREAM if stream else as_json)
-    response, body = await ask(passing, CLAUDE, "/v1/messages")
-    assert ("claude-opus-5" in body, response.headers["x-ztoapi-model"]) == (True, "glm-5.3")
-    assert response.headers["x-zai-request-id"] == "log-9"
+async def test_a_message_is_answered_whole_with_the_model_as_the_client_named_it(passing, zai):
+    zai.headers = EVENT_STREAM | {"X-Log-Id": "log-9"}
+    response, text = await ask(passing, CLAUDE, "/v1/messages?beta=true")
+    assert json.loads(text) == {
+        **MESSAGE,
+        "id": "msg_2025",
+        "model": "claude-opus-5",
+        "content": [{"type": "text", "text": "你好😀"}],
+        "stop_reason": "end_turn",
+        "usage": MESSAGE_USAGE,
+    }
+    headers = response.headers
+    assert (headers["x-ztoapi-model"], headers["x-zai-request-id"]) == ("glm-5.3", "log-9")
     figures = (await stats(passing))[0]["models"]["glm-5.3"]
-    assert (figures["prompt_tokens"], figures["completion_tokens"]) == (
-        (8, 7) if stream else (2, 7)
-    )
-    assert not stream or 0 < figures["first"]["p50"] < figures["duration"]["p50"]
+    assert (figures["prompt_tokens"], figures["completion_tokens"]) == (6, 3)
 
 
-IMAGE = {"type": "image", "source": {"type": "base64", "media_type": "image/png", "data": "QUJD"}}
+@in_loop
+async def test_a_message_is_streamed_without_an_end_of_openais(passing):
+    response, stream = await ask(passing, CLAUDE | ASKS_TO_THINK | {"stream": True}, "/v1/messages")
+    events = message_events(stream)
+    assert response.content_type == "text/event-stream"
+    assert [event["type"] for event in events[-2:]] == ["message_delta", "message_stop"]
+    deltas = [event["delta"] for event in events if event["type"] == "content_block_delta"]
+    assert "".join(delta.get("text", "") for delta in deltas) == "你好😀"
+    assert "".join(delta.get("thinking", "") for delta in deltas) == "想"
+
+
+@in_loop
+async def test_a_message_that_breaks_off_in_mid_stream_ends_with_an_error(passing, zai):
+    zai.parts = [stream_of({"content": "a"}, done=""), RESET]
+    _, stream = await ask(passing, CLAUDE | {"stream": True}, "/v1/messages")
+    events = message_events(stream)
+    assert [event["type"] for event in (events[0], events[-1])] == ["message_start", "error"]
+    assert events[-1]["error"]["type"] == "api_error"
+    assert events[-1]["request_id"].startswith("req_")
+
+
+@in_loop
+@pytest.mark.parametrize("stream", [False, True], ids=["whole", "streamed"])
+@pytest.mark.parametrize(
+    ("refused", "status", "kind", "asked"),
+    [
+        (zai_refuses(1308), 402, "billing_error", 1),
+        ((200, [b'{"code":401,"msg":"token expired","success":false}']), 502, "api_error", 1),
+        ((404, [b""]), 502, "api_error", 1),
+        (zai_refuses(1210, 400), 400, "invalid_request_error", 1),
+        (zai_refuses(1234, 500), 502, "api_error", 3),
+        (zai_refuses(1261, 400), 400, "invalid_request_error", 1),
+    ],
+    ids=["quota", "key", "address", "request", "failure", "window"],
+)
+async def test_failures_of_messages_have_anthropics_shape(
+    passing, zai, stream, refused, status, kind, asked
+):
+    zai.status, zai.parts = refused
+    response, text = await ask(passing, CLAUDE | {"stream": stream}, "/v1/messages")
+    document = json.loads(text)
+    assert (response.status, document["type"], document["error"]["type"]) == (status, "error", kind)
+    assert document["request_id"] == response.headers["x-request-id"]
+    assert len(zai.asked) == asked
+
+
+@in_loop
+async def test_an_overload_is_a_529_of_anthropics(start, zai):
+    client = await start(rate_limit_wait=0)
+    zai.status, zai.parts = zai_refuses(1305)
+    response, text = await ask(client, CLAUDE | {"model": "glm-4.6"}, "/v1/messages")
+    assert (response.status, error_of(text)["type"]) == (529, "overloaded_error")
+    assert "x-should-retry" not in response.headers
+
+
+@in_loop
+async def test_a_window_that_is_full_is_told_in_the_words_that_claude_code_knows(passing, zai):
+    zai.status, zai.parts = zai_refuses(1261, 400)
+    _, text = await ask(passing, CLAUDE, "/v1/messages")
+    assert error_of(text)["message"].startswith("prompt is too long: ")
+
+
+@in_loop
+async def test_a_message_has_fallbacks(passing, zai):
+    zai.answers = [zai_refuses(1308), (200, None)]
+    response, _ = await ask(passing, CLAUDE | {"fallbacks": ["glm-4.5"]}, "/v1/messages")
+    assert (response.status, response.headers["x-ztoapi-model"]) == (200, "glm-4.5")
 
 
 @in_loop
 @pytest.mark.parametrize(
     ("content", "model"),
     [
-        ([IMAGE], "glm-4.6v"),
-        ([{"type": "tool_result", "tool_use_id": "t1", "content": [IMAGE]}], "glm-4.6v"),
+        ([PICTURE_BLOCK], "glm-4.6v"),
+        ([{"type": "tool_result", "tool_use_id": "t1", "content": [PICTURE_BLOCK]}], "glm-4.6v"),
         ([{"type": "tool_result", "tool_use_id": "t1", "content": "image"}, 7], "glm-5.3"),
     ],
+    ids=["of the user", "of a tool", "none"],
 )
 async def test_messages_with_an_image_are_for_the_vision_model(start, zai, content, model):
     client = await start(model_aliases=(("claude-*", "glm-5.3"),), vision_model="glm-4.6v")
-    response, _ = await ask(
-        client, CLAUDE | {"messages": [{"role": "user", "content": content}]}, "/v1/messages"
-    )
-    assert (json.loads(zai.asked[0][3])["model"], response.headers["x-ztoapi-model"]) == (
-        model,
-        model,
-    )
+    body = CLAUDE | {"messages": [turn("hi"), USE, turn(content)]}
+    response, _ = await ask(client, body, "/v1/messages")
+    assert (zai.bodies[0]["model"], response.headers["x-ztoapi-model"]) == (model, model)
+
+
+@in_loop
+async def test_while_zai_thinks_a_message_gets_pings(start, zai):
+    client = await start(limits=Limits(keep_alive_interval=0.1))
+    zai.parts = [0.5, RECORDED]
+    _, stream = await ask(client, CLAUDE | {"model": "glm-4.6", "stream": True}, "/v1/messages")
+    kinds = [event["type"] for event in message_events(stream)]
+    assert kinds[:2] == ["ping", "ping"]
+    assert (kinds.count("message_start"), kinds[-1]) == (1, "message_stop")
+
+
+@in_loop
+async def test_reasoning_that_was_not_shown_is_put_back(passing, zai):
+    zai.parts = [RECORDED_CALL.replace(b'"delta":{"tool_calls"', b'"delta":{"reasoning_content":"hm","tool_calls"', 1)]  # fmt: skip
+    body = CLAUDE | {"tools": [GREP | {"name": "bash"}]}
+    _, text = await ask(passing, body, "/v1/messages")
+    (block,) = json.loads(text)["content"]
+    assert block["type"] == "tool_use"
+    said = [turn("你好"), turn([block], "assistant"), turn([TOOL_RESULT | {"tool_use_id": block["id"]}])]  # fmt: skip
+    await ask(passing, body | {"messages": said}, "/v1/messages")
+    assert zai.bodies[1]["messages"][1]["reasoning_content"] == "hm"
+
+
+@in_loop
+async def test_tokens_are_counted_here_and_scaled_by_what_zai_told(passing, zai):
+    body = {"model": "claude-opus-5", "messages": [turn("x" * 1000)], "system": "y" * 1000}
+    counted = partial(ask, passing, body, "/v1/messages/count_tokens")
+    response, text = await counted()
+    assert (response.status, json.loads(text)) == (200, {"input_tokens": 560})
+    await ask(passing, body | {"max_tokens": 9000}, "/v1/messages")
+    assert json.loads((await counted())[1]) == {"input_tokens": 6}
+    assert len(zai.asked) == 1
+
+
+@in_loop
+@pytest.mark.parametrize(
+    "body",
+    [
+        {"tools": [GREP, ANTHROPIC_SEARCH]},
+        {"messages": [turn([PICTURE_BLOCK])]},
+        {"messages": [turn([{"type": "new"}])], "temperature": "warm", "max_tokens": 0},
+    ],
+    ids=["tools", "an image", "what does not matter"],
+)
+async def test_whatever_can_be_counted_is_counted(client, zai, body):
+    body = {"model": "glm-4.6", "messages": [turn("hi")], **body}
+    response, text = await ask(client, body, "/v1/messages/count_tokens")
+    assert (response.status, json.loads(text)["input_tokens"] > 0, zai.asked) == (200, True, [])
+
+
+@in_loop
+async def test_a_conversation_stays_with_its_key_whatever_moves_in_it(start, zai):
+    client = await start(zai_api_key=("k1", "k2", "k3", "k4"))
+    keys = set()
+    for conversation in range(10):
+        said = [turn([text_block(f"conversation {conversation}")])]
+        for number in range(5):
+            marked = [turn([*said[0]["content"]]), *said[1:]]
+            marked[-1] = turn([marked[-1]["content"][0] | CACHED], marked[-1]["role"])
+            system = [text_block(f"x-anthropic-billing-header: {number}"), text_block("Be kind.")]
+            body = CLAUDE | {"model": "glm-4.6", "system": system, "messages": marked}
+            assert (await ask(client, body, "/v1/messages"))[0].status == 200
+            said += [turn([text_block("yes")], "assistant"), turn([text_block("more")])]
+        used = set(zai.keys[-5:])
+        assert len(used) == 1
+        keys |= used
+        sent = [json.dumps(body["messages"])[:-1] for body in zai.bodies[-5:]]
+        assert all(later.startswith(one) for one, later in pairwise(sent))
+    assert len(keys) > 1
+
+
+@in_loop
+async def test_a_session_of_anthropics_stays_with_its_key(start, zai):
+    client = await start(zai_api_key=("k1", "k2", "k3", "k4"))
+    for number in range(8):
+        told = {"user_id": json.dumps({"session_id": "s1", "device_id": str(number)})}
+        said = [turn(f"sub-agent {number}")]
+        body = CLAUDE | {"model": "glm-4.6", "messages": said, "metadata": told}
+        assert (await ask(client, body, "/v1/messages"))[0].status == 200
+    assert len(set(zai.keys)) == 1
+
+
+# ======== What Z.ai serves itself ========
+
+
+@in_loop
+async def test_a_client_that_takes_its_time_is_no_silence_of_zais(start, zai):
+    client = await start(upstream_timeout=0.2)
+    piece = FIRST.replace(b"reasoning_content", b"content").replace("想".encode(), b"x" * 2**20)
+    zai.parts = [piece] * 24 + [RECORDED]
+    asked = chat(stream=True)
+    async with client.post("/v1/chat/completions", json=asked, headers=KEY) as response:
+        response._connection.transport.pause_reading()
+        await asyncio.sleep(0.4)  # in which Z.ai cannot send anything
+        response._connection.transport.resume_reading()
+        assert (await response.read()).endswith(b"data: [DONE]\n\n")
 
 
 @in_loop
@@ -10648,19 +12325,11 @@ async def test_a_text_that_was_cut_in_an_emoji_is_no_reason_to_refuse_it(passing
 
 
 @in_loop
-async def test_messages_that_break_off_end_with_an_error(passing, zai):
-    zai.headers, zai.parts = EVENT_STREAM, [b"event: message_start\ndata: {}\n\n", RESET]
-    _, body = await ask(passing, CLAUDE, "/v1/messages")
-    assert body.split("\n\n")[1].startswith('event: error\ndata: {"type":"error"')
-
-
-@in_loop
-@pytest.mark.parametrize(("path", "body"), [("messages", CLAUDE), ("embeddings", {"input": "x"})])
-async def test_a_key_refused_on_another_path_still_serves_the_chat(start, zai, path, body):
+async def test_a_key_refused_on_another_path_still_serves_the_chat(start, zai):
     client = await start()
     zai.status, zai.parts = 401, [b'{"error":{"code":"1000","message":"Words"}}']
     for _ in range(2):
-        assert (await ask(client, body, f"/v1/{path}"))[0].status == 502
+        assert (await ask(client, {"input": "x"}, "/v1/embeddings"))[0].status == 502
     assert len(zai.asked) == 1
     zai.status, zai.parts = 200, [DOCUMENT]
     assert (await ask(client))[0].status == 200
@@ -10678,32 +12347,6 @@ async def test_a_path_that_a_key_may_not_use_is_asked_of_the_next_base(
     assert [
         (await ask(client, {"input": "x"}, "/v1/embeddings"))[0].status for _ in "12"
     ] == statuses
-
-
-@in_loop
-async def test_messages_go_beside_the_base_of_each_key(start, zai, other_zai):
-    zai.status, zai.parts = zai_refuses(1309)
-    plan_url = zai.url.replace("/paas", "/coding/paas")
-    client = await start(zai_api_key=(f"plan@{plan_url}", f"payg@{other_zai.url}"))
-    assert (await ask(client, CLAUDE, "/v1/messages"))[0].status == 200
-    sent = [
-        (path, headers["Authorization"]) for _, path, headers, _ in (*zai.asked, *other_zai.asked)
-    ]
-    assert sent == [("/api/anthropic/v1/messages", f"Bearer {key}") for key in ("plan", "payg")]
-
-
-@in_loop
-@pytest.mark.parametrize(
-    "answer",
-    [
-        zai_refuses(1234, 500),
-        (200, [b'data: {"type":"error","error":{"code":"1234"}}\n\n']),
-    ],
-)
-async def test_messages_are_tried_again_like_chat(passing, zai, answer):
-    zai.status, zai.parts = answer
-    response, _ = await ask(passing, CLAUDE, "/v1/messages")
-    assert (response.status, len(zai.asked)) == (502, 3)
 
 
 @in_loop
@@ -10853,10 +12496,10 @@ async def test_embeddings_come_in_base64_for_those_who_ask(start, zai):
 
 
 @in_loop
-async def test_messages_without_an_end_are_a_failure(passing, zai, monkeypatch):
-    monkeypatch.setattr(ztoapi, "MAX_HELD", 100)
+async def test_messages_without_an_end_are_a_failure(start, zai):
+    client = await start(limits=Limits(answer_size=100))
     zai.parts = [b"x" * 60, b"x" * 60]
-    response, body = await ask(passing, CLAUDE, "/v1/messages")
+    response, body = await ask(client, CLAUDE | {"model": "glm-5.3"}, "/v1/messages")
     assert (response.status, "too large" in body) == (502, True)
 
 
@@ -11081,7 +12724,8 @@ async def test_what_is_tls_is_told_to_use_http(client, caplog):
 
 
 @in_loop
-async def test_line_ends_between_requests_mean_nothing(client, impatient, zai):
+async def test_line_ends_between_requests_mean_nothing(start, zai):
+    client = await start(limits=IMPATIENT)
     zai.parts = [FIRST, 0.5, RECORDED]
     reader, writer = await asyncio.open_connection("127.0.0.1", client.port)
     for _ in range(2):
@@ -11094,7 +12738,8 @@ async def test_line_ends_between_requests_mean_nothing(client, impatient, zai):
 
 
 @in_loop
-async def test_half_a_head_behind_a_request_does_not_end_its_answer(client, impatient, zai):
+async def test_half_a_head_behind_a_request_does_not_end_its_answer(start, zai):
+    client = await start(limits=IMPATIENT)
     zai.parts = [FIRST, 0.5, RECORDED]
     reader, writer = await asyncio.open_connection("127.0.0.1", client.port)
     writer.write(raw_request(chat(stream=True)))
@@ -11412,8 +13057,8 @@ async def test_the_list_is_the_table_with_what_zai_lists(client, zai):
 @pytest.mark.parametrize(
     "models", [(401, {"error": {"code": "1001"}}), (200, []), (200, "<html>"), HANG]
 )
-async def test_the_table_alone_is_listed_when_zai_does_not_answer(client, zai, models, monkeypatch):
-    monkeypatch.setattr(ztoapi, "GET_TIMEOUT", 0.2)
+async def test_the_table_alone_is_listed_when_zai_does_not_answer(start, zai, models):
+    client = await start(limits=Limits(get_timeout=0.2))
     zai.models = models
     assert set(await listed(client)) == set(MODELS)
 
@@ -11584,6 +13229,45 @@ async def test_debug_mode_logs_everything_but_secrets(run, zai):
     assert image not in log
 
 
+# What Windows lacks is taken away before the program starts.
+AS_ON_WINDOWS = f"""
+import asyncio, asyncio.unix_events, os, runpy, select, signal, sys
+
+for module, names in (
+    (os, "fork getuid geteuid fchmod fchown chown set_blocking killpg getpgid register_at_fork"),
+    (signal, "SIGHUP SIGUSR1 SIGALRM setitimer alarm pthread_sigmask"),
+    (select, "poll epoll"),
+):
+    for name in names.split():
+        if hasattr(module, name):
+            delattr(module, name)
+sys.modules.update(dict.fromkeys(("resource", "fcntl", "pwd", "grp"), None))
+
+def add_signal_handler(*_):
+    raise NotImplementedError
+
+asyncio.unix_events._UnixSelectorEventLoop.add_signal_handler = add_signal_handler
+sys.argv = [{str(PROGRAM)!r}, *sys.argv[1:]]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+class ProgramAsOnWindows(Program):
+    COMMAND = (sys.executable, "-c", AS_ON_WINDOWS)
+
+
+@meanwhile
+async def test_the_program_starts_serves_and_stops_without_what_windows_lacks(run, zai, tmp_path):
+    database = f"sqlite:///{tmp_path}/z.db"
+    program = run(ProgramAsOnWindows, ZAI_API_KEY="k", ZAI_BASE_URL=zai.url, DATABASE_URL=database)
+    for _ in range(2):  # the second on a connection to Z.ai that was used before
+        answer = await ask_once(program.port)
+        assert b"200 OK" in answer
+    program.process.send_signal(signal.SIGINT)
+    status, _, log = program.end()
+    assert (status, "Traceback" in log) == (0, False)
+
+
 @meanwhile
 async def test_the_demo_answers_without_a_key(run):
     program = run(Program, "--demo")
@@ -11613,8 +13297,8 @@ def demo_answer(body, **changes):
         ({"type": "string"}, "demo"),
         ({"type": ["integer", "null"]}, 1),
         ({"enum": ["x", "y"]}, "x"),
-        ({}, None),
-        (None, None),
+        ({}, {}),
+        (None, {}),
     ],
 )
 def test_the_demo_calls_the_first_tool_when_the_user_asks_for_one(how, value):
@@ -11625,6 +13309,54 @@ def test_the_demo_calls_the_first_tool_when_the_user_asks_for_one(how, value):
     assert json.loads(deltas[-1]["tool_calls"][0]["function"]["arguments"]) == {"a": value}
     assert reason == "tool_calls"
     assert demo_answer(HELLO, tools=tools)[1] == "stop"
+
+
+@pytest.mark.parametrize(
+    ("schema", "value"),
+    [
+        ({}, {}),
+        ({"type": "object", "properties": {"a": {"type": "string"}, "b": {}}, "required": ["a"]}, {"a": "demo"}),
+        ({"type": "array", "items": {"type": "integer", "minimum": 3}, "minItems": 2}, [3, 3]),
+        ({"type": "array", "items": {"type": "string"}}, []),
+        ({"type": ["boolean", "null"]}, True),
+        ({"type": "number", "exclusiveMinimum": 2}, 3),
+        ({"type": "integer"}, 1),
+        ({"type": "integer", "maximum": -1}, -1),
+        ({"type": "string", "minLength": 6}, "demo.."),
+        ({"enum": ["x", "y"]}, "x"),
+        ({"const": 7}, 7),
+        ({"anyOf": [{"type": "null"}, {}]}, None),
+        ({"$ref": "#/$defs/a", "$defs": {"a": {"type": "boolean"}}}, True),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_the_demo_fills_a_schema_with_the_least_that_fits(schema, value):
+    assert ztoapi.smallest(schema) == value
+
+
+def test_the_demo_ends_in_a_schema_that_requires_itself():
+    schema = {"type": "object", "properties": {"a": {"$ref": "#"}}, "required": ["a"]}
+    assert "a" in ztoapi.smallest(schema)
+
+
+@in_loop
+async def test_the_demo_answers_every_surface(demo):
+    client = await demo()
+    point = {"type": "object", "properties": {"x": {"type": "integer"}}, "required": ["x"]}
+    said = {"model": "glm-4.6v", "max_tokens": 100, "messages": [turn([PICTURE_BLOCK])]}
+    asked = [
+        ("messages", said),
+        ("messages", said | {"output_format": {"type": "json_schema", "schema": point}}),
+        ("messages", said | {"tools": [GREP], "tool_choice": {"type": "any"}}),
+        ("responses", {"model": "glm-4.6", "input": "hi"}),
+        ("completions", {"model": "glm-4.6", "prompt": "hi"}),
+    ]
+    answers = [json.loads((await ask(client, body, f"/v1/{path}"))[1]) for path, body in asked]
+    blocks = [answer["content"][0] for answer in answers[:3]]
+    assert "[image_url of 3 bytes]" in blocks[0]["text"]
+    assert (blocks[1]["text"], blocks[2]["name"]) == ('{"x":1}', "grep")
+    assert "This is the demo" in json.dumps(answers[3])
+    assert "This is the demo" in json.dumps(answers[4])
 
 
 def test_the_demo_stops_at_max_tokens_and_thinks_when_it_may():
@@ -11701,16 +13433,11 @@ GET = b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n"
 POST = "POST {} HTTP/1.1\r\nHost: localhost\r\nx-api-key: sk-your-key\r\n{}\r\n\r\n"
 
 
-@pytest.fixture
-def impatient(monkeypatch):
-    monkeypatch.setattr(ztoapi, "CHECK_INTERVAL", 0.02)
-    monkeypatch.setattr(ztoapi, "READ_TIMEOUT", 0.2)
-
-
 @in_loop
 @pytest.mark.parametrize("part", [b"", b"GET /"], ids=["nothing", "half a head"])
 @pytest.mark.parametrize("before", [0, 1], ids=["first", "second"])
-async def test_a_connection_without_a_whole_head_is_closed(client, impatient, before, part):
+async def test_a_connection_without_a_whole_head_is_closed(start, before, part):
+    client = await start(limits=IMPATIENT)
     reader, writer = await asyncio.open_connection("127.0.0.1", client.port)
     for _ in range(before):
         writer.write(GET)
@@ -11741,12 +13468,12 @@ async def test_a_head_without_end_is_not_kept(client):
     "data",
     [b"", GET, b"POST /v1/files HTTP/1.1\r\nHost: localhost\r\nContent-Length: 9\r\n\r\nabc"],
 )
-async def test_those_that_ask_nothing_make_room_for_those_that_do(client, monkeypatch, data):
+async def test_those_that_ask_nothing_make_room_for_those_that_do(client, data):
     silent = [await asyncio.open_connection("127.0.0.1", client.port) for _ in range(10)]
     for reader, writer in silent:
         writer.write(data)
         assert not data or await reader.readuntil(b"}")  # one is answered before its body has ended
-    monkeypatch.setattr(ztoapi, "MAX_DESCRIPTORS", 0)  # none is left
+    client.server.handler.max_descriptors = 0  # none is left
     for _ in silent:
         assert (await talk_raw(client, GET)).startswith(b"HTTP/1.1 200")
     for reader, writer in silent:
@@ -11765,10 +13492,8 @@ async def test_those_that_ask_nothing_make_room_for_those_that_do(client, monkey
         pytest.param("Content-Length: 9", b"abc", id="silence"),
     ],
 )
-async def test_a_broken_body_is_refused_and_ends_the_connection(
-    passing, impatient, caplog, path, headers, body
-):
-    client = passing
+async def test_a_broken_body_is_refused_and_ends_the_connection(start, caplog, path, headers, body):
+    client = await start(limits=IMPATIENT)
     reader, writer = await asyncio.open_connection("127.0.0.1", client.port)
     writer.write(POST.format(path, headers).encode())
     for part in body.split(b"|"):
@@ -11792,11 +13517,10 @@ async def test_a_broken_body_is_refused_and_ends_the_connection(
         ("/v1/files/f/content", False),
     ],
 )
-async def test_a_client_that_no_longer_reads_loses_its_connection(
-    start, zai, path, stream, impatient
-):
-    client = await start(upstream_timeout=0.2)
-    zai.parts = [FIRST.replace("想".encode(), b"x" * 2**20)] * 40 + [RECORDED]
+async def test_a_client_that_no_longer_reads_loses_its_connection(start, zai, path, stream):
+    client = await start(limits=IMPATIENT, upstream_timeout=0.2)
+    piece = FIRST.replace(b"reasoning_content", b"content").replace("想".encode(), b"x" * 2**20)
+    zai.parts = [piece] * 40 + [RECORDED]
     method, body = ("GET", None) if "files" in path else ("POST", chat(stream=stream, max_tokens=9))
     async with client.request(method, path, json=body, headers=KEY) as response:
         await response.content.readany()
@@ -11806,10 +13530,37 @@ async def test_a_client_that_no_longer_reads_loses_its_connection(
         response.close()
 
 
+@pytest.mark.parametrize(
+    ("unsent", "ends"),
+    [
+        pytest.param([5, 5, 5, 5], True, id="reads nothing"),
+        pytest.param([5, 6, 7, 8], True, id="reads nothing of what grows"),
+        pytest.param([9, 5, 9, 9], False, id="reads"),
+        pytest.param([5, 5, 0, 5], False, id="reads all"),
+    ],
+)
 @in_loop
-async def test_a_body_that_comes_byte_by_byte_gets_no_more_time(passing, impatient, monkeypatch):
+async def test_a_client_that_reads_nothing_is_told_from_a_slow_one(client, unsent, ends):
+    class Transport:
+        ended = False
+        get_write_buffer_size = iter(unsent).__next__
+
+        def abort(self):
+            self.ended = True
+
+    connection, transport = client.server.handler(), Transport()
+    connection.client = transport
+    for now in range(len(unsent)):
+        connection.check_reader(connection.last_received_at + 10 * now, patience=25)
+    assert transport.ended is ends
+
+
+@in_loop
+async def test_a_body_that_comes_byte_by_byte_gets_no_more_time(start):
+    client = await start(limits=Limits(min_read=400, read_timeout=0.8))
+
     async def send_slowly(path):
-        reader, writer = await asyncio.open_connection("127.0.0.1", passing.port)
+        reader, writer = await asyncio.open_connection("127.0.0.1", client.port)
         writer.write(POST.format(path, "Content-Length: 99999").encode())
         answer = asyncio.create_task(reader.readline())
         for _ in range(10):
@@ -11825,8 +13576,6 @@ async def test_a_body_that_comes_byte_by_byte_gets_no_more_time(passing, impatie
         assert answer.result().startswith(b"HTTP/1.1 400")
         writer.close()
 
-    monkeypatch.setattr(ztoapi, "MIN_READ", 400)
-    monkeypatch.setattr(ztoapi, "READ_TIMEOUT", 0.8)
     await asyncio.gather(*map(send_slowly, ("/v1/chat/completions", "/v1/files")))
 
 
@@ -11861,9 +13610,9 @@ async def test_an_upload_may_be_slow_but_not_stall(start, pauses, status):
 
 
 @in_loop
-async def test_while_we_read_nothing_a_client_is_not_silent(start, impatient):
+async def test_while_we_read_nothing_a_client_is_not_silent(start):
     async with fake_zai(socket_factory=narrow_socket) as zai:
-        client = await start(zai_base_url=zai.url)
+        client = await start(limits=IMPATIENT, zai_base_url=zai.url)
         zai.pauses, zai.headers, zai.parts = [0.3] * 4, {}, [DOCUMENT]
         response, _ = await ask(client, LARGE, "/v1/files")
         assert response.status == 200
@@ -11877,8 +13626,8 @@ async def test_zai_is_told_how_long_a_large_request_is(client, zai):
 
 
 @in_loop
-async def test_a_refusal_whose_body_stalls_is_judged_by_its_status(client, zai, monkeypatch):
-    monkeypatch.setattr(ztoapi, "ERROR_BODY_TIMEOUT", 0.1)
+async def test_a_refusal_whose_body_stalls_is_judged_by_its_status(start, zai):
+    client = await start(limits=Limits(error_body_timeout=0.1))
     zai.answers = [(502, [b'{"error":', HANG]), (500, [b"<html>", RESET]), (400, [HANG])]
     response, text = await ask(client)
     assert (response.status, error_of(text)["code"], slept(client)) == (400, "zai_400", [0.5, 1])
@@ -11977,12 +13726,12 @@ async def test_who_leaves_before_the_first_word_has_used_all_that_zai_has(client
 @in_loop
 @pytest.mark.parametrize(
     ("path", "tokens"),
-    [("messages", 10_000), ("embeddings", 10_000), ("messages/count_tokens", 0), ("web_search", 0)],
+    [("embeddings", 10_000), ("web_search", 0)],
 )
 async def test_who_leaves_another_path_has_used_what_zai_counts_there(client, zai, path, tokens):
     zai.headers, zai.parts = {}, [HANG]
     key = await make_key(client, tokens="1M")
-    body = {"model": "glm-4.6", "max_tokens": 9, "input": "x" * 40_000}
+    body = {"model": "glm-4.6", "input": "x" * 40_000}
     asking = asyncio.create_task(ask(client, body, f"/v1/{path}", key))
     assert await eventually(lambda: zai.asked)
     asking.cancel()
@@ -12073,25 +13822,6 @@ async def test_a_whole_answer_that_breaks_off_for_good_is_charged_once(client, z
 
 
 @in_loop
-async def test_who_leaves_messages_midway_has_used_what_came_of_them(client, zai):
-    begun = {"model": "m", "usage": {"input_tokens": 7, "output_tokens": 1}}
-    start = {"type": "message_start", "message": begun}
-    delta = b"event: content_block_delta\ndata: {}\n\n"
-    zai.headers = EVENT_STREAM
-    zai.parts = [
-        b"event: message_start\ndata: %s\n\n" % json.dumps(start).encode() + delta * 9,
-        HANG,
-    ]
-    key = await make_key(client, tokens="1M")
-    asking = asyncio.create_task(ask(client, CLAUDE | {"stream": True}, "/v1/messages", key))
-    assert await eventually(lambda: pieces_received(client))
-    asking.cancel()
-    assert await eventually(lambda: client.app[ztoapi.ACCOUNTS].counted)
-    ((_, used),) = client.app[ztoapi.ACCOUNTS].counted.items()
-    assert used == [1, 0, 7, 0, 9]
-
-
-@in_loop
 async def test_of_n_choices_each_is_charged_what_is_known_of_it(client, zai):
     zai.answers = [[RECORDED], [stream_of({"content": "t" * 4000}, done=""), HANG]]
     key = await make_key(client, tokens="1M")
@@ -12129,9 +13859,6 @@ async def test_those_who_wait_in_the_queue_do_not_pass_a_budget(start, zai):
 async def test_those_who_wait_for_others_of_their_key_do_not_pass_a_budget(client, zai, path):
     if path == "embeddings":
         zai.headers, zai.parts = {}, [b'{"data":[],"usage":{"prompt_tokens":9,"total_tokens":9}}']
-    elif path == "messages":
-        zai.parts = [b'{"model":"m","usage":{"input_tokens":6,"output_tokens":3}}']
-        zai.headers = {"Content-Type": "application/json"}
     key = await make_key(client, tokens="20", parallel=1)
     body = ASKING.get(path, {"model": "embedding-3", "input": "hi"})
     asked = await asyncio.gather(*(ask(client, body, f"/v1/{path}", key) for _ in range(9)))
@@ -12280,6 +14007,20 @@ async def test_a_model_that_zai_has_not_answered_for_is_not_named(client, zai, p
     assert await eventually(lambda: counted)
     assert [model for _, _, model in counted] == ["other"]
     assert (await stats(client))[0]["models"].keys() == {"other"}
+
+
+@in_loop
+async def test_what_was_mended_is_in_the_metrics_by_the_repairs_own_name(client, zai):
+    zai.parts = [RECORDED.replace("你".encode(), "\\n你".encode(), 1)]
+    text = message(role="user", content="hi")["messages"]
+    await ask(client, chat(messages=[*text, {"role": "assistant", "content": ""}]))
+    async with client.get("/metrics", headers=KEY) as response:
+        metrics = (await response.text()).splitlines()
+    assert [line for line in metrics if "repairs" in line] == [
+        "# TYPE ztoapi_repairs_total counter",
+        'ztoapi_repairs_total{kind="mend_empty_messages"} 1',
+        'ztoapi_repairs_total{kind="line_ends_at_head"} 1',
+    ]
 
 
 @in_loop
@@ -12538,9 +14279,8 @@ async def test_a_stored_response_outlives_the_program_and_belongs_to_its_key(sta
 
 
 @in_loop
-async def test_of_what_is_stored_only_so_much_is_loaded_for_one_request(connect, monkeypatch):
-    monkeypatch.setattr(ztoapi.ClientHistory, "MAX_SIZE", 2500)
-    history = ztoapi.ClientHistory(connect("memory"), "a")
+async def test_of_what_is_stored_only_so_much_is_loaded_for_one_request(connect):
+    history = ztoapi.ClientHistory(connect("memory", loaded_size=2500), "a")
     for name in "12345":
         await history.put(ztoapi.StoredResponse({"id": name}, ["x" * 1000]), 0)
     await history.load(ztoapi.Referred(others=tuple("12345")))
@@ -12549,9 +14289,9 @@ async def test_of_what_is_stored_only_so_much_is_loaded_for_one_request(connect,
 
 @in_loop
 @pytest.mark.parametrize("stream", [False, True])
-async def test_the_next_request_may_reach_another_process(start, database_url, monkeypatch, stream):
-    monkeypatch.setattr(ztoapi.Database, "INTERVAL", 60)
-    here, there = [await start(database_url=database_url) for _ in range(2)]
+async def test_the_next_request_may_reach_another_process(start, database_url, stream):
+    how = {"limits": Limits(database_interval=60), "database_url": database_url}
+    here, there = [await start(**how) for _ in range(2)]
     _, answer = await ask(here, ASKED | {"stream": stream}, "/v1/responses")
     follow_up = ASKED | {"previous_response_id": re.search("resp_[0-9a-f]+", answer)[0]}
     assert (await ask(there, follow_up, "/v1/responses"))[0].status == 200
@@ -12618,6 +14358,7 @@ async def test_prometheus_reads_the_metrics(start, zai):
     } == {
         ("build_info", ztoapi.__version__): 1,
         ("retries_total",): 1,
+        ("repairs_total", "line_ends_at_head"): 3,
         ("requests_total", "/v1/chat/completions", "glm-4.6", "200"): 2,
         ("requests_total", "/v1/chat/completions", 'x"\\y', "200"): 1,
         ("requests_total", "/v1/chat/completions", "", "401"): 1,
@@ -12909,12 +14650,10 @@ async def ask_once(port, data=None):
 
 
 @in_loop
-async def test_a_running_server_knows_within_seconds_what_the_command_did(
-    start, connect, monkeypatch, tmp_path
-):
-    monkeypatch.setattr(ztoapi.Database, "INTERVAL", 0.02)
+async def test_a_running_server_knows_within_seconds_what_the_command_did(start, connect, tmp_path):
     where = f"sqlite:///{tmp_path}/z.db"
-    client, database = await start(database_url=where), connect(where)
+    client = await start(limits=Limits(database_interval=0.02), database_url=where)
+    database = connect(where)
 
     async def status_of(key):
         async with client.get("/v1/models", headers={"x-api-key": key}) as response:
@@ -13395,7 +15134,7 @@ async def test_a_large_request_stops_nobody_else(start, path, body):
     client.app[ztoapi.UPSTREAM].memory.put(
         "", Message("assistant", ("what another said",), "thought")
     )
-    body = io.BytesIO(b'{"model":"glm-4.6",%s}' % body)
+    body = io.BytesIO(b'{"model":"glm-4.6","max_tokens":9,%s}' % body)
     async with nobody_is_stopped(), client.post(f"/v1/{path}", data=body, headers=KEY) as response:
         assert response.status == 200
 
@@ -13419,15 +15158,14 @@ async def test_an_answer_with_too_many_values_is_refused_and_stops_nobody_else(
 ):
     client, zai.parts = await start(max_retries=0), [data]
     async with nobody_is_stopped():
-        response, text = await ask(client, chat(stream=stream), f"/v1/{path}")
+        response, text = await ask(client, chat(stream=stream, max_tokens=9), f"/v1/{path}")
     assert (response.status, "too large" in text) == (502, True)
 
 
 @in_loop
-@pytest.mark.parametrize("make", [lambda: MessagesReader("m"), ztoapi.UsageReader])
-async def test_what_is_held_of_an_answer_is_held_in_linear_time(make):
+async def test_what_is_held_of_an_answer_is_held_in_linear_time():
     def read():
-        reader = make()
+        reader = ztoapi.UsageReader()
         for _ in range(2**14):
             reader.feed(b"x" * 2**10)
 
@@ -13477,16 +15215,15 @@ async def test_a_jump_of_the_wall_clock_changes_neither_limits_nor_cooldowns_nor
 
 @in_loop
 @jumps
-async def test_a_jump_of_the_wall_clock_changes_only_the_times_that_are_shown(
-    client, zai, jump, monkeypatch
-):
+async def test_a_jump_of_the_wall_clock_changes_only_the_times_that_are_shown(start, zai, jump):
+    client = await start(limits=Limits(keep_alive_interval=0.1))
+
     def parts():
         yield 0.15  # seconds
         client.app[ztoapi.CLOCK].epoch += jump
         yield 0.15
         yield RECORDED
 
-    monkeypatch.setattr(ztoapi, "KEEP_ALIVE_INTERVAL", 0.1)
     key = ztoapi.new_key()
     client.app[ztoapi.ACCOUNTS].written([Account(ztoapi.hash_key(key), "anna", rpm=2)], {})
     zai.answers = [parts(), parts()]
@@ -13651,10 +15388,9 @@ async def test_nobody_needs_to_read_the_log(run):
     assert (status, log.count("GET /health")) == (0, 2000)
 
 
-def test_a_log_that_cannot_be_written_loses_lines_and_says_how_many(monkeypatch):
-    monkeypatch.setattr(ztoapi.BackgroundHandler, "MAX_WAITING", 2**17)
+def test_a_log_that_cannot_be_written_loses_lines_and_says_how_many():
     (reading, writing), line = os.pipe(), "x" * 2**12
-    handler, log = ztoapi.BackgroundHandler(writing), b""
+    handler, log = ztoapi.BackgroundHandler(writing, max_waiting=2**17), b""
     for _ in range(100):
         handler.emit(ztoapi.logging.makeLogRecord({"msg": line}))
     assert handler.dropped > 0
@@ -13835,7 +15571,7 @@ async def test_the_dashboard_tells_what_went_through_and_no_secret(start, zai):
         "glm-4.6",
         "insufficient_quota",
     )
-    assert resting["until"] == FakeClock().unix() + KeyPool.COOLDOWN
+    assert resting["until"] == FakeClock().unix() + Limits.cooldown
     assert (
         snapshot["in_flight"],
         snapshot["healed"]["other_keys"],
@@ -13925,8 +15661,9 @@ async def shell(lines):
 
 @in_loop
 @pytest.mark.browser
-async def test_the_docs_page_answers_from_key_to_last_token(here, browser, monkeypatch):
-    monkeypatch.setattr(ztoapi, "DEMO_PACE", 0.015)  # for the page tells no pace before 0.2 seconds
+async def test_the_docs_page_answers_from_key_to_last_token(demo, browser):
+    # The page tells no pace before 0.2 seconds.
+    here = f"http://localhost:{(await demo(pace=0.015)).port}"
     await browser.open(here + "/docs", "document.querySelectorAll('#model-rows tr').length >= 22")
     assert await browser.run(text_of("base")) == here + "/v1"
     await browser.run("$('try-message').value = \"it's 你好\"; $('send').click()")
@@ -14019,8 +15756,8 @@ async def test_the_docs_page_shows_for_each_client_the_lines_that_launch_shows(h
 
 @in_loop
 @pytest.mark.browser
-async def test_a_stream_can_be_stopped_and_the_dashboard_counts_it(here, browser, monkeypatch):
-    monkeypatch.setattr(ztoapi, "DEMO_PACE", 0.03)
+async def test_a_stream_can_be_stopped_and_the_dashboard_counts_it(demo, browser):
+    here = f"http://localhost:{(await demo(pace=0.03)).port}"
     await browser.open(here + "/docs", "!!$('send')")
     await browser.run("$('try-message').value = 'word '.repeat(500); $('send').click()")
     assert await browser.sees(text_of("answer") + ".length > 20")
@@ -14374,6 +16111,93 @@ def test_what_the_sdk_makes_of_a_streamed_response_is_the_whole_one(seed):
     assert (made["status"], made["id"]) == (whole["status"], whole["id"])
 
 
+@pytest.mark.parametrize(
+    ("fields", "events"),
+    [
+        pytest.param(
+            {"tools": [TOOL_SEARCH, {"type": "custom", "name": "apply_patch"}]},
+            [
+                Thought("hm"),
+                Text("x"),
+                ToolCall(0, "c1", "tool_search", '{"query":'),
+                ToolCall(1, "c2", "apply_patch", to_json({"patch": PATCH})),
+                ToolCall(0, "", "", '"weather"}'),
+                Usage(5, 2, 7),
+                Finish("tool_calls"),
+            ],
+            id="calls",
+        ),
+        pytest.param(
+            {"tools": [NAMESPACE], "max_tool_calls": 7, "tool_choice": allowed("auto", NOW, DRAW)},
+            [ToolCall(0, "c1", "mcp__w__get", "{}"), Finish("length")],
+            id="a call in a namespace",
+        ),
+        pytest.param(
+            {"tools": [HOSTED_SEARCH], "tool_choice": HOSTED_SEARCH},
+            [Text("x"), Citations((FOUND,)), Finish("stop")],
+            id="a search",
+        ),
+        pytest.param(
+            {"reasoning": {"summary": "auto"}, "include": ["reasoning.encrypted_content"]},
+            [Thought("hm"), Finish("content_filter")],
+            id="a summary of reasoning",
+        ),
+        pytest.param(
+            {"input": [*TO_SUM_UP[:1], summary_of("Do it."), TRIGGER]},
+            [Thought("hm"), Text("Do"), Text(" it."), Usage(5, 2, 7), Finish("stop")],
+            id="a compaction",
+        ),
+        pytest.param({"input": TO_SUM_UP}, [Text("Do")], id="a compaction that breaks off"),
+        pytest.param({}, [], id="nothing"),
+    ],
+)
+def test_every_event_of_a_response_has_one_of_the_sdks_types(fields, events):
+    types = pytest.importorskip("openai.types.responses")
+    pydantic = pytest.importorskip("pydantic")
+    adapter = pydantic.TypeAdapter(types.ResponseStreamEvent)
+    reply = response_reply(**fields)
+    frames = [*json.loads(f"[{sign_of_life(reply)}]"), *reply.frames_of(events)]
+    if events and isinstance(events[-1], Finish):
+        frames += reply.close()
+    else:
+        frames += reply.fail(zai_error(500, b"x"))
+    for frame in frames:
+        event = adapter.validate_python(frame)
+        assert type(event).model_fields["type"].annotation.__args__ == (frame["type"],)
+        for item in items_in(frame):
+            read = pydantic.TypeAdapter(types.ResponseOutputItem).validate_python(item)
+            assert type(read).model_fields["type"].annotation.__args__ == (item["type"],)
+    for tool in frames[-1]["response"]["tools"]:
+        pydantic.TypeAdapter(types.Tool).validate_python(tool)
+
+
+def sign_of_life(reply):
+    """The frames of a sign of life, as JSON with commas between them."""
+    lines = reply.sign_of_life(HEAD).decode().splitlines()
+    return ",".join(line.removeprefix("data: ") for line in lines if line.startswith("data: "))
+
+
+def items_in(frame):
+    return [frame["item"]] if "item" in frame else frame.get("response", {}).get("output", [])
+
+
+@in_loop
+async def test_the_sdk_has_a_conversation_summed_up(sdk, zai):
+    summed_up = await sdk.responses.compact(model="glm-4.6", input="你好")
+    (item,) = summed_up.output
+    assert (summed_up.object, item.type) == ("response.compaction", "compaction")
+    assert summed_up.usage.total_tokens == 9
+    sent = [item.model_dump(), {"role": "user", "content": "and?"}]
+    await sdk.responses.create(model="glm-4.6", input=sent)
+    assert zai.bodies[1]["messages"][0]["content"].endswith("你好😀")
+
+
+@in_loop
+async def test_the_sdk_counts_tokens(sdk):
+    counted = await sdk.responses.input_tokens.count(model="glm-4.6", input="a" * 100)
+    assert (counted.object, counted.input_tokens) == ("response.input_tokens", 28)
+
+
 def without_parsed(theirs, ours):
     """The SDK's document with only the fields that ours has too, at every depth."""
     if isinstance(ours, dict):
@@ -14381,6 +16205,50 @@ def without_parsed(theirs, ours):
     if isinstance(ours, list) and isinstance(theirs, list) and len(theirs) == len(ours):
         return [without_parsed(*pair) for pair in zip(theirs, ours, strict=True)]
     return theirs
+
+
+def sound_events(seed):
+    """Random events in which each call has a JSON object as its arguments."""
+    sound, given = [], {}
+    for event in random_events(seed):
+        if isinstance(event, ToolCall):
+            pieces = given.setdefault(event.index, iter(["{", '"a":"好"']))
+            sound.append(replace(event, arguments=next(pieces, " ")))
+            continue
+        if isinstance(event, Finish):
+            sound += [ToolCall(index, "", "", "}") for index in given]
+        sound.append(event)
+    return sound
+
+
+def unknown_to(model):
+    """The fields of a value of the SDK's that its types do not have."""
+    found = dict(model.model_extra or {})
+    for name in model.model_fields_set:
+        value = getattr(model, name)
+        for item in value if isinstance(value, list) else [value]:
+            if hasattr(item, "model_extra"):
+                found |= unknown_to(item)
+    return found
+
+
+@RANDOM
+@pytest.mark.parametrize("display", ["summarized", "omitted"])
+def test_what_the_sdk_makes_of_a_streamed_message_is_the_whole_one(seed, display):
+    streaming = pytest.importorskip("anthropic.lib.streaming._messages")
+    types = pytest.importorskip("anthropic.types")
+    pydantic = pytest.importorskip("pydantic")
+    adapter = pydantic.TypeAdapter(types.RawMessageStreamEvent)
+    asked = {"tools": [ANTHROPIC_SEARCH], "thinking": {"type": "adaptive", "display": display}}
+    events = sound_events(seed)
+    made, held = None, {}
+    for frame in message_frames(events, **asked):
+        event = adapter.validate_python(json.loads(json.dumps(frame)), strict=True)
+        assert unknown_to(event) == {}
+        made = streaming.accumulate_event(event=event, current_snapshot=made, json_bufs=held)
+    whole = message_document(events, **asked)
+    assert unknown_to(types.Message.model_validate(whole, strict=True)) == {}
+    assert made.to_dict() == whole
 
 
 @RANDOM
@@ -14674,3 +16542,53 @@ async def test_the_sdk_raises_in_mid_stream(sdk, zai):
 async def test_the_sdk_lists_models(sdk):
     assert {model.id async for model in sdk.models.list()} == set(MODELS)
     assert (await sdk.models.retrieve("GLM-4.6")).id == "glm-4.6"
+
+
+# ======== The Anthropic SDK ========
+
+
+@pytest_asyncio.fixture
+async def anthropic_sdk(client):
+    anthropic = pytest.importorskip("anthropic")
+    url = str(client.make_url("/")).rstrip("/")
+    async with anthropic.AsyncAnthropic(base_url=url, api_key="sk-your-key", max_retries=0) as sdk:
+        yield sdk
+
+
+ASKED_OF_CLAUDE = {"model": "glm-4.6", "max_tokens": 9000, "messages": [turn("你好")]}
+
+
+@in_loop
+async def test_the_anthropic_sdk_reads_a_whole_message(anthropic_sdk):
+    message = await anthropic_sdk.messages.create(**ASKED_OF_CLAUDE, thinking={"type": "adaptive"})
+    assert [block.type for block in message.content] == ["thinking", "text"]
+    assert (message.content[1].text, message.usage.output_tokens) == ("你好😀", 3)
+
+
+@in_loop
+async def test_the_anthropic_sdk_reads_a_stream(anthropic_sdk):
+    async with anthropic_sdk.messages.stream(**ASKED_OF_CLAUDE) as stream:
+        words = [text async for text in stream.text_stream]
+        message = await stream.get_final_message()
+    assert ("".join(words), message.stop_reason) == ("你好😀", "end_turn")
+
+
+@in_loop
+async def test_the_anthropic_sdk_reads_a_call(anthropic_sdk, zai):
+    zai.parts = [RECORDED_CALL]
+    tools = [{"name": "bash", "input_schema": {"type": "object"}}]
+    async with anthropic_sdk.messages.stream(**ASKED_OF_CLAUDE, tools=tools) as stream:
+        message = await stream.get_final_message()
+    assert (message.content[0].name, message.content[0].input) == ("bash", {"cmd": "ls"})
+    assert message.stop_reason == "tool_use"
+
+
+@in_loop
+async def test_the_anthropic_sdk_counts_tokens_and_knows_errors(anthropic_sdk, zai):
+    anthropic = pytest.importorskip("anthropic")
+    counted = await anthropic_sdk.messages.count_tokens(model="glm-4.6", messages=[turn("hi")])
+    assert counted.input_tokens == 1
+    zai.status, zai.parts = zai_refuses(1305)
+    with pytest.raises(anthropic.InternalServerError) as raised:
+        await anthropic_sdk.messages.create(**ASKED_OF_CLAUDE, extra_body={"fallbacks": []})
+    assert raised.value.body["error"]["type"] == "overloaded_error"

@@ -220,6 +220,10 @@ def base_url(text: str) -> str:
     return text.rstrip("/").removesuffix("/chat/completions")
 
 
+def sha256(text: str) -> str:
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
+
+
 def digest(*words: str) -> str:
     """SHA-256 of several texts; unlike hash() the same in every process."""
     return hashlib.sha256(json.dumps(words).encode()).hexdigest()
@@ -231,11 +235,6 @@ class ZaiKey:
 
     secret: str = field(repr=False)
     base_url: str
-
-    @property
-    def anthropic_url(self) -> str:
-        """Z.ai serves Anthropic's API beside its own."""
-        return re.sub(r"(/coding)?/paas/v4$", "", self.base_url) + "/anthropic"
 
     def affinity(self, conversation: str) -> str:
         """A conversation takes the key with the lowest value (rendezvous hashing): a new key moves few of them."""
@@ -335,6 +334,9 @@ class Settings:
     )
     max_retries: int = setting(2, whole_number(0, 10), "a number of times, 0 to 10")
     rate_limit_wait: int = setting(120, whole_number(0, 86400), "a number of seconds, 0 to 86400")
+    first_token_timeout: int = setting(
+        0, whole_number(0, 86400), "a number of seconds, 0 to 86400; 0 = no such limit"
+    )
     upstream_timeout: int = setting(300, whole_number(1, 86400), "a number of seconds, 1 to 86400")
     max_body_mb: int = setting(64, whole_number(1, 4096), "a number of megabytes, 1 to 4096")
     database_url: str = setting("", database_url, "sqlite:///PATH, postgresql://… or memory")
@@ -389,6 +391,46 @@ class Settings:
         )
 
 
+@dataclass(frozen=True)
+class Limits:
+    """How long things may take and how large they may grow, where no setting says; tests pass their own."""
+
+    # Z.ai
+    connect_timeout: float = 10.0  # seconds, including DNS and TLS
+    get_timeout: float = 5.0  # seconds for a short answer, such as the list of models
+    error_body_timeout: float = 5.0  # seconds for the body of a refusal
+    finish_timeout: float = 2.0  # seconds to wait for usage and [DONE] after the finish
+    answer_size: int = 64 * 2**20  # bytes
+    models_ttl: float = 600.0  # seconds for which the list of models is not asked for again
+    plans_ttl: float = 60.0  # likewise what is left of plans
+
+    # Whose turn it is
+    cooldown: float = 300.0  # seconds that a key rests where Z.ai does not say until when
+    poll_interval: float = 1.0  # seconds between two looks at a queue, at most
+    fallback_patience: float = 10.0  # seconds; then another model is asked, if there is one
+    long_attempt: float = 60.0  # seconds; what breaks off after that is asked for once more only
+
+    # Clients
+    read_timeout: float = 30.0  # seconds for a whole head, and for each `min_read` of a body
+    min_read: int = 2**14  # bytes
+    check_interval: float = 5.0  # seconds between two looks for connections that stand still
+    max_descriptors: int = 0  # files and connections; 0: as many as the system allows
+    keep_alive_interval: float = 15.0  # seconds of silence before a stream gets a sign of life
+    joined_size: int = 2**23  # bytes of an answer; the frames behind them are sent one by one
+    shutdown_grace: float = 30.0  # seconds that answers in flight have to finish
+    demo_pace: float = 0.03  # seconds between two words of the demo's
+
+    # What is kept
+    reasoning_size: int = 64 * 2**20  # bytes, of all that models thought
+    database_interval: float = 1.0  # seconds between two looks for something to write
+    database_wait: float = 5.0  # seconds for any job of the database's
+    busy_timeout: float = 2.0  # seconds for which SQLite waits for another process that writes
+    stored_size: int = 256 * 2**20  # bytes of responses of one account; then the oldest go
+    loaded_size: int = 64 * 2**20  # bytes of them for one request; the rest counts as not stored
+    unsaved_size: int = 64 * 2**20  # bytes of responses that wait to be written
+    unsaved_rows: int = 1_000  # likewise, their number
+
+
 # ======== Errors ====================================================================================================
 # `ErrorKind`: every failure that a client can see. A `ProxyError` carries one to where it is answered.
 
@@ -418,6 +460,7 @@ ERROR_TYPES = {
     429: ("rate_limit_error", "rate_limit_error"),
     **dict.fromkeys((500, 503), ("server_error", "api_error")),
     **dict.fromkeys((502, 504), ("upstream_error", "api_error")),
+    529: ("rate_limit_error", "overloaded_error"),
 }
 
 
@@ -581,14 +624,31 @@ def error_body(error: ProxyError) -> JSON:
     }
 
 
-def anthropic_error_body(error: ProxyError) -> JSON:
-    """Anthropic's error object."""
-    kind = ERROR_TYPES.get(error.kind.status, ERROR_TYPES[400])[1]
+def openai_error(error: ProxyError, _: str) -> tuple[int, JSON]:
+    """The status and the body of an error, as OpenAI's API has them."""
+    return error.kind.status, error_body(error)
+
+
+OVERLOADED_STATUS = 529  # Anthropic's own
+
+
+def anthropic_error(error: ProxyError, request_id: str) -> tuple[int, JSON]:
+    """The status and the body of an error, as Anthropic's API has them."""
+    status = error.kind.status
+    if isinstance(error, UpstreamError) and error.zai_code == "1305":
+        status = OVERLOADED_STATUS
+    _, kind = ERROR_TYPES.get(status, ERROR_TYPES[400])
     message = str(error)
     if error.kind.code == "context_length_exceeded":
         # Claude Code compacts only where a message begins so (anthropics/claude-code#58252).
         message = f"prompt is too long: {message}"
-    return {"type": "error", "error": {"type": kind, "message": message}}
+    details = {"type": kind, "message": message}
+    return status, {"type": "error", "error": details, "request_id": request_id}
+
+
+def request_id_of(own_id: str) -> str:
+    """The id by which clients know a request, from our random one."""
+    return f"req_{own_id}"
 
 
 def error_headers(error: ProxyError) -> dict[str, str]:
@@ -727,7 +787,12 @@ def is_deeper(value: Any, depth: int) -> bool:
 
 def parse_json(data: bytes) -> Any:
     """The value; None if this is not JSON (or null). A character cut in half does not spoil the rest."""
-    text = data.decode("utf-8", "replace").removeprefix("\ufeff").strip()
+    return parse_json_text(data.decode("utf-8", "replace").removeprefix("\ufeff"))
+
+
+def parse_json_text(text: str) -> Any:
+    """The value; None if this is not JSON (or null)."""
+    text = text.strip()
     try:
         value, end = JSON_DECODER.raw_decode(text)
     except (ValueError, RecursionError):
@@ -757,24 +822,24 @@ MAX_VALUES = 1_000_000
 MAX_DEPTH = 100  # nested objects and arrays
 
 
-def too_many_values(body: bytes) -> bool:
-    """Whether JSON text has more than MAX_VALUES values, not counting names; does not decode it."""
-    if len(body) <= 2 * MAX_VALUES or openings_and_commas(body) < MAX_VALUES:
+def too_many_values(body: bytes, most: int = MAX_VALUES) -> bool:
+    """Whether JSON text has more than so many values, not counting names; does not decode it."""
+    if len(body) <= 2 * most or openings_and_commas(body) < most:
         return False
-    parts = body.replace(rb"\\", b"").replace(rb"\"", b"").split(b'"', 4 * MAX_VALUES + 4)
+    parts = body.replace(rb"\\", b"").replace(rb"\"", b"").split(b'"', 4 * most + 4)
     outside = b"".join(parts[::2])  # strings left out
     values = 1 + openings_and_commas(outside) - outside.count(b"[]") - outside.count(b"{}")
-    return max(values, len(parts) // 4) > MAX_VALUES  # half of the strings may be names
+    return max(values, len(parts) // 4) > most  # half of the strings may be names
 
 
 def openings_and_commas(text: bytes) -> int:
     return len(text) - len(text.translate(None, b"[{,"))
 
 
-def parse_request(body: bytes) -> JSON:
+def parse_request(body: bytes, most_values: int = MAX_VALUES) -> JSON:
     """A client's JSON object. Raises ValueError or RecursionError for anything else."""
-    if too_many_values(body):
-        raise ValueError(f"it has more than {MAX_VALUES:,} values")
+    if too_many_values(body, most_values):
+        raise ValueError(f"it has more than {most_values:,} values")
     document = REQUEST_DECODER.decode(body.decode().removeprefix("\ufeff"))
     if not isinstance(document, dict):
         raise ValueError("it is another JSON value")
@@ -785,6 +850,13 @@ def parse_request(body: bytes) -> JSON:
     if is_deeper(document, MAX_DEPTH):
         raise ValueError(f"it is nested more than {MAX_DEPTH} deep")
     return document
+
+
+def is_json_object(text: str) -> bool:
+    try:
+        return isinstance(JSON_DECODER.decode(text), dict)
+    except (ValueError, RecursionError):
+        return False
 
 
 def as_object(value: Any) -> JSON:
@@ -1183,7 +1255,8 @@ class Finish:
 
     reason: FinishReason
     choice: int = 0
-    stop_sequence: str = ""
+    stop_sequence: str = ""  # the one of `stop` at which it ends
+    is_window_full: bool = False  # why it is cut short: not for max_tokens
 
 
 @dataclass(slots=True)
@@ -1258,10 +1331,14 @@ Messages = tuple[Message, ...]
 
 @dataclass(frozen=True, slots=True)
 class ToolChoice:
-    """Whether a tool may or must be called; `names` restricts it to those functions."""
+    """Whether a tool may or must be called; `names` restricts it to those functions.
+
+    Then only those of Z.ai's own tools may be called whose types are in `natives`.
+    """
 
     mode: Literal["auto", "none", "required"] = "auto"
     names: tuple[str, ...] | None = None
+    natives: tuple[str, ...] = ()
 
 
 # How much to think; "on" leaves the effort to the model.
@@ -1287,6 +1364,7 @@ class Prompt:
     tool_choice: ToolChoice = ToolChoice()
     schema: JSON | None = None  # JSON Schema of the answer; {}: any JSON object; None: text
     effort: Effort | None = None
+    unasked_effort: Effort | None = None  # where neither the client nor the operator says
     clear_thinking: bool | None = None  # whether the model forgets its reasoning of earlier turns
     reasoning_format: ReasoningFormat | None = None
     fallbacks: tuple[str, ...] | None = None  # models to ask when the first cannot answer
@@ -1296,19 +1374,78 @@ class Prompt:
     size: int = 0  # bytes of the JSON it was read from; 0 if few
 
 
+# Claude Code begins its system prompt with a block that changes from call to call.
+BILLING_HEADER = "x-anthropic-billing-header:"
+
+
 def conversation_start(prompt: Prompt) -> Iterator[str]:
-    """What the requests of one conversation have in common: its key, or its system messages and first user message."""
-    first_user = next((message for message in prompt.messages if message.role == "user"), None)
-    texts = (
-        message_text(each)
-        for each in prompt.messages
-        if each.role == "system" or each is first_user
-    )
-    yield from [prompt.cache_key] if prompt.cache_key else texts
+    """What the requests of one conversation have in common.
+
+    Its own key, or else the texts of its system messages and of the first user's.
+    """
+    if prompt.cache_key:
+        yield prompt.cache_key
+        return
+    for message in prompt.messages:
+        if message.role == "user":
+            yield message_text(message)
+            return
+        if message.role == "system":
+            yield from texts_without_billing(message)
+
+
+def texts_without_billing(message: Message) -> list[str]:
+    """The texts of a system message, but not what Claude Code puts before them."""
+    texts = [part for part in message.content if isinstance(part, str)]
+    if texts and texts[0].startswith(BILLING_HEADER):
+        del texts[0]
+    return texts
 
 
 def message_text(message: Message) -> str:
     return "\n".join([part for part in message.content if isinstance(part, str)])
+
+
+# Characters of Chinese, Japanese and Korean, with their punctuation and full-width forms.
+CJK = re.compile(
+    "[\u1100-\u11ff\u2e80-\ua4cf\uac00-\ud7ff\uf900-\ufaff\ufe30-\ufe4f\uff00-\uffef"
+    "\U00020000-\U0003ffff]+"
+)
+TOKENS_OF_CJK = 0.75  # of one such character, as GLM's tokenizers have it in the mean
+TOKENS_OF_OTHERS = 0.28
+
+
+def estimated_tokens(prompt: Prompt) -> int:
+    """About how many tokens the model reads, without asking it: by characters, an image as IMAGE_SIZE / 4."""
+    tokens = 0.0
+    for text in texts_of(prompt):
+        tokens += text_tokens(text)
+    for message in prompt.messages:
+        for part in message.content:
+            if isinstance(part, Media):
+                tokens += IMAGE_SIZE / 4
+    return round(tokens)
+
+
+def texts_of(prompt: Prompt) -> Iterator[str]:
+    """All that the model reads as text: messages, reasoning, calls, and the tools with their schemas."""
+    for message in prompt.messages:
+        yield message_text(message)
+        yield message.thought
+        for call in message.calls:
+            yield call.name
+            yield call.arguments
+    for tool in prompt.tools:
+        yield tool.name
+        yield tool.description
+        yield to_json(tool.parameters)
+
+
+def text_tokens(text: str) -> float:
+    cjk = 0
+    if not text.isascii():
+        cjk = sum(map(len, CJK.findall(text)))
+    return cjk * TOKENS_OF_CJK + (len(text) - cjk) * TOKENS_OF_OTHERS
 
 
 @dataclass(slots=True)
@@ -1409,6 +1546,7 @@ class Reply(ABC):
 
     head: Head
     stored: StoredResponse | None = None  # what is to be kept of a complete answer
+    input_tokens = 0  # of the request, as they were estimated; 0 where they were not
 
     def frames_of(self, events: Iterable[Event]) -> list[Frame]:
         return [frame for event in events for frame in self.feed(event)]
@@ -1778,6 +1916,10 @@ PART_FIELDS = {
     "file": {"file", "file_data", "file_id", "file_url", "data", "source"},
     "document": {"source", "file_data", "data"},
     "audio": {"audio", "input_audio", "data"},
+    "search_result": {"content"},
+    "tool_reference": {"tool_name"},
+    "server_tool_use": {"input"},
+    "web_search_tool_result": {"content"},
 }
 
 
@@ -1927,8 +2069,34 @@ def read_audio(_: JSON, at: str) -> list[Part]:
 
 
 def read_secret(_: JSON, __: str) -> list[Part]:
-    """What only its maker can read."""
+    """What only its maker can read, and what says nothing."""
     return []
+
+
+def read_search_result(part: JSON, at: str) -> list[Part]:
+    """A document that the client found, as Anthropic's API has it."""
+    reader = ContentReader("system")
+    reader.read(part["content"], f"{at}.content")
+    about = [part.get("title"), part.get("source")]
+    return [*(text for text in about if isinstance(text, str)), *reader.content]
+
+
+def read_tool_reference(part: JSON, _: str) -> list[Part]:
+    return [f"Tool {part['tool_name']} is now available."]
+
+
+def read_web_search(part: JSON, _: str) -> list[Part]:
+    """What a search of ours found (see MessageReply), or that it failed."""
+    found: list[Part] = []
+    for result in objects(part["content"]):
+        about = [result.get("title"), result.get("url")]
+        found += [text for text in about if isinstance(text, str)]
+        content = result.get("encrypted_content")
+        if isinstance(content, str):
+            found.append(text_in_base64(content) or "")
+    if not found:
+        found.append(json_or_text(part["content"]))
+    return found
 
 
 # How the parts of any API are read, by their types; but for those of the assistant's and of tools.
@@ -1938,7 +2106,10 @@ PART_READERS: dict[str, Callable[[Any, str], list[Part]]] = {
     **dict.fromkeys(("input_image", "image"), read_image),
     **dict.fromkeys(("file", "input_file", "document"), read_file),
     **dict.fromkeys(("input_audio", "audio"), read_audio),
-    **dict.fromkeys(("redacted_thinking", "encrypted_content"), read_secret),
+    **dict.fromkeys(("redacted_thinking", "encrypted_content", "server_tool_use"), read_secret),
+    "search_result": read_search_result,
+    "tool_reference": read_tool_reference,
+    "web_search_tool_result": read_web_search,
 }
 
 
@@ -1948,7 +2119,8 @@ def read_result(part: JSON, at: str) -> Message:
     reader.read(part.get("content"), f"{at}.content")
     content = reader.content
     if part.get("is_error") is True and not says_error(content):
-        content.insert(0, "Error:")
+        said = content.pop(0) if content and isinstance(content[0], str) else ""
+        content.insert(0, f"Error: {said}".strip())
     return Message("tool", tuple(content), call_id=answered_call(part))
 
 
@@ -1976,9 +2148,28 @@ def read_thought(message: JSON) -> str:
 def part_thought(part: JSON) -> str:
     """The reasoning in a part: Anthropic's and Mistral's `thinking`, or the texts of others."""
     for name in ("thinking", "reasoning", "text", "content", "summary"):
-        if thought := joined_texts(part.get(name)):
+        thought = joined_texts(part.get(name))
+        if thought:
             return thought
-    return ""
+    return kept_reasoning(part.get("signature"))
+
+
+REASONING_PREFIX = "ztoapi:"  # of reasoning that clients keep for us in base64, not encrypted
+
+
+def kept_reasoning(value: Any) -> str:
+    """The reasoning that `encode_reasoning` put into a text; "" for any other value."""
+    if not isinstance(value, str) or not value.startswith(REASONING_PREFIX):
+        return ""
+    try:
+        data = base64.b64decode(value.removeprefix(REASONING_PREFIX), validate=True)
+        return data.decode("utf-8", "surrogatepass")
+    except ValueError:
+        return ""
+
+
+def encode_reasoning(thought: str) -> str:
+    return REASONING_PREFIX + base64.b64encode(thought.encode("utf-8", "surrogatepass")).decode()
 
 
 def joined_texts(value: Any) -> str:
@@ -2517,14 +2708,36 @@ def text_format(value: Any) -> JSON | None:
     return answer_schema({**as_object(flat), "json_schema": flat})
 
 
-def response_tool_choice(value: Any) -> ToolChoice:
+class ChosenTools(NamedTuple):
+    """A `tool_choice` that names tools: functions by name, OpenAI's own by type."""
+
+    mode: Literal["auto", "required"]
+    names: tuple[str, ...]
+    kinds: tuple[str, ...]
+
+
+def response_tool_choice(value: Any) -> ToolChoice | ChosenTools:
     match value:
-        case {"type": "function" | "custom", "name": str()}:
-            return ToolChoice("required", (qualified_name(value),))
         case {"type": "allowed_tools", "mode": "auto" | "required" as mode, "tools": [*tools]}:
-            return ToolChoice(mode, tuple(qualified_name(as_object(tool)) for tool in tools))
+            return chosen_tools(mode, tools)
+        case {"type": "function" | "custom", "name": str()}:
+            return chosen_tools("required", [value])
+        case {"type": str(kind)} if kind not in ("function", "custom", "allowed_tools"):
+            return chosen_tools("required", [value])
         case _:
-            return tool_choice(value)
+            return tool_choice(value)  # a word, or chat's form
+
+
+def chosen_tools(mode: Literal["auto", "required"], tools: list[Any]) -> ChosenTools:
+    names: list[str] = []
+    kinds: list[str] = []
+    for tool in objects(tools):
+        kind = str(tool.get("type") or "function")
+        if kind in ("function", "custom"):
+            names.append(qualified_name(tool))
+        else:
+            kinds.append(kind)
+    return ChosenTools(mode, tuple(names), tuple(kinds))
 
 
 def response_input(value: Any) -> list[Any]:
@@ -2577,48 +2790,53 @@ def stored_by_openai(_: Any) -> None:
     )
 
 
-RESPONSE_FIELDS: dict[str, Check] = (
-    COMMON_FIELDS
-    | dict.fromkeys(("instructions", "previous_response_id", "prompt_cache_key"), string)
-    | dict.fromkeys(("store", "parallel_tool_calls"), switch)
-    | dict.fromkeys(
-        ("conversation", "prompt"), stored_by_openai
-    )  # ignoring these would lose the conversation
-    | {
-        "input": response_input,
-        "text": text_format,
-        "reasoning": effort_from_object,
-        "include": array,
-    }
-    | {"tools": response_tools, "tool_choice": response_tool_choice}
-    | {"max_output_tokens": integer(1, 2**31), "metadata": metadata}
-)
+RESPONSE_FIELDS: dict[str, Check] = {
+    **COMMON_FIELDS,
+    "input": response_input,
+    "instructions": string,
+    "previous_response_id": string,
+    "conversation": stored_by_openai,  # ignoring these two would lose the conversation
+    "prompt": stored_by_openai,
+    "prompt_cache_key": string,
+    "store": switch,
+    "include": array,
+    "metadata": metadata,
+    "max_output_tokens": integer(1, 2**31),
+    "reasoning": effort_from_object,
+    "text": text_format,
+    "tools": response_tools,
+    "tool_choice": response_tool_choice,
+    "parallel_tool_calls": switch,
+}
 
 # Fields of a request that the response repeats, with their defaults.
-ECHOED: JSON = (
-    dict.fromkeys(("instructions", "max_output_tokens", "previous_response_id", "prompt_cache_key"))
-    | {
-        "safety_identifier": None,
-        "user": None,
-        "store": True,
-        "metadata": {},
-        "temperature": 1.0,
-        "top_p": 1.0,
-    }
-    | {"tools": [], "tool_choice": "auto", "parallel_tool_calls": True}
-    | {"reasoning": {"effort": None, "summary": None}, "text": {"format": {"type": "text"}}}
-)
+ECHOED: JSON = {
+    "instructions": None,
+    "max_output_tokens": None,
+    "previous_response_id": None,
+    "prompt_cache_key": None,
+    "safety_identifier": None,
+    "user": None,
+    "store": True,
+    "metadata": {},
+    "temperature": 1.0,
+    "top_p": 1.0,
+    "tools": [],
+    "tool_choice": "auto",
+    "parallel_tool_calls": True,
+    "max_tool_calls": None,
+    "reasoning": {"effort": None, "summary": None},
+    "text": {"format": {"type": "text"}},
+}
 # The other keys that a response must have; in a request, ztoapi ignores them.
 FIXED: JSON = {
     "background": False,
-    "max_tool_calls": None,
     "service_tier": "default",
     "truncation": "disabled",
+    "frequency_penalty": 0.0,
+    "presence_penalty": 0.0,
+    "top_logprobs": 0,
 }
-FIXED |= {"frequency_penalty": 0.0, "presence_penalty": 0.0, "top_logprobs": 0}
-REASONING_PREFIX = (
-    "ztoapi:"  # of our `encrypted_content`: base64 follows, neither encrypted nor signed
-)
 
 
 class History(Protocol):
@@ -2646,29 +2864,47 @@ class ResponsesRequest:
 
 def parse_response(body: JSON, history: History) -> tuple[Prompt, ResponseReply]:
     """Raises BadRequest for an invalid field and for a previous response that is not stored."""
+    prompt, request = read_response_request(body, history)
+    if ends_in_trigger(body.get("input")):
+        return with_compaction(prompt), CompactionReply(request)
+    return prompt, ResponseReply(request)
+
+
+def parse_compaction(body: JSON, history: History) -> tuple[Prompt, ResponseReply]:
+    """A request for nothing but a summary; what comes of it is not stored. Raises as parse_response."""
+    prompt, request = read_response_request({**body, "store": False}, history)
+    return with_compaction(prompt), CompactedReply(request)
+
+
+COUNTED_OF_RESPONSE = ("model", "instructions", "input", "tools", "previous_response_id")
+
+
+def parse_counted_response(body: JSON, history: History) -> Prompt:
+    """What a model would read of a request, of which nothing else is looked at; the model need not be named."""
+    given = {name: body[name] for name in COUNTED_OF_RESPONSE if body.get(name) is not None}
+    prompt, _ = read_response_request({"model": "any", "input": "", **given}, history)
+    return prompt
+
+
+def read_response_request(body: JSON, history: History) -> tuple[Prompt, ResponsesRequest]:
     given = validated(body, RESPONSE_FIELDS)
     required(given, "model")
     before = previous_items(given.get("previous_response_id", ""), history)
-    own = [
-        resolve_reference(item, f"input[{i}]", history)
-        for i, item in enumerate(given.get("input", ()))
-    ]
+    own = resolved_input(given.get("input", []), history)
     items = [*before, *own]
     conversation = read_items(items, -len(before))
     if not conversation:
         raise BadRequest("'input' is required and must not be empty.", "input")
-    instructions = (
-        (Message("system", (given["instructions"],)),) if given.get("instructions") else ()
-    )
-    tools = [(tool, parse_response_tool(tool, at)) for at, tool in given.get("tools", ())]
-    tools = with_additional_tools(tools, items)
-    left_out = [f"tools.{tool.get('type')}" for tool, parsed in tools if parsed is None]
+    if given.get("instructions"):
+        conversation = (Message("system", (given["instructions"],)), *conversation)
+    tools = with_additional_tools(read_tools(given.get("tools", [])), items)
+    offered = offered_tools(given.get("tool_choice", ToolChoice()), tools)
     prompt = Prompt(
-        **common_arguments({"stream": False, **given}),
-        messages=(*instructions, *conversation),
+        **common_arguments({"stream": False, **given, "tool_choice": offered.choice}),
+        messages=conversation,
         max_tokens=given.get("max_output_tokens"),
-        tools=tuple(parsed for _, parsed in tools if isinstance(parsed, Tool)),
-        native_tools=tuple(parsed for _, parsed in tools if isinstance(parsed, dict)),
+        tools=offered.functions,
+        native_tools=offered.natives,
         schema=given.get("text"),
         effort=given.get("reasoning"),
         reasoning_format="parsed",
@@ -2676,15 +2912,49 @@ def parse_response(body: JSON, history: History) -> tuple[Prompt, ResponseReply]
         ignored=(
             *unknown_fields(body, RESPONSE_FIELDS),
             *serial_calls(given),
-            *dict.fromkeys(left_out),
+            *offered.left_out,
             *unknown_items(items),
         ),
     )
-    by_name = {parsed.name: tool for tool, parsed in tools if isinstance(parsed, Tool)}
     echo = echo_of(body)
     stored = stored_items(own) if echo["store"] else []
     returns_reasoning = "reasoning.encrypted_content" in given.get("include", ())
-    return prompt, ResponseReply(ResponsesRequest(echo, stored, by_name, returns_reasoning))
+    return prompt, ResponsesRequest(echo, stored, offered.by_name, returns_reasoning)
+
+
+def ends_in_trigger(items: Any) -> bool:
+    """Whether the input asks for a summary of the conversation, as Codex does before its window is full."""
+    kinds = [item.get("type") for item in objects(items)]
+    return kinds[-1:] == [COMPACTION_TRIGGER]
+
+
+COMPACTION_TRIGGER = "compaction_trigger"
+COMPACTION_ORDER = """\
+Write a summary of this conversation for the model that goes on with the work. It will see nothing \
+else of what came before, so whatever it needs must be in your summary:
+- What was asked: the task, every later wish and correction, and what must not be done.
+- What was decided, and why; what was tried and did not work.
+- What was changed: each file and what is different in it now; commands that were run and what came of them.
+- What is open: what remains to be done, what is in progress, known errors, and the next step.
+Write the names of files, functions, commands, settings, versions and ids, and the words of errors, \
+exactly as they are. An earlier summary above counts as part of the conversation. Call no tool. \
+Answer with the summary alone."""
+
+
+def with_compaction(prompt: Prompt) -> Prompt:
+    """The conversation with the order to sum it up at its end; its beginning stays as it was, for Z.ai's cache."""
+    order = Message("user", (COMPACTION_ORDER,), continues=True)
+    return replace(
+        prompt,
+        messages=(*prompt.messages, order),
+        native_tools=(),
+        tool_choice=ToolChoice(),
+        schema=None,
+    )
+
+
+def resolved_input(items: list[Any], history: History) -> list[Any]:
+    return [resolve_reference(item, f"input[{index}]", history) for index, item in enumerate(items)]
 
 
 def previous_items(response_id: str, history: History) -> list[JSON]:
@@ -2698,7 +2968,11 @@ def previous_items(response_id: str, history: History) -> list[JSON]:
         if stored is None:
             message = "The previous response is not stored here (any more): send the whole conversation as 'input'."
             raise BadRequest(message, "previous_response_id", "previous_response_not_found")
-        turns.append([*stored.input, *stored.response["output"]])
+        output = stored.response["output"]
+        if "compaction" in map(item_type, output):  # it stands for all that came before
+            turns.append(output)
+            break
+        turns.append([*stored.input, *output])
         response_id = stored.parent
     return [*chain.from_iterable(reversed(turns))]
 
@@ -2764,6 +3038,8 @@ def echo_of(body: JSON) -> JSON:
     for name in ("user", "safety_identifier", "prompt_cache_key"):
         echo[name] = short(echo[name])
     reasoning, text = as_object(echo["reasoning"]), as_object(echo["text"])
+    if type(echo["max_tool_calls"]) is not int:
+        echo["max_tool_calls"] = None
     echo["metadata"] = as_object(echo["metadata"])
     echo["reasoning"] = {name: short(reasoning.get(name)) for name in ("effort", "summary")}
     answer_format = format_echo(as_object(text.get("format")) or {"type": "text"})
@@ -2822,6 +3098,10 @@ def namespace_echo(tool: JSON) -> JSON:
     return fields_of(tool, "type", "name") | {"description": about, "tools": members}
 
 
+def search_echo(tool: JSON) -> JSON:
+    return fields_of(tool, "type", "execution", "description", "parameters")
+
+
 TOOL_ECHOES: Mapping[str, Callable[[JSON], JSON]] = {
     "function": function_echo,
     "custom": custom_echo,
@@ -2836,6 +3116,8 @@ def tool_echoes(tools: Any) -> list[JSON]:
         kind = str(tool.get("type"))
         if kind in TOOL_ECHOES:
             echoes.append(TOOL_ECHOES[kind](tool))
+        elif searches_tools(tool):
+            echoes.append(search_echo(tool))
         elif kind.startswith("web_search") and tool.get("external_web_access") is not False:
             echoes.append(shortened(tool, "type", "search_context_size"))
     return echoes
@@ -2872,6 +3154,11 @@ ITEM_FIELDS: Mapping[str, tuple[str, ...]] = {
     "custom_tool_call": ("call_id", "name", "namespace", "input"),
     "function_call_output": ("call_id", "output"),
     "custom_tool_call_output": ("call_id", "output"),
+    "tool_search_call": ("call_id", "execution", "arguments"),
+    "tool_search_output": ("call_id", "execution"),
+    "additional_tools": (),
+    "compaction": ("encrypted_content",),
+    "compaction_summary": ("encrypted_content",),
 }
 # More of them in a message, as other APIs have it.
 ROLE_FIELDS: Mapping[str, tuple[str, ...]] = {
@@ -2897,8 +3184,6 @@ def stored_items(items: Iterable[JSON]) -> list[JSON]:
         kind = item_type(item)
         if kind in ITEM_READERS:
             stored.append(stored_item(item, kind))
-        elif kind == "additional_tools":
-            stored.append({"type": kind, "tools": tool_echoes(item.get("tools"))})
     return stored
 
 
@@ -2906,16 +3191,27 @@ def stored_item(item: JSON, kind: str) -> JSON:
     names = ITEM_FIELDS.get(kind, CALL_FIELDS)
     if kind == "message":
         names += ROLE_FIELDS.get(ROLES[item["role"]], ())
-    kept: JSON = {"type": kind, **fields_of(item, *names)}
+    kept: JSON = {"type": kind, **fields_of(item, *names), **rewritten(item, kind)}
     for name in ("content", "output"):
         if isinstance(kept.get(name), list):
             kept[name] = [stored_part(part) for part in kept[name]]
-    if kind == "reasoning":
-        kept["summary"] = [{"type": "summary_text", "text": decode_reasoning(item)}]
     item_id = item.get("id")
     if isinstance(item_id, str) and len(item_id) <= SHORT:
         kept["id"] = item_id
     return kept
+
+
+def rewritten(item: JSON, kind: str) -> JSON:
+    """The fields of an item that are kept in another form than they came in."""
+    if kind == "reasoning":
+        return {"summary": [{"type": "summary_text", "text": decode_reasoning(item)}]}
+    if kind == "agent_message":
+        return {"content": agent_content(item)}
+    if kind in TOOL_ITEMS:
+        return {"tools": tool_echoes(item.get("tools"))}
+    if is_foreign_summary(item):
+        return {"encrypted_content": ""}
+    return {}
 
 
 def stored_part(part: Any) -> Any:
@@ -2939,11 +3235,14 @@ def stored_part(part: Any) -> Any:
 
 
 def unknown_items(items: Iterable[JSON]) -> list[str]:
-    """The types of items that are left out: Codex brings new ones with each version."""
+    """The types of items that are not understood: Codex brings new ones with each version."""
     known = ITEM_READERS.keys() | SKIPPED_ITEMS
-    return list(
-        {f"input.{item_type(item)}": True for item in items if item_type(item) not in known}
-    )
+    unknown: dict[str, None] = {}
+    for item in items:
+        kind = item_type(item)
+        if kind not in known or is_foreign_summary(item):
+            unknown[f"input.{kind}"] = None
+    return list(unknown)
 
 
 def read_call_item(item: JSON, _: str) -> list[Message]:
@@ -2954,11 +3253,31 @@ def read_call_item(item: JSON, _: str) -> list[Message]:
         arguments = item.get("arguments")
     elif kind == "custom_tool_call":
         arguments = {"input": item.get("input")}
+    elif kind == "tool_search_call":
+        arguments = item.get("arguments")
+        name = TOOL_SEARCH
     else:  # of a tool of OpenAI's own
         arguments = item.get("action") or item.get("operation")
         name = kind.removesuffix("_call")
     call = ToolCall(0, item_call_id(item), name, argument_text(arguments) or "{}")
     return [Message("assistant", (), calls=(call,))]
+
+
+def read_search_item(item: JSON, at: str) -> list[Message]:
+    """A search of tools; one that OpenAI's server made says nothing but the tools that it found."""
+    if item.get("execution") == "server":
+        return []
+    return read_call_item(item, at)
+
+
+def read_found_tools(item: JSON, _: str) -> list[Message]:
+    """What a search of tools found, by name: the tools themselves join the others."""
+    if item.get("execution") == "server":
+        return []
+    names = filter(None, map(qualified_name, additional_tools(item)))
+    said = "\n".join([f"tool {name} is now available" for name in names])
+    said = said or "no tool was found"
+    return [Message("tool", (said,), call_id=item_call_id(item))]
 
 
 def item_call_id(item: JSON) -> str:
@@ -2985,13 +3304,59 @@ def read_mcp_item(item: JSON, at: str) -> list[Message]:
 def read_agent_item(item: JSON, at: str) -> list[Message]:
     """What one of Codex's agents wrote to another, as a user's text that names its author."""
     reader = ContentReader("system")
-    reader.read(item.get("content"), f"{at}.content")
+    reader.read(agent_content(item), f"{at}.content")
     words = f"Message from the agent {item.get('author') or '?'}:"
     return [Message("user", (words, *reader.content), continues=True)]
 
 
+CIPHERTEXT = re.compile(r"gAAAA[\w-]+=*")  # as OpenAI encrypts: Fernet
+
+
+def agent_content(item: JSON) -> Any:
+    """The content of an agent's message with its tasks as text.
+
+    OpenAI's models encrypt what they tell another agent. Codex passes on as `encrypted_content`
+    whatever the model said (tried with 0.171); other models say it in plain text.
+    """
+    content = item.get("content")
+    if not isinstance(content, list):
+        return content
+    return [plain_part(part) for part in content]
+
+
+def plain_part(part: Any) -> Any:
+    match part:
+        case {"type": "encrypted_content", "encrypted_content": str(said)}:
+            is_secret = CIPHERTEXT.fullmatch(said)
+            return part if is_secret else {"type": "input_text", "text": said}
+        case _:
+            return part
+
+
 def read_reasoning_item(item: JSON, _: str) -> list[Message]:
     return [Message("assistant", (), thought=decode_reasoning(item))]
+
+
+SUMMARY_ITEMS = ("compaction", "compaction_summary")
+FOREIGN_SUMMARY = "[earlier summary that only its maker can read]"
+
+
+def read_summary_item(item: JSON, _: str) -> list[Message]:
+    """What a compaction left of the conversation before it. It begins no new turn."""
+    if is_foreign_summary(item):
+        return [Message("user", (FOREIGN_SUMMARY,), continues=True)]
+    summary = kept_reasoning(item["encrypted_content"])
+    return [Message("user", ("Summary of the conversation so far:", summary), continues=True)]
+
+
+def is_foreign_summary(item: JSON) -> bool:
+    """Whether an item is a summary that another server made: only that one can read it."""
+    return item_type(item) in SUMMARY_ITEMS and not kept_reasoning(item.get("encrypted_content"))
+
+
+def read_nothing(_: JSON, __: str) -> list[Message]:
+    """An item that says nothing to the model itself."""
+    return []
 
 
 CALL_ITEMS = (
@@ -3007,6 +3372,10 @@ ITEM_READERS: dict[str, Callable[[JSON, str], list[Message]]] = {
     "reasoning": read_reasoning_item,
     "agent_message": read_agent_item,
     "mcp_call": read_mcp_item,
+    "tool_search_call": read_search_item,
+    "tool_search_output": read_found_tools,
+    "additional_tools": read_nothing,
+    **dict.fromkeys(SUMMARY_ITEMS, read_summary_item),
     **dict.fromkeys(CALL_ITEMS, read_call_item),
     **dict.fromkeys([f"{kind}_output" for kind in CALL_ITEMS], read_output_item),
 }
@@ -3017,17 +3386,56 @@ SKIPPED_ITEMS = frozenset(
         "file_search_call",
         "code_interpreter_call",
         "image_generation_call",
-        "additional_tools",  # see with_additional_tools
+        COMPACTION_TRIGGER,  # see parse_response
     )
 )
+TOOL_ITEMS = ("additional_tools", "tool_search_output")  # see with_additional_tools
 
 
 # A tool as the client sent it, and as it is offered: None for one that GLM does not have.
 ReadTool = tuple[JSON, Tool | JSON | None]
 
 
+def read_tools(tools: list[tuple[str, Any]]) -> list[ReadTool]:
+    return [(tool, parse_response_tool(tool, at)) for at, tool in tools]
+
+
+@dataclass(slots=True)
+class OfferedTools:
+    """The tools of a request as the model gets them, and what was left out, by the names for the client."""
+
+    choice: ToolChoice
+    functions: tuple[Tool, ...]
+    natives: tuple[JSON, ...]
+    by_name: dict[str, JSON]  # functions as the client sent them, by the names that the model knows
+    left_out: list[str]
+
+
+def offered_tools(wanted: ToolChoice | ChosenTools, tools: list[ReadTool]) -> OfferedTools:
+    """Raises BadRequest for a tool that must be called and is not there."""
+    functions: list[Tool] = []
+    natives: list[JSON] = []
+    by_name: dict[str, JSON] = {}
+    left_out: list[str] = []
+    for tool, read in tools:
+        if isinstance(read, Tool):
+            functions.append(read)
+            by_name[read.name] = tool
+        elif read:
+            natives.append(read)
+        else:
+            left_out.append(f"tools.{tool.get('type')}")
+    if isinstance(wanted, ChosenTools):
+        left_out += [f"tools.{kind}" for kind in wanted.kinds if not offered_as(kind, tools)]
+    choice = fulfilled(wanted, tools)
+    if must_search(choice, tuple(functions)):
+        natives = [with_required_search(native) for native in natives]
+    left_out = [*dict.fromkeys(left_out)]
+    return OfferedTools(choice, tuple(functions), tuple(natives), by_name, left_out)
+
+
 def with_additional_tools(tools: list[ReadTool], items: Iterable[JSON]) -> list[ReadTool]:
-    """The tools, and those that Codex puts into the conversation; of one name the first."""
+    """The tools, and those that Codex puts into the conversation or finds in it; of one name the first."""
     known = {tool_name(read) for _, read in tools if read}
     joined = list(tools)
     for tool in chain.from_iterable(map(additional_tools, items)):
@@ -3040,6 +3448,64 @@ def with_additional_tools(tools: list[ReadTool], items: Iterable[JSON]) -> list[
     return joined
 
 
+def fulfilled(choice: ToolChoice | ChosenTools, tools: list[ReadTool]) -> ToolChoice:
+    """The choice among the tools as they are offered.
+
+    Raises BadRequest where a tool must be called, and the model has none of those that it names.
+    """
+    if isinstance(choice, ToolChoice):
+        return choice
+    names = list(choice.names)
+    natives: list[str] = []
+    for kind in choice.kinds:
+        for read in offered_as(kind, tools):
+            if isinstance(read, Tool):
+                names.append(read.name)
+            else:
+                natives.append(read["type"])
+    if choice.mode == "required" and choice.kinds and not names and not natives:
+        check_available(choice.kinds, tools)
+    return ToolChoice(choice.mode, tuple(names), tuple(natives))
+
+
+def offered_as(kind: str, tools: list[ReadTool]) -> list[Tool | JSON]:
+    """What the model is offered for OpenAI's tools of this type."""
+    wanted = unversioned(kind)
+    return [read for tool, read in tools if read and unversioned(str(tool.get("type"))) == wanted]
+
+
+def unversioned(kind: str) -> str:
+    """The type of a tool without its version: OpenAI's search has several."""
+    if kind.startswith("web_search"):
+        return "web_search"
+    return kind
+
+
+def check_available(kinds: tuple[str, ...], tools: list[ReadTool]) -> None:
+    """Raises BadRequest for tools that must be called and are not offered; without tools a search needs not be."""
+    which = ", ".join(kinds)
+    if not {*map(unversioned, kinds)} <= {"web_search", TOOL_SEARCH}:
+        words = f"'tool_choice' names {which}, which GLM does not have: it has functions and web_search."
+        raise BadRequest(words, "tool_choice")
+    if tools:
+        raise BadRequest(f"'tool_choice' names {which}, not among the tools.", "tool_choice")
+
+
+def must_search(choice: ToolChoice, functions: tuple[Tool, ...]) -> bool:
+    """Whether a search is the only tool that may be called, where one must be."""
+    if choice.mode != "required":
+        return False
+    if choice.names is None:
+        return not functions
+    return not choice.names
+
+
+def with_required_search(native: JSON) -> JSON:
+    if native["type"] != "web_search":
+        return native
+    return {**native, "web_search": {**native["web_search"], "require_search": True}}
+
+
 def tool_name(read: Tool | JSON) -> str:
     """What a tool is known by; one of Z.ai's own by its type."""
     return read.name if isinstance(read, Tool) else str(read["type"])
@@ -3048,7 +3514,7 @@ def tool_name(read: Tool | JSON) -> str:
 def additional_tools(item: JSON) -> list[JSON]:
     """The tools in an item, those of a namespace apart; none in an item of another type."""
     found: list[JSON] = []
-    if item_type(item) == "additional_tools":
+    if item_type(item) in TOOL_ITEMS:
         for tool in objects(item.get("tools")):
             found += [part for _, part in split_namespace(tool, "") if part]
     return found
@@ -3093,20 +3559,22 @@ def merged(turn: list[Message]) -> Message:
     )
 
 
-def encode_reasoning(thought: str) -> str:
-    return REASONING_PREFIX + base64.b64encode(thought.encode("utf-8", "surrogatepass")).decode()
-
-
 def decode_reasoning(item: JSON) -> str:
     """The reasoning in an item: from our `encrypted_content`, else from its visible text."""
-    kept = item.get("encrypted_content")
-    if isinstance(kept, str) and kept.startswith(REASONING_PREFIX):
-        with suppress(ValueError):
-            return base64.b64decode(kept.removeprefix(REASONING_PREFIX), validate=True).decode(
-                "utf-8", "surrogatepass"
-            )
+    thought = kept_reasoning(item.get("encrypted_content"))
+    if thought:
+        return thought
     parts = chain.from_iterable(objects(item.get(key)) for key in ("content", "summary"))
     return "".join(part["text"] for part in parts if isinstance(part.get("text"), str))
+
+
+# Codex's tool that finds others, which are not offered before (openai/codex, tool_search.rs; tried
+# with 0.171). The client runs it; OpenAI has one of the same type that its server runs.
+TOOL_SEARCH = "tool_search"
+
+
+def searches_tools(tool: JSON) -> bool:
+    return tool.get("type") == TOOL_SEARCH and tool.get("execution") == "client"
 
 
 def parse_response_tool(tool: Any, at: str) -> Tool | JSON | None:
@@ -3128,6 +3596,9 @@ def parse_response_tool(tool: Any, at: str) -> Tool | JSON | None:
                 *([f"The input's grammar: {grammar}"] if grammar else []),
             ]
             return Tool(qualified_name(tool), "\n".join(about), schema)
+        case dict() if searches_tools(tool):
+            described = fields_of(tool, "description", "parameters")
+            return parse_function({"name": TOOL_SEARCH, **described}, f"{at}.")
         case {"type": str(kind)} if kind.startswith("web_search"):
             return as_object(checked(tool, search_tool, at))
         case {"type": str(kind)} if kind not in ("function", "custom"):
@@ -3146,7 +3617,8 @@ def parse_response_tool(tool: Any, at: str) -> Tool | JSON | None:
 class ItemKind:
     """A kind of item in a response's output. `events` names the events with its text, arguments or input.
 
-    Text is sent as its item's only part, with `part_events`; a call has no parts.
+    Text is sent as its item's only part, with `part_events`; a call has no parts. A search of tools
+    has no events but those of every item.
     """
 
     type: str
@@ -3180,9 +3652,61 @@ MESSAGE = ItemKind(
 )
 FUNCTION_CALL = ItemKind("function_call", "fc", "arguments", "function_call_arguments")
 CUSTOM_TOOL_CALL = ItemKind("custom_tool_call", "ctc", "input", "custom_tool_call_input")
+TOOL_SEARCH_CALL = ItemKind(
+    "tool_search_call", "tsc", "arguments", "", fields={"execution": "client"}
+)
+COMPACTION = ItemKind("compaction", "cmp", "encrypted_content", "")
+# The kind of a call, by the type of its tool; of the others it is a function call.
+CALL_KINDS = {"custom": CUSTOM_TOOL_CALL, TOOL_SEARCH: TOOL_SEARCH_CALL}
 
 # The code of a failed response, by the HTTP status of the error.
 FAILURE_CODES = {400: "invalid_prompt", 402: "insufficient_quota", 429: "rate_limit_exceeded"}
+
+
+def custom_input(name: str, arguments: str) -> str:
+    """What a custom tool is called with: a string, offered to the model as a function's only field."""
+    given = parse_json_text(arguments)
+    if isinstance(given, dict) and "input" in given:
+        said = json_or_text(given["input"])
+    elif isinstance(given, str):
+        said = given
+    else:
+        said = arguments
+    if name == "apply_patch":
+        return patch_in(said)
+    return said
+
+
+# The lines around a patch, as Codex's apply_patch takes it (openai/codex, apply-patch/src/parser.rs).
+PATCH_BEGINS = re.compile(r"^\*\*\* Begin Patch[ \t\r]*\n", re.MULTILINE)
+PATCH_ENDS = "\n*** End Patch"
+
+
+def patch_in(said: str) -> str:
+    """The patch in what a model says instead of one; what has no patch in it stays as it is.
+
+    Models wrap it in a fence, in a command of a shell, or in JSON of their own.
+    """
+    for text in [said, *strings_in(parse_json_text(said))]:
+        begins = PATCH_BEGINS.search(text)
+        ends = text.rfind(PATCH_ENDS)
+        if begins and begins.start() < ends:
+            patch = text[begins.start() : ends + len(PATCH_ENDS)]
+            is_bare = patch == text.strip()
+            return text if is_bare else patch
+    return said
+
+
+def strings_in(value: Any) -> Iterator[str]:
+    """The strings in a JSON value, at every depth, but for names."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict):
+        for member in value.values():
+            yield from strings_in(member)
+    elif isinstance(value, list):
+        for member in value:
+            yield from strings_in(member)
 
 
 @dataclass
@@ -3201,12 +3725,6 @@ class Item:
     def text(self) -> str:
         return "".join(self.pieces)
 
-    @property
-    def input(self) -> str:
-        """The string that a custom tool is called with."""
-        given = parse_json(self.text.encode("utf-8", "surrogatepass"))
-        return str(given["input"]) if isinstance(given, dict) and "input" in given else self.text
-
     @cached_property
     def position(self) -> JSON:
         part = {f"{self.kind.content}_index": 0} if self.kind.part_type else {}
@@ -3218,10 +3736,16 @@ class Item:
         return {"type": self.kind.part_type, "text": self.text, **annotations, **self.kind.logprobs}
 
     @property
-    def content(self) -> str | list[JSON]:
+    def content(self) -> str | list[JSON] | JSON:
         if self.kind.part_type:
             return [self.part] if self.pieces else []
-        return self.input if self.kind is CUSTOM_TOOL_CALL else self.text
+        if self.kind is CUSTOM_TOOL_CALL:
+            return custom_input(self.names["name"], self.text)
+        if self.kind is TOOL_SEARCH_CALL:
+            return as_object(parse_json_text(self.text))
+        if self.kind is COMPACTION:
+            return encode_reasoning(self.text)
+        return self.text
 
     @property
     def body(self) -> JSON:
@@ -3231,6 +3755,8 @@ class Item:
             **self.names,
             self.kind.content: self.content,
         }
+        if self.kind is COMPACTION:
+            return {"id": self.id, **fields}
         return {"id": self.id, "status": self.status, **fields}
 
 
@@ -3290,7 +3816,7 @@ class ResponseReply(Reply):
                 "call_id": call.id,
                 **{key: tool[key] for key in ("name", "namespace") if key in tool},
             }
-            kind = CUSTOM_TOOL_CALL if tool.get("type") == "custom" else FUNCTION_CALL
+            kind = CALL_KINDS.get(str(tool.get("type")), FUNCTION_CALL)
             item = self.calls[call.index] = yield from self.new_item(kind, names)
         item.pieces.append(call.arguments)
         if item.kind is FUNCTION_CALL and call.arguments:
@@ -3324,6 +3850,8 @@ class ResponseReply(Reply):
 
     def last_frames(self, item: Item) -> Iterator[JSON]:
         kind = item.kind
+        if not kind.events:
+            return
         if kind.part_type:
             yield self.frame(
                 f"{kind.events}.done", **item.position, text=item.text, **kind.logprobs
@@ -3331,7 +3859,7 @@ class ResponseReply(Reply):
             yield self.frame(f"{kind.part_events}.done", **item.position, part=item.part)
             return
         if kind is CUSTOM_TOOL_CALL:  # its input is not known until it is complete
-            yield self.frame(f"{kind.events}.delta", **item.position, delta=item.input)
+            yield self.frame(f"{kind.events}.delta", **item.position, delta=item.content)
         name = {"name": item.names["name"]} if kind is FUNCTION_CALL else {}
         yield self.frame(
             f"{kind.events}.done", **item.position, **name, **{kind.content: item.content}
@@ -3413,6 +3941,44 @@ class ResponseReply(Reply):
         )
 
 
+NO_SUMMARY = "The model did not sum up the conversation: try again."
+
+
+class CompactionReply(ResponseReply):
+    """A response whose only item is a summary of the conversation, sealed as reasoning is.
+
+    Clients send it back in place of what it sums up, and need not read it.
+    """
+
+    def frames(self, event: Event) -> Iterator[JSON]:
+        match event:
+            case Text(words) if words:
+                yield from self.add_summary(words)
+            case Usage():
+                yield from super().frames(event)
+            case Finish():
+                if not any(item.text.strip() for item in self.items):
+                    raise UpstreamError(UNAVAILABLE, NO_SUMMARY)
+                yield from super().frames(event)
+
+    def add_summary(self, words: str) -> Iterator[JSON]:
+        """The item is opened at once, as a sign of life, and has its text when it is complete."""
+        if not self.items:
+            yield from self.new_item(COMPACTION)
+        self.items[0].pieces.append(words)
+
+
+class CompactedReply(CompactionReply):
+    """The answer to a request for nothing but a summary; streamed it is a response like any other."""
+
+    def fold(self, events: Sequence[Event]) -> JSON:
+        response = super().fold(events)
+        return {
+            "object": "response.compaction",
+            **fields_of(response, "id", "created_at", "output", "usage"),
+        }
+
+
 def input_items(response_id: str, said: Sequence[JSON], query: Mapping[str, str]) -> JSON:
     """A page of a response's input, as its `order`, `after` and `limit` ask for it: the newest 20 first."""
     order = 1 if query.get("order") == "asc" else -1
@@ -3454,76 +4020,656 @@ def response_usage(usage: Usage) -> JSON:
     }
 
 
-# ======== Messages ==================================================================================================
-# Anthropic's API, which Z.ai serves itself; only what Z.ai takes differently is here.
+# ======== Messages: request =======================================================================
+# `parse_message` reads a request of Anthropic's API. Its shapes are those of the package `anthropic` 2.14.
 
 
-def messages_request(body: JSON, model: str) -> bytes:
-    """The request as Z.ai takes it: it answers 422 to messages of role system (zai-org/GLM-5#74)."""
-    turns = body.get("messages")
-    changed = {"messages": with_reminders(turns)} if isinstance(turns, list) else {}
-    return encode_request({**body, "model": model, **changed})
+BILLING_HEADER = "x-anthropic-billing-header:"  # Claude Code's; it changes from call to call
 
 
-def with_reminders(turns: list[Any]) -> list[Any]:
-    """The conversation with each system message put into the user's turn beside it, as a reminder."""
-    if not any(as_object(turn).get("role") == "system" for turn in turns):
-        return turns
-    groups = groupby(
-        map(as_object, turns),
-        lambda turn: "user" if turn.get("role") == "system" else turn.get("role"),
+def system_text(value: Any) -> str:
+    """The system prompt: a text, or blocks of text."""
+    if isinstance(value, str):
+        return value
+    texts = [block_text(block) for block in array(value)]
+    if texts and texts[0].startswith(BILLING_HEADER):  # it would spoil the prompt cache
+        del texts[0]
+    return "\n\n".join(filter(None, texts))
+
+
+def block_text(block: Any) -> str:
+    match block:
+        case str(text) | {"text": str(text)}:
+            return text
+        case _:
+            raise ValueError("must be a string or an array of text blocks")
+
+
+LOW_BUDGET = 4_096  # tokens of thinking
+HIGH_BUDGET = 16_384
+
+
+def message_thinking(value: Any) -> JSON:
+    """The `thinking` of a request, its type and budget checked."""
+    given = mapping(value)
+    if given.get("type") not in ("enabled", "adaptive", "disabled"):
+        raise ValueError("must have the type enabled, adaptive or disabled")
+    budget = given.get("budget_tokens")
+    if budget is not None and as_number(budget) is None:
+        raise ValueError("must have a number as budget_tokens")
+    return given
+
+
+def message_effort(thinking: JSON, wanted: Effort | None) -> Effort | None:
+    """How much to think; `wanted` is output_config's, which switches nothing on by itself."""
+    match thinking.get("type"):
+        case "disabled":
+            return "off"
+        case "enabled":
+            return wanted or effort_of_budget(thinking.get("budget_tokens"))
+        case "adaptive":
+            return wanted
+        case _:
+            return None
+
+
+def effort_of_budget(tokens: float | None) -> Effort:
+    if tokens is None:
+        return "on"
+    if tokens <= LOW_BUDGET:
+        return "low"
+    if tokens <= HIGH_BUDGET:
+        return "high"
+    return "max"
+
+
+MANY_TOKENS = 8_192  # a limit from which on a model may think though nobody asked for it
+
+
+def unasked_effort(given: JSON) -> Effort | None:
+    """How much to think where neither the request nor the operator says so.
+
+    Agents have tools or room, and take what comes; others read nothing but the first block.
+    """
+    if given.get("tools") or given["max_tokens"] >= MANY_TOKENS:
+        return None
+    return "off"
+
+
+def message_format(value: Any) -> JSON | None:
+    """The schema of `output_config.format`, and of the older `output_format`."""
+    match value:
+        case {"type": "json_schema", "schema": dict(schema)}:
+            return schema
+        case _:
+            raise ValueError("must have the type json_schema, with a schema")
+
+
+OUTPUT_FIELDS: dict[str, Check] = {"effort": effort, "format": message_format}
+
+
+def output_config(value: Any) -> JSON:
+    return validated(mapping(value), OUTPUT_FIELDS, "output_config.")
+
+
+def message_tool_choice(value: Any) -> ToolChoice:
+    match value:
+        case {"type": "auto" | "none" as mode}:
+            return ToolChoice(mode)
+        case {"type": "any"}:
+            return ToolChoice("required")
+        case {"type": "tool", "name": str(name)}:
+            return ToolChoice("required", (name,))
+        case _:
+            raise ValueError("must have the type auto, any, none, or tool with a name")
+
+
+SEARCH_TOOL = "web_search_20"  # begins the type of Anthropic's search; a date follows
+DEFERRED_PLACEHOLDER = "DeferredToolPlaceholder"  # Claude Code's, and never to be called
+
+
+def parse_message_tool(tool: Any, at: str) -> Tool | JSON | None:
+    """A tool, or None for one that GLM does not have: bash, memory, computer and the like."""
+    given = checked(tool, mapping, at)
+    kind = str(given.get("type") or "custom")
+    if kind.startswith(SEARCH_TOOL):
+        return message_search(given, at)
+    if kind != "custom":
+        return None
+    if not given.get("name"):
+        raise BadRequest(f"'{at}' must be a tool with a name.", at)
+    function = fields_of(given, "name", "description")
+    function["parameters"] = given.get("input_schema")
+    return parse_function(function, f"{at}.")
+
+
+def message_search(given: JSON, at: str) -> JSON:
+    """Anthropic's search as Z.ai's own tool; Z.ai takes a list of domains to search, but none to leave out."""
+    tool = search_tool({})
+    domains = given.get("allowed_domains")
+    if domains:
+        checked(domains, texts, f"{at}.allowed_domains")
+        tool["web_search"]["search_domain_filter"] = ",".join(domains)
+    return tool
+
+
+texts = must(
+    "be an array of strings",
+    lambda value: isinstance(value, list) and all(isinstance(text, str) for text in value),
+)
+
+
+@dataclass(slots=True)
+class MessageTools:
+    """The tools of a request, as GLM has them."""
+
+    functions: tuple[Tool, ...]
+    searches: tuple[JSON, ...]
+    choice: ToolChoice
+    left_out: tuple[str, ...]
+
+
+def read_message_tools(given: JSON) -> MessageTools:
+    """The tools, of which a choice of the search leaves only that.
+
+    A search that is chosen, or the only tool, must be made: Claude Code's WebSearch asks so.
+    """
+    read: list[ReadTool] = []
+    for index, tool in enumerate(given.get("tools", ())):
+        if as_object(tool).get("name") != DEFERRED_PLACEHOLDER:
+            read.append((tool, parse_message_tool(tool, f"tools[{index}]")))
+    functions = [parsed for _, parsed in read if isinstance(parsed, Tool)]
+    searches = [parsed for _, parsed in read if isinstance(parsed, dict)]
+    choice = given.get("tool_choice", ToolChoice())
+    if choice.names and names_search(choice, read):
+        functions = []
+        choice = ToolChoice()
+    if not functions:
+        for search in searches:
+            search["web_search"]["require_search"] = True
+    return MessageTools(tuple(functions), tuple(searches), choice, tuple(left_out_tools(read)))
+
+
+def names_search(choice: ToolChoice, read: list[ReadTool]) -> bool:
+    searches = [tool.get("name") for tool, parsed in read if isinstance(parsed, dict)]
+    return choice.names is not None and set(choice.names) <= set(searches)
+
+
+def left_out_tools(read: list[ReadTool]) -> dict[str, None]:
+    """The types of the tools that GLM lacks, and what of a search Z.ai does not offer."""
+    found: dict[str, None] = {}
+    for tool, parsed in read:
+        if parsed is None:
+            found[f"tools.{tool['type']}"] = None
+        if isinstance(parsed, dict) and tool.get("blocked_domains"):
+            found["tools.blocked_domains"] = None
+    return found
+
+
+MESSAGE_FIELDS: dict[str, Check] = {
+    **COMMON_FIELDS,
+    "messages": array,
+    "max_tokens": integer(1, 2**31),
+    "system": system_text,
+    "temperature": number(0, 1),
+    "stop_sequences": stop_words,
+    "thinking": message_thinking,
+    "output_config": output_config,
+    "output_format": message_format,
+    "tools": array,
+    "tool_choice": message_tool_choice,
+    "metadata": mapping,
+}
+# Fields that ask for what happens anyway: Z.ai's cache is automatic.
+NEEDLESS_FIELDS = frozenset(("cache_control",))
+
+
+def parse_message(body: JSON) -> tuple[Prompt, MessageReply]:
+    """Raises BadRequest for an invalid field; never changes `body`."""
+    given = validated(body, MESSAGE_FIELDS)
+    required(given, "model", "messages", "max_tokens")
+    thinking = given.get("thinking", {})
+    output = given.get("output_config", {})
+    shows_thinking = thinking.get("type") in ("enabled", "adaptive")
+    messages = read_turns(given["messages"])
+    if given.get("system"):
+        messages = (Message("system", (given["system"],)), *messages)
+    tools = read_message_tools(given)
+    user_id = str(given.get("metadata", {}).get("user_id") or "")
+    prompt = Prompt(
+        model=given["model"],
+        messages=messages,
+        stream=given.get("stream", False),
+        temperature=given.get("temperature"),
+        top_p=given.get("top_p"),
+        max_tokens=given["max_tokens"],
+        stop=given.get("stop_sequences", ()),
+        user=sha256(user_id) if user_id else "",  # it names an account
+        tools=tools.functions,
+        native_tools=tools.searches,
+        tool_choice=tools.choice,
+        schema=output.get("format", given.get("output_format")),
+        effort=message_effort(thinking, output.get("effort")),
+        unasked_effort=None if thinking else unasked_effort(given),
+        reasoning_format="parsed" if shows_thinking else "hidden",
+        fallbacks=given.get("fallbacks"),
+        cache_key=session_of(user_id),
+        ignored=(
+            *unknown_fields(body, MESSAGE_FIELDS.keys() | NEEDLESS_FIELDS),
+            *serial_choice(body),
+            *tools.left_out,
+            *unknown_blocks(given["messages"]),
+        ),
     )
-    return [
-        *chain.from_iterable(
-            [user_turn(group)] if role == "user" else group for role, group in groups
+    request = MessageRequest(
+        input_tokens=estimated_tokens(prompt),
+        omits_thinking=thinking.get("display") == "omitted",
+        query=last_words(messages) if tools.searches else "",
+    )
+    return prompt, MessageReply(request)
+
+
+def serial_choice(body: JSON) -> list[str]:
+    """`disable_parallel_tool_use` if it is true, which Z.ai does not offer."""
+    name = "disable_parallel_tool_use"
+    return [name] if as_object(body.get("tool_choice")).get(name) else []
+
+
+def session_of(user_id: str) -> str:
+    """The session in a `metadata.user_id`, which stays the same in a conversation; "" if there is none.
+
+    Claude Code writes JSON with a session_id, or, before that, user_…_account_…_session_….
+    """
+    session = as_object(parse_json(user_id.encode("utf-8", "replace"))).get("session_id")
+    if isinstance(session, str):
+        return session
+    return user_id.partition("_session_")[2]
+
+
+def read_turns(turns: list[Any]) -> Messages:
+    read: list[Message] = []
+    for index, turn in enumerate(turns):
+        read += read_message(known_blocks(turn), f"messages[{index}]")
+    return with_reminders(read)
+
+
+def with_reminders(messages: Iterable[Message]) -> Messages:
+    """The messages, each of the system's put into the user's turn beside it."""
+    joined: list[Message] = []
+    for role, group in groupby(messages, lambda each: each.role.replace("system", "user")):
+        turn = list(group)
+        if role == "user" and any(message.role == "system" for message in turn):
+            joined.append(user_turn(turn))
+        else:
+            joined += turn
+    return tuple(joined)
+
+
+def user_turn(messages: Iterable[Message]) -> Message:
+    """Messages of the user and of the system as one of the user's."""
+    content: list[Part] = []
+    continues = True
+    for message in messages:
+        if message.role == "system":
+            content += map(reminder, message.content)
+        else:
+            content += message.content
+            continues = continues and message.continues
+    return Message("user", tuple(content), continues=continues)
+
+
+def reminder(part: Part) -> Part:
+    """A text in the tags that Claude Code uses for what the user did not write."""
+    if not isinstance(part, str):
+        return part
+    return f"<system-reminder>\n{part}\n</system-reminder>"
+
+
+KNOWN_BLOCKS = frozenset((*PART_READERS, "thinking", "tool_use", "tool_result"))
+
+
+def known_blocks(turn: Any) -> Any:
+    """A turn without the blocks of unknown types, which Claude Code's next version may have."""
+    content = as_object(turn).get("content")
+    if not isinstance(content, list):
+        return turn
+    known = [block for block in content if not unknown_block(block)]
+    return {**turn, "content": known}
+
+
+def unknown_block(block: Any) -> str:
+    """The type of a block that cannot be read; "" for others."""
+    kind = str(as_object(block).get("type") or "text")
+    return "" if kind in KNOWN_BLOCKS else kind
+
+
+def unknown_blocks(turns: Iterable[Any]) -> list[str]:
+    found: dict[str, None] = {}
+    for turn in objects(list(turns)):
+        for block in objects(turn.get("content")):
+            kind = unknown_block(block)
+            if kind:
+                found[f"content.{kind}"] = None
+    return list(found)
+
+
+MAX_QUERY = 200  # characters
+
+
+def last_words(messages: Messages) -> str:
+    """What the user said last, as the query of a search: Z.ai does not tell the one it made of it."""
+    for message in reversed(messages):
+        if message.role == "user" and not message.continues:
+            return message_text(message)[:MAX_QUERY]
+    return ""
+
+
+# ======== Messages: answer ========================================================================
+# `MessageReply` turns events into content blocks, and these into the events of Anthropic's streams.
+
+
+@dataclass(slots=True)
+class MessageRequest:
+    """What a message's answer depends on."""
+
+    input_tokens: int  # estimated
+    omits_thinking: bool  # the client keeps the reasoning, but does not read it
+    query: str  # what was searched for, if something was
+
+
+@dataclass(slots=True)
+class Block:
+    """A content block of an answer while events are added: `start` is what its first event shows."""
+
+    start: JSON
+    pieces: list[str] = field(default_factory=list)  # of its text, its thinking, or its input
+    citations: list[JSON] = field(default_factory=list)
+    signature: str = ""
+
+    @property
+    def kind(self) -> str:
+        return str(self.start["type"])
+
+    @property
+    def text(self) -> str:
+        return "".join(self.pieces)
+
+    @property
+    def body(self) -> JSON:
+        """The whole block."""
+        if self.kind == "text":
+            cited = {"citations": self.citations} if self.citations else {}
+            return {**self.start, "text": self.text, **cited}
+        if self.kind == "thinking":
+            return {**self.start, "thinking": self.text, "signature": self.signature}
+        if self.kind == "web_search_tool_result":
+            return self.start
+        return {
+            **self.start,
+            "input": as_object(parse_json(self.text.encode("utf-8", "surrogatepass"))),
+        }
+
+
+STOP_REASONS: dict[FinishReason, str] = {
+    "stop": "end_turn",
+    "length": "max_tokens",
+    "tool_calls": "tool_use",
+    "content_filter": "refusal",
+}
+
+
+class MessageReply(Reply):
+    """A message of Anthropic's API: the events of a stream, or a document.
+
+    Its blocks are in the order of the events, and one is open at a time. Z.ai may send the pieces of
+    two calls in turn: what comes while a call is not complete waits for its end.
+    """
+
+    def __init__(self, request: MessageRequest) -> None:
+        self.request = request
+        self.input_tokens = request.input_tokens
+        self.has_begun = False  # message_start has been made
+        self.blocks: list[Block] = []
+        self.is_open = False  # the last block
+        self.open_call = -1  # the index of the call in it, if it is one
+        self.waiting: list[Event] = []  # for the end of that call
+        self.usage: Usage | None = None
+        self.searches = 0
+        self.end = Finish("stop")
+
+    def feed(self, event: Event) -> list[JSON]:
+        return [*self.opening(), *self.frames(event)]
+
+    def opening(self) -> list[JSON]:
+        if self.has_begun:
+            return []
+        self.has_begun = True
+        message = self.message([], None, self.usage_body(0))
+        return [{"type": "message_start", "message": message}]
+
+    def frames(self, event: Event) -> list[JSON]:
+        if isinstance(event, Usage):
+            self.usage = event
+            return []
+        if isinstance(event, Finish):
+            self.end = event
+            return [*self.end_call(), *self.close_block()]
+        if self.must_wait(event):
+            self.waiting.append(event)
+            return []
+        return self.add(event)
+
+    def must_wait(self, event: Event) -> bool:
+        """Whether a call is open that may still get pieces, and this is none of them."""
+        if not self.is_open or self.open_call < 0:
+            return False
+        if isinstance(event, ToolCall) and event.index == self.open_call:
+            return False
+        return bool(self.waiting) or not is_json_object(self.blocks[-1].text)
+
+    def end_call(self) -> list[JSON]:
+        """What waited, the pieces of each call together."""
+        groups: dict[tuple[str, int], list[Event]] = {}
+        for position, event in enumerate(self.waiting):
+            key = ("event", position)
+            if isinstance(event, ToolCall):
+                key = ("call", event.index)
+            groups.setdefault(key, []).append(event)
+        self.waiting = []
+        frames: list[JSON] = []
+        for event in chain.from_iterable(groups.values()):
+            frames += self.add(event)
+        return frames
+
+    def add(self, event: Event) -> list[JSON]:
+        match event:
+            case Text():
+                delta = {"type": "text_delta", "text": event.text}
+                return self.add_words({"type": "text", "text": ""}, event.text, delta)
+            case Thought():
+                start = {"type": "thinking", "thinking": "", "signature": ""}
+                delta = {"type": "thinking_delta", "thinking": event.text}
+                return self.add_words(start, event.text, delta)
+            case ToolCall():
+                return self.add_call(event)
+            case Citations():
+                return self.add_search(event.results)
+            case _:
+                return []
+
+    def add_words(self, start: JSON, words: str, delta: JSON) -> list[JSON]:
+        frames: list[JSON] = []
+        if not self.is_open or self.blocks[-1].kind != start["type"]:
+            frames = self.open_block(start)
+        self.blocks[-1].pieces.append(words)
+        if not self.is_omitted(self.blocks[-1]):
+            frames.append(self.delta(delta))
+        return frames
+
+    def is_omitted(self, block: Block) -> bool:
+        return self.request.omits_thinking and block.kind == "thinking"
+
+    def add_call(self, call: ToolCall) -> list[JSON]:
+        frames: list[JSON] = []
+        if not self.is_open or call.index != self.open_call:
+            start = {"type": "tool_use", "id": call.id, "name": call.name, "input": {}}
+            frames = self.open_block(start)
+            self.open_call = call.index
+        if call.arguments:
+            self.blocks[-1].pieces.append(call.arguments)
+            frames.append(self.delta(input_delta(call.arguments)))
+        return frames
+
+    def add_search(self, results: tuple[JSON, ...]) -> list[JSON]:
+        """What a search found: citations of the text that is open, and two blocks as if it came first."""
+        found = [result for result in results if isinstance(result.get("link"), str)]
+        frames: list[JSON] = []
+        if self.is_open and self.blocks[-1].kind == "text":
+            for index, result in enumerate(found):
+                citation = message_citation(index, result)
+                self.blocks[-1].citations.append(citation)
+                frames.append(self.delta({"type": "citations_delta", "citation": citation}))
+        search_id = f"srvtoolu_{self.head.own_id}_{self.searches}"
+        self.searches += 1
+        use = {"type": "server_tool_use", "id": search_id, "name": "web_search", "input": {}}
+        frames += self.open_block(use)
+        query = to_json({"query": self.request.query})
+        self.blocks[-1].pieces.append(query)
+        frames.append(self.delta(input_delta(query)))
+        found_blocks = [message_search_result(result) for result in found]
+        frames += self.open_block(
+            {"type": "web_search_tool_result", "tool_use_id": search_id, "content": found_blocks}
         )
-    ]
+        return [*frames, *self.close_block()]
+
+    def open_block(self, start: JSON) -> list[JSON]:
+        """A new block, behind the end of the last one."""
+        frames = self.close_block()
+        self.blocks.append(Block(start))
+        self.is_open = True
+        index = len(self.blocks) - 1
+        frames.append({"type": "content_block_start", "index": index, "content_block": start})
+        return frames
+
+    def close_block(self) -> list[JSON]:
+        if not self.is_open:
+            return []
+        frames = self.sign(self.blocks[-1])
+        self.is_open = False
+        self.open_call = -1
+        frames.append({"type": "content_block_stop", "index": len(self.blocks) - 1})
+        return frames
+
+    def sign(self, block: Block) -> list[JSON]:
+        """The signature that thinking must have; it carries what the client does not read."""
+        if block.kind != "thinking":
+            return []
+        block.signature = REASONING_PREFIX
+        if self.is_omitted(block):
+            block.signature = encode_reasoning(block.text)
+            block.pieces = []
+        return [self.delta({"type": "signature_delta", "signature": block.signature})]
+
+    def delta(self, delta: JSON) -> JSON:
+        return {"type": "content_block_delta", "index": len(self.blocks) - 1, "delta": delta}
+
+    def close(self) -> list[JSON]:
+        delta = {
+            "stop_reason": self.stop_reason,
+            "stop_sequence": self.end.stop_sequence or None,
+            "stop_details": None,
+        }
+        usage = self.usage_body(self.output_tokens)
+        return [
+            *self.opening(),
+            {"type": "message_delta", "delta": delta, "usage": usage},
+            {"type": "message_stop"},
+        ]
+
+    @property
+    def stop_reason(self) -> str:
+        if self.end.is_window_full:
+            return "model_context_window_exceeded"
+        if self.end.stop_sequence:
+            return "stop_sequence"
+        return STOP_REASONS[self.end.reason]
+
+    @property
+    def output_tokens(self) -> int:
+        """As Z.ai told them; else estimated."""
+        if self.usage:
+            return self.usage.completion
+        return round(sum(text_tokens(block.text) for block in self.blocks))
+
+    def usage_body(self, output_tokens: int) -> JSON:
+        """What is known so far; what came from the cache is not among the input tokens."""
+        usage = self.usage or Usage(prompt=self.request.input_tokens)
+        body: JSON = {
+            "input_tokens": usage.prompt - usage.cached,
+            "cache_creation_input_tokens": 0,
+            "cache_read_input_tokens": usage.cached,
+            "output_tokens": output_tokens,
+        }
+        if self.searches:
+            requests = {"web_search_requests": self.searches, "web_fetch_requests": 0}
+            body["server_tool_use"] = requests
+        return body
+
+    def message(self, content: list[JSON], stop_reason: str | None, usage: JSON) -> JSON:
+        return {
+            "id": f"msg_{self.head.id}",
+            "type": "message",
+            "role": "assistant",
+            "model": self.head.model,
+            "content": content,
+            "stop_reason": stop_reason,
+            "stop_sequence": self.end.stop_sequence or None,
+            "stop_details": None,
+            "usage": usage,
+        }
+
+    def fold(self, events: Sequence[Event]) -> JSON:
+        for event in events:
+            self.frames(event)
+        content = [block.body for block in self.blocks]
+        return self.message(content, self.stop_reason, self.usage_body(self.output_tokens))
+
+    def fail(self, error: ProxyError) -> list[JSON]:
+        _, body = anthropic_error(error, request_id_of(self.head.own_id))
+        return [body]
+
+    def sign_of_life(self, _: Head) -> bytes:
+        return sse([{"type": "ping"}])
 
 
-def user_turn(turns: Iterable[JSON]) -> JSON:
-    """Several turns as one, in which tool results must come first."""
-    blocks = chain.from_iterable(map(content_blocks, turns))
+def input_delta(arguments: str) -> JSON:
+    return {"type": "input_json_delta", "partial_json": arguments}
+
+
+MAX_CITED = 150  # characters
+
+
+def message_citation(index: int, result: JSON) -> JSON:
+    """A result of a search as a source of the text; Z.ai does not say of which part."""
     return {
-        "role": "user",
-        "content": sorted(blocks, key=lambda block: as_object(block).get("type") != "tool_result"),
+        "type": "web_search_result_location",
+        "cited_text": json_or_text(result.get("content"))[:MAX_CITED],
+        "encrypted_index": str(index),
+        "title": json_or_text(result.get("title")),
+        "url": result["link"],
     }
 
 
-def content_blocks(turn: JSON) -> Iterator[Any]:
-    """A turn's blocks; a system message's get the tags that Claude Code uses for what the user did not write."""
-    content = turn.get("content")
-    blocks = [{"type": "text", "text": content}] if isinstance(content, str) else content
-    for block in blocks if isinstance(blocks, list) else ():
-        reminds = turn["role"] == "system" and isinstance(as_object(block).get("text"), str)
-        yield (
-            {**block, "text": f"<system-reminder>\n{block['text']}\n</system-reminder>"}
-            if reminds
-            else block
-        )
-
-
-def shows_image(body: JSON) -> bool:
-    """Whether a turn, or a tool result in it, has an image."""
-    return any(block.get("type") == "image" for block in all_blocks(body))
-
-
-def all_blocks(body: JSON) -> Iterator[JSON]:
-    """The blocks of all turns, and those in their tool results."""
-    for turn in objects(body.get("messages")):
-        for block in objects(turn.get("content")):
-            yield block
-            yield from objects(block.get("content"))
-
-
-def image_size(body: JSON) -> int:
-    """The characters of all images and files, less what they count for."""
-    size = 0
-    for block in all_blocks(body):
-        source = as_object(block.get("source"))
-        data = source.get("data")
-        if source.get("type") == "base64" and isinstance(data, str):
-            size += len(data) - IMAGE_SIZE
-    return size
+def message_search_result(result: JSON) -> JSON:
+    content = json_or_text(result.get("content"))
+    published = result.get("publish_date")
+    return {
+        "type": "web_search_result",
+        "url": result["link"],
+        "title": json_or_text(result.get("title")),
+        "encrypted_content": base64.b64encode(content.encode("utf-8", "surrogatepass")).decode(),
+        "page_age": published if isinstance(published, str) and published else None,
+    }
 
 
 # ======== Surfaces ==================================================================================================
@@ -3534,11 +4680,12 @@ def image_size(body: JSON) -> int:
 class Surface:
     """An API that clients speak: how a body is read, and what an error looks like.
 
-    `parse` raises BadRequest; its Reply says how the answer looks.
+    `parse` raises BadRequest; its Reply says how the answer looks. `error` makes the status and the
+    body of an error, from it and the request's id.
     """
 
     parse: Callable[[JSON, History], tuple[Prompt, Reply]]
-    error: Callable[[ProxyError], JSON] = error_body
+    error: Callable[[ProxyError, str], tuple[int, JSON]] = openai_error
 
 
 # By path. A new API is a row here and a section above: its parse function and its Reply.
@@ -3546,6 +4693,8 @@ SURFACES: dict[str, Surface] = {
     "chat/completions": Surface(lambda body, _: parse_chat(body)),
     "completions": Surface(lambda body, _: parse_completion(body)),
     "responses": Surface(parse_response),
+    "responses/compact": Surface(parse_compaction),
+    "messages": Surface(lambda body, _: parse_message(body), anthropic_error),
 }
 
 
@@ -3759,13 +4908,6 @@ def with_object_arguments(message: Message) -> Message:
 
 def with_object(call: ToolCall) -> ToolCall:
     return call if is_json_object(call.arguments) else replace(call, arguments="{}")
-
-
-def is_json_object(text: str) -> bool:
-    try:
-        return isinstance(JSON_DECODER.decode(text), dict)
-    except (ValueError, RecursionError):
-        return False
 
 
 def mend_escapes(messages: Messages) -> Messages:
@@ -4306,7 +5448,6 @@ class SSEDecoder:
 
 FINISH_REASONS: dict[str, FinishReason] = {reason: reason for reason in get_args(FinishReason)}
 FINISH_REASONS |= {"sensitive": "content_filter", "model_context_window_exceeded": "window_full"}
-MAX_HELD = 64 * 2**20  # bytes
 TOO_LARGE = "Z.ai's answer is too large: try again."
 BEGUN_AGAIN = "Z.ai lost its answer on the way and began another one: try again."
 TORN = "A piece of Z.ai's answer was lost on the way: try again."
@@ -4399,8 +5540,9 @@ class ZaiReader:
     answer begins in the same stream, `BegunAgain` comes before its events.
     """
 
-    def __init__(self, model: Model) -> None:
+    def __init__(self, model: Model, max_size: int = Limits.answer_size) -> None:
         self.model = model.id
+        self.max_size = max_size  # bytes
         self.decoder = SSEDecoder()
         # Everything so far, until the first event shows that this is a stream.
         self.raw: list[bytes] | None = []
@@ -4419,7 +5561,7 @@ class ZaiReader:
     def feed(self, part: bytes) -> Iterator[ZaiEvent]:
         """The events that this part completes. Raises UpstreamError when Z.ai reports a failure."""
         self.size += len(part)
-        if self.size > MAX_HELD:
+        if self.size > self.max_size:
             raise UpstreamError(UNAVAILABLE, TOO_LARGE)
         if self.raw is not None:
             self.raw.append(part)
@@ -6430,7 +7572,8 @@ class Ending(Repair):
 
     def end(self, finish: Finish) -> Iterator[Event]:
         reason = finish.reason
-        if reason == "window_full":
+        is_window_full = reason == "window_full"
+        if is_window_full:
             if not (self.has_text or self.has_call):
                 detail = "Z.ai: model_context_window_exceeded"
                 raise UpstreamError(CONTEXT_LENGTH_EXCEEDED, detail=detail)
@@ -6442,7 +7585,7 @@ class Ending(Repair):
             yield self.usage
         if reason == "stop" and self.has_call:
             reason = "tool_calls"
-        yield replace(finish, reason=reason)
+        yield replace(finish, reason=reason, is_window_full=is_window_full)
 
 
 # In order: the head of the text, calls in it, calls, JSON, the end.
@@ -6574,68 +7717,6 @@ class PassThroughReader:
 
     def close(self) -> bytes:
         return b""
-
-
-class MessagesReader(PassThroughReader):
-    """An answer of Anthropic's API, with the model's name as the client wrote it: Claude Code insists on it.
-
-    In a stream only the first event changes; of the others only those with usage are decoded.
-    """
-
-    def __init__(self, model: str) -> None:
-        self.model = model
-        self.decoder = SSEDecoder()
-        self.held: bytearray | None = (
-            bytearray()
-        )  # all so far, until the first event shows that this is a stream
-        self.counts: dict[str, int] = {}
-
-    def feed(self, part: bytes) -> bytes:
-        events = self.decoder.feed(part)
-        for event in events:
-            if b'"usage"' in event:
-                self.read_usage(event)
-        if self.held is None:
-            return part
-        self.held += part
-        return next((self.release(event) for event in events if b'"ping"' not in event), b"")
-
-    def close(self) -> bytes:
-        return b"" if self.held is None else self.release(bytes(self.held))
-
-    def release(self, data: bytes) -> bytes:
-        """All held bytes, with `data` renamed: message_start or a whole answer."""
-        whole, self.held = bytes(self.held or b""), None
-        self.read_usage(data)
-        return whole.replace(data, self.renamed(data), 1)
-
-    def renamed(self, data: bytes) -> bytes:
-        """Raises UpstreamError when the answer is an error, or not JSON."""
-        match parse_answer(data):
-            case {"error": {}} | {"success": False} | None:
-                raise zai_error(200, data)
-            case {"message": {"model": _} as message, **others}:
-                return encode_json({**others, "message": {**message, "model": self.model}})
-            case {"model": _, **others}:
-                return encode_json({**others, "model": self.model})
-            case _:
-                return data
-
-    def read_usage(self, data: bytes) -> None:
-        """Each count is a total so far; no event need have them all. A stream's beginning knows no output."""
-        document = as_object(parse_answer(data))
-        begun = as_object(document.get("message"))
-        usage = as_object(begun.get("usage")) or as_object(document.get("usage"))
-        for name, tokens in usage.items():
-            if as_count(tokens) and not (begun and name == "output_tokens"):
-                self.counts[name] = tokens
-        count = self.counts.get
-        cached, completion = (
-            count("cache_read_input_tokens", 0),
-            count("output_tokens", 0),
-        )  # not part of input_tokens
-        prompt = count("input_tokens", 0) + count("cache_creation_input_tokens", 0) + cached
-        self.usage = Usage(prompt, completion, prompt + completion, cached)
 
 
 def pass_through_body(body: JSON, renamed: Iterable[tuple[str, str]]) -> JSON:
@@ -6812,7 +7893,7 @@ def choice_prompt(prompt: Prompt, choice: int) -> Prompt:
 def zai_user(user: str) -> str | None:
     """Z.ai's user_id has 6 to 128 characters."""
     if len(user) > 128:
-        return hashlib.sha256(user.encode("utf-8", "surrogatepass")).hexdigest()
+        return sha256(user)
     return user if len(user) >= 6 else f"user-{user}" if user else None
 
 
@@ -6831,7 +7912,12 @@ def with_chosen_tools(prompt: Prompt) -> Prompt:
         names = ", ".join(sorted(unknown))
         raise BadRequest(f"'tool_choice' names {names}, not among the tools.", "tool_choice")
     chosen = tuple(tool for tool in prompt.tools if tool.name in choice.names)
-    return replace(prompt, tools=chosen, native_tools=())
+    native = tuple(tool for tool in prompt.native_tools if tool["type"] in choice.natives)
+    return replace(prompt, tools=chosen, native_tools=native)
+
+
+CALL_ORDER = "Answer by calling "
+SCHEMA_ORDER = "Answer only with JSON, without any other text and without Markdown, valid against this JSON Schema: "
 
 
 def emulation_lines(prompt: Prompt) -> Iterator[str]:
@@ -6839,10 +7925,9 @@ def emulation_lines(prompt: Prompt) -> Iterator[str]:
     names = ", ".join(tool.name for tool in prompt.tools)
     if prompt.tool_choice.mode == "required" and prompt.tools:
         which = "one of the functions" if len(prompt.tools) > 1 else "the function"
-        yield f"Answer by calling {which} {names}."
+        yield f"{CALL_ORDER}{which} {names}."
     if prompt.schema:
-        order = "Answer only with JSON, without any other text and without Markdown, valid against this JSON Schema: "
-        yield order + to_json(prompt.schema)
+        yield SCHEMA_ORDER + to_json(prompt.schema)
 
 
 def with_system_lines(messages: tuple[Message, ...], lines: Iterable[str]) -> tuple[Message, ...]:
@@ -7418,6 +8503,29 @@ def with_vision(model: Model, settings: Settings) -> Model:
     return resolve(settings.vision_model, settings.model_aliases)
 
 
+class TokenScale:
+    """How far `estimated_tokens` is off for each model, learned from what Z.ai told of its last answers."""
+
+    WEIGHT = 0.25  # of the last answer
+    MAX_MODELS = 100
+
+    def __init__(self) -> None:
+        self.factors: dict[str, float] = {}  # by model id, the one learned longest ago first
+
+    def learn(self, model_id: str, estimated: int, told: int) -> None:
+        """Z.ai told so many tokens for a prompt; nothing is learned from 0."""
+        if not estimated or not told:
+            return
+        factor = told / estimated
+        known = self.factors.pop(model_id, factor)
+        self.factors[model_id] = known + (factor - known) * self.WEIGHT
+        if len(self.factors) > self.MAX_MODELS:
+            del self.factors[next(iter(self.factors))]
+
+    def scaled(self, model_id: str, estimated: int) -> int:
+        return max(1, round(estimated * self.factors.get(model_id, 1.0)))
+
+
 TINY_LIMIT = (
     64  # tokens; a model that thinks uses them up and answers nothing (nashsu/llm_wiki#348)
 )
@@ -7429,7 +8537,7 @@ def default_effort(prompt: Prompt, settings: Settings) -> Effort | None:
         return "on" if settings.enable_thinking else "off"
     if 0 < (prompt.max_tokens or 0) <= TINY_LIMIT:
         return "off"
-    return None
+    return prompt.unasked_effort
 
 
 def remembers_reasoning(prompt: Prompt, settings: Settings) -> bool:
@@ -7518,17 +8626,20 @@ class KeyPool:
     While all of them cool down, now and then one request is let through to see whether that still holds.
     """
 
-    COOLDOWN = 300.0  # seconds, where Z.ai does not tell when the quota is reset
     MAX_COOLDOWN = 32 * 86400.0  # no quota is longer than a month
     MAX_COOLDOWN_1308 = 5 * 3600.0  # the quota of five hours
     PROBE_INTERVAL = 10.0
     MAX_COOLING = 1_000  # pairs of key and scope, for unknown models: clients may invent them
 
-    def __init__(self, keys: tuple[ZaiKey, ...], clock: Clock) -> None:
+    def __init__(
+        self, keys: tuple[ZaiKey, ...], clock: Clock, cooldown: float = Limits.cooldown
+    ) -> None:
+        """`cooldown` is in seconds, where Z.ai does not tell when the quota is reset."""
         bases = list(dict.fromkeys(key.base_url for key in keys))
         self.keys = sorted(keys, key=lambda key: bases.index(key.base_url))
         self.first_base = [key for key in keys if key.base_url == bases[0]]
         self.clock = clock
+        self.usual_cooldown = cooldown
         self.cooling: dict[tuple[ZaiKey, str], CoolDown] = {}  # by key and scope, the latest last
 
     def available(self, use: KeyUse) -> list[ZaiKey]:
@@ -7569,12 +8680,12 @@ class KeyPool:
         return error.kind in COOLDOWN_ERRORS or (error.kind in MODEL_ERRORS and len(self.keys) > 1)
 
     def cool_down(self, key: ZaiKey, use: KeyUse, error: UpstreamError) -> None:
-        """Rest a refused key until its reset time, or for COOLDOWN."""
+        """Rest a refused key until its reset time, or as long as usual."""
         self.expire()
         now, pair = self.clock.now(), (key, use.scope_of(error))
         told = error.resets_at - self.clock.unix() if error.resets_at else 0
         longest = self.MAX_COOLDOWN_1308 if error.zai_code == "1308" else self.MAX_COOLDOWN
-        error.retry_after = min(told, longest) if told > 0 else self.COOLDOWN
+        error.retry_after = min(told, longest) if told > 0 else self.usual_cooldown
         self.cooling.pop(pair, None)
         self.cooling[pair] = CoolDown(
             error.for_others(error.retry_after), now + error.retry_after, now
@@ -7595,12 +8706,22 @@ def names_unknown_model(scope: str) -> bool:
     return model != "" and model not in MODELS
 
 
+# The limit that learns. Z.ai publishes no number of requests that it takes at a time
+# (zai-org/GLM-5#83), and tells too many only by refusing one. But what a refusal says is exact: with
+# n in flight, it takes n - 1 now. So the limit needs no search.
+#
+# Before the first refusal it doubles in the time of an answer's beginning, as TCP's window does at
+# the start: each success while it is more than half full adds one. A refusal sets it to what was
+# in flight, less the refused one. From then on nothing goes beyond it but a probe, one request more
+# after a pause. If Z.ai takes the probe, the limit is one higher, and the next probe may follow at
+# once: so from 1 to 10 takes nine beginnings of answers. If it refuses, the pause doubles, from 2 s
+# to 30 s: so a crowd wastes one request in half a minute, and what Z.ai has opened is found within
+# that time. A probe follows the clock, not the next free place, since an answer may last minutes.
+#
+# Several refusals of one moment are one: those that come during the pause lower the limit, for
+# fewer are in flight, but lengthen no pause.
 class AdaptiveLimit:
-    """How many requests Z.ai takes at the same time for one key and model; it publishes no number (zai-org/GLM-5#83).
-
-    Grows by one per success while more than half full (after a refusal: only beyond the limit); a refusal sets it to
-    the in-flight count minus one; one probe follows a pause that doubles while probes fail.
-    """
+    """How many requests Z.ai takes at the same time for one key and model."""
 
     START = 4
     MIN_PAUSE, MAX_PAUSE = 2.0, 30.0  # seconds
@@ -7669,17 +8790,27 @@ def backoff(retry: int, jitter: float) -> float:
 # Processes that share a key are told nothing of each other, so fairness must come from what each
 # does alone. One whose answers follow each other without a gap keeps the others out for ever: they
 # ask every w seconds, and always find the key taken. So each now and then leaves a quarter of its
-# places, and one at least, free for 1.25 w, in which every other one asks once: each HOLD seconds
-# if others use the key, else each HOLD_ALONE, and only while Z.ai takes less than it is asked.
-# Whether others use the key shows by itself: if they took the places, Z.ai refuses what it took
-# before; if not, it takes it again.
+# places, and one at least, free for 1.25 w: each HOLD seconds if others use the key, else each
+# HOLD_ALONE, and only while Z.ai takes less than it is asked. Whether others use the key shows by
+# itself: if they took the places, Z.ai refuses what it took before; if not, it takes it again.
 #
-# What that costs, if P processes wait for a key that takes one request at a time, and an answer
-# takes a seconds: of the other P - 1 the first to ask takes the key w/P into the gap, a quarter of
-# a second in HOLD = 8 for P = 4 and w = 1: 3 %. More is lost when a queue runs dry while others
-# wait. They waste (P - 1)a/w requests for each answer: one and a half for answers of half a
-# second. A process that is alone loses 1.25 w in HOLD_ALONE of one place: 2 % with short answers,
-# 10 % with long ones, one at a time.
+# Why that is fair. A process that waits asks every 0.75 to 1.25 w, with jitter of its own, so in a
+# gap each of them asks once, and none knows when the gap began: all have the same chance to be
+# first. Of P processes, then, each of the P - 1 that wait gets a given gap with a chance of
+# 1/(P - 1), and holds the place as long as any other would. In the long run each has it for 1/P
+# of the time, waits (P - 1) HOLD for it on average, and is passed over k times in a row with a
+# chance of ((P - 2)/(P - 1))^k: for P = 4, ten times in a row (80 s) in 1.7 % of its turns. With
+# more places than one, each process leaves a quarter of what it has, so who has more leaves more:
+# of two with p and q places the first gives up p/4 and the second q/4 in the same time, and the
+# difference shrinks by a quarter each HOLD. A program that does none of this (it asks again at
+# once, say) gets each gap, and we get what it leaves; RATE_LIMIT_WAIT ends that.
+#
+# What it costs, if P processes wait for a key that takes one request at a time, and an answer
+# takes a seconds: in a gap the first of P - 1 asks after w/P on average, a quarter of a second in
+# HOLD = 8 for P = 4 and w = 1: 3 %. More is lost when a queue runs dry while others wait. Those
+# who wait waste (P - 1)a/w requests for each answer: one and a half for answers of half a second.
+# A process that is alone loses 1.25 w in HOLD_ALONE of one place: 2 % with short answers, 10 %
+# with long ones, one at a time.
 #
 # A client is told at last when Z.ai has taken nothing for RATE_LIMIT_WAIT seconds. What our own
 # answers in flight explain does not count: they will end, and the request is in their queue.
@@ -7828,12 +8959,24 @@ class Slot:
     in_flight_at_entry: int
     granted_at: float
     is_taken: bool = False  # by Z.ai
+    is_released: bool = False
 
     def taken(self) -> None:
         """Z.ai's answer has begun. To be called once more or less does no harm."""
         if not self.is_taken:
             self.is_taken = True
             self.queue.taken(self)
+
+    def answered(self) -> None:
+        """Z.ai's answer has ended, though the client may not have read it yet."""
+        self.taken()
+        self.release()
+
+    def release(self) -> None:
+        """Leave the place to another request. To be called once more does no harm."""
+        if not self.is_released:
+            self.is_released = True
+            self.queue.release(self)
 
 
 class Turn(NamedTuple):
@@ -7858,6 +9001,11 @@ class Ticket:
     refusal: UpstreamError | None = None  # for load, the last one
     slot: asyncio.Future[Slot] = field(init=False)  # while it waits
 
+    @property
+    def may_leave(self) -> bool:
+        """Whether another model may do."""
+        return self.leaves_after < math.inf
+
     def refused(self, error: UpstreamError, now: float) -> None:
         """Z.ai refused it for load. Keeps no traceback, which would keep the encoded request."""
         if self.refusal is None:
@@ -7869,13 +9017,30 @@ class Ticket:
         return key in self.failures, key.affinity(self.caller.conversation)
 
 
+# The queue. What waits stands in one list in the order of turns, for each model; only its head is
+# looked at, so nobody overtakes. A turn is a round and an arrival: a request takes the round behind
+# the last one of its account that waits, or behind the last one that was served. So in each round
+# every account is served once: of forty requests of one and a single one of another, the single one
+# is the second to go.
+#
+# The head gets the first key of its conversation's order (the best first: it has the prompt cache)
+# whose limit has room and whose patience lets it go. If none has, all wait, for the head's turn is
+# not given away. A refused request comes back to the same turn, and while its connection is being
+# released nobody else is let through. What may change the head's lot looks at it again: an answer
+# that begins (the limit may grow) or ends (a place is free), whoever leaves, and a timer, for when
+# a key opens, a gap ends, or a key has rested.
 class Queue:
-    """Requests for one model wait here for a key with room: accounts in turn, first come first served in each."""
+    """Requests for one model wait here for a key with room."""
 
-    POLL_INTERVAL = 1.0  # seconds
-
-    def __init__(self, keys: KeyPool, max_in_flight: int, clock: Clock) -> None:
+    def __init__(
+        self,
+        keys: KeyPool,
+        max_in_flight: int,
+        clock: Clock,
+        poll_interval: float = Limits.poll_interval,
+    ) -> None:
         self.keys, self.clock = keys, clock
+        self.poll_interval = poll_interval  # seconds
         self.max_in_flight = max_in_flight or math.inf
         self.limits = {key: AdaptiveLimit() for key in keys.keys}
         self.patience = {key: Patience() for key in keys.keys}
@@ -7913,7 +9078,7 @@ class Queue:
             if not (
                 ticket.slot.cancelled() or ticket.slot.exception()
             ):  # granted at the same moment
-                self.release(ticket.slot.result())
+                ticket.slot.result().release()
             raise
         finally:
             if ticket in self.waiting:
@@ -7961,7 +9126,7 @@ class Queue:
         """Look at the queue when a key opens, and now and then: a rest may end while nothing else happens."""
         now = self.clock.now()
         changes = [patience.next_change(now) for patience in self.patience.values()]
-        delay = min([self.POLL_INTERVAL, *changes])
+        delay = min([self.poll_interval, *changes])
         if self.timer and self.looks_at <= now + delay:
             return
         if self.timer:
@@ -8009,15 +9174,21 @@ class Queue:
         if self.in_flight >= self.max_in_flight:
             return None
         for key in keys if len(keys) == 1 else sorted(keys, key=ticket.preference):
-            limit, patience = self.limits[key], self.patience[key]
-            room = limit.has_room(now) and patience.lets_go(limit.in_flight, limit.limit, now)
-            if room:
+            if self.has_room(key):
                 self.keys.tried(key, ticket.use)
                 self.round = max(self.round, ticket.turn.round)
+                limit = self.limits[key]
                 self.in_flight += 1
                 limit.in_flight += 1
-                return Slot(self, key, limit, patience, limit.in_flight, now)
+                return Slot(self, key, limit, self.patience[key], limit.in_flight, now)
         return None
+
+    def has_room(self, key: ZaiKey) -> bool:
+        """Whether one more request may be sent with this key now."""
+        limit, now = self.limits[key], self.clock.now()
+        if not limit.has_room(now):
+            return False
+        return self.patience[key].lets_go(limit.in_flight, limit.limit, now)
 
 
 # ======== Z.ai client ===============================================================================================
@@ -8036,6 +9207,12 @@ def trace(what: str, data: bytes | object) -> None:
         LOG.debug("%s %s %s", REQUEST_ID.get(), what, words)
 
 
+def trace_part(what: str, part: bytes) -> None:
+    """A line of the debug log with bytes exactly as they came, as a JSON string: they may be cut anywhere."""
+    if LOG.level == logging.DEBUG and part:
+        trace(what, quoted(part.decode("utf-8", "backslashreplace")))
+
+
 R = TypeVar("R")
 LARGE = 2**20  # bytes
 LARGE_WORK = ThreadPoolExecutor(
@@ -8050,14 +9227,10 @@ async def in_thread_if_large(size: int, work: Callable[..., R], *arguments: Any)
     return await asyncio.get_running_loop().run_in_executor(LARGE_WORK, work, *arguments)
 
 
-FINISH_TIMEOUT = 2  # seconds to wait for usage and [DONE] after the finish
-CONNECT_TIMEOUT = 10  # seconds, including DNS and TLS
 # The encodings of a body that aiohttp unpacks (some only where their package is installed: it raises).
 UNPACKED = ("identity", "gzip", "deflate", "br", "zstd")
 PACKED = "Z.ai's answer is packed so that it cannot be read: try again."
 ERROR_BODY_LIMIT = 65536  # bytes of a refusal that are read
-ERROR_BODY_TIMEOUT = 5  # seconds
-GET_TIMEOUT = 5  # seconds
 GET_LIMIT = 2**22  # bytes
 
 
@@ -8068,19 +9241,20 @@ class IdleTimer:
         self.seconds = seconds
         self.on_idle: Callable[[], None] | None = on_idle
         self.timer: asyncio.TimerHandle | None = None
+        self.loop = asyncio.get_running_loop()
         self.reset()
 
     def start(self) -> None:
         self.arm(self.seconds)
 
     def reset(self) -> None:
-        self.last_reset = time.monotonic()
+        self.last_reset = self.loop.time()
 
     def arm(self, seconds: float) -> None:
-        self.timer = asyncio.get_running_loop().call_later(seconds, self.expire)
+        self.timer = self.loop.call_later(seconds, self.expire)
 
     def expire(self) -> None:
-        silence = time.monotonic() - self.last_reset
+        silence = self.loop.time() - self.last_reset
         if silence < self.seconds:
             self.arm(self.seconds - silence)
         elif self.on_idle:
@@ -8145,9 +9319,14 @@ class ByteStream:
     """The bytes of one answer; its connection belongs to `owner`."""
 
     def __init__(
-        self, response: aiohttp.ClientResponse, max_silence: float, owner: AsyncExitStack
+        self,
+        response: aiohttp.ClientResponse,
+        max_silence: float,
+        limits: Limits,
+        owner: AsyncExitStack,
     ) -> None:
         self.response = response
+        self.limits = limits
         self.reading = (
             False  # silence counts only while we wait for Z.ai, not while the client takes its time
         )
@@ -8173,7 +9352,8 @@ class ByteStream:
             body = b""
             with suppress(aiohttp.ClientError, asyncio.TimeoutError):  # its status says enough
                 body = await asyncio.wait_for(
-                    read_up_to(ERROR_BODY_LIMIT, self.response.content), ERROR_BODY_TIMEOUT
+                    read_up_to(ERROR_BODY_LIMIT, self.response.content),
+                    self.limits.error_body_timeout,
                 )
             trace(f"received HTTP {self.response.status}", body)
             error = self.with_request_id(zai_error(self.response.status, body))
@@ -8259,6 +9439,7 @@ class EventStream(EventSource):
         meter: Meter,
     ) -> None:
         super().__init__()
+        self.on_end: Callable[[], None] | None = None  # called when the last event was read
         self.meter = meter
         self.source = source
         self.reader = reader
@@ -8313,6 +9494,7 @@ class EventStream(EventSource):
             if self.has_ended:
                 break
             part = await (self.source.read() if self.reader.finish is None else self.read_rest())
+            trace_part("received", part)
             size += len(part)
             if size < LARGE:
                 events = self.events_in(part)
@@ -8321,9 +9503,10 @@ class EventStream(EventSource):
             if events:
                 self.first_at = self.first_at or time.monotonic()
                 self.meter.note(events)
-                trace("received", events)
         if events and self.has_ended and not self.reader.done:
-            return self.cut_off(events)
+            events = self.cut_off(events)
+        if self.on_end and self.is_complete:
+            self.on_end()
         return events
 
     def cut_off(self, events: list[Event]) -> list[Event]:
@@ -8351,7 +9534,7 @@ class EventStream(EventSource):
     async def read_rest(self) -> bytes:
         """The next bytes after Z.ai's finish, none at the end: a broken connection no longer matters."""
         now = asyncio.get_running_loop().time()
-        self.finish_deadline = self.finish_deadline or now + FINISH_TIMEOUT
+        self.finish_deadline = self.finish_deadline or now + self.source.limits.finish_timeout
         with suppress(UpstreamError, asyncio.TimeoutError):
             return await asyncio.wait_for(self.source.read(), self.finish_deadline - now)
         return b""
@@ -8391,8 +9574,9 @@ async def parts_of(body: bytes) -> AsyncIterator[bytes]:
 class ZaiClient:
     """HTTP to Z.ai, over one session for the life of the program."""
 
-    def __init__(self, session: aiohttp.ClientSession, settings: Settings) -> None:
+    def __init__(self, session: aiohttp.ClientSession, settings: Settings, limits: Limits) -> None:
         self.session, self.max_silence = session, settings.upstream_timeout
+        self.limits = limits
         self.uses_proxies = not settings.demo
         self.proxies: dict[
             str, str | None
@@ -8415,7 +9599,7 @@ class ZaiClient:
                 raise error.__cause__ from error
             raise connection_error(error) from error
         owner.push_async_exit(response)
-        stream = ByteStream(response, self.max_silence, owner)
+        stream = ByteStream(response, self.max_silence, self.limits, owner)
         await stream.check_status()
         stream.check_encoding()
         return stream
@@ -8443,10 +9627,10 @@ class ZaiClient:
         return plan_quota(as_object(parse_json(body)))
 
     async def get(self, url: str, key: ZaiKey) -> tuple[int, bytes]:
-        """Status and body of a short answer. Raises UpstreamError, also after GET_TIMEOUT."""
+        """Status and body of a short answer. Raises UpstreamError, also when it takes too long."""
         headers, timeout = (
             {"Authorization": f"Bearer {key.secret}"},
-            aiohttp.ClientTimeout(total=GET_TIMEOUT),
+            aiohttp.ClientTimeout(total=self.limits.get_timeout),
         )
         how: JSON = {"proxy": self.proxy(url), "headers": headers, "timeout": timeout}
         try:
@@ -8538,7 +9722,7 @@ class ZaiConnector(aiohttp.TCPConnector):
 
 def has_input(number: int) -> bool:
     """Whether a read of this descriptor would not wait."""
-    if not hasattr(select, "poll"):  # Windows
+    if sys.platform == "win32" or not hasattr(select, "poll"):
         return bool(select.select([number], [], [], 0)[0])
     poll = select.poll()
     poll.register(number, select.POLLIN)
@@ -8551,9 +9735,9 @@ def environment_proxy(origin: str) -> str | None:
     return None if proxy_bypass(url.hostname or "") else getproxies().get(url.scheme)
 
 
-def new_session(settings: Settings) -> aiohttp.ClientSession:
+def new_session(settings: Settings, limits: Limits) -> aiohttp.ClientSession:
     # No limit on the whole: an answer may take long. ZaiConnection and ByteStream time silence.
-    timeout = aiohttp.ClientTimeout(total=None, connect=CONNECT_TIMEOUT)
+    timeout = aiohttp.ClientTimeout(total=None, connect=limits.connect_timeout)
     connector, cookies = ZaiConnector(settings.upstream_timeout), aiohttp.DummyCookieJar()
     # Z.ai writes errors in English for those who ask; a compressed stream would wait in buffers.
     headers = {
@@ -8658,10 +9842,10 @@ async def end_tasks(tasks: Iterable[asyncio.Task[Any]]) -> None:
 class ReasoningMemory:
     """What models thought, for clients that lose it, by account and by what was said with it; the oldest goes first."""
 
-    MAX_BYTES = 64 * 2**20
     OVERHEAD = 256  # bytes of an entry besides the reasoning
 
-    def __init__(self) -> None:
+    def __init__(self, max_size: int = Limits.reasoning_size) -> None:
+        self.max_size = max_size  # bytes
         self.thoughts: dict[str, bytes] = {}
         self.size = 0
 
@@ -8673,7 +9857,7 @@ class ReasoningMemory:
         self.forget(key)
         self.thoughts[key] = thought
         self.size += len(thought) + self.OVERHEAD
-        while self.size > self.MAX_BYTES:
+        while self.size > self.max_size:
             self.forget(next(iter(self.thoughts)))
 
     def get(self, account_id: str, message: Message) -> str:
@@ -8703,27 +9887,29 @@ def canonical(arguments: str) -> str:
         return arguments
 
 
-LONG_ATTEMPT = 60  # seconds; a whole answer that broke off after that is asked for only once more
-FALLBACK_PATIENCE = 10  # seconds; after that another model is asked, if there is one
+class SlowAnswerError(UpstreamError):
+    """Z.ai has said nothing for FIRST_TOKEN_TIMEOUT, and another key or model may answer sooner."""
+
 
 # Asks with the slot's key until the answer has begun.
-Attempt = Callable[[Slot, AsyncExitStack], Awaitable[R]]
+Attempt = Callable[[Slot, AsyncExitStack], Awaitable[EventStream]]
 
 
 class Upstream:
     """The way to Z.ai: the keys, a queue for each model, retries and fallbacks."""
 
-    def __init__(self, settings: Settings, client: ZaiClient, clock: Clock) -> None:
-        self.settings, self.client, self.clock = settings, client, clock
-        self.keys = KeyPool(settings.zai_keys, clock)
+    def __init__(self, settings: Settings, limits: Limits, client: ZaiClient, clock: Clock) -> None:
+        self.settings, self.limits = settings, limits
+        self.client, self.clock = client, clock
+        self.keys = KeyPool(settings.zai_keys, clock, limits.cooldown)
         self.queues: dict[str, Queue] = {}
         self.account_slots: dict[
             tuple[str, int], asyncio.Semaphore
         ] = {}  # by account id and how many it has
-        self.memory = ReasoningMemory()
-        self.remedies: Counter[str] = (
-            Counter()
-        )  # what was done about failures, whether it helped or not
+        self.memory = ReasoningMemory(limits.reasoning_size)
+        # What was done about failures, whether it helped or not, and what was mended.
+        self.remedies: Counter[str] = Counter()
+        self.repairs: Counter[str] = Counter()  # by the repair's own name
 
     @asynccontextmanager
     async def open(self, plan: Plan) -> AsyncIterator[EventStream | MergedStream]:
@@ -8762,14 +9948,14 @@ class Upstream:
 
     async def with_fallbacks(self, plan: Plan, owner: AsyncExitStack) -> EventStream:
         """Ask one model after the other; raises the last one's error."""
-        leaves_after = min(FALLBACK_PATIENCE, self.settings.rate_limit_wait)
+        leaves_after = min(self.limits.fallback_patience, self.settings.rate_limit_wait)
         for model, prompt in plan.prompts[:-1]:
             attempt = partial(self.ask, plan, model, prompt)
             use = KeyUse(model.id)
             try:
                 return await self.with_retries(use, plan.caller, attempt, owner, leaves_after)
             except UpstreamError as error:
-                if error.kind not in FALLBACK_ERRORS:
+                if error.kind not in FALLBACK_ERRORS and not isinstance(error, SlowAnswerError):
                     raise
             self.remedies["fallbacks"] += 1
         model, prompt = plan.prompts[-1]
@@ -8793,7 +9979,9 @@ class Upstream:
         [meter] = plan.meters
         with meter.asking(request.characters):
             source = await self.client.send(url, key, owner, data=request.data)
-            stream = EventStream(source, ZaiReader(model), machines, memo, meter)
+            reader = ZaiReader(model, self.limits.answer_size)
+            stream = EventStream(source, reader, machines, memo, meter)
+            stream.on_end = slot.answered
             owner.callback(self.count_repairs, repairs, meter)
             await stream.begin()
             slot.taken()
@@ -8809,7 +9997,7 @@ class Upstream:
     def count_repairs(self, repairs: Iterable[Repair], meter: Meter) -> None:
         for repair in repairs:
             if repair.mended:
-                self.remedies[repair.kind] += repair.mended
+                self.repairs[repair.kind] += repair.mended
             if isinstance(repair, Ending):
                 meter.is_silent = repair.is_silent
 
@@ -8817,10 +10005,10 @@ class Upstream:
         self,
         use: KeyUse,
         caller: Caller,
-        attempt: Attempt[R],
+        attempt: Attempt,
         owner: AsyncExitStack,
         leaves_after: float = math.inf,
-    ) -> R:
+    ) -> EventStream:
         """Retry one model (queue, keys, back-off); raises the last error.
 
         A refusal for load is waited out for RATE_LIMIT_WAIT, and where another model may do for
@@ -8839,14 +10027,17 @@ class Upstream:
                 queue.admit()
 
     async def retry(
-        self, queue: Queue, ticket: Ticket, attempt: Attempt[R], owner: AsyncExitStack
-    ) -> R:
+        self, queue: Queue, ticket: Ticket, attempt: Attempt, owner: AsyncExitStack
+    ) -> EventStream:
         """Ask until the answer has begun. Raises UpstreamError when there is no next try."""
         while True:
             slot = await queue.acquire(ticket)
-            owner.callback(queue.release, slot)
+            owner.callback(slot.release)
+            asking = attempt(slot, owner)
+            if self.settings.first_token_timeout:
+                asking = self.in_time(asking, ticket, slot)
             try:
-                stream = await attempt(slot, owner)
+                stream = await asking
             except UpstreamError as error:
                 async with owner:  # emptied at the end
                     if is_refusal_for_load(error):
@@ -8860,6 +10051,33 @@ class Upstream:
                 return stream
             if wait:
                 await self.clock.sleep(wait)
+
+    async def in_time(self, asking: Awaitable[R], ticket: Ticket, slot: Slot) -> R:
+        """What asking comes to. Raises SlowAnswerError when Z.ai says nothing for FIRST_TOKEN_TIMEOUT.
+
+        Only if another key or model may do; the last one is waited for.
+        """
+        task = asyncio.ensure_future(asking)
+        try:
+            await asyncio.wait({task}, timeout=self.settings.first_token_timeout)
+            if not (task.done() or slot.is_taken) and self.has_other(ticket, slot):
+                raise SlowAnswerError(TIMEOUT)
+            return await task
+        finally:
+            await end_tasks([task])
+
+    def has_other(self, ticket: Ticket, slot: Slot) -> bool:
+        """Whether another key or another model may answer in place of a slow one."""
+        return ticket.may_leave or self.has_other_key(ticket, slot)
+
+    def has_other_key(self, ticket: Ticket, slot: Slot) -> bool:
+        """Whether a key that has not failed yet has room."""
+        tried = {slot.key, *ticket.failures}
+        try:
+            keys = self.keys.available(ticket.use)
+        except UpstreamError:  # all of them cool down by now
+            return False
+        return any(key not in tried and slot.queue.has_room(key) for key in keys)
 
     def wait_out(self, ticket: Ticket, slot: Slot, error: UpstreamError) -> None:
         """Let a request that was refused for load wait in its place; raise if it has waited enough."""
@@ -8881,6 +10099,11 @@ class Upstream:
             return 0  # the next one counts
         last = ticket.failures.get(slot.key)
         ticket.failures[slot.key] = error.kind
+        if isinstance(error, SlowAnswerError):
+            if not self.has_other_key(ticket, slot):
+                raise error
+            self.remedies["other_keys"] += 1
+            return 0
         if self.keys.calls_for_cooldown(error) and error.kind != last:
             self.keys.cool_down(slot.key, ticket.use, error)
             try:
@@ -8893,7 +10116,7 @@ class Upstream:
             self.remedies["other_keys"] += 1
             return 0
         retries = self.settings.max_retries
-        if self.clock.now() - slot.granted_at > LONG_ATTEMPT:
+        if self.clock.now() - slot.granted_at > self.limits.long_attempt:
             retries = min(retries, 1)
         if error.kind not in RETRYABLE or ticket.retries >= retries:
             raise error
@@ -8923,7 +10146,7 @@ class Upstream:
             "keys": len(numbers),
             "resting": cooling,
             "queues": queues,
-            "healed": dict(self.remedies),
+            "healed": {**self.remedies, **self.repairs},
         }
 
     def queue(self, model: str) -> Queue:
@@ -8932,25 +10155,25 @@ class Upstream:
             self.queues = {
                 n: q for n, q in self.queues.items() if n in MODELS or q.in_flight or q.tickets
             }
-            self.queues[model] = Queue(self.keys, self.settings.max_concurrency, self.clock)
+            self.queues[model] = Queue(
+                self.keys, self.settings.max_concurrency, self.clock, self.limits.poll_interval
+            )
         return self.queues[model]
 
 
-MODELS_TTL = 600  # seconds for which Z.ai's list of models is not asked for again
-
-
 class Catalog:
-    """The models this server lists: the table, and Z.ai's list for the first key, asked for once per MODELS_TTL."""
+    """The models this server lists: the table, and Z.ai's list for the first key, asked for now and then."""
 
-    def __init__(self, client: ZaiClient, keys: KeyPool) -> None:
-        self.client, self.keys = client, keys
+    def __init__(self, client: ZaiClient, keys: KeyPool, ttl: float) -> None:
+        """`ttl`: seconds for which Z.ai is not asked again."""
+        self.client, self.keys, self.ttl = client, keys, ttl
         self.models = dict(MODELS)
         self.asked_at = -math.inf
         self.asking: asyncio.Task[None] | None = None
 
     async def list(self, now: float) -> dict[str, Model]:
         """By id. Only the first caller waits for Z.ai; later the list is refreshed in the background."""
-        if now - self.asked_at >= MODELS_TTL:
+        if now - self.asked_at >= self.ttl:
             before, self.asking, self.asked_at = self.asking, asyncio.create_task(self.ask()), now
             if before is None:
                 await asyncio.wait({self.asking})
@@ -8968,21 +10191,19 @@ class Catalog:
                 self.models = MODELS | {model.id: model for model in models}
 
 
-PLANS_TTL = 60  # seconds
-
-
 class PlanQuotas:
-    """What is left of the plans of Z.ai keys; asked for when the dashboard is, at most once in PLANS_TTL."""
+    """What is left of the plans of Z.ai keys; asked for when the dashboard is, now and then."""
 
-    def __init__(self, client: ZaiClient, keys: tuple[ZaiKey, ...]) -> None:
-        self.client, self.keys = client, keys
+    def __init__(self, client: ZaiClient, keys: tuple[ZaiKey, ...], ttl: float) -> None:
+        """`ttl`: seconds for which Z.ai is not asked again."""
+        self.client, self.keys, self.ttl = client, keys, ttl
         self.plans: list[JSON] = []
         self.asked_at = -math.inf
         self.asking: asyncio.Task[None] | None = None
 
     def latest(self, now: float) -> list[JSON]:
         """Z.ai's last answer; the next is fetched in the background."""
-        if now - self.asked_at >= PLANS_TTL:
+        if now - self.asked_at >= self.ttl:
             self.asked_at, self.asking = now, asyncio.create_task(self.ask())
         return self.plans
 
@@ -9155,17 +10376,16 @@ class DatabaseThread:
 class UnsavedResponses:
     """Responses that the database does not have yet; too many, or too large, the oldest are lost."""
 
-    MAX_ROWS = 1_000
-    MAX_SIZE = 64 * 2**20  # bytes
-
-    def __init__(self) -> None:
+    def __init__(self, limits: Limits) -> None:
+        self.limits = limits
         self.rows: dict[str, ResponseRow] = {}  # by id, the oldest first
         self.size = 0  # bytes
 
     def put(self, row: ResponseRow) -> None:
         self.rows[row.id] = row
         self.size += row.size
-        while len(self.rows) > self.MAX_ROWS or self.size > self.MAX_SIZE:
+        limits = self.limits
+        while len(self.rows) > limits.unsaved_rows or self.size > limits.unsaved_size:
             self.drop(next(iter(self.rows)))
 
     def drop(self, response_id: str) -> None:
@@ -9192,21 +10412,18 @@ class UnsavedResponses:
 class Database:
     """One connection in one thread: the event loop never waits for a disk, and nobody waits for long.
 
-    What does not answer within WAIT seconds, or fails, is not asked again for requests until the
+    What does not answer in time, or fails, is not asked again for requests until the
     exchange that runs all the while has succeeded. Counts are written in numbered batches. One that
     was perhaps written before the connection broke is written again under its number, which
     `ztoapi_writers` takes only once.
     """
 
-    INTERVAL = 1.0  # seconds between two looks for something to write
     POLL = 3  # intervals between two reads of what others wrote
-    WAIT = 5.0  # seconds
-    BUSY_TIMEOUT = 2.0  # seconds for which SQLite waits for another process that writes
-    MAX_STORED = 256 * 2**20  # bytes of responses for one account; then the oldest go
 
-    def __init__(self, url: str, unix: Callable[[], float]) -> None:
+    def __init__(self, url: str, unix: Callable[[], float], limits: Limits | None = None) -> None:
         self.url = url
         self.unix = unix
+        self.limits = limits or Limits()
         self.is_postgres = url.startswith("postgres")
         self.in_memory = url == "memory"
         self.path = DATABASE_FILE.parent / url.removeprefix("sqlite:///") if url else DATABASE_FILE
@@ -9217,7 +10434,7 @@ class Database:
         self.hanging: asyncio.Future[Any] | None = None  # the job that did not end in time
         self.has_failed = False  # the last job did
         self.batch = 1
-        self.unsaved = UnsavedResponses()
+        self.unsaved = UnsavedResponses(self.limits)
         self.lock = asyncio.Lock()  # one batch at a time
         self.cleaned_on: date | None = None  # when what is old was looked for
 
@@ -9238,13 +10455,13 @@ class Database:
         return await self.wait_for(job, *arguments, begin=begin)
 
     async def wait_for(self, job: Callable[..., R], *arguments: object, begin: str) -> R:
-        """Do a job. Raises DatabaseError when that fails or takes longer than WAIT."""
+        """Do a job. Raises DatabaseError when that fails or takes too long."""
         if self.hanging and not self.hanging.done():
             raise DatabaseError(NO_ANSWER)
         work = partial(self.transact, job, *arguments, begin=begin)
         done = asyncio.wrap_future(self.thread.submit(work))
         done.add_done_callback(forget_outcome)  # whoever waits may be cancelled, or wait too long
-        finished, _ = await asyncio.wait({done}, timeout=self.WAIT)
+        finished, _ = await asyncio.wait({done}, timeout=self.limits.database_wait)
         if not finished:
             self.hanging = done
             self.has_failed = True
@@ -9262,7 +10479,7 @@ class Database:
         yield
         await end_tasks([task])
         task = asyncio.create_task(self.write_rest(accounts))
-        await asyncio.wait({task}, timeout=self.WAIT + 1)
+        await asyncio.wait({task}, timeout=self.limits.database_wait + 1)
         await end_tasks([task])
         await asyncio.wait({asyncio.wrap_future(self.thread.submit(self.close))}, timeout=1)
 
@@ -9276,7 +10493,7 @@ class Database:
         for number in count():
             if self.is_due(accounts, number):
                 await self.sync(accounts)
-            await asyncio.sleep(self.INTERVAL)
+            await asyncio.sleep(self.limits.database_interval)
 
     def is_due(self, accounts: Accounts, number: int) -> bool:
         """Whether to exchange something at this interval."""
@@ -9433,7 +10650,10 @@ class Database:
             path = self.path
             os.close(os.open(path, os.O_CREAT | os.O_RDWR, 0o600))
         self.connection = self.driver.connect(
-            path, timeout=self.BUSY_TIMEOUT, isolation_level=None, check_same_thread=False
+            path,
+            timeout=self.limits.busy_timeout,
+            isolation_level=None,
+            check_same_thread=False,
         )
         self.execute("PRAGMA journal_mode = WAL")
         self.execute("PRAGMA synchronous = NORMAL")
@@ -9506,9 +10726,9 @@ class Database:
             self.execute(PUT_RESPONSE, *row)
         for account_id in {row.account for row in rows.values()}:
             stored = self.execute(SIZE_OF_ALL, account_id).fetchone()[0] or 0
-            if stored > self.MAX_STORED:
+            if stored > self.limits.stored_size:
                 self.lock_out(MAKING_ROOM)
-                self.execute(DELETE_OLDEST, account_id, self.MAX_STORED)
+                self.execute(DELETE_OLDEST, account_id, self.limits.stored_size)
         has_deleted = any(row.day == DELETED for row in rows.values())
         if has_deleted or self.cleaned_on != today:
             self.clean(today)
@@ -9782,10 +11002,9 @@ class Statistics:
 class ClientHistory:
     """The stored responses of one client key. Those that a request refers to are loaded before it is parsed."""
 
-    MAX_SIZE = MAX_HELD  # bytes; the rest counts as not stored
-
     def __init__(self, database: Database, account_id: str) -> None:
         self.database = database
+        self.max_size = database.limits.loaded_size
         self.account_id = account_id
         self.loaded: dict[str, StoredResponse] = {}
         self.size = 0  # bytes of what was found
@@ -9794,13 +11013,13 @@ class ClientHistory:
         """Raises DatabaseError."""
         if not asked.previous and not asked.others:
             return
-        rows = await self.database.find_responses(self.account_id, asked, self.MAX_SIZE)
+        rows = await self.database.find_responses(self.account_id, asked, self.max_size)
         await in_thread_if_large(sum(row.size for row in rows), self.read, rows)
 
     def read(self, rows: Iterable[ResponseRow]) -> None:
         for row in rows:
             self.size += row.size
-            if self.size <= self.MAX_SIZE:
+            if self.size <= self.max_size:
                 self.loaded[row.id] = StoredResponse(**json.loads(row.body), parent=row.parent)
 
     def get(self, response_id: str) -> StoredResponse | None:
@@ -9831,6 +11050,7 @@ OpenResponse: TypeAlias = "SSEResponse | PassThroughResponse"
 
 
 SETTINGS = web.AppKey("settings", Settings)
+APP_LIMITS = web.AppKey("limits", Limits)
 REDACT = web.AppKey("redact", Redactor)
 IN_FLIGHT: web.AppKey[dict[Any, web.Request]] = web.AppKey(
     "in_flight", dict
@@ -9838,6 +11058,7 @@ IN_FLIGHT: web.AppKey[dict[Any, web.Request]] = web.AppKey(
 CLOCK = web.AppKey("clock", Clock)
 STATISTICS = web.AppKey("statistics", Statistics)
 ACCOUNTS = web.AppKey("accounts", Accounts)
+TOKEN_SCALE = web.AppKey("token_scale", TokenScale)
 DATABASE = web.AppKey("database", Database)
 UPSTREAM = web.AppKey("upstream", Upstream)
 CATALOG = web.AppKey("catalog", Catalog)
@@ -9855,8 +11076,6 @@ Answering = EventStream | MergedStream  # an answer that has begun
 # ======== Streaming out =============================================================================================
 # `SSEResponse` sends an answer piece by piece (`relay`), and comments while Z.ai is silent (`keep_alive`).
 
-MAX_JOINED = 2**23  # bytes of an answer after which its frames are sent one by one
-KEEP_ALIVE_INTERVAL = 15  # seconds of silence after which a stream gets a comment
 EVENT_STREAM = "text/event-stream; charset=utf-8"
 STREAM_HEADERS = {
     "Content-Type": EVENT_STREAM,
@@ -9884,7 +11103,9 @@ class SSEResponse:
         self.own_head = head_of(AnswerInfo("", 0, "", ""), model, request)
         self.response = web.StreamResponse(headers=STREAM_HEADERS)
         self.has_begun = False  # the reply knows the answer's head
-        self.timer = IdleTimer(KEEP_ALIVE_INTERVAL, self.on_idle)
+        limits = request.app[APP_LIMITS]
+        self.joined_size = limits.joined_size
+        self.timer = IdleTimer(limits.keep_alive_interval, self.on_idle)
         self.writing = False  # waiting for the client
         self.keeping_alive: asyncio.Task[None] | None = None
 
@@ -9900,7 +11121,7 @@ class SSEResponse:
 
         `size` is the answer's, in bytes so far.
         """
-        if size < MAX_JOINED:
+        if size < self.joined_size:
             await self.send_together(frames)
             return
         for frame in frames:
@@ -9949,8 +11170,6 @@ class SSEResponse:
 # Bodies come as they were sent, packed or not: aiohttp unpacks none. `body_parts` unpacks the one that a handler reads,
 # step by step, so that others go on meanwhile; what no handler reads costs no more than its own bytes.
 
-READ_TIMEOUT = 30.0  # seconds for a whole head, and for each MIN_READ bytes of a body
-MIN_READ = 2**14
 STEP_INPUT = 2**14  # packed bytes that one step reads
 STEP_OUTPUT = 2**16  # bytes that one step unpacks
 MAX_CODINGS = 3  # one inside the other
@@ -9984,7 +11203,7 @@ def body_parts(request: web.Request) -> AsyncIterator[bytes]:
     """
     limit = request.app[SETTINGS].max_body_mb * 2**20
     codings = request.headers.getall("Content-Encoding", ())
-    parts = limited_parts(BodyReader(request.content), limit)
+    parts = limited_parts(BodyReader(request.content, request.app[APP_LIMITS]), limit)
     if not codings:
         return parts
     return unpacked_parts(parts, unpackers_for(codings, limit))
@@ -10014,13 +11233,14 @@ async def unpacked_parts(
 class BodyReader:
     """Reads a body as it comes, and gives up on a client that stalls.
 
-    It has READ_TIMEOUT seconds for each MIN_READ bytes, so what comes byte by byte gets no more time. Only waiting
+    It has `read_timeout` seconds for each `min_read` bytes, so what comes byte by byte gets no more time. Only waiting
     for the client counts: while Z.ai takes an upload slowly, nothing is read.
     """
 
-    def __init__(self, content: aiohttp.StreamReader) -> None:
+    def __init__(self, content: aiohttp.StreamReader, limits: Limits) -> None:
         self.content = content
-        self.seconds_left = READ_TIMEOUT
+        self.limits = limits
+        self.seconds_left = limits.read_timeout
         self.received = 0  # bytes since it had all these seconds
 
     async def read(self) -> bytes:
@@ -10043,8 +11263,8 @@ class BodyReader:
         part = await asyncio.wait_for(self.content.readany(), self.seconds_left)
         self.seconds_left -= time.monotonic() - began
         self.received += len(part)
-        if self.received >= MIN_READ:
-            self.seconds_left = READ_TIMEOUT
+        if self.received >= self.limits.min_read:
+            self.seconds_left = self.limits.read_timeout
             self.received = 0
         return part
 
@@ -10378,22 +11598,24 @@ def cors_headers(request: web.Request) -> dict[str, str]:
     return headers
 
 
+def our_request_id(request: web.Request) -> str:
+    return request_id_of(request[RECORD].id)
+
+
 async def add_headers(request: web.Request, response: web.StreamResponse) -> None:
     """Runs just before the headers of any answer are sent, streams and errors too."""
-    if record := request.get(RECORD):
-        response.headers["x-request-id"] = f"req_{record.id}"
+    if RECORD in request:
+        response.headers["x-request-id"] = our_request_id(request)
     response.headers["Vary"] = "Origin, Access-Control-Request-Headers"
     response.headers.update(cors_headers(request))
 
 
-def error_document(request: web.Request, error: ProxyError) -> JSON:
-    """The error in the shape of the API that the client speaks."""
+def surface_of(request: web.Request) -> Surface:
+    """The surface in whose form an error is told, also on a path that belongs to none."""
     is_anthropic = request.path.rstrip("/").endswith(("/messages", "/count_tokens"))
-    return (
-        anthropic_error_body
-        if is_anthropic or "anthropic-version" in request.headers
-        else error_body
-    )(error)
+    if is_anthropic or "anthropic-version" in request.headers:
+        return SURFACES["messages"]
+    return SURFACES["chat/completions"]
 
 
 def count_usage(request: web.Request) -> None:
@@ -10466,6 +11688,8 @@ async def keep(request: web.Request, reply: Reply, answer: Answering) -> None:
     for message in answer.said:
         request.app[UPSTREAM].memory.put(request[ACCOUNT].id, message)
     count_usage(request)
+    told = request[RECORD].meters[0].told.prompt
+    request.app[TOKEN_SCALE].learn(answer.info.model, reply.input_tokens, told)
     if reply.stored:
         history = ClientHistory(request.app[DATABASE], request[ACCOUNT].id)
         await history.put(reply.stored, request[RECORD].body_size + answer.size)
@@ -10488,7 +11712,7 @@ async def plan_request(surface: Surface, request: web.Request) -> Asked:
     await history.load(referred_responses(body))
     size = request[RECORD].body_size + history.size
     asked = await in_thread_if_large(size, planned, surface, request, body, history, size)
-    request.app[UPSTREAM].remedies.update(asked.plan.repairs)
+    request.app[UPSTREAM].repairs.update(asked.plan.repairs)
     request.app[ACCOUNTS].check_choices(request[ACCOUNT], asked.plan.n, time.monotonic())
     return asked
 
@@ -10511,6 +11735,23 @@ def planned(
     record.meters = plan.meters
     plan.admit = partial(check_budget, request)
     return Asked(plan, reply, prompt.model, ignored_header(plan.ignored))
+
+
+COUNTED_FIELDS = ("model", "messages", "system", "tools")  # what a model reads, and which one
+
+
+async def count_tokens(request: web.Request) -> web.Response:
+    """An estimate, in the form of Anthropic's API. Z.ai is not asked: it may not know the path."""
+    body = await read_json(request)
+    size = request[RECORD].body_size
+    model_id, tokens = await in_thread_if_large(size, counted, body, request.app[SETTINGS])
+    return json_response({"input_tokens": request.app[TOKEN_SCALE].scaled(model_id, tokens)})
+
+
+def counted(body: JSON, settings: Settings) -> tuple[str, int]:
+    """The model's id and the tokens of a request, of which nothing else is looked at."""
+    prompt, _ = parse_message({"max_tokens": 1, **fields_of(body, *COUNTED_FIELDS)})
+    return resolve(prompt.model, settings.model_aliases).id, estimated_tokens(prompt)
 
 
 def wants_stream(request: web.Request, settings: Settings) -> bool:
@@ -10643,6 +11884,20 @@ async def delete_response(request: web.Request) -> web.Response:
     return json_response({"id": response_id, "object": "response", "deleted": True})
 
 
+async def count_input_tokens(request: web.Request) -> web.Response:
+    """An estimate, in the form of the Responses API: Z.ai is not asked."""
+    history = ClientHistory(request.app[DATABASE], request[ACCOUNT].id)
+    body = await read_json(request)
+    await history.load(referred_responses(body))
+    size = request[RECORD].body_size + history.size
+    tokens = await in_thread_if_large(size, response_tokens, body, history)
+    return json_response({"object": "response.input_tokens", "input_tokens": tokens})
+
+
+def response_tokens(body: JSON, history: ClientHistory) -> int:
+    return estimated_tokens(parse_counted_response(body, history))
+
+
 async def health(request: web.Request) -> web.Response:
     return json_response({"status": "ok", "name": "ztoapi"} | about(request.app[SETTINGS]))
 
@@ -10751,9 +12006,11 @@ async def metrics(request: web.Request) -> web.Response:
         for m, figures in models
         for kind in kinds
     )
+    repairs = (({"kind": kind}, n) for kind, n in upstream.repairs.items())
     families = [
         family("build_info", "gauge", [({"version": __version__}, 1)]),
         family("retries_total", "counter", [({}, upstream.remedies["retries"])]),
+        family("repairs_total", "counter", repairs),
         family("requests_total", "counter", requests),
         family("tokens_total", "counter", tokens),
         *(
@@ -10841,60 +12098,7 @@ def page_response(page: Page, snapshot: JSON) -> web.Response:
 
 
 # ======== Pass-through ==============================================================================================
-# What Z.ai serves itself, its Anthropic API among it: passed on with our key and the model's name, mended if needed.
-
-
-def messages_model(request: web.Request, body: JSON) -> Model:
-    """The model to ask; the record learns what the client named. Raises ProxyError if its key may not use it."""
-    settings = request.app[SETTINGS]
-    given = validated(body, {"model": model_name})
-    required(given, "model")
-    model = resolve(given["model"], settings.model_aliases)
-    request[RECORD].model = model_shown(request, model)
-    if shows_image(body):
-        model = with_vision(model, settings)
-    request[ACCOUNT].check_model(model)
-    return model
-
-
-async def messages(request: web.Request) -> web.StreamResponse:
-    """Passes on a request of Anthropic's API, with retries."""
-    settings, upstream = request.app[SETTINGS], request.app[UPSTREAM]
-    body = await read_json(request)
-    model = messages_model(request, body)
-    name = body["model"]
-    headers = {
-        "Content-Type": "application/json",
-        **sent_headers(request, "anthropic-version", "anthropic-beta"),
-    }
-    how, size = {"headers": headers, "params": request.query}, request[RECORD].body_size
-    beginning = (to_json(part) for part in (body.get("system"), first_object(body.get("messages"))))
-    caller = await in_thread_if_large(size, caller_of, settings, request[ACCOUNT].id, beginning)
-
-    what, meter = request.match_info["what"], Meter()
-    if what == "messages":  # to count tokens costs none
-        request[RECORD].meters = [meter]
-
-    async def attempt(slot: Slot, owner: AsyncExitStack) -> PassThroughResponse:
-        check_budget(request)
-        url = f"{slot.key.anthropic_url}/v1/{what}"
-        data = await in_thread_if_large(size, messages_request, body, model.id)
-        images = await in_thread_if_large(size, image_size, body)
-        with meter.asking(len(data) - images):
-            stream = await upstream.client.send(url, slot.key, owner, data=data, **how)
-            response = PassThroughResponse(request, stream, MessagesReader(name), meter)
-            response.response.headers["x-ztoapi-model"] = header_word(model.id)
-            await response.begin()
-            await response.check_refusal()
-        return response
-
-    async with upstream.account_slot(request[ACCOUNT]), AsyncExitStack() as owner:
-        response = await upstream.with_retries(
-            KeyUse(model.id, "/messages"), caller, attempt, owner
-        )
-        body.clear()  # long, and sent
-        request[STREAM] = response
-        return await response.send()
+# The other paths that Z.ai serves: passed on as they are, with our key.
 
 
 def sent_headers(request: web.Request, *names: str) -> dict[str, str]:
@@ -11072,12 +12276,11 @@ class PassThroughResponse:
         data, held = b"", 0
         while not data and (part := await self.stream.read()):
             held += len(part)
-            if held > MAX_HELD:
+            if held > self.request.app[APP_LIMITS].answer_size:
                 raise UpstreamError(UNAVAILABLE, TOO_LARGE)
             data = await in_thread_if_large(held, self.reader.feed, part)
         data = data or await in_thread_if_large(held, self.reader.close)
         self.meter.told = self.reader.usage
-        self.meter.pieces += data.count(b"event: content_block_delta")
         return data
 
     async def send(self) -> web.StreamResponse:
@@ -11093,9 +12296,8 @@ class PassThroughResponse:
     async def fail(self, error: ProxyError) -> None:
         """A stream of events gets one more, an error; any other answer can only be cut off."""
         if "text/event-stream" in self.response.headers.get("Content-Type", ""):
-            await self.response.write(
-                sse([{"type": "error", **error_document(self.request, error)}])
-            )
+            _, body = surface_of(self.request).error(error, our_request_id(self.request))
+            await self.response.write(sse([{"type": "error", **body}]))
         elif self.request.transport:
             self.request.transport.close()
 
@@ -11209,30 +12411,33 @@ async def error_response(request: web.Request, error: ProxyError) -> web.StreamR
     request[RECORD].error = error.kind.code or error.kind.type
     stream: OpenResponse | None = request.get(STREAM)
     if stream and stream.response.prepared:
+        say_when(error)
         await stream.fail(error)
         return stream.response
     headers = error_headers(error)
-    if error.kind.status == 402 and request.path.rstrip("/").endswith("/responses"):
+    is_response = request.path.rstrip("/").endswith(("/responses", "/responses/compact"))
+    if error.kind.status == 402 and is_response:
         headers.pop("Retry-After", None)  # Codex would silently wait until then
-    response = json_response(error_document(request, error), error.kind.status, headers)
+    status, body = surface_of(request).error(error, our_request_id(request))
+    response = json_response(body, status, headers)
     if isinstance(error, BrokenBody):
         response.force_close()
     return response
 
 
-SHUTDOWN_GRACE = 30  # seconds that answers in flight have to finish
+def say_when(error: ProxyError) -> None:
+    """Put Retry-After into words, where it is too late for a header. Codex reads these."""
+    if error.retry_after is not None:
+        error.message += f" Try again in {max(1, math.ceil(error.retry_after))} seconds."
 
 
 async def drain(app: web.Application) -> None:
     """Before the server stops: let answers in flight finish for a while, then end them too."""
     in_flight = app[IN_FLIGHT]
+    grace = app[APP_LIMITS].shutdown_grace
     if in_flight:
-        LOG.info(
-            "stopping: waiting at most %d s for answers in flight: %d",
-            SHUTDOWN_GRACE,
-            len(in_flight),
-        )
-    for seconds in (SHUTDOWN_GRACE, 2):
+        LOG.info("stopping: waiting at most %d s for answers in flight: %d", grace, len(in_flight))
+    for seconds in (grace, 2):
         if in_flight:
             await asyncio.wait(list(in_flight), timeout=seconds)
         end_answers(app)
@@ -11268,7 +12473,6 @@ async def obey_signals(app: web.Application) -> None:
 # `serve_as_here` gives an app's servers these connections; nothing in aiohttp itself is changed.
 # requirements.txt lists what is used of aiohttp without being documented.
 
-CHECK_INTERVAL = 5.0  # seconds
 MAX_HEAD = 2**15  # bytes
 MAX_REFUSED_HEAD = 2**18  # bytes of a larger head that are taken before it is refused
 END_OF_HEAD = b"\r\n\r\n"
@@ -11284,10 +12488,8 @@ def descriptor_limit() -> int:
     return sys.maxsize
 
 
-MAX_DESCRIPTORS = descriptor_limit()
-BACKLOG = min(
-    1024, MAX_DESCRIPTORS // 8
-)  # connections accepted before the first of them is looked at
+# Connections accepted before the first of them is looked at.
+BACKLOG = min(1024, descriptor_limit() // 8)
 
 
 def serve_as_here(app: web.Application) -> None:
@@ -11305,7 +12507,7 @@ def serve_as_here(app: web.Application) -> None:
 class ClientServer(web.Server):
     """Accepts clients, and ends connections that only take up room.
 
-    Those are: without a whole head for READ_TIMEOUT, with a client that reads nothing for UPSTREAM_TIMEOUT, and,
+    Those are: without a whole head for `read_timeout`, with a client that reads nothing for UPSTREAM_TIMEOUT, and,
     before file descriptors run out, those without a request, the longest silent first.
     """
 
@@ -11318,6 +12520,8 @@ class ClientServer(web.Server):
             handler, loop=loop, request_factory=request_factory, handler_cancellation=True
         )
         self.app = app
+        self.limits = app[APP_LIMITS]
+        self.max_descriptors = self.limits.max_descriptors or descriptor_limit()
         self.loop = loop
         self.how = {
             **how,
@@ -11334,9 +12538,9 @@ class ClientServer(web.Server):
     def connection_made(self, handler: web.RequestHandler, transport: asyncio.Transport) -> None:
         super().connection_made(handler, transport)
         if self.next_check is None:
-            self.next_check = self.loop.call_later(CHECK_INTERVAL, self.check)
+            self.next_check = self.loop.call_later(self.limits.check_interval, self.check)
         descriptor = transport.get_extra_info("socket").fileno()  # always the lowest free number
-        if descriptor > MAX_DESCRIPTORS * 3 // 4:
+        if descriptor > self.max_descriptors * 3 // 4:
             self.make_room()
 
     def without_request(self) -> list[ClientConnection]:
@@ -11362,7 +12566,7 @@ class ClientServer(web.Server):
         for connection in cast("list[ClientConnection]", self.connections):
             connection.check_reader(now, self.app[SETTINGS].upstream_timeout)
         if self.connections:
-            self.next_check = self.loop.call_later(CHECK_INTERVAL, self.check)
+            self.next_check = self.loop.call_later(self.limits.check_interval, self.check)
 
     def pre_shutdown(self) -> None:
         """Closes what is idle: aiohttp would leave it open until all answers are finished."""
@@ -11376,14 +12580,15 @@ class ClientConnection(web.RequestHandler):
 
     def __init__(self, server: ClientServer, **how: Any) -> None:
         super().__init__(server, **how)
+        self.read_timeout = server.limits.read_timeout
         self.last_received_at = time.monotonic()
         self.head = b""  # what has come of a request's head, until it is whole
-        self.head_due = self.last_received_at + READ_TIMEOUT  # when it must be whole
+        self.head_due = self.last_received_at + self.read_timeout  # when it must be whole
         self.latest: Any = None  # the latest request that was parsed, with its body
         self.body: aiohttp.StreamReader = aiohttp.EMPTY_PAYLOAD  # the latest request's
         self.is_refused = False  # the parser could not read what came
         self.unsent_bytes = 0  # that the client had not taken at the last check
-        self.unsent_since = 0.0  # since when they have been so many
+        self.last_taken_at = self.last_received_at  # when it had taken some, or all
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         # aiohttp's own reference ends before the connection does
@@ -11411,7 +12616,7 @@ class ClientConnection(web.RequestHandler):
             self.latest = self._messages[-1]
             self.begin_request(*self.latest)
         elif self.head and self.head_due == math.inf:
-            self.head_due = self.last_received_at + READ_TIMEOUT
+            self.head_due = self.last_received_at + self.read_timeout
 
     def begin_request(self, message: Any, body: aiohttp.StreamReader) -> None:
         if isinstance(message, RawRequestMessage):
@@ -11425,13 +12630,16 @@ class ClientConnection(web.RequestHandler):
             self.body.set_exception(web.RequestPayloadError())
 
     def check_reader(self, now: float, patience: float) -> None:
-        """Ends the connection when the client has read nothing for so many seconds."""
+        """Ends the connection when the client has read nothing for so many seconds.
+
+        What waits for it may grow meanwhile; it shrinks, between some two looks, where a client reads.
+        """
         unsent = self.client.get_write_buffer_size()
-        if not unsent or unsent != self.unsent_bytes:
-            self.unsent_bytes = unsent
-            self.unsent_since = now
-        elif now - self.unsent_since > patience:
+        if not unsent or unsent < self.unsent_bytes:
+            self.last_taken_at = now
+        elif now - self.last_taken_at > patience:
             self.client.abort()
+        self.unsent_bytes = unsent
 
     async def finish_response(
         self, request: web.BaseRequest, resp: web.StreamResponse, start_time: float | None
@@ -11508,7 +12716,9 @@ API = r"/{prefix:/*(?:(?:v1|api/v1|api/paas/v4)/+)*}"  # clients use any of thes
 END = r"{slash:/*}"
 
 
-def create_app(settings: Settings | None = None, clock: Clock | None = None) -> web.Application:
+def create_app(
+    settings: Settings | None = None, limits: Limits | None = None, clock: Clock | None = None
+) -> web.Application:
     """The server as an aiohttp application. Without settings, as process managers call it, it reads the environment."""
     failed = (
         2 if settings else 3
@@ -11516,15 +12726,18 @@ def create_app(settings: Settings | None = None, clock: Clock | None = None) -> 
     if settings is None:
         settings = settings_or_exit({}, failed)
         set_up_log(settings)
+    limits = limits or Limits()
     clock = clock or Clock()
-    database = database_or_exit(settings, clock, failed)
+    database = database_or_exit(settings, limits, clock, failed)
     limit = settings.max_body_mb * 2**20
     app = web.Application(middlewares=[log_requests, local_only], client_max_size=limit)
     serve_as_here(app)
     app[SETTINGS], app[REDACT] = settings, redactor(settings)
+    app[APP_LIMITS] = limits
     app[IN_FLIGHT] = {}
     app[CLOCK], app[STATISTICS] = clock, Statistics(time.monotonic())
     app[ACCOUNTS], app[DATABASE] = Accounts(settings.default_key), database
+    app[TOKEN_SCALE] = TokenScale()
     app.on_response_prepare.append(add_headers)
     app.cleanup_ctx.append(connect)
     app.on_shutdown.append(drain)
@@ -11545,14 +12758,10 @@ def api_routes(app: web.Application) -> None:
             f"{API}{path}{END}",
             require_key(partial(pass_through, path), within_limits),
         )
-    add_route(
-        app,
-        "POST",
-        f"{API}{{what:messages|messages/count_tokens}}{END}",
-        require_key(messages, within_limits),
-    )
+    add_route(app, "POST", f"{API}messages/count_tokens{END}", require_key(count_tokens))
     add_route(app, "GET", f"{API}models{END}", require_key(list_models))
     add_route(app, "GET", f"{API}models/{{id:.*[^/]}}{END}", require_key(one_model))
+    add_route(app, "POST", f"{API}responses/input_tokens{END}", require_key(count_input_tokens))
     response = API + r"responses/{id:resp_\w+}"
     add_route(app, "GET", response + END, require_key(one_response))
     add_route(app, "GET", f"{response}/input_items{END}", require_key(list_input_items))
@@ -11585,11 +12794,13 @@ def add_route(app: web.Application, method: str, path: str, handler: Handler) ->
 async def connect(app: web.Application) -> AsyncIterator[None]:
     """Opens what lives as long as the app: the session to Z.ai and what uses it."""
     settings = app[SETTINGS]
-    async with new_session(settings) as session:
-        client = ZaiClient(session, settings)
-        app[UPSTREAM] = Upstream(settings, client, app[CLOCK])
-        app[CATALOG] = Catalog(client, app[UPSTREAM].keys)
-        app[PLANS] = PlanQuotas(client, () if settings.demo else settings.zai_keys)
+    limits = app[APP_LIMITS]
+    async with new_session(settings, limits) as session:
+        client = ZaiClient(session, settings, limits)
+        app[UPSTREAM] = Upstream(settings, limits, client, app[CLOCK])
+        app[CATALOG] = Catalog(client, app[UPSTREAM].keys, limits.models_ttl)
+        keys_with_plans = () if settings.demo else settings.zai_keys
+        app[PLANS] = PlanQuotas(client, keys_with_plans, limits.plans_ttl)
         async with app[DATABASE].running(app[ACCOUNTS]):
             yield
         await end_tasks(filter(None, (app[CATALOG].asking, app[PLANS].asking)))
@@ -11628,14 +12839,15 @@ class RedactingFormatter(logging.Formatter):
 
 
 class BackgroundHandler(logging.Handler):
-    """Writes the log in a thread: a reader who stalls stops only the log, and loses what MAX_WAITING cannot hold."""
+    """Writes the log in a thread: a reader who stalls stops only the log, and loses what there is no room for."""
 
-    MAX_WAITING = 2**23  # characters
     DROPPED = "{} lines were dropped here, because they could not be written\n"
 
-    def __init__(self, descriptor: int) -> None:
+    def __init__(self, descriptor: int, max_waiting: int = 2**23) -> None:
+        """`max_waiting` is in characters."""
         super().__init__()
         self.descriptor = descriptor
+        self.max_waiting = max_waiting
         self.lines: SimpleQueue[str] = SimpleQueue()
         self.added = self.written = 0  # characters
         self.dropped = 0  # lines
@@ -11643,7 +12855,7 @@ class BackgroundHandler(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         line = self.format(record) + "\n"
-        if self.added - self.written > self.MAX_WAITING:
+        if self.added - self.written > self.max_waiting:
             self.dropped += 1
             return
         if self.dropped:
@@ -11741,9 +12953,10 @@ def settings_or_exit(flags: Mapping[str, str], status: int = 2) -> Settings:
         exit_with_error(error, status)
 
 
-def database_or_exit(settings: Settings, clock: Clock, status: int) -> Database:
+def database_or_exit(settings: Settings, limits: Limits, clock: Clock, status: int) -> Database:
     """The database, connected if it was named or exists. Exits with one line and the status if that fails."""
-    database = Database("memory" if settings.demo else settings.database_url, clock.unix)
+    url = "memory" if settings.demo else settings.database_url
+    database = Database(url, clock.unix, limits)
     try:
         if settings.database_url or database.exists:
             database.transact(database.list_accounts, begin=READ)
@@ -12021,8 +13234,9 @@ async def diagnose(settings: Settings) -> AsyncIterator[Finding]:
     if not settings.zai_api_key:
         yield Finding("key", ZAI_API_KEY_MISSING.message, good=False)
         return
-    async with new_session(settings) as session:
-        client, accepted = ZaiClient(session, settings), False
+    limits = Limits()
+    async with new_session(settings, limits) as session:
+        client, accepted = ZaiClient(session, settings, limits), False
         for number, key in enumerate(settings.zai_keys, 1):
             finding = await check_key(client, f"key {number}", key)
             yield finding
@@ -12034,7 +13248,9 @@ async def diagnose(settings: Settings) -> AsyncIterator[Finding]:
             ):  # the other keys would fail in the same way
                 return
         if accepted:
-            yield await check_chat(Upstream(replace(settings, max_retries=0), client, Clock()))
+            yield await check_chat(
+                Upstream(replace(settings, max_retries=0), limits, client, Clock())
+            )
 
 
 async def check_key(client: ZaiClient, what: str, key: ZaiKey) -> Finding:
@@ -12272,7 +13488,6 @@ UNLOGGED_PATHS = (
     DEMO_PATH,
     "/dashboard/stats",
 )  # often requested by the program itself and its pages
-DEMO_PACE = 0.03  # seconds between words
 
 
 async def demo_models(_: web.Request) -> web.Response:
@@ -12299,36 +13514,62 @@ async def demo_chat(request: web.Request) -> web.StreamResponse:
         await response.write(
             sse([head | {"choices": [{"index": 0, "delta": {"role": "assistant", **delta}}]}])
         )
-        await asyncio.sleep(DEMO_PACE if body.get("stream") else 0)
+        await asyncio.sleep(request.app[APP_LIMITS].demo_pace if body.get("stream") else 0)
     await response.write(sse([head | demo_last(body, deltas), "[DONE]"]))
     return response
 
 
+REMINDER = re.compile(r"<system-reminder>.*?</system-reminder>", re.DOTALL)
+ASKS_FOR_TOOL = re.compile(r"\b(tools?|call|use)\b|工具|调用", re.IGNORECASE)
+
+
 def demo_deltas(body: JSON) -> list[JSON]:
-    """What the stand-in answers: a thought, then a call of the first tool if the user asks for one, else some words."""
-    asked, by_user = str(body["messages"][-1]["content"]), body["messages"][-1]["role"] == "user"
-    thoughts = ("The user wrote ", f"{len(asked)} characters. ", "This is only a demo.")
-    deltas: list[JSON] = [{"reasoning_content": thought} for thought in thoughts]
-    if as_object(body.get("thinking")).get("type") == "disabled":
-        deltas = []
-    if (
-        body.get("tools")
-        and by_user
-        and re.search(r"\b(tools?|call|use)\b|工具|调用", asked, re.IGNORECASE)
-    ):
+    """What the stand-in answers: a thought, then a call, a document or some words."""
+    asked = demo_question(body["messages"][-1])
+    deltas: list[JSON] = []
+    if as_object(body.get("thinking")).get("type") != "disabled":
+        thoughts = ("The user wrote ", f"{len(asked)} characters. ", "This is only a demo.")
+        deltas += [{"reasoning_content": thought} for thought in thoughts]
+    if calls_tool(body, asked):
         deltas.append({"tool_calls": [demo_call(body["tools"][0].get("function", {}))]})
+    elif "response_format" in body:
+        deltas.append({"content": to_json(smallest(asked_schema(body)))})
     else:
         words = f"This is the demo of ztoapi; no model is behind it (这是演示,没有真正的模型). You wrote: {asked[:200]}"
-        deltas += ({"content": word} for word in re.findall(r"\s*\S+", words))
+        deltas += [{"content": word} for word in re.findall(r"\s*\S+", words)]
     return deltas[: body.get("max_tokens", len(deltas))]
 
 
+def demo_question(message: JSON) -> str:
+    """The text of a message, images by their size, without what an agent added for the model."""
+    content = message["content"]
+    if isinstance(content, list):
+        content = " ".join(map(demo_part, content))
+    return REMINDER.sub("", content).strip()
+
+
+def demo_part(part: JSON) -> str:
+    if part["type"] == "text":
+        return str(part["text"])
+    url = part[part["type"]]["url"]
+    if url.startswith("http"):
+        return f"[{part['type']} at {url}]"
+    return f"[{part['type']} of {len(url) * 3 // 4} bytes]"
+
+
+def calls_tool(body: JSON, asked: str) -> bool:
+    """Whether the first tool is to be called: it must be, or the user's text asks for one."""
+    if not body.get("tools"):
+        return False
+    first, last = body["messages"][0], body["messages"][-1]
+    if last["role"] != "user":
+        return False
+    is_forced = first["role"] == "system" and CALL_ORDER in first["content"]
+    return is_forced or bool(ASKS_FOR_TOOL.search(asked))
+
+
 def demo_call(function: JSON) -> JSON:
-    schema = as_object(function.get("parameters"))
-    properties, names = as_object(schema.get("properties")), schema.get("required") or ()
-    values = {
-        name: demo_value(as_object(properties.get(name))) for name in names if isinstance(name, str)
-    }
+    values = smallest({"type": "object", **as_object(function.get("parameters"))})
     called = {"name": function.get("name", "demo"), "arguments": to_json(values)}
     return {
         "id": f"call_{secrets.token_hex(8)}",
@@ -12338,19 +13579,71 @@ def demo_call(function: JSON) -> JSON:
     }
 
 
-def demo_value(schema: JSON) -> Any:
-    """Something that fits a schema."""
+def asked_schema(body: JSON) -> JSON:
+    """The JSON Schema in the system message; {"type": "object"} where there is none."""
+    _, order, schema = str(body["messages"][0]["content"]).partition(SCHEMA_ORDER)
+    found = as_object(parse_json(schema.encode()))
+    return found if order and found else {"type": "object"}
+
+
+DEEPEST = 30  # schemas inside each other; some require themselves for ever
+
+
+def smallest(schema: JSON, root: JSON | None = None, depth: int = 0) -> Any:
+    """A value that fits a JSON Schema, with nothing optional in it; `root` is the whole schema."""
+    root = root or schema
+    if depth > DEEPEST:
+        return None
+    meant = first_meaning(schema, root)
+    if meant is not schema:
+        return smallest(meant, root, depth + 1)
+    for choice in ("const", "default"):
+        if choice in schema:
+            return schema[choice]
+    if schema.get("enum"):
+        return schema["enum"][0]
+    return smallest_of_kind(schema, root, depth + 1)
+
+
+def first_meaning(schema: JSON, root: JSON) -> JSON:
+    """The schema that a reference or a union stands for; any other schema as it is."""
+    if isinstance(schema.get("$ref"), str):
+        return definition_at(schema["$ref"], root)
+    for union in ("anyOf", "oneOf", "allOf"):
+        if schema.get(union):
+            return as_object(schema[union][0])
+    return schema
+
+
+def definition_at(ref: str, root: JSON) -> JSON:
+    """The part of a schema that a local reference names."""
+    part = root
+    for name in ref.removeprefix("#/").split("/"):
+        part = as_object(part.get(name))
+    return part
+
+
+def smallest_of_kind(schema: JSON, root: JSON, depth: int) -> Any:
     kind = schema.get("type")
-    kind = kind[0] if isinstance(kind, list) and kind else kind
-    samples = {
-        "string": "demo",
-        "integer": 1,
-        "number": 1.5,
-        "boolean": True,
-        "array": [],
-        "object": {},
-    }
-    return (schema.get("enum") or [samples.get(str(kind))])[0]
+    if isinstance(kind, list) and kind:
+        kind = kind[0]
+    match kind:
+        case "string":
+            return "demo".ljust(as_count(schema.get("minLength")), ".")
+        case "integer" | "number":
+            least = schema.get("minimum", schema.get("exclusiveMinimum", 0) + 1)
+            return min(least, schema.get("maximum", least))
+        case "boolean":
+            return True
+        case "null":
+            return None
+        case "array":
+            item = smallest(as_object(schema.get("items")), root, depth)
+            return [item] * as_count(schema.get("minItems"))
+        case _:
+            properties = as_object(schema.get("properties"))
+            names = [name for name in schema.get("required") or () if isinstance(name, str)]
+            return {name: smallest(as_object(properties.get(name)), root, depth) for name in names}
 
 
 def demo_last(body: JSON, deltas: list[JSON]) -> JSON:

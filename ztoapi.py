@@ -11460,12 +11460,16 @@ async def count_input_tokens(request: web.Request) -> web.Response:
     body = await read_json(request)
     await history.load(referred_responses(body))
     size = request[RECORD].body_size + history.size
-    tokens = await in_thread_if_large(size, response_tokens, body, history)
-    return json_response({"object": "response.input_tokens", "input_tokens": tokens})
+    settings = request.app[SETTINGS]
+    model_id, tokens = await in_thread_if_large(size, counted_response, body, history, settings)
+    scaled = request.app[TOKEN_SCALE].scaled(model_id, tokens)
+    return json_response({"object": "response.input_tokens", "input_tokens": scaled})
 
 
-def response_tokens(body: JSON, history: ClientHistory) -> int:
-    return estimated_tokens(parse_counted_response(body, history))
+def counted_response(body: JSON, history: ClientHistory, settings: Settings) -> tuple[str, int]:
+    """The model's id and the tokens of a request's input."""
+    prompt = parse_counted_response(body, history)
+    return resolve(prompt.model, settings.model_aliases).id, estimated_tokens(prompt)
 
 
 async def health(request: web.Request) -> web.Response:

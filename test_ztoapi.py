@@ -1609,6 +1609,11 @@ RUN = {"type": "exec", "command": ["ls"]}
             id="patch",
         ),
         pytest.param(
+            [{"type": "function_call_output", "call_id": "c1", "status": "completed"}],
+            [Message("tool", (), call_id="c1")],
+            id="a result that says nothing but that it is there",
+        ),
+        pytest.param(
             [{"type": "mcp_call", "id": "m1", "server_label": "w", "name": "get", "arguments": '{"a":1}', "output": "42"}],
             [
                 Message("assistant", (), calls=(ToolCall(0, "m1", "w__get", '{"a":1}'),)),
@@ -2800,6 +2805,45 @@ def test_an_item_of_the_input_is_listed_with_all_its_keys():
             [("user", "input_text", "hi"), ("assistant", "output_text", "x")]
         )
     ]
+
+
+ODD_VALUES = [
+    *(None, 5, True, "x", "", [], {}, {"a": 1}, ["x"], "gAAAABx", "\ud83d"),
+    [{"type": "input_text", "text": "t"}],
+    [{"type": "encrypted_content", "encrypted_content": "do"}],
+    [NOW, NAMESPACE, DRAW],
+    ztoapi.encode_reasoning("t"),
+]
+ODD_FIELDS = [
+    *("content", "name", "namespace", "arguments", "input", "tools", "execution", "summary"),
+    *("encrypted_content", "action", "operation", "status", "author", "server_label", "tool_calls"),
+]
+
+
+def random_items(chance):
+    """Items of every type but the one that asks for a summary, with fields of any."""
+    skipped = sorted(ztoapi.SKIPPED_ITEMS - {"compaction_trigger"})
+    kinds = [*ztoapi.ITEM_READERS, *skipped, "never_heard_of", None, 5]
+    for _ in range(chance.randrange(1, 7)):
+        item = {name: chance.choice(ODD_VALUES) for name in chance.sample(ODD_FIELDS, 6)}
+        role, output = chance.choice([*ztoapi.ROLES]), chance.choice(["o", {"a": 1}, None])
+        more = {"role": role, "output": output, "call_id": chance.choice(["c1", "c2"])}
+        yield item | more | {"type": chance.choice(kinds)}
+
+
+@pytest.mark.parametrize("seed", range(200))
+def test_any_items_are_a_conversation_that_zai_takes_or_a_400(seed):
+    chance = random.Random(seed)
+    tools = chance.sample([NOW, NAMESPACE, TOOL_SEARCH, HOSTED_SEARCH, DRAW], 2)
+    choice = chance.choice(["auto", "required", "none", allowed("auto", *tools), tools[0]])
+    fields = {"input": [*random_items(chance)], "tools": tools, "tool_choice": choice}
+    sent = json.dumps(fields)
+    with contextlib.suppress(BadRequest):
+        prompt = parse_response(**fields)
+        plan = ztoapi.make_plan(prompt, Settings(), Account(""), "7")
+        model, planned = plan.prompts[0]
+        assert zai_body(planned, model)["messages"]
+    assert json.dumps(fields) == sent
 
 
 GOLDEN = PROGRAM.parent / ".ci" / "golden"

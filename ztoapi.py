@@ -3271,9 +3271,11 @@ def item_call_id(item: JSON) -> str:
 
 
 def read_output_item(item: JSON, at: str) -> list[Message]:
-    reader = ContentReader("tool")
     output = item.get("output")
-    reader.read(item.get("status") if output is None else output, f"{at}.output")
+    if output is None and item["type"] == "apply_patch_call_output":
+        output = item.get("status")
+    reader = ContentReader("tool")
+    reader.read(output, f"{at}.output")
     return [Message("tool", tuple(reader.content), call_id=item_call_id(item))]
 
 

@@ -11261,6 +11261,15 @@ async def test_codex_sees_life_in_events_numbered_like_all(lively, zai):
     assert len({event["response"]["id"] for event in events if "response" in event}) == 1
 
 
+@in_loop
+async def test_codex_sees_life_while_the_model_thinks_about_a_summary(lively, zai):
+    zai.parts = [*[FIRST, 0.02] * 12, RECORDED]
+    asked = ASKED | {"stream": True, "input": TO_SUM_UP}
+    _, stream = await ask(lively, asked, "/v1/responses")
+    assert stream.count("event: response.in_progress\n") > 1
+    assert last_event(stream)["type"] == "response.completed"
+
+
 TORN_STREAM = FIRST[:-20] + RECORDED  # a piece of it is lost
 
 

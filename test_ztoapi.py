@@ -1638,6 +1638,11 @@ RUN = {"type": "exec", "command": ["ls"]}
             id="patch",
         ),
         pytest.param(
+            [{"type": "function_call_output", "call_id": "c1", "status": "completed"}],
+            [Message("tool", (), call_id="c1")],
+            id="a result that says nothing but that it is there",
+        ),
+        pytest.param(
             [{"type": "mcp_call", "id": "m1", "server_label": "w", "name": "get", "arguments": '{"a":1}', "output": "42"}],
             [
                 Message("assistant", (), calls=(ToolCall(0, "m1", "w__get", '{"a":1}'),)),
@@ -2831,108 +2836,68 @@ def test_an_item_of_the_input_is_listed_with_all_its_keys():
     ]
 
 
-# What Codex 0.171 sends, recorded in November 2026 with gpt-5.5 as its model; long descriptions are cut.
-TURN = {"internal_chat_message_metadata_passthrough": {"turn_id": "01a22bd8-a67d-75a2"}}
-CODEX = {
-    "model": "gpt-5.5",
-    "stream": True,
-    "tool_choice": "auto",
-    "parallel_tool_calls": True,
-    "reasoning": {"effort": "medium"},
-    "store": False,
-    "include": ["reasoning.encrypted_content"],
-    "prompt_cache_key": "01a22bd8-a656-7ef1",
-    "text": {"verbosity": "low"},
-    "client_metadata": {"session_id": "01a22bd8-a656-7ef1", "mcp_attribution": '{"status":"none"}'},
-}
-CODEX_TOOLS = [
-    {"type": "function", "name": "exec_command", "description": "Runs a command in a PTY.", "strict": False, "parameters": {"type": "object", "properties": {"cmd": {"type": "string"}}, "required": ["cmd"]}},
-    {"type": "custom", "name": "apply_patch", "description": "Edit files.", "format": {"type": "grammar", "syntax": "lark", "definition": "start: begin_patch hunk+ end_patch"}},
-    {"type": "tool_search", "execution": "client", "description": "# Tool discovery", "parameters": {"type": "object", "properties": {"limit": {"type": "number"}, "query": {"type": "string"}}, "required": ["query"], "additionalProperties": False}},
-    {"type": "web_search", "external_web_access": True, "search_content_types": ["text", "image"]},
-]  # fmt: skip
-CODEX_BEGINS = [
-    {"type": "message", "id": "msg_1", "role": "developer", "content": [{"type": "input_text", "text": "You are Codex."}]},
-    {"type": "message", "id": "msg_2", "role": "user", "content": [{"type": "input_text", "text": "<environment_context/>"}], **TURN},
-    {"type": "message", "id": "msg_3", "role": "user", "content": [{"type": "input_text", "text": "What is the weather?"}], **TURN},
-]  # fmt: skip
-CODEX_SEARCHED = [
-    {"type": "message", "status": "completed", "id": "msg_9b3a_0", "role": "assistant", "content": [{"type": "output_text", "text": "I look.", "annotations": [], "logprobs": []}], **TURN},
-    {"type": "tool_search_call", "id": "tsc_9b3a_1", "call_id": "call_1_0", "status": "completed", "execution": "client", "arguments": {"query": "weather", "limit": 4}, **TURN},
-    {"type": "tool_search_output", "id": "tso_01a2", "call_id": "call_1_0", "status": "completed", "execution": "client", "tools": [{"type": "namespace", "name": "mcp__weather", "description": "Tools in the mcp__weather namespace.", "tools": [{"type": "function", "name": "get_weather", "description": "The weather in a city", "strict": False, "defer_loading": True, "parameters": {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]}}]}], **TURN},
-    {"type": "function_call", "status": "completed", "id": "fc_e194_0", "name": "get_weather", "namespace": "mcp__weather", "arguments": '{"city": "Rome"}', "call_id": "call_2_0", **TURN},
-    {"type": "function_call_output", "id": "fco_01a2", "call_id": "call_2_0", "output": [{"type": "input_text", "text": "Wall time: 0.0023 seconds\nOutput:"}, {"type": "input_text", "text": "sunny in Rome"}], **TURN},
-]  # fmt: skip
-CODEX_AGENT = {"type": "agent_message", "id": "amsg_01a2", "author": "/root", "recipient": "/root/helper", "content": [{"type": "input_text", "text": "Message Type: NEW_TASK\nTask name: /root/helper\nSender: /root\nPayload:\n"}, {"type": "encrypted_content", "encrypted_content": "Say hi."}], **TURN}  # fmt: skip
-CODEX_ADDITIONAL = {"type": "additional_tools", "id": "at_01a2", "role": "developer", "tools": [{"type": "namespace", "name": "functions", "description": "", "tools": [{"type": "custom", "name": "exec", "description": "Run JavaScript code", "format": {"type": "grammar", "syntax": "lark", "definition": "start: SOURCE"}}]}, {"type": "namespace", "name": "clock", "description": "", "tools": [{"type": "function", "name": "sleep", "description": "Sleeps.", "strict": False, "parameters": {"type": "object", "properties": {}}}]}]}  # fmt: skip
+ODD_VALUES = [
+    *(None, 5, True, "x", "", [], {}, {"a": 1}, ["x"], "gAAAABx", "\ud83d"),
+    [{"type": "input_text", "text": "t"}],
+    [{"type": "encrypted_content", "encrypted_content": "do"}],
+    [NOW, NAMESPACE, DRAW],
+    ztoapi.encode_reasoning("t"),
+]
+ODD_FIELDS = [
+    *("content", "name", "namespace", "arguments", "input", "tools", "execution", "summary"),
+    *("encrypted_content", "action", "operation", "status", "author", "server_label", "tool_calls"),
+]
 
 
-def asked_by_codex(*items, tools=CODEX_TOOLS):
-    """The messages and the names of the tools that Z.ai gets, and what the client is told was left out."""
-    asked = CODEX | {"tools": tools, "input": list(items)}
-    prompt = ztoapi.with_chosen_tools(ztoapi.parse_response(asked, History())[0])
-    body = zai_body(prompt, resolve("glm-5.3"))
-    names = [tool.get("function", tool).get("name", tool["type"]) for tool in body["tools"]]
-    return body["messages"], names, prompt.ignored
+def random_items(chance):
+    """Items of every type but the one that asks for a summary, with fields of any."""
+    skipped = sorted(ztoapi.SKIPPED_ITEMS - {"compaction_trigger"})
+    kinds = [*ztoapi.ITEM_READERS, *skipped, "never_heard_of", None, 5]
+    for _ in range(chance.randrange(1, 7)):
+        item = {name: chance.choice(ODD_VALUES) for name in chance.sample(ODD_FIELDS, 6)}
+        role, output = chance.choice([*ztoapi.ROLES]), chance.choice(["o", {"a": 1}, None])
+        more = {"role": role, "output": output, "call_id": chance.choice(["c1", "c2"])}
+        yield item | more | {"type": chance.choice(kinds)}
 
 
-def test_codex_finds_a_tool_and_calls_it():
-    messages, names, ignored = asked_by_codex(*CODEX_BEGINS, *CODEX_SEARCHED)
-    search = {"name": "tool_search", "arguments": '{"query":"weather","limit":4}'}
-    get = {"name": "mcp__weather__get_weather", "arguments": '{"city": "Rome"}'}
-    assert messages == [
-        {"role": "system", "content": "You are Codex."},
-        {"role": "user", "content": "<environment_context/>"},
-        {"role": "user", "content": "What is the weather?"},
-        {
-            "role": "assistant",
-            "content": "I look.",
-            "tool_calls": [{"id": "call_1_0", "type": "function", "function": search}],
-        },
-        {
-            "role": "tool",
-            "tool_call_id": "call_1_0",
-            "content": "tool mcp__weather__get_weather is now available",
-        },
-        {
-            "role": "assistant",
-            "content": "",
-            "tool_calls": [{"id": "call_2_0", "type": "function", "function": get}],
-        },
-        {
-            "role": "tool",
-            "tool_call_id": "call_2_0",
-            "content": "Wall time: 0.0023 seconds\nOutput:\nsunny in Rome",
-        },
-    ]
-    given = ["exec_command", "apply_patch", "tool_search", "mcp__weather__get_weather"]
-    assert (names, ignored) == ([*given, "web_search"], ("client_metadata",))
+@pytest.mark.parametrize("seed", range(200))
+def test_any_items_are_a_conversation_that_zai_takes_or_a_400(seed):
+    chance = random.Random(seed)
+    tools = chance.sample([NOW, NAMESPACE, TOOL_SEARCH, HOSTED_SEARCH, DRAW], 2)
+    choice = chance.choice(["auto", "required", "none", allowed("auto", *tools), tools[0]])
+    fields = {"input": [*random_items(chance)], "tools": tools, "tool_choice": choice}
+    sent = json.dumps(fields)
+    with contextlib.suppress(BadRequest):
+        prompt = parse_response(**fields)
+        plan = ztoapi.make_plan(prompt, Settings(), Account(""), "7")
+        model, planned = plan.prompts[0]
+        assert zai_body(planned, model)["messages"]
+    assert json.dumps(fields) == sent
 
 
-def test_codex_tells_another_agent_what_to_do():
-    messages, *_ = asked_by_codex(*CODEX_BEGINS, CODEX_AGENT)
-    assert messages[-1]["content"].startswith("Message from the agent /root:")
-    assert messages[-1]["content"].endswith("Payload:\n\nSay hi.")
+GOLDEN = PROGRAM.parent / ".ci" / "golden"
 
 
-def test_codex_puts_its_tools_into_the_conversation():
-    messages, names, ignored = asked_by_codex(CODEX_ADDITIONAL, *CODEX_BEGINS, tools=[])
-    assert (names, ignored) == (["functions__exec", "clock__sleep"], ("client_metadata",))
-    assert [message["role"] for message in messages] == ["system", "user", "user"]
+def golden(name):
+    """Requests of a real client, its words replaced, with what Z.ai must get of each."""
+    cases = json.loads((GOLDEN / f"{name}.json").read_text())
+    return [pytest.param(case, id=case["name"]) for case in cases]
 
 
-def test_codex_compacts_a_conversation_and_goes_on():
-    asked = CODEX | {"tools": CODEX_TOOLS, "input": [*CODEX_BEGINS, *CODEX_SEARCHED, TRIGGER]}
-    prompt, reply = ztoapi.parse_response(asked, History())
+@pytest.mark.parametrize("case", golden("codex"))
+def test_what_codex_sends_reaches_zai_as_it_must(case):
+    prompt, _ = ztoapi.parse_response(case["asked"], History())
+    renamed = Settings(model_aliases=(("gpt-*", "glm-5.3"),))
+    plan = ztoapi.make_plan(prompt, renamed, Account(""), "7")
+    model, planned = plan.prompts[0]
+    assert (zai_body(planned, model), list(plan.ignored)) == (case["sent"], case["ignored"])
+
+
+def test_the_cache_of_a_conversation_serves_its_compaction_too():
+    (asked,) = [case.values[0]["asked"] for case in golden("codex") if case.id == "a compaction"]
+    prompt, _ = ztoapi.parse_response(asked, History())
     before, _ = ztoapi.parse_response(asked | {"input": asked["input"][:-1]}, History())
-    assert prompt.messages[:-1] == before.messages
-    assert prompt.tools == before.tools
-    (item,) = begun(reply).fold([Thought("hm"), Text("It is sunny."), Finish("stop")])["output"]
-    messages, *_ = asked_by_codex(*CODEX_BEGINS, item)
-    assert messages[-1] == {
-        "role": "user",
-        "content": "Summary of the conversation so far:\nIt is sunny.",
-    }
+    assert (prompt.messages[:-1], prompt.tools) == (before.messages, before.tools)
 
 
 # ======== Contents ========
@@ -3687,15 +3652,6 @@ def test_what_is_asked_of_anthropic_is_asked_of_zai_whole():
         True,
         ["glm-4.6", "glm-4.5"],
     )
-
-
-GOLDEN = PROGRAM.parent / ".ci" / "golden"
-
-
-def golden(name):
-    """Requests of a real client, its words replaced, with what Z.ai must get of each."""
-    cases = json.loads((GOLDEN / f"{name}.json").read_text())
-    return [pytest.param(case, id=case["name"]) for case in cases]
 
 
 @pytest.mark.parametrize("case", golden("claude-code"))
@@ -11851,6 +11807,15 @@ async def test_codex_sees_life_in_events_numbered_like_all(lively, zai):
     assert len({event["response"]["id"] for event in events if "response" in event}) == 1
 
 
+@in_loop
+async def test_codex_sees_life_while_the_model_thinks_about_a_summary(lively, zai):
+    zai.parts = [*[FIRST, 0.02] * 12, RECORDED]
+    asked = ASKED | {"stream": True, "input": TO_SUM_UP}
+    _, stream = await ask(lively, asked, "/v1/responses")
+    assert stream.count("event: response.in_progress\n") > 1
+    assert last_event(stream)["type"] == "response.completed"
+
+
 TORN_STREAM = FIRST[:-20] + RECORDED  # a piece of it is lost
 
 
@@ -12070,6 +12035,14 @@ async def test_tokens_are_counted_without_zai(client, zai):
     response, body = await ask(client, {"input": "a" * 100}, "/v1/responses/input_tokens")
     assert json.loads(body) == {"object": "response.input_tokens", "input_tokens": 28}
     assert (response.status, zai.asked) == (200, [])
+
+
+@in_loop
+async def test_tokens_are_counted_as_zai_counted_them_last(client):
+    client.app[ztoapi.TOKEN_SCALE].learn("glm-4.6", 100, 200)
+    asked = {"model": "zai/GLM-4.6", "input": "a" * 100}
+    _, body = await ask(client, asked, "/v1/responses/input_tokens")
+    assert json.loads(body)["input_tokens"] == 56
 
 
 @in_loop

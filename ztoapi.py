@@ -3005,16 +3005,12 @@ def resolve_reference(item: Any, at: str, history: History) -> Any:
     if as_object(item).get("type") != "item_reference":
         return item
     stored = history.get(response_of(str(item.get("id"))))
-    found = (
-        [known for known in stored.response["output"] if known["id"] == item["id"]]
-        if stored
-        else []
-    )
-    if not found:
-        raise BadRequest(
-            f"'{at}' refers to an item that is not stored here: send the item itself.", at
-        )
-    return found[0]
+    if stored:
+        for known in stored.response["output"]:
+            if known["id"] == item["id"]:
+                return known
+    message = f"'{at}' refers to an item that is not stored here: send the item itself."
+    raise BadRequest(message, at)
 
 
 SHORT = 512  # characters of what a response repeats, but the model never reads
@@ -3286,9 +3282,11 @@ def item_call_id(item: JSON) -> str:
 
 
 def read_output_item(item: JSON, at: str) -> list[Message]:
-    reader = ContentReader("tool")
     output = item.get("output")
-    reader.read(item.get("status") if output is None else output, f"{at}.output")
+    if output is None and item["type"] == "apply_patch_call_output":
+        output = item.get("status")
+    reader = ContentReader("tool")
+    reader.read(output, f"{at}.output")
     return [Message("tool", tuple(reader.content), call_id=item_call_id(item))]
 
 
@@ -3531,32 +3529,46 @@ def read_additional_tool(tool: JSON) -> Tool | JSON | None:
 def merge_assistant_turns(messages: Iterable[Message]) -> tuple[Message, ...]:
     """The conversation with the assistant's reasoning, text and calls of one turn in one message."""
     turns: list[list[Message]] = []
-    reached = 0  # in the last turn: 0 only reasoning, 1 text, 2 calls, which come in this order
+    reached = 0  # the stage of the last turn
     for message in messages:
-        begins_at = 0 if message.thought else 1 if message.content else 2
-        if (
-            not turns
-            or turns[-1][0].role != "assistant"
-            or message.role != "assistant"
-            or begins_at < reached
-        ):
-            turns.append([])
+        goes_on = bool(turns) and turns[-1][0].role == message.role == "assistant"
+        if goes_on and first_stage(message) >= reached:
+            turns[-1].append(message)
+        else:
+            turns.append([message])
             reached = 0
-        turns[-1].append(message)
-        reached = 2 if message.calls else 1 if message.content else reached
+        reached = max(reached, last_stage(message))
     return tuple(map(merged, turns))
 
 
+def first_stage(message: Message) -> int:
+    """With what a message begins: 0 reasoning, 1 text, 2 calls. In a turn they come in this order."""
+    if message.thought:
+        return 0
+    if message.content:
+        return 1
+    return 2
+
+
+def last_stage(message: Message) -> int:
+    if message.calls:
+        return 2
+    if message.content:
+        return 1
+    return 0
+
+
 def merged(turn: list[Message]) -> Message:
-    first, *others = turn
-    if not others:
-        return first
-    content, calls = (
-        [*chain.from_iterable(map(attrgetter(name), turn))] for name in ("content", "calls")
-    )
-    return replace(
-        first, content=(*content,), thought="".join(part.thought for part in turn), calls=(*calls,)
-    )
+    if len(turn) == 1:
+        return turn[0]
+    content: list[Part] = []
+    calls: list[ToolCall] = []
+    thoughts: list[str] = []
+    for message in turn:
+        content += message.content
+        calls += message.calls
+        thoughts.append(message.thought)
+    return replace(turn[0], content=tuple(content), calls=tuple(calls), thought="".join(thoughts))
 
 
 def decode_reasoning(item: JSON) -> str:
@@ -3578,24 +3590,13 @@ def searches_tools(tool: JSON) -> bool:
 
 
 def parse_response_tool(tool: Any, at: str) -> Tool | JSON | None:
-    """A tool, or None for a kind that only OpenAI has. A custom tool becomes a function with one string, its input."""
+    """A tool, or None for a kind that only OpenAI has."""
     match tool:
         case {"type": "function", "name": str()}:
-            return parse_tool(
-                {"type": "function", "function": tool | {"name": qualified_name(tool)}}, at
-            )
+            function = {**tool, "name": qualified_name(tool)}
+            return parse_tool({"type": "function", "function": function}, at)
         case {"type": "custom", "name": str(name)} if name:
-            schema = {
-                "type": "object",
-                "properties": {"input": {"type": "string"}},
-                "required": ["input"],
-            }
-            grammar = as_object(tool.get("format")).get("definition")
-            about = [
-                str(tool.get("description") or name),
-                *([f"The input's grammar: {grammar}"] if grammar else []),
-            ]
-            return Tool(qualified_name(tool), "\n".join(about), schema)
+            return parse_custom_tool(tool)
         case dict() if searches_tools(tool):
             described = fields_of(tool, "description", "parameters")
             return parse_function({"name": TOOL_SEARCH, **described}, f"{at}.")
@@ -3607,6 +3608,22 @@ def parse_response_tool(tool: Any, at: str) -> Tool | JSON | None:
             raise BadRequest(
                 f"'{at}' must be a tool with a type, and a function must have a name.", at
             )
+
+
+CUSTOM_PARAMETERS = {
+    "type": "object",
+    "properties": {"input": {"type": "string"}},
+    "required": ["input"],
+}
+
+
+def parse_custom_tool(tool: JSON) -> Tool:
+    """A custom tool as a function with one string, its input (see `custom_input`)."""
+    about = str(tool.get("description") or tool["name"])
+    grammar = as_object(tool.get("format")).get("definition")
+    if grammar:
+        about += f"\nThe input's grammar: {grammar}"
+    return Tool(qualified_name(tool), about, CUSTOM_PARAMETERS)
 
 
 # ======== Responses: answer =========================================================================================
@@ -3824,12 +3841,15 @@ class ResponseReply(Reply):
 
     def add_citations(self, results: tuple[JSON, ...]) -> Iterator[JSON]:
         """What a search found, as annotations of the last message."""
-        for item in [item for item in self.items if item.kind is MESSAGE][-1:]:
-            for citation in url_citations(results):
-                cited = {"type": "url_citation", **citation["url_citation"]}
-                where = item.position | {"annotation_index": len(item.annotations)}
-                item.annotations.append(cited)
-                yield self.frame("output_text.annotation.added", **where, annotation=cited)
+        messages = [item for item in self.items if item.kind is MESSAGE]
+        if not messages:
+            return
+        item = messages[-1]
+        for citation in url_citations(results):
+            cited = {"type": "url_citation", **citation["url_citation"]}
+            where = {**item.position, "annotation_index": len(item.annotations)}
+            item.annotations.append(cited)
+            yield self.frame("output_text.annotation.added", **where, annotation=cited)
 
     def new_item(self, kind: ItemKind, names: JSON | None = None) -> Generator[JSON, None, Item]:
         """Add an item. Text ends where another item begins; calls stay open, since their pieces may alternate."""
@@ -3867,9 +3887,9 @@ class ResponseReply(Reply):
 
     def close(self) -> list[JSON]:
         status = self.final_status
-        response = self.response(
-            status, completed_at=int(self.head.clock()) if status == "completed" else None
-        )
+        response = self.response(status)
+        if status == "completed":
+            response["completed_at"] = int(self.head.clock())
         if response["store"]:
             parent = self.request.echo["previous_response_id"] or ""
             self.stored = StoredResponse(response, self.request.input, parent)
@@ -3893,15 +3913,10 @@ class ResponseReply(Reply):
         return as_object(self.close()[0]["response"])
 
     def fail(self, error: ProxyError) -> list[JSON]:
-        too_long = (
-            error.kind.code == "context_length_exceeded"
-        )  # Codex then says that its context is full
-        code = error.kind.code if too_long else FAILURE_CODES.get(error.kind.status, "server_error")
-        failure = {"code": code, "message": str(error)}
-        return [
-            *self.opening(),
-            self.frame("failed", response=self.response("failed", error=failure)),
-        ]
+        opening = self.opening()
+        response = self.response("failed")
+        response["error"] = {"code": failure_code(error), "message": str(error)}
+        return [*opening, self.frame("failed", response=response)]
 
     def frame(self, event: str, **fields: Any) -> JSON:
         frame = {"type": f"response.{event}", "sequence_number": self.sequence, **fields}
@@ -3917,28 +3932,40 @@ class ResponseReply(Reply):
     def final_status(self) -> Literal["completed", "incomplete"]:
         return "incomplete" if self.finish in ("length", "content_filter") else "completed"
 
-    def response(self, status: str, **outcome: Any) -> JSON:
-        head, usage = self.head, response_usage(self.usage) if self.usage else None
-        reason = {"reason": "max_output_tokens" if self.finish == "length" else "content_filter"}
-        return (
-            {
-                "id": f"resp_{head.own_id}",
-                "object": "response",
-                "model": head.model,
-                "created_at": head.created,
-            }
-            | {
-                "status": status,
-                "incomplete_details": reason if status == "incomplete" else None,
-                "usage": usage,
-            }
-            | {
-                "output": [self.body(item) for item in self.items],
-                "completed_at": None,
-                "error": None,
-            }
-            | {**outcome, **self.request.echo, **FIXED}
-        )
+    @property
+    def incomplete_details(self) -> JSON | None:
+        """Why a complete answer says less than it would."""
+        if self.finish == "length":
+            return {"reason": "max_output_tokens"}
+        if self.finish == "content_filter":
+            return {"reason": "content_filter"}
+        return None
+
+    def response(self, status: str) -> JSON:
+        usage = None
+        if self.usage:
+            usage = response_usage(self.usage)
+        return {
+            "id": f"resp_{self.head.own_id}",
+            "object": "response",
+            "model": self.head.model,
+            "created_at": self.head.created,
+            "status": status,
+            "incomplete_details": self.incomplete_details if status == "incomplete" else None,
+            "usage": usage,
+            "output": [self.body(item) for item in self.items],
+            "completed_at": None,
+            "error": None,
+            **self.request.echo,
+            **FIXED,
+        }
+
+
+def failure_code(error: ProxyError) -> str:
+    """The code of a failed response; at one of them Codex says that its context is full."""
+    if error.kind.code == "context_length_exceeded":
+        return error.kind.code
+    return FAILURE_CODES.get(error.kind.status, "server_error")
 
 
 NO_SUMMARY = "The model did not sum up the conversation: try again."
@@ -3981,20 +4008,27 @@ class CompactedReply(CompactionReply):
 
 def input_items(response_id: str, said: Sequence[JSON], query: Mapping[str, str]) -> JSON:
     """A page of a response's input, as its `order`, `after` and `limit` ask for it: the newest 20 first."""
-    order = 1 if query.get("order") == "asc" else -1
-    items = [input_item(item, f"{response_id}_input_{i}") for i, item in enumerate(said)][::order]
+    items = [input_item(item, f"{response_id}_input_{i}") for i, item in enumerate(said)]
+    if query.get("order") != "asc":
+        items.reverse()
     ids = [item["id"] for item in items]
-    start = ids.index(query["after"]) + 1 if query.get("after") in ids else 0
-    limit = query.get("limit", "")
-    end = start + (int(limit) if re.fullmatch("[1-9][0-9]?|100", limit) else 20)
-    first, last = (ids[start], ids[start:end][-1]) if ids[start:end] else (None, None)
+    start = 0
+    if query.get("after") in ids:
+        start = ids.index(query["after"]) + 1
+    end = start + page_limit(query.get("limit", ""))
+    page = ids[start:end]
     return {
         "object": "list",
         "data": items[start:end],
-        "first_id": first,
-        "last_id": last,
+        "first_id": page[0] if page else None,
+        "last_id": page[-1] if page else None,
         "has_more": end < len(ids),
     }
+
+
+def page_limit(limit: str) -> int:
+    """1 to 100, as OpenAI has it; otherwise its default."""
+    return int(limit) if re.fullmatch("[1-9][0-9]?|100", limit) else 20
 
 
 def input_item(item: JSON, item_id: str) -> JSON:
@@ -11890,12 +11924,16 @@ async def count_input_tokens(request: web.Request) -> web.Response:
     body = await read_json(request)
     await history.load(referred_responses(body))
     size = request[RECORD].body_size + history.size
-    tokens = await in_thread_if_large(size, response_tokens, body, history)
-    return json_response({"object": "response.input_tokens", "input_tokens": tokens})
+    settings = request.app[SETTINGS]
+    model_id, tokens = await in_thread_if_large(size, counted_response, body, history, settings)
+    scaled = request.app[TOKEN_SCALE].scaled(model_id, tokens)
+    return json_response({"object": "response.input_tokens", "input_tokens": scaled})
 
 
-def response_tokens(body: JSON, history: ClientHistory) -> int:
-    return estimated_tokens(parse_counted_response(body, history))
+def counted_response(body: JSON, history: ClientHistory, settings: Settings) -> tuple[str, int]:
+    """The model's id and the tokens of a request's input."""
+    prompt = parse_counted_response(body, history)
+    return resolve(prompt.model, settings.model_aliases).id, estimated_tokens(prompt)
 
 
 async def health(request: web.Request) -> web.Response:

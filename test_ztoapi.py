@@ -4918,6 +4918,203 @@ def test_embeddings_are_packed_into_base64(data, wanted):
         ]
 
 
+BATCH = {
+    "object": "list",
+    "data": [{"embedding": [1], "index": 0}, {"embedding": [2], "index": 1}],
+    "model": "embedding-3",
+    "usage": {"prompt_tokens": 3, "completion_tokens": 0, "total_tokens": 3},
+}
+
+
+def test_the_answers_to_batches_of_embeddings_are_one():
+    joined = ztoapi.JoinedEmbeddings()
+    joined.add(encode_json(BATCH), 2)
+    joined.add(encode_json(BATCH), 2)
+    numbered = [{"embedding": [i % 2 + 1], "index": i} for i in range(4)]
+    usage = {"prompt_tokens": 6, "completion_tokens": 0, "total_tokens": 6}
+    assert json.loads(joined.document()) == {**BATCH, "data": numbered, "usage": usage}
+
+
+@pytest.mark.parametrize("data", [b"<html>", b'{"data":7}', encode_json(BATCH)])
+def test_an_answer_that_lacks_an_embedding_is_none(data):
+    with pytest.raises(UpstreamError):
+        ztoapi.JoinedEmbeddings().add(data, 3)
+
+
+@pytest.mark.parametrize(
+    ("given", "sizes"),
+    [("x", [1]), (["x"] * 64, [64]), (["x"] * 65, [64, 1]), (["x"] * 130, [64, 64, 2])],
+    ids=["a text", "as many as Z.ai takes", "one more", "two batches and a bit"],
+)
+def test_embeddings_are_asked_for_in_batches_that_zai_takes(given, sizes):
+    batches = ztoapi.embedding_batches({"model": "embedding-3", "input": given})
+    assert [len(batch["input"]) for batch in batches] == sizes
+    if isinstance(given, list):
+        assert [text for batch in batches for text in batch["input"]] == given
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "param", "words"),
+    [
+        ("embeddings", {"input": [1, 2]}, "input", "check_embedding_ctx_length=False"),
+        ("embeddings", {"input": [[1, 2]]}, "input", "check_embedding_ctx_length=False"),
+        ("embeddings", {"input": ["x"] * 2049}, "input", "2048"),
+        ("images/generations", {"response_format": "b64_json"}, "response_format", "URLs"),
+        ("async/images/generations", {"response_format": "b64_json"}, "response_format", "URLs"),
+    ],
+    ids=["tokens", "lists of tokens", "too many", "an image in base64", "one to come"],
+)
+def test_what_zai_does_not_have_is_refused_in_the_fields_own_words(path, body, param, words):
+    with pytest.raises(BadRequest, match=words) as raised:
+        ztoapi.BODY_CHECKS[path](body)
+    assert raised.value.param == param
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("embeddings", {}),
+        ("embeddings", {"input": ["x"] * 2048}),
+        ("images/generations", {"response_format": "url"}),
+    ],
+)
+def test_what_zai_has_is_not_refused(path, body):
+    ztoapi.BODY_CHECKS[path](body)
+
+
+@pytest.mark.parametrize(
+    ("data", "wanted", "media_type"),
+    [
+        ('{"id":"1","text":"Hallo 好"}', "Hallo 好", "text/plain; charset=utf-8"),
+        ('{"text":"{\\"error\\":{\\"code\\":\\"1308\\"}}"}', '{"error":{"code":"1308"}}', "text/plain; charset=utf-8"),
+        ('{"text":7}', '{"text":7}', ""),
+        ('data: {"type":"transcript.text.delta"}\n\n', 'data: {"type":"transcript.text.delta"}\n\n', ""),
+    ],
+    ids=["a text", "a text like a refusal", "no text", "a stream"],
+)  # fmt: skip
+def test_a_transcript_is_its_text(data, wanted, media_type):
+    for parts in cuts(data.encode()):
+        reader = ztoapi.TranscriptReader()
+        read = b"".join([*map(reader.feed, parts), reader.close()])
+        assert (read.decode(), reader.media_type) == (wanted, media_type)
+
+
+def test_a_stream_of_a_transcript_passes_at_once():
+    reader = ztoapi.TranscriptReader()
+    assert [reader.feed(part) for part in (b" ", b"data: {", b'{"a":1}')] == [
+        b"",
+        b" data: {",
+        b'{"a":1}',
+    ]
+
+
+def test_a_refusal_is_no_transcript():
+    reader = ztoapi.TranscriptReader()
+    reader.feed(b'{"error":{"code":"1308","message":"x"}}')
+    with pytest.raises(UpstreamError):
+        reader.close()
+
+
+def form_of(*parts, end=b"--x--\r\n"):
+    """A form as clients send it: of pairs of a head and a content."""
+    lines = [f"--x\r\n{head}\r\n\r\n{content}\r\n" for head, content in parts]
+    return "".join(lines).encode() + end
+
+
+def field_of(name, content):
+    return f'Content-Disposition: form-data; name="{name}"', content
+
+
+A_FILE = (
+    'Content-Disposition: form-data; name="file"; filename="a; name=model.wav"\r\nContent-Type: audio/wav',
+    "RIFF\r\n--y\r\n--",
+)
+UNREAD = ("X: 1; name=model", "whisper-1")
+
+
+@pytest.mark.parametrize(
+    ("parts", "read"),
+    [
+        pytest.param([field_of("model", "whisper-1"), A_FILE], ["whisper-1"], id="before the file"),
+        pytest.param([A_FILE, field_of("model", "whisper-1")], ["whisper-1"], id="behind the file"),
+        pytest.param(
+            [field_of("model", "a"), A_FILE, field_of("model", "whisper-1")], ["a", "whisper-1"], id="twice"
+        ),
+        pytest.param([field_of("prompt", "model"), A_FILE, UNREAD], [], id="none"),
+        pytest.param(
+            [("content-type: text/plain; name=x\r\ncontent-disposition: form-data;\r\n name=model", "whisper-1")],
+            ["whisper-1"], id="an odd head",
+        ),
+        pytest.param([field_of("model", ""), A_FILE], [""], id="empty"),
+    ],
+)  # fmt: skip
+def test_the_model_of_a_form_is_read_and_changed_while_all_else_passes(parts, read):
+    wanted = form_of(*[(head, "glm-asr" if head != UNREAD[0] and text == "whisper-1" else text) for head, text in parts])  # fmt: skip
+    for pieces in cuts(form_of(*parts)):
+        found = []
+
+        def rename(text, found=found):
+            found.append(text)
+            return "glm-asr" if text == "whisper-1" else text
+
+        form = ztoapi.FormReader("x", {"model": rename})
+        passed = b"".join([*map(form.feed, pieces), form.close()])
+        assert (passed, found) == (wanted, read)
+
+
+@pytest.mark.parametrize("end", [b"--x--", b"--x--\r\nepilogue", b"", b"\r\n--x--\r\n"])
+def test_the_end_of_a_form_is_held_back(end):
+    form = ztoapi.FormReader("x", {})
+    whole = form_of(A_FILE, end=end)
+    passed = form.feed(whole)
+    assert b"\r\n--x--" not in passed
+    assert passed + form.close() == whole
+
+
+def test_a_form_is_not_kept():
+    form = ztoapi.FormReader("x", {"model": str})
+    form.feed(form_of(A_FILE, end=b"")[:-9])
+    passed = [len(form.feed(b"a" * 2**20)) for _ in range(3)]
+    assert passed == [2**20] * 3
+    assert len(form.held) < 9
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        form_of(field_of("model", "m" * 70_000)),
+        b"--x\r\nContent-Disposition: " + b"x" * 70_000,
+        form_of() + b"x" * 70_000,
+        form_of(("Content-Disposition: form-data; name*=utf-8''model", "m")),
+        b"--xy\r\n" + form_of(A_FILE),
+        b"--x\r\nContent-Disposition: form-data\r\n" + form_of(field_of("model", "m")),
+        form_of(field_of("model", "")).replace(b"model", b"model", 1)[:-9] + b"\xff\r\n--x--",
+    ],
+    ids=["a long field", "a long head", "a long end", "a name in another way", "a boundary in the midst", "no end of a head", "no text"],
+)  # fmt: skip
+def test_a_form_that_cannot_be_read_is_refused(data):
+    form = ztoapi.FormReader("x", {"model": str})
+    with pytest.raises(BadRequest, match="cannot be read"):
+        form.feed(data)
+
+
+@pytest.mark.parametrize(
+    ("given", "wanted"),
+    [
+        ("multipart/form-data; boundary=x-1", "x-1"),
+        ('multipart/form-data; charset=utf-8; Boundary="a b"', "a b"),
+        ("multipart/form-data; boundary=x; charset=utf-8", "x"),
+    ],
+)
+def test_the_boundary_of_a_form(given, wanted):
+    assert ztoapi.form_boundary(given) == wanted
+
+
+def test_a_form_without_a_boundary_is_refused():
+    with pytest.raises(BadRequest, match="boundary"):
+        ztoapi.form_boundary("multipart/form-data")
+
+
 @pytest.mark.parametrize(
     ("at", "wanted"), [(253402214399999, 253402214399.999), (9e15, None), (0, None)]
 )
@@ -9476,6 +9673,173 @@ async def test_embeddings_come_in_base64_for_those_who_ask(start, zai):
         async with asked as response:
             assert await response.json() == wanted
     assert [json.loads(asked[3]) for asked in zai.asked] == [body, body]
+
+
+def vectors(size, usage=None):
+    items = [{"object": "embedding", "embedding": [0.5, -1], "index": i} for i in range(size)]
+    usage = usage or {"prompt_tokens": size, "total_tokens": size}
+    return {"object": "list", "data": items, "model": "embedding-3", "usage": usage}
+
+
+@in_loop
+@pytest.mark.parametrize(
+    ("form", "vector"), [("float", [0.5, -1]), ("base64", "AAAAPwAAgL8=")], ids=["float", "base64"]
+)
+async def test_more_embeddings_than_zai_takes_are_asked_for_in_batches(start, zai, form, vector):
+    client = await start(model_aliases=(("ada", "embedding-3"),))
+    zai.answers = [[encode_json(vectors(size))] for size in (64, 64, 2)]
+    texts = [f"text {i}" for i in range(130)]
+    body = {"model": "ada", "input": texts, "encoding_format": form, "dimensions": 2}
+    response, text = await ask(client, body, "/v1/embeddings")
+    assert [sent["input"] for sent in zai.bodies] == [texts[:64], texts[64:128], texts[128:]]
+    assert {(sent["model"], sent["dimensions"], len(sent)) for sent in zai.bodies} == {
+        ("embedding-3", 2, 3)
+    }
+    items = [{"object": "embedding", "embedding": vector, "index": i} for i in range(130)]
+    usage = {"prompt_tokens": 130, "total_tokens": 130}
+    assert (response.status, json.loads(text)) == (
+        200,
+        {**vectors(0), "data": items, "usage": usage},
+    )
+    assert [*client.app[ztoapi.ACCOUNTS].counted.values()] == [[1, 0, 130, 0, 0]]
+    assert (await stats(client))[0]["models"].keys() == {"embedding-3"}
+
+
+@in_loop
+async def test_a_batch_of_embeddings_is_tried_again_and_the_others_are_not(client, zai):
+    zai.answers = [[encode_json(vectors(64))], zai_refuses(1302), [encode_json(vectors(1))]]
+    body = {"model": "embedding-3", "input": ["x"] * 65}
+    response, text = await ask(client, body, "/v1/embeddings")
+    assert (response.status, len(json.loads(text)["data"])) == (200, 65)
+    assert [len(sent["input"]) for sent in zai.bodies] == [64, 1, 1]
+
+
+@in_loop
+async def test_what_a_batch_of_embeddings_is_refused_for_is_the_answer(client, zai):
+    zai.answers = [[encode_json(vectors(64))], zai_refuses(1301, 400)]
+    body = {"model": "embedding-3", "input": ["x"] * 65}
+    response, text = await ask(client, body, "/v1/embeddings")
+    assert (response.status, error_of(text)["code"]) == (400, "content_filter")
+    assert [*client.app[ztoapi.ACCOUNTS].counted.values()] == [[1, 1, 64, 0, 0]]
+
+
+@in_loop
+@pytest.mark.parametrize(
+    ("path", "body", "param"),
+    [
+        ("embeddings", {"model": "embedding-3", "input": [[1, 2, 3]]}, "input"),
+        ("images/generations", {"prompt": "x", "response_format": "b64_json"}, "response_format"),
+        ("embeddings", {"model": "m" * 257, "input": "x"}, "model"),
+    ],
+    ids=["tokens", "base64", "a long name"],
+)
+async def test_what_is_wrong_in_what_is_passed_on_is_told_also_without_a_key(
+    start, zai, path, body, param
+):
+    client = await start(zai_api_key=())
+    response, text = await ask(client, body, f"/v1/{path}")
+    assert (response.status, error_of(text)["param"], zai.asked) == (400, param, [])
+
+
+FORM = {"Content-Type": "multipart/form-data; boundary=x"}
+SPOKEN = [b'{"id":"1","model":"glm-asr-2512","text":"hello"}']
+
+
+async def transcribe(client, *parts, headers=KEY):
+    """A request as it comes in pieces, the last one late."""
+
+    async def pieces():
+        data = form_of(*parts)
+        yield data[:-20]
+        await asyncio.sleep(0.01)
+        yield data[-20:]
+
+    path = "/v1/audio/transcriptions"
+    async with client.post(path, data=pieces(), headers=headers | FORM) as response:
+        return response, await response.text()
+
+
+@in_loop
+@pytest.mark.parametrize(
+    "parts",
+    [[field_of("model", "whisper-1"), A_FILE], [A_FILE, field_of("model", "whisper-1")]],
+    ids=["before the file", "behind it"],
+)
+async def test_an_alias_stands_for_a_model_in_a_form_too(start, zai, parts):
+    client = await start(model_aliases=(("whisper-*", "glm-asr-2512"),))
+    zai.parts = SPOKEN
+    response, text = await transcribe(client, *parts)
+    sent = zai.asked[0][3].decode()
+    assert sent == form_of(*parts).decode().replace("whisper-1", "glm-asr-2512")
+    assert (response.status, json.loads(text)["model"]) == (200, "glm-asr-2512")
+    assert [*(await stats(client))[0]["models"]] == ["glm-asr-2512"]
+
+
+@in_loop
+async def test_a_form_that_nothing_changes_keeps_its_length(client, zai):
+    data = form_of(field_of("model", "glm-asr-2512"), A_FILE)
+    headers = KEY | FORM
+    async with client.post("/v1/audio/transcriptions", data=data, headers=headers) as response:
+        assert response.status == 200
+    assert (zai.asked[0][2]["Content-Length"], zai.asked[0][3]) == (str(len(data)), data)
+
+
+@in_loop
+async def test_json_that_says_it_is_a_form_is_read_as_json(passing, zai):
+    body = b'{ "model": "claude-x"}'
+    async with passing.post("/v1/reader", data=body, headers=KEY | FORM) as response:
+        assert response.status == 200
+    assert zai.asked[0][3] == b'{"model":"glm-5.3"}'
+
+
+@in_loop
+async def test_a_transcription_may_be_asked_for_as_text(client, zai):
+    zai.parts = SPOKEN
+    response, text = await transcribe(client, A_FILE, field_of("response_format", "text"))
+    assert (response.content_type, text) == ("text/plain", "hello")
+    _, text = await transcribe(client, A_FILE, field_of("response_format", "json"))
+    assert text.encode() == SPOKEN[0]
+    body = {"model": "glm-asr-2512", "file_base64": "UklGRg==", "response_format": "text"}
+    assert (await ask(client, body, "/v1/audio/transcriptions"))[1] == "hello"
+
+
+@in_loop
+async def test_a_transcription_that_sounds_like_a_refusal_is_none(client, zai):
+    zai.parts = [encode_json({"text": REFUSAL_LIKE.decode()})]
+    for _ in "12":
+        response, text = await transcribe(client, A_FILE, field_of("response_format", "text"))
+        assert (response.status, text) == (200, REFUSAL_LIKE.decode())
+    zai.parts = [REFUSAL_LIKE]
+    response, _ = await transcribe(client, A_FILE, field_of("response_format", "text"))
+    assert response.status == 402
+
+
+@in_loop
+@pytest.mark.parametrize(
+    ("parts", "status", "code"),
+    [
+        pytest.param([field_of("model", "glm-asr-2512"), A_FILE], 200, None, id="its own"),
+        pytest.param([A_FILE, field_of("model", "mine")], 200, None, id="its own behind the file"),
+        pytest.param([field_of("model", "other"), A_FILE], 403, "model_not_allowed", id="another"),
+        pytest.param([A_FILE, field_of("model", "other")], 403, "model_not_allowed", id="another behind"),
+        pytest.param(
+            [field_of("model", "mine"), A_FILE, field_of("model", "other")], 403, "model_not_allowed", id="both"
+        ),
+        pytest.param([A_FILE], 403, "model_not_allowed", id="none"),
+        pytest.param([A_FILE, field_of("model", "m" * 257)], 400, None, id="a long name"),
+    ],
+)  # fmt: skip
+async def test_a_form_must_name_a_model_of_its_key_before_zai_has_all_of_it(
+    start, zai, parts, status, code
+):
+    client = await start(model_aliases=(("mine", "glm-asr-2512"),))
+    key = await make_key(client, models="glm-asr-*")
+    zai.parts = SPOKEN
+    response, text = await transcribe(client, *parts, headers=key)
+    assert response.status == status
+    assert len(zai.asked) == (status == 200)
+    if code:
+        assert error_of(text)["code"] == code
 
 
 @in_loop

@@ -5191,6 +5191,7 @@ class PassThroughReader:
     """Passes an answer's bytes through unchanged; subclasses keep the `usage` it reports."""
 
     usage = Usage()
+    media_type = ""  # of what is passed on, where it is another than Z.ai's
 
     def feed(self, part: bytes) -> bytes:
         """The bytes to pass on now."""
@@ -5271,6 +5272,52 @@ def pass_through_body(body: JSON, renamed: Iterable[tuple[str, str]]) -> JSON:
     return sent
 
 
+def check_embedding_input(body: JSON) -> None:
+    """Raises BadRequest for tokens in place of texts, and for more texts than OpenAI takes."""
+    given = body.get("input")
+    if not isinstance(given, list):
+        return
+    if len(given) > MAX_INPUTS:
+        raise BadRequest(f"'input' has more than {MAX_INPUTS} texts: send fewer at once.", "input")
+    for item in given:
+        if type(item) is int or isinstance(item, list):
+            raise BadRequest(TOKENS_AS_INPUT, "input")
+
+
+def check_image_format(body: JSON) -> None:
+    """Raises BadRequest for an image in the answer itself."""
+    if body.get("response_format") == "b64_json":
+        words = "Z.ai gives URLs of images, which can be loaded for 30 days, and no base64: "
+        words += "leave 'response_format' out, or ask for \"url\"."
+        raise BadRequest(words, "response_format")
+
+
+MAX_INPUTS = 2048  # texts in one request for embeddings, as OpenAI has it
+# LangChain sends OpenAI's tokens unless it is told otherwise (langchain-ai/langchain#35252).
+TOKENS_AS_INPUT = (
+    "'input' must be a text or texts: GLM's embeddings take no arrays of tokens. "
+    "For LangChain: OpenAIEmbeddings(check_embedding_ctx_length=False)."
+)
+# What is refused in the bodies of some paths, beside the model's name.
+BODY_CHECKS: dict[str, Callable[[JSON], None]] = {
+    "embeddings": check_embedding_input,
+    "images/generations": check_image_format,
+    "async/images/generations": check_image_format,
+}
+
+
+MAX_BATCH = 64  # texts in one request for embeddings, as Z.ai has it
+
+
+def embedding_batches(body: JSON) -> list[JSON]:
+    """A request for embeddings as those that Z.ai takes."""
+    texts = body.get("input")
+    if not isinstance(texts, list) or len(texts) <= MAX_BATCH:
+        return [body]
+    starts = range(0, len(texts), MAX_BATCH)
+    return [{**body, "input": texts[start : start + MAX_BATCH]} for start in starts]
+
+
 class UsageReader(PassThroughReader):
     """Reads the usage of a whole answer, which it holds back until the end."""
 
@@ -5300,6 +5347,177 @@ class EmbeddingsReader(UsageReader):
         return encode_json(
             {**document, "data": [packed_embedding(item) for item in document["data"]]}
         )
+
+
+class JoinedEmbeddings:
+    """The answers to the batches of one request, as one answer: `index` goes on, usage is summed."""
+
+    def __init__(self) -> None:
+        self.items: list[bytes] = []  # as JSON, which takes less memory than numbers
+        self.counts: Counter[str] = Counter()  # what the usage of all has, by name
+        self.others: JSON = {}  # the other fields, of the latest answer
+
+    def add(self, data: bytes, texts: int) -> None:
+        """An answer to that many texts. Raises UpstreamError where it is none."""
+        document = as_object(parse_answer(data))
+        items = document.get("data")
+        if not isinstance(items, list) or len(items) != texts:
+            raise zai_error(200, data)
+        for item in items:
+            self.items.append(encode_json({**as_object(item), "index": len(self.items)}))
+        for name, tokens in as_object(document.get("usage")).items():
+            self.counts[name] += as_count(tokens)
+        self.others = document
+
+    def document(self) -> bytes:
+        others = encode_json({**self.others, "data": None, "usage": self.counts})
+        head, _, rest = others.partition(b'"data":null')
+        return b"".join([head, b'"data":[', b",".join(self.items), b"]", rest])
+
+
+class TranscriptReader(UsageReader):
+    """The text of a transcription alone, for `response_format: text`; a stream passes as it comes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.is_stream = False  # the first bytes are no JSON object's
+
+    def feed(self, part: bytes) -> bytes:
+        if self.is_stream:
+            return part
+        self.held += part
+        begun = self.held.lstrip()
+        if not begun or begun.startswith(b"{"):
+            return b""
+        self.is_stream = True
+        return super().close()
+
+    def close(self) -> bytes:
+        """Raises UpstreamError for a refusal: what is said in a text is none."""
+        data = super().close()
+        if error := refusal_in(data):
+            raise error
+        text = as_object(parse_answer(data)).get("text")
+        if not isinstance(text, str):
+            return data
+        self.media_type = "text/plain; charset=utf-8"
+        return whole_characters(text).encode()
+
+
+FIELD_LIMIT = 2**16  # bytes of the head of a form's part, and of a field that is read
+DISPOSITION = re.compile(
+    rb"^content-disposition:([^\r\n]*(?:\r\n[ \t][^\r\n]*)*)", re.IGNORECASE | re.MULTILINE
+)
+PARAMETER = re.compile(rb';\s*([^\s=;"]+)\s*=\s*("(?:[^"\\]|\\.)*"|[^;"\r\n]*)')
+BOUNDARY = re.compile(r'boundary\s*=\s*("?)([^";,]{1,200})\1', re.IGNORECASE)
+BROKEN_FORM = "The form in the request's body cannot be read: "
+
+
+class FormReader:
+    """Passes a multipart form on as it comes, while some of its fields are read and may change.
+
+    Nothing of a file is kept. The line that ends the form is held back until `close`: what is wrong
+    in a field that comes behind the file is seen before Z.ai has a whole request.
+    """
+
+    def __init__(self, boundary: str, fields: Mapping[str, Callable[[str], str]]) -> None:
+        self.line = b"\r\n--" + boundary.encode()  # before each part, and behind the last
+        self.fields = fields  # by the name of each field that is read: what becomes of its text
+        self.held = bytearray(
+            b"\r\n"
+        )  # not passed on yet; the first line has no line end before it
+        self.added = 2  # bytes in `held` that the client did not send
+        self.field = ""  # the name of the one that is read
+        self.step: Callable[[], bytes | None] = self.pass_content  # by what comes next
+
+    def feed(self, part: bytes) -> bytes:
+        """The bytes to send on now. Raises BadRequest, and what the functions of the fields raise."""
+        self.held += part
+        passed = bytearray()
+        while (piece := self.step()) is not None:
+            passed += piece
+        return self.as_sent(passed)
+
+    def close(self) -> bytes:
+        """What was held back."""
+        return self.as_sent(self.held)
+
+    def as_sent(self, data: bytearray) -> bytes:
+        ours = min(self.added, len(data))
+        self.added -= ours
+        return bytes(data[ours:])
+
+    def take(self, size: int) -> bytes:
+        taken = bytes(self.held[:size])
+        del self.held[:size]
+        return taken
+
+    def pass_content(self) -> bytes | None:
+        """A file, or a field that is not read, up to the line behind it; None if more must come."""
+        end = self.held.find(self.line)
+        if end >= 0:
+            self.step = self.read_head
+            return self.take(end)
+        return self.take(max(0, len(self.held) - len(self.line) + 1)) or None
+
+    def read_head(self) -> bytes | None:
+        """The line before a part, and the part's head."""
+        begin = len(self.line)
+        if len(self.held) < begin + 2:
+            return None
+        if self.held.startswith(b"--", begin):
+            self.step = self.hold_end
+            return b""
+        if self.held[begin] not in b"\r \t":
+            raise BadRequest(f"{BROKEN_FORM}its boundary stands in the midst of a file.")
+        end = self.held.find(b"\r\n\r\n", begin)
+        if end < 0 or end > FIELD_LIMIT:
+            self.check_held()
+            return None
+        head = self.take(end + 4)
+        if self.line in head[begin:]:
+            raise BadRequest(f"{BROKEN_FORM}a part has no end of its head.")
+        self.field = field_name(head)
+        self.step = self.read_field if self.field in self.fields else self.pass_content
+        return head
+
+    def read_field(self) -> bytes | None:
+        end = self.held.find(self.line)
+        if end < 0 or end > FIELD_LIMIT:
+            self.check_held()
+            return None
+        self.step = self.read_head
+        try:
+            text = self.take(end).decode()
+        except UnicodeDecodeError:
+            raise BadRequest(f"{BROKEN_FORM}'{self.field}' is not UTF-8.", self.field) from None
+        return self.fields[self.field](text).encode()
+
+    def hold_end(self) -> None:
+        self.check_held()
+
+    def check_held(self) -> None:
+        if len(self.held) > FIELD_LIMIT:
+            raise BadRequest(f"{BROKEN_FORM}a head, a field or its end is too long.")
+
+
+def field_name(head: bytes) -> str:
+    """The name in the head of a form's part, "" for none. Raises BadRequest for one in another coding."""
+    found = DISPOSITION.search(head)
+    for name, value in PARAMETER.findall(found[1] if found else b""):
+        if name.lower() == b"name*":  # RFC 7578 forbids it
+            raise BadRequest(f"{BROKEN_FORM}it has a field with name*=.")
+        if name.lower() == b"name":
+            return str(value.strip().strip(b'"').decode("utf-8", "replace"))
+    return ""
+
+
+def form_boundary(content_type: str) -> str:
+    """Raises BadRequest where the header names none."""
+    found = BOUNDARY.search(content_type)
+    if found is None:
+        raise BadRequest(f"{BROKEN_FORM}its Content-Type names no boundary.")
+    return found[2].strip()
 
 
 def packed_embedding(item: Any) -> Any:
@@ -7003,7 +7221,7 @@ class ZaiClient:
         try:
             response = await self.session.request(url=url, headers=headers, data=data, **how)
         except (aiohttp.ClientError, ValueError) as error:
-            if isinstance(error.__cause__, (BadRequest, web.HTTPException)):  # by `body_parts`
+            if isinstance(error.__cause__, (ProxyError, web.HTTPException)):  # by what is sent
                 raise error.__cause__ from error
             raise connection_error(error) from error
         owner.push_async_exit(response)
@@ -9510,31 +9728,118 @@ WITHOUT_MODEL = ("web_search", "reader", "files")  # a name in their bodies is o
 CHINA_ONLY = ("embeddings", "rerank", "moderations", "audio/speech", "files")
 
 
+@dataclass(slots=True)
+class Relayed:
+    """What goes on to Z.ai, and who reads the answer."""
+
+    data: Upload | bytes | None = None
+    reader: Callable[[], PassThroughReader] = PassThroughReader
+    meter: Meter = field(default_factory=Meter)
+
+    @property
+    def size(self) -> int:
+        """Bytes of a body that is not streamed."""
+        return len(self.data) if isinstance(self.data, bytes) else 0
+
+
 async def pass_through(path: str, request: web.Request) -> web.StreamResponse:
-    """A request to another of Z.ai's paths, sent only once: a streamed body cannot be repeated."""
-    keys, use = request.app[UPSTREAM].keys, KeyUse(path="/" + path.partition("/{")[0])
+    """A request to another of Z.ai's paths. What is wrong in it is told before it waits for anything."""
+    use = KeyUse(path="/" + path.partition("/{")[0])
     path = path.replace(ID, request.match_info.get("id", ""))
+    if not request.can_read_body:
+        return await relay(path, use, request, Relayed())
+    if path == "files":
+        return await relay(path, use, request, Relayed(Upload(body_parts(request))))
+    is_form = request.content_type.startswith("multipart/")
+    if is_form and path == "audio/transcriptions":
+        return await relay(path, use, request, relayed_form(path, request))
+    data = await read_body(request)  # JSON, whatever its type says
+    body = await decode_body(request, data)
+    sent = pass_through_body(body, request.app[SETTINGS].model_aliases)
+    check_model_named(path, request, sent.get("model"))
+    if path in BODY_CHECKS:
+        BODY_CHECKS[path](sent)
+    if path == "embeddings":
+        batches = embedding_batches(sent)
+        if len(batches) > 1:
+            return await embed_in_batches(request, batches, reader_for(path, body))
+    if sent != body:
+        data = encode_request(sent)
+    return await relay(path, use, request, Relayed(data, reader_for(path, body)))
+
+
+def reader_for(path: str, body: JSON) -> Callable[[], PassThroughReader]:
+    """Who reads the answer to a body in JSON: usage is told by the path, whatever the types of both say."""
+    if path == "embeddings" and body.get("encoding_format") == "base64":
+        return EmbeddingsReader
+    if path == "audio/transcriptions" and body.get("response_format") == "text":
+        return TranscriptReader
+    if path in WITH_USAGE:
+        return UsageReader
+    return PassThroughReader
+
+
+def relayed_form(path: str, request: web.Request) -> Relayed:
+    """A form with a file, whose fields are read while it goes on.
+
+    The model may come behind the file (curl, openai-node): if it is not one of the caller's, Z.ai
+    does not get the end of the form, and so has no request.
+    """
+    fields: JSON = {}
+
+    def read_model(name: str) -> str:
+        if is_model_name(name):
+            name = aliased(name, request.app[SETTINGS].model_aliases)
+        check_model_named(path, request, name)
+        fields["model"] = name
+        return name
+
+    def read_format(text: str) -> str:
+        fields["response_format"] = text
+        return text
+
+    boundary = form_boundary(request.headers.get("Content-Type", ""))
+    form = FormReader(boundary, {"model": read_model, "response_format": read_format})
+
+    async def parts() -> AsyncIterator[bytes]:
+        async for part in body_parts(request):
+            if passed := form.feed(part):
+                yield passed
+        check_model_named(path, request, fields.get("model"))
+        yield form.close()
+
+    def new_reader() -> PassThroughReader:  # when Z.ai answers, and so has all fields
+        return reader_for(path, fields)()
+
+    return Relayed(Upload(parts()), new_reader)
+
+
+async def relay(
+    path: str, use: KeyUse, request: web.Request, relayed: Relayed
+) -> web.StreamResponse:
+    """Sends a request on, only once: a streamed body cannot be repeated."""
+    keys, client = request.app[UPSTREAM].keys, request.app[UPSTREAM].client
     key = min(
         keys.available(use), key=lambda key: key.affinity(request[ACCOUNT].id)
     )  # which owns the files
     keys.tried(key, use)
-    data, reader = await body_and_reader(path, request)
-    as_sent = isinstance(data, Upload) and "Content-Encoding" not in request.headers
-    headers = sent_headers(request, "Content-Type", *(("Content-Length",) if as_sent else ()))
-    how = {"method": request.method, "data": data, "headers": headers, "params": request.query}
-    meter = Meter()
-    request[RECORD].meters = [meter]
-    size = 0
-    if path in WITH_USAGE and isinstance(data, bytes):
-        size = len(data)
+    headers = sent_headers(request, "Content-Type")
+    if isinstance(relayed.data, Upload) and keeps_length(path, request):
+        headers |= sent_headers(request, "Content-Length")
+    how = {
+        "method": request.method,
+        "data": relayed.data,
+        "headers": headers,
+        "params": request.query,
+    }
+    request[RECORD].meters = [relayed.meter]
+    size = relayed.size if path in WITH_USAGE else 0
     async with request.app[UPSTREAM].account_slot(request[ACCOUNT]), AsyncExitStack() as owner:
         check_budget(request)
         try:
-            with meter.asking(size):
-                stream = await request.app[UPSTREAM].client.send(
-                    f"{key.base_url}/{path}", key, owner, **how
-                )
-                response = PassThroughResponse(request, stream, reader, meter)
+            with relayed.meter.asking(size):
+                stream = await client.send(f"{key.base_url}/{path}", key, owner, **how)
+                response = PassThroughResponse(request, stream, relayed.reader(), relayed.meter)
                 await response.begin()
                 if not path.endswith(FILE_CONTENT):
                     await response.check_refusal()
@@ -9550,33 +9855,48 @@ async def pass_through(path: str, request: web.Request) -> web.StreamResponse:
         return await response.send()
 
 
-async def body_and_reader(
-    path: str, request: web.Request
-) -> tuple[Upload | bytes | None, PassThroughReader]:
-    """The body for Z.ai, and the answer's reader. Files are streamed; JSON is read, whatever its type says.
+def keeps_length(path: str, request: web.Request) -> bool:
+    """Whether a streamed body is as long as the client says: it is not packed, and no alias can change it."""
+    if "Content-Encoding" in request.headers:
+        return False
+    return path in WITHOUT_MODEL or not request.app[SETTINGS].model_aliases
 
-    Raises ProxyError if the caller may not use the model, or is limited to some and names none.
-    """
-    if not request.can_read_body:
-        return None, PassThroughReader()
-    is_form = request.content_type.startswith("multipart/")
-    if path == "files" or (is_form and path == "audio/transcriptions"):
-        if request[ACCOUNT].models and path not in WITHOUT_MODEL:
-            raise ProxyError(
-                MODEL_NOT_ALLOWED, f"{only_models(request)}, so this body must be JSON."
-            )
-        return Upload(body_parts(request)), PassThroughReader()
-    data = await read_body(request)
-    body = await decode_body(request, data)
-    changed = pass_through_body(body, request.app[SETTINGS].model_aliases)
-    check_model_named(path, request, changed.get("model"))
-    if body.get("encoding_format") == "base64":
-        reader: PassThroughReader = EmbeddingsReader()
-    elif path in WITH_USAGE:
-        reader = UsageReader()
-    else:
-        reader = PassThroughReader()
-    return data if changed == body else encode_request(changed), reader
+
+async def embed_in_batches(
+    request: web.Request, batches: Iterable[JSON], reader: Callable[[], PassThroughReader]
+) -> web.Response:
+    """Asks for more embeddings than Z.ai gives at once: one batch after the other, tried again like chat."""
+    upstream, record = request.app[UPSTREAM], request[RECORD]
+    joined = JoinedEmbeddings()
+    for batch in batches:
+        use = KeyUse(resolve(batch.get("model", "")).id, "/embeddings")
+        relayed = Relayed(encode_request(batch), reader)
+        record.meters.append(relayed.meter)
+        attempt = partial(ask_for_batch, request, relayed)
+        async with upstream.account_slot(request[ACCOUNT]), AsyncExitStack() as owner:
+            data = await upstream.with_retries(use, Caller(request[ACCOUNT].id), attempt, owner)
+        await in_thread_if_large(len(data), joined.add, data, len(batch["input"]))
+        record.first = record.first or time.monotonic()
+    document = await in_thread_if_large(LARGE, joined.document)
+    return web.Response(body=document, content_type="application/json")
+
+
+async def ask_for_batch(
+    request: web.Request, relayed: Relayed, slot: Slot, owner: AsyncExitStack
+) -> bytes:
+    check_budget(request)
+    client, key = request.app[UPSTREAM].client, slot.key
+    try:
+        with relayed.meter.asking(relayed.size):
+            url = f"{key.base_url}/embeddings"
+            stream = await client.send(url, key, owner, data=relayed.data)
+            response = PassThroughResponse(request, stream, relayed.reader(), relayed.meter)
+            await response.begin()
+            await response.check_refusal()
+    except UpstreamError as error:
+        adapt_to_path(error, "embeddings", key.base_url)
+        raise
+    return response.ahead
 
 
 def check_model_named(path: str, request: web.Request, name: Any) -> None:
@@ -9640,7 +9960,7 @@ class PassThroughResponse:
 
     async def check_refusal(self) -> None:
         """Raises UpstreamError for a refusal with a status of success, in however many parts it comes."""
-        if self.stream.response.content_type != "application/json":
+        if self.stream.response.content_type != "application/json" or self.reader.media_type:
             return
         while len(self.ahead) < ERROR_BODY_LIMIT and (data := await self.next_bytes()):
             self.ahead += data
@@ -9664,6 +9984,8 @@ class PassThroughResponse:
 
     async def send(self) -> web.StreamResponse:
         self.request[RECORD].first = time.monotonic()
+        if self.reader.media_type:
+            self.response.headers["Content-Type"] = self.reader.media_type
         await self.response.prepare(self.request)
         data = self.ahead
         while data:

@@ -266,6 +266,7 @@ def test_every_variable_is_read_by_its_name_in_capitals():
         "MODEL_ALIASES": "gpt-4o=glm-4.6, claude-*=glm-5.3",
         "FALLBACK_MODELS": "glm-4.7-flash, glm-4.5-flash",
         "VISION_MODEL": "glm-4.6v",
+        "VISION_MODE": "Describe",
         "REASONING_MEMORY": "ALL",
         "MAX_CONCURRENCY": "3",
         "MAX_RETRIES": "0",
@@ -288,6 +289,7 @@ def test_every_variable_is_read_by_its_name_in_capitals():
         model_aliases=(("gpt-4o", "glm-4.6"), ("claude-*", "glm-5.3")),
         fallback_models=("glm-4.7-flash", "glm-4.5-flash"),
         vision_model="glm-4.6v",
+        vision_mode="describe",
         reasoning_memory="all",
         max_concurrency=3,
         max_retries=0,
@@ -2818,6 +2820,81 @@ def test_what_no_model_takes_is_words_in_a_history(model, part, words, kind):
     messages = (Message("user", (part,)), GO_ON)
     assert ztoapi.fit_media(messages, model) == (Message("user", (words.format(model.id),)), GO_ON)
     assert ztoapi.hidden_media(messages, model) == [kind]
+
+
+SEA = Media("image_url", "data:image/png;base64,U0VB")
+SKY_KEY, SEA_KEY = (ztoapi.image_key("anna", image) for image in (SKY, SEA))
+
+
+def test_an_image_has_one_key_for_each_client_key_whatever_its_type_is_said_to_be():
+    jpeg = Media("image_url", "data:image/jpeg;base64,U0VB")
+    assert ztoapi.image_key("anna", jpeg) == SEA_KEY
+    assert len({SKY_KEY, SEA_KEY, ztoapi.image_key("bob", SEA)}) == 3
+
+
+WITH_IMAGES = (
+    Message("user", ("look", SKY)),
+    calling(call("a")),
+    Message("tool", (SEA, "done"), call_id="a"),
+    from_tools(SKY, Media("video_url", "https://x/v.mp4")),
+)
+UNDESCRIBED = (
+    Message("user", ("look", ztoapi.Undescribed(SKY_KEY, SKY))),
+    calling(call("a")),
+    Message("tool", (ztoapi.Undescribed(SEA_KEY, SEA), "done"), call_id="a"),
+    from_tools(ztoapi.Undescribed(SKY_KEY, SKY), Media("video_url", "https://x/v.mp4")),
+)
+
+
+def test_images_are_marked_for_description_and_nothing_else_is():
+    assert ztoapi.with_undescribed(WITH_IMAGES, "anna") == UNDESCRIBED
+    assert ztoapi.with_undescribed(UNDESCRIBED, "anna") is UNDESCRIBED
+    assert [*ztoapi.undescribed_images(UNDESCRIBED)] == [SKY_KEY, SEA_KEY]
+    assert ztoapi.undescribed_images(WITH_IMAGES) == {}
+
+
+def test_a_model_that_sees_is_shown_what_another_has_described():
+    shown = ztoapi.fit_media(UNDESCRIBED, SEEING)
+    assert shown == ztoapi.fit_media(WITH_IMAGES, SEEING)
+    assert ztoapi.hidden_media(UNDESCRIBED[:3], SEEING) == []
+
+
+def test_images_that_are_to_be_described_are_neither_hidden_nor_refused():
+    assert ztoapi.fit_media(UNDESCRIBED[:3], BLIND) == UNDESCRIBED[:3]
+    assert ztoapi.hidden_media(UNDESCRIBED, BLIND) == ["files"]
+
+
+@pytest.mark.parametrize(
+    ("texts", "reasons", "sky", "sea"),
+    [
+        ({SKY_KEY: "a sky", SEA_KEY: "a sea"}, {}, "[image: a sky]", "[image: a sea]"),
+        (
+            {SKY_KEY: "a sky"},
+            {SEA_KEY: "it was refused"},
+            "[image: a sky]",
+            "[image: not shown to glm-5.3: it was refused]",
+        ),
+        (
+            {},
+            {},
+            f"[image {SKY.url}: not shown to glm-5.3: {ztoapi.TOO_MANY_IMAGES}]",
+            f"[image: not shown to glm-5.3: {ztoapi.TOO_MANY_IMAGES}]",
+        ),
+    ],
+    ids=["described", "refused", "too many"],
+)
+def test_words_stand_in_the_place_of_images(texts, reasons, sky, sea):
+    assert ztoapi.with_descriptions(UNDESCRIBED, BLIND, texts, reasons) == (
+        Message("user", ("look", sky)),
+        UNDESCRIBED[1],
+        Message("tool", (sea, "done"), call_id="a"),
+        from_tools(sky, Media("video_url", "https://x/v.mp4")),
+    )
+
+
+def test_where_there_is_no_image_nothing_changes():
+    messages = (GO_ON, calling(call("a")), told("a", "A"))
+    assert ztoapi.with_descriptions(messages, BLIND, {}, {}) is messages
 
 
 def test_an_image_without_an_address_has_no_name():
@@ -6089,6 +6166,16 @@ def test_reasoning_is_known_by_the_account_and_by_what_was_said_with_it(message,
     )
 
 
+def test_a_memory_of_texts_is_bounded_and_forgets_what_was_not_used_for_longest():
+    memory = ztoapi.TextMemory(3 * (ztoapi.TextMemory.OVERHEAD + 4))
+    for key in ("a", "b", "c", "c"):
+        memory.put(key, "好!")
+    assert (memory.get("a"), memory.get("none")) == ("好!", "")
+    memory.put("d", "\ud800")
+    assert [key for key in "abcd" if memory.get(key)] == ["a", "c", "d"]
+    assert memory.size <= memory.max_size
+
+
 def test_the_reasoning_memory_is_bounded_and_forgets_the_oldest_first():
     memory = ztoapi.ReasoningMemory()
     numbered = [Message("assistant", (str(number),), "想" * 2**18) for number in range(100)]
@@ -6744,6 +6831,106 @@ def test_a_body_is_refused_when_it_is_read_or_planned_or_never(seed, surface, so
             request = ztoapi.zai_request(planned, model, "https://api.z.ai/api/paas/v4", "7")
             assert json.loads(request.data)["stream"] is True
     assert refused < 50
+
+
+def plan_for(messages, tools=(), model="glm-5.3", account=None, fallbacks=None, **settings):
+    prompt = Prompt(model, tuple(messages), tools=tuple(tools), fallbacks=fallbacks)
+    settings = Settings(**{"vision_model": "glm-4.6v", **settings})
+    return ztoapi.make_plan(prompt, settings, account or Account("anna"), "7")
+
+
+A_TOOL = ztoapi.Tool("f", "", {})
+SHOWS = (Message("user", ("look", SEA)),)
+SHOWED = (*SHOWS, Message("assistant", ("a sea",)), GO_ON)
+TOOL_SHOWS = (GO_ON, calling(call("a")), Message("tool", (SEA,), call_id="a"))
+VIDEO = Message("user", (Media("video_url", "https://x/v.mp4"), SEA))
+
+
+@pytest.mark.parametrize(
+    ("mode", "tools", "messages", "model", "described"),
+    [
+        ("auto", [A_TOOL], SHOWS, "glm-5.3", [True]),
+        ("auto", [A_TOOL], SHOWED, "glm-5.3", [False]),
+        ("auto", [A_TOOL], TOOL_SHOWS, "glm-5.3", [True]),
+        ("auto", [], SHOWS, "glm-4.6v", []),
+        ("auto", [], SHOWED, "glm-5.3", []),
+        ("answer", [A_TOOL], SHOWS, "glm-4.6v", []),
+        ("describe", [], SHOWS, "glm-5.3", [True]),
+        ("describe", [], SHOWED, "glm-5.3", [False]),
+        ("describe", [], (VIDEO,), "glm-4.6v", []),
+        ("describe", [], (VIDEO, Message("assistant", ("x",)), GO_ON), "glm-5.3", [False]),
+        ("describe", [], (GO_ON,), "glm-5.3", []),
+    ],
+)
+def test_the_mode_says_whether_images_are_described_or_answered(
+    mode, tools, messages, model, described
+):
+    plan = plan_for(messages, tools, vision_mode=mode)
+    assert plan.prompts[0][0].id == model
+    assert [image.is_current for image in plan.images] == described
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"vision_model": ""}, {"vision_model": "glm-4.5"}, {"account": Account("anna", models="glm-5*")}],
+    ids=["unset", "blind", "not allowed"],
+)  # fmt: skip
+def test_without_a_vision_model_words_of_ours_stand_for_images(settings):
+    plan = plan_for(TOOL_SHOWS, [A_TOOL], **settings)
+    assert (plan.images, plan.ignored) == ([], ("images",))
+    assert "not shown to glm-5.3" in plan.prompts[0][1].messages[-1].content[0]
+    with pytest.raises(BadRequest) as raised:
+        plan_for(SHOWS, [A_TOOL], **settings)
+    assert raised.value.kind.code == "image_not_supported"
+
+
+def test_a_key_that_may_not_use_the_vision_model_is_not_answered_by_it():
+    limited = {"account": Account("anna", models="glm-5*"), "vision_mode": "answer"}
+    assert plan_for(TOOL_SHOWS, **limited).prompts[0][0].id == "glm-5.3"
+    with pytest.raises(ztoapi.ProxyError, match=r"may not use glm-4\.6v"):
+        plan_for(SHOWS, **limited)
+
+
+def test_a_model_that_sees_needs_no_descriptions():
+    assert plan_for(SHOWS, [A_TOOL], model="glm-5.3-flash").images == []
+
+
+def test_a_fallback_that_sees_is_shown_what_is_described_for_the_others():
+    plan = plan_for(SHOWS, [A_TOOL], fallbacks=("glm-5.3-flash", "glm-4.6"))
+    key = ztoapi.image_key("anna", SEA)
+    plan.fill_in({key: "a sea"}, {})
+    parts = {model.id: prompt.messages[0].content[1] for model, prompt in plan.prompts}
+    words = "[image: a sea]"
+    assert parts == {"glm-5.3": words, "glm-5.3-flash": SEA, "glm-4.6": words}
+    assert plan.ignored == ()
+
+
+def image_number(number):
+    return Media("image_url", f"data:image/png;base64,{number:04}")
+
+
+def test_of_many_images_the_newest_are_asked_about_each_once():
+    shown = [Message("user", (image_number(number),)) for number in (1, 2, 3, 4, 5, 4)]
+    plan = plan_for(shown, [A_TOOL])
+    keys = [ztoapi.image_key("anna", image_number(number)) for number in (4, 5, 3, 2, 1)]
+    assert [(image.key, image.plan is not None) for image in plan.images] == [
+        *[(key, True) for key in keys[:4]],
+        (keys[4], False),
+    ]
+
+
+def test_a_description_is_asked_for_like_any_other_answer():
+    [image] = plan_for(SHOWS, [A_TOOL]).images
+    [(model, prompt)] = image.plan.prompts
+    sent = zai_body(prompt, model)
+    shown, words = sent["messages"][0]["content"]
+    assert (sent["model"], shown["image_url"]["url"], sent["thinking"]) == (
+        "glm-4.6v",
+        "U0VB",
+        {"type": "disabled"},
+    )
+    assert words["text"] == ztoapi.DESCRIBE_IMAGE
+    assert (image.plan.account, image.plan.images, image.plan.n) == (Account("anna"), [], 1)
 
 
 # ======== Bounds of a request ========
@@ -9111,6 +9298,270 @@ async def test_a_poisoned_conversation_of_the_responses_api_goes_on(client, zai)
     response, _ = await ask(client, {"model": "glm-4.6", "input": items}, "/v1/responses")
     assert (response.status, response.headers["x-ztoapi-ignored"]) == (200, "input.never_heard_of")
     assert list(what_zai_refuses(zai.bodies[0]["messages"], BLIND)) == []
+
+
+def shown(number):
+    return {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{number:04}"}}
+
+
+def shows(*numbers):
+    return {"role": "user", "content": [{"type": "text", "text": "look"}, *map(shown, numbers)]}
+
+
+def describes(text):
+    return 200, [stream_of({"content": text}, USED, finish())]
+
+
+USED = {
+    "choices": [],
+    "usage": {"prompt_tokens": 900, "completion_tokens": 70, "total_tokens": 970},
+}
+
+
+def let_see(zai, *answers):
+    """The fake's glm-4.6v gives these answers, the last one again and again."""
+    left = [*answers]
+
+    def next_answer(self):
+        if json.loads(self.asked[-1][3])["model"] != "glm-4.6v":
+            return FakeZai.next_answer(self)
+        return left.pop(0) if len(left) > 1 else left[0]
+
+    zai.next_answer = next_answer.__get__(zai)
+
+
+def asked_models(zai):
+    return [body["model"] for body in zai.bodies]
+
+
+@pytest_asyncio.fixture
+async def describing(start, zai):
+    """ztoapi in front of a fake whose glm-4.6v describes what an agent shows to glm-5.3."""
+    let_see(zai, describes(" An error: `x is not defined`\n"))
+    return await start(vision_model="glm-4.6v", max_retries=0)
+
+
+AGENT = {"model": "glm-5.3", "tools": READ_TOOLS}
+DESCRIBED = "[image: An error: `x is not defined`]"
+
+
+@in_loop
+@pytest.mark.parametrize("stream", [False, True], ids=["whole", "streamed"])
+async def test_an_image_is_described_once_for_an_agents_model(describing, zai, stream):
+    key = await make_key(describing, tokens="1M")
+    body = {**AGENT, "messages": [shows(1)], "stream": stream}
+    response, _ = await ask(describing, body, headers=key)
+    assert (response.status, response.headers["x-ztoapi-model"]) == (200, "glm-5.3")
+    assert "x-ztoapi-ignored" not in response.headers
+    later = [shows(1), {"role": "assistant", "content": "ok"}, QUESTION]
+    await ask(describing, {**body, "messages": later}, headers=key)
+    assert asked_models(zai) == ["glm-4.6v", "glm-5.3", "glm-5.3"]
+    for sent in zai.bodies[1:]:
+        assert sent["messages"][0] == {"role": "user", "content": f"look\n{DESCRIBED}"}
+    counted = describing.app[ztoapi.ACCOUNTS].counted
+    rows = {model: row for (_, _, model), row in counted.items()}
+    assert (rows["glm-4.6v"], rows["glm-5.3"][:2]) == ([1, 0, 900, 0, 70], [2, 0])
+    figures = (await stats(describing))[0]
+    told = figures["models"]["glm-4.6v"]
+    assert (told["requests"], told["prompt_tokens"], told["completion_tokens"]) == (1, 900, 70)
+    assert figures["healed"]["described_images"] == 1
+
+
+@in_loop
+async def test_an_image_of_a_tool_is_described_for_the_responses_api_too(describing, zai):
+    output = [{"type": "input_image", "image_url": "https://example.org/shot.png"}]
+    items = [
+        {"role": "user", "content": "hi"},
+        {"type": "function_call", "call_id": "c1", "name": "shot", "arguments": "{}"},
+        {"type": "function_call_output", "call_id": "c1", "output": output},
+    ]
+    tools = [{"type": "function", "name": "shot"}]
+    body = {"model": "glm-5.3", "input": items, "tools": tools}
+    response, _ = await ask(describing, body, "/v1/responses")
+    assert (response.status, asked_models(zai)) == (200, ["glm-4.6v", "glm-5.3"])
+    picture = {"type": "image_url", "image_url": {"url": "https://example.org/shot.png"}}
+    assert picture in zai.bodies[0]["messages"][0]["content"]
+    result = {"role": "tool", "tool_call_id": "c1", "content": DESCRIBED}
+    assert zai.bodies[1]["messages"][-1] == result
+
+
+@in_loop
+async def test_the_four_newest_images_are_described_and_older_ones_if_they_are_known(
+    describing, zai
+):
+    body = {**AGENT, "messages": [shows(1, 2, 3, 4, 5, 6)]}
+    response, _ = await ask(describing, body)
+    assert response.headers["x-ztoapi-ignored"] == "images"
+    assert asked_models(zai) == ["glm-4.6v"] * 4 + ["glm-5.3"]
+    hidden = f"[image: not shown to glm-5.3: {ztoapi.TOO_MANY_IMAGES}]"
+    lines = ["look", hidden, hidden, *[DESCRIBED] * 4]
+    assert zai.bodies[-1]["messages"][0]["content"].splitlines() == lines
+    await ask(describing, {**AGENT, "messages": [shows(3, 4, 5, 6, 7, 8, 9)]})
+    assert asked_models(zai)[5:] == ["glm-4.6v"] * 3 + ["glm-5.3"]
+    assert zai.bodies[-1]["messages"][0]["content"].splitlines() == ["look", *[DESCRIBED] * 7]
+
+
+@in_loop
+async def test_a_description_is_not_told_to_another_client(start, zai):
+    let_see(zai, describes("a cat"))
+    client = await start(vision_model="glm-4.6v", default_key=("sk-mine", "sk-yours"))
+    for key in ("sk-mine", "sk-yours", "sk-mine"):
+        body = {**AGENT, "messages": [shows(1)]}
+        assert (await ask(client, body, headers={"x-api-key": key}))[0].status == 200
+    assert asked_models(zai) == ["glm-4.6v", "glm-5.3"] * 2 + ["glm-5.3"]
+
+
+@in_loop
+@pytest.mark.parametrize(
+    ("answer", "reason"),
+    [
+        (zai_refuses(1210, 400, "image too large for zai-key"), "Z.ai 1210: image too large for ***"),
+        ((200, [stream_of({"content": "x"}, finish("sensitive"))]), "content filter"),
+    ],
+    ids=["a refusal", "a filter"],
+)  # fmt: skip
+async def test_an_image_that_zai_refuses_is_words_with_the_reason_also_later(
+    describing, zai, answer, reason
+):
+    let_see(zai, answer)
+    for _ in "12":
+        response, _ = await ask(describing, {**AGENT, "messages": [shows(1)]})
+        assert (response.status, response.headers["x-ztoapi-ignored"]) == (200, "images")
+        said = zai.bodies[-1]["messages"][0]["content"]
+        assert said.startswith("look\n[image: not shown to glm-5.3: it was refused (")
+        assert reason in said
+    assert asked_models(zai) == ["glm-4.6v", "glm-5.3", "glm-5.3"]
+
+
+FAILS = [
+    (zai_refuses(1113), 402, "insufficient_quota"),
+    (zai_refuses(1211, 400), 404, "model_not_found"),
+    ((500, [b"{}"]), 502, "zai_unavailable"),
+    ((200, [stream_of({"content": " "}, finish())]), 502, "zai_unavailable"),
+]
+
+
+@in_loop
+@pytest.mark.parametrize("stream", [False, True], ids=["whole", "streamed"])
+@pytest.mark.parametrize(("answer", "status", "code"), FAILS, ids=lambda value: str(value)[:16])
+async def test_another_failure_is_told_in_the_turn_that_is_on(
+    describing, zai, answer, status, code, stream
+):
+    let_see(zai, answer)
+    body = {**AGENT, "messages": [shows(1)], "stream": stream}
+    response, text = await ask(describing, body)
+    assert (response.status, error_of(text)["code"]) == (status, code)
+    assert error_of(text)["message"].startswith("glm-4.6v could not describe an image: ")
+    assert asked_models(zai) == ["glm-4.6v"]
+    counted = describing.app[ztoapi.ACCOUNTS].counted
+    assert {model: row[:2] for (_, _, model), row in counted.items()} == {
+        "glm-4.6v": [1, 1],
+        "glm-5.3": [1, 1],
+    }
+
+
+@in_loop
+@pytest.mark.parametrize(
+    "answer", [answer for answer, *_ in FAILS], ids=lambda value: str(value)[:16]
+)
+async def test_another_failure_is_words_in_an_earlier_turn_until_it_is_over(
+    describing, zai, answer
+):
+    let_see(zai, answer, describes("a cat"))
+    messages = [shows(1), {"role": "assistant", "content": "ok"}, QUESTION]
+    said = []
+    for _ in "12":
+        response, _ = await ask(describing, {**AGENT, "messages": messages})
+        assert response.status == 200
+        said.append(zai.bodies[-1]["messages"][0]["content"].splitlines()[1])
+        describing.app[ztoapi.UPSTREAM].keys.cooling.clear()
+    hidden = "[image: not shown to glm-5.3: it could not be described now]"
+    assert said == [hidden, "[image: a cat]"]
+
+
+@in_loop
+async def test_what_was_described_is_not_asked_again_after_another_image_failed(describing, zai):
+    let_see(zai, describes("a cat"), (500, [b"{}"]), describes("a dog"))
+    body = {**AGENT, "messages": [shows(1, 2)]}
+    assert [(await ask(describing, body))[0].status for _ in "12"] == [502, 200]
+    assert asked_models(zai) == ["glm-4.6v"] * 3 + ["glm-5.3"]
+
+
+@in_loop
+async def test_a_description_is_tried_again_and_waits_its_turn_like_any_answer(start, zai):
+    let_see(zai, zai_refuses(1302), zai_refuses(1234, 500), describes("a cat"))
+    client = await start(vision_model="glm-4.6v", max_concurrency=1)
+    key = await make_key(client, parallel=1)
+    body = {**AGENT, "messages": [shows(1, 2, 3)]}
+    response, _ = await ask(client, body, headers=key)
+    assert (response.status, asked_models(zai)) == (200, ["glm-4.6v"] * 5 + ["glm-5.3"])
+
+
+@in_loop
+async def test_for_several_choices_an_image_is_described_once(describing, zai):
+    body = {**AGENT, "messages": [shows(1)], "n": 3}
+    assert (await ask(describing, body))[0].status == 200
+    assert asked_models(zai) == ["glm-4.6v"] + ["glm-5.3"] * 3
+    assert {body["messages"][0]["content"] for body in zai.bodies[1:]} == {f"look\n{DESCRIBED}"}
+
+
+@in_loop
+@pytest.mark.parametrize(
+    ("path", "body", "sign"),
+    [
+        ("chat/completions", {"messages": [shows(1)], "tools": READ_TOOLS}, b": keep-alive\n\n"),
+        (
+            "responses",
+            {
+                "input": [{"role": "user", "content": [{"type": "input_image", "image_url": "https://example.org/a.png"}]}],
+                "tools": [{"type": "function", "name": "read"}],
+            },
+            b"",
+        ),
+    ],
+    ids=["chat", "responses"],
+)  # fmt: skip
+async def test_a_stream_shows_life_while_an_image_is_described(
+    describing, zai, monkeypatch, path, body, sign
+):
+    monkeypatch.setattr(ztoapi, "KEEP_ALIVE_INTERVAL", 0.05)
+    _, parts = describes("a cat")
+    let_see(zai, (200, [0.3, *parts]))
+    body = {**body, "model": "glm-5.3", "stream": True}
+    async with describing.post(f"/v1/{path}", json=body, headers=KEY) as response:
+        first = await response.content.readany()
+        assert first.startswith(sign)
+        assert asked_models(zai) == ["glm-4.6v"]
+        await response.read()
+    assert asked_models(zai) == ["glm-4.6v", "glm-5.3"]
+
+
+@in_loop
+async def test_who_leaves_while_images_are_described_leaves_nothing_behind(describing, zai):
+    let_see(zai, (200, [HANG]))
+    key = await make_key(describing, tokens="1M")
+    body = {**AGENT, "messages": [shows(1, 2)]}
+    asking = asyncio.create_task(ask(describing, body, headers=key))
+    assert await eventually(lambda: zai.open == 2)
+    asking.cancel()
+    assert await eventually(lambda: not zai.open and not describing.app[ztoapi.IN_FLIGHT])
+    assert describing.app[ztoapi.UPSTREAM].queue("glm-4.6v").in_flight == 0
+    counted = describing.app[ztoapi.ACCOUNTS].counted
+    used = {model: row[0] for (_, _, model), row in counted.items()}
+    assert used == {"glm-4.6v": 2, "glm-5.3": 1}
+    assert [row[2] > 1000 for (_, _, model), row in counted.items() if model == "glm-4.6v"] == [
+        True
+    ]
+
+
+@in_loop
+async def test_a_budget_is_looked_at_before_an_image_is_described(describing, zai):
+    key = await make_key(describing, tokens="900", parallel=1)
+    body = {**AGENT, "messages": [shows(1, 2)]}
+    response, _ = await ask(describing, body, headers=key)
+    assert (response.status, asked_models(zai)) == (200, ["glm-4.6v", "glm-4.6v", "glm-5.3"])
+    response, text = await ask(describing, {**AGENT, "messages": [shows(3)]}, headers=key)
+    assert (response.status, error_of(text)["code"]) == (402, "key_quota_exceeded")
 
 
 # ======== Every surface is the same path ========

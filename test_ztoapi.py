@@ -10222,17 +10222,46 @@ async def test_an_alias_stands_for_a_model_in_a_form_too(start, zai, parts):
     response, text = await transcribe(client, *parts)
     sent = zai.asked[0][3].decode()
     assert sent == form_of(*parts).decode().replace("whisper-1", "glm-asr-2512")
+    assert zai.asked[0][2]["Transfer-Encoding"] == "chunked"
     assert (response.status, json.loads(text)["model"]) == (200, "glm-asr-2512")
     assert [*(await stats(client))[0]["models"]] == ["glm-asr-2512"]
 
 
+LONG_FILE = (A_FILE[0], "RIFF" * 2**17)
+
+
 @in_loop
-async def test_a_form_that_nothing_changes_keeps_its_length(client, zai):
-    data = form_of(field_of("model", "glm-asr-2512"), A_FILE)
+@pytest.mark.parametrize(
+    ("aliases", "parts", "has_length"),
+    [
+        ((), [field_of("model", "m"), LONG_FILE], True),
+        ((), [LONG_FILE, field_of("model", "m")], True),
+        ((("m", "glm-asr"),), [field_of("model", "m"), LONG_FILE], True),
+        ((("m", "glm-asr"),), [LONG_FILE, field_of("model", "m")], False),
+        ((("m", "glm-asr"),), [A_FILE, field_of("model", "m")], True),
+    ],
+    ids=["no alias", "no alias behind", "an alias", "an alias behind", "behind a short file"],
+)
+async def test_the_length_of_a_form_is_told_where_it_is_known(
+    start, zai, aliases, parts, has_length
+):
+    client = await start(model_aliases=aliases)
+    data = form_of(*parts)
     headers = KEY | FORM
     async with client.post("/v1/audio/transcriptions", data=data, headers=headers) as response:
         assert response.status == 200
-    assert (zai.asked[0][2]["Content-Length"], zai.asked[0][3]) == (str(len(data)), data)
+    sent = data.replace(b"\r\nm\r\n", b"\r\nglm-asr\r\n") if aliases else data
+    wanted = str(len(sent)) if has_length else None
+    assert (zai.asked[0][2].get("Content-Length"), zai.asked[0][3]) == (wanted, sent)
+
+
+@in_loop
+@pytest.mark.parametrize("parts", [[field_of("model", "other"), LONG_FILE], [A_FILE]])
+async def test_what_the_head_of_a_form_says_is_checked_also_without_a_key(start, zai, parts):
+    client = await start(zai_api_key=())
+    key = await make_key(client, models="glm-asr-*")
+    response, _ = await transcribe(client, *parts, headers=key)
+    assert response.status == 403
 
 
 @in_loop
@@ -10274,8 +10303,11 @@ async def test_a_transcription_that_sounds_like_a_refusal_is_none(client, zai):
         pytest.param([field_of("model", "other"), A_FILE], 403, "model_not_allowed", id="another"),
         pytest.param([A_FILE, field_of("model", "other")], 403, "model_not_allowed", id="another behind"),
         pytest.param(
-            [field_of("model", "mine"), A_FILE, field_of("model", "other")], 403, "model_not_allowed", id="both"
+            [field_of("model", "mine"), LONG_FILE, field_of("model", "mine")], 400, None, id="twice"
         ),
+        pytest.param([LONG_FILE, field_of("model", "mine")], 200, None, id="behind a long file"),
+        pytest.param([LONG_FILE, field_of("model", "other")], 403, "model_not_allowed", id="another behind that"),
+        pytest.param([LONG_FILE], 403, "model_not_allowed", id="none behind that"),
         pytest.param([A_FILE], 403, "model_not_allowed", id="none"),
         pytest.param([A_FILE, field_of("model", "m" * 257)], 400, None, id="a long name"),
     ],

@@ -3551,7 +3551,8 @@ SURFACES: dict[str, Surface] = {
 
 # ======== Histories ===============================================================================
 # What keeps a conversation alive whatever stands in its history: `repair_history`, a list of
-# repairs that are the same for every model, and `fit_media`, which depends on what a model sees.
+# repairs that are the same for every model, and `fit_media`, which depends on what a model sees. Where
+# VISION_MODEL is to describe images, they are Undescribed until `with_descriptions` has its words.
 #
 # A client sends its history again with every request. What Z.ai refuses in it once it refuses for
 # ever (1210, 1213, 1214), and the chat is lost. So each repair turns one kind of what Z.ai refuses
@@ -7581,7 +7582,8 @@ def new_session(settings: Settings) -> aiohttp.ClientSession:
 
 
 # ======== Upstream ==================================================================================================
-# `Upstream.open` turns one request into requests to Z.ai: retries, other keys, fallbacks, merged choices.
+# `Upstream.open` turns one request into requests to Z.ai: descriptions of images, retries, other keys, fallbacks,
+# merged choices.
 
 
 class MergedStream(EventSource):
@@ -10075,6 +10077,7 @@ class Relayed:
 
     data: Upload | bytes | None = None
     reader: Callable[[], PassThroughReader] = PassThroughReader
+    length: str = ""  # of a streamed body, in bytes, where it is known
     meter: Meter = field(default_factory=Meter)
 
     @property
@@ -10090,10 +10093,14 @@ async def pass_through(path: str, request: web.Request) -> web.StreamResponse:
     if not request.can_read_body:
         return await relay(path, use, request, Relayed())
     if path == "files":
-        return await relay(path, use, request, Relayed(Upload(body_parts(request))))
+        relayed = Relayed(Upload(body_parts(request)), length=length_as_sent(request))
+        return await relay(path, use, request, relayed)
     is_form = request.content_type.startswith("multipart/")
     if is_form and path == "audio/transcriptions":
-        return await relay(path, use, request, relayed_form(path, request))
+        form = RelayedForm(path, request)
+        await form.read_head()
+        relayed = Relayed(Upload(form.all_parts()), form.reader, length=form.length())
+        return await relay(path, use, request, relayed)
     data = await read_body(request)  # JSON, whatever its type says
     body = await decode_body(request, data)
     sent = pass_through_body(body, request.app[SETTINGS].model_aliases)
@@ -10120,39 +10127,73 @@ def reader_for(path: str, body: JSON) -> Callable[[], PassThroughReader]:
     return PassThroughReader
 
 
-def relayed_form(path: str, request: web.Request) -> Relayed:
+class RelayedForm:
     """A form with a file, whose fields are read while it goes on.
 
-    The model may come behind the file (curl, openai-node): if it is not one of the caller's, Z.ai
-    does not get the end of the form, and so has no request.
+    What stands at its head is read before anything is waited for. A model may come behind the file
+    (curl, openai-node): if it is not one of the caller's, Z.ai does not get the end of the form, and
+    so has no request.
     """
-    fields: JSON = {}
 
-    def read_model(name: str) -> str:
+    def __init__(self, path: str, request: web.Request) -> None:
+        self.path = path
+        self.request = request
+        self.fields: JSON = {}  # those that were read
+        self.growth = 0  # bytes that an alias adds
+        boundary = form_boundary(request.headers.get("Content-Type", ""))
+        fields = {"model": self.read_model, "response_format": self.read_format}
+        self.form = FormReader(boundary, fields)
+        self.parts = body_parts(request)
+        self.ahead = bytearray()  # what Z.ai is sent first
+
+    def read_model(self, given: str) -> str:
+        if "model" in self.fields:
+            raise BadRequest("'model' stands twice in the form.", "model")
+        name = given
         if is_model_name(name):
-            name = aliased(name, request.app[SETTINGS].model_aliases)
-        check_model_named(path, request, name)
-        fields["model"] = name
+            name = aliased(name, self.request.app[SETTINGS].model_aliases)
+        check_model_named(self.path, self.request, name)
+        self.fields["model"] = name
+        self.growth = len(name.encode()) - len(given.encode())
         return name
 
-    def read_format(text: str) -> str:
-        fields["response_format"] = text
+    def read_format(self, text: str) -> str:
+        self.fields["response_format"] = text
         return text
 
-    boundary = form_boundary(request.headers.get("Content-Type", ""))
-    form = FormReader(boundary, {"model": read_model, "response_format": read_format})
+    async def read_head(self) -> None:
+        """Read until the model is known, but of a file no more than a little."""
+        async for part in self.parts:
+            self.ahead += self.form.feed(part)
+            if "model" in self.fields or len(self.ahead) > FIELD_LIMIT:
+                return
+        check_model_named(self.path, self.request, self.fields.get("model"))
 
-    async def parts() -> AsyncIterator[bytes]:
-        async for part in body_parts(request):
-            if passed := form.feed(part):
+    async def all_parts(self) -> AsyncIterator[bytes]:
+        yield bytes(self.ahead)
+        async for part in self.parts:
+            if passed := self.form.feed(part):
                 yield passed
-        check_model_named(path, request, fields.get("model"))
-        yield form.close()
+        check_model_named(self.path, self.request, self.fields.get("model"))
+        yield self.form.close()
 
-    def new_reader() -> PassThroughReader:  # when Z.ai answers, and so has all fields
-        return reader_for(path, fields)()
+    def length(self) -> str:
+        """In bytes, "" while it is not known."""
+        given = length_as_sent(self.request)
+        if "model" in self.fields or not self.request.app[SETTINGS].model_aliases:
+            return given and str(int(given) + self.growth)
+        return ""
 
-    return Relayed(Upload(parts()), new_reader)
+    def reader(self) -> PassThroughReader:
+        """When Z.ai answers, all fields are known."""
+        return reader_for(self.path, self.fields)()
+
+
+def length_as_sent(request: web.Request) -> str:
+    """The length of a body that is not packed, "" if the client does not say."""
+    if "Content-Encoding" in request.headers:
+        return ""
+    return request.headers.get("Content-Length", "")
 
 
 async def relay(
@@ -10165,8 +10206,8 @@ async def relay(
     )  # which owns the files
     keys.tried(key, use)
     headers = sent_headers(request, "Content-Type")
-    if isinstance(relayed.data, Upload) and keeps_length(path, request):
-        headers |= sent_headers(request, "Content-Length")
+    if relayed.length:
+        headers["Content-Length"] = relayed.length
     how = {
         "method": request.method,
         "data": relayed.data,
@@ -10194,13 +10235,6 @@ async def relay(
         keys.accepted(key, use)
         request[STREAM] = response
         return await response.send()
-
-
-def keeps_length(path: str, request: web.Request) -> bool:
-    """Whether a streamed body is as long as the client says: it is not packed, and no alias can change it."""
-    if "Content-Encoding" in request.headers:
-        return False
-    return path in WITHOUT_MODEL or not request.app[SETTINGS].model_aliases
 
 
 async def embed_in_batches(

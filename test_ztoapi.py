@@ -5163,7 +5163,7 @@ def test_a_form_is_not_kept():
         b"--x\r\nContent-Disposition: " + b"x" * 70_000,
         form_of() + b"x" * 70_000,
         form_of(("Content-Disposition: form-data; name*=utf-8''model", "m")),
-        b"--xy\r\n" + form_of(A_FILE),
+        form_of((A_FILE[0], "RIFF\r\n--xy\r\n\r\n")),
         b"--x\r\nContent-Disposition: form-data\r\n" + form_of(field_of("model", "m")),
         form_of(field_of("model", "")).replace(b"model", b"model", 1)[:-9] + b"\xff\r\n--x--",
     ],
@@ -6917,6 +6917,12 @@ def test_of_many_images_the_newest_are_asked_about_each_once():
         *[(key, True) for key in keys[:4]],
         (keys[4], False),
     ]
+
+
+def test_a_budget_is_looked_at_for_each_image_too():
+    plan = plan_for([Message("user", tuple(map(image_number, range(5))))], [A_TOOL])
+    plan.admit_with(check := object())
+    assert {each.admit for each in (plan, *(image.plan for image in plan.images[:4]))} == {check}
 
 
 def test_a_description_is_asked_for_like_any_other_answer():

@@ -3097,6 +3097,24 @@ def test_any_history_becomes_what_zai_takes_unless_the_user_shows_now_what_it_do
     assert 0 < refused < 200
 
 
+@pytest.mark.parametrize("text", ["a sky", ""], ids=["described", "not described"])
+def test_any_history_with_descriptions_is_what_zai_takes(text):
+    settings = Settings(vision_model="glm-4.6v", vision_mode="describe")
+    described = 0
+    for seed in range(400):
+        odd = OddHistory(seed)
+        messages = [*odd.some(odd.message, 8), *HELLO["messages"]]
+        prompt = replace(read_chat(chat(messages=messages)), fallbacks=("glm-4.6v",))
+        plan = ztoapi.make_plan(prompt, settings, Account(""), "7")
+        texts = {image.key: text for image in plan.images if text}
+        plan.fill_in(texts, {})
+        for model, planned in plan.prompts:
+            sent = json.loads(ztoapi.zai_request(planned, model, ZAI, "7").data)["messages"]
+            assert list(what_zai_refuses(sent, model)) == [], seed
+        described += len(plan.images)
+    assert described > 40
+
+
 @pytest.mark.parametrize("repeated", [1, 2], ids=["paired", "not paired"])
 def test_a_long_history_is_repaired_in_linear_time(repeated):
     messages = []

@@ -10253,7 +10253,8 @@ async def embed_in_batches(
             data = await upstream.with_retries(use, Caller(request[ACCOUNT].id), attempt, owner)
         await in_thread_if_large(len(data), joined.add, data, len(batch["input"]))
         record.first = record.first or time.monotonic()
-    document = await in_thread_if_large(LARGE, joined.document)
+    size = sum(map(len, joined.items))
+    document = await in_thread_if_large(size, joined.document)
     return web.Response(body=document, content_type="application/json")
 
 

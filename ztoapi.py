@@ -8437,7 +8437,7 @@ LONG_ATTEMPT = 60  # seconds; a whole answer that broke off after that is asked 
 FALLBACK_PATIENCE = 10  # seconds; after that another model is asked, if there is one
 
 # Asks with the slot's key until the answer has begun.
-Attempt = Callable[[Slot, AsyncExitStack], Awaitable[EventStream]]
+Attempt = Callable[[Slot, AsyncExitStack], Awaitable[R]]
 
 
 class Upstream:
@@ -8592,10 +8592,10 @@ class Upstream:
         self,
         use: KeyUse,
         caller: Caller,
-        attempt: Attempt,
+        attempt: Attempt[R],
         owner: AsyncExitStack,
         leaves_after: float = math.inf,
-    ) -> EventStream:
+    ) -> R:
         """Retry one model (queue, keys, back-off); raises the last error.
 
         A refusal for load is waited out for RATE_LIMIT_WAIT, and where another model may do for
@@ -8614,14 +8614,14 @@ class Upstream:
                 queue.admit()
 
     async def retry(
-        self, queue: Queue, ticket: Ticket, attempt: Attempt, owner: AsyncExitStack
-    ) -> EventStream:
+        self, queue: Queue, ticket: Ticket, attempt: Attempt[R], owner: AsyncExitStack
+    ) -> R:
         """Ask until the answer has begun. Raises UpstreamError when there is no next try."""
         while True:
             slot = await queue.acquire(ticket)
             owner.callback(queue.release, slot)
             try:
-                stream = await attempt(slot, owner)
+                answer = await attempt(slot, owner)
             except UpstreamError as error:
                 async with owner:  # emptied at the end
                     if is_refusal_for_load(error):
@@ -8632,7 +8632,7 @@ class Upstream:
             else:
                 self.keys.accepted(slot.key, ticket.use)
                 slot.taken()
-                return stream
+                return answer
             if wait:
                 await self.clock.sleep(wait)
 

@@ -9968,6 +9968,29 @@ async def test_an_image_of_a_tool_is_described_for_the_responses_api_too(describ
 
 
 @in_loop
+@pytest.mark.parametrize("stream", [False, True], ids=["whole", "streamed"])
+async def test_an_image_of_a_tool_is_described_for_the_messages_api_too(describing, zai, stream):
+    source = {"type": "base64", "media_type": "image/png", "data": "QUJD"}
+    result = [{"type": "text", "text": "here"}, {"type": "image", "source": source}]
+    turns = [
+        {"role": "user", "content": "hi"},
+        {"role": "assistant", "content": [{"type": "tool_use", "id": "t1", "name": "shot", "input": {}}]},
+        {"role": "user", "content": [{"type": "tool_result", "tool_use_id": "t1", "content": result}]},
+    ]  # fmt: skip
+    tools = [{"name": "shot", "input_schema": {"type": "object"}}]
+    body = {
+        "model": "glm-5.3",
+        "max_tokens": 99,
+        "messages": turns,
+        "tools": tools,
+        "stream": stream,
+    }
+    response, _ = await ask(describing, body, "/v1/messages")
+    assert (response.status, asked_models(zai)) == (200, ["glm-4.6v", "glm-5.3"])
+    assert zai.bodies[1]["messages"][-1]["content"] == f"here\n{DESCRIBED}"
+
+
+@in_loop
 async def test_the_four_newest_images_are_described_and_older_ones_if_they_are_known(
     describing, zai
 ):

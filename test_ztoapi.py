@@ -307,6 +307,7 @@ def test_every_variable_is_read_by_its_name_in_capitals():
         "MODEL_ALIASES": "gpt-4o=glm-4.6, claude-*=glm-5.3",
         "FALLBACK_MODELS": "glm-4.7-flash, glm-4.5-flash",
         "VISION_MODEL": "glm-4.6v",
+        "VISION_MODE": "Describe",
         "REASONING_MEMORY": "ALL",
         "MAX_CONCURRENCY": "3",
         "MAX_RETRIES": "0",
@@ -329,6 +330,7 @@ def test_every_variable_is_read_by_its_name_in_capitals():
         model_aliases=(("gpt-4o", "glm-4.6"), ("claude-*", "glm-5.3")),
         fallback_models=("glm-4.7-flash", "glm-4.5-flash"),
         vision_model="glm-4.6v",
+        vision_mode="describe",
         reasoning_memory="all",
         max_concurrency=3,
         max_retries=0,
@@ -4170,6 +4172,81 @@ def test_what_no_model_takes_is_words_in_a_history(model, part, words, kind):
     assert ztoapi.hidden_media(messages, model) == [kind]
 
 
+SEA = Media("image_url", "data:image/png;base64,U0VB")
+SKY_KEY, SEA_KEY = (ztoapi.image_key("anna", image) for image in (SKY, SEA))
+
+
+def test_an_image_has_one_key_for_each_client_key_whatever_its_type_is_said_to_be():
+    jpeg = Media("image_url", "data:image/jpeg;base64,U0VB")
+    assert ztoapi.image_key("anna", jpeg) == SEA_KEY
+    assert len({SKY_KEY, SEA_KEY, ztoapi.image_key("bob", SEA)}) == 3
+
+
+WITH_IMAGES = (
+    Message("user", ("look", SKY)),
+    calling(call("a")),
+    Message("tool", (SEA, "done"), call_id="a"),
+    from_tools(SKY, Media("video_url", "https://x/v.mp4")),
+)
+UNDESCRIBED = (
+    Message("user", ("look", ztoapi.Undescribed(SKY_KEY, SKY))),
+    calling(call("a")),
+    Message("tool", (ztoapi.Undescribed(SEA_KEY, SEA), "done"), call_id="a"),
+    from_tools(ztoapi.Undescribed(SKY_KEY, SKY), Media("video_url", "https://x/v.mp4")),
+)
+
+
+def test_images_are_marked_for_description_and_nothing_else_is():
+    assert ztoapi.with_undescribed(WITH_IMAGES, "anna") == UNDESCRIBED
+    assert ztoapi.with_undescribed(UNDESCRIBED, "anna") is UNDESCRIBED
+    assert [*ztoapi.undescribed_images(UNDESCRIBED)] == [SKY_KEY, SEA_KEY]
+    assert ztoapi.undescribed_images(WITH_IMAGES) == {}
+
+
+def test_a_model_that_sees_is_shown_what_another_has_described():
+    shown = ztoapi.fit_media(UNDESCRIBED, SEEING)
+    assert shown == ztoapi.fit_media(WITH_IMAGES, SEEING)
+    assert ztoapi.hidden_media(UNDESCRIBED[:3], SEEING) == []
+
+
+def test_images_that_are_to_be_described_are_neither_hidden_nor_refused():
+    assert ztoapi.fit_media(UNDESCRIBED[:3], BLIND) == UNDESCRIBED[:3]
+    assert ztoapi.hidden_media(UNDESCRIBED, BLIND) == ["files"]
+
+
+@pytest.mark.parametrize(
+    ("texts", "reasons", "sky", "sea"),
+    [
+        ({SKY_KEY: "a sky", SEA_KEY: "a sea"}, {}, "[image: a sky]", "[image: a sea]"),
+        (
+            {SKY_KEY: "a sky"},
+            {SEA_KEY: "it was refused"},
+            "[image: a sky]",
+            "[image: not shown to glm-5.3: it was refused]",
+        ),
+        (
+            {},
+            {},
+            f"[image {SKY.url}: not shown to glm-5.3: {ztoapi.TOO_MANY_IMAGES}]",
+            f"[image: not shown to glm-5.3: {ztoapi.TOO_MANY_IMAGES}]",
+        ),
+    ],
+    ids=["described", "refused", "too many"],
+)
+def test_words_stand_in_the_place_of_images(texts, reasons, sky, sea):
+    assert ztoapi.with_descriptions(UNDESCRIBED, BLIND, texts, reasons) == (
+        Message("user", ("look", sky)),
+        UNDESCRIBED[1],
+        Message("tool", (sea, "done"), call_id="a"),
+        from_tools(sky, Media("video_url", "https://x/v.mp4")),
+    )
+
+
+def test_where_there_is_no_image_nothing_changes():
+    messages = (GO_ON, calling(call("a")), told("a", "A"))
+    assert ztoapi.with_descriptions(messages, BLIND, {}, {}) is messages
+
+
 def test_an_image_without_an_address_has_no_name():
     image = Media("image_url", "data:image/png;base64,QUJD")
     (hidden, _) = ztoapi.fit_media((Message("user", (image,)), GO_ON), BLIND)
@@ -4368,6 +4445,24 @@ def test_any_history_becomes_what_zai_takes_unless_the_user_shows_now_what_it_do
         json.loads(ztoapi.encode_request(sent).decode())
         assert list(what_zai_refuses(sent, model)) == [], seed
     assert 0 < refused < 200
+
+
+@pytest.mark.parametrize("text", ["a sky", ""], ids=["described", "not described"])
+def test_any_history_with_descriptions_is_what_zai_takes(text):
+    settings = Settings(vision_model="glm-4.6v", vision_mode="describe")
+    described = 0
+    for seed in range(400):
+        odd = OddHistory(seed)
+        messages = [*odd.some(odd.message, 8), *HELLO["messages"]]
+        prompt = replace(read_chat(chat(messages=messages)), fallbacks=("glm-4.6v",))
+        plan = ztoapi.make_plan(prompt, settings, Account(""), "7")
+        texts = {image.key: text for image in plan.images if text}
+        plan.fill_in(texts, {})
+        for model, planned in plan.prompts:
+            sent = json.loads(ztoapi.zai_request(planned, model, ZAI, "7").data)["messages"]
+            assert list(what_zai_refuses(sent, model)) == [], seed
+        described += len(plan.images)
+    assert described > 40
 
 
 @pytest.mark.parametrize("repeated", [1, 2], ids=["paired", "not paired"])
@@ -7368,6 +7463,203 @@ def test_embeddings_are_packed_into_base64(data, wanted):
         ]
 
 
+BATCH = {
+    "object": "list",
+    "data": [{"embedding": [1], "index": 0}, {"embedding": [2], "index": 1}],
+    "model": "embedding-3",
+    "usage": {"prompt_tokens": 3, "completion_tokens": 0, "total_tokens": 3},
+}
+
+
+def test_the_answers_to_batches_of_embeddings_are_one():
+    joined = ztoapi.JoinedEmbeddings()
+    joined.add(encode_json(BATCH), 2)
+    joined.add(encode_json(BATCH), 2)
+    numbered = [{"embedding": [i % 2 + 1], "index": i} for i in range(4)]
+    usage = {"prompt_tokens": 6, "completion_tokens": 0, "total_tokens": 6}
+    assert json.loads(joined.document()) == {**BATCH, "data": numbered, "usage": usage}
+
+
+@pytest.mark.parametrize("data", [b"<html>", b'{"data":7}', encode_json(BATCH)])
+def test_an_answer_that_lacks_an_embedding_is_none(data):
+    with pytest.raises(UpstreamError):
+        ztoapi.JoinedEmbeddings().add(data, 3)
+
+
+@pytest.mark.parametrize(
+    ("given", "sizes"),
+    [("x", [1]), (["x"] * 64, [64]), (["x"] * 65, [64, 1]), (["x"] * 130, [64, 64, 2])],
+    ids=["a text", "as many as Z.ai takes", "one more", "two batches and a bit"],
+)
+def test_embeddings_are_asked_for_in_batches_that_zai_takes(given, sizes):
+    batches = ztoapi.embedding_batches({"model": "embedding-3", "input": given})
+    assert [len(batch["input"]) for batch in batches] == sizes
+    if isinstance(given, list):
+        assert [text for batch in batches for text in batch["input"]] == given
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "param", "words"),
+    [
+        ("embeddings", {"input": [1, 2]}, "input", "check_embedding_ctx_length=False"),
+        ("embeddings", {"input": [[1, 2]]}, "input", "check_embedding_ctx_length=False"),
+        ("embeddings", {"input": ["x"] * 2049}, "input", "2048"),
+        ("images/generations", {"response_format": "b64_json"}, "response_format", "URLs"),
+        ("async/images/generations", {"response_format": "b64_json"}, "response_format", "URLs"),
+    ],
+    ids=["tokens", "lists of tokens", "too many", "an image in base64", "one to come"],
+)
+def test_what_zai_does_not_have_is_refused_in_the_fields_own_words(path, body, param, words):
+    with pytest.raises(BadRequest, match=words) as raised:
+        ztoapi.BODY_CHECKS[path](body)
+    assert raised.value.param == param
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("embeddings", {}),
+        ("embeddings", {"input": ["x"] * 2048}),
+        ("images/generations", {"response_format": "url"}),
+    ],
+)
+def test_what_zai_has_is_not_refused(path, body):
+    ztoapi.BODY_CHECKS[path](body)
+
+
+@pytest.mark.parametrize(
+    ("data", "wanted", "media_type"),
+    [
+        ('{"id":"1","text":"Hallo 好"}', "Hallo 好", "text/plain; charset=utf-8"),
+        ('{"text":"{\\"error\\":{\\"code\\":\\"1308\\"}}"}', '{"error":{"code":"1308"}}', "text/plain; charset=utf-8"),
+        ('{"text":7}', '{"text":7}', ""),
+        ('data: {"type":"transcript.text.delta"}\n\n', 'data: {"type":"transcript.text.delta"}\n\n', ""),
+    ],
+    ids=["a text", "a text like a refusal", "no text", "a stream"],
+)  # fmt: skip
+def test_a_transcript_is_its_text(data, wanted, media_type):
+    for parts in cuts(data.encode()):
+        reader = ztoapi.TranscriptReader()
+        read = b"".join([*map(reader.feed, parts), reader.close()])
+        assert (read.decode(), reader.media_type) == (wanted, media_type)
+
+
+def test_a_stream_of_a_transcript_passes_at_once():
+    reader = ztoapi.TranscriptReader()
+    assert [reader.feed(part) for part in (b" ", b"data: {", b'{"a":1}')] == [
+        b"",
+        b" data: {",
+        b'{"a":1}',
+    ]
+
+
+def test_a_refusal_is_no_transcript():
+    reader = ztoapi.TranscriptReader()
+    reader.feed(b'{"error":{"code":"1308","message":"x"}}')
+    with pytest.raises(UpstreamError):
+        reader.close()
+
+
+def form_of(*parts, end=b"--x--\r\n"):
+    """A form as clients send it: of pairs of a head and a content."""
+    lines = [f"--x\r\n{head}\r\n\r\n{content}\r\n" for head, content in parts]
+    return "".join(lines).encode() + end
+
+
+def field_of(name, content):
+    return f'Content-Disposition: form-data; name="{name}"', content
+
+
+A_FILE = (
+    'Content-Disposition: form-data; name="file"; filename="a; name=model.wav"\r\nContent-Type: audio/wav',
+    "RIFF\r\n--y\r\n--",
+)
+UNREAD = ("X: 1; name=model", "whisper-1")
+
+
+@pytest.mark.parametrize(
+    ("parts", "read"),
+    [
+        pytest.param([field_of("model", "whisper-1"), A_FILE], ["whisper-1"], id="before the file"),
+        pytest.param([A_FILE, field_of("model", "whisper-1")], ["whisper-1"], id="behind the file"),
+        pytest.param(
+            [field_of("model", "a"), A_FILE, field_of("model", "whisper-1")], ["a", "whisper-1"], id="twice"
+        ),
+        pytest.param([field_of("prompt", "model"), A_FILE, UNREAD], [], id="none"),
+        pytest.param(
+            [("content-type: text/plain; name=x\r\ncontent-disposition: form-data;\r\n name=model", "whisper-1")],
+            ["whisper-1"], id="an odd head",
+        ),
+        pytest.param([field_of("model", ""), A_FILE], [""], id="empty"),
+    ],
+)  # fmt: skip
+def test_the_model_of_a_form_is_read_and_changed_while_all_else_passes(parts, read):
+    wanted = form_of(*[(head, "glm-asr" if head != UNREAD[0] and text == "whisper-1" else text) for head, text in parts])  # fmt: skip
+    for pieces in cuts(form_of(*parts)):
+        found = []
+
+        def rename(text, found=found):
+            found.append(text)
+            return "glm-asr" if text == "whisper-1" else text
+
+        form = ztoapi.FormReader("x", {"model": rename})
+        passed = b"".join([*map(form.feed, pieces), form.close()])
+        assert (passed, found) == (wanted, read)
+
+
+@pytest.mark.parametrize("end", [b"--x--", b"--x--\r\nepilogue", b"", b"\r\n--x--\r\n"])
+def test_the_end_of_a_form_is_held_back(end):
+    form = ztoapi.FormReader("x", {})
+    whole = form_of(A_FILE, end=end)
+    passed = form.feed(whole)
+    assert b"\r\n--x--" not in passed
+    assert passed + form.close() == whole
+
+
+def test_a_form_is_not_kept():
+    form = ztoapi.FormReader("x", {"model": str})
+    form.feed(form_of(A_FILE, end=b"")[:-9])
+    passed = [len(form.feed(b"a" * 2**20)) for _ in range(3)]
+    assert passed == [2**20] * 3
+    assert len(form.held) < 9
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        form_of(field_of("model", "m" * 70_000)),
+        b"--x\r\nContent-Disposition: " + b"x" * 70_000,
+        form_of() + b"x" * 70_000,
+        form_of(("Content-Disposition: form-data; name*=utf-8''model", "m")),
+        form_of((A_FILE[0], "RIFF\r\n--xy\r\n\r\n")),
+        b"--x\r\nContent-Disposition: form-data\r\n" + form_of(field_of("model", "m")),
+        form_of(field_of("model", "")).replace(b"model", b"model", 1)[:-9] + b"\xff\r\n--x--",
+    ],
+    ids=["a long field", "a long head", "a long end", "a name in another way", "a boundary in the midst", "no end of a head", "no text"],
+)  # fmt: skip
+def test_a_form_that_cannot_be_read_is_refused(data):
+    form = ztoapi.FormReader("x", {"model": str})
+    with pytest.raises(BadRequest, match="cannot be read"):
+        form.feed(data)
+
+
+@pytest.mark.parametrize(
+    ("given", "wanted"),
+    [
+        ("multipart/form-data; boundary=x-1", "x-1"),
+        ('multipart/form-data; charset=utf-8; Boundary="a b"', "a b"),
+        ("multipart/form-data; boundary=x; charset=utf-8", "x"),
+    ],
+)
+def test_the_boundary_of_a_form(given, wanted):
+    assert ztoapi.form_boundary(given) == wanted
+
+
+def test_a_form_without_a_boundary_is_refused():
+    with pytest.raises(BadRequest, match="boundary"):
+        ztoapi.form_boundary("multipart/form-data")
+
+
 @pytest.mark.parametrize(
     ("at", "wanted"), [(253402214399999, 253402214399.999), (9e15, None), (0, None)]
 )
@@ -8304,23 +8596,34 @@ def with_call(**changes):
     ],
 )
 def test_reasoning_is_known_by_the_account_and_by_what_was_said_with_it(message, known):
-    memory = ztoapi.ReasoningMemory()
-    memory.put("me", LOOKING)
-    assert (memory.get("me", message), memory.get("you", message)) == (
+    memory = ztoapi.ReasoningMemory(1000)
+    memory.remember("me", LOOKING)
+    assert (memory.recall("me", message), memory.recall("you", message)) == (
         "I should look." if known else "",
         "",
     )
 
 
-def test_the_reasoning_memory_is_bounded_and_forgets_the_oldest_first():
-    memory = ztoapi.ReasoningMemory()
-    numbered = [Message("assistant", (str(number),), "想" * 2**18) for number in range(100)]
-    for message in (*numbered, numbered[-1]):
-        memory.put("me", message)
-    kept = [number for number, message in enumerate(numbered) if memory.get("me", message)]
-    entry = 3 * 2**18 + memory.OVERHEAD
-    assert kept == [*range(100 - memory.max_size // entry, 100)]
-    assert memory.size == len(kept) * entry
+def test_a_memory_of_texts_is_bounded_and_forgets_the_oldest_first():
+    memory = ztoapi.TextMemory(3 * (ztoapi.TextMemory.OVERHEAD + 4))
+    for key in ("a", "b", "c", "a"):
+        memory.put(key, "好!")
+    assert (memory.get("a"), memory.get("none")) == ("好!", "")
+    memory.put("d", "\ud800")
+    assert [key for key in "abcd" if memory.get(key)] == ["a", "c", "d"]
+    assert memory.size == 3 * memory.OVERHEAD + 4 + 4 + 3
+
+
+def test_a_description_that_is_used_is_kept_longest():
+    memory = ztoapi.ImageMemory(2 * (ztoapi.TextMemory.OVERHEAD + 1))
+    sky, sea = (
+        ztoapi.ImagePlan(key, "glm-4.6v", is_current=False, plan=None) for key in ("sky", "sea")
+    )
+    memory.texts.put("sky", "1")
+    memory.texts.put("sea", "2")
+    assert memory.words_for([sky]) == ({"sky": "1"}, {})
+    memory.texts.put("sun", "3")
+    assert memory.words_for([sky, sea]) == ({"sky": "1"}, {})
 
 
 # ======== Database =
@@ -8967,6 +9270,112 @@ def test_a_body_is_refused_when_it_is_read_or_planned_or_never(seed, surface, so
             request = ztoapi.zai_request(planned, model, "https://api.z.ai/api/paas/v4", "7")
             assert json.loads(request.data)["stream"] is True
     assert refused < 50
+
+
+def plan_for(messages, tools=(), model="glm-5.3", account=None, fallbacks=None, **settings):
+    prompt = Prompt(model, tuple(messages), tools=tuple(tools), fallbacks=fallbacks)
+    settings = Settings(**{"vision_model": "glm-4.6v", **settings})
+    return ztoapi.make_plan(prompt, settings, account or Account("anna"), "7")
+
+
+A_TOOL = ztoapi.Tool("f", "", {})
+SHOWS = (Message("user", ("look", SEA)),)
+SHOWED = (*SHOWS, Message("assistant", ("a sea",)), GO_ON)
+TOOL_SHOWS = (GO_ON, calling(call("a")), Message("tool", (SEA,), call_id="a"))
+VIDEO = Message("user", (Media("video_url", "https://x/v.mp4"), SEA))
+
+
+@pytest.mark.parametrize(
+    ("mode", "tools", "messages", "model", "described"),
+    [
+        ("auto", [A_TOOL], SHOWS, "glm-5.3", [True]),
+        ("auto", [A_TOOL], SHOWED, "glm-5.3", [False]),
+        ("auto", [A_TOOL], TOOL_SHOWS, "glm-5.3", [True]),
+        ("auto", [], SHOWS, "glm-4.6v", []),
+        ("auto", [], SHOWED, "glm-5.3", []),
+        ("answer", [A_TOOL], SHOWS, "glm-4.6v", []),
+        ("describe", [], SHOWS, "glm-5.3", [True]),
+        ("describe", [], SHOWED, "glm-5.3", [False]),
+        ("describe", [], (VIDEO,), "glm-4.6v", []),
+        ("describe", [], (VIDEO, Message("assistant", ("x",)), GO_ON), "glm-5.3", [False]),
+        ("describe", [], (GO_ON,), "glm-5.3", []),
+    ],
+)
+def test_the_mode_says_whether_images_are_described_or_answered(
+    mode, tools, messages, model, described
+):
+    plan = plan_for(messages, tools, vision_mode=mode)
+    assert plan.prompts[0][0].id == model
+    assert [image.is_current for image in plan.images] == described
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"vision_model": ""}, {"vision_model": "glm-4.5"}, {"account": Account("anna", models="glm-5*")}],
+    ids=["unset", "blind", "not allowed"],
+)  # fmt: skip
+def test_without_a_vision_model_words_of_ours_stand_for_images(settings):
+    plan = plan_for(TOOL_SHOWS, [A_TOOL], **settings)
+    assert (plan.images, plan.ignored) == ([], ("images",))
+    assert "not shown to glm-5.3" in plan.prompts[0][1].messages[-1].content[0]
+    with pytest.raises(BadRequest) as raised:
+        plan_for(SHOWS, [A_TOOL], **settings)
+    assert raised.value.kind.code == "image_not_supported"
+
+
+def test_a_key_that_may_not_use_the_vision_model_is_not_answered_by_it():
+    limited = {"account": Account("anna", models="glm-5*"), "vision_mode": "answer"}
+    assert plan_for(TOOL_SHOWS, **limited).prompts[0][0].id == "glm-5.3"
+    with pytest.raises(ztoapi.ProxyError, match=r"may not use glm-4\.6v"):
+        plan_for(SHOWS, **limited)
+
+
+def test_a_model_that_sees_needs_no_descriptions():
+    assert plan_for(SHOWS, [A_TOOL], model="glm-5.3-flash").images == []
+
+
+def test_a_fallback_that_sees_is_shown_what_is_described_for_the_others():
+    plan = plan_for(SHOWS, [A_TOOL], fallbacks=("glm-5.3-flash", "glm-4.6"))
+    key = ztoapi.image_key("anna", SEA)
+    plan.fill_in({key: "a sea"}, {})
+    parts = {model.id: prompt.messages[0].content[1] for model, prompt in plan.prompts}
+    words = "[image: a sea]"
+    assert parts == {"glm-5.3": words, "glm-5.3-flash": SEA, "glm-4.6": words}
+    assert plan.ignored == ()
+
+
+def image_number(number):
+    return Media("image_url", f"data:image/png;base64,{number:04}")
+
+
+def test_of_many_images_the_newest_are_asked_about_each_once():
+    shown = [Message("user", (image_number(number),)) for number in (1, 2, 3, 4, 5, 4)]
+    plan = plan_for(shown, [A_TOOL])
+    keys = [ztoapi.image_key("anna", image_number(number)) for number in (4, 5, 3, 2, 1)]
+    assert [(image.key, image.plan is not None) for image in plan.images] == [
+        *[(key, True) for key in keys[:4]],
+        (keys[4], False),
+    ]
+
+
+def test_a_budget_is_looked_at_for_each_image_too():
+    plan = plan_for([Message("user", tuple(map(image_number, range(5))))], [A_TOOL])
+    plan.admit_with(check := object())
+    assert {each.admit for each in (plan, *(image.plan for image in plan.images[:4]))} == {check}
+
+
+def test_a_description_is_asked_for_like_any_other_answer():
+    [image] = plan_for(SHOWS, [A_TOOL]).images
+    [(model, prompt)] = image.plan.prompts
+    sent = zai_body(prompt, model)
+    shown, words = sent["messages"][0]["content"]
+    assert (sent["model"], shown["image_url"]["url"], sent["thinking"]) == (
+        "glm-4.6v",
+        "U0VB",
+        {"type": "disabled"},
+    )
+    assert words["text"] == ztoapi.DESCRIBE_IMAGE
+    assert (image.plan.account, image.plan.images, image.plan.n) == (Account("anna"), [], 1)
 
 
 BEGUN = [
@@ -11660,6 +12069,290 @@ async def test_a_poisoned_conversation_of_the_responses_api_goes_on(client, zai)
     assert list(what_zai_refuses(zai.bodies[0]["messages"], BLIND)) == []
 
 
+def shown(number):
+    return {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{number:04}"}}
+
+
+def shows(*numbers):
+    return {"role": "user", "content": [{"type": "text", "text": "look"}, *map(shown, numbers)]}
+
+
+def describes(text):
+    return 200, [stream_of({"content": text}, USED, finish())]
+
+
+USED = {
+    "choices": [],
+    "usage": {"prompt_tokens": 900, "completion_tokens": 70, "total_tokens": 970},
+}
+
+
+def let_see(zai, *answers):
+    """The fake's glm-4.6v gives these answers, the last one again and again."""
+    left = [*answers]
+
+    def next_answer(self):
+        if json.loads(self.asked[-1][3])["model"] != "glm-4.6v":
+            return FakeZai.next_answer(self)
+        return left.pop(0) if len(left) > 1 else left[0]
+
+    zai.next_answer = next_answer.__get__(zai)
+
+
+def asked_models(zai):
+    return [body["model"] for body in zai.bodies]
+
+
+@pytest_asyncio.fixture
+async def describing(start, zai):
+    """ztoapi in front of a fake whose glm-4.6v describes what an agent shows to glm-5.3."""
+    let_see(zai, describes(" An error: `x is not defined`\n"))
+    return await start(vision_model="glm-4.6v", max_retries=0)
+
+
+AN_AGENT = {"model": "glm-5.3", "tools": READ_TOOLS}
+DESCRIBED = "[image: An error: `x is not defined`]"
+
+
+@in_loop
+@pytest.mark.parametrize("stream", [False, True], ids=["whole", "streamed"])
+async def test_an_image_is_described_once_for_an_agents_model(describing, zai, stream):
+    key = await make_key(describing, tokens="1M")
+    body = {**AN_AGENT, "messages": [shows(1)], "stream": stream}
+    response, _ = await ask(describing, body, headers=key)
+    assert (response.status, response.headers["x-ztoapi-model"]) == (200, "glm-5.3")
+    assert "x-ztoapi-ignored" not in response.headers
+    later = [shows(1), {"role": "assistant", "content": "ok"}, QUESTION]
+    await ask(describing, {**body, "messages": later}, headers=key)
+    assert asked_models(zai) == ["glm-4.6v", "glm-5.3", "glm-5.3"]
+    for sent in zai.bodies[1:]:
+        assert sent["messages"][0] == {"role": "user", "content": f"look\n{DESCRIBED}"}
+    counted = describing.app[ztoapi.ACCOUNTS].counted
+    rows = {model: row for (_, _, model), row in counted.items()}
+    assert (rows["glm-4.6v"], rows["glm-5.3"][:2]) == ([1, 0, 900, 0, 70], [2, 0])
+    figures = (await stats(describing))[0]
+    told = figures["models"]["glm-4.6v"]
+    assert (told["requests"], told["prompt_tokens"], told["completion_tokens"]) == (1, 900, 70)
+    assert figures["healed"]["described_images"] == 1
+
+
+@in_loop
+async def test_an_image_of_a_tool_is_described_for_the_responses_api_too(describing, zai):
+    output = [{"type": "input_image", "image_url": "https://example.org/shot.png"}]
+    items = [
+        {"role": "user", "content": "hi"},
+        {"type": "function_call", "call_id": "c1", "name": "shot", "arguments": "{}"},
+        {"type": "function_call_output", "call_id": "c1", "output": output},
+    ]
+    tools = [{"type": "function", "name": "shot"}]
+    body = {"model": "glm-5.3", "input": items, "tools": tools}
+    response, _ = await ask(describing, body, "/v1/responses")
+    assert (response.status, asked_models(zai)) == (200, ["glm-4.6v", "glm-5.3"])
+    picture = {"type": "image_url", "image_url": {"url": "https://example.org/shot.png"}}
+    assert picture in zai.bodies[0]["messages"][0]["content"]
+    result = {"role": "tool", "tool_call_id": "c1", "content": DESCRIBED}
+    assert zai.bodies[1]["messages"][-1] == result
+
+
+@in_loop
+@pytest.mark.parametrize("stream", [False, True], ids=["whole", "streamed"])
+async def test_an_image_of_a_tool_is_described_for_the_messages_api_too(describing, zai, stream):
+    source = {"type": "base64", "media_type": "image/png", "data": "QUJD"}
+    result = [{"type": "text", "text": "here"}, {"type": "image", "source": source}]
+    turns = [
+        {"role": "user", "content": "hi"},
+        {"role": "assistant", "content": [{"type": "tool_use", "id": "t1", "name": "shot", "input": {}}]},
+        {"role": "user", "content": [{"type": "tool_result", "tool_use_id": "t1", "content": result}]},
+    ]  # fmt: skip
+    tools = [{"name": "shot", "input_schema": {"type": "object"}}]
+    body = {
+        "model": "glm-5.3",
+        "max_tokens": 99,
+        "messages": turns,
+        "tools": tools,
+        "stream": stream,
+    }
+    response, _ = await ask(describing, body, "/v1/messages")
+    assert (response.status, asked_models(zai)) == (200, ["glm-4.6v", "glm-5.3"])
+    assert zai.bodies[1]["messages"][-1]["content"] == f"here\n{DESCRIBED}"
+
+
+@in_loop
+async def test_the_four_newest_images_are_described_and_older_ones_if_they_are_known(
+    describing, zai
+):
+    body = {**AN_AGENT, "messages": [shows(1, 2, 3, 4, 5, 6)]}
+    response, _ = await ask(describing, body)
+    assert response.headers["x-ztoapi-ignored"] == "images"
+    assert asked_models(zai) == ["glm-4.6v"] * 4 + ["glm-5.3"]
+    hidden = f"[image: not shown to glm-5.3: {ztoapi.TOO_MANY_IMAGES}]"
+    lines = ["look", hidden, hidden, *[DESCRIBED] * 4]
+    assert zai.bodies[-1]["messages"][0]["content"].splitlines() == lines
+    await ask(describing, {**AN_AGENT, "messages": [shows(3, 4, 5, 6, 7, 8, 9)]})
+    assert asked_models(zai)[5:] == ["glm-4.6v"] * 3 + ["glm-5.3"]
+    assert zai.bodies[-1]["messages"][0]["content"].splitlines() == ["look", *[DESCRIBED] * 7]
+
+
+@in_loop
+async def test_a_description_is_not_told_to_another_client(start, zai):
+    let_see(zai, describes("a cat"))
+    client = await start(vision_model="glm-4.6v", default_key=("sk-mine", "sk-yours"))
+    for key in ("sk-mine", "sk-yours", "sk-mine"):
+        body = {**AN_AGENT, "messages": [shows(1)]}
+        assert (await ask(client, body, headers={"x-api-key": key}))[0].status == 200
+    assert asked_models(zai) == ["glm-4.6v", "glm-5.3"] * 2 + ["glm-5.3"]
+
+
+@in_loop
+@pytest.mark.parametrize(
+    ("answer", "reason"),
+    [
+        (zai_refuses(1210, 400, "image too large for zai-key"), "Z.ai 1210: image too large for ***"),
+        ((200, [stream_of({"content": "x"}, finish("sensitive"))]), "content filter"),
+    ],
+    ids=["a refusal", "a filter"],
+)  # fmt: skip
+async def test_an_image_that_zai_refuses_is_words_with_the_reason_also_later(
+    describing, zai, answer, reason
+):
+    let_see(zai, answer)
+    for _ in "12":
+        response, _ = await ask(describing, {**AN_AGENT, "messages": [shows(1)]})
+        assert (response.status, response.headers["x-ztoapi-ignored"]) == (200, "images")
+        said = zai.bodies[-1]["messages"][0]["content"]
+        assert said.startswith("look\n[image: not shown to glm-5.3: it was refused (")
+        assert reason in said
+    assert asked_models(zai) == ["glm-4.6v", "glm-5.3", "glm-5.3"]
+
+
+FAILS = [
+    (zai_refuses(1113), 402, "insufficient_quota"),
+    (zai_refuses(1211, 400), 404, "model_not_found"),
+    ((500, [b"{}"]), 502, "zai_unavailable"),
+    ((200, [stream_of({"content": " "}, finish())]), 502, "zai_unavailable"),
+]
+
+
+@in_loop
+@pytest.mark.parametrize("stream", [False, True], ids=["whole", "streamed"])
+@pytest.mark.parametrize(("answer", "status", "code"), FAILS, ids=lambda value: str(value)[:16])
+async def test_another_failure_is_told_in_the_turn_that_is_on(
+    describing, zai, answer, status, code, stream
+):
+    let_see(zai, answer)
+    body = {**AN_AGENT, "messages": [shows(1)], "stream": stream}
+    response, text = await ask(describing, body)
+    assert (response.status, error_of(text)["code"]) == (status, code)
+    assert error_of(text)["message"].startswith("glm-4.6v could not describe an image: ")
+    assert asked_models(zai) == ["glm-4.6v"]
+    counted = describing.app[ztoapi.ACCOUNTS].counted
+    assert {model: row[:2] for (_, _, model), row in counted.items()} == {
+        "glm-4.6v": [1, 1],
+        "glm-5.3": [1, 1],
+    }
+
+
+@in_loop
+@pytest.mark.parametrize(
+    "answer", [answer for answer, *_ in FAILS], ids=lambda value: str(value)[:16]
+)
+async def test_another_failure_is_words_in_an_earlier_turn_until_it_is_over(
+    describing, zai, answer
+):
+    let_see(zai, answer, describes("a cat"))
+    messages = [shows(1), {"role": "assistant", "content": "ok"}, QUESTION]
+    said = []
+    for _ in "12":
+        response, _ = await ask(describing, {**AN_AGENT, "messages": messages})
+        assert response.status == 200
+        said.append(zai.bodies[-1]["messages"][0]["content"].splitlines()[1])
+        describing.app[ztoapi.UPSTREAM].keys.cooling.clear()
+    hidden = "[image: not shown to glm-5.3: it could not be described now]"
+    assert said == [hidden, "[image: a cat]"]
+
+
+@in_loop
+async def test_what_was_described_is_not_asked_again_after_another_image_failed(describing, zai):
+    let_see(zai, describes("a cat"), (500, [b"{}"]), describes("a dog"))
+    body = {**AN_AGENT, "messages": [shows(1, 2)]}
+    assert [(await ask(describing, body))[0].status for _ in "12"] == [502, 200]
+    assert asked_models(zai) == ["glm-4.6v"] * 3 + ["glm-5.3"]
+
+
+@in_loop
+async def test_a_description_is_tried_again_and_waits_its_turn_like_any_answer(start, zai):
+    let_see(zai, zai_refuses(1302), zai_refuses(1234, 500), describes("a cat"))
+    client = await start(vision_model="glm-4.6v", max_concurrency=1)
+    key = await make_key(client, parallel=1)
+    body = {**AN_AGENT, "messages": [shows(1, 2, 3)]}
+    response, _ = await ask(client, body, headers=key)
+    assert (response.status, asked_models(zai)) == (200, ["glm-4.6v"] * 5 + ["glm-5.3"])
+
+
+@in_loop
+async def test_for_several_choices_an_image_is_described_once(describing, zai):
+    body = {**AN_AGENT, "messages": [shows(1)], "n": 3}
+    assert (await ask(describing, body))[0].status == 200
+    assert asked_models(zai) == ["glm-4.6v"] + ["glm-5.3"] * 3
+    assert {body["messages"][0]["content"] for body in zai.bodies[1:]} == {f"look\n{DESCRIBED}"}
+
+
+SHOWS_A_PICTURE = [
+    {"role": "user", "content": [{"type": "input_image", "image_url": "https://example.org/a.png"}]}
+]
+
+
+@in_loop
+@pytest.mark.parametrize(
+    ("path", "body", "sign"),
+    [
+        ("chat/completions", {"messages": [shows(1)], "tools": READ_TOOLS}, b": keep-alive"),
+        (
+            "responses",
+            {"input": SHOWS_A_PICTURE, "tools": [{"type": "function", "name": "f"}]},
+            b"response.created",
+        ),
+    ],
+    ids=["chat", "responses"],
+)
+async def test_a_stream_shows_life_while_an_image_is_described(start, zai, path, body, sign):
+    client = await start(limits=Limits(keep_alive_interval=0.05), vision_model="glm-4.6v")
+    let_see(zai, (200, [HANG]))
+    body = {**body, "model": "glm-5.3", "stream": True}
+    async with client.post(f"/v1/{path}", json=body, headers=KEY) as response:
+        assert sign in await response.content.readany()
+        assert asked_models(zai) == ["glm-4.6v"]
+        response.close()
+
+
+@in_loop
+async def test_who_leaves_while_images_are_described_leaves_nothing_behind(describing, zai):
+    let_see(zai, (200, [HANG]))
+    key = await make_key(describing, tokens="1M")
+    body = {**AN_AGENT, "messages": [shows(1, 2)]}
+    asking = asyncio.create_task(ask(describing, body, headers=key))
+    assert await eventually(lambda: zai.open == 2)
+    asking.cancel()
+    assert await eventually(lambda: not zai.open and not describing.app[ztoapi.IN_FLIGHT])
+    assert describing.app[ztoapi.UPSTREAM].queue("glm-4.6v").in_flight == 0
+    counted = describing.app[ztoapi.ACCOUNTS].counted
+    used = {model: row[0] for (_, _, model), row in counted.items()}
+    assert used == {"glm-4.6v": 2, "glm-5.3": 1}
+    assert [row[2] > 1000 for (_, _, model), row in counted.items() if model == "glm-4.6v"] == [
+        True
+    ]
+
+
+@in_loop
+async def test_a_budget_is_looked_at_before_an_image_is_described(describing, zai):
+    key = await make_key(describing, tokens="900", parallel=1)
+    body = {**AN_AGENT, "messages": [shows(1, 2)]}
+    response, _ = await ask(describing, body, headers=key)
+    assert (response.status, asked_models(zai)) == (200, ["glm-4.6v", "glm-4.6v", "glm-5.3"])
+    response, text = await ask(describing, {**AN_AGENT, "messages": [shows(3)]}, headers=key)
+    assert (response.status, error_of(text)["code"]) == (402, "key_quota_exceeded")
+
+
 # ======== Every surface is the same path ========
 
 SURFACES = {
@@ -12466,6 +13159,205 @@ async def test_embeddings_come_in_base64_for_those_who_ask(start, zai):
         async with asked as response:
             assert await response.json() == wanted
     assert [json.loads(asked[3]) for asked in zai.asked] == [body, body]
+
+
+def vectors(size, usage=None):
+    items = [{"object": "embedding", "embedding": [0.5, -1], "index": i} for i in range(size)]
+    usage = usage or {"prompt_tokens": size, "total_tokens": size}
+    return {"object": "list", "data": items, "model": "embedding-3", "usage": usage}
+
+
+@in_loop
+@pytest.mark.parametrize(
+    ("form", "vector"), [("float", [0.5, -1]), ("base64", "AAAAPwAAgL8=")], ids=["float", "base64"]
+)
+async def test_more_embeddings_than_zai_takes_are_asked_for_in_batches(start, zai, form, vector):
+    client = await start(model_aliases=(("ada", "embedding-3"),))
+    zai.answers = [[encode_json(vectors(size))] for size in (64, 64, 2)]
+    texts = [f"text {i}" for i in range(130)]
+    body = {"model": "ada", "input": texts, "encoding_format": form, "dimensions": 2}
+    response, text = await ask(client, body, "/v1/embeddings")
+    assert [sent["input"] for sent in zai.bodies] == [texts[:64], texts[64:128], texts[128:]]
+    assert {(sent["model"], sent["dimensions"], len(sent)) for sent in zai.bodies} == {
+        ("embedding-3", 2, 3)
+    }
+    items = [{"object": "embedding", "embedding": vector, "index": i} for i in range(130)]
+    usage = {"prompt_tokens": 130, "total_tokens": 130}
+    assert (response.status, json.loads(text)) == (
+        200,
+        {**vectors(0), "data": items, "usage": usage},
+    )
+    assert [*client.app[ztoapi.ACCOUNTS].counted.values()] == [[1, 0, 130, 0, 0]]
+    assert (await stats(client))[0]["models"].keys() == {"embedding-3"}
+
+
+@in_loop
+async def test_a_batch_of_embeddings_is_tried_again_and_the_others_are_not(client, zai):
+    zai.answers = [[encode_json(vectors(64))], zai_refuses(1302), [encode_json(vectors(1))]]
+    body = {"model": "embedding-3", "input": ["x"] * 65}
+    response, text = await ask(client, body, "/v1/embeddings")
+    assert (response.status, len(json.loads(text)["data"])) == (200, 65)
+    assert [len(sent["input"]) for sent in zai.bodies] == [64, 1, 1]
+
+
+@in_loop
+async def test_what_a_batch_of_embeddings_is_refused_for_is_the_answer(client, zai):
+    zai.answers = [[encode_json(vectors(64))], zai_refuses(1301, 400)]
+    body = {"model": "embedding-3", "input": ["x"] * 65}
+    response, text = await ask(client, body, "/v1/embeddings")
+    assert (response.status, error_of(text)["code"]) == (400, "content_filter")
+    assert [*client.app[ztoapi.ACCOUNTS].counted.values()] == [[1, 1, 64, 0, 0]]
+
+
+@in_loop
+@pytest.mark.parametrize(
+    ("path", "body", "param"),
+    [
+        ("embeddings", {"model": "embedding-3", "input": [[1, 2, 3]]}, "input"),
+        ("images/generations", {"prompt": "x", "response_format": "b64_json"}, "response_format"),
+        ("embeddings", {"model": "m" * 257, "input": "x"}, "model"),
+    ],
+    ids=["tokens", "base64", "a long name"],
+)
+async def test_what_is_wrong_in_what_is_passed_on_is_told_also_without_a_key(
+    start, zai, path, body, param
+):
+    client = await start(zai_api_key=())
+    response, text = await ask(client, body, f"/v1/{path}")
+    assert (response.status, error_of(text)["param"], zai.asked) == (400, param, [])
+
+
+FORM = {"Content-Type": "multipart/form-data; boundary=x"}
+SPOKEN = [b'{"id":"1","model":"glm-asr-2512","text":"hello"}']
+
+
+async def transcribe(client, *parts, headers=KEY):
+    """A request as it comes in pieces, the last one late."""
+
+    async def pieces():
+        data = form_of(*parts)
+        yield data[:-20]
+        await asyncio.sleep(0.01)
+        yield data[-20:]
+
+    path = "/v1/audio/transcriptions"
+    async with client.post(path, data=pieces(), headers=headers | FORM) as response:
+        return response, await response.text()
+
+
+@in_loop
+@pytest.mark.parametrize(
+    "parts",
+    [[field_of("model", "whisper-1"), A_FILE], [A_FILE, field_of("model", "whisper-1")]],
+    ids=["before the file", "behind it"],
+)
+async def test_an_alias_stands_for_a_model_in_a_form_too(start, zai, parts):
+    client = await start(model_aliases=(("whisper-*", "glm-asr-2512"),))
+    zai.parts = SPOKEN
+    response, text = await transcribe(client, *parts)
+    sent = zai.asked[0][3].decode()
+    assert sent == form_of(*parts).decode().replace("whisper-1", "glm-asr-2512")
+    assert zai.asked[0][2]["Transfer-Encoding"] == "chunked"
+    assert (response.status, json.loads(text)["model"]) == (200, "glm-asr-2512")
+    assert [*(await stats(client))[0]["models"]] == ["glm-asr-2512"]
+
+
+LONG_FILE = (A_FILE[0], "RIFF" * 2**17)
+
+
+@in_loop
+@pytest.mark.parametrize(
+    ("aliases", "parts", "has_length"),
+    [
+        ((), [field_of("model", "m"), LONG_FILE], True),
+        ((), [LONG_FILE, field_of("model", "m")], True),
+        ((("m", "glm-asr"),), [field_of("model", "m"), LONG_FILE], True),
+        ((("m", "glm-asr"),), [LONG_FILE, field_of("model", "m")], False),
+        ((("m", "glm-asr"),), [A_FILE, field_of("model", "m")], True),
+    ],
+    ids=["no alias", "no alias behind", "an alias", "an alias behind", "behind a short file"],
+)
+async def test_the_length_of_a_form_is_told_where_it_is_known(
+    start, zai, aliases, parts, has_length
+):
+    client = await start(model_aliases=aliases)
+    data = form_of(*parts)
+    headers = KEY | FORM
+    async with client.post("/v1/audio/transcriptions", data=data, headers=headers) as response:
+        assert response.status == 200
+    sent = data.replace(b"\r\nm\r\n", b"\r\nglm-asr\r\n") if aliases else data
+    wanted = str(len(sent)) if has_length else None
+    assert (zai.asked[0][2].get("Content-Length"), zai.asked[0][3]) == (wanted, sent)
+
+
+@in_loop
+@pytest.mark.parametrize("parts", [[field_of("model", "other"), LONG_FILE], [A_FILE]])
+async def test_what_the_head_of_a_form_says_is_checked_also_without_a_key(start, zai, parts):
+    client = await start(zai_api_key=())
+    key = await make_key(client, models="glm-asr-*")
+    response, _ = await transcribe(client, *parts, headers=key)
+    assert response.status == 403
+
+
+@in_loop
+async def test_json_that_says_it_is_a_form_is_read_as_json(passing, zai):
+    body = b'{ "model": "claude-x"}'
+    async with passing.post("/v1/reader", data=body, headers=KEY | FORM) as response:
+        assert response.status == 200
+    assert zai.asked[0][3] == b'{"model":"glm-5.3"}'
+
+
+@in_loop
+async def test_a_transcription_may_be_asked_for_as_text(client, zai):
+    zai.parts = SPOKEN
+    response, text = await transcribe(client, A_FILE, field_of("response_format", "text"))
+    assert (response.content_type, text) == ("text/plain", "hello")
+    _, text = await transcribe(client, A_FILE, field_of("response_format", "json"))
+    assert text.encode() == SPOKEN[0]
+    body = {"model": "glm-asr-2512", "file_base64": "UklGRg==", "response_format": "text"}
+    assert (await ask(client, body, "/v1/audio/transcriptions"))[1] == "hello"
+
+
+@in_loop
+async def test_a_transcription_that_sounds_like_a_refusal_is_none(client, zai):
+    zai.parts = [encode_json({"text": REFUSAL_LIKE.decode()})]
+    for _ in "12":
+        response, text = await transcribe(client, A_FILE, field_of("response_format", "text"))
+        assert (response.status, text) == (200, REFUSAL_LIKE.decode())
+    zai.parts = [REFUSAL_LIKE]
+    response, _ = await transcribe(client, A_FILE, field_of("response_format", "text"))
+    assert response.status == 402
+
+
+@in_loop
+@pytest.mark.parametrize(
+    ("parts", "status", "code"),
+    [
+        pytest.param([field_of("model", "glm-asr-2512"), A_FILE], 200, None, id="its own"),
+        pytest.param([A_FILE, field_of("model", "mine")], 200, None, id="its own behind the file"),
+        pytest.param([field_of("model", "other"), A_FILE], 403, "model_not_allowed", id="another"),
+        pytest.param([A_FILE, field_of("model", "other")], 403, "model_not_allowed", id="another behind"),
+        pytest.param(
+            [field_of("model", "mine"), LONG_FILE, field_of("model", "mine")], 400, None, id="twice"
+        ),
+        pytest.param([LONG_FILE, field_of("model", "mine")], 200, None, id="behind a long file"),
+        pytest.param([LONG_FILE, field_of("model", "other")], 403, "model_not_allowed", id="another behind that"),
+        pytest.param([LONG_FILE], 403, "model_not_allowed", id="none behind that"),
+        pytest.param([A_FILE], 403, "model_not_allowed", id="none"),
+        pytest.param([A_FILE, field_of("model", "m" * 257)], 400, None, id="a long name"),
+    ],
+)  # fmt: skip
+async def test_a_form_must_name_a_model_of_its_key_before_zai_has_all_of_it(
+    start, zai, parts, status, code
+):
+    client = await start(model_aliases=(("mine", "glm-asr-2512"),))
+    key = await make_key(client, models="glm-asr-*")
+    zai.parts = SPOKEN
+    response, text = await transcribe(client, *parts, headers=key)
+    assert response.status == status
+    assert len(zai.asked) == (status == 200)
+    if code:
+        assert error_of(text)["code"] == code
 
 
 @in_loop
@@ -15104,7 +15996,7 @@ WIDE = {
 )  # fmt: skip
 async def test_a_large_request_stops_nobody_else(start, path, body):
     client = await start(reasoning_memory="all")
-    client.app[ztoapi.UPSTREAM].memory.put(
+    client.app[ztoapi.UPSTREAM].memory.remember(
         "", Message("assistant", ("what another said",), "thought")
     )
     body = io.BytesIO(b'{"model":"glm-4.6","max_tokens":9,%s}' % body)

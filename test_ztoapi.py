@@ -9980,7 +9980,7 @@ async def sdk(client):
 # ======== Over real sockets ========
 
 
-EMPTY = [stream_of(finish(**SPENT))]
+EMPTY_ANSWER = [stream_of(finish(**SPENT))]
 THOUGHT_ALONE = [stream_of(*thinks("hm"), finish(**SPENT))]
 
 
@@ -9988,7 +9988,7 @@ THOUGHT_ALONE = [stream_of(*thinks("hm"), finish(**SPENT))]
 @pytest.mark.parametrize("path", ["chat/completions", "completions", "responses"])
 @pytest.mark.parametrize("stream", [True, False], ids=["streamed", "whole"])
 async def test_an_empty_answer_is_asked_for_once_more(client, zai, path, stream):
-    zai.answers, zai.parts = [EMPTY], [RECORDED]
+    zai.answers, zai.parts = [EMPTY_ANSWER], [RECORDED]
     words = {"messages": HELLO["messages"], "prompt": "x", "input": "x"}
     name = {"chat/completions": "messages", "completions": "prompt", "responses": "input"}[path]
     body = {"model": "glm-4.6", "stream": stream, name: words[name]}
@@ -10000,7 +10000,7 @@ async def test_an_empty_answer_is_asked_for_once_more(client, zai, path, stream)
 @in_loop
 @pytest.mark.parametrize("stream", [True, False], ids=["streamed", "whole"])
 async def test_a_second_empty_answer_is_the_answer(client, zai, stream):
-    zai.parts = EMPTY
+    zai.parts = EMPTY_ANSWER
     response, text = await ask(client, chat(stream=stream))
     assert (response.status, len(zai.bodies)) == (200, 2)
     assert '"finish_reason":"stop"' in text
@@ -10010,8 +10010,8 @@ async def test_a_second_empty_answer_is_the_answer(client, zai, stream):
 @pytest.mark.parametrize(
     ("parts", "changes", "settings"),
     [
-        (EMPTY, {"stop": ["x"]}, {}),
-        (EMPTY, {}, {"max_retries": 0}),
+        (EMPTY_ANSWER, {"stop": ["x"]}, {}),
+        (EMPTY_ANSWER, {}, {"max_retries": 0}),
         (THOUGHT_ALONE, {}, {}),
         ([stream_of(finish("length"))], {}, {}),
     ],
@@ -10026,7 +10026,7 @@ async def test_what_is_not_asked_for_again(start, zai, parts, changes, settings)
 
 @in_loop
 async def test_each_choice_is_asked_for_again_by_itself(client, zai):
-    zai.answers, zai.parts = [EMPTY, [RECORDED], EMPTY], [RECORDED]
+    zai.answers, zai.parts = [EMPTY_ANSWER, [RECORDED], EMPTY_ANSWER], [RECORDED]
     _, text = await ask(client, chat(n=3))
     contents = [choice["message"]["content"] for choice in json.loads(text)["choices"]]
     assert (contents, len(zai.bodies)) == (["你好😀"] * 3, 5)
@@ -10036,7 +10036,7 @@ async def test_each_choice_is_asked_for_again_by_itself(client, zai):
 @pytest.mark.parametrize("form", ["parsed", "raw", "hidden"])
 @pytest.mark.parametrize(
     ("parts", "silent"),
-    [(THOUGHT_ALONE, True), (EMPTY, True), ([RECORDED], False), ([RECORDED_CALL], False)],
+    [(THOUGHT_ALONE, True), (EMPTY_ANSWER, True), ([RECORDED], False), ([RECORDED_CALL], False)],
     ids=["reasoning alone", "nothing", "text", "a call"],
 )
 async def test_the_log_says_which_answers_have_no_text(client, zai, caplog, parts, silent, form):
@@ -10056,7 +10056,7 @@ async def test_what_was_mended_is_counted_by_kind(client, zai):
     for deltas in mended.values():
         zai.parts = [stream_of(*deltas, finish())]
         await ask(client, chat(tools=[READ, FIND]))
-    zai.answers, zai.parts = [EMPTY], [RECORDED]
+    zai.answers, zai.parts = [EMPTY_ANSWER], [RECORDED]
     await ask(client)
     async with client.get("/dashboard/stats", headers=KEY) as response:
         healed = (await response.json())["healed"]
@@ -10065,7 +10065,7 @@ async def test_what_was_mended_is_counted_by_kind(client, zai):
 
 READ_FILE = tool("read", filePath={"type": "string"}, n={"type": "integer"})
 MARKUP = "<tool_call>read\n<arg_key>filePath</arg_key>\n<arg_value>/a</arg_value>\n</tool_call>"
-A_FILE = ("read", {"filePath": "/a"})
+A_READ = ("read", {"filePath": "/a"})
 PERSON = {"type": "object", "properties": {"name": {"type": "string"}}}
 AS_PERSON = {"type": "json_schema", "json_schema": {"name": "p", "schema": PERSON}}
 # What models say, as it was reported: the deltas, the finish, what else was asked; text, reasoning and calls of it.
@@ -10080,19 +10080,19 @@ REPORTED = {
         [calls(("read<arg_key>filePath</arg_key><arg_value>/a</arg_value>", "{}"))],
         "tool_calls",
         {},
-        ("", "", [A_FILE]),
+        ("", "", [A_READ]),
     ),
     "a tag in a name": ([calls(("read</arg_value>", "{}"))], "tool_calls", {}, ("", "", [("read", {})])),
-    "a call in the reasoning": (thinks("Let me read." + MARKUP), "stop", {}, ("", "Let me read.", [A_FILE])),
-    "a call as JSON": ([json_leak(filePath="/a")], "stop", {}, ("", "", [A_FILE])),
+    "a call in the reasoning": (thinks("Let me read." + MARKUP), "stop", {}, ("", "Let me read.", [A_READ])),
+    "a call as JSON": ([json_leak(filePath="/a")], "stop", {}, ("", "", [A_READ])),
     "a forced call as text": (
         ['{"filePath":', '"/a"}'],
         "stop",
         {"tool_choice": {"type": "function", "function": {"name": "read"}}},
-        ("", "", [A_FILE]),
+        ("", "", [A_READ]),
     ),
-    "arguments twice": (pieces_of('{"filePath":"/a"}', '{"filePath":"/a"}'), "tool_calls", {}, ("", "", [A_FILE])),
-    "arguments unclosed": (pieces_of('{"filePath":"/a"'), "tool_calls", {}, ("", "", [A_FILE])),
+    "arguments twice": (pieces_of('{"filePath":"/a"}', '{"filePath":"/a"}'), "tool_calls", {}, ("", "", [A_READ])),
+    "arguments unclosed": (pieces_of('{"filePath":"/a"'), "tool_calls", {}, ("", "", [A_READ])),
     "arguments null": (pieces_of("null"), "tool_calls", {}, ("", "", [("read", {})])),
     "JSON in a fence": (
         ["``", '`json\n{"na', 'me":"Ann"}\n``', "`"],

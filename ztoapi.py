@@ -9246,7 +9246,7 @@ async def index(request: web.Request) -> web.Response:
 async def docs(request: web.Request) -> web.Response:
     """The page that explains this server, with its client key if that is the published one."""
     settings, models = request.app[SETTINGS], await named_models(request)
-    shown = ("context", "output", "vision", "free", "thinking")
+    shown = ("context", "output", "vision", "free", "thinking", "price")
     snapshot = {
         **about(settings),
         "key": PUBLISHED_KEY if settings.published else "",
@@ -10950,468 +10950,5051 @@ def demo_last(body: JSON, deltas: list[JSON]) -> JSON:
 
 
 # ======== Pages =====================================================================================================
-# Two pages for people. What comes from outside is put in as text (textContent), and nothing is loaded from elsewhere.
+# Two pages for people. What comes from outside is put in as text (textContent), and nothing is loaded from
+# elsewhere. Their texts are formatted by prettier: .ci/pages.py takes them out and puts them back.
 
 
 @dataclass(frozen=True)
 class Page:
-    """A page in one file; `policy` allows it its own style and script, by their hashes, and calls to this server."""
+    """A page in one file; its script may call this server, and nothing else.
+
+    `policy` allows the page its own style and script, by their hashes; pictures only from its own
+    text, for the icon. {{DATA}} in `html` is filled in when the page is asked for.
+    """
 
     html: str
     policy: str
 
 
-def page(body: str, script: str) -> Page:
-    script = COMMON_SCRIPT + script
+def make_page(html: str, script: str) -> Page:
+    whole_script = f"{COMMON_SCRIPT}\n{script}"
     policy = (
-        f"default-src 'none'; script-src {csp_hash(script)}; style-src {csp_hash(STYLE)}; "
-        "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+        f"default-src 'none'; script-src {csp_hash(whole_script)}; style-src {csp_hash(STYLE)}; "
+        "connect-src 'self'; img-src data:; base-uri 'none'; form-action 'none'; "
+        "frame-ancestors 'none'"
     )
-    return Page(PAGE_FRAME.format(style=STYLE, body=body, script=script), policy)
+    data = '<script type="application/json" id="data">{{DATA}}</script>'
+    html = html.replace("<!-- STYLE -->", f"<style>{STYLE}</style>")
+    html = html.replace("<!-- SCRIPT -->", f"{data}\n<script>{whole_script}</script>")
+    return Page(html, policy)
 
 
 def csp_hash(text: str) -> str:
-    return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
+    """What a content policy calls a text: its SHA-256."""
+    digest = hashlib.sha256(text.encode()).digest()
+    return f"'sha256-{base64.b64encode(digest).decode()}'"
 
 
-# Four braces become the two around DATA, which is filled in when the page is asked for.
-PAGE_FRAME = """<!doctype html><html lang="en"><meta charset="utf-8"><style>{style}</style>
-<meta name="viewport" content="width=device-width, initial-scale=1">{body}
-<script type="application/json" id="data">{{{{DATA}}}}</script><script>{script}</script>
+STYLE = r"""
+:root {
+  color-scheme: light dark;
+  --ink: light-dark(#1c2430, #e4e8ee);
+  --soft: light-dark(#556070, #a3adbb);
+  --line: light-dark(#d9dde3, #323a45);
+  --paper: light-dark(#f7f7f5, #14181d);
+  --card: light-dark(#ffffff, #1b2027);
+  --code: light-dark(#f0f1ee, #10141a);
+  --accent: light-dark(#1d5fbf, #8ab8ff);
+  --on-accent: light-dark(#ffffff, #101820);
+  --bad: light-dark(#b3261e, #ff9a90);
+  --good: light-dark(#17703f, #6fd3a0);
+  --warn: light-dark(#8a5300, #f0b964);
+  --gap: 0.75rem;
+  --mono: ui-monospace, Menlo, Consolas, "DejaVu Sans Mono", "Noto Sans Mono CJK SC", monospace;
+}
+
+[data-theme="light"] {
+  color-scheme: light;
+}
+
+[data-theme="dark"] {
+  color-scheme: dark;
+}
+
+* {
+  box-sizing: border-box;
+}
+
+[hidden] {
+  display: none !important;
+}
+
+html {
+  scroll-padding-top: 4rem;
+}
+
+body {
+  margin: 0 auto;
+  max-width: 1280px;
+  padding: 0 1.25rem 4rem;
+  background: var(--paper);
+  color: var(--ink);
+  font:
+    16px/1.55 system-ui,
+    "Noto Sans CJK SC",
+    sans-serif;
+}
+
+h1 {
+  font-size: 1.7rem;
+  line-height: 1.25;
+  margin: 1.25rem 0 0.5rem;
+}
+
+h2 {
+  font-size: 1.25rem;
+  margin: 2.5rem 0 0.6rem;
+}
+
+h3 {
+  font-size: 1rem;
+  margin: 0 0 0.4rem;
+}
+
+p {
+  margin: 0.5rem 0;
+  max-width: 46rem;
+}
+
+a {
+  color: var(--accent);
+}
+
+main {
+  outline: none;
+}
+
+small,
+.soft {
+  color: var(--soft);
+}
+
+small {
+  font-size: 0.85rem;
+  font-weight: 400;
+}
+
+:focus-visible {
+  outline: 3px solid var(--accent);
+  outline-offset: 2px;
+}
+
+.hidden {
+  position: absolute;
+  width: 1px;
+  height: 1px;
+  overflow: hidden;
+  clip-path: inset(50%);
+  white-space: nowrap;
+}
+
+.skip {
+  position: absolute;
+  top: -4rem;
+  left: 1rem;
+  z-index: 3;
+  padding: 0.5rem 1rem;
+  background: var(--card);
+}
+
+.skip:focus {
+  top: 0.5rem;
+}
+
+.bad {
+  color: var(--bad);
+}
+
+.good {
+  color: var(--good);
+}
+
+.warn {
+  color: var(--warn);
+}
+
+.note {
+  border-left: 4px solid var(--accent);
+  padding: 0.3rem 0.9rem;
+  background: var(--card);
+}
+
+.note.bad {
+  border-color: var(--bad);
+}
+
+/* The head of the page */
+
+.bar {
+  position: sticky;
+  top: 0;
+  z-index: 2;
+  display: flex;
+  flex-wrap: wrap;
+  align-items: center;
+  gap: 0.3rem 1.25rem;
+  margin: 0 -1.25rem;
+  padding: 0.6rem 1.25rem;
+  background: var(--paper);
+  border-bottom: 1px solid var(--line);
+}
+
+.brand {
+  margin: 0;
+  font-weight: 700;
+  font-size: 1.1rem;
+}
+
+nav {
+  display: flex;
+  flex-wrap: wrap;
+  gap: 0.2rem 1rem;
+}
+
+nav a {
+  padding: 0.25rem 0;
+  color: var(--ink);
+  text-decoration: none;
+  border-bottom: 2px solid transparent;
+}
+
+nav a:hover,
+nav a[aria-current="page"] {
+  color: var(--accent);
+  border-color: var(--accent);
+}
+
+.switches {
+  display: flex;
+  flex-wrap: wrap;
+  gap: 0.4rem;
+  margin-left: auto;
+}
+
+.switches :is(select, button) {
+  padding: 0.2rem 0.4rem;
+  font-size: 0.9rem;
+}
+
+@media (max-width: 44rem) {
+  .bar {
+    position: static;
+  }
+
+  html {
+    scroll-padding-top: 0;
+  }
+}
+
+/* Controls */
+
+button,
+select,
+input,
+textarea {
+  font: inherit;
+  color: var(--ink);
+  background: var(--card);
+  border: 1px solid var(--soft);
+  border-radius: 6px;
+  padding: 0.4rem 0.7rem;
+  max-width: 100%;
+}
+
+.field > :is(input, select),
+.row:has(> .field) > button,
+.amount > * {
+  height: 2.6rem;
+}
+
+input[type="checkbox"],
+input[type="radio"] {
+  width: 1.1rem;
+  height: 1.1rem;
+  margin: 0;
+  accent-color: var(--accent);
+}
+
+button {
+  cursor: pointer;
+}
+
+button:hover {
+  border-color: var(--accent);
+}
+
+button:disabled {
+  opacity: 0.6;
+  cursor: default;
+}
+
+button.main {
+  background: var(--accent);
+  border-color: var(--accent);
+  color: var(--on-accent);
+}
+
+button.danger {
+  color: var(--bad);
+  border-color: var(--bad);
+}
+
+.field {
+  min-width: 0;
+}
+
+.field > label,
+fieldset.tabs > legend,
+.label {
+  display: block;
+  padding: 0;
+  margin-bottom: 0.15rem;
+  font-size: 0.85rem;
+  color: var(--soft);
+}
+
+.field > :is(input, select, textarea) {
+  width: 100%;
+}
+
+textarea {
+  display: block;
+  width: 100%;
+  resize: vertical;
+}
+
+.check {
+  display: inline-flex;
+  align-items: center;
+  gap: 0.45rem;
+  min-height: 1.75rem;
+}
+
+.row {
+  display: flex;
+  flex-wrap: wrap;
+  align-items: center;
+  gap: 0.5rem 0.8rem;
+  margin: 0.6rem 0;
+}
+
+.row:has(> .field) {
+  align-items: end;
+}
+
+.row .end {
+  margin-left: auto;
+}
+
+.choices {
+  align-items: end;
+  gap: 0.7rem 1.5rem;
+}
+
+.pair {
+  display: grid;
+  grid-template-columns: 1fr 1fr;
+  gap: var(--gap);
+  align-items: end;
+}
+
+fieldset {
+  min-width: 0;
+  margin: 0;
+  padding: 0;
+  border: 0;
+}
+
+.tabs {
+  display: flex;
+  flex-wrap: wrap;
+  gap: 0.35rem;
+}
+
+.tabs legend {
+  float: left;
+  width: 100%;
+}
+
+.tabs label {
+  position: relative;
+  padding: 0.3rem 0.7rem;
+  border: 1px solid var(--line);
+  border-radius: 6px;
+  background: var(--card);
+  cursor: pointer;
+}
+
+.tabs input {
+  position: absolute;
+  opacity: 0;
+}
+
+.tabs label:has(:checked) {
+  background: var(--accent);
+  border-color: var(--accent);
+  color: var(--on-accent);
+}
+
+.tabs label:has(:focus-visible) {
+  outline: 3px solid var(--accent);
+  outline-offset: 2px;
+}
+
+.status {
+  min-height: 1.5rem;
+  margin: 0.3rem 0 0;
+  color: var(--soft);
+  font-size: 0.9rem;
+}
+
+.card {
+  background: var(--card);
+  border: 1px solid var(--line);
+  border-radius: 10px;
+  padding: 0.9rem 1rem;
+}
+
+/* Facts and code */
+
+.facts {
+  display: grid;
+  gap: 0.4rem;
+  margin: 1rem 0 0;
+}
+
+.facts div {
+  display: flex;
+  flex-wrap: wrap;
+  align-items: center;
+  gap: 0.3rem 0.8rem;
+}
+
+.facts dt {
+  min-width: 5.5rem;
+  color: var(--soft);
+}
+
+.facts dd {
+  display: flex;
+  flex-wrap: wrap;
+  align-items: center;
+  gap: 0.5rem;
+  margin: 0;
+  min-width: 0;
+}
+
+code,
+pre {
+  font: 0.875rem/1.5 var(--mono);
+  background: var(--code);
+  border-radius: 6px;
+}
+
+code {
+  padding: 0.1em 0.35em;
+  overflow-wrap: anywhere;
+}
+
+pre {
+  margin: 0;
+  padding: 0.8rem 5rem 0.8rem 1rem;
+  border: 1px solid var(--line);
+  max-height: 32rem;
+  overflow: auto;
+}
+
+pre code {
+  padding: 0;
+  background: none;
+  overflow-wrap: normal;
+}
+
+.block {
+  position: relative;
+  margin: 0.5rem 0;
+}
+
+.block > button,
+.facts button {
+  padding: 0.15rem 0.6rem;
+  font-size: 0.875rem;
+}
+
+.block > button {
+  position: absolute;
+  top: 0.5rem;
+  right: 0.6rem;
+}
+
+@media (max-width: 30rem) {
+  .block pre {
+    padding: 2.8rem 0.8rem 0.8rem;
+  }
+}
+
+/* Tables */
+
+.scroll {
+  overflow-x: auto;
+}
+
+table {
+  border-collapse: collapse;
+  width: 100%;
+  font-size: 0.93rem;
+}
+
+th,
+td {
+  padding: 0.4rem 1rem 0.4rem 0;
+  text-align: left;
+  vertical-align: top;
+  white-space: nowrap;
+  border-bottom: 1px solid var(--line);
+}
+
+thead th {
+  color: var(--soft);
+  font-weight: 500;
+}
+
+tbody th {
+  font-weight: 500;
+}
+
+.number {
+  text-align: right;
+  font-variant-numeric: tabular-nums;
+}
+
+:is(th, td):last-child {
+  padding-right: 0;
+}
+
+.words {
+  min-width: 12rem;
+  white-space: normal;
+}
+
+/* On a phone a row is a card: no number is cut, and nothing is scrolled sideways. */
+@media (max-width: 44rem) {
+  .scroll > table:has(caption),
+  .scroll > table:has(caption) :is(tbody, tr, th, td) {
+    display: block;
+    white-space: normal;
+    text-align: left;
+  }
+
+  .scroll > table:has(caption) thead {
+    position: absolute;
+    clip-path: inset(50%);
+  }
+
+  .scroll > table:has(caption) tr {
+    margin: 0.5rem 0;
+    padding: 0.5rem 0.8rem;
+    background: var(--card);
+    border: 1px solid var(--line);
+    border-radius: 8px;
+  }
+
+  .scroll > table:has(caption) :is(th, td) {
+    padding: 0.1rem 0;
+    border: 0;
+    overflow-wrap: anywhere;
+  }
+
+  .scroll > table:has(caption) td {
+    display: flex;
+    justify-content: space-between;
+    gap: 1rem;
+  }
+
+  .scroll > table:has(caption) td::before {
+    content: attr(data-title);
+    color: var(--soft);
+    flex: none;
+  }
+
+  .scroll > table:has(caption) td:empty {
+    display: none;
+  }
+
+  .scroll > table:has(caption) td.words {
+    display: block;
+  }
+
+  .scroll > table:has(caption) td.words::before {
+    display: block;
+  }
+
+  #error-table td.words::before {
+    content: none !important;
+  }
+}
+
+/* Playground */
+
+.playground {
+  display: grid;
+  grid-template-columns: 19rem minmax(0, 1fr);
+  gap: var(--gap);
+  align-items: start;
+}
+
+@media (max-width: 52rem) {
+  .playground {
+    grid-template-columns: minmax(0, 1fr);
+  }
+}
+
+.settings {
+  display: grid;
+  gap: 0.7rem;
+}
+
+.settings small {
+  display: block;
+  margin-top: 0.2rem;
+}
+
+.chat.over {
+  outline: 3px dashed var(--accent);
+}
+
+.log {
+  min-height: 12rem;
+  max-height: 70vh;
+  overflow-y: auto;
+  margin: 0 -0.4rem 0.75rem;
+  padding: 0 0.4rem;
+}
+
+.empty {
+  display: grid;
+  justify-items: start;
+  gap: 0.5rem;
+}
+
+.empty button {
+  text-align: left;
+}
+
+.turn {
+  margin: 0 0 1rem;
+  overflow-wrap: anywhere;
+}
+
+.turn .who {
+  margin: 0 0 0.2rem;
+  font-size: 0.85rem;
+  color: var(--soft);
+}
+
+.turn.user .said {
+  display: inline-block;
+  padding: 0.5rem 0.8rem;
+  background: var(--code);
+  border-radius: 10px;
+  white-space: pre-wrap;
+}
+
+.turn.user .said:empty {
+  display: none;
+}
+
+.picture {
+  display: block;
+  max-width: 100%;
+  max-height: 12rem;
+  margin: 0.4rem 0;
+  border-radius: 8px;
+  border: 1px solid var(--line);
+}
+
+.answer > :first-child {
+  margin-top: 0;
+}
+
+.answer :is(p, li) {
+  white-space: pre-line;
+  max-width: none;
+}
+
+.answer :is(h4, h5, h6) {
+  margin: 1rem 0 0.3rem;
+  font-size: 1.05rem;
+}
+
+.answer blockquote {
+  margin: 0.5rem 0;
+  padding-left: 0.9rem;
+  border-left: 3px solid var(--line);
+}
+
+.answer table {
+  width: auto;
+  margin: 0.5rem 0;
+}
+
+.answer :is(ul, ol) {
+  padding-left: 1.6rem;
+}
+
+.reasoning {
+  margin: 0.3rem 0;
+  color: var(--soft);
+}
+
+.thought {
+  padding-left: 0.9rem;
+  border-left: 3px solid var(--line);
+  white-space: pre-wrap;
+}
+
+.failure {
+  white-space: pre-wrap;
+}
+
+.figures {
+  display: flex;
+  flex-wrap: wrap;
+  gap: 0 0.9rem;
+  margin: 0.3rem 0;
+  padding: 0;
+  list-style: none;
+  font-size: 0.85rem;
+  color: var(--soft);
+  font-variant-numeric: tabular-nums;
+}
+
+.tools {
+  align-items: start;
+}
+
+.tools button {
+  padding: 0.1rem 0.6rem;
+  font-size: 0.85rem;
+}
+
+.asked {
+  flex: 1 1 20rem;
+  min-width: 0;
+  font-size: 0.85rem;
+}
+
+.asked summary {
+  min-height: 1.75rem;
+}
+
+.thumbs {
+  display: flex;
+  flex-wrap: wrap;
+  gap: 0.6rem;
+  margin: 0;
+  padding: 0;
+  list-style: none;
+}
+
+.thumbs li {
+  position: relative;
+}
+
+.thumbs .picture {
+  max-height: 5rem;
+}
+
+.thumbs button {
+  position: absolute;
+  top: 0.6rem;
+  right: 0.2rem;
+  min-width: 1.75rem;
+  padding: 0;
+}
+
+/* Dashboard */
+
+.door {
+  max-width: 32rem;
+  margin-top: 1.5rem;
+}
+
+.figures-grid {
+  display: grid;
+  grid-template-columns: repeat(auto-fit, minmax(8.5rem, 1fr));
+  gap: 0.6rem;
+  margin: 0.8rem 0;
+  padding: 0;
+  list-style: none;
+}
+
+.figures-grid li {
+  padding: 0.6rem 0.9rem;
+  background: var(--card);
+  border: 1px solid var(--line);
+  border-radius: 10px;
+}
+
+.figures-grid b {
+  display: block;
+  font-size: 1.35rem;
+  font-variant-numeric: tabular-nums;
+  overflow-wrap: anywhere;
+}
+
+.heading {
+  display: flex;
+  flex-wrap: wrap;
+  align-items: end;
+  justify-content: space-between;
+  gap: 0 1.5rem;
+  margin-top: 1.5rem;
+}
+
+.heading h2 {
+  margin: 0 0 0.6rem;
+}
+
+.charts {
+  display: grid;
+  grid-template-columns: repeat(auto-fit, minmax(min(100%, 30rem), 1fr));
+  gap: 0 1.25rem;
+}
+
+.tiles {
+  display: grid;
+  grid-template-columns: repeat(auto-fill, minmax(min(100%, 17rem), 1fr));
+  gap: 0.6rem;
+}
+
+.plot {
+  border-radius: 6px;
+  touch-action: pan-y;
+}
+
+.plot svg {
+  display: block;
+  width: 100%;
+}
+
+.plot text {
+  fill: var(--soft);
+  font-size: 12px;
+}
+
+.plot .grid {
+  stroke: var(--line);
+}
+
+.plot .axis {
+  stroke: var(--soft);
+}
+
+.plot .picked {
+  fill: var(--ink);
+  opacity: 0.1;
+}
+
+.plot path {
+  fill: none;
+  stroke-width: 2;
+}
+
+.readout {
+  min-height: 3.1rem;
+  margin: 0.4rem 0 0;
+  max-width: none;
+  font-size: 0.9rem;
+  font-variant-numeric: tabular-nums;
+}
+
+.legend {
+  display: flex;
+  flex-wrap: wrap;
+  gap: 0.2rem 1rem;
+  margin: 0.3rem 0 0;
+  padding: 0;
+  list-style: none;
+  font-size: 0.9rem;
+}
+
+.swatch {
+  display: inline-block;
+  width: 0.8rem;
+  height: 0.8rem;
+  margin-right: 0.4rem;
+  border-radius: 3px;
+  background: currentcolor;
+  forced-color-adjust: none;
+}
+
+.swatch.dashed {
+  background: linear-gradient(90deg, currentcolor 40%, transparent 40% 60%, currentcolor 60%);
+}
+
+.meter {
+  height: 0.6rem;
+  margin: 0.35rem 0 0.2rem;
+  overflow: hidden;
+  background: var(--code);
+  border: 1px solid var(--line);
+  border-radius: 1rem;
+}
+
+.meter .fill {
+  height: 100%;
+  background: var(--accent);
+  forced-color-adjust: none;
+}
+
+.gauge {
+  min-width: 9rem;
+  white-space: normal;
+}
+
+.gauge small {
+  display: block;
+}
+
+.short .fill {
+  background: var(--bad);
+}
+
+.short small {
+  color: var(--bad);
+}
+
+td .gauge {
+  width: 11rem;
+}
+
+.stack {
+  display: grid;
+  gap: 0.6rem;
+}
+
+.filters .field {
+  flex: 0 1 11rem;
+}
+
+#request-table table {
+  font-size: 0.86rem;
+}
+
+#request-table :is(th, td) {
+  padding-right: 0.7rem;
+}
+
+#request-table .code {
+  display: inline-block;
+  max-width: 11rem;
+  white-space: normal;
+  overflow-wrap: anywhere;
+}
+
+#repair-table table {
+  max-width: 40rem;
+}
+
+#request-table :is(td, th) button {
+  padding: 0.05rem 0.4rem;
+  font-size: inherit;
+  white-space: nowrap;
+}
+
+#request-table .opened td {
+  padding: 0.5rem 1rem 1rem;
+  white-space: normal;
+}
+
+@media (max-width: 44rem) {
+  #request-table .opened td {
+    display: block;
+    padding: 0;
+  }
+
+  #request-table .opened td::before {
+    content: none !important;
+  }
+
+  #request-table tr:not(.opened) {
+    display: grid !important;
+    grid-template-columns: 1fr 1fr;
+    column-gap: 1.5rem;
+  }
+
+  #request-table tr:not(.opened) > :is(th, :nth-child(4), :nth-child(5)) {
+    grid-column: 1 / -1;
+  }
+
+  #request-table thead tr {
+    display: none !important;
+  }
+
+  td .gauge {
+    width: 100%;
+  }
+}
+
+.pairs {
+  display: grid;
+  grid-template-columns: max-content minmax(0, 1fr);
+  gap: 0.15rem 1rem;
+  margin: 0;
+}
+
+.pairs dt {
+  color: var(--soft);
+}
+
+.pairs dd {
+  margin: 0;
+  overflow-wrap: anywhere;
+}
+
+.badge {
+  display: inline-block;
+  padding: 0 0.5rem;
+  border: 1px solid currentcolor;
+  border-radius: 1rem;
+  font-size: 0.8rem;
+}
+
+.actions {
+  display: flex;
+  flex-wrap: wrap;
+  gap: 0.3rem;
+  max-width: 16rem;
+}
+
+.actions button {
+  padding: 0.1rem 0.5rem;
+  font-size: 0.88rem;
+}
+
+.picker {
+  display: grid;
+  grid-template-columns: repeat(auto-fill, minmax(11rem, 1fr));
+  max-height: 11rem;
+  overflow-y: auto;
+  margin-bottom: 0.4rem;
+  padding: 0.3rem 0.6rem;
+  border: 1px solid var(--line);
+  border-radius: 6px;
+}
+
+.amount {
+  display: flex;
+  flex-wrap: wrap;
+  gap: 0.4rem;
+}
+
+.amount input {
+  flex: 1 1 6rem;
+  min-width: 0;
+}
+
+dialog {
+  width: min(38rem, calc(100vw - 2rem));
+  padding: 1.25rem;
+  color: var(--ink);
+  background: var(--card);
+  border: 1px solid var(--line);
+  border-radius: 12px;
+}
+
+dialog::backdrop {
+  background: rgb(0 0 0 / 50%);
+}
+
+dialog h2 {
+  margin: 0 0 0.5rem;
+}
+
+dialog form {
+  display: grid;
+  gap: 0.7rem;
+}
+
+dialog p:empty {
+  display: none;
+}
 """
-STYLE = """
-:root { color-scheme: light dark;
-  --ink: light-dark(#1c2430, #e4e8ee); --soft: light-dark(#5b6675, #9aa5b4); --line: light-dark(#d9dde3, #323a45);
-  --paper: light-dark(#fbfbf9, #14181d); --card: light-dark(#fff, #1b2027); --code: light-dark(#f2f3f0, #10141a);
-  --accent: light-dark(#1d5fbf, #7fb2ff); --bad: light-dark(#b3261e, #ff8a80); --good: light-dark(#1a7f4b, #6fd3a0) }
-* { box-sizing: border-box } [hidden], p:empty, #made:empty, section:has(> div:empty) { display: none !important }
-body { margin: 0 auto; max-width: 62rem; padding: 1rem 1.25rem 4rem; background: var(--paper); color: var(--ink); font: 16px/1.6 system-ui }
-h1 { font-size: 1.7rem; margin: .5rem 0 } h2 { font-size: 1.2rem; margin: 2.5rem 0 .6rem } h3 { font-size: 1rem; margin: 1rem 0 .3rem }
-p { margin: .5rem 0; max-width: 46rem } a { color: var(--accent) } .bad { color: var(--bad); accent-color: var(--bad) }
-small, label { font-size: .85rem; font-weight: 400 } small, label, th, .soft { color: var(--soft) } label { display: block }
-code, pre { font: .85rem/1.5 ui-monospace, Menlo, Consolas, monospace; background: var(--code); border-radius: 4px }
-code { padding: .1em .3em; overflow-wrap: anywhere } pre { margin: 0; padding: .8rem 4.5rem .8rem 1rem; border: 1px solid var(--line); overflow-x: auto }
-.call { position: relative; margin: .5rem 0 } .call button { position: absolute; top: .45rem; right: .45rem }
-@media (max-width: 30rem) { .call pre { padding: 2.6rem 1rem .8rem } }
-.wrap { white-space: pre-wrap; overflow-wrap: anywhere } .note { border-left: 4px solid var(--accent); padding: .1rem .9rem }
-
-.scroll { overflow-x: auto } table { border-collapse: collapse; width: 100%; font-size: .92rem } td small { white-space: normal }
-th, td { text-align: left; vertical-align: top; white-space: nowrap; padding: .35rem .8rem .35rem 0; border-bottom: 1px solid var(--line) }
-.words td:last-child { white-space: normal; width: 75%; min-width: 9rem } :is(th, td):last-child { padding-right: 0 }
-.numbers :is(th, td):nth-child(n + 2) { text-align: right; font-variant-numeric: tabular-nums }
-#recent-table :is(th, td):nth-child(-n + 3) { text-align: left } #key-table td:nth-child(3) { white-space: normal; min-width: 7rem }
-
-button, select, input, textarea, .tabs label { font: inherit; font-size: 1rem; color: var(--ink); background: var(--card);
-  border: 1px solid var(--soft); border-radius: 6px; padding: .4rem .7rem }
-.tabs label { border-color: var(--line) } .tabs label:has(:focus-visible) { outline: 3px solid var(--ink) }
-.tabs input { position: absolute; opacity: 0 } .row label > * { margin-left: .4rem } [aria-disabled=true] { opacity: .45 }
-:is(td, nav, .call) button, .tabs label { padding: .1rem .6rem; font-size: .88rem }
-.main, .tabs label:has(:checked) { background: var(--accent); border-color: var(--accent); color: var(--card) }
-nav, .row, .tabs { display: flex; flex-wrap: wrap; align-items: center; gap: .4rem .7rem; margin: .8rem 0 }
-.grid { display: grid; grid-template-columns: repeat(auto-fit, minmax(var(--least, 12rem), 1fr)); gap: .6rem .8rem; margin: .8rem 0 }
-.grid :is(input, select), textarea { display: block; width: 100%; height: 2.7rem } textarea { height: 5rem }
-.card, dialog { background: var(--card); color: var(--ink); border: 1px solid var(--line); border-radius: 8px; padding: .6rem 1rem }
-.card { margin: .8rem 0 } #hour-part { --least: 18rem } #figures { --least: 7.7rem } #figures .card { margin: 0 }
-#figures b { display: block; font-size: 1.35rem } progress { accent-color: var(--accent); width: 7rem } #plans progress { width: 100% }
-.chart { display: flex; height: 6rem; border-bottom: 1px solid var(--line) } #month { height: 11rem }
-.chart div { flex: 1; display: flex; flex-direction: column-reverse } .chart [aria-selected=true] { outline: 1px dashed var(--soft) }
-i { min-height: 1px; forced-color-adjust: none } .chart i { margin: 0 10% } td i { display: inline-block; padding: .4rem; margin-right: .5rem }
-.axis { display: flex; justify-content: space-between; font-size: .75rem; color: var(--soft) }
-"""  # noqa: E501 - a page
 COMMON_SCRIPT = r"""
 "use strict";
-const $ = id => document.getElementById(id), data = JSON.parse($("data").textContent);
-const chinese = (navigator.languages?.[0] || navigator.language || "").toLowerCase().startsWith("zh");
-const say = (english, zh) => chinese ? zh : english;
-if (chinese) document.documentElement.lang = "zh";
-for (const e of document.querySelectorAll("[data-zh]")) e.firstChild.data = say(e.firstChild.data, e.dataset.zh);
-function make(tag, inside = [], properties = {}) {
-  const e = Object.assign(document.createElement(tag), properties);
-  e.append(...[inside].flat()); return e;
+
+const $ = (id) => document.getElementById(id);
+const data = JSON.parse($("data").textContent);
+
+// ---- What this browser remembers: the key for the tab or, where the person wants it, for the device.
+
+/** The value of a name in a storage, or "" where there is none or storage is forbidden. */
+function stored(storage, name) {
+  try {
+    return window[storage].getItem(name) || "";
+  } catch {
+    return "";
+  }
 }
-const row = (cells, tag = "td") => make("tr", cells.map(cell => make(tag, cell)));
-function table(name, heads, lines) {  // one that has not changed stays as it is, or a click might miss its button
-  const nothing = heads.map((_, n) => n ? "" : say("nothing yet", "暂无")), body = (lines.length ? lines : [nothing]).map(cells => row(cells));
-  const head = make("thead", row(heads.map(pair => say(...pair)), "th")), focused = document.activeElement.id;
-  const all = make("table", [head, make("tbody", body, { id: name + "-rows" })]);
-  if (all.isEqualNode($(name + "-table").firstChild)) return;
-  $(name + "-table").replaceChildren(all); $(focused)?.focus();
+
+/** Keep a value under a name; an empty one is forgotten. */
+function store(storage, name, value) {
+  try {
+    if (value) {
+      window[storage].setItem(name, value);
+    } else {
+      window[storage].removeItem(name);
+    }
+  } catch {
+    // A browser that keeps nothing asks again.
+  }
 }
-function block(text) {  // lines to copy
-  const pre = make("pre", text, { tabIndex: 0 }), copy = say("Copy", "复制"), button = make("button", copy, { type: "button" });
-  button.onclick = async () => {
-    try { await navigator.clipboard.writeText(text); button.textContent = say("Copied", "已复制"); }
-    catch { getSelection().selectAllChildren(pre); button.textContent = say("Press Ctrl+C", "请按 Ctrl+C"); }
-    setTimeout(() => { button.textContent = copy; }, 1500);
+
+const KEY_NAME = "ztoapi-key";
+
+function storedKey() {
+  return stored("sessionStorage", KEY_NAME) || stored("localStorage", KEY_NAME);
+}
+
+/** Keep the key for this tab, and for this device too if `place` is "device". */
+function storeKey(key, place) {
+  store("sessionStorage", KEY_NAME, key);
+  store("localStorage", KEY_NAME, place === "device" ? key : "");
+}
+
+// ---- English and Chinese. A text in the page has its translation in data-zh, an attribute in data-zh-NAME.
+
+const TRANSLATED_ATTRIBUTES = { placeholder: "zhPlaceholder", "aria-label": "zhLabel" };
+const english = new WeakMap(); // what each element said before it was translated
+
+let language = stored("localStorage", "ztoapi-language") || systemLanguage();
+
+function systemLanguage() {
+  const wanted = navigator.languages?.[0] || navigator.language || "";
+  return wanted.toLowerCase().startsWith("zh") ? "zh" : "en";
+}
+
+/** The text in the person's language. */
+function say(inEnglish, inChinese) {
+  return language === "zh" ? inChinese : inEnglish;
+}
+
+function translateElement(element) {
+  if (!english.has(element)) {
+    english.set(element, element.textContent.replace(/\s+/g, " ").trim());
+  }
+  element.textContent = say(english.get(element), element.dataset.zh);
+}
+
+function translateAttribute(element, attribute, field) {
+  const words = english.get(element) || {};
+  words[attribute] ??= element.getAttribute(attribute);
+  english.set(element, words);
+  element.setAttribute(attribute, say(words[attribute], element.dataset[field]));
+}
+
+function translatePage() {
+  document.documentElement.lang = say("en", "zh-CN");
+  for (const element of document.querySelectorAll("[data-zh]")) {
+    translateElement(element);
+  }
+  for (const [attribute, field] of Object.entries(TRANSLATED_ATTRIBUTES)) {
+    const suffix = field.slice(2).toLowerCase();
+    for (const element of document.querySelectorAll(`[data-zh-${suffix}]`)) {
+      translateAttribute(element, attribute, field);
+    }
+  }
+}
+
+function applyTheme(theme) {
+  if (theme) {
+    document.documentElement.dataset.theme = theme;
+  } else {
+    delete document.documentElement.dataset.theme;
+  }
+}
+
+/** Wire the two switches of the header; `redraw` writes again what the script wrote. */
+function startPage(redraw) {
+  const theme = stored("localStorage", "ztoapi-theme");
+  applyTheme(theme);
+  $("theme").value = theme;
+  $("theme").onchange = () => {
+    store("localStorage", "ztoapi-theme", $("theme").value);
+    applyTheme($("theme").value);
   };
-  return make("div", [pre, button], { className: "call" });
+  $("language").value = language;
+  $("language").onchange = () => {
+    language = $("language").value;
+    store("localStorage", "ztoapi-language", language);
+    translatePage();
+    redraw();
+  };
+  $("version").textContent = data.version;
+  translatePage();
+  redraw();
 }
-const remembered = name => { try { return sessionStorage.getItem(name) || ""; } catch { return ""; } };
-const remember = (name, value) => { try { sessionStorage.setItem(name, value); } catch {} };
-"""  # noqa: E501 - a page
-DOCS_BODY = r"""<title>ztoapi</title><header><h1>ztoapi <small id="version"></small></h1>
-<p data-zh="任何 OpenAI 客户端，都可以通过这台服务器使用 Z.ai 的 GLM 模型：官方 API，自己的密钥。">Any OpenAI client can use Z.ai's GLM models here,
-through Z.ai's official API.</p><nav id="nav"><a id="to-dashboard" href="dashboard" data-zh="仪表盘">Dashboard</a></nav></header><main>
-<p class="note" id="demo" data-zh="演示模式：回答来自内置替身，没有真正的模型。">This is the demo: a built-in stand-in answers, no model is behind it.</p>
-<p class="note" id="no-key" data-zh="服务器尚未设置 ZAI_API_KEY，聊天会返回 503。">Chat answers 503 until this server's operator sets ZAI_API_KEY.</p>
-<table class="words"><tr><th scope="row" data-zh="地址">Base URL</th><td><code id="base"></code></td></tr>
-<tr><th scope="row" data-zh="密钥">API key</th><td><code id="key"></code></td></tr></table>
 
-<h2 id="try" data-zh="试一试">Try it</h2><form class="card" id="form" autocomplete="off"><div class="grid" spellcheck="false">
-<label data-zh="密钥">API key <input id="try-key" type="password" required pattern=" *[!-~]+ *"></label>
-<label data-zh="模型">Model <input id="try-model" list="model-list" required></label><datalist id="model-list"></datalist>
-<label data-zh="思考">Thinking <select id="try-thinking"><option value="" data-zh="模型默认">the model's default</option>
-<option value="true" data-zh="开">on</option><option value="false" data-zh="关">off</option></select></label></div>
-<label data-zh="消息">Message <textarea id="try-message" required></textarea></label>
-<div class="row"><button class="main" id="send" data-zh="发送">Send</button><button type="button" id="stop" aria-disabled="true"
-data-zh="停止">Stop</button><span class="soft" id="pace"></span></div><p class="wrap bad" id="failure" role="alert"></p>
-<section><h3 data-zh="思考过程">Reasoning</h3><div class="wrap soft note" id="thought"></div></section>
-<section><h3 data-zh="回答">Answer</h3><div class="wrap" id="answer" aria-live="polite"></div></section>
-<section><h3 data-zh="刚才的请求">The request just sent</h3><div id="asked"></div></section></form>
+// ---- Elements. Whatever comes from outside is put in as text.
 
-<div id="uses"><h2 id="calls" data-zh="调用">Calls</h2><div class="row"><label data-zh="模型">Model <select id="call-model"></select></label>
-<label data-zh="流式">streamed <input type="checkbox" id="streamed"></label></div>
-<div class="tabs" id="call-tabs" role="radiogroup" aria-labelledby="calls"></div><div id="call-panel"></div>
-<h2 id="clients" data-zh="客户端">Clients</h2><div class="row"><label data-zh="模型">Model <select id="client-model"></select></label></div>
-<div class="tabs" id="client-tabs" role="radiogroup" aria-labelledby="clients"></div><div id="client-panel"></div></div>
+/** Set a property where the element has it, else an attribute. */
+function setProperty(element, name, value) {
+  if (name in element) {
+    element[name] = value;
+  } else if (value !== null) {
+    element.setAttribute(name, value);
+  }
+}
 
-<h2 id="models" data-zh="模型">Models</h2>
-<p data-zh="名称不分大小写，可带前缀：glm-4.6、GLM-4.6、zai/glm-4.6 相同。">Names may be in any case, with or without a provider
-before them: glm-4.6, GLM-4.6 and zai/glm-4.6 are one model.</p><div class="scroll" id="model-table"></div>
-<h2 id="errors" data-zh="错误">Errors</h2>
-<p data-zh="错误总是 {&quot;error&quot;: {&quot;message&quot;, &quot;type&quot;, &quot;param&quot;, &quot;code&quot;}}；message 会说明该怎么做。">Always
-{"error": {"message", "type", "param", "code"}}; the message says what to do.</p><div class="scroll words" id="error-table"></div></main>
-"""  # noqa: E501, RUF001 - a page, in two languages
+/** An element with properties and children (elements and texts). */
+function make(tag, properties = {}, ...children) {
+  const element = document.createElement(tag);
+  for (const [name, value] of Object.entries(properties)) {
+    setProperty(element, name, value);
+  }
+  element.append(...children.flat());
+  return element;
+}
+
+function makeButton(text, onclick, properties = {}) {
+  return make("button", { type: "button", onclick, ...properties }, text);
+}
+
+function option(value, text, isSelected) {
+  return make("option", { value, selected: isSelected }, text);
+}
+
+/** A table: `columns` are {title, kind}, a row is a list of cells; the first cell names its row. */
+function makeTable(columns, rows, caption) {
+  const heads = columns.map(({ title, kind = "" }) =>
+    make("th", { scope: "col", className: kind }, title),
+  );
+  const body = rows.map((cells) => make("tr", {}, makeCells(columns, cells)));
+  return make(
+    "table",
+    {},
+    make("caption", { className: "hidden" }, caption),
+    make("thead", {}, make("tr", {}, heads)),
+    make("tbody", {}, body),
+  );
+}
+
+function makeCells(columns, cells) {
+  return cells.map((cell, index) => {
+    const { title, kind = "" } = columns[index];
+    const properties = { className: kind, "data-title": title };
+    if (index === 0) {
+      return make("th", { scope: "row", ...properties }, cell);
+    }
+    return make("td", properties, cell);
+  });
+}
+
+/** Put a text on the clipboard; the button says for a moment how it went. */
+async function copyText(text, button) {
+  const before = button.textContent;
+  try {
+    await navigator.clipboard.writeText(text);
+    button.textContent = say("Copied", "已复制");
+  } catch {
+    button.textContent = say("Select it and press Ctrl+C", "请选中并按 Ctrl+C");
+  }
+  setTimeout(() => {
+    button.textContent = before;
+  }, 1500);
+}
+
+function copyButton(getText, label) {
+  const button = makeButton(say("Copy", "复制"), () => copyText(getText(), button), {
+    "aria-label": label ? say("Copy: ", "复制：") + label : null,
+  });
+  return button;
+}
+
+/** Lines to copy. `copied` is what the clipboard gets, where that is not what is shown. */
+function block(text, label = "", copied = text) {
+  const lines = make("pre", { tabIndex: 0 }, make("code", {}, text));
+  return make(
+    "div",
+    { className: "block" },
+    lines,
+    copyButton(() => copied, label),
+  );
+}
+
+// ---- Choices in a row: radio buttons, which the arrow keys move through.
+
+/** Fill a fieldset with choices of {value, text}; what was chosen stays so. */
+function fillTabs(id, choices, first = choices[0].value) {
+  const chosen = chosenTab(id) ?? first;
+  const labels = choices.map(({ value, text }) => {
+    const radio = make("input", { type: "radio", name: id, value, checked: value === chosen });
+    return make("label", {}, radio, make("span", {}, text));
+  });
+  const legend = $(id).querySelector("legend");
+  $(id).replaceChildren(legend, ...labels);
+}
+
+function chosenTab(id) {
+  return $(id).querySelector(":checked")?.value;
+}
+
+// ---- Figures.
+
+function formatNumber(value) {
+  return value.toLocaleString("en-US");
+}
+
+function formatCost(dollars) {
+  if (dollars === null || dollars === undefined) {
+    return "–";
+  }
+  if (dollars > 0 && dollars < 0.01) {
+    return `$${Number(dollars.toPrecision(2)).toLocaleString("en-US", { maximumFractionDigits: 8 })}`;
+  }
+  return dollars.toLocaleString("en-US", { style: "currency", currency: "USD" });
+}
+
+function formatSeconds(seconds) {
+  if (seconds === null || seconds === undefined) {
+    return "–";
+  }
+  if (seconds < 1) {
+    return `${Math.round(seconds * 1000)} ms`;
+  }
+  return `${seconds.toFixed(seconds < 10 ? 2 : 1)} s`;
+}
+"""  # noqa: RUF001 - in two languages
+DOCS_HTML = r"""
+<!doctype html>
+<html lang="en">
+  <head>
+    <meta charset="utf-8" />
+    <meta name="viewport" content="width=device-width, initial-scale=1" />
+    <meta
+      name="description"
+      content="How to call this server, which offers Z.ai's GLM models as OpenAI's and Anthropic's APIs, and a playground."
+    />
+    <title data-zh="ztoapi · 说明">ztoapi · Docs</title>
+    <link
+      rel="icon"
+      href="data:image/svg+xml,%3Csvg xmlns='http://www.w3.org/2000/svg' viewBox='0 0 32 32'%3E%3Crect width='32' height='32' rx='7' fill='%231d5fbf'/%3E%3Cpath d='M10 10h12L10 22h12' fill='none' stroke='white' stroke-width='3'/%3E%3C/svg%3E"
+    />
+    <!-- STYLE -->
+  </head>
+  <body>
+    <a class="skip" href="#main" data-zh="跳到正文">Skip to the content</a>
+    <header class="bar">
+      <p class="brand">ztoapi <small id="version"></small></p>
+      <nav aria-label="Sections" data-zh-label="章节">
+        <a href="#try" data-zh="试一试">Playground</a>
+        <a href="#calls" data-zh="调用">Calls</a>
+        <a href="#clients" data-zh="客户端">Clients</a>
+        <a href="#models" data-zh="模型">Models</a>
+        <a href="#errors" data-zh="错误">Errors</a>
+        <a href="dashboard" id="to-dashboard" data-zh="仪表盘">Dashboard</a>
+      </nav>
+      <div class="switches">
+        <label class="hidden" for="language">Language · 语言</label>
+        <select id="language">
+          <option value="en" lang="en">English</option>
+          <option value="zh" lang="zh-CN">中文</option>
+        </select>
+        <label class="hidden" for="theme" data-zh="外观">Colours</label>
+        <select id="theme">
+          <option value="" data-zh="跟随系统">System theme</option>
+          <option value="light" data-zh="浅色">Light</option>
+          <option value="dark" data-zh="深色">Dark</option>
+        </select>
+      </div>
+    </header>
+
+    <main id="main" tabindex="-1">
+      <section class="intro">
+        <h1 data-zh="用任何客户端使用 GLM 模型">GLM models for every client</h1>
+        <p
+          data-zh="任何会说 OpenAI 或 Anthropic API 的程序，都可以通过这台服务器使用 Z.ai 的 GLM 模型：走官方 API，用自己的密钥。"
+        >
+          Any program that speaks OpenAI's or Anthropic's API can use Z.ai's GLM models here,
+          through Z.ai's official API.
+        </p>
+        <noscript>
+          <p class="note bad">
+            The examples, the models and the playground on this page are made by JavaScript, which
+            is off in this browser. Without it: send requests to /v1 on this server, for instance
+            /v1/chat/completions, and read the models at /v1/models.
+          </p>
+          <p class="note bad" lang="zh-CN">
+            本页的示例、模型表和试用都需要 JavaScript。没有它也可以直接调用本服务器的 /v1（例如
+            /v1/chat/completions），模型列表在 /v1/models。
+          </p>
+        </noscript>
+        <p class="note" id="demo" hidden data-zh="演示模式：回答来自内置替身，没有真正的模型。">
+          This is the demo: a built-in stand-in answers, no model is behind it.
+        </p>
+        <p
+          class="note bad"
+          id="no-key"
+          hidden
+          data-zh="服务器尚未设置 ZAI_API_KEY，聊天会返回 503。"
+        >
+          Chat answers 503 until this server's operator sets ZAI_API_KEY.
+        </p>
+        <dl class="facts">
+          <div>
+            <dt data-zh="地址">Base URL</dt>
+            <dd id="base"></dd>
+          </div>
+          <div>
+            <dt data-zh="密钥">API key</dt>
+            <dd id="key"></dd>
+          </div>
+        </dl>
+      </section>
+
+      <section aria-labelledby="try">
+        <h2 id="try" data-zh="试一试">Playground</h2>
+        <div class="playground">
+          <form class="card settings" id="settings" autocomplete="off">
+            <div class="field">
+              <label for="try-key" data-zh="本服务器的密钥">API key of this server</label>
+              <input id="try-key" type="password" spellcheck="false" />
+            </div>
+            <label class="check">
+              <input type="checkbox" id="try-keep" />
+              <span data-zh="在此设备上记住">Remember on this device</span>
+            </label>
+            <div class="field">
+              <label for="try-model" data-zh="模型">Model</label>
+              <select id="try-model"></select>
+              <small id="try-model-says"></small>
+            </div>
+            <div class="field">
+              <label for="try-thinking" data-zh="思考">Thinking</label>
+              <select id="try-thinking"></select>
+            </div>
+            <div class="field">
+              <label for="try-system" data-zh="系统提示">System prompt</label>
+              <textarea
+                id="try-system"
+                rows="3"
+                placeholder="None"
+                data-zh-placeholder="无"
+              ></textarea>
+            </div>
+            <div class="pair">
+              <div class="field">
+                <label for="try-temperature" data-zh="温度 (0–2)">Temperature (0–2)</label>
+                <input
+                  id="try-temperature"
+                  type="number"
+                  min="0"
+                  max="2"
+                  step="any"
+                  placeholder="default"
+                  data-zh-placeholder="默认"
+                />
+              </div>
+              <div class="field">
+                <label for="try-limit" data-zh="最多 token">Max tokens</label>
+                <input
+                  id="try-limit"
+                  type="number"
+                  min="1"
+                  step="1"
+                  placeholder="default"
+                  data-zh-placeholder="默认"
+                />
+              </div>
+            </div>
+          </form>
+
+          <div class="card chat" id="chat">
+            <div
+              class="log"
+              id="log"
+              role="log"
+              tabindex="0"
+              aria-live="off"
+              aria-label="Conversation"
+              data-zh-label="对话"
+            ></div>
+            <form id="composer" autocomplete="off">
+              <ul
+                class="thumbs"
+                id="thumbs"
+                aria-label="Images to send"
+                data-zh-label="待发送的图片"
+              ></ul>
+              <label for="try-message" class="hidden" data-zh="消息">Message</label>
+              <textarea
+                id="try-message"
+                rows="3"
+                placeholder="Write a message; paste or drop images here"
+                data-zh-placeholder="输入消息；可在此粘贴或拖放图片"
+              ></textarea>
+              <div class="row">
+                <button class="main" id="send" data-zh="发送">Send</button>
+                <button type="button" id="stop" hidden data-zh="停止">Stop</button>
+                <button type="button" id="again" hidden data-zh="重新生成">Regenerate</button>
+                <button type="button" id="clear" hidden data-zh="清空">Clear</button>
+                <button type="button" id="attach" data-zh="添加图片">Add images</button>
+                <input type="file" id="files" accept="image/*" multiple hidden />
+                <small class="end" data-zh="Ctrl+Enter 发送">Ctrl+Enter sends</small>
+              </div>
+              <p class="status" id="status" role="status"></p>
+            </form>
+          </div>
+        </div>
+      </section>
+
+      <section aria-labelledby="calls">
+        <h2 id="calls" data-zh="调用">Calls</h2>
+        <form class="row choices" id="call-form" autocomplete="off">
+          <div class="field">
+            <label for="call-model" data-zh="模型">Model</label>
+            <select id="call-model"></select>
+          </div>
+          <fieldset class="tabs" id="call-language">
+            <legend data-zh="语言">Language</legend>
+          </fieldset>
+          <fieldset class="tabs" id="call-api">
+            <legend>API</legend>
+          </fieldset>
+          <fieldset class="tabs" id="call-way">
+            <legend data-zh="方式">With</legend>
+          </fieldset>
+        </form>
+        <div id="call-panel"></div>
+      </section>
+
+      <section aria-labelledby="clients">
+        <h2 id="clients" data-zh="客户端">Clients</h2>
+        <form class="row choices" id="client-form" autocomplete="off">
+          <div class="field">
+            <label for="client-model" data-zh="模型">Model</label>
+            <select id="client-model"></select>
+          </div>
+          <fieldset class="tabs" id="client-program">
+            <legend data-zh="程序">Program</legend>
+          </fieldset>
+        </form>
+        <div id="client-panel"></div>
+      </section>
+
+      <section aria-labelledby="models">
+        <h2 id="models" data-zh="模型">Models</h2>
+        <p
+          data-zh="名称不分大小写，可带前缀：glm-4.6、GLM-4.6、zai/glm-4.6 相同。价格是 Z.ai 的目录价，单位为美元每百万 token。"
+        >
+          Names may be in any case, with or without a provider before them: glm-4.6, GLM-4.6 and
+          zai/glm-4.6 are one model. Prices are Z.ai's list prices, in US dollars for a million
+          tokens.
+        </p>
+        <div class="row">
+          <div class="field">
+            <label for="filter" data-zh="筛选">Filter</label>
+            <input
+              type="search"
+              id="filter"
+              placeholder="flash, 4.6, images …"
+              data-zh-placeholder="flash、4.6、图片……"
+            />
+          </div>
+          <label class="check">
+            <input type="checkbox" id="only-free" /> <span data-zh="仅免费">free only</span>
+          </label>
+          <label class="check">
+            <input type="checkbox" id="only-seeing" />
+            <span data-zh="仅能看图">takes images</span>
+          </label>
+        </div>
+        <div
+          class="scroll"
+          id="model-table"
+          role="region"
+          tabindex="0"
+          aria-label="Table of models"
+          data-zh-label="模型表"
+        ></div>
+        <p class="status" id="filter-says" role="status"></p>
+      </section>
+
+      <section aria-labelledby="errors">
+        <h2 id="errors" data-zh="错误">Errors</h2>
+        <p
+          data-zh='错误总是 {"error": {"message", "type", "param", "code"}}；message 会说明该怎么做。'
+        >
+          Always {"error": {"message", "type", "param", "code"}}; the message says what to do.
+        </p>
+        <div
+          class="scroll"
+          id="error-table"
+          role="region"
+          tabindex="0"
+          aria-label="Table of errors"
+          data-zh-label="错误表"
+        ></div>
+      </section>
+    </main>
+    <!-- SCRIPT -->
+  </body>
+</html>
+"""  # noqa: E501, RUF001 - in two languages
 DOCS_SCRIPT = r"""
-const key = data.key || "YOUR_KEY", base = new URL("v1", location.href).href, origin = base.replace(/\/v1$/, "");
-const free = data.models.find(m => m.free) || data.models[0], hello = say("Hello! Who are you?", "你好，请介绍一下你自己");
-$("nav").prepend(...[...document.querySelectorAll("h2")].map(h => make("a", h.textContent, { href: "#" + h.id })));
-$("to-dashboard").hidden = !data.dashboard; $("base").textContent = base; $("version").textContent = data.version;
-$("key").textContent = data.key || say("the one that the operator of this server gave you", "由服务器管理员提供");
-$("demo").hidden = !data.demo; $("no-key").hidden = data.demo || data.zai_key;
+// ---- What this server is, as the examples need it.
 
-const said = (words, text) => [make("p", words), block(text)];
-const q = JSON.stringify, shell = text => "'" + text.replaceAll("'", "'\\''") + "'", bearer = k => "Authorization: Bearer " + k;
-const curl = (path, header, body) =>
-  [`curl -N ${base}/${path}`, `-H ${shell(header)}`, "-H 'Content-Type: application/json'", `-d ${shell(q(body))}`].join(" \\\n  ");
-const messages = [{ role: "user", content: hello }];
-const python = (model, stream) => `from openai import OpenAI
+const YOUR_KEY = data.key || "YOUR_KEY";
+const BASE = new URL("v1", location.href).href;
+const ORIGIN = BASE.replace(/\/v1$/, "");
+const MODELS = [...data.models].sort((a, b) => Number(b.free) - Number(a.free));
+// A shell takes other names for something else.
+const PLAIN_MODELS = MODELS.filter(({ id }) => /^[\w.:/-]+$/.test(id));
 
-client = OpenAI(base_url=${q(base)}, api_key=${q(key)})
-answer = client.chat.completions.create(
-    model=${q(model)}, stream=${stream ? "True" : "False"},
-    messages=${q(messages)},
-)
-${stream ? 'for chunk in answer:\n    print(chunk.choices[0].delta.content or "", end="", flush=True)' : "print(answer.choices[0].message.content)"}`;
-const javascript = (model, stream) => `import OpenAI from "openai";
+function findModel(id) {
+  return MODELS.find((model) => model.id === id);
+}
 
-const client = new OpenAI({ baseURL: ${q(base)}, apiKey: ${q(key)} });
-const answer = await client.chat.completions.create({
-  model: ${q(model)}, stream: ${Boolean(stream)},
-  messages: ${q(messages)},
-});
-${stream ? 'for await (const { choices } of answer) process.stdout.write(choices[0]?.delta.content ?? "");'
-  : "console.log(answer.choices[0].message.content);"}`;
-const calls = Object.entries({
-  curl: (model, stream) => curl("chat/completions", bearer(key), { model, messages, stream }), Python: python, JavaScript: javascript,
-  Anthropic: (model, stream) => curl("messages", "x-api-key: " + key, { model, max_tokens: 4096, messages, stream }),
-  Responses: (model, stream) => curl("responses", bearer(key), { model, input: hello, stream }),
-}).map(([name, lines]) => [name, (m, stream) => [block(lines(m.id, stream))]]);
+// ---- Markdown, as models write it. Made of elements and texts, so nothing in it can become a script.
+// Links lead to http and https only. A picture is a link too: to load it would tell its server of the text.
 
-const local = ["localhost", "127.0.0.1", "[::1]"].includes(location.hostname), port = location.port === "9090" ? "" : " --port " + location.port;
-function filled(lines, m) {
-  const words = { ...m.words, origin, base, key, escaped_key: key, model: m.id };
+const LONGEST_SPAN = 2000; // characters between two marks, or a line of marks would take for ever
+const SPAN = `[^]{1,${LONGEST_SPAN}}?`;
+const INLINE = new RegExp(
+  [
+    "\\\\(?<escaped>[!-/:-@\\[-`{-~])",
+    `(?<ticks>\`+)(?<code>${SPAN})(?<!\`)\\k<ticks>(?!\`)`,
+    `\\*\\*(?=\\S)(?<bold>${SPAN})\\*\\*`,
+    `(?<!\\w)__(?=\\S)(?<bold2>${SPAN})__(?!\\w)`,
+    `\\*(?=[^\\s*])(?<italic>${SPAN})\\*`,
+    `(?<!\\w)_(?=[^\\s_])(?<italic2>${SPAN})_(?!\\w)`,
+    `~~(?=\\S)(?<struck>${SPAN})~~`,
+    "(?<picture>!?)\\[(?<label>[^\\[\\]]{0,500})\\]\\((?<target>[^()\\s]{1,2000}(?:\\([^()\\s]*\\))?[^()\\s]*)(?:\\s+[\"'][^\"']*[\"'])?\\)",
+    "(?<address>https?://[^\\s<>\"'`]*[^\\s<>\"'`.,:;!?*_~)\\]}])",
+  ].join("|"),
+  "g",
+);
+
+/** A link where the address is one of http or https, else only its words. */
+function makeLink(address, ...children) {
+  let url;
+  try {
+    url = new URL(address);
+  } catch {
+    return make("span", {}, ...children);
+  }
+  if (url.protocol !== "http:" && url.protocol !== "https:") {
+    return make("span", {}, ...children);
+  }
+  return make("a", { href: url.href, target: "_blank", rel: "noopener noreferrer" }, ...children);
+}
+
+/** The element for one match of INLINE. */
+function makeInline(found) {
+  if (found.escaped !== undefined) {
+    return found.escaped;
+  }
+  if (found.code !== undefined) {
+    return make("code", {}, found.code.replace(/^ (.*) $/, "$1"));
+  }
+  const bold = found.bold ?? found.bold2;
+  if (bold !== undefined) {
+    return make("strong", {}, renderInline(bold));
+  }
+  const italic = found.italic ?? found.italic2;
+  if (italic !== undefined) {
+    return make("em", {}, renderInline(italic));
+  }
+  if (found.struck !== undefined) {
+    return make("s", {}, renderInline(found.struck));
+  }
+  if (found.address !== undefined) {
+    return makeLink(found.address, found.address);
+  }
+  if (found.picture) {
+    return makeLink(found.target, say("[picture] ", "［图片］") + (found.label || found.target));
+  }
+  return makeLink(found.target, renderInline(found.label));
+}
+
+function renderInline(text) {
+  const nodes = [];
+  let end = 0;
+  for (const match of text.matchAll(INLINE)) {
+    nodes.push(text.slice(end, match.index), makeInline(match.groups));
+    end = match.index + match[0].length;
+  }
+  nodes.push(text.slice(end));
+  return nodes.filter((node) => node !== "");
+}
+
+const FENCE = /^( *)(`{3,}|~{3,})\s*([^`]*)$/;
+const HEADING = /^ {0,3}(#{1,6})\s+(.*?)\s*#*$/;
+const RULE = /^ {0,3}([-*_])( *\1){2,} *$/;
+const QUOTE = /^ {0,3}> ?/;
+const ITEM = /^( *)([-*+]|\d{1,9}[.)])( +|$)(.*)$/;
+const TABLE_RULE = /^ *\|? *:?-+:? *(\| *:?-+:? *)*\|? *$/;
+
+// A reader of a block takes lines from `at` on; it gives the element and the line behind it, or null.
+
+function readFence(lines, at) {
+  const opening = FENCE.exec(lines[at]);
+  if (!opening) {
+    return null;
+  }
+  const [, indent, marks, name] = opening;
+  let end = at + 1;
+  while (end < lines.length && !isFenceEnd(lines[end], marks)) {
+    end += 1;
+  }
+  const inside = lines.slice(at + 1, end).map((line) => withoutIndent(line, indent.length));
+  return { element: block(inside.join("\n"), name.trim()), next: end + 1 };
+}
+
+function isFenceEnd(line, marks) {
+  const text = line.trim();
+  return text.startsWith(marks) && text.replaceAll(marks[0], "") === "";
+}
+
+function withoutIndent(line, size) {
+  return line.slice(Math.min(size, line.search(/\S|$/)));
+}
+
+function readHeading(lines, at, outline) {
+  const match = HEADING.exec(lines[at]);
+  if (!match) {
+    return null;
+  }
+  // A screen reader's outline has no gaps: a heading is at most one level below the one before.
+  outline.level = Math.min(match[1].length + 3, outline.level + 1, 6);
+  return { element: make(`h${outline.level}`, {}, renderInline(match[2])), next: at + 1 };
+}
+
+function readRule(lines, at) {
+  return RULE.test(lines[at]) ? { element: make("hr"), next: at + 1 } : null;
+}
+
+function readQuote(lines, at, outline) {
+  let end = at;
+  while (end < lines.length && QUOTE.test(lines[end])) {
+    end += 1;
+  }
+  if (end === at) {
+    return null;
+  }
+  const inside = lines.slice(at, end).map((line) => line.replace(QUOTE, ""));
+  return { element: make("blockquote", {}, renderBlocks(inside, outline)), next: end };
+}
+
+function readList(lines, at, outline) {
+  const first = ITEM.exec(lines[at]);
+  if (!first) {
+    return null;
+  }
+  const isNumbered = /\d/.test(first[2]);
+  const list = make(isNumbered ? "ol" : "ul");
+  if (isNumbered && parseInt(first[2]) !== 1) {
+    list.start = parseInt(first[2]);
+  }
+  let next = at;
+  for (;;) {
+    const item = next < lines.length ? ITEM.exec(lines[next]) : null;
+    if (!item || /\d/.test(item[2]) !== isNumbered || RULE.test(lines[next])) {
+      return { element: list, next };
+    }
+    const end = endOfItem(lines, next, item[1].length);
+    const width = item[1].length + item[2].length + 1;
+    const inside = lines.slice(next + 1, end).map((line) => withoutIndent(line, width));
+    list.append(make("li", {}, renderItem([item[4], ...inside], outline)));
+    next = end;
+  }
+}
+
+/** The line behind an item: it goes on over lines that are indented more than its mark, and plain ones. */
+function endOfItem(lines, at, indent) {
+  let end = at + 1;
+  while (end < lines.length) {
+    const line = lines[end];
+    const isBlank = line.trim() === "";
+    const before = line.search(/\S/);
+    const followsBlank = lines[end - 1].trim() === "";
+    if (!isBlank && before <= indent && (followsBlank || startsBlock(lines, end))) {
+      break;
+    }
+    end += 1;
+  }
+  return end;
+}
+
+/** What is in an item; a single paragraph needs no <p>. */
+function renderItem(lines, outline) {
+  const blocks = renderBlocks(lines, outline);
+  const [first, ...rest] = blocks;
+  if (first?.tagName === "P") {
+    return [...first.childNodes, ...rest];
+  }
+  return blocks;
+}
+
+function readTable(lines, at) {
+  const isTable = lines[at].includes("|") && TABLE_RULE.test(lines[at + 1] ?? "");
+  if (!isTable || !lines[at + 1].includes("-")) {
+    return null;
+  }
+  let end = at + 2;
+  while (end < lines.length && lines[end].includes("|")) {
+    end += 1;
+  }
+  const heads = tableCells(lines[at]);
+  const body = lines.slice(at + 2, end).map(tableCells);
+  const headRow = make(
+    "tr",
+    {},
+    heads.map((cell) => make("th", { scope: "col" }, cell)),
+  );
+  const rows = body.map((cells) =>
+    make(
+      "tr",
+      {},
+      cells.map((cell) => make("td", {}, cell)),
+    ),
+  );
+  const table = make("table", {}, make("thead", {}, headRow), make("tbody", {}, rows));
+  return { element: make("div", { className: "scroll", tabIndex: 0 }, table), next: end };
+}
+
+function tableCells(line) {
+  const inside = line.trim().replace(/^\||\|$/g, "");
+  return inside.split(/(?<!\\)\|/).map((cell) => renderInline(cell.trim().replaceAll("\\|", "|")));
+}
+
+const BLOCK_READERS = [readFence, readHeading, readRule, readQuote, readList, readTable];
+
+function startsBlock(lines, at) {
+  const isTable = lines[at].includes("|") && TABLE_RULE.test(lines[at + 1] ?? "");
+  return isTable || [FENCE, HEADING, RULE, QUOTE, ITEM].some((start) => start.test(lines[at]));
+}
+
+function readParagraph(lines, at) {
+  let end = at + 1;
+  while (end < lines.length && lines[end].trim() !== "" && !startsBlock(lines, end)) {
+    end += 1;
+  }
+  return { element: make("p", {}, renderInline(lines.slice(at, end).join("\n"))), next: end };
+}
+
+const DEEPEST = 30; // lists and quotations in each other; what lies deeper is plain text
+
+function renderBlocks(lines, outline) {
+  if (outline.depth === DEEPEST) {
+    return [make("p", {}, lines.join("\n"))];
+  }
+  outline.depth += 1;
+  const elements = [];
+  let at = 0;
+  while (at < lines.length) {
+    if (lines[at].trim() === "") {
+      at += 1;
+      continue;
+    }
+    const { element, next } = readBlock(lines, at, outline);
+    elements.push(element);
+    at = next;
+  }
+  outline.depth -= 1;
+  return elements;
+}
+
+function readBlock(lines, at, outline) {
+  for (const read of BLOCK_READERS) {
+    const found = read(lines, at, outline);
+    if (found) {
+      return found;
+    }
+  }
+  return readParagraph(lines, at);
+}
+
+/** The elements of a text in Markdown. */
+function renderMarkdown(text) {
+  const lines = text.replaceAll("\r\n", "\n").replaceAll("\t", "    ").split("\n");
+  return renderBlocks(lines, { level: 3, depth: 0 });
+}
+
+/** Put elements in place of those that are there, but leave alone what has not changed. */
+function refill(parent, elements) {
+  elements.forEach((element, index) => {
+    const old = parent.children[index];
+    if (!old) {
+      parent.append(element);
+    } else if (!old.isEqualNode(element)) {
+      old.replaceWith(element);
+    }
+  });
+  while (parent.children.length > elements.length) {
+    parent.lastElementChild.remove();
+  }
+}
+
+// ---- Playground: the conversation.
+// A turn of the user: {role, text, images}; of the model: {role, text, thought, failure, request, run, …}.
+
+const REDRAWN_AFTER = 80; // milliseconds: an answer is drawn again at most that often
+const LARGEST_SIDE = 2048; // pixels; larger pictures are made smaller
+const chat = {
+  turns: [],
+  images: [], // data URLs that go with the next message
+  leaving: null, // the AbortController of the answer that is coming
+};
+
+// Thinking, by the model's kind: the words that are offered, and the field that says them.
+const THINKING = {
+  none: { words: [], title: ["no", "无"] },
+  switch: { words: ["on", "off"], title: ["on, off", "可开关"] },
+  effort: { words: ["off", "low", "medium", "high", "max"], title: ["off, effort", "可关、可调"] },
+  always: { words: ["low", "high", "max"], title: ["always, effort", "始终、可调"] },
+};
+
+const THINKING_NAMES = {
+  on: ["on", "开"],
+  off: ["off", "关"],
+  low: ["low", "低"],
+  medium: ["medium", "中"],
+  high: ["high", "高"],
+  max: ["max", "最高"],
+};
+
+/** The field of a request that says how much to think; none for the model's own way. */
+function thinkingField(word) {
+  const kind = findModel($("try-model").value)?.thinking;
+  if (!word) {
+    return {};
+  }
+  if (kind === "switch") {
+    return { enable_thinking: word === "on" };
+  }
+  return { reasoning_effort: word === "off" ? "none" : word };
+}
+
+function showThinking() {
+  const kind = findModel($("try-model").value)?.thinking ?? "always";
+  const chosen = $("try-thinking").value;
+  const { words } = THINKING[kind];
+  const byDefault = say("the model's default", "模型默认");
+  const first = kind === "none" ? say("this model does not think", "此模型不思考") : byDefault;
+  const options = words.map((word) => option(word, say(...THINKING_NAMES[word]), word === chosen));
+  $("try-thinking").replaceChildren(option("", first, false), ...options);
+  $("try-thinking").disabled = kind === "none";
+}
+
+function describeModel({ vision, free, price }) {
+  const takes = vision ? say("text and images", "文字和图片") : say("text only", "仅文字");
+  if (free) {
+    return `${takes} · ${say("free", "免费")}`;
+  }
+  if (!price) {
+    return takes;
+  }
+  const [input, , output] = price;
+  const unit = say("for a million tokens in, out", "每百万 token，输入、输出");
+  return `${takes} · $${input}, $${output} ${unit}`;
+}
+
+function showModel() {
+  const model = findModel($("try-model").value);
+  $("try-model-says").textContent = model ? describeModel(model) : "";
+  showThinking();
+}
+
+function chooseModel() {
+  showModel();
+  showStatus("");
+}
+
+function messageOfUser({ text, images }) {
+  if (!images.length) {
+    return { role: "user", content: text };
+  }
+  const pictures = images.map((url) => ({ type: "image_url", image_url: { url } }));
+  const words = text ? [{ type: "text", text }] : [];
+  return { role: "user", content: [...words, ...pictures] };
+}
+
+/** The messages of a conversation; answers that never came are left out. */
+function messagesOf(turns) {
+  const system = $("try-system").value.trim();
+  const messages = system ? [{ role: "system", content: system }] : [];
+  for (const turn of turns) {
+    if (turn.role === "user") {
+      messages.push(messageOfUser(turn));
+    } else if (turn.text) {
+      messages.push({ role: "assistant", content: turn.text });
+    }
+  }
+  return messages;
+}
+
+function buildRequest(turns) {
+  const request = {
+    model: $("try-model").value,
+    messages: messagesOf(turns),
+    stream: true,
+    stream_options: { include_usage: true },
+    ...thinkingField($("try-thinking").value),
+  };
+  if ($("try-temperature").value !== "") {
+    request.temperature = Number($("try-temperature").value);
+  }
+  if ($("try-limit").value !== "") {
+    request.max_tokens = Number($("try-limit").value);
+  }
+  return request;
+}
+
+function sendMessage() {
+  const text = $("try-message").value.trim();
+  const isReady = !chat.leaving && $("settings").reportValidity();
+  if (!isReady) {
+    return;
+  }
+  if (!text && !chat.images.length) {
+    showStatus(say("Write a message first.", "请先输入消息。"));
+    return;
+  }
+  chat.turns.push({ role: "user", text, images: chat.images });
+  chat.images = [];
+  $("try-message").value = "";
+  drawThumbs();
+  answerConversation();
+}
+
+/** Ask again for the last answer. */
+function regenerate() {
+  if (chat.leaving || !$("settings").reportValidity()) {
+    return;
+  }
+  if (chat.turns.at(-1)?.role === "assistant") {
+    chat.turns.pop();
+  }
+  $("try-message").focus();
+  answerConversation();
+}
+
+function clearConversation() {
+  chat.leaving?.abort();
+  chat.turns = [];
+  chat.images = [];
+  drawLog();
+  drawThumbs();
+  showStatus("");
+  $("try-message").focus();
+}
+
+async function answerConversation() {
+  const key = $("try-key").value.trim();
+  storeKey(key, $("try-keep").checked ? "device" : "tab");
+  const request = buildRequest(chat.turns);
+  const turn = { role: "assistant", text: "", thought: "", failure: "", ignored: "", request };
+  turn.run = { started: performance.now(), first: null, ended: null, pieces: 0, usage: null };
+  turn.model = request.model;
+  chat.turns.push(turn);
+  const leaving = new AbortController();
+  chat.leaving = leaving;
+  drawLog();
+  showStatus(say("Waiting for the first token …", "等待首个 token……"));
+  try {
+    await receiveAnswer(turn, key, leaving.signal);
+  } catch (error) {
+    noteBreak(turn, error, leaving.signal);
+  }
+  turn.run.ended = performance.now();
+  chat.leaving = null;
+  drawAnswer(turn);
+  showControls();
+  showStatus(describeEnd(turn));
+}
+
+function noteBreak(turn, error, signal) {
+  if (signal.aborted) {
+    turn.finish = say("stopped", "已停止");
+  } else {
+    const words = say("This server does not answer, or broke off: ", "服务器没有响应或连接中断：");
+    turn.failure = words + error.message;
+  }
+}
+
+function describeEnd(turn) {
+  if (turn.failure) {
+    return say("No answer: see the error.", "没有回答：请看错误信息。");
+  }
+  if (turn.run.first === null) {
+    return say("Stopped.", "已停止。");
+  }
+  return say("The answer is there.", "回答完毕。");
+}
+
+async function receiveAnswer(turn, key, signal) {
+  const response = await fetch("v1/chat/completions", {
+    method: "POST",
+    headers: { "Content-Type": "application/json", Authorization: `Bearer ${key}` },
+    body: JSON.stringify(turn.request),
+    signal,
+  });
+  turn.ignored = response.headers.get("x-ztoapi-ignored") || "";
+  turn.model = response.headers.get("x-ztoapi-model") || turn.model;
+  if (!response.ok) {
+    turn.failure = describeError((await response.json()).error, response.status);
+    return;
+  }
+  const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
+  let held = ""; // the head of a frame whose end has not come
+  for (;;) {
+    const { done, value } = await reader.read();
+    if (done) {
+      return;
+    }
+    const frames = (held + value).split("\n\n");
+    held = frames.pop();
+    for (const frame of frames) {
+      feedFrame(turn, frame);
+    }
+    scheduleDrawing(turn);
+  }
+}
+
+/** An error as the API says it. */
+function describeError(error, status = "") {
+  const head = `${status} ${error.code ?? error.type ?? ""}`.trim();
+  return head ? `${head}\n${error.message}` : error.message;
+}
+
+function feedFrame(turn, frame) {
+  if (!frame.startsWith("data: {")) {
+    return; // a sign of life, or the end
+  }
+  const { error, usage, choices } = JSON.parse(frame.slice(6));
+  if (error) {
+    turn.failure = describeError(error);
+    return;
+  }
+  if (usage) {
+    turn.run.usage = usage;
+  }
+  const choice = choices?.[0];
+  const text = choice?.delta?.content || "";
+  const thought = choice?.delta?.reasoning_content || "";
+  if (text || thought) {
+    turn.run.first ??= performance.now();
+    turn.run.pieces += 1;
+    turn.text += text;
+    turn.thought += thought;
+  }
+  if (choice?.finish_reason) {
+    turn.finish = choice.finish_reason;
+  }
+}
+
+function scheduleDrawing(turn) {
+  if (turn.run.first !== null && $("status").textContent !== answering()) {
+    showStatus(answering());
+  }
+  if (turn.isScheduled) {
+    return;
+  }
+  turn.isScheduled = true;
+  setTimeout(() => {
+    turn.isScheduled = false;
+    drawAnswer(turn);
+  }, REDRAWN_AFTER);
+}
+
+function answering() {
+  return say("Answering …", "正在回答……");
+}
+
+// ---- Playground: what is shown.
+
+function showStatus(text) {
+  $("status").textContent = text;
+}
+
+function showControls() {
+  const isBusy = chat.leaving !== null;
+  if (isBusy) {
+    $("stop").hidden = false;
+  } else {
+    if (document.activeElement === $("stop")) {
+      $("try-message").focus();
+    }
+    $("stop").hidden = true;
+  }
+  $("send").hidden = isBusy;
+  $("again").hidden = isBusy || !chat.turns.length;
+  $("clear").hidden = !chat.turns.length;
+}
+
+function drawLog() {
+  const turns = chat.turns.map(drawTurn);
+  $("log").replaceChildren(...(turns.length ? turns : [drawEmptyLog()]));
+  $("log").scrollTop = $("log").scrollHeight;
+  showControls();
+}
+
+function drawEmptyLog() {
+  const words = say(
+    "Nothing said yet. Write a message below, or begin with one of these:",
+    "还没有对话。在下方输入消息，或从这里开始：",
+  );
+  const hellos = [
+    say("Hello! Who are you?", "你好，请介绍一下你自己"),
+    say("Write a haiku about the sea, then explain it.", "写一首关于大海的俳句，并解释它。"),
+    say("Compare three sorting algorithms in a table.", "用表格比较三种排序算法。"),
+  ];
+  const buttons = hellos.map((hello) => makeButton(hello, () => beginWith(hello)));
+  return make("div", { className: "empty" }, make("p", {}, words), ...buttons);
+}
+
+function beginWith(text) {
+  $("try-message").value = text;
+  $("try-message").focus();
+}
+
+function drawTurn(turn) {
+  if (turn.role === "user") {
+    const pictures = turn.images.map((url) => drawPicture(url));
+    const text = make("div", { className: "said" }, turn.text);
+    const name = make("h3", { className: "who" }, say("You", "你"));
+    return make("article", { className: "turn user" }, name, text, ...pictures);
+  }
+  const thought = make("div", { className: "thought" });
+  const summary = make("summary", {}, say("Reasoning", "思考过程"));
+  const fold = make("details", { className: "reasoning", hidden: true }, summary, thought);
+  const answer = make("div", { className: "answer" });
+  const failure = make("p", { className: "failure bad", role: "alert", hidden: true });
+  const figures = make("ul", { className: "figures" });
+  const tools = make("div", { className: "row tools", hidden: true });
+  const name = make("h3", { className: "who" }, turn.model);
+  turn.view = { name, fold, thought, answer, failure, figures, tools };
+  const element = make(
+    "article",
+    { className: "turn" },
+    name,
+    fold,
+    answer,
+    failure,
+    figures,
+    tools,
+  );
+  drawAnswer(turn);
+  return element;
+}
+
+/** A picture on a canvas: the page's policy loads no images. */
+function drawPicture(url) {
+  const canvas = make("canvas", { className: "picture", role: "img" });
+  canvas.setAttribute("aria-label", say("Picture", "图片"));
+  canvas.width = canvas.height = 0;
+  decodePicture(url).then((bitmap) => {
+    const scale = Math.min(1, 320 / Math.max(bitmap.width, bitmap.height));
+    canvas.width = Math.max(1, bitmap.width * scale);
+    canvas.height = Math.max(1, bitmap.height * scale);
+    canvas.getContext("2d").drawImage(bitmap, 0, 0, canvas.width, canvas.height);
+  });
+  return canvas;
+}
+
+function decodePicture(url) {
+  const [head, body] = url.split(",");
+  const bytes = Uint8Array.from(atob(body), (letter) => letter.charCodeAt(0));
+  return createImageBitmap(new Blob([bytes], { type: head.slice(5).replace(";base64", "") }));
+}
+
+function drawAnswer(turn) {
+  const { name, fold, thought, answer, failure, figures, tools } = turn.view;
+  const log = $("log");
+  const wasAtEnd = log.scrollHeight - log.scrollTop - log.clientHeight < 60;
+  const isDone = turn.run.ended !== null;
+  name.textContent = turn.model;
+  fold.hidden = turn.thought === "";
+  thought.textContent = turn.thought;
+  refill(answer, renderMarkdown(turn.text));
+  failure.hidden = turn.failure === "";
+  failure.textContent = turn.failure;
+  figures.replaceChildren(...figuresOf(turn).map((text) => make("li", {}, text)));
+  if (isDone && tools.hidden) {
+    tools.hidden = false;
+    tools.append(...answerTools(turn));
+  }
+  if (wasAtEnd) {
+    log.scrollTop = log.scrollHeight;
+  }
+}
+
+/** What an answer took and cost, a text each. */
+function figuresOf({ run, model, finish, ignored }) {
+  const figures = [];
+  if (run.first !== null) {
+    const first = formatSeconds((run.first - run.started) / 1000);
+    figures.push(`${say("first token", "首个 token")} ${first}`);
+  }
+  if (run.usage) {
+    figures.push(...usageFigures(run.usage, findModel(model)));
+  }
+  const seconds = ((run.ended ?? performance.now()) - run.first) / 1000;
+  if (run.first !== null && seconds > 0.2) {
+    const tokens = run.usage?.completion_tokens || run.pieces;
+    figures.push(`${(tokens / seconds).toFixed(0)} tokens/s`);
+  }
+  if (finish) {
+    figures.push(`${say("finish", "结束")}: ${finish}`);
+  }
+  if (ignored) {
+    figures.push(`x-ztoapi-ignored: ${ignored}`);
+  }
+  return figures;
+}
+
+function usageFigures(usage, model) {
+  const cached = usage.prompt_tokens_details?.cached_tokens ?? 0;
+  const cost = costOf(usage.prompt_tokens, cached, usage.completion_tokens, model?.price);
+  return [
+    `${formatNumber(usage.prompt_tokens)} ${say("tokens in", "输入 token")}`,
+    `${formatNumber(cached)} ${say("cached", "缓存命中")}`,
+    `${formatNumber(usage.completion_tokens)} ${say("tokens out", "输出 token")}`,
+    `${say("cost", "费用")} ${formatCost(cost)}`,
+  ];
+}
+
+/** US dollars at list price; null where the price is not known. */
+function costOf(prompt, cached, completion, price) {
+  if (!price) {
+    return null;
+  }
+  const [input, fromCache, output] = price;
+  return ((prompt - cached) * input + cached * fromCache + completion * output) / 1e6;
+}
+
+function answerTools(turn) {
+  const asked = make("details", { className: "asked" });
+  asked.append(make("summary", {}, say("Request as curl", "curl 请求")));
+  asked.ontoggle = () => {
+    if (asked.children.length === 1) {
+      asked.append(requestBlock(turn.request));
+    }
+  };
+  const copy = makeButton(say("Copy answer", "复制回答"), () => copyText(turn.text, copy));
+  return turn.text ? [copy, asked] : [asked];
+}
+
+/** The request as curl: the key is hidden until it is copied, and pictures are shown by their size. */
+function requestBlock(request) {
+  const key = $("try-key").value.trim();
+  const shown = JSON.stringify(request, shortenPicture, 2);
+  return block(
+    curlLines("chat/completions", "Authorization: Bearer ••••••••", shown),
+    say("request as curl", "curl 请求"),
+    curlLines("chat/completions", `Authorization: Bearer ${key}`, JSON.stringify(request, null, 2)),
+  );
+}
+
+function shortenPicture(name, value) {
+  if (name === "url" && typeof value === "string" && value.length > 200) {
+    return `${value.slice(0, 40)}… (${formatNumber(value.length)})`;
+  }
+  return value;
+}
+
+// ---- Playground: pictures, from files, from the clipboard, or dropped.
+
+function drawThumbs() {
+  const items = chat.images.map((url, index) => {
+    const label = `${say("Remove picture", "移除图片")} ${index + 1}`;
+    const remove = makeButton("×", () => removeImage(index), { "aria-label": label });
+    return make("li", {}, drawPicture(url), remove);
+  });
+  $("thumbs").replaceChildren(...items);
+  $("thumbs").hidden = !items.length;
+}
+
+function removeImage(index) {
+  chat.images = chat.images.filter((_, at) => at !== index);
+  drawThumbs();
+  $("try-message").focus();
+}
+
+async function addImages(files) {
+  for (const file of files) {
+    if (!file.type.startsWith("image/")) {
+      showStatus(say(`${file.name} is not a picture.`, `${file.name} 不是图片。`));
+      continue;
+    }
+    try {
+      const url = await readImage(file);
+      chat.images = [...chat.images, url];
+      showStatus("");
+    } catch {
+      showStatus(say(`${file.name} cannot be read.`, `无法读取 ${file.name}。`));
+    }
+  }
+  drawThumbs();
+}
+
+/** A picture as a data URL: as it is, or smaller and as JPEG where it is large or of a rare kind. */
+async function readImage(file) {
+  const bitmap = await createImageBitmap(file);
+  const scale = Math.min(1, LARGEST_SIDE / Math.max(bitmap.width, bitmap.height));
+  const isCommon = ["image/png", "image/jpeg", "image/webp"].includes(file.type);
+  if (scale === 1 && isCommon) {
+    return readAsDataURL(file);
+  }
+  const canvas = document.createElement("canvas");
+  canvas.width = Math.round(bitmap.width * scale);
+  canvas.height = Math.round(bitmap.height * scale);
+  canvas.getContext("2d").drawImage(bitmap, 0, 0, canvas.width, canvas.height);
+  return canvas.toDataURL("image/jpeg", 0.9);
+}
+
+function readAsDataURL(file) {
+  return new Promise((resolve, reject) => {
+    const reader = new FileReader();
+    reader.onload = () => resolve(reader.result);
+    reader.onerror = () => reject(reader.error);
+    reader.readAsDataURL(file);
+  });
+}
+
+function pasteImages(event) {
+  const files = [...event.clipboardData.files];
+  if (files.length) {
+    event.preventDefault();
+    addImages(files);
+  }
+}
+
+function dropImages(event) {
+  event.preventDefault();
+  $("chat").classList.remove("over");
+  addImages(event.dataTransfer.files);
+}
+
+function dragOver(event) {
+  event.preventDefault();
+  $("chat").classList.add("over");
+}
+
+function isKeyOnDevice() {
+  return stored("localStorage", KEY_NAME) !== "";
+}
+
+function startPlayground() {
+  const first = MODELS.find(({ free }) => free) ?? MODELS[0];
+  const options = MODELS.map((model) => option(model.id, model.id, model === first));
+  $("try-model").replaceChildren(...options);
+  $("try-model").onchange = chooseModel;
+  $("try-key").value = storedKey() || data.key;
+  $("try-key").required = true;
+  $("try-keep").checked = isKeyOnDevice();
+  $("settings").onsubmit = (event) => {
+    event.preventDefault();
+    sendMessage();
+  };
+  $("composer").onsubmit = (event) => {
+    event.preventDefault();
+    sendMessage();
+  };
+  $("stop").onclick = () => chat.leaving?.abort();
+  $("again").onclick = regenerate;
+  $("clear").onclick = clearConversation;
+  $("attach").onclick = () => $("files").click();
+  $("files").onchange = () => {
+    addImages([...$("files").files]).then(() => {
+      $("files").value = "";
+    });
+  };
+  $("try-message").onpaste = pasteImages;
+  $("try-message").onkeydown = (event) => {
+    if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) {
+      event.preventDefault();
+      sendMessage();
+    }
+  };
+  $("chat").ondrop = dropImages;
+  $("chat").ondragover = dragOver;
+  $("chat").ondragleave = () => $("chat").classList.remove("over");
+}
+
+// ---- Calls: each language, API and way as lines to copy.
+
+const PICTURE =
+  "iVBORw0KGgoAAAANSUhEUgAAAEAAAABAAQMAAACQp+OdAAAABlBMVEX////IHh7kMBY6AAAAGklEQVR42mNgYPj/H4IHB2NwuYaBYTR88DIA8wL/AcYaMQYAAAAASUVORK5CYII=";
+
+const LANGUAGES = ["curl", "PowerShell", "Python", "JavaScript"];
+const APIS = ["Chat", "Anthropic", "Responses"];
+const WAYS = ["text", "stream", "tool", "image"];
+const WAY_NAMES = {
+  text: ["the answer whole", "完整回答"],
+  stream: ["streaming", "流式"],
+  tool: ["a tool", "工具"],
+  image: ["an image", "图片"],
+};
+
+function question(way) {
+  if (way === "tool") {
+    return say("Use the tool: what is the weather in Beijing?", "请使用工具查询北京的天气");
+  }
+  if (way === "image") {
+    return say("What is in this image?", "这张图里有什么？");
+  }
+  return say("Hello! Who are you?", "你好，请介绍一下你自己");
+}
+
+const TOOL = { name: "get_weather", description: "The weather in a city" };
+const TOOL_SCHEMA = {
+  type: "object",
+  properties: { city: { type: "string" } },
+  required: ["city"],
+};
+
+/** What each API differs in: its path and header, and the fields of a body. */
+const API_FORMS = {
+  Chat: {
+    path: "chat/completions",
+    header: `Authorization: Bearer ${YOUR_KEY}`,
+    fields: (content) => ({ messages: [{ role: "user", content }] }),
+    image: (text, url) => [
+      { type: "text", text },
+      { type: "image_url", image_url: { url } },
+    ],
+    tool: { type: "function", function: { ...TOOL, parameters: TOOL_SCHEMA } },
+  },
+  Anthropic: {
+    path: "messages",
+    header: `x-api-key: ${YOUR_KEY}`,
+    fields: (content) => ({ max_tokens: 4096, messages: [{ role: "user", content }] }),
+    image: (text) => [
+      { type: "image", source: { type: "base64", media_type: "image/png", data: PICTURE } },
+      { type: "text", text },
+    ],
+    tool: { ...TOOL, input_schema: TOOL_SCHEMA },
+  },
+  Responses: {
+    path: "responses",
+    header: `Authorization: Bearer ${YOUR_KEY}`,
+    fields: (input) => ({ input }),
+    image: (text, url) => [
+      {
+        role: "user",
+        content: [
+          { type: "input_text", text },
+          { type: "input_image", image_url: url },
+        ],
+      },
+    ],
+    tool: { type: "function", ...TOOL, parameters: TOOL_SCHEMA },
+  },
+};
+
+/** A request's fields but for `stream`, which SDKs say in their own ways. */
+function callBody(api, way, model) {
+  const form = API_FORMS[api];
+  const text = question(way);
+  const content = way === "image" ? form.image(text, `data:image/png;base64,${PICTURE}`) : text;
+  const body = { model, ...form.fields(content) };
+  if (way === "tool") {
+    body.tools = [form.tool];
+  }
+  return body;
+}
+
+function withStream(body, way) {
+  return way === "stream" ? { ...body, stream: true } : body;
+}
+
+/** A text in a shell's single quotes. */
+function shellQuoted(text) {
+  return `'${text.replaceAll("'", "'\\''")}'`;
+}
+
+function curlLines(path, header, json) {
+  return [
+    `curl -N ${BASE}/${path}`,
+    `-H ${shellQuoted(header)}`,
+    "-H 'Content-Type: application/json'",
+    `-d ${shellQuoted(json)}`,
+  ].join(" \\\n  ");
+}
+
+function curlCall(api, way, body) {
+  const { path, header } = API_FORMS[api];
+  return curlLines(path, header, JSON.stringify(withStream(body, way), null, 2));
+}
+
+function powerShellQuoted(text) {
+  return `'${text.replaceAll("'", "''")}'`;
+}
+
+function powerShellCall(api, way, body) {
+  const { path, header } = API_FORMS[api];
+  const address = `${BASE}/${path}`;
+  const json = JSON.stringify(withStream(body, way), null, 2);
+  const lines = [`$body = @'\n${json}\n'@`];
+  if (way === "stream") {
+    lines.push(
+      "$OutputEncoding = [Text.UTF8Encoding]::new()",
+      `$body | curl.exe -N ${address} -H ${powerShellQuoted(header)} \``,
+      "  -H 'Content-Type: application/json' --data-binary '@-'",
+    );
+    return lines.join("\n");
+  }
+  const [name, value] = header.split(": ");
+  lines.push(
+    `$headers = @{ ${powerShellQuoted(name)} = ${powerShellQuoted(value)} }`,
+    "$bytes = [Text.Encoding]::UTF8.GetBytes($body)",
+    `Invoke-RestMethod ${address} -Method Post -Headers $headers \``,
+    "  -ContentType 'application/json' -Body $bytes | ConvertTo-Json -Depth 9",
+  );
+  return lines.join("\n");
+}
+
+/** A body's fields as named arguments: what JSON writes, our bodies hold no true, false or null. */
+function pythonArguments(body) {
+  return Object.entries(body)
+    .map(
+      ([name, value]) =>
+        `    ${name}=${JSON.stringify(value, null, 4).replaceAll("\n", "\n    ")},`,
+    )
+    .join("\n");
+}
+
+function pythonClient(api) {
+  if (api === "Anthropic") {
+    const address = JSON.stringify(ORIGIN);
+    const key = JSON.stringify(YOUR_KEY);
+    return `from anthropic import Anthropic\n\nclient = Anthropic(base_url=${address}, api_key=${key})`;
+  }
+  const address = JSON.stringify(BASE);
+  return `from openai import OpenAI\n\nclient = OpenAI(base_url=${address}, api_key=${JSON.stringify(YOUR_KEY)})`;
+}
+
+/** For each API: what is called, what prints an answer or calls of tools, and what prints a stream. */
+const PYTHON = {
+  Chat: {
+    method: "client.chat.completions.create",
+    text: "print(answer.choices[0].message.content)",
+    tool: "print(answer.choices[0].message.tool_calls)",
+    stream: `for chunk in answer:
+    if chunk.choices:
+        print(chunk.choices[0].delta.content or "", end="", flush=True)`,
+  },
+  Anthropic: {
+    method: "client.messages.create",
+    text: `for part in answer.content:
+    if part.type == "text":
+        print(part.text)`,
+    tool: "print(answer.content)",
+    stream: `for event in answer:
+    if event.type == "content_block_delta" and event.delta.type == "text_delta":
+        print(event.delta.text, end="", flush=True)`,
+  },
+  Responses: {
+    method: "client.responses.create",
+    text: "print(answer.output_text)",
+    tool: "print(answer.output)",
+    stream: `for event in answer:
+    if event.type == "response.output_text.delta":
+        print(event.delta, end="", flush=True)`,
+  },
+};
+
+function pythonCall(api, way, body) {
+  const { method, ...endings } = PYTHON[api];
+  const ending = endings[way] ?? endings.text;
+  const stream = way === "stream" ? "\n    stream=True," : "";
+  const call = `answer = ${method}(\n${pythonArguments(body)}${stream}\n)`;
+  return `${pythonClient(api)}\n${call}\n${ending}`;
+}
+
+const JAVASCRIPT = {
+  Chat: {
+    method: "client.chat.completions.create",
+    text: "console.log(answer.choices[0].message.content);",
+    tool: "console.log(answer.choices[0].message.tool_calls);",
+    stream: `for await (const { choices } of answer) {
+  process.stdout.write(choices[0]?.delta.content ?? "");
+}`,
+  },
+  Anthropic: {
+    method: "client.messages.create",
+    text: `for (const part of answer.content) {
+  if (part.type === "text") console.log(part.text);
+}`,
+    tool: "console.log(answer.content);",
+    stream: `for await (const event of answer) {
+  if (event.delta?.type === "text_delta") process.stdout.write(event.delta.text);
+}`,
+  },
+  Responses: {
+    method: "client.responses.create",
+    text: "console.log(answer.output_text);",
+    tool: "console.log(answer.output);",
+    stream: `for await (const event of answer) {
+  if (event.type === "response.output_text.delta") process.stdout.write(event.delta);
+}`,
+  },
+};
+
+function javaScriptClient(api) {
+  const isAnthropic = api === "Anthropic";
+  const [name, from, address] = isAnthropic
+    ? ["Anthropic", "@anthropic-ai/sdk", ORIGIN]
+    : ["OpenAI", "openai", BASE];
+  const options = `{ baseURL: ${JSON.stringify(address)}, apiKey: ${JSON.stringify(YOUR_KEY)} }`;
+  return `import ${name} from ${JSON.stringify(from)};\n\nconst client = new ${name}(${options});`;
+}
+
+function javaScriptCall(api, way, body) {
+  const { method, ...endings } = JAVASCRIPT[api];
+  const ending = endings[way] ?? endings.text;
+  const fields = JSON.stringify(withStream(body, way), null, 2).replace(/"(\w+)":/g, "$1:");
+  return `${javaScriptClient(api)}\nconst answer = await ${method}(${fields});\n${ending}`;
+}
+
+const CALL_WRITERS = {
+  curl: curlCall,
+  PowerShell: powerShellCall,
+  Python: pythonCall,
+  JavaScript: javaScriptCall,
+};
+
+/** The model for a call: another one where the chosen one takes no images. */
+function modelForCall(way) {
+  const chosen = findModel($("call-model").value);
+  if (way !== "image" || chosen.vision) {
+    return chosen;
+  }
+  return PLAIN_MODELS.find(({ vision }) => vision) ?? chosen;
+}
+
+function drawCall() {
+  const [writer, api, way] = ["call-language", "call-api", "call-way"].map(chosenTab);
+  const model = modelForCall(way);
+  const lines = CALL_WRITERS[writer](api, way, callBody(api, way, model.id));
+  const parts = [block(lines, `${writer}, ${api}`)];
+  if (model.id !== $("call-model").value) {
+    const words = say(
+      `${$("call-model").value} takes no images; this call is for ${model.id}.`,
+      `${$("call-model").value} 不接受图片，此处改用 ${model.id}。`,
+    );
+    parts.unshift(make("p", {}, words));
+  }
+  const install = installLine(writer, api);
+  if (install) {
+    parts.push(make("p", {}, say("Before it: ", "先安装："), make("code", {}, install)));
+  }
+  $("call-panel").replaceChildren(...parts);
+}
+
+function installLine(writer, api) {
+  const names = { Python: "pip install", JavaScript: "npm install" };
+  const packages = {
+    Python: api === "Anthropic" ? "anthropic" : "openai",
+    JavaScript: api === "Anthropic" ? "@anthropic-ai/sdk" : "openai",
+  };
+  return names[writer] ? `${names[writer]} ${packages[writer]}` : "";
+}
+
+function sameChoices(values) {
+  return values.map((value) => ({ value, text: value }));
+}
+
+// ---- Clients: the lines of `launch`, and what to enter in programs with windows.
+
+const isLocal = ["localhost", "127.0.0.1", "[::1]"].includes(location.hostname);
+
+/** Programs that are set up by hand: where, and what the field for the address is called. */
+const ENTERED = [
+  {
+    program: "Chatbox",
+    address: ORIGIN,
+    field: "API host",
+    how: [
+      "Settings › Model Provider › Add › OpenAI API compatible",
+      "设置 › 模型提供方 › 添加 › OpenAI API 兼容",
+    ],
+  },
+  {
+    program: "Cherry Studio",
+    address: ORIGIN,
+    field: "API host",
+    how: ["Settings › Model Provider › Add › OpenAI", "设置 › 模型服务 › 添加 › OpenAI"],
+  },
+  {
+    program: "Open WebUI",
+    address: BASE,
+    field: "URL",
+    how: [
+      "Admin › Settings › Connections › OpenAI API › +",
+      "管理员 › 设置 › 外部连接 › OpenAI API › +",
+    ],
+  },
+  {
+    program: "Cursor",
+    address: BASE,
+    field: "Override OpenAI Base URL",
+    how: [
+      "Cursor calls from its own servers: it needs a public HTTPS address (a tunnel), not localhost, and a strong key. Settings › Models › API Keys",
+      "Cursor 从它自己的服务器发出请求：需要公网 HTTPS 地址（隧道）和高强度密钥。设置 › Models › API Keys",
+    ],
+  },
+];
+
+const OTHERS = "others";
+
+/** Lines from the server with the address, the key and the model in place of %words%. */
+function fillWords(lines, model) {
+  const words = {
+    ...model.words,
+    origin: ORIGIN,
+    base: BASE,
+    key: YOUR_KEY,
+    escaped_key: YOUR_KEY,
+    model: model.id,
+  };
   return lines.replace(/%(\w+)%/g, (_, word) => words[word]);
 }
-const launched = ({ command, lines, install }) => [command, m => [
-  ...(local ? said(say("Beside ztoapi.py, in one line:", "在 ztoapi.py 所在目录，一行即可："), `python ztoapi.py launch ${command}${port} --model ${m.id}`) : []),
-  ...said(say("The same by hand; none of your configuration is changed:", "手动启动（不改动你的任何配置）："), filled(lines, m)),
-  ...said(say("To install it:", "安装："), install)]];
-const entered = ([program, address, name, ...how]) =>
-  [program, m => said(say(...how), `${name}: ${address}\n${say("API key", "密钥")}: ${key}\n${say("Model", "模型")}: ${m.id}`)];
-const clients = [...data.clients.map(launched), ...[
-  ["Chatbox", origin, "API host", "Settings › Model Provider › Add › OpenAI API compatible", "设置 › 模型提供方 › 添加 › OpenAI API 兼容"],
-  ["Cherry Studio", origin, "API host", "Settings › Model Provider › Add › OpenAI", "设置 › 模型服务 › 添加 › OpenAI"],
-  ["Open WebUI", base, "URL", "Admin › Settings › Connections › OpenAI API › +", "管理员 › 设置 › 外部连接 › OpenAI API › +"],
-  ["Cursor", base, "Override OpenAI Base URL", "Cursor calls from its own servers: it needs a public HTTPS address (a tunnel), not localhost, "
-    + "and a strong key. Settings › Models › API Keys", "Cursor 从它自己的服务器发出请求：需要公网 HTTPS 地址（隧道）和高强度密钥。设置 › Models › API Keys"],
-].map(entered), [say("others", "其他"), () =>
-  said(say("Most programs read these two variables:", "多数程序读取这两个变量："), `export OPENAI_BASE_URL=${base}\nexport OPENAI_API_KEY=${key}`)]];
-const plain = data.models.filter(m => /^[\w.:\/-]+$/.test(m.id));  // a shell takes the others for something else
-const selects = [$("call-model"), $("client-model")], panels = Object.entries({ call: calls, client: clients });
-for (const select of selects) select.append(...plain.map(m => make("option", m.id, { selected: m === free })));
-for (const [id, entries] of panels) $(id + "-tabs").append(...entries.map(([name], value) =>
-  make("label", [make("input", [], { type: "radio", name: id, value, checked: value === 0 }), name])));
-function fill() {
-  const streamed = $("streamed").checked || undefined;  // JSON leaves undefined out
-  const model = plain.find(m => m.id === selects[0].value), chosen = id => document.querySelector(`[name=${id}]:checked`).value;
-  for (const [id, entries] of panels) $(id + "-panel").replaceChildren(...entries[chosen(id)][1](model, streamed));
-}
-$("uses").oninput = ({ target }) => { if (selects.includes(target)) for (const each of selects) each.value = target.value; fill(); };
-fill();
 
-const size = n => n === null ? "?" : n >= 1048576 ? n / 1048576 + "\u00a0M" : n / 1024 + "\u00a0K";
-const THINKING = { none: ["no", "无"], switch: ["on, off", "可开关"], effort: ["off, effort", "可关、可调"], always: ["always", "始终"] };
-table("model", [["name", "名称"], ["context", "上下文"], ["output", "输出"], ["takes", "输入"], ["thinking", "思考"], ["price", "价格"]],
-  data.models.map(m => [m.id, size(m.context), size(m.output),
-  m.vision ? say("text, images", "文字、图片") : say("text", "文字"), say(...THINKING[m.thinking]), m.free ? say("free", "免费") : ""]));
-$("model-list").append(...data.models.map(m => make("option", [], { value: m.id })));
-table("error", [["error", "错误"], ["what to do", "怎么办"]], [
+function saidBlock(words, lines) {
+  return [make("p", {}, words), block(lines)];
+}
+
+function drawLaunched({ command, lines, install }, model) {
+  const parts = [];
+  if (isLocal) {
+    const port = location.port === "9090" ? "" : ` --port ${location.port}`;
+    const words = say("Beside ztoapi.py, in one line:", "在 ztoapi.py 所在目录，一行即可：");
+    parts.push(
+      ...saidBlock(words, `python ztoapi.py launch ${command}${port} --model ${model.id}`),
+    );
+  }
+  const byHand = say(
+    "The same by hand; none of your configuration is changed:",
+    "手动启动（不改动你的任何配置）：",
+  );
+  parts.push(...saidBlock(byHand, fillWords(lines, model)));
+  parts.push(...saidBlock(say("To install it:", "安装："), install));
+  return parts;
+}
+
+function drawEntered({ address, field, how }, model) {
+  const key = `${say("API key", "密钥")}: ${YOUR_KEY}`;
+  const name = `${say("Model", "模型")}: ${model.id}`;
+  return saidBlock(say(...how), `${field}: ${address}\n${key}\n${name}`);
+}
+
+function drawOthers() {
+  const words = say("Most programs read these two variables:", "多数程序读取这两个变量：");
+  return saidBlock(words, `export OPENAI_BASE_URL=${BASE}\nexport OPENAI_API_KEY=${YOUR_KEY}`);
+}
+
+function drawClient() {
+  const program = chosenTab("client-program");
+  const model = findModel($("client-model").value);
+  const launched = data.clients.find(({ command }) => command === program);
+  const entered = ENTERED.find((each) => each.program === program);
+  let parts = drawOthers();
+  if (launched) {
+    parts = drawLaunched(launched, model);
+  } else if (entered) {
+    parts = drawEntered(entered, model);
+  }
+  $("client-panel").replaceChildren(...parts);
+}
+
+/** The two choices of a model are one. */
+function shareModel(event) {
+  $("call-model").value = event.target.value;
+  $("client-model").value = event.target.value;
+  drawCall();
+  drawClient();
+}
+
+function startExamples() {
+  const chosen = findModel(data.model) ?? MODELS.find(({ free }) => free) ?? MODELS[0];
+  for (const id of ["call-model", "client-model"]) {
+    const options = PLAIN_MODELS.map((model) => option(model.id, model.id, model === chosen));
+    $(id).replaceChildren(...options);
+    $(id).onchange = shareModel;
+  }
+  $("call-form").oninput = drawCall;
+  $("client-form").oninput = drawClient;
+}
+
+function drawExamples() {
+  fillTabs("call-language", sameChoices(LANGUAGES));
+  fillTabs("call-api", sameChoices(APIS));
+  fillTabs(
+    "call-way",
+    WAYS.map((value) => ({ value, text: say(...WAY_NAMES[value]) })),
+  );
+  const programs = [
+    ...data.clients.map(({ command }) => command),
+    ...ENTERED.map(({ program }) => program),
+  ];
+  fillTabs("client-program", [
+    ...sameChoices(programs),
+    { value: OTHERS, text: say("others", "其他") },
+  ]);
+  drawCall();
+  drawClient();
+}
+
+// ---- Models and errors.
+
+function formatSize(tokens) {
+  if (tokens === null) {
+    return "?";
+  }
+  const inThousands = tokens / 1024;
+  return inThousands >= 1024 ? `${inThousands / 1024}\u00a0M` : `${inThousands}\u00a0K`;
+}
+
+function formatPrice({ free, price }) {
+  if (free) {
+    return say("free", "免费");
+  }
+  return price ? price.map((dollars) => `$${dollars}`).join(" · ") : "–";
+}
+
+function modelCells(model) {
+  return [
+    model.id,
+    formatSize(model.context),
+    formatSize(model.output),
+    model.vision ? say("text, images", "文字、图片") : say("text", "文字"),
+    say(...THINKING[model.thinking].title),
+    formatPrice(model),
+  ];
+}
+
+/** Whether a row has all the words of the filter, in either case. */
+function matchesFilter(model, cells) {
+  const words = $("filter").value.toLowerCase().split(/\s+/);
+  const row = cells.join(" ").toLowerCase();
+  const isWanted = words.every((word) => row.includes(word));
+  return (
+    isWanted &&
+    (model.free || !$("only-free").checked) &&
+    (model.vision || !$("only-seeing").checked)
+  );
+}
+
+function drawModels() {
+  const columns = [
+    { title: say("name", "名称") },
+    { title: say("context", "上下文"), kind: "number" },
+    { title: say("output", "输出"), kind: "number" },
+    { title: say("takes", "输入") },
+    { title: say("thinking", "思考") },
+    { title: say("price: in · cached · out", "价格：输入 · 缓存 · 输出"), kind: "number" },
+  ];
+  const rows = [];
+  for (const model of MODELS) {
+    const cells = modelCells(model);
+    if (matchesFilter(model, cells)) {
+      rows.push(cells);
+    }
+  }
+  $("model-table").replaceChildren(makeTable(columns, rows, say("Models", "模型")));
+  const none = say("No model is like this: change the filter.", "没有符合的模型，请修改筛选条件。");
+  const some = say(
+    `${rows.length} of ${MODELS.length} models`,
+    `${rows.length} / ${MODELS.length} 个模型`,
+  );
+  $("filter-says").textContent = rows.length ? some : none;
+}
+
+const ERRORS = [
   ["400", "The request makes no sense; param names the field.", "请求有误，param 指出字段。"],
-  ["401 invalid_api_key", "Send a key of this server, not of Z.ai.", "请使用本服务器的密钥，而不是 Z.ai 的。"],
-  ["401 key_expired", "Your key was valid until a date that is past: ask the operator.", "你的密钥已过期，请联系管理员。"],
-  ["402 insufficient_quota", "No balance; free models need none, Coding Plan keys their own ZAI_BASE_URL.", "余额不足：免费模型无需余额，套餐密钥要用它的 ZAI_BASE_URL。"],
-  ["402 quota_exceeded", "The plan's quota is used up until Retry-After.", "套餐额度已用完，请等到 Retry-After。"],
-  ["402 key_quota_exceeded", "Your key's tokens are used up; the message says when they are reset.", "你的密钥的 token 已用完，message 会说明何时重置。"],
-  ["403 model_not_allowed", "Your key is not for this model: choose one of /v1/models.", "你的密钥不能用这个模型，请从 /v1/models 中选择。"],
-  ["404 model_not_found", "Z.ai does not know the model: choose one of the above.", "没有这个模型，请从上面选择。"],
-  ["429 rate_limit_exceeded", "Too many requests, or the model is overloaded: wait as Retry-After says.", "请求过多或模型繁忙，请按 Retry-After 等待。"],
-  ["502, 504", "Z.ai failed or is not reached: try again; the operator may run ztoapi.py --check.", "Z.ai 出错或无法连接：请重试；管理员可运行 ztoapi.py --check。"],
+  [
+    "400 context_length_exceeded",
+    "The conversation is longer than the model's context: shorten it.",
+    "对话超出模型的上下文，请缩短。",
+  ],
+  [
+    "400 image_not_supported",
+    "The model takes no images: choose one of those that the message names.",
+    "该模型不接受图片，请换用 message 中列出的模型。",
+  ],
+  [
+    "401 invalid_api_key",
+    "Send a key of this server, not of Z.ai.",
+    "请使用本服务器的密钥，而不是 Z.ai 的。",
+  ],
+  [
+    "401 key_expired, key_paused",
+    "Your key's date is past, or the operator has paused it: ask the operator.",
+    "你的密钥已过期或被暂停，请联系管理员。",
+  ],
+  [
+    "402 insufficient_quota",
+    "No balance; free models need none, Coding Plan keys their own ZAI_BASE_URL.",
+    "余额不足：免费模型无需余额，套餐密钥要用它的 ZAI_BASE_URL。",
+  ],
+  [
+    "402 quota_exceeded",
+    "The plan's quota is used up until Retry-After.",
+    "套餐额度已用完，请等到 Retry-After。",
+  ],
+  [
+    "402 key_quota_exceeded",
+    "Your key's tokens are used up; the message says when they are reset.",
+    "你的密钥的 token 已用完，message 会说明何时重置。",
+  ],
+  [
+    "402 spend_limit_reached",
+    "The dollars that may be spent are used up; free models go on.",
+    "可用金额已用完；免费模型仍可使用。",
+  ],
+  [
+    "403 model_not_allowed",
+    "Your key is not for this model: choose one of /v1/models.",
+    "你的密钥不能用这个模型，请从 /v1/models 中选择。",
+  ],
+  [
+    "404 model_not_found",
+    "Z.ai does not know the model: choose one of the above.",
+    "没有这个模型，请从上面选择。",
+  ],
+  [
+    "429 rate_limit_exceeded",
+    "Too many requests, or the model is overloaded: wait as Retry-After says.",
+    "请求过多或模型繁忙，请按 Retry-After 等待。",
+  ],
+  [
+    "502, 504",
+    "Z.ai failed or is not reached: try again; the operator may run ztoapi.py --check.",
+    "Z.ai 出错或无法连接：请重试；管理员可运行 ztoapi.py --check。",
+  ],
   ["503 zai_api_key_missing", "The operator must set ZAI_API_KEY.", "管理员需要设置 ZAI_API_KEY。"],
-].map(([code, ...what]) => [code, say(...what)]));
+];
 
-$("try-key").value = data.key || remembered("ztoapi-key"); $("try-model").value = free.id; $("try-message").value = hello;
-let leaving = null; $("stop").onclick = () => leaving?.abort();
-$("form").onsubmit = async event => {
-  event.preventDefault(); if ($("send").ariaDisabled === "true") return;
-  const k = $("try-key").value.trim(), thinking = $("try-thinking").value, run = { started: performance.now(), first: 0, tokens: 0 };
-  const request = { model: $("try-model").value.trim(), messages: [{ role: "user", content: $("try-message").value }], stream: true,
-    stream_options: { include_usage: true }, ...(thinking && { enable_thinking: thinking === "true" }) };
-  for (const id of ["thought", "answer", "failure"]) $(id).textContent = "";
-  $("asked").replaceChildren(block(curl("chat/completions", bearer(k), request))); $("pace").textContent = say("waiting…", "等待中…");
-  remember("ztoapi-key", k); setBusy(true); leaving = new AbortController();
-  try { await ask(request, k, run); }
-  catch (e) { if (e.name !== "AbortError") fail(say("This server does not answer, or broke off: ", "服务器没有响应或连接中断：") + e.message); }
-  setBusy(false); pace(run, leaving.signal.aborted ? [say("stopped", "已停止")] : []);
-};
-function setBusy(busy) { $("send").ariaDisabled = $("answer").ariaBusy = busy; $("stop").ariaDisabled = !busy; }
-function fail(text) { $("failure").textContent = text; }
-async function ask(request, k, run) {
-  const response = await fetch("v1/chat/completions", { method: "POST", signal: leaving.signal, body: JSON.stringify(request),
-    headers: { "Content-Type": "application/json", Authorization: "Bearer " + k } });
-  if (!response.ok) return response.json().then(({ error }) => fail(`${response.status} ${error.code ?? error.type}\n${error.message}`));
-  const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
-  for (let text = "", part; !(part = await reader.read()).done;) {
-    const frames = (text + part.value).split("\n\n"); text = frames.pop();
-    for (const frame of frames) if (frame.startsWith("data: {")) show(JSON.parse(frame.slice(6)), run);
-  }
+function drawErrors() {
+  const columns = [
+    { title: say("error", "错误") },
+    { title: say("what to do", "怎么办"), kind: "words" },
+  ];
+  const rows = ERRORS.map(([code, ...what]) => [code, say(...what)]);
+  $("error-table").replaceChildren(makeTable(columns, rows, say("Errors", "错误")));
 }
-function show({ error, usage, choices }, run) {
-  if (error) return fail(JSON.stringify(error, null, 2));
-  for (const [field, id] of [["reasoning_content", "thought"], ["content", "answer"]]) {
-    const text = choices[0]?.delta?.[field]; if (!text) continue;
-    run.first ||= performance.now(); run.tokens++; $(id).append(text); pace(run, []);
-  }
-  run.tokens = usage?.completion_tokens || run.tokens;  // a token a chunk, until Z.ai says how many
+
+// ---- The page.
+
+function drawIntro() {
+  const theirs = say("the one that the operator of this server gave you", "由服务器管理员提供");
+  const base = [make("code", {}, BASE), copyButton(() => BASE, say("base URL", "地址"))];
+  const key = [make("code", {}, data.key), copyButton(() => data.key, say("API key", "密钥"))];
+  $("base").replaceChildren(...base);
+  $("key").replaceChildren(...(data.key ? key : [theirs]));
+  $("demo").hidden = !data.demo;
+  $("no-key").hidden = data.demo || data.zai_key;
+  $("to-dashboard").hidden = !data.dashboard;
 }
-function pace({ started, first, tokens }, figures) {
-  const seconds = (performance.now() - first) / 1000;
-  if (first) figures.push(say("first token after ", "首个 token：") + ((first - started) / 1000).toFixed(2) + " s", tokens + " tokens");
-  if (first && seconds > 0.2) figures.push((tokens / seconds).toFixed(0) + " tokens/s");
-  $("pace").textContent = figures.join(" · ");
+
+function drawDocs() {
+  drawIntro();
+  showModel();
+  drawLog();
+  drawThumbs();
+  drawExamples();
+  drawModels();
+  drawErrors();
 }
-"""  # noqa: E501, RUF001 - a page, in two languages
-DOCS_PAGE = page(DOCS_BODY, DOCS_SCRIPT)
-DASHBOARD_BODY = r"""<title>ztoapi dashboard</title><header><h1 data-zh="ztoapi 仪表盘">ztoapi dashboard</h1><nav><a href="docs" data-zh="说明">Docs</a>
-<button type="button" id="leave" data-zh="换一个密钥" hidden>Use another key</button></nav></header>
-<main><form class="card" id="door" autocomplete="off" hidden><label data-zh="本服务器的密钥，只保存在此标签页">A key of this server; it is kept for this
-tab only <input id="door-key" type="password" required pattern=" *[!-~]+ *"></label><button class="main" data-zh="打开">Open</button>
-<p class="bad" id="door-says" role="alert"></p></form>
-<p class="note bad" id="gone" role="alert" hidden data-zh="服务器没有响应，本页会继续尝试。">The server does not answer. This page keeps trying.</p>
-<div id="board" hidden><div class="grid" id="figures"></div><div class="grid operator" id="hour-part">
-<figure class="card"><figcaption id="requests-title" data-zh="每分钟请求（红色：失败）">Requests a minute (red: failed)</figcaption>
-<div class="chart" id="requests" role="img" aria-labelledby="requests-title requests-top"></div>
-<div class="axis"><span data-zh="一小时前">an hour ago</span><span id="requests-top"></span><span data-zh="现在">now</span></div></figure>
-<figure class="card"><figcaption id="tokens-title" data-zh="每分钟 token（绿色：输出）">Tokens a minute (green: out)</figcaption>
-<div class="chart" id="tokens" role="img" aria-labelledby="tokens-title tokens-top"></div>
-<div class="axis"><span data-zh="一小时前">an hour ago</span><span id="tokens-top"></span><span data-zh="现在">now</span></div></figure></div>
-<section><h2 data-zh="套餐额度">The plan's allowance</h2><div id="plans"></div></section>
 
-<h2 id="month-title" data-zh="最近 31 天">The last 31 days</h2><div class="row">
-<label class="operator" data-zh="分组">by <select id="by"><option value="model" data-zh="模型">model</option>
-<option value="key" data-zh="密钥">key</option></select></label>
-<label data-zh="显示">show <select id="measure"><option value="tokens" data-zh="token">tokens</option>
-<option value="cost" data-zh="费用">cost</option><option value="requests" data-zh="请求">requests</option></select></label></div>
-<figure class="card"><div class="chart" id="month" role="listbox" tabindex="0" aria-labelledby="month-title month-top"></div>
-<div class="axis"><span data-zh="30 天前">30 days ago</span><span id="month-top"></span><span data-zh="今天">today</span></div>
-<figcaption id="day"></figcaption></figure><div class="scroll numbers" id="month-table"></div>
-<p><small data-zh="日期按 UTC；费用按 Z.ai 目录价估算，单位美元，–：价格未知。">Days are UTC days. Cost is Z.ai's list price in US dollars;
-–: price unknown.</small></p><p class="bad" id="no-history" data-zh="数据库无法访问，暂无历史。">The database is out of reach: no history now.</p>
+startPlayground();
+startExamples();
+$("filter").oninput = drawModels;
+$("only-free").onchange = drawModels;
+$("only-seeing").onchange = drawModels;
+startPage(drawDocs);
+"""  # noqa: E501, RUF001 - in two languages
+DASHBOARD_HTML = r"""
+<!doctype html>
+<html lang="en">
+  <head>
+    <meta charset="utf-8" />
+    <meta name="viewport" content="width=device-width, initial-scale=1" />
+    <meta
+      name="description"
+      content="What this ztoapi server does: its usage, the last requests, its keys and the state of Z.ai's."
+    />
+    <title data-zh="ztoapi · 仪表盘">ztoapi · Dashboard</title>
+    <link
+      rel="icon"
+      href="data:image/svg+xml,%3Csvg xmlns='http://www.w3.org/2000/svg' viewBox='0 0 32 32'%3E%3Crect width='32' height='32' rx='7' fill='%231d5fbf'/%3E%3Cpath d='M10 10h12L10 22h12' fill='none' stroke='white' stroke-width='3'/%3E%3C/svg%3E"
+    />
+    <!-- STYLE -->
+  </head>
+  <body>
+    <a class="skip" href="#main" data-zh="跳到正文">Skip to the content</a>
+    <header class="bar">
+      <p class="brand">ztoapi <small id="version"></small></p>
+      <nav id="views" aria-label="Views" data-zh-label="视图">
+        <a href="#overview" data-zh="概览">Overview</a>
+        <a href="#requests" data-zh="请求">Requests</a>
+        <a href="#keys" data-zh="密钥">Keys</a>
+        <a href="#upstream" id="to-upstream" hidden data-zh="上游">Upstream</a>
+        <a href="docs" data-zh="说明">Docs</a>
+      </nav>
+      <div class="switches">
+        <label class="hidden" for="language">Language · 语言</label>
+        <select id="language">
+          <option value="en" lang="en">English</option>
+          <option value="zh" lang="zh-CN">中文</option>
+        </select>
+        <label class="hidden" for="theme" data-zh="外观">Colours</label>
+        <select id="theme">
+          <option value="" data-zh="跟随系统">System theme</option>
+          <option value="light" data-zh="浅色">Light</option>
+          <option value="dark" data-zh="深色">Dark</option>
+        </select>
+        <button type="button" id="leave" hidden data-zh="换一个密钥">Use another key</button>
+      </div>
+    </header>
 
-<h2 data-zh="密钥与限额">Keys and limits</h2><div class="scroll" id="key-table"></div><div class="note" id="made" role="status" tabindex="-1"></div>
-<form class="card operator" id="key-form" autocomplete="off" spellcheck="false"><h3 id="key-title"></h3><div class="grid">
-<label data-zh="名称">Name <input id="name" name="name" required pattern="[A-Za-z0-9._@+\-]+"></label>
-<label data-zh="有效期至">Valid until <input id="expires" name="expires" placeholder="2027-01-31, 30d"></label>
-<label data-zh="token 额度">Tokens <input id="budget" name="tokens" placeholder="5M, 500K/day"></label>
-<label data-zh="允许的模型">Models <input id="allowed" name="models" placeholder="glm-4.*,glm-5.3"></label>
-<label data-zh="每分钟请求">Requests a minute <input id="rpm" name="rpm" placeholder="20" inputmode="numeric"></label>
-<label data-zh="同时请求">Requests in parallel <input id="parallel" name="parallel" placeholder="2" inputmode="numeric"></label></div>
-<div class="row"><button class="main" id="save" data-zh="保存">Save</button><button type="button" id="cancel" data-zh="取消">Cancel</button>
-<small data-zh="空：不限">empty: no limit</small></div><p class="bad" id="key-says" role="alert"></p></form><div class="operator" id="live-part">
+    <main id="main" tabindex="-1">
+      <h1 id="title" data-zh="仪表盘">Dashboard</h1>
+      <noscript>
+        <p class="note bad">
+          The dashboard is made by JavaScript, which is off in this browser. The same figures for
+          programs: /dashboard/stats with a key of this server, and /metrics for Prometheus.
+        </p>
+        <p class="note bad" lang="zh-CN">
+          仪表盘需要 JavaScript。程序可用本服务器的密钥读取 /dashboard/stats，Prometheus 可读取
+          /metrics。
+        </p>
+      </noscript>
+      <p class="note bad" id="gone" role="alert" hidden data-zh="服务器没有响应，本页会继续尝试。">
+        The server does not answer. This page keeps trying.
+      </p>
 
-<h2><span data-zh="模型">Models</span> <small data-zh="首字与全程：p50 · p95">first token and duration: p50 · p95</small></h2>
-<div class="scroll numbers" id="model-table"></div><h2 data-zh="Z.ai 密钥与队列">Z.ai keys and queues</h2><p id="resting"></p>
-<div class="scroll words" id="queue-table"></div><h2 data-zh="重试与修复">Retries and repairs</h2><p id="healed"></p>
-<h2 data-zh="最近的请求">Recent requests</h2><div class="scroll numbers" id="recent-table"></div></div></div>
-<dialog id="sure"><form method="dialog"><p id="sure-says"></p><div class="row"><button class="main" id="sure-yes" data-zh="删除">Remove</button>
-<button data-zh="取消" autofocus>Cancel</button></div></form></dialog></main>
-"""  # noqa: E501, RUF001 - a page, in two languages
+      <form class="card door" id="door" autocomplete="off" hidden>
+        <p
+          data-zh="输入本服务器的密钥：管理员的密钥（DEFAULT_KEY）可看到全部，其他密钥只看到自己的用量。"
+        >
+          Enter a key of this server: the operator's (DEFAULT_KEY) shows everything, any other its
+          own use.
+        </p>
+        <div class="field">
+          <label for="door-key" data-zh="密钥">Key</label>
+          <input
+            id="door-key"
+            type="password"
+            required
+            spellcheck="false"
+            pattern=" *[!-~]+ *"
+            aria-describedby="door-says"
+          />
+        </div>
+        <label class="check">
+          <input type="checkbox" id="door-keep" />
+          <span data-zh="在此设备上记住（否则仅限此标签页）">
+            Remember on this device (else for this tab only)
+          </span>
+        </label>
+        <div class="row"><button class="main" id="door-open" data-zh="打开">Open</button></div>
+        <p class="bad" id="door-says" role="alert"></p>
+      </form>
+
+      <p class="soft" id="loading" role="status" hidden data-zh="正在读取……">Loading …</p>
+
+      <div id="board" hidden>
+        <section id="overview-view">
+          <form class="row" id="overview-form" autocomplete="off">
+            <fieldset class="tabs" id="range">
+              <legend data-zh="时间范围">Range</legend>
+            </fieldset>
+          </form>
+          <p class="note bad" id="no-history" hidden data-zh="数据库无法访问，暂无每日历史。">
+            The database is out of reach: there is no history of days now.
+          </p>
+          <ul class="figures-grid" id="figures" aria-label="Figures" data-zh-label="数据"></ul>
+          <p class="soft" id="range-says"></p>
+
+          <section id="limits-part" hidden aria-labelledby="limits-title">
+            <h2 id="limits-title" data-zh="剩余额度">What is left</h2>
+            <div class="stack" id="limits"></div>
+          </section>
+
+          <section aria-labelledby="usage-title">
+            <div class="heading">
+              <h2 id="usage-title" data-zh="用量">Use</h2>
+              <div class="row">
+                <div class="field">
+                  <label for="measure" data-zh="显示">Show</label>
+                  <select id="measure">
+                    <option value="tokens" data-zh="token">tokens</option>
+                    <option value="cost" data-zh="费用">cost</option>
+                    <option value="requests" data-zh="请求">requests</option>
+                  </select>
+                </div>
+                <div class="field" id="by-part">
+                  <label for="by" data-zh="分组">by</label>
+                  <select id="by">
+                    <option value="model" data-zh="模型">model</option>
+                    <option value="key" data-zh="密钥">key</option>
+                  </select>
+                </div>
+              </div>
+            </div>
+            <div class="card chart" id="usage-chart"></div>
+            <div
+              class="scroll"
+              id="usage-table"
+              role="region"
+              tabindex="0"
+              aria-label="Use as a table"
+              data-zh-label="用量表"
+            ></div>
+            <p>
+              <small data-zh="天按 UTC 计算；费用按 Z.ai 目录价估算，单位美元，–：价格未知。">
+                Days are UTC days. Cost is Z.ai's list price in US dollars; –: price unknown.
+              </small>
+            </p>
+          </section>
+          <div class="charts">
+            <section aria-labelledby="failures-title">
+              <h2 id="failures-title" data-zh="失败">Failures</h2>
+              <div class="card chart" id="failures-chart"></div>
+            </section>
+            <section aria-labelledby="times-title">
+              <h2 id="times-title" data-zh="首个 token 与全程">First token and duration</h2>
+              <div class="card chart" id="times-chart"></div>
+              <p>
+                <small data-zh="最近 24 小时，仅在内存中：服务器重启后重新开始。">
+                  The last 24 hours, in memory: a restarted server begins anew.
+                </small>
+              </p>
+            </section>
+          </div>
+        </section>
+
+        <section id="requests-view" hidden>
+          <form class="row filters" id="filters" autocomplete="off">
+            <div class="field operator">
+              <label for="of-key" data-zh="密钥">Key</label>
+              <select id="of-key"></select>
+            </div>
+            <div class="field">
+              <label for="of-model" data-zh="模型">Model</label>
+              <select id="of-model"></select>
+            </div>
+            <div class="field">
+              <label for="of-status" data-zh="状态">Status</label>
+              <select id="of-status">
+                <option value="" data-zh="全部">all</option>
+                <option value="good" data-zh="成功">good</option>
+                <option value="bad" data-zh="失败">failed</option>
+                <option value="4" data-zh="4xx">4xx</option>
+                <option value="5" data-zh="5xx">5xx</option>
+                <option value="499" data-zh="客户端离开（499）">client left (499)</option>
+              </select>
+            </div>
+            <div class="field">
+              <label for="of-text" data-zh="文字">Text</label>
+              <input
+                type="search"
+                id="of-text"
+                placeholder="error, route, id …"
+                data-zh-placeholder="错误、路径、编号……"
+              />
+            </div>
+            <button type="button" id="pause" aria-pressed="false" data-zh="暂停">Pause</button>
+          </form>
+          <p class="status" id="requests-say"></p>
+          <div
+            class="scroll"
+            id="request-table"
+            role="region"
+            tabindex="0"
+            aria-label="The last requests"
+            data-zh-label="最近的请求"
+          ></div>
+        </section>
+
+        <section id="keys-view" hidden>
+          <div class="row operator">
+            <button type="button" class="main" id="add-key" data-zh="添加密钥">Add a key</button>
+          </div>
+          <p class="status" id="keys-say" role="status"></p>
+          <div
+            class="scroll"
+            id="key-table"
+            role="region"
+            tabindex="0"
+            aria-label="Keys"
+            data-zh-label="密钥"
+          ></div>
+        </section>
+
+        <section id="upstream-view" hidden>
+          <h2 data-zh="Z.ai 密钥">Z.ai's keys</h2>
+          <div
+            class="scroll"
+            id="zai-table"
+            role="region"
+            tabindex="0"
+            aria-label="Z.ai's keys"
+            data-zh-label="Z.ai 密钥"
+          ></div>
+          <h2 data-zh="队列">Queues</h2>
+          <div
+            class="scroll"
+            id="queue-table"
+            role="region"
+            tabindex="0"
+            aria-label="Queues"
+            data-zh-label="队列"
+          ></div>
+          <h2 data-zh="模型">Models</h2>
+          <p class="soft" data-zh="自服务器启动以来；首个 token 与全程：p50 · p95。">
+            Since the server started; first token and duration: p50 · p95.
+          </p>
+          <div
+            class="scroll"
+            id="model-table"
+            role="region"
+            tabindex="0"
+            aria-label="Models"
+            data-zh-label="模型"
+          ></div>
+          <h2 data-zh="重试与修复">Retries and repairs</h2>
+          <div
+            class="scroll"
+            id="repair-table"
+            role="region"
+            tabindex="0"
+            aria-label="Retries and repairs"
+            data-zh-label="重试与修复"
+          ></div>
+          <h2 data-zh="套餐额度">Quota</h2>
+          <div class="stack" id="quota"></div>
+        </section>
+      </div>
+
+      <dialog id="key-dialog" aria-labelledby="key-title">
+        <form id="key-form" autocomplete="off" spellcheck="false">
+          <h2 id="key-title"></h2>
+          <div class="field">
+            <label for="key-name" data-zh="名称">Name</label>
+            <input id="key-name" name="name" required maxlength="64" />
+          </div>
+          <div class="field">
+            <label for="key-expires" data-zh="有效期至（空：不限）"
+              >Valid until (empty: no limit)</label
+            >
+            <input id="key-expires" name="expires" type="date" />
+          </div>
+          <fieldset class="amount">
+            <legend class="label" data-zh="token 额度（空：不限）">Tokens (empty: no limit)</legend>
+            <input
+              id="tokens-amount"
+              type="number"
+              min="0"
+              step="any"
+              aria-label="Tokens: amount"
+              data-zh-label="token：数量"
+            />
+            <select id="tokens-unit" aria-label="Tokens: unit" data-zh-label="token：单位">
+              <option value="" data-zh="个">tokens</option>
+              <option value="K" data-zh="千（K）">thousand (K)</option>
+              <option value="M" selected data-zh="百万（M）">million (M)</option>
+            </select>
+            <select id="tokens-period" aria-label="Tokens: period" data-zh-label="token：周期">
+              <option value="" data-zh="总计">in all</option>
+              <option value="day" data-zh="每天">a day</option>
+              <option value="week" data-zh="每周">a week</option>
+              <option value="month" data-zh="每月">a month</option>
+            </select>
+          </fieldset>
+          <fieldset class="amount">
+            <legend class="label" data-zh="金额，美元（空：不限）">
+              Spend in US dollars (empty: no limit)
+            </legend>
+            <input
+              id="spend-amount"
+              type="number"
+              min="0"
+              step="any"
+              aria-label="Spend: amount"
+              data-zh-label="金额：数量"
+            />
+            <select id="spend-period" aria-label="Spend: period" data-zh-label="金额：周期">
+              <option value="" data-zh="总计">in all</option>
+              <option value="day" data-zh="每天">a day</option>
+              <option value="week" data-zh="每周">a week</option>
+              <option value="month" data-zh="每月">a month</option>
+            </select>
+          </fieldset>
+          <div class="pair">
+            <div class="field">
+              <label for="key-rpm" data-zh="每分钟请求">Requests a minute</label>
+              <input id="key-rpm" name="rpm" type="number" min="1" step="1" />
+            </div>
+            <div class="field">
+              <label for="key-parallel" data-zh="同时请求">At the same time</label>
+              <input id="key-parallel" name="parallel" type="number" min="1" step="1" />
+            </div>
+          </div>
+          <fieldset>
+            <legend class="label" data-zh="模型（都不选：全部可用）">
+              Models (none chosen: all)
+            </legend>
+            <div class="picker" id="model-picker"></div>
+            <div class="field">
+              <label for="key-patterns" data-zh="其他名称或模式，用逗号分隔">
+                Other names or patterns, with commas
+              </label>
+              <input id="key-patterns" placeholder="glm-4.*" />
+            </div>
+          </fieldset>
+          <p class="bad" id="key-says" role="alert"></p>
+          <div class="row">
+            <button class="main" id="key-save" data-zh="保存">Save</button>
+            <button type="button" id="key-cancel" data-zh="取消">Cancel</button>
+          </div>
+        </form>
+      </dialog>
+
+      <dialog id="made-dialog" aria-labelledby="made-title">
+        <h2 id="made-title"></h2>
+        <p data-zh="密钥只显示这一次：请现在复制下面各行，发给使用者。">
+          The key is shown only now: copy these lines and send them to its user.
+        </p>
+        <p class="warn" id="made-warning"></p>
+        <div id="made"></div>
+        <div class="row">
+          <button type="button" class="main" id="made-close" data-zh="完成">Done</button>
+        </div>
+      </dialog>
+
+      <dialog id="sure-dialog" aria-labelledby="sure-title">
+        <form id="sure-form" autocomplete="off">
+          <h2 id="sure-title"></h2>
+          <p id="sure-text"></p>
+          <div class="field" id="rename-part">
+            <label for="new-name" data-zh="新名称">New name</label>
+            <input id="new-name" maxlength="64" spellcheck="false" />
+          </div>
+          <p class="bad" id="sure-says" role="alert"></p>
+          <div class="row">
+            <button class="main" id="sure-yes"></button>
+            <button type="button" id="sure-no" data-zh="取消">Cancel</button>
+          </div>
+        </form>
+      </dialog>
+    </main>
+    <!-- SCRIPT -->
+  </body>
+</html>
+"""  # noqa: E501, RUF001 - in two languages
 DASHBOARD_SCRIPT = r"""
-const seconds = s => s === null ? "–" : s < 1 ? Math.round(s * 1000) + " ms" : s.toFixed(s < 10 ? 2 : 1) + " s";
-const pair = ({ p50, p95 }) => seconds(p50) + " · " + seconds(p95);
-const number = (n, how = {}) => n.toLocaleString("en-US", how);
-const share = (part, whole) => whole && part !== null ? Math.round(part / whole * 100) + " %" : "–";
-const short = n => n < 1e6 ? number(n) : number(n, { notation: "compact", maximumFractionDigits: 1 });
-const money = n => n === null ? "–" : n && n < 0.01 ? "$" + n.toPrecision(1) : number(n, { style: "currency", currency: "USD" });
-const local = t => new Date(t * 1000).toLocaleString("sv");  // 2026-01-31 23:59:59
-const clock = t => local(t).startsWith(local(Date.now() / 1000).slice(0, 10)) ? local(t).slice(11) : local(t).slice(5, 16);
-const NONE = { requests: 0, failures: 0, prompt_tokens: 0, cached_tokens: null, completion_tokens: 0, cost: null };
-const plus = (a, b) => Object.fromEntries(Object.keys(NONE).map(f => [f, a[f] === null ? b[f] : a[f] + b[f]]));
-const total = parts => parts.reduce((sum, [size]) => sum + size, 0);
-const MEASURES = { tokens: [f => f.prompt_tokens + f.completion_tokens, short], cost: [f => f.cost, money], requests: [f => f.requests, number] };
+// ---- What the server has told. It sends what has changed: the rest stays as it was.
 
-const DAYS = 31, MODEL = ["model", "模型"], KEY = ["key", "密钥"], TIMES = [["first token", "首字"], ["duration", "全程"]];
-const FIGURES = [["requests", "请求"], ["failed", "失败"], ["tokens in", "输入 token"], ["cached", "缓存命中"], ["tokens out", "输出 token"], ["cost", "费用"]];
-const figures = (f, words = number) => [words(f.requests), words(f.failures), words(f.prompt_tokens), share(f.cached_tokens, f.prompt_tokens),
-  words(f.completion_tokens), money(f.cost)];
-let key = remembered("ztoapi-key"), timer = 0, last = null, picked = DAYS - 1;
+const MOST_REQUESTS = 500;
+const QUICK = 2000; // milliseconds until the server is asked again when something goes on,
+const SLOW = 6000; // and when nothing does
+const HISTORY_AGE = 60000; // milliseconds after which the history is asked for again
 
-function draw(id, columns, words) {  // a column: what it says, and from the bottom up each part's size and colour
-  const top = Math.max(...columns.map(column => total(column.parts)));
-  const bar = ([size, colour]) => make("i", [], { style: `height: ${size / top * 95}%; background: ${colour}` });
-  $(id).replaceChildren(...columns.map(({ parts, ...properties }, n) =>
-    make("div", parts.filter(([size]) => size).map(bar), { id: id + n, role: "option", ...properties })));
-  $(id + "-top").textContent = say("at most ", "最高 ") + words(top);
-}
-const hour = (id, minutes) => draw(id, minutes.map((parts, n) =>
-  ({ title: say(`${59 - n} min ago: `, `${59 - n} 分钟前：`) + number(total(parts)), parts })), number);
-function month({ now, days, operator }) {
-  const by = operator ? $("by").value : "model", [measure, words] = MEASURES[$("measure").value];
-  const colour = rank => `oklch(64% 0.14 ${256 + rank * 137.5})`;  // the golden angle keeps neighbours apart
-  const sum = usage => usage.reduce((all, u) => all + measure(u), 0), byDay = Object.groupBy(days, u => u.day);
-  const ranked = Object.entries(Object.groupBy(days, u => u[by])).sort(([, a], [, b]) => sum(b) - sum(a));
-  draw("month", Array.from({ length: DAYS }, (_, n) => {
-    const day = new Date((now - (DAYS - 1 - n) * 86400) * 1000).toISOString().slice(0, 10), used = byDay[day] || [];
-    const parts = ranked.map(([name], rank) => [sum(used.filter(u => u[by] === name)), colour(rank), name]).filter(([size]) => size);
-    const details = parts.map(([size, , name]) => name + " " + words(size)).join(" · ");
-    const title = `${day}: ${words(total(parts))}` + (details && ` (${details})`), choose = () => pick(n);
-    return { parts, title, onpointermove: choose, onclick: choose };
-  }), words); pick(picked);
-  const lines = ranked.map(([name, usage], rank) => [
-    [make("i", [], { style: "background: " + colour(rank) }), name], ...figures(usage.reduce(plus))]);
-  table("month", [by === "model" ? MODEL : KEY, ...FIGURES], [...lines, [say("total", "合计"), ...figures(days.reduce(plus, NONE))]]);
-}
-function pick(n) {
-  const days = [...$("month").children];
-  picked = Math.max(0, Math.min(n, DAYS - 1)); days.forEach((day, i) => { day.ariaSelected = i === picked; });
-  $("month").setAttribute("aria-activedescendant", days[picked].id); $("day").textContent = days[picked].title;
-}
-const gauge = (ariaLabel, value, max, bad, details) =>
-  [make("progress", [], { ariaLabel, value, max, className: bad ? "bad" : "" }), make("br"), make("small", details.filter(Boolean).join(" · "))];
-const reset = t => say("resets ", "重置于 ") + clock(t), SPANS = { "5h": ["5 hours", "5 小时"], week: ["week", "每周"], month: ["month", "每月"] };
-const plan = ({ key, level, limits }) => [
-  make("h3", [say("Z.ai key ", "Z.ai 密钥 ") + key, level].filter(Boolean).join(" · ")), make("table", limits.map(allowance), { className: "words" })];
-function allowance({ window, type, percentage, used, allowance, resets_at }) {
-  const left = 100 - percentage, name = say(...SPANS[window] || [window, window]) + (type === "TIME_LIMIT" ? say(", search tools", "，搜索工具") : "");
-  const amounts = allowance !== null && used !== null && number(allowance - used) + " / " + number(allowance);
-  return row([name, gauge(name, left, 100, left < 10, [Math.round(left) + say(" % left", " % 剩余"), amounts, resets_at && reset(resets_at)])]);
-}
-const lowered = ({ lowered_to, refused_at, probe_at }, now) =>
-  say(`lowered to ${lowered_to} at ${clock(refused_at)}, when Z.ai refused more; `, `${clock(refused_at)} 因 Z.ai 拒绝更多而降至 ${lowered_to}；`)
-  + (probe_at > now ? say("one more is tried from ", "再试一个：") + clock(probe_at) : say("one more is tried when all are in use", "全部占用时再多试一个"));
-function queue(q, now) {
-  const fixed = q.max_in_flight ? say(`at most ${q.max_in_flight} in all (MAX_CONCURRENCY); `, `合计最多 ${q.max_in_flight}（MAX_CONCURRENCY）；`) : "";
-  const why = refusal => fixed + (refusal ? lowered(refusal, now) : say("not refused so far; grows with use", "尚未被拒绝；随使用增长"));
-  return q.limits.map((limit, n) => [...(n ? ["", "", ""] : [q.model, q.in_flight, q.waiting]), n + 1, limit, why(q.refusals[n])]);
-}
-function keyRow(k, operator) {
-  const button = (id, words, onclick) => make("button", words, { type: "button", id: id + " " + k.name, ariaLabel: words + " " + k.name, onclick });
-  const used = k.token_limit ? gauge(say("used", "已用"), k.used_tokens, k.token_limit, k.used_tokens > k.token_limit * .9,
-    [short(k.used_tokens) + say(" of ", " / ") + k.tokens, k.resets_at && reset(k.resets_at)]) : short(k.used_tokens);
-  return [k.name, make("span", k.expires || "–", { className: k.expired ? "bad" : "" }), k.models || "–", used, k.rpm ?? "–", k.parallel ?? "–",
-    operator ? [button("change", say("Change", "修改"), () => edit(k)), " ", button("remove", say("Remove", "删除"), () => remove(k.name))] : ""];
-}
-function show(s) {
-  for (const e of document.querySelectorAll(".operator")) e.hidden = !s.operator;
-  const all = Object.values(s.models || s.days).reduce(plus, NONE), cards = figures(all, short).map((value, n) => [value, ...FIGURES[n]]);
-  if (!s.operator) cards.push([say("31 days", "31 天"), "period", "期间"]);
-  else cards.push([s.in_flight, "in flight", "进行中"], [s.queues.reduce((n, q) => n + q.waiting, 0), "waiting", "等待"],
-    [clock(s.started).slice(0, 5), "since", "启动于"]);
-  $("figures").replaceChildren(...cards.map(([value, english, zh]) => make("div", [
-    make("b", value, { className: english === "failed" && all.failures ? "bad" : "" }), make("small", say(english, zh))], { className: "card" })));
-  $("plans").replaceChildren(...(s.plans || []).flatMap(plan)); $("no-history").hidden = s.database; month(s);
-  table("key", [["name", "名称"], ["valid until", "有效期至"], ["models", "模型"], ["used", "已用"], ["a minute", "每分钟"], ["parallel", "同时"], ["", ""]],
-    s.client_keys.map(k => keyRow(k, s.operator)));
-  if (s.operator) live(s);
-}
-function live(s) {
-  hour("requests", s.minutes.map(([n, failed]) => [[failed, "var(--bad)"], [n - failed, "var(--accent)"]]));
-  hour("tokens", s.minutes.map(([, , prompt, completion]) => [[prompt, "var(--accent)"], [completion, "var(--good)"]]));
-  table("model", [MODEL, ...FIGURES, ...TIMES], Object.entries(s.models).sort(([, a], [, b]) => b.requests - a.requests)
-    .map(([name, m]) => [name, ...figures(m), pair(m.first), pair(m.duration)]));
-  const resting = s.resting.map(r => say("Key ", "密钥 ") + r.key + (r.model && say(" for ", "，模型 ") + r.model)
-    + say(" is not used until ", " 暂停至 ") + clock(r.until) + ` (${r.why})`);
-  $("resting").textContent = s.keys + say(" Z.ai key(s). ", " 个 Z.ai 密钥。") + (resting.join("; ") || say("All are available.", "全部可用。"));
-  table("queue", [MODEL, ["in flight", "进行中"], ["waiting", "等待"], KEY, ["limit", "上限"], ["why", "原因"]], s.queues.flatMap(q => queue(q, s.now)));
-  $("healed").textContent = [[s.healed.retries, "retried", "次重试"], [s.healed.queued_again, "sent back to the queue", "次重新排队"],
-    [s.healed.other_keys, "served by another key", "次换用密钥"], [s.healed.fallbacks, "fell back to another model", "次换用模型"],
-    [s.torn, "torn frames dropped", "个残缺帧被丢弃"],
-  ].flatMap(([n, ...what]) => n ? n + " " + say(...what) : []).join(" · ") || say("Nothing so far.", "暂无。");
-  table("recent", [["time", "时间"], MODEL, ["status", "状态"], ...TIMES, ["tokens", "token"]], s.recent.map(r => [clock(r.time), r.model,
-    r.status + " " + r.error, seconds(r.first), seconds(r.duration), number(r.prompt_tokens) + " + " + number(r.completion_tokens)]));
-}
+const NOTHING = { days: [], quarters: [], minutes: [], times: [], database: true };
 
-const call = (method, path, body) => fetch("dashboard/" + path, { method, body: body && JSON.stringify(body), cache: "no-store",
-  headers: { Authorization: "Bearer " + key, "Content-Type": "application/json" }, signal: AbortSignal.timeout(5000) });
-const reveal = (...ids) => { for (const id of ["door", "gone", "board", "leave"]) $(id).hidden = !ids.includes(id); };
-function ask(why) { reveal("door"); $("door-says").textContent = why; $("door-key").focus(); }
-function enter(newKey) { clearTimeout(timer); remember("ztoapi-key", key = newKey); if (key) refresh(); else ask(""); }
-async function refresh() {
-  clearTimeout(timer); if (document.hidden) return;
-  try {
-    const response = await call("GET", "stats"), answer = await response.json();
-    if (response.status === 401) return ask(key && answer.error.message);
-    if (!response.ok) throw new Error(response.status);
-    show(last = answer); reveal("board", "leave");
-  } catch { $("gone").hidden = false; }
-  timer = setTimeout(refresh, 2000);
-}
-async function changeKeys(method, path, body) {  // the server's answer; null: it refused
-  try {
-    const response = await call(method, path, body), answer = response.status === 204 ? {} : await response.json();
-    $("key-says").textContent = answer.error?.message || ""; refresh(); return response.ok ? answer : null;
-  } catch { $("key-says").textContent = say("The server does not answer.", "服务器没有响应。"); return null; }
-}
-function edit(k) {  // an empty key: one is to be added
-  for (const field of $("key-form").querySelectorAll("input")) field.value = k[field.name] ?? "";
-  const changing = $("name").readOnly = Boolean(k.name);
-  $("key-title").textContent = changing ? say("Change ", "修改 ") + k.name : say("Add a key", "添加密钥");
-  $("cancel").hidden = !changing; $("made").textContent = $("key-says").textContent = "";
-  if (changing) $("expires").focus();
-}
-function remove(name) {
-  $("sure-says").textContent = say(`Remove the key of ${name}? Programs that use it are refused from then on.`, `删除 ${name} 的密钥？使用它的程序将立即被拒绝。`);
-  $("sure-yes").onclick = async () => { if (await changeKeys("DELETE", "keys/" + encodeURIComponent(name))) edit({}); $("name").focus(); };
-  $("sure").showModal();
-}
-$("key-form").onsubmit = async event => {
-  event.preventDefault();
-  const fields = Object.fromEntries([...new FormData($("key-form"))].map(([name, value]) => [name, value.trim() || "none"])), { name } = fields;
-  if (!$("name").readOnly && last.client_keys.some(k => k.name === name))
-    return $("key-says").textContent = say("There is a key of this name.", "已有同名的密钥。");
-  const answer = await changeKeys("POST", "keys", fields);
-  if (!answer) return; edit({});
-  if (!answer.key) return $("change " + name)?.focus();
-  $("made").append(say(`The key of ${name}, shown only now: `, `${name} 的密钥，只显示这一次：`), block(answer.key));
-  $("made").focus();
+const board = {
+  key: "",
+  stats: {}, // /dashboard/stats, as it adds up
+  cursor: "", // up to where it is known
+  recent: [], // the last requests, newest first
+  history: null, // /dashboard/history; null until it has come
+  historyAt: -Infinity, // when it was asked for
+  timer: 0,
+  view: "overview",
+  isPaused: false,
+  missed: 0, // requests that came while the list was paused
+  shownAt: [], // the requests that a paused list goes on to show
 };
-$("cancel").onclick = () => edit({}); $("by").onchange = $("measure").onchange = () => month(last);
-$("month").onkeydown = event => { const step = { ArrowLeft: -1, ArrowRight: 1 }[event.key]; if (step) { event.preventDefault(); pick(picked + step); } };
-$("leave").onclick = () => enter("");
-$("door").onsubmit = event => { event.preventDefault(); enter($("door-key").value.trim()); $("door-key").value = ""; };
-document.onvisibilitychange = refresh; edit({}); enter(key);
-"""  # noqa: E501, RUF001 - a page, in two languages
-DASHBOARD_PAGE = page(DASHBOARD_BODY, DASHBOARD_SCRIPT)
+
+/** Call the server with the key. */
+function call(method, path, body) {
+  return fetch(path, {
+    method,
+    body: body && JSON.stringify(body),
+    cache: method === "GET" ? "no-cache" : "no-store",
+    headers: { Authorization: `Bearer ${board.key}`, "Content-Type": "application/json" },
+    signal: AbortSignal.timeout(10000),
+  });
+}
+
+/** Take in an answer of /dashboard/stats; tells whether it brought anything. */
+function takeStats({ cursor = "", reset = true, recent, ...changed }) {
+  const names = Object.keys(changed).filter((name) => name !== "now");
+  board.cursor = cursor;
+  board.stats = { ...board.stats, ...changed };
+  if (recent) {
+    board.missed += board.isPaused ? recent.length : 0;
+    board.recent = (reset ? recent : [...recent, ...board.recent]).slice(0, MOST_REQUESTS);
+  } else if (reset) {
+    board.recent = [];
+  }
+  return names.length > 0 || Boolean(recent?.length) || reset;
+}
+
+async function refresh() {
+  clearTimeout(board.timer);
+  if (document.hidden || !board.key) {
+    return;
+  }
+  const { key } = board;
+  let wait = QUICK;
+  try {
+    const response = await call("GET", `dashboard/stats?since=${encodeURIComponent(board.cursor)}`);
+    const answer = await response.json();
+    if (key !== board.key) {
+      return; // another key has been entered meanwhile
+    }
+    if (response.status === 401 || response.status === 403) {
+      askForKey(answer.error.message);
+      return;
+    }
+    if (!response.ok) {
+      throw new Error(response.statusText);
+    }
+    const hasNews = takeStats(answer);
+    const isFirst = $("board").hidden;
+    reveal("board");
+    if (hasNews || isFirst) {
+      drawBoard();
+    }
+    wait = hasNews ? QUICK : SLOW;
+    await refreshHistory();
+  } catch (error) {
+    noteAbsence(error);
+  }
+  clearTimeout(board.timer);
+  board.timer = setTimeout(refresh, wait);
+}
+
+/** Say that the server is away; what is no fault of the network is a fault of this page. */
+function noteAbsence(error) {
+  $("gone").hidden = false;
+  $("loading").hidden = true;
+  board.cursor = "";
+  if (error instanceof TypeError && !/fetch|network|load/i.test(error.message)) {
+    throw error;
+  }
+}
+
+/** The history of the overview, asked for once in HISTORY_AGE; the browser keeps what has not changed. */
+async function refreshHistory() {
+  const isDue = performance.now() - board.historyAt >= HISTORY_AGE;
+  if (board.view !== "overview" || !isDue) {
+    return;
+  }
+  const response = await call("GET", "dashboard/history");
+  if (!response.ok) {
+    throw new Error(response.statusText);
+  }
+  board.historyAt = performance.now();
+  board.history = { ...NOTHING, ...(await response.json()) };
+  drawOverview();
+}
+
+function isOperator() {
+  return Boolean(board.stats.operator);
+}
+
+// ---- The door: which key.
+
+function reveal(...ids) {
+  for (const id of ["door", "gone", "board", "loading", "leave"]) {
+    $(id).hidden = !ids.includes(id) && !(id === "leave" && ids.includes("board"));
+  }
+}
+
+function askForKey(why) {
+  reveal("door");
+  $("views").hidden = true;
+  $("door-says").textContent = why;
+  $("door-key").focus();
+}
+
+function enter(key) {
+  clearTimeout(board.timer);
+  Object.assign(board, { key, stats: {}, cursor: "", recent: [], history: null });
+  board.historyAt = -Infinity;
+  if (!key) {
+    askForKey("");
+    return;
+  }
+  $("views").hidden = false;
+  reveal("loading");
+  refresh();
+}
+
+function openDoor(event) {
+  event.preventDefault();
+  const key = $("door-key").value.trim();
+  storeKey(key, $("door-keep").checked ? "device" : "tab");
+  $("door-key").value = "";
+  enter(key);
+}
+
+function leave() {
+  storeKey("", "tab");
+  $("door-keep").checked = false;
+  enter("");
+}
+
+// ---- The views, which the address remembers.
+
+const VIEWS = {
+  overview: ["Overview", "概览"],
+  requests: ["Requests", "请求"],
+  keys: ["Keys", "密钥"],
+  upstream: ["Upstream", "上游"],
+};
+
+function showView() {
+  const wanted = location.hash.slice(1);
+  const isView = wanted in VIEWS;
+  if (isView) {
+    board.view = wanted;
+  }
+  const isHidden = board.view === "upstream" && board.stats.operator === false;
+  const view = isHidden ? "overview" : board.view;
+  for (const name of Object.keys(VIEWS)) {
+    $(`${name}-view`).hidden = name !== view;
+    const link = $("views").querySelector(`[href="#${name}"]`);
+    if (name === view) {
+      link.setAttribute("aria-current", "page");
+    } else {
+      link.removeAttribute("aria-current");
+    }
+  }
+  const isOwn = view === "keys" && board.stats.operator === false;
+  const name = isOwn ? say("Limits", "限额") : say(...VIEWS[view]);
+  $("title").textContent = name;
+  document.title = `${name} · ztoapi`;
+}
+
+function changeView() {
+  const before = board.view;
+  showView();
+  if (before !== board.view) {
+    drawBoard();
+    scrollTo(0, 0);
+    refresh();
+  }
+}
+
+function drawBoard() {
+  if ($("board").hidden) {
+    return;
+  }
+  for (const element of document.querySelectorAll(".operator")) {
+    element.hidden = !isOperator();
+  }
+  $("to-upstream").hidden = !isOperator();
+  const limits = $("views").querySelector('[href="#keys"]');
+  limits.textContent = isOperator() ? say("Keys", "密钥") : say("Limits", "限额");
+  showView();
+  const draw = {
+    overview: drawOverview,
+    requests: drawRequests,
+    keys: drawKeys,
+    upstream: drawUpstream,
+  };
+  draw[board.view]();
+}
+
+// ---- Time and figures in words.
+
+/** 2026-01-31 23:59:59, in the person's time zone. */
+function formatMoment(seconds) {
+  return new Date(seconds * 1000).toLocaleString("sv");
+}
+
+/** The time of day, with the date before it where it is not today. */
+function formatClock(seconds) {
+  const [day, time] = formatMoment(seconds).split(" ");
+  const [today] = formatMoment(Date.now() / 1000).split(" ");
+  return day === today ? time : `${day} ${time.slice(0, 5)}`;
+}
+
+function formatHour(seconds) {
+  return formatMoment(seconds).slice(11, 16);
+}
+
+function formatDay(seconds) {
+  return new Date(seconds * 1000).toISOString().slice(0, 10);
+}
+
+function formatShort(value) {
+  if (value < 1e4) {
+    return formatNumber(value);
+  }
+  return value.toLocaleString("en-US", { notation: "compact", maximumFractionDigits: 1 });
+}
+
+function formatShare(part, whole) {
+  if (!whole || part === null || part === undefined) {
+    return "–";
+  }
+  return `${Math.round((part / whole) * 100)} %`;
+}
+
+function formatPercentiles(times) {
+  return `${formatSeconds(times?.p50)} · ${formatSeconds(times?.p95)}`;
+}
+
+const FIGURES = ["requests", "failures", "prompt_tokens", "cached_tokens", "completion_tokens"];
+
+/** The sum of usage figures; its cost is null where no row's is known. */
+function sumOf(rows) {
+  const total = { cost: null };
+  for (const name of FIGURES) {
+    total[name] = rows.reduce((sum, row) => sum + (row[name] ?? 0), 0);
+  }
+  for (const { cost } of rows) {
+    if (cost !== null && cost !== undefined) {
+      total.cost = (total.cost ?? 0) + cost;
+    }
+  }
+  return total;
+}
+
+// ---- Charts: bars that are stacked, and lines. Columns are picked by pointer, touch and arrow keys.
+
+const HEIGHT = 230;
+const LEFT = 58; // pixels, for the words of the axis
+const TOP = 12;
+const BOTTOM = 26;
+const RIGHT = 8;
+
+/** An element of SVG. */
+function draw(tag, attributes, ...children) {
+  const element = document.createElementNS("http://www.w3.org/2000/svg", tag);
+  for (const [name, value] of Object.entries(attributes)) {
+    element.setAttribute(name, value);
+  }
+  element.append(...children);
+  return element;
+}
+
+/** A colour for the nth series; the golden angle keeps neighbours apart. */
+function colourOf(rank) {
+  const hue = (256 + rank * 137.5) % 360;
+  return `light-dark(oklch(56% 0.15 ${hue}), oklch(74% 0.13 ${hue}))`;
+}
+
+/** The gridlines of an axis up to `top`: 1, 2, 2.5 or 5 times a power of ten apart, about five. */
+function gridOf(top, isWhole) {
+  if (top <= 0) {
+    return [0, 1];
+  }
+  const rough = top / 4;
+  const power = 10 ** Math.floor(Math.log10(rough));
+  let step = [1, 2, 2.5, 5, 10].find((times) => times * power >= rough) * power;
+  if (isWhole) {
+    step = Math.ceil(step);
+  }
+  const lines = [];
+  const count = Math.ceil(top / step - 1e-9);
+  for (let n = 0; n <= count; n += 1) {
+    lines.push(n * step);
+  }
+  return lines;
+}
+
+/**
+ * A chart in `host`. Given: {title, columns: [{label, title, values}], series: [{name, colour, isDashed}],
+ * kind: "bars" | "lines", format, isWhole, empty}; `values` has a number or null for each series.
+ */
+function drawChart(host, chart) {
+  if (!host.firstChild) {
+    makePlot(host);
+  }
+  const { plot, legend } = host.parts;
+  host.chart = chart;
+  const isEmpty = !chart.columns.some(({ values }) => values.some((value) => value));
+  host.picked = Math.min(host.picked ?? Infinity, chart.columns.length - 1);
+  plot.setAttribute("aria-label", chart.title);
+  plot.setAttribute("aria-valuemin", 0);
+  plot.setAttribute("aria-valuemax", chart.columns.length - 1);
+  legend.replaceChildren(...chart.series.map(makeLegendItem));
+  host.isEmpty = isEmpty;
+  plot.hidden = isEmpty;
+  legend.hidden = isEmpty;
+  if (isEmpty) {
+    host.parts.readout.textContent = chart.empty;
+    return;
+  }
+  drawPlot(host);
+  pickColumn(host, host.picked);
+}
+
+function makePlot(host) {
+  const plot = make("div", { className: "plot", role: "slider", tabIndex: 0 });
+  const readout = make("p", { className: "readout" });
+  const legend = make("ul", { className: "legend" });
+  host.parts = { plot, readout, legend };
+  host.append(plot, legend, readout);
+  plot.onkeydown = (event) => moveByKey(host, event);
+  plot.onpointermove = (event) => pickAt(host, event);
+  plot.onpointerdown = (event) => pickAt(host, event);
+  new ResizeObserver(() => {
+    if (host.chart && !host.isEmpty && host.clientWidth !== host.drawnWidth) {
+      drawPlot(host);
+      pickColumn(host, host.picked);
+    }
+  }).observe(host);
+}
+
+function makeLegendItem({ name, colour, isDashed }) {
+  const swatch = make("span", { className: isDashed ? "swatch dashed" : "swatch" });
+  swatch.style.color = colour;
+  return make("li", {}, swatch, name);
+}
+
+function moveByKey(host, event) {
+  const last = host.chart.columns.length - 1;
+  const targets = {
+    ArrowLeft: host.picked - 1,
+    ArrowDown: host.picked - 1,
+    ArrowRight: host.picked + 1,
+    ArrowUp: host.picked + 1,
+    PageDown: host.picked - 7,
+    PageUp: host.picked + 7,
+    Home: 0,
+    End: last,
+  };
+  if (event.key in targets) {
+    event.preventDefault();
+    pickColumn(host, Math.max(0, Math.min(targets[event.key], last)));
+  }
+}
+
+function pickAt(host, event) {
+  const svg = host.parts.plot.firstChild;
+  if (!svg) {
+    return;
+  }
+  const box = svg.getBoundingClientRect();
+  const { columns } = host.chart;
+  const share = (event.clientX - box.left - LEFT) / (box.width - LEFT - RIGHT);
+  const column = Math.floor(share * columns.length);
+  pickColumn(host, Math.max(0, Math.min(column, columns.length - 1)));
+}
+
+/** Show the figures of a column below the chart, and tell them to a screen reader. */
+function pickColumn(host, index) {
+  const { plot, readout } = host.parts;
+  const { columns, series, format, kind } = host.chart;
+  host.picked = index;
+  const { title, values } = columns[index];
+  const parts = [];
+  values.forEach((value, at) => {
+    if (value) {
+      parts.push(`${series[at].name} ${format(value)}`);
+    }
+  });
+  const sum = values.reduce((total, value) => total + (value ?? 0), 0);
+  const head = kind === "bars" ? `${title}: ${format(sum)}` : `${title}:`;
+  const isOne = kind === "bars" && series.length === 1;
+  const details = isOne ? "" : parts.join(" · ") || (kind === "lines" ? say("nothing", "无") : "");
+  const words = details && kind === "bars" ? `${head} (${details})` : `${head} ${details}`.trim();
+  readout.textContent = words;
+  plot.setAttribute("aria-valuenow", index);
+  plot.setAttribute("aria-valuetext", words);
+  const marker = plot.querySelector(".picked");
+  const width = host.columnWidth;
+  marker?.setAttribute("x", LEFT + index * width);
+}
+
+function drawPlot(host) {
+  const { columns, kind, format, formatAxis = format, isWhole } = host.chart;
+  const width = Math.max(240, host.parts.plot.clientWidth);
+  const inner = { width: width - LEFT - RIGHT, height: HEIGHT - TOP - BOTTOM };
+  host.drawnWidth = host.clientWidth;
+  host.columnWidth = inner.width / columns.length;
+  const tops = columns.map(({ values }) => topOf(values, kind));
+  const lines = gridOf(Math.max(...tops), isWhole);
+  const top = lines.at(-1);
+  const y = (value) => TOP + inner.height * (1 - value / top);
+  const svg = draw("svg", {
+    viewBox: `0 0 ${width} ${HEIGHT}`,
+    height: HEIGHT,
+    "aria-hidden": "true",
+    focusable: "false",
+  });
+  svg.append(
+    ...drawGrid(lines, y, width, formatAxis),
+    ...drawTimes(columns, host.columnWidth, width),
+  );
+  const picked = {
+    class: "picked",
+    x: LEFT,
+    y: TOP,
+    width: host.columnWidth,
+    height: inner.height,
+  };
+  svg.append(draw("rect", picked));
+  const drawSeries = kind === "bars" ? drawBars : drawLines;
+  svg.append(...drawSeries(host.chart, host.columnWidth, y));
+  host.parts.plot.replaceChildren(svg);
+}
+
+function topOf(values, kind) {
+  const known = values.map((value) => value ?? 0);
+  if (kind === "bars") {
+    return known.reduce((sum, value) => sum + value, 0);
+  }
+  return Math.max(0, ...known);
+}
+
+function drawGrid(lines, y, width, format) {
+  return lines.flatMap((value, index) => {
+    const place = { x1: LEFT, x2: width - RIGHT, y1: y(value), y2: y(value) };
+    const text = { x: LEFT - 8, y: y(value) + 4, "text-anchor": "end" };
+    return [
+      draw("line", { class: index ? "grid" : "axis", ...place }),
+      draw("text", text, format(value)),
+    ];
+  });
+}
+
+/** As many labels below the axis as there is room for. */
+function drawTimes(columns, columnWidth, width) {
+  const room = Math.max(2, Math.floor((width - LEFT) / 90));
+  const every = Math.ceil(columns.length / room);
+  const texts = [];
+  for (let index = columns.length - 1; index >= 0; index -= every) {
+    const middle = LEFT + (index + 0.5) * columnWidth;
+    const x = Math.min(Math.max(middle, LEFT + 18), width - 22);
+    texts.push(draw("text", { x, y: HEIGHT - 8, "text-anchor": "middle" }, columns[index].label));
+  }
+  return texts;
+}
+
+function drawBars({ columns, series }, columnWidth, y) {
+  const gap = Math.min(4, columnWidth * 0.2);
+  const bars = [];
+  columns.forEach(({ values }, index) => {
+    let below = 0;
+    values.forEach((value, at) => {
+      if (!value) {
+        return;
+      }
+      const place = {
+        x: LEFT + index * columnWidth + gap / 2,
+        width: columnWidth - gap,
+        y: y(below + value),
+        height: Math.max(1, y(below) - y(below + value)),
+      };
+      const bar = draw("rect", place);
+      bar.style.fill = series[at].colour;
+      bars.push(bar);
+      below += value;
+    });
+  });
+  return bars;
+}
+
+function drawLines({ columns, series }, columnWidth, y) {
+  const x = (index) => LEFT + (index + 0.5) * columnWidth;
+  return series.flatMap(({ colour, isDashed }, at) => {
+    let steps = "";
+    let isDown = false; // whether the pen is on the paper
+    const dots = [];
+    columns.forEach(({ values }, index) => {
+      const value = values[at];
+      if (value === null || value === undefined) {
+        isDown = false;
+        return;
+      }
+      const point = { cx: x(index), cy: y(value) };
+      steps += `${isDown ? "L" : "M"}${point.cx.toFixed(1)} ${point.cy.toFixed(1)}`;
+      isDown = true;
+      const dot = draw("circle", { ...point, r: 2.5 });
+      dot.style.fill = colour;
+      dots.push(dot);
+    });
+    const line = draw("path", { d: steps, "stroke-dasharray": isDashed ? "5 4" : "none" });
+    line.style.stroke = colour;
+    return [line, ...dots];
+  });
+}
+
+// ---- Overview.
+
+const MINUTE = 60;
+const QUARTER = 900;
+const DAY = 86400;
+
+/** Each range: its name, what of the history it shows, the seconds of a column, and how many there are. */
+const RANGES = {
+  "1h": { name: ["1 hour", "1 小时"], rows: "minutes", step: MINUTE, size: 60 },
+  "24h": { name: ["24 hours", "24 小时"], rows: "quarters", step: QUARTER, size: 96 },
+  "7d": { name: ["7 days", "7 天"], rows: "days", step: DAY, size: 7 },
+  "31d": { name: ["31 days", "31 天"], rows: "days", step: DAY, size: 31 },
+};
+
+const MEASURES = {
+  tokens: {
+    of: (row) => row.prompt_tokens + row.completion_tokens,
+    format: formatShort,
+    name: ["Tokens", "token"],
+    isWhole: true,
+  },
+  cost: { of: (row) => row.cost ?? 0, format: formatCost, name: ["Cost", "费用"], isWhole: false },
+  requests: {
+    of: (row) => row.requests,
+    format: formatShort,
+    name: ["Requests", "请求"],
+    isWhole: true,
+  },
+};
+
+/** The columns of a range, oldest first: {label, title, rows}. */
+function columnsOf({ rows, step, size }, now) {
+  const last = Math.floor(now / step) * step;
+  const byStart = new Map();
+  for (const row of board.history[rows]) {
+    const start = row.day ?? row.at;
+    byStart.set(start, [...(byStart.get(start) ?? []), row]);
+  }
+  const columns = [];
+  for (let at = last - (size - 1) * step; at <= last; at += step) {
+    const start = step === DAY ? formatDay(at) : at;
+    columns.push({ ...titleOf(at, step), rows: byStart.get(start) ?? [] });
+  }
+  return columns;
+}
+
+function titleOf(at, step) {
+  if (step === DAY) {
+    const day = formatDay(at);
+    return { label: day.slice(5), title: day };
+  }
+  const label = formatHour(at);
+  return { label, title: step === MINUTE ? label : `${label}–${formatHour(at + step)}` };
+}
+
+function drawOverview() {
+  const { stats, history } = board;
+  drawLimits(stats);
+  if (!history) {
+    $("figures").replaceChildren(make("li", {}, say("Loading …", "正在读取……")));
+    return;
+  }
+  $("no-history").hidden = history.database;
+  $("by-part").hidden = !isOperator();
+  const chosen = chosenTab("range");
+  const range = RANGES[chosen];
+  const columns = columnsOf(range, stats.now ?? Date.now() / 1000);
+  const rows = columns.flatMap((column) => column.rows);
+  drawFigures(sumOf(rows), stats);
+  const inMemory = say(
+    "This range is counted in memory: a restarted server begins anew.",
+    "此范围仅在内存中计数：服务器重启后重新开始。",
+  );
+  $("range-says").textContent = range.step === DAY ? "" : inMemory;
+  drawUsage(columns, rows);
+  drawFailures(columns);
+  drawTimesChart();
+}
+
+function drawFigures(total, { in_flight: inFlight, queues = [] }) {
+  const cards = [
+    [formatShort(total.requests), say("requests", "请求")],
+    [formatShort(total.failures), say("failures", "失败"), total.failures ? "bad" : ""],
+    [formatShort(total.prompt_tokens), say("tokens in", "输入 token")],
+    [formatShort(total.completion_tokens), say("tokens out", "输出 token")],
+    [formatShare(total.cached_tokens, total.prompt_tokens), say("from the cache", "缓存命中")],
+    [formatCost(total.cost), say("cost", "费用")],
+  ];
+  if (isOperator()) {
+    const waiting = queues.reduce((sum, queue) => sum + queue.waiting, 0);
+    cards.push([formatNumber(inFlight ?? 0), say("in flight now", "当前进行中")]);
+    cards.push([formatNumber(waiting), say("waiting now", "当前等待")]);
+  }
+  const items = cards.map(([value, name, kind = ""]) =>
+    make("li", {}, make("b", { className: kind }, value), make("small", {}, name)),
+  );
+  $("figures").replaceChildren(...items);
+}
+
+/** The names of a group, those with most first, and what is drawn of each column. */
+function rankNames(rows, by, measure) {
+  const sums = new Map();
+  for (const row of rows) {
+    sums.set(row[by], (sums.get(row[by]) ?? 0) + measure.of(row));
+  }
+  return [...sums.keys()].sort((a, b) => sums.get(b) - sums.get(a));
+}
+
+const MOST_SERIES = 9; // colours that can be told apart; the rest is one series
+
+function drawUsage(columns, rows) {
+  const by = isOperator() ? $("by").value : "model";
+  const measure = MEASURES[$("measure").value];
+  const names = rankNames(rows, by, measure);
+  const shown = names.slice(0, MOST_SERIES);
+  const series = shown.map((name, rank) => ({ name, colour: colourOf(rank) }));
+  if (names.length > MOST_SERIES) {
+    series.push({ name: say("others", "其他"), colour: "var(--soft)" });
+  }
+  const valuesOf = (column) => {
+    const values = series.map(() => 0);
+    for (const row of column.rows) {
+      const rank = shown.indexOf(row[by]);
+      values[rank < 0 ? MOST_SERIES : rank] += measure.of(row);
+    }
+    return values;
+  };
+  drawChart($("usage-chart"), {
+    title: `${say(...measure.name)}, ${say(...RANGES[chosenTab("range")].name)}`,
+    kind: "bars",
+    columns: columns.map((column) => ({ ...column, values: valuesOf(column) })),
+    series,
+    format: measure.format,
+    isWhole: measure.isWhole,
+    empty: rows.length ? nothingOfIt() : nothingYet(),
+  });
+  drawUsageTable(names, rows, by);
+}
+
+function nothingOfIt() {
+  return say("Nothing of this in this range.", "此范围内没有这类数据。");
+}
+
+function nothingYet() {
+  return say(
+    "No requests in this range. Send one, for instance from the playground of the docs page.",
+    "此范围内没有请求。可以在说明页的“试一试”中发送一个。",
+  );
+}
+
+function usageColumns(first) {
+  return [
+    { title: first },
+    { title: say("requests", "请求"), kind: "number" },
+    { title: say("failed", "失败"), kind: "number" },
+    { title: say("tokens in", "输入 token"), kind: "number" },
+    { title: say("cached", "缓存命中"), kind: "number" },
+    { title: say("tokens out", "输出 token"), kind: "number" },
+    { title: say("cost", "费用"), kind: "number" },
+  ];
+}
+
+function usageCells(name, figures) {
+  return [
+    name,
+    formatNumber(figures.requests),
+    formatNumber(figures.failures),
+    formatNumber(figures.prompt_tokens),
+    formatShare(figures.cached_tokens, figures.prompt_tokens),
+    formatNumber(figures.completion_tokens),
+    formatCost(figures.cost),
+  ];
+}
+
+function drawUsageTable(names, rows, by) {
+  const lines = names.map((name) =>
+    usageCells(name, sumOf(rows.filter((row) => row[by] === name))),
+  );
+  lines.push(usageCells(say("total", "合计"), sumOf(rows)));
+  const first = by === "key" ? say("key", "密钥") : say("model", "模型");
+  setTable("usage-table", usageColumns(first), lines, say("Use", "用量"));
+}
+
+/** Put a table in its place; one that has not changed stays, or a click might miss its button. */
+function setTable(id, columns, rows, caption, empty = "") {
+  const table = rows.length ? makeTable(columns, rows, caption) : make("p", {}, empty);
+  if (!$(id).firstElementChild?.isEqualNode(table)) {
+    const focused = document.activeElement?.id;
+    $(id).replaceChildren(table);
+    if (focused) {
+      $(focused)?.focus();
+    }
+  }
+}
+
+function drawFailures(columns) {
+  drawChart($("failures-chart"), {
+    title: `${say("Failures", "失败")}, ${say(...RANGES[chosenTab("range")].name)}`,
+    kind: "bars",
+    columns: columns.map((column) => ({ ...column, values: [sumOf(column.rows).failures] })),
+    series: [{ name: say("failed requests", "失败的请求"), colour: "var(--bad)" }],
+    format: formatShort,
+    isWhole: true,
+    empty: say("No failure in this range.", "此范围内没有失败。"),
+  });
+}
+
+function drawTimesChart() {
+  const size = DAY / QUARTER;
+  const now = board.stats.now ?? Date.now() / 1000;
+  const last = Math.floor(now / QUARTER) * QUARTER;
+  const byStart = new Map(board.history.times.map((row) => [row.at, row]));
+  const columns = [];
+  for (let at = last - (size - 1) * QUARTER; at <= last; at += QUARTER) {
+    const { first, duration } = byStart.get(at) ?? {};
+    const values = [first?.p50, first?.p95, duration?.p50, duration?.p95];
+    columns.push({ ...titleOf(at, QUARTER), values: values.map((value) => value ?? null) });
+  }
+  const first = say("first token", "首个 token");
+  const duration = say("duration", "全程");
+  drawChart($("times-chart"), {
+    title: say("First token and duration, 24 hours", "首个 token 与全程，24 小时"),
+    kind: "lines",
+    columns,
+    series: [
+      { name: `${first} p50`, colour: colourOf(0) },
+      { name: `${first} p95`, colour: colourOf(0), isDashed: true },
+      { name: `${duration} p50`, colour: colourOf(1) },
+      { name: `${duration} p95`, colour: colourOf(1), isDashed: true },
+    ],
+    format: formatSeconds,
+    formatAxis: (seconds) => `${Number(seconds.toPrecision(3))} s`,
+    isWhole: false,
+    empty: say("No answer in the last 24 hours.", "最近 24 小时没有回答。"),
+  });
+}
+
+/** What is left or used of an allowance, as a bar with words below. */
+function makeGauge(label, value, max, isShort, details) {
+  const share = Math.max(0, Math.min(value / max, 1));
+  const fill = make("div", { className: "fill" });
+  fill.style.width = `${share * 100}%`;
+  const meter = make("div", { className: "meter", role: "meter", "aria-label": label }, fill);
+  meter.setAttribute("aria-valuemin", 0);
+  meter.setAttribute("aria-valuemax", 100);
+  meter.setAttribute("aria-valuenow", Math.round(share * 100));
+  const words = make("small", {}, details.filter(Boolean).join(" · "));
+  return make("div", { className: isShort ? "gauge short" : "gauge" }, meter, words);
+}
+
+function resetWords(at) {
+  return at ? `${say("resets", "重置于")} ${formatClock(at)}` : "";
+}
+
+function drawLimits({ spend_limit: limit, plans = [] }) {
+  const cards = plans.map(makePlan);
+  if (limit) {
+    cards.unshift(makeSpendLimit(limit));
+  }
+  $("limits-part").hidden = !cards.length;
+  $("limits").replaceChildren(...cards);
+}
+
+function makeSpendLimit({ limit, amount, used, resets_at: resetsAt }) {
+  const title = say("Spending limit (SPEND_LIMIT)", "金额上限（SPEND_LIMIT）");
+  const words = say(
+    `${formatCost(used)} of $${limit} spent`,
+    `已用 ${formatCost(used)} / $${limit}`,
+  );
+  const label = say("spent", "已用金额");
+  const gauge = makeGauge(label, used, amount, used > amount * 0.9, [words, resetWords(resetsAt)]);
+  return make("div", { className: "card" }, make("h3", {}, title), gauge);
+}
+
+const WINDOWS = { "5h": ["5 hours", "5 小时"], week: ["week", "每周"], month: ["month", "每月"] };
+
+function makePlan({ key, level, limits }) {
+  const title = [say("Z.ai key ", "Z.ai 密钥 ") + key, level].filter(Boolean).join(" · ");
+  const gauges = make("div", { className: "tiles" }, limits.map(makeAllowance));
+  return make("div", { className: "card" }, make("h3", {}, title), gauges);
+}
+
+function makeAllowance({ window, type, percentage, used, allowance, resets_at: resetsAt }) {
+  const search = type === "TIME_LIMIT" ? say(", search tools", "，搜索工具") : "";
+  const name = say(...(WINDOWS[window] ?? [window, window])) + search;
+  const left = 100 - percentage;
+  const isKnown = typeof allowance === "number" && typeof used === "number";
+  const amounts = isKnown ? `${formatNumber(allowance - used)} / ${formatNumber(allowance)}` : "";
+  const share = `${Math.round(left)} % ${say("left", "剩余")}`;
+  const gauge = makeGauge(name, left, 100, left < 10, [share, amounts, resetWords(resetsAt)]);
+  return make("div", {}, make("div", { className: "label" }, name), gauge);
+}
+
+// ---- Requests.
+
+const rowsByNumber = new Map(); // a request's two rows, which stay the same while it is listed
+
+function isFailed({ status, error }) {
+  return status >= 400 || Boolean(error);
+}
+
+const STATUS_FILTERS = {
+  "": () => true,
+  good: (request) => !isFailed(request),
+  bad: isFailed,
+  4: ({ status }) => status >= 400 && status < 500,
+  5: ({ status }) => status >= 500,
+  499: ({ status }) => status === 499,
+};
+
+/** Fill a choice with the names that occur; what was chosen stays so. */
+function fillNames(select, names) {
+  const chosen = select.value;
+  const all = new Set(chosen ? [...names, chosen] : names);
+  const wanted = ["", ...[...all].sort()];
+  const present = [...select.options].map(({ value }) => value);
+  if (wanted.join("\n") !== present.join("\n") || select.lang !== language) {
+    select.lang = language;
+    const options = wanted.map((name) => option(name, name || say("all", "全部"), name === chosen));
+    select.replaceChildren(...options);
+  }
+}
+
+function isListed(request) {
+  const text = $("of-text").value.trim().toLowerCase();
+  const words = [request.key, request.route, request.model, request.answered, request.status];
+  words.push(request.error, request.words, request.id);
+  return (
+    (!$("of-key").value || request.key === $("of-key").value) &&
+    (!$("of-model").value || [request.model, request.answered].includes($("of-model").value)) &&
+    STATUS_FILTERS[$("of-status").value](request) &&
+    (!text || words.join(" ").toLowerCase().includes(text))
+  );
+}
+
+function namesOf(requests, ...fields) {
+  const names = requests.flatMap((request) => fields.map((field) => request[field]));
+  return names.filter(Boolean);
+}
+
+function drawRequests() {
+  if (!board.isPaused) {
+    board.shownAt = board.recent;
+  }
+  const all = board.shownAt;
+  fillNames($("of-key"), namesOf(all, "key"));
+  fillNames($("of-model"), namesOf(all, "model", "answered"));
+  const listed = all.filter(isListed);
+  const paused = say(
+    `Paused: ${board.missed} more since.`,
+    `已暂停：之后又有 ${board.missed} 个。`,
+  );
+  const counted = say(
+    `${listed.length} of the last ${all.length}`,
+    `最近 ${all.length} 个中的 ${listed.length} 个`,
+  );
+  $("requests-say").textContent = [all.length ? counted : "", board.isPaused ? paused : ""].join(
+    " ",
+  );
+  if (!listed.length) {
+    rowsByNumber.clear();
+    $("request-table").replaceChildren(make("p", {}, noRequests(all.length)));
+    return;
+  }
+  placeRows(listed);
+}
+
+function noRequests(isAny) {
+  if (isAny) {
+    return say("No request is like this: change the filters.", "没有符合的请求，请修改筛选条件。");
+  }
+  return say(
+    "No request yet since the server started. Send one, for instance from the playground of the docs page.",
+    "服务器启动以来还没有请求。可以在说明页的“试一试”中发送一个。",
+  );
+}
+
+function requestColumns() {
+  const columns = [
+    { title: say("time", "时间") },
+    { title: say("key", "密钥") },
+    { title: say("route", "路径") },
+    { title: say("model", "模型") },
+    { title: say("status", "状态") },
+    { title: say("first token", "首个 token"), kind: "number" },
+    { title: say("duration", "全程"), kind: "number" },
+    { title: say("in", "输入"), kind: "number" },
+    { title: say("cached", "缓存"), kind: "number" },
+    { title: say("out", "输出"), kind: "number" },
+    { title: say("cost", "费用"), kind: "number" },
+    { title: say("retries", "重试"), kind: "number" },
+  ];
+  if (!isOperator()) {
+    columns.splice(1, 1);
+  }
+  return columns;
+}
+
+/** Put the rows in order. Those that are there already stay as they are, opened or with the focus. */
+function placeRows(listed) {
+  const columns = requestColumns();
+  const heads = columns.map(({ title }) => title).join("\n");
+  if ($("request-table").dataset.heads !== heads || !$("request-table").querySelector("table")) {
+    rowsByNumber.clear();
+    $("request-table").dataset.heads = heads;
+    const table = makeTable(columns, [], say("The last requests", "最近的请求"));
+    $("request-table").replaceChildren(table);
+  }
+  const body = $("request-table").querySelector("tbody");
+  const wanted = listed.flatMap((request) => rowsOf(request, columns));
+  wanted.forEach((row, index) => {
+    if (body.children[index] !== row) {
+      body.insertBefore(row, body.children[index] ?? null);
+    }
+  });
+  while (body.children.length > wanted.length) {
+    body.lastElementChild.remove();
+  }
+  forgetRows();
+}
+
+/** Rows of requests that are no more among the last go. */
+function forgetRows() {
+  if (rowsByNumber.size > 2 * MOST_REQUESTS) {
+    const kept = new Set(board.shownAt.map(numberOf));
+    for (const number of rowsByNumber.keys()) {
+      if (!kept.has(number)) {
+        rowsByNumber.delete(number);
+      }
+    }
+  }
+}
+
+function numberOf({ n, id, time }) {
+  return n ?? id ?? time;
+}
+
+function rowsOf(request, columns) {
+  const number = numberOf(request);
+  if (!rowsByNumber.has(number)) {
+    rowsByNumber.set(number, makeRequestRows(request, columns));
+  }
+  return rowsByNumber.get(number);
+}
+
+function makeRequestRows(request, columns) {
+  const details = make("tr", { className: "opened", hidden: true });
+  const opener = makeButton(formatClock(request.time), () => {
+    details.hidden = !details.hidden;
+    opener.ariaExpanded = String(!details.hidden);
+    if (!details.firstChild) {
+      const cell = make("td", { colSpan: columns.length }, makeDetails(request));
+      details.append(cell);
+    }
+  });
+  opener.ariaExpanded = "false";
+  const cells = requestCells(request, opener);
+  if (!isOperator()) {
+    cells.splice(1, 1);
+  }
+  return [make("tr", {}, makeCells(columns, cells)), details];
+}
+
+function statusCell({ status, error }) {
+  let kind = "good";
+  if (status >= 500) {
+    kind = "bad";
+  } else if (status >= 400 || error) {
+    kind = "warn";
+  }
+  return make("span", { className: `code ${kind}` }, `${status} ${error ?? ""}`.trim());
+}
+
+function modelWords({ model, answered }) {
+  return answered && answered !== model ? `${model} → ${answered}` : model;
+}
+
+function requestCells(request, opener) {
+  return [
+    opener,
+    request.key ?? "–",
+    (request.route ?? "–").replace(/^\/v1\//, ""),
+    modelWords(request),
+    statusCell(request),
+    formatSeconds(request.first),
+    formatSeconds(request.duration),
+    formatNumber(request.prompt_tokens ?? 0),
+    formatNumber(request.cached_tokens ?? 0),
+    formatNumber(request.completion_tokens ?? 0),
+    formatCost(request.cost),
+    formatNumber(request.retries ?? 0),
+  ];
+}
+
+/** A list of names and values; those without a value are left out. */
+function makePairs(pairs) {
+  const items = [];
+  for (const [name, value] of pairs) {
+    if (value !== "" && value !== null && value !== undefined) {
+      items.push(make("dt", {}, name), make("dd", {}, value));
+    }
+  }
+  return make("dl", { className: "pairs" }, items);
+}
+
+function makeDetails(request) {
+  return makePairs([
+    [say("time", "时间"), formatMoment(request.time)],
+    [say("request id", "请求编号"), request.id],
+    [say("route", "路径"), request.route],
+    [say("model asked for", "请求的模型"), request.model],
+    [say("model that answered", "回答的模型"), request.answered],
+    [say("status", "状态"), `${request.status} ${request.error ?? ""}`.trim()],
+    [say("what was said", "说明"), request.words],
+    [say("first token", "首个 token"), formatSeconds(request.first)],
+    [say("duration", "全程"), formatSeconds(request.duration)],
+    [say("tokens in, cached, out", "token：输入、缓存、输出"), tokenWords(request)],
+    [say("cost", "费用"), formatCost(request.cost)],
+    [say("retries", "重试"), formatNumber(request.retries ?? 0)],
+  ]);
+}
+
+function tokenWords({
+  prompt_tokens: prompt,
+  cached_tokens: cached,
+  completion_tokens: completion,
+}) {
+  return [prompt, cached, completion].map((tokens) => formatNumber(tokens ?? 0)).join(" · ");
+}
+
+function pause() {
+  board.isPaused = !board.isPaused;
+  board.missed = 0;
+  $("pause").ariaPressed = String(board.isPaused);
+  drawRequests();
+}
+
+// ---- Keys.
+
+function keyState({ paused, expired }) {
+  if (paused) {
+    return make("span", { className: "badge warn" }, say("paused", "已暂停"));
+  }
+  if (expired) {
+    return make("span", { className: "badge bad" }, say("expired", "已过期"));
+  }
+  return "";
+}
+
+function keyTokens(key) {
+  if (!key.token_limit) {
+    return `${formatShort(key.used_tokens)} ${say("used", "已用")}`;
+  }
+  const left = Math.max(0, key.token_limit - key.used_tokens);
+  const isShort = left < key.token_limit * 0.1;
+  const words = say(
+    `${formatShort(key.used_tokens)} of ${key.tokens}, ${formatShort(left)} left`,
+    `${formatShort(key.used_tokens)} / ${key.tokens}，剩余 ${formatShort(left)}`,
+  );
+  const label = say(`tokens used by ${key.name}`, `${key.name} 已用 token`);
+  return makeGauge(label, key.used_tokens, key.token_limit, isShort, [
+    words,
+    resetWords(key.resets_at),
+  ]);
+}
+
+function keySpend(key) {
+  if (!key.spend_limit) {
+    return key.used_spend === undefined
+      ? "–"
+      : `${formatCost(key.used_spend)} ${say("spent", "已用")}`;
+  }
+  const left = Math.max(0, key.spend_limit - key.used_spend);
+  const isShort = left < key.spend_limit * 0.1;
+  const words = say(
+    `${formatCost(key.used_spend)} of $${key.spend}, ${formatCost(left)} left`,
+    `${formatCost(key.used_spend)} / $${key.spend}，剩余 ${formatCost(left)}`,
+  );
+  const label = say(`dollars spent by ${key.name}`, `${key.name} 已用金额`);
+  const details = [words, resetWords(key.spend_resets_at)];
+  return makeGauge(label, key.used_spend, key.spend_limit, isShort, details);
+}
+
+function keyLimits({ expires, models, rpm, parallel }) {
+  const pairs = [
+    [say("until", "有效期至"), expires],
+    [say("models", "模型"), models],
+    [say("a minute", "每分钟"), rpm && formatNumber(rpm)],
+    [say("at once", "同时"), parallel && formatNumber(parallel)],
+  ];
+  const list = makePairs(pairs);
+  return list.firstChild ? list : say("none", "无");
+}
+
+function keyColumns() {
+  const columns = [
+    { title: say("name", "名称") },
+    { title: say("tokens", "token") },
+    { title: say("spend", "金额") },
+    { title: say("limits", "限制"), kind: "words" },
+    { title: say("requests", "请求"), kind: "number" },
+    { title: say("cost", "费用"), kind: "number" },
+    { title: say("last used", "最近使用") },
+  ];
+  return isOperator() ? [...columns, { title: say("actions", "操作") }] : columns;
+}
+
+function keyCells(key) {
+  const cells = [
+    make("span", {}, key.name, " ", keyState(key)),
+    keyTokens(key),
+    keySpend(key),
+    keyLimits(key),
+    key.requests === undefined ? "–" : formatNumber(key.requests),
+    formatCost(key.cost),
+    key.last_used ? formatClock(key.last_used) : say("never", "从未"),
+  ];
+  return isOperator() ? [...cells, keyActions(key)] : cells;
+}
+
+function keyActions(key) {
+  const actions = [
+    ["change", say("Change", "修改"), () => editKey(key)],
+    ["rotate", say("Rotate", "更换"), () => askToRotate(key)],
+    key.paused
+      ? ["resume", say("Resume", "恢复"), () => changeKey({ name: key.name, paused: false })]
+      : ["pause", say("Pause", "暂停"), () => changeKey({ name: key.name, paused: true })],
+    ["rename", say("Rename", "改名"), () => askToRename(key)],
+    ["remove", say("Remove", "删除"), () => askToRemove(key)],
+  ];
+  const buttons = actions.map(([action, words, onclick]) => {
+    const properties = { id: `${action} ${key.name}`, ariaLabel: `${words}: ${key.name}` };
+    const kind = action === "remove" ? "danger" : "";
+    return makeButton(words, onclick, { ...properties, className: kind });
+  });
+  return make("div", { className: "actions" }, buttons);
+}
+
+function drawKeys() {
+  const keys = board.stats.client_keys ?? [];
+  const caption = isOperator() ? say("Keys", "密钥") : say("Limits", "限额");
+  const none = say(
+    "No keys yet but the operator's. Add one for each person or machine: each has its own limits and figures.",
+    "除管理员密钥外还没有密钥。可以为每个人或每台机器添加一个，各有自己的限额和用量。",
+  );
+  const own = say("This is an operator's key: it has no limits.", "这是管理员密钥：没有限额。");
+  const empty = isOperator() ? none : own;
+  setTable("key-table", keyColumns(), keys.map(keyCells), caption, empty);
+}
+
+/** What a change of keys answered, or null; what went wrong is put into `says`. */
+async function askAboutKeys(method, path, body, says) {
+  says.textContent = "";
+  try {
+    const response = await call(method, path, body);
+    const answer = response.status === 204 ? {} : await response.json();
+    if (response.ok) {
+      refresh();
+      return answer;
+    }
+    says.textContent = answer.error.message;
+  } catch {
+    says.textContent = say("The server does not answer: try again.", "服务器没有响应，请重试。");
+  }
+  return null;
+}
+
+async function changeKey(body) {
+  const answer = await askAboutKeys("POST", "dashboard/keys", body, $("keys-say"));
+  if (answer) {
+    const state = body.paused ? say("paused", "已暂停") : say("active again", "已恢复");
+    $("keys-say").textContent = `${body.name}: ${state}`;
+  }
+}
+
+// ---- Keys: the dialog to add and change.
+
+let editedKey = null; // the key that is being changed; null: one is added
+
+async function fillModelPicker(chosen) {
+  let names = [];
+  try {
+    const response = await call("GET", "v1/models");
+    names = (await response.json()).data.map(({ id }) => id);
+  } catch {
+    // Patterns can be written all the same.
+  }
+  const labels = names.map((value) => {
+    const box = make("input", { type: "checkbox", value, checked: chosen.includes(value) });
+    return make("label", { className: "check" }, box, value);
+  });
+  $("model-picker").replaceChildren(...labels);
+  $("model-picker").hidden = !labels.length;
+  $("key-patterns").value = chosen.filter((name) => !names.includes(name)).join(",");
+}
+
+/** A limit as it is written, 5M/month, in its parts. */
+function parseAmount(written) {
+  const match = /^([\d.]+)([KMG]?)(?:\/(\w+))?$/i.exec(written ?? "");
+  return match ? { amount: match[1], unit: match[2].toUpperCase(), period: match[3] ?? "" } : null;
+}
+
+function setAmount(name, written) {
+  const parts = parseAmount(written) ?? { amount: "", unit: "M", period: "month" };
+  $(`${name}-amount`).value = parts.amount;
+  $(`${name}-period`).value = parts.period;
+  if (name === "tokens") {
+    $("tokens-unit").value = parts.unit;
+  }
+}
+
+function getAmount(name) {
+  const amount = $(`${name}-amount`).value;
+  const unit = name === "tokens" ? $("tokens-unit").value : "";
+  const period = $(`${name}-period`).value;
+  if (amount === "") {
+    return "none";
+  }
+  return period ? `${amount}${unit}/${period}` : `${amount}${unit}`;
+}
+
+async function editKey(key) {
+  editedKey = key;
+  $("key-title").textContent = key
+    ? `${say("Change", "修改")} ${key.name}`
+    : say("Add a key", "添加密钥");
+  $("key-says").textContent = "";
+  $("key-name").value = key?.name ?? "";
+  $("key-name").readOnly = Boolean(key);
+  $("key-expires").value = key?.expires ?? "";
+  setAmount("tokens", key?.tokens);
+  setAmount("spend", key?.spend);
+  $("key-rpm").value = key?.rpm ?? "";
+  $("key-parallel").value = key?.parallel ?? "";
+  $("model-picker").replaceChildren();
+  const chosen = (key?.models ?? "").split(",").map((name) => name.trim());
+  $("key-dialog").showModal();
+  await fillModelPicker(chosen.filter(Boolean));
+}
+
+function editedFields() {
+  const picked = [...$("model-picker").querySelectorAll(":checked")].map(({ value }) => value);
+  const patterns = $("key-patterns").value.trim();
+  return {
+    name: $("key-name").value.trim(),
+    expires: $("key-expires").value || "none",
+    tokens: getAmount("tokens"),
+    spend: getAmount("spend"),
+    models: [...picked, patterns].filter(Boolean).join(",") || "none",
+    rpm: $("key-rpm").value || "none",
+    parallel: $("key-parallel").value || "none",
+  };
+}
+
+async function saveKey(event) {
+  event.preventDefault();
+  const fields = editedFields();
+  const isKnown = (board.stats.client_keys ?? []).some(({ name }) => name === fields.name);
+  if (!editedKey && isKnown) {
+    $("key-says").textContent = say("There is a key of this name.", "已有同名的密钥。");
+    return;
+  }
+  $("key-save").disabled = true;
+  const answer = await askAboutKeys("POST", "dashboard/keys", fields, $("key-says"));
+  $("key-save").disabled = false;
+  if (!answer) {
+    return;
+  }
+  $("key-dialog").close();
+  if (answer.key) {
+    showNewKey(answer);
+  } else {
+    $("keys-say").textContent = answer.warning ?? `${fields.name}: ${say("changed", "已修改")}`;
+  }
+}
+
+/** The finished lines for the user of a key, which is shown this once. */
+function showNewKey({ name, key, warning = "" }) {
+  const origin = new URL(".", location.href).href.replace(/\/$/, "");
+  const launch = `ZTOAPI_URL=${origin} ZTOAPI_KEY=${key} python ztoapi.py launch claude`;
+  const lines = [
+    `${say("Base URL", "地址")}: ${origin}/v1`,
+    `${say("API key", "密钥")}: ${key}`,
+    launch,
+  ].join("\n");
+  $("made-title").textContent = say(`The key of ${name}`, `${name} 的密钥`);
+  $("made-warning").textContent = warning;
+  $("made").replaceChildren(block(lines, say("lines for its user", "发给使用者的内容")));
+  $("made-dialog").showModal();
+}
+
+// ---- Keys: what is asked before something that cannot be taken back.
+
+let onSure = null; // what is done when the person agrees
+
+function askFirst({ title, text, yes, isRename = false, act }) {
+  $("sure-title").textContent = title;
+  $("sure-text").textContent = text;
+  $("sure-yes").textContent = yes;
+  $("sure-says").textContent = "";
+  $("rename-part").hidden = !isRename;
+  $("new-name").required = isRename;
+  $("new-name").value = "";
+  onSure = act;
+  $("sure-dialog").showModal();
+  if (!isRename) {
+    $("sure-no").focus();
+  }
+}
+
+async function beSure(event) {
+  event.preventDefault();
+  const answer = await onSure();
+  if (answer) {
+    $("sure-dialog").close();
+  }
+}
+
+function askToRemove({ name }) {
+  askFirst({
+    title: say(`Remove ${name}?`, `删除 ${name}？`),
+    text: say(
+      "Programs that use this key are refused from then on. It cannot be brought back.",
+      "使用此密钥的程序将立即被拒绝，且无法恢复。",
+    ),
+    yes: say("Remove", "删除"),
+    act: async () => {
+      const path = `dashboard/keys/${encodeURIComponent(name)}`;
+      const answer = await askAboutKeys("DELETE", path, undefined, $("sure-says"));
+      if (answer) {
+        $("keys-say").textContent = `${name}: ${say("removed", "已删除")}`;
+        $("add-key").focus();
+      }
+      return answer;
+    },
+  });
+}
+
+function askToRotate({ name }) {
+  askFirst({
+    title: say(`A new key for ${name}?`, `为 ${name} 更换密钥？`),
+    text: say(
+      "The present key is refused from then on. Limits and figures stay.",
+      "现有密钥将立即失效；限额和用量保留。",
+    ),
+    yes: say("Rotate", "更换"),
+    act: async () => {
+      const answer = await askAboutKeys(
+        "POST",
+        "dashboard/keys",
+        { name, rotate: true },
+        $("sure-says"),
+      );
+      if (answer) {
+        showNewKey(answer);
+      }
+      return answer;
+    },
+  });
+}
+
+function askToRename({ name }) {
+  askFirst({
+    title: say(`Rename ${name}`, `${name} 改名`),
+    text: say("The key itself, its limits and its figures stay.", "密钥本身、限额和用量不变。"),
+    yes: say("Rename", "改名"),
+    isRename: true,
+    act: () => {
+      const rename = $("new-name").value.trim();
+      return askAboutKeys("POST", "dashboard/keys", { name, rename }, $("sure-says"));
+    },
+  });
+}
+
+// ---- Upstream.
+
+function restWords({ model, until, why }) {
+  const which = model || say("all models", "全部模型");
+  return say(
+    `${which} until ${formatClock(until)} (${why})`,
+    `${which} 至 ${formatClock(until)}（${why}）`,
+  );
+}
+
+function drawZaiKeys() {
+  const { zai_keys: keys = [] } = board.stats;
+  const columns = [
+    { title: say("key", "密钥") },
+    { title: say("address", "地址") },
+    { title: say("state", "状态") },
+    { title: say("rests for", "暂停"), kind: "words" },
+  ];
+  const rows = keys.map(({ key, address, state, resting }) => {
+    const isReady = state === "ready";
+    const words = isReady ? say("ready", "可用") : say("resting", "暂停中");
+    const rests = resting.map(restWords).join("; ");
+    return [
+      String(key),
+      address,
+      make("span", { className: isReady ? "good" : "warn" }, words),
+      rests,
+    ];
+  });
+  const none = say(
+    "No key of Z.ai's: set ZAI_API_KEY and start again.",
+    "没有 Z.ai 密钥：请设置 ZAI_API_KEY 并重新启动。",
+  );
+  setTable("zai-table", columns, rows, say("Z.ai's keys", "Z.ai 密钥"), none);
+}
+
+/** Why a queue's limit is what it is. */
+function limitWords(refusal, most) {
+  const now = board.stats.now;
+  const parts = [];
+  if (most) {
+    parts.push(
+      say(`at most ${most} in all (MAX_CONCURRENCY)`, `合计最多 ${most}（MAX_CONCURRENCY）`),
+    );
+  }
+  if (!refusal) {
+    parts.push(say("not refused so far; grows with use", "尚未被拒绝；随使用增长"));
+    return parts.join("; ");
+  }
+  const { lowered_to: to, refused_at: at, probe_at: probe } = refusal;
+  const time = formatClock(at);
+  parts.push(
+    say(
+      `lowered to ${to} at ${time}, when Z.ai refused more`,
+      `${time} 因 Z.ai 拒绝更多而降至 ${to}`,
+    ),
+  );
+  const later = say(
+    `one more is tried from ${formatClock(probe)}`,
+    `${formatClock(probe)} 起再试一个`,
+  );
+  const full = say("one more is tried when all are in use", "全部占用时再多试一个");
+  parts.push(probe > now ? later : full);
+  return parts.join("; ");
+}
+
+function drawQueues() {
+  const columns = [
+    { title: say("model", "模型") },
+    { title: say("in flight", "进行中"), kind: "number" },
+    { title: say("waiting", "等待"), kind: "number" },
+    { title: say("Z.ai key", "Z.ai 密钥"), kind: "number" },
+    { title: say("limit", "上限"), kind: "number" },
+    { title: say("why", "原因"), kind: "words" },
+  ];
+  const rows = [];
+  for (const queue of board.stats.queues ?? []) {
+    queue.limits.forEach((limit, index) => {
+      const isFirst = index === 0;
+      const why = limitWords(queue.refusals[index], queue.max_in_flight);
+      rows.push([
+        queue.model,
+        isFirst ? formatNumber(queue.in_flight) : "",
+        isFirst ? formatNumber(queue.waiting) : "",
+        String(index + 1),
+        formatNumber(limit),
+        why,
+      ]);
+    });
+  }
+  const none = say("Nothing has been asked of Z.ai yet.", "尚未向 Z.ai 发出请求。");
+  setTable("queue-table", columns, rows, say("Queues", "队列"), none);
+}
+
+function drawModels() {
+  const columns = [
+    ...usageColumns(say("model", "模型")),
+    { title: say("first token", "首个 token"), kind: "number" },
+    { title: say("duration", "全程"), kind: "number" },
+  ];
+  const models = Object.entries(board.stats.models ?? {});
+  models.sort(([, a], [, b]) => b.requests - a.requests);
+  const rows = models.map(([name, figures]) => {
+    const cells = usageCells(name, figures);
+    return [...cells, formatPercentiles(figures.first), formatPercentiles(figures.duration)];
+  });
+  const none = say("No request since the server started.", "服务器启动以来没有请求。");
+  setTable("model-table", columns, rows, say("Models", "模型"), none);
+}
+
+const REMEDIES = {
+  retries: ["tried again after a failure", "失败后重试"],
+  queued_again: ["sent back to the queue after a refusal for load", "因负载被拒后重新排队"],
+  other_keys: ["served by another key", "换用其他密钥"],
+  fallbacks: ["fell back to another model", "换用其他模型"],
+  torn: ["torn frames dropped", "丢弃残缺帧"],
+};
+
+function drawRepairs() {
+  const columns = [
+    { title: say("what", "内容"), kind: "words" },
+    { title: say("times", "次数"), kind: "number" },
+  ];
+  const counts = { ...board.stats.healed, torn: board.stats.torn };
+  const rows = [];
+  for (const [kind, times] of Object.entries(counts)) {
+    if (times) {
+      rows.push([say(...(REMEDIES[kind] ?? [kind, kind])), formatNumber(times)]);
+    }
+  }
+  const none = say(
+    "Nothing had to be tried again or mended so far.",
+    "目前没有需要重试或修复的内容。",
+  );
+  setTable("repair-table", columns, rows, say("Retries and repairs", "重试与修复"), none);
+}
+
+function drawUpstream() {
+  drawZaiKeys();
+  drawQueues();
+  drawModels();
+  drawRepairs();
+  const { plans = [] } = board.stats;
+  const none = say(
+    "No quota is known: keys without a plan have none.",
+    "没有可显示的额度：没有套餐的密钥没有额度。",
+  );
+  $("quota").replaceChildren(...(plans.length ? plans.map(makePlan) : [make("p", {}, none)]));
+}
+
+// ---- The page.
+
+function drawDashboard() {
+  fillTabs(
+    "range",
+    Object.entries(RANGES).map(([value, { name }]) => ({ value, text: say(...name) })),
+    "24h",
+  );
+  rowsByNumber.clear();
+  showView();
+  drawBoard();
+}
+
+function startDashboard() {
+  $("door").onsubmit = openDoor;
+  $("leave").onclick = leave;
+  $("overview-form").oninput = drawOverview;
+  $("measure").onchange = drawOverview;
+  $("by").onchange = drawOverview;
+  $("filters").oninput = drawRequests;
+  $("filters").onsubmit = (event) => event.preventDefault();
+  $("pause").onclick = pause;
+  $("add-key").onclick = () => editKey(null);
+  $("key-form").onsubmit = saveKey;
+  $("key-cancel").onclick = () => $("key-dialog").close();
+  $("made-close").onclick = () => $("made-dialog").close();
+  $("sure-form").onsubmit = beSure;
+  $("sure-no").onclick = () => $("sure-dialog").close();
+  window.onhashchange = changeView;
+  document.onvisibilitychange = refresh;
+}
+
+startDashboard();
+startPage(drawDashboard);
+enter(storedKey());
+"""  # noqa: E501, RUF001 - in two languages
+DOCS_PAGE = make_page(DOCS_HTML, DOCS_SCRIPT)
+DASHBOARD_PAGE = make_page(DASHBOARD_HTML, DASHBOARD_SCRIPT)
 
 
 if __name__ == "__main__":

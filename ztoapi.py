@@ -31,8 +31,8 @@ what this is (Settings, Errors, JSON, Models, Internal representation); what cli
 fields, Contents, Chat completions, Completions, Responses, Messages, Surfaces, Histories, Clients);
 what Z.ai says (errors, answer, repairs, request); who and when (Accounts, Plan); from there on I/O:
 Admission (keys, queue, patience), Z.ai client, Upstream, Database, Requests (records, statistics),
-Streaming out, Request bodies, Access, Handlers, Pass-through, Errors and shutdown, Client
-connections, Server, Commands, Demo, Pages.
+Streaming out, Request bodies, Access, Handlers, Dashboard, Pass-through, Errors and shutdown,
+Client connections, Server, Commands, Demo, Pages.
 """
 
 from __future__ import annotations
@@ -9262,6 +9262,40 @@ async def docs(request: web.Request) -> web.Response:
         ],
     }
     return page_response(DOCS_PAGE, snapshot)
+
+
+# ======== Dashboard =================================================================================================
+# What the dashboard's pages and programs are given. A named key gets the same names with its own figures only;
+# † marks what is for the operator alone. Times are Unix seconds, money US dollars. Large answers are packed.
+#
+# GET /dashboard/stats?since=CURSOR. `since` is empty at first, then the `cursor` of the answer before: a name whose
+# value is as it was is left out, and `recent` has only what is new, unless `reset` is true (its rows are all there
+# are). Without `since` all is there, and days, database and minutes† too, as programs know it.
+#     now, cursor, reset       always
+#     operator, name           whether the key is an operator's, and its name
+#     started†, in_flight†, torn†, keys†, resting†, queues†, healed†, plans†
+#     recent                   the last 500, newest first: n, time, key, route, model (asked), answered, status,
+#                              error (code), words (our own), first, duration (seconds), prompt_tokens,
+#                              cached_tokens, completion_tokens, cost (null: unknown), retries, id
+#     client_keys              as /dashboard/keys has them
+#     models†                  by model: requests, failures, the tokens, cost, first and duration ({p50, p95})
+#     zai_keys†                key (its number), address, state (ready, resting), resting: model, until, why
+#     spend_limit†             null, or limit, amount, used, resets_at
+#
+# GET /dashboard/history, with an ETag, so that it is sent only when it has changed. Only what is not empty is there.
+#     database                 false: out of reach
+#     days                     31 of them: key, day, model, requests, failures, the tokens, cost
+#     quarters, minutes        the same for each 15 minutes (`at`) of the last 24 hours, and each minute of the last
+#                              one, as far as this process knows; a little more may be there
+#     times                    for each 15 minutes: at, first and duration ({p50, p95})
+#
+# GET /dashboard/keys†: {"keys": [KEY, …]}. A KEY is name, paused, expired; the limits as written (null: none);
+#     used_tokens, token_limit, resets_at and used_spend, spend_limit, spend_resets_at of the present period;
+#     requests, total_tokens, cost since ever; last_used.
+# POST /dashboard/keys†: {"name", limits…} adds a key (201, KEY and `key`, shown only now) or changes it (200, KEY);
+#     {"name", "rotate": true} (200, KEY and `key`), {"name", "paused": true or false}, {"name", "rename": NEW}.
+#     `warning` stands beside them where a pattern fits no known model. Unknown name: 404; what makes no sense: 400.
+# DELETE /dashboard/keys/NAME†: 204.
 
 
 async def dashboard(_: web.Request) -> web.Response:

@@ -12907,8 +12907,121 @@ async def test_the_dashboard_tells_what_went_through_and_no_secret(start, zai):
         snapshot["healed"]["other_keys"],
         snapshot["healed"]["retries"],
     ) == (0, 1, 1)
+    text = text.replace(zai.url, "")  # Z.ai's address stands beside the number of its key
     for secret in ("zai-one", "zai-two", "sk-your-key", "secret prompt", "127.0.0.1"):
         assert secret not in text
+
+
+async def news(client, cursor, key=KEY):
+    async with client.get("/dashboard/stats", params={"since": cursor}, headers=key) as response:
+        return await response.json(), await response.read()
+
+
+@in_loop
+async def test_a_page_is_told_what_it_has_not_seen(client):
+    await ask(client)
+    seen, _ = await news(client, "")
+    assert (seen["reset"], [row["n"] for row in seen["recent"]]) == (True, [1])
+    assert not {"days", "minutes"} & seen.keys()
+    await ask(client, chat(model="glm-5"))
+    await ask(client)
+    fresh, _ = await news(client, seen["cursor"])
+    assert (fresh["reset"], [row["n"] for row in fresh["recent"]]) == (False, [3, 2])
+    assert {"models", "queues"} <= fresh.keys()
+    assert not {"operator", "client_keys", "plans", "zai_keys"} & fresh.keys()
+
+
+@in_loop
+async def test_a_page_that_has_seen_all_is_told_next_to_nothing(start):
+    client = await start(clock=ztoapi.Clock())
+    await make_key(client, tokens="5M/day")
+    await ask(client)
+    seen, _ = await news(client, "")
+    for _ in range(3):
+        idle, body = await news(client, seen["cursor"])
+        assert idle.keys() == {"now", "cursor", "reset", "recent"}
+        assert (idle["cursor"], idle["recent"], len(body) < 300) == (seen["cursor"], [], True)
+
+
+@in_loop
+@pytest.mark.parametrize("cursor", ["", "x", "00000000-1-ab.cd", "0-0-", "\u0663" * 9])
+async def test_a_cursor_of_another_process_begins_anew(client, cursor):
+    await ask(client)
+    seen, _ = await news(client, cursor)
+    assert (seen["reset"], len(seen["recent"])) == (True, 1)
+    assert {"models", "client_keys", "queues"} <= seen.keys()
+
+
+@in_loop
+async def test_a_named_key_sees_its_own_requests_alone(client):
+    anna = await make_key(client)
+    for key in (KEY, anna, KEY):
+        await ask(client, headers=key)
+    seen, _ = await news(client, "", anna)
+    assert [(row["n"], row["key"]) for row in seen["recent"]] == [(2, "anna")]
+    assert seen.keys() == {
+        *("now", "cursor", "reset", "operator", "name", "recent", "client_keys"),
+    }
+    await client.app[ztoapi.DATABASE].sync(client.app[ztoapi.ACCOUNTS])
+    async with client.get("/dashboard/history", headers=anna) as response:
+        history = await response.json()
+    for span in ("days", "quarters", "minutes"):
+        assert [(row["key"], row["requests"]) for row in history[span]] == [("anna", 1)]
+    assert len(history["times"]) == 1
+
+
+@in_loop
+async def test_a_refusal_says_why_among_the_requests_and_counts(client):
+    anna = await make_key(client, rpm=1)
+    for _ in range(2):
+        await ask(client, headers=anna)
+    seen, _ = await news(client, "", anna)
+    assert [(row["status"], row["error"], row["words"]) for row in seen["recent"]] == [
+        (429, "rate_limit_exceeded", "This key may send 1 requests a minute: wait a little."),
+        (200, "", ""),
+    ]
+    [key] = seen["client_keys"]
+    assert key["requests"] == 2
+
+
+@in_loop
+async def test_the_history_is_sent_again_only_when_it_has_changed(start):
+    client = await start(clock=ztoapi.Clock())
+    statuses, headers = [], {**KEY}
+    for asks in (0, 1, 0, 0):
+        for _ in range(asks):
+            await ask(client)
+        await client.app[ztoapi.DATABASE].sync(client.app[ztoapi.ACCOUNTS])
+        async with client.get("/dashboard/history", headers=headers) as response:
+            statuses.append((response.status, bool(await response.read())))
+            headers["If-None-Match"] = response.headers["ETag"]
+    assert statuses == [(200, True), (200, True), (304, False), (304, False)]
+
+
+@in_loop
+@pytest.mark.parametrize(("accepted", "coding"), [("gzip, br", "gzip"), ("br", None)])
+@pytest.mark.parametrize("path", ["/dashboard/stats", "/dashboard/history"])
+async def test_large_answers_of_the_dashboard_are_packed(client, path, accepted, coding):
+    for i in range(8):
+        await ask(client, chat(model=f"glm-{i}"))
+    async with client.get(path, headers={**KEY, "Accept-Encoding": accepted}) as response:
+        assert response.headers.get("Content-Encoding") == coding
+        assert len(await response.json()) > 3
+
+
+def test_a_timeline_keeps_its_last_stretches_and_says_when_they_were():
+    timeline = ztoapi.Timeline(60, 2, 1)
+    for minute in range(5):
+        stretch = timeline.at(minute * 60 + 59.9)
+        stretch.figures["a", "glm-5"] = [1, 0, 0, 0, 0]
+        stretch.times.append(("a", 0.5, None))
+    assert [row["at"] for row in timeline.rows("a", {"a": "anna"}, 3600)] == [3720, 3780, 3840]
+    assert timeline.rows("b", {}, 0) == timeline.percentiles("b", 0) == []
+    assert timeline.percentiles(EVERYBODY, 0)[0] == {
+        "at": 120,
+        "first": {"p50": 0.5, "p95": 0.5},
+        "duration": {"p50": None, "p95": None},
+    }
 
 
 @in_loop

@@ -4029,6 +4029,29 @@ def test_no_balance_names_the_address_of_the_coding_plan():
     )
 
 
+@pytest.mark.parametrize(
+    ("model", "code", "words"),
+    [
+        ("glm-9", 1211, "see /v1/models and MODEL_ALIASES. (glm-9: Z.ai 1211: no)"),
+        ("glm-4.6", 1113, "add money or use a free model, such as glm-4.7-flash. (Z.ai 1113: no)"),
+        ("glm-4.7-flash", 1113, "coding/paas/v4. (Z.ai 1113: no)"),
+    ],
+)
+def test_a_refusal_names_the_model_and_advises_no_free_one_for_a_free_one(model, code, words):
+    error = zai_error(400, {"error": {"code": str(code), "message": "no"}})
+    ztoapi.fit_to_model(error, resolve(model))
+    assert str(error).endswith(words)
+    assert ("use a free model" in str(error)) is ("use a free model" in words)
+
+
+def test_the_time_of_a_reset_has_its_zone():
+    text = "will reset at 2026-09-12 00:35:41"
+    error = zai_error(429, {"error": {"code": "1308", "message": text}})
+    ours = "is used up until it is reset. That is on 2026-09-11 at 16:35 UTC."
+    assert str(error).endswith(f"{ours} (Z.ai 1308: {text} UTC+8)")
+    assert error.for_others(5).message == error.message
+
+
 # ======== Z.ai: the answer ========
 
 
@@ -11014,7 +11037,7 @@ async def test_what_zai_refuses_costs_nothing(client, zai, path):
     body = ASKING.get(path, {"model": "embedding-3", "input": "hi"})
     assert (await ask(client, body, f"/v1/{path}", key))[0].status == 400
     ((_, used),) = client.app[ztoapi.ACCOUNTS].counted.items()
-    assert used == [1, 1, 0, 0, 0]
+    assert used == [1, 1, 0, 0, 0, 0]
 
 
 @in_loop
@@ -13391,10 +13414,10 @@ def check(zai, monkeypatch, capsys):
     monkeypatch.setattr(ztoapi, "ENV_FILE", Path("/nowhere"))
     monkeypatch.setenv("NO_PROXY", "*")
 
-    async def checked(**settings):
-        status = await ztoapi.check(
-            {"PORT": "0", "ZAI_BASE_URL": zai.url, "ZAI_API_KEY": "id.secret"} | settings
-        )
+    async def checked(bases=ztoapi.ZAI_BASES, probe="", **settings):
+        ours = {"PORT": "0", "ZAI_BASE_URL": zai.url, "ZAI_API_KEY": "id.secret"}
+        ours["DATABASE_URL"] = "memory"
+        status = await ztoapi.check({**ours, **settings}, bases, probe)
         return status, capsys.readouterr().out.splitlines()
 
     return checked
@@ -13404,7 +13427,7 @@ def check(zai, monkeypatch, capsys):
 async def test_the_doctor_finds_all_well(check, zai):
     zai.parts = [DOCUMENT]
     status, lines = await check()
-    assert (status, [line[0] for line in lines]) == (0, ["✓"] * 5)
+    assert (status, [line[0] for line in lines]) == (0, ["✓"] * 6)
     assert "你好" in lines[-1]
 
 
@@ -13454,6 +13477,154 @@ async def test_the_doctor_knows_a_coding_plan_key_on_the_general_address(check, 
     status, lines = await check()
     assert (status, lines[-1][:6]) == (1, "✗ chat")
     assert "https://api.z.ai/api/coding/paas/v4" in lines[-1]
+
+
+SECRET_KEY = "0123456789abcdef0123456789abcdef.abcdef"
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "shown"),
+    [
+        ("PORT", "abc", "PORT=abc"),
+        ("PORT", SECRET_KEY, "PORT"),
+        ("PORT", "sk-something", "PORT"),
+        ("ZAI_API_KEY", "ключ", "ZAI_API_KEY"),
+        ("DATABASE_URL", "mysql://u:hunter2@h/d", "DATABASE_URL"),
+        ("ZAI_BASE_URL", "http://u:hunter2@h", "ZAI_BASE_URL"),
+        ("SPEND_LIMIT", "5/year", "SPEND_LIMIT=5/year"),
+    ],
+)
+def test_a_malformed_setting_shows_neither_key_nor_password(name, text, shown):
+    with pytest.raises(SettingsError) as raised:
+        Settings.from_env({name: text})
+    assert str(raised.value).startswith(f"{shown} cannot be used: it must be ")
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [('"7"', 7), ("'7'", 7), (' "7 " ', 7), ("7", 7), ('""', 9090)],
+)
+def test_quotes_around_a_setting_are_taken_off(text, value):
+    assert Settings.from_env({"PORT": text}).port == value
+
+
+@pytest.mark.parametrize(
+    ("name", "meant"),
+    [
+        *(("ZAI_KEY", "ZAI_API_KEY"), ("PROT", "PORT"), ("ZAI_URL", "ZAI_BASE_URL")),
+        *(("CORS_ORIGIN", "CORS_ORIGINS"), ("PORT", None), ("HOSTNAME", None), ("PATH", None)),
+    ],
+)
+def test_a_variable_that_looks_like_a_misspelt_setting_is_named(name, meant):
+    found = [finding.words for finding in ztoapi.misspelt([name])]
+    assert found == ([f"{name} is no setting: is {meant} meant?"] if meant else [])
+
+
+class NamedSites:
+    """Z.ai's four named addresses, at a fake that knows of each what it takes."""
+
+    def __init__(self, zai):
+        self.bases = {name: f"{zai.url}/{name}" for name in ztoapi.ZAI_BASES}
+        self.lists = {"api"}  # those that take the key
+        self.pays = set()  # those whose account has money for paid models
+        self.free = set()  # those where free models answer
+        self.zai, zai.list_models, zai.answer = zai, self.list_models, self.answer
+
+    async def list_models(self, request):
+        raise AssertionError(request.path)
+
+    async def answer(self, request):
+        name = request.path.split("/")[4]
+        body = json.loads(self.zai.asked[-1][-1] or b"{}")
+        if request.path.endswith("/models") and name in self.lists:
+            return web.json_response({"data": [{"id": "glm-4.6"}]})
+        if request.path.endswith("/models"):
+            return web.json_response({"error": {"code": "1000", "message": "no"}}, status=401)
+        takers = self.free if MODELS[body["model"]].free else self.pays
+        if name in takers:
+            return web.Response(body=DOCUMENT, content_type="application/json")
+        return web.json_response({"error": {"code": "1113", "message": "no"}}, status=429)
+
+    def asked_at(self):
+        return [path.split("/")[4] for _, path, *_ in self.zai.asked]
+
+
+@in_loop
+@pytest.mark.parametrize(
+    ("key", "takes", "words"),
+    [
+        pytest.param("@api", {"china"}, "set ZAI_API_KEY to KEY@china (", id="one other"),
+        pytest.param("@plan", {"api", "china"}, "KEY@api (", id="several others"),
+        pytest.param("@api", set(), "None of Z.ai's other addresses takes it", id="none"),
+    ],
+)
+async def test_the_doctor_finds_the_address_of_a_refused_key(
+    check, zai, monkeypatch, key, takes, words
+):
+    sites = NamedSites(zai)
+    monkeypatch.setattr(ztoapi, "ZAI_BASES", sites.bases)
+    sites.lists = takes
+    status, lines = await check(sites.bases, ZAI_API_KEY=f"id.secret{key}")
+    assert (status, lines[-1][:7], words in lines[-1]) == (1, "✗ key 1", True)
+    assert sorted(sites.asked_at()) == sorted(ztoapi.ZAI_BASES)
+    assert all(path.endswith("/models") for _, path, *_ in zai.asked)
+
+
+@in_loop
+async def test_a_key_with_an_address_of_its_own_never_leaves_it(check, zai):
+    sites = NamedSites(zai)
+    sites.lists = {"china"}
+    status, lines = await check(sites.bases, ZAI_API_KEY=f"id.secret@{zai.url}/own")
+    assert (status, sites.asked_at(), "another address" in lines[-1].lower()) == (1, ["own"], False)
+
+
+@in_loop
+@pytest.mark.parametrize(
+    ("here", "free", "pays", "mark", "words"),
+    [
+        pytest.param("api", {"api"}, {"api"}, "✓", "paid models do", id="balance"),
+        pytest.param("plan", set(), {"plan"}, "✓", "paid models do", id="plan"),
+        pytest.param("api", {"api"}, {"plan"}, "!", "KEY@plan", id="plan's key, free works"),
+        pytest.param("plan", {"api"}, {"api"}, "✗", "KEY@api", id="balance at the plan's"),
+        pytest.param("api", {"api"}, set(), "!", "neither a plan nor a balance", id="empty"),
+        pytest.param("china", {"china"}, {"china-plan"}, "!", "KEY@china-plan", id="china"),
+    ],
+)
+async def test_the_doctor_tells_a_wrong_address_from_an_empty_account(
+    check, zai, monkeypatch, here, free, pays, mark, words
+):
+    sites = NamedSites(zai)
+    monkeypatch.setattr(ztoapi, "ZAI_BASES", sites.bases)
+    sites.lists, sites.free, sites.pays = {here}, free, pays
+    status, lines = await check(sites.bases, ZAI_API_KEY=f"id.secret@{here}")
+    assert (status, lines[-1][:8], words in lines[-1]) == (int(mark == "✗"), f"{mark} paid 1", True)
+
+
+@in_loop
+async def test_the_doctor_asks_nothing_more_after_anything_but_yes(check, zai):
+    zai.parts = [DOCUMENT]
+    await check(probe="no")
+    before = len(zai.asked)
+    status, lines = await check(probe="yes")
+    table = lines[lines.index("|---|---|") + 1 :]
+    assert (status, before, len(zai.asked) - before, len(table)) == (0, 1, 12, 12)
+    assert table[0].startswith("| tool_choice required | 200: calls no tool |")
+    assert "id.secret" not in "".join(lines)
+
+
+@in_loop
+@pytest.mark.parametrize(
+    ("url", "mark", "words"),
+    [
+        ("memory", "✓", "memory only"),
+        ("sqlite:///{}/z.db", "✓", "z.db opens, and can be written"),
+        ("sqlite:///{}/none/z.db", "✗", "the database cannot be used"),
+    ],
+)
+async def test_the_doctor_opens_and_writes_the_database(check, zai, tmp_path, url, mark, words):
+    status, lines = await check(DATABASE_URL=url.format(tmp_path))
+    [line] = [line for line in lines if line[2:10] == "database"]
+    assert (line[0], words in line, status) == (mark, True, int(mark == "✗"))
 
 
 @in_loop

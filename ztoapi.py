@@ -105,6 +105,7 @@ from contextlib import (
 from contextvars import ContextVar
 from dataclasses import Field, dataclass, field, fields, replace
 from datetime import date, datetime, timedelta, timezone
+from difflib import get_close_matches
 from fnmatch import filter as fnmatch_filter
 from fnmatch import fnmatchcase
 from functools import cached_property, lru_cache, partial
@@ -288,14 +289,25 @@ def setting(default: Any, read: Callable[[str], Any], wanted: str) -> Any:
     return field(default=default, metadata={"read": read, "wanted": wanted})
 
 
+def without_quotes(text: str) -> str:
+    """A value without the quotes around it: Docker's --env-file keeps them."""
+    if len(text) > 1 and text[0] == text[-1] and text[0] in "\"'":
+        return text[1:-1].strip()
+    return text
+
+
+# A key of Z.ai's (32 digits, a dot and more), one of OpenAI's form, or a password in an address.
+LIKE_A_SECRET = re.compile(r"[0-9a-fA-F]{16,}\.|\bsk-|@|password=")
+
+
 def read_setting(variable: Field[Any], text: str) -> Any:
     try:
         return variable.metadata["read"](text)
     except (ValueError, KeyError):
-        is_secret = (
-            variable.name.endswith(("_key", "database_url")) or "@" in text
-        )  # even a malformed one
-        shown = variable.name.upper() + ("" if is_secret else f"={text}")
+        is_secret = variable.name.endswith(("_key", "database_url"))  # even a malformed one
+        shown = variable.name.upper()
+        if not is_secret and not LIKE_A_SECRET.search(text):
+            shown += f"={text}"
         raise SettingsError(
             f"{shown} cannot be used: it must be {variable.metadata['wanted']}"
         ) from None
@@ -392,7 +404,7 @@ class Settings:
     def from_env(cls, env: Mapping[str, str]) -> Settings:
         """Read every variable of the README's table. An empty one counts as not set, except DEFAULT_KEY."""
         variables = [f for f in fields(cls) if "read" in f.metadata and f.name.upper() in env]
-        given = {f: env[f.name.upper()].strip() for f in variables}
+        given = {f: without_quotes(env[f.name.upper()].strip()) for f in variables}
         return cls(
             **{
                 f.name: read_setting(f, text)
@@ -556,7 +568,10 @@ class UpstreamError(ProxyError):
         super().__init__(kind, message, detail=detail)
         self.zai_code = zai_code
         self.told_wait: float | None = None  # seconds, where Z.ai sent Retry-After
-        self.resets_at = reset_time(detail) if kind == QUOTA_EXCEEDED else None
+        self.resets_at: float | None = None
+        if kind == QUOTA_EXCEEDED:
+            self.detail = RESET_TIME.sub(r"\g<0> UTC+8", detail)
+            self.say_reset(reset_time(detail))
 
     def for_others(self, seconds: float) -> UpstreamError:
         """What other clients are told of it: our words and Z.ai's code, since Z.ai's words may quote the first one's.
@@ -565,14 +580,26 @@ class UpstreamError(ProxyError):
         """
         detail = f"Z.ai {self.zai_code}" if self.zai_code else ""
         error = UpstreamError(self.kind, detail=detail, zai_code=self.zai_code)
-        error.resets_at = self.resets_at
+        error.say_reset(self.resets_at)
         error.retry_after = seconds
         return error
+
+    def say_reset(self, resets_at: float | None) -> None:
+        """Name the time, with its zone."""
+        self.resets_at = resets_at
+        if resets_at is not None:
+            moment = datetime.fromtimestamp(resets_at, timezone.utc)
+            self.message = (
+                f"{self.kind.message} That is on {moment:%Y-%m-%d} at {moment:%H:%M} UTC."
+            )
+
+
+RESET_TIME = re.compile(r"\b(20\d\d-\d\d-\d\d)[ T](\d\d:\d\d:\d\d)\b")
 
 
 def reset_time(text: str) -> float | None:
     """The Unix time in "… will reset at 2026-09-12 00:35:41", which is UTC+8 (can1357/oh-my-pi#11014)."""
-    found = re.findall(r"\b(20\d\d-\d\d-\d\d)[ T](\d\d:\d\d:\d\d)\b", text)
+    found = RESET_TIME.findall(text)
     try:
         return max(
             (datetime.fromisoformat(f"{day}T{hour}+08:00").timestamp() for day, hour in found),
@@ -4236,6 +4263,22 @@ def zai_error(status: int, body: bytes | JSON) -> UpstreamError:
     return UpstreamError(kind, detail=detail, zai_code=code)
 
 
+NO_BALANCE_FOR_FREE = replace(
+    NO_BALANCE,
+    message="Z.ai says that this server's key has no balance, though this model is free: see z.ai/manage-apikey. "
+    "A Coding Plan key needs ZAI_BASE_URL=https://api.z.ai/api/coding/paas/v4.",
+)
+
+
+def fit_to_model(error: UpstreamError, model: Model) -> None:
+    """Put an error into words that fit the model that was asked for."""
+    if error.kind == MODEL_NOT_FOUND:
+        error.detail = f"{model.id}: {error.detail}"
+    elif error.kind == NO_BALANCE and model.free:
+        error.kind = NO_BALANCE_FOR_FREE
+        error.message = error.kind.message
+
+
 def refusal_in(body: bytes) -> UpstreamError | None:
     """Z.ai's refusal in an answer that has a status of success; None where it is no refusal.
 
@@ -7690,6 +7733,9 @@ class Upstream:
         ticket = queue.ticket(use, caller, leaves_after)
         try:
             return await self.retry(queue, ticket, attempt, owner)
+        except UpstreamError as error:
+            fit_to_model(error, model_of(use.model))
+            raise
         finally:
             queue.tickets -= 1
             if ticket in queue.coming_back:  # it was cancelled just then
@@ -8519,6 +8565,10 @@ class Database:
         self.execute(
             PUT_KEY, account.id, account.name, to_json(limits), account.hash, int(account.paused)
         )
+
+    def try_to_write(self) -> None:
+        """Fails where the database can only be read."""
+        self.execute("UPDATE ztoapi_version SET version = version")
 
     def identify(self) -> str:
         """The database's random id, by which two who use it know that they use the same one."""
@@ -11433,6 +11483,11 @@ def parse_flags(arguments: list[str]) -> argparse.Namespace:
         action="store_true",
         help="say what is configured and whether it works, then exit",
     )
+    parser.add_argument(
+        "--probe",
+        action="store_true",
+        help="with --check: ask first, then find out what Z.ai's documents leave open",
+    )
     commands = parser.add_subparsers(dest="command", prog="ztoapi.py")
     starter = commands.add_parser("launch", help="start a client that uses this server")
     starter.add_argument(
@@ -11460,7 +11515,18 @@ def parse_flags(arguments: list[str]) -> argparse.Namespace:
     for name, (_, wanted) in LIMITS.items():
         manager.add_argument(f"--{name}", help=f"{wanted}; or none, for no limit")
     own = list(takewhile("--".__ne__, arguments))
-    return parser.parse_args(own, argparse.Namespace(arguments=arguments[len(own) + 1 :]))
+    flags = parser.parse_args(own, argparse.Namespace(arguments=arguments[len(own) + 1 :]))
+    if flags.probe and not flags.check:
+        parser.error("--probe goes with --check")
+    return flags
+
+
+def answer_to(question: str) -> str:
+    """What is typed; "" where nobody can."""
+    try:
+        return input(question).strip()
+    except EOFError:
+        return ""
 
 
 def new_loop() -> asyncio.AbstractEventLoop:
@@ -11474,7 +11540,8 @@ def main(arguments: list[str] | None = None) -> None:
     flags = parse_flags(sys.argv[1:] if arguments is None else arguments)
     given = {name.upper(): value for name, value in vars(flags).items() if name in ("host", "port")}
     if flags.check:
-        raise SystemExit(asyncio.run(check(given)))
+        answer = answer_to(PROBE_QUESTION) if flags.probe else ""
+        raise SystemExit(asyncio.run(check(given, probe=answer)))
     settings = settings_or_exit(given)
     if flags.command == "launch":
         raise SystemExit(launch(settings, flags))
@@ -11677,52 +11744,133 @@ class Finding:
 
     what: str
     words: str
-    good: bool = True
+    level: Literal["good", "warning", "bad"] = "good"
 
     def __str__(self) -> str:
-        return f"{'✓' if self.good else '✗'} {self.what:<9} {self.words}"
+        mark = {"good": "✓", "warning": "!", "bad": "✗"}[self.level]
+        return f"{mark} {self.what:<9} {self.words}"
 
 
-async def diagnose(settings: Settings) -> AsyncIterator[Finding]:
-    """Checks all that a chat needs, in order. Ends at a failure that hides the rest."""
-    source = str(ENV_FILE) if ENV_FILE.exists() else f"no {ENV_FILE}"
-    keys = "1 key" if len(settings.zai_api_key) == 1 else f"{len(settings.zai_api_key)} keys"
-    yield Finding("settings", f"{', '.join(settings.zai_base_urls)}, {keys} for Z.ai ({source})")
-    yield await asyncio.to_thread(check_port, settings)
-    found = [
-        f"python ztoapi.py launch {name}"
-        for name in CLIENTS
-        if shutil.which(CLIENTS[name].arguments[0])
-    ]
-    yield Finding(
-        "clients",
-        ", ".join(found) or "none is installed; python ztoapi.py launch --help lists them",
-    )
-    if not settings.zai_api_key:
-        yield Finding("key", ZAI_API_KEY_MISSING.message, good=False)
-        return
-    async with new_session(settings) as session:
-        client, accepted = ZaiClient(session, settings), False
-        for number, key in enumerate(settings.zai_keys, 1):
-            finding = await check_key(client, f"key {number}", key)
+NAMED_SITES = (
+    ("api", "plan"),
+    ("china", "china-plan"),
+)  # each: the general address, and the plan's
+PAID_MODEL = "glm-5.3-flash"  # of every plan, and cheap
+
+
+class Doctor:
+    """`--check`: looks at all that a chat needs, in order, and says what to do."""
+
+    def __init__(self, settings: Settings, client: ZaiClient, bases: Mapping[str, str]) -> None:
+        self.settings = settings
+        self.client = client
+        self.bases = bases  # Z.ai's named addresses
+        self.accepted: list[tuple[int, ZaiKey]] = []  # keys that Z.ai took, with their numbers
+
+    async def diagnose(self) -> AsyncIterator[Finding]:
+        """Ends at a failure that hides the rest."""
+        if not self.settings.zai_keys:
+            yield Finding("key", ZAI_API_KEY_MISSING.message, "bad")
+            return
+        for number, key in enumerate(self.settings.zai_keys, 1):
+            finding = await self.check_key(number, key)
             yield finding
-            async for limit in check_plan(client, f"plan {number}", key):
+            async for limit in check_plan(self.client, f"plan {number}", key):
                 yield limit
-            accepted = accepted or finding.good
-            if (
-                finding.what == "Z.ai" and len(settings.zai_base_urls) == 1
-            ):  # the other keys would fail in the same way
-                return
-        if accepted:
-            yield await check_chat(Upstream(replace(settings, max_retries=0), client, Clock()))
+            if finding.what == "Z.ai" and len(self.settings.zai_base_urls) == 1:
+                return  # the other keys would fail in the same way
+        if not self.accepted:
+            return
+        chat = await self.check_chat()
+        yield chat
+        for number, key in self.accepted:
+            if key.base_url in self.bases.values():
+                yield await self.check_paid(number, key, chat)
+
+    async def check_key(self, number: int, key: ZaiKey) -> Finding:
+        what = f"key {number}"
+        try:
+            models = await self.client.list_models(key)
+        except UpstreamError as error:
+            if error.kind != AUTHENTICATION:
+                return Finding("Z.ai", str(error), "bad")
+            return Finding(what, f"{error}{await self.better_address(key)}", "bad")
+        self.accepted.append((number, key))
+        return Finding(what, f"accepted; Z.ai lists {len(models)} models for it")
+
+    async def better_address(self, key: ZaiKey) -> str:
+        """At which of the other named addresses a refused key is taken; one with its own address never leaves it."""
+        if key.base_url not in self.bases.values():
+            return ""
+        found = []
+        for name, url in self.bases.items():
+            if url != key.base_url:
+                with suppress(UpstreamError):
+                    await self.client.list_models(ZaiKey(key.secret, url))
+                    found.append(f"KEY@{name} ({url})")
+        if not found:
+            return " None of Z.ai's other addresses takes it either."
+        return f" Another address takes it: set ZAI_API_KEY to {' or '.join(found)}."
+
+    async def check_chat(self) -> Finding:
+        """One word from a free model, or from one that every plan has."""
+        free = [model.id for model in MODELS.values() if model.free and not model.vision]
+        started = time.monotonic()
+        try:
+            model, text = await self.word_from(self.settings, *free, PAID_MODEL)
+        except ProxyError as error:
+            return Finding("chat", str(error), "bad")
+        took = time.monotonic() - started
+        return Finding("chat", f"{model} says {text!r} after {took:.1f} s")
+
+    async def check_paid(self, number: int, key: ZaiKey, chat: Finding) -> Finding:
+        """Whether paid models answer; where not, whether the address is wrong or the account empty."""
+        what = f"paid {number}"
+        try:
+            await self.word_from(self.alone(key.secret, key.base_url), PAID_MODEL)
+        except ProxyError as error:
+            if error.kind == NO_BALANCE:
+                level: Literal["warning", "bad"] = "warning" if chat.level == "good" else "bad"
+                return Finding(what, await self.why_no_balance(key), level)
+            return Finding(what, f"{PAID_MODEL}: {error}", "warning")
+        return Finding(what, f"{PAID_MODEL} answers, so paid models do")
+
+    async def why_no_balance(self, key: ZaiKey) -> str:
+        """Asks at the other address of the same site."""
+        for site in NAMED_SITES:
+            for here, there in (site, site[::-1]):
+                if key.base_url == self.bases[here]:
+                    url = self.bases[there]
+                    with suppress(ProxyError):
+                        await self.word_from(self.alone(key.secret, url), PAID_MODEL)
+                        return f"{WRONG_SIDE[here in ('api', 'china')]}: set ZAI_API_KEY to KEY@{there} ({url})"
+        return "the account has neither a plan nor a balance: only free models answer (z.ai/manage-apikey)"
+
+    def alone(self, secret: str, url: str) -> Settings:
+        """The settings with one key at one address."""
+        return replace(self.settings, zai_api_key=(f"{secret}@{url}",))
+
+    async def word_from(self, settings: Settings, model: str, *others: str) -> tuple[str, str]:
+        """Which model answered, and what. Raises ProxyError."""
+        message = Message("user", ("Answer with the one word: pong",))
+        prompt = Prompt(
+            model, (message,), stream=False, max_tokens=64, effort="off", fallbacks=others
+        )
+        patient = replace(settings, max_retries=0, rate_limit_wait=CHECK_WAIT)
+        upstream = Upstream(patient, self.client, Clock())
+        plan = make_plan(prompt, patient, Account(""), "check")
+        async with upstream.open(plan) as stream:
+            answer = Answer(await stream.read())
+        text = " ".join(answer.choices[0].text.split())[:40]
+        return stream.info.model, text
 
 
-async def check_key(client: ZaiClient, what: str, key: ZaiKey) -> Finding:
-    try:
-        models = await client.list_models(key)
-    except UpstreamError as error:
-        return Finding(what if error.kind == AUTHENTICATION else "Z.ai", str(error), good=False)
-    return Finding(what, f"accepted; Z.ai lists {len(models)} models for it")
+CHECK_WAIT = 10  # seconds for which a refusal for load is waited out
+# What a key without a balance is, whose account answers at the other address of its site; by whether it is general.
+WRONG_SIDE = {
+    True: "this is the key of a Coding Plan at the general address, where only free models answer it",
+    False: "this key has no plan, but a balance",
+}
 
 
 async def check_plan(client: ZaiClient, what: str, key: ZaiKey) -> AsyncIterator[Finding]:
@@ -11745,47 +11893,273 @@ def check_port(settings: Settings) -> Finding:
     except OSError as error:
         if error.errno == errno.EADDRINUSE and ztoapi_at(origin_of(settings.host, settings.port)):
             return Finding("port", f"a ztoapi serves {settings.port} on {settings.host}")
-        return Finding("port", cannot_listen(settings, error), good=False)
+        return Finding("port", cannot_listen(settings, error), "bad")
     return Finding("port", f"{settings.port} on {settings.host} is free")
 
 
-async def check_chat(upstream: Upstream) -> Finding:
-    """One word from a free model, or from one that every plan has."""
-    message = Message("user", ("Answer with the one word: pong",))
-    model, *others = (
-        *(model.id for model in MODELS.values() if model.free and not model.vision),
-        "glm-5.3-flash",
-    )
-    prompt = Prompt(
-        model, (message,), stream=False, max_tokens=64, effort="off", fallbacks=tuple(others)
-    )
-    started = time.monotonic()
+def check_database(settings: Settings) -> Finding:
+    """Whether it can be opened and written, as the start and the first request will."""
+    database = database_of(settings)
+    if database.in_memory:
+        return Finding("database", "memory only: keys and usage are forgotten at the end")
+    if not settings.database_url and not database.exists:
+        if os.access(database.path.parent, os.W_OK):
+            return Finding("database", f"{database.place} is made when it is needed first")
+        return Finding("database", f"{database.place} cannot be made there", "bad")
     try:
-        plan = make_plan(prompt, upstream.settings, Account(""), "check")
-        async with upstream.open(plan) as stream:
-            answer = Answer(await stream.read())
-    except ProxyError as error:
-        return Finding("chat", str(error), good=False)
-    text = " ".join(answer.choices[0].text.split())[:40]
-    return Finding(
-        "chat", f"{stream.info.model} says {text!r} after {time.monotonic() - started:.1f} s"
-    )
+        database.transact(database.try_to_write)
+        database.close()
+    except DatabaseError as error:
+        return Finding("database", f"{database.place}: {error}", "bad")
+    return Finding("database", f"{database.place} opens, and can be written")
 
 
-async def check(flags: Mapping[str, str]) -> int:
-    """Print the findings; the exit status is 0 if all are good, else 1."""
+def check_clients() -> Finding:
+    found = [
+        f"python ztoapi.py launch {name}"
+        for name in CLIENTS
+        if shutil.which(CLIENTS[name].arguments[0])
+    ]
+    nothing = "none is installed; python ztoapi.py launch --help lists them"
+    return Finding("clients", ", ".join(found) or nothing)
+
+
+# What a variable that is none of ours may have been meant to be; lower, and HOSTNAME would be taken for HOST.
+LIKENESS = 0.72
+
+
+def misspelt(names: Iterable[str]) -> Iterator[Finding]:
+    """Variables whose names look like those of settings."""
+    settings = [variable.name.upper() for variable in fields(Settings) if variable.metadata]
+    for name in sorted(set(names) - {*settings}):
+        meant = get_close_matches(name, settings, 1, LIKENESS)
+        if meant:
+            yield Finding("settings", f"{name} is no setting: is {meant[0]} meant?", "warning")
+
+
+def local_findings(settings: Settings, names: Iterable[str]) -> Iterator[Finding]:
+    """What can be said without Z.ai; `names` are those of all variables."""
+    source = str(ENV_FILE) if ENV_FILE.exists() else f"no {ENV_FILE}"
+    keys = "1 key" if len(settings.zai_api_key) == 1 else f"{len(settings.zai_api_key)} keys"
+    yield Finding("settings", f"{', '.join(settings.zai_base_urls)}, {keys} for Z.ai ({source})")
+    yield from misspelt(names)
+    yield check_port(settings)
+    yield check_database(settings)
+    yield check_clients()
+
+
+async def check(
+    flags: Mapping[str, str], bases: Mapping[str, str] = ZAI_BASES, probe: str = ""
+) -> int:
+    """Print the findings; the exit status is 0 if none is bad, else 1. `probe` is what the operator said to that."""
     try:
-        settings = Settings.from_env({**environment(), **flags})
+        variables = {**environment(), **flags}
+        settings = Settings.from_env(variables)
     except SettingsError as error:
-        print(Finding("settings", str(error), good=False))
+        print(Finding("settings", str(error), "bad"))
         return 1
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a terminal without ✓ must not hide the rest
-    redact, good = redactor(settings), True
-    async for finding in diagnose(settings):
-        print(redact(str(finding)), flush=True)
-        good = good and finding.good
-    return 0 if good else 1
+    redact, status = redactor(settings), 0
+    async with new_session(settings) as session:
+        doctor = Doctor(settings, ZaiClient(session, settings), bases)
+        local = await asyncio.to_thread(list, local_findings(settings, variables))
+        async for finding in chain_findings(local, doctor.diagnose()):
+            print(redact(str(finding)), flush=True)
+            if finding.level == "bad":
+                status = 1
+        if probe == "yes" and doctor.accepted:
+            async for line in probed(doctor):
+                print(redact(line), flush=True)
+    return status
+
+
+async def chain_findings(
+    first: Iterable[Finding], others: AsyncIterator[Finding]
+) -> AsyncIterator[Finding]:
+    for finding in first:
+        yield finding
+    async for finding in others:
+        yield finding
+
+
+PROBE_QUESTION = """\
+--probe sends about a dozen small requests to Z.ai with your own key, to find out what its documents leave open.
+They cost less than a cent. What comes back is a table without secrets, to paste into an issue.
+Type yes to send them: """
+PROBE_TIMEOUT = 60  # seconds
+
+
+class RawReply(NamedTuple):
+    """What Z.ai answered to a probe, as it came."""
+
+    status: int
+    headers: Mapping[str, str]
+    body: bytes
+
+    @property
+    def document(self) -> JSON:
+        return as_object(parse_json(self.body))
+
+    @property
+    def message(self) -> JSON:
+        """Of a whole answer of chat."""
+        choice = first_object(self.document.get("choices"))
+        return as_object(choice.get("message"))
+
+    @property
+    def frames(self) -> list[JSON]:
+        """Of a streamed answer."""
+        decoder = SSEDecoder()
+        data = [*decoder.feed(self.body), *decoder.close()]
+        return [as_object(parse_json(frame)) for frame in data if frame != b"[DONE]"]
+
+
+@dataclass(frozen=True)
+class Probe:
+    """A question about Z.ai, a request that answers it, and how its answer is read."""
+
+    question: str
+    path: str  # behind the base, or from / on
+    body: JSON
+    read: Callable[[RawReply], str]
+
+
+def called(reply: RawReply) -> str:
+    if reply.message.get("tool_calls"):
+        return "calls the tool"
+    return "calls no tool"
+
+
+def said(reply: RawReply) -> str:
+    return f"says {str(reply.message.get('content'))[:40]!r}"
+
+
+def fields_told(reply: RawReply) -> str:
+    return f"has the fields {', '.join(sorted(reply.document))}"
+
+
+def limit_headers(reply: RawReply) -> str:
+    names = [
+        name for name in reply.headers if name.lower().startswith(("retry-after", "x-ratelimit"))
+    ]
+    return ", ".join(names) or "none of them"
+
+
+def comments_counted(reply: RawReply) -> str:
+    comments = re.findall(rb"^:", reply.body, re.MULTILINE)
+    return f"{len(comments)} comments in {len(reply.frames)} frames"
+
+
+def usage_counted(reply: RawReply) -> str:
+    with_usage = [frame for frame in reply.frames if frame.get("usage")]
+    bare = [frame for frame in with_usage if not frame.get("choices")]
+    return f"{len(with_usage)} frames with usage, {len(bare)} of them without choices"
+
+
+def embedding_type(reply: RawReply) -> str:
+    item = first_object(reply.document.get("data"))
+    return f"an embedding is a {type(item.get('embedding')).__name__}"
+
+
+CLOCK_TOOL = {
+    "type": "function",
+    "function": {
+        "name": "clock",
+        "description": "Tells the time.",
+        "parameters": {"type": "object", "properties": {}},
+    },
+}
+NAMED_CLOCK = {"type": "function", "function": {"name": "clock"}}
+# A red image in PNG, 32 by 32.
+SQUARE = (
+    "iVBORw0KGgoAAAANSUhEUgAAACAAAAAgCAIAAAD8GO2jAAAAKklEQVR42mO4oKBAU8QwasGoBaMW"
+    "jFowasGoBaMWjFowasGoBaMWDBULAE7YQD2B7wk2AAAAAElFTkSuQmCC"
+)
+
+
+def probes(model: str, seeing: str) -> list[Probe]:
+    """The open points; what cannot be provoked, or would cost much, is not among them."""
+
+    def chat(words: str, **more: Any) -> JSON:
+        message = {"role": "user", "content": words}
+        return {"model": model, "messages": [message], "max_tokens": 64, **OFF, **more}
+
+    tool: JSON = {"tools": [CLOCK_TOOL]}
+    remembered = [
+        {"role": "user", "content": "Think of a number."},
+        {"role": "assistant", "reasoning_content": "I take 7341.", "content": "I have one."},
+        {"role": "user", "content": "Which number was it? Answer with it alone."},
+    ]
+    image = {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{SQUARE}"}}
+    look = {"role": "user", "content": [image, {"type": "text", "text": "Which colour is it?"}]}
+    counting: JSON = {"model": model, "messages": [{"role": "user", "content": "hi"}]}
+    path = "chat/completions"
+    return [
+        Probe("tool_choice required", path, chat("Hi", tool_choice="required", **tool), called),
+        Probe("tool_choice none", path, chat("Call clock.", tool_choice="none", **tool), called),
+        Probe("tool_choice named", path, chat("Hi", tool_choice=NAMED_CLOCK, **tool), called),
+        Probe("count_tokens", "/api/anthropic/v1/messages/count_tokens", counting, fields_told),
+        Probe("Responses API", "/api/v1/responses", {"model": model, "input": "hi"}, fields_told),
+        Probe("limits in headers", path, chat("Hi"), limit_headers),
+        Probe("image as data: URL", path, chat("", model=seeing, messages=[look]), said),
+        Probe("reasoning sent back is read (7341)", path, chat("", messages=remembered), said),
+        Probe("stop as a text", path, chat("Count: 1 2 3 4 5", stop="3"), said),
+        Probe("comments in a stream", path, chat("Hi", stream=True), comments_counted),
+        Probe(
+            "stream_options",
+            path,
+            chat("Hi", stream=True, stream_options={"include_usage": True}),
+            usage_counted,
+        ),
+        Probe(
+            "base64 embeddings",
+            "embeddings",
+            {"model": "embedding-3", "input": "hi", "encoding_format": "base64"},
+            embedding_type,
+        ),
+    ]
+
+
+OFF: JSON = {"thinking": {"type": "disabled"}}
+
+
+async def probed(doctor: Doctor) -> AsyncIterator[str]:
+    """The lines of a table: what Z.ai answered to each probe."""
+    _, key = doctor.accepted[0]
+    chosen = ("glm-4.7-flash", "glm-4.6v-flash")  # free
+    if "/coding/" in key.base_url:
+        chosen = (PAID_MODEL, PAID_MODEL)
+    yield f"\n| open point ({chosen[0]} at {key.base_url}) | answer |"
+    yield "|---|---|"
+    for probe in probes(*chosen):
+        yield f"| {probe.question} | {await probe_words(doctor.client, key, probe)} |"
+
+
+async def probe_words(client: ZaiClient, key: ZaiKey, probe: Probe) -> str:
+    url = urljoin(f"{key.base_url}/", probe.path)
+    try:
+        async with client.session.post(
+            url,
+            data=encode_request(probe.body),
+            headers={"Authorization": f"Bearer {key.secret}", "Content-Type": "application/json"},
+            proxy=client.proxy(url),
+            allow_redirects=False,
+            timeout=aiohttp.ClientTimeout(total=PROBE_TIMEOUT),
+        ) as response:
+            body = await read_up_to(GET_LIMIT, response.content)
+            reply = RawReply(response.status, response.headers, body)
+    except (aiohttp.ClientError, asyncio.TimeoutError, ValueError) as error:
+        return printable_line(f"no answer: {connection_error(error)}")
+    refusal = refusal_in(body) if reply.status < 400 else zai_error(reply.status, body)
+    if refusal is not None:
+        return printable_line(f"{reply.status}: {refusal.detail}")
+    return printable_line(f"{reply.status}: {probe.read(reply)}")
+
+
+def printable_line(words: str) -> str:
+    """One cell of a table."""
+    return " ".join(words.replace("|", "/").split())[:200]
 
 
 # What a client does not inherit, besides this server's settings: variables for other accounts, and our keys.

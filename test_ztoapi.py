@@ -11262,7 +11262,7 @@ async def test_usage_is_counted_whatever_the_content_type(client, zai, kind):
         assert response.status == 200
     assert await eventually(lambda: client.app[ztoapi.ACCOUNTS].counted)
     ((account, used),) = client.app[ztoapi.ACCOUNTS].counted.items()
-    assert (account[2], used) == ("embedding-3", [1, 0, 7, 0, 0])
+    assert (account[2], used) == ("embedding-3", [1, 0, 7, 0, 0, 0])
 
 
 @in_loop
@@ -11396,7 +11396,7 @@ async def test_what_embeddings_tell_is_counted(start, zai, form):
     )
     assert await eventually(lambda: client.app[ztoapi.ACCOUNTS].counted)
     assert [(key[2], row) for key, row in client.app[ztoapi.ACCOUNTS].take().items()] == [
-        ("embedding-3", [1, 0, 8, 0, 0])
+        ("embedding-3", [1, 0, 8, 0, 0, 0])
     ]
 
 
@@ -11499,6 +11499,91 @@ async def test_keys_are_listed_changed_and_removed_over_http(client):
         async with client.delete("/dashboard/keys/anna", headers=KEY) as response:
             assert response.status == status
     assert (await ask(client, headers=key))[0].status == 401
+
+
+@in_loop
+async def test_a_key_is_rotated_paused_and_renamed_over_http(client, zai):
+    old = await make_key(client, tokens="1M")
+    await ask(client, headers=old)
+    rotated = await make_key(client, status=200, rotate=True)
+    new = {"x-api-key": rotated["key"]}
+    assert (rotated["tokens"], rotated["requests"]) == ("1M", 1)
+    assert [(await ask(client, headers=key))[0].status for key in (old, new)] == [401, 200]
+    assert (await make_key(client, status=200, paused=True))["paused"]
+    response, body = await ask(client, headers=new)
+    assert (response.status, error_of(body)["code"]) == (401, "key_paused")
+    assert not (await make_key(client, status=200, paused=False))["paused"]
+    renamed = await make_key(client, status=200, rename="bob")
+    assert (renamed["name"], renamed["requests"]) == ("bob", 3)  # one of them refused
+    assert (await ask(client, headers=new))[0].status == 200
+    await make_key(client, "anna")
+    for fields, status in (({"rename": "bob"}, 400), ({"rename": "a b"}, 400)):
+        assert (await make_key(client, "anna", status, **fields))["error"]["code"] is None
+    for fields in ({"rotate": True}, {"paused": True}, {"rename": "x"}):
+        assert (await make_key(client, "eve", 404, **fields))["error"]["code"] == "key_not_found"
+
+
+@in_loop
+async def test_a_pattern_that_fits_nothing_is_taken_with_a_warning(client):
+    async with client.post(
+        "/dashboard/keys", json={"name": "anna", "models": "glm-9*,glm-5"}, headers=KEY
+    ) as response:
+        document = await response.json()
+    assert (response.status, document["models"]) == (201, "glm-9*,glm-5")
+    assert document["warning"].startswith("No known model fits glm-9*: ")
+
+
+@in_loop
+@every_surface
+@pytest.mark.parametrize("path", ASKING)
+async def test_the_spend_limit_is_everybodys_and_free_models_go_on(start, zai, path, stream):
+    client = await start(spend_limit="0.00002/day")
+    await client.app[ztoapi.DATABASE].sync(client.app[ztoapi.ACCOUNTS])
+    zai.parts = [b'{"content": [], "usage": {"input_tokens": 9, "output_tokens": 9}}']
+    if path != "messages":
+        zai.parts = [DOCUMENT]
+    statuses = [(await ask(client, ASKING[path], f"/v1/{path}"))[0].status for _ in range(4)]
+    assert statuses[0] == 200
+    response, body = await ask(client, ASKING[path] | {"stream": stream}, f"/v1/{path}")
+    assert response.status == 402
+    assert "SPEND_LIMIT" in body
+    assert "00:00 UTC" in body
+    free = {"model": "glm-4.7-flash", "stream": False}
+    assert (await ask(client, ASKING[path] | free, f"/v1/{path}"))[0].status == 200
+    [limit] = [(await stats(client))[0]["spend_limit"]]
+    assert (limit["limit"], limit["used"] >= limit["amount"]) == ("0.00002/day", True)
+
+
+@in_loop
+async def test_a_search_of_the_web_costs_a_cent(start, zai):
+    client = await start()
+    anna = await make_key(client, spend="0.02")
+    zai.parts = [b'{"search_result": []}']
+    searched = [await ask(client, {"search_query": "x"}, "/v1/web_search", anna) for _ in range(3)]
+    assert [response.status for response, _ in searched] == [200, 200, 402]
+    async with client.get("/dashboard/keys", headers=KEY) as response:
+        [key] = (await response.json())["keys"]
+    assert (key["cost"], key["used_spend"], key["spend_limit"]) == (0.02, 0.02, 0.02)
+
+
+@in_loop
+async def test_the_log_says_whose_request_it_was(client, caplog):
+    anna = await make_key(client)
+    with caplog.at_level("INFO", "ztoapi"):
+        for key in (anna, KEY, {}):
+            await ask(client, headers=key)
+    lines = [line.partition(" /v1/")[0] for line in caplog.messages]
+    assert lines == ["anna POST", "operator POST", "- POST"]
+
+
+@in_loop
+async def test_no_clients_key_goes_to_zai(client, zai):
+    headers = {"x-api-key": "sk-your-key", "api-key": "sk-a", "Authorization": "sk-b"}
+    for path, body in (("chat/completions", HELLO), ("messages", ASKING["messages"])):
+        await ask(client, body, f"/v1/{path}", headers)
+    for _, _, sent, _ in zai.asked:
+        assert sent["Authorization"] == "Bearer zai-key"
+        assert not {"x-api-key", "api-key"} & {name.lower() for name in sent}
 
 
 @in_loop
@@ -11645,6 +11730,7 @@ async def test_prometheus_reads_the_metrics(start, zai):
         ("build_info", ztoapi.__version__): 1,
         ("retries_total",): 1,
         ("key_requests_total", "operator"): 3,
+        ("repairs_total", "line_ends_at_head"): 3,
         **{
             ("key_tokens_total", "operator", kind): 3 * n
             for kind, n in (("prompt", 6), ("cached", 2), ("completion", 3))

@@ -6212,6 +6212,8 @@ class Meter:
     @property
     def spent(self) -> int:
         """At list price, in billionths of a dollar."""
+        if not self.tries:
+            return 0
         usage = self.usage
         tokens = cost_at(self.price, usage.prompt, usage.cached, usage.completion)
         return tokens + self.searches * SEARCH_PRICE
@@ -7610,6 +7612,8 @@ def canonical(arguments: str) -> str:
         return arguments
 
 
+# What `remedies` counts besides repairs of what a model or a client said.
+RETRIES = ("retries", "queued_again", "other_keys", "fallbacks")
 LONG_ATTEMPT = 60  # seconds; a whole answer that broke off after that is asked for only once more
 FALLBACK_PATIENCE = 10  # seconds; after that another model is asked, if there is one
 
@@ -10306,9 +10310,11 @@ async def metrics(request: web.Request) -> web.Response:
         for name, figures in keys
         for kind in kinds
     )
+    repairs = (({"kind": kind}, n) for kind, n in upstream.remedies.items() if kind not in RETRIES)
     families = [
         family("build_info", "gauge", [({"version": __version__}, 1)]),
         family("retries_total", "counter", [({}, upstream.remedies["retries"])]),
+        family("repairs_total", "counter", repairs),
         family("requests_total", "counter", requests),
         family("tokens_total", "counter", tokens),
         family("key_requests_total", "counter", (({"key": k}, f.requests) for k, f in keys)),
@@ -10520,8 +10526,7 @@ async def pass_through(path: str, request: web.Request) -> web.StreamResponse:
     as_sent = isinstance(data, Upload) and "Content-Encoding" not in request.headers
     headers = sent_headers(request, "Content-Type", *(("Content-Length",) if as_sent else ()))
     how = {"method": request.method, "data": data, "headers": headers, "params": request.query}
-    meter = path_meter(path, request[RECORD].model)
-    request[RECORD].meters = [meter]
+    meter = count_path(path, request)
     paid_model = MODELS.get(meter.model)
     check_spending(request, paid_model)
     async with request.app[UPSTREAM].account_slot(request[ACCOUNT]), AsyncExitStack() as owner:
@@ -10581,6 +10586,16 @@ def size_sent(path: str, data: Upload | bytes | None) -> int:
     if path in WITH_USAGE and isinstance(data, bytes):
         return len(data)
     return 0
+
+
+def count_path(path: str, request: web.Request) -> Meter:
+    """The record learns what is asked: where no model is known, the path."""
+    record = request[RECORD]
+    meter = path_meter(path, record.model)
+    record.meters = [meter]
+    if not record.model and request.method == "POST":
+        record.model = path
+    return meter
 
 
 def path_meter(path: str, model: str) -> Meter:

@@ -31,8 +31,8 @@ what this is (Settings, Errors, JSON, Models, Internal representation); what cli
 fields, Contents, Chat completions, Completions, Responses, Messages, Surfaces, Histories, Clients);
 what Z.ai says (errors, answer, repairs, request); who and when (Accounts, Plan); from there on I/O:
 Admission (keys, queue, patience), Z.ai client, Upstream, Database, Requests (records, statistics),
-Streaming out, Request bodies, Access, Handlers, Pass-through, Errors and shutdown, Client
-connections, Server, Commands, Demo, Pages.
+Streaming out, Request bodies, Access, Handlers, Dashboard, Pass-through, Errors and shutdown,
+Client connections, Server, Commands, Demo, Pages.
 """
 
 from __future__ import annotations
@@ -77,6 +77,7 @@ import struct
 import subprocess
 import tempfile
 import time
+import unicodedata
 import zlib
 from abc import ABC, abstractmethod
 from bisect import bisect_left, insort
@@ -104,6 +105,8 @@ from contextlib import (
 from contextvars import ContextVar
 from dataclasses import Field, dataclass, field, fields, replace
 from datetime import date, datetime, timedelta, timezone
+from difflib import get_close_matches
+from fnmatch import filter as fnmatch_filter
 from fnmatch import fnmatchcase
 from functools import cached_property, lru_cache, partial
 from http.client import HTTPException
@@ -264,10 +267,21 @@ def aliases(text: str) -> tuple[tuple[str, str], ...]:
     return tuple((name, target) for name, target in pairs)
 
 
+def spend_limit(text: str) -> str:
+    if not re.fullmatch(SPEND_PATTERN, text, re.ASCII | re.IGNORECASE):
+        raise ValueError(text)
+    return text
+
+
 def database_url(text: str) -> str:
     if not re.match(r"memory$|sqlite:///.|postgres(ql)?://", text):
         raise ValueError
     return text
+
+
+PERIODS = "(/(day|week|month))?"
+# US dollars, not nothing, in each period or for good.
+SPEND_PATTERN = rf"(?=[0.]*[1-9])\d{{1,7}}(\.\d{{1,6}})?{PERIODS}"
 
 
 def setting(default: Any, read: Callable[[str], Any], wanted: str) -> Any:
@@ -275,14 +289,25 @@ def setting(default: Any, read: Callable[[str], Any], wanted: str) -> Any:
     return field(default=default, metadata={"read": read, "wanted": wanted})
 
 
+def without_quotes(text: str) -> str:
+    """A value without the quotes around it: Docker's --env-file keeps them."""
+    if len(text) > 1 and text[0] == text[-1] and text[0] in "\"'":
+        return text[1:-1].strip()
+    return text
+
+
+# A key of Z.ai's (32 digits, a dot and more), one of OpenAI's form, or a password in an address.
+LIKE_A_SECRET = re.compile(r"[0-9a-fA-F]{16,}\.|\bsk-|@|password=")
+
+
 def read_setting(variable: Field[Any], text: str) -> Any:
     try:
         return variable.metadata["read"](text)
     except (ValueError, KeyError):
-        is_secret = (
-            variable.name.endswith(("_key", "database_url")) or "@" in text
-        )  # even a malformed one
-        shown = variable.name.upper() + ("" if is_secret else f"={text}")
+        is_secret = variable.name.endswith(("_key", "database_url"))  # even a malformed one
+        shown = variable.name.upper()
+        if not is_secret and not LIKE_A_SECRET.search(text):
+            shown += f"={text}"
         raise SettingsError(
             f"{shown} cannot be used: it must be {variable.metadata['wanted']}"
         ) from None
@@ -328,6 +353,7 @@ class Settings:
         (), comma_list, "names of models, separated by commas"
     )
     vision_model: str = setting("", str, "the name of a model")
+    spend_limit: str = setting("", spend_limit, "US dollars such as 5, 5/day, 5/week or 5/month")
     reasoning_memory: str = setting("turn", one_of(("off", "turn", "all")), "off, turn or all")
     max_concurrency: int = setting(
         0, whole_number(0, 100_000), "a number of requests, 0 to 100000; 0 = learn it"
@@ -378,7 +404,7 @@ class Settings:
     def from_env(cls, env: Mapping[str, str]) -> Settings:
         """Read every variable of the README's table. An empty one counts as not set, except DEFAULT_KEY."""
         variables = [f for f in fields(cls) if "read" in f.metadata and f.name.upper() in env]
-        given = {f: env[f.name.upper()].strip() for f in variables}
+        given = {f: without_quotes(env[f.name.upper()].strip()) for f in variables}
         return cls(
             **{
                 f.name: read_setting(f, text)
@@ -430,8 +456,6 @@ def error_kind(
 
 # Messages by error code; only those that are too long for the table below.
 MESSAGES = {
-    "invalid_api_key": "The API key is missing or wrong: send this server's key (its DEFAULT_KEY, not a Z.ai key) as "
-    "'Authorization: Bearer KEY' or 'x-api-key: KEY'.",
     # Agents compact a conversation only where they find words that they know: pi these at both ends
     # (earendil-works/pi#5930), hermes "context length" (NousResearch/hermes-agent#2600).
     "context_length_exceeded": "context_length_exceeded: the conversation exceeds the model's "
@@ -449,9 +473,14 @@ INTERNAL_ERROR = error_kind(
     500, "internal_error", "Something went wrong in ztoapi itself; its log has the details."
 )
 STOPPING = error_kind(503, "server_stopping", "The server is stopping: ask again in a moment.")
-INVALID_API_KEY = error_kind(401, "invalid_api_key", MESSAGES["invalid_api_key"])
+INVALID_API_KEY = error_kind(401, "invalid_api_key")
 KEY_EXPIRED = error_kind(401, "key_expired")
+KEY_PAUSED = error_kind(
+    401, "key_paused", "This key is paused: the operator of this server can resume it."
+)
+KEY_NOT_FOUND = error_kind(404, "key_not_found", "There is no such key.")
 KEY_QUOTA_EXCEEDED = error_kind(402, "key_quota_exceeded")
+SPEND_LIMIT_REACHED = error_kind(402, "spend_limit_reached")
 KEY_RATE_LIMITED = error_kind(429, "rate_limit_exceeded")
 MODEL_NOT_ALLOWED = error_kind(403, "model_not_allowed")
 OPERATOR_ONLY = error_kind(
@@ -539,7 +568,10 @@ class UpstreamError(ProxyError):
         super().__init__(kind, message, detail=detail)
         self.zai_code = zai_code
         self.told_wait: float | None = None  # seconds, where Z.ai sent Retry-After
-        self.resets_at = reset_time(detail) if kind == QUOTA_EXCEEDED else None
+        self.resets_at: float | None = None
+        if kind == QUOTA_EXCEEDED:
+            self.detail = RESET_TIME.sub(r"\g<0> UTC+8", detail)
+            self.say_reset(reset_time(detail))
 
     def for_others(self, seconds: float) -> UpstreamError:
         """What other clients are told of it: our words and Z.ai's code, since Z.ai's words may quote the first one's.
@@ -548,14 +580,26 @@ class UpstreamError(ProxyError):
         """
         detail = f"Z.ai {self.zai_code}" if self.zai_code else ""
         error = UpstreamError(self.kind, detail=detail, zai_code=self.zai_code)
-        error.resets_at = self.resets_at
+        error.say_reset(self.resets_at)
         error.retry_after = seconds
         return error
+
+    def say_reset(self, resets_at: float | None) -> None:
+        """Name the time, with its zone."""
+        self.resets_at = resets_at
+        if resets_at is not None:
+            moment = datetime.fromtimestamp(resets_at, timezone.utc)
+            self.message = (
+                f"{self.kind.message} That is on {moment:%Y-%m-%d} at {moment:%H:%M} UTC."
+            )
+
+
+RESET_TIME = re.compile(r"\b(20\d\d-\d\d-\d\d)[ T](\d\d:\d\d:\d\d)\b")
 
 
 def reset_time(text: str) -> float | None:
     """The Unix time in "… will reset at 2026-09-12 00:35:41", which is UTC+8 (can1357/oh-my-pi#11014)."""
-    found = re.findall(r"\b(20\d\d-\d\d-\d\d)[ T](\d\d:\d\d:\d\d)\b", text)
+    found = RESET_TIME.findall(text)
     try:
         return max(
             (datetime.fromisoformat(f"{day}T{hour}+08:00").timestamp() for day, hour in found),
@@ -807,6 +851,16 @@ def as_count(value: Any) -> int:
 K = 1024
 # How reasoning is controlled: not at all; on/off; on/off plus effort; always on, with effort.
 ThinkingKind = Literal["none", "switch", "effort", "always"]
+Price = tuple[float, float, float]  # US dollars for a million tokens: in, in from the cache, out
+NO_PRICE: Price = (0, 0, 0)
+DOLLAR = 10**9  # budgets count in billionths
+SEARCH_PRICE = DOLLAR // 100  # of a web search of Z.ai's
+
+
+def cost_at(price: Price, prompt: int, cached: int, completion: int) -> int:
+    """What tokens cost, in billionths of a dollar."""
+    dollars_for_millions: float = sum(map(mul, (prompt - cached, cached, completion), price))
+    return round(1000 * dollars_for_millions)
 
 
 @dataclass(frozen=True, slots=True)
@@ -820,9 +874,7 @@ class Model:
     vision: bool = True
     free: bool = False
     created: int = 1753632000  # the oldest date in Z.ai's own list
-    price: tuple[float, float, float] | None = (
-        None  # US dollars for a million tokens: in, in from the cache, out
-    )
+    price: Price | None = None
 
     @property
     def streams_arguments(self) -> bool:
@@ -836,11 +888,9 @@ class Model:
 
     def cost(self, prompt: int, cached: int, completion: int) -> float | None:
         """What these tokens cost at list price, in US dollars; None where the price is not known."""
-        return (
-            sum(map(mul, (prompt - cached, cached, completion), self.price)) / 1e6
-            if self.price
-            else None
-        )
+        if self.price is None:
+            return None
+        return cost_at(self.price, prompt, cached, completion) / DOLLAR
 
 
 # docs.z.ai, October 2026; `created` is from Z.ai's list, or the day of the release. Where the cache has no price,
@@ -992,6 +1042,7 @@ MODEL_ROWS = (
     ),
 )
 MODELS = {model.id: model for model in MODEL_ROWS}
+DEAREST: Price = max(model.price or NO_PRICE for model in MODEL_ROWS)
 
 
 def aliased(name: str, renamed: Iterable[tuple[str, str]]) -> str:
@@ -1014,6 +1065,12 @@ def resolve(name: str, renamed: tuple[tuple[str, str], ...] = ()) -> Model:
     if not bare:
         raise BadRequest("'model' must name a model, such as glm-4.6.", "model")
     return model_of(bare)
+
+
+def launch_model(settings: Settings) -> Model:
+    """The model of clients that are told of none: the plan's best where there is a plan, else a free one."""
+    has_plan = "/coding/" in settings.zai_base_urls[0]
+    return resolve("glm-5.3" if has_plan else "glm-4.7-flash", settings.model_aliases)
 
 
 def vision_model(settings: Settings) -> Model | None:
@@ -4206,6 +4263,22 @@ def zai_error(status: int, body: bytes | JSON) -> UpstreamError:
     return UpstreamError(kind, detail=detail, zai_code=code)
 
 
+NO_BALANCE_FOR_FREE = replace(
+    NO_BALANCE,
+    message="Z.ai says that this server's key has no balance, though this model is free: see z.ai/manage-apikey. "
+    "A Coding Plan key needs ZAI_BASE_URL=https://api.z.ai/api/coding/paas/v4.",
+)
+
+
+def fit_to_model(error: UpstreamError, model: Model) -> None:
+    """Put an error into words that fit the model that was asked for."""
+    if error.kind == MODEL_NOT_FOUND:
+        error.detail = f"{model.id}: {error.detail}"
+    elif error.kind == NO_BALANCE and model.free:
+        error.kind = NO_BALANCE_FOR_FREE
+        error.message = error.kind.message
+
+
 def refusal_in(body: bytes) -> UpstreamError | None:
     """Z.ai's refusal in an answer that has a status of success; None where it is no refusal.
 
@@ -5628,47 +5701,127 @@ def without_null(schema: JSON) -> JSON:
 
 
 # ======== Accounts ==================================================================================================
-# What each client key may do now (`Account`), and has used (`Accounts`). Days are in UTC, weeks begin on Monday.
+# Whose request it is, what that key may, and what it has used. How it works:
+#
+# An account is a key's: `Account` has its limits in the words of the `keys` command, and never the key, only its
+# SHA-256. Whoever sends a DEFAULT_KEY is an operator: their keys are in the settings, have no limits, and each has
+# an account of its own for what it stores. The others are named; they are in the database, under an id of their own,
+# so that a key can be changed for a new one (`rotate`) while what it used, stored and may stays with its name.
+#
+# A request reads memory only. `Accounts` knows what the database last said (`Known`: a few seconds old, and common
+# to all processes), and has counted since what the database does not have yet: in `counted` until a batch is taken
+# from it, in `batch` until that is surely written, so that nothing is counted twice or lost when writing fails. What
+# a key has used is the sum of the three. So limits hold in one process at once, among several within seconds.
+#
+# What is counted is the tokens that Z.ai tells, or an estimate where it says nothing (`Meter`), and what they cost at
+# list price, by day, account and model. A day is one of UTC. A budget is for a day, a week from Monday, a month, or
+# for good: what was used is asked for by the first day of that. It is looked at when a request comes and again when
+# its turn has come; what is in flight may go beyond it, since nobody knows before what an answer will cost.
+#
+# Money is counted in billionths of a US dollar: whole numbers, so that sums in a database are exact, and small enough
+# for a token of the cheapest model. A chat model whose price is not known is charged like the dearest, or a budget
+# would mean nothing; what is free costs nothing, so that it goes on when a budget of money is used up.
 
 OPERATOR = "operator"  # the name of everybody with a DEFAULT_KEY
+EVERYBODY = ""  # stands for the id of an account where all are meant
 
-# By account id, day and model: requests, failures, tokens in, tokens in from the cache, tokens out.
+# By account id, day and model: requests, failures, tokens in, tokens in from the cache, tokens out, and what they
+# cost in billionths of a dollar.
 Counts = dict[tuple[str, str, str], list[int]]
-TokensUsed = dict[tuple[str, str], int]  # by account id and first day of its period
+NOTHING_COUNTED = (0, 0, 0, 0, 0, 0)
+
+
+class Used(NamedTuple):
+    """What an account has used in some time."""
+
+    tokens: int = 0  # in and out
+    spent: int = 0  # billionths of a dollar
+
+
+class Totals(NamedTuple):
+    """What a key has used since it was made."""
+
+    requests: int = 0
+    tokens: int = 0  # in and out
+    spent: int = 0  # billionths of a dollar
+    last_used: str = ""  # a day, or a day and a time, of UTC, in ISO's form; "" for never
+
+
+@dataclass(frozen=True, slots=True)
+class Budget:
+    """So much for each period, in tokens or in billionths of a dollar."""
+
+    amount: int
+    period: str = ""  # day, week or month; "" is for good
+
+    def days(self, today: date) -> tuple[date, date]:
+        """The first days of the present period and of the next one (`date.max`: there is none)."""
+        if self.period == "day":
+            return today, today + timedelta(1)
+        if self.period == "week":
+            monday = today - timedelta(today.weekday())
+            return monday, monday + timedelta(7)
+        if self.period == "month":
+            first = today.replace(day=1)
+            return first, (first + timedelta(32)).replace(day=1)
+        return date.min, date.max
+
+    def resets_at(self, today: date) -> float | None:
+        """The Unix time at which it begins anew; None if it never does."""
+        following = self.days(today)[1]
+        if following == date.max:
+            return None
+        return midnight(following)
+
+
+TOKEN_UNITS = {"k": 10**3, "m": 10**6, "g": 10**9}
+
+
+def token_budget(limit: str) -> Budget:
+    """The budget in words such as 5M/week."""
+    amount, _, period = limit.lower().partition("/")
+    unit = TOKEN_UNITS.get(amount[-1])
+    if unit is None:
+        return Budget(int(amount), period)
+    return Budget(int(amount[:-1]) * unit, period)
+
+
+def money_budget(limit: str) -> Budget:
+    """The budget in words such as 2.50/month, which are US dollars."""
+    amount, _, period = limit.lower().partition("/")
+    return Budget(round(float(amount) * DOLLAR), period)
 
 
 @dataclass(frozen=True, slots=True)
 class Account:
     """Who calls, and the limits of that key in the words of the `keys` command; None is no limit."""
 
-    id: str  # SHA-256 of the key, in hex
+    id: str  # of a key that an older version made, and of an operator's: the key's SHA-256
     name: str = ""
     expires: str | None = None  # the last day, YYYY-MM-DD
     tokens: str | None = None  # such as 5M/week
+    spend: str | None = None  # such as 5/month, in US dollars
     models: str | None = None  # patterns, separated by commas
     rpm: int | None = None
     parallel: int | None = None
+    hash: str = ""  # SHA-256 of the key, in hex
+    paused: bool = False
 
     @property
     def is_operator(self) -> bool:
         return self.name == OPERATOR
 
     @property
-    def budget(self) -> int | None:
-        """Tokens in each period."""
-        amount = (self.tokens or "").partition("/")[0]
-        units = {"k": 10**3, "m": 10**6, "g": 10**9}
-        return int(amount.rstrip("kKmMgG")) * units.get(amount[-1].lower(), 1) if amount else None
+    def token_budget(self) -> Budget | None:
+        if self.tokens is None:
+            return None
+        return token_budget(self.tokens)
 
-    def period(self, today: date) -> tuple[date, date]:
-        """The first days of the budget's present period and of the next one (`date.max`: there is none)."""
-        monday, first = today - timedelta(today.weekday()), today.replace(day=1)
-        periods = {
-            "day": (today, today + timedelta(1)),
-            "week": (monday, monday + timedelta(7)),
-            "month": (first, (first + timedelta(32)).replace(day=1)),
-        }
-        return periods.get((self.tokens or "").lower().partition("/")[2], (date.min, date.max))
+    @property
+    def money_budget(self) -> Budget | None:
+        if self.spend is None:
+            return None
+        return money_budget(self.spend)
 
     def allows(self, model: Model) -> bool:
         return self.models is None or any(
@@ -5681,7 +5834,10 @@ class Account:
                 MODEL_NOT_ALLOWED, f"This key may not use {model.id}, only {self.models}.", "model"
             )
 
-    def check_date(self, now: float) -> None:
+    def check_usable(self, now: float) -> None:
+        """Raises ProxyError for a key that is paused or past its date."""
+        if self.paused:
+            raise ProxyError(KEY_PAUSED)
         if self.expires and day_of(now).isoformat() > self.expires:
             message = f"This key was valid until {self.expires}: the operator of this server can extend it."
             raise ProxyError(KEY_EXPIRED, message)
@@ -5702,8 +5858,12 @@ LIMITS: Mapping[str, tuple[str, str]] = {
         "a day not in the past, like 2027-01-31, or a number of days, like 30d",
     ),
     "tokens": (
-        r"[1-9]\d{0,11}[kMG]?(/(day|week|month))?",
+        rf"[1-9]\d{{0,11}}[kMG]?{PERIODS}",
         "a number such as 500k or 5M, or 5M/day, 5M/week, 5M/month",
+    ),
+    "spend": (
+        SPEND_PATTERN,
+        "US dollars such as 5 or 2.50, or 5/day, 5/week, 5/month",
     ),
     "models": (
         r"[\w.*?-]+(,[\w.*?-]+)*",
@@ -5729,15 +5889,21 @@ def parse_limit(name: str, value: Any, today: date) -> str | int | None:
     limit = last_day(words, today) if name == "expires" else words
     if not limit or not re.fullmatch(pattern, words, re.ASCII | re.IGNORECASE):
         shown = str(value)[:40]
-        raise BadRequest(f"{name} {shown} cannot be used: it must be {wanted}.", name)
+        raise BadRequest(
+            f"{name} {shown} cannot be used: it must be {wanted}; or none, for no limit.", name
+        )
     return int(limit) if name in ("rpm", "parallel") else limit
 
 
 def limit_words(name: str, value: Any) -> str:
     """A limit as a flag has it; "" for a value of another type. Numbers may be JSON numbers."""
+    if isinstance(value, str) and name == "models":
+        return ",".join(map(str.strip, value.split(",")))
     if isinstance(value, str):
         return value.replace(" ", "")
-    if type(value) is int and name in ("tokens", "rpm", "parallel"):
+    if type(value) is int and name in ("tokens", "spend", "rpm", "parallel"):
+        return str(value)
+    if type(value) is float and name == "spend":
         return str(value)
     return ""
 
@@ -5752,58 +5918,168 @@ def last_day(words: str, today: date) -> str:
     return ""
 
 
+def strange_patterns(models: str | None, known: Iterable[str]) -> list[str]:
+    """Those of a key's patterns that fit none of the known models: perhaps misspelt, perhaps of a new one."""
+    names = [*known]
+    patterns = (models or "").lower().split(",")
+    return [pattern for pattern in patterns if pattern and not fnmatch_filter(names, pattern)]
+
+
 def parse_key_name(name: Any) -> str:
-    if not isinstance(name, str) or not re.fullmatch(r"[\w.@+-]{1,64}", name) or name == OPERATOR:
-        raise BadRequest(
-            f"A key's name is 1 to 64 letters, digits or ._@+-, not '{OPERATOR}'.", "name"
-        )
-    return name
+    """A name, composed as Unicode's NFC, so that what looks the same is the same. Raises BadRequest."""
+    if isinstance(name, str):
+        composed = unicodedata.normalize("NFC", name)
+        if 1 <= len(composed) <= 64 and all(map(is_in_names, composed)) and composed != OPERATOR:
+            return composed
+    raise BadRequest(f"A key's name is 1 to 64 letters, digits or ._@+-, not '{OPERATOR}'.", "name")
+
+
+def is_in_names(character: str) -> bool:
+    """Letters and digits of any script, and the marks that many scripts put on letters."""
+    return character in "._@+-" or unicodedata.category(character)[0] in "LMN"
+
+
+@dataclass(frozen=True, slots=True)
+class KeyChange:
+    """What is asked for a key of this name, by the `keys` command or over HTTP."""
+
+    name: str
+    limits: JSON = field(default_factory=dict)  # those that change
+    rotates: bool = False
+    paused: bool | None = None  # None: as it is
+    rename: str | None = None  # the new name
+    adds: Literal["only", "also", "never"] = "never"  # whether there is to be no such key yet
+
+    def made(self, known: Account | None, new: Account) -> Account:
+        """The key as it is to be: `new` is one that nobody has yet. Raises ProxyError."""
+        if known is None and self.adds == "never":
+            raise ProxyError(KEY_NOT_FOUND, f"There is no key named {self.name}.")
+        if known is not None and self.adds == "only":
+            raise BadRequest(f"There is already a key named {self.name}.", "name")
+        account = replace(known or new, **self.limits)
+        if self.rotates:
+            account = replace(account, hash=new.hash)
+        if self.paused is not None:
+            account = replace(account, paused=self.paused)
+        if self.rename is not None:
+            account = replace(account, name=self.rename)
+        return account
+
+
+def parse_key_change(body: JSON, today: date) -> KeyChange:
+    """What POST /dashboard/keys asks for. Raises BadRequest."""
+    limits = dict(body)
+    name = parse_key_name(limits.pop("name", None))
+    rotates = limits.pop("rotate", False)
+    paused = limits.pop("paused", None)
+    rename = limits.pop("rename", None)
+    if type(rotates) is not bool:
+        raise BadRequest("rotate must be true or false.", "rotate")
+    if paused is not None and type(paused) is not bool:
+        raise BadRequest("paused must be true or false.", "paused")
+    if rename is not None:
+        rename = parse_key_name(rename)
+    adds: Literal["also", "never"] = "also"
+    if rotates or paused is not None or rename is not None:
+        adds = "never"
+    return KeyChange(name, parse_limits(limits, today), rotates, paused, rename, adds)
+
+
+@dataclass(slots=True)
+class Known:
+    """What the database says of the keys."""
+
+    named: list[Account] = field(default_factory=list)
+    totals: dict[str, Totals] = field(default_factory=dict)  # by id
+    # What was used since a day (in ISO's form), by account id: for budgets that have a period, and for everybody.
+    used: dict[tuple[str, str], Used] = field(default_factory=dict)
 
 
 class Accounts:
     """The keys that are known, and what they used: what the database last said, and what was counted here since."""
 
-    def __init__(self, operator_keys: Iterable[str]) -> None:
+    def __init__(self, operator_keys: Iterable[str], spend_limit: str = "") -> None:
         self.operators = {hash_key(key): Account(hash_key(key), OPERATOR) for key in operator_keys}
-        self.named: dict[str, Account] = {}  # by id
-        self.used: TokensUsed = {}
+        self.spend_limit = spend_limit  # SPEND_LIMIT as written; "": none
+        self.named: dict[str, Account] = {}  # by the key's hash
+        self.known = Known()
         self.counted: Counts = {}  # not in a batch yet
         self.batch: Counts = {}  # being written, or perhaps written already
-        self.asked: dict[
-            str, deque[float]
-        ] = {}  # seconds at which an account asked, in the last minute
+        # Seconds at which an account asked, in the last minute.
+        self.asked: dict[str, deque[float]] = {}
 
     def find(self, key: str) -> Account | None:
-        account_id = hash_key(key)
-        return self.operators.get(account_id) or self.named.get(account_id)
+        hashed = hash_key(key)
+        return self.operators.get(hashed) or self.named.get(hashed)
 
-    def tokens_used(self, account: Account, today: date) -> int:
-        """In the present period."""
-        start = account.period(today)[0].isoformat()
-        counts = chain(self.batch.items(), self.counted.items())
-        here = (
-            row[2] + row[4]
-            for (account_id, day, _), row in counts
-            if account_id == account.id and day >= start
+    @property
+    def common_budget(self) -> Budget | None:
+        """Of all keys together."""
+        if not self.spend_limit:
+            return None
+        return money_budget(self.spend_limit)
+
+    def counted_since(self, account_id: str, first_day: str) -> list[int]:
+        """The sums of what was counted here and is not in the database yet, figure by figure."""
+        sums = [*NOTHING_COUNTED]
+        for (counted_id, day, _), figures in chain(self.batch.items(), self.counted.items()):
+            if day >= first_day and account_id in (counted_id, EVERYBODY):
+                sums = [*map(add, sums, figures)]
+        return sums
+
+    def used_in(self, budget: Budget | None, account_id: str, today: date) -> Used:
+        """What an account, or everybody, has used in the budget's present period; without one, since ever."""
+        first_day = date.min.isoformat()
+        if budget is not None:
+            first_day = budget.days(today)[0].isoformat()
+        stored = self.known.used.get((account_id, first_day))
+        if stored is None and first_day == date.min.isoformat():
+            totals = self.known.totals.get(account_id, Totals())
+            stored = Used(totals.tokens, totals.spent)
+        stored = stored or Used()
+        _, _, prompt, _, completion, spent = self.counted_since(account_id, first_day)
+        return Used(stored.tokens + prompt + completion, stored.spent + spent)
+
+    def totals(self, account: Account) -> Totals:
+        """Since the key was made."""
+        stored = self.known.totals.get(account.id, Totals())
+        requests, _, prompt, _, completion, spent = self.counted_since(
+            account.id, date.min.isoformat()
         )
-        return self.used.get((account.id, start), 0) + sum(here)
+        return Totals(
+            stored.requests + requests,
+            stored.tokens + prompt + completion,
+            stored.spent + spent,
+            stored.last_used,
+        )
 
     def check_budget(self, account: Account, now: float) -> None:
-        if (
-            account.budget is None
-            or self.tokens_used(account, today := day_of(now)) < account.budget
-        ):
+        """Raises ProxyError when the account has used its tokens."""
+        budget = account.token_budget
+        today = day_of(now)
+        if budget is None or self.used_in(budget, account.id, today).tokens < budget.amount:
             return
-        begins = account.period(today)[1]
-        then = (
-            "the operator can give it more"
-            if begins == date.max
-            else f"they are reset on {begins} at 00:00 UTC"
-        )
-        kind = replace(
-            KEY_QUOTA_EXCEEDED, retry_after=midnight(begins) - now if begins < date.max else None
-        )
+        kind = replace(KEY_QUOTA_EXCEEDED, retry_after=seconds_until(budget.resets_at(today), now))
+        then = reset_words(budget, today, "the operator can give it more")
         raise ProxyError(kind, f"This key has used its {account.tokens} tokens: {then}.")
+
+    def check_spending(self, account: Account, model: Model | None, now: float) -> None:
+        """Raises ProxyError when the account, or all together, have spent what they may. What is free goes on."""
+        if model is not None and model.free:
+            return
+        today = day_of(now)
+        budget = account.money_budget
+        if budget and self.used_in(budget, account.id, today).spent >= budget.amount:
+            wait = seconds_until(budget.resets_at(today), now)
+            then = reset_words(budget, today, "the operator can give it more")
+            words = f"This key has spent its {account.spend} US dollars: {then}. {FREE_GOES_ON}"
+            raise ProxyError(replace(KEY_QUOTA_EXCEEDED, retry_after=wait), words)
+        budget = self.common_budget
+        if budget and self.used_in(budget, EVERYBODY, today).spent >= budget.amount:
+            wait = seconds_until(budget.resets_at(today), now)
+            then = reset_words(budget, today, "its operator can raise SPEND_LIMIT")
+            words = f"This server has spent its SPEND_LIMIT of {self.spend_limit} US dollars: {then}. {FREE_GOES_ON}"
+            raise ProxyError(replace(SPEND_LIMIT_REACHED, retry_after=wait), words)
 
     def check_rate(self, account: Account, seconds: float, requests: int = 1) -> None:
         """Count requests, or raise ProxyError after too many in a minute. `seconds` of a monotonic clock."""
@@ -5835,7 +6111,7 @@ class Accounts:
         self.check_rate(account, seconds, n)
 
     def count(self, key: tuple[str, str, str], figures: Iterable[int]) -> None:
-        self.counted[key] = list(map(add, self.counted.get(key, (0, 0, 0, 0, 0)), figures))
+        self.counted[key] = list(map(add, self.counted.get(key, NOTHING_COUNTED), figures))
 
     def take(self) -> Counts:
         """The batch to write: the same one until `written` confirms it."""
@@ -5843,13 +6119,32 @@ class Accounts:
             self.batch, self.counted = self.counted, {}
         return self.batch
 
-    def written(self, named: Iterable[Account], used: TokensUsed) -> None:
-        """The batch is in the database, which has these keys and sums."""
-        self.batch, self.named, self.used = {}, {account.id: account for account in named}, used
+    def written(self, known: Known) -> None:
+        """The batch is in the database, which says this now."""
+        self.batch = {}
+        self.known = known
+        self.named = {account.hash: account for account in known.named}
 
 
 def midnight(day: date) -> float:
     return datetime(day.year, day.month, day.day, tzinfo=timezone.utc).timestamp()
+
+
+def seconds_until(moment: float | None, now: float) -> float | None:
+    if moment is None:
+        return None
+    return moment - now
+
+
+def reset_words(budget: Budget, today: date, otherwise: str) -> str:
+    """When a used-up budget begins anew, or what helps where it never does."""
+    following = budget.days(today)[1]
+    if following == date.max:
+        return otherwise
+    return f"they are reset on {following} at 00:00 UTC"
+
+
+FREE_GOES_ON = "Free models, such as glm-4.7-flash, go on."
 
 
 # ======== Plan ======================================================================================================
@@ -5871,14 +6166,24 @@ CHARACTERS_OF_TOKEN = 4  # in an estimate
 class Meter:
     """What one answer of Z.ai's costs, as far as that is known: its client may leave at any moment."""
 
+    model: str = ""  # that is asked
+    price: Price = NO_PRICE  # of its tokens, as budgets count them
+    tries: int = 0  # requests to Z.ai
     sent: int = 0  # characters that Z.ai has of the request
     pieces: int = 0  # of the answer
     received: int = 0  # characters in them
+    searches: int = 0  # of the web, by Z.ai
     told: Usage = field(default_factory=Usage)  # what Z.ai says itself
+
+    def ask_chat(self, model: Model) -> None:
+        """A chat model is asked; without a known price it counts like the dearest."""
+        self.model = model.id
+        self.price = model.price or DEAREST
 
     @contextmanager
     def asking(self, characters: int) -> Iterator[None]:
         """Z.ai is sent a request, in place of one that failed; if it says nothing, nothing is counted."""
+        self.tries += 1
         self.sent = characters
         self.pieces = 0
         self.received = 0
@@ -5888,6 +6193,7 @@ class Meter:
         except UpstreamError:
             if not self.pieces:
                 self.sent = 0
+                self.searches = 0
             raise
 
     def note(self, events: Iterable[Event]) -> None:
@@ -5898,8 +6204,19 @@ class Meter:
             elif isinstance(event, ToolCall):
                 self.pieces += 1
                 self.received += len(event.arguments)
+            elif isinstance(event, Citations):
+                self.searches = 1  # Z.ai lists what it found once
             elif isinstance(event, Usage):
                 self.told = event
+
+    @property
+    def spent(self) -> int:
+        """At list price, in billionths of a dollar."""
+        if not self.tries:
+            return 0
+        usage = self.usage
+        tokens = cost_at(self.price, usage.prompt, usage.cached, usage.completion)
+        return tokens + self.searches * SEARCH_PRICE
 
     @property
     def usage(self) -> Usage:
@@ -5931,8 +6248,8 @@ class Plan:
     ignored: tuple[str, ...]  # what cannot be honoured
     repairs: list[str]  # of the history, by name
     meters: list[Meter]  # one for each choice
-    # Called when the request's turn has come; raises ProxyError when the account may not ask any more.
-    admit: Callable[[], None] = lambda: None
+    # Called when the request's turn has come; raises ProxyError when the account may not ask this model any more.
+    admit: Callable[[Model], None] = lambda _: None
 
     def for_choice(self, choice: int) -> Plan:
         """The plan for one of `n` choices, since Z.ai has no `n`."""
@@ -7295,6 +7612,8 @@ def canonical(arguments: str) -> str:
         return arguments
 
 
+# What `remedies` counts besides repairs of what a model or a client said.
+RETRIES = ("retries", "queued_again", "other_keys", "fallbacks")
 LONG_ATTEMPT = 60  # seconds; a whole answer that broke off after that is asked for only once more
 FALLBACK_PATIENCE = 10  # seconds; after that another model is asked, if there is one
 
@@ -7372,7 +7691,7 @@ class Upstream:
         self, plan: Plan, model: Model, prompt: Prompt, slot: Slot, owner: AsyncExitStack
     ) -> EventStream:
         """Asks a model with a key. Encodes the body only now, as many may wait their turn."""
-        plan.admit()
+        plan.admit(model)
         key = slot.key
         request = await in_thread_if_large(
             plan.size, zai_request, prompt, model, key.base_url, plan.answer_id
@@ -7383,6 +7702,7 @@ class Upstream:
         memo = Memo() if plan.remembers else None
         machines = [*repairs, *filter(None, [memo]), *reasoning_shape(plan.reasoning_format)]
         [meter] = plan.meters
+        meter.ask_chat(model)
         with meter.asking(request.characters):
             source = await self.client.send(url, key, owner, data=request.data)
             stream = EventStream(source, ZaiReader(model), machines, memo, meter)
@@ -7417,6 +7737,9 @@ class Upstream:
         ticket = queue.ticket(use, caller, leaves_after)
         try:
             return await self.retry(queue, ticket, attempt, owner)
+        except UpstreamError as error:
+            fit_to_model(error, model_of(use.model))
+            raise
         finally:
             queue.tickets -= 1
             if ticket in queue.coming_back:  # it was cancelled just then
@@ -7582,6 +7905,32 @@ class PlanQuotas:
 DAYS_KEPT = 30  # of stored responses
 DATABASE_FILE = Path(__file__).with_name("ztoapi.db")
 
+
+def price_statements() -> str:
+    """What brings the column `spent` up to date for the models whose price is known."""
+    statements = []
+    for model in MODEL_ROWS:
+        if model.price and any(model.price):
+            fresh, cached, completion = (round(1000 * dollars) for dollars in model.price)
+            costs = f"(prompt - cached) * {fresh} + cached * {cached} + completion * {completion}"
+            statements.append(f"UPDATE ztoapi_usage SET spent = {costs} WHERE model = '{model.id}'")  # noqa: S608 - ours
+    return "; ".join(statements)
+
+
+SUMS_OF_USAGE = {
+    "requests": "COALESCE(SUM(requests), 0)",
+    "tokens": "COALESCE(SUM(prompt + completion), 0)",
+    "spent": "COALESCE(SUM(spent), 0)",
+    "last_used": "COALESCE(MAX(day), '')",
+}
+
+
+def sum_of_usage(column: str) -> str:
+    """What a key's column is set to, from the rows of its usage."""
+    sums = SUMS_OF_USAGE[column]
+    return f"{column} = (SELECT {sums} FROM ztoapi_usage WHERE account = ztoapi_keys.id)"  # noqa: S608 - ours
+
+
 # What each version of the tables adds to the one before.
 MIGRATIONS = (
     """
@@ -7605,21 +7954,45 @@ MIGRATIONS = (
     CREATE INDEX ztoapi_response_parents ON ztoapi_responses (parent);
     CREATE INDEX ztoapi_response_ages ON ztoapi_responses (account, day, stored_at, size)
     """,
+    # Until then a key's id was its hash. Money is in billionths of a dollar, at the prices of the day of the change.
+    """
+    ALTER TABLE ztoapi_keys ADD COLUMN hash TEXT NOT NULL DEFAULT '';
+    ALTER TABLE ztoapi_keys ADD COLUMN paused BIGINT NOT NULL DEFAULT 0;
+    ALTER TABLE ztoapi_keys ADD COLUMN requests BIGINT NOT NULL DEFAULT 0;
+    ALTER TABLE ztoapi_keys ADD COLUMN tokens BIGINT NOT NULL DEFAULT 0;
+    ALTER TABLE ztoapi_keys ADD COLUMN spent BIGINT NOT NULL DEFAULT 0;
+    ALTER TABLE ztoapi_keys ADD COLUMN last_used TEXT NOT NULL DEFAULT '';
+    ALTER TABLE ztoapi_usage ADD COLUMN spent BIGINT NOT NULL DEFAULT 0;
+    CREATE TABLE ztoapi_database (one BIGINT PRIMARY KEY, id TEXT NOT NULL);
+    """  # noqa: S608 - all of it is ours
+    + price_statements()
+    + "; UPDATE ztoapi_keys SET hash = id, "
+    + ", ".join(map(sum_of_usage, SUMS_OF_USAGE)),
 )
-PUT_KEY = "INSERT INTO ztoapi_keys VALUES (?, ?, ?, 0) ON CONFLICT (id) DO UPDATE SET limits = excluded.limits"
+LIST_KEYS = """
+    SELECT id, name, limits, hash, paused, requests, tokens, spent, last_used
+    FROM ztoapi_keys WHERE removed = 0 ORDER BY name"""
+PUT_KEY = """
+    INSERT INTO ztoapi_keys (id, name, limits, removed, hash, paused) VALUES (?, ?, ?, 0, ?, ?) ON CONFLICT (id)
+    DO UPDATE SET name = excluded.name, limits = excluded.limits, hash = excluded.hash, paused = excluded.paused"""
+ADD_TOTALS = """
+    UPDATE ztoapi_keys SET requests = requests + ?, tokens = tokens + ?, spent = spent + ?, last_used = ?
+    WHERE id = ?"""
+NAME_DATABASE = "INSERT INTO ztoapi_database VALUES (1, ?) ON CONFLICT (one) DO NOTHING"
 REMOVE_KEY = "UPDATE ztoapi_keys SET removed = 1 WHERE name = ? AND removed = 0"
 BEGIN_BATCH = """
     INSERT INTO ztoapi_writers AS w VALUES (?, ?, ?) ON CONFLICT (id)
     DO UPDATE SET batch = excluded.batch, day = excluded.day WHERE w.batch < excluded.batch"""
 ADD_USAGE = """
-    INSERT INTO ztoapi_usage AS u VALUES (?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT (account, day, model) DO UPDATE SET
+    INSERT INTO ztoapi_usage AS u VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT (account, day, model) DO UPDATE SET
     requests = u.requests + excluded.requests, failures = u.failures + excluded.failures,
     prompt = u.prompt + excluded.prompt, cached = u.cached + excluded.cached,
-    completion = u.completion + excluded.completion"""
-TOKENS_SINCE = "SELECT SUM(prompt + completion) FROM ztoapi_usage WHERE account = ? AND day >= ?"
+    completion = u.completion + excluded.completion, spent = u.spent + excluded.spent"""
+USED_SINCE = "SELECT SUM(prompt + completion), SUM(spent) FROM ztoapi_usage WHERE day >= ?"
+USED_BY_ONE_SINCE = USED_SINCE + " AND account = ?"
 USAGE_ROWS = """
-    SELECT account, COALESCE(name, 'operator'), day, model, requests, failures, prompt, cached, completion
-    FROM ztoapi_usage LEFT JOIN ztoapi_keys ON id = account WHERE day >= ?"""
+    SELECT account, COALESCE(name, 'operator'), day, model, u.requests, failures, prompt, cached, completion
+    FROM ztoapi_usage AS u LEFT JOIN ztoapi_keys ON id = account WHERE day >= ?"""
 USAGE_SINCE = USAGE_ROWS + " ORDER BY day, name, model"
 USAGE_OF_ONE = USAGE_ROWS + " AND account = ? ORDER BY day, model"
 FORGET_WRITERS = "DELETE FROM ztoapi_writers WHERE day < ?"
@@ -7715,7 +8088,7 @@ class DatabaseThread:
         self.thread: Thread | None = None
 
     def submit(self, job: Callable[[], R]) -> Future[R]:
-        """Do a job after those before it; it may raise DatabaseError, anything else is a bug."""
+        """Do a job after those before it; it may raise DatabaseError and ProxyError, anything else is a bug."""
         future: Future[R] = Future()
         self.jobs.put((future, job))
         if self.thread is None or not self.thread.is_alive():  # not yet, or in a forked process
@@ -7728,7 +8101,7 @@ class DatabaseThread:
             future, job = self.jobs.get()
             try:
                 result = job()
-            except DatabaseError as error:
+            except (DatabaseError, ProxyError) as error:
                 future.set_exception(error)
             else:
                 future.set_result(result)
@@ -7784,12 +8157,13 @@ class Database:
     INTERVAL = 1.0  # seconds between two looks for something to write
     POLL = 3  # intervals between two reads of what others wrote
     WAIT = 5.0  # seconds
+    CHECKPOINT = 30.0  # seconds; what a copy of the SQLite file may lack
     BUSY_TIMEOUT = 2.0  # seconds for which SQLite waits for another process that writes
     MAX_STORED = 256 * 2**20  # bytes of responses for one account; then the oldest go
 
     def __init__(self, url: str, unix: Callable[[], float]) -> None:
         self.url = url
-        self.unix = unix
+        self.unix = unix  # the time, in Unix seconds
         self.is_postgres = url.startswith("postgres")
         self.in_memory = url == "memory"
         self.path = DATABASE_FILE.parent / url.removeprefix("sqlite:///") if url else DATABASE_FILE
@@ -7803,11 +8177,22 @@ class Database:
         self.unsaved = UnsavedResponses()
         self.lock = asyncio.Lock()  # one batch at a time
         self.cleaned_on: date | None = None  # when what is old was looked for
+        self.checkpointed_at = -math.inf  # time.monotonic()
 
     @cached_property
     def writer(self) -> str:
         """This process in `ztoapi_writers`; not known before it writes, for a process manager may fork."""
         return secrets.token_hex(8)
+
+    @property
+    def place(self) -> str:
+        """Where it is, in words for the operator, without a password."""
+        if self.in_memory:
+            return "memory only"
+        if not self.is_postgres:
+            return str(self.path)
+        behind_password = self.url.partition("://")[2].rpartition("@")[2]
+        return f"PostgreSQL {behind_password.partition('?')[0]}".rstrip()
 
     @property
     def exists(self) -> bool:
@@ -7833,7 +8218,9 @@ class Database:
             self.has_failed = True
             raise DatabaseError(NO_ANSWER)
         failure = done.exception()
-        self.has_failed = failure is not None and not isinstance(failure, OddRowError)
+        self.has_failed = isinstance(failure, DatabaseError) and not isinstance(
+            failure, OddRowError
+        )
         return done.result()
 
     @asynccontextmanager
@@ -7877,17 +8264,17 @@ class Database:
         async with self.lock:
             counts = accounts.take()
             unsaved = {} if self.in_memory else dict(self.unsaved.rows)
-            today = day_of(self.unix())
+            common = accounts.common_budget
             begin = WRITE if counts or unsaved else READ
             try:
                 known = await self.wait_for(
-                    self.write_and_read, counts, unsaved, today, begin=begin
+                    self.write_and_read, counts, unsaved, common, begin=begin
                 )
             except DatabaseError as error:
                 # Logged once a minute.
                 LOG.warning("%s; requests go on, and unsaved data waits in memory", error)
                 return
-            accounts.written(*known)
+            accounts.written(known)
             self.batch += 1
             self.unsaved.saved(unsaved)
 
@@ -8014,12 +8401,22 @@ class Database:
         path: Path | str = ":memory:"
         if not self.in_memory:
             path = self.path
-            os.close(os.open(path, os.O_CREAT | os.O_RDWR, 0o600))
+            self.make_file()
         self.connection = self.driver.connect(
             path, timeout=self.BUSY_TIMEOUT, isolation_level=None, check_same_thread=False
         )
         self.execute("PRAGMA journal_mode = WAL")
         self.execute("PRAGMA synchronous = NORMAL")
+
+    def make_file(self) -> None:
+        """Make the SQLite file if there is none, for its owner only; under root that is its folder's owner."""
+        is_new = not self.path.exists()
+        os.close(os.open(self.path, os.O_CREAT | os.O_RDWR, 0o600))
+        if is_new and hasattr(os, "geteuid") and os.geteuid() == 0:
+            folder = self.path.parent.stat()
+            os.chown(
+                self.path, folder.st_uid, folder.st_gid
+            )  # SQLite gives its other files the same
 
     def commit(self, job: Callable[..., R], *arguments: object, begin: str) -> R:
         """Do a job in a transaction of the open connection, which is closed if that fails."""
@@ -8029,8 +8426,16 @@ class Database:
             self.execute("BEGIN" if self.is_postgres else begin)
             result = job(*arguments)
             self.execute("COMMIT")
+            self.checkpoint_if_due()
             failed.pop_all()
         return result
+
+    def checkpoint_if_due(self) -> None:
+        """Twice a minute, bring what was written from SQLite's journal to its file, which may be copied alone."""
+        now = time.monotonic()
+        if self.opened and now - self.checkpointed_at >= self.CHECKPOINT:
+            self.execute("PRAGMA wal_checkpoint(PASSIVE)")
+            self.checkpointed_at = now
 
     def close(self) -> None:
         if self.connection:
@@ -8064,24 +8469,48 @@ class Database:
             self.execute("INSERT INTO ztoapi_version VALUES (?)", number)
 
     def write_and_read(
-        self, counts: Counts, unsaved: Mapping[str, ResponseRow], today: date
-    ) -> tuple[list[Account], TokensUsed]:
+        self, counts: Counts, unsaved: Mapping[str, ResponseRow], common: Budget | None
+    ) -> Known:
         if counts or unsaved:
-            self.write(counts, unsaved, today)
-        named = self.list_accounts()
-        periods = [(account.id, account.period(today)[0].isoformat()) for account in named]
-        return named, {
-            period: int(self.execute(TOKENS_SINCE, *period).fetchone()[0] or 0)
-            for period in periods
-        }
+            self.write(counts, unsaved)
+        return self.read_known(common)
 
-    def write(self, counts: Counts, unsaved: Mapping[str, ResponseRow], today: date) -> None:
+    def read_known(self, common: Budget | None) -> Known:
+        """The keys and what they used; `common` is the budget of all together."""
+        today = day_of(self.unix())
+        known = Known()
+        for account, totals in self.list_keys():
+            known.named.append(account)
+            known.totals[account.id] = totals
+            for budget in (account.token_budget, account.money_budget):
+                if budget and budget.period:
+                    first_day = budget.days(today)[0].isoformat()
+                    row = self.execute(USED_BY_ONE_SINCE, first_day, account.id).fetchone()
+                    known.used[account.id, first_day] = used_of(row)
+        if common:
+            first_day = common.days(today)[0].isoformat()
+            row = self.execute(USED_SINCE, first_day).fetchone()
+            known.used[EVERYBODY, first_day] = used_of(row)
+        return known
+
+    def write(self, counts: Counts, unsaved: Mapping[str, ResponseRow]) -> None:
+        today = day_of(self.unix())
         if self.execute(BEGIN_BATCH, self.writer, self.batch, today.isoformat()).rowcount:
-            for key, figures in sorted(
-                counts.items()
-            ):  # sorted, or two writers might wait for each other
+            # Sorted, or two writers might wait for each other.
+            for key, figures in sorted(counts.items()):
                 self.execute(ADD_USAGE, *key, *figures)
+            self.add_totals(counts)
         self.write_responses(unsaved, today)
+
+    def add_totals(self, counts: Counts) -> None:
+        """Add what was counted to what each key has used since ever."""
+        totals: defaultdict[str, list[int]] = defaultdict(lambda: [0, 0, 0])
+        for (account_id, _, _), (requests, _, prompt, _, completion, spent) in counts.items():
+            more = (requests, prompt + completion, spent)
+            totals[account_id] = [*map(add, totals[account_id], more)]
+        now = datetime.fromtimestamp(self.unix(), timezone.utc).strftime("%Y-%m-%dT%H:%M:%S")
+        for account_id, sums in sorted(totals.items()):
+            self.execute(ADD_TOTALS, *sums, now, account_id)
 
     def write_responses(self, rows: Mapping[str, ResponseRow], today: date) -> None:
         """Write them, and make room: for each account, and once a day for all."""
@@ -8110,28 +8539,45 @@ class Database:
         self.clean(day_of(self.unix()))
         return bool(found)
 
-    def list_accounts(self) -> list[Account]:
-        rows = self.execute(
-            "SELECT id, name, limits FROM ztoapi_keys WHERE removed = 0 ORDER BY name"
-        )
-        return [
-            Account(account_id, name, **json.loads(limits)) for account_id, name, limits in rows
-        ]
+    def list_keys(self) -> list[tuple[Account, Totals]]:
+        keys = []
+        for account_id, name, limits, hashed, paused, *totals in self.execute(LIST_KEYS):
+            account = Account(
+                account_id, name, hash=hashed, paused=bool(paused), **json.loads(limits)
+            )
+            keys.append((account, Totals(*totals)))
+        return keys
 
-    def change_account(self, name: str, change: Callable[[Account | None], Account]) -> Account:
-        """Put what `change` makes of the key of this name (None: there is none) in its place.
+    def list_accounts(self) -> list[Account]:
+        return [account for account, _ in self.list_keys()]
+
+    def change_account(self, wanted: KeyChange, new: Account) -> Account:
+        """Change a key, or add `new`, as is wanted. Raises ProxyError where that makes no sense.
 
         Of two who add a key at the same time, one adds it, the other changes it.
         """
         self.lock_out(CHANGING_KEYS)
         named = {account.name: account for account in self.list_accounts()}
-        account = change(named.get(name))
+        account = wanted.made(named.get(wanted.name), new)
+        if account.name != wanted.name and account.name in named:
+            raise BadRequest(f"There is already a key named {account.name}.", "rename")
         self.put_account(account)
         return account
 
     def put_account(self, account: Account) -> None:
         limits = {name: getattr(account, name) for name in LIMITS}
-        self.execute(PUT_KEY, account.id, account.name, to_json(limits))
+        self.execute(
+            PUT_KEY, account.id, account.name, to_json(limits), account.hash, int(account.paused)
+        )
+
+    def try_to_write(self) -> None:
+        """Fails where the database can only be read."""
+        self.execute("UPDATE ztoapi_version SET version = version")
+
+    def identify(self) -> str:
+        """The database's random id, by which two who use it know that they use the same one."""
+        self.execute(NAME_DATABASE, secrets.token_hex(16))
+        return str(self.execute("SELECT id FROM ztoapi_database").fetchone()[0])
 
     def remove_account(self, name: str) -> bool:
         """Whether there was one. Its row stays, to name its past usage."""
@@ -8172,6 +8618,11 @@ class Database:
         return rows
 
 
+def used_of(row: Sequence[Any]) -> Used:
+    """From sums that are null where there is nothing, and no integers in PostgreSQL."""
+    return Used(int(row[0] or 0), int(row[1] or 0))
+
+
 def marks(values: Sequence[object]) -> str:
     """A placeholder of SQL for each of the values."""
     return ", ".join("?" * len(values))
@@ -8191,9 +8642,14 @@ class Record:
     path: str
     started: float
     id: str
+    key: str = ""  # its name; "" while nobody is known to call
+    owner: str = ""  # the account's id, or OPERATOR for every operator's
+    route: str = ""  # such as /v1/chat/completions
     model: str = ""  # resolved; "" for requests that the statistics do not count
+    answered: str = ""  # the model that answered
     status: int = CLIENT_LEFT
     error: str = ""
+    words: str = ""  # our own, about the error
     stopped: bool = False  # cancelled because the server stops
     first: float | None = None  # when Z.ai's answer began
     torn: int = 0  # frames that Z.ai tore
@@ -8203,22 +8659,51 @@ class Record:
     body_size: int = 0  # bytes of the request, unpacked
     left_out: str = ""  # tools that Z.ai does not have
 
+    def belongs_to(self, account: Account) -> None:
+        self.key = account.name
+        self.owner = owner_of(account)
+
     def settle(self) -> None:
         """Sum up what the answers cost."""
         self.usage = Usage()
         for meter in self.meters:
             self.usage += meter.usage
 
-    def snapshot(self, duration: float, ended_at: float) -> JSON:
-        first = None if self.first is None else round(self.first - self.started, 3)
-        outcome = {"model": self.model, "status": self.status, "error": self.error}
-        tokens = {"prompt_tokens": self.usage.prompt, "completion_tokens": self.usage.completion}
+    @property
+    def spent(self) -> int:
+        """As budgets count it, in billionths of a dollar."""
+        return sum(meter.spent for meter in self.meters)
+
+    @property
+    def cost(self) -> float | None:
+        """In US dollars at list price; None where that is not known."""
+        for meter in self.meters:
+            if meter.model and model_of(meter.model).price is None:
+                return None
+        return self.spent / DOLLAR
+
+    def row(self, duration: float) -> JSON:
+        """What the dashboard shows of it, but for the time."""
+        first = None
+        if self.first is not None:
+            first = round(self.first - self.started, 3)
+        tries = [max(0, meter.tries - 1) for meter in self.meters]
         return {
-            "time": ended_at,
-            **outcome,
+            "key": self.key,
+            "route": self.route,
+            "model": self.model,
+            "answered": self.answered,
+            "status": self.status,
+            "error": self.error,
+            "words": self.words,
             "first": first,
             "duration": round(duration, 3),
-            **tokens,
+            "prompt_tokens": self.usage.prompt,
+            "cached_tokens": self.usage.cached,
+            "completion_tokens": self.usage.completion,
+            "cost": self.cost,
+            "retries": sum(tries),
+            "id": f"req_{self.id}",
         }
 
     def line(self, now: float) -> str:
@@ -8227,7 +8712,16 @@ class Record:
         tokens = f", {self.usage.prompt}+{self.usage.completion} tokens" if self.usage.total else ""
         left_out = f", left out {self.left_out}" if self.left_out else ""
         took = f"{now - self.started:.2f} s"
-        return f"{self.method} {self.path} {self.model or '-'} {outcome} {first}{took}{tokens}{left_out}"
+        who = self.key or "-"
+        what = f"{self.method} {self.path} {self.model or '-'}"
+        return f"{who} {what} {outcome} {first}{took}{tokens}{left_out}"
+
+
+def owner_of(account: Account) -> str:
+    """Whose figures a request's belong to: every operator's are the operator's."""
+    if account.is_operator:
+        return OPERATOR
+    return account.id
 
 
 BUCKETS = (0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)  # seconds
@@ -8301,20 +8795,123 @@ def percentiles(seconds: Iterable[float]) -> JSON:
     }
 
 
-class Statistics:
-    """Figures by model, by minute over the last hour, and the last requests; times are of time.monotonic()."""
+class KeyFigures:
+    """Counts of requests with one key."""
 
-    MAX_MODELS, MINUTES, RECENT = 50, 60, 100
+    def __init__(self) -> None:
+        self.requests = 0
+        self.usage = Usage()
+
+
+class Stretch:
+    """What happened in some seconds."""
+
+    def __init__(self, samples: int) -> None:
+        # Requests, failures, tokens in, tokens in from the cache, tokens out; by owner and model.
+        self.figures: dict[tuple[str, str], list[int]] = {}
+        # The latest owners, and how many seconds their answers took to begin and in all (None: they did not).
+        self.times: deque[tuple[str, float | None, float | None]] = deque(maxlen=samples)
+
+
+class Timeline:
+    """What happened in the last stretches of time; the oldest go when new ones come, so that idle nothing changes.
+
+    Stretches are numbered from 1970 on, by a clock that was right when the program started and never jumps.
+    """
+
+    def __init__(self, step: int, kept: int, samples: int) -> None:
+        self.step = step  # seconds of a stretch
+        self.kept = kept  # stretches
+        self.samples = samples  # times of a stretch
+        self.stretches: dict[int, Stretch] = {}  # by number
+
+    def at(self, now: float) -> Stretch:
+        """The stretch that is on."""
+        number = int(now // self.step)
+        if number not in self.stretches:
+            first = number - self.kept  # which may still be on in part, in a range that ends now
+            kept = {each: stretch for each, stretch in self.stretches.items() if each >= first}
+            self.stretches = kept
+            self.stretches[number] = Stretch(self.samples)
+        return self.stretches[number]
+
+    def rows(self, owner: str, names: Mapping[str, str], shift: int) -> list[JSON]:
+        """The figures of an owner, or of everybody; times are `shift` seconds later than they were counted."""
+        rows = []
+        for number, stretch in sorted(self.stretches.items()):
+            for (whose, model), figures in stretch.figures.items():
+                if owner in (whose, EVERYBODY):
+                    at = number * self.step + shift
+                    rows.append({"at": at, **usage_item(names[whose], model, *figures)})
+        return rows
+
+    def percentiles(self, owner: str, shift: int) -> list[JSON]:
+        """How long answers took in each stretch that had some."""
+        rows = []
+        for number, stretch in sorted(self.stretches.items()):
+            times = [
+                (first, took) for who, first, took in stretch.times if owner in (who, EVERYBODY)
+            ]
+            if times:
+                firsts = [first for first, _ in times if first is not None]
+                durations = [took for _, took in times if took is not None]
+                rows.append(
+                    {
+                        "at": number * self.step + shift,
+                        "first": percentiles(firsts),
+                        "duration": percentiles(durations),
+                    }
+                )
+        return rows
+
+
+def usage_item(key: str, model: str, *figures: int) -> JSON:
+    """`figures`: requests, failures, tokens in, tokens in from the cache, tokens out."""
+    requests, failures, prompt, cached, completion = figures
+    cost: float | None = 0.0
+    if prompt or completion:
+        cost = model_of(model).cost(prompt, cached, completion)
+    return {
+        "key": key,
+        "model": model,
+        "requests": requests,
+        "failures": failures,
+        "prompt_tokens": prompt,
+        "cached_tokens": cached,
+        "completion_tokens": completion,
+        "cost": cost,
+    }
+
+
+class Ended(NamedTuple):
+    """A request that is over."""
+
+    number: int  # the first has 1
+    at: float  # time.monotonic()
+    owner: str
+    row: JSON
+
+
+class Statistics:
+    """Figures by model, by key and over time, and the last requests; times are of time.monotonic()."""
+
+    MAX_MODELS, RECENT = 50, 500
+    MINUTE, MINUTES = 60, 60  # seconds of one, and how many are kept
+    QUARTER, QUARTERS = 900, 96
+    SAMPLES = 200  # times of a quarter of an hour
     OTHERS = "other"  # beyond MAX_MODELS: clients may send any number of names
 
-    def __init__(self, now: float) -> None:
+    def __init__(self, now: float, unix: float | None = None) -> None:
         self.started = now
+        self.run = secrets.token_hex(4)  # tells this process from the one before
+        self.clock_zero = (unix or now) - now  # the Unix time at which time.monotonic() was 0
         self.models: defaultdict[str, ModelFigures] = defaultdict(ModelFigures)
-        self.minutes: dict[
-            int, list[int]
-        ] = {}  # minute → requests, failures, tokens in, tokens out
-        # With the seconds that each took, and the time of its end.
-        self.recent: deque[tuple[Record, float, float]] = deque(maxlen=self.RECENT)
+        self.keys: defaultdict[str, KeyFigures] = defaultdict(KeyFigures)  # by name
+        self.names: dict[str, str] = {}  # of owners, as they were when they last asked
+        self.minutes = Timeline(self.MINUTE, self.MINUTES, 0)
+        self.quarters = Timeline(self.QUARTER, self.QUARTERS, self.SAMPLES)
+        self.count = 0  # requests
+        self.recent: deque[Ended] = deque(maxlen=self.RECENT)  # the newest first
         self.torn = 0  # frames
         self.requests: Counter[tuple[str, str, int]] = (
             Counter()
@@ -8335,30 +8932,70 @@ class Statistics:
         return model if unknown < self.MAX_MODELS - len(MODELS) - 1 else self.OTHERS
 
     def add(self, record: Record, duration: float, now: float) -> None:
-        self.models[self.name_of(record)].add(record, duration)
+        model = self.name_of(record)
+        self.models[model].add(record, duration)
         self.torn += record.torn
-        minute, more = (
-            int(now // 60),
-            (1, bool(record.error), record.usage.prompt, record.usage.completion),
-        )
-        self.minutes[minute] = list(map(add, self.minutes.get(minute, (0, 0, 0, 0)), more))
-        if len(self.minutes) > self.MINUTES:
-            del self.minutes[min(self.minutes)]
-        self.recent.appendleft((record, duration, now))
+        self.names[record.owner] = record.key
+        if record.key:
+            self.keys[record.key].requests += 1
+            self.keys[record.key].usage += record.usage
+        usage = record.usage
+        figures = (1, int(bool(record.error)), usage.prompt, usage.cached, usage.completion)
+        for timeline in (self.minutes, self.quarters):
+            stretch = timeline.at(now + self.clock_zero)
+            counted = stretch.figures.get((record.owner, model), (0, 0, 0, 0, 0))
+            stretch.figures[record.owner, model] = [*map(add, counted, figures)]
+            stretch.times.append((record.owner, *times_of(record, duration)))
+        self.count += 1
+        self.recent.appendleft(Ended(self.count, now, record.owner, record.row(duration)))
 
-    def snapshot(self, now: float, clock_zero: float) -> JSON:
-        """`clock_zero`: the Unix time at which time.monotonic() was 0, as the system's clock has it now."""
-        last, times = (
-            int(now // 60),
-            {"now": clock_zero + now, "started": clock_zero + self.started},
-        )
-        models = {name: figures.snapshot(model_of(name)) for name, figures in self.models.items()}
-        minutes = [self.minutes.get(last - i, [0, 0, 0, 0]) for i in reversed(range(self.MINUTES))]
-        recent = [
-            record.snapshot(duration, clock_zero + ended_at)
-            for record, duration, ended_at in self.recent
-        ]
-        return {**times, "models": models, "minutes": minutes, "recent": recent, "torn": self.torn}
+    def recent_rows(self, owner: str, since: int, clock_zero: float) -> list[JSON]:
+        """The last requests after that with the number `since`, of an owner or of everybody; the newest first."""
+        rows = []
+        for number, at, whose, row in self.recent:
+            if number <= since:
+                break
+            if owner in (whose, EVERYBODY):
+                rows.append({"n": number, "time": round(clock_zero + at, 3), **row})
+        return rows
+
+    def minute_sums(self, now: float) -> list[list[int]]:
+        """Requests, failures, tokens in and tokens out of each of the last minutes, the present one last."""
+        last = int((now + self.clock_zero) // self.MINUTE)
+        sums = []
+        for number in range(last - self.MINUTES + 1, last + 1):
+            total = [0, 0, 0, 0, 0]
+            if number in self.minutes.stretches:
+                for figures in self.minutes.stretches[number].figures.values():
+                    total = [*map(add, total, figures)]
+            requests, failures, prompt, _, completion = total
+            sums.append([requests, failures, prompt, completion])
+        return sums
+
+    def model_rows(self) -> JSON:
+        """By name."""
+        return {name: figures.snapshot(model_of(name)) for name, figures in self.models.items()}
+
+    def history(self, owner: str, clock_zero: float) -> JSON:
+        """What is known of the last hour and the last day, of an owner or of everybody."""
+        shift = round(
+            clock_zero - self.clock_zero
+        )  # what the wall clock has jumped by since the start
+        return {
+            "quarters": self.quarters.rows(owner, self.names, shift),
+            "minutes": self.minutes.rows(owner, self.names, shift),
+            "times": self.quarters.percentiles(owner, shift),
+        }
+
+
+def times_of(record: Record, duration: float) -> tuple[float | None, float | None]:
+    """The seconds until an answer began, and all that a successful one took."""
+    first = None
+    if record.first is not None:
+        first = record.first - record.started
+    if record.status >= 400 or record.error:
+        return first, None
+    return first, duration
 
 
 class ClientHistory:
@@ -8408,6 +9045,19 @@ class ClientHistory:
         )
 
 
+class OnceAMinute:
+    """Whether something that clients can cause at any rate is due to be said again."""
+
+    def __init__(self) -> None:
+        self.said_at = -math.inf  # time.monotonic()
+
+    def is_due(self, now: float) -> bool:
+        if now - self.said_at < 60:
+            return False
+        self.said_at = now
+        return True
+
+
 # An answer that may have begun: `fail` says in it why it broke off.
 OpenResponse: TypeAlias = "SSEResponse | PassThroughResponse"
 
@@ -8425,6 +9075,10 @@ UPSTREAM = web.AppKey("upstream", Upstream)
 CATALOG = web.AppKey("catalog", Catalog)
 PLANS = web.AppKey("plans", PlanQuotas)
 ACCOUNT = web.RequestKey("account", Account)
+API_PATTERNS: web.AppKey[list[re.Pattern[str]]] = web.AppKey(
+    "api_patterns", list
+)  # of the API's paths
+ORIGIN_REFUSALS = web.AppKey("origin_refusals", OnceAMinute)
 RECORD = web.RequestKey("record", Record)
 STREAM: web.RequestKey[OpenResponse] = web.RequestKey(
     "stream"
@@ -8852,6 +9506,19 @@ def today_of(app: web.Application) -> date:
     return day_of(app[CLOCK].unix())
 
 
+def printable(words: str) -> str:
+    """Text from a client, made safe for a line of the log."""
+    return NOT_PRINTABLE.sub("?", words)
+
+
+DETAIL_LIMIT = 500  # characters of what an error says or quotes
+
+
+def truncated(words: str) -> str:
+    """At most DETAIL_LIMIT characters. Redact first: half a secret would not be found."""
+    return words if len(words) <= DETAIL_LIMIT else words[:DETAIL_LIMIT] + "…"
+
+
 # ======== Access ====================================================================================================
 # Who may call (`require_key`, `local_only`), and how much (`within_limits`; in parallel: `Upstream.account_slot`).
 
@@ -8860,10 +9527,17 @@ def require_key(handler: Handler, *checks: Callable[[web.Request], None]) -> Han
     """The handler, for callers with a valid key for whom the checks raise no ProxyError."""
 
     async def checked(request: web.Request) -> web.StreamResponse:
-        account = request[ACCOUNT] = account_of(request.headers, request.app[ACCOUNTS])
-        account.check_date(request.app[CLOCK].unix())
-        for check in checks:
-            check(request)
+        account = request[ACCOUNT] = account_of(request)
+        record = request[RECORD]
+        record.belongs_to(account)
+        try:
+            account.check_usable(request.app[CLOCK].unix())
+            for check in checks:
+                check(request)
+        except ProxyError:
+            if within_limits in checks:
+                record.model = Statistics.OTHERS  # counted, though its model is not known yet
+            raise
         return await handler(request)
 
     return checked
@@ -8871,6 +9545,17 @@ def require_key(handler: Handler, *checks: Callable[[web.Request], None]) -> Han
 
 def check_budget(request: web.Request) -> None:
     request.app[ACCOUNTS].check_budget(request[ACCOUNT], request.app[CLOCK].unix())
+
+
+def check_spending(request: web.Request, model: Model | None) -> None:
+    """Whether what costs money may still be asked for; None is what has no model."""
+    request.app[ACCOUNTS].check_spending(request[ACCOUNT], model, request.app[CLOCK].unix())
+
+
+def check_turn(request: web.Request, model: Model | None) -> None:
+    """Once more when its turn has come: others have used the same budgets meanwhile."""
+    check_budget(request)
+    check_spending(request, model)
 
 
 def within_limits(request: web.Request) -> None:
@@ -8883,29 +9568,84 @@ def operator_only(request: web.Request) -> None:
         raise ProxyError(OPERATOR_ONLY)
 
 
-def account_of(headers: Mapping[str, str], accounts: Accounts) -> Account:
-    """The account of the key that was sent. Keys are compared by their hashes, so that timing tells nothing."""
-    scheme, _, bearer = headers.get("Authorization", "").partition(" ")
-    for key in (headers.get("x-api-key"), bearer.strip() if scheme.lower() == "bearer" else None):
-        if key and (account := accounts.find(key)):
+def account_of(request: web.Request) -> Account:
+    """The account of the key that was sent. Raises ProxyError."""
+    account = known_caller(request)
+    if account is None:
+        raise ProxyError(INVALID_API_KEY, refusal_words(request))
+    return account
+
+
+def known_caller(request: web.Request) -> Account | None:
+    """The account of the first valid key. Keys are compared by their hashes, so that timing tells nothing."""
+    for key in keys_sent(request.headers):
+        account = request.app[ACCOUNTS].find(key)
+        if key and account:
             return account
-    raise ProxyError(INVALID_API_KEY)
+    return None
+
+
+KEY_HEADERS = ("x-api-key", "Authorization", "api-key")  # the first valid one counts
+
+
+def keys_sent(headers: Mapping[str, str]) -> Iterator[str]:
+    """What may be a key in each of KEY_HEADERS; Authorization may have it bare or behind "Bearer"."""
+    for name in KEY_HEADERS:
+        scheme, space, credentials = headers.get(name, "").partition(" ")
+        if not space:
+            yield scheme
+        elif scheme.lower() == "bearer":
+            yield credentials.strip()
+
+
+def refusal_words(request: web.Request) -> str:
+    """Why nobody is known, and what helps; DEFAULT_KEY is named only on this machine."""
+    words = "No API key came with this request"
+    if any(name in request.headers for name in KEY_HEADERS):
+        words = "The API key is wrong (a Z.ai key is none of this server's)"
+    help_words = "the operator of this server has one for you"
+    if is_from_here(request):
+        help_words = "the server's DEFAULT_KEY, or one that `ztoapi.py keys add NAME` made"
+    return f"{words}: send {help_words}, as 'Authorization: Bearer KEY' or 'x-api-key: KEY'."
+
+
+def is_from_here(request: web.Request) -> bool:
+    """Whether a request comes from this machine, as far as can be seen."""
+    peer = request.transport.get_extra_info("peername") if request.transport else None
+    is_loopback_peer = isinstance(peer, tuple) and is_loopback(peer[0])
+    return is_loopback_peer and not is_through_proxy(request.headers)
 
 
 ONLY_LOCAL = f"This server has the published key {PUBLISHED_KEY}, so it answers only on localhost"
 HOST_NOT_ALLOWED = error_kind(
     403, "host_not_allowed", f"{ONLY_LOCAL}: set DEFAULT_KEY to a key of your own."
 )
+PROXY_NOT_ALLOWED = error_kind(
+    403,
+    "proxy_not_allowed",
+    f"{ONLY_LOCAL}, but it was reached through a proxy: set DEFAULT_KEY to a key of your own.",
+)
+PROXY_HEADERS = ("Forwarded", "X-Real-IP", "Via", "CF-Connecting-IP")  # and X-Forwarded-*
 
 
 @web.middleware
 async def local_only(request: web.Request, handler: Handler) -> web.StreamResponse:
-    """Answers preflights; while the key is the published one, refuses other hosts' pages (DNS rebinding)."""
-    if request.app[SETTINGS].published and not is_local(request):
-        raise ProxyError(HOST_NOT_ALLOWED)
+    """Answers preflights; while the key is the published one, refuses other hosts (DNS rebinding) and proxies."""
+    if request.app[SETTINGS].published:
+        if is_through_proxy(request.headers):
+            raise ProxyError(PROXY_NOT_ALLOWED)
+        if not is_local(request):
+            raise ProxyError(HOST_NOT_ALLOWED)
     if request.method == "OPTIONS":
         return web.Response(status=204)
     return await handler(request)
+
+
+def is_through_proxy(headers: Mapping[str, str]) -> bool:
+    """Whether a proxy says so; one that sends none of these headers cannot be seen."""
+    if any(name in headers for name in PROXY_HEADERS):
+        return True
+    return any(name.lower().startswith("x-forwarded-") for name in headers)
 
 
 def is_local(request: web.Request) -> bool:
@@ -8922,12 +9662,31 @@ def host_name(host: str) -> str:
     return re.sub(r":\d*$", "", host)
 
 
+# The schemes of programs that are installed on this machine, and show pages of their own.
+PROGRAM_SCHEMES = frozenset(
+    (
+        *("app", "tauri", "vscode-webview", "vscode-file", "capacitor", "ionic", "obsidian"),
+        *("chrome-extension", "moz-extension", "safari-web-extension"),
+    )
+)
+
+
 def is_allowed_origin(origin: str, settings: Settings) -> bool:
     if settings.published:
-        return is_loopback(host_name(origin.partition("://")[2]))
+        return is_origin_here(origin)
     return any(
         origin == pattern or fnmatchcase(origin, pattern) for pattern in settings.cors_origins
     )
+
+
+def is_origin_here(origin: str) -> bool:
+    """Whether a page can only come from this machine: from a server on it, or a program installed on it."""
+    scheme, separator, place = origin.lower().partition("://")
+    if not separator:  # such as "null"
+        return False
+    host = host_name(place)
+    is_name_here = is_loopback(host) or host.endswith(".localhost")
+    return scheme in PROGRAM_SCHEMES or (scheme in ("http", "https") and is_name_here)
 
 
 EXPOSED_HEADERS = (
@@ -8937,12 +9696,24 @@ PREFLIGHT_HEADERS = {
     "Access-Control-Allow-Methods": "GET, POST, DELETE, OPTIONS",
     "Access-Control-Max-Age": "86400",
 }
+API_PREFIX = re.compile(r"/*(?:v1|api/v1|api/paas/v4)(?:/|$)")
+
+
+def is_of_api(request: web.Request) -> bool:
+    """Whether a path is of the API, under any prefix or under none: what pages of other origins may call."""
+    path = request.rel_url.raw_path
+    if API_PREFIX.match(path):
+        return True
+    return any(pattern.fullmatch(path) for pattern in request.app[API_PATTERNS])
 
 
 def cors_headers(request: web.Request) -> dict[str, str]:
     """The headers that let a page of another origin call us, if its origin is allowed."""
     origin = request.headers.get("Origin", "")
-    if not origin or not is_allowed_origin(origin, request.app[SETTINGS]):
+    if not origin:
+        return {}
+    if not is_allowed_origin(origin, request.app[SETTINGS]):
+        say_refused(origin, request)
         return {}
     headers = {
         "Access-Control-Allow-Origin": origin,
@@ -8960,12 +9731,25 @@ def cors_headers(request: web.Request) -> dict[str, str]:
     return headers
 
 
+def say_refused(origin: str, request: web.Request) -> None:
+    """Tell the operator which page could not call, and what would let it."""
+    is_our_own_page = origin.partition("://")[2] == request.host
+    if is_our_own_page or not request.app[ORIGIN_REFUSALS].is_due(time.monotonic()):
+        return
+    shown = truncated(printable(request.app[REDACT](origin)))
+    advice = "add it to CORS_ORIGINS to allow it"
+    if request.app[SETTINGS].published:
+        advice = "to allow it, set DEFAULT_KEY to a key of your own, and CORS_ORIGINS"
+    LOG.info("a page of the origin %s may not call: %s", shown, advice)
+
+
 async def add_headers(request: web.Request, response: web.StreamResponse) -> None:
     """Runs just before the headers of any answer are sent, streams and errors too."""
     if record := request.get(RECORD):
         response.headers["x-request-id"] = f"req_{record.id}"
-    response.headers["Vary"] = "Origin, Access-Control-Request-Headers"
-    response.headers.update(cors_headers(request))
+    if is_of_api(request):
+        response.headers["Vary"] = "Origin, Access-Control-Request-Headers"
+        response.headers.update(cors_headers(request))
 
 
 def error_document(request: web.Request, error: ProxyError) -> JSON:
@@ -8988,7 +9772,8 @@ def count_usage(request: web.Request) -> None:
     usage = record.usage
     day = today_of(app).isoformat()
     model = app[STATISTICS].name_of(record)
-    figures = (1, int(bool(record.error)), usage.prompt, usage.cached, usage.completion)
+    failures = int(bool(record.error))
+    figures = (1, failures, usage.prompt, usage.cached, usage.completion, record.spent)
     app[ACCOUNTS].count((request[ACCOUNT].id, day, model), figures)
 
 
@@ -9091,7 +9876,8 @@ def planned(
     recall = partial(memory.get, account.id) if memory.thoughts else None
     plan = make_plan(prompt, settings, account, record.id, recall)
     record.meters = plan.meters
-    plan.admit = partial(check_budget, request)
+    check_spending(request, plan.prompts[0][0])
+    plan.admit = partial(check_turn, request)
     return Asked(plan, reply, prompt.model, ignored_header(plan.ignored))
 
 
@@ -9140,19 +9926,6 @@ def json_response(
     )
 
 
-def printable(words: str) -> str:
-    """Text from a client, made safe for a line of the log."""
-    return NOT_PRINTABLE.sub("?", words)
-
-
-DETAIL_LIMIT = 500  # characters of what an error says or quotes
-
-
-def truncated(words: str) -> str:
-    """At most DETAIL_LIMIT characters. Redact first: half a secret would not be found."""
-    return words if len(words) <= DETAIL_LIMIT else words[:DETAIL_LIMIT] + "…"
-
-
 async def list_models(request: web.Request) -> web.Response:
     """The list in the caller's format: OpenAI's, Anthropic's, or OpenAI's with the fields that Codex reads."""
     models = await named_models(request)
@@ -9184,7 +9957,7 @@ async def one_model(request: web.Request) -> web.Response:
     if name not in models and is_model_name(asked):
         name = resolve(asked, request.app[SETTINGS].model_aliases).id
     if name not in models:
-        message = "There is no such model: GET /v1/models lists them."
+        message = "There is no model of this name: GET /v1/models lists them."
         raise ProxyError(MODEL_NOT_FOUND, message, "model", printable(asked[:256]))
     item = anthropic_item if "anthropic-version" in request.headers else model_item
     return json_response(item(models[name], name))
@@ -9226,11 +9999,28 @@ async def delete_response(request: web.Request) -> web.Response:
 
 
 async def health(request: web.Request) -> web.Response:
-    return json_response({"status": "ok", "name": "ztoapi"} | about(request.app[SETTINGS]))
+    """No secret; for an operator also which database it is, so that two programs know whether they share one."""
+    settings = request.app[SETTINGS]
+    document = {"status": "ok", "name": "ztoapi", **about(settings)}
+    document["model"] = launch_model(settings).id
+    caller = known_caller(request)
+    if caller and caller.is_operator:
+        document["database"] = await database_id(request.app[DATABASE])
+    return json_response(document)
 
 
 def about(settings: Settings) -> JSON:
     return {"version": __version__, "demo": settings.demo, "zai_key": bool(settings.zai_api_key)}
+
+
+async def database_id(database: Database) -> str | None:
+    """None where there is no database, or none that answers."""
+    if database.in_memory or not database.exists:
+        return None
+    try:
+        return await database.run(database.identify)
+    except DatabaseError:
+        return None
 
 
 async def index(request: web.Request) -> web.Response:
@@ -9264,32 +10054,218 @@ async def docs(request: web.Request) -> web.Response:
     return page_response(DOCS_PAGE, snapshot)
 
 
+NO_STORE = {"Cache-Control": "no-store"}
+
+
+def page_response(page: Page, snapshot: JSON) -> web.Response:
+    """A page with data in it. "<" is escaped, so that the data cannot become a script."""
+    html = page.html.replace("{{DATA}}", to_json(snapshot).replace("<", "\\u003c"))
+    headers = {"Content-Security-Policy": page.policy, "Referrer-Policy": "no-referrer", **NO_STORE}
+    return web.Response(
+        text=html, content_type="text/html", headers=headers | {"X-Content-Type-Options": "nosniff"}
+    )
+
+
+# ======== Dashboard =================================================================================================
+# What the dashboard's pages and programs are given. A named key gets the same names with its own figures only;
+# † marks what is for the operator alone. Times are Unix seconds, money US dollars. Large answers are packed.
+#
+# GET /dashboard/stats?since=CURSOR. `since` is empty at first, then the `cursor` of the answer before: a name whose
+# value is as it was is left out, and `recent` has only what is new, unless `reset` is true (its rows are all there
+# are). Without `since` all is there, and days, database and minutes† too, as programs know it.
+#     now, cursor, reset       always
+#     operator, name           whether the key is an operator's, and its name
+#     started†, in_flight†, torn†, keys†, resting†, queues†, healed†, plans†
+#     recent                   the last 500, newest first: n, time, key, route, model (asked), answered, status,
+#                              error (code), words (our own), first, duration (seconds), prompt_tokens,
+#                              cached_tokens, completion_tokens, cost (null: unknown), retries, id
+#     client_keys              as /dashboard/keys has them
+#     models†                  by model: requests, failures, the tokens, cost, first and duration ({p50, p95})
+#     zai_keys†                key (its number), address, state (ready, resting), resting: model, until, why
+#     spend_limit†             null, or limit, amount, used, resets_at
+#
+# GET /dashboard/history, with an ETag, so that it is sent only when it has changed. Only what is not empty is there.
+#     database                 false: out of reach
+#     days                     31 of them: key, day, model, requests, failures, the tokens, cost
+#     quarters, minutes        the same for each 15 minutes (`at`) of the last 24 hours, and each minute of the last
+#                              one, as far as this process knows; a little more may be there
+#     times                    for each 15 minutes: at, first and duration ({p50, p95})
+#
+# GET /dashboard/keys†: {"keys": [KEY, …]}. A KEY is name, paused, expired; the limits as written (null: none);
+#     used_tokens, token_limit, resets_at and used_spend, spend_limit, spend_resets_at of the present period;
+#     requests, total_tokens, cost since ever; last_used.
+# POST /dashboard/keys†: {"name", limits…} adds a key (201, KEY and `key`, shown only now) or changes it (200, KEY);
+#     {"name", "rotate": true} (200, KEY and `key`), {"name", "paused": true or false}, {"name", "rename": NEW}.
+#     `warning` stands beside them where a pattern fits no known model. Unknown name: 404; what makes no sense: 400.
+# DELETE /dashboard/keys/NAME†: 204.
+
+
 async def dashboard(_: web.Request) -> web.Response:
     return page_response(DASHBOARD_PAGE, {"version": __version__})
 
 
-NO_STORE = {"Cache-Control": "no-store"}
+PACK_FROM = 1024  # bytes of an answer that is worth packing
 
 
 async def dashboard_stats(request: web.Request) -> web.Response:
     """An operator's key sees everything, another key its own figures."""
-    app, account = request.app, request[ACCOUNT]
+    fields = live_fields(request)
+    if "since" in request.query:
+        return packed(request, json_response(news(request, fields), headers=NO_STORE))
     days = await usage_days(request)
-    now = time.monotonic()
-    clock_zero = app[CLOCK].unix() - now
-    shown = app[ACCOUNTS].named.values() if account.is_operator else [account]
-    snapshot: JSON = {
-        "now": clock_zero + now,
+    fields |= {"days": days or [], "database": days is not None, **clock_fields(request)}
+    fields["recent"] = recent_rows(request, 0)
+    if request[ACCOUNT].is_operator:
+        fields["minutes"] = request.app[STATISTICS].minute_sums(time.monotonic())
+    return packed(request, json_response(fields, headers=NO_STORE))
+
+
+def clock_zero_of(app: web.Application) -> float:
+    """The Unix time at which time.monotonic() was 0, as the wall clock has it now."""
+    unix: float = app[CLOCK].unix()
+    return unix - time.monotonic()
+
+
+def clock_fields(request: web.Request) -> JSON:
+    return {"now": request.app[CLOCK].unix()}
+
+
+def recent_rows(request: web.Request, since: int) -> list[JSON]:
+    owner = seen_by(request[ACCOUNT])
+    return request.app[STATISTICS].recent_rows(owner, since, clock_zero_of(request.app))
+
+
+def seen_by(account: Account) -> str:
+    """Whose figures an account may see."""
+    if account.is_operator:
+        return EVERYBODY
+    return account.id
+
+
+def live_fields(request: web.Request) -> JSON:
+    """What the dashboard shows but for the requests and the history."""
+    app, account = request.app, request[ACCOUNT]
+    shown: Iterable[Account] = [account]
+    if account.is_operator:
+        shown = app[ACCOUNTS].known.named
+    today = today_of(app)
+    fields: JSON = {
         "operator": account.is_operator,
-        "days": days or [],
-        "database": days is not None,
-        "client_keys": [key_item(app[ACCOUNTS], each, today_of(app)) for each in shown],
+        "name": account.name,
+        "client_keys": [key_item(app[ACCOUNTS], each, today) for each in shown],
     }
     if account.is_operator:
-        in_flight = sum(bool(flying[RECORD].model) for flying in app[IN_FLIGHT].values())
-        snapshot |= {"in_flight": in_flight, "plans": app[PLANS].latest(now)}
-        snapshot |= app[STATISTICS].snapshot(now, clock_zero) | app[UPSTREAM].snapshot(app[REDACT])
-    return json_response(snapshot, headers=NO_STORE)
+        statistics = app[STATISTICS]
+        flying = [other for other in app[IN_FLIGHT].values() if other[RECORD].model]
+        upstream = app[UPSTREAM].snapshot(app[REDACT])
+        fields |= {
+            "started": clock_zero_of(app) + statistics.started,
+            "in_flight": len(flying),
+            "models": statistics.model_rows(),
+            "torn": statistics.torn,
+            "plans": app[PLANS].latest(time.monotonic()),
+            "zai_keys": zai_key_items(app[SETTINGS], upstream["resting"]),
+            "spend_limit": common_budget_item(app[ACCOUNTS], today),
+            **upstream,
+        }
+    return fields
+
+
+def zai_key_items(settings: Settings, resting: Iterable[JSON]) -> list[JSON]:
+    """Z.ai's keys by their numbers, never themselves."""
+    items = []
+    for number, key in enumerate(settings.zai_keys, 1):
+        rests = [
+            {"model": rest["model"], "until": rest["until"], "why": rest["why"]}
+            for rest in resting
+            if rest["key"] == number
+        ]
+        state = "resting" if rests else "ready"
+        items.append({"key": number, "address": key.base_url, "state": state, "resting": rests})
+    return items
+
+
+def common_budget_item(accounts: Accounts, today: date) -> JSON | None:
+    budget = accounts.common_budget
+    if budget is None:
+        return None
+    return {
+        "limit": accounts.spend_limit,
+        "amount": budget.amount / DOLLAR,
+        "used": accounts.used_in(budget, EVERYBODY, today).spent / DOLLAR,
+        "resets_at": budget.resets_at(today),
+    }
+
+
+class Cursor(NamedTuple):
+    """What a page has seen: in which process, up to which request, and how each field was."""
+
+    run: str = ""
+    number: int = 0
+    digests: tuple[str, ...] = ()  # of the fields in the order of their names
+
+
+def parse_cursor(text: str, run: str) -> Cursor:
+    """The cursor that a page sends back; an empty one for what does not come from this process."""
+    found = re.fullmatch(r"([0-9a-f]{8})-(\d{1,15})-([0-9a-f.]*)", text)
+    if not found or found[1] != run:
+        return Cursor()
+    return Cursor(run, int(found[2]), tuple(found[3].split(".")))
+
+
+def news(request: web.Request, fields: JSON) -> JSON:
+    """The fields that are not as the page has seen them, and the requests that it has not seen."""
+    statistics = request.app[STATISTICS]
+    seen = parse_cursor(request.query["since"], statistics.run)
+    names = sorted(fields)
+    digests = tuple(field_digest(fields[name]) for name in names)
+    changed = fields
+    if len(seen.digests) == len(digests):
+        known = zip(names, digests, seen.digests, strict=True)
+        changed = {name: fields[name] for name, digest_now, before in known if digest_now != before}
+    return {
+        **clock_fields(request),
+        "cursor": f"{statistics.run}-{statistics.count}-{'.'.join(digests)}",
+        "reset": not seen.run,
+        **changed,
+        "recent": recent_rows(request, seen.number),
+    }
+
+
+def field_digest(value: Any) -> str:
+    return f"{zlib.crc32(encode_json(steady(value))):x}"
+
+
+def steady(value: Any) -> Any:
+    """A value whose Unix times do not tremble: each is the sum of two clocks."""
+    if isinstance(value, dict):
+        return {name: steady(each) for name, each in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [*map(steady, value)]
+    if isinstance(value, float) and value > 1e9:
+        return round(value)
+    return value
+
+
+async def dashboard_history(request: web.Request) -> web.Response:
+    """Sent only where it is not what the page has: for the rest there is 304."""
+    owner = seen_by(request[ACCOUNT])
+    days = await usage_days(request)
+    history = request.app[STATISTICS].history(owner, clock_zero_of(request.app))
+    document = {"database": days is not None, "days": days or [], **history}
+    tag = f'W/"{digest(to_json(document))[:16]}"'
+    headers = {"ETag": tag, "Cache-Control": "private, no-cache", "Vary": "Authorization"}
+    if request.headers.get("If-None-Match") == tag:
+        return web.Response(status=304, headers=headers)
+    return packed(request, json_response(document, headers=headers))
+
+
+def packed(request: web.Request, response: web.Response) -> web.Response:
+    """The response, packed where that is worth it and the client takes it."""
+    body = cast("bytes", response.body)
+    if len(body) >= PACK_FROM and "gzip" in request.headers.get("Accept-Encoding", ""):
+        response.enable_compression(web.ContentCoding.gzip)
+    return response
 
 
 async def usage_days(request: web.Request) -> list[JSON] | None:
@@ -9298,18 +10274,13 @@ async def usage_days(request: web.Request) -> list[JSON] | None:
     if not database.exists:
         return []
     since = today_of(request.app) - timedelta(30)
-    whose = "" if account.is_operator else account.id
     try:
-        rows = await database.run(database.list_usage, since, whose, begin=READ)
+        rows = await database.run(database.list_usage, since, seen_by(account), begin=READ)
     except DatabaseError:
         return None
-    return [usage_item(*row) for _, *row in rows]
-
-
-def usage_item(key: str, day: str, model: str, *figures: int) -> JSON:
-    names = ("requests", "failures", "prompt_tokens", "cached_tokens", "completion_tokens")
-    item = {"key": key, "day": day, "model": model, "cost": model_of(model).cost(*figures[2:])}
-    return item | dict(zip(names, figures, strict=True))
+    return [
+        {"day": day, **usage_item(name, model, *figures)} for _, name, day, model, *figures in rows
+    ]
 
 
 async def metrics(request: web.Request) -> web.Response:
@@ -9333,11 +10304,21 @@ async def metrics(request: web.Request) -> web.Response:
         for m, figures in models
         for kind in kinds
     )
+    keys = statistics.keys.items()
+    key_tokens = (
+        ({"key": name, "type": kind}, getattr(figures.usage, kind))
+        for name, figures in keys
+        for kind in kinds
+    )
+    repairs = (({"kind": kind}, n) for kind, n in upstream.remedies.items() if kind not in RETRIES)
     families = [
         family("build_info", "gauge", [({"version": __version__}, 1)]),
         family("retries_total", "counter", [({}, upstream.remedies["retries"])]),
+        family("repairs_total", "counter", repairs),
         family("requests_total", "counter", requests),
         family("tokens_total", "counter", tokens),
+        family("key_requests_total", "counter", (({"key": k}, f.requests) for k, f in keys)),
+        family("key_tokens_total", "counter", key_tokens),
         *(
             family(name, "gauge", (({"model": m}, n) for m, n in gauge.items()))
             for name, gauge in gauges.items()
@@ -9366,60 +10347,81 @@ def family(
 
 def key_item(accounts: Accounts, account: Account, today: date) -> JSON:
     """A key with its limits in the words of the `keys` command, and what it used."""
+    tokens, money = account.token_budget, account.money_budget
+    totals = accounts.totals(account)
     return {
         "name": account.name,
-        **{limit: getattr(account, limit) for limit in LIMITS},
+        "paused": account.paused,
         "expired": bool(account.expires and account.expires < today.isoformat()),
-        "used_tokens": accounts.tokens_used(account, today),
-        "token_limit": account.budget,
-        "resets_at": midnight(begins) if (begins := account.period(today)[1]) < date.max else None,
+        **{limit: getattr(account, limit) for limit in LIMITS},
+        "used_tokens": accounts.used_in(tokens, account.id, today).tokens,
+        "token_limit": tokens.amount if tokens else None,
+        "resets_at": tokens.resets_at(today) if tokens else None,
+        "used_spend": accounts.used_in(money, account.id, today).spent / DOLLAR,
+        "spend_limit": money.amount / DOLLAR if money else None,
+        "spend_resets_at": money.resets_at(today) if money else None,
+        "requests": totals.requests,
+        "total_tokens": totals.tokens,
+        "cost": totals.spent / DOLLAR,
+        "last_used": unix_time(totals.last_used),
     }
+
+
+def unix_time(text: str) -> float | None:
+    """Of a day, or a day and a time, in ISO's form and UTC; None for ""."""
+    if not text:
+        return None
+    return datetime.fromisoformat(text).replace(tzinfo=timezone.utc).timestamp()
 
 
 async def list_keys(request: web.Request) -> web.Response:
     accounts, day = request.app[ACCOUNTS], today_of(request.app)
-    items = [key_item(accounts, account, day) for account in accounts.named.values()]
+    items = [key_item(accounts, account, day) for account in accounts.known.named]
     return json_response({"keys": items}, headers=NO_STORE)
 
 
 async def put_key(request: web.Request) -> web.Response:
-    """A new name adds a key, a known one changes its limits; what is not given stays."""
+    """A new name adds a key, a known one changes it; what is not given stays."""
     accounts, database = request.app[ACCOUNTS], request.app[DATABASE]
-    body = await read_json(request)
+    today = today_of(request.app)
+    wanted = parse_key_change(await read_json(request), today)
     key = new_key()
-    name = parse_key_name(body.pop("name", None))
-    limits = parse_limits(body, today_of(request.app))
-
-    def change(known: Account | None) -> Account:
-        return replace(known or Account(hash_key(key), name), **limits)
-
-    account = await database.run(database.change_account, name, change)
+    new = new_account(wanted.name, key)
+    account = await database.run(database.change_account, wanted, new)
     await database.sync(accounts)
-    item = key_item(accounts, account, today_of(request.app))
-    if account.id == hash_key(key):
-        return json_response(item | {"key": key}, 201)
-    return json_response(item)
+    item = key_item(accounts, account, today)
+    warning = pattern_warning(wanted.limits.get("models"), request.app[CATALOG].models)
+    if warning:
+        item["warning"] = warning
+    if account.hash == new.hash:
+        item["key"] = key
+    return json_response(item, 201 if account.id == new.id else 200, NO_STORE)
+
+
+def new_account(name: str, key: str) -> Account:
+    """Of a key that is new, under a random id."""
+    return Account(secrets.token_hex(16), name, hash=hash_key(key))
+
+
+def pattern_warning(models: str | None, known: Iterable[str]) -> str:
+    """What to say of patterns that fit nothing; "" where all is well."""
+    strange = strange_patterns(models, known)
+    if not strange:
+        return ""
+    return f"No known model fits {', '.join(strange)}: GET /v1/models lists those that are known."
 
 
 async def remove_key(request: web.Request) -> web.Response:
     database = request.app[DATABASE]
-    if not await database.run(database.remove_account, request.match_info["name"]):
-        raise ProxyError(error_kind(404, "key_not_found"), "There is no such key.")
+    name = unicodedata.normalize("NFC", request.match_info["name"])
+    if not await database.run(database.remove_account, name):
+        raise ProxyError(KEY_NOT_FOUND)
     await database.sync(request.app[ACCOUNTS])
     return web.Response(status=204)
 
 
 def new_key() -> str:
     return f"sk-{secrets.token_urlsafe(32)}"
-
-
-def page_response(page: Page, snapshot: JSON) -> web.Response:
-    """A page with data in it. "<" is escaped, so that the data cannot become a script."""
-    html = page.html.replace("{{DATA}}", to_json(snapshot).replace("<", "\\u003c"))
-    headers = {"Content-Security-Policy": page.policy, "Referrer-Policy": "no-referrer", **NO_STORE}
-    return web.Response(
-        text=html, content_type="text/html", headers=headers | {"X-Content-Type-Options": "nosniff"}
-    )
 
 
 # ======== Pass-through ==============================================================================================
@@ -9436,6 +10438,7 @@ def messages_model(request: web.Request, body: JSON) -> Model:
     if shows_image(body):
         model = with_vision(model, settings)
     request[ACCOUNT].check_model(model)
+    check_spending(request, model)
     return model
 
 
@@ -9454,11 +10457,12 @@ async def messages(request: web.Request) -> web.StreamResponse:
     caller = await in_thread_if_large(size, caller_of, settings, request[ACCOUNT].id, beginning)
 
     what, meter = request.match_info["what"], Meter()
+    meter.ask_chat(model)
     if what == "messages":  # to count tokens costs none
         request[RECORD].meters = [meter]
 
     async def attempt(slot: Slot, owner: AsyncExitStack) -> PassThroughResponse:
-        check_budget(request)
+        check_turn(request, model)
         url = f"{slot.key.anthropic_url}/v1/{what}"
         data = await in_thread_if_large(size, messages_request, body, model.id)
         images = await in_thread_if_large(size, image_size, body)
@@ -9522,15 +10526,13 @@ async def pass_through(path: str, request: web.Request) -> web.StreamResponse:
     as_sent = isinstance(data, Upload) and "Content-Encoding" not in request.headers
     headers = sent_headers(request, "Content-Type", *(("Content-Length",) if as_sent else ()))
     how = {"method": request.method, "data": data, "headers": headers, "params": request.query}
-    meter = Meter()
-    request[RECORD].meters = [meter]
-    size = 0
-    if path in WITH_USAGE and isinstance(data, bytes):
-        size = len(data)
+    meter = count_path(path, request)
+    paid_model = MODELS.get(meter.model)
+    check_spending(request, paid_model)
     async with request.app[UPSTREAM].account_slot(request[ACCOUNT]), AsyncExitStack() as owner:
-        check_budget(request)
+        check_turn(request, paid_model)
         try:
-            with meter.asking(size):
+            with meter.asking(size_sent(path, data)):
                 stream = await request.app[UPSTREAM].client.send(
                     f"{key.base_url}/{path}", key, owner, **how
                 )
@@ -9577,6 +10579,29 @@ async def body_and_reader(
     else:
         reader = PassThroughReader()
     return data if changed == body else encode_request(changed), reader
+
+
+def size_sent(path: str, data: Upload | bytes | None) -> int:
+    """The bytes of a request that count if its answer breaks off: of those whose answers have usage."""
+    if path in WITH_USAGE and isinstance(data, bytes):
+        return len(data)
+    return 0
+
+
+def count_path(path: str, request: web.Request) -> Meter:
+    """The record learns what is asked: where no model is known, the path."""
+    record = request[RECORD]
+    meter = path_meter(path, record.model)
+    record.meters = [meter]
+    if not record.model and request.method == "POST":
+        record.model = path
+    return meter
+
+
+def path_meter(path: str, model: str) -> Meter:
+    """What an answer of such a path costs: nothing is known of what is no chat, but for searches."""
+    price = model_of(model).price or NO_PRICE
+    return Meter(model, price, searches=int(path == "web_search"))
 
 
 def check_model_named(path: str, request: web.Request, name: Any) -> None:
@@ -9716,7 +10741,10 @@ def count_request(request: web.Request, now: float) -> None:
     record, resource = request[RECORD], request.match_info.route.resource
     statistics = request.app[STATISTICS]
     route = resource.canonical if resource else ""
+    record.route = route_name(route)
     statistics.requests[route, statistics.name_of(record), record.status] += 1
+    if record.first is not None and record.meters:
+        record.answered = model_shown(request, model_of(record.meters[0].model))
     if record.model:
         statistics.add(record, now - record.started, now)
 
@@ -9788,7 +10816,9 @@ async def error_response(request: web.Request, error: ProxyError) -> web.StreamR
     """Report a failure: with a status, or in the last frames of a stream that has begun."""
     error.message = truncated(error.message)  # it may repeat a name from the request
     error.detail = truncated(request.app[REDACT](error.detail))  # Z.ai might repeat our key
-    request[RECORD].error = error.kind.code or error.kind.type
+    record = request[RECORD]
+    record.error = error.kind.code or error.kind.type
+    record.words = request.app[REDACT](error.message)
     stream: OpenResponse | None = request.get(STREAM)
     if stream and stream.response.prepared:
         await stream.fail(error)
@@ -10105,12 +11135,16 @@ def create_app(settings: Settings | None = None, clock: Clock | None = None) -> 
     serve_as_here(app)
     app[SETTINGS], app[REDACT] = settings, redactor(settings)
     app[IN_FLIGHT] = {}
-    app[CLOCK], app[STATISTICS] = clock, Statistics(time.monotonic())
-    app[ACCOUNTS], app[DATABASE] = Accounts(settings.default_key), database
+    app[CLOCK] = clock
+    app[STATISTICS] = Statistics(time.monotonic(), clock.unix())
+    app[ACCOUNTS] = Accounts(settings.default_key, settings.spend_limit)
+    app[DATABASE] = database
+    app[ORIGIN_REFUSALS] = OnceAMinute()
     app.on_response_prepare.append(add_headers)
     app.cleanup_ctx.append(connect)
     app.on_shutdown.append(drain)
     api_routes(app)
+    app[API_PATTERNS] = [resource.get_info()["pattern"] for resource in app.router.resources()]
     page_routes(app)
     return app
 
@@ -10150,6 +11184,7 @@ def page_routes(app: web.Application) -> None:
     if app[SETTINGS].dashboard_enabled:
         add_route(app, "GET", "/dashboard", dashboard)
         add_route(app, "GET", "/dashboard/stats", require_key(dashboard_stats))
+        add_route(app, "GET", "/dashboard/history", require_key(dashboard_history))
         add_route(app, "GET", "/dashboard/keys", require_key(list_keys, operator_only))
         add_route(app, "POST", "/dashboard/keys", require_key(put_key, operator_only))
         add_route(app, "DELETE", "/dashboard/keys/{name}", require_key(remove_key, operator_only))
@@ -10323,9 +11358,15 @@ def settings_or_exit(flags: Mapping[str, str], status: int = 2) -> Settings:
         exit_with_error(error, status)
 
 
+def database_of(settings: Settings) -> Database:
+    """Not open yet."""
+    return Database("memory" if settings.demo else settings.database_url, Clock.unix)
+
+
 def database_or_exit(settings: Settings, clock: Clock, status: int) -> Database:
     """The database, connected if it was named or exists. Exits with one line and the status if that fails."""
-    database = Database("memory" if settings.demo else settings.database_url, clock.unix)
+    database = database_of(settings)
+    database.unix = clock.unix
     try:
         if settings.database_url or database.exists:
             database.transact(database.list_accounts, begin=READ)
@@ -10374,10 +11415,30 @@ def with_demo(settings: Settings, place: tuple[Any, ...]) -> Settings:
     return replace(settings, demo=True, zai_base_url=url, zai_api_key=(key,))
 
 
+ANY_ADDRESS = r"0\.0\.0\.0|::"  # to listen on all of them
+
+
 def origin_of(host: str, port: int) -> str:
     """Where this machine reaches a server that listens there."""
-    host = re.sub(r"^(0.0.0.0|::)$", "localhost", host)
+    host = re.sub(f"^({ANY_ADDRESS})$", "localhost", host)
     return f"http://{f'[{host}]' if ':' in host else host}:{port}"
+
+
+def origin_for_others(settings: Settings, port: int) -> str:
+    """Where other machines reach a server that listens on all addresses; else where this one does."""
+    if re.fullmatch(ANY_ADDRESS, settings.host):
+        return origin_of(own_address(), port)
+    return origin_of(settings.host, port)
+
+
+def own_address() -> str:
+    """The address of this machine that others see, or its name where it has none."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        try:
+            probe.connect(("192.0.2.1", 9))  # sends nothing: only a route is looked for (RFC 5737)
+        except OSError:
+            return socket.gethostname()
+        return str(probe.getsockname()[0])
 
 
 def banner(settings: Settings, port: int) -> str:
@@ -10391,7 +11452,10 @@ def banner(settings: Settings, port: int) -> str:
         f"  models    {len(MODELS)}, and whatever else Z.ai lists",
         f"  pages     {origin_of(settings.host, port)}/docs, /dashboard",
         f"  keys      {len(settings.default_key)} for clients, {zai_keys} for Z.ai",
+        f"  database  {database_of(settings).place}",
     ]
+    if origin_for_others(settings, port) != origin_of(settings.host, port):
+        lines.insert(2, f"  others    {origin_for_others(settings, port)}/v1")
     if settings.published:
         lines.append(
             f"  note      the key for clients is the published {PUBLISHED_KEY}, so only this machine may call"
@@ -10434,6 +11498,11 @@ def parse_flags(arguments: list[str]) -> argparse.Namespace:
         action="store_true",
         help="say what is configured and whether it works, then exit",
     )
+    parser.add_argument(
+        "--probe",
+        action="store_true",
+        help="with --check: ask first, then find out what Z.ai's documents leave open",
+    )
     commands = parser.add_subparsers(dest="command", prog="ztoapi.py")
     starter = commands.add_parser("launch", help="start a client that uses this server")
     starter.add_argument(
@@ -10449,13 +11518,30 @@ def parse_flags(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--version", action="version", version=f"ztoapi {__version__}")
     manager = commands.add_parser("keys", help="list, add, change and remove the keys of clients")
     manager.add_argument(
-        "action", nargs="?", choices=("list", "add", "change", "remove"), default="list"
+        "action",
+        nargs="?",
+        choices=("list", "add", "change", "rotate", "pause", "resume", "rename", "remove"),
+        default="list",
+        help="rotate: a new key in place of the old one; limits and counts stay",
     )
-    manager.add_argument("name", nargs="?")
+    manager.add_argument("name", nargs="?", help="of the key")
+    manager.add_argument("new", nargs="?", help="the new name, for rename")
+    manager.add_argument("--json", action="store_true", help="list for programs")
     for name, (_, wanted) in LIMITS.items():
-        manager.add_argument(f"--{name}", help=f"{wanted}; or none")
+        manager.add_argument(f"--{name}", help=f"{wanted}; or none, for no limit")
     own = list(takewhile("--".__ne__, arguments))
-    return parser.parse_args(own, argparse.Namespace(arguments=arguments[len(own) + 1 :]))
+    flags = parser.parse_args(own, argparse.Namespace(arguments=arguments[len(own) + 1 :]))
+    if flags.probe and not flags.check:
+        parser.error("--probe goes with --check")
+    return flags
+
+
+def answer_to(question: str) -> str:
+    """What is typed; "" where nobody can."""
+    try:
+        return input(question).strip()
+    except EOFError:
+        return ""
 
 
 def new_loop() -> asyncio.AbstractEventLoop:
@@ -10469,7 +11555,8 @@ def main(arguments: list[str] | None = None) -> None:
     flags = parse_flags(sys.argv[1:] if arguments is None else arguments)
     given = {name.upper(): value for name, value in vars(flags).items() if name in ("host", "port")}
     if flags.check:
-        raise SystemExit(asyncio.run(check(given)))
+        answer = answer_to(PROBE_QUESTION) if flags.probe else ""
+        raise SystemExit(asyncio.run(check(given, probe=answer)))
     settings = settings_or_exit(given)
     if flags.command == "launch":
         raise SystemExit(launch(settings, flags))
@@ -10510,67 +11597,160 @@ def keys_command(settings: Settings, flags: argparse.Namespace) -> None:
     if database.in_memory:
         exit_with_error("keys need a database: DATABASE_URL is memory")
     try:
-        print(manage_keys(database, flags))
-    except (DatabaseError, BadRequest) as error:
+        if flags.action == "list":
+            print(listed_keys(database, flags))
+        elif flags.action == "remove":
+            print(removed_key(database, flags))
+        else:
+            tell_changed(settings, database, flags)
+    except (DatabaseError, ProxyError) as error:
         exit_with_error(redactor(settings)(str(error)))
-    if flags.action == "add" and settings.published:
-        published = f"DEFAULT_KEY is the published {PUBLISHED_KEY}"
-        print(
-            f"{published}: nobody else can reach this server until you set your own, and HOST.",
-            file=sys.stderr,
+
+
+def listed_keys(database: Database, flags: argparse.Namespace) -> str:
+    """The keys for people, or for programs. Raises DatabaseError."""
+    accounts = Accounts(())
+    if database.exists:
+        accounts.written(database.transact(database.read_known, None, begin=READ))
+    today = day_of(database.unix())
+    items = [key_item(accounts, account, today) for account in accounts.known.named]
+    if flags.json:
+        return to_json({"keys": items})
+    if not items:
+        return (
+            "There are no keys yet. Add one: python ztoapi.py keys add NAME (limits: keys --help)"
+        )
+    return key_table(items)
+
+
+def removed_key(database: Database, flags: argparse.Namespace) -> str:
+    """What to say of it. Raises BadRequest and DatabaseError."""
+    wanted = wanted_change(flags, day_of(database.unix()))
+    if not database.exists or not database.transact(database.remove_account, wanted.name):
+        raise BadRequest(f"There is no key named {wanted.name}.")
+    return f"{wanted.name} removed"
+
+
+def wanted_change(flags: argparse.Namespace, today: date) -> KeyChange:
+    """What the flags ask for. Raises BadRequest."""
+    action = flags.action
+    name = parse_key_name(flags.name)
+    given = {limit: getattr(flags, limit) for limit in LIMITS}
+    limits = {limit: words for limit, words in given.items() if words is not None}
+    if limits and action not in ("add", "change"):
+        raise BadRequest(f"{action} takes no limits: use keys change {name}.")
+    if flags.new is not None and action != "rename":
+        raise BadRequest(f"{action} takes one name.")
+    if action == "change" and not limits:
+        raise BadRequest(f"Say what to change: {', '.join(f'--{limit}' for limit in LIMITS)}.")
+    if action == "rename":
+        return KeyChange(name, rename=parse_key_name(flags.new))
+    if action == "rotate":
+        return KeyChange(name, rotates=True)
+    if action in ("pause", "resume"):
+        return KeyChange(name, paused=action == "pause")
+    adds: Literal["only", "never"] = "only" if action == "add" else "never"
+    return KeyChange(name, parse_limits(limits, today), adds=adds)
+
+
+DONE = {
+    "change": "{} changed",
+    "pause": "{} paused",
+    "resume": "{} resumed",
+    "rename": "{} renamed",
+}
+
+
+def tell_changed(settings: Settings, database: Database, flags: argparse.Namespace) -> None:
+    """Add or change a key. A new key stands alone on stdout, for scripts, what people need to know on stderr."""
+    wanted = wanted_change(flags, day_of(database.unix()))
+    if wanted.adds == "never" and not database.exists:  # which need not make one
+        raise BadRequest(f"There is no key named {wanted.name}.")
+    key = new_key()
+    account = database.transact(
+        database.change_account, wanted, new_account(wanted.name, key), begin=WRITE
+    )
+    if account.hash == hash_key(key):
+        note(f"the key of {account.name}, which is shown only now:")
+        print(key, flush=True)
+        note(f"to send along, the base URL: {origin_for_others(settings, settings.port)}/v1")
+        note(f"it is in the database {database.place}; a running server knows it within 5 seconds")
+        warn_of_other_database(settings, database)
+        if settings.published:
+            note(
+                f"nobody else can reach this server yet: DEFAULT_KEY is the published {PUBLISHED_KEY}. "
+                "Set DEFAULT_KEY to a key of your own, and HOST=0.0.0.0, and start it again"
+            )
+    else:
+        print(DONE[flags.action].format(wanted.name))
+    warning = pattern_warning(wanted.limits.get("models"), MODELS)
+    if warning:
+        note(warning)
+
+
+def note(words: str) -> None:
+    """For people, beside what scripts read on stdout."""
+    print(f"ztoapi: {words}", file=sys.stderr, flush=True)
+
+
+def warn_of_other_database(settings: Settings, database: Database) -> None:
+    """Say loudly that the server that runs here does not know the key, if it has another database."""
+    origin = origin_of(settings.host, settings.port)
+    if not settings.port or not ztoapi_at(origin):
+        return
+    about = ztoapi_at(origin, settings.default_key[0])
+    if "database" not in about:
+        note(f"the ztoapi at {origin} takes another DEFAULT_KEY: it may have another database")
+    elif about["database"] != database.transact(database.identify):
+        note(
+            f"WARNING: the ztoapi that runs at {origin} uses ANOTHER DATABASE, so it does not know this key. "
+            "Give both the same DATABASE_URL"
         )
 
 
-def manage_keys(database: Database, flags: argparse.Namespace) -> str:
-    """What is to be printed. Raises BadRequest and DatabaseError."""
-    accounts, today = Accounts(()), day_of(database.unix())
-    if database.exists:
-        accounts.written(*database.transact(database.write_and_read, {}, {}, today, begin=READ))
-    if flags.action == "list":
-        return key_table(key_item(accounts, each, today) for each in accounts.named.values())
-    return change_key(database, flags, today)
-
-
-def change_key(database: Database, flags: argparse.Namespace, today: date) -> str:
-    """Add, change or remove a key."""
-    name = parse_key_name(flags.name)
-    if flags.action != "add" and not database.exists:  # which need not make one
-        raise BadRequest(f"there is no key named {name}")
-    if flags.action == "remove":
-        if not database.transact(database.remove_account, name):
-            raise BadRequest(f"there is no key named {name}")
-        return f"{name} removed"
-    given = {limit: getattr(flags, limit) for limit in LIMITS}
-    limits = {limit: words for limit, words in given.items() if words is not None}
-    return add_or_change(database, flags.action, name, parse_limits(limits, today))
-
-
-def add_or_change(database: Database, action: str, name: str, limits: JSON) -> str:
-    """The new key, or that the old one is changed. Raises BadRequest and DatabaseError."""
-    key = new_key()
-
-    def change(known: Account | None) -> Account:
-        if known and action == "add":
-            raise BadRequest(f"there is already a key named {name}")
-        if not known and action == "change":
-            raise BadRequest(f"there is no key named {name}")
-        return replace(known or Account(hash_key(key), name), **limits)
-
-    database.transact(database.change_account, name, change)
-    return key if action == "add" else f"{name} changed"
-
-
 def key_table(items: Iterable[JSON]) -> str:
-    columns = ("name", "expires", "tokens", "used_tokens", "models", "rpm", "parallel")
-    rows = [
-        columns,
-        *(
-            tuple("-" if item[name] is None else str(item[name]) for name in columns)
-            for item in items
-        ),
-    ]
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return "\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
+    """For people, in columns."""
+    rows = [KEY_COLUMNS, *map(key_row, items)]
+    widths = [max(map(shown_width, column)) for column in zip(*rows, strict=True)]
+    lines = []
+    for row in rows:
+        cells = [
+            cell + " " * (width - shown_width(cell))
+            for cell, width in zip(row, widths, strict=True)
+        ]
+        lines.append("  ".join(cells).rstrip())
+    return "\n".join(lines)
+
+
+KEY_COLUMNS = (
+    *("name", "state", *LIMITS),
+    *("requests", "used", "in all", "cost", "last used"),
+)
+
+
+def key_row(item: JSON) -> tuple[str, ...]:
+    """`used` is the tokens of the present period, `in all` those since ever, cost US dollars at list price."""
+    state = "-"
+    if item["paused"]:
+        state = "paused"
+    elif item["expired"]:
+        state = "expired"
+    limits = ["-" if item[limit] is None else str(item[limit]) for limit in LIMITS]
+    last_used = "never"
+    if item["last_used"] is not None:
+        moment = datetime.fromtimestamp(item["last_used"], timezone.utc)
+        last_used = moment.strftime("%Y-%m-%d %H:%M UTC")
+    used = (str(item["requests"]), f"{item['used_tokens']:,}", f"{item['total_tokens']:,}")
+    return (item["name"], state, *limits, *used, f"${item['cost']:.4f}", last_used)
+
+
+def shown_width(text: str) -> int:
+    """The columns that a terminal takes for it: two for the wide characters of East Asia, none for marks."""
+    width = 0
+    for character in text:
+        if unicodedata.category(character) not in ("Mn", "Me", "Cf"):
+            width += 2 if unicodedata.east_asian_width(character) in "WF" else 1
+    return width
 
 
 @dataclass(frozen=True)
@@ -10579,52 +11759,133 @@ class Finding:
 
     what: str
     words: str
-    good: bool = True
+    level: Literal["good", "warning", "bad"] = "good"
 
     def __str__(self) -> str:
-        return f"{'✓' if self.good else '✗'} {self.what:<9} {self.words}"
+        mark = {"good": "✓", "warning": "!", "bad": "✗"}[self.level]
+        return f"{mark} {self.what:<9} {self.words}"
 
 
-async def diagnose(settings: Settings) -> AsyncIterator[Finding]:
-    """Checks all that a chat needs, in order. Ends at a failure that hides the rest."""
-    source = str(ENV_FILE) if ENV_FILE.exists() else f"no {ENV_FILE}"
-    keys = "1 key" if len(settings.zai_api_key) == 1 else f"{len(settings.zai_api_key)} keys"
-    yield Finding("settings", f"{', '.join(settings.zai_base_urls)}, {keys} for Z.ai ({source})")
-    yield await asyncio.to_thread(check_port, settings)
-    found = [
-        f"python ztoapi.py launch {name}"
-        for name in CLIENTS
-        if shutil.which(CLIENTS[name].arguments[0])
-    ]
-    yield Finding(
-        "clients",
-        ", ".join(found) or "none is installed; python ztoapi.py launch --help lists them",
-    )
-    if not settings.zai_api_key:
-        yield Finding("key", ZAI_API_KEY_MISSING.message, good=False)
-        return
-    async with new_session(settings) as session:
-        client, accepted = ZaiClient(session, settings), False
-        for number, key in enumerate(settings.zai_keys, 1):
-            finding = await check_key(client, f"key {number}", key)
+NAMED_SITES = (
+    ("api", "plan"),
+    ("china", "china-plan"),
+)  # each: the general address, and the plan's
+PAID_MODEL = "glm-5.3-flash"  # of every plan, and cheap
+
+
+class Doctor:
+    """`--check`: looks at all that a chat needs, in order, and says what to do."""
+
+    def __init__(self, settings: Settings, client: ZaiClient, bases: Mapping[str, str]) -> None:
+        self.settings = settings
+        self.client = client
+        self.bases = bases  # Z.ai's named addresses
+        self.accepted: list[tuple[int, ZaiKey]] = []  # keys that Z.ai took, with their numbers
+
+    async def diagnose(self) -> AsyncIterator[Finding]:
+        """Ends at a failure that hides the rest."""
+        if not self.settings.zai_keys:
+            yield Finding("key", ZAI_API_KEY_MISSING.message, "bad")
+            return
+        for number, key in enumerate(self.settings.zai_keys, 1):
+            finding = await self.check_key(number, key)
             yield finding
-            async for limit in check_plan(client, f"plan {number}", key):
+            async for limit in check_plan(self.client, f"plan {number}", key):
                 yield limit
-            accepted = accepted or finding.good
-            if (
-                finding.what == "Z.ai" and len(settings.zai_base_urls) == 1
-            ):  # the other keys would fail in the same way
-                return
-        if accepted:
-            yield await check_chat(Upstream(replace(settings, max_retries=0), client, Clock()))
+            if finding.what == "Z.ai" and len(self.settings.zai_base_urls) == 1:
+                return  # the other keys would fail in the same way
+        if not self.accepted:
+            return
+        chat = await self.check_chat()
+        yield chat
+        for number, key in self.accepted:
+            if key.base_url in self.bases.values():
+                yield await self.check_paid(number, key, chat)
+
+    async def check_key(self, number: int, key: ZaiKey) -> Finding:
+        what = f"key {number}"
+        try:
+            models = await self.client.list_models(key)
+        except UpstreamError as error:
+            if error.kind != AUTHENTICATION:
+                return Finding("Z.ai", str(error), "bad")
+            return Finding(what, f"{error}{await self.better_address(key)}", "bad")
+        self.accepted.append((number, key))
+        return Finding(what, f"accepted; Z.ai lists {len(models)} models for it")
+
+    async def better_address(self, key: ZaiKey) -> str:
+        """At which of the other named addresses a refused key is taken; one with its own address never leaves it."""
+        if key.base_url not in self.bases.values():
+            return ""
+        found = []
+        for name, url in self.bases.items():
+            if url != key.base_url:
+                with suppress(UpstreamError):
+                    await self.client.list_models(ZaiKey(key.secret, url))
+                    found.append(f"KEY@{name} ({url})")
+        if not found:
+            return " None of Z.ai's other addresses takes it either."
+        return f" Another address takes it: set ZAI_API_KEY to {' or '.join(found)}."
+
+    async def check_chat(self) -> Finding:
+        """One word from a free model, or from one that every plan has."""
+        free = [model.id for model in MODELS.values() if model.free and not model.vision]
+        started = time.monotonic()
+        try:
+            model, text = await self.word_from(self.settings, *free, PAID_MODEL)
+        except ProxyError as error:
+            return Finding("chat", str(error), "bad")
+        took = time.monotonic() - started
+        return Finding("chat", f"{model} says {text!r} after {took:.1f} s")
+
+    async def check_paid(self, number: int, key: ZaiKey, chat: Finding) -> Finding:
+        """Whether paid models answer; where not, whether the address is wrong or the account empty."""
+        what = f"paid {number}"
+        try:
+            await self.word_from(self.alone(key.secret, key.base_url), PAID_MODEL)
+        except ProxyError as error:
+            if error.kind == NO_BALANCE:
+                level: Literal["warning", "bad"] = "warning" if chat.level == "good" else "bad"
+                return Finding(what, await self.why_no_balance(key), level)
+            return Finding(what, f"{PAID_MODEL}: {error}", "warning")
+        return Finding(what, f"{PAID_MODEL} answers, so paid models do")
+
+    async def why_no_balance(self, key: ZaiKey) -> str:
+        """Asks at the other address of the same site."""
+        for site in NAMED_SITES:
+            for here, there in (site, site[::-1]):
+                if key.base_url == self.bases[here]:
+                    url = self.bases[there]
+                    with suppress(ProxyError):
+                        await self.word_from(self.alone(key.secret, url), PAID_MODEL)
+                        return f"{WRONG_SIDE[here in ('api', 'china')]}: set ZAI_API_KEY to KEY@{there} ({url})"
+        return "the account has neither a plan nor a balance: only free models answer (z.ai/manage-apikey)"
+
+    def alone(self, secret: str, url: str) -> Settings:
+        """The settings with one key at one address."""
+        return replace(self.settings, zai_api_key=(f"{secret}@{url}",))
+
+    async def word_from(self, settings: Settings, model: str, *others: str) -> tuple[str, str]:
+        """Which model answered, and what. Raises ProxyError."""
+        message = Message("user", ("Answer with the one word: pong",))
+        prompt = Prompt(
+            model, (message,), stream=False, max_tokens=64, effort="off", fallbacks=others
+        )
+        patient = replace(settings, max_retries=0, rate_limit_wait=CHECK_WAIT)
+        upstream = Upstream(patient, self.client, Clock())
+        plan = make_plan(prompt, patient, Account(""), "check")
+        async with upstream.open(plan) as stream:
+            answer = Answer(await stream.read())
+        text = " ".join(answer.choices[0].text.split())[:40]
+        return stream.info.model, text
 
 
-async def check_key(client: ZaiClient, what: str, key: ZaiKey) -> Finding:
-    try:
-        models = await client.list_models(key)
-    except UpstreamError as error:
-        return Finding(what if error.kind == AUTHENTICATION else "Z.ai", str(error), good=False)
-    return Finding(what, f"accepted; Z.ai lists {len(models)} models for it")
+CHECK_WAIT = 10  # seconds for which a refusal for load is waited out
+# What a key without a balance is, whose account answers at the other address of its site; by whether it is general.
+WRONG_SIDE = {
+    True: "this is the key of a Coding Plan at the general address, where only free models answer it",
+    False: "this key has no plan, but a balance",
+}
 
 
 async def check_plan(client: ZaiClient, what: str, key: ZaiKey) -> AsyncIterator[Finding]:
@@ -10647,47 +11908,273 @@ def check_port(settings: Settings) -> Finding:
     except OSError as error:
         if error.errno == errno.EADDRINUSE and ztoapi_at(origin_of(settings.host, settings.port)):
             return Finding("port", f"a ztoapi serves {settings.port} on {settings.host}")
-        return Finding("port", cannot_listen(settings, error), good=False)
+        return Finding("port", cannot_listen(settings, error), "bad")
     return Finding("port", f"{settings.port} on {settings.host} is free")
 
 
-async def check_chat(upstream: Upstream) -> Finding:
-    """One word from a free model, or from one that every plan has."""
-    message = Message("user", ("Answer with the one word: pong",))
-    model, *others = (
-        *(model.id for model in MODELS.values() if model.free and not model.vision),
-        "glm-5.3-flash",
-    )
-    prompt = Prompt(
-        model, (message,), stream=False, max_tokens=64, effort="off", fallbacks=tuple(others)
-    )
-    started = time.monotonic()
+def check_database(settings: Settings) -> Finding:
+    """Whether it can be opened and written, as the start and the first request will."""
+    database = database_of(settings)
+    if database.in_memory:
+        return Finding("database", "memory only: keys and usage are forgotten at the end")
+    if not settings.database_url and not database.exists:
+        if os.access(database.path.parent, os.W_OK):
+            return Finding("database", f"{database.place} is made when it is needed first")
+        return Finding("database", f"{database.place} cannot be made there", "bad")
     try:
-        plan = make_plan(prompt, upstream.settings, Account(""), "check")
-        async with upstream.open(plan) as stream:
-            answer = Answer(await stream.read())
-    except ProxyError as error:
-        return Finding("chat", str(error), good=False)
-    text = " ".join(answer.choices[0].text.split())[:40]
-    return Finding(
-        "chat", f"{stream.info.model} says {text!r} after {time.monotonic() - started:.1f} s"
-    )
+        database.transact(database.try_to_write)
+        database.close()
+    except DatabaseError as error:
+        return Finding("database", f"{database.place}: {error}", "bad")
+    return Finding("database", f"{database.place} opens, and can be written")
 
 
-async def check(flags: Mapping[str, str]) -> int:
-    """Print the findings; the exit status is 0 if all are good, else 1."""
+def check_clients() -> Finding:
+    found = [
+        f"python ztoapi.py launch {name}"
+        for name in CLIENTS
+        if shutil.which(CLIENTS[name].arguments[0])
+    ]
+    nothing = "none is installed; python ztoapi.py launch --help lists them"
+    return Finding("clients", ", ".join(found) or nothing)
+
+
+# What a variable that is none of ours may have been meant to be; lower, and HOSTNAME would be taken for HOST.
+LIKENESS = 0.72
+
+
+def misspelt(names: Iterable[str]) -> Iterator[Finding]:
+    """Variables whose names look like those of settings."""
+    settings = [variable.name.upper() for variable in fields(Settings) if variable.metadata]
+    for name in sorted(set(names) - {*settings}):
+        meant = get_close_matches(name, settings, 1, LIKENESS)
+        if meant:
+            yield Finding("settings", f"{name} is no setting: is {meant[0]} meant?", "warning")
+
+
+def local_findings(settings: Settings, names: Iterable[str]) -> Iterator[Finding]:
+    """What can be said without Z.ai; `names` are those of all variables."""
+    source = str(ENV_FILE) if ENV_FILE.exists() else f"no {ENV_FILE}"
+    keys = "1 key" if len(settings.zai_api_key) == 1 else f"{len(settings.zai_api_key)} keys"
+    yield Finding("settings", f"{', '.join(settings.zai_base_urls)}, {keys} for Z.ai ({source})")
+    yield from misspelt(names)
+    yield check_port(settings)
+    yield check_database(settings)
+    yield check_clients()
+
+
+async def check(
+    flags: Mapping[str, str], bases: Mapping[str, str] = ZAI_BASES, probe: str = ""
+) -> int:
+    """Print the findings; the exit status is 0 if none is bad, else 1. `probe` is what the operator said to that."""
     try:
-        settings = Settings.from_env({**environment(), **flags})
+        variables = {**environment(), **flags}
+        settings = Settings.from_env(variables)
     except SettingsError as error:
-        print(Finding("settings", str(error), good=False))
+        print(Finding("settings", str(error), "bad"))
         return 1
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a terminal without ✓ must not hide the rest
-    redact, good = redactor(settings), True
-    async for finding in diagnose(settings):
-        print(redact(str(finding)), flush=True)
-        good = good and finding.good
-    return 0 if good else 1
+    redact, status = redactor(settings), 0
+    async with new_session(settings) as session:
+        doctor = Doctor(settings, ZaiClient(session, settings), bases)
+        local = await asyncio.to_thread(list, local_findings(settings, variables))
+        async for finding in chain_findings(local, doctor.diagnose()):
+            print(redact(str(finding)), flush=True)
+            if finding.level == "bad":
+                status = 1
+        if probe == "yes" and doctor.accepted:
+            async for line in probed(doctor):
+                print(redact(line), flush=True)
+    return status
+
+
+async def chain_findings(
+    first: Iterable[Finding], others: AsyncIterator[Finding]
+) -> AsyncIterator[Finding]:
+    for finding in first:
+        yield finding
+    async for finding in others:
+        yield finding
+
+
+PROBE_QUESTION = """\
+--probe sends about a dozen small requests to Z.ai with your own key, to find out what its documents leave open.
+They cost less than a cent. What comes back is a table without secrets, to paste into an issue.
+Type yes to send them: """
+PROBE_TIMEOUT = 60  # seconds
+
+
+class RawReply(NamedTuple):
+    """What Z.ai answered to a probe, as it came."""
+
+    status: int
+    headers: Mapping[str, str]
+    body: bytes
+
+    @property
+    def document(self) -> JSON:
+        return as_object(parse_json(self.body))
+
+    @property
+    def message(self) -> JSON:
+        """Of a whole answer of chat."""
+        choice = first_object(self.document.get("choices"))
+        return as_object(choice.get("message"))
+
+    @property
+    def frames(self) -> list[JSON]:
+        """Of a streamed answer."""
+        decoder = SSEDecoder()
+        data = [*decoder.feed(self.body), *decoder.close()]
+        return [as_object(parse_json(frame)) for frame in data if frame != b"[DONE]"]
+
+
+@dataclass(frozen=True)
+class Probe:
+    """A question about Z.ai, a request that answers it, and how its answer is read."""
+
+    question: str
+    path: str  # behind the base, or from / on
+    body: JSON
+    read: Callable[[RawReply], str]
+
+
+def called(reply: RawReply) -> str:
+    if reply.message.get("tool_calls"):
+        return "calls the tool"
+    return "calls no tool"
+
+
+def said(reply: RawReply) -> str:
+    return f"says {str(reply.message.get('content'))[:40]!r}"
+
+
+def fields_told(reply: RawReply) -> str:
+    return f"has the fields {', '.join(sorted(reply.document))}"
+
+
+def limit_headers(reply: RawReply) -> str:
+    names = [
+        name for name in reply.headers if name.lower().startswith(("retry-after", "x-ratelimit"))
+    ]
+    return ", ".join(names) or "none of them"
+
+
+def comments_counted(reply: RawReply) -> str:
+    comments = re.findall(rb"^:", reply.body, re.MULTILINE)
+    return f"{len(comments)} comments in {len(reply.frames)} frames"
+
+
+def usage_counted(reply: RawReply) -> str:
+    with_usage = [frame for frame in reply.frames if frame.get("usage")]
+    bare = [frame for frame in with_usage if not frame.get("choices")]
+    return f"{len(with_usage)} frames with usage, {len(bare)} of them without choices"
+
+
+def embedding_type(reply: RawReply) -> str:
+    item = first_object(reply.document.get("data"))
+    return f"an embedding is a {type(item.get('embedding')).__name__}"
+
+
+CLOCK_TOOL = {
+    "type": "function",
+    "function": {
+        "name": "clock",
+        "description": "Tells the time.",
+        "parameters": {"type": "object", "properties": {}},
+    },
+}
+NAMED_CLOCK = {"type": "function", "function": {"name": "clock"}}
+# A red image in PNG, 32 by 32.
+SQUARE = (
+    "iVBORw0KGgoAAAANSUhEUgAAACAAAAAgCAIAAAD8GO2jAAAAKklEQVR42mO4oKBAU8QwasGoBaMW"
+    "jFowasGoBaMWjFowasGoBaMWDBULAE7YQD2B7wk2AAAAAElFTkSuQmCC"
+)
+
+
+def probes(model: str, seeing: str) -> list[Probe]:
+    """The open points; what cannot be provoked, or would cost much, is not among them."""
+
+    def chat(words: str, **more: Any) -> JSON:
+        message = {"role": "user", "content": words}
+        return {"model": model, "messages": [message], "max_tokens": 64, **OFF, **more}
+
+    tool: JSON = {"tools": [CLOCK_TOOL]}
+    remembered = [
+        {"role": "user", "content": "Think of a number."},
+        {"role": "assistant", "reasoning_content": "I take 7341.", "content": "I have one."},
+        {"role": "user", "content": "Which number was it? Answer with it alone."},
+    ]
+    image = {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{SQUARE}"}}
+    look = {"role": "user", "content": [image, {"type": "text", "text": "Which colour is it?"}]}
+    counting: JSON = {"model": model, "messages": [{"role": "user", "content": "hi"}]}
+    path = "chat/completions"
+    return [
+        Probe("tool_choice required", path, chat("Hi", tool_choice="required", **tool), called),
+        Probe("tool_choice none", path, chat("Call clock.", tool_choice="none", **tool), called),
+        Probe("tool_choice named", path, chat("Hi", tool_choice=NAMED_CLOCK, **tool), called),
+        Probe("count_tokens", "/api/anthropic/v1/messages/count_tokens", counting, fields_told),
+        Probe("Responses API", "/api/v1/responses", {"model": model, "input": "hi"}, fields_told),
+        Probe("limits in headers", path, chat("Hi"), limit_headers),
+        Probe("image as data: URL", path, chat("", model=seeing, messages=[look]), said),
+        Probe("reasoning sent back is read (7341)", path, chat("", messages=remembered), said),
+        Probe("stop as a text", path, chat("Count: 1 2 3 4 5", stop="3"), said),
+        Probe("comments in a stream", path, chat("Hi", stream=True), comments_counted),
+        Probe(
+            "stream_options",
+            path,
+            chat("Hi", stream=True, stream_options={"include_usage": True}),
+            usage_counted,
+        ),
+        Probe(
+            "base64 embeddings",
+            "embeddings",
+            {"model": "embedding-3", "input": "hi", "encoding_format": "base64"},
+            embedding_type,
+        ),
+    ]
+
+
+OFF: JSON = {"thinking": {"type": "disabled"}}
+
+
+async def probed(doctor: Doctor) -> AsyncIterator[str]:
+    """The lines of a table: what Z.ai answered to each probe."""
+    _, key = doctor.accepted[0]
+    chosen = ("glm-4.7-flash", "glm-4.6v-flash")  # free
+    if "/coding/" in key.base_url:
+        chosen = (PAID_MODEL, PAID_MODEL)
+    yield f"\n| open point ({chosen[0]} at {key.base_url}) | answer |"
+    yield "|---|---|"
+    for probe in probes(*chosen):
+        yield f"| {probe.question} | {await probe_words(doctor.client, key, probe)} |"
+
+
+async def probe_words(client: ZaiClient, key: ZaiKey, probe: Probe) -> str:
+    url = urljoin(f"{key.base_url}/", probe.path)
+    try:
+        async with client.session.post(
+            url,
+            data=encode_request(probe.body),
+            headers={"Authorization": f"Bearer {key.secret}", "Content-Type": "application/json"},
+            proxy=client.proxy(url),
+            allow_redirects=False,
+            timeout=aiohttp.ClientTimeout(total=PROBE_TIMEOUT),
+        ) as response:
+            body = await read_up_to(GET_LIMIT, response.content)
+            reply = RawReply(response.status, response.headers, body)
+    except (aiohttp.ClientError, asyncio.TimeoutError, ValueError) as error:
+        return printable_line(f"no answer: {connection_error(error)}")
+    refusal = refusal_in(body) if reply.status < 400 else zai_error(reply.status, body)
+    if refusal is not None:
+        return printable_line(f"{reply.status}: {refusal.detail}")
+    return printable_line(f"{reply.status}: {probe.read(reply)}")
+
+
+def printable_line(words: str) -> str:
+    """One cell of a table."""
+    return " ".join(words.replace("|", "/").split())[:200]
 
 
 # What a client does not inherit, besides this server's settings: variables for other accounts, and our keys.
@@ -10696,10 +12183,9 @@ NOT_INHERITED = ("ANTHROPIC_", "OPENAI_", "GPTME_OPENAI_", "ZAI_", "ZTOAPI_")
 
 def launch(settings: Settings, flags: argparse.Namespace) -> int:
     """Start a client that uses this server, or a server of its own if there is none; returns its exit status."""
-    default = (
-        "glm-5.3" if "/coding/" in settings.zai_base_urls[0] else "glm-4.7-flash"
-    )  # which is free
-    model = resolve(flags.model or default, settings.model_aliases)
+    model = launch_model(settings)
+    if flags.model:
+        model = resolve(flags.model, settings.model_aliases)
     origin = origin_of(settings.host, settings.port)
     told = with_eyes_of(vision_model(settings), model)
     words = client_words(origin, settings.default_key[0], told)
@@ -10782,14 +12268,17 @@ def exit_on_signal(number: int, _: object) -> NoReturn:
     raise SystemExit(128 + number)
 
 
-def ztoapi_at(origin: str) -> JSON:
-    """What the ztoapi there says of itself; {} where there is none: nothing else may get the key."""
+def ztoapi_at(origin: str, key: str = "") -> JSON:
+    """What the ztoapi there says of itself, to who has the key more; {} where there is none.
+
+    Ask without the key first: nothing else may get it.
+    """
+    opener = build_opener(ProxyHandler({}))
+    if key:
+        opener.addheaders = [("x-api-key", key)]
     with suppress(OSError, ValueError, HTTPException):
-        reply = as_object(
-            json.loads(
-                build_opener(ProxyHandler({})).open(f"{origin}/health", timeout=5).read(9999)
-            )
-        )
+        answer = opener.open(f"{origin}/health", timeout=5).read(9999)
+        reply = as_object(json.loads(answer))
         return reply if reply.get("name") == "ztoapi" else {}
     return {}
 
@@ -10853,6 +12342,7 @@ DEMO_PATH = "/demo/api/paas/v4"
 UNLOGGED_PATHS = (
     DEMO_PATH,
     "/dashboard/stats",
+    "/dashboard/history",
 )  # often requested by the program itself and its pages
 DEMO_PACE = 0.03  # seconds between words
 

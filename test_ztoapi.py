@@ -13190,7 +13190,13 @@ async def test_browsers_are_led_to_the_docs(client):
     async with client.get(
         "/", headers={"Accept": "text/html,*/*"}, allow_redirects=False
     ) as response:
-        assert (response.status, response.headers["Location"]) == (302, "/docs")
+        assert (response.status, response.headers["Location"]) == (302, "docs")
+
+
+@in_loop
+async def test_browsers_get_an_icon(client):
+    async with client.get("/favicon.ico") as response:
+        assert (response.status, response.content_type) == (200, "image/svg+xml")
 
 
 @in_loop
@@ -13215,54 +13221,176 @@ async def shell(lines):
 @pytest.mark.browser
 async def test_the_docs_page_answers_from_key_to_last_token(here, browser, monkeypatch):
     monkeypatch.setattr(ztoapi, "DEMO_PACE", 0.015)  # for the page tells no pace before 0.2 seconds
-    await browser.open(here + "/docs", "document.querySelectorAll('#model-rows tr').length >= 22")
-    assert await browser.run(text_of("base")) == here + "/v1"
-    await browser.run("$('try-message').value = \"it's 你好\"; $('send').click()")
-    assert await browser.sees(
-        text_of("pace") + ".includes('tokens/s') && $('send').ariaDisabled === 'false'"
-    )
-    assert "it's 你好" in await browser.run(text_of("answer"))
-    assert "only a demo" in await browser.run(text_of("thought"))
-    assert "[DONE]" in await shell(*await browser.run(shown_in("asked")))
+    await browser.open(here + "/docs", "document.querySelectorAll('#model-table tr').length > 22")
+    assert await browser.run("$('base').querySelector('code').textContent") == here + "/v1"
+    await browser.run(say_in_playground("it's 你好"))
+    assert await browser.sees(ANSWERED)
+    answer, thought = await browser.run("[chat.turns[1].text, chat.turns[1].thought]")
+    assert ("it's 你好" in answer, "only a demo" in thought) == (True, True)
+    figures = await browser.run("document.querySelector('.figures').textContent")
+    for words in ("first token", "tokens in", "cached", "tokens out", "cost $0", "finish: stop"):
+        assert words in figures
     assert browser.complaints == []
     assert {url.split("/")[2] for url in browser.asked if url.startswith("http")} == {
         here.split("/")[2]
     }
 
 
+ANSWERED = "$('again').checkVisibility()"
+# Puts what is copied into `copied`.
+WATCH_CLIPBOARD = (
+    "window.copied = ''; navigator.clipboard.writeText = async text => { window.copied = text }; "
+)
+
+
+def say_in_playground(text):
+    return f"$('try-message').value = {json.dumps(text)}; $('send').click()"
+
+
+@in_loop
+@pytest.mark.browser
+async def test_the_request_of_the_playground_hides_its_key_until_it_is_copied(here, browser):
+    await browser.open(here + "/docs", "!!$('send')")
+    await browser.run(WATCH_CLIPBOARD + say_in_playground("it's 你好"))
+    assert await browser.sees(ANSWERED)
+    await browser.run("document.querySelector('.asked').open = true")
+    assert await browser.sees("!!document.querySelector('.asked pre')")
+    assert "sk-your-key" not in await browser.run("$('log').textContent")
+    await browser.run("document.querySelector('.asked button').click()")
+    copied = await browser.run("window.copied")
+    assert "sk-your-key" in copied
+    assert "[DONE]" in await shell(copied)
+
+
+@in_loop
+@pytest.mark.browser
+async def test_a_conversation_has_a_system_prompt_an_image_and_an_answer_made_again(here, browser):
+    await browser.open(here + "/docs", "!!$('send')")
+    await browser.run(
+        "$('try-system').value = 'Be brief.'; $('try-model').value = 'glm-4.6v-flash'; "
+        "$('try-model').onchange(); $('try-temperature').value = '0.5'; $('try-limit').value = '99'"
+    )
+    await browser.run(
+        "(async () => { const canvas = document.createElement('canvas'); const file = await new Promise("
+        "done => canvas.toBlob(done)); await addImages([new File([file], 'a.png', {type: file.type})]) })()"
+    )
+    await browser.run("$('try-thinking').value = 'off'; " + say_in_playground("What is it?"))
+    assert await browser.sees(ANSWERED)
+    await browser.run("$('try-message').value = 'Sure?'; $('try-message').focus()")
+    await browser.call("Input.dispatchKeyEvent", type="keyDown", key="Enter", modifiers=2)  # Ctrl
+    assert await browser.sees("chat.turns.length === 4 && " + ANSWERED)
+    await browser.run("$('again').click()")
+    assert await browser.sees("chat.turns.length === 4 && " + ANSWERED)
+    request = await browser.run("chat.turns[3].request")
+    said = [message["role"] for message in request.pop("messages")]
+    assert said == ["system", "user", "assistant", "user"]
+    assert request == {
+        "model": "glm-4.6v-flash",
+        "stream": True,
+        "stream_options": {"include_usage": True},
+        "enable_thinking": False,
+        "temperature": 0.5,
+        "max_tokens": 99,
+    }
+    assert await browser.run("chat.turns[0].images.length") == 1
+    await browser.run("$('clear').click()")
+    assert await browser.run("chat.turns.length + document.querySelectorAll('.turn').length") == 0
+    assert browser.complaints == []
+
+
+@in_loop
+@pytest.mark.browser
+@pytest.mark.parametrize(
+    ("text", "html"),
+    [
+        pytest.param("a *b* **c** `d` ~~e~~", "<p>a <em>b</em> <strong>c</strong> <code>d</code> <s>e</s></p>", id="spans"),
+        pytest.param("snake_case_name 2 * 3 * 4", "<p>snake_case_name 2 * 3 * 4</p>", id="no spans"),
+        pytest.param("# A\n#### B", "<h4>A</h4><h5>B</h5>", id="headings without a gap"),
+        pytest.param("- a\n  - b\n- c", "<ul><li>a<ul><li>b</li></ul></li><li>c</li></ul>", id="lists"),
+        pytest.param("3. a\n4. b", '<ol start="3"><li>a</li><li>b</li></ol>', id="a numbered list"),
+        pytest.param("> a\n> b\n\n---", "<blockquote><p>a\nb</p></blockquote><hr>", id="a quotation"),
+        pytest.param("[a](javascript:alert(1))", "<p><span>a</span></p>", id="a script as a link"),
+        pytest.param("[a](data:text/html,b)", "<p><span>a</span></p>", id="data as a link"),
+        pytest.param("<img src=x onerror=alert(1)>", "<p>&lt;img src=x onerror=alert(1)&gt;</p>", id="markup"),
+        pytest.param(
+            "![a](https://b.c/d.png)",
+            '<p><a href="https://b.c/d.png" target="_blank" rel="noopener noreferrer">[picture] a</a></p>',
+            id="a remote image is a link",
+        ),
+        pytest.param(
+            "see https://b.c/d_e.",
+            '<p>see <a href="https://b.c/d_e" target="_blank" rel="noopener noreferrer">https://b.c/d_e</a>.</p>',
+            id="an address",
+        ),
+    ],
+)  # fmt: skip
+async def test_markdown_becomes_elements_and_nothing_else(here, browser, text, html):
+    await browser.open(here + "/docs", "!!$('send')")
+    rendered = f"make('div', {{}}, renderMarkdown({json.dumps(text)})).innerHTML"
+    assert await browser.run(rendered) == html
+
+
+@in_loop
+@pytest.mark.browser
+async def test_code_in_an_answer_can_be_copied(here, browser):
+    await browser.open(here + "/docs", "!!$('send')")
+    fence = json.dumps("```js\nlet a = 1;\n\n  b\n```")
+    await browser.run(
+        WATCH_CLIPBOARD + f"const made = make('div', {{}}, renderMarkdown({fence})); "
+        "made.querySelector('button').click()"
+    )
+    assert await browser.sees("window.copied === 'let a = 1;\\n\\n  b'")
+
+
 def shown_in(panel):
     return f"[...document.querySelectorAll('#{panel} pre')].map(pre => pre.textContent)"
 
 
-def open_tab(tabs, name):
-    return f"[...document.querySelectorAll('#{tabs} label')].find(tab => tab.textContent === '{name}').click()"
+def choose(tabs, value):
+    return f"document.querySelector('#{tabs} [value=\"{value}\"]').click(); "
 
 
-def choose_client_model(name):
-    return f"$('client-model').value = '{name}'; $('client-model').dispatchEvent(new Event('input', {{bubbles: true}}))"
+def choose_model(name):
+    return f"$('client-model').value = '{name}'; $('client-model').dispatchEvent(new Event('change')); "
 
 
 @in_loop
+@pytest.mark.browser
 @pytest.mark.parametrize(
-    ("tab", "whole", "streamed"),
+    ("api", "way", "wanted"),
     [
-        pytest.param("curl", '"object":"chat.completion"', "data: [DONE]", id="curl"),
-        pytest.param(
-            "Responses", '"status":"completed"', '"type":"response.completed"', id="Responses"
-        ),
+        pytest.param("Chat", "text", '"object":"chat.completion"', id="chat"),
+        pytest.param("Chat", "stream", "data: [DONE]", id="chat streamed"),
+        pytest.param("Chat", "tool", '"name":"get_weather"', id="chat with a tool"),
+        pytest.param("Chat", "image", '"finish_reason":"stop"', id="chat with an image"),
+        pytest.param("Responses", "text", '"status":"completed"', id="Responses"),
+        pytest.param("Responses", "stream", '"type":"response.completed"', id="Responses streamed"),
+        pytest.param("Responses", "tool", '"name":"get_weather"', id="Responses with a tool"),
+        pytest.param("Responses", "image", '"status":"completed"', id="Responses with an image"),
     ],
 )
-async def test_the_calls_of_the_docs_page_work_as_they_are_shown(
-    here, browser, tab, whole, streamed
-):
+async def test_the_calls_of_the_docs_page_work_as_they_are_shown(here, browser, api, way, wanted):
     await browser.open(here + "/docs", "!!document.querySelector('#call-panel pre')")
-    for condition, wanted in (("false", whole), ("true", streamed)):
-        await browser.run(
-            f"$('streamed').checked = !{condition}; $('streamed').click();"
-            + open_tab("call-tabs", tab)
-        )
-        (lines,) = await browser.run(shown_in("call-panel"))
-        assert wanted in await shell(lines)
+    await browser.run(choose("call-api", api) + choose("call-way", way))
+    (lines,) = await browser.run(shown_in("call-panel"))
+    assert wanted in await shell(lines)
+
+
+@in_loop
+@pytest.mark.browser
+@pytest.mark.parametrize("api", ["Chat", "Responses"])
+@pytest.mark.parametrize("way", ["text", "stream", "tool", "image"])
+async def test_the_python_calls_of_the_docs_page_work_as_they_are_shown(here, browser, api, way):
+    pytest.importorskip("openai")
+    await browser.open(here + "/docs", "!!document.querySelector('#call-panel pre')")
+    await browser.run(
+        choose("call-language", "Python") + choose("call-api", api) + choose("call-way", way)
+    )
+    (lines,) = await browser.run(shown_in("call-panel"))
+    wanted = "get_weather" if way == "tool" else "the demo of ztoapi"
+    program = [sys.executable, "-c", lines]
+    done = await asyncio.to_thread(subprocess.run, program, capture_output=True, timeout=40)
+    assert wanted in done.stdout.decode()
 
 
 @in_loop
@@ -13270,18 +13398,16 @@ async def test_the_calls_of_the_docs_page_work_as_they_are_shown(
 async def test_the_tabs_of_the_docs_page_obey_the_arrow_keys_and_share_the_model(here, browser):
     await browser.open(here + "/docs", "!!document.querySelector('#call-panel pre')")
     for key, wanted in (
-        ("ArrowLeft", "Responses"),
+        ("ArrowLeft", "JavaScript"),
         ("ArrowRight", "curl"),
-        ("ArrowRight", "Python"),
+        ("ArrowRight", "PowerShell"),
     ):
-        await browser.run("document.querySelector('#call-tabs :checked').focus()")
+        await browser.run("document.querySelector('#call-language :checked').focus()")
         await browser.call("Input.dispatchKeyEvent", type="keyDown", key=key)
-        focused = await browser.run(
-            "document.activeElement.parentNode.textContent + document.activeElement.checked"
-        )
-        assert focused == wanted + "true"
-    await browser.run(choose_client_model("glm-5.3"))
-    assert 'model="glm-5.3"' in (await browser.run(shown_in("call-panel")))[0]
+        assert await browser.run("document.activeElement.value") == wanted
+        assert await browser.run("chosenTab('call-language')") == wanted
+    await browser.run(choose_model("glm-5.3"))
+    assert '"model": "glm-5.3"' in (await browser.run(shown_in("call-panel")))[0]
     assert "glm-5.3" in (await browser.run(shown_in("client-panel")))[0]
     assert browser.complaints == []
 
@@ -13290,10 +13416,10 @@ async def test_the_tabs_of_the_docs_page_obey_the_arrow_keys_and_share_the_model
 @pytest.mark.browser
 async def test_the_docs_page_shows_for_each_client_the_lines_that_launch_shows(here, browser):
     await browser.open(here + "/docs", "!!document.querySelector('#client-panel pre')")
-    await browser.run(choose_client_model("glm-5.3-flash"))
+    await browser.run(choose_model("glm-5.3-flash"))
     port = here.split(":")[2]
     for name, client in ztoapi.CLIENTS.items():
-        await browser.run(open_tab("client-tabs", name))
+        await browser.run(choose("client-program", name))
         words = ztoapi.client_words(here, "sk-your-key", MODELS["glm-5.3-flash"])
         shown = client.filled({**words, "dir": "$dir"}).shell_lines()
         wanted = [
@@ -13307,38 +13433,69 @@ async def test_the_docs_page_shows_for_each_client_the_lines_that_launch_shows(h
 
 @in_loop
 @pytest.mark.browser
+async def test_the_table_of_models_begins_with_free_ones_and_can_be_filtered(here, browser):
+    names = "[...document.querySelectorAll('#model-table tbody th')].map(cell => cell.textContent)"
+    await browser.open(here + "/docs", "!!document.querySelector('#model-table td')")
+    free = [model.id for model in MODELS.values() if model.free]
+    assert (await browser.run(names))[: len(free)] == free
+    await browser.run("$('filter').value = 'FLASH 4.6v'; $('filter').oninput()")
+    assert await browser.run(names) == ["glm-4.6v-flash", "glm-4.6v-flashx"]
+    await browser.run("$('filter').value = 'no such model'; $('filter').oninput()")
+    assert await browser.run(text_of("filter-says")) == "No model is like this: change the filter."
+
+
+@in_loop
+@pytest.mark.browser
+@pytest.mark.parametrize("page", ["docs", "dashboard"])
+async def test_language_and_theme_are_chosen_and_remembered(here, browser, page):
+    state = "[document.documentElement.lang, document.documentElement.dataset.theme, $('language').value]"
+    await browser.open(f"{here}/{page}", "$('version').textContent !== ''")
+    await browser.run(
+        "$('language').value = 'zh'; $('language').onchange(); $('theme').value = 'dark'; $('theme').onchange()"
+    )
+    assert await browser.run(state) == ["zh-CN", "dark", "zh"]
+    await browser.open(f"{here}/health")
+    await browser.open(f"{here}/{page}", "$('version').textContent !== ''")
+    assert await browser.run(state) == ["zh-CN", "dark", "zh"]
+
+
+REQUEST_ROWS = "document.querySelectorAll('#request-table tbody tr:not(.opened)').length"
+
+
+@in_loop
+@pytest.mark.browser
 async def test_a_stream_can_be_stopped_and_the_dashboard_counts_it(here, browser, monkeypatch):
     monkeypatch.setattr(ztoapi, "DEMO_PACE", 0.03)
     await browser.open(here + "/docs", "!!$('send')")
-    await browser.run("$('try-message').value = 'word '.repeat(500); $('send').click()")
-    assert await browser.sees(text_of("answer") + ".length > 20")
+    await browser.run(say_in_playground("word " * 500))
+    assert await browser.sees("chat.turns[1].text.length > 20")
     await browser.run("$('stop').click()")
-    assert await browser.sees(text_of("pace") + ".includes('stopped')")
-    await browser.open(
-        here + "/dashboard", "document.querySelectorAll('#recent-rows tr').length === 1"
-    )
-    assert "499" in await browser.run(text_of("recent-rows"))
+    assert await browser.sees("$('log').textContent.includes('finish: stopped')")
+    await browser.open(here + "/dashboard#requests", f"{REQUEST_ROWS} === 1")
+    assert "499" in await browser.run(text_of("request-table"))
     assert browser.complaints == []
 
 
 @in_loop
 @pytest.mark.browser
-async def test_what_comes_from_outside_stays_text(here, browser):
+async def test_what_comes_from_outside_stays_text(demo, browser):
     evil = "<img src=x onerror=window.broken=1>"
+    here = f"http://localhost:{(await demo(model_aliases=((evil, evil + 'x'),))).port}"
     await browser.open(here + "/docs", "!!$('send')")
-    await browser.run(f"$('try-model').value = '{evil}'; $('send').click()")
-    assert await browser.sees("$('failure').checkVisibility()")
-    assert "model_not_found" in await browser.run(text_of("failure"))
+    await browser.run(f"$('try-model').value = '{evil}'; " + say_in_playground(evil))
+    assert await browser.sees("!!document.querySelector('.failure')?.checkVisibility()")
+    assert "model_not_found" in await browser.run("document.querySelector('.failure').textContent")
+    browser.complaints.clear()  # the 404 is one for the console
     async with ztoapi.aiohttp.ClientSession() as session:
         await session.post(
             here + "/v1/chat/completions", json=chat(model=evil), headers=KEY | {"User-Agent": evil}
         )
-    browser.complaints.clear()  # the 404 is one for the console
-    await browser.open(
-        here + "/dashboard", "document.querySelectorAll('#recent-rows tr').length === 2"
-    )
-    assert "<img?src=x?onerror=window.broken=1>" in await browser.run(text_of("recent-rows"))
-    assert await browser.run("document.querySelectorAll('img').length + (window.broken || 0)") == 0
+    images = "document.querySelectorAll('img').length + (window.broken || 0)"
+    assert await browser.run(images) == 0
+    await browser.open(here + "/dashboard#requests", f"{REQUEST_ROWS} === 2")
+    await browser.run("document.querySelector('#request-table tbody button').click()")
+    assert "<img" in await browser.run(text_of("request-table"))
+    assert await browser.run(images) == 0
     assert browser.complaints == []
 
 
@@ -13365,17 +13522,35 @@ async def test_the_dashboard_asks_for_the_key(demo, browser):
         ("wrong", text_of("door-says") + " !== ''"),
         ("sk-mine", "!$('board').hidden"),
     ):
-        await browser.run(
-            f"$('door-key').value = '{key}'; document.querySelector('#door button').click()"
-        )
+        await browser.run(f"$('door-key').value = '{key}'; $('door-open').click()")
         assert await browser.sees(condition)
+
+
+@in_loop
+@pytest.mark.browser
+@pytest.mark.parametrize(
+    ("remembers", "kept"),
+    [pytest.param("false", None, id="for the tab"), pytest.param("true", "sk-your-key", id="on the device")],
+)  # fmt: skip
+async def test_the_key_is_kept_for_the_tab_unless_the_person_wants_more(
+    here, browser, remembers, kept
+):
+    await browser.open(here + "/dashboard", "!!$('door')")
+    await browser.run(f"$('door-keep').checked = {remembers}")
+    await open_door(browser, "sk-your-key")
+    keeps = "[sessionStorage.getItem('ztoapi-key'), localStorage.getItem('ztoapi-key')]"
+    assert await browser.run(keeps) == ["sk-your-key", kept]
+    await browser.run("$('leave').click()")
+    assert await browser.run(keeps) == [None, None]
 
 
 async def open_dashboard(browser, here, key):
     await browser.open(here + "/dashboard", "!!$('door')")
-    await browser.run(
-        f"$('door-key').value = '{key}'; document.querySelector('#door button').click()"
-    )
+    await open_door(browser, key)
+
+
+async def open_door(browser, key):
+    await browser.run(f"$('door-key').value = '{key}'; $('door-open').click()")
     assert await browser.sees("!$('board').hidden")
 
 
@@ -13389,34 +13564,96 @@ async def stats_for(here, key):
 
 @in_loop
 @pytest.mark.browser
-async def test_keys_are_added_changed_and_removed_on_the_dashboard(here, browser):
+async def test_the_address_remembers_the_view_of_the_dashboard(here, browser):
+    shown = "[...document.querySelectorAll('[id$=-view]')].filter(view => view.checkVisibility()).map(view => view.id)"
     await open_dashboard(browser, here, "sk-your-key")
-    await browser.run(
-        "$('name').value = 'anna+1'; $('budget').value = '5M/month'; $('save').click()"
-    )
-    assert await browser.sees("document.activeElement === $('made')")
-    key = await browser.run("document.querySelector('#made pre').textContent")
-    assert await browser.sees(text_of("key-rows") + ".includes('0 of 5M/month')")
-    same = "const rows = $('key-rows'); refresh().then(() => rows === $('key-rows'))"
+    assert await browser.run(shown) == ["overview-view"]
+    for view in ("requests", "keys", "upstream", "overview"):
+        await browser.run(f"document.querySelector('#views [href=\"#{view}\"]').click()")
+        assert await browser.sees(f"{shown}.join() === '{view}-view'")
+        assert (await browser.run("location.hash")) == f"#{view}"
+    await browser.open(f"{here}/dashboard#keys", f"{shown}.join() === 'keys-view'")
+    assert browser.complaints == []
+
+
+NEW_KEY = "(/sk-[\\w-]{43}/.exec($('made').textContent) ?? [''])[0]"
+
+
+@in_loop
+@pytest.mark.browser
+async def test_keys_are_added_changed_and_removed_on_the_dashboard(here, browser):
+    await browser.open(here + "/dashboard#keys", "!!$('door')")
+    await open_door(browser, "sk-your-key")
+    add = "$('add-key').click(); $('key-name').value = 'anna+1'; $('tokens-amount').value = '5'; $('key-save').click()"
+    await browser.run(add)
+    assert await browser.sees("$('made-dialog').open")
+    key = await browser.run(NEW_KEY)
+    lines = await browser.run(text_of("made"))
+    assert (f"{here}/v1" in lines, "python ztoapi.py launch" in lines) == (True, True)
+    await browser.run("$('made-close').click()")
+    assert await browser.sees(text_of("key-table") + ".includes('0 of 5M/month')")
+    same = "const before = $('key-table').firstChild; refresh().then(() => before === $('key-table').firstChild)"
     assert await browser.run(same)  # or a click would miss its button
 
-    await browser.run("$('change anna+1').click(); $('rpm').value = '7'; $('save').click()")
-    assert await browser.sees("document.activeElement === $('change anna+1')")
-    status, snapshot = await stats_for(here, key)
-    assert (status, snapshot["client_keys"][0]["tokens"], snapshot["client_keys"][0]["rpm"]) == (
-        200,
-        "5M/month",
-        7,
+    change = "$('change anna+1').focus(); $('change anna+1').click(); $('key-rpm').value = '7'; $('key-save').click()"
+    await browser.run(change)
+    assert await browser.sees(
+        "!$('key-dialog').open && document.activeElement.id === 'change anna+1'"
     )
+    status, snapshot = await stats_for(here, key)
+    changed = snapshot["client_keys"][0]
+    assert (status, changed["tokens"], changed["rpm"]) == (200, "5M/month", 7)
 
-    await browser.run("$('name').value = 'anna+1'; $('save').click()")
-    assert "of this name" in await browser.run(text_of("key-says"))
-    await browser.run("$('remove anna+1').click(); document.activeElement.click()")
+    await browser.run(add)
+    assert await browser.sees(text_of("key-says") + ".includes('of this name')")
+    await browser.run(
+        "$('key-cancel').click(); $('remove anna+1').click(); document.activeElement.click()"
+    )
+    assert not await browser.run("$('sure-dialog').open")
     assert (await stats_for(here, key))[0] == 200
     await browser.run("$('remove anna+1').click(); $('sure-yes').click()")
-    assert await browser.sees(text_of("key-rows") + " === 'nothing yet'")
+    assert await browser.sees(text_of("key-table") + ".startsWith('No keys yet')")
     assert (await stats_for(here, key))[0] == 401
     assert browser.complaints == []
+
+
+@in_loop
+@pytest.mark.browser
+async def test_keys_are_paused_renamed_and_rotated_on_the_dashboard(here, browser):
+    async with (
+        ztoapi.aiohttp.ClientSession(headers=KEY) as session,
+        session.post(here + "/dashboard/keys", json={"name": "anna"}) as response,
+    ):
+        key = (await response.json())["key"]
+    await browser.open(here + "/dashboard#keys", "!!$('door')")
+    await open_door(browser, "sk-your-key")
+    assert await browser.sees("!!$('pause anna')")
+    await browser.run("$('pause anna').click()")
+    assert await browser.sees("!!$('resume anna')")
+    assert (await stats_for(here, key))[0] == 401
+    await browser.run("$('resume anna').click()")
+    assert await browser.sees("!!$('pause anna')")
+    await browser.run(
+        "$('rename anna').click(); $('new-name').value = '安娜'; $('sure-yes').click()"
+    )
+    assert await browser.sees("!!$('rotate 安娜')")
+    assert (await stats_for(here, key))[0] == 200
+    await browser.run("$('rotate 安娜').click(); $('sure-yes').click()")
+    assert await browser.sees("$('made-dialog').open")
+    assert (await stats_for(here, key))[0] == 401
+    assert (await stats_for(here, await browser.run(NEW_KEY)))[0] == 200
+    assert browser.complaints == []
+
+
+@in_loop
+@pytest.mark.browser
+async def test_a_limit_is_written_as_it_was_picked(here, browser):
+    await browser.open(here + "/dashboard#keys", "!!$('door')")
+    await open_door(browser, "sk-your-key")
+    for written in ("5M/month", "500K/day", "1200", "2.5M/week"):
+        picked = f"setAmount('tokens', '{written}'); getAmount('tokens')"
+        assert await browser.run(picked) == written
+    assert await browser.run("setAmount('spend', null); getAmount('spend')") == "none"
 
 
 @in_loop
@@ -13435,34 +13672,67 @@ async def test_a_key_sees_on_the_dashboard_what_is_its_own(here, browser):
         ("sk-your-key", ["glm-4.6", "glm-5.3", "total"], True),
     ):
         await open_dashboard(browser, here, asked_with)
-        names = "[...document.querySelectorAll('#month-rows td:first-child')].map(cell => cell.textContent).sort()"
+        names = "[...document.querySelectorAll('#usage-table tbody th')].map(cell => cell.textContent).sort()"
         assert await browser.sees(f"JSON.stringify({names}) === '{ztoapi.to_json(by_model)}'")
-        parts = ("live-part", "hour-part", "key-form", "by")
+        parts = ("by", "to-upstream")
         assert [await browser.run(f"$('{part}').checkVisibility()") for part in parts] == [
             operator
-        ] * 4
-        await browser.run("$('leave').click()")
+        ] * 2
+        await browser.run("location.hash = '#keys'")
+        assert await browser.sees("$('keys-view').checkVisibility()")
+        assert await browser.run("$('add-key').checkVisibility()") is operator
+        await browser.run("location.hash = ''; $('leave').click()")
     assert browser.complaints == []
 
 
 @in_loop
 @pytest.mark.browser
-async def test_the_arrow_keys_choose_a_day_of_the_month(here, browser):
+async def test_the_arrow_keys_choose_a_column_of_a_chart(here, browser):
     async with ztoapi.aiohttp.ClientSession(headers=KEY) as session:
         await session.post(here + "/v1/chat/completions", json=chat())
+        days = []
+        while not days:  # they are written behind the request's back
+            async with session.get(here + "/dashboard/history") as response:
+                days = (await response.json())["days"]
     await open_dashboard(browser, here, "sk-your-key")
-    assert await browser.sees(text_of("day") + ".includes('(glm-4.6 ')")
+    value = "document.querySelector('#usage-chart [role=slider]').getAttribute('aria-value{}')"
+    await browser.run(choose("range", "31d"))
+    assert await browser.sees(value.format("text") + "?.includes('(glm-4.6 ')")
     await browser.run("$('by').value = 'key'; $('by').onchange()")
-    assert await browser.sees(text_of("day") + ".includes('(operator ')")
-    for key, wanted in (
-        ("ArrowLeft", "month29"),
-        ("ArrowLeft", "month28"),
-        ("ArrowRight", "month29"),
-    ):
-        await browser.run("$('month').focus()")
+    assert await browser.sees(value.format("text") + ".includes('(operator ')")
+    for key, wanted in (("ArrowLeft", "29"), ("Home", "0"), ("ArrowRight", "1")):
+        await browser.run("document.querySelector('#usage-chart [role=slider]').focus()")
         await browser.call("Input.dispatchKeyEvent", type="keyDown", key=key)
-        assert await browser.run("$('month').getAttribute('aria-activedescendant')") == wanted
-    assert await browser.run(text_of("day") + ".endsWith(': 0')")
+        assert await browser.run(value.format("now")) == wanted
+    assert await browser.run(value.format("text") + ".endsWith(': 0')")
+
+
+@in_loop
+@pytest.mark.browser
+async def test_the_list_of_requests_is_filtered_paused_and_opened(here, browser):
+    async with ztoapi.aiohttp.ClientSession(headers=KEY) as session:
+        for body in (chat(), chat(model="glm-4.5"), chat(temperature=9)):
+            await session.post(here + "/v1/chat/completions", json=body)
+        await browser.open(here + "/dashboard#requests", "!!$('door')")
+        await open_door(browser, "sk-your-key")
+        assert await browser.sees(f"{REQUEST_ROWS} >= 2")
+        everything = await browser.run(REQUEST_ROWS)
+        await browser.run("$('of-model').value = 'glm-4.5'; $('filters').oninput()")
+        assert await browser.run(REQUEST_ROWS) == 1
+        await browser.run(
+            "$('of-model').value = ''; $('of-text').value = 'nowhere'; $('filters').oninput()"
+        )
+        assert "change the filters" in await browser.run(text_of("request-table"))
+        await browser.run("$('of-text').value = ''; $('filters').oninput(); $('pause').click()")
+        await browser.run("document.querySelector('#request-table tbody button').click()")
+        assert "req_" in await browser.run("document.querySelector('.opened').textContent")
+        await session.post(here + "/v1/chat/completions", json=chat())
+        assert await browser.sees(text_of("requests-say") + ".includes('Paused: 1 more')")
+        assert await browser.run(REQUEST_ROWS) == everything
+        await browser.run("$('pause').click()")
+        assert await browser.run(REQUEST_ROWS) == everything + 1
+    assert await browser.run("document.querySelectorAll('.opened:not([hidden])').length") == 1
+    assert browser.complaints == []
 
 
 @in_loop
@@ -13487,10 +13757,14 @@ async def test_the_dashboard_shows_what_is_left_of_a_plan_and_what_lowered_a_lim
     zai.answers = [zai_refuses(1302)]
     await ask(client)
     await open_dashboard(browser, f"http://localhost:{client.port}", "sk-your-key")
-    bars = "[...document.querySelectorAll('#plans progress')].map(bar => bar.ariaLabel + bar.value + bar.className)"
-    assert await browser.sees(f"{bars}.join() === '5 hours25,week5bad'")
-    assert "25 % left · 3,000 / 12,000" in await browser.run(text_of("plans"))
-    assert await browser.sees(text_of("queue-rows") + ".includes('lowered to 1 at')")
+    bars = (
+        "[...document.querySelectorAll('#limits [role=meter]')].map(bar => "
+        "[bar.ariaLabel, bar.ariaValueNow, bar.parentNode.className].join())"
+    )
+    assert await browser.sees(f"{bars}.join(' ') === '5 hours,25,gauge week,5,gauge short'")
+    assert "25 % left · 3,000 / 12,000" in await browser.run(text_of("limits"))
+    await browser.run("location.hash = '#upstream'")
+    assert await browser.sees(text_of("queue-table") + ".includes('lowered to 1 at')")
     assert browser.complaints == []
 
 

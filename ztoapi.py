@@ -10026,11 +10026,17 @@ async def database_id(database: Database) -> str | None:
 async def index(request: web.Request) -> web.Response:
     """Sends browsers to the docs, and tells programs where the API is."""
     if "text/html" in request.headers.get("Accept", ""):
-        return web.Response(status=302, headers={"Location": "/docs"})
+        return web.Response(status=302, headers={"Location": "docs"})  # relative, for proxies
     base_url = f"{request.scheme}://{request.host}/v1"
     return json_response(
         {"name": "ztoapi", "version": __version__, "base_url": base_url, "docs": "/docs"}
     )
+
+
+async def favicon(_: web.Request) -> web.Response:
+    """The pages' icon, which browsers ask for under this name."""
+    headers = {"Cache-Control": "max-age=86400"}
+    return web.Response(text=ICON, content_type="image/svg+xml", headers=headers)
 
 
 async def docs(request: web.Request) -> web.Response:
@@ -10039,6 +10045,7 @@ async def docs(request: web.Request) -> web.Response:
     shown = ("context", "output", "vision", "free", "thinking", "price")
     snapshot = {
         **about(settings),
+        "model": launch_model(settings).id,
         "key": PUBLISHED_KEY if settings.published else "",
         "dashboard": settings.dashboard_enabled,
         "clients": client_examples(),
@@ -11180,6 +11187,7 @@ def page_routes(app: web.Application) -> None:
     add_route(app, "GET", "/", index)
     add_route(app, "GET", "/api/hello", index)  # Claude Code's probe
     add_route(app, "GET", "/docs", docs)
+    add_route(app, "GET", "/favicon.ico", favicon)
     add_route(app, "GET", "/metrics", require_key(metrics, operator_only))
     if app[SETTINGS].dashboard_enabled:
         add_route(app, "GET", "/dashboard", dashboard)
@@ -12448,8 +12456,8 @@ def demo_last(body: JSON, deltas: list[JSON]) -> JSON:
 class Page:
     """A page in one file; its script may call this server, and nothing else.
 
-    `policy` allows the page its own style and script, by their hashes; pictures only from its own
-    text, for the icon. {{DATA}} in `html` is filled in when the page is asked for.
+    `policy` allows the page its own style and script, by their hashes, and the icon.
+    {{DATA}} in `html` is filled in when the page is asked for.
     """
 
     html: str
@@ -12460,7 +12468,7 @@ def make_page(html: str, script: str) -> Page:
     whole_script = f"{COMMON_SCRIPT}\n{script}"
     policy = (
         f"default-src 'none'; script-src {csp_hash(whole_script)}; style-src {csp_hash(STYLE)}; "
-        "connect-src 'self'; img-src data:; base-uri 'none'; form-action 'none'; "
+        "connect-src 'self'; img-src 'self'; base-uri 'none'; form-action 'none'; "
         "frame-ancestors 'none'"
     )
     data = '<script type="application/json" id="data">{{DATA}}</script>'
@@ -12475,6 +12483,12 @@ def csp_hash(text: str) -> str:
     return f"'sha256-{base64.b64encode(digest).decode()}'"
 
 
+ICON = """\
+<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 32 32">
+  <rect width="32" height="32" rx="7" fill="#1d5fbf" />
+  <path d="M10 10h12L10 22h12" fill="none" stroke="white" stroke-width="3" />
+</svg>
+"""
 STYLE = r"""
 :root {
   color-scheme: light dark;
@@ -13767,10 +13781,7 @@ DOCS_HTML = r"""
       content="How to call this server, which offers Z.ai's GLM models as OpenAI's and Anthropic's APIs, and a playground."
     />
     <title data-zh="ztoapi · 说明">ztoapi · Docs</title>
-    <link
-      rel="icon"
-      href="data:image/svg+xml,%3Csvg xmlns='http://www.w3.org/2000/svg' viewBox='0 0 32 32'%3E%3Crect width='32' height='32' rx='7' fill='%231d5fbf'/%3E%3Cpath d='M10 10h12L10 22h12' fill='none' stroke='white' stroke-width='3'/%3E%3C/svg%3E"
-    />
+    <link rel="icon" href="favicon.ico" />
     <!-- STYLE -->
   </head>
   <body>
@@ -13849,7 +13860,7 @@ DOCS_HTML = r"""
           <form class="card settings" id="settings" autocomplete="off">
             <div class="field">
               <label for="try-key" data-zh="本服务器的密钥">API key of this server</label>
-              <input id="try-key" type="password" spellcheck="false" />
+              <input id="try-key" type="password" spellcheck="false" autocomplete="off" />
             </div>
             <label class="check">
               <input type="checkbox" id="try-keep" />
@@ -15519,10 +15530,7 @@ DASHBOARD_HTML = r"""
       content="What this ztoapi server does: its usage, the last requests, its keys and the state of Z.ai's."
     />
     <title data-zh="ztoapi · 仪表盘">ztoapi · Dashboard</title>
-    <link
-      rel="icon"
-      href="data:image/svg+xml,%3Csvg xmlns='http://www.w3.org/2000/svg' viewBox='0 0 32 32'%3E%3Crect width='32' height='32' rx='7' fill='%231d5fbf'/%3E%3Cpath d='M10 10h12L10 22h12' fill='none' stroke='white' stroke-width='3'/%3E%3C/svg%3E"
-    />
+    <link rel="icon" href="favicon.ico" />
     <!-- STYLE -->
   </head>
   <body>
@@ -15887,14 +15895,15 @@ DASHBOARD_HTML = r"""
     <!-- SCRIPT -->
   </body>
 </html>
-"""  # noqa: E501, RUF001 - in two languages
+"""  # noqa: RUF001 - in two languages
 DASHBOARD_SCRIPT = r"""
 // ---- What the server has told. It sends what has changed: the rest stays as it was.
 
 const MOST_REQUESTS = 500;
 const QUICK = 2000; // milliseconds until the server is asked again when something goes on,
 const SLOW = 6000; // and when nothing does
-const HISTORY_AGE = 60000; // milliseconds after which the history is asked for again
+const HISTORY_AGE = 60000; // milliseconds after which the history is asked for again,
+const HISTORY_AGE_IN_USE = 10000; // and where there were requests since
 
 const NOTHING = { days: [], quarters: [], minutes: [], times: [], database: true };
 
@@ -15905,6 +15914,7 @@ const board = {
   recent: [], // the last requests, newest first
   history: null, // /dashboard/history; null until it has come
   historyAt: -Infinity, // when it was asked for
+  isHistoryOld: false, // whether there were requests since
   timer: 0,
   view: "overview",
   isPaused: false,
@@ -15929,6 +15939,7 @@ function takeStats({ cursor = "", reset = true, recent, ...changed }) {
   board.cursor = cursor;
   board.stats = { ...board.stats, ...changed };
   if (recent) {
+    board.isHistoryOld ||= recent.length > 0;
     board.missed += board.isPaused ? recent.length : 0;
     board.recent = (reset ? recent : [...recent, ...board.recent]).slice(0, MOST_REQUESTS);
   } else if (reset) {
@@ -15982,9 +15993,10 @@ function noteAbsence(error) {
   }
 }
 
-/** The history of the overview, asked for once in HISTORY_AGE; the browser keeps what has not changed. */
+/** The history of the overview, asked for now and then; the browser keeps what has not changed. */
 async function refreshHistory() {
-  const isDue = performance.now() - board.historyAt >= HISTORY_AGE;
+  const age = board.isHistoryOld ? HISTORY_AGE_IN_USE : HISTORY_AGE;
+  const isDue = performance.now() - board.historyAt >= age;
   if (board.view !== "overview" || !isDue) {
     return;
   }
@@ -15993,6 +16005,7 @@ async function refreshHistory() {
     throw new Error(response.statusText);
   }
   board.historyAt = performance.now();
+  board.isHistoryOld = false;
   board.history = { ...NOTHING, ...(await response.json()) };
   drawOverview();
 }
@@ -16206,7 +16219,7 @@ function gridOf(top, isWhole) {
 
 /**
  * A chart in `host`. Given: {title, columns: [{label, title, values}], series: [{name, colour, isDashed}],
- * kind: "bars" | "lines", format, isWhole, empty}; `values` has a number or null for each series.
+ * kind: "bars" | "lines", format, isWhole, isPlain, empty}; `values` has a number or null for each series.
  */
 function drawChart(host, chart) {
   if (!host.firstChild) {
@@ -16284,6 +16297,18 @@ function pickAt(host, event) {
   pickColumn(host, Math.max(0, Math.min(column, columns.length - 1)));
 }
 
+/** The sum of a column and, where it has parts, those of which it is. */
+function barWords({ columns, format, isPlain }, index, parts) {
+  const { title, values } = columns[index];
+  const sum = values.reduce((total, value) => total + value, 0);
+  const head = `${title}: ${format(sum)}`;
+  return isPlain || !parts.length ? head : `${head} (${parts.join(" · ")})`;
+}
+
+function lineWords(title, parts) {
+  return `${title}: ${parts.join(" · ") || say("nothing", "无")}`;
+}
+
 /** Show the figures of a column below the chart, and tell them to a screen reader. */
 function pickColumn(host, index) {
   const { plot, readout } = host.parts;
@@ -16296,11 +16321,7 @@ function pickColumn(host, index) {
       parts.push(`${series[at].name} ${format(value)}`);
     }
   });
-  const sum = values.reduce((total, value) => total + (value ?? 0), 0);
-  const head = kind === "bars" ? `${title}: ${format(sum)}` : `${title}:`;
-  const isOne = kind === "bars" && series.length === 1;
-  const details = isOne ? "" : parts.join(" · ") || (kind === "lines" ? say("nothing", "无") : "");
-  const words = details && kind === "bars" ? `${head} (${details})` : `${head} ${details}`.trim();
+  const words = kind === "bars" ? barWords(host.chart, index, parts) : lineWords(title, parts);
   readout.textContent = words;
   plot.setAttribute("aria-valuenow", index);
   plot.setAttribute("aria-valuetext", words);
@@ -16626,6 +16647,7 @@ function drawFailures(columns) {
     series: [{ name: say("failed requests", "失败的请求"), colour: "var(--bad)" }],
     format: formatShort,
     isWhole: true,
+    isPlain: true,
     empty: say("No failure in this range.", "此范围内没有失败。"),
   });
 }
@@ -17482,7 +17504,7 @@ function startDashboard() {
 startDashboard();
 startPage(drawDashboard);
 enter(storedKey());
-"""  # noqa: E501, RUF001 - in two languages
+"""  # noqa: RUF001 - in two languages
 DOCS_PAGE = make_page(DOCS_HTML, DOCS_SCRIPT)
 DASHBOARD_PAGE = make_page(DASHBOARD_HTML, DASHBOARD_SCRIPT)
 

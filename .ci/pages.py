@@ -1,6 +1,6 @@
 """The pages' HTML, CSS and JavaScript, taken out of ztoapi.py for prettier and eslint.
 
-    python .ci/pages.py out FOLDER    a file for each text
+    python .ci/pages.py out FOLDER    a file for each text; in FOLDER/whole each page's script as it runs
     python .ci/pages.py back FOLDER   the files put back, after they were changed there
 """
 
@@ -17,8 +17,8 @@ FILES = {
     "DASHBOARD_HTML": "dashboard.html",
     "DASHBOARD_SCRIPT": "dashboard.js",
 }
-# A page's script is the common one and its own behind it: so it is linted, in whole.
-SCRIPTS = {"docs-whole.js": "DOCS_SCRIPT", "dashboard-whole.js": "DASHBOARD_SCRIPT"}
+# A page's script is the common one and its own behind it. So it is linted: each uses names of the other.
+SCRIPTS = {"whole/docs.js": "DOCS_SCRIPT", "whole/dashboard.js": "DASHBOARD_SCRIPT"}
 
 
 def text_of(name: str) -> re.Pattern[str]:
@@ -26,7 +26,7 @@ def text_of(name: str) -> re.Pattern[str]:
 
 
 def take_out(folder: Path) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "whole").mkdir(parents=True, exist_ok=True)
     program = PROGRAM.read_text()
     texts = {}
     for name, file in FILES.items():

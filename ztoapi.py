@@ -12707,7 +12707,7 @@ textarea {
 
 .field > :is(input, select),
 .row:has(> .field) > button,
-.amount > * {
+.amount > :not(legend) {
   height: 2.6rem;
 }
 
@@ -13305,6 +13305,11 @@ tbody th {
   stroke-width: 2;
 }
 
+.plot[hidden] ~ .readout,
+#failures-chart .readout {
+  min-height: 0;
+}
+
 .readout {
   min-height: 3.1rem;
   margin: 0.4rem 0 0;
@@ -13506,6 +13511,15 @@ dialog {
   background: var(--card);
   border: 1px solid var(--line);
   border-radius: 12px;
+}
+
+#made pre {
+  white-space: pre-wrap;
+  overflow-wrap: anywhere;
+}
+
+input:read-only {
+  background: var(--code);
 }
 
 dialog::backdrop {
@@ -16023,7 +16037,9 @@ function reveal(...ids) {
 }
 
 function askForKey(why) {
+  board.key = "";
   reveal("door");
+  showView();
   $("views").hidden = true;
   $("door-says").textContent = why;
   $("door-key").focus();
@@ -16082,10 +16098,17 @@ function showView() {
       link.removeAttribute("aria-current");
     }
   }
-  const isOwn = view === "keys" && board.stats.operator === false;
-  const name = isOwn ? say("Limits", "限额") : say(...VIEWS[view]);
+  const name = viewName(view);
   $("title").textContent = name;
   document.title = `${name} · ztoapi`;
+}
+
+function viewName(view) {
+  if (!board.key) {
+    return say("Dashboard", "仪表盘");
+  }
+  const isOwn = view === "keys" && board.stats.operator === false;
+  return isOwn ? say("Limits", "限额") : say(...VIEWS[view]);
 }
 
 function changeView() {
@@ -17181,7 +17204,11 @@ async function editKey(key) {
   $("key-parallel").value = key?.parallel ?? "";
   $("model-picker").replaceChildren();
   const chosen = (key?.models ?? "").split(",").map((name) => name.trim());
+  $("key-expires").min = formatMoment(Date.now() / 1000).slice(0, 10);
   $("key-dialog").showModal();
+  if (key) {
+    $("key-expires").focus();
+  }
   await fillModelPicker(chosen.filter(Boolean));
 }
 

@@ -15327,6 +15327,9 @@ function showControls() {
   const isBusy = chat.leaving !== null;
   if (isBusy) {
     $("stop").hidden = false;
+    if (document.activeElement === $("send")) {
+      $("stop").focus(); // what is hidden loses the focus
+    }
   } else {
     if (document.activeElement === $("stop")) {
       $("try-message").focus();
@@ -16619,6 +16622,8 @@ const board = {
   historyAt: -Infinity, // when it was asked for
   isHistoryOld: false, // whether there were requests since
   timer: 0,
+  isAsking: false, // whether an answer is awaited
+  isAskedAgain: false, // whether to ask again as soon as it is there
   view: "overview",
   isPaused: false,
   missed: 0, // requests that came while the list was paused
@@ -16651,39 +16656,51 @@ function takeStats({ cursor = "", reset = true, recent, ...changed }) {
   return names.length > 0 || Boolean(recent?.length) || reset;
 }
 
+/** Ask the server what is new, now and again. One question at a time, or news would come twice. */
 async function refresh() {
   clearTimeout(board.timer);
   if (document.hidden || !board.key) {
     return;
   }
-  const { key } = board;
+  if (board.isAsking) {
+    board.isAskedAgain = true;
+    return;
+  }
+  board.isAsking = true;
+  board.isAskedAgain = false;
   let wait = QUICK;
   try {
-    const response = await call("GET", `dashboard/stats?since=${encodeURIComponent(board.cursor)}`);
-    const answer = await response.json();
-    if (key !== board.key) {
-      return; // another key has been entered meanwhile
-    }
-    if (response.status === 401 || response.status === 403) {
-      askForKey(answer.error.message);
-      return;
-    }
-    if (!response.ok) {
-      throw new Error(response.statusText);
-    }
-    const hasNews = takeStats(answer);
-    const isFirst = $("board").hidden;
-    reveal("board");
-    if (hasNews || isFirst) {
-      drawBoard();
-    }
-    wait = hasNews ? QUICK : SLOW;
-    await refreshHistory();
+    wait = await askServer();
   } catch (error) {
     noteAbsence(error);
   }
-  clearTimeout(board.timer);
-  board.timer = setTimeout(refresh, wait);
+  board.isAsking = false;
+  board.timer = setTimeout(refresh, board.isAskedAgain ? 0 : wait);
+}
+
+/** Take in what is new; tells after how many milliseconds to ask again. */
+async function askServer() {
+  const { key } = board;
+  const response = await call("GET", `dashboard/stats?since=${encodeURIComponent(board.cursor)}`);
+  const answer = await response.json();
+  if (key !== board.key) {
+    return 0; // another key has been entered meanwhile
+  }
+  if (response.status === 401 || response.status === 403) {
+    askForKey(answer.error.message);
+    return SLOW;
+  }
+  if (!response.ok) {
+    throw new Error(response.statusText);
+  }
+  const hasNews = takeStats(answer);
+  const isFirst = $("board").hidden || !$("gone").hidden;
+  reveal("board");
+  if (hasNews || isFirst) {
+    drawBoard();
+  }
+  await refreshHistory();
+  return hasNews ? QUICK : SLOW;
 }
 
 /** Say that the server is away; what is no fault of the network is a fault of this page. */
@@ -16703,13 +16720,18 @@ async function refreshHistory() {
   if (board.view !== "overview" || !isDue) {
     return;
   }
+  const { key } = board;
   const response = await call("GET", "dashboard/history");
   if (!response.ok) {
     throw new Error(response.statusText);
   }
+  const history = await response.json();
+  if (key !== board.key) {
+    return;
+  }
   board.historyAt = performance.now();
   board.isHistoryOld = false;
-  board.history = { ...NOTHING, ...(await response.json()) };
+  board.history = { ...NOTHING, ...history };
   drawOverview();
 }
 

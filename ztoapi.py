@@ -13216,6 +13216,11 @@ html {
   scroll-padding-top: 4rem;
 }
 
+/* Without JavaScript only what can be read is shown. */
+.plain :is(nav, .switches, .facts, main > section:not(.intro)) {
+  display: none;
+}
+
 body {
   margin: 0 auto;
   max-width: 1280px;
@@ -14339,6 +14344,7 @@ function startPage(redraw) {
     redraw();
   };
   $("version").textContent = data.version;
+  document.documentElement.classList.remove("plain");
   translatePage();
   redraw();
 }
@@ -14475,7 +14481,7 @@ function formatSeconds(seconds) {
 """  # noqa: RUF001 - in two languages
 DOCS_HTML = r"""
 <!doctype html>
-<html lang="en">
+<html lang="en" class="plain">
   <head>
     <meta charset="utf-8" />
     <meta name="viewport" content="width=device-width, initial-scale=1" />
@@ -16227,7 +16233,7 @@ startPage(drawDocs);
 """  # noqa: E501, RUF001 - in two languages
 DASHBOARD_HTML = r"""
 <!doctype html>
-<html lang="en">
+<html lang="en" class="plain">
   <head>
     <meta charset="utf-8" />
     <meta name="viewport" content="width=device-width, initial-scale=1" />

@@ -12388,7 +12388,6 @@ async def test_prometheus_reads_the_metrics(start, zai):
         ("build_info", ztoapi.__version__): 1,
         ("retries_total",): 1,
         ("key_requests_total", "operator"): 3,
-        ("repairs_total", "line_ends_at_head"): 3,
         **{
             ("key_tokens_total", "operator", kind): 3 * n
             for kind, n in (("prompt", 6), ("cached", 2), ("completion", 3))

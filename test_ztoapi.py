@@ -56,6 +56,8 @@ from aiohttp.web_protocol import RequestHandler
 
 import ztoapi
 from ztoapi import (
+    DOLLAR,
+    EVERYBODY,
     MODELS,
     Account,
     Accounts,
@@ -69,6 +71,7 @@ from ztoapi import (
     Head,
     KeyPool,
     KeyUse,
+    Known,
     Limits,
     Media,
     Message,
@@ -83,8 +86,10 @@ from ztoapi import (
     Thought,
     ToolCall,
     ToolChoice,
+    Totals,
     UpstreamError,
     Usage,
+    Used,
     ZaiReader,
     backoff,
     create_app,
@@ -92,6 +97,7 @@ from ztoapi import (
     encode_json,
     error_body,
     error_headers,
+    hash_key,
     resolve,
     sse,
     to_json,
@@ -211,6 +217,7 @@ FORWARD = {
     ("Responses: request", "Responses: answer"),
     ("Messages: request", "Messages: answer"),
     ("Handlers", "Pages"),
+    ("Dashboard", "Pages"),
     ("Errors and shutdown", "Demo"),
     ("Server", "Commands"),
     ("Server", "Demo"),
@@ -5466,6 +5473,29 @@ def test_no_balance_names_the_address_of_the_coding_plan():
     )
 
 
+@pytest.mark.parametrize(
+    ("model", "code", "words"),
+    [
+        ("glm-9", 1211, "see /v1/models and MODEL_ALIASES. (glm-9: Z.ai 1211: no)"),
+        ("glm-4.6", 1113, "add money or use a free model, such as glm-4.7-flash. (Z.ai 1113: no)"),
+        ("glm-4.7-flash", 1113, "coding/paas/v4. (Z.ai 1113: no)"),
+    ],
+)
+def test_a_refusal_names_the_model_and_advises_no_free_one_for_a_free_one(model, code, words):
+    error = zai_error(400, {"error": {"code": str(code), "message": "no"}})
+    ztoapi.fit_to_model(error, resolve(model))
+    assert str(error).endswith(words)
+    assert ("use a free model" in str(error)) is ("use a free model" in words)
+
+
+def test_the_time_of_a_reset_has_its_zone():
+    text = "will reset at 2026-09-12 00:35:41"
+    error = zai_error(429, {"error": {"code": "1308", "message": text}})
+    ours = "is used up until it is reset. That is on 2026-09-11 at 16:35 UTC."
+    assert str(error).endswith(f"{ours} (Z.ai 1308: {text} UTC+8)")
+    assert error.for_others(5).message == error.message
+
+
 # ======== Z.ai: the answer ========
 
 
@@ -7764,6 +7794,10 @@ def test_a_day_begins_at_midnight_in_utc():
         ("expires", "30d", "2026-12-21"),
         ("tokens", "5M", "5M"),
         ("tokens", "500k/day", "500k/day"),
+        ("spend", "5", "5"),
+        ("spend", "0.50/day", "0.50/day"),
+        ("spend", 2.5, "2.5"),
+        ("spend", 5, "5"),
         ("models", "glm-4.*, glm-5.3", "glm-4.*,glm-5.3"),
         ("rpm", "20", 20),
         ("rpm", 20, 20),
@@ -7787,7 +7821,8 @@ def test_a_limit_is_kept_in_the_words_it_was_given_in(limit, words, wanted):
             ("tokens", words)
             for words in ("lots", "0", "-5", "5M/year", "5T", "1.5M", "5M/", "٣", "", [])
         ),
-        *(("models", words) for words in (",", "glm-4.6,", "a b c!", "", 7, ["glm-4.6"])),
+        *(("models", words) for words in (",", "glm-4.6,", "glm 4.6", "", 7, ["glm-4.6"])),
+        *(("spend", words) for words in ("0", "0.00", "-1", "5/year", "$5", "1e3", 0, 0.0, True)),
         *(("rpm", words) for words in ("0", "-1", "1.5", "many", True, 10**9)),
         *(("expires", words) for words in (20270131, True)),
         *(("parallel", words) for words in ("0", {})),
@@ -7801,17 +7836,26 @@ def test_a_limit_that_makes_no_sense_is_refused_by_name(limit, words):
     assert str(raised.value).startswith(f"{limit} ")
 
 
-@pytest.mark.parametrize("name", ["", "a b", "a/b", "x" * 65, "operator", None, 3, "a\n"])
+@pytest.mark.parametrize(
+    "name", ["", "a b", "a/b", "x" * 65, "operator", None, 3, "a\n", "a\u200b"]
+)
 def test_a_name_that_cannot_be_a_keys_is_refused(name):
     with pytest.raises(BadRequest):
         ztoapi.parse_key_name(name)
-    assert ztoapi.parse_key_name("Zoë.李+x@y_z-1") == "Zoë.李+x@y_z-1"
+
+
+@pytest.mark.parametrize("name", ["Zoë.李+x@y_z-1", "अन्ना", "อันนา", "x" * 64])
+def test_a_name_may_be_of_any_script(name):
+    assert ztoapi.parse_key_name(name) == name
+
+
+def test_a_name_is_the_same_however_its_letters_are_composed():
+    assert ztoapi.parse_key_name("Zoe\u0308") == "Zoë"
 
 
 @pytest.mark.parametrize(
     ("tokens", "budget", "first", "following"),
     [
-        (None, None, date.min, date.max),
         ("7", 7, date.min, date.max),
         ("500k/day", 500_000, TODAY, date(2026, 11, 22)),
         ("5M/WEEK", 5_000_000, date(2026, 11, 16), date(2026, 11, 23)),
@@ -7820,17 +7864,31 @@ def test_a_name_that_cannot_be_a_keys_is_refused(name):
 )
 def test_a_budget_is_for_a_period_that_begins_at_midnight(tokens, budget, first, following):
     account = Account("a", tokens=tokens)
-    assert (account.budget, account.period(TODAY)) == (budget, (first, following))
+    assert account.token_budget.amount == budget
+    assert account.token_budget.days(TODAY) == (first, following)
 
 
 def test_the_last_month_of_a_year_ends_with_it():
-    assert Account("a", tokens="1/month").period(date(2026, 12, 31))[1] == date(2027, 1, 1)
+    budget = Account("a", tokens="1/month").token_budget
+    assert budget.days(date(2026, 12, 31))[1] == date(2027, 1, 1)
+
+
+@pytest.mark.parametrize(
+    ("spend", "budget"),
+    [
+        ("5", ztoapi.Budget(5 * DOLLAR)),
+        ("2.50/month", ztoapi.Budget(5 * DOLLAR // 2, "month")),
+        ("0.000001/DAY", ztoapi.Budget(1000, "day")),
+    ],
+)
+def test_a_budget_of_money_is_counted_in_billionths_of_a_dollar(spend, budget):
+    assert Account("a", spend=spend).money_budget == budget
 
 
 def test_a_key_is_valid_to_the_end_of_its_last_day():
-    Account("a", expires="2026-11-21").check_date(NOON)
+    Account("a", expires="2026-11-21").check_usable(NOON)
     with pytest.raises(ztoapi.ProxyError, match="until 2026-11-21") as raised:
-        Account("a", expires="2026-11-21").check_date(NOON + 12 * 3600)
+        Account("a", expires="2026-11-21").check_usable(NOON + 12 * 3600)
     assert (raised.value.kind.status, raised.value.kind.code) == (401, "key_expired")
 
 
@@ -7841,8 +7899,9 @@ def test_the_models_of_a_key_are_patterns(models, allowed):
     assert Account("a", models=models).allows(MODELS["glm-4.6"]) is allowed
 
 
-def counted(accounts, account, tokens, day=TODAY):
-    accounts.count((account.id, day.isoformat(), "glm-4.6"), (1, 0, tokens - 1, 0, 1))
+def counted(accounts, account, tokens, day=TODAY, spent=0):
+    figures = (1, 0, tokens - 1, 0, 1, spent)
+    accounts.count((account.id, day.isoformat(), "glm-4.6"), figures)
 
 
 @pytest.mark.parametrize(
@@ -7870,11 +7929,147 @@ def test_what_is_used_is_the_databases_sum_and_what_it_does_not_have_yet():
     counted(accounts, Account("b"), 2)
     counted(accounts, account, 10)
     accounts.take()
-    counted(accounts, account, 20)
-    assert accounts.tokens_used(account, TODAY) == 30
-    accounts.written([account], {("a", "2026-11-16"): 40})
-    assert accounts.tokens_used(account, TODAY) == 60
-    assert accounts.tokens_used(account, date(2026, 11, 23)) == 0
+    counted(accounts, account, 20, spent=3)
+    budget = account.token_budget
+    assert accounts.used_in(budget, "a", TODAY) == Used(30, 3)
+    assert accounts.used_in(None, EVERYBODY, TODAY) == Used(33, 3)
+    accounts.written(
+        Known([account], {"a": Totals(7, 70, 700)}, {("a", "2026-11-16"): Used(40, 400)})
+    )
+    assert accounts.used_in(budget, "a", TODAY) == Used(60, 403)
+    assert accounts.used_in(None, "a", TODAY) == Used(90, 703)
+    assert accounts.used_in(budget, "a", date(2026, 11, 23)) == Used()
+
+
+FREE_MODEL, PAID_MODEL = MODELS["glm-4.7-flash"], MODELS["glm-4.6"]
+
+
+@pytest.mark.parametrize(
+    ("limits", "common", "code", "words"),
+    [
+        pytest.param({}, "", None, None, id="no limit"),
+        pytest.param({"spend": "0.02"}, "0.02", None, None, id="not reached"),
+        pytest.param(
+            {"spend": "0.01"},
+            "",
+            "key_quota_exceeded",
+            "This key has spent its 0.01 US dollars: the operator can give it more.",
+            id="the key's, for good",
+        ),
+        pytest.param(
+            {"spend": "0.01/day"},
+            "",
+            "key_quota_exceeded",
+            "This key has spent its 0.01/day US dollars: they are reset on 2026-11-22 at 00:00 UTC.",
+            id="the key's, for a day",
+        ),
+        pytest.param(
+            {},
+            "0.01/month",
+            "spend_limit_reached",
+            "This server has spent its SPEND_LIMIT of 0.01/month US dollars: "
+            "they are reset on 2026-12-01 at 00:00 UTC.",
+            id="all together",
+        ),
+    ],
+)
+def test_what_costs_money_ends_with_the_money_and_what_is_free_goes_on(limits, common, code, words):
+    accounts, account = Accounts((), common), Account("a", "anna", **limits)
+    counted(accounts, account, 9, spent=DOLLAR // 200)
+    counted(accounts, Account("b") if common else account, 9, spent=DOLLAR // 200)
+    accounts.check_spending(account, FREE_MODEL, NOON)
+    if not code:
+        accounts.check_spending(account, PAID_MODEL, NOON)
+        return
+    for model in (PAID_MODEL, None):
+        with pytest.raises(ztoapi.ProxyError) as raised:
+            accounts.check_spending(account, model, NOON)
+        assert (raised.value.kind.status, raised.value.kind.code) == (402, code)
+        assert raised.value.message == f"{words} Free models, such as glm-4.7-flash, go on."
+
+
+@pytest.mark.parametrize(
+    ("model", "told", "searches", "dollars"),
+    [
+        pytest.param(
+            "glm-4.6", Usage(1_000_000, 100_000, 1_100_000, 500_000), 0, 0.575, id="table"
+        ),
+        pytest.param("glm-4.7-flash", Usage(10**6, 10**6, 2 * 10**6), 0, 0, id="free"),
+        pytest.param("glm-9-flash", Usage(10**6, 10**6, 2 * 10**6), 0, 11.1, id="unknown: dearest"),
+        pytest.param("glm-4.7-flash", Usage(5, 5, 10), 1, 0.01, id="a search"),
+    ],
+)
+def test_an_answer_costs_its_list_price(model, told, searches, dollars):
+    meter = ztoapi.Meter()
+    meter.ask_chat(resolve(model))
+    with meter.asking(100):
+        meter.note([told, *[ztoapi.Citations(({},))] * searches])
+    assert meter.spent == round(dollars * DOLLAR)
+
+
+def test_a_search_that_was_refused_costs_nothing():
+    meter = ztoapi.path_meter("web_search", "")
+    with pytest.raises(UpstreamError), meter.asking(0):
+        raise UpstreamError(ztoapi.UNAVAILABLE)
+    assert meter.spent == 0
+
+
+NEW = Account("n", "anna", hash="new")
+
+
+@pytest.mark.parametrize(
+    ("wanted", "known", "made"),
+    [
+        pytest.param({"adds": "only"}, None, NEW, id="add"),
+        pytest.param({"adds": "also", "limits": {"rpm": 1}}, None, replace(NEW, rpm=1), id="put"),
+        pytest.param({"limits": {"rpm": None}}, {"rpm": 3}, {"rpm": None}, id="change"),
+        pytest.param({"rotates": True}, {"rpm": 3}, {"rpm": 3, "hash": "new"}, id="rotate"),
+        pytest.param({"paused": True}, {}, {"paused": True}, id="pause"),
+        pytest.param({"paused": False}, {"paused": True}, {}, id="resume"),
+        pytest.param({"rename": "bob"}, {}, {"name": "bob"}, id="rename"),
+    ],
+)
+def test_a_key_is_added_or_changed(wanted, known, made):
+    old = Account("a", "anna", hash="old")
+    before = known if known is None else replace(old, **known)
+    after = made if isinstance(made, Account) else replace(old, **made)
+    assert ztoapi.KeyChange("anna", **wanted).made(before, NEW) == after
+
+
+@pytest.mark.parametrize(
+    ("adds", "known", "words"),
+    [
+        ("only", NEW, "There is already a key named anna"),
+        ("never", None, "There is no key named anna"),
+    ],
+)
+def test_a_key_that_is_there_is_not_added_and_one_that_is_not_is_not_changed(adds, known, words):
+    with pytest.raises(ztoapi.ProxyError, match=words):
+        ztoapi.KeyChange("anna", adds=adds).made(known, NEW)
+
+
+@pytest.mark.parametrize(
+    ("body", "param"),
+    [
+        ({"name": "a", "rotate": 1}, "rotate"),
+        ({"name": "a", "paused": "yes"}, "paused"),
+        ({"name": "a", "rename": "b c"}, "name"),
+        ({"rotate": True}, "name"),
+        ({"name": "a", "color": "red"}, "color"),
+    ],
+)
+def test_a_change_that_makes_no_sense_is_refused_by_name(body, param):
+    with pytest.raises(BadRequest) as raised:
+        ztoapi.parse_key_change(body, TODAY)
+    assert raised.value.param == param
+
+
+@pytest.mark.parametrize(
+    ("models", "strange"),
+    [(None, []), ("glm-4.*,GLM-5", []), ("glm-9*,glm-5.3,gpt-4o", ["glm-9*", "gpt-4o"])],
+)
+def test_a_pattern_that_fits_no_model_is_known(models, strange):
+    assert ztoapi.strange_patterns(models, MODELS) == strange
 
 
 def test_a_batch_is_taken_again_until_it_is_written():
@@ -7882,10 +8077,10 @@ def test_a_batch_is_taken_again_until_it_is_written():
     counted(accounts, Account("a"), 5)
     counted(accounts, Account("a"), 5)
     first = accounts.take()
-    assert first == {("a", "2026-11-21", "glm-4.6"): [2, 0, 8, 0, 2]}
+    assert first == {("a", "2026-11-21", "glm-4.6"): [2, 0, 8, 0, 2, 0]}
     counted(accounts, Account("b"), 1)
     assert accounts.take() is first
-    accounts.written([], {})
+    accounts.written(Known())
     assert list(accounts.take()) == [("b", "2026-11-21", "glm-4.6")]
 
 
@@ -8747,7 +8942,7 @@ def test_keys_are_kept_changed_and_removed(database_url, connect):
 
 
 def count_some(accounts, account="a", model="glm-4.6", day=TODAY):
-    accounts.count((account, day.isoformat(), model), (1, 1, 10, 4, 2))
+    accounts.count((account, day.isoformat(), model), (1, 1, 10, 4, 2, 100))
 
 
 @in_loop
@@ -8760,7 +8955,8 @@ async def test_what_several_processes_count_adds_up(database_url, connect):
         count_some(accounts, "gone", day=date(2026, 11, 20))
         await database.sync(accounts)
     await there.sync(theirs)
-    assert theirs.tokens_used(ANNA, TODAY) == 36
+    assert theirs.used_in(ANNA.token_budget, "a", TODAY) == Used(36, 300)
+    assert theirs.totals(ANNA) == Totals(3, 36, 300, "2026-11-21T12:00:00")
     assert there.transact(there.list_usage, date(2026, 11, 20)) == [
         ("gone", "operator", "2026-11-20", "glm-4.6", 3, 3, 30, 12, 6),
         ("a", "anna", "2026-11-21", "glm-4.6", 3, 3, 30, 12, 6),
@@ -8775,7 +8971,7 @@ async def test_a_batch_that_was_written_though_nobody_said_so_is_counted_once(
     database, accounts = connect(database_url), Accounts(())
     count_some(accounts)
     await database.run(
-        database.write_and_read, accounts.take(), {}, TODAY
+        database.write_and_read, accounts.take(), {}, None
     )  # and the connection breaks
     count_some(accounts, "b")
     for _ in range(2):
@@ -8897,13 +9093,11 @@ async def test_of_two_who_add_a_key_one_adds_it_and_the_other_changes_it(databas
     here, there = connect(database_url), connect(database_url)
     await asyncio.gather(*(each.run(each.list_accounts) for each in (here, there)))
 
-    def adding(account_id, rpm):
-        return lambda known: ztoapi.replace(known or Account(account_id, "new"), rpm=rpm)
+    def adding(database, key, rpm):
+        wanted = ztoapi.KeyChange("new", {"rpm": rpm}, adds="also")
+        return database.run(database.change_account, wanted, ztoapi.new_account("new", key))
 
-    made = await asyncio.gather(
-        here.run(here.change_account, "new", adding("one", 1)),
-        there.run(there.change_account, "new", adding("two", 2)),
-    )
+    made = await asyncio.gather(adding(here, "sk-1", 1), adding(there, "sk-2", 2))
     assert len({account.id for account in made}) == 1
     assert await here.run(here.list_accounts) in ([made[0]], [made[1]])
 
@@ -9096,9 +9290,8 @@ async def test_a_row_that_cannot_be_read_is_a_complaint_and_nothing_is_lost(
     database_url, connect, caplog
 ):
     database, accounts = connect(database_url), Accounts(())
-    await database.run(
-        database.execute, "INSERT INTO ztoapi_keys VALUES ('b', 'bob', '{\"shoes\": 2}', 0)"
-    )
+    columns, row = "(id, name, limits, removed)", """('b', 'bob', '{"shoes": 2}', 0)"""
+    await database.run(database.execute, f"INSERT INTO ztoapi_keys {columns} VALUES {row}")
     count_some(accounts)
     await database.sync(accounts)
     assert "the database cannot be used: " in caplog.text
@@ -9143,7 +9336,7 @@ def test_tables_of_an_older_version_are_brought_up_to_date(database_url, connect
     )
     assert new.transact(lambda: new.execute("SELECT a.x FROM a, b").fetchall()) == []
     monkeypatch.undo()
-    with pytest.raises(ztoapi.DatabaseError, match="version 3, so a newer ztoapi made it"):
+    with pytest.raises(ztoapi.DatabaseError, match="version 4, so a newer ztoapi made it"):
         connect(database_url).transact(lambda: None)
 
 
@@ -9165,6 +9358,73 @@ async def test_what_the_first_version_stored_can_be_used(database_url, connect):
         "resp_1": ztoapi.StoredResponse({"id": "resp_1", "output": []}, [user_item("hi")])
     }
     assert history.size == len(body)
+
+
+def test_what_keys_of_an_older_version_used_stays_theirs(database_url, connect):
+    old, anna = connect(database_url), hash_key("sk-anna")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ztoapi, "MIGRATIONS", ztoapi.MIGRATIONS[:2])
+        put_key = "INSERT INTO ztoapi_keys VALUES (?, ?, ?, 0)"
+        old.transact(old.execute, put_key, anna, "anna", '{"tokens": "5M/day", "rpm": 3}')
+        for model in ("glm-4.6", "glm-4.7-flash", "unknown"):
+            put = "INSERT INTO ztoapi_usage VALUES (?, ?, ?, 2, 0, 1000, 500, 100)"
+            old.transact(old.execute, put, anna, TODAY.isoformat(), model)
+    new, accounts = connect(database_url), Accounts(())
+    accounts.written(new.transact(new.read_known, ztoapi.Budget(1)))
+    account = accounts.find("sk-anna")
+    assert account == Account(anna, "anna", tokens="5M/day", rpm=3, hash=anna)
+    spent = 500 * 600 + 500 * 110 + 100 * 2200  # billionths of a dollar
+    assert accounts.totals(account) == Totals(6, 3300, spent, "2026-11-21")
+    assert accounts.used_in(account.token_budget, anna, TODAY) == Used(3300, spent)
+    assert accounts.used_in(ztoapi.Budget(1), EVERYBODY, TODAY) == Used(3300, spent)
+
+
+def test_a_key_that_is_changed_for_a_new_one_keeps_what_it_used(database_url, connect):
+    database, accounts = connect(database_url), Accounts(())
+
+    def change(wanted, new):
+        account = database.transact(database.change_account, wanted, new)
+        accounts.written(database.transact(database.read_known, None))
+        return account
+
+    first, second = (ztoapi.new_account("anna", key) for key in ("sk-1", "sk-2"))
+    assert change(ztoapi.KeyChange("anna", {"tokens": "9"}, adds="only"), first).id == first.id
+    count_some(accounts, first.id)
+    database.transact(database.write_and_read, accounts.take(), {}, None)
+    rotated = change(ztoapi.KeyChange("anna", rotates=True), second)
+    assert rotated == replace(first, tokens="9", hash=second.hash)
+    assert (accounts.find("sk-1"), accounts.find("sk-2")) == (None, rotated)
+    assert accounts.used_in(rotated.token_budget, rotated.id, TODAY) == Used(12, 100)
+    renamed = change(ztoapi.KeyChange("anna", rename="bob"), second)
+    assert (renamed.id, accounts.totals(renamed).requests) == (first.id, 1)
+    change(ztoapi.KeyChange("eve", adds="also"), ztoapi.new_account("eve", "sk-3"))
+    with pytest.raises(BadRequest, match="There is already a key named bob"):
+        change(ztoapi.KeyChange("eve", rename="bob"), second)
+    assert [account.name for account in accounts.known.named] == ["bob", "eve"]
+
+
+def test_a_database_has_an_id_for_all_who_use_it(database_url, connect):
+    here, there = connect(database_url), connect(database_url)
+    known = here.transact(here.identify)
+    assert re.fullmatch("[0-9a-f]{32}", known)
+    assert there.transact(there.identify) == known
+
+
+def test_a_copy_of_the_file_of_sqlite_alone_lacks_little(tmp_path, connect):
+    database = connect(f"sqlite:///{tmp_path}/z.db", checkpoint_interval=0)
+    copy = connect(f"sqlite:///{tmp_path}/c.db")
+    database.transact(database.put_account, ANNA)
+    database.transact(database.list_accounts, begin=ztoapi.READ)  # as a running server often does
+    shutil.copy(tmp_path / "z.db", tmp_path / "c.db")
+    assert copy.transact(copy.list_accounts) == [ANNA]
+
+
+@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() != 0, reason="needs root")
+def test_root_makes_the_file_of_sqlite_for_the_owner_of_its_folder(tmp_path, connect):
+    os.chown(tmp_path, 1234, 1234)
+    database = connect(f"sqlite:///{tmp_path}/z.db")
+    database.transact(database.put_account, ANNA)
+    assert {path.stat().st_uid for path in tmp_path.iterdir()} == {1234}
 
 
 def test_many_servers_may_make_the_tables_at_the_same_time(database_url, connect):
@@ -13713,7 +13973,11 @@ async def test_odd_requests_get_an_answer_or_a_400_and_break_nothing(client, zai
         {"Authorization": "Bearer sk-your-key"},
         {"Authorization": "bearer  sk-your-key "},
         {"x-api-key": "sk-your-key"},
+        {"Authorization": "sk-your-key"},
+        {"api-key": "sk-your-key"},
         {"Authorization": "Bearer other", "x-api-key": "sk-your-key"},
+        {"x-api-key": "other", "Authorization": "sk-your-key"},
+        {"x-api-key": "other", "Authorization": "Bearer other", "api-key": "sk-your-key"},
     ],
 )
 async def test_a_right_key_is_let_in(client, headers):
@@ -13726,7 +13990,8 @@ async def test_a_right_key_is_let_in(client, headers):
     [
         {},
         {"Authorization": "Bearer wrong-key"},
-        {"Authorization": "sk-your-key"},
+        {"Authorization": "wrong-key"},
+        {"api-key": "wrong-key"},
         {"Authorization": "Basic sk-your-key"},
         {"Authorization": "Bearer "},
         {"x-api-key": ""},
@@ -13737,6 +14002,39 @@ async def test_a_wrong_key_is_kept_out_and_not_repeated(client, zai, headers):
     response, body = await ask(client, headers=headers)
     assert (response.status, error_of(body)["code"], zai.bodies) == (401, "invalid_api_key", [])
     assert "wrong-key" not in body
+
+
+@in_loop
+@pytest.mark.parametrize(
+    ("headers", "begins"),
+    [
+        ({}, "No API key came with this request: send the server's DEFAULT_KEY"),
+        (
+            {"x-api-key": "wrong-key"},
+            "The API key is wrong (a Z.ai key is none of this server's): ",
+        ),
+    ],
+)
+async def test_who_is_kept_out_is_told_whether_a_key_is_missing_or_wrong(client, headers, begins):
+    message = error_of((await ask(client, headers=headers))[1])["message"]
+    assert message.startswith(begins)
+    assert "'Authorization: Bearer KEY'" in message
+
+
+@in_loop
+async def test_the_name_of_the_setting_is_told_to_callers_on_this_machine_alone(start):
+    client = await start(default_key=("sk-mine",))
+    for far, named in (({}, True), ({"X-Forwarded-For": "192.0.2.1"}, False)):
+        body = (await ask(client, headers=far))[1]
+        assert ("DEFAULT_KEY" in body) is named
+
+
+@in_loop
+async def test_the_account_is_that_of_the_first_valid_key(client):
+    anna, bob = await make_key(client), await make_key(client, "bob")
+    headers = {"x-api-key": anna["x-api-key"], "Authorization": f"Bearer {bob['x-api-key']}"}
+    async with client.get("/dashboard/stats", headers={**headers, "api-key": "x"}) as response:
+        assert (await response.json())["name"] == "anna"
 
 
 @in_loop
@@ -13770,7 +14068,38 @@ async def test_health_says_what_matters_and_no_secret(start):
             "version": ztoapi.__version__,
             "demo": False,
             "zai_key": True,
+            "model": "glm-4.7-flash",
         }
+
+
+@in_loop
+@pytest.mark.parametrize(
+    ("settings", "model"),
+    [
+        ({}, "glm-4.7-flash"),
+        ({"zai_base_url": ztoapi.ZAI_BASES["plan"]}, "glm-5.3"),
+        ({"zai_api_key": ("a@china-plan", "b")}, "glm-5.3"),
+    ],
+)
+async def test_health_names_the_model_that_launch_would_choose(start, settings, model):
+    client = await start(**settings)
+    async with client.get("/health") as response:
+        assert (await response.json())["model"] == model
+
+
+@in_loop
+async def test_health_tells_an_operator_which_database_it_is(start, tmp_path):
+    told = []
+    for url in ("memory", f"sqlite:///{tmp_path}/z.db", f"sqlite:///{tmp_path}/z.db"):
+        client = await start(database_url=url)
+        await make_key(client, f"anna{len(told)}")
+        async with client.get("/health", headers=KEY) as response:
+            told.append((await response.json())["database"])
+    assert told[0] is None
+    assert told[1] == told[2]
+    assert re.fullmatch("[0-9a-f]{32}", told[1])
+    async with client.get("/health") as response:
+        assert "database" not in await response.json()
 
 
 PREFLIGHT = {
@@ -13781,7 +14110,10 @@ PREFLIGHT = {
 
 
 @in_loop
-@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/models", "/anything"])
+@pytest.mark.parametrize(
+    "path",
+    ["/v1/chat/completions", "/v1/models", "/v1/anything", "/api/paas/v4/files", "/models", "/v1"],
+)
 async def test_a_preflight_needs_no_key_and_reflects_what_it_asks(start, path):
     client = await start(default_key=("sk-mine",))
     async with client.options(path, headers=PREFLIGHT) as response:
@@ -13811,8 +14143,37 @@ async def test_only_origins_of_the_setting_are_reflected(start):
         ("https://app.example", "https://app.example"),
         ("https://evil.example", None),
     ):
-        async with client.get("/health", headers={"Origin": origin}) as response:
+        async with client.get("/v1/models", headers={"Origin": origin}) as response:
             assert response.headers.get("Access-Control-Allow-Origin") == wanted
+
+
+@in_loop
+@pytest.mark.parametrize("path", ["/health", "/", "/docs", "/dashboard/stats", "/metrics", "/v1x"])
+async def test_pages_of_other_origins_may_call_the_api_alone(start, path):
+    client = await start(default_key=("sk-mine",))
+    for method in ("GET", "OPTIONS"):
+        async with client.request(method, path, headers=PREFLIGHT) as response:
+            assert not [name for name in response.headers if name.startswith("Access-Control")]
+
+
+@in_loop
+@pytest.mark.parametrize(
+    ("settings", "advice"),
+    [
+        ({}, "set DEFAULT_KEY to a key of your own, and CORS_ORIGINS"),
+        ({"default_key": ("sk-mine",), "cors_origins": ("https://b.example",)}, "to CORS_ORIGINS"),
+    ],
+)
+async def test_a_refused_origin_is_one_line_a_minute(start, settings, advice, caplog):
+    client = await start(**settings)
+    ours = {"Origin": f"http://{client.host}:{client.port}"}
+    with caplog.at_level("INFO", "ztoapi"):
+        for origin in (ours, *[{"Origin": "https://a.example"}] * 3):
+            async with client.get("/v1/models", headers=origin):
+                pass
+    [line] = [line for line in caplog.messages if "may not call" in line]
+    assert line.startswith("a page of the origin https://a.example may not call")
+    assert advice in line
 
 
 @in_loop
@@ -13822,14 +14183,46 @@ async def test_only_origins_of_the_setting_are_reflected(start):
         ("http://localhost:3000", True),
         ("http://127.0.0.1", True),
         ("http://[::1]:8080", True),
+        ("https://tauri.localhost", True),
+        *(
+            (f"{scheme}://some-id", True)
+            for scheme in ("app", "tauri", "vscode-webview", "capacitor", "moz-extension")
+        ),
         ("https://app.example", False),
         ("http://localhost.evil.example", False),
+        ("http://evil-localhost", False),
+        ("ftp://localhost", False),
+        ("file://", False),
+        ("app", False),
         ("null", False),
     ],
 )
 async def test_the_published_key_lets_only_this_machines_pages_in(client, origin, allowed):
-    async with client.get("/health", headers={"Origin": origin}) as response:
+    async with client.get("/v1/models", headers={"Origin": origin}) as response:
         assert ("Access-Control-Allow-Origin" in response.headers) is allowed
+
+
+@in_loop
+@pytest.mark.parametrize(
+    ("header", "status"),
+    [
+        *(
+            (name, 403)
+            for name in ("Forwarded", "X-Forwarded-For", "x-forwarded-whatever", "Via", "X-Real-IP")
+        ),
+        ("CF-Connecting-IP", 403),
+        ("X-Forwarder", 200),
+    ],
+)
+async def test_the_published_key_is_not_for_those_behind_a_proxy(start, client, header, status):
+    for path in ("/health", "/docs"):
+        async with client.get(path, headers={header: "x"}) as response:
+            assert response.status == status
+            said = "reached through a proxy: set DEFAULT_KEY" in await response.text()
+            assert said is (status == 403)
+    other = await start(default_key=("sk-mine",))
+    async with other.get("/health", headers={header: "x"}) as response:
+        assert response.status == 200
 
 
 @in_loop
@@ -14539,6 +14932,7 @@ async def ask_surface(client, path, stream, key, **fields):
     [
         ({"models": "glm-5*"}, 403, "model_not_allowed", "permission_error"),
         ({"tokens": "9"}, 402, "key_quota_exceeded", "billing_error"),
+        ({"spend": "1"}, 402, "key_quota_exceeded", "billing_error"),
         ({"rpm": 1}, 429, "rate_limit_exceeded", "rate_limit_error"),
     ],
 )
@@ -14546,9 +14940,9 @@ async def test_what_a_key_may_is_asked_on_every_surface(
     client, zai, limits, status, code, anthropic, path, stream
 ):
     key = await make_key(client, **limits)
-    client.app[ztoapi.ACCOUNTS].count(
-        (ztoapi.hash_key(key["x-api-key"]), today(client), "m"), (1, 0, 9, 0, 0)
-    )
+    account = client.app[ztoapi.ACCOUNTS].find(key["x-api-key"])
+    figures = (1, 0, 9, 0, 0, DOLLAR)
+    client.app[ztoapi.ACCOUNTS].count((account.id, today(client), "m"), figures)
     if status == 429:
         zai.parts = [DOCUMENT]
         assert (await ask(client, headers=key))[0].status == 200
@@ -14571,7 +14965,7 @@ async def test_a_client_that_leaves_before_the_end_uses_up_its_tokens_too(client
     ((_, used),) = client.app[ztoapi.ACCOUNTS].counted.items()
     assert used[0:2] == [1, 0]
     assert 1100 <= used[2] <= 1200  # 400 characters of text and 4,000 for the picture
-    assert used[3:] == [0, 1]
+    assert used[3:5] == [0, 1]
 
 
 @in_loop
@@ -14630,7 +15024,7 @@ async def test_what_zai_refuses_costs_nothing(client, zai, path):
     body = ASKING.get(path, {"model": "embedding-3", "input": "hi"})
     assert (await ask(client, body, f"/v1/{path}", key))[0].status == 400
     ((_, used),) = client.app[ztoapi.ACCOUNTS].counted.items()
-    assert used == [1, 1, 0, 0, 0]
+    assert used == [1, 1, 0, 0, 0, 0]
 
 
 @in_loop
@@ -14645,7 +15039,7 @@ async def test_who_leaves_the_queue_has_used_nothing(start, zai):
     asking.cancel()
     counted = client.app[ztoapi.ACCOUNTS].counted
     assert await eventually(lambda: counted)
-    assert [figures[2:] for figures in counted.values()] == [[0, 0, 0]]
+    assert [figures[2:5] for figures in counted.values()] == [[0, 0, 0]]
     await ztoapi.end_tasks([first])
 
 
@@ -14698,7 +15092,8 @@ async def test_of_n_choices_each_is_charged_what_is_known_of_it(client, zai):
     assert await eventually(lambda: client.app[ztoapi.ACCOUNTS].counted)
     ((_, used),) = client.app[ztoapi.ACCOUNTS].counted.items()
     size = len(zai.asked[0][3])
-    assert used == [1, 0, 6 + size // 4, 2, 3 + 1000]
+    tokens = (6 + size // 4, 2, 3 + 1000)
+    assert used == [1, 0, *tokens, ztoapi.cost_at(MODELS["glm-4.6"].price, *tokens)]
 
 
 @in_loop
@@ -14833,7 +15228,7 @@ async def test_usage_is_counted_whatever_the_content_type(client, zai, kind):
         assert response.status == 200
     assert await eventually(lambda: client.app[ztoapi.ACCOUNTS].counted)
     ((account, used),) = client.app[ztoapi.ACCOUNTS].counted.items()
-    assert (account[2], used) == ("embedding-3", [1, 0, 7, 0, 0])
+    assert (account[2], used) == ("embedding-3", [1, 0, 7, 0, 0, 0])
 
 
 @in_loop
@@ -14981,7 +15376,7 @@ async def test_what_embeddings_tell_is_counted(start, zai, form):
     )
     assert await eventually(lambda: client.app[ztoapi.ACCOUNTS].counted)
     assert [(key[2], row) for key, row in client.app[ztoapi.ACCOUNTS].take().items()] == [
-        ("embedding-3", [1, 0, 8, 0, 0])
+        ("embedding-3", [1, 0, 8, 0, 0, 0])
     ]
 
 
@@ -15028,6 +15423,7 @@ ROUTES = [
     (("DELETE", "/v1/responses/resp_1"), "404 404 401"),
     (("GET", "/metrics"), "200 403 401"),
     (("GET", "/dashboard/stats"), "200 200 401"),
+    (("GET", "/dashboard/history"), "200 200 401"),
     (("GET", "/dashboard/keys"), "200 403 401"),
     (("POST", "/dashboard/keys"), "400 403 401"),
     (("DELETE", "/dashboard/keys/gone"), "404 403 401"),
@@ -15069,9 +15465,11 @@ async def test_every_route_for_an_operators_key_a_named_one_and_none(client, zai
 async def test_keys_are_listed_changed_and_removed_over_http(client):
     key = await make_key(client, tokens="5M/month", models="none", rpm=None)
     changed = await make_key(client, status=200, rpm="7", tokens="none")
-    limits = {"expires": None, "tokens": None, "models": None, "rpm": 7, "parallel": None}
-    used = {"expired": False, "used_tokens": 0, "token_limit": None, "resets_at": None}
-    assert changed == {"name": "anna"} | limits | used
+    unlimited = dict.fromkeys(("expires", "tokens", "spend", "models", "parallel"))
+    budgets = dict.fromkeys(("token_limit", "resets_at", "spend_limit", "spend_resets_at"))
+    used = dict.fromkeys(("used_tokens", "used_spend", "requests", "total_tokens", "cost"), 0)
+    state = {"name": "anna", "paused": False, "expired": False, "last_used": None}
+    assert changed == {**state, **unlimited, "rpm": 7, **budgets, **used}
     async with client.get("/dashboard/keys", headers=KEY) as response:
         assert await response.json() == {"keys": [changed]}
     for name, limits in (("anna", {"rpm": "0"}), ("bob", {"token": "5M"}), ("a b", {}), (None, {})):
@@ -15082,6 +15480,89 @@ async def test_keys_are_listed_changed_and_removed_over_http(client):
         async with client.delete("/dashboard/keys/anna", headers=KEY) as response:
             assert response.status == status
     assert (await ask(client, headers=key))[0].status == 401
+
+
+@in_loop
+async def test_a_key_is_rotated_paused_and_renamed_over_http(client, zai):
+    old = await make_key(client, tokens="1M")
+    await ask(client, headers=old)
+    rotated = await make_key(client, status=200, rotate=True)
+    new = {"x-api-key": rotated["key"]}
+    assert (rotated["tokens"], rotated["requests"]) == ("1M", 1)
+    assert [(await ask(client, headers=key))[0].status for key in (old, new)] == [401, 200]
+    assert (await make_key(client, status=200, paused=True))["paused"]
+    response, body = await ask(client, headers=new)
+    assert (response.status, error_of(body)["code"]) == (401, "key_paused")
+    assert not (await make_key(client, status=200, paused=False))["paused"]
+    renamed = await make_key(client, status=200, rename="bob")
+    assert (renamed["name"], renamed["requests"]) == ("bob", 3)  # one of them refused
+    assert (await ask(client, headers=new))[0].status == 200
+    await make_key(client, "anna")
+    for fields, status in (({"rename": "bob"}, 400), ({"rename": "a b"}, 400)):
+        assert (await make_key(client, "anna", status, **fields))["error"]["code"] is None
+    for fields in ({"rotate": True}, {"paused": True}, {"rename": "x"}):
+        assert (await make_key(client, "eve", 404, **fields))["error"]["code"] == "key_not_found"
+
+
+@in_loop
+async def test_a_pattern_that_fits_nothing_is_taken_with_a_warning(client):
+    async with client.post(
+        "/dashboard/keys", json={"name": "anna", "models": "glm-9*,glm-5"}, headers=KEY
+    ) as response:
+        document = await response.json()
+    assert (response.status, document["models"]) == (201, "glm-9*,glm-5")
+    assert document["warning"].startswith("No known model fits glm-9*: ")
+
+
+@in_loop
+@every_surface
+@pytest.mark.parametrize("path", ASKING)
+async def test_the_spend_limit_is_everybodys_and_free_models_go_on(start, zai, path, stream):
+    client = await start(spend_limit="0.00002/day")
+    await client.app[ztoapi.DATABASE].sync(client.app[ztoapi.ACCOUNTS])
+    zai.parts = [DOCUMENT]
+    statuses = [(await ask(client, ASKING[path], f"/v1/{path}"))[0].status for _ in range(4)]
+    assert statuses[0] == 200
+    response, body = await ask(client, ASKING[path] | {"stream": stream}, f"/v1/{path}")
+    assert response.status == 402
+    assert "SPEND_LIMIT" in body
+    assert "00:00 UTC" in body
+    free = {"model": "glm-4.7-flash", "stream": False}
+    assert (await ask(client, ASKING[path] | free, f"/v1/{path}"))[0].status == 200
+    [limit] = [(await stats(client))[0]["spend_limit"]]
+    assert (limit["limit"], limit["used"] >= limit["amount"]) == ("0.00002/day", True)
+
+
+@in_loop
+async def test_a_search_of_the_web_costs_a_cent(start, zai):
+    client = await start()
+    anna = await make_key(client, spend="0.02")
+    zai.parts = [b'{"search_result": []}']
+    searched = [await ask(client, {"search_query": "x"}, "/v1/web_search", anna) for _ in range(3)]
+    assert [response.status for response, _ in searched] == [200, 200, 402]
+    async with client.get("/dashboard/keys", headers=KEY) as response:
+        [key] = (await response.json())["keys"]
+    assert (key["cost"], key["used_spend"], key["spend_limit"]) == (0.02, 0.02, 0.02)
+
+
+@in_loop
+async def test_the_log_says_whose_request_it_was(client, caplog):
+    anna = await make_key(client)
+    with caplog.at_level("INFO", "ztoapi"):
+        for key in (anna, KEY, {}):
+            await ask(client, headers=key)
+    lines = [line.partition(" /v1/")[0] for line in caplog.messages]
+    assert lines == ["anna POST", "operator POST", "- POST"]
+
+
+@in_loop
+async def test_no_clients_key_goes_to_zai(client, zai):
+    headers = {"x-api-key": "sk-your-key", "api-key": "sk-a", "Authorization": "sk-b"}
+    for path, body in (("chat/completions", HELLO), ("messages", ASKING["messages"])):
+        await ask(client, body, f"/v1/{path}", headers)
+    for _, _, sent, _ in zai.asked:
+        assert sent["Authorization"] == "Bearer zai-key"
+        assert not {"x-api-key", "api-key"} & {name.lower() for name in sent}
 
 
 @in_loop
@@ -15097,7 +15578,10 @@ async def test_a_key_sees_its_own_figures_and_the_operator_everybodys(client, za
     row["cost"] = pytest.approx((4 * 0.6 + 2 * 0.11 + 3 * 2.2) / 1e6)
     async with client.get("/dashboard/stats", headers=anna) as response:
         snapshot = await response.json()
-        assert sorted(snapshot) == ["client_keys", "database", "days", "now", "operator"]
+        assert sorted(snapshot) == [
+            *("client_keys", "database", "days", "name", "now", "operator", "recent"),
+        ]
+        assert [row["key"] for row in snapshot["recent"]] == ["anna"]
         assert (snapshot["days"], snapshot["operator"]) == ([row | {"key": "anna"}], False)
         assert [key["name"] for key in snapshot["client_keys"]] == ["anna"]
     async with client.get("/dashboard/stats", headers=KEY) as response:
@@ -15121,7 +15605,7 @@ async def test_names_that_nobody_knows_are_counted_as_one(client, zai):
         lambda: sum(row[0] for row in client.app[ztoapi.ACCOUNTS].counted.values()) == 3
     )
     assert [(key[2], row) for key, row in client.app[ztoapi.ACCOUNTS].take().items()] == [
-        ("other", [3, 3, 0, 0, 0])
+        ("other", [3, 3, 0, 0, 0, 0])
     ]
 
 
@@ -15223,6 +15707,11 @@ async def test_prometheus_reads_the_metrics(start, zai):
     } == {
         ("build_info", ztoapi.__version__): 1,
         ("retries_total",): 1,
+        ("key_requests_total", "operator"): 3,
+        **{
+            ("key_tokens_total", "operator", kind): 3 * n
+            for kind, n in (("prompt", 6), ("cached", 2), ("completion", 3))
+        },
         ("repairs_total", "line_ends_at_head"): 3,
         ("requests_total", "/v1/chat/completions", "glm-4.6", "200"): 2,
         ("requests_total", "/v1/chat/completions", 'x"\\y', "200"): 1,
@@ -15281,43 +15770,69 @@ def test_models_that_clients_make_up_take_no_place():
     assert statistics.models.keys() == {"other", "new"}
 
 
-def test_keys_are_managed_by_the_command_line(command, connect, tmp_path):
-    where = f"sqlite:///{tmp_path}/z.db"
-    assert command("keys", DATABASE_URL=where) == (
-        0,
-        "name  expires  tokens  used_tokens  models  rpm  parallel\n",
-        "",
-    )
+def test_keys_are_managed_by_the_command_line(command, tmp_path):
+    where = {"DATABASE_URL": f"sqlite:///{tmp_path}/z.db", "PORT": "0"}
+
+    def keys(*arguments, ending=0):
+        status, out, notes = command("keys", *arguments, **where)
+        assert status == ending, notes
+        return out.removesuffix("\n") if ending == 0 else notes
+
+    def listed():
+        return json.loads(keys("--json"))["keys"]
+
+    assert keys().startswith("There are no keys yet. Add one: python ztoapi.py keys add NAME")
+    assert listed() == []
     assert not list(tmp_path.iterdir())
-    database = connect(where)
-
-    def keys(*arguments):
-        return ztoapi.manage_keys(database, ztoapi.parse_flags(["keys", *arguments]))
-
-    key = keys("add", "anna", "--tokens", "5M/day", "--models", "glm-4.*, glm-5.3")
-    assert keys("list").splitlines()[1].split() == [
-        "anna",
-        "-",
-        "5M/day",
-        "0",
-        "glm-4.*,glm-5.3",
-        "-",
-        "-",
+    key = keys(
+        "add", "anna", "--tokens", "5M/day", "--models", "glm-4.*, glm-5.3", "--spend", "2.5"
+    )
+    [row] = listed()
+    shown = ("name", "tokens", "spend", "models", "rpm", "paused", "requests")
+    assert [row[name] for name in shown] == [
+        *("anna", "5M/day", "2.5", "glm-4.*,glm-5.3", None, False, 0),
     ]
     assert keys("change", "anna", "--tokens", "none", "--rpm", "7") == "anna changed"
-    assert keys("list").splitlines()[1].split() == [
-        "anna",
-        "-",
-        "-",
-        "0",
-        "glm-4.*,glm-5.3",
-        "7",
-        "-",
-    ]
+    assert keys("pause", "anna") == "anna paused"
+    assert keys("rename", "anna", "bob") == "anna renamed"
+    [row] = listed()
+    assert [row[name] for name in shown] == ["bob", None, "2.5", "glm-4.*,glm-5.3", 7, True, 0]
+    assert keys("resume", "bob") == "bob resumed"
     stored = "".join(path.read_text("latin-1") for path in tmp_path.iterdir())
-    assert hashlib.sha256(key.encode()).hexdigest() in stored
+    assert hash_key(key) in stored
     assert key not in stored
-    assert keys("remove", "anna") == "anna removed"
+    assert keys("rotate", "bob") != key
+    assert keys("remove", "bob") == "bob removed"
+    assert listed() == []
+
+
+def test_a_new_key_stands_alone_on_stdout_and_what_people_need_around_it(command, tmp_path):
+    where = {"DATABASE_URL": f"sqlite:///{tmp_path}/z.db", "PORT": "0", "DEFAULT_KEY": "sk-mine"}
+    for action in ("add", "rotate"):
+        status, out, notes = command("keys", action, "anna", **where)
+        assert (status, bool(re.fullmatch(r"sk-[\w-]{43}\n", out))) == (0, True)
+        for words in ("shown only now", "http://localhost:0/v1", f"{tmp_path}/z.db"):
+            assert words in notes
+        assert ("no key named" in notes, "nobody else" in notes) == (False, False)
+
+
+def test_a_pattern_of_models_that_fits_none_is_added_with_a_warning(command, tmp_path):
+    where = {"DATABASE_URL": f"sqlite:///{tmp_path}/z.db", "PORT": "0"}
+    status, _, notes = command("keys", "add", "anna", "--models", "glm-5.3,glm-9*", **where)
+    assert (status, "No known model fits glm-9*: " in notes) == (0, True)
+
+
+def test_keys_stand_in_columns_however_wide_their_letters_are():
+    accounts = Accounts(())
+    named = [Account("a", "李四", rpm=3), Account("b", "anna", paused=True), Account("c", "Zoë")]
+    accounts.written(Known(named, {"a": Totals(5, 1234567, DOLLAR // 8, "2026-11-21T11:59:58")}))
+    lines = ztoapi.key_table(ztoapi.key_item(accounts, each, TODAY) for each in named).splitlines()
+    assert lines == [
+        "name  state   expires  tokens  spend  models  rpm  parallel  requests  used       in all     cost     last used",
+        "李四  -       -        -       -      -       3    -         5         1,234,567  1,234,567  $0.1250  2026-11-21 11:59 UTC",
+        "anna  paused  -        -       -      -       -    -         0         0          0          $0.0000  never",
+        "Zoë   -       -        -       -      -       -    -         0         0          0          $0.0000  never",
+    ]
 
 
 def test_a_key_that_is_being_added_is_not_added_twice(connect, tmp_path):
@@ -15333,8 +15848,9 @@ def test_a_key_that_is_being_added_is_not_added_twice(connect, tmp_path):
 
     commit = threading.Thread(target=commit_later)
     commit.start()
-    with pytest.raises(BadRequest, match="there is already a key named anna"):
-        ztoapi.manage_keys(database, ztoapi.parse_flags(["keys", "add", "anna"]))
+    flags = ztoapi.parse_flags(["keys", "add", "anna"])
+    with pytest.raises(BadRequest, match="There is already a key named anna"):
+        ztoapi.tell_changed(Settings(port=0), database, flags)
     commit.join()
     assert database.transact(database.list_accounts) == [ANNA]
 
@@ -15344,8 +15860,16 @@ def test_a_key_that_is_being_added_is_not_added_twice(connect, tmp_path):
     [
         (["add"], {}, "A key's name is"),
         (["add", "a b"], {}, "A key's name is"),
-        (["change", "bob"], {}, "there is no key named bob"),
-        (["remove", "bob"], {}, "there is no key named bob"),
+        (["change", "bob", "--rpm", "1"], {}, "There is no key named bob"),
+        (["rotate", "bob"], {}, "There is no key named bob"),
+        (["rename", "bob", "eve"], {}, "There is no key named bob"),
+        (["remove", "bob"], {}, "There is no key named bob"),
+        (["change", "bob"], {}, "Say what to change: --expires, --tokens, --spend"),
+        (["rename", "bob"], {}, "A key's name is"),
+        (["pause", "bob", "--rpm", "1"], {}, "pause takes no limits"),
+        (["add", "bob", "eve"], {}, "add takes one name"),
+        (["add", "bob", "--spend", "0"], {}, "spend 0 cannot be used: it must be US dollars"),
+        (["add", "bob", "--models", "glm 5"], {}, "models glm 5 cannot be used"),
         (["add", "bob", "--tokens", "lots"], {}, "tokens lots cannot be used: it must be"),
         (["add", "bob", "--expires", "2020-01-01"], {}, "expires 2020-01-01 cannot"),
         (["add", "bob", "--rpm", "0"], {}, "rpm 0 cannot"),
@@ -15385,7 +15909,21 @@ async def test_a_key_is_no_use_to_others_while_the_published_one_counts(run, tmp
     ]
     (status, key, note), (*_, other_note) = (program.end() for program in adding)
     assert (status, bool(re.fullmatch(r"sk-[\w-]{43}\n", key))) == (0, True)
-    assert ("nobody else can reach this server" in note, other_note) == (True, "")
+    alone = "nobody else can reach this server yet"
+    assert (alone in note, alone in other_note) == (True, False)
+
+
+@meanwhile
+async def test_who_adds_a_key_is_told_loudly_that_the_server_has_another_database(run, tmp_path):
+    urls = [f"sqlite:///{tmp_path}/{name}.db" for name in "ab"]
+    server = run(Program, "--demo", DATABASE_URL=urls[0], DEFAULT_KEY="sk-mine")
+    same = {"PORT": str(server.port), "DEFAULT_KEY": "sk-mine"}
+    _, _, notes = run(Program, "keys", "add", "anna", DATABASE_URL=urls[1], **same).end()
+    assert f"WARNING: the ztoapi that runs at http://localhost:{server.port}" in notes
+    assert "ANOTHER DATABASE" in notes
+    strange = {"PORT": str(server.port), "DEFAULT_KEY": "sk-other"}
+    _, _, notes = run(Program, "keys", "add", "bob", DATABASE_URL=urls[1], **strange).end()
+    assert "takes another DEFAULT_KEY" in notes
 
 
 MOMENTS = [
@@ -15528,9 +16066,11 @@ async def test_a_running_server_knows_within_seconds_what_the_command_did(start,
         while await status_of(key) != status:
             await asyncio.sleep(0.01)
 
-    key = ztoapi.manage_keys(database, ztoapi.parse_flags(["keys", "add", "anna"]))
+    key = "sk-anna"
+    adding = ztoapi.KeyChange("anna", adds="only"), ztoapi.new_account("anna", key)
+    database.transact(database.change_account, *adding)
     await asyncio.wait_for(becomes(key, 200), 10)
-    ztoapi.manage_keys(database, ztoapi.parse_flags(["keys", "remove", "anna"]))
+    database.transact(database.change_account, ztoapi.KeyChange("anna", paused=True), adding[1])
     await asyncio.wait_for(becomes(key, 401), 10)
 
 
@@ -15661,6 +16201,7 @@ async def test_launch_tells_a_client_what_it_needs_and_no_more(run, tmp_path):
             "version": ztoapi.__version__,
             "demo": True,
             "zai_key": True,
+            "model": "glm-4.7-flash",
         },
     }
     assert (status, launch.files()) == (7, [])
@@ -16090,7 +16631,7 @@ async def test_a_jump_of_the_wall_clock_changes_only_the_times_that_are_shown(st
         yield RECORDED
 
     key = ztoapi.new_key()
-    client.app[ztoapi.ACCOUNTS].written([Account(ztoapi.hash_key(key), "anna", rpm=2)], {})
+    client.app[ztoapi.ACCOUNTS].written(Known([Account("a", "anna", rpm=2, hash=hash_key(key))]))
     zai.answers = [parts(), parts()]
     for _ in range(2):
         response, text = await ask(client, chat(stream=True), headers={"x-api-key": key})
@@ -16360,13 +16901,14 @@ def test_the_statistics_sum_up_and_forget():
             else {"first": 10.1 + i / 1000, "usage": Usage(10, 5, 15)}
         )
         statistics.add(record(model=f"m{i % 200}", torn=i == 7, **failed), 2.0, now=i * 60)
-    snapshot = statistics.snapshot(now=999 * 60, clock_zero=0)
-    assert sum(model["requests"] for model in snapshot["models"].values()) == 1000
-    assert len(snapshot["models"]) == statistics.MAX_MODELS - len(MODELS)
-    assert len(snapshot["recent"]) == 100
-    assert len(statistics.minutes) == 60
-    assert snapshot["minutes"][-1] == [1, 0, 10, 5]
-    assert (snapshot["torn"], snapshot["recent"][0]["model"]) == (1, "m199")
+    models = statistics.model_rows()
+    assert sum(model["requests"] for model in models.values()) == 1000
+    assert len(models) == statistics.MAX_MODELS - len(MODELS)
+    recent = statistics.recent_rows(EVERYBODY, 0, 0)
+    assert (len(recent), recent[0]["n"], recent[0]["model"]) == (500, 1000, "m199")
+    assert len(statistics.minutes.stretches) == 61
+    assert statistics.minute_sums(999 * 60)[-1] == [1, 0, 10, 5]
+    assert statistics.torn == 1
 
 
 def test_the_percentiles_of_times():
@@ -16419,16 +16961,24 @@ async def test_the_dashboard_tells_what_went_through_and_no_secret(start, zai):
         "glm-4.6": [1, 6, 2, 3, pytest.approx((4 * 0.6 + 2 * 0.11 + 3 * 2.2) / 1e6)],
         "<b>x": [1, 6, 2, 3, None],
     }
-    assert snapshot["recent"][1].keys() == {
-        "time",
-        "model",
-        "status",
-        "error",
-        "first",
-        "duration",
-        "prompt_tokens",
-        "completion_tokens",
+    newest, older = snapshot["recent"][:2]
+    assert older.keys() == {
+        *("n", "time", "key", "route", "model", "answered", "status", "error", "words", "first"),
+        *(
+            "duration",
+            "prompt_tokens",
+            "cached_tokens",
+            "completion_tokens",
+            "cost",
+            "retries",
+            "id",
+        ),
     }
+    shown = ("n", "key", "route", "model", "answered", "status", "error", "cost", "retries")
+    assert [newest[name] for name in shown] == [
+        *(2, "operator", "/v1/chat/completions", "<b>x", "<b>x", 200, "", None, 0),
+    ]
+    assert older["retries"] == 2
     resting = snapshot["resting"][0]
     assert (snapshot["keys"], resting["key"], resting["model"], resting["why"]) == (
         2,
@@ -16442,8 +16992,121 @@ async def test_the_dashboard_tells_what_went_through_and_no_secret(start, zai):
         snapshot["healed"]["other_keys"],
         snapshot["healed"]["retries"],
     ) == (0, 1, 1)
+    text = text.replace(zai.url, "")  # Z.ai's address stands beside the number of its key
     for secret in ("zai-one", "zai-two", "sk-your-key", "secret prompt", "127.0.0.1"):
         assert secret not in text
+
+
+async def news(client, cursor, key=KEY):
+    async with client.get("/dashboard/stats", params={"since": cursor}, headers=key) as response:
+        return await response.json(), await response.read()
+
+
+@in_loop
+async def test_a_page_is_told_what_it_has_not_seen(client):
+    await ask(client)
+    seen, _ = await news(client, "")
+    assert (seen["reset"], [row["n"] for row in seen["recent"]]) == (True, [1])
+    assert not {"days", "minutes"} & seen.keys()
+    await ask(client, chat(model="glm-5"))
+    await ask(client)
+    fresh, _ = await news(client, seen["cursor"])
+    assert (fresh["reset"], [row["n"] for row in fresh["recent"]]) == (False, [3, 2])
+    assert {"models", "queues"} <= fresh.keys()
+    assert not {"operator", "client_keys", "plans", "zai_keys"} & fresh.keys()
+
+
+@in_loop
+async def test_a_page_that_has_seen_all_is_told_next_to_nothing(start):
+    client = await start(clock=ztoapi.Clock())
+    await make_key(client, tokens="5M/day")
+    await ask(client)
+    seen, _ = await news(client, "")
+    for _ in range(3):
+        idle, body = await news(client, seen["cursor"])
+        assert idle.keys() == {"now", "cursor", "reset", "recent"}
+        assert (idle["cursor"], idle["recent"], len(body) < 300) == (seen["cursor"], [], True)
+
+
+@in_loop
+@pytest.mark.parametrize("cursor", ["", "x", "00000000-1-ab.cd", "0-0-", "\u0663" * 9])
+async def test_a_cursor_of_another_process_begins_anew(client, cursor):
+    await ask(client)
+    seen, _ = await news(client, cursor)
+    assert (seen["reset"], len(seen["recent"])) == (True, 1)
+    assert {"models", "client_keys", "queues"} <= seen.keys()
+
+
+@in_loop
+async def test_a_named_key_sees_its_own_requests_alone(client):
+    anna = await make_key(client)
+    for key in (KEY, anna, KEY):
+        await ask(client, headers=key)
+    seen, _ = await news(client, "", anna)
+    assert [(row["n"], row["key"]) for row in seen["recent"]] == [(2, "anna")]
+    assert seen.keys() == {
+        *("now", "cursor", "reset", "operator", "name", "recent", "client_keys"),
+    }
+    await client.app[ztoapi.DATABASE].sync(client.app[ztoapi.ACCOUNTS])
+    async with client.get("/dashboard/history", headers=anna) as response:
+        history = await response.json()
+    for span in ("days", "quarters", "minutes"):
+        assert [(row["key"], row["requests"]) for row in history[span]] == [("anna", 1)]
+    assert len(history["times"]) == 1
+
+
+@in_loop
+async def test_a_refusal_says_why_among_the_requests_and_counts(client):
+    anna = await make_key(client, rpm=1)
+    for _ in range(2):
+        await ask(client, headers=anna)
+    seen, _ = await news(client, "", anna)
+    assert [(row["status"], row["error"], row["words"]) for row in seen["recent"]] == [
+        (429, "rate_limit_exceeded", "This key may send 1 requests a minute: wait a little."),
+        (200, "", ""),
+    ]
+    [key] = seen["client_keys"]
+    assert key["requests"] == 2
+
+
+@in_loop
+async def test_the_history_is_sent_again_only_when_it_has_changed(start):
+    client = await start(clock=ztoapi.Clock())
+    statuses, headers = [], {**KEY}
+    for asks in (0, 1, 0, 0):
+        for _ in range(asks):
+            await ask(client)
+        await client.app[ztoapi.DATABASE].sync(client.app[ztoapi.ACCOUNTS])
+        async with client.get("/dashboard/history", headers=headers) as response:
+            statuses.append((response.status, bool(await response.read())))
+            headers["If-None-Match"] = response.headers["ETag"]
+    assert statuses == [(200, True), (200, True), (304, False), (304, False)]
+
+
+@in_loop
+@pytest.mark.parametrize(("accepted", "coding"), [("gzip, br", "gzip"), ("br", None)])
+@pytest.mark.parametrize("path", ["/dashboard/stats", "/dashboard/history"])
+async def test_large_answers_of_the_dashboard_are_packed(client, path, accepted, coding):
+    for i in range(8):
+        await ask(client, chat(model=f"glm-{i}"))
+    async with client.get(path, headers={**KEY, "Accept-Encoding": accepted}) as response:
+        assert response.headers.get("Content-Encoding") == coding
+        assert len(await response.json()) > 3
+
+
+def test_a_timeline_keeps_its_last_stretches_and_says_when_they_were():
+    timeline = ztoapi.Timeline(60, 2, 1)
+    for minute in range(5):
+        stretch = timeline.at(minute * 60 + 59.9)
+        stretch.figures["a", "glm-5"] = [1, 0, 0, 0, 0]
+        stretch.times.append(("a", 0.5, None))
+    assert [row["at"] for row in timeline.rows("a", {"a": "anna"}, 3600)] == [3720, 3780, 3840]
+    assert timeline.rows("b", {}, 0) == timeline.percentiles("b", 0) == []
+    assert timeline.percentiles(EVERYBODY, 0)[0] == {
+        "at": 120,
+        "first": {"p50": 0.5, "p95": 0.5},
+        "duration": {"p50": None, "p95": None},
+    }
 
 
 @in_loop
@@ -16503,7 +17166,13 @@ async def test_browsers_are_led_to_the_docs(client):
     async with client.get(
         "/", headers={"Accept": "text/html,*/*"}, allow_redirects=False
     ) as response:
-        assert (response.status, response.headers["Location"]) == (302, "/docs")
+        assert (response.status, response.headers["Location"]) == (302, "docs")
+
+
+@in_loop
+async def test_browsers_get_an_icon(client):
+    async with client.get("/favicon.ico") as response:
+        assert (response.status, response.content_type) == (200, "image/svg+xml")
 
 
 @in_loop
@@ -16527,56 +17196,177 @@ async def shell(lines):
 @in_loop
 @pytest.mark.browser
 async def test_the_docs_page_answers_from_key_to_last_token(demo, browser):
-    # The page tells no pace before 0.2 seconds.
     here = f"http://localhost:{(await demo(pace=0.015)).port}"
-    await browser.open(here + "/docs", "document.querySelectorAll('#model-rows tr').length >= 22")
-    assert await browser.run(text_of("base")) == here + "/v1"
-    await browser.run("$('try-message').value = \"it's 你好\"; $('send').click()")
-    assert await browser.sees(
-        text_of("pace") + ".includes('tokens/s') && $('send').ariaDisabled === 'false'"
-    )
-    assert "it's 你好" in await browser.run(text_of("answer"))
-    assert "only a demo" in await browser.run(text_of("thought"))
-    assert "[DONE]" in await shell(*await browser.run(shown_in("asked")))
+    await browser.open(here + "/docs", "document.querySelectorAll('#model-table tr').length > 22")
+    assert await browser.run("$('base').querySelector('code').textContent") == here + "/v1"
+    await browser.run(say_in_playground("it's 你好"))
+    assert await browser.sees(ANSWERED)
+    answer, thought = await browser.run("[chat.turns[1].text, chat.turns[1].thought]")
+    assert ("it's 你好" in answer, "only a demo" in thought) == (True, True)
+    figures = await browser.run("document.querySelector('.figures').textContent")
+    for words in ("first token", "tokens in", "cached", "tokens out", "cost $0", "finish: stop"):
+        assert words in figures
     assert browser.complaints == []
     assert {url.split("/")[2] for url in browser.asked if url.startswith("http")} == {
         here.split("/")[2]
     }
 
 
+ANSWERED = "$('again').checkVisibility()"
+# Puts what is copied into `copied`.
+WATCH_CLIPBOARD = (
+    "window.copied = ''; navigator.clipboard.writeText = async text => { window.copied = text }; "
+)
+
+
+def say_in_playground(text):
+    return f"$('try-message').value = {json.dumps(text)}; $('send').click()"
+
+
+@in_loop
+@pytest.mark.browser
+async def test_the_request_of_the_playground_hides_its_key_until_it_is_copied(here, browser):
+    await browser.open(here + "/docs", "!!$('send')")
+    await browser.run(WATCH_CLIPBOARD + say_in_playground("it's 你好"))
+    assert await browser.sees(ANSWERED)
+    await browser.run("document.querySelector('.asked').open = true")
+    assert await browser.sees("!!document.querySelector('.asked pre')")
+    assert "sk-your-key" not in await browser.run("$('log').textContent")
+    await browser.run("document.querySelector('.asked button').click()")
+    copied = await browser.run("window.copied")
+    assert "sk-your-key" in copied
+    assert "[DONE]" in await shell(copied)
+
+
+@in_loop
+@pytest.mark.browser
+async def test_a_conversation_has_a_system_prompt_an_image_and_an_answer_made_again(here, browser):
+    await browser.open(here + "/docs", "!!$('send')")
+    await browser.run(
+        "$('try-system').value = 'Be brief.'; $('try-model').value = 'glm-4.6v-flash'; "
+        "$('try-model').onchange(); $('try-temperature').value = '0.5'; $('try-limit').value = '99'"
+    )
+    await browser.run(
+        "(async () => { const canvas = document.createElement('canvas'); const file = await new Promise("
+        "done => canvas.toBlob(done)); await addImages([new File([file], 'a.png', {type: file.type})]) })()"
+    )
+    await browser.run("$('try-thinking').value = 'off'; " + say_in_playground("What is it?"))
+    assert await browser.sees(ANSWERED)
+    await browser.run("$('try-message').value = 'Sure?'; $('try-message').focus()")
+    await browser.call("Input.dispatchKeyEvent", type="keyDown", key="Enter", modifiers=2)  # Ctrl
+    assert await browser.sees("chat.turns.length === 4 && " + ANSWERED)
+    await browser.run("$('again').click()")
+    assert await browser.sees("chat.turns.length === 4 && " + ANSWERED)
+    request = await browser.run("chat.turns[3].request")
+    said = [message["role"] for message in request.pop("messages")]
+    assert said == ["system", "user", "assistant", "user"]
+    assert request == {
+        "model": "glm-4.6v-flash",
+        "stream": True,
+        "stream_options": {"include_usage": True},
+        "enable_thinking": False,
+        "temperature": 0.5,
+        "max_tokens": 99,
+    }
+    assert await browser.run("chat.turns[0].images.length") == 1
+    await browser.run("$('clear').click()")
+    assert await browser.run("chat.turns.length + document.querySelectorAll('.turn').length") == 0
+    assert browser.complaints == []
+
+
+@in_loop
+@pytest.mark.browser
+@pytest.mark.parametrize(
+    ("text", "html"),
+    [
+        pytest.param("a *b* **c** `d` ~~e~~", "<p>a <em>b</em> <strong>c</strong> <code>d</code> <s>e</s></p>", id="spans"),
+        pytest.param("snake_case_name 2 * 3 * 4", "<p>snake_case_name 2 * 3 * 4</p>", id="no spans"),
+        pytest.param("# A\n#### B", "<h4>A</h4><h5>B</h5>", id="headings without a gap"),
+        pytest.param("- a\n  - b\n- c", "<ul><li>a<ul><li>b</li></ul></li><li>c</li></ul>", id="lists"),
+        pytest.param("3. a\n4. b", '<ol start="3"><li>a</li><li>b</li></ol>', id="a numbered list"),
+        pytest.param("> a\n> b\n\n---", "<blockquote><p>a\nb</p></blockquote><hr>", id="a quotation"),
+        pytest.param("[a](javascript:alert(1))", "<p><span>a</span></p>", id="a script as a link"),
+        pytest.param("[a](data:text/html,b)", "<p><span>a</span></p>", id="data as a link"),
+        pytest.param("<img src=x onerror=alert(1)>", "<p>&lt;img src=x onerror=alert(1)&gt;</p>", id="markup"),
+        pytest.param(
+            "![a](https://b.c/d.png)",
+            '<p><a href="https://b.c/d.png" target="_blank" rel="noopener noreferrer">[picture] a</a></p>',
+            id="a remote image is a link",
+        ),
+        pytest.param(
+            "see https://b.c/d_e.",
+            '<p>see <a href="https://b.c/d_e" target="_blank" rel="noopener noreferrer">https://b.c/d_e</a>.</p>',
+            id="an address",
+        ),
+    ],
+)  # fmt: skip
+async def test_markdown_becomes_elements_and_nothing_else(here, browser, text, html):
+    await browser.open(here + "/docs", "!!$('send')")
+    rendered = f"make('div', {{}}, renderMarkdown({json.dumps(text)})).innerHTML"
+    assert await browser.run(rendered) == html
+
+
+@in_loop
+@pytest.mark.browser
+async def test_code_in_an_answer_can_be_copied(here, browser):
+    await browser.open(here + "/docs", "!!$('send')")
+    fence = json.dumps("```js\nlet a = 1;\n\n  b\n```")
+    await browser.run(
+        WATCH_CLIPBOARD + f"const made = make('div', {{}}, renderMarkdown({fence})); "
+        "made.querySelector('button').click()"
+    )
+    assert await browser.sees("window.copied === 'let a = 1;\\n\\n  b'")
+
+
 def shown_in(panel):
     return f"[...document.querySelectorAll('#{panel} pre')].map(pre => pre.textContent)"
 
 
-def open_tab(tabs, name):
-    return f"[...document.querySelectorAll('#{tabs} label')].find(tab => tab.textContent === '{name}').click()"
+def choose(tabs, value):
+    return f"document.querySelector('#{tabs} [value=\"{value}\"]').click(); "
 
 
-def choose_client_model(name):
-    return f"$('client-model').value = '{name}'; $('client-model').dispatchEvent(new Event('input', {{bubbles: true}}))"
+def choose_model(name):
+    return f"$('client-model').value = '{name}'; $('client-model').dispatchEvent(new Event('change')); "
 
 
 @in_loop
+@pytest.mark.browser
 @pytest.mark.parametrize(
-    ("tab", "whole", "streamed"),
+    ("api", "way", "wanted"),
     [
-        pytest.param("curl", '"object":"chat.completion"', "data: [DONE]", id="curl"),
-        pytest.param(
-            "Responses", '"status":"completed"', '"type":"response.completed"', id="Responses"
-        ),
+        pytest.param("Chat", "text", '"object":"chat.completion"', id="chat"),
+        pytest.param("Chat", "stream", "data: [DONE]", id="chat streamed"),
+        pytest.param("Chat", "tool", '"name":"get_weather"', id="chat with a tool"),
+        pytest.param("Chat", "image", '"finish_reason":"stop"', id="chat with an image"),
+        pytest.param("Responses", "text", '"status":"completed"', id="Responses"),
+        pytest.param("Responses", "stream", '"type":"response.completed"', id="Responses streamed"),
+        pytest.param("Responses", "tool", '"name":"get_weather"', id="Responses with a tool"),
+        pytest.param("Responses", "image", '"status":"completed"', id="Responses with an image"),
     ],
 )
-async def test_the_calls_of_the_docs_page_work_as_they_are_shown(
-    here, browser, tab, whole, streamed
-):
+async def test_the_calls_of_the_docs_page_work_as_they_are_shown(here, browser, api, way, wanted):
     await browser.open(here + "/docs", "!!document.querySelector('#call-panel pre')")
-    for condition, wanted in (("false", whole), ("true", streamed)):
-        await browser.run(
-            f"$('streamed').checked = !{condition}; $('streamed').click();"
-            + open_tab("call-tabs", tab)
-        )
-        (lines,) = await browser.run(shown_in("call-panel"))
-        assert wanted in await shell(lines)
+    await browser.run(choose("call-api", api) + choose("call-way", way))
+    (lines,) = await browser.run(shown_in("call-panel"))
+    assert wanted in await shell(lines)
+
+
+@in_loop
+@pytest.mark.browser
+@pytest.mark.parametrize("api", ["Chat", "Responses"])
+@pytest.mark.parametrize("way", ["text", "stream", "tool", "image"])
+async def test_the_python_calls_of_the_docs_page_work_as_they_are_shown(here, browser, api, way):
+    pytest.importorskip("openai")
+    await browser.open(here + "/docs", "!!document.querySelector('#call-panel pre')")
+    await browser.run(
+        choose("call-language", "Python") + choose("call-api", api) + choose("call-way", way)
+    )
+    (lines,) = await browser.run(shown_in("call-panel"))
+    wanted = "get_weather" if way == "tool" else "the demo of ztoapi"
+    program = [sys.executable, "-c", lines]
+    done = await asyncio.to_thread(subprocess.run, program, capture_output=True, timeout=40)
+    assert wanted in done.stdout.decode()
 
 
 @in_loop
@@ -16584,18 +17374,16 @@ async def test_the_calls_of_the_docs_page_work_as_they_are_shown(
 async def test_the_tabs_of_the_docs_page_obey_the_arrow_keys_and_share_the_model(here, browser):
     await browser.open(here + "/docs", "!!document.querySelector('#call-panel pre')")
     for key, wanted in (
-        ("ArrowLeft", "Responses"),
+        ("ArrowLeft", "JavaScript"),
         ("ArrowRight", "curl"),
-        ("ArrowRight", "Python"),
+        ("ArrowRight", "PowerShell"),
     ):
-        await browser.run("document.querySelector('#call-tabs :checked').focus()")
+        await browser.run("document.querySelector('#call-language :checked').focus()")
         await browser.call("Input.dispatchKeyEvent", type="keyDown", key=key)
-        focused = await browser.run(
-            "document.activeElement.parentNode.textContent + document.activeElement.checked"
-        )
-        assert focused == wanted + "true"
-    await browser.run(choose_client_model("glm-5.3"))
-    assert 'model="glm-5.3"' in (await browser.run(shown_in("call-panel")))[0]
+        assert await browser.run("document.activeElement.value") == wanted
+        assert await browser.run("chosenTab('call-language')") == wanted
+    await browser.run(choose_model("glm-5.3"))
+    assert '"model": "glm-5.3"' in (await browser.run(shown_in("call-panel")))[0]
     assert "glm-5.3" in (await browser.run(shown_in("client-panel")))[0]
     assert browser.complaints == []
 
@@ -16604,10 +17392,10 @@ async def test_the_tabs_of_the_docs_page_obey_the_arrow_keys_and_share_the_model
 @pytest.mark.browser
 async def test_the_docs_page_shows_for_each_client_the_lines_that_launch_shows(here, browser):
     await browser.open(here + "/docs", "!!document.querySelector('#client-panel pre')")
-    await browser.run(choose_client_model("glm-5.3-flash"))
+    await browser.run(choose_model("glm-5.3-flash"))
     port = here.split(":")[2]
     for name, client in ztoapi.CLIENTS.items():
-        await browser.run(open_tab("client-tabs", name))
+        await browser.run(choose("client-program", name))
         words = ztoapi.client_words(here, "sk-your-key", MODELS["glm-5.3-flash"])
         shown = client.filled({**words, "dir": "$dir"}).shell_lines()
         wanted = [
@@ -16621,38 +17409,69 @@ async def test_the_docs_page_shows_for_each_client_the_lines_that_launch_shows(h
 
 @in_loop
 @pytest.mark.browser
+async def test_the_table_of_models_begins_with_free_ones_and_can_be_filtered(here, browser):
+    names = "[...document.querySelectorAll('#model-table tbody th')].map(cell => cell.textContent)"
+    await browser.open(here + "/docs", "!!document.querySelector('#model-table td')")
+    free = [model.id for model in MODELS.values() if model.free]
+    assert (await browser.run(names))[: len(free)] == free
+    await browser.run("$('filter').value = 'FLASH 4.6v'; $('filter').oninput()")
+    assert await browser.run(names) == ["glm-4.6v-flash", "glm-4.6v-flashx"]
+    await browser.run("$('filter').value = 'no such model'; $('filter').oninput()")
+    assert await browser.run(text_of("filter-says")) == "No model is like this: change the filter."
+
+
+@in_loop
+@pytest.mark.browser
+@pytest.mark.parametrize("page", ["docs", "dashboard"])
+async def test_language_and_theme_are_chosen_and_remembered(here, browser, page):
+    state = "[document.documentElement.lang, document.documentElement.dataset.theme, $('language').value]"
+    await browser.open(f"{here}/{page}", "$('version').textContent !== ''")
+    await browser.run(
+        "$('language').value = 'zh'; $('language').onchange(); $('theme').value = 'dark'; $('theme').onchange()"
+    )
+    assert await browser.run(state) == ["zh-CN", "dark", "zh"]
+    await browser.open(f"{here}/health")
+    await browser.open(f"{here}/{page}", "$('version').textContent !== ''")
+    assert await browser.run(state) == ["zh-CN", "dark", "zh"]
+
+
+REQUEST_ROWS = "document.querySelectorAll('#request-table tbody tr:not(.opened)').length"
+
+
+@in_loop
+@pytest.mark.browser
 async def test_a_stream_can_be_stopped_and_the_dashboard_counts_it(demo, browser):
     here = f"http://localhost:{(await demo(pace=0.03)).port}"
     await browser.open(here + "/docs", "!!$('send')")
-    await browser.run("$('try-message').value = 'word '.repeat(500); $('send').click()")
-    assert await browser.sees(text_of("answer") + ".length > 20")
+    await browser.run(say_in_playground("word " * 500))
+    assert await browser.sees("chat.turns[1].text.length > 20")
     await browser.run("$('stop').click()")
-    assert await browser.sees(text_of("pace") + ".includes('stopped')")
-    await browser.open(
-        here + "/dashboard", "document.querySelectorAll('#recent-rows tr').length === 1"
-    )
-    assert "499" in await browser.run(text_of("recent-rows"))
+    assert await browser.sees("$('log').textContent.includes('finish: stopped')")
+    await browser.open(here + "/dashboard#requests", f"{REQUEST_ROWS} === 1")
+    assert "499" in await browser.run(text_of("request-table"))
     assert browser.complaints == []
 
 
 @in_loop
 @pytest.mark.browser
-async def test_what_comes_from_outside_stays_text(here, browser):
+async def test_what_comes_from_outside_stays_text(demo, browser):
     evil = "<img src=x onerror=window.broken=1>"
+    here = f"http://localhost:{(await demo(model_aliases=((evil, evil + 'x'),))).port}"
     await browser.open(here + "/docs", "!!$('send')")
-    await browser.run(f"$('try-model').value = '{evil}'; $('send').click()")
-    assert await browser.sees("$('failure').checkVisibility()")
-    assert "model_not_found" in await browser.run(text_of("failure"))
+    await browser.run(f"$('try-model').value = '{evil}'; " + say_in_playground(evil))
+    assert await browser.sees("!!document.querySelector('.failure')?.checkVisibility()")
+    assert "model_not_found" in await browser.run("document.querySelector('.failure').textContent")
+    browser.complaints.clear()  # the 404 is one for the console
     async with ztoapi.aiohttp.ClientSession() as session:
         await session.post(
             here + "/v1/chat/completions", json=chat(model=evil), headers=KEY | {"User-Agent": evil}
         )
-    browser.complaints.clear()  # the 404 is one for the console
-    await browser.open(
-        here + "/dashboard", "document.querySelectorAll('#recent-rows tr').length === 2"
-    )
-    assert "<img?src=x?onerror=window.broken=1>" in await browser.run(text_of("recent-rows"))
-    assert await browser.run("document.querySelectorAll('img').length + (window.broken || 0)") == 0
+    images = "document.querySelectorAll('img').length + (window.broken || 0)"
+    assert await browser.run(images) == 0
+    await browser.open(here + "/dashboard#requests", f"{REQUEST_ROWS} === 2")
+    await browser.run("document.querySelector('#request-table tbody button').click()")
+    assert "<img" in await browser.run(text_of("request-table"))
+    assert await browser.run(images) == 0
     assert browser.complaints == []
 
 
@@ -16679,17 +17498,35 @@ async def test_the_dashboard_asks_for_the_key(demo, browser):
         ("wrong", text_of("door-says") + " !== ''"),
         ("sk-mine", "!$('board').hidden"),
     ):
-        await browser.run(
-            f"$('door-key').value = '{key}'; document.querySelector('#door button').click()"
-        )
+        await browser.run(f"$('door-key').value = '{key}'; $('door-open').click()")
         assert await browser.sees(condition)
+
+
+@in_loop
+@pytest.mark.browser
+@pytest.mark.parametrize(
+    ("remembers", "kept"),
+    [pytest.param("false", None, id="for the tab"), pytest.param("true", "sk-your-key", id="on the device")],
+)  # fmt: skip
+async def test_the_key_is_kept_for_the_tab_unless_the_person_wants_more(
+    here, browser, remembers, kept
+):
+    await browser.open(here + "/dashboard", "!!$('door')")
+    await browser.run(f"$('door-keep').checked = {remembers}")
+    await open_door(browser, "sk-your-key")
+    keeps = "[sessionStorage.getItem('ztoapi-key'), localStorage.getItem('ztoapi-key')]"
+    assert await browser.run(keeps) == ["sk-your-key", kept]
+    await browser.run("$('leave').click()")
+    assert await browser.run(keeps) == [None, None]
 
 
 async def open_dashboard(browser, here, key):
     await browser.open(here + "/dashboard", "!!$('door')")
-    await browser.run(
-        f"$('door-key').value = '{key}'; document.querySelector('#door button').click()"
-    )
+    await open_door(browser, key)
+
+
+async def open_door(browser, key):
+    await browser.run(f"$('door-key').value = '{key}'; $('door-open').click()")
     assert await browser.sees("!$('board').hidden")
 
 
@@ -16703,34 +17540,96 @@ async def stats_for(here, key):
 
 @in_loop
 @pytest.mark.browser
-async def test_keys_are_added_changed_and_removed_on_the_dashboard(here, browser):
+async def test_the_address_remembers_the_view_of_the_dashboard(here, browser):
+    shown = "[...document.querySelectorAll('[id$=-view]')].filter(view => view.checkVisibility()).map(view => view.id)"
     await open_dashboard(browser, here, "sk-your-key")
-    await browser.run(
-        "$('name').value = 'anna+1'; $('budget').value = '5M/month'; $('save').click()"
-    )
-    assert await browser.sees("document.activeElement === $('made')")
-    key = await browser.run("document.querySelector('#made pre').textContent")
-    assert await browser.sees(text_of("key-rows") + ".includes('0 of 5M/month')")
-    same = "const rows = $('key-rows'); refresh().then(() => rows === $('key-rows'))"
+    assert await browser.run(shown) == ["overview-view"]
+    for view in ("requests", "keys", "upstream", "overview"):
+        await browser.run(f"document.querySelector('#views [href=\"#{view}\"]').click()")
+        assert await browser.sees(f"{shown}.join() === '{view}-view'")
+        assert (await browser.run("location.hash")) == f"#{view}"
+    await browser.open(f"{here}/dashboard#keys", f"{shown}.join() === 'keys-view'")
+    assert browser.complaints == []
+
+
+NEW_KEY = "(/sk-[\\w-]{43}/.exec($('made').textContent) ?? [''])[0]"
+
+
+@in_loop
+@pytest.mark.browser
+async def test_keys_are_added_changed_and_removed_on_the_dashboard(here, browser):
+    await browser.open(here + "/dashboard#keys", "!!$('door')")
+    await open_door(browser, "sk-your-key")
+    add = "$('add-key').click(); $('key-name').value = 'anna+1'; $('tokens-amount').value = '5'; $('key-save').click()"
+    await browser.run(add)
+    assert await browser.sees("$('made-dialog').open")
+    key = await browser.run(NEW_KEY)
+    lines = await browser.run(text_of("made"))
+    assert (f"{here}/v1" in lines, "python ztoapi.py launch" in lines) == (True, True)
+    await browser.run("$('made-close').click()")
+    assert await browser.sees(text_of("key-table") + ".includes('0 of 5M/month')")
+    same = "const before = $('key-table').firstChild; refresh().then(() => before === $('key-table').firstChild)"
     assert await browser.run(same)  # or a click would miss its button
 
-    await browser.run("$('change anna+1').click(); $('rpm').value = '7'; $('save').click()")
-    assert await browser.sees("document.activeElement === $('change anna+1')")
-    status, snapshot = await stats_for(here, key)
-    assert (status, snapshot["client_keys"][0]["tokens"], snapshot["client_keys"][0]["rpm"]) == (
-        200,
-        "5M/month",
-        7,
+    change = "$('change anna+1').focus(); $('change anna+1').click(); $('key-rpm').value = '7'; $('key-save').click()"
+    await browser.run(change)
+    assert await browser.sees(
+        "!$('key-dialog').open && document.activeElement.id === 'change anna+1'"
     )
+    status, snapshot = await stats_for(here, key)
+    changed = snapshot["client_keys"][0]
+    assert (status, changed["tokens"], changed["rpm"]) == (200, "5M/month", 7)
 
-    await browser.run("$('name').value = 'anna+1'; $('save').click()")
-    assert "of this name" in await browser.run(text_of("key-says"))
-    await browser.run("$('remove anna+1').click(); document.activeElement.click()")
+    await browser.run(add)
+    assert await browser.sees(text_of("key-says") + ".includes('of this name')")
+    await browser.run(
+        "$('key-cancel').click(); $('remove anna+1').click(); document.activeElement.click()"
+    )
+    assert not await browser.run("$('sure-dialog').open")
     assert (await stats_for(here, key))[0] == 200
     await browser.run("$('remove anna+1').click(); $('sure-yes').click()")
-    assert await browser.sees(text_of("key-rows") + " === 'nothing yet'")
+    assert await browser.sees(text_of("key-table") + ".startsWith('No keys yet')")
     assert (await stats_for(here, key))[0] == 401
     assert browser.complaints == []
+
+
+@in_loop
+@pytest.mark.browser
+async def test_keys_are_paused_renamed_and_rotated_on_the_dashboard(here, browser):
+    async with (
+        ztoapi.aiohttp.ClientSession(headers=KEY) as session,
+        session.post(here + "/dashboard/keys", json={"name": "anna"}) as response,
+    ):
+        key = (await response.json())["key"]
+    await browser.open(here + "/dashboard#keys", "!!$('door')")
+    await open_door(browser, "sk-your-key")
+    assert await browser.sees("!!$('pause anna')")
+    await browser.run("$('pause anna').click()")
+    assert await browser.sees("!!$('resume anna')")
+    assert (await stats_for(here, key))[0] == 401
+    await browser.run("$('resume anna').click()")
+    assert await browser.sees("!!$('pause anna')")
+    await browser.run(
+        "$('rename anna').click(); $('new-name').value = '安娜'; $('sure-yes').click()"
+    )
+    assert await browser.sees("!!$('rotate 安娜')")
+    assert (await stats_for(here, key))[0] == 200
+    await browser.run("$('rotate 安娜').click(); $('sure-yes').click()")
+    assert await browser.sees("$('made-dialog').open")
+    assert (await stats_for(here, key))[0] == 401
+    assert (await stats_for(here, await browser.run(NEW_KEY)))[0] == 200
+    assert browser.complaints == []
+
+
+@in_loop
+@pytest.mark.browser
+async def test_a_limit_is_written_as_it_was_picked(here, browser):
+    await browser.open(here + "/dashboard#keys", "!!$('door')")
+    await open_door(browser, "sk-your-key")
+    for written in ("5M/month", "500K/day", "1200", "2.5M/week"):
+        picked = f"setAmount('tokens', '{written}'); getAmount('tokens')"
+        assert await browser.run(picked) == written
+    assert await browser.run("setAmount('spend', null); getAmount('spend')") == "none"
 
 
 @in_loop
@@ -16749,34 +17648,67 @@ async def test_a_key_sees_on_the_dashboard_what_is_its_own(here, browser):
         ("sk-your-key", ["glm-4.6", "glm-5.3", "total"], True),
     ):
         await open_dashboard(browser, here, asked_with)
-        names = "[...document.querySelectorAll('#month-rows td:first-child')].map(cell => cell.textContent).sort()"
+        names = "[...document.querySelectorAll('#usage-table tbody th')].map(cell => cell.textContent).sort()"
         assert await browser.sees(f"JSON.stringify({names}) === '{ztoapi.to_json(by_model)}'")
-        parts = ("live-part", "hour-part", "key-form", "by")
+        parts = ("by", "to-upstream")
         assert [await browser.run(f"$('{part}').checkVisibility()") for part in parts] == [
             operator
-        ] * 4
-        await browser.run("$('leave').click()")
+        ] * 2
+        await browser.run("location.hash = '#keys'")
+        assert await browser.sees("$('keys-view').checkVisibility()")
+        assert await browser.run("$('add-key').checkVisibility()") is operator
+        await browser.run("location.hash = ''; $('leave').click()")
     assert browser.complaints == []
 
 
 @in_loop
 @pytest.mark.browser
-async def test_the_arrow_keys_choose_a_day_of_the_month(here, browser):
+async def test_the_arrow_keys_choose_a_column_of_a_chart(here, browser):
     async with ztoapi.aiohttp.ClientSession(headers=KEY) as session:
         await session.post(here + "/v1/chat/completions", json=chat())
+        days = []
+        while not days:  # they are written behind the request's back
+            async with session.get(here + "/dashboard/history") as response:
+                days = (await response.json())["days"]
     await open_dashboard(browser, here, "sk-your-key")
-    assert await browser.sees(text_of("day") + ".includes('(glm-4.6 ')")
+    value = "document.querySelector('#usage-chart [role=slider]').getAttribute('aria-value{}')"
+    await browser.run(choose("range", "31d"))
+    assert await browser.sees(value.format("text") + "?.includes('(glm-4.6 ')")
     await browser.run("$('by').value = 'key'; $('by').onchange()")
-    assert await browser.sees(text_of("day") + ".includes('(operator ')")
-    for key, wanted in (
-        ("ArrowLeft", "month29"),
-        ("ArrowLeft", "month28"),
-        ("ArrowRight", "month29"),
-    ):
-        await browser.run("$('month').focus()")
+    assert await browser.sees(value.format("text") + ".includes('(operator ')")
+    for key, wanted in (("ArrowLeft", "29"), ("Home", "0"), ("ArrowRight", "1")):
+        await browser.run("document.querySelector('#usage-chart [role=slider]').focus()")
         await browser.call("Input.dispatchKeyEvent", type="keyDown", key=key)
-        assert await browser.run("$('month').getAttribute('aria-activedescendant')") == wanted
-    assert await browser.run(text_of("day") + ".endsWith(': 0')")
+        assert await browser.run(value.format("now")) == wanted
+    assert await browser.run(value.format("text") + ".endsWith(': 0')")
+
+
+@in_loop
+@pytest.mark.browser
+async def test_the_list_of_requests_is_filtered_paused_and_opened(here, browser):
+    async with ztoapi.aiohttp.ClientSession(headers=KEY) as session:
+        for body in (chat(), chat(model="glm-4.5"), chat(temperature=9)):
+            await session.post(here + "/v1/chat/completions", json=body)
+        await browser.open(here + "/dashboard#requests", "!!$('door')")
+        await open_door(browser, "sk-your-key")
+        assert await browser.sees(f"{REQUEST_ROWS} >= 2")
+        everything = await browser.run(REQUEST_ROWS)
+        await browser.run("$('of-model').value = 'glm-4.5'; $('filters').oninput()")
+        assert await browser.run(REQUEST_ROWS) == 1
+        await browser.run(
+            "$('of-model').value = ''; $('of-text').value = 'nowhere'; $('filters').oninput()"
+        )
+        assert "change the filters" in await browser.run(text_of("request-table"))
+        await browser.run("$('of-text').value = ''; $('filters').oninput(); $('pause').click()")
+        await browser.run("document.querySelector('#request-table tbody button').click()")
+        assert "req_" in await browser.run("document.querySelector('.opened').textContent")
+        await session.post(here + "/v1/chat/completions", json=chat())
+        assert await browser.sees(text_of("requests-say") + ".includes('Paused: 1 more')")
+        assert await browser.run(REQUEST_ROWS) == everything
+        await browser.run("$('pause').click()")
+        assert await browser.run(REQUEST_ROWS) == everything + 1
+    assert await browser.run("document.querySelectorAll('.opened:not([hidden])').length") == 1
+    assert browser.complaints == []
 
 
 @in_loop
@@ -16801,10 +17733,14 @@ async def test_the_dashboard_shows_what_is_left_of_a_plan_and_what_lowered_a_lim
     zai.answers = [zai_refuses(1302)]
     await ask(client)
     await open_dashboard(browser, f"http://localhost:{client.port}", "sk-your-key")
-    bars = "[...document.querySelectorAll('#plans progress')].map(bar => bar.ariaLabel + bar.value + bar.className)"
-    assert await browser.sees(f"{bars}.join() === '5 hours25,week5bad'")
-    assert "25 % left · 3,000 / 12,000" in await browser.run(text_of("plans"))
-    assert await browser.sees(text_of("queue-rows") + ".includes('lowered to 1 at')")
+    bars = (
+        "[...document.querySelectorAll('#limits [role=meter]')].map(bar => "
+        "[bar.ariaLabel, bar.ariaValueNow, bar.parentNode.className].join())"
+    )
+    assert await browser.sees(f"{bars}.join(' ') === '5 hours,25,gauge week,5,gauge short'")
+    assert "25 % left · 3,000 / 12,000" in await browser.run(text_of("limits"))
+    await browser.run("location.hash = '#upstream'")
+    assert await browser.sees(text_of("queue-table") + ".includes('lowered to 1 at')")
     assert browser.complaints == []
 
 
@@ -16814,10 +17750,10 @@ def check(zai, monkeypatch, capsys):
     monkeypatch.setattr(ztoapi, "ENV_FILE", Path("/nowhere"))
     monkeypatch.setenv("NO_PROXY", "*")
 
-    async def checked(**settings):
-        status = await ztoapi.check(
-            {"PORT": "0", "ZAI_BASE_URL": zai.url, "ZAI_API_KEY": "id.secret"} | settings
-        )
+    async def checked(bases=ztoapi.ZAI_BASES, probe="", **settings):
+        ours = {"PORT": "0", "ZAI_BASE_URL": zai.url, "ZAI_API_KEY": "id.secret"}
+        ours["DATABASE_URL"] = "memory"
+        status = await ztoapi.check({**ours, **settings}, bases, probe)
         return status, capsys.readouterr().out.splitlines()
 
     return checked
@@ -16827,7 +17763,7 @@ def check(zai, monkeypatch, capsys):
 async def test_the_doctor_finds_all_well(check, zai):
     zai.parts = [DOCUMENT]
     status, lines = await check()
-    assert (status, [line[0] for line in lines]) == (0, ["✓"] * 5)
+    assert (status, [line[0] for line in lines]) == (0, ["✓"] * 6)
     assert "你好" in lines[-1]
 
 
@@ -16877,6 +17813,159 @@ async def test_the_doctor_knows_a_coding_plan_key_on_the_general_address(check, 
     status, lines = await check()
     assert (status, lines[-1][:6]) == (1, "✗ chat")
     assert "https://api.z.ai/api/coding/paas/v4" in lines[-1]
+
+
+SECRET_KEY = "0123456789abcdef0123456789abcdef.abcdef"
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "shown"),
+    [
+        ("PORT", "abc", "PORT=abc"),
+        ("PORT", SECRET_KEY, "PORT"),
+        ("PORT", "sk-something", "PORT"),
+        ("ZAI_API_KEY", "ключ", "ZAI_API_KEY"),
+        ("DATABASE_URL", "mysql://u:hunter2@h/d", "DATABASE_URL"),
+        ("ZAI_BASE_URL", "http://u:hunter2@h", "ZAI_BASE_URL"),
+        ("SPEND_LIMIT", "5/year", "SPEND_LIMIT=5/year"),
+    ],
+)
+def test_a_malformed_setting_shows_neither_key_nor_password(name, text, shown):
+    with pytest.raises(SettingsError) as raised:
+        Settings.from_env({name: text})
+    assert str(raised.value).startswith(f"{shown} cannot be used: it must be ")
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [('"7"', 7), ("'7'", 7), (' "7 " ', 7), ("7", 7), ('""', 9090)],
+)
+def test_quotes_around_a_setting_are_taken_off(text, value):
+    assert Settings.from_env({"PORT": text}).port == value
+
+
+@pytest.mark.parametrize(
+    ("name", "meant"),
+    [
+        *(("ZAI_KEY", "ZAI_API_KEY"), ("PROT", "PORT"), ("ZAI_URL", "ZAI_BASE_URL")),
+        *(("CORS_ORIGIN", "CORS_ORIGINS"), ("PORT", None), ("HOSTNAME", None), ("PATH", None)),
+    ],
+)
+def test_a_variable_that_looks_like_a_misspelt_setting_is_named(name, meant):
+    found = [finding.words for finding in ztoapi.misspelt([name])]
+    assert found == ([f"{name} is no setting: is {meant} meant?"] if meant else [])
+
+
+class NamedSites:
+    """Z.ai's four named addresses, at a fake that knows of each what it takes."""
+
+    def __init__(self, zai):
+        self.bases = {name: f"{zai.url}/{name}" for name in ztoapi.ZAI_BASES}
+        self.lists = {"api"}  # those that take the key
+        self.pays = set()  # those whose account has money for paid models
+        self.free = set()  # those where free models answer
+        self.zai, zai.list_models, zai.answer = zai, self.list_models, self.answer
+
+    async def list_models(self, request):
+        raise AssertionError(request.path)
+
+    async def answer(self, request):
+        name = request.path.split("/")[4]
+        body = json.loads(self.zai.asked[-1][-1] or b"{}")
+        if request.path.endswith("/models") and name in self.lists:
+            return web.json_response({"data": [{"id": "glm-4.6"}]})
+        if request.path.endswith("/models"):
+            return web.json_response({"error": {"code": "1000", "message": "no"}}, status=401)
+        takers = self.free if MODELS[body["model"]].free else self.pays
+        if name in takers:
+            return web.Response(body=DOCUMENT, content_type="application/json")
+        return web.json_response({"error": {"code": "1113", "message": "no"}}, status=429)
+
+    def asked_at(self):
+        return [path.split("/")[4] for _, path, *_ in self.zai.asked]
+
+
+@in_loop
+@pytest.mark.parametrize(
+    ("key", "takes", "words"),
+    [
+        pytest.param("@api", {"china"}, "set ZAI_API_KEY to KEY@china (", id="one other"),
+        pytest.param("@plan", {"api", "china"}, "KEY@api (", id="several others"),
+        pytest.param("@api", set(), "None of Z.ai's other addresses takes it", id="none"),
+    ],
+)
+async def test_the_doctor_finds_the_address_of_a_refused_key(
+    check, zai, monkeypatch, key, takes, words
+):
+    sites = NamedSites(zai)
+    monkeypatch.setattr(ztoapi, "ZAI_BASES", sites.bases)
+    sites.lists = takes
+    status, lines = await check(sites.bases, ZAI_API_KEY=f"id.secret{key}")
+    assert (status, lines[-1][:7], words in lines[-1]) == (1, "✗ key 1", True)
+    assert sorted(sites.asked_at()) == sorted(ztoapi.ZAI_BASES)
+    assert all(path.endswith("/models") for _, path, *_ in zai.asked)
+
+
+@in_loop
+async def test_a_key_with_an_address_of_its_own_never_leaves_it(check, zai):
+    sites = NamedSites(zai)
+    sites.lists = {"china"}
+    status, lines = await check(sites.bases, ZAI_API_KEY=f"id.secret@{zai.url}/own")
+    assert (status, sites.asked_at(), "another address" in lines[-1].lower()) == (1, ["own"], False)
+
+
+@in_loop
+@pytest.mark.parametrize(
+    ("here", "free", "pays", "mark", "words"),
+    [
+        pytest.param("api", {"api"}, {"api"}, "✓", "paid models do", id="balance"),
+        pytest.param("plan", set(), {"plan"}, "✓", "paid models do", id="plan"),
+        pytest.param("api", {"api"}, {"plan"}, "!", "KEY@plan", id="plan's key, free works"),
+        pytest.param("plan", {"api"}, {"api"}, "✗", "KEY@api", id="balance at the plan's"),
+        pytest.param("api", {"api"}, set(), "!", "neither a plan nor a balance", id="empty"),
+        pytest.param("china", {"china"}, {"china-plan"}, "!", "KEY@china-plan", id="china"),
+    ],
+)
+async def test_the_doctor_tells_a_wrong_address_from_an_empty_account(
+    check, zai, monkeypatch, here, free, pays, mark, words
+):
+    sites = NamedSites(zai)
+    monkeypatch.setattr(ztoapi, "ZAI_BASES", sites.bases)
+    sites.lists, sites.free, sites.pays = {here}, free, pays
+    status, lines = await check(sites.bases, ZAI_API_KEY=f"id.secret@{here}")
+    assert (status, lines[-1][:8], words in lines[-1]) == (int(mark == "✗"), f"{mark} paid 1", True)
+
+
+@in_loop
+async def test_the_doctor_asks_nothing_more_after_anything_but_yes(check, zai):
+    zai.parts = [DOCUMENT]
+    await check(probe="no")
+    before = len(zai.asked)
+    status, lines = await check(probe="yes")
+    table = lines[lines.index("|---|---|") + 1 :]
+    assert (status, before, len(zai.asked) - before, len(table)) == (
+        0,
+        1,
+        11,
+        12,
+    )  # the fake does not know one path
+    assert table[0].startswith("| tool_choice required | 200: calls no tool |")
+    assert "id.secret" not in "".join(lines)
+
+
+@in_loop
+@pytest.mark.parametrize(
+    ("url", "mark", "words"),
+    [
+        ("memory", "✓", "memory only"),
+        ("sqlite:///{}/z.db", "✓", "z.db opens, and can be written"),
+        ("sqlite:///{}/none/z.db", "✗", "the database cannot be used"),
+    ],
+)
+async def test_the_doctor_opens_and_writes_the_database(check, zai, tmp_path, url, mark, words):
+    status, lines = await check(DATABASE_URL=url.format(tmp_path))
+    [line] = [line for line in lines if line[2:10] == "database"]
+    assert (line[0], words in line, status) == (mark, True, int(mark == "✗"))
 
 
 @in_loop

@@ -5403,8 +5403,8 @@ def excerpt(body: bytes | JSON) -> str:
 
 
 # ======== Z.ai: answer ==============================================================================================
-# `ZaiReader` turns bytes into events. What was torn on the way, `salvage` puts together; what the model says wrong,
-# the repairs of the next section mend.
+# `ZaiReader` turns bytes into events. What was torn on the way, `salvage` puts together, and `HalfPairs` what was
+# cut inside a character; what the model says wrong, the repairs of the next section mend.
 
 
 class SSEDecoder:
@@ -5782,10 +5782,24 @@ def zai_usage(usage: JSON) -> Usage:
 # events go in, mended events come out. `REPAIRS` lists them in order, each with the requests that
 # need it, so that the twentieth quirk costs what the first did, and can be deleted alone.
 #
-#     ZaiReader ─► TaggedReasoning ─► TextHead ─► LeakedCalls ─► CallPieces ─► JsonAlone ─► Ending ─►
+#     ZaiReader
+#        │   the head of the text         TaggedReasoning · StrayTag · TextHead
+#        │   an answer that begins again  FreshStart
+#        │   calls said as words          ThoughtCalls · LeakedCalls · JsonCalls · ForcedCall
+#        │   names of calls               NameRemnants
+#        │   ids, and doubles of calls    CallPieces · NamelessCalls · DoubledArguments
+#        │   their arguments              MarkupArguments · FencedArguments · NullArguments ·
+#        │                                UnfinishedArguments · TypedArguments
+#        │   JSON that was asked for      FencedJson · JsonAlone
+#        │   stop strings                 StopStrings
+#        ▼   the end, and emptiness       FinishWithoutCall · EmptyAnswer · Ending
 #
 # An event visits only the machines that want to see events of its type (`sees`), in order; what a
-# machine makes of it goes on to the machines behind it. A plain text answer visits TextHead until
+# machine makes of it goes on to the machines behind it. The order is such that what a machine makes
+# is mended by those behind it: a call that leaked gets an id, then arguments of the right types.
+# Halves of characters are joined before all of them, in the reader: no machine meets one.
+#
+# A request has only the machines that it needs. A plain text answer visits those for the head until
 # its first word, and Ending at its end; an answer with tools pays for what tools need.
 #
 # A machine holds back what it cannot judge yet, and no more: the first word must come at once. What
@@ -5795,7 +5809,7 @@ def zai_usage(usage: JSON) -> Usage:
 #
 # The rule for all: nothing is guessed. What is not plainly the quirk stays as it is. In particular
 # a quotation is not a leak: a model may explain our markup, or repeat a page that an agent read,
-# and no call must come of it.
+# and no call must come of it. Nor is what was cut off closed: it may have gone on otherwise.
 
 
 @dataclass(frozen=True, slots=True)
@@ -7588,7 +7602,7 @@ class Ending(Repair):
         yield replace(finish, reason=reason, is_window_full=is_window_full)
 
 
-# In order: the head of the text, calls in it, calls, JSON, the end.
+# In the order of the picture above.
 REPAIRS: tuple[type[Repair], ...] = (
     TaggedReasoning,
     StrayTag,

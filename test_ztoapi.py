@@ -6592,6 +6592,39 @@ def test_a_held_value_of_megabytes_is_read_in_linear_time():
     assert many < 10 * few
 
 
+@pytest.mark.parametrize(
+    ("arguments", "wanted"),
+    [
+        (r'{"path":"\ud83d"}', r'{"path":"\ufffd"}'),
+        (r'{"path":"\uDE00x\ud83d\n"}', r'{"path":"\ufffdx\ufffd\n"}'),
+        (r'{"path":"\ud83d\ud83d\ude00"}', r'{"path":"\ufffd\ud83d\ude00"}'),
+        (r'{"path":"\\\ud83d\\"}', r'{"path":"\\\ufffd\\"}'),
+        (r'{"path":"\ud83d\\ude00"}', r'{"path":"\ufffd\\ude00"}'),
+        (r'{"path":"\ud83d', r'{"path":"\ufffd'),
+        (r'{"path":"\ud83d\ud', r'{"path":"\ufffd\ud'),
+    ],
+)
+def test_half_a_character_in_arguments_is_found_as_an_escape(arguments, wanted):
+    assert arguments_outcomes(arguments, name="find", tools=[FIND]) == [wanted]
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        r'{"path":"\ud83d\ude00"}',
+        r'{"path":"\\ud83d"}',
+        r'{"path":"C:\\users\\"}',
+        r'{"path":"\u00e9\ud7ff\uE000"}',
+        r'{"path":"\ud8"}',
+        r'{"path":"\uD83D\uDE00\\',
+        r'{"path":"\u',
+        '{"path":"\\',
+    ],
+)
+def test_other_escapes_in_arguments_stay_as_they_are(arguments):
+    assert arguments_outcomes(arguments, name="find", tools=[FIND]) == [arguments]
+
+
 NAMELESS = {"id": "x", "index": 0, "function": named("", '{"a":1}')}
 
 
@@ -18247,6 +18280,7 @@ def random_deltas(chance):
         "null",
         "```\n",
     ]
+    arguments += [r'"\ud83d', r'\ude00"']
     deltas = []
     for _ in range(chance.randrange(9)):
         kind = chance.randrange(4)

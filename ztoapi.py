@@ -5609,8 +5609,8 @@ def excerpt(body: bytes | JSON) -> str:
 
 
 # ======== Z.ai: answer ==============================================================================================
-# `ZaiReader` turns bytes into events. What was torn on the way, `salvage` puts together; what the model says wrong,
-# the repairs of the next section mend.
+# `ZaiReader` turns bytes into events. What was torn on the way, `salvage` puts together, and `HalfPairs` what was
+# cut inside a character; what the model says wrong, the repairs of the next section mend.
 
 
 class SSEDecoder:
@@ -5988,10 +5988,25 @@ def zai_usage(usage: JSON) -> Usage:
 # events go in, mended events come out. `REPAIRS` lists them in order, each with the requests that
 # need it, so that the twentieth quirk costs what the first did, and can be deleted alone.
 #
-#     ZaiReader ─► TaggedReasoning ─► TextHead ─► LeakedCalls ─► CallPieces ─► JsonAlone ─► Ending ─►
+#     ZaiReader
+#        │   the head of the text         TaggedReasoning · StrayTag · TextHead
+#        │   an answer that begins again  FreshStart
+#        │   calls said as words          ThoughtCalls · LeakedCalls · JsonCalls · ForcedCall
+#        │   names of calls               NameRemnants
+#        │   ids, and doubles of calls    CallPieces · NamelessCalls · DoubledArguments
+#        │   their arguments              MarkupArguments · FencedArguments · NullArguments ·
+#        │                                UnfinishedArguments · TypedArguments · HalfEscapes
+#        │   JSON that was asked for      FencedJson · JsonAlone
+#        │   stop strings                 StopStrings
+#        ▼   the end, and emptiness       FinishWithoutCall · EmptyAnswer · Ending
 #
 # An event visits only the machines that want to see events of its type (`sees`), in order; what a
-# machine makes of it goes on to the machines behind it. A plain text answer visits TextHead until
+# machine makes of it goes on to the machines behind it. The order is such that what a machine makes
+# is mended by those behind it: a call that leaked gets an id, then arguments of the right types.
+# Halves of characters are joined before all of them, in the reader: no machine meets one, but as
+# an escape in arguments.
+#
+# A request has only the machines that it needs. A plain text answer visits those for the head until
 # its first word, and Ending at its end; an answer with tools pays for what tools need.
 #
 # A machine holds back what it cannot judge yet, and no more: the first word must come at once. What
@@ -6001,7 +6016,7 @@ def zai_usage(usage: JSON) -> Usage:
 #
 # The rule for all: nothing is guessed. What is not plainly the quirk stays as it is. In particular
 # a quotation is not a leak: a model may explain our markup, or repeat a page that an agent read,
-# and no call must come of it.
+# and no call must come of it. Nor is what was cut off closed: it may have gone on otherwise.
 
 
 @dataclass(frozen=True, slots=True)
@@ -7514,6 +7529,59 @@ def has_other_types_than_strings(schema: Schema) -> bool:
     return False
 
 
+class HalfEscapes(Repair):
+    """Half a surrogate pair in arguments, where it stands as an escape that no reader of bytes sees.
+
+    It waits for the other half, as in HalfPairs, and alone is U+FFFD.
+    """
+
+    kind = "half_characters"
+    sees = frozenset((ToolCall, Finish))
+    ESCAPE = re.compile(
+        r"\\u[dD][89abAB]\w\w\\u[dD][c-fC-F]\w\w"  # a pair
+        r"|(?P<open>(?:\\u[dD][89abAB]\w\w)?(?:\\(?:u\w{0,3})?)?\Z)"  # perhaps the beginning of one
+        r"|(?P<half>\\u[dD][89a-fA-F]\w\w)"
+        r"|\\.",
+        re.DOTALL | re.ASCII,
+    )
+
+    @classmethod
+    def needed(cls, needs: RepairNeeds) -> Repair | None:
+        return cls() if needs.tools else None
+
+    def __init__(self) -> None:
+        self.held: dict[int, str] = {}  # the beginning of a pair, at the end of a call's arguments
+
+    def feed(self, event: ToolCall | Finish) -> Iterable[Event]:
+        if isinstance(event, Finish):
+            return [*self.close(), event]
+        text = event.arguments
+        if not self.held and "\\u" not in text and not text.endswith("\\"):  # most pieces
+            return (event,)
+        text = self.held.pop(event.index, "") + text
+        text = self.ESCAPE.sub(partial(self.mend, event.index), text)
+        if text or event.id:
+            return (ToolCall(event.index, event.id, event.name, text),)
+        return ()
+
+    def mend(self, index: int, escape: re.Match[str]) -> str:
+        if escape["open"]:
+            self.held[index] = escape["open"]
+            return ""
+        if escape["half"]:
+            self.mended += 1
+            return "\\ufffd"
+        return escape[0]
+
+    def close(self) -> Iterator[Event]:
+        for index, held in self.held.items():
+            rest = held
+            if len(held) >= len("\\ud83d"):
+                self.mended += 1
+                rest = "\\ufffd" + held[len("\\ud83d") :]
+            yield ToolCall(index, "", "", rest)
+
+
 def is_another(piece: ToolCall, call: Call) -> bool:
     """Whether a piece with a name begins another call than the one with its index or id."""
     if not piece.name:
@@ -7794,7 +7862,7 @@ class Ending(Repair):
         yield replace(finish, reason=reason, is_window_full=is_window_full)
 
 
-# In order: the head of the text, calls in it, calls, JSON, the end.
+# In the order of the picture above.
 REPAIRS: tuple[type[Repair], ...] = (
     TaggedReasoning,
     StrayTag,
@@ -7813,6 +7881,7 @@ REPAIRS: tuple[type[Repair], ...] = (
     NullArguments,
     UnfinishedArguments,
     TypedArguments,
+    HalfEscapes,
     FencedJson,
     JsonAlone,
     StopStrings,

@@ -14920,6 +14920,20 @@ qwen --auth-type openai
     )
 
 
+def test_the_banner_names_the_database_without_its_password():
+    url = "postgresql://me:hunter2@db.example/z?password=hunter2"
+    text = ztoapi.banner(Settings(database_url=url), 9090)
+    assert "  database  PostgreSQL db.example/z\n" in text
+    assert "hunter2" not in text
+
+
+@pytest.mark.parametrize(("host", "told"), [("0.0.0.0", True), ("::", True), ("127.0.0.1", False)])
+def test_the_banner_names_an_address_for_others_where_they_may_call(host, told):
+    text = ztoapi.banner(Settings(host=host, default_key=("sk-mine",)), 9090)
+    assert ("\n  others    http://" in text) is told
+    assert "localhost" not in text.partition("others")[2].partition("\n")[0]
+
+
 def test_the_banner_ends_with_what_to_do_next():
     with_key, without = (
         ztoapi.banner(Settings(zai_api_key=keys), 9090).splitlines() for keys in (("zk",), ())
@@ -15514,6 +15528,21 @@ async def test_the_dashboard_tells_what_went_through_and_no_secret(start, zai):
     text = text.replace(zai.url, "")  # Z.ai's address stands beside the number of its key
     for secret in ("zai-one", "zai-two", "sk-your-key", "secret prompt", "127.0.0.1"):
         assert secret not in text
+
+
+@in_loop
+async def test_the_operator_sees_where_each_key_of_zais_goes_and_how_it_is(start, zai):
+    client = await start(zai_api_key=("zai-one", f"zai-two@{zai.url}/b"))
+    zai.answers = [zai_refuses(1113)]
+    await ask(client)
+    first, second = sorted(
+        (await stats(client))[0]["zai_keys"], key=lambda key: key["state"], reverse=True
+    )
+    assert {first["key"], second["key"]} == {1, 2}
+    assert {first["address"], second["address"]} == {zai.url, f"{zai.url}/b"}
+    assert (first["state"], second["state"], second["resting"]) == ("resting", "ready", [])
+    [rest] = first["resting"]
+    assert (rest["model"], rest["why"]) == ("glm-4.6", "insufficient_quota")
 
 
 async def news(client, cursor, key=KEY):

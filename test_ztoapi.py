@@ -15576,6 +15576,19 @@ async def test_a_page_that_has_seen_all_is_told_next_to_nothing(start):
         assert (idle["cursor"], idle["recent"], len(body) < 300) == (seen["cursor"], [], True)
 
 
+@pytest.mark.parametrize(
+    ("value", "other", "same"),
+    [
+        ({"until": [1.8e9 + 0.0001]}, {"until": [1.8e9 + 0.0002]}, True),
+        ({"until": 1.8e9}, {"until": 1.8e9 + 1}, False),
+        ({"p50": 0.123}, {"p50": 0.124}, False),
+        ({"a": None}, {"a": 0}, False),
+    ],
+)
+def test_times_that_tremble_are_no_news(value, other, same):
+    assert (ztoapi.field_digest(value) == ztoapi.field_digest(other)) is same
+
+
 @in_loop
 @pytest.mark.parametrize("cursor", ["", "x", "00000000-1-ab.cd", "0-0-", "\u0663" * 9])
 async def test_a_cursor_of_another_process_begins_anew(client, cursor):

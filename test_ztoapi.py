@@ -17416,6 +17416,12 @@ def choose_model(name):
         pytest.param("Chat", "stream", "data: [DONE]", id="chat streamed"),
         pytest.param("Chat", "tool", '"name":"get_weather"', id="chat with a tool"),
         pytest.param("Chat", "image", '"finish_reason":"stop"', id="chat with an image"),
+        pytest.param("Anthropic", "text", '"type":"message"', id="Anthropic"),
+        pytest.param("Anthropic", "stream", "event: message_stop", id="Anthropic streamed"),
+        pytest.param("Anthropic", "tool", '"name":"get_weather"', id="Anthropic with a tool"),
+        pytest.param(
+            "Anthropic", "image", '"stop_reason":"end_turn"', id="Anthropic with an image"
+        ),
         pytest.param("Responses", "text", '"status":"completed"', id="Responses"),
         pytest.param("Responses", "stream", '"type":"response.completed"', id="Responses streamed"),
         pytest.param("Responses", "tool", '"name":"get_weather"', id="Responses with a tool"),
@@ -17431,19 +17437,21 @@ async def test_the_calls_of_the_docs_page_work_as_they_are_shown(here, browser, 
 
 @in_loop
 @pytest.mark.browser
-@pytest.mark.parametrize("api", ["Chat", "Responses"])
-@pytest.mark.parametrize("way", ["text", "stream", "tool", "image"])
-async def test_the_python_calls_of_the_docs_page_work_as_they_are_shown(here, browser, api, way):
-    pytest.importorskip("openai")
+@pytest.mark.parametrize(
+    ("api", "sdk"), [("Chat", "openai"), ("Anthropic", "anthropic"), ("Responses", "openai")]
+)
+async def test_the_python_calls_of_the_docs_page_work_as_they_are_shown(here, browser, api, sdk):
+    pytest.importorskip(sdk)
     await browser.open(here + "/docs", "!!document.querySelector('#call-panel pre')")
-    await browser.run(
-        choose("call-language", "Python") + choose("call-api", api) + choose("call-way", way)
-    )
-    (lines,) = await browser.run(shown_in("call-panel"))
-    wanted = "get_weather" if way == "tool" else "the demo of ztoapi"
-    program = [sys.executable, "-c", lines]
-    done = await asyncio.to_thread(subprocess.run, program, capture_output=True, timeout=40)
-    assert wanted in done.stdout.decode()
+    await browser.run(choose("call-language", "Python") + choose("call-api", api))
+    program = []
+    for way in ("text", "stream", "tool", "image"):
+        await browser.run(choose("call-way", way))
+        program += await browser.run(shown_in("call-panel"))
+    command = [sys.executable, "-c", "\n".join(program)]
+    done = await asyncio.to_thread(subprocess.run, command, capture_output=True, timeout=40)
+    printed = done.stdout.decode()
+    assert (printed.count("the demo of ztoapi"), printed.count("get_weather")) == (3, 1)
 
 
 @in_loop

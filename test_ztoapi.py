@@ -694,6 +694,20 @@ def test_frames_are_data_and_a_blank_line():
         ),
         pytest.param({"max_tokens": 5}, {"max_tokens": 5}, id="max_tokens"),
         pytest.param({"max_tokens": 0, "max_completion_tokens": 0}, {}, id="no limit"),
+        pytest.param({"max_tokens": -1}, {}, id="no limit in llama.cpp"),
+        pytest.param(
+            {"max_tokens": 7, "max_completion_tokens": 0},
+            {"max_tokens": 7},
+            id="the name that sets a limit counts",
+        ),
+        pytest.param(
+            {"max_tokens": -1, "max_completion_tokens": 7},
+            {"max_tokens": 7},
+            id="so does the other",
+        ),
+        pytest.param({"max_tokens": 4096.0}, {"max_tokens": 4096}, id="4096.0"),
+        pytest.param({"n": 3.0, "seed": -7.0}, {"n": 3, "seed": -7}, id="3.0 and -7.0"),
+        pytest.param({"max_completion_tokens": 1e3}, {"max_tokens": 1000}, id="1e3"),
         pytest.param(
             {"max_tokens": 5, "max_completion_tokens": 7},
             {"max_tokens": 7},
@@ -702,7 +716,7 @@ def test_frames_are_data_and_a_blank_line():
         pytest.param({"stop": "x"}, {"stop": ("x",)}, id="stop"),
         pytest.param({"stop": ["x", "", "y"]}, {"stop": ("x", "y")}, id="stops"),
         pytest.param(
-            {"stop": ["a", "b", "c", "d"]}, {"stop": ("a", "b", "c", "d")}, id="four stops"
+            {"stop": [*"abcdefghijklmnop"]}, {"stop": (*"abcdefghijklmnop",)}, id="sixteen stops"
         ),
         pytest.param({"n": 3}, {"n": 3}, id="n"),
         pytest.param({"seed": -7}, {"seed": -7}, id="seed"),
@@ -722,7 +736,35 @@ def test_frames_are_data_and_a_blank_line():
             {"response_format": {"type": "json_object"}}, {"schema": {}}, id="json_object"
         ),
         pytest.param(
+            {"response_format": {"type": "json_object", "schema": {"type": "object"}}},
+            {"schema": {"type": "object"}},
+            id="json_object with a schema",
+        ),
+        pytest.param(
+            {"response_format": {"type": "json_schema", "json_schema": {"schema": []}}},
+            {"schema": {}},
+            id="json_schema with PHP's empty object",
+        ),
+        pytest.param(
+            {"response_format": {"type": "json_schema", "name": "n", "schema": {"type": "object"}}},
+            {"schema": {"type": "object"}},
+            id="json_schema as in Responses",
+        ),
+        pytest.param(
             {"reasoning_format": "raw"}, {"reasoning_format": "raw"}, id="reasoning_format"
+        ),
+        pytest.param(
+            {"include_reasoning": False}, {"reasoning_format": "hidden"}, id="include_reasoning"
+        ),
+        pytest.param({"include_reasoning": True}, {}, id="include_reasoning true"),
+        pytest.param(
+            {"reasoning": {"exclude": True}}, {"reasoning_format": "hidden"}, id="reasoning.exclude"
+        ),
+        pytest.param({"reasoning": {"exclude": False}}, {}, id="reasoning.exclude false"),
+        pytest.param(
+            {"include_reasoning": False, "reasoning_format": "raw"},
+            {"reasoning_format": "raw"},
+            id="our own word counts",
         ),
         pytest.param({"do_sample": False}, {"native": {"do_sample": False}}, id="do_sample"),
         pytest.param({"request_id": "r"}, {"native": {"request_id": "r"}}, id="request_id"),
@@ -828,9 +870,40 @@ def test_parallel_tool_calls_false_is_listed():
         pytest.param(
             {"chat_template_kwargs": {"x": 1}}, None, id="chat_template_kwargs say nothing"
         ),
+        pytest.param(
+            {"chat_template_kwargs": {"thinking": False}}, "off", id="chat_template_kwargs.thinking"
+        ),
+        pytest.param(
+            {"chat_template_kwargs": {"thinking": True}},
+            "on",
+            id="chat_template_kwargs.thinking on",
+        ),
+        pytest.param({"think": False}, "off", id="think false"),
+        pytest.param({"think": True}, "on", id="think"),
+        pytest.param({"think": "low"}, "low", id="think low"),
+        pytest.param({"think": "none"}, "off", id="think none"),
+        pytest.param({"thinking_budget": 0}, "off", id="no budget"),
+        pytest.param({"thinking_budget": 0.0}, "off", id="no budget, as a fraction"),
+        pytest.param({"thinking_budget": 4096}, "on", id="a budget"),
+        pytest.param({"thinking_budget": -1}, None, id="any budget"),
+        pytest.param({"reasoning_effort": "ultra"}, "max", id="ultra"),
+        pytest.param({"reasoning": {"effort": "ultra"}}, "max", id="reasoning.effort ultra"),
+        *(
+            pytest.param({"reasoning_effort": word}, None, id=f"{word or 'empty'} says nothing")
+            for word in ("auto", "adaptive", "default", "")
+        ),
+        pytest.param({"reasoning": {"effort": "auto"}}, None, id="reasoning.effort auto"),
+        pytest.param(
+            {"reasoning": {"effort": "auto", "enabled": True}}, "on", id="on, of whatever effort"
+        ),
+        *(
+            pytest.param({"thinking": {"type": word}}, None, id=f"thinking {word or 'empty'}")
+            for word in ("auto", "adaptive", "default", "")
+        ),
+        *(pytest.param({name: []}, None, id=f"{name} []") for name in ("reasoning", "thinking")),
     ],
 )
-def test_thinking_is_asked_for_in_five_ways(fields, wanted):
+def test_thinking_is_asked_for_in_many_ways(fields, wanted):
     assert read_chat(chat(**fields)).effort == wanted
 
 
@@ -840,15 +913,23 @@ TWICE = {
     "thinking": {"type": "disabled"},
     "enable_thinking": True,
     "chat_template_kwargs": {"enable_thinking": False},
+    "think": "high",
+    "thinking_budget": 0,
 }
 
 
 @pytest.mark.parametrize(
-    ("left_out", "wanted"), [(0, "max"), (1, "low"), (2, "off"), (3, "on"), (4, "off")]
+    ("left_out", "wanted"),
+    [(0, "max"), (1, "low"), (2, "off"), (3, "on"), (4, "off"), (5, "high"), (6, "off")],
 )
 def test_where_thinking_is_said_twice_the_first_counts(left_out, wanted):
     fields = dict(list(TWICE.items())[left_out:])
     assert read_chat(chat(**fields)).effort == wanted
+
+
+def test_what_says_nothing_about_thinking_does_not_count_as_the_first():
+    said = {"reasoning_effort": "auto", "thinking": {"type": "adaptive"}, "think": False}
+    assert read_chat(chat(**said)).effort == "off"
 
 
 CALL = {"id": "c1", "type": "function", "function": {"name": "f", "arguments": '{"a":1}'}}
@@ -982,10 +1063,15 @@ FUNCTIONS = [{"name": "f", "parameters": {"type": "object"}}]
         (chat(temperature=True), "temperature"),
         (chat(temperature=2.1), "temperature"),
         (chat(top_p=-1), "top_p"),
-        (chat(max_tokens=-1), "max_tokens"),
+        (chat(max_tokens=-2), "max_tokens"),
         (chat(max_tokens=1.5), "max_tokens"),
+        (chat(max_tokens=-1.5), "max_tokens"),
+        (chat(max_tokens=True), "max_tokens"),
+        (chat(max_tokens=1e300), "max_tokens"),
+        (chat(n=1.5), "n"),
+        (chat(seed=2.0**63), "seed"),
         (chat(max_completion_tokens="9"), "max_completion_tokens"),
-        (chat(stop=["a"] * 5), "stop"),
+        (chat(stop=["a"] * 17), "stop"),
         (chat(stop=[1]), "stop"),
         (chat(tools={}), "tools"),
         (chat(tools=[{"type": "function"}]), "tools[0]"),
@@ -1029,6 +1115,19 @@ FUNCTIONS = [{"name": "f", "parameters": {"type": "object"}}]
         (chat(thinking={"clear_thinking": "no"}), "thinking.clear_thinking"),
         (chat(enable_thinking="yes"), "enable_thinking"),
         (chat(chat_template_kwargs={"enable_thinking": 1}), "chat_template_kwargs.enable_thinking"),
+        (
+            chat(chat_template_kwargs={"thinking": "no"}),
+            "chat_template_kwargs.thinking",
+        ),
+        (chat(think=1), "think"),
+        (chat(think="hard"), "think"),
+        (chat(thinking_budget="9"), "thinking_budget"),
+        (chat(thinking_budget=-2), "thinking_budget"),
+        (chat(include_reasoning="no"), "include_reasoning"),
+        (chat(reasoning={"exclude": 1}), "reasoning.exclude"),
+        (chat(reasoning_effort="Auto"), "reasoning_effort"),
+        (chat(response_format={"type": "json_object", "schema": "x"}, n=0), "n"),
+        (chat(response_format={"type": "json_schema", "json_schema": 5}), "response_format"),
         (chat(reasoning_format="both"), "reasoning_format"),
         (chat(do_sample=1), "do_sample"),
     ],
@@ -3219,6 +3318,9 @@ def test_the_page_shows_each_client_with_words_that_it_can_replace():
         ),
         pytest.param({"stop": "x"}, {"stop": ["x"]}, id="stop"),
         pytest.param({"stop": []}, {}, id="no stop"),
+        pytest.param(
+            {"stop": [*"abcdefghijklmnop"]}, {"stop": [*"abcd"]}, id="more stops than Z.ai takes"
+        ),
         pytest.param(
             {"stream": False, "stream_options": {"include_usage": True}},
             {},

@@ -1471,17 +1471,27 @@ def number(low: float, high: float) -> Check:
 
 
 def integer(low: int, high: int) -> Check:
-    return must(
-        f"be a whole number from {low} to {high}",
-        lambda value: type(value) is int and low <= value <= high,
-    )
+    """A whole number; some languages write it as 4096.0."""
+
+    def check(value: Any) -> int:
+        if type(value) is float and value.is_integer():
+            value = int(value)
+        if type(value) is not int or not low <= value <= high:
+            raise ValueError(f"must be a whole number from {low} to {high}")
+        return value
+
+    return check
 
 
-token_count = integer(0, 2**31)
+token_count = integer(-1, 2**31)
 
 
 def token_limit(value: Any) -> int | None:
-    return token_count(value) or None  # 0 sets no limit, as in OpenAI's own tests
+    """A number of tokens; 0 and -1 set no limit."""
+    tokens: int = token_count(value)
+    if tokens <= 0:
+        return None
+    return tokens
 
 
 def model_names(value: Any) -> tuple[str, ...]:
@@ -1490,14 +1500,17 @@ def model_names(value: Any) -> tuple[str, ...]:
     return tuple(value)
 
 
+MAX_STOPS = 16
+
+
 def stop_words(value: Any) -> tuple[str, ...]:
     words = [value] if isinstance(value, str) else value
     if (
         not isinstance(words, list)
-        or len(words) > 4
+        or len(words) > MAX_STOPS
         or not all(isinstance(word, str) for word in words)
     ):
-        raise ValueError("must be a string or an array of up to 4 strings")
+        raise ValueError(f"must be a string or an array of up to {MAX_STOPS} strings")
     return tuple(word for word in words if word)
 
 
@@ -1551,15 +1564,21 @@ EFFORTS: dict[str, Effort] = {
     "none": "off",
     "minimal": "off",
     **{level: level for level in EFFORT_LEVELS},
+    "ultra": "max",
 }
 
+
+# What asks for no effort in particular.
+SAYS_NOTHING = ("", "adaptive", "auto", "default")
 
 known_effort = must(
     f"be one of {', '.join(EFFORTS)}", lambda value: isinstance(value, str) and value in EFFORTS
 )
 
 
-def effort(value: Any) -> Effort:
+def effort(value: Any) -> Effort | None:
+    if value in SAYS_NOTHING:
+        return None
     return EFFORTS[known_effort(value)]
 
 
@@ -1570,49 +1589,84 @@ def effort_from_switch(value: Any) -> Effort:
 def effort_from_object(value: Any) -> Effort | None:
     """OpenRouter's `reasoning` object."""
     given = mapping(value)
-    enabled, level = given.get("enabled"), given.get("effort")
+    enabled = given.get("enabled")
     if not isinstance(enabled, bool | None):
         raise ValueError("must have true or false as enabled")
-    return (
-        "off"
-        if enabled is False
-        else effort(level)
-        if level is not None
-        else "on"
-        if enabled
-        else None
-    )
+    if enabled is False:
+        return "off"
+    level = given.get("effort")
+    if level is not None:
+        level = effort(level)
+    if level is None and enabled:
+        return "on"
+    return level
 
 
 def effort_from_thinking(value: Any) -> Effort | None:
-    """Z.ai's own `thinking` object."""
+    """Z.ai's own `thinking` object, and Anthropic's."""
     kind = mapping(value).get("type")
-    if kind not in (None, "enabled", "disabled"):
-        raise ValueError("must have the type enabled or disabled")
-    return None if kind is None else effort_from_switch(kind == "enabled")
+    if kind is None or kind in SAYS_NOTHING:
+        return None
+    if kind not in ("enabled", "disabled"):
+        raise ValueError("must have the type enabled, disabled or adaptive")
+    return effort_from_switch(kind == "enabled")
 
 
 def effort_from_template(value: Any) -> Effort | None:
-    """The `chat_template_kwargs` of vLLM and SGLang."""
-    given = validated(
-        mapping(value), {"enable_thinking": effort_from_switch}, "chat_template_kwargs."
-    )
-    return given.get("enable_thinking")
+    """The `chat_template_kwargs` of vLLM and SGLang; the name depends on the model."""
+    switches: dict[str, Check] = dict.fromkeys(("enable_thinking", "thinking"), effort_from_switch)
+    given = validated(mapping(value), switches, "chat_template_kwargs.")
+    return given.get("enable_thinking") or given.get("thinking")
 
 
-# Five ways to ask for thinking; if a request has several, the first in this order counts.
+def effort_from_think(value: Any) -> Effort | None:
+    """Ollama's `think`."""
+    if isinstance(value, bool):
+        return effort_from_switch(value)
+    return effort(value)
+
+
+thinking_budget = integer(-1, 2**31)
+
+
+def effort_from_budget(value: Any) -> Effort | None:
+    """Qwen's and Gemini's `thinking_budget` in tokens, of which GLM has none: 0 is off, -1 says nothing."""
+    tokens = thinking_budget(value)
+    if tokens < 0:
+        return None
+    return effort_from_switch(tokens > 0)
+
+
+# The ways to ask for thinking; if a request has several, the first in this order counts.
 EFFORT_FIELDS: dict[str, Callable[[Any], Effort | None]] = {
     "reasoning_effort": effort,
     "reasoning": effort_from_object,
     "thinking": effort_from_thinking,
     "enable_thinking": effort_from_switch,
     "chat_template_kwargs": effort_from_template,
+    "think": effort_from_think,
+    "thinking_budget": effort_from_budget,
 }
 
 
 def effort_of(given: JSON) -> Effort | None:
     """The effort that the first of EFFORT_FIELDS asks for."""
-    return next(filter(None, map(given.get, EFFORT_FIELDS)), None)
+    for name in EFFORT_FIELDS:
+        asked: Effort | None = given.get(name)
+        if asked:
+            return asked
+    return None
+
+
+def reasoning_form(given: JSON, body: JSON) -> ReasoningFormat | None:
+    """Where the reasoning is to stand. OpenRouter's clients switch it off in two ways."""
+    asked: ReasoningFormat | None = given.get("reasoning_format")
+    if asked:
+        return asked
+    reasoning = validated(as_object(body.get("reasoning")), {"exclude": switch}, "reasoning.")
+    if given.get("include_reasoning") is False or reasoning.get("exclude"):
+        return "hidden"
+    return None
 
 
 def serial_calls(given: JSON) -> Iterator[str]:
@@ -1642,7 +1696,7 @@ GENERATION_FIELDS = (
     | {"n": integer(1, 8), "stop": stop_words, "max_tokens": token_limit}
 )
 GENERATION_FIELDS |= {"seed": integer(-(2**63), 2**63 - 1), "stream_options": mapping}
-GENERATION_FIELDS["reasoning_format"] = reasoning_format
+GENERATION_FIELDS |= {"reasoning_format": reasoning_format, "include_reasoning": switch}
 
 # Fields that Prompt has under the same name.
 SAME_IN_PROMPT = frozenset(
@@ -1655,7 +1709,6 @@ SAME_IN_PROMPT = frozenset(
         "stop",
         "seed",
         "tool_choice",
-        "reasoning_format",
         "fallbacks",
     )
 )
@@ -2061,10 +2114,14 @@ def answer_schema(value: Any) -> JSON | None:
     match value:
         case {"type": "text"}:
             return None
-        case {"type": "json_object"}:
-            return {}
+        case {"type": "json_object" | "json_schema", "schema": dict(schema)}:
+            return schema
         case {"type": "json_schema", "json_schema": {"schema": dict(schema)}}:
             return schema
+        case {"type": "json_object"}:
+            return {}
+        case {"type": "json_schema", "json_schema": {"schema": []}}:  # an empty object of PHP's
+            return {}
         case _:
             raise ValueError("must have the type text, json_object, or json_schema with a schema")
 
@@ -2125,11 +2182,12 @@ def parse_chat(body: JSON) -> tuple[Prompt, ChatReply]:
     prompt = Prompt(
         **common_arguments(given),
         messages=read_messages(given["messages"]),
-        max_tokens=given.get("max_completion_tokens", given.get("max_tokens")),
+        max_tokens=given.get("max_completion_tokens") or given.get("max_tokens"),
         tools=tuple([tool for tool in tools if isinstance(tool, Tool)]),
         native_tools=tuple(native_tools(tools, given)),
         schema=given.get("response_format"),
         effort=effort_of(given),
+        reasoning_format=reasoning_form(given, body),
         clear_thinking=thinking.get("clear_thinking"),
         cache_key=str(body.get("prompt_cache_key") or ""),
         native={name: value for name, value in given.items() if name in NATIVE_FIELDS},
@@ -2426,6 +2484,7 @@ def parse_completion(body: JSON) -> tuple[Prompt, CompletionReply]:
         messages=completion_messages(given["prompt"], given.get("suffix", "")),
         max_tokens=given.get("max_tokens"),
         effort=effort_of(given),
+        reasoning_format=reasoning_form(given, body),
         ignored=tuple(unknown_fields(body, COMPLETION_FIELDS)),
     )
     echo = given["prompt"] if given.get("echo") else ""
@@ -5337,6 +5396,9 @@ def fitting(number: int | float) -> float:
 # `zai_body` is a Prompt as Z.ai takes it; what Z.ai has no parameter for is emulated or left out.
 
 
+MAX_ZAI_STOPS = 4  # Z.ai answers 1214 to more (QwenLM/Qwen-Agent#370)
+
+
 def zai_body(prompt: Prompt, model: Model) -> JSON:
     """Only fields that Z.ai knows: an unknown one fails the whole request, without being named (1210).
 
@@ -5353,7 +5415,7 @@ def zai_body(prompt: Prompt, model: Model) -> JSON:
         "top_p": None if prompt.top_p is None else max(prompt.top_p, 0.01),
         "max_tokens": prompt.max_tokens
         and min(prompt.max_tokens, model.output or prompt.max_tokens),
-        "stop": list(prompt.stop) or None,  # documented as a list
+        "stop": list(prompt.stop[:MAX_ZAI_STOPS]) or None,  # documented as a list
         "seed": prompt.seed,
         "user_id": zai_user(prompt.user),
         "tools": tools or None,

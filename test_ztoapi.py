@@ -578,7 +578,123 @@ def test_the_first_alias_that_fits_wins(name, wanted):
     )
 
 
-@pytest.mark.parametrize("name", ["zai/", " ", "[1m]", "zai/ [1m]"])
+THINKING_NAMES = (("fast", "glm-4.6:off"), ("deep", "zai/GLM-5.3:max"), ("k", "kimi-k2-thinking"))
+
+
+@pytest.mark.parametrize(
+    ("name", "model", "effort"),
+    [
+        ("glm-4.6:off", "glm-4.6", "off"),
+        ("GLM-4.6:Off", "glm-4.6", "off"),
+        ("zai/glm-5.3:low", "glm-5.3", "low"),
+        ("glm-5.3:medium", "glm-5.3", "medium"),
+        ("glm-5.3:high", "glm-5.3", "high"),
+        ("glm-5.3:xhigh", "glm-5.3", "xhigh"),
+        ("glm-5.3:max", "glm-5.3", "max"),
+        ("glm-4.6:on", "glm-4.6", "on"),
+        ("glm-4.6-nothinking", "glm-4.6", "off"),
+        ("glm-4.6-thinking", "glm-4.6", "on"),
+        ("glm-4.6[1m]:off", "glm-4.6", "off"),
+        ("glm-4.6:off[1m]", "glm-4.6", "off"),
+        ("glm-4.6:free:off", "glm-4.6", "off"),
+        ("glm-9-nothinking", "glm-9", "off"),
+        ("fast", "glm-4.6", "off"),
+        ("fast:high", "glm-4.6", "high"),
+        ("fast:latest", "glm-4.6", "off"),
+        ("deep", "glm-5.3", "max"),
+    ],
+)
+def test_a_thinking_word_may_stand_behind_a_models_name(name, model, effort):
+    assert ztoapi.named(name, THINKING_NAMES) == (resolve(model), effort)
+
+
+@pytest.mark.parametrize(
+    ("name", "model"),
+    [
+        ("glm-4.6:free", "glm-4.6"),
+        ("glm-4.6:latest", "glm-4.6"),
+        ("glm-4.6:", "glm-4.6"),
+        ("glm-4.6:auto", "glm-4.6"),
+        ("glm-9:2026", "glm-9"),
+        ("glm-9-thinking", "glm-9-thinking"),
+        ("glm-4.6-off", "glm-4.6-off"),
+        ("glm-4.1v-thinking-flash", "glm-4.1v-thinking-flash"),
+        ("k", "kimi-k2-thinking"),
+    ],
+)
+def test_what_is_no_thinking_word_says_nothing(name, model):
+    assert ztoapi.named(name, THINKING_NAMES) == (resolve(model), None)
+
+
+PLAN_URL = "https://api.z.ai/api/coding/paas/v4"
+
+
+@pytest.mark.parametrize(
+    ("name", "with_plan", "without"),
+    [
+        ("claude-opus-5", "glm-5.3", "glm-4.7-flash"),
+        ("anthropic/Claude-Sonnet-4-5", "glm-5.3", "glm-4.7-flash"),
+        ("claude-haiku-4-5", "glm-5.3-flash", "glm-4.7-flash"),
+        ("claude-3-5-haiku-latest", "glm-5.3-flash", "glm-4.7-flash"),
+        ("claude-sonnet-5[1m]", "glm-5.3", "glm-4.7-flash"),
+        ("claude-mine", "glm-5", "glm-5"),
+        ("claude", "claude", "claude"),
+        ("my-claude-opus", "my-claude-opus", "my-claude-opus"),
+        ("haiku", "haiku", "haiku"),
+        ("glm-4.6", "glm-4.6", "glm-4.6"),
+    ],
+)
+def test_a_claude_that_no_alias_names_is_the_model_that_launch_would_choose(
+    name, with_plan, without
+):
+    mine = (("claude-mine", "glm-5"),)
+    paid = ztoapi.all_aliases(Settings(zai_base_url=PLAN_URL, model_aliases=mine))
+    free = ztoapi.all_aliases(Settings(model_aliases=mine))
+    assert (resolve(name, paid).id, resolve(name, free).id) == (with_plan, without)
+
+
+def test_the_first_keys_base_tells_whether_there_is_a_plan():
+    first = Settings(zai_api_key=(f"a@{PLAN_URL}", "b"))
+    second = Settings(zai_api_key=("a", f"b@{PLAN_URL}"))
+    assert ztoapi.default_model(first) == "glm-5.3"
+    assert ztoapi.default_model(second) == "glm-4.7-flash"
+
+
+@pytest.mark.parametrize(
+    ("model", "wanted"),
+    [
+        ("glm-5.3-flashx", ("0.00000037", "0.00000125", "0.000000075")),
+        ("glm-5.3", ("0.0000014", "0.0000044", "0.00000026")),
+        ("glm-4.7-flash", ("0", "0", "0")),
+        ("glm-5", ("0.000001", "0.0000032", "0.0000002")),
+        ("glm-4.6v-flashx", None),
+        ("glm-99", None),
+    ],
+)
+def test_prices_are_told_for_a_token_in_plain_decimals(model, wanted):
+    item = ztoapi.model_item(resolve(model), model)
+    if wanted:
+        names = ("prompt", "completion", "input_cache_read")
+        wanted = dict(zip(names, wanted, strict=True))
+    assert item.get("pricing") == wanted
+
+
+@pytest.mark.parametrize(
+    ("model", "sees", "thinks"),
+    [
+        ("glm-4.6v", True, True),
+        ("glm-5.3-flash", True, True),
+        ("glm-5.3", False, True),
+        ("glm-4-32b-0414-128k", False, False),
+    ],
+)
+def test_the_list_tells_what_a_model_takes(model, sees, thinks):
+    item = ztoapi.model_item(resolve(model), model)
+    assert ("image" in item["architecture"]["input_modalities"]) is sees
+    assert ("reasoning" in item["supported_parameters"]) is thinks
+
+
+@pytest.mark.parametrize("name", ["zai/", " ", "[1m]", "zai/ [1m]", ":off", "zai/:free"])
 def test_a_name_of_nothing_is_refused(name):
     with pytest.raises(BadRequest):
         resolve(name)
@@ -3388,6 +3504,45 @@ def zai_messages(body, model="glm-4.6", parse=ztoapi.parse_chat):
 
 
 ZAI = "https://api.z.ai/api/paas/v4"
+
+
+def efforts(body, **settings):
+    """The models that a chat asks, each with how much it is to think."""
+    plan = ztoapi.make_plan(read_chat(body), Settings(**settings), Account(""), "7")
+    return [(model.id, prompt.effort) for model, prompt in plan.prompts]
+
+
+@pytest.mark.parametrize(
+    ("fields", "settings", "wanted"),
+    [
+        pytest.param({"model": "glm-4.6:off"}, {}, "off", id="by name"),
+        pytest.param({"model": "glm-4.6-nothinking"}, {}, "off", id="by an ending"),
+        pytest.param(
+            {"model": "fast"}, {"model_aliases": (("fast", "glm-4.6:off"),)}, "off", id="by alias"
+        ),
+        pytest.param(
+            {"model": "glm-4.6:off"}, {"enable_thinking": True}, "off", id="not by setting"
+        ),
+        pytest.param({"model": "glm-4.6:high", "max_tokens": 9}, {}, "high", id="not by limit"),
+        pytest.param({"model": "glm-4.6:off", "think": True}, {}, "on", id="the request counts"),
+        pytest.param(
+            {"model": "glm-4.6:off", "reasoning_effort": "max"}, {}, "max", id="so does its effort"
+        ),
+        pytest.param(
+            {"model": "glm-4.6:off", "reasoning_effort": "auto"}, {}, "off", id="auto says nothing"
+        ),
+        pytest.param({"model": "glm-4.6:free"}, {}, None, id="another word"),
+    ],
+)
+def test_a_thinking_word_counts_where_the_request_says_nothing(fields, settings, wanted):
+    assert efforts(chat(**fields), **settings) == [("glm-4.6", wanted)]
+
+
+def test_a_fallback_thinks_as_the_first_model_where_its_own_name_does_not_say():
+    body = chat(model="glm-4.6:off", fallbacks=["glm-4.7", "glm-5.3:low"])
+    assert efforts(body) == [("glm-4.6", "off"), ("glm-4.7", "off"), ("glm-5.3", "low")]
+    body["reasoning_effort"] = "max"
+    assert efforts(body) == [("glm-4.6", "max"), ("glm-4.7", "max"), ("glm-5.3", "max")]
 
 
 def sent(*messages, **fields):
@@ -10121,7 +10276,19 @@ async def listed(client):
 
 
 GLM_46 = {"id": "glm-4.6", "object": "model", "created": 1759190400, "owned_by": "z.ai"}
-GLM_46 |= {"context_length": 200 * 1024, "max_output_tokens": 128 * 1024}
+GLM_46 |= {"context_length": 200 * 1024, "max_output_tokens": 128 * 1024, "name": "glm-4.6"}
+PARAMETERS = ["max_tokens", "temperature", "top_p", "stop", "seed", "tools", "tool_choice"]
+PARAMETERS += ["response_format", "structured_outputs"]
+THINKING_PARAMETERS = ["reasoning", "reasoning_effort", "include_reasoning"]
+GLM_46 |= {
+    "architecture": {"input_modalities": ["text"], "output_modalities": ["text"]},
+    "supported_parameters": [*PARAMETERS, *THINKING_PARAMETERS],
+    "pricing": {
+        "prompt": "0.0000006",
+        "completion": "0.0000022",
+        "input_cache_read": "0.00000011",
+    },
+}
 
 
 @in_loop
@@ -10133,7 +10300,15 @@ async def test_the_list_is_the_table_with_what_zai_lists(client, zai):
     models = await listed(client)
     assert set(models) == {*MODELS, "glm-9"}
     assert models["glm-4.6"] == GLM_46
-    assert models["glm-9"] == {"id": "glm-9", "object": "model", "created": 5, "owned_by": "z.ai"}
+    assert models["glm-9"] == {
+        "id": "glm-9",
+        "object": "model",
+        "created": 5,
+        "owned_by": "z.ai",
+        "name": "glm-9",
+        "architecture": {"input_modalities": ["text", "image"], "output_modalities": ["text"]},
+        "supported_parameters": [*PARAMETERS, *THINKING_PARAMETERS],
+    }
 
 
 @in_loop
@@ -10153,7 +10328,7 @@ async def test_aliases_are_listed_unless_they_are_patterns(start):
         model_aliases=(("gpt-4o", "glm-4.6"), *((pattern, "glm-5.3") for pattern in patterns))
     )
     models = await listed(client)
-    assert models["gpt-4o"] == GLM_46 | {"id": "gpt-4o"}
+    assert models["gpt-4o"] == GLM_46 | {"id": "gpt-4o", "name": "gpt-4o"}
     assert not models.keys() & set(patterns)
 
 
@@ -10172,7 +10347,67 @@ async def test_one_model_is_found_by_any_of_its_names(start, name, wanted):
     client = await start(model_aliases=(("gpt-4o", "glm-4.6"),))
     async with client.get(f"/v1/models/{name}", headers=KEY) as response:
         body = await response.json()
-    assert body == GLM_46 | {"id": wanted} if wanted else body["error"]["code"] == "model_not_found"
+    if wanted:
+        assert body == GLM_46 | {"id": wanted, "name": wanted}
+    else:
+        assert body["error"]["code"] == "model_not_found"
+
+
+@in_loop
+@pytest.mark.parametrize(
+    ("path", "fields"),
+    [
+        ("chat/completions", {}),
+        ("completions", {"prompt": "x"}),
+        ("responses", {"input": "x"}),
+        ("messages", {"max_tokens": 9}),
+    ],
+)
+async def test_a_claude_is_asked_for_as_one_of_our_models_on_every_surface(
+    client, zai, path, fields
+):
+    response, _ = await ask(client, chat(model="claude-haiku-4-5") | fields, f"/v1/{path}")
+    assert zai.bodies[0]["model"] == "glm-4.7-flash"
+    if path == "messages":
+        assert response.headers["x-ztoapi-model"] == "glm-4.7-flash"
+    assert (await stats(client))[0]["recent"][0]["model"] == "glm-4.7-flash"
+
+
+@in_loop
+@pytest.mark.parametrize(
+    ("name", "nearest"),
+    [
+        ("glm-4.66", "glm-4.6, glm-4.6v, glm-4.7"),
+        ("GLM-4.7-Flsh", "glm-4.7-flash"),
+        ("my-modl", "my-model"),
+        ("glm-5.3-flsh", "glm-5.3-flash"),
+    ],
+)
+async def test_a_model_that_is_not_there_is_named_with_those_that_are_like_it(
+    start, zai, name, nearest
+):
+    client = await start(model_aliases=(("my-model", "glm-4.6"),))
+    zai.status, zai.parts = zai_refuses(1211, 400, "Unknown Model")
+    async with client.get(f"/v1/models/{name}", headers=KEY) as response:
+        errors = [(await response.json())["error"]]
+    response, text = await ask(client, chat(model=name))
+    errors.append(json.loads(text)["error"])
+    assert [error["code"] for error in errors] == ["model_not_found"] * 2
+    for error in errors:
+        assert name in error["message"]
+        assert f"The nearest in the list: {nearest}" in error["message"]
+
+
+@in_loop
+@pytest.mark.parametrize("name", ["qwen", "x", "glm-4.6"])
+async def test_no_name_is_offered_where_none_is_like_it_or_the_key_may_not_use_it(
+    client, zai, name
+):
+    zai.status, zai.parts = zai_refuses(1211, 400, "Unknown Model")
+    key = await make_key(client, models="qwen,x,glm-4.6")
+    _, text = await ask(client, chat(model=name), "/v1/chat/completions", key)
+    assert "nearest" not in text
+    assert name in json.loads(text)["error"]["message"]
 
 
 @in_loop
@@ -10928,10 +11163,10 @@ LONG_NAME = "m" * 257
 async def test_a_name_that_is_too_long_is_refused_before_it_is_looked_up(client, zai, path, models):
     key = await make_key(client, models=models)
     body = {**HELLO, "model": LONG_NAME, "max_tokens": 9, "input": "x"}
-    looked_up = ztoapi.resolve.cache_info().misses
+    looked_up = ztoapi.named.cache_info().misses
     response, text = await ask(client, body, f"/v1/{path}", key)
     assert (response.status, LONG_NAME in text, zai.asked) == (400, False, [])
-    assert ztoapi.resolve.cache_info().misses == looked_up
+    assert ztoapi.named.cache_info().misses == looked_up
 
 
 @in_loop

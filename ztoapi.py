@@ -104,6 +104,7 @@ from contextlib import (
 from contextvars import ContextVar
 from dataclasses import Field, dataclass, field, fields, replace
 from datetime import date, datetime, timedelta, timezone
+from difflib import get_close_matches
 from fnmatch import fnmatchcase
 from functools import cached_property, lru_cache, partial
 from http.client import HTTPException
@@ -802,11 +803,13 @@ def as_count(value: Any) -> int:
 
 
 # ======== Models ====================================================================================================
-# A new model is a row of `MODEL_ROWS`. `resolve` finds the model that a client's name means.
+# A new model is a row of `MODEL_ROWS`. `named` tells what a client's name means.
 
 K = 1024
 # How reasoning is controlled: not at all; on/off; on/off plus effort; always on, with effort.
 ThinkingKind = Literal["none", "switch", "effort", "always"]
+# How much to think; "on" leaves the effort to the model.
+Effort = Literal["off", "on", "low", "medium", "high", "xhigh", "max"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -994,33 +997,110 @@ MODEL_ROWS = (
 MODELS = {model.id: model for model in MODEL_ROWS}
 
 
-def aliased(name: str, renamed: Iterable[tuple[str, str]]) -> str:
+Aliases = tuple[tuple[str, str], ...]  # a pattern and the name that it stands for
+
+
+def aliased(name: str, aliases: Aliases) -> str:
     """The model that an alias stands for, or the name as it is."""
-    for pattern, target in renamed:
-        if any(
-            fnmatchcase(form, pattern.lower()) for form in (name.strip().lower(), bare_name(name))
-        ):
+    return first_alias((name.strip().lower(), bare_name(name)), aliases) or name
+
+
+def first_alias(forms: Sequence[str], aliases: Aliases) -> str:
+    """What the first alias that fits one of the forms of a name stands for; "" if none does."""
+    for pattern, target in aliases:
+        if any(fnmatchcase(form, pattern.lower()) for form in forms):
             return target
-    return name
+    return ""
+
+
+def default_model(settings: Settings) -> str:
+    """The model for clients that name none of ours: the best of a plan, or a free one."""
+    return "glm-5.3" if has_plan(settings) else "glm-4.7-flash"
+
+
+def small_model(settings: Settings) -> str:
+    """Likewise for what their smallest model does."""
+    return "glm-5.3-flash" if has_plan(settings) else "glm-4.7-flash"
+
+
+def has_plan(settings: Settings) -> bool:
+    """Whether the first key is one of a Coding Plan."""
+    return "/coding/" in settings.zai_base_urls[0]
+
+
+def all_aliases(settings: Settings) -> Aliases:
+    """MODEL_ALIASES, and what the names of Anthropic's models mean where it does not say."""
+    return (
+        *settings.model_aliases,
+        ("claude-*haiku*", small_model(settings)),
+        ("claude-*", default_model(settings)),
+    )
+
+
+class Named(NamedTuple):
+    """What a name means: a model, and how much it is to think where the request does not say."""
+
+    model: Model
+    effort: Effort | None = None
+
+
+# The words behind a model's name that ask for thinking. Any other behind a colon says nothing.
+THINKING_WORDS: dict[str, Effort] = {
+    **{word: word for word in get_args(Effort)},
+    "none": "off",
+    "minimal": "off",
+    "nothinking": "off",
+    "thinking": "on",
+    "ultra": "max",
+}
 
 
 @lru_cache(256)
-def resolve(name: str, renamed: tuple[tuple[str, str], ...] = ()) -> Model:
-    """The model that a client's name means; case, provider prefix and `[1m]` do not matter; aliases win.
+def named(name: str, aliases: Aliases = ()) -> Named:
+    """What a client's name means; case, provider prefix and `[1m]` do not matter; aliases win.
 
-    A name that is not in the table is passed on in lower case: Z.ai may know it.
+    A name that is not in the table is passed on in lower case: Z.ai may know it. A thinking word
+    may stand behind the name and behind the target of an alias; the one behind the name counts.
     """
-    bare = bare_name(aliased(name, renamed))
-    if not bare:
+    bare = bare_name(name)
+    model_id, effort = split_word(bare)
+    target = first_alias((name.strip().lower(), bare, model_id), aliases)
+    if target:
+        model_id, own_effort = split_word(bare_name(target))
+        effort = effort or own_effort
+    if not model_id:
         raise BadRequest("'model' must name a model, such as glm-4.6.", "model")
-    return model_of(bare)
+    return Named(model_of(model_id), effort)
+
+
+def split_word(bare: str) -> tuple[str, Effort | None]:
+    """A model's name without the words behind it, and what they ask for.
+
+    glm-4.6:off and glm-4.6-nothinking are glm-4.6 and off; glm-4.6:free is glm-4.6.
+    """
+    model_id, *words = bare.split(":")
+    for ending in ("nothinking", "thinking"):
+        stem = model_id.removesuffix(f"-{ending}")
+        # What is not in the table may be called so: kimi-k2-thinking.
+        if stem != model_id and (stem in MODELS or ending == "nothinking"):
+            model_id = stem
+            words.append(ending)
+    effort = None
+    for word in words:
+        effort = THINKING_WORDS.get(word, effort)
+    return model_id.strip(), effort
+
+
+def resolve(name: str, aliases: Aliases = ()) -> Model:
+    """The model alone that a client's name means."""
+    return named(name, aliases).model
 
 
 def vision_model(settings: Settings) -> Model | None:
     """VISION_MODEL, if it is set."""
     if not settings.vision_model:
         return None
-    return resolve(settings.vision_model, settings.model_aliases)
+    return resolve(settings.vision_model, all_aliases(settings))
 
 
 def with_eyes_of(seeing: Model | None, model: Model) -> Model:
@@ -1039,13 +1119,69 @@ def model_of(model_id: str) -> Model:
 
 
 def bare_name(name: str) -> str:
-    return name.lower().strip().removesuffix("[1m]").rsplit("/", 1)[-1].strip()
+    """A client's name without the provider's, and without Claude Code's mark of a long context."""
+    lower = re.sub(r"\[1m\](?=:|$)", "", name.lower().strip())
+    return lower.rsplit("/", 1)[-1].strip()
+
+
+SUPPORTED_PARAMETERS = (
+    *("max_tokens", "temperature", "top_p", "stop", "seed"),
+    *("tools", "tool_choice", "response_format", "structured_outputs"),
+)
+THINKING_PARAMETERS = ("reasoning", "reasoning_effort", "include_reasoning")
 
 
 def model_item(model: Model, name: str) -> JSON:
-    item = {"id": name, "object": "model", "created": model.created, "owned_by": "z.ai"}
-    sizes = {"context_length": model.context, "max_output_tokens": model.output}
-    return item | {key: size for key, size in sizes.items() if size is not None}
+    """A model as OpenAI lists it, with the fields that clients know from OpenRouter's list."""
+    item: JSON = {
+        "id": name,
+        "object": "model",
+        "created": model.created,
+        "owned_by": "z.ai",
+        "name": name,
+        "architecture": {
+            "input_modalities": ["text", "image"] if model.vision else ["text"],
+            "output_modalities": ["text"],
+        },
+        "supported_parameters": list(SUPPORTED_PARAMETERS),
+    }
+    if model.thinking != "none":
+        item["supported_parameters"] += THINKING_PARAMETERS
+    if model.context:
+        item["context_length"] = model.context
+    if model.output:
+        item["max_output_tokens"] = model.output
+    if model.price:
+        item["pricing"] = pricing(*model.price)
+    return item
+
+
+def pricing(prompt: float, cached: float, completion: float) -> JSON:
+    """Prices for a million tokens as OpenRouter has them: for one, in plain decimals."""
+    return {
+        "prompt": dollars_a_token(prompt),
+        "completion": dollars_a_token(completion),
+        "input_cache_read": dollars_a_token(cached),
+    }
+
+
+def dollars_a_token(price: float) -> str:
+    return f"{price / 1e6:.12f}".rstrip("0").rstrip(".")
+
+
+def plain_aliases(settings: Settings) -> dict[str, Model]:
+    """The models that clients may choose from besides Z.ai's: the aliases that are no pattern."""
+    aliases = all_aliases(settings)
+    return {name: resolve(name, aliases) for name, _ in aliases if not re.search(r"[*?[]", name)}
+
+
+def nearest_names(name: str, known: Iterable[str]) -> str:
+    """A sentence with the models that a wrong name may mean; "" if none is like it."""
+    bare = bare_name(name)
+    nearest = get_close_matches(bare, [each for each in known if each != bare])
+    if not nearest:
+        return ""
+    return f" The nearest in the list: {', '.join(nearest)}."
 
 
 def anthropic_item(model: Model, name: str) -> JSON:
@@ -1248,10 +1384,6 @@ class ToolChoice:
 
     mode: Literal["auto", "none", "required"] = "auto"
     names: tuple[str, ...] | None = None
-
-
-# How much to think; "on" leaves the effort to the model.
-Effort = Literal["off", "on", "low", "medium", "high", "xhigh", "max"]
 
 
 @dataclass(slots=True)
@@ -4265,6 +4397,15 @@ def zai_error(status: int, body: bytes | JSON) -> UpstreamError:
     return UpstreamError(kind, detail=detail, zai_code=code)
 
 
+def with_name_of_model(error: UpstreamError, name: str, known: Iterable[str]) -> UpstreamError:
+    """Z.ai's "Unknown Model", with the name that it does not know, and with those that are like it."""
+    message = error.message + nearest_names(name, known)
+    told = UpstreamError(error.kind, message, f"{name}: {error.detail}", error.zai_code)
+    told.retry_after = error.retry_after
+    told.headers = error.headers
+    return told
+
+
 def refusal_in(body: bytes) -> UpstreamError | None:
     """Z.ai's refusal in an answer that has a status of success; None where it is no refusal.
 
@@ -5321,12 +5462,12 @@ class MessagesReader(PassThroughReader):
         self.usage = Usage(prompt, completion, prompt + completion, cached)
 
 
-def pass_through_body(body: JSON, renamed: Iterable[tuple[str, str]]) -> JSON:
+def pass_through_body(body: JSON, aliases: Aliases) -> JSON:
     """With the model that an alias stands for, and without encoding_format, which Z.ai's embeddings do not have."""
     sent = {name: value for name, value in body.items() if name != "encoding_format"}
     name = body.get("model")
     if isinstance(name, str) and is_model_name(name):
-        sent["model"] = aliased(name, renamed)
+        sent["model"] = aliased(name, aliases)
     return sent
 
 
@@ -5981,6 +6122,7 @@ class Plan:
     Nothing is encoded yet: many plans may wait for their turn.
     """
 
+    asked: Model
     prompts: list[tuple[Model, Prompt]]  # for the model that was asked for, then for its fallbacks
     account: Account
     caller: Caller
@@ -6024,21 +6166,23 @@ def make_plan(
     Raises BadRequest when the prompt cannot be sent, and ProxyError when the account may not use the
     model.
     """
-    models = models_to_ask(prompt, settings, account)
+    asked = named(prompt.model, all_aliases(settings))
+    models = models_to_ask(asked, prompt, settings, account)
     caller = caller_of(settings, account.id, conversation_start(prompt))
-    hidden = hidden_media(prompt.messages, models[0])
+    hidden = hidden_media(prompt.messages, models[0].model)
     messages = prompt.messages
     if recall:
         start = 0 if settings.reasoning_memory == "all" else turn_start(messages)
         messages = with_reasoning(messages, start, recall)
     messages, repairs = repair_history(messages)
-    prompt = replace(
-        with_chosen_tools(prompt),
-        messages=messages,
-        effort=prompt.effort or default_effort(prompt, settings),
-    )
+    prompt = replace(with_chosen_tools(prompt), messages=messages)
+    prompts = []
+    for model, word in models:
+        effort = prompt.effort or word or asked.effort or default_effort(prompt, settings)
+        prompts.append((model, prompt_for(model, replace(prompt, effort=effort))))
     return Plan(
-        prompts=[(model, prompt_for(model, prompt)) for model in models],
+        asked=asked.model,
+        prompts=prompts,
         account=account,
         caller=caller,
         n=prompt.n,
@@ -6059,36 +6203,38 @@ def prompt_for(model: Model, prompt: Prompt) -> Prompt:
     return prompt if messages is prompt.messages else replace(prompt, messages=messages)
 
 
-def models_to_ask(prompt: Prompt, settings: Settings, account: Account) -> list[Model]:
-    """The model that the prompt names, and the fallbacks that can take it.
+def models_to_ask(
+    asked: Named, prompt: Prompt, settings: Settings, account: Account
+) -> list[Named]:
+    """The model that was asked for, or one that sees in its place, and the fallbacks that can take the prompt.
 
     Raises ProxyError when the account may not use a model that the client named.
     """
     messages = prompt.messages
     is_plain = are_texts(messages)
     must_see = not is_plain and user_shows_media(messages)
-    model = resolve(prompt.model, settings.model_aliases)
     if not is_plain and turn_shows_media(messages):
-        model = with_vision(model, settings)
-    account.check_model(model)
+        asked = asked._replace(model=with_vision(asked.model, settings))
+    account.check_model(asked.model)
+    aliases = all_aliases(settings)
     if prompt.fallbacks is None:  # the operator's: pass over those that the account may not use
-        fallbacks = [resolve(name, settings.model_aliases) for name in settings.fallback_models]
-        fallbacks = [*filter(account.allows, fallbacks)]
+        fallbacks = [named(name, aliases) for name in settings.fallback_models]
+        fallbacks = [each for each in fallbacks if account.allows(each.model)]
     else:
-        fallbacks = [resolve(name, settings.model_aliases) for name in prompt.fallbacks]
+        fallbacks = [named(name, aliases) for name in prompt.fallbacks]
         for fallback in fallbacks:
-            account.check_model(fallback)
+            account.check_model(fallback.model)
     if not must_see:
-        return [model, *fallbacks]
-    check_vision(model)
-    return [model, *(fallback for fallback in fallbacks if fallback.vision)]
+        return [asked, *fallbacks]
+    check_vision(asked.model)
+    return [asked, *(each for each in fallbacks if each.model.vision)]
 
 
 def with_vision(model: Model, settings: Settings) -> Model:
     """VISION_MODEL, if it is set, in place of a model that takes no images."""
     if model.vision or not settings.vision_model:
         return model
-    return resolve(settings.vision_model, settings.model_aliases)
+    return resolve(settings.vision_model, all_aliases(settings))
 
 
 TINY_LIMIT = (
@@ -7418,17 +7564,37 @@ class Upstream:
         """Ask one model after the other; raises the last one's error."""
         leaves_after = min(FALLBACK_PATIENCE, self.settings.rate_limit_wait)
         for model, prompt in plan.prompts[:-1]:
-            attempt = partial(self.ask, plan, model, prompt)
-            use = KeyUse(model.id)
             try:
-                return await self.with_retries(use, plan.caller, attempt, owner, leaves_after)
+                return await self.ask_model(plan, model, prompt, owner, leaves_after)
             except UpstreamError as error:
                 if error.kind not in FALLBACK_ERRORS:
                     raise
             self.remedies["fallbacks"] += 1
         model, prompt = plan.prompts[-1]
+        return await self.ask_model(plan, model, prompt, owner)
+
+    async def ask_model(
+        self,
+        plan: Plan,
+        model: Model,
+        prompt: Prompt,
+        owner: AsyncExitStack,
+        leaves_after: float = math.inf,
+    ) -> EventStream:
+        """Ask one model, with retries; the error for an unknown one tells names that are like it."""
         attempt = partial(self.ask, plan, model, prompt)
-        return await self.with_retries(KeyUse(model.id), plan.caller, attempt, owner)
+        use = KeyUse(model.id)
+        try:
+            return await self.with_retries(use, plan.caller, attempt, owner, leaves_after)
+        except UpstreamError as error:
+            if error.zai_code != "1211":
+                raise
+            name = model.id
+            if name in prompt.model.lower():
+                name = prompt.model
+            models = MODELS | plain_aliases(self.settings)
+            known = [each for each in models if plan.account.allows(models[each])]
+            raise with_name_of_model(error, name, known) from error
 
     async def ask(
         self, plan: Plan, model: Model, prompt: Prompt, slot: Slot, owner: AsyncExitStack
@@ -9143,7 +9309,6 @@ def planned(
     app, record = request.app, request[RECORD]
     settings, memory, account = app[SETTINGS], app[UPSTREAM].memory, request[ACCOUNT]
     prompt, reply = surface.parse(body, history)
-    record.model = model_shown(request, resolve(prompt.model, settings.model_aliases))
     record.left_out = ",".join(
         [header_word(name) for name in prompt.ignored if name[:6] == "tools."]
     )[:DETAIL_LIMIT]
@@ -9152,6 +9317,7 @@ def planned(
     prompt = replace(prompt, size=size) if size >= LARGE else prompt
     recall = partial(memory.get, account.id) if memory.thoughts else None
     plan = make_plan(prompt, settings, account, record.id, recall)
+    note_model(request, plan.asked)
     record.meters = plan.meters
     plan.admit = partial(check_budget, request)
     return Asked(plan, reply, prompt.model, ignored_header(plan.ignored))
@@ -9163,6 +9329,11 @@ def wants_stream(request: web.Request, settings: Settings) -> bool:
     if "application/json" in accepted:
         return False
     return "text/event-stream" in accepted or settings.default_stream
+
+
+def note_model(request: web.Request, model: Model) -> None:
+    """The record learns which model was asked for."""
+    request[RECORD].model = model_shown(request, model)
 
 
 def model_shown(request: web.Request, model: Model) -> str:
@@ -9231,9 +9402,7 @@ async def list_models(request: web.Request) -> web.Response:
 async def named_models(request: web.Request) -> dict[str, Model]:
     """The models that this server lists for the caller: Z.ai's, and the aliases without a pattern."""
     settings, allows = request.app[SETTINGS], request.get(ACCOUNT, Account("")).allows
-    renamed = settings.model_aliases
-    plain = {name: resolve(name, renamed) for name, _ in renamed if not re.search(r"[*?[]", name)}
-    models = await request.app[CATALOG].list(time.monotonic()) | plain
+    models = await request.app[CATALOG].list(time.monotonic()) | plain_aliases(settings)
     seeing = vision_model(settings)
     if seeing is not None and not allows(seeing):
         seeing = None
@@ -9244,9 +9413,11 @@ async def one_model(request: web.Request) -> web.Response:
     asked, models = request.match_info["id"], await named_models(request)
     name = asked
     if name not in models and is_model_name(asked):
-        name = resolve(asked, request.app[SETTINGS].model_aliases).id
+        name = resolve(asked, all_aliases(request.app[SETTINGS])).id
     if name not in models:
-        message = "There is no such model: GET /v1/models lists them."
+        message = "There is no such model: GET /v1/models lists them." + nearest_names(
+            asked, models
+        )
         raise ProxyError(MODEL_NOT_FOUND, message, "model", printable(asked[:256]))
     item = anthropic_item if "anthropic-version" in request.headers else model_item
     return json_response(item(models[name], name))
@@ -9493,8 +9664,8 @@ def messages_model(request: web.Request, body: JSON) -> Model:
     settings = request.app[SETTINGS]
     given = validated(body, {"model": model_name})
     required(given, "model")
-    model = resolve(given["model"], settings.model_aliases)
-    request[RECORD].model = model_shown(request, model)
+    model = resolve(given["model"], all_aliases(settings))
+    note_model(request, model)
     if shows_image(body):
         model = with_vision(model, settings)
     request[ACCOUNT].check_model(model)
@@ -9647,7 +9818,7 @@ def check_model_named(path: str, request: web.Request, name: Any) -> None:
     if name is not None:
         model = resolve(checked(name, model_name, "model"))
         if path not in WITHOUT_MODEL:
-            request[RECORD].model = model_shown(request, model)
+            note_model(request, model)
         account.check_model(model)
     elif account.models and path not in WITHOUT_MODEL:
         raise ProxyError(
@@ -10758,10 +10929,7 @@ NOT_INHERITED = ("ANTHROPIC_", "OPENAI_", "GPTME_OPENAI_", "ZAI_", "ZTOAPI_")
 
 def launch(settings: Settings, flags: argparse.Namespace) -> int:
     """Start a client that uses this server, or a server of its own if there is none; returns its exit status."""
-    default = (
-        "glm-5.3" if "/coding/" in settings.zai_base_urls[0] else "glm-4.7-flash"
-    )  # which is free
-    model = resolve(flags.model or default, settings.model_aliases)
+    model = resolve(flags.model or default_model(settings), all_aliases(settings))
     origin = origin_of(settings.host, settings.port)
     told = with_eyes_of(vision_model(settings), model)
     words = client_words(origin, settings.default_key[0], told)

@@ -80,6 +80,7 @@ from ztoapi import (
     SSEDecoder,
     Text,
     Thought,
+    Tool,
     ToolCall,
     ToolChoice,
     UpstreamError,
@@ -950,6 +951,194 @@ def function(name, **more):
     return {"type": "function", "function": {"name": name, **more}}
 
 
+OBJECT = {"type": "object", "properties": {"a": {"type": "string"}}}
+NO_PARAMETERS = {"type": "object", "properties": {}}
+ANY_TEXT = {"type": "object", "properties": {"input": {"type": "string"}}, "required": ["input"]}
+GRAMMAR = {"type": "grammar", "syntax": "lark", "definition": "start: x"}
+
+
+@pytest.mark.parametrize(
+    ("tool", "wanted"),
+    [
+        pytest.param(function("f"), Tool("f", "f", NO_PARAMETERS), id="chat's"),
+        pytest.param(
+            function("f", description="d", parameters=OBJECT, strict=True),
+            Tool("f", "d", OBJECT),
+            id="chat's, with all",
+        ),
+        pytest.param(
+            function("f", parameters=[]), Tool("f", "f", NO_PARAMETERS), id="PHP's empty object"
+        ),
+        pytest.param(
+            {"type": "function", "name": "f", "parameters": OBJECT, "strict": True},
+            Tool("f", "f", OBJECT),
+            id="Responses'",
+        ),
+        pytest.param(
+            {"type": "custom", "name": "f", "description": "d", "format": {"type": "text"}},
+            Tool("f", "d", ANY_TEXT),
+            id="Responses', custom",
+        ),
+        pytest.param(
+            {"type": "custom", "name": "f", "format": GRAMMAR},
+            Tool("f", "f\nThe input's grammar: start: x", ANY_TEXT),
+            id="Responses', with a grammar",
+        ),
+        pytest.param(
+            {"type": "custom", "custom": {"name": "f", "description": "d"}},
+            Tool("f", "d", ANY_TEXT),
+            id="chat's, custom",
+        ),
+        pytest.param(
+            {
+                "type": "custom",
+                "custom": {"name": "f", "format": {"type": "grammar", "grammar": GRAMMAR}},
+            },
+            Tool("f", "f\nThe input's grammar: start: x", ANY_TEXT),
+            id="chat's, with a grammar",
+        ),
+        pytest.param(
+            {"name": "f", "description": "d", "input_schema": OBJECT},
+            Tool("f", "d", OBJECT),
+            id="Anthropic's",
+        ),
+        pytest.param(
+            {"type": "custom", "name": "f", "input_schema": OBJECT},
+            Tool("f", "f", OBJECT),
+            id="Anthropic's, with its type",
+        ),
+        pytest.param(
+            {"name": "f", "input_schema": []},
+            Tool("f", "f", NO_PARAMETERS),
+            id="Anthropic's in PHP",
+        ),
+        pytest.param(
+            {"name": "f", "input_schema": OBJECT, "defer_loading": True},
+            Tool("f", "f", OBJECT, deferred=True),
+            id="deferred",
+        ),
+        pytest.param(
+            {**function("f"), "defer_loading": True},
+            Tool("f", "f", NO_PARAMETERS, deferred=True),
+            id="chat's, deferred",
+        ),
+    ],
+)
+def test_a_tool_is_read_in_the_shape_of_any_api(tool, wanted):
+    prompt = read_chat(chat(tools=[tool]))
+    assert (prompt.tools, prompt.native_tools, prompt.ignored) == ((wanted,), (), ())
+
+
+@pytest.mark.parametrize(
+    "tool",
+    [
+        {"type": "web_search", "web_search": {"enable": True}},
+        {"type": "retrieval", "retrieval": {"knowledge_id": "k"}},
+        {"type": "mcp", "mcp": {"server_label": "s"}},
+    ],
+)
+def test_a_tool_of_zais_own_stays_as_it_is(tool):
+    prompt = read_chat(chat(tools=[tool]))
+    assert (prompt.tools, prompt.native_tools, prompt.ignored) == ((), (tool,), ())
+
+
+@pytest.mark.parametrize(
+    ("tools", "ignored"),
+    [
+        pytest.param([{"googleSearch": {}}], ("tools.googleSearch",), id="Gemini's search"),
+        pytest.param(
+            [{"functionDeclarations": [{"name": "f"}]}],
+            ("tools.functionDeclarations",),
+            id="Gemini's functions",
+        ),
+        pytest.param(
+            [{"type": "web_search_preview"}], ("tools.web_search_preview",), id="OpenAI's"
+        ),
+        pytest.param(
+            [{"type": "bash_20250124", "name": "bash"}], ("tools.bash_20250124",), id="Anthropic's"
+        ),
+        pytest.param([{"name": "f"}], ("tools.name",), id="no more than a name"),
+        pytest.param([{"type": 5}], ("tools.type",), id="a number for a type"),
+        pytest.param([{}], ("tools.unknown",), id="nothing"),
+        pytest.param(
+            [{"type": "computer"}, {"type": "computer"}, {"type": "shell"}],
+            ("tools.computer", "tools.shell"),
+            id="several",
+        ),
+    ],
+)
+def test_any_other_tool_is_left_out_and_listed(tools, ignored):
+    prompt = read_chat(chat(tools=[*tools, function("f")], tool_choice="required"))
+    assert ([tool.name for tool in prompt.tools], prompt.ignored) == (["f"], ignored)
+
+
+@pytest.mark.parametrize(
+    ("choice", "wanted"),
+    [
+        pytest.param("auto", ToolChoice(), id="auto"),
+        pytest.param("required", ToolChoice("required"), id="required"),
+        pytest.param("any", ToolChoice("required"), id="Mistral's any"),
+        pytest.param({"type": "auto"}, ToolChoice(), id="Anthropic's auto"),
+        pytest.param({"type": "any"}, ToolChoice("required"), id="Anthropic's any"),
+        pytest.param({"type": "none"}, ToolChoice("none"), id="Anthropic's none"),
+        pytest.param(
+            {"type": "tool", "name": "f"}, ToolChoice("required", ("f",)), id="Anthropic's tool"
+        ),
+        pytest.param(function("f"), ToolChoice("required", ("f",)), id="chat's function"),
+        pytest.param(
+            {"type": "custom", "custom": {"name": "f"}},
+            ToolChoice("required", ("f",)),
+            id="chat's custom tool",
+        ),
+        pytest.param(
+            {"type": "function", "name": "f"}, ToolChoice("required", ("f",)), id="Responses'"
+        ),
+        pytest.param(
+            {"type": "custom", "name": "f"}, ToolChoice("required", ("f",)), id="Responses' custom"
+        ),
+        pytest.param(
+            {
+                "type": "allowed_tools",
+                "allowed_tools": {"mode": "auto", "tools": [function("f"), function("g")]},
+            },
+            ToolChoice("auto", ("f", "g")),
+            id="chat's allowed tools",
+        ),
+        pytest.param(
+            {
+                "type": "allowed_tools",
+                "mode": "required",
+                "tools": [{"type": "function", "name": "f"}, {"type": "custom", "name": "g"}],
+            },
+            ToolChoice("required", ("f", "g")),
+            id="Responses' allowed tools",
+        ),
+    ],
+)
+def test_a_choice_of_tools_is_read_in_the_shape_of_any_api(choice, wanted):
+    assert read_chat(chat(tools=[function("f")], tool_choice=choice)).tool_choice == wanted
+
+
+@pytest.mark.parametrize(
+    "choice",
+    [
+        "f",
+        [],
+        {"name": "f"},
+        {"type": "tool"},
+        {"type": "function", "function": {"name": ""}},
+        {"type": "web_search"},
+        {"type": "allowed_tools", "tools": []},
+        {"type": "allowed_tools", "mode": "none", "tools": []},
+        {"type": "allowed_tools", "allowed_tools": {"mode": "auto"}},
+    ],
+)
+def test_a_choice_of_nothing_is_refused(choice):
+    with pytest.raises(BadRequest) as raised:
+        read_chat(chat(tools=[function("f")], tool_choice=choice))
+    assert raised.value.param == "tool_choice"
+
+
 def test_parallel_tool_calls_false_is_listed():
     assert read_chat(chat(tools=[function("f")], parallel_tool_calls=False)).ignored == (
         "parallel_tool_calls",
@@ -1204,8 +1393,12 @@ FUNCTIONS = [{"name": "f", "parameters": {"type": "object"}}]
         (chat(fallbacks="glm-5"), "fallbacks"),
         (chat(fallbacks=[""]), "fallbacks"),
         (chat(fallbacks=["x" * 257]), "fallbacks"),
-        (chat(tools=[{"type": "custom", "custom": {"name": "f"}}]), "tools[0]"),
-        (chat(tools=[{"type": "function", "function": {"name": "f"}}] * 129), "tools"),
+        (chat(tools=[{"type": "custom", "custom": {"name": ""}}]), "tools[0]"),
+        (chat(tools=["search"]), "tools[0]"),
+        (chat(tools=[{"type": "function", "name": "f", "parameters": 5}]), "tools[0].parameters"),
+        (chat(tools=[{"name": "f", "input_schema": 5}]), "tools[0].input_schema"),
+        (chat(tools=[{"type": "custom", "name": "f", "description": 5}]), "tools[0].description"),
+        (chat(functions=[FUNCTIONS[0]] * 129), "functions"),
         (chat(tool_choice="always"), "tool_choice"),
         (chat(tool_choice={"type": "function"}), "tool_choice"),
         (chat(parallel_tool_calls="no"), "parallel_tool_calls"),
@@ -1425,6 +1618,86 @@ def test_content_is_null_when_there_are_only_tool_calls():
         "refusal": None,
         "tool_calls": [CALL],
     }
+
+
+CUSTOM = {"type": "custom", "custom": {"name": "patch"}}
+PATCH = ["", '{"inp', 'ut":"a\\nb"}']
+
+
+def custom_reply(n=1):
+    reply = ztoapi.parse_chat(chat(n=n, tools=[CUSTOM, function("f")]))[1]
+    return begun(reply)
+
+
+def test_a_call_of_a_custom_tool_is_a_custom_call():
+    first, *more = PATCH
+    events = [
+        ToolCall(0, "c1", "patch", first),
+        *[ToolCall(0, "", "", piece) for piece in more],
+        ToolCall(1, "c2", "f", '{"a":1}'),
+        Finish("tool_calls"),
+    ]
+    call = {"id": "c1", "type": "custom", "custom": {"name": "patch", "input": "a\nb"}}
+    other = CALL | {"id": "c2"}
+    assert custom_reply().fold(events)["choices"][0]["message"]["tool_calls"] == [call, other]
+    begins = {"index": 0, **call, "custom": {"name": "patch", "input": ""}}
+    assert decoded(custom_reply().frames_of(events)) == [
+        chunk({"role": "assistant", "tool_calls": [begins]}),
+        chunk({"tool_calls": [{"index": 1, **other}]}),
+        chunk({"tool_calls": [{"index": 0, "custom": {"input": "a\nb"}}]}),
+        chunk({}, "tool_calls"),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "wanted"),
+    [
+        ('{"input":"x"}', "x"),
+        ('{"input":""}', ""),
+        ('{"input":{"a":1}}', '{"a":1}'),
+        ('{"input":null}', ""),
+        ('{"patch":"x"}', '{"patch":"x"}'),
+        ("*** Begin Patch", "*** Begin Patch"),
+        ('"x"', '"x"'),
+        ("{}", "{}"),
+    ],
+)
+def test_what_a_custom_tool_is_called_with_is_its_input_or_all_there_is(arguments, wanted):
+    events = [ToolCall(0, "c1", "patch", arguments), Finish("tool_calls")]
+    (call,) = custom_reply().fold(events)["choices"][0]["message"]["tool_calls"]
+    assert call["custom"]["input"] == wanted
+    assert decoded(custom_reply().frames_of(events))[1] == chunk(
+        {"tool_calls": [{"index": 0, "custom": {"input": wanted}}]}
+    )
+
+
+def test_the_inputs_of_custom_tools_are_told_choice_by_choice():
+    events = [
+        *[
+            ToolCall(0, f"c{choice}", "patch", f'{{"input":"{choice}"}}', choice)
+            for choice in (0, 1)
+        ],
+        Finish("tool_calls", 1),
+        Finish("tool_calls", 0),
+    ]
+    choices = [frame["choices"][0] for frame in decoded(custom_reply(2).frames_of(events))]
+    told = [
+        (choice["index"], choice["delta"]["tool_calls"][0]["custom"]["input"])
+        for choice in choices
+        if "tool_calls" in choice["delta"]
+    ]
+    assert told == [(0, ""), (1, ""), (1, "1"), (0, "0")]
+
+
+@pytest.mark.parametrize(
+    "tool", [{"type": "custom", "name": "patch"}, {"name": "patch", "input_schema": ANY_TEXT}]
+)
+def test_a_custom_tool_in_another_apis_shape_is_called_as_a_function(tool):
+    reply = begun(ztoapi.parse_chat(chat(tools=[tool]))[1])
+    events = [ToolCall(0, "c1", "patch", '{"input":"x"}'), Finish("tool_calls")]
+    (call,) = reply.fold(events)["choices"][0]["message"]["tool_calls"]
+    called = {"name": "patch", "arguments": '{"input":"x"}'}
+    assert call == {"id": "c1", "type": "function", "function": called}
 
 
 FOUND = {"title": "T", "link": "https://x/y", "content": "C", "media": "M", "refer": "ref_1"}
@@ -1866,7 +2139,6 @@ def test_tools_in_the_conversation_that_cannot_be_offered_are_left_out_and_liste
         ({"tools": [{"type": "custom", "name": ""}]}, "tools[0]"),
         ({"tools": [{"type": "web_search", "search_context_size": "huge"}]}, "tools[0]"),
         ({"tools": [NAMESPACE, NAMESPACE | {"tools": [5]}]}, "tools[1].tools[0]"),
-        ({"tools": [NAMESPACE | {"tools": [{"type": "function", "name": "f"}] * 129}]}, "tools"),
         ({"conversation": "conv_1"}, "conversation"),
         ({"prompt": {"id": "pmpt_1"}}, "prompt"),
         ({"text": {"format": {"type": "yaml"}}}, "text"),
@@ -3504,6 +3776,204 @@ def zai_messages(body, model="glm-4.6", parse=ztoapi.parse_chat):
 
 
 ZAI = "https://api.z.ai/api/paas/v4"
+
+
+@pytest.mark.parametrize(
+    ("names", "wanted"),
+    [
+        pytest.param(["files.read"], ["files_read_89b43be6"], id="a dot"),
+        pytest.param(["a b", "a.b", "a_b"], ["a_b_541e27fe", "a_b_68a4364b", "a_b"], id="alike"),
+        pytest.param(["搜索"], ["___f91c99f4"], id="no letter"),
+        pytest.param(["x" * 65], ["x" * 55 + "_1c9c4cf0"], id="too long"),
+        pytest.param(
+            ["x" * 64 + "a", "x" * 64 + "b"],
+            ["x" * 55 + "_8a907b1c", "x" * 55 + "_8cb9731c"],
+            id="both",
+        ),
+        pytest.param(["f\n"], ["f__99a6102d"], id="a line end"),
+    ],
+)
+def test_an_illegal_name_of_a_tool_is_a_legal_one_for_zai(names, wanted):
+    assert legal_for_zai(names) == wanted
+
+
+def legal_for_zai(names):
+    tools = body_for_zai(chat(tools=[function(name) for name in names]))["tools"]
+    return [tool["function"]["name"] for tool in tools]
+
+
+GOLDEN_CHAT = {
+    "model": "zai/GLM-4.6:low",
+    "messages": [
+        {"role": "developer", "content": "Be kind."},
+        {"role": "user", "content": [{"type": "text", "text": "你好"}]},
+    ],
+    "tools": [
+        {"name": "read", "description": "Read", "input_schema": OBJECT},
+        {"type": "function", "name": "list", "parameters": {"type": "object", "properties": []}},
+        {"type": "custom", "custom": {"name": "patch", "format": {"type": "text"}}},
+        {"type": "function", "function": {"name": "files.read", "parameters": []}},
+        {"googleSearch": {}},
+    ],
+    "tool_choice": {"type": "any"},
+    "max_completion_tokens": -1,
+    "max_tokens": 4096.0,
+    "stop": ["a", "b", "c", "d", "e"],
+    "stream_options": [],
+    "response_format": {"type": "json_object", "schema": OBJECT},
+    "reasoning_effort": "auto",
+    "include_reasoning": False,
+    "prompt_cache_key": "k",
+}
+
+
+def test_a_chat_in_all_dialects_is_one_request_for_zai():
+    def tool(name, description, parameters):
+        return function(name, description=description, parameters=parameters)
+
+    line = (
+        "Answer only with JSON, without any other text and without Markdown, valid against "
+        'this JSON Schema: {"type":"object","properties":{"a":{"type":"string"}}}'
+    )
+    names = "read, list, patch, files_read_89b43be6"
+    orders = f"Answer by calling one of the functions {names}."
+    plan = ztoapi.make_plan(read_chat(GOLDEN_CHAT), Settings(), Account(""), "7")
+    assert plan.ignored == ("prompt_cache_key", "tools.googleSearch")
+    assert plan.reasoning_format == "hidden"
+    assert zai_body(plan.prompts[0][1], MODELS["glm-4.6"]) == {
+        "model": "glm-4.6",
+        "messages": [
+            {"role": "system", "content": f"Be kind.\n{orders}\n{line}"},
+            {"role": "user", "content": "你好"},
+        ],
+        "stream": True,
+        "max_tokens": 4096,
+        "stop": ["a", "b", "c", "d"],
+        "tools": [
+            tool("read", "Read", OBJECT),
+            tool("list", "list", NO_PARAMETERS),
+            tool("patch", "patch", ANY_TEXT),
+            tool("files_read_89b43be6", "files.read", NO_PARAMETERS),
+        ],
+        "tool_stream": True,
+        "response_format": {"type": "json_object"},
+        "thinking": {"type": "enabled"},
+    }
+
+
+def test_the_same_chat_is_the_same_bytes_in_another_process():
+    code = (
+        "import json, sys, ztoapi; prompt = ztoapi.parse_chat(json.loads(sys.argv[1]))[0];"
+        "plan = ztoapi.make_plan(prompt, ztoapi.Settings(), ztoapi.Account(''), '7');"
+        "print(ztoapi.zai_request(plan.prompts[0][1], plan.asked, 'https://api.z.ai', '7').data)"
+    )
+    command = [sys.executable, "-c", code, json.dumps(GOLDEN_CHAT)]
+    here = Path(ztoapi.__file__).parent
+    said = subprocess.run(command, capture_output=True, text=True, cwd=here, check=True).stdout
+    plan = ztoapi.make_plan(read_chat(GOLDEN_CHAT), Settings(), Account(""), "8")
+    data = ztoapi.zai_request(plan.prompts[0][1], plan.asked, "https://api.z.ai", "8").data
+    assert said.strip() == str(data)
+
+
+@pytest.mark.parametrize("name", ["f", "read_file-2", "x" * 64, "mcp__server__do", "_", "-"])
+def test_a_legal_name_of_a_tool_stays(name):
+    assert legal_for_zai([name]) == [name]
+
+
+def test_the_legal_name_depends_on_no_other_tool_unless_that_is_called_so():
+    (alone,) = legal_for_zai(["files.read"])
+    assert legal_for_zai(["a.b", "files.read", "c"])[1] == alone
+    taken, other = legal_for_zai([alone, "files.read"])
+    assert taken == alone != other
+    assert re.fullmatch("files_read_[0-9a-f]{8}", other)
+
+
+def test_names_of_tools_are_legal_in_history_and_in_our_own_lines():
+    call = {"id": "c1", "type": "function", "function": {"name": "files.read", "arguments": "{}"}}
+    old = {"id": "c2", "type": "function", "function": {"name": "gone!", "arguments": "{}"}}
+    body = chat(
+        messages=[
+            QUESTION,
+            {"role": "assistant", "content": "", "tool_calls": [call, old]},
+            {"role": "tool", "tool_call_id": "c1", "content": "files.read"},
+            {"role": "tool", "tool_call_id": "c2", "content": "x"},
+        ],
+        tools=[function("files.read"), function("f")],
+        tool_choice=function("files.read"),
+    )
+    zai = body_for_zai(body)
+    (legal,) = legal_for_zai(["files.read"])
+    (legal_old,) = legal_for_zai(["gone!"])
+    assert [tool["function"]["name"] for tool in zai["tools"]] == [legal]
+    system, _, assistant, result, _ = zai["messages"]
+    assert system["content"] == f"Answer by calling the function {legal}."
+    calls = [call["function"]["name"] for call in assistant["tool_calls"]]
+    assert calls == [legal, legal_old]
+    assert result["content"] == "files.read"
+
+
+MANY = [function(f"f{i}") for i in range(127)]
+
+
+def deferred(name):
+    return {"name": name, "input_schema": NO_PARAMETERS, "defer_loading": True}
+
+
+@pytest.mark.parametrize(
+    ("tools", "fields", "kept"),
+    [
+        pytest.param([deferred("a")], {}, ["a"], id="as many as Z.ai takes"),
+        pytest.param([deferred("a"), deferred("b")], {}, [], id="one more"),
+        pytest.param(
+            [deferred("a"), deferred("b.c")],
+            {"messages": [{"role": "user", "content": "Use b.c."}]},
+            ["b.c"],
+            id="one that is named",
+        ),
+        pytest.param(
+            [deferred("a"), deferred("b")],
+            {
+                "messages": [
+                    *HELLO["messages"],
+                    {"role": "assistant", "tool_calls": [CALL | {"function": {"name": "b"}}]},
+                    {"role": "tool", "tool_call_id": "c1", "content": "x"},
+                ]
+            },
+            ["b"],
+            id="one that was called",
+        ),
+        pytest.param([deferred("a"), function("b")], {}, ["b"], id="one that is not deferred"),
+    ],
+)
+def test_of_too_many_tools_the_deferred_go_that_nothing_names(tools, fields, kept):
+    body = chat(tools=[*MANY, *tools], **fields)
+    plan = ztoapi.make_plan(read_chat(body), Settings(), Account(""), "7")
+    names = [plan.client_names.get(tool.name, tool.name) for tool in plan.prompts[0][1].tools]
+    assert names == [f"f{i}" for i in range(127)] + kept
+    dropped = len(tools) > len(kept)
+    assert plan.ignored == (("tools.defer_loading",) if dropped else ())
+
+
+@pytest.mark.parametrize(
+    "tools",
+    [
+        [function("a"), function("b")],
+        [deferred("a"), deferred("hi")],
+        [{"type": "function", "name": f"f{i}"} for i in range(2)],
+    ],
+    ids=["functions", "deferred and named", "Responses' functions"],
+)
+def test_more_tools_than_zai_takes_are_refused(tools):
+    body = chat(messages=[{"role": "user", "content": "a hi"}], tools=[*MANY, *tools])
+    with pytest.raises(BadRequest) as raised:
+        body_for_zai(body)
+    assert raised.value.param == "tools"
+
+
+def test_a_choice_of_few_tools_may_come_from_very_many():
+    body = chat(tools=[function(f"f{i}") for i in range(200)], tool_choice=function("f150"))
+    assert [tool["function"]["name"] for tool in body_for_zai(body)["tools"]] == ["f150"]
+    assert "tools" not in body_for_zai(body | {"tool_choice": "none"})
 
 
 def efforts(body, **settings):
@@ -9397,6 +9867,69 @@ async def test_a_response_can_be_looked_up_and_forgotten(client):
     ]:
         async with client.request(method, url, headers=KEY) as response:
             assert response.status == status, (method, url)
+
+
+FILES_READ = "files.read"
+READ_FORCED = {
+    "chat/completions": chat(tools=[function(FILES_READ)], tool_choice=function(FILES_READ)),
+    "responses": ASKED
+    | {
+        "tools": [
+            {
+                "type": "namespace",
+                "name": "my files",
+                "tools": [{"type": "function", "name": FILES_READ}],
+            }
+        ],
+        "tool_choice": {"type": "function", "name": FILES_READ, "namespace": "my files"},
+    },
+}
+
+
+@in_loop
+@pytest.mark.parametrize("stream", [False, True], ids=["whole", "streamed"])
+@pytest.mark.parametrize("path", READ_FORCED)
+async def test_a_tool_has_a_legal_name_for_zai_and_its_own_for_the_client(
+    client, zai, path, stream
+):
+    body = READ_FORCED[path]
+    await ask(client, body, f"/v1/{path}")
+    (tool,) = zai.bodies[0]["tools"]
+    name = tool["function"]["name"]
+    assert re.fullmatch("[A-Za-z0-9_-]{1,64}", name)
+    call = {
+        "index": 0,
+        "id": "c1",
+        "type": "function",
+        "function": {"name": name, "arguments": "{}"},
+    }
+    zai.parts = [stream_of({"tool_calls": [call]}, finish("tool_calls"))]
+    _, text = await ask(client, body | {"stream": stream}, f"/v1/{path}")
+    assert name not in text
+    assert f'"name":"{FILES_READ}"' in text
+    assert ('"namespace":"my files"' in text) == (path == "responses")
+
+
+@in_loop
+async def test_reasoning_is_put_back_into_calls_of_tools_with_illegal_names(client, zai):
+    await ask(client, chat(tools=[function(FILES_READ)]))
+    name = zai.bodies[0]["tools"][0]["function"]["name"]
+    call = {
+        "index": 0,
+        "id": "c1",
+        "type": "function",
+        "function": {"name": name, "arguments": "{}"},
+    }
+    zai.parts = [
+        stream_of({"reasoning_content": "hm"}, {"tool_calls": [call]}, finish("tool_calls"))
+    ]
+    _, text = await ask(client, chat(tools=[function(FILES_READ)]))
+    said = json.loads(text)["choices"][0]["message"]
+    del said["reasoning_content"]
+    messages = [*HELLO["messages"], said, {"role": "tool", "tool_call_id": "c1", "content": "x"}]
+    await ask(client, chat(tools=[function(FILES_READ)], messages=messages))
+    assert zai.bodies[-1]["messages"][1]["reasoning_content"] == "hm"
+    assert zai.bodies[-1]["messages"][1]["tool_calls"][0]["function"]["name"] == name
 
 
 @in_loop

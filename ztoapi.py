@@ -780,6 +780,11 @@ def as_object(value: Any) -> JSON:
     return value if isinstance(value, dict) else {}
 
 
+def fields_of(value: Any, *names: str) -> JSON:
+    """An object with only these of its fields."""
+    return {name: value[name] for name in names if name in value}
+
+
 def objects(value: Any) -> Iterator[JSON]:
     """The items of an array, none if it is something else."""
     return map(as_object, value if isinstance(value, list) else ())
@@ -1326,6 +1331,7 @@ class Tool:
     name: str
     description: str
     parameters: JSON
+    deferred: bool = False  # the first to go where there are too many
 
 
 IMAGE_SIZE = 4_000  # characters that an image counts for in an estimate of tokens
@@ -2206,33 +2212,46 @@ def argument_text(arguments: Any) -> str:
 MAX_TOOLS = 128
 
 
-def tool_list(value: Any) -> list[Any]:
-    tools: list[Any] = array(value)
-    if sum(as_object(tool).get("type") in ("function", "custom") for tool in tools) > MAX_TOOLS:
-        raise ValueError(f"must not have more than {MAX_TOOLS} functions: Z.ai takes no more")
-    return tools
-
-
 def tool_choice(value: Any) -> ToolChoice:
+    """A choice in the words of any API."""
     match value:
         case "auto" | "none" | "required":
             return ToolChoice(value)
-        case {"type": "function", "function": {"name": str(name)}}:
-            return ToolChoice("required", (name,))
-        case {
-            "type": "allowed_tools",
-            "allowed_tools": {"mode": "auto" | "required" as mode, "tools": [*tools]},
-        }:
-            functions = (as_object(as_object(tool).get("function")) for tool in tools)
-            return ToolChoice(mode, tuple(str(function.get("name")) for function in functions))
+        case {"type": "auto" | "none" | "required" as mode}:
+            return ToolChoice(mode)
+        case "any" | {"type": "any"}:
+            return ToolChoice("required")
+        case {"type": "allowed_tools", "allowed_tools": dict(allowed)}:
+            return allowed_tools(allowed)
+        case {"type": "allowed_tools"}:
+            return allowed_tools(value)
+        case {"type": "function" | "custom" | "tool"} if chosen_name(value):
+            return ToolChoice("required", (chosen_name(value),))
         case _:
             raise ValueError("must be auto, none, required, or name a function")
 
 
+def allowed_tools(allowed: JSON) -> ToolChoice:
+    match allowed:
+        case {"mode": "auto" | "required" as mode, "tools": [*tools]}:
+            return ToolChoice(mode, tuple([chosen_name(as_object(tool)) for tool in tools]))
+        case _:
+            raise ValueError("must have the mode auto or required, and a list of tools")
+
+
+def chosen_name(choice: JSON) -> str:
+    """The name in a choice, perhaps one level deeper; "" if there is none."""
+    named = as_object(choice.get("function")) or as_object(choice.get("custom")) or choice
+    name = named.get("name")
+    return name if isinstance(name, str) else ""
+
+
 def function_list(value: Any) -> list[Any]:
     """The deprecated `functions`."""
-    tool_list([{"type": "function", "function": function} for function in array(value)])
-    return list(value)
+    functions: list[Any] = array(value)
+    if len(functions) > MAX_TOOLS:
+        raise ValueError(f"must not have more than {MAX_TOOLS} functions: Z.ai takes no more")
+    return functions
 
 
 def function_choice(value: Any) -> ToolChoice:
@@ -2286,7 +2305,7 @@ CHAT_FIELDS: dict[str, Check] = {
     "messages": array,
     "max_completion_tokens": token_limit,
     "user_id": string,
-    "tools": tool_list,
+    "tools": array,
     "tool_choice": tool_choice,
     "functions": function_list,
     "function_call": function_choice,
@@ -2303,10 +2322,8 @@ def parse_chat(body: JSON) -> tuple[Prompt, ChatReply]:
     required(given, "model", "messages")
     has_functions = "functions" in given and "tools" not in given
     if has_functions:
-        given |= {
-            "tools": given["functions"],
-            "tool_choice": given.get("function_call", ToolChoice()),
-        }
+        choice = given.get("function_call", ToolChoice())
+        given = {**given, "tools": given["functions"], "tool_choice": choice}
         tools = parse_functions(given)
     else:
         tools = [parse_tool(tool, f"tools[{i}]") for i, tool in enumerate(given.get("tools", ()))]
@@ -2325,12 +2342,18 @@ def parse_chat(body: JSON) -> tuple[Prompt, ChatReply]:
         native={name: value for name, value in given.items() if name in NATIVE_FIELDS},
         ignored=(
             *unknown_fields(body, CHAT_FIELDS),
+            *unknown_tools(given.get("tools", ()), tools),
             *serial_calls(given),
             *dropped_names(given["messages"]),
         ),
     )
-    reply = FunctionReply if has_functions else ChatReply
-    return prompt, reply(prompt.n, include_usage=wants_usage(given))
+    include_usage = wants_usage(given)
+    if has_functions:
+        return prompt, FunctionReply(prompt.n, include_usage=include_usage)
+    custom = custom_names(given.get("tools", ()))
+    if custom:
+        return prompt, CustomToolReply(prompt.n, custom, include_usage=include_usage)
+    return prompt, ChatReply(prompt.n, include_usage=include_usage)
 
 
 def read_messages(messages: list[Any]) -> Messages:
@@ -2346,20 +2369,54 @@ def dropped_names(messages: list[JSON]) -> list[str]:
     return ["messages.name"] if named else []
 
 
-def native_tools(tools: list[Tool | JSON], given: JSON) -> list[JSON]:
+def native_tools(tools: list[ParsedTool], given: JSON) -> list[JSON]:
     """Z.ai's own tools: those that the client sent, and the search that web_search_options asks for."""
-    native = [tool for tool in tools if not isinstance(tool, Tool)]
+    native = [tool for tool in tools if isinstance(tool, dict)]
     if "web_search_options" in given and not any(tool["type"] == "web_search" for tool in native):
         native.append(given["web_search_options"])
     return native
 
 
-TOOL_FIELDS: dict[str, Check] = {"name": string, "description": string, "parameters": mapping}
+def unknown_tools(tools: Sequence[JSON], parsed: Sequence[ParsedTool]) -> list[str]:
+    """The kinds of those that are left out, each once."""
+    kinds: dict[str, None] = {}
+    for tool, read in zip(tools, parsed, strict=True):
+        if read is None:
+            kinds[f"tools.{tool_kind(tool)}"] = None
+    return list(kinds)
 
 
-def parse_functions(given: JSON) -> list[Tool | JSON]:
+def tool_kind(tool: JSON) -> str:
+    """The type of a tool, or else its first key: Gemini's are {"googleSearch": {}}."""
+    kind = tool.get("type")
+    if isinstance(kind, str) and kind:
+        return kind
+    return next(iter(tool), "unknown")
+
+
+def custom_names(tools: Iterable[JSON]) -> frozenset[str]:
+    """The names of the tools that are custom in chat's own shape; others come back as functions."""
+    names: set[str] = set()
+    for tool in tools:
+        if tool.get("type") == "custom" and isinstance(tool.get("custom"), dict):
+            names.add(tool["custom"]["name"])
+    return frozenset(names)
+
+
+# A tool of a request as it is offered; Z.ai's own are objects, None is one that GLM does not have.
+ParsedTool: TypeAlias = "Tool | JSON | None"
+
+TOOL_FIELDS: dict[str, Check] = {
+    "name": string,
+    "description": string,
+    "parameters": mapping,
+    "input_schema": mapping,  # Anthropic's
+}
+
+
+def parse_functions(given: JSON) -> list[ParsedTool]:
     """The deprecated `functions`. Raises BadRequest also if `function_call` names none of them."""
-    tools: list[Tool | JSON] = []
+    tools: list[ParsedTool] = []
     names: set[str] = set()
     for index, function in enumerate(given["functions"]):
         at = f"functions[{index}]"
@@ -2379,21 +2436,55 @@ def parse_function(function: JSON, at: str) -> Tool:
     """A function with a name; `at` is the path before its fields."""
     given = validated(function, TOOL_FIELDS, at)
     # Z.ai requires description and parameters, OpenAI neither.
-    parameters = given.get("parameters") or {"type": "object", "properties": {}}
-    return Tool(given["name"], given.get("description") or given["name"], parameters)
+    parameters = given.get("parameters") or given.get("input_schema")
+    return Tool(
+        given["name"],
+        given.get("description") or given["name"],
+        parameters or {"type": "object", "properties": {}},
+        deferred=function.get("defer_loading") is True,
+    )
 
 
-def parse_tool(tool: Any, at: str) -> Tool | JSON:
+def parse_custom(custom: JSON, at: str) -> Tool:
+    """A custom tool, which takes any text, as a function with one string."""
+    given = validated(custom, {"name": string, "description": string}, at)
+    about = given.get("description") or given["name"]
+    form = as_object(custom.get("format"))
+    grammar = form.get("definition") or as_object(form.get("grammar")).get("definition")
+    if grammar:
+        about = f"{about}\nThe input's grammar: {grammar}"
+    return Tool(
+        given["name"],
+        about,
+        {"type": "object", "properties": {"input": {"type": "string"}}, "required": ["input"]},
+        deferred=custom.get("defer_loading") is True,
+    )
+
+
+def parse_tool(tool: Any, at: str) -> ParsedTool:
+    """A tool in the shape of any API. Raises BadRequest for a function without a name."""
     match tool:
-        case {"type": "function", "function": {"name": str(name)} as function} if name:
-            return parse_function(function, f"{at}.function.")
         case {"type": "web_search" | "retrieval" | "mcp"}:
             return as_object(tool)
+        case {"type": "function" | "custom" as kind} if isinstance(tool.get(kind), dict):
+            inner = {**fields_of(tool, "type", "defer_loading"), **tool[kind]}
+            return parse_named_tool(inner, at, f"{at}.{kind}.")
+        case {"type": "function" | "custom"} | {"name": _, "input_schema": _}:
+            return parse_named_tool(tool, at, f"{at}.")
+        case dict():
+            return None
         case _:
-            raise BadRequest(
-                f"'{at}' must be a function with a name, or Z.ai's web_search, retrieval or mcp.",
-                at,
-            )
+            raise BadRequest(f"'{at}' must be an object.", at)
+
+
+def parse_named_tool(tool: JSON, at: str, inside: str) -> Tool:
+    """A function or a custom tool at the path `at`; `inside` is the path before its fields."""
+    name = tool.get("name")
+    if not isinstance(name, str) or not name:
+        raise BadRequest(f"'{at}' must have a name.", at)
+    if tool.get("type") == "custom" and "input_schema" not in tool:
+        return parse_custom(tool, inside)
+    return parse_function(tool, inside)
 
 
 def usage_body(usage: Usage) -> JSON:
@@ -2549,6 +2640,67 @@ class FunctionReply(ChatReply):
         if calls:
             fields["function_call"] = calls[0]["function"]
         return fields
+
+
+class CustomToolReply(ChatReply):
+    """A chat's answer for a client with custom tools: their calls have any text as input, not JSON.
+
+    The text is sent in one piece, when the call is complete.
+    """
+
+    def __init__(self, n: int, custom: frozenset[str], *, include_usage: bool) -> None:
+        super().__init__(n, include_usage=include_usage)
+        self.custom = custom  # the names of the tools
+        # The arguments of their calls so far, by choice and index.
+        self.arguments: dict[tuple[int, int], list[str]] = {}
+
+    def frames(self, event: Event) -> list[str]:
+        match event:
+            case ToolCall() if event.name in self.custom:
+                self.arguments[event.choice, event.index] = [event.arguments]
+                begun = {"index": event.index, **custom_call_body(replace(event, arguments=""))}
+                return [self.call_frame(event.choice, begun)]
+            case ToolCall() if (event.choice, event.index) in self.arguments:
+                self.arguments[event.choice, event.index].append(event.arguments)
+                return []
+            case Finish():
+                return [*self.inputs(event.choice), *super().frames(event)]
+            case _:
+                return super().frames(event)
+
+    def inputs(self, of_choice: int) -> Iterator[str]:
+        """The frames with the texts of a choice's calls."""
+        for (choice, index), pieces in self.arguments.items():
+            if choice == of_choice:
+                custom = {"input": custom_input("".join(pieces))}
+                yield self.call_frame(choice, {"index": index, "custom": custom})
+
+    def call_frame(self, choice: int, delta: JSON) -> str:
+        return self.chunk(choice, f'"tool_calls":[{to_json(delta)}]')
+
+    def extras(self, choice: Choice) -> JSON:
+        fields = super().extras(choice)
+        if choice.calls:
+            fields["tool_calls"] = [self.any_call_body(call) for call in choice.tool_calls]
+        return fields
+
+    def any_call_body(self, call: ToolCall) -> JSON:
+        if call.name in self.custom:
+            return custom_call_body(call)
+        return call_body(call)
+
+
+def custom_call_body(call: ToolCall) -> JSON:
+    custom = {"name": call.name, "input": custom_input(call.arguments)}
+    return {"id": call.id, "type": "custom", "custom": custom}
+
+
+def custom_input(arguments: str) -> str:
+    """The text that a custom tool is called with: the argument `input`, or all that is not as it should be."""
+    given = parse_json(arguments.encode("utf-8", "surrogatepass"))
+    if isinstance(given, dict) and "input" in given:
+        return json_or_text(given["input"])
+    return arguments
 
 
 def call_body(call: ToolCall) -> JSON:
@@ -2715,13 +2867,11 @@ def qualified_name(item: JSON) -> str:
 
 def response_tools(value: Any) -> list[tuple[str, Any]]:
     """The tools, each after its path in the request."""
-    tools = [
+    return [
         found
         for i, tool in enumerate(array(value))
         for found in split_namespace(tool, f"tools[{i}]")
     ]
-    tool_list([tool for _, tool in tools])
-    return tools
 
 
 def split_namespace(tool: Any, at: str) -> Iterator[tuple[str, Any]]:
@@ -2925,11 +3075,6 @@ SHORT = 512  # characters of what a response repeats, but the model never reads
 
 def short(value: Any) -> str | None:
     return value[:SHORT] if isinstance(value, str) else None
-
-
-def fields_of(value: Any, *names: str) -> JSON:
-    """An object with only these of its fields."""
-    return {name: value[name] for name in names if name in value}
 
 
 def echo_of(body: JSON) -> JSON:
@@ -3294,17 +3439,7 @@ def parse_response_tool(tool: Any, at: str) -> Tool | JSON | None:
                 {"type": "function", "function": tool | {"name": qualified_name(tool)}}, at
             )
         case {"type": "custom", "name": str(name)} if name:
-            schema = {
-                "type": "object",
-                "properties": {"input": {"type": "string"}},
-                "required": ["input"],
-            }
-            grammar = as_object(tool.get("format")).get("definition")
-            about = [
-                str(tool.get("description") or name),
-                *([f"The input's grammar: {grammar}"] if grammar else []),
-            ]
-            return Tool(qualified_name(tool), "\n".join(about), schema)
+            return replace(parse_custom(tool, f"{at}."), name=qualified_name(tool))
         case {"type": str(kind)} if kind.startswith("web_search"):
             return as_object(checked(tool, search_tool, at))
         case {"type": str(kind)} if kind not in ("function", "custom"):
@@ -5315,6 +5450,21 @@ class Memo(Repair):
         return (event,)
 
 
+class ClientNames(Repair):
+    """Not a repair: calls tools as the client does (see `legal_names`)."""
+
+    sees = frozenset((ToolCall,))
+
+    def __init__(self, names: Mapping[str, str]) -> None:
+        self.names = names  # the client's, by those that Z.ai knows
+
+    def feed(self, event: ToolCall) -> tuple[Event, ...]:
+        name = self.names.get(event.name)
+        if name is None:
+            return (event,)
+        return (replace(event, name=name),)
+
+
 class HiddenReasoning(Repair):
     """Not a repair: leaves out the reasoning, where the client wants none."""
 
@@ -5649,6 +5799,79 @@ def with_chosen_tools(prompt: Prompt) -> Prompt:
         raise BadRequest(f"'tool_choice' names {names}, not among the tools.", "tool_choice")
     chosen = tuple(tool for tool in prompt.tools if tool.name in choice.names)
     return replace(prompt, tools=chosen, native_tools=())
+
+
+# A word as it may name a tool.
+TOOL_WORD = re.compile(r"[\w.:/-]+")
+
+
+def without_deferred(prompt: Prompt) -> Prompt:
+    """The prompt with no more than MAX_TOOLS tools: the deferred ones go that nothing said names.
+
+    Raises BadRequest if there are still more.
+    """
+    if len(prompt.tools) <= MAX_TOOLS:
+        return prompt
+    names = names_said(prompt.messages)
+    kept = tuple([tool for tool in prompt.tools if not tool.deferred or tool.name in names])
+    if len(kept) > MAX_TOOLS:
+        words = f"'tools' must not have more than {MAX_TOOLS} functions: Z.ai takes no more."
+        raise BadRequest(words, "tools")
+    return replace(prompt, tools=kept, ignored=("tools.defer_loading", *prompt.ignored))
+
+
+def names_said(messages: Iterable[Message]) -> set[str]:
+    """Every word of a conversation that may be a tool's name, and the names in its calls."""
+    found: set[str] = set()
+    for message in messages:
+        found.update([call.name for call in message.calls])
+        for word in TOOL_WORD.findall(message_text(message)):
+            found.add(word)
+            found.add(word.strip(".:/-"))
+    return found
+
+
+LEGAL_NAME = re.compile("[A-Za-z0-9_-]{1,64}")  # docs.z.ai, of functions
+
+
+def legal_names(prompt: Prompt) -> dict[str, str]:
+    """What Z.ai is told for each name of a tool, offered or called, that it would refuse.
+
+    A name is told in the same way whatever stands beside it and in every process, since Z.ai's cache
+    needs the same beginning to be the same bytes; the end is a hash, so that no two are the same.
+    """
+    names = dict.fromkeys([tool.name for tool in prompt.tools])
+    for message in prompt.messages:
+        for call in message.calls:
+            names[call.name] = None
+    illegal = [name for name in names if name and not LEGAL_NAME.fullmatch(name)]
+    legal: dict[str, str] = {}
+    for name in illegal:
+        mark = digest(name)
+        while legal_name(name, mark) in names:
+            mark = digest(mark)
+        legal[name] = legal_name(name, mark)
+    return legal
+
+
+def legal_name(name: str, mark: str) -> str:
+    return f"{re.sub('[^A-Za-z0-9_-]', '_', name)[:55]}_{mark[:8]}"
+
+
+def with_names(prompt: Prompt, names: Mapping[str, str]) -> Prompt:
+    """The prompt with other names for its tools, offered and called."""
+    if not names:
+        return prompt
+    tools = [replace(tool, name=names.get(tool.name, tool.name)) for tool in prompt.tools]
+    messages = [with_called_names(message, names) for message in prompt.messages]
+    return replace(prompt, tools=tuple(tools), messages=tuple(messages))
+
+
+def with_called_names(message: Message, names: Mapping[str, str]) -> Message:
+    if not message.calls:
+        return message
+    calls = [replace(call, name=names.get(call.name, call.name)) for call in message.calls]
+    return replace(message, calls=tuple(calls))
 
 
 def emulation_lines(prompt: Prompt) -> Iterator[str]:
@@ -6134,6 +6357,7 @@ class Plan:
     size: int  # bytes of the request; 0 if few
     ignored: tuple[str, ...]  # what cannot be honoured
     repairs: list[str]  # of the history, by name
+    client_names: Mapping[str, str]  # of tools, by the names that Z.ai knows
     meters: list[Meter]  # one for each choice
     # Called when the request's turn has come; raises ProxyError when the account may not ask any more.
     admit: Callable[[], None] = lambda: None
@@ -6175,7 +6399,9 @@ def make_plan(
         start = 0 if settings.reasoning_memory == "all" else turn_start(messages)
         messages = with_reasoning(messages, start, recall)
     messages, repairs = repair_history(messages)
-    prompt = replace(with_chosen_tools(prompt), messages=messages)
+    prompt = without_deferred(with_chosen_tools(replace(prompt, messages=messages)))
+    names = legal_names(prompt)
+    prompt = with_names(prompt, names)
     prompts = []
     for model, word in models:
         effort = prompt.effort or word or asked.effort or default_effort(prompt, settings)
@@ -6193,6 +6419,7 @@ def make_plan(
         ignored=(*prompt.ignored, *hidden),
         repairs=[*repairs, *(f"hidden_{kind}" for kind in hidden)],
         size=prompt.size,
+        client_names={legal: name for name, legal in names.items()},
         meters=[Meter() for _ in range(prompt.n)],
     )
 
@@ -7609,7 +7836,12 @@ class Upstream:
         url = key.base_url + "/chat/completions"
         repairs = repairs_for(request.needs)
         memo = Memo() if plan.remembers else None
-        machines = [*repairs, *filter(None, [memo]), *reasoning_shape(plan.reasoning_format)]
+        machines = list(repairs)
+        if plan.client_names:
+            machines.append(ClientNames(plan.client_names))
+        if memo:
+            machines.append(memo)
+        machines += reasoning_shape(plan.reasoning_format)
         [meter] = plan.meters
         with meter.asking(request.characters):
             source = await self.client.send(url, key, owner, data=request.data)

@@ -1793,7 +1793,14 @@ def test_a_completion_is_asked_for_as_a_chat():
     [
         ({"prompt": ""}, "prompt"),
         ({"prompt": [1, 2]}, "prompt"),
-        ({"prompt": ["a", "b"]}, "prompt"),
+        ({"prompt": [[1, 2], [3]]}, "prompt"),
+        ({"prompt": []}, "prompt"),
+        ({"prompt": ["a", ""]}, "prompt"),
+        ({"prompt": ["a", 1]}, "prompt"),
+        ({"prompt": ["a"] * 21}, "prompt"),
+        ({"prompt": {"a": 1}}, "prompt"),
+        ({"prompt": "x", "n": 2, "best_of": 3}, "best_of"),
+        ({"prompt": "x", "best_of": 21}, "best_of"),
         ({"prompt": "x", "echo": "yes"}, "echo"),
         ({"prompt": "x", "suffix": 1}, "suffix"),
         ({"prompt": "x", "best_of": 2}, "best_of"),
@@ -1804,6 +1811,49 @@ def test_a_completion_that_cannot_be_had_is_refused_with_a_reason(fields, param)
     with pytest.raises(BadRequest) as raised:
         ztoapi.parse_completion({"model": "glm-4.6"} | fields)
     assert raised.value.param == param
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [{"best_of": 1}, {"best_of": 0}, {"n": 2, "best_of": 2}, {"n": 2, "best_of": 1}, {"n": 2}],
+)
+def test_as_many_answers_as_are_wanted_may_be_compared(fields):
+    prompt, _ = ztoapi.parse_completion({"model": "glm-4.6", "prompt": "x", **fields})
+    assert (prompt.n, prompt.ignored) == (fields.get("n", 1), ())
+
+
+def asked_for_choices(**fields):
+    """What each choice of a completion is asked with: the messages and the seed."""
+    prompt, _ = ztoapi.parse_completion({"model": "glm-4.6", **fields})
+    plan = ztoapi.make_plan(prompt, Settings(), Account(""), "7")
+    choices = [plan.for_choice(choice).prompts[0][1] for choice in range(plan.n)]
+    bodies = [zai_body(choice, MODELS["glm-4.6"]) for choice in choices]
+    return [(body["messages"][-1]["content"], body.get("seed")) for body in bodies]
+
+
+@pytest.mark.parametrize(
+    ("fields", "wanted"),
+    [
+        pytest.param({"prompt": "a"}, [("a", None)], id="one"),
+        pytest.param({"prompt": ["a"], "seed": 5}, [("a", 5)], id="an array of one"),
+        pytest.param({"prompt": ["a", "b"]}, [("a", None), ("b", None)], id="two"),
+        pytest.param(
+            {"prompt": ["a", "b"], "seed": 5}, [("a", 5), ("b", 5)], id="each as if by itself"
+        ),
+        pytest.param(
+            {"prompt": ["a", "b"], "n": 2, "seed": 5},
+            [("a", 5), ("a", 6), ("b", 5), ("b", 6)],
+            id="two of each",
+        ),
+        pytest.param(
+            {"prompt": [str(i) for i in range(20)]},
+            [(str(i), None) for i in range(20)],
+            id="twenty",
+        ),
+    ],
+)
+def test_each_of_several_prompts_is_asked_by_itself(fields, wanted):
+    assert asked_for_choices(**fields) == wanted
 
 
 def test_a_completion_knows_what_is_to_follow_it():
@@ -1825,6 +1875,19 @@ def test_an_echoed_prompt_begins_each_choice(n, wanted):
     assert [frame["choices"][0]["text"] for frame in streamed] == wanted
 
 
+def test_each_choice_begins_with_its_own_prompt():
+    body = {"model": "glm-4.6", "prompt": ["a:", "b:"], "echo": True, "n": 2}
+    _, reply = ztoapi.parse_completion(body)
+    events = [
+        *[Text(str(choice), choice) for choice in (3, 0, 2, 1)],
+        *[Finish("stop", choice) for choice in range(4)],
+    ]
+    choices = begun(reply).fold(events)["choices"]
+    assert [choice["text"] for choice in choices] == ["a:0", "a:1", "b:2", "b:3"]
+    streamed = [frame["choices"][0] for frame in decoded(reply.frames_of(events))]
+    assert [choice["text"] for choice in streamed[:4]] == ["b:3", "a:0", "b:2", "a:1"]
+
+
 def test_a_completion_has_the_text_alone():
     envelope = {
         "id": "cmpl-2026",
@@ -1833,7 +1896,7 @@ def test_a_completion_has_the_text_alone():
         "model": "GLM-4.6",
     }
     choice = {"index": 0, "text": "你好", "logprobs": None, "finish_reason": "stop"}
-    reply = begun(ztoapi.CompletionReply(1, include_usage=True, echo=""))
+    reply = begun(ztoapi.CompletionReply([""], include_usage=True))
     assert reply.fold(EVENTS) == {**envelope, "choices": [choice], "usage": USAGE}
     streamed = decoded([*reply.frames_of(EVENTS), *reply.close()])
     assert [frame["choices"][0]["text"] for frame in streamed[:3]] == ["你", "好", ""]
@@ -9869,6 +9932,63 @@ async def test_a_response_can_be_looked_up_and_forgotten(client):
             assert response.status == status, (method, url)
 
 
+@in_loop
+@pytest.mark.parametrize("stream", [False, True], ids=["whole", "streamed"])
+async def test_several_prompts_are_several_choices_with_one_usage(client, zai, stream):
+    body = {"model": "glm-4.7", "prompt": ["Say a", "Say b"], "n": 2, "stream": stream}
+    body |= {"stream_options": {"include_usage": True}}
+    _, text = await ask(client, body, "/v1/completions")
+    documents = parse_frames(text) if stream else [json.loads(text)]
+    texts = Counter()
+    for document in documents:
+        for choice in document["choices"]:
+            texts[choice["index"]] += len(choice["text"])
+    assert sorted(texts) == [0, 1, 2, 3]
+    asked = [each["messages"][0]["content"] for each in zai.bodies]
+    assert sorted(asked) == ["Say a", "Say a", "Say b", "Say b"]
+    assert documents[-1]["usage"]["total_tokens"] == 4 * USAGE["total_tokens"]
+
+
+@in_loop
+@pytest.mark.parametrize("stream", [False, True], ids=["whole", "streamed"])
+@pytest.mark.parametrize("key", [("zai-key",), ()], ids=["with a key", "without"])
+async def test_who_wants_only_the_prompt_back_gets_it_without_a_model(start, zai, stream, key):
+    client = await start(zai_api_key=key)
+    body = {"model": "glm-4.7", "prompt": ["a", "b"], "echo": True, "max_tokens": 0}
+    response, text = await ask(client, body | {"stream": stream}, "/v1/completions")
+    documents = parse_frames(text) if stream else [json.loads(text)]
+    choices = [choice for document in documents for choice in document["choices"]]
+    assert [(choice["text"], choice["finish_reason"]) for choice in choices] == [
+        ("a", "length"),
+        ("b", "length"),
+    ]
+    assert (response.headers["x-ztoapi-model"], zai.asked) == ("glm-4.7", [])
+
+
+@in_loop
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"echo": True},
+        {"max_tokens": 0},
+        {"echo": True, "max_tokens": 1},
+        {"echo": True, "max_tokens": -1},
+    ],
+)
+async def test_any_other_echo_is_asked_for_with_an_answer(client, zai, fields):
+    body = {"model": "glm-4.7", "prompt": "a", **fields}
+    await ask(client, body, "/v1/completions")
+    assert len(zai.asked) == 1
+
+
+@in_loop
+async def test_who_wants_only_the_prompt_back_may_not_name_any_model(client, zai):
+    key = await make_key(client, models="glm-5")
+    body = {"model": "glm-4.7", "prompt": "a", "echo": True, "max_tokens": 0}
+    response, _ = await ask(client, body, "/v1/completions", key)
+    assert (response.status, zai.asked) == (403, [])
+
+
 FILES_READ = "files.read"
 READ_FORCED = {
     "chat/completions": chat(tools=[function(FILES_READ)], tool_choice=function(FILES_READ)),
@@ -13882,7 +14002,7 @@ def without_parsed(theirs, ours):
 @RANDOM
 def test_a_streamed_completion_adds_up_to_the_whole_one(seed):
     events = random_events(seed)
-    reply = begun(ztoapi.CompletionReply(1, include_usage=True, echo="Hm. "))
+    reply = begun(ztoapi.CompletionReply(["Hm. "], include_usage=True))
     streamed = decoded(reply.frames_of(events))
     (whole,) = reply.fold(events)["choices"]
     assert "".join(frame["choices"][0]["text"] for frame in streamed) == whole["text"]

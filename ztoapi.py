@@ -1398,6 +1398,9 @@ class Prompt:
 
     model: str
     messages: tuple[Message, ...]
+    # Of a request with several conversations all of them, `messages` the first: each has an equal
+    # part of the n choices.
+    batch: tuple[Messages, ...] = ()
     stream: bool | None = None
     n: int = 1
     temperature: float | None = None
@@ -1417,6 +1420,7 @@ class Prompt:
     native: JSON = field(default_factory=dict)  # Z.ai's own parameters, passed on
     cache_key: str = ""  # the client's own name for the conversation
     ignored: tuple[str, ...] = ()  # fields that cannot be honoured
+    wants_answer: bool = True  # else the client's own words will do, and Z.ai is not asked
     size: int = 0  # bytes of the JSON it was read from; 0 if few
 
 
@@ -2745,34 +2749,57 @@ def url_citation(result: JSON) -> JSON:
 # OpenAI's API before chat, translated.
 
 
-def one_prompt(value: Any) -> str:
-    match value:
-        case str(words) | [str(words)]:
-            return words
-        case _:
-            raise ValueError(
-                "must be one string, or an array with one: GLM takes only one, and no tokens"
-            )
+MAX_PROMPTS = 20
 
 
-COMPLETION_FIELDS = GENERATION_FIELDS | {"prompt": one_prompt, "echo": switch, "suffix": string}
-COMPLETION_FIELDS["best_of"] = integer(0, 1)
+def prompt_texts(value: Any) -> tuple[str, ...]:
+    """The prompts: one, or several that have nothing to do with each other."""
+    if isinstance(value, str):
+        return (value,) if value else ()
+    texts = array(value)
+    for text in texts:
+        if not isinstance(text, str) or not text:
+            raise ValueError("must be a text or an array of texts: GLM takes no tokens")
+    if len(texts) > MAX_PROMPTS:
+        raise ValueError(f"must not have more than {MAX_PROMPTS} texts")
+    return tuple(texts)
+
+
+COMPLETION_FIELDS = GENERATION_FIELDS | {
+    "prompt": prompt_texts,
+    "echo": switch,
+    "suffix": string,
+    "best_of": integer(0, 20),
+}
 
 
 def parse_completion(body: JSON) -> tuple[Prompt, CompletionReply]:
     """The prompt as a chat. Raises BadRequest for an invalid field."""
     given = validated(body, COMPLETION_FIELDS)
     required(given, "model", "prompt")
+    n = given.get("n", 1)
+    if given.get("best_of", n) not in (0, 1, n):
+        raise BadRequest(
+            "'best_of' must be the same as 'n': nobody compares answers here.", "best_of"
+        )
+    texts = given["prompt"]
+    batch = [completion_messages(text, given.get("suffix", "")) for text in texts]
+    echo = bool(given.get("echo"))
+    arguments = {**common_arguments(given), "n": n * len(texts)}
     prompt = Prompt(
-        **common_arguments(given),
-        messages=completion_messages(given["prompt"], given.get("suffix", "")),
+        **arguments,
+        messages=batch[0],
+        batch=tuple(batch) if len(batch) > 1 else (),
         max_tokens=given.get("max_tokens"),
         effort=effort_of(given),
         reasoning_format=reasoning_form(given, body),
         ignored=tuple(unknown_fields(body, COMPLETION_FIELDS)),
+        wants_answer=not (echo and body.get("max_tokens") == 0),
     )
-    echo = given["prompt"] if given.get("echo") else ""
-    return prompt, CompletionReply(prompt.n, echo, include_usage=wants_usage(given))
+    echoes = []
+    for text in texts:
+        echoes += [text if echo else ""] * n
+    return prompt, CompletionReply(echoes, include_usage=wants_usage(given))
 
 
 def completion_messages(prompt: str, suffix: str) -> tuple[Message, ...]:
@@ -2784,13 +2811,13 @@ def completion_messages(prompt: str, suffix: str) -> tuple[Message, ...]:
 class CompletionReply(Reply):
     """A completion's answer: text_completion frames, or one document. It cannot hold reasoning.
 
-    `echo` is what every choice begins with.
+    `echoes` is what each choice begins with.
     """
 
-    def __init__(self, n: int, echo: str, *, include_usage: bool) -> None:
-        self.echo = echo
+    def __init__(self, echoes: Sequence[str], *, include_usage: bool) -> None:
+        self.echoes = echoes
         self.include_usage = include_usage
-        self.echoes = dict.fromkeys(range(n), echo)  # of the choices that have not begun
+        self.begun: set[int] = set()  # choices that have had their echo
         self.start = ""  # of every frame: the envelope
         self.tail = '],"usage":null}' if include_usage else "]}"
         self.usage: Usage | None = None  # the sum over the choices
@@ -2802,13 +2829,20 @@ class CompletionReply(Reply):
     def feed(self, event: Event) -> list[str]:
         match event:
             case Text(text, choice):
-                text = self.echoes.pop(choice, "") + text
+                text = self.opening(choice) + text
                 return [self.frame(completion_choice(choice, text, None))]
             case Finish(reason, choice):
-                return [self.frame(completion_choice(choice, self.echoes.pop(choice, ""), reason))]
+                return [self.frame(completion_choice(choice, self.opening(choice), reason))]
             case Usage():
                 self.usage = self.usage + event if self.usage else event
         return []
+
+    def opening(self, choice: int) -> str:
+        """What the choice begins with; "" if it has begun."""
+        if choice in self.begun:
+            return ""
+        self.begun.add(choice)
+        return self.echoes[choice]
 
     def frame(self, choice: JSON) -> str:
         return f"{self.start}{to_json(choice)}{self.tail}"
@@ -2822,7 +2856,7 @@ class CompletionReply(Reply):
     def fold(self, events: Sequence[Event]) -> JSON:
         answer = Answer(events)
         choices = [
-            completion_choice(index, self.echo + choice.text, choice.finish)
+            completion_choice(index, self.echoes[index] + choice.text, choice.finish)
             for index, choice in sorted(answer.choices.items())
         ]
         return {
@@ -5770,10 +5804,16 @@ def choice_prompt(prompt: Prompt, choice: int) -> Prompt:
     """The prompt for one of `n` choices: with its own seed, or all would be the same, and without the request_id."""
     if prompt.n == 1:
         return prompt
+    messages = prompt.messages
+    seed = prompt.seed
+    if prompt.batch:
+        of_each = prompt.n // len(prompt.batch)
+        messages = prompt.batch[choice // of_each]
+        choice %= of_each  # as if it had been asked by itself
+    if seed is not None:
+        seed += choice
     native = {name: value for name, value in prompt.native.items() if name != "request_id"}
-    return replace(
-        prompt, seed=None if prompt.seed is None else prompt.seed + choice, native=native
-    )
+    return replace(prompt, messages=messages, seed=seed, native=native)
 
 
 def zai_user(user: str) -> str | None:
@@ -6359,6 +6399,7 @@ class Plan:
     repairs: list[str]  # of the history, by name
     client_names: Mapping[str, str]  # of tools, by the names that Z.ai knows
     meters: list[Meter]  # one for each choice
+    wants_answer: bool  # else nobody is asked
     # Called when the request's turn has come; raises ProxyError when the account may not ask any more.
     admit: Callable[[], None] = lambda: None
 
@@ -6399,7 +6440,9 @@ def make_plan(
         start = 0 if settings.reasoning_memory == "all" else turn_start(messages)
         messages = with_reasoning(messages, start, recall)
     messages, repairs = repair_history(messages)
-    prompt = without_deferred(with_chosen_tools(replace(prompt, messages=messages)))
+    batch = [repair_history(each)[0] for each in prompt.batch]
+    prompt = replace(prompt, messages=messages, batch=tuple(batch))
+    prompt = without_deferred(with_chosen_tools(prompt))
     names = legal_names(prompt)
     prompt = with_names(prompt, names)
     prompts = []
@@ -6421,6 +6464,7 @@ def make_plan(
         size=prompt.size,
         client_names={legal: name for name, legal in names.items()},
         meters=[Meter() for _ in range(prompt.n)],
+        wants_answer=prompt.wants_answer,
     )
 
 
@@ -7674,6 +7718,27 @@ class MergedStream(EventSource):
             await end_tasks(self.pending)
 
 
+class NoAnswer(EventSource):
+    """The answer to who wants none: each choice ends where it begins."""
+
+    torn = 0
+    size = 0
+    first_at = None
+    is_complete = True
+    said: ClassVar[list[Message]] = []
+
+    def __init__(self, plan: Plan) -> None:
+        super().__init__()
+        self.info = AnswerInfo(plan.answer_id, 0, plan.asked.id, "")
+        self.ahead = [Usage(), *[Finish("length", choice) for choice in range(plan.n)]]
+
+    async def next_batch(self) -> list[Event]:
+        return []
+
+
+Answering: TypeAlias = EventStream | MergedStream | NoAnswer  # an answer that has begun
+
+
 async def end_tasks(tasks: Iterable[asyncio.Task[Any]]) -> None:
     """Cancel tasks and wait until they have released what they hold."""
     tasks = list(tasks)
@@ -7753,14 +7818,16 @@ class Upstream:
         )  # what was done about failures, whether it helped or not
 
     @asynccontextmanager
-    async def open(self, plan: Plan) -> AsyncIterator[EventStream | MergedStream]:
+    async def open(self, plan: Plan) -> AsyncIterator[Answering]:
         """Yields an answer that has begun; one that is not streamed is complete.
 
         On exit, however it happens, every connection and slot is released. Raises ProxyError when no
         model answers.
         """
         async with AsyncExitStack() as owner:
-            if plan.n == 1:
+            if not plan.wants_answer:
+                yield NoAnswer(plan)
+            elif plan.n == 1:
                 stream = await self.ask_in_turn(plan, owner)
                 plan.forget_prompts()
                 yield stream
@@ -8891,7 +8958,6 @@ STREAM: web.RequestKey[OpenResponse] = web.RequestKey(
 )  # the answer, once it may have begun
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
-Answering = EventStream | MergedStream  # an answer that has begun
 
 
 # ======== Streaming out =============================================================================================

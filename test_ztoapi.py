@@ -7280,6 +7280,11 @@ def random_value(chance, depth=0):
         "glm-4.6v",
         "auto",
         "none",
+        "custom",
+        "function",
+        "allowed_tools",
+        "files.read",
+        4096.0,
     ]
     if depth > 2 or chance.random() < 0.6:
         return chance.choice(simple)
@@ -7297,6 +7302,15 @@ def random_value(chance, depth=0):
         "input",
         "url",
         "image_url",
+        "custom",
+        "input_schema",
+        "parameters",
+        "format",
+        "tools",
+        "mode",
+        "effort",
+        "enabled",
+        "defer_loading",
     ]
     return {
         chance.choice(names): random_value(chance, depth + 1) for _ in range(chance.randrange(4))
@@ -7333,7 +7347,7 @@ def test_a_body_is_refused_when_it_is_read_or_planned_or_never(seed, surface, so
         except BadRequest:
             refused += 1
             continue
-        for model, planned in plan.prompts:
+        for model, planned in plan.for_choice(plan.n - 1).prompts:
             request = ztoapi.zai_request(planned, model, "https://api.z.ai/api/paas/v4", "7")
             assert json.loads(request.data)["stream"] is True
     assert refused < 50
@@ -8046,16 +8060,23 @@ async def test_the_setting_decides_on_thinking_where_the_request_does_not(
     assert zai.bodies[1]["thinking"] == OFF["thinking"]
 
 
+DISABLED = {"type": "disabled"}
+
+
 @in_loop
 @pytest.mark.parametrize(
     ("path", "fields", "thinking"),
     [
-        ("chat/completions", {"max_tokens": 64}, {"type": "disabled"}),
-        ("chat/completions", {"max_completion_tokens": 1}, {"type": "disabled"}),
+        ("chat/completions", {"max_tokens": 64}, DISABLED),
+        ("chat/completions", {"max_completion_tokens": 1}, DISABLED),
         ("chat/completions", {"max_tokens": 65}, None),
+        ("chat/completions", {"max_completion_tokens": 0, "max_tokens": 64.0}, DISABLED),
+        ("chat/completions", {"max_tokens": 9, "thinking": {"type": "adaptive"}}, DISABLED),
+        ("chat/completions", {"max_tokens": 0}, None),
+        ("chat/completions", {"max_tokens": 9, "model": "glm-4.6:on"}, {"type": "enabled"}),
         ("chat/completions", {"max_tokens": 1, "reasoning_effort": "high"}, {"type": "enabled"}),
-        ("completions", {"max_tokens": 1, "prompt": "hi"}, {"type": "disabled"}),
-        ("responses", {"max_output_tokens": 16, "input": "hi"}, {"type": "disabled"}),
+        ("completions", {"max_tokens": 1, "prompt": "hi"}, DISABLED),
+        ("responses", {"max_output_tokens": 16, "input": "hi"}, DISABLED),
     ],
 )
 async def test_a_limit_of_a_few_tokens_leaves_none_for_thinking(
@@ -9979,6 +10000,14 @@ async def test_any_other_echo_is_asked_for_with_an_answer(client, zai, fields):
     body = {"model": "glm-4.7", "prompt": "a", **fields}
     await ask(client, body, "/v1/completions")
     assert len(zai.asked) == 1
+
+
+@in_loop
+async def test_a_request_for_a_model_that_a_key_may_not_use_is_counted_with_the_model(client):
+    key = await make_key(client, models="glm-5")
+    await ask(client, chat(model="claude-x:off"), headers=key)
+    (item,) = (await stats(client))[0]["recent"]
+    assert (item["model"], item["status"]) == ("glm-4.7-flash", 403)
 
 
 @in_loop

@@ -6418,6 +6418,11 @@ class Plan:
         self.prompts.clear()
 
 
+def asked_model(prompt: Prompt, settings: Settings) -> Named:
+    """What the request names; also for the record, which counts refusals too."""
+    return named(prompt.model, all_aliases(settings))
+
+
 def make_plan(
     prompt: Prompt,
     settings: Settings,
@@ -6431,7 +6436,7 @@ def make_plan(
     Raises BadRequest when the prompt cannot be sent, and ProxyError when the account may not use the
     model.
     """
-    asked = named(prompt.model, all_aliases(settings))
+    asked = asked_model(prompt, settings)
     models = models_to_ask(asked, prompt, settings, account)
     caller = caller_of(settings, account.id, conversation_start(prompt))
     hidden = hidden_media(prompt.messages, models[0].model)
@@ -6442,9 +6447,8 @@ def make_plan(
     messages, repairs = repair_history(messages)
     batch = [repair_history(each)[0] for each in prompt.batch]
     prompt = replace(prompt, messages=messages, batch=tuple(batch))
-    prompt = without_deferred(with_chosen_tools(prompt))
     names = legal_names(prompt)
-    prompt = with_names(prompt, names)
+    prompt = with_names(without_deferred(with_chosen_tools(prompt)), names)
     prompts = []
     for model, word in models:
         effort = prompt.effort or word or asked.effort or default_effort(prompt, settings)
@@ -9607,6 +9611,7 @@ def planned(
     app, record = request.app, request[RECORD]
     settings, memory, account = app[SETTINGS], app[UPSTREAM].memory, request[ACCOUNT]
     prompt, reply = surface.parse(body, history)
+    note_model(request, asked_model(prompt, settings).model)
     record.left_out = ",".join(
         [header_word(name) for name in prompt.ignored if name[:6] == "tools."]
     )[:DETAIL_LIMIT]
@@ -9615,7 +9620,6 @@ def planned(
     prompt = replace(prompt, size=size) if size >= LARGE else prompt
     recall = partial(memory.get, account.id) if memory.thoughts else None
     plan = make_plan(prompt, settings, account, record.id, recall)
-    note_model(request, plan.asked)
     record.meters = plan.meters
     plan.admit = partial(check_budget, request)
     return Asked(plan, reply, prompt.model, ignored_header(plan.ignored))

@@ -10634,6 +10634,16 @@ async def test_a_tool_has_a_legal_name_for_zai_and_its_own_for_the_client(
 
 
 @in_loop
+async def test_a_leaked_call_of_a_tool_has_the_clients_name_too(client, zai):
+    await ask(client, READ_FORCED["chat/completions"])
+    name = zai.bodies[0]["tools"][0]["function"]["name"]
+    zai.parts = [stream_of({"content": f"<tool_call>{name}</tool_call>"}, finish())]
+    _, text = await ask(client, READ_FORCED["chat/completions"])
+    (call,) = json.loads(text)["choices"][0]["message"]["tool_calls"]
+    assert call["function"] == {"name": FILES_READ, "arguments": "{}"}
+
+
+@in_loop
 async def test_reasoning_is_put_back_into_calls_of_tools_with_illegal_names(client, zai):
     await ask(client, chat(tools=[function(FILES_READ)]))
     name = zai.bodies[0]["tools"][0]["function"]["name"]

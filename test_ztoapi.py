@@ -15399,10 +15399,15 @@ async def test_launch_needs_a_key_for_a_server_of_its_own(run, tmp_path):
         ([], {"ZAI_API_KEY": "k@china-plan,k@api"}, "glm-5.3", 1048576, "false"),
         ([], {"ZAI_API_KEY": "k@api,k@plan"}, "glm-4.7-flash", 204800, "false"),
         (["--model", "best"], {"MODEL_ALIASES": "best=GLM-4.6"}, "glm-4.6", 204800, "false"),
+        (["--model", "GLM-4.6-nothinking"], {}, "glm-4.6:off", 204800, "false"),
+        (["--model", "glm-4.6:free"], {}, "glm-4.6", 204800, "false"),
         ([], {"VISION_MODEL": "glm-4.6v-flash"}, "glm-4.7-flash", 204800, "true"),
         ([], {"VISION_MODEL": "glm-4.5"}, "glm-4.7-flash", 204800, "false"),
     ],
-    ids=["free", "plan", "plan first", "plan last", "alias", "VISION_MODEL", "blind VISION_MODEL"],
+    ids=[
+        *("free", "plan", "plan first", "plan last", "alias", "a thinking word", "another word"),
+        *("VISION_MODEL", "blind VISION_MODEL"),
+    ],
 )
 def test_show_needs_neither_client_nor_server(command, arguments, variables, model, context, sees):
     given = {"PATH": "/nowhere", "HOST": "0.0.0.0", "DEFAULT_KEY": "sk-own", "PORT": "9999"}

@@ -13428,7 +13428,10 @@ NOT_INHERITED = ("ANTHROPIC_", "OPENAI_", "GPTME_OPENAI_", "ZAI_", "ZTOAPI_")
 
 def launch(settings: Settings, flags: argparse.Namespace) -> int:
     """Start a client that uses this server, or a server of its own if there is none; returns its exit status."""
-    model = resolve(flags.model or default_model(settings), all_aliases(settings))
+    asked = named(flags.model or default_model(settings), all_aliases(settings))
+    model = asked.model
+    if asked.effort:  # a client without a switch keeps the word that is its switch
+        model = replace(model, id=f"{model.id}:{asked.effort}")
     origin = origin_of(settings.host, settings.port)
     told = with_eyes_of(vision_model(settings), model)
     words = client_words(origin, settings.default_key[0], told)

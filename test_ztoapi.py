@@ -84,6 +84,7 @@ from ztoapi import (
     SSEDecoder,
     Text,
     Thought,
+    Tool,
     ToolCall,
     ToolChoice,
     Totals,
@@ -612,7 +613,123 @@ def test_the_first_alias_that_fits_wins(name, wanted):
     )
 
 
-@pytest.mark.parametrize("name", ["zai/", " ", "[1m]", "zai/ [1m]"])
+THINKING_NAMES = (("fast", "glm-4.6:off"), ("deep", "zai/GLM-5.3:max"), ("k", "kimi-k2-thinking"))
+
+
+@pytest.mark.parametrize(
+    ("name", "model", "effort"),
+    [
+        ("glm-4.6:off", "glm-4.6", "off"),
+        ("GLM-4.6:Off", "glm-4.6", "off"),
+        ("zai/glm-5.3:low", "glm-5.3", "low"),
+        ("glm-5.3:medium", "glm-5.3", "medium"),
+        ("glm-5.3:high", "glm-5.3", "high"),
+        ("glm-5.3:xhigh", "glm-5.3", "xhigh"),
+        ("glm-5.3:max", "glm-5.3", "max"),
+        ("glm-4.6:on", "glm-4.6", "on"),
+        ("glm-4.6-nothinking", "glm-4.6", "off"),
+        ("glm-4.6-thinking", "glm-4.6", "on"),
+        ("glm-4.6[1m]:off", "glm-4.6", "off"),
+        ("glm-4.6:off[1m]", "glm-4.6", "off"),
+        ("glm-4.6:free:off", "glm-4.6", "off"),
+        ("glm-9-nothinking", "glm-9", "off"),
+        ("fast", "glm-4.6", "off"),
+        ("fast:high", "glm-4.6", "high"),
+        ("fast:latest", "glm-4.6", "off"),
+        ("deep", "glm-5.3", "max"),
+    ],
+)
+def test_a_thinking_word_may_stand_behind_a_models_name(name, model, effort):
+    assert ztoapi.named(name, THINKING_NAMES) == (resolve(model), effort)
+
+
+@pytest.mark.parametrize(
+    ("name", "model"),
+    [
+        ("glm-4.6:free", "glm-4.6"),
+        ("glm-4.6:latest", "glm-4.6"),
+        ("glm-4.6:", "glm-4.6"),
+        ("glm-4.6:auto", "glm-4.6"),
+        ("glm-9:2026", "glm-9"),
+        ("glm-9-thinking", "glm-9-thinking"),
+        ("glm-4.6-off", "glm-4.6-off"),
+        ("glm-4.1v-thinking-flash", "glm-4.1v-thinking-flash"),
+        ("k", "kimi-k2-thinking"),
+    ],
+)
+def test_what_is_no_thinking_word_says_nothing(name, model):
+    assert ztoapi.named(name, THINKING_NAMES) == (resolve(model), None)
+
+
+PLAN_URL = "https://api.z.ai/api/coding/paas/v4"
+
+
+@pytest.mark.parametrize(
+    ("name", "with_plan", "without"),
+    [
+        ("claude-opus-5", "glm-5.3", "glm-4.7-flash"),
+        ("anthropic/Claude-Sonnet-4-5", "glm-5.3", "glm-4.7-flash"),
+        ("claude-haiku-4-5", "glm-5.3-flash", "glm-4.7-flash"),
+        ("claude-3-5-haiku-latest", "glm-5.3-flash", "glm-4.7-flash"),
+        ("claude-sonnet-5[1m]", "glm-5.3", "glm-4.7-flash"),
+        ("claude-mine", "glm-5", "glm-5"),
+        ("claude", "claude", "claude"),
+        ("my-claude-opus", "my-claude-opus", "my-claude-opus"),
+        ("haiku", "haiku", "haiku"),
+        ("glm-4.6", "glm-4.6", "glm-4.6"),
+    ],
+)
+def test_a_claude_that_no_alias_names_is_the_model_that_launch_would_choose(
+    name, with_plan, without
+):
+    mine = (("claude-mine", "glm-5"),)
+    paid = ztoapi.all_aliases(Settings(zai_base_url=PLAN_URL, model_aliases=mine))
+    free = ztoapi.all_aliases(Settings(model_aliases=mine))
+    assert (resolve(name, paid).id, resolve(name, free).id) == (with_plan, without)
+
+
+def test_the_first_keys_base_tells_whether_there_is_a_plan():
+    first = Settings(zai_api_key=(f"a@{PLAN_URL}", "b"))
+    second = Settings(zai_api_key=("a", f"b@{PLAN_URL}"))
+    assert ztoapi.default_model(first) == "glm-5.3"
+    assert ztoapi.default_model(second) == "glm-4.7-flash"
+
+
+@pytest.mark.parametrize(
+    ("model", "wanted"),
+    [
+        ("glm-5.3-flashx", ("0.00000037", "0.00000125", "0.000000075")),
+        ("glm-5.3", ("0.0000014", "0.0000044", "0.00000026")),
+        ("glm-4.7-flash", ("0", "0", "0")),
+        ("glm-5", ("0.000001", "0.0000032", "0.0000002")),
+        ("glm-4.6v-flashx", None),
+        ("glm-99", None),
+    ],
+)
+def test_prices_are_told_for_a_token_in_plain_decimals(model, wanted):
+    item = ztoapi.model_item(resolve(model), model)
+    if wanted:
+        names = ("prompt", "completion", "input_cache_read")
+        wanted = dict(zip(names, wanted, strict=True))
+    assert item.get("pricing") == wanted
+
+
+@pytest.mark.parametrize(
+    ("model", "sees", "thinks"),
+    [
+        ("glm-4.6v", True, True),
+        ("glm-5.3-flash", True, True),
+        ("glm-5.3", False, True),
+        ("glm-4-32b-0414-128k", False, False),
+    ],
+)
+def test_the_list_tells_what_a_model_takes(model, sees, thinks):
+    item = ztoapi.model_item(resolve(model), model)
+    assert ("image" in item["architecture"]["input_modalities"]) is sees
+    assert ("reasoning" in item["supported_parameters"]) is thinks
+
+
+@pytest.mark.parametrize("name", ["zai/", " ", "[1m]", "zai/ [1m]", ":off", "zai/:free"])
 def test_a_name_of_nothing_is_refused(name):
     with pytest.raises(BadRequest):
         resolve(name)
@@ -767,6 +884,20 @@ def test_an_estimate_takes_halves_of_characters():
         ),
         pytest.param({"max_tokens": 5}, {"max_tokens": 5}, id="max_tokens"),
         pytest.param({"max_tokens": 0, "max_completion_tokens": 0}, {}, id="no limit"),
+        pytest.param({"max_tokens": -1}, {}, id="no limit in llama.cpp"),
+        pytest.param(
+            {"max_tokens": 7, "max_completion_tokens": 0},
+            {"max_tokens": 7},
+            id="the name that sets a limit counts",
+        ),
+        pytest.param(
+            {"max_tokens": -1, "max_completion_tokens": 7},
+            {"max_tokens": 7},
+            id="so does the other",
+        ),
+        pytest.param({"max_tokens": 4096.0}, {"max_tokens": 4096}, id="4096.0"),
+        pytest.param({"n": 3.0, "seed": -7.0}, {"n": 3, "seed": -7}, id="3.0 and -7.0"),
+        pytest.param({"max_completion_tokens": 1e3}, {"max_tokens": 1000}, id="1e3"),
         pytest.param(
             {"max_tokens": 5, "max_completion_tokens": 7},
             {"max_tokens": 7},
@@ -775,7 +906,7 @@ def test_an_estimate_takes_halves_of_characters():
         pytest.param({"stop": "x"}, {"stop": ("x",)}, id="stop"),
         pytest.param({"stop": ["x", "", "y"]}, {"stop": ("x", "y")}, id="stops"),
         pytest.param(
-            {"stop": ["a", "b", "c", "d"]}, {"stop": ("a", "b", "c", "d")}, id="four stops"
+            {"stop": [*"abcdefghijklmnop"]}, {"stop": (*"abcdefghijklmnop",)}, id="sixteen stops"
         ),
         pytest.param({"n": 3}, {"n": 3}, id="n"),
         pytest.param({"seed": -7}, {"seed": -7}, id="seed"),
@@ -795,7 +926,35 @@ def test_an_estimate_takes_halves_of_characters():
             {"response_format": {"type": "json_object"}}, {"schema": {}}, id="json_object"
         ),
         pytest.param(
+            {"response_format": {"type": "json_object", "schema": {"type": "object"}}},
+            {"schema": {"type": "object"}},
+            id="json_object with a schema",
+        ),
+        pytest.param(
+            {"response_format": {"type": "json_schema", "json_schema": {"schema": []}}},
+            {"schema": {}},
+            id="json_schema with PHP's empty object",
+        ),
+        pytest.param(
+            {"response_format": {"type": "json_schema", "name": "n", "schema": {"type": "object"}}},
+            {"schema": {"type": "object"}},
+            id="json_schema as in Responses",
+        ),
+        pytest.param(
             {"reasoning_format": "raw"}, {"reasoning_format": "raw"}, id="reasoning_format"
+        ),
+        pytest.param(
+            {"include_reasoning": False}, {"reasoning_format": "hidden"}, id="include_reasoning"
+        ),
+        pytest.param({"include_reasoning": True}, {}, id="include_reasoning true"),
+        pytest.param(
+            {"reasoning": {"exclude": True}}, {"reasoning_format": "hidden"}, id="reasoning.exclude"
+        ),
+        pytest.param({"reasoning": {"exclude": False}}, {}, id="reasoning.exclude false"),
+        pytest.param(
+            {"include_reasoning": False, "reasoning_format": "raw"},
+            {"reasoning_format": "raw"},
+            id="our own word counts",
         ),
         pytest.param({"do_sample": False}, {"native": {"do_sample": False}}, id="do_sample"),
         pytest.param({"request_id": "r"}, {"native": {"request_id": "r"}}, id="request_id"),
@@ -865,6 +1024,194 @@ def function(name, **more):
     return {"type": "function", "function": {"name": name, **more}}
 
 
+OBJECT = {"type": "object", "properties": {"a": {"type": "string"}}}
+NO_PARAMETERS = {"type": "object", "properties": {}}
+ANY_TEXT = {"type": "object", "properties": {"input": {"type": "string"}}, "required": ["input"]}
+GRAMMAR = {"type": "grammar", "syntax": "lark", "definition": "start: x"}
+
+
+@pytest.mark.parametrize(
+    ("tool", "wanted"),
+    [
+        pytest.param(function("f"), Tool("f", "f", NO_PARAMETERS), id="chat's"),
+        pytest.param(
+            function("f", description="d", parameters=OBJECT, strict=True),
+            Tool("f", "d", OBJECT),
+            id="chat's, with all",
+        ),
+        pytest.param(
+            function("f", parameters=[]), Tool("f", "f", NO_PARAMETERS), id="PHP's empty object"
+        ),
+        pytest.param(
+            {"type": "function", "name": "f", "parameters": OBJECT, "strict": True},
+            Tool("f", "f", OBJECT),
+            id="Responses'",
+        ),
+        pytest.param(
+            {"type": "custom", "name": "f", "description": "d", "format": {"type": "text"}},
+            Tool("f", "d", ANY_TEXT),
+            id="Responses', custom",
+        ),
+        pytest.param(
+            {"type": "custom", "name": "f", "format": GRAMMAR},
+            Tool("f", "f\nThe input's grammar: start: x", ANY_TEXT),
+            id="Responses', with a grammar",
+        ),
+        pytest.param(
+            {"type": "custom", "custom": {"name": "f", "description": "d"}},
+            Tool("f", "d", ANY_TEXT),
+            id="chat's, custom",
+        ),
+        pytest.param(
+            {
+                "type": "custom",
+                "custom": {"name": "f", "format": {"type": "grammar", "grammar": GRAMMAR}},
+            },
+            Tool("f", "f\nThe input's grammar: start: x", ANY_TEXT),
+            id="chat's, with a grammar",
+        ),
+        pytest.param(
+            {"name": "f", "description": "d", "input_schema": OBJECT},
+            Tool("f", "d", OBJECT),
+            id="Anthropic's",
+        ),
+        pytest.param(
+            {"type": "custom", "name": "f", "input_schema": OBJECT},
+            Tool("f", "f", OBJECT),
+            id="Anthropic's, with its type",
+        ),
+        pytest.param(
+            {"name": "f", "input_schema": []},
+            Tool("f", "f", NO_PARAMETERS),
+            id="Anthropic's in PHP",
+        ),
+        pytest.param(
+            {"name": "f", "input_schema": OBJECT, "defer_loading": True},
+            Tool("f", "f", OBJECT, deferred=True),
+            id="deferred",
+        ),
+        pytest.param(
+            {**function("f"), "defer_loading": True},
+            Tool("f", "f", NO_PARAMETERS, deferred=True),
+            id="chat's, deferred",
+        ),
+    ],
+)
+def test_a_tool_is_read_in_the_shape_of_any_api(tool, wanted):
+    prompt = read_chat(chat(tools=[tool]))
+    assert (prompt.tools, prompt.native_tools, prompt.ignored) == ((wanted,), (), ())
+
+
+@pytest.mark.parametrize(
+    "tool",
+    [
+        {"type": "web_search", "web_search": {"enable": True}},
+        {"type": "retrieval", "retrieval": {"knowledge_id": "k"}},
+        {"type": "mcp", "mcp": {"server_label": "s"}},
+    ],
+)
+def test_a_tool_of_zais_own_stays_as_it_is(tool):
+    prompt = read_chat(chat(tools=[tool]))
+    assert (prompt.tools, prompt.native_tools, prompt.ignored) == ((), (tool,), ())
+
+
+@pytest.mark.parametrize(
+    ("tools", "ignored"),
+    [
+        pytest.param([{"googleSearch": {}}], ("tools.googleSearch",), id="Gemini's search"),
+        pytest.param(
+            [{"functionDeclarations": [{"name": "f"}]}],
+            ("tools.functionDeclarations",),
+            id="Gemini's functions",
+        ),
+        pytest.param(
+            [{"type": "web_search_preview"}], ("tools.web_search_preview",), id="OpenAI's"
+        ),
+        pytest.param(
+            [{"type": "bash_20250124", "name": "bash"}], ("tools.bash_20250124",), id="Anthropic's"
+        ),
+        pytest.param([{"name": "f"}], ("tools.name",), id="no more than a name"),
+        pytest.param([{"type": 5}], ("tools.type",), id="a number for a type"),
+        pytest.param([{}], ("tools.unknown",), id="nothing"),
+        pytest.param(
+            [{"type": "computer"}, {"type": "computer"}, {"type": "shell"}],
+            ("tools.computer", "tools.shell"),
+            id="several",
+        ),
+    ],
+)
+def test_any_other_tool_is_left_out_and_listed(tools, ignored):
+    prompt = read_chat(chat(tools=[*tools, function("f")], tool_choice="required"))
+    assert ([tool.name for tool in prompt.tools], prompt.ignored) == (["f"], ignored)
+
+
+@pytest.mark.parametrize(
+    ("choice", "wanted"),
+    [
+        pytest.param("auto", ToolChoice(), id="auto"),
+        pytest.param("required", ToolChoice("required"), id="required"),
+        pytest.param("any", ToolChoice("required"), id="Mistral's any"),
+        pytest.param({"type": "auto"}, ToolChoice(), id="Anthropic's auto"),
+        pytest.param({"type": "any"}, ToolChoice("required"), id="Anthropic's any"),
+        pytest.param({"type": "none"}, ToolChoice("none"), id="Anthropic's none"),
+        pytest.param(
+            {"type": "tool", "name": "f"}, ToolChoice("required", ("f",)), id="Anthropic's tool"
+        ),
+        pytest.param(function("f"), ToolChoice("required", ("f",)), id="chat's function"),
+        pytest.param(
+            {"type": "custom", "custom": {"name": "f"}},
+            ToolChoice("required", ("f",)),
+            id="chat's custom tool",
+        ),
+        pytest.param(
+            {"type": "function", "name": "f"}, ToolChoice("required", ("f",)), id="Responses'"
+        ),
+        pytest.param(
+            {"type": "custom", "name": "f"}, ToolChoice("required", ("f",)), id="Responses' custom"
+        ),
+        pytest.param(
+            {
+                "type": "allowed_tools",
+                "allowed_tools": {"mode": "auto", "tools": [function("f"), function("g")]},
+            },
+            ToolChoice("auto", ("f", "g")),
+            id="chat's allowed tools",
+        ),
+        pytest.param(
+            {
+                "type": "allowed_tools",
+                "mode": "required",
+                "tools": [{"type": "function", "name": "f"}, {"type": "custom", "name": "g"}],
+            },
+            ToolChoice("required", ("f", "g")),
+            id="Responses' allowed tools",
+        ),
+    ],
+)
+def test_a_choice_of_tools_is_read_in_the_shape_of_any_api(choice, wanted):
+    assert read_chat(chat(tools=[function("f")], tool_choice=choice)).tool_choice == wanted
+
+
+@pytest.mark.parametrize(
+    "choice",
+    [
+        "f",
+        [],
+        {"name": "f"},
+        {"type": "tool"},
+        {"type": "function", "function": {"name": ""}},
+        {"type": "web_search"},
+        {"type": "allowed_tools", "tools": []},
+        {"type": "allowed_tools", "mode": "none", "tools": []},
+        {"type": "allowed_tools", "allowed_tools": {"mode": "auto"}},
+    ],
+)
+def test_a_choice_of_nothing_is_refused(choice):
+    with pytest.raises(BadRequest) as raised:
+        read_chat(chat(tools=[function("f")], tool_choice=choice))
+    assert raised.value.param == "tool_choice"
+
+
 def test_parallel_tool_calls_false_is_listed():
     assert read_chat(chat(tools=[function("f")], parallel_tool_calls=False)).ignored == (
         "parallel_tool_calls",
@@ -901,9 +1248,40 @@ def test_parallel_tool_calls_false_is_listed():
         pytest.param(
             {"chat_template_kwargs": {"x": 1}}, None, id="chat_template_kwargs say nothing"
         ),
+        pytest.param(
+            {"chat_template_kwargs": {"thinking": False}}, "off", id="chat_template_kwargs.thinking"
+        ),
+        pytest.param(
+            {"chat_template_kwargs": {"thinking": True}},
+            "on",
+            id="chat_template_kwargs.thinking on",
+        ),
+        pytest.param({"think": False}, "off", id="think false"),
+        pytest.param({"think": True}, "on", id="think"),
+        pytest.param({"think": "low"}, "low", id="think low"),
+        pytest.param({"think": "none"}, "off", id="think none"),
+        pytest.param({"thinking_budget": 0}, "off", id="no budget"),
+        pytest.param({"thinking_budget": 0.0}, "off", id="no budget, as a fraction"),
+        pytest.param({"thinking_budget": 4096}, "on", id="a budget"),
+        pytest.param({"thinking_budget": -1}, None, id="any budget"),
+        pytest.param({"reasoning_effort": "ultra"}, "max", id="ultra"),
+        pytest.param({"reasoning": {"effort": "ultra"}}, "max", id="reasoning.effort ultra"),
+        *(
+            pytest.param({"reasoning_effort": word}, None, id=f"{word or 'empty'} says nothing")
+            for word in ("auto", "adaptive", "default", "")
+        ),
+        pytest.param({"reasoning": {"effort": "auto"}}, None, id="reasoning.effort auto"),
+        pytest.param(
+            {"reasoning": {"effort": "auto", "enabled": True}}, "on", id="on, of whatever effort"
+        ),
+        *(
+            pytest.param({"thinking": {"type": word}}, None, id=f"thinking {word or 'empty'}")
+            for word in ("auto", "adaptive", "default", "")
+        ),
+        *(pytest.param({name: []}, None, id=f"{name} []") for name in ("reasoning", "thinking")),
     ],
 )
-def test_thinking_is_asked_for_in_five_ways(fields, wanted):
+def test_thinking_is_asked_for_in_many_ways(fields, wanted):
     assert read_chat(chat(**fields)).effort == wanted
 
 
@@ -913,15 +1291,23 @@ TWICE = {
     "thinking": {"type": "disabled"},
     "enable_thinking": True,
     "chat_template_kwargs": {"enable_thinking": False},
+    "think": "high",
+    "thinking_budget": 0,
 }
 
 
 @pytest.mark.parametrize(
-    ("left_out", "wanted"), [(0, "max"), (1, "low"), (2, "off"), (3, "on"), (4, "off")]
+    ("left_out", "wanted"),
+    [(0, "max"), (1, "low"), (2, "off"), (3, "on"), (4, "off"), (5, "high"), (6, "off")],
 )
 def test_where_thinking_is_said_twice_the_first_counts(left_out, wanted):
     fields = dict(list(TWICE.items())[left_out:])
     assert read_chat(chat(**fields)).effort == wanted
+
+
+def test_what_says_nothing_about_thinking_does_not_count_as_the_first():
+    said = {"reasoning_effort": "auto", "thinking": {"type": "adaptive"}, "think": False}
+    assert read_chat(chat(**said)).effort == "off"
 
 
 CALL = {"id": "c1", "type": "function", "function": {"name": "f", "arguments": '{"a":1}'}}
@@ -1055,10 +1441,15 @@ FUNCTIONS = [{"name": "f", "parameters": {"type": "object"}}]
         (chat(temperature=True), "temperature"),
         (chat(temperature=2.1), "temperature"),
         (chat(top_p=-1), "top_p"),
-        (chat(max_tokens=-1), "max_tokens"),
+        (chat(max_tokens=-2), "max_tokens"),
         (chat(max_tokens=1.5), "max_tokens"),
+        (chat(max_tokens=-1.5), "max_tokens"),
+        (chat(max_tokens=True), "max_tokens"),
+        (chat(max_tokens=1e300), "max_tokens"),
+        (chat(n=1.5), "n"),
+        (chat(seed=2.0**63), "seed"),
         (chat(max_completion_tokens="9"), "max_completion_tokens"),
-        (chat(stop=["a"] * 5), "stop"),
+        (chat(stop=["a"] * 17), "stop"),
         (chat(stop=[1]), "stop"),
         (chat(tools={}), "tools"),
         (chat(tools=[{"type": "function"}]), "tools[0]"),
@@ -1075,8 +1466,12 @@ FUNCTIONS = [{"name": "f", "parameters": {"type": "object"}}]
         (chat(fallbacks="glm-5"), "fallbacks"),
         (chat(fallbacks=[""]), "fallbacks"),
         (chat(fallbacks=["x" * 257]), "fallbacks"),
-        (chat(tools=[{"type": "custom", "custom": {"name": "f"}}]), "tools[0]"),
-        (chat(tools=[{"type": "function", "function": {"name": "f"}}] * 129), "tools"),
+        (chat(tools=[{"type": "custom", "custom": {"name": ""}}]), "tools[0]"),
+        (chat(tools=["search"]), "tools[0]"),
+        (chat(tools=[{"type": "function", "name": "f", "parameters": 5}]), "tools[0].parameters"),
+        (chat(tools=[{"name": "f", "input_schema": 5}]), "tools[0].input_schema"),
+        (chat(tools=[{"type": "custom", "name": "f", "description": 5}]), "tools[0].description"),
+        (chat(functions=[FUNCTIONS[0]] * 129), "functions"),
         (chat(tool_choice="always"), "tool_choice"),
         (chat(tool_choice={"type": "function"}), "tool_choice"),
         (chat(parallel_tool_calls="no"), "parallel_tool_calls"),
@@ -1102,6 +1497,19 @@ FUNCTIONS = [{"name": "f", "parameters": {"type": "object"}}]
         (chat(thinking={"clear_thinking": "no"}), "thinking.clear_thinking"),
         (chat(enable_thinking="yes"), "enable_thinking"),
         (chat(chat_template_kwargs={"enable_thinking": 1}), "chat_template_kwargs.enable_thinking"),
+        (
+            chat(chat_template_kwargs={"thinking": "no"}),
+            "chat_template_kwargs.thinking",
+        ),
+        (chat(think=1), "think"),
+        (chat(think="hard"), "think"),
+        (chat(thinking_budget="9"), "thinking_budget"),
+        (chat(thinking_budget=-2), "thinking_budget"),
+        (chat(include_reasoning="no"), "include_reasoning"),
+        (chat(reasoning={"exclude": 1}), "reasoning.exclude"),
+        (chat(reasoning_effort="Auto"), "reasoning_effort"),
+        (chat(response_format={"type": "json_object", "schema": "x"}, n=0), "n"),
+        (chat(response_format={"type": "json_schema", "json_schema": 5}), "response_format"),
         (chat(reasoning_format="both"), "reasoning_format"),
         (chat(do_sample=1), "do_sample"),
     ],
@@ -1285,6 +1693,86 @@ def test_content_is_null_when_there_are_only_tool_calls():
     }
 
 
+CUSTOM = {"type": "custom", "custom": {"name": "patch"}}
+PIECES = ["", '{"inp', 'ut":"a\\nb"}']
+
+
+def custom_reply(n=1):
+    reply = ztoapi.parse_chat(chat(n=n, tools=[CUSTOM, function("f")]))[1]
+    return begun(reply)
+
+
+def test_a_call_of_a_custom_tool_is_a_custom_call():
+    first, *more = PIECES
+    events = [
+        ToolCall(0, "c1", "patch", first),
+        *[ToolCall(0, "", "", piece) for piece in more],
+        ToolCall(1, "c2", "f", '{"a":1}'),
+        Finish("tool_calls"),
+    ]
+    call = {"id": "c1", "type": "custom", "custom": {"name": "patch", "input": "a\nb"}}
+    other = CALL | {"id": "c2"}
+    assert custom_reply().fold(events)["choices"][0]["message"]["tool_calls"] == [call, other]
+    begins = {"index": 0, **call, "custom": {"name": "patch", "input": ""}}
+    assert decoded(custom_reply().frames_of(events)) == [
+        chunk({"role": "assistant", "tool_calls": [begins]}),
+        chunk({"tool_calls": [{"index": 1, **other}]}),
+        chunk({"tool_calls": [{"index": 0, "custom": {"input": "a\nb"}}]}),
+        chunk({}, "tool_calls"),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "wanted"),
+    [
+        ('{"input":"x"}', "x"),
+        ('{"input":""}', ""),
+        ('{"input":{"a":1}}', '{"a":1}'),
+        ('{"input":null}', ""),
+        ('{"patch":"x"}', '{"patch":"x"}'),
+        ("*** Begin Patch", "*** Begin Patch"),
+        ('"x"', "x"),
+        ("{}", "{}"),
+    ],
+)
+def test_what_a_custom_tool_is_called_with_is_its_input_or_all_there_is(arguments, wanted):
+    events = [ToolCall(0, "c1", "patch", arguments), Finish("tool_calls")]
+    (call,) = custom_reply().fold(events)["choices"][0]["message"]["tool_calls"]
+    assert call["custom"]["input"] == wanted
+    assert decoded(custom_reply().frames_of(events))[1] == chunk(
+        {"tool_calls": [{"index": 0, "custom": {"input": wanted}}]}
+    )
+
+
+def test_the_inputs_of_custom_tools_are_told_choice_by_choice():
+    events = [
+        *[
+            ToolCall(0, f"c{choice}", "patch", f'{{"input":"{choice}"}}', choice)
+            for choice in (0, 1)
+        ],
+        Finish("tool_calls", 1),
+        Finish("tool_calls", 0),
+    ]
+    choices = [frame["choices"][0] for frame in decoded(custom_reply(2).frames_of(events))]
+    told = [
+        (choice["index"], choice["delta"]["tool_calls"][0]["custom"]["input"])
+        for choice in choices
+        if "tool_calls" in choice["delta"]
+    ]
+    assert told == [(0, ""), (1, ""), (1, "1"), (0, "0")]
+
+
+@pytest.mark.parametrize(
+    "tool", [{"type": "custom", "name": "patch"}, {"name": "patch", "input_schema": ANY_TEXT}]
+)
+def test_a_custom_tool_in_another_apis_shape_is_called_as_a_function(tool):
+    reply = begun(ztoapi.parse_chat(chat(tools=[tool]))[1])
+    events = [ToolCall(0, "c1", "patch", '{"input":"x"}'), Finish("tool_calls")]
+    (call,) = reply.fold(events)["choices"][0]["message"]["tool_calls"]
+    called = {"name": "patch", "arguments": '{"input":"x"}'}
+    assert call == {"id": "c1", "type": "function", "function": called}
+
+
 FOUND = {"title": "T", "link": "https://x/y", "content": "C", "media": "M", "refer": "ref_1"}
 CITED = {"url": "https://x/y", "title": "T", "start_index": 0, "end_index": 0, "content": "C"}
 
@@ -1378,7 +1866,14 @@ def test_a_completion_is_asked_for_as_a_chat():
     [
         ({"prompt": ""}, "prompt"),
         ({"prompt": [1, 2]}, "prompt"),
-        ({"prompt": ["a", "b"]}, "prompt"),
+        ({"prompt": [[1, 2], [3]]}, "prompt"),
+        ({"prompt": []}, "prompt"),
+        ({"prompt": ["a", ""]}, "prompt"),
+        ({"prompt": ["a", 1]}, "prompt"),
+        ({"prompt": ["a"] * 21}, "prompt"),
+        ({"prompt": {"a": 1}}, "prompt"),
+        ({"prompt": "x", "n": 2, "best_of": 3}, "best_of"),
+        ({"prompt": "x", "best_of": 21}, "best_of"),
         ({"prompt": "x", "echo": "yes"}, "echo"),
         ({"prompt": "x", "suffix": 1}, "suffix"),
         ({"prompt": "x", "best_of": 2}, "best_of"),
@@ -1389,6 +1884,49 @@ def test_a_completion_that_cannot_be_had_is_refused_with_a_reason(fields, param)
     with pytest.raises(BadRequest) as raised:
         ztoapi.parse_completion({"model": "glm-4.6"} | fields)
     assert raised.value.param == param
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [{"best_of": 1}, {"best_of": 0}, {"n": 2, "best_of": 2}, {"n": 2, "best_of": 1}, {"n": 2}],
+)
+def test_as_many_answers_as_are_wanted_may_be_compared(fields):
+    prompt, _ = ztoapi.parse_completion({"model": "glm-4.6", "prompt": "x", **fields})
+    assert (prompt.n, prompt.ignored) == (fields.get("n", 1), ())
+
+
+def asked_for_choices(**fields):
+    """What each choice of a completion is asked with: the messages and the seed."""
+    prompt, _ = ztoapi.parse_completion({"model": "glm-4.6", **fields})
+    plan = ztoapi.make_plan(prompt, Settings(), Account(""), "7")
+    choices = [plan.for_choice(choice).prompts[0][1] for choice in range(plan.n)]
+    bodies = [zai_body(choice, MODELS["glm-4.6"]) for choice in choices]
+    return [(body["messages"][-1]["content"], body.get("seed")) for body in bodies]
+
+
+@pytest.mark.parametrize(
+    ("fields", "wanted"),
+    [
+        pytest.param({"prompt": "a"}, [("a", None)], id="one"),
+        pytest.param({"prompt": ["a"], "seed": 5}, [("a", 5)], id="an array of one"),
+        pytest.param({"prompt": ["a", "b"]}, [("a", None), ("b", None)], id="two"),
+        pytest.param(
+            {"prompt": ["a", "b"], "seed": 5}, [("a", 5), ("b", 5)], id="each as if by itself"
+        ),
+        pytest.param(
+            {"prompt": ["a", "b"], "n": 2, "seed": 5},
+            [("a", 5), ("a", 6), ("b", 5), ("b", 6)],
+            id="two of each",
+        ),
+        pytest.param(
+            {"prompt": [str(i) for i in range(20)]},
+            [(str(i), None) for i in range(20)],
+            id="twenty",
+        ),
+    ],
+)
+def test_each_of_several_prompts_is_asked_by_itself(fields, wanted):
+    assert asked_for_choices(**fields) == wanted
 
 
 def test_a_completion_knows_what_is_to_follow_it():
@@ -1410,6 +1948,19 @@ def test_an_echoed_prompt_begins_each_choice(n, wanted):
     assert [frame["choices"][0]["text"] for frame in streamed] == wanted
 
 
+def test_each_choice_begins_with_its_own_prompt():
+    body = {"model": "glm-4.6", "prompt": ["a:", "b:"], "echo": True, "n": 2}
+    _, reply = ztoapi.parse_completion(body)
+    events = [
+        *[Text(str(choice), choice) for choice in (3, 0, 2, 1)],
+        *[Finish("stop", choice) for choice in range(4)],
+    ]
+    choices = begun(reply).fold(events)["choices"]
+    assert [choice["text"] for choice in choices] == ["a:0", "a:1", "b:2", "b:3"]
+    streamed = [frame["choices"][0] for frame in decoded(reply.frames_of(events))]
+    assert [choice["text"] for choice in streamed[:4]] == ["b:3", "a:0", "b:2", "a:1"]
+
+
 def test_a_completion_has_the_text_alone():
     envelope = {
         "id": "cmpl-2026",
@@ -1418,7 +1969,7 @@ def test_a_completion_has_the_text_alone():
         "model": "GLM-4.6",
     }
     choice = {"index": 0, "text": "你好", "logprobs": None, "finish_reason": "stop"}
-    reply = begun(ztoapi.CompletionReply(1, include_usage=True, echo=""))
+    reply = begun(ztoapi.CompletionReply([""], include_usage=True))
     assert reply.fold(EVENTS) == {**envelope, "choices": [choice], "usage": USAGE}
     streamed = decoded([*reply.frames_of(EVENTS), *reply.close()])
     assert [frame["choices"][0]["text"] for frame in streamed[:3]] == ["你", "好", ""]
@@ -1872,7 +2423,6 @@ def test_a_found_tool_comes_back_as_the_client_knows_it():
         ({"tools": [{"type": "custom", "name": ""}]}, "tools[0]"),
         ({"tools": [{"type": "web_search", "search_context_size": "huge"}]}, "tools[0]"),
         ({"tools": [NAMESPACE, NAMESPACE | {"tools": [5]}]}, "tools[1].tools[0]"),
-        ({"tools": [NAMESPACE | {"tools": [{"type": "function", "name": "f"}] * 129}]}, "tools"),
         ({"conversation": "conv_1"}, "conversation"),
         ({"prompt": {"id": "pmpt_1"}}, "prompt"),
         ({"text": {"format": {"type": "yaml"}}}, "text"),
@@ -4672,6 +5222,9 @@ def test_the_page_shows_each_client_with_words_that_it_can_replace():
         pytest.param({"stop": "x"}, {"stop": ["x"]}, id="stop"),
         pytest.param({"stop": []}, {}, id="no stop"),
         pytest.param(
+            {"stop": [*"abcdefghijklmnop"]}, {"stop": [*"abcd"]}, id="more stops than Z.ai takes"
+        ),
+        pytest.param(
             {"stream": False, "stream_options": {"include_usage": True}},
             {},
             id="stream",
@@ -4738,6 +5291,252 @@ def zai_messages(body, model="glm-4.6", parse=ztoapi.parse_chat):
 
 
 ZAI = "https://api.z.ai/api/paas/v4"
+
+
+@pytest.mark.parametrize(
+    ("names", "wanted"),
+    [
+        pytest.param(["files.read"], ["files_read_89b43be6"], id="a dot"),
+        pytest.param(["a b", "a.b", "a_b"], ["a_b_541e27fe", "a_b_68a4364b", "a_b"], id="alike"),
+        pytest.param(["搜索"], ["___f91c99f4"], id="no letter"),
+        pytest.param(["x" * 65], ["x" * 55 + "_1c9c4cf0"], id="too long"),
+        pytest.param(
+            ["x" * 64 + "a", "x" * 64 + "b"],
+            ["x" * 55 + "_8a907b1c", "x" * 55 + "_8cb9731c"],
+            id="both",
+        ),
+        pytest.param(["f\n"], ["f__99a6102d"], id="a line end"),
+    ],
+)
+def test_an_illegal_name_of_a_tool_is_a_legal_one_for_zai(names, wanted):
+    assert legal_for_zai(names) == wanted
+
+
+def legal_for_zai(names):
+    tools = body_for_zai(chat(tools=[function(name) for name in names]))["tools"]
+    return [tool["function"]["name"] for tool in tools]
+
+
+GOLDEN_CHAT = {
+    "model": "zai/GLM-4.6:low",
+    "messages": [
+        {"role": "developer", "content": "Be kind."},
+        {"role": "user", "content": [{"type": "text", "text": "你好"}]},
+    ],
+    "tools": [
+        {"name": "read", "description": "Read", "input_schema": OBJECT},
+        {"type": "function", "name": "list", "parameters": {"type": "object", "properties": []}},
+        {"type": "custom", "custom": {"name": "patch", "format": {"type": "text"}}},
+        {"type": "function", "function": {"name": "files.read", "parameters": []}},
+        {"googleSearch": {}},
+    ],
+    "tool_choice": {"type": "any"},
+    "max_completion_tokens": -1,
+    "max_tokens": 4096.0,
+    "stop": ["a", "b", "c", "d", "e"],
+    "stream_options": [],
+    "response_format": {"type": "json_object", "schema": OBJECT},
+    "reasoning_effort": "auto",
+    "include_reasoning": False,
+    "prompt_cache_key": "k",
+}
+
+
+def test_a_chat_in_all_dialects_is_one_request_for_zai():
+    def tool(name, description, parameters):
+        return function(name, description=description, parameters=parameters)
+
+    line = (
+        "Answer only with JSON, without any other text and without Markdown, valid against "
+        'this JSON Schema: {"type":"object","properties":{"a":{"type":"string"}}}'
+    )
+    names = "read, list, patch, files_read_89b43be6"
+    orders = f"Answer by calling one of the functions {names}."
+    plan = ztoapi.make_plan(read_chat(GOLDEN_CHAT), Settings(), Account(""), "7")
+    assert plan.ignored == ("prompt_cache_key", "tools.googleSearch")
+    assert plan.reasoning_format == "hidden"
+    assert zai_body(plan.prompts[0][1], MODELS["glm-4.6"]) == {
+        "model": "glm-4.6",
+        "messages": [
+            {"role": "system", "content": f"Be kind.\n{orders}\n{line}"},
+            {"role": "user", "content": "你好"},
+        ],
+        "stream": True,
+        "max_tokens": 4096,
+        "stop": ["a", "b", "c", "d"],
+        "tools": [
+            tool("read", "Read", OBJECT),
+            tool("list", "list", NO_PARAMETERS),
+            tool("patch", "patch", ANY_TEXT),
+            tool("files_read_89b43be6", "files.read", NO_PARAMETERS),
+        ],
+        "tool_stream": True,
+        "response_format": {"type": "json_object"},
+        "thinking": {"type": "enabled"},
+    }
+
+
+def test_the_same_chat_is_the_same_bytes_in_another_process():
+    code = (
+        "import json, sys, ztoapi; prompt = ztoapi.parse_chat(json.loads(sys.argv[1]))[0];"
+        "plan = ztoapi.make_plan(prompt, ztoapi.Settings(), ztoapi.Account(''), '7');"
+        "print(ztoapi.zai_request(plan.prompts[0][1], plan.asked, 'https://api.z.ai', '7').data)"
+    )
+    command = [sys.executable, "-c", code, json.dumps(GOLDEN_CHAT)]
+    here = Path(ztoapi.__file__).parent
+    said = subprocess.run(command, capture_output=True, text=True, cwd=here, check=True).stdout
+    plan = ztoapi.make_plan(read_chat(GOLDEN_CHAT), Settings(), Account(""), "8")
+    data = ztoapi.zai_request(plan.prompts[0][1], plan.asked, "https://api.z.ai", "8").data
+    assert said.strip() == str(data)
+
+
+@pytest.mark.parametrize("name", ["f", "read_file-2", "x" * 64, "mcp__server__do", "_", "-"])
+def test_a_legal_name_of_a_tool_stays(name):
+    assert legal_for_zai([name]) == [name]
+
+
+def test_the_legal_name_depends_on_no_other_tool_unless_that_is_called_so():
+    (alone,) = legal_for_zai(["files.read"])
+    assert legal_for_zai(["a.b", "files.read", "c"])[1] == alone
+    taken, other = legal_for_zai([alone, "files.read"])
+    assert taken == alone != other
+    assert re.fullmatch("files_read_[0-9a-f]{8}", other)
+
+
+def test_names_of_tools_are_legal_in_history_and_in_our_own_lines():
+    call = {"id": "c1", "type": "function", "function": {"name": "files.read", "arguments": "{}"}}
+    old = {"id": "c2", "type": "function", "function": {"name": "gone!", "arguments": "{}"}}
+    body = chat(
+        messages=[
+            QUESTION,
+            {"role": "assistant", "content": "", "tool_calls": [call, old]},
+            {"role": "tool", "tool_call_id": "c1", "content": "files.read"},
+            {"role": "tool", "tool_call_id": "c2", "content": "x"},
+        ],
+        tools=[function("files.read"), function("f")],
+        tool_choice=function("files.read"),
+    )
+    zai = body_for_zai(body)
+    (legal,) = legal_for_zai(["files.read"])
+    (legal_old,) = legal_for_zai(["gone!"])
+    assert [tool["function"]["name"] for tool in zai["tools"]] == [legal]
+    system, _, assistant, result, _ = zai["messages"]
+    assert system["content"] == f"Answer by calling the function {legal}."
+    calls = [call["function"]["name"] for call in assistant["tool_calls"]]
+    assert calls == [legal, legal_old]
+    assert result["content"] == "files.read"
+
+
+MANY = [function(f"f{i}") for i in range(127)]
+
+
+def deferred(name):
+    return {"name": name, "input_schema": NO_PARAMETERS, "defer_loading": True}
+
+
+@pytest.mark.parametrize(
+    ("tools", "fields", "kept"),
+    [
+        pytest.param([deferred("a")], {}, ["a"], id="as many as Z.ai takes"),
+        pytest.param([deferred("a"), deferred("b")], {}, [], id="one more"),
+        pytest.param(
+            [deferred("a"), deferred("b.c")],
+            {"messages": [{"role": "user", "content": "Use b.c."}]},
+            ["b.c"],
+            id="one that is named",
+        ),
+        pytest.param(
+            [deferred("a"), deferred("b")],
+            {
+                "messages": [
+                    *HELLO["messages"],
+                    {"role": "assistant", "tool_calls": [CALL | {"function": {"name": "b"}}]},
+                    {"role": "tool", "tool_call_id": "c1", "content": "x"},
+                ]
+            },
+            ["b"],
+            id="one that was called",
+        ),
+        pytest.param([deferred("a"), function("b")], {}, ["b"], id="one that is not deferred"),
+    ],
+)
+def test_of_too_many_tools_the_deferred_go_that_nothing_names(tools, fields, kept):
+    body = chat(tools=[*MANY, *tools], **fields)
+    plan = ztoapi.make_plan(read_chat(body), Settings(), Account(""), "7")
+    names = [plan.client_names.get(tool.name, tool.name) for tool in plan.prompts[0][1].tools]
+    assert names == [f"f{i}" for i in range(127)] + kept
+    dropped = len(tools) > len(kept)
+    assert plan.ignored == (("tools.defer_loading",) if dropped else ())
+
+
+@pytest.mark.parametrize(
+    "tools",
+    [
+        [function("a"), function("b")],
+        [deferred("a"), deferred("hi")],
+        [{"type": "function", "name": f"f{i}"} for i in range(2)],
+    ],
+    ids=["functions", "deferred and named", "Responses' functions"],
+)
+def test_more_tools_than_zai_takes_are_refused(tools):
+    body = chat(messages=[{"role": "user", "content": "a hi"}], tools=[*MANY, *tools])
+    with pytest.raises(BadRequest) as raised:
+        body_for_zai(body)
+    assert raised.value.param == "tools"
+
+
+def test_the_deferred_tools_of_messages_go_in_the_same_way():
+    tools = [deferred(f"f{i}") for i in range(150)] + [{"name": "a", "input_schema": NO_PARAMETERS}]
+    body = {**CLAUDE, "tools": tools, "messages": [{"role": "user", "content": "Use f77."}]}
+    prompt, _ = ztoapi.parse_message(body)
+    plan = ztoapi.make_plan(prompt, Settings(), Account(""), "7")
+    assert [tool.name for tool in plan.prompts[0][1].tools] == ["f77", "a"]
+    assert plan.ignored == ("tools.defer_loading",)
+
+
+def test_a_choice_of_few_tools_may_come_from_very_many():
+    body = chat(tools=[function(f"f{i}") for i in range(200)], tool_choice=function("f150"))
+    assert [tool["function"]["name"] for tool in body_for_zai(body)["tools"]] == ["f150"]
+    assert "tools" not in body_for_zai(body | {"tool_choice": "none"})
+
+
+def efforts(body, **settings):
+    """The models that a chat asks, each with how much it is to think."""
+    plan = ztoapi.make_plan(read_chat(body), Settings(**settings), Account(""), "7")
+    return [(model.id, prompt.effort) for model, prompt in plan.prompts]
+
+
+@pytest.mark.parametrize(
+    ("fields", "settings", "wanted"),
+    [
+        pytest.param({"model": "glm-4.6:off"}, {}, "off", id="by name"),
+        pytest.param({"model": "glm-4.6-nothinking"}, {}, "off", id="by an ending"),
+        pytest.param(
+            {"model": "fast"}, {"model_aliases": (("fast", "glm-4.6:off"),)}, "off", id="by alias"
+        ),
+        pytest.param(
+            {"model": "glm-4.6:off"}, {"enable_thinking": True}, "off", id="not by setting"
+        ),
+        pytest.param({"model": "glm-4.6:high", "max_tokens": 9}, {}, "high", id="not by limit"),
+        pytest.param({"model": "glm-4.6:off", "think": True}, {}, "on", id="the request counts"),
+        pytest.param(
+            {"model": "glm-4.6:off", "reasoning_effort": "max"}, {}, "max", id="so does its effort"
+        ),
+        pytest.param(
+            {"model": "glm-4.6:off", "reasoning_effort": "auto"}, {}, "off", id="auto says nothing"
+        ),
+        pytest.param({"model": "glm-4.6:free"}, {}, None, id="another word"),
+    ],
+)
+def test_a_thinking_word_counts_where_the_request_says_nothing(fields, settings, wanted):
+    assert efforts(chat(**fields), **settings) == [("glm-4.6", wanted)]
+
+
+def test_a_fallback_thinks_as_the_first_model_where_its_own_name_does_not_say():
+    body = chat(model="glm-4.6:off", fallbacks=["glm-4.7", "glm-5.3:low"])
+    assert efforts(body) == [("glm-4.6", "off"), ("glm-4.7", "off"), ("glm-5.3", "low")]
+    body["reasoning_effort"] = "max"
+    assert efforts(body) == [("glm-4.6", "max"), ("glm-4.7", "max"), ("glm-5.3", "max")]
 
 
 def sent(*messages, **fields):
@@ -9499,6 +10298,11 @@ def random_value(chance, depth=0):
         "glm-4.6v",
         "auto",
         "none",
+        "custom",
+        "function",
+        "allowed_tools",
+        "files.read",
+        4096.0,
     ]
     if depth > 2 or chance.random() < 0.6:
         return chance.choice(simple)
@@ -9516,6 +10320,15 @@ def random_value(chance, depth=0):
         "input",
         "url",
         "image_url",
+        "custom",
+        "input_schema",
+        "parameters",
+        "format",
+        "tools",
+        "mode",
+        "effort",
+        "enabled",
+        "defer_loading",
     ]
     return {
         chance.choice(names): random_value(chance, depth + 1) for _ in range(chance.randrange(4))
@@ -9559,7 +10372,7 @@ def test_a_body_is_refused_when_it_is_read_or_planned_or_never(seed, surface, so
         except BadRequest:
             refused += 1
             continue
-        for model, planned in plan.prompts:
+        for model, planned in plan.for_choice(plan.n - 1).prompts:
             request = ztoapi.zai_request(planned, model, "https://api.z.ai/api/paas/v4", "7")
             assert json.loads(request.data)["stream"] is True
     assert refused < 50
@@ -10643,16 +11456,25 @@ async def test_the_setting_decides_on_thinking_where_the_request_does_not(
     assert zai.bodies[1]["thinking"] == OFF["thinking"]
 
 
+DISABLED = {"type": "disabled"}
+
+
 @in_loop
 @pytest.mark.parametrize(
     ("path", "fields", "thinking"),
     [
-        ("chat/completions", {"max_tokens": 64}, {"type": "disabled"}),
-        ("chat/completions", {"max_completion_tokens": 1}, {"type": "disabled"}),
+        ("chat/completions", {"max_tokens": 64}, DISABLED),
+        ("chat/completions", {"max_completion_tokens": 1}, DISABLED),
         ("chat/completions", {"max_tokens": 65}, None),
+        ("chat/completions", {"max_completion_tokens": 0, "max_tokens": 64.0}, DISABLED),
+        ("chat/completions", {"max_tokens": 9, "thinking": {"type": "adaptive"}}, DISABLED),
+        ("chat/completions", {"max_tokens": 0}, None),
+        ("chat/completions", {"max_tokens": 9, "model": "glm-4.6:on"}, {"type": "enabled"}),
         ("chat/completions", {"max_tokens": 1, "reasoning_effort": "high"}, {"type": "enabled"}),
-        ("completions", {"max_tokens": 1, "prompt": "hi"}, {"type": "disabled"}),
-        ("responses", {"max_output_tokens": 16, "input": "hi"}, {"type": "disabled"}),
+        ("completions", {"max_tokens": 1, "prompt": "hi"}, DISABLED),
+        ("responses", {"max_output_tokens": 16, "input": "hi"}, DISABLED),
+        ("messages", {"max_tokens": 16}, DISABLED),
+        ("messages", {"max_tokens": 16, "model": "glm-4.6:on"}, {"type": "enabled"}),
     ],
 )
 async def test_a_limit_of_a_few_tokens_leaves_none_for_thinking(
@@ -12949,6 +13771,149 @@ async def test_a_response_can_be_looked_up_and_forgotten(client):
 
 
 @in_loop
+@pytest.mark.parametrize("stream", [False, True], ids=["whole", "streamed"])
+async def test_several_prompts_are_several_choices_with_one_usage(client, zai, stream):
+    body = {"model": "glm-4.7", "prompt": ["Say a", "Say b"], "n": 2, "stream": stream}
+    body |= {"stream_options": {"include_usage": True}}
+    _, text = await ask(client, body, "/v1/completions")
+    documents = parse_frames(text) if stream else [json.loads(text)]
+    texts = Counter()
+    for document in documents:
+        for choice in document["choices"]:
+            texts[choice["index"]] += len(choice["text"])
+    assert sorted(texts) == [0, 1, 2, 3]
+    asked = [each["messages"][0]["content"] for each in zai.bodies]
+    assert sorted(asked) == ["Say a", "Say a", "Say b", "Say b"]
+    assert documents[-1]["usage"]["total_tokens"] == 4 * USAGE["total_tokens"]
+
+
+@in_loop
+@pytest.mark.parametrize("stream", [False, True], ids=["whole", "streamed"])
+@pytest.mark.parametrize("key", [("zai-key",), ()], ids=["with a key", "without"])
+async def test_who_wants_only_the_prompt_back_gets_it_without_a_model(start, zai, stream, key):
+    client = await start(zai_api_key=key)
+    body = {"model": "glm-4.7", "prompt": ["a", "b"], "echo": True, "max_tokens": 0}
+    response, text = await ask(client, body | {"stream": stream}, "/v1/completions")
+    documents = parse_frames(text) if stream else [json.loads(text)]
+    choices = [choice for document in documents for choice in document["choices"]]
+    assert [(choice["text"], choice["finish_reason"]) for choice in choices] == [
+        ("a", "length"),
+        ("b", "length"),
+    ]
+    assert (response.headers["x-ztoapi-model"], zai.asked) == ("glm-4.7", [])
+
+
+@in_loop
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"echo": True},
+        {"max_tokens": 0},
+        {"echo": True, "max_tokens": 1},
+        {"echo": True, "max_tokens": -1},
+    ],
+)
+async def test_any_other_echo_is_asked_for_with_an_answer(client, zai, fields):
+    body = {"model": "glm-4.7", "prompt": "a", **fields}
+    await ask(client, body, "/v1/completions")
+    assert len(zai.asked) == 1
+
+
+@in_loop
+async def test_a_request_for_a_model_that_a_key_may_not_use_is_counted_with_the_model(client):
+    key = await make_key(client, models="glm-5")
+    await ask(client, chat(model="claude-x:off"), headers=key)
+    (item,) = (await stats(client))[0]["recent"]
+    assert (item["model"], item["status"]) == ("glm-4.7-flash", 403)
+
+
+@in_loop
+async def test_who_wants_only_the_prompt_back_may_not_name_any_model(client, zai):
+    key = await make_key(client, models="glm-5")
+    body = {"model": "glm-4.7", "prompt": "a", "echo": True, "max_tokens": 0}
+    response, _ = await ask(client, body, "/v1/completions", key)
+    assert (response.status, zai.asked) == (403, [])
+
+
+FILES_READ = "files.read"
+READ_FORCED = {
+    "chat/completions": chat(tools=[function(FILES_READ)], tool_choice=function(FILES_READ)),
+    "responses": {
+        **ASKED,
+        "tools": [
+            {
+                "type": "namespace",
+                "name": "my files",
+                "tools": [{"type": "function", "name": FILES_READ}],
+            }
+        ],
+        "tool_choice": {"type": "function", "name": FILES_READ, "namespace": "my files"},
+    },
+    "messages": chat(
+        max_tokens=9,
+        tools=[{"name": FILES_READ, "input_schema": NO_PARAMETERS}],
+        tool_choice={"type": "tool", "name": FILES_READ},
+    ),
+}
+
+
+@in_loop
+@pytest.mark.parametrize("stream", [False, True], ids=["whole", "streamed"])
+@pytest.mark.parametrize("path", READ_FORCED)
+async def test_a_tool_has_a_legal_name_for_zai_and_its_own_for_the_client(
+    client, zai, path, stream
+):
+    body = READ_FORCED[path]
+    await ask(client, body, f"/v1/{path}")
+    (tool,) = zai.bodies[0]["tools"]
+    name = tool["function"]["name"]
+    assert re.fullmatch("[A-Za-z0-9_-]{1,64}", name)
+    call = {
+        "index": 0,
+        "id": "c1",
+        "type": "function",
+        "function": {"name": name, "arguments": "{}"},
+    }
+    zai.parts = [stream_of({"tool_calls": [call]}, finish("tool_calls"))]
+    _, text = await ask(client, body | {"stream": stream}, f"/v1/{path}")
+    assert name not in text
+    assert f'"name":"{FILES_READ}"' in text
+    assert ('"namespace":"my files"' in text) == (path == "responses")
+
+
+@in_loop
+async def test_a_leaked_call_of_a_tool_has_the_clients_name_too(client, zai):
+    await ask(client, READ_FORCED["chat/completions"])
+    name = zai.bodies[0]["tools"][0]["function"]["name"]
+    zai.parts = [stream_of({"content": f"<tool_call>{name}</tool_call>"}, finish())]
+    _, text = await ask(client, READ_FORCED["chat/completions"])
+    (call,) = json.loads(text)["choices"][0]["message"]["tool_calls"]
+    assert call["function"] == {"name": FILES_READ, "arguments": "{}"}
+
+
+@in_loop
+async def test_reasoning_is_put_back_into_calls_of_tools_with_illegal_names(client, zai):
+    await ask(client, chat(tools=[function(FILES_READ)]))
+    name = zai.bodies[0]["tools"][0]["function"]["name"]
+    call = {
+        "index": 0,
+        "id": "c1",
+        "type": "function",
+        "function": {"name": name, "arguments": "{}"},
+    }
+    zai.parts = [
+        stream_of({"reasoning_content": "hm"}, {"tool_calls": [call]}, finish("tool_calls"))
+    ]
+    _, text = await ask(client, chat(tools=[function(FILES_READ)]))
+    said = json.loads(text)["choices"][0]["message"]
+    del said["reasoning_content"]
+    messages = [*HELLO["messages"], said, {"role": "tool", "tool_call_id": "c1", "content": "x"}]
+    await ask(client, chat(tools=[function(FILES_READ)], messages=messages))
+    assert zai.bodies[-1]["messages"][1]["reasoning_content"] == "hm"
+    assert zai.bodies[-1]["messages"][1]["tool_calls"][0]["function"]["name"] == name
+
+
+@in_loop
 async def test_new_items_of_codex_are_no_400_and_listed(client, zai):
     hi = {"type": "message", "role": "user", "content": [{"type": "input_text", "text": "hi"}]}
     agent = AGENT | {"content": [{"type": "input_text", "text": "done"}]}
@@ -14329,7 +15294,19 @@ async def listed(client):
 
 
 GLM_46 = {"id": "glm-4.6", "object": "model", "created": 1759190400, "owned_by": "z.ai"}
-GLM_46 |= {"context_length": 200 * 1024, "max_output_tokens": 128 * 1024}
+GLM_46 |= {"context_length": 200 * 1024, "max_output_tokens": 128 * 1024, "name": "glm-4.6"}
+PARAMETERS = ["max_tokens", "temperature", "top_p", "stop", "seed", "tools", "tool_choice"]
+PARAMETERS += ["response_format", "structured_outputs"]
+THINKING_PARAMETERS = ["reasoning", "reasoning_effort", "include_reasoning"]
+GLM_46 |= {
+    "architecture": {"input_modalities": ["text"], "output_modalities": ["text"]},
+    "supported_parameters": [*PARAMETERS, *THINKING_PARAMETERS],
+    "pricing": {
+        "prompt": "0.0000006",
+        "completion": "0.0000022",
+        "input_cache_read": "0.00000011",
+    },
+}
 
 
 @in_loop
@@ -14341,7 +15318,15 @@ async def test_the_list_is_the_table_with_what_zai_lists(client, zai):
     models = await listed(client)
     assert set(models) == {*MODELS, "glm-9"}
     assert models["glm-4.6"] == GLM_46
-    assert models["glm-9"] == {"id": "glm-9", "object": "model", "created": 5, "owned_by": "z.ai"}
+    assert models["glm-9"] == {
+        "id": "glm-9",
+        "object": "model",
+        "created": 5,
+        "owned_by": "z.ai",
+        "name": "glm-9",
+        "architecture": {"input_modalities": ["text", "image"], "output_modalities": ["text"]},
+        "supported_parameters": [*PARAMETERS, *THINKING_PARAMETERS],
+    }
 
 
 @in_loop
@@ -14361,7 +15346,7 @@ async def test_aliases_are_listed_unless_they_are_patterns(start):
         model_aliases=(("gpt-4o", "glm-4.6"), *((pattern, "glm-5.3") for pattern in patterns))
     )
     models = await listed(client)
-    assert models["gpt-4o"] == GLM_46 | {"id": "gpt-4o"}
+    assert models["gpt-4o"] == GLM_46 | {"id": "gpt-4o", "name": "gpt-4o"}
     assert not models.keys() & set(patterns)
 
 
@@ -14380,7 +15365,67 @@ async def test_one_model_is_found_by_any_of_its_names(start, name, wanted):
     client = await start(model_aliases=(("gpt-4o", "glm-4.6"),))
     async with client.get(f"/v1/models/{name}", headers=KEY) as response:
         body = await response.json()
-    assert body == GLM_46 | {"id": wanted} if wanted else body["error"]["code"] == "model_not_found"
+    if wanted:
+        assert body == GLM_46 | {"id": wanted, "name": wanted}
+    else:
+        assert body["error"]["code"] == "model_not_found"
+
+
+@in_loop
+@pytest.mark.parametrize(
+    ("path", "fields"),
+    [
+        ("chat/completions", {}),
+        ("completions", {"prompt": "x"}),
+        ("responses", {"input": "x"}),
+        ("messages", {"max_tokens": 9}),
+    ],
+)
+async def test_a_claude_is_asked_for_as_one_of_our_models_on_every_surface(
+    client, zai, path, fields
+):
+    zai.parts = [RECORDED.replace(b"glm-4.6", b"glm-4.7-flash")]
+    response, _ = await ask(client, chat(model="claude-haiku-4-5") | fields, f"/v1/{path}")
+    assert zai.bodies[0]["model"] == "glm-4.7-flash"
+    assert response.headers["x-ztoapi-model"] == "glm-4.7-flash"
+    assert (await stats(client))[0]["recent"][0]["model"] == "glm-4.7-flash"
+
+
+@in_loop
+@pytest.mark.parametrize(
+    ("name", "nearest"),
+    [
+        ("glm-4.66", "glm-4.6, glm-4.6v, glm-4.7"),
+        ("GLM-4.7-Flsh", "glm-4.7-flash"),
+        ("my-modl", "my-model"),
+        ("glm-5.3-flsh", "glm-5.3-flash"),
+    ],
+)
+async def test_a_model_that_is_not_there_is_named_with_those_that_are_like_it(
+    start, zai, name, nearest
+):
+    client = await start(model_aliases=(("my-model", "glm-4.6"),))
+    zai.status, zai.parts = zai_refuses(1211, 400, "Unknown Model")
+    async with client.get(f"/v1/models/{name}", headers=KEY) as response:
+        errors = [(await response.json())["error"]]
+    response, text = await ask(client, chat(model=name))
+    errors.append(json.loads(text)["error"])
+    assert [error["code"] for error in errors] == ["model_not_found"] * 2
+    for error in errors:
+        assert name in error["message"]
+        assert f"The nearest in the list: {nearest}" in error["message"]
+
+
+@in_loop
+@pytest.mark.parametrize("name", ["qwen", "x", "glm-4.6"])
+async def test_no_name_is_offered_where_none_is_like_it_or_the_key_may_not_use_it(
+    client, zai, name
+):
+    zai.status, zai.parts = zai_refuses(1211, 400, "Unknown Model")
+    key = await make_key(client, models="qwen,x,glm-4.6")
+    _, text = await ask(client, chat(model=name), "/v1/chat/completions", key)
+    assert "nearest" not in text
+    assert name in json.loads(text)["error"]["message"]
 
 
 @in_loop
@@ -15220,10 +16265,10 @@ LONG_NAME = "m" * 257
 async def test_a_name_that_is_too_long_is_refused_before_it_is_looked_up(client, zai, path, models):
     key = await make_key(client, models=models)
     body = {**HELLO, "model": LONG_NAME, "max_tokens": 9, "input": "x"}
-    looked_up = ztoapi.resolve.cache_info().misses
+    looked_up = ztoapi.named.cache_info().misses
     response, text = await ask(client, body, f"/v1/{path}", key)
     assert (response.status, LONG_NAME in text, zai.asked) == (400, False, [])
-    assert ztoapi.resolve.cache_info().misses == looked_up
+    assert ztoapi.named.cache_info().misses == looked_up
 
 
 @in_loop
@@ -16411,10 +17456,15 @@ async def test_launch_needs_a_key_for_a_server_of_its_own(run, tmp_path):
         ([], {"ZAI_API_KEY": "k@china-plan,k@api"}, "glm-5.3", 1048576, "false"),
         ([], {"ZAI_API_KEY": "k@api,k@plan"}, "glm-4.7-flash", 204800, "false"),
         (["--model", "best"], {"MODEL_ALIASES": "best=GLM-4.6"}, "glm-4.6", 204800, "false"),
+        (["--model", "GLM-4.6-nothinking"], {}, "glm-4.6:off", 204800, "false"),
+        (["--model", "glm-4.6:free"], {}, "glm-4.6", 204800, "false"),
         ([], {"VISION_MODEL": "glm-4.6v-flash"}, "glm-4.7-flash", 204800, "true"),
         ([], {"VISION_MODEL": "glm-4.5"}, "glm-4.7-flash", 204800, "false"),
     ],
-    ids=["free", "plan", "plan first", "plan last", "alias", "VISION_MODEL", "blind VISION_MODEL"],
+    ids=[
+        *("free", "plan", "plan first", "plan last", "alias", "a thinking word", "another word"),
+        *("VISION_MODEL", "blind VISION_MODEL"),
+    ],
 )
 def test_show_needs_neither_client_nor_server(command, arguments, variables, model, context, sees):
     given = {"PATH": "/nowhere", "HOST": "0.0.0.0", "DEFAULT_KEY": "sk-own", "PORT": "9999"}
@@ -18293,7 +19343,7 @@ def test_what_the_sdk_makes_of_a_streamed_message_is_the_whole_one(seed, display
 @RANDOM
 def test_a_streamed_completion_adds_up_to_the_whole_one(seed):
     events = random_events(seed)
-    reply = begun(ztoapi.CompletionReply(1, include_usage=True, echo="Hm. "))
+    reply = begun(ztoapi.CompletionReply(["Hm. "], include_usage=True))
     streamed = decoded(reply.frames_of(events))
     (whole,) = reply.fold(events)["choices"]
     assert "".join(frame["choices"][0]["text"] for frame in streamed) == whole["text"]

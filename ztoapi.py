@@ -913,6 +913,11 @@ def as_object(value: Any) -> JSON:
     return value if isinstance(value, dict) else {}
 
 
+def fields_of(value: Any, *names: str) -> JSON:
+    """An object with only these of its fields."""
+    return {name: value[name] for name in names if name in value}
+
+
 def objects(value: Any) -> Iterator[JSON]:
     """The items of an array, none if it is something else."""
     return map(as_object, value if isinstance(value, list) else ())
@@ -936,7 +941,7 @@ def as_count(value: Any) -> int:
 
 
 # ======== Models ====================================================================================================
-# A new model is a row of `MODEL_ROWS`. `resolve` finds the model that a client's name means.
+# A new model is a row of `MODEL_ROWS`. `named` tells what a client's name means.
 
 K = 1024
 # How reasoning is controlled: not at all; on/off; on/off plus effort; always on, with effort.
@@ -951,6 +956,10 @@ def cost_at(price: Price, prompt: int, cached: int, completion: int) -> int:
     """What tokens cost, in billionths of a dollar."""
     dollars_for_millions: float = sum(map(mul, (prompt - cached, cached, completion), price))
     return round(1000 * dollars_for_millions)
+
+
+# How much to think; "on" leaves the effort to the model.
+Effort = Literal["off", "on", "low", "medium", "high", "xhigh", "max"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -1135,39 +1144,115 @@ MODELS = {model.id: model for model in MODEL_ROWS}
 DEAREST: Price = max(model.price or NO_PRICE for model in MODEL_ROWS)
 
 
-def aliased(name: str, renamed: Iterable[tuple[str, str]]) -> str:
+Aliases = tuple[tuple[str, str], ...]  # a pattern and the name that it stands for
+
+
+def aliased(name: str, aliases: Aliases) -> str:
     """The model that an alias stands for, or the name as it is."""
-    for pattern, target in renamed:
-        if any(
-            fnmatchcase(form, pattern.lower()) for form in (name.strip().lower(), bare_name(name))
-        ):
+    return first_alias((name.strip().lower(), bare_name(name)), aliases) or name
+
+
+def first_alias(forms: Sequence[str], aliases: Aliases) -> str:
+    """What the first alias that fits one of the forms of a name stands for; "" if none does."""
+    for pattern, target in aliases:
+        if any(fnmatchcase(form, pattern.lower()) for form in forms):
             return target
-    return name
+    return ""
+
+
+def default_model(settings: Settings) -> str:
+    """The model for clients that name none of ours: the best of a plan, or a free one."""
+    return "glm-5.3" if has_plan(settings) else "glm-4.7-flash"
+
+
+def small_model(settings: Settings) -> str:
+    """Likewise for what their smallest model does."""
+    return "glm-5.3-flash" if has_plan(settings) else "glm-4.7-flash"
+
+
+def has_plan(settings: Settings) -> bool:
+    """Whether the first key is one of a Coding Plan."""
+    return "/coding/" in settings.zai_base_urls[0]
+
+
+def all_aliases(settings: Settings) -> Aliases:
+    """MODEL_ALIASES, and what the names of Anthropic's models mean where it does not say."""
+    return (
+        *settings.model_aliases,
+        ("claude-*haiku*", small_model(settings)),
+        ("claude-*", default_model(settings)),
+    )
+
+
+class Named(NamedTuple):
+    """What a name means: a model, and how much it is to think where the request does not say."""
+
+    model: Model
+    effort: Effort | None = None
+
+
+# The words behind a model's name that ask for thinking. Any other behind a colon says nothing.
+THINKING_WORDS: dict[str, Effort] = {
+    **{word: word for word in get_args(Effort)},
+    "none": "off",
+    "minimal": "off",
+    "nothinking": "off",
+    "thinking": "on",
+    "ultra": "max",
+}
 
 
 @lru_cache(256)
-def resolve(name: str, renamed: tuple[tuple[str, str], ...] = ()) -> Model:
-    """The model that a client's name means; case, provider prefix and `[1m]` do not matter; aliases win.
+def named(name: str, aliases: Aliases = ()) -> Named:
+    """What a client's name means; case, provider prefix and `[1m]` do not matter; aliases win.
 
-    A name that is not in the table is passed on in lower case: Z.ai may know it.
+    A name that is not in the table is passed on in lower case: Z.ai may know it. A thinking word
+    may stand behind the name and behind the target of an alias; the one behind the name counts.
     """
-    bare = bare_name(aliased(name, renamed))
-    if not bare:
+    bare = bare_name(name)
+    model_id, effort = split_word(bare)
+    target = first_alias((name.strip().lower(), bare, model_id), aliases)
+    if target:
+        model_id, own_effort = split_word(bare_name(target))
+        effort = effort or own_effort
+    if not model_id:
         raise BadRequest("'model' must name a model, such as glm-4.6.", "model")
-    return model_of(bare)
+    return Named(model_of(model_id), effort)
+
+
+def split_word(bare: str) -> tuple[str, Effort | None]:
+    """A model's name without the words behind it, and what they ask for.
+
+    glm-4.6:off and glm-4.6-nothinking are glm-4.6 and off; glm-4.6:free is glm-4.6.
+    """
+    model_id, *words = bare.split(":")
+    for ending in ("nothinking", "thinking"):
+        stem = model_id.removesuffix(f"-{ending}")
+        # What is not in the table may be called so: kimi-k2-thinking.
+        if stem != model_id and (stem in MODELS or ending == "nothinking"):
+            model_id = stem
+            words.append(ending)
+    effort = None
+    for word in words:
+        effort = THINKING_WORDS.get(word, effort)
+    return model_id.strip(), effort
+
+
+def resolve(name: str, aliases: Aliases = ()) -> Model:
+    """The model alone that a client's name means."""
+    return named(name, aliases).model
 
 
 def launch_model(settings: Settings) -> Model:
-    """The model of clients that are told of none: the plan's best where there is a plan, else a free one."""
-    has_plan = "/coding/" in settings.zai_base_urls[0]
-    return resolve("glm-5.3" if has_plan else "glm-4.7-flash", settings.model_aliases)
+    """The model of clients that are told of none."""
+    return resolve(default_model(settings), all_aliases(settings))
 
 
 def vision_model(settings: Settings) -> Model | None:
     """VISION_MODEL, if it is set."""
     if not settings.vision_model:
         return None
-    return resolve(settings.vision_model, settings.model_aliases)
+    return resolve(settings.vision_model, all_aliases(settings))
 
 
 def with_eyes_of(seeing: Model | None, model: Model) -> Model:
@@ -1186,13 +1271,69 @@ def model_of(model_id: str) -> Model:
 
 
 def bare_name(name: str) -> str:
-    return name.lower().strip().removesuffix("[1m]").rsplit("/", 1)[-1].strip()
+    """A client's name without the provider's, and without Claude Code's mark of a long context."""
+    lower = re.sub(r"\[1m\](?=:|$)", "", name.lower().strip())
+    return lower.rsplit("/", 1)[-1].strip()
+
+
+SUPPORTED_PARAMETERS = (
+    *("max_tokens", "temperature", "top_p", "stop", "seed"),
+    *("tools", "tool_choice", "response_format", "structured_outputs"),
+)
+THINKING_PARAMETERS = ("reasoning", "reasoning_effort", "include_reasoning")
 
 
 def model_item(model: Model, name: str) -> JSON:
-    item = {"id": name, "object": "model", "created": model.created, "owned_by": "z.ai"}
-    sizes = {"context_length": model.context, "max_output_tokens": model.output}
-    return item | {key: size for key, size in sizes.items() if size is not None}
+    """A model as OpenAI lists it, with the fields that clients know from OpenRouter's list."""
+    item: JSON = {
+        "id": name,
+        "object": "model",
+        "created": model.created,
+        "owned_by": "z.ai",
+        "name": name,
+        "architecture": {
+            "input_modalities": ["text", "image"] if model.vision else ["text"],
+            "output_modalities": ["text"],
+        },
+        "supported_parameters": list(SUPPORTED_PARAMETERS),
+    }
+    if model.thinking != "none":
+        item["supported_parameters"] += THINKING_PARAMETERS
+    if model.context:
+        item["context_length"] = model.context
+    if model.output:
+        item["max_output_tokens"] = model.output
+    if model.price:
+        item["pricing"] = pricing(*model.price)
+    return item
+
+
+def pricing(prompt: float, cached: float, completion: float) -> JSON:
+    """Prices for a million tokens as OpenRouter has them: for one, in plain decimals."""
+    return {
+        "prompt": dollars_a_token(prompt),
+        "completion": dollars_a_token(completion),
+        "input_cache_read": dollars_a_token(cached),
+    }
+
+
+def dollars_a_token(price: float) -> str:
+    return f"{price / 1e6:.12f}".rstrip("0").rstrip(".")
+
+
+def plain_aliases(settings: Settings) -> dict[str, Model]:
+    """The models that clients may choose from besides Z.ai's: the aliases that are no pattern."""
+    aliases = all_aliases(settings)
+    return {name: resolve(name, aliases) for name, _ in aliases if not re.search(r"[*?[]", name)}
+
+
+def nearest_names(name: str, known: Iterable[str]) -> str:
+    """A sentence with the models that a wrong name may mean; "" if none is like it."""
+    bare = bare_name(name)
+    nearest = get_close_matches(bare, [each for each in known if each != bare])
+    if not nearest:
+        return ""
+    return f" The nearest in the list: {', '.join(nearest)}."
 
 
 def anthropic_item(model: Model, name: str) -> JSON:
@@ -1339,6 +1480,7 @@ class Tool:
     name: str
     description: str
     parameters: JSON
+    deferred: bool = False  # the first to go where there are too many
 
 
 IMAGE_SIZE = 4_000  # characters that an image counts for in an estimate of tokens
@@ -1414,16 +1556,15 @@ class ToolChoice:
     natives: tuple[str, ...] = ()
 
 
-# How much to think; "on" leaves the effort to the model.
-Effort = Literal["off", "on", "low", "medium", "high", "xhigh", "max"]
-
-
 @dataclass(slots=True)
 class Prompt:
     """A checked request, independent of the API that it came through. None means that the client did not say."""
 
     model: str
     messages: tuple[Message, ...]
+    # Of a request with several conversations all of them, `messages` the first: each has an equal
+    # part of the n choices.
+    batch: tuple[Messages, ...] = ()
     stream: bool | None = None
     n: int = 1
     temperature: float | None = None
@@ -1444,6 +1585,7 @@ class Prompt:
     native: JSON = field(default_factory=dict)  # Z.ai's own parameters, passed on
     cache_key: str = ""  # the client's own name for the conversation
     ignored: tuple[str, ...] = ()  # fields that cannot be honoured
+    wants_answer: bool = True  # else the client's own words will do, and Z.ai is not asked
     size: int = 0  # bytes of the JSON it was read from; 0 if few
 
 
@@ -1696,17 +1838,27 @@ def number(low: float, high: float) -> Check:
 
 
 def integer(low: int, high: int) -> Check:
-    return must(
-        f"be a whole number from {low} to {high}",
-        lambda value: type(value) is int and low <= value <= high,
-    )
+    """A whole number; some languages write it as 4096.0."""
+
+    def check(value: Any) -> int:
+        if type(value) is float and value.is_integer():
+            value = int(value)
+        if type(value) is not int or not low <= value <= high:
+            raise ValueError(f"must be a whole number from {low} to {high}")
+        return value
+
+    return check
 
 
-token_count = integer(0, 2**31)
+token_count = integer(-1, 2**31)
 
 
 def token_limit(value: Any) -> int | None:
-    return token_count(value) or None  # 0 sets no limit, as in OpenAI's own tests
+    """A number of tokens; 0 and -1 set no limit."""
+    tokens: int = token_count(value)
+    if tokens <= 0:
+        return None
+    return tokens
 
 
 def model_names(value: Any) -> tuple[str, ...]:
@@ -1715,14 +1867,17 @@ def model_names(value: Any) -> tuple[str, ...]:
     return tuple(value)
 
 
+MAX_STOPS = 16
+
+
 def stop_words(value: Any) -> tuple[str, ...]:
     words = [value] if isinstance(value, str) else value
     if (
         not isinstance(words, list)
-        or len(words) > 4
+        or len(words) > MAX_STOPS
         or not all(isinstance(word, str) for word in words)
     ):
-        raise ValueError("must be a string or an array of up to 4 strings")
+        raise ValueError(f"must be a string or an array of up to {MAX_STOPS} strings")
     return tuple(word for word in words if word)
 
 
@@ -1776,15 +1931,21 @@ EFFORTS: dict[str, Effort] = {
     "none": "off",
     "minimal": "off",
     **{level: level for level in EFFORT_LEVELS},
+    "ultra": "max",
 }
 
+
+# What asks for no effort in particular.
+SAYS_NOTHING = ("", "adaptive", "auto", "default")
 
 known_effort = must(
     f"be one of {', '.join(EFFORTS)}", lambda value: isinstance(value, str) and value in EFFORTS
 )
 
 
-def effort(value: Any) -> Effort:
+def effort(value: Any) -> Effort | None:
+    if value in SAYS_NOTHING:
+        return None
     return EFFORTS[known_effort(value)]
 
 
@@ -1795,49 +1956,84 @@ def effort_from_switch(value: Any) -> Effort:
 def effort_from_object(value: Any) -> Effort | None:
     """OpenRouter's `reasoning` object."""
     given = mapping(value)
-    enabled, level = given.get("enabled"), given.get("effort")
+    enabled = given.get("enabled")
     if not isinstance(enabled, bool | None):
         raise ValueError("must have true or false as enabled")
-    return (
-        "off"
-        if enabled is False
-        else effort(level)
-        if level is not None
-        else "on"
-        if enabled
-        else None
-    )
+    if enabled is False:
+        return "off"
+    level = given.get("effort")
+    if level is not None:
+        level = effort(level)
+    if level is None and enabled:
+        return "on"
+    return level
 
 
 def effort_from_thinking(value: Any) -> Effort | None:
-    """Z.ai's own `thinking` object."""
+    """Z.ai's own `thinking` object, and Anthropic's."""
     kind = mapping(value).get("type")
-    if kind not in (None, "enabled", "disabled"):
-        raise ValueError("must have the type enabled or disabled")
-    return None if kind is None else effort_from_switch(kind == "enabled")
+    if kind is None or kind in SAYS_NOTHING:
+        return None
+    if kind not in ("enabled", "disabled"):
+        raise ValueError("must have the type enabled, disabled or adaptive")
+    return effort_from_switch(kind == "enabled")
 
 
 def effort_from_template(value: Any) -> Effort | None:
-    """The `chat_template_kwargs` of vLLM and SGLang."""
-    given = validated(
-        mapping(value), {"enable_thinking": effort_from_switch}, "chat_template_kwargs."
-    )
-    return given.get("enable_thinking")
+    """The `chat_template_kwargs` of vLLM and SGLang; the name depends on the model."""
+    switches: dict[str, Check] = dict.fromkeys(("enable_thinking", "thinking"), effort_from_switch)
+    given = validated(mapping(value), switches, "chat_template_kwargs.")
+    return given.get("enable_thinking") or given.get("thinking")
 
 
-# Five ways to ask for thinking; if a request has several, the first in this order counts.
+def effort_from_think(value: Any) -> Effort | None:
+    """Ollama's `think`."""
+    if isinstance(value, bool):
+        return effort_from_switch(value)
+    return effort(value)
+
+
+thinking_budget = integer(-1, 2**31)
+
+
+def effort_from_budget(value: Any) -> Effort | None:
+    """Qwen's and Gemini's `thinking_budget` in tokens, of which GLM has none: 0 is off, -1 says nothing."""
+    tokens = thinking_budget(value)
+    if tokens < 0:
+        return None
+    return effort_from_switch(tokens > 0)
+
+
+# The ways to ask for thinking; if a request has several, the first in this order counts.
 EFFORT_FIELDS: dict[str, Callable[[Any], Effort | None]] = {
     "reasoning_effort": effort,
     "reasoning": effort_from_object,
     "thinking": effort_from_thinking,
     "enable_thinking": effort_from_switch,
     "chat_template_kwargs": effort_from_template,
+    "think": effort_from_think,
+    "thinking_budget": effort_from_budget,
 }
 
 
 def effort_of(given: JSON) -> Effort | None:
     """The effort that the first of EFFORT_FIELDS asks for."""
-    return next(filter(None, map(given.get, EFFORT_FIELDS)), None)
+    for name in EFFORT_FIELDS:
+        asked: Effort | None = given.get(name)
+        if asked:
+            return asked
+    return None
+
+
+def reasoning_form(given: JSON, body: JSON) -> ReasoningFormat | None:
+    """Where the reasoning is to stand. OpenRouter's clients switch it off in two ways."""
+    asked: ReasoningFormat | None = given.get("reasoning_format")
+    if asked:
+        return asked
+    reasoning = validated(as_object(body.get("reasoning")), {"exclude": switch}, "reasoning.")
+    if given.get("include_reasoning") is False or reasoning.get("exclude"):
+        return "hidden"
+    return None
 
 
 def serial_calls(given: JSON) -> Iterator[str]:
@@ -1867,7 +2063,7 @@ GENERATION_FIELDS = (
     | {"n": integer(1, 8), "stop": stop_words, "max_tokens": token_limit}
 )
 GENERATION_FIELDS |= {"seed": integer(-(2**63), 2**63 - 1), "stream_options": mapping}
-GENERATION_FIELDS["reasoning_format"] = reasoning_format
+GENERATION_FIELDS |= {"reasoning_format": reasoning_format, "include_reasoning": switch}
 
 # Fields that Prompt has under the same name.
 SAME_IN_PROMPT = frozenset(
@@ -1880,7 +2076,6 @@ SAME_IN_PROMPT = frozenset(
         "stop",
         "seed",
         "tool_choice",
-        "reasoning_format",
         "fallbacks",
     )
 )
@@ -2299,33 +2494,46 @@ def argument_text(arguments: Any) -> str:
 MAX_TOOLS = 128
 
 
-def tool_list(value: Any) -> list[Any]:
-    tools: list[Any] = array(value)
-    if sum(as_object(tool).get("type") in ("function", "custom") for tool in tools) > MAX_TOOLS:
-        raise ValueError(f"must not have more than {MAX_TOOLS} functions: Z.ai takes no more")
-    return tools
-
-
 def tool_choice(value: Any) -> ToolChoice:
+    """A choice in the words of any API."""
     match value:
         case "auto" | "none" | "required":
             return ToolChoice(value)
-        case {"type": "function", "function": {"name": str(name)}}:
-            return ToolChoice("required", (name,))
-        case {
-            "type": "allowed_tools",
-            "allowed_tools": {"mode": "auto" | "required" as mode, "tools": [*tools]},
-        }:
-            functions = (as_object(as_object(tool).get("function")) for tool in tools)
-            return ToolChoice(mode, tuple(str(function.get("name")) for function in functions))
+        case {"type": "auto" | "none" | "required" as mode}:
+            return ToolChoice(mode)
+        case "any" | {"type": "any"}:
+            return ToolChoice("required")
+        case {"type": "allowed_tools", "allowed_tools": dict(allowed)}:
+            return allowed_tools(allowed)
+        case {"type": "allowed_tools"}:
+            return allowed_tools(value)
+        case {"type": "function" | "custom" | "tool"} if chosen_name(value):
+            return ToolChoice("required", (chosen_name(value),))
         case _:
             raise ValueError("must be auto, none, required, or name a function")
 
 
+def allowed_tools(allowed: JSON) -> ToolChoice:
+    match allowed:
+        case {"mode": "auto" | "required" as mode, "tools": [*tools]}:
+            return ToolChoice(mode, tuple([chosen_name(as_object(tool)) for tool in tools]))
+        case _:
+            raise ValueError("must have the mode auto or required, and a list of tools")
+
+
+def chosen_name(choice: JSON) -> str:
+    """The name in a choice, perhaps one level deeper; "" if there is none."""
+    named = as_object(choice.get("function")) or as_object(choice.get("custom")) or choice
+    name = named.get("name")
+    return name if isinstance(name, str) else ""
+
+
 def function_list(value: Any) -> list[Any]:
     """The deprecated `functions`."""
-    tool_list([{"type": "function", "function": function} for function in array(value)])
-    return list(value)
+    functions: list[Any] = array(value)
+    if len(functions) > MAX_TOOLS:
+        raise ValueError(f"must not have more than {MAX_TOOLS} functions: Z.ai takes no more")
+    return functions
 
 
 def function_choice(value: Any) -> ToolChoice:
@@ -2339,10 +2547,14 @@ def answer_schema(value: Any) -> JSON | None:
     match value:
         case {"type": "text"}:
             return None
-        case {"type": "json_object"}:
-            return {}
+        case {"type": "json_object" | "json_schema", "schema": dict(schema)}:
+            return schema
         case {"type": "json_schema", "json_schema": {"schema": dict(schema)}}:
             return schema
+        case {"type": "json_object"}:
+            return {}
+        case {"type": "json_schema", "json_schema": {"schema": []}}:  # an empty object of PHP's
+            return {}
         case _:
             raise ValueError("must have the type text, json_object, or json_schema with a schema")
 
@@ -2375,7 +2587,7 @@ CHAT_FIELDS: dict[str, Check] = {
     "messages": array,
     "max_completion_tokens": token_limit,
     "user_id": string,
-    "tools": tool_list,
+    "tools": array,
     "tool_choice": tool_choice,
     "functions": function_list,
     "function_call": function_choice,
@@ -2392,10 +2604,8 @@ def parse_chat(body: JSON) -> tuple[Prompt, ChatReply]:
     required(given, "model", "messages")
     has_functions = "functions" in given and "tools" not in given
     if has_functions:
-        given |= {
-            "tools": given["functions"],
-            "tool_choice": given.get("function_call", ToolChoice()),
-        }
+        choice = given.get("function_call", ToolChoice())
+        given = {**given, "tools": given["functions"], "tool_choice": choice}
         tools = parse_functions(given)
     else:
         tools = [parse_tool(tool, f"tools[{i}]") for i, tool in enumerate(given.get("tools", ()))]
@@ -2403,22 +2613,29 @@ def parse_chat(body: JSON) -> tuple[Prompt, ChatReply]:
     prompt = Prompt(
         **common_arguments(given),
         messages=read_messages(given["messages"]),
-        max_tokens=given.get("max_completion_tokens", given.get("max_tokens")),
+        max_tokens=given.get("max_completion_tokens") or given.get("max_tokens"),
         tools=tuple([tool for tool in tools if isinstance(tool, Tool)]),
         native_tools=tuple(native_tools(tools, given)),
         schema=given.get("response_format"),
         effort=effort_of(given),
+        reasoning_format=reasoning_form(given, body),
         clear_thinking=thinking.get("clear_thinking"),
         cache_key=str(body.get("prompt_cache_key") or ""),
         native={name: value for name, value in given.items() if name in NATIVE_FIELDS},
         ignored=(
             *unknown_fields(body, CHAT_FIELDS),
+            *unknown_tools(given.get("tools", ()), tools),
             *serial_calls(given),
             *dropped_names(given["messages"]),
         ),
     )
-    reply = FunctionReply if has_functions else ChatReply
-    return prompt, reply(prompt.n, include_usage=wants_usage(given))
+    include_usage = wants_usage(given)
+    if has_functions:
+        return prompt, FunctionReply(prompt.n, include_usage=include_usage)
+    custom = custom_names(given.get("tools", ()))
+    if custom:
+        return prompt, CustomToolReply(prompt.n, custom, include_usage=include_usage)
+    return prompt, ChatReply(prompt.n, include_usage=include_usage)
 
 
 def read_messages(messages: list[Any]) -> Messages:
@@ -2434,20 +2651,54 @@ def dropped_names(messages: list[JSON]) -> list[str]:
     return ["messages.name"] if named else []
 
 
-def native_tools(tools: list[Tool | JSON], given: JSON) -> list[JSON]:
+def native_tools(tools: list[ParsedTool], given: JSON) -> list[JSON]:
     """Z.ai's own tools: those that the client sent, and the search that web_search_options asks for."""
-    native = [tool for tool in tools if not isinstance(tool, Tool)]
+    native = [tool for tool in tools if isinstance(tool, dict)]
     if "web_search_options" in given and not any(tool["type"] == "web_search" for tool in native):
         native.append(given["web_search_options"])
     return native
 
 
-TOOL_FIELDS: dict[str, Check] = {"name": string, "description": string, "parameters": mapping}
+def unknown_tools(tools: Sequence[JSON], parsed: Sequence[ParsedTool]) -> list[str]:
+    """The kinds of those that are left out, each once."""
+    kinds: dict[str, None] = {}
+    for tool, read in zip(tools, parsed, strict=True):
+        if read is None:
+            kinds[f"tools.{tool_kind(tool)}"] = None
+    return list(kinds)
 
 
-def parse_functions(given: JSON) -> list[Tool | JSON]:
+def tool_kind(tool: JSON) -> str:
+    """The type of a tool, or else its first key: Gemini's are {"googleSearch": {}}."""
+    kind = tool.get("type")
+    if isinstance(kind, str) and kind:
+        return kind
+    return next(iter(tool), "unknown")
+
+
+def custom_names(tools: Iterable[JSON]) -> frozenset[str]:
+    """The names of the tools that are custom in chat's own shape; others come back as functions."""
+    names: set[str] = set()
+    for tool in tools:
+        if tool.get("type") == "custom" and isinstance(tool.get("custom"), dict):
+            names.add(tool["custom"]["name"])
+    return frozenset(names)
+
+
+# A tool of a request as it is offered; Z.ai's own are objects, None is one that GLM does not have.
+ParsedTool: TypeAlias = "Tool | JSON | None"
+
+TOOL_FIELDS: dict[str, Check] = {
+    "name": string,
+    "description": string,
+    "parameters": mapping,
+    "input_schema": mapping,  # Anthropic's
+}
+
+
+def parse_functions(given: JSON) -> list[ParsedTool]:
     """The deprecated `functions`. Raises BadRequest also if `function_call` names none of them."""
-    tools: list[Tool | JSON] = []
+    tools: list[ParsedTool] = []
     names: set[str] = set()
     for index, function in enumerate(given["functions"]):
         at = f"functions[{index}]"
@@ -2467,21 +2718,55 @@ def parse_function(function: JSON, at: str) -> Tool:
     """A function with a name; `at` is the path before its fields."""
     given = validated(function, TOOL_FIELDS, at)
     # Z.ai requires description and parameters, OpenAI neither.
-    parameters = given.get("parameters") or {"type": "object", "properties": {}}
-    return Tool(given["name"], given.get("description") or given["name"], parameters)
+    parameters = given.get("parameters") or given.get("input_schema")
+    return Tool(
+        given["name"],
+        given.get("description") or given["name"],
+        parameters or {"type": "object", "properties": {}},
+        deferred=function.get("defer_loading") is True,
+    )
 
 
-def parse_tool(tool: Any, at: str) -> Tool | JSON:
+def parse_custom(custom: JSON, at: str) -> Tool:
+    """A custom tool, which takes any text, as a function with one string."""
+    given = validated(custom, {"name": string, "description": string}, at)
+    about = given.get("description") or given["name"]
+    form = as_object(custom.get("format"))
+    grammar = form.get("definition") or as_object(form.get("grammar")).get("definition")
+    if grammar:
+        about = f"{about}\nThe input's grammar: {grammar}"
+    return Tool(
+        given["name"],
+        about,
+        {"type": "object", "properties": {"input": {"type": "string"}}, "required": ["input"]},
+        deferred=custom.get("defer_loading") is True,
+    )
+
+
+def parse_tool(tool: Any, at: str) -> ParsedTool:
+    """A tool in the shape of any API. Raises BadRequest for a function without a name."""
     match tool:
-        case {"type": "function", "function": {"name": str(name)} as function} if name:
-            return parse_function(function, f"{at}.function.")
         case {"type": "web_search" | "retrieval" | "mcp"}:
             return as_object(tool)
+        case {"type": "function" | "custom" as kind} if isinstance(tool.get(kind), dict):
+            inner = {**fields_of(tool, "type", "defer_loading"), **tool[kind]}
+            return parse_named_tool(inner, at, f"{at}.{kind}.")
+        case {"type": "function" | "custom"} | {"name": _, "input_schema": _}:
+            return parse_named_tool(tool, at, f"{at}.")
+        case dict():
+            return None
         case _:
-            raise BadRequest(
-                f"'{at}' must be a function with a name, or Z.ai's web_search, retrieval or mcp.",
-                at,
-            )
+            raise BadRequest(f"'{at}' must be an object.", at)
+
+
+def parse_named_tool(tool: JSON, at: str, inside: str) -> Tool:
+    """A function or a custom tool at the path `at`; `inside` is the path before its fields."""
+    name = tool.get("name")
+    if not isinstance(name, str) or not name:
+        raise BadRequest(f"'{at}' must have a name.", at)
+    if tool.get("type") == "custom" and "input_schema" not in tool:
+        return parse_custom(tool, inside)
+    return parse_function(tool, inside)
 
 
 def usage_body(usage: Usage) -> JSON:
@@ -2639,6 +2924,106 @@ class FunctionReply(ChatReply):
         return fields
 
 
+class CustomToolReply(ChatReply):
+    """A chat's answer for a client with custom tools: their calls have any text as input, not JSON.
+
+    The text is sent in one piece, when the call is complete.
+    """
+
+    def __init__(self, n: int, custom: frozenset[str], *, include_usage: bool) -> None:
+        super().__init__(n, include_usage=include_usage)
+        self.custom = custom  # the names of the tools
+        # The pieces of their calls so far, by choice and index.
+        self.calls: dict[tuple[int, int], list[ToolCall]] = {}
+
+    def frames(self, event: Event) -> list[str]:
+        match event:
+            case ToolCall() if event.name in self.custom:
+                self.calls[event.choice, event.index] = [event]
+                begun = {"index": event.index, **custom_call_body(replace(event, arguments=""))}
+                return [self.call_frame(event.choice, begun)]
+            case ToolCall() if (event.choice, event.index) in self.calls:
+                self.calls[event.choice, event.index].append(event)
+                return []
+            case Finish():
+                return [*self.inputs(event.choice), *super().frames(event)]
+            case _:
+                return super().frames(event)
+
+    def inputs(self, of_choice: int) -> Iterator[str]:
+        """The frames with the texts of a choice's calls."""
+        for (choice, index), pieces in self.calls.items():
+            if choice == of_choice:
+                arguments = "".join([piece.arguments for piece in pieces])
+                custom = {"input": custom_input(pieces[0].name, arguments)}
+                yield self.call_frame(choice, {"index": index, "custom": custom})
+
+    def call_frame(self, choice: int, delta: JSON) -> str:
+        return self.chunk(choice, f'"tool_calls":[{to_json(delta)}]')
+
+    def extras(self, choice: Choice) -> JSON:
+        fields = super().extras(choice)
+        if choice.calls:
+            fields["tool_calls"] = [self.any_call_body(call) for call in choice.tool_calls]
+        return fields
+
+    def any_call_body(self, call: ToolCall) -> JSON:
+        if call.name in self.custom:
+            return custom_call_body(call)
+        return call_body(call)
+
+
+def custom_call_body(call: ToolCall) -> JSON:
+    custom = {"name": call.name, "input": custom_input(call.name, call.arguments)}
+    return {"id": call.id, "type": "custom", "custom": custom}
+
+
+def custom_input(name: str, arguments: str) -> str:
+    """What a custom tool is called with: a string, offered to the model as a function's only field."""
+    given = parse_json_text(arguments)
+    if isinstance(given, dict) and "input" in given:
+        said = json_or_text(given["input"])
+    elif isinstance(given, str):
+        said = given
+    else:
+        said = arguments
+    if name == "apply_patch":
+        return patch_in(said)
+    return said
+
+
+# The lines around a patch, as Codex's apply_patch takes it (openai/codex, apply-patch/src/parser.rs).
+PATCH_BEGINS = re.compile(r"^\*\*\* Begin Patch[ \t\r]*\n", re.MULTILINE)
+PATCH_ENDS = "\n*** End Patch"
+
+
+def patch_in(said: str) -> str:
+    """The patch in what a model says instead of one; what has no patch in it stays as it is.
+
+    Models wrap it in a fence, in a command of a shell, or in JSON of their own.
+    """
+    for text in [said, *strings_in(parse_json_text(said))]:
+        begins = PATCH_BEGINS.search(text)
+        ends = text.rfind(PATCH_ENDS)
+        if begins and begins.start() < ends:
+            patch = text[begins.start() : ends + len(PATCH_ENDS)]
+            is_bare = patch == text.strip()
+            return text if is_bare else patch
+    return said
+
+
+def strings_in(value: Any) -> Iterator[str]:
+    """The strings in a JSON value, at every depth, but for names."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict):
+        for member in value.values():
+            yield from strings_in(member)
+    elif isinstance(value, list):
+        for member in value:
+            yield from strings_in(member)
+
+
 def call_body(call: ToolCall) -> JSON:
     return {
         "id": call.id,
@@ -2681,33 +3066,57 @@ def url_citation(result: JSON) -> JSON:
 # OpenAI's API before chat, translated.
 
 
-def one_prompt(value: Any) -> str:
-    match value:
-        case str(words) | [str(words)]:
-            return words
-        case _:
-            raise ValueError(
-                "must be one string, or an array with one: GLM takes only one, and no tokens"
-            )
+MAX_PROMPTS = 20
 
 
-COMPLETION_FIELDS = GENERATION_FIELDS | {"prompt": one_prompt, "echo": switch, "suffix": string}
-COMPLETION_FIELDS["best_of"] = integer(0, 1)
+def prompt_texts(value: Any) -> tuple[str, ...]:
+    """The prompts: one, or several that have nothing to do with each other."""
+    if isinstance(value, str):
+        return (value,) if value else ()
+    texts = array(value)
+    for text in texts:
+        if not isinstance(text, str) or not text:
+            raise ValueError("must be a text or an array of texts: GLM takes no tokens")
+    if len(texts) > MAX_PROMPTS:
+        raise ValueError(f"must not have more than {MAX_PROMPTS} texts")
+    return tuple(texts)
+
+
+COMPLETION_FIELDS = GENERATION_FIELDS | {
+    "prompt": prompt_texts,
+    "echo": switch,
+    "suffix": string,
+    "best_of": integer(0, 20),
+}
 
 
 def parse_completion(body: JSON) -> tuple[Prompt, CompletionReply]:
     """The prompt as a chat. Raises BadRequest for an invalid field."""
     given = validated(body, COMPLETION_FIELDS)
     required(given, "model", "prompt")
+    n = given.get("n", 1)
+    if given.get("best_of", n) not in (0, 1, n):
+        raise BadRequest(
+            "'best_of' must be the same as 'n': nobody compares answers here.", "best_of"
+        )
+    texts = given["prompt"]
+    batch = [completion_messages(text, given.get("suffix", "")) for text in texts]
+    echo = bool(given.get("echo"))
+    arguments = {**common_arguments(given), "n": n * len(texts)}
     prompt = Prompt(
-        **common_arguments(given),
-        messages=completion_messages(given["prompt"], given.get("suffix", "")),
+        **arguments,
+        messages=batch[0],
+        batch=tuple(batch) if len(batch) > 1 else (),
         max_tokens=given.get("max_tokens"),
         effort=effort_of(given),
+        reasoning_format=reasoning_form(given, body),
         ignored=tuple(unknown_fields(body, COMPLETION_FIELDS)),
+        wants_answer=not (echo and body.get("max_tokens") == 0),
     )
-    echo = given["prompt"] if given.get("echo") else ""
-    return prompt, CompletionReply(prompt.n, echo, include_usage=wants_usage(given))
+    echoes = []
+    for text in texts:
+        echoes += [text if echo else ""] * n
+    return prompt, CompletionReply(echoes, include_usage=wants_usage(given))
 
 
 def completion_messages(prompt: str, suffix: str) -> tuple[Message, ...]:
@@ -2719,13 +3128,13 @@ def completion_messages(prompt: str, suffix: str) -> tuple[Message, ...]:
 class CompletionReply(Reply):
     """A completion's answer: text_completion frames, or one document. It cannot hold reasoning.
 
-    `echo` is what every choice begins with.
+    `echoes` is what each choice begins with.
     """
 
-    def __init__(self, n: int, echo: str, *, include_usage: bool) -> None:
-        self.echo = echo
+    def __init__(self, echoes: Sequence[str], *, include_usage: bool) -> None:
+        self.echoes = echoes
         self.include_usage = include_usage
-        self.echoes = dict.fromkeys(range(n), echo)  # of the choices that have not begun
+        self.begun: set[int] = set()  # choices that have had their echo
         self.start = ""  # of every frame: the envelope
         self.tail = '],"usage":null}' if include_usage else "]}"
         self.usage: Usage | None = None  # the sum over the choices
@@ -2737,13 +3146,20 @@ class CompletionReply(Reply):
     def feed(self, event: Event) -> list[str]:
         match event:
             case Text(text, choice):
-                text = self.echoes.pop(choice, "") + text
+                text = self.opening(choice) + text
                 return [self.frame(completion_choice(choice, text, None))]
             case Finish(reason, choice):
-                return [self.frame(completion_choice(choice, self.echoes.pop(choice, ""), reason))]
+                return [self.frame(completion_choice(choice, self.opening(choice), reason))]
             case Usage():
                 self.usage = self.usage + event if self.usage else event
         return []
+
+    def opening(self, choice: int) -> str:
+        """What the choice begins with; "" if it has begun."""
+        if choice in self.begun:
+            return ""
+        self.begun.add(choice)
+        return self.echoes[choice]
 
     def frame(self, choice: JSON) -> str:
         return f"{self.start}{to_json(choice)}{self.tail}"
@@ -2757,7 +3173,7 @@ class CompletionReply(Reply):
     def fold(self, events: Sequence[Event]) -> JSON:
         answer = Answer(events)
         choices = [
-            completion_choice(index, self.echo + choice.text, choice.finish)
+            completion_choice(index, self.echoes[index] + choice.text, choice.finish)
             for index, choice in sorted(answer.choices.items())
         ]
         return {
@@ -2824,13 +3240,11 @@ def qualified_name(item: JSON) -> str:
 
 def response_tools(value: Any) -> list[tuple[str, Any]]:
     """The tools, each after its path in the request."""
-    tools = [
+    return [
         found
         for i, tool in enumerate(array(value))
         for found in split_namespace(tool, f"tools[{i}]")
     ]
-    tool_list([tool for _, tool in tools])
-    return tools
 
 
 def split_namespace(tool: Any, at: str) -> Iterator[tuple[str, Any]]:
@@ -3091,11 +3505,6 @@ SHORT = 512  # characters of what a response repeats, but the model never reads
 
 def short(value: Any) -> str | None:
     return value[:SHORT] if isinstance(value, str) else None
-
-
-def fields_of(value: Any, *names: str) -> JSON:
-    """An object with only these of its fields."""
-    return {name: value[name] for name in names if name in value}
 
 
 def echo_of(body: JSON) -> JSON:
@@ -3669,7 +4078,7 @@ def parse_response_tool(tool: Any, at: str) -> Tool | JSON | None:
             function = {**tool, "name": qualified_name(tool)}
             return parse_tool({"type": "function", "function": function}, at)
         case {"type": "custom", "name": str(name)} if name:
-            return parse_custom_tool(tool)
+            return replace(parse_custom(tool, f"{at}."), name=qualified_name(tool))
         case dict() if searches_tools(tool):
             described = fields_of(tool, "description", "parameters")
             return parse_function({"name": TOOL_SEARCH, **described}, f"{at}.")
@@ -3681,22 +4090,6 @@ def parse_response_tool(tool: Any, at: str) -> Tool | JSON | None:
             raise BadRequest(
                 f"'{at}' must be a tool with a type, and a function must have a name.", at
             )
-
-
-CUSTOM_PARAMETERS = {
-    "type": "object",
-    "properties": {"input": {"type": "string"}},
-    "required": ["input"],
-}
-
-
-def parse_custom_tool(tool: JSON) -> Tool:
-    """A custom tool as a function with one string, its input (see `custom_input`)."""
-    about = str(tool.get("description") or tool["name"])
-    grammar = as_object(tool.get("format")).get("definition")
-    if grammar:
-        about += f"\nThe input's grammar: {grammar}"
-    return Tool(qualified_name(tool), about, CUSTOM_PARAMETERS)
 
 
 # ======== Responses: answer =========================================================================================
@@ -3751,52 +4144,6 @@ CALL_KINDS = {"custom": CUSTOM_TOOL_CALL, TOOL_SEARCH: TOOL_SEARCH_CALL}
 
 # The code of a failed response, by the HTTP status of the error.
 FAILURE_CODES = {400: "invalid_prompt", 402: "insufficient_quota", 429: "rate_limit_exceeded"}
-
-
-def custom_input(name: str, arguments: str) -> str:
-    """What a custom tool is called with: a string, offered to the model as a function's only field."""
-    given = parse_json_text(arguments)
-    if isinstance(given, dict) and "input" in given:
-        said = json_or_text(given["input"])
-    elif isinstance(given, str):
-        said = given
-    else:
-        said = arguments
-    if name == "apply_patch":
-        return patch_in(said)
-    return said
-
-
-# The lines around a patch, as Codex's apply_patch takes it (openai/codex, apply-patch/src/parser.rs).
-PATCH_BEGINS = re.compile(r"^\*\*\* Begin Patch[ \t\r]*\n", re.MULTILINE)
-PATCH_ENDS = "\n*** End Patch"
-
-
-def patch_in(said: str) -> str:
-    """The patch in what a model says instead of one; what has no patch in it stays as it is.
-
-    Models wrap it in a fence, in a command of a shell, or in JSON of their own.
-    """
-    for text in [said, *strings_in(parse_json_text(said))]:
-        begins = PATCH_BEGINS.search(text)
-        ends = text.rfind(PATCH_ENDS)
-        if begins and begins.start() < ends:
-            patch = text[begins.start() : ends + len(PATCH_ENDS)]
-            is_bare = patch == text.strip()
-            return text if is_bare else patch
-    return said
-
-
-def strings_in(value: Any) -> Iterator[str]:
-    """The strings in a JSON value, at every depth, but for names."""
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, dict):
-        for member in value.values():
-            yield from strings_in(member)
-    elif isinstance(value, list):
-        for member in value:
-            yield from strings_in(member)
 
 
 @dataclass
@@ -4245,7 +4592,7 @@ def parse_message_tool(tool: Any, at: str) -> Tool | JSON | None:
         return None
     if not given.get("name"):
         raise BadRequest(f"'{at}' must be a tool with a name.", at)
-    function = fields_of(given, "name", "description")
+    function = fields_of(given, "name", "description", "defer_loading")
     function["parameters"] = given.get("input_schema")
     return parse_function(function, f"{at}.")
 
@@ -5561,11 +5908,18 @@ NO_BALANCE_FOR_FREE = replace(
 
 def fit_to_model(error: UpstreamError, model: Model) -> None:
     """Put an error into words that fit the model that was asked for."""
-    if error.kind == MODEL_NOT_FOUND:
-        error.detail = f"{model.id}: {error.detail}"
-    elif error.kind == NO_BALANCE and model.free:
+    if error.kind == NO_BALANCE and model.free:
         error.kind = NO_BALANCE_FOR_FREE
         error.message = error.kind.message
+
+
+def with_name_of_model(error: UpstreamError, name: str, known: Iterable[str]) -> UpstreamError:
+    """Z.ai's "Unknown Model", with the name that it does not know, and with those that are like it."""
+    message = error.message + nearest_names(name, known)
+    told = UpstreamError(error.kind, message, f"{name}: {error.detail}", error.zai_code)
+    told.retry_after = error.retry_after
+    told.headers = error.headers
+    return told
 
 
 def refusal_in(body: bytes) -> UpstreamError | None:
@@ -7909,6 +8263,21 @@ class Memo(Repair):
         return (event,)
 
 
+class ClientNames(Repair):
+    """Not a repair: calls tools as the client does (see `legal_names`)."""
+
+    sees = frozenset((ToolCall,))
+
+    def __init__(self, names: Mapping[str, str]) -> None:
+        self.names = names  # the client's, by those that Z.ai knows
+
+    def feed(self, event: ToolCall) -> tuple[Event, ...]:
+        name = self.names.get(event.name)
+        if name is None:
+            return (event,)
+        return (replace(event, name=name),)
+
+
 class HiddenReasoning(Repair):
     """Not a repair: leaves out the reasoning, where the client wants none."""
 
@@ -7995,12 +8364,12 @@ class PassThroughReader:
         return b""
 
 
-def pass_through_body(body: JSON, renamed: Iterable[tuple[str, str]]) -> JSON:
+def pass_through_body(body: JSON, aliases: Aliases) -> JSON:
     """With the model that an alias stands for, and without encoding_format, which Z.ai's embeddings do not have."""
     sent = {name: value for name, value in body.items() if name != "encoding_format"}
     name = body.get("model")
     if isinstance(name, str) and is_model_name(name):
-        sent["model"] = aliased(name, renamed)
+        sent["model"] = aliased(name, aliases)
     return sent
 
 
@@ -8376,10 +8745,16 @@ def choice_prompt(prompt: Prompt, choice: int) -> Prompt:
     """The prompt for one of `n` choices: with its own seed, or all would be the same, and without the request_id."""
     if prompt.n == 1:
         return prompt
+    messages = prompt.messages
+    seed = prompt.seed
+    if prompt.batch:
+        of_each = prompt.n // len(prompt.batch)
+        messages = prompt.batch[choice // of_each]
+        choice %= of_each  # as if it had been asked by itself
+    if seed is not None:
+        seed += choice
     native = {name: value for name, value in prompt.native.items() if name != "request_id"}
-    return replace(
-        prompt, seed=None if prompt.seed is None else prompt.seed + choice, native=native
-    )
+    return replace(prompt, messages=messages, seed=seed, native=native)
 
 
 def zai_user(user: str) -> str | None:
@@ -8406,6 +8781,79 @@ def with_chosen_tools(prompt: Prompt) -> Prompt:
     chosen = tuple(tool for tool in prompt.tools if tool.name in choice.names)
     native = tuple(tool for tool in prompt.native_tools if tool["type"] in choice.natives)
     return replace(prompt, tools=chosen, native_tools=native)
+
+
+# A word as it may name a tool.
+TOOL_WORD = re.compile(r"[\w.:/-]+")
+
+
+def without_deferred(prompt: Prompt) -> Prompt:
+    """The prompt with no more than MAX_TOOLS tools: the deferred ones go that nothing said names.
+
+    Raises BadRequest if there are still more.
+    """
+    if len(prompt.tools) <= MAX_TOOLS:
+        return prompt
+    names = names_said(prompt.messages)
+    kept = tuple([tool for tool in prompt.tools if not tool.deferred or tool.name in names])
+    if len(kept) > MAX_TOOLS:
+        words = f"'tools' must not have more than {MAX_TOOLS} functions: Z.ai takes no more."
+        raise BadRequest(words, "tools")
+    return replace(prompt, tools=kept, ignored=("tools.defer_loading", *prompt.ignored))
+
+
+def names_said(messages: Iterable[Message]) -> set[str]:
+    """Every word of a conversation that may be a tool's name, and the names in its calls."""
+    found: set[str] = set()
+    for message in messages:
+        found.update([call.name for call in message.calls])
+        for word in TOOL_WORD.findall(message_text(message)):
+            found.add(word)
+            found.add(word.strip(".:/-"))
+    return found
+
+
+LEGAL_NAME = re.compile("[A-Za-z0-9_-]{1,64}")  # docs.z.ai, of functions
+
+
+def legal_names(prompt: Prompt) -> dict[str, str]:
+    """What Z.ai is told for each name of a tool, offered or called, that it would refuse.
+
+    A name is told in the same way whatever stands beside it and in every process, since Z.ai's cache
+    needs the same beginning to be the same bytes; the end is a hash, so that no two are the same.
+    """
+    names = dict.fromkeys([tool.name for tool in prompt.tools])
+    for message in prompt.messages:
+        for call in message.calls:
+            names[call.name] = None
+    illegal = [name for name in names if name and not LEGAL_NAME.fullmatch(name)]
+    legal: dict[str, str] = {}
+    for name in illegal:
+        mark = digest(name)
+        while legal_name(name, mark) in names:
+            mark = digest(mark)
+        legal[name] = legal_name(name, mark)
+    return legal
+
+
+def legal_name(name: str, mark: str) -> str:
+    return f"{re.sub('[^A-Za-z0-9_-]', '_', name)[:55]}_{mark[:8]}"
+
+
+def with_names(prompt: Prompt, names: Mapping[str, str]) -> Prompt:
+    """The prompt with other names for its tools, offered and called."""
+    if not names:
+        return prompt
+    tools = [replace(tool, name=names.get(tool.name, tool.name)) for tool in prompt.tools]
+    messages = [with_called_names(message, names) for message in prompt.messages]
+    return replace(prompt, tools=tuple(tools), messages=tuple(messages))
+
+
+def with_called_names(message: Message, names: Mapping[str, str]) -> Message:
+    if not message.calls:
+        return message
+    calls = [replace(call, name=names.get(call.name, call.name)) for call in message.calls]
+    return replace(message, calls=tuple(calls))
 
 
 CALL_ORDER = "Answer by calling "
@@ -9129,6 +9577,7 @@ class Plan:
     Nothing is encoded yet: many plans may wait for their turn.
     """
 
+    asked: Model
     prompts: list[tuple[Model, Prompt]]  # for the model that was asked for, then for its fallbacks
     account: Account
     caller: Caller
@@ -9140,7 +9589,9 @@ class Plan:
     size: int  # bytes of the request; 0 if few
     ignored: tuple[str, ...]  # what cannot be honoured
     repairs: list[str]  # of the history, by name
+    client_names: Mapping[str, str]  # of tools, by the names that Z.ai knows
     meters: list[Meter]  # one for each choice
+    wants_answer: bool  # else nobody is asked
     images: list[ImagePlan] = field(default_factory=list)  # to be described first, the newest first
     # Called when the request's turn has come; raises ProxyError when the account may not ask this model any more.
     admit: Callable[[Model], None] = lambda _: None
@@ -9194,6 +9645,11 @@ class ImagePlan:
     error: str = ""  # the code of why there is no description
 
 
+def asked_model(prompt: Prompt, settings: Settings) -> Named:
+    """What the request names; also for the record, which counts refusals too."""
+    return named(prompt.model, all_aliases(settings))
+
+
 def make_plan(
     prompt: Prompt,
     settings: Settings,
@@ -9207,25 +9663,30 @@ def make_plan(
     Raises BadRequest when the prompt cannot be sent, and ProxyError when the account may not use the
     model.
     """
-    seeing = describing_model(prompt, settings, account)
+    asked = asked_model(prompt, settings)
+    seeing = describing_model(asked.model, prompt, settings, account)
     if seeing:
         prompt = replace(prompt, messages=with_undescribed(prompt.messages, account.id))
     shown = prompt.messages
-    models = models_to_ask(prompt, settings, account)
+    models = models_to_ask(asked, prompt, settings, account)
     caller = caller_of(settings, account.id, conversation_start(prompt))
-    hidden = hidden_media(shown, models[0])
+    hidden = hidden_media(shown, models[0].model)
     messages = shown
     if recall:
         start = 0 if settings.reasoning_memory == "all" else turn_start(messages)
         messages = with_reasoning(messages, start, recall)
     messages, repairs = repair_history(messages)
-    prompt = replace(
-        with_chosen_tools(prompt),
-        messages=messages,
-        effort=prompt.effort or default_effort(prompt, settings),
-    )
+    batch = [repair_history(each)[0] for each in prompt.batch]
+    prompt = replace(prompt, messages=messages, batch=tuple(batch))
+    names = legal_names(prompt)
+    prompt = with_names(without_deferred(with_chosen_tools(prompt)), names)
+    prompts = []
+    for model, word in models:
+        effort = prompt.effort or word or asked.effort or default_effort(prompt, settings)
+        prompts.append((model, prompt_for(model, replace(prompt, effort=effort))))
     plan = Plan(
-        prompts=[(model, prompt_for(model, prompt)) for model in models],
+        asked=asked.model,
+        prompts=prompts,
         account=account,
         caller=caller,
         n=prompt.n,
@@ -9236,7 +9697,9 @@ def make_plan(
         ignored=(*prompt.ignored, *hidden),
         repairs=[*repairs, *(f"hidden_{kind}" for kind in hidden)],
         size=prompt.size,
+        client_names={legal: name for name, legal in names.items()},
         meters=[Meter() for _ in range(prompt.n)],
+        wants_answer=prompt.wants_answer,
     )
     if seeing:
         plan.images = image_plans(plan, seeing, shown)
@@ -9275,6 +9738,7 @@ def describing_plan(plan: Plan, seeing: Model, image: Media) -> Plan:
     message = Message("user", (image, DESCRIBE_IMAGE))
     prompt = Prompt(seeing.id, (message,), effort="off", max_tokens=DESCRIPTION_LIMIT)
     return Plan(
+        asked=seeing,
         prompts=[(seeing, prompt)],
         account=plan.account,
         caller=plan.caller,
@@ -9286,18 +9750,20 @@ def describing_plan(plan: Plan, seeing: Model, image: Media) -> Plan:
         size=len(image.url),
         ignored=(),
         repairs=[],
+        client_names={},
         meters=[Meter()],
+        wants_answer=True,
     )
 
 
-def describing_model(prompt: Prompt, settings: Settings, account: Account) -> Model | None:
+def describing_model(
+    asked: Model, prompt: Prompt, settings: Settings, account: Account
+) -> Model | None:
     """VISION_MODEL, where it describes the images of the prompt for a model that takes none."""
     if are_texts(prompt.messages) or not describes_images(prompt, settings):
         return None
     seeing = vision_model(settings)
-    if seeing is None or not seeing.vision or not account.allows(seeing):
-        return None
-    if resolve(prompt.model, settings.model_aliases).vision:
+    if asked.vision or seeing is None or not seeing.vision or not account.allows(seeing):
         return None
     return seeing
 
@@ -9320,38 +9786,40 @@ def prompt_for(model: Model, prompt: Prompt) -> Prompt:
     return prompt if messages is prompt.messages else replace(prompt, messages=messages)
 
 
-def models_to_ask(prompt: Prompt, settings: Settings, account: Account) -> list[Model]:
-    """The model that the prompt names, and the fallbacks that can take it.
+def models_to_ask(
+    asked: Named, prompt: Prompt, settings: Settings, account: Account
+) -> list[Named]:
+    """The model that was asked for, or one that sees in its place, and the fallbacks that can take the prompt.
 
     Raises ProxyError when the account may not use a model that the client named.
     """
     messages = prompt.messages
     is_plain = are_texts(messages)
     must_see = not is_plain and user_shows_media(messages)
-    model = resolve(prompt.model, settings.model_aliases)
     if not is_plain and turn_shows_media(messages) and not describes_images(prompt, settings):
-        seeing = with_vision(model, settings)
+        seeing = with_vision(asked.model, settings)
         if must_see or account.allows(seeing):  # else words stand for what a tool shows
-            model = seeing
-    account.check_model(model)
+            asked = asked._replace(model=seeing)
+    account.check_model(asked.model)
+    aliases = all_aliases(settings)
     if prompt.fallbacks is None:  # the operator's: pass over those that the account may not use
-        fallbacks = [resolve(name, settings.model_aliases) for name in settings.fallback_models]
-        fallbacks = [*filter(account.allows, fallbacks)]
+        fallbacks = [named(name, aliases) for name in settings.fallback_models]
+        fallbacks = [each for each in fallbacks if account.allows(each.model)]
     else:
-        fallbacks = [resolve(name, settings.model_aliases) for name in prompt.fallbacks]
+        fallbacks = [named(name, aliases) for name in prompt.fallbacks]
         for fallback in fallbacks:
-            account.check_model(fallback)
+            account.check_model(fallback.model)
     if not must_see:
-        return [model, *fallbacks]
-    check_vision(model)
-    return [model, *(fallback for fallback in fallbacks if fallback.vision)]
+        return [asked, *fallbacks]
+    check_vision(asked.model)
+    return [asked, *(each for each in fallbacks if each.model.vision)]
 
 
 def with_vision(model: Model, settings: Settings) -> Model:
     """VISION_MODEL, if it is set, in place of a model that takes no images."""
     if model.vision or not settings.vision_model:
         return model
-    return resolve(settings.vision_model, settings.model_aliases)
+    return resolve(settings.vision_model, all_aliases(settings))
 
 
 class TokenScale:
@@ -10683,6 +11151,27 @@ class MergedStream(EventSource):
             await end_tasks(self.pending)
 
 
+class NoAnswer(EventSource):
+    """The answer to who wants none: each choice ends where it begins."""
+
+    torn = 0
+    size = 0
+    first_at = None
+    is_complete = True
+    said: ClassVar[list[Message]] = []
+
+    def __init__(self, plan: Plan) -> None:
+        super().__init__()
+        self.info = AnswerInfo(plan.answer_id, 0, plan.asked.id, "")
+        self.ahead = [Usage(), *[Finish("length", choice) for choice in range(plan.n)]]
+
+    async def next_batch(self) -> list[Event]:
+        return []
+
+
+Answering: TypeAlias = EventStream | MergedStream | NoAnswer  # an answer that has begun
+
+
 async def end_tasks(tasks: Iterable[asyncio.Task[Any]]) -> None:
     """Cancel tasks and wait until they have released what they hold."""
     tasks = list(tasks)
@@ -10802,7 +11291,7 @@ class Upstream:
         self.repairs: Counter[str] = Counter()  # by the repair's own name
 
     @asynccontextmanager
-    async def open(self, plan: Plan) -> AsyncIterator[EventStream | MergedStream]:
+    async def open(self, plan: Plan) -> AsyncIterator[Answering]:
         """Yields an answer that has begun; one that is not streamed is complete.
 
         On exit, however it happens, every connection and slot is released. Raises ProxyError when no
@@ -10811,7 +11300,9 @@ class Upstream:
         async with AsyncExitStack() as owner:
             if plan.images:
                 await self.describe_images(plan)
-            if plan.n == 1:
+            if not plan.wants_answer:
+                yield NoAnswer(plan)
+            elif plan.n == 1:
                 stream = await self.ask_in_turn(plan, owner)
                 plan.forget_prompts()
                 yield stream
@@ -10890,17 +11381,37 @@ class Upstream:
         """Ask one model after the other; raises the last one's error."""
         leaves_after = min(self.limits.fallback_patience, self.settings.rate_limit_wait)
         for model, prompt in plan.prompts[:-1]:
-            attempt = partial(self.ask, plan, model, prompt)
-            use = KeyUse(model.id)
             try:
-                return await self.with_retries(use, plan.caller, attempt, owner, leaves_after)
+                return await self.ask_model(plan, model, prompt, owner, leaves_after)
             except UpstreamError as error:
                 if error.kind not in FALLBACK_ERRORS and not isinstance(error, SlowAnswerError):
                     raise
             self.remedies["fallbacks"] += 1
         model, prompt = plan.prompts[-1]
+        return await self.ask_model(plan, model, prompt, owner)
+
+    async def ask_model(
+        self,
+        plan: Plan,
+        model: Model,
+        prompt: Prompt,
+        owner: AsyncExitStack,
+        leaves_after: float = math.inf,
+    ) -> EventStream:
+        """Ask one model, with retries; the error for an unknown one tells names that are like it."""
         attempt = partial(self.ask, plan, model, prompt)
-        return await self.with_retries(KeyUse(model.id), plan.caller, attempt, owner)
+        use = KeyUse(model.id)
+        try:
+            return await self.with_retries(use, plan.caller, attempt, owner, leaves_after)
+        except UpstreamError as error:
+            if error.zai_code != "1211":
+                raise
+            name = model.id
+            if name in prompt.model.lower():
+                name = prompt.model
+            models = MODELS | plain_aliases(self.settings)
+            known = [each for each in models if plan.account.allows(models[each])]
+            raise with_name_of_model(error, name, known) from error
 
     async def ask(
         self, plan: Plan, model: Model, prompt: Prompt, slot: Slot, owner: AsyncExitStack
@@ -10915,7 +11426,12 @@ class Upstream:
         url = key.base_url + "/chat/completions"
         repairs = repairs_for(replace(request.needs, asks_again=self.asks_again(plan, prompt)))
         memo = Memo() if plan.remembers else None
-        machines = [*repairs, *filter(None, [memo]), *reasoning_shape(plan.reasoning_format)]
+        machines = list(repairs)
+        if plan.client_names:
+            machines.append(ClientNames(plan.client_names))
+        if memo:
+            machines.append(memo)
+        machines += reasoning_shape(plan.reasoning_format)
         [meter] = plan.meters
         meter.ask_chat(model)
         with meter.asking(request.characters):
@@ -12365,7 +12881,6 @@ STREAM: web.RequestKey[OpenResponse] = web.RequestKey(
 )  # the answer, once it may have begun
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
-Answering = EventStream | MergedStream  # an answer that has begun
 
 
 # ======== Streaming out =============================================================================================
@@ -13154,7 +13669,7 @@ def planned(
     app, record = request.app, request[RECORD]
     settings, memory, account = app[SETTINGS], app[UPSTREAM].memory, request[ACCOUNT]
     prompt, reply = surface.parse(body, history)
-    record.model = model_shown(request, resolve(prompt.model, settings.model_aliases))
+    note_model(request, asked_model(prompt, settings).model)
     record.left_out = ",".join(
         [header_word(name) for name in prompt.ignored if name[:6] == "tools."]
     )[:DETAIL_LIMIT]
@@ -13184,7 +13699,7 @@ async def count_tokens(request: web.Request) -> web.Response:
 def counted(body: JSON, settings: Settings) -> tuple[str, int]:
     """The model's id and the tokens of a request, of which nothing else is looked at."""
     prompt, _ = parse_message({"max_tokens": 1, **fields_of(body, *COUNTED_FIELDS)})
-    return resolve(prompt.model, settings.model_aliases).id, estimated_tokens(prompt)
+    return asked_model(prompt, settings).model.id, estimated_tokens(prompt)
 
 
 def wants_stream(request: web.Request, settings: Settings) -> bool:
@@ -13193,6 +13708,11 @@ def wants_stream(request: web.Request, settings: Settings) -> bool:
     if "application/json" in accepted:
         return False
     return "text/event-stream" in accepted or settings.default_stream
+
+
+def note_model(request: web.Request, model: Model) -> None:
+    """The record learns which model was asked for."""
+    request[RECORD].model = model_shown(request, model)
 
 
 def model_shown(request: web.Request, model: Model) -> str:
@@ -13248,9 +13768,7 @@ async def list_models(request: web.Request) -> web.Response:
 async def named_models(request: web.Request) -> dict[str, Model]:
     """The models that this server lists for the caller: Z.ai's, and the aliases without a pattern."""
     settings, allows = request.app[SETTINGS], request.get(ACCOUNT, Account("")).allows
-    renamed = settings.model_aliases
-    plain = {name: resolve(name, renamed) for name, _ in renamed if not re.search(r"[*?[]", name)}
-    models = await request.app[CATALOG].list(time.monotonic()) | plain
+    models = await request.app[CATALOG].list(time.monotonic()) | plain_aliases(settings)
     seeing = vision_model(settings)
     if seeing is not None and not allows(seeing):
         seeing = None
@@ -13261,9 +13779,10 @@ async def one_model(request: web.Request) -> web.Response:
     asked, models = request.match_info["id"], await named_models(request)
     name = asked
     if name not in models and is_model_name(asked):
-        name = resolve(asked, request.app[SETTINGS].model_aliases).id
+        name = resolve(asked, all_aliases(request.app[SETTINGS])).id
     if name not in models:
-        message = "There is no model of this name: GET /v1/models lists them."
+        advice = "There is no model of this name: GET /v1/models lists them."
+        message = advice + nearest_names(asked, models)
         raise ProxyError(MODEL_NOT_FOUND, message, "model", printable(asked[:256]))
     item = anthropic_item if "anthropic-version" in request.headers else model_item
     return json_response(item(models[name], name))
@@ -13319,7 +13838,7 @@ async def count_input_tokens(request: web.Request) -> web.Response:
 def counted_response(body: JSON, history: ClientHistory, settings: Settings) -> tuple[str, int]:
     """The model's id and the tokens of a request's input."""
     prompt = parse_counted_response(body, history)
-    return resolve(prompt.model, settings.model_aliases).id, estimated_tokens(prompt)
+    return asked_model(prompt, settings).model.id, estimated_tokens(prompt)
 
 
 async def health(request: web.Request) -> web.Response:
@@ -14031,7 +14550,7 @@ def check_model_named(path: str, request: web.Request, name: Any) -> None:
     if name is not None:
         model = resolve(checked(name, model_name, "model"))
         if path not in WITHOUT_MODEL:
-            request[RECORD].model = model_shown(request, model)
+            note_model(request, model)
         account.check_model(model)
     elif account.models and path not in WITHOUT_MODEL:
         raise ProxyError(
@@ -15629,9 +16148,10 @@ NOT_INHERITED = ("ANTHROPIC_", "OPENAI_", "GPTME_OPENAI_", "ZAI_", "ZTOAPI_")
 
 def launch(settings: Settings, flags: argparse.Namespace) -> int:
     """Start a client that uses this server, or a server of its own if there is none; returns its exit status."""
-    model = launch_model(settings)
-    if flags.model:
-        model = resolve(flags.model, settings.model_aliases)
+    asked = named(flags.model or default_model(settings), all_aliases(settings))
+    model = asked.model
+    if asked.effort:  # a client without a switch keeps the word that is its switch
+        model = replace(model, id=f"{model.id}:{asked.effort}")
     origin = origin_of(settings.host, settings.port)
     told = with_eyes_of(vision_model(settings), model)
     words = client_words(origin, settings.default_key[0], told)

@@ -11442,6 +11442,7 @@ async def test_prometheus_reads_the_metrics(start, zai):
     } == {
         ("build_info", ztoapi.__version__): 1,
         ("retries_total",): 1,
+        ("repairs_total", "line_ends_at_head"): 3,
         ("requests_total", "/v1/chat/completions", "glm-4.6", "200"): 2,
         ("requests_total", "/v1/chat/completions", 'x"\\y', "200"): 1,
         ("requests_total", "/v1/chat/completions", "", "401"): 1,

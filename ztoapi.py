@@ -4440,7 +4440,7 @@ class ZaiReader:
         """The events of a chunk or of a whole answer, which differ in the name of one field."""
         if chunk.get("error") or ("code" in chunk and "choices" not in chunk):
             raise zai_error(200, chunk)
-        if not (self.id and self.created and self.request_id):  # most chunks repeat them
+        if not self.id:  # all chunks repeat it
             self.read_head(chunk)
         choice = first_object(chunk.get("choices"))
         events = self.read_delta(as_object(choice.get("delta") or choice.get("message")))
@@ -4458,7 +4458,7 @@ class ZaiReader:
         return events
 
     def read_head(self, chunk: JSON) -> None:
-        self.id = self.id or str(chunk.get("id") or "")
+        self.id = str(chunk.get("id") or "")
         self.created = self.created or as_count(chunk.get("created"))
         self.request_id = self.request_id or str(chunk.get("request_id") or "")
 
@@ -5929,12 +5929,14 @@ CHARACTERS_OF_TOKEN = 4  # in an estimate
 
 @dataclass(slots=True, eq=False)
 class Meter:
-    """What one answer of Z.ai's costs, as far as that is known: its client may leave at any moment."""
+    """What is known of one answer of Z.ai's, and of its cost: its client may leave at any moment."""
 
     sent: int = 0  # characters that Z.ai has of the request
     pieces: int = 0  # of the answer
     received: int = 0  # characters in them
     told: Usage = field(default_factory=Usage)  # what Z.ai says itself
+    first_at: float | None = None  # when its first event came, in seconds of time.monotonic()
+    torn: int = 0  # frames of it
 
     @contextmanager
     def asking(self, characters: int) -> Iterator[None]:
@@ -5943,6 +5945,8 @@ class Meter:
         self.pieces = 0
         self.received = 0
         self.told = Usage()
+        self.first_at = None
+        self.torn = 0
         try:
             yield
         except UpstreamError:
@@ -7002,7 +7006,6 @@ class EventStream(EventSource):
         self.reader = reader
         self.chain = RepairChain(repairs)
         self.memo = memo  # one of the repairs
-        self.first_at: float | None = None  # when the first events came, by time.monotonic()
         self.error: UpstreamError | None = None  # raised after the events that came before it
         self.finish_deadline = 0.0  # loop time after which we stop waiting for usage and [DONE]
 
@@ -7012,10 +7015,6 @@ class EventStream(EventSource):
         reader = self.reader
         request_id = self.source.request_id(reader.request_id)
         return AnswerInfo(reader.id, reader.created, reader.model, request_id)
-
-    @property
-    def torn(self) -> int:
-        return self.reader.torn
 
     @property
     def size(self) -> int:
@@ -7036,7 +7035,7 @@ class EventStream(EventSource):
         events = list(self.ahead)
         while batch := await self.next_batch():
             events += batch
-        if self.torn:
+        if self.reader.torn:
             raise self.source.with_request_id(UpstreamError(UNAVAILABLE, TORN))
         self.ahead = events
 
@@ -7056,12 +7055,19 @@ class EventStream(EventSource):
             else:
                 events = await in_thread_if_large(size, self.events_in, part)
             if events:
-                self.first_at = self.first_at or time.monotonic()
-                self.meter.note(events)
+                self.note(events)
                 trace("received", events)
         if self.on_end and self.is_complete:
             self.on_end()
         return events
+
+    def note(self, events: list[Event]) -> None:
+        """Keep what must be known of the answer even if it breaks off now."""
+        meter = self.meter
+        if meter.first_at is None:
+            meter.first_at = time.monotonic()
+        meter.torn = self.reader.torn
+        meter.note(events)
 
     def events_in(self, part: bytes) -> list[Event]:
         """The events before a failure, which is kept for later."""
@@ -7314,18 +7320,8 @@ class MergedStream(EventSource):
         return next(iter(self.streams.values())).info
 
     @property
-    def torn(self) -> int:
-        return sum(stream.torn for stream in self.streams.values())
-
-    @property
     def size(self) -> int:
         return sum(stream.size for stream in self.streams.values())
-
-    @property
-    def first_at(self) -> float | None:
-        """When the first events came, by time.monotonic()."""
-        times = [stream.first_at for stream in self.streams.values() if stream.first_at]
-        return min(times, default=None)
 
     @property
     def is_complete(self) -> bool:
@@ -8370,10 +8366,13 @@ class Record:
     left_out: str = ""  # tools that Z.ai does not have
 
     def settle(self) -> None:
-        """Sum up what the answers cost."""
+        """Sum up what the answers cost, and when the first of them began."""
         self.usage = Usage()
         for meter in self.meters:
             self.usage += meter.usage
+            self.torn += meter.torn
+            if meter.first_at is not None:
+                self.first = min(self.first or math.inf, meter.first_at)
 
     def snapshot(self, duration: float, ended_at: float) -> JSON:
         first = None if self.first is None else round(self.first - self.started, 3)
@@ -8648,14 +8647,11 @@ class SSEResponse:
 
         `size` is the answer's, in bytes so far.
         """
-        if size < self.joined_size:
-            await self.send_together(frames)
+        if size >= self.joined_size and len(frames) > 1:
+            for frame in frames:
+                await self.send([frame])
+                await asyncio.sleep(0)
             return
-        for frame in frames:
-            await self.send_together([frame])
-            await asyncio.sleep(0)
-
-    async def send_together(self, frames: Sequence[Frame]) -> None:
         data = sse(frames)
         if data:
             trace("answered", data)
@@ -9169,7 +9165,7 @@ async def respond(surface: Surface, request: web.Request) -> web.StreamResponse:
         return await respond_streamed(request, asked, opened)
     async with opened as answer:
         events: list[Event] = []
-        while batch := await read_noted(request, answer):
+        while batch := await answer.read():
             events += batch
         asked.reply.begin(head_of(answer.info, asked.model, request))
         document = asked.reply.fold(events)
@@ -9188,24 +9184,15 @@ async def respond_streamed(
         async with opened as answer:
             head = head_of(answer.info, asked.model, request)
             response.begin(head, asked.headers | info_headers(answer.info))
-            frames = asked.reply.frames_of(await read_noted(request, answer))
+            frames = asked.reply.frames_of(await answer.read())
             while not answer.is_complete:
                 await response.send(frames, answer.size)
-                frames = asked.reply.frames_of(await read_noted(request, answer))
+                frames = asked.reply.frames_of(await answer.read())
             frames += asked.reply.close()
             await keep(request, asked.reply, answer)
             await response.send(frames, answer.size)
             await response.response.write_eof()
     return response.response
-
-
-async def read_noted(request: web.Request, answer: Answering) -> list[Event]:
-    """The next events of an answer; the record learns of them."""
-    batch = await answer.read()
-    record = request[RECORD]
-    record.torn = answer.torn
-    record.first = record.first or answer.first_at
-    return batch
 
 
 async def keep(request: web.Request, reply: Reply, answer: Answering) -> None:

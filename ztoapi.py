@@ -6806,20 +6806,17 @@ class IdleTimer:
         self.reset()
 
     def start(self) -> None:
-        self.arm(self.seconds)
+        self.timer = self.loop.call_later(self.seconds, self.expire)
 
     def reset(self) -> None:
         self.last_reset = self.loop.time()
 
-    def arm(self, seconds: float) -> None:
-        self.timer = self.loop.call_later(seconds, self.expire)
-
     def expire(self) -> None:
-        silence = self.loop.time() - self.last_reset
-        if silence < self.seconds:
-            self.arm(self.seconds - silence)
+        left = self.seconds - (self.loop.time() - self.last_reset)
+        if left > 0:
+            self.timer = self.loop.call_later(left, self.expire)
         elif self.on_idle:
-            self.arm(self.seconds)
+            self.start()
             self.on_idle()
 
     def stop(self) -> None:
@@ -7546,38 +7543,35 @@ class Upstream:
         queue.tickets += 1
         ticket = queue.ticket(use, caller, leaves_after)
         try:
-            return await self.retry(queue, ticket, attempt, owner)
+            while True:
+                slot = await queue.acquire(ticket)
+                owner.callback(slot.release)
+                asking = attempt(slot, owner)
+                if self.settings.first_token_timeout:
+                    asking = self.in_time(asking, ticket, slot)
+                try:
+                    answer = await asking
+                except UpstreamError as error:
+                    async with owner:  # emptied at the end
+                        wait = self.next_try(ticket, slot, error)
+                else:
+                    self.keys.accepted(slot.key, use)
+                    slot.taken()
+                    return answer
+                if wait:
+                    await self.clock.sleep(wait)
         finally:
             queue.tickets -= 1
             if ticket in queue.coming_back:  # it was cancelled just then
                 queue.coming_back.remove(ticket)
                 queue.admit()
 
-    async def retry(
-        self, queue: Queue, ticket: Ticket, attempt: Attempt[R], owner: AsyncExitStack
-    ) -> R:
-        """Ask until the answer has begun. Raises UpstreamError when there is no next try."""
-        while True:
-            slot = await queue.acquire(ticket)
-            owner.callback(slot.release)
-            asking = attempt(slot, owner)
-            if self.settings.first_token_timeout:
-                asking = self.in_time(asking, ticket, slot)
-            try:
-                stream = await asking
-            except UpstreamError as error:
-                async with owner:  # emptied at the end
-                    if is_refusal_for_load(error):
-                        self.wait_out(ticket, slot, error)
-                        wait = 0.0
-                    else:
-                        wait = self.record_failure(ticket, slot, error)
-            else:
-                self.keys.accepted(slot.key, ticket.use)
-                slot.taken()
-                return stream
-            if wait:
-                await self.clock.sleep(wait)
+    def next_try(self, ticket: Ticket, slot: Slot, error: UpstreamError) -> float:
+        """The seconds to wait before it. Raises the error if there is none."""
+        if is_refusal_for_load(error):
+            self.wait_out(ticket, slot, error)
+            return 0
+        return self.record_failure(ticket, slot, error)
 
     async def in_time(self, asking: Awaitable[R], ticket: Ticket, slot: Slot) -> R:
         """What asking comes to. Raises SlowAnswerError when Z.ai says nothing for FIRST_TOKEN_TIMEOUT.
@@ -8670,15 +8664,10 @@ class SSEResponse:
             self.reply.begin(self.own_head)
         await self.send(self.reply.fail(error))
 
-    @contextmanager
-    def kept_alive(self) -> Iterator[None]:
-        self.timer.start()
-        try:
-            yield
-        finally:
-            self.timer.stop()
-            if self.keeping_alive:
-                self.keeping_alive.cancel()
+    def stop_keeping_alive(self) -> None:
+        self.timer.stop()
+        if self.keeping_alive:
+            self.keeping_alive.cancel()
 
     def on_idle(self) -> None:
         if not self.writing:
@@ -9059,14 +9048,10 @@ HOST_NOT_ALLOWED = error_kind(
 )
 
 
-@web.middleware
-async def local_only(request: web.Request, handler: Handler) -> web.StreamResponse:
-    """Answers preflights; while the key is the published one, refuses other hosts' pages (DNS rebinding)."""
+def local_only(request: web.Request) -> None:
+    """While the key is the published one, refuses other hosts' pages (DNS rebinding)."""
     if request.app[SETTINGS].published and not is_local(request):
         raise ProxyError(HOST_NOT_ALLOWED)
-    if request.method == "OPTIONS":
-        return web.Response(status=204)
-    return await handler(request)
 
 
 def is_local(request: web.Request) -> bool:
@@ -9180,7 +9165,8 @@ async def respond_streamed(
 ) -> web.StreamResponse:
     """Sends each batch in one write, as soon as it is there. A slow client makes us read more slowly."""
     response = request[STREAM] = SSEResponse(request, asked.reply, asked.model)
-    with response.kept_alive():
+    response.timer.start()
+    try:
         async with opened as answer:
             head = head_of(answer.info, asked.model, request)
             response.begin(head, asked.headers | info_headers(answer.info))
@@ -9192,6 +9178,8 @@ async def respond_streamed(
             await keep(request, asked.reply, answer)
             await response.send(frames, answer.size)
             await response.response.write_eof()
+    finally:
+        response.stop_keeping_alive()
     return response.response
 
 
@@ -9876,8 +9864,11 @@ def count_request(request: web.Request, now: float) -> None:
 
 
 async def catch_errors(request: web.Request, handler: Handler) -> web.StreamResponse:
-    """Turns every failure into an error of ours."""
+    """Turns every failure into an error of ours. Answers preflights."""
     try:
+        local_only(request)
+        if request.method == "OPTIONS":
+            return web.Response(status=204)
         return await handler(request)
     except ConnectionError:  # the client left; Z.ai's failures are UpstreamErrors by now
         raise
@@ -10262,7 +10253,7 @@ def create_app(
     clock = clock or Clock()
     database = database_or_exit(settings, limits, clock, failed)
     limit = settings.max_body_mb * 2**20
-    app = web.Application(middlewares=[log_requests, local_only], client_max_size=limit)
+    app = web.Application(middlewares=[log_requests], client_max_size=limit)
     serve_as_here(app)
     app[SETTINGS], app[REDACT] = settings, redactor(settings)
     app[APP_LIMITS] = limits

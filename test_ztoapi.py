@@ -43,7 +43,7 @@ from functools import cache, cached_property, partial, wraps
 from heapq import heappop, heappush
 from importlib import import_module
 from inspect import Signature, signature
-from itertools import count, product
+from itertools import count, pairwise, product
 from pathlib import Path
 from random import Random
 
@@ -71,7 +71,6 @@ from ztoapi import (
     Limits,
     Media,
     Message,
-    MessagesReader,
     Prompt,
     Queue,
     Redactor,
@@ -92,7 +91,6 @@ from ztoapi import (
     encode_json,
     error_body,
     error_headers,
-    messages_request,
     resolve,
     sse,
     to_json,
@@ -210,6 +208,7 @@ def names_used(code):
 # What may name something that stands below it: a part may have two sections, and main starts the rest.
 FORWARD = {
     ("Responses: request", "Responses: answer"),
+    ("Messages: request", "Messages: answer"),
     ("Handlers", "Pages"),
     ("Errors and shutdown", "Demo"),
     ("Server", "Commands"),
@@ -395,35 +394,19 @@ def test_a_secret_that_cannot_be_used_is_not_repeated(name, value):
 
 
 @pytest.mark.parametrize(
-    ("key", "base", "anthropic"),
+    ("key", "base"),
     [
-        ("k", "https://z.example/v4", "https://z.example/v4/anthropic"),
-        ("k@api", "https://api.z.ai/api/paas/v4", "https://api.z.ai/api/anthropic"),
-        ("k@plan", "https://api.z.ai/api/coding/paas/v4", "https://api.z.ai/api/anthropic"),
-        (
-            "k@china",
-            "https://open.bigmodel.cn/api/paas/v4",
-            "https://open.bigmodel.cn/api/anthropic",
-        ),
-        (
-            "k@china-plan",
-            "https://open.bigmodel.cn/api/coding/paas/v4",
-            "https://open.bigmodel.cn/api/anthropic",
-        ),
-        (
-            "k@http://[::1]:80/api/paas/v4/chat/completions",
-            "http://[::1]:80/api/paas/v4",
-            "http://[::1]:80/api/anthropic",
-        ),
+        ("k", "https://z.example/v4"),
+        ("k@api", "https://api.z.ai/api/paas/v4"),
+        ("k@plan", "https://api.z.ai/api/coding/paas/v4"),
+        ("k@china", "https://open.bigmodel.cn/api/paas/v4"),
+        ("k@china-plan", "https://open.bigmodel.cn/api/coding/paas/v4"),
+        ("k@http://[::1]:80/api/paas/v4/chat/completions", "http://[::1]:80/api/paas/v4"),
     ],
 )
-def test_a_key_may_name_the_base_where_it_belongs_and_anthropics_api_is_beside_it(
-    key, base, anthropic
-):
-    (found,) = Settings.from_env(
-        {"ZAI_API_KEY": key, "ZAI_BASE_URL": "https://z.example/v4"}
-    ).zai_keys
-    assert (found, found.anthropic_url) == (ztoapi.ZaiKey("k", base), anthropic)
+def test_a_key_may_name_the_base_where_it_belongs(key, base):
+    env = {"ZAI_API_KEY": key, "ZAI_BASE_URL": "https://z.example/v4"}
+    assert Settings.from_env(env).zai_keys == (ztoapi.ZaiKey("k", base),)
 
 
 def test_a_key_is_a_secret_wherever_it_belongs():
@@ -679,6 +662,45 @@ def test_half_a_surrogate_pair_is_not_sent_to_zai(text, wanted):
 
 def test_frames_are_data_and_a_blank_line():
     assert sse([{"a": "é"}, "[DONE]"]) == 'data: {"a":"é"}\n\ndata: [DONE]\n\n'.encode()
+
+
+# ======== The size of a prompt ========
+
+
+@pytest.mark.parametrize(
+    ("message", "tokens"),
+    [
+        pytest.param(("user", ""), 0, id="nothing"),
+        pytest.param(("user", "a" * 100), 28, id="Latin"),
+        pytest.param(("user", "é" * 100), 28, id="accents"),
+        pytest.param(("user", "🙂" * 100), 28, id="emoji"),
+        pytest.param(("user", "漢" * 100), 75, id="Chinese"),
+        pytest.param(("user", "かカ、。" * 25), 75, id="Japanese"),
+        pytest.param(("user", "한" * 100), 75, id="Korean"),
+        pytest.param(("user", "\uff0c\uff01" * 50), 75, id="full width"),
+        pytest.param(("user", "𠀀" * 100), 75, id="rare ideographs"),
+        pytest.param(("user", "漢a" * 100), 103, id="mixed"),
+        pytest.param(("system", "a" * 100), 28, id="of every role"),
+        pytest.param(("user", "a" * 50, "b" * 49), 28, id="in parts"),
+        pytest.param(("user", "a" * 100, Media("image_url", "x" * 90_000)), 1028, id="an image"),
+    ],
+)
+def test_tokens_are_estimated_by_characters(message, tokens):
+    role, *content = message
+    assert ztoapi.estimated_tokens(Prompt("m", (Message(role, tuple(content)),))) == tokens
+
+
+def test_an_estimate_counts_all_that_the_model_reads():
+    call = ToolCall(0, "call_1", "n" * 10, "a" * 90)
+    turn = Message("assistant", (), thought="t" * 100, calls=(call,))
+    result = Message("tool", ("r" * 100,), call_id="call_1")
+    tool = ztoapi.Tool("n" * 10, "d" * 88, {})  # and "{}"
+    prompt = Prompt("m", (turn, result), tools=(tool,))
+    assert ztoapi.estimated_tokens(prompt) == 4 * 28
+
+
+def test_an_estimate_takes_halves_of_characters():
+    assert ztoapi.estimated_tokens(Prompt("m", (Message("user", ("\ud83d" * 100,)),))) == 28
 
 
 # ======== OpenAI chat completions: the request ========
@@ -2163,83 +2185,6 @@ def test_an_item_of_the_input_is_listed_with_all_its_keys():
     ]
 
 
-# ======== Messages ========
-
-
-def turn(content, role="user"):
-    return {"role": role, "content": content}
-
-
-def text_block(text):
-    return {"type": "text", "text": text}
-
-
-def reminder(text):
-    return text_block(f"<system-reminder>\n{text}\n</system-reminder>")
-
-
-CACHED = {"cache_control": {"type": "ephemeral"}}
-TOOL_RESULT = {"type": "tool_result", "tool_use_id": "t1", "content": "42"}
-USE = turn([{"type": "tool_use", "id": "t1", "name": "f", "input": {}}], "assistant")
-
-
-@pytest.mark.parametrize(
-    ("turns", "wanted"),
-    [
-        pytest.param(
-            [turn("hi"), turn("a", "system")],
-            [turn([text_block("hi"), reminder("a")])],
-            id="behind",
-        ),
-        pytest.param(
-            [turn("a", "system"), turn([text_block("hi")])],
-            [turn([reminder("a"), text_block("hi")])],
-            id="before",
-        ),
-        pytest.param(
-            [
-                turn("hi"),
-                turn([text_block("a"), text_block("b") | CACHED], "system"),
-                turn("c", "system"),
-            ],
-            [turn([text_block("hi"), reminder("a"), reminder("b") | CACHED, reminder("c")])],
-            id="several",
-        ),
-        pytest.param(
-            [turn("hi"), turn("yes", "assistant"), turn("a", "system")],
-            [turn([text_block("hi")]), turn("yes", "assistant"), turn([reminder("a")])],
-            id="none beside it",
-        ),
-        pytest.param(
-            [USE, turn("a", "system"), turn([TOOL_RESULT])],
-            [USE, turn([TOOL_RESULT, reminder("a")])],
-            id="results first",
-        ),
-        pytest.param(
-            [turn("hi"), turn("there")], [turn("hi"), turn("there")], id="no system message"
-        ),
-        pytest.param([7, turn(None, "system"), turn(7)], [{}, turn([])], id="nothing that is one"),
-        pytest.param(
-            [turn([7, {"type": "image"}], "system")], [turn([7, {"type": "image"}])], id="no text"
-        ),
-        pytest.param(
-            [{"content": "x"}, turn("a", "system")],
-            [{"content": "x"}, turn([reminder("a")])],
-            id="no role",
-        ),
-        pytest.param("hi", "hi", id="no turns"),
-    ],
-)
-def test_a_system_message_of_anthropics_is_a_reminder_in_the_users_turn(turns, wanted):
-    assert json.loads(
-        messages_request({"model": "opus", "messages": turns, "top_k": 1}, "glm-5.3")
-    ) == {
-        "model": "glm-5.3",
-        "messages": wanted,
-        "top_k": 1,
-    }
-
-
 # ======== Contents ========
 
 
@@ -2513,7 +2458,7 @@ def test_a_use_of_a_tool_is_a_call_once():
         ({"content": "42"}, ("42",)),
         ({"content": [{"type": "text", "text": "42"}, {"type": "image", "source": {"url": SKY.url}}]}, ("42", SKY)),
         ({}, ()),
-        ({"content": "no such file", "is_error": True}, ("Error:", "no such file")),
+        ({"content": "no such file", "is_error": True}, ("Error: no such file",)),
         ({"content": "Error: no such file", "is_error": True}, ("Error: no such file",)),
     ],
 )  # fmt: skip
@@ -2543,6 +2488,704 @@ def test_the_result_of_a_tool_in_a_system_message_is_its_text():
 )
 def test_a_result_names_its_call_or_the_function(fields, call_id):
     assert read("tool", "42", **fields) == [Message("tool", ("42",), call_id=call_id)]
+
+
+# ======== Messages: the request ========
+
+
+def turn(content, role="user"):
+    return {"role": role, "content": content}
+
+
+def text_block(text):
+    return {"type": "text", "text": text}
+
+
+def reminder(text):
+    return f"<system-reminder>\n{text}\n</system-reminder>"
+
+
+CLAUDE = {
+    "model": "claude-opus-5",
+    "max_tokens": 9_000,
+    "messages": [{"role": "user", "content": "你好"}],
+}
+
+
+def plan_of_message(body, **settings):
+    """The plan for a request, `body` added to CLAUDE."""
+    given = {"model_aliases": (("claude-*", "glm-4.6"),)} | settings
+    prompt, _ = ztoapi.parse_message(CLAUDE | body)
+    return ztoapi.make_plan(prompt, Settings(**given), Account(""), "7")
+
+
+def asked_of_zai(body, **settings):
+    """What Z.ai gets of a request of Anthropic's API, without what every request has."""
+    model, prompt = plan_of_message(body, **settings).prompts[0]
+    sent = zai_body(prompt, model)
+    return {name: value for name, value in sent.items() if name not in ("model", "stream")}
+
+
+def turns_for_zai(*turns):
+    return asked_of_zai({"messages": list(turns)})["messages"]
+
+
+PICTURE_BLOCK = {
+    "type": "image",
+    "source": {"type": "base64", "media_type": "image/png", "data": "QUJD"},
+}
+CACHED = {"cache_control": {"type": "ephemeral"}}
+TOOL_RESULT = {"type": "tool_result", "tool_use_id": "t1", "content": "42"}
+USE = turn([{"type": "tool_use", "id": "t1", "name": "f", "input": {}}], "assistant")
+ZAI_USE = {
+    "role": "assistant",
+    "content": "",
+    "tool_calls": [{"id": "t1", "type": "function", "function": {"name": "f", "arguments": "{}"}}],
+}
+ZAI_RESULT = {"role": "tool", "content": "42", "tool_call_id": "t1"}
+
+
+@pytest.mark.parametrize(
+    ("turns", "wanted"),
+    [
+        pytest.param(
+            [turn("hi"), turn("a", "system")], [turn(f"hi\n{reminder('a')}")], id="behind"
+        ),
+        pytest.param(
+            [turn("a", "system"), turn([text_block("hi")])],
+            [turn(f"{reminder('a')}\nhi")],
+            id="before",
+        ),
+        pytest.param(
+            [turn("hi"), turn([text_block("a"), text_block("b") | CACHED], "system"), turn("c", "system")],
+            [turn("\n".join(["hi", reminder("a"), reminder("b"), reminder("c")]))],
+            id="several",
+        ),
+        pytest.param(
+            [turn("hi"), turn("yes", "assistant"), turn("a", "system")],
+            [turn("hi"), turn("yes", "assistant"), turn(reminder("a"))],
+            id="none beside it",
+        ),
+        pytest.param(
+            [USE, turn("a", "system"), turn([TOOL_RESULT])],
+            [ZAI_USE, ZAI_RESULT, turn(reminder("a"))],
+            id="before results",
+        ),
+        pytest.param([turn("hi"), turn("there")], [turn("hi"), turn("there")], id="no system message"),
+    ],
+)  # fmt: skip
+def test_a_system_message_among_the_others_is_a_reminder_in_the_users_turn(turns, wanted):
+    assert turns_for_zai(*turns) == wanted
+
+
+def test_a_reminder_begins_no_turn():
+    use = plan_of_message(
+        {"messages": [turn("hi"), USE, turn([TOOL_RESULT]), turn("a", "system")]}
+    ).prompts[0][1]
+    assert ztoapi.turn_start(use.messages) == 1
+
+
+@pytest.mark.parametrize(
+    ("system", "wanted"),
+    [
+        pytest.param("Be kind.", "Be kind.", id="text"),
+        pytest.param([text_block("a") | CACHED, text_block("b")], "a\n\nb", id="blocks"),
+        pytest.param(
+            [text_block("x-anthropic-billing-header: cc=1; cch=9;"), text_block("b")],
+            "b",
+            id="billing header",
+        ),
+        pytest.param([text_block("a"), text_block("")], "a", id="an empty block"),
+    ],
+)
+def test_the_system_prompt_is_one_message(system, wanted):
+    assert asked_of_zai({"system": system})["messages"] == [
+        {"role": "system", "content": wanted},
+        turn("你好"),
+    ]
+
+
+def test_no_system_prompt_is_no_message():
+    for system in ("", [], [text_block("x-anthropic-billing-header: x")], None):
+        assert asked_of_zai({"system": system})["messages"] == [turn("你好")]
+
+
+def result_of(content, **more):
+    return turn([{"type": "tool_result", "tool_use_id": "t1", "content": content, **more}])
+
+
+FOUND_BLOCK = {
+    "type": "web_search_result",
+    "url": "https://x/y",
+    "title": "T",
+    "encrypted_content": in_base64("Sunny."),
+    "page_age": None,
+}
+
+
+@pytest.mark.parametrize(
+    ("block", "wanted"),
+    [
+        (text_block("hi"), "hi"),
+        ({"type": "document", "title": "a.py", "source": {"type": "text", "media_type": "text/plain", "data": "x = 1"}}, "a.py\nx = 1"),
+        ({"type": "document", "source": {"type": "base64", "media_type": "text/csv", "data": in_base64("a,b")}}, "a,b"),
+        ({"type": "document", "source": {"type": "content", "content": [text_block("c")]}}, "c"),
+        ({"type": "search_result", "title": "T", "source": "https://x", "content": [text_block("c")]}, "T\nhttps://x\nc"),
+        ({"type": "tool_reference", "tool_name": "Read"}, "Tool Read is now available."),
+        ({"type": "web_search_tool_result", "tool_use_id": "s", "content": [FOUND_BLOCK]}, "T\nhttps://x/y\nSunny."),
+        ({"type": "web_search_tool_result", "tool_use_id": "s", "content": {"type": "web_search_tool_result_error", "error_code": "unavailable"}}, '{"type":"web_search_tool_result_error","error_code":"unavailable"}'),
+    ],
+    ids=["text", "document", "document in base64", "document of blocks", "search result", "tool reference", "web search", "failed web search"],
+)  # fmt: skip
+def test_blocks_are_read_as_the_text_that_they_bring(block, wanted):
+    assert turns_for_zai(turn([block])) == [turn(wanted)]
+    assert turns_for_zai(turn("hi"), USE, result_of([block]))[2]["content"] == wanted
+
+
+@pytest.mark.parametrize(
+    ("content", "error", "wanted"),
+    [
+        pytest.param("42", False, "42", id="text"),
+        pytest.param([text_block("4"), text_block("2")], False, "4\n2", id="blocks"),
+        pytest.param("no such file", True, "Error: no such file", id="error"),
+        pytest.param("Error: no", True, "Error: no", id="error that says so"),
+        pytest.param(None, True, "Error:", id="error without words"),
+        pytest.param([], False, "(no output)", id="empty"),
+        pytest.param(None, False, "(no output)", id="absent"),
+    ],
+)
+def test_results_of_tools_are_texts(content, error, wanted):
+    assert turns_for_zai(turn("hi"), USE, result_of(content, is_error=error))[2] == {
+        "role": "tool",
+        "content": wanted,
+        "tool_call_id": "t1",
+    }
+
+
+@pytest.mark.parametrize(
+    ("block", "thought"),
+    [
+        ({"type": "thinking", "thinking": "hm", "signature": "any"}, "hm"),
+        ({"type": "thinking", "thinking": "", "signature": ztoapi.encode_reasoning("hm")}, "hm"),
+        ({"type": "thinking", "thinking": "", "signature": "ztoapi:?"}, None),
+        ({"type": "redacted_thinking", "data": "x"}, None),
+    ],
+    ids=["shown", "omitted", "spoilt", "redacted"],
+)
+def test_thinking_that_comes_back_is_reasoning(block, thought):
+    said = turns_for_zai(turn("hi"), turn([block, text_block("yes")], "assistant"), turn("go"))[1]
+    assert (said["content"], said.get("reasoning_content")) == ("yes", thought)
+
+
+def test_a_search_that_comes_back_is_what_it_found():
+    use = {"type": "server_tool_use", "id": "s", "name": "web_search", "input": {"query": "q"}}
+    found = {"type": "web_search_tool_result", "tool_use_id": "s", "content": [FOUND_BLOCK]}
+    said = turn([text_block("It is sunny."), use, found], "assistant")
+    assert turns_for_zai(turn("hi"), said)[1] == {
+        "role": "assistant",
+        "content": "It is sunny.\nT\nhttps://x/y\nSunny.",
+    }
+
+
+def test_images_of_messages_are_for_models_that_see():
+    source = {"type": "base64", "media_type": "image/png", "data": "QUJD"}
+    image, at = {"type": "image", "source": source}, {"type": "url", "url": "https://x/a.png"}
+    content = [text_block("?"), image, {"type": "image", "source": at}]
+    (said,) = asked_of_zai({"model": "glm-4.6v", "messages": [turn(content)]})["messages"]
+    urls = [part["image_url"]["url"] for part in said["content"][1:]]
+    assert urls == ["QUJD", "https://x/a.png"]
+    with pytest.raises(BadRequest, match="does not take images"):
+        asked_of_zai({"messages": [turn(content)]})
+    shown = turns_for_zai(turn("hi"), USE, result_of([image]))[2]
+    assert shown["content"].startswith("[image: not shown to glm-4.6")
+
+
+def test_a_block_of_an_unknown_type_is_left_out_and_listed():
+    new = {"type": "tool_addition", "tool": {"type": "tool_definition"}}
+    body = {"messages": [turn("a", "system"), turn([new, text_block("hi")]), turn([new], "system")]}
+    plan = plan_of_message(body)
+    assert plan.ignored == ("content.tool_addition",)
+    assert [message.role for message in plan.prompts[0][1].messages] == ["user"]
+
+
+def test_a_last_turn_of_the_assistants_stays_one():
+    assert turns_for_zai(turn("1, 2,"), turn("3,", "assistant"))[-1] == turn("3,", "assistant")
+
+
+THINKS, NOT = {"thinking": {"type": "enabled"}}, {"thinking": {"type": "disabled"}}
+ADAPTIVE = {"thinking": {"type": "adaptive"}}
+WITH_TOOLS = {"tools": [{"name": "f", "input_schema": {}}], "max_tokens": 100}
+
+
+def budget(tokens):
+    return {"thinking": {"type": "enabled", "budget_tokens": tokens}}
+
+
+def wanting(effort):
+    return {"output_config": {"effort": effort}}
+
+
+@pytest.mark.parametrize(
+    ("body", "always", "switch"),
+    [
+        pytest.param(budget(4_096), "low", "enabled", id="a small budget"),
+        pytest.param(budget(16_384), "high", "enabled", id="a budget"),
+        pytest.param(budget(16_385), "max", "enabled", id="a large budget"),
+        pytest.param(THINKS, None, "enabled", id="no budget"),
+        pytest.param(budget(100) | wanting("max"), "max", "enabled", id="an effort before the budget"),
+        pytest.param(ADAPTIVE, None, None, id="adaptive"),
+        pytest.param(ADAPTIVE | wanting("low"), "low", "enabled", id="adaptive with an effort"),
+        pytest.param({"thinking": {"type": "disabled"}} | wanting("max"), "low", "disabled", id="disabled"),
+        pytest.param({"max_tokens": 8_192}, None, None, id="not asked, with room"),
+        pytest.param({"max_tokens": 8_191}, "low", "disabled", id="not asked, without room"),
+        pytest.param(WITH_TOOLS, None, None, id="not asked, with tools"),
+        pytest.param(wanting("max") | {"max_tokens": 100}, "low", "disabled", id="an effort alone"),
+    ],
+)  # fmt: skip
+def test_thinking_is_asked_for_as_the_model_has_it(body, always, switch):
+    assert asked_of_zai({"model": "glm-5.3", **body}).get("reasoning_effort") == always
+    thinking = asked_of_zai({"model": "glm-4.6", **body}).get("thinking", {})
+    assert thinking.get("type") == switch
+
+
+@pytest.mark.parametrize(
+    ("body", "form"),
+    [(THINKS, "parsed"), (ADAPTIVE, "parsed"), (NOT, "hidden"), ({}, "hidden"), (WITH_TOOLS, "hidden")],
+    ids=["enabled", "adaptive", "disabled", "not asked", "tools"],
+)  # fmt: skip
+def test_thinking_is_shown_where_it_was_asked_for(body, form):
+    assert plan_of_message(body, reasoning_format="raw").reasoning_format == form
+
+
+def test_where_nobody_asks_for_thinking_the_operators_word_counts():
+    assert asked_of_zai({"max_tokens": 100}, enable_thinking=True)["thinking"]["type"] == "enabled"
+    assert asked_of_zai(WITH_TOOLS, enable_thinking=False)["thinking"]["type"] == "disabled"
+
+
+ANTHROPIC_SEARCH = {"type": "web_search_20250305", "name": "web_search", "max_uses": 8}
+SEARCHING = {"enable": True, "search_engine": "search-prime", "search_result": True}
+GREP = {"name": "grep", "description": "Find", "input_schema": {"type": "object"}, **CACHED}
+ZAI_GREP = {
+    "type": "function",
+    "function": {"name": "grep", "description": "Find", "parameters": {"type": "object"}},
+}
+
+
+def searching(**more):
+    return {"type": "web_search", "web_search": {**SEARCHING, **more}}
+
+
+@pytest.mark.parametrize(
+    ("tools", "wanted", "ignored"),
+    [
+        pytest.param([GREP], [ZAI_GREP], (), id="function"),
+        pytest.param([{**GREP, "type": "custom", "defer_loading": True}], [ZAI_GREP], (), id="deferred"),
+        pytest.param(
+            [GREP, {"name": "DeferredToolPlaceholder", "defer_loading": True, "input_schema": {}}],
+            [ZAI_GREP], (), id="a placeholder",
+        ),
+        pytest.param(
+            [{"type": "bash_20250124", "name": "bash"}, GREP, {"type": "memory_20250818", "name": "memory"}],
+            [ZAI_GREP], ("tools.bash_20250124", "tools.memory_20250818"), id="clients' tools",
+        ),
+        pytest.param([ANTHROPIC_SEARCH], [searching(require_search=True)], (), id="search alone"),
+        pytest.param([ANTHROPIC_SEARCH, GREP], [ZAI_GREP, searching()], (), id="search beside others"),
+        pytest.param(
+            [{**ANTHROPIC_SEARCH, "allowed_domains": ["a.org", "b.org"]}, GREP],
+            [ZAI_GREP, searching(search_domain_filter="a.org,b.org")], (), id="domains",
+        ),
+        pytest.param(
+            [{**ANTHROPIC_SEARCH, "type": "web_search_20260209", "blocked_domains": ["a.org"]}, GREP],
+            [ZAI_GREP, searching()], ("tools.blocked_domains",), id="blocked domains",
+        ),
+        pytest.param([{"name": "f"}], [{"type": "function", "function": {"name": "f", "description": "f", "parameters": {"type": "object", "properties": {}}}}], (), id="no schema"),
+    ],
+)  # fmt: skip
+def test_tools_of_anthropics_are_z_ais(tools, wanted, ignored):
+    assert asked_of_zai({"tools": tools})["tools"] == wanted
+    assert plan_of_message({"tools": tools}).ignored == ignored
+
+
+@pytest.mark.parametrize(
+    ("choice", "tools", "line"),
+    [
+        pytest.param({"type": "auto"}, ["grep", "web_search"], None, id="auto"),
+        pytest.param({"type": "none"}, None, None, id="none"),
+        pytest.param({"type": "any"}, ["grep", "web_search"], "Answer by calling the function grep.", id="any"),
+        pytest.param({"type": "tool", "name": "grep"}, ["grep"], "Answer by calling the function grep.", id="a function"),
+        pytest.param({"type": "tool", "name": "web_search"}, ["web_search"], None, id="the search"),
+    ],
+)  # fmt: skip
+def test_a_choice_of_tools_is_kept(choice, tools, line):
+    sent = asked_of_zai({"tools": [GREP, ANTHROPIC_SEARCH], "tool_choice": choice})
+    names = [tool.get("function", {}).get("name", tool["type"]) for tool in sent.get("tools", [])]
+    assert (names or None) == tools
+    first = sent["messages"][0]
+    assert (first["content"] if first["role"] == "system" else None) == line
+    if choice.get("name") == "web_search":
+        assert sent["tools"] == [searching(require_search=True)]
+
+
+@pytest.mark.parametrize(
+    ("body", "at"),
+    [
+        pytest.param({"model": None}, "model", id="no model"),
+        pytest.param({"messages": []}, "messages", id="no messages"),
+        pytest.param({"max_tokens": None}, "max_tokens", id="no limit"),
+        pytest.param({"max_tokens": 0}, "max_tokens", id="a limit of 0"),
+        pytest.param({"temperature": 1.5}, "temperature", id="temperature"),
+        pytest.param({"thinking": {"type": "much"}}, "thinking", id="thinking"),
+        pytest.param({"thinking": {"type": "enabled", "budget_tokens": "9"}}, "thinking", id="budget"),
+        pytest.param(wanting("huge"), "output_config.effort", id="effort"),
+        pytest.param({"output_config": {"format": {"type": "xml"}}}, "output_config.format", id="format"),
+        pytest.param({"system": [{"type": "image"}]}, "system", id="system"),
+        pytest.param({"tools": [{}]}, "tools[0]", id="a tool without a name"),
+        pytest.param({"tools": [GREP], "tool_choice": {"type": "tool", "name": "ls"}}, "tool_choice", id="a choice of no tool"),
+        pytest.param({"tools": [GREP], "tool_choice": "auto"}, "tool_choice", id="a choice that is a word"),
+        pytest.param({"tools": [{**ANTHROPIC_SEARCH, "allowed_domains": "a.org"}]}, "tools[0].allowed_domains", id="domains"),
+        pytest.param({"messages": [turn("hi", "nobody")]}, "messages[0].role", id="role"),
+        pytest.param({"stop_sequences": [1]}, "stop_sequences", id="stop sequences"),
+    ],
+)  # fmt: skip
+def test_a_request_of_anthropics_names_what_is_wrong_in_it(body, at):
+    with pytest.raises(BadRequest) as raised:
+        plan_of_message(body)
+    assert raised.value.param == at
+
+
+def test_what_cannot_be_honoured_is_listed_where_it_asks_for_something():
+    body = {
+        "top_k": 5,
+        "container": "c",
+        "context_management": {"edits": []},
+        "service_tier": "auto",
+        "mcp_servers": [],
+        "tools": [GREP],
+        "tool_choice": {"type": "auto", "disable_parallel_tool_use": True},
+        **CACHED,
+    }
+    assert plan_of_message(body).ignored == (
+        "top_k",
+        "container",
+        "context_management",
+        "disable_parallel_tool_use",
+    )
+
+
+def test_a_user_of_anthropics_is_told_only_as_a_hash():
+    user_id = '{"device_id": "d", "account_uuid": "me", "session_id": "s1"}'
+    sent = asked_of_zai({"metadata": {"user_id": user_id}})
+    assert sent["user_id"] == ztoapi.digest(user_id)
+    assert asked_of_zai({"metadata": {}}).keys() == {"messages", "max_tokens"}
+
+
+@pytest.mark.parametrize(
+    ("user_id", "session"),
+    [
+        ('{"device_id": "d", "session_id": "s1"}', "s1"),
+        ("user_1_account_2_session_s1", "s1"),
+        ("anna", ""),
+        ("[1]", ""),
+        ('{"session_id": 7}', ""),
+    ],
+    ids=["JSON", "words", "a name", "other JSON", "a number"],
+)
+def test_a_session_is_the_name_of_the_conversation(user_id, session):
+    prompt, _ = ztoapi.parse_message(CLAUDE | {"metadata": {"user_id": user_id}})
+    assert prompt.cache_key == session
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        {"output_config": {"format": {"type": "json_schema", "schema": {"type": "object"}}}},
+        {"output_format": {"type": "json_schema", "schema": {"type": "object"}}},
+    ],
+    ids=["output_config", "output_format"],
+)
+def test_a_format_of_the_answer_is_a_schema(body):
+    sent = asked_of_zai(body)
+    assert sent["response_format"] == {"type": "json_object"}
+    assert sent["messages"][0]["content"].endswith(
+        'valid against this JSON Schema: {"type":"object"}'
+    )
+
+
+def test_what_is_asked_of_anthropic_is_asked_of_zai_whole():
+    body = {
+        "system": "Be kind.",
+        "temperature": 0.5,
+        "top_p": 0.9,
+        "stop_sequences": ["END"],
+        "tools": [GREP],
+        "thinking": {"type": "disabled"},
+        "fallbacks": ["glm-4.5"],
+        "stream": True,
+    }
+    assert asked_of_zai(body) == {
+        "messages": [{"role": "system", "content": "Be kind."}, turn("你好")],
+        "temperature": 0.5,
+        "top_p": 0.9,
+        "max_tokens": 9_000,
+        "stop": ["END"],
+        "tools": [ZAI_GREP],
+        "tool_stream": True,
+        "thinking": {"type": "disabled"},
+    }
+    plan = plan_of_message(body)
+    assert (plan.streamed, [model.id for model, _ in plan.prompts]) == (
+        True,
+        ["glm-4.6", "glm-4.5"],
+    )
+
+
+GOLDEN = PROGRAM.parent / ".ci" / "golden"
+
+
+def golden(name):
+    """Requests of a real client, its words replaced, with what Z.ai must get of each."""
+    cases = json.loads((GOLDEN / f"{name}.json").read_text())
+    return [pytest.param(case, id=case["name"]) for case in cases]
+
+
+@pytest.mark.parametrize("case", golden("claude-code"))
+def test_what_claude_code_sends_reaches_zai_as_it_must(case):
+    prompt, _ = ztoapi.parse_message(case["asked"])
+    plan = ztoapi.make_plan(prompt, Settings(), Account(""), "7")
+    model, planned = plan.prompts[0]
+    assert (zai_body(planned, model), list(plan.ignored)) == (case["sent"], case["ignored"])
+
+
+def test_a_tokens_estimate_is_scaled_by_what_zai_told_of_the_model():
+    scale = ztoapi.TokenScale()
+    scale.learn("glm-4.6", 100, 0)
+    assert scale.scaled("glm-4.6", 100) == 100
+    scale.learn("glm-4.6", 100, 200)
+    assert (scale.scaled("glm-4.6", 100), scale.scaled("glm-5", 100)) == (200, 100)
+    scale.learn("glm-4.6", 100, 100)
+    assert scale.scaled("glm-4.6", 100) == 175
+    for number in range(200):
+        scale.learn(f"m{number}", 1, 1)
+    assert len(scale.factors) == scale.MAX_MODELS
+
+
+# ======== Messages: the answer ========
+
+
+def message_reply(**fields):
+    return begun(ztoapi.parse_message(CLAUDE | fields)[1])
+
+
+def message_frames(events, **fields):
+    reply = message_reply(**fields)
+    return [*reply.frames_of(events), *reply.close()]
+
+
+def message_document(events, **fields):
+    return message_reply(**fields).fold(events)
+
+
+MESSAGE_USAGE = {
+    "input_tokens": 4,
+    "cache_creation_input_tokens": 0,
+    "cache_read_input_tokens": 2,
+    "output_tokens": 3,
+}
+MESSAGE = {
+    "id": "msg_2026",
+    "type": "message",
+    "role": "assistant",
+    "model": "GLM-4.6",
+    "content": [],
+    "stop_reason": None,
+    "stop_sequence": None,
+    "stop_details": None,
+}
+SPENT_6 = Usage(6, 3, 9, 2)
+
+
+def test_a_message_is_streamed_block_by_block():
+    events = [Thought("h"), Thought("m"), Text("你"), Text("好"), SPENT_6, Finish("stop")]
+    assert message_frames(events) == [
+        {"type": "message_start", "message": {**MESSAGE, "usage": {**MESSAGE_USAGE, "input_tokens": 2, "cache_read_input_tokens": 0, "output_tokens": 0}}},
+        {"type": "content_block_start", "index": 0, "content_block": {"type": "thinking", "thinking": "", "signature": ""}},
+        {"type": "content_block_delta", "index": 0, "delta": {"type": "thinking_delta", "thinking": "h"}},
+        {"type": "content_block_delta", "index": 0, "delta": {"type": "thinking_delta", "thinking": "m"}},
+        {"type": "content_block_delta", "index": 0, "delta": {"type": "signature_delta", "signature": "ztoapi:"}},
+        {"type": "content_block_stop", "index": 0},
+        {"type": "content_block_start", "index": 1, "content_block": {"type": "text", "text": ""}},
+        {"type": "content_block_delta", "index": 1, "delta": {"type": "text_delta", "text": "你"}},
+        {"type": "content_block_delta", "index": 1, "delta": {"type": "text_delta", "text": "好"}},
+        {"type": "content_block_stop", "index": 1},
+        {"type": "message_delta", "delta": {"stop_reason": "end_turn", "stop_sequence": None, "stop_details": None}, "usage": MESSAGE_USAGE},
+        {"type": "message_stop"},
+    ]  # fmt: skip
+
+
+def test_a_message_that_is_whole_has_its_blocks():
+    events = [
+        Thought("hm"),
+        Text("你好"),
+        ToolCall(0, "c1", "f", '{"a":'),
+        ToolCall(0, "", "", "1}"),
+        SPENT_6,
+        Finish("tool_calls"),
+    ]
+    assert message_document(events) == {
+        **MESSAGE,
+        "content": [
+            {"type": "thinking", "thinking": "hm", "signature": "ztoapi:"},
+            {"type": "text", "text": "你好"},
+            {"type": "tool_use", "id": "c1", "name": "f", "input": {"a": 1}},
+        ],
+        "stop_reason": "tool_use",
+        "usage": MESSAGE_USAGE,
+    }
+
+
+def test_thinking_that_is_omitted_is_in_the_signature():
+    events = [Thought("h"), Thought("m"), Text("x"), Finish("stop")]
+    thinking = {"thinking": {"type": "adaptive", "display": "omitted"}}
+    deltas = [frame["delta"] for frame in message_frames(events, **thinking) if "delta" in frame]
+    assert deltas[0] == {"type": "signature_delta", "signature": "ztoapi:aG0="}
+    block = message_document(events, **thinking)["content"][0]
+    assert block == {"type": "thinking", "thinking": "", "signature": "ztoapi:aG0="}
+    assert ztoapi.part_thought(block) == "hm"
+
+
+def opened(frames):
+    """The blocks in the order in which they begin, and what each says."""
+    found = []
+    for frame in frames:
+        if frame["type"] == "content_block_start":
+            block = frame["content_block"]
+            found.append([block.get("id", block["type"]), ""])
+        elif frame["type"] == "content_block_delta":
+            assert frame["index"] == len(found) - 1
+            found[-1][1] += frame["delta"].get("partial_json") or frame["delta"].get("text", "")
+    return found
+
+
+def test_the_pieces_of_two_calls_are_one_block_after_the_other():
+    one, two = ToolCall(0, "c1", "f", '{"a":'), ToolCall(1, "c2", "g", '{"b":')
+    ends = [ToolCall(1, "", "", "2}"), ToolCall(0, "", "", "1}")]
+    frames = message_frames([one, two, *ends, Text("so"), Finish("tool_calls")])
+    assert opened(frames) == [["c1", '{"a":1}'], ["c2", '{"b":2}'], ["text", "so"]]
+
+
+def test_a_call_that_is_complete_makes_no_other_wait():
+    reply = message_reply()
+    reply.feed(ToolCall(0, "c1", "f", "{}"))
+    begun_types = [frame["type"] for frame in reply.feed(ToolCall(1, "c2", "g", ""))]
+    assert begun_types == ["content_block_stop", "content_block_start"]
+
+
+@pytest.mark.parametrize(
+    ("end", "reason", "sequence"),
+    [
+        (Finish("stop"), "end_turn", None),
+        (Finish("length"), "max_tokens", None),
+        (Finish("tool_calls"), "tool_use", None),
+        (Finish("content_filter"), "refusal", None),
+        (Finish("stop", stop_sequence="END"), "stop_sequence", "END"),
+        (Finish("length", is_window_full=True), "model_context_window_exceeded", None),
+    ],
+    ids=["stop", "length", "calls", "filter", "stop sequence", "window"],
+)
+def test_reasons_to_stop_are_anthropics(end, reason, sequence):
+    whole = message_document([Text("x"), end])
+    assert (whole["stop_reason"], whole["stop_sequence"]) == (reason, sequence)
+    delta = message_frames([Text("x"), end])[-2]["delta"]
+    assert delta == {"stop_reason": reason, "stop_sequence": sequence, "stop_details": None}
+
+
+def test_a_window_that_is_full_after_some_text_is_told_apart_from_a_limit():
+    full = stream_of({"content": "x"}, finish("model_context_window_exceeded"))
+    assert read_all([full])[-1] == Finish("length", is_window_full=True)
+    assert read_all([stream_of({"content": "x"}, finish("length"))])[-1] == Finish("length")
+
+
+def test_a_search_is_told_with_what_it_found():
+    events = [Text("Sunny."), Citations((FOUND | {"publish_date": "2026-11-29"},)), SPENT_6, Finish("stop")]  # fmt: skip
+    text, use, result = message_document(events, tools=[ANTHROPIC_SEARCH])["content"]
+    assert text["citations"] == [
+        {
+            "type": "web_search_result_location",
+            "cited_text": "C",
+            "encrypted_index": "0",
+            "title": "T",
+            "url": "https://x/y",
+        }
+    ]
+    assert use == {
+        "type": "server_tool_use",
+        "id": "srvtoolu_ours_0",
+        "name": "web_search",
+        "input": {"query": "你好"},
+    }
+    found = {**FOUND_BLOCK, "encrypted_content": in_base64("C"), "page_age": "2026-11-29"}
+    assert result == {
+        "type": "web_search_tool_result",
+        "tool_use_id": use["id"],
+        "content": [found],
+    }
+    usage = message_document(events, tools=[ANTHROPIC_SEARCH])["usage"]
+    assert usage["server_tool_use"] == {"web_search_requests": 1, "web_fetch_requests": 0}
+
+
+def test_usage_that_zai_does_not_tell_is_estimated():
+    usage = message_document([Text("x" * 100), Finish("stop")])["usage"]
+    assert (usage["input_tokens"], usage["output_tokens"]) == (2, 28)
+
+
+def test_arguments_that_are_no_object_are_none():
+    (block,) = message_document([ToolCall(0, "c", "f", "[1"), Finish("length")])["content"]
+    assert block["input"] == {}
+
+
+def test_a_message_that_breaks_off_ends_with_an_error():
+    reply = message_reply()
+    reply.feed(Text("x"))
+    assert reply.fail(UpstreamError(ztoapi.UNAVAILABLE)) == [
+        {
+            "type": "error",
+            "error": {"type": "api_error", "message": ztoapi.UNAVAILABLE.message},
+            "request_id": "req_ours",
+        }
+    ]
+
+
+def test_the_sign_of_life_of_a_message_is_a_ping():
+    reply = ztoapi.parse_message(CLAUDE)[1]
+    assert reply.sign_of_life(HEAD) == b'event: ping\ndata: {"type":"ping"}\n\n'
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "kind"),
+    [
+        (BadRequest("No."), 400, "invalid_request_error"),
+        (ztoapi.ProxyError(ztoapi.INVALID_API_KEY), 401, "authentication_error"),
+        (ztoapi.ProxyError(ztoapi.KEY_QUOTA_EXCEEDED), 402, "billing_error"),
+        (ztoapi.ProxyError(ztoapi.MODEL_NOT_ALLOWED), 403, "permission_error"),
+        (UpstreamError(ztoapi.MODEL_NOT_FOUND), 404, "not_found_error"),
+        (ztoapi.ProxyError(ztoapi.error_kind(413, "request_too_large")), 413, "request_too_large"),
+        (zai_error(429, b'{"error":{"code":"1302"}}'), 429, "rate_limit_error"),
+        (zai_error(429, b'{"error":{"code":"1305"}}'), 529, "overloaded_error"),
+        (UpstreamError(ztoapi.UNAVAILABLE), 502, "api_error"),
+        (ztoapi.ProxyError(ztoapi.ZAI_API_KEY_MISSING), 503, "api_error"),
+        (UpstreamError(ztoapi.TIMEOUT), 504, "api_error"),
+    ],
+    ids=lambda value: str(value) if isinstance(value, (int, str)) else "",
+)
+def test_errors_have_anthropics_status_and_type(error, status, kind):
+    assert ztoapi.anthropic_error(error, "req_1") == (
+        status,
+        {
+            "type": "error",
+            "error": {"type": kind, "message": str(error)},
+            "request_id": "req_1",
+        },
+    )
 
 
 # ======== Histories ========
@@ -4010,11 +4653,10 @@ def test_a_full_window_is_told_in_words_by_which_agents_compact():
     assert openai_words.startswith("context_length_exceeded: ")
     assert "reduce the length of the messages" in openai_words
     assert openai_words.endswith("(Z.ai 1261: Prompt exceeds max length)")
-    anthropic = ztoapi.anthropic_error_body(TOO_LONG)["error"]
+    _, body = ztoapi.anthropic_error(TOO_LONG, "req_1")
+    anthropic = body["error"]
     assert anthropic["type"] == "invalid_request_error"
     assert anthropic["message"] == f"prompt is too long: {openai_words}"
-    other = ztoapi.anthropic_error_body(BadRequest("No."))["error"]
-    assert other["message"] == "No."
 
 
 def test_no_balance_names_the_address_of_the_coding_plan():
@@ -4245,7 +4887,8 @@ def test_a_full_window_is_no_answer(data):
     ids=["text", "text that looks like a tag", "call"],
 )
 def test_a_window_that_fills_up_on_the_way_cuts_the_answer_short(said, asked):
-    assert read_all([stream_of(said, FULL_WINDOW)], **asked)[-1] == Finish("length")
+    ended = read_all([stream_of(said, FULL_WINDOW)], **asked)[-1]
+    assert ended == Finish("length", is_window_full=True)
 
 
 def test_what_came_before_a_failure_is_not_lost():
@@ -4820,73 +5463,12 @@ def test_where_no_json_is_wanted_text_stands_beside_a_call():
     [
         ("sensitive", "content_filter"),
         ("content_filter", "content_filter"),
-        ("model_context_window_exceeded", "length"),
         ("length", "length"),
         ("?", "stop"),
     ],
 )
 def test_finish_reasons_are_openais(reason, wanted):
     assert read_all([RECORDED.replace(b'"stop"', f'"{reason}"'.encode())])[-1] == Finish(wanted)
-
-
-MESSAGE_START = """\
-event: message_start
-data: {"type":"message_start","message":{"id":"m","model":"glm-5.3","usage":{"input_tokens":5,"output_tokens":0}}}
-
-"""
-MESSAGE_REST = """\
-event: content_block_delta
-data: {"type":"content_block_delta","delta":{"text":"\\"usage\\":\\"model\\":\\"glm-5.3\\" 好"}}
-
-event: message_delta
-data: {"type":"message_delta","usage":{"input_tokens":null,"output_tokens":7,"cache_read_input_tokens":3}}
-
-"""
-PING = 'event: ping\ndata: {"type": "ping"}\n\n'
-MESSAGE = {
-    "content": [{"input": {"model": "glm-5.3"}}],
-    "usage": {"output_tokens": 7, "cache_creation_input_tokens": 2},
-}
-
-
-def pass_messages(parts):
-    reader = MessagesReader("claude-好")
-    return b"".join([*map(reader.feed, parts), reader.close()]).decode(), reader.usage
-
-
-@pytest.mark.parametrize(
-    ("data", "wanted", "usage"),
-    [
-        pytest.param(
-            MESSAGE_START + MESSAGE_REST,
-            MESSAGE_START.replace("glm-5.3", "claude-好") + MESSAGE_REST,
-            Usage(8, 7, 15, 3),
-            id="stream",
-        ),
-        pytest.param(
-            PING + MESSAGE_START + PING,
-            PING + MESSAGE_START.replace("glm-5.3", "claude-好") + PING,
-            Usage(5, 0, 5),
-            id="ping first",
-        ),
-        pytest.param(
-            MESSAGE_START.replace("\n", "\r\n"),
-            MESSAGE_START.replace("glm-5.3", "claude-好").replace("\n", "\r\n"),
-            Usage(5, 0, 5),
-            id="CR LF",
-        ),
-        pytest.param(
-            json.dumps(MESSAGE | {"model": "glm-5.3"}),
-            to_json(MESSAGE | {"model": "claude-好"}),
-            Usage(2, 7, 9),
-            id="whole",
-        ),
-        pytest.param('{"input_tokens": 5}', '{"input_tokens": 5}', Usage(), id="count_tokens"),
-    ],
-)
-def test_messages_pass_with_the_clients_name_of_the_model_and_tell_their_usage(data, wanted, usage):
-    for parts in cuts(data.encode()):
-        assert pass_messages(parts) == (wanted, usage)
 
 
 VECTORS = {
@@ -4925,32 +5507,6 @@ def test_embeddings_are_packed_into_base64(data, wanted):
 )
 def test_a_quota_is_reset_at_a_date_or_nobody_knows_when(at, wanted):
     assert ztoapi.plan_limit({"percentage": 1, "nextResetTime": at})["resets_at"] == wanted
-
-
-def test_messages_pass_as_they_come():
-    reader = MessagesReader("m")
-    start = MESSAGE_START.replace("glm-5.3", "m").encode()
-    assert [*map(reader.feed, (MESSAGE_START[:-1].encode(), b"\nda", b"ta"))] == [
-        b"",
-        start + b"da",
-        b"ta",
-    ]
-
-
-@pytest.mark.parametrize(
-    "data",
-    [
-        b'{"code":401,"msg":"x","success":false}',
-        b'{"error":{"code":"1305","message":"x"}}',
-        b'event: error\ndata: {"type":"error","error":{"code":"1305","message":"x"}}\n\n',
-        b"<html>",
-        b"",
-    ],
-)
-def test_messages_that_begin_with_a_failure_fail(data):
-    for parts in cuts(data):
-        with pytest.raises(UpstreamError):
-            pass_messages(parts)
 
 
 CREDITS = {
@@ -5182,11 +5738,6 @@ def test_odd_figures_count_as_none_and_do_not_overflow_a_column():
         "prompt_tokens_details": {"cached_tokens": True},
     }
     assert ztoapi.zai_usage(usage) == ztoapi.Usage()
-    reader = MessagesReader("m")
-    reader.feed(
-        sse([{"type": "message_delta", "usage": {"input_tokens": 10**30, "output_tokens": 2}}])
-    )
-    assert reader.usage == ztoapi.Usage(0, 2, 2)
 
 
 @pytest.mark.parametrize(("seconds", "wait"), [(59, "1"), (60, None), (89, None), (90, None)])
@@ -6517,6 +7068,12 @@ def random_body(chance, sound, known):
 
 FULL_CHAT = chat(tools=[function("f")], temperature=0.5, max_tokens=9, stop=["x"], stream=True)
 FULL_RESPONSE = {"model": "glm-4.6", "input": [{"role": "user", "content": "x"}], "tools": []}
+FULL_MESSAGE = CLAUDE | {
+    "model": "glm-4.6",
+    "tools": [GREP, ANTHROPIC_SEARCH],
+    "system": "x",
+    **THINKS,
+}
 
 
 @pytest.mark.parametrize("seed", range(40))
@@ -6526,6 +7083,7 @@ FULL_RESPONSE = {"model": "glm-4.6", "input": [{"role": "user", "content": "x"}]
         ("chat/completions", FULL_CHAT, ztoapi.CHAT_FIELDS),
         ("completions", {"model": "glm-4.6", "prompt": "x"}, ztoapi.COMPLETION_FIELDS),
         ("responses", FULL_RESPONSE, ztoapi.RESPONSE_FIELDS),
+        ("messages", FULL_MESSAGE, ztoapi.MESSAGE_FIELDS),
     ],
 )
 def test_a_body_is_refused_when_it_is_read_or_planned_or_never(seed, surface, sound, known):
@@ -6673,7 +7231,7 @@ class FakeZai:
         app = web.Application(client_max_size=2**30)
         app.router.add_get("/api/monitor/usage/quota/limit", self.tell_quota)
         app.router.add_get("/api/paas/v4/models", self.list_models)
-        app.router.add_route("*", "/api/{_:((coding/)?paas/v4|anthropic/v1)/.*}", self.serve)
+        app.router.add_route("*", "/api/{_:(coding/)?paas/v4/.*}", self.serve)
         return app
 
     async def tell_quota(self, request):
@@ -9317,111 +9875,218 @@ async def test_tools_that_only_openai_has_are_named_in_a_header_and_in_the_log(c
     assert "left out tools.computer" in caplog.text
 
 
-# ======== What Z.ai serves itself ========
+# ======== Messages over real sockets ========
 
 
-CLAUDE = {
-    "model": "claude-opus-5",
-    "max_tokens": 9,
-    "messages": [{"role": "user", "content": "你好"}],
-}
-
-
-@in_loop
-async def test_a_client_that_takes_its_time_is_no_silence_of_zais(start, zai):
-    client = await start(upstream_timeout=0.2)
-    zai.headers = EVENT_STREAM
-    zai.parts = [b"data: {}\n\n", *[b": " + b"x" * 2**20 + b"\n"] * 24, b"data: last\n\n"]
-    async with client.post("/v1/messages", json=CLAUDE, headers=KEY) as response:
-        response._connection.transport.pause_reading()
-        await asyncio.sleep(0.4)  # in which Z.ai cannot send anything
-        response._connection.transport.resume_reading()
-        assert (await response.read()).endswith(b"data: last\n\n")
+def message_events(stream):
+    """The events of a stream, each with the name that it must have."""
+    found = []
+    for frame in stream.split("\n\n")[:-1]:
+        name, data = frame.split("\n")
+        event = json.loads(data.removeprefix("data: "))
+        assert name == f"event: {event['type']}"
+        found.append(event)
+    return found
 
 
 @in_loop
-async def test_messages_go_to_zais_own_anthropic_api_with_our_key(passing, zai):
-    zai.headers = EVENT_STREAM
-    zai.parts = [b"event: message_start\ndata: {}\n\n", b"event: message_stop\ndata: {}\n\n"]
-    headers = KEY | {"anthropic-version": "2023-06-01", "anthropic-beta": "tools"}
-    response, body = await ask(passing, CLAUDE, "/v1/messages", headers)
-    assert (response.content_type, body.encode()) == ("text/event-stream", b"".join(zai.parts))
-    method, path, sent, data = zai.asked[0]
-    assert (method, path, sent["Authorization"]) == (
-        "POST",
-        "/api/anthropic/v1/messages",
-        "Bearer zai-key",
-    )
-    assert (sent["anthropic-version"], sent["anthropic-beta"]) == ("2023-06-01", "tools")
-    assert json.loads(data) == CLAUDE | {"model": "glm-5.3"}
-    assert (await ask(passing, CLAUDE, "/v1/messages/count_tokens"))[0].status == 200
-    assert zai.asked[1][1] == "/api/anthropic/v1/messages/count_tokens"
-
-
-@in_loop
-@pytest.mark.parametrize(
-    ("http", "body", "status", "kind"),
-    [
-        (
-            429,
-            b'{"type":"error","error":{"type":"rate_limit_error","code":"1308","message":"x"}}',
-            402,
-            "billing_error",
-        ),
-        (200, b'{"code":401,"msg":"token expired or incorrect","success":false}', 502, "api_error"),
-        (404, b"", 502, "api_error"),
-        (400, b'{"error":{"code":"1210","message":"x"}}', 400, "invalid_request_error"),
-    ],
-)
-async def test_failures_of_messages_have_anthropics_shape(passing, zai, http, body, status, kind):
-    zai.status, zai.parts = http, [body]
-    response, text = await ask(passing, CLAUDE, "/v1/messages")
-    assert (response.status, json.loads(text)["type"], error_of(text)["type"]) == (
-        status,
-        "error",
-        kind,
-    )
-
-
-@in_loop
-@pytest.mark.parametrize("stream", [True, False], ids=["streamed", "whole"])
-async def test_messages_have_the_model_as_the_client_named_it_and_are_counted(passing, zai, stream):
-    whole = json.dumps(MESSAGE | {"model": "glm-5.3"}).encode()
-    begun, rest = MESSAGE_START[:40].encode(), (MESSAGE_START[40:] + MESSAGE_REST).encode()
-    zai.parts = [begun, 0.01, rest, 0.01] if stream else [whole]
-    as_json = {"Content-Type": "application/json", "Content-Length": str(len(whole))}
-    zai.headers = {"X-Log-Id": "log-9"} | (EVENT_STREAM if stream else as_json)
-    response, body = await ask(passing, CLAUDE, "/v1/messages")
-    assert ("claude-opus-5" in body, response.headers["x-ztoapi-model"]) == (True, "glm-5.3")
-    assert response.headers["x-zai-request-id"] == "log-9"
+async def test_a_message_is_answered_whole_with_the_model_as_the_client_named_it(passing, zai):
+    zai.headers = EVENT_STREAM | {"X-Log-Id": "log-9"}
+    response, text = await ask(passing, CLAUDE, "/v1/messages?beta=true")
+    assert json.loads(text) == {
+        **MESSAGE,
+        "id": "msg_2025",
+        "model": "claude-opus-5",
+        "content": [{"type": "text", "text": "你好😀"}],
+        "stop_reason": "end_turn",
+        "usage": MESSAGE_USAGE,
+    }
+    headers = response.headers
+    assert (headers["x-ztoapi-model"], headers["x-zai-request-id"]) == ("glm-5.3", "log-9")
     figures = (await stats(passing))[0]["models"]["glm-5.3"]
-    assert (figures["prompt_tokens"], figures["completion_tokens"]) == (
-        (8, 7) if stream else (2, 7)
-    )
-    assert not stream or 0 < figures["first"]["p50"] < figures["duration"]["p50"]
+    assert (figures["prompt_tokens"], figures["completion_tokens"]) == (6, 3)
 
 
-IMAGE = {"type": "image", "source": {"type": "base64", "media_type": "image/png", "data": "QUJD"}}
+@in_loop
+async def test_a_message_is_streamed_without_an_end_of_openais(passing):
+    response, stream = await ask(passing, CLAUDE | THINKS | {"stream": True}, "/v1/messages")
+    events = message_events(stream)
+    assert response.content_type == "text/event-stream"
+    assert [event["type"] for event in events[-2:]] == ["message_delta", "message_stop"]
+    deltas = [event["delta"] for event in events if event["type"] == "content_block_delta"]
+    assert "".join(delta.get("text", "") for delta in deltas) == "你好😀"
+    assert "".join(delta.get("thinking", "") for delta in deltas) == "想"
+
+
+@in_loop
+async def test_a_message_that_breaks_off_in_mid_stream_ends_with_an_error(passing, zai):
+    zai.parts = [stream_of({"content": "a"}, done=""), RESET]
+    _, stream = await ask(passing, CLAUDE | {"stream": True}, "/v1/messages")
+    events = message_events(stream)
+    assert [event["type"] for event in (events[0], events[-1])] == ["message_start", "error"]
+    assert events[-1]["error"]["type"] == "api_error"
+    assert events[-1]["request_id"].startswith("req_")
+
+
+@in_loop
+@pytest.mark.parametrize("stream", [False, True], ids=["whole", "streamed"])
+@pytest.mark.parametrize(
+    ("refused", "status", "kind", "asked"),
+    [
+        (zai_refuses(1308), 402, "billing_error", 1),
+        ((200, [b'{"code":401,"msg":"token expired","success":false}']), 502, "api_error", 1),
+        ((404, [b""]), 502, "api_error", 1),
+        (zai_refuses(1210, 400), 400, "invalid_request_error", 1),
+        (zai_refuses(1234, 500), 502, "api_error", 3),
+        (zai_refuses(1261, 400), 400, "invalid_request_error", 1),
+    ],
+    ids=["quota", "key", "address", "request", "failure", "window"],
+)
+async def test_failures_of_messages_have_anthropics_shape(
+    passing, zai, stream, refused, status, kind, asked
+):
+    zai.status, zai.parts = refused
+    response, text = await ask(passing, CLAUDE | {"stream": stream}, "/v1/messages")
+    document = json.loads(text)
+    assert (response.status, document["type"], document["error"]["type"]) == (status, "error", kind)
+    assert document["request_id"] == response.headers["x-request-id"]
+    assert len(zai.asked) == asked
+
+
+@in_loop
+async def test_an_overload_is_a_529_of_anthropics(start, zai):
+    client = await start(rate_limit_wait=0)
+    zai.status, zai.parts = zai_refuses(1305)
+    response, text = await ask(client, CLAUDE | {"model": "glm-4.6"}, "/v1/messages")
+    assert (response.status, error_of(text)["type"]) == (529, "overloaded_error")
+    assert "x-should-retry" not in response.headers
+
+
+@in_loop
+async def test_a_window_that_is_full_is_told_in_the_words_that_claude_code_knows(passing, zai):
+    zai.status, zai.parts = zai_refuses(1261, 400)
+    _, text = await ask(passing, CLAUDE, "/v1/messages")
+    assert error_of(text)["message"].startswith("prompt is too long: ")
+
+
+@in_loop
+async def test_a_message_has_fallbacks(passing, zai):
+    zai.answers = [zai_refuses(1308), (200, None)]
+    response, _ = await ask(passing, CLAUDE | {"fallbacks": ["glm-4.5"]}, "/v1/messages")
+    assert (response.status, response.headers["x-ztoapi-model"]) == (200, "glm-4.5")
 
 
 @in_loop
 @pytest.mark.parametrize(
     ("content", "model"),
     [
-        ([IMAGE], "glm-4.6v"),
-        ([{"type": "tool_result", "tool_use_id": "t1", "content": [IMAGE]}], "glm-4.6v"),
+        ([PICTURE_BLOCK], "glm-4.6v"),
+        ([{"type": "tool_result", "tool_use_id": "t1", "content": [PICTURE_BLOCK]}], "glm-4.6v"),
         ([{"type": "tool_result", "tool_use_id": "t1", "content": "image"}, 7], "glm-5.3"),
     ],
+    ids=["of the user", "of a tool", "none"],
 )
 async def test_messages_with_an_image_are_for_the_vision_model(start, zai, content, model):
     client = await start(model_aliases=(("claude-*", "glm-5.3"),), vision_model="glm-4.6v")
-    response, _ = await ask(
-        client, CLAUDE | {"messages": [{"role": "user", "content": content}]}, "/v1/messages"
-    )
-    assert (json.loads(zai.asked[0][3])["model"], response.headers["x-ztoapi-model"]) == (
-        model,
-        model,
-    )
+    body = CLAUDE | {"messages": [turn("hi"), USE, turn(content)]}
+    response, _ = await ask(client, body, "/v1/messages")
+    assert (zai.bodies[0]["model"], response.headers["x-ztoapi-model"]) == (model, model)
+
+
+@in_loop
+async def test_while_zai_thinks_a_message_gets_pings(lively, zai):
+    zai.parts = [0.35, RECORDED]
+    _, stream = await ask(lively, CLAUDE | {"model": "glm-4.6", "stream": True}, "/v1/messages")
+    kinds = [event["type"] for event in message_events(stream)]
+    assert kinds[:3] == ["ping", "ping", "ping"]
+    assert (kinds.count("message_start"), kinds[-1]) == (1, "message_stop")
+
+
+@in_loop
+async def test_reasoning_that_was_not_shown_is_put_back(passing, zai):
+    zai.parts = [RECORDED_CALL.replace(b'"delta":{"tool_calls"', b'"delta":{"reasoning_content":"hm","tool_calls"', 1)]  # fmt: skip
+    body = CLAUDE | {"tools": [GREP | {"name": "bash"}]}
+    _, text = await ask(passing, body, "/v1/messages")
+    (block,) = json.loads(text)["content"]
+    assert block["type"] == "tool_use"
+    said = [turn("你好"), turn([block], "assistant"), turn([TOOL_RESULT | {"tool_use_id": block["id"]}])]  # fmt: skip
+    await ask(passing, body | {"messages": said}, "/v1/messages")
+    assert zai.bodies[1]["messages"][1]["reasoning_content"] == "hm"
+
+
+@in_loop
+async def test_tokens_are_counted_here_and_scaled_by_what_zai_told(passing, zai):
+    body = {"model": "claude-opus-5", "messages": [turn("x" * 1000)], "system": "y" * 1000}
+    counted = partial(ask, passing, body, "/v1/messages/count_tokens")
+    response, text = await counted()
+    assert (response.status, json.loads(text)) == (200, {"input_tokens": 560})
+    await ask(passing, body | {"max_tokens": 9000}, "/v1/messages")
+    assert json.loads((await counted())[1]) == {"input_tokens": 6}
+    assert len(zai.asked) == 1
+
+
+@in_loop
+@pytest.mark.parametrize(
+    "body",
+    [
+        {"tools": [GREP, ANTHROPIC_SEARCH]},
+        {"messages": [turn([PICTURE_BLOCK])]},
+        {"messages": [turn([{"type": "new"}])], "temperature": "warm", "max_tokens": 0},
+    ],
+    ids=["tools", "an image", "what does not matter"],
+)
+async def test_whatever_can_be_counted_is_counted(client, zai, body):
+    body = {"model": "glm-4.6", "messages": [turn("hi")], **body}
+    response, text = await ask(client, body, "/v1/messages/count_tokens")
+    assert (response.status, json.loads(text)["input_tokens"] > 0, zai.asked) == (200, True, [])
+
+
+@in_loop
+async def test_a_conversation_stays_with_its_key_whatever_moves_in_it(start, zai):
+    client = await start(zai_api_key=("k1", "k2", "k3", "k4"))
+    keys = set()
+    for conversation in range(10):
+        said = [turn([text_block(f"conversation {conversation}")])]
+        for number in range(5):
+            marked = [turn([*said[0]["content"]]), *said[1:]]
+            marked[-1] = turn([marked[-1]["content"][0] | CACHED], marked[-1]["role"])
+            system = [text_block(f"x-anthropic-billing-header: {number}"), text_block("Be kind.")]
+            body = CLAUDE | {"model": "glm-4.6", "system": system, "messages": marked}
+            assert (await ask(client, body, "/v1/messages"))[0].status == 200
+            said += [turn([text_block("yes")], "assistant"), turn([text_block("more")])]
+        used = set(zai.keys[-5:])
+        assert len(used) == 1
+        keys |= used
+        sent = [json.dumps(body["messages"])[:-1] for body in zai.bodies[-5:]]
+        assert all(later.startswith(one) for one, later in pairwise(sent))
+    assert len(keys) > 1
+
+
+@in_loop
+async def test_a_session_of_anthropics_stays_with_its_key(start, zai):
+    client = await start(zai_api_key=("k1", "k2", "k3", "k4"))
+    for number in range(8):
+        told = {"user_id": json.dumps({"session_id": "s1", "device_id": str(number)})}
+        said = [turn(f"sub-agent {number}")]
+        body = CLAUDE | {"model": "glm-4.6", "messages": said, "metadata": told}
+        assert (await ask(client, body, "/v1/messages"))[0].status == 200
+    assert len(set(zai.keys)) == 1
+
+
+# ======== What Z.ai serves itself ========
+
+
+@in_loop
+async def test_a_client_that_takes_its_time_is_no_silence_of_zais(start, zai):
+    client = await start(upstream_timeout=0.2)
+    piece = FIRST.replace(b"reasoning_content", b"content").replace("想".encode(), b"x" * 2**20)
+    zai.parts = [piece] * 24 + [RECORDED]
+    asked = chat(stream=True)
+    async with client.post("/v1/chat/completions", json=asked, headers=KEY) as response:
+        response._connection.transport.pause_reading()
+        await asyncio.sleep(0.4)  # in which Z.ai cannot send anything
+        response._connection.transport.resume_reading()
+        assert (await response.read()).endswith(b"data: [DONE]\n\n")
 
 
 @in_loop
@@ -9441,19 +10106,11 @@ async def test_a_text_that_was_cut_in_an_emoji_is_no_reason_to_refuse_it(passing
 
 
 @in_loop
-async def test_messages_that_break_off_end_with_an_error(passing, zai):
-    zai.headers, zai.parts = EVENT_STREAM, [b"event: message_start\ndata: {}\n\n", RESET]
-    _, body = await ask(passing, CLAUDE, "/v1/messages")
-    assert body.split("\n\n")[1].startswith('event: error\ndata: {"type":"error"')
-
-
-@in_loop
-@pytest.mark.parametrize(("path", "body"), [("messages", CLAUDE), ("embeddings", {"input": "x"})])
-async def test_a_key_refused_on_another_path_still_serves_the_chat(start, zai, path, body):
+async def test_a_key_refused_on_another_path_still_serves_the_chat(start, zai):
     client = await start()
     zai.status, zai.parts = 401, [b'{"error":{"code":"1000","message":"Words"}}']
     for _ in range(2):
-        assert (await ask(client, body, f"/v1/{path}"))[0].status == 502
+        assert (await ask(client, {"input": "x"}, "/v1/embeddings"))[0].status == 502
     assert len(zai.asked) == 1
     zai.status, zai.parts = 200, [DOCUMENT]
     assert (await ask(client))[0].status == 200
@@ -9471,32 +10128,6 @@ async def test_a_path_that_a_key_may_not_use_is_asked_of_the_next_base(
     assert [
         (await ask(client, {"input": "x"}, "/v1/embeddings"))[0].status for _ in "12"
     ] == statuses
-
-
-@in_loop
-async def test_messages_go_beside_the_base_of_each_key(start, zai, other_zai):
-    zai.status, zai.parts = zai_refuses(1309)
-    plan_url = zai.url.replace("/paas", "/coding/paas")
-    client = await start(zai_api_key=(f"plan@{plan_url}", f"payg@{other_zai.url}"))
-    assert (await ask(client, CLAUDE, "/v1/messages"))[0].status == 200
-    sent = [
-        (path, headers["Authorization"]) for _, path, headers, _ in (*zai.asked, *other_zai.asked)
-    ]
-    assert sent == [("/api/anthropic/v1/messages", f"Bearer {key}") for key in ("plan", "payg")]
-
-
-@in_loop
-@pytest.mark.parametrize(
-    "answer",
-    [
-        zai_refuses(1234, 500),
-        (200, [b'data: {"type":"error","error":{"code":"1234"}}\n\n']),
-    ],
-)
-async def test_messages_are_tried_again_like_chat(passing, zai, answer):
-    zai.status, zai.parts = answer
-    response, _ = await ask(passing, CLAUDE, "/v1/messages")
-    assert (response.status, len(zai.asked)) == (502, 3)
 
 
 @in_loop
@@ -10408,8 +11039,8 @@ def demo_answer(body, **changes):
         ({"type": "string"}, "demo"),
         ({"type": ["integer", "null"]}, 1),
         ({"enum": ["x", "y"]}, "x"),
-        ({}, None),
-        (None, None),
+        ({}, {}),
+        (None, {}),
     ],
 )
 def test_the_demo_calls_the_first_tool_when_the_user_asks_for_one(how, value):
@@ -10420,6 +11051,54 @@ def test_the_demo_calls_the_first_tool_when_the_user_asks_for_one(how, value):
     assert json.loads(deltas[-1]["tool_calls"][0]["function"]["arguments"]) == {"a": value}
     assert reason == "tool_calls"
     assert demo_answer(HELLO, tools=tools)[1] == "stop"
+
+
+@pytest.mark.parametrize(
+    ("schema", "value"),
+    [
+        ({}, {}),
+        ({"type": "object", "properties": {"a": {"type": "string"}, "b": {}}, "required": ["a"]}, {"a": "demo"}),
+        ({"type": "array", "items": {"type": "integer", "minimum": 3}, "minItems": 2}, [3, 3]),
+        ({"type": "array", "items": {"type": "string"}}, []),
+        ({"type": ["boolean", "null"]}, True),
+        ({"type": "number", "exclusiveMinimum": 2}, 3),
+        ({"type": "integer"}, 1),
+        ({"type": "integer", "maximum": -1}, -1),
+        ({"type": "string", "minLength": 6}, "demo.."),
+        ({"enum": ["x", "y"]}, "x"),
+        ({"const": 7}, 7),
+        ({"anyOf": [{"type": "null"}, {}]}, None),
+        ({"$ref": "#/$defs/a", "$defs": {"a": {"type": "boolean"}}}, True),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_the_demo_fills_a_schema_with_the_least_that_fits(schema, value):
+    assert ztoapi.smallest(schema) == value
+
+
+def test_the_demo_ends_in_a_schema_that_requires_itself():
+    schema = {"type": "object", "properties": {"a": {"$ref": "#"}}, "required": ["a"]}
+    assert "a" in ztoapi.smallest(schema)
+
+
+@in_loop
+async def test_the_demo_answers_every_surface(demo):
+    client = await demo()
+    point = {"type": "object", "properties": {"x": {"type": "integer"}}, "required": ["x"]}
+    said = {"model": "glm-4.6v", "max_tokens": 100, "messages": [turn([PICTURE_BLOCK])]}
+    asked = [
+        ("messages", said),
+        ("messages", said | {"output_format": {"type": "json_schema", "schema": point}}),
+        ("messages", said | {"tools": [GREP], "tool_choice": {"type": "any"}}),
+        ("responses", {"model": "glm-4.6", "input": "hi"}),
+        ("completions", {"model": "glm-4.6", "prompt": "hi"}),
+    ]
+    answers = [json.loads((await ask(client, body, f"/v1/{path}"))[1]) for path, body in asked]
+    blocks = [answer["content"][0] for answer in answers[:3]]
+    assert "[image_url of 3 bytes]" in blocks[0]["text"]
+    assert (blocks[1]["text"], blocks[2]["name"]) == ('{"x":1}', "grep")
+    assert "This is the demo" in json.dumps(answers[3])
+    assert "This is the demo" in json.dumps(answers[4])
 
 
 def test_the_demo_stops_at_max_tokens_and_thinks_when_it_may():
@@ -10582,7 +11261,8 @@ async def test_a_broken_body_is_refused_and_ends_the_connection(start, caplog, p
 )
 async def test_a_client_that_no_longer_reads_loses_its_connection(start, zai, path, stream):
     client = await start(limits=IMPATIENT, upstream_timeout=0.2)
-    zai.parts = [FIRST.replace("想".encode(), b"x" * 2**20)] * 40 + [RECORDED]
+    piece = FIRST.replace(b"reasoning_content", b"content").replace("想".encode(), b"x" * 2**20)
+    zai.parts = [piece] * 40 + [RECORDED]
     method, body = ("GET", None) if "files" in path else ("POST", chat(stream=stream, max_tokens=9))
     async with client.request(method, path, json=body, headers=KEY) as response:
         await response.content.readany()
@@ -10788,12 +11468,12 @@ async def test_who_leaves_before_the_first_word_has_used_all_that_zai_has(client
 @in_loop
 @pytest.mark.parametrize(
     ("path", "tokens"),
-    [("messages", 10_000), ("embeddings", 10_000), ("messages/count_tokens", 0), ("web_search", 0)],
+    [("embeddings", 10_000), ("web_search", 0)],
 )
 async def test_who_leaves_another_path_has_used_what_zai_counts_there(client, zai, path, tokens):
     zai.headers, zai.parts = {}, [HANG]
     key = await make_key(client, tokens="1M")
-    body = {"model": "glm-4.6", "max_tokens": 9, "input": "x" * 40_000}
+    body = {"model": "glm-4.6", "input": "x" * 40_000}
     asking = asyncio.create_task(ask(client, body, f"/v1/{path}", key))
     assert await eventually(lambda: zai.asked)
     asking.cancel()
@@ -10884,25 +11564,6 @@ async def test_a_whole_answer_that_breaks_off_for_good_is_charged_once(client, z
 
 
 @in_loop
-async def test_who_leaves_messages_midway_has_used_what_came_of_them(client, zai):
-    begun = {"model": "m", "usage": {"input_tokens": 7, "output_tokens": 1}}
-    start = {"type": "message_start", "message": begun}
-    delta = b"event: content_block_delta\ndata: {}\n\n"
-    zai.headers = EVENT_STREAM
-    zai.parts = [
-        b"event: message_start\ndata: %s\n\n" % json.dumps(start).encode() + delta * 9,
-        HANG,
-    ]
-    key = await make_key(client, tokens="1M")
-    asking = asyncio.create_task(ask(client, CLAUDE | {"stream": True}, "/v1/messages", key))
-    assert await eventually(lambda: pieces_received(client))
-    asking.cancel()
-    assert await eventually(lambda: client.app[ztoapi.ACCOUNTS].counted)
-    ((_, used),) = client.app[ztoapi.ACCOUNTS].counted.items()
-    assert used == [1, 0, 7, 0, 9]
-
-
-@in_loop
 async def test_of_n_choices_each_is_charged_what_is_known_of_it(client, zai):
     zai.answers = [[RECORDED], [stream_of({"content": "t" * 4000}, done=""), HANG]]
     key = await make_key(client, tokens="1M")
@@ -10940,9 +11601,6 @@ async def test_those_who_wait_in_the_queue_do_not_pass_a_budget(start, zai):
 async def test_those_who_wait_for_others_of_their_key_do_not_pass_a_budget(client, zai, path):
     if path == "embeddings":
         zai.headers, zai.parts = {}, [b'{"data":[],"usage":{"prompt_tokens":9,"total_tokens":9}}']
-    elif path == "messages":
-        zai.parts = [b'{"model":"m","usage":{"input_tokens":6,"output_tokens":3}}']
-        zai.headers = {"Content-Type": "application/json"}
     key = await make_key(client, tokens="20", parallel=1)
     body = ASKING.get(path, {"model": "embedding-3", "input": "hi"})
     asked = await asyncio.gather(*(ask(client, body, f"/v1/{path}", key) for _ in range(9)))
@@ -12218,7 +12876,7 @@ async def test_a_large_request_stops_nobody_else(start, path, body):
     client.app[ztoapi.UPSTREAM].memory.put(
         "", Message("assistant", ("what another said",), "thought")
     )
-    body = io.BytesIO(b'{"model":"glm-4.6",%s}' % body)
+    body = io.BytesIO(b'{"model":"glm-4.6","max_tokens":9,%s}' % body)
     async with nobody_is_stopped(), client.post(f"/v1/{path}", data=body, headers=KEY) as response:
         assert response.status == 200
 
@@ -12242,15 +12900,14 @@ async def test_an_answer_with_too_many_values_is_refused_and_stops_nobody_else(
 ):
     client, zai.parts = await start(max_retries=0), [data]
     async with nobody_is_stopped():
-        response, text = await ask(client, chat(stream=stream), f"/v1/{path}")
+        response, text = await ask(client, chat(stream=stream, max_tokens=9), f"/v1/{path}")
     assert (response.status, "too large" in text) == (502, True)
 
 
 @in_loop
-@pytest.mark.parametrize("make", [lambda: MessagesReader("m"), ztoapi.UsageReader])
-async def test_what_is_held_of_an_answer_is_held_in_linear_time(make):
+async def test_what_is_held_of_an_answer_is_held_in_linear_time():
     def read():
-        reader = make()
+        reader = ztoapi.UsageReader()
         for _ in range(2**14):
             reader.feed(b"x" * 2**10)
 
@@ -13205,6 +13862,50 @@ def without_parsed(theirs, ours):
     return theirs
 
 
+def sound_events(seed):
+    """Random events in which each call has a JSON object as its arguments."""
+    sound, given = [], {}
+    for event in random_events(seed):
+        if isinstance(event, ToolCall):
+            pieces = given.setdefault(event.index, iter(["{", '"a":"好"']))
+            sound.append(replace(event, arguments=next(pieces, " ")))
+            continue
+        if isinstance(event, Finish):
+            sound += [ToolCall(index, "", "", "}") for index in given]
+        sound.append(event)
+    return sound
+
+
+def unknown_to(model):
+    """The fields of a value of the SDK's that its types do not have."""
+    found = dict(model.model_extra or {})
+    for name in model.model_fields_set:
+        value = getattr(model, name)
+        for item in value if isinstance(value, list) else [value]:
+            if hasattr(item, "model_extra"):
+                found |= unknown_to(item)
+    return found
+
+
+@RANDOM
+@pytest.mark.parametrize("display", ["summarized", "omitted"])
+def test_what_the_sdk_makes_of_a_streamed_message_is_the_whole_one(seed, display):
+    streaming = pytest.importorskip("anthropic.lib.streaming._messages")
+    types = pytest.importorskip("anthropic.types")
+    pydantic = pytest.importorskip("pydantic")
+    adapter = pydantic.TypeAdapter(types.RawMessageStreamEvent)
+    asked = {"tools": [ANTHROPIC_SEARCH], "thinking": {"type": "adaptive", "display": display}}
+    events = sound_events(seed)
+    made, held = None, {}
+    for frame in message_frames(events, **asked):
+        event = adapter.validate_python(json.loads(json.dumps(frame)), strict=True)
+        assert unknown_to(event) == {}
+        made = streaming.accumulate_event(event=event, current_snapshot=made, json_bufs=held)
+    whole = message_document(events, **asked)
+    assert unknown_to(types.Message.model_validate(whole, strict=True)) == {}
+    assert made.to_dict() == whole
+
+
 @RANDOM
 def test_a_streamed_completion_adds_up_to_the_whole_one(seed):
     events = random_events(seed)
@@ -13440,3 +14141,53 @@ async def test_the_sdk_raises_in_mid_stream(sdk, zai):
 async def test_the_sdk_lists_models(sdk):
     assert {model.id async for model in sdk.models.list()} == set(MODELS)
     assert (await sdk.models.retrieve("GLM-4.6")).id == "glm-4.6"
+
+
+# ======== The Anthropic SDK ========
+
+
+@pytest_asyncio.fixture
+async def anthropic_sdk(client):
+    anthropic = pytest.importorskip("anthropic")
+    url = str(client.make_url("/")).rstrip("/")
+    async with anthropic.AsyncAnthropic(base_url=url, api_key="sk-your-key", max_retries=0) as sdk:
+        yield sdk
+
+
+ASKED_OF_CLAUDE = {"model": "glm-4.6", "max_tokens": 9000, "messages": [turn("你好")]}
+
+
+@in_loop
+async def test_the_anthropic_sdk_reads_a_whole_message(anthropic_sdk):
+    message = await anthropic_sdk.messages.create(**ASKED_OF_CLAUDE, thinking={"type": "adaptive"})
+    assert [block.type for block in message.content] == ["thinking", "text"]
+    assert (message.content[1].text, message.usage.output_tokens) == ("你好😀", 3)
+
+
+@in_loop
+async def test_the_anthropic_sdk_reads_a_stream(anthropic_sdk):
+    async with anthropic_sdk.messages.stream(**ASKED_OF_CLAUDE) as stream:
+        words = [text async for text in stream.text_stream]
+        message = await stream.get_final_message()
+    assert ("".join(words), message.stop_reason) == ("你好😀", "end_turn")
+
+
+@in_loop
+async def test_the_anthropic_sdk_reads_a_call(anthropic_sdk, zai):
+    zai.parts = [RECORDED_CALL]
+    tools = [{"name": "bash", "input_schema": {"type": "object"}}]
+    async with anthropic_sdk.messages.stream(**ASKED_OF_CLAUDE, tools=tools) as stream:
+        message = await stream.get_final_message()
+    assert (message.content[0].name, message.content[0].input) == ("bash", {"cmd": "ls"})
+    assert message.stop_reason == "tool_use"
+
+
+@in_loop
+async def test_the_anthropic_sdk_counts_tokens_and_knows_errors(anthropic_sdk, zai):
+    anthropic = pytest.importorskip("anthropic")
+    counted = await anthropic_sdk.messages.count_tokens(model="glm-4.6", messages=[turn("hi")])
+    assert counted.input_tokens == 1
+    zai.status, zai.parts = zai_refuses(1305)
+    with pytest.raises(anthropic.InternalServerError) as raised:
+        await anthropic_sdk.messages.create(**ASKED_OF_CLAUDE, extra_body={"fallbacks": []})
+    assert raised.value.body["error"]["type"] == "overloaded_error"

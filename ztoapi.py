@@ -231,11 +231,6 @@ class ZaiKey:
     secret: str = field(repr=False)
     base_url: str
 
-    @property
-    def anthropic_url(self) -> str:
-        """Z.ai serves Anthropic's API beside its own."""
-        return re.sub(r"(/coding)?/paas/v4$", "", self.base_url) + "/anthropic"
-
     def affinity(self, conversation: str) -> str:
         """A conversation takes the key with the lowest value (rendezvous hashing): a new key moves few of them."""
         return digest(conversation, self.secret)
@@ -460,6 +455,7 @@ ERROR_TYPES = {
     429: ("rate_limit_error", "rate_limit_error"),
     **dict.fromkeys((500, 503), ("server_error", "api_error")),
     **dict.fromkeys((502, 504), ("upstream_error", "api_error")),
+    529: ("rate_limit_error", "overloaded_error"),
 }
 
 
@@ -616,14 +612,31 @@ def error_body(error: ProxyError) -> JSON:
     }
 
 
-def anthropic_error_body(error: ProxyError) -> JSON:
-    """Anthropic's error object."""
-    kind = ERROR_TYPES.get(error.kind.status, ERROR_TYPES[400])[1]
+def openai_error(error: ProxyError, _: str) -> tuple[int, JSON]:
+    """The status and the body of an error, as OpenAI's API has them."""
+    return error.kind.status, error_body(error)
+
+
+OVERLOADED_STATUS = 529  # Anthropic's own
+
+
+def anthropic_error(error: ProxyError, request_id: str) -> tuple[int, JSON]:
+    """The status and the body of an error, as Anthropic's API has them."""
+    status = error.kind.status
+    if isinstance(error, UpstreamError) and error.zai_code == "1305":
+        status = OVERLOADED_STATUS
+    _, kind = ERROR_TYPES.get(status, ERROR_TYPES[400])
     message = str(error)
     if error.kind.code == "context_length_exceeded":
         # Claude Code compacts only where a message begins so (anthropics/claude-code#58252).
         message = f"prompt is too long: {message}"
-    return {"type": "error", "error": {"type": kind, "message": message}}
+    details = {"type": kind, "message": message}
+    return status, {"type": "error", "error": details, "request_id": request_id}
+
+
+def request_id_of(own_id: str) -> str:
+    """The id by which clients know a request, from our random one."""
+    return f"req_{own_id}"
 
 
 def error_headers(error: ProxyError) -> dict[str, str]:
@@ -815,6 +828,13 @@ def parse_request(body: bytes, most_values: int = MAX_VALUES) -> JSON:
     if is_deeper(document, MAX_DEPTH):
         raise ValueError(f"it is nested more than {MAX_DEPTH} deep")
     return document
+
+
+def is_json_object(text: str) -> bool:
+    try:
+        return isinstance(JSON_DECODER.decode(text), dict)
+    except (ValueError, RecursionError):
+        return False
 
 
 def as_object(value: Any) -> JSON:
@@ -1213,6 +1233,8 @@ class Finish:
 
     reason: FinishReason
     choice: int = 0
+    stop_sequence: str = ""  # the one of `stop` at which it ends
+    is_window_full: bool = False  # why it is cut short: not for max_tokens
 
 
 @dataclass(slots=True)
@@ -1316,6 +1338,7 @@ class Prompt:
     tool_choice: ToolChoice = ToolChoice()
     schema: JSON | None = None  # JSON Schema of the answer; {}: any JSON object; None: text
     effort: Effort | None = None
+    unasked_effort: Effort | None = None  # where neither the client nor the operator says
     clear_thinking: bool | None = None  # whether the model forgets its reasoning of earlier turns
     reasoning_format: ReasoningFormat | None = None
     fallbacks: tuple[str, ...] | None = None  # models to ask when the first cannot answer
@@ -1355,6 +1378,48 @@ def texts_without_billing(message: Message) -> list[str]:
 
 def message_text(message: Message) -> str:
     return "\n".join([part for part in message.content if isinstance(part, str)])
+
+
+# Characters of Chinese, Japanese and Korean, with their punctuation and full-width forms.
+CJK = re.compile(
+    "[\u1100-\u11ff\u2e80-\ua4cf\uac00-\ud7ff\uf900-\ufaff\ufe30-\ufe4f\uff00-\uffef"
+    "\U00020000-\U0003ffff]+"
+)
+TOKENS_OF_CJK = 0.75  # of one such character, as GLM's tokenizers have it in the mean
+TOKENS_OF_OTHERS = 0.28
+
+
+def estimated_tokens(prompt: Prompt) -> int:
+    """About how many tokens the model reads, without asking it: by characters, an image as IMAGE_SIZE / 4."""
+    tokens = 0.0
+    for text in texts_of(prompt):
+        tokens += text_tokens(text)
+    for message in prompt.messages:
+        for part in message.content:
+            if isinstance(part, Media):
+                tokens += IMAGE_SIZE / 4
+    return round(tokens)
+
+
+def texts_of(prompt: Prompt) -> Iterator[str]:
+    """All that the model reads as text: messages, reasoning, calls, and the tools with their schemas."""
+    for message in prompt.messages:
+        yield message_text(message)
+        yield message.thought
+        for call in message.calls:
+            yield call.name
+            yield call.arguments
+    for tool in prompt.tools:
+        yield tool.name
+        yield tool.description
+        yield to_json(tool.parameters)
+
+
+def text_tokens(text: str) -> float:
+    cjk = 0
+    if not text.isascii():
+        cjk = sum(map(len, CJK.findall(text)))
+    return cjk * TOKENS_OF_CJK + (len(text) - cjk) * TOKENS_OF_OTHERS
 
 
 @dataclass(slots=True)
@@ -1455,6 +1520,7 @@ class Reply(ABC):
 
     head: Head
     stored: StoredResponse | None = None  # what is to be kept of a complete answer
+    input_tokens = 0  # of the request, as they were estimated; 0 where they were not
 
     def frames_of(self, events: Iterable[Event]) -> list[Frame]:
         return [frame for event in events for frame in self.feed(event)]
@@ -1824,6 +1890,10 @@ PART_FIELDS = {
     "file": {"file", "file_data", "file_id", "file_url", "data", "source"},
     "document": {"source", "file_data", "data"},
     "audio": {"audio", "input_audio", "data"},
+    "search_result": {"content"},
+    "tool_reference": {"tool_name"},
+    "server_tool_use": {"input"},
+    "web_search_tool_result": {"content"},
 }
 
 
@@ -1973,8 +2043,34 @@ def read_audio(_: JSON, at: str) -> list[Part]:
 
 
 def read_secret(_: JSON, __: str) -> list[Part]:
-    """What only its maker can read."""
+    """What only its maker can read, and what says nothing."""
     return []
+
+
+def read_search_result(part: JSON, at: str) -> list[Part]:
+    """A document that the client found, as Anthropic's API has it."""
+    reader = ContentReader("system")
+    reader.read(part["content"], f"{at}.content")
+    about = [part.get("title"), part.get("source")]
+    return [*(text for text in about if isinstance(text, str)), *reader.content]
+
+
+def read_tool_reference(part: JSON, _: str) -> list[Part]:
+    return [f"Tool {part['tool_name']} is now available."]
+
+
+def read_web_search(part: JSON, _: str) -> list[Part]:
+    """What a search of ours found (see MessageReply), or that it failed."""
+    found: list[Part] = []
+    for result in objects(part["content"]):
+        about = [result.get("title"), result.get("url")]
+        found += [text for text in about if isinstance(text, str)]
+        content = result.get("encrypted_content")
+        if isinstance(content, str):
+            found.append(text_in_base64(content) or "")
+    if not found:
+        found.append(json_or_text(part["content"]))
+    return found
 
 
 # How the parts of any API are read, by their types; but for those of the assistant's and of tools.
@@ -1984,7 +2080,10 @@ PART_READERS: dict[str, Callable[[Any, str], list[Part]]] = {
     **dict.fromkeys(("input_image", "image"), read_image),
     **dict.fromkeys(("file", "input_file", "document"), read_file),
     **dict.fromkeys(("input_audio", "audio"), read_audio),
-    **dict.fromkeys(("redacted_thinking", "encrypted_content"), read_secret),
+    **dict.fromkeys(("redacted_thinking", "encrypted_content", "server_tool_use"), read_secret),
+    "search_result": read_search_result,
+    "tool_reference": read_tool_reference,
+    "web_search_tool_result": read_web_search,
 }
 
 
@@ -1994,7 +2093,8 @@ def read_result(part: JSON, at: str) -> Message:
     reader.read(part.get("content"), f"{at}.content")
     content = reader.content
     if part.get("is_error") is True and not says_error(content):
-        content.insert(0, "Error:")
+        said = content.pop(0) if content and isinstance(content[0], str) else ""
+        content.insert(0, f"Error: {said}".strip())
     return Message("tool", tuple(content), call_id=answered_call(part))
 
 
@@ -2022,9 +2122,28 @@ def read_thought(message: JSON) -> str:
 def part_thought(part: JSON) -> str:
     """The reasoning in a part: Anthropic's and Mistral's `thinking`, or the texts of others."""
     for name in ("thinking", "reasoning", "text", "content", "summary"):
-        if thought := joined_texts(part.get(name)):
+        thought = joined_texts(part.get(name))
+        if thought:
             return thought
-    return ""
+    return kept_reasoning(part.get("signature"))
+
+
+REASONING_PREFIX = "ztoapi:"  # of reasoning that clients keep for us in base64, not encrypted
+
+
+def kept_reasoning(value: Any) -> str:
+    """The reasoning that `encode_reasoning` put into a text; "" for any other value."""
+    if not isinstance(value, str) or not value.startswith(REASONING_PREFIX):
+        return ""
+    try:
+        data = base64.b64decode(value.removeprefix(REASONING_PREFIX), validate=True)
+        return data.decode("utf-8", "surrogatepass")
+    except ValueError:
+        return ""
+
+
+def encode_reasoning(thought: str) -> str:
+    return REASONING_PREFIX + base64.b64encode(thought.encode("utf-8", "surrogatepass")).decode()
 
 
 def joined_texts(value: Any) -> str:
@@ -2662,9 +2781,6 @@ FIXED: JSON = {
     "truncation": "disabled",
 }
 FIXED |= {"frequency_penalty": 0.0, "presence_penalty": 0.0, "top_logprobs": 0}
-REASONING_PREFIX = (
-    "ztoapi:"  # of our `encrypted_content`: base64 follows, neither encrypted nor signed
-)
 
 
 class History(Protocol):
@@ -3139,18 +3255,11 @@ def merged(turn: list[Message]) -> Message:
     )
 
 
-def encode_reasoning(thought: str) -> str:
-    return REASONING_PREFIX + base64.b64encode(thought.encode("utf-8", "surrogatepass")).decode()
-
-
 def decode_reasoning(item: JSON) -> str:
     """The reasoning in an item: from our `encrypted_content`, else from its visible text."""
-    kept = item.get("encrypted_content")
-    if isinstance(kept, str) and kept.startswith(REASONING_PREFIX):
-        with suppress(ValueError):
-            return base64.b64decode(kept.removeprefix(REASONING_PREFIX), validate=True).decode(
-                "utf-8", "surrogatepass"
-            )
+    thought = kept_reasoning(item.get("encrypted_content"))
+    if thought:
+        return thought
     parts = chain.from_iterable(objects(item.get(key)) for key in ("content", "summary"))
     return "".join(part["text"] for part in parts if isinstance(part.get("text"), str))
 
@@ -3500,76 +3609,653 @@ def response_usage(usage: Usage) -> JSON:
     }
 
 
-# ======== Messages ==================================================================================================
-# Anthropic's API, which Z.ai serves itself; only what Z.ai takes differently is here.
+# ======== Messages: request =======================================================================
+# `parse_message` reads a request of Anthropic's API. Its shapes are those of the package `anthropic` 2.14.
 
 
-def messages_request(body: JSON, model: str) -> bytes:
-    """The request as Z.ai takes it: it answers 422 to messages of role system (zai-org/GLM-5#74)."""
-    turns = body.get("messages")
-    changed = {"messages": with_reminders(turns)} if isinstance(turns, list) else {}
-    return encode_request({**body, "model": model, **changed})
+def system_text(value: Any) -> str:
+    """The system prompt: a text, or blocks of text."""
+    if isinstance(value, str):
+        return value
+    texts = [block_text(block) for block in array(value)]
+    if texts and texts[0].startswith(BILLING_HEADER):  # it would spoil the prompt cache
+        del texts[0]
+    return "\n\n".join(filter(None, texts))
 
 
-def with_reminders(turns: list[Any]) -> list[Any]:
-    """The conversation with each system message put into the user's turn beside it, as a reminder."""
-    if not any(as_object(turn).get("role") == "system" for turn in turns):
-        return turns
-    groups = groupby(
-        map(as_object, turns),
-        lambda turn: "user" if turn.get("role") == "system" else turn.get("role"),
+def block_text(block: Any) -> str:
+    match block:
+        case str(text) | {"text": str(text)}:
+            return text
+        case _:
+            raise ValueError("must be a string or an array of text blocks")
+
+
+LOW_BUDGET = 4_096  # tokens of thinking
+HIGH_BUDGET = 16_384
+
+
+def message_thinking(value: Any) -> JSON:
+    """The `thinking` of a request, its type and budget checked."""
+    given = mapping(value)
+    if given.get("type") not in ("enabled", "adaptive", "disabled"):
+        raise ValueError("must have the type enabled, adaptive or disabled")
+    budget = given.get("budget_tokens")
+    if budget is not None and as_number(budget) is None:
+        raise ValueError("must have a number as budget_tokens")
+    return given
+
+
+def message_effort(thinking: JSON, wanted: Effort | None) -> Effort | None:
+    """How much to think; `wanted` is output_config's, which switches nothing on by itself."""
+    match thinking.get("type"):
+        case "disabled":
+            return "off"
+        case "enabled":
+            return wanted or effort_of_budget(thinking.get("budget_tokens"))
+        case "adaptive":
+            return wanted
+        case _:
+            return None
+
+
+def effort_of_budget(tokens: float | None) -> Effort:
+    if tokens is None:
+        return "on"
+    if tokens <= LOW_BUDGET:
+        return "low"
+    if tokens <= HIGH_BUDGET:
+        return "high"
+    return "max"
+
+
+MANY_TOKENS = 8_192  # a limit from which on a model may think though nobody asked for it
+
+
+def unasked_effort(given: JSON) -> Effort | None:
+    """How much to think where neither the request nor the operator says so.
+
+    Agents have tools or room, and take what comes; others read nothing but the first block.
+    """
+    if given.get("tools") or given["max_tokens"] >= MANY_TOKENS:
+        return None
+    return "off"
+
+
+def message_format(value: Any) -> JSON | None:
+    """The schema of `output_config.format`, and of the older `output_format`."""
+    match value:
+        case {"type": "json_schema", "schema": dict(schema)}:
+            return schema
+        case _:
+            raise ValueError("must have the type json_schema, with a schema")
+
+
+OUTPUT_FIELDS: dict[str, Check] = {"effort": effort, "format": message_format}
+
+
+def output_config(value: Any) -> JSON:
+    return validated(mapping(value), OUTPUT_FIELDS, "output_config.")
+
+
+def message_tool_choice(value: Any) -> ToolChoice:
+    match value:
+        case {"type": "auto" | "none" as mode}:
+            return ToolChoice(mode)
+        case {"type": "any"}:
+            return ToolChoice("required")
+        case {"type": "tool", "name": str(name)}:
+            return ToolChoice("required", (name,))
+        case _:
+            raise ValueError("must have the type auto, any, none, or tool with a name")
+
+
+SEARCH_TOOL = "web_search_20"  # begins the type of Anthropic's search; a date follows
+DEFERRED_PLACEHOLDER = "DeferredToolPlaceholder"  # Claude Code's, and never to be called
+
+
+def parse_message_tool(tool: Any, at: str) -> Tool | JSON | None:
+    """A tool, or None for one that GLM does not have: bash, memory, computer and the like."""
+    given = checked(tool, mapping, at)
+    kind = str(given.get("type") or "custom")
+    if kind.startswith(SEARCH_TOOL):
+        return message_search(given, at)
+    if kind != "custom":
+        return None
+    if not given.get("name"):
+        raise BadRequest(f"'{at}' must be a tool with a name.", at)
+    function = fields_of(given, "name", "description")
+    function["parameters"] = given.get("input_schema")
+    return parse_function(function, f"{at}.")
+
+
+def message_search(given: JSON, at: str) -> JSON:
+    """Anthropic's search as Z.ai's own tool; Z.ai takes a list of domains to search, but none to leave out."""
+    tool = search_tool({})
+    domains = given.get("allowed_domains")
+    if domains:
+        checked(domains, texts, f"{at}.allowed_domains")
+        tool["web_search"]["search_domain_filter"] = ",".join(domains)
+    return tool
+
+
+texts = must(
+    "be an array of strings",
+    lambda value: isinstance(value, list) and all(isinstance(text, str) for text in value),
+)
+
+
+@dataclass(slots=True)
+class MessageTools:
+    """The tools of a request, as GLM has them."""
+
+    functions: tuple[Tool, ...]
+    searches: tuple[JSON, ...]
+    choice: ToolChoice
+    left_out: tuple[str, ...]
+
+
+def read_message_tools(given: JSON) -> MessageTools:
+    """The tools, of which a choice of the search leaves only that.
+
+    A search that is chosen, or the only tool, must be made: Claude Code's WebSearch asks so.
+    """
+    read: list[ReadTool] = []
+    for index, tool in enumerate(given.get("tools", ())):
+        if as_object(tool).get("name") != DEFERRED_PLACEHOLDER:
+            read.append((tool, parse_message_tool(tool, f"tools[{index}]")))
+    functions = [parsed for _, parsed in read if isinstance(parsed, Tool)]
+    searches = [parsed for _, parsed in read if isinstance(parsed, dict)]
+    choice = given.get("tool_choice", ToolChoice())
+    if choice.names and names_search(choice, read):
+        functions = []
+        choice = ToolChoice()
+    if not functions:
+        for search in searches:
+            search["web_search"]["require_search"] = True
+    return MessageTools(tuple(functions), tuple(searches), choice, tuple(left_out_tools(read)))
+
+
+def names_search(choice: ToolChoice, read: list[ReadTool]) -> bool:
+    searches = [tool.get("name") for tool, parsed in read if isinstance(parsed, dict)]
+    return choice.names is not None and set(choice.names) <= set(searches)
+
+
+def left_out_tools(read: list[ReadTool]) -> dict[str, None]:
+    """The types of the tools that GLM lacks, and what of a search Z.ai does not offer."""
+    found: dict[str, None] = {}
+    for tool, parsed in read:
+        if parsed is None:
+            found[f"tools.{tool['type']}"] = None
+        if isinstance(parsed, dict) and tool.get("blocked_domains"):
+            found["tools.blocked_domains"] = None
+    return found
+
+
+MESSAGE_FIELDS: dict[str, Check] = {
+    **COMMON_FIELDS,
+    "messages": array,
+    "max_tokens": integer(1, 2**31),
+    "system": system_text,
+    "temperature": number(0, 1),
+    "stop_sequences": stop_words,
+    "thinking": message_thinking,
+    "output_config": output_config,
+    "output_format": message_format,
+    "tools": array,
+    "tool_choice": message_tool_choice,
+    "metadata": mapping,
+}
+# Fields that ask for what happens anyway: Z.ai's cache is automatic.
+NEEDLESS_FIELDS = frozenset(("cache_control",))
+
+
+def parse_message(body: JSON) -> tuple[Prompt, MessageReply]:
+    """Raises BadRequest for an invalid field; never changes `body`."""
+    given = validated(body, MESSAGE_FIELDS)
+    required(given, "model", "messages", "max_tokens")
+    thinking = given.get("thinking", {})
+    output = given.get("output_config", {})
+    shows_thinking = thinking.get("type") in ("enabled", "adaptive")
+    messages = read_turns(given["messages"])
+    if given.get("system"):
+        messages = (Message("system", (given["system"],)), *messages)
+    tools = read_message_tools(given)
+    user_id = str(given.get("metadata", {}).get("user_id") or "")
+    prompt = Prompt(
+        model=given["model"],
+        messages=messages,
+        stream=given.get("stream", False),
+        temperature=given.get("temperature"),
+        top_p=given.get("top_p"),
+        max_tokens=given["max_tokens"],
+        stop=given.get("stop_sequences", ()),
+        user=digest(user_id) if user_id else "",  # it names an account
+        tools=tools.functions,
+        native_tools=tools.searches,
+        tool_choice=tools.choice,
+        schema=output.get("format", given.get("output_format")),
+        effort=message_effort(thinking, output.get("effort")),
+        unasked_effort=None if thinking else unasked_effort(given),
+        reasoning_format="parsed" if shows_thinking else "hidden",
+        fallbacks=given.get("fallbacks"),
+        cache_key=session_of(user_id),
+        ignored=(
+            *unknown_fields(body, MESSAGE_FIELDS.keys() | NEEDLESS_FIELDS),
+            *serial_choice(body),
+            *tools.left_out,
+            *unknown_blocks(given["messages"]),
+        ),
     )
-    return [
-        *chain.from_iterable(
-            [user_turn(group)] if role == "user" else group for role, group in groups
+    request = MessageRequest(
+        input_tokens=estimated_tokens(prompt),
+        omits_thinking=thinking.get("display") == "omitted",
+        query=last_words(messages) if tools.searches else "",
+    )
+    return prompt, MessageReply(request)
+
+
+def serial_choice(body: JSON) -> list[str]:
+    """`disable_parallel_tool_use` if it is true, which Z.ai does not offer."""
+    name = "disable_parallel_tool_use"
+    return [name] if as_object(body.get("tool_choice")).get(name) else []
+
+
+def session_of(user_id: str) -> str:
+    """The session in a `metadata.user_id`, which stays the same in a conversation; "" if there is none.
+
+    Claude Code writes JSON with a session_id, or, before that, user_…_account_…_session_….
+    """
+    session = as_object(parse_json(user_id.encode("utf-8", "replace"))).get("session_id")
+    if isinstance(session, str):
+        return session
+    return user_id.partition("_session_")[2]
+
+
+def read_turns(turns: list[Any]) -> Messages:
+    read: list[Message] = []
+    for index, turn in enumerate(turns):
+        read += read_message(known_blocks(turn), f"messages[{index}]")
+    return with_reminders(read)
+
+
+def with_reminders(messages: Iterable[Message]) -> Messages:
+    """The messages, each of the system's put into the user's turn beside it."""
+    joined: list[Message] = []
+    for role, group in groupby(messages, lambda each: each.role.replace("system", "user")):
+        turn = list(group)
+        if role == "user" and any(message.role == "system" for message in turn):
+            joined.append(user_turn(turn))
+        else:
+            joined += turn
+    return tuple(joined)
+
+
+def user_turn(messages: Iterable[Message]) -> Message:
+    """Messages of the user and of the system as one of the user's."""
+    content: list[Part] = []
+    continues = True
+    for message in messages:
+        if message.role == "system":
+            content += map(reminder, message.content)
+        else:
+            content += message.content
+            continues = continues and message.continues
+    return Message("user", tuple(content), continues=continues)
+
+
+def reminder(part: Part) -> Part:
+    """A text in the tags that Claude Code uses for what the user did not write."""
+    if not isinstance(part, str):
+        return part
+    return f"<system-reminder>\n{part}\n</system-reminder>"
+
+
+KNOWN_BLOCKS = frozenset((*PART_READERS, "thinking", "tool_use", "tool_result"))
+
+
+def known_blocks(turn: Any) -> Any:
+    """A turn without the blocks of unknown types, which Claude Code's next version may have."""
+    content = as_object(turn).get("content")
+    if not isinstance(content, list):
+        return turn
+    known = [block for block in content if not unknown_block(block)]
+    return {**turn, "content": known}
+
+
+def unknown_block(block: Any) -> str:
+    """The type of a block that cannot be read; "" for others."""
+    kind = str(as_object(block).get("type") or "text")
+    return "" if kind in KNOWN_BLOCKS else kind
+
+
+def unknown_blocks(turns: Iterable[Any]) -> list[str]:
+    found: dict[str, None] = {}
+    for turn in objects(list(turns)):
+        for block in objects(turn.get("content")):
+            kind = unknown_block(block)
+            if kind:
+                found[f"content.{kind}"] = None
+    return list(found)
+
+
+MAX_QUERY = 200  # characters
+
+
+def last_words(messages: Messages) -> str:
+    """What the user said last, as the query of a search: Z.ai does not tell the one it made of it."""
+    for message in reversed(messages):
+        if message.role == "user" and not message.continues:
+            return message_text(message)[:MAX_QUERY]
+    return ""
+
+
+# ======== Messages: answer ========================================================================
+# `MessageReply` turns events into content blocks, and these into the events of Anthropic's streams.
+
+
+@dataclass(slots=True)
+class MessageRequest:
+    """What a message's answer depends on."""
+
+    input_tokens: int  # estimated
+    omits_thinking: bool  # the client keeps the reasoning, but does not read it
+    query: str  # what was searched for, if something was
+
+
+@dataclass(slots=True)
+class Block:
+    """A content block of an answer while events are added: `start` is what its first event shows."""
+
+    start: JSON
+    pieces: list[str] = field(default_factory=list)  # of its text, its thinking, or its input
+    citations: list[JSON] = field(default_factory=list)
+    signature: str = ""
+
+    @property
+    def kind(self) -> str:
+        return str(self.start["type"])
+
+    @property
+    def text(self) -> str:
+        return "".join(self.pieces)
+
+    @property
+    def body(self) -> JSON:
+        """The whole block."""
+        if self.kind == "text":
+            cited = {"citations": self.citations} if self.citations else {}
+            return {**self.start, "text": self.text, **cited}
+        if self.kind == "thinking":
+            return {**self.start, "thinking": self.text, "signature": self.signature}
+        if self.kind == "web_search_tool_result":
+            return self.start
+        return {
+            **self.start,
+            "input": as_object(parse_json(self.text.encode("utf-8", "surrogatepass"))),
+        }
+
+
+STOP_REASONS: dict[FinishReason, str] = {
+    "stop": "end_turn",
+    "length": "max_tokens",
+    "tool_calls": "tool_use",
+    "content_filter": "refusal",
+}
+
+
+class MessageReply(Reply):
+    """A message of Anthropic's API: the events of a stream, or a document.
+
+    Its blocks are in the order of the events, and one is open at a time. Z.ai may send the pieces of
+    two calls in turn: what comes while a call is not complete waits for its end.
+    """
+
+    def __init__(self, request: MessageRequest) -> None:
+        self.request = request
+        self.input_tokens = request.input_tokens
+        self.has_begun = False  # message_start has been made
+        self.blocks: list[Block] = []
+        self.is_open = False  # the last block
+        self.open_call = -1  # the index of the call in it, if it is one
+        self.waiting: list[Event] = []  # for the end of that call
+        self.usage: Usage | None = None
+        self.searches = 0
+        self.end = Finish("stop")
+
+    def feed(self, event: Event) -> list[JSON]:
+        return [*self.opening(), *self.frames(event)]
+
+    def opening(self) -> list[JSON]:
+        if self.has_begun:
+            return []
+        self.has_begun = True
+        message = self.message([], None, self.usage_body(0))
+        return [{"type": "message_start", "message": message}]
+
+    def frames(self, event: Event) -> list[JSON]:
+        if isinstance(event, Usage):
+            self.usage = event
+            return []
+        if isinstance(event, Finish):
+            self.end = event
+            return [*self.end_call(), *self.close_block()]
+        if self.must_wait(event):
+            self.waiting.append(event)
+            return []
+        return self.add(event)
+
+    def must_wait(self, event: Event) -> bool:
+        """Whether a call is open that may still get pieces, and this is none of them."""
+        if not self.is_open or self.open_call < 0:
+            return False
+        if isinstance(event, ToolCall) and event.index == self.open_call:
+            return False
+        return bool(self.waiting) or not is_json_object(self.blocks[-1].text)
+
+    def end_call(self) -> list[JSON]:
+        """What waited, the pieces of each call together."""
+        groups: dict[tuple[str, int], list[Event]] = {}
+        for position, event in enumerate(self.waiting):
+            key = ("event", position)
+            if isinstance(event, ToolCall):
+                key = ("call", event.index)
+            groups.setdefault(key, []).append(event)
+        self.waiting = []
+        frames: list[JSON] = []
+        for event in chain.from_iterable(groups.values()):
+            frames += self.add(event)
+        return frames
+
+    def add(self, event: Event) -> list[JSON]:
+        match event:
+            case Text():
+                delta = {"type": "text_delta", "text": event.text}
+                return self.add_words({"type": "text", "text": ""}, event.text, delta)
+            case Thought():
+                start = {"type": "thinking", "thinking": "", "signature": ""}
+                delta = {"type": "thinking_delta", "thinking": event.text}
+                return self.add_words(start, event.text, delta)
+            case ToolCall():
+                return self.add_call(event)
+            case Citations():
+                return self.add_search(event.results)
+            case _:
+                return []
+
+    def add_words(self, start: JSON, words: str, delta: JSON) -> list[JSON]:
+        frames: list[JSON] = []
+        if not self.is_open or self.blocks[-1].kind != start["type"]:
+            frames = self.open_block(start)
+        self.blocks[-1].pieces.append(words)
+        if not self.is_omitted(self.blocks[-1]):
+            frames.append(self.delta(delta))
+        return frames
+
+    def is_omitted(self, block: Block) -> bool:
+        return self.request.omits_thinking and block.kind == "thinking"
+
+    def add_call(self, call: ToolCall) -> list[JSON]:
+        frames: list[JSON] = []
+        if not self.is_open or call.index != self.open_call:
+            start = {"type": "tool_use", "id": call.id, "name": call.name, "input": {}}
+            frames = self.open_block(start)
+            self.open_call = call.index
+        if call.arguments:
+            self.blocks[-1].pieces.append(call.arguments)
+            frames.append(self.delta(input_delta(call.arguments)))
+        return frames
+
+    def add_search(self, results: tuple[JSON, ...]) -> list[JSON]:
+        """What a search found: citations of the text that is open, and two blocks as if it came first."""
+        found = [result for result in results if isinstance(result.get("link"), str)]
+        frames: list[JSON] = []
+        if self.is_open and self.blocks[-1].kind == "text":
+            for index, result in enumerate(found):
+                citation = message_citation(index, result)
+                self.blocks[-1].citations.append(citation)
+                frames.append(self.delta({"type": "citations_delta", "citation": citation}))
+        search_id = f"srvtoolu_{self.head.own_id}_{self.searches}"
+        self.searches += 1
+        use = {"type": "server_tool_use", "id": search_id, "name": "web_search", "input": {}}
+        frames += self.open_block(use)
+        query = to_json({"query": self.request.query})
+        self.blocks[-1].pieces.append(query)
+        frames.append(self.delta(input_delta(query)))
+        found_blocks = [message_search_result(result) for result in found]
+        frames += self.open_block(
+            {"type": "web_search_tool_result", "tool_use_id": search_id, "content": found_blocks}
         )
-    ]
+        return [*frames, *self.close_block()]
+
+    def open_block(self, start: JSON) -> list[JSON]:
+        """A new block, behind the end of the last one."""
+        frames = self.close_block()
+        self.blocks.append(Block(start))
+        self.is_open = True
+        index = len(self.blocks) - 1
+        frames.append({"type": "content_block_start", "index": index, "content_block": start})
+        return frames
+
+    def close_block(self) -> list[JSON]:
+        if not self.is_open:
+            return []
+        frames = self.sign(self.blocks[-1])
+        self.is_open = False
+        self.open_call = -1
+        frames.append({"type": "content_block_stop", "index": len(self.blocks) - 1})
+        return frames
+
+    def sign(self, block: Block) -> list[JSON]:
+        """The signature that thinking must have; it carries what the client does not read."""
+        if block.kind != "thinking":
+            return []
+        block.signature = REASONING_PREFIX
+        if self.is_omitted(block):
+            block.signature = encode_reasoning(block.text)
+            block.pieces = []
+        return [self.delta({"type": "signature_delta", "signature": block.signature})]
+
+    def delta(self, delta: JSON) -> JSON:
+        return {"type": "content_block_delta", "index": len(self.blocks) - 1, "delta": delta}
+
+    def close(self) -> list[JSON]:
+        delta = {
+            "stop_reason": self.stop_reason,
+            "stop_sequence": self.end.stop_sequence or None,
+            "stop_details": None,
+        }
+        usage = self.usage_body(self.output_tokens)
+        return [
+            *self.opening(),
+            {"type": "message_delta", "delta": delta, "usage": usage},
+            {"type": "message_stop"},
+        ]
+
+    @property
+    def stop_reason(self) -> str:
+        if self.end.is_window_full:
+            return "model_context_window_exceeded"
+        if self.end.stop_sequence:
+            return "stop_sequence"
+        return STOP_REASONS[self.end.reason]
+
+    @property
+    def output_tokens(self) -> int:
+        """As Z.ai told them; else estimated."""
+        if self.usage:
+            return self.usage.completion
+        return round(sum(text_tokens(block.text) for block in self.blocks))
+
+    def usage_body(self, output_tokens: int) -> JSON:
+        """What is known so far; what came from the cache is not among the input tokens."""
+        usage = self.usage or Usage(prompt=self.request.input_tokens)
+        body: JSON = {
+            "input_tokens": usage.prompt - usage.cached,
+            "cache_creation_input_tokens": 0,
+            "cache_read_input_tokens": usage.cached,
+            "output_tokens": output_tokens,
+        }
+        if self.searches:
+            requests = {"web_search_requests": self.searches, "web_fetch_requests": 0}
+            body["server_tool_use"] = requests
+        return body
+
+    def message(self, content: list[JSON], stop_reason: str | None, usage: JSON) -> JSON:
+        return {
+            "id": f"msg_{self.head.id}",
+            "type": "message",
+            "role": "assistant",
+            "model": self.head.model,
+            "content": content,
+            "stop_reason": stop_reason,
+            "stop_sequence": self.end.stop_sequence or None,
+            "stop_details": None,
+            "usage": usage,
+        }
+
+    def fold(self, events: Sequence[Event]) -> JSON:
+        for event in events:
+            self.frames(event)
+        content = [block.body for block in self.blocks]
+        return self.message(content, self.stop_reason, self.usage_body(self.output_tokens))
+
+    def fail(self, error: ProxyError) -> list[JSON]:
+        _, body = anthropic_error(error, request_id_of(self.head.own_id))
+        return [body]
+
+    def sign_of_life(self, _: Head) -> bytes:
+        return sse([{"type": "ping"}])
 
 
-def user_turn(turns: Iterable[JSON]) -> JSON:
-    """Several turns as one, in which tool results must come first."""
-    blocks = chain.from_iterable(map(content_blocks, turns))
+def input_delta(arguments: str) -> JSON:
+    return {"type": "input_json_delta", "partial_json": arguments}
+
+
+MAX_CITED = 150  # characters
+
+
+def message_citation(index: int, result: JSON) -> JSON:
+    """A result of a search as a source of the text; Z.ai does not say of which part."""
     return {
-        "role": "user",
-        "content": sorted(blocks, key=lambda block: as_object(block).get("type") != "tool_result"),
+        "type": "web_search_result_location",
+        "cited_text": json_or_text(result.get("content"))[:MAX_CITED],
+        "encrypted_index": str(index),
+        "title": json_or_text(result.get("title")),
+        "url": result["link"],
     }
 
 
-def content_blocks(turn: JSON) -> Iterator[Any]:
-    """A turn's blocks; a system message's get the tags that Claude Code uses for what the user did not write."""
-    content = turn.get("content")
-    blocks = [{"type": "text", "text": content}] if isinstance(content, str) else content
-    for block in blocks if isinstance(blocks, list) else ():
-        reminds = turn["role"] == "system" and isinstance(as_object(block).get("text"), str)
-        yield (
-            {**block, "text": f"<system-reminder>\n{block['text']}\n</system-reminder>"}
-            if reminds
-            else block
-        )
-
-
-def shows_image(body: JSON) -> bool:
-    """Whether a turn, or a tool result in it, has an image."""
-    return any(block.get("type") == "image" for block in all_blocks(body))
-
-
-def all_blocks(body: JSON) -> Iterator[JSON]:
-    """The blocks of all turns, and those in their tool results."""
-    for turn in objects(body.get("messages")):
-        for block in objects(turn.get("content")):
-            yield block
-            yield from objects(block.get("content"))
-
-
-def image_size(body: JSON) -> int:
-    """The characters of all images and files, less what they count for."""
-    size = 0
-    for block in all_blocks(body):
-        source = as_object(block.get("source"))
-        data = source.get("data")
-        if source.get("type") == "base64" and isinstance(data, str):
-            size += len(data) - IMAGE_SIZE
-    return size
+def message_search_result(result: JSON) -> JSON:
+    content = json_or_text(result.get("content"))
+    published = result.get("publish_date")
+    return {
+        "type": "web_search_result",
+        "url": result["link"],
+        "title": json_or_text(result.get("title")),
+        "encrypted_content": base64.b64encode(content.encode("utf-8", "surrogatepass")).decode(),
+        "page_age": published if isinstance(published, str) and published else None,
+    }
 
 
 # ======== Surfaces ==================================================================================================
@@ -3580,11 +4266,12 @@ def image_size(body: JSON) -> int:
 class Surface:
     """An API that clients speak: how a body is read, and what an error looks like.
 
-    `parse` raises BadRequest; its Reply says how the answer looks.
+    `parse` raises BadRequest; its Reply says how the answer looks. `error` makes the status and the
+    body of an error, from it and the request's id.
     """
 
     parse: Callable[[JSON, History], tuple[Prompt, Reply]]
-    error: Callable[[ProxyError], JSON] = error_body
+    error: Callable[[ProxyError, str], tuple[int, JSON]] = openai_error
 
 
 # By path. A new API is a row here and a section above: its parse function and its Reply.
@@ -3592,6 +4279,7 @@ SURFACES: dict[str, Surface] = {
     "chat/completions": Surface(lambda body, _: parse_chat(body)),
     "completions": Surface(lambda body, _: parse_completion(body)),
     "responses": Surface(parse_response),
+    "messages": Surface(lambda body, _: parse_message(body), anthropic_error),
 }
 
 
@@ -3805,13 +4493,6 @@ def with_object_arguments(message: Message) -> Message:
 
 def with_object(call: ToolCall) -> ToolCall:
     return call if is_json_object(call.arguments) else replace(call, arguments="{}")
-
-
-def is_json_object(text: str) -> bool:
-    try:
-        return isinstance(JSON_DECODER.decode(text), dict)
-    except (ValueError, RecursionError):
-        return False
 
 
 def mend_escapes(messages: Messages) -> Messages:
@@ -5132,7 +5813,8 @@ class Ending(Repair):
             yield from self.end(event.reason)
 
     def end(self, reason: FinishReason) -> Iterator[Event]:
-        if reason == "window_full":
+        is_window_full = reason == "window_full"
+        if is_window_full:
             if not (self.has_text or self.has_call):
                 detail = "Z.ai: model_context_window_exceeded"
                 raise UpstreamError(CONTEXT_LENGTH_EXCEEDED, detail=detail)
@@ -5143,7 +5825,7 @@ class Ending(Repair):
             yield self.usage
         if reason == "stop" and self.has_call:
             reason = "tool_calls"
-        yield Finish(reason)
+        yield Finish(reason, is_window_full=is_window_full)
 
 
 # In order: the head of the text, calls in it, calls, JSON, the end.
@@ -5258,68 +5940,6 @@ class PassThroughReader:
 
     def close(self) -> bytes:
         return b""
-
-
-class MessagesReader(PassThroughReader):
-    """An answer of Anthropic's API, with the model's name as the client wrote it: Claude Code insists on it.
-
-    In a stream only the first event changes; of the others only those with usage are decoded.
-    """
-
-    def __init__(self, model: str) -> None:
-        self.model = model
-        self.decoder = SSEDecoder()
-        self.held: bytearray | None = (
-            bytearray()
-        )  # all so far, until the first event shows that this is a stream
-        self.counts: dict[str, int] = {}
-
-    def feed(self, part: bytes) -> bytes:
-        events = self.decoder.feed(part)
-        for event in events:
-            if b'"usage"' in event:
-                self.read_usage(event)
-        if self.held is None:
-            return part
-        self.held += part
-        return next((self.release(event) for event in events if b'"ping"' not in event), b"")
-
-    def close(self) -> bytes:
-        return b"" if self.held is None else self.release(bytes(self.held))
-
-    def release(self, data: bytes) -> bytes:
-        """All held bytes, with `data` renamed: message_start or a whole answer."""
-        whole, self.held = bytes(self.held or b""), None
-        self.read_usage(data)
-        return whole.replace(data, self.renamed(data), 1)
-
-    def renamed(self, data: bytes) -> bytes:
-        """Raises UpstreamError when the answer is an error, or not JSON."""
-        match parse_answer(data):
-            case {"error": {}} | {"success": False} | None:
-                raise zai_error(200, data)
-            case {"message": {"model": _} as message, **others}:
-                return encode_json({**others, "message": {**message, "model": self.model}})
-            case {"model": _, **others}:
-                return encode_json({**others, "model": self.model})
-            case _:
-                return data
-
-    def read_usage(self, data: bytes) -> None:
-        """Each count is a total so far; no event need have them all. A stream's beginning knows no output."""
-        document = as_object(parse_answer(data))
-        begun = as_object(document.get("message"))
-        usage = as_object(begun.get("usage")) or as_object(document.get("usage"))
-        for name, tokens in usage.items():
-            if as_count(tokens) and not (begun and name == "output_tokens"):
-                self.counts[name] = tokens
-        count = self.counts.get
-        cached, completion = (
-            count("cache_read_input_tokens", 0),
-            count("output_tokens", 0),
-        )  # not part of input_tokens
-        prompt = count("input_tokens", 0) + count("cache_creation_input_tokens", 0) + cached
-        self.usage = Usage(prompt, completion, prompt + completion, cached)
 
 
 def pass_through_body(body: JSON, renamed: Iterable[tuple[str, str]]) -> JSON:
@@ -5508,15 +6128,18 @@ def with_chosen_tools(prompt: Prompt) -> Prompt:
     return replace(prompt, tools=chosen, native_tools=())
 
 
+CALL_ORDER = "Answer by calling "
+SCHEMA_ORDER = "Answer only with JSON, without any other text and without Markdown, valid against this JSON Schema: "
+
+
 def emulation_lines(prompt: Prompt) -> Iterator[str]:
     """Lines for the system message, for what Z.ai has no parameter for: tool_choice and JSON Schemas."""
     names = ", ".join(tool.name for tool in prompt.tools)
     if prompt.tool_choice.mode == "required" and prompt.tools:
         which = "one of the functions" if len(prompt.tools) > 1 else "the function"
-        yield f"Answer by calling {which} {names}."
+        yield f"{CALL_ORDER}{which} {names}."
     if prompt.schema:
-        order = "Answer only with JSON, without any other text and without Markdown, valid against this JSON Schema: "
-        yield order + to_json(prompt.schema)
+        yield SCHEMA_ORDER + to_json(prompt.schema)
 
 
 def with_system_lines(messages: tuple[Message, ...], lines: Iterable[str]) -> tuple[Message, ...]:
@@ -6093,6 +6716,29 @@ def with_vision(model: Model, settings: Settings) -> Model:
     return resolve(settings.vision_model, settings.model_aliases)
 
 
+class TokenScale:
+    """How far `estimated_tokens` is off for each model, learned from what Z.ai told of its last answers."""
+
+    WEIGHT = 0.25  # of the last answer
+    MAX_MODELS = 100
+
+    def __init__(self) -> None:
+        self.factors: dict[str, float] = {}  # by model id, the one learned longest ago first
+
+    def learn(self, model_id: str, estimated: int, told: int) -> None:
+        """Z.ai told so many tokens for a prompt; nothing is learned from 0."""
+        if not estimated or not told:
+            return
+        factor = told / estimated
+        known = self.factors.pop(model_id, factor)
+        self.factors[model_id] = known + (factor - known) * self.WEIGHT
+        if len(self.factors) > self.MAX_MODELS:
+            del self.factors[next(iter(self.factors))]
+
+    def scaled(self, model_id: str, estimated: int) -> int:
+        return max(1, round(estimated * self.factors.get(model_id, 1.0)))
+
+
 TINY_LIMIT = (
     64  # tokens; a model that thinks uses them up and answers nothing (nashsu/llm_wiki#348)
 )
@@ -6104,7 +6750,7 @@ def default_effort(prompt: Prompt, settings: Settings) -> Effort | None:
         return "on" if settings.enable_thinking else "off"
     if 0 < (prompt.max_tokens or 0) <= TINY_LIMIT:
         return "off"
-    return None
+    return prompt.unasked_effort
 
 
 def remembers_reasoning(prompt: Prompt, settings: Settings) -> bool:
@@ -7423,7 +8069,7 @@ class SlowAnswerError(UpstreamError):
 
 
 # Asks with the slot's key until the answer has begun.
-Attempt = Callable[[Slot, AsyncExitStack], Awaitable[R]]
+Attempt = Callable[[Slot, AsyncExitStack], Awaitable[EventStream]]
 
 
 class Upstream:
@@ -7529,10 +8175,10 @@ class Upstream:
         self,
         use: KeyUse,
         caller: Caller,
-        attempt: Attempt[R],
+        attempt: Attempt,
         owner: AsyncExitStack,
         leaves_after: float = math.inf,
-    ) -> R:
+    ) -> EventStream:
         """Retry one model (queue, keys, back-off); raises the last error.
 
         A refusal for load is waited out for RATE_LIMIT_WAIT, and where another model may do for
@@ -8579,6 +9225,7 @@ IN_FLIGHT: web.AppKey[dict[Any, web.Request]] = web.AppKey(
 CLOCK = web.AppKey("clock", Clock)
 STATISTICS = web.AppKey("statistics", Statistics)
 ACCOUNTS = web.AppKey("accounts", Accounts)
+TOKEN_SCALE = web.AppKey("token_scale", TokenScale)
 DATABASE = web.AppKey("database", Database)
 UPSTREAM = web.AppKey("upstream", Upstream)
 CATALOG = web.AppKey("catalog", Catalog)
@@ -9106,22 +9753,24 @@ def cors_headers(request: web.Request) -> dict[str, str]:
     return headers
 
 
+def our_request_id(request: web.Request) -> str:
+    return request_id_of(request[RECORD].id)
+
+
 async def add_headers(request: web.Request, response: web.StreamResponse) -> None:
     """Runs just before the headers of any answer are sent, streams and errors too."""
-    if record := request.get(RECORD):
-        response.headers["x-request-id"] = f"req_{record.id}"
+    if RECORD in request:
+        response.headers["x-request-id"] = our_request_id(request)
     response.headers["Vary"] = "Origin, Access-Control-Request-Headers"
     response.headers.update(cors_headers(request))
 
 
-def error_document(request: web.Request, error: ProxyError) -> JSON:
-    """The error in the shape of the API that the client speaks."""
+def surface_of(request: web.Request) -> Surface:
+    """The surface in whose form an error is told, also on a path that belongs to none."""
     is_anthropic = request.path.rstrip("/").endswith(("/messages", "/count_tokens"))
-    return (
-        anthropic_error_body
-        if is_anthropic or "anthropic-version" in request.headers
-        else error_body
-    )(error)
+    if is_anthropic or "anthropic-version" in request.headers:
+        return SURFACES["messages"]
+    return SURFACES["chat/completions"]
 
 
 def count_usage(request: web.Request) -> None:
@@ -9188,6 +9837,8 @@ async def keep(request: web.Request, reply: Reply, answer: Answering) -> None:
     for message in answer.said:
         request.app[UPSTREAM].memory.put(request[ACCOUNT].id, message)
     count_usage(request)
+    told = request[RECORD].meters[0].told.prompt
+    request.app[TOKEN_SCALE].learn(answer.info.model, reply.input_tokens, told)
     if reply.stored:
         history = ClientHistory(request.app[DATABASE], request[ACCOUNT].id)
         await history.put(reply.stored, request[RECORD].body_size + answer.size)
@@ -9233,6 +9884,23 @@ def planned(
     record.meters = plan.meters
     plan.admit = partial(check_budget, request)
     return Asked(plan, reply, prompt.model, ignored_header(plan.ignored))
+
+
+COUNTED_FIELDS = ("model", "messages", "system", "tools")  # what a model reads, and which one
+
+
+async def count_tokens(request: web.Request) -> web.Response:
+    """An estimate, in the form of Anthropic's API. Z.ai is not asked: it may not know the path."""
+    body = await read_json(request)
+    size = request[RECORD].body_size
+    model_id, tokens = await in_thread_if_large(size, counted, body, request.app[SETTINGS])
+    return json_response({"input_tokens": request.app[TOKEN_SCALE].scaled(model_id, tokens)})
+
+
+def counted(body: JSON, settings: Settings) -> tuple[str, int]:
+    """The model's id and the tokens of a request, of which nothing else is looked at."""
+    prompt, _ = parse_message({"max_tokens": 1, **fields_of(body, *COUNTED_FIELDS)})
+    return resolve(prompt.model, settings.model_aliases).id, estimated_tokens(prompt)
 
 
 def wants_stream(request: web.Request, settings: Settings) -> bool:
@@ -9565,60 +10233,7 @@ def page_response(page: Page, snapshot: JSON) -> web.Response:
 
 
 # ======== Pass-through ==============================================================================================
-# What Z.ai serves itself, its Anthropic API among it: passed on with our key and the model's name, mended if needed.
-
-
-def messages_model(request: web.Request, body: JSON) -> Model:
-    """The model to ask; the record learns what the client named. Raises ProxyError if its key may not use it."""
-    settings = request.app[SETTINGS]
-    given = validated(body, {"model": model_name})
-    required(given, "model")
-    model = resolve(given["model"], settings.model_aliases)
-    request[RECORD].model = model_shown(request, model)
-    if shows_image(body):
-        model = with_vision(model, settings)
-    request[ACCOUNT].check_model(model)
-    return model
-
-
-async def messages(request: web.Request) -> web.StreamResponse:
-    """Passes on a request of Anthropic's API, with retries."""
-    settings, upstream = request.app[SETTINGS], request.app[UPSTREAM]
-    body = await read_json(request)
-    model = messages_model(request, body)
-    name = body["model"]
-    headers = {
-        "Content-Type": "application/json",
-        **sent_headers(request, "anthropic-version", "anthropic-beta"),
-    }
-    how, size = {"headers": headers, "params": request.query}, request[RECORD].body_size
-    beginning = (to_json(part) for part in (body.get("system"), first_object(body.get("messages"))))
-    caller = await in_thread_if_large(size, caller_of, settings, request[ACCOUNT].id, beginning)
-
-    what, meter = request.match_info["what"], Meter()
-    if what == "messages":  # to count tokens costs none
-        request[RECORD].meters = [meter]
-
-    async def attempt(slot: Slot, owner: AsyncExitStack) -> PassThroughResponse:
-        check_budget(request)
-        url = f"{slot.key.anthropic_url}/v1/{what}"
-        data = await in_thread_if_large(size, messages_request, body, model.id)
-        images = await in_thread_if_large(size, image_size, body)
-        with meter.asking(len(data) - images):
-            stream = await upstream.client.send(url, slot.key, owner, data=data, **how)
-            response = PassThroughResponse(request, stream, MessagesReader(name), meter)
-            response.response.headers["x-ztoapi-model"] = header_word(model.id)
-            await response.begin()
-            await response.check_refusal()
-        return response
-
-    async with upstream.account_slot(request[ACCOUNT]), AsyncExitStack() as owner:
-        response = await upstream.with_retries(
-            KeyUse(model.id, "/messages"), caller, attempt, owner
-        )
-        body.clear()  # long, and sent
-        request[STREAM] = response
-        return await response.send()
+# The other paths that Z.ai serves: passed on as they are, with our key.
 
 
 def sent_headers(request: web.Request, *names: str) -> dict[str, str]:
@@ -9801,7 +10416,6 @@ class PassThroughResponse:
             data = await in_thread_if_large(held, self.reader.feed, part)
         data = data or await in_thread_if_large(held, self.reader.close)
         self.meter.told = self.reader.usage
-        self.meter.pieces += data.count(b"event: content_block_delta")
         return data
 
     async def send(self) -> web.StreamResponse:
@@ -9817,9 +10431,8 @@ class PassThroughResponse:
     async def fail(self, error: ProxyError) -> None:
         """A stream of events gets one more, an error; any other answer can only be cut off."""
         if "text/event-stream" in self.response.headers.get("Content-Type", ""):
-            await self.response.write(
-                sse([{"type": "error", **error_document(self.request, error)}])
-            )
+            _, body = surface_of(self.request).error(error, our_request_id(self.request))
+            await self.response.write(sse([{"type": "error", **body}]))
         elif self.request.transport:
             self.request.transport.close()
 
@@ -9942,7 +10555,8 @@ async def error_response(request: web.Request, error: ProxyError) -> web.StreamR
     headers = error_headers(error)
     if error.kind.status == 402 and request.path.rstrip("/").endswith("/responses"):
         headers.pop("Retry-After", None)  # Codex would silently wait until then
-    response = json_response(error_document(request, error), error.kind.status, headers)
+    status, body = surface_of(request).error(error, our_request_id(request))
+    response = json_response(body, status, headers)
     if isinstance(error, BrokenBody):
         response.force_close()
     return response
@@ -10260,6 +10874,7 @@ def create_app(
     app[IN_FLIGHT] = {}
     app[CLOCK], app[STATISTICS] = clock, Statistics(time.monotonic())
     app[ACCOUNTS], app[DATABASE] = Accounts(settings.default_key), database
+    app[TOKEN_SCALE] = TokenScale()
     app.on_response_prepare.append(add_headers)
     app.cleanup_ctx.append(connect)
     app.on_shutdown.append(drain)
@@ -10280,12 +10895,7 @@ def api_routes(app: web.Application) -> None:
             f"{API}{path}{END}",
             require_key(partial(pass_through, path), within_limits),
         )
-    add_route(
-        app,
-        "POST",
-        f"{API}{{what:messages|messages/count_tokens}}{END}",
-        require_key(messages, within_limits),
-    )
+    add_route(app, "POST", f"{API}messages/count_tokens{END}", require_key(count_tokens))
     add_route(app, "GET", f"{API}models{END}", require_key(list_models))
     add_route(app, "GET", f"{API}models/{{id:.*[^/]}}{END}", require_key(one_model))
     response = API + r"responses/{id:resp_\w+}"
@@ -11045,31 +11655,57 @@ async def demo_chat(request: web.Request) -> web.StreamResponse:
     return response
 
 
+REMINDER = re.compile(r"<system-reminder>.*?</system-reminder>", re.DOTALL)
+ASKS_FOR_TOOL = re.compile(r"\b(tools?|call|use)\b|工具|调用", re.IGNORECASE)
+
+
 def demo_deltas(body: JSON) -> list[JSON]:
-    """What the stand-in answers: a thought, then a call of the first tool if the user asks for one, else some words."""
-    asked, by_user = str(body["messages"][-1]["content"]), body["messages"][-1]["role"] == "user"
-    thoughts = ("The user wrote ", f"{len(asked)} characters. ", "This is only a demo.")
-    deltas: list[JSON] = [{"reasoning_content": thought} for thought in thoughts]
-    if as_object(body.get("thinking")).get("type") == "disabled":
-        deltas = []
-    if (
-        body.get("tools")
-        and by_user
-        and re.search(r"\b(tools?|call|use)\b|工具|调用", asked, re.IGNORECASE)
-    ):
+    """What the stand-in answers: a thought, then a call, a document or some words."""
+    asked = demo_question(body["messages"][-1])
+    deltas: list[JSON] = []
+    if as_object(body.get("thinking")).get("type") != "disabled":
+        thoughts = ("The user wrote ", f"{len(asked)} characters. ", "This is only a demo.")
+        deltas += [{"reasoning_content": thought} for thought in thoughts]
+    if calls_tool(body, asked):
         deltas.append({"tool_calls": [demo_call(body["tools"][0].get("function", {}))]})
+    elif "response_format" in body:
+        deltas.append({"content": to_json(smallest(asked_schema(body)))})
     else:
         words = f"This is the demo of ztoapi; no model is behind it (这是演示,没有真正的模型). You wrote: {asked[:200]}"
-        deltas += ({"content": word} for word in re.findall(r"\s*\S+", words))
+        deltas += [{"content": word} for word in re.findall(r"\s*\S+", words)]
     return deltas[: body.get("max_tokens", len(deltas))]
 
 
+def demo_question(message: JSON) -> str:
+    """The text of a message, images by their size, without what an agent added for the model."""
+    content = message["content"]
+    if isinstance(content, list):
+        content = " ".join(map(demo_part, content))
+    return REMINDER.sub("", content).strip()
+
+
+def demo_part(part: JSON) -> str:
+    if part["type"] == "text":
+        return str(part["text"])
+    url = part[part["type"]]["url"]
+    if url.startswith("http"):
+        return f"[{part['type']} at {url}]"
+    return f"[{part['type']} of {len(url) * 3 // 4} bytes]"
+
+
+def calls_tool(body: JSON, asked: str) -> bool:
+    """Whether the first tool is to be called: it must be, or the user's text asks for one."""
+    if not body.get("tools"):
+        return False
+    first, last = body["messages"][0], body["messages"][-1]
+    if last["role"] != "user":
+        return False
+    is_forced = first["role"] == "system" and CALL_ORDER in first["content"]
+    return is_forced or bool(ASKS_FOR_TOOL.search(asked))
+
+
 def demo_call(function: JSON) -> JSON:
-    schema = as_object(function.get("parameters"))
-    properties, names = as_object(schema.get("properties")), schema.get("required") or ()
-    values = {
-        name: demo_value(as_object(properties.get(name))) for name in names if isinstance(name, str)
-    }
+    values = smallest({"type": "object", **as_object(function.get("parameters"))})
     called = {"name": function.get("name", "demo"), "arguments": to_json(values)}
     return {
         "id": f"call_{secrets.token_hex(8)}",
@@ -11079,19 +11715,71 @@ def demo_call(function: JSON) -> JSON:
     }
 
 
-def demo_value(schema: JSON) -> Any:
-    """Something that fits a schema."""
+def asked_schema(body: JSON) -> JSON:
+    """The JSON Schema in the system message; {"type": "object"} where there is none."""
+    _, order, schema = str(body["messages"][0]["content"]).partition(SCHEMA_ORDER)
+    found = as_object(parse_json(schema.encode()))
+    return found if order and found else {"type": "object"}
+
+
+DEEPEST = 30  # schemas inside each other; some require themselves for ever
+
+
+def smallest(schema: JSON, root: JSON | None = None, depth: int = 0) -> Any:
+    """A value that fits a JSON Schema, with nothing optional in it; `root` is the whole schema."""
+    root = root or schema
+    if depth > DEEPEST:
+        return None
+    meant = first_meaning(schema, root)
+    if meant is not schema:
+        return smallest(meant, root, depth + 1)
+    for choice in ("const", "default"):
+        if choice in schema:
+            return schema[choice]
+    if schema.get("enum"):
+        return schema["enum"][0]
+    return smallest_of_kind(schema, root, depth + 1)
+
+
+def first_meaning(schema: JSON, root: JSON) -> JSON:
+    """The schema that a reference or a union stands for; any other schema as it is."""
+    if isinstance(schema.get("$ref"), str):
+        return definition_at(schema["$ref"], root)
+    for union in ("anyOf", "oneOf", "allOf"):
+        if schema.get(union):
+            return as_object(schema[union][0])
+    return schema
+
+
+def definition_at(ref: str, root: JSON) -> JSON:
+    """The part of a schema that a local reference names."""
+    part = root
+    for name in ref.removeprefix("#/").split("/"):
+        part = as_object(part.get(name))
+    return part
+
+
+def smallest_of_kind(schema: JSON, root: JSON, depth: int) -> Any:
     kind = schema.get("type")
-    kind = kind[0] if isinstance(kind, list) and kind else kind
-    samples = {
-        "string": "demo",
-        "integer": 1,
-        "number": 1.5,
-        "boolean": True,
-        "array": [],
-        "object": {},
-    }
-    return (schema.get("enum") or [samples.get(str(kind))])[0]
+    if isinstance(kind, list) and kind:
+        kind = kind[0]
+    match kind:
+        case "string":
+            return "demo".ljust(as_count(schema.get("minLength")), ".")
+        case "integer" | "number":
+            least = schema.get("minimum", schema.get("exclusiveMinimum", 0) + 1)
+            return min(least, schema.get("maximum", least))
+        case "boolean":
+            return True
+        case "null":
+            return None
+        case "array":
+            item = smallest(as_object(schema.get("items")), root, depth)
+            return [item] * as_count(schema.get("minItems"))
+        case _:
+            properties = as_object(schema.get("properties"))
+            names = [name for name in schema.get("required") or () if isinstance(name, str)]
+            return {name: smallest(as_object(properties.get(name)), root, depth) for name in names}
 
 
 def demo_last(body: JSON, deltas: list[JSON]) -> JSON:

@@ -106,6 +106,7 @@ from dataclasses import Field, dataclass, field, fields, replace
 from datetime import date, datetime, timedelta, timezone
 from fnmatch import fnmatchcase
 from functools import cached_property, lru_cache, partial
+from html import unescape
 from http.client import HTTPException
 from importlib import import_module
 from itertools import accumulate, chain, count, groupby, islice, takewhile
@@ -217,6 +218,10 @@ def base_url(text: str) -> str:
         raise ValueError(text)
     url.hostname.encode("idna")  # raises UnicodeError, a ValueError
     return text.rstrip("/").removesuffix("/chat/completions")
+
+
+def sha256(text: str) -> str:
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
 
 
 def digest(*words: str) -> str:
@@ -701,7 +706,7 @@ def encode_json(value: Any) -> bytes:
 
 
 def escaped(text: str) -> bytes:
-    """JSON text, or frames of it, in UTF-8. Half a surrogate pair is escaped: the rest may come in the next chunk."""
+    """JSON text, or frames of it, in UTF-8. Half a surrogate pair, which UTF-8 has not, is escaped."""
     if text.isascii():
         return text.encode()
     for end, escape in LINE_ENDS:
@@ -775,7 +780,12 @@ def is_deeper(value: Any, depth: int) -> bool:
 
 def parse_json(data: bytes) -> Any:
     """The value; None if this is not JSON (or null). A character cut in half does not spoil the rest."""
-    text = data.decode("utf-8", "replace").removeprefix("\ufeff").strip()
+    return parse_json_text(data.decode("utf-8", "replace").removeprefix("\ufeff"))
+
+
+def parse_json_text(text: str) -> Any:
+    """The value; None if this is not JSON (or null)."""
+    text = text.strip()
     try:
         value, end = JSON_DECODER.raw_decode(text)
     except (ValueError, RecursionError):
@@ -783,6 +793,11 @@ def parse_json(data: bytes) -> Any:
     if end != len(text) or (end > SHALLOW and is_too_deep(value, text)):
         return None
     return value
+
+
+def parse_text(text: str) -> Any:
+    """As parse_json."""
+    return parse_json(text.encode("utf-8", "surrogatepass"))
 
 
 def unique_names(pairs: list[tuple[str, Any]]) -> JSON:
@@ -1309,10 +1324,14 @@ Messages = tuple[Message, ...]
 
 @dataclass(frozen=True, slots=True)
 class ToolChoice:
-    """Whether a tool may or must be called; `names` restricts it to those functions."""
+    """Whether a tool may or must be called; `names` restricts it to those functions.
+
+    Then only those of Z.ai's own tools may be called whose types are in `natives`.
+    """
 
     mode: Literal["auto", "none", "required"] = "auto"
     names: tuple[str, ...] | None = None
+    natives: tuple[str, ...] = ()
 
 
 # How much to think; "on" leaves the effort to the model.
@@ -2682,14 +2701,36 @@ def text_format(value: Any) -> JSON | None:
     return answer_schema({**as_object(flat), "json_schema": flat})
 
 
-def response_tool_choice(value: Any) -> ToolChoice:
+class ChosenTools(NamedTuple):
+    """A `tool_choice` that names tools: functions by name, OpenAI's own by type."""
+
+    mode: Literal["auto", "required"]
+    names: tuple[str, ...]
+    kinds: tuple[str, ...]
+
+
+def response_tool_choice(value: Any) -> ToolChoice | ChosenTools:
     match value:
-        case {"type": "function" | "custom", "name": str()}:
-            return ToolChoice("required", (qualified_name(value),))
         case {"type": "allowed_tools", "mode": "auto" | "required" as mode, "tools": [*tools]}:
-            return ToolChoice(mode, tuple(qualified_name(as_object(tool)) for tool in tools))
+            return chosen_tools(mode, tools)
+        case {"type": "function" | "custom", "name": str()}:
+            return chosen_tools("required", [value])
+        case {"type": str(kind)} if kind not in ("function", "custom", "allowed_tools"):
+            return chosen_tools("required", [value])
         case _:
-            return tool_choice(value)
+            return tool_choice(value)  # a word, or chat's form
+
+
+def chosen_tools(mode: Literal["auto", "required"], tools: list[Any]) -> ChosenTools:
+    names: list[str] = []
+    kinds: list[str] = []
+    for tool in objects(tools):
+        kind = str(tool.get("type") or "function")
+        if kind in ("function", "custom"):
+            names.append(qualified_name(tool))
+        else:
+            kinds.append(kind)
+    return ChosenTools(mode, tuple(names), tuple(kinds))
 
 
 def response_input(value: Any) -> list[Any]:
@@ -2742,45 +2783,53 @@ def stored_by_openai(_: Any) -> None:
     )
 
 
-RESPONSE_FIELDS: dict[str, Check] = (
-    COMMON_FIELDS
-    | dict.fromkeys(("instructions", "previous_response_id", "prompt_cache_key"), string)
-    | dict.fromkeys(("store", "parallel_tool_calls"), switch)
-    | dict.fromkeys(
-        ("conversation", "prompt"), stored_by_openai
-    )  # ignoring these would lose the conversation
-    | {
-        "input": response_input,
-        "text": text_format,
-        "reasoning": effort_from_object,
-        "include": array,
-    }
-    | {"tools": response_tools, "tool_choice": response_tool_choice}
-    | {"max_output_tokens": integer(1, 2**31), "metadata": metadata}
-)
+RESPONSE_FIELDS: dict[str, Check] = {
+    **COMMON_FIELDS,
+    "input": response_input,
+    "instructions": string,
+    "previous_response_id": string,
+    "conversation": stored_by_openai,  # ignoring these two would lose the conversation
+    "prompt": stored_by_openai,
+    "prompt_cache_key": string,
+    "store": switch,
+    "include": array,
+    "metadata": metadata,
+    "max_output_tokens": integer(1, 2**31),
+    "reasoning": effort_from_object,
+    "text": text_format,
+    "tools": response_tools,
+    "tool_choice": response_tool_choice,
+    "parallel_tool_calls": switch,
+}
 
 # Fields of a request that the response repeats, with their defaults.
-ECHOED: JSON = (
-    dict.fromkeys(("instructions", "max_output_tokens", "previous_response_id", "prompt_cache_key"))
-    | {
-        "safety_identifier": None,
-        "user": None,
-        "store": True,
-        "metadata": {},
-        "temperature": 1.0,
-        "top_p": 1.0,
-    }
-    | {"tools": [], "tool_choice": "auto", "parallel_tool_calls": True}
-    | {"reasoning": {"effort": None, "summary": None}, "text": {"format": {"type": "text"}}}
-)
+ECHOED: JSON = {
+    "instructions": None,
+    "max_output_tokens": None,
+    "previous_response_id": None,
+    "prompt_cache_key": None,
+    "safety_identifier": None,
+    "user": None,
+    "store": True,
+    "metadata": {},
+    "temperature": 1.0,
+    "top_p": 1.0,
+    "tools": [],
+    "tool_choice": "auto",
+    "parallel_tool_calls": True,
+    "max_tool_calls": None,
+    "reasoning": {"effort": None, "summary": None},
+    "text": {"format": {"type": "text"}},
+}
 # The other keys that a response must have; in a request, ztoapi ignores them.
 FIXED: JSON = {
     "background": False,
-    "max_tool_calls": None,
     "service_tier": "default",
     "truncation": "disabled",
+    "frequency_penalty": 0.0,
+    "presence_penalty": 0.0,
+    "top_logprobs": 0,
 }
-FIXED |= {"frequency_penalty": 0.0, "presence_penalty": 0.0, "top_logprobs": 0}
 
 
 class History(Protocol):
@@ -2808,29 +2857,47 @@ class ResponsesRequest:
 
 def parse_response(body: JSON, history: History) -> tuple[Prompt, ResponseReply]:
     """Raises BadRequest for an invalid field and for a previous response that is not stored."""
+    prompt, request = read_response_request(body, history)
+    if ends_in_trigger(body.get("input")):
+        return with_compaction(prompt), CompactionReply(request)
+    return prompt, ResponseReply(request)
+
+
+def parse_compaction(body: JSON, history: History) -> tuple[Prompt, ResponseReply]:
+    """A request for nothing but a summary; what comes of it is not stored. Raises as parse_response."""
+    prompt, request = read_response_request({**body, "store": False}, history)
+    return with_compaction(prompt), CompactedReply(request)
+
+
+COUNTED_OF_RESPONSE = ("model", "instructions", "input", "tools", "previous_response_id")
+
+
+def parse_counted_response(body: JSON, history: History) -> Prompt:
+    """What a model would read of a request, of which nothing else is looked at; the model need not be named."""
+    given = {name: body[name] for name in COUNTED_OF_RESPONSE if body.get(name) is not None}
+    prompt, _ = read_response_request({"model": "any", "input": "", **given}, history)
+    return prompt
+
+
+def read_response_request(body: JSON, history: History) -> tuple[Prompt, ResponsesRequest]:
     given = validated(body, RESPONSE_FIELDS)
     required(given, "model")
     before = previous_items(given.get("previous_response_id", ""), history)
-    own = [
-        resolve_reference(item, f"input[{i}]", history)
-        for i, item in enumerate(given.get("input", ()))
-    ]
+    own = resolved_input(given.get("input", []), history)
     items = [*before, *own]
     conversation = read_items(items, -len(before))
     if not conversation:
         raise BadRequest("'input' is required and must not be empty.", "input")
-    instructions = (
-        (Message("system", (given["instructions"],)),) if given.get("instructions") else ()
-    )
-    tools = [(tool, parse_response_tool(tool, at)) for at, tool in given.get("tools", ())]
-    tools = with_additional_tools(tools, items)
-    left_out = [f"tools.{tool.get('type')}" for tool, parsed in tools if parsed is None]
+    if given.get("instructions"):
+        conversation = (Message("system", (given["instructions"],)), *conversation)
+    tools = with_additional_tools(read_tools(given.get("tools", [])), items)
+    offered = offered_tools(given.get("tool_choice", ToolChoice()), tools)
     prompt = Prompt(
-        **common_arguments({"stream": False, **given}),
-        messages=(*instructions, *conversation),
+        **common_arguments({"stream": False, **given, "tool_choice": offered.choice}),
+        messages=conversation,
         max_tokens=given.get("max_output_tokens"),
-        tools=tuple(parsed for _, parsed in tools if isinstance(parsed, Tool)),
-        native_tools=tuple(parsed for _, parsed in tools if isinstance(parsed, dict)),
+        tools=offered.functions,
+        native_tools=offered.natives,
         schema=given.get("text"),
         effort=given.get("reasoning"),
         reasoning_format="parsed",
@@ -2838,15 +2905,49 @@ def parse_response(body: JSON, history: History) -> tuple[Prompt, ResponseReply]
         ignored=(
             *unknown_fields(body, RESPONSE_FIELDS),
             *serial_calls(given),
-            *dict.fromkeys(left_out),
+            *offered.left_out,
             *unknown_items(items),
         ),
     )
-    by_name = {parsed.name: tool for tool, parsed in tools if isinstance(parsed, Tool)}
     echo = echo_of(body)
     stored = stored_items(own) if echo["store"] else []
     returns_reasoning = "reasoning.encrypted_content" in given.get("include", ())
-    return prompt, ResponseReply(ResponsesRequest(echo, stored, by_name, returns_reasoning))
+    return prompt, ResponsesRequest(echo, stored, offered.by_name, returns_reasoning)
+
+
+def ends_in_trigger(items: Any) -> bool:
+    """Whether the input asks for a summary of the conversation, as Codex does before its window is full."""
+    kinds = [item.get("type") for item in objects(items)]
+    return kinds[-1:] == [COMPACTION_TRIGGER]
+
+
+COMPACTION_TRIGGER = "compaction_trigger"
+COMPACTION_ORDER = """\
+Write a summary of this conversation for the model that goes on with the work. It will see nothing \
+else of what came before, so whatever it needs must be in your summary:
+- What was asked: the task, every later wish and correction, and what must not be done.
+- What was decided, and why; what was tried and did not work.
+- What was changed: each file and what is different in it now; commands that were run and what came of them.
+- What is open: what remains to be done, what is in progress, known errors, and the next step.
+Write the names of files, functions, commands, settings, versions and ids, and the words of errors, \
+exactly as they are. An earlier summary above counts as part of the conversation. Call no tool. \
+Answer with the summary alone."""
+
+
+def with_compaction(prompt: Prompt) -> Prompt:
+    """The conversation with the order to sum it up at its end; its beginning stays as it was, for Z.ai's cache."""
+    order = Message("user", (COMPACTION_ORDER,), continues=True)
+    return replace(
+        prompt,
+        messages=(*prompt.messages, order),
+        native_tools=(),
+        tool_choice=ToolChoice(),
+        schema=None,
+    )
+
+
+def resolved_input(items: list[Any], history: History) -> list[Any]:
+    return [resolve_reference(item, f"input[{index}]", history) for index, item in enumerate(items)]
 
 
 def previous_items(response_id: str, history: History) -> list[JSON]:
@@ -2860,7 +2961,11 @@ def previous_items(response_id: str, history: History) -> list[JSON]:
         if stored is None:
             message = "The previous response is not stored here (any more): send the whole conversation as 'input'."
             raise BadRequest(message, "previous_response_id", "previous_response_not_found")
-        turns.append([*stored.input, *stored.response["output"]])
+        output = stored.response["output"]
+        if "compaction" in map(item_type, output):  # it stands for all that came before
+            turns.append(output)
+            break
+        turns.append([*stored.input, *output])
         response_id = stored.parent
     return [*chain.from_iterable(reversed(turns))]
 
@@ -2926,6 +3031,8 @@ def echo_of(body: JSON) -> JSON:
     for name in ("user", "safety_identifier", "prompt_cache_key"):
         echo[name] = short(echo[name])
     reasoning, text = as_object(echo["reasoning"]), as_object(echo["text"])
+    if type(echo["max_tool_calls"]) is not int:
+        echo["max_tool_calls"] = None
     echo["metadata"] = as_object(echo["metadata"])
     echo["reasoning"] = {name: short(reasoning.get(name)) for name in ("effort", "summary")}
     answer_format = format_echo(as_object(text.get("format")) or {"type": "text"})
@@ -2984,6 +3091,10 @@ def namespace_echo(tool: JSON) -> JSON:
     return fields_of(tool, "type", "name") | {"description": about, "tools": members}
 
 
+def search_echo(tool: JSON) -> JSON:
+    return fields_of(tool, "type", "execution", "description", "parameters")
+
+
 TOOL_ECHOES: Mapping[str, Callable[[JSON], JSON]] = {
     "function": function_echo,
     "custom": custom_echo,
@@ -2998,6 +3109,8 @@ def tool_echoes(tools: Any) -> list[JSON]:
         kind = str(tool.get("type"))
         if kind in TOOL_ECHOES:
             echoes.append(TOOL_ECHOES[kind](tool))
+        elif searches_tools(tool):
+            echoes.append(search_echo(tool))
         elif kind.startswith("web_search") and tool.get("external_web_access") is not False:
             echoes.append(shortened(tool, "type", "search_context_size"))
     return echoes
@@ -3034,6 +3147,11 @@ ITEM_FIELDS: Mapping[str, tuple[str, ...]] = {
     "custom_tool_call": ("call_id", "name", "namespace", "input"),
     "function_call_output": ("call_id", "output"),
     "custom_tool_call_output": ("call_id", "output"),
+    "tool_search_call": ("call_id", "execution", "arguments"),
+    "tool_search_output": ("call_id", "execution"),
+    "additional_tools": (),
+    "compaction": ("encrypted_content",),
+    "compaction_summary": ("encrypted_content",),
 }
 # More of them in a message, as other APIs have it.
 ROLE_FIELDS: Mapping[str, tuple[str, ...]] = {
@@ -3059,8 +3177,6 @@ def stored_items(items: Iterable[JSON]) -> list[JSON]:
         kind = item_type(item)
         if kind in ITEM_READERS:
             stored.append(stored_item(item, kind))
-        elif kind == "additional_tools":
-            stored.append({"type": kind, "tools": tool_echoes(item.get("tools"))})
     return stored
 
 
@@ -3068,16 +3184,27 @@ def stored_item(item: JSON, kind: str) -> JSON:
     names = ITEM_FIELDS.get(kind, CALL_FIELDS)
     if kind == "message":
         names += ROLE_FIELDS.get(ROLES[item["role"]], ())
-    kept: JSON = {"type": kind, **fields_of(item, *names)}
+    kept: JSON = {"type": kind, **fields_of(item, *names), **rewritten(item, kind)}
     for name in ("content", "output"):
         if isinstance(kept.get(name), list):
             kept[name] = [stored_part(part) for part in kept[name]]
-    if kind == "reasoning":
-        kept["summary"] = [{"type": "summary_text", "text": decode_reasoning(item)}]
     item_id = item.get("id")
     if isinstance(item_id, str) and len(item_id) <= SHORT:
         kept["id"] = item_id
     return kept
+
+
+def rewritten(item: JSON, kind: str) -> JSON:
+    """The fields of an item that are kept in another form than they came in."""
+    if kind == "reasoning":
+        return {"summary": [{"type": "summary_text", "text": decode_reasoning(item)}]}
+    if kind == "agent_message":
+        return {"content": agent_content(item)}
+    if kind in TOOL_ITEMS:
+        return {"tools": tool_echoes(item.get("tools"))}
+    if is_foreign_summary(item):
+        return {"encrypted_content": ""}
+    return {}
 
 
 def stored_part(part: Any) -> Any:
@@ -3101,11 +3228,14 @@ def stored_part(part: Any) -> Any:
 
 
 def unknown_items(items: Iterable[JSON]) -> list[str]:
-    """The types of items that are left out: Codex brings new ones with each version."""
+    """The types of items that are not understood: Codex brings new ones with each version."""
     known = ITEM_READERS.keys() | SKIPPED_ITEMS
-    return list(
-        {f"input.{item_type(item)}": True for item in items if item_type(item) not in known}
-    )
+    unknown: dict[str, None] = {}
+    for item in items:
+        kind = item_type(item)
+        if kind not in known or is_foreign_summary(item):
+            unknown[f"input.{kind}"] = None
+    return list(unknown)
 
 
 def read_call_item(item: JSON, _: str) -> list[Message]:
@@ -3116,11 +3246,31 @@ def read_call_item(item: JSON, _: str) -> list[Message]:
         arguments = item.get("arguments")
     elif kind == "custom_tool_call":
         arguments = {"input": item.get("input")}
+    elif kind == "tool_search_call":
+        arguments = item.get("arguments")
+        name = TOOL_SEARCH
     else:  # of a tool of OpenAI's own
         arguments = item.get("action") or item.get("operation")
         name = kind.removesuffix("_call")
     call = ToolCall(0, item_call_id(item), name, argument_text(arguments) or "{}")
     return [Message("assistant", (), calls=(call,))]
+
+
+def read_search_item(item: JSON, at: str) -> list[Message]:
+    """A search of tools; one that OpenAI's server made says nothing but the tools that it found."""
+    if item.get("execution") == "server":
+        return []
+    return read_call_item(item, at)
+
+
+def read_found_tools(item: JSON, _: str) -> list[Message]:
+    """What a search of tools found, by name: the tools themselves join the others."""
+    if item.get("execution") == "server":
+        return []
+    names = filter(None, map(qualified_name, additional_tools(item)))
+    said = "\n".join([f"tool {name} is now available" for name in names])
+    said = said or "no tool was found"
+    return [Message("tool", (said,), call_id=item_call_id(item))]
 
 
 def item_call_id(item: JSON) -> str:
@@ -3147,13 +3297,59 @@ def read_mcp_item(item: JSON, at: str) -> list[Message]:
 def read_agent_item(item: JSON, at: str) -> list[Message]:
     """What one of Codex's agents wrote to another, as a user's text that names its author."""
     reader = ContentReader("system")
-    reader.read(item.get("content"), f"{at}.content")
+    reader.read(agent_content(item), f"{at}.content")
     words = f"Message from the agent {item.get('author') or '?'}:"
     return [Message("user", (words, *reader.content), continues=True)]
 
 
+CIPHERTEXT = re.compile(r"gAAAA[\w-]+=*")  # as OpenAI encrypts: Fernet
+
+
+def agent_content(item: JSON) -> Any:
+    """The content of an agent's message with its tasks as text.
+
+    OpenAI's models encrypt what they tell another agent. Codex passes on as `encrypted_content`
+    whatever the model said (tried with 0.171); other models say it in plain text.
+    """
+    content = item.get("content")
+    if not isinstance(content, list):
+        return content
+    return [plain_part(part) for part in content]
+
+
+def plain_part(part: Any) -> Any:
+    match part:
+        case {"type": "encrypted_content", "encrypted_content": str(said)}:
+            is_secret = CIPHERTEXT.fullmatch(said)
+            return part if is_secret else {"type": "input_text", "text": said}
+        case _:
+            return part
+
+
 def read_reasoning_item(item: JSON, _: str) -> list[Message]:
     return [Message("assistant", (), thought=decode_reasoning(item))]
+
+
+SUMMARY_ITEMS = ("compaction", "compaction_summary")
+FOREIGN_SUMMARY = "[earlier summary that only its maker can read]"
+
+
+def read_summary_item(item: JSON, _: str) -> list[Message]:
+    """What a compaction left of the conversation before it. It begins no new turn."""
+    if is_foreign_summary(item):
+        return [Message("user", (FOREIGN_SUMMARY,), continues=True)]
+    summary = kept_reasoning(item["encrypted_content"])
+    return [Message("user", ("Summary of the conversation so far:", summary), continues=True)]
+
+
+def is_foreign_summary(item: JSON) -> bool:
+    """Whether an item is a summary that another server made: only that one can read it."""
+    return item_type(item) in SUMMARY_ITEMS and not kept_reasoning(item.get("encrypted_content"))
+
+
+def read_nothing(_: JSON, __: str) -> list[Message]:
+    """An item that says nothing to the model itself."""
+    return []
 
 
 CALL_ITEMS = (
@@ -3169,6 +3365,10 @@ ITEM_READERS: dict[str, Callable[[JSON, str], list[Message]]] = {
     "reasoning": read_reasoning_item,
     "agent_message": read_agent_item,
     "mcp_call": read_mcp_item,
+    "tool_search_call": read_search_item,
+    "tool_search_output": read_found_tools,
+    "additional_tools": read_nothing,
+    **dict.fromkeys(SUMMARY_ITEMS, read_summary_item),
     **dict.fromkeys(CALL_ITEMS, read_call_item),
     **dict.fromkeys([f"{kind}_output" for kind in CALL_ITEMS], read_output_item),
 }
@@ -3179,17 +3379,56 @@ SKIPPED_ITEMS = frozenset(
         "file_search_call",
         "code_interpreter_call",
         "image_generation_call",
-        "additional_tools",  # see with_additional_tools
+        COMPACTION_TRIGGER,  # see parse_response
     )
 )
+TOOL_ITEMS = ("additional_tools", "tool_search_output")  # see with_additional_tools
 
 
 # A tool as the client sent it, and as it is offered: None for one that GLM does not have.
 ReadTool = tuple[JSON, Tool | JSON | None]
 
 
+def read_tools(tools: list[tuple[str, Any]]) -> list[ReadTool]:
+    return [(tool, parse_response_tool(tool, at)) for at, tool in tools]
+
+
+@dataclass(slots=True)
+class OfferedTools:
+    """The tools of a request as the model gets them, and what was left out, by the names for the client."""
+
+    choice: ToolChoice
+    functions: tuple[Tool, ...]
+    natives: tuple[JSON, ...]
+    by_name: dict[str, JSON]  # functions as the client sent them, by the names that the model knows
+    left_out: list[str]
+
+
+def offered_tools(wanted: ToolChoice | ChosenTools, tools: list[ReadTool]) -> OfferedTools:
+    """Raises BadRequest for a tool that must be called and is not there."""
+    functions: list[Tool] = []
+    natives: list[JSON] = []
+    by_name: dict[str, JSON] = {}
+    left_out: list[str] = []
+    for tool, read in tools:
+        if isinstance(read, Tool):
+            functions.append(read)
+            by_name[read.name] = tool
+        elif read:
+            natives.append(read)
+        else:
+            left_out.append(f"tools.{tool.get('type')}")
+    if isinstance(wanted, ChosenTools):
+        left_out += [f"tools.{kind}" for kind in wanted.kinds if not offered_as(kind, tools)]
+    choice = fulfilled(wanted, tools)
+    if must_search(choice, tuple(functions)):
+        natives = [with_required_search(native) for native in natives]
+    left_out = [*dict.fromkeys(left_out)]
+    return OfferedTools(choice, tuple(functions), tuple(natives), by_name, left_out)
+
+
 def with_additional_tools(tools: list[ReadTool], items: Iterable[JSON]) -> list[ReadTool]:
-    """The tools, and those that Codex puts into the conversation; of one name the first."""
+    """The tools, and those that Codex puts into the conversation or finds in it; of one name the first."""
     known = {tool_name(read) for _, read in tools if read}
     joined = list(tools)
     for tool in chain.from_iterable(map(additional_tools, items)):
@@ -3202,6 +3441,64 @@ def with_additional_tools(tools: list[ReadTool], items: Iterable[JSON]) -> list[
     return joined
 
 
+def fulfilled(choice: ToolChoice | ChosenTools, tools: list[ReadTool]) -> ToolChoice:
+    """The choice among the tools as they are offered.
+
+    Raises BadRequest where a tool must be called, and the model has none of those that it names.
+    """
+    if isinstance(choice, ToolChoice):
+        return choice
+    names = list(choice.names)
+    natives: list[str] = []
+    for kind in choice.kinds:
+        for read in offered_as(kind, tools):
+            if isinstance(read, Tool):
+                names.append(read.name)
+            else:
+                natives.append(read["type"])
+    if choice.mode == "required" and choice.kinds and not names and not natives:
+        check_available(choice.kinds, tools)
+    return ToolChoice(choice.mode, tuple(names), tuple(natives))
+
+
+def offered_as(kind: str, tools: list[ReadTool]) -> list[Tool | JSON]:
+    """What the model is offered for OpenAI's tools of this type."""
+    wanted = unversioned(kind)
+    return [read for tool, read in tools if read and unversioned(str(tool.get("type"))) == wanted]
+
+
+def unversioned(kind: str) -> str:
+    """The type of a tool without its version: OpenAI's search has several."""
+    if kind.startswith("web_search"):
+        return "web_search"
+    return kind
+
+
+def check_available(kinds: tuple[str, ...], tools: list[ReadTool]) -> None:
+    """Raises BadRequest for tools that must be called and are not offered; without tools a search needs not be."""
+    which = ", ".join(kinds)
+    if not {*map(unversioned, kinds)} <= {"web_search", TOOL_SEARCH}:
+        words = f"'tool_choice' names {which}, which GLM does not have: it has functions and web_search."
+        raise BadRequest(words, "tool_choice")
+    if tools:
+        raise BadRequest(f"'tool_choice' names {which}, not among the tools.", "tool_choice")
+
+
+def must_search(choice: ToolChoice, functions: tuple[Tool, ...]) -> bool:
+    """Whether a search is the only tool that may be called, where one must be."""
+    if choice.mode != "required":
+        return False
+    if choice.names is None:
+        return not functions
+    return not choice.names
+
+
+def with_required_search(native: JSON) -> JSON:
+    if native["type"] != "web_search":
+        return native
+    return {**native, "web_search": {**native["web_search"], "require_search": True}}
+
+
 def tool_name(read: Tool | JSON) -> str:
     """What a tool is known by; one of Z.ai's own by its type."""
     return read.name if isinstance(read, Tool) else str(read["type"])
@@ -3210,7 +3507,7 @@ def tool_name(read: Tool | JSON) -> str:
 def additional_tools(item: JSON) -> list[JSON]:
     """The tools in an item, those of a namespace apart; none in an item of another type."""
     found: list[JSON] = []
-    if item_type(item) == "additional_tools":
+    if item_type(item) in TOOL_ITEMS:
         for tool in objects(item.get("tools")):
             found += [part for _, part in split_namespace(tool, "") if part]
     return found
@@ -3264,6 +3561,15 @@ def decode_reasoning(item: JSON) -> str:
     return "".join(part["text"] for part in parts if isinstance(part.get("text"), str))
 
 
+# Codex's tool that finds others, which are not offered before (openai/codex, tool_search.rs; tried
+# with 0.171). The client runs it; OpenAI has one of the same type that its server runs.
+TOOL_SEARCH = "tool_search"
+
+
+def searches_tools(tool: JSON) -> bool:
+    return tool.get("type") == TOOL_SEARCH and tool.get("execution") == "client"
+
+
 def parse_response_tool(tool: Any, at: str) -> Tool | JSON | None:
     """A tool, or None for a kind that only OpenAI has. A custom tool becomes a function with one string, its input."""
     match tool:
@@ -3283,6 +3589,9 @@ def parse_response_tool(tool: Any, at: str) -> Tool | JSON | None:
                 *([f"The input's grammar: {grammar}"] if grammar else []),
             ]
             return Tool(qualified_name(tool), "\n".join(about), schema)
+        case dict() if searches_tools(tool):
+            described = fields_of(tool, "description", "parameters")
+            return parse_function({"name": TOOL_SEARCH, **described}, f"{at}.")
         case {"type": str(kind)} if kind.startswith("web_search"):
             return as_object(checked(tool, search_tool, at))
         case {"type": str(kind)} if kind not in ("function", "custom"):
@@ -3301,7 +3610,8 @@ def parse_response_tool(tool: Any, at: str) -> Tool | JSON | None:
 class ItemKind:
     """A kind of item in a response's output. `events` names the events with its text, arguments or input.
 
-    Text is sent as its item's only part, with `part_events`; a call has no parts.
+    Text is sent as its item's only part, with `part_events`; a call has no parts. A search of tools
+    has no events but those of every item.
     """
 
     type: str
@@ -3335,9 +3645,61 @@ MESSAGE = ItemKind(
 )
 FUNCTION_CALL = ItemKind("function_call", "fc", "arguments", "function_call_arguments")
 CUSTOM_TOOL_CALL = ItemKind("custom_tool_call", "ctc", "input", "custom_tool_call_input")
+TOOL_SEARCH_CALL = ItemKind(
+    "tool_search_call", "tsc", "arguments", "", fields={"execution": "client"}
+)
+COMPACTION = ItemKind("compaction", "cmp", "encrypted_content", "")
+# The kind of a call, by the type of its tool; of the others it is a function call.
+CALL_KINDS = {"custom": CUSTOM_TOOL_CALL, TOOL_SEARCH: TOOL_SEARCH_CALL}
 
 # The code of a failed response, by the HTTP status of the error.
 FAILURE_CODES = {400: "invalid_prompt", 402: "insufficient_quota", 429: "rate_limit_exceeded"}
+
+
+def custom_input(name: str, arguments: str) -> str:
+    """What a custom tool is called with: a string, offered to the model as a function's only field."""
+    given = parse_json_text(arguments)
+    if isinstance(given, dict) and "input" in given:
+        said = json_or_text(given["input"])
+    elif isinstance(given, str):
+        said = given
+    else:
+        said = arguments
+    if name == "apply_patch":
+        return patch_in(said)
+    return said
+
+
+# The lines around a patch, as Codex's apply_patch takes it (openai/codex, apply-patch/src/parser.rs).
+PATCH_BEGINS = re.compile(r"^\*\*\* Begin Patch[ \t\r]*\n", re.MULTILINE)
+PATCH_ENDS = "\n*** End Patch"
+
+
+def patch_in(said: str) -> str:
+    """The patch in what a model says instead of one; what has no patch in it stays as it is.
+
+    Models wrap it in a fence, in a command of a shell, or in JSON of their own.
+    """
+    for text in [said, *strings_in(parse_json_text(said))]:
+        begins = PATCH_BEGINS.search(text)
+        ends = text.rfind(PATCH_ENDS)
+        if begins and begins.start() < ends:
+            patch = text[begins.start() : ends + len(PATCH_ENDS)]
+            is_bare = patch == text.strip()
+            return text if is_bare else patch
+    return said
+
+
+def strings_in(value: Any) -> Iterator[str]:
+    """The strings in a JSON value, at every depth, but for names."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict):
+        for member in value.values():
+            yield from strings_in(member)
+    elif isinstance(value, list):
+        for member in value:
+            yield from strings_in(member)
 
 
 @dataclass
@@ -3356,12 +3718,6 @@ class Item:
     def text(self) -> str:
         return "".join(self.pieces)
 
-    @property
-    def input(self) -> str:
-        """The string that a custom tool is called with."""
-        given = parse_json(self.text.encode("utf-8", "surrogatepass"))
-        return str(given["input"]) if isinstance(given, dict) and "input" in given else self.text
-
     @cached_property
     def position(self) -> JSON:
         part = {f"{self.kind.content}_index": 0} if self.kind.part_type else {}
@@ -3373,10 +3729,16 @@ class Item:
         return {"type": self.kind.part_type, "text": self.text, **annotations, **self.kind.logprobs}
 
     @property
-    def content(self) -> str | list[JSON]:
+    def content(self) -> str | list[JSON] | JSON:
         if self.kind.part_type:
             return [self.part] if self.pieces else []
-        return self.input if self.kind is CUSTOM_TOOL_CALL else self.text
+        if self.kind is CUSTOM_TOOL_CALL:
+            return custom_input(self.names["name"], self.text)
+        if self.kind is TOOL_SEARCH_CALL:
+            return as_object(parse_json_text(self.text))
+        if self.kind is COMPACTION:
+            return encode_reasoning(self.text)
+        return self.text
 
     @property
     def body(self) -> JSON:
@@ -3386,6 +3748,8 @@ class Item:
             **self.names,
             self.kind.content: self.content,
         }
+        if self.kind is COMPACTION:
+            return {"id": self.id, **fields}
         return {"id": self.id, "status": self.status, **fields}
 
 
@@ -3445,7 +3809,7 @@ class ResponseReply(Reply):
                 "call_id": call.id,
                 **{key: tool[key] for key in ("name", "namespace") if key in tool},
             }
-            kind = CUSTOM_TOOL_CALL if tool.get("type") == "custom" else FUNCTION_CALL
+            kind = CALL_KINDS.get(str(tool.get("type")), FUNCTION_CALL)
             item = self.calls[call.index] = yield from self.new_item(kind, names)
         item.pieces.append(call.arguments)
         if item.kind is FUNCTION_CALL and call.arguments:
@@ -3479,6 +3843,8 @@ class ResponseReply(Reply):
 
     def last_frames(self, item: Item) -> Iterator[JSON]:
         kind = item.kind
+        if not kind.events:
+            return
         if kind.part_type:
             yield self.frame(
                 f"{kind.events}.done", **item.position, text=item.text, **kind.logprobs
@@ -3486,7 +3852,7 @@ class ResponseReply(Reply):
             yield self.frame(f"{kind.part_events}.done", **item.position, part=item.part)
             return
         if kind is CUSTOM_TOOL_CALL:  # its input is not known until it is complete
-            yield self.frame(f"{kind.events}.delta", **item.position, delta=item.input)
+            yield self.frame(f"{kind.events}.delta", **item.position, delta=item.content)
         name = {"name": item.names["name"]} if kind is FUNCTION_CALL else {}
         yield self.frame(
             f"{kind.events}.done", **item.position, **name, **{kind.content: item.content}
@@ -3566,6 +3932,44 @@ class ResponseReply(Reply):
             }
             | {**outcome, **self.request.echo, **FIXED}
         )
+
+
+NO_SUMMARY = "The model did not sum up the conversation: try again."
+
+
+class CompactionReply(ResponseReply):
+    """A response whose only item is a summary of the conversation, sealed as reasoning is.
+
+    Clients send it back in place of what it sums up, and need not read it.
+    """
+
+    def frames(self, event: Event) -> Iterator[JSON]:
+        match event:
+            case Text(words) if words:
+                yield from self.add_summary(words)
+            case Usage():
+                yield from super().frames(event)
+            case Finish():
+                if not any(item.text.strip() for item in self.items):
+                    raise UpstreamError(UNAVAILABLE, NO_SUMMARY)
+                yield from super().frames(event)
+
+    def add_summary(self, words: str) -> Iterator[JSON]:
+        """The item is opened at once, as a sign of life, and has its text when it is complete."""
+        if not self.items:
+            yield from self.new_item(COMPACTION)
+        self.items[0].pieces.append(words)
+
+
+class CompactedReply(CompactionReply):
+    """The answer to a request for nothing but a summary; streamed it is a response like any other."""
+
+    def fold(self, events: Sequence[Event]) -> JSON:
+        response = super().fold(events)
+        return {
+            "object": "response.compaction",
+            **fields_of(response, "id", "created_at", "output", "usage"),
+        }
 
 
 def input_items(response_id: str, said: Sequence[JSON], query: Mapping[str, str]) -> JSON:
@@ -3830,7 +4234,7 @@ def parse_message(body: JSON) -> tuple[Prompt, MessageReply]:
         top_p=given.get("top_p"),
         max_tokens=given["max_tokens"],
         stop=given.get("stop_sequences", ()),
-        user=digest(user_id) if user_id else "",  # it names an account
+        user=sha256(user_id) if user_id else "",  # it names an account
         tools=tools.functions,
         native_tools=tools.searches,
         tool_choice=tools.choice,
@@ -4279,6 +4683,7 @@ SURFACES: dict[str, Surface] = {
     "chat/completions": Surface(lambda body, _: parse_chat(body)),
     "completions": Surface(lambda body, _: parse_completion(body)),
     "responses": Surface(parse_response),
+    "responses/compact": Surface(parse_compaction),
     "messages": Surface(lambda body, _: parse_message(body), anthropic_error),
 }
 
@@ -5034,6 +5439,7 @@ class SSEDecoder:
 FINISH_REASONS: dict[str, FinishReason] = {reason: reason for reason in get_args(FinishReason)}
 FINISH_REASONS |= {"sensitive": "content_filter", "model_context_window_exceeded": "window_full"}
 TOO_LARGE = "Z.ai's answer is too large: try again."
+BEGUN_AGAIN = "Z.ai lost its answer on the way and began another one: try again."
 TORN = "A piece of Z.ai's answer was lost on the way: try again."
 
 
@@ -5044,12 +5450,84 @@ def parse_answer(data: bytes) -> Any:
     return parse_json(data)
 
 
+@dataclass(slots=True)
+class BegunAgain:
+    """Between two events: Z.ai has lost its answer, and begins another one in the same stream."""
+
+
+class HalfPairs:
+    """Joins surrogate pairs whose halves stand in two deltas; a half that stays alone is U+FFFD.
+
+    Models stream byte by byte, and a server that escapes what it has so far cuts characters in two.
+    """
+
+    def __init__(self) -> None:
+        self.half = ""  # that the last delta ended with
+        self.ended: Thought | Text | ToolCall | None = None  # that delta
+
+    def feed(self, events: Iterable[Event]) -> list[Event]:
+        joined: list[Event] = []
+        for event in events:
+            if isinstance(event, Citations):
+                results = parse_json(encode_request(event.results))  # which leaves no halves
+                joined.append(Citations(tuple(results)))
+            elif isinstance(event, (Thought, Text, ToolCall)):
+                if self.ended and not continues(self.ended, event):
+                    joined += self.close()
+                joined += self.join(event)
+            else:
+                joined.append(event)
+        return joined
+
+    def close(self) -> list[Event]:
+        """The half that nothing came for."""
+        if not self.ended:
+            return []
+        alone = with_words(self.ended, "\ufffd")
+        self.half = ""
+        self.ended = None
+        return [alone]
+
+    def join(self, event: Thought | Text | ToolCall) -> list[Event]:
+        words = event.arguments if isinstance(event, ToolCall) else event.text
+        words = self.half + words
+        self.half = ""
+        self.ended = None
+        if "\ud800" <= words[-1:] <= "\udbff":
+            self.half = words[-1]
+            self.ended = event
+            words = words[:-1]
+        words = whole_characters(words)
+        if isinstance(event, ToolCall):
+            name = whole_characters(event.name)
+            return [replace(event, name=name, arguments=words)]
+        return [replace(event, text=words)] if words else []
+
+
+def continues(before: Event, event: Event) -> bool:
+    """Whether a delta goes on with what the one before it said."""
+    if isinstance(before, ToolCall) and isinstance(event, ToolCall):
+        return before.index == event.index and not event.name
+    return type(before) is type(event)
+
+
+def with_words(event: Thought | Text | ToolCall, words: str) -> Event:
+    """More of what a delta says."""
+    if isinstance(event, ToolCall):
+        return replace(event, name="", arguments=words)
+    return replace(event, text=words)
+
+
+ZaiEvent: TypeAlias = "Event | BegunAgain"  # what the reader makes, and the repairs are fed
+
+
 class ZaiReader:
     """Reads Z.ai's bytes, cut anywhere, into events; mends nothing but what was torn on the way.
 
     A whole JSON answer gives the same events as a stream of chunks. The bytes decide which of the
     two it is, not the headers: Z.ai may send one where the other is due. `Finish` comes last, when
-    the answer has ended: usage may follow the finish_reason in a chunk of its own.
+    the answer has ended: usage may follow the finish_reason in a chunk of its own. Where another
+    answer begins in the same stream, `BegunAgain` comes before its events.
     """
 
     def __init__(self, model: Model, max_size: int = Limits.answer_size) -> None:
@@ -5059,16 +5537,18 @@ class ZaiReader:
         # Everything so far, until the first event shows that this is a stream.
         self.raw: list[bytes] | None = []
         self.id = ""  # Z.ai's, of the answer
+        self.newest_id = ""  # of the answer that has begun last, if one has begun again
         self.created = 0  # in Unix seconds; 0: unknown
         self.request_id = ""  # Z.ai's, of the request
         self.size = 0  # bytes so far
         self.torn = 0  # frames dropped because their rest never came
+        self.halves: HalfPairs | None = None  # once something may have been half a character
         self.finish: str | None = (
             None  # the first finish_reason: some models send stop after tool_calls
         )
         self.done = False  # Finish has been read
 
-    def feed(self, part: bytes) -> Iterator[Event]:
+    def feed(self, part: bytes) -> Iterator[ZaiEvent]:
         """The events that this part completes. Raises UpstreamError when Z.ai reports a failure."""
         self.size += len(part)
         if self.size > self.max_size:
@@ -5078,7 +5558,7 @@ class ZaiReader:
         for data in self.decoder.feed(part):
             yield from self.read_event(data)
 
-    def close(self) -> Iterator[Event]:
+    def close(self) -> Iterator[ZaiEvent]:
         """The events that are left at the end of the bytes. Raises UpstreamError when some are missing."""
         for data in self.decoder.close():
             yield from self.read_event(data)
@@ -5088,10 +5568,11 @@ class ZaiReader:
             raise UpstreamError(UNAVAILABLE, BROKEN_OFF)
         yield from self.end()
 
-    def read_event(self, data: bytes) -> Iterable[Event]:
+    def read_event(self, data: bytes) -> Iterable[ZaiEvent]:
         self.raw = None
         if self.done:
             return ()
+        self.look_for_halves(data)
         document = parse_answer(data)
         if isinstance(document, dict):
             return self.read_chunk(document)
@@ -5099,7 +5580,11 @@ class ZaiReader:
             return self.end()
         return self.read_torn(data)
 
-    def read_torn(self, data: bytes) -> Iterator[Event]:
+    def look_for_halves(self, data: bytes) -> None:
+        if b"\\ud" in data or b"\\uD" in data:  # UTF-8 itself has no halves
+            self.halves = self.halves or HalfPairs()
+
+    def read_torn(self, data: bytes) -> Iterator[ZaiEvent]:
         chunks, torn, rest = salvage(data.decode("utf-8", "replace"))
         self.torn += torn
         for chunk in chunks:
@@ -5109,7 +5594,8 @@ class ZaiReader:
                 UNAVAILABLE, "Z.ai's answer is unreadable: try again.", excerpt(data)
             )
 
-    def read_document(self, data: bytes) -> Iterator[Event]:
+    def read_document(self, data: bytes) -> Iterator[ZaiEvent]:
+        self.look_for_halves(data)
         document = parse_answer(data)
         if not isinstance(document, dict):
             raise zai_error(200, data)
@@ -5117,12 +5603,20 @@ class ZaiReader:
         if first_object(document.get("choices")) and self.finish is None:
             self.finish = "stop"  # whole JSON is a whole answer
 
-    def read_chunk(self, chunk: JSON) -> list[Event]:
+    def read_chunk(self, chunk: JSON) -> Sequence[ZaiEvent]:
         """The events of a chunk or of a whole answer, which differ in the name of one field."""
         if chunk.get("error") or ("code" in chunk and "choices" not in chunk):
             raise zai_error(200, chunk)
         if not self.id:  # all chunks repeat it
             self.read_head(chunk)
+        events = self.read_choice(chunk)
+        if self.halves:
+            events = self.halves.feed(events)
+        if self.torn and self.begins_again(chunk):
+            return [BegunAgain(), *events]
+        return events
+
+    def read_choice(self, chunk: JSON) -> list[Event]:
         choice = first_object(chunk.get("choices"))
         events = self.read_delta(as_object(choice.get("delta") or choice.get("message")))
         usage = chunk.get("usage")
@@ -5138,6 +5632,15 @@ class ZaiReader:
                 raise UpstreamError(UNAVAILABLE, BROKEN_OFF, "Z.ai: network_error")
         return events
 
+    def begins_again(self, chunk: JSON) -> bool:
+        """Whether a chunk behind a torn frame is the first one of another answer, which its id tells."""
+        given = chunk.get("id")
+        newest = self.newest_id or self.id
+        if not given or str(given) == newest:
+            return False
+        self.newest_id = str(given)
+        return True
+
     def read_head(self, chunk: JSON) -> None:
         self.id = str(chunk.get("id") or "")
         self.created = self.created or as_count(chunk.get("created"))
@@ -5145,10 +5648,12 @@ class ZaiReader:
 
     def read_delta(self, delta: JSON) -> list[Event]:
         events: list[Event] = []
-        thought = delta.get("reasoning_content")
+        thought = delta.get("reasoning_content") or delta.get("reasoning")
         if thought and isinstance(thought, str):
             events.append(Thought(thought))
         text = delta.get("content")
+        if isinstance(text, list):
+            text = text_of_parts(text)
         if text and isinstance(text, str):
             events.append(Text(text))
         pieces = delta.get("tool_calls")
@@ -5160,7 +5665,21 @@ class ZaiReader:
         """The finish, once."""
         if self.finish is not None and not self.done:
             self.done = True
+            if self.halves:
+                yield from self.halves.close()
             yield Finish(FINISH_REASONS.get(self.finish, "stop"))
+
+
+def text_of_parts(parts: list[Any]) -> str:
+    """The text of a content that came as an array of parts, as messages of requests have it."""
+    texts = []
+    for part in parts:
+        text = part
+        if isinstance(part, dict) and part.get("type") in ("text", "output_text", None):
+            text = part.get("text")
+        if isinstance(text, str):
+            texts.append(text)
+    return "".join(texts)
 
 
 def is_function_call(piece: JSON) -> bool:
@@ -5275,11 +5794,12 @@ class RepairNeeds:
     answer_id: str  # ours, unique
     tools: Mapping[str, JSON]  # the parameters of each function that was offered, by name
     wants_json: bool
-    quoted: frozenset[str]  # see `quoted_calls`
+    quoted: str  # see `quoted_text`
+    forced: str = ""  # the function that must be called
 
 
 class Repair(ABC):
-    """Mends one quirk of one answer: `feed` takes an event of a type in `sees`.
+    """Mends one quirk of one answer: `feed` takes an event of a type in `sees`, which only shrinks.
 
     `mended` counts how often there was something to mend, for the dashboard, which shows it by `kind`.
     """
@@ -5299,22 +5819,38 @@ class Repair(ABC):
 
 
 class RepairChain:
-    """The repairs that one request needs, in order."""
+    """The repairs that one request needs, in order.
+
+    A repair that has lost its interest in a type of events costs nothing for later ones.
+    """
 
     def __init__(self, repairs: Sequence[Repair]) -> None:
         self.repairs = repairs
+        # By type of event: the repairs that see it, with their numbers in the chain.
+        self.routes: dict[type, list[tuple[int, Repair]]] = {}
 
-    def feed(self, event: Event, start: int = 0) -> list[Event]:
+    def feed(self, event: ZaiEvent, start: int = 0) -> list[Event]:
         """What comes out for an event that enters at the repair number `start`."""
         kind = type(event)
-        for position in range(start, len(self.repairs)):
-            repair = self.repairs[position]
-            if kind in repair.sees:
+        route = self.routes.get(kind)
+        if route is None:
+            route = self.routes[kind] = self.new_route(kind)
+        for position, repair in route:
+            if position >= start:
                 mended: list[Event] = []
                 for event_of_it in repair.feed(event):
                     mended += self.feed(event_of_it, position + 1)
+                if kind not in repair.sees:  # any more
+                    self.routes[kind] = self.new_route(kind)
                 return mended
-        return [event]
+        return [cast("Event", event)]  # FreshStart keeps BegunAgain
+
+    def new_route(self, kind: type) -> list[tuple[int, Repair]]:
+        route = []
+        for position, repair in enumerate(self.repairs):
+            if kind in repair.sees:
+                route.append((position, repair))
+        return route
 
 
 class TaggedReasoning(Repair):
@@ -5381,6 +5917,32 @@ def partial_tag(text: str, tags: Iterable[str]) -> str:
     return ""
 
 
+class StrayTag(Repair):
+    """A </think> at the head of a text: the server that took the reasoning out has left it there."""
+
+    kind = "stray_tags"
+    sees = frozenset((Text, ToolCall, Finish))
+    TAG = "</think>"
+
+    def __init__(self) -> None:
+        self.head = ""  # white space, and perhaps the beginning of the tag
+
+    def feed(self, event: Text | ToolCall | Finish) -> Iterator[Event]:
+        if isinstance(event, Text):
+            self.head += event.text
+            word = self.head.lstrip()
+            if self.TAG.startswith(word) and word != self.TAG:
+                return
+            if word.startswith(self.TAG):
+                self.head = self.head.replace(self.TAG, "", 1)
+                self.mended += 1
+        self.sees = frozenset()  # the text has begun
+        if self.head:
+            yield Text(self.head)
+        if not isinstance(event, Text):
+            yield event
+
+
 class TextHead(Repair):
     r"""Line ends at the very head of a text, which are the model's template ("\n" before a call, say)."""
 
@@ -5394,6 +5956,31 @@ class TextHead(Repair):
             return ()
         self.sees = frozenset()  # the text has begun
         return (Text(text),)
+
+
+class FreshStart(Repair):
+    """An answer that begins anew in its own stream, behind a torn frame and under another id.
+
+    Z.ai does so when it loses an answer on the way (zai-org/GLM-5#66, anomalyco/opencode#23442): what
+    follows is not the rest of what came before. If that was reasoning alone, the new one goes on;
+    behind a text or a call it would be nonsense, so the answer breaks off.
+    """
+
+    kind = "begun_again"
+    sees = frozenset((Text, ToolCall, BegunAgain))
+
+    def __init__(self) -> None:
+        self.has_answered = False  # text or a call has been sent
+
+    def feed(self, event: Text | ToolCall | BegunAgain) -> tuple[Event, ...]:
+        if isinstance(event, BegunAgain):
+            self.mended += 1
+            if self.has_answered:
+                raise UpstreamError(UNAVAILABLE, BEGUN_AGAIN)
+            return ()
+        self.has_answered = True
+        self.sees = frozenset((BegunAgain,))
+        return (event,)
 
 
 class CodeMarks:
@@ -5453,89 +6040,244 @@ class LeakedCalls(Repair):
 
     kind = "leaked_calls"
     sees = frozenset((Text, ToolCall, Finish))
+    WORDS: type[Text] | type[Thought] = Text  # where calls leak into
 
     @classmethod
     def needed(cls, needs: RepairNeeds) -> Repair | None:
         return cls(needs.tools, needs.quoted) if needs.tools else None
 
-    def __init__(self, tools: Mapping[str, JSON], quoted: frozenset[str]) -> None:
+    def __init__(self, tools: Mapping[str, JSON], quoted: str) -> None:
         self.tools = tools  # the parameters of each, by name
-        self.quoted = quoted  # the markup in the request, without white space
+        self.quoted = quoted  # what the request says, see `quoted_text`
         self.marks = CodeMarks()
         self.rest = ""  # perhaps the beginning of a tag
         self.held: list[str] = []  # the text from the first <tool_call> on
-        self.open: CallMarkup | None = None  # the last call in it, while it is not complete
-        self.calls: list[CallMarkup] = []  # the complete ones
+        self.open: list[LeakedCall] = []  # ways to read the last call in it, until it is complete
+        self.calls: list[LeakedCall] = []  # the complete ones
         self.has_call = False  # Z.ai sent one as it should
 
-    def feed(self, event: Text | ToolCall | Finish) -> Iterator[Event]:
-        if isinstance(event, Text):
+    def feed(self, event: Thought | Text | ToolCall | Finish) -> Iterator[Event]:
+        if isinstance(event, self.WORDS):
             yield from self.read_text(event.text)
             return
         if isinstance(event, ToolCall):
             self.has_call = True
-        rest = self.rest
+        said = self.read_pieces([self.rest])
         self.rest = ""
-        yield from self.read(rest)
-        if isinstance(event, Finish) and self.are_calls(event.reason):
+        is_end = isinstance(event, Finish) and self.are_calls(event.reason)
+        if not is_end and not is_blank_text(event):
+            said += self.release()
+        if said:
+            yield self.WORDS(said)
+        if is_end:
             self.mended += 1
-            yield from [markup.call() for markup in self.calls]
-        else:
-            yield from self.release()
+            yield from [leaked.call() for leaked in self.calls]
         yield event
 
     def read_text(self, text: str) -> Iterator[Event]:
         if "<" not in text and not self.rest and not self.held:  # most texts
             self.marks.feed(text)
-            yield Text(text)
+            yield self.WORDS(text)
             return
-        *pieces, last = CallMarkup.TAG.split(self.rest + text)
-        self.rest = partial_tag(last, CallMarkup.TAGS)
-        for piece in (*pieces, last.removesuffix(self.rest)):
-            yield from self.read(piece)
+        *pieces, last = MARKUP_TAG.split(self.rest + text)
+        self.rest = partial_tag(last, MARKUP_TAGS)
+        said = self.read_pieces([*pieces, last.removesuffix(self.rest)])
+        if said:
+            yield self.WORDS(said)
 
-    def read(self, piece: str) -> Iterator[Event]:
-        """Read a tag, or the text between two tags."""
-        if self.open and self.open.feed(piece):
+    def read_pieces(self, pieces: Iterable[str]) -> str:
+        return "".join([self.read(piece) for piece in pieces])
+
+    def read(self, piece: str) -> str:
+        """Read a tag, or the text between two tags; return what turns out to be no call."""
+        released = ""
+        if self.open:
+            if self.goes_on(piece):
+                return ""
+            released = self.release()
+        if piece == "<tool_call>" and not self.marks.inside and not self.has_call:
             self.held.append(piece)
-            if self.open.state == "complete":
-                self.calls.append(self.open)
-                self.open = None
-        elif piece == "<tool_call>" and not self.marks.inside and not self.has_call:
-            if self.open:  # what came before it was no call
-                yield from self.release()
+            self.open = self.new_calls()
+            return released
+        if self.held and not piece.strip():
             self.held.append(piece)
-            self.open = CallMarkup(self.tools)
-        elif self.held and not self.open and not piece.strip():
-            self.held.append(piece)
-        elif piece:
-            yield from self.release()
+            return released
+        if piece:
+            released += self.release()
             self.marks.feed(piece)
-            yield Text(piece)
+        return released + piece
+
+    def new_calls(self) -> list[LeakedCall]:
+        """The ways to read what comes behind a <tool_call>."""
+        return [MarkupCall(self.tools)]
+
+    def goes_on(self, piece: str) -> bool:
+        """Read more of the open call. False if it is none."""
+        self.open = [leaked for leaked in self.open if leaked.feed(piece)]
+        if not self.open:
+            return False
+        self.held.append(piece)
+        for leaked in self.open:
+            if leaked.is_complete:
+                self.calls.append(leaked)
+                self.open = []
+                break
+        return True
 
     def are_calls(self, reason: FinishReason) -> bool:
         """Whether what is held is calls, now that the answer has ended."""
         if self.has_call or self.open or reason not in ("stop", "tool_calls"):
             return False
-        quoted = [markup for markup in self.calls if without_space(markup.text) in self.quoted]
-        return bool(self.calls) and not quoted
+        quotations = [leaked for leaked in self.calls if plain_form(leaked.text) in self.quoted]
+        return bool(self.calls) and not quotations
 
-    def release(self) -> Iterator[Event]:
-        """What was held is text."""
+    def release(self) -> str:
+        """What was held: it is no call."""
         text = "".join(self.held)
         self.held = []
-        self.open = None
+        self.open = []
         self.calls = []
-        if text:
-            self.marks.feed(text)
+        self.marks.feed(text)
+        return text
+
+
+class ThoughtCalls(LeakedCalls):
+    """Calls that the model makes while it still thinks: they stand at the end of its reasoning.
+
+    anomalyco/opencode#6883, vllm-project/vllm#42400. As in LeakedCalls; they are none where a text
+    or another call follows.
+    """
+
+    kind = "calls_in_reasoning"
+    sees = frozenset((Thought, Text, ToolCall, Finish))
+    WORDS = Thought
+
+    def new_calls(self) -> list[LeakedCall]:
+        return [MarkupCall(self.tools), JsonCall(self.tools)]
+
+
+class JsonCalls(LeakedCalls):
+    """Calls that leak into the text as JSON: <tool_call>{"name": …, "arguments": {…}}</tool_call>.
+
+    vllm-project/vllm#48095. As in LeakedCalls.
+    """
+
+    kind = "calls_as_json"
+
+    def new_calls(self) -> list[LeakedCall]:
+        return [JsonCall(self.tools)]
+
+
+class ForcedCall(Repair):
+    """A text that is nothing but the arguments of the function that tool_choice forces, fenced or not.
+
+    NousResearch/hermes-agent#7462. Z.ai knows no forced calls, and answers with what the call would
+    have had. As in LeakedCalls, but the fence does not count: it is around all of the text.
+    """
+
+    kind = "arguments_as_text"
+    sees = frozenset((Text, ToolCall, Finish))
+
+    @classmethod
+    def needed(cls, needs: RepairNeeds) -> Repair | None:
+        if not needs.forced:
+            return None
+        return cls(needs.forced, needs.tools[needs.forced], needs.quoted)
+
+    def __init__(self, name: str, parameters: JSON, quoted: str) -> None:
+        self.name = name
+        self.schema = Schema(parameters, parameters)
+        self.quoted = quoted  # what the request says, see `quoted_text`
+        self.beginning = Beginning("{", "```")
+        self.held: list[str] = []  # the text so far
+
+    def feed(self, event: Text | ToolCall | Finish) -> Iterator[Event]:
+        if isinstance(event, Text):
+            self.held.append(event.text)
+            if self.beginning.feed(event.text):
+                return
+        text = "".join(self.held)
+        self.sees = frozenset()  # this is the end, or there is something else
+        if isinstance(event, Finish) and self.are_arguments(text, event.reason):
+            self.mended += 1
+            yield ToolCall(-1, "", self.name, json_in(text))
+        elif text:
             yield Text(text)
+        if not isinstance(event, Text):
+            yield event
+
+    def are_arguments(self, text: str, reason: FinishReason) -> bool:
+        if reason not in ("stop", "tool_calls"):
+            return False
+        inside = json_in(text)
+        value = parse_text(inside)
+        if not isinstance(value, dict) or plain_form(inside) in self.quoted:
+            return False
+        known = as_object(self.schema.options[0].get("properties"))
+        return known.keys() >= value.keys() and fits(value, self.schema)
 
 
-class CallMarkup:
-    """One call as the model writes it, read tag by tag from behind its <tool_call>."""
+FENCED = re.compile(r"\s*```\w*[ \t]*\r?\n(.*)```\s*", re.DOTALL)
 
-    TAGS = ("<tool_call>", "</tool_call>", "<arg_key>", "</arg_key>", "<arg_value>", "</arg_value>")
-    TAG = re.compile("(</?(?:tool_call|arg_key|arg_value)>)")
+
+def json_in(text: str) -> str:
+    """The inside of a fence, if that is all there is, else the text; without white space around it."""
+    fenced = FENCED.fullmatch(text)
+    return (fenced[1] if fenced else text).strip()
+
+
+class Beginning:
+    """Whether a text that comes in pieces begins in one of some ways, white space aside."""
+
+    def __init__(self, *starts: str) -> None:
+        self.starts = starts
+        self.head = ""  # of the text, while that is not clear
+        self.is_certain = False
+
+    def feed(self, text: str) -> bool:
+        """Read more. False once it does not."""
+        if not self.is_certain:
+            self.head = (self.head + text).lstrip()
+            self.is_certain = self.head.startswith(self.starts)
+        return self.is_certain or any(start.startswith(self.head) for start in self.starts)
+
+
+def is_blank_text(event: Event) -> bool:
+    return isinstance(event, Text) and not event.text.strip()
+
+
+MARKUP_TAGS = (
+    *("<tool_call>", "</tool_call>"),
+    *("<arg_key>", "</arg_key>", "<arg_value>", "</arg_value>"),
+)
+MARKUP_TAG = re.compile("(</?(?:tool_call|arg_key|arg_value)>)")
+
+
+class LeakedCall(ABC):
+    """One call that leaked, read from behind its <tool_call>."""
+
+    is_complete = False  # its </tool_call> has been read
+
+    def __init__(self, tools: Mapping[str, JSON]) -> None:
+        self.tools = tools
+        self.pieces: list[str] = []  # all
+
+    @property
+    def text(self) -> str:
+        """All that was read, without the last tag."""
+        return "".join(self.pieces[:-1])
+
+    @abstractmethod
+    def feed(self, piece: str) -> bool:
+        """Read a tag, or the text between two. False if this is no call of a tool that was offered."""
+
+    @abstractmethod
+    def call(self) -> ToolCall: ...
+
+
+class MarkupCall(LeakedCall):
+    """A call as the model writes it, in tags."""
+
     # The next state, by state and tag. A value may have any other tag in it.
     NEXT: ClassVar[Mapping[tuple[str, str], str]] = {
         ("name", "<arg_key>"): "key",
@@ -5548,25 +6290,19 @@ class CallMarkup:
     }
 
     def __init__(self, tools: Mapping[str, JSON]) -> None:
-        self.tools = tools
+        super().__init__(tools)
         self.state = "name"
         self.name = ""
         self.key = ""
         self.value: list[str] = []  # pieces
         self.pairs: list[tuple[str, str]] = []
-        self.pieces: list[str] = []  # all
-
-    @property
-    def text(self) -> str:
-        """All that was read, without the last tag."""
-        return "".join(self.pieces[:-1])
 
     def feed(self, piece: str) -> bool:
-        """Read a tag, or the text between two. False if this is no call of a tool that was offered."""
         following = self.NEXT.get((self.state, piece))
         if following:
             self.leave()
             self.state = following
+            self.is_complete = following == "complete"
             fits = self.name in self.tools
         else:
             fits = self.add(piece)
@@ -5593,42 +6329,269 @@ class CallMarkup:
             return any(name.startswith(self.name.rstrip()) for name in self.tools)
         if self.state == "key":
             self.key += piece
-            return piece not in self.TAGS
+            return piece not in MARKUP_TAGS
         return not piece.strip()
 
     def call(self) -> ToolCall:
-        schemas = as_object(self.tools[self.name].get("properties"))
-        arguments = {
-            key: leaked_value(value, as_object(schemas.get(key))) for key, value in self.pairs
-        }
-        return ToolCall(-1, "", self.name, to_json(arguments))
+        parameters = self.tools[self.name]
+        return ToolCall(-1, "", self.name, arguments_of_pairs(self.pairs, parameters))
 
 
-def without_space(text: str) -> str:
-    return "".join(text.split())
+def arguments_of_pairs(pairs: Iterable[tuple[str, str]], parameters: JSON) -> str:
+    """Arguments as JSON text, from names and values as they stand between tags."""
+    schema = Schema(parameters, parameters)
+    arguments = {name: leaked_value(value, schema.of_property(name)) for name, value in pairs}
+    return to_json(arguments)
 
 
-def leaked_value(text: str, schema: JSON) -> Any:
+def leaked_value(text: str, schema: Schema) -> Any:
     """An argument as it stands between tags: JSON, except that a string has no quotes."""
-    if "string" in str(schema.get("type")):  # which may be a list
+    if schema.types and schema.allows_string:
         return text
-    value = parse_json(text.encode("utf-8", "surrogatepass"))
+    value = parse_text(text)
     if value is None and text.strip() != "null":
         return text
     return value
 
 
-QUOTED_CALL = re.compile("<tool_call>(.*?)</tool_call>", re.DOTALL)
+class JsonCall(LeakedCall):
+    """A call as one JSON object with a name and arguments."""
+
+    MAX_TRIES = 16  # at its end: a string in it may look like one
+
+    def __init__(self, tools: Mapping[str, JSON]) -> None:
+        super().__init__(tools)
+        self.has_begun = False  # its brace has been read
+        self.tries = 0
+        self.name = ""
+        self.arguments: JSON = {}
+
+    def feed(self, piece: str) -> bool:
+        self.pieces.append(piece)
+        if piece == "</tool_call>":
+            self.read_object()
+            return self.has_begun and self.tries < self.MAX_TRIES
+        if not self.has_begun and piece.strip():
+            self.has_begun = piece.lstrip().startswith("{")
+            return self.has_begun
+        return True
+
+    def read_object(self) -> None:
+        self.tries += 1
+        match parse_text(self.text):
+            case {"name": str(name), "arguments": dict(arguments), **others}:
+                self.is_complete = name in self.tools and not others
+                self.name = name
+                self.arguments = arguments
+
+    def call(self) -> ToolCall:
+        return ToolCall(-1, "", self.name, to_json(self.arguments))
 
 
-def quoted_calls(messages: Iterable[Message]) -> frozenset[str]:
-    """The markup of calls that stands in a conversation, without white space."""
-    found: set[str] = set()
+JSON_TYPES = {
+    bool: "boolean",
+    int: "integer",
+    float: "number",
+    str: "string",
+    list: "array",
+    dict: "object",
+    type(None): "null",
+}
+
+
+class Schema:
+    """What a JSON Schema says of a value, as far as the repairs need it; what it leaves open, is allowed.
+
+    A reference is followed within `root`, the whole schema; a union allows what one of its `options` does.
+    """
+
+    MAX_DEPTH = 32  # of unions, references and values in one another
+
+    def __init__(self, part: Any, root: JSON) -> None:
+        self.root = root
+        self.options = self.options_of(part, 0)
+
+    def options_of(self, part: Any, depth: int) -> list[JSON]:
+        part = self.followed(part)
+        if "type" in part or depth > self.MAX_DEPTH:
+            return [part]
+        for union in ("anyOf", "oneOf", "allOf"):
+            options = part.get(union)
+            if isinstance(options, list) and (union != "allOf" or len(options) == 1):
+                found = []
+                for option in options:
+                    found += self.options_of(option, depth + 1)
+                return found
+        return [part]
+
+    def followed(self, part: Any) -> JSON:
+        """The part that a reference means; {} for what is no schema of ours."""
+        for _ in range(self.MAX_DEPTH):
+            if not isinstance(part, dict) or "$ref" not in part:
+                break
+            part = self.at(str(part["$ref"]))
+        return as_object(part)
+
+    def at(self, reference: str) -> Any:
+        """The part at a JSON Pointer (RFC 6901); None if it is not in this schema."""
+        start, *names = reference.split("/")
+        if start != "#":
+            return None
+        part: Any = self.root
+        for name in names:
+            part = as_object(part).get(name.replace("~1", "/").replace("~0", "~"))
+        return part
+
+    @cached_property
+    def types(self) -> frozenset[str] | None:
+        """The types of values that it allows; None: any."""
+        types: set[str] = set()
+        for option in self.options:
+            given = types_of(option)
+            if given is None:
+                return None
+            types.update(given)
+        return frozenset(types)
+
+    def allows_type_of(self, value: Any) -> bool:
+        if self.types is None:
+            return True
+        name = JSON_TYPES[type(value)]
+        return name in self.types or (name == "integer" and "number" in self.types)
+
+    @property
+    def allows_string(self) -> bool:
+        return self.types is None or "string" in self.types
+
+    def of_property(self, name: str) -> Schema:
+        """Of the value that an object has under this name; one that allows all if that is not clear."""
+        found = []
+        for option in self.options:
+            known = as_object(option.get("properties"))
+            if name in known:
+                found.append(known[name])
+        return self.only(found)
+
+    def of_items(self) -> Schema:
+        """Of an array's items, likewise."""
+        return self.only([option["items"] for option in self.options if "items" in option])
+
+    def only(self, parts: list[Any]) -> Schema:
+        return Schema(parts[0] if len(parts) == 1 else {}, self.root)
+
+
+def fits(value: Any, schema: Schema, depth: int = 0) -> bool:
+    """Whether a value is what a schema asks for, as far as its types, names and choices say."""
+    if depth > Schema.MAX_DEPTH:
+        return False
+    return any(fits_option(value, option, schema, depth) for option in schema.options)
+
+
+def fits_option(value: Any, option: JSON, schema: Schema, depth: int) -> bool:
+    if not Schema(option, schema.root).allows_type_of(value):
+        return False
+    choices = option.get("enum")
+    if isinstance(choices, list) and value not in choices:
+        return False
+    if value != option.get("const", value):
+        return False
+    if isinstance(value, list):
+        items = schema.of_items()
+        return all(fits(item, items, depth + 1) for item in value)
+    if isinstance(value, dict):
+        has_all = value.keys() >= required_names(option)
+        return has_all and all(
+            fits(part, schema.of_property(name), depth + 1) for name, part in value.items()
+        )
+    return True
+
+
+def required_names(schema: JSON) -> set[str]:
+    names = schema.get("required")
+    return set(map(str, names)) if isinstance(names, list) else set()
+
+
+def types_of(schema: JSON) -> Iterable[str] | None:
+    """The types that a schema without unions names, or that its values have; None if it names none."""
+    named = schema.get("type")
+    if isinstance(named, str):
+        return {named}
+    if isinstance(named, list):
+        return map(str, named)
+    values = schema.get("enum")
+    if isinstance(values, list):
+        return {JSON_TYPES[type(value)] for value in values}
+    if "const" in schema:
+        return {JSON_TYPES[type(schema["const"])]}
+    return None
+
+
+QUOTED_CALL = re.compile(r"(?:<|u003c|&lt;|&#0*60;|&#x0*3c;)tool_call", re.IGNORECASE)
+ESCAPE = re.compile(r"\\+(?:u([0-9a-fA-F]{4})|[nrt])?")  # however often it was escaped
+
+
+def quoted_text(messages: Iterable[Message], *, forced: bool = False) -> str:
+    """The texts of a conversation that have the markup of calls in them, in plain form.
+
+    Where a call is `forced`, an object may be one: then it is those that have a brace in them.
+    """
+    has_calls = re.compile("{").search if forced else QUOTED_CALL.search
+    return "\n".join(map(plain_form, filter(has_calls, conversation_texts(messages))))
+
+
+def conversation_texts(messages: Iterable[Message]) -> Iterator[str]:
+    """All that was said, thought and called."""
     for message in messages:
-        for text in (message.thought, *message.content):
-            if isinstance(text, str):
-                found.update(map(without_space, QUOTED_CALL.findall(text)))
-    return frozenset(found)
+        yield message.thought
+        for part in message.content:
+            if isinstance(part, str):
+                yield part
+        for call in message.calls:
+            yield call.arguments
+
+
+def plain_form(text: str) -> str:
+    """A text without white space and escapes: the same for a page, for it in JSON, and for it in HTML."""
+    if "&" in text:
+        text = unescape(text)
+    if "\\" in text:
+        text = whole_characters(ESCAPE.sub(unescaped, text))
+    return "".join(text.split())
+
+
+def unescaped(escape: re.Match[str]) -> str:
+    """What an escape of JSON stands for; nothing for a line end, and for the backslash before a quote."""
+    return chr(int(escape[1], 16)) if escape[1] else ""
+
+
+class NameRemnants(Repair):
+    """Remnants of the model's template in the name of a call: read</arg_value>, or read and its arguments.
+
+    zai-org/GLM-5#84, can1357/oh-my-pi#3458. The name is what precedes the first tag or white space,
+    if that was offered. Pairs of <arg_key> and <arg_value> behind it are moved into the arguments,
+    which MarkupArguments reads.
+    """
+
+    kind = "remnants_in_names"
+    sees = frozenset((ToolCall,))
+    NAME = re.compile(r"[^<\s]+")
+
+    @classmethod
+    def needed(cls, needs: RepairNeeds) -> Repair | None:
+        return cls(needs.tools) if needs.tools else None
+
+    def __init__(self, tools: Mapping[str, JSON]) -> None:
+        self.tools = tools
+
+    def feed(self, event: ToolCall) -> tuple[Event, ...]:
+        if not event.name or event.name in self.tools:
+            return (event,)
+        found = self.NAME.match(event.name)
+        if not found or found[0] not in self.tools:
+            return (event,)
+        self.mended += 1
+        _, key, pairs = event.name.partition("<arg_key>")
+        return (replace(event, name=found[0], arguments=key + pairs + event.arguments),)
 
 
 @dataclass
@@ -5694,7 +6657,8 @@ class CallPieces(Repair):
         """The call that a piece belongs to, perhaps a new one."""
         place = piece.id if piece.index < 0 else piece.index
         call = self.known.get(place)
-        if call is None and not piece.name and self.calls:
+        is_new = piece.index >= 0 and piece.id  # though it may have no name
+        if call is None and not piece.name and self.calls and not is_new:
             call = self.calls[-1]
         if call is None or is_another(piece, call):
             call = Call()
@@ -5725,6 +6689,419 @@ class CallPieces(Repair):
         while call_id in used:
             call_id += f"_{call.index}"
         return call_id
+
+
+class NamelessCalls(Repair):
+    """Calls with an empty name, which no client can make (edison7009/EchoBird#187)."""
+
+    kind = "nameless_calls"
+    sees = frozenset((ToolCall,))
+
+    def feed(self, event: ToolCall) -> tuple[Event, ...]:
+        if not event.id or event.name.strip():
+            return (event,)
+        self.mended += 1
+        return ()
+
+
+class JsonScanner:
+    """Where JSON text stands that comes in pieces: in a string or not, and in which brackets."""
+
+    MARK = re.compile(r'["{}\[\]:,]')
+    # As far as a string goes; the bound is for the memory that the pattern takes.
+    INSIDE = re.compile(r'[^"\\]*(?:\\.[^"\\]*){0,1000}', re.DOTALL)
+    CLOSERS: ClassVar[Mapping[str, str]] = {"{": "}", "[": "]"}
+
+    def __init__(self) -> None:
+        self.closers: list[str] = []  # of the brackets that are open
+        self.in_string = False
+        self.is_escaped = False  # the next character of the string
+        self.last = ""  # mark outside of strings
+
+    def feed(self, text: str) -> Iterator[tuple[str, int]]:
+        """Each mark of JSON in more of the text, with the index behind it; a string has two, its quotes."""
+        at = 0
+        while at < len(text):
+            if self.in_string:
+                at = self.skip(text, at)
+                if not self.in_string:
+                    yield '"', at
+                continue
+            found = self.MARK.search(text, at)
+            if not found:
+                return
+            at = found.end()
+            self.take(found[0])
+            yield found[0], at
+
+    def skip(self, text: str, at: int) -> int:
+        """The index behind what belongs to the string; behind its quote, if that is there."""
+        if self.is_escaped:
+            self.is_escaped = False
+            return at + 1
+        found = self.INSIDE.match(text, at)
+        at = found.end() if found else at
+        following = text[at : at + 2]
+        if following == "\\":  # the last character
+            self.is_escaped = True
+            return at + 1
+        if following.startswith('"'):
+            self.in_string = False
+            return at + 1
+        return at
+
+    def take(self, mark: str) -> None:
+        if mark == '"':
+            self.in_string = True
+            return
+        if mark in self.CLOSERS:
+            self.closers.append(self.CLOSERS[mark])
+        elif self.closers and mark == self.closers[-1]:
+            self.closers.pop()
+        self.last = mark
+
+
+class ObjectReader:
+    """The objects in the arguments of one call, of which there should be one."""
+
+    EMPTY = re.compile(r"\s*\{\s*\}\s*")
+
+    def __init__(self) -> None:
+        self.scanner = JsonScanner()
+        self.objects: list[str] = []  # that are complete
+        self.begun: list[str] = []  # pieces of the next one
+        self.held = ""  # what has not gone out of a first object that is empty
+        self.is_plain = True  # there has been nothing else
+        self.mended = 0
+
+    def feed(self, text: str) -> Iterator[tuple[Literal["more", "another"], str]]:
+        """What goes out now: more of the call's arguments, or those of another call."""
+        start = 0
+        if self.is_plain:
+            for mark, end in self.scanner.feed(text):
+                if mark == "}" and not self.scanner.closers:
+                    yield from self.read_end(text[start:end])
+                    start = end
+        if start < len(text):
+            yield "more", self.read(text[start:])
+
+    def read(self, part: str) -> str:
+        """Read more of an object, or what stands between two; return what goes out."""
+        if not self.is_plain:
+            return part
+        if self.begun:
+            return self.go_on(part)
+        if not part.strip():
+            return self.read_space(part)
+        if not part.lstrip().startswith("{"):
+            self.is_plain = False
+            return self.close() + part
+        if not self.held:
+            return self.go_on(part)
+        return self.replace_empty(part)
+
+    def read_space(self, part: str) -> str:
+        if not self.held:
+            return part
+        self.held += part
+        return ""
+
+    def go_on(self, part: str) -> str:
+        """More of an object; the first one goes out as it comes."""
+        self.begun.append(part)
+        return "" if self.objects else part
+
+    def replace_empty(self, part: str) -> str:
+        """An object begins in the place of an empty one, whose opening brace may have gone out."""
+        is_open = "{" not in self.held
+        self.held = ""
+        self.mended += 1
+        part = self.go_on(part).lstrip()
+        return part.removeprefix("{") if is_open else part
+
+    def read_end(self, part: str) -> Iterator[tuple[Literal["more", "another"], str]]:
+        """Read a part that ends with a closing brace outside of other brackets."""
+        whole = "".join(self.begun) + part
+        if not self.is_plain or not whole.lstrip().startswith("{"):
+            yield "more", self.read(part)
+        elif self.objects:
+            yield from self.read_another(whole)
+        elif self.EMPTY.fullmatch(whole):
+            self.mended += bool(self.held)
+            self.held = self.held or part
+        else:
+            yield "more", self.read(part)
+            self.objects.append(whole)
+        self.begun = []
+
+    def read_another(self, whole: str) -> Iterator[tuple[Literal["more", "another"], str]]:
+        """Read an object behind the first."""
+        value = parse_text(whole)
+        if not isinstance(value, dict):
+            self.is_plain = False
+            yield "more", whole
+            return
+        self.mended += 1
+        if value not in map(parse_text, self.objects):
+            self.objects.append(whole)
+            yield "another", whole.strip()
+
+    def close(self) -> str:
+        """What was held, when no more comes."""
+        held = self.held
+        if self.objects:
+            held += "".join(self.begun)
+        self.held = ""
+        self.begun = []
+        return held
+
+
+@dataclass(slots=True)
+class SentCall:
+    """A call that has gone out."""
+
+    index: int
+    id: str
+    name: str
+
+
+class DoubledArguments(Repair):
+    """More than one object in the arguments of a call.
+
+    The same object again (anomalyco/opencode#33064), and an empty one before another, are dropped;
+    a different one is a call of its own, of the same function (sgl-project/sglang#16371). The first
+    streams on; the others are held until they are complete.
+    """
+
+    kind = "doubled_arguments"
+    sees = frozenset((ToolCall, Finish))
+
+    @classmethod
+    def needed(cls, needs: RepairNeeds) -> Repair | None:
+        return cls() if needs.tools else None
+
+    def __init__(self) -> None:
+        self.calls: dict[int, SentCall] = {}  # by the index that they came with
+        self.readers: dict[int, ObjectReader] = {}  # likewise
+        self.ids: set[str] = set()  # of all calls that have gone out
+
+    def feed(self, event: ToolCall | Finish) -> Iterator[Event]:
+        if isinstance(event, Finish):
+            yield from self.close()
+            self.mended = sum(reader.mended for reader in self.readers.values())
+            yield event
+        elif event.id:
+            yield from self.close()  # Z.ai sends one call after the other
+            yield from self.begin(event)
+        else:
+            yield from self.read(event)
+
+    def begin(self, event: ToolCall) -> Iterator[Event]:
+        """The first piece of a call, which has its id and name."""
+        call = self.send(event.id, event.name)
+        self.calls[event.index] = call
+        self.readers[event.index] = ObjectReader()
+        arguments = ""
+        others = []
+        for piece in self.read(event):
+            if piece.index == call.index:
+                arguments += piece.arguments
+            else:
+                others.append(piece)
+        yield ToolCall(call.index, call.id, call.name, arguments)
+        yield from others
+
+    def read(self, event: ToolCall) -> Iterator[ToolCall]:
+        call = self.calls[event.index]
+        for what, arguments in self.readers[event.index].feed(event.arguments):
+            if what == "another":
+                another = self.send(call.id, call.name)
+                yield ToolCall(another.index, another.id, another.name, arguments)
+            elif arguments:
+                yield ToolCall(call.index, "", "", arguments)
+
+    def send(self, given_id: str, name: str) -> SentCall:
+        """The next call, with an id of its own."""
+        index = len(self.ids)
+        while given_id in self.ids:
+            given_id += f"_{index}"
+        self.ids.add(given_id)
+        return SentCall(index, given_id, name)
+
+    def close(self) -> Iterator[Event]:
+        for index, reader in self.readers.items():
+            held = reader.close()
+            if held:
+                yield ToolCall(self.calls[index].index, "", "", held)
+
+
+class HeldArguments(Repair):
+    """Mends arguments that are no object: they are known by how they begin, and held to their end."""
+
+    sees = frozenset((ToolCall, Finish))
+    START = ""  # how they begin
+
+    @classmethod
+    def needed(cls, needs: RepairNeeds) -> Repair | None:
+        return cls(needs.tools) if needs.tools else None
+
+    def __init__(self, tools: Mapping[str, JSON]) -> None:
+        self.tools = tools  # the parameters of each, by name
+        self.names: dict[int, str] = {}  # of calls, by index, whose arguments are or may be held
+        self.beginnings: dict[int, Beginning] = {}  # likewise
+        self.held: dict[int, list[str]] = {}  # likewise
+
+    def feed(self, event: ToolCall | Finish) -> Iterable[Event]:
+        if isinstance(event, Finish):
+            return [*self.close(), event]
+        index = event.index
+        if event.id:
+            self.names[index] = event.name
+            self.beginnings[index] = Beginning(self.START)
+            self.held[index] = []
+        if index not in self.held or not event.arguments:
+            return (event,)
+        self.held[index].append(event.arguments)
+        if not self.beginnings[index].feed(event.arguments):
+            arguments = "".join(self.held.pop(index))
+            return (replace(event, arguments=arguments),)
+        if event.id:
+            return (replace(event, arguments=""),)
+        return ()
+
+    def close(self) -> Iterator[Event]:
+        for index, pieces in self.held.items():
+            text = "".join(pieces)
+            mended = self.mend(text, self.tools.get(self.names[index], {}))
+            self.mended += mended is not None
+            if text:
+                yield ToolCall(index, "", "", mended or text)
+        self.held = {}
+
+    @abstractmethod
+    def mend(self, text: str, parameters: JSON) -> str | None:
+        """The arguments as JSON text; None if they are not plainly what this mends."""
+
+
+class MarkupArguments(HeldArguments):
+    """Arguments in the model's own markup: <arg_key>path</arg_key><arg_value>/a</arg_value>.
+
+    zai-org/GLM-5#84. Nothing may stand behind them but an empty object or tags that close.
+    """
+
+    kind = "markup_in_arguments"
+    START = "<arg_key>"
+    PAIR = re.compile(r"\s*<arg_key>(.*?)</arg_key>\s*<arg_value>(.*?)</arg_value>", re.DOTALL)
+    REST = re.compile(r"\s*(?:</tool_call>)?\s*(?:\{\s*\}|null)?\s*")
+
+    def mend(self, text: str, parameters: JSON) -> str | None:
+        pairs: list[tuple[str, str]] = []
+        at = 0
+        while True:
+            pair = self.PAIR.match(text, at)
+            if not pair:
+                break
+            pairs.append((pair[1].strip(), pair[2]))
+            at = pair.end()
+        if not pairs or not self.REST.fullmatch(text, at):
+            return None
+        return arguments_of_pairs(pairs, parameters)
+
+
+class FencedArguments(HeldArguments):
+    """Arguments inside a code fence."""
+
+    kind = "fenced_arguments"
+    START = "```"
+
+    def mend(self, text: str, _: JSON) -> str | None:
+        inside = json_in(text)
+        if inside == text.strip() or not inside.startswith("{"):
+            return None
+        return inside
+
+
+class NullArguments(HeldArguments):
+    """`null` in place of arguments; none at all, CallPieces mends."""
+
+    kind = "null_arguments"
+    START = "null"
+
+    def mend(self, text: str, _: JSON) -> str | None:
+        return "{}" if text.strip() == "null" else None
+
+
+class UnfinishedArguments(Repair):
+    """Arguments that lack their last brackets (sgl-project/sglang#19345), or end in a comma.
+
+    They are closed only where the model has ended by itself, behind a string or a bracket, and if
+    all that the function requires is there: anything else may have been cut off in the middle.
+    """
+
+    kind = "unfinished_arguments"
+    sees = frozenset((ToolCall, Finish))
+
+    @classmethod
+    def needed(cls, needs: RepairNeeds) -> Repair | None:
+        return cls(needs.tools) if needs.tools else None
+
+    def __init__(self, tools: Mapping[str, JSON]) -> None:
+        self.tools = tools  # the parameters of each, by name
+        self.names: dict[int, str] = {}  # of the calls, by index
+        self.sent: dict[int, list[str]] = {}  # arguments, likewise
+        self.commas: dict[int, str] = {}  # held from the end of the last piece, likewise
+
+    def feed(self, event: ToolCall | Finish) -> Iterable[Event]:
+        if isinstance(event, Finish):
+            return [*self.close(event.reason), event]
+        index = event.index
+        if event.id:
+            self.names[index] = event.name
+            self.sent[index] = []
+        if index not in self.commas and event.arguments[-1:] not in ", \t\r\n":  # most pieces
+            self.sent[index].append(event.arguments)
+            return (event,)
+        return self.hold_comma(event)
+
+    def hold_comma(self, event: ToolCall) -> Iterable[Event]:
+        """Pass a piece on without the comma that it may end in."""
+        text = self.commas.pop(event.index, "") + event.arguments
+        kept = text.rstrip()
+        if kept.endswith(","):
+            kept = kept[:-1]
+            self.commas[event.index] = text[len(kept) :]
+        else:
+            kept = text
+        self.sent[event.index].append(kept)
+        if kept or event.id:
+            return (replace(event, arguments=kept),)
+        return ()
+
+    def close(self, reason: FinishReason) -> Iterator[Event]:
+        for index, pieces in self.sent.items():
+            comma = self.commas.get(index, "")
+            missing = self.missing("".join(pieces), self.tools.get(self.names[index], {}))
+            is_whole = missing == "" or (missing and reason not in ("length", "window_full"))
+            if is_whole and (missing or comma):
+                self.mended += 1
+            rest = missing if is_whole else comma
+            if rest:
+                yield ToolCall(index, "", "", rest)
+
+    def missing(self, text: str, parameters: JSON) -> str | None:
+        """The brackets that make an object of the arguments; None if no brackets do."""
+        if isinstance(parse_text(text), dict):
+            return ""
+        scanner = JsonScanner()
+        for _ in scanner.feed(text):
+            pass
+        if scanner.in_string or not text.rstrip().endswith(('"', "}", "]")):
+            return None
+        brackets = "".join(reversed(scanner.closers))
+        value = parse_text(text + brackets)
+        if isinstance(value, dict) and value.keys() >= required_names(parameters):
+            return brackets
+        return None
 
 
 def is_another(piece: ToolCall, call: Call) -> bool:
@@ -5831,9 +7208,21 @@ class Ending(Repair):
 # In order: the head of the text, calls in it, calls, JSON, the end.
 REPAIRS: tuple[type[Repair], ...] = (
     TaggedReasoning,
+    StrayTag,
     TextHead,
+    FreshStart,
+    ThoughtCalls,
     LeakedCalls,
+    JsonCalls,
+    ForcedCall,
+    NameRemnants,
     CallPieces,
+    NamelessCalls,
+    DoubledArguments,
+    MarkupArguments,
+    FencedArguments,
+    NullArguments,
+    UnfinishedArguments,
     JsonAlone,
     Ending,
 )
@@ -6066,13 +7455,20 @@ def zai_request(prompt: Prompt, model: Model, base_url: str, answer_id: str) -> 
     if urlsplit(base_url).hostname not in ZAI_HOSTS:  # Z.ai itself tells usage unasked
         body["stream_options"] = {"include_usage": True}
     data = encode_request(body)
-    functions = [tool["function"] for tool in body.get("tools", ()) if tool["type"] == "function"]
-    tools = {function["name"]: function["parameters"] for function in functions}
-    is_quoting = bool(tools) and b"<tool_call>" in data
-    quoted = quoted_calls(prompt.messages) if is_quoting else frozenset()
+    tools = {tool.name: tool.parameters for tool in prompt.tools}
+    forced = forced_function(prompt)
+    quoted = quoted_text(prompt.messages, forced=bool(forced)) if tools else ""
     wants_json = prompt.schema is not None
-    needs = RepairNeeds(model, answer_id, tools, wants_json, quoted)
+    needs = RepairNeeds(model, answer_id, tools, wants_json, quoted, forced)
     return ZaiRequest(data, needs, len(data) - media_size(prompt.messages))
+
+
+def forced_function(prompt: Prompt) -> str:
+    """The one function that tool_choice names; "" where it leaves a choice."""
+    choice = prompt.tool_choice
+    if choice.mode == "required" and choice.names is not None and len(prompt.tools) == 1:
+        return prompt.tools[0].name
+    return ""
 
 
 def media_size(messages: Iterable[Message]) -> int:
@@ -6106,7 +7502,7 @@ def choice_prompt(prompt: Prompt, choice: int) -> Prompt:
 def zai_user(user: str) -> str | None:
     """Z.ai's user_id has 6 to 128 characters."""
     if len(user) > 128:
-        return hashlib.sha256(user.encode("utf-8", "surrogatepass")).hexdigest()
+        return sha256(user)
     return user if len(user) >= 6 else f"user-{user}" if user else None
 
 
@@ -6125,7 +7521,8 @@ def with_chosen_tools(prompt: Prompt) -> Prompt:
         names = ", ".join(sorted(unknown))
         raise BadRequest(f"'tool_choice' names {names}, not among the tools.", "tool_choice")
     chosen = tuple(tool for tool in prompt.tools if tool.name in choice.names)
-    return replace(prompt, tools=chosen, native_tools=())
+    native = tuple(tool for tool in prompt.native_tools if tool["type"] in choice.natives)
+    return replace(prompt, tools=chosen, native_tools=native)
 
 
 CALL_ORDER = "Answer by calling "
@@ -7420,6 +8817,12 @@ def trace(what: str, data: bytes | object) -> None:
         LOG.debug("%s %s %s", REQUEST_ID.get(), what, words)
 
 
+def trace_part(what: str, part: bytes) -> None:
+    """A line of the debug log with bytes exactly as they came, as a JSON string: they may be cut anywhere."""
+    if LOG.level == logging.DEBUG and part:
+        trace(what, quoted(part.decode("utf-8", "backslashreplace")))
+
+
 R = TypeVar("R")
 LARGE = 2**20  # bytes
 LARGE_WORK = ThreadPoolExecutor(
@@ -7692,6 +9095,7 @@ class EventStream(EventSource):
             if self.reader.done:
                 break
             part = await (self.source.read() if self.reader.finish is None else self.read_rest())
+            trace_part("received", part)
             size += len(part)
             if size < LARGE:
                 events = self.events_in(part)
@@ -7699,7 +9103,6 @@ class EventStream(EventSource):
                 events = await in_thread_if_large(size, self.events_in, part)
             if events:
                 self.note(events)
-                trace("received", events)
         if self.on_end and self.is_complete:
             self.on_end()
         return events
@@ -7909,7 +9312,7 @@ class ZaiConnector(aiohttp.TCPConnector):
 
 def has_input(number: int) -> bool:
     """Whether a read of this descriptor would not wait."""
-    if not hasattr(select, "poll"):  # Windows
+    if sys.platform == "win32" or not hasattr(select, "poll"):
         return bool(select.select([number], [], [], 0)[0])
     poll = select.poll()
     poll.register(number, select.POLLIN)
@@ -10033,6 +11436,20 @@ async def delete_response(request: web.Request) -> web.Response:
     return json_response({"id": response_id, "object": "response", "deleted": True})
 
 
+async def count_input_tokens(request: web.Request) -> web.Response:
+    """An estimate, in the form of the Responses API: Z.ai is not asked."""
+    history = ClientHistory(request.app[DATABASE], request[ACCOUNT].id)
+    body = await read_json(request)
+    await history.load(referred_responses(body))
+    size = request[RECORD].body_size + history.size
+    tokens = await in_thread_if_large(size, response_tokens, body, history)
+    return json_response({"object": "response.input_tokens", "input_tokens": tokens})
+
+
+def response_tokens(body: JSON, history: ClientHistory) -> int:
+    return estimated_tokens(parse_counted_response(body, history))
+
+
 async def health(request: web.Request) -> web.Response:
     return json_response({"status": "ok", "name": "ztoapi"} | about(request.app[SETTINGS]))
 
@@ -10553,7 +11970,8 @@ async def error_response(request: web.Request, error: ProxyError) -> web.StreamR
         await stream.fail(error)
         return stream.response
     headers = error_headers(error)
-    if error.kind.status == 402 and request.path.rstrip("/").endswith("/responses"):
+    is_response = request.path.rstrip("/").endswith(("/responses", "/responses/compact"))
+    if error.kind.status == 402 and is_response:
         headers.pop("Retry-After", None)  # Codex would silently wait until then
     status, body = surface_of(request).error(error, our_request_id(request))
     response = json_response(body, status, headers)
@@ -10898,6 +12316,7 @@ def api_routes(app: web.Application) -> None:
     add_route(app, "POST", f"{API}messages/count_tokens{END}", require_key(count_tokens))
     add_route(app, "GET", f"{API}models{END}", require_key(list_models))
     add_route(app, "GET", f"{API}models/{{id:.*[^/]}}{END}", require_key(one_model))
+    add_route(app, "POST", f"{API}responses/input_tokens{END}", require_key(count_input_tokens))
     response = API + r"responses/{id:resp_\w+}"
     add_route(app, "GET", response + END, require_key(one_response))
     add_route(app, "GET", f"{response}/input_items{END}", require_key(list_input_items))

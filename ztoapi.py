@@ -863,7 +863,9 @@ def objects(value: Any) -> Iterator[JSON]:
 
 
 def first_object(value: Any) -> JSON:
-    return as_object(value[0]) if isinstance(value, list) and value else {}
+    if isinstance(value, list) and value and isinstance(value[0], dict):
+        return value[0]
+    return {}
 
 
 def as_number(value: Any) -> float | None:
@@ -5430,10 +5432,12 @@ class SSEDecoder:
             if line.startswith(self.DATA):
                 self.data.append(line.partition(b":")[2].removeprefix(b" ").removesuffix(b"\r"))
             elif self.data and line in (b"", b"\r"):
-                events.append(b"\n".join(self.data))
+                event = b"\n".join(self.data)
                 self.data = []
+                if event:
+                    events.append(event)
             # any other line is a comment, or a field that we do not need
-        return [event for event in events if event]
+        return events
 
 
 FINISH_REASONS: dict[str, FinishReason] = {reason: reason for reason in get_args(FinishReason)}
@@ -5581,7 +5585,8 @@ class ZaiReader:
         return self.read_torn(data)
 
     def look_for_halves(self, data: bytes) -> None:
-        if b"\\ud" in data or b"\\uD" in data:  # UTF-8 itself has no halves
+        # UTF-8 itself has no halves. `find` is much faster than `in`.
+        if data.find(b"\\ud") >= 0 or data.find(b"\\uD") >= 0:
             self.halves = self.halves or HalfPairs()
 
     def read_torn(self, data: bytes) -> Iterator[ZaiEvent]:

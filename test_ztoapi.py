@@ -11208,6 +11208,7 @@ SURFACES = {
     "chat": ("/v1/chat/completions", HELLO),
     "completions": ("/v1/completions", {"model": "glm-4.6", "prompt": "你好"}),
     "responses": ("/v1/responses", ASKED),
+    "messages": ("/v1/messages", HELLO | {"max_tokens": 1000}),
 }
 on_every_surface = pytest.mark.parametrize(("path", "body"), SURFACES.values(), ids=SURFACES)
 
@@ -11244,7 +11245,9 @@ async def test_every_surface_tries_again_and_falls_back(client, zai, path, body)
 async def test_every_surface_has_a_status_before_the_first_byte(client, zai, path, body, stream):
     zai.status, zai.parts = zai_refuses(1301, 400)
     response, text = await ask(client, body | {"stream": stream}, path)
-    assert (response.status, error_of(text)["code"]) == (400, "content_filter")
+    error = error_of(text)
+    wanted = "invalid_request_error" if "messages" in path else "content_filter"
+    assert (response.status, error.get("code", error["type"])) == (400, wanted)
 
 
 @in_loop
@@ -11253,7 +11256,14 @@ async def test_every_surface_says_in_the_stream_that_it_breaks_off(client, zai, 
     zai.parts = [FIRST, RECORDED[len(FIRST) : len(FIRST) + 180], RESET]
     response, stream = await ask(client, body | {"stream": True}, path)
     assert response.status == 200
-    assert CONNECTION_WORDS.search(stream.split("\n\n")[-2 if "responses" in path else -3])
+    frames = stream.removesuffix("data: [DONE]\n\n").split("\n\n")
+    assert CONNECTION_WORDS.search(frames[-2])
+
+
+SIGNS_OF_LIFE = {
+    "/v1/responses": b"event: response.created\n",
+    "/v1/messages": b"event: ping\n",
+}
 
 
 @in_loop
@@ -11263,8 +11273,7 @@ async def test_every_surface_is_kept_alive_and_freed(lively, zai, path, body):
     async with lively.post(path, json=body | {"stream": True}, headers=KEY) as response:
         sign = await response.content.readuntil(b"\n\n")
         response.close()
-    wanted = b"event: response.created\n" if "responses" in path else b": keep-alive\n\n"
-    assert sign.startswith(wanted)
+    assert sign.startswith(SIGNS_OF_LIFE.get(path, b": keep-alive\n\n"))
     assert await eventually(lambda: zai.open == 0)
 
 

@@ -13631,6 +13631,8 @@ ROUTES = [
     (("POST", "/dashboard/keys"), "400 403 401"),
     (("DELETE", "/dashboard/keys/gone"), "404 403 401"),
     (("POST", "/v1/messages/count_tokens"), "400 400 401"),
+    (("POST", "/v1/responses/compact"), "400 400 401"),
+    (("POST", "/v1/responses/input_tokens"), "400 400 401"),
     *(
         ((method, f"/v1/{path.replace(ztoapi.ID, 'x')}"), "200 200 401")
         for method, path in ztoapi.PASS_THROUGH_ROUTES

@@ -14990,6 +14990,20 @@ qwen --auth-type openai
     )
 
 
+def test_the_banner_names_the_database_without_its_password():
+    url = "postgresql://me:hunter2@db.example/z?password=hunter2"
+    text = ztoapi.banner(Settings(database_url=url), 9090)
+    assert "  database  PostgreSQL db.example/z\n" in text
+    assert "hunter2" not in text
+
+
+@pytest.mark.parametrize(("host", "told"), [("0.0.0.0", True), ("::", True), ("127.0.0.1", False)])
+def test_the_banner_names_an_address_for_others_where_they_may_call(host, told):
+    text = ztoapi.banner(Settings(host=host, default_key=("sk-mine",)), 9090)
+    assert ("\n  others    http://" in text) is told
+    assert "localhost" not in text.partition("others")[2].partition("\n")[0]
+
+
 def test_the_banner_ends_with_what_to_do_next():
     with_key, without = (
         ztoapi.banner(Settings(zai_api_key=keys), 9090).splitlines() for keys in (("zk",), ())
@@ -15586,6 +15600,21 @@ async def test_the_dashboard_tells_what_went_through_and_no_secret(start, zai):
         assert secret not in text
 
 
+@in_loop
+async def test_the_operator_sees_where_each_key_of_zais_goes_and_how_it_is(start, zai):
+    client = await start(zai_api_key=("zai-one", f"zai-two@{zai.url}/b"))
+    zai.answers = [zai_refuses(1113)]
+    await ask(client)
+    first, second = sorted(
+        (await stats(client))[0]["zai_keys"], key=lambda key: key["state"], reverse=True
+    )
+    assert {first["key"], second["key"]} == {1, 2}
+    assert {first["address"], second["address"]} == {zai.url, f"{zai.url}/b"}
+    assert (first["state"], second["state"], second["resting"]) == ("resting", "ready", [])
+    [rest] = first["resting"]
+    assert (rest["model"], rest["why"]) == ("glm-4.6", "insufficient_quota")
+
+
 async def news(client, cursor, key=KEY):
     async with client.get("/dashboard/stats", params={"since": cursor}, headers=key) as response:
         return await response.json(), await response.read()
@@ -15615,6 +15644,19 @@ async def test_a_page_that_has_seen_all_is_told_next_to_nothing(start):
         idle, body = await news(client, seen["cursor"])
         assert idle.keys() == {"now", "cursor", "reset", "recent"}
         assert (idle["cursor"], idle["recent"], len(body) < 300) == (seen["cursor"], [], True)
+
+
+@pytest.mark.parametrize(
+    ("value", "other", "same"),
+    [
+        ({"until": [1.8e9 + 0.0001]}, {"until": [1.8e9 + 0.0002]}, True),
+        ({"until": 1.8e9}, {"until": 1.8e9 + 1}, False),
+        ({"p50": 0.123}, {"p50": 0.124}, False),
+        ({"a": None}, {"a": 0}, False),
+    ],
+)
+def test_times_that_tremble_are_no_news(value, other, same):
+    assert (ztoapi.field_digest(value) == ztoapi.field_digest(other)) is same
 
 
 @in_loop

@@ -11119,7 +11119,6 @@ class Statistics:
 
     def __init__(self, now: float, unix: float | None = None) -> None:
         self.started = now
-        self.run = secrets.token_hex(4)  # tells this process from the one before
         self.clock_zero = (unix or now) - now  # the Unix time at which time.monotonic() was 0
         self.models: defaultdict[str, ModelFigures] = defaultdict(ModelFigures)
         self.keys: defaultdict[str, KeyFigures] = defaultdict(KeyFigures)  # by name
@@ -11132,6 +11131,11 @@ class Statistics:
         self.requests: Counter[tuple[str, str, int]] = (
             Counter()
         )  # all of them, by route, model and status
+
+    @cached_property
+    def run(self) -> str:
+        """Tells this process from others and from the one before; not known early, for a process manager may fork."""
+        return secrets.token_hex(4)
 
     def label(self, model: str) -> str:
         """The model's name, if it is one that requests are counted under."""

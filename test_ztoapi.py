@@ -14023,7 +14023,7 @@ ROUTES = [
     ),
     *(
         (("GET", path), "200 200 200")
-        for path in ("/health", "/", "/docs", "/dashboard", "/api/hello")
+        for path in ("/health", "/", "/docs", "/favicon.ico", "/dashboard", "/api/hello")
     ),
 ]
 

@@ -14017,6 +14017,8 @@ ROUTES = [
     (("POST", "/dashboard/keys"), "400 403 401"),
     (("DELETE", "/dashboard/keys/gone"), "404 403 401"),
     (("POST", "/v1/messages/count_tokens"), "400 400 401"),
+    (("POST", "/v1/responses/compact"), "400 400 401"),
+    (("POST", "/v1/responses/input_tokens"), "400 400 401"),
     *(
         ((method, f"/v1/{path.replace(ztoapi.ID, 'x')}"), "200 200 401")
         for method, path in ztoapi.PASS_THROUGH_ROUTES
@@ -14129,6 +14131,8 @@ async def test_a_search_of_the_web_costs_a_cent(start, zai):
     zai.parts = [b'{"search_result": []}']
     searched = [await ask(client, {"search_query": "x"}, "/v1/web_search", anna) for _ in range(3)]
     assert [response.status for response, _ in searched] == [200, 200, 402]
+    async with client.get("/v1/files", headers=anna) as response:
+        assert response.status == 200
     async with client.get("/dashboard/keys", headers=KEY) as response:
         [key] = (await response.json())["keys"]
     assert (key["cost"], key["used_spend"], key["spend_limit"]) == (0.02, 0.02, 0.02)

@@ -13324,7 +13324,9 @@ def check_budget(request: web.Request) -> None:
 
 
 def check_spending(request: web.Request, model: Model | None) -> None:
-    """Whether what costs money may still be asked for; None is what has no model."""
+    """Whether what costs money may still be asked for; None is what has no model. To fetch and delete costs nothing."""
+    if request.method != "POST":
+        return
     request.app[ACCOUNTS].check_spending(request[ACCOUNT], model, request.app[CLOCK].unix())
 
 

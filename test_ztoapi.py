@@ -40,7 +40,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack, asynccontextmanager, closing
 from dataclasses import replace
 from datetime import date, datetime, timedelta, timezone
-from functools import cache, cached_property, partial, wraps
+from functools import cache, cached_property, partial, reduce, wraps
 from heapq import heappop, heappush
 from importlib import import_module
 from inspect import Signature, signature
@@ -6764,6 +6764,17 @@ REFERRED = {"$defs": {"a/b": {"type": "integer"}, "loop": {"$ref": "#/$defs/loop
 )  # fmt: skip
 def test_the_types_that_a_schema_allows(part, types):
     assert ztoapi.Schema(part, REFERRED).types == types
+
+
+def test_a_schema_that_has_itself_in_it_is_read_at_once():
+    twice = {"anyOf": [{"$ref": "#"}, {"$ref": "#"}], "properties": {"x": {"$ref": "#"}}}
+    value = reduce(lambda inner, _: {"x": inner}, range(30), 7)
+
+    def read():
+        assert ztoapi.Schema(twice, twice).types is None
+        assert ztoapi.fits(value, ztoapi.Schema(twice, twice))
+
+    assert seconds_of(read) < 0.5
 
 
 def test_where_no_tool_was_offered_no_call_leaks():

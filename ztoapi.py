@@ -6461,24 +6461,27 @@ class Schema:
     A reference is followed within `root`, the whole schema; a union allows what one of its `options` does.
     """
 
-    MAX_DEPTH = 32  # of unions, references and values in one another
+    MAX_DEPTH = 32  # of references, and of values, in one another
+    MAX_OPTIONS = 100  # a union may have itself in it
 
     def __init__(self, part: Any, root: JSON) -> None:
         self.root = root
-        self.options = self.options_of(part, 0)
+        self.options = self.options_of(part)
+        self.properties: dict[str, Schema] = {}  # that were asked for
 
-    def options_of(self, part: Any, depth: int) -> list[JSON]:
-        part = self.followed(part)
-        if "type" in part or depth > self.MAX_DEPTH:
-            return [part]
-        for union in ("anyOf", "oneOf", "allOf"):
-            options = part.get(union)
-            if isinstance(options, list) and (union != "allOf" or len(options) == 1):
-                found = []
-                for option in options:
-                    found += self.options_of(option, depth + 1)
-                return found
-        return [part]
+    def options_of(self, part: Any) -> list[JSON]:
+        options: list[JSON] = []
+        waiting = [part]
+        for _ in range(self.MAX_OPTIONS):
+            if not waiting:
+                return options
+            option = self.followed(waiting.pop())
+            union = union_of(option)
+            if union is None:
+                options.append(option)
+            else:
+                waiting += reversed(union)
+        return [{}]
 
     def followed(self, part: Any) -> JSON:
         """The part that a reference means; {} for what is no schema of ours."""
@@ -6521,13 +6524,16 @@ class Schema:
 
     def of_property(self, name: str) -> Schema:
         """Of the value that an object has under this name; one that allows all if that is not clear."""
-        found = []
-        for option in self.options:
-            known = as_object(option.get("properties"))
-            if name in known:
-                found.append(known[name])
-        return self.only(found)
+        if name not in self.properties:
+            found = []
+            for option in self.options:
+                known = as_object(option.get("properties"))
+                if name in known:
+                    found.append(known[name])
+            self.properties[name] = self.only(found)
+        return self.properties[name]
 
+    @cached_property
     def of_items(self) -> Schema:
         """Of an array's items, likewise."""
         return self.only([option["items"] for option in self.options if "items" in option])
@@ -6536,30 +6542,41 @@ class Schema:
         return Schema(parts[0] if len(parts) == 1 else {}, self.root)
 
 
+def union_of(schema: JSON) -> list[Any] | None:
+    """The schemas of which a value must fit one; None if this is no union."""
+    if "type" in schema:
+        return None
+    for name in ("anyOf", "oneOf", "allOf"):
+        options = schema.get(name)
+        if isinstance(options, list) and (name != "allOf" or len(options) == 1):
+            return options
+    return None
+
+
 def fits(value: Any, schema: Schema, depth: int = 0) -> bool:
     """Whether a value is what a schema asks for, as far as its types, names and choices say."""
     if depth > Schema.MAX_DEPTH:
         return False
-    return any(fits_option(value, option, schema, depth) for option in schema.options)
+    if not any(fits_option(value, option, schema.root) for option in schema.options):
+        return False
+    if isinstance(value, list):
+        return all(fits(item, schema.of_items, depth + 1) for item in value)
+    if isinstance(value, dict):
+        parts = value.items()
+        return all(fits(part, schema.of_property(name), depth + 1) for name, part in parts)
+    return True
 
 
-def fits_option(value: Any, option: JSON, schema: Schema, depth: int) -> bool:
-    if not Schema(option, schema.root).allows_type_of(value):
+def fits_option(value: Any, option: JSON, root: JSON) -> bool:
+    """Whether it fits, but for what is in it."""
+    if not Schema(option, root).allows_type_of(value):
         return False
     choices = option.get("enum")
     if isinstance(choices, list) and value not in choices:
         return False
     if value != option.get("const", value):
         return False
-    if isinstance(value, list):
-        items = schema.of_items()
-        return all(fits(item, items, depth + 1) for item in value)
-    if isinstance(value, dict):
-        has_all = value.keys() >= required_names(option)
-        return has_all and all(
-            fits(part, schema.of_property(name), depth + 1) for name, part in value.items()
-        )
-    return True
+    return not isinstance(value, dict) or value.keys() >= required_names(option)
 
 
 def required_names(schema: JSON) -> set[str]:
@@ -7247,7 +7264,7 @@ class TypeMender:
         if mark == ":":
             self.expected = self.schemas[-1].of_property(self.key)
         elif closers[-1] == "]":
-            self.expected = self.schemas[-1].of_items()
+            self.expected = self.schemas[-1].of_items
 
 
 class TypedArguments(Repair):

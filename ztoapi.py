@@ -5687,7 +5687,9 @@ class ZaiReader:
 def text_of_parts(content: Any) -> str:
     """The text of a content that came as an array of parts, as messages of requests have it."""
     texts = []
-    for part in content if isinstance(content, list) else ():
+    if not isinstance(content, list):
+        return ""
+    for part in content:
         text = part
         if isinstance(part, dict) and part.get("type") in ("text", "output_text", None):
             text = part.get("text")
@@ -6279,7 +6281,9 @@ FENCED = re.compile(r"\s*```\w*[ \t]*\r?\n(.*)```\s*", re.DOTALL)
 def json_in(text: str) -> str:
     """The inside of a fence, if that is all there is, else the text; without white space around it."""
     fenced = FENCED.fullmatch(text)
-    return (fenced[1] if fenced else text).strip()
+    if fenced:
+        return fenced[1].strip()
+    return text.strip()
 
 
 class Beginning:
@@ -6539,7 +6543,9 @@ class Schema:
         return self.only([option["items"] for option in self.options if "items" in option])
 
     def only(self, parts: list[Any]) -> Schema:
-        return Schema(parts[0] if len(parts) == 1 else {}, self.root)
+        if len(parts) != 1:
+            return Schema({}, self.root)
+        return Schema(parts[0], self.root)
 
 
 def union_of(schema: JSON) -> list[Any] | None:
@@ -6581,7 +6587,9 @@ def fits_option(value: Any, option: JSON, root: JSON) -> bool:
 
 def required_names(schema: JSON) -> set[str]:
     names = schema.get("required")
-    return set(map(str, names)) if isinstance(names, list) else set()
+    if not isinstance(names, list):
+        return set()
+    return set(map(str, names))
 
 
 def types_of(schema: JSON) -> Iterable[str] | None:
@@ -6817,7 +6825,8 @@ class JsonScanner:
             self.is_escaped = False
             return at + 1
         found = self.INSIDE.match(text, at)
-        at = found.end() if found else at
+        if found:
+            at = found.end()
         following = text[at : at + 2]
         if following == "\\":  # the last character
             self.is_escaped = True
@@ -6886,7 +6895,9 @@ class ObjectReader:
     def go_on(self, part: str) -> str:
         """More of an object; the first one goes out as it comes."""
         self.begun.append(part)
-        return "" if self.objects else part
+        if self.objects:
+            return ""
+        return part
 
     def replace_empty(self, part: str) -> str:
         """An object begins in the place of an empty one, whose opening brace may have gone out."""
@@ -6894,7 +6905,9 @@ class ObjectReader:
         self.held = ""
         self.mended += 1
         part = self.go_on(part).lstrip()
-        return part.removeprefix("{") if is_open else part
+        if is_open:
+            return part.removeprefix("{")
+        return part
 
     def read_end(self, part: str) -> Iterator[tuple[Literal["more", "another"], str]]:
         """Read a part that ends with a closing brace outside of other brackets."""
@@ -7102,7 +7115,9 @@ class NullArguments(HeldArguments):
     START = "null"
 
     def mend(self, text: str, _: JSON) -> str | None:
-        return "{}" if text.strip() == "null" else None
+        if text.strip() != "null":
+            return None
+        return "{}"
 
 
 class UnfinishedArguments(Repair):
@@ -7214,7 +7229,9 @@ class TypeMender:
 
     def close(self) -> str:
         """What was held."""
-        return "".join(self.string) if self.role == "value" else ""
+        if self.role != "value":
+            return ""
+        return "".join(self.string)
 
     def read(self, mark: str, text: str) -> str:
         """Read up to a mark; return what goes out."""
@@ -7224,7 +7241,9 @@ class TypeMender:
         if self.scanner.in_string:
             self.role = self.role_of_string()
             self.string = [mark]
-            return text.removesuffix(mark) if self.role == "value" else text
+            if self.role == "value":
+                return text.removesuffix(mark)
+            return text
         self.string.append(text)
         role = self.role
         self.role = ""
@@ -7240,7 +7259,9 @@ class TypeMender:
             return ""
         if closers[-1] == "}" and self.scanner.last != ":":
             return "key"
-        return "" if self.expected.allows_string else "value"
+        if self.expected.allows_string:
+            return ""
+        return "value"
 
     def mend(self, text: str) -> str:
         """A string, or the value that it should have been."""
@@ -10944,13 +10965,18 @@ class Record:
             **tokens,
         }
 
+    @property
+    def is_silent(self) -> bool:
+        """Whether its answers are complete, and have neither text nor call."""
+        return bool(self.meters) and all(meter.is_silent for meter in self.meters)
+
     def line(self, now: float) -> str:
         outcome = f"{self.status} {self.error}".rstrip()
         first = f"first {self.first - self.started:.2f} s, " if self.first else ""
         tokens = f", {self.usage.prompt}+{self.usage.completion} tokens" if self.usage.total else ""
         left_out = f", left out {self.left_out}" if self.left_out else ""
         took = f"{now - self.started:.2f} s"
-        silent = ", no text" if self.meters and all(m.is_silent for m in self.meters) else ""
+        silent = ", no text" if self.is_silent else ""
         return f"{self.method} {self.path} {self.model or '-'} {outcome} {first}{took}{tokens}{silent}{left_out}"
 
 

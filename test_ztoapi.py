@@ -7289,7 +7289,7 @@ def test_finish_reasons_are_openais(reason, wanted):
         ([], says()),
         ([READ_PIECE], says("", "", [("c1", "read", "{}")], "tool_calls")),
         ([{"tool_calls": [NAMELESS | {"function": named("f", "{}")}]}], says("", "", [("x", "f", "{}")], "tool_calls")),
-        ([LEAK], says("", "", [CALLED], "tool_calls")),
+        ([LEAK], says("", "", [CALLED_READ], "tool_calls")),
         (["a", READ_PIECE], says("a", "", [("c1", "read", "{}")], "tool_calls")),
     ],
 )  # fmt: skip

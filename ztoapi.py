@@ -6249,7 +6249,9 @@ class ZaiReader:
 def text_of_parts(content: Any) -> str:
     """The text of a content that came as an array of parts, as messages of requests have it."""
     texts = []
-    for part in content if isinstance(content, list) else ():
+    if not isinstance(content, list):
+        return ""
+    for part in content:
         text = part
         if isinstance(part, dict) and part.get("type") in ("text", "output_text", None):
             text = part.get("text")
@@ -6841,7 +6843,9 @@ FENCED = re.compile(r"\s*```\w*[ \t]*\r?\n(.*)```\s*", re.DOTALL)
 def json_in(text: str) -> str:
     """The inside of a fence, if that is all there is, else the text; without white space around it."""
     fenced = FENCED.fullmatch(text)
-    return (fenced[1] if fenced else text).strip()
+    if fenced:
+        return fenced[1].strip()
+    return text.strip()
 
 
 class Beginning:
@@ -7023,24 +7027,27 @@ class Schema:
     A reference is followed within `root`, the whole schema; a union allows what one of its `options` does.
     """
 
-    MAX_DEPTH = 32  # of unions, references and values in one another
+    MAX_DEPTH = 32  # of references, and of values, in one another
+    MAX_OPTIONS = 100  # a union may have itself in it
 
     def __init__(self, part: Any, root: JSON) -> None:
         self.root = root
-        self.options = self.options_of(part, 0)
+        self.options = self.options_of(part)
+        self.properties: dict[str, Schema] = {}  # that were asked for
 
-    def options_of(self, part: Any, depth: int) -> list[JSON]:
-        part = self.followed(part)
-        if "type" in part or depth > self.MAX_DEPTH:
-            return [part]
-        for union in ("anyOf", "oneOf", "allOf"):
-            options = part.get(union)
-            if isinstance(options, list) and (union != "allOf" or len(options) == 1):
-                found = []
-                for option in options:
-                    found += self.options_of(option, depth + 1)
-                return found
-        return [part]
+    def options_of(self, part: Any) -> list[JSON]:
+        options: list[JSON] = []
+        waiting = [part]
+        for _ in range(self.MAX_OPTIONS):
+            if not waiting:
+                return options
+            option = self.followed(waiting.pop())
+            union = union_of(option)
+            if union is None:
+                options.append(option)
+            else:
+                waiting += reversed(union)
+        return [{}]
 
     def followed(self, part: Any) -> JSON:
         """The part that a reference means; {} for what is no schema of ours."""
@@ -7083,50 +7090,68 @@ class Schema:
 
     def of_property(self, name: str) -> Schema:
         """Of the value that an object has under this name; one that allows all if that is not clear."""
-        found = []
-        for option in self.options:
-            known = as_object(option.get("properties"))
-            if name in known:
-                found.append(known[name])
-        return self.only(found)
+        if name not in self.properties:
+            found = []
+            for option in self.options:
+                known = as_object(option.get("properties"))
+                if name in known:
+                    found.append(known[name])
+            self.properties[name] = self.only(found)
+        return self.properties[name]
 
+    @cached_property
     def of_items(self) -> Schema:
         """Of an array's items, likewise."""
         return self.only([option["items"] for option in self.options if "items" in option])
 
     def only(self, parts: list[Any]) -> Schema:
-        return Schema(parts[0] if len(parts) == 1 else {}, self.root)
+        if len(parts) != 1:
+            return Schema({}, self.root)
+        return Schema(parts[0], self.root)
+
+
+def union_of(schema: JSON) -> list[Any] | None:
+    """The schemas of which a value must fit one; None if this is no union."""
+    if "type" in schema:
+        return None
+    for name in ("anyOf", "oneOf", "allOf"):
+        options = schema.get(name)
+        if isinstance(options, list) and (name != "allOf" or len(options) == 1):
+            return options
+    return None
 
 
 def fits(value: Any, schema: Schema, depth: int = 0) -> bool:
     """Whether a value is what a schema asks for, as far as its types, names and choices say."""
     if depth > Schema.MAX_DEPTH:
         return False
-    return any(fits_option(value, option, schema, depth) for option in schema.options)
+    if not any(fits_option(value, option, schema.root) for option in schema.options):
+        return False
+    if isinstance(value, list):
+        return all(fits(item, schema.of_items, depth + 1) for item in value)
+    if isinstance(value, dict):
+        parts = value.items()
+        return all(fits(part, schema.of_property(name), depth + 1) for name, part in parts)
+    return True
 
 
-def fits_option(value: Any, option: JSON, schema: Schema, depth: int) -> bool:
-    if not Schema(option, schema.root).allows_type_of(value):
+def fits_option(value: Any, option: JSON, root: JSON) -> bool:
+    """Whether it fits, but for what is in it."""
+    if not Schema(option, root).allows_type_of(value):
         return False
     choices = option.get("enum")
     if isinstance(choices, list) and value not in choices:
         return False
     if value != option.get("const", value):
         return False
-    if isinstance(value, list):
-        items = schema.of_items()
-        return all(fits(item, items, depth + 1) for item in value)
-    if isinstance(value, dict):
-        has_all = value.keys() >= required_names(option)
-        return has_all and all(
-            fits(part, schema.of_property(name), depth + 1) for name, part in value.items()
-        )
-    return True
+    return not isinstance(value, dict) or value.keys() >= required_names(option)
 
 
 def required_names(schema: JSON) -> set[str]:
     names = schema.get("required")
-    return set(map(str, names)) if isinstance(names, list) else set()
+    if not isinstance(names, list):
+        return set()
+    return set(map(str, names))
 
 
 def types_of(schema: JSON) -> Iterable[str] | None:
@@ -7362,7 +7387,8 @@ class JsonScanner:
             self.is_escaped = False
             return at + 1
         found = self.INSIDE.match(text, at)
-        at = found.end() if found else at
+        if found:
+            at = found.end()
         following = text[at : at + 2]
         if following == "\\":  # the last character
             self.is_escaped = True
@@ -7431,7 +7457,9 @@ class ObjectReader:
     def go_on(self, part: str) -> str:
         """More of an object; the first one goes out as it comes."""
         self.begun.append(part)
-        return "" if self.objects else part
+        if self.objects:
+            return ""
+        return part
 
     def replace_empty(self, part: str) -> str:
         """An object begins in the place of an empty one, whose opening brace may have gone out."""
@@ -7439,7 +7467,9 @@ class ObjectReader:
         self.held = ""
         self.mended += 1
         part = self.go_on(part).lstrip()
-        return part.removeprefix("{") if is_open else part
+        if is_open:
+            return part.removeprefix("{")
+        return part
 
     def read_end(self, part: str) -> Iterator[tuple[Literal["more", "another"], str]]:
         """Read a part that ends with a closing brace outside of other brackets."""
@@ -7647,7 +7677,9 @@ class NullArguments(HeldArguments):
     START = "null"
 
     def mend(self, text: str, _: JSON) -> str | None:
-        return "{}" if text.strip() == "null" else None
+        if text.strip() != "null":
+            return None
+        return "{}"
 
 
 class UnfinishedArguments(Repair):
@@ -7759,7 +7791,9 @@ class TypeMender:
 
     def close(self) -> str:
         """What was held."""
-        return "".join(self.string) if self.role == "value" else ""
+        if self.role != "value":
+            return ""
+        return "".join(self.string)
 
     def read(self, mark: str, text: str) -> str:
         """Read up to a mark; return what goes out."""
@@ -7769,7 +7803,9 @@ class TypeMender:
         if self.scanner.in_string:
             self.role = self.role_of_string()
             self.string = [mark]
-            return text.removesuffix(mark) if self.role == "value" else text
+            if self.role == "value":
+                return text.removesuffix(mark)
+            return text
         self.string.append(text)
         role = self.role
         self.role = ""
@@ -7785,7 +7821,9 @@ class TypeMender:
             return ""
         if closers[-1] == "}" and self.scanner.last != ":":
             return "key"
-        return "" if self.expected.allows_string else "value"
+        if self.expected.allows_string:
+            return ""
+        return "value"
 
     def mend(self, text: str) -> str:
         """A string, or the value that it should have been."""
@@ -7809,7 +7847,7 @@ class TypeMender:
         if mark == ":":
             self.expected = self.schemas[-1].of_property(self.key)
         elif closers[-1] == "]":
-            self.expected = self.schemas[-1].of_items()
+            self.expected = self.schemas[-1].of_items
 
 
 class TypedArguments(Repair):
@@ -11327,7 +11365,7 @@ class Upstream:
             return None
         image.asked_at = time.monotonic()
         try:
-            text = await self.description(image, image.plan)
+            text = await self.description(image.plan)
         except ProxyError as error:
             image.ended_at = time.monotonic()
             image.error = error.kind.code or error.kind.type
@@ -11341,7 +11379,7 @@ class Upstream:
         self.repairs["described_images"] += 1
         return None
 
-    async def description(self, image: ImagePlan, plan: Plan) -> str:
+    async def description(self, plan: Plan) -> str:
         """What VISION_MODEL says of an image. Raises ProxyError, also where it says nothing."""
         events: list[Event] = []
         async with self.open(plan) as answer:
@@ -12439,7 +12477,8 @@ class Record:
         for image in self.images:
             if image.plan is None or image.asked_at is None:
                 continue
-            record = Record(self.method, self.path, image.asked_at, self.id, image.model)
+            record = Record(self.method, self.path, image.asked_at, self.id)
+            record.model = image.model
             record.error = image.error
             record.meters = image.plan.meters
             record.settle()
@@ -12484,6 +12523,11 @@ class Record:
             "id": request_id_of(self.id),
         }
 
+    @property
+    def is_silent(self) -> bool:
+        """Whether its answers are complete, and have neither text nor call."""
+        return bool(self.meters) and all(meter.is_silent for meter in self.meters)
+
     def line(self, now: float) -> str:
         outcome = f"{self.status} {self.error}".rstrip()
         first = f"first {self.first - self.started:.2f} s, " if self.first else ""
@@ -12492,9 +12536,7 @@ class Record:
         took = f"{now - self.started:.2f} s"
         who = self.key or "-"
         what = f"{self.method} {self.path} {self.model or '-'}"
-        silent = ""
-        if self.meters and all(meter.is_silent for meter in self.meters):
-            silent = ", no text"
+        silent = ", no text" if self.is_silent else ""
         return f"{who} {what} {outcome} {first}{took}{tokens}{silent}{left_out}"
 
 

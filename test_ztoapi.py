@@ -13298,7 +13298,7 @@ async def test_an_image_is_described_once_for_an_agents_model(describing, zai, s
         assert sent["messages"][0] == {"role": "user", "content": f"look\n{DESCRIBED}"}
     counted = describing.app[ztoapi.ACCOUNTS].counted
     rows = {model: row for (_, _, model), row in counted.items()}
-    assert (rows["glm-4.6v"], rows["glm-5.3"][:2]) == ([1, 0, 900, 0, 70], [2, 0])
+    assert (rows["glm-4.6v"], rows["glm-5.3"][:2]) == ([1, 0, 900, 0, 70, 333_000], [2, 0])
     figures = (await stats(describing))[0]
     told = figures["models"]["glm-4.6v"]
     assert (told["requests"], told["prompt_tokens"], told["completion_tokens"]) == (1, 900, 70)

@@ -11560,7 +11560,6 @@ def kept_folder(client: str) -> str:
     try:
         folder = user_data() / "ztoapi" / client
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        folder.chmod(0o700)
     except (OSError, RuntimeError) as error:  # RuntimeError: a user without a home
         exit_with_error(f"--keep cannot keep anything: {error}")
     return str(folder)

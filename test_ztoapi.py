@@ -15,6 +15,7 @@ import errno
 import gc
 import gzip
 import hashlib
+import html
 import io
 import json
 import math
@@ -39,10 +40,10 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack, asynccontextmanager, closing
 from dataclasses import replace
 from datetime import date, datetime, timedelta, timezone
-from functools import cache, cached_property, partial
+from functools import cache, cached_property, partial, wraps
 from heapq import heappop, heappush
 from importlib import import_module
-from inspect import signature
+from inspect import Signature, signature
 from itertools import count, pairwise, product
 from pathlib import Path
 from random import Random
@@ -50,7 +51,7 @@ from random import Random
 import pytest
 import pytest_asyncio
 from aiohttp import ClientTimeout, web
-from aiohttp.test_utils import TestServer, get_port_socket, make_mocked_request
+from aiohttp.test_utils import TestClient, TestServer, get_port_socket, make_mocked_request
 from aiohttp.web_protocol import RequestHandler
 
 import ztoapi
@@ -68,6 +69,7 @@ from ztoapi import (
     Head,
     KeyPool,
     KeyUse,
+    Limits,
     Media,
     Message,
     Prompt,
@@ -242,6 +244,17 @@ def test_the_pure_part_reads_no_clock_no_socket_no_environment_and_no_chance():
     pure = found[: titles.index("Admission — from here on: I/O")]
     assert {title: used & IMPURE for title, _, used in pure if used & IMPURE} == {}
     assert len(pure) > 15
+
+
+def test_no_name_of_the_tests_is_given_twice():
+    names = []
+    for statement in ast.parse(Path(__file__).read_text()).body:
+        if isinstance(statement, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
+            names.append(statement.name)
+        for target in getattr(statement, "targets", ()):
+            stored = [node for node in ast.walk(target) if isinstance(node, ast.Name)]
+            names += [node.id for node in stored if isinstance(node.ctx, ast.Store)]
+    assert [name for name, times in Counter(names).items() if times > 1] == []
 
 
 # ======== Settings ========
@@ -1380,6 +1393,10 @@ def test_a_completion_has_the_text_alone():
 ASKED = {"model": "glm-4.6", "input": "你好"}
 
 
+def user_item(words, role="user"):
+    return {"role": role, "content": words}
+
+
 class History(dict):
     """Stored responses, by id."""
 
@@ -1544,6 +1561,21 @@ RUN = {"type": "exec", "command": ["ls"]}
             id="agent",
         ),
         pytest.param(
+            [AGENT | {"content": [{"type": "input_text", "text": "Payload:"}, {"type": "encrypted_content", "encrypted_content": "say hi"}]}],
+            [Message("user", ("Message from the agent /root/a:", "Payload:", "say hi"), continues=True)],
+            id="an agent's task, which only OpenAI's models encrypt",
+        ),
+        pytest.param(
+            [AGENT | {"content": [{"type": "input_text", "text": "Payload:"}, {"type": "encrypted_content", "encrypted_content": "gAAAAABo-x_9=="}]}],
+            [Message("user", ("Message from the agent /root/a:", "Payload:"), continues=True)],
+            id="an agent's task that is encrypted",
+        ),
+        pytest.param(
+            [AGENT | {"content": "done"}],
+            [Message("user", ("Message from the agent /root/a:", "done"), continues=True)],
+            id="an agent's text",
+        ),
+        pytest.param(
             [
                 {"type": "local_shell_call", "call_id": "c1", "action": RUN},
                 {"type": "local_shell_call_output", "id": "c1", "output": "a.py"},
@@ -1658,6 +1690,130 @@ def test_tools_in_the_conversation_that_cannot_be_offered_are_left_out_and_liste
     assert (len(many.tools), many.ignored) == (128, ("tools.function",))
 
 
+TOOL_SEARCH = {
+    "type": "tool_search",
+    "execution": "client",
+    "description": "Finds tools.",
+    "parameters": {"type": "object", "properties": {"query": {"type": "string"}}},
+}
+SEARCHED = {
+    "type": "tool_search_call",
+    "call_id": "c1",
+    "execution": "client",
+    "arguments": {"query": "weather"},
+}
+FOUND_TOOLS = {"type": "tool_search_output", "call_id": "c1", "execution": "client"}
+AVAILABLE = """\
+tool mcp__w__get is now available
+tool mcp__w__say is now available
+tool now is now available"""
+
+
+def test_a_search_of_tools_that_the_client_runs_is_offered_as_a_function():
+    prompt = parse_response(tools=[TOOL_SEARCH, NOW])
+    search = ztoapi.Tool("tool_search", TOOL_SEARCH["description"], TOOL_SEARCH["parameters"])
+    assert (prompt.tools[0], len(prompt.tools), prompt.ignored) == (search, 2, ())
+
+
+@pytest.mark.parametrize(
+    ("tool", "ignored"),
+    [
+        pytest.param({"type": "tool_search"}, ("tools.tool_search",), id="hosted"),
+        pytest.param(
+            TOOL_SEARCH | {"execution": "server"}, ("tools.tool_search",), id="OpenAI's server"
+        ),
+        pytest.param(TOOL_SEARCH | {"type": "file_search"}, ("tools.file_search",), id="of files"),
+        pytest.param(TOOL_SEARCH | {"execution": 5}, ("tools.tool_search",), id="nobody's"),
+    ],
+)
+def test_a_search_of_tools_that_others_run_is_left_out(tool, ignored):
+    prompt = parse_response(tools=[tool])
+    assert (prompt.tools, prompt.ignored) == ((), ignored)
+
+
+def test_a_search_of_tools_needs_no_description():
+    prompt = parse_response(tools=[{"type": "tool_search", "execution": "client"}])
+    nothing = {"type": "object", "properties": {}}
+    assert prompt.tools == (ztoapi.Tool("tool_search", "tool_search", nothing),)
+
+
+@pytest.mark.parametrize(
+    ("items", "wanted"),
+    [
+        pytest.param(
+            [SEARCHED, FOUND_TOOLS | {"tools": [NAMESPACE, NOW]}],
+            [
+                "mcp__w__get",
+                "mcp__w__say",
+                "now",
+                AVAILABLE,
+            ],
+            id="tools",
+        ),
+        pytest.param([SEARCHED, FOUND_TOOLS | {"tools": []}], ["no tool was found"], id="none"),
+        pytest.param([SEARCHED, FOUND_TOOLS], ["no tool was found"], id="nothing"),
+        pytest.param(
+            [SEARCHED, FOUND_TOOLS | {"tools": [5, {"type": "computer"}]}],
+            ["no tool was found"],
+            id="nothing that can be called",
+        ),
+    ],
+)
+def test_a_search_of_tools_is_a_call_and_what_it_found_joins_the_tools(items, wanted):
+    prompt = parse_response(input=items)
+    call = ToolCall(0, "c1", "tool_search", '{"query":"weather"}')
+    assert prompt.messages == (
+        Message("assistant", (), calls=(call,)),
+        Message("tool", (wanted[-1],), call_id="c1"),
+    )
+    assert [tool.name for tool in prompt.tools] == wanted[:-1]
+
+
+def test_a_search_of_tools_by_openais_server_leaves_only_the_tools():
+    call = {"type": "tool_search_call", "execution": "server", "call_id": None, "arguments": {}}
+    found = {"type": "tool_search_output", "execution": "server", "call_id": None, "tools": [NOW]}
+    prompt = parse_response(input=[call, found, {"role": "user", "content": "hi"}])
+    assert prompt.messages == (Message("user", ("hi",)),)
+    assert ([tool.name for tool in prompt.tools], prompt.ignored) == (["now"], ())
+
+
+@pytest.mark.parametrize(
+    ("pieces", "arguments"),
+    [
+        pytest.param(
+            ['{"query":"weather","limit":4}'], {"query": "weather", "limit": 4}, id="whole"
+        ),
+        pytest.param(['{"que', 'ry":"x"}'], {"query": "x"}, id="in pieces"),
+        pytest.param([""], {}, id="none"),
+        pytest.param(['{"query":'], {}, id="broken off"),
+        pytest.param(['["weather"]'], {}, id="no object"),
+    ],
+)
+def test_a_search_of_tools_comes_back_as_an_item_of_its_own(pieces, arguments):
+    first = ToolCall(0, "c1", "tool_search", pieces[0])
+    more = [ToolCall(0, "", "", piece) for piece in pieces[1:]]
+    events = [first, *more, Finish("tool_calls")]
+    names, response, _ = respond(events, tools=[TOOL_SEARCH])
+    item = {"id": "tsc_ours_0", "status": "completed"} | SEARCHED | {"arguments": arguments}
+    assert names[2:] == ["output_item.added", "output_item.done", "completed"]
+    assert (response["output"], response["tools"]) == ([item], [TOOL_SEARCH])
+    assert response_reply(tools=[TOOL_SEARCH]).fold(events) == response
+
+
+def test_a_function_that_is_called_tool_search_stays_one():
+    called = [ToolCall(0, "c1", "tool_search", "{}"), Finish("tool_calls")]
+    _, response, _ = respond(called, tools=[NOW | {"name": "tool_search"}])
+    assert response["output"][0]["type"] == "function_call"
+
+
+def test_a_found_tool_comes_back_as_the_client_knows_it():
+    called = [ToolCall(0, "c2", "mcp__w__get", "{}"), Finish("tool_calls")]
+    items = [SEARCHED, FOUND_TOOLS | {"tools": [NAMESPACE]}]
+    _, response, _ = respond(called, input=items, tools=[TOOL_SEARCH])
+    names = {key: response["output"][0][key] for key in ("type", "name", "namespace")}
+    assert names == {"type": "function_call", "name": "get", "namespace": "mcp__w"}
+
+
 @pytest.mark.parametrize(
     ("fields", "param"),
     [
@@ -1745,6 +1901,146 @@ def test_a_tool_in_a_namespace_can_be_chosen(choice):
     )
 
 
+def offered(**fields):
+    """What Z.ai gets of the tools: functions by name, its own search as whether it must search."""
+    prompt = ztoapi.with_chosen_tools(parse_response(**fields))
+    body = zai_body(prompt, resolve("glm-4.6"))
+    names = []
+    for tool in body.get("tools", []):
+        if tool["type"] == "web_search":
+            names.append(tool["web_search"].get("require_search", "may search"))
+        else:
+            names.append(tool["function"]["name"])
+    must_call = "Answer by calling" in body["messages"][0]["content"]
+    return names, must_call, prompt.ignored
+
+
+HOSTED_SEARCH = {"type": "web_search_preview", "search_context_size": "high"}
+DRAW = {"type": "image_generation"}
+
+
+def allowed(mode, *tools):
+    return {"type": "allowed_tools", "mode": mode, "tools": list(tools)}
+
+
+@pytest.mark.parametrize(
+    ("tools", "choice", "wanted"),
+    [
+        pytest.param([HOSTED_SEARCH], {"type": "web_search_preview"}, [True], id="a search"),
+        pytest.param([HOSTED_SEARCH], {"type": "web_search"}, [True], id="of another version"),
+        pytest.param(
+            [NOW, {"type": "web_search_2025_08_26"}],
+            {"type": "web_search_preview_2025_03_11"},
+            [True],
+            id="alone",
+        ),
+        pytest.param([HOSTED_SEARCH], "required", [True], id="the only one"),
+        pytest.param(
+            [NOW, HOSTED_SEARCH], allowed("required", HOSTED_SEARCH), [True], id="alone allowed"
+        ),
+        pytest.param(
+            [NOW, HOSTED_SEARCH],
+            allowed("auto", {"type": "web_search"}),
+            ["may search"],
+            id="allowed",
+        ),
+        pytest.param(
+            [NOW, HOSTED_SEARCH, NOW | {"name": "then"}],
+            allowed("auto", NOW, HOSTED_SEARCH),
+            ["now", "may search"],
+            id="allowed beside a function",
+        ),
+        pytest.param([NOW, HOSTED_SEARCH], "auto", ["now", "may search"], id="negative: auto"),
+        pytest.param([NOW, HOSTED_SEARCH], "none", [], id="negative: none"),
+        pytest.param(
+            [NOW, HOSTED_SEARCH], allowed("auto", NOW), ["now"], id="negative: not allowed"
+        ),
+        pytest.param([NOW], allowed("auto"), [], id="negative: nothing allowed"),
+    ],
+)
+def test_a_search_that_is_chosen_is_zais(tools, choice, wanted):
+    assert offered(tools=tools, tool_choice=choice) == (wanted, False, ())
+
+
+@pytest.mark.parametrize(
+    ("tools", "choice", "wanted"),
+    [
+        pytest.param([NOW, HOSTED_SEARCH], "required", ["now", "may search"], id="any"),
+        pytest.param([NOW, HOSTED_SEARCH], {"type": "function", "name": "now"}, ["now"], id="one"),
+        pytest.param(
+            [NOW, HOSTED_SEARCH],
+            {"type": "function", "function": {"name": "now"}},
+            ["now"],
+            id="in chat's form",
+        ),
+        pytest.param([NOW, TOOL_SEARCH], {"type": "tool_search"}, ["tool_search"], id="of tools"),
+        pytest.param(
+            [NOW, HOSTED_SEARCH, TOOL_SEARCH],
+            allowed("required", NOW, HOSTED_SEARCH, {"type": "tool_search"}),
+            ["now", "tool_search", "may search"],
+            id="one of several",
+        ),
+    ],
+)
+def test_a_function_that_must_be_called_is_not_a_search_that_must_be_made(tools, choice, wanted):
+    assert offered(tools=tools, tool_choice=choice) == (wanted, True, ())
+
+
+def test_tools_that_are_allowed_and_not_there_are_left_out_and_listed():
+    choice = allowed("auto", NOW, DRAW, {"type": "mcp", "server_label": "w"})
+    left_out = ("tools.image_generation", "tools.mcp")
+    assert offered(tools=[NOW, DRAW], tool_choice=choice) == (["now"], False, left_out)
+    none = allowed("auto", DRAW)
+    assert offered(tools=[NOW, DRAW], tool_choice=none) == ([], False, left_out[:1])
+
+
+def test_a_search_that_must_be_made_without_tools_is_left_out_and_listed():
+    assert offered(tool_choice={"type": "web_search"}) == ([], False, ("tools.web_search",))
+
+
+@pytest.mark.parametrize(
+    ("tools", "choice", "words"),
+    [
+        pytest.param([DRAW], DRAW, "image_generation, which GLM does not have", id="a picture"),
+        pytest.param(
+            [], {"type": "code_interpreter"}, "which GLM does not have", id="without tools"
+        ),
+        pytest.param([NOW], {"type": "mcp", "server_label": "w"}, "GLM does not have", id="MCP"),
+        pytest.param([NOW], {"type": "shell"}, "shell, which GLM does not have", id="a shell"),
+        pytest.param(
+            [NOW, DRAW],
+            allowed("required", DRAW, {"type": "file_search"}),
+            "image_generation, file_search, which GLM does not have",
+            id="several",
+        ),
+        pytest.param([NOW], {"type": "web_search"}, "not among the tools", id="no search"),
+        pytest.param(
+            [NOW, {"type": "web_search", "external_web_access": False}],
+            {"type": "web_search"},
+            "not among the tools",
+            id="no live search",
+        ),
+        pytest.param(
+            [NOW], {"type": "tool_search"}, "not among the tools", id="no search of tools"
+        ),
+    ],
+)
+def test_a_tool_that_must_be_called_and_is_not_there_is_refused(tools, choice, words):
+    with pytest.raises(BadRequest, match=words) as raised:
+        parse_response(tools=tools, tool_choice=choice)
+    assert raised.value.param == "tool_choice"
+
+
+@pytest.mark.parametrize(
+    "choice",
+    [5, "sometimes", {}, {"type": 5}, {"type": "function"}, {"type": "custom", "name": 5}],
+    ids=to_json,
+)
+def test_a_choice_that_makes_no_sense_is_refused(choice):
+    with pytest.raises(BadRequest, match="tool_choice' must be"):
+        parse_response(tools=[NOW], tool_choice=choice)
+
+
 def response_reply(history=None, /, **fields):
     return begun(ztoapi.parse_response(ASKED | fields, history or History())[1])
 
@@ -1800,6 +2096,7 @@ def test_a_response_has_every_key_that_its_schema_requires():
         "reasoning": {"effort": "high"},
         "text": {"verbosity": "low"},
         "top_logprobs": 5,
+        "max_tool_calls": 7,
     }
     assert respond([Text("x"), Finish("stop")], **fields)[1] == {
         "id": "resp_ours",
@@ -1839,12 +2136,22 @@ def test_a_response_has_every_key_that_its_schema_requires():
         "user": None,
         "background": False,
         "frequency_penalty": 0.0,
-        "max_tool_calls": None,
+        "max_tool_calls": 7,
         "presence_penalty": 0.0,
         "service_tier": "default",
         "top_logprobs": 0,
         "truncation": "disabled",
     }
+
+
+@pytest.mark.parametrize("limit", [None, "7", True, 7.5, [7]], ids=repr)
+def test_what_a_response_repeats_of_a_limit_is_a_number(limit):
+    response = respond([Text("x"), Finish("stop")], max_tool_calls=limit)[1]
+    assert response["max_tool_calls"] is None
+
+
+def test_a_limit_of_calls_is_not_kept_and_listed():
+    assert parse_response(max_tool_calls=7).ignored == ("max_tool_calls",)
 
 
 def test_the_frames_of_a_message_say_where_it_stands():
@@ -1926,6 +2233,109 @@ def test_calls_are_items_and_custom_ones_have_their_input():
     assert (two["type"], two["call_id"], two["input"]) == ("custom_tool_call", "c2", "x\ny")
 
 
+PATCH = """\
+*** Begin Patch
+*** Update File: a.md
+@@
+-```
++"new" *** End Patch
+*** End Patch"""
+HEREDOC = f"apply_patch <<'EOF'\n{PATCH}\nEOF"
+
+
+def custom_input(name, *pieces):
+    """What the client is told that a custom tool was called with, streamed and whole."""
+    first = ToolCall(0, "c1", name, pieces[0])
+    calls = [first, *[ToolCall(0, "", "", piece) for piece in pieces[1:]], Finish("tool_calls")]
+    tools = [{"type": "custom", "name": name}]
+    frames = response_reply(tools=tools).frames_of(calls)
+    (said,) = response_reply(tools=tools).fold(calls)["output"]
+    told = [frame for frame in frames if frame["type"].startswith("response.custom_tool_call")]
+    assert [frame.get("delta", frame.get("input")) for frame in told] == [said["input"]] * 2
+    return said["input"]
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        pytest.param(to_json({"input": PATCH}), id="input"),
+        pytest.param(to_json({"patch": PATCH}), id="patch"),
+        pytest.param(to_json({"command": ["apply_patch", PATCH]}), id="command"),
+        pytest.param(to_json({"command": ["bash", "-lc", HEREDOC]}), id="a shell's command"),
+        pytest.param(to_json({"input": HEREDOC}), id="heredoc"),
+        pytest.param(to_json(PATCH), id="a JSON string"),
+        pytest.param(PATCH, id="bare"),
+        pytest.param(f"```diff\n{PATCH}\n```", id="a fence"),
+        pytest.param(to_json({"input": f"Here:\n```\n{PATCH}\n```\n"}), id="a fence in JSON"),
+        pytest.param(to_json({"input": {"patch": PATCH}}), id="an object as input"),
+        pytest.param(to_json({"input": ["apply_patch", PATCH]}), id="an array as input"),
+        pytest.param(to_json({"input": to_json({"input": PATCH})}), id="JSON in JSON"),
+        pytest.param(to_json({"path": "a.md", "changes": [{"diff": PATCH}]}), id="deeper"),
+    ],
+)
+def test_a_patch_is_found_in_whatever_a_model_wraps_it(arguments):
+    assert custom_input("apply_patch", arguments) == PATCH
+
+
+def test_a_patch_is_found_wherever_its_pieces_are_cut():
+    arguments = to_json({"patch": PATCH})
+    for at in range(len(arguments)):
+        assert custom_input("apply_patch", arguments[:at], arguments[at:]) == PATCH
+
+
+def test_a_patch_is_looked_for_in_linear_time():
+    assert seconds_of(ztoapi.patch_in, "*** Begin Patch\n" * 2**16) < 0.5  # in quadratic time 30
+
+
+TWO_PATCHES = f"{PATCH}\n{PATCH.replace('a.md', 'b.md')}"
+CRLF = PATCH.replace("\n", "\r\n")
+
+
+@pytest.mark.parametrize(
+    ("said", "wanted"),
+    [
+        pytest.param(to_json({"input": f"{PATCH}\n"}), f"{PATCH}\n", id="a line's end"),
+        pytest.param(to_json({"input": CRLF}), CRLF, id="Windows"),
+        pytest.param(to_json({"input": TWO_PATCHES}), TWO_PATCHES, id="two"),
+        pytest.param(to_json({"input": "*** Begin Patch\n+x"}), "*** Begin Patch\n+x", id="no end"),
+        pytest.param(to_json({"input": "```\nx\n```"}), "```\nx\n```", id="a fence without one"),
+        pytest.param(to_json({"input": "x *** Begin Patch"}), "x *** Begin Patch", id="words"),
+        pytest.param(to_json({"input": {"a": "好"}}), '{"a":"好"}', id="an object"),
+        pytest.param(to_json({"input": None}), "", id="null"),
+        pytest.param('{"file": "a.md"}', '{"file": "a.md"}', id="another object"),
+        pytest.param('{"input": "*** Begin', '{"input": "*** Begin', id="broken off"),
+    ],
+)
+def test_what_has_no_patch_in_it_stays_as_it_is(said, wanted):
+    assert custom_input("apply_patch", said) == wanted
+
+
+@pytest.mark.parametrize(
+    ("arguments", "wanted"),
+    [
+        pytest.param(to_json({"input": "x\ny"}), "x\ny", id="a string"),
+        pytest.param(to_json("x\ny"), "x\ny", id="a JSON string"),
+        pytest.param("text('hi')", "text('hi')", id="bare"),
+        pytest.param(to_json({"input": {"a": [True, None]}}), '{"a":[true,null]}', id="an object"),
+        pytest.param(to_json({"input": [1, "x"]}), '[1,"x"]', id="an array"),
+        pytest.param(to_json({"input": 5}), "5", id="a number"),
+        pytest.param(to_json({"input": True}), "true", id="a truth"),
+        pytest.param('{"code": "x"}', '{"code": "x"}', id="another name"),
+        pytest.param(to_json({"input": HEREDOC}), HEREDOC, id="a patch, but not of apply_patch"),
+        pytest.param("", "", id="nothing"),
+        pytest.param('{"input": "\ud83d"}', "\ud83d", id="half a character"),
+    ],
+)
+def test_a_custom_tool_is_called_with_a_string(arguments, wanted):
+    assert custom_input("exec", arguments) == wanted
+
+
+def test_a_function_that_is_called_apply_patch_keeps_its_arguments():
+    called = [ToolCall(0, "c1", "apply_patch", to_json({"patch": PATCH})), Finish("tool_calls")]
+    _, response, _ = respond(called, tools=[NOW | {"name": "apply_patch"}])
+    assert json.loads(response["output"][0]["arguments"]) == {"patch": PATCH}
+
+
 def test_a_call_in_a_namespace_comes_back_with_name_and_namespace_apart():
     calls = [
         ToolCall(0, "c1", "mcp__w__get", "{}"),
@@ -2004,6 +2414,213 @@ def test_the_calls_of_a_turn_are_joined_in_linear_time():
     assert seconds_of(ztoapi.merge_assistant_turns, [call] * 2**16) < 0.5  # in quadratic time 3
 
 
+TRIGGER = {"type": "compaction_trigger"}
+TO_SUM_UP = [{"role": "user", "content": "hi"}, TRIGGER]
+
+
+def test_a_trigger_asks_the_model_for_a_summary_and_for_nothing_else():
+    fields = {
+        "instructions": "Be kind.",
+        "input": TO_SUM_UP,
+        "tools": [NOW, {"type": "web_search"}],
+        "tool_choice": {"type": "function", "name": "now"},
+        "text": {"format": {"type": "json_object"}},
+    }
+    prompt, _ = ztoapi.parse_response(ASKED | fields, History())
+    *before, order = prompt.messages
+    assert before == [Message("system", ("Be kind.",)), Message("user", ("hi",))]
+    assert (order.role, order.continues) == ("user", True)
+    assert [tool.name for tool in prompt.tools] == ["now"]
+    assert (prompt.native_tools, prompt.tool_choice, prompt.schema) == ((), ToolChoice(), None)
+    assert prompt.ignored == ()
+
+
+@pytest.mark.parametrize(
+    "words",
+    ["asked", "decided", "changed", "open", "names of files", "exactly as they are", "next step"],
+)
+def test_a_summary_is_asked_for_in_words_that_lose_nothing(words):
+    assert words in ztoapi.COMPACTION_ORDER
+
+
+@pytest.mark.parametrize(
+    "items",
+    [
+        pytest.param([TRIGGER, {"role": "user", "content": "hi"}], id="before a message"),
+        pytest.param([TRIGGER | {"type": "compaction"}], id="a summary"),
+        pytest.param("compaction_trigger", id="text"),
+        pytest.param([{"role": "user", "content": "hi", "x": TRIGGER}], id="inside"),
+    ],
+)
+def test_what_does_not_end_in_a_trigger_is_no_compaction(items):
+    _, reply = ztoapi.parse_response(ASKED | {"input": items}, History())
+    assert type(reply) is ztoapi.ResponseReply
+
+
+@pytest.mark.parametrize("items", [[], [TRIGGER], [TRIGGER, TRIGGER], [{"type": "new"}, TRIGGER]])
+def test_where_nothing_was_said_there_is_nothing_to_sum_up(items):
+    with pytest.raises(BadRequest, match="'input' is required"):
+        parse_response(input=items)
+
+
+def summary_of(words, name="compaction"):
+    return {"type": name, "encrypted_content": ztoapi.encode_reasoning(words)}
+
+
+SUMMED_UP = {"id": "cmp_ours_0", **summary_of("想: do it😀")}
+
+
+@pytest.mark.parametrize(
+    "events",
+    [
+        pytest.param([Text("想: do it😀")], id="text"),
+        pytest.param([Thought("hm"), Text("想"), Text(": do"), Text(" it😀")], id="in pieces"),
+        pytest.param([Text("想: do it😀"), CALLED], id="and a call"),
+        pytest.param([CALLED, Text("想: do it😀"), Citations((FOUND,))], id="and more"),
+        pytest.param([Text("想: do"), Thought("hm"), Text(" it😀")], id="with a thought in it"),
+    ],
+)
+def test_a_compaction_is_one_item_with_the_summary(events):
+    events = [*events, Usage(5, 2, 7), Finish("stop")]
+    names, response, store = respond(events, input=TO_SUM_UP)
+    assert names == [
+        *("created", "in_progress", "output_item.added", "output_item.done", "completed")
+    ]
+    assert (response["output"], response["object"]) == ([SUMMED_UP], "response")
+    assert (response["status"], response["usage"]["total_tokens"]) == ("completed", 7)
+    assert response_reply(input=TO_SUM_UP).fold(events) == response
+    assert store["resp_ours"].input == [{"type": "message", **TO_SUM_UP[0]}]
+
+
+@pytest.mark.parametrize("cut", range(1, 9))
+def test_a_summary_is_the_same_wherever_its_stream_is_cut(cut):
+    words = "想: do it😀"
+    events = [Text(words[:cut]), Text(words[cut:]), Finish("stop")]
+    assert respond(events, input=TO_SUM_UP)[1]["output"] == [SUMMED_UP]
+
+
+def test_a_summary_that_is_cut_short_says_so():
+    names, response, _ = respond([Text("Do"), Finish("length")], input=TO_SUM_UP)
+    assert (names[-1], response["status"]) == ("incomplete", "incomplete")
+    assert [item["type"] for item in response["output"]] == ["compaction"]
+
+
+@pytest.mark.parametrize(
+    "events",
+    [[], [Thought("hm")], [CALLED], [Text("\n"), Text(" ")], [Text("")]],
+    ids=["nothing", "a thought", "a call", "blanks", "an empty text"],
+)
+def test_a_model_that_does_not_sum_up_has_failed(events):
+    reply = response_reply(input=TO_SUM_UP)
+    with pytest.raises(UpstreamError, match="did not sum up") as raised:
+        reply.frames_of([*events, Finish("tool_calls")])
+    assert raised.value.kind in ztoapi.SHOULD_RETRY
+    assert reply.fail(raised.value)[-1]["type"] == "response.failed"
+
+
+SUMMARY = Message("user", ("Summary of the conversation so far:", "Do it."), continues=True)
+SECRET = Message("user", ("[earlier summary that only its maker can read]",), continues=True)
+
+
+@pytest.mark.parametrize(
+    ("item", "wanted", "ignored"),
+    [
+        pytest.param(summary_of("Do it."), SUMMARY, (), id="ours"),
+        pytest.param(summary_of("Do it.", "compaction_summary"), SUMMARY, (), id="ours, of old"),
+        pytest.param(
+            summary_of("Do it.") | {"id": "cmp_1", "status": "completed"}, SUMMARY, (), id="with id"
+        ),
+        pytest.param(
+            {"type": "compaction", "encrypted_content": "gAAAAABo"},
+            SECRET,
+            ("input.compaction",),
+            id="OpenAI's",
+        ),
+        pytest.param(
+            {"type": "compaction_summary", "encrypted_content": "gAAAAABo"},
+            SECRET,
+            ("input.compaction_summary",),
+            id="OpenAI's, of old",
+        ),
+        pytest.param(
+            {"type": "compaction", "encrypted_content": "ztoapi:%"},
+            SECRET,
+            ("input.compaction",),
+            id="spoilt",
+        ),
+        pytest.param({"type": "compaction"}, SECRET, ("input.compaction",), id="without one"),
+        pytest.param(
+            {"type": "compaction", "encrypted_content": 5, "summary": "x"},
+            SECRET,
+            ("input.compaction",),
+            id="no text",
+        ),
+    ],
+)
+def test_a_summary_that_comes_back_is_text(item, wanted, ignored):
+    hi = {"role": "user", "content": "hi"}
+    prompt = parse_response(input=[hi, item, hi])
+    said = Message("user", ("hi",))
+    assert (prompt.messages, prompt.ignored) == ((said, wanted, said), ignored)
+
+
+def test_a_summary_that_comes_back_begins_no_turn():
+    picture = [{"type": "input_image", "image_url": "https://x"}]
+    prompt = parse_response(input=[user_item(picture), summary_of("Do it.")])
+    assert ztoapi.user_shows_media(prompt.messages)
+
+
+def test_what_follows_a_stored_compaction_begins_with_its_summary():
+    summed_up = ztoapi.StoredResponse({"output": [SUMMED_UP]}, [user_item("a")], "resp_gone")
+    answered = ztoapi.StoredResponse(
+        {"output": [user_item("c", "assistant")]}, [user_item("b")], "resp_1"
+    )
+    store = History(resp_1=summed_up, resp_2=answered)
+    body = ASKED | {"input": "d", "previous_response_id": "resp_2"}
+    prompt, _ = ztoapi.parse_response(body, store)
+    assert [message.content[-1] for message in prompt.messages] == ["想: do it😀", *"bcd"]
+
+
+def test_a_request_for_a_summary_alone_is_answered_with_it_alone():
+    prompt, reply = ztoapi.parse_compaction(ASKED, History())
+    assert prompt.messages[-1].content == (ztoapi.COMPACTION_ORDER,)
+    assert begun(reply).fold([Text("想: do it😀"), Usage(5, 2, 7), Finish("stop")]) == {
+        "object": "response.compaction",
+        "id": "resp_ours",
+        "created_at": 1760762344,
+        "output": [SUMMED_UP],
+        "usage": ztoapi.response_usage(Usage(5, 2, 7)),
+    }
+    assert (reply.stored, prompt.stream) == (None, False)
+
+
+@pytest.mark.parametrize(
+    ("body", "tokens"),
+    [
+        pytest.param({"model": "glm-4.6", "input": "a" * 100}, 28, id="text"),
+        pytest.param({"input": "a" * 100}, 28, id="no model"),
+        pytest.param({"model": None, "input": [user_item("汉" * 100)]}, 75, id="items"),
+        pytest.param({"input": "a" * 50, "instructions": "b" * 50}, 28, id="instructions"),
+        pytest.param({"instructions": "a" * 100}, 28, id="no input"),
+        pytest.param({"tools": [NOW | {"description": "d" * 80}]}, 28, id="a tool"),
+        pytest.param(
+            {"input": [user_item([{"type": "input_image", "image_url": "https://x"}])]},
+            1000,
+            id="an image",
+        ),
+        pytest.param(
+            {"input": "a" * 100, "temperature": 9, "tool_choice": DRAW, "max_output_tokens": 0},
+            28,
+            id="what else it asks for",
+        ),
+        pytest.param({}, 0, id="nothing"),
+    ],
+)
+def test_the_tokens_of_a_response_are_estimated(body, tokens):
+    prompt = ztoapi.parse_counted_response(body, History())
+    assert ztoapi.estimated_tokens(prompt) == tokens
+
+
 def test_a_response_is_remembered_with_the_whole_conversation():
     _, response, store = respond(EVENTS)
     body = {"model": "glm-4.6", "input": "and?", "previous_response_id": response["id"]}
@@ -2035,10 +2652,6 @@ def test_a_response_stores_its_own_items_and_where_they_go_on_from():
         ztoapi.parse_response(body, store)
 
 
-def user_item(words, role="user"):
-    return {"role": role, "content": words}
-
-
 JUNK = "junk" * 500
 
 
@@ -2056,6 +2669,7 @@ JUNK = "junk" * 500
         pytest.param({"tools": [{"type": "function", "name": "f", "x": JUNK}]}, id="a function"),
         pytest.param({"tools": [{"type": "custom", "name": "f", "x": JUNK}]}, id="a custom tool"),
         pytest.param({"tools": [{"type": "web_search", "x": JUNK}]}, id="a search"),
+        pytest.param({"tools": [TOOL_SEARCH | {"x": JUNK}]}, id="a search of tools"),
         pytest.param({"tools": [{"type": "function", "name": "f", "strict": JUNK}]}, id="strict"),
         pytest.param(
             {"tools": [{"type": "custom", "name": "f", "format": {"syntax": JUNK, "x": JUNK}}]},
@@ -2087,6 +2701,10 @@ JUNK = "junk" * 500
                 "skipped": {"type": "web_search_call", "x": JUNK},
                 "unknown": {"type": "never_heard_of", "x": JUNK},
                 "tools": {"type": "additional_tools", "tools": [{"type": "computer", "x": JUNK}]},
+                "a search": SEARCHED | {"x": JUNK},
+                "a summary": {"type": "compaction", "encrypted_content": JUNK},
+                "a summary of ours": summary_of("x") | {"x": JUNK},
+                "found tools": FOUND_TOOLS | {"tools": [NOW | {"x": JUNK}], "x": JUNK},
                 "a PDF": user_item(
                     [{"type": "input_file", "filename": "a.pdf", "file_data": f"%PDF-{JUNK}"}]
                 ),
@@ -2182,6 +2800,110 @@ def test_an_item_of_the_input_is_listed_with_all_its_keys():
             [("user", "input_text", "hi"), ("assistant", "output_text", "x")]
         )
     ]
+
+
+# What Codex 0.171 sends, recorded in November 2026 with gpt-5.5 as its model; long descriptions are cut.
+TURN = {"internal_chat_message_metadata_passthrough": {"turn_id": "01a22bd8-a67d-75a2"}}
+CODEX = {
+    "model": "gpt-5.5",
+    "stream": True,
+    "tool_choice": "auto",
+    "parallel_tool_calls": True,
+    "reasoning": {"effort": "medium"},
+    "store": False,
+    "include": ["reasoning.encrypted_content"],
+    "prompt_cache_key": "01a22bd8-a656-7ef1",
+    "text": {"verbosity": "low"},
+    "client_metadata": {"session_id": "01a22bd8-a656-7ef1", "mcp_attribution": '{"status":"none"}'},
+}
+CODEX_TOOLS = [
+    {"type": "function", "name": "exec_command", "description": "Runs a command in a PTY.", "strict": False, "parameters": {"type": "object", "properties": {"cmd": {"type": "string"}}, "required": ["cmd"]}},
+    {"type": "custom", "name": "apply_patch", "description": "Edit files.", "format": {"type": "grammar", "syntax": "lark", "definition": "start: begin_patch hunk+ end_patch"}},
+    {"type": "tool_search", "execution": "client", "description": "# Tool discovery", "parameters": {"type": "object", "properties": {"limit": {"type": "number"}, "query": {"type": "string"}}, "required": ["query"], "additionalProperties": False}},
+    {"type": "web_search", "external_web_access": True, "search_content_types": ["text", "image"]},
+]  # fmt: skip
+CODEX_BEGINS = [
+    {"type": "message", "id": "msg_1", "role": "developer", "content": [{"type": "input_text", "text": "You are Codex."}]},
+    {"type": "message", "id": "msg_2", "role": "user", "content": [{"type": "input_text", "text": "<environment_context/>"}], **TURN},
+    {"type": "message", "id": "msg_3", "role": "user", "content": [{"type": "input_text", "text": "What is the weather?"}], **TURN},
+]  # fmt: skip
+CODEX_SEARCHED = [
+    {"type": "message", "status": "completed", "id": "msg_9b3a_0", "role": "assistant", "content": [{"type": "output_text", "text": "I look.", "annotations": [], "logprobs": []}], **TURN},
+    {"type": "tool_search_call", "id": "tsc_9b3a_1", "call_id": "call_1_0", "status": "completed", "execution": "client", "arguments": {"query": "weather", "limit": 4}, **TURN},
+    {"type": "tool_search_output", "id": "tso_01a2", "call_id": "call_1_0", "status": "completed", "execution": "client", "tools": [{"type": "namespace", "name": "mcp__weather", "description": "Tools in the mcp__weather namespace.", "tools": [{"type": "function", "name": "get_weather", "description": "The weather in a city", "strict": False, "defer_loading": True, "parameters": {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]}}]}], **TURN},
+    {"type": "function_call", "status": "completed", "id": "fc_e194_0", "name": "get_weather", "namespace": "mcp__weather", "arguments": '{"city": "Rome"}', "call_id": "call_2_0", **TURN},
+    {"type": "function_call_output", "id": "fco_01a2", "call_id": "call_2_0", "output": [{"type": "input_text", "text": "Wall time: 0.0023 seconds\nOutput:"}, {"type": "input_text", "text": "sunny in Rome"}], **TURN},
+]  # fmt: skip
+CODEX_AGENT = {"type": "agent_message", "id": "amsg_01a2", "author": "/root", "recipient": "/root/helper", "content": [{"type": "input_text", "text": "Message Type: NEW_TASK\nTask name: /root/helper\nSender: /root\nPayload:\n"}, {"type": "encrypted_content", "encrypted_content": "Say hi."}], **TURN}  # fmt: skip
+CODEX_ADDITIONAL = {"type": "additional_tools", "id": "at_01a2", "role": "developer", "tools": [{"type": "namespace", "name": "functions", "description": "", "tools": [{"type": "custom", "name": "exec", "description": "Run JavaScript code", "format": {"type": "grammar", "syntax": "lark", "definition": "start: SOURCE"}}]}, {"type": "namespace", "name": "clock", "description": "", "tools": [{"type": "function", "name": "sleep", "description": "Sleeps.", "strict": False, "parameters": {"type": "object", "properties": {}}}]}]}  # fmt: skip
+
+
+def asked_by_codex(*items, tools=CODEX_TOOLS):
+    """The messages and the names of the tools that Z.ai gets, and what the client is told was left out."""
+    asked = CODEX | {"tools": tools, "input": list(items)}
+    prompt = ztoapi.with_chosen_tools(ztoapi.parse_response(asked, History())[0])
+    body = zai_body(prompt, resolve("glm-5.3"))
+    names = [tool.get("function", tool).get("name", tool["type"]) for tool in body["tools"]]
+    return body["messages"], names, prompt.ignored
+
+
+def test_codex_finds_a_tool_and_calls_it():
+    messages, names, ignored = asked_by_codex(*CODEX_BEGINS, *CODEX_SEARCHED)
+    search = {"name": "tool_search", "arguments": '{"query":"weather","limit":4}'}
+    get = {"name": "mcp__weather__get_weather", "arguments": '{"city": "Rome"}'}
+    assert messages == [
+        {"role": "system", "content": "You are Codex."},
+        {"role": "user", "content": "<environment_context/>"},
+        {"role": "user", "content": "What is the weather?"},
+        {
+            "role": "assistant",
+            "content": "I look.",
+            "tool_calls": [{"id": "call_1_0", "type": "function", "function": search}],
+        },
+        {
+            "role": "tool",
+            "tool_call_id": "call_1_0",
+            "content": "tool mcp__weather__get_weather is now available",
+        },
+        {
+            "role": "assistant",
+            "content": "",
+            "tool_calls": [{"id": "call_2_0", "type": "function", "function": get}],
+        },
+        {
+            "role": "tool",
+            "tool_call_id": "call_2_0",
+            "content": "Wall time: 0.0023 seconds\nOutput:\nsunny in Rome",
+        },
+    ]
+    given = ["exec_command", "apply_patch", "tool_search", "mcp__weather__get_weather"]
+    assert (names, ignored) == ([*given, "web_search"], ("client_metadata",))
+
+
+def test_codex_tells_another_agent_what_to_do():
+    messages, *_ = asked_by_codex(*CODEX_BEGINS, CODEX_AGENT)
+    assert messages[-1]["content"].startswith("Message from the agent /root:")
+    assert messages[-1]["content"].endswith("Payload:\n\nSay hi.")
+
+
+def test_codex_puts_its_tools_into_the_conversation():
+    messages, names, ignored = asked_by_codex(CODEX_ADDITIONAL, *CODEX_BEGINS, tools=[])
+    assert (names, ignored) == (["functions__exec", "clock__sleep"], ("client_metadata",))
+    assert [message["role"] for message in messages] == ["system", "user", "user"]
+
+
+def test_codex_compacts_a_conversation_and_goes_on():
+    asked = CODEX | {"tools": CODEX_TOOLS, "input": [*CODEX_BEGINS, *CODEX_SEARCHED, TRIGGER]}
+    prompt, reply = ztoapi.parse_response(asked, History())
+    before, _ = ztoapi.parse_response(asked | {"input": asked["input"][:-1]}, History())
+    assert prompt.messages[:-1] == before.messages
+    assert prompt.tools == before.tools
+    (item,) = begun(reply).fold([Thought("hm"), Text("It is sunny."), Finish("stop")])["output"]
+    messages, *_ = asked_by_codex(*CODEX_BEGINS, item)
+    assert messages[-1] == {
+        "role": "user",
+        "content": "Summary of the conversation so far:\nIt is sunny.",
+    }
 
 
 # ======== Contents ========
@@ -2711,7 +3433,7 @@ def test_a_last_turn_of_the_assistants_stays_one():
     assert turns_for_zai(turn("1, 2,"), turn("3,", "assistant"))[-1] == turn("3,", "assistant")
 
 
-THINKS, NOT = {"thinking": {"type": "enabled"}}, {"thinking": {"type": "disabled"}}
+ASKS_TO_THINK, NOT = {"thinking": {"type": "enabled"}}, {"thinking": {"type": "disabled"}}
 ADAPTIVE = {"thinking": {"type": "adaptive"}}
 WITH_TOOLS = {"tools": [{"name": "f", "input_schema": {}}], "max_tokens": 100}
 
@@ -2730,7 +3452,7 @@ def wanting(effort):
         pytest.param(budget(4_096), "low", "enabled", id="a small budget"),
         pytest.param(budget(16_384), "high", "enabled", id="a budget"),
         pytest.param(budget(16_385), "max", "enabled", id="a large budget"),
-        pytest.param(THINKS, None, "enabled", id="no budget"),
+        pytest.param(ASKS_TO_THINK, None, "enabled", id="no budget"),
         pytest.param(budget(100) | wanting("max"), "max", "enabled", id="an effort before the budget"),
         pytest.param(ADAPTIVE, None, None, id="adaptive"),
         pytest.param(ADAPTIVE | wanting("low"), "low", "enabled", id="adaptive with an effort"),
@@ -2749,7 +3471,7 @@ def test_thinking_is_asked_for_as_the_model_has_it(body, always, switch):
 
 @pytest.mark.parametrize(
     ("body", "form"),
-    [(THINKS, "parsed"), (ADAPTIVE, "parsed"), (NOT, "hidden"), ({}, "hidden"), (WITH_TOOLS, "hidden")],
+    [(ASKS_TO_THINK, "parsed"), (ADAPTIVE, "parsed"), (NOT, "hidden"), ({}, "hidden"), (WITH_TOOLS, "hidden")],
     ids=["enabled", "adaptive", "disabled", "not asked", "tools"],
 )  # fmt: skip
 def test_thinking_is_shown_where_it_was_asked_for(body, form):
@@ -4754,9 +5476,9 @@ DOCUMENT = json.dumps(
 class Mended:
     """Z.ai's bytes as mended events."""
 
-    def __init__(self, model="glm-4.6", tools=(), *, wants_json=False, quoted=frozenset()):
+    def __init__(self, model="glm-4.6", tools=(), *, wants_json=False, quoted="", **more):
         offered = {tool["function"]["name"]: tool["function"]["parameters"] for tool in tools}
-        needs = ztoapi.RepairNeeds(MODELS[model], "7", offered, wants_json, quoted)
+        needs = ztoapi.RepairNeeds(MODELS[model], "7", offered, wants_json, quoted, **more)
         self.reader = ZaiReader(MODELS[model])
         self.chain = ztoapi.RepairChain(ztoapi.repairs_for(needs))
 
@@ -4791,6 +5513,108 @@ def summed(events):
 def test_a_stream_gives_its_events_wherever_it_is_cut(data, wanted):
     for parts in cuts(data):
         assert read_all(parts) == wanted
+
+
+def outcome(events):
+    """What events add up to: reasoning, text, the calls, the finish."""
+    choice = ztoapi.Answer(events).choices[0]
+    calls = [(call.id, call.name, call.arguments) for call in choice.tool_calls]
+    return choice.thought, choice.text, calls, choice.finish
+
+
+def chunk_of(*deltas):
+    """Deltas as stream_of and document_of take them; a text alone is content."""
+    return [delta if isinstance(delta, dict) else {"content": delta} for delta in deltas]
+
+
+def message_of(deltas):
+    """The message of a whole answer that says the same as these deltas."""
+    message = {"role": "assistant"}
+    for delta in chunk_of(*deltas):
+        for name, value in delta.items():
+            message[name] = message[name] + value if name in message else value
+    return message
+
+
+def outcomes_of(deltas, reason="stop", **asked):
+    """What comes of an answer: whole, streamed at once, cut anywhere, and byte by byte; each once."""
+    answers = [[document_of(message_of(deltas), reason)]]
+    answers += cuts(stream_of(*chunk_of(*deltas), finish(reason)))
+    found = []
+    for parts in answers:
+        this = outcome(read_all(parts, **asked))
+        if this not in found:
+            found.append(this)
+    return found
+
+
+def says(text="", thought="", calls=(), finish="stop"):
+    """What must come of an answer, however it comes."""
+    return [(thought, text, list(calls), finish)]
+
+
+@pytest.mark.parametrize(
+    ("deltas", "wanted"),
+    [
+        (["a\ud83d", "\ude00b"], says("a😀b")),
+        (["\ud83d", "\ude00"], says("😀")),
+        (["a\ud83d", "b\ude00"], says("a\ufffdb\ufffd")),
+        (["a\ud83d"], says("a\ufffd")),
+        (["\ud83d", "\ud83d", "\ude00"], says("\ufffd😀")),
+        ([{"reasoning_content": "\ud83d"}, "\ude00"], says("\ufffd", "\ufffd")),
+        ([{"reasoning_content": "\ud83d"}, {"reasoning_content": "\ude00"}], says("", "😀")),
+        (["한글 \ud55c", "\ud7a3"], says("한글 한힣")),
+    ],
+    ids=["two", "alone", "apart", "no other", "the second", "thought", "thoughts", "Korean"],
+)
+def test_half_a_character_waits_for_its_other_half(deltas, wanted):
+    data = json.dumps  # escapes what UTF-8 has not
+    chunks = [{"id": "7", "choices": [{"delta": delta}]} for delta in chunk_of(*deltas)]
+    frames = [f"data: {data(chunk)}\n\n" for chunk in (*chunks, finish())]
+    for parts in cuts("".join(frames).encode()):
+        assert [outcome(read_all(parts))] == wanted
+
+
+def test_half_a_character_is_whole_in_a_whole_answer_too():
+    assert outcome(read_all([document_of({"content": "\ud83d\ude00\ud83d"})]))[1] == "😀\ufffd"
+
+
+@pytest.mark.parametrize(
+    ("pieces", "wanted"),
+    [
+        (['{"a":"\ud83d', '\ude00"}'], '{"a":"😀"}'),
+        (['{"a":"\ud83d', "", '\ude00"}'], '{"a":"😀"}'),
+        (['{"a":"\ud83d', '"}'], '{"a":"\ufffd"}'),
+    ],
+)
+def test_half_a_character_in_arguments_waits_for_its_other_half(pieces, wanted):
+    first, *others = pieces
+    deltas = [
+        piece(id="a", index=0, function=named("f", first)),
+        *(piece(index=0, function={"arguments": more}) for more in others),
+    ]
+    frames = [f"data: {json.dumps({'choices': [{'delta': delta}]})}\n\n" for delta in deltas] + [
+        f"data: {json.dumps(finish())}\n\n"
+    ]
+    for parts in cuts("".join(frames).encode()):
+        assert outcome(read_all(parts))[2] == [("a", "f", wanted)]
+
+
+def test_no_text_gets_out_as_half_a_character():
+    reader = Mended()
+    deltas = ({"content": text} for text in ("a\ud83d", "\ude00b"))
+    heard = []
+    for delta in deltas:
+        frame = f"data: {json.dumps({'choices': [{'delta': delta}]})}\n\n"
+        heard.append(list(reader.feed(frame.encode())))
+    assert heard == [[Text("a")], [Text("😀b")]]
+
+
+@pytest.mark.parametrize("word", ["\ud83d", "x\ude00"])
+def test_what_a_search_found_has_no_half_a_character(word):
+    document = json.loads(document_of(HI)) | {"web_search": [FOUND | {"title": word}]}
+    (found,) = read_all([json.dumps(document).encode()])[1].results
+    assert found["title"] == word.replace("\ud83d", "\ufffd").replace("\ude00", "\ufffd")
 
 
 def test_a_whole_answer_without_a_finish_reason_is_complete():
@@ -4905,6 +5729,7 @@ def named(name, arguments=""):
     return {"name": name, "arguments": arguments}
 
 
+READ_PIECE = piece(index=0, id="c1", function=named("read", "{}"))
 SPENT = {"usage": {"prompt_tokens": 1, "completion_tokens": 2, "total_tokens": 3}}
 HI = {"role": "assistant", "content": "hi"}
 HI_EVENTS = [Text("hi"), Usage(1, 2, 3), Finish("stop")]
@@ -4936,6 +5761,30 @@ HI_EVENTS = [Text("hi"), Usage(1, 2, 3), Finish("stop")]
 def test_what_zai_leaves_out_or_says_twice(data, wanted):
     for parts in cuts(data):
         assert read_all(parts) == wanted
+
+
+@pytest.mark.parametrize(
+    ("deltas", "wanted"),
+    [
+        ([{"content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]}], says("ab")),
+        ([{"content": ["a", {"text": "b"}]}, {"content": ["c"]}], says("abc")),
+        ([{"content": [{"type": "output_text", "text": "a"}]}], says("a")),
+        ([{"content": [{"type": "thinking", "thinking": "hm"}, None, 7, "a"]}], says("a")),
+        ([{"content": [{"type": "text", "text": 7}]}, {"content": ["a"]}], says("a")),
+        ([{"reasoning": "hm"}, "a"], says("a", "hm")),
+        ([{"reasoning": "no", "reasoning_content": "hm"}, "a"], says("a", "hm")),
+        ([{"reasoning": {"summary": "hm"}}, "a"], says("a")),
+        ([{"content": {"text": "no"}}], says()),
+    ],
+)
+def test_text_and_reasoning_in_another_shape_are_read(deltas, wanted):
+    assert outcomes_of(deltas) == wanted
+
+
+@pytest.mark.parametrize("reason", ["", None])
+def test_an_empty_finish_reason_is_none(reason):
+    for parts in cuts(stream_of(HI, finish(reason), HI, finish("length"))):
+        assert outcome(read_all(parts)) == ("", "hihi", [], "length")
 
 
 ONE, TWO = stream_of(HI, done="").strip(), stream_of({"content": "你"}, done="").strip()
@@ -4975,6 +5824,48 @@ def test_a_torn_frame_is_dropped_and_counted_and_the_whole_one_used(line, words,
         events = [event for part in parts for event in reader.feed(part)] + list(reader.close())
         assert events == [*map(Text, words), Finish("stop")]
         assert reader.torn == torn
+
+
+def frame_of(answer_id, delta):
+    """A whole frame of the answer with this id."""
+    chunk = {"id": answer_id, "choices": [{"index": 0, "delta": delta}]}
+    return f"data: {json.dumps(chunk)}".encode()
+
+
+THINKS, ANSWERS = {"reasoning_content": "hm"}, {"content": "hi"}
+FINISHED = b"\n\ndata: " + json.dumps(finish() | {"id": None}).encode() + b"\n\n"
+
+
+@pytest.mark.parametrize(
+    ("frames", "wanted"),
+    [
+        ([("A", THINKS), None, ("B", THINKS), ("B", ANSWERS)], says("hi", "hmhm")),
+        ([None, ("B", THINKS), ("B", ANSWERS)], says("hi", "hm")),
+        ([("A", THINKS), None, ("B", THINKS), None, ("C", ANSWERS)], says("hi", "hmhm")),
+        ([("A", {"content": "\n"}), None, ("B", ANSWERS)], says("hi")),
+        ([("B", ANSWERS), None, ("B", ANSWERS)], says("hihi")),
+        ([("A", ANSWERS), ("B", ANSWERS)], says("hihi")),
+        ([("B", ANSWERS), None, (None, ANSWERS)], says("hihi")),
+        ([("A", ANSWERS), None, ("B", ANSWERS)], None),
+        ([("A", THINKS), ("A", READ_PIECE), None, ("B", THINKS)], None),
+        ([("A", THINKS), None, ("B", ANSWERS), None, ("C", ANSWERS)], None),
+    ],
+    ids=[
+        *("after reasoning", "at first", "twice", "after a line end"),
+        *("no other id", "nothing torn", "no id"),
+        *("after text", "after a call", "twice, after text"),
+    ],
+)
+def test_an_answer_that_begins_again_goes_on_only_where_nothing_was_said(frames, wanted):
+    torn = frame_of("Z", THINKS)[:-20]
+    data = b"\n\n".join(frame_of(*frame) if frame else torn for frame in frames)
+    for parts in cuts(data.replace(torn + b"\n\n", torn) + FINISHED):
+        if wanted:
+            assert [outcome(read_all(parts))] == wanted
+            continue
+        with pytest.raises(UpstreamError, match="began another one") as failed:
+            read_all(parts)
+        assert failed.value.kind in ztoapi.SHOULD_RETRY
 
 
 def test_an_error_glued_to_a_torn_frame_is_an_error():
@@ -5041,10 +5932,11 @@ def test_of_torn_frames_by_the_thousand_those_that_are_whole_are_used():
 
 
 @pytest.mark.parametrize("part", [b"x", b": comment\n\n", ONE + b"\n\n"])
-def test_what_never_ends_is_a_failure(part, monkeypatch):
-    monkeypatch.setattr(ztoapi, "MAX_HELD", 1000)
+def test_what_never_ends_is_a_failure(part):
+    reader = ZaiReader(MODELS["glm-4.6"], max_size=1000)
+    events = (event for _ in range(1001) for event in reader.feed(part))
     with pytest.raises(UpstreamError, match="too large"):
-        read_all([part] * 1001)
+        list(events)
 
 
 @pytest.mark.parametrize(
@@ -5174,6 +6066,334 @@ def test_tool_calls_are_healed(pieces, wanted, as_document):
         ] == list(range(len(wanted)))
 
 
+def tool(name, required=(), /, **properties):
+    parameters = {"type": "object", "properties": properties, "required": list(required)}
+    return {"type": "function", "function": {"name": name, "parameters": parameters}}
+
+
+def calls(*pairs):
+    """A delta with whole calls: names and arguments."""
+    pieces = []
+    for index, (name, arguments) in enumerate(pairs):
+        pieces.append({"id": f"c{index}", "index": index, "function": named(name, arguments)})
+    return {"tool_calls": pieces}
+
+
+def calls_of(*pairs):
+    """What must come of calls."""
+    made = [(f"c{index}", name, arguments) for index, (name, arguments) in enumerate(pairs)]
+    return says("", "", made, "tool_calls")
+
+
+READ_AGAIN = piece(index=0, id="c0", type="function", function=named("read", '{"a": 1}'))
+TWO_TOOLS = {
+    "tools": [OFFERED, {"type": "function", "function": {"name": "read_all", "parameters": {}}}]
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "wanted"),
+    [
+        ("read</arg_value>", "read"),
+        ("read\n", "read"),
+        ("read_all\r\n ", "read_all"),
+        ("read <tool_call>", "read"),
+        ("read<tool_call>read_all", "read"),
+        ("read", "read"),
+        ("readx</arg_value>", "readx</arg_value>"),
+        ("\nread", "\nread"),
+        ("<arg_key>read", "<arg_key>read"),
+        ("read.", "read."),
+        ("reading all", "reading all"),
+    ],
+)
+def test_remnants_of_the_template_leave_the_name_of_a_call(name, wanted):
+    assert outcomes_of([calls((name, '{"a":1}'))], **TWO_TOOLS) == calls_of((wanted, '{"a":1}'))
+    begun = [
+        piece(id="c0", index=0, function=named(name)),
+        piece(index=0, function={"arguments": "{}"}),
+    ]
+    assert outcomes_of(begun, **TWO_TOOLS) == calls_of((wanted, "{}"))
+
+
+def test_without_tools_a_name_stays_as_it_is():
+    assert outcomes_of([calls(("read\n", "{}"))]) == calls_of(("read\n", "{}"))
+
+
+def pieces_of(*arguments, name="read"):
+    """A call whose arguments come in these pieces, as deltas."""
+    first, *others = arguments
+    begun = piece(index=0, id="c0", type="function", function=named(name, first))
+    return [begun, *(piece(index=0, function={"arguments": more}) for more in others)]
+
+
+A, B = '{"a":1}', '{"b": [{"c": "}{"}]}'
+
+
+@pytest.mark.parametrize(
+    ("deltas", "wanted"),
+    [
+        (pieces_of(A, A), calls_of(("read", A))),
+        (pieces_of(A + A), calls_of(("read", A))),
+        (pieces_of('{"a"', ":1}", '{"a"', ": 1 }"), calls_of(("read", A))),
+        (pieces_of(A, "\n", A, A), calls_of(("read", A + "\n"))),
+        (pieces_of("{}", A), calls_of(("read", A))),
+        (pieces_of("{}" + A), calls_of(("read", A))),
+        (pieces_of("{", "}", '{"a"', ":1}"), calls_of(("read", A))),
+        (pieces_of("{}", "{}"), calls_of(("read", "{}"))),
+        (pieces_of("{ }{}{}"), calls_of(("read", "{ }"))),
+        (pieces_of("{}", "{}", A, A), calls_of(("read", A))),
+        (pieces_of(B, B), calls_of(("read", B))),
+        ([calls(("read", A)), READ_AGAIN], calls_of(("read", A))),
+    ],
+)
+def test_arguments_that_are_sent_twice_are_sent_once(deltas, wanted):
+    assert outcomes_of(deltas, "tool_calls", **TWO_TOOLS) == wanted
+
+
+@pytest.mark.parametrize(
+    ("deltas", "wanted"),
+    [
+        (pieces_of(A, B), [("c0", "read", A), ("c0_1", "read", B)]),
+        (pieces_of(A + B), [("c0", "read", A), ("c0_1", "read", B)]),
+        (pieces_of(A + B + A + B), [("c0", "read", A), ("c0_1", "read", B)]),
+        (pieces_of("{}" + A + "\n" + B), [("c0", "read", A), ("c0_1", "read", B)]),
+        (
+            [*pieces_of(A, B), piece(index=1, id="c0_1", function=named("read_all", "{}"))],
+            [("c0", "read", A), ("c0_1", "read", B), ("c0_1_2", "read_all", "{}")],
+        ),
+        (
+            [piece(index=0, id="c0", function=named("read", more)) for more in (A, B)],
+            [("c0", "read", A), ("c0_1", "read", B)],
+        ),
+    ],
+)
+def test_other_arguments_for_one_call_are_another_call(deltas, wanted):
+    assert outcomes_of(deltas, "tool_calls", **TWO_TOOLS) == says("", "", wanted, "tool_calls")
+
+
+@pytest.mark.parametrize(
+    "pieces",
+    [
+        [A, B[:-1]],
+        [A, "}", A],
+        [A, ",", B],
+        [A, "{a}"],
+        ["[1]", "[1]"],
+        ['"x"', '"x"'],
+        ["x{}", "{}"],
+        ['{"a":"{}', '{}"', "}"],
+        ["{", '"a":{}', "}"],
+        ["{}", "x"],
+    ],
+)
+def test_other_arguments_stay_as_they_are(pieces):
+    wanted = calls_of(("read", "".join(pieces)))
+    assert outcomes_of(pieces_of(*pieces), "tool_calls", **TWO_TOOLS) == wanted
+    assert outcomes_of(pieces_of("".join(pieces)), "tool_calls", **TWO_TOOLS) == wanted
+    assert outcomes_of(pieces_of(*"".join(pieces)), "tool_calls", **TWO_TOOLS) == wanted
+
+
+def test_the_first_arguments_stream_on_as_they_come():
+    reader = Mended(**TWO_TOOLS)
+    heard = [
+        [event.arguments for event in reader.feed(stream_of(delta, done=""))]
+        for delta in pieces_of("", "{", '"a', '":', "1", "}", "{", '"a', '":2}')
+    ]
+    assert heard == [[""], ["{"], ['"a'], ['":'], ["1"], ["}"], [], [], ['{"a":2}']]
+
+
+def test_doubled_arguments_of_megabytes_are_read_in_linear_time():
+    def read(size):
+        reader = ztoapi.ObjectReader()
+        parts = ['{"a":"', *[r"\n{}\""] * size, '"}'] * 2
+        assert len([out for part in parts for out in reader.feed(part)]) >= size
+
+    few, many = (seconds_of(read, size) for size in (2**13, 2**15))
+    assert many < 10 * few
+
+
+def arguments_outcomes(arguments, reason="tool_calls", name="read", **asked):
+    """What comes of a call with these arguments: in one piece, cut at each place, and character by character."""
+    cuts_of_it = [[arguments], list(arguments)]
+    cuts_of_it += ([arguments[:at], arguments[at:]] for at in range(1, len(arguments)))
+    found = []
+    for pieces in cuts_of_it:
+        data = stream_of(*pieces_of(*pieces, name=name), finish(reason))
+        (made,) = outcome(read_all([data], **asked))[2]
+        if made not in found:
+            found.append(made)
+    assert outcomes_of(pieces_of(arguments, name=name), reason, **asked)[0][2] == found[:1]
+    return [text for _, _, text in found]
+
+
+def pair(key, value):
+    return f"<arg_key>{key}</arg_key>\n<arg_value>{value}</arg_value>\n"
+
+
+FIND = tool("find", ["path"], path={"type": "string"}, n={"$ref": "#/$defs/n"}, all={})
+FIND["function"]["parameters"]["$defs"] = {"n": {"type": "integer"}}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "wanted"),
+    [
+        (pair("path", "/a"), '{"path":"/a"}'),
+        (pair("path", "7") + pair("n", "7") + "{}", '{"path":"7","n":7}'),
+        (
+            pair("path", "") + pair("all", '{"x": [1]}') + "</tool_call>",
+            '{"path":"","all":{"x":[1]}}',
+        ),
+        (f"\n{pair(' path ', '<b>')}\n{{ }}", '{"path":"<b>"}'),
+        (pair("path", "/a") + "null", '{"path":"/a"}'),
+        ('```json\n{"path": "/a"}\n```', '{"path": "/a"}'),
+        ('```\n{"path":\n"```"}```\n', '{"path":\n"```"}'),
+        ("\n```JSON\r\n{}\r\n```", "{}"),
+        ('``` \n {"a":1}\n ```', '{"a":1}'),
+        ("null", "{}"),
+        (" null\n", "{}"),
+        ("\nnull", "{}"),
+        ("null ", "{}"),
+    ],
+)
+def test_arguments_that_are_no_object_are_made_one(arguments, wanted):
+    assert arguments_outcomes(arguments, name="find", tools=[FIND]) == [wanted]
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        pair("path", "/a") + '{"n":1}',
+        pair("path", "/a") + "and more",
+        pair("path", "/a").replace("</arg_value>", ""),
+        "<arg_key>path</arg_key>/a",
+        "<arg_keys>",
+        '{"path":"<arg_key>x</arg_key><arg_value>y</arg_value>"}',
+        "```json\n{}",
+        "```json\n{}\n```\nThat is it.",
+        "```\n/a\n```",
+        '{"path":"```json\\n{}\\n```"}',
+        "nul",
+        "null,",
+        "nullable",
+        '"null"',
+        "[null]",
+    ],
+)
+def test_arguments_that_are_neither_objects_nor_plainly_meant_as_such_stay(arguments):
+    assert arguments_outcomes(arguments, name="find", tools=[FIND]) == [arguments]
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "wanted"),
+    [
+        (f"find{pair('path', '/a')}", "{}", '{"path":"/a"}'),
+        (f"find\n{pair('path', '/a')}</tool_call>", "", '{"path":"/a"}'),
+        ("find<arg_key>", pair("path", "/a").removeprefix("<arg_key>"), '{"path":"/a"}'),
+        ("find</arg_value>", "{}", "{}"),
+    ],
+)
+def test_arguments_in_the_name_of_a_call_are_its_arguments(name, arguments, wanted):
+    delta = {"tool_calls": [{"id": "c0", "index": 0, "function": named(name, arguments)}]}
+    assert outcomes_of([delta], tools=[FIND]) == calls_of(("find", wanted))
+    begun = [
+        piece(index=0, id="c0", function=named(name)),
+        piece(index=0, function={"arguments": arguments}),
+    ]
+    assert outcomes_of(begun, tools=[FIND]) == calls_of(("find", wanted))
+
+
+def test_the_arguments_of_two_calls_are_held_each_for_itself():
+    first, second = pair("path", "/a"), '{"path":"/b"}'
+    deltas = [calls(("find", first), ("find", second))]
+    wanted = calls_of(("find", '{"path":"/a"}'), ("find", second))
+    assert outcomes_of(deltas, tools=[FIND]) == wanted
+
+
+@pytest.mark.parametrize(
+    ("arguments", "wanted"),
+    [
+        ('{"path":"/a"', '{"path":"/a"}'),
+        ('{"path":"/a",', '{"path":"/a"}'),
+        ('{"path":"/a"} , ', '{"path":"/a"} '),
+        ('{"path":"/a","all":[{"x":["y"', '{"path":"/a","all":[{"x":["y"]}]}'),
+        ('{"path":"/a","all":[1]\n', '{"path":"/a","all":[1]\n}'),
+        ('{"path":"}]\\"{"', '{"path":"}]\\"{"}'),
+        ('{"all":{},"path":"/a,"', '{"all":{},"path":"/a,"}'),
+        ('{"path":"/a","all":{"x":"y",', '{"path":"/a","all":{"x":"y"}}'),
+    ],
+)
+def test_arguments_that_are_not_finished_are_closed(arguments, wanted):
+    assert arguments_outcomes(arguments, name="find", tools=[FIND]) == [wanted]
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        '{"path":"/a","n":1',
+        '{"path":"/a","all":true',
+        '{"path":"/a","n"',
+        '{"path":"/a","n":',
+        '{"path":"/a',
+        '{"path":"/a\\',
+        '{"all":"x"',
+        '{"path":"/a",,',
+        '{"path":"/a",}',
+        '{"path":"/a"]',
+        '{"path":"/a"}}',
+        '{"path":"/a"} x,',
+        '{path:"/a"',
+        '["/a"',
+        '"/a",',
+        "{",
+        ",",
+        '{"path":"/a, ", "all": [1, 2]}  ',
+    ],
+)
+def test_other_broken_arguments_stay_as_they_are(arguments):
+    assert arguments_outcomes(arguments, name="find", tools=[FIND]) == [arguments]
+
+
+@pytest.mark.parametrize("reason", ["length", "model_context_window_exceeded"])
+def test_arguments_that_were_cut_off_are_not_closed(reason):
+    cut = '{"path":"/a",'
+    assert arguments_outcomes(cut, reason, "find", tools=[FIND]) == [cut]
+    assert arguments_outcomes(cut[:-1], reason, "find", tools=[FIND]) == [cut[:-1]]
+    assert arguments_outcomes('{"path":"/a"},', reason, "find", tools=[FIND]) == ['{"path":"/a"}']
+
+
+def test_calls_whose_pieces_alternate_are_closed_at_their_ends():
+    deltas = [calls(("read", "{"), ("read", "{"))]
+    deltas += [
+        piece(index=i, function={"arguments": more}) for more in ('"a":"b"', ",") for i in (0, 1)
+    ]
+    assert outcomes_of(deltas, **TWO_TOOLS) == calls_of(
+        ("read", '{"a":"b"}'), ("read", '{"a":"b"}')
+    )
+
+
+NAMELESS = {"id": "x", "index": 0, "function": named("", '{"a":1}')}
+
+
+@pytest.mark.parametrize(
+    ("deltas", "wanted"),
+    [
+        ([{"tool_calls": [NAMELESS]}], says("", "", [], "tool_calls")),
+        ([{"tool_calls": [NAMELESS | {"function": named(None, "{}")}]}], says("", "", [], "tool_calls")),
+        ([{"tool_calls": [NAMELESS | {"function": named(" \n", "{}")}]}], says("", "", [], "tool_calls")),
+        (["hi", {"tool_calls": [NAMELESS]}], says("hi", "", [], "tool_calls")),
+        ([calls(("read", "{}"), ("", "{}"))], calls_of(("read", "{}"))),
+        ([calls(("", "{}"), ("read", "{}"))], says("", "", [("c1", "read", "{}")], "tool_calls")),
+        ([calls(("?", "{}"))], calls_of(("?", "{}"))),
+        ([calls(("read", '{"a"')), piece(index=0, function=named("", ":1}"))], calls_of(("read", '{"a":1}'))),
+        ([calls(("read", '{"a"')), piece(index=0, id="c0", function=named("", ":1}"))], calls_of(("read", '{"a":1}'))),
+        ([calls(("read", '{"a"')), piece(index=-1, function=named("", ":1}"))], calls_of(("read", '{"a":1}'))),
+    ],
+)  # fmt: skip
+def test_a_call_without_a_name_is_dropped(deltas, wanted):
+    assert outcomes_of(deltas, "tool_calls") == wanted
+
+
 @pytest.mark.parametrize(
     "data",
     [
@@ -5219,13 +6439,42 @@ def test_other_models_may_write_of_tags():
     assert read_tagged(["<think>hm</think>"], "glm-4.6") == [Text("<think>hm</think>")]
 
 
+@pytest.mark.parametrize(
+    ("deltas", "wanted"),
+    [
+        (["</think>Hi"], says("Hi")),
+        (["\n</think>\n\nHi\n"], says("Hi\n")),
+        (["</th", "ink", ">", "\n", "Hi"], says("Hi")),
+        ([" </think> Hi"], says("  Hi")),
+        ([{"reasoning_content": "hm"}, "</think>", "Hi"], says("Hi", "hm")),
+        (["</think>", "</think>Hi"], says("</think>Hi")),
+        (["Hi</think>"], says("Hi</think>")),
+        (["<think>hm</think>Hi"], says("<think>hm</think>Hi")),
+        (["</thin"], says("</thin")),
+        (["</thinking>Hi"], says("</thinking>Hi")),
+        (["`</think>`"], says("`</think>`")),
+        ([" ", "</"], says(" </")),
+    ],
+)
+def test_a_stray_tag_at_the_head_of_the_text_is_dropped(deltas, wanted):
+    assert outcomes_of(deltas) == wanted
+
+
+def test_no_more_of_a_text_is_held_than_may_be_a_stray_tag():
+    reader = Mended()
+    heard = [
+        list(reader.feed(stream_of({"content": text}, done=""))) for text in ("</", "t", "x", "<")
+    ]
+    assert heard == [[], [], [Text("</tx")], [Text("<")]]
+
+
 PATH = {
     "type": "object",
     "properties": {"path": {"type": "string"}, "line": {"type": ["string", "null"]}},
 }
 READ = {"type": "function", "function": {"name": "read", "parameters": PATH}}
 READ_ALL = {"type": "function", "function": {"name": "read_all", "parameters": {}}}
-READ_CALL = piece(index=0, id="c1", function=named("read", "{}"))
+READ_CALL = READ_PIECE
 READ_EVENT = ToolCall(0, "c1", "read", "{}")
 LEAKED = ToolCall(0, "call_7_0", "read", '{"path":"a.py"}')
 CALLS_END = Finish("tool_calls")
@@ -5243,12 +6492,18 @@ LEAK = leak("read\n", path="a.py")
 
 
 def read_deltas(deltas, **asked):
-    """The events of an answer with these deltas, or pieces of text, consecutive texts joined."""
-    reader, events = Mended(**asked), []
-    chunks = [delta if isinstance(delta, dict) else {"content": delta} for delta in deltas]
-    for event in [*reader.feed(stream_of(*chunks, finish())), *reader.close()]:
-        more = bool(events) and type(events[-1]) is type(event) is Text
-        events.append(Text(events.pop().text + event.text) if more else event)
+    """The events of an answer with these deltas, or pieces of text; consecutive texts, and calls, joined."""
+    events = []
+    begun = {}
+    for event in read_all([stream_of(*chunk_of(*deltas), finish())], **asked):
+        if events and type(events[-1]) is type(event) is Text:
+            events.append(Text(events.pop().text + event.text))
+        elif isinstance(event, ToolCall) and not event.id:
+            at = begun[event.index]
+            events[at] = replace(events[at], arguments=events[at].arguments + event.arguments)
+        else:
+            begun[getattr(event, "index", -1)] = len(events)
+            events.append(event)
     return events
 
 
@@ -5309,7 +6564,34 @@ def test_other_models_may_write_of_tags_where_calls_may_leak_too():
 
 
 def test_half_a_surrogate_pair_may_leak_too():
-    assert ztoapi.leaked_value("\ud800", {}) == "\ud800"
+    assert ztoapi.leaked_value("\ud800", ztoapi.Schema({}, {})) == "\ud800"
+
+
+REFERRED = {"$defs": {"a/b": {"type": "integer"}, "loop": {"$ref": "#/$defs/loop"}}}
+
+
+@pytest.mark.parametrize(
+    ("part", "types"),
+    [
+        ({"type": "integer"}, {"integer"}),
+        ({"type": ["integer", "null"]}, {"integer", "null"}),
+        ({"anyOf": [{"type": "array"}, {"type": "null"}]}, {"array", "null"}),
+        ({"oneOf": [{"anyOf": [{"const": 1}]}, {"enum": [True, 2.5]}]}, {"integer", "boolean", "number"}),
+        ({"$ref": "#/$defs/a~1b"}, {"integer"}),
+        ({"allOf": [{"$ref": "#/$defs/a~1b"}], "description": "x"}, {"integer"}),
+        ({"anyOf": [{"type": "array"}, {}]}, None),
+        ({"anyOf": [{"type": "array"}, {"type": "string"}]}, {"array", "string"}),
+        ({"allOf": [{"type": "integer"}, {"minimum": 1}]}, None),
+        ({"$ref": "#/$defs/loop"}, None),
+        ({"$ref": "https://example.com/x"}, None),
+        ({"$ref": "#/nowhere/at/all"}, None),
+        ({"properties": {}}, None),
+        (True, None),
+        ([], None),
+    ],
+)  # fmt: skip
+def test_the_types_that_a_schema_allows(part, types):
+    assert ztoapi.Schema(part, REFERRED).types == types
 
 
 def test_where_no_tool_was_offered_no_call_leaks():
@@ -5343,7 +6625,7 @@ def test_no_more_text_is_held_than_may_be_a_call():
 
 def test_a_leaked_call_of_megabytes_is_read_in_linear_time():
     def read(size):
-        repair = ztoapi.LeakedCalls({"read": PATH}, frozenset())
+        repair = ztoapi.LeakedCalls({"read": PATH}, "")
         parts = [
             "<tool_call>read<arg_key>path</arg_key><arg_value>",
             *["x</tool_call>"] * size,
@@ -5357,7 +6639,7 @@ def test_a_leaked_call_of_megabytes_is_read_in_linear_time():
     assert many < 10 * few  # four times the text; in quadratic time it would be 16
 
 
-QUOTED = frozenset({ztoapi.without_space(LEAK[len("<tool_call>") : -len("</tool_call>")])})
+QUOTED = ztoapi.quoted_text([Message("tool", (f"A page.\n{LEAK}",))])
 
 
 @pytest.mark.parametrize(
@@ -5399,6 +6681,52 @@ def test_a_call_leaks_only_where_the_answer_has_come_to_its_end():
     assert read_all([data], tools=[READ]) == [Text(LEAK), Finish("length")]
 
 
+@pytest.mark.parametrize(
+    "quote",
+    [
+        str,
+        lambda text: f"```\n{text}\n```",
+        json.dumps,
+        lambda text: json.dumps(json.dumps({"page": text})),
+        lambda text: json.dumps(text).replace("<", r"\u003c"),
+        html.escape,
+        lambda text: json.dumps({"page": html.escape(text)}),
+        lambda text: text.replace("\n", "\r\n    "),
+    ],
+    ids=[
+        "plain",
+        "fence",
+        "JSON",
+        "JSON in JSON",
+        "JSON of Go",
+        "HTML",
+        "HTML in JSON",
+        "indented",
+    ],
+)
+@pytest.mark.parametrize("value", ["a.py", 'C:\\new\\"x" & <b>', "😀 é\t|"])
+def test_markup_is_found_however_a_page_quotes_it(quote, value):
+    leaked = leak("read\n", path=value)
+    page = Message("tool", (f"See: {quote(leaked)}.",))
+    quoted = ztoapi.quoted_text([page])
+    assert read_deltas([leaked], tools=[READ], quoted=quoted)[-1] == Finish("stop")
+    assert read_deltas([leaked], tools=[READ])[-1] == CALLS_END
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        Message("user", (f"Say {LEAK}",)),
+        Message("assistant", (), thought=f"I could write {LEAK}"),
+        Message("assistant", (), calls=(ToolCall(0, "c", "write", json.dumps({"text": LEAK})),)),
+    ],
+    ids=["text", "thought", "arguments"],
+)
+def test_all_of_a_conversation_may_be_quoted(message):
+    quoted = ztoapi.quoted_text([message])
+    assert read_deltas([LEAK], tools=[READ], quoted=quoted) == [Text(LEAK), Finish("stop")]
+
+
 @in_loop
 @pytest.mark.parametrize("role", ["user", "tool"])
 async def test_a_page_that_quotes_our_markup_makes_no_call(client, zai, role):
@@ -5409,6 +6737,233 @@ async def test_a_page_that_quotes_our_markup_makes_no_call(client, zai, role):
     zai.parts = [stream_of({"content": LEAK}, finish())]
     message = json.loads((await ask(client, body))[1])["choices"][0]["message"]
     assert message == {"role": "assistant", "content": LEAK, "refusal": None}
+
+
+def json_leak(name="read", *, text=None, **arguments):
+    """A call as JSON in the model's tags."""
+    return f"<tool_call>{text or json.dumps({'name': name, 'arguments': arguments})}</tool_call>"
+
+
+CALLED_READ = ("call_7_0", "read", '{"path":"a.py"}')
+JSON_LEAK = json_leak(path="a.py")
+NO_CALLS_AS_JSON = [
+    JSON_LEAK + " and more",
+    f"```\n{JSON_LEAK}\n```",
+    f"Write `{JSON_LEAK}`",
+    json_leak("write", path="a.py"),
+    json_leak(text='{"name": "read"}'),
+    json_leak(text='{"name": "read", "arguments": {}, "id": 7}'),
+    json_leak(text='{"name": "read", "arguments": "a.py"}'),
+    json_leak(text='{"name": "read", "arguments": {}'),
+    json_leak(text='[{"name": "read", "arguments": {}}]'),
+    json_leak(text=" "),
+    "<tool_call>" + '{"name": "read", "arguments": {}}',
+    '{"name": "read", "arguments": {}}',
+]
+
+
+@pytest.mark.parametrize(
+    ("text", "wanted"),
+    [
+        (JSON_LEAK, says("", "", [CALLED_READ], "tool_calls")),
+        (f"I read.\n{JSON_LEAK}\n", says("I read.\n", "", [CALLED_READ], "tool_calls")),
+        (
+            json_leak("read_all") + json_leak(path="a.py"),
+            says(
+                "",
+                "",
+                [("call_7_0", "read_all", "{}"), ("call_7_1", *CALLED_READ[1:])],
+                "tool_calls",
+            ),
+        ),
+        (
+            json_leak(path="}</tool_call><arg_key>"),
+            says("", "", [("call_7_0", "read", '{"path":"}</tool_call><arg_key>"}')], "tool_calls"),
+        ),
+        (
+            json_leak(text='\n{"arguments":\n{"path": "é", "n": [1]}, "name": "read"}\n'),
+            says("", "", [("call_7_0", "read", '{"path":"é","n":[1]}')], "tool_calls"),
+        ),
+        *((text, says(text)) for text in NO_CALLS_AS_JSON),
+    ],
+)
+def test_a_call_that_leaks_into_the_text_as_json_is_a_call(text, wanted):
+    tools = [READ, READ_ALL]
+    assert outcomes_of([text], tools=tools) == wanted
+    for deltas in (list(text), *([text[:i], text[i:]] for i in range(1, len(text)))):
+        data = stream_of(*chunk_of(*deltas), finish())
+        assert [outcome(read_all([data], tools=tools))] == wanted
+
+
+def test_a_call_as_json_that_never_ends_is_read_in_linear_time():
+    def read(size):
+        repair = ztoapi.JsonCalls({"read": PATH}, "")
+        text = '<tool_call>{"a":"' + "}</tool_call>" * size
+        assert list(repair.feed(Text(text)))
+
+    few, many = (seconds_of(read, size) for size in (2**12, 2**14))
+    assert many < 10 * few
+
+
+def thinks(*words):
+    return [{"reasoning_content": word} for word in words]
+
+
+SAVE = tool(
+    "save",
+    ["name"],
+    name={"type": "string"},
+    age={"anyOf": [{"type": "integer"}, {"type": "null"}]},
+    tags={"type": "array", "items": {"enum": ["a", "b"]}},
+)
+SAVED = [("call_7_0", "save", '{"name":"Ann"}')]
+
+
+@pytest.mark.parametrize(
+    ("deltas", "wanted"),
+    [
+        (['{"name":"Ann"}'], says("", "", SAVED, "tool_calls")),
+        (['\n{"name":', '"Ann"}\n'], says("", "", SAVED, "tool_calls")),
+        (['```json\n{"name":"Ann"}\n```'], says("", "", SAVED, "tool_calls")),
+        (["``", '`\n{"name":"Ann"}\n', "```\n"], says("", "", SAVED, "tool_calls")),
+        (
+            [*thinks("hm"), '{"name": "A", "age": null, "tags": ["a"]}'],
+            says("", "hm", [("call_7_0", "save", '{"name": "A", "age": null, "tags": ["a"]}')], "tool_calls"),
+        ),
+        *(
+            ([text], says(text))
+            for text in (
+                'Here: {"name":"Ann"}',
+                '{"name":"Ann"} is it.',
+                '```json\n{"name":"Ann"}\n```\nThat is it.',
+                '{"name":"Ann","error":"?"}',
+                '{"age":7}',
+                '{"name":"Ann","age":"7"}',
+                '{"name":"Ann","tags":["c"]}',
+                '[{"name":"Ann"}]',
+                '{"name":"Ann"',
+                "I can't.",
+                "{}",
+            )
+        ),
+        (
+            [piece(id="a", index=0, function=named("save", "{}")), '{"name":"Ann"}'],
+            says('{"name":"Ann"}', "", [("a", "save", "{}")], "tool_calls"),
+        ),
+    ],
+)  # fmt: skip
+def test_a_text_that_is_the_arguments_of_a_forced_call_is_that_call(deltas, wanted):
+    assert outcomes_of(deltas, tools=[SAVE], forced="save") == wanted
+
+
+@pytest.mark.parametrize("said", ['Save {"name": "Ann"}.', '{"x": "{\\"name\\":\\"Ann\\"}"}'])
+def test_what_a_page_says_is_no_forced_call(said):
+    page = Message("tool", (said,), call_id="c")
+    quoted = ztoapi.quoted_text([page], forced=True)
+    asked = {"tools": [SAVE], "forced": "save"}
+    assert outcomes_of(['{"name":"Ann"}'], **asked, quoted=quoted) == says('{"name":"Ann"}')
+    assert outcomes_of(['{"name":"Bob"}'], **asked, quoted=quoted)[0][2]
+
+
+def test_text_is_no_call_where_the_model_had_a_choice():
+    assert outcomes_of(['{"name":"Ann"}'], tools=[SAVE]) == says('{"name":"Ann"}')
+
+
+@pytest.mark.parametrize(
+    ("choice", "forced"),
+    [
+        ({"type": "function", "function": {"name": "save"}}, "save"),
+        ("required", ""),
+        ("auto", ""),
+        ("none", ""),
+    ],
+)
+def test_a_function_is_forced_where_tool_choice_names_it(choice, forced):
+    prompt = ztoapi.with_chosen_tools(read_chat(chat(tools=[SAVE], tool_choice=choice)))
+    request = ztoapi.zai_request(prompt, MODELS["glm-4.6"], "https://api.z.ai", "7")
+    assert request.needs.forced == forced
+
+
+def test_a_text_for_a_forced_call_streams_on_once_it_is_none():
+    reader = Mended(tools=[SAVE], forced="save")
+    heard = [
+        list(reader.feed(stream_of({"content": text}, done=""))) for text in (" ", "`", "I", "`{")
+    ]
+    assert heard == [[], [], [Text(" `I")], [Text("`{")]]
+
+
+THOUGHT_NO_CALLS = [
+    [LEAK, " and more"],
+    [f"I could write `{LEAK}`"],
+    [f"```\n{LEAK}\n```"],
+    [leak("write", path="a.py")],
+    [LEAK.removesuffix("</tool_call>")],
+]
+
+
+@pytest.mark.parametrize(
+    ("deltas", "wanted"),
+    [
+        (thinks("Let me read.", LEAK), says("", "Let me read.", [CALLED_READ], "tool_calls")),
+        (thinks(LEAK, "\n"), says("", "", [CALLED_READ], "tool_calls")),
+        ([*thinks("hm", LEAK), "\n \n"], says(" \n", "hm", [CALLED_READ], "tool_calls")),
+        (thinks("hm", JSON_LEAK), says("", "hm", [CALLED_READ], "tool_calls")),
+        (
+            thinks(LEAK, leak("read_all")),
+            says("", "", [CALLED_READ, ("call_7_1", "read_all", "{}")], "tool_calls"),
+        ),
+        ([*thinks(LEAK), "I have read it."], says("I have read it.", LEAK)),
+        (
+            [*thinks(LEAK), READ_CALL],
+            says("", LEAK, [("c1", "read", "{}")], "tool_calls"),
+        ),
+        *((thinks(*words), says("", "".join(words))) for words in THOUGHT_NO_CALLS),
+    ],
+)
+def test_a_call_at_the_end_of_the_reasoning_is_a_call(deltas, wanted):
+    assert outcomes_of(deltas, tools=[READ, READ_ALL]) == wanted
+
+
+def test_a_call_in_the_reasoning_that_the_request_quotes_is_none():
+    deltas = thinks("The page says ", LEAK)
+    assert outcomes_of(deltas, tools=[READ], quoted=QUOTED) == says("", "The page says " + LEAK)
+
+
+@pytest.mark.parametrize("reason", ["length", "sensitive", "model_context_window_exceeded"])
+def test_a_call_in_the_reasoning_of_an_answer_that_was_cut_off_is_none(reason):
+    data = stream_of(*thinks(LEAK), {"content": "x"}, finish(reason))
+    thought, _, calls, _ = outcome(read_all([data], tools=[READ]))
+    assert (thought, calls) == (LEAK, [])
+
+
+def test_reasoning_streams_on_until_it_may_be_a_call():
+    reader = Mended(tools=[READ])
+    words = ("hm < ", "a <tool", "_x", "<tool_call>read", "er")
+    heard = [list(reader.feed(stream_of(*thinks(word), done=""))) for word in words]
+    assert heard == [
+        [Thought("hm < ")],
+        [Thought("a ")],
+        [Thought("<tool_x")],
+        [],
+        [Thought("<tool_call>reader")],
+    ]
+
+
+@pytest.mark.parametrize(
+    ("deltas", "quoted"),
+    [
+        ([JSON_LEAK], json.dumps({"page": JSON_LEAK})),
+        (thinks(LEAK), f"<pre>{html.escape(LEAK)}</pre>"),
+        ([LEAK], f"```\n{LEAK}\n```"),
+        (thinks(JSON_LEAK), JSON_LEAK),
+    ],
+    ids=["JSON in a JSON result", "reasoning of HTML", "text of a fence", "reasoning of JSON"],
+)
+def test_what_a_page_says_makes_no_call_however_it_is_repeated(deltas, quoted):
+    tools = [READ, READ_ALL]
+    page = ztoapi.quoted_text([Message("tool", (quoted,), call_id="c")])
+    assert [calls for _, _, calls, _ in outcomes_of(deltas, tools=tools, quoted=page)] == [[]]
+    assert outcomes_of(deltas, tools=tools)[0][2] == [CALLED_READ]
 
 
 @pytest.mark.parametrize(
@@ -5787,7 +7342,7 @@ def test_a_key_without_quota_cools_down_for_the_one_model(code):
         [SECOND_KEY],
         [FIRST_KEY, SECOND_KEY],
     ]
-    keys.clock.time += KeyPool.COOLDOWN
+    keys.clock.time += Limits.cooldown
     assert keys.available(CHAT) == [FIRST_KEY, SECOND_KEY]
 
 
@@ -5863,8 +7418,8 @@ def test_a_key_cools_down_until_the_quota_is_reset_whatever_the_wall_clock_says_
         (1308, "reset at 2099-12-31 00:00:00", 5 * 3600),
         (1310, "reset at 2099-12-31 00:00:00", KeyPool.MAX_COOLDOWN),
         (1308, "since 2020-01-01 00:00:00, reset at 2026-09-12 00:35:41", 60),
-        (1308, "reset at 2020-01-01 00:00:00", KeyPool.COOLDOWN),
-        (1308, "reset at 2026-99-99 00:00:00", KeyPool.COOLDOWN),
+        (1308, "reset at 2020-01-01 00:00:00", Limits.cooldown),
+        (1308, "reset at 2026-99-99 00:00:00", Limits.cooldown),
     ],
 )
 def test_a_reset_is_believed_within_reason(code, text, seconds):
@@ -6122,7 +7677,9 @@ class SharedKey:
         self.places, self.taken = places, 0
         self.answers, self.refusals = Counter(), 0
         self.waits = []
-        self.processes = [ztoapi.Upstream(SHARING, None, self.clock()) for _ in range(processes)]
+        self.processes = [
+            ztoapi.Upstream(SHARING, Limits(), None, self.clock()) for _ in range(processes)
+        ]
 
     def clock(self):
         clock = ztoapi.Clock()
@@ -6271,9 +7828,9 @@ def test_a_limit_says_what_lowered_it_and_when_one_more_is_tried():
     assert limit.last_refusal(1000.0) == {"lowered_to": 2, "refused_at": 1005.0, "probe_at": 1007.0}
 
 
-def make_queue(*keys, max_in_flight=0):
+def make_queue(*keys, max_in_flight=0, **how):
     clock = FakeClock()
-    return Queue(KeyPool(keys or (FIRST_KEY,), clock), max_in_flight, clock)
+    return Queue(KeyPool(keys or (FIRST_KEY,), clock), max_in_flight, clock, **how)
 
 
 @asynccontextmanager
@@ -6378,9 +7935,8 @@ async def test_a_conversation_stays_with_its_key_unless_that_is_full_or_has_fail
 
 
 @in_loop
-async def test_a_long_answer_does_not_stop_those_who_wait_for_long(monkeypatch):
-    monkeypatch.setattr(Queue, "POLL_INTERVAL", 0.01)
-    queue = make_queue()
+async def test_a_long_answer_does_not_stop_those_who_wait_for_long():
+    queue = make_queue(poll_interval=0.01)
     async with slot_in(queue) as long:
         long.limit.refused(2, queue.clock.now())  # one more was too many, just once
         waiting = asyncio.create_task(wait_in(queue))
@@ -6450,7 +8006,7 @@ def test_the_reasoning_memory_is_bounded_and_forgets_the_oldest_first():
         memory.put("me", message)
     kept = [number for number, message in enumerate(numbered) if memory.get("me", message)]
     entry = 3 * 2**18 + memory.OVERHEAD
-    assert kept == [*range(100 - memory.MAX_BYTES // entry, 100)]
+    assert kept == [*range(100 - memory.max_size // entry, 100)]
     assert memory.size == len(kept) * entry
 
 
@@ -6543,8 +8099,8 @@ def connect():
     """Databases that are closed in the end."""
     opened = []
 
-    def connected(url):
-        opened.append(ztoapi.Database(url, lambda: NOON))
+    def connected(url, **limits):
+        opened.append(ztoapi.Database(url, lambda: NOON, Limits(**limits)))
         return opened[-1]
 
     yield connected
@@ -6632,10 +8188,9 @@ async def test_reads_do_not_wait_for_another_process_that_writes(tmp_path, conne
 
 @in_loop
 async def test_while_sqlite_is_locked_what_wants_to_write_fails_soon_and_then_at_once(
-    tmp_path, connect, monkeypatch
+    tmp_path, connect
 ):
-    monkeypatch.setattr(ztoapi.Database, "BUSY_TIMEOUT", 0.1)
-    database, accounts = connect(f"sqlite:///{tmp_path}/a.db"), Accounts(())
+    database, accounts = connect(f"sqlite:///{tmp_path}/a.db", busy_timeout=0.1), Accounts(())
     await database.run(database.put_account, ANNA)
     with other_program(tmp_path / "a.db", "c.execute('BEGIN IMMEDIATE')") as writer:
         with pytest.raises(ztoapi.DatabaseError, match="locked"):
@@ -6649,33 +8204,30 @@ async def test_while_sqlite_is_locked_what_wants_to_write_fails_soon_and_then_at
 
 
 @in_loop
-async def test_a_database_that_stands_still_is_not_waited_for_twice(
-    postgresql, connect, monkeypatch
-):
+async def test_a_database_that_stands_still_is_not_waited_for_twice(postgresql, connect):
     database, accounts = connect(postgresql.new_database()), Accounts(())
     process = await database.run(lambda: database.execute("SELECT pg_backend_pid()").fetchone()[0])
     count_some(accounts)
-    monkeypatch.setattr(database, "WAIT", 0.2)
+    database.limits = Limits(database_wait=0.2)
     os.kill(process, signal.SIGSTOP)
     try:
         await database.sync(accounts)
-        monkeypatch.setattr(database, "WAIT", 2 * LONGEST_TEST)
+        database.limits = Limits(database_wait=2 * LONGEST_TEST)
         with pytest.raises(ztoapi.DatabaseError, match="does not answer"):
             await database.run(database.list_accounts)
         await database.sync(accounts)
     finally:
         os.kill(process, signal.SIGCONT)
     await asyncio.wait([database.hanging])
-    monkeypatch.setattr(database, "WAIT", 10)
+    database.limits = Limits(database_wait=10)
     await database.sync(accounts)
     assert [row[4] for row in await database.run(database.list_usage, TODAY)] == [1]
 
 
 @in_loop
-async def test_the_server_ends_though_its_database_stands_still(postgresql, connect, monkeypatch):
-    monkeypatch.setattr(ztoapi.Database, "WAIT", 0.2)
-    monkeypatch.setattr(ztoapi.Database, "INTERVAL", 60)
-    database, accounts = connect(postgresql.new_database()), Accounts(())
+async def test_the_server_ends_though_its_database_stands_still(postgresql, connect):
+    limits = {"database_wait": 0.2, "database_interval": 60}
+    database, accounts = connect(postgresql.new_database(), **limits), Accounts(())
     async with database.running(accounts):
         pid = "SELECT pg_backend_pid()"
         process = await database.run(lambda: database.execute(pid).fetchone()[0])
@@ -6685,10 +8237,10 @@ async def test_the_server_ends_though_its_database_stands_still(postgresql, conn
 
 
 @in_loop
-async def test_chat_goes_on_while_the_database_stands_still(start, postgresql, monkeypatch):
-    client = await start(database_url=postgresql.new_database())
+async def test_chat_goes_on_while_the_database_stands_still(start, postgresql):
+    limits = Limits(database_wait=0.2)
+    client = await start(limits=limits, database_url=postgresql.new_database())
     database = client.app[ztoapi.DATABASE]
-    monkeypatch.setattr(database, "WAIT", 0.2)
     pid = "SELECT pg_backend_pid()"
     process = await database.run(lambda: database.execute(pid).fetchone()[0])
     os.kill(process, signal.SIGSTOP)
@@ -6880,9 +8432,8 @@ async def test_a_response_may_be_deleted_while_it_is_written(database_url, conne
 
 
 @in_loop
-async def test_of_what_a_key_stores_the_oldest_goes_first(database_url, connect, monkeypatch):
-    monkeypatch.setattr(ztoapi.Database, "MAX_STORED", 250)
-    database = connect(database_url)
+async def test_of_what_a_key_stores_the_oldest_goes_first(database_url, connect):
+    database = connect(database_url, stored_size=250)
     yesterday = TODAY - timedelta(1)
     rows = [stored_row(i, body=100 * "x")._replace(stored_at=int(i)) for i in "1234"]
     rows.append(stored_row("5", body=100 * "x", day=yesterday)._replace(stored_at=9))
@@ -6893,10 +8444,8 @@ async def test_of_what_a_key_stores_the_oldest_goes_first(database_url, connect,
     assert await ids_in(database) == ["3", "4", "6"]
 
 
-def test_responses_that_wait_in_memory_are_bounded(monkeypatch):
-    monkeypatch.setattr(ztoapi.UnsavedResponses, "MAX_ROWS", 3)
-    monkeypatch.setattr(ztoapi.UnsavedResponses, "MAX_SIZE", 100)
-    unsaved = ztoapi.UnsavedResponses()
+def test_responses_that_wait_in_memory_are_bounded():
+    unsaved = ztoapi.UnsavedResponses(Limits(unsaved_rows=3, unsaved_size=100))
     for name in "1234":
         unsaved.put(stored_row(name, body="x" * 20))
     assert (list(unsaved.rows), unsaved.size) == (["2", "3", "4"], 60)
@@ -7076,7 +8625,7 @@ FULL_MESSAGE = CLAUDE | {
     "model": "glm-4.6",
     "tools": [GREP, ANTHROPIC_SEARCH],
     "system": "x",
-    **THINKS,
+    **ASKS_TO_THINK,
 }
 
 
@@ -7107,6 +8656,47 @@ def test_a_body_is_refused_when_it_is_read_or_planned_or_never(seed, surface, so
     assert refused < 50
 
 
+BEGUN = [
+    {"role": "system", "content": [{"type": "text", "text": "You are Claude Code."}]},
+    {"role": "user", "content": "hi"},
+]
+BILLED = {"type": "text", "text": "x-anthropic-billing-header: cc_version=1; cch=7;"}
+
+
+@pytest.mark.parametrize(
+    ("messages", "is_same"),
+    [
+        pytest.param([*BEGUN, {"role": "assistant", "content": "hello"}], True, id="it went on"),
+        pytest.param([*BEGUN, {"role": "system", "content": "x"}], True, id="a later system line"),
+        pytest.param(
+            [{**BEGUN[0], "content": [{**BEGUN[0]["content"][0], "cache_control": {}}]}, BEGUN[1]],
+            True,
+            id="a cache mark",
+        ),
+        pytest.param([BEGUN[0], {**BEGUN[1], "id": "msg_1"}], True, id="an id"),
+        pytest.param(
+            [{**BEGUN[0], "content": [BILLED, *BEGUN[0]["content"]]}, BEGUN[1]],
+            True,
+            id="a billing header",
+        ),
+        pytest.param(
+            [{"role": "system", "content": BILLED["text"]}, *BEGUN], True, id="alone in a message"
+        ),
+        pytest.param([BEGUN[0], {"role": "user", "content": "ho"}], False, id="another beginning"),
+        pytest.param([BEGUN[1]], False, id="another system prompt"),
+    ],
+)
+def test_a_conversation_is_known_by_its_beginning(messages, is_same):
+    keys = {"zai_api_key": ("a", "b")}
+
+    def conversation(messages, account="me"):
+        prompt = read_chat(chat(messages=messages))
+        return ztoapi.make_plan(prompt, Settings(**keys), Account(account), "7").caller.conversation
+
+    assert (conversation(messages) == conversation(BEGUN)) is is_same
+    assert conversation(messages, "you") != conversation(messages)
+
+
 # ======== Bounds of a request ========
 
 VALUES = b'{"a":[%s]}'
@@ -7122,12 +8712,10 @@ VALUES = b'{"a":[%s]}'
         pytest.param(b"{%s}" % b",".join(b'"%d":"x"' % i for i in range(9)), 10, id="names"),
     ],
 )
-def test_a_request_has_no_more_than_so_many_values(monkeypatch, body, values):
-    monkeypatch.setattr(ztoapi, "MAX_VALUES", values)
-    assert isinstance(ztoapi.parse_request(body), dict)
-    monkeypatch.setattr(ztoapi, "MAX_VALUES", values - 1)
+def test_a_request_has_no_more_than_so_many_values(body, values):
+    assert isinstance(ztoapi.parse_request(body, values), dict)
     with pytest.raises(ValueError, match="values"):
-        ztoapi.parse_request(body)
+        ztoapi.parse_request(body, values - 1)
 
 
 @pytest.mark.parametrize(
@@ -7135,12 +8723,12 @@ def test_a_request_has_no_more_than_so_many_values(monkeypatch, body, values):
     [b"[],", b'"",', b'{"":1},', b'"x' + b"," * 99 + b'",'],
     ids=["arrays", "strings", "objects", "long strings"],
 )
-def test_too_many_values_are_found_without_decoding_them(monkeypatch, value):
-    monkeypatch.setattr(ztoapi, "MAX_VALUES", 100_000)
+def test_too_many_values_are_found_without_decoding_them(value):
+    too_many = partial(ztoapi.too_many_values, most=100_000)
     body = b'{"a":[%s1]}' % (value * (2**22 // len(value)))
-    assert ztoapi.too_many_values(body) == (len(value) < 100)
-    assert collections_during(ztoapi.too_many_values, body) < 10  # when it is decoded, a thousand
-    assert seconds_of(ztoapi.too_many_values, body) < 0.3
+    assert too_many(body) == (len(value) < 100)
+    assert collections_during(too_many, body) < 10  # when it is decoded, a thousand
+    assert seconds_of(too_many, body) < 0.3
 
 
 def test_the_depth_of_a_request_is_found_without_work_for_the_garbage_collector():
@@ -7160,6 +8748,7 @@ def collections_during(work, argument):
 
 # ======== Fakes and helpers ========
 
+IMPATIENT = Limits(check_interval=0.02, read_timeout=0.2)  # with clients
 HANG, RESET = object(), object()  # parts of a FakeZai's answer that are no bytes
 EVENT_STREAM = {"Content-Type": "text/event-stream"}
 
@@ -7295,12 +8884,12 @@ async def other_zai():
 
 @pytest_asyncio.fixture
 async def start(zai, aiohttp_client):  # in this order: what asks ends before what answers
-    """Starts ztoapi in front of the fake, with other settings or another clock where a test wants them."""
+    """Starts ztoapi in front of the fake, with other settings, limits or another clock where a test wants them."""
 
-    async def started(clock=None, **settings):
+    async def started(clock=None, limits=None, **settings):
         given = {"zai_base_url": zai.url, "zai_api_key": ("zai-key",)} | settings
         settings = Settings(**{"database_url": "memory", **given})
-        app = create_app(settings, clock or FakeClock())
+        app = create_app(settings, limits, clock or FakeClock())
         return await aiohttp_client(app, timeout=PATIENT)
 
     return started
@@ -7341,6 +8930,12 @@ class FakeClock(ztoapi.Clock):
 @pytest_asyncio.fixture
 async def client(start):
     return await start()
+
+
+@pytest_asyncio.fixture
+async def lively(start):
+    """Gives signs of life after less than a moment of silence."""
+    return await start(limits=Limits(keep_alive_interval=0.05))
 
 
 async def ask(client, body=HELLO, path="/v1/chat/completions", headers=KEY):
@@ -7624,14 +9219,13 @@ async def browser(chromium):
 
 
 @pytest_asyncio.fixture
-async def demo(aiohttp_client, monkeypatch):
+async def demo(aiohttp_client):
     """Starts what `--demo` starts, with other settings where a test wants them, and without its pauses."""
-    monkeypatch.setattr(ztoapi, "DEMO_PACE", 0)
-    monkeypatch.setattr(ztoapi.Database, "INTERVAL", 0.02)
 
-    async def started(host="127.0.0.1", port=0, **settings):
+    async def started(host="127.0.0.1", port=0, pace=0.0, **settings):
         (listener,) = ztoapi.listen(host, port)
-        app = create_app(ztoapi.with_demo(Settings(**settings), listener.getsockname()))
+        limits = Limits(demo_pace=pace, database_interval=0.02)
+        app = create_app(ztoapi.with_demo(Settings(**settings), listener.getsockname()), limits)
         server = TestServer(app, host=host, socket_factory=lambda *_: listener)
         return await aiohttp_client(server, timeout=PATIENT)
 
@@ -8466,11 +10060,8 @@ async def test_a_key_that_the_list_of_models_is_refused_to_cools_down(start, zai
 
 
 @in_loop
-async def test_a_request_asks_each_key_once_however_soon_its_quota_is_reset(
-    start, zai, monkeypatch
-):
-    monkeypatch.setattr(KeyPool, "COOLDOWN", 0)
-    client = await start(zai_api_key=("a", "b"))
+async def test_a_request_asks_each_key_once_however_soon_its_quota_is_reset(start, zai):
+    client = await start(limits=Limits(cooldown=0), zai_api_key=("a", "b"))
     zai.accounts = {"a": zai_refuses(1113), "b": zai_refuses(1113)}
     assert (await ask(client))[0].status == 402
     assert len(zai.bodies) == 3
@@ -8663,6 +10254,71 @@ async def test_an_answer_that_ends_wakes_who_waits_for_its_key(start, zai):
 
 
 @in_loop
+async def test_a_place_is_free_when_zais_answer_has_ended_whatever_its_connection_does(start, zai):
+    limits = Limits(finish_timeout=LONGEST_TEST, shutdown_grace=0)
+    client = await start(max_concurrency=1, limits=limits)
+    zai.answers = [[RECORDED, HANG]]
+    queue = client.app[ztoapi.UPSTREAM].queue("glm-4.6")
+    asked = chat(stream=True)
+    answers = await asyncio.gather(ask(client, asked), ask(client, asked))
+    assert [said(stream) for _, stream in answers] == ["你好😀"] * 2
+    assert (queue.in_flight, [each.answering for each in queue.patience.values()]) == (0, [0])
+
+
+SLOW = {"first_token_timeout": 0.1}
+SILENT = 200, [b": wait\n\n", HANG]
+
+
+@in_loop
+@pytest.mark.parametrize("beginning", [[HANG], [b": wait\n\n", HANG]], ids=["nothing", "comments"])
+@pytest.mark.parametrize("stream", [False, True], ids=["whole", "streamed"])
+async def test_a_slow_answer_is_left_for_another_key_which_is_no_retry(
+    start, zai, beginning, stream
+):
+    client = await start(**SLOW, zai_api_key=("a", "b"), max_retries=0)
+    zai.accounts = {"a": (200, beginning)}
+    for text in "abcdefgh":
+        asked = message(role="user", content=text) | {"stream": stream}
+        assert (await ask(client, asked))[0].status == 200
+    assert zai.keys.count("Bearer b") == 8
+    assert client.app[ztoapi.UPSTREAM].remedies == {"other_keys": len(zai.asked) - 8}
+    assert await eventually(lambda: zai.open == 0)
+
+
+@in_loop
+async def test_a_slow_answer_is_left_for_another_model(start, zai):
+    client = await start(**SLOW, zai_api_key=("a", "b"), max_retries=0)
+    zai.answers = [SILENT, SILENT]
+    response, _ = await ask(client, chat(fallbacks=["glm-4.5"]))
+    assert (response.status, response.headers["x-ztoapi-model"]) == (200, "glm-4.5")
+    assert [body["model"] for body in zai.bodies] == ["glm-4.6", "glm-4.6", "glm-4.5"]
+    assert {*zai.keys[:2]} == {"Bearer a", "Bearer b"}
+
+
+@in_loop
+@pytest.mark.parametrize(
+    ("settings", "first"),
+    [
+        pytest.param({}, [b": wait\n\n", 0.4], id="there is no other"),
+        pytest.param({"zai_api_key": ("a", "b")}, [FIRST, 0.4], id="reasoning has begun"),
+    ],
+)
+async def test_a_slow_answer_is_waited_for_where(start, zai, settings, first):
+    client = await start(**SLOW, **settings, max_retries=0)
+    zai.answers = [[*first, RECORDED]]
+    assert (await ask(client))[0].status == 200
+    assert len(zai.asked) == 1
+
+
+@in_loop
+async def test_the_last_who_may_answer_is_waited_for_and_then_told_as_silent(start, zai):
+    client = await start(**SLOW, zai_api_key=("a", "b"), upstream_timeout=0.5)
+    zai.parts = [HANG]
+    response, body = await ask(client)
+    assert (response.status, error_of(body)["code"], len(zai.asked)) == (504, "zai_timeout", 2)
+
+
+@in_loop
 async def test_a_whole_answer_counts_as_taken_when_it_begins(client, zai):
     zai.parts = [FIRST, HANG]
     asking = asyncio.create_task(ask(client))
@@ -8741,10 +10397,8 @@ async def test_other_paths_tell_when_zai_wants_to_be_asked_again(client, zai):
 
 @in_loop
 @pytest.mark.parametrize("stream", [False, True], ids=["whole", "streamed"])
-async def test_a_server_that_stops_tells_those_who_wait_out_a_refusal(
-    client, zai, monkeypatch, stream
-):
-    monkeypatch.setattr(ztoapi, "SHUTDOWN_GRACE", 0.2)
+async def test_a_server_that_stops_tells_those_who_wait_out_a_refusal(start, zai, stream):
+    client = await start(limits=Limits(shutdown_grace=0.2))
     client.app[ztoapi.CLOCK].call_later = lambda *_: None  # no time passes
     zai.status, zai.parts = zai_refuses(1305)
     asking = asyncio.create_task(ask(client, chat(stream=stream)))
@@ -8770,12 +10424,10 @@ async def test_who_leaves_while_waiting_out_a_refusal_leaves_nothing_behind(star
 
 
 @in_loop
-async def test_a_stream_is_kept_alive_while_a_refusal_is_waited_out(start, zai, monkeypatch):
-    monkeypatch.setattr(ztoapi, "KEEP_ALIVE_INTERVAL", 0.05)
-    client = await start()
-    client.app[ztoapi.CLOCK].call_later = lambda *_: None  # no time passes
+async def test_a_stream_is_kept_alive_while_a_refusal_is_waited_out(lively, zai):
+    lively.app[ztoapi.CLOCK].call_later = lambda *_: None  # no time passes
     zai.status, zai.parts = zai_refuses(1305)
-    async with client.post(CHAT_PATH, json=chat(stream=True), headers=KEY) as response:
+    async with lively.post(CHAT_PATH, json=chat(stream=True), headers=KEY) as response:
         assert await response.content.readuntil(b"\n\n") == b": keep-alive\n\n"
 
 
@@ -8884,23 +10536,22 @@ async def test_no_more_than_max_concurrency_are_in_flight(start, zai):
 
 @in_loop
 async def test_the_frames_of_a_large_answer_are_sent_one_by_one_and_are_the_same(
-    client, monkeypatch
+    start, client, monkeypatch
 ):
     _, together = await ask(client, chat(stream=True))
+    client = await start(limits=Limits(joined_size=0))
     writes, write = [], ztoapi.SSEResponse.write
     monkeypatch.setattr(
         ztoapi.SSEResponse, "write", lambda self, data: writes.append(data) or write(self, data)
     )
-    monkeypatch.setattr(ztoapi, "MAX_JOINED", 0)
     assert (await ask(client, chat(stream=True)))[1] == together
     assert [data.count(b"\n\n") for data in writes] == [1] * together.count("\n\n")
 
 
 @in_loop
-async def test_a_silent_stream_is_opened_late_and_kept_alive(client, zai, monkeypatch):
-    monkeypatch.setattr(ztoapi, "KEEP_ALIVE_INTERVAL", 0.05)
+async def test_a_silent_stream_is_opened_late_and_kept_alive(lively, zai):
     zai.parts = [HANG]
-    async with client.post("/v1/chat/completions", json=chat(stream=True), headers=KEY) as response:
+    async with lively.post("/v1/chat/completions", json=chat(stream=True), headers=KEY) as response:
         for _ in range(2):
             assert await response.content.readuntil(b"\n\n") == b": keep-alive\n\n"
         assert response.headers["Content-Type"] == "text/event-stream; charset=utf-8"
@@ -8921,20 +10572,24 @@ async def test_the_timer_of_a_stream_ends_with_it(client, monkeypatch):
 
 
 @in_loop
-async def test_a_failure_after_a_comment_is_a_frame(client, zai, monkeypatch):
-    monkeypatch.setattr(ztoapi, "KEEP_ALIVE_INTERVAL", 0.05)
+async def test_when_to_ask_again_is_in_the_words_of_a_late_refusal(lively, zai):
+    zai.headers, zai.answers = {"Retry-After": "500"}, [(429, [0.2, b"slow down"])]
+    _, stream = await ask(lively, chat(stream=True))
+    assert "Try again in 500 seconds. (" in stream
+
+
+@in_loop
+async def test_a_failure_after_a_comment_is_a_frame(lively, zai):
     zai.parts = [b": wait\n\n", 0.2, b'data: {"error":{"code":"1301","message":"no"}}\n\n']
-    response, stream = await ask(client, chat(stream=True))
+    response, stream = await ask(lively, chat(stream=True))
     assert (response.status, stream[:14]) == (200, ": keep-alive\n\n")
     assert '"code":"content_filter"' in stream
     assert stream.endswith("data: [DONE]\n\n")
 
 
 @in_loop
-async def test_after_zais_last_word_nothing_that_happens_to_the_connection_matters(
-    client, zai, monkeypatch
-):
-    monkeypatch.setattr(ztoapi, "FINISH_TIMEOUT", 0.1)
+async def test_after_zais_last_word_nothing_that_happens_to_the_connection_matters(start, zai):
+    client = await start(limits=Limits(finish_timeout=0.1))
     said_all = RECORDED.removesuffix(b"data: [DONE]\n\n")
     for rest in (RESET, HANG):
         zai.parts = [said_all, rest]
@@ -9182,17 +10837,15 @@ async def test_a_connection_to_zai_serves_again(client, zai):
 
 
 @in_loop
-async def test_comments_after_the_finish_do_not_delay_the_end(client, zai, monkeypatch):
-    monkeypatch.setattr(ztoapi, "FINISH_TIMEOUT", 0.2)
+async def test_comments_after_the_finish_do_not_delay_the_end(start, zai):
+    client = await start(limits=Limits(finish_timeout=0.2))
     zai.parts = [RECORDED.removesuffix(b"data: [DONE]\n\n"), *[b": x\n\n", 0.1] * 300]
     assert said((await asyncio.wait_for(ask(client, chat(stream=True)), 10))[1]) == "你好😀"
 
 
 @in_loop
-async def test_a_stopping_server_lets_answers_finish_and_tells_those_that_take_too_long(
-    client, zai, monkeypatch
-):
-    monkeypatch.setattr(ztoapi, "SHUTDOWN_GRACE", 0.3)
+async def test_a_stopping_server_lets_answers_finish_and_tells_those_that_take_too_long(start, zai):
+    client = await start(limits=Limits(shutdown_grace=0.3))
     zai.answers = [[FIRST, 0.1, RECORDED], [FIRST, HANG], [HANG]]
     asking = []
     for stream in (True, True, False):
@@ -9384,7 +11037,7 @@ async def test_a_picture_of_before_is_words_for_a_model_that_takes_none(
     response, _ = await ask(client, {"model": "glm-5.3", "messages": messages, "stream": stream})
     assert (response.status, response.headers["x-ztoapi-ignored"]) == (200, "images")
     assert NOT_SHOWN in zai.bodies[0]["messages"][where]["content"]
-    assert client.app[ztoapi.UPSTREAM].remedies["hidden_images"] == 1
+    assert client.app[ztoapi.UPSTREAM].repairs["hidden_images"] == 1
 
 
 @in_loop
@@ -9530,10 +11183,9 @@ async def test_every_surface_says_in_the_stream_that_it_breaks_off(client, zai, 
 
 @in_loop
 @on_every_surface
-async def test_every_surface_is_kept_alive_and_freed(client, zai, path, body, monkeypatch):
-    monkeypatch.setattr(ztoapi, "KEEP_ALIVE_INTERVAL", 0.05)
+async def test_every_surface_is_kept_alive_and_freed(lively, zai, path, body):
     zai.parts = [HANG]
-    async with client.post(path, json=body | {"stream": True}, headers=KEY) as response:
+    async with lively.post(path, json=body | {"stream": True}, headers=KEY) as response:
         sign = await response.content.readuntil(b"\n\n")
         response.close()
     wanted = b"event: response.created\n" if "responses" in path else b": keep-alive\n\n"
@@ -9541,11 +11193,79 @@ async def test_every_surface_is_kept_alive_and_freed(client, zai, path, body, mo
     assert await eventually(lambda: zai.open == 0)
 
 
+class QuickLoop(asyncio.SelectorEventLoop):
+    """With real sockets. Time passes only when nothing has come for a moment, and then at once."""
+
+    MOMENT = 0.005  # real seconds
+
+    def __init__(self):
+        super().__init__()
+        self.now = 0.0
+        self.poll, self._selector.select = self._selector.select, self.skip
+
+    def time(self):
+        return self.now
+
+    def skip(self, timeout=None):
+        came = self.poll(timeout and min(timeout, self.MOMENT))
+        if not came:
+            self.now += timeout or 0
+        return came
+
+
+def quickly(test):
+    """Runs a test of a client and a fake Z.ai on a QuickLoop: minutes take moments."""
+
+    @wraps(test)
+    def run(**parameters):
+        async def between():
+            loop, clock = asyncio.get_running_loop(), ztoapi.Clock()
+            clock.now = loop.time
+            async with fake_zai() as zai:
+                settings = Settings(
+                    zai_base_url=zai.url, zai_api_key=("zai-key",), database_url="memory"
+                )
+                # A thread of the database's would take none of this time.
+                app = create_app(settings, Limits(database_interval=10**6), clock)
+                async with TestClient(TestServer(app)) as client:
+                    await test(client, zai, **parameters)
+
+        with closing(QuickLoop()) as loop:
+            loop.run_until_complete(between())
+
+    run.__signature__ = Signature(list(signature(test).parameters.values())[2:])
+    return run
+
+
+IMPATIENT_CLIENT = ClientTimeout(total=None, sock_read=25)  # seconds, as Codex may be set
+
+
+@on_every_surface
+@quickly
+async def test_a_silence_is_survived_by_clients_that_allow_none(client, zai, path, body):
+    zai.parts = [60.0, FIRST, 90.0, RECORDED[len(FIRST) :]]
+    how = {"json": body | {"stream": True}, "headers": KEY, "timeout": IMPATIENT_CLIENT}
+    async with client.post(path, **how) as response:
+        stream = await response.text()
+    assert (response.status, "好😀" in stream, len(zai.asked)) == (200, True, 1)
+    assert asyncio.get_running_loop().time() >= 150
+
+
+@on_every_surface
+@quickly
+async def test_a_whole_answer_may_take_12_minutes_to_think(client, zai, path, body):
+    zai.parts = [FIRST, 60.0] * 12 + [RECORDED]
+    how = {"json": body, "headers": KEY, "timeout": ClientTimeout(total=None)}
+    async with client.post(path, **how) as response:
+        text = await response.text()
+    assert (response.status, "好😀" in text, len(zai.asked)) == (200, True, 1)
+    assert asyncio.get_running_loop().time() >= 720
+
+
 @in_loop
-async def test_codex_sees_life_in_events_numbered_like_all(client, zai, monkeypatch):
-    monkeypatch.setattr(ztoapi, "KEEP_ALIVE_INTERVAL", 0.05)
+async def test_codex_sees_life_in_events_numbered_like_all(lively, zai):
     zai.parts = [0.13, RECORDED]
-    _, stream = await ask(client, ASKED | {"stream": True}, "/v1/responses")
+    _, stream = await ask(lively, ASKED | {"stream": True}, "/v1/responses")
     events = [json.loads(frame.partition("data: ")[2]) for frame in stream.split("\n\n")[:-1]]
     types = [event["type"].removeprefix("response.") for event in events]
     assert types[:3] == ["created", "in_progress", "in_progress"]
@@ -9693,11 +11413,99 @@ async def test_a_response_can_be_looked_up_and_forgotten(client):
         ("GET", path, 404),
         ("GET", f"{path}/input_items", 404),
         ("DELETE", path, 404),
-        ("POST", "/v1/responses/compact", 404),
+        ("POST", "/v1/responses/forget", 404),
         ("POST", f"{path}/cancel", 404),
     ]:
         async with client.request(method, url, headers=KEY) as response:
             assert response.status == status, (method, url)
+
+
+@in_loop
+async def test_new_items_of_codex_are_no_400_and_listed(client, zai):
+    hi = {"type": "message", "role": "user", "content": [{"type": "input_text", "text": "hi"}]}
+    agent = AGENT | {"content": [{"type": "input_text", "text": "done"}]}
+    items = [*additional(NOW)[:1], hi, agent, {"type": "never_heard_of", "x": 1}]
+    response, _ = await ask(client, ASKED | {"store": False, "input": items}, "/v1/responses")
+    assert response.status == 200
+    assert response.headers["x-ztoapi-ignored"] == "input.never_heard_of"
+    assert [tool["function"]["name"] for tool in zai.bodies[0]["tools"]] == ["now"]
+    assert [message["content"] for message in zai.bodies[0]["messages"]] == [
+        "hi",
+        "Message from the agent /root/a:\ndone",
+    ]
+
+
+@in_loop
+async def test_a_search_that_must_be_made_is_asked_of_zai(client, zai):
+    choice = {"type": "web_search_preview"}
+    asked = {"model": "glm-4.7", "input": "News?", "tools": [choice], "tool_choice": choice}
+    assert (await ask(client, asked, "/v1/responses"))[0].status == 200
+    (tool,) = zai.bodies[0]["tools"]
+    assert (tool["type"], tool["web_search"]["require_search"]) == ("web_search", True)
+
+
+def last_event(stream):
+    return json.loads(stream.strip().rpartition("data: ")[2])
+
+
+@in_loop
+@pytest.mark.parametrize("stream", [True, False], ids=["streamed", "whole"])
+async def test_a_conversation_is_summed_up_and_goes_on(client, zai, stream):
+    asked = ASKED | {"store": False, "input": TO_SUM_UP, "stream": stream}
+    _, body = await ask(client, asked, "/v1/responses")
+    response = last_event(body)["response"] if stream else json.loads(body)
+    assert zai.bodies[0]["messages"][-1]["content"] == ztoapi.COMPACTION_ORDER
+    (item,) = response["output"]
+    assert (response["status"], item["type"]) == ("completed", "compaction")
+    await ask(client, ASKED | {"input": [item, user_item("and?")]}, "/v1/responses")
+    assert [message["content"] for message in zai.bodies[1]["messages"]] == [
+        "Summary of the conversation so far:\n你好😀",
+        "and?",
+    ]
+
+
+@in_loop
+@pytest.mark.parametrize("stream", [True, False], ids=["streamed", "whole"])
+async def test_a_summary_can_be_asked_for_at_an_address_of_its_own(client, zai, stream):
+    response, body = await ask(client, ASKED | {"stream": stream}, "/v1/responses/compact")
+    answer = last_event(body)["response"] if stream else json.loads(body)
+    assert zai.bodies[0]["messages"][-1]["content"] == ztoapi.COMPACTION_ORDER
+    assert answer["object"] == ("response" if stream else "response.compaction")
+    assert [item["type"] for item in answer["output"]] == ["compaction"]
+    assert response.headers["Content-Type"].startswith("text/event" if stream else "application/js")
+    async with client.get(f"/v1/responses/{answer['id']}", headers=KEY) as looked_up:
+        assert looked_up.status == 404
+
+
+@in_loop
+@pytest.mark.parametrize("path", ["/v1/responses", "/v1/responses/compact"])
+async def test_a_model_that_calls_a_tool_instead_of_summing_up_is_an_error(client, zai, path):
+    zai.parts = [RECORDED_CALL]
+    whole, body = await ask(client, ASKED | {"input": TO_SUM_UP}, path)
+    assert (whole.status, json.loads(body)["error"]["code"]) == (502, "zai_unavailable")
+    assert "x-should-retry" not in whole.headers
+    streamed, _ = await ask(client, ASKED | {"input": TO_SUM_UP, "stream": True}, path)
+    assert streamed.status == 502
+
+
+@in_loop
+async def test_tokens_are_counted_without_zai(client, zai):
+    response, body = await ask(client, {"input": "a" * 100}, "/v1/responses/input_tokens")
+    assert json.loads(body) == {"object": "response.input_tokens", "input_tokens": 28}
+    assert (response.status, zai.asked) == (200, [])
+
+
+@in_loop
+async def test_the_tokens_of_a_stored_conversation_are_counted_too(client):
+    asked = ASKED | {"input": "a" * 100}
+    first = json.loads((await ask(client, asked, "/v1/responses"))[1])
+    more = {"input": "b" * 100, "previous_response_id": first["id"]}
+    _, body = await ask(client, more, "/v1/responses/input_tokens")
+    assert 56 <= json.loads(body)["input_tokens"] <= 60
+    gone = more | {"previous_response_id": "resp_gone"}
+    refused, body = await ask(client, gone, "/v1/responses/input_tokens")
+    assert refused.status == 400
+    assert json.loads(body)["error"]["code"] == "previous_response_not_found"
 
 
 @in_loop
@@ -9742,7 +11550,7 @@ async def test_a_message_is_answered_whole_with_the_model_as_the_client_named_it
 
 @in_loop
 async def test_a_message_is_streamed_without_an_end_of_openais(passing):
-    response, stream = await ask(passing, CLAUDE | THINKS | {"stream": True}, "/v1/messages")
+    response, stream = await ask(passing, CLAUDE | ASKS_TO_THINK | {"stream": True}, "/v1/messages")
     events = message_events(stream)
     assert response.content_type == "text/event-stream"
     assert [event["type"] for event in events[-2:]] == ["message_delta", "message_stop"]
@@ -9827,12 +11635,12 @@ async def test_messages_with_an_image_are_for_the_vision_model(start, zai, conte
 
 
 @in_loop
-async def test_while_zai_thinks_a_message_gets_pings(client, zai, monkeypatch):
-    monkeypatch.setattr(ztoapi, "KEEP_ALIVE_INTERVAL", 0.1)
-    zai.parts = [0.35, RECORDED]
+async def test_while_zai_thinks_a_message_gets_pings(start, zai):
+    client = await start(limits=Limits(keep_alive_interval=0.1))
+    zai.parts = [0.5, RECORDED]
     _, stream = await ask(client, CLAUDE | {"model": "glm-4.6", "stream": True}, "/v1/messages")
     kinds = [event["type"] for event in message_events(stream)]
-    assert kinds[:3] == ["ping", "ping", "ping"]
+    assert kinds[:2] == ["ping", "ping"]
     assert (kinds.count("message_start"), kinds[-1]) == (1, "message_stop")
 
 
@@ -10111,10 +11919,10 @@ async def test_embeddings_come_in_base64_for_those_who_ask(start, zai):
 
 
 @in_loop
-async def test_messages_without_an_end_are_a_failure(passing, zai, monkeypatch):
-    monkeypatch.setattr(ztoapi, "MAX_HELD", 100)
+async def test_messages_without_an_end_are_a_failure(start, zai):
+    client = await start(limits=Limits(answer_size=100))
     zai.parts = [b"x" * 60, b"x" * 60]
-    response, body = await ask(passing, CLAUDE, "/v1/messages")
+    response, body = await ask(client, CLAUDE | {"model": "glm-5.3"}, "/v1/messages")
     assert (response.status, "too large" in body) == (502, True)
 
 
@@ -10339,7 +12147,8 @@ async def test_what_is_tls_is_told_to_use_http(client, caplog):
 
 
 @in_loop
-async def test_line_ends_between_requests_mean_nothing(client, impatient, zai):
+async def test_line_ends_between_requests_mean_nothing(start, zai):
+    client = await start(limits=IMPATIENT)
     zai.parts = [FIRST, 0.5, RECORDED]
     reader, writer = await asyncio.open_connection("127.0.0.1", client.port)
     for _ in range(2):
@@ -10352,7 +12161,8 @@ async def test_line_ends_between_requests_mean_nothing(client, impatient, zai):
 
 
 @in_loop
-async def test_half_a_head_behind_a_request_does_not_end_its_answer(client, impatient, zai):
+async def test_half_a_head_behind_a_request_does_not_end_its_answer(start, zai):
+    client = await start(limits=IMPATIENT)
     zai.parts = [FIRST, 0.5, RECORDED]
     reader, writer = await asyncio.open_connection("127.0.0.1", client.port)
     writer.write(raw_request(chat(stream=True)))
@@ -10670,8 +12480,8 @@ async def test_the_list_is_the_table_with_what_zai_lists(client, zai):
 @pytest.mark.parametrize(
     "models", [(401, {"error": {"code": "1001"}}), (200, []), (200, "<html>"), HANG]
 )
-async def test_the_table_alone_is_listed_when_zai_does_not_answer(client, zai, models, monkeypatch):
-    monkeypatch.setattr(ztoapi, "GET_TIMEOUT", 0.2)
+async def test_the_table_alone_is_listed_when_zai_does_not_answer(start, zai, models):
+    client = await start(limits=Limits(get_timeout=0.2))
     zai.models = models
     assert set(await listed(client)) == set(MODELS)
 
@@ -11007,16 +12817,11 @@ GET = b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n"
 POST = "POST {} HTTP/1.1\r\nHost: localhost\r\nx-api-key: sk-your-key\r\n{}\r\n\r\n"
 
 
-@pytest.fixture
-def impatient(monkeypatch):
-    monkeypatch.setattr(ztoapi, "CHECK_INTERVAL", 0.02)
-    monkeypatch.setattr(ztoapi, "READ_TIMEOUT", 0.2)
-
-
 @in_loop
 @pytest.mark.parametrize("part", [b"", b"GET /"], ids=["nothing", "half a head"])
 @pytest.mark.parametrize("before", [0, 1], ids=["first", "second"])
-async def test_a_connection_without_a_whole_head_is_closed(client, impatient, before, part):
+async def test_a_connection_without_a_whole_head_is_closed(start, before, part):
+    client = await start(limits=IMPATIENT)
     reader, writer = await asyncio.open_connection("127.0.0.1", client.port)
     for _ in range(before):
         writer.write(GET)
@@ -11047,12 +12852,12 @@ async def test_a_head_without_end_is_not_kept(client):
     "data",
     [b"", GET, b"POST /v1/files HTTP/1.1\r\nHost: localhost\r\nContent-Length: 9\r\n\r\nabc"],
 )
-async def test_those_that_ask_nothing_make_room_for_those_that_do(client, monkeypatch, data):
+async def test_those_that_ask_nothing_make_room_for_those_that_do(client, data):
     silent = [await asyncio.open_connection("127.0.0.1", client.port) for _ in range(10)]
     for reader, writer in silent:
         writer.write(data)
         assert not data or await reader.readuntil(b"}")  # one is answered before its body has ended
-    monkeypatch.setattr(ztoapi, "MAX_DESCRIPTORS", 0)  # none is left
+    client.server.handler.max_descriptors = 0  # none is left
     for _ in silent:
         assert (await talk_raw(client, GET)).startswith(b"HTTP/1.1 200")
     for reader, writer in silent:
@@ -11071,10 +12876,8 @@ async def test_those_that_ask_nothing_make_room_for_those_that_do(client, monkey
         pytest.param("Content-Length: 9", b"abc", id="silence"),
     ],
 )
-async def test_a_broken_body_is_refused_and_ends_the_connection(
-    passing, impatient, caplog, path, headers, body
-):
-    client = passing
+async def test_a_broken_body_is_refused_and_ends_the_connection(start, caplog, path, headers, body):
+    client = await start(limits=IMPATIENT)
     reader, writer = await asyncio.open_connection("127.0.0.1", client.port)
     writer.write(POST.format(path, headers).encode())
     for part in body.split(b"|"):
@@ -11098,10 +12901,8 @@ async def test_a_broken_body_is_refused_and_ends_the_connection(
         ("/v1/files/f/content", False),
     ],
 )
-async def test_a_client_that_no_longer_reads_loses_its_connection(
-    start, zai, path, stream, impatient
-):
-    client = await start(upstream_timeout=0.2)
+async def test_a_client_that_no_longer_reads_loses_its_connection(start, zai, path, stream):
+    client = await start(limits=IMPATIENT, upstream_timeout=0.2)
     piece = FIRST.replace(b"reasoning_content", b"content").replace("想".encode(), b"x" * 2**20)
     zai.parts = [piece] * 40 + [RECORDED]
     method, body = ("GET", None) if "files" in path else ("POST", chat(stream=stream, max_tokens=9))
@@ -11113,10 +12914,37 @@ async def test_a_client_that_no_longer_reads_loses_its_connection(
         response.close()
 
 
+@pytest.mark.parametrize(
+    ("unsent", "ends"),
+    [
+        pytest.param([5, 5, 5, 5], True, id="reads nothing"),
+        pytest.param([5, 6, 7, 8], True, id="reads nothing of what grows"),
+        pytest.param([9, 5, 9, 9], False, id="reads"),
+        pytest.param([5, 5, 0, 5], False, id="reads all"),
+    ],
+)
 @in_loop
-async def test_a_body_that_comes_byte_by_byte_gets_no_more_time(passing, impatient, monkeypatch):
+async def test_a_client_that_reads_nothing_is_told_from_a_slow_one(client, unsent, ends):
+    class Transport:
+        ended = False
+        get_write_buffer_size = iter(unsent).__next__
+
+        def abort(self):
+            self.ended = True
+
+    connection, transport = client.server.handler(), Transport()
+    connection.client = transport
+    for now in range(len(unsent)):
+        connection.check_reader(connection.last_received_at + 10 * now, patience=25)
+    assert transport.ended is ends
+
+
+@in_loop
+async def test_a_body_that_comes_byte_by_byte_gets_no_more_time(start):
+    client = await start(limits=Limits(min_read=400, read_timeout=0.8))
+
     async def send_slowly(path):
-        reader, writer = await asyncio.open_connection("127.0.0.1", passing.port)
+        reader, writer = await asyncio.open_connection("127.0.0.1", client.port)
         writer.write(POST.format(path, "Content-Length: 99999").encode())
         answer = asyncio.create_task(reader.readline())
         for _ in range(10):
@@ -11132,8 +12960,6 @@ async def test_a_body_that_comes_byte_by_byte_gets_no_more_time(passing, impatie
         assert answer.result().startswith(b"HTTP/1.1 400")
         writer.close()
 
-    monkeypatch.setattr(ztoapi, "MIN_READ", 400)
-    monkeypatch.setattr(ztoapi, "READ_TIMEOUT", 0.8)
     await asyncio.gather(*map(send_slowly, ("/v1/chat/completions", "/v1/files")))
 
 
@@ -11168,9 +12994,9 @@ async def test_an_upload_may_be_slow_but_not_stall(start, pauses, status):
 
 
 @in_loop
-async def test_while_we_read_nothing_a_client_is_not_silent(start, impatient):
+async def test_while_we_read_nothing_a_client_is_not_silent(start):
     async with fake_zai(socket_factory=narrow_socket) as zai:
-        client = await start(zai_base_url=zai.url)
+        client = await start(limits=IMPATIENT, zai_base_url=zai.url)
         zai.pauses, zai.headers, zai.parts = [0.3] * 4, {}, [DOCUMENT]
         response, _ = await ask(client, LARGE, "/v1/files")
         assert response.status == 200
@@ -11184,8 +13010,8 @@ async def test_zai_is_told_how_long_a_large_request_is(client, zai):
 
 
 @in_loop
-async def test_a_refusal_whose_body_stalls_is_judged_by_its_status(client, zai, monkeypatch):
-    monkeypatch.setattr(ztoapi, "ERROR_BODY_TIMEOUT", 0.1)
+async def test_a_refusal_whose_body_stalls_is_judged_by_its_status(start, zai):
+    client = await start(limits=Limits(error_body_timeout=0.1))
     zai.answers = [(502, [b'{"error":', HANG]), (500, [b"<html>", RESET]), (400, [HANG])]
     response, text = await ask(client)
     assert (response.status, error_of(text)["code"], slept(client)) == (400, "zai_400", [0.5, 1])
@@ -11568,6 +13394,20 @@ async def test_a_model_that_zai_has_not_answered_for_is_not_named(client, zai, p
 
 
 @in_loop
+async def test_what_was_mended_is_in_the_metrics_by_the_repairs_own_name(client, zai):
+    zai.parts = [RECORDED.replace("你".encode(), "\\n你".encode(), 1)]
+    text = message(role="user", content="hi")["messages"]
+    await ask(client, chat(messages=[*text, {"role": "assistant", "content": ""}]))
+    async with client.get("/metrics", headers=KEY) as response:
+        metrics = (await response.text()).splitlines()
+    assert [line for line in metrics if "repairs" in line] == [
+        "# TYPE ztoapi_repairs_total counter",
+        'ztoapi_repairs_total{kind="mend_empty_messages"} 1',
+        'ztoapi_repairs_total{kind="line_ends_at_head"} 1',
+    ]
+
+
+@in_loop
 async def test_the_limit_in_the_metrics_is_what_may_be_in_flight(start):
     client = await start(max_concurrency=1)
     await ask(client)
@@ -11823,9 +13663,8 @@ async def test_a_stored_response_outlives_the_program_and_belongs_to_its_key(sta
 
 
 @in_loop
-async def test_of_what_is_stored_only_so_much_is_loaded_for_one_request(connect, monkeypatch):
-    monkeypatch.setattr(ztoapi.ClientHistory, "MAX_SIZE", 2500)
-    history = ztoapi.ClientHistory(connect("memory"), "a")
+async def test_of_what_is_stored_only_so_much_is_loaded_for_one_request(connect):
+    history = ztoapi.ClientHistory(connect("memory", loaded_size=2500), "a")
     for name in "12345":
         await history.put(ztoapi.StoredResponse({"id": name}, ["x" * 1000]), 0)
     await history.load(ztoapi.Referred(others=tuple("12345")))
@@ -11834,9 +13673,9 @@ async def test_of_what_is_stored_only_so_much_is_loaded_for_one_request(connect,
 
 @in_loop
 @pytest.mark.parametrize("stream", [False, True])
-async def test_the_next_request_may_reach_another_process(start, database_url, monkeypatch, stream):
-    monkeypatch.setattr(ztoapi.Database, "INTERVAL", 60)
-    here, there = [await start(database_url=database_url) for _ in range(2)]
+async def test_the_next_request_may_reach_another_process(start, database_url, stream):
+    how = {"limits": Limits(database_interval=60), "database_url": database_url}
+    here, there = [await start(**how) for _ in range(2)]
     _, answer = await ask(here, ASKED | {"stream": stream}, "/v1/responses")
     follow_up = ASKED | {"previous_response_id": re.search("resp_[0-9a-f]+", answer)[0]}
     assert (await ask(there, follow_up, "/v1/responses"))[0].status == 200
@@ -11903,6 +13742,7 @@ async def test_prometheus_reads_the_metrics(start, zai):
     } == {
         ("build_info", ztoapi.__version__): 1,
         ("retries_total",): 1,
+        ("repairs_total", "line_ends_at_head"): 3,
         ("requests_total", "/v1/chat/completions", "glm-4.6", "200"): 2,
         ("requests_total", "/v1/chat/completions", 'x"\\y', "200"): 1,
         ("requests_total", "/v1/chat/completions", "", "401"): 1,
@@ -12194,12 +14034,10 @@ async def ask_once(port, data=None):
 
 
 @in_loop
-async def test_a_running_server_knows_within_seconds_what_the_command_did(
-    start, connect, monkeypatch, tmp_path
-):
-    monkeypatch.setattr(ztoapi.Database, "INTERVAL", 0.02)
+async def test_a_running_server_knows_within_seconds_what_the_command_did(start, connect, tmp_path):
     where = f"sqlite:///{tmp_path}/z.db"
-    client, database = await start(database_url=where), connect(where)
+    client = await start(limits=Limits(database_interval=0.02), database_url=where)
+    database = connect(where)
 
     async def status_of(key):
         async with client.get("/v1/models", headers={"x-api-key": key}) as response:
@@ -12991,16 +14829,15 @@ async def test_a_jump_of_the_wall_clock_changes_neither_limits_nor_cooldowns_nor
 
 @in_loop
 @jumps
-async def test_a_jump_of_the_wall_clock_changes_only_the_times_that_are_shown(
-    client, zai, jump, monkeypatch
-):
+async def test_a_jump_of_the_wall_clock_changes_only_the_times_that_are_shown(start, zai, jump):
+    client = await start(limits=Limits(keep_alive_interval=0.1))
+
     def parts():
         yield 0.15  # seconds
         client.app[ztoapi.CLOCK].epoch += jump
         yield 0.15
         yield RECORDED
 
-    monkeypatch.setattr(ztoapi, "KEEP_ALIVE_INTERVAL", 0.1)
     key = ztoapi.new_key()
     client.app[ztoapi.ACCOUNTS].written([Account(ztoapi.hash_key(key), "anna", rpm=2)], {})
     zai.answers = [parts(), parts()]
@@ -13165,10 +15002,9 @@ async def test_nobody_needs_to_read_the_log(run):
     assert (status, log.count("GET /health")) == (0, 2000)
 
 
-def test_a_log_that_cannot_be_written_loses_lines_and_says_how_many(monkeypatch):
-    monkeypatch.setattr(ztoapi.BackgroundHandler, "MAX_WAITING", 2**17)
+def test_a_log_that_cannot_be_written_loses_lines_and_says_how_many():
     (reading, writing), line = os.pipe(), "x" * 2**12
-    handler, log = ztoapi.BackgroundHandler(writing), b""
+    handler, log = ztoapi.BackgroundHandler(writing, max_waiting=2**17), b""
     for _ in range(100):
         handler.emit(ztoapi.logging.makeLogRecord({"msg": line}))
     assert handler.dropped > 0
@@ -13349,7 +15185,7 @@ async def test_the_dashboard_tells_what_went_through_and_no_secret(start, zai):
         "glm-4.6",
         "insufficient_quota",
     )
-    assert resting["until"] == FakeClock().unix() + KeyPool.COOLDOWN
+    assert resting["until"] == FakeClock().unix() + Limits.cooldown
     assert (
         snapshot["in_flight"],
         snapshot["healed"]["other_keys"],
@@ -13439,8 +15275,9 @@ async def shell(lines):
 
 @in_loop
 @pytest.mark.browser
-async def test_the_docs_page_answers_from_key_to_last_token(here, browser, monkeypatch):
-    monkeypatch.setattr(ztoapi, "DEMO_PACE", 0.015)  # for the page tells no pace before 0.2 seconds
+async def test_the_docs_page_answers_from_key_to_last_token(demo, browser):
+    # The page tells no pace before 0.2 seconds.
+    here = f"http://localhost:{(await demo(pace=0.015)).port}"
     await browser.open(here + "/docs", "document.querySelectorAll('#model-rows tr').length >= 22")
     assert await browser.run(text_of("base")) == here + "/v1"
     await browser.run("$('try-message').value = \"it's 你好\"; $('send').click()")
@@ -13533,8 +15370,8 @@ async def test_the_docs_page_shows_for_each_client_the_lines_that_launch_shows(h
 
 @in_loop
 @pytest.mark.browser
-async def test_a_stream_can_be_stopped_and_the_dashboard_counts_it(here, browser, monkeypatch):
-    monkeypatch.setattr(ztoapi, "DEMO_PACE", 0.03)
+async def test_a_stream_can_be_stopped_and_the_dashboard_counts_it(demo, browser):
+    here = f"http://localhost:{(await demo(pace=0.03)).port}"
     await browser.open(here + "/docs", "!!$('send')")
     await browser.run("$('try-message').value = 'word '.repeat(500); $('send').click()")
     assert await browser.sees(text_of("answer") + ".length > 20")
@@ -13886,6 +15723,93 @@ def test_what_the_sdk_makes_of_a_streamed_response_is_the_whole_one(seed):
     assert [item["type"] for item in made["output"]] == [item["type"] for item in whole["output"]]
     assert without_parsed(made["output"], whole["output"]) == whole["output"]
     assert (made["status"], made["id"]) == (whole["status"], whole["id"])
+
+
+@pytest.mark.parametrize(
+    ("fields", "events"),
+    [
+        pytest.param(
+            {"tools": [TOOL_SEARCH, {"type": "custom", "name": "apply_patch"}]},
+            [
+                Thought("hm"),
+                Text("x"),
+                ToolCall(0, "c1", "tool_search", '{"query":'),
+                ToolCall(1, "c2", "apply_patch", to_json({"patch": PATCH})),
+                ToolCall(0, "", "", '"weather"}'),
+                Usage(5, 2, 7),
+                Finish("tool_calls"),
+            ],
+            id="calls",
+        ),
+        pytest.param(
+            {"tools": [NAMESPACE], "max_tool_calls": 7, "tool_choice": allowed("auto", NOW, DRAW)},
+            [ToolCall(0, "c1", "mcp__w__get", "{}"), Finish("length")],
+            id="a call in a namespace",
+        ),
+        pytest.param(
+            {"tools": [HOSTED_SEARCH], "tool_choice": HOSTED_SEARCH},
+            [Text("x"), Citations((FOUND,)), Finish("stop")],
+            id="a search",
+        ),
+        pytest.param(
+            {"reasoning": {"summary": "auto"}, "include": ["reasoning.encrypted_content"]},
+            [Thought("hm"), Finish("content_filter")],
+            id="a summary of reasoning",
+        ),
+        pytest.param(
+            {"input": [*TO_SUM_UP[:1], summary_of("Do it."), TRIGGER]},
+            [Thought("hm"), Text("Do"), Text(" it."), Usage(5, 2, 7), Finish("stop")],
+            id="a compaction",
+        ),
+        pytest.param({"input": TO_SUM_UP}, [Text("Do")], id="a compaction that breaks off"),
+        pytest.param({}, [], id="nothing"),
+    ],
+)
+def test_every_event_of_a_response_has_one_of_the_sdks_types(fields, events):
+    types = pytest.importorskip("openai.types.responses")
+    pydantic = pytest.importorskip("pydantic")
+    adapter = pydantic.TypeAdapter(types.ResponseStreamEvent)
+    reply = response_reply(**fields)
+    frames = [*json.loads(f"[{sign_of_life(reply)}]"), *reply.frames_of(events)]
+    if events and isinstance(events[-1], Finish):
+        frames += reply.close()
+    else:
+        frames += reply.fail(zai_error(500, b"x"))
+    for frame in frames:
+        event = adapter.validate_python(frame)
+        assert type(event).model_fields["type"].annotation.__args__ == (frame["type"],)
+        for item in items_in(frame):
+            read = pydantic.TypeAdapter(types.ResponseOutputItem).validate_python(item)
+            assert type(read).model_fields["type"].annotation.__args__ == (item["type"],)
+    for tool in frames[-1]["response"]["tools"]:
+        pydantic.TypeAdapter(types.Tool).validate_python(tool)
+
+
+def sign_of_life(reply):
+    """The frames of a sign of life, as JSON with commas between them."""
+    lines = reply.sign_of_life(HEAD).decode().splitlines()
+    return ",".join(line.removeprefix("data: ") for line in lines if line.startswith("data: "))
+
+
+def items_in(frame):
+    return [frame["item"]] if "item" in frame else frame.get("response", {}).get("output", [])
+
+
+@in_loop
+async def test_the_sdk_has_a_conversation_summed_up(sdk, zai):
+    summed_up = await sdk.responses.compact(model="glm-4.6", input="你好")
+    (item,) = summed_up.output
+    assert (summed_up.object, item.type) == ("response.compaction", "compaction")
+    assert summed_up.usage.total_tokens == 9
+    sent = [item.model_dump(), {"role": "user", "content": "and?"}]
+    await sdk.responses.create(model="glm-4.6", input=sent)
+    assert zai.bodies[1]["messages"][0]["content"].endswith("你好😀")
+
+
+@in_loop
+async def test_the_sdk_counts_tokens(sdk):
+    counted = await sdk.responses.input_tokens.count(model="glm-4.6", input="a" * 100)
+    assert (counted.object, counted.input_tokens) == ("response.input_tokens", 28)
 
 
 def without_parsed(theirs, ours):

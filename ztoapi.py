@@ -107,6 +107,7 @@ from dataclasses import Field, dataclass, field, fields, replace
 from datetime import date, datetime, timedelta, timezone
 from fnmatch import fnmatchcase
 from functools import cached_property, lru_cache, partial
+from html import unescape
 from http.client import HTTPException
 from importlib import import_module
 from itertools import accumulate, chain, count, groupby, islice, takewhile
@@ -337,6 +338,9 @@ class Settings:
     )
     max_retries: int = setting(2, whole_number(0, 10), "a number of times, 0 to 10")
     rate_limit_wait: int = setting(120, whole_number(0, 86400), "a number of seconds, 0 to 86400")
+    first_token_timeout: int = setting(
+        0, whole_number(0, 86400), "a number of seconds, 0 to 86400; 0 = no such limit"
+    )
     upstream_timeout: int = setting(300, whole_number(1, 86400), "a number of seconds, 1 to 86400")
     max_body_mb: int = setting(64, whole_number(1, 4096), "a number of megabytes, 1 to 4096")
     database_url: str = setting("", database_url, "sqlite:///PATH, postgresql://… or memory")
@@ -389,6 +393,46 @@ class Settings:
                 if text or f.name == "default_key"
             }
         )
+
+
+@dataclass(frozen=True)
+class Limits:
+    """How long things may take and how large they may grow, where no setting says; tests pass their own."""
+
+    # Z.ai
+    connect_timeout: float = 10.0  # seconds, including DNS and TLS
+    get_timeout: float = 5.0  # seconds for a short answer, such as the list of models
+    error_body_timeout: float = 5.0  # seconds for the body of a refusal
+    finish_timeout: float = 2.0  # seconds to wait for usage and [DONE] after the finish
+    answer_size: int = 64 * 2**20  # bytes
+    models_ttl: float = 600.0  # seconds for which the list of models is not asked for again
+    plans_ttl: float = 60.0  # likewise what is left of plans
+
+    # Whose turn it is
+    cooldown: float = 300.0  # seconds that a key rests where Z.ai does not say until when
+    poll_interval: float = 1.0  # seconds between two looks at a queue, at most
+    fallback_patience: float = 10.0  # seconds; then another model is asked, if there is one
+    long_attempt: float = 60.0  # seconds; what breaks off after that is asked for once more only
+
+    # Clients
+    read_timeout: float = 30.0  # seconds for a whole head, and for each `min_read` of a body
+    min_read: int = 2**14  # bytes
+    check_interval: float = 5.0  # seconds between two looks for connections that stand still
+    max_descriptors: int = 0  # files and connections; 0: as many as the system allows
+    keep_alive_interval: float = 15.0  # seconds of silence before a stream gets a sign of life
+    joined_size: int = 2**23  # bytes of an answer; the frames behind them are sent one by one
+    shutdown_grace: float = 30.0  # seconds that answers in flight have to finish
+    demo_pace: float = 0.03  # seconds between two words of the demo's
+
+    # What is kept
+    reasoning_size: int = 64 * 2**20  # bytes, of all that models thought
+    database_interval: float = 1.0  # seconds between two looks for something to write
+    database_wait: float = 5.0  # seconds for any job of the database's
+    busy_timeout: float = 2.0  # seconds for which SQLite waits for another process that writes
+    stored_size: int = 256 * 2**20  # bytes of responses of one account; then the oldest go
+    loaded_size: int = 64 * 2**20  # bytes of them for one request; the rest counts as not stored
+    unsaved_size: int = 64 * 2**20  # bytes of responses that wait to be written
+    unsaved_rows: int = 1_000  # likewise, their number
 
 
 # ======== Errors ====================================================================================================
@@ -666,7 +710,7 @@ def encode_json(value: Any) -> bytes:
 
 
 def escaped(text: str) -> bytes:
-    """JSON text, or frames of it, in UTF-8. Half a surrogate pair is escaped: the rest may come in the next chunk."""
+    """JSON text, or frames of it, in UTF-8. Half a surrogate pair, which UTF-8 has not, is escaped."""
     if text.isascii():
         return text.encode()
     for end, escape in LINE_ENDS:
@@ -740,7 +784,12 @@ def is_deeper(value: Any, depth: int) -> bool:
 
 def parse_json(data: bytes) -> Any:
     """The value; None if this is not JSON (or null). A character cut in half does not spoil the rest."""
-    text = data.decode("utf-8", "replace").removeprefix("\ufeff").strip()
+    return parse_json_text(data.decode("utf-8", "replace").removeprefix("\ufeff"))
+
+
+def parse_json_text(text: str) -> Any:
+    """The value; None if this is not JSON (or null)."""
+    text = text.strip()
     try:
         value, end = JSON_DECODER.raw_decode(text)
     except (ValueError, RecursionError):
@@ -748,6 +797,11 @@ def parse_json(data: bytes) -> Any:
     if end != len(text) or (end > SHALLOW and is_too_deep(value, text)):
         return None
     return value
+
+
+def parse_text(text: str) -> Any:
+    """As parse_json."""
+    return parse_json(text.encode("utf-8", "surrogatepass"))
 
 
 def unique_names(pairs: list[tuple[str, Any]]) -> JSON:
@@ -765,24 +819,24 @@ MAX_VALUES = 1_000_000
 MAX_DEPTH = 100  # nested objects and arrays
 
 
-def too_many_values(body: bytes) -> bool:
-    """Whether JSON text has more than MAX_VALUES values, not counting names; does not decode it."""
-    if len(body) <= 2 * MAX_VALUES or openings_and_commas(body) < MAX_VALUES:
+def too_many_values(body: bytes, most: int = MAX_VALUES) -> bool:
+    """Whether JSON text has more than so many values, not counting names; does not decode it."""
+    if len(body) <= 2 * most or openings_and_commas(body) < most:
         return False
-    parts = body.replace(rb"\\", b"").replace(rb"\"", b"").split(b'"', 4 * MAX_VALUES + 4)
+    parts = body.replace(rb"\\", b"").replace(rb"\"", b"").split(b'"', 4 * most + 4)
     outside = b"".join(parts[::2])  # strings left out
     values = 1 + openings_and_commas(outside) - outside.count(b"[]") - outside.count(b"{}")
-    return max(values, len(parts) // 4) > MAX_VALUES  # half of the strings may be names
+    return max(values, len(parts) // 4) > most  # half of the strings may be names
 
 
 def openings_and_commas(text: bytes) -> int:
     return len(text) - len(text.translate(None, b"[{,"))
 
 
-def parse_request(body: bytes) -> JSON:
+def parse_request(body: bytes, most_values: int = MAX_VALUES) -> JSON:
     """A client's JSON object. Raises ValueError or RecursionError for anything else."""
-    if too_many_values(body):
-        raise ValueError(f"it has more than {MAX_VALUES:,} values")
+    if too_many_values(body, most_values):
+        raise ValueError(f"it has more than {most_values:,} values")
     document = REQUEST_DECODER.decode(body.decode().removeprefix("\ufeff"))
     if not isinstance(document, dict):
         raise ValueError("it is another JSON value")
@@ -1274,10 +1328,14 @@ Messages = tuple[Message, ...]
 
 @dataclass(frozen=True, slots=True)
 class ToolChoice:
-    """Whether a tool may or must be called; `names` restricts it to those functions."""
+    """Whether a tool may or must be called; `names` restricts it to those functions.
+
+    Then only those of Z.ai's own tools may be called whose types are in `natives`.
+    """
 
     mode: Literal["auto", "none", "required"] = "auto"
     names: tuple[str, ...] | None = None
+    natives: tuple[str, ...] = ()
 
 
 # How much to think; "on" leaves the effort to the model.
@@ -1313,15 +1371,32 @@ class Prompt:
     size: int = 0  # bytes of the JSON it was read from; 0 if few
 
 
+# Claude Code begins its system prompt with a block that changes from call to call.
+BILLING_HEADER = "x-anthropic-billing-header:"
+
+
 def conversation_start(prompt: Prompt) -> Iterator[str]:
-    """What the requests of one conversation have in common: its key, or its system messages and first user message."""
-    first_user = next((message for message in prompt.messages if message.role == "user"), None)
-    texts = (
-        message_text(each)
-        for each in prompt.messages
-        if each.role == "system" or each is first_user
-    )
-    yield from [prompt.cache_key] if prompt.cache_key else texts
+    """What the requests of one conversation have in common.
+
+    Its own key, or else the texts of its system messages and of the first user's.
+    """
+    if prompt.cache_key:
+        yield prompt.cache_key
+        return
+    for message in prompt.messages:
+        if message.role == "user":
+            yield message_text(message)
+            return
+        if message.role == "system":
+            yield from texts_without_billing(message)
+
+
+def texts_without_billing(message: Message) -> list[str]:
+    """The texts of a system message, but not what Claude Code puts before them."""
+    texts = [part for part in message.content if isinstance(part, str)]
+    if texts and texts[0].startswith(BILLING_HEADER):
+        del texts[0]
+    return texts
 
 
 def message_text(message: Message) -> str:
@@ -2630,14 +2705,36 @@ def text_format(value: Any) -> JSON | None:
     return answer_schema({**as_object(flat), "json_schema": flat})
 
 
-def response_tool_choice(value: Any) -> ToolChoice:
+class ChosenTools(NamedTuple):
+    """A `tool_choice` that names tools: functions by name, OpenAI's own by type."""
+
+    mode: Literal["auto", "required"]
+    names: tuple[str, ...]
+    kinds: tuple[str, ...]
+
+
+def response_tool_choice(value: Any) -> ToolChoice | ChosenTools:
     match value:
-        case {"type": "function" | "custom", "name": str()}:
-            return ToolChoice("required", (qualified_name(value),))
         case {"type": "allowed_tools", "mode": "auto" | "required" as mode, "tools": [*tools]}:
-            return ToolChoice(mode, tuple(qualified_name(as_object(tool)) for tool in tools))
+            return chosen_tools(mode, tools)
+        case {"type": "function" | "custom", "name": str()}:
+            return chosen_tools("required", [value])
+        case {"type": str(kind)} if kind not in ("function", "custom", "allowed_tools"):
+            return chosen_tools("required", [value])
         case _:
-            return tool_choice(value)
+            return tool_choice(value)  # a word, or chat's form
+
+
+def chosen_tools(mode: Literal["auto", "required"], tools: list[Any]) -> ChosenTools:
+    names: list[str] = []
+    kinds: list[str] = []
+    for tool in objects(tools):
+        kind = str(tool.get("type") or "function")
+        if kind in ("function", "custom"):
+            names.append(qualified_name(tool))
+        else:
+            kinds.append(kind)
+    return ChosenTools(mode, tuple(names), tuple(kinds))
 
 
 def response_input(value: Any) -> list[Any]:
@@ -2690,45 +2787,53 @@ def stored_by_openai(_: Any) -> None:
     )
 
 
-RESPONSE_FIELDS: dict[str, Check] = (
-    COMMON_FIELDS
-    | dict.fromkeys(("instructions", "previous_response_id", "prompt_cache_key"), string)
-    | dict.fromkeys(("store", "parallel_tool_calls"), switch)
-    | dict.fromkeys(
-        ("conversation", "prompt"), stored_by_openai
-    )  # ignoring these would lose the conversation
-    | {
-        "input": response_input,
-        "text": text_format,
-        "reasoning": effort_from_object,
-        "include": array,
-    }
-    | {"tools": response_tools, "tool_choice": response_tool_choice}
-    | {"max_output_tokens": integer(1, 2**31), "metadata": metadata}
-)
+RESPONSE_FIELDS: dict[str, Check] = {
+    **COMMON_FIELDS,
+    "input": response_input,
+    "instructions": string,
+    "previous_response_id": string,
+    "conversation": stored_by_openai,  # ignoring these two would lose the conversation
+    "prompt": stored_by_openai,
+    "prompt_cache_key": string,
+    "store": switch,
+    "include": array,
+    "metadata": metadata,
+    "max_output_tokens": integer(1, 2**31),
+    "reasoning": effort_from_object,
+    "text": text_format,
+    "tools": response_tools,
+    "tool_choice": response_tool_choice,
+    "parallel_tool_calls": switch,
+}
 
 # Fields of a request that the response repeats, with their defaults.
-ECHOED: JSON = (
-    dict.fromkeys(("instructions", "max_output_tokens", "previous_response_id", "prompt_cache_key"))
-    | {
-        "safety_identifier": None,
-        "user": None,
-        "store": True,
-        "metadata": {},
-        "temperature": 1.0,
-        "top_p": 1.0,
-    }
-    | {"tools": [], "tool_choice": "auto", "parallel_tool_calls": True}
-    | {"reasoning": {"effort": None, "summary": None}, "text": {"format": {"type": "text"}}}
-)
+ECHOED: JSON = {
+    "instructions": None,
+    "max_output_tokens": None,
+    "previous_response_id": None,
+    "prompt_cache_key": None,
+    "safety_identifier": None,
+    "user": None,
+    "store": True,
+    "metadata": {},
+    "temperature": 1.0,
+    "top_p": 1.0,
+    "tools": [],
+    "tool_choice": "auto",
+    "parallel_tool_calls": True,
+    "max_tool_calls": None,
+    "reasoning": {"effort": None, "summary": None},
+    "text": {"format": {"type": "text"}},
+}
 # The other keys that a response must have; in a request, ztoapi ignores them.
 FIXED: JSON = {
     "background": False,
-    "max_tool_calls": None,
     "service_tier": "default",
     "truncation": "disabled",
+    "frequency_penalty": 0.0,
+    "presence_penalty": 0.0,
+    "top_logprobs": 0,
 }
-FIXED |= {"frequency_penalty": 0.0, "presence_penalty": 0.0, "top_logprobs": 0}
 
 
 class History(Protocol):
@@ -2756,29 +2861,47 @@ class ResponsesRequest:
 
 def parse_response(body: JSON, history: History) -> tuple[Prompt, ResponseReply]:
     """Raises BadRequest for an invalid field and for a previous response that is not stored."""
+    prompt, request = read_response_request(body, history)
+    if ends_in_trigger(body.get("input")):
+        return with_compaction(prompt), CompactionReply(request)
+    return prompt, ResponseReply(request)
+
+
+def parse_compaction(body: JSON, history: History) -> tuple[Prompt, ResponseReply]:
+    """A request for nothing but a summary; what comes of it is not stored. Raises as parse_response."""
+    prompt, request = read_response_request({**body, "store": False}, history)
+    return with_compaction(prompt), CompactedReply(request)
+
+
+COUNTED_OF_RESPONSE = ("model", "instructions", "input", "tools", "previous_response_id")
+
+
+def parse_counted_response(body: JSON, history: History) -> Prompt:
+    """What a model would read of a request, of which nothing else is looked at; the model need not be named."""
+    given = {name: body[name] for name in COUNTED_OF_RESPONSE if body.get(name) is not None}
+    prompt, _ = read_response_request({"model": "any", "input": "", **given}, history)
+    return prompt
+
+
+def read_response_request(body: JSON, history: History) -> tuple[Prompt, ResponsesRequest]:
     given = validated(body, RESPONSE_FIELDS)
     required(given, "model")
     before = previous_items(given.get("previous_response_id", ""), history)
-    own = [
-        resolve_reference(item, f"input[{i}]", history)
-        for i, item in enumerate(given.get("input", ()))
-    ]
+    own = resolved_input(given.get("input", []), history)
     items = [*before, *own]
     conversation = read_items(items, -len(before))
     if not conversation:
         raise BadRequest("'input' is required and must not be empty.", "input")
-    instructions = (
-        (Message("system", (given["instructions"],)),) if given.get("instructions") else ()
-    )
-    tools = [(tool, parse_response_tool(tool, at)) for at, tool in given.get("tools", ())]
-    tools = with_additional_tools(tools, items)
-    left_out = [f"tools.{tool.get('type')}" for tool, parsed in tools if parsed is None]
+    if given.get("instructions"):
+        conversation = (Message("system", (given["instructions"],)), *conversation)
+    tools = with_additional_tools(read_tools(given.get("tools", [])), items)
+    offered = offered_tools(given.get("tool_choice", ToolChoice()), tools)
     prompt = Prompt(
-        **common_arguments({"stream": False, **given}),
-        messages=(*instructions, *conversation),
+        **common_arguments({"stream": False, **given, "tool_choice": offered.choice}),
+        messages=conversation,
         max_tokens=given.get("max_output_tokens"),
-        tools=tuple(parsed for _, parsed in tools if isinstance(parsed, Tool)),
-        native_tools=tuple(parsed for _, parsed in tools if isinstance(parsed, dict)),
+        tools=offered.functions,
+        native_tools=offered.natives,
         schema=given.get("text"),
         effort=given.get("reasoning"),
         reasoning_format="parsed",
@@ -2786,15 +2909,49 @@ def parse_response(body: JSON, history: History) -> tuple[Prompt, ResponseReply]
         ignored=(
             *unknown_fields(body, RESPONSE_FIELDS),
             *serial_calls(given),
-            *dict.fromkeys(left_out),
+            *offered.left_out,
             *unknown_items(items),
         ),
     )
-    by_name = {parsed.name: tool for tool, parsed in tools if isinstance(parsed, Tool)}
     echo = echo_of(body)
     stored = stored_items(own) if echo["store"] else []
     returns_reasoning = "reasoning.encrypted_content" in given.get("include", ())
-    return prompt, ResponseReply(ResponsesRequest(echo, stored, by_name, returns_reasoning))
+    return prompt, ResponsesRequest(echo, stored, offered.by_name, returns_reasoning)
+
+
+def ends_in_trigger(items: Any) -> bool:
+    """Whether the input asks for a summary of the conversation, as Codex does before its window is full."""
+    kinds = [item.get("type") for item in objects(items)]
+    return kinds[-1:] == [COMPACTION_TRIGGER]
+
+
+COMPACTION_TRIGGER = "compaction_trigger"
+COMPACTION_ORDER = """\
+Write a summary of this conversation for the model that goes on with the work. It will see nothing \
+else of what came before, so whatever it needs must be in your summary:
+- What was asked: the task, every later wish and correction, and what must not be done.
+- What was decided, and why; what was tried and did not work.
+- What was changed: each file and what is different in it now; commands that were run and what came of them.
+- What is open: what remains to be done, what is in progress, known errors, and the next step.
+Write the names of files, functions, commands, settings, versions and ids, and the words of errors, \
+exactly as they are. An earlier summary above counts as part of the conversation. Call no tool. \
+Answer with the summary alone."""
+
+
+def with_compaction(prompt: Prompt) -> Prompt:
+    """The conversation with the order to sum it up at its end; its beginning stays as it was, for Z.ai's cache."""
+    order = Message("user", (COMPACTION_ORDER,), continues=True)
+    return replace(
+        prompt,
+        messages=(*prompt.messages, order),
+        native_tools=(),
+        tool_choice=ToolChoice(),
+        schema=None,
+    )
+
+
+def resolved_input(items: list[Any], history: History) -> list[Any]:
+    return [resolve_reference(item, f"input[{index}]", history) for index, item in enumerate(items)]
 
 
 def previous_items(response_id: str, history: History) -> list[JSON]:
@@ -2808,7 +2965,11 @@ def previous_items(response_id: str, history: History) -> list[JSON]:
         if stored is None:
             message = "The previous response is not stored here (any more): send the whole conversation as 'input'."
             raise BadRequest(message, "previous_response_id", "previous_response_not_found")
-        turns.append([*stored.input, *stored.response["output"]])
+        output = stored.response["output"]
+        if "compaction" in map(item_type, output):  # it stands for all that came before
+            turns.append(output)
+            break
+        turns.append([*stored.input, *output])
         response_id = stored.parent
     return [*chain.from_iterable(reversed(turns))]
 
@@ -2874,6 +3035,8 @@ def echo_of(body: JSON) -> JSON:
     for name in ("user", "safety_identifier", "prompt_cache_key"):
         echo[name] = short(echo[name])
     reasoning, text = as_object(echo["reasoning"]), as_object(echo["text"])
+    if type(echo["max_tool_calls"]) is not int:
+        echo["max_tool_calls"] = None
     echo["metadata"] = as_object(echo["metadata"])
     echo["reasoning"] = {name: short(reasoning.get(name)) for name in ("effort", "summary")}
     answer_format = format_echo(as_object(text.get("format")) or {"type": "text"})
@@ -2932,6 +3095,10 @@ def namespace_echo(tool: JSON) -> JSON:
     return fields_of(tool, "type", "name") | {"description": about, "tools": members}
 
 
+def search_echo(tool: JSON) -> JSON:
+    return fields_of(tool, "type", "execution", "description", "parameters")
+
+
 TOOL_ECHOES: Mapping[str, Callable[[JSON], JSON]] = {
     "function": function_echo,
     "custom": custom_echo,
@@ -2946,6 +3113,8 @@ def tool_echoes(tools: Any) -> list[JSON]:
         kind = str(tool.get("type"))
         if kind in TOOL_ECHOES:
             echoes.append(TOOL_ECHOES[kind](tool))
+        elif searches_tools(tool):
+            echoes.append(search_echo(tool))
         elif kind.startswith("web_search") and tool.get("external_web_access") is not False:
             echoes.append(shortened(tool, "type", "search_context_size"))
     return echoes
@@ -2982,6 +3151,11 @@ ITEM_FIELDS: Mapping[str, tuple[str, ...]] = {
     "custom_tool_call": ("call_id", "name", "namespace", "input"),
     "function_call_output": ("call_id", "output"),
     "custom_tool_call_output": ("call_id", "output"),
+    "tool_search_call": ("call_id", "execution", "arguments"),
+    "tool_search_output": ("call_id", "execution"),
+    "additional_tools": (),
+    "compaction": ("encrypted_content",),
+    "compaction_summary": ("encrypted_content",),
 }
 # More of them in a message, as other APIs have it.
 ROLE_FIELDS: Mapping[str, tuple[str, ...]] = {
@@ -3007,8 +3181,6 @@ def stored_items(items: Iterable[JSON]) -> list[JSON]:
         kind = item_type(item)
         if kind in ITEM_READERS:
             stored.append(stored_item(item, kind))
-        elif kind == "additional_tools":
-            stored.append({"type": kind, "tools": tool_echoes(item.get("tools"))})
     return stored
 
 
@@ -3016,16 +3188,27 @@ def stored_item(item: JSON, kind: str) -> JSON:
     names = ITEM_FIELDS.get(kind, CALL_FIELDS)
     if kind == "message":
         names += ROLE_FIELDS.get(ROLES[item["role"]], ())
-    kept: JSON = {"type": kind, **fields_of(item, *names)}
+    kept: JSON = {"type": kind, **fields_of(item, *names), **rewritten(item, kind)}
     for name in ("content", "output"):
         if isinstance(kept.get(name), list):
             kept[name] = [stored_part(part) for part in kept[name]]
-    if kind == "reasoning":
-        kept["summary"] = [{"type": "summary_text", "text": decode_reasoning(item)}]
     item_id = item.get("id")
     if isinstance(item_id, str) and len(item_id) <= SHORT:
         kept["id"] = item_id
     return kept
+
+
+def rewritten(item: JSON, kind: str) -> JSON:
+    """The fields of an item that are kept in another form than they came in."""
+    if kind == "reasoning":
+        return {"summary": [{"type": "summary_text", "text": decode_reasoning(item)}]}
+    if kind == "agent_message":
+        return {"content": agent_content(item)}
+    if kind in TOOL_ITEMS:
+        return {"tools": tool_echoes(item.get("tools"))}
+    if is_foreign_summary(item):
+        return {"encrypted_content": ""}
+    return {}
 
 
 def stored_part(part: Any) -> Any:
@@ -3049,11 +3232,14 @@ def stored_part(part: Any) -> Any:
 
 
 def unknown_items(items: Iterable[JSON]) -> list[str]:
-    """The types of items that are left out: Codex brings new ones with each version."""
+    """The types of items that are not understood: Codex brings new ones with each version."""
     known = ITEM_READERS.keys() | SKIPPED_ITEMS
-    return list(
-        {f"input.{item_type(item)}": True for item in items if item_type(item) not in known}
-    )
+    unknown: dict[str, None] = {}
+    for item in items:
+        kind = item_type(item)
+        if kind not in known or is_foreign_summary(item):
+            unknown[f"input.{kind}"] = None
+    return list(unknown)
 
 
 def read_call_item(item: JSON, _: str) -> list[Message]:
@@ -3064,11 +3250,31 @@ def read_call_item(item: JSON, _: str) -> list[Message]:
         arguments = item.get("arguments")
     elif kind == "custom_tool_call":
         arguments = {"input": item.get("input")}
+    elif kind == "tool_search_call":
+        arguments = item.get("arguments")
+        name = TOOL_SEARCH
     else:  # of a tool of OpenAI's own
         arguments = item.get("action") or item.get("operation")
         name = kind.removesuffix("_call")
     call = ToolCall(0, item_call_id(item), name, argument_text(arguments) or "{}")
     return [Message("assistant", (), calls=(call,))]
+
+
+def read_search_item(item: JSON, at: str) -> list[Message]:
+    """A search of tools; one that OpenAI's server made says nothing but the tools that it found."""
+    if item.get("execution") == "server":
+        return []
+    return read_call_item(item, at)
+
+
+def read_found_tools(item: JSON, _: str) -> list[Message]:
+    """What a search of tools found, by name: the tools themselves join the others."""
+    if item.get("execution") == "server":
+        return []
+    names = filter(None, map(qualified_name, additional_tools(item)))
+    said = "\n".join([f"tool {name} is now available" for name in names])
+    said = said or "no tool was found"
+    return [Message("tool", (said,), call_id=item_call_id(item))]
 
 
 def item_call_id(item: JSON) -> str:
@@ -3095,13 +3301,59 @@ def read_mcp_item(item: JSON, at: str) -> list[Message]:
 def read_agent_item(item: JSON, at: str) -> list[Message]:
     """What one of Codex's agents wrote to another, as a user's text that names its author."""
     reader = ContentReader("system")
-    reader.read(item.get("content"), f"{at}.content")
+    reader.read(agent_content(item), f"{at}.content")
     words = f"Message from the agent {item.get('author') or '?'}:"
     return [Message("user", (words, *reader.content), continues=True)]
 
 
+CIPHERTEXT = re.compile(r"gAAAA[\w-]+=*")  # as OpenAI encrypts: Fernet
+
+
+def agent_content(item: JSON) -> Any:
+    """The content of an agent's message with its tasks as text.
+
+    OpenAI's models encrypt what they tell another agent. Codex passes on as `encrypted_content`
+    whatever the model said (tried with 0.171); other models say it in plain text.
+    """
+    content = item.get("content")
+    if not isinstance(content, list):
+        return content
+    return [plain_part(part) for part in content]
+
+
+def plain_part(part: Any) -> Any:
+    match part:
+        case {"type": "encrypted_content", "encrypted_content": str(said)}:
+            is_secret = CIPHERTEXT.fullmatch(said)
+            return part if is_secret else {"type": "input_text", "text": said}
+        case _:
+            return part
+
+
 def read_reasoning_item(item: JSON, _: str) -> list[Message]:
     return [Message("assistant", (), thought=decode_reasoning(item))]
+
+
+SUMMARY_ITEMS = ("compaction", "compaction_summary")
+FOREIGN_SUMMARY = "[earlier summary that only its maker can read]"
+
+
+def read_summary_item(item: JSON, _: str) -> list[Message]:
+    """What a compaction left of the conversation before it. It begins no new turn."""
+    if is_foreign_summary(item):
+        return [Message("user", (FOREIGN_SUMMARY,), continues=True)]
+    summary = kept_reasoning(item["encrypted_content"])
+    return [Message("user", ("Summary of the conversation so far:", summary), continues=True)]
+
+
+def is_foreign_summary(item: JSON) -> bool:
+    """Whether an item is a summary that another server made: only that one can read it."""
+    return item_type(item) in SUMMARY_ITEMS and not kept_reasoning(item.get("encrypted_content"))
+
+
+def read_nothing(_: JSON, __: str) -> list[Message]:
+    """An item that says nothing to the model itself."""
+    return []
 
 
 CALL_ITEMS = (
@@ -3117,6 +3369,10 @@ ITEM_READERS: dict[str, Callable[[JSON, str], list[Message]]] = {
     "reasoning": read_reasoning_item,
     "agent_message": read_agent_item,
     "mcp_call": read_mcp_item,
+    "tool_search_call": read_search_item,
+    "tool_search_output": read_found_tools,
+    "additional_tools": read_nothing,
+    **dict.fromkeys(SUMMARY_ITEMS, read_summary_item),
     **dict.fromkeys(CALL_ITEMS, read_call_item),
     **dict.fromkeys([f"{kind}_output" for kind in CALL_ITEMS], read_output_item),
 }
@@ -3127,17 +3383,56 @@ SKIPPED_ITEMS = frozenset(
         "file_search_call",
         "code_interpreter_call",
         "image_generation_call",
-        "additional_tools",  # see with_additional_tools
+        COMPACTION_TRIGGER,  # see parse_response
     )
 )
+TOOL_ITEMS = ("additional_tools", "tool_search_output")  # see with_additional_tools
 
 
 # A tool as the client sent it, and as it is offered: None for one that GLM does not have.
 ReadTool = tuple[JSON, Tool | JSON | None]
 
 
+def read_tools(tools: list[tuple[str, Any]]) -> list[ReadTool]:
+    return [(tool, parse_response_tool(tool, at)) for at, tool in tools]
+
+
+@dataclass(slots=True)
+class OfferedTools:
+    """The tools of a request as the model gets them, and what was left out, by the names for the client."""
+
+    choice: ToolChoice
+    functions: tuple[Tool, ...]
+    natives: tuple[JSON, ...]
+    by_name: dict[str, JSON]  # functions as the client sent them, by the names that the model knows
+    left_out: list[str]
+
+
+def offered_tools(wanted: ToolChoice | ChosenTools, tools: list[ReadTool]) -> OfferedTools:
+    """Raises BadRequest for a tool that must be called and is not there."""
+    functions: list[Tool] = []
+    natives: list[JSON] = []
+    by_name: dict[str, JSON] = {}
+    left_out: list[str] = []
+    for tool, read in tools:
+        if isinstance(read, Tool):
+            functions.append(read)
+            by_name[read.name] = tool
+        elif read:
+            natives.append(read)
+        else:
+            left_out.append(f"tools.{tool.get('type')}")
+    if isinstance(wanted, ChosenTools):
+        left_out += [f"tools.{kind}" for kind in wanted.kinds if not offered_as(kind, tools)]
+    choice = fulfilled(wanted, tools)
+    if must_search(choice, tuple(functions)):
+        natives = [with_required_search(native) for native in natives]
+    left_out = [*dict.fromkeys(left_out)]
+    return OfferedTools(choice, tuple(functions), tuple(natives), by_name, left_out)
+
+
 def with_additional_tools(tools: list[ReadTool], items: Iterable[JSON]) -> list[ReadTool]:
-    """The tools, and those that Codex puts into the conversation; of one name the first."""
+    """The tools, and those that Codex puts into the conversation or finds in it; of one name the first."""
     known = {tool_name(read) for _, read in tools if read}
     joined = list(tools)
     for tool in chain.from_iterable(map(additional_tools, items)):
@@ -3150,6 +3445,64 @@ def with_additional_tools(tools: list[ReadTool], items: Iterable[JSON]) -> list[
     return joined
 
 
+def fulfilled(choice: ToolChoice | ChosenTools, tools: list[ReadTool]) -> ToolChoice:
+    """The choice among the tools as they are offered.
+
+    Raises BadRequest where a tool must be called, and the model has none of those that it names.
+    """
+    if isinstance(choice, ToolChoice):
+        return choice
+    names = list(choice.names)
+    natives: list[str] = []
+    for kind in choice.kinds:
+        for read in offered_as(kind, tools):
+            if isinstance(read, Tool):
+                names.append(read.name)
+            else:
+                natives.append(read["type"])
+    if choice.mode == "required" and choice.kinds and not names and not natives:
+        check_available(choice.kinds, tools)
+    return ToolChoice(choice.mode, tuple(names), tuple(natives))
+
+
+def offered_as(kind: str, tools: list[ReadTool]) -> list[Tool | JSON]:
+    """What the model is offered for OpenAI's tools of this type."""
+    wanted = unversioned(kind)
+    return [read for tool, read in tools if read and unversioned(str(tool.get("type"))) == wanted]
+
+
+def unversioned(kind: str) -> str:
+    """The type of a tool without its version: OpenAI's search has several."""
+    if kind.startswith("web_search"):
+        return "web_search"
+    return kind
+
+
+def check_available(kinds: tuple[str, ...], tools: list[ReadTool]) -> None:
+    """Raises BadRequest for tools that must be called and are not offered; without tools a search needs not be."""
+    which = ", ".join(kinds)
+    if not {*map(unversioned, kinds)} <= {"web_search", TOOL_SEARCH}:
+        words = f"'tool_choice' names {which}, which GLM does not have: it has functions and web_search."
+        raise BadRequest(words, "tool_choice")
+    if tools:
+        raise BadRequest(f"'tool_choice' names {which}, not among the tools.", "tool_choice")
+
+
+def must_search(choice: ToolChoice, functions: tuple[Tool, ...]) -> bool:
+    """Whether a search is the only tool that may be called, where one must be."""
+    if choice.mode != "required":
+        return False
+    if choice.names is None:
+        return not functions
+    return not choice.names
+
+
+def with_required_search(native: JSON) -> JSON:
+    if native["type"] != "web_search":
+        return native
+    return {**native, "web_search": {**native["web_search"], "require_search": True}}
+
+
 def tool_name(read: Tool | JSON) -> str:
     """What a tool is known by; one of Z.ai's own by its type."""
     return read.name if isinstance(read, Tool) else str(read["type"])
@@ -3158,7 +3511,7 @@ def tool_name(read: Tool | JSON) -> str:
 def additional_tools(item: JSON) -> list[JSON]:
     """The tools in an item, those of a namespace apart; none in an item of another type."""
     found: list[JSON] = []
-    if item_type(item) == "additional_tools":
+    if item_type(item) in TOOL_ITEMS:
         for tool in objects(item.get("tools")):
             found += [part for _, part in split_namespace(tool, "") if part]
     return found
@@ -3212,6 +3565,15 @@ def decode_reasoning(item: JSON) -> str:
     return "".join(part["text"] for part in parts if isinstance(part.get("text"), str))
 
 
+# Codex's tool that finds others, which are not offered before (openai/codex, tool_search.rs; tried
+# with 0.171). The client runs it; OpenAI has one of the same type that its server runs.
+TOOL_SEARCH = "tool_search"
+
+
+def searches_tools(tool: JSON) -> bool:
+    return tool.get("type") == TOOL_SEARCH and tool.get("execution") == "client"
+
+
 def parse_response_tool(tool: Any, at: str) -> Tool | JSON | None:
     """A tool, or None for a kind that only OpenAI has. A custom tool becomes a function with one string, its input."""
     match tool:
@@ -3231,6 +3593,9 @@ def parse_response_tool(tool: Any, at: str) -> Tool | JSON | None:
                 *([f"The input's grammar: {grammar}"] if grammar else []),
             ]
             return Tool(qualified_name(tool), "\n".join(about), schema)
+        case dict() if searches_tools(tool):
+            described = fields_of(tool, "description", "parameters")
+            return parse_function({"name": TOOL_SEARCH, **described}, f"{at}.")
         case {"type": str(kind)} if kind.startswith("web_search"):
             return as_object(checked(tool, search_tool, at))
         case {"type": str(kind)} if kind not in ("function", "custom"):
@@ -3249,7 +3614,8 @@ def parse_response_tool(tool: Any, at: str) -> Tool | JSON | None:
 class ItemKind:
     """A kind of item in a response's output. `events` names the events with its text, arguments or input.
 
-    Text is sent as its item's only part, with `part_events`; a call has no parts.
+    Text is sent as its item's only part, with `part_events`; a call has no parts. A search of tools
+    has no events but those of every item.
     """
 
     type: str
@@ -3283,9 +3649,61 @@ MESSAGE = ItemKind(
 )
 FUNCTION_CALL = ItemKind("function_call", "fc", "arguments", "function_call_arguments")
 CUSTOM_TOOL_CALL = ItemKind("custom_tool_call", "ctc", "input", "custom_tool_call_input")
+TOOL_SEARCH_CALL = ItemKind(
+    "tool_search_call", "tsc", "arguments", "", fields={"execution": "client"}
+)
+COMPACTION = ItemKind("compaction", "cmp", "encrypted_content", "")
+# The kind of a call, by the type of its tool; of the others it is a function call.
+CALL_KINDS = {"custom": CUSTOM_TOOL_CALL, TOOL_SEARCH: TOOL_SEARCH_CALL}
 
 # The code of a failed response, by the HTTP status of the error.
 FAILURE_CODES = {400: "invalid_prompt", 402: "insufficient_quota", 429: "rate_limit_exceeded"}
+
+
+def custom_input(name: str, arguments: str) -> str:
+    """What a custom tool is called with: a string, offered to the model as a function's only field."""
+    given = parse_json_text(arguments)
+    if isinstance(given, dict) and "input" in given:
+        said = json_or_text(given["input"])
+    elif isinstance(given, str):
+        said = given
+    else:
+        said = arguments
+    if name == "apply_patch":
+        return patch_in(said)
+    return said
+
+
+# The lines around a patch, as Codex's apply_patch takes it (openai/codex, apply-patch/src/parser.rs).
+PATCH_BEGINS = re.compile(r"^\*\*\* Begin Patch[ \t\r]*\n", re.MULTILINE)
+PATCH_ENDS = "\n*** End Patch"
+
+
+def patch_in(said: str) -> str:
+    """The patch in what a model says instead of one; what has no patch in it stays as it is.
+
+    Models wrap it in a fence, in a command of a shell, or in JSON of their own.
+    """
+    for text in [said, *strings_in(parse_json_text(said))]:
+        begins = PATCH_BEGINS.search(text)
+        ends = text.rfind(PATCH_ENDS)
+        if begins and begins.start() < ends:
+            patch = text[begins.start() : ends + len(PATCH_ENDS)]
+            is_bare = patch == text.strip()
+            return text if is_bare else patch
+    return said
+
+
+def strings_in(value: Any) -> Iterator[str]:
+    """The strings in a JSON value, at every depth, but for names."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict):
+        for member in value.values():
+            yield from strings_in(member)
+    elif isinstance(value, list):
+        for member in value:
+            yield from strings_in(member)
 
 
 @dataclass
@@ -3304,12 +3722,6 @@ class Item:
     def text(self) -> str:
         return "".join(self.pieces)
 
-    @property
-    def input(self) -> str:
-        """The string that a custom tool is called with."""
-        given = parse_json(self.text.encode("utf-8", "surrogatepass"))
-        return str(given["input"]) if isinstance(given, dict) and "input" in given else self.text
-
     @cached_property
     def position(self) -> JSON:
         part = {f"{self.kind.content}_index": 0} if self.kind.part_type else {}
@@ -3321,10 +3733,16 @@ class Item:
         return {"type": self.kind.part_type, "text": self.text, **annotations, **self.kind.logprobs}
 
     @property
-    def content(self) -> str | list[JSON]:
+    def content(self) -> str | list[JSON] | JSON:
         if self.kind.part_type:
             return [self.part] if self.pieces else []
-        return self.input if self.kind is CUSTOM_TOOL_CALL else self.text
+        if self.kind is CUSTOM_TOOL_CALL:
+            return custom_input(self.names["name"], self.text)
+        if self.kind is TOOL_SEARCH_CALL:
+            return as_object(parse_json_text(self.text))
+        if self.kind is COMPACTION:
+            return encode_reasoning(self.text)
+        return self.text
 
     @property
     def body(self) -> JSON:
@@ -3334,6 +3752,8 @@ class Item:
             **self.names,
             self.kind.content: self.content,
         }
+        if self.kind is COMPACTION:
+            return {"id": self.id, **fields}
         return {"id": self.id, "status": self.status, **fields}
 
 
@@ -3393,7 +3813,7 @@ class ResponseReply(Reply):
                 "call_id": call.id,
                 **{key: tool[key] for key in ("name", "namespace") if key in tool},
             }
-            kind = CUSTOM_TOOL_CALL if tool.get("type") == "custom" else FUNCTION_CALL
+            kind = CALL_KINDS.get(str(tool.get("type")), FUNCTION_CALL)
             item = self.calls[call.index] = yield from self.new_item(kind, names)
         item.pieces.append(call.arguments)
         if item.kind is FUNCTION_CALL and call.arguments:
@@ -3427,6 +3847,8 @@ class ResponseReply(Reply):
 
     def last_frames(self, item: Item) -> Iterator[JSON]:
         kind = item.kind
+        if not kind.events:
+            return
         if kind.part_type:
             yield self.frame(
                 f"{kind.events}.done", **item.position, text=item.text, **kind.logprobs
@@ -3434,7 +3856,7 @@ class ResponseReply(Reply):
             yield self.frame(f"{kind.part_events}.done", **item.position, part=item.part)
             return
         if kind is CUSTOM_TOOL_CALL:  # its input is not known until it is complete
-            yield self.frame(f"{kind.events}.delta", **item.position, delta=item.input)
+            yield self.frame(f"{kind.events}.delta", **item.position, delta=item.content)
         name = {"name": item.names["name"]} if kind is FUNCTION_CALL else {}
         yield self.frame(
             f"{kind.events}.done", **item.position, **name, **{kind.content: item.content}
@@ -3514,6 +3936,44 @@ class ResponseReply(Reply):
             }
             | {**outcome, **self.request.echo, **FIXED}
         )
+
+
+NO_SUMMARY = "The model did not sum up the conversation: try again."
+
+
+class CompactionReply(ResponseReply):
+    """A response whose only item is a summary of the conversation, sealed as reasoning is.
+
+    Clients send it back in place of what it sums up, and need not read it.
+    """
+
+    def frames(self, event: Event) -> Iterator[JSON]:
+        match event:
+            case Text(words) if words:
+                yield from self.add_summary(words)
+            case Usage():
+                yield from super().frames(event)
+            case Finish():
+                if not any(item.text.strip() for item in self.items):
+                    raise UpstreamError(UNAVAILABLE, NO_SUMMARY)
+                yield from super().frames(event)
+
+    def add_summary(self, words: str) -> Iterator[JSON]:
+        """The item is opened at once, as a sign of life, and has its text when it is complete."""
+        if not self.items:
+            yield from self.new_item(COMPACTION)
+        self.items[0].pieces.append(words)
+
+
+class CompactedReply(CompactionReply):
+    """The answer to a request for nothing but a summary; streamed it is a response like any other."""
+
+    def fold(self, events: Sequence[Event]) -> JSON:
+        response = super().fold(events)
+        return {
+            "object": "response.compaction",
+            **fields_of(response, "id", "created_at", "output", "usage"),
+        }
 
 
 def input_items(response_id: str, said: Sequence[JSON], query: Mapping[str, str]) -> JSON:
@@ -4230,6 +4690,7 @@ SURFACES: dict[str, Surface] = {
     "chat/completions": Surface(lambda body, _: parse_chat(body)),
     "completions": Surface(lambda body, _: parse_completion(body)),
     "responses": Surface(parse_response),
+    "responses/compact": Surface(parse_compaction),
     "messages": Surface(lambda body, _: parse_message(body), anthropic_error),
 }
 
@@ -5001,8 +5462,8 @@ class SSEDecoder:
 
 FINISH_REASONS: dict[str, FinishReason] = {reason: reason for reason in get_args(FinishReason)}
 FINISH_REASONS |= {"sensitive": "content_filter", "model_context_window_exceeded": "window_full"}
-MAX_HELD = 64 * 2**20  # bytes
 TOO_LARGE = "Z.ai's answer is too large: try again."
+BEGUN_AGAIN = "Z.ai lost its answer on the way and began another one: try again."
 TORN = "A piece of Z.ai's answer was lost on the way: try again."
 
 
@@ -5013,40 +5474,115 @@ def parse_answer(data: bytes) -> Any:
     return parse_json(data)
 
 
+@dataclass(slots=True)
+class BegunAgain:
+    """Between two events: Z.ai has lost its answer, and begins another one in the same stream."""
+
+
+class HalfPairs:
+    """Joins surrogate pairs whose halves stand in two deltas; a half that stays alone is U+FFFD.
+
+    Models stream byte by byte, and a server that escapes what it has so far cuts characters in two.
+    """
+
+    def __init__(self) -> None:
+        self.half = ""  # that the last delta ended with
+        self.ended: Thought | Text | ToolCall | None = None  # that delta
+
+    def feed(self, events: Iterable[Event]) -> list[Event]:
+        joined: list[Event] = []
+        for event in events:
+            if isinstance(event, Citations):
+                results = parse_json(encode_request(event.results))  # which leaves no halves
+                joined.append(Citations(tuple(results)))
+            elif isinstance(event, (Thought, Text, ToolCall)):
+                if self.ended and not continues(self.ended, event):
+                    joined += self.close()
+                joined += self.join(event)
+            else:
+                joined.append(event)
+        return joined
+
+    def close(self) -> list[Event]:
+        """The half that nothing came for."""
+        if not self.ended:
+            return []
+        alone = with_words(self.ended, "\ufffd")
+        self.half = ""
+        self.ended = None
+        return [alone]
+
+    def join(self, event: Thought | Text | ToolCall) -> list[Event]:
+        words = event.arguments if isinstance(event, ToolCall) else event.text
+        words = self.half + words
+        self.half = ""
+        self.ended = None
+        if "\ud800" <= words[-1:] <= "\udbff":
+            self.half = words[-1]
+            self.ended = event
+            words = words[:-1]
+        words = whole_characters(words)
+        if isinstance(event, ToolCall):
+            name = whole_characters(event.name)
+            return [replace(event, name=name, arguments=words)]
+        return [replace(event, text=words)] if words else []
+
+
+def continues(before: Event, event: Event) -> bool:
+    """Whether a delta goes on with what the one before it said."""
+    if isinstance(before, ToolCall) and isinstance(event, ToolCall):
+        return before.index == event.index and not event.name
+    return type(before) is type(event)
+
+
+def with_words(event: Thought | Text | ToolCall, words: str) -> Event:
+    """More of what a delta says."""
+    if isinstance(event, ToolCall):
+        return replace(event, name="", arguments=words)
+    return replace(event, text=words)
+
+
+ZaiEvent: TypeAlias = "Event | BegunAgain"  # what the reader makes, and the repairs are fed
+
+
 class ZaiReader:
     """Reads Z.ai's bytes, cut anywhere, into events; mends nothing but what was torn on the way.
 
     A whole JSON answer gives the same events as a stream of chunks. The bytes decide which of the
     two it is, not the headers: Z.ai may send one where the other is due. `Finish` comes last, when
-    the answer has ended: usage may follow the finish_reason in a chunk of its own.
+    the answer has ended: usage may follow the finish_reason in a chunk of its own. Where another
+    answer begins in the same stream, `BegunAgain` comes before its events.
     """
 
-    def __init__(self, model: Model) -> None:
+    def __init__(self, model: Model, max_size: int = Limits.answer_size) -> None:
         self.model = model.id
+        self.max_size = max_size  # bytes
         self.decoder = SSEDecoder()
         # Everything so far, until the first event shows that this is a stream.
         self.raw: list[bytes] | None = []
         self.id = ""  # Z.ai's, of the answer
+        self.newest_id = ""  # of the answer that has begun last, if one has begun again
         self.created = 0  # in Unix seconds; 0: unknown
         self.request_id = ""  # Z.ai's, of the request
         self.size = 0  # bytes so far
         self.torn = 0  # frames dropped because their rest never came
+        self.halves: HalfPairs | None = None  # once something may have been half a character
         self.finish: str | None = (
             None  # the first finish_reason: some models send stop after tool_calls
         )
         self.done = False  # Finish has been read
 
-    def feed(self, part: bytes) -> Iterator[Event]:
+    def feed(self, part: bytes) -> Iterator[ZaiEvent]:
         """The events that this part completes. Raises UpstreamError when Z.ai reports a failure."""
         self.size += len(part)
-        if self.size > MAX_HELD:
+        if self.size > self.max_size:
             raise UpstreamError(UNAVAILABLE, TOO_LARGE)
         if self.raw is not None:
             self.raw.append(part)
         for data in self.decoder.feed(part):
             yield from self.read_event(data)
 
-    def close(self) -> Iterator[Event]:
+    def close(self) -> Iterator[ZaiEvent]:
         """The events that are left at the end of the bytes. Raises UpstreamError when some are missing."""
         for data in self.decoder.close():
             yield from self.read_event(data)
@@ -5056,10 +5592,11 @@ class ZaiReader:
             raise UpstreamError(UNAVAILABLE, BROKEN_OFF)
         yield from self.end()
 
-    def read_event(self, data: bytes) -> Iterable[Event]:
+    def read_event(self, data: bytes) -> Iterable[ZaiEvent]:
         self.raw = None
         if self.done:
             return ()
+        self.look_for_halves(data)
         document = parse_answer(data)
         if isinstance(document, dict):
             return self.read_chunk(document)
@@ -5067,7 +5604,11 @@ class ZaiReader:
             return self.end()
         return self.read_torn(data)
 
-    def read_torn(self, data: bytes) -> Iterator[Event]:
+    def look_for_halves(self, data: bytes) -> None:
+        if b"\\ud" in data or b"\\uD" in data:  # UTF-8 itself has no halves
+            self.halves = self.halves or HalfPairs()
+
+    def read_torn(self, data: bytes) -> Iterator[ZaiEvent]:
         chunks, torn, rest = salvage(data.decode("utf-8", "replace"))
         self.torn += torn
         for chunk in chunks:
@@ -5077,7 +5618,8 @@ class ZaiReader:
                 UNAVAILABLE, "Z.ai's answer is unreadable: try again.", excerpt(data)
             )
 
-    def read_document(self, data: bytes) -> Iterator[Event]:
+    def read_document(self, data: bytes) -> Iterator[ZaiEvent]:
+        self.look_for_halves(data)
         document = parse_answer(data)
         if not isinstance(document, dict):
             raise zai_error(200, data)
@@ -5085,12 +5627,20 @@ class ZaiReader:
         if first_object(document.get("choices")) and self.finish is None:
             self.finish = "stop"  # whole JSON is a whole answer
 
-    def read_chunk(self, chunk: JSON) -> list[Event]:
+    def read_chunk(self, chunk: JSON) -> Sequence[ZaiEvent]:
         """The events of a chunk or of a whole answer, which differ in the name of one field."""
         if chunk.get("error") or ("code" in chunk and "choices" not in chunk):
             raise zai_error(200, chunk)
         if not (self.id and self.created and self.request_id):  # most chunks repeat them
             self.read_head(chunk)
+        events = self.read_choice(chunk)
+        if self.halves:
+            events = self.halves.feed(events)
+        if self.torn and self.begins_again(chunk):
+            return [BegunAgain(), *events]
+        return events
+
+    def read_choice(self, chunk: JSON) -> list[Event]:
         choice = first_object(chunk.get("choices"))
         events = self.read_delta(as_object(choice.get("delta") or choice.get("message")))
         usage = chunk.get("usage")
@@ -5106,6 +5656,15 @@ class ZaiReader:
                 raise UpstreamError(UNAVAILABLE, BROKEN_OFF, "Z.ai: network_error")
         return events
 
+    def begins_again(self, chunk: JSON) -> bool:
+        """Whether a chunk behind a torn frame is the first one of another answer, which its id tells."""
+        given = chunk.get("id")
+        newest = self.newest_id or self.id
+        if not given or str(given) == newest:
+            return False
+        self.newest_id = str(given)
+        return True
+
     def read_head(self, chunk: JSON) -> None:
         self.id = self.id or str(chunk.get("id") or "")
         self.created = self.created or as_count(chunk.get("created"))
@@ -5113,10 +5672,12 @@ class ZaiReader:
 
     def read_delta(self, delta: JSON) -> list[Event]:
         events: list[Event] = []
-        thought = delta.get("reasoning_content")
+        thought = delta.get("reasoning_content") or delta.get("reasoning")
         if thought and isinstance(thought, str):
             events.append(Thought(thought))
         text = delta.get("content")
+        if isinstance(text, list):
+            text = text_of_parts(text)
         if text and isinstance(text, str):
             events.append(Text(text))
         pieces = delta.get("tool_calls")
@@ -5128,7 +5689,21 @@ class ZaiReader:
         """The finish, once."""
         if self.finish is not None and not self.done:
             self.done = True
+            if self.halves:
+                yield from self.halves.close()
             yield Finish(FINISH_REASONS.get(self.finish, "stop"))
+
+
+def text_of_parts(parts: list[Any]) -> str:
+    """The text of a content that came as an array of parts, as messages of requests have it."""
+    texts = []
+    for part in parts:
+        text = part
+        if isinstance(part, dict) and part.get("type") in ("text", "output_text", None):
+            text = part.get("text")
+        if isinstance(text, str):
+            texts.append(text)
+    return "".join(texts)
 
 
 def is_function_call(piece: JSON) -> bool:
@@ -5243,11 +5818,12 @@ class RepairNeeds:
     answer_id: str  # ours, unique
     tools: Mapping[str, JSON]  # the parameters of each function that was offered, by name
     wants_json: bool
-    quoted: frozenset[str]  # see `quoted_calls`
+    quoted: str  # see `quoted_text`
+    forced: str = ""  # the function that must be called
 
 
 class Repair(ABC):
-    """Mends one quirk of one answer: `feed` takes an event of a type in `sees`.
+    """Mends one quirk of one answer: `feed` takes an event of a type in `sees`, which only shrinks.
 
     `mended` counts how often there was something to mend, for the dashboard, which shows it by `kind`.
     """
@@ -5267,22 +5843,38 @@ class Repair(ABC):
 
 
 class RepairChain:
-    """The repairs that one request needs, in order."""
+    """The repairs that one request needs, in order.
+
+    A repair that has lost its interest in a type of events costs nothing for later ones.
+    """
 
     def __init__(self, repairs: Sequence[Repair]) -> None:
         self.repairs = repairs
+        # By type of event: the repairs that see it, with their numbers in the chain.
+        self.routes: dict[type, list[tuple[int, Repair]]] = {}
 
-    def feed(self, event: Event, start: int = 0) -> list[Event]:
+    def feed(self, event: ZaiEvent, start: int = 0) -> list[Event]:
         """What comes out for an event that enters at the repair number `start`."""
         kind = type(event)
-        for position in range(start, len(self.repairs)):
-            repair = self.repairs[position]
-            if kind in repair.sees:
+        route = self.routes.get(kind)
+        if route is None:
+            route = self.routes[kind] = self.new_route(kind)
+        for position, repair in route:
+            if position >= start:
                 mended: list[Event] = []
                 for event_of_it in repair.feed(event):
                     mended += self.feed(event_of_it, position + 1)
+                if kind not in repair.sees:  # any more
+                    self.routes[kind] = self.new_route(kind)
                 return mended
-        return [event]
+        return [cast("Event", event)]  # FreshStart keeps BegunAgain
+
+    def new_route(self, kind: type) -> list[tuple[int, Repair]]:
+        route = []
+        for position, repair in enumerate(self.repairs):
+            if kind in repair.sees:
+                route.append((position, repair))
+        return route
 
 
 class TaggedReasoning(Repair):
@@ -5349,6 +5941,32 @@ def partial_tag(text: str, tags: Iterable[str]) -> str:
     return ""
 
 
+class StrayTag(Repair):
+    """A </think> at the head of a text: the server that took the reasoning out has left it there."""
+
+    kind = "stray_tags"
+    sees = frozenset((Text, ToolCall, Finish))
+    TAG = "</think>"
+
+    def __init__(self) -> None:
+        self.head = ""  # white space, and perhaps the beginning of the tag
+
+    def feed(self, event: Text | ToolCall | Finish) -> Iterator[Event]:
+        if isinstance(event, Text):
+            self.head += event.text
+            word = self.head.lstrip()
+            if self.TAG.startswith(word) and word != self.TAG:
+                return
+            if word.startswith(self.TAG):
+                self.head = self.head.replace(self.TAG, "", 1)
+                self.mended += 1
+        self.sees = frozenset()  # the text has begun
+        if self.head:
+            yield Text(self.head)
+        if not isinstance(event, Text):
+            yield event
+
+
 class TextHead(Repair):
     r"""Line ends at the very head of a text, which are the model's template ("\n" before a call, say)."""
 
@@ -5362,6 +5980,31 @@ class TextHead(Repair):
             return ()
         self.sees = frozenset()  # the text has begun
         return (Text(text),)
+
+
+class FreshStart(Repair):
+    """An answer that begins anew in its own stream, behind a torn frame and under another id.
+
+    Z.ai does so when it loses an answer on the way (zai-org/GLM-5#66, anomalyco/opencode#23442): what
+    follows is not the rest of what came before. If that was reasoning alone, the new one goes on;
+    behind a text or a call it would be nonsense, so the answer breaks off.
+    """
+
+    kind = "begun_again"
+    sees = frozenset((Text, ToolCall, BegunAgain))
+
+    def __init__(self) -> None:
+        self.has_answered = False  # text or a call has been sent
+
+    def feed(self, event: Text | ToolCall | BegunAgain) -> tuple[Event, ...]:
+        if isinstance(event, BegunAgain):
+            self.mended += 1
+            if self.has_answered:
+                raise UpstreamError(UNAVAILABLE, BEGUN_AGAIN)
+            return ()
+        self.has_answered = True
+        self.sees = frozenset((BegunAgain,))
+        return (event,)
 
 
 class CodeMarks:
@@ -5421,89 +6064,244 @@ class LeakedCalls(Repair):
 
     kind = "leaked_calls"
     sees = frozenset((Text, ToolCall, Finish))
+    WORDS: type[Text] | type[Thought] = Text  # where calls leak into
 
     @classmethod
     def needed(cls, needs: RepairNeeds) -> Repair | None:
         return cls(needs.tools, needs.quoted) if needs.tools else None
 
-    def __init__(self, tools: Mapping[str, JSON], quoted: frozenset[str]) -> None:
+    def __init__(self, tools: Mapping[str, JSON], quoted: str) -> None:
         self.tools = tools  # the parameters of each, by name
-        self.quoted = quoted  # the markup in the request, without white space
+        self.quoted = quoted  # what the request says, see `quoted_text`
         self.marks = CodeMarks()
         self.rest = ""  # perhaps the beginning of a tag
         self.held: list[str] = []  # the text from the first <tool_call> on
-        self.open: CallMarkup | None = None  # the last call in it, while it is not complete
-        self.calls: list[CallMarkup] = []  # the complete ones
+        self.open: list[LeakedCall] = []  # ways to read the last call in it, until it is complete
+        self.calls: list[LeakedCall] = []  # the complete ones
         self.has_call = False  # Z.ai sent one as it should
 
-    def feed(self, event: Text | ToolCall | Finish) -> Iterator[Event]:
-        if isinstance(event, Text):
+    def feed(self, event: Thought | Text | ToolCall | Finish) -> Iterator[Event]:
+        if isinstance(event, self.WORDS):
             yield from self.read_text(event.text)
             return
         if isinstance(event, ToolCall):
             self.has_call = True
-        rest = self.rest
+        said = self.read_pieces([self.rest])
         self.rest = ""
-        yield from self.read(rest)
-        if isinstance(event, Finish) and self.are_calls(event.reason):
+        is_end = isinstance(event, Finish) and self.are_calls(event.reason)
+        if not is_end and not is_blank_text(event):
+            said += self.release()
+        if said:
+            yield self.WORDS(said)
+        if is_end:
             self.mended += 1
-            yield from [markup.call() for markup in self.calls]
-        else:
-            yield from self.release()
+            yield from [leaked.call() for leaked in self.calls]
         yield event
 
     def read_text(self, text: str) -> Iterator[Event]:
         if "<" not in text and not self.rest and not self.held:  # most texts
             self.marks.feed(text)
-            yield Text(text)
+            yield self.WORDS(text)
             return
-        *pieces, last = CallMarkup.TAG.split(self.rest + text)
-        self.rest = partial_tag(last, CallMarkup.TAGS)
-        for piece in (*pieces, last.removesuffix(self.rest)):
-            yield from self.read(piece)
+        *pieces, last = MARKUP_TAG.split(self.rest + text)
+        self.rest = partial_tag(last, MARKUP_TAGS)
+        said = self.read_pieces([*pieces, last.removesuffix(self.rest)])
+        if said:
+            yield self.WORDS(said)
 
-    def read(self, piece: str) -> Iterator[Event]:
-        """Read a tag, or the text between two tags."""
-        if self.open and self.open.feed(piece):
+    def read_pieces(self, pieces: Iterable[str]) -> str:
+        return "".join([self.read(piece) for piece in pieces])
+
+    def read(self, piece: str) -> str:
+        """Read a tag, or the text between two tags; return what turns out to be no call."""
+        released = ""
+        if self.open:
+            if self.goes_on(piece):
+                return ""
+            released = self.release()
+        if piece == "<tool_call>" and not self.marks.inside and not self.has_call:
             self.held.append(piece)
-            if self.open.state == "complete":
-                self.calls.append(self.open)
-                self.open = None
-        elif piece == "<tool_call>" and not self.marks.inside and not self.has_call:
-            if self.open:  # what came before it was no call
-                yield from self.release()
+            self.open = self.new_calls()
+            return released
+        if self.held and not piece.strip():
             self.held.append(piece)
-            self.open = CallMarkup(self.tools)
-        elif self.held and not self.open and not piece.strip():
-            self.held.append(piece)
-        elif piece:
-            yield from self.release()
+            return released
+        if piece:
+            released += self.release()
             self.marks.feed(piece)
-            yield Text(piece)
+        return released + piece
+
+    def new_calls(self) -> list[LeakedCall]:
+        """The ways to read what comes behind a <tool_call>."""
+        return [MarkupCall(self.tools)]
+
+    def goes_on(self, piece: str) -> bool:
+        """Read more of the open call. False if it is none."""
+        self.open = [leaked for leaked in self.open if leaked.feed(piece)]
+        if not self.open:
+            return False
+        self.held.append(piece)
+        for leaked in self.open:
+            if leaked.is_complete:
+                self.calls.append(leaked)
+                self.open = []
+                break
+        return True
 
     def are_calls(self, reason: FinishReason) -> bool:
         """Whether what is held is calls, now that the answer has ended."""
         if self.has_call or self.open or reason not in ("stop", "tool_calls"):
             return False
-        quoted = [markup for markup in self.calls if without_space(markup.text) in self.quoted]
-        return bool(self.calls) and not quoted
+        quotations = [leaked for leaked in self.calls if plain_form(leaked.text) in self.quoted]
+        return bool(self.calls) and not quotations
 
-    def release(self) -> Iterator[Event]:
-        """What was held is text."""
+    def release(self) -> str:
+        """What was held: it is no call."""
         text = "".join(self.held)
         self.held = []
-        self.open = None
+        self.open = []
         self.calls = []
-        if text:
-            self.marks.feed(text)
+        self.marks.feed(text)
+        return text
+
+
+class ThoughtCalls(LeakedCalls):
+    """Calls that the model makes while it still thinks: they stand at the end of its reasoning.
+
+    anomalyco/opencode#6883, vllm-project/vllm#42400. As in LeakedCalls; they are none where a text
+    or another call follows.
+    """
+
+    kind = "calls_in_reasoning"
+    sees = frozenset((Thought, Text, ToolCall, Finish))
+    WORDS = Thought
+
+    def new_calls(self) -> list[LeakedCall]:
+        return [MarkupCall(self.tools), JsonCall(self.tools)]
+
+
+class JsonCalls(LeakedCalls):
+    """Calls that leak into the text as JSON: <tool_call>{"name": …, "arguments": {…}}</tool_call>.
+
+    vllm-project/vllm#48095. As in LeakedCalls.
+    """
+
+    kind = "calls_as_json"
+
+    def new_calls(self) -> list[LeakedCall]:
+        return [JsonCall(self.tools)]
+
+
+class ForcedCall(Repair):
+    """A text that is nothing but the arguments of the function that tool_choice forces, fenced or not.
+
+    NousResearch/hermes-agent#7462. Z.ai knows no forced calls, and answers with what the call would
+    have had. As in LeakedCalls, but the fence does not count: it is around all of the text.
+    """
+
+    kind = "arguments_as_text"
+    sees = frozenset((Text, ToolCall, Finish))
+
+    @classmethod
+    def needed(cls, needs: RepairNeeds) -> Repair | None:
+        if not needs.forced:
+            return None
+        return cls(needs.forced, needs.tools[needs.forced], needs.quoted)
+
+    def __init__(self, name: str, parameters: JSON, quoted: str) -> None:
+        self.name = name
+        self.schema = Schema(parameters, parameters)
+        self.quoted = quoted  # what the request says, see `quoted_text`
+        self.beginning = Beginning("{", "```")
+        self.held: list[str] = []  # the text so far
+
+    def feed(self, event: Text | ToolCall | Finish) -> Iterator[Event]:
+        if isinstance(event, Text):
+            self.held.append(event.text)
+            if self.beginning.feed(event.text):
+                return
+        text = "".join(self.held)
+        self.sees = frozenset()  # this is the end, or there is something else
+        if isinstance(event, Finish) and self.are_arguments(text, event.reason):
+            self.mended += 1
+            yield ToolCall(-1, "", self.name, json_in(text))
+        elif text:
             yield Text(text)
+        if not isinstance(event, Text):
+            yield event
+
+    def are_arguments(self, text: str, reason: FinishReason) -> bool:
+        if reason not in ("stop", "tool_calls"):
+            return False
+        inside = json_in(text)
+        value = parse_text(inside)
+        if not isinstance(value, dict) or plain_form(inside) in self.quoted:
+            return False
+        known = as_object(self.schema.options[0].get("properties"))
+        return known.keys() >= value.keys() and fits(value, self.schema)
 
 
-class CallMarkup:
-    """One call as the model writes it, read tag by tag from behind its <tool_call>."""
+FENCED = re.compile(r"\s*```\w*[ \t]*\r?\n(.*)```\s*", re.DOTALL)
 
-    TAGS = ("<tool_call>", "</tool_call>", "<arg_key>", "</arg_key>", "<arg_value>", "</arg_value>")
-    TAG = re.compile("(</?(?:tool_call|arg_key|arg_value)>)")
+
+def json_in(text: str) -> str:
+    """The inside of a fence, if that is all there is, else the text; without white space around it."""
+    fenced = FENCED.fullmatch(text)
+    return (fenced[1] if fenced else text).strip()
+
+
+class Beginning:
+    """Whether a text that comes in pieces begins in one of some ways, white space aside."""
+
+    def __init__(self, *starts: str) -> None:
+        self.starts = starts
+        self.head = ""  # of the text, while that is not clear
+        self.is_certain = False
+
+    def feed(self, text: str) -> bool:
+        """Read more. False once it does not."""
+        if not self.is_certain:
+            self.head = (self.head + text).lstrip()
+            self.is_certain = self.head.startswith(self.starts)
+        return self.is_certain or any(start.startswith(self.head) for start in self.starts)
+
+
+def is_blank_text(event: Event) -> bool:
+    return isinstance(event, Text) and not event.text.strip()
+
+
+MARKUP_TAGS = (
+    *("<tool_call>", "</tool_call>"),
+    *("<arg_key>", "</arg_key>", "<arg_value>", "</arg_value>"),
+)
+MARKUP_TAG = re.compile("(</?(?:tool_call|arg_key|arg_value)>)")
+
+
+class LeakedCall(ABC):
+    """One call that leaked, read from behind its <tool_call>."""
+
+    is_complete = False  # its </tool_call> has been read
+
+    def __init__(self, tools: Mapping[str, JSON]) -> None:
+        self.tools = tools
+        self.pieces: list[str] = []  # all
+
+    @property
+    def text(self) -> str:
+        """All that was read, without the last tag."""
+        return "".join(self.pieces[:-1])
+
+    @abstractmethod
+    def feed(self, piece: str) -> bool:
+        """Read a tag, or the text between two. False if this is no call of a tool that was offered."""
+
+    @abstractmethod
+    def call(self) -> ToolCall: ...
+
+
+class MarkupCall(LeakedCall):
+    """A call as the model writes it, in tags."""
+
     # The next state, by state and tag. A value may have any other tag in it.
     NEXT: ClassVar[Mapping[tuple[str, str], str]] = {
         ("name", "<arg_key>"): "key",
@@ -5516,25 +6314,19 @@ class CallMarkup:
     }
 
     def __init__(self, tools: Mapping[str, JSON]) -> None:
-        self.tools = tools
+        super().__init__(tools)
         self.state = "name"
         self.name = ""
         self.key = ""
         self.value: list[str] = []  # pieces
         self.pairs: list[tuple[str, str]] = []
-        self.pieces: list[str] = []  # all
-
-    @property
-    def text(self) -> str:
-        """All that was read, without the last tag."""
-        return "".join(self.pieces[:-1])
 
     def feed(self, piece: str) -> bool:
-        """Read a tag, or the text between two. False if this is no call of a tool that was offered."""
         following = self.NEXT.get((self.state, piece))
         if following:
             self.leave()
             self.state = following
+            self.is_complete = following == "complete"
             fits = self.name in self.tools
         else:
             fits = self.add(piece)
@@ -5561,42 +6353,269 @@ class CallMarkup:
             return any(name.startswith(self.name.rstrip()) for name in self.tools)
         if self.state == "key":
             self.key += piece
-            return piece not in self.TAGS
+            return piece not in MARKUP_TAGS
         return not piece.strip()
 
     def call(self) -> ToolCall:
-        schemas = as_object(self.tools[self.name].get("properties"))
-        arguments = {
-            key: leaked_value(value, as_object(schemas.get(key))) for key, value in self.pairs
-        }
-        return ToolCall(-1, "", self.name, to_json(arguments))
+        parameters = self.tools[self.name]
+        return ToolCall(-1, "", self.name, arguments_of_pairs(self.pairs, parameters))
 
 
-def without_space(text: str) -> str:
-    return "".join(text.split())
+def arguments_of_pairs(pairs: Iterable[tuple[str, str]], parameters: JSON) -> str:
+    """Arguments as JSON text, from names and values as they stand between tags."""
+    schema = Schema(parameters, parameters)
+    arguments = {name: leaked_value(value, schema.of_property(name)) for name, value in pairs}
+    return to_json(arguments)
 
 
-def leaked_value(text: str, schema: JSON) -> Any:
+def leaked_value(text: str, schema: Schema) -> Any:
     """An argument as it stands between tags: JSON, except that a string has no quotes."""
-    if "string" in str(schema.get("type")):  # which may be a list
+    if schema.types and schema.allows_string:
         return text
-    value = parse_json(text.encode("utf-8", "surrogatepass"))
+    value = parse_text(text)
     if value is None and text.strip() != "null":
         return text
     return value
 
 
-QUOTED_CALL = re.compile("<tool_call>(.*?)</tool_call>", re.DOTALL)
+class JsonCall(LeakedCall):
+    """A call as one JSON object with a name and arguments."""
+
+    MAX_TRIES = 16  # at its end: a string in it may look like one
+
+    def __init__(self, tools: Mapping[str, JSON]) -> None:
+        super().__init__(tools)
+        self.has_begun = False  # its brace has been read
+        self.tries = 0
+        self.name = ""
+        self.arguments: JSON = {}
+
+    def feed(self, piece: str) -> bool:
+        self.pieces.append(piece)
+        if piece == "</tool_call>":
+            self.read_object()
+            return self.has_begun and self.tries < self.MAX_TRIES
+        if not self.has_begun and piece.strip():
+            self.has_begun = piece.lstrip().startswith("{")
+            return self.has_begun
+        return True
+
+    def read_object(self) -> None:
+        self.tries += 1
+        match parse_text(self.text):
+            case {"name": str(name), "arguments": dict(arguments), **others}:
+                self.is_complete = name in self.tools and not others
+                self.name = name
+                self.arguments = arguments
+
+    def call(self) -> ToolCall:
+        return ToolCall(-1, "", self.name, to_json(self.arguments))
 
 
-def quoted_calls(messages: Iterable[Message]) -> frozenset[str]:
-    """The markup of calls that stands in a conversation, without white space."""
-    found: set[str] = set()
+JSON_TYPES = {
+    bool: "boolean",
+    int: "integer",
+    float: "number",
+    str: "string",
+    list: "array",
+    dict: "object",
+    type(None): "null",
+}
+
+
+class Schema:
+    """What a JSON Schema says of a value, as far as the repairs need it; what it leaves open, is allowed.
+
+    A reference is followed within `root`, the whole schema; a union allows what one of its `options` does.
+    """
+
+    MAX_DEPTH = 32  # of unions, references and values in one another
+
+    def __init__(self, part: Any, root: JSON) -> None:
+        self.root = root
+        self.options = self.options_of(part, 0)
+
+    def options_of(self, part: Any, depth: int) -> list[JSON]:
+        part = self.followed(part)
+        if "type" in part or depth > self.MAX_DEPTH:
+            return [part]
+        for union in ("anyOf", "oneOf", "allOf"):
+            options = part.get(union)
+            if isinstance(options, list) and (union != "allOf" or len(options) == 1):
+                found = []
+                for option in options:
+                    found += self.options_of(option, depth + 1)
+                return found
+        return [part]
+
+    def followed(self, part: Any) -> JSON:
+        """The part that a reference means; {} for what is no schema of ours."""
+        for _ in range(self.MAX_DEPTH):
+            if not isinstance(part, dict) or "$ref" not in part:
+                break
+            part = self.at(str(part["$ref"]))
+        return as_object(part)
+
+    def at(self, reference: str) -> Any:
+        """The part at a JSON Pointer (RFC 6901); None if it is not in this schema."""
+        start, *names = reference.split("/")
+        if start != "#":
+            return None
+        part: Any = self.root
+        for name in names:
+            part = as_object(part).get(name.replace("~1", "/").replace("~0", "~"))
+        return part
+
+    @cached_property
+    def types(self) -> frozenset[str] | None:
+        """The types of values that it allows; None: any."""
+        types: set[str] = set()
+        for option in self.options:
+            given = types_of(option)
+            if given is None:
+                return None
+            types.update(given)
+        return frozenset(types)
+
+    def allows_type_of(self, value: Any) -> bool:
+        if self.types is None:
+            return True
+        name = JSON_TYPES[type(value)]
+        return name in self.types or (name == "integer" and "number" in self.types)
+
+    @property
+    def allows_string(self) -> bool:
+        return self.types is None or "string" in self.types
+
+    def of_property(self, name: str) -> Schema:
+        """Of the value that an object has under this name; one that allows all if that is not clear."""
+        found = []
+        for option in self.options:
+            known = as_object(option.get("properties"))
+            if name in known:
+                found.append(known[name])
+        return self.only(found)
+
+    def of_items(self) -> Schema:
+        """Of an array's items, likewise."""
+        return self.only([option["items"] for option in self.options if "items" in option])
+
+    def only(self, parts: list[Any]) -> Schema:
+        return Schema(parts[0] if len(parts) == 1 else {}, self.root)
+
+
+def fits(value: Any, schema: Schema, depth: int = 0) -> bool:
+    """Whether a value is what a schema asks for, as far as its types, names and choices say."""
+    if depth > Schema.MAX_DEPTH:
+        return False
+    return any(fits_option(value, option, schema, depth) for option in schema.options)
+
+
+def fits_option(value: Any, option: JSON, schema: Schema, depth: int) -> bool:
+    if not Schema(option, schema.root).allows_type_of(value):
+        return False
+    choices = option.get("enum")
+    if isinstance(choices, list) and value not in choices:
+        return False
+    if value != option.get("const", value):
+        return False
+    if isinstance(value, list):
+        items = schema.of_items()
+        return all(fits(item, items, depth + 1) for item in value)
+    if isinstance(value, dict):
+        has_all = value.keys() >= required_names(option)
+        return has_all and all(
+            fits(part, schema.of_property(name), depth + 1) for name, part in value.items()
+        )
+    return True
+
+
+def required_names(schema: JSON) -> set[str]:
+    names = schema.get("required")
+    return set(map(str, names)) if isinstance(names, list) else set()
+
+
+def types_of(schema: JSON) -> Iterable[str] | None:
+    """The types that a schema without unions names, or that its values have; None if it names none."""
+    named = schema.get("type")
+    if isinstance(named, str):
+        return {named}
+    if isinstance(named, list):
+        return map(str, named)
+    values = schema.get("enum")
+    if isinstance(values, list):
+        return {JSON_TYPES[type(value)] for value in values}
+    if "const" in schema:
+        return {JSON_TYPES[type(schema["const"])]}
+    return None
+
+
+QUOTED_CALL = re.compile(r"(?:<|u003c|&lt;|&#0*60;|&#x0*3c;)tool_call", re.IGNORECASE)
+ESCAPE = re.compile(r"\\+(?:u([0-9a-fA-F]{4})|[nrt])?")  # however often it was escaped
+
+
+def quoted_text(messages: Iterable[Message], *, forced: bool = False) -> str:
+    """The texts of a conversation that have the markup of calls in them, in plain form.
+
+    Where a call is `forced`, an object may be one: then it is those that have a brace in them.
+    """
+    has_calls = re.compile("{").search if forced else QUOTED_CALL.search
+    return "\n".join(map(plain_form, filter(has_calls, conversation_texts(messages))))
+
+
+def conversation_texts(messages: Iterable[Message]) -> Iterator[str]:
+    """All that was said, thought and called."""
     for message in messages:
-        for text in (message.thought, *message.content):
-            if isinstance(text, str):
-                found.update(map(without_space, QUOTED_CALL.findall(text)))
-    return frozenset(found)
+        yield message.thought
+        for part in message.content:
+            if isinstance(part, str):
+                yield part
+        for call in message.calls:
+            yield call.arguments
+
+
+def plain_form(text: str) -> str:
+    """A text without white space and escapes: the same for a page, for it in JSON, and for it in HTML."""
+    if "&" in text:
+        text = unescape(text)
+    if "\\" in text:
+        text = whole_characters(ESCAPE.sub(unescaped, text))
+    return "".join(text.split())
+
+
+def unescaped(escape: re.Match[str]) -> str:
+    """What an escape of JSON stands for; nothing for a line end, and for the backslash before a quote."""
+    return chr(int(escape[1], 16)) if escape[1] else ""
+
+
+class NameRemnants(Repair):
+    """Remnants of the model's template in the name of a call: read</arg_value>, or read and its arguments.
+
+    zai-org/GLM-5#84, can1357/oh-my-pi#3458. The name is what precedes the first tag or white space,
+    if that was offered. Pairs of <arg_key> and <arg_value> behind it are moved into the arguments,
+    which MarkupArguments reads.
+    """
+
+    kind = "remnants_in_names"
+    sees = frozenset((ToolCall,))
+    NAME = re.compile(r"[^<\s]+")
+
+    @classmethod
+    def needed(cls, needs: RepairNeeds) -> Repair | None:
+        return cls(needs.tools) if needs.tools else None
+
+    def __init__(self, tools: Mapping[str, JSON]) -> None:
+        self.tools = tools
+
+    def feed(self, event: ToolCall) -> tuple[Event, ...]:
+        if not event.name or event.name in self.tools:
+            return (event,)
+        found = self.NAME.match(event.name)
+        if not found or found[0] not in self.tools:
+            return (event,)
+        self.mended += 1
+        _, key, pairs = event.name.partition("<arg_key>")
+        return (replace(event, name=found[0], arguments=key + pairs + event.arguments),)
 
 
 @dataclass
@@ -5662,7 +6681,8 @@ class CallPieces(Repair):
         """The call that a piece belongs to, perhaps a new one."""
         place = piece.id if piece.index < 0 else piece.index
         call = self.known.get(place)
-        if call is None and not piece.name and self.calls:
+        is_new = piece.index >= 0 and piece.id  # though it may have no name
+        if call is None and not piece.name and self.calls and not is_new:
             call = self.calls[-1]
         if call is None or is_another(piece, call):
             call = Call()
@@ -5693,6 +6713,419 @@ class CallPieces(Repair):
         while call_id in used:
             call_id += f"_{call.index}"
         return call_id
+
+
+class NamelessCalls(Repair):
+    """Calls with an empty name, which no client can make (edison7009/EchoBird#187)."""
+
+    kind = "nameless_calls"
+    sees = frozenset((ToolCall,))
+
+    def feed(self, event: ToolCall) -> tuple[Event, ...]:
+        if not event.id or event.name.strip():
+            return (event,)
+        self.mended += 1
+        return ()
+
+
+class JsonScanner:
+    """Where JSON text stands that comes in pieces: in a string or not, and in which brackets."""
+
+    MARK = re.compile(r'["{}\[\]:,]')
+    # As far as a string goes; the bound is for the memory that the pattern takes.
+    INSIDE = re.compile(r'[^"\\]*(?:\\.[^"\\]*){0,1000}', re.DOTALL)
+    CLOSERS: ClassVar[Mapping[str, str]] = {"{": "}", "[": "]"}
+
+    def __init__(self) -> None:
+        self.closers: list[str] = []  # of the brackets that are open
+        self.in_string = False
+        self.is_escaped = False  # the next character of the string
+        self.last = ""  # mark outside of strings
+
+    def feed(self, text: str) -> Iterator[tuple[str, int]]:
+        """Each mark of JSON in more of the text, with the index behind it; a string has two, its quotes."""
+        at = 0
+        while at < len(text):
+            if self.in_string:
+                at = self.skip(text, at)
+                if not self.in_string:
+                    yield '"', at
+                continue
+            found = self.MARK.search(text, at)
+            if not found:
+                return
+            at = found.end()
+            self.take(found[0])
+            yield found[0], at
+
+    def skip(self, text: str, at: int) -> int:
+        """The index behind what belongs to the string; behind its quote, if that is there."""
+        if self.is_escaped:
+            self.is_escaped = False
+            return at + 1
+        found = self.INSIDE.match(text, at)
+        at = found.end() if found else at
+        following = text[at : at + 2]
+        if following == "\\":  # the last character
+            self.is_escaped = True
+            return at + 1
+        if following.startswith('"'):
+            self.in_string = False
+            return at + 1
+        return at
+
+    def take(self, mark: str) -> None:
+        if mark == '"':
+            self.in_string = True
+            return
+        if mark in self.CLOSERS:
+            self.closers.append(self.CLOSERS[mark])
+        elif self.closers and mark == self.closers[-1]:
+            self.closers.pop()
+        self.last = mark
+
+
+class ObjectReader:
+    """The objects in the arguments of one call, of which there should be one."""
+
+    EMPTY = re.compile(r"\s*\{\s*\}\s*")
+
+    def __init__(self) -> None:
+        self.scanner = JsonScanner()
+        self.objects: list[str] = []  # that are complete
+        self.begun: list[str] = []  # pieces of the next one
+        self.held = ""  # what has not gone out of a first object that is empty
+        self.is_plain = True  # there has been nothing else
+        self.mended = 0
+
+    def feed(self, text: str) -> Iterator[tuple[Literal["more", "another"], str]]:
+        """What goes out now: more of the call's arguments, or those of another call."""
+        start = 0
+        if self.is_plain:
+            for mark, end in self.scanner.feed(text):
+                if mark == "}" and not self.scanner.closers:
+                    yield from self.read_end(text[start:end])
+                    start = end
+        if start < len(text):
+            yield "more", self.read(text[start:])
+
+    def read(self, part: str) -> str:
+        """Read more of an object, or what stands between two; return what goes out."""
+        if not self.is_plain:
+            return part
+        if self.begun:
+            return self.go_on(part)
+        if not part.strip():
+            return self.read_space(part)
+        if not part.lstrip().startswith("{"):
+            self.is_plain = False
+            return self.close() + part
+        if not self.held:
+            return self.go_on(part)
+        return self.replace_empty(part)
+
+    def read_space(self, part: str) -> str:
+        if not self.held:
+            return part
+        self.held += part
+        return ""
+
+    def go_on(self, part: str) -> str:
+        """More of an object; the first one goes out as it comes."""
+        self.begun.append(part)
+        return "" if self.objects else part
+
+    def replace_empty(self, part: str) -> str:
+        """An object begins in the place of an empty one, whose opening brace may have gone out."""
+        is_open = "{" not in self.held
+        self.held = ""
+        self.mended += 1
+        part = self.go_on(part).lstrip()
+        return part.removeprefix("{") if is_open else part
+
+    def read_end(self, part: str) -> Iterator[tuple[Literal["more", "another"], str]]:
+        """Read a part that ends with a closing brace outside of other brackets."""
+        whole = "".join(self.begun) + part
+        if not self.is_plain or not whole.lstrip().startswith("{"):
+            yield "more", self.read(part)
+        elif self.objects:
+            yield from self.read_another(whole)
+        elif self.EMPTY.fullmatch(whole):
+            self.mended += bool(self.held)
+            self.held = self.held or part
+        else:
+            yield "more", self.read(part)
+            self.objects.append(whole)
+        self.begun = []
+
+    def read_another(self, whole: str) -> Iterator[tuple[Literal["more", "another"], str]]:
+        """Read an object behind the first."""
+        value = parse_text(whole)
+        if not isinstance(value, dict):
+            self.is_plain = False
+            yield "more", whole
+            return
+        self.mended += 1
+        if value not in map(parse_text, self.objects):
+            self.objects.append(whole)
+            yield "another", whole.strip()
+
+    def close(self) -> str:
+        """What was held, when no more comes."""
+        held = self.held
+        if self.objects:
+            held += "".join(self.begun)
+        self.held = ""
+        self.begun = []
+        return held
+
+
+@dataclass(slots=True)
+class SentCall:
+    """A call that has gone out."""
+
+    index: int
+    id: str
+    name: str
+
+
+class DoubledArguments(Repair):
+    """More than one object in the arguments of a call.
+
+    The same object again (anomalyco/opencode#33064), and an empty one before another, are dropped;
+    a different one is a call of its own, of the same function (sgl-project/sglang#16371). The first
+    streams on; the others are held until they are complete.
+    """
+
+    kind = "doubled_arguments"
+    sees = frozenset((ToolCall, Finish))
+
+    @classmethod
+    def needed(cls, needs: RepairNeeds) -> Repair | None:
+        return cls() if needs.tools else None
+
+    def __init__(self) -> None:
+        self.calls: dict[int, SentCall] = {}  # by the index that they came with
+        self.readers: dict[int, ObjectReader] = {}  # likewise
+        self.ids: set[str] = set()  # of all calls that have gone out
+
+    def feed(self, event: ToolCall | Finish) -> Iterator[Event]:
+        if isinstance(event, Finish):
+            yield from self.close()
+            self.mended = sum(reader.mended for reader in self.readers.values())
+            yield event
+        elif event.id:
+            yield from self.close()  # Z.ai sends one call after the other
+            yield from self.begin(event)
+        else:
+            yield from self.read(event)
+
+    def begin(self, event: ToolCall) -> Iterator[Event]:
+        """The first piece of a call, which has its id and name."""
+        call = self.send(event.id, event.name)
+        self.calls[event.index] = call
+        self.readers[event.index] = ObjectReader()
+        arguments = ""
+        others = []
+        for piece in self.read(event):
+            if piece.index == call.index:
+                arguments += piece.arguments
+            else:
+                others.append(piece)
+        yield ToolCall(call.index, call.id, call.name, arguments)
+        yield from others
+
+    def read(self, event: ToolCall) -> Iterator[ToolCall]:
+        call = self.calls[event.index]
+        for what, arguments in self.readers[event.index].feed(event.arguments):
+            if what == "another":
+                another = self.send(call.id, call.name)
+                yield ToolCall(another.index, another.id, another.name, arguments)
+            elif arguments:
+                yield ToolCall(call.index, "", "", arguments)
+
+    def send(self, given_id: str, name: str) -> SentCall:
+        """The next call, with an id of its own."""
+        index = len(self.ids)
+        while given_id in self.ids:
+            given_id += f"_{index}"
+        self.ids.add(given_id)
+        return SentCall(index, given_id, name)
+
+    def close(self) -> Iterator[Event]:
+        for index, reader in self.readers.items():
+            held = reader.close()
+            if held:
+                yield ToolCall(self.calls[index].index, "", "", held)
+
+
+class HeldArguments(Repair):
+    """Mends arguments that are no object: they are known by how they begin, and held to their end."""
+
+    sees = frozenset((ToolCall, Finish))
+    START = ""  # how they begin
+
+    @classmethod
+    def needed(cls, needs: RepairNeeds) -> Repair | None:
+        return cls(needs.tools) if needs.tools else None
+
+    def __init__(self, tools: Mapping[str, JSON]) -> None:
+        self.tools = tools  # the parameters of each, by name
+        self.names: dict[int, str] = {}  # of calls, by index, whose arguments are or may be held
+        self.beginnings: dict[int, Beginning] = {}  # likewise
+        self.held: dict[int, list[str]] = {}  # likewise
+
+    def feed(self, event: ToolCall | Finish) -> Iterable[Event]:
+        if isinstance(event, Finish):
+            return [*self.close(), event]
+        index = event.index
+        if event.id:
+            self.names[index] = event.name
+            self.beginnings[index] = Beginning(self.START)
+            self.held[index] = []
+        if index not in self.held or not event.arguments:
+            return (event,)
+        self.held[index].append(event.arguments)
+        if not self.beginnings[index].feed(event.arguments):
+            arguments = "".join(self.held.pop(index))
+            return (replace(event, arguments=arguments),)
+        if event.id:
+            return (replace(event, arguments=""),)
+        return ()
+
+    def close(self) -> Iterator[Event]:
+        for index, pieces in self.held.items():
+            text = "".join(pieces)
+            mended = self.mend(text, self.tools.get(self.names[index], {}))
+            self.mended += mended is not None
+            if text:
+                yield ToolCall(index, "", "", mended or text)
+        self.held = {}
+
+    @abstractmethod
+    def mend(self, text: str, parameters: JSON) -> str | None:
+        """The arguments as JSON text; None if they are not plainly what this mends."""
+
+
+class MarkupArguments(HeldArguments):
+    """Arguments in the model's own markup: <arg_key>path</arg_key><arg_value>/a</arg_value>.
+
+    zai-org/GLM-5#84. Nothing may stand behind them but an empty object or tags that close.
+    """
+
+    kind = "markup_in_arguments"
+    START = "<arg_key>"
+    PAIR = re.compile(r"\s*<arg_key>(.*?)</arg_key>\s*<arg_value>(.*?)</arg_value>", re.DOTALL)
+    REST = re.compile(r"\s*(?:</tool_call>)?\s*(?:\{\s*\}|null)?\s*")
+
+    def mend(self, text: str, parameters: JSON) -> str | None:
+        pairs: list[tuple[str, str]] = []
+        at = 0
+        while True:
+            pair = self.PAIR.match(text, at)
+            if not pair:
+                break
+            pairs.append((pair[1].strip(), pair[2]))
+            at = pair.end()
+        if not pairs or not self.REST.fullmatch(text, at):
+            return None
+        return arguments_of_pairs(pairs, parameters)
+
+
+class FencedArguments(HeldArguments):
+    """Arguments inside a code fence."""
+
+    kind = "fenced_arguments"
+    START = "```"
+
+    def mend(self, text: str, _: JSON) -> str | None:
+        inside = json_in(text)
+        if inside == text.strip() or not inside.startswith("{"):
+            return None
+        return inside
+
+
+class NullArguments(HeldArguments):
+    """`null` in place of arguments; none at all, CallPieces mends."""
+
+    kind = "null_arguments"
+    START = "null"
+
+    def mend(self, text: str, _: JSON) -> str | None:
+        return "{}" if text.strip() == "null" else None
+
+
+class UnfinishedArguments(Repair):
+    """Arguments that lack their last brackets (sgl-project/sglang#19345), or end in a comma.
+
+    They are closed only where the model has ended by itself, behind a string or a bracket, and if
+    all that the function requires is there: anything else may have been cut off in the middle.
+    """
+
+    kind = "unfinished_arguments"
+    sees = frozenset((ToolCall, Finish))
+
+    @classmethod
+    def needed(cls, needs: RepairNeeds) -> Repair | None:
+        return cls(needs.tools) if needs.tools else None
+
+    def __init__(self, tools: Mapping[str, JSON]) -> None:
+        self.tools = tools  # the parameters of each, by name
+        self.names: dict[int, str] = {}  # of the calls, by index
+        self.sent: dict[int, list[str]] = {}  # arguments, likewise
+        self.commas: dict[int, str] = {}  # held from the end of the last piece, likewise
+
+    def feed(self, event: ToolCall | Finish) -> Iterable[Event]:
+        if isinstance(event, Finish):
+            return [*self.close(event.reason), event]
+        index = event.index
+        if event.id:
+            self.names[index] = event.name
+            self.sent[index] = []
+        if index not in self.commas and event.arguments[-1:] not in ", \t\r\n":  # most pieces
+            self.sent[index].append(event.arguments)
+            return (event,)
+        return self.hold_comma(event)
+
+    def hold_comma(self, event: ToolCall) -> Iterable[Event]:
+        """Pass a piece on without the comma that it may end in."""
+        text = self.commas.pop(event.index, "") + event.arguments
+        kept = text.rstrip()
+        if kept.endswith(","):
+            kept = kept[:-1]
+            self.commas[event.index] = text[len(kept) :]
+        else:
+            kept = text
+        self.sent[event.index].append(kept)
+        if kept or event.id:
+            return (replace(event, arguments=kept),)
+        return ()
+
+    def close(self, reason: FinishReason) -> Iterator[Event]:
+        for index, pieces in self.sent.items():
+            comma = self.commas.get(index, "")
+            missing = self.missing("".join(pieces), self.tools.get(self.names[index], {}))
+            is_whole = missing == "" or (missing and reason not in ("length", "window_full"))
+            if is_whole and (missing or comma):
+                self.mended += 1
+            rest = missing if is_whole else comma
+            if rest:
+                yield ToolCall(index, "", "", rest)
+
+    def missing(self, text: str, parameters: JSON) -> str | None:
+        """The brackets that make an object of the arguments; None if no brackets do."""
+        if isinstance(parse_text(text), dict):
+            return ""
+        scanner = JsonScanner()
+        for _ in scanner.feed(text):
+            pass
+        if scanner.in_string or not text.rstrip().endswith(('"', "}", "]")):
+            return None
+        brackets = "".join(reversed(scanner.closers))
+        value = parse_text(text + brackets)
+        if isinstance(value, dict) and value.keys() >= required_names(parameters):
+            return brackets
+        return None
 
 
 def is_another(piece: ToolCall, call: Call) -> bool:
@@ -5799,9 +7232,21 @@ class Ending(Repair):
 # In order: the head of the text, calls in it, calls, JSON, the end.
 REPAIRS: tuple[type[Repair], ...] = (
     TaggedReasoning,
+    StrayTag,
     TextHead,
+    FreshStart,
+    ThoughtCalls,
     LeakedCalls,
+    JsonCalls,
+    ForcedCall,
+    NameRemnants,
     CallPieces,
+    NamelessCalls,
+    DoubledArguments,
+    MarkupArguments,
+    FencedArguments,
+    NullArguments,
+    UnfinishedArguments,
     JsonAlone,
     Ending,
 )
@@ -6034,13 +7479,20 @@ def zai_request(prompt: Prompt, model: Model, base_url: str, answer_id: str) -> 
     if urlsplit(base_url).hostname not in ZAI_HOSTS:  # Z.ai itself tells usage unasked
         body["stream_options"] = {"include_usage": True}
     data = encode_request(body)
-    functions = [tool["function"] for tool in body.get("tools", ()) if tool["type"] == "function"]
-    tools = {function["name"]: function["parameters"] for function in functions}
-    is_quoting = bool(tools) and b"<tool_call>" in data
-    quoted = quoted_calls(prompt.messages) if is_quoting else frozenset()
+    tools = {tool.name: tool.parameters for tool in prompt.tools}
+    forced = forced_function(prompt)
+    quoted = quoted_text(prompt.messages, forced=bool(forced)) if tools else ""
     wants_json = prompt.schema is not None
-    needs = RepairNeeds(model, answer_id, tools, wants_json, quoted)
+    needs = RepairNeeds(model, answer_id, tools, wants_json, quoted, forced)
     return ZaiRequest(data, needs, len(data) - media_size(prompt.messages))
+
+
+def forced_function(prompt: Prompt) -> str:
+    """The one function that tool_choice names; "" where it leaves a choice."""
+    choice = prompt.tool_choice
+    if choice.mode == "required" and choice.names is not None and len(prompt.tools) == 1:
+        return prompt.tools[0].name
+    return ""
 
 
 def media_size(messages: Iterable[Message]) -> int:
@@ -6093,7 +7545,8 @@ def with_chosen_tools(prompt: Prompt) -> Prompt:
         names = ", ".join(sorted(unknown))
         raise BadRequest(f"'tool_choice' names {names}, not among the tools.", "tool_choice")
     chosen = tuple(tool for tool in prompt.tools if tool.name in choice.names)
-    return replace(prompt, tools=chosen, native_tools=())
+    native = tuple(tool for tool in prompt.native_tools if tool["type"] in choice.natives)
+    return replace(prompt, tools=chosen, native_tools=native)
 
 
 CALL_ORDER = "Answer by calling "
@@ -6803,17 +8256,20 @@ class KeyPool:
     While all of them cool down, now and then one request is let through to see whether that still holds.
     """
 
-    COOLDOWN = 300.0  # seconds, where Z.ai does not tell when the quota is reset
     MAX_COOLDOWN = 32 * 86400.0  # no quota is longer than a month
     MAX_COOLDOWN_1308 = 5 * 3600.0  # the quota of five hours
     PROBE_INTERVAL = 10.0
     MAX_COOLING = 1_000  # pairs of key and scope, for unknown models: clients may invent them
 
-    def __init__(self, keys: tuple[ZaiKey, ...], clock: Clock) -> None:
+    def __init__(
+        self, keys: tuple[ZaiKey, ...], clock: Clock, cooldown: float = Limits.cooldown
+    ) -> None:
+        """`cooldown` is in seconds, where Z.ai does not tell when the quota is reset."""
         bases = list(dict.fromkeys(key.base_url for key in keys))
         self.keys = sorted(keys, key=lambda key: bases.index(key.base_url))
         self.first_base = [key for key in keys if key.base_url == bases[0]]
         self.clock = clock
+        self.usual_cooldown = cooldown
         self.cooling: dict[tuple[ZaiKey, str], CoolDown] = {}  # by key and scope, the latest last
 
     def available(self, use: KeyUse) -> list[ZaiKey]:
@@ -6854,12 +8310,12 @@ class KeyPool:
         return error.kind in COOLDOWN_ERRORS or (error.kind in MODEL_ERRORS and len(self.keys) > 1)
 
     def cool_down(self, key: ZaiKey, use: KeyUse, error: UpstreamError) -> None:
-        """Rest a refused key until its reset time, or for COOLDOWN."""
+        """Rest a refused key until its reset time, or as long as usual."""
         self.expire()
         now, pair = self.clock.now(), (key, use.scope_of(error))
         told = error.resets_at - self.clock.unix() if error.resets_at else 0
         longest = self.MAX_COOLDOWN_1308 if error.zai_code == "1308" else self.MAX_COOLDOWN
-        error.retry_after = min(told, longest) if told > 0 else self.COOLDOWN
+        error.retry_after = min(told, longest) if told > 0 else self.usual_cooldown
         self.cooling.pop(pair, None)
         self.cooling[pair] = CoolDown(
             error.for_others(error.retry_after), now + error.retry_after, now
@@ -6880,12 +8336,22 @@ def names_unknown_model(scope: str) -> bool:
     return model != "" and model not in MODELS
 
 
+# The limit that learns. Z.ai publishes no number of requests that it takes at a time
+# (zai-org/GLM-5#83), and tells too many only by refusing one. But what a refusal says is exact: with
+# n in flight, it takes n - 1 now. So the limit needs no search.
+#
+# Before the first refusal it doubles in the time of an answer's beginning, as TCP's window does at
+# the start: each success while it is more than half full adds one. A refusal sets it to what was
+# in flight, less the refused one. From then on nothing goes beyond it but a probe, one request more
+# after a pause. If Z.ai takes the probe, the limit is one higher, and the next probe may follow at
+# once: so from 1 to 10 takes nine beginnings of answers. If it refuses, the pause doubles, from 2 s
+# to 30 s: so a crowd wastes one request in half a minute, and what Z.ai has opened is found within
+# that time. A probe follows the clock, not the next free place, since an answer may last minutes.
+#
+# Several refusals of one moment are one: those that come during the pause lower the limit, for
+# fewer are in flight, but lengthen no pause.
 class AdaptiveLimit:
-    """How many requests Z.ai takes at the same time for one key and model; it publishes no number (zai-org/GLM-5#83).
-
-    Grows by one per success while more than half full (after a refusal: only beyond the limit); a refusal sets it to
-    the in-flight count minus one; one probe follows a pause that doubles while probes fail.
-    """
+    """How many requests Z.ai takes at the same time for one key and model."""
 
     START = 4
     MIN_PAUSE, MAX_PAUSE = 2.0, 30.0  # seconds
@@ -6954,17 +8420,27 @@ def backoff(retry: int, jitter: float) -> float:
 # Processes that share a key are told nothing of each other, so fairness must come from what each
 # does alone. One whose answers follow each other without a gap keeps the others out for ever: they
 # ask every w seconds, and always find the key taken. So each now and then leaves a quarter of its
-# places, and one at least, free for 1.25 w, in which every other one asks once: each HOLD seconds
-# if others use the key, else each HOLD_ALONE, and only while Z.ai takes less than it is asked.
-# Whether others use the key shows by itself: if they took the places, Z.ai refuses what it took
-# before; if not, it takes it again.
+# places, and one at least, free for 1.25 w: each HOLD seconds if others use the key, else each
+# HOLD_ALONE, and only while Z.ai takes less than it is asked. Whether others use the key shows by
+# itself: if they took the places, Z.ai refuses what it took before; if not, it takes it again.
 #
-# What that costs, if P processes wait for a key that takes one request at a time, and an answer
-# takes a seconds: of the other P - 1 the first to ask takes the key w/P into the gap, a quarter of
-# a second in HOLD = 8 for P = 4 and w = 1: 3 %. More is lost when a queue runs dry while others
-# wait. They waste (P - 1)a/w requests for each answer: one and a half for answers of half a
-# second. A process that is alone loses 1.25 w in HOLD_ALONE of one place: 2 % with short answers,
-# 10 % with long ones, one at a time.
+# Why that is fair. A process that waits asks every 0.75 to 1.25 w, with jitter of its own, so in a
+# gap each of them asks once, and none knows when the gap began: all have the same chance to be
+# first. Of P processes, then, each of the P - 1 that wait gets a given gap with a chance of
+# 1/(P - 1), and holds the place as long as any other would. In the long run each has it for 1/P
+# of the time, waits (P - 1) HOLD for it on average, and is passed over k times in a row with a
+# chance of ((P - 2)/(P - 1))^k: for P = 4, ten times in a row (80 s) in 1.7 % of its turns. With
+# more places than one, each process leaves a quarter of what it has, so who has more leaves more:
+# of two with p and q places the first gives up p/4 and the second q/4 in the same time, and the
+# difference shrinks by a quarter each HOLD. A program that does none of this (it asks again at
+# once, say) gets each gap, and we get what it leaves; RATE_LIMIT_WAIT ends that.
+#
+# What it costs, if P processes wait for a key that takes one request at a time, and an answer
+# takes a seconds: in a gap the first of P - 1 asks after w/P on average, a quarter of a second in
+# HOLD = 8 for P = 4 and w = 1: 3 %. More is lost when a queue runs dry while others wait. Those
+# who wait waste (P - 1)a/w requests for each answer: one and a half for answers of half a second.
+# A process that is alone loses 1.25 w in HOLD_ALONE of one place: 2 % with short answers, 10 %
+# with long ones, one at a time.
 #
 # A client is told at last when Z.ai has taken nothing for RATE_LIMIT_WAIT seconds. What our own
 # answers in flight explain does not count: they will end, and the request is in their queue.
@@ -7113,12 +8589,24 @@ class Slot:
     in_flight_at_entry: int
     granted_at: float
     is_taken: bool = False  # by Z.ai
+    is_released: bool = False
 
     def taken(self) -> None:
         """Z.ai's answer has begun. To be called once more or less does no harm."""
         if not self.is_taken:
             self.is_taken = True
             self.queue.taken(self)
+
+    def answered(self) -> None:
+        """Z.ai's answer has ended, though the client may not have read it yet."""
+        self.taken()
+        self.release()
+
+    def release(self) -> None:
+        """Leave the place to another request. To be called once more does no harm."""
+        if not self.is_released:
+            self.is_released = True
+            self.queue.release(self)
 
 
 class Turn(NamedTuple):
@@ -7143,6 +8631,11 @@ class Ticket:
     refusal: UpstreamError | None = None  # for load, the last one
     slot: asyncio.Future[Slot] = field(init=False)  # while it waits
 
+    @property
+    def may_leave(self) -> bool:
+        """Whether another model may do."""
+        return self.leaves_after < math.inf
+
     def refused(self, error: UpstreamError, now: float) -> None:
         """Z.ai refused it for load. Keeps no traceback, which would keep the encoded request."""
         if self.refusal is None:
@@ -7154,13 +8647,30 @@ class Ticket:
         return key in self.failures, key.affinity(self.caller.conversation)
 
 
+# The queue. What waits stands in one list in the order of turns, for each model; only its head is
+# looked at, so nobody overtakes. A turn is a round and an arrival: a request takes the round behind
+# the last one of its account that waits, or behind the last one that was served. So in each round
+# every account is served once: of forty requests of one and a single one of another, the single one
+# is the second to go.
+#
+# The head gets the first key of its conversation's order (the best first: it has the prompt cache)
+# whose limit has room and whose patience lets it go. If none has, all wait, for the head's turn is
+# not given away. A refused request comes back to the same turn, and while its connection is being
+# released nobody else is let through. What may change the head's lot looks at it again: an answer
+# that begins (the limit may grow) or ends (a place is free), whoever leaves, and a timer, for when
+# a key opens, a gap ends, or a key has rested.
 class Queue:
-    """Requests for one model wait here for a key with room: accounts in turn, first come first served in each."""
+    """Requests for one model wait here for a key with room."""
 
-    POLL_INTERVAL = 1.0  # seconds
-
-    def __init__(self, keys: KeyPool, max_in_flight: int, clock: Clock) -> None:
+    def __init__(
+        self,
+        keys: KeyPool,
+        max_in_flight: int,
+        clock: Clock,
+        poll_interval: float = Limits.poll_interval,
+    ) -> None:
         self.keys, self.clock = keys, clock
+        self.poll_interval = poll_interval  # seconds
         self.max_in_flight = max_in_flight or math.inf
         self.limits = {key: AdaptiveLimit() for key in keys.keys}
         self.patience = {key: Patience() for key in keys.keys}
@@ -7198,7 +8708,7 @@ class Queue:
             if not (
                 ticket.slot.cancelled() or ticket.slot.exception()
             ):  # granted at the same moment
-                self.release(ticket.slot.result())
+                ticket.slot.result().release()
             raise
         finally:
             if ticket in self.waiting:
@@ -7246,7 +8756,7 @@ class Queue:
         """Look at the queue when a key opens, and now and then: a rest may end while nothing else happens."""
         now = self.clock.now()
         changes = [patience.next_change(now) for patience in self.patience.values()]
-        delay = min([self.POLL_INTERVAL, *changes])
+        delay = min([self.poll_interval, *changes])
         if self.timer and self.looks_at <= now + delay:
             return
         if self.timer:
@@ -7294,15 +8804,21 @@ class Queue:
         if self.in_flight >= self.max_in_flight:
             return None
         for key in keys if len(keys) == 1 else sorted(keys, key=ticket.preference):
-            limit, patience = self.limits[key], self.patience[key]
-            room = limit.has_room(now) and patience.lets_go(limit.in_flight, limit.limit, now)
-            if room:
+            if self.has_room(key):
                 self.keys.tried(key, ticket.use)
                 self.round = max(self.round, ticket.turn.round)
+                limit = self.limits[key]
                 self.in_flight += 1
                 limit.in_flight += 1
-                return Slot(self, key, limit, patience, limit.in_flight, now)
+                return Slot(self, key, limit, self.patience[key], limit.in_flight, now)
         return None
+
+    def has_room(self, key: ZaiKey) -> bool:
+        """Whether one more request may be sent with this key now."""
+        limit, now = self.limits[key], self.clock.now()
+        if not limit.has_room(now):
+            return False
+        return self.patience[key].lets_go(limit.in_flight, limit.limit, now)
 
 
 # ======== Z.ai client ===============================================================================================
@@ -7335,14 +8851,10 @@ async def in_thread_if_large(size: int, work: Callable[..., R], *arguments: Any)
     return await asyncio.get_running_loop().run_in_executor(LARGE_WORK, work, *arguments)
 
 
-FINISH_TIMEOUT = 2  # seconds to wait for usage and [DONE] after the finish
-CONNECT_TIMEOUT = 10  # seconds, including DNS and TLS
 # The encodings of a body that aiohttp unpacks (some only where their package is installed: it raises).
 UNPACKED = ("identity", "gzip", "deflate", "br", "zstd")
 PACKED = "Z.ai's answer is packed so that it cannot be read: try again."
 ERROR_BODY_LIMIT = 65536  # bytes of a refusal that are read
-ERROR_BODY_TIMEOUT = 5  # seconds
-GET_TIMEOUT = 5  # seconds
 GET_LIMIT = 2**22  # bytes
 
 
@@ -7353,19 +8865,20 @@ class IdleTimer:
         self.seconds = seconds
         self.on_idle: Callable[[], None] | None = on_idle
         self.timer: asyncio.TimerHandle | None = None
+        self.loop = asyncio.get_running_loop()
         self.reset()
 
     def start(self) -> None:
         self.arm(self.seconds)
 
     def reset(self) -> None:
-        self.last_reset = time.monotonic()
+        self.last_reset = self.loop.time()
 
     def arm(self, seconds: float) -> None:
-        self.timer = asyncio.get_running_loop().call_later(seconds, self.expire)
+        self.timer = self.loop.call_later(seconds, self.expire)
 
     def expire(self) -> None:
-        silence = time.monotonic() - self.last_reset
+        silence = self.loop.time() - self.last_reset
         if silence < self.seconds:
             self.arm(self.seconds - silence)
         elif self.on_idle:
@@ -7430,9 +8943,14 @@ class ByteStream:
     """The bytes of one answer; its connection belongs to `owner`."""
 
     def __init__(
-        self, response: aiohttp.ClientResponse, max_silence: float, owner: AsyncExitStack
+        self,
+        response: aiohttp.ClientResponse,
+        max_silence: float,
+        limits: Limits,
+        owner: AsyncExitStack,
     ) -> None:
         self.response = response
+        self.limits = limits
         self.reading = (
             False  # silence counts only while we wait for Z.ai, not while the client takes its time
         )
@@ -7458,7 +8976,8 @@ class ByteStream:
             body = b""
             with suppress(aiohttp.ClientError, asyncio.TimeoutError):  # its status says enough
                 body = await asyncio.wait_for(
-                    read_up_to(ERROR_BODY_LIMIT, self.response.content), ERROR_BODY_TIMEOUT
+                    read_up_to(ERROR_BODY_LIMIT, self.response.content),
+                    self.limits.error_body_timeout,
                 )
             trace(f"received HTTP {self.response.status}", body)
             error = self.with_request_id(zai_error(self.response.status, body))
@@ -7544,6 +9063,7 @@ class EventStream(EventSource):
         meter: Meter,
     ) -> None:
         super().__init__()
+        self.on_end: Callable[[], None] | None = None  # called when the last event was read
         self.meter = meter
         self.source = source
         self.reader = reader
@@ -7606,6 +9126,8 @@ class EventStream(EventSource):
                 self.first_at = self.first_at or time.monotonic()
                 self.meter.note(events)
                 trace("received", events)
+        if self.on_end and self.is_complete:
+            self.on_end()
         return events
 
     def events_in(self, part: bytes) -> list[Event]:
@@ -7621,7 +9143,7 @@ class EventStream(EventSource):
     async def read_rest(self) -> bytes:
         """The next bytes after Z.ai's finish, none at the end: a broken connection no longer matters."""
         now = asyncio.get_running_loop().time()
-        self.finish_deadline = self.finish_deadline or now + FINISH_TIMEOUT
+        self.finish_deadline = self.finish_deadline or now + self.source.limits.finish_timeout
         with suppress(UpstreamError, asyncio.TimeoutError):
             return await asyncio.wait_for(self.source.read(), self.finish_deadline - now)
         return b""
@@ -7657,8 +9179,9 @@ async def parts_of(body: bytes) -> AsyncIterator[bytes]:
 class ZaiClient:
     """HTTP to Z.ai, over one session for the life of the program."""
 
-    def __init__(self, session: aiohttp.ClientSession, settings: Settings) -> None:
+    def __init__(self, session: aiohttp.ClientSession, settings: Settings, limits: Limits) -> None:
         self.session, self.max_silence = session, settings.upstream_timeout
+        self.limits = limits
         self.uses_proxies = not settings.demo
         self.proxies: dict[
             str, str | None
@@ -7681,7 +9204,7 @@ class ZaiClient:
                 raise error.__cause__ from error
             raise connection_error(error) from error
         owner.push_async_exit(response)
-        stream = ByteStream(response, self.max_silence, owner)
+        stream = ByteStream(response, self.max_silence, self.limits, owner)
         await stream.check_status()
         stream.check_encoding()
         return stream
@@ -7709,10 +9232,10 @@ class ZaiClient:
         return plan_quota(as_object(parse_json(body)))
 
     async def get(self, url: str, key: ZaiKey) -> tuple[int, bytes]:
-        """Status and body of a short answer. Raises UpstreamError, also after GET_TIMEOUT."""
+        """Status and body of a short answer. Raises UpstreamError, also when it takes too long."""
         headers, timeout = (
             {"Authorization": f"Bearer {key.secret}"},
-            aiohttp.ClientTimeout(total=GET_TIMEOUT),
+            aiohttp.ClientTimeout(total=self.limits.get_timeout),
         )
         how: JSON = {"proxy": self.proxy(url), "headers": headers, "timeout": timeout}
         try:
@@ -7817,9 +9340,9 @@ def environment_proxy(origin: str) -> str | None:
     return None if proxy_bypass(url.hostname or "") else getproxies().get(url.scheme)
 
 
-def new_session(settings: Settings) -> aiohttp.ClientSession:
+def new_session(settings: Settings, limits: Limits) -> aiohttp.ClientSession:
     # No limit on the whole: an answer may take long. ZaiConnection and ByteStream time silence.
-    timeout = aiohttp.ClientTimeout(total=None, connect=CONNECT_TIMEOUT)
+    timeout = aiohttp.ClientTimeout(total=None, connect=limits.connect_timeout)
     connector, cookies = ZaiConnector(settings.upstream_timeout), aiohttp.DummyCookieJar()
     # Z.ai writes errors in English for those who ask; a compressed stream would wait in buffers.
     headers = {
@@ -7924,10 +9447,10 @@ async def end_tasks(tasks: Iterable[asyncio.Task[Any]]) -> None:
 class ReasoningMemory:
     """What models thought, for clients that lose it, by account and by what was said with it; the oldest goes first."""
 
-    MAX_BYTES = 64 * 2**20
     OVERHEAD = 256  # bytes of an entry besides the reasoning
 
-    def __init__(self) -> None:
+    def __init__(self, max_size: int = Limits.reasoning_size) -> None:
+        self.max_size = max_size  # bytes
         self.thoughts: dict[str, bytes] = {}
         self.size = 0
 
@@ -7939,7 +9462,7 @@ class ReasoningMemory:
         self.forget(key)
         self.thoughts[key] = thought
         self.size += len(thought) + self.OVERHEAD
-        while self.size > self.MAX_BYTES:
+        while self.size > self.max_size:
             self.forget(next(iter(self.thoughts)))
 
     def get(self, account_id: str, message: Message) -> str:
@@ -7969,8 +9492,9 @@ def canonical(arguments: str) -> str:
         return arguments
 
 
-LONG_ATTEMPT = 60  # seconds; a whole answer that broke off after that is asked for only once more
-FALLBACK_PATIENCE = 10  # seconds; after that another model is asked, if there is one
+class SlowAnswerError(UpstreamError):
+    """Z.ai has said nothing for FIRST_TOKEN_TIMEOUT, and another key or model may answer sooner."""
+
 
 # Asks with the slot's key until the answer has begun.
 Attempt = Callable[[Slot, AsyncExitStack], Awaitable[EventStream]]
@@ -7979,17 +9503,18 @@ Attempt = Callable[[Slot, AsyncExitStack], Awaitable[EventStream]]
 class Upstream:
     """The way to Z.ai: the keys, a queue for each model, retries and fallbacks."""
 
-    def __init__(self, settings: Settings, client: ZaiClient, clock: Clock) -> None:
-        self.settings, self.client, self.clock = settings, client, clock
-        self.keys = KeyPool(settings.zai_keys, clock)
+    def __init__(self, settings: Settings, limits: Limits, client: ZaiClient, clock: Clock) -> None:
+        self.settings, self.limits = settings, limits
+        self.client, self.clock = client, clock
+        self.keys = KeyPool(settings.zai_keys, clock, limits.cooldown)
         self.queues: dict[str, Queue] = {}
         self.account_slots: dict[
             tuple[str, int], asyncio.Semaphore
         ] = {}  # by account id and how many it has
-        self.memory = ReasoningMemory()
-        self.remedies: Counter[str] = (
-            Counter()
-        )  # what was done about failures, whether it helped or not
+        self.memory = ReasoningMemory(limits.reasoning_size)
+        # What was done about failures, whether it helped or not, and what was mended.
+        self.remedies: Counter[str] = Counter()
+        self.repairs: Counter[str] = Counter()  # by the repair's own name
 
     @asynccontextmanager
     async def open(self, plan: Plan) -> AsyncIterator[EventStream | MergedStream]:
@@ -8028,14 +9553,14 @@ class Upstream:
 
     async def with_fallbacks(self, plan: Plan, owner: AsyncExitStack) -> EventStream:
         """Ask one model after the other; raises the last one's error."""
-        leaves_after = min(FALLBACK_PATIENCE, self.settings.rate_limit_wait)
+        leaves_after = min(self.limits.fallback_patience, self.settings.rate_limit_wait)
         for model, prompt in plan.prompts[:-1]:
             attempt = partial(self.ask, plan, model, prompt)
             use = KeyUse(model.id)
             try:
                 return await self.with_retries(use, plan.caller, attempt, owner, leaves_after)
             except UpstreamError as error:
-                if error.kind not in FALLBACK_ERRORS:
+                if error.kind not in FALLBACK_ERRORS and not isinstance(error, SlowAnswerError):
                     raise
             self.remedies["fallbacks"] += 1
         model, prompt = plan.prompts[-1]
@@ -8059,7 +9584,9 @@ class Upstream:
         [meter] = plan.meters
         with meter.asking(request.characters):
             source = await self.client.send(url, key, owner, data=request.data)
-            stream = EventStream(source, ZaiReader(model), machines, memo, meter)
+            reader = ZaiReader(model, self.limits.answer_size)
+            stream = EventStream(source, reader, machines, memo, meter)
+            stream.on_end = slot.answered
             owner.callback(self.count_repairs, repairs)
             await stream.begin()
             slot.taken()
@@ -8070,7 +9597,7 @@ class Upstream:
     def count_repairs(self, repairs: Iterable[Repair]) -> None:
         for repair in repairs:
             if repair.mended:
-                self.remedies[repair.kind] += repair.mended
+                self.repairs[repair.kind] += repair.mended
 
     async def with_retries(
         self,
@@ -8103,9 +9630,12 @@ class Upstream:
         """Ask until the answer has begun. Raises UpstreamError when there is no next try."""
         while True:
             slot = await queue.acquire(ticket)
-            owner.callback(queue.release, slot)
+            owner.callback(slot.release)
+            asking = attempt(slot, owner)
+            if self.settings.first_token_timeout:
+                asking = self.in_time(asking, ticket, slot)
             try:
-                stream = await attempt(slot, owner)
+                stream = await asking
             except UpstreamError as error:
                 async with owner:  # emptied at the end
                     if is_refusal_for_load(error):
@@ -8119,6 +9649,33 @@ class Upstream:
                 return stream
             if wait:
                 await self.clock.sleep(wait)
+
+    async def in_time(self, asking: Awaitable[R], ticket: Ticket, slot: Slot) -> R:
+        """What asking comes to. Raises SlowAnswerError when Z.ai says nothing for FIRST_TOKEN_TIMEOUT.
+
+        Only if another key or model may do; the last one is waited for.
+        """
+        task = asyncio.ensure_future(asking)
+        try:
+            await asyncio.wait({task}, timeout=self.settings.first_token_timeout)
+            if not (task.done() or slot.is_taken) and self.has_other(ticket, slot):
+                raise SlowAnswerError(TIMEOUT)
+            return await task
+        finally:
+            await end_tasks([task])
+
+    def has_other(self, ticket: Ticket, slot: Slot) -> bool:
+        """Whether another key or another model may answer in place of a slow one."""
+        return ticket.may_leave or self.has_other_key(ticket, slot)
+
+    def has_other_key(self, ticket: Ticket, slot: Slot) -> bool:
+        """Whether a key that has not failed yet has room."""
+        tried = {slot.key, *ticket.failures}
+        try:
+            keys = self.keys.available(ticket.use)
+        except UpstreamError:  # all of them cool down by now
+            return False
+        return any(key not in tried and slot.queue.has_room(key) for key in keys)
 
     def wait_out(self, ticket: Ticket, slot: Slot, error: UpstreamError) -> None:
         """Let a request that was refused for load wait in its place; raise if it has waited enough."""
@@ -8138,6 +9695,11 @@ class Upstream:
         """Update keys after a failure; return the seconds to wait, or raise if there is no next try."""
         last = ticket.failures.get(slot.key)
         ticket.failures[slot.key] = error.kind
+        if isinstance(error, SlowAnswerError):
+            if not self.has_other_key(ticket, slot):
+                raise error
+            self.remedies["other_keys"] += 1
+            return 0
         if self.keys.calls_for_cooldown(error) and error.kind != last:
             self.keys.cool_down(slot.key, ticket.use, error)
             try:
@@ -8150,7 +9712,7 @@ class Upstream:
             self.remedies["other_keys"] += 1
             return 0
         retries = self.settings.max_retries
-        if self.clock.now() - slot.granted_at > LONG_ATTEMPT:
+        if self.clock.now() - slot.granted_at > self.limits.long_attempt:
             retries = min(retries, 1)
         if error.kind not in RETRYABLE or ticket.retries >= retries:
             raise error
@@ -8180,7 +9742,7 @@ class Upstream:
             "keys": len(numbers),
             "resting": cooling,
             "queues": queues,
-            "healed": dict(self.remedies),
+            "healed": {**self.remedies, **self.repairs},
         }
 
     def queue(self, model: str) -> Queue:
@@ -8189,25 +9751,25 @@ class Upstream:
             self.queues = {
                 n: q for n, q in self.queues.items() if n in MODELS or q.in_flight or q.tickets
             }
-            self.queues[model] = Queue(self.keys, self.settings.max_concurrency, self.clock)
+            self.queues[model] = Queue(
+                self.keys, self.settings.max_concurrency, self.clock, self.limits.poll_interval
+            )
         return self.queues[model]
 
 
-MODELS_TTL = 600  # seconds for which Z.ai's list of models is not asked for again
-
-
 class Catalog:
-    """The models this server lists: the table, and Z.ai's list for the first key, asked for once per MODELS_TTL."""
+    """The models this server lists: the table, and Z.ai's list for the first key, asked for now and then."""
 
-    def __init__(self, client: ZaiClient, keys: KeyPool) -> None:
-        self.client, self.keys = client, keys
+    def __init__(self, client: ZaiClient, keys: KeyPool, ttl: float) -> None:
+        """`ttl`: seconds for which Z.ai is not asked again."""
+        self.client, self.keys, self.ttl = client, keys, ttl
         self.models = dict(MODELS)
         self.asked_at = -math.inf
         self.asking: asyncio.Task[None] | None = None
 
     async def list(self, now: float) -> dict[str, Model]:
         """By id. Only the first caller waits for Z.ai; later the list is refreshed in the background."""
-        if now - self.asked_at >= MODELS_TTL:
+        if now - self.asked_at >= self.ttl:
             before, self.asking, self.asked_at = self.asking, asyncio.create_task(self.ask()), now
             if before is None:
                 await asyncio.wait({self.asking})
@@ -8225,21 +9787,19 @@ class Catalog:
                 self.models = MODELS | {model.id: model for model in models}
 
 
-PLANS_TTL = 60  # seconds
-
-
 class PlanQuotas:
-    """What is left of the plans of Z.ai keys; asked for when the dashboard is, at most once in PLANS_TTL."""
+    """What is left of the plans of Z.ai keys; asked for when the dashboard is, now and then."""
 
-    def __init__(self, client: ZaiClient, keys: tuple[ZaiKey, ...]) -> None:
-        self.client, self.keys = client, keys
+    def __init__(self, client: ZaiClient, keys: tuple[ZaiKey, ...], ttl: float) -> None:
+        """`ttl`: seconds for which Z.ai is not asked again."""
+        self.client, self.keys, self.ttl = client, keys, ttl
         self.plans: list[JSON] = []
         self.asked_at = -math.inf
         self.asking: asyncio.Task[None] | None = None
 
     def latest(self, now: float) -> list[JSON]:
         """Z.ai's last answer; the next is fetched in the background."""
-        if now - self.asked_at >= PLANS_TTL:
+        if now - self.asked_at >= self.ttl:
             self.asked_at, self.asking = now, asyncio.create_task(self.ask())
         return self.plans
 
@@ -8412,17 +9972,16 @@ class DatabaseThread:
 class UnsavedResponses:
     """Responses that the database does not have yet; too many, or too large, the oldest are lost."""
 
-    MAX_ROWS = 1_000
-    MAX_SIZE = 64 * 2**20  # bytes
-
-    def __init__(self) -> None:
+    def __init__(self, limits: Limits) -> None:
+        self.limits = limits
         self.rows: dict[str, ResponseRow] = {}  # by id, the oldest first
         self.size = 0  # bytes
 
     def put(self, row: ResponseRow) -> None:
         self.rows[row.id] = row
         self.size += row.size
-        while len(self.rows) > self.MAX_ROWS or self.size > self.MAX_SIZE:
+        limits = self.limits
+        while len(self.rows) > limits.unsaved_rows or self.size > limits.unsaved_size:
             self.drop(next(iter(self.rows)))
 
     def drop(self, response_id: str) -> None:
@@ -8449,21 +10008,18 @@ class UnsavedResponses:
 class Database:
     """One connection in one thread: the event loop never waits for a disk, and nobody waits for long.
 
-    What does not answer within WAIT seconds, or fails, is not asked again for requests until the
+    What does not answer in time, or fails, is not asked again for requests until the
     exchange that runs all the while has succeeded. Counts are written in numbered batches. One that
     was perhaps written before the connection broke is written again under its number, which
     `ztoapi_writers` takes only once.
     """
 
-    INTERVAL = 1.0  # seconds between two looks for something to write
     POLL = 3  # intervals between two reads of what others wrote
-    WAIT = 5.0  # seconds
-    BUSY_TIMEOUT = 2.0  # seconds for which SQLite waits for another process that writes
-    MAX_STORED = 256 * 2**20  # bytes of responses for one account; then the oldest go
 
-    def __init__(self, url: str, unix: Callable[[], float]) -> None:
+    def __init__(self, url: str, unix: Callable[[], float], limits: Limits | None = None) -> None:
         self.url = url
         self.unix = unix
+        self.limits = limits or Limits()
         self.is_postgres = url.startswith("postgres")
         self.in_memory = url == "memory"
         self.path = DATABASE_FILE.parent / url.removeprefix("sqlite:///") if url else DATABASE_FILE
@@ -8474,7 +10030,7 @@ class Database:
         self.hanging: asyncio.Future[Any] | None = None  # the job that did not end in time
         self.has_failed = False  # the last job did
         self.batch = 1
-        self.unsaved = UnsavedResponses()
+        self.unsaved = UnsavedResponses(self.limits)
         self.lock = asyncio.Lock()  # one batch at a time
         self.cleaned_on: date | None = None  # when what is old was looked for
 
@@ -8495,13 +10051,13 @@ class Database:
         return await self.wait_for(job, *arguments, begin=begin)
 
     async def wait_for(self, job: Callable[..., R], *arguments: object, begin: str) -> R:
-        """Do a job. Raises DatabaseError when that fails or takes longer than WAIT."""
+        """Do a job. Raises DatabaseError when that fails or takes too long."""
         if self.hanging and not self.hanging.done():
             raise DatabaseError(NO_ANSWER)
         work = partial(self.transact, job, *arguments, begin=begin)
         done = asyncio.wrap_future(self.thread.submit(work))
         done.add_done_callback(forget_outcome)  # whoever waits may be cancelled, or wait too long
-        finished, _ = await asyncio.wait({done}, timeout=self.WAIT)
+        finished, _ = await asyncio.wait({done}, timeout=self.limits.database_wait)
         if not finished:
             self.hanging = done
             self.has_failed = True
@@ -8519,7 +10075,7 @@ class Database:
         yield
         await end_tasks([task])
         task = asyncio.create_task(self.write_rest(accounts))
-        await asyncio.wait({task}, timeout=self.WAIT + 1)
+        await asyncio.wait({task}, timeout=self.limits.database_wait + 1)
         await end_tasks([task])
         await asyncio.wait({asyncio.wrap_future(self.thread.submit(self.close))}, timeout=1)
 
@@ -8533,7 +10089,7 @@ class Database:
         for number in count():
             if self.is_due(accounts, number):
                 await self.sync(accounts)
-            await asyncio.sleep(self.INTERVAL)
+            await asyncio.sleep(self.limits.database_interval)
 
     def is_due(self, accounts: Accounts, number: int) -> bool:
         """Whether to exchange something at this interval."""
@@ -8690,7 +10246,10 @@ class Database:
             path = self.path
             os.close(os.open(path, os.O_CREAT | os.O_RDWR, 0o600))
         self.connection = self.driver.connect(
-            path, timeout=self.BUSY_TIMEOUT, isolation_level=None, check_same_thread=False
+            path,
+            timeout=self.limits.busy_timeout,
+            isolation_level=None,
+            check_same_thread=False,
         )
         self.execute("PRAGMA journal_mode = WAL")
         self.execute("PRAGMA synchronous = NORMAL")
@@ -8763,9 +10322,9 @@ class Database:
             self.execute(PUT_RESPONSE, *row)
         for account_id in {row.account for row in rows.values()}:
             stored = self.execute(SIZE_OF_ALL, account_id).fetchone()[0] or 0
-            if stored > self.MAX_STORED:
+            if stored > self.limits.stored_size:
                 self.lock_out(MAKING_ROOM)
-                self.execute(DELETE_OLDEST, account_id, self.MAX_STORED)
+                self.execute(DELETE_OLDEST, account_id, self.limits.stored_size)
         has_deleted = any(row.day == DELETED for row in rows.values())
         if has_deleted or self.cleaned_on != today:
             self.clean(today)
@@ -9038,10 +10597,9 @@ class Statistics:
 class ClientHistory:
     """The stored responses of one client key. Those that a request refers to are loaded before it is parsed."""
 
-    MAX_SIZE = MAX_HELD  # bytes; the rest counts as not stored
-
     def __init__(self, database: Database, account_id: str) -> None:
         self.database = database
+        self.max_size = database.limits.loaded_size
         self.account_id = account_id
         self.loaded: dict[str, StoredResponse] = {}
         self.size = 0  # bytes of what was found
@@ -9050,13 +10608,13 @@ class ClientHistory:
         """Raises DatabaseError."""
         if not asked.previous and not asked.others:
             return
-        rows = await self.database.find_responses(self.account_id, asked, self.MAX_SIZE)
+        rows = await self.database.find_responses(self.account_id, asked, self.max_size)
         await in_thread_if_large(sum(row.size for row in rows), self.read, rows)
 
     def read(self, rows: Iterable[ResponseRow]) -> None:
         for row in rows:
             self.size += row.size
-            if self.size <= self.MAX_SIZE:
+            if self.size <= self.max_size:
                 self.loaded[row.id] = StoredResponse(**json.loads(row.body), parent=row.parent)
 
     def get(self, response_id: str) -> StoredResponse | None:
@@ -9087,6 +10645,7 @@ OpenResponse: TypeAlias = "SSEResponse | PassThroughResponse"
 
 
 SETTINGS = web.AppKey("settings", Settings)
+APP_LIMITS = web.AppKey("limits", Limits)
 REDACT = web.AppKey("redact", Redactor)
 IN_FLIGHT: web.AppKey[dict[Any, web.Request]] = web.AppKey(
     "in_flight", dict
@@ -9112,8 +10671,6 @@ Answering = EventStream | MergedStream  # an answer that has begun
 # ======== Streaming out =============================================================================================
 # `SSEResponse` sends an answer piece by piece (`relay`), and comments while Z.ai is silent (`keep_alive`).
 
-MAX_JOINED = 2**23  # bytes of an answer after which its frames are sent one by one
-KEEP_ALIVE_INTERVAL = 15  # seconds of silence after which a stream gets a comment
 EVENT_STREAM = "text/event-stream; charset=utf-8"
 STREAM_HEADERS = {
     "Content-Type": EVENT_STREAM,
@@ -9141,7 +10698,9 @@ class SSEResponse:
         self.own_head = head_of(AnswerInfo("", 0, "", ""), model, request)
         self.response = web.StreamResponse(headers=STREAM_HEADERS)
         self.has_begun = False  # the reply knows the answer's head
-        self.timer = IdleTimer(KEEP_ALIVE_INTERVAL, self.on_idle)
+        limits = request.app[APP_LIMITS]
+        self.joined_size = limits.joined_size
+        self.timer = IdleTimer(limits.keep_alive_interval, self.on_idle)
         self.writing = False  # waiting for the client
         self.keeping_alive: asyncio.Task[None] | None = None
 
@@ -9157,7 +10716,7 @@ class SSEResponse:
 
         `size` is the answer's, in bytes so far.
         """
-        if size < MAX_JOINED:
+        if size < self.joined_size:
             await self.send_together(frames)
             return
         for frame in frames:
@@ -9206,8 +10765,6 @@ class SSEResponse:
 # Bodies come as they were sent, packed or not: aiohttp unpacks none. `body_parts` unpacks the one that a handler reads,
 # step by step, so that others go on meanwhile; what no handler reads costs no more than its own bytes.
 
-READ_TIMEOUT = 30.0  # seconds for a whole head, and for each MIN_READ bytes of a body
-MIN_READ = 2**14
 STEP_INPUT = 2**14  # packed bytes that one step reads
 STEP_OUTPUT = 2**16  # bytes that one step unpacks
 MAX_CODINGS = 3  # one inside the other
@@ -9241,7 +10798,7 @@ def body_parts(request: web.Request) -> AsyncIterator[bytes]:
     """
     limit = request.app[SETTINGS].max_body_mb * 2**20
     codings = request.headers.getall("Content-Encoding", ())
-    parts = limited_parts(BodyReader(request.content), limit)
+    parts = limited_parts(BodyReader(request.content, request.app[APP_LIMITS]), limit)
     if not codings:
         return parts
     return unpacked_parts(parts, unpackers_for(codings, limit))
@@ -9271,13 +10828,14 @@ async def unpacked_parts(
 class BodyReader:
     """Reads a body as it comes, and gives up on a client that stalls.
 
-    It has READ_TIMEOUT seconds for each MIN_READ bytes, so what comes byte by byte gets no more time. Only waiting
+    It has `read_timeout` seconds for each `min_read` bytes, so what comes byte by byte gets no more time. Only waiting
     for the client counts: while Z.ai takes an upload slowly, nothing is read.
     """
 
-    def __init__(self, content: aiohttp.StreamReader) -> None:
+    def __init__(self, content: aiohttp.StreamReader, limits: Limits) -> None:
         self.content = content
-        self.seconds_left = READ_TIMEOUT
+        self.limits = limits
+        self.seconds_left = limits.read_timeout
         self.received = 0  # bytes since it had all these seconds
 
     async def read(self) -> bytes:
@@ -9300,8 +10858,8 @@ class BodyReader:
         part = await asyncio.wait_for(self.content.readany(), self.seconds_left)
         self.seconds_left -= time.monotonic() - began
         self.received += len(part)
-        if self.received >= MIN_READ:
-            self.seconds_left = READ_TIMEOUT
+        if self.received >= self.limits.min_read:
+            self.seconds_left = self.limits.read_timeout
             self.received = 0
         return part
 
@@ -9749,7 +11307,7 @@ async def plan_request(surface: Surface, request: web.Request) -> Asked:
     await history.load(referred_responses(body))
     size = request[RECORD].body_size + history.size
     asked = await in_thread_if_large(size, planned, surface, request, body, history, size)
-    request.app[UPSTREAM].remedies.update(asked.plan.repairs)
+    request.app[UPSTREAM].repairs.update(asked.plan.repairs)
     request.app[ACCOUNTS].check_choices(request[ACCOUNT], asked.plan.n, time.monotonic())
     return asked
 
@@ -9921,6 +11479,20 @@ async def delete_response(request: web.Request) -> web.Response:
     return json_response({"id": response_id, "object": "response", "deleted": True})
 
 
+async def count_input_tokens(request: web.Request) -> web.Response:
+    """An estimate, in the form of the Responses API: Z.ai is not asked."""
+    history = ClientHistory(request.app[DATABASE], request[ACCOUNT].id)
+    body = await read_json(request)
+    await history.load(referred_responses(body))
+    size = request[RECORD].body_size + history.size
+    tokens = await in_thread_if_large(size, response_tokens, body, history)
+    return json_response({"object": "response.input_tokens", "input_tokens": tokens})
+
+
+def response_tokens(body: JSON, history: ClientHistory) -> int:
+    return estimated_tokens(parse_counted_response(body, history))
+
+
 async def health(request: web.Request) -> web.Response:
     return json_response({"status": "ok", "name": "ztoapi"} | about(request.app[SETTINGS]))
 
@@ -10029,9 +11601,11 @@ async def metrics(request: web.Request) -> web.Response:
         for m, figures in models
         for kind in kinds
     )
+    repairs = (({"kind": kind}, n) for kind, n in upstream.repairs.items())
     families = [
         family("build_info", "gauge", [({"version": __version__}, 1)]),
         family("retries_total", "counter", [({}, upstream.remedies["retries"])]),
+        family("repairs_total", "counter", repairs),
         family("requests_total", "counter", requests),
         family("tokens_total", "counter", tokens),
         *(
@@ -10297,7 +11871,7 @@ class PassThroughResponse:
         data, held = b"", 0
         while not data and (part := await self.stream.read()):
             held += len(part)
-            if held > MAX_HELD:
+            if held > self.request.app[APP_LIMITS].answer_size:
                 raise UpstreamError(UNAVAILABLE, TOO_LARGE)
             data = await in_thread_if_large(held, self.reader.feed, part)
         data = data or await in_thread_if_large(held, self.reader.close)
@@ -10432,10 +12006,12 @@ async def error_response(request: web.Request, error: ProxyError) -> web.StreamR
     request[RECORD].error = error.kind.code or error.kind.type
     stream: OpenResponse | None = request.get(STREAM)
     if stream and stream.response.prepared:
+        say_when(error)
         await stream.fail(error)
         return stream.response
     headers = error_headers(error)
-    if error.kind.status == 402 and request.path.rstrip("/").endswith("/responses"):
+    is_response = request.path.rstrip("/").endswith(("/responses", "/responses/compact"))
+    if error.kind.status == 402 and is_response:
         headers.pop("Retry-After", None)  # Codex would silently wait until then
     status, body = surface_of(request).error(error, our_request_id(request))
     response = json_response(body, status, headers)
@@ -10444,19 +12020,19 @@ async def error_response(request: web.Request, error: ProxyError) -> web.StreamR
     return response
 
 
-SHUTDOWN_GRACE = 30  # seconds that answers in flight have to finish
+def say_when(error: ProxyError) -> None:
+    """Put Retry-After into words, where it is too late for a header. Codex reads these."""
+    if error.retry_after is not None:
+        error.message += f" Try again in {max(1, math.ceil(error.retry_after))} seconds."
 
 
 async def drain(app: web.Application) -> None:
     """Before the server stops: let answers in flight finish for a while, then end them too."""
     in_flight = app[IN_FLIGHT]
+    grace = app[APP_LIMITS].shutdown_grace
     if in_flight:
-        LOG.info(
-            "stopping: waiting at most %d s for answers in flight: %d",
-            SHUTDOWN_GRACE,
-            len(in_flight),
-        )
-    for seconds in (SHUTDOWN_GRACE, 2):
+        LOG.info("stopping: waiting at most %d s for answers in flight: %d", grace, len(in_flight))
+    for seconds in (grace, 2):
         if in_flight:
             await asyncio.wait(list(in_flight), timeout=seconds)
         end_answers(app)
@@ -10492,7 +12068,6 @@ async def obey_signals(app: web.Application) -> None:
 # `serve_as_here` gives an app's servers these connections; nothing in aiohttp itself is changed.
 # requirements.txt lists what is used of aiohttp without being documented.
 
-CHECK_INTERVAL = 5.0  # seconds
 MAX_HEAD = 2**15  # bytes
 MAX_REFUSED_HEAD = 2**18  # bytes of a larger head that are taken before it is refused
 END_OF_HEAD = b"\r\n\r\n"
@@ -10508,10 +12083,8 @@ def descriptor_limit() -> int:
     return sys.maxsize
 
 
-MAX_DESCRIPTORS = descriptor_limit()
-BACKLOG = min(
-    1024, MAX_DESCRIPTORS // 8
-)  # connections accepted before the first of them is looked at
+# Connections accepted before the first of them is looked at.
+BACKLOG = min(1024, descriptor_limit() // 8)
 
 
 def serve_as_here(app: web.Application) -> None:
@@ -10529,7 +12102,7 @@ def serve_as_here(app: web.Application) -> None:
 class ClientServer(web.Server):
     """Accepts clients, and ends connections that only take up room.
 
-    Those are: without a whole head for READ_TIMEOUT, with a client that reads nothing for UPSTREAM_TIMEOUT, and,
+    Those are: without a whole head for `read_timeout`, with a client that reads nothing for UPSTREAM_TIMEOUT, and,
     before file descriptors run out, those without a request, the longest silent first.
     """
 
@@ -10542,6 +12115,8 @@ class ClientServer(web.Server):
             handler, loop=loop, request_factory=request_factory, handler_cancellation=True
         )
         self.app = app
+        self.limits = app[APP_LIMITS]
+        self.max_descriptors = self.limits.max_descriptors or descriptor_limit()
         self.loop = loop
         self.how = {
             **how,
@@ -10558,9 +12133,9 @@ class ClientServer(web.Server):
     def connection_made(self, handler: web.RequestHandler, transport: asyncio.Transport) -> None:
         super().connection_made(handler, transport)
         if self.next_check is None:
-            self.next_check = self.loop.call_later(CHECK_INTERVAL, self.check)
+            self.next_check = self.loop.call_later(self.limits.check_interval, self.check)
         descriptor = transport.get_extra_info("socket").fileno()  # always the lowest free number
-        if descriptor > MAX_DESCRIPTORS * 3 // 4:
+        if descriptor > self.max_descriptors * 3 // 4:
             self.make_room()
 
     def without_request(self) -> list[ClientConnection]:
@@ -10586,7 +12161,7 @@ class ClientServer(web.Server):
         for connection in cast("list[ClientConnection]", self.connections):
             connection.check_reader(now, self.app[SETTINGS].upstream_timeout)
         if self.connections:
-            self.next_check = self.loop.call_later(CHECK_INTERVAL, self.check)
+            self.next_check = self.loop.call_later(self.limits.check_interval, self.check)
 
     def pre_shutdown(self) -> None:
         """Closes what is idle: aiohttp would leave it open until all answers are finished."""
@@ -10600,14 +12175,15 @@ class ClientConnection(web.RequestHandler):
 
     def __init__(self, server: ClientServer, **how: Any) -> None:
         super().__init__(server, **how)
+        self.read_timeout = server.limits.read_timeout
         self.last_received_at = time.monotonic()
         self.head = b""  # what has come of a request's head, until it is whole
-        self.head_due = self.last_received_at + READ_TIMEOUT  # when it must be whole
+        self.head_due = self.last_received_at + self.read_timeout  # when it must be whole
         self.latest: Any = None  # the latest request that was parsed, with its body
         self.body: aiohttp.StreamReader = aiohttp.EMPTY_PAYLOAD  # the latest request's
         self.is_refused = False  # the parser could not read what came
         self.unsent_bytes = 0  # that the client had not taken at the last check
-        self.unsent_since = 0.0  # since when they have been so many
+        self.last_taken_at = self.last_received_at  # when it had taken some, or all
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         # aiohttp's own reference ends before the connection does
@@ -10635,7 +12211,7 @@ class ClientConnection(web.RequestHandler):
             self.latest = self._messages[-1]
             self.begin_request(*self.latest)
         elif self.head and self.head_due == math.inf:
-            self.head_due = self.last_received_at + READ_TIMEOUT
+            self.head_due = self.last_received_at + self.read_timeout
 
     def begin_request(self, message: Any, body: aiohttp.StreamReader) -> None:
         if isinstance(message, RawRequestMessage):
@@ -10649,13 +12225,16 @@ class ClientConnection(web.RequestHandler):
             self.body.set_exception(web.RequestPayloadError())
 
     def check_reader(self, now: float, patience: float) -> None:
-        """Ends the connection when the client has read nothing for so many seconds."""
+        """Ends the connection when the client has read nothing for so many seconds.
+
+        What waits for it may grow meanwhile; it shrinks, between some two looks, where a client reads.
+        """
         unsent = self.client.get_write_buffer_size()
-        if not unsent or unsent != self.unsent_bytes:
-            self.unsent_bytes = unsent
-            self.unsent_since = now
-        elif now - self.unsent_since > patience:
+        if not unsent or unsent < self.unsent_bytes:
+            self.last_taken_at = now
+        elif now - self.last_taken_at > patience:
             self.client.abort()
+        self.unsent_bytes = unsent
 
     async def finish_response(
         self, request: web.BaseRequest, resp: web.StreamResponse, start_time: float | None
@@ -10732,7 +12311,9 @@ API = r"/{prefix:/*(?:(?:v1|api/v1|api/paas/v4)/+)*}"  # clients use any of thes
 END = r"{slash:/*}"
 
 
-def create_app(settings: Settings | None = None, clock: Clock | None = None) -> web.Application:
+def create_app(
+    settings: Settings | None = None, limits: Limits | None = None, clock: Clock | None = None
+) -> web.Application:
     """The server as an aiohttp application. Without settings, as process managers call it, it reads the environment."""
     failed = (
         2 if settings else 3
@@ -10740,12 +12321,14 @@ def create_app(settings: Settings | None = None, clock: Clock | None = None) -> 
     if settings is None:
         settings = settings_or_exit({}, failed)
         set_up_log(settings)
+    limits = limits or Limits()
     clock = clock or Clock()
-    database = database_or_exit(settings, clock, failed)
+    database = database_or_exit(settings, limits, clock, failed)
     limit = settings.max_body_mb * 2**20
     app = web.Application(middlewares=[log_requests, local_only], client_max_size=limit)
     serve_as_here(app)
     app[SETTINGS], app[REDACT] = settings, redactor(settings)
+    app[APP_LIMITS] = limits
     app[IN_FLIGHT] = {}
     app[CLOCK], app[STATISTICS] = clock, Statistics(time.monotonic())
     app[ACCOUNTS], app[DATABASE] = Accounts(settings.default_key), database
@@ -10773,6 +12356,7 @@ def api_routes(app: web.Application) -> None:
     add_route(app, "POST", f"{API}messages/count_tokens{END}", require_key(count_tokens))
     add_route(app, "GET", f"{API}models{END}", require_key(list_models))
     add_route(app, "GET", f"{API}models/{{id:.*[^/]}}{END}", require_key(one_model))
+    add_route(app, "POST", f"{API}responses/input_tokens{END}", require_key(count_input_tokens))
     response = API + r"responses/{id:resp_\w+}"
     add_route(app, "GET", response + END, require_key(one_response))
     add_route(app, "GET", f"{response}/input_items{END}", require_key(list_input_items))
@@ -10805,11 +12389,13 @@ def add_route(app: web.Application, method: str, path: str, handler: Handler) ->
 async def connect(app: web.Application) -> AsyncIterator[None]:
     """Opens what lives as long as the app: the session to Z.ai and what uses it."""
     settings = app[SETTINGS]
-    async with new_session(settings) as session:
-        client = ZaiClient(session, settings)
-        app[UPSTREAM] = Upstream(settings, client, app[CLOCK])
-        app[CATALOG] = Catalog(client, app[UPSTREAM].keys)
-        app[PLANS] = PlanQuotas(client, () if settings.demo else settings.zai_keys)
+    limits = app[APP_LIMITS]
+    async with new_session(settings, limits) as session:
+        client = ZaiClient(session, settings, limits)
+        app[UPSTREAM] = Upstream(settings, limits, client, app[CLOCK])
+        app[CATALOG] = Catalog(client, app[UPSTREAM].keys, limits.models_ttl)
+        keys_with_plans = () if settings.demo else settings.zai_keys
+        app[PLANS] = PlanQuotas(client, keys_with_plans, limits.plans_ttl)
         async with app[DATABASE].running(app[ACCOUNTS]):
             yield
         await end_tasks(filter(None, (app[CATALOG].asking, app[PLANS].asking)))
@@ -10848,14 +12434,15 @@ class RedactingFormatter(logging.Formatter):
 
 
 class BackgroundHandler(logging.Handler):
-    """Writes the log in a thread: a reader who stalls stops only the log, and loses what MAX_WAITING cannot hold."""
+    """Writes the log in a thread: a reader who stalls stops only the log, and loses what there is no room for."""
 
-    MAX_WAITING = 2**23  # characters
     DROPPED = "{} lines were dropped here, because they could not be written\n"
 
-    def __init__(self, descriptor: int) -> None:
+    def __init__(self, descriptor: int, max_waiting: int = 2**23) -> None:
+        """`max_waiting` is in characters."""
         super().__init__()
         self.descriptor = descriptor
+        self.max_waiting = max_waiting
         self.lines: SimpleQueue[str] = SimpleQueue()
         self.added = self.written = 0  # characters
         self.dropped = 0  # lines
@@ -10863,7 +12450,7 @@ class BackgroundHandler(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         line = self.format(record) + "\n"
-        if self.added - self.written > self.MAX_WAITING:
+        if self.added - self.written > self.max_waiting:
             self.dropped += 1
             return
         if self.dropped:
@@ -10961,9 +12548,10 @@ def settings_or_exit(flags: Mapping[str, str], status: int = 2) -> Settings:
         exit_with_error(error, status)
 
 
-def database_or_exit(settings: Settings, clock: Clock, status: int) -> Database:
+def database_or_exit(settings: Settings, limits: Limits, clock: Clock, status: int) -> Database:
     """The database, connected if it was named or exists. Exits with one line and the status if that fails."""
-    database = Database("memory" if settings.demo else settings.database_url, clock.unix)
+    url = "memory" if settings.demo else settings.database_url
+    database = Database(url, clock.unix, limits)
     try:
         if settings.database_url or database.exists:
             database.transact(database.list_accounts, begin=READ)
@@ -11247,8 +12835,9 @@ async def diagnose(settings: Settings) -> AsyncIterator[Finding]:
     if not settings.zai_api_key:
         yield Finding("key", ZAI_API_KEY_MISSING.message, good=False)
         return
-    async with new_session(settings) as session:
-        client, accepted = ZaiClient(session, settings), False
+    limits = Limits()
+    async with new_session(settings, limits) as session:
+        client, accepted = ZaiClient(session, settings, limits), False
         for number, key in enumerate(settings.zai_keys, 1):
             finding = await check_key(client, f"key {number}", key)
             yield finding
@@ -11260,7 +12849,9 @@ async def diagnose(settings: Settings) -> AsyncIterator[Finding]:
             ):  # the other keys would fail in the same way
                 return
         if accepted:
-            yield await check_chat(Upstream(replace(settings, max_retries=0), client, Clock()))
+            yield await check_chat(
+                Upstream(replace(settings, max_retries=0), limits, client, Clock())
+            )
 
 
 async def check_key(client: ZaiClient, what: str, key: ZaiKey) -> Finding:
@@ -11714,7 +13305,6 @@ UNLOGGED_PATHS = (
     DEMO_PATH,
     "/dashboard/stats",
 )  # often requested by the program itself and its pages
-DEMO_PACE = 0.03  # seconds between words
 
 
 async def demo_models(_: web.Request) -> web.Response:
@@ -11741,7 +13331,7 @@ async def demo_chat(request: web.Request) -> web.StreamResponse:
         await response.write(
             sse([head | {"choices": [{"index": 0, "delta": {"role": "assistant", **delta}}]}])
         )
-        await asyncio.sleep(DEMO_PACE if body.get("stream") else 0)
+        await asyncio.sleep(request.app[APP_LIMITS].demo_pace if body.get("stream") else 0)
     await response.write(sse([head | demo_last(body, deltas), "[DONE]"]))
     return response
 

@@ -1,13 +1,18 @@
 """How processes that share a key share what Z.ai takes, without knowing of each other.
 
-usage: python .ci/sharing.py [PROCESSES,… [LIMIT,… [SECONDS]]]      default: 1,4 1,3 12
+usage: python .ci/sharing.py [PROCESSES,… [LIMIT,… [SECONDS]]] [--greedy N]      default: 1,4 1,3 12
 
 A stand-in for Z.ai takes LIMIT requests at a time and refuses others with 1302; 24 clients ask
 ztoapi, as that many processes, again and again, over a new connection each time.
+
+With --greedy, another program uses the same key: N requests at a time, and each that is refused
+asks again after a tenth of a second. It leaves nothing to others but by chance, so nothing is
+expected then but that no client of ours is told a refusal.
 """
 
 from __future__ import annotations
 
+import argparse
 import asyncio
 import os
 import random
@@ -23,6 +28,7 @@ from aiohttp import web
 
 PROGRAM = Path(__file__).parent.parent / "ztoapi.py"
 ANSWER = 0.5  # seconds
+GREEDY_WAIT = 0.1  # seconds
 CLIENTS = 24
 CHUNK = b'data: {"id":"1","created":1,"choices":[{"index":0,"delta":{"content":"hi"}}]}\n\n'
 END = (
@@ -39,12 +45,14 @@ class BusyZai:
         self.limit = limit
         self.active = 0
         self.answered = 0
+        self.answered_others = 0
         self.refused = 0
 
     async def chat(self, request: web.Request) -> web.StreamResponse:
         await request.read()
+        is_ours = "X-Greedy" not in request.headers
         if self.active >= self.limit:
-            self.refused += 1
+            self.refused += is_ours
             return web.json_response({"error": {"code": "1302", "message": "slow"}}, status=429)
         self.active += 1
         try:
@@ -56,7 +64,8 @@ class BusyZai:
                 await response.write(END)
         finally:
             self.active -= 1
-        self.answered += 1
+        self.answered += is_ours
+        self.answered_others += not is_ours
         return response
 
 
@@ -101,7 +110,18 @@ async def ask_again_and_again(
                 refusals.append(response.status)
 
 
-async def share(processes: int, limit: int, seconds: float) -> float:
+async def ask_greedily(zai_port: int) -> None:
+    """Another program with the same key. Until it is cancelled."""
+    url = f"http://127.0.0.1:{zai_port}/v4/chat/completions"
+    async with aiohttp.ClientSession(headers={"X-Greedy": "1"}) as session:
+        while True:
+            async with session.post(url, json=ASKED) as response:
+                await response.read()
+            if response.status != 200:
+                await asyncio.sleep(GREEDY_WAIT)
+
+
+async def share(processes: int, limit: int, seconds: float, greedy: int) -> float:
     """Prints one line; the share of the best possible answers per second."""
     zai = BusyZai(limit)
     app = web.Application()
@@ -118,12 +138,14 @@ async def share(processes: int, limit: int, seconds: float) -> float:
     clients = [
         asyncio.create_task(ask_again_and_again(addresses, waits, refusals)) for _ in range(CLIENTS)
     ]
+    others = [asyncio.create_task(ask_greedily(port)) for _ in range(greedy)]
     await asyncio.sleep(seconds)
     answered, refused = zai.answered, zai.refused
+    answered_others = zai.answered_others
     asking = [client for client in clients if not client.done()]
-    for client in asking:
+    for client in (*asking, *others):
         client.cancel()
-    await asyncio.wait(clients)
+    await asyncio.wait([*clients, *others])
     assert len(asking) == CLIENTS, "a client failed"
     for process, _ in started:
         process.send_signal(signal.SIGTERM)
@@ -132,8 +154,11 @@ async def share(processes: int, limit: int, seconds: float) -> float:
     best = min(limit, CLIENTS) / ANSWER
     share = answered / seconds / best
     mean = sum(waits) / len(waits)
+    beside = ""
+    if greedy:
+        beside = f" beside {answered_others / seconds:.2f} of the other program"
     print(
-        f"{processes} processes, limit {limit:2}: {answered / seconds:5.2f} answers/s,"
+        f"{processes} processes, limit {limit:2}: {answered / seconds:5.2f} answers/s{beside},"
         f" {share:.2f} of the best; told a refusal: {len(refusals)};"
         f" wasted at Z.ai: {refused / max(answered, 1):.2f} for each answer;"
         f" longest wait {max(waits) / mean:.1f} times the mean of {mean:.1f} s",
@@ -143,13 +168,23 @@ async def share(processes: int, limit: int, seconds: float) -> float:
     return share
 
 
+def numbers(words: str) -> list[int]:
+    return [int(word) for word in words.split(",")]
+
+
 async def main() -> None:
-    given = sys.argv[1:] + ["1,4", "1,3", "12"][len(sys.argv) - 1 :]
-    processes, limits = ([int(number) for number in words.split(",")] for words in given[:2])
-    for limit in limits:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("processes", nargs="?", type=numbers, default=[1, 4])
+    parser.add_argument("limits", nargs="?", type=numbers, default=[1, 3])
+    parser.add_argument("seconds", nargs="?", type=float, default=12.0)
+    parser.add_argument("--greedy", type=int, default=0)
+    given = parser.parse_args()
+    for limit in given.limits:
         alone = 1.0
-        for number in processes:
-            share_of_best = await share(number, limit, float(given[2]))
+        for number in given.processes:
+            share_of_best = await share(number, limit, given.seconds, given.greedy)
+            if given.greedy:
+                continue
             if number == 1:
                 alone = share_of_best
             # One process alone also leaves others a turn, so that the best counts too.

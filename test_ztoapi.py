@@ -12805,6 +12805,20 @@ async def test_env_beside_the_program_is_read_and_the_environment_wins(tmp_path)
     assert done.stderr.startswith("ztoapi: MAX_BODY_MB=x cannot be used")
 
 
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig"])
+def test_env_is_read_as_windows_programs_save_it(monkeypatch, tmp_path, encoding):
+    monkeypatch.setattr(ztoapi, "ENV_FILE", tmp_path / ".env")
+    (tmp_path / ".env").write_text("ZTOAPI_TEST=né\r\n", encoding)
+    assert ztoapi.environment()["ZTOAPI_TEST"] == "né"
+
+
+def test_env_in_utf_16_is_said_in_one_line(monkeypatch, tmp_path):
+    monkeypatch.setattr(ztoapi, "ENV_FILE", tmp_path / ".env")
+    (tmp_path / ".env").write_text("ZAI_API_KEY=k", "utf-16")
+    with pytest.raises(ztoapi.SettingsError, match="save it as UTF-8$"):
+        ztoapi.environment()
+
+
 def test_version_and_help(command):
     assert command("--version") == (0, f"ztoapi {ztoapi.__version__}\n", "")
     status, out, _ = command("--help")

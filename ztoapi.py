@@ -12533,9 +12533,13 @@ ENV_FILE = Path(__file__).with_name(".env")
 
 def environment() -> dict[str, str]:
     """The variables of .env beside this file and those of the process, which win."""
-    try:
-        from_file = dotenv_values(ENV_FILE, interpolate=False)
-    except (OSError, UnicodeDecodeError) as error:
+    try:  # Windows' programs begin a file in UTF-8 with a mark, which would belong to the first name
+        from_file = dotenv_values(ENV_FILE, interpolate=False, encoding="utf-8-sig")
+    except UnicodeDecodeError:
+        raise SettingsError(
+            f"{ENV_FILE} is no text in UTF-8 (PowerShell's > writes UTF-16): save it as UTF-8"
+        ) from None
+    except OSError as error:
         raise SettingsError(f"{ENV_FILE} cannot be read: {error}") from None
     return {name: value for name, value in (from_file | os.environ).items() if value is not None}
 

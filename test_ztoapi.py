@@ -12815,7 +12815,7 @@ def test_env_is_read_as_windows_programs_save_it(monkeypatch, tmp_path, encoding
 def test_env_in_utf_16_is_said_in_one_line(monkeypatch, tmp_path):
     monkeypatch.setattr(ztoapi, "ENV_FILE", tmp_path / ".env")
     (tmp_path / ".env").write_text("ZAI_API_KEY=k", "utf-16")
-    with pytest.raises(ztoapi.SettingsError, match="save it as UTF-8$"):
+    with pytest.raises(ztoapi.SettingsError, match=r"save it as UTF-8$"):
         ztoapi.environment()
 
 
@@ -14685,6 +14685,13 @@ def test_the_program_names_its_dependencies_for_uv():
         "///",
     ]
     assert program.startswith("".join(f"# {line}\n" for line in lines))
+    aiohttp, _ = wanted
+    assert f'pip install --no-cache-dir "{aiohttp}" ' in PROGRAM.with_name("README.md").read_text()
+
+
+def test_the_readme_says_first_what_this_version_brought():
+    changes = PROGRAM.with_name("README.md").read_text().partition("## Changes\n\n")[2]
+    assert changes.startswith(f"**{ztoapi.__version__}**\n")
 
 
 def test_the_names_of_aiohttps_that_may_go_are_listed_where_it_is_bounded():

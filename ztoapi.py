@@ -162,7 +162,7 @@ try:
 except ImportError as error:
     cannot_start(error)
 
-__version__ = "1.0.0"
+__version__ = "1.1.0"
 
 JSON = dict[str, Any]
 

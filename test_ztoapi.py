@@ -257,6 +257,35 @@ def test_no_name_of_the_tests_is_given_twice():
     assert [name for name, times in Counter(names).items() if times > 1] == []
 
 
+RECORDER = Path(ztoapi.__file__).parent / ".ci" / "record.py"
+DEBUG_LOG = """\
+2026-11-30 09:44:54,367 DEBUG 3db64d17 asked /v1/chat/completions {"model":"glm-4.6","user":"anna","messages":[{"role":"user","content":"Read Annas.txt"}]}
+2026-11-30 09:44:54,370 DEBUG 3db64d17 received "data: {\\"choices\\":[{\\"delta\\":{\\"content\\":\\"Anna <think>\\"}}]}\\n\\nda"
+2026-11-30 09:44:54,371 DEBUG 3db64d17 received "ta: {\\"choices\\":[{\\"delta\\":{\\"content\\":\\"Secret"
+2026-11-30 09:44:54,373 DEBUG 3db64d17 answered {"choices":[{"index":0,"message":{"content":"Anna <think>"}}]}
+2026-11-30 09:44:54,374 INFO POST /v1/chat/completions glm-4.6 200 0.02 s
+"""
+
+
+def test_a_recorded_conversation_keeps_its_form_and_loses_its_words(tmp_path):
+    log = tmp_path / "log"
+    log.write_text(DEBUG_LOG)
+    command = [sys.executable, RECORDER, log]
+    done = subprocess.run(command, capture_output=True, timeout=20, check=True)
+    (case,) = json.loads(done.stdout)
+    assert (case["path"], case["asked"]["model"]) == ("/v1/chat/completions", "glm-4.6")
+    came = [json.loads(line.partition("received ")[2]) for line in DEBUG_LOG.splitlines()[1:3]]
+    assert [*map(len, case["received"])] == [*map(len, came)]
+    assert "<think>" in case["received"][0]
+    assert case["received"][1].startswith('ta: {"choices":[{"delta":{"content":"')
+    text = json.dumps(case)
+    assert not [word for word in ("Anna", "anna", "Annas", "Secret", "Read") if word in text]
+    first, *_ = case["asked"]["messages"][0]["content"].split(" ")
+    assert len(first) == 4
+    answered = json.loads(case["answered"][0])["choices"][0]["message"]["content"]
+    assert answered.split(" ")[0] in case["received"][0]
+
+
 # ======== Settings ========
 
 
@@ -3596,7 +3625,7 @@ def test_what_cannot_be_honoured_is_listed_where_it_asks_for_something():
 def test_a_user_of_anthropics_is_told_only_as_a_hash():
     user_id = '{"device_id": "d", "account_uuid": "me", "session_id": "s1"}'
     sent = asked_of_zai({"metadata": {"user_id": user_id}})
-    assert sent["user_id"] == ztoapi.digest(user_id)
+    assert sent["user_id"] == hashlib.sha256(user_id.encode()).hexdigest()
     assert asked_of_zai({"metadata": {}}).keys() == {"messages", "max_tokens"}
 
 
@@ -8992,10 +9021,12 @@ async def eventually(condition, seconds=10.0):
 class Program:
     """ztoapi.py as a process of its own; it starts while the test goes on, on a free port unless told another."""
 
+    COMMAND = (sys.executable, PROGRAM)
+
     def __init__(self, *arguments, **variables):
         ours = {"NO_PROXY": "127.0.0.1,localhost", "DATABASE_URL": "memory", "PORT": "0"}
         self.process = subprocess.Popen(
-            [sys.executable, PROGRAM, *arguments],
+            [*self.COMMAND, *arguments],
             env={**INHERITED, **ours, **variables},
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -12650,6 +12681,45 @@ async def test_debug_mode_logs_everything_but_secrets(run, zai):
     assert "Zk3y" not in log
     assert "C1nt" not in log
     assert image not in log
+
+
+# What Windows lacks is taken away before the program starts.
+AS_ON_WINDOWS = f"""
+import asyncio, asyncio.unix_events, os, runpy, select, signal, sys
+
+for module, names in (
+    (os, "fork getuid geteuid fchmod fchown chown set_blocking killpg getpgid register_at_fork"),
+    (signal, "SIGHUP SIGUSR1 SIGALRM setitimer alarm pthread_sigmask"),
+    (select, "poll epoll"),
+):
+    for name in names.split():
+        if hasattr(module, name):
+            delattr(module, name)
+sys.modules.update(dict.fromkeys(("resource", "fcntl", "pwd", "grp"), None))
+
+def add_signal_handler(*_):
+    raise NotImplementedError
+
+asyncio.unix_events._UnixSelectorEventLoop.add_signal_handler = add_signal_handler
+sys.argv = [{str(PROGRAM)!r}, *sys.argv[1:]]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+class ProgramAsOnWindows(Program):
+    COMMAND = (sys.executable, "-c", AS_ON_WINDOWS)
+
+
+@meanwhile
+async def test_the_program_starts_serves_and_stops_without_what_windows_lacks(run, zai, tmp_path):
+    database = f"sqlite:///{tmp_path}/z.db"
+    program = run(ProgramAsOnWindows, ZAI_API_KEY="k", ZAI_BASE_URL=zai.url, DATABASE_URL=database)
+    for _ in range(2):  # the second on a connection to Z.ai that was used before
+        answer = await ask_once(program.port)
+        assert b"200 OK" in answer
+    program.process.send_signal(signal.SIGINT)
+    status, _, log = program.end()
+    assert (status, "Traceback" in log) == (0, False)
 
 
 @meanwhile

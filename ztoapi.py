@@ -228,6 +228,10 @@ def base_url(text: str) -> str:
     return text.rstrip("/").removesuffix("/chat/completions")
 
 
+def sha256(text: str) -> str:
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
+
+
 def digest(*words: str) -> str:
     """SHA-256 of several texts; unlike hash() the same in every process."""
     return hashlib.sha256(json.dumps(words).encode()).hexdigest()
@@ -4241,7 +4245,7 @@ def parse_message(body: JSON) -> tuple[Prompt, MessageReply]:
         top_p=given.get("top_p"),
         max_tokens=given["max_tokens"],
         stop=given.get("stop_sequences", ()),
-        user=digest(user_id) if user_id else "",  # it names an account
+        user=sha256(user_id) if user_id else "",  # it names an account
         tools=tools.functions,
         native_tools=tools.searches,
         tool_choice=tools.choice,
@@ -7526,7 +7530,7 @@ def choice_prompt(prompt: Prompt, choice: int) -> Prompt:
 def zai_user(user: str) -> str | None:
     """Z.ai's user_id has 6 to 128 characters."""
     if len(user) > 128:
-        return hashlib.sha256(user.encode("utf-8", "surrogatepass")).hexdigest()
+        return sha256(user)
     return user if len(user) >= 6 else f"user-{user}" if user else None
 
 
@@ -8837,6 +8841,12 @@ def trace(what: str, data: bytes | object) -> None:
         LOG.debug("%s %s %s", REQUEST_ID.get(), what, words)
 
 
+def trace_part(what: str, part: bytes) -> None:
+    """A line of the debug log with bytes exactly as they came, as a JSON string: they may be cut anywhere."""
+    if LOG.level == logging.DEBUG and part:
+        trace(what, quoted(part.decode("utf-8", "backslashreplace")))
+
+
 R = TypeVar("R")
 LARGE = 2**20  # bytes
 LARGE_WORK = ThreadPoolExecutor(
@@ -9117,6 +9127,7 @@ class EventStream(EventSource):
             if self.reader.done:
                 break
             part = await (self.source.read() if self.reader.finish is None else self.read_rest())
+            trace_part("received", part)
             size += len(part)
             if size < LARGE:
                 events = self.events_in(part)
@@ -9125,7 +9136,6 @@ class EventStream(EventSource):
             if events:
                 self.first_at = self.first_at or time.monotonic()
                 self.meter.note(events)
-                trace("received", events)
         if self.on_end and self.is_complete:
             self.on_end()
         return events
@@ -9327,7 +9337,7 @@ class ZaiConnector(aiohttp.TCPConnector):
 
 def has_input(number: int) -> bool:
     """Whether a read of this descriptor would not wait."""
-    if not hasattr(select, "poll"):  # Windows
+    if sys.platform == "win32" or not hasattr(select, "poll"):
         return bool(select.select([number], [], [], 0)[0])
     poll = select.poll()
     poll.register(number, select.POLLIN)

@@ -56,6 +56,8 @@ from aiohttp.web_protocol import RequestHandler
 
 import ztoapi
 from ztoapi import (
+    DOLLAR,
+    EVERYBODY,
     MODELS,
     Account,
     Accounts,
@@ -69,6 +71,7 @@ from ztoapi import (
     Head,
     KeyPool,
     KeyUse,
+    Known,
     Limits,
     Media,
     Message,
@@ -81,10 +84,13 @@ from ztoapi import (
     SSEDecoder,
     Text,
     Thought,
+    Tool,
     ToolCall,
     ToolChoice,
+    Totals,
     UpstreamError,
     Usage,
+    Used,
     ZaiReader,
     backoff,
     create_app,
@@ -92,6 +98,7 @@ from ztoapi import (
     encode_json,
     error_body,
     error_headers,
+    hash_key,
     resolve,
     sse,
     to_json,
@@ -211,6 +218,7 @@ FORWARD = {
     ("Responses: request", "Responses: answer"),
     ("Messages: request", "Messages: answer"),
     ("Handlers", "Pages"),
+    ("Dashboard", "Pages"),
     ("Errors and shutdown", "Demo"),
     ("Server", "Commands"),
     ("Server", "Demo"),
@@ -307,6 +315,7 @@ def test_every_variable_is_read_by_its_name_in_capitals():
         "MODEL_ALIASES": "gpt-4o=glm-4.6, claude-*=glm-5.3",
         "FALLBACK_MODELS": "glm-4.7-flash, glm-4.5-flash",
         "VISION_MODEL": "glm-4.6v",
+        "VISION_MODE": "Describe",
         "REASONING_MEMORY": "ALL",
         "MAX_CONCURRENCY": "3",
         "MAX_RETRIES": "0",
@@ -329,6 +338,7 @@ def test_every_variable_is_read_by_its_name_in_capitals():
         model_aliases=(("gpt-4o", "glm-4.6"), ("claude-*", "glm-5.3")),
         fallback_models=("glm-4.7-flash", "glm-4.5-flash"),
         vision_model="glm-4.6v",
+        vision_mode="describe",
         reasoning_memory="all",
         max_concurrency=3,
         max_retries=0,
@@ -603,7 +613,123 @@ def test_the_first_alias_that_fits_wins(name, wanted):
     )
 
 
-@pytest.mark.parametrize("name", ["zai/", " ", "[1m]", "zai/ [1m]"])
+THINKING_NAMES = (("fast", "glm-4.6:off"), ("deep", "zai/GLM-5.3:max"), ("k", "kimi-k2-thinking"))
+
+
+@pytest.mark.parametrize(
+    ("name", "model", "effort"),
+    [
+        ("glm-4.6:off", "glm-4.6", "off"),
+        ("GLM-4.6:Off", "glm-4.6", "off"),
+        ("zai/glm-5.3:low", "glm-5.3", "low"),
+        ("glm-5.3:medium", "glm-5.3", "medium"),
+        ("glm-5.3:high", "glm-5.3", "high"),
+        ("glm-5.3:xhigh", "glm-5.3", "xhigh"),
+        ("glm-5.3:max", "glm-5.3", "max"),
+        ("glm-4.6:on", "glm-4.6", "on"),
+        ("glm-4.6-nothinking", "glm-4.6", "off"),
+        ("glm-4.6-thinking", "glm-4.6", "on"),
+        ("glm-4.6[1m]:off", "glm-4.6", "off"),
+        ("glm-4.6:off[1m]", "glm-4.6", "off"),
+        ("glm-4.6:free:off", "glm-4.6", "off"),
+        ("glm-9-nothinking", "glm-9", "off"),
+        ("fast", "glm-4.6", "off"),
+        ("fast:high", "glm-4.6", "high"),
+        ("fast:latest", "glm-4.6", "off"),
+        ("deep", "glm-5.3", "max"),
+    ],
+)
+def test_a_thinking_word_may_stand_behind_a_models_name(name, model, effort):
+    assert ztoapi.named(name, THINKING_NAMES) == (resolve(model), effort)
+
+
+@pytest.mark.parametrize(
+    ("name", "model"),
+    [
+        ("glm-4.6:free", "glm-4.6"),
+        ("glm-4.6:latest", "glm-4.6"),
+        ("glm-4.6:", "glm-4.6"),
+        ("glm-4.6:auto", "glm-4.6"),
+        ("glm-9:2026", "glm-9"),
+        ("glm-9-thinking", "glm-9-thinking"),
+        ("glm-4.6-off", "glm-4.6-off"),
+        ("glm-4.1v-thinking-flash", "glm-4.1v-thinking-flash"),
+        ("k", "kimi-k2-thinking"),
+    ],
+)
+def test_what_is_no_thinking_word_says_nothing(name, model):
+    assert ztoapi.named(name, THINKING_NAMES) == (resolve(model), None)
+
+
+PLAN_URL = "https://api.z.ai/api/coding/paas/v4"
+
+
+@pytest.mark.parametrize(
+    ("name", "with_plan", "without"),
+    [
+        ("claude-opus-5", "glm-5.3", "glm-4.7-flash"),
+        ("anthropic/Claude-Sonnet-4-5", "glm-5.3", "glm-4.7-flash"),
+        ("claude-haiku-4-5", "glm-5.3-flash", "glm-4.7-flash"),
+        ("claude-3-5-haiku-latest", "glm-5.3-flash", "glm-4.7-flash"),
+        ("claude-sonnet-5[1m]", "glm-5.3", "glm-4.7-flash"),
+        ("claude-mine", "glm-5", "glm-5"),
+        ("claude", "claude", "claude"),
+        ("my-claude-opus", "my-claude-opus", "my-claude-opus"),
+        ("haiku", "haiku", "haiku"),
+        ("glm-4.6", "glm-4.6", "glm-4.6"),
+    ],
+)
+def test_a_claude_that_no_alias_names_is_the_model_that_launch_would_choose(
+    name, with_plan, without
+):
+    mine = (("claude-mine", "glm-5"),)
+    paid = ztoapi.all_aliases(Settings(zai_base_url=PLAN_URL, model_aliases=mine))
+    free = ztoapi.all_aliases(Settings(model_aliases=mine))
+    assert (resolve(name, paid).id, resolve(name, free).id) == (with_plan, without)
+
+
+def test_the_first_keys_base_tells_whether_there_is_a_plan():
+    first = Settings(zai_api_key=(f"a@{PLAN_URL}", "b"))
+    second = Settings(zai_api_key=("a", f"b@{PLAN_URL}"))
+    assert ztoapi.default_model(first) == "glm-5.3"
+    assert ztoapi.default_model(second) == "glm-4.7-flash"
+
+
+@pytest.mark.parametrize(
+    ("model", "wanted"),
+    [
+        ("glm-5.3-flashx", ("0.00000037", "0.00000125", "0.000000075")),
+        ("glm-5.3", ("0.0000014", "0.0000044", "0.00000026")),
+        ("glm-4.7-flash", ("0", "0", "0")),
+        ("glm-5", ("0.000001", "0.0000032", "0.0000002")),
+        ("glm-4.6v-flashx", None),
+        ("glm-99", None),
+    ],
+)
+def test_prices_are_told_for_a_token_in_plain_decimals(model, wanted):
+    item = ztoapi.model_item(resolve(model), model)
+    if wanted:
+        names = ("prompt", "completion", "input_cache_read")
+        wanted = dict(zip(names, wanted, strict=True))
+    assert item.get("pricing") == wanted
+
+
+@pytest.mark.parametrize(
+    ("model", "sees", "thinks"),
+    [
+        ("glm-4.6v", True, True),
+        ("glm-5.3-flash", True, True),
+        ("glm-5.3", False, True),
+        ("glm-4-32b-0414-128k", False, False),
+    ],
+)
+def test_the_list_tells_what_a_model_takes(model, sees, thinks):
+    item = ztoapi.model_item(resolve(model), model)
+    assert ("image" in item["architecture"]["input_modalities"]) is sees
+    assert ("reasoning" in item["supported_parameters"]) is thinks
+
+
+@pytest.mark.parametrize("name", ["zai/", " ", "[1m]", "zai/ [1m]", ":off", "zai/:free"])
 def test_a_name_of_nothing_is_refused(name):
     with pytest.raises(BadRequest):
         resolve(name)
@@ -758,6 +884,20 @@ def test_an_estimate_takes_halves_of_characters():
         ),
         pytest.param({"max_tokens": 5}, {"max_tokens": 5}, id="max_tokens"),
         pytest.param({"max_tokens": 0, "max_completion_tokens": 0}, {}, id="no limit"),
+        pytest.param({"max_tokens": -1}, {}, id="no limit in llama.cpp"),
+        pytest.param(
+            {"max_tokens": 7, "max_completion_tokens": 0},
+            {"max_tokens": 7},
+            id="the name that sets a limit counts",
+        ),
+        pytest.param(
+            {"max_tokens": -1, "max_completion_tokens": 7},
+            {"max_tokens": 7},
+            id="so does the other",
+        ),
+        pytest.param({"max_tokens": 4096.0}, {"max_tokens": 4096}, id="4096.0"),
+        pytest.param({"n": 3.0, "seed": -7.0}, {"n": 3, "seed": -7}, id="3.0 and -7.0"),
+        pytest.param({"max_completion_tokens": 1e3}, {"max_tokens": 1000}, id="1e3"),
         pytest.param(
             {"max_tokens": 5, "max_completion_tokens": 7},
             {"max_tokens": 7},
@@ -766,7 +906,7 @@ def test_an_estimate_takes_halves_of_characters():
         pytest.param({"stop": "x"}, {"stop": ("x",)}, id="stop"),
         pytest.param({"stop": ["x", "", "y"]}, {"stop": ("x", "y")}, id="stops"),
         pytest.param(
-            {"stop": ["a", "b", "c", "d"]}, {"stop": ("a", "b", "c", "d")}, id="four stops"
+            {"stop": [*"abcdefghijklmnop"]}, {"stop": (*"abcdefghijklmnop",)}, id="sixteen stops"
         ),
         pytest.param({"n": 3}, {"n": 3}, id="n"),
         pytest.param({"seed": -7}, {"seed": -7}, id="seed"),
@@ -786,7 +926,35 @@ def test_an_estimate_takes_halves_of_characters():
             {"response_format": {"type": "json_object"}}, {"schema": {}}, id="json_object"
         ),
         pytest.param(
+            {"response_format": {"type": "json_object", "schema": {"type": "object"}}},
+            {"schema": {"type": "object"}},
+            id="json_object with a schema",
+        ),
+        pytest.param(
+            {"response_format": {"type": "json_schema", "json_schema": {"schema": []}}},
+            {"schema": {}},
+            id="json_schema with PHP's empty object",
+        ),
+        pytest.param(
+            {"response_format": {"type": "json_schema", "name": "n", "schema": {"type": "object"}}},
+            {"schema": {"type": "object"}},
+            id="json_schema as in Responses",
+        ),
+        pytest.param(
             {"reasoning_format": "raw"}, {"reasoning_format": "raw"}, id="reasoning_format"
+        ),
+        pytest.param(
+            {"include_reasoning": False}, {"reasoning_format": "hidden"}, id="include_reasoning"
+        ),
+        pytest.param({"include_reasoning": True}, {}, id="include_reasoning true"),
+        pytest.param(
+            {"reasoning": {"exclude": True}}, {"reasoning_format": "hidden"}, id="reasoning.exclude"
+        ),
+        pytest.param({"reasoning": {"exclude": False}}, {}, id="reasoning.exclude false"),
+        pytest.param(
+            {"include_reasoning": False, "reasoning_format": "raw"},
+            {"reasoning_format": "raw"},
+            id="our own word counts",
         ),
         pytest.param({"do_sample": False}, {"native": {"do_sample": False}}, id="do_sample"),
         pytest.param({"request_id": "r"}, {"native": {"request_id": "r"}}, id="request_id"),
@@ -856,6 +1024,194 @@ def function(name, **more):
     return {"type": "function", "function": {"name": name, **more}}
 
 
+OBJECT = {"type": "object", "properties": {"a": {"type": "string"}}}
+NO_PARAMETERS = {"type": "object", "properties": {}}
+ANY_TEXT = {"type": "object", "properties": {"input": {"type": "string"}}, "required": ["input"]}
+GRAMMAR = {"type": "grammar", "syntax": "lark", "definition": "start: x"}
+
+
+@pytest.mark.parametrize(
+    ("tool", "wanted"),
+    [
+        pytest.param(function("f"), Tool("f", "f", NO_PARAMETERS), id="chat's"),
+        pytest.param(
+            function("f", description="d", parameters=OBJECT, strict=True),
+            Tool("f", "d", OBJECT),
+            id="chat's, with all",
+        ),
+        pytest.param(
+            function("f", parameters=[]), Tool("f", "f", NO_PARAMETERS), id="PHP's empty object"
+        ),
+        pytest.param(
+            {"type": "function", "name": "f", "parameters": OBJECT, "strict": True},
+            Tool("f", "f", OBJECT),
+            id="Responses'",
+        ),
+        pytest.param(
+            {"type": "custom", "name": "f", "description": "d", "format": {"type": "text"}},
+            Tool("f", "d", ANY_TEXT),
+            id="Responses', custom",
+        ),
+        pytest.param(
+            {"type": "custom", "name": "f", "format": GRAMMAR},
+            Tool("f", "f\nThe input's grammar: start: x", ANY_TEXT),
+            id="Responses', with a grammar",
+        ),
+        pytest.param(
+            {"type": "custom", "custom": {"name": "f", "description": "d"}},
+            Tool("f", "d", ANY_TEXT),
+            id="chat's, custom",
+        ),
+        pytest.param(
+            {
+                "type": "custom",
+                "custom": {"name": "f", "format": {"type": "grammar", "grammar": GRAMMAR}},
+            },
+            Tool("f", "f\nThe input's grammar: start: x", ANY_TEXT),
+            id="chat's, with a grammar",
+        ),
+        pytest.param(
+            {"name": "f", "description": "d", "input_schema": OBJECT},
+            Tool("f", "d", OBJECT),
+            id="Anthropic's",
+        ),
+        pytest.param(
+            {"type": "custom", "name": "f", "input_schema": OBJECT},
+            Tool("f", "f", OBJECT),
+            id="Anthropic's, with its type",
+        ),
+        pytest.param(
+            {"name": "f", "input_schema": []},
+            Tool("f", "f", NO_PARAMETERS),
+            id="Anthropic's in PHP",
+        ),
+        pytest.param(
+            {"name": "f", "input_schema": OBJECT, "defer_loading": True},
+            Tool("f", "f", OBJECT, deferred=True),
+            id="deferred",
+        ),
+        pytest.param(
+            {**function("f"), "defer_loading": True},
+            Tool("f", "f", NO_PARAMETERS, deferred=True),
+            id="chat's, deferred",
+        ),
+    ],
+)
+def test_a_tool_is_read_in_the_shape_of_any_api(tool, wanted):
+    prompt = read_chat(chat(tools=[tool]))
+    assert (prompt.tools, prompt.native_tools, prompt.ignored) == ((wanted,), (), ())
+
+
+@pytest.mark.parametrize(
+    "tool",
+    [
+        {"type": "web_search", "web_search": {"enable": True}},
+        {"type": "retrieval", "retrieval": {"knowledge_id": "k"}},
+        {"type": "mcp", "mcp": {"server_label": "s"}},
+    ],
+)
+def test_a_tool_of_zais_own_stays_as_it_is(tool):
+    prompt = read_chat(chat(tools=[tool]))
+    assert (prompt.tools, prompt.native_tools, prompt.ignored) == ((), (tool,), ())
+
+
+@pytest.mark.parametrize(
+    ("tools", "ignored"),
+    [
+        pytest.param([{"googleSearch": {}}], ("tools.googleSearch",), id="Gemini's search"),
+        pytest.param(
+            [{"functionDeclarations": [{"name": "f"}]}],
+            ("tools.functionDeclarations",),
+            id="Gemini's functions",
+        ),
+        pytest.param(
+            [{"type": "web_search_preview"}], ("tools.web_search_preview",), id="OpenAI's"
+        ),
+        pytest.param(
+            [{"type": "bash_20250124", "name": "bash"}], ("tools.bash_20250124",), id="Anthropic's"
+        ),
+        pytest.param([{"name": "f"}], ("tools.name",), id="no more than a name"),
+        pytest.param([{"type": 5}], ("tools.type",), id="a number for a type"),
+        pytest.param([{}], ("tools.unknown",), id="nothing"),
+        pytest.param(
+            [{"type": "computer"}, {"type": "computer"}, {"type": "shell"}],
+            ("tools.computer", "tools.shell"),
+            id="several",
+        ),
+    ],
+)
+def test_any_other_tool_is_left_out_and_listed(tools, ignored):
+    prompt = read_chat(chat(tools=[*tools, function("f")], tool_choice="required"))
+    assert ([tool.name for tool in prompt.tools], prompt.ignored) == (["f"], ignored)
+
+
+@pytest.mark.parametrize(
+    ("choice", "wanted"),
+    [
+        pytest.param("auto", ToolChoice(), id="auto"),
+        pytest.param("required", ToolChoice("required"), id="required"),
+        pytest.param("any", ToolChoice("required"), id="Mistral's any"),
+        pytest.param({"type": "auto"}, ToolChoice(), id="Anthropic's auto"),
+        pytest.param({"type": "any"}, ToolChoice("required"), id="Anthropic's any"),
+        pytest.param({"type": "none"}, ToolChoice("none"), id="Anthropic's none"),
+        pytest.param(
+            {"type": "tool", "name": "f"}, ToolChoice("required", ("f",)), id="Anthropic's tool"
+        ),
+        pytest.param(function("f"), ToolChoice("required", ("f",)), id="chat's function"),
+        pytest.param(
+            {"type": "custom", "custom": {"name": "f"}},
+            ToolChoice("required", ("f",)),
+            id="chat's custom tool",
+        ),
+        pytest.param(
+            {"type": "function", "name": "f"}, ToolChoice("required", ("f",)), id="Responses'"
+        ),
+        pytest.param(
+            {"type": "custom", "name": "f"}, ToolChoice("required", ("f",)), id="Responses' custom"
+        ),
+        pytest.param(
+            {
+                "type": "allowed_tools",
+                "allowed_tools": {"mode": "auto", "tools": [function("f"), function("g")]},
+            },
+            ToolChoice("auto", ("f", "g")),
+            id="chat's allowed tools",
+        ),
+        pytest.param(
+            {
+                "type": "allowed_tools",
+                "mode": "required",
+                "tools": [{"type": "function", "name": "f"}, {"type": "custom", "name": "g"}],
+            },
+            ToolChoice("required", ("f", "g")),
+            id="Responses' allowed tools",
+        ),
+    ],
+)
+def test_a_choice_of_tools_is_read_in_the_shape_of_any_api(choice, wanted):
+    assert read_chat(chat(tools=[function("f")], tool_choice=choice)).tool_choice == wanted
+
+
+@pytest.mark.parametrize(
+    "choice",
+    [
+        "f",
+        [],
+        {"name": "f"},
+        {"type": "tool"},
+        {"type": "function", "function": {"name": ""}},
+        {"type": "web_search"},
+        {"type": "allowed_tools", "tools": []},
+        {"type": "allowed_tools", "mode": "none", "tools": []},
+        {"type": "allowed_tools", "allowed_tools": {"mode": "auto"}},
+    ],
+)
+def test_a_choice_of_nothing_is_refused(choice):
+    with pytest.raises(BadRequest) as raised:
+        read_chat(chat(tools=[function("f")], tool_choice=choice))
+    assert raised.value.param == "tool_choice"
+
+
 def test_parallel_tool_calls_false_is_listed():
     assert read_chat(chat(tools=[function("f")], parallel_tool_calls=False)).ignored == (
         "parallel_tool_calls",
@@ -892,9 +1248,40 @@ def test_parallel_tool_calls_false_is_listed():
         pytest.param(
             {"chat_template_kwargs": {"x": 1}}, None, id="chat_template_kwargs say nothing"
         ),
+        pytest.param(
+            {"chat_template_kwargs": {"thinking": False}}, "off", id="chat_template_kwargs.thinking"
+        ),
+        pytest.param(
+            {"chat_template_kwargs": {"thinking": True}},
+            "on",
+            id="chat_template_kwargs.thinking on",
+        ),
+        pytest.param({"think": False}, "off", id="think false"),
+        pytest.param({"think": True}, "on", id="think"),
+        pytest.param({"think": "low"}, "low", id="think low"),
+        pytest.param({"think": "none"}, "off", id="think none"),
+        pytest.param({"thinking_budget": 0}, "off", id="no budget"),
+        pytest.param({"thinking_budget": 0.0}, "off", id="no budget, as a fraction"),
+        pytest.param({"thinking_budget": 4096}, "on", id="a budget"),
+        pytest.param({"thinking_budget": -1}, None, id="any budget"),
+        pytest.param({"reasoning_effort": "ultra"}, "max", id="ultra"),
+        pytest.param({"reasoning": {"effort": "ultra"}}, "max", id="reasoning.effort ultra"),
+        *(
+            pytest.param({"reasoning_effort": word}, None, id=f"{word or 'empty'} says nothing")
+            for word in ("auto", "adaptive", "default", "")
+        ),
+        pytest.param({"reasoning": {"effort": "auto"}}, None, id="reasoning.effort auto"),
+        pytest.param(
+            {"reasoning": {"effort": "auto", "enabled": True}}, "on", id="on, of whatever effort"
+        ),
+        *(
+            pytest.param({"thinking": {"type": word}}, None, id=f"thinking {word or 'empty'}")
+            for word in ("auto", "adaptive", "default", "")
+        ),
+        *(pytest.param({name: []}, None, id=f"{name} []") for name in ("reasoning", "thinking")),
     ],
 )
-def test_thinking_is_asked_for_in_five_ways(fields, wanted):
+def test_thinking_is_asked_for_in_many_ways(fields, wanted):
     assert read_chat(chat(**fields)).effort == wanted
 
 
@@ -904,15 +1291,23 @@ TWICE = {
     "thinking": {"type": "disabled"},
     "enable_thinking": True,
     "chat_template_kwargs": {"enable_thinking": False},
+    "think": "high",
+    "thinking_budget": 0,
 }
 
 
 @pytest.mark.parametrize(
-    ("left_out", "wanted"), [(0, "max"), (1, "low"), (2, "off"), (3, "on"), (4, "off")]
+    ("left_out", "wanted"),
+    [(0, "max"), (1, "low"), (2, "off"), (3, "on"), (4, "off"), (5, "high"), (6, "off")],
 )
 def test_where_thinking_is_said_twice_the_first_counts(left_out, wanted):
     fields = dict(list(TWICE.items())[left_out:])
     assert read_chat(chat(**fields)).effort == wanted
+
+
+def test_what_says_nothing_about_thinking_does_not_count_as_the_first():
+    said = {"reasoning_effort": "auto", "thinking": {"type": "adaptive"}, "think": False}
+    assert read_chat(chat(**said)).effort == "off"
 
 
 CALL = {"id": "c1", "type": "function", "function": {"name": "f", "arguments": '{"a":1}'}}
@@ -1046,10 +1441,15 @@ FUNCTIONS = [{"name": "f", "parameters": {"type": "object"}}]
         (chat(temperature=True), "temperature"),
         (chat(temperature=2.1), "temperature"),
         (chat(top_p=-1), "top_p"),
-        (chat(max_tokens=-1), "max_tokens"),
+        (chat(max_tokens=-2), "max_tokens"),
         (chat(max_tokens=1.5), "max_tokens"),
+        (chat(max_tokens=-1.5), "max_tokens"),
+        (chat(max_tokens=True), "max_tokens"),
+        (chat(max_tokens=1e300), "max_tokens"),
+        (chat(n=1.5), "n"),
+        (chat(seed=2.0**63), "seed"),
         (chat(max_completion_tokens="9"), "max_completion_tokens"),
-        (chat(stop=["a"] * 5), "stop"),
+        (chat(stop=["a"] * 17), "stop"),
         (chat(stop=[1]), "stop"),
         (chat(tools={}), "tools"),
         (chat(tools=[{"type": "function"}]), "tools[0]"),
@@ -1066,8 +1466,12 @@ FUNCTIONS = [{"name": "f", "parameters": {"type": "object"}}]
         (chat(fallbacks="glm-5"), "fallbacks"),
         (chat(fallbacks=[""]), "fallbacks"),
         (chat(fallbacks=["x" * 257]), "fallbacks"),
-        (chat(tools=[{"type": "custom", "custom": {"name": "f"}}]), "tools[0]"),
-        (chat(tools=[{"type": "function", "function": {"name": "f"}}] * 129), "tools"),
+        (chat(tools=[{"type": "custom", "custom": {"name": ""}}]), "tools[0]"),
+        (chat(tools=["search"]), "tools[0]"),
+        (chat(tools=[{"type": "function", "name": "f", "parameters": 5}]), "tools[0].parameters"),
+        (chat(tools=[{"name": "f", "input_schema": 5}]), "tools[0].input_schema"),
+        (chat(tools=[{"type": "custom", "name": "f", "description": 5}]), "tools[0].description"),
+        (chat(functions=[FUNCTIONS[0]] * 129), "functions"),
         (chat(tool_choice="always"), "tool_choice"),
         (chat(tool_choice={"type": "function"}), "tool_choice"),
         (chat(parallel_tool_calls="no"), "parallel_tool_calls"),
@@ -1093,6 +1497,19 @@ FUNCTIONS = [{"name": "f", "parameters": {"type": "object"}}]
         (chat(thinking={"clear_thinking": "no"}), "thinking.clear_thinking"),
         (chat(enable_thinking="yes"), "enable_thinking"),
         (chat(chat_template_kwargs={"enable_thinking": 1}), "chat_template_kwargs.enable_thinking"),
+        (
+            chat(chat_template_kwargs={"thinking": "no"}),
+            "chat_template_kwargs.thinking",
+        ),
+        (chat(think=1), "think"),
+        (chat(think="hard"), "think"),
+        (chat(thinking_budget="9"), "thinking_budget"),
+        (chat(thinking_budget=-2), "thinking_budget"),
+        (chat(include_reasoning="no"), "include_reasoning"),
+        (chat(reasoning={"exclude": 1}), "reasoning.exclude"),
+        (chat(reasoning_effort="Auto"), "reasoning_effort"),
+        (chat(response_format={"type": "json_object", "schema": "x"}, n=0), "n"),
+        (chat(response_format={"type": "json_schema", "json_schema": 5}), "response_format"),
         (chat(reasoning_format="both"), "reasoning_format"),
         (chat(do_sample=1), "do_sample"),
     ],
@@ -1276,6 +1693,86 @@ def test_content_is_null_when_there_are_only_tool_calls():
     }
 
 
+CUSTOM = {"type": "custom", "custom": {"name": "patch"}}
+PIECES = ["", '{"inp', 'ut":"a\\nb"}']
+
+
+def custom_reply(n=1):
+    reply = ztoapi.parse_chat(chat(n=n, tools=[CUSTOM, function("f")]))[1]
+    return begun(reply)
+
+
+def test_a_call_of_a_custom_tool_is_a_custom_call():
+    first, *more = PIECES
+    events = [
+        ToolCall(0, "c1", "patch", first),
+        *[ToolCall(0, "", "", piece) for piece in more],
+        ToolCall(1, "c2", "f", '{"a":1}'),
+        Finish("tool_calls"),
+    ]
+    call = {"id": "c1", "type": "custom", "custom": {"name": "patch", "input": "a\nb"}}
+    other = CALL | {"id": "c2"}
+    assert custom_reply().fold(events)["choices"][0]["message"]["tool_calls"] == [call, other]
+    begins = {"index": 0, **call, "custom": {"name": "patch", "input": ""}}
+    assert decoded(custom_reply().frames_of(events)) == [
+        chunk({"role": "assistant", "tool_calls": [begins]}),
+        chunk({"tool_calls": [{"index": 1, **other}]}),
+        chunk({"tool_calls": [{"index": 0, "custom": {"input": "a\nb"}}]}),
+        chunk({}, "tool_calls"),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "wanted"),
+    [
+        ('{"input":"x"}', "x"),
+        ('{"input":""}', ""),
+        ('{"input":{"a":1}}', '{"a":1}'),
+        ('{"input":null}', ""),
+        ('{"patch":"x"}', '{"patch":"x"}'),
+        ("*** Begin Patch", "*** Begin Patch"),
+        ('"x"', "x"),
+        ("{}", "{}"),
+    ],
+)
+def test_what_a_custom_tool_is_called_with_is_its_input_or_all_there_is(arguments, wanted):
+    events = [ToolCall(0, "c1", "patch", arguments), Finish("tool_calls")]
+    (call,) = custom_reply().fold(events)["choices"][0]["message"]["tool_calls"]
+    assert call["custom"]["input"] == wanted
+    assert decoded(custom_reply().frames_of(events))[1] == chunk(
+        {"tool_calls": [{"index": 0, "custom": {"input": wanted}}]}
+    )
+
+
+def test_the_inputs_of_custom_tools_are_told_choice_by_choice():
+    events = [
+        *[
+            ToolCall(0, f"c{choice}", "patch", f'{{"input":"{choice}"}}', choice)
+            for choice in (0, 1)
+        ],
+        Finish("tool_calls", 1),
+        Finish("tool_calls", 0),
+    ]
+    choices = [frame["choices"][0] for frame in decoded(custom_reply(2).frames_of(events))]
+    told = [
+        (choice["index"], choice["delta"]["tool_calls"][0]["custom"]["input"])
+        for choice in choices
+        if "tool_calls" in choice["delta"]
+    ]
+    assert told == [(0, ""), (1, ""), (1, "1"), (0, "0")]
+
+
+@pytest.mark.parametrize(
+    "tool", [{"type": "custom", "name": "patch"}, {"name": "patch", "input_schema": ANY_TEXT}]
+)
+def test_a_custom_tool_in_another_apis_shape_is_called_as_a_function(tool):
+    reply = begun(ztoapi.parse_chat(chat(tools=[tool]))[1])
+    events = [ToolCall(0, "c1", "patch", '{"input":"x"}'), Finish("tool_calls")]
+    (call,) = reply.fold(events)["choices"][0]["message"]["tool_calls"]
+    called = {"name": "patch", "arguments": '{"input":"x"}'}
+    assert call == {"id": "c1", "type": "function", "function": called}
+
+
 FOUND = {"title": "T", "link": "https://x/y", "content": "C", "media": "M", "refer": "ref_1"}
 CITED = {"url": "https://x/y", "title": "T", "start_index": 0, "end_index": 0, "content": "C"}
 
@@ -1369,7 +1866,14 @@ def test_a_completion_is_asked_for_as_a_chat():
     [
         ({"prompt": ""}, "prompt"),
         ({"prompt": [1, 2]}, "prompt"),
-        ({"prompt": ["a", "b"]}, "prompt"),
+        ({"prompt": [[1, 2], [3]]}, "prompt"),
+        ({"prompt": []}, "prompt"),
+        ({"prompt": ["a", ""]}, "prompt"),
+        ({"prompt": ["a", 1]}, "prompt"),
+        ({"prompt": ["a"] * 21}, "prompt"),
+        ({"prompt": {"a": 1}}, "prompt"),
+        ({"prompt": "x", "n": 2, "best_of": 3}, "best_of"),
+        ({"prompt": "x", "best_of": 21}, "best_of"),
         ({"prompt": "x", "echo": "yes"}, "echo"),
         ({"prompt": "x", "suffix": 1}, "suffix"),
         ({"prompt": "x", "best_of": 2}, "best_of"),
@@ -1380,6 +1884,49 @@ def test_a_completion_that_cannot_be_had_is_refused_with_a_reason(fields, param)
     with pytest.raises(BadRequest) as raised:
         ztoapi.parse_completion({"model": "glm-4.6"} | fields)
     assert raised.value.param == param
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [{"best_of": 1}, {"best_of": 0}, {"n": 2, "best_of": 2}, {"n": 2, "best_of": 1}, {"n": 2}],
+)
+def test_as_many_answers_as_are_wanted_may_be_compared(fields):
+    prompt, _ = ztoapi.parse_completion({"model": "glm-4.6", "prompt": "x", **fields})
+    assert (prompt.n, prompt.ignored) == (fields.get("n", 1), ())
+
+
+def asked_for_choices(**fields):
+    """What each choice of a completion is asked with: the messages and the seed."""
+    prompt, _ = ztoapi.parse_completion({"model": "glm-4.6", **fields})
+    plan = ztoapi.make_plan(prompt, Settings(), Account(""), "7")
+    choices = [plan.for_choice(choice).prompts[0][1] for choice in range(plan.n)]
+    bodies = [zai_body(choice, MODELS["glm-4.6"]) for choice in choices]
+    return [(body["messages"][-1]["content"], body.get("seed")) for body in bodies]
+
+
+@pytest.mark.parametrize(
+    ("fields", "wanted"),
+    [
+        pytest.param({"prompt": "a"}, [("a", None)], id="one"),
+        pytest.param({"prompt": ["a"], "seed": 5}, [("a", 5)], id="an array of one"),
+        pytest.param({"prompt": ["a", "b"]}, [("a", None), ("b", None)], id="two"),
+        pytest.param(
+            {"prompt": ["a", "b"], "seed": 5}, [("a", 5), ("b", 5)], id="each as if by itself"
+        ),
+        pytest.param(
+            {"prompt": ["a", "b"], "n": 2, "seed": 5},
+            [("a", 5), ("a", 6), ("b", 5), ("b", 6)],
+            id="two of each",
+        ),
+        pytest.param(
+            {"prompt": [str(i) for i in range(20)]},
+            [(str(i), None) for i in range(20)],
+            id="twenty",
+        ),
+    ],
+)
+def test_each_of_several_prompts_is_asked_by_itself(fields, wanted):
+    assert asked_for_choices(**fields) == wanted
 
 
 def test_a_completion_knows_what_is_to_follow_it():
@@ -1401,6 +1948,19 @@ def test_an_echoed_prompt_begins_each_choice(n, wanted):
     assert [frame["choices"][0]["text"] for frame in streamed] == wanted
 
 
+def test_each_choice_begins_with_its_own_prompt():
+    body = {"model": "glm-4.6", "prompt": ["a:", "b:"], "echo": True, "n": 2}
+    _, reply = ztoapi.parse_completion(body)
+    events = [
+        *[Text(str(choice), choice) for choice in (3, 0, 2, 1)],
+        *[Finish("stop", choice) for choice in range(4)],
+    ]
+    choices = begun(reply).fold(events)["choices"]
+    assert [choice["text"] for choice in choices] == ["a:0", "a:1", "b:2", "b:3"]
+    streamed = [frame["choices"][0] for frame in decoded(reply.frames_of(events))]
+    assert [choice["text"] for choice in streamed[:4]] == ["b:3", "a:0", "b:2", "a:1"]
+
+
 def test_a_completion_has_the_text_alone():
     envelope = {
         "id": "cmpl-2026",
@@ -1409,7 +1969,7 @@ def test_a_completion_has_the_text_alone():
         "model": "GLM-4.6",
     }
     choice = {"index": 0, "text": "你好", "logprobs": None, "finish_reason": "stop"}
-    reply = begun(ztoapi.CompletionReply(1, include_usage=True, echo=""))
+    reply = begun(ztoapi.CompletionReply([""], include_usage=True))
     assert reply.fold(EVENTS) == {**envelope, "choices": [choice], "usage": USAGE}
     streamed = decoded([*reply.frames_of(EVENTS), *reply.close()])
     assert [frame["choices"][0]["text"] for frame in streamed[:3]] == ["你", "好", ""]
@@ -1638,6 +2198,11 @@ RUN = {"type": "exec", "command": ["ls"]}
             id="patch",
         ),
         pytest.param(
+            [{"type": "function_call_output", "call_id": "c1", "status": "completed"}],
+            [Message("tool", (), call_id="c1")],
+            id="a result that says nothing but that it is there",
+        ),
+        pytest.param(
             [{"type": "mcp_call", "id": "m1", "server_label": "w", "name": "get", "arguments": '{"a":1}', "output": "42"}],
             [
                 Message("assistant", (), calls=(ToolCall(0, "m1", "w__get", '{"a":1}'),)),
@@ -1858,7 +2423,6 @@ def test_a_found_tool_comes_back_as_the_client_knows_it():
         ({"tools": [{"type": "custom", "name": ""}]}, "tools[0]"),
         ({"tools": [{"type": "web_search", "search_context_size": "huge"}]}, "tools[0]"),
         ({"tools": [NAMESPACE, NAMESPACE | {"tools": [5]}]}, "tools[1].tools[0]"),
-        ({"tools": [NAMESPACE | {"tools": [{"type": "function", "name": "f"}] * 129}]}, "tools"),
         ({"conversation": "conv_1"}, "conversation"),
         ({"prompt": {"id": "pmpt_1"}}, "prompt"),
         ({"text": {"format": {"type": "yaml"}}}, "text"),
@@ -2831,108 +3395,68 @@ def test_an_item_of_the_input_is_listed_with_all_its_keys():
     ]
 
 
-# What Codex 0.171 sends, recorded in November 2026 with gpt-5.5 as its model; long descriptions are cut.
-TURN = {"internal_chat_message_metadata_passthrough": {"turn_id": "01a22bd8-a67d-75a2"}}
-CODEX = {
-    "model": "gpt-5.5",
-    "stream": True,
-    "tool_choice": "auto",
-    "parallel_tool_calls": True,
-    "reasoning": {"effort": "medium"},
-    "store": False,
-    "include": ["reasoning.encrypted_content"],
-    "prompt_cache_key": "01a22bd8-a656-7ef1",
-    "text": {"verbosity": "low"},
-    "client_metadata": {"session_id": "01a22bd8-a656-7ef1", "mcp_attribution": '{"status":"none"}'},
-}
-CODEX_TOOLS = [
-    {"type": "function", "name": "exec_command", "description": "Runs a command in a PTY.", "strict": False, "parameters": {"type": "object", "properties": {"cmd": {"type": "string"}}, "required": ["cmd"]}},
-    {"type": "custom", "name": "apply_patch", "description": "Edit files.", "format": {"type": "grammar", "syntax": "lark", "definition": "start: begin_patch hunk+ end_patch"}},
-    {"type": "tool_search", "execution": "client", "description": "# Tool discovery", "parameters": {"type": "object", "properties": {"limit": {"type": "number"}, "query": {"type": "string"}}, "required": ["query"], "additionalProperties": False}},
-    {"type": "web_search", "external_web_access": True, "search_content_types": ["text", "image"]},
-]  # fmt: skip
-CODEX_BEGINS = [
-    {"type": "message", "id": "msg_1", "role": "developer", "content": [{"type": "input_text", "text": "You are Codex."}]},
-    {"type": "message", "id": "msg_2", "role": "user", "content": [{"type": "input_text", "text": "<environment_context/>"}], **TURN},
-    {"type": "message", "id": "msg_3", "role": "user", "content": [{"type": "input_text", "text": "What is the weather?"}], **TURN},
-]  # fmt: skip
-CODEX_SEARCHED = [
-    {"type": "message", "status": "completed", "id": "msg_9b3a_0", "role": "assistant", "content": [{"type": "output_text", "text": "I look.", "annotations": [], "logprobs": []}], **TURN},
-    {"type": "tool_search_call", "id": "tsc_9b3a_1", "call_id": "call_1_0", "status": "completed", "execution": "client", "arguments": {"query": "weather", "limit": 4}, **TURN},
-    {"type": "tool_search_output", "id": "tso_01a2", "call_id": "call_1_0", "status": "completed", "execution": "client", "tools": [{"type": "namespace", "name": "mcp__weather", "description": "Tools in the mcp__weather namespace.", "tools": [{"type": "function", "name": "get_weather", "description": "The weather in a city", "strict": False, "defer_loading": True, "parameters": {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]}}]}], **TURN},
-    {"type": "function_call", "status": "completed", "id": "fc_e194_0", "name": "get_weather", "namespace": "mcp__weather", "arguments": '{"city": "Rome"}', "call_id": "call_2_0", **TURN},
-    {"type": "function_call_output", "id": "fco_01a2", "call_id": "call_2_0", "output": [{"type": "input_text", "text": "Wall time: 0.0023 seconds\nOutput:"}, {"type": "input_text", "text": "sunny in Rome"}], **TURN},
-]  # fmt: skip
-CODEX_AGENT = {"type": "agent_message", "id": "amsg_01a2", "author": "/root", "recipient": "/root/helper", "content": [{"type": "input_text", "text": "Message Type: NEW_TASK\nTask name: /root/helper\nSender: /root\nPayload:\n"}, {"type": "encrypted_content", "encrypted_content": "Say hi."}], **TURN}  # fmt: skip
-CODEX_ADDITIONAL = {"type": "additional_tools", "id": "at_01a2", "role": "developer", "tools": [{"type": "namespace", "name": "functions", "description": "", "tools": [{"type": "custom", "name": "exec", "description": "Run JavaScript code", "format": {"type": "grammar", "syntax": "lark", "definition": "start: SOURCE"}}]}, {"type": "namespace", "name": "clock", "description": "", "tools": [{"type": "function", "name": "sleep", "description": "Sleeps.", "strict": False, "parameters": {"type": "object", "properties": {}}}]}]}  # fmt: skip
+ODD_VALUES = [
+    *(None, 5, True, "x", "", [], {}, {"a": 1}, ["x"], "gAAAABx", "\ud83d"),
+    [{"type": "input_text", "text": "t"}],
+    [{"type": "encrypted_content", "encrypted_content": "do"}],
+    [NOW, NAMESPACE, DRAW],
+    ztoapi.encode_reasoning("t"),
+]
+ODD_FIELDS = [
+    *("content", "name", "namespace", "arguments", "input", "tools", "execution", "summary"),
+    *("encrypted_content", "action", "operation", "status", "author", "server_label", "tool_calls"),
+]
 
 
-def asked_by_codex(*items, tools=CODEX_TOOLS):
-    """The messages and the names of the tools that Z.ai gets, and what the client is told was left out."""
-    asked = CODEX | {"tools": tools, "input": list(items)}
-    prompt = ztoapi.with_chosen_tools(ztoapi.parse_response(asked, History())[0])
-    body = zai_body(prompt, resolve("glm-5.3"))
-    names = [tool.get("function", tool).get("name", tool["type"]) for tool in body["tools"]]
-    return body["messages"], names, prompt.ignored
+def random_items(chance):
+    """Items of every type but the one that asks for a summary, with fields of any."""
+    skipped = sorted(ztoapi.SKIPPED_ITEMS - {"compaction_trigger"})
+    kinds = [*ztoapi.ITEM_READERS, *skipped, "never_heard_of", None, 5]
+    for _ in range(chance.randrange(1, 7)):
+        item = {name: chance.choice(ODD_VALUES) for name in chance.sample(ODD_FIELDS, 6)}
+        role, output = chance.choice([*ztoapi.ROLES]), chance.choice(["o", {"a": 1}, None])
+        more = {"role": role, "output": output, "call_id": chance.choice(["c1", "c2"])}
+        yield item | more | {"type": chance.choice(kinds)}
 
 
-def test_codex_finds_a_tool_and_calls_it():
-    messages, names, ignored = asked_by_codex(*CODEX_BEGINS, *CODEX_SEARCHED)
-    search = {"name": "tool_search", "arguments": '{"query":"weather","limit":4}'}
-    get = {"name": "mcp__weather__get_weather", "arguments": '{"city": "Rome"}'}
-    assert messages == [
-        {"role": "system", "content": "You are Codex."},
-        {"role": "user", "content": "<environment_context/>"},
-        {"role": "user", "content": "What is the weather?"},
-        {
-            "role": "assistant",
-            "content": "I look.",
-            "tool_calls": [{"id": "call_1_0", "type": "function", "function": search}],
-        },
-        {
-            "role": "tool",
-            "tool_call_id": "call_1_0",
-            "content": "tool mcp__weather__get_weather is now available",
-        },
-        {
-            "role": "assistant",
-            "content": "",
-            "tool_calls": [{"id": "call_2_0", "type": "function", "function": get}],
-        },
-        {
-            "role": "tool",
-            "tool_call_id": "call_2_0",
-            "content": "Wall time: 0.0023 seconds\nOutput:\nsunny in Rome",
-        },
-    ]
-    given = ["exec_command", "apply_patch", "tool_search", "mcp__weather__get_weather"]
-    assert (names, ignored) == ([*given, "web_search"], ("client_metadata",))
+@pytest.mark.parametrize("seed", range(200))
+def test_any_items_are_a_conversation_that_zai_takes_or_a_400(seed):
+    chance = random.Random(seed)
+    tools = chance.sample([NOW, NAMESPACE, TOOL_SEARCH, HOSTED_SEARCH, DRAW], 2)
+    choice = chance.choice(["auto", "required", "none", allowed("auto", *tools), tools[0]])
+    fields = {"input": [*random_items(chance)], "tools": tools, "tool_choice": choice}
+    sent = json.dumps(fields)
+    with contextlib.suppress(BadRequest):
+        prompt = parse_response(**fields)
+        plan = ztoapi.make_plan(prompt, Settings(), Account(""), "7")
+        model, planned = plan.prompts[0]
+        assert zai_body(planned, model)["messages"]
+    assert json.dumps(fields) == sent
 
 
-def test_codex_tells_another_agent_what_to_do():
-    messages, *_ = asked_by_codex(*CODEX_BEGINS, CODEX_AGENT)
-    assert messages[-1]["content"].startswith("Message from the agent /root:")
-    assert messages[-1]["content"].endswith("Payload:\n\nSay hi.")
+GOLDEN = PROGRAM.parent / ".ci" / "golden"
 
 
-def test_codex_puts_its_tools_into_the_conversation():
-    messages, names, ignored = asked_by_codex(CODEX_ADDITIONAL, *CODEX_BEGINS, tools=[])
-    assert (names, ignored) == (["functions__exec", "clock__sleep"], ("client_metadata",))
-    assert [message["role"] for message in messages] == ["system", "user", "user"]
+def golden(name):
+    """Requests of a real client, its words replaced, with what Z.ai must get of each."""
+    cases = json.loads((GOLDEN / f"{name}.json").read_text())
+    return [pytest.param(case, id=case["name"]) for case in cases]
 
 
-def test_codex_compacts_a_conversation_and_goes_on():
-    asked = CODEX | {"tools": CODEX_TOOLS, "input": [*CODEX_BEGINS, *CODEX_SEARCHED, TRIGGER]}
-    prompt, reply = ztoapi.parse_response(asked, History())
+@pytest.mark.parametrize("case", golden("codex"))
+def test_what_codex_sends_reaches_zai_as_it_must(case):
+    prompt, _ = ztoapi.parse_response(case["asked"], History())
+    renamed = Settings(model_aliases=(("gpt-*", "glm-5.3"),))
+    plan = ztoapi.make_plan(prompt, renamed, Account(""), "7")
+    model, planned = plan.prompts[0]
+    assert (zai_body(planned, model), list(plan.ignored)) == (case["sent"], case["ignored"])
+
+
+def test_the_cache_of_a_conversation_serves_its_compaction_too():
+    (asked,) = [case.values[0]["asked"] for case in golden("codex") if case.id == "a compaction"]
+    prompt, _ = ztoapi.parse_response(asked, History())
     before, _ = ztoapi.parse_response(asked | {"input": asked["input"][:-1]}, History())
-    assert prompt.messages[:-1] == before.messages
-    assert prompt.tools == before.tools
-    (item,) = begun(reply).fold([Thought("hm"), Text("It is sunny."), Finish("stop")])["output"]
-    messages, *_ = asked_by_codex(*CODEX_BEGINS, item)
-    assert messages[-1] == {
-        "role": "user",
-        "content": "Summary of the conversation so far:\nIt is sunny.",
-    }
+    assert (prompt.messages[:-1], prompt.tools) == (before.messages, before.tools)
 
 
 # ======== Contents ========
@@ -3689,15 +4213,6 @@ def test_what_is_asked_of_anthropic_is_asked_of_zai_whole():
     )
 
 
-GOLDEN = PROGRAM.parent / ".ci" / "golden"
-
-
-def golden(name):
-    """Requests of a real client, its words replaced, with what Z.ai must get of each."""
-    cases = json.loads((GOLDEN / f"{name}.json").read_text())
-    return [pytest.param(case, id=case["name"]) for case in cases]
-
-
 @pytest.mark.parametrize("case", golden("claude-code"))
 def test_what_claude_code_sends_reaches_zai_as_it_must(case):
     prompt, _ = ztoapi.parse_message(case["asked"])
@@ -4214,6 +4729,81 @@ def test_what_no_model_takes_is_words_in_a_history(model, part, words, kind):
     assert ztoapi.hidden_media(messages, model) == [kind]
 
 
+SEA = Media("image_url", "data:image/png;base64,U0VB")
+SKY_KEY, SEA_KEY = (ztoapi.image_key("anna", image) for image in (SKY, SEA))
+
+
+def test_an_image_has_one_key_for_each_client_key_whatever_its_type_is_said_to_be():
+    jpeg = Media("image_url", "data:image/jpeg;base64,U0VB")
+    assert ztoapi.image_key("anna", jpeg) == SEA_KEY
+    assert len({SKY_KEY, SEA_KEY, ztoapi.image_key("bob", SEA)}) == 3
+
+
+WITH_IMAGES = (
+    Message("user", ("look", SKY)),
+    calling(call("a")),
+    Message("tool", (SEA, "done"), call_id="a"),
+    from_tools(SKY, Media("video_url", "https://x/v.mp4")),
+)
+UNDESCRIBED = (
+    Message("user", ("look", ztoapi.Undescribed(SKY_KEY, SKY))),
+    calling(call("a")),
+    Message("tool", (ztoapi.Undescribed(SEA_KEY, SEA), "done"), call_id="a"),
+    from_tools(ztoapi.Undescribed(SKY_KEY, SKY), Media("video_url", "https://x/v.mp4")),
+)
+
+
+def test_images_are_marked_for_description_and_nothing_else_is():
+    assert ztoapi.with_undescribed(WITH_IMAGES, "anna") == UNDESCRIBED
+    assert ztoapi.with_undescribed(UNDESCRIBED, "anna") is UNDESCRIBED
+    assert [*ztoapi.undescribed_images(UNDESCRIBED)] == [SKY_KEY, SEA_KEY]
+    assert ztoapi.undescribed_images(WITH_IMAGES) == {}
+
+
+def test_a_model_that_sees_is_shown_what_another_has_described():
+    shown = ztoapi.fit_media(UNDESCRIBED, SEEING)
+    assert shown == ztoapi.fit_media(WITH_IMAGES, SEEING)
+    assert ztoapi.hidden_media(UNDESCRIBED[:3], SEEING) == []
+
+
+def test_images_that_are_to_be_described_are_neither_hidden_nor_refused():
+    assert ztoapi.fit_media(UNDESCRIBED[:3], BLIND) == UNDESCRIBED[:3]
+    assert ztoapi.hidden_media(UNDESCRIBED, BLIND) == ["files"]
+
+
+@pytest.mark.parametrize(
+    ("texts", "reasons", "sky", "sea"),
+    [
+        ({SKY_KEY: "a sky", SEA_KEY: "a sea"}, {}, "[image: a sky]", "[image: a sea]"),
+        (
+            {SKY_KEY: "a sky"},
+            {SEA_KEY: "it was refused"},
+            "[image: a sky]",
+            "[image: not shown to glm-5.3: it was refused]",
+        ),
+        (
+            {},
+            {},
+            f"[image {SKY.url}: not shown to glm-5.3: {ztoapi.TOO_MANY_IMAGES}]",
+            f"[image: not shown to glm-5.3: {ztoapi.TOO_MANY_IMAGES}]",
+        ),
+    ],
+    ids=["described", "refused", "too many"],
+)
+def test_words_stand_in_the_place_of_images(texts, reasons, sky, sea):
+    assert ztoapi.with_descriptions(UNDESCRIBED, BLIND, texts, reasons) == (
+        Message("user", ("look", sky)),
+        UNDESCRIBED[1],
+        Message("tool", (sea, "done"), call_id="a"),
+        from_tools(sky, Media("video_url", "https://x/v.mp4")),
+    )
+
+
+def test_where_there_is_no_image_nothing_changes():
+    messages = (GO_ON, calling(call("a")), told("a", "A"))
+    assert ztoapi.with_descriptions(messages, BLIND, {}, {}) is messages
+
+
 def test_an_image_without_an_address_has_no_name():
     image = Media("image_url", "data:image/png;base64,QUJD")
     (hidden, _) = ztoapi.fit_media((Message("user", (image,)), GO_ON), BLIND)
@@ -4412,6 +5002,24 @@ def test_any_history_becomes_what_zai_takes_unless_the_user_shows_now_what_it_do
         json.loads(ztoapi.encode_request(sent).decode())
         assert list(what_zai_refuses(sent, model)) == [], seed
     assert 0 < refused < 200
+
+
+@pytest.mark.parametrize("text", ["a sky", ""], ids=["described", "not described"])
+def test_any_history_with_descriptions_is_what_zai_takes(text):
+    settings = Settings(vision_model="glm-4.6v", vision_mode="describe")
+    described = 0
+    for seed in range(400):
+        odd = OddHistory(seed)
+        messages = [*odd.some(odd.message, 8), *HELLO["messages"]]
+        prompt = replace(read_chat(chat(messages=messages)), fallbacks=("glm-4.6v",))
+        plan = ztoapi.make_plan(prompt, settings, Account(""), "7")
+        texts = {image.key: text for image in plan.images if text}
+        plan.fill_in(texts, {})
+        for model, planned in plan.prompts:
+            sent = json.loads(ztoapi.zai_request(planned, model, ZAI, "7").data)["messages"]
+            assert list(what_zai_refuses(sent, model)) == [], seed
+        described += len(plan.images)
+    assert described > 40
 
 
 @pytest.mark.parametrize("repeated", [1, 2], ids=["paired", "not paired"])
@@ -4614,6 +5222,9 @@ def test_the_page_shows_each_client_with_words_that_it_can_replace():
         pytest.param({"stop": "x"}, {"stop": ["x"]}, id="stop"),
         pytest.param({"stop": []}, {}, id="no stop"),
         pytest.param(
+            {"stop": [*"abcdefghijklmnop"]}, {"stop": [*"abcd"]}, id="more stops than Z.ai takes"
+        ),
+        pytest.param(
             {"stream": False, "stream_options": {"include_usage": True}},
             {},
             id="stream",
@@ -4680,6 +5291,252 @@ def zai_messages(body, model="glm-4.6", parse=ztoapi.parse_chat):
 
 
 ZAI = "https://api.z.ai/api/paas/v4"
+
+
+@pytest.mark.parametrize(
+    ("names", "wanted"),
+    [
+        pytest.param(["files.read"], ["files_read_89b43be6"], id="a dot"),
+        pytest.param(["a b", "a.b", "a_b"], ["a_b_541e27fe", "a_b_68a4364b", "a_b"], id="alike"),
+        pytest.param(["搜索"], ["___f91c99f4"], id="no letter"),
+        pytest.param(["x" * 65], ["x" * 55 + "_1c9c4cf0"], id="too long"),
+        pytest.param(
+            ["x" * 64 + "a", "x" * 64 + "b"],
+            ["x" * 55 + "_8a907b1c", "x" * 55 + "_8cb9731c"],
+            id="both",
+        ),
+        pytest.param(["f\n"], ["f__99a6102d"], id="a line end"),
+    ],
+)
+def test_an_illegal_name_of_a_tool_is_a_legal_one_for_zai(names, wanted):
+    assert legal_for_zai(names) == wanted
+
+
+def legal_for_zai(names):
+    tools = body_for_zai(chat(tools=[function(name) for name in names]))["tools"]
+    return [tool["function"]["name"] for tool in tools]
+
+
+GOLDEN_CHAT = {
+    "model": "zai/GLM-4.6:low",
+    "messages": [
+        {"role": "developer", "content": "Be kind."},
+        {"role": "user", "content": [{"type": "text", "text": "你好"}]},
+    ],
+    "tools": [
+        {"name": "read", "description": "Read", "input_schema": OBJECT},
+        {"type": "function", "name": "list", "parameters": {"type": "object", "properties": []}},
+        {"type": "custom", "custom": {"name": "patch", "format": {"type": "text"}}},
+        {"type": "function", "function": {"name": "files.read", "parameters": []}},
+        {"googleSearch": {}},
+    ],
+    "tool_choice": {"type": "any"},
+    "max_completion_tokens": -1,
+    "max_tokens": 4096.0,
+    "stop": ["a", "b", "c", "d", "e"],
+    "stream_options": [],
+    "response_format": {"type": "json_object", "schema": OBJECT},
+    "reasoning_effort": "auto",
+    "include_reasoning": False,
+    "prompt_cache_key": "k",
+}
+
+
+def test_a_chat_in_all_dialects_is_one_request_for_zai():
+    def tool(name, description, parameters):
+        return function(name, description=description, parameters=parameters)
+
+    line = (
+        "Answer only with JSON, without any other text and without Markdown, valid against "
+        'this JSON Schema: {"type":"object","properties":{"a":{"type":"string"}}}'
+    )
+    names = "read, list, patch, files_read_89b43be6"
+    orders = f"Answer by calling one of the functions {names}."
+    plan = ztoapi.make_plan(read_chat(GOLDEN_CHAT), Settings(), Account(""), "7")
+    assert plan.ignored == ("prompt_cache_key", "tools.googleSearch")
+    assert plan.reasoning_format == "hidden"
+    assert zai_body(plan.prompts[0][1], MODELS["glm-4.6"]) == {
+        "model": "glm-4.6",
+        "messages": [
+            {"role": "system", "content": f"Be kind.\n{orders}\n{line}"},
+            {"role": "user", "content": "你好"},
+        ],
+        "stream": True,
+        "max_tokens": 4096,
+        "stop": ["a", "b", "c", "d"],
+        "tools": [
+            tool("read", "Read", OBJECT),
+            tool("list", "list", NO_PARAMETERS),
+            tool("patch", "patch", ANY_TEXT),
+            tool("files_read_89b43be6", "files.read", NO_PARAMETERS),
+        ],
+        "tool_stream": True,
+        "response_format": {"type": "json_object"},
+        "thinking": {"type": "enabled"},
+    }
+
+
+def test_the_same_chat_is_the_same_bytes_in_another_process():
+    code = (
+        "import json, sys, ztoapi; prompt = ztoapi.parse_chat(json.loads(sys.argv[1]))[0];"
+        "plan = ztoapi.make_plan(prompt, ztoapi.Settings(), ztoapi.Account(''), '7');"
+        "print(ztoapi.zai_request(plan.prompts[0][1], plan.asked, 'https://api.z.ai', '7').data)"
+    )
+    command = [sys.executable, "-c", code, json.dumps(GOLDEN_CHAT)]
+    here = Path(ztoapi.__file__).parent
+    said = subprocess.run(command, capture_output=True, text=True, cwd=here, check=True).stdout
+    plan = ztoapi.make_plan(read_chat(GOLDEN_CHAT), Settings(), Account(""), "8")
+    data = ztoapi.zai_request(plan.prompts[0][1], plan.asked, "https://api.z.ai", "8").data
+    assert said.strip() == str(data)
+
+
+@pytest.mark.parametrize("name", ["f", "read_file-2", "x" * 64, "mcp__server__do", "_", "-"])
+def test_a_legal_name_of_a_tool_stays(name):
+    assert legal_for_zai([name]) == [name]
+
+
+def test_the_legal_name_depends_on_no_other_tool_unless_that_is_called_so():
+    (alone,) = legal_for_zai(["files.read"])
+    assert legal_for_zai(["a.b", "files.read", "c"])[1] == alone
+    taken, other = legal_for_zai([alone, "files.read"])
+    assert taken == alone != other
+    assert re.fullmatch("files_read_[0-9a-f]{8}", other)
+
+
+def test_names_of_tools_are_legal_in_history_and_in_our_own_lines():
+    call = {"id": "c1", "type": "function", "function": {"name": "files.read", "arguments": "{}"}}
+    old = {"id": "c2", "type": "function", "function": {"name": "gone!", "arguments": "{}"}}
+    body = chat(
+        messages=[
+            QUESTION,
+            {"role": "assistant", "content": "", "tool_calls": [call, old]},
+            {"role": "tool", "tool_call_id": "c1", "content": "files.read"},
+            {"role": "tool", "tool_call_id": "c2", "content": "x"},
+        ],
+        tools=[function("files.read"), function("f")],
+        tool_choice=function("files.read"),
+    )
+    zai = body_for_zai(body)
+    (legal,) = legal_for_zai(["files.read"])
+    (legal_old,) = legal_for_zai(["gone!"])
+    assert [tool["function"]["name"] for tool in zai["tools"]] == [legal]
+    system, _, assistant, result, _ = zai["messages"]
+    assert system["content"] == f"Answer by calling the function {legal}."
+    calls = [call["function"]["name"] for call in assistant["tool_calls"]]
+    assert calls == [legal, legal_old]
+    assert result["content"] == "files.read"
+
+
+MANY = [function(f"f{i}") for i in range(127)]
+
+
+def deferred(name):
+    return {"name": name, "input_schema": NO_PARAMETERS, "defer_loading": True}
+
+
+@pytest.mark.parametrize(
+    ("tools", "fields", "kept"),
+    [
+        pytest.param([deferred("a")], {}, ["a"], id="as many as Z.ai takes"),
+        pytest.param([deferred("a"), deferred("b")], {}, [], id="one more"),
+        pytest.param(
+            [deferred("a"), deferred("b.c")],
+            {"messages": [{"role": "user", "content": "Use b.c."}]},
+            ["b.c"],
+            id="one that is named",
+        ),
+        pytest.param(
+            [deferred("a"), deferred("b")],
+            {
+                "messages": [
+                    *HELLO["messages"],
+                    {"role": "assistant", "tool_calls": [CALL | {"function": {"name": "b"}}]},
+                    {"role": "tool", "tool_call_id": "c1", "content": "x"},
+                ]
+            },
+            ["b"],
+            id="one that was called",
+        ),
+        pytest.param([deferred("a"), function("b")], {}, ["b"], id="one that is not deferred"),
+    ],
+)
+def test_of_too_many_tools_the_deferred_go_that_nothing_names(tools, fields, kept):
+    body = chat(tools=[*MANY, *tools], **fields)
+    plan = ztoapi.make_plan(read_chat(body), Settings(), Account(""), "7")
+    names = [plan.client_names.get(tool.name, tool.name) for tool in plan.prompts[0][1].tools]
+    assert names == [f"f{i}" for i in range(127)] + kept
+    dropped = len(tools) > len(kept)
+    assert plan.ignored == (("tools.defer_loading",) if dropped else ())
+
+
+@pytest.mark.parametrize(
+    "tools",
+    [
+        [function("a"), function("b")],
+        [deferred("a"), deferred("hi")],
+        [{"type": "function", "name": f"f{i}"} for i in range(2)],
+    ],
+    ids=["functions", "deferred and named", "Responses' functions"],
+)
+def test_more_tools_than_zai_takes_are_refused(tools):
+    body = chat(messages=[{"role": "user", "content": "a hi"}], tools=[*MANY, *tools])
+    with pytest.raises(BadRequest) as raised:
+        body_for_zai(body)
+    assert raised.value.param == "tools"
+
+
+def test_the_deferred_tools_of_messages_go_in_the_same_way():
+    tools = [deferred(f"f{i}") for i in range(150)] + [{"name": "a", "input_schema": NO_PARAMETERS}]
+    body = {**CLAUDE, "tools": tools, "messages": [{"role": "user", "content": "Use f77."}]}
+    prompt, _ = ztoapi.parse_message(body)
+    plan = ztoapi.make_plan(prompt, Settings(), Account(""), "7")
+    assert [tool.name for tool in plan.prompts[0][1].tools] == ["f77", "a"]
+    assert plan.ignored == ("tools.defer_loading",)
+
+
+def test_a_choice_of_few_tools_may_come_from_very_many():
+    body = chat(tools=[function(f"f{i}") for i in range(200)], tool_choice=function("f150"))
+    assert [tool["function"]["name"] for tool in body_for_zai(body)["tools"]] == ["f150"]
+    assert "tools" not in body_for_zai(body | {"tool_choice": "none"})
+
+
+def efforts(body, **settings):
+    """The models that a chat asks, each with how much it is to think."""
+    plan = ztoapi.make_plan(read_chat(body), Settings(**settings), Account(""), "7")
+    return [(model.id, prompt.effort) for model, prompt in plan.prompts]
+
+
+@pytest.mark.parametrize(
+    ("fields", "settings", "wanted"),
+    [
+        pytest.param({"model": "glm-4.6:off"}, {}, "off", id="by name"),
+        pytest.param({"model": "glm-4.6-nothinking"}, {}, "off", id="by an ending"),
+        pytest.param(
+            {"model": "fast"}, {"model_aliases": (("fast", "glm-4.6:off"),)}, "off", id="by alias"
+        ),
+        pytest.param(
+            {"model": "glm-4.6:off"}, {"enable_thinking": True}, "off", id="not by setting"
+        ),
+        pytest.param({"model": "glm-4.6:high", "max_tokens": 9}, {}, "high", id="not by limit"),
+        pytest.param({"model": "glm-4.6:off", "think": True}, {}, "on", id="the request counts"),
+        pytest.param(
+            {"model": "glm-4.6:off", "reasoning_effort": "max"}, {}, "max", id="so does its effort"
+        ),
+        pytest.param(
+            {"model": "glm-4.6:off", "reasoning_effort": "auto"}, {}, "off", id="auto says nothing"
+        ),
+        pytest.param({"model": "glm-4.6:free"}, {}, None, id="another word"),
+    ],
+)
+def test_a_thinking_word_counts_where_the_request_says_nothing(fields, settings, wanted):
+    assert efforts(chat(**fields), **settings) == [("glm-4.6", wanted)]
+
+
+def test_a_fallback_thinks_as_the_first_model_where_its_own_name_does_not_say():
+    body = chat(model="glm-4.6:off", fallbacks=["glm-4.7", "glm-5.3:low"])
+    assert efforts(body) == [("glm-4.6", "off"), ("glm-4.7", "off"), ("glm-5.3", "low")]
+    body["reasoning_effort"] = "max"
+    assert efforts(body) == [("glm-4.6", "max"), ("glm-4.7", "max"), ("glm-5.3", "max")]
 
 
 def sent(*messages, **fields):
@@ -5415,17 +6272,46 @@ def test_no_balance_names_the_address_of_the_coding_plan():
     )
 
 
+@pytest.mark.parametrize(
+    ("model", "code", "words"),
+    [
+        ("glm-9", 1211, "see /v1/models and MODEL_ALIASES. (glm-9: Z.ai 1211: no)"),
+        ("glm-4.6", 1113, "add money or use a free model, such as glm-4.7-flash. (Z.ai 1113: no)"),
+        ("glm-4.7-flash", 1113, "coding/paas/v4. (Z.ai 1113: no)"),
+    ],
+)
+def test_a_refusal_names_the_model_and_advises_no_free_one_for_a_free_one(model, code, words):
+    error = zai_error(400, {"error": {"code": str(code), "message": "no"}})
+    ztoapi.fit_to_model(error, resolve(model))
+    assert str(error).endswith(words)
+    assert ("use a free model" in str(error)) is ("use a free model" in words)
+
+
+def test_the_time_of_a_reset_has_its_zone():
+    text = "will reset at 2026-09-12 00:35:41"
+    error = zai_error(429, {"error": {"code": "1308", "message": text}})
+    ours = "is used up until it is reset. That is on 2026-09-11 at 16:35 UTC."
+    assert str(error).endswith(f"{ours} (Z.ai 1308: {text} UTC+8)")
+    assert error.for_others(5).message == error.message
+
+
 # ======== Z.ai: the answer ========
 
 
-def stream_of(*chunks, done="data: [DONE]\n\n"):
+def chunk_of(*deltas):
+    """Deltas as stream_of and document_of take them; a text alone is content."""
+    return [delta if isinstance(delta, dict) else {"content": delta} for delta in deltas]
+
+
+def stream_of(*chunks, done="data: [DONE]\n\n", ensure_ascii=False):
     """Chunks as Z.ai streams them; a delta alone is put into its chunk."""
+    deltas = chunk_of(*chunks)
     whole = [
         c if "choices" in c else {"id": "7", "created": 1, "choices": [{"index": 0, "delta": c}]}
-        for c in chunks
+        for c in deltas
     ]
     return (
-        "".join(f"data: {json.dumps(c, ensure_ascii=False)}\n\n" for c in whole).encode()
+        "".join(f"data: {json.dumps(c, ensure_ascii=ensure_ascii)}\n\n" for c in whole).encode()
         + done.encode()
     )
 
@@ -5551,11 +6437,6 @@ def outcome(events):
     return choice.thought, choice.text, calls, choice.finish
 
 
-def chunk_of(*deltas):
-    """Deltas as stream_of and document_of take them; a text alone is content."""
-    return [delta if isinstance(delta, dict) else {"content": delta} for delta in deltas]
-
-
 def message_of(deltas):
     """The message of a whole answer that says the same as these deltas."""
     message = {"role": "assistant"}
@@ -5597,10 +6478,7 @@ def says(text="", thought="", calls=(), finish="stop"):
     ids=["two", "alone", "apart", "no other", "the second", "thought", "thoughts", "Korean"],
 )
 def test_half_a_character_waits_for_its_other_half(deltas, wanted):
-    data = json.dumps  # escapes what UTF-8 has not
-    chunks = [{"id": "7", "choices": [{"delta": delta}]} for delta in chunk_of(*deltas)]
-    frames = [f"data: {data(chunk)}\n\n" for chunk in (*chunks, finish())]
-    for parts in cuts("".join(frames).encode()):
+    for parts in cuts(stream_of(*deltas, finish(), ensure_ascii=True)):
         assert [outcome(read_all(parts))] == wanted
 
 
@@ -5622,21 +6500,14 @@ def test_half_a_character_in_arguments_waits_for_its_other_half(pieces, wanted):
         piece(id="a", index=0, function=named("f", first)),
         *(piece(index=0, function={"arguments": more}) for more in others),
     ]
-    frames = [f"data: {json.dumps({'choices': [{'delta': delta}]})}\n\n" for delta in deltas] + [
-        f"data: {json.dumps(finish())}\n\n"
-    ]
-    for parts in cuts("".join(frames).encode()):
+    for parts in cuts(stream_of(*deltas, finish(), ensure_ascii=True)):
         assert outcome(read_all(parts))[2] == [("a", "f", wanted)]
 
 
 def test_no_text_gets_out_as_half_a_character():
     reader = Mended()
-    deltas = ({"content": text} for text in ("a\ud83d", "\ude00b"))
-    heard = []
-    for delta in deltas:
-        frame = f"data: {json.dumps({'choices': [{'delta': delta}]})}\n\n"
-        heard.append(list(reader.feed(frame.encode())))
-    assert heard == [[Text("a")], [Text("😀b")]]
+    halves = [stream_of(text, done="", ensure_ascii=True) for text in ("a\ud83d", "\ude00b")]
+    assert [list(reader.feed(data)) for data in halves] == [[Text("a")], [Text("😀b")]]
 
 
 @pytest.mark.parametrize("word", ["\ud83d", "x\ude00"])
@@ -6401,16 +7272,168 @@ def test_calls_whose_pieces_alternate_are_closed_at_their_ends():
     )
 
 
+EDIT = tool(
+    "edit",
+    edits={"type": "array", "items": {"type": "object", "properties": {"o": {"type": "integer"}}}},
+    n={"type": "integer"},
+    all={"anyOf": [{"type": "boolean"}, {"type": "null"}]},
+    where={"$ref": "#/$defs/where"},
+    ratio={"type": "number"},
+    level={"enum": [1, 2]},
+    note={"type": "string"},
+    tag={"type": ["string", "integer"]},
+    any={},
+)
+EDIT["function"]["parameters"]["$defs"] = {
+    "where": {
+        "type": "object",
+        "properties": {"line": {"type": "integer"}, "in": {"$ref": "#/$defs/where"}},
+    }
+}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "wanted"),
+    [
+        (r'{"edits":"[{\"o\":1}]","n":"3","all":"true","note":"12"}', '{"edits":[{"o":1}],"n":3,"all":true,"note":"12"}'),
+        (r'{ "n" : "-3" , "note" : "\u00e9\/" }', r'{ "n" : -3 , "note" : "\u00e9\/" }'),
+        (r'{"edits":" [ {\"o\": \"1\", \"p\": \"2\"},\n{\"o\":2} ]\n"}', '{"edits":[ {"o": 1, "p": "2"},\n{"o":2} ]}'),
+        (r'{"where":"{\"line\":\"7\",\"in\":\"{\\\"line\\\":\\\"8\\\"}\"}"}', '{"where":{"line":7,"in":{"line":8}}}'),
+        (r'{"all":"null","ratio":"1e3","level":"2"}', '{"all":null,"ratio":1e3,"level":2}'),
+        (r'{"\u006e":"3","ratio":"7"}', r'{"\u006e":3,"ratio":7}'),
+        ('{"edits":"[]","where":"{}"}', '{"edits":[],"where":{}}'),
+    ],
+)  # fmt: skip
+def test_a_string_becomes_the_value_that_it_should_have_been(arguments, wanted):
+    assert arguments_outcomes(arguments, name="edit", tools=[EDIT]) == [wanted]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "wanted"),
+    [
+        (r'{"where":{"line":"7"},"n":"3"}', '{"where":{"line":7},"n":3}'),
+        (r'{"edits":[{"o":"1"},{"o":2}]}', '{"edits":[{"o":1},{"o":2}]}'),
+        (json.dumps('{"n":"3","note":"3"}'), '{"n":3,"note":"3"}'),
+        (json.dumps(' {"note":"3"}\n'), '{"note":"3"}'),
+        (json.dumps("{}"), "{}"),
+    ],
+)
+def test_arguments_in_one_piece_are_mended_at_every_depth(arguments, wanted):
+    assert outcomes_of(pieces_of(arguments, name="edit"), tools=[EDIT]) == calls_of(
+        ("edit", wanted)
+    )
+    begun = pieces_of("", arguments, name="edit")
+    assert outcomes_of(begun, tools=[EDIT]) == calls_of(("edit", wanted))
+
+
+def test_arguments_that_come_in_pieces_are_not_mended_below_the_top():
+    text = '{"where":{"line":"7"},"edits":[{"o":"1"}]}'
+    assert outcomes_of(pieces_of(*text, name="edit"), tools=[EDIT]) == calls_of(("edit", text))
+    encoded = json.dumps('{"n":"3"}')
+    assert outcomes_of(pieces_of(*encoded, name="edit"), tools=[EDIT]) == calls_of(
+        ("edit", encoded)
+    )
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        '{"note":"12","tag":"3","any":"4","more":"5"}',
+        '{"n":"three","all":"True","ratio":"","level":" "}',
+        '{"n":"1.0","edits":"{}","where":"[]","all":"1"}',
+        '{"n":"\\"3\\"","ratio":"NaN","level":"1 2"}',
+        '{"edits":"[{\\"o\\":1}","where":"{"}',
+        '{"n":"3',
+        '{"n":3,"edits":[{"o":1}],"note":"n\\":\\"3"}',
+        '["n","3"]',
+        '"n"',
+        '"[1]"',
+        "{n:'3'}",
+        '{"n" "3"}',
+        '}]{"n":',
+        "[[]],{",
+    ],
+)
+def test_other_strings_in_arguments_stay_as_they_are(arguments):
+    assert arguments_outcomes(arguments, name="edit", tools=[EDIT]) == [arguments]
+    named_otherwise = arguments_outcomes('{"n":"3"}', name="edits", tools=[EDIT])
+    assert named_otherwise == ['{"n":"3"}']
+
+
+def heard_of(pieces, **asked):
+    """The arguments that come out with each piece."""
+    reader = Mended(**asked)
+    deltas = pieces_of(*pieces, name="edit")
+    heard = [list(reader.feed(stream_of(delta, done=""))) for delta in deltas]
+    return ["".join(event.arguments for event in events) for events in heard]
+
+
+def test_only_a_string_at_the_top_that_should_be_none_is_held():
+    given = ["", '{"no', 'te":"', "1", '2","n":', '"', "3", '","where":{"li', 'ne":"', '7"}}']
+    heard = ["", '{"no', 'te":"', "1", '2","n":', "", "", '3,"where":{"li', 'ne":"', '7"}}']
+    assert heard_of(given, tools=[EDIT]) == heard
+
+
+def test_where_all_may_be_strings_nothing_is_held():
+    given = ['{"path', '":"', "1", '","', 'line":"', '2"', "}"]
+    assert heard_of(given, tools=[tool("edit", path={"type": "string"}, line={})]) == given
+
+
+def test_a_held_value_of_megabytes_is_read_in_linear_time():
+    def read(size):
+        repair = ztoapi.TypedArguments({"edit": EDIT["function"]["parameters"]})
+        list(repair.feed(ToolCall(0, "c", "edit", '{"edits":"[')))
+        parts = [*[r"{\"o\":1},"] * size, r'{}]"}']
+        heard = [event for part in parts for event in repair.feed(ToolCall(0, "", "", part))]
+        assert len(heard[-1].arguments) > 8 * size
+
+    few, many = (seconds_of(read, size) for size in (2**11, 2**13))
+    assert many < 10 * few
+
+
+@pytest.mark.parametrize(
+    ("arguments", "wanted"),
+    [
+        (r'{"path":"\ud83d"}', r'{"path":"\ufffd"}'),
+        (r'{"path":"\uDE00x\ud83d\n"}', r'{"path":"\ufffdx\ufffd\n"}'),
+        (r'{"path":"\ud83d\ud83d\ude00"}', r'{"path":"\ufffd\ud83d\ude00"}'),
+        (r'{"path":"\\\ud83d\\"}', r'{"path":"\\\ufffd\\"}'),
+        (r'{"path":"\ud83d\\ude00"}', r'{"path":"\ufffd\\ude00"}'),
+        (r'{"path":"\ud83d', r'{"path":"\ufffd'),
+        (r'{"path":"\ud83d\ud', r'{"path":"\ufffd\ud'),
+    ],
+)
+def test_half_a_character_in_arguments_is_found_as_an_escape(arguments, wanted):
+    assert arguments_outcomes(arguments, name="find", tools=[FIND]) == [wanted]
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        r'{"path":"\ud83d\ude00"}',
+        r'{"path":"\\ud83d"}',
+        r'{"path":"C:\\users\\"}',
+        r'{"path":"\u00e9\ud7ff\uE000"}',
+        r'{"path":"\ud8"}',
+        r'{"path":"\uD83D\uDE00\\',
+        r'{"path":"\u',
+        '{"path":"\\',
+    ],
+)
+def test_other_escapes_in_arguments_stay_as_they_are(arguments):
+    assert arguments_outcomes(arguments, name="find", tools=[FIND]) == [arguments]
+
+
 NAMELESS = {"id": "x", "index": 0, "function": named("", '{"a":1}')}
 
 
 @pytest.mark.parametrize(
     ("deltas", "wanted"),
     [
-        ([{"tool_calls": [NAMELESS]}], says("", "", [], "tool_calls")),
-        ([{"tool_calls": [NAMELESS | {"function": named(None, "{}")}]}], says("", "", [], "tool_calls")),
-        ([{"tool_calls": [NAMELESS | {"function": named(" \n", "{}")}]}], says("", "", [], "tool_calls")),
-        (["hi", {"tool_calls": [NAMELESS]}], says("hi", "", [], "tool_calls")),
+        ([{"tool_calls": [NAMELESS]}], says()),
+        ([{"tool_calls": [NAMELESS | {"function": named(None, "{}")}]}], says()),
+        ([{"tool_calls": [NAMELESS | {"function": named(" \n", "{}")}]}], says()),
+        (["hi", {"tool_calls": [NAMELESS]}], says("hi")),
         ([calls(("read", "{}"), ("", "{}"))], calls_of(("read", "{}"))),
         ([calls(("", "{}"), ("read", "{}"))], says("", "", [("c1", "read", "{}")], "tool_calls")),
         ([calls(("?", "{}"))], calls_of(("?", "{}"))),
@@ -7012,6 +8035,78 @@ def test_line_ends_at_the_head_of_the_text_are_the_templates(deltas, wanted):
     assert read_all([document_of(whole)]) == wanted
 
 
+ANN = '{"name":"Ann"}'
+
+
+@pytest.mark.parametrize("tools", [(), [READ]], ids=["no tools", "tools"])
+@pytest.mark.parametrize(
+    ("text", "wanted"),
+    [
+        (f"```json\n{ANN}\n```", ANN),
+        (f"\n```\n{ANN}```\n", ANN),
+        (f" ```JSON \r\n {ANN}\r\n``` ", ANN),
+        ('```json\n[1, {"a": "```"}]\n```', '[1, {"a": "```"}]'),
+        ('```json5\n{\n  "a": 1\n}\n```', '{\n  "a": 1\n}'),
+    ],
+)
+def test_json_in_a_fence_comes_without_it(text, wanted, tools):
+    for deltas in ([text], list(text), *([text[:at], text[at:]] for at in range(1, len(text)))):
+        data = stream_of(*chunk_of(*deltas), finish())
+        assert outcome(read_all([data], wants_json=True, tools=tools))[1] == wanted
+    assert outcomes_of([text], wants_json=True, tools=tools) == says(wanted)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        f"```json\n{ANN}\n```\nThat is Ann.",
+        f"Ann: ```json\n{ANN}\n```",
+        f"```json\n{ANN}",
+        "```json\n{name: 'Ann'}\n```",
+        f"```json\n{ANN}\n```\n```json\n{ANN}\n```",
+        "```\nAnn\n```",
+        "```json\n7\n```",
+        f"`{ANN}`",
+        f"~~~\n{ANN}\n~~~",
+        f"```{ANN}```",
+        '{"a":"```json\\n{}\\n```"}',
+    ],
+)
+def test_other_fences_stay_where_json_is_wanted(text):
+    for deltas in ([text], list(text)):
+        data = stream_of(*chunk_of(*deltas), finish())
+        assert outcome(read_all([data], wants_json=True))[1] == text
+    assert outcomes_of([text], wants_json=True) == says(text)
+
+
+def test_a_fence_that_is_cut_off_stays():
+    text = f"```json\n{ANN[:-3]}"
+    assert outcomes_of([text], "length", wants_json=True) == says(text, finish="length")
+
+
+def test_a_fence_stays_where_no_json_is_wanted():
+    assert outcomes_of([f"```json\n{ANN}\n```"]) == says(f"```json\n{ANN}\n```")
+
+
+@pytest.mark.parametrize(
+    ("texts", "wanted"),
+    [
+        (["``", "`", "json", "\n", "{", "}"], [""] * 6),
+        (["``", "`", "\n", "x", "{"], ["", "", "", "```\nx", "{"]),
+        (["{", '"a"', ":1}"], ["{", '"a"', ":1}"]),
+        (["`", "a"], ["", "`a"]),
+        (["```" + "j" * 99, "\n{"], ["```" + "j" * 99, "\n{"]),
+    ],
+)
+def test_no_more_than_a_fence_with_json_is_held(texts, wanted):
+    reader = Mended(wants_json=True)
+    heard = []
+    for text in texts:
+        events = list(reader.feed(stream_of({"content": text}, done="")))
+        heard.append("".join(event.text for event in events))
+    assert heard == wanted
+
+
 @pytest.mark.parametrize(
     ("deltas", "wanted"),
     [
@@ -7053,6 +8148,152 @@ def test_finish_reasons_are_openais(reason, wanted):
     assert read_all([RECORDED.replace(b'"stop"', f'"{reason}"'.encode())])[-1] == Finish(wanted)
 
 
+@pytest.mark.parametrize(
+    ("deltas", "wanted"),
+    [
+        (["done"], says("done")),
+        (thinks("hm"), says("", "hm")),
+        (["\n"], says()),
+        (["a", {"tool_calls": [NAMELESS]}], says("a")),
+        ([], says()),
+        ([READ_PIECE], says("", "", [("c1", "read", "{}")], "tool_calls")),
+        ([{"tool_calls": [NAMELESS | {"function": named("f", "{}")}]}], says("", "", [("x", "f", "{}")], "tool_calls")),
+        ([LEAK], says("", "", [CALLED], "tool_calls")),
+        (["a", READ_PIECE], says("a", "", [("c1", "read", "{}")], "tool_calls")),
+    ],
+)  # fmt: skip
+def test_an_answer_finishes_with_tool_calls_where_it_has_one(deltas, wanted):
+    assert outcomes_of(deltas, "tool_calls", tools=[READ]) == wanted
+
+
+@pytest.mark.parametrize("reason", ["length", "sensitive", "stop"])
+def test_other_finishes_without_a_call_stay(reason):
+    wanted = ztoapi.FINISH_REASONS[reason]
+    assert outcomes_of(["a"], reason) == says("a", finish=wanted)
+
+
+EMPTY_ANSWERS = {
+    "nothing": ([], "stop"),
+    "a line end": (["\n"], "stop"),
+    "no call": ([], "tool_calls"),
+    "a call without a name": ([{"tool_calls": [NAMELESS]}], "tool_calls"),
+    "a stray tag": (["</think>\n"], "stop"),
+}
+
+
+@pytest.mark.parametrize("case", EMPTY_ANSWERS)
+def test_an_empty_answer_is_asked_for_again(case):
+    deltas, reason = EMPTY_ANSWERS[case]
+    for parts in cuts(stream_of(*chunk_of(*deltas), finish(reason, **SPENT))):
+        with pytest.raises(ztoapi.EmptyAnswerError):
+            read_all(parts, asks_again=True)
+    with pytest.raises(ztoapi.EmptyAnswerError):
+        read_all([document_of(message_of(deltas), reason)], asks_again=True)
+    assert outcomes_of(deltas, reason) == says()
+
+
+@pytest.mark.parametrize(
+    ("deltas", "reason"),
+    [
+        (["a"], "stop"),
+        ([" "], "stop"),
+        (thinks("hm"), "stop"),
+        (thinks("hm"), "tool_calls"),
+        ([READ_PIECE], "tool_calls"),
+        ([], "length"),
+        ([], "sensitive"),
+    ],
+)
+def test_other_answers_are_not_asked_for_again(deltas, reason):
+    assert len(outcomes_of(deltas, reason, asks_again=True)) == 1
+
+
+@pytest.mark.parametrize(
+    ("text", "stop", "wanted", "met"),
+    [
+        ("x = 1\n</code>", ["</code>"], "x = 1\n", "</code>"),
+        ("x = 1\n</code", ["</code>"], "x = 1\n", "</code>"),
+        ("x</c", ["</code>"], "x", "</code>"),
+        ("Hi\n\nUser: no", ["\n\nUser:", "Human:"], "Hi", "\n\nUser:"),
+        ("Hi\n\nUs", ["Human:", "\n\nUser:"], "Hi", "\n\nUser:"),
+        ("one two three", ["three", "two"], "one ", "two"),
+        ("abcd", ["abcd", "bc"], "a", "bc"),
+        ("ab", ["b", "ab"], "", "ab"),
+        ("END", ["END"], "", "END"),
+        ("a.b.c", ["c", "x", "y", "z", ".c"], "a.b", ".c"),
+        ("aaab", ["aab"], "a", "aab"),
+    ],
+)
+def test_an_answer_ends_before_a_stop_string(text, stop, wanted, met):
+    for deltas in ([text], list(text), *([text[:at], text[at:]] for at in range(1, len(text)))):
+        events = read_all([stream_of(*chunk_of(*deltas), finish())], stop=tuple(stop))
+        assert (outcome(events)[1], events[-1]) == (wanted, Finish("stop", stop_sequence=met))
+    assert outcomes_of([text], stop=tuple(stop)) == says(wanted)
+
+
+@pytest.mark.parametrize(
+    ("text", "stop"),
+    [
+        ("x</", ["</code>"]),
+        ("x</cod e>", ["</code>"]),
+        ("</CODE>", ["</code>"]),
+        ("En", ["END"]),
+        ("The EN", ["END"]),
+        ("a STO", ["STOP"]),
+        ("Hi\n\n", ["\n\nUser:"]),
+        ("<|im_", ["im_end"]),
+        ("abab", ["abc"]),
+    ],
+)
+def test_what_is_no_stop_string_stays(text, stop):
+    for deltas in ([text], list(text)):
+        events = read_all([stream_of(*chunk_of(*deltas), finish())], stop=tuple(stop))
+        assert (outcome(events)[1], events[-1]) == (text, Finish("stop"))
+    assert outcomes_of([text], stop=tuple(stop)) == says(text)
+
+
+def test_a_part_of_a_stop_string_stays_where_the_answer_was_cut_off():
+    assert outcomes_of(["x</cod"], "length", stop=("</code>",)) == says("x</cod", finish="length")
+
+
+def test_a_stop_string_counts_in_the_text_alone():
+    deltas = [*thinks("a STOP"), calls(("read", '{"a":"STOP"}'))]
+    made = [("c0", "read", '{"a":"STOP"}')]
+    assert outcomes_of(deltas, stop=("STOP",)) == says("", "a STOP", made, "tool_calls")
+
+
+def test_nothing_comes_behind_a_stop_string():
+    data = stream_of(
+        {"content": "a STOP"}, *thinks("b"), {"content": "c"}, READ_CALL, finish("length", **SPENT)
+    )
+    assert read_all([data], stop=("STOP",)) == [Text("a "), Finish("stop", stop_sequence="STOP")]
+
+
+def test_no_more_text_is_held_than_may_be_a_stop_string():
+    reader = Mended(stop=("</code>", "\n\nUser:"))
+    heard = []
+    for text in ("a <", "b", "</co", "dx\n", "\n", "\n", "x"):
+        events = list(reader.feed(stream_of({"content": text}, done="")))
+        heard.append("".join(event.text for event in events))
+    assert heard == ["a ", "<b", "", "</codx", "", "\n", "\n\nx"]
+
+
+def test_long_stop_strings_are_looked_for_in_linear_time():
+    def read(size):
+        repair = ztoapi.StopStrings(("a" * 1000 + "b", "<" * 1000))
+        for _ in range(size):
+            list(repair.feed(Text("some words and more ")))
+
+    assert seconds_of(read, 2**12) < 0.5
+
+
+def test_zai_gets_four_stop_strings():
+    prompt = Prompt("glm-4.6", (Message("user", ("x",)),), stop=tuple("abcdef"))
+    request = ztoapi.zai_request(prompt, MODELS["glm-4.6"], "https://api.z.ai", "7")
+    assert json.loads(request.data)["stop"] == ["a", "b", "c", "d"]
+    assert request.needs.stop == tuple("abcdef")
+
+
 VECTORS = {
     "object": "list",
     "data": [{"embedding": [0.5, -1, 2]}, {"embedding": ["?"]}, 7],
@@ -7082,6 +8323,203 @@ def test_embeddings_are_packed_into_base64(data, wanted):
             wanted,
             b"",
         ]
+
+
+BATCH = {
+    "object": "list",
+    "data": [{"embedding": [1], "index": 0}, {"embedding": [2], "index": 1}],
+    "model": "embedding-3",
+    "usage": {"prompt_tokens": 3, "completion_tokens": 0, "total_tokens": 3},
+}
+
+
+def test_the_answers_to_batches_of_embeddings_are_one():
+    joined = ztoapi.JoinedEmbeddings()
+    joined.add(encode_json(BATCH), 2)
+    joined.add(encode_json(BATCH), 2)
+    numbered = [{"embedding": [i % 2 + 1], "index": i} for i in range(4)]
+    usage = {"prompt_tokens": 6, "completion_tokens": 0, "total_tokens": 6}
+    assert json.loads(joined.document()) == {**BATCH, "data": numbered, "usage": usage}
+
+
+@pytest.mark.parametrize("data", [b"<html>", b'{"data":7}', encode_json(BATCH)])
+def test_an_answer_that_lacks_an_embedding_is_none(data):
+    with pytest.raises(UpstreamError):
+        ztoapi.JoinedEmbeddings().add(data, 3)
+
+
+@pytest.mark.parametrize(
+    ("given", "sizes"),
+    [("x", [1]), (["x"] * 64, [64]), (["x"] * 65, [64, 1]), (["x"] * 130, [64, 64, 2])],
+    ids=["a text", "as many as Z.ai takes", "one more", "two batches and a bit"],
+)
+def test_embeddings_are_asked_for_in_batches_that_zai_takes(given, sizes):
+    batches = ztoapi.embedding_batches({"model": "embedding-3", "input": given})
+    assert [len(batch["input"]) for batch in batches] == sizes
+    if isinstance(given, list):
+        assert [text for batch in batches for text in batch["input"]] == given
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "param", "words"),
+    [
+        ("embeddings", {"input": [1, 2]}, "input", "check_embedding_ctx_length=False"),
+        ("embeddings", {"input": [[1, 2]]}, "input", "check_embedding_ctx_length=False"),
+        ("embeddings", {"input": ["x"] * 2049}, "input", "2048"),
+        ("images/generations", {"response_format": "b64_json"}, "response_format", "URLs"),
+        ("async/images/generations", {"response_format": "b64_json"}, "response_format", "URLs"),
+    ],
+    ids=["tokens", "lists of tokens", "too many", "an image in base64", "one to come"],
+)
+def test_what_zai_does_not_have_is_refused_in_the_fields_own_words(path, body, param, words):
+    with pytest.raises(BadRequest, match=words) as raised:
+        ztoapi.BODY_CHECKS[path](body)
+    assert raised.value.param == param
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("embeddings", {}),
+        ("embeddings", {"input": ["x"] * 2048}),
+        ("images/generations", {"response_format": "url"}),
+    ],
+)
+def test_what_zai_has_is_not_refused(path, body):
+    ztoapi.BODY_CHECKS[path](body)
+
+
+@pytest.mark.parametrize(
+    ("data", "wanted", "media_type"),
+    [
+        ('{"id":"1","text":"Hallo 好"}', "Hallo 好", "text/plain; charset=utf-8"),
+        ('{"text":"{\\"error\\":{\\"code\\":\\"1308\\"}}"}', '{"error":{"code":"1308"}}', "text/plain; charset=utf-8"),
+        ('{"text":7}', '{"text":7}', ""),
+        ('data: {"type":"transcript.text.delta"}\n\n', 'data: {"type":"transcript.text.delta"}\n\n', ""),
+    ],
+    ids=["a text", "a text like a refusal", "no text", "a stream"],
+)  # fmt: skip
+def test_a_transcript_is_its_text(data, wanted, media_type):
+    for parts in cuts(data.encode()):
+        reader = ztoapi.TranscriptReader()
+        read = b"".join([*map(reader.feed, parts), reader.close()])
+        assert (read.decode(), reader.media_type) == (wanted, media_type)
+
+
+def test_a_stream_of_a_transcript_passes_at_once():
+    reader = ztoapi.TranscriptReader()
+    assert [reader.feed(part) for part in (b" ", b"data: {", b'{"a":1}')] == [
+        b"",
+        b" data: {",
+        b'{"a":1}',
+    ]
+
+
+def test_a_refusal_is_no_transcript():
+    reader = ztoapi.TranscriptReader()
+    reader.feed(b'{"error":{"code":"1308","message":"x"}}')
+    with pytest.raises(UpstreamError):
+        reader.close()
+
+
+def form_of(*parts, end=b"--x--\r\n"):
+    """A form as clients send it: of pairs of a head and a content."""
+    lines = [f"--x\r\n{head}\r\n\r\n{content}\r\n" for head, content in parts]
+    return "".join(lines).encode() + end
+
+
+def field_of(name, content):
+    return f'Content-Disposition: form-data; name="{name}"', content
+
+
+A_FILE = (
+    'Content-Disposition: form-data; name="file"; filename="a; name=model.wav"\r\nContent-Type: audio/wav',
+    "RIFF\r\n--y\r\n--",
+)
+UNREAD = ("X: 1; name=model", "whisper-1")
+
+
+@pytest.mark.parametrize(
+    ("parts", "read"),
+    [
+        pytest.param([field_of("model", "whisper-1"), A_FILE], ["whisper-1"], id="before the file"),
+        pytest.param([A_FILE, field_of("model", "whisper-1")], ["whisper-1"], id="behind the file"),
+        pytest.param(
+            [field_of("model", "a"), A_FILE, field_of("model", "whisper-1")], ["a", "whisper-1"], id="twice"
+        ),
+        pytest.param([field_of("prompt", "model"), A_FILE, UNREAD], [], id="none"),
+        pytest.param(
+            [("content-type: text/plain; name=x\r\ncontent-disposition: form-data;\r\n name=model", "whisper-1")],
+            ["whisper-1"], id="an odd head",
+        ),
+        pytest.param([field_of("model", ""), A_FILE], [""], id="empty"),
+    ],
+)  # fmt: skip
+def test_the_model_of_a_form_is_read_and_changed_while_all_else_passes(parts, read):
+    wanted = form_of(*[(head, "glm-asr" if head != UNREAD[0] and text == "whisper-1" else text) for head, text in parts])  # fmt: skip
+    for pieces in cuts(form_of(*parts)):
+        found = []
+
+        def rename(text, found=found):
+            found.append(text)
+            return "glm-asr" if text == "whisper-1" else text
+
+        form = ztoapi.FormReader("x", {"model": rename})
+        passed = b"".join([*map(form.feed, pieces), form.close()])
+        assert (passed, found) == (wanted, read)
+
+
+@pytest.mark.parametrize("end", [b"--x--", b"--x--\r\nepilogue", b"", b"\r\n--x--\r\n"])
+def test_the_end_of_a_form_is_held_back(end):
+    form = ztoapi.FormReader("x", {})
+    whole = form_of(A_FILE, end=end)
+    passed = form.feed(whole)
+    assert b"\r\n--x--" not in passed
+    assert passed + form.close() == whole
+
+
+def test_a_form_is_not_kept():
+    form = ztoapi.FormReader("x", {"model": str})
+    form.feed(form_of(A_FILE, end=b"")[:-9])
+    passed = [len(form.feed(b"a" * 2**20)) for _ in range(3)]
+    assert passed == [2**20] * 3
+    assert len(form.held) < 9
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        form_of(field_of("model", "m" * 70_000)),
+        b"--x\r\nContent-Disposition: " + b"x" * 70_000,
+        form_of() + b"x" * 70_000,
+        form_of(("Content-Disposition: form-data; name*=utf-8''model", "m")),
+        form_of((A_FILE[0], "RIFF\r\n--xy\r\n\r\n")),
+        b"--x\r\nContent-Disposition: form-data\r\n" + form_of(field_of("model", "m")),
+        form_of(field_of("model", "")).replace(b"model", b"model", 1)[:-9] + b"\xff\r\n--x--",
+    ],
+    ids=["a long field", "a long head", "a long end", "a name in another way", "a boundary in the midst", "no end of a head", "no text"],
+)  # fmt: skip
+def test_a_form_that_cannot_be_read_is_refused(data):
+    form = ztoapi.FormReader("x", {"model": str})
+    with pytest.raises(BadRequest, match="cannot be read"):
+        form.feed(data)
+
+
+@pytest.mark.parametrize(
+    ("given", "wanted"),
+    [
+        ("multipart/form-data; boundary=x-1", "x-1"),
+        ('multipart/form-data; charset=utf-8; Boundary="a b"', "a b"),
+        ("multipart/form-data; boundary=x; charset=utf-8", "x"),
+    ],
+)
+def test_the_boundary_of_a_form(given, wanted):
+    assert ztoapi.form_boundary(given) == wanted
+
+
+def test_a_form_without_a_boundary_is_refused():
+    with pytest.raises(BadRequest, match="boundary"):
+        ztoapi.form_boundary("multipart/form-data")
 
 
 @pytest.mark.parametrize(
@@ -7188,6 +8626,10 @@ def test_a_day_begins_at_midnight_in_utc():
         ("expires", "30d", "2026-12-21"),
         ("tokens", "5M", "5M"),
         ("tokens", "500k/day", "500k/day"),
+        ("spend", "5", "5"),
+        ("spend", "0.50/day", "0.50/day"),
+        ("spend", 2.5, "2.5"),
+        ("spend", 5, "5"),
         ("models", "glm-4.*, glm-5.3", "glm-4.*,glm-5.3"),
         ("rpm", "20", 20),
         ("rpm", 20, 20),
@@ -7211,7 +8653,8 @@ def test_a_limit_is_kept_in_the_words_it_was_given_in(limit, words, wanted):
             ("tokens", words)
             for words in ("lots", "0", "-5", "5M/year", "5T", "1.5M", "5M/", "٣", "", [])
         ),
-        *(("models", words) for words in (",", "glm-4.6,", "a b c!", "", 7, ["glm-4.6"])),
+        *(("models", words) for words in (",", "glm-4.6,", "glm 4.6", "", 7, ["glm-4.6"])),
+        *(("spend", words) for words in ("0", "0.00", "-1", "5/year", "$5", "1e3", 0, 0.0, True)),
         *(("rpm", words) for words in ("0", "-1", "1.5", "many", True, 10**9)),
         *(("expires", words) for words in (20270131, True)),
         *(("parallel", words) for words in ("0", {})),
@@ -7225,17 +8668,26 @@ def test_a_limit_that_makes_no_sense_is_refused_by_name(limit, words):
     assert str(raised.value).startswith(f"{limit} ")
 
 
-@pytest.mark.parametrize("name", ["", "a b", "a/b", "x" * 65, "operator", None, 3, "a\n"])
+@pytest.mark.parametrize(
+    "name", ["", "a b", "a/b", "x" * 65, "operator", None, 3, "a\n", "a\u200b"]
+)
 def test_a_name_that_cannot_be_a_keys_is_refused(name):
     with pytest.raises(BadRequest):
         ztoapi.parse_key_name(name)
-    assert ztoapi.parse_key_name("Zoë.李+x@y_z-1") == "Zoë.李+x@y_z-1"
+
+
+@pytest.mark.parametrize("name", ["Zoë.李+x@y_z-1", "अन्ना", "อันนา", "x" * 64])
+def test_a_name_may_be_of_any_script(name):
+    assert ztoapi.parse_key_name(name) == name
+
+
+def test_a_name_is_the_same_however_its_letters_are_composed():
+    assert ztoapi.parse_key_name("Zoe\u0308") == "Zoë"
 
 
 @pytest.mark.parametrize(
     ("tokens", "budget", "first", "following"),
     [
-        (None, None, date.min, date.max),
         ("7", 7, date.min, date.max),
         ("500k/day", 500_000, TODAY, date(2026, 11, 22)),
         ("5M/WEEK", 5_000_000, date(2026, 11, 16), date(2026, 11, 23)),
@@ -7244,17 +8696,31 @@ def test_a_name_that_cannot_be_a_keys_is_refused(name):
 )
 def test_a_budget_is_for_a_period_that_begins_at_midnight(tokens, budget, first, following):
     account = Account("a", tokens=tokens)
-    assert (account.budget, account.period(TODAY)) == (budget, (first, following))
+    assert account.token_budget.amount == budget
+    assert account.token_budget.days(TODAY) == (first, following)
 
 
 def test_the_last_month_of_a_year_ends_with_it():
-    assert Account("a", tokens="1/month").period(date(2026, 12, 31))[1] == date(2027, 1, 1)
+    budget = Account("a", tokens="1/month").token_budget
+    assert budget.days(date(2026, 12, 31))[1] == date(2027, 1, 1)
+
+
+@pytest.mark.parametrize(
+    ("spend", "budget"),
+    [
+        ("5", ztoapi.Budget(5 * DOLLAR)),
+        ("2.50/month", ztoapi.Budget(5 * DOLLAR // 2, "month")),
+        ("0.000001/DAY", ztoapi.Budget(1000, "day")),
+    ],
+)
+def test_a_budget_of_money_is_counted_in_billionths_of_a_dollar(spend, budget):
+    assert Account("a", spend=spend).money_budget == budget
 
 
 def test_a_key_is_valid_to_the_end_of_its_last_day():
-    Account("a", expires="2026-11-21").check_date(NOON)
+    Account("a", expires="2026-11-21").check_usable(NOON)
     with pytest.raises(ztoapi.ProxyError, match="until 2026-11-21") as raised:
-        Account("a", expires="2026-11-21").check_date(NOON + 12 * 3600)
+        Account("a", expires="2026-11-21").check_usable(NOON + 12 * 3600)
     assert (raised.value.kind.status, raised.value.kind.code) == (401, "key_expired")
 
 
@@ -7265,8 +8731,9 @@ def test_the_models_of_a_key_are_patterns(models, allowed):
     assert Account("a", models=models).allows(MODELS["glm-4.6"]) is allowed
 
 
-def counted(accounts, account, tokens, day=TODAY):
-    accounts.count((account.id, day.isoformat(), "glm-4.6"), (1, 0, tokens - 1, 0, 1))
+def counted(accounts, account, tokens, day=TODAY, spent=0):
+    figures = (1, 0, tokens - 1, 0, 1, spent)
+    accounts.count((account.id, day.isoformat(), "glm-4.6"), figures)
 
 
 @pytest.mark.parametrize(
@@ -7294,11 +8761,147 @@ def test_what_is_used_is_the_databases_sum_and_what_it_does_not_have_yet():
     counted(accounts, Account("b"), 2)
     counted(accounts, account, 10)
     accounts.take()
-    counted(accounts, account, 20)
-    assert accounts.tokens_used(account, TODAY) == 30
-    accounts.written([account], {("a", "2026-11-16"): 40})
-    assert accounts.tokens_used(account, TODAY) == 60
-    assert accounts.tokens_used(account, date(2026, 11, 23)) == 0
+    counted(accounts, account, 20, spent=3)
+    budget = account.token_budget
+    assert accounts.used_in(budget, "a", TODAY) == Used(30, 3)
+    assert accounts.used_in(None, EVERYBODY, TODAY) == Used(33, 3)
+    accounts.written(
+        Known([account], {"a": Totals(7, 70, 700)}, {("a", "2026-11-16"): Used(40, 400)})
+    )
+    assert accounts.used_in(budget, "a", TODAY) == Used(60, 403)
+    assert accounts.used_in(None, "a", TODAY) == Used(90, 703)
+    assert accounts.used_in(budget, "a", date(2026, 11, 23)) == Used()
+
+
+FREE_MODEL, PAID_MODEL = MODELS["glm-4.7-flash"], MODELS["glm-4.6"]
+
+
+@pytest.mark.parametrize(
+    ("limits", "common", "code", "words"),
+    [
+        pytest.param({}, "", None, None, id="no limit"),
+        pytest.param({"spend": "0.02"}, "0.02", None, None, id="not reached"),
+        pytest.param(
+            {"spend": "0.01"},
+            "",
+            "key_quota_exceeded",
+            "This key has spent its 0.01 US dollars: the operator can give it more.",
+            id="the key's, for good",
+        ),
+        pytest.param(
+            {"spend": "0.01/day"},
+            "",
+            "key_quota_exceeded",
+            "This key has spent its 0.01/day US dollars: they are reset on 2026-11-22 at 00:00 UTC.",
+            id="the key's, for a day",
+        ),
+        pytest.param(
+            {},
+            "0.01/month",
+            "spend_limit_reached",
+            "This server has spent its SPEND_LIMIT of 0.01/month US dollars: "
+            "they are reset on 2026-12-01 at 00:00 UTC.",
+            id="all together",
+        ),
+    ],
+)
+def test_what_costs_money_ends_with_the_money_and_what_is_free_goes_on(limits, common, code, words):
+    accounts, account = Accounts((), common), Account("a", "anna", **limits)
+    counted(accounts, account, 9, spent=DOLLAR // 200)
+    counted(accounts, Account("b") if common else account, 9, spent=DOLLAR // 200)
+    accounts.check_spending(account, FREE_MODEL, NOON)
+    if not code:
+        accounts.check_spending(account, PAID_MODEL, NOON)
+        return
+    for model in (PAID_MODEL, None):
+        with pytest.raises(ztoapi.ProxyError) as raised:
+            accounts.check_spending(account, model, NOON)
+        assert (raised.value.kind.status, raised.value.kind.code) == (402, code)
+        assert raised.value.message == f"{words} Free models, such as glm-4.7-flash, go on."
+
+
+@pytest.mark.parametrize(
+    ("model", "told", "searches", "dollars"),
+    [
+        pytest.param(
+            "glm-4.6", Usage(1_000_000, 100_000, 1_100_000, 500_000), 0, 0.575, id="table"
+        ),
+        pytest.param("glm-4.7-flash", Usage(10**6, 10**6, 2 * 10**6), 0, 0, id="free"),
+        pytest.param("glm-9-flash", Usage(10**6, 10**6, 2 * 10**6), 0, 11.1, id="unknown: dearest"),
+        pytest.param("glm-4.7-flash", Usage(5, 5, 10), 1, 0.01, id="a search"),
+    ],
+)
+def test_an_answer_costs_its_list_price(model, told, searches, dollars):
+    meter = ztoapi.Meter()
+    meter.ask_chat(resolve(model))
+    with meter.asking(100):
+        meter.note([told, *[ztoapi.Citations(({},))] * searches])
+    assert meter.spent == round(dollars * DOLLAR)
+
+
+def test_a_search_that_was_refused_costs_nothing():
+    meter = ztoapi.path_meter("web_search", "")
+    with pytest.raises(UpstreamError), meter.asking(0):
+        raise UpstreamError(ztoapi.UNAVAILABLE)
+    assert meter.spent == 0
+
+
+NEW = Account("n", "anna", hash="new")
+
+
+@pytest.mark.parametrize(
+    ("wanted", "known", "made"),
+    [
+        pytest.param({"adds": "only"}, None, NEW, id="add"),
+        pytest.param({"adds": "also", "limits": {"rpm": 1}}, None, replace(NEW, rpm=1), id="put"),
+        pytest.param({"limits": {"rpm": None}}, {"rpm": 3}, {"rpm": None}, id="change"),
+        pytest.param({"rotates": True}, {"rpm": 3}, {"rpm": 3, "hash": "new"}, id="rotate"),
+        pytest.param({"paused": True}, {}, {"paused": True}, id="pause"),
+        pytest.param({"paused": False}, {"paused": True}, {}, id="resume"),
+        pytest.param({"rename": "bob"}, {}, {"name": "bob"}, id="rename"),
+    ],
+)
+def test_a_key_is_added_or_changed(wanted, known, made):
+    old = Account("a", "anna", hash="old")
+    before = known if known is None else replace(old, **known)
+    after = made if isinstance(made, Account) else replace(old, **made)
+    assert ztoapi.KeyChange("anna", **wanted).made(before, NEW) == after
+
+
+@pytest.mark.parametrize(
+    ("adds", "known", "words"),
+    [
+        ("only", NEW, "There is already a key named anna"),
+        ("never", None, "There is no key named anna"),
+    ],
+)
+def test_a_key_that_is_there_is_not_added_and_one_that_is_not_is_not_changed(adds, known, words):
+    with pytest.raises(ztoapi.ProxyError, match=words):
+        ztoapi.KeyChange("anna", adds=adds).made(known, NEW)
+
+
+@pytest.mark.parametrize(
+    ("body", "param"),
+    [
+        ({"name": "a", "rotate": 1}, "rotate"),
+        ({"name": "a", "paused": "yes"}, "paused"),
+        ({"name": "a", "rename": "b c"}, "name"),
+        ({"rotate": True}, "name"),
+        ({"name": "a", "color": "red"}, "color"),
+    ],
+)
+def test_a_change_that_makes_no_sense_is_refused_by_name(body, param):
+    with pytest.raises(BadRequest) as raised:
+        ztoapi.parse_key_change(body, TODAY)
+    assert raised.value.param == param
+
+
+@pytest.mark.parametrize(
+    ("models", "strange"),
+    [(None, []), ("glm-4.*,GLM-5", []), ("glm-9*,glm-5.3,gpt-4o", ["glm-9*", "gpt-4o"])],
+)
+def test_a_pattern_that_fits_no_model_is_known(models, strange):
+    assert ztoapi.strange_patterns(models, MODELS) == strange
 
 
 def test_a_batch_is_taken_again_until_it_is_written():
@@ -7306,10 +8909,10 @@ def test_a_batch_is_taken_again_until_it_is_written():
     counted(accounts, Account("a"), 5)
     counted(accounts, Account("a"), 5)
     first = accounts.take()
-    assert first == {("a", "2026-11-21", "glm-4.6"): [2, 0, 8, 0, 2]}
+    assert first == {("a", "2026-11-21", "glm-4.6"): [2, 0, 8, 0, 2, 0]}
     counted(accounts, Account("b"), 1)
     assert accounts.take() is first
-    accounts.written([], {})
+    accounts.written(Known())
     assert list(accounts.take()) == [("b", "2026-11-21", "glm-4.6")]
 
 
@@ -8020,23 +9623,34 @@ def with_call(**changes):
     ],
 )
 def test_reasoning_is_known_by_the_account_and_by_what_was_said_with_it(message, known):
-    memory = ztoapi.ReasoningMemory()
-    memory.put("me", LOOKING)
-    assert (memory.get("me", message), memory.get("you", message)) == (
+    memory = ztoapi.ReasoningMemory(1000)
+    memory.remember("me", LOOKING)
+    assert (memory.recall("me", message), memory.recall("you", message)) == (
         "I should look." if known else "",
         "",
     )
 
 
-def test_the_reasoning_memory_is_bounded_and_forgets_the_oldest_first():
-    memory = ztoapi.ReasoningMemory()
-    numbered = [Message("assistant", (str(number),), "想" * 2**18) for number in range(100)]
-    for message in (*numbered, numbered[-1]):
-        memory.put("me", message)
-    kept = [number for number, message in enumerate(numbered) if memory.get("me", message)]
-    entry = 3 * 2**18 + memory.OVERHEAD
-    assert kept == [*range(100 - memory.max_size // entry, 100)]
-    assert memory.size == len(kept) * entry
+def test_a_memory_of_texts_is_bounded_and_forgets_the_oldest_first():
+    memory = ztoapi.TextMemory(3 * (ztoapi.TextMemory.OVERHEAD + 4))
+    for key in ("a", "b", "c", "a"):
+        memory.put(key, "好!")
+    assert (memory.get("a"), memory.get("none")) == ("好!", "")
+    memory.put("d", "\ud800")
+    assert [key for key in "abcd" if memory.get(key)] == ["a", "c", "d"]
+    assert memory.size == 3 * memory.OVERHEAD + 4 + 4 + 3
+
+
+def test_a_description_that_is_used_is_kept_longest():
+    memory = ztoapi.ImageMemory(2 * (ztoapi.TextMemory.OVERHEAD + 1))
+    sky, sea = (
+        ztoapi.ImagePlan(key, "glm-4.6v", is_current=False, plan=None) for key in ("sky", "sea")
+    )
+    memory.texts.put("sky", "1")
+    memory.texts.put("sea", "2")
+    assert memory.words_for([sky]) == ({"sky": "1"}, {})
+    memory.texts.put("sun", "3")
+    assert memory.words_for([sky, sea]) == ({"sky": "1"}, {})
 
 
 # ======== Database =
@@ -8160,7 +9774,7 @@ def test_keys_are_kept_changed_and_removed(database_url, connect):
 
 
 def count_some(accounts, account="a", model="glm-4.6", day=TODAY):
-    accounts.count((account, day.isoformat(), model), (1, 1, 10, 4, 2))
+    accounts.count((account, day.isoformat(), model), (1, 1, 10, 4, 2, 100))
 
 
 @in_loop
@@ -8173,7 +9787,8 @@ async def test_what_several_processes_count_adds_up(database_url, connect):
         count_some(accounts, "gone", day=date(2026, 11, 20))
         await database.sync(accounts)
     await there.sync(theirs)
-    assert theirs.tokens_used(ANNA, TODAY) == 36
+    assert theirs.used_in(ANNA.token_budget, "a", TODAY) == Used(36, 300)
+    assert theirs.totals(ANNA) == Totals(3, 36, 300, "2026-11-21T12:00:00")
     assert there.transact(there.list_usage, date(2026, 11, 20)) == [
         ("gone", "operator", "2026-11-20", "glm-4.6", 3, 3, 30, 12, 6),
         ("a", "anna", "2026-11-21", "glm-4.6", 3, 3, 30, 12, 6),
@@ -8188,7 +9803,7 @@ async def test_a_batch_that_was_written_though_nobody_said_so_is_counted_once(
     database, accounts = connect(database_url), Accounts(())
     count_some(accounts)
     await database.run(
-        database.write_and_read, accounts.take(), {}, TODAY
+        database.write_and_read, accounts.take(), {}, None
     )  # and the connection breaks
     count_some(accounts, "b")
     for _ in range(2):
@@ -8310,13 +9925,11 @@ async def test_of_two_who_add_a_key_one_adds_it_and_the_other_changes_it(databas
     here, there = connect(database_url), connect(database_url)
     await asyncio.gather(*(each.run(each.list_accounts) for each in (here, there)))
 
-    def adding(account_id, rpm):
-        return lambda known: ztoapi.replace(known or Account(account_id, "new"), rpm=rpm)
+    def adding(database, key, rpm):
+        wanted = ztoapi.KeyChange("new", {"rpm": rpm}, adds="also")
+        return database.run(database.change_account, wanted, ztoapi.new_account("new", key))
 
-    made = await asyncio.gather(
-        here.run(here.change_account, "new", adding("one", 1)),
-        there.run(there.change_account, "new", adding("two", 2)),
-    )
+    made = await asyncio.gather(adding(here, "sk-1", 1), adding(there, "sk-2", 2))
     assert len({account.id for account in made}) == 1
     assert await here.run(here.list_accounts) in ([made[0]], [made[1]])
 
@@ -8509,9 +10122,8 @@ async def test_a_row_that_cannot_be_read_is_a_complaint_and_nothing_is_lost(
     database_url, connect, caplog
 ):
     database, accounts = connect(database_url), Accounts(())
-    await database.run(
-        database.execute, "INSERT INTO ztoapi_keys VALUES ('b', 'bob', '{\"shoes\": 2}', 0)"
-    )
+    columns, row = "(id, name, limits, removed)", """('b', 'bob', '{"shoes": 2}', 0)"""
+    await database.run(database.execute, f"INSERT INTO ztoapi_keys {columns} VALUES {row}")
     count_some(accounts)
     await database.sync(accounts)
     assert "the database cannot be used: " in caplog.text
@@ -8556,7 +10168,7 @@ def test_tables_of_an_older_version_are_brought_up_to_date(database_url, connect
     )
     assert new.transact(lambda: new.execute("SELECT a.x FROM a, b").fetchall()) == []
     monkeypatch.undo()
-    with pytest.raises(ztoapi.DatabaseError, match="version 3, so a newer ztoapi made it"):
+    with pytest.raises(ztoapi.DatabaseError, match="version 4, so a newer ztoapi made it"):
         connect(database_url).transact(lambda: None)
 
 
@@ -8578,6 +10190,73 @@ async def test_what_the_first_version_stored_can_be_used(database_url, connect):
         "resp_1": ztoapi.StoredResponse({"id": "resp_1", "output": []}, [user_item("hi")])
     }
     assert history.size == len(body)
+
+
+def test_what_keys_of_an_older_version_used_stays_theirs(database_url, connect):
+    old, anna = connect(database_url), hash_key("sk-anna")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ztoapi, "MIGRATIONS", ztoapi.MIGRATIONS[:2])
+        put_key = "INSERT INTO ztoapi_keys VALUES (?, ?, ?, 0)"
+        old.transact(old.execute, put_key, anna, "anna", '{"tokens": "5M/day", "rpm": 3}')
+        for model in ("glm-4.6", "glm-4.7-flash", "unknown"):
+            put = "INSERT INTO ztoapi_usage VALUES (?, ?, ?, 2, 0, 1000, 500, 100)"
+            old.transact(old.execute, put, anna, TODAY.isoformat(), model)
+    new, accounts = connect(database_url), Accounts(())
+    accounts.written(new.transact(new.read_known, ztoapi.Budget(1)))
+    account = accounts.find("sk-anna")
+    assert account == Account(anna, "anna", tokens="5M/day", rpm=3, hash=anna)
+    spent = 500 * 600 + 500 * 110 + 100 * 2200  # billionths of a dollar
+    assert accounts.totals(account) == Totals(6, 3300, spent, "2026-11-21")
+    assert accounts.used_in(account.token_budget, anna, TODAY) == Used(3300, spent)
+    assert accounts.used_in(ztoapi.Budget(1), EVERYBODY, TODAY) == Used(3300, spent)
+
+
+def test_a_key_that_is_changed_for_a_new_one_keeps_what_it_used(database_url, connect):
+    database, accounts = connect(database_url), Accounts(())
+
+    def change(wanted, new):
+        account = database.transact(database.change_account, wanted, new)
+        accounts.written(database.transact(database.read_known, None))
+        return account
+
+    first, second = (ztoapi.new_account("anna", key) for key in ("sk-1", "sk-2"))
+    assert change(ztoapi.KeyChange("anna", {"tokens": "9"}, adds="only"), first).id == first.id
+    count_some(accounts, first.id)
+    database.transact(database.write_and_read, accounts.take(), {}, None)
+    rotated = change(ztoapi.KeyChange("anna", rotates=True), second)
+    assert rotated == replace(first, tokens="9", hash=second.hash)
+    assert (accounts.find("sk-1"), accounts.find("sk-2")) == (None, rotated)
+    assert accounts.used_in(rotated.token_budget, rotated.id, TODAY) == Used(12, 100)
+    renamed = change(ztoapi.KeyChange("anna", rename="bob"), second)
+    assert (renamed.id, accounts.totals(renamed).requests) == (first.id, 1)
+    change(ztoapi.KeyChange("eve", adds="also"), ztoapi.new_account("eve", "sk-3"))
+    with pytest.raises(BadRequest, match="There is already a key named bob"):
+        change(ztoapi.KeyChange("eve", rename="bob"), second)
+    assert [account.name for account in accounts.known.named] == ["bob", "eve"]
+
+
+def test_a_database_has_an_id_for_all_who_use_it(database_url, connect):
+    here, there = connect(database_url), connect(database_url)
+    known = here.transact(here.identify)
+    assert re.fullmatch("[0-9a-f]{32}", known)
+    assert there.transact(there.identify) == known
+
+
+def test_a_copy_of_the_file_of_sqlite_alone_lacks_little(tmp_path, connect):
+    database = connect(f"sqlite:///{tmp_path}/z.db", checkpoint_interval=0)
+    copy = connect(f"sqlite:///{tmp_path}/c.db")
+    database.transact(database.put_account, ANNA)
+    database.transact(database.list_accounts, begin=ztoapi.READ)  # as a running server often does
+    shutil.copy(tmp_path / "z.db", tmp_path / "c.db")
+    assert copy.transact(copy.list_accounts) == [ANNA]
+
+
+@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() != 0, reason="needs root")
+def test_root_makes_the_file_of_sqlite_for_the_owner_of_its_folder(tmp_path, connect):
+    os.chown(tmp_path, 1234, 1234)
+    database = connect(f"sqlite:///{tmp_path}/z.db")
+    database.transact(database.put_account, ANNA)
+    assert {path.stat().st_uid for path in tmp_path.iterdir()} == {1234}
 
 
 def test_many_servers_may_make_the_tables_at_the_same_time(database_url, connect):
@@ -8619,6 +10298,11 @@ def random_value(chance, depth=0):
         "glm-4.6v",
         "auto",
         "none",
+        "custom",
+        "function",
+        "allowed_tools",
+        "files.read",
+        4096.0,
     ]
     if depth > 2 or chance.random() < 0.6:
         return chance.choice(simple)
@@ -8636,6 +10320,15 @@ def random_value(chance, depth=0):
         "input",
         "url",
         "image_url",
+        "custom",
+        "input_schema",
+        "parameters",
+        "format",
+        "tools",
+        "mode",
+        "effort",
+        "enabled",
+        "defer_loading",
     ]
     return {
         chance.choice(names): random_value(chance, depth + 1) for _ in range(chance.randrange(4))
@@ -8679,10 +10372,116 @@ def test_a_body_is_refused_when_it_is_read_or_planned_or_never(seed, surface, so
         except BadRequest:
             refused += 1
             continue
-        for model, planned in plan.prompts:
+        for model, planned in plan.for_choice(plan.n - 1).prompts:
             request = ztoapi.zai_request(planned, model, "https://api.z.ai/api/paas/v4", "7")
             assert json.loads(request.data)["stream"] is True
     assert refused < 50
+
+
+def plan_for(messages, tools=(), model="glm-5.3", account=None, fallbacks=None, **settings):
+    prompt = Prompt(model, tuple(messages), tools=tuple(tools), fallbacks=fallbacks)
+    settings = Settings(**{"vision_model": "glm-4.6v", **settings})
+    return ztoapi.make_plan(prompt, settings, account or Account("anna"), "7")
+
+
+A_TOOL = ztoapi.Tool("f", "", {})
+SHOWS = (Message("user", ("look", SEA)),)
+SHOWED = (*SHOWS, Message("assistant", ("a sea",)), GO_ON)
+TOOL_SHOWS = (GO_ON, calling(call("a")), Message("tool", (SEA,), call_id="a"))
+VIDEO = Message("user", (Media("video_url", "https://x/v.mp4"), SEA))
+
+
+@pytest.mark.parametrize(
+    ("mode", "tools", "messages", "model", "described"),
+    [
+        ("auto", [A_TOOL], SHOWS, "glm-5.3", [True]),
+        ("auto", [A_TOOL], SHOWED, "glm-5.3", [False]),
+        ("auto", [A_TOOL], TOOL_SHOWS, "glm-5.3", [True]),
+        ("auto", [], SHOWS, "glm-4.6v", []),
+        ("auto", [], SHOWED, "glm-5.3", []),
+        ("answer", [A_TOOL], SHOWS, "glm-4.6v", []),
+        ("describe", [], SHOWS, "glm-5.3", [True]),
+        ("describe", [], SHOWED, "glm-5.3", [False]),
+        ("describe", [], (VIDEO,), "glm-4.6v", []),
+        ("describe", [], (VIDEO, Message("assistant", ("x",)), GO_ON), "glm-5.3", [False]),
+        ("describe", [], (GO_ON,), "glm-5.3", []),
+    ],
+)
+def test_the_mode_says_whether_images_are_described_or_answered(
+    mode, tools, messages, model, described
+):
+    plan = plan_for(messages, tools, vision_mode=mode)
+    assert plan.prompts[0][0].id == model
+    assert [image.is_current for image in plan.images] == described
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"vision_model": ""}, {"vision_model": "glm-4.5"}, {"account": Account("anna", models="glm-5*")}],
+    ids=["unset", "blind", "not allowed"],
+)  # fmt: skip
+def test_without_a_vision_model_words_of_ours_stand_for_images(settings):
+    plan = plan_for(TOOL_SHOWS, [A_TOOL], **settings)
+    assert (plan.images, plan.ignored) == ([], ("images",))
+    assert "not shown to glm-5.3" in plan.prompts[0][1].messages[-1].content[0]
+    with pytest.raises(BadRequest) as raised:
+        plan_for(SHOWS, [A_TOOL], **settings)
+    assert raised.value.kind.code == "image_not_supported"
+
+
+def test_a_key_that_may_not_use_the_vision_model_is_not_answered_by_it():
+    limited = {"account": Account("anna", models="glm-5*"), "vision_mode": "answer"}
+    assert plan_for(TOOL_SHOWS, **limited).prompts[0][0].id == "glm-5.3"
+    with pytest.raises(ztoapi.ProxyError, match=r"may not use glm-4\.6v"):
+        plan_for(SHOWS, **limited)
+
+
+def test_a_model_that_sees_needs_no_descriptions():
+    assert plan_for(SHOWS, [A_TOOL], model="glm-5.3-flash").images == []
+
+
+def test_a_fallback_that_sees_is_shown_what_is_described_for_the_others():
+    plan = plan_for(SHOWS, [A_TOOL], fallbacks=("glm-5.3-flash", "glm-4.6"))
+    key = ztoapi.image_key("anna", SEA)
+    plan.fill_in({key: "a sea"}, {})
+    parts = {model.id: prompt.messages[0].content[1] for model, prompt in plan.prompts}
+    words = "[image: a sea]"
+    assert parts == {"glm-5.3": words, "glm-5.3-flash": SEA, "glm-4.6": words}
+    assert plan.ignored == ()
+
+
+def image_number(number):
+    return Media("image_url", f"data:image/png;base64,{number:04}")
+
+
+def test_of_many_images_the_newest_are_asked_about_each_once():
+    shown = [Message("user", (image_number(number),)) for number in (1, 2, 3, 4, 5, 4)]
+    plan = plan_for(shown, [A_TOOL])
+    keys = [ztoapi.image_key("anna", image_number(number)) for number in (4, 5, 3, 2, 1)]
+    assert [(image.key, image.plan is not None) for image in plan.images] == [
+        *[(key, True) for key in keys[:4]],
+        (keys[4], False),
+    ]
+
+
+def test_a_budget_is_looked_at_for_each_image_too():
+    plan = plan_for([Message("user", tuple(map(image_number, range(5))))], [A_TOOL])
+    plan.admit_with(check := object())
+    assert {each.admit for each in (plan, *(image.plan for image in plan.images[:4]))} == {check}
+
+
+def test_a_description_is_asked_for_like_any_other_answer():
+    [image] = plan_for(SHOWS, [A_TOOL]).images
+    [(model, prompt)] = image.plan.prompts
+    sent = zai_body(prompt, model)
+    shown, words = sent["messages"][0]["content"]
+    assert (sent["model"], shown["image_url"]["url"], sent["thinking"]) == (
+        "glm-4.6v",
+        "U0VB",
+        {"type": "disabled"},
+    )
+    assert words["text"] == ztoapi.DESCRIBE_IMAGE
+    assert (image.plan.account, image.plan.images, image.plan.n) == (Account("anna"), [], 1)
 
 
 BEGUN = [
@@ -9287,6 +11086,224 @@ async def sdk(client):
 # ======== Over real sockets ========
 
 
+EMPTY_ANSWER = [stream_of(finish(**SPENT))]
+THOUGHT_ALONE = [stream_of(*thinks("hm"), finish(**SPENT))]
+
+
+@in_loop
+@pytest.mark.parametrize("path", ["chat/completions", "completions", "responses"])
+@pytest.mark.parametrize("stream", [True, False], ids=["streamed", "whole"])
+async def test_an_empty_answer_is_asked_for_once_more(client, zai, path, stream):
+    zai.answers, zai.parts = [EMPTY_ANSWER], [RECORDED]
+    words = {"messages": HELLO["messages"], "prompt": "x", "input": "x"}
+    name = {"chat/completions": "messages", "completions": "prompt", "responses": "input"}[path]
+    body = {"model": "glm-4.6", "stream": stream, name: words[name]}
+    response, text = await ask(client, body, f"/v1/{path}")
+    assert (response.status, "好😀" in text, len(zai.bodies)) == (200, True, 2)
+    assert slept(client) == []
+
+
+@in_loop
+@pytest.mark.parametrize("stream", [True, False], ids=["streamed", "whole"])
+async def test_a_second_empty_answer_is_the_answer(client, zai, stream):
+    zai.parts = EMPTY_ANSWER
+    response, text = await ask(client, chat(stream=stream))
+    assert (response.status, len(zai.bodies)) == (200, 2)
+    assert '"finish_reason":"stop"' in text
+
+
+@in_loop
+@pytest.mark.parametrize(
+    ("parts", "changes", "settings"),
+    [
+        (EMPTY_ANSWER, {"stop": ["x"]}, {}),
+        (EMPTY_ANSWER, {}, {"max_retries": 0}),
+        (THOUGHT_ALONE, {}, {}),
+        ([stream_of(finish("length"))], {}, {}),
+    ],
+    ids=["stop was sent", "no retries", "reasoning alone", "cut off"],
+)
+async def test_what_is_not_asked_for_again(start, zai, parts, changes, settings):
+    client = await start(**settings)
+    zai.parts = parts
+    response, _ = await ask(client, chat(**changes))
+    assert (response.status, len(zai.bodies)) == (200, 1)
+
+
+@in_loop
+async def test_each_choice_is_asked_for_again_by_itself(client, zai):
+    zai.answers, zai.parts = [EMPTY_ANSWER, [RECORDED], EMPTY_ANSWER], [RECORDED]
+    _, text = await ask(client, chat(n=3))
+    contents = [choice["message"]["content"] for choice in json.loads(text)["choices"]]
+    assert (contents, len(zai.bodies)) == (["你好😀"] * 3, 5)
+
+
+@in_loop
+@pytest.mark.parametrize("form", ["parsed", "raw", "hidden"])
+@pytest.mark.parametrize(
+    ("parts", "silent"),
+    [(THOUGHT_ALONE, True), (EMPTY_ANSWER, True), ([RECORDED], False), ([RECORDED_CALL], False)],
+    ids=["reasoning alone", "nothing", "text", "a call"],
+)
+async def test_the_log_says_which_answers_have_no_text(client, zai, caplog, parts, silent, form):
+    caplog.set_level("INFO", "ztoapi")
+    zai.parts = parts
+    await ask(client, chat(reasoning_format=form))
+    assert (", no text" in caplog.messages[-1]) is silent
+
+
+@in_loop
+async def test_what_was_mended_is_counted_by_kind(client, zai):
+    mended = {
+        "leaked_calls": [LEAK],
+        "stray_tags": ["</think>a"],
+        "argument_types": [calls(("find", '{"path":"a","n":"3"}'))],
+    }
+    for deltas in mended.values():
+        zai.parts = [stream_of(*deltas, finish())]
+        await ask(client, chat(tools=[READ, FIND]))
+    zai.answers, zai.parts = [EMPTY_ANSWER], [RECORDED]
+    await ask(client)
+    async with client.get("/dashboard/stats", headers=KEY) as response:
+        healed = (await response.json())["healed"]
+    assert healed == dict.fromkeys([*mended, "empty_answers"], 1) | {"line_ends_at_head": 1}
+
+
+READ_FILE = tool("read", filePath={"type": "string"}, n={"type": "integer"})
+MARKUP = "<tool_call>read\n<arg_key>filePath</arg_key>\n<arg_value>/a</arg_value>\n</tool_call>"
+A_READ = ("read", {"filePath": "/a"})
+PERSON = {"type": "object", "properties": {"name": {"type": "string"}}}
+AS_PERSON = {"type": "json_schema", "json_schema": {"name": "p", "schema": PERSON}}
+# What models say, as it was reported: the deltas, the finish, what else was asked; text, reasoning and calls of it.
+REPORTED = {
+    "wrong types": (
+        [calls(("edit", r'{"edits":"[{\"o\":1}]","n":"3","all":"true","note":"12"}'))],
+        "tool_calls",
+        {"tools": [EDIT]},
+        ("", "", [("edit", {"edits": [{"o": 1}], "n": 3, "all": True, "note": "12"})]),
+    ),
+    "arguments in a name": (
+        [calls(("read<arg_key>filePath</arg_key><arg_value>/a</arg_value>", "{}"))],
+        "tool_calls",
+        {},
+        ("", "", [A_READ]),
+    ),
+    "a tag in a name": ([calls(("read</arg_value>", "{}"))], "tool_calls", {}, ("", "", [("read", {})])),
+    "a call in the reasoning": (thinks("Let me read." + MARKUP), "stop", {}, ("", "Let me read.", [A_READ])),
+    "a call as JSON": ([json_leak(filePath="/a")], "stop", {}, ("", "", [A_READ])),
+    "a forced call as text": (
+        ['{"filePath":', '"/a"}'],
+        "stop",
+        {"tool_choice": {"type": "function", "function": {"name": "read"}}},
+        ("", "", [A_READ]),
+    ),
+    "arguments twice": (pieces_of('{"filePath":"/a"}', '{"filePath":"/a"}'), "tool_calls", {}, ("", "", [A_READ])),
+    "arguments unclosed": (pieces_of('{"filePath":"/a"'), "tool_calls", {}, ("", "", [A_READ])),
+    "arguments null": (pieces_of("null"), "tool_calls", {}, ("", "", [("read", {})])),
+    "JSON in a fence": (
+        ["``", '`json\n{"na', 'me":"Ann"}\n``', "`"],
+        "stop",
+        {"response_format": AS_PERSON},
+        ('{"name":"Ann"}', "", []),
+    ),
+    "a stop string": (["x = 1\n</co", "de"], "stop", {"stop": ["</code>"]}, ("x = 1\n", "", [])),
+    "no call": (["done"], "tool_calls", {}, ("done", "", [])),
+    "a stray tag": (["</think>\n", "done"], "stop", {}, ("done", "", [])),
+    "content in parts": ([{"content": [{"type": "text", "text": "done"}]}], "stop", {}, ("done", "", [])),
+    "reasoning by its other name": ([{"reasoning": "hm"}, "done"], "stop", {}, ("done", "hm", [])),
+}  # fmt: skip
+
+
+def spoken_in(text, *, stream):
+    """Text, reasoning and calls of a chat's answer, and its finish."""
+    if not stream:
+        (choice,) = json.loads(text)["choices"]
+        return spoken(json.loads(text)), choice["finish_reason"]
+    message = {"content": "", "reasoning_content": "", "tool_calls": []}
+    for frame in parse_frames(text):
+        (choice,) = frame["choices"]
+        for name in ("content", "reasoning_content"):
+            message[name] += choice["delta"].get(name, "")
+        for call in choice["delta"].get("tool_calls", ()):
+            if "id" in call:
+                message["tool_calls"].append(call)
+            else:
+                begun = message["tool_calls"][call["index"]]["function"]
+                begun["arguments"] += call["function"]["arguments"]
+    return spoken({"choices": [{"message": message}]}), choice["finish_reason"]
+
+
+@in_loop
+@pytest.mark.parametrize("stream", [True, False], ids=["streamed", "whole"])
+@pytest.mark.parametrize("case", REPORTED)
+async def test_what_models_say_wrong_is_mended(client, zai, case, stream):
+    deltas, reason, asked, (text, thought, made) = REPORTED[case]
+    zai.parts = [stream_of(*chunk_of(*deltas), finish(reason, **SPENT))]
+    _, body = await ask(client, chat(**{"tools": [READ_FILE], "stream": stream, **asked}))
+    heard, finished = spoken_in(body, stream=stream)
+    calls_heard = [(name, json.loads(arguments)) for _, name, arguments in heard["calls"]]
+    assert (heard["content"], heard["reasoning"], calls_heard) == (text, thought, made)
+    assert finished == ("tool_calls" if made else "stop")
+
+
+@in_loop
+@pytest.mark.parametrize("case", [case for case in REPORTED if case != "a stop string"])
+async def test_what_models_say_wrong_is_mended_for_responses_too(client, zai, case):
+    deltas, reason, asked, (text, _, made) = REPORTED[case]
+    zai.parts = [stream_of(*chunk_of(*deltas), finish(reason, **SPENT))]
+    functions = [
+        {"type": "function", **each["function"]} for each in asked.get("tools", [READ_FILE])
+    ]
+    body = {"model": "glm-4.6", "input": "x", "tools": functions}
+    if "response_format" in asked:
+        body["text"] = {"format": {"type": "json_schema", "name": "p", "schema": PERSON}}
+    if "tool_choice" in asked:
+        body["tool_choice"] = {"type": "function", "name": "read"}
+    output = json.loads((await ask(client, body, "/v1/responses"))[1])["output"]
+    heard = [
+        (item["name"], json.loads(item["arguments"]))
+        for item in output
+        if item["type"] == "function_call"
+    ]
+    texts = [
+        part["text"] for item in output if item["type"] == "message" for part in item["content"]
+    ]
+    assert ("".join(texts), heard) == (text, made)
+
+
+@in_loop
+@pytest.mark.parametrize("stream", [True, False], ids=["streamed", "whole"])
+async def test_no_client_gets_half_a_character(client, zai, stream):
+    zai.parts = [stream_of("a\ud83d", "\ude00b\ud83d", finish(), ensure_ascii=True)]
+    _, text = await ask(client, chat(stream=stream))
+    assert spoken_in(text, stream=stream)[0]["content"] == "a😀b\ufffd"
+
+
+STOPPING_SLOWLY = [stream_of(*thinks("hm"), "x = 1\n</co", "de>and mo", done=""), HANG]
+
+
+@in_loop
+@pytest.mark.parametrize("stream", [True, False], ids=["streamed", "whole"])
+async def test_zai_is_left_at_a_stop_string(client, zai, stream):
+    zai.parts = STOPPING_SLOWLY
+    asked = chat(stop=["</code>"], stream=stream)
+    if stream:
+        asked["stream_options"] = {"include_usage": True}
+    _, text = await ask(client, asked)
+    await asyncio.wait_for(zai.left.wait(), 5)
+    if stream:
+        assert said(text) == "x = 1\n"
+        *_, last, spent = parse_frames(text)
+        assert last["choices"][0]["finish_reason"] == "stop"
+        usage = spent["usage"]
+    else:
+        (choice,) = json.loads(text)["choices"]
+        assert (choice["message"]["content"], choice["finish_reason"]) == ("x = 1\n", "stop")
+        usage = json.loads(text)["usage"]
+    assert usage["completion_tokens"] == 2
+    assert usage["prompt_tokens"] > 5
+
+
 @in_loop
 async def test_a_whole_answer(client, zai):
     zai.parts = [DOCUMENT]
@@ -9439,16 +11456,25 @@ async def test_the_setting_decides_on_thinking_where_the_request_does_not(
     assert zai.bodies[1]["thinking"] == OFF["thinking"]
 
 
+DISABLED = {"type": "disabled"}
+
+
 @in_loop
 @pytest.mark.parametrize(
     ("path", "fields", "thinking"),
     [
-        ("chat/completions", {"max_tokens": 64}, {"type": "disabled"}),
-        ("chat/completions", {"max_completion_tokens": 1}, {"type": "disabled"}),
+        ("chat/completions", {"max_tokens": 64}, DISABLED),
+        ("chat/completions", {"max_completion_tokens": 1}, DISABLED),
         ("chat/completions", {"max_tokens": 65}, None),
+        ("chat/completions", {"max_completion_tokens": 0, "max_tokens": 64.0}, DISABLED),
+        ("chat/completions", {"max_tokens": 9, "thinking": {"type": "adaptive"}}, DISABLED),
+        ("chat/completions", {"max_tokens": 0}, None),
+        ("chat/completions", {"max_tokens": 9, "model": "glm-4.6:on"}, {"type": "enabled"}),
         ("chat/completions", {"max_tokens": 1, "reasoning_effort": "high"}, {"type": "enabled"}),
-        ("completions", {"max_tokens": 1, "prompt": "hi"}, {"type": "disabled"}),
-        ("responses", {"max_output_tokens": 16, "input": "hi"}, {"type": "disabled"}),
+        ("completions", {"max_tokens": 1, "prompt": "hi"}, DISABLED),
+        ("responses", {"max_output_tokens": 16, "input": "hi"}, DISABLED),
+        ("messages", {"max_tokens": 16}, DISABLED),
+        ("messages", {"max_tokens": 16, "model": "glm-4.6:on"}, {"type": "enabled"}),
     ],
 )
 async def test_a_limit_of_a_few_tokens_leaves_none_for_thinking(
@@ -11158,6 +13184,290 @@ async def test_a_poisoned_conversation_of_the_responses_api_goes_on(client, zai)
     assert list(what_zai_refuses(zai.bodies[0]["messages"], BLIND)) == []
 
 
+def shown(number):
+    return {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{number:04}"}}
+
+
+def shows(*numbers):
+    return {"role": "user", "content": [{"type": "text", "text": "look"}, *map(shown, numbers)]}
+
+
+def describes(text):
+    return 200, [stream_of({"content": text}, USED, finish())]
+
+
+USED = {
+    "choices": [],
+    "usage": {"prompt_tokens": 900, "completion_tokens": 70, "total_tokens": 970},
+}
+
+
+def let_see(zai, *answers):
+    """The fake's glm-4.6v gives these answers, the last one again and again."""
+    left = [*answers]
+
+    def next_answer(self):
+        if json.loads(self.asked[-1][3])["model"] != "glm-4.6v":
+            return FakeZai.next_answer(self)
+        return left.pop(0) if len(left) > 1 else left[0]
+
+    zai.next_answer = next_answer.__get__(zai)
+
+
+def asked_models(zai):
+    return [body["model"] for body in zai.bodies]
+
+
+@pytest_asyncio.fixture
+async def describing(start, zai):
+    """ztoapi in front of a fake whose glm-4.6v describes what an agent shows to glm-5.3."""
+    let_see(zai, describes(" An error: `x is not defined`\n"))
+    return await start(vision_model="glm-4.6v", max_retries=0)
+
+
+AN_AGENT = {"model": "glm-5.3", "tools": READ_TOOLS}
+DESCRIBED = "[image: An error: `x is not defined`]"
+
+
+@in_loop
+@pytest.mark.parametrize("stream", [False, True], ids=["whole", "streamed"])
+async def test_an_image_is_described_once_for_an_agents_model(describing, zai, stream):
+    key = await make_key(describing, tokens="1M")
+    body = {**AN_AGENT, "messages": [shows(1)], "stream": stream}
+    response, _ = await ask(describing, body, headers=key)
+    assert (response.status, response.headers["x-ztoapi-model"]) == (200, "glm-5.3")
+    assert "x-ztoapi-ignored" not in response.headers
+    later = [shows(1), {"role": "assistant", "content": "ok"}, QUESTION]
+    await ask(describing, {**body, "messages": later}, headers=key)
+    assert asked_models(zai) == ["glm-4.6v", "glm-5.3", "glm-5.3"]
+    for sent in zai.bodies[1:]:
+        assert sent["messages"][0] == {"role": "user", "content": f"look\n{DESCRIBED}"}
+    counted = describing.app[ztoapi.ACCOUNTS].counted
+    rows = {model: row for (_, _, model), row in counted.items()}
+    assert (rows["glm-4.6v"], rows["glm-5.3"][:2]) == ([1, 0, 900, 0, 70], [2, 0])
+    figures = (await stats(describing))[0]
+    told = figures["models"]["glm-4.6v"]
+    assert (told["requests"], told["prompt_tokens"], told["completion_tokens"]) == (1, 900, 70)
+    assert figures["healed"]["described_images"] == 1
+
+
+@in_loop
+async def test_an_image_of_a_tool_is_described_for_the_responses_api_too(describing, zai):
+    output = [{"type": "input_image", "image_url": "https://example.org/shot.png"}]
+    items = [
+        {"role": "user", "content": "hi"},
+        {"type": "function_call", "call_id": "c1", "name": "shot", "arguments": "{}"},
+        {"type": "function_call_output", "call_id": "c1", "output": output},
+    ]
+    tools = [{"type": "function", "name": "shot"}]
+    body = {"model": "glm-5.3", "input": items, "tools": tools}
+    response, _ = await ask(describing, body, "/v1/responses")
+    assert (response.status, asked_models(zai)) == (200, ["glm-4.6v", "glm-5.3"])
+    picture = {"type": "image_url", "image_url": {"url": "https://example.org/shot.png"}}
+    assert picture in zai.bodies[0]["messages"][0]["content"]
+    result = {"role": "tool", "tool_call_id": "c1", "content": DESCRIBED}
+    assert zai.bodies[1]["messages"][-1] == result
+
+
+@in_loop
+@pytest.mark.parametrize("stream", [False, True], ids=["whole", "streamed"])
+async def test_an_image_of_a_tool_is_described_for_the_messages_api_too(describing, zai, stream):
+    source = {"type": "base64", "media_type": "image/png", "data": "QUJD"}
+    result = [{"type": "text", "text": "here"}, {"type": "image", "source": source}]
+    turns = [
+        {"role": "user", "content": "hi"},
+        {"role": "assistant", "content": [{"type": "tool_use", "id": "t1", "name": "shot", "input": {}}]},
+        {"role": "user", "content": [{"type": "tool_result", "tool_use_id": "t1", "content": result}]},
+    ]  # fmt: skip
+    tools = [{"name": "shot", "input_schema": {"type": "object"}}]
+    body = {
+        "model": "glm-5.3",
+        "max_tokens": 99,
+        "messages": turns,
+        "tools": tools,
+        "stream": stream,
+    }
+    response, _ = await ask(describing, body, "/v1/messages")
+    assert (response.status, asked_models(zai)) == (200, ["glm-4.6v", "glm-5.3"])
+    assert zai.bodies[1]["messages"][-1]["content"] == f"here\n{DESCRIBED}"
+
+
+@in_loop
+async def test_the_four_newest_images_are_described_and_older_ones_if_they_are_known(
+    describing, zai
+):
+    body = {**AN_AGENT, "messages": [shows(1, 2, 3, 4, 5, 6)]}
+    response, _ = await ask(describing, body)
+    assert response.headers["x-ztoapi-ignored"] == "images"
+    assert asked_models(zai) == ["glm-4.6v"] * 4 + ["glm-5.3"]
+    hidden = f"[image: not shown to glm-5.3: {ztoapi.TOO_MANY_IMAGES}]"
+    lines = ["look", hidden, hidden, *[DESCRIBED] * 4]
+    assert zai.bodies[-1]["messages"][0]["content"].splitlines() == lines
+    await ask(describing, {**AN_AGENT, "messages": [shows(3, 4, 5, 6, 7, 8, 9)]})
+    assert asked_models(zai)[5:] == ["glm-4.6v"] * 3 + ["glm-5.3"]
+    assert zai.bodies[-1]["messages"][0]["content"].splitlines() == ["look", *[DESCRIBED] * 7]
+
+
+@in_loop
+async def test_a_description_is_not_told_to_another_client(start, zai):
+    let_see(zai, describes("a cat"))
+    client = await start(vision_model="glm-4.6v", default_key=("sk-mine", "sk-yours"))
+    for key in ("sk-mine", "sk-yours", "sk-mine"):
+        body = {**AN_AGENT, "messages": [shows(1)]}
+        assert (await ask(client, body, headers={"x-api-key": key}))[0].status == 200
+    assert asked_models(zai) == ["glm-4.6v", "glm-5.3"] * 2 + ["glm-5.3"]
+
+
+@in_loop
+@pytest.mark.parametrize(
+    ("answer", "reason"),
+    [
+        (zai_refuses(1210, 400, "image too large for zai-key"), "Z.ai 1210: image too large for ***"),
+        ((200, [stream_of({"content": "x"}, finish("sensitive"))]), "content filter"),
+    ],
+    ids=["a refusal", "a filter"],
+)  # fmt: skip
+async def test_an_image_that_zai_refuses_is_words_with_the_reason_also_later(
+    describing, zai, answer, reason
+):
+    let_see(zai, answer)
+    for _ in "12":
+        response, _ = await ask(describing, {**AN_AGENT, "messages": [shows(1)]})
+        assert (response.status, response.headers["x-ztoapi-ignored"]) == (200, "images")
+        said = zai.bodies[-1]["messages"][0]["content"]
+        assert said.startswith("look\n[image: not shown to glm-5.3: it was refused (")
+        assert reason in said
+    assert asked_models(zai) == ["glm-4.6v", "glm-5.3", "glm-5.3"]
+
+
+FAILS = [
+    (zai_refuses(1113), 402, "insufficient_quota"),
+    (zai_refuses(1211, 400), 404, "model_not_found"),
+    ((500, [b"{}"]), 502, "zai_unavailable"),
+    ((200, [stream_of({"content": " "}, finish())]), 502, "zai_unavailable"),
+]
+
+
+@in_loop
+@pytest.mark.parametrize("stream", [False, True], ids=["whole", "streamed"])
+@pytest.mark.parametrize(("answer", "status", "code"), FAILS, ids=lambda value: str(value)[:16])
+async def test_another_failure_is_told_in_the_turn_that_is_on(
+    describing, zai, answer, status, code, stream
+):
+    let_see(zai, answer)
+    body = {**AN_AGENT, "messages": [shows(1)], "stream": stream}
+    response, text = await ask(describing, body)
+    assert (response.status, error_of(text)["code"]) == (status, code)
+    assert error_of(text)["message"].startswith("glm-4.6v could not describe an image: ")
+    assert asked_models(zai) == ["glm-4.6v"]
+    counted = describing.app[ztoapi.ACCOUNTS].counted
+    assert {model: row[:2] for (_, _, model), row in counted.items()} == {
+        "glm-4.6v": [1, 1],
+        "glm-5.3": [1, 1],
+    }
+
+
+@in_loop
+@pytest.mark.parametrize(
+    "answer", [answer for answer, *_ in FAILS], ids=lambda value: str(value)[:16]
+)
+async def test_another_failure_is_words_in_an_earlier_turn_until_it_is_over(
+    describing, zai, answer
+):
+    let_see(zai, answer, describes("a cat"))
+    messages = [shows(1), {"role": "assistant", "content": "ok"}, QUESTION]
+    said = []
+    for _ in "12":
+        response, _ = await ask(describing, {**AN_AGENT, "messages": messages})
+        assert response.status == 200
+        said.append(zai.bodies[-1]["messages"][0]["content"].splitlines()[1])
+        describing.app[ztoapi.UPSTREAM].keys.cooling.clear()
+    hidden = "[image: not shown to glm-5.3: it could not be described now]"
+    assert said == [hidden, "[image: a cat]"]
+
+
+@in_loop
+async def test_what_was_described_is_not_asked_again_after_another_image_failed(describing, zai):
+    let_see(zai, describes("a cat"), (500, [b"{}"]), describes("a dog"))
+    body = {**AN_AGENT, "messages": [shows(1, 2)]}
+    assert [(await ask(describing, body))[0].status for _ in "12"] == [502, 200]
+    assert asked_models(zai) == ["glm-4.6v"] * 3 + ["glm-5.3"]
+
+
+@in_loop
+async def test_a_description_is_tried_again_and_waits_its_turn_like_any_answer(start, zai):
+    let_see(zai, zai_refuses(1302), zai_refuses(1234, 500), describes("a cat"))
+    client = await start(vision_model="glm-4.6v", max_concurrency=1)
+    key = await make_key(client, parallel=1)
+    body = {**AN_AGENT, "messages": [shows(1, 2, 3)]}
+    response, _ = await ask(client, body, headers=key)
+    assert (response.status, asked_models(zai)) == (200, ["glm-4.6v"] * 5 + ["glm-5.3"])
+
+
+@in_loop
+async def test_for_several_choices_an_image_is_described_once(describing, zai):
+    body = {**AN_AGENT, "messages": [shows(1)], "n": 3}
+    assert (await ask(describing, body))[0].status == 200
+    assert asked_models(zai) == ["glm-4.6v"] + ["glm-5.3"] * 3
+    assert {body["messages"][0]["content"] for body in zai.bodies[1:]} == {f"look\n{DESCRIBED}"}
+
+
+SHOWS_A_PICTURE = [
+    {"role": "user", "content": [{"type": "input_image", "image_url": "https://example.org/a.png"}]}
+]
+
+
+@in_loop
+@pytest.mark.parametrize(
+    ("path", "body", "sign"),
+    [
+        ("chat/completions", {"messages": [shows(1)], "tools": READ_TOOLS}, b": keep-alive"),
+        (
+            "responses",
+            {"input": SHOWS_A_PICTURE, "tools": [{"type": "function", "name": "f"}]},
+            b"response.created",
+        ),
+    ],
+    ids=["chat", "responses"],
+)
+async def test_a_stream_shows_life_while_an_image_is_described(start, zai, path, body, sign):
+    client = await start(limits=Limits(keep_alive_interval=0.05), vision_model="glm-4.6v")
+    let_see(zai, (200, [HANG]))
+    body = {**body, "model": "glm-5.3", "stream": True}
+    async with client.post(f"/v1/{path}", json=body, headers=KEY) as response:
+        assert sign in await response.content.readany()
+        assert asked_models(zai) == ["glm-4.6v"]
+        response.close()
+
+
+@in_loop
+async def test_who_leaves_while_images_are_described_leaves_nothing_behind(describing, zai):
+    let_see(zai, (200, [HANG]))
+    key = await make_key(describing, tokens="1M")
+    body = {**AN_AGENT, "messages": [shows(1, 2)]}
+    asking = asyncio.create_task(ask(describing, body, headers=key))
+    assert await eventually(lambda: zai.open == 2)
+    asking.cancel()
+    assert await eventually(lambda: not zai.open and not describing.app[ztoapi.IN_FLIGHT])
+    assert describing.app[ztoapi.UPSTREAM].queue("glm-4.6v").in_flight == 0
+    counted = describing.app[ztoapi.ACCOUNTS].counted
+    used = {model: row[0] for (_, _, model), row in counted.items()}
+    assert used == {"glm-4.6v": 2, "glm-5.3": 1}
+    assert [row[2] > 1000 for (_, _, model), row in counted.items() if model == "glm-4.6v"] == [
+        True
+    ]
+
+
+@in_loop
+async def test_a_budget_is_looked_at_before_an_image_is_described(describing, zai):
+    key = await make_key(describing, tokens="900", parallel=1)
+    body = {**AN_AGENT, "messages": [shows(1, 2)]}
+    response, _ = await ask(describing, body, headers=key)
+    assert (response.status, asked_models(zai)) == (200, ["glm-4.6v", "glm-4.6v", "glm-5.3"])
+    response, text = await ask(describing, {**AN_AGENT, "messages": [shows(3)]}, headers=key)
+    assert (response.status, error_of(text)["code"]) == (402, "key_quota_exceeded")
+
+
 # ======== Every surface is the same path ========
 
 SURFACES = {
@@ -11303,6 +13613,15 @@ async def test_codex_sees_life_in_events_numbered_like_all(lively, zai):
     assert types.count("created") == 1
     assert [event["sequence_number"] for event in events] == [*range(len(events))]
     assert len({event["response"]["id"] for event in events if "response" in event}) == 1
+
+
+@in_loop
+async def test_codex_sees_life_while_the_model_thinks_about_a_summary(lively, zai):
+    zai.parts = [*[FIRST, 0.02] * 12, RECORDED]
+    asked = ASKED | {"stream": True, "input": TO_SUM_UP}
+    _, stream = await ask(lively, asked, "/v1/responses")
+    assert stream.count("event: response.in_progress\n") > 1
+    assert last_event(stream)["type"] == "response.completed"
 
 
 TORN_STREAM = FIRST[:-20] + RECORDED  # a piece of it is lost
@@ -11452,6 +13771,149 @@ async def test_a_response_can_be_looked_up_and_forgotten(client):
 
 
 @in_loop
+@pytest.mark.parametrize("stream", [False, True], ids=["whole", "streamed"])
+async def test_several_prompts_are_several_choices_with_one_usage(client, zai, stream):
+    body = {"model": "glm-4.7", "prompt": ["Say a", "Say b"], "n": 2, "stream": stream}
+    body |= {"stream_options": {"include_usage": True}}
+    _, text = await ask(client, body, "/v1/completions")
+    documents = parse_frames(text) if stream else [json.loads(text)]
+    texts = Counter()
+    for document in documents:
+        for choice in document["choices"]:
+            texts[choice["index"]] += len(choice["text"])
+    assert sorted(texts) == [0, 1, 2, 3]
+    asked = [each["messages"][0]["content"] for each in zai.bodies]
+    assert sorted(asked) == ["Say a", "Say a", "Say b", "Say b"]
+    assert documents[-1]["usage"]["total_tokens"] == 4 * USAGE["total_tokens"]
+
+
+@in_loop
+@pytest.mark.parametrize("stream", [False, True], ids=["whole", "streamed"])
+@pytest.mark.parametrize("key", [("zai-key",), ()], ids=["with a key", "without"])
+async def test_who_wants_only_the_prompt_back_gets_it_without_a_model(start, zai, stream, key):
+    client = await start(zai_api_key=key)
+    body = {"model": "glm-4.7", "prompt": ["a", "b"], "echo": True, "max_tokens": 0}
+    response, text = await ask(client, body | {"stream": stream}, "/v1/completions")
+    documents = parse_frames(text) if stream else [json.loads(text)]
+    choices = [choice for document in documents for choice in document["choices"]]
+    assert [(choice["text"], choice["finish_reason"]) for choice in choices] == [
+        ("a", "length"),
+        ("b", "length"),
+    ]
+    assert (response.headers["x-ztoapi-model"], zai.asked) == ("glm-4.7", [])
+
+
+@in_loop
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"echo": True},
+        {"max_tokens": 0},
+        {"echo": True, "max_tokens": 1},
+        {"echo": True, "max_tokens": -1},
+    ],
+)
+async def test_any_other_echo_is_asked_for_with_an_answer(client, zai, fields):
+    body = {"model": "glm-4.7", "prompt": "a", **fields}
+    await ask(client, body, "/v1/completions")
+    assert len(zai.asked) == 1
+
+
+@in_loop
+async def test_a_request_for_a_model_that_a_key_may_not_use_is_counted_with_the_model(client):
+    key = await make_key(client, models="glm-5")
+    await ask(client, chat(model="claude-x:off"), headers=key)
+    (item,) = (await stats(client))[0]["recent"]
+    assert (item["model"], item["status"]) == ("glm-4.7-flash", 403)
+
+
+@in_loop
+async def test_who_wants_only_the_prompt_back_may_not_name_any_model(client, zai):
+    key = await make_key(client, models="glm-5")
+    body = {"model": "glm-4.7", "prompt": "a", "echo": True, "max_tokens": 0}
+    response, _ = await ask(client, body, "/v1/completions", key)
+    assert (response.status, zai.asked) == (403, [])
+
+
+FILES_READ = "files.read"
+READ_FORCED = {
+    "chat/completions": chat(tools=[function(FILES_READ)], tool_choice=function(FILES_READ)),
+    "responses": {
+        **ASKED,
+        "tools": [
+            {
+                "type": "namespace",
+                "name": "my files",
+                "tools": [{"type": "function", "name": FILES_READ}],
+            }
+        ],
+        "tool_choice": {"type": "function", "name": FILES_READ, "namespace": "my files"},
+    },
+    "messages": chat(
+        max_tokens=9,
+        tools=[{"name": FILES_READ, "input_schema": NO_PARAMETERS}],
+        tool_choice={"type": "tool", "name": FILES_READ},
+    ),
+}
+
+
+@in_loop
+@pytest.mark.parametrize("stream", [False, True], ids=["whole", "streamed"])
+@pytest.mark.parametrize("path", READ_FORCED)
+async def test_a_tool_has_a_legal_name_for_zai_and_its_own_for_the_client(
+    client, zai, path, stream
+):
+    body = READ_FORCED[path]
+    await ask(client, body, f"/v1/{path}")
+    (tool,) = zai.bodies[0]["tools"]
+    name = tool["function"]["name"]
+    assert re.fullmatch("[A-Za-z0-9_-]{1,64}", name)
+    call = {
+        "index": 0,
+        "id": "c1",
+        "type": "function",
+        "function": {"name": name, "arguments": "{}"},
+    }
+    zai.parts = [stream_of({"tool_calls": [call]}, finish("tool_calls"))]
+    _, text = await ask(client, body | {"stream": stream}, f"/v1/{path}")
+    assert name not in text
+    assert f'"name":"{FILES_READ}"' in text
+    assert ('"namespace":"my files"' in text) == (path == "responses")
+
+
+@in_loop
+async def test_a_leaked_call_of_a_tool_has_the_clients_name_too(client, zai):
+    await ask(client, READ_FORCED["chat/completions"])
+    name = zai.bodies[0]["tools"][0]["function"]["name"]
+    zai.parts = [stream_of({"content": f"<tool_call>{name}</tool_call>"}, finish())]
+    _, text = await ask(client, READ_FORCED["chat/completions"])
+    (call,) = json.loads(text)["choices"][0]["message"]["tool_calls"]
+    assert call["function"] == {"name": FILES_READ, "arguments": "{}"}
+
+
+@in_loop
+async def test_reasoning_is_put_back_into_calls_of_tools_with_illegal_names(client, zai):
+    await ask(client, chat(tools=[function(FILES_READ)]))
+    name = zai.bodies[0]["tools"][0]["function"]["name"]
+    call = {
+        "index": 0,
+        "id": "c1",
+        "type": "function",
+        "function": {"name": name, "arguments": "{}"},
+    }
+    zai.parts = [
+        stream_of({"reasoning_content": "hm"}, {"tool_calls": [call]}, finish("tool_calls"))
+    ]
+    _, text = await ask(client, chat(tools=[function(FILES_READ)]))
+    said = json.loads(text)["choices"][0]["message"]
+    del said["reasoning_content"]
+    messages = [*HELLO["messages"], said, {"role": "tool", "tool_call_id": "c1", "content": "x"}]
+    await ask(client, chat(tools=[function(FILES_READ)], messages=messages))
+    assert zai.bodies[-1]["messages"][1]["reasoning_content"] == "hm"
+    assert zai.bodies[-1]["messages"][1]["tool_calls"][0]["function"]["name"] == name
+
+
+@in_loop
 async def test_new_items_of_codex_are_no_400_and_listed(client, zai):
     hi = {"type": "message", "role": "user", "content": [{"type": "input_text", "text": "hi"}]}
     agent = AGENT | {"content": [{"type": "input_text", "text": "done"}]}
@@ -11524,6 +13986,14 @@ async def test_tokens_are_counted_without_zai(client, zai):
     response, body = await ask(client, {"input": "a" * 100}, "/v1/responses/input_tokens")
     assert json.loads(body) == {"object": "response.input_tokens", "input_tokens": 28}
     assert (response.status, zai.asked) == (200, [])
+
+
+@in_loop
+async def test_tokens_are_counted_as_zai_counted_them_last(client):
+    client.app[ztoapi.TOKEN_SCALE].learn("glm-4.6", 100, 200)
+    asked = {"model": "zai/GLM-4.6", "input": "a" * 100}
+    _, body = await ask(client, asked, "/v1/responses/input_tokens")
+    assert json.loads(body)["input_tokens"] == 56
 
 
 @in_loop
@@ -11949,6 +14419,205 @@ async def test_embeddings_come_in_base64_for_those_who_ask(start, zai):
     assert [json.loads(asked[3]) for asked in zai.asked] == [body, body]
 
 
+def vectors(size, usage=None):
+    items = [{"object": "embedding", "embedding": [0.5, -1], "index": i} for i in range(size)]
+    usage = usage or {"prompt_tokens": size, "total_tokens": size}
+    return {"object": "list", "data": items, "model": "embedding-3", "usage": usage}
+
+
+@in_loop
+@pytest.mark.parametrize(
+    ("form", "vector"), [("float", [0.5, -1]), ("base64", "AAAAPwAAgL8=")], ids=["float", "base64"]
+)
+async def test_more_embeddings_than_zai_takes_are_asked_for_in_batches(start, zai, form, vector):
+    client = await start(model_aliases=(("ada", "embedding-3"),))
+    zai.answers = [[encode_json(vectors(size))] for size in (64, 64, 2)]
+    texts = [f"text {i}" for i in range(130)]
+    body = {"model": "ada", "input": texts, "encoding_format": form, "dimensions": 2}
+    response, text = await ask(client, body, "/v1/embeddings")
+    assert [sent["input"] for sent in zai.bodies] == [texts[:64], texts[64:128], texts[128:]]
+    assert {(sent["model"], sent["dimensions"], len(sent)) for sent in zai.bodies} == {
+        ("embedding-3", 2, 3)
+    }
+    items = [{"object": "embedding", "embedding": vector, "index": i} for i in range(130)]
+    usage = {"prompt_tokens": 130, "total_tokens": 130}
+    assert (response.status, json.loads(text)) == (
+        200,
+        {**vectors(0), "data": items, "usage": usage},
+    )
+    assert [*client.app[ztoapi.ACCOUNTS].counted.values()] == [[1, 0, 130, 0, 0]]
+    assert (await stats(client))[0]["models"].keys() == {"embedding-3"}
+
+
+@in_loop
+async def test_a_batch_of_embeddings_is_tried_again_and_the_others_are_not(client, zai):
+    zai.answers = [[encode_json(vectors(64))], zai_refuses(1302), [encode_json(vectors(1))]]
+    body = {"model": "embedding-3", "input": ["x"] * 65}
+    response, text = await ask(client, body, "/v1/embeddings")
+    assert (response.status, len(json.loads(text)["data"])) == (200, 65)
+    assert [len(sent["input"]) for sent in zai.bodies] == [64, 1, 1]
+
+
+@in_loop
+async def test_what_a_batch_of_embeddings_is_refused_for_is_the_answer(client, zai):
+    zai.answers = [[encode_json(vectors(64))], zai_refuses(1301, 400)]
+    body = {"model": "embedding-3", "input": ["x"] * 65}
+    response, text = await ask(client, body, "/v1/embeddings")
+    assert (response.status, error_of(text)["code"]) == (400, "content_filter")
+    assert [*client.app[ztoapi.ACCOUNTS].counted.values()] == [[1, 1, 64, 0, 0]]
+
+
+@in_loop
+@pytest.mark.parametrize(
+    ("path", "body", "param"),
+    [
+        ("embeddings", {"model": "embedding-3", "input": [[1, 2, 3]]}, "input"),
+        ("images/generations", {"prompt": "x", "response_format": "b64_json"}, "response_format"),
+        ("embeddings", {"model": "m" * 257, "input": "x"}, "model"),
+    ],
+    ids=["tokens", "base64", "a long name"],
+)
+async def test_what_is_wrong_in_what_is_passed_on_is_told_also_without_a_key(
+    start, zai, path, body, param
+):
+    client = await start(zai_api_key=())
+    response, text = await ask(client, body, f"/v1/{path}")
+    assert (response.status, error_of(text)["param"], zai.asked) == (400, param, [])
+
+
+FORM = {"Content-Type": "multipart/form-data; boundary=x"}
+SPOKEN = [b'{"id":"1","model":"glm-asr-2512","text":"hello"}']
+
+
+async def transcribe(client, *parts, headers=KEY):
+    """A request as it comes in pieces, the last one late."""
+
+    async def pieces():
+        data = form_of(*parts)
+        yield data[:-20]
+        await asyncio.sleep(0.01)
+        yield data[-20:]
+
+    path = "/v1/audio/transcriptions"
+    async with client.post(path, data=pieces(), headers=headers | FORM) as response:
+        return response, await response.text()
+
+
+@in_loop
+@pytest.mark.parametrize(
+    "parts",
+    [[field_of("model", "whisper-1"), A_FILE], [A_FILE, field_of("model", "whisper-1")]],
+    ids=["before the file", "behind it"],
+)
+async def test_an_alias_stands_for_a_model_in_a_form_too(start, zai, parts):
+    client = await start(model_aliases=(("whisper-*", "glm-asr-2512"),))
+    zai.parts = SPOKEN
+    response, text = await transcribe(client, *parts)
+    sent = zai.asked[0][3].decode()
+    assert sent == form_of(*parts).decode().replace("whisper-1", "glm-asr-2512")
+    assert zai.asked[0][2]["Transfer-Encoding"] == "chunked"
+    assert (response.status, json.loads(text)["model"]) == (200, "glm-asr-2512")
+    assert [*(await stats(client))[0]["models"]] == ["glm-asr-2512"]
+
+
+LONG_FILE = (A_FILE[0], "RIFF" * 2**17)
+
+
+@in_loop
+@pytest.mark.parametrize(
+    ("aliases", "parts", "has_length"),
+    [
+        ((), [field_of("model", "m"), LONG_FILE], True),
+        ((), [LONG_FILE, field_of("model", "m")], True),
+        ((("m", "glm-asr"),), [field_of("model", "m"), LONG_FILE], True),
+        ((("m", "glm-asr"),), [LONG_FILE, field_of("model", "m")], False),
+        ((("m", "glm-asr"),), [A_FILE, field_of("model", "m")], True),
+    ],
+    ids=["no alias", "no alias behind", "an alias", "an alias behind", "behind a short file"],
+)
+async def test_the_length_of_a_form_is_told_where_it_is_known(
+    start, zai, aliases, parts, has_length
+):
+    client = await start(model_aliases=aliases)
+    data = form_of(*parts)
+    headers = KEY | FORM
+    async with client.post("/v1/audio/transcriptions", data=data, headers=headers) as response:
+        assert response.status == 200
+    sent = data.replace(b"\r\nm\r\n", b"\r\nglm-asr\r\n") if aliases else data
+    wanted = str(len(sent)) if has_length else None
+    assert (zai.asked[0][2].get("Content-Length"), zai.asked[0][3]) == (wanted, sent)
+
+
+@in_loop
+@pytest.mark.parametrize("parts", [[field_of("model", "other"), LONG_FILE], [A_FILE]])
+async def test_what_the_head_of_a_form_says_is_checked_also_without_a_key(start, zai, parts):
+    client = await start(zai_api_key=())
+    key = await make_key(client, models="glm-asr-*")
+    response, _ = await transcribe(client, *parts, headers=key)
+    assert response.status == 403
+
+
+@in_loop
+async def test_json_that_says_it_is_a_form_is_read_as_json(passing, zai):
+    body = b'{ "model": "claude-x"}'
+    async with passing.post("/v1/reader", data=body, headers=KEY | FORM) as response:
+        assert response.status == 200
+    assert zai.asked[0][3] == b'{"model":"glm-5.3"}'
+
+
+@in_loop
+async def test_a_transcription_may_be_asked_for_as_text(client, zai):
+    zai.parts = SPOKEN
+    response, text = await transcribe(client, A_FILE, field_of("response_format", "text"))
+    assert (response.content_type, text) == ("text/plain", "hello")
+    _, text = await transcribe(client, A_FILE, field_of("response_format", "json"))
+    assert text.encode() == SPOKEN[0]
+    body = {"model": "glm-asr-2512", "file_base64": "UklGRg==", "response_format": "text"}
+    assert (await ask(client, body, "/v1/audio/transcriptions"))[1] == "hello"
+
+
+@in_loop
+async def test_a_transcription_that_sounds_like_a_refusal_is_none(client, zai):
+    zai.parts = [encode_json({"text": REFUSAL_LIKE.decode()})]
+    for _ in "12":
+        response, text = await transcribe(client, A_FILE, field_of("response_format", "text"))
+        assert (response.status, text) == (200, REFUSAL_LIKE.decode())
+    zai.parts = [REFUSAL_LIKE]
+    response, _ = await transcribe(client, A_FILE, field_of("response_format", "text"))
+    assert response.status == 402
+
+
+@in_loop
+@pytest.mark.parametrize(
+    ("parts", "status", "code"),
+    [
+        pytest.param([field_of("model", "glm-asr-2512"), A_FILE], 200, None, id="its own"),
+        pytest.param([A_FILE, field_of("model", "mine")], 200, None, id="its own behind the file"),
+        pytest.param([field_of("model", "other"), A_FILE], 403, "model_not_allowed", id="another"),
+        pytest.param([A_FILE, field_of("model", "other")], 403, "model_not_allowed", id="another behind"),
+        pytest.param(
+            [field_of("model", "mine"), LONG_FILE, field_of("model", "mine")], 400, None, id="twice"
+        ),
+        pytest.param([LONG_FILE, field_of("model", "mine")], 200, None, id="behind a long file"),
+        pytest.param([LONG_FILE, field_of("model", "other")], 403, "model_not_allowed", id="another behind that"),
+        pytest.param([LONG_FILE], 403, "model_not_allowed", id="none behind that"),
+        pytest.param([A_FILE], 403, "model_not_allowed", id="none"),
+        pytest.param([A_FILE, field_of("model", "m" * 257)], 400, None, id="a long name"),
+    ],
+)  # fmt: skip
+async def test_a_form_must_name_a_model_of_its_key_before_zai_has_all_of_it(
+    start, zai, parts, status, code
+):
+    client = await start(model_aliases=(("mine", "glm-asr-2512"),))
+    key = await make_key(client, models="glm-asr-*")
+    zai.parts = SPOKEN
+    response, text = await transcribe(client, *parts, headers=key)
+    assert response.status == status
+    assert len(zai.asked) == (status == 200)
+    if code:
+        assert error_of(text)["code"] == code
+
+
 @in_loop
 async def test_messages_without_an_end_are_a_failure(start, zai):
     client = await start(limits=Limits(answer_size=100))
@@ -12302,7 +14971,11 @@ async def test_odd_requests_get_an_answer_or_a_400_and_break_nothing(client, zai
         {"Authorization": "Bearer sk-your-key"},
         {"Authorization": "bearer  sk-your-key "},
         {"x-api-key": "sk-your-key"},
+        {"Authorization": "sk-your-key"},
+        {"api-key": "sk-your-key"},
         {"Authorization": "Bearer other", "x-api-key": "sk-your-key"},
+        {"x-api-key": "other", "Authorization": "sk-your-key"},
+        {"x-api-key": "other", "Authorization": "Bearer other", "api-key": "sk-your-key"},
     ],
 )
 async def test_a_right_key_is_let_in(client, headers):
@@ -12315,7 +14988,8 @@ async def test_a_right_key_is_let_in(client, headers):
     [
         {},
         {"Authorization": "Bearer wrong-key"},
-        {"Authorization": "sk-your-key"},
+        {"Authorization": "wrong-key"},
+        {"api-key": "wrong-key"},
         {"Authorization": "Basic sk-your-key"},
         {"Authorization": "Bearer "},
         {"x-api-key": ""},
@@ -12326,6 +15000,39 @@ async def test_a_wrong_key_is_kept_out_and_not_repeated(client, zai, headers):
     response, body = await ask(client, headers=headers)
     assert (response.status, error_of(body)["code"], zai.bodies) == (401, "invalid_api_key", [])
     assert "wrong-key" not in body
+
+
+@in_loop
+@pytest.mark.parametrize(
+    ("headers", "begins"),
+    [
+        ({}, "No API key came with this request: send the server's DEFAULT_KEY"),
+        (
+            {"x-api-key": "wrong-key"},
+            "The API key is wrong (a Z.ai key is none of this server's): ",
+        ),
+    ],
+)
+async def test_who_is_kept_out_is_told_whether_a_key_is_missing_or_wrong(client, headers, begins):
+    message = error_of((await ask(client, headers=headers))[1])["message"]
+    assert message.startswith(begins)
+    assert "'Authorization: Bearer KEY'" in message
+
+
+@in_loop
+async def test_the_name_of_the_setting_is_told_to_callers_on_this_machine_alone(start):
+    client = await start(default_key=("sk-mine",))
+    for far, named in (({}, True), ({"X-Forwarded-For": "192.0.2.1"}, False)):
+        body = (await ask(client, headers=far))[1]
+        assert ("DEFAULT_KEY" in body) is named
+
+
+@in_loop
+async def test_the_account_is_that_of_the_first_valid_key(client):
+    anna, bob = await make_key(client), await make_key(client, "bob")
+    headers = {"x-api-key": anna["x-api-key"], "Authorization": f"Bearer {bob['x-api-key']}"}
+    async with client.get("/dashboard/stats", headers={**headers, "api-key": "x"}) as response:
+        assert (await response.json())["name"] == "anna"
 
 
 @in_loop
@@ -12359,7 +15066,38 @@ async def test_health_says_what_matters_and_no_secret(start):
             "version": ztoapi.__version__,
             "demo": False,
             "zai_key": True,
+            "model": "glm-4.7-flash",
         }
+
+
+@in_loop
+@pytest.mark.parametrize(
+    ("settings", "model"),
+    [
+        ({}, "glm-4.7-flash"),
+        ({"zai_base_url": ztoapi.ZAI_BASES["plan"]}, "glm-5.3"),
+        ({"zai_api_key": ("a@china-plan", "b")}, "glm-5.3"),
+    ],
+)
+async def test_health_names_the_model_that_launch_would_choose(start, settings, model):
+    client = await start(**settings)
+    async with client.get("/health") as response:
+        assert (await response.json())["model"] == model
+
+
+@in_loop
+async def test_health_tells_an_operator_which_database_it_is(start, tmp_path):
+    told = []
+    for url in ("memory", f"sqlite:///{tmp_path}/z.db", f"sqlite:///{tmp_path}/z.db"):
+        client = await start(database_url=url)
+        await make_key(client, f"anna{len(told)}")
+        async with client.get("/health", headers=KEY) as response:
+            told.append((await response.json())["database"])
+    assert told[0] is None
+    assert told[1] == told[2]
+    assert re.fullmatch("[0-9a-f]{32}", told[1])
+    async with client.get("/health") as response:
+        assert "database" not in await response.json()
 
 
 PREFLIGHT = {
@@ -12370,7 +15108,10 @@ PREFLIGHT = {
 
 
 @in_loop
-@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/models", "/anything"])
+@pytest.mark.parametrize(
+    "path",
+    ["/v1/chat/completions", "/v1/models", "/v1/anything", "/api/paas/v4/files", "/models", "/v1"],
+)
 async def test_a_preflight_needs_no_key_and_reflects_what_it_asks(start, path):
     client = await start(default_key=("sk-mine",))
     async with client.options(path, headers=PREFLIGHT) as response:
@@ -12400,8 +15141,37 @@ async def test_only_origins_of_the_setting_are_reflected(start):
         ("https://app.example", "https://app.example"),
         ("https://evil.example", None),
     ):
-        async with client.get("/health", headers={"Origin": origin}) as response:
+        async with client.get("/v1/models", headers={"Origin": origin}) as response:
             assert response.headers.get("Access-Control-Allow-Origin") == wanted
+
+
+@in_loop
+@pytest.mark.parametrize("path", ["/health", "/", "/docs", "/dashboard/stats", "/metrics", "/v1x"])
+async def test_pages_of_other_origins_may_call_the_api_alone(start, path):
+    client = await start(default_key=("sk-mine",))
+    for method in ("GET", "OPTIONS"):
+        async with client.request(method, path, headers=PREFLIGHT) as response:
+            assert not [name for name in response.headers if name.startswith("Access-Control")]
+
+
+@in_loop
+@pytest.mark.parametrize(
+    ("settings", "advice"),
+    [
+        ({}, "set DEFAULT_KEY to a key of your own, and CORS_ORIGINS"),
+        ({"default_key": ("sk-mine",), "cors_origins": ("https://b.example",)}, "to CORS_ORIGINS"),
+    ],
+)
+async def test_a_refused_origin_is_one_line_a_minute(start, settings, advice, caplog):
+    client = await start(**settings)
+    ours = {"Origin": f"http://{client.host}:{client.port}"}
+    with caplog.at_level("INFO", "ztoapi"):
+        for origin in (ours, *[{"Origin": "https://a.example"}] * 3):
+            async with client.get("/v1/models", headers=origin):
+                pass
+    [line] = [line for line in caplog.messages if "may not call" in line]
+    assert line.startswith("a page of the origin https://a.example may not call")
+    assert advice in line
 
 
 @in_loop
@@ -12411,14 +15181,46 @@ async def test_only_origins_of_the_setting_are_reflected(start):
         ("http://localhost:3000", True),
         ("http://127.0.0.1", True),
         ("http://[::1]:8080", True),
+        ("https://tauri.localhost", True),
+        *(
+            (f"{scheme}://some-id", True)
+            for scheme in ("app", "tauri", "vscode-webview", "capacitor", "moz-extension")
+        ),
         ("https://app.example", False),
         ("http://localhost.evil.example", False),
+        ("http://evil-localhost", False),
+        ("ftp://localhost", False),
+        ("file://", False),
+        ("app", False),
         ("null", False),
     ],
 )
 async def test_the_published_key_lets_only_this_machines_pages_in(client, origin, allowed):
-    async with client.get("/health", headers={"Origin": origin}) as response:
+    async with client.get("/v1/models", headers={"Origin": origin}) as response:
         assert ("Access-Control-Allow-Origin" in response.headers) is allowed
+
+
+@in_loop
+@pytest.mark.parametrize(
+    ("header", "status"),
+    [
+        *(
+            (name, 403)
+            for name in ("Forwarded", "X-Forwarded-For", "x-forwarded-whatever", "Via", "X-Real-IP")
+        ),
+        ("CF-Connecting-IP", 403),
+        ("X-Forwarder", 200),
+    ],
+)
+async def test_the_published_key_is_not_for_those_behind_a_proxy(start, client, header, status):
+    for path in ("/health", "/docs"):
+        async with client.get(path, headers={header: "x"}) as response:
+            assert response.status == status
+            said = "reached through a proxy: set DEFAULT_KEY" in await response.text()
+            assert said is (status == 403)
+    other = await start(default_key=("sk-mine",))
+    async with other.get("/health", headers={header: "x"}) as response:
+        assert response.status == 200
 
 
 @in_loop
@@ -12492,7 +15294,19 @@ async def listed(client):
 
 
 GLM_46 = {"id": "glm-4.6", "object": "model", "created": 1759190400, "owned_by": "z.ai"}
-GLM_46 |= {"context_length": 200 * 1024, "max_output_tokens": 128 * 1024}
+GLM_46 |= {"context_length": 200 * 1024, "max_output_tokens": 128 * 1024, "name": "glm-4.6"}
+PARAMETERS = ["max_tokens", "temperature", "top_p", "stop", "seed", "tools", "tool_choice"]
+PARAMETERS += ["response_format", "structured_outputs"]
+THINKING_PARAMETERS = ["reasoning", "reasoning_effort", "include_reasoning"]
+GLM_46 |= {
+    "architecture": {"input_modalities": ["text"], "output_modalities": ["text"]},
+    "supported_parameters": [*PARAMETERS, *THINKING_PARAMETERS],
+    "pricing": {
+        "prompt": "0.0000006",
+        "completion": "0.0000022",
+        "input_cache_read": "0.00000011",
+    },
+}
 
 
 @in_loop
@@ -12504,7 +15318,15 @@ async def test_the_list_is_the_table_with_what_zai_lists(client, zai):
     models = await listed(client)
     assert set(models) == {*MODELS, "glm-9"}
     assert models["glm-4.6"] == GLM_46
-    assert models["glm-9"] == {"id": "glm-9", "object": "model", "created": 5, "owned_by": "z.ai"}
+    assert models["glm-9"] == {
+        "id": "glm-9",
+        "object": "model",
+        "created": 5,
+        "owned_by": "z.ai",
+        "name": "glm-9",
+        "architecture": {"input_modalities": ["text", "image"], "output_modalities": ["text"]},
+        "supported_parameters": [*PARAMETERS, *THINKING_PARAMETERS],
+    }
 
 
 @in_loop
@@ -12524,7 +15346,7 @@ async def test_aliases_are_listed_unless_they_are_patterns(start):
         model_aliases=(("gpt-4o", "glm-4.6"), *((pattern, "glm-5.3") for pattern in patterns))
     )
     models = await listed(client)
-    assert models["gpt-4o"] == GLM_46 | {"id": "gpt-4o"}
+    assert models["gpt-4o"] == GLM_46 | {"id": "gpt-4o", "name": "gpt-4o"}
     assert not models.keys() & set(patterns)
 
 
@@ -12543,7 +15365,67 @@ async def test_one_model_is_found_by_any_of_its_names(start, name, wanted):
     client = await start(model_aliases=(("gpt-4o", "glm-4.6"),))
     async with client.get(f"/v1/models/{name}", headers=KEY) as response:
         body = await response.json()
-    assert body == GLM_46 | {"id": wanted} if wanted else body["error"]["code"] == "model_not_found"
+    if wanted:
+        assert body == GLM_46 | {"id": wanted, "name": wanted}
+    else:
+        assert body["error"]["code"] == "model_not_found"
+
+
+@in_loop
+@pytest.mark.parametrize(
+    ("path", "fields"),
+    [
+        ("chat/completions", {}),
+        ("completions", {"prompt": "x"}),
+        ("responses", {"input": "x"}),
+        ("messages", {"max_tokens": 9}),
+    ],
+)
+async def test_a_claude_is_asked_for_as_one_of_our_models_on_every_surface(
+    client, zai, path, fields
+):
+    zai.parts = [RECORDED.replace(b"glm-4.6", b"glm-4.7-flash")]
+    response, _ = await ask(client, chat(model="claude-haiku-4-5") | fields, f"/v1/{path}")
+    assert zai.bodies[0]["model"] == "glm-4.7-flash"
+    assert response.headers["x-ztoapi-model"] == "glm-4.7-flash"
+    assert (await stats(client))[0]["recent"][0]["model"] == "glm-4.7-flash"
+
+
+@in_loop
+@pytest.mark.parametrize(
+    ("name", "nearest"),
+    [
+        ("glm-4.66", "glm-4.6, glm-4.6v, glm-4.7"),
+        ("GLM-4.7-Flsh", "glm-4.7-flash"),
+        ("my-modl", "my-model"),
+        ("glm-5.3-flsh", "glm-5.3-flash"),
+    ],
+)
+async def test_a_model_that_is_not_there_is_named_with_those_that_are_like_it(
+    start, zai, name, nearest
+):
+    client = await start(model_aliases=(("my-model", "glm-4.6"),))
+    zai.status, zai.parts = zai_refuses(1211, 400, "Unknown Model")
+    async with client.get(f"/v1/models/{name}", headers=KEY) as response:
+        errors = [(await response.json())["error"]]
+    response, text = await ask(client, chat(model=name))
+    errors.append(json.loads(text)["error"])
+    assert [error["code"] for error in errors] == ["model_not_found"] * 2
+    for error in errors:
+        assert name in error["message"]
+        assert f"The nearest in the list: {nearest}" in error["message"]
+
+
+@in_loop
+@pytest.mark.parametrize("name", ["qwen", "x", "glm-4.6"])
+async def test_no_name_is_offered_where_none_is_like_it_or_the_key_may_not_use_it(
+    client, zai, name
+):
+    zai.status, zai.parts = zai_refuses(1211, 400, "Unknown Model")
+    key = await make_key(client, models="qwen,x,glm-4.6")
+    _, text = await ask(client, chat(model=name), "/v1/chat/completions", key)
+    assert "nearest" not in text
+    assert name in json.loads(text)["error"]["message"]
 
 
 @in_loop
@@ -13142,6 +16024,7 @@ async def ask_surface(client, path, stream, key, **fields):
     [
         ({"models": "glm-5*"}, 403, "model_not_allowed", "permission_error"),
         ({"tokens": "9"}, 402, "key_quota_exceeded", "billing_error"),
+        ({"spend": "1"}, 402, "key_quota_exceeded", "billing_error"),
         ({"rpm": 1}, 429, "rate_limit_exceeded", "rate_limit_error"),
     ],
 )
@@ -13149,9 +16032,9 @@ async def test_what_a_key_may_is_asked_on_every_surface(
     client, zai, limits, status, code, anthropic, path, stream
 ):
     key = await make_key(client, **limits)
-    client.app[ztoapi.ACCOUNTS].count(
-        (ztoapi.hash_key(key["x-api-key"]), today(client), "m"), (1, 0, 9, 0, 0)
-    )
+    account = client.app[ztoapi.ACCOUNTS].find(key["x-api-key"])
+    figures = (1, 0, 9, 0, 0, DOLLAR)
+    client.app[ztoapi.ACCOUNTS].count((account.id, today(client), "m"), figures)
     if status == 429:
         zai.parts = [DOCUMENT]
         assert (await ask(client, headers=key))[0].status == 200
@@ -13174,7 +16057,7 @@ async def test_a_client_that_leaves_before_the_end_uses_up_its_tokens_too(client
     ((_, used),) = client.app[ztoapi.ACCOUNTS].counted.items()
     assert used[0:2] == [1, 0]
     assert 1100 <= used[2] <= 1200  # 400 characters of text and 4,000 for the picture
-    assert used[3:] == [0, 1]
+    assert used[3:5] == [0, 1]
 
 
 @in_loop
@@ -13233,7 +16116,7 @@ async def test_what_zai_refuses_costs_nothing(client, zai, path):
     body = ASKING.get(path, {"model": "embedding-3", "input": "hi"})
     assert (await ask(client, body, f"/v1/{path}", key))[0].status == 400
     ((_, used),) = client.app[ztoapi.ACCOUNTS].counted.items()
-    assert used == [1, 1, 0, 0, 0]
+    assert used == [1, 1, 0, 0, 0, 0]
 
 
 @in_loop
@@ -13248,7 +16131,7 @@ async def test_who_leaves_the_queue_has_used_nothing(start, zai):
     asking.cancel()
     counted = client.app[ztoapi.ACCOUNTS].counted
     assert await eventually(lambda: counted)
-    assert [figures[2:] for figures in counted.values()] == [[0, 0, 0]]
+    assert [figures[2:5] for figures in counted.values()] == [[0, 0, 0]]
     await ztoapi.end_tasks([first])
 
 
@@ -13301,7 +16184,8 @@ async def test_of_n_choices_each_is_charged_what_is_known_of_it(client, zai):
     assert await eventually(lambda: client.app[ztoapi.ACCOUNTS].counted)
     ((_, used),) = client.app[ztoapi.ACCOUNTS].counted.items()
     size = len(zai.asked[0][3])
-    assert used == [1, 0, 6 + size // 4, 2, 3 + 1000]
+    tokens = (6 + size // 4, 2, 3 + 1000)
+    assert used == [1, 0, *tokens, ztoapi.cost_at(MODELS["glm-4.6"].price, *tokens)]
 
 
 @in_loop
@@ -13395,10 +16279,10 @@ LONG_NAME = "m" * 257
 async def test_a_name_that_is_too_long_is_refused_before_it_is_looked_up(client, zai, path, models):
     key = await make_key(client, models=models)
     body = {**HELLO, "model": LONG_NAME, "max_tokens": 9, "input": "x"}
-    looked_up = ztoapi.resolve.cache_info().misses
+    looked_up = ztoapi.named.cache_info().misses
     response, text = await ask(client, body, f"/v1/{path}", key)
     assert (response.status, LONG_NAME in text, zai.asked) == (400, False, [])
-    assert ztoapi.resolve.cache_info().misses == looked_up
+    assert ztoapi.named.cache_info().misses == looked_up
 
 
 @in_loop
@@ -13436,7 +16320,7 @@ async def test_usage_is_counted_whatever_the_content_type(client, zai, kind):
         assert response.status == 200
     assert await eventually(lambda: client.app[ztoapi.ACCOUNTS].counted)
     ((account, used),) = client.app[ztoapi.ACCOUNTS].counted.items()
-    assert (account[2], used) == ("embedding-3", [1, 0, 7, 0, 0])
+    assert (account[2], used) == ("embedding-3", [1, 0, 7, 0, 0, 0])
 
 
 @in_loop
@@ -13584,7 +16468,7 @@ async def test_what_embeddings_tell_is_counted(start, zai, form):
     )
     assert await eventually(lambda: client.app[ztoapi.ACCOUNTS].counted)
     assert [(key[2], row) for key, row in client.app[ztoapi.ACCOUNTS].take().items()] == [
-        ("embedding-3", [1, 0, 8, 0, 0])
+        ("embedding-3", [1, 0, 8, 0, 0, 0])
     ]
 
 
@@ -13631,10 +16515,13 @@ ROUTES = [
     (("DELETE", "/v1/responses/resp_1"), "404 404 401"),
     (("GET", "/metrics"), "200 403 401"),
     (("GET", "/dashboard/stats"), "200 200 401"),
+    (("GET", "/dashboard/history"), "200 200 401"),
     (("GET", "/dashboard/keys"), "200 403 401"),
     (("POST", "/dashboard/keys"), "400 403 401"),
     (("DELETE", "/dashboard/keys/gone"), "404 403 401"),
     (("POST", "/v1/messages/count_tokens"), "400 400 401"),
+    (("POST", "/v1/responses/compact"), "400 400 401"),
+    (("POST", "/v1/responses/input_tokens"), "400 400 401"),
     *(
         ((method, f"/v1/{path.replace(ztoapi.ID, 'x')}"), "200 200 401")
         for method, path in ztoapi.PASS_THROUGH_ROUTES
@@ -13672,9 +16559,11 @@ async def test_every_route_for_an_operators_key_a_named_one_and_none(client, zai
 async def test_keys_are_listed_changed_and_removed_over_http(client):
     key = await make_key(client, tokens="5M/month", models="none", rpm=None)
     changed = await make_key(client, status=200, rpm="7", tokens="none")
-    limits = {"expires": None, "tokens": None, "models": None, "rpm": 7, "parallel": None}
-    used = {"expired": False, "used_tokens": 0, "token_limit": None, "resets_at": None}
-    assert changed == {"name": "anna"} | limits | used
+    unlimited = dict.fromkeys(("expires", "tokens", "spend", "models", "parallel"))
+    budgets = dict.fromkeys(("token_limit", "resets_at", "spend_limit", "spend_resets_at"))
+    used = dict.fromkeys(("used_tokens", "used_spend", "requests", "total_tokens", "cost"), 0)
+    state = {"name": "anna", "paused": False, "expired": False, "last_used": None}
+    assert changed == {**state, **unlimited, "rpm": 7, **budgets, **used}
     async with client.get("/dashboard/keys", headers=KEY) as response:
         assert await response.json() == {"keys": [changed]}
     for name, limits in (("anna", {"rpm": "0"}), ("bob", {"token": "5M"}), ("a b", {}), (None, {})):
@@ -13685,6 +16574,89 @@ async def test_keys_are_listed_changed_and_removed_over_http(client):
         async with client.delete("/dashboard/keys/anna", headers=KEY) as response:
             assert response.status == status
     assert (await ask(client, headers=key))[0].status == 401
+
+
+@in_loop
+async def test_a_key_is_rotated_paused_and_renamed_over_http(client, zai):
+    old = await make_key(client, tokens="1M")
+    await ask(client, headers=old)
+    rotated = await make_key(client, status=200, rotate=True)
+    new = {"x-api-key": rotated["key"]}
+    assert (rotated["tokens"], rotated["requests"]) == ("1M", 1)
+    assert [(await ask(client, headers=key))[0].status for key in (old, new)] == [401, 200]
+    assert (await make_key(client, status=200, paused=True))["paused"]
+    response, body = await ask(client, headers=new)
+    assert (response.status, error_of(body)["code"]) == (401, "key_paused")
+    assert not (await make_key(client, status=200, paused=False))["paused"]
+    renamed = await make_key(client, status=200, rename="bob")
+    assert (renamed["name"], renamed["requests"]) == ("bob", 3)  # one of them refused
+    assert (await ask(client, headers=new))[0].status == 200
+    await make_key(client, "anna")
+    for fields, status in (({"rename": "bob"}, 400), ({"rename": "a b"}, 400)):
+        assert (await make_key(client, "anna", status, **fields))["error"]["code"] is None
+    for fields in ({"rotate": True}, {"paused": True}, {"rename": "x"}):
+        assert (await make_key(client, "eve", 404, **fields))["error"]["code"] == "key_not_found"
+
+
+@in_loop
+async def test_a_pattern_that_fits_nothing_is_taken_with_a_warning(client):
+    async with client.post(
+        "/dashboard/keys", json={"name": "anna", "models": "glm-9*,glm-5"}, headers=KEY
+    ) as response:
+        document = await response.json()
+    assert (response.status, document["models"]) == (201, "glm-9*,glm-5")
+    assert document["warning"].startswith("No known model fits glm-9*: ")
+
+
+@in_loop
+@every_surface
+@pytest.mark.parametrize("path", ASKING)
+async def test_the_spend_limit_is_everybodys_and_free_models_go_on(start, zai, path, stream):
+    client = await start(spend_limit="0.00002/day")
+    await client.app[ztoapi.DATABASE].sync(client.app[ztoapi.ACCOUNTS])
+    zai.parts = [DOCUMENT]
+    statuses = [(await ask(client, ASKING[path], f"/v1/{path}"))[0].status for _ in range(4)]
+    assert statuses[0] == 200
+    response, body = await ask(client, ASKING[path] | {"stream": stream}, f"/v1/{path}")
+    assert response.status == 402
+    assert "SPEND_LIMIT" in body
+    assert "00:00 UTC" in body
+    free = {"model": "glm-4.7-flash", "stream": False}
+    assert (await ask(client, ASKING[path] | free, f"/v1/{path}"))[0].status == 200
+    [limit] = [(await stats(client))[0]["spend_limit"]]
+    assert (limit["limit"], limit["used"] >= limit["amount"]) == ("0.00002/day", True)
+
+
+@in_loop
+async def test_a_search_of_the_web_costs_a_cent(start, zai):
+    client = await start()
+    anna = await make_key(client, spend="0.02")
+    zai.parts = [b'{"search_result": []}']
+    searched = [await ask(client, {"search_query": "x"}, "/v1/web_search", anna) for _ in range(3)]
+    assert [response.status for response, _ in searched] == [200, 200, 402]
+    async with client.get("/dashboard/keys", headers=KEY) as response:
+        [key] = (await response.json())["keys"]
+    assert (key["cost"], key["used_spend"], key["spend_limit"]) == (0.02, 0.02, 0.02)
+
+
+@in_loop
+async def test_the_log_says_whose_request_it_was(client, caplog):
+    anna = await make_key(client)
+    with caplog.at_level("INFO", "ztoapi"):
+        for key in (anna, KEY, {}):
+            await ask(client, headers=key)
+    lines = [line.partition(" /v1/")[0] for line in caplog.messages]
+    assert lines == ["anna POST", "operator POST", "- POST"]
+
+
+@in_loop
+async def test_no_clients_key_goes_to_zai(client, zai):
+    headers = {"x-api-key": "sk-your-key", "api-key": "sk-a", "Authorization": "sk-b"}
+    for path, body in (("chat/completions", HELLO), ("messages", ASKING["messages"])):
+        await ask(client, body, f"/v1/{path}", headers)
+    for _, _, sent, _ in zai.asked:
+        assert sent["Authorization"] == "Bearer zai-key"
+        assert not {"x-api-key", "api-key"} & {name.lower() for name in sent}
 
 
 @in_loop
@@ -13700,7 +16672,10 @@ async def test_a_key_sees_its_own_figures_and_the_operator_everybodys(client, za
     row["cost"] = pytest.approx((4 * 0.6 + 2 * 0.11 + 3 * 2.2) / 1e6)
     async with client.get("/dashboard/stats", headers=anna) as response:
         snapshot = await response.json()
-        assert sorted(snapshot) == ["client_keys", "database", "days", "now", "operator"]
+        assert sorted(snapshot) == [
+            *("client_keys", "database", "days", "name", "now", "operator", "recent"),
+        ]
+        assert [row["key"] for row in snapshot["recent"]] == ["anna"]
         assert (snapshot["days"], snapshot["operator"]) == ([row | {"key": "anna"}], False)
         assert [key["name"] for key in snapshot["client_keys"]] == ["anna"]
     async with client.get("/dashboard/stats", headers=KEY) as response:
@@ -13724,7 +16699,7 @@ async def test_names_that_nobody_knows_are_counted_as_one(client, zai):
         lambda: sum(row[0] for row in client.app[ztoapi.ACCOUNTS].counted.values()) == 3
     )
     assert [(key[2], row) for key, row in client.app[ztoapi.ACCOUNTS].take().items()] == [
-        ("other", [3, 3, 0, 0, 0])
+        ("other", [3, 3, 0, 0, 0, 0])
     ]
 
 
@@ -13826,6 +16801,11 @@ async def test_prometheus_reads_the_metrics(start, zai):
     } == {
         ("build_info", ztoapi.__version__): 1,
         ("retries_total",): 1,
+        ("key_requests_total", "operator"): 3,
+        **{
+            ("key_tokens_total", "operator", kind): 3 * n
+            for kind, n in (("prompt", 6), ("cached", 2), ("completion", 3))
+        },
         ("repairs_total", "line_ends_at_head"): 3,
         ("requests_total", "/v1/chat/completions", "glm-4.6", "200"): 2,
         ("requests_total", "/v1/chat/completions", 'x"\\y', "200"): 1,
@@ -13884,43 +16864,69 @@ def test_models_that_clients_make_up_take_no_place():
     assert statistics.models.keys() == {"other", "new"}
 
 
-def test_keys_are_managed_by_the_command_line(command, connect, tmp_path):
-    where = f"sqlite:///{tmp_path}/z.db"
-    assert command("keys", DATABASE_URL=where) == (
-        0,
-        "name  expires  tokens  used_tokens  models  rpm  parallel\n",
-        "",
-    )
+def test_keys_are_managed_by_the_command_line(command, tmp_path):
+    where = {"DATABASE_URL": f"sqlite:///{tmp_path}/z.db", "PORT": "0"}
+
+    def keys(*arguments, ending=0):
+        status, out, notes = command("keys", *arguments, **where)
+        assert status == ending, notes
+        return out.removesuffix("\n") if ending == 0 else notes
+
+    def listed():
+        return json.loads(keys("--json"))["keys"]
+
+    assert keys().startswith("There are no keys yet. Add one: python ztoapi.py keys add NAME")
+    assert listed() == []
     assert not list(tmp_path.iterdir())
-    database = connect(where)
-
-    def keys(*arguments):
-        return ztoapi.manage_keys(database, ztoapi.parse_flags(["keys", *arguments]))
-
-    key = keys("add", "anna", "--tokens", "5M/day", "--models", "glm-4.*, glm-5.3")
-    assert keys("list").splitlines()[1].split() == [
-        "anna",
-        "-",
-        "5M/day",
-        "0",
-        "glm-4.*,glm-5.3",
-        "-",
-        "-",
+    key = keys(
+        "add", "anna", "--tokens", "5M/day", "--models", "glm-4.*, glm-5.3", "--spend", "2.5"
+    )
+    [row] = listed()
+    shown = ("name", "tokens", "spend", "models", "rpm", "paused", "requests")
+    assert [row[name] for name in shown] == [
+        *("anna", "5M/day", "2.5", "glm-4.*,glm-5.3", None, False, 0),
     ]
     assert keys("change", "anna", "--tokens", "none", "--rpm", "7") == "anna changed"
-    assert keys("list").splitlines()[1].split() == [
-        "anna",
-        "-",
-        "-",
-        "0",
-        "glm-4.*,glm-5.3",
-        "7",
-        "-",
-    ]
+    assert keys("pause", "anna") == "anna paused"
+    assert keys("rename", "anna", "bob") == "anna renamed"
+    [row] = listed()
+    assert [row[name] for name in shown] == ["bob", None, "2.5", "glm-4.*,glm-5.3", 7, True, 0]
+    assert keys("resume", "bob") == "bob resumed"
     stored = "".join(path.read_text("latin-1") for path in tmp_path.iterdir())
-    assert hashlib.sha256(key.encode()).hexdigest() in stored
+    assert hash_key(key) in stored
     assert key not in stored
-    assert keys("remove", "anna") == "anna removed"
+    assert keys("rotate", "bob") != key
+    assert keys("remove", "bob") == "bob removed"
+    assert listed() == []
+
+
+def test_a_new_key_stands_alone_on_stdout_and_what_people_need_around_it(command, tmp_path):
+    where = {"DATABASE_URL": f"sqlite:///{tmp_path}/z.db", "PORT": "0", "DEFAULT_KEY": "sk-mine"}
+    for action in ("add", "rotate"):
+        status, out, notes = command("keys", action, "anna", **where)
+        assert (status, bool(re.fullmatch(r"sk-[\w-]{43}\n", out))) == (0, True)
+        for words in ("shown only now", "http://localhost:0/v1", f"{tmp_path}/z.db"):
+            assert words in notes
+        assert ("no key named" in notes, "nobody else" in notes) == (False, False)
+
+
+def test_a_pattern_of_models_that_fits_none_is_added_with_a_warning(command, tmp_path):
+    where = {"DATABASE_URL": f"sqlite:///{tmp_path}/z.db", "PORT": "0"}
+    status, _, notes = command("keys", "add", "anna", "--models", "glm-5.3,glm-9*", **where)
+    assert (status, "No known model fits glm-9*: " in notes) == (0, True)
+
+
+def test_keys_stand_in_columns_however_wide_their_letters_are():
+    accounts = Accounts(())
+    named = [Account("a", "李四", rpm=3), Account("b", "anna", paused=True), Account("c", "Zoë")]
+    accounts.written(Known(named, {"a": Totals(5, 1234567, DOLLAR // 8, "2026-11-21T11:59:58")}))
+    lines = ztoapi.key_table(ztoapi.key_item(accounts, each, TODAY) for each in named).splitlines()
+    assert lines == [
+        "name  state   expires  tokens  spend  models  rpm  parallel  requests  used       in all     cost     last used",
+        "李四  -       -        -       -      -       3    -         5         1,234,567  1,234,567  $0.1250  2026-11-21 11:59 UTC",
+        "anna  paused  -        -       -      -       -    -         0         0          0          $0.0000  never",
+        "Zoë   -       -        -       -      -       -    -         0         0          0          $0.0000  never",
+    ]
 
 
 def test_a_key_that_is_being_added_is_not_added_twice(connect, tmp_path):
@@ -13936,8 +16942,9 @@ def test_a_key_that_is_being_added_is_not_added_twice(connect, tmp_path):
 
     commit = threading.Thread(target=commit_later)
     commit.start()
-    with pytest.raises(BadRequest, match="there is already a key named anna"):
-        ztoapi.manage_keys(database, ztoapi.parse_flags(["keys", "add", "anna"]))
+    flags = ztoapi.parse_flags(["keys", "add", "anna"])
+    with pytest.raises(BadRequest, match="There is already a key named anna"):
+        ztoapi.tell_changed(Settings(port=0), database, flags)
     commit.join()
     assert database.transact(database.list_accounts) == [ANNA]
 
@@ -13947,8 +16954,16 @@ def test_a_key_that_is_being_added_is_not_added_twice(connect, tmp_path):
     [
         (["add"], {}, "A key's name is"),
         (["add", "a b"], {}, "A key's name is"),
-        (["change", "bob"], {}, "there is no key named bob"),
-        (["remove", "bob"], {}, "there is no key named bob"),
+        (["change", "bob", "--rpm", "1"], {}, "There is no key named bob"),
+        (["rotate", "bob"], {}, "There is no key named bob"),
+        (["rename", "bob", "eve"], {}, "There is no key named bob"),
+        (["remove", "bob"], {}, "There is no key named bob"),
+        (["change", "bob"], {}, "Say what to change: --expires, --tokens, --spend"),
+        (["rename", "bob"], {}, "A key's name is"),
+        (["pause", "bob", "--rpm", "1"], {}, "pause takes no limits"),
+        (["add", "bob", "eve"], {}, "add takes one name"),
+        (["add", "bob", "--spend", "0"], {}, "spend 0 cannot be used: it must be US dollars"),
+        (["add", "bob", "--models", "glm 5"], {}, "models glm 5 cannot be used"),
         (["add", "bob", "--tokens", "lots"], {}, "tokens lots cannot be used: it must be"),
         (["add", "bob", "--expires", "2020-01-01"], {}, "expires 2020-01-01 cannot"),
         (["add", "bob", "--rpm", "0"], {}, "rpm 0 cannot"),
@@ -13988,7 +17003,21 @@ async def test_a_key_is_no_use_to_others_while_the_published_one_counts(run, tmp
     ]
     (status, key, note), (*_, other_note) = (program.end() for program in adding)
     assert (status, bool(re.fullmatch(r"sk-[\w-]{43}\n", key))) == (0, True)
-    assert ("nobody else can reach this server" in note, other_note) == (True, "")
+    alone = "nobody else can reach this server yet"
+    assert (alone in note, alone in other_note) == (True, False)
+
+
+@meanwhile
+async def test_who_adds_a_key_is_told_loudly_that_the_server_has_another_database(run, tmp_path):
+    urls = [f"sqlite:///{tmp_path}/{name}.db" for name in "ab"]
+    server = run(Program, "--demo", DATABASE_URL=urls[0], DEFAULT_KEY="sk-mine")
+    same = {"PORT": str(server.port), "DEFAULT_KEY": "sk-mine"}
+    _, _, notes = run(Program, "keys", "add", "anna", DATABASE_URL=urls[1], **same).end()
+    assert f"WARNING: the ztoapi that runs at http://localhost:{server.port}" in notes
+    assert "ANOTHER DATABASE" in notes
+    strange = {"PORT": str(server.port), "DEFAULT_KEY": "sk-other"}
+    _, _, notes = run(Program, "keys", "add", "bob", DATABASE_URL=urls[1], **strange).end()
+    assert "takes another DEFAULT_KEY" in notes
 
 
 MOMENTS = [
@@ -14131,9 +17160,11 @@ async def test_a_running_server_knows_within_seconds_what_the_command_did(start,
         while await status_of(key) != status:
             await asyncio.sleep(0.01)
 
-    key = ztoapi.manage_keys(database, ztoapi.parse_flags(["keys", "add", "anna"]))
+    key = "sk-anna"
+    adding = ztoapi.KeyChange("anna", adds="only"), ztoapi.new_account("anna", key)
+    database.transact(database.change_account, *adding)
     await asyncio.wait_for(becomes(key, 200), 10)
-    ztoapi.manage_keys(database, ztoapi.parse_flags(["keys", "remove", "anna"]))
+    database.transact(database.change_account, ztoapi.KeyChange("anna", paused=True), adding[1])
     await asyncio.wait_for(becomes(key, 401), 10)
 
 
@@ -14272,6 +17303,7 @@ async def test_launch_tells_a_client_what_it_needs_and_no_more(run, tmp_path):
             "version": ztoapi.__version__,
             "demo": True,
             "zai_key": True,
+            "model": "glm-4.7-flash",
         },
     }
     assert (status, launch.files()) == (7, [])
@@ -14497,7 +17529,7 @@ async def test_launch_uses_a_server_elsewhere_with_the_key_for_that(run, tmp_pat
     status, said, _ = refused.end()
     assert (status, refused.story.exists()) == (2, False)
     assert said.startswith(
-        f"ztoapi: http://127.0.0.1:{port} refuses the key: The API key is missing or wrong"
+        f"ztoapi: http://127.0.0.1:{port} refuses the key: The API key is wrong "
     )
 
 
@@ -14670,10 +17702,15 @@ async def test_launch_needs_a_key_for_a_server_of_its_own(run, tmp_path):
         ([], {"ZAI_API_KEY": "k@china-plan,k@api"}, "glm-5.3", 1048576, "false"),
         ([], {"ZAI_API_KEY": "k@api,k@plan"}, "glm-4.7-flash", 204800, "false"),
         (["--model", "best"], {"MODEL_ALIASES": "best=GLM-4.6"}, "glm-4.6", 204800, "false"),
+        (["--model", "GLM-4.6-nothinking"], {}, "glm-4.6:off", 204800, "false"),
+        (["--model", "glm-4.6:free"], {}, "glm-4.6", 204800, "false"),
         ([], {"VISION_MODEL": "glm-4.6v-flash"}, "glm-4.7-flash", 204800, "true"),
         ([], {"VISION_MODEL": "glm-4.5"}, "glm-4.7-flash", 204800, "false"),
     ],
-    ids=["free", "plan", "plan first", "plan last", "alias", "VISION_MODEL", "blind VISION_MODEL"],
+    ids=[
+        *("free", "plan", "plan first", "plan last", "alias", "a thinking word", "another word"),
+        *("VISION_MODEL", "blind VISION_MODEL"),
+    ],
 )
 def test_show_needs_neither_client_nor_server(command, arguments, variables, model, context, sees):
     given = {"PATH": "/nowhere", "HOST": "0.0.0.0", "DEFAULT_KEY": "sk-own", "PORT": "9999"}
@@ -14693,6 +17730,20 @@ qwen --auth-type openai
 """,
         "",
     )
+
+
+def test_the_banner_names_the_database_without_its_password():
+    url = "postgresql://me:hunter2@db.example/z?password=hunter2"
+    text = ztoapi.banner(Settings(database_url=url), 9090)
+    assert "  database  PostgreSQL db.example/z\n" in text
+    assert "hunter2" not in text
+
+
+@pytest.mark.parametrize(("host", "told"), [("0.0.0.0", True), ("::", True), ("127.0.0.1", False)])
+def test_the_banner_names_an_address_for_others_where_they_may_call(host, told):
+    text = ztoapi.banner(Settings(host=host, default_key=("sk-mine",)), 9090)
+    assert ("\n  others    http://" in text) is told
+    assert "localhost" not in text.partition("others")[2].partition("\n")[0]
 
 
 def test_the_banner_ends_with_what_to_do_next():
@@ -14836,7 +17887,7 @@ WIDE = {
 )  # fmt: skip
 async def test_a_large_request_stops_nobody_else(start, path, body):
     client = await start(reasoning_memory="all")
-    client.app[ztoapi.UPSTREAM].memory.put(
+    client.app[ztoapi.UPSTREAM].memory.remember(
         "", Message("assistant", ("what another said",), "thought")
     )
     body = io.BytesIO(b'{"model":"glm-4.6","max_tokens":9,%s}' % body)
@@ -14930,7 +17981,7 @@ async def test_a_jump_of_the_wall_clock_changes_only_the_times_that_are_shown(st
         yield RECORDED
 
     key = ztoapi.new_key()
-    client.app[ztoapi.ACCOUNTS].written([Account(ztoapi.hash_key(key), "anna", rpm=2)], {})
+    client.app[ztoapi.ACCOUNTS].written(Known([Account("a", "anna", rpm=2, hash=hash_key(key))]))
     zai.answers = [parts(), parts()]
     for _ in range(2):
         response, text = await ask(client, chat(stream=True), headers={"x-api-key": key})
@@ -15200,13 +18251,14 @@ def test_the_statistics_sum_up_and_forget():
             else {"first": 10.1 + i / 1000, "usage": Usage(10, 5, 15)}
         )
         statistics.add(record(model=f"m{i % 200}", torn=i == 7, **failed), 2.0, now=i * 60)
-    snapshot = statistics.snapshot(now=999 * 60, clock_zero=0)
-    assert sum(model["requests"] for model in snapshot["models"].values()) == 1000
-    assert len(snapshot["models"]) == statistics.MAX_MODELS - len(MODELS)
-    assert len(snapshot["recent"]) == 100
-    assert len(statistics.minutes) == 60
-    assert snapshot["minutes"][-1] == [1, 0, 10, 5]
-    assert (snapshot["torn"], snapshot["recent"][0]["model"]) == (1, "m199")
+    models = statistics.model_rows()
+    assert sum(model["requests"] for model in models.values()) == 1000
+    assert len(models) == statistics.MAX_MODELS - len(MODELS)
+    recent = statistics.recent_rows(EVERYBODY, 0, 0)
+    assert (len(recent), recent[0]["n"], recent[0]["model"]) == (500, 1000, "m199")
+    assert len(statistics.minutes.stretches) == 61
+    assert statistics.minute_sums(999 * 60)[-1] == [1, 0, 10, 5]
+    assert statistics.torn == 1
 
 
 def test_the_percentiles_of_times():
@@ -15259,16 +18311,24 @@ async def test_the_dashboard_tells_what_went_through_and_no_secret(start, zai):
         "glm-4.6": [1, 6, 2, 3, pytest.approx((4 * 0.6 + 2 * 0.11 + 3 * 2.2) / 1e6)],
         "<b>x": [1, 6, 2, 3, None],
     }
-    assert snapshot["recent"][1].keys() == {
-        "time",
-        "model",
-        "status",
-        "error",
-        "first",
-        "duration",
-        "prompt_tokens",
-        "completion_tokens",
+    newest, older = snapshot["recent"][:2]
+    assert older.keys() == {
+        *("n", "time", "key", "route", "model", "answered", "status", "error", "words", "first"),
+        *(
+            "duration",
+            "prompt_tokens",
+            "cached_tokens",
+            "completion_tokens",
+            "cost",
+            "retries",
+            "id",
+        ),
     }
+    shown = ("n", "key", "route", "model", "answered", "status", "error", "cost", "retries")
+    assert [newest[name] for name in shown] == [
+        *(2, "operator", "/v1/chat/completions", "<b>x", "<b>x", 200, "", None, 0),
+    ]
+    assert older["retries"] == 2
     resting = snapshot["resting"][0]
     assert (snapshot["keys"], resting["key"], resting["model"], resting["why"]) == (
         2,
@@ -15282,8 +18342,149 @@ async def test_the_dashboard_tells_what_went_through_and_no_secret(start, zai):
         snapshot["healed"]["other_keys"],
         snapshot["healed"]["retries"],
     ) == (0, 1, 1)
+    text = text.replace(zai.url, "")  # Z.ai's address stands beside the number of its key
     for secret in ("zai-one", "zai-two", "sk-your-key", "secret prompt", "127.0.0.1"):
         assert secret not in text
+
+
+@in_loop
+async def test_the_operator_sees_where_each_key_of_zais_goes_and_how_it_is(start, zai):
+    client = await start(zai_api_key=("zai-one", f"zai-two@{zai.url}/b"))
+    zai.answers = [zai_refuses(1113)]
+    await ask(client)
+    first, second = sorted(
+        (await stats(client))[0]["zai_keys"], key=lambda key: key["state"], reverse=True
+    )
+    assert {first["key"], second["key"]} == {1, 2}
+    assert {first["address"], second["address"]} == {zai.url, f"{zai.url}/b"}
+    assert (first["state"], second["state"], second["resting"]) == ("resting", "ready", [])
+    [rest] = first["resting"]
+    assert (rest["model"], rest["why"]) == ("glm-4.6", "insufficient_quota")
+
+
+async def news(client, cursor, key=KEY):
+    async with client.get("/dashboard/stats", params={"since": cursor}, headers=key) as response:
+        return await response.json(), await response.read()
+
+
+@in_loop
+async def test_a_page_is_told_what_it_has_not_seen(client):
+    await ask(client)
+    seen, _ = await news(client, "")
+    assert (seen["reset"], [row["n"] for row in seen["recent"]]) == (True, [1])
+    assert not {"days", "minutes"} & seen.keys()
+    await ask(client, chat(model="glm-5"))
+    await ask(client)
+    fresh, _ = await news(client, seen["cursor"])
+    assert (fresh["reset"], [row["n"] for row in fresh["recent"]]) == (False, [3, 2])
+    assert {"models", "queues"} <= fresh.keys()
+    assert not {"operator", "client_keys", "plans", "zai_keys"} & fresh.keys()
+
+
+@in_loop
+async def test_a_page_that_has_seen_all_is_told_next_to_nothing(start):
+    client = await start(clock=ztoapi.Clock())
+    await make_key(client, tokens="5M/day")
+    await ask(client)
+    seen, _ = await news(client, "")
+    for _ in range(3):
+        idle, body = await news(client, seen["cursor"])
+        assert idle.keys() == {"now", "cursor", "reset", "recent"}
+        assert (idle["cursor"], idle["recent"], len(body) < 300) == (seen["cursor"], [], True)
+
+
+@pytest.mark.parametrize(
+    ("value", "other", "same"),
+    [
+        ({"until": [1.8e9 + 0.0001]}, {"until": [1.8e9 + 0.0002]}, True),
+        ({"until": 1.8e9}, {"until": 1.8e9 + 1}, False),
+        ({"p50": 0.123}, {"p50": 0.124}, False),
+        ({"a": None}, {"a": 0}, False),
+    ],
+)
+def test_times_that_tremble_are_no_news(value, other, same):
+    assert (ztoapi.field_digest(value) == ztoapi.field_digest(other)) is same
+
+
+@in_loop
+@pytest.mark.parametrize("cursor", ["", "x", "00000000-1-ab.cd", "0-0-", "\u0663" * 9])
+async def test_a_cursor_of_another_process_begins_anew(client, cursor):
+    await ask(client)
+    seen, _ = await news(client, cursor)
+    assert (seen["reset"], len(seen["recent"])) == (True, 1)
+    assert {"models", "client_keys", "queues"} <= seen.keys()
+
+
+@in_loop
+async def test_a_named_key_sees_its_own_requests_alone(client):
+    anna = await make_key(client)
+    for key in (KEY, anna, KEY):
+        await ask(client, headers=key)
+    seen, _ = await news(client, "", anna)
+    assert [(row["n"], row["key"]) for row in seen["recent"]] == [(2, "anna")]
+    assert seen.keys() == {
+        *("now", "cursor", "reset", "operator", "name", "recent", "client_keys"),
+    }
+    await client.app[ztoapi.DATABASE].sync(client.app[ztoapi.ACCOUNTS])
+    async with client.get("/dashboard/history", headers=anna) as response:
+        history = await response.json()
+    for span in ("days", "quarters", "minutes"):
+        assert [(row["key"], row["requests"]) for row in history[span]] == [("anna", 1)]
+    assert len(history["times"]) == 1
+
+
+@in_loop
+async def test_a_refusal_says_why_among_the_requests_and_counts(client):
+    anna = await make_key(client, rpm=1)
+    for _ in range(2):
+        await ask(client, headers=anna)
+    seen, _ = await news(client, "", anna)
+    assert [(row["status"], row["error"], row["words"]) for row in seen["recent"]] == [
+        (429, "rate_limit_exceeded", "This key may send 1 requests a minute: wait a little."),
+        (200, "", ""),
+    ]
+    [key] = seen["client_keys"]
+    assert key["requests"] == 2
+
+
+@in_loop
+async def test_the_history_is_sent_again_only_when_it_has_changed(start):
+    client = await start(clock=ztoapi.Clock())
+    statuses, headers = [], {**KEY}
+    for asks in (0, 1, 0, 0):
+        for _ in range(asks):
+            await ask(client)
+        await client.app[ztoapi.DATABASE].sync(client.app[ztoapi.ACCOUNTS])
+        async with client.get("/dashboard/history", headers=headers) as response:
+            statuses.append((response.status, bool(await response.read())))
+            headers["If-None-Match"] = response.headers["ETag"]
+    assert statuses == [(200, True), (200, True), (304, False), (304, False)]
+
+
+@in_loop
+@pytest.mark.parametrize(("accepted", "coding"), [("gzip, br", "gzip"), ("br", None)])
+@pytest.mark.parametrize("path", ["/dashboard/stats", "/dashboard/history"])
+async def test_large_answers_of_the_dashboard_are_packed(client, path, accepted, coding):
+    for i in range(8):
+        await ask(client, chat(model=f"glm-{i}"))
+    async with client.get(path, headers={**KEY, "Accept-Encoding": accepted}) as response:
+        assert response.headers.get("Content-Encoding") == coding
+        assert len(await response.json()) > 3
+
+
+def test_a_timeline_keeps_its_last_stretches_and_says_when_they_were():
+    timeline = ztoapi.Timeline(60, 2, 1)
+    for minute in range(5):
+        stretch = timeline.at(minute * 60 + 59.9)
+        stretch.figures["a", "glm-5"] = [1, 0, 0, 0, 0]
+        stretch.times.append(("a", 0.5, None))
+    assert [row["at"] for row in timeline.rows("a", {"a": "anna"}, 3600)] == [3720, 3780, 3840]
+    assert timeline.rows("b", {}, 0) == timeline.percentiles("b", 0) == []
+    assert timeline.percentiles(EVERYBODY, 0)[0] == {
+        "at": 120,
+        "first": {"p50": 0.5, "p95": 0.5},
+        "duration": {"p50": None, "p95": None},
+    }
 
 
 @in_loop
@@ -15343,7 +18544,13 @@ async def test_browsers_are_led_to_the_docs(client):
     async with client.get(
         "/", headers={"Accept": "text/html,*/*"}, allow_redirects=False
     ) as response:
-        assert (response.status, response.headers["Location"]) == (302, "/docs")
+        assert (response.status, response.headers["Location"]) == (302, "docs")
+
+
+@in_loop
+async def test_browsers_get_an_icon(client):
+    async with client.get("/favicon.ico") as response:
+        assert (response.status, response.content_type) == (200, "image/svg+xml")
 
 
 @in_loop
@@ -15367,56 +18574,185 @@ async def shell(lines):
 @in_loop
 @pytest.mark.browser
 async def test_the_docs_page_answers_from_key_to_last_token(demo, browser):
-    # The page tells no pace before 0.2 seconds.
     here = f"http://localhost:{(await demo(pace=0.015)).port}"
-    await browser.open(here + "/docs", "document.querySelectorAll('#model-rows tr').length >= 22")
-    assert await browser.run(text_of("base")) == here + "/v1"
-    await browser.run("$('try-message').value = \"it's 你好\"; $('send').click()")
-    assert await browser.sees(
-        text_of("pace") + ".includes('tokens/s') && $('send').ariaDisabled === 'false'"
-    )
-    assert "it's 你好" in await browser.run(text_of("answer"))
-    assert "only a demo" in await browser.run(text_of("thought"))
-    assert "[DONE]" in await shell(*await browser.run(shown_in("asked")))
+    await browser.open(here + "/docs", "document.querySelectorAll('#model-table tr').length > 22")
+    assert await browser.run("$('base').querySelector('code').textContent") == here + "/v1"
+    await browser.run(say_in_playground("it's 你好"))
+    assert await browser.sees(ANSWERED)
+    answer, thought = await browser.run("[chat.turns[1].text, chat.turns[1].thought]")
+    assert ("it's 你好" in answer, "only a demo" in thought) == (True, True)
+    figures = await browser.run("document.querySelector('.figures').textContent")
+    for words in ("first token", "tokens in", "cached", "tokens out", "cost $0", "finish: stop"):
+        assert words in figures
     assert browser.complaints == []
     assert {url.split("/")[2] for url in browser.asked if url.startswith("http")} == {
         here.split("/")[2]
     }
 
 
+ANSWERED = "$('again').checkVisibility()"
+# Puts what is copied into `copied`.
+WATCH_CLIPBOARD = (
+    "window.copied = ''; navigator.clipboard.writeText = async text => { window.copied = text }; "
+)
+
+
+def say_in_playground(text):
+    return f"$('try-message').value = {json.dumps(text)}; $('send').click()"
+
+
+@in_loop
+@pytest.mark.browser
+async def test_the_request_of_the_playground_hides_its_key_until_it_is_copied(here, browser):
+    await browser.open(here + "/docs", "!!$('send')")
+    await browser.run(WATCH_CLIPBOARD + say_in_playground("it's 你好"))
+    assert await browser.sees(ANSWERED)
+    await browser.run("document.querySelector('.asked').open = true")
+    assert await browser.sees("!!document.querySelector('.asked pre')")
+    assert "sk-your-key" not in await browser.run("$('log').textContent")
+    await browser.run("document.querySelector('.asked button').click()")
+    copied = await browser.run("window.copied")
+    assert "sk-your-key" in copied
+    assert "[DONE]" in await shell(copied)
+
+
+@in_loop
+@pytest.mark.browser
+async def test_a_conversation_has_a_system_prompt_an_image_and_an_answer_made_again(here, browser):
+    await browser.open(here + "/docs", "!!$('send')")
+    await browser.run(
+        "$('try-system').value = 'Be brief.'; $('try-model').value = 'glm-4.6v-flash'; "
+        "$('try-model').onchange(); $('try-temperature').value = '0.5'; $('try-limit').value = '99'"
+    )
+    await browser.run(
+        "(async () => { const canvas = document.createElement('canvas'); const file = await new Promise("
+        "done => canvas.toBlob(done)); await addImages([new File([file], 'a.png', {type: file.type})]) })()"
+    )
+    await browser.run("$('try-thinking').value = 'off'; " + say_in_playground("What is it?"))
+    assert await browser.sees(ANSWERED)
+    await browser.run("$('try-message').value = 'Sure?'; $('try-message').focus()")
+    await browser.call("Input.dispatchKeyEvent", type="keyDown", key="Enter", modifiers=2)  # Ctrl
+    assert await browser.sees("chat.turns.length === 4 && " + ANSWERED)
+    await browser.run("$('again').click()")
+    assert await browser.sees("chat.turns.length === 4 && " + ANSWERED)
+    request = await browser.run("chat.turns[3].request")
+    said = [message["role"] for message in request.pop("messages")]
+    assert said == ["system", "user", "assistant", "user"]
+    assert request == {
+        "model": "glm-4.6v-flash",
+        "stream": True,
+        "stream_options": {"include_usage": True},
+        "enable_thinking": False,
+        "temperature": 0.5,
+        "max_tokens": 99,
+    }
+    assert await browser.run("chat.turns[0].images.length") == 1
+    await browser.run("$('clear').click()")
+    assert await browser.run("chat.turns.length + document.querySelectorAll('.turn').length") == 0
+    assert browser.complaints == []
+
+
+@in_loop
+@pytest.mark.browser
+@pytest.mark.parametrize(
+    ("text", "html"),
+    [
+        pytest.param("a *b* **c** `d` ~~e~~", "<p>a <em>b</em> <strong>c</strong> <code>d</code> <s>e</s></p>", id="spans"),
+        pytest.param("snake_case_name 2 * 3 * 4", "<p>snake_case_name 2 * 3 * 4</p>", id="no spans"),
+        pytest.param("# A\n#### B", "<h4>A</h4><h5>B</h5>", id="headings without a gap"),
+        pytest.param("- a\n  - b\n- c", "<ul><li>a<ul><li>b</li></ul></li><li>c</li></ul>", id="lists"),
+        pytest.param("3. a\n4. b", '<ol start="3"><li>a</li><li>b</li></ol>', id="a numbered list"),
+        pytest.param("> a\n> b\n\n---", "<blockquote><p>a\nb</p></blockquote><hr>", id="a quotation"),
+        pytest.param("[a](javascript:alert(1))", "<p><span>a</span></p>", id="a script as a link"),
+        pytest.param("[a](data:text/html,b)", "<p><span>a</span></p>", id="data as a link"),
+        pytest.param("<img src=x onerror=alert(1)>", "<p>&lt;img src=x onerror=alert(1)&gt;</p>", id="markup"),
+        pytest.param(
+            "![a](https://b.c/d.png)",
+            '<p><a href="https://b.c/d.png" target="_blank" rel="noopener noreferrer">[picture] a</a></p>',
+            id="a remote image is a link",
+        ),
+        pytest.param(
+            "see https://b.c/d_e.",
+            '<p>see <a href="https://b.c/d_e" target="_blank" rel="noopener noreferrer">https://b.c/d_e</a>.</p>',
+            id="an address",
+        ),
+    ],
+)  # fmt: skip
+async def test_markdown_becomes_elements_and_nothing_else(here, browser, text, html):
+    await browser.open(here + "/docs", "!!$('send')")
+    rendered = f"make('div', {{}}, renderMarkdown({json.dumps(text)})).innerHTML"
+    assert await browser.run(rendered) == html
+
+
+@in_loop
+@pytest.mark.browser
+async def test_code_in_an_answer_can_be_copied(here, browser):
+    await browser.open(here + "/docs", "!!$('send')")
+    fence = json.dumps("```js\nlet a = 1;\n\n  b\n```")
+    await browser.run(
+        WATCH_CLIPBOARD + f"const made = make('div', {{}}, renderMarkdown({fence})); "
+        "made.querySelector('button').click()"
+    )
+    assert await browser.sees("window.copied === 'let a = 1;\\n\\n  b'")
+
+
 def shown_in(panel):
     return f"[...document.querySelectorAll('#{panel} pre')].map(pre => pre.textContent)"
 
 
-def open_tab(tabs, name):
-    return f"[...document.querySelectorAll('#{tabs} label')].find(tab => tab.textContent === '{name}').click()"
+def choose(tabs, value):
+    return f"document.querySelector('#{tabs} [value=\"{value}\"]').click(); "
 
 
-def choose_client_model(name):
-    return f"$('client-model').value = '{name}'; $('client-model').dispatchEvent(new Event('input', {{bubbles: true}}))"
+def choose_model(name):
+    return f"$('client-model').value = '{name}'; $('client-model').dispatchEvent(new Event('change')); "
 
 
 @in_loop
+@pytest.mark.browser
 @pytest.mark.parametrize(
-    ("tab", "whole", "streamed"),
+    ("api", "way", "wanted"),
     [
-        pytest.param("curl", '"object":"chat.completion"', "data: [DONE]", id="curl"),
+        pytest.param("Chat", "text", '"object":"chat.completion"', id="chat"),
+        pytest.param("Chat", "stream", "data: [DONE]", id="chat streamed"),
+        pytest.param("Chat", "tool", '"name":"get_weather"', id="chat with a tool"),
+        pytest.param("Chat", "image", '"finish_reason":"stop"', id="chat with an image"),
+        pytest.param("Anthropic", "text", '"type":"message"', id="Anthropic"),
+        pytest.param("Anthropic", "stream", "event: message_stop", id="Anthropic streamed"),
+        pytest.param("Anthropic", "tool", '"name":"get_weather"', id="Anthropic with a tool"),
         pytest.param(
-            "Responses", '"status":"completed"', '"type":"response.completed"', id="Responses"
+            "Anthropic", "image", '"stop_reason":"end_turn"', id="Anthropic with an image"
         ),
+        pytest.param("Responses", "text", '"status":"completed"', id="Responses"),
+        pytest.param("Responses", "stream", '"type":"response.completed"', id="Responses streamed"),
+        pytest.param("Responses", "tool", '"name":"get_weather"', id="Responses with a tool"),
+        pytest.param("Responses", "image", '"status":"completed"', id="Responses with an image"),
     ],
 )
-async def test_the_calls_of_the_docs_page_work_as_they_are_shown(
-    here, browser, tab, whole, streamed
-):
+async def test_the_calls_of_the_docs_page_work_as_they_are_shown(here, browser, api, way, wanted):
     await browser.open(here + "/docs", "!!document.querySelector('#call-panel pre')")
-    for condition, wanted in (("false", whole), ("true", streamed)):
-        await browser.run(
-            f"$('streamed').checked = !{condition}; $('streamed').click();"
-            + open_tab("call-tabs", tab)
-        )
-        (lines,) = await browser.run(shown_in("call-panel"))
-        assert wanted in await shell(lines)
+    await browser.run(choose("call-api", api) + choose("call-way", way))
+    (lines,) = await browser.run(shown_in("call-panel"))
+    assert wanted in await shell(lines)
+
+
+@in_loop
+@pytest.mark.browser
+@pytest.mark.parametrize(
+    ("api", "sdk"), [("Chat", "openai"), ("Anthropic", "anthropic"), ("Responses", "openai")]
+)
+async def test_the_python_calls_of_the_docs_page_work_as_they_are_shown(here, browser, api, sdk):
+    pytest.importorskip(sdk)
+    await browser.open(here + "/docs", "!!document.querySelector('#call-panel pre')")
+    await browser.run(choose("call-language", "Python") + choose("call-api", api))
+    program = []
+    for way in ("text", "stream", "tool", "image"):
+        await browser.run(choose("call-way", way))
+        program += await browser.run(shown_in("call-panel"))
+    command = [sys.executable, "-c", "\n".join(program)]
+    done = await asyncio.to_thread(subprocess.run, command, capture_output=True, timeout=40)
+    printed = done.stdout.decode()
+    assert (printed.count("the demo of ztoapi"), printed.count("get_weather")) == (3, 1)
 
 
 @in_loop
@@ -15424,18 +18760,16 @@ async def test_the_calls_of_the_docs_page_work_as_they_are_shown(
 async def test_the_tabs_of_the_docs_page_obey_the_arrow_keys_and_share_the_model(here, browser):
     await browser.open(here + "/docs", "!!document.querySelector('#call-panel pre')")
     for key, wanted in (
-        ("ArrowLeft", "Responses"),
+        ("ArrowLeft", "JavaScript"),
         ("ArrowRight", "curl"),
-        ("ArrowRight", "Python"),
+        ("ArrowRight", "PowerShell"),
     ):
-        await browser.run("document.querySelector('#call-tabs :checked').focus()")
+        await browser.run("document.querySelector('#call-language :checked').focus()")
         await browser.call("Input.dispatchKeyEvent", type="keyDown", key=key)
-        focused = await browser.run(
-            "document.activeElement.parentNode.textContent + document.activeElement.checked"
-        )
-        assert focused == wanted + "true"
-    await browser.run(choose_client_model("glm-5.3"))
-    assert 'model="glm-5.3"' in (await browser.run(shown_in("call-panel")))[0]
+        assert await browser.run("document.activeElement.value") == wanted
+        assert await browser.run("chosenTab('call-language')") == wanted
+    await browser.run(choose_model("glm-5.3"))
+    assert '"model": "glm-5.3"' in (await browser.run(shown_in("call-panel")))[0]
     assert "glm-5.3" in (await browser.run(shown_in("client-panel")))[0]
     assert browser.complaints == []
 
@@ -15444,10 +18778,10 @@ async def test_the_tabs_of_the_docs_page_obey_the_arrow_keys_and_share_the_model
 @pytest.mark.browser
 async def test_the_docs_page_shows_for_each_client_the_lines_that_launch_shows(here, browser):
     await browser.open(here + "/docs", "!!document.querySelector('#client-panel pre')")
-    await browser.run(choose_client_model("glm-5.3-flash"))
+    await browser.run(choose_model("glm-5.3-flash"))
     port = here.split(":")[2]
     for name, client in ztoapi.CLIENTS.items():
-        await browser.run(open_tab("client-tabs", name))
+        await browser.run(choose("client-program", name))
         words = ztoapi.client_words(here, "sk-your-key", MODELS["glm-5.3-flash"])
         shown = client.filled({**words, "dir": "$dir"}).shell_lines()
         wanted = [
@@ -15461,38 +18795,69 @@ async def test_the_docs_page_shows_for_each_client_the_lines_that_launch_shows(h
 
 @in_loop
 @pytest.mark.browser
+async def test_the_table_of_models_begins_with_free_ones_and_can_be_filtered(here, browser):
+    names = "[...document.querySelectorAll('#model-table tbody th')].map(cell => cell.textContent)"
+    await browser.open(here + "/docs", "!!document.querySelector('#model-table td')")
+    free = [model.id for model in MODELS.values() if model.free]
+    assert (await browser.run(names))[: len(free)] == free
+    await browser.run("$('filter').value = 'FLASH 4.6v'; $('filter').oninput()")
+    assert await browser.run(names) == ["glm-4.6v-flash", "glm-4.6v-flashx"]
+    await browser.run("$('filter').value = 'no such model'; $('filter').oninput()")
+    assert await browser.run(text_of("filter-says")) == "No model is like this: change the filter."
+
+
+@in_loop
+@pytest.mark.browser
+@pytest.mark.parametrize("page", ["docs", "dashboard"])
+async def test_language_and_theme_are_chosen_and_remembered(here, browser, page):
+    state = "[document.documentElement.lang, document.documentElement.dataset.theme, $('language').value]"
+    await browser.open(f"{here}/{page}", "$('version').textContent !== ''")
+    await browser.run(
+        "$('language').value = 'zh'; $('language').onchange(); $('theme').value = 'dark'; $('theme').onchange()"
+    )
+    assert await browser.run(state) == ["zh-CN", "dark", "zh"]
+    await browser.open(f"{here}/health")
+    await browser.open(f"{here}/{page}", "$('version').textContent !== ''")
+    assert await browser.run(state) == ["zh-CN", "dark", "zh"]
+
+
+REQUEST_ROWS = "document.querySelectorAll('#request-table tbody tr:not(.opened)').length"
+
+
+@in_loop
+@pytest.mark.browser
 async def test_a_stream_can_be_stopped_and_the_dashboard_counts_it(demo, browser):
     here = f"http://localhost:{(await demo(pace=0.03)).port}"
     await browser.open(here + "/docs", "!!$('send')")
-    await browser.run("$('try-message').value = 'word '.repeat(500); $('send').click()")
-    assert await browser.sees(text_of("answer") + ".length > 20")
+    await browser.run(say_in_playground("word " * 500))
+    assert await browser.sees("chat.turns[1].text.length > 20")
     await browser.run("$('stop').click()")
-    assert await browser.sees(text_of("pace") + ".includes('stopped')")
-    await browser.open(
-        here + "/dashboard", "document.querySelectorAll('#recent-rows tr').length === 1"
-    )
-    assert "499" in await browser.run(text_of("recent-rows"))
+    assert await browser.sees("$('log').textContent.includes('finish: stopped')")
+    await browser.open(here + "/dashboard#requests", f"{REQUEST_ROWS} === 1")
+    assert "499" in await browser.run(text_of("request-table"))
     assert browser.complaints == []
 
 
 @in_loop
 @pytest.mark.browser
-async def test_what_comes_from_outside_stays_text(here, browser):
+async def test_what_comes_from_outside_stays_text(demo, browser):
     evil = "<img src=x onerror=window.broken=1>"
+    here = f"http://localhost:{(await demo(model_aliases=((evil, evil + 'x'),))).port}"
     await browser.open(here + "/docs", "!!$('send')")
-    await browser.run(f"$('try-model').value = '{evil}'; $('send').click()")
-    assert await browser.sees("$('failure').checkVisibility()")
-    assert "model_not_found" in await browser.run(text_of("failure"))
+    await browser.run(f"$('try-model').value = '{evil}'; " + say_in_playground(evil))
+    assert await browser.sees("!!document.querySelector('.failure')?.checkVisibility()")
+    assert "model_not_found" in await browser.run("document.querySelector('.failure').textContent")
+    browser.complaints.clear()  # the 404 is one for the console
     async with ztoapi.aiohttp.ClientSession() as session:
         await session.post(
             here + "/v1/chat/completions", json=chat(model=evil), headers=KEY | {"User-Agent": evil}
         )
-    browser.complaints.clear()  # the 404 is one for the console
-    await browser.open(
-        here + "/dashboard", "document.querySelectorAll('#recent-rows tr').length === 2"
-    )
-    assert "<img?src=x?onerror=window.broken=1>" in await browser.run(text_of("recent-rows"))
-    assert await browser.run("document.querySelectorAll('img').length + (window.broken || 0)") == 0
+    images = "document.querySelectorAll('img').length + (window.broken || 0)"
+    assert await browser.run(images) == 0
+    await browser.open(here + "/dashboard#requests", f"{REQUEST_ROWS} === 2")
+    await browser.run("document.querySelector('#request-table tbody button').click()")
+    assert "<img" in await browser.run(text_of("request-table"))
+    assert await browser.run(images) == 0
     assert browser.complaints == []
 
 
@@ -15519,17 +18884,35 @@ async def test_the_dashboard_asks_for_the_key(demo, browser):
         ("wrong", text_of("door-says") + " !== ''"),
         ("sk-mine", "!$('board').hidden"),
     ):
-        await browser.run(
-            f"$('door-key').value = '{key}'; document.querySelector('#door button').click()"
-        )
+        await browser.run(f"$('door-key').value = '{key}'; $('door-open').click()")
         assert await browser.sees(condition)
+
+
+@in_loop
+@pytest.mark.browser
+@pytest.mark.parametrize(
+    ("remembers", "kept"),
+    [pytest.param("false", None, id="for the tab"), pytest.param("true", "sk-your-key", id="on the device")],
+)  # fmt: skip
+async def test_the_key_is_kept_for_the_tab_unless_the_person_wants_more(
+    here, browser, remembers, kept
+):
+    await browser.open(here + "/dashboard", "!!$('door')")
+    await browser.run(f"$('door-keep').checked = {remembers}")
+    await open_door(browser, "sk-your-key")
+    keeps = "[sessionStorage.getItem('ztoapi-key'), localStorage.getItem('ztoapi-key')]"
+    assert await browser.run(keeps) == ["sk-your-key", kept]
+    await browser.run("$('leave').click()")
+    assert await browser.run(keeps) == [None, None]
 
 
 async def open_dashboard(browser, here, key):
     await browser.open(here + "/dashboard", "!!$('door')")
-    await browser.run(
-        f"$('door-key').value = '{key}'; document.querySelector('#door button').click()"
-    )
+    await open_door(browser, key)
+
+
+async def open_door(browser, key):
+    await browser.run(f"$('door-key').value = '{key}'; $('door-open').click()")
     assert await browser.sees("!$('board').hidden")
 
 
@@ -15543,34 +18926,96 @@ async def stats_for(here, key):
 
 @in_loop
 @pytest.mark.browser
-async def test_keys_are_added_changed_and_removed_on_the_dashboard(here, browser):
+async def test_the_address_remembers_the_view_of_the_dashboard(here, browser):
+    shown = "[...document.querySelectorAll('[id$=-view]')].filter(view => view.checkVisibility()).map(view => view.id)"
     await open_dashboard(browser, here, "sk-your-key")
-    await browser.run(
-        "$('name').value = 'anna+1'; $('budget').value = '5M/month'; $('save').click()"
-    )
-    assert await browser.sees("document.activeElement === $('made')")
-    key = await browser.run("document.querySelector('#made pre').textContent")
-    assert await browser.sees(text_of("key-rows") + ".includes('0 of 5M/month')")
-    same = "const rows = $('key-rows'); refresh().then(() => rows === $('key-rows'))"
+    assert await browser.run(shown) == ["overview-view"]
+    for view in ("requests", "keys", "upstream", "overview"):
+        await browser.run(f"document.querySelector('#views [href=\"#{view}\"]').click()")
+        assert await browser.sees(f"{shown}.join() === '{view}-view'")
+        assert (await browser.run("location.hash")) == f"#{view}"
+    await browser.open(f"{here}/dashboard#keys", f"{shown}.join() === 'keys-view'")
+    assert browser.complaints == []
+
+
+NEW_KEY = "(/sk-[\\w-]{43}/.exec($('made').textContent) ?? [''])[0]"
+
+
+@in_loop
+@pytest.mark.browser
+async def test_keys_are_added_changed_and_removed_on_the_dashboard(here, browser):
+    await browser.open(here + "/dashboard#keys", "!!$('door')")
+    await open_door(browser, "sk-your-key")
+    add = "$('add-key').click(); $('key-name').value = 'anna+1'; $('tokens-amount').value = '5'; $('key-save').click()"
+    await browser.run(add)
+    assert await browser.sees("$('made-dialog').open")
+    key = await browser.run(NEW_KEY)
+    lines = await browser.run(text_of("made"))
+    assert (f"{here}/v1" in lines, "python ztoapi.py launch" in lines) == (True, True)
+    await browser.run("$('made-close').click()")
+    assert await browser.sees(text_of("key-table") + ".includes('0 of 5M/month')")
+    same = "const before = $('key-table').firstChild; refresh().then(() => before === $('key-table').firstChild)"
     assert await browser.run(same)  # or a click would miss its button
 
-    await browser.run("$('change anna+1').click(); $('rpm').value = '7'; $('save').click()")
-    assert await browser.sees("document.activeElement === $('change anna+1')")
-    status, snapshot = await stats_for(here, key)
-    assert (status, snapshot["client_keys"][0]["tokens"], snapshot["client_keys"][0]["rpm"]) == (
-        200,
-        "5M/month",
-        7,
+    change = "$('change anna+1').focus(); $('change anna+1').click(); $('key-rpm').value = '7'; $('key-save').click()"
+    await browser.run(change)
+    assert await browser.sees(
+        "!$('key-dialog').open && document.activeElement.id === 'change anna+1'"
     )
+    status, snapshot = await stats_for(here, key)
+    changed = snapshot["client_keys"][0]
+    assert (status, changed["tokens"], changed["rpm"]) == (200, "5M/month", 7)
 
-    await browser.run("$('name').value = 'anna+1'; $('save').click()")
-    assert "of this name" in await browser.run(text_of("key-says"))
-    await browser.run("$('remove anna+1').click(); document.activeElement.click()")
+    await browser.run(add)
+    assert await browser.sees(text_of("key-says") + ".includes('of this name')")
+    await browser.run(
+        "$('key-cancel').click(); $('remove anna+1').click(); document.activeElement.click()"
+    )
+    assert not await browser.run("$('sure-dialog').open")
     assert (await stats_for(here, key))[0] == 200
     await browser.run("$('remove anna+1').click(); $('sure-yes').click()")
-    assert await browser.sees(text_of("key-rows") + " === 'nothing yet'")
+    assert await browser.sees(text_of("key-table") + ".startsWith('No keys yet')")
     assert (await stats_for(here, key))[0] == 401
     assert browser.complaints == []
+
+
+@in_loop
+@pytest.mark.browser
+async def test_keys_are_paused_renamed_and_rotated_on_the_dashboard(here, browser):
+    async with (
+        ztoapi.aiohttp.ClientSession(headers=KEY) as session,
+        session.post(here + "/dashboard/keys", json={"name": "anna"}) as response,
+    ):
+        key = (await response.json())["key"]
+    await browser.open(here + "/dashboard#keys", "!!$('door')")
+    await open_door(browser, "sk-your-key")
+    assert await browser.sees("!!$('pause anna')")
+    await browser.run("$('pause anna').click()")
+    assert await browser.sees("!!$('resume anna')")
+    assert (await stats_for(here, key))[0] == 401
+    await browser.run("$('resume anna').click()")
+    assert await browser.sees("!!$('pause anna')")
+    await browser.run(
+        "$('rename anna').click(); $('new-name').value = '安娜'; $('sure-yes').click()"
+    )
+    assert await browser.sees("!!$('rotate 安娜')")
+    assert (await stats_for(here, key))[0] == 200
+    await browser.run("$('rotate 安娜').click(); $('sure-yes').click()")
+    assert await browser.sees("$('made-dialog').open")
+    assert (await stats_for(here, key))[0] == 401
+    assert (await stats_for(here, await browser.run(NEW_KEY)))[0] == 200
+    assert browser.complaints == []
+
+
+@in_loop
+@pytest.mark.browser
+async def test_a_limit_is_written_as_it_was_picked(here, browser):
+    await browser.open(here + "/dashboard#keys", "!!$('door')")
+    await open_door(browser, "sk-your-key")
+    for written in ("5M/month", "500K/day", "1200", "2.5M/week"):
+        picked = f"setAmount('tokens', '{written}'); getAmount('tokens')"
+        assert await browser.run(picked) == written
+    assert await browser.run("setAmount('spend', null); getAmount('spend')") == "none"
 
 
 @in_loop
@@ -15589,34 +19034,67 @@ async def test_a_key_sees_on_the_dashboard_what_is_its_own(here, browser):
         ("sk-your-key", ["glm-4.6", "glm-5.3", "total"], True),
     ):
         await open_dashboard(browser, here, asked_with)
-        names = "[...document.querySelectorAll('#month-rows td:first-child')].map(cell => cell.textContent).sort()"
+        names = "[...document.querySelectorAll('#usage-table tbody th')].map(cell => cell.textContent).sort()"
         assert await browser.sees(f"JSON.stringify({names}) === '{ztoapi.to_json(by_model)}'")
-        parts = ("live-part", "hour-part", "key-form", "by")
+        parts = ("by", "to-upstream")
         assert [await browser.run(f"$('{part}').checkVisibility()") for part in parts] == [
             operator
-        ] * 4
-        await browser.run("$('leave').click()")
+        ] * 2
+        await browser.run("location.hash = '#keys'")
+        assert await browser.sees("$('keys-view').checkVisibility()")
+        assert await browser.run("$('add-key').checkVisibility()") is operator
+        await browser.run("location.hash = ''; $('leave').click()")
     assert browser.complaints == []
 
 
 @in_loop
 @pytest.mark.browser
-async def test_the_arrow_keys_choose_a_day_of_the_month(here, browser):
+async def test_the_arrow_keys_choose_a_column_of_a_chart(here, browser):
     async with ztoapi.aiohttp.ClientSession(headers=KEY) as session:
         await session.post(here + "/v1/chat/completions", json=chat())
+        days = []
+        while not days:  # they are written behind the request's back
+            async with session.get(here + "/dashboard/history") as response:
+                days = (await response.json())["days"]
     await open_dashboard(browser, here, "sk-your-key")
-    assert await browser.sees(text_of("day") + ".includes('(glm-4.6 ')")
+    value = "document.querySelector('#usage-chart [role=slider]').getAttribute('aria-value{}')"
+    await browser.run(choose("range", "31d"))
+    assert await browser.sees(value.format("text") + "?.includes('(glm-4.6 ')")
     await browser.run("$('by').value = 'key'; $('by').onchange()")
-    assert await browser.sees(text_of("day") + ".includes('(operator ')")
-    for key, wanted in (
-        ("ArrowLeft", "month29"),
-        ("ArrowLeft", "month28"),
-        ("ArrowRight", "month29"),
-    ):
-        await browser.run("$('month').focus()")
+    assert await browser.sees(value.format("text") + ".includes('(operator ')")
+    for key, wanted in (("ArrowLeft", "29"), ("Home", "0"), ("ArrowRight", "1")):
+        await browser.run("document.querySelector('#usage-chart [role=slider]').focus()")
         await browser.call("Input.dispatchKeyEvent", type="keyDown", key=key)
-        assert await browser.run("$('month').getAttribute('aria-activedescendant')") == wanted
-    assert await browser.run(text_of("day") + ".endsWith(': 0')")
+        assert await browser.run(value.format("now")) == wanted
+    assert await browser.run(value.format("text") + ".endsWith(': 0')")
+
+
+@in_loop
+@pytest.mark.browser
+async def test_the_list_of_requests_is_filtered_paused_and_opened(here, browser):
+    async with ztoapi.aiohttp.ClientSession(headers=KEY) as session:
+        for body in (chat(), chat(model="glm-4.5"), chat(temperature=9)):
+            await session.post(here + "/v1/chat/completions", json=body)
+        await browser.open(here + "/dashboard#requests", "!!$('door')")
+        await open_door(browser, "sk-your-key")
+        assert await browser.sees(f"{REQUEST_ROWS} >= 2")
+        everything = await browser.run(REQUEST_ROWS)
+        await browser.run("$('of-model').value = 'glm-4.5'; $('filters').oninput()")
+        assert await browser.run(REQUEST_ROWS) == 1
+        await browser.run(
+            "$('of-model').value = ''; $('of-text').value = 'nowhere'; $('filters').oninput()"
+        )
+        assert "change the filters" in await browser.run(text_of("request-table"))
+        await browser.run("$('of-text').value = ''; $('filters').oninput(); $('pause').click()")
+        await browser.run("document.querySelector('#request-table tbody button').click()")
+        assert "req_" in await browser.run("document.querySelector('.opened').textContent")
+        await session.post(here + "/v1/chat/completions", json=chat())
+        assert await browser.sees(text_of("requests-say") + ".includes('Paused: 1 more')")
+        assert await browser.run(REQUEST_ROWS) == everything
+        await browser.run("$('pause').click()")
+        assert await browser.run(REQUEST_ROWS) == everything + 1
+    assert await browser.run("document.querySelectorAll('.opened:not([hidden])').length") == 1
+    assert browser.complaints == []
 
 
 @in_loop
@@ -15641,10 +19119,14 @@ async def test_the_dashboard_shows_what_is_left_of_a_plan_and_what_lowered_a_lim
     zai.answers = [zai_refuses(1302)]
     await ask(client)
     await open_dashboard(browser, f"http://localhost:{client.port}", "sk-your-key")
-    bars = "[...document.querySelectorAll('#plans progress')].map(bar => bar.ariaLabel + bar.value + bar.className)"
-    assert await browser.sees(f"{bars}.join() === '5 hours25,week5bad'")
-    assert "25 % left · 3,000 / 12,000" in await browser.run(text_of("plans"))
-    assert await browser.sees(text_of("queue-rows") + ".includes('lowered to 1 at')")
+    bars = (
+        "[...document.querySelectorAll('#limits [role=meter]')].map(bar => "
+        "[bar.ariaLabel, bar.ariaValueNow, bar.parentNode.className].join())"
+    )
+    assert await browser.sees(f"{bars}.join(' ') === '5 hours,25,gauge week,5,gauge short'")
+    assert "25 % left · 3,000 / 12,000" in await browser.run(text_of("limits"))
+    await browser.run("location.hash = '#upstream'")
+    assert await browser.sees(text_of("queue-table") + ".includes('lowered to 1 at')")
     assert browser.complaints == []
 
 
@@ -15654,10 +19136,10 @@ def check(zai, monkeypatch, capsys):
     monkeypatch.setattr(ztoapi, "ENV_FILE", Path("/nowhere"))
     monkeypatch.setenv("NO_PROXY", "*")
 
-    async def checked(**settings):
-        status = await ztoapi.check(
-            {"PORT": "0", "ZAI_BASE_URL": zai.url, "ZAI_API_KEY": "id.secret"} | settings
-        )
+    async def checked(bases=ztoapi.ZAI_BASES, probe="", **settings):
+        ours = {"PORT": "0", "ZAI_BASE_URL": zai.url, "ZAI_API_KEY": "id.secret"}
+        ours["DATABASE_URL"] = "memory"
+        status = await ztoapi.check({**ours, **settings}, bases, probe)
         return status, capsys.readouterr().out.splitlines()
 
     return checked
@@ -15667,7 +19149,7 @@ def check(zai, monkeypatch, capsys):
 async def test_the_doctor_finds_all_well(check, zai):
     zai.parts = [DOCUMENT]
     status, lines = await check()
-    assert (status, [line[0] for line in lines]) == (0, ["✓"] * 5)
+    assert (status, [line[0] for line in lines]) == (0, ["✓"] * 6)
     assert "你好" in lines[-1]
 
 
@@ -15717,6 +19199,160 @@ async def test_the_doctor_knows_a_coding_plan_key_on_the_general_address(check, 
     status, lines = await check()
     assert (status, lines[-1][:6]) == (1, "✗ chat")
     assert "https://api.z.ai/api/coding/paas/v4" in lines[-1]
+
+
+SECRET_KEY = "0123456789abcdef0123456789abcdef.abcdef"
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "shown"),
+    [
+        ("PORT", "abc", "PORT=abc"),
+        ("PORT", SECRET_KEY, "PORT"),
+        ("PORT", "sk-something", "PORT"),
+        ("ZAI_API_KEY", "ключ", "ZAI_API_KEY"),
+        ("DATABASE_URL", "mysql://u:hunter2@h/d", "DATABASE_URL"),
+        ("ZAI_BASE_URL", "http://u:hunter2@h", "ZAI_BASE_URL"),
+        ("SPEND_LIMIT", "5/year", "SPEND_LIMIT=5/year"),
+    ],
+)
+def test_a_malformed_setting_shows_neither_key_nor_password(name, text, shown):
+    with pytest.raises(SettingsError) as raised:
+        Settings.from_env({name: text})
+    assert str(raised.value).startswith(f"{shown} cannot be used: it must be ")
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [('"7"', 7), ("'7'", 7), (' "7 " ', 7), ("7", 7), ('""', 9090)],
+)
+def test_quotes_around_a_setting_are_taken_off(text, value):
+    assert Settings.from_env({"PORT": text}).port == value
+
+
+@pytest.mark.parametrize(
+    ("name", "meant"),
+    [
+        *(("ZAI_KEY", "ZAI_API_KEY"), ("PROT", "PORT"), ("ZAI_URL", "ZAI_BASE_URL")),
+        *(("CORS_ORIGIN", "CORS_ORIGINS"), ("PORT", None), ("HOSTNAME", None), ("PATH", None)),
+        ("ZTOAPI_KEY", None),
+    ],
+)
+def test_a_variable_that_looks_like_a_misspelt_setting_is_named(name, meant):
+    found = [finding.words for finding in ztoapi.misspelt([name])]
+    assert found == ([f"{name} is no setting: is {meant} meant?"] if meant else [])
+
+
+class NamedSites:
+    """Z.ai's four named addresses, at a fake that knows of each what it takes."""
+
+    def __init__(self, zai):
+        self.bases = {name: f"{zai.url}/{name}" for name in ztoapi.ZAI_BASES}
+        self.lists = {"api"}  # those that take the key
+        self.pays = set()  # those whose account has money for paid models
+        self.free = set()  # those where free models answer
+        self.zai, zai.list_models, zai.answer = zai, self.list_models, self.answer
+
+    async def list_models(self, request):
+        raise AssertionError(request.path)
+
+    async def answer(self, request):
+        name = request.path.split("/")[4]
+        body = json.loads(self.zai.asked[-1][-1] or b"{}")
+        if request.path.endswith("/models") and name in self.lists:
+            return web.json_response({"data": [{"id": "glm-4.6"}]})
+        if request.path.endswith("/models"):
+            return web.json_response({"error": {"code": "1000", "message": "no"}}, status=401)
+        takers = self.free if MODELS[body["model"]].free else self.pays
+        if name in takers:
+            return web.Response(body=DOCUMENT, content_type="application/json")
+        return web.json_response({"error": {"code": "1113", "message": "no"}}, status=429)
+
+    def asked_at(self):
+        return [path.split("/")[4] for _, path, *_ in self.zai.asked]
+
+
+@in_loop
+@pytest.mark.parametrize(
+    ("key", "takes", "words"),
+    [
+        pytest.param("@api", {"china"}, "set ZAI_API_KEY to KEY@china (", id="one other"),
+        pytest.param("@plan", {"api", "china"}, "KEY@api (", id="several others"),
+        pytest.param("@api", set(), "None of Z.ai's other addresses takes it", id="none"),
+    ],
+)
+async def test_the_doctor_finds_the_address_of_a_refused_key(
+    check, zai, monkeypatch, key, takes, words
+):
+    sites = NamedSites(zai)
+    monkeypatch.setattr(ztoapi, "ZAI_BASES", sites.bases)
+    sites.lists = takes
+    status, lines = await check(sites.bases, ZAI_API_KEY=f"id.secret{key}")
+    assert (status, lines[-1][:7], words in lines[-1]) == (1, "✗ key 1", True)
+    assert sorted(sites.asked_at()) == sorted(ztoapi.ZAI_BASES)
+    assert all(path.endswith("/models") for _, path, *_ in zai.asked)
+
+
+@in_loop
+async def test_a_key_with_an_address_of_its_own_never_leaves_it(check, zai):
+    sites = NamedSites(zai)
+    sites.lists = {"china"}
+    status, lines = await check(sites.bases, ZAI_API_KEY=f"id.secret@{zai.url}/own")
+    assert (status, sites.asked_at(), "another address" in lines[-1].lower()) == (1, ["own"], False)
+
+
+@in_loop
+@pytest.mark.parametrize(
+    ("here", "free", "pays", "mark", "words"),
+    [
+        pytest.param("api", {"api"}, {"api"}, "✓", "paid models do", id="balance"),
+        pytest.param("plan", set(), {"plan"}, "✓", "paid models do", id="plan"),
+        pytest.param("api", {"api"}, {"plan"}, "!", "KEY@plan", id="plan's key, free works"),
+        pytest.param("plan", {"api"}, {"api"}, "✗", "KEY@api", id="balance at the plan's"),
+        pytest.param("api", {"api"}, set(), "!", "neither a plan nor a balance", id="empty"),
+        pytest.param("china", {"china"}, {"china-plan"}, "!", "KEY@china-plan", id="china"),
+    ],
+)
+async def test_the_doctor_tells_a_wrong_address_from_an_empty_account(
+    check, zai, monkeypatch, here, free, pays, mark, words
+):
+    sites = NamedSites(zai)
+    monkeypatch.setattr(ztoapi, "ZAI_BASES", sites.bases)
+    sites.lists, sites.free, sites.pays = {here}, free, pays
+    status, lines = await check(sites.bases, ZAI_API_KEY=f"id.secret@{here}")
+    assert (status, lines[-1][:8], words in lines[-1]) == (int(mark == "✗"), f"{mark} paid 1", True)
+
+
+@in_loop
+async def test_the_doctor_asks_nothing_more_after_anything_but_yes(check, zai):
+    zai.parts = [DOCUMENT]
+    await check(probe="no")
+    before = len(zai.asked)
+    status, lines = await check(probe="yes")
+    table = lines[lines.index("|---|---|") + 1 :]
+    assert (status, before, len(zai.asked) - before, len(table)) == (
+        0,
+        1,
+        11,
+        12,
+    )  # the fake does not know one path
+    assert table[0].startswith("| tool_choice required | 200: calls no tool |")
+    assert "id.secret" not in "".join(lines)
+
+
+@in_loop
+@pytest.mark.parametrize(
+    ("url", "mark", "words"),
+    [
+        ("memory", "✓", "memory only"),
+        ("sqlite:///{}/z.db", "✓", "z.db opens, and can be written"),
+        ("sqlite:///{}/none/z.db", "✗", "the database cannot be used"),
+    ],
+)
+async def test_the_doctor_opens_and_writes_the_database(check, zai, tmp_path, url, mark, words):
+    status, lines = await check(DATABASE_URL=url.format(tmp_path))
+    [line] = [line for line in lines if line[2:10] == "database"]
+    assert (line[0], words in line, status) == (mark, True, int(mark == "✗"))
 
 
 @in_loop
@@ -15959,7 +19595,7 @@ def test_what_the_sdk_makes_of_a_streamed_message_is_the_whole_one(seed, display
 @RANDOM
 def test_a_streamed_completion_adds_up_to_the_whole_one(seed):
     events = random_events(seed)
-    reply = begun(ztoapi.CompletionReply(1, include_usage=True, echo="Hm. "))
+    reply = begun(ztoapi.CompletionReply(["Hm. "], include_usage=True))
     streamed = decoded(reply.frames_of(events))
     (whole,) = reply.fold(events)["choices"]
     assert "".join(frame["choices"][0]["text"] for frame in streamed) == whole["text"]
@@ -15968,20 +19604,46 @@ def test_a_streamed_completion_adds_up_to_the_whole_one(seed):
 
 def random_deltas(chance):
     """Chunks of Z.ai's, with what models say wrong."""
-    words = ["", "\n", "Hi", "<", "好", "<think>", "</think>", "```", "`", '{"a":1}', *leak_pieces]
+    words = [
+        "",
+        "\n",
+        "Hi",
+        "<",
+        "好",
+        "<think>",
+        "</think>",
+        "```",
+        "`",
+        '{"a":1}',
+        "STOP",
+        "\n\nU",
+    ]
+    words += [*leak_pieces, "```json\n", "\n```", "\ud83d", "\ude00"]
+    arguments = [
+        "",
+        "{}",
+        '{"path":',
+        '"a"',
+        "}",
+        ",",
+        '{"path":"a"}',
+        '{"n":"3',
+        '"}',
+        "null",
+        "```\n",
+    ]
+    arguments += [r'"\ud83d', r'\ude00"']
     deltas = []
-    for _ in range(chance.randrange(1, 9)):
+    for _ in range(chance.randrange(9)):
         kind = chance.randrange(4)
         if kind == 0:
             deltas.append({"reasoning_content": chance.choice(words)})
         elif kind == 1:
             index = chance.choice([0, 1, -1, None])
-            call = piece(
-                index=index,
-                id=chance.choice(["a", None]),
-                function=named(chance.choice(["read", None]), chance.choice(["", "{}"])),
-            )
-            deltas.append(call)
+            name = chance.choice(["find", "find", None, "", "find\n", f"find{pair('path', 'a')}"])
+            text = chance.choice([*arguments, pair("path", "a")])
+            call_id = chance.choice(["a", "b", None])
+            deltas.append(piece(index=index, id=call_id, function=named(name, text)))
         else:
             deltas.append({"content": chance.choice(words)})
     return deltas
@@ -15989,28 +19651,59 @@ def random_deltas(chance):
 
 leak_pieces = [
     "<tool_call>",
-    "read",
+    "find",
     "<arg_key>path</arg_key>",
     "<arg_value>a",
     "</arg_value>",
     "</tool_call>",
-    LEAK,
+    leak("find", path="a"),
+    json_leak("find", path="a"),
 ]
+
+
+def random_answer(seed):
+    """An answer of Z.ai's, and what the request was that needs its repairs."""
+    chance = random.Random(seed)
+    reason = chance.choice(["stop", "tool_calls", "length"])
+    data = stream_of(*random_deltas(chance), finish(reason, **SPENT), ensure_ascii=True)
+    asked = {
+        "tools": [FIND],
+        "wants_json": seed % 3 == 0,
+        "forced": "find" if seed % 4 == 0 else "",
+        "stop": ("STOP", "\n\nUser:") if seed % 2 else (),
+    }
+    return data, asked
 
 
 @RANDOM
 @pytest.mark.parametrize("model", ["glm-4.6", "glm-4.5v"])
 def test_repairs_give_the_same_wherever_a_stream_is_cut(seed, model):
+    data, asked = random_answer(seed)
+    wanted = chat_document(read_all([data], model=model, **asked))
     chance = random.Random(seed)
-    reason = chance.choice(["stop", "tool_calls", "length"])
-    data = stream_of(*random_deltas(chance), finish(reason, **SPENT))
-    asked = {"model": model, "tools": [READ], "wants_json": seed % 3 == 0}
-    wanted = chat_document(read_all([data], **asked))
     for _ in range(5):
         at = sorted(chance.randrange(len(data)) for _ in range(3))
         parts = [data[a:b] for a, b in zip([0, *at], [*at, len(data)], strict=True)]
-        assert chat_document(read_all(parts, **asked)) == wanted
-    assert read_all([data], **asked)[-1].reason in ("stop", "tool_calls", "length")
+        assert chat_document(read_all(parts, model=model, **asked)) == wanted
+    events = read_all([data], model=model, **asked)
+    assert [type(event) for event in events].count(Finish) == 1
+    assert events[-1].reason in ("stop", "tool_calls", "length")
+    to_json(wanted).encode()  # raises for half a character
+
+
+@pytest.mark.parametrize("seed", range(200))
+def test_what_the_sdk_makes_of_a_mended_stream_is_the_whole_answer(seed):
+    streaming = pytest.importorskip("openai.lib.streaming.chat._completions")
+    types = pytest.importorskip("openai.types.chat")
+    data, asked = random_answer(seed)
+    events = read_all([data], **asked)
+    state = streaming.ChatCompletionStreamState()
+    for frame in frames(events, chat_reply(include_usage=True))[:-1]:
+        state.handle_chunk(types.ChatCompletionChunk.model_validate(frame))
+    whole = chat_document(events)
+    made = state.current_completion_snapshot.model_dump(mode="json", exclude_unset=True)
+    assert made["choices"][0]["finish_reason"] == whole["choices"][0]["finish_reason"]
+    assert spoken(made) == spoken(whole)
 
 
 @in_loop

@@ -932,7 +932,9 @@ def objects(value: Any) -> Iterator[JSON]:
 
 
 def first_object(value: Any) -> JSON:
-    return as_object(value[0]) if isinstance(value, list) and value else {}
+    if isinstance(value, list) and value and isinstance(value[0], dict):
+        return value[0]
+    return {}
 
 
 def as_number(value: Any) -> float | None:
@@ -4486,9 +4488,6 @@ def response_usage(usage: Usage) -> JSON:
 # `parse_message` reads a request of Anthropic's API. Its shapes are those of the package `anthropic` 2.14.
 
 
-BILLING_HEADER = "x-anthropic-billing-header:"  # Claude Code's; it changes from call to call
-
-
 def system_text(value: Any) -> str:
     """The system prompt: a text, or blocks of text."""
     if isinstance(value, str):
@@ -6025,10 +6024,12 @@ class SSEDecoder:
             if line.startswith(self.DATA):
                 self.data.append(line.partition(b":")[2].removeprefix(b" ").removesuffix(b"\r"))
             elif self.data and line in (b"", b"\r"):
-                events.append(b"\n".join(self.data))
+                event = b"\n".join(self.data)
                 self.data = []
+                if event:
+                    events.append(event)
             # any other line is a comment, or a field that we do not need
-        return [event for event in events if event]
+        return events
 
 
 FINISH_REASONS: dict[str, FinishReason] = {reason: reason for reason in get_args(FinishReason)}
@@ -6178,7 +6179,8 @@ class ZaiReader:
         return self.read_torn(data)
 
     def look_for_halves(self, data: bytes) -> None:
-        if b"\\ud" in data or b"\\uD" in data:  # UTF-8 itself has no halves
+        # UTF-8 itself has no halves. `find` is much faster than `in`.
+        if data.find(b"\\ud") >= 0 or data.find(b"\\uD") >= 0:
             self.halves = self.halves or HalfPairs()
 
     def read_torn(self, data: bytes) -> Iterator[ZaiEvent]:
@@ -6214,7 +6216,7 @@ class ZaiReader:
         """The events of a chunk or of a whole answer, which differ in the name of one field."""
         if chunk.get("error") or ("code" in chunk and "choices" not in chunk):
             raise zai_error(200, chunk)
-        if not (self.id and self.created and self.request_id):  # most chunks repeat them
+        if not self.id:  # all chunks repeat it
             self.read_head(chunk)
         choice = first_object(chunk.get("choices"))
         events = self.read_delta(as_object(choice.get("delta") or choice.get("message")))
@@ -6241,7 +6243,7 @@ class ZaiReader:
         return True
 
     def read_head(self, chunk: JSON) -> None:
-        self.id = self.id or str(chunk.get("id") or "")
+        self.id = str(chunk.get("id") or "")
         self.created = self.created or as_count(chunk.get("created"))
         self.request_id = self.request_id or str(chunk.get("request_id") or "")
 
@@ -9527,7 +9529,7 @@ CHARACTERS_OF_TOKEN = 4  # in an estimate
 
 @dataclass(slots=True, eq=False)
 class Meter:
-    """What one answer of Z.ai's costs, as far as that is known: its client may leave at any moment."""
+    """What is known of one answer of Z.ai's, and of its cost: its client may leave at any moment."""
 
     model: str = ""  # that is asked
     price: Price = NO_PRICE  # of its tokens, as budgets count them
@@ -9539,6 +9541,8 @@ class Meter:
     told: Usage = field(default_factory=Usage)  # what Z.ai says itself
     was_empty: bool = False  # an answer, and Z.ai is asked again
     is_silent: bool = False  # the answer is complete, and has neither text nor call
+    first_at: float | None = None  # when its first event came, in seconds of time.monotonic()
+    torn: int = 0  # frames of it
 
     def ask_chat(self, model: Model) -> None:
         """A chat model is asked; without a known price it counts like the dearest."""
@@ -9553,6 +9557,8 @@ class Meter:
         self.pieces = 0
         self.received = 0
         self.told = Usage()
+        self.first_at = None
+        self.torn = 0
         try:
             yield
         except UpstreamError as error:
@@ -9665,7 +9671,6 @@ class ImagePlan:
     is_current: bool  # of the turn that is on
     plan: Plan | None  # None: one of the older ones, about which nobody is asked
     asked_at: float | None = None
-    first_at: float | None = None  # when the first events came
     ended_at: float | None = None
     error: str = ""  # the code of why there is no description
 
@@ -10589,20 +10594,17 @@ class IdleTimer:
         self.reset()
 
     def start(self) -> None:
-        self.arm(self.seconds)
+        self.timer = self.loop.call_later(self.seconds, self.expire)
 
     def reset(self) -> None:
         self.last_reset = self.loop.time()
 
-    def arm(self, seconds: float) -> None:
-        self.timer = self.loop.call_later(seconds, self.expire)
-
     def expire(self) -> None:
-        silence = self.loop.time() - self.last_reset
-        if silence < self.seconds:
-            self.arm(self.seconds - silence)
+        left = self.seconds - (self.loop.time() - self.last_reset)
+        if left > 0:
+            self.timer = self.loop.call_later(left, self.expire)
         elif self.on_idle:
-            self.arm(self.seconds)
+            self.start()
             self.on_idle()
 
     def stop(self) -> None:
@@ -10789,7 +10791,6 @@ class EventStream(EventSource):
         self.reader = reader
         self.chain = RepairChain(repairs)
         self.memo = memo  # one of the repairs
-        self.first_at: float | None = None  # when the first events came, by time.monotonic()
         self.has_ended = False  # Finish has come, perhaps before Z.ai's own
         self.error: UpstreamError | None = None  # raised after the events that came before it
         self.finish_deadline = 0.0  # loop time after which we stop waiting for usage and [DONE]
@@ -10800,10 +10801,6 @@ class EventStream(EventSource):
         reader = self.reader
         request_id = self.source.request_id(reader.request_id)
         return AnswerInfo(reader.id, reader.created, reader.model, request_id)
-
-    @property
-    def torn(self) -> int:
-        return self.reader.torn
 
     @property
     def size(self) -> int:
@@ -10824,7 +10821,7 @@ class EventStream(EventSource):
         events = list(self.ahead)
         while batch := await self.next_batch():
             events += batch
-        if self.torn:
+        if self.reader.torn:
             raise self.source.with_request_id(UpstreamError(UNAVAILABLE, TORN))
         self.ahead = events
 
@@ -10845,13 +10842,20 @@ class EventStream(EventSource):
             else:
                 events = await in_thread_if_large(size, self.events_in, part)
             if events:
-                self.first_at = self.first_at or time.monotonic()
-                self.meter.note(events)
+                self.note(events)
         if events and self.has_ended and not self.reader.done:
             events = self.cut_off(events)
         if self.on_end and self.is_complete:
             self.on_end()
         return events
+
+    def note(self, events: list[Event]) -> None:
+        """Keep what must be known of the answer even if it breaks off now."""
+        meter = self.meter
+        if meter.first_at is None:
+            meter.first_at = time.monotonic()
+        meter.torn = self.reader.torn
+        meter.note(events)
 
     def cut_off(self, events: list[Event]) -> list[Event]:
         """The last events of an answer that a stop string ended: nobody reads what Z.ai would still write.
@@ -11121,18 +11125,8 @@ class MergedStream(EventSource):
         return next(iter(self.streams.values())).info
 
     @property
-    def torn(self) -> int:
-        return sum(stream.torn for stream in self.streams.values())
-
-    @property
     def size(self) -> int:
         return sum(stream.size for stream in self.streams.values())
-
-    @property
-    def first_at(self) -> float | None:
-        """When the first events came, by time.monotonic()."""
-        times = [stream.first_at for stream in self.streams.values() if stream.first_at]
-        return min(times, default=None)
 
     @property
     def is_complete(self) -> bool:
@@ -11179,9 +11173,7 @@ class MergedStream(EventSource):
 class NoAnswer(EventSource):
     """The answer to who wants none: each choice ends where it begins."""
 
-    torn = 0
     size = 0
-    first_at = None
     is_complete = True
     said: ClassVar[list[Message]] = []
 
@@ -11378,7 +11370,6 @@ class Upstream:
         """What VISION_MODEL says of an image. Raises ProxyError, also where it says nothing."""
         events: list[Event] = []
         async with self.open(plan) as answer:
-            image.first_at = answer.first_at
             while batch := await answer.read():
                 events += batch
         choice = Answer(events).choices[0]
@@ -11501,7 +11492,23 @@ class Upstream:
         queue.tickets += 1
         ticket = queue.ticket(use, caller, leaves_after)
         try:
-            return await self.retry(queue, ticket, attempt, owner)
+            while True:
+                slot = await queue.acquire(ticket)
+                owner.callback(slot.release)
+                asking = attempt(slot, owner)
+                if self.settings.first_token_timeout:
+                    asking = self.in_time(asking, ticket, slot)
+                try:
+                    answer = await asking
+                except UpstreamError as error:
+                    async with owner:  # emptied at the end
+                        wait = self.next_try(ticket, slot, error)
+                else:
+                    self.keys.accepted(slot.key, use)
+                    slot.taken()
+                    return answer
+                if wait:
+                    await self.clock.sleep(wait)
         except UpstreamError as error:
             fit_to_model(error, model_of(use.model))
             raise
@@ -11511,31 +11518,12 @@ class Upstream:
                 queue.coming_back.remove(ticket)
                 queue.admit()
 
-    async def retry(
-        self, queue: Queue, ticket: Ticket, attempt: Attempt[R], owner: AsyncExitStack
-    ) -> R:
-        """Ask until the answer has begun. Raises UpstreamError when there is no next try."""
-        while True:
-            slot = await queue.acquire(ticket)
-            owner.callback(slot.release)
-            asking = attempt(slot, owner)
-            if self.settings.first_token_timeout:
-                asking = self.in_time(asking, ticket, slot)
-            try:
-                answer = await asking
-            except UpstreamError as error:
-                async with owner:  # emptied at the end
-                    if is_refusal_for_load(error):
-                        self.wait_out(ticket, slot, error)
-                        wait = 0.0
-                    else:
-                        wait = self.record_failure(ticket, slot, error)
-            else:
-                self.keys.accepted(slot.key, ticket.use)
-                slot.taken()
-                return answer
-            if wait:
-                await self.clock.sleep(wait)
+    def next_try(self, ticket: Ticket, slot: Slot, error: UpstreamError) -> float:
+        """The seconds to wait before it. Raises the error if there is none."""
+        if is_refusal_for_load(error):
+            self.wait_out(ticket, slot, error)
+            return 0
+        return self.record_failure(ticket, slot, error)
 
     async def in_time(self, asking: Awaitable[R], ticket: Ticket, slot: Slot) -> R:
         """What asking comes to. Raises SlowAnswerError when Z.ai says nothing for FIRST_TOKEN_TIMEOUT.
@@ -12463,10 +12451,13 @@ class Record:
         self.owner = owner_of(account)
 
     def settle(self) -> None:
-        """Sum up what the answers cost."""
+        """Sum up what the answers cost, and when the first of them began."""
         self.usage = Usage()
         for meter in self.meters:
             self.usage += meter.usage
+            self.torn += meter.torn
+            if meter.first_at is not None:
+                self.first = min(self.first or math.inf, meter.first_at)
 
     def for_images(self) -> Iterator[Record]:
         """Each request of ours for the description of an image, as one of its own."""
@@ -12474,7 +12465,6 @@ class Record:
             if image.plan is None or image.asked_at is None:
                 continue
             record = Record(self.method, self.path, image.asked_at, self.id, image.model)
-            record.first = image.first_at
             record.error = image.error
             record.meters = image.plan.meters
             record.settle()
@@ -12956,14 +12946,11 @@ class SSEResponse:
 
         `size` is the answer's, in bytes so far.
         """
-        if size < self.joined_size:
-            await self.send_together(frames)
+        if size >= self.joined_size and len(frames) > 1:
+            for frame in frames:
+                await self.send([frame])
+                await asyncio.sleep(0)
             return
-        for frame in frames:
-            await self.send_together([frame])
-            await asyncio.sleep(0)
-
-    async def send_together(self, frames: Sequence[Frame]) -> None:
         data = sse(frames)
         if data:
             trace("answered", data)
@@ -12982,15 +12969,10 @@ class SSEResponse:
             self.reply.begin(self.own_head)
         await self.send(self.reply.fail(error))
 
-    @contextmanager
-    def kept_alive(self) -> Iterator[None]:
-        self.timer.start()
-        try:
-            yield
-        finally:
-            self.timer.stop()
-            if self.keeping_alive:
-                self.keeping_alive.cancel()
+    def stop_keeping_alive(self) -> None:
+        self.timer.stop()
+        if self.keeping_alive:
+            self.keeping_alive.cancel()
 
     def on_idle(self) -> None:
         if not self.writing:
@@ -13447,17 +13429,14 @@ PROXY_NOT_ALLOWED = error_kind(
 PROXY_HEADERS = ("Forwarded", "X-Real-IP", "Via", "CF-Connecting-IP")  # and X-Forwarded-*
 
 
-@web.middleware
-async def local_only(request: web.Request, handler: Handler) -> web.StreamResponse:
-    """Answers preflights; while the key is the published one, refuses other hosts (DNS rebinding) and proxies."""
-    if request.app[SETTINGS].published:
-        if is_through_proxy(request.headers):
-            raise ProxyError(PROXY_NOT_ALLOWED)
-        if not is_local(request):
-            raise ProxyError(HOST_NOT_ALLOWED)
-    if request.method == "OPTIONS":
-        return web.Response(status=204)
-    return await handler(request)
+def local_only(request: web.Request) -> None:
+    """While the key is the published one, refuses other hosts (DNS rebinding) and proxies."""
+    if not request.app[SETTINGS].published:
+        return
+    if is_through_proxy(request.headers):
+        raise ProxyError(PROXY_NOT_ALLOWED)
+    if not is_local(request):
+        raise ProxyError(HOST_NOT_ALLOWED)
 
 
 def is_through_proxy(headers: Mapping[str, str]) -> bool:
@@ -13611,7 +13590,7 @@ async def respond(surface: Surface, request: web.Request) -> web.StreamResponse:
         return await respond_streamed(request, asked, opened)
     async with opened as answer:
         events: list[Event] = []
-        while batch := await read_noted(request, answer):
+        while batch := await answer.read():
             events += batch
         asked.reply.begin(head_of(answer.info, asked.model, request))
         document = asked.reply.fold(events)
@@ -13626,28 +13605,22 @@ async def respond_streamed(
 ) -> web.StreamResponse:
     """Sends each batch in one write, as soon as it is there. A slow client makes us read more slowly."""
     response = request[STREAM] = SSEResponse(request, asked.reply, asked.model)
-    with response.kept_alive():
+    response.timer.start()
+    try:
         async with opened as answer:
             head = head_of(answer.info, asked.model, request)
             response.begin(head, asked.headers | info_headers(answer.info))
-            frames = asked.reply.frames_of(await read_noted(request, answer))
+            frames = asked.reply.frames_of(await answer.read())
             while not answer.is_complete:
                 await response.send(frames, answer.size)
-                frames = asked.reply.frames_of(await read_noted(request, answer))
+                frames = asked.reply.frames_of(await answer.read())
             frames += asked.reply.close()
             await keep(request, asked.reply, answer)
             await response.send(frames, answer.size)
             await response.response.write_eof()
+    finally:
+        response.stop_keeping_alive()
     return response.response
-
-
-async def read_noted(request: web.Request, answer: Answering) -> list[Event]:
-    """The next events of an answer; the record learns of them."""
-    batch = await answer.read()
-    record = request[RECORD]
-    record.torn = answer.torn
-    record.first = record.first or answer.first_at
-    return batch
 
 
 async def keep(request: web.Request, reply: Reply, answer: Answering) -> None:
@@ -14717,8 +14690,11 @@ def count_request(request: web.Request, now: float) -> None:
 
 
 async def catch_errors(request: web.Request, handler: Handler) -> web.StreamResponse:
-    """Turns every failure into an error of ours."""
+    """Turns every failure into an error of ours. Answers preflights."""
     try:
+        local_only(request)
+        if request.method == "OPTIONS":
+            return web.Response(status=204)
         return await handler(request)
     except ConnectionError:  # the client left; Z.ai's failures are UpstreamErrors by now
         raise
@@ -15107,7 +15083,7 @@ def create_app(
     clock = clock or Clock()
     database = database_or_exit(settings, limits, clock, failed)
     limit = settings.max_body_mb * 2**20
-    app = web.Application(middlewares=[log_requests, local_only], client_max_size=limit)
+    app = web.Application(middlewares=[log_requests], client_max_size=limit)
     serve_as_here(app)
     app[SETTINGS], app[REDACT] = settings, redactor(settings)
     app[APP_LIMITS] = limits

@@ -15776,6 +15776,20 @@ async def test_env_beside_the_program_is_read_and_the_environment_wins(tmp_path)
     assert done.stderr.startswith("ztoapi: MAX_BODY_MB=x cannot be used")
 
 
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig"])
+def test_env_is_read_as_windows_programs_save_it(monkeypatch, tmp_path, encoding):
+    monkeypatch.setattr(ztoapi, "ENV_FILE", tmp_path / ".env")
+    (tmp_path / ".env").write_text("ZTOAPI_TEST=né\r\n", encoding)
+    assert ztoapi.environment()["ZTOAPI_TEST"] == "né"
+
+
+def test_env_in_utf_16_is_said_in_one_line(monkeypatch, tmp_path):
+    monkeypatch.setattr(ztoapi, "ENV_FILE", tmp_path / ".env")
+    (tmp_path / ".env").write_text("ZAI_API_KEY=k", "utf-16")
+    with pytest.raises(ztoapi.SettingsError, match=r"save it as UTF-8$"):
+        ztoapi.environment()
+
+
 def test_version_and_help(command):
     assert command("--version") == (0, f"ztoapi {ztoapi.__version__}\n", "")
     status, out, _ = command("--help")
@@ -17193,11 +17207,13 @@ story = {{
     "in_home": os.path.relpath(os.path.dirname(folder), os.environ["HOME"]),
     "theirs": [name for name in os.environ if "theirs" in os.environ[name]],
     "mode": oct(os.stat(folder).st_mode & 0o777),
+    "files": sorted(os.listdir(folder)),
     "health": json.loads(server.makefile().read().partition("\\n\\n")[2]),
 }}
 with open(sys.argv[-1] + ".new", "w") as file:
     json.dump(story, file)
 os.rename(sys.argv[-1] + ".new", sys.argv[-1])
+open(folder + "/session", "w").close()
 time.sleep(600 if "wait" in sys.argv else 0)
 os.kill(os.getpid(), signal.SIGKILL if "die" in sys.argv else 0)
 sys.exit(7)
@@ -17207,7 +17223,7 @@ sys.exit(7)
 class Launch:
     """`launch pi` as a process, with a fake pi, on a port on which nothing listens yet."""
 
-    def __init__(self, folder, *arguments, flags=(), port=None, **variables):
+    def __init__(self, folder, *arguments, flags=(), options=(), port=None, **variables):
         folder = Path(tempfile.mkdtemp(dir=folder))
         self.folder, self.story = folder, folder / "story"
         (folder / "bin").mkdir()
@@ -17225,6 +17241,7 @@ class Launch:
                 "pi",
                 "--port",
                 str(self.port),
+                *options,
                 "--",
                 *arguments,
                 self.story,
@@ -17273,6 +17290,10 @@ async def test_launch_tells_a_client_what_it_needs_and_no_more(run, tmp_path):
     secrets_of_others = {
         "OPENAI_API_KEY": "theirs",
         "ANTHROPIC_AUTH_TOKEN": "theirs",
+        "CLAUDE_CODE_USE_BEDROCK": "theirs",
+        "CLAUDE_CODE_OAUTH_TOKEN": "theirs",
+        "OPENCODE_CONFIG_CONTENT": "theirs",
+        "COPILOT_PROVIDER_API_KEY": "theirs",
         "GPTME_OPENAI_BASE_URL": "http://theirs/v1",
         "ZTOAPI_KEY": "theirs",
         "ZAI_API_KEY": "theirs",
@@ -17297,6 +17318,7 @@ async def test_launch_tells_a_client_what_it_needs_and_no_more(run, tmp_path):
         "in_home": ".cache",
         "theirs": [],
         "mode": "0o700",
+        "files": ["models.json"],
         "health": {
             "status": "ok",
             "name": "ztoapi",
@@ -17436,6 +17458,230 @@ def test_launch_needs_a_port_that_it_can_tell_the_client(command, tmp_path):
     assert (status, "--port with another number than 0" in words) == (2, True)
 
 
+@meanwhile
+async def test_a_kept_folder_is_there_at_the_next_launch_and_for_the_user_alone(run, tmp_path):
+    port = run(Program, "--demo").port
+    home = tmp_path / "home"
+    home.mkdir()
+    stories = []
+    for _ in range(2):
+        launch = run(Launch, tmp_path, port=port, options=["--keep"], HOME=str(home))
+        assert launch.end()[0] == 7
+        stories.append(json.loads(launch.story.read_text()))
+    assert [story["files"] for story in stories] == [["models.json"], ["models.json", "session"]]
+    assert {story["in_home"] for story in stories} == {".local/share/ztoapi"}
+    assert {story["mode"] for story in stories} == {"0o700"}
+
+
+def test_what_cannot_be_kept_is_said_in_one_line(monkeypatch, capsys):
+    monkeypatch.setenv("XDG_DATA_HOME", "/proc/nowhere")
+    with pytest.raises(SystemExit):
+        ztoapi.kept_folder("pi")
+    assert capsys.readouterr().err.startswith("ztoapi: --keep cannot keep anything: ")
+
+
+@pytest.mark.parametrize(
+    ("kept", "ours", "together"),
+    [
+        ({"trust": 1, "a": {"b": 2}}, {"a": {"c": 3}}, {"trust": 1, "a": {"b": 2, "c": 3}}),
+        ({"models": ["old"]}, {"models": ["new"]}, {"models": ["new"]}),
+        ({"a": {"b": 2}}, {"a": "new"}, {"a": "new"}),
+        (["old"], ["new"], ["new"]),
+        (None, {"a": 1}, {"a": 1}),
+    ],
+    ids=["objects", "lists", "another kind", "no object", "no file yet"],
+)
+def test_what_a_client_keeps_in_our_file_stays(tmp_path, kept, ours, together):
+    file = tmp_path / "settings.json"
+    if kept is not None:
+        file.write_text(json.dumps(kept))
+    ztoapi.write_client_file(file, json.dumps(ours))
+    assert json.loads(file.read_text()) == together
+
+
+def test_a_file_of_a_client_that_is_no_json_is_written_anew(tmp_path):
+    file = tmp_path / "config.yaml"
+    file.write_text("model: other")
+    ztoapi.write_client_file(file, '{"model": "ours"}')
+    assert file.read_text() == '{"model": "ours"}'
+
+
+NOTHING_TO_RESUME = (
+    "ztoapi: sessions end with a launch, so there is nothing to resume; launch {} --keep keeps them"
+)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "is_said"),
+    [
+        (["claude", "--", "--continue"], True),
+        (["claude", "--", "-p", "hello", "--resume=0f9c"], True),
+        (["codex", "--", "exec", "resume", "--last"], True),
+        (["claude", "--", "-p", "resume"], False),
+        (["codex", "--", "-c", "model_verbosity=low"], False),
+        (["aider", "--", "-c", "aider.yml"], False),
+        (["claude", "--keep", "--", "--continue"], False),
+    ],
+    ids=["continue", "with an id", "command", "a prompt", "other -c", "in the project", "kept"],
+)
+def test_who_wants_to_resume_is_told_of_keep(capsys, arguments, is_said):
+    flags = ztoapi.parse_flags(["launch", *arguments])
+    server = ztoapi.LaunchServer("http://h", "sk-k", MODELS["glm-4.6"], {})
+    ztoapi.tell_of_launch(server, flags)
+    first, *others = capsys.readouterr().err.splitlines()
+    assert first == f"ztoapi: {flags.client} with glm-4.6 at http://h; --model NAME for another"
+    assert others == [NOTHING_TO_RESUME.format(flags.client)] * is_said
+
+
+def test_each_client_that_may_resume_is_in_the_table():
+    assert {*ztoapi.CLIENTS} - {*ztoapi.RESUMING} == {"aider"}
+
+
+@meanwhile
+async def test_launch_uses_a_server_elsewhere_with_the_key_for_that(run, tmp_path):
+    port = run(Program, "--demo", DEFAULT_KEY="sk-of-ours").port
+    url = ["--url", f"http://127.0.0.1:{port}/v1/"]
+    launch = run(Launch, tmp_path, options=url, ZTOAPI_KEY="sk-of-ours")
+    status, said, left = launch.end()
+    story = json.loads(launch.story.read_text())
+    assert (status, story["key"], story["health"]["demo"], left) == (7, "sk-of-ours", True, [])
+    line = f"ztoapi: pi with glm-4.7-flash at http://127.0.0.1:{port}; --model NAME for another\n"
+    assert said == line
+    refused = run(Launch, tmp_path, options=[*url, "--key", "sk-wrong"])
+    status, said, _ = refused.end()
+    assert (status, refused.story.exists()) == (2, False)
+    assert said.startswith(
+        f"ztoapi: http://127.0.0.1:{port} refuses the key: The API key is wrong "
+    )
+
+
+def http_reply(document, status="200 OK", head=""):
+    data = json.dumps(document).encode()
+    return f"HTTP/1.1 {status}\r\n{head}Content-Length: {len(data)}\r\n\r\n".encode() + data
+
+
+@pytest.mark.parametrize(
+    ("reply", "said"),
+    [
+        (http_reply({"name": "other"}), "what answers at {}/health (status 200) is no ztoapi"),
+        (http_reply({}, "404 Not Found"), "what answers at {}/health (status 404) is no ztoapi"),
+        (
+            http_reply({}, "301 Moved", "Location: https://zt.example.org/glm/health\r\n"),
+            "{} sends us to https://zt.example.org/glm: give that address",
+        ),
+        (b"SSH-2.0\r\n", "{} cannot be reached: SSH-2.0\r\n"),
+    ],
+    ids=["another program", "no path", "elsewhere", "no HTTP"],
+)
+def test_a_key_for_elsewhere_goes_to_a_ztoapi_only(command, tmp_path, reply, said):
+    (tmp_path / "pi").touch(0o755)
+    with something_else(reply) as (port, asked):
+        url = f"http://127.0.0.1:{port}"
+        flags = ("--url", url, "--key", "sk-theirs")
+        answer = command("launch", "pi", *flags, PATH=str(tmp_path))
+    assert answer == (2, "", f"ztoapi: {said.format(url)}\n")
+    assert b"sk-theirs" not in b"".join(asked)
+
+
+@pytest.mark.parametrize(
+    ("variables", "said"),
+    [
+        ({"ZTOAPI_URL": "zt.example.org"}, "must be an address such as https://zt.example.org"),
+        ({"ZTOAPI_URL": "https://u:p@zt.example.org"}, "must be an address such as"),
+        ({"ZTOAPI_URL": "http://127.0.0.1:1"}, "set ZTOAPI_KEY, or give --key"),
+        ({"ZTOAPI_URL": "http://127.0.0.1:1", "ZTOAPI_KEY": "sk-k"}, "cannot be reached: "),
+    ],
+    ids=["no scheme", "a password", "no key", "nobody there"],
+)
+def test_what_is_wrong_with_a_server_elsewhere_is_one_line(command, tmp_path, variables, said):
+    (tmp_path / "pi").touch(0o755)
+    status, out, line = command("launch", "pi", PATH=str(tmp_path), **variables)
+    assert (status, out, line.count("\n"), said in line) == (2, "", 1, True)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "url"),
+    [
+        (["launch", "pi"], "https://variable"),
+        (["launch", "pi", "--url", "https://flag"], "https://flag"),
+        (["launch", "pi", "--port", "8000"], ""),
+        (["--demo", "launch", "pi"], ""),
+    ],
+    ids=["variable", "flag", "a port here", "demo"],
+)
+def test_a_flag_wins_over_the_variable_of_a_server_elsewhere(monkeypatch, arguments, url):
+    monkeypatch.setenv("ZTOAPI_URL", "https://variable")
+    assert ztoapi.url_elsewhere(ztoapi.parse_flags(arguments)) == url
+
+
+@pytest.mark.parametrize(
+    ("health", "options", "model"),
+    [
+        ({"name": "ztoapi", "model": "glm-5.3"}, [], "glm-5.3"),
+        ({"name": "ztoapi"}, [], "glm-4.7-flash"),
+        ({"name": "ztoapi", "model": "glm-5.3"}, ["--model", "glm-4.6"], "glm-4.6"),
+    ],
+    ids=["told", "not told", "chosen"],
+)
+def test_a_server_elsewhere_says_which_model(command, health, options, model):
+    with something_else(http_reply(health)) as (port, asked):
+        url = f"http://127.0.0.1:{port}"
+        given = {"ZTOAPI_URL": url, "ZTOAPI_KEY": "sk-theirs", "PATH": "/nowhere"}
+        status, out, _ = command("launch", "qwen", "--show", *options, **given)
+    lines = {f"export OPENAI_BASE_URL={url}/v1", f"export OPENAI_MODEL={model}"}
+    assert (status, lines <= {*out.splitlines()}) == (0, True)
+    assert b"sk-theirs" not in b"".join(asked)
+
+
+@meanwhile
+async def test_a_server_that_runs_here_says_which_model(run, tmp_path):
+    with something_else(http_reply({"name": "ztoapi", "model": "glm-5.2"})) as (port, _):
+        launch = run(Launch, tmp_path, port=port)
+        assert launch.end()[0] == 7
+    assert json.loads(launch.story.read_text())["arguments"][3] == "glm-5.2"
+
+
+def model_there(reply, *options):
+    """The model glm-4.6 as a server elsewhere, which answers so, lists it."""
+    flags = ztoapi.parse_flags(["launch", "pi", *options])
+    with something_else(reply) as (port, _):
+        origin = f"http://127.0.0.1:{port}"
+        server = ztoapi.LaunchServer(origin, "sk-k", MODELS["glm-4.6"], {})
+        return ztoapi.model_elsewhere(server, flags)
+
+
+def test_a_server_elsewhere_knows_what_its_models_take():
+    sees = {"input_modalities": ["text", "image"]}
+    listed = {"context_length": 1000, "max_output_tokens": 100, "architecture": sees}
+    known = MODELS["glm-4.6"]
+    told = replace(known, context=1000, output=100, vision=True)
+    assert model_there(http_reply(listed)) == told
+    assert model_there(http_reply({"id": "glm-4.6"})) == known
+    assert model_there(http_reply({}, "500 Oh")) == known
+    assert model_there(http_reply({}, "404 No"), "--model", "glm-4.6") == known
+
+
+@pytest.mark.parametrize(
+    ("reply", "said"),
+    [
+        (http_reply({"error": {"message": "No\n!"}}, "403 No"), "{} refuses the key: No!"),
+        (http_reply([], "401 No"), "{} refuses the key: status 401"),
+        (http_reply({}, "404 No"), "the key is not for glm-4.6: choose another with --model"),
+    ],
+    ids=["words", "no words", "another model"],
+)
+def test_a_key_that_is_refused_elsewhere_is_said_before_the_client_starts(capsys, reply, said):
+    with pytest.raises(SystemExit):
+        model_there(reply)
+    line = capsys.readouterr().err
+    assert re.sub(r"http://[\d.:]+", "{}", line) == f"ztoapi: {said}\n"
+
+
+def test_the_lines_that_keep_a_client_name_its_folder(command):
+    _, out, _ = command("launch", "codex", "--show", "--keep", PATH="/nowhere")
+    assert out.startswith("dir=~/.local/share/ztoapi/codex; mkdir -p -m 700 $dir\n")
+
+
 def test_launch_says_how_a_client_is_installed(command):
     line = "ztoapi: codex is not installed: npm install -g @openai/codex\n"
     assert command("launch", "codex", PATH="/nowhere") == (127, "", line)
@@ -17534,12 +17780,10 @@ def test_the_banner_ends_with_what_to_do_next():
     ]
 
 
-def test_the_banner_of_a_demo_names_an_agent_that_the_demo_can_answer_and_its_port():
+def test_the_banner_of_a_demo_names_an_agent_and_its_port():
     demo = ztoapi.banner(Settings(demo=True, zai_api_key=("k",)), 8000).splitlines()
-    assert (
-        demo[-1]
-        == "  agent     python ztoapi.py launch codex --port 8000    (others: launch --help)"
-    )
+    line = "  agent     python ztoapi.py launch claude --port 8000    (others: launch --help)"
+    assert demo[-1] == line
 
 
 def test_what_is_for_the_client_must_follow_two_dashes(command):
@@ -17584,6 +17828,13 @@ def test_the_program_names_its_dependencies_for_uv():
         "///",
     ]
     assert program.startswith("".join(f"# {line}\n" for line in lines))
+    aiohttp, _ = wanted
+    assert f'pip install --no-cache-dir "{aiohttp}" ' in PROGRAM.with_name("README.md").read_text()
+
+
+def test_the_readme_says_first_what_this_version_brought():
+    changes = PROGRAM.with_name("README.md").read_text().partition("## Changes\n\n")[2]
+    assert changes.startswith(f"**{ztoapi.__version__}**\n")
 
 
 def test_the_names_of_aiohttps_that_may_go_are_listed_where_it_is_bounded():
@@ -19008,6 +19259,7 @@ def test_quotes_around_a_setting_are_taken_off(text, value):
     [
         *(("ZAI_KEY", "ZAI_API_KEY"), ("PROT", "PORT"), ("ZAI_URL", "ZAI_BASE_URL")),
         *(("CORS_ORIGIN", "CORS_ORIGINS"), ("PORT", None), ("HOSTNAME", None), ("PATH", None)),
+        ("ZTOAPI_KEY", None),
     ],
 )
 def test_a_variable_that_looks_like_a_misspelt_setting_is_named(name, meant):

@@ -95,6 +95,7 @@ from collections.abc import (
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import (
     AbstractAsyncContextManager,
+    AbstractContextManager,
     AsyncExitStack,
     ExitStack,
     asynccontextmanager,
@@ -130,8 +131,15 @@ from typing import (
     cast,
     get_args,
 )
+from urllib.error import HTTPError
 from urllib.parse import quote, unquote, urljoin, urlsplit
-from urllib.request import ProxyHandler, build_opener, getproxies, proxy_bypass
+from urllib.request import (
+    HTTPRedirectHandler,
+    ProxyHandler,
+    build_opener,
+    getproxies,
+    proxy_bypass,
+)
 
 
 def cannot_start(reason: object) -> NoReturn:
@@ -157,7 +165,7 @@ try:
 except ImportError as error:
     cannot_start(error)
 
-__version__ = "1.0.0"
+__version__ = "1.1.0"
 
 JSON = dict[str, Any]
 
@@ -5740,8 +5748,25 @@ OPENCODE = """{"model": "ztoapi/$model", "provider": {"ztoapi": {"npm": "@ai-sdk
 "modalities": {"input": $input, "output": ["text"]}, "limit": {"context": $context, "output": $output}}}}}}"""
 XDG = "XDG_CONFIG_HOME=$dir/config XDG_DATA_HOME=$dir/data XDG_STATE_HOME=$dir/state XDG_CACHE_HOME=$dir/cache"
 
-# Such a folder as `launch` makes, by hand.
+# What asks a client for an earlier session that it has in its folder. (aider has its own in the project.)
+RESUMING = {
+    "claude": {"-c", "--continue", "-r", "--resume"},
+    "codex": {"resume", "fork"},
+    "copilot": {"--continue", "-r", "--resume"},
+    "opencode": {"-c", "--continue", "-s", "--session"},
+    "kilo": {"-c", "--continue", "-s", "--session"},
+    "qwen": {"-c", "--continue", "-r", "--resume"},
+    "pi": {"-c", "--continue", "-r", "--resume", "--session", "--fork"},
+    "cline": {"--id"},
+    "continue": {"--resume", "--fork"},
+    "hermes": {"-c", "--continue", "-r", "--resume"},
+    "gptme": {"-r", "--resume"},
+    "llm": {"-c", "--continue", "--cid", "--conversation"},
+}
+
+# Such a folder as `launch` makes, by hand: for once, and with --keep.
 NEW_FOLDER = "mkdir -p ~/.cache && dir=$(mktemp -d ~/.cache/ztoapi-XXXXXX)"
+KEPT_FOLDER = "dir=~/.local/share/ztoapi/{client}; mkdir -p -m 700 $dir"
 
 
 @dataclass(frozen=True, slots=True)
@@ -5763,12 +5788,12 @@ class Client:
         files = {name: Template(text).substitute(in_json) for name, text in self.files.items()}
         return Client(self.install, variables, arguments, files)
 
-    def shell_lines(self) -> str:
-        """The lines for a shell; the folder must be "$dir"."""
+    def shell_lines(self, folder: str = NEW_FOLDER) -> str:
+        """The lines for a shell; the folder must be "$dir", which the line `folder` makes."""
         files = [f"cat > \"$dir/{name}\" <<'EOF'\n{text}\nEOF" for name, text in self.files.items()]
         exports = [f"export {name}={shell_word(value)}" for name, value in self.variables.items()]
         lines = "\n".join([*files, *exports, " ".join(map(shell_word, self.arguments))])
-        return f"{NEW_FOLDER}\n{lines}" if "$dir" in lines else lines
+        return f"{folder}\n{lines}" if "$dir" in lines else lines
 
 
 def client_words(origin: str, key: str, model: Model) -> dict[str, object]:
@@ -15316,9 +15341,13 @@ ENV_FILE = Path(__file__).with_name(".env")
 
 def environment() -> dict[str, str]:
     """The variables of .env beside this file and those of the process, which win."""
-    try:
-        from_file = dotenv_values(ENV_FILE, interpolate=False)
-    except (OSError, UnicodeDecodeError) as error:
+    try:  # Windows' programs begin a file in UTF-8 with a mark, which would belong to the first name
+        from_file = dotenv_values(ENV_FILE, interpolate=False, encoding="utf-8-sig")
+    except UnicodeDecodeError:
+        raise SettingsError(
+            f"{ENV_FILE} is no text in UTF-8 (PowerShell's > writes UTF-16): save it as UTF-8"
+        ) from None
+    except OSError as error:
         raise SettingsError(f"{ENV_FILE} cannot be read: {error}") from None
     return {name: value for name, value in (from_file | os.environ).items() if value is not None}
 
@@ -15440,10 +15469,9 @@ def banner(settings: Settings, port: int) -> str:
             "            or try it without one: python ztoapi.py --demo",
         ]
     else:
-        agent = "codex" if settings.demo else "claude"  # the demo does not speak Anthropic's API
         port_flag = f" --port {port}" if port != Settings.port else ""
         lines.append(
-            f"  agent     python ztoapi.py launch {agent}{port_flag}    (others: launch --help)"
+            f"  agent     python ztoapi.py launch claude{port_flag}    (others: launch --help)"
         )
     return "\n".join(lines)
 
@@ -15482,6 +15510,13 @@ def parse_flags(arguments: list[str]) -> argparse.Namespace:
         "client", choices=CLIENTS, help="its own arguments follow --: launch claude -- -p hello"
     )
     starter.add_argument("--model", help="the model that it uses")
+    starter.add_argument(
+        "--keep", action="store_true", help="keep its sessions and settings for the next launch"
+    )
+    starter.add_argument("--url", help="a ztoapi elsewhere (ZTOAPI_URL)")
+    starter.add_argument(
+        "--key", help="the key for it (better: ZTOAPI_KEY, which nobody else sees)"
+    )
     starter.add_argument(
         "--show", action="store_true", help="only print the shell lines that start it"
     )
@@ -15923,6 +15958,8 @@ def check_clients() -> Finding:
     return Finding("clients", ", ".join(found) or nothing)
 
 
+# Not settings of the server: `launch` uses another with them.
+LAUNCH_VARIABLES = ("ZTOAPI_URL", "ZTOAPI_KEY")
 # What a variable that is none of ours may have been meant to be; lower, and HOSTNAME would be taken for HOST.
 LIKENESS = 0.72
 
@@ -15930,7 +15967,7 @@ LIKENESS = 0.72
 def misspelt(names: Iterable[str]) -> Iterator[Finding]:
     """Variables whose names look like those of settings."""
     settings = [variable.name.upper() for variable in fields(Settings) if variable.metadata]
-    for name in sorted(set(names) - {*settings}):
+    for name in sorted(set(names) - {*settings, *LAUNCH_VARIABLES}):
         meant = get_close_matches(name, settings, 1, LIKENESS)
         if meant:
             yield Finding("settings", f"{name} is no setting: is {meant[0]} meant?", "warning")
@@ -16162,50 +16199,260 @@ def printable_line(words: str) -> str:
     return " ".join(words.replace("|", "/").split())[:200]
 
 
-# What a client does not inherit, besides this server's settings: variables for other accounts, and our keys.
-NOT_INHERITED = ("ANTHROPIC_", "OPENAI_", "GPTME_OPENAI_", "ZAI_", "ZTOAPI_")
+# What a client does not inherit, besides this server's settings: what else would choose its account, address or
+# configuration, and our keys.
+NOT_INHERITED = (
+    *(
+        "ANTHROPIC_",
+        "CLAUDE_CODE_USE_",
+        "CLAUDE_CODE_OAUTH_",
+        "OPENAI_",
+        "CODEX_API_KEY",
+        "COPILOT_PROVIDER_",
+    ),
+    *("OPENCODE_CONFIG", "KILO_CONFIG", "GPTME_OPENAI_", "ZAI_", "ZTOAPI_"),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class LaunchServer:
+    """The ztoapi that a client is to use, as the client is told of it."""
+
+    origin: str
+    key: str = field(repr=False)
+    model: Model
+    health: JSON  # what it says of itself; {} where it is still to be started
+
+    def words(self) -> dict[str, object]:
+        return client_words(self.origin, self.key, self.model)
 
 
 def launch(settings: Settings, flags: argparse.Namespace) -> int:
-    """Start a client that uses this server, or a server of its own if there is none; returns its exit status."""
-    asked = named(flags.model or default_model(settings), all_aliases(settings))
-    model = asked.model
-    if asked.effort:  # a client without a switch keeps the word that is its switch
-        model = replace(model, id=f"{model.id}:{asked.effort}")
-    origin = origin_of(settings.host, settings.port)
-    told = with_eyes_of(vision_model(settings), model)
-    words = client_words(origin, settings.default_key[0], told)
-    client = CLIENTS[flags.client].filled({**words, "dir": "$dir"})
+    """Start a client that uses this server, or the one that `--url` names; returns its exit status.
+
+    If none runs here, one is started for as long as the client runs.
+    """
+    client = CLIENTS[flags.client]
     if flags.show:
-        print(client.shell_lines())
+        print(shown_client(client, launch_server(settings, flags), flags))
         return 0
     missing = f"{flags.client} is not installed: {client.install}"
     program = shutil.which(client.arguments[0]) or exit_with_error(missing, 127)
-    if not settings.port:
-        exit_with_error(
-            "launch needs a port that the client can know: use --port with another number than 0"
-        )
-    running = ztoapi_at(origin)
-    if running and flags.demo and not running.get("demo"):
-        exit_with_error(
-            f"the ztoapi at {origin} is no demo: use another --port, or leave --demo out"
-        )
-    print(
-        f"ztoapi: {flags.client} with {model.id} at {origin}; --model NAME for another",
-        file=sys.stderr,
-    )
+    server = launch_server(settings, flags)
+    tell_of_launch(server, flags)
     for number in (
         signal.SIGINT,
         signal.SIGTERM,
         getattr(signal, "SIGHUP", signal.SIGTERM),
     ):  # Windows has no SIGHUP
         signal.signal(number, exit_on_signal)
-    server = nullcontext() if running else own_server(settings, origin, ["--demo"] * flags.demo)
-    with server, client_folder() as folder:
-        client = CLIENTS[flags.client].filled({**words, "dir": folder})
-        for name, text in client.files.items():
-            Path(folder, name).write_text(text, encoding="utf-8")
-        return run([program, *client.arguments[1:], *flags.arguments], client.variables)
+    with ExitStack() as stack:
+        if not server.health:
+            stack.enter_context(own_server(settings, server.origin, ["--demo"] * flags.demo))
+        folder = stack.enter_context(folder_of_launch(flags))
+        filled = client.filled({**server.words(), "dir": folder})
+        for name, text in filled.files.items():
+            write_client_file(Path(folder, name), text)
+        return run([program, *filled.arguments[1:], *flags.arguments], filled.variables)
+
+
+def shown_client(client: Client, server: LaunchServer, flags: argparse.Namespace) -> str:
+    """The lines for a shell that start it."""
+    folder = NEW_FOLDER
+    if flags.keep:
+        folder = KEPT_FOLDER.format(client=flags.client)
+    return client.filled({**server.words(), "dir": "$dir"}).shell_lines(folder)
+
+
+def tell_of_launch(server: LaunchServer, flags: argparse.Namespace) -> None:
+    """What a client's user must know before it starts."""
+    chosen = f"{flags.client} with {server.model.id} at {server.origin}"
+    print(f"ztoapi: {chosen}; --model NAME for another", file=sys.stderr)
+    if flags.keep:
+        return
+    given = {argument.partition("=")[0] for argument in flags.arguments}
+    if given & RESUMING.get(flags.client, set()):
+        reason = "sessions end with a launch, so there is nothing to resume"
+        print(f"ztoapi: {reason}; launch {flags.client} --keep keeps them", file=sys.stderr)
+
+
+def launch_server(settings: Settings, flags: argparse.Namespace) -> LaunchServer:
+    """The server that the flags and variables mean."""
+    url = url_elsewhere(flags)
+    if url:
+        return server_elsewhere(url, flags)
+    return server_here(settings, flags)
+
+
+def server_here(settings: Settings, flags: argparse.Namespace) -> LaunchServer:
+    """The server at HOST:PORT, which need not run yet."""
+    origin = origin_of(settings.host, settings.port)
+    health: JSON = {}
+    if not flags.show:
+        health = running_server(settings, origin, flags)
+    name = flags.model or health.get("model") or default_model(settings)
+    model = model_of_launch(str(name), all_aliases(settings))
+    told = with_eyes_of(vision_model(settings), model)
+    return LaunchServer(origin, flags.key or settings.default_key[0], told, health)
+
+
+def model_of_launch(name: str, aliases: Aliases) -> Model:
+    """The model that a client is to ask for; the word behind its name is the switch of a client that has none."""
+    asked = named(name, aliases)
+    if not asked.effort:
+        return asked.model
+    return replace(asked.model, id=f"{asked.model.id}:{asked.effort}")
+
+
+def running_server(settings: Settings, origin: str, flags: argparse.Namespace) -> JSON:
+    """What the ztoapi at HOST:PORT says of itself; {} where there is none."""
+    if not settings.port:
+        exit_with_error(
+            "launch needs a port that the client can know: use --port with another number than 0"
+        )
+    health = ztoapi_at(origin)
+    if health and flags.demo and not health.get("demo"):
+        exit_with_error(
+            f"the ztoapi at {origin} is no demo: use another --port, or leave --demo out"
+        )
+    return health
+
+
+def url_elsewhere(flags: argparse.Namespace) -> str:
+    """What --url or ZTOAPI_URL names; "" where flags ask for a server of this machine."""
+    if flags.url:
+        return str(flags.url)
+    if flags.demo or "host" in flags or "port" in flags:
+        return ""
+    return environment().get("ZTOAPI_URL", "").strip()
+
+
+def server_elsewhere(url: str, flags: argparse.Namespace) -> LaunchServer:
+    """The ztoapi at another address, with what it says of the model. Exits with one line where it cannot be used."""
+    try:
+        origin = base_url(url.strip()).removesuffix("/v1").rstrip("/")
+    except ValueError:
+        exit_with_error("--url (ZTOAPI_URL) must be an address such as https://zt.example.org")
+    key = flags.key or environment().get("ZTOAPI_KEY", "").strip()
+    if not re.fullmatch("[!-~]+", key):
+        exit_with_error(f"the key for {origin} is missing: set ZTOAPI_KEY, or give --key")
+    health: JSON = {}
+    if flags.show:  # which needs no server
+        with suppress(OSError, HTTPException, ValueError):
+            health = get_json(f"{origin}/health")[2]
+    else:
+        health = health_elsewhere(origin)
+    name = flags.model or health.get("model") or "glm-4.7-flash"
+    server = LaunchServer(origin, key, model_of_launch(str(name), ()), health)
+    if flags.show:
+        return server
+    return replace(server, model=model_elsewhere(server, flags))
+
+
+def health_elsewhere(origin: str) -> JSON:
+    """What the ztoapi there says of itself. Exits with one line where there is none: nothing else may get a key."""
+    try:
+        status, headers, reply = get_json(f"{origin}/health")
+    except (OSError, HTTPException, ValueError) as error:
+        exit_with_error(f"{origin} cannot be reached: {getattr(error, 'reason', error)}")
+    if reply.get("name") == "ztoapi":
+        return reply
+    if 300 <= status < 400:
+        there = one_line(headers.get("Location", "elsewhere")).removesuffix("/health")
+        exit_with_error(f"{origin} sends us to {there}: give that address")
+    exit_with_error(f"what answers at {origin}/health (status {status}) is no ztoapi")
+
+
+def model_elsewhere(server: LaunchServer, flags: argparse.Namespace) -> Model:
+    """The model as the server there lists it for the key. Exits with one line where the key is refused."""
+    known, path = server.model, f"{server.origin}/v1/models"
+    try:
+        status, _, reply = get_json(f"{path}/{quote(known.id)}", server.key)
+    except (OSError, HTTPException, ValueError) as error:
+        exit_with_error(f"{server.origin} cannot be reached: {getattr(error, 'reason', error)}")
+    if status in (401, 403):
+        message = as_object(reply.get("error")).get("message") or f"status {status}"
+        exit_with_error(f"{server.origin} refuses the key: {one_line(str(message))}")
+    if status == 404 and not flags.model:
+        exit_with_error(f"the key is not for {known.id}: choose another with --model")
+    if status != 200:
+        return known
+    input_types = as_object(reply.get("architecture")).get("input_modalities")
+    return replace(
+        known,
+        context=reply.get("context_length", known.context),
+        output=reply.get("max_output_tokens", known.output),
+        vision="image" in input_types if isinstance(input_types, list) else known.vision,
+    )
+
+
+def one_line(words: str) -> str:
+    """What another server says, made safe for the terminal."""
+    line = "".join(character for character in words if character.isprintable())
+    return truncated(line)
+
+
+class NoRedirects(HTTPRedirectHandler):
+    """A redirect is an answer: a client would not follow it with what it posts."""
+
+    def redirect_request(self, *_: Any) -> None:
+        return None
+
+
+def get_json(url: str, key: str = "") -> tuple[int, Mapping[str, str], JSON]:
+    """Status, headers and JSON of an answer, {} if it is none. Raises OSError, HTTPException and ValueError."""
+    proxies: dict[str, str] | None = None  # those of the environment
+    if is_loopback(urlsplit(url).hostname or ""):
+        proxies = {}
+    opener = build_opener(ProxyHandler(proxies), NoRedirects)
+    # Some servers refuse Python's own name.
+    opener.addheaders = [("User-Agent", f"ztoapi/{__version__}")]
+    if key:
+        opener.addheaders.append(("x-api-key", key))
+    try:
+        answer = opener.open(url, timeout=10)
+    except HTTPError as error:
+        answer = error
+    with answer:
+        return answer.status, answer.headers, as_object(parse_json(answer.read(2**20)))
+
+
+def folder_of_launch(flags: argparse.Namespace) -> AbstractContextManager[str]:
+    """The client's folder while the block runs; with --keep also after it."""
+    if flags.keep:
+        return nullcontext(kept_folder(flags.client))
+    return client_folder()
+
+
+def kept_folder(client: str) -> str:
+    """The folder of a client that stays from launch to launch, readable for the user alone."""
+    try:
+        folder = user_data() / "ztoapi" / client
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    except (OSError, RuntimeError) as error:  # RuntimeError: a user without a home
+        exit_with_error(f"--keep cannot keep anything: {error}")
+    return str(folder)
+
+
+def write_client_file(file: Path, text: str) -> None:
+    """Write what a client reads. What it keeps itself in the same file stays, as far as it is JSON."""
+    ours = parse_json(text.encode())
+    kept = None
+    if file.exists():
+        kept = parse_json(file.read_bytes())
+    if isinstance(kept, dict) and isinstance(ours, dict):
+        text = json.dumps(joined(kept, ours), indent=2)
+    file.write_text(text, encoding="utf-8")
+
+
+def joined(kept: Any, ours: Any) -> Any:
+    """Two JSON values in one: objects are joined, of anything else ours counts."""
+    if not isinstance(kept, dict) or not isinstance(ours, dict):
+        return ours
+    both = {**kept, **ours}
+    for name in kept.keys() & ours.keys():
+        both[name] = joined(kept[name], ours[name])
+    return both
 
 
 @contextmanager
@@ -16246,6 +16493,16 @@ def user_cache() -> Path:
     if sys.platform == "darwin":
         return home / "Library/Caches"
     return Path(os.environ.get("XDG_CACHE_HOME") or home / ".cache")
+
+
+def user_data() -> Path:
+    """Where this user's programs keep what cannot be made again. Raises RuntimeError for a user without a home."""
+    home = Path.home()
+    if sys.platform == "win32":
+        return Path(os.environ.get("LOCALAPPDATA") or home / "AppData/Local")
+    if sys.platform == "darwin":
+        return home / "Library/Application Support"
+    return Path(os.environ.get("XDG_DATA_HOME") or home / ".local/share")
 
 
 def exit_on_signal(number: int, _: object) -> NoReturn:

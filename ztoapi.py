@@ -25,14 +25,24 @@ Where a request goes:
 `respond` is the only writer of answers. What is relayed as it is (embeddings, images, files …) is
 `pass_through`, and nothing of the above knows it.
 
-Everything above the banner "Admission" is pure. It raises SettingsError, BadRequest (the client's
-fault), UpstreamError (Z.ai's) or another ProxyError; a check, ValueError. The sections, in order:
-what this is (Settings, Errors, JSON, Models, Internal representation); what clients say (Request
-fields, Contents, Chat completions, Completions, Responses, Messages, Surfaces, Histories, Clients);
-what Z.ai says (errors, answer, repairs, request); who and when (Accounts, Plan); from there on I/O:
-Admission (keys, queue, patience), Z.ai client, Upstream, Database, Requests (records, statistics),
-Streaming out, Request bodies, Access, Handlers, Dashboard, Pass-through, Errors and shutdown,
-Client connections, Server, Commands, Demo, Pages.
+Everything above the banner "Admission" is pure. What goes wrong there is raised as a BadRequest (the
+client's fault), an UpstreamError (Z.ai's), another ProxyError, or a SettingsError (the operator's);
+functions that check a single value raise ValueError, which is then made one of these.
+
+The sections, in order:
+
+    what this is       Settings, Errors, JSON, Models, Internal representation
+    what clients say   Request fields, Contents, Chat completions, Completions, Responses, Messages,
+                       Surfaces, Histories, Clients
+    what Z.ai says     errors, answer, repairs, request
+    who and when       Accounts, Plan
+
+    from here on I/O:
+    to Z.ai            Admission (keys, queue, patience), Z.ai client, Upstream
+    what is kept       Database, Requests (records, statistics)
+    to clients         Streaming out, Request bodies, Access, Handlers, Dashboard, Pass-through,
+                       Errors and shutdown, Client connections, Server
+    beside it          Commands, Demo, Pages
 """
 
 from __future__ import annotations
@@ -143,10 +153,11 @@ from urllib.request import (
 
 
 def cannot_start(reason: object) -> NoReturn:
-    """Say so in one line."""
+    """Exit, with one line that says why and what to do."""
     print(f"ztoapi: {reason}: run pip install -r requirements.txt", file=sys.stderr)
-    # gunicorn stops when a worker exits with 3; on 2 it starts another, again and again.
-    raise SystemExit(2 if __name__ == "__main__" else 3)
+    if __name__ == "__main__":
+        sys.exit(2)
+    sys.exit(3)  # gunicorn stops then; on 2 it starts another worker, again and again
 
 
 try:
@@ -170,7 +181,7 @@ __version__ = "1.1.0"
 JSON = dict[str, Any]
 
 
-# ======== Settings ==================================================================================================
+# ======== Settings ================================================================================
 # What an operator can set: `Settings`, read from the environment.
 
 PUBLISHED_KEY = "sk-your-key"
@@ -189,15 +200,17 @@ class SettingsError(ValueError):
     """A setting that cannot be used; its text is the one line that the operator sees."""
 
 
-def boolean(text: str) -> bool:
-    words = dict.fromkeys(("true", "1", "yes", "on"), True) | dict.fromkeys(
-        ("false", "0", "no", "off"), False
-    )
-    return words[text.lower()]
+def parse_boolean(text: str) -> bool:
+    word = text.lower()
+    if word in ("true", "1", "yes", "on"):
+        return True
+    if word in ("false", "0", "no", "off"):
+        return False
+    raise ValueError(text)
 
 
 def one_of(*allowed: str) -> Callable[[str], str]:
-    """A function that reads one of these words, in any case, and raises ValueError for any other."""
+    """A function that reads one of these words, in any case; for any other it raises ValueError."""
 
     def read(text: str) -> str:
         word = text.lower()
@@ -209,7 +222,7 @@ def one_of(*allowed: str) -> Callable[[str], str]:
 
 
 def whole_number(low: int, high: int) -> Callable[[str], int]:
-    """A function that reads a whole number within these bounds, and raises ValueError for any other."""
+    """A function that reads a number from `low` to `high`; for any other it raises ValueError."""
 
     def read(text: str) -> int:
         number = int(text)
@@ -224,23 +237,26 @@ def comma_list(text: str) -> tuple[str, ...]:
     return tuple(item.strip() for item in text.split(",") if item.strip())
 
 
-def keys(text: str) -> tuple[str, ...]:
+def parse_keys(text: str) -> tuple[str, ...]:
     found = comma_list(text)
     if not re.fullmatch("[!-~]+", "".join(found)):
         raise ValueError
     return found
 
 
-def address(text: str) -> str:
-    if re.search(r"[\s/]|^\*$", text):
+def parse_host(text: str) -> str:
+    """A host name or an address; an IPv6 address may stand in brackets, as in a URL."""
+    if text == "*" or re.search(r"[\s/]", text):
         raise ValueError(text)
     return text.removeprefix("[").removesuffix("]")
 
 
 def base_url(text: str) -> str:
+    """The address of an API; users also give that of its path /chat/completions."""
     url = urlsplit(text)
-    unwanted = "@" in url.netloc or url.query or url.fragment
-    if url.scheme not in ("http", "https") or not url.hostname or url.port == 0 or unwanted:
+    if url.scheme not in ("http", "https") or not url.hostname or url.port == 0:
+        raise ValueError(text)
+    if "@" in url.netloc or url.query or url.fragment:
         raise ValueError(text)
     url.hostname.encode("idna")  # raises UnicodeError, a ValueError
     return text.rstrip("/").removesuffix("/chat/completions")
@@ -263,7 +279,10 @@ class ZaiKey:
     base_url: str
 
     def affinity(self, conversation: str) -> str:
-        """A conversation takes the key with the lowest value (rendezvous hashing): a new key moves few of them."""
+        """A conversation takes the key with the lowest value.
+
+        So a new key moves few conversations (rendezvous hashing).
+        """
         return digest(conversation, self.secret)
 
 
@@ -272,31 +291,44 @@ def zai_key(text: str, default_url: str) -> ZaiKey:
     secret, at, base = text.partition("@")
     if not secret:
         raise ValueError
-    return ZaiKey(secret, ZAI_BASES.get(base) or base_url(base) if at else default_url)
+    if not at:
+        return ZaiKey(secret, default_url)
+    if base in ZAI_BASES:
+        return ZaiKey(secret, ZAI_BASES[base])
+    return ZaiKey(secret, base_url(base))
 
 
-def zai_keys(text: str) -> tuple[str, ...]:
-    return tuple(key for key in keys(text) if zai_key(key, ""))
+def parse_zai_keys(text: str) -> tuple[str, ...]:
+    """The keys as they are written: their addresses may depend on ZAI_BASE_URL."""
+    found = parse_keys(text)
+    for key in found:
+        zai_key(key, "")  # raises ValueError
+    return found
 
 
-def origins(text: str) -> tuple[str, ...]:
+def parse_origins(text: str) -> tuple[str, ...]:
     return tuple(origin.rstrip("/") for origin in comma_list(text))
 
 
-def aliases(text: str) -> tuple[tuple[str, str], ...]:
-    pairs = [tuple(part.strip() for part in item.split("=")) for item in comma_list(text)]
-    if not all(len(pair) == 2 and all(pair) for pair in pairs):
-        raise ValueError(text)
-    return tuple((name, target) for name, target in pairs)
+def parse_aliases(text: str) -> tuple[tuple[str, str], ...]:
+    """Pairs of an alias and the model that it stands for."""
+    pairs: list[tuple[str, str]] = []
+    for item in comma_list(text):
+        name, target = item.split("=")  # ValueError unless these are two
+        pair = (name.strip(), target.strip())
+        if not all(pair):
+            raise ValueError(text)
+        pairs.append(pair)
+    return tuple(pairs)
 
 
-def spend_limit(text: str) -> str:
+def parse_spend_limit(text: str) -> str:
     if not re.fullmatch(SPEND_PATTERN, text, re.ASCII | re.IGNORECASE):
         raise ValueError(text)
     return text
 
 
-def database_url(text: str) -> str:
+def parse_database_url(text: str) -> str:
     if not re.match(r"memory$|sqlite:///.|postgres(ql)?://", text):
         raise ValueError
     return text
@@ -308,7 +340,10 @@ SPEND_PATTERN = rf"(?=[0.]*[1-9])\d{{1,7}}(\.\d{{1,6}})?{PERIODS}"
 
 
 def setting(default: Any, read: Callable[[str], Any], wanted: str) -> Any:
-    """A field read from the environment variable of the same name in upper case; `wanted` ends the error message."""
+    """A field read from the environment variable of the same name in upper case.
+
+    `wanted` says what may stand there; the message of the error ends with it.
+    """
     return field(default=default, metadata={"read": read, "wanted": wanted})
 
 
@@ -324,9 +359,10 @@ LIKE_A_SECRET = re.compile(r"[0-9a-fA-F]{16,}\.|\bsk-|@|password=")
 
 
 def read_setting(variable: Field[Any], text: str) -> Any:
+    """The value of a setting. Raises SettingsError, whose message never shows a secret."""
     try:
         return variable.metadata["read"](text)
-    except (ValueError, KeyError):
+    except ValueError:
         is_secret = variable.name.endswith(("_key", "database_url"))  # even a malformed one
         shown = variable.name.upper()
         if not is_secret and not LIKE_A_SECRET.search(text):
@@ -338,39 +374,40 @@ def read_setting(variable: Field[Any], text: str) -> Any:
 
 def is_loopback(host: str) -> bool:
     """Whether a host name can only mean this machine, whatever a DNS server says."""
+    if host.lower() in ("localhost", "127.0.0.1", "::1"):  # most; every request comes here
+        return True
     try:
-        # The first half is for speed: every request comes here.
-        return (
-            host.lower() in ("localhost", "127.0.0.1", "::1")
-            or ipaddress.ip_address(host.strip("[]")).is_loopback
-        )
+        return ipaddress.ip_address(host.strip("[]")).is_loopback
     except ValueError:
         return False
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What an operator can set; the README's table explains each. Raises SettingsError for an unsafe combination."""
+    """What an operator can set; the README's table explains each.
+
+    Raises SettingsError for an unsafe combination.
+    """
 
     port: int = setting(9090, whole_number(0, 65535), "a port number, 0 to 65535")
-    host: str = setting("localhost", address, "one address or host name")
+    host: str = setting("localhost", parse_host, "one address or host name")
     default_key: tuple[str, ...] = setting(
-        (PUBLISHED_KEY,), keys, "keys of plain ASCII, separated by commas"
+        (PUBLISHED_KEY,), parse_keys, "keys of plain ASCII, separated by commas"
     )
-    debug_mode: bool = setting(default=False, read=boolean, wanted="true or false")
+    debug_mode: bool = setting(default=False, read=parse_boolean, wanted="true or false")
     zai_api_key: tuple[str, ...] = setting(
-        (), zai_keys, f"KEY or KEY@BASE, several separated by commas; {BASE_HELP}"
+        (), parse_zai_keys, f"KEY or KEY@BASE, several separated by commas; {BASE_HELP}"
     )
     zai_base_url: str = setting(
         GENERAL_URL, base_url, f"an http or https address such as {GENERAL_URL}"
     )
-    default_stream: bool = setting(default=False, read=boolean, wanted="true or false")
-    enable_thinking: bool | None = setting(None, boolean, "true or false, or empty")
+    default_stream: bool = setting(default=False, read=parse_boolean, wanted="true or false")
+    enable_thinking: bool | None = setting(None, parse_boolean, "true or false, or empty")
     reasoning_format: ReasoningFormat = setting(
         "parsed", one_of("parsed", "raw", "hidden"), "parsed, raw or hidden"
     )
     model_aliases: tuple[tuple[str, str], ...] = setting(
-        (), aliases, "name=model pairs, separated by commas"
+        (), parse_aliases, "name=model pairs, separated by commas"
     )
     fallback_models: tuple[str, ...] = setting(
         (), comma_list, "names of models, separated by commas"
@@ -379,7 +416,9 @@ class Settings:
     vision_mode: str = setting(
         "auto", one_of("auto", "answer", "describe"), "auto, answer or describe"
     )
-    spend_limit: str = setting("", spend_limit, "US dollars such as 5, 5/day, 5/week or 5/month")
+    spend_limit: str = setting(
+        "", parse_spend_limit, "US dollars such as 5, 5/day, 5/week or 5/month"
+    )
     reasoning_memory: str = setting("turn", one_of("off", "turn", "all"), "off, turn or all")
     max_concurrency: int = setting(
         0, whole_number(0, 100_000), "a number of requests, 0 to 100000; 0 = learn it"
@@ -391,19 +430,21 @@ class Settings:
     )
     upstream_timeout: int = setting(300, whole_number(1, 86400), "a number of seconds, 1 to 86400")
     max_body_mb: int = setting(64, whole_number(1, 4096), "a number of megabytes, 1 to 4096")
-    database_url: str = setting("", database_url, "sqlite:///PATH, postgresql://… or memory")
+    database_url: str = setting("", parse_database_url, "sqlite:///PATH, postgresql://… or memory")
     cors_origins: tuple[str, ...] = setting(
-        ("*",), origins, "origins (https://example.org), separated by commas, or *"
+        ("*",), parse_origins, "origins (https://example.org), separated by commas, or *"
     )
-    dashboard_enabled: bool = setting(default=True, read=boolean, wanted="true or false")
+    dashboard_enabled: bool = setting(default=True, read=parse_boolean, wanted="true or false")
     demo: bool = False  # set only by --demo: a server must not make up answers by accident
 
     def __post_init__(self) -> None:
         if not all(self.default_key) or not self.default_key:
             raise SettingsError("DEFAULT_KEY must not be empty: anybody could call")
         if self.published and not is_loopback(self.host):
-            problem = f"HOST={self.host} would let others in while DEFAULT_KEY is the published {PUBLISHED_KEY}"
-            raise SettingsError(f"{problem}: set DEFAULT_KEY to a key of your own")
+            raise SettingsError(
+                f"HOST={self.host} would let others in while DEFAULT_KEY is the published "
+                f"{PUBLISHED_KEY}: set DEFAULT_KEY to a key of your own"
+            )
 
     @property
     def published(self) -> bool:
@@ -412,40 +453,50 @@ class Settings:
 
     @cached_property
     def zai_keys(self) -> tuple[ZaiKey, ...]:
-        return tuple(dict.fromkeys(zai_key(text, self.zai_base_url) for text in self.zai_api_key))
+        found = [zai_key(text, self.zai_base_url) for text in self.zai_api_key]
+        return tuple(dict.fromkeys(found))
 
     @property
     def zai_base_urls(self) -> tuple[str, ...]:
         """The addresses of Z.ai that are used, in the order in which the keys name them."""
-        return tuple(dict.fromkeys(key.base_url for key in self.zai_keys)) or (self.zai_base_url,)
+        if not self.zai_keys:
+            return (self.zai_base_url,)
+        return tuple(dict.fromkeys([key.base_url for key in self.zai_keys]))
 
     @property
     def secrets(self) -> tuple[str, ...]:
-        zai_secrets = (key.secret for key in self.zai_keys)
-        database = re.findall(r"(?<=password=)[^&]+", self.database_url)
-        database += re.findall(r"//[^:/@]*:(.+)@", self.database_url)  # it may have any character
-        passwords = (*database, *map(unquote, database))
-        return tuple(
-            key for key in (*self.default_key, *zai_secrets, *passwords) if key != PUBLISHED_KEY
-        )
+        """The keys, and the database's password: as it is written, and percent-decoded."""
+        passwords = re.findall(r"(?<=password=)[^&]+", self.database_url)
+        passwords += re.findall(r"//[^:/@]*:(.+)@", self.database_url)  # it may have any character
+        found = [*self.default_key]
+        found += [key.secret for key in self.zai_keys]
+        found += passwords
+        found += map(unquote, passwords)
+        return tuple(secret for secret in found if secret != PUBLISHED_KEY)
 
     @classmethod
     def from_env(cls, env: Mapping[str, str]) -> Settings:
-        """Read every variable of the README's table. An empty one counts as not set, except DEFAULT_KEY."""
-        variables = [f for f in fields(cls) if "read" in f.metadata and f.name.upper() in env]
-        given = {f: without_quotes(env[f.name.upper()].strip()) for f in variables}
-        return cls(
-            **{
-                f.name: read_setting(f, text)
-                for f, text in given.items()
-                if text or f.name == "default_key"
-            }
-        )
+        """Read every variable of the README's table.
+
+        An empty one counts as not set, except DEFAULT_KEY.
+        """
+        given: dict[str, Any] = {}
+        for variable in fields(cls):
+            name = variable.name
+            if "read" not in variable.metadata or name.upper() not in env:
+                continue
+            text = without_quotes(env[name.upper()].strip())
+            if text or name == "default_key":
+                given[name] = read_setting(variable, text)
+        return cls(**given)
 
 
 @dataclass(frozen=True)
 class Limits:
-    """How long things may take and how large they may grow, where no setting says; tests pass their own."""
+    """How long things may take and how large they may grow, where no setting says.
+
+    Tests pass their own.
+    """
 
     # Z.ai
     connect_timeout: float = 10.0  # seconds, including DNS and TLS
@@ -485,15 +536,16 @@ class Limits:
     unsaved_rows: int = 1_000  # likewise, their number
 
 
-# ======== Errors ====================================================================================================
+# ======== Errors ==================================================================================
 # `ErrorKind`: every failure that a client can see. A `ProxyError` carries one to where it is answered.
 
 
 @dataclass(frozen=True, slots=True)
 class ErrorKind:
-    """One kind of failure as clients see it: the HTTP status, and the type and code of OpenAI's error object.
+    """One kind of failure as clients see it: the HTTP status, the type and code of OpenAI's object.
 
-    `message` is what the client is told where the error itself says nothing more precise; `retry_after` is in seconds.
+    `message` is what the client is told where the error itself says nothing more precise;
+    `retry_after` is in seconds. These two do not count when kinds are compared.
     """
 
     status: int
@@ -503,7 +555,8 @@ class ErrorKind:
     retry_after: float | None = field(default=None, compare=False)
 
 
-# The error types of each status: OpenAI's, and Anthropic's (docs.anthropic.com, "Errors"). Others are like 400.
+# The error types of each status: OpenAI's, and Anthropic's (docs.anthropic.com, "Errors").
+# Other statuses have those of 400.
 ERROR_TYPES = {
     400: ("invalid_request_error", "invalid_request_error"),
     401: ("invalid_request_error", "authentication_error"),
@@ -512,8 +565,10 @@ ERROR_TYPES = {
     404: ("invalid_request_error", "not_found_error"),
     413: ("invalid_request_error", "request_too_large"),
     429: ("rate_limit_error", "rate_limit_error"),
-    **dict.fromkeys((500, 503), ("server_error", "api_error")),
-    **dict.fromkeys((502, 504), ("upstream_error", "api_error")),
+    500: ("server_error", "api_error"),
+    502: ("upstream_error", "api_error"),
+    503: ("server_error", "api_error"),
+    504: ("upstream_error", "api_error"),
     529: ("rate_limit_error", "overloaded_error"),
 }
 
@@ -521,24 +576,37 @@ ERROR_TYPES = {
 def error_kind(
     status: int, code: str | None, message: str = "", retry_after: float | None = None
 ) -> ErrorKind:
-    return ErrorKind(
-        status, ERROR_TYPES.get(status, ERROR_TYPES[400])[0], code, message, retry_after
-    )
+    openai_type, _ = ERROR_TYPES.get(status, ERROR_TYPES[400])
+    return ErrorKind(status, openai_type, code, message, retry_after)
 
 
-# Messages by error code; only those that are too long for the table below.
+# Messages by error code: those that are too long to stand in the definitions below.
 MESSAGES = {
     # Agents compact a conversation only where they find words that they know: pi these at both ends
     # (earendil-works/pi#5930), hermes "context length" (NousResearch/hermes-agent#2600).
-    "context_length_exceeded": "context_length_exceeded: the conversation exceeds the model's "
-    "maximum context length: reduce the length of the messages.",
-    "zai_api_key_missing": "This server has no Z.ai key. Get one at z.ai/manage-apikey (glm-4.7-flash, glm-4.5-flash "
-    "and glm-4.6v-flash are free), set ZAI_API_KEY and start again; or try it without a key: python ztoapi.py --demo",
-    "zai_unreachable": "Z.ai cannot be reached (connection error, network error): check proxy and ZAI_BASE_URL.",
-    "rate_limit_exceeded": "Z.ai takes no more requests from this server's key now: wait a little, or send fewer.",
-    "insufficient_quota": "This server's Z.ai key has no balance for this model. A Coding Plan key needs ZAI_BASE_URL="
-    "https://api.z.ai/api/coding/paas/v4; without a plan, add money or use a free model, such as glm-4.7-flash.",
-    "model_not_found": "Z.ai does not know this model, or not for this use: see /v1/models and MODEL_ALIASES.",
+    "context_length_exceeded": (
+        "context_length_exceeded: the conversation exceeds the model's maximum context length: "
+        "reduce the length of the messages."
+    ),
+    "zai_api_key_missing": (
+        "This server has no Z.ai key. Get one at z.ai/manage-apikey "
+        "(glm-4.7-flash, glm-4.5-flash and glm-4.6v-flash are free), "
+        "set ZAI_API_KEY and start again; or try it without a key: python ztoapi.py --demo"
+    ),
+    "zai_unreachable": (
+        "Z.ai cannot be reached (connection error, network error): check proxy and ZAI_BASE_URL."
+    ),
+    "rate_limit_exceeded": (
+        "Z.ai takes no more requests from this server's key now: wait a little, or send fewer."
+    ),
+    "insufficient_quota": (
+        "This server's Z.ai key has no balance for this model. A Coding Plan key needs "
+        "ZAI_BASE_URL=https://api.z.ai/api/coding/paas/v4; "
+        "without a plan, add money or use a free model, such as glm-4.7-flash."
+    ),
+    "model_not_found": (
+        "Z.ai does not know this model, or not for this use: see /v1/models and MODEL_ALIASES."
+    ),
 }
 
 INTERNAL_ERROR = error_kind(
@@ -592,32 +660,32 @@ MODEL_NOT_FOUND = error_kind(404, "model_not_found", MESSAGES["model_not_found"]
 # Agents decide by the words "connection error" and "network error" whether to ask again.
 BROKEN_OFF = "Z.ai broke off its answer (connection error, network error): try again."
 
-SHOULD_RETRY = frozenset(
-    (RATE_LIMITED, UNAVAILABLE, UNREACHABLE, TIMEOUT)
-)  # a client may send the request again
+# After these a client may send the request again.
+SHOULD_RETRY = frozenset((RATE_LIMITED, UNAVAILABLE, UNREACHABLE, TIMEOUT))
 
 
 class ProxyError(Exception):
     """A failure to report to the client.
 
-    `message` is ours and safe; `detail` quotes others (Z.ai, the client) and must be redacted before it is shown.
+    `message` is ours and safe; `detail` quotes others (Z.ai, the client) and must be redacted
+    before it is shown.
     """
 
     def __init__(
         self, kind: ErrorKind, message: str = "", param: str | None = None, detail: str = ""
     ) -> None:
         super().__init__(kind, message, param, detail)
-        self.kind, self.message, self.param, self.detail = (
-            kind,
-            message or kind.message,
-            param,
-            detail,
-        )
+        self.kind = kind
+        self.message = message or kind.message
+        self.param = param  # the field of the request, if one is to blame
+        self.detail = detail
         self.retry_after = kind.retry_after  # in seconds
         self.headers: dict[str, str] = {}  # for the answer that reports it
 
     def __str__(self) -> str:
-        return f"{self.message} ({self.detail})" if self.detail else self.message
+        if not self.detail:
+            return self.message
+        return f"{self.message} ({self.detail})"
 
 
 class BadRequest(ProxyError):
@@ -630,8 +698,8 @@ class BadRequest(ProxyError):
 class UpstreamError(ProxyError):
     """Z.ai refused, broke off, or could not be reached.
 
-    `zai_code` is Z.ai's own code ("" if it gave none), `resets_at` the Unix time at which a used-up quota is reset,
-    `retry_after` the seconds after which the client may ask again.
+    `zai_code` is Z.ai's own code ("" if it gave none), `resets_at` the Unix time at which a used-up
+    quota is reset, `retry_after` the seconds after which the client may ask again.
     """
 
     def __init__(
@@ -646,11 +714,13 @@ class UpstreamError(ProxyError):
             self.say_reset(reset_time(detail))
 
     def for_others(self, seconds: float) -> UpstreamError:
-        """What other clients are told of it: our words and Z.ai's code, since Z.ai's words may quote the first one's.
+        """What other clients are told of it: our words, and Z.ai's code.
 
-        Without the traceback, which holds that client's prompt.
+        Z.ai's words may quote the client that the error was for, and the traceback holds its prompt.
         """
-        detail = f"Z.ai {self.zai_code}" if self.zai_code else ""
+        detail = ""
+        if self.zai_code:
+            detail = f"Z.ai {self.zai_code}"
         error = UpstreamError(self.kind, detail=detail, zai_code=self.zai_code)
         error.say_reset(self.resets_at)
         error.retry_after = seconds
@@ -677,23 +747,29 @@ class EmptyAnswerError(UpstreamError):
 
 
 def reset_time(text: str) -> float | None:
-    """The Unix time in "… will reset at 2026-09-12 00:35:41", which is UTC+8 (can1357/oh-my-pi#11014)."""
-    found = RESET_TIME.findall(text)
-    try:
-        return max(
-            (datetime.fromisoformat(f"{day}T{hour}+08:00").timestamp() for day, hour in found),
-            default=None,
-        )
-    except ValueError:
-        return None
+    """The Unix time in "… will reset at 2026-09-12 00:35:41", the last if there are several.
+
+    Z.ai writes it in UTC+8 (can1357/oh-my-pi#11014).
+    """
+    moments: list[float] = []
+    for day, hour in RESET_TIME.findall(text):
+        try:
+            moment = datetime.fromisoformat(f"{day}T{hour}+08:00")
+        except ValueError:
+            return None
+        moments.append(moment.timestamp())
+    return max(moments, default=None)
 
 
 def error_body(error: ProxyError) -> JSON:
     """OpenAI's error object."""
-    kind = error.kind
-    return {
-        "error": {"message": str(error), "type": kind.type, "param": error.param, "code": kind.code}
+    details = {
+        "message": str(error),
+        "type": error.kind.type,
+        "param": error.param,
+        "code": error.kind.code,
     }
+    return {"error": details}
 
 
 def openai_error(error: ProxyError, _: str) -> tuple[int, JSON]:
@@ -724,14 +800,17 @@ def request_id_of(own_id: str) -> str:
 
 
 def error_headers(error: ProxyError) -> dict[str, str]:
-    """The headers that SDKs obey: whether to ask again (x-should-retry), and after how many seconds (Retry-After)."""
-    refusal = {} if error.kind in SHOULD_RETRY else {"x-should-retry": "false"}
-    wait = (
-        {}
-        if error.retry_after is None
-        else {"Retry-After": str(max(1, math.ceil(error.retry_after)))}
-    )
-    return error.headers | refusal | wait
+    """The error's own headers, and those that SDKs obey.
+
+    x-should-retry says whether to ask again, Retry-After after how many seconds.
+    """
+    headers = dict(error.headers)
+    if error.kind not in SHOULD_RETRY:
+        headers["x-should-retry"] = "false"
+    if error.retry_after is not None:
+        seconds = max(1, math.ceil(error.retry_after))
+        headers["Retry-After"] = str(seconds)
+    return headers
 
 
 class Redactor:
@@ -739,13 +818,14 @@ class Redactor:
 
     def __init__(self, words: Iterable[str]) -> None:
         # A key may appear as it is, in JSON, in JSON inside JSON, or in a URL.
-        forms = {
-            form for word in words for form in (any_escaping(word), re.escape(quote(word, safe="")))
-        }
-        # The last is a key made by `new_key`. Each begins with a plain character, which a search finds fast.
-        self.pattern = re.compile(
-            "|".join((*sorted(forms, key=len, reverse=True), r"sk-[\w-]{43}\b"))
-        )
+        forms: set[str] = set()
+        for word in words:
+            forms.add(any_escaping(word))
+            forms.add(re.escape(quote(word, safe="")))
+        longest_first = sorted(forms, key=len, reverse=True)
+        keys_of_ours = r"sk-[\w-]{43}\b"  # as `new_key` makes them
+        # Each form begins with a plain character, which a search finds fast.
+        self.pattern = re.compile("|".join([*longest_first, keys_of_ours]))
 
     def __call__(self, text: str) -> str:
         return self.pattern.sub("***", text)
@@ -753,21 +833,28 @@ class Redactor:
 
 def any_escaping(word: str) -> str:
     """A pattern for a word, however many times it was escaped as a string of JSON or Python."""
-    parts = re.findall(r"\\+|[^\\]", word)
-    forms = (
-        r"\\+" if part[0] == "\\" else r"\\*" + part if part in "\"'/" else re.escape(part)
-        for part in parts
-    )
-    return "".join(forms).removeprefix(r"\\*")
+    pattern = ""
+    for part in re.findall(r"\\+|[^\\]", word):
+        if part.startswith("\\"):
+            pattern += r"\\+"
+        elif part in "\"'/":
+            pattern += r"\\*" + part
+        else:
+            pattern += re.escape(part)
+    return pattern.removeprefix(r"\\*")
 
 
 def proxy_passwords(urls: Iterable[str]) -> list[str]:
     """The password of each proxy's address that has one, as it is written and percent-decoded."""
-    found = [re.match(r"(?:[^/]*//)?(?:[^:@]*:)?(.+)@", url) for url in urls]
-    return [form for match in found if match for form in (match[1], unquote(match[1]))]
+    found: list[str] = []
+    for url in urls:
+        match = re.match(r"(?:[^/]*//)?(?:[^:@]*:)?(.+)@", url)
+        if match:
+            found += [match[1], unquote(match[1])]
+    return found
 
 
-# ======== JSON ======================================================================================================
+# ======== JSON ====================================================================================
 # Encoders and decoders, and the limits of a request's JSON.
 
 # check_circular takes a sixth of the time, and our data is never circular.
@@ -965,7 +1052,7 @@ def as_count(value: Any) -> int:
     return value if type(value) is int and 0 <= value < 2**40 else 0
 
 
-# ======== Models ====================================================================================================
+# ======== Models ==================================================================================
 # A new model is a row of `MODEL_ROWS`. `named` tells what a client's name means.
 
 K = 1024
@@ -1425,7 +1512,7 @@ def models_from_items(items: list[Any]) -> Iterator[Model]:
             yield MODELS.get(model.id) or model
 
 
-# ======== Internal representation ===================================================================================
+# ======== Internal representation =================================================================
 # What a client asks and a model answers, independent of any API. Nothing changes these values once they are made;
 # most are not frozen: frozen ones take three times as long to make.
 
@@ -1811,7 +1898,7 @@ class Reply(ABC):
     def fold(self, events: Sequence[Event]) -> JSON: ...
 
 
-# ======== Request fields ============================================================================================
+# ======== Request fields ==========================================================================
 # The checks that OpenAI's APIs share: `validated` applies a table of them to a request.
 
 Check = Callable[
@@ -2513,7 +2600,7 @@ def argument_text(arguments: Any) -> str:
     return json_text(arguments) if arguments else ""
 
 
-# ======== Chat completions ==========================================================================================
+# ======== Chat completions ========================================================================
 # `parse_chat` reads a request, `ChatEncoder` streams the answer, `chat_completion` is the whole one.
 
 MAX_TOOLS = 128
@@ -3087,7 +3174,7 @@ def url_citation(result: JSON) -> JSON:
     return {"type": "url_citation", "url_citation": cited}
 
 
-# ======== Completions ===============================================================================================
+# ======== Completions =============================================================================
 # OpenAI's API before chat, translated.
 
 
@@ -3212,7 +3299,7 @@ def completion_choice(index: int, words: str, finish_reason: FinishReason | None
     return {"index": index, "text": words, "logprobs": None, "finish_reason": finish_reason}
 
 
-# ======== Responses: request ========================================================================================
+# ======== Responses: request ======================================================================
 # `parse_response` reads a request; the items of its input become messages.
 
 
@@ -4117,7 +4204,7 @@ def parse_response_tool(tool: Any, at: str) -> Tool | JSON | None:
             )
 
 
-# ======== Responses: answer =========================================================================================
+# ======== Responses: answer =======================================================================
 # `ResponseReply` turns events into those of the Responses API; the last one has the whole response.
 
 

@@ -25,9 +25,9 @@ Where a request goes:
 `respond` is the only writer of answers. What is relayed as it is (embeddings, images, files …) is
 `pass_through`, and nothing of the above knows it.
 
-Everything above the banner "Admission" is pure. What goes wrong there is raised as a BadRequest (the
-client's fault), an UpstreamError (Z.ai's), another ProxyError, or a SettingsError (the operator's);
-functions that check a single value raise ValueError, which is then made one of these.
+Everything above the banner "Admission" is pure. What goes wrong there is raised as a BadRequest
+(the client's fault), an UpstreamError (Z.ai's), another ProxyError, or a SettingsError (the
+operator's); functions that check a single value raise ValueError, which is then made one of these.
 
 The sections, in order:
 
@@ -124,7 +124,7 @@ from html import unescape
 from http.client import HTTPException
 from importlib import import_module
 from itertools import accumulate, chain, count, groupby, islice, takewhile
-from operator import add, attrgetter, mul
+from operator import add, attrgetter
 from pathlib import Path
 from queue import SimpleQueue
 from string import Template
@@ -537,7 +537,8 @@ class Limits:
 
 
 # ======== Errors ==================================================================================
-# `ErrorKind`: every failure that a client can see. A `ProxyError` carries one to where it is answered.
+# `ErrorKind`: every failure that a client can see. A `ProxyError` carries one to where it is
+# answered.
 
 
 @dataclass(frozen=True, slots=True)
@@ -740,7 +741,10 @@ RESET_TIME = re.compile(r"\b(20\d\d-\d\d-\d\d)[ T](\d\d:\d\d:\d\d)\b")
 
 
 class EmptyAnswerError(UpstreamError):
-    """Z.ai's answer says nothing. No client learns of it: the next one is passed on, whatever it says."""
+    """Z.ai's answer says nothing.
+
+    No client learns of it: Z.ai is asked again, and that answer is passed on, whatever it says.
+    """
 
     def __init__(self) -> None:
         super().__init__(UNAVAILABLE, "Z.ai's answer was empty: try again.")
@@ -814,7 +818,7 @@ def error_headers(error: ProxyError) -> dict[str, str]:
 
 
 class Redactor:
-    """Replaces every secret in a text by *** before it is logged or sent, however short the secret is."""
+    """Replaces every secret in a text by *** before it is logged or sent, however short it is."""
 
     def __init__(self, words: Iterable[str]) -> None:
         # A key may appear as it is, in JSON, in JSON inside JSON, or in a URL.
@@ -862,7 +866,8 @@ json_text = json.JSONEncoder(
     separators=(",", ":"), ensure_ascii=False, allow_nan=False, check_circular=False
 ).encode
 quoted = json.encoder.encode_basestring  # a string as JSON, by the same C function
-# Some clients split lines at these characters, so they are sent as escapes; JSON has them only inside strings.
+# Some clients split lines at these characters, so they are sent as escapes; JSON has them only
+# inside strings.
 LINE_ENDS = (("\u0085", "\\u0085"), ("\u2028", "\\u2028"), ("\u2029", "\\u2029"))
 
 
@@ -872,7 +877,7 @@ def json_bytes(value: Any) -> bytes:
 
 
 def escaped(text: str) -> bytes:
-    """JSON text, or frames of it, in UTF-8. Half a surrogate pair, which UTF-8 has not, is escaped."""
+    """JSON text, or frames of it, in UTF-8. Half a surrogate pair, which UTF-8 lacks, is escaped."""
     if text.isascii():
         return text.encode()
     for end, escape in LINE_ENDS:
@@ -882,15 +887,17 @@ def escaped(text: str) -> bytes:
 
 
 def sse(frames: Iterable[JSON | str]) -> bytes:
-    """Frames as bytes, each `data: …` and a blank line. A frame with a `type` also gets that as its event name."""
-    return escaped("".join([sse_frame(frame) for frame in frames]))
+    """Frames as bytes, each `data: …` and a blank line; the `type` of one is also its event name."""
+    return escaped("".join(map(sse_frame, frames)))
 
 
 def sse_frame(frame: JSON | str) -> str:
     if isinstance(frame, str):
         return f"data: {frame}\n\n"
-    name = f"event: {frame['type']}\n" if "type" in frame else ""
-    return f"{name}data: {json_text(frame)}\n\n"
+    data = f"data: {json_text(frame)}\n\n"
+    if "type" not in frame:
+        return data
+    return f"event: {frame['type']}\n{data}"
 
 
 def encode_request(value: Any) -> bytes:
@@ -934,18 +941,27 @@ def is_deeper(value: Any, depth: int) -> bool:
     """Whether objects and arrays are nested more than `depth` deep."""
     level: list[Any] = [value]
     for _ in range(depth):
-        # One after the other: a list of all these views would keep the garbage collector busy for seconds.
-        values = chain.from_iterable(
-            item.values() if isinstance(item, dict) else item for item in level
-        )
+        # One after the other: a list of all their values would keep the garbage collector busy for
+        # seconds.
+        values = chain.from_iterable(map(values_of, level))
         level = [value for value in values if isinstance(value, (dict, list))]
         if not level:
             return False
     return True
 
 
+def values_of(value: JSON | list[Any]) -> Iterable[Any]:
+    """The values of an object, or the items of an array."""
+    if isinstance(value, dict):
+        return value.values()
+    return value
+
+
 def parse_json(data: bytes) -> Any:
-    """The value; None if this is not JSON (or null). A character cut in half does not spoil the rest."""
+    """The value; None if this is not JSON (or null).
+
+    A character that is cut in half does not spoil the rest.
+    """
     return parse_json_text(data.decode("utf-8", "replace").removeprefix("\ufeff"))
 
 
@@ -962,12 +978,12 @@ def parse_json_text(text: str) -> Any:
 
 
 def parse_text(text: str) -> Any:
-    """As parse_json."""
+    """As parse_json, of a text; half a surrogate pair in it does not spoil the rest."""
     return parse_json(text.encode("utf-8", "surrogatepass"))
 
 
 def unique_names(pairs: list[tuple[str, Any]]) -> JSON:
-    """object_pairs_hook: rejects a repeated name, since JSON parsers differ in which value they keep."""
+    """object_pairs_hook: rejects a repeated name, of which each JSON parser keeps another value."""
     found = dict(pairs)
     if len(found) < len(pairs):
         raise ValueError("an object has the same name twice")
@@ -982,7 +998,7 @@ MAX_DEPTH = 100  # nested objects and arrays
 
 
 def too_many_values(body: bytes, most: int = MAX_VALUES) -> bool:
-    """Whether JSON text has more than so many values, not counting names; does not decode it."""
+    """Whether JSON text has more than `most` values, not counting names; does not decode it."""
     if len(body) <= 2 * most or openings_and_commas(body) < most:
         return False
     parts = body.replace(rb"\\", b"").replace(rb"\"", b"").split(b'"', 4 * most + 4)
@@ -1002,9 +1018,9 @@ def parse_request(body: bytes, most_values: int = MAX_VALUES) -> JSON:
     document = REQUEST_DECODER.decode(body.decode().removeprefix("\ufeff"))
     if not isinstance(document, dict):
         raise ValueError("it is another JSON value")
-    if (
-        len(body) < 2**14 and body.count(b"{") + body.count(b"[") <= MAX_DEPTH
-    ):  # most requests; counting is fast here
+    # Most requests are small, where counting is faster than looking.
+    is_small = len(body) < 2**14
+    if is_small and body.count(b"{") + body.count(b"[") <= MAX_DEPTH:
         return document
     if is_deeper(document, MAX_DEPTH):
         raise ValueError(f"it is nested more than {MAX_DEPTH} deep")
@@ -1029,8 +1045,10 @@ def fields_of(value: Any, *names: str) -> JSON:
 
 
 def objects(value: Any) -> Iterator[JSON]:
-    """The items of an array, none if it is something else."""
-    return map(as_object, value if isinstance(value, list) else ())
+    """The items of an array, {} in place of one that is no object; none if it is no array."""
+    if not isinstance(value, list):
+        return iter(())
+    return map(as_object, value)
 
 
 def first_object(value: Any) -> JSON:
@@ -1040,16 +1058,19 @@ def first_object(value: Any) -> JSON:
 
 
 def as_number(value: Any) -> float | None:
-    return (
-        value
-        if isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value < 2**53
-        else None
-    )
+    """`value` if it is a number that is neither negative nor too large to be exact, else None."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return None
+    if not 0 <= value < 2**53:
+        return None
+    return value
 
 
 def as_count(value: Any) -> int:
     """`value` if it is a natural number that fits into a column of a database, else 0."""
-    return value if type(value) is int and 0 <= value < 2**40 else 0
+    if type(value) is not int or not 0 <= value < 2**40:
+        return 0
+    return value
 
 
 # ======== Models ==================================================================================
@@ -1065,8 +1086,11 @@ SEARCH_PRICE = DOLLAR // 100  # of a web search of Z.ai's
 
 
 def cost_at(price: Price, prompt: int, cached: int, completion: int) -> int:
-    """What tokens cost, in billionths of a dollar."""
-    dollars_for_millions: float = sum(map(mul, (prompt - cached, cached, completion), price))
+    """What tokens cost, in billionths of a dollar; the cached ones are part of the prompt's."""
+    price_in, price_cached, price_out = price
+    dollars_for_millions = (
+        (prompt - cached) * price_in + cached * price_cached + completion * price_out
+    )
     return round(1000 * dollars_for_millions)
 
 
@@ -1076,16 +1100,19 @@ Effort = Literal["off", "on", "low", "medium", "high", "xhigh", "max"]
 
 @dataclass(frozen=True, slots=True)
 class Model:
-    """A model of Z.ai's; defaults are for unknown ones. `context`, `output` in tokens, `created` in Unix seconds."""
+    """A model of Z.ai's; the defaults are for one that is not in our table."""
 
     id: str
-    context: int | None = None
-    output: int | None = None
+    context: int | None = None  # tokens
+    output: int | None = None  # tokens
     thinking: ThinkingKind = "always"
-    vision: bool = True
-    free: bool = False
-    created: int = 1753632000  # the oldest date in Z.ai's own list
+    vision: bool = True  # whether it takes images
+    created: int = 1753632000  # Unix seconds: the oldest date in Z.ai's own list
     price: Price | None = None
+
+    @property
+    def free(self) -> bool:
+        return self.price == NO_PRICE
 
     @property
     def streams_arguments(self) -> bool:
@@ -1094,164 +1121,51 @@ class Model:
 
     @property
     def tagged_reasoning(self) -> bool:
-        """Older vision models write their reasoning, and boxes around results, into the text (docs.z.ai, GLM-4.5V)."""
+        """Older vision models write their reasoning, and boxes around results, into the text.
+
+        Source: docs.z.ai, GLM-4.5V.
+        """
         return self.id.startswith(("glm-4.1v", "glm-4.5v", "glm-4.6v"))
 
     def cost(self, prompt: int, cached: int, completion: int) -> float | None:
-        """What these tokens cost at list price, in US dollars; None where the price is not known."""
+        """What these tokens cost at list price, in US dollars; None where the price is unknown."""
         if self.price is None:
             return None
         return cost_at(self.price, prompt, cached, completion) / DOLLAR
 
 
-# docs.z.ai, October 2026; `created` is from Z.ai's list, or the day of the release. Where the cache has no price,
-# cached tokens cost the same.
+SEES = True
+BLIND = False  # takes no images
+
+# docs.z.ai, October 2026; `created` is from Z.ai's list, or the day of the release. Where the cache
+# has no price, cached tokens cost the same.
+# fmt: off
 MODEL_ROWS = (
-    Model(
-        "glm-5.3",
-        1024 * K,
-        128 * K,
-        "always",
-        vision=False,
-        created=1786636800,
-        price=(1.4, 0.26, 4.4),
-    ),
-    Model(
-        "glm-5.3-flash", 1024 * K, 128 * K, "always", created=1787702400, price=(0.15, 0.03, 0.5)
-    ),
-    Model(
-        "glm-5.3-flashx", 1024 * K, 128 * K, "always", created=1787702400, price=(0.37, 0.075, 1.25)
-    ),
-    Model(
-        "glm-5.2",
-        1024 * K,
-        128 * K,
-        "effort",
-        vision=False,
-        created=1780272000,
-        price=(1.4, 0.26, 4.4),
-    ),
-    Model(
-        "glm-5.1",
-        200 * K,
-        128 * K,
-        "switch",
-        vision=False,
-        created=1774569600,
-        price=(1.4, 0.26, 4.4),
-    ),
-    Model(
-        "glm-5", 200 * K, 128 * K, "switch", vision=False, created=1770768000, price=(1.0, 0.2, 3.2)
-    ),
-    Model(
-        "glm-5-turbo",
-        200 * K,
-        128 * K,
-        "switch",
-        vision=False,
-        created=1773532800,
-        price=(1.2, 0.24, 4.0),
-    ),
-    Model("glm-5v-turbo", 200 * K, 128 * K, "switch", created=1775001600, price=(1.2, 0.24, 4.0)),
-    Model(
-        "glm-4.7",
-        200 * K,
-        128 * K,
-        "switch",
-        vision=False,
-        created=1766361600,
-        price=(0.6, 0.11, 2.2),
-    ),
-    Model(
-        "glm-4.7-flashx",
-        200 * K,
-        128 * K,
-        "switch",
-        vision=False,
-        created=1768780800,
-        price=(0.07, 0.01, 0.4),
-    ),
-    Model(
-        "glm-4.7-flash",
-        200 * K,
-        128 * K,
-        "switch",
-        vision=False,
-        free=True,
-        created=1768780800,
-        price=(0, 0, 0),
-    ),
-    Model(
-        "glm-4.6",
-        200 * K,
-        128 * K,
-        "switch",
-        vision=False,
-        created=1759190400,
-        price=(0.6, 0.11, 2.2),
-    ),
-    Model("glm-4.6v", 128 * K, 32 * K, "switch", created=1765152000, price=(0.3, 0.3, 0.9)),
-    Model("glm-4.6v-flashx", 128 * K, 32 * K, "switch", created=1765152000),
-    Model(
-        "glm-4.6v-flash", 128 * K, 32 * K, "switch", free=True, created=1765152000, price=(0, 0, 0)
-    ),
-    Model(
-        "glm-4.5",
-        128 * K,
-        96 * K,
-        "switch",
-        vision=False,
-        created=1753632000,
-        price=(0.6, 0.11, 2.2),
-    ),
-    Model(
-        "glm-4.5-x",
-        128 * K,
-        96 * K,
-        "switch",
-        vision=False,
-        created=1753632000,
-        price=(2.2, 0.45, 8.9),
-    ),
-    Model(
-        "glm-4.5-air",
-        128 * K,
-        96 * K,
-        "switch",
-        vision=False,
-        created=1753632000,
-        price=(0.2, 0.03, 1.1),
-    ),
-    Model(
-        "glm-4.5-airx",
-        128 * K,
-        96 * K,
-        "switch",
-        vision=False,
-        created=1753632000,
-        price=(1.1, 0.22, 4.5),
-    ),
-    Model(
-        "glm-4.5-flash",
-        128 * K,
-        96 * K,
-        "switch",
-        vision=False,
-        free=True,
-        created=1753632000,
-        price=(0, 0, 0),
-    ),
-    Model("glm-4.5v", 64 * K, 16 * K, "switch", created=1754870400, price=(0.6, 0.6, 1.8)),
-    Model(
-        "glm-4-32b-0414-128k",
-        128 * K,
-        16 * K,
-        "none",
-        vision=False,
-        created=1744588800,
-        price=(0.1, 0.1, 0.1),
-    ),
+    #     id                 context   output   thinking  vision created     price
+    Model("glm-5.3",         1024 * K, 128 * K, "always", BLIND, 1786636800, (1.4, 0.26, 4.4)),
+    Model("glm-5.3-flash",   1024 * K, 128 * K, "always", SEES,  1787702400, (0.15, 0.03, 0.5)),
+    Model("glm-5.3-flashx",  1024 * K, 128 * K, "always", SEES,  1787702400, (0.37, 0.075, 1.25)),
+    Model("glm-5.2",         1024 * K, 128 * K, "effort", BLIND, 1780272000, (1.4, 0.26, 4.4)),
+    Model("glm-5.1",         200 * K,  128 * K, "switch", BLIND, 1774569600, (1.4, 0.26, 4.4)),
+    Model("glm-5",           200 * K,  128 * K, "switch", BLIND, 1770768000, (1.0, 0.2, 3.2)),
+    Model("glm-5-turbo",     200 * K,  128 * K, "switch", BLIND, 1773532800, (1.2, 0.24, 4.0)),
+    Model("glm-5v-turbo",    200 * K,  128 * K, "switch", SEES,  1775001600, (1.2, 0.24, 4.0)),
+    Model("glm-4.7",         200 * K,  128 * K, "switch", BLIND, 1766361600, (0.6, 0.11, 2.2)),
+    Model("glm-4.7-flashx",  200 * K,  128 * K, "switch", BLIND, 1768780800, (0.07, 0.01, 0.4)),
+    Model("glm-4.7-flash",   200 * K,  128 * K, "switch", BLIND, 1768780800, NO_PRICE),
+    Model("glm-4.6",         200 * K,  128 * K, "switch", BLIND, 1759190400, (0.6, 0.11, 2.2)),
+    Model("glm-4.6v",        128 * K,  32 * K,  "switch", SEES,  1765152000, (0.3, 0.3, 0.9)),
+    Model("glm-4.6v-flashx", 128 * K,  32 * K,  "switch", SEES,  1765152000),
+    Model("glm-4.6v-flash",  128 * K,  32 * K,  "switch", SEES,  1765152000, NO_PRICE),
+    Model("glm-4.5",         128 * K,  96 * K,  "switch", BLIND, 1753632000, (0.6, 0.11, 2.2)),
+    Model("glm-4.5-x",       128 * K,  96 * K,  "switch", BLIND, 1753632000, (2.2, 0.45, 8.9)),
+    Model("glm-4.5-air",     128 * K,  96 * K,  "switch", BLIND, 1753632000, (0.2, 0.03, 1.1)),
+    Model("glm-4.5-airx",    128 * K,  96 * K,  "switch", BLIND, 1753632000, (1.1, 0.22, 4.5)),
+    Model("glm-4.5-flash",   128 * K,  96 * K,  "switch", BLIND, 1753632000, NO_PRICE),
+    Model("glm-4.5v",        64 * K,   16 * K,  "switch", SEES,  1754870400, (0.6, 0.6, 1.8)),
+    Model("glm-4-32b-0414-128k", 128 * K, 16 * K, "none",   BLIND, 1744588800, (0.1, 0.1, 0.1)),
 )
+# fmt: on
 MODELS = {model.id: model for model in MODEL_ROWS}
 DEAREST: Price = max(model.price or NO_PRICE for model in MODEL_ROWS)
 
@@ -1288,7 +1202,7 @@ def has_plan(settings: Settings) -> bool:
 
 
 def all_aliases(settings: Settings) -> Aliases:
-    """MODEL_ALIASES, and what the names of Anthropic's models mean where it does not say."""
+    """MODEL_ALIASES, and what the names of Anthropic's models mean where these do not say."""
     return (
         *settings.model_aliases,
         ("claude-*haiku*", small_model(settings)),
@@ -1383,16 +1297,29 @@ def model_of(model_id: str) -> Model:
 
 
 def bare_name(name: str) -> str:
-    """A client's name without the provider's, and without Claude Code's mark of a long context."""
+    """A model's name without the provider's, and without Claude Code's mark of a long context."""
     lower = re.sub(r"\[1m\](?=:|$)", "", name.lower().strip())
     return lower.rsplit("/", 1)[-1].strip()
 
 
 SUPPORTED_PARAMETERS = (
-    *("max_tokens", "temperature", "top_p", "stop", "seed"),
-    *("tools", "tool_choice", "response_format", "structured_outputs"),
+    "max_tokens",
+    "temperature",
+    "top_p",
+    "stop",
+    "seed",
+    "tools",
+    "tool_choice",
+    "response_format",
+    "structured_outputs",
 )
 THINKING_PARAMETERS = ("reasoning", "reasoning_effort", "include_reasoning")
+
+
+def input_modalities(model: Model) -> list[str]:
+    if model.vision:
+        return ["text", "image"]
+    return ["text"]
 
 
 def model_item(model: Model, name: str) -> JSON:
@@ -1404,10 +1331,10 @@ def model_item(model: Model, name: str) -> JSON:
         "owned_by": "z.ai",
         "name": name,
         "architecture": {
-            "input_modalities": ["text", "image"] if model.vision else ["text"],
+            "input_modalities": input_modalities(model),
             "output_modalities": ["text"],
         },
-        "supported_parameters": list(SUPPORTED_PARAMETERS),
+        "supported_parameters": [*SUPPORTED_PARAMETERS],
     }
     if model.thinking != "none":
         item["supported_parameters"] += THINKING_PARAMETERS
@@ -1421,7 +1348,7 @@ def model_item(model: Model, name: str) -> JSON:
 
 
 def pricing(prompt: float, cached: float, completion: float) -> JSON:
-    """Prices for a million tokens as OpenRouter has them: for one, in plain decimals."""
+    """Prices for a million tokens as OpenRouter has them: for one token, in plain decimals."""
     return {
         "prompt": dollars_a_token(prompt),
         "completion": dollars_a_token(completion),
@@ -1436,7 +1363,11 @@ def dollars_a_token(price: float) -> str:
 def plain_aliases(settings: Settings) -> dict[str, Model]:
     """The models that clients may choose from besides Z.ai's: the aliases that are no pattern."""
     aliases = all_aliases(settings)
-    return {name: resolve(name, aliases) for name, _ in aliases if not re.search(r"[*?[]", name)}
+    models: dict[str, Model] = {}
+    for name, _ in aliases:
+        if not re.search(r"[*?[]", name):
+            models[name] = resolve(name, aliases)
+    return models
 
 
 def nearest_names(name: str, known: Iterable[str]) -> str:
@@ -1449,67 +1380,89 @@ def nearest_names(name: str, known: Iterable[str]) -> str:
 
 
 def anthropic_item(model: Model, name: str) -> JSON:
-    created = datetime.fromtimestamp(model.created, timezone.utc).isoformat().replace("+00:00", "Z")
-    return {"type": "model", "id": name, "display_name": name, "created_at": created}
+    """A model as Anthropic lists it."""
+    created = datetime.fromtimestamp(model.created, timezone.utc)
+    return {
+        "type": "model",
+        "id": name,
+        "display_name": name,
+        "created_at": f"{created:%Y-%m-%dT%H:%M:%SZ}",
+    }
 
 
 # Codex CLI wants a system prompt with every model, and uses it instead of its own.
 CODEX_INSTRUCTIONS = """\
-You are a coding agent in the user's terminal, run by the Codex CLI. You work in the user's folder with the tools you
+You are a coding agent in the user's terminal, run by the Codex CLI. You work in the user's \
+folder with the tools you
 are given, until the task is done; then you say in a few words what you did.
-- Read before you write: look at the files that matter, their style and their tests, and keep to them.
+- Read before you write: look at the files that matter, their style and their tests, and keep to \
+them.
 - Follow AGENTS.md files for the folders they stand in. What the user says goes before them.
-- Make the smallest change that does the whole task, at the root of the problem. Leave unrelated code as it is.
-- Edit files with apply_patch where it is offered. Search with rg. Do not re-read a file just to see an edit worked.
-- Check your work by running the tests or the program where that is possible, and say so where it was not.
+- Make the smallest change that does the whole task, at the root of the problem. Leave unrelated \
+code as it is.
+- Edit files with apply_patch where it is offered. Search with rg. Do not re-read a file just to \
+see an edit worked.
+- Check your work by running the tests or the program where that is possible, and say so where it \
+was not.
 - Never undo what you did not do, never commit, push or delete unless you are asked to.
-- For tasks of several steps keep a short plan with update_plan where it is offered, and say what comes next.
-- Be brief and exact. Name files with their paths. If something is unclear and matters, ask; else choose and go on.
+- For tasks of several steps keep a short plan with update_plan where it is offered, and say what \
+comes next.
+- Be brief and exact. Name files with their paths. If something is unclear and matters, ask; else \
+choose and go on.
 """
 
 # The efforts that Codex may ask for, by ThinkingKind; it sends no other.
-CODEX_LEVELS: dict[ThinkingKind, tuple[str, ...]] = {"none": (), "switch": ("none", "high")}
-CODEX_LEVELS |= {"effort": ("low", "medium", "high", "xhigh"), "always": ("low", "high", "xhigh")}
+CODEX_LEVELS: dict[ThinkingKind, tuple[str, ...]] = {
+    "none": (),
+    "switch": ("none", "high"),
+    "effort": ("low", "medium", "high", "xhigh"),
+    "always": ("low", "high", "xhigh"),
+}
 
 
 def codex_item(model: Model, name: str) -> JSON:
     """A model as Codex CLI lists it (openai/codex, ModelInfo; tried with 0.169)."""
     levels = CODEX_LEVELS[model.thinking]
-    names = {"slug": name, "display_name": name, "description": "GLM through Z.ai's official API"}
-    listing = {"visibility": "list", "supported_in_api": True, "priority": 1, "upgrade": None}
-    tools = {
+    default_level = "high" if levels else None
+    return {
+        "slug": name,
+        "display_name": name,
+        "description": "GLM through Z.ai's official API",
+        "visibility": "list",
+        "supported_in_api": True,
+        "priority": 1,
+        "upgrade": None,
         "shell_type": "shell_command",
         "apply_patch_tool_type": "freeform",
         "supports_parallel_tool_calls": True,
-    }
-    absent: JSON = {
         "support_verbosity": False,
         "default_verbosity": None,
         "experimental_supported_tools": [],
-    }
-    limits = {
         "context_window": model.context or 128 * K,
         "truncation_policy": {"mode": "bytes", "limit": 10_000},
-    }
-    return {
-        **(names | listing | tools | absent | limits),
         "base_instructions": CODEX_INSTRUCTIONS,
-        "default_reasoning_level": "high" if levels else None,
+        "default_reasoning_level": default_level,
         "supported_reasoning_levels": [{"effort": level, "description": level} for level in levels],
         "supports_reasoning_summaries": bool(levels),
-        "input_modalities": ["text", "image"] if model.vision else ["text"],
+        "input_modalities": input_modalities(model),
     }
 
 
 def models_from_items(items: list[Any]) -> Iterator[Model]:
-    """The models of Z.ai's own list, completed from the table; an item without a proper id is left out."""
-    for item in items:
-        name, created = as_object(item).get("id"), as_object(item).get("created")
-        if isinstance(name, str) and re.fullmatch(r"[!-~]{1,256}", name):
-            model = Model(name.lower())
-            if type(created) is int and 0 <= created < 10**10:  # some lists have milliseconds
-                model = replace(model, created=created)
-            yield MODELS.get(model.id) or model
+    """The models of Z.ai's own list, completed from the table.
+
+    An item without a proper id is left out.
+    """
+    for item in objects(items):
+        name = item.get("id")
+        if not isinstance(name, str) or not re.fullmatch(r"[!-~]{1,256}", name):
+            continue
+        model = model_of(name.lower())
+        created = item.get("created")
+        # Some lists have milliseconds.
+        if model.id not in MODELS and type(created) is int and 0 <= created < 10**10:
+            model = replace(model, created=created)
+        yield model
 
 
 # ======== Internal representation =================================================================

@@ -1466,8 +1466,9 @@ def models_from_items(items: list[Any]) -> Iterator[Model]:
 
 
 # ======== Internal representation =================================================================
-# What a client asks and a model answers, independent of any API. Nothing changes these values once they are made;
-# most are not frozen: frozen ones take three times as long to make.
+# What a client asks and a model answers, independent of any API. Nothing changes these values once
+# they are made, but for `Choice` and `Answer`, which add events up; most are not frozen: frozen ones
+# take three times as long to make.
 
 
 @dataclass(slots=True)
@@ -1488,7 +1489,10 @@ class Text:
 
 @dataclass(slots=True)
 class ToolCall:
-    """A tool call, or a piece of one: the first has id and name, later ones only more `arguments` (JSON text)."""
+    """A tool call, or a piece of one.
+
+    The first piece has id and name, later ones only more `arguments` (JSON text).
+    """
 
     index: int
     id: str
@@ -1508,9 +1512,20 @@ class Usage:
     reasoning: int = 0
 
     def __add__(self, other: Usage) -> Usage:
-        prompt, completion = self.prompt + other.prompt, self.completion + other.completion
-        total, cached = self.total + other.total, self.cached + other.cached
-        return Usage(prompt, completion, total, cached, self.reasoning + other.reasoning)
+        return Usage(
+            prompt=self.prompt + other.prompt,
+            completion=self.completion + other.completion,
+            total=self.total + other.total,
+            cached=self.cached + other.cached,
+            reasoning=self.reasoning + other.reasoning,
+        )
+
+
+def summed(before: Usage | None, usage: Usage) -> Usage:
+    """The usage of all choices so far; None: Z.ai has sent none before."""
+    if before is None:
+        return usage
+    return before + usage
 
 
 # "window_full" becomes "length" or an error before a Reply sees it.
@@ -1519,11 +1534,11 @@ FinishReason = Literal["stop", "length", "tool_calls", "content_filter", "window
 
 @dataclass(slots=True)
 class Finish:
-    """The last event of a choice that is complete; `stop_sequence` is the stop string that ended it, if one did."""
+    """The last event of a choice that is complete."""
 
     reason: FinishReason
     choice: int = 0
-    stop_sequence: str = ""  # the one of `stop` at which it ends
+    stop_sequence: str = ""  # the one of `stop` that ended it, if one did
     is_window_full: bool = False  # why it is cut short: not for max_tokens
 
 
@@ -1623,7 +1638,10 @@ class ToolChoice:
 
 @dataclass(slots=True)
 class Prompt:
-    """A checked request, independent of the API that it came through. None means that the client did not say."""
+    """A checked request, independent of the API that it came through.
+
+    None means that the client did not say.
+    """
 
     model: str
     messages: tuple[Message, ...]
@@ -1696,7 +1714,10 @@ TOKENS_OF_OTHERS = 0.28
 
 
 def estimated_tokens(prompt: Prompt) -> int:
-    """About how many tokens the model reads, without asking it: by characters, an image as IMAGE_SIZE / 4."""
+    """About how many tokens the model reads, without asking it: by characters.
+
+    An image counts as IMAGE_SIZE / 4.
+    """
     tokens = 0.0
     for text in texts_of(prompt):
         tokens += text_tokens(text)
@@ -1708,7 +1729,7 @@ def estimated_tokens(prompt: Prompt) -> int:
 
 
 def texts_of(prompt: Prompt) -> Iterator[str]:
-    """All that the model reads as text: messages, reasoning, calls, and the tools with their schemas."""
+    """All that the model reads as text: messages, reasoning, calls, and tools with their schemas."""
     for message in prompt.messages:
         yield message_text(message)
         yield message.thought
@@ -1730,17 +1751,13 @@ def text_tokens(text: str) -> float:
 
 @dataclass(slots=True)
 class Head:
-    """What every chunk of an answer repeats.
+    """What every chunk of an answer repeats."""
 
-    `id` is Z.ai's id of the answer, `created` Unix seconds, `model` the name as the client wrote it, `own_id` a random
-    id of ours; `clock` tells the Unix time at which the answer is complete.
-    """
-
-    id: str
-    created: int
-    model: str
-    own_id: str
-    clock: Callable[[], float]
+    id: str  # Z.ai's, of the answer
+    created: int  # Unix seconds
+    model: str  # the name as the client wrote it
+    own_id: str  # a random one of ours
+    clock: Callable[[], float]  # tells the Unix time at which the answer is complete
 
 
 @dataclass
@@ -1776,15 +1793,17 @@ class Choice:
 
     @property
     def tool_calls(self) -> list[ToolCall]:
-        return [
-            replace(call[0], arguments="".join(piece.arguments for piece in call))
-            for call in self.calls.values()
-        ]
+        return [whole_call(pieces) for pieces in self.calls.values()]
 
     @property
     def message(self) -> Message:
         """The message that clients send back later."""
         return Message("assistant", (self.text,), self.thought, tuple(self.tool_calls))
+
+
+def whole_call(pieces: Sequence[ToolCall]) -> ToolCall:
+    arguments = "".join([piece.arguments for piece in pieces])
+    return replace(pieces[0], arguments=arguments)
 
 
 class Answer:
@@ -1795,16 +1814,17 @@ class Answer:
         self.usage: Usage | None = None  # None: Z.ai sent none
         for event in events:
             if isinstance(event, Usage):
-                self.usage = self.usage + event if self.usage else event
+                self.usage = summed(self.usage, event)
             else:
                 self.choices[event.choice].add(event)
 
 
 @dataclass(frozen=True, slots=True)
 class StoredResponse:
-    """A response that a client may refer to: a link in a conversation, which goes back from parent to parent.
+    """A response that a client may refer to.
 
-    An older version stored the whole conversation as the input, and no parent.
+    It is a link in a conversation, which goes back from parent to parent. An older version stored
+    the whole conversation as the input, and no parent.
     """
 
     response: JSON
@@ -1829,7 +1849,10 @@ class Reply(ABC):
     input_tokens = 0  # of the request, as they were estimated; 0 where they were not
 
     def frames_of(self, events: Iterable[Event]) -> list[Frame]:
-        return [frame for event in events for frame in self.feed(event)]
+        frames: list[Frame] = []
+        for event in events:
+            frames += self.feed(event)
+        return frames
 
     def begin(self, head: Head) -> None:
         self.head = head
@@ -1854,9 +1877,8 @@ class Reply(ABC):
 # ======== Request fields ==========================================================================
 # The checks that OpenAI's APIs share: `validated` applies a table of them to a request.
 
-Check = Callable[
-    [Any], Any
-]  # returns a value, converted, or raises ValueError with what it must be
+# Returns a value, converted, or raises ValueError with what it must be.
+Check = Callable[[Any], Any]
 
 
 def must(words: str, holds: Callable[[Any], bool]) -> Check:
@@ -1936,14 +1958,14 @@ MAX_STOPS = 16
 
 
 def stop_words(value: Any) -> tuple[str, ...]:
-    words = [value] if isinstance(value, str) else value
-    if (
-        not isinstance(words, list)
-        or len(words) > MAX_STOPS
-        or not all(isinstance(word, str) for word in words)
-    ):
+    """The stop strings, one or several, without empty ones."""
+    words = value
+    if isinstance(value, str):
+        words = [value]
+    are_words = isinstance(words, list) and all(isinstance(word, str) for word in words)
+    if not are_words or len(words) > MAX_STOPS:
         raise ValueError(f"must be a string or an array of up to {MAX_STOPS} strings")
-    return tuple(word for word in words if word)
+    return tuple(filter(None, words))
 
 
 def require_fields(given: JSON, *names: str) -> None:
@@ -1954,7 +1976,10 @@ def require_fields(given: JSON, *names: str) -> None:
 
 
 def checked(value: Any, check: Check, at: str) -> Any:
-    """`value` as its check returns it. Raises BadRequest; `at` is the path of the value in the request."""
+    """`value` as its check returns it.
+
+    Raises BadRequest; `at` is the path of the value in the request.
+    """
     try:
         return check(value)
     except ValueError as error:
@@ -1962,9 +1987,10 @@ def checked(value: Any, check: Check, at: str) -> Any:
 
 
 def validated(body: JSON, wanted: Mapping[str, Check], at: str = "") -> JSON:
-    """The known fields of `body` that are not null, each as its check returns it; `at` is the path of `body`.
+    """The known fields of `body` that are not null, each as its check returns it.
 
-    Raises BadRequest for the first invalid one, in the client's order.
+    Raises BadRequest for the first invalid one, in the client's order. `at` is the path of `body`
+    in the request, with a dot at its end.
     """
     given = {}
     for name, value in body.items():
@@ -1983,11 +2009,13 @@ NEUTRAL: JSON = {
 
 def unknown_fields(body: JSON, known: Iterable[str]) -> list[str]:
     """The unknown fields with a value that asks for something."""
-    return [
-        name
-        for name, value in body.items()
-        if name not in known and value and value not in NEUTRAL.get(name, ())
-    ]
+    unknown: list[str] = []
+    for name, value in body.items():
+        if name in known or not value:
+            continue
+        if value not in NEUTRAL.get(name, ()):
+            unknown.append(name)
+    return unknown
 
 
 # The words for effort in the OpenAI API and its relatives.
@@ -2046,7 +2074,7 @@ def effort_from_thinking(value: Any) -> Effort | None:
 
 def effort_from_template(value: Any) -> Effort | None:
     """The `chat_template_kwargs` of vLLM and SGLang; the name depends on the model."""
-    switches: dict[str, Check] = dict.fromkeys(("enable_thinking", "thinking"), effort_from_switch)
+    switches = {"enable_thinking": effort_from_switch, "thinking": effort_from_switch}
     given = validated(mapping(value), switches, "chat_template_kwargs.")
     return given.get("enable_thinking") or given.get("thinking")
 
@@ -2062,7 +2090,10 @@ thinking_budget = integer(-1, 2**31)
 
 
 def effort_from_budget(value: Any) -> Effort | None:
-    """Qwen's and Gemini's `thinking_budget` in tokens, of which GLM has none: 0 is off, -1 says nothing."""
+    """Qwen's and Gemini's `thinking_budget` in tokens: 0 is off, -1 says nothing, others are on.
+
+    GLM has no such budget.
+    """
     tokens = thinking_budget(value)
     if tokens < 0:
         return None
@@ -2115,44 +2146,45 @@ def wants_usage(given: JSON) -> bool:
 
 
 # The fields that every API has, and those that chat and completions share.
-COMMON_FIELDS: dict[str, Check] = {"model": model_name, "stream": switch, "fallbacks": model_names}
-COMMON_FIELDS |= {
+COMMON_FIELDS: dict[str, Check] = {
+    "model": model_name,
+    "stream": switch,
+    "fallbacks": model_names,
     "temperature": number(0, 2),
     "top_p": number(0, 1),
     "safety_identifier": string,
     "user": string,
 }
-GENERATION_FIELDS = (
-    COMMON_FIELDS
-    | EFFORT_FIELDS
-    | {"n": integer(1, 8), "stop": stop_words, "max_tokens": token_limit}
-)
-GENERATION_FIELDS |= {"seed": integer(-(2**63), 2**63 - 1), "stream_options": mapping}
-GENERATION_FIELDS |= {"reasoning_format": reasoning_format, "include_reasoning": switch}
+GENERATION_FIELDS: dict[str, Check] = {
+    **COMMON_FIELDS,
+    **EFFORT_FIELDS,
+    "n": integer(1, 8),
+    "stop": stop_words,
+    "max_tokens": token_limit,
+    "seed": integer(-(2**63), 2**63 - 1),
+    "stream_options": mapping,
+    "reasoning_format": reasoning_format,
+    "include_reasoning": switch,
+}
 
 # Fields that Prompt has under the same name.
-COPIED_FIELDS = frozenset(
-    (
-        "model",
-        "stream",
-        "n",
-        "temperature",
-        "top_p",
-        "stop",
-        "seed",
-        "tool_choice",
-        "fallbacks",
-    )
+COPIED_FIELDS = (
+    "model",
+    "stream",
+    "n",
+    "temperature",
+    "top_p",
+    "stop",
+    "seed",
+    "tool_choice",
+    "fallbacks",
 )
 
 
 def common_arguments(given: JSON) -> JSON:
     """The arguments of Prompt that every API gives in the same way."""
-    same = {name: value for name, value in given.items() if name in COPIED_FIELDS}
-    return {
-        **same,
-        "user": given.get("user_id") or given.get("safety_identifier") or given.get("user", ""),
-    }
+    user = given.get("user_id") or given.get("safety_identifier") or given.get("user", "")
+    return {**fields_of(given, *COPIED_FIELDS), "user": user}
 
 
 # ======== Contents ================================================================================

@@ -2191,10 +2191,14 @@ def common_arguments(given: JSON) -> JSON:
 # `read_message`: one message of any API as Messages. A client sends its history again with every
 # request, so what is said in a message is never refused here; what is not known goes as its text.
 
-# Z.ai refuses developer (1214); OpenAI's role function is now tool.
-ROLES = {role: role for role in ("system", "user", "assistant", "tool")} | {
-    "developer": "system",
-    "function": "tool",
+# The roles of messages, as Z.ai has them.
+ROLES = {
+    "system": "system",
+    "user": "user",
+    "assistant": "assistant",
+    "tool": "tool",
+    "developer": "system",  # Z.ai refuses it (1214)
+    "function": "tool",  # what OpenAI's API had before tools
 }
 known_role = must(
     f"be one of {', '.join(ROLES)}", lambda value: isinstance(value, str) and value in ROLES
@@ -2212,25 +2216,25 @@ def read_message(message: Any, at: str) -> list[Message]:
 
     `at` is its path in the request. Raises BadRequest for no object, and for an unknown role.
     """
-    role = ROLES[checked(checked(message, mapping, at).get("role"), known_role, f"{at}.role")]
+    given_role = checked(message, mapping, at).get("role")
+    role = ROLES[checked(given_role, known_role, f"{at}.role")]
     given = message.get("content")
     if isinstance(given, str) and role in ("user", "system"):  # most of them
         return [Message(role, (given,))]
     reader = ContentReader(role)
     reader.read(given, f"{at}.content")
-    content, results = tuple(reader.content), reader.results
-    match role:
-        case "assistant":
-            thought = read_thought(message) or "".join(reader.thoughts)
-            calls = merge_calls(read_calls(message), reader.calls)
-            return [Message(role, content, thought, calls), *results]
-        case _ if results:
-            rest = Message("user", content, continues=True)
-            return [*results, rest] if content else results
-        case "tool":
-            return [Message(role, content, call_id=answered_call(message))]
-        case _:
-            return [Message(role, content)]
+    content = tuple(reader.content)
+    if role == "assistant":
+        thought = read_thought(message) or "".join(reader.thoughts)
+        calls = merge_calls(read_calls(message), reader.calls)
+        return [Message(role, content, thought, calls), *reader.results]
+    if reader.results and content:
+        return [*reader.results, Message("user", content, continues=True)]
+    if reader.results:
+        return reader.results
+    if role == "tool":
+        return [Message(role, content, call_id=answered_call(message))]
+    return [Message(role, content)]
 
 
 class ContentReader:
@@ -2260,18 +2264,25 @@ class ContentReader:
 
     def read_part(self, part: Any, at: str) -> None:
         kind = part_type(part)
-        says = self.role == "assistant"
+        is_assistants = self.role == "assistant"
         if kind in PART_READERS:
             # Z.ai refuses empty text parts (1214).
-            self.content += [read for read in PART_READERS[kind](part, at) if read]
-        elif kind in ("thinking", "reasoning") and says:
+            self.content += filter(None, PART_READERS[kind](part, at))
+        elif kind in ("thinking", "reasoning") and is_assistants:
             self.thoughts.append(part_thought(part))
-        elif kind == "tool_use" and says:
+        elif kind == "tool_use" and is_assistants:
             self.calls.append(read_call(part, len(self.calls)))
         elif kind == "tool_result" and self.role != "system":
             self.results.append(read_result(part, at))
         elif part is not None:
             self.content.append(json_or_text(part))
+
+
+def read_content(content: Any, at: str) -> list[Part]:
+    """The parts of a content that is not a message's own: calls and results in it are text."""
+    reader = ContentReader("system")
+    reader.read(content, at)
+    return reader.content
 
 
 # The results of tools are any JSON: what lacks all of these is an object that has such a type.
@@ -2329,9 +2340,10 @@ def read_media(part: JSON, at: str) -> list[Part]:
 
 
 def media_at(url: Any, kind: str, at: str) -> Part:
+    media = Media(kind, url)
     if isinstance(url, str) and is_within_reach(url):
-        return Media(kind, url)
-    return Unreadable("image" if kind == "image_url" else "file", "", SEND_IMAGE, at)
+        return media
+    return Unreadable(media.kind, "", SEND_IMAGE, at)
 
 
 SCHEME = re.compile(r"([a-zA-Z][a-zA-Z0-9+.-]{0,20}):")
@@ -2383,9 +2395,7 @@ def read_file(part: JSON, at: str) -> list[Part]:
     given = as_object(part.get("file")) or as_object(part.get("source")) or part
     name = file_name(part)
     if "content" in given:
-        reader = ContentReader("system")
-        reader.read(given["content"], f"{at}.source.content")
-        return [name, *reader.content]
+        return [name, *read_content(given["content"], f"{at}.source.content")]
     data = given.get("file_data") or given.get("data")
     if not isinstance(data, str):
         return [Unreadable("file", name, SEND_DATA, at)]
@@ -2440,10 +2450,10 @@ def read_secret(_: JSON, __: str) -> list[Part]:
 
 def read_search_result(part: JSON, at: str) -> list[Part]:
     """A document that the client found, as Anthropic's API has it."""
-    reader = ContentReader("system")
-    reader.read(part["content"], f"{at}.content")
     about = [part.get("title"), part.get("source")]
-    return [*(text for text in about if isinstance(text, str)), *reader.content]
+    found: list[Part] = [text for text in about if isinstance(text, str)]
+    found += read_content(part["content"], f"{at}.content")
+    return found
 
 
 def read_tool_reference(part: JSON, _: str) -> list[Part]:
@@ -2480,13 +2490,18 @@ PART_READERS: dict[str, Callable[[Any, str], list[Part]]] = {
 
 def read_result(part: JSON, at: str) -> Message:
     """The result of a tool, as Anthropic's API has it in a user's message."""
-    reader = ContentReader("system")  # in which further results would be text
-    reader.read(part.get("content"), f"{at}.content")
-    content = reader.content
+    content = read_content(part.get("content"), f"{at}.content")
     if part.get("is_error") is True and not says_error(content):
-        said = content.pop(0) if content and isinstance(content[0], str) else ""
-        content.insert(0, f"Error: {said}".strip())
+        content = with_error(content)
     return Message("tool", tuple(content), call_id=answered_call(part))
+
+
+def with_error(content: list[Part]) -> list[Part]:
+    """A content whose first text begins with the word error: Z.ai has no field for it."""
+    if content and isinstance(content[0], str):
+        first = f"Error: {content[0]}".strip()
+        return [first, *content[1:]]
+    return ["Error:", *content]
 
 
 def says_error(content: list[Part]) -> bool:
@@ -2548,8 +2563,11 @@ def joined_texts(value: Any) -> str:
 def read_calls(message: JSON) -> list[ToolCall]:
     """The calls in `tool_calls`, or in `function_call`, OpenAI's before there were tools."""
     given = message.get("tool_calls")
-    calls = [given] if isinstance(given, dict) else [*objects(given)]
-    if isinstance(function := message.get("function_call"), dict):
+    calls = list(objects(given))
+    if isinstance(given, dict):
+        calls = [given]
+    function = message.get("function_call")
+    if isinstance(function, dict):
         calls.append({"id": function.get("name"), "function": function})  # it has no other id
     return [read_call(call, index) for index, call in enumerate(calls)]
 
@@ -2564,17 +2582,20 @@ def read_call(call: JSON, index: int) -> ToolCall:
         case _:
             function = call
             arguments = call.get("arguments", call.get("input", call.get("args")))
-    given_id = call.get("id")
-    call_id = f"call_{index}" if given_id in (None, "") else str(given_id)
+    call_id = call.get("id")
+    if call_id in (None, ""):
+        call_id = f"call_{index}"
     name = function.get("name")
     if not isinstance(name, str):
         name = ""
-    return ToolCall(index, call_id, name, argument_text(arguments) or "{}")
+    return ToolCall(index, str(call_id), name, argument_text(arguments) or "{}")
 
 
 def merge_calls(calls: list[ToolCall], others: list[ToolCall]) -> tuple[ToolCall, ...]:
     """The calls of a message, and those of its parts that are not among them."""
-    known = {call.id for call in calls} if others else set()
+    if not others:
+        return tuple(calls)
+    known = {call.id for call in calls}
     return (*calls, *[call for call in others if call.id not in known])
 
 
@@ -2582,7 +2603,9 @@ def argument_text(arguments: Any) -> str:
     """Arguments as JSON text, as OpenAI has them, even if they were sent as an object."""
     if isinstance(arguments, str):
         return arguments
-    return json_text(arguments) if arguments else ""
+    if not arguments:
+        return ""
+    return json_text(arguments)
 
 
 # ======== Chat completions ========================================================================

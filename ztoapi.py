@@ -2609,7 +2609,7 @@ def argument_text(arguments: Any) -> str:
 
 
 # ======== Chat completions ========================================================================
-# `parse_chat` reads a request, `ChatEncoder` streams the answer, `chat_completion` is the whole one.
+# `parse_chat` reads a request; `ChatReply` makes its answer, streamed or whole.
 
 MAX_TOOLS = 128
 
@@ -2645,7 +2645,9 @@ def chosen_name(choice: JSON) -> str:
     """The name in a choice, perhaps one level deeper; "" if there is none."""
     named = as_object(choice.get("function")) or as_object(choice.get("custom")) or choice
     name = named.get("name")
-    return name if isinstance(name, str) else ""
+    if not isinstance(name, str):
+        return ""
+    return name
 
 
 def function_list(value: Any) -> list[Any]:
@@ -2657,9 +2659,10 @@ def function_list(value: Any) -> list[Any]:
 
 
 def function_choice(value: Any) -> ToolChoice:
-    return tool_choice(
-        {"type": "function", "function": value} if isinstance(value, dict) else value
-    )
+    """The deprecated `function_call`."""
+    if isinstance(value, dict):
+        return tool_choice({"type": "function", "function": value})
+    return tool_choice(value)
 
 
 def answer_schema(value: Any) -> JSON | None:
@@ -2682,13 +2685,15 @@ def answer_schema(value: Any) -> JSON | None:
 def search_tool(value: Any) -> JSON:
     """OpenAI's web_search_options as Z.ai's tool.
 
-    Documents and clients differ on whether search_engine must be there; "search-prime" is the one api.z.ai documents.
+    Documents and clients differ on whether search_engine must be there; "search-prime" is the one
+    that api.z.ai documents.
     """
     size = mapping(value).get("search_context_size")
     if size not in (None, "low", "medium", "high"):
         raise ValueError("must have the search_context_size low, medium or high")
-    high = {"content_size": "high"} if size == "high" else {}
-    options = {"enable": True, "search_engine": "search-prime", "search_result": True, **high}
+    options: JSON = {"enable": True, "search_engine": "search-prime", "search_result": True}
+    if size == "high":
+        options["content_size"] = "high"
     return {"type": "web_search", "web_search": options}
 
 
@@ -2729,10 +2734,29 @@ def parse_chat(body: JSON) -> tuple[Prompt, ChatReply]:
         tools = parse_functions(given)
     else:
         tools = [parse_tool(tool, f"tools[{i}]") for i, tool in enumerate(given.get("tools", ()))]
+    prompt = chat_prompt(body, given, tools)
+    include_usage = wants_usage(given)
+    if has_functions:
+        return prompt, FunctionReply(prompt.n, include_usage=include_usage)
+    custom = custom_names(given.get("tools", ()))
+    if custom:
+        return prompt, CustomToolReply(prompt.n, custom, include_usage=include_usage)
+    return prompt, ChatReply(prompt.n, include_usage=include_usage)
+
+
+def chat_prompt(body: JSON, given: JSON, tools: list[ParsedTool]) -> Prompt:
+    """The prompt of a request: `given` has its fields as they were checked, `tools` its tools."""
+    messages = read_messages(given["messages"])
     thinking = validated(as_object(body.get("thinking")), {"clear_thinking": switch}, "thinking.")
-    prompt = Prompt(
+    ignored = [
+        *unknown_fields(body, CHAT_FIELDS),
+        *unknown_tools(given.get("tools", ()), tools),
+        *serial_calls(given),
+        *dropped_names(given["messages"]),
+    ]
+    return Prompt(
         **common_arguments(given),
-        messages=read_messages(given["messages"]),
+        messages=messages,
         max_tokens=given.get("max_completion_tokens") or given.get("max_tokens"),
         tools=tuple([tool for tool in tools if isinstance(tool, Tool)]),
         native_tools=tuple(native_tools(tools, given)),
@@ -2741,21 +2765,9 @@ def parse_chat(body: JSON) -> tuple[Prompt, ChatReply]:
         reasoning_format=reasoning_form(given, body),
         clear_thinking=thinking.get("clear_thinking"),
         cache_key=str(body.get("prompt_cache_key") or ""),
-        native={name: value for name, value in given.items() if name in NATIVE_FIELDS},
-        ignored=(
-            *unknown_fields(body, CHAT_FIELDS),
-            *unknown_tools(given.get("tools", ()), tools),
-            *serial_calls(given),
-            *dropped_names(given["messages"]),
-        ),
+        native=fields_of(given, *NATIVE_FIELDS),
+        ignored=tuple(ignored),
     )
-    include_usage = wants_usage(given)
-    if has_functions:
-        return prompt, FunctionReply(prompt.n, include_usage=include_usage)
-    custom = custom_names(given.get("tools", ()))
-    if custom:
-        return prompt, CustomToolReply(prompt.n, custom, include_usage=include_usage)
-    return prompt, ChatReply(prompt.n, include_usage=include_usage)
 
 
 def read_messages(messages: list[Any]) -> Messages:
@@ -2767,14 +2779,17 @@ def read_messages(messages: list[Any]) -> Messages:
 
 def dropped_names(messages: list[JSON]) -> list[str]:
     """`messages.name` if a message has a name; the name of a function answers a call."""
-    named = any(message.get("name") and message["role"] != "function" for message in messages)
-    return ["messages.name"] if named else []
+    for message in messages:
+        if message.get("name") and message["role"] != "function":
+            return ["messages.name"]
+    return []
 
 
 def native_tools(tools: list[ParsedTool], given: JSON) -> list[JSON]:
-    """Z.ai's own tools: those that the client sent, and the search that web_search_options asks for."""
+    """Z.ai's own tools: those that the client sent, and the search of web_search_options."""
     native = [tool for tool in tools if isinstance(tool, dict)]
-    if "web_search_options" in given and not any(tool["type"] == "web_search" for tool in native):
+    types = [tool["type"] for tool in native]
+    if "web_search_options" in given and "web_search" not in types:
         native.append(given["web_search_options"])
     return native
 
@@ -2890,13 +2905,13 @@ def parse_named_tool(tool: JSON, at: str, inside: str) -> Tool:
 
 
 def usage_body(usage: Usage) -> JSON:
-    counts = {
+    return {
         "prompt_tokens": usage.prompt,
         "completion_tokens": usage.completion,
         "total_tokens": usage.total,
+        "prompt_tokens_details": {"cached_tokens": usage.cached},
+        "completion_tokens_details": {"reasoning_tokens": usage.reasoning},
     }
-    cached, reasoning = {"cached_tokens": usage.cached}, {"reasoning_tokens": usage.reasoning}
-    return {**counts, "prompt_tokens_details": cached, "completion_tokens_details": reasoning}
 
 
 def envelope(head: Head, prefix: str, kind: str) -> JSON:
@@ -2904,29 +2919,50 @@ def envelope(head: Head, prefix: str, kind: str) -> JSON:
     return {"id": prefix + head.id, "object": kind, "created": head.created, "model": head.model}
 
 
-class ChatReply(Reply):
-    """A chat's answer: chat.completion.chunk frames, or a chat.completion.
+class ChunkReply(Reply):
+    """What the answers of chat and of completions share: what frames are made of, and their end.
 
     Frames are JSON text, since most of each is always the same.
     """
 
-    def __init__(self, n: int, *, include_usage: bool) -> None:
-        self.n = n
+    def __init__(self, *, include_usage: bool) -> None:
         self.include_usage = include_usage
-        self.start = ""  # of every frame: the envelope
-        self.tail = '],"usage":null}' if include_usage else "]}"
+        self.start = ""  # of every frame: the envelope, up to the choices
+        self.tail = "]}"  # of every frame, after the choices
+        if include_usage:
+            self.tail = '],"usage":null}'
         self.usage: Usage | None = None  # the sum over the choices
-        self.begun: set[int] = set()  # choices that have had their first delta
+        self.begun: set[int] = set()  # choices that have had their first frame
+
+    def close(self) -> list[Frame]:
+        """The usage, if it was asked for and Z.ai sent it, and the end."""
+        if not self.include_usage or self.usage is None:
+            return ["[DONE]"]
+        usage = json_text(usage_body(self.usage))
+        return [f'{self.start}],"usage":{usage}}}', "[DONE]"]
+
+    def fail(self, error: ProxyError) -> list[Frame]:
+        # OpenAI's SDKs raise on `error`, Dify needs `choices`.
+        return [{**error_body(error), "choices": []}, "[DONE]"]
+
+
+class ChatReply(ChunkReply):
+    """A chat's answer: chat.completion.chunk frames, or a chat.completion."""
+
+    def __init__(self, n: int, *, include_usage: bool) -> None:
+        super().__init__(include_usage=include_usage)
+        self.n = n  # the number of choices
 
     def begin(self, head: Head) -> None:
         super().begin(head)
         self.start = frame_start(envelope(head, "chatcmpl-", "chat.completion.chunk"))
 
     def feed(self, event: Event) -> list[str]:
-        if self.n > 1 and not self.begun and not isinstance(event, Usage):
-            # The OpenAI SDK's stream() fails on choices that do not begin in their order.
-            return [*(self.chunk(choice, "") for choice in range(self.n)), *self.frames(event)]
-        return self.frames(event)
+        if self.n == 1 or self.begun or isinstance(event, Usage):
+            return self.frames(event)
+        # The OpenAI SDK's stream() fails on choices that do not begin in their order.
+        opening = [self.chunk(choice, "") for choice in range(self.n)]
+        return opening + self.frames(event)
 
     def frames(self, event: Event) -> list[str]:
         match event:
@@ -2941,7 +2977,7 @@ class ChatReply(Reply):
                 chunk = self.chunk(event.choice, f'"annotations":{annotations}')
                 return [f'{chunk[:-1]},"web_search":{json_text(event.results)}}}']
             case Usage():
-                self.usage = self.usage + event if self.usage else event
+                self.usage = summed(self.usage, event)
                 return []
             case Finish():
                 return [self.chunk(event.choice, "", quoted(event.reason))]
@@ -2950,16 +2986,11 @@ class ChatReply(Reply):
         """A frame; `delta` is what stands between the braces of the delta."""
         if choice not in self.begun:
             self.begun.add(choice)
-            role = '"role":"assistant"'
-            delta = f"{role},{delta}" if delta else role
+            if delta:
+                delta = f",{delta}"
+            delta = f'"role":"assistant"{delta}'
         state = f'"delta":{{{delta}}},"finish_reason":{finish_reason}'
         return f'{self.start}{{"index":{choice},{state}}}{self.tail}'
-
-    def close(self) -> list[Frame]:
-        return last_frames(self.start, self.usage if self.include_usage else None)
-
-    def fail(self, error: ProxyError) -> list[Frame]:
-        return failure_frames(error)
 
     def fold(self, events: Sequence[Event]) -> JSON:
         answer = Answer(events)
@@ -2969,21 +3000,27 @@ class ChatReply(Reply):
             "choices": [self.choice_body(index, choice) for index, choice in choices],
             "usage": usage_body(answer.usage or Usage()),
         }
-        found = [result for _, choice in choices for result in choice.citations]
+        found: list[JSON] = []
+        for _, choice in choices:
+            found += choice.citations
         if found:
             document["web_search"] = found
         return document
 
     def choice_body(self, index: int, choice: Choice) -> JSON:
         """One choice of a whole answer; content is null when there are only calls."""
+        content: str | None = choice.text
+        if choice.calls and not content:
+            content = None
+        message = {
+            "role": "assistant",
+            "content": content,
+            "refusal": None,
+            **self.extras(choice),
+        }
         return {
             "index": index,
-            "message": {
-                "role": "assistant",
-                "content": choice.text or (None if choice.calls else ""),
-                "refusal": None,
-                **self.extras(choice),
-            },
+            "message": message,
             "logprobs": None,
             "finish_reason": choice.finish,
         }
@@ -2993,7 +3030,7 @@ class ChatReply(Reply):
         fields = {
             "reasoning_content": choice.thought,
             "annotations": url_citations(choice.citations),
-            "tool_calls": [*map(call_body, choice.tool_calls)],
+            "tool_calls": [call_body(call) for call in choice.tool_calls],
         }
         return {name: value for name, value in fields.items() if value}
 
@@ -3001,18 +3038,6 @@ class ChatReply(Reply):
 def frame_start(body: JSON) -> str:
     """What every frame begins with, up to its choices."""
     return json_text(body)[:-1] + ',"choices":['
-
-
-def last_frames(start: str, usage: Usage | None) -> list[Frame]:
-    """The frames after the last event: the usage, if it was asked for and Z.ai sent it, and the end."""
-    if usage:
-        return [f'{start}],"usage":{json_text(usage_body(usage))}}}', "[DONE]"]
-    return ["[DONE]"]
-
-
-def failure_frames(error: ProxyError) -> list[Frame]:
-    """The last frames of an answer that broke off: OpenAI's SDKs raise on `error`, Dify needs `choices`."""
-    return [{**error_body(error), "choices": []}, "[DONE]"]
 
 
 class FunctionReply(ChatReply):
@@ -3074,8 +3099,8 @@ class CustomToolReply(ChatReply):
         """The frames with the texts of a choice's calls."""
         for (choice, index), pieces in self.calls.items():
             if choice == of_choice:
-                arguments = "".join([piece.arguments for piece in pieces])
-                custom = {"input": custom_input(pieces[0].name, arguments)}
+                call = whole_call(pieces)
+                custom = {"input": custom_input(call.name, call.arguments)}
                 yield self.call_frame(choice, {"index": index, "custom": custom})
 
     def call_frame(self, choice: int, delta: JSON) -> str:
@@ -3099,7 +3124,7 @@ def custom_call_body(call: ToolCall) -> JSON:
 
 
 def custom_input(name: str, arguments: str) -> str:
-    """What a custom tool is called with: a string, offered to the model as a function's only field."""
+    """What a custom tool is called with: a string, which the model knows as a function's field."""
     given = parse_json_text(arguments)
     if isinstance(given, dict) and "input" in given:
         said = json_or_text(given["input"])
@@ -3112,7 +3137,8 @@ def custom_input(name: str, arguments: str) -> str:
     return said
 
 
-# The lines around a patch, as Codex's apply_patch takes it (openai/codex, apply-patch/src/parser.rs).
+# The lines around a patch, as Codex's apply_patch takes it (openai/codex,
+# apply-patch/src/parser.rs).
 PATCH_BEGINS = re.compile(r"^\*\*\* Begin Patch[ \t\r]*\n", re.MULTILINE)
 PATCH_ENDS = "\n*** End Patch"
 
@@ -3127,8 +3153,9 @@ def patch_in(said: str) -> str:
         ends = text.rfind(PATCH_ENDS)
         if begins and begins.start() < ends:
             patch = text[begins.start() : ends + len(PATCH_ENDS)]
-            is_bare = patch == text.strip()
-            return text if is_bare else patch
+            if patch == text.strip():
+                return text
+            return patch
     return said
 
 
@@ -3154,45 +3181,46 @@ def call_body(call: ToolCall) -> JSON:
 
 def call_delta(call: ToolCall) -> JSON:
     """The first piece of a call has its id and name, later ones only arguments."""
-    return {
-        "index": call.index,
-        **(call_body(call) if call.id else {"function": {"arguments": call.arguments}}),
-    }
+    if call.id:
+        return {"index": call.index, **call_body(call)}
+    return {"index": call.index, "function": {"arguments": call.arguments}}
 
 
 def url_citations(results: Iterable[JSON]) -> list[JSON]:
-    """Search results as OpenAI's annotations."""
-    return [
-        url_citation(result)
-        for result in results
-        if isinstance(result.get("link"), str) and result["link"]
-    ]
+    """Search results as OpenAI's annotations; what has no address is left out."""
+    citations: list[JSON] = []
+    for result in results:
+        link = result.get("link")
+        if isinstance(link, str) and link:
+            citations.append(url_citation(result))
+    return citations
 
 
 def url_citation(result: JSON) -> JSON:
     """Z.ai does not say where in the text a result belongs, so the indexes are 0."""
-    title, content = str(result.get("title") or ""), str(result.get("content") or "")
     cited = {
         "url": result["link"],
-        "title": title,
+        "title": str(result.get("title") or ""),
         "start_index": 0,
         "end_index": 0,
-        "content": content,
+        "content": str(result.get("content") or ""),
     }
     return {"type": "url_citation", "url_citation": cited}
 
 
 # ======== Completions =============================================================================
-# OpenAI's API before chat, translated.
-
+# OpenAI's API before chat: `parse_completion` reads a prompt as a chat, `CompletionReply` makes its
+# answer.
 
 MAX_PROMPTS = 20
 
 
 def prompt_texts(value: Any) -> tuple[str, ...]:
-    """The prompts: one, or several that have nothing to do with each other."""
+    """The prompts: one, or several that have nothing to do with each other; none for ""."""
+    if value == "":
+        return ()
     if isinstance(value, str):
-        return (value,) if value else ()
+        return (value,)
     texts = array(value)
     for text in texts:
         if not isinstance(text, str) or not text:
@@ -3202,7 +3230,8 @@ def prompt_texts(value: Any) -> tuple[str, ...]:
     return tuple(texts)
 
 
-COMPLETION_FIELDS = GENERATION_FIELDS | {
+COMPLETION_FIELDS: dict[str, Check] = {
+    **GENERATION_FIELDS,
     "prompt": prompt_texts,
     "echo": switch,
     "suffix": string,
@@ -3216,48 +3245,50 @@ def parse_completion(body: JSON) -> tuple[Prompt, CompletionReply]:
     require_fields(given, "model", "prompt")
     n = given.get("n", 1)
     if given.get("best_of", n) not in (0, 1, n):
-        raise BadRequest(
-            "'best_of' must be the same as 'n': nobody compares answers here.", "best_of"
-        )
+        words = "'best_of' must be the same as 'n': nobody compares answers here."
+        raise BadRequest(words, "best_of")
     texts = given["prompt"]
-    batch = [completion_messages(text, given.get("suffix", "")) for text in texts]
+    conversations = [completion_messages(text, given.get("suffix", "")) for text in texts]
+    batch: tuple[Messages, ...] = ()
+    if len(texts) > 1:
+        batch = tuple(conversations)
     echo = bool(given.get("echo"))
     arguments = {**common_arguments(given), "n": n * len(texts)}
     prompt = Prompt(
         **arguments,
-        messages=batch[0],
-        batch=tuple(batch) if len(batch) > 1 else (),
+        messages=conversations[0],
+        batch=batch,
         max_tokens=given.get("max_tokens"),
         effort=effort_of(given),
         reasoning_format=reasoning_form(given, body),
         ignored=tuple(unknown_fields(body, COMPLETION_FIELDS)),
         wants_answer=not (echo and body.get("max_tokens") == 0),
     )
-    echoes = []
+    echoes: list[str] = []
     for text in texts:
-        echoes += [text if echo else ""] * n
+        echoed = text if echo else ""
+        echoes += [echoed] * n
     return prompt, CompletionReply(echoes, include_usage=wants_usage(given))
 
 
-def completion_messages(prompt: str, suffix: str) -> tuple[Message, ...]:
-    """The prompt as the user's message. Z.ai has no parameter for the suffix, so a system message asks for it."""
-    line = f"Write only what belongs between the user's text and this: {suffix}"
-    return (*([Message("system", (line,))] if suffix else []), Message("user", (prompt,)))
+def completion_messages(prompt: str, suffix: str) -> Messages:
+    """The prompt as the user's message.
 
-
-class CompletionReply(Reply):
-    """A completion's answer: text_completion frames, or one document. It cannot hold reasoning.
-
-    `echoes` is what each choice begins with.
+    Z.ai has no parameter for the suffix, so a system message asks for it.
     """
+    asked = Message("user", (prompt,))
+    if not suffix:
+        return (asked,)
+    line = f"Write only what belongs between the user's text and this: {suffix}"
+    return (Message("system", (line,)), asked)
+
+
+class CompletionReply(ChunkReply):
+    """A completion's answer: text_completion frames, or one document. It cannot hold reasoning."""
 
     def __init__(self, echoes: Sequence[str], *, include_usage: bool) -> None:
-        self.echoes = echoes
-        self.include_usage = include_usage
-        self.begun: set[int] = set()  # choices that have had their echo
-        self.start = ""  # of every frame: the envelope
-        self.tail = '],"usage":null}' if include_usage else "]}"
-        self.usage: Usage | None = None  # the sum over the choices
+        super().__init__(include_usage=include_usage)
+        self.echoes = echoes  # what each choice begins with
 
     def begin(self, head: Head) -> None:
         super().begin(head)
@@ -3271,7 +3302,7 @@ class CompletionReply(Reply):
             case Finish(reason, choice):
                 return [self.frame(completion_choice(choice, self.opening(choice), reason))]
             case Usage():
-                self.usage = self.usage + event if self.usage else event
+                self.usage = summed(self.usage, event)
         return []
 
     def opening(self, choice: int) -> str:
@@ -3284,18 +3315,12 @@ class CompletionReply(Reply):
     def frame(self, choice: JSON) -> str:
         return f"{self.start}{json_text(choice)}{self.tail}"
 
-    def close(self) -> list[Frame]:
-        return last_frames(self.start, self.usage if self.include_usage else None)
-
-    def fail(self, error: ProxyError) -> list[Frame]:
-        return failure_frames(error)
-
     def fold(self, events: Sequence[Event]) -> JSON:
         answer = Answer(events)
-        choices = [
-            completion_choice(index, self.echoes[index] + choice.text, choice.finish)
-            for index, choice in sorted(answer.choices.items())
-        ]
+        choices: list[JSON] = []
+        for index, choice in sorted(answer.choices.items()):
+            text = self.echoes[index] + choice.text
+            choices.append(completion_choice(index, text, choice.finish))
         return {
             **envelope(self.head, "cmpl-", "text_completion"),
             "choices": choices,

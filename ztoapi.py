@@ -3337,8 +3337,9 @@ def completion_choice(index: int, words: str, finish_reason: FinishReason | None
 
 
 def text_format(value: Any) -> JSON | None:
-    """The schema in a request's `text`: as `answer_schema`, but the format is flat."""
+    """The schema in a request's `text`: None for text, {} for any JSON."""
     flat = mapping(value).get("format") or {"type": "text"}
+    # Chat has the fields of a json_schema one level deeper.
     return answer_schema({**as_object(flat), "json_schema": flat})
 
 
@@ -3375,29 +3376,40 @@ def chosen_tools(mode: Literal["auto", "required"], tools: list[Any]) -> ChosenT
 
 
 def response_input(value: Any) -> list[Any]:
-    return [{"role": "user", "content": value}] if isinstance(value, str) else array(value)
+    """The items of an input; a text is a user's message."""
+    if isinstance(value, str):
+        return [{"role": "user", "content": value}]
+    items: list[Any] = array(value)
+    return items
 
 
 def qualified_name(item: JSON) -> str:
-    """The name under which the model knows a function: functions of two namespaces may have the same name."""
-    return "__".join(str(item[key]) for key in ("namespace", "name") if item.get(key))
+    """The name under which the model knows a function.
+
+    Functions of two namespaces may have the same name.
+    """
+    return joined_fields(item, "namespace", "name")
+
+
+def joined_fields(item: JSON, *names: str) -> str:
+    """Those of these fields that an item has, as one name."""
+    return "__".join([str(item[name]) for name in names if item.get(name)])
 
 
 def response_tools(value: Any) -> list[tuple[str, Any]]:
     """The tools, each after its path in the request."""
-    return [
-        found
-        for i, tool in enumerate(array(value))
-        for found in split_namespace(tool, f"tools[{i}]")
-    ]
+    found: list[tuple[str, Any]] = []
+    for i, tool in enumerate(array(value)):
+        found += split_namespace(tool, f"tools[{i}]")
+    return found
 
 
 def split_namespace(tool: Any, at: str) -> Iterator[tuple[str, Any]]:
-    """Yield the tool, or each tool of a namespace with `namespace` added to it, after its path in the request."""
+    """The tool, or each tool of a namespace with `namespace` added to it, after its path."""
     match tool:
         case {"type": "namespace", "name": str(namespace), "tools": [*members]}:
             for i, member in enumerate(members):
-                yield f"{at}.tools[{i}]", as_object(member) | {"namespace": namespace}
+                yield f"{at}.tools[{i}]", {**as_object(member), "namespace": namespace}
         case {"type": str(kind), "external_web_access": False} if kind.startswith("web_search"):
             return  # Codex's default: a search of OpenAI's own index, not of the web
         case _:
@@ -3406,19 +3418,21 @@ def split_namespace(tool: Any, at: str) -> Iterator[tuple[str, Any]]:
 
 def metadata(value: Any) -> JSON:
     """As OpenAI bounds it: 16 pairs, keys of 64 characters, values of 512."""
-    pairs = as_object(mapping(value))
-    fits = len(pairs) <= 16 and all(
-        len(key) <= 64 and isinstance(words, str) and len(words) <= 512
-        for key, words in pairs.items()
-    )
-    if not fits:
+    pairs = mapping(value)
+    fits = all(is_metadata(key, value) for key, value in pairs.items())
+    if len(pairs) > 16 or not fits:
         raise ValueError("must have at most 16 strings of 512 characters, with keys of 64")
     return pairs
 
 
+def is_metadata(key: str, value: Any) -> bool:
+    return len(key) <= 64 and isinstance(value, str) and len(value) <= 512
+
+
 def stored_by_openai(_: Any) -> None:
     raise ValueError(
-        "refers to what only OpenAI stores: send the conversation as 'input', or 'previous_response_id'"
+        "refers to what only OpenAI stores: send the conversation as 'input', "
+        "or 'previous_response_id'"
     )
 
 
@@ -3478,17 +3492,17 @@ class History(Protocol):
 
 
 class Referred(NamedTuple):
-    """What a request refers to: the response that it goes on from, and those that it takes items from."""
+    """The responses that a request refers to, by their ids."""
 
-    previous: str = ""
-    others: tuple[str, ...] = ()
+    previous: str = ""  # the one that it goes on from
+    others: tuple[str, ...] = ()  # those that it takes items from
 
 
 @dataclass(slots=True)
 class ResponsesRequest:
-    """What a response's answer depends on. `echo` is what the response repeats of the request."""
+    """What the answer to a request depends on."""
 
-    echo: JSON
+    echo: JSON  # what the response repeats of the request
     input: list[JSON]  # what is to be stored of its own items
     tools: Mapping[str, JSON]  # as the client sent them, by the names that the model knows
     returns_reasoning: bool  # in a form that the client can send back
@@ -3503,7 +3517,7 @@ def parse_response(body: JSON, history: History) -> tuple[Prompt, ResponseReply]
 
 
 def parse_compaction(body: JSON, history: History) -> tuple[Prompt, ResponseReply]:
-    """A request for nothing but a summary; what comes of it is not stored. Raises as parse_response."""
+    """A request for nothing but a summary, which is not stored. Raises as parse_response."""
     prompt, request = read_response_request({**body, "store": False}, history)
     return with_compaction(prompt), CompactedReply(request)
 
@@ -3512,7 +3526,10 @@ COUNTED_OF_RESPONSE = ("model", "instructions", "input", "tools", "previous_resp
 
 
 def parse_counted_response(body: JSON, history: History) -> Prompt:
-    """What a model would read of a request, of which nothing else is looked at; the model need not be named."""
+    """What a model would read of a request; nothing else in it is looked at.
+
+    The model need not be named.
+    """
     given = {name: body[name] for name in COUNTED_OF_RESPONSE if body.get(name) is not None}
     prompt, _ = read_response_request({"model": "any", "input": "", **given}, history)
     return prompt
@@ -3531,6 +3548,12 @@ def read_response_request(body: JSON, history: History) -> tuple[Prompt, Respons
         conversation = (Message("system", (given["instructions"],)), *conversation)
     tools = with_additional_tools(read_tools(given.get("tools", [])), items)
     offered = offered_tools(given.get("tool_choice", ToolChoice()), tools)
+    ignored = [
+        *unknown_fields(body, RESPONSE_FIELDS),
+        *serial_calls(given),
+        *offered.left_out,
+        *unknown_items(items),
+    ]
     prompt = Prompt(
         **common_arguments({"stream": False, **given, "tool_choice": offered.choice}),
         messages=conversation,
@@ -3541,23 +3564,20 @@ def read_response_request(body: JSON, history: History) -> tuple[Prompt, Respons
         effort=given.get("reasoning"),
         reasoning_format="parsed",
         cache_key=given.get("prompt_cache_key", ""),
-        ignored=(
-            *unknown_fields(body, RESPONSE_FIELDS),
-            *serial_calls(given),
-            *offered.left_out,
-            *unknown_items(items),
-        ),
+        ignored=tuple(ignored),
     )
     echo = echo_of(body)
-    stored = stored_items(own) if echo["store"] else []
+    stored: list[JSON] = []
+    if echo["store"]:
+        stored = stored_items(own)
     returns_reasoning = "reasoning.encrypted_content" in given.get("include", ())
     return prompt, ResponsesRequest(echo, stored, offered.by_name, returns_reasoning)
 
 
 def ends_in_trigger(items: Any) -> bool:
-    """Whether the input asks for a summary of the conversation, as Codex does before its window is full."""
-    kinds = [item.get("type") for item in objects(items)]
-    return kinds[-1:] == [COMPACTION_TRIGGER]
+    """Whether the input asks for a summary: Codex does so before the model's window is full."""
+    given = list(objects(items))
+    return bool(given) and given[-1].get("type") == COMPACTION_TRIGGER
 
 
 COMPACTION_TRIGGER = "compaction_trigger"
@@ -3566,15 +3586,20 @@ Write a summary of this conversation for the model that goes on with the work. I
 else of what came before, so whatever it needs must be in your summary:
 - What was asked: the task, every later wish and correction, and what must not be done.
 - What was decided, and why; what was tried and did not work.
-- What was changed: each file and what is different in it now; commands that were run and what came of them.
+- What was changed: each file and what is different in it now; \
+commands that were run and what came of them.
 - What is open: what remains to be done, what is in progress, known errors, and the next step.
-Write the names of files, functions, commands, settings, versions and ids, and the words of errors, \
-exactly as they are. An earlier summary above counts as part of the conversation. Call no tool. \
+Write the names of files, functions, commands, settings, versions and ids, \
+and the words of errors, exactly as they are. \
+An earlier summary above counts as part of the conversation. Call no tool. \
 Answer with the summary alone."""
 
 
 def with_compaction(prompt: Prompt) -> Prompt:
-    """The conversation with the order to sum it up at its end; its beginning stays as it was, for Z.ai's cache."""
+    """The conversation with the order to sum it up at its end.
+
+    Its beginning stays as it was, for Z.ai's cache.
+    """
     order = Message("user", (COMPACTION_ORDER,), continues=True)
     return replace(
         prompt,
@@ -3598,15 +3623,20 @@ def previous_items(response_id: str, history: History) -> list[JSON]:
     while response_id:
         stored = history.get(response_id)
         if stored is None:
-            message = "The previous response is not stored here (any more): send the whole conversation as 'input'."
-            raise BadRequest(message, "previous_response_id", "previous_response_not_found")
+            raise BadRequest(
+                "The previous response is not stored here (any more): send the whole conversation "
+                "as 'input'.",
+                "previous_response_id",
+                "previous_response_not_found",
+            )
         output = stored.response["output"]
         if "compaction" in map(item_type, output):  # it stands for all that came before
             turns.append(output)
             break
         turns.append([*stored.input, *output])
         response_id = stored.parent
-    return [*chain.from_iterable(reversed(turns))]
+    turns.reverse()
+    return list(chain.from_iterable(turns))
 
 
 MAX_REFERENCES = 1_000  # responses whose items one request refers to
@@ -3628,8 +3658,13 @@ def referred_responses(body: JSON) -> Referred:
 
 
 def response_of(item_id: str) -> str:
-    """The id of the response that an item belongs to, from the item's id (see `ResponseReply.new_item`)."""
-    return f"resp_{item_id.partition('_')[2].rpartition('_')[0]}"
+    """The id of the response that an item belongs to, from the item's id.
+
+    rs_ID_0 is of resp_ID (see `ResponseReply.new_item`).
+    """
+    _, _, rest = item_id.partition("_")
+    own_id, _, _ = rest.rpartition("_")
+    return f"resp_{own_id}"
 
 
 def resolve_reference(item: Any, at: str, history: History) -> Any:
@@ -3649,7 +3684,9 @@ SHORT = 512  # characters of what a response repeats, but the model never reads
 
 
 def short(value: Any) -> str | None:
-    return value[:SHORT] if isinstance(value, str) else None
+    if not isinstance(value, str):
+        return None
+    return value[:SHORT]
 
 
 def echo_of(body: JSON) -> JSON:
@@ -3657,14 +3694,21 @@ def echo_of(body: JSON) -> JSON:
 
     It is stored: what no model reads is left out or short, or a few tokens would fill a disk.
     """
-    echo = ECHOED | {name: body[name] for name in ECHOED if body.get(name) is not None}
+    echo = dict(ECHOED)
+    for name in ECHOED:
+        if body.get(name) is not None:
+            echo[name] = body[name]
     for name in ("user", "safety_identifier", "prompt_cache_key"):
         echo[name] = short(echo[name])
-    reasoning, text = as_object(echo["reasoning"]), as_object(echo["text"])
     if type(echo["max_tool_calls"]) is not int:
         echo["max_tool_calls"] = None
     echo["metadata"] = as_object(echo["metadata"])
-    echo["reasoning"] = {name: short(reasoning.get(name)) for name in ("effort", "summary")}
+    reasoning = as_object(echo["reasoning"])
+    echo["reasoning"] = {
+        "effort": short(reasoning.get("effort")),
+        "summary": short(reasoning.get("summary")),
+    }
+    text = as_object(echo["text"])
     answer_format = format_echo(as_object(text.get("format")) or {"type": "text"})
     echo["text"] = {"format": answer_format, **shortened(text, "verbosity")}
     echo["tool_choice"] = choice_echo(echo["tool_choice"])
@@ -3673,7 +3717,7 @@ def echo_of(body: JSON) -> JSON:
 
 
 def format_echo(given: JSON) -> JSON:
-    echo = fields_of(given, "type", "schema") | shortened(given, "name", "description")
+    echo = {**fields_of(given, "type", "schema"), **shortened(given, "name", "description")}
     if "strict" in given:
         echo["strict"] = bool(given["strict"])
     return echo
@@ -3683,11 +3727,11 @@ def choice_echo(choice: Any) -> Any:
     """A `tool_choice`; one in chat's form has the name one level deeper."""
     if not isinstance(choice, dict):
         return choice
-    given = choice | as_object(choice.get("function"))
+    given = {**choice, **as_object(choice.get("function"))}
     echo = fields_of(given, "type", "name", "namespace", "mode")
     if "tools" in choice:
-        names = ("type", "name", "namespace")
-        echo["tools"] = [fields_of(tool, *names) for tool in objects(choice["tools"])]
+        tools = objects(choice["tools"])
+        echo["tools"] = [fields_of(tool, "type", "name", "namespace") for tool in tools]
     return echo
 
 
@@ -3698,12 +3742,14 @@ def shortened(value: Any, *names: str) -> JSON:
 
 def function_echo(tool: JSON) -> JSON:
     strict = tool.get("strict")
+    if not isinstance(strict, bool):
+        strict = None
     return {
         "type": "function",
         "name": tool.get("name"),
         "description": tool.get("description"),
         "parameters": tool.get("parameters"),
-        "strict": strict if isinstance(strict, bool) else None,
+        "strict": strict,
     }
 
 
@@ -3711,14 +3757,19 @@ def custom_echo(tool: JSON) -> JSON:
     echo = fields_of(tool, "type", "name", "description")
     grammar = as_object(tool.get("format"))
     if grammar:
-        echo["format"] = shortened(grammar, "type", "syntax") | fields_of(grammar, "definition")
+        echo["format"] = {
+            **shortened(grammar, "type", "syntax"),
+            **fields_of(grammar, "definition"),
+        }
     return echo
 
 
 def namespace_echo(tool: JSON) -> JSON:
-    about = short(tool.get("description"))
-    members = tool_echoes(tool.get("tools"))
-    return fields_of(tool, "type", "name") | {"description": about, "tools": members}
+    return {
+        **fields_of(tool, "type", "name"),
+        "description": short(tool.get("description")),
+        "tools": tool_echoes(tool.get("tools")),
+    }
 
 
 def search_echo(tool: JSON) -> JSON:
@@ -3765,10 +3816,20 @@ def item_type(item: JSON) -> str:
     return str(item.get("type") or "message")
 
 
-# The fields of each type of item that are read.
-CALL_FIELDS = (
-    *("call_id", "server_label", "name", "namespace", "arguments", "action", "operation"),
-    *("output", "error", "status", "author", "content"),
+# The fields that are read of each type of item, and of the types that do not stand in the table.
+OTHER_ITEM_FIELDS = (
+    "call_id",
+    "server_label",
+    "name",
+    "namespace",
+    "arguments",
+    "action",
+    "operation",
+    "output",
+    "error",
+    "status",
+    "author",
+    "content",
 )
 ITEM_FIELDS: Mapping[str, tuple[str, ...]] = {
     "message": ("role", "content"),
@@ -3786,8 +3847,11 @@ ITEM_FIELDS: Mapping[str, tuple[str, ...]] = {
 # More of them in a message, as other APIs have it.
 ROLE_FIELDS: Mapping[str, tuple[str, ...]] = {
     "assistant": (
-        *("reasoning_content", "reasoning", "reasoning_details"),
-        *("tool_calls", "function_call"),
+        "reasoning_content",
+        "reasoning",
+        "reasoning_details",
+        "tool_calls",
+        "function_call",
     ),
     "tool": ("tool_call_id", "tool_use_id", "name", "tool_name"),
 }
@@ -3796,7 +3860,9 @@ STORED_PART_FIELDS: Mapping[str, tuple[str, ...]] = {
     **dict.fromkeys(("text", "input_text", "output_text"), ("text",)),
     "refusal": ("refusal",),
     "input_image": ("image_url",),
-    **{kind: (kind,) for kind in ("image_url", "video_url", "file_url")},
+    "image_url": ("image_url",),
+    "video_url": ("video_url",),
+    "file_url": ("file_url",),
 }
 
 
@@ -3811,7 +3877,7 @@ def stored_items(items: Iterable[JSON]) -> list[JSON]:
 
 
 def stored_item(item: JSON, kind: str) -> JSON:
-    names = ITEM_FIELDS.get(kind, CALL_FIELDS)
+    names = ITEM_FIELDS.get(kind, OTHER_ITEM_FIELDS)
     if kind == "message":
         names += ROLE_FIELDS.get(ROLES[item["role"]], ())
     kept: JSON = {"type": kind, **fields_of(item, *names), **rewritten(item, kind)}
@@ -3871,7 +3937,9 @@ def unknown_items(items: Iterable[JSON]) -> list[str]:
 def read_call_item(item: JSON, _: str) -> list[Message]:
     """A call; several items may form one assistant message (see merge_assistant_turns)."""
     kind = str(item["type"])
-    name = qualified_name(item) if item.get("name") else ""
+    name = ""
+    if item.get("name"):
+        name = qualified_name(item)
     if kind == "function_call":
         arguments = item.get("arguments")
     elif kind == "custom_tool_call":
@@ -3897,9 +3965,12 @@ def read_found_tools(item: JSON, _: str) -> list[Message]:
     """What a search of tools found, by name: the tools themselves join the others."""
     if item.get("execution") == "server":
         return []
-    names = filter(None, map(qualified_name, additional_tools(item)))
-    said = "\n".join([f"tool {name} is now available" for name in names])
-    said = said or "no tool was found"
+    lines: list[str] = []
+    for tool in additional_tools(item):
+        name = qualified_name(tool)
+        if name:
+            lines.append(f"tool {name} is now available")
+    said = "\n".join(lines) or "no tool was found"
     return [Message("tool", (said,), call_id=item_call_id(item))]
 
 
@@ -3919,7 +3990,7 @@ def read_output_item(item: JSON, at: str) -> list[Message]:
 
 def read_mcp_item(item: JSON, at: str) -> list[Message]:
     """A call that OpenAI's server made, and what came of it."""
-    name = "__".join([str(item[key]) for key in ("server_label", "name") if item.get(key)])
+    name = joined_fields(item, "server_label", "name")
     call_id = item_call_id(item) or at
     call = ToolCall(0, call_id, name, argument_text(item.get("arguments")) or "{}")
     said = json_or_text(item.get("output") or item.get("error"))
@@ -3928,10 +3999,9 @@ def read_mcp_item(item: JSON, at: str) -> list[Message]:
 
 def read_agent_item(item: JSON, at: str) -> list[Message]:
     """What one of Codex's agents wrote to another, as a user's text that names its author."""
-    reader = ContentReader("system")
-    reader.read(agent_content(item), f"{at}.content")
+    content = read_content(agent_content(item), f"{at}.content")
     words = f"Message from the agent {item.get('author') or '?'}:"
-    return [Message("user", (words, *reader.content), continues=True)]
+    return [Message("user", (words, *content), continues=True)]
 
 
 CIPHERTEXT = re.compile(r"gAAAA[\w-]+=*")  # as OpenAI encrypts: Fernet
@@ -3950,10 +4020,12 @@ def agent_content(item: JSON) -> Any:
 
 
 def plain_part(part: Any) -> Any:
+    """A part of a content, as a text if only its type says that it is encrypted."""
     match part:
         case {"type": "encrypted_content", "encrypted_content": str(said)}:
-            is_secret = CIPHERTEXT.fullmatch(said)
-            return part if is_secret else {"type": "input_text", "text": said}
+            if CIPHERTEXT.fullmatch(said):
+                return part
+            return {"type": "input_text", "text": said}
         case _:
             return part
 
@@ -4027,13 +4099,13 @@ def read_tools(tools: list[tuple[str, Any]]) -> list[ReadTool]:
 
 @dataclass(slots=True)
 class OfferedTools:
-    """The tools of a request as the model gets them, and what was left out, by the names for the client."""
+    """The tools of a request as the model gets them."""
 
     choice: ToolChoice
     functions: tuple[Tool, ...]
-    natives: tuple[JSON, ...]
+    natives: tuple[JSON, ...]  # Z.ai's own
     by_name: dict[str, JSON]  # functions as the client sent them, by the names that the model knows
-    left_out: list[str]
+    left_out: list[str]  # what the model does not get, as the client is told of it
 
 
 def offered_tools(wanted: ToolChoice | ChosenTools, tools: list[ReadTool]) -> OfferedTools:
@@ -4055,16 +4127,21 @@ def offered_tools(wanted: ToolChoice | ChosenTools, tools: list[ReadTool]) -> Of
     choice = fulfilled(wanted, tools)
     if must_search(choice, tuple(functions)):
         natives = [with_required_search(native) for native in natives]
-    left_out = [*dict.fromkeys(left_out)]
-    return OfferedTools(choice, tuple(functions), tuple(natives), by_name, left_out)
+    each_once = list(dict.fromkeys(left_out))
+    return OfferedTools(choice, tuple(functions), tuple(natives), by_name, each_once)
 
 
 def with_additional_tools(tools: list[ReadTool], items: Iterable[JSON]) -> list[ReadTool]:
-    """The tools, and those that Codex puts into the conversation or finds in it; of one name the first."""
+    """The tools, and those that Codex puts into the conversation or finds while it goes on.
+
+    Of several with one name the first is taken.
+    """
     known = {tool_name(read) for _, read in tools if read}
     joined = list(tools)
     for tool in chain.from_iterable(map(additional_tools, items)):
-        read = read_additional_tool(tool) if len(known) < MAX_TOOLS else None
+        read = None
+        if len(known) < MAX_TOOLS:
+            read = read_additional_tool(tool)
         if read is None:
             joined.append((tool, None))
         elif tool_name(read) not in known:
@@ -4107,11 +4184,17 @@ def unversioned(kind: str) -> str:
 
 
 def check_available(kinds: tuple[str, ...], tools: list[ReadTool]) -> None:
-    """Raises BadRequest for tools that must be called and are not offered; without tools a search needs not be."""
+    """Raises BadRequest for tools that must be called and are not offered.
+
+    A search need not be there where the request has no tools at all.
+    """
     which = ", ".join(kinds)
     if not {*map(unversioned, kinds)} <= {"web_search", TOOL_SEARCH}:
-        words = f"'tool_choice' names {which}, which GLM does not have: it has functions and web_search."
-        raise BadRequest(words, "tool_choice")
+        raise BadRequest(
+            f"'tool_choice' names {which}, which GLM does not have: "
+            "it has functions and web_search.",
+            "tool_choice",
+        )
     if tools:
         raise BadRequest(f"'tool_choice' names {which}, not among the tools.", "tool_choice")
 
@@ -4133,7 +4216,9 @@ def with_required_search(native: JSON) -> JSON:
 
 def tool_name(read: Tool | JSON) -> str:
     """What a tool is known by; one of Z.ai's own by its type."""
-    return read.name if isinstance(read, Tool) else str(read["type"])
+    if isinstance(read, Tool):
+        return read.name
+    return str(read["type"])
 
 
 def additional_tools(item: JSON) -> list[JSON]:
@@ -4154,9 +4239,9 @@ def read_additional_tool(tool: JSON) -> Tool | JSON | None:
 
 
 def merge_assistant_turns(messages: Iterable[Message]) -> tuple[Message, ...]:
-    """The conversation with the assistant's reasoning, text and calls of one turn in one message."""
+    """The conversation with an assistant's reasoning, text and calls of one turn in one message."""
     turns: list[list[Message]] = []
-    reached = 0  # the stage of the last turn
+    reached = 0  # the stage of the last turn, as `last_stage` numbers them
     for message in messages:
         goes_on = bool(turns) and turns[-1][0].role == message.role == "assistant"
         if goes_on and first_stage(message) >= reached:
@@ -4169,7 +4254,7 @@ def merge_assistant_turns(messages: Iterable[Message]) -> tuple[Message, ...]:
 
 
 def first_stage(message: Message) -> int:
-    """With what a message begins: 0 reasoning, 1 text, 2 calls. In a turn they come in this order."""
+    """What a message begins with: 0 reasoning, 1 text, 2 calls. In a turn they stand in this order."""
     if message.thought:
         return 0
     if message.content:
@@ -4178,6 +4263,7 @@ def first_stage(message: Message) -> int:
 
 
 def last_stage(message: Message) -> int:
+    """What a message ends with, likewise."""
     if message.calls:
         return 2
     if message.content:
@@ -4203,8 +4289,13 @@ def decode_reasoning(item: JSON) -> str:
     thought = kept_reasoning(item.get("encrypted_content"))
     if thought:
         return thought
-    parts = chain.from_iterable(objects(item.get(key)) for key in ("content", "summary"))
-    return "".join(part["text"] for part in parts if isinstance(part.get("text"), str))
+    texts: list[str] = []
+    for name in ("content", "summary"):
+        for part in objects(item.get(name)):
+            text = part.get("text")
+            if isinstance(text, str):
+                texts.append(text)
+    return "".join(texts)
 
 
 # Codex's tool that finds others, which are not offered before (openai/codex, tool_search.rs; tried
@@ -4232,9 +4323,8 @@ def parse_response_tool(tool: Any, at: str) -> Tool | JSON | None:
         case {"type": str(kind)} if kind not in ("function", "custom"):
             return None
         case _:
-            raise BadRequest(
-                f"'{at}' must be a tool with a type, and a function must have a name.", at
-            )
+            words = f"'{at}' must be a tool with a type, and a function must have a name."
+            raise BadRequest(words, at)
 
 
 # ======== Responses: answer =======================================================================

@@ -4333,52 +4333,66 @@ def parse_response_tool(tool: Any, at: str) -> Tool | JSON | None:
 
 @dataclass(frozen=True, slots=True)
 class ItemKind:
-    """A kind of item in a response's output. `events` names the events with its text, arguments or input.
+    """A kind of item in a response's output.
 
-    Text is sent as its item's only part, with `part_events`; a call has no parts. A search of tools
-    has no events but those of every item.
+    Text is sent as its item's only part; a call has no parts. A search of tools has no events but
+    those of every item.
     """
 
     type: str
     prefix: str  # of its id
-    content: str  # the field with its parts, arguments or input
-    events: str
-    part_events: str = ""
+    content_field: str  # the one with its parts, arguments or input
+    events: str = ""  # what the names of the events with its text, arguments or input begin with
+    part_events: str = ""  # likewise of the events of its part
     part_type: str = ""
     fields: JSON = field(default_factory=dict)  # that every item of the kind has
 
     @property
     def logprobs(self) -> JSON:
-        return {"logprobs": []} if self is MESSAGE else {}
+        """A field of texts that clients can see; it is always empty."""
+        if self is not MESSAGE:
+            return {}
+        return {"logprobs": []}
 
 
 REASONING = ItemKind(
     "reasoning",
     "rs",
     "content",
-    "reasoning_text",
-    "content_part",
-    "reasoning_text",
-    {"summary": []},
+    events="reasoning_text",
+    part_events="content_part",
+    part_type="reasoning_text",
+    fields={"summary": []},
 )
 # Reasoning for clients that ask for a summary.
 SUMMARY = ItemKind(
-    "reasoning", "rs", "summary", "reasoning_summary_text", "reasoning_summary_part", "summary_text"
+    "reasoning",
+    "rs",
+    "summary",
+    events="reasoning_summary_text",
+    part_events="reasoning_summary_part",
+    part_type="summary_text",
 )
 MESSAGE = ItemKind(
-    "message", "msg", "content", "output_text", "content_part", "output_text", {"role": "assistant"}
+    "message",
+    "msg",
+    "content",
+    events="output_text",
+    part_events="content_part",
+    part_type="output_text",
+    fields={"role": "assistant"},
 )
-FUNCTION_CALL = ItemKind("function_call", "fc", "arguments", "function_call_arguments")
-CUSTOM_TOOL_CALL = ItemKind("custom_tool_call", "ctc", "input", "custom_tool_call_input")
-TOOL_SEARCH_CALL = ItemKind(
-    "tool_search_call", "tsc", "arguments", "", fields={"execution": "client"}
-)
-COMPACTION = ItemKind("compaction", "cmp", "encrypted_content", "")
+FUNCTION_CALL = ItemKind("function_call", "fc", "arguments", events="function_call_arguments")
+CUSTOM_TOOL_CALL = ItemKind("custom_tool_call", "ctc", "input", events="custom_tool_call_input")
+TOOL_SEARCH_CALL = ItemKind("tool_search_call", "tsc", "arguments", fields={"execution": "client"})
+COMPACTION = ItemKind("compaction", "cmp", "encrypted_content")
 # The kind of a call, by the type of its tool; of the others it is a function call.
 CALL_KINDS = {"custom": CUSTOM_TOOL_CALL, TOOL_SEARCH: TOOL_SEARCH_CALL}
 
 # The code of a failed response, by the HTTP status of the error.
 FAILURE_CODES = {400: "invalid_prompt", 402: "insufficient_quota", 429: "rate_limit_exceeded"}
+# Why a complete answer says less than it would, by how it finished.
+INCOMPLETE_REASONS = {"length": "max_output_tokens", "content_filter": "content_filter"}
 
 
 @dataclass
@@ -4399,18 +4413,26 @@ class Item:
 
     @cached_property
     def position(self) -> JSON:
-        part = {f"{self.kind.content}_index": 0} if self.kind.part_type else {}
-        return {"item_id": self.id, "output_index": self.index, **part}
+        """The fields by which an event says which item it is of, and which part."""
+        where: JSON = {"item_id": self.id, "output_index": self.index}
+        if self.kind.part_type:
+            where[f"{self.kind.content_field}_index"] = 0
+        return where
 
     @property
     def part(self) -> JSON:
-        annotations = {"annotations": self.annotations} if self.kind is MESSAGE else {}
-        return {"type": self.kind.part_type, "text": self.text, **annotations, **self.kind.logprobs}
+        part: JSON = {"type": self.kind.part_type, "text": self.text}
+        if self.kind is MESSAGE:
+            part["annotations"] = self.annotations
+        return {**part, **self.kind.logprobs}
 
     @property
     def content(self) -> str | list[JSON] | JSON:
+        """What stands in the content field."""
+        if self.kind.part_type and not self.pieces:
+            return []
         if self.kind.part_type:
-            return [self.part] if self.pieces else []
+            return [self.part]
         if self.kind is CUSTOM_TOOL_CALL:
             return custom_input(self.names["name"], self.text)
         if self.kind is TOOL_SEARCH_CALL:
@@ -4425,7 +4447,7 @@ class Item:
             "type": self.kind.type,
             **self.kind.fields,
             **self.names,
-            self.kind.content: self.content,
+            self.kind.content_field: self.content,
         }
         if self.kind is COMPACTION:
             return {"id": self.id, **fields}
@@ -4442,18 +4464,21 @@ class ResponseReply(Reply):
         self.calls: dict[int, Item] = {}  # by the index of the call
         self.usage: Usage | None = None
         self.finish: FinishReason = "stop"
-        self.thought_kind = SUMMARY if request.echo["reasoning"]["summary"] else REASONING
+        self.thought_kind = REASONING  # how this client gets reasoning
+        if request.echo["reasoning"]["summary"]:
+            self.thought_kind = SUMMARY
         self.stored: StoredResponse | None = None  # what is to be kept, once the answer is complete
 
     def feed(self, event: Event) -> list[JSON]:
         return [*self.opening(), *self.frames(event)]
 
     def opening(self) -> list[JSON]:
+        """The first two frames; none if they have been sent."""
         if self.sequence:
             return []
         return [
-            self.frame(name, response=self.response("in_progress"))
-            for name in ("created", "in_progress")
+            self.frame("created", response=self.response("in_progress")),
+            self.frame("in_progress", response=self.response("in_progress")),
         ]
 
     def frames(self, event: Event) -> Iterator[JSON]:
@@ -4473,10 +4498,10 @@ class ResponseReply(Reply):
                 yield from self.end(self.items)
 
     def add_words(self, kind: ItemKind, words: str) -> Iterator[JSON]:
-        item = self.items[-1] if self.items else None
-        if item is None or item.kind is not kind:
+        if not self.items or self.items[-1].kind is not kind:
             item = yield from self.new_item(kind)
             yield self.frame(f"{kind.part_events}.added", **item.position, part=item.part)
+        item = self.items[-1]
         item.pieces.append(words)
         yield self.frame(f"{kind.events}.delta", **item.position, delta=words, **kind.logprobs)
 
@@ -4484,12 +4509,10 @@ class ResponseReply(Reply):
         item = self.calls.get(call.index)
         if item is None:
             tool = self.request.tools.get(call.name, {"name": call.name})
-            names: JSON = {
-                "call_id": call.id,
-                **{key: tool[key] for key in ("name", "namespace") if key in tool},
-            }
+            names: JSON = {"call_id": call.id, **fields_of(tool, "name", "namespace")}
             kind = CALL_KINDS.get(str(tool.get("type")), FUNCTION_CALL)
-            item = self.calls[call.index] = yield from self.new_item(kind, names)
+            item = yield from self.new_item(kind, names)
+            self.calls[call.index] = item
         item.pieces.append(call.arguments)
         if item.kind is FUNCTION_CALL and call.arguments:
             yield self.frame("function_call_arguments.delta", **item.position, delta=call.arguments)
@@ -4507,10 +4530,14 @@ class ResponseReply(Reply):
             yield self.frame("output_text.annotation.added", **where, annotation=cited)
 
     def new_item(self, kind: ItemKind, names: JSON | None = None) -> Generator[JSON, None, Item]:
-        """Add an item. Text ends where another item begins; calls stay open, since their pieces may alternate."""
-        yield from self.end(item for item in self.items if item.kind.part_type)
+        """Add an item, and return it.
+
+        Text ends where another item begins; calls stay open, since their pieces may alternate.
+        """
+        yield from self.end([item for item in self.items if item.kind.part_type])
         index = len(self.items)
-        item = Item(kind, f"{kind.prefix}_{self.head.own_id}_{index}", index, names or {})
+        item_id = f"{kind.prefix}_{self.head.own_id}_{index}"
+        item = Item(kind, item_id, index, names or {})
         self.items.append(item)
         yield self.frame("output_item.added", output_index=index, item=self.body(item))
         return item
@@ -4524,21 +4551,18 @@ class ResponseReply(Reply):
                 yield self.frame("output_item.done", output_index=item.index, item=self.body(item))
 
     def last_frames(self, item: Item) -> Iterator[JSON]:
+        """The frames with all that an item says."""
         kind = item.kind
-        if not kind.events:
-            return
+        where = item.position
         if kind.part_type:
-            yield self.frame(
-                f"{kind.events}.done", **item.position, text=item.text, **kind.logprobs
-            )
-            yield self.frame(f"{kind.part_events}.done", **item.position, part=item.part)
-            return
-        if kind is CUSTOM_TOOL_CALL:  # its input is not known until it is complete
-            yield self.frame(f"{kind.events}.delta", **item.position, delta=item.content)
-        name = {"name": item.names["name"]} if kind is FUNCTION_CALL else {}
-        yield self.frame(
-            f"{kind.events}.done", **item.position, **name, **{kind.content: item.content}
-        )
+            yield self.frame(f"{kind.events}.done", **where, text=item.text, **kind.logprobs)
+            yield self.frame(f"{kind.part_events}.done", **where, part=item.part)
+        elif kind is FUNCTION_CALL:
+            name = item.names["name"]
+            yield self.frame(f"{kind.events}.done", **where, name=name, arguments=item.content)
+        elif kind is CUSTOM_TOOL_CALL:  # its input is not known before
+            yield self.frame(f"{kind.events}.delta", **where, delta=item.content)
+            yield self.frame(f"{kind.events}.done", **where, input=item.content)
 
     def close(self) -> list[JSON]:
         status = self.final_status
@@ -4579,24 +4603,22 @@ class ResponseReply(Reply):
         return frame
 
     def body(self, item: Item) -> JSON:
+        """An item as this client gets it."""
         if self.request.returns_reasoning and item.kind.type == "reasoning":
-            return item.body | {"encrypted_content": encode_reasoning(item.text)}
+            return {**item.body, "encrypted_content": encode_reasoning(item.text)}
         return item.body
 
     @property
     def final_status(self) -> Literal["completed", "incomplete"]:
-        return "incomplete" if self.finish in ("length", "content_filter") else "completed"
-
-    @property
-    def incomplete_details(self) -> JSON | None:
-        """Why a complete answer says less than it would."""
-        if self.finish == "length":
-            return {"reason": "max_output_tokens"}
-        if self.finish == "content_filter":
-            return {"reason": "content_filter"}
-        return None
+        if self.finish in INCOMPLETE_REASONS:
+            return "incomplete"
+        return "completed"
 
     def response(self, status: str) -> JSON:
+        """The whole response, as far as it has come."""
+        incomplete_details = None
+        if status == "incomplete":
+            incomplete_details = {"reason": INCOMPLETE_REASONS[self.finish]}
         usage = None
         if self.usage:
             usage = response_usage(self.usage)
@@ -4606,7 +4628,7 @@ class ResponseReply(Reply):
             "model": self.head.model,
             "created_at": self.head.created,
             "status": status,
-            "incomplete_details": self.incomplete_details if status == "incomplete" else None,
+            "incomplete_details": incomplete_details,
             "usage": usage,
             "output": [self.body(item) for item in self.items],
             "completed_at": None,
@@ -4651,7 +4673,10 @@ class CompactionReply(ResponseReply):
 
 
 class CompactedReply(CompactionReply):
-    """The answer to a request for nothing but a summary; streamed it is a response like any other."""
+    """The answer to a request for nothing but a summary.
+
+    Streamed it is a response like any other.
+    """
 
     def fold(self, events: Sequence[Event]) -> JSON:
         response = super().fold(events)
@@ -4662,7 +4687,10 @@ class CompactedReply(CompactionReply):
 
 
 def input_items(response_id: str, said: Sequence[JSON], query: Mapping[str, str]) -> JSON:
-    """A page of a response's input, as its `order`, `after` and `limit` ask for it: the newest 20 first."""
+    """A page of a response's input, as `order`, `after` and `limit` of the query ask for it.
+
+    Where they do not say, it is the newest 20, the last one first.
+    """
     items = [input_item(item, f"{response_id}_input_{i}") for i, item in enumerate(said)]
     if query.get("order") != "asc":
         items.reverse()
@@ -4671,40 +4699,45 @@ def input_items(response_id: str, said: Sequence[JSON], query: Mapping[str, str]
     if query.get("after") in ids:
         start = ids.index(query["after"]) + 1
     end = start + page_limit(query.get("limit", ""))
-    page = ids[start:end]
+    page = items[start:end]
+    first_id = None
+    last_id = None
+    if page:
+        first_id = page[0]["id"]
+        last_id = page[-1]["id"]
     return {
         "object": "list",
-        "data": items[start:end],
-        "first_id": page[0] if page else None,
-        "last_id": page[-1] if page else None,
-        "has_more": end < len(ids),
+        "data": page,
+        "first_id": first_id,
+        "last_id": last_id,
+        "has_more": end < len(items),
     }
 
 
 def page_limit(limit: str) -> int:
     """1 to 100, as OpenAI has it; otherwise its default."""
-    return int(limit) if re.fullmatch("[1-9][0-9]?|100", limit) else 20
+    if not re.fullmatch("[1-9][0-9]?|100", limit):
+        return 20
+    return int(limit)
 
 
 def input_item(item: JSON, item_id: str) -> JSON:
     """An item with the keys that a client may leave out."""
     content = item.get("content")
     if isinstance(content, str):
-        kind = "output_text" if item.get("role") == "assistant" else "input_text"
-        item = item | {"content": [{"type": kind, "text": content}]}
+        kind = "input_text"
+        if item.get("role") == "assistant":
+            kind = "output_text"
+        item = {**item, "content": [{"type": kind, "text": content}]}
     return {"type": "message", **item, "id": item.get("id") or item_id}
 
 
 def response_usage(usage: Usage) -> JSON:
-    counts = {
+    return {
         "input_tokens": usage.prompt,
         "output_tokens": usage.completion,
         "total_tokens": usage.total,
-    }
-    read = {"cached_tokens": usage.cached, "cache_write_tokens": 0}
-    return {
-        **counts,
-        "input_tokens_details": read,
+        "input_tokens_details": {"cached_tokens": usage.cached, "cache_write_tokens": 0},
         "output_tokens_details": {"reasoning_tokens": usage.reasoning},
     }
 

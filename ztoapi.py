@@ -4,23 +4,23 @@
 # ///
 """ztoapi: Z.ai's GLM models behind an OpenAI-compatible API, in one file.
 
-    python ztoapi.py --demo      try it without a key
-    python ztoapi.py             http://localhost:9090/v1, with ZAI_API_KEY from the environment or .env
+    python ztoapi.py --demo  try it without a key
+    python ztoapi.py         http://localhost:9090/v1, with ZAI_API_KEY from the environment or .env
 
 Where a request goes:
 
-                  pure: no socket, clock, environment, chance or async              I/O
-     body ── Surface.parse ──► Prompt + Reply
-     Prompt ── make_plan ────► Plan: caller, [(model, prompt), …]     each 400 and 403 is raised by now
-                                 │
-                                 └─────────────────── Upstream.open ──► Z.ai, always asked for a stream
-                                                                          │
-                     ZaiReader.feed ◄──────── bytes, cut anywhere ────────┘
-                            │  events: Thought │ Text │ ToolCall │ Citations │ Usage │ Finish (always last)
-                     RepairChain: small machines, only those that this request needs
-                            │
-                            ├── streamed: Reply.feed(event) ──► frames, written as they come
-                            └── whole:    Reply.fold(events) ─► document
+               pure: no socket, clock, environment, chance or async              I/O
+  body ── Surface.parse ──► Prompt + Reply
+  Prompt ── make_plan ────► Plan: caller, [(model, prompt), …]     each 400 and 403 is raised by now
+                              │
+                              └─────────────────── Upstream.open ──► Z.ai, always asked for a stream
+                                                                       │
+                  ZaiReader.feed ◄──────── bytes, cut anywhere ────────┘
+                         │  events: Thought │ Text │ ToolCall │ Citations │ Usage │ Finish (last)
+                  RepairChain: small machines, only those that this request needs
+                         │
+                         ├── streamed: Reply.feed(event) ──► frames, written as they come
+                         └── whole:    Reply.fold(events) ─► document
 
 `respond` is the only writer of answers. What is relayed as it is (embeddings, images, files …) is
 `pass_through`, and nothing of the above knows it.
@@ -717,7 +717,7 @@ class UpstreamError(ProxyError):
     def for_others(self, seconds: float) -> UpstreamError:
         """What other clients are told of it: our words, and Z.ai's code.
 
-        Z.ai's words may quote the client that the error was for, and the traceback holds its prompt.
+        Z.ai's words may quote the client that the error was for, and the traceback has its prompt.
         """
         detail = ""
         if self.zai_code:
@@ -877,7 +877,7 @@ def json_bytes(value: Any) -> bytes:
 
 
 def escaped(text: str) -> bytes:
-    """JSON text, or frames of it, in UTF-8. Half a surrogate pair, which UTF-8 lacks, is escaped."""
+    """JSON text, or frames of it, in UTF-8; half a surrogate pair, which it lacks, is escaped."""
     if text.isascii():
         return text.encode()
     for end, escape in LINE_ENDS:
@@ -887,7 +887,7 @@ def escaped(text: str) -> bytes:
 
 
 def sse(frames: Iterable[JSON | str]) -> bytes:
-    """Frames as bytes, each `data: …` and a blank line; the `type` of one is also its event name."""
+    """Frames as bytes, each `data: …` and a blank line; the `type` of one is its event's name."""
     return escaped("".join(map(sse_frame, frames)))
 
 
@@ -1467,8 +1467,8 @@ def models_from_items(items: list[Any]) -> Iterator[Model]:
 
 # ======== Internal representation =================================================================
 # What a client asks and a model answers, independent of any API. Nothing changes these values once
-# they are made, but for `Choice` and `Answer`, which add events up; most are not frozen: frozen ones
-# take three times as long to make.
+# they are made, but for `Choice` and `Answer`, which add events up. Most are not frozen, for frozen
+# ones take three times as long to make.
 
 
 @dataclass(slots=True)
@@ -1729,7 +1729,7 @@ def estimated_tokens(prompt: Prompt) -> int:
 
 
 def texts_of(prompt: Prompt) -> Iterator[str]:
-    """All that the model reads as text: messages, reasoning, calls, and tools with their schemas."""
+    """All that the model reads as text: messages, reasoning, calls, tools with their schemas."""
     for message in prompt.messages:
         yield message_text(message)
         yield message.thought
@@ -1840,8 +1840,8 @@ class Reply(ABC):
     """How one request is answered in its API's form: as frames while events come, or as a document.
 
     `begin` comes first, when the head of the answer is known. A stream is what `feed` makes of each
-    event, and `close` at the end, or `fail` where the answer breaks off. A whole answer is `fold` of
-    all events, and says what the client's SDK would make of that stream.
+    event, and `close` at the end, or `fail` where the answer breaks off. A whole answer is `fold`
+    of all events, and says what the client's SDK would make of that stream.
     """
 
     head: Head
@@ -4254,7 +4254,7 @@ def merge_assistant_turns(messages: Iterable[Message]) -> tuple[Message, ...]:
 
 
 def first_stage(message: Message) -> int:
-    """What a message begins with: 0 reasoning, 1 text, 2 calls. In a turn they stand in this order."""
+    """What a message begins with: 0 reasoning, 1 text, 2 calls. In a turn they have this order."""
     if message.thought:
         return 0
     if message.content:

@@ -117,6 +117,7 @@ from contextvars import ContextVar
 from dataclasses import Field, dataclass, field, fields, replace
 from datetime import date, datetime, timedelta, timezone
 from difflib import get_close_matches
+from enum import IntEnum
 from fnmatch import filter as fnmatch_filter
 from fnmatch import fnmatchcase
 from functools import cached_property, lru_cache, partial
@@ -1882,7 +1883,7 @@ Check = Callable[[Any], Any]
 
 
 def must(words: str, holds: Callable[[Any], bool]) -> Check:
-    """A check that returns the value unchanged."""
+    """A check that returns the value as it is, if it `holds`; `words` say what it must do or be."""
 
     def check(value: Any) -> Any:
         if not holds(value):
@@ -2067,9 +2068,11 @@ def effort_from_thinking(value: Any) -> Effort | None:
     kind = mapping(value).get("type")
     if kind is None or kind in SAYS_NOTHING:
         return None
-    if kind not in ("enabled", "disabled"):
-        raise ValueError("must have the type enabled, disabled or adaptive")
-    return effort_from_switch(kind == "enabled")
+    if kind == "enabled":
+        return "on"
+    if kind == "disabled":
+        return "off"
+    raise ValueError("must have the type enabled, disabled or adaptive")
 
 
 def effort_from_template(value: Any) -> Effort | None:
@@ -2097,7 +2100,9 @@ def effort_from_budget(value: Any) -> Effort | None:
     tokens = thinking_budget(value)
     if tokens < 0:
         return None
-    return effort_from_switch(tokens > 0)
+    if tokens == 0:
+        return "off"
+    return "on"
 
 
 # The ways to ask for thinking; if a request has several, the first in this order counts.
@@ -2132,10 +2137,11 @@ def reasoning_form(given: JSON, body: JSON) -> ReasoningFormat | None:
     return None
 
 
-def serial_calls(given: JSON) -> Iterator[str]:
+def serial_calls(given: JSON) -> list[str]:
     """`parallel_tool_calls` if it is false, which Z.ai does not offer."""
     if given.get("tools") and given.get("parallel_tool_calls") is False:
-        yield "parallel_tool_calls"
+        return ["parallel_tool_calls"]
+    return []
 
 
 def wants_usage(given: JSON) -> bool:
@@ -3536,6 +3542,7 @@ def parse_counted_response(body: JSON, history: History) -> Prompt:
 
 
 def read_response_request(body: JSON, history: History) -> tuple[Prompt, ResponsesRequest]:
+    """The prompt, and what its answer depends on. Raises as parse_response."""
     given = validated(body, RESPONSE_FIELDS)
     require_fields(given, "model")
     before = previous_items(given.get("previous_response_id", ""), history)
@@ -4063,7 +4070,7 @@ CALL_ITEMS = (
     "shell_call",
     "apply_patch_call",
 )
-# How each type of item is read, and the types that say nothing which is not said elsewhere.
+# How each type of item is read.
 ITEM_READERS: dict[str, Callable[[JSON, str], list[Message]]] = {
     "message": read_message,
     "reasoning": read_reasoning_item,
@@ -4076,6 +4083,7 @@ ITEM_READERS: dict[str, Callable[[JSON, str], list[Message]]] = {
     **dict.fromkeys(CALL_ITEMS, read_call_item),
     **dict.fromkeys([f"{kind}_output" for kind in CALL_ITEMS], read_output_item),
 }
+# The types of items that say nothing which is not said elsewhere.
 SKIPPED_ITEMS = frozenset(
     (
         # OpenAI's own tools: the assistant's text has their results.
@@ -4125,7 +4133,7 @@ def offered_tools(wanted: ToolChoice | ChosenTools, tools: list[ReadTool]) -> Of
     if isinstance(wanted, ChosenTools):
         left_out += [f"tools.{kind}" for kind in wanted.kinds if not offered_as(kind, tools)]
     choice = fulfilled(wanted, tools)
-    if must_search(choice, tuple(functions)):
+    if must_search(choice, functions):
         natives = [with_required_search(native) for native in natives]
     each_once = list(dict.fromkeys(left_out))
     return OfferedTools(choice, tuple(functions), tuple(natives), by_name, each_once)
@@ -4199,7 +4207,7 @@ def check_available(kinds: tuple[str, ...], tools: list[ReadTool]) -> None:
         raise BadRequest(f"'tool_choice' names {which}, not among the tools.", "tool_choice")
 
 
-def must_search(choice: ToolChoice, functions: tuple[Tool, ...]) -> bool:
+def must_search(choice: ToolChoice, functions: list[Tool]) -> bool:
     """Whether a search is the only tool that may be called, where one must be."""
     if choice.mode != "required":
         return False
@@ -4241,37 +4249,45 @@ def read_additional_tool(tool: JSON) -> Tool | JSON | None:
 def merge_assistant_turns(messages: Iterable[Message]) -> tuple[Message, ...]:
     """The conversation with an assistant's reasoning, text and calls of one turn in one message."""
     turns: list[list[Message]] = []
-    reached = 0  # the stage of the last turn, as `last_stage` numbers them
+    reached = Stage.REASONING  # in the last turn
     for message in messages:
         goes_on = bool(turns) and turns[-1][0].role == message.role == "assistant"
         if goes_on and first_stage(message) >= reached:
             turns[-1].append(message)
         else:
             turns.append([message])
-            reached = 0
+            reached = Stage.REASONING
         reached = max(reached, last_stage(message))
-    return tuple(map(merged, turns))
+    return tuple(map(merge_turn, turns))
 
 
-def first_stage(message: Message) -> int:
-    """What a message begins with: 0 reasoning, 1 text, 2 calls. In a turn they have this order."""
+class Stage(IntEnum):
+    """What an assistant says in a turn, in this order."""
+
+    REASONING = 0
+    TEXT = 1
+    CALLS = 2
+
+
+def first_stage(message: Message) -> Stage:
+    """What a message begins with."""
     if message.thought:
-        return 0
+        return Stage.REASONING
     if message.content:
-        return 1
-    return 2
+        return Stage.TEXT
+    return Stage.CALLS
 
 
-def last_stage(message: Message) -> int:
-    """What a message ends with, likewise."""
+def last_stage(message: Message) -> Stage:
+    """What a message ends with."""
     if message.calls:
-        return 2
+        return Stage.CALLS
     if message.content:
-        return 1
-    return 0
+        return Stage.TEXT
+    return Stage.REASONING
 
 
-def merged(turn: list[Message]) -> Message:
+def merge_turn(turn: list[Message]) -> Message:
     if len(turn) == 1:
         return turn[0]
     content: list[Part] = []

@@ -15461,7 +15461,25 @@ def parse_flags(arguments: list[str]) -> argparse.Namespace:
         help="with --check: ask first, then find out what Z.ai's documents leave open",
     )
     commands = parser.add_subparsers(dest="command", prog="ztoapi.py")
-    starter = commands.add_parser("launch", help="start a client that uses this server")
+    starter = add_launch_command(commands)
+    for each in (parser, starter):
+        each.add_argument("--host", default=argparse.SUPPRESS, help="address to listen on (HOST)")
+        each.add_argument("--port", default=argparse.SUPPRESS, help="port to listen on (PORT)")
+    parser.add_argument("--version", action="version", version=f"ztoapi {__version__}")
+    add_keys_command(commands)
+    own = list(takewhile("--".__ne__, arguments))
+    flags = parser.parse_args(own, argparse.Namespace(arguments=arguments[len(own) + 1 :]))
+    if flags.probe and not flags.check:
+        parser.error("--probe goes with --check")
+    return flags
+
+
+def add_launch_command(
+    commands: argparse._SubParsersAction[argparse.ArgumentParser],
+) -> argparse.ArgumentParser:
+    starter: argparse.ArgumentParser = commands.add_parser(
+        "launch", help="start a client that uses this server"
+    )
     starter.add_argument(
         "client", choices=CLIENTS, help="its own arguments follow --: launch claude -- -p hello"
     )
@@ -15476,16 +15494,7 @@ def parse_flags(arguments: list[str]) -> argparse.Namespace:
     starter.add_argument(
         "--show", action="store_true", help="only print the shell lines that start it"
     )
-    for each in (parser, starter):
-        each.add_argument("--host", default=argparse.SUPPRESS, help="address to listen on (HOST)")
-        each.add_argument("--port", default=argparse.SUPPRESS, help="port to listen on (PORT)")
-    parser.add_argument("--version", action="version", version=f"ztoapi {__version__}")
-    add_keys_command(commands)
-    own = list(takewhile("--".__ne__, arguments))
-    flags = parser.parse_args(own, argparse.Namespace(arguments=arguments[len(own) + 1 :]))
-    if flags.probe and not flags.check:
-        parser.error("--probe goes with --check")
-    return flags
+    return starter
 
 
 def add_keys_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:

@@ -182,7 +182,7 @@ ZAI_BASES = {
     "china": "https://open.bigmodel.cn/api/paas/v4",
     "china-plan": "https://open.bigmodel.cn/api/coding/paas/v4",
 }
-BASES = f"BASE is {', '.join(ZAI_BASES)} or an http or https address"
+BASE_HELP = f"BASE is {', '.join(ZAI_BASES)} or an http or https address"
 
 
 class SettingsError(ValueError):
@@ -196,13 +196,28 @@ def boolean(text: str) -> bool:
     return words[text.lower()]
 
 
-def one_of(allowed: Sequence[Any], read: Callable[[str], Any] = str.lower) -> Callable[[str], Any]:
-    """A function that reads one of the allowed values, and raises ValueError for any other."""
-    return lambda text: allowed[allowed.index(read(text))]
+def one_of(*allowed: str) -> Callable[[str], str]:
+    """A function that reads one of these words, in any case, and raises ValueError for any other."""
+
+    def read(text: str) -> str:
+        word = text.lower()
+        if word not in allowed:
+            raise ValueError
+        return word
+
+    return read
 
 
-def whole_number(low: int, high: int) -> Callable[[str], Any]:
-    return one_of(range(low, high + 1), int)
+def whole_number(low: int, high: int) -> Callable[[str], int]:
+    """A function that reads a whole number within these bounds, and raises ValueError for any other."""
+
+    def read(text: str) -> int:
+        number = int(text)
+        if not low <= number <= high:
+            raise ValueError
+        return number
+
+    return read
 
 
 def comma_list(text: str) -> tuple[str, ...]:
@@ -344,7 +359,7 @@ class Settings:
     )
     debug_mode: bool = setting(default=False, read=boolean, wanted="true or false")
     zai_api_key: tuple[str, ...] = setting(
-        (), zai_keys, f"KEY or KEY@BASE, several separated by commas; {BASES}"
+        (), zai_keys, f"KEY or KEY@BASE, several separated by commas; {BASE_HELP}"
     )
     zai_base_url: str = setting(
         GENERAL_URL, base_url, f"an http or https address such as {GENERAL_URL}"
@@ -352,7 +367,7 @@ class Settings:
     default_stream: bool = setting(default=False, read=boolean, wanted="true or false")
     enable_thinking: bool | None = setting(None, boolean, "true or false, or empty")
     reasoning_format: ReasoningFormat = setting(
-        "parsed", one_of(("parsed", "raw", "hidden")), "parsed, raw or hidden"
+        "parsed", one_of("parsed", "raw", "hidden"), "parsed, raw or hidden"
     )
     model_aliases: tuple[tuple[str, str], ...] = setting(
         (), aliases, "name=model pairs, separated by commas"
@@ -362,10 +377,10 @@ class Settings:
     )
     vision_model: str = setting("", str, "the name of a model")
     vision_mode: str = setting(
-        "auto", one_of(("auto", "answer", "describe")), "auto, answer or describe"
+        "auto", one_of("auto", "answer", "describe"), "auto, answer or describe"
     )
     spend_limit: str = setting("", spend_limit, "US dollars such as 5, 5/day, 5/week or 5/month")
-    reasoning_memory: str = setting("turn", one_of(("off", "turn", "all")), "off, turn or all")
+    reasoning_memory: str = setting("turn", one_of("off", "turn", "all"), "off, turn or all")
     max_concurrency: int = setting(
         0, whole_number(0, 100_000), "a number of requests, 0 to 100000; 0 = learn it"
     )
@@ -756,7 +771,7 @@ def proxy_passwords(urls: Iterable[str]) -> list[str]:
 # Encoders and decoders, and the limits of a request's JSON.
 
 # check_circular takes a sixth of the time, and our data is never circular.
-to_json = json.JSONEncoder(
+json_text = json.JSONEncoder(
     separators=(",", ":"), ensure_ascii=False, allow_nan=False, check_circular=False
 ).encode
 quoted = json.encoder.encode_basestring  # a string as JSON, by the same C function
@@ -764,9 +779,9 @@ quoted = json.encoder.encode_basestring  # a string as JSON, by the same C funct
 LINE_ENDS = (("\u0085", "\\u0085"), ("\u2028", "\\u2028"), ("\u2029", "\\u2029"))
 
 
-def encode_json(value: Any) -> bytes:
+def json_bytes(value: Any) -> bytes:
     """Compact JSON in UTF-8."""
-    return escaped(to_json(value))
+    return escaped(json_text(value))
 
 
 def escaped(text: str) -> bytes:
@@ -788,12 +803,12 @@ def sse_frame(frame: JSON | str) -> str:
     if isinstance(frame, str):
         return f"data: {frame}\n\n"
     name = f"event: {frame['type']}\n" if "type" in frame else ""
-    return f"{name}data: {to_json(frame)}\n\n"
+    return f"{name}data: {json_text(frame)}\n\n"
 
 
 def encode_request(value: Any) -> bytes:
     """Compact JSON in UTF-8, for Z.ai. Half a surrogate pair in it becomes U+FFFD."""
-    text = to_json(value)
+    text = json_text(value)
     try:
         return text.encode()
     except UnicodeEncodeError:
@@ -1663,7 +1678,7 @@ def texts_of(prompt: Prompt) -> Iterator[str]:
     for tool in prompt.tools:
         yield tool.name
         yield tool.description
-        yield to_json(tool.parameters)
+        yield json_text(tool.parameters)
 
 
 def text_tokens(text: str) -> float:
@@ -1891,7 +1906,7 @@ def stop_words(value: Any) -> tuple[str, ...]:
     return tuple(word for word in words if word)
 
 
-def required(given: JSON, *names: str) -> None:
+def require_fields(given: JSON, *names: str) -> None:
     """Raises BadRequest for the first field that is missing or empty."""
     for name in names:
         if not given.get(name):
@@ -2076,7 +2091,7 @@ GENERATION_FIELDS |= {"seed": integer(-(2**63), 2**63 - 1), "stream_options": ma
 GENERATION_FIELDS |= {"reasoning_format": reasoning_format, "include_reasoning": switch}
 
 # Fields that Prompt has under the same name.
-SAME_IN_PROMPT = frozenset(
+COPIED_FIELDS = frozenset(
     (
         "model",
         "stream",
@@ -2093,7 +2108,7 @@ SAME_IN_PROMPT = frozenset(
 
 def common_arguments(given: JSON) -> JSON:
     """The arguments of Prompt that every API gives in the same way."""
-    same = {name: value for name, value in given.items() if name in SAME_IN_PROMPT}
+    same = {name: value for name, value in given.items() if name in COPIED_FIELDS}
     return {
         **same,
         "user": given.get("user_id") or given.get("safety_identifier") or given.get("user", ""),
@@ -2229,7 +2244,7 @@ def json_or_text(value: Any) -> str:
         return ""
     if isinstance(value, str):
         return value
-    return to_json(value)
+    return json_text(value)
 
 
 def read_media(part: JSON, at: str) -> list[Part]:
@@ -2495,7 +2510,7 @@ def argument_text(arguments: Any) -> str:
     """Arguments as JSON text, as OpenAI has them, even if they were sent as an object."""
     if isinstance(arguments, str):
         return arguments
-    return to_json(arguments) if arguments else ""
+    return json_text(arguments) if arguments else ""
 
 
 # ======== Chat completions ==========================================================================================
@@ -2611,7 +2626,7 @@ CHAT_FIELDS: dict[str, Check] = {
 def parse_chat(body: JSON) -> tuple[Prompt, ChatReply]:
     """Raises BadRequest for an invalid field; never changes `body`."""
     given = validated(body, CHAT_FIELDS)
-    required(given, "model", "messages")
+    require_fields(given, "model", "messages")
     has_functions = "functions" in given and "tools" not in given
     if has_functions:
         choice = given.get("function_call", ToolChoice())
@@ -2825,11 +2840,11 @@ class ChatReply(Reply):
             case Thought():
                 return [self.chunk(event.choice, f'"reasoning_content":{quoted(event.text)}')]
             case ToolCall():
-                return [self.chunk(event.choice, f'"tool_calls":[{to_json(call_delta(event))}]')]
+                return [self.chunk(event.choice, f'"tool_calls":[{json_text(call_delta(event))}]')]
             case Citations():
-                annotations = to_json(url_citations(event.results))
+                annotations = json_text(url_citations(event.results))
                 chunk = self.chunk(event.choice, f'"annotations":{annotations}')
-                return [f'{chunk[:-1]},"web_search":{to_json(event.results)}}}']
+                return [f'{chunk[:-1]},"web_search":{json_text(event.results)}}}']
             case Usage():
                 self.usage = self.usage + event if self.usage else event
                 return []
@@ -2890,13 +2905,13 @@ class ChatReply(Reply):
 
 def frame_start(body: JSON) -> str:
     """What every frame begins with, up to its choices."""
-    return to_json(body)[:-1] + ',"choices":['
+    return json_text(body)[:-1] + ',"choices":['
 
 
 def last_frames(start: str, usage: Usage | None) -> list[Frame]:
     """The frames after the last event: the usage, if it was asked for and Z.ai sent it, and the end."""
     if usage:
-        return [f'{start}],"usage":{to_json(usage_body(usage))}}}', "[DONE]"]
+        return [f'{start}],"usage":{json_text(usage_body(usage))}}}', "[DONE]"]
     return ["[DONE]"]
 
 
@@ -2913,7 +2928,7 @@ class FunctionReply(ChatReply):
             case ToolCall() if event.index:
                 return []
             case ToolCall():
-                function = to_json(call_delta(event)["function"])
+                function = json_text(call_delta(event)["function"])
                 return [self.chunk(event.choice, f'"function_call":{function}')]
             case Finish("tool_calls"):
                 return [self.chunk(event.choice, "", quoted("function_call"))]
@@ -2969,7 +2984,7 @@ class CustomToolReply(ChatReply):
                 yield self.call_frame(choice, {"index": index, "custom": custom})
 
     def call_frame(self, choice: int, delta: JSON) -> str:
-        return self.chunk(choice, f'"tool_calls":[{to_json(delta)}]')
+        return self.chunk(choice, f'"tool_calls":[{json_text(delta)}]')
 
     def extras(self, choice: Choice) -> JSON:
         fields = super().extras(choice)
@@ -3103,7 +3118,7 @@ COMPLETION_FIELDS = GENERATION_FIELDS | {
 def parse_completion(body: JSON) -> tuple[Prompt, CompletionReply]:
     """The prompt as a chat. Raises BadRequest for an invalid field."""
     given = validated(body, COMPLETION_FIELDS)
-    required(given, "model", "prompt")
+    require_fields(given, "model", "prompt")
     n = given.get("n", 1)
     if given.get("best_of", n) not in (0, 1, n):
         raise BadRequest(
@@ -3172,7 +3187,7 @@ class CompletionReply(Reply):
         return self.echoes[choice]
 
     def frame(self, choice: JSON) -> str:
-        return f"{self.start}{to_json(choice)}{self.tail}"
+        return f"{self.start}{json_text(choice)}{self.tail}"
 
     def close(self) -> list[Frame]:
         return last_frames(self.start, self.usage if self.include_usage else None)
@@ -3385,7 +3400,7 @@ def parse_counted_response(body: JSON, history: History) -> Prompt:
 
 def read_response_request(body: JSON, history: History) -> tuple[Prompt, ResponsesRequest]:
     given = validated(body, RESPONSE_FIELDS)
-    required(given, "model")
+    require_fields(given, "model")
     before = previous_items(given.get("previous_response_id", ""), history)
     own = resolved_input(given.get("input", []), history)
     items = [*before, *own]
@@ -4688,7 +4703,7 @@ NEEDLESS_FIELDS = frozenset(("cache_control",))
 def parse_message(body: JSON) -> tuple[Prompt, MessageReply]:
     """Raises BadRequest for an invalid field; never changes `body`."""
     given = validated(body, MESSAGE_FIELDS)
-    required(given, "model", "messages", "max_tokens")
+    require_fields(given, "model", "messages", "max_tokens")
     thinking = given.get("thinking", {})
     output = given.get("output_config", {})
     shows_thinking = thinking.get("type") in ("enabled", "adaptive")
@@ -4994,7 +5009,7 @@ class MessageReply(Reply):
         self.searches += 1
         use = {"type": "server_tool_use", "id": search_id, "name": "web_search", "input": {}}
         frames += self.open_block(use)
-        query = to_json({"query": self.request.query})
+        query = json_text({"query": self.request.query})
         self.blocks[-1].pieces.append(query)
         frames.append(self.delta(input_delta(query)))
         found_blocks = [message_search_result(result) for result in found]
@@ -5388,7 +5403,7 @@ def without_halves(message: Message) -> Message:
 def without_half(call: ToolCall) -> ToolCall:
     if not HALF_ESCAPE.search(call.arguments):
         return call
-    text = to_json(JSON_DECODER.decode(call.arguments))
+    text = json_text(JSON_DECODER.decode(call.arguments))
     whole = whole_characters(text)
     if whole == text:
         return call
@@ -5831,7 +5846,7 @@ def model_words(model: Model) -> dict[str, object]:
 
 def json_word(value: object) -> str:
     """A value as it stands in a JSON file; a text without its quotes, which are there."""
-    text = to_json(value)
+    text = json_text(value)
     return text[1:-1] if isinstance(value, str) else text
 
 
@@ -5982,7 +5997,7 @@ def kind_without_code(status: int, code: str, document: Any) -> ErrorKind:
 
 
 def excerpt(body: bytes | JSON) -> str:
-    words = body.decode("utf-8", "replace") if isinstance(body, bytes) else to_json(body)
+    words = body.decode("utf-8", "replace") if isinstance(body, bytes) else json_text(body)
     return " ".join(words.split()) or "(empty)"
 
 
@@ -6274,7 +6289,9 @@ class ZaiReader:
 def text_of_parts(content: Any) -> str:
     """The text of a content that came as an array of parts, as messages of requests have it."""
     texts = []
-    for part in content if isinstance(content, list) else ():
+    if not isinstance(content, list):
+        return ""
+    for part in content:
         text = part
         if isinstance(part, dict) and part.get("type") in ("text", "output_text", None):
             text = part.get("text")
@@ -6866,7 +6883,9 @@ FENCED = re.compile(r"\s*```\w*[ \t]*\r?\n(.*)```\s*", re.DOTALL)
 def json_in(text: str) -> str:
     """The inside of a fence, if that is all there is, else the text; without white space around it."""
     fenced = FENCED.fullmatch(text)
-    return (fenced[1] if fenced else text).strip()
+    if fenced:
+        return fenced[1].strip()
+    return text.strip()
 
 
 class Beginning:
@@ -6984,7 +7003,7 @@ def arguments_of_pairs(pairs: Iterable[tuple[str, str]], parameters: JSON) -> st
     """Arguments as JSON text, from names and values as they stand between tags."""
     schema = Schema(parameters, parameters)
     arguments = {name: leaked_value(value, schema.of_property(name)) for name, value in pairs}
-    return to_json(arguments)
+    return json_text(arguments)
 
 
 def leaked_value(text: str, schema: Schema) -> Any:
@@ -7028,7 +7047,7 @@ class JsonCall(LeakedCall):
                 self.arguments = arguments
 
     def call(self) -> ToolCall:
-        return ToolCall(-1, "", self.name, to_json(self.arguments))
+        return ToolCall(-1, "", self.name, json_text(self.arguments))
 
 
 JSON_TYPES = {
@@ -7048,24 +7067,27 @@ class Schema:
     A reference is followed within `root`, the whole schema; a union allows what one of its `options` does.
     """
 
-    MAX_DEPTH = 32  # of unions, references and values in one another
+    MAX_DEPTH = 32  # of references, and of values, in one another
+    MAX_OPTIONS = 100  # a union may have itself in it
 
     def __init__(self, part: Any, root: JSON) -> None:
         self.root = root
-        self.options = self.options_of(part, 0)
+        self.options = self.options_of(part)
+        self.properties: dict[str, Schema] = {}  # that were asked for
 
-    def options_of(self, part: Any, depth: int) -> list[JSON]:
-        part = self.followed(part)
-        if "type" in part or depth > self.MAX_DEPTH:
-            return [part]
-        for union in ("anyOf", "oneOf", "allOf"):
-            options = part.get(union)
-            if isinstance(options, list) and (union != "allOf" or len(options) == 1):
-                found = []
-                for option in options:
-                    found += self.options_of(option, depth + 1)
-                return found
-        return [part]
+    def options_of(self, part: Any) -> list[JSON]:
+        options: list[JSON] = []
+        waiting = [part]
+        for _ in range(self.MAX_OPTIONS):
+            if not waiting:
+                return options
+            option = self.followed(waiting.pop())
+            union = union_of(option)
+            if union is None:
+                options.append(option)
+            else:
+                waiting += reversed(union)
+        return [{}]
 
     def followed(self, part: Any) -> JSON:
         """The part that a reference means; {} for what is no schema of ours."""
@@ -7108,50 +7130,68 @@ class Schema:
 
     def of_property(self, name: str) -> Schema:
         """Of the value that an object has under this name; one that allows all if that is not clear."""
-        found = []
-        for option in self.options:
-            known = as_object(option.get("properties"))
-            if name in known:
-                found.append(known[name])
-        return self.only(found)
+        if name not in self.properties:
+            found = []
+            for option in self.options:
+                known = as_object(option.get("properties"))
+                if name in known:
+                    found.append(known[name])
+            self.properties[name] = self.only(found)
+        return self.properties[name]
 
+    @cached_property
     def of_items(self) -> Schema:
         """Of an array's items, likewise."""
         return self.only([option["items"] for option in self.options if "items" in option])
 
     def only(self, parts: list[Any]) -> Schema:
-        return Schema(parts[0] if len(parts) == 1 else {}, self.root)
+        if len(parts) != 1:
+            return Schema({}, self.root)
+        return Schema(parts[0], self.root)
+
+
+def union_of(schema: JSON) -> list[Any] | None:
+    """The schemas of which a value must fit one; None if this is no union."""
+    if "type" in schema:
+        return None
+    for name in ("anyOf", "oneOf", "allOf"):
+        options = schema.get(name)
+        if isinstance(options, list) and (name != "allOf" or len(options) == 1):
+            return options
+    return None
 
 
 def fits(value: Any, schema: Schema, depth: int = 0) -> bool:
     """Whether a value is what a schema asks for, as far as its types, names and choices say."""
     if depth > Schema.MAX_DEPTH:
         return False
-    return any(fits_option(value, option, schema, depth) for option in schema.options)
+    if not any(fits_option(value, option, schema.root) for option in schema.options):
+        return False
+    if isinstance(value, list):
+        return all(fits(item, schema.of_items, depth + 1) for item in value)
+    if isinstance(value, dict):
+        parts = value.items()
+        return all(fits(part, schema.of_property(name), depth + 1) for name, part in parts)
+    return True
 
 
-def fits_option(value: Any, option: JSON, schema: Schema, depth: int) -> bool:
-    if not Schema(option, schema.root).allows_type_of(value):
+def fits_option(value: Any, option: JSON, root: JSON) -> bool:
+    """Whether it fits, but for what is in it."""
+    if not Schema(option, root).allows_type_of(value):
         return False
     choices = option.get("enum")
     if isinstance(choices, list) and value not in choices:
         return False
     if value != option.get("const", value):
         return False
-    if isinstance(value, list):
-        items = schema.of_items()
-        return all(fits(item, items, depth + 1) for item in value)
-    if isinstance(value, dict):
-        has_all = value.keys() >= required_names(option)
-        return has_all and all(
-            fits(part, schema.of_property(name), depth + 1) for name, part in value.items()
-        )
-    return True
+    return not isinstance(value, dict) or value.keys() >= required_names(option)
 
 
 def required_names(schema: JSON) -> set[str]:
     names = schema.get("required")
-    return set(map(str, names)) if isinstance(names, list) else set()
+    if not isinstance(names, list):
+        return set()
+    return set(map(str, names))
 
 
 def types_of(schema: JSON) -> Iterable[str] | None:
@@ -7387,7 +7427,8 @@ class JsonScanner:
             self.is_escaped = False
             return at + 1
         found = self.INSIDE.match(text, at)
-        at = found.end() if found else at
+        if found:
+            at = found.end()
         following = text[at : at + 2]
         if following == "\\":  # the last character
             self.is_escaped = True
@@ -7456,7 +7497,9 @@ class ObjectReader:
     def go_on(self, part: str) -> str:
         """More of an object; the first one goes out as it comes."""
         self.begun.append(part)
-        return "" if self.objects else part
+        if self.objects:
+            return ""
+        return part
 
     def replace_empty(self, part: str) -> str:
         """An object begins in the place of an empty one, whose opening brace may have gone out."""
@@ -7464,7 +7507,9 @@ class ObjectReader:
         self.held = ""
         self.mended += 1
         part = self.go_on(part).lstrip()
-        return part.removeprefix("{") if is_open else part
+        if is_open:
+            return part.removeprefix("{")
+        return part
 
     def read_end(self, part: str) -> Iterator[tuple[Literal["more", "another"], str]]:
         """Read a part that ends with a closing brace outside of other brackets."""
@@ -7672,7 +7717,9 @@ class NullArguments(HeldArguments):
     START = "null"
 
     def mend(self, text: str, _: JSON) -> str | None:
-        return "{}" if text.strip() == "null" else None
+        if text.strip() != "null":
+            return None
+        return "{}"
 
 
 class UnfinishedArguments(Repair):
@@ -7784,7 +7831,9 @@ class TypeMender:
 
     def close(self) -> str:
         """What was held."""
-        return "".join(self.string) if self.role == "value" else ""
+        if self.role != "value":
+            return ""
+        return "".join(self.string)
 
     def read(self, mark: str, text: str) -> str:
         """Read up to a mark; return what goes out."""
@@ -7794,7 +7843,9 @@ class TypeMender:
         if self.scanner.in_string:
             self.role = self.role_of_string()
             self.string = [mark]
-            return text.removesuffix(mark) if self.role == "value" else text
+            if self.role == "value":
+                return text.removesuffix(mark)
+            return text
         self.string.append(text)
         role = self.role
         self.role = ""
@@ -7810,7 +7861,9 @@ class TypeMender:
             return ""
         if closers[-1] == "}" and self.scanner.last != ":":
             return "key"
-        return "" if self.expected.allows_string else "value"
+        if self.expected.allows_string:
+            return ""
+        return "value"
 
     def mend(self, text: str) -> str:
         """A string, or the value that it should have been."""
@@ -7834,7 +7887,7 @@ class TypeMender:
         if mark == ":":
             self.expected = self.schemas[-1].of_property(self.key)
         elif closers[-1] == "]":
-            self.expected = self.schemas[-1].of_items()
+            self.expected = self.schemas[-1].of_items
 
 
 class TypedArguments(Repair):
@@ -8472,7 +8525,7 @@ class EmbeddingsReader(UsageReader):
         document = as_object(parse_answer(data))
         if not isinstance(document.get("data"), list):
             return data
-        return encode_json(
+        return json_bytes(
             {**document, "data": [packed_embedding(item) for item in document["data"]]}
         )
 
@@ -8492,13 +8545,13 @@ class JoinedEmbeddings:
         if not isinstance(items, list) or len(items) != texts:
             raise zai_error(200, data)
         for item in items:
-            self.items.append(encode_json({**as_object(item), "index": len(self.items)}))
+            self.items.append(json_bytes({**as_object(item), "index": len(self.items)}))
         for name, tokens in as_object(document.get("usage")).items():
             self.counts[name] += as_count(tokens)
         self.others = document
 
     def document(self) -> bytes:
-        others = encode_json({**self.others, "data": None, "usage": self.counts})
+        others = json_bytes({**self.others, "data": None, "usage": self.counts})
         head, _, rest = others.partition(b'"data":null')
         return b"".join([head, b'"data":[', b",".join(self.items), b"]", rest])
 
@@ -8894,7 +8947,7 @@ def emulation_lines(prompt: Prompt) -> Iterator[str]:
         which = "one of the functions" if len(prompt.tools) > 1 else "the function"
         yield f"{CALL_ORDER}{which} {names}."
     if prompt.schema:
-        yield SCHEMA_ORDER + to_json(prompt.schema)
+        yield SCHEMA_ORDER + json_text(prompt.schema)
 
 
 def with_system_lines(messages: tuple[Message, ...], lines: Iterable[str]) -> tuple[Message, ...]:
@@ -8912,9 +8965,9 @@ def with_system_lines(messages: tuple[Message, ...], lines: Iterable[str]) -> tu
     )
 
 
-ENABLED, DISABLED = {"thinking": {"type": "enabled"}}, {"thinking": {"type": "disabled"}}
+THINKING_ON, THINKING_OFF = {"thinking": {"type": "enabled"}}, {"thinking": {"type": "disabled"}}
 # Models that always think have three levels; this is the nearest for each effort.
-ALWAYS: dict[Effort, str] = {
+EFFORT_WHEN_ALWAYS: dict[Effort, str] = {
     "off": "low",
     "low": "low",
     "medium": "high",
@@ -8922,17 +8975,18 @@ ALWAYS: dict[Effort, str] = {
     "xhigh": "max",
     "max": "max",
 }
-WITH_EFFORT: dict[Effort, JSON] = {
-    level: ENABLED | {"reasoning_effort": level} for level in EFFORT_LEVELS
+THINKING_WITH_EFFORT: dict[Effort, JSON] = {
+    level: THINKING_ON | {"reasoning_effort": level} for level in EFFORT_LEVELS
 }
 # The fields for each kind of model and effort (docs.z.ai, "Thinking Mode"; NousResearch/hermes-agent#85890, #97286).
 THINKING: dict[ThinkingKind, dict[Effort, JSON]] = {
     "none": {},
     "switch": {
-        level: DISABLED if level == "off" else ENABLED for level in ("off", "on", *EFFORT_LEVELS)
+        level: THINKING_OFF if level == "off" else THINKING_ON
+        for level in ("off", "on", *EFFORT_LEVELS)
     },
-    "effort": {"off": DISABLED, "on": ENABLED, **WITH_EFFORT},
-    "always": {level: {"reasoning_effort": known} for level, known in ALWAYS.items()},
+    "effort": {"off": THINKING_OFF, "on": THINKING_ON, **THINKING_WITH_EFFORT},
+    "always": {level: {"reasoning_effort": known} for level, known in EFFORT_WHEN_ALWAYS.items()},
 }
 
 
@@ -8947,7 +9001,7 @@ def zai_thinking(prompt: Prompt, model: Model) -> JSON:
         return fields
     return {
         **fields,
-        "thinking": {**fields.get("thinking", ENABLED["thinking"]), "clear_thinking": clear},
+        "thinking": {**fields.get("thinking", THINKING_ON["thinking"]), "clear_thinking": clear},
     }
 
 
@@ -10107,11 +10161,11 @@ class AdaptiveLimit:
         self.limit_after_refusal = self.limit
         self.probe_at = now + self.pause
 
-    def last_refusal(self, clock_zero: float) -> JSON | None:
-        """The last refusal, if any, in Unix time; `clock_zero` is the Unix time at which the clock says 0."""
+    def last_refusal(self, unix_at_clock_zero: float) -> JSON | None:
+        """The last refusal, if any, in Unix time; `unix_at_clock_zero` is the Unix time at which the clock says 0."""
         if not self.limit_after_refusal:
             return None
-        probe_at = clock_zero + self.probe_at
+        probe_at = unix_at_clock_zero + self.probe_at
         return {
             "lowered_to": self.limit_after_refusal,
             "refused_at": probe_at - self.pause,
@@ -10504,7 +10558,7 @@ class Queue:
             ticket.slot.set_result(slot)
         return slot is not None
 
-    def snapshot(self, keys: Iterable[ZaiKey], clock_zero: float) -> JSON:
+    def snapshot(self, keys: Iterable[ZaiKey], unix_at_clock_zero: float) -> JSON:
         """For the dashboard; what there is for each key is in the order of `keys`."""
         limits = [self.limits[key] for key in keys]
         maximum = self.max_in_flight
@@ -10513,7 +10567,7 @@ class Queue:
             "waiting": len(self.waiting),
             "limits": [min(each.limit, maximum) for each in limits],
             "may_be_in_flight": min(sum(each.limit for each in limits), maximum),
-            "refusals": [each.last_refusal(clock_zero) for each in limits],
+            "refusals": [each.last_refusal(unix_at_clock_zero) for each in limits],
             "max_in_flight": None if maximum == math.inf else maximum,
         }
 
@@ -11304,7 +11358,7 @@ class Upstream:
         self.images = ImageMemory(limits.descriptions_size)
         self.redact = Redactor(settings.secrets)
         # What was done about failures, whether it helped or not, and what was mended.
-        self.remedies: Counter[str] = Counter()
+        self.retries_made: Counter[str] = Counter()
         self.repairs: Counter[str] = Counter()  # by the repair's own name
 
     @asynccontextmanager
@@ -11352,7 +11406,7 @@ class Upstream:
             return None
         image.asked_at = time.monotonic()
         try:
-            text = await self.description(image, image.plan)
+            text = await self.description(image.plan)
         except ProxyError as error:
             image.ended_at = time.monotonic()
             image.error = error.kind.code or error.kind.type
@@ -11366,7 +11420,7 @@ class Upstream:
         self.repairs["described_images"] += 1
         return None
 
-    async def description(self, image: ImagePlan, plan: Plan) -> str:
+    async def description(self, plan: Plan) -> str:
         """What VISION_MODEL says of an image. Raises ProxyError, also where it says nothing."""
         events: list[Event] = []
         async with self.open(plan) as answer:
@@ -11402,7 +11456,7 @@ class Upstream:
             except UpstreamError as error:
                 if error.kind not in FALLBACK_ERRORS and not isinstance(error, SlowAnswerError):
                     raise
-            self.remedies["fallbacks"] += 1
+            self.retries_made["fallbacks"] += 1
         model, prompt = plan.prompts[-1]
         return await self.ask_model(plan, model, prompt, owner)
 
@@ -11564,7 +11618,7 @@ class Upstream:
             error.retry_after = max(error.retry_after or 0.0, patience.opens_at - now)
             raise error
         slot.queue.coming_back.add(ticket)
-        self.remedies["queued_again"] += 1
+        self.retries_made["queued_again"] += 1
 
     def record_failure(self, ticket: Ticket, slot: Slot, error: UpstreamError) -> float:
         """Update keys after a failure; return the seconds to wait, or raise if there is no next try."""
@@ -11575,7 +11629,7 @@ class Upstream:
         if isinstance(error, SlowAnswerError):
             if not self.has_other_key(ticket, slot):
                 raise error
-            self.remedies["other_keys"] += 1
+            self.retries_made["other_keys"] += 1
             return 0
         if self.keys.calls_for_cooldown(error) and error.kind != last:
             self.keys.cool_down(slot.key, ticket.use, error)
@@ -11586,14 +11640,14 @@ class Upstream:
             ) as repeated:  # no other key is left: its own client gets Z.ai's words
                 error.retry_after = repeated.retry_after
                 raise error from None
-            self.remedies["other_keys"] += 1
+            self.retries_made["other_keys"] += 1
             return 0
         retries = self.settings.max_retries
         if self.clock.now() - slot.granted_at > self.limits.long_attempt:
             retries = min(retries, 1)
         if error.kind not in RETRYABLE or ticket.retries >= retries:
             raise error
-        self.remedies["retries"] += 1
+        self.retries_made["retries"] += 1
         ticket.retries += 1
         return backoff(ticket.retries, self.clock.jitter())
 
@@ -11601,25 +11655,27 @@ class Upstream:
         """The state of keys and queues for the dashboard: a key is shown by its number, other secrets are redacted."""
         self.keys.expire()
         numbers = {key: number for number, key in enumerate(self.settings.zai_keys, 1)}
-        clock_zero = self.clock.unix() - self.clock.now()  # the Unix time at which the clock says 0
+        unix_at_clock_zero = (
+            self.clock.unix() - self.clock.now()
+        )  # the Unix time at which the clock says 0
         cooling = [
             {
                 "key": numbers[key],
                 "model": redact(scope),
-                "until": clock_zero + rest.until,
+                "until": unix_at_clock_zero + rest.until,
                 "why": rest.error.kind.code,
             }
             for (key, scope), rest in self.keys.cooling.items()
         ]
         queues = [
-            {"model": redact(name)} | queue.snapshot(numbers, clock_zero)
+            {"model": redact(name)} | queue.snapshot(numbers, unix_at_clock_zero)
             for name, queue in self.queues.items()
         ]
         return {
             "keys": len(numbers),
             "resting": cooling,
             "queues": queues,
-            "healed": {**self.remedies, **self.repairs},
+            "healed": {**self.retries_made, **self.repairs},
         }
 
     def queue(self, model: str) -> Queue:
@@ -12198,11 +12254,12 @@ class Database:
         """Make the SQLite file if there is none, for its owner only; under root that is its folder's owner."""
         is_new = not self.path.exists()
         os.close(os.open(self.path, os.O_CREAT | os.O_RDWR, 0o600))
-        if is_new and hasattr(os, "geteuid") and os.geteuid() == 0:
+        if sys.platform == "win32" or not hasattr(os, "geteuid"):
+            return
+        if is_new and os.geteuid() == 0:
             folder = self.path.parent.stat()
-            os.chown(
-                self.path, folder.st_uid, folder.st_gid
-            )  # SQLite gives its other files the same
+            # SQLite gives its other files the same.
+            os.chown(self.path, folder.st_uid, folder.st_gid)
 
     def commit(self, job: Callable[..., R], *arguments: object, begin: str) -> R:
         """Do a job in a transaction of the open connection, which is closed if that fails."""
@@ -12353,7 +12410,7 @@ class Database:
     def put_account(self, account: Account) -> None:
         limits = {name: getattr(account, name) for name in LIMITS}
         self.execute(
-            PUT_KEY, account.id, account.name, to_json(limits), account.hash, int(account.paused)
+            PUT_KEY, account.id, account.name, json_text(limits), account.hash, int(account.paused)
         )
 
     def try_to_write(self) -> None:
@@ -12464,7 +12521,8 @@ class Record:
         for image in self.images:
             if image.plan is None or image.asked_at is None:
                 continue
-            record = Record(self.method, self.path, image.asked_at, self.id, image.model)
+            record = Record(self.method, self.path, image.asked_at, self.id)
+            record.model = image.model
             record.error = image.error
             record.meters = image.plan.meters
             record.settle()
@@ -12509,6 +12567,11 @@ class Record:
             "id": request_id_of(self.id),
         }
 
+    @property
+    def is_silent(self) -> bool:
+        """Whether its answers are complete, and have neither text nor call."""
+        return bool(self.meters) and all(meter.is_silent for meter in self.meters)
+
     def line(self, now: float) -> str:
         outcome = f"{self.status} {self.error}".rstrip()
         first = f"first {self.first - self.started:.2f} s, " if self.first else ""
@@ -12517,9 +12580,7 @@ class Record:
         took = f"{now - self.started:.2f} s"
         who = self.key or "-"
         what = f"{self.method} {self.path} {self.model or '-'}"
-        silent = ""
-        if self.meters and all(meter.is_silent for meter in self.meters):
-            silent = ", no text"
+        silent = ", no text" if self.is_silent else ""
         return f"{who} {what} {outcome} {first}{took}{tokens}{silent}{left_out}"
 
 
@@ -12556,7 +12617,7 @@ class Histogram:
 
 def sample(name: str, value: float, labels: Mapping[str, object]) -> str:
     """One line of Prometheus' text format 0.0.4; JSON escapes labels in the same way."""
-    return f"ztoapi_{name}{{{','.join(f'{label}={to_json(str(text))}' for label, text in labels.items())}}} {value}"
+    return f"ztoapi_{name}{{{','.join(f'{label}={json_text(str(text))}' for label, text in labels.items())}}} {value}"
 
 
 class ModelFigures:
@@ -12709,7 +12770,9 @@ class Statistics:
 
     def __init__(self, now: float, unix: float | None = None) -> None:
         self.started = now
-        self.clock_zero = (unix or now) - now  # the Unix time at which time.monotonic() was 0
+        self.unix_at_clock_zero = (
+            unix or now
+        ) - now  # the Unix time at which time.monotonic() was 0
         self.models: defaultdict[str, ModelFigures] = defaultdict(ModelFigures)
         self.keys: defaultdict[str, KeyFigures] = defaultdict(KeyFigures)  # by name
         self.names: dict[str, str] = {}  # of owners, as they were when they last asked
@@ -12752,26 +12815,26 @@ class Statistics:
         usage = record.usage
         figures = (1, int(bool(record.error)), usage.prompt, usage.cached, usage.completion)
         for timeline in (self.minutes, self.quarters):
-            stretch = timeline.at(now + self.clock_zero)
+            stretch = timeline.at(now + self.unix_at_clock_zero)
             counted = stretch.figures.get((record.owner, model), (0, 0, 0, 0, 0))
             stretch.figures[record.owner, model] = [*map(add, counted, figures)]
             stretch.times.append((record.owner, *times_of(record, duration)))
         self.count += 1
         self.recent.appendleft(Ended(self.count, now, record.owner, record.row(duration)))
 
-    def recent_rows(self, owner: str, since: int, clock_zero: float) -> list[JSON]:
+    def recent_rows(self, owner: str, since: int, unix_at_clock_zero: float) -> list[JSON]:
         """The last requests after that with the number `since`, of an owner or of everybody; the newest first."""
         rows = []
         for number, at, whose, row in self.recent:
             if number <= since:
                 break
             if owner in (whose, EVERYBODY):
-                rows.append({"n": number, "time": round(clock_zero + at, 3), **row})
+                rows.append({"n": number, "time": round(unix_at_clock_zero + at, 3), **row})
         return rows
 
     def minute_sums(self, now: float) -> list[list[int]]:
         """Requests, failures, tokens in and tokens out of each of the last minutes, the present one last."""
-        last = int((now + self.clock_zero) // self.MINUTE)
+        last = int((now + self.unix_at_clock_zero) // self.MINUTE)
         sums = []
         for number in range(last - self.MINUTES + 1, last + 1):
             total = [0, 0, 0, 0, 0]
@@ -12786,10 +12849,10 @@ class Statistics:
         """By name."""
         return {name: figures.snapshot(model_of(name)) for name, figures in self.models.items()}
 
-    def history(self, owner: str, clock_zero: float) -> JSON:
+    def history(self, owner: str, unix_at_clock_zero: float) -> JSON:
         """What is known of the last hour and the last day, of an owner or of everybody."""
         shift = round(
-            clock_zero - self.clock_zero
+            unix_at_clock_zero - self.unix_at_clock_zero
         )  # what the wall clock has jumped by since the start
         return {
             "quarters": self.quarters.rows(owner, self.names, shift),
@@ -12840,7 +12903,7 @@ class ClientHistory:
         await self.database.put_response(row)
 
     def row(self, stored: StoredResponse) -> ResponseRow:
-        body = encode_json({"response": stored.response, "input": stored.input})
+        body = json_bytes({"response": stored.response, "input": stored.input})
         now = self.database.unix()
         day = day_of(now).isoformat()
         return ResponseRow(
@@ -13349,7 +13412,9 @@ def check_budget(request: web.Request) -> None:
 
 
 def check_spending(request: web.Request, model: Model | None) -> None:
-    """Whether what costs money may still be asked for; None is what has no model."""
+    """Whether what costs money may still be asked for; None is what has no model. To fetch and delete costs nothing."""
+    if request.method != "POST":
+        return
     request.app[ACCOUNTS].check_spending(request[ACCOUNT], model, request.app[CLOCK].unix())
 
 
@@ -13743,7 +13808,7 @@ def info_headers(info: AnswerInfo) -> dict[str, str]:
 def json_response(
     document: JSON, status: int = 200, headers: Mapping[str, str] | None = None
 ) -> web.Response:
-    body = encode_json(document)
+    body = json_bytes(document)
     trace("answered", body)
     return web.Response(
         body=body, status=status, headers=headers, content_type="application/json", charset="utf-8"
@@ -13839,7 +13904,7 @@ def counted_response(body: JSON, history: ClientHistory, settings: Settings) -> 
     return asked_model(prompt, settings).model.id, estimated_tokens(prompt)
 
 
-async def health(request: web.Request) -> web.Response:
+async def show_health(request: web.Request) -> web.Response:
     """No secret; for an operator also which database it is, so that two programs know whether they share one."""
     settings = request.app[SETTINGS]
     document = {"status": "ok", "name": "ztoapi", **about(settings)}
@@ -13864,7 +13929,7 @@ async def database_id(database: Database) -> str | None:
         return None
 
 
-async def index(request: web.Request) -> web.Response:
+async def show_index(request: web.Request) -> web.Response:
     """Sends browsers to the docs, and tells programs where the API is."""
     if "text/html" in request.headers.get("Accept", ""):
         return web.Response(status=302, headers={"Location": "docs"})  # relative, for proxies
@@ -13874,13 +13939,13 @@ async def index(request: web.Request) -> web.Response:
     )
 
 
-async def favicon(_: web.Request) -> web.Response:
+async def show_favicon(_: web.Request) -> web.Response:
     """The pages' icon, which browsers ask for under this name."""
     headers = {"Cache-Control": "max-age=86400"}
     return web.Response(text=ICON, content_type="image/svg+xml", headers=headers)
 
 
-async def docs(request: web.Request) -> web.Response:
+async def show_docs(request: web.Request) -> web.Response:
     """The page that explains this server, with its client key if that is the published one."""
     settings, models = request.app[SETTINGS], await named_models(request)
     shown = ("context", "output", "vision", "free", "thinking", "price")
@@ -13907,7 +13972,7 @@ NO_STORE = {"Cache-Control": "no-store"}
 
 def page_response(page: Page, snapshot: JSON) -> web.Response:
     """A page with data in it. "<" is escaped, so that the data cannot become a script."""
-    html = page.html.replace("{{DATA}}", to_json(snapshot).replace("<", "\\u003c"))
+    html = page.html.replace("{{DATA}}", json_text(snapshot).replace("<", "\\u003c"))
     headers = {"Content-Security-Policy": page.policy, "Referrer-Policy": "no-referrer", **NO_STORE}
     return web.Response(
         text=html, content_type="text/html", headers=headers | {"X-Content-Type-Options": "nosniff"}
@@ -13949,7 +14014,7 @@ def page_response(page: Page, snapshot: JSON) -> web.Response:
 # DELETE /dashboard/keys/NAME†: 204.
 
 
-async def dashboard(_: web.Request) -> web.Response:
+async def show_dashboard(_: web.Request) -> web.Response:
     return page_response(DASHBOARD_PAGE, {"version": __version__})
 
 
@@ -14083,7 +14148,7 @@ def news(request: web.Request, fields: JSON) -> JSON:
 
 
 def field_digest(value: Any) -> str:
-    return f"{zlib.crc32(encode_json(steady(value))):x}"
+    return f"{zlib.crc32(json_bytes(steady(value))):x}"
 
 
 def steady(value: Any) -> Any:
@@ -14103,7 +14168,7 @@ async def dashboard_history(request: web.Request) -> web.Response:
     days = await usage_days(request)
     history = request.app[STATISTICS].history(owner, clock_zero_of(request.app))
     document = {"database": days is not None, "days": days or [], **history}
-    tag = f'W/"{digest(to_json(document))[:16]}"'
+    tag = f'W/"{digest(json_text(document))[:16]}"'
     headers = {"ETag": tag, "Cache-Control": "private, no-cache", "Vary": "Authorization"}
     if request.headers.get("If-None-Match") == tag:
         return web.Response(status=304, headers=headers)
@@ -14133,7 +14198,7 @@ async def usage_days(request: web.Request) -> list[JSON] | None:
     ]
 
 
-async def metrics(request: web.Request) -> web.Response:
+async def show_metrics(request: web.Request) -> web.Response:
     """For Prometheus."""
     statistics, upstream = request.app[STATISTICS], request.app[UPSTREAM]
     models, kinds = statistics.models.items(), ("prompt", "cached", "completion")
@@ -14157,7 +14222,7 @@ async def metrics(request: web.Request) -> web.Response:
     repairs = (({"kind": kind}, n) for kind, n in upstream.repairs.items())
     families = [
         family("build_info", "gauge", [({"version": __version__}, 1)]),
-        family("retries_total", "counter", [({}, upstream.remedies["retries"])]),
+        family("retries_total", "counter", [({}, upstream.retries_made["retries"])]),
         family("repairs_total", "counter", repairs),
         family("requests_total", "counter", requests),
         family("tokens_total", "counter", tokens),
@@ -15126,14 +15191,14 @@ def api_routes(app: web.Application) -> None:
 
 
 def page_routes(app: web.Application) -> None:
-    add_route(app, "GET", "/health", health)
-    add_route(app, "GET", "/", index)
-    add_route(app, "GET", "/api/hello", index)  # Claude Code's probe
-    add_route(app, "GET", "/docs", docs)
-    add_route(app, "GET", "/favicon.ico", favicon)
-    add_route(app, "GET", "/metrics", require_key(metrics, operator_only))
+    add_route(app, "GET", "/health", show_health)
+    add_route(app, "GET", "/", show_index)
+    add_route(app, "GET", "/api/hello", show_index)  # Claude Code's probe
+    add_route(app, "GET", "/docs", show_docs)
+    add_route(app, "GET", "/favicon.ico", show_favicon)
+    add_route(app, "GET", "/metrics", require_key(show_metrics, operator_only))
     if app[SETTINGS].dashboard_enabled:
-        add_route(app, "GET", "/dashboard", dashboard)
+        add_route(app, "GET", "/dashboard", show_dashboard)
         add_route(app, "GET", "/dashboard/stats", require_key(dashboard_stats))
         add_route(app, "GET", "/dashboard/history", require_key(dashboard_history))
         add_route(app, "GET", "/dashboard/keys", require_key(list_keys, operator_only))
@@ -15592,7 +15657,7 @@ def listed_keys(database: Database, flags: argparse.Namespace) -> str:
     today = day_of(database.unix())
     items = [key_item(accounts, account, today) for account in accounts.known.named]
     if flags.json:
-        return to_json({"keys": items})
+        return json_text({"keys": items})
     if not items:
         return (
             "There are no keys yet. Add one: python ztoapi.py keys add NAME (limits: keys --help)"
@@ -16597,7 +16662,7 @@ def demo_deltas(body: JSON) -> list[JSON]:
     if calls_tool(body, asked):
         deltas.append({"tool_calls": [demo_call(body["tools"][0].get("function", {}))]})
     elif "response_format" in body:
-        deltas.append({"content": to_json(smallest(asked_schema(body)))})
+        deltas.append({"content": json_text(smallest(asked_schema(body)))})
     else:
         words = f"This is the demo of ztoapi; no model is behind it (这是演示,没有真正的模型). You wrote: {asked[:200]}"
         deltas += [{"content": word} for word in re.findall(r"\s*\S+", words)]
@@ -16634,7 +16699,7 @@ def calls_tool(body: JSON, asked: str) -> bool:
 
 def demo_call(function: JSON) -> JSON:
     values = smallest({"type": "object", **as_object(function.get("parameters"))})
-    called = {"name": function.get("name", "demo"), "arguments": to_json(values)}
+    called = {"name": function.get("name", "demo"), "arguments": json_text(values)}
     return {
         "id": f"call_{secrets.token_hex(8)}",
         "index": 0,

@@ -1381,14 +1381,29 @@ def nearest_names(name: str, known: Iterable[str]) -> str:
 
 
 def anthropic_item(model: Model, name: str) -> JSON:
-    """A model as Anthropic lists it."""
+    """A model as Anthropic lists it (anthropic 2.14, ModelInfo)."""
     created = datetime.fromtimestamp(model.created, timezone.utc)
     return {
         "type": "model",
         "id": name,
         "display_name": name,
         "created_at": f"{created:%Y-%m-%dT%H:%M:%SZ}",
+        "lifecycle": "active",
+        "max_input_tokens": model.context,
+        "max_tokens": model.output,
     }
+
+
+def anthropic_list(items: list[JSON]) -> JSON:
+    """All models as one page of Anthropic's list."""
+    return {"data": items, "has_more": False, **page_ends(items)}
+
+
+def page_ends(items: list[JSON]) -> JSON:
+    """The first and the last id of a page of a list, as both APIs tell them."""
+    if not items:
+        return {"first_id": None, "last_id": None}
+    return {"first_id": items[0]["id"], "last_id": items[-1]["id"]}
 
 
 # Codex CLI wants a system prompt with every model, and uses it instead of its own.
@@ -4716,18 +4731,7 @@ def input_items(response_id: str, said: Sequence[JSON], query: Mapping[str, str]
         start = ids.index(query["after"]) + 1
     end = start + page_limit(query.get("limit", ""))
     page = items[start:end]
-    first_id = None
-    last_id = None
-    if page:
-        first_id = page[0]["id"]
-        last_id = page[-1]["id"]
-    return {
-        "object": "list",
-        "data": page,
-        "first_id": first_id,
-        "last_id": last_id,
-        "has_more": end < len(items),
-    }
+    return {"object": "list", "data": page, **page_ends(page), "has_more": end < len(items)}
 
 
 def page_limit(limit: str) -> int:
@@ -4780,6 +4784,7 @@ def block_text(block: Any) -> str:
             raise ValueError("must be a string or an array of text blocks")
 
 
+SHOWN_THINKING = ("enabled", "adaptive", "between_tools")  # types that ask for it
 LOW_BUDGET = 4_096  # tokens of thinking
 HIGH_BUDGET = 16_384
 
@@ -4787,7 +4792,7 @@ HIGH_BUDGET = 16_384
 def message_thinking(value: Any) -> JSON:
     """The `thinking` of a request, its type and budget checked."""
     given = mapping(value)
-    if given.get("type") not in ("enabled", "adaptive", "disabled"):
+    if given.get("type") not in (*SHOWN_THINKING, "disabled"):
         raise ValueError("must have the type enabled, adaptive or disabled")
     budget = given.get("budget_tokens")
     if budget is not None and as_number(budget) is None:
@@ -4802,7 +4807,7 @@ def message_effort(thinking: JSON, wanted: Effort | None) -> Effort | None:
             return "off"
         case "enabled":
             return wanted or effort_of_budget(thinking.get("budget_tokens"))
-        case "adaptive":
+        case "adaptive" | "between_tools":
             return wanted
         case _:
             return None
@@ -4941,8 +4946,17 @@ def left_out_tools(read: list[ReadTool]) -> dict[str, None]:
     return found
 
 
+def message_fallbacks(value: Any) -> tuple[str, ...] | None:
+    """Names of models, or Anthropic's objects with them; "default" are the operator's."""
+    if value == "default":
+        return None
+    names = [item.get("model") if isinstance(item, dict) else item for item in array(value)]
+    return model_names(names)
+
+
 MESSAGE_FIELDS: dict[str, Check] = {
     **COMMON_FIELDS,
+    "fallbacks": message_fallbacks,
     "messages": array,
     "max_tokens": integer(1, 2**31),
     "system": system_text,
@@ -4965,7 +4979,7 @@ def parse_message(body: JSON) -> tuple[Prompt, MessageReply]:
     require_fields(given, "model", "messages", "max_tokens")
     thinking = given.get("thinking", {})
     output = given.get("output_config", {})
-    shows_thinking = thinking.get("type") in ("enabled", "adaptive")
+    shows_thinking = thinking.get("type") in SHOWN_THINKING
     messages = read_turns(given["messages"])
     if given.get("system"):
         messages = (Message("system", (given["system"],)), *messages)
@@ -14078,9 +14092,8 @@ async def list_models(request: web.Request) -> web.Response:
     """The list in the caller's format: OpenAI's, Anthropic's, or OpenAI's with the fields that Codex reads."""
     models = await named_models(request)
     if "anthropic-version" in request.headers:
-        return json_response(
-            {"data": [anthropic_item(models[name], name) for name in models], "has_more": False}
-        )
+        items = [anthropic_item(model, name) for name, model in models.items()]
+        return json_response(anthropic_list(items))
     listing: JSON = {"object": "list", "data": [model_item(models[name], name) for name in models]}
     if "client_version" in request.query:
         listing["models"] = [codex_item(models[name], name) for name in models]
@@ -15785,7 +15798,25 @@ def parse_flags(arguments: list[str]) -> argparse.Namespace:
         help="with --check: ask first, then find out what Z.ai's documents leave open",
     )
     commands = parser.add_subparsers(dest="command", prog="ztoapi.py")
-    starter = commands.add_parser("launch", help="start a client that uses this server")
+    starter = add_launch_command(commands)
+    for each in (parser, starter):
+        each.add_argument("--host", default=argparse.SUPPRESS, help="address to listen on (HOST)")
+        each.add_argument("--port", default=argparse.SUPPRESS, help="port to listen on (PORT)")
+    parser.add_argument("--version", action="version", version=f"ztoapi {__version__}")
+    add_keys_command(commands)
+    own = list(takewhile("--".__ne__, arguments))
+    flags = parser.parse_args(own, argparse.Namespace(arguments=arguments[len(own) + 1 :]))
+    if flags.probe and not flags.check:
+        parser.error("--probe goes with --check")
+    return flags
+
+
+def add_launch_command(
+    commands: argparse._SubParsersAction[argparse.ArgumentParser],
+) -> argparse.ArgumentParser:
+    starter: argparse.ArgumentParser = commands.add_parser(
+        "launch", help="start a client that uses this server"
+    )
     starter.add_argument(
         "client", choices=CLIENTS, help="its own arguments follow --: launch claude -- -p hello"
     )
@@ -15800,16 +15831,7 @@ def parse_flags(arguments: list[str]) -> argparse.Namespace:
     starter.add_argument(
         "--show", action="store_true", help="only print the shell lines that start it"
     )
-    for each in (parser, starter):
-        each.add_argument("--host", default=argparse.SUPPRESS, help="address to listen on (HOST)")
-        each.add_argument("--port", default=argparse.SUPPRESS, help="port to listen on (PORT)")
-    parser.add_argument("--version", action="version", version=f"ztoapi {__version__}")
-    add_keys_command(commands)
-    own = list(takewhile("--".__ne__, arguments))
-    flags = parser.parse_args(own, argparse.Namespace(arguments=arguments[len(own) + 1 :]))
-    if flags.probe and not flags.check:
-        parser.error("--probe goes with --check")
-    return flags
+    return starter
 
 
 def add_keys_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:

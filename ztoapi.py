@@ -9957,12 +9957,12 @@ def caller_of(settings: Settings, account_id: str, beginning: Iterable[str]) -> 
     return Caller(account_id, digest(account_id, *beginning))
 
 
-# ======== Admission — from here on: I/O =============================================================================
+# ======== Admission — from here on: I/O ==========================================================
 # Which request may go to Z.ai, with which key (`KeyPool` has the cool-downs), and when (`Queue`).
 #
-# Who owns what: a request's AsyncExitStack, made in Upstream.open, owns its Slot in the queue and its connection to
-# Z.ai; with_retries empties it after each failed attempt. A merged stream has one such stack for each choice. Leaving
-# `open`, however it happens, closes them all.
+# Who owns what: a request's AsyncExitStack, made in Upstream.open, owns its Slot in the queue and
+# its connection to Z.ai; with_retries empties it after each failed attempt. A merged stream has
+# one such stack for each choice. Leaving `open`, however it happens, closes them all.
 
 
 class Clock:
@@ -9993,7 +9993,10 @@ FALLBACK_ERRORS = RETRYABLE | {
 
 
 class KeyUse(NamedTuple):
-    """What a key is wanted for: a model ("": not known), and a path of Z.ai's ("" for the chat's)."""
+    """What a key is wanted for.
+
+    `model` is "" where it is not known, `path` (of Z.ai's) is "" for chat.
+    """
 
     model: str = ""
     path: str = ""
@@ -10008,7 +10011,10 @@ class KeyUse(NamedTuple):
         return ("", self.model, self.path, self.path_and_model)
 
     def scope_of(self, error: UpstreamError) -> str:
-        """Where a key cools down; without quota for one model it may well have some for another (a free one, say)."""
+        """Where a key cools down.
+
+        Without quota for one model it may well have some for another, a free one for instance.
+        """
         if error.kind in MODEL_ERRORS:
             return self.path_and_model
         return self.path if error.kind == AUTHENTICATION else self.model or self.path
@@ -10016,7 +10022,10 @@ class KeyUse(NamedTuple):
 
 @dataclass(slots=True)
 class CoolDown:
-    """Why a key is not used, and until when; `tried_at` is when it was last refused, or tried nevertheless."""
+    """Why a key is not used, and until when.
+
+    `tried_at` is when it was last refused, or tried nevertheless.
+    """
 
     error: UpstreamError
     until: float
@@ -10025,8 +10034,8 @@ class CoolDown:
 
 class KeyPool:
     """Z.ai keys. One that is refused cools down while others serve: those of its base first, then the next base's.
-
-    While all of them cool down, now and then one request is let through to see whether that still holds.
+     While all of them cool down, now and then one request is let through to see whether that still
+    holds.
     """
 
     MAX_COOLDOWN = 32 * 86400.0  # no quota is longer than a month
@@ -10061,7 +10070,10 @@ class KeyPool:
         return next((cooldown for cooldown in found if cooldown and cooldown.until > now), None)
 
     def due_for_probe(self, cooling: dict[ZaiKey, CoolDown]) -> ZaiKey:
-        """The key that was tried longest ago. Raises UpstreamError when one was tried a moment ago."""
+        """The key that was tried longest ago.
+
+        Raises UpstreamError when one was tried a moment ago.
+        """
         now, last = self.clock.now(), max(cooling.values(), key=attrgetter("tried_at"))
         if now < last.tried_at + self.PROBE_INTERVAL:
             first_end = min(cooldown.until for cooldown in cooling.values())
@@ -10095,7 +10107,10 @@ class KeyPool:
         )
 
     def expire(self) -> None:
-        """Forget the cool-downs that are over, and the oldest for models that clients may have made up."""
+        """Forget the cool-downs that are over.
+
+        Of those for models that clients may have made up, also the oldest.
+        """
         now = self.clock.now()
         self.cooling = {pair: rest for pair, rest in self.cooling.items() if rest.until > now}
         unknown = [pair for pair in self.cooling if names_unknown_model(pair[1])]
@@ -10110,8 +10125,8 @@ def names_unknown_model(scope: str) -> bool:
 
 
 # The limit that learns. Z.ai publishes no number of requests that it takes at a time
-# (zai-org/GLM-5#83), and tells too many only by refusing one. But what a refusal says is exact: with
-# n in flight, it takes n - 1 now. So the limit needs no search.
+# (zai-org/GLM-5#83), and tells too many only by refusing one. But what a refusal says is exact:
+# with n in flight, it takes n - 1 now. So the limit needs no search.
 #
 # Before the first refusal it doubles in the time of an answer's beginning, as TCP's window does at
 # the start: each success while it is more than half full adds one. A refusal sets it to what was
@@ -10137,7 +10152,10 @@ class AdaptiveLimit:
         self.probe_at = 0.0  # not before this time
 
     def has_room(self, now: float) -> bool:
-        """Whether one more may go, after the pause even above the limit: a probe must not wait for a long answer."""
+        """Whether one more may go.
+
+        After the pause one may go even above the limit: a probe must not wait for a long answer.
+        """
         return self.in_flight < self.limit or (
             self.in_flight == self.limit and 0 < self.probe_at <= now
         )
@@ -10162,7 +10180,10 @@ class AdaptiveLimit:
         self.probe_at = now + self.pause
 
     def last_refusal(self, unix_at_clock_zero: float) -> JSON | None:
-        """The last refusal, if any, in Unix time; `unix_at_clock_zero` is the Unix time at which the clock says 0."""
+        """The last refusal, if any, in Unix time.
+
+        `unix_at_clock_zero` is the Unix time at which the clock says 0.
+        """
         if not self.limit_after_refusal:
             return None
         probe_at = unix_at_clock_zero + self.probe_at
@@ -10174,7 +10195,10 @@ class AdaptiveLimit:
 
 
 def backoff(retry: int, jitter: float) -> float:
-    """Seconds to wait before this retry, from 1 on; `jitter` from 0 to 1 keeps clients from retrying in step."""
+    """Seconds to wait before this retry, from 1 on.
+
+    `jitter`, from 0 to 1, keeps clients from retrying in step.
+    """
     return 0.5 * 2.0 ** (retry - 1) * (0.75 + jitter / 2)
 
 
@@ -10310,7 +10334,10 @@ class Patience:
             self.is_named = True
 
     def learn_of_others(self, in_flight: int) -> None:
-        """Others use the key if Z.ai refuses what it took before: behind a gap, or twice in a row."""
+        """Conclude that others use the key if Z.ai refuses what it took before.
+
+        That is behind a gap, or twice in a row.
+        """
         self.is_full = True
         gap_was_used = in_flight < self.tests_gap_with
         if gap_was_used or (self.refusals and not in_flight):
@@ -10340,7 +10367,10 @@ class Patience:
         return self.is_full and now >= self.held_since + hold
 
     def ends_at(self, arrived_at: float, seconds: float) -> float:
-        """When a request that arrived then is told of its refusal, after so many seconds of them."""
+        """When a request that arrived at a given time is told of its refusal.
+
+        `seconds` is how long Z.ai's refusals are borne.
+        """
         if self.refusing_since is None:
             return math.inf
         return max(arrived_at, self.refusing_since) + seconds
@@ -10416,7 +10446,10 @@ class Ticket:
         self.refusal = error.with_traceback(None)
 
     def preference(self, key: ZaiKey) -> tuple[bool, str]:
-        """Sorts keys: a conversation stays with its own, which has the prompt cache, unless that failed or is full."""
+        """Sorts keys: a conversation stays with its own unless that failed or is full.
+
+        Its own has the prompt cache.
+        """
         return key in self.failures, key.affinity(self.caller.conversation)
 
 
@@ -10468,7 +10501,10 @@ class Queue:
         return Ticket(use, caller, turn, self.clock.now(), leaves_after)
 
     async def acquire(self, ticket: Ticket) -> Slot:
-        """Wait for a slot, which the caller must release. Raises UpstreamError when all keys cool down."""
+        """Wait for a slot, which the caller must release.
+
+        Raises UpstreamError when all keys cool down.
+        """
         self.coming_back.discard(ticket)
         if not (self.waiting or self.coming_back) and (slot := self.try_acquire(ticket)):
             return slot
@@ -10517,7 +10553,10 @@ class Queue:
         self.admit()
 
     def admit(self) -> None:
-        """Grant slots to the head of the queue while there are any, unless somebody comes back to it."""
+        """Grant slots to the head of the queue while there are any.
+
+        A request that comes back to its place goes before it, so until then nobody gets one.
+        """
         if self.coming_back:
             return
         while self.waiting and self.settle(self.waiting[0]):
@@ -10526,7 +10565,10 @@ class Queue:
             self.look_again()
 
     def look_again(self) -> None:
-        """Look at the queue when a key opens, and now and then: a rest may end while nothing else happens."""
+        """Look at the queue when a key opens, and now and then.
+
+        Now and then, for a cool-down may end while nothing else happens.
+        """
         now = self.clock.now()
         changes = [patience.next_change(now) for patience in self.patience.values()]
         delay = min([self.poll_interval, *changes])
@@ -10572,7 +10614,10 @@ class Queue:
         }
 
     def try_acquire(self, ticket: Ticket) -> Slot | None:
-        """A slot with the first available key that has room and is open. Raises ProxyError when all keys cool down."""
+        """A slot with the first available key that has room and is open.
+
+        Raises ProxyError when all keys cool down.
+        """
         keys, now = self.keys.available(ticket.use), self.clock.now()
         if self.in_flight >= self.max_in_flight:
             return None
@@ -10594,8 +10639,9 @@ class Queue:
         return self.patience[key].lets_go(limit.in_flight, limit.limit, now)
 
 
-# ======== Z.ai client ===============================================================================================
-# `ZaiClient` sends one HTTP request to Z.ai; its answer is a `ByteStream`, and for a chat an `EventStream`.
+# ======== Z.ai client ============================================================================
+# `ZaiClient` sends one HTTP request to Z.ai; its answer is a `ByteStream`, and for a chat an
+# `EventStream`.
 
 LOG = logging.getLogger("ztoapi")
 REQUEST_ID: ContextVar[str] = ContextVar(
@@ -10611,7 +10657,10 @@ def trace(what: str, data: bytes | object) -> None:
 
 
 def trace_part(what: str, part: bytes) -> None:
-    """A line of the debug log with bytes exactly as they came, as a JSON string: they may be cut anywhere."""
+    """A line of the debug log with bytes exactly as they came.
+
+    It has them as a JSON string, for they may be cut anywhere.
+    """
     if LOG.level == logging.DEBUG and part:
         trace(what, quoted(part.decode("utf-8", "backslashreplace")))
 
@@ -10630,7 +10679,8 @@ async def in_thread_if_large(size: int, work: Callable[..., R], *arguments: Any)
     return await asyncio.get_running_loop().run_in_executor(LARGE_WORK, work, *arguments)
 
 
-# The encodings of a body that aiohttp unpacks (some only where their package is installed: it raises).
+# The encodings of a body that aiohttp unpacks (some only where their package is installed: it
+# raises).
 UNPACKED = ("identity", "gzip", "deflate", "br", "zstd")
 PACKED = "Z.ai's answer is packed so that it cannot be read: try again."
 ERROR_BODY_LIMIT = 65536  # bytes of a refusal that are read
@@ -10763,7 +10813,10 @@ class ByteStream:
             raise error
 
     async def read(self) -> bytes:
-        """The next bytes, none at the end. Raises UpstreamError when the connection breaks off, or is silent."""
+        """The next bytes, none at the end.
+
+        Raises UpstreamError when the connection breaks off, or is silent.
+        """
         if self.packed:
             await asyncio.sleep(0)  # a few bytes unpack to so many that no read would ever wait
         self.timer.reset()
@@ -10787,7 +10840,10 @@ class ByteStream:
 
 
 class AnswerInfo(NamedTuple):
-    """About an answer: its id at Z.ai, Unix seconds (0: unknown), the model, the request's id at Z.ai."""
+    """About an answer.
+
+    The id at Z.ai, Unix seconds (0: unknown), the model, and the request's id at Z.ai.
+    """
 
     id: str
     created: int
@@ -10871,7 +10927,10 @@ class EventStream(EventSource):
         return []
 
     async def complete(self) -> None:
-        """Wait for all events. Raises UpstreamError when one is missing: nothing has reached the client."""
+        """Wait for all events.
+
+        Raises UpstreamError when one is missing: nothing has reached the client.
+        """
         events = list(self.ahead)
         while batch := await self.next_batch():
             events += batch
@@ -10934,7 +10993,10 @@ class EventStream(EventSource):
         return events
 
     async def read_rest(self) -> bytes:
-        """The next bytes after Z.ai's finish, none at the end: a broken connection no longer matters."""
+        """The next bytes after Z.ai's finish, none at the end.
+
+        A broken connection no longer matters.
+        """
         now = asyncio.get_running_loop().time()
         self.finish_deadline = self.finish_deadline or now + self.source.limits.finish_timeout
         with suppress(UpstreamError, asyncio.TimeoutError):
@@ -11022,7 +11084,10 @@ class ZaiClient:
         return list(islice(models_from_items(items), 1_000))
 
     async def plan_quota(self, key: ZaiKey) -> JSON:
-        """What is left of a key's plan; no limits where it has none, and where Z.ai does not say."""
+        """What is left of a key's plan.
+
+        It has no limits where there is no plan, and where Z.ai does not say.
+        """
         body = b""
         with suppress(UpstreamError):
             _, body = await self.get(urljoin(key.base_url, "/api/monitor/usage/quota/limit"), key)
@@ -11044,10 +11109,10 @@ class ZaiClient:
 
 class ZaiConnection(ResponseHandler):
     """One connection to Z.ai.
-
-    A request fails when the whole head of its answer has not come `max_silence` seconds after the request, or a part
-    of it, was written: informational answers (1xx) and a head that drips are silence. aiohttp's own timer, sock_read,
-    starts anew with every byte. One timer serves all requests of a connection: it looks again when it is due.
+     A request fails when the whole head of its answer has not come `max_silence` seconds after the
+    request, or a part of it, was written: informational answers (1xx) and a head that drips are
+    silence. aiohttp's own timer, sock_read, starts anew with every byte. One timer serves all
+    requests of a connection: it looks again when it is due.
     """
 
     def __init__(self, loop: asyncio.AbstractEventLoop, max_silence: float) -> None:
@@ -11097,8 +11162,8 @@ class ZaiConnection(ResponseHandler):
 
     def is_connected(self) -> bool:
         """Whether it can be used; aiohttp asks before it uses an idle one again.
-
-        Bytes that nobody asked for, or the end, make it useless: they would be taken for the next request's answer.
+         Bytes that nobody asked for, or the end, make it useless: they would be taken for the next
+        request's answer.
         """
         return super().is_connected() and not self.should_close and not self.is_readable()
 
@@ -11152,13 +11217,16 @@ def new_session(settings: Settings, limits: Limits) -> aiohttp.ClientSession:
     )
 
 
-# ======== Upstream ==================================================================================================
-# `Upstream.open` turns one request into requests to Z.ai: descriptions of images, retries, other keys, fallbacks,
-# merged choices.
+# ======== Upstream ===============================================================================
+# `Upstream.open` turns one request into requests to Z.ai: descriptions of images, retries, other
+# keys, fallbacks, merged choices.
 
 
 class MergedStream(EventSource):
-    """Several answers of Z.ai's as one with several choices, since Z.ai has no `n`; events in order of arrival."""
+    """Several answers of Z.ai's as one with several choices, since Z.ai has no `n`.
+
+    Events come in the order of their arrival.
+    """
 
     def __init__(
         self, attempts: Sequence[Callable[[AsyncExitStack], Awaitable[EventStream]]]
@@ -11217,7 +11285,10 @@ class MergedStream(EventSource):
         return events
 
     async def close(self) -> None:
-        """Release everything, also if this is cancelled: a lost connection cancels a handler that already ends."""
+        """Release everything, also if this is cancelled.
+
+        A lost connection cancels a handler that already ends.
+        """
         async with AsyncExitStack() as owners:
             for owner in self.owners:
                 owners.push_async_callback(owner.aclose)
@@ -11320,7 +11391,10 @@ REASON_LIMIT = 300  # characters of what Z.ai says about an image
 
 
 def fingerprint(account_id: str, message: Message) -> str:
-    """The same for an answer and for what its client sends back later, if only white space differs."""
+    """Tells an answer again when its client sends it back.
+
+    White space makes no difference.
+    """
     calls = (
         word for call in message.calls for word in (call.id, call.name, canonical(call.arguments))
     )
@@ -11364,9 +11438,8 @@ class Upstream:
     @asynccontextmanager
     async def open(self, plan: Plan) -> AsyncIterator[Answering]:
         """Yields an answer that has begun; one that is not streamed is complete.
-
-        On exit, however it happens, every connection and slot is released. Raises ProxyError when no
-        model answers.
+         On exit, however it happens, every connection and slot is released. Raises ProxyError when
+        no model answers.
         """
         async with AsyncExitStack() as owner:
             if plan.images:
@@ -11388,8 +11461,8 @@ class Upstream:
 
     async def describe_images(self, plan: Plan) -> None:
         """Put words in the place of the plan's images: those that are known, or VISION_MODEL's.
-
-        Raises ProxyError where one of the turn that is on has no description, unless Z.ai refuses it.
+         Raises ProxyError where one of the turn that is on has no description, unless Z.ai refuses
+        it.
         """
         for error in await asyncio.gather(*map(self.describe, plan.images)):
             if error:
@@ -11468,7 +11541,10 @@ class Upstream:
         owner: AsyncExitStack,
         leaves_after: float = math.inf,
     ) -> EventStream:
-        """Ask one model, with retries; the error for an unknown one tells names that are like it."""
+        """Ask one model, with retries.
+
+        The error for an unknown model tells names that are like it.
+        """
         attempt = partial(self.ask, plan, model, prompt)
         use = KeyUse(model.id)
         try:
@@ -11517,7 +11593,10 @@ class Upstream:
         return stream
 
     def asks_again(self, plan: Plan, prompt: Prompt) -> bool:
-        """Whether an empty answer is asked for once more; with `stop`, that may be all there is to say."""
+        """Whether an empty answer is asked for once more.
+
+        With `stop`, an empty answer may be all there is to say.
+        """
         [meter] = plan.meters
         return self.settings.max_retries > 0 and not prompt.stop and not meter.was_empty
 
@@ -11607,7 +11686,10 @@ class Upstream:
         return any(key not in tried and slot.queue.has_room(key) for key in keys)
 
     def wait_out(self, ticket: Ticket, slot: Slot, error: UpstreamError) -> None:
-        """Let a request that was refused for load wait in its place; raise if it has waited enough."""
+        """Let a request that was refused for load wait in its place.
+
+        Raises UpstreamError when it has waited enough.
+        """
         slot.queue.refused(slot, error)
         now = self.clock.now()
         ticket.refused(error, now)
@@ -11621,7 +11703,10 @@ class Upstream:
         self.retries_made["queued_again"] += 1
 
     def record_failure(self, ticket: Ticket, slot: Slot, error: UpstreamError) -> float:
-        """Update keys after a failure; return the seconds to wait, or raise if there is no next try."""
+        """Update keys after a failure, and return the seconds to wait.
+
+        Raises UpstreamError if there is no next try.
+        """
         if isinstance(error, EmptyAnswerError):
             return 0  # the next one counts
         last = ticket.failures.get(slot.key)
@@ -11652,7 +11737,10 @@ class Upstream:
         return backoff(ticket.retries, self.clock.jitter())
 
     def snapshot(self, redact: Callable[[str], str]) -> JSON:
-        """The state of keys and queues for the dashboard: a key is shown by its number, other secrets are redacted."""
+        """The state of keys and queues for the dashboard.
+
+        A key is shown by its number, other secrets are redacted.
+        """
         self.keys.expire()
         numbers = {key: number for number, key in enumerate(self.settings.zai_keys, 1)}
         unix_at_clock_zero = (
@@ -11679,7 +11767,10 @@ class Upstream:
         }
 
     def queue(self, model: str) -> Queue:
-        """The model's queue. Clients may invent names, so unused queues of unknown models are dropped."""
+        """The model's queue.
+
+        Clients may invent names, so unused queues of unknown models are dropped.
+        """
         if model not in self.queues:
             self.queues = {
                 n: q for n, q in self.queues.items() if n in MODELS or q.in_flight or q.tickets
@@ -11691,7 +11782,10 @@ class Upstream:
 
 
 class Catalog:
-    """The models this server lists: the table, and Z.ai's list for the first key, asked for now and then."""
+    """The models this server lists.
+
+    They are the table's and those of Z.ai's list for the first key, asked for now and then.
+    """
 
     def __init__(self, client: ZaiClient, keys: KeyPool, ttl: float) -> None:
         """`ttl`: seconds for which Z.ai is not asked again."""
@@ -11701,7 +11795,10 @@ class Catalog:
         self.asking: asyncio.Task[None] | None = None
 
     async def list(self, now: float) -> dict[str, Model]:
-        """By id. Only the first caller waits for Z.ai; later the list is refreshed in the background."""
+        """By id.
+
+        Only the first caller waits for Z.ai; later the list is refreshed in the background.
+        """
         if now - self.asked_at >= self.ttl:
             before, self.asking, self.asked_at = self.asking, asyncio.create_task(self.ask()), now
             if before is None:
@@ -11743,8 +11840,9 @@ class PlanQuotas:
         ]
 
 
-# ======== Database ==================================================================================================
-# `Database`: keys, usage and stored responses in SQLite or PostgreSQL, with the same SQL. A day is YYYY-MM-DD.
+# ======== Database ===============================================================================
+# `Database`: keys, usage and stored responses in SQLite or PostgreSQL, with the same SQL. A day is
+# YYYY-MM-DD.
 
 DAYS_KEPT = 30  # of stored responses
 DATABASE_FILE = Path(__file__).with_name("ztoapi.db")
@@ -11798,7 +11896,8 @@ MIGRATIONS = (
     CREATE INDEX ztoapi_response_parents ON ztoapi_responses (parent);
     CREATE INDEX ztoapi_response_ages ON ztoapi_responses (account, day, stored_at, size)
     """,
-    # Until then a key's id was its hash. Money is in billionths of a dollar, at the prices of the day of the change.
+    # Until then a key's id was its hash. Money is in billionths of a dollar, at the prices of the
+    # day of the change.
     """
     ALTER TABLE ztoapi_keys ADD COLUMN hash TEXT NOT NULL DEFAULT '';
     ALTER TABLE ztoapi_keys ADD COLUMN paused BIGINT NOT NULL DEFAULT 0;
@@ -11867,7 +11966,8 @@ ROWS = (
     "SELECT id, account, day, stored_at, parent, size, body FROM ztoapi_responses WHERE id IN ({})"
 )
 
-# How a transaction begins in SQLite, where one that reads does not wait for another process that writes.
+# How a transaction begins in SQLite, where one that reads does not wait for another process that
+# writes.
 READ, WRITE = "BEGIN", "BEGIN IMMEDIATE"
 NO_ANSWER = "the database does not answer"
 
@@ -11891,7 +11991,10 @@ DELETED = ""
 
 
 class LineStart(NamedTuple):
-    """Where a line of responses begins that the database is asked for, and the first day for that."""
+    """Where a line of responses begins that the database is asked for.
+
+    Responses from before `first_day` do not count.
+    """
 
     id: str  # "" for no line
     first_day: str
@@ -11925,14 +12028,20 @@ def forget_outcome(done: asyncio.Future[Any]) -> None:
 
 
 class DatabaseThread:
-    """One thread that does jobs in turn. Unlike a ThreadPoolExecutor's it keeps no program from ending."""
+    """One thread that does jobs in turn.
+
+    Unlike a ThreadPoolExecutor's it keeps no program from ending.
+    """
 
     def __init__(self) -> None:
         self.jobs: SimpleQueue[tuple[Future[Any], Callable[[], Any]]] = SimpleQueue()
         self.thread: Thread | None = None
 
     def submit(self, job: Callable[[], R]) -> Future[R]:
-        """Do a job after those before it; it may raise DatabaseError and ProxyError, anything else is a bug."""
+        """Do a job after those before it.
+
+        It may raise DatabaseError and ProxyError. Anything else is a bug.
+        """
         future: Future[R] = Future()
         self.jobs.put((future, job))
         if self.thread is None or not self.thread.is_alive():  # not yet, or in a forked process
@@ -11953,7 +12062,10 @@ class DatabaseThread:
 
 
 class UnsavedResponses:
-    """Responses that the database does not have yet; too many, or too large, the oldest are lost."""
+    """Responses that the database does not have yet.
+
+    If they are too many, or too large, the oldest are lost.
+    """
 
     def __init__(self, limits: Limits) -> None:
         self.limits = limits
@@ -12020,7 +12132,10 @@ class Database:
 
     @cached_property
     def writer(self) -> str:
-        """This process in `ztoapi_writers`; not known before it writes, for a process manager may fork."""
+        """This process in `ztoapi_writers`.
+
+        It is not known before it writes, for a process manager may fork.
+        """
         return secrets.token_hex(8)
 
     @property
@@ -12064,7 +12179,7 @@ class Database:
 
     @asynccontextmanager
     async def running(self, accounts: Accounts) -> AsyncIterator[None]:
-        """Keys and usage are exchanged with the database every few seconds, and once more at the end."""
+        """Exchange keys and usage with the database every few seconds, and once more at the end."""
         if self.exists:
             await self.sync(accounts)
         task = asyncio.create_task(self.loop(accounts))
@@ -12203,7 +12318,10 @@ class Database:
         return bool(self.opened) and self.opened[0] != file_identity(self.path)
 
     def leave_file(self) -> None:
-        """Close a file that is gone, with its journal, which SQLite would add to the file in its place."""
+        """Close a file that is gone, with its journal.
+
+        SQLite would add the journal to the file in its place.
+        """
         LOG.warning("%s was deleted or replaced: it is opened anew", self.path)
         opened = self.opened
         self.close()
@@ -12251,7 +12369,10 @@ class Database:
         self.execute("PRAGMA synchronous = NORMAL")
 
     def make_file(self) -> None:
-        """Make the SQLite file if there is none, for its owner only; under root that is its folder's owner."""
+        """Make the SQLite file if there is none, for its owner only.
+
+        Under root, the owner is that of its folder.
+        """
         is_new = not self.path.exists()
         os.close(os.open(self.path, os.O_CREAT | os.O_RDWR, 0o600))
         if sys.platform == "win32" or not hasattr(os, "geteuid"):
@@ -12274,7 +12395,10 @@ class Database:
         return result
 
     def checkpoint_if_due(self) -> None:
-        """Twice a minute, bring what was written from SQLite's journal to its file, which may be copied alone."""
+        """Twice a minute, bring what was written from SQLite's journal to its file.
+
+        So the file may be copied alone.
+        """
         now = time.monotonic()
         if self.opened and now - self.checkpointed_at >= self.limits.checkpoint_interval:
             self.execute("PRAGMA wal_checkpoint(PASSIVE)")
@@ -12293,12 +12417,18 @@ class Database:
         )
 
     def lock_out(self, activity: int) -> None:
-        """Until the transaction ends, keep other processes from doing the same; SQLite has one writer."""
+        """Until the transaction ends, keep other processes from doing the same.
+
+        SQLite has one writer, so there it needs nothing.
+        """
         if self.is_postgres:
             self.execute("SELECT pg_advisory_xact_lock(?)", activity)
 
     def migrate(self) -> None:
-        """Bring the tables to this program's version. Raises DatabaseError if they have a newer one."""
+        """Bring the tables to this program's version.
+
+        Raises DatabaseError if they have a newer one.
+        """
         self.lock_out(MIGRATING)
         self.execute("CREATE TABLE IF NOT EXISTS ztoapi_version (version BIGINT NOT NULL)")
         version = self.execute("SELECT MAX(version) FROM ztoapi_version").fetchone()[0] or 0
@@ -12427,7 +12557,10 @@ class Database:
         return bool(self.execute(REMOVE_KEY, name).rowcount)
 
     def list_usage(self, since: date, account_id: str = "") -> list[tuple[Any, ...]]:
-        """Account id and name, day, model, and the figures of Counts; of all accounts, or of one."""
+        """Usage by account, day and model, of all accounts or of one.
+
+        Each row: the account's id and name, day, model, and the figures of Counts.
+        """
         if account_id:
             return list(self.execute(USAGE_OF_ONE, since.isoformat(), account_id))
         return list(self.execute(USAGE_SINCE, since.isoformat()))
@@ -12471,8 +12604,9 @@ def marks(values: Sequence[object]) -> str:
     return ", ".join("?" * len(values))
 
 
-# ======== Requests ==================================================================================================
-# What is kept about requests, bounded in size: `Record`, `Statistics`, and `ClientHistory` of stored responses.
+# ======== Requests ===============================================================================
+# What is kept about requests, bounded in size: `Record`, `Statistics`, and `ClientHistory` of
+# stored responses.
 
 CLIENT_LEFT = 499  # nginx's status for a client that closed the connection
 
@@ -12676,14 +12810,15 @@ class Stretch:
     def __init__(self, samples: int) -> None:
         # Requests, failures, tokens in, tokens in from the cache, tokens out; by owner and model.
         self.figures: dict[tuple[str, str], list[int]] = {}
-        # The latest owners, and how many seconds their answers took to begin and in all (None: they did not).
+        # The latest owners, and how many seconds their answers took to begin and in all (None: they
+        # did not).
         self.times: deque[tuple[str, float | None, float | None]] = deque(maxlen=samples)
 
 
 class Timeline:
     """What happened in the last stretches of time; the oldest go when new ones come, so that idle nothing changes.
-
-    Stretches are numbered from 1970 on, by a clock that was right when the program started and never jumps.
+     Stretches are numbered from 1970 on, by a clock that was right when the program started and
+    never jumps.
     """
 
     def __init__(self, step: int, kept: int, samples: int) -> None:
@@ -12703,7 +12838,10 @@ class Timeline:
         return self.stretches[number]
 
     def rows(self, owner: str, names: Mapping[str, str], shift: int) -> list[JSON]:
-        """The figures of an owner, or of everybody; times are `shift` seconds later than they were counted."""
+        """The figures of an owner, or of everybody.
+
+        `shift` is what is added to the times at which they were counted, in seconds.
+        """
         rows = []
         for number, stretch in sorted(self.stretches.items()):
             for (whose, model), figures in stretch.figures.items():
@@ -12760,7 +12898,10 @@ class Ended(NamedTuple):
 
 
 class Statistics:
-    """Figures by model, by key and over time, and the last requests; times are of time.monotonic()."""
+    """Figures by model, by key and over time, and the last requests.
+
+    Times are of time.monotonic().
+    """
 
     MAX_MODELS, RECENT = 50, 500
     MINUTE, MINUTES = 60, 60  # seconds of one, and how many are kept
@@ -12787,7 +12928,10 @@ class Statistics:
 
     @cached_property
     def run(self) -> str:
-        """Tells this process from others and from the one before; not known early, for a process manager may fork."""
+        """Tells this process from others and from the one before.
+
+        It is not known early, for a process manager may fork.
+        """
         return secrets.token_hex(4)
 
     def label(self, model: str) -> str:
@@ -12795,7 +12939,10 @@ class Statistics:
         return model if model in self.models or model in MODELS else self.OTHERS
 
     def name_of(self, record: Record) -> str:
-        """The name under which a request is counted: an unknown one gets a place when Z.ai has answered for it."""
+        """The name under which a request is counted.
+
+        An unknown model gets a place when Z.ai has answered for it.
+        """
         model = record.model
         if not model or model in self.models or model in MODELS:
             return model
@@ -12823,7 +12970,10 @@ class Statistics:
         self.recent.appendleft(Ended(self.count, now, record.owner, record.row(duration)))
 
     def recent_rows(self, owner: str, since: int, unix_at_clock_zero: float) -> list[JSON]:
-        """The last requests after that with the number `since`, of an owner or of everybody; the newest first."""
+        """The last requests after the one with the number `since`, the newest first.
+
+        They are those of an owner, or of everybody.
+        """
         rows = []
         for number, at, whose, row in self.recent:
             if number <= since:
@@ -12833,7 +12983,10 @@ class Statistics:
         return rows
 
     def minute_sums(self, now: float) -> list[list[int]]:
-        """Requests, failures, tokens in and tokens out of each of the last minutes, the present one last."""
+        """Requests, failures, tokens in and tokens out of each of the last minutes.
+
+        The present minute is the last.
+        """
         last = int((now + self.unix_at_clock_zero) // self.MINUTE)
         sums = []
         for number in range(last - self.MINUTES + 1, last + 1):
@@ -12872,7 +13025,10 @@ def times_of(record: Record, duration: float) -> tuple[float | None, float | Non
 
 
 class ClientHistory:
-    """The stored responses of one client key. Those that a request refers to are loaded before it is parsed."""
+    """The stored responses of one client key.
+
+    Those that a request refers to are loaded before it is parsed.
+    """
 
     def __init__(self, database: Database, account_id: str) -> None:
         self.database = database
@@ -12961,8 +13117,9 @@ STREAM: web.RequestKey[OpenResponse] = web.RequestKey(
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 
-# ======== Streaming out =============================================================================================
-# `SSEResponse` sends an answer piece by piece (`relay`), and comments while Z.ai is silent (`keep_alive`).
+# ======== Streaming out ==========================================================================
+# `SSEResponse` sends an answer piece by piece (`relay`), and comments while Z.ai is silent
+# (`keep_alive`).
 
 EVENT_STREAM = "text/event-stream; charset=utf-8"
 STREAM_HEADERS = {
@@ -12980,8 +13137,8 @@ def head_of(info: AnswerInfo, model: str, request: web.Request) -> Head:
 
 class SSEResponse:
     """A streamed answer. The first thing sent opens it: until then a failure has a status, later it is a frame.
-
-    While Z.ai is silent, signs of life keep the connection open: proxies and clients would close it.
+     While Z.ai is silent, signs of life keep the connection open: proxies and clients would close
+    it.
     """
 
     def __init__(self, request: web.Request, reply: Reply, model: str) -> None:
@@ -13046,9 +13203,10 @@ class SSEResponse:
             await self.write(self.reply.sign_of_life(self.own_head))
 
 
-# ======== Request bodies ============================================================================================
-# Bodies come as they were sent, packed or not: aiohttp unpacks none. `body_parts` unpacks the one that a handler reads,
-# step by step, so that others go on meanwhile; what no handler reads costs no more than its own bytes.
+# ======== Request bodies =========================================================================
+# Bodies come as they were sent, packed or not: aiohttp unpacks none. `body_parts` unpacks the one
+# that a handler reads, step by step, so that others go on meanwhile; what no handler reads costs
+# no more than its own bytes.
 
 STEP_INPUT = 2**14  # packed bytes that one step reads
 STEP_OUTPUT = 2**16  # bytes that one step unpacks
@@ -13078,8 +13236,8 @@ async def read_body(request: web.Request) -> bytes:
 
 def body_parts(request: web.Request) -> AsyncIterator[bytes]:
     """The body in parts as it comes, unpacked. Raises ProxyError (415) for a coding that is not read here.
-
-    Iterating raises BrokenBody, and aiohttp's 413 for a body that is, packed or not, larger than MAX_BODY_MB.
+     Iterating raises BrokenBody, and aiohttp's 413 for a body that is, packed or not, larger than
+    MAX_BODY_MB.
     """
     limit = request.app[SETTINGS].max_body_mb * 2**20
     codings = request.headers.getall("Content-Encoding", ())
@@ -13112,9 +13270,9 @@ async def unpacked_parts(
 
 class BodyReader:
     """Reads a body as it comes, and gives up on a client that stalls.
-
-    It has `read_timeout` seconds for each `min_read` bytes, so what comes byte by byte gets no more time. Only waiting
-    for the client counts: while Z.ai takes an upload slowly, nothing is read.
+     It has `read_timeout` seconds for each `min_read` bytes, so what comes byte by byte gets no
+    more time. Only waiting for the client counts: while Z.ai takes an upload slowly, nothing is
+    read.
     """
 
     def __init__(self, content: aiohttp.StreamReader, limits: Limits) -> None:
@@ -13214,8 +13372,8 @@ ZSTD_WINDOW_BITS = 23  # the largest window of a body's zstd, 8 MB (RFC 9659)
 
 class ZstandardStream:
     """zstd with the package zstandard, which takes no max_length.
-
-    A block has at least 4 bytes and unpacks to 128 KB at most (RFC 8878), so SLICE bytes to 8 MB at most.
+     A block has at least 4 bytes and unpacks to 128 KB at most (RFC 8878), so SLICE bytes to 8 MB
+    at most.
     """
 
     SLICE = 256
@@ -13244,7 +13402,10 @@ class ZstandardStream:
 
 
 class Coding(NamedTuple):
-    """A content coding that can be read: what opens a stream that begins with these bytes, and what it may raise."""
+    """A content coding that can be read.
+
+    `open` is given the first bytes of a stream, and `error` is what reading one may raise.
+    """
 
     open: Callable[[bytes], PackedStream]
     error: type[Exception]
@@ -13305,7 +13466,10 @@ class Unpacker:
         )
 
     def feed(self, data: bytes) -> Iterator[bytes]:
-        """What the bytes unpack to, in steps, some of them empty. Raises BrokenBody; 413 above the limit."""
+        """What the bytes unpack to, in steps, some of them empty.
+
+        Raises BrokenBody; 413 above the limit.
+        """
         for start in range(0, len(data), STEP_INPUT):
             packed = data[start : start + STEP_INPUT]
             while packed:
@@ -13345,7 +13509,10 @@ def unpacking(data: bytes, unpackers: Sequence[Unpacker]) -> Iterator[bytes]:
 
 
 def unpackers_for(headers: Iterable[str], limit: int) -> list[Unpacker]:
-    """What undoes the codings that Content-Encoding lists, the last first. Raises ProxyError (415)."""
+    """What undoes the codings that Content-Encoding lists, the last first.
+
+    Raises ProxyError (415).
+    """
     names = [name.strip().lower() for header in headers for name in header.split(",")]
     names = [name for name in names if name not in ("", "identity")]
     readable = readable_codings()
@@ -13383,8 +13550,9 @@ def truncated(words: str) -> str:
     return words if len(words) <= DETAIL_LIMIT else words[:DETAIL_LIMIT] + "…"
 
 
-# ======== Access ====================================================================================================
-# Who may call (`require_key`, `local_only`), and how much (`within_limits`; in parallel: `Upstream.account_slot`).
+# ======== Access =================================================================================
+# Who may call (`require_key`, `local_only`), and how much (`within_limits`; in parallel:
+# `Upstream.account_slot`).
 
 
 def require_key(handler: Handler, *checks: Callable[[web.Request], None]) -> Handler:
@@ -13412,7 +13580,10 @@ def check_budget(request: web.Request) -> None:
 
 
 def check_spending(request: web.Request, model: Model | None) -> None:
-    """Whether what costs money may still be asked for; None is what has no model. To fetch and delete costs nothing."""
+    """Whether what costs money may still be asked for; None is what has no model.
+
+    To fetch and delete costs nothing.
+    """
     if request.method != "POST":
         return
     request.app[ACCOUNTS].check_spending(request[ACCOUNT], model, request.app[CLOCK].unix())
@@ -13443,7 +13614,10 @@ def account_of(request: web.Request) -> Account:
 
 
 def known_caller(request: web.Request) -> Account | None:
-    """The account of the first valid key. Keys are compared by their hashes, so that timing tells nothing."""
+    """The account of the first valid key.
+
+    Keys are compared by their hashes, so that timing tells nothing.
+    """
     for key in keys_sent(request.headers):
         account = request.app[ACCOUNTS].find(key)
         if key and account:
@@ -13455,7 +13629,10 @@ KEY_HEADERS = ("x-api-key", "Authorization", "api-key")  # the first valid one c
 
 
 def keys_sent(headers: Mapping[str, str]) -> Iterator[str]:
-    """What may be a key in each of KEY_HEADERS; Authorization may have it bare or behind "Bearer"."""
+    """What may be a key in each of KEY_HEADERS.
+
+    Authorization may have it bare or behind "Bearer".
+    """
     for name in KEY_HEADERS:
         scheme, space, credentials = headers.get(name, "").partition(" ")
         if not space:
@@ -13512,7 +13689,10 @@ def is_through_proxy(headers: Mapping[str, str]) -> bool:
 
 
 def is_local(request: web.Request) -> bool:
-    """Whether a request came to a loopback address, under a loopback name. A process manager may listen elsewhere."""
+    """Whether a request came to a loopback address, under a loopback name.
+
+    A process manager may listen elsewhere.
+    """
     place = request.transport.get_extra_info("sockname") if request.transport else None
     is_here = not isinstance(place, tuple) or is_loopback(place[0])  # a Unix socket's is no tuple
     return is_here and all(
@@ -13543,7 +13723,10 @@ def is_allowed_origin(origin: str, settings: Settings) -> bool:
 
 
 def is_origin_here(origin: str) -> bool:
-    """Whether a page can only come from this machine: from a server on it, or a program installed on it."""
+    """Whether a page can only come from this machine.
+
+    That is from a server on it, or from a program installed on it.
+    """
     scheme, separator, place = origin.lower().partition("://")
     if not separator:  # such as "null"
         return False
@@ -13563,7 +13746,10 @@ API_PREFIX = re.compile(r"/*(?:v1|api/v1|api/paas/v4)(?:/|$)")
 
 
 def is_of_api(request: web.Request) -> bool:
-    """Whether a path is of the API, under any prefix or under none: what pages of other origins may call."""
+    """Whether a path is of the API, under any prefix or under none.
+
+    Those are the paths that pages of other origins may call.
+    """
     path = request.rel_url.raw_path
     if API_PREFIX.match(path):
         return True
@@ -13628,7 +13814,10 @@ def surface_of(request: web.Request) -> Surface:
 
 
 def count_usage(request: web.Request) -> None:
-    """Count a request for its account, once: before its client can read the end of the answer and ask again."""
+    """Count a request for its account, once.
+
+    This is before its client can read the end of the answer and ask again.
+    """
     app, record = request.app, request[RECORD]
     if record.is_counted or not record.model:
         return
@@ -13643,7 +13832,7 @@ def count_usage(request: web.Request) -> None:
         app[ACCOUNTS].count((request[ACCOUNT].id, day, model), figures)
 
 
-# ======== Handlers ==================================================================================================
+# ======== Handlers ===============================================================================
 # A function for each route; `answer` serves every surface.
 
 
@@ -13668,7 +13857,10 @@ async def respond(surface: Surface, request: web.Request) -> web.StreamResponse:
 async def respond_streamed(
     request: web.Request, asked: Asked, opened: AbstractAsyncContextManager[Answering]
 ) -> web.StreamResponse:
-    """Sends each batch in one write, as soon as it is there. A slow client makes us read more slowly."""
+    """Sends each batch in one write, as soon as it is there.
+
+    A slow client makes us read more slowly.
+    """
     response = request[STREAM] = SSEResponse(request, asked.reply, asked.model)
     response.timer.start()
     try:
@@ -13689,7 +13881,10 @@ async def respond_streamed(
 
 
 async def keep(request: web.Request, reply: Reply, answer: Answering) -> None:
-    """Keep what a complete answer leaves behind, before its last frame: a client asks again at once."""
+    """Keep what a complete answer leaves behind.
+
+    This is before its last frame: a client asks again at once.
+    """
     for message in answer.said:
         request.app[UPSTREAM].memory.remember(request[ACCOUNT].id, message)
     count_usage(request)
@@ -13715,7 +13910,10 @@ class Asked:
 
 
 async def plan_request(surface: Surface, request: web.Request) -> Asked:
-    """Reads a request and plans it; the record learns the model. Every 400 and 403 is raised here."""
+    """Reads a request and plans it; the record learns the model.
+
+    Every 400 and 403 is raised here.
+    """
     history = ClientHistory(request.app[DATABASE], request[ACCOUNT].id)
     body = await read_json(request)
     await history.load(referred_responses(body))
@@ -13816,7 +14014,10 @@ def json_response(
 
 
 async def list_models(request: web.Request) -> web.Response:
-    """The list in the caller's format: OpenAI's, Anthropic's, or OpenAI's with the fields that Codex reads."""
+    """The list in the caller's format.
+
+    That is OpenAI's, Anthropic's, or OpenAI's with the fields that Codex reads.
+    """
     models = await named_models(request)
     if "anthropic-version" in request.headers:
         return json_response(
@@ -13829,7 +14030,10 @@ async def list_models(request: web.Request) -> web.Response:
 
 
 async def named_models(request: web.Request) -> dict[str, Model]:
-    """The models that this server lists for the caller: Z.ai's, and the aliases without a pattern."""
+    """The models that this server lists for the caller.
+
+    They are Z.ai's, and the aliases without a pattern.
+    """
     settings, allows = request.app[SETTINGS], request.get(ACCOUNT, Account("")).allows
     models = await request.app[CATALOG].list(time.monotonic()) | plain_aliases(settings)
     seeing = vision_model(settings)
@@ -13905,7 +14109,11 @@ def counted_response(body: JSON, history: ClientHistory, settings: Settings) -> 
 
 
 async def show_health(request: web.Request) -> web.Response:
-    """No secret; for an operator also which database it is, so that two programs know whether they share one."""
+    """The server's state, without any secret.
+
+    An operator is also told which database it uses, so that two programs know whether they share
+    one.
+    """
     settings = request.app[SETTINGS]
     document = {"status": "ok", "name": "ztoapi", **about(settings)}
     document["model"] = launch_model(settings).id
@@ -13979,13 +14187,15 @@ def page_response(page: Page, snapshot: JSON) -> web.Response:
     )
 
 
-# ======== Dashboard =================================================================================================
-# What the dashboard's pages and programs are given. A named key gets the same names with its own figures only;
-# † marks what is for the operator alone. Times are Unix seconds, money US dollars. Large answers are packed.
+# ======== Dashboard ==============================================================================
+# What the dashboard's pages and programs are given. A named key gets the same names with its own
+# figures only; † marks what is for the operator alone. Times are Unix seconds, money US dollars.
+# Large answers are packed.
 #
-# GET /dashboard/stats?since=CURSOR. `since` is empty at first, then the `cursor` of the answer before: a name whose
-# value is as it was is left out, and `recent` has only what is new, unless `reset` is true (its rows are all there
-# are). Without `since` all is there, and days, database and minutes† too, as programs know it.
+# GET /dashboard/stats?since=CURSOR. `since` is empty at first, then the `cursor` of the answer
+# before: a name whose value is as it was is left out, and `recent` has only what is new, unless
+# `reset` is true (its rows are all there are). Without `since` all is there, and days, database
+# and minutes† too, as programs know it.
 #     now, cursor, reset       always
 #     operator, name           whether the key is an operator's, and its name
 #     started†, in_flight†, torn†, keys†, resting†, queues†, healed†, plans†
@@ -13998,17 +14208,20 @@ def page_response(page: Page, snapshot: JSON) -> web.Response:
 #     repairs†                 what was mended, by kind; `healed` has it with the retries
 #     spend_limit†             null, or limit, amount, used, resets_at
 #
-# GET /dashboard/history, with an ETag, so that it is sent only when it has changed. Only what is not empty is there.
+# GET /dashboard/history, with an ETag, so that it is sent only when it has changed. Only what is
+# not empty is there.
 #     database                 false: out of reach
 #     days                     31 of them: key, day, model, requests, failures, the tokens, cost
 #     quarters, minutes        the same for each 15 minutes (`at`) of the last 24 hours, and each minute of the last
 #                              one, as far as this process knows; a little more may be there
 #     times                    for each 15 minutes: at, first and duration ({p50, p95})
 #
-# GET /dashboard/keys†: {"keys": [KEY, …]}. A KEY is name, paused, expired; the limits as written (null: none);
+# GET /dashboard/keys†: {"keys": [KEY, …]}. A KEY is name, paused, expired; the limits as written
+# (null: none);
 #     used_tokens, token_limit, resets_at and used_spend, spend_limit, spend_resets_at of the present period;
 #     requests, total_tokens, cost since ever; last_used.
-# POST /dashboard/keys†: {"name", limits…} adds a key (201, KEY and `key`, shown only now) or changes it (200, KEY);
+# POST /dashboard/keys†: {"name", limits…} adds a key (201, KEY and `key`, shown only now) or
+# changes it (200, KEY);
 #     {"name", "rotate": true} (200, KEY and `key`), {"name", "paused": true or false}, {"name", "rename": NEW}.
 #     `warning` stands beside them where a pattern fits no known model. Unknown name: 404; what makes no sense: 400.
 # DELETE /dashboard/keys/NAME†: 204.
@@ -14184,7 +14397,10 @@ def packed(request: web.Request, response: web.Response) -> web.Response:
 
 
 async def usage_days(request: web.Request) -> list[JSON] | None:
-    """The caller's usage in the last month, all accounts' for an operator; None while the database is unreachable."""
+    """The caller's usage in the last month, all accounts' for an operator.
+
+    None while the database is unreachable.
+    """
     database, account = request.app[DATABASE], request[ACCOUNT]
     if not database.exists:
         return []
@@ -14350,7 +14566,7 @@ def new_key() -> str:
     return f"sk-{secrets.token_urlsafe(32)}"
 
 
-# ======== Pass-through ==============================================================================================
+# ======== Pass-through ===========================================================================
 # The other paths that Z.ai serves: passed on as they are, with our key.
 
 
@@ -14400,7 +14616,10 @@ class Relayed:
 
 
 async def pass_through(path: str, request: web.Request) -> web.StreamResponse:
-    """A request to another of Z.ai's paths. What is wrong in it is told before it waits for anything."""
+    """A request to another of Z.ai's paths.
+
+    What is wrong in it is told before it waits for anything.
+    """
     use = KeyUse(path="/" + path.partition("/{")[0])
     path = path.replace(ID, request.match_info.get("id", ""))
     if not request.can_read_body:
@@ -14430,7 +14649,10 @@ async def pass_through(path: str, request: web.Request) -> web.StreamResponse:
 
 
 def reader_for(path: str, body: JSON) -> Callable[[], PassThroughReader]:
-    """Who reads the answer to a body in JSON: usage is told by the path, whatever the types of both say."""
+    """Who reads the answer to a body in JSON.
+
+    Usage is told by the path, whatever the types of both say.
+    """
     if path == "embeddings" and body.get("encoding_format") == "base64":
         return EmbeddingsReader
     if path == "audio/transcriptions" and body.get("response_format") == "text":
@@ -14442,10 +14664,9 @@ def reader_for(path: str, body: JSON) -> Callable[[], PassThroughReader]:
 
 class RelayedForm:
     """A form with a file, whose fields are read while it goes on.
-
-    What stands at its head is read before anything is waited for. A model may come behind the file
-    (curl, openai-node): if it is not one of the caller's, Z.ai does not get the end of the form, and
-    so has no request.
+     What stands at its head is read before anything is waited for. A model may come behind the file
+    (curl, openai-node): if it is not one of the caller's, Z.ai does not get the end of the form,
+    and so has no request.
     """
 
     def __init__(self, path: str, request: web.Request) -> None:
@@ -14555,7 +14776,10 @@ async def relay(
 async def embed_in_batches(
     request: web.Request, batches: Iterable[JSON], reader: Callable[[], PassThroughReader]
 ) -> web.Response:
-    """Asks for more embeddings than Z.ai gives at once: one batch after the other, tried again like chat."""
+    """Asks for more embeddings than Z.ai gives at once.
+
+    One batch comes after the other, each tried again like a chat.
+    """
     upstream, record = request.app[UPSTREAM], request[RECORD]
     joined = JoinedEmbeddings()
     for batch in batches:
@@ -14602,7 +14826,10 @@ def count_path(path: str, request: web.Request) -> Meter:
 
 
 def path_meter(path: str, model: str) -> Meter:
-    """What an answer of such a path costs: nothing is known of what is no chat, but for searches."""
+    """What an answer of such a path costs.
+
+    Nothing is known of what is no chat, but for searches.
+    """
     price = model_of(model).price or NO_PRICE
     return Meter(model, price, searches=int(path == "web_search"))
 
@@ -14667,7 +14894,10 @@ class PassThroughResponse:
         self.ahead = await self.next_bytes()
 
     async def check_refusal(self) -> None:
-        """Raises UpstreamError for a refusal with a status of success, in however many parts it comes."""
+        """Raises UpstreamError for a refusal with a status of success.
+
+        It may come in any number of parts.
+        """
         if self.stream.response.content_type != "application/json" or self.reader.media_type:
             return
         while len(self.ahead) < ERROR_BODY_LIMIT and (data := await self.next_bytes()):
@@ -14710,13 +14940,17 @@ class PassThroughResponse:
             self.request.transport.close()
 
 
-# ======== Errors and shutdown =======================================================================================
-# `log_requests` and `catch_errors` run around every handler; `obey_signals` (Ctrl-C) and `drain` stop the server.
+# ======== Errors and shutdown ====================================================================
+# `log_requests` and `catch_errors` run around every handler; `obey_signals` (Ctrl-C) and `drain`
+# stop the server.
 
 
 @web.middleware
 async def log_requests(request: web.Request, handler: Handler) -> web.StreamResponse:
-    """Runs around all else: gives every request its record, and every answer its line in the log and the statistics."""
+    """Runs around all else.
+
+    Gives every request its record, and every answer its line in the log and the statistics.
+    """
     record = request[RECORD] = Record(
         request.method, printable(request.path), time.monotonic(), os.urandom(12).hex()
     )
@@ -14868,7 +15102,10 @@ def end_answers(app: web.Application) -> None:
 
 
 async def obey_signals(app: web.Application) -> None:
-    """The first signal stops the server; one over a second later ends the answers (`timeout` sends two together)."""
+    """The first signal stops the server, one over a second later ends the answers.
+
+    `timeout` sends two together: they count as one.
+    """
     told_at: list[float] = []  # of time.monotonic()
 
     def react() -> None:
@@ -14886,10 +15123,10 @@ async def obey_signals(app: web.Application) -> None:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
-# ======== Client connections ========================================================================================
-# aiohttp serves clients, but lets them stall and flood, and answers what is not HTTP in its own words.
-# `serve_as_here` gives an app's servers these connections; nothing in aiohttp itself is changed.
-# requirements.txt lists what is used of aiohttp without being documented.
+# ======== Client connections =====================================================================
+# aiohttp serves clients, but lets them stall and flood, and answers what is not HTTP in its own
+# words. `serve_as_here` gives an app's servers these connections; nothing in aiohttp itself is
+# changed. requirements.txt lists what is used of aiohttp without being documented.
 
 MAX_HEAD = 2**15  # bytes
 MAX_REFUSED_HEAD = 2**18  # bytes of a larger head that are taken before it is refused
@@ -14911,7 +15148,10 @@ BACKLOG = min(1024, descriptor_limit() // 8)
 
 
 def serve_as_here(app: web.Application) -> None:
-    """Lets a ClientServer serve the app: run_app, gunicorn's worker and tests all call _make_handler."""
+    """Lets a ClientServer serve the app.
+
+    run_app, gunicorn's worker and tests all call _make_handler.
+    """
     make_plain_server = app._make_handler  # noqa: SLF001 - nothing public leads to the server
 
     def make_server(**how: Any) -> web.Server:
@@ -14924,9 +15164,9 @@ def serve_as_here(app: web.Application) -> None:
 
 class ClientServer(web.Server):
     """Accepts clients, and ends connections that only take up room.
-
-    Those are: without a whole head for `read_timeout`, with a client that reads nothing for UPSTREAM_TIMEOUT, and,
-    before file descriptors run out, those without a request, the longest silent first.
+     Those are: without a whole head for `read_timeout`, with a client that reads nothing for
+    UPSTREAM_TIMEOUT, and, before file descriptors run out, those without a request, the longest
+    silent first.
     """
 
     def __init__(self, app: web.Application, handler: Any, how: JSON) -> None:
@@ -14962,7 +15202,10 @@ class ClientServer(web.Server):
             self.make_room()
 
     def without_request(self) -> list[ClientConnection]:
-        """The connections of whose request, if there was one, only a rest can still arrive that nobody reads."""
+        """The connections without a request under way.
+
+        At most the rest of one that was refused may still arrive, and nobody reads it.
+        """
         busy = {request.protocol for request in self.app[IN_FLIGHT].values()}
         connections = cast("list[ClientConnection]", self.connections)
         return [known for known in connections if known not in busy and not known.has_request]
@@ -14994,7 +15237,10 @@ class ClientServer(web.Server):
 
 
 class ClientConnection(web.RequestHandler):
-    """A client's connection: bounds each head, and refuses in our shape what does not reach the app."""
+    """A client's connection.
+
+    It bounds each head, and refuses in our shape what does not reach the app.
+    """
 
     def __init__(self, server: ClientServer, **how: Any) -> None:
         super().__init__(server, **how)
@@ -15026,7 +15272,8 @@ class ClientConnection(web.RequestHandler):
         if self.body.is_eof():
             self.head = (self.head + data).lstrip(b"\r\n")  # line ends before a head mean nothing
             if len(self.head) > MAX_HEAD and self.head.find(END_OF_HEAD, 0, MAX_HEAD) < 0:
-                # Refused once all of it is here: a client that is still sending might miss the answer.
+                # Refused once all of it is here: a client that is still sending might miss the
+                # answer.
                 is_whole = END_OF_HEAD in self.head or len(self.head) > MAX_REFUSED_HEAD
                 data = NO_HEAD if is_whole else b""
         super().data_received(data)
@@ -15049,8 +15296,8 @@ class ClientConnection(web.RequestHandler):
 
     def check_reader(self, now: float, patience: float) -> None:
         """Ends the connection when the client has read nothing for so many seconds.
-
-        What waits for it may grow meanwhile; it shrinks, between some two looks, where a client reads.
+         What waits for it may grow meanwhile; it shrinks, between some two looks, where a client
+        reads.
         """
         unsent = self.client.get_write_buffer_size()
         if not unsent or unsent < self.unsent_bytes:
@@ -15074,7 +15321,10 @@ class ClientConnection(web.RequestHandler):
         exc: BaseException | None = None,
         _: str | None = None,
     ) -> web.Response:
-        """Refuse what does not reach the app; aiohttp's own texts would repeat headers, keys too."""
+        """Refuse what does not reach the app.
+
+        aiohttp's own texts would repeat headers, and keys with them.
+        """
         if isinstance(exc, ConnectionError) or request.writer.output_size:
             raise ConnectionError(
                 "the client has left, or an answer has begun"
@@ -15127,8 +15377,9 @@ def bare_error(kind: ErrorKind, client: str | None = None) -> web.Response:
     return response
 
 
-# ======== Server ====================================================================================================
-# `create_app` puts everything together and has the routes; `main` reads the flags, sets up the log and listens.
+# ======== Server =================================================================================
+# `create_app` puts everything together and has the routes; `main` reads the flags, sets up the log
+# and listens.
 
 API = r"/{prefix:/*(?:(?:v1|api/v1|api/paas/v4)/+)*}"  # clients use any of these prefixes
 END = r"{slash:/*}"
@@ -15137,7 +15388,10 @@ END = r"{slash:/*}"
 def create_app(
     settings: Settings | None = None, limits: Limits | None = None, clock: Clock | None = None
 ) -> web.Application:
-    """The server as an aiohttp application. Without settings, as process managers call it, it reads the environment."""
+    """The server as an aiohttp application.
+
+    Without settings, as process managers call it, it reads the environment.
+    """
     failed = (
         2 if settings else 3
     )  # gunicorn stops when a worker exits with 3; on 2 it restarts the worker forever
@@ -15263,7 +15517,10 @@ class RedactingFormatter(logging.Formatter):
 
 
 class BackgroundHandler(logging.Handler):
-    """Writes the log in a thread: a reader who stalls stops only the log, and loses what there is no room for."""
+    """Writes the log in a thread.
+
+    A reader who stalls stops only the log, and loses what there is no room for.
+    """
 
     DROPPED = "{} lines were dropped here, because they could not be written\n"
 
@@ -15312,7 +15569,10 @@ class BackgroundHandler(logging.Handler):
             )  # seconds; under load, waking for each line would cost more than the line
 
     def write(self, text: str) -> bytes:
-        """Writes a text, however little is taken at a time. Returns what cannot be written: a disk may be full."""
+        """Writes a text, however little is taken at a time.
+
+        Returns what cannot be written: a disk may be full.
+        """
         data = memoryview(text.encode("utf-8", "backslashreplace"))
         while data:
             try:
@@ -15388,7 +15648,10 @@ def database_of(settings: Settings, clock: Clock, limits: Limits) -> Database:
 
 
 def database_or_exit(settings: Settings, limits: Limits, clock: Clock, status: int) -> Database:
-    """The database, connected if it was named or exists. Exits with one line and the status if that fails."""
+    """The database, connected if it was named or exists.
+
+    Exits with one line and the status if that fails.
+    """
     database = database_of(settings, clock, limits)
     try:
         if settings.database_url or database.exists:
@@ -15405,7 +15668,10 @@ def exit_with_error(reason: object, status: int = 2) -> NoReturn:
 
 
 def listen(host: str, port: int) -> list[socket.socket]:
-    """A socket for every address that `host` means, all on one port (0: any free one). Raises OSError."""
+    """A socket for every address that `host` means, all on one port (0: any free one).
+
+    Raises OSError.
+    """
     sockets: list[socket.socket] = []
     for name in ("127.0.0.1", "::1") if host == "localhost" else (host,):
         family, _, _, _, place = socket.getaddrinfo(
@@ -15433,7 +15699,10 @@ def cannot_listen(settings: Settings, error: OSError) -> str:
 
 
 def with_demo(settings: Settings, place: tuple[Any, ...]) -> Settings:
-    """The settings with this server's own stand-in for Z.ai as the upstream; `place` is where the server listens."""
+    """The settings with this server's own stand-in for Z.ai as the upstream.
+
+    `place` is where the server listens.
+    """
     url, key = origin_of(*place[:2]) + DEMO_PATH, secrets.token_hex(16)
     return replace(settings, demo=True, zai_base_url=url, zai_api_key=(key,))
 
@@ -15448,7 +15717,10 @@ def origin_of(host: str, port: int) -> str:
 
 
 def origin_for_others(settings: Settings, port: int) -> str:
-    """Where other machines reach a server that listens on all addresses; else where this one does."""
+    """Where others reach this server.
+
+    That is from other machines if it listens on all addresses, else from this one.
+    """
     if re.fullmatch(ANY_ADDRESS, settings.host):
         return origin_of(own_address(), port)
     return origin_of(settings.host, port)
@@ -15620,7 +15892,7 @@ def main(arguments: list[str] | None = None) -> None:
     )
 
 
-# ======== Commands ==================================================================================================
+# ======== Commands ===============================================================================
 # `keys`, `--check` and `launch`.
 
 
@@ -15695,7 +15967,10 @@ DONE = {
 
 
 def tell_changed(settings: Settings, database: Database, flags: argparse.Namespace) -> None:
-    """Add or change a key. A new key stands alone on stdout, for scripts, what people need to know on stderr."""
+    """Add or change a key.
+
+    A new key stands alone on stdout, for scripts, what people need to know on stderr.
+    """
     wanted = wanted_change(flags, day_of(database.unix()))
     if wanted.adds == "never" and not database.exists:  # which need not make one
         raise BadRequest(f"There is no key named {wanted.name}.")
@@ -15727,7 +16002,10 @@ def note(words: str) -> None:
 
 
 def warn_of_other_database(settings: Settings, database: Database) -> None:
-    """Say loudly that the server that runs here does not know the key, if it has another database."""
+    """Say loudly that the server that runs here does not know the key.
+
+    It does not if it has another database.
+    """
     origin = origin_of(settings.host, settings.port)
     if not settings.port or not ztoapi_at(origin):
         return
@@ -15762,7 +16040,11 @@ KEY_COLUMNS = (
 
 
 def key_row(item: JSON) -> tuple[str, ...]:
-    """`used` is the tokens of the present period, `in all` those since ever, cost US dollars at list price."""
+    """Figures of use.
+
+    `used` is the tokens of the present period, `in all` those since ever, cost US dollars at list
+    price.
+    """
     state = "-"
     if item["paused"]:
         state = "paused"
@@ -15778,7 +16060,10 @@ def key_row(item: JSON) -> tuple[str, ...]:
 
 
 def shown_width(text: str) -> int:
-    """The columns that a terminal takes for it: two for the wide characters of East Asia, none for marks."""
+    """The columns that a terminal takes for a text.
+
+    They are two for the wide characters of East Asia, none for marks.
+    """
     width = 0
     for character in text:
         if unicodedata.category(character) not in ("Mn", "Me", "Cf"):
@@ -15845,7 +16130,10 @@ class Doctor:
         return Finding(what, f"accepted; Z.ai lists {len(models)} models for it")
 
     async def better_address(self, key: ZaiKey) -> str:
-        """At which of the other named addresses a refused key is taken; one with its own address never leaves it."""
+        """At which of the other named addresses a refused key is taken.
+
+        A key with its own address never leaves it.
+        """
         if key.base_url not in self.bases.values():
             return ""
         found = []
@@ -15870,7 +16158,10 @@ class Doctor:
         return Finding("chat", f"{model} says {text!r} after {took:.1f} s")
 
     async def check_paid(self, number: int, key: ZaiKey, chat: Finding) -> Finding:
-        """Whether paid models answer; where not, whether the address is wrong or the account empty."""
+        """Whether paid models answer.
+
+        Where they do not, whether the address is wrong or the account empty.
+        """
         what = f"paid {number}"
         try:
             await self.word_from(self.alone(key.secret, key.base_url), PAID_MODEL)
@@ -15915,7 +16206,8 @@ CHECK_WAIT = 10  # seconds for which a refusal for load is waited out
 EMPTY_ACCOUNT = (
     "the account has neither a plan nor a balance: only free models answer (z.ai/manage-apikey)"
 )
-# What a key is that has no balance where it is sent, while its account answers at the site's other address.
+# What a key is that has no balance where it is sent, while its account answers at the site's other
+# address.
 AT_GENERAL = (
     "this is the key of a Coding Plan at the general address, where only free models answer it"
 )
@@ -15929,7 +16221,10 @@ WRONG_SIDE = {
 
 
 async def check_plan(client: ZaiClient, what: str, key: ZaiKey) -> AsyncIterator[Finding]:
-    """A bar for each of the plan's limits; none where there is no plan, and where Z.ai does not say."""
+    """A bar for each of the plan's limits.
+
+    There is none where there is no plan, and where Z.ai does not say.
+    """
     for limit in (await client.plan_quota(key))["limits"]:
         left = 100 - min(100, limit["percentage"])
         bar = f"{'█' * round(left / 10):░<10}"
@@ -15981,7 +16276,8 @@ def check_clients() -> Finding:
 
 # Not settings of the server: `launch` uses another with them.
 LAUNCH_VARIABLES = ("ZTOAPI_URL", "ZTOAPI_KEY")
-# What a variable that is none of ours may have been meant to be; lower, and HOSTNAME would be taken for HOST.
+# What a variable that is none of ours may have been meant to be; lower, and HOSTNAME would be
+# taken for HOST.
 LIKENESS = 0.72
 
 
@@ -16008,7 +16304,10 @@ def local_findings(settings: Settings, names: Iterable[str]) -> Iterator[Finding
 async def check(
     flags: Mapping[str, str], bases: Mapping[str, str] = ZAI_BASES, probe: str = ""
 ) -> int:
-    """Print the findings; the exit status is 0 if none is bad, else 1. `probe` is what the operator said to that."""
+    """Print the findings; the exit status is 0 if none is bad, else 1.
+
+    `probe` is what the operator said to that.
+    """
     try:
         variables = {**environment(), **flags}
         settings = Settings.from_env(variables)
@@ -16220,8 +16519,8 @@ def printable_line(words: str) -> str:
     return " ".join(words.replace("|", "/").split())[:200]
 
 
-# What a client does not inherit, besides this server's settings: what else would choose its account, address or
-# configuration, and our keys.
+# What a client does not inherit, besides this server's settings: what else would choose its
+# account, address or configuration, and our keys.
 NOT_INHERITED = (
     *(
         "ANTHROPIC_",
@@ -16318,7 +16617,10 @@ def server_here(settings: Settings, flags: argparse.Namespace) -> LaunchServer:
 
 
 def model_of_launch(name: str, aliases: Aliases) -> Model:
-    """The model that a client is to ask for; the word behind its name is the switch of a client that has none."""
+    """The model that a client is to ask for.
+
+    The word behind its name is the switch of a client that has none.
+    """
     asked = named(name, aliases)
     if not asked.effort:
         return asked.model
@@ -16349,7 +16651,10 @@ def url_elsewhere(flags: argparse.Namespace) -> str:
 
 
 def server_elsewhere(url: str, flags: argparse.Namespace) -> LaunchServer:
-    """The ztoapi at another address, with what it says of the model. Exits with one line where it cannot be used."""
+    """The ztoapi at another address, with what it says of the model.
+
+    Exits with one line where it cannot be used.
+    """
     try:
         origin = base_url(url.strip()).removesuffix("/v1").rstrip("/")
     except ValueError:
@@ -16371,7 +16676,10 @@ def server_elsewhere(url: str, flags: argparse.Namespace) -> LaunchServer:
 
 
 def health_elsewhere(origin: str) -> JSON:
-    """What the ztoapi there says of itself. Exits with one line where there is none: nothing else may get a key."""
+    """What the ztoapi there says of itself.
+
+    Exits with one line where there is none: nothing else may get a key.
+    """
     try:
         status, headers, reply = get_json(f"{origin}/health")
     except (OSError, HTTPException, ValueError) as error:
@@ -16385,7 +16693,10 @@ def health_elsewhere(origin: str) -> JSON:
 
 
 def model_elsewhere(server: LaunchServer, flags: argparse.Namespace) -> Model:
-    """The model as the server there lists it for the key. Exits with one line where the key is refused."""
+    """The model as the server there lists it for the key.
+
+    Exits with one line where the key is refused.
+    """
     known, path = server.model, f"{server.origin}/v1/models"
     try:
         status, _, reply = get_json(f"{path}/{quote(known.id)}", server.key)
@@ -16421,7 +16732,10 @@ class NoRedirects(HTTPRedirectHandler):
 
 
 def get_json(url: str, key: str = "") -> tuple[int, Mapping[str, str], JSON]:
-    """Status, headers and JSON of an answer, {} if it is none. Raises OSError, HTTPException and ValueError."""
+    """Status, headers and JSON of an answer, {} if it is none.
+
+    Raises OSError, HTTPException and ValueError.
+    """
     proxies: dict[str, str] | None = None  # those of the environment
     if is_loopback(urlsplit(url).hostname or ""):
         proxies = {}
@@ -16456,7 +16770,10 @@ def kept_folder(client: str) -> str:
 
 
 def write_client_file(file: Path, text: str) -> None:
-    """Write what a client reads. What it keeps itself in the same file stays, as far as it is JSON."""
+    """Write what a client reads.
+
+    What it keeps itself in the same file stays, as far as it is JSON.
+    """
     ours = parse_json(text.encode())
     kept = None
     if file.exists():
@@ -16479,9 +16796,8 @@ def joined(kept: Any, ours: Any) -> Any:
 @contextmanager
 def client_folder() -> Iterator[str]:
     """A new folder for a client's files while the block runs, readable for the user alone.
-
-    It is in the user's cache, where that can be written: below the system's temporary folder, to which others may
-    write too, Codex makes none of its helper programs.
+     It is in the user's cache, where that can be written: below the system's temporary folder, to
+    which others may write too, Codex makes none of its helper programs.
     """
     parent = user_cache()
     made = [folder for folder in (parent, *parent.parents) if not folder.exists()]
@@ -16504,7 +16820,10 @@ def new_folder(parent: Path | None) -> tempfile.TemporaryDirectory[str]:
 
 
 def user_cache() -> Path:
-    """Where this user's programs keep what can be made again; of a user without a home, temporary files."""
+    """Where this user's programs keep what can be made again.
+
+    For a user without a home, that is among the temporary files.
+    """
     try:
         home = Path.home()
     except RuntimeError:
@@ -16517,7 +16836,10 @@ def user_cache() -> Path:
 
 
 def user_data() -> Path:
-    """Where this user's programs keep what cannot be made again. Raises RuntimeError for a user without a home."""
+    """Where this user's programs keep what cannot be made again.
+
+    Raises RuntimeError for a user without a home.
+    """
     home = Path.home()
     if sys.platform == "win32":
         return Path(os.environ.get("LOCALAPPDATA") or home / "AppData/Local")
@@ -16599,7 +16921,7 @@ def run(command: list[str], variables: dict[str, str]) -> int:
     return status if status >= 0 else 128 - status
 
 
-# ======== Demo ======================================================================================================
+# ======== Demo ===================================================================================
 # A small stand-in for Z.ai on this server, in Z.ai's wire format, for users who have no key yet.
 
 DEMO_PATH = "/demo/api/paas/v4"

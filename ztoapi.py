@@ -9977,19 +9977,13 @@ class Clock:
         return asyncio.get_running_loop().call_later(seconds, callback)
 
 
-COOLDOWN_ERRORS = frozenset(
-    (AUTHENTICATION, NO_BALANCE, QUOTA_EXCEEDED)
-)  # the key must not be used for a while
-MODEL_ERRORS = frozenset(
-    (PLAN_NOT_USABLE, MODEL_NOT_FOUND, MODEL_NOT_AVAILABLE)
-)  # likewise, if there are others
+# The key must not be used for a while.
+COOLDOWN_ERRORS = frozenset((AUTHENTICATION, NO_BALANCE, QUOTA_EXCEEDED))
+# Likewise, but only for this model, and only if there are other keys.
+MODEL_ERRORS = frozenset((PLAN_NOT_USABLE, MODEL_NOT_FOUND, MODEL_NOT_AVAILABLE))
 RETRYABLE = frozenset((RATE_LIMITED, UNAVAILABLE, UNREACHABLE))
-FALLBACK_ERRORS = RETRYABLE | {
-    NO_BALANCE,
-    QUOTA_EXCEEDED,
-    MODEL_NOT_FOUND,
-    MODEL_NOT_AVAILABLE,
-}  # another model may do
+# Another model may do.
+FALLBACK_ERRORS = RETRYABLE | {NO_BALANCE, QUOTA_EXCEEDED, MODEL_NOT_FOUND, MODEL_NOT_AVAILABLE}
 
 
 class KeyUse(NamedTuple):
@@ -10017,7 +10011,9 @@ class KeyUse(NamedTuple):
         """
         if error.kind in MODEL_ERRORS:
             return self.path_and_model
-        return self.path if error.kind == AUTHENTICATION else self.model or self.path
+        if error.kind == AUTHENTICATION:
+            return self.path
+        return self.model or self.path
 
 
 @dataclass(slots=True)
@@ -10033,9 +10029,10 @@ class CoolDown:
 
 
 class KeyPool:
-    """Z.ai keys. One that is refused cools down while others serve: those of its base first, then the next base's.
-     While all of them cool down, now and then one request is let through to see whether that still
-    holds.
+    """Z.ai's keys: one that is refused cools down while others serve.
+
+    Others of the same base URL come first, then those of the next one. While all of them cool down,
+    now and then one request is let through to see whether that still holds.
     """
 
     MAX_COOLDOWN = 32 * 86400.0  # no quota is longer than a month
@@ -10060,21 +10057,34 @@ class KeyPool:
             raise ProxyError(ZAI_API_KEY_MISSING)
         if not self.cooling:
             return self.first_base
-        cooling = {key: found for key in self.keys if (found := self.cooldown(key, use))}
-        usable = [key for key in self.keys if key not in cooling] or [self.due_for_probe(cooling)]
+        usable = []
+        cooling = {}
+        for key in self.keys:
+            cooldown = self.cooldown(key, use)
+            if cooldown:
+                cooling[key] = cooldown
+            else:
+                usable.append(key)
+        if not usable:
+            return [self.due_for_probe(cooling)]
         return [key for key in usable if key.base_url == usable[0].base_url]
 
     def cooldown(self, key: ZaiKey, use: KeyUse) -> CoolDown | None:
         """Why the key may not be used; None when it may."""
-        now, found = self.clock.now(), [self.cooling.get((key, scope)) for scope in use.scopes]
-        return next((cooldown for cooldown in found if cooldown and cooldown.until > now), None)
+        now = self.clock.now()
+        for scope in use.scopes:
+            cooldown = self.cooling.get((key, scope))
+            if cooldown and cooldown.until > now:
+                return cooldown
+        return None
 
     def due_for_probe(self, cooling: dict[ZaiKey, CoolDown]) -> ZaiKey:
         """The key that was tried longest ago.
 
         Raises UpstreamError when one was tried a moment ago.
         """
-        now, last = self.clock.now(), max(cooling.values(), key=attrgetter("tried_at"))
+        now = self.clock.now()
+        last = max(cooling.values(), key=attrgetter("tried_at"))
         if now < last.tried_at + self.PROBE_INTERVAL:
             first_end = min(cooldown.until for cooldown in cooling.values())
             raise last.error.for_others(first_end - now)
@@ -10082,29 +10092,47 @@ class KeyPool:
 
     def tried(self, key: ZaiKey, use: KeyUse) -> None:
         """A request uses the key: no other is to probe it for a while."""
-        if self.cooling and (cooldown := self.cooldown(key, use)):
+        if not self.cooling:
+            return
+        cooldown = self.cooldown(key, use)
+        if cooldown:
             cooldown.tried_at = self.clock.now()
 
     def accepted(self, key: ZaiKey, use: KeyUse) -> None:
         """Z.ai took a request with this key, so it need not cool down."""
-        for scope in use.scopes if self.cooling else ():
-            self.cooling.pop((key, scope), None)
+        if self.cooling:
+            for scope in use.scopes:
+                self.cooling.pop((key, scope), None)
 
     def calls_for_cooldown(self, error: UpstreamError) -> bool:
         """Whether the key is to cool down: another may fare better, or the same one later."""
-        return error.kind in COOLDOWN_ERRORS or (error.kind in MODEL_ERRORS and len(self.keys) > 1)
+        if error.kind in MODEL_ERRORS:
+            return len(self.keys) > 1
+        return error.kind in COOLDOWN_ERRORS
 
     def cool_down(self, key: ZaiKey, use: KeyUse, error: UpstreamError) -> None:
-        """Rest a refused key until its reset time, or as long as usual."""
+        """Let a refused key cool down until its quota is reset, or as long as usual.
+
+        Sets the error's `retry_after` to that time.
+        """
         self.expire()
-        now, pair = self.clock.now(), (key, use.scope_of(error))
-        told = error.resets_at - self.clock.unix() if error.resets_at else 0
-        longest = self.MAX_COOLDOWN_1308 if error.zai_code == "1308" else self.MAX_COOLDOWN
-        error.retry_after = min(told, longest) if told > 0 else self.usual_cooldown
+        seconds = self.seconds_of_cooldown(error)
+        error.retry_after = seconds
+        now = self.clock.now()
+        pair = (key, use.scope_of(error))
         self.cooling.pop(pair, None)
-        self.cooling[pair] = CoolDown(
-            error.for_others(error.retry_after), now + error.retry_after, now
-        )
+        self.cooling[pair] = CoolDown(error.for_others(seconds), now + seconds, now)
+
+    def seconds_of_cooldown(self, error: UpstreamError) -> float:
+        """As long as Z.ai says, within reason; as usual where it says nothing."""
+        told = 0.0
+        if error.resets_at:
+            told = error.resets_at - self.clock.unix()
+        if told <= 0:
+            return self.usual_cooldown
+        if error.zai_code == "1308":
+            return min(told, self.MAX_COOLDOWN_1308)
+        return min(told, self.MAX_COOLDOWN)
 
     def expire(self) -> None:
         """Forget the cool-downs that are over.
@@ -10112,7 +10140,9 @@ class KeyPool:
         Of those for models that clients may have made up, also the oldest.
         """
         now = self.clock.now()
-        self.cooling = {pair: rest for pair, rest in self.cooling.items() if rest.until > now}
+        for pair, cooldown in list(self.cooling.items()):
+            if cooldown.until <= now:
+                del self.cooling[pair]
         unknown = [pair for pair in self.cooling if names_unknown_model(pair[1])]
         for pair in unknown[: -self.MAX_COOLING]:
             del self.cooling[pair]
@@ -10120,7 +10150,9 @@ class KeyPool:
 
 def names_unknown_model(scope: str) -> bool:
     """Whether a scope (see KeyUse) is of a model that MODELS lacks."""
-    model = scope.partition(" ")[2] if scope.startswith("/") else scope
+    model = scope
+    if scope.startswith("/"):
+        _, _, model = scope.partition(" ")
     return model != "" and model not in MODELS
 
 
@@ -10156,13 +10188,16 @@ class AdaptiveLimit:
 
         After the pause one may go even above the limit: a probe must not wait for a long answer.
         """
-        return self.in_flight < self.limit or (
-            self.in_flight == self.limit and 0 < self.probe_at <= now
-        )
+        may_probe = 0 < self.probe_at <= now
+        if may_probe:
+            return self.in_flight <= self.limit
+        return self.in_flight < self.limit
 
     def accepted(self, in_flight_at_entry: int, now: float) -> None:
         """Z.ai took a request: raise the limit if it was nearly reached."""
-        mark = self.limit if self.limit_after_refusal else self.limit / 2
+        mark = self.limit / 2
+        if self.limit_after_refusal:
+            mark = self.limit
         if in_flight_at_entry > mark and now >= self.probe_at:
             self.limit += 1
 
@@ -10172,7 +10207,9 @@ class AdaptiveLimit:
         """Z.ai refused a request, which is still counted: lower the limit and pause."""
         if now >= self.probe_at:  # a refusal during the pause belongs to the last one
             probe_failed = self.limit <= self.limit_after_refusal + 1
-            pause = self.pause * 2 if probe_failed else self.MIN_PAUSE
+            pause = self.MIN_PAUSE
+            if probe_failed:
+                pause = self.pause * 2
             self.pause = min(pause, longest_pause)
         in_flight = max(in_flight_at_entry, self.in_flight)
         self.limit = max(1, min(self.limit, in_flight - 1))
@@ -10262,9 +10299,8 @@ class Patience:
         self.held_since: float | None = None  # since when there was no gap
         self.gap_ends_at = 0.0
         self.most_in_gap = 0  # of our requests in flight
-        self.tests_gap_with = (
-            0  # in flight at the same time, to see whether others used the last gap
-        )
+        # If so many are in flight at the same time, others did not use the last gap; 0: no gap yet.
+        self.tests_gap_with = 0
 
     def lets_go(self, in_flight: int, limit: int, now: float) -> bool:
         """Whether one more request may go, beside so many of ours.
@@ -10280,15 +10316,20 @@ class Patience:
 
     def next_change(self, now: float) -> float:
         """Seconds until it may let more go."""
-        times = [at - now for at in (self.opens_at, self.gap_ends_at) if at > now]
-        return min(times, default=math.inf)
+        seconds = math.inf
+        for at in (self.opens_at, self.gap_ends_at):
+            if at > now:
+                seconds = min(seconds, at - now)
+        return seconds
 
     def longest_pause(self, in_flight: int, answer_time: float) -> float:
         """Seconds after which one request more than Z.ai takes is tried, beside so many of ours.
 
         A few answers, so that it costs little; where others use the key, they free places any time.
         """
-        longest = self.longest_wait(answer_time) if self.is_shared else AdaptiveLimit.MAX_PAUSE
+        longest = AdaptiveLimit.MAX_PAUSE
+        if self.is_shared:
+            longest = self.longest_wait(answer_time)
         few_answers = self.ANSWERS_PER_PROBE * answer_time / max(1, in_flight)
         return min(few_answers or AdaptiveLimit.MIN_PAUSE, longest)
 
@@ -10319,19 +10360,24 @@ class Patience:
         if not is_overloaded:
             self.learn_of_others(others)
         if now >= self.opens_at:  # a refusal meanwhile belongs to the last one
-            first = self.FIRST_WAIT
-            most = self.longest_wait(answer_time)
-            if is_overloaded:
-                first = self.OVERLOADED_WAIT
-                most = self.MOST_OVERLOADED_WAIT
-            wait = min(first * 2.0 ** min(self.refusals, 10), most) * (0.75 + jitter / 2)
-            self.opens_at = now + wait
+            wait = self.next_wait(error, answer_time)
+            self.opens_at = now + wait * (0.75 + jitter / 2)
             self.is_named = False
             self.refusals += 1
         told = now + (error.told_wait or 0.0)
         if told > self.opens_at:
             self.opens_at = told
             self.is_named = True
+
+    def next_wait(self, error: UpstreamError, answer_time: float) -> float:
+        """Seconds that the key stays closed after this refusal, without jitter."""
+        first = self.FIRST_WAIT
+        most = self.longest_wait(answer_time)
+        if error.zai_code == "1305":
+            first = self.OVERLOADED_WAIT
+            most = self.MOST_OVERLOADED_WAIT
+        doublings = min(self.refusals, 10)
+        return min(first * 2.0**doublings, most)
 
     def learn_of_others(self, in_flight: int) -> None:
         """Conclude that others use the key if Z.ai refuses what it took before.
@@ -10363,7 +10409,9 @@ class Patience:
     def is_turn_of_others(self, now: float) -> bool:
         if self.held_since is None or now < self.gap_ends_at:
             return False
-        hold = self.HOLD if self.is_shared else self.HOLD_ALONE
+        hold = self.HOLD_ALONE
+        if self.is_shared:
+            hold = self.HOLD
         return self.is_full and now >= self.held_since + hold
 
     def ends_at(self, arrived_at: float, seconds: float) -> float:
@@ -10378,7 +10426,9 @@ class Patience:
 
 def is_refusal_for_load(error: UpstreamError) -> bool:
     """Whether it passes when others finish."""
-    return error.zai_code in ("1302", "1305") or (error.kind == RATE_LIMITED and not error.zai_code)
+    if error.zai_code:
+        return error.zai_code in ("1302", "1305")
+    return error.kind == RATE_LIMITED
 
 
 @dataclass(slots=True, eq=False)
@@ -10486,7 +10536,8 @@ class Queue:
         self.coming_back: set[Ticket] = set()  # refused, their connections being released
         self.round = 0  # the highest served so far
         self.arrivals = count()
-        self.tickets = 0  # given out and not returned; a request keeps its own while it sleeps between two tries
+        # Given out and not returned: a request keeps its own while it sleeps between two tries.
+        self.tickets = 0
         self.timer: asyncio.TimerHandle | None = None  # for the next look at the queue
         self.looks_at = 0.0
 
@@ -10506,17 +10557,18 @@ class Queue:
         Raises UpstreamError when all keys cool down.
         """
         self.coming_back.discard(ticket)
-        if not (self.waiting or self.coming_back) and (slot := self.try_acquire(ticket)):
-            return slot
+        if not self.waiting and not self.coming_back:
+            slot = self.try_acquire(ticket)
+            if slot:
+                return slot
         ticket.slot = asyncio.get_running_loop().create_future()
         insort(self.waiting, ticket, key=attrgetter("turn"))
         self.admit()
         try:
             return await ticket.slot
         except asyncio.CancelledError:
-            if not (
-                ticket.slot.cancelled() or ticket.slot.exception()
-            ):  # granted at the same moment
+            was_granted = not ticket.slot.cancelled() and not ticket.slot.exception()
+            if was_granted:  # at the same moment
                 ticket.slot.result().release()
             raise
         finally:
@@ -10536,21 +10588,29 @@ class Queue:
         if slot.is_taken:  # and broke the answer off
             slot.is_taken = False
             slot.patience.answering -= 1
-        limit, patience, now = slot.limit, slot.patience, self.clock.now()
-        others = limit.in_flight - 1
-        patience.refused(error, others, self.answer_time, now, self.clock.jitter())
-        longest_pause = patience.longest_pause(others, self.answer_time)
-        limit.refused(slot.in_flight_at_entry, now, longest_pause)
+        now = self.clock.now()
+        others = slot.limit.in_flight - 1
+        slot.patience.refused(error, others, self.answer_time, now, self.clock.jitter())
+        longest_pause = slot.patience.longest_pause(others, self.answer_time)
+        slot.limit.refused(slot.in_flight_at_entry, now, longest_pause)
 
     def release(self, slot: Slot) -> None:
+        """Count a request no more, and let the next one go."""
         if slot.is_taken:
             now = self.clock.now()
-            took = now - slot.granted_at
-            self.answer_time += (took - self.answer_time) / (4 if self.answer_time else 1)
-            slot.patience.answered(slot.limit.in_flight, len(self.waiting), self.answer_time, now)
+            self.learn_answer_time(now - slot.granted_at)
+            waiting = len(self.waiting)
+            slot.patience.answered(slot.limit.in_flight, waiting, self.answer_time, now)
         slot.limit.in_flight -= 1
         self.in_flight -= 1
         self.admit()
+
+    def learn_answer_time(self, seconds: float) -> None:
+        """Move the average to what an answer took, at first all the way, later a quarter of it."""
+        if self.answer_time:
+            self.answer_time += (seconds - self.answer_time) / 4
+        else:
+            self.answer_time = seconds
 
     def admit(self) -> None:
         """Grant slots to the head of the queue while there are any.
@@ -10580,10 +10640,13 @@ class Queue:
         self.timer = self.clock.call_later(delay, self.poll)
 
     def poll(self) -> None:
+        """Send away those that have waited enough for this model, and admit others."""
         self.timer = None
         now = self.clock.now()
         for ticket in self.waiting:
-            if ticket.refusal and now >= ticket.leaves_at and not ticket.slot.done():
+            if ticket.slot.done():
+                continue
+            if ticket.refusal and now >= ticket.leaves_at:
                 ticket.slot.set_exception(ticket.refusal)
         self.admit()
 
@@ -10602,14 +10665,19 @@ class Queue:
 
     def snapshot(self, keys: Iterable[ZaiKey], unix_at_clock_zero: float) -> JSON:
         """For the dashboard; what there is for each key is in the order of `keys`."""
-        limits = [self.limits[key] for key in keys]
         maximum = self.max_in_flight
+        limits: list[float] = []
+        refusals = []
+        for key in keys:
+            limit = self.limits[key]
+            limits.append(limit.limit)
+            refusals.append(limit.last_refusal(unix_at_clock_zero))
         return {
             "in_flight": self.in_flight,
             "waiting": len(self.waiting),
-            "limits": [min(each.limit, maximum) for each in limits],
-            "may_be_in_flight": min(sum(each.limit for each in limits), maximum),
-            "refusals": [each.last_refusal(unix_at_clock_zero) for each in limits],
+            "limits": [min(limit, maximum) for limit in limits],
+            "may_be_in_flight": min(sum(limits), maximum),
+            "refusals": refusals,
             "max_in_flight": None if maximum == math.inf else maximum,
         }
 
@@ -10618,22 +10686,30 @@ class Queue:
 
         Raises ProxyError when all keys cool down.
         """
-        keys, now = self.keys.available(ticket.use), self.clock.now()
+        keys = self.keys.available(ticket.use)
         if self.in_flight >= self.max_in_flight:
             return None
-        for key in keys if len(keys) == 1 else sorted(keys, key=ticket.preference):
+        if len(keys) > 1:
+            keys = sorted(keys, key=ticket.preference)
+        for key in keys:
             if self.has_room(key):
-                self.keys.tried(key, ticket.use)
-                self.round = max(self.round, ticket.turn.round)
-                limit = self.limits[key]
-                self.in_flight += 1
-                limit.in_flight += 1
-                return Slot(self, key, limit, self.patience[key], limit.in_flight, now)
+                return self.slot(ticket, key)
         return None
+
+    def slot(self, ticket: Ticket, key: ZaiKey) -> Slot:
+        """Count a request in flight with this key."""
+        self.keys.tried(key, ticket.use)
+        self.round = max(self.round, ticket.turn.round)
+        limit = self.limits[key]
+        self.in_flight += 1
+        limit.in_flight += 1
+        now = self.clock.now()
+        return Slot(self, key, limit, self.patience[key], limit.in_flight, now)
 
     def has_room(self, key: ZaiKey) -> bool:
         """Whether one more request may be sent with this key now."""
-        limit, now = self.limits[key], self.clock.now()
+        limit = self.limits[key]
+        now = self.clock.now()
         if not limit.has_room(now):
             return False
         return self.patience[key].lets_go(limit.in_flight, limit.limit, now)
@@ -10971,9 +11047,9 @@ class EventStream(EventSource):
         meter.note(events)
 
     def cut_off(self, events: list[Event]) -> list[Event]:
-        """The last events of an answer that a stop string ended: nobody reads what Z.ai would still write.
+        """The last events of an answer that a stop string ended.
 
-        It did not come to telling its usage either: that is estimated.
+        Nobody reads what Z.ai would still write. As its usage does not come either, it is estimated.
         """
         self.source.response.close()
         *others, finish = events
@@ -11109,7 +11185,8 @@ class ZaiClient:
 
 class ZaiConnection(ResponseHandler):
     """One connection to Z.ai.
-     A request fails when the whole head of its answer has not come `max_silence` seconds after the
+
+    A request fails when the whole head of its answer has not come `max_silence` seconds after the
     request, or a part of it, was written: informational answers (1xx) and a head that drips are
     silence. aiohttp's own timer, sock_read, starts anew with every byte. One timer serves all
     requests of a connection: it looks again when it is due.
@@ -11162,7 +11239,8 @@ class ZaiConnection(ResponseHandler):
 
     def is_connected(self) -> bool:
         """Whether it can be used; aiohttp asks before it uses an idle one again.
-         Bytes that nobody asked for, or the end, make it useless: they would be taken for the next
+
+        Bytes that nobody asked for, or the end, make it useless: they would be taken for the next
         request's answer.
         """
         return super().is_connected() and not self.should_close and not self.is_readable()
@@ -11438,7 +11516,8 @@ class Upstream:
     @asynccontextmanager
     async def open(self, plan: Plan) -> AsyncIterator[Answering]:
         """Yields an answer that has begun; one that is not streamed is complete.
-         On exit, however it happens, every connection and slot is released. Raises ProxyError when
+
+        On exit, however it happens, every connection and slot is released. Raises ProxyError when
         no model answers.
         """
         async with AsyncExitStack() as owner:
@@ -11461,7 +11540,8 @@ class Upstream:
 
     async def describe_images(self, plan: Plan) -> None:
         """Put words in the place of the plan's images: those that are known, or VISION_MODEL's.
-         Raises ProxyError where one of the turn that is on has no description, unless Z.ai refuses
+
+        Raises ProxyError where one of the turn that is on has no description, unless Z.ai refuses
         it.
         """
         for error in await asyncio.gather(*map(self.describe, plan.images)):
@@ -11659,9 +11739,10 @@ class Upstream:
         return self.record_failure(ticket, slot, error)
 
     async def in_time(self, asking: Awaitable[R], ticket: Ticket, slot: Slot) -> R:
-        """What asking comes to. Raises SlowAnswerError when Z.ai says nothing for FIRST_TOKEN_TIMEOUT.
+        """What asking comes to, if Z.ai says something within FIRST_TOKEN_TIMEOUT.
 
-        Only if another key or model may do; the last one is waited for.
+        Raises SlowAnswerError if it says nothing, and another key or model may do; the last one is
+        waited for.
         """
         task = asyncio.ensure_future(asking)
         try:
@@ -12101,12 +12182,12 @@ class UnsavedResponses:
 
 
 class Database:
-    """One connection in one thread: the event loop never waits for a disk, and nobody waits for long.
+    """One connection in one thread.
 
-    What does not answer in time, or fails, is not asked again for requests until the
-    exchange that runs all the while has succeeded. Counts are written in numbered batches. One that
-    was perhaps written before the connection broke is written again under its number, which
-    `ztoapi_writers` takes only once.
+    So the event loop never waits for a disk, and nobody waits for long: a database that does not
+    answer in time, or fails, is not asked again for requests until the exchange that runs all the
+    while has succeeded. Counts are written in numbered batches. One that was perhaps written before
+    the connection broke is written again under its number, which `ztoapi_writers` takes only once.
     """
 
     POLL = 3  # intervals between two reads of what others wrote
@@ -12816,9 +12897,10 @@ class Stretch:
 
 
 class Timeline:
-    """What happened in the last stretches of time; the oldest go when new ones come, so that idle nothing changes.
-     Stretches are numbered from 1970 on, by a clock that was right when the program started and
-    never jumps.
+    """What happened in the last stretches of time.
+
+    The oldest go when new ones come, so that nothing changes while the server is idle. Stretches
+    are numbered from 1970 on, by a clock that was right when the program started and never jumps.
     """
 
     def __init__(self, step: int, kept: int, samples: int) -> None:
@@ -13136,9 +13218,10 @@ def head_of(info: AnswerInfo, model: str, request: web.Request) -> Head:
 
 
 class SSEResponse:
-    """A streamed answer. The first thing sent opens it: until then a failure has a status, later it is a frame.
-     While Z.ai is silent, signs of life keep the connection open: proxies and clients would close
-    it.
+    """A streamed answer.
+
+    The first thing sent opens it: until then a failure has a status, later it is a frame. While
+    Z.ai is silent, signs of life keep the connection open: proxies and clients would close it.
     """
 
     def __init__(self, request: web.Request, reply: Reply, model: str) -> None:
@@ -13162,9 +13245,9 @@ class SSEResponse:
             self.response.headers.update(headers)
 
     async def send(self, frames: Sequence[Frame], size: int = 0) -> None:
-        """Send frames in one write, or those of a large answer one by one: other requests go on in between.
+        """Send frames in one write, but those of a large answer one by one.
 
-        `size` is the answer's, in bytes so far.
+        So other requests go on in between. `size` is the answer's, in bytes so far.
         """
         if size >= self.joined_size and len(frames) > 1:
             for frame in frames:
@@ -13235,9 +13318,10 @@ async def read_body(request: web.Request) -> bytes:
 
 
 def body_parts(request: web.Request) -> AsyncIterator[bytes]:
-    """The body in parts as it comes, unpacked. Raises ProxyError (415) for a coding that is not read here.
-     Iterating raises BrokenBody, and aiohttp's 413 for a body that is, packed or not, larger than
-    MAX_BODY_MB.
+    """The body in parts as it comes, unpacked.
+
+    Raises ProxyError (415) for a coding that is not read here. Iterating raises BrokenBody, and
+    aiohttp's 413 for a body that is, packed or not, larger than MAX_BODY_MB.
     """
     limit = request.app[SETTINGS].max_body_mb * 2**20
     codings = request.headers.getall("Content-Encoding", ())
@@ -13270,9 +13354,9 @@ async def unpacked_parts(
 
 class BodyReader:
     """Reads a body as it comes, and gives up on a client that stalls.
-     It has `read_timeout` seconds for each `min_read` bytes, so what comes byte by byte gets no
-    more time. Only waiting for the client counts: while Z.ai takes an upload slowly, nothing is
-    read.
+
+    It has `read_timeout` seconds for each `min_read` bytes, so what comes byte by byte gets no more
+    time. Only waiting for the client counts: while Z.ai takes an upload slowly, nothing is read.
     """
 
     def __init__(self, content: aiohttp.StreamReader, limits: Limits) -> None:
@@ -13372,8 +13456,9 @@ ZSTD_WINDOW_BITS = 23  # the largest window of a body's zstd, 8 MB (RFC 9659)
 
 class ZstandardStream:
     """zstd with the package zstandard, which takes no max_length.
-     A block has at least 4 bytes and unpacks to 128 KB at most (RFC 8878), so SLICE bytes to 8 MB
-    at most.
+
+    A block has at least 4 bytes and unpacks to 128 KB at most (RFC 8878), so SLICE bytes to 8 MB at
+    most.
     """
 
     SLICE = 256
@@ -14664,7 +14749,8 @@ def reader_for(path: str, body: JSON) -> Callable[[], PassThroughReader]:
 
 class RelayedForm:
     """A form with a file, whose fields are read while it goes on.
-     What stands at its head is read before anything is waited for. A model may come behind the file
+
+    What stands at its head is read before anything is waited for. A model may come behind the file
     (curl, openai-node): if it is not one of the caller's, Z.ai does not get the end of the form,
     and so has no request.
     """
@@ -15164,7 +15250,8 @@ def serve_as_here(app: web.Application) -> None:
 
 class ClientServer(web.Server):
     """Accepts clients, and ends connections that only take up room.
-     Those are: without a whole head for `read_timeout`, with a client that reads nothing for
+
+    Those are: without a whole head for `read_timeout`, with a client that reads nothing for
     UPSTREAM_TIMEOUT, and, before file descriptors run out, those without a request, the longest
     silent first.
     """
@@ -15296,7 +15383,8 @@ class ClientConnection(web.RequestHandler):
 
     def check_reader(self, now: float, patience: float) -> None:
         """Ends the connection when the client has read nothing for so many seconds.
-         What waits for it may grow meanwhile; it shrinks, between some two looks, where a client
+
+        What waits for it may grow meanwhile; it shrinks, between some two looks, where a client
         reads.
         """
         unsent = self.client.get_write_buffer_size()
@@ -16796,7 +16884,8 @@ def joined(kept: Any, ours: Any) -> Any:
 @contextmanager
 def client_folder() -> Iterator[str]:
     """A new folder for a client's files while the block runs, readable for the user alone.
-     It is in the user's cache, where that can be written: below the system's temporary folder, to
+
+    It is in the user's cache, where that can be written: below the system's temporary folder, to
     which others may write too, Codex makes none of its helper programs.
     """
     parent = user_cache()

@@ -30,7 +30,7 @@ fault), UpstreamError (Z.ai's) or another ProxyError; a check, ValueError. The s
 what this is (Settings, Errors, JSON, Models, Internal representation); what clients say (Request
 fields, Contents, Chat completions, Completions, Responses, Messages, Surfaces, Histories, Clients);
 what Z.ai says (errors, answer, repairs, request); who and when (Accounts, Plan); from there on I/O:
-Admission (keys, queue, patience), Z.ai client, Upstream, Database, Requests (records, statistics),
+Admission (keys, queue, patience), Z.ai client, Upstream, Database, Requests, Statistics, App keys,
 Streaming out, Request bodies, Access, Handlers, Dashboard, Pass-through, Errors and shutdown,
 Client connections, Server, Commands, Demo, Pages.
 """
@@ -10720,16 +10720,17 @@ class Queue:
 # `EventStream`.
 
 LOG = logging.getLogger("ztoapi")
-REQUEST_ID: ContextVar[str] = ContextVar(
-    "request_id", default="-"
-)  # in every debug line of one request
+# In every debug line of one request.
+REQUEST_ID: ContextVar[str] = ContextVar("request_id", default="-")
 
 
 def trace(what: str, data: bytes | object) -> None:
     """A line of the debug log; costs nothing when that is off."""
-    if LOG.level == logging.DEBUG:
-        words = data.decode("utf-8", "replace").strip() if isinstance(data, bytes) else data
-        LOG.debug("%s %s %s", REQUEST_ID.get(), what, words)
+    if LOG.level != logging.DEBUG:
+        return
+    if isinstance(data, bytes):
+        data = data.decode("utf-8", "replace").strip()
+    LOG.debug("%s %s %s", REQUEST_ID.get(), what, data)
 
 
 def trace_part(what: str, part: bytes) -> None:
@@ -10743,9 +10744,8 @@ def trace_part(what: str, part: bytes) -> None:
 
 R = TypeVar("R")
 LARGE = 2**20  # bytes
-LARGE_WORK = ThreadPoolExecutor(
-    1, "large"
-)  # several threads would only keep each other, and the loop, waiting
+# One thread: several would only keep each other, and the event loop, waiting.
+LARGE_WORK = ThreadPoolExecutor(1, "large")
 
 
 async def in_thread_if_large(size: int, work: Callable[..., R], *arguments: Any) -> R:
@@ -10755,8 +10755,7 @@ async def in_thread_if_large(size: int, work: Callable[..., R], *arguments: Any)
     return await asyncio.get_running_loop().run_in_executor(LARGE_WORK, work, *arguments)
 
 
-# The encodings of a body that aiohttp unpacks (some only where their package is installed: it
-# raises).
+# The encodings of a body that aiohttp unpacks; it raises where the package for one is missing.
 UNPACKED = ("identity", "gzip", "deflate", "br", "zstd")
 PACKED = "Z.ai's answer is packed so that it cannot be read: try again."
 ERROR_BODY_LIMIT = 65536  # bytes of a refusal that are read
@@ -10777,9 +10776,11 @@ class IdleTimer:
         self.timer = self.loop.call_later(self.seconds, self.expire)
 
     def reset(self) -> None:
+        """Something happened: the seconds count from now on."""
         self.last_reset = self.loop.time()
 
     def expire(self) -> None:
+        """Call `on_idle`, or look again when the seconds since the last reset are over."""
         left = self.seconds - (self.loop.time() - self.last_reset)
         if left > 0:
             self.timer = self.loop.call_later(left, self.expire)
@@ -10812,7 +10813,8 @@ def connection_error(error: Exception) -> UpstreamError:
             return UpstreamError(UNAVAILABLE, BROKEN_OFF, type(error).__name__)
 
 
-NOT_IN_HEADERS, NOT_PRINTABLE = re.compile(r"[^\w.:-]", re.ASCII), re.compile(r"[^!-~]")
+NOT_IN_HEADERS = re.compile(r"[^\w.:-]", re.ASCII)
+NOT_PRINTABLE = re.compile(r"[^!-~]")
 CONTROL = re.compile(r"[\x00-\x08\x0a-\x1f\x7f\ud800-\udfff]")  # and bytes that are no UTF-8
 
 
@@ -10835,10 +10837,13 @@ def retry_after_seconds(words: str) -> float | None:
 
 async def read_up_to(limit: int, content: aiohttp.StreamReader) -> bytes:
     """All of a body, or at least its first `limit` bytes."""
-    parts: list[bytes] = []
-    while sum(map(len, parts)) < limit and (part := await content.readany()):
-        parts.append(part)
-    return b"".join(parts)
+    body = bytearray()
+    while len(body) < limit:
+        part = await content.readany()
+        if not part:
+            break
+        body += part
+    return bytes(body)
 
 
 class ByteStream:
@@ -10853,9 +10858,8 @@ class ByteStream:
     ) -> None:
         self.response = response
         self.limits = limits
-        self.reading = (
-            False  # silence counts only while we wait for Z.ai, not while the client takes its time
-        )
+        # Silence counts only while we wait for Z.ai, not while the client takes its time.
+        self.reading = False
         self.timer = IdleTimer(max_silence, self.give_up)
         self.packed = "Content-Encoding" in response.headers  # though we asked for identity
         if response.connection is not None:  # there is more to come
@@ -10869,24 +10873,31 @@ class ByteStream:
 
     def check_encoding(self) -> None:
         """Raises UpstreamError for a body that aiohttp did not unpack."""
-        if self.packed and self.response.headers["Content-Encoding"].lower() not in UNPACKED:
+        if not self.packed:
+            return
+        encoding = self.response.headers["Content-Encoding"]
+        if encoding.lower() not in UNPACKED:
             raise self.with_request_id(UpstreamError(UNAVAILABLE, PACKED))
 
     async def check_status(self) -> None:
         """Raises UpstreamError unless the HTTP status is 2xx."""
-        if not 200 <= self.response.status < 300:
-            body = b""
-            with suppress(aiohttp.ClientError, asyncio.TimeoutError):  # its status says enough
-                body = await asyncio.wait_for(
-                    read_up_to(ERROR_BODY_LIMIT, self.response.content),
-                    self.limits.error_body_timeout,
-                )
-            trace(f"received HTTP {self.response.status}", body)
-            error = self.with_request_id(zai_error(self.response.status, body))
-            error.told_wait = retry_after_seconds(self.response.headers.get("Retry-After", ""))
-            if error.told_wait is not None and error.kind == RATE_LIMITED:
-                error.retry_after = max(error.retry_after or 0.0, error.told_wait)
-            raise error
+        status = self.response.status
+        if 200 <= status < 300:
+            return
+        body = await self.error_body()
+        trace(f"received HTTP {status}", body)
+        error = self.with_request_id(zai_error(status, body))
+        error.told_wait = retry_after_seconds(self.response.headers.get("Retry-After", ""))
+        if error.told_wait is not None and error.kind == RATE_LIMITED:
+            error.retry_after = max(error.retry_after or 0.0, error.told_wait)
+        raise error
+
+    async def error_body(self) -> bytes:
+        """The body of a refusal; empty where it does not come, for the status says enough."""
+        reading = read_up_to(ERROR_BODY_LIMIT, self.response.content)
+        with suppress(aiohttp.ClientError, asyncio.TimeoutError):
+            return await asyncio.wait_for(reading, self.limits.error_body_timeout)
+        return b""
 
     async def read(self) -> bytes:
         """The next bytes, none at the end.
@@ -10910,8 +10921,10 @@ class ByteStream:
 
     def with_request_id(self, error: UpstreamError, told: str = "") -> UpstreamError:
         """The error with the request's id, by which Z.ai can be asked about it."""
+        error.headers = {}
         request_id = self.request_id(told)
-        error.headers = {"x-zai-request-id": request_id} if request_id else {}
+        if request_id:
+            error.headers = {"x-zai-request-id": request_id}
         return error
 
 
@@ -11023,7 +11036,7 @@ class EventStream(EventSource):
                 raise self.error
             if self.has_ended:
                 break
-            part = await (self.source.read() if self.reader.finish is None else self.read_rest())
+            part = await self.read_part()
             trace_part("received", part)
             size += len(part)
             if size < LARGE:
@@ -11038,6 +11051,12 @@ class EventStream(EventSource):
             self.on_end()
         return events
 
+    async def read_part(self) -> bytes:
+        """The next bytes, none at the end. Raises UpstreamError when they break off too early."""
+        if self.reader.finish is None:
+            return await self.source.read()
+        return await self.read_rest()
+
     def note(self, events: list[Event]) -> None:
         """Keep what must be known of the answer even if it breaks off now."""
         meter = self.meter
@@ -11049,7 +11068,8 @@ class EventStream(EventSource):
     def cut_off(self, events: list[Event]) -> list[Event]:
         """The last events of an answer that a stop string ended.
 
-        Nobody reads what Z.ai would still write. As its usage does not come either, it is estimated.
+        Nobody reads what Z.ai would still write. As its usage does not come either, it is
+        estimated.
         """
         self.source.response.close()
         *others, finish = events
@@ -11059,7 +11079,7 @@ class EventStream(EventSource):
         """The events before a failure, which is kept for later."""
         events: list[Event] = []
         try:
-            for event in self.reader.feed(part) if part else self.reader.close():
+            for event in self.read_events(part):
                 events += self.chain.feed(event)
                 if events and isinstance(events[-1], Finish):
                     self.has_ended = True
@@ -11068,25 +11088,32 @@ class EventStream(EventSource):
             self.error = self.source.with_request_id(error, self.reader.request_id)
         return events
 
+    def read_events(self, part: bytes) -> Iterator[Event | BegunAgain]:
+        """What Z.ai says in these bytes, not yet mended; no bytes are the end."""
+        if part:
+            return self.reader.feed(part)
+        return self.reader.close()
+
     async def read_rest(self) -> bytes:
         """The next bytes after Z.ai's finish, none at the end.
 
         A broken connection no longer matters.
         """
         now = asyncio.get_running_loop().time()
-        self.finish_deadline = self.finish_deadline or now + self.source.limits.finish_timeout
+        if not self.finish_deadline:
+            self.finish_deadline = now + self.source.limits.finish_timeout
+        seconds = self.finish_deadline - now
         with suppress(UpstreamError, asyncio.TimeoutError):
-            return await asyncio.wait_for(self.source.read(), self.finish_deadline - now)
+            return await asyncio.wait_for(self.source.read(), seconds)
         return b""
 
     async def finish(self) -> None:
         """Read to the end of the answer, so that the connection can serve again."""
-        while (
-            self.reader.done
-            and not self.source.response.content.at_eof()
-            and await self.read_rest()
-        ):
-            pass
+        content = self.source.response.content
+        while self.reader.done and not content.at_eof():
+            part = await self.read_rest()
+            if not part:
+                break
 
 
 PART_SIZE = 2**16  # bytes; aiohttp waits for the reader only after so many
@@ -11097,7 +11124,8 @@ class Upload(aiohttp.AsyncIterablePayload):
 
     def __init__(self, parts: AsyncIterator[bytes], size: int | None = None) -> None:
         super().__init__(parts)
-        self.parts, self._size = parts, size
+        self.parts = parts
+        self._size = size
 
     async def write_with_length(self, writer: Any, _: int | None) -> None:
         async for part in self.parts:
@@ -11115,25 +11143,31 @@ class ZaiClient:
     """HTTP to Z.ai, over one session for the life of the program."""
 
     def __init__(self, session: aiohttp.ClientSession, settings: Settings, limits: Limits) -> None:
-        self.session, self.max_silence = session, settings.upstream_timeout
+        self.session = session
+        self.max_silence = settings.upstream_timeout
         self.limits = limits
         self.uses_proxies = not settings.demo
-        self.proxies: dict[
-            str, str | None
-        ] = {}  # by origin; aiohttp's trust_env would look for each request
+        # By origin; aiohttp's trust_env would look for a proxy with each request.
+        self.proxies: dict[str, str | None] = {}
 
     async def send(self, url: str, key: ZaiKey, owner: AsyncExitStack, **how: Any) -> ByteStream:
         """One request with our key; the connection belongs to `owner`. Raises UpstreamError.
 
         `how`: data; method and headers if not those of a JSON POST.
         """
-        data, headers = how.pop("data"), how.pop("headers", {"Content-Type": "application/json"})
+        how = {
+            "method": "POST",
+            "headers": {"Content-Type": "application/json"},
+            "proxy": self.proxy(url),
+            "allow_redirects": False,
+            **how,
+        }
+        how["headers"] = {**how["headers"], "Authorization": f"Bearer {key.secret}"}
+        data = how["data"]
         if isinstance(data, bytes) and len(data) > PART_SIZE:
-            data = Upload(parts_of(data), len(data))
-        headers = {**headers, "Authorization": f"Bearer {key.secret}"}
-        how = {"method": "POST", "proxy": self.proxy(url), "allow_redirects": False, **how}
+            how["data"] = Upload(parts_of(data), len(data))
         try:
-            response = await self.session.request(url=url, headers=headers, data=data, **how)
+            response = await self.session.request(url=url, **how)
         except (aiohttp.ClientError, ValueError) as error:
             if isinstance(error.__cause__, (ProxyError, web.HTTPException)):  # by what is sent
                 raise error.__cause__ from error
@@ -11147,14 +11181,17 @@ class ZaiClient:
     def proxy(self, url: str) -> str | None:
         """The proxy for a URL, from the environment."""
         origin = url[: url.index("/", len("https://"))]
+        if not self.uses_proxies:
+            return None
         if origin not in self.proxies:
-            self.proxies[origin] = environment_proxy(origin) if self.uses_proxies else None
+            self.proxies[origin] = environment_proxy(origin)
         return self.proxies[origin]
 
     async def list_models(self, key: ZaiKey) -> list[Model]:
         """Z.ai's own list of a key's models. Raises UpstreamError."""
         status, body = await self.get(key.base_url + "/models", key)
-        items = as_object(parse_json(body)).get("data")
+        answer = as_object(parse_json(body))
+        items = answer.get("data")
         if status != 200 or not isinstance(items, list):
             raise zai_error(status, body)
         return list(islice(models_from_items(items), 1_000))
@@ -11164,20 +11201,22 @@ class ZaiClient:
 
         It has no limits where there is no plan, and where Z.ai does not say.
         """
+        url = urljoin(key.base_url, "/api/monitor/usage/quota/limit")
         body = b""
         with suppress(UpstreamError):
-            _, body = await self.get(urljoin(key.base_url, "/api/monitor/usage/quota/limit"), key)
+            _, body = await self.get(url, key)
         return plan_quota(as_object(parse_json(body)))
 
     async def get(self, url: str, key: ZaiKey) -> tuple[int, bytes]:
         """Status and body of a short answer. Raises UpstreamError, also when it takes too long."""
-        headers, timeout = (
-            {"Authorization": f"Bearer {key.secret}"},
-            aiohttp.ClientTimeout(total=self.limits.get_timeout),
-        )
-        how: JSON = {"proxy": self.proxy(url), "headers": headers, "timeout": timeout}
+        how: JSON = {
+            "headers": {"Authorization": f"Bearer {key.secret}"},
+            "timeout": aiohttp.ClientTimeout(total=self.limits.get_timeout),
+            "proxy": self.proxy(url),
+            "allow_redirects": False,
+        }
         try:
-            async with self.session.get(url, allow_redirects=False, **how) as response:
+            async with self.session.get(url, **how) as response:
                 return response.status, await read_up_to(GET_LIMIT, response.content)
         except (aiohttp.ClientError, asyncio.TimeoutError, ValueError) as error:
             raise connection_error(error) from error
@@ -11243,11 +11282,15 @@ class ZaiConnection(ResponseHandler):
         Bytes that nobody asked for, or the end, make it useless: they would be taken for the next
         request's answer.
         """
-        return super().is_connected() and not self.should_close and not self.is_readable()
+        if not super().is_connected() or self.should_close:
+            return False
+        return not self.is_readable()
 
     def is_readable(self) -> bool:
-        """Whether the system has something that was not read yet."""
-        number = self.transport.get_extra_info("socket").fileno() if self.transport else -1
+        """Whether the system has something that was not read yet; True if it is closed."""
+        if not self.transport:
+            return True
+        number = self.transport.get_extra_info("socket").fileno()
         return number < 0 or has_input(number)
 
 
@@ -11268,7 +11311,8 @@ class ZaiConnector(aiohttp.TCPConnector):
 def has_input(number: int) -> bool:
     """Whether a read of this descriptor would not wait."""
     if sys.platform == "win32" or not hasattr(select, "poll"):
-        return bool(select.select([number], [], [], 0)[0])
+        readable, _, _ = select.select([number], [], [], 0)
+        return bool(readable)
     poll = select.poll()
     poll.register(number, select.POLLIN)
     return bool(poll.poll(0))
@@ -11277,13 +11321,13 @@ def has_input(number: int) -> bool:
 def environment_proxy(origin: str) -> str | None:
     """The proxy that HTTPS_PROXY and the like name for an origin."""
     url = urlsplit(origin)
-    return None if proxy_bypass(url.hostname or "") else getproxies().get(url.scheme)
+    if proxy_bypass(url.hostname or ""):
+        return None
+    return getproxies().get(url.scheme)
 
 
 def new_session(settings: Settings, limits: Limits) -> aiohttp.ClientSession:
-    # No limit on the whole: an answer may take long. ZaiConnection and ByteStream time silence.
-    timeout = aiohttp.ClientTimeout(total=None, connect=limits.connect_timeout)
-    connector, cookies = ZaiConnector(settings.upstream_timeout), aiohttp.DummyCookieJar()
+    """The session for all requests to Z.ai."""
     # Z.ai writes errors in English for those who ask; a compressed stream would wait in buffers.
     headers = {
         "User-Agent": f"ztoapi/{__version__}",
@@ -11291,7 +11335,11 @@ def new_session(settings: Settings, limits: Limits) -> aiohttp.ClientSession:
         "Accept-Encoding": "identity",
     }
     return aiohttp.ClientSession(
-        timeout=timeout, connector=connector, cookie_jar=cookies, headers=headers
+        # No limit on the whole: an answer may take long. ZaiConnection and ByteStream time silence.
+        timeout=aiohttp.ClientTimeout(total=None, connect=limits.connect_timeout),
+        connector=ZaiConnector(settings.upstream_timeout),
+        cookie_jar=aiohttp.DummyCookieJar(),
+        headers=headers,
     )
 
 
@@ -11300,25 +11348,25 @@ def new_session(settings: Settings, limits: Limits) -> aiohttp.ClientSession:
 # keys, fallbacks, merged choices.
 
 
+AskForChoice: TypeAlias = Callable[[AsyncExitStack], Awaitable[EventStream]]
+
+
 class MergedStream(EventSource):
     """Several answers of Z.ai's as one with several choices, since Z.ai has no `n`.
 
     Events come in the order of their arrival.
     """
 
-    def __init__(
-        self, attempts: Sequence[Callable[[AsyncExitStack], Awaitable[EventStream]]]
-    ) -> None:
+    def __init__(self, choices: Sequence[AskForChoice]) -> None:
         super().__init__()
         self.streams: dict[int, EventStream] = {}  # by choice, in the order in which they began
         self.finished = 0  # choices
-        self.owners = [
-            AsyncExitStack() for _ in attempts
-        ]  # of each choice's slot and connection, until it ends
+        # Of each choice's slot and connection, until it ends.
+        self.owners = [AsyncExitStack() for _ in choices]
         # The tasks that wait for each choice's next events.
-        self.pending = {
-            asyncio.create_task(self.first_of(i, ask)): i for i, ask in enumerate(attempts)
-        }
+        self.pending: dict[asyncio.Task[list[Event]], int] = {}
+        for choice, ask in enumerate(choices):
+            self.pending[asyncio.create_task(self.first_of(choice, ask))] = choice
 
     @property
     def info(self) -> AnswerInfo:
@@ -11334,7 +11382,10 @@ class MergedStream(EventSource):
 
     @property
     def said(self) -> list[Message]:
-        return [message for stream in self.streams.values() for message in stream.said]
+        said = []
+        for stream in self.streams.values():
+            said += stream.said
+        return said
 
     async def next_batch(self) -> list[Event]:
         """The next events of whichever choice has some. If one fails, all fail."""
@@ -11345,22 +11396,23 @@ class MergedStream(EventSource):
             events = task.result()
             if events:
                 self.pending[asyncio.create_task(self.next_of(choice))] = choice
-                self.finished += isinstance(events[-1], Finish)
-                return [e if isinstance(e, Usage) else replace(e, choice=choice) for e in events]
+                if isinstance(events[-1], Finish):
+                    self.finished += 1
+                return events
         return []
 
-    async def first_of(
-        self, choice: int, ask: Callable[[AsyncExitStack], Awaitable[EventStream]]
-    ) -> list[Event]:
+    async def first_of(self, choice: int, ask: AskForChoice) -> list[Event]:
+        """Ask for a choice, and wait for its first events."""
         self.streams[choice] = await ask(self.owners[choice])
         return await self.next_of(choice)
 
     async def next_of(self, choice: int) -> list[Event]:
+        """A choice's next events, under its number; none at its end, which releases its slot."""
         events = await self.streams[choice].read()
         if not events:
             await self.streams[choice].finish()
             await self.owners[choice].aclose()
-        return events
+        return [of_choice(event, choice) for event in events]
 
     async def close(self) -> None:
         """Release everything, also if this is cancelled.
@@ -11373,6 +11425,13 @@ class MergedStream(EventSource):
             await end_tasks(self.pending)
 
 
+def of_choice(event: Event, choice: int) -> Event:
+    """The event under the number of its choice, which usage has not."""
+    if isinstance(event, Usage):
+        return event
+    return replace(event, choice=choice)
+
+
 class NoAnswer(EventSource):
     """The answer to who wants none: each choice ends where it begins."""
 
@@ -11383,7 +11442,9 @@ class NoAnswer(EventSource):
     def __init__(self, plan: Plan) -> None:
         super().__init__()
         self.info = AnswerInfo(plan.answer_id, 0, plan.asked.id, "")
-        self.ahead = [Usage(), *[Finish("length", choice) for choice in range(plan.n)]]
+        self.ahead = [Usage()]
+        for choice in range(plan.n):
+            self.ahead.append(Finish("length", choice))
 
     async def next_batch(self) -> list[Event]:
         return []
@@ -11455,10 +11516,12 @@ class ImageMemory:
         texts = {}
         reasons = {}
         for image in images:
-            if text := self.texts.get(image.key):
+            text = self.texts.get(image.key)
+            reason = self.reasons.get(image.key)
+            if text:
                 texts[image.key] = text
                 self.texts.put(image.key, text)  # the newest now
-            elif reason := self.reasons.get(image.key):
+            elif reason:
                 reasons[image.key] = reason
             elif image.error:
                 reasons[image.key] = "it could not be described now"
@@ -11473,10 +11536,10 @@ def fingerprint(account_id: str, message: Message) -> str:
 
     White space makes no difference.
     """
-    calls = (
-        word for call in message.calls for word in (call.id, call.name, canonical(call.arguments))
-    )
-    return digest(account_id, message_text(message).strip(), *calls)
+    words = [account_id, message_text(message).strip()]
+    for call in message.calls:
+        words += [call.id, call.name, canonical(call.arguments)]
+    return digest(*words)
 
 
 def canonical(arguments: str) -> str:
@@ -11499,13 +11562,14 @@ class Upstream:
     """The way to Z.ai: the keys, a queue for each model, retries and fallbacks."""
 
     def __init__(self, settings: Settings, limits: Limits, client: ZaiClient, clock: Clock) -> None:
-        self.settings, self.limits = settings, limits
-        self.client, self.clock = client, clock
+        self.settings = settings
+        self.limits = limits
+        self.client = client
+        self.clock = clock
         self.keys = KeyPool(settings.zai_keys, clock, limits.cooldown)
-        self.queues: dict[str, Queue] = {}
-        self.account_slots: dict[
-            tuple[str, int], asyncio.Semaphore
-        ] = {}  # by account id and how many it has
+        self.queues: dict[str, Queue] = {}  # by model
+        # By account id and how many it has.
+        self.account_slots: dict[tuple[str, int], asyncio.Semaphore] = {}
         self.memory = ReasoningMemory(limits.reasoning_size)
         self.images = ImageMemory(limits.descriptions_size)
         self.redact = Redactor(settings.secrets)
@@ -11531,7 +11595,7 @@ class Upstream:
                 yield stream
                 await stream.finish()
             else:
-                choices = map(plan.for_choice, range(plan.n))
+                choices = [plan.for_choice(number) for number in range(plan.n)]
                 merged = MergedStream([partial(self.ask_in_turn, choice) for choice in choices])
                 owner.push_async_callback(merged.close)
                 await merged.begin()
@@ -11544,7 +11608,8 @@ class Upstream:
         Raises ProxyError where one of the turn that is on has no description, unless Z.ai refuses
         it.
         """
-        for error in await asyncio.gather(*map(self.describe, plan.images)):
+        errors = await asyncio.gather(*map(self.describe, plan.images))
+        for error in errors:
             if error:
                 raise error
         texts, reasons = self.images.words_for(plan.images)
@@ -11564,10 +11629,13 @@ class Upstream:
             image.ended_at = time.monotonic()
             image.error = error.kind.code or error.kind.type
             if isinstance(error, UpstreamError) and error.kind.status == 400:
-                self.images.refuse(image.key, self.redact(error.detail) or error.message)
+                words = self.redact(error.detail) or error.message
+                self.images.refuse(image.key, words)
                 return None
             error.message = f"{image.model} could not describe an image: {error.message}"
-            return error if image.is_current else None
+            if image.is_current:
+                return error
+            return None
         image.ended_at = time.monotonic()
         self.images.texts.put(image.key, text)
         self.repairs["described_images"] += 1
@@ -11590,9 +11658,10 @@ class Upstream:
         """Waits until fewer requests of the account are in flight than it may have."""
         if account.parallel is None:
             return nullcontext()
-        return self.account_slots.setdefault(
-            (account.id, account.parallel), asyncio.Semaphore(account.parallel)
-        )
+        key = (account.id, account.parallel)
+        if key not in self.account_slots:
+            self.account_slots[key] = asyncio.Semaphore(account.parallel)
+        return self.account_slots[key]
 
     async def ask_in_turn(self, plan: Plan, owner: AsyncExitStack) -> EventStream:
         """Ask as soon as the account has fewer requests in flight than it may have."""
@@ -11636,7 +11705,7 @@ class Upstream:
             if name in prompt.model.lower():
                 name = prompt.model
             models = MODELS | plain_aliases(self.settings)
-            known = [each for each in models if plan.account.allows(models[each])]
+            known = [known for known, model in models.items() if plan.account.allows(model)]
             raise with_name_of_model(error, name, known) from error
 
     async def ask(
@@ -11651,19 +11720,16 @@ class Upstream:
         trace("sent", request.data)
         url = key.base_url + "/chat/completions"
         repairs = repairs_for(replace(request.needs, asks_again=self.asks_again(plan, prompt)))
-        memo = Memo() if plan.remembers else None
-        machines = list(repairs)
-        if plan.client_names:
-            machines.append(ClientNames(plan.client_names))
-        if memo:
-            machines.append(memo)
-        machines += reasoning_shape(plan.reasoning_format)
+        memo = None
+        if plan.remembers:
+            memo = Memo()
+        chain = whole_chain(repairs, memo, plan)
         [meter] = plan.meters
         meter.ask_chat(model)
         with meter.asking(request.characters):
             source = await self.client.send(url, key, owner, data=request.data)
             reader = ZaiReader(model, self.limits.answer_size)
-            stream = EventStream(source, reader, machines, memo, meter)
+            stream = EventStream(source, reader, chain, memo, meter)
             stream.on_end = slot.answered
             owner.callback(self.count_repairs, repairs, meter)
             await stream.begin()
@@ -11678,9 +11744,12 @@ class Upstream:
         With `stop`, an empty answer may be all there is to say.
         """
         [meter] = plan.meters
-        return self.settings.max_retries > 0 and not prompt.stop and not meter.was_empty
+        if prompt.stop or meter.was_empty:
+            return False
+        return self.settings.max_retries > 0
 
     def count_repairs(self, repairs: Iterable[Repair], meter: Meter) -> None:
+        """Count what was mended in an answer that ends, and note whether it was silent."""
         for repair in repairs:
             if repair.mended:
                 self.repairs[repair.kind] += repair.mended
@@ -11747,7 +11816,8 @@ class Upstream:
         task = asyncio.ensure_future(asking)
         try:
             await asyncio.wait({task}, timeout=self.settings.first_token_timeout)
-            if not (task.done() or slot.is_taken) and self.has_other(ticket, slot):
+            is_slow = not task.done() and not slot.is_taken
+            if is_slow and self.has_other(ticket, slot):
                 raise SlowAnswerError(TIMEOUT)
             return await task
         finally:
@@ -11764,7 +11834,7 @@ class Upstream:
             keys = self.keys.available(ticket.use)
         except UpstreamError:  # all of them cool down by now
             return False
-        return any(key not in tried and slot.queue.has_room(key) for key in keys)
+        return any(slot.queue.has_room(key) for key in keys if key not in tried)
 
     def wait_out(self, ticket: Ticket, slot: Slot, error: UpstreamError) -> None:
         """Let a request that was refused for load wait in its place.
@@ -11774,7 +11844,8 @@ class Upstream:
         slot.queue.refused(slot, error)
         now = self.clock.now()
         ticket.refused(error, now)
-        patience, seconds = slot.patience, self.settings.rate_limit_wait
+        patience = slot.patience
+        seconds = self.settings.rate_limit_wait
         ends_at = min(ticket.leaves_at, patience.ends_at(ticket.arrived_at, seconds))
         told_too_long = (error.told_wait or 0.0) > min(ends_at - now, seconds)
         if now >= ends_at or told_too_long:
@@ -11798,24 +11869,28 @@ class Upstream:
             self.retries_made["other_keys"] += 1
             return 0
         if self.keys.calls_for_cooldown(error) and error.kind != last:
-            self.keys.cool_down(slot.key, ticket.use, error)
-            try:
-                self.keys.available(ticket.use)
-            except (
-                UpstreamError
-            ) as repeated:  # no other key is left: its own client gets Z.ai's words
-                error.retry_after = repeated.retry_after
-                raise error from None
-            self.retries_made["other_keys"] += 1
+            self.change_key(ticket, slot, error)
             return 0
         retries = self.settings.max_retries
-        if self.clock.now() - slot.granted_at > self.limits.long_attempt:
+        took = self.clock.now() - slot.granted_at
+        if took > self.limits.long_attempt:
             retries = min(retries, 1)
         if error.kind not in RETRYABLE or ticket.retries >= retries:
             raise error
         self.retries_made["retries"] += 1
         ticket.retries += 1
         return backoff(ticket.retries, self.clock.jitter())
+
+    def change_key(self, ticket: Ticket, slot: Slot, error: UpstreamError) -> None:
+        """Let the key cool down, so that another is used. Raises the error if there is none."""
+        self.keys.cool_down(slot.key, ticket.use, error)
+        try:
+            self.keys.available(ticket.use)
+        except UpstreamError as repeated:
+            # Its words are for others; this client gets Z.ai's own.
+            error.retry_after = repeated.retry_after
+            raise error from None
+        self.retries_made["other_keys"] += 1
 
     def snapshot(self, redact: Callable[[str], str]) -> JSON:
         """The state of keys and queues for the dashboard.
@@ -11824,22 +11899,20 @@ class Upstream:
         """
         self.keys.expire()
         numbers = {key: number for number, key in enumerate(self.settings.zai_keys, 1)}
-        unix_at_clock_zero = (
-            self.clock.unix() - self.clock.now()
-        )  # the Unix time at which the clock says 0
-        cooling = [
-            {
+        unix_at_clock_zero = self.clock.unix() - self.clock.now()
+        cooling = []
+        for (key, scope), cooldown in self.keys.cooling.items():
+            row = {
                 "key": numbers[key],
                 "model": redact(scope),
-                "until": unix_at_clock_zero + rest.until,
-                "why": rest.error.kind.code,
+                "until": unix_at_clock_zero + cooldown.until,
+                "why": cooldown.error.kind.code,
             }
-            for (key, scope), rest in self.keys.cooling.items()
-        ]
-        queues = [
-            {"model": redact(name)} | queue.snapshot(numbers, unix_at_clock_zero)
-            for name, queue in self.queues.items()
-        ]
+            cooling.append(row)
+        queues = []
+        for name, queue in self.queues.items():
+            state = queue.snapshot(numbers, unix_at_clock_zero)
+            queues.append({"model": redact(name), **state})
         return {
             "keys": len(numbers),
             "resting": cooling,
@@ -11853,13 +11926,25 @@ class Upstream:
         Clients may invent names, so unused queues of unknown models are dropped.
         """
         if model not in self.queues:
-            self.queues = {
-                n: q for n, q in self.queues.items() if n in MODELS or q.in_flight or q.tickets
-            }
+            for name, queue in list(self.queues.items()):
+                is_used = queue.in_flight or queue.tickets
+                if name not in MODELS and not is_used:
+                    del self.queues[name]
             self.queues[model] = Queue(
                 self.keys, self.settings.max_concurrency, self.clock, self.limits.poll_interval
             )
         return self.queues[model]
+
+
+def whole_chain(repairs: Iterable[Repair], memo: Memo | None, plan: Plan) -> list[Repair]:
+    """The repairs of Z.ai's answer, and behind them what the client's request wants of it."""
+    chain = list(repairs)
+    if plan.client_names:
+        chain.append(ClientNames(plan.client_names))
+    if memo:
+        chain.append(memo)
+    chain += reasoning_shape(plan.reasoning_format)
+    return chain
 
 
 class Catalog:
@@ -11870,7 +11955,9 @@ class Catalog:
 
     def __init__(self, client: ZaiClient, keys: KeyPool, ttl: float) -> None:
         """`ttl`: seconds for which Z.ai is not asked again."""
-        self.client, self.keys, self.ttl = client, keys, ttl
+        self.client = client
+        self.keys = keys
+        self.ttl = ttl
         self.models = dict(MODELS)
         self.asked_at = -math.inf
         self.asking: asyncio.Task[None] | None = None
@@ -11881,12 +11968,15 @@ class Catalog:
         Only the first caller waits for Z.ai; later the list is refreshed in the background.
         """
         if now - self.asked_at >= self.ttl:
-            before, self.asking, self.asked_at = self.asking, asyncio.create_task(self.ask()), now
-            if before is None:
+            is_first = self.asking is None
+            self.asked_at = now
+            self.asking = asyncio.create_task(self.ask())
+            if is_first:
                 await asyncio.wait({self.asking})
         return self.models
 
     async def ask(self) -> None:
+        """Ask for the first key's list; without one, or an answer, all stays as it is."""
         for key in self.keys.keys[:1]:
             try:
                 models = await self.client.list_models(key)
@@ -11895,7 +11985,7 @@ class Catalog:
                 if error.kind == AUTHENTICATION:
                     self.keys.cool_down(key, KeyUse(), error)
             else:
-                self.models = MODELS | {model.id: model for model in models}
+                self.models = {**MODELS, **{model.id: model for model in models}}
 
 
 class PlanQuotas:
@@ -11903,7 +11993,9 @@ class PlanQuotas:
 
     def __init__(self, client: ZaiClient, keys: tuple[ZaiKey, ...], ttl: float) -> None:
         """`ttl`: seconds for which Z.ai is not asked again."""
-        self.client, self.keys, self.ttl = client, keys, ttl
+        self.client = client
+        self.keys = keys
+        self.ttl = ttl
         self.plans: list[JSON] = []
         self.asked_at = -math.inf
         self.asking: asyncio.Task[None] | None = None
@@ -11911,14 +12003,18 @@ class PlanQuotas:
     def latest(self, now: float) -> list[JSON]:
         """Z.ai's last answer; the next is fetched in the background."""
         if now - self.asked_at >= self.ttl:
-            self.asked_at, self.asking = now, asyncio.create_task(self.ask())
+            self.asked_at = now
+            self.asking = asyncio.create_task(self.ask())
         return self.plans
 
     async def ask(self) -> None:
-        plans = await asyncio.gather(*map(self.client.plan_quota, self.keys))
-        self.plans = [
-            {"key": number, **plan} for number, plan in enumerate(plans, 1) if plan["limits"]
-        ]
+        """Ask for the plans of all keys; those without limits are left out."""
+        quotas = await asyncio.gather(*map(self.client.plan_quota, self.keys))
+        plans = []
+        for number, quota in enumerate(quotas, 1):
+            if quota["limits"]:
+                plans.append({"key": number, **quota})
+        self.plans = plans
 
 
 # ======== Database ===============================================================================
@@ -11936,7 +12032,8 @@ def price_statements() -> str:
         if model.price and any(model.price):
             fresh, cached, completion = (round(1000 * dollars) for dollars in model.price)
             costs = f"(prompt - cached) * {fresh} + cached * {cached} + completion * {completion}"
-            statements.append(f"UPDATE ztoapi_usage SET spent = {costs} WHERE model = '{model.id}'")  # noqa: S608 - ours
+            update = f"UPDATE ztoapi_usage SET spent = {costs}"  # noqa: S608 - all of it is ours
+            statements.append(f"{update} WHERE model = '{model.id}'")
     return "; ".join(statements)
 
 
@@ -11950,20 +12047,24 @@ SUMS_OF_USAGE = {
 
 def sum_of_usage(column: str) -> str:
     """What a key's column is set to, from the rows of its usage."""
-    sums = SUMS_OF_USAGE[column]
-    return f"{column} = (SELECT {sums} FROM ztoapi_usage WHERE account = ztoapi_keys.id)"  # noqa: S608 - ours
+    rows = "FROM ztoapi_usage WHERE account = ztoapi_keys.id"
+    return f"{column} = (SELECT {SUMS_OF_USAGE[column]} {rows})"
 
 
 # What each version of the tables adds to the one before.
 MIGRATIONS = (
     """
-    CREATE TABLE ztoapi_keys (id TEXT PRIMARY KEY, name TEXT NOT NULL, limits TEXT NOT NULL, removed BIGINT NOT NULL);
+    CREATE TABLE ztoapi_keys (
+        id TEXT PRIMARY KEY, name TEXT NOT NULL, limits TEXT NOT NULL, removed BIGINT NOT NULL);
     CREATE UNIQUE INDEX ztoapi_key_names ON ztoapi_keys (name) WHERE removed = 0;
     CREATE TABLE ztoapi_usage (
-        account TEXT, day TEXT, model TEXT, requests BIGINT NOT NULL, failures BIGINT NOT NULL, prompt BIGINT NOT NULL,
-        cached BIGINT NOT NULL, completion BIGINT NOT NULL, PRIMARY KEY (account, day, model));
+        account TEXT, day TEXT, model TEXT,
+        requests BIGINT NOT NULL, failures BIGINT NOT NULL,
+        prompt BIGINT NOT NULL, cached BIGINT NOT NULL, completion BIGINT NOT NULL,
+        PRIMARY KEY (account, day, model));
     CREATE INDEX ztoapi_usage_days ON ztoapi_usage (day);
-    CREATE TABLE ztoapi_responses (id TEXT PRIMARY KEY, account TEXT NOT NULL, day TEXT NOT NULL, body TEXT NOT NULL);
+    CREATE TABLE ztoapi_responses (
+        id TEXT PRIMARY KEY, account TEXT NOT NULL, day TEXT NOT NULL, body TEXT NOT NULL);
     CREATE INDEX ztoapi_response_days ON ztoapi_responses (day);
     CREATE TABLE ztoapi_writers (id TEXT PRIMARY KEY, batch BIGINT NOT NULL, day TEXT NOT NULL)
     """,
@@ -11997,25 +12098,28 @@ LIST_KEYS = """
     SELECT id, name, limits, hash, paused, requests, tokens, spent, last_used
     FROM ztoapi_keys WHERE removed = 0 ORDER BY name"""
 PUT_KEY = """
-    INSERT INTO ztoapi_keys (id, name, limits, removed, hash, paused) VALUES (?, ?, ?, 0, ?, ?) ON CONFLICT (id)
-    DO UPDATE SET name = excluded.name, limits = excluded.limits, hash = excluded.hash, paused = excluded.paused"""
+    INSERT INTO ztoapi_keys (id, name, limits, removed, hash, paused) VALUES (?, ?, ?, 0, ?, ?)
+    ON CONFLICT (id) DO UPDATE SET name = excluded.name, limits = excluded.limits,
+    hash = excluded.hash, paused = excluded.paused"""
 ADD_TOTALS = """
-    UPDATE ztoapi_keys SET requests = requests + ?, tokens = tokens + ?, spent = spent + ?, last_used = ?
-    WHERE id = ?"""
+    UPDATE ztoapi_keys SET requests = requests + ?, tokens = tokens + ?, spent = spent + ?,
+    last_used = ? WHERE id = ?"""
 NAME_DATABASE = "INSERT INTO ztoapi_database VALUES (1, ?) ON CONFLICT (one) DO NOTHING"
 REMOVE_KEY = "UPDATE ztoapi_keys SET removed = 1 WHERE name = ? AND removed = 0"
 BEGIN_BATCH = """
     INSERT INTO ztoapi_writers AS w VALUES (?, ?, ?) ON CONFLICT (id)
     DO UPDATE SET batch = excluded.batch, day = excluded.day WHERE w.batch < excluded.batch"""
 ADD_USAGE = """
-    INSERT INTO ztoapi_usage AS u VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT (account, day, model) DO UPDATE SET
+    INSERT INTO ztoapi_usage AS u VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)
+    ON CONFLICT (account, day, model) DO UPDATE SET
     requests = u.requests + excluded.requests, failures = u.failures + excluded.failures,
     prompt = u.prompt + excluded.prompt, cached = u.cached + excluded.cached,
     completion = u.completion + excluded.completion, spent = u.spent + excluded.spent"""
 USED_SINCE = "SELECT SUM(prompt + completion), SUM(spent) FROM ztoapi_usage WHERE day >= ?"
 USED_BY_ONE_SINCE = USED_SINCE + " AND account = ?"
 USAGE_ROWS = """
-    SELECT account, COALESCE(name, 'operator'), day, model, u.requests, failures, prompt, cached, completion
+    SELECT account, COALESCE(name, 'operator'), day, model,
+    u.requests, failures, prompt, cached, completion
     FROM ztoapi_usage AS u LEFT JOIN ztoapi_keys ON id = account WHERE day >= ?"""
 USAGE_SINCE = USAGE_ROWS + " ORDER BY day, name, model"
 USAGE_OF_ONE = USAGE_ROWS + " AND account = ? ORDER BY day, model"
@@ -12023,7 +12127,8 @@ FORGET_WRITERS = "DELETE FROM ztoapi_writers WHERE day < ?"
 
 # A response may be written twice; the second time it can only have been deleted meanwhile.
 PUT_RESPONSE = """
-    INSERT INTO ztoapi_responses (id, account, day, stored_at, parent, size, body) VALUES (?, ?, ?, ?, ?, ?, ?)
+    INSERT INTO ztoapi_responses (id, account, day, stored_at, parent, size, body)
+    VALUES (?, ?, ?, ?, ?, ?, ?)
     ON CONFLICT (id) DO UPDATE SET day = excluded.day WHERE excluded.day = ''"""
 DELETE_RESPONSE = "UPDATE ztoapi_responses SET day = '' WHERE id = ? AND account = ? AND day >= ?"
 DELETE_UNNEEDED = """
@@ -12037,18 +12142,19 @@ DELETE_OLDEST = """
 # A response and those before it, the last one first, until they are too large together.
 LINE = """
     WITH RECURSIVE line (id, parent, size, total) AS (
-        SELECT id, parent, size, size FROM ztoapi_responses WHERE id = ? AND account = ? AND day >= ?
+        SELECT id, parent, size, size
+        FROM ztoapi_responses WHERE id = ? AND account = ? AND day >= ?
         UNION ALL SELECT r.id, r.parent, r.size, line.total + r.size
         FROM line JOIN ztoapi_responses AS r ON r.id = line.parent
         WHERE r.account = ? AND line.total <= ?)
     SELECT id, size FROM line"""
+# In place of the braces stands a question mark for each id.
 SIZES = "SELECT id, size FROM ztoapi_responses WHERE id IN ({}) AND account = ? AND day >= ?"
-ROWS = (
-    "SELECT id, account, day, stored_at, parent, size, body FROM ztoapi_responses WHERE id IN ({})"
-)
+ROWS = """
+    SELECT id, account, day, stored_at, parent, size, body
+    FROM ztoapi_responses WHERE id IN ({})"""
 
-# How a transaction begins in SQLite, where one that reads does not wait for another process that
-# writes.
+# How a transaction begins in SQLite: one that only reads need not wait for another process.
 READ, WRITE = "BEGIN", "BEGIN IMMEDIATE"
 NO_ANSWER = "the database does not answer"
 
@@ -12090,7 +12196,9 @@ class OddRowError(DatabaseError):
 
 
 def unusable(error: Exception) -> str:
-    return f"the database cannot be used: {' '.join(str(error).split())}"
+    """A driver's error in one line, for the operator."""
+    words = " ".join(str(error).split())
+    return f"the database cannot be used: {words}"
 
 
 def file_identity(path: Path) -> tuple[int, int] | None:
@@ -12131,6 +12239,7 @@ class DatabaseThread:
         return future
 
     def work(self) -> None:
+        """What the thread does for ever."""
         while True:
             future, job = self.jobs.get()
             try:
@@ -12156,9 +12265,11 @@ class UnsavedResponses:
     def put(self, row: ResponseRow) -> None:
         self.rows[row.id] = row
         self.size += row.size
-        limits = self.limits
-        while len(self.rows) > limits.unsaved_rows or self.size > limits.unsaved_size:
+        while self.is_too_large():
             self.drop(next(iter(self.rows)))
+
+    def is_too_large(self) -> bool:
+        return len(self.rows) > self.limits.unsaved_rows or self.size > self.limits.unsaved_size
 
     def drop(self, response_id: str) -> None:
         self.size -= self.rows.pop(response_id).size
@@ -12198,7 +12309,9 @@ class Database:
         self.limits = limits or Limits()
         self.is_postgres = url.startswith("postgres")
         self.in_memory = url == "memory"
-        self.path = DATABASE_FILE.parent / url.removeprefix("sqlite:///") if url else DATABASE_FILE
+        self.path = DATABASE_FILE
+        if url:
+            self.path = DATABASE_FILE.parent / url.removeprefix("sqlite:///")
         self.thread = DatabaseThread()
         self.driver: Any = None  # a DB-API module
         self.connection: Any = None
@@ -12226,8 +12339,10 @@ class Database:
             return "memory only"
         if not self.is_postgres:
             return str(self.path)
-        behind_password = self.url.partition("://")[2].rpartition("@")[2]
-        return f"PostgreSQL {behind_password.partition('?')[0]}".rstrip()
+        _, _, address = self.url.partition("://")
+        _, _, behind_password = address.rpartition("@")
+        without_options, _, _ = behind_password.partition("?")
+        return f"PostgreSQL {without_options}".rstrip()
 
     @property
     def exists(self) -> bool:
@@ -12252,10 +12367,9 @@ class Database:
             self.hanging = done
             self.has_failed = True
             raise DatabaseError(NO_ANSWER)
-        failure = done.exception()
-        self.has_failed = isinstance(failure, DatabaseError) and not isinstance(
-            failure, OddRowError
-        )
+        error = done.exception()
+        is_only_odd = isinstance(error, OddRowError)
+        self.has_failed = isinstance(error, DatabaseError) and not is_only_odd
         return done.result()
 
     @asynccontextmanager
@@ -12269,15 +12383,17 @@ class Database:
         task = asyncio.create_task(self.write_rest(accounts))
         await asyncio.wait({task}, timeout=self.limits.database_wait + 1)
         await end_tasks([task])
-        await asyncio.wait({asyncio.wrap_future(self.thread.submit(self.close))}, timeout=1)
+        closing = asyncio.wrap_future(self.thread.submit(self.close))
+        await asyncio.wait({closing}, timeout=1)
 
     async def write_rest(self, accounts: Accounts) -> None:
-        """At the end."""
+        """Write what is still in memory when the server ends."""
         for _ in range(3):  # a broken connection, the batch that it broke with, the rest
             if accounts.counted or accounts.batch or self.unsaved.rows:
                 await self.sync(accounts)
 
     async def loop(self, accounts: Accounts) -> None:
+        """Exchange what there is to exchange, at each interval, for ever."""
         for number in count():
             if self.is_due(accounts, number):
                 await self.sync(accounts)
@@ -12289,7 +12405,9 @@ class Database:
             return number % self.POLL == 0 and bool(accounts.counted)
         if accounts.counted or accounts.batch or self.unsaved.rows or self.has_failed:
             return True
-        return number % self.POLL == 0 and (self.exists or self.connection is not None)
+        if not self.exists and self.connection is None:
+            return False
+        return number % self.POLL == 0
 
     async def sync(self, accounts: Accounts) -> None:
         """Write what was counted and stored, read what other processes wrote.
@@ -12298,13 +12416,15 @@ class Database:
         """
         async with self.lock:
             counts = accounts.take()
-            unsaved = {} if self.in_memory else dict(self.unsaved.rows)
-            common = accounts.common_budget
-            begin = WRITE if counts or unsaved else READ
+            unsaved = {}
+            if not self.in_memory:
+                unsaved = dict(self.unsaved.rows)
+            begin = READ
+            if counts or unsaved:
+                begin = WRITE
+            exchange = partial(self.write_and_read, counts, unsaved, accounts.common_budget)
             try:
-                known = await self.wait_for(
-                    self.write_and_read, counts, unsaved, common, begin=begin
-                )
+                known = await self.wait_for(exchange, begin=begin)
             except DatabaseError as error:
                 # Logged once a minute.
                 LOG.warning("%s; requests go on, and unsaved data waits in memory", error)
@@ -12339,10 +12459,12 @@ class Database:
     async def find_responses(
         self, account_id: str, asked: Referred, room: int
     ) -> list[ResponseRow]:
-        """The account's responses of these ids, and the whole line of those before `asked.previous`.
+        """The account's responses that a request refers to.
 
-        What was deleted or stored more than DAYS_KEPT days ago is found only as another's parent.
-        Of what the database has, the rest is left out after `room` bytes. Raises DatabaseError.
+        They are those with the ids `asked.others`, and the whole line of those before
+        `asked.previous`. What was deleted or stored more than DAYS_KEPT days ago is found only as
+        another's parent. Of what the database has, the rest is left out after `room` bytes. Raises
+        DatabaseError.
         """
         first_day = self.first_day_kept
         here = self.unsaved.rows
@@ -12350,17 +12472,22 @@ class Database:
         def is_given_out(row: ResponseRow) -> bool:
             return row.account == account_id and row.day >= first_day
 
-        rows = [here[other] for other in asked.others if other in here]
-        rows = [*filter(is_given_out, rows)]
-        line = [*self.unsaved.line_from(asked.previous)]
+        rows = []
+        missing = []
+        for other in asked.others:
+            if other not in here:
+                missing.append(other)
+            elif is_given_out(here[other]):
+                rows.append(here[other])
+        line = list(self.unsaved.line_from(asked.previous))
         start = LineStart(asked.previous, first_day)
         if line and is_given_out(line[0]):
             rows += line
             start = LineStart(line[-1].parent, DELETED)
         elif line:
             start = LineStart("", "")
-        missing = [other for other in asked.others if other not in here]
-        if (start.id or missing) and self.exists and not self.in_memory:
+        has_file = self.exists and not self.in_memory
+        if has_file and (start.id or missing):
             select = partial(self.select_responses, account_id, start, missing, first_day, room)
             rows += await self.run(select, begin=READ)
         return rows
@@ -12396,7 +12523,9 @@ class Database:
 
     def file_is_gone(self) -> bool:
         """Whether the SQLite file that was opened is not the one at its path any more."""
-        return bool(self.opened) and self.opened[0] != file_identity(self.path)
+        if not self.opened:
+            return False
+        return self.opened[0] != file_identity(self.path)
 
     def leave_file(self) -> None:
         """Close a file that is gone, with its journal.
@@ -12412,11 +12541,16 @@ class Database:
 
     def files(self) -> list[Path]:
         """The SQLite file and what SQLite keeps beside it."""
-        return [self.path.with_name(self.path.name + end) for end in ("", "-wal", "-shm")]
+        name = self.path.name
+        return [self.path.with_name(name + end) for end in ("", "-wal", "-shm")]
 
     def load_driver(self) -> Any:
+        """The module that speaks to the database. Raises DatabaseError if it is not installed."""
+        name = "sqlite3"
+        if self.is_postgres:
+            name = "psycopg"
         try:
-            return import_module("psycopg" if self.is_postgres else "sqlite3")
+            return import_module(name)
         except ImportError:
             raise DatabaseError(
                 'PostgreSQL needs a package: pip install "psycopg[binary]"'
@@ -12455,7 +12589,8 @@ class Database:
         Under root, the owner is that of its folder.
         """
         is_new = not self.path.exists()
-        os.close(os.open(self.path, os.O_CREAT | os.O_RDWR, 0o600))
+        opened = os.open(self.path, os.O_CREAT | os.O_RDWR, 0o600)
+        os.close(opened)
         if sys.platform == "win32" or not hasattr(os, "geteuid"):
             return
         if is_new and os.geteuid() == 0:
@@ -12466,9 +12601,13 @@ class Database:
     def commit(self, job: Callable[..., R], *arguments: object, begin: str) -> R:
         """Do a job in a transaction of the open connection, which is closed if that fails."""
         with ExitStack() as failed:
-            # Closing rolls back, but would lose what is in memory.
-            failed.callback(self.connection.rollback if self.in_memory else self.close)
-            self.execute("BEGIN" if self.is_postgres else begin)
+            if self.in_memory:  # closing would lose all of it
+                failed.callback(self.connection.rollback)
+            else:
+                failed.callback(self.close)
+            if self.is_postgres:
+                begin = "BEGIN"
+            self.execute(begin)
             result = job(*arguments)
             self.execute("COMMIT")
             self.checkpoint_if_due()
@@ -12481,7 +12620,8 @@ class Database:
         So the file may be copied alone.
         """
         now = time.monotonic()
-        if self.opened and now - self.checkpointed_at >= self.limits.checkpoint_interval:
+        is_due = now - self.checkpointed_at >= self.limits.checkpoint_interval
+        if self.opened and is_due:
             self.execute("PRAGMA wal_checkpoint(PASSIVE)")
             self.checkpointed_at = now
 
@@ -12493,9 +12633,9 @@ class Database:
         self.cleaned_on = None
 
     def execute(self, statement: str, *values: object) -> Any:
-        return self.connection.execute(
-            statement.replace("?", "%s") if self.is_postgres else statement, values
-        )
+        if self.is_postgres:
+            statement = statement.replace("?", "%s")
+        return self.connection.execute(statement, values)
 
     def lock_out(self, activity: int) -> None:
         """Until the transaction ends, keep other processes from doing the same.
@@ -12525,6 +12665,7 @@ class Database:
     def write_and_read(
         self, counts: Counts, unsaved: Mapping[str, ResponseRow], common: Budget | None
     ) -> Known:
+        """One exchange: write what there is, then read what all processes wrote."""
         if counts or unsaved:
             self.write(counts, unsaved)
         return self.read_known(common)
@@ -12548,8 +12689,10 @@ class Database:
         return known
 
     def write(self, counts: Counts, unsaved: Mapping[str, ResponseRow]) -> None:
+        """Write responses, and counts unless this batch of them was written before."""
         today = day_of(self.unix())
-        if self.execute(BEGIN_BATCH, self.writer, self.batch, today.isoformat()).rowcount:
+        batch = self.execute(BEGIN_BATCH, self.writer, self.batch, today.isoformat())
+        if batch.rowcount:
             # Sorted, or two writers might wait for each other.
             for key, figures in sorted(counts.items()):
                 self.execute(ADD_USAGE, *key, *figures)
@@ -12560,8 +12703,10 @@ class Database:
         """Add what was counted to what each key has used since ever."""
         totals: defaultdict[str, list[int]] = defaultdict(lambda: [0, 0, 0])
         for (account_id, _, _), (requests, _, prompt, _, completion, spent) in counts.items():
-            more = (requests, prompt + completion, spent)
-            totals[account_id] = [*map(add, totals[account_id], more)]
+            sums = totals[account_id]
+            sums[0] += requests
+            sums[1] += prompt + completion
+            sums[2] += spent
         now = datetime.fromtimestamp(self.unix(), timezone.utc).strftime("%Y-%m-%dT%H:%M:%S")
         for account_id, sums in sorted(totals.items()):
             self.execute(ADD_TOTALS, *sums, now, account_id)
@@ -12571,13 +12716,18 @@ class Database:
         for row in rows.values():
             self.execute(PUT_RESPONSE, *row)
         for account_id in {row.account for row in rows.values()}:
-            stored = self.execute(SIZE_OF_ALL, account_id).fetchone()[0] or 0
-            if stored > self.limits.stored_size:
-                self.lock_out(MAKING_ROOM)
-                self.execute(DELETE_OLDEST, account_id, self.limits.stored_size)
+            self.make_room(account_id)
         has_deleted = any(row.day == DELETED for row in rows.values())
         if has_deleted or self.cleaned_on != today:
             self.clean(today)
+
+    def make_room(self, account_id: str) -> None:
+        """Delete an account's oldest responses if all of them together are too large."""
+        most = self.limits.stored_size
+        stored = self.execute(SIZE_OF_ALL, account_id).fetchone()[0] or 0
+        if stored > most:
+            self.lock_out(MAKING_ROOM)
+            self.execute(DELETE_OLDEST, account_id, most)
 
     def clean(self, today: date) -> None:
         """Delete what is old or marked as deleted, unless a younger response goes on from it."""
@@ -12589,6 +12739,7 @@ class Database:
         self.cleaned_on = today
 
     def mark_deleted(self, response_id: str, account_id: str, first_day: str) -> bool:
+        """Whether there was one from `first_day` on."""
         found = self.execute(DELETE_RESPONSE, response_id, account_id, first_day).rowcount
         self.clean(day_of(self.unix()))
         return bool(found)
@@ -12619,10 +12770,9 @@ class Database:
         return account
 
     def put_account(self, account: Account) -> None:
-        limits = {name: getattr(account, name) for name in LIMITS}
-        self.execute(
-            PUT_KEY, account.id, account.name, json_text(limits), account.hash, int(account.paused)
-        )
+        limits = json_text({name: getattr(account, name) for name in LIMITS})
+        paused = int(account.paused)
+        self.execute(PUT_KEY, account.id, account.name, limits, account.hash, paused)
 
     def try_to_write(self) -> None:
         """Fails where the database can only be read."""
@@ -12657,12 +12807,11 @@ class Database:
         """See `find_responses`: first what there is, then as much of it as there is room for."""
         sizes: dict[str, int] = {}  # by id
         if start.id:
-            sizes.update(
-                self.execute(LINE, start.id, account_id, start.first_day, account_id, room)
-            )
+            line = self.execute(LINE, start.id, account_id, start.first_day, account_id, room)
+            sizes.update(line)
         if others:
-            there = self.execute(SIZES.format(marks(others)), *others, account_id, first_day)
-            sizes.update(there)
+            sizes_of_others = SIZES.format(marks(others))
+            sizes.update(self.execute(sizes_of_others, *others, account_id, first_day))
         wanted: list[str] = []
         for response_id, size in sizes.items():
             room -= size
@@ -12671,7 +12820,8 @@ class Database:
         rows: list[ResponseRow] = []
         for begin in range(0, len(wanted), 500):  # databases bound the values of a statement
             some = wanted[begin : begin + 500]
-            rows += map(ResponseRow._make, self.execute(ROWS.format(marks(some)), *some))
+            found = self.execute(ROWS.format(marks(some)), *some)
+            rows += map(ResponseRow._make, found)
         return rows
 
 
@@ -12686,8 +12836,8 @@ def marks(values: Sequence[object]) -> str:
 
 
 # ======== Requests ===============================================================================
-# What is kept about requests, bounded in size: `Record`, `Statistics`, and `ClientHistory` of
-# stored responses.
+# What is known of a request: its `Record`, and the stored responses that it refers to
+# (`ClientHistory`).
 
 CLIENT_LEFT = 499  # nginx's status for a client that closed the connection
 
@@ -12741,8 +12891,11 @@ class Record:
             record.error = image.error
             record.meters = image.plan.meters
             record.settle()
-            if image.ended_at is not None:  # else its client left
-                record.status = 502 if image.error else 200
+            has_ended = image.ended_at is not None  # else its client left
+            if has_ended and image.error:
+                record.status = 502
+            elif has_ended:
+                record.status = 200
             yield record
 
     @property
@@ -12763,7 +12916,9 @@ class Record:
         first = None
         if self.first is not None:
             first = round(self.first - self.started, 3)
-        tries = [max(0, meter.tries - 1) for meter in self.meters]
+        retries = 0
+        for meter in self.meters:
+            retries += max(0, meter.tries - 1)
         return {
             "key": self.key,
             "route": self.route,
@@ -12778,25 +12933,33 @@ class Record:
             "cached_tokens": self.usage.cached,
             "completion_tokens": self.usage.completion,
             "cost": self.cost,
-            "retries": sum(tries),
+            "retries": retries,
             "id": request_id_of(self.id),
         }
 
     @property
     def is_silent(self) -> bool:
         """Whether its answers are complete, and have neither text nor call."""
-        return bool(self.meters) and all(meter.is_silent for meter in self.meters)
+        if not self.meters:
+            return False
+        return all(meter.is_silent for meter in self.meters)
 
     def line(self, now: float) -> str:
-        outcome = f"{self.status} {self.error}".rstrip()
-        first = f"first {self.first - self.started:.2f} s, " if self.first else ""
-        tokens = f", {self.usage.prompt}+{self.usage.completion} tokens" if self.usage.total else ""
-        left_out = f", left out {self.left_out}" if self.left_out else ""
-        took = f"{now - self.started:.2f} s"
+        """The request in the log."""
         who = self.key or "-"
-        what = f"{self.method} {self.path} {self.model or '-'}"
-        silent = ", no text" if self.is_silent else ""
-        return f"{who} {what} {outcome} {first}{took}{tokens}{silent}{left_out}"
+        model = self.model or "-"
+        outcome = f"{self.status} {self.error}".rstrip()
+        took = f"{now - self.started:.2f} s"
+        if self.first:
+            took = f"first {self.first - self.started:.2f} s, {took}"
+        parts = [f"{who} {self.method} {self.path} {model} {outcome} {took}"]
+        if self.usage.total:
+            parts.append(f"{self.usage.prompt}+{self.usage.completion} tokens")
+        if self.is_silent:
+            parts.append("no text")
+        if self.left_out:
+            parts.append(f"left out {self.left_out}")
+        return ", ".join(parts)
 
 
 def owner_of(account: Account) -> str:
@@ -12805,6 +12968,60 @@ def owner_of(account: Account) -> str:
         return OPERATOR
     return account.id
 
+
+class ClientHistory:
+    """The stored responses of one client key.
+
+    Those that a request refers to are loaded before it is parsed.
+    """
+
+    def __init__(self, database: Database, account_id: str) -> None:
+        self.database = database
+        self.max_size = database.limits.loaded_size
+        self.account_id = account_id
+        self.loaded: dict[str, StoredResponse] = {}
+        self.size = 0  # bytes of what was found
+
+    async def load(self, asked: Referred) -> None:
+        """Find the responses that a request refers to. Raises DatabaseError."""
+        if not asked.previous and not asked.others:
+            return
+        rows = await self.database.find_responses(self.account_id, asked, self.max_size)
+        size = sum(row.size for row in rows)
+        await in_thread_if_large(size, self.read, rows)
+
+    def read(self, rows: Iterable[ResponseRow]) -> None:
+        """Keep the responses in these rows, as far as there is room."""
+        for row in rows:
+            self.size += row.size
+            if self.size <= self.max_size:
+                stored = json.loads(row.body)
+                self.loaded[row.id] = StoredResponse(**stored, parent=row.parent)
+
+    def get(self, response_id: str) -> StoredResponse | None:
+        return self.loaded.get(response_id)
+
+    async def put(self, stored: StoredResponse, size: int) -> None:
+        """`size` is about that of the request and the answer, in bytes."""
+        row = await in_thread_if_large(size, self.row, stored)
+        await self.database.put_response(row)
+
+    def row(self, stored: StoredResponse) -> ResponseRow:
+        body = json_bytes({"response": stored.response, "input": stored.input})
+        now = self.database.unix()
+        return ResponseRow(
+            id=stored.response["id"],
+            account=self.account_id,
+            day=day_of(now).isoformat(),
+            stored_at=int(now * 1000),
+            parent=stored.parent,
+            size=len(body),
+            body=body.decode(),
+        )
+
+
+# ======== Statistics =============================================================================
+# `Statistics`: figures for the dashboard and for /metrics, in memory and bounded in size.
 
 BUCKETS = (0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)  # seconds
 
@@ -12815,7 +13032,8 @@ class Histogram:
     SAMPLES = 200  # the latest, for the percentiles
 
     def __init__(self) -> None:
-        self.counts, self.sum = [0] * (len(BUCKETS) + 1), 0.0
+        self.counts = [0] * (len(BUCKETS) + 1)  # the last one is of what no bucket holds
+        self.sum = 0.0
         self.latest: deque[float] = deque(maxlen=self.SAMPLES)
 
     def add(self, seconds: float) -> None:
@@ -12824,6 +13042,7 @@ class Histogram:
         self.latest.append(seconds)
 
     def samples(self, name: str, model: str) -> Iterator[str]:
+        """The lines of Prometheus' text format; a bucket counts all that are below its bound."""
         for bound, total in zip((*BUCKETS, "+Inf"), accumulate(self.counts), strict=True):
             yield sample(f"{name}_bucket", total, {"model": model, "le": bound})
         yield sample(f"{name}_sum", self.sum, {"model": model})
@@ -12832,20 +13051,24 @@ class Histogram:
 
 def sample(name: str, value: float, labels: Mapping[str, object]) -> str:
     """One line of Prometheus' text format 0.0.4; JSON escapes labels in the same way."""
-    return f"ztoapi_{name}{{{','.join(f'{label}={json_text(str(text))}' for label, text in labels.items())}}} {value}"
+    pairs = [f"{label}={json_text(str(text))}" for label, text in labels.items()]
+    return f"ztoapi_{name}{{{','.join(pairs)}}} {value}"
 
 
 class ModelFigures:
     """Counts of requests to one model."""
 
     def __init__(self) -> None:
-        self.requests = self.failures = 0
+        self.requests = 0
+        self.failures = 0
         self.usage = Usage()
-        self.first_times, self.durations = Histogram(), Histogram()
+        self.first_times = Histogram()  # until answers began
+        self.durations = Histogram()  # of answers that succeeded
 
     def add(self, record: Record, duration: float) -> None:
         self.requests += 1
-        self.failures += bool(record.error)
+        if record.error:
+            self.failures += 1
         self.usage += record.usage
         if record.first is not None:
             self.first_times.add(record.first - record.started)
@@ -12853,27 +13076,28 @@ class ModelFigures:
             self.durations.add(duration)
 
     def snapshot(self, model: Model) -> JSON:
-        usage, counts = self.usage, {"requests": self.requests, "failures": self.failures}
-        tokens = {
+        usage = self.usage
+        return {
+            "requests": self.requests,
+            "failures": self.failures,
             "prompt_tokens": usage.prompt,
             "cached_tokens": usage.cached,
             "completion_tokens": usage.completion,
-        }
-        cost = model.cost(usage.prompt, usage.cached, usage.completion)
-        times = {
+            "cost": model.cost(usage.prompt, usage.cached, usage.completion),
             "first": percentiles(self.first_times.latest),
             "duration": percentiles(self.durations.latest),
         }
-        return {**counts, **tokens, "cost": cost, **times}
 
 
 def percentiles(seconds: Iterable[float]) -> JSON:
+    """The median and the 95th percentile; null where there are no values."""
     ordered = sorted(seconds)
     if not ordered:
         return {"p50": None, "p95": None}
+    last = len(ordered) - 1
     return {
-        name: round(ordered[int((len(ordered) - 1) * part)], 3)
-        for name, part in (("p50", 0.5), ("p95", 0.95))
+        "p50": round(ordered[int(last * 0.5)], 3),
+        "p95": round(ordered[int(last * 0.95)], 3),
     }
 
 
@@ -12891,8 +13115,8 @@ class Stretch:
     def __init__(self, samples: int) -> None:
         # Requests, failures, tokens in, tokens in from the cache, tokens out; by owner and model.
         self.figures: dict[tuple[str, str], list[int]] = {}
-        # The latest owners, and how many seconds their answers took to begin and in all (None: they
-        # did not).
+        # Of the latest requests: the owner, the seconds until the answer began, and all that it
+        # took; None where it did not begin, or failed.
         self.times: deque[tuple[str, float | None, float | None]] = deque(maxlen=samples)
 
 
@@ -12913,9 +13137,10 @@ class Timeline:
         """The stretch that is on."""
         number = int(now // self.step)
         if number not in self.stretches:
-            first = number - self.kept  # which may still be on in part, in a range that ends now
-            kept = {each: stretch for each, stretch in self.stretches.items() if each >= first}
-            self.stretches = kept
+            first = number - self.kept  # part of it is still within a range that ends now
+            for old in list(self.stretches):
+                if old < first:
+                    del self.stretches[old]
             self.stretches[number] = Stretch(self.samples)
         return self.stretches[number]
 
@@ -12936,19 +13161,20 @@ class Timeline:
         """How long answers took in each stretch that had some."""
         rows = []
         for number, stretch in sorted(self.stretches.items()):
-            times = [
-                (first, took) for who, first, took in stretch.times if owner in (who, EVERYBODY)
-            ]
-            if times:
-                firsts = [first for first, _ in times if first is not None]
-                durations = [took for _, took in times if took is not None]
-                rows.append(
-                    {
-                        "at": number * self.step + shift,
-                        "first": percentiles(firsts),
-                        "duration": percentiles(durations),
-                    }
-                )
+            firsts = []
+            durations = []
+            is_empty = True
+            for whose, first, took in stretch.times:
+                if owner not in (whose, EVERYBODY):
+                    continue
+                is_empty = False
+                if first is not None:
+                    firsts.append(first)
+                if took is not None:
+                    durations.append(took)
+            if not is_empty:
+                row = {"first": percentiles(firsts), "duration": percentiles(durations)}
+                rows.append({"at": number * self.step + shift, **row})
         return rows
 
 
@@ -12993,9 +13219,8 @@ class Statistics:
 
     def __init__(self, now: float, unix: float | None = None) -> None:
         self.started = now
-        self.unix_at_clock_zero = (
-            unix or now
-        ) - now  # the Unix time at which time.monotonic() was 0
+        # The Unix time at which time.monotonic() was 0.
+        self.unix_at_clock_zero = (unix or now) - now
         self.models: defaultdict[str, ModelFigures] = defaultdict(ModelFigures)
         self.keys: defaultdict[str, KeyFigures] = defaultdict(KeyFigures)  # by name
         self.names: dict[str, str] = {}  # of owners, as they were when they last asked
@@ -13004,9 +13229,8 @@ class Statistics:
         self.count = 0  # requests
         self.recent: deque[Ended] = deque(maxlen=self.RECENT)  # the newest first
         self.torn = 0  # frames
-        self.requests: Counter[tuple[str, str, int]] = (
-            Counter()
-        )  # all of them, by route, model and status
+        # All of them, by route, model and status.
+        self.requests: Counter[tuple[str, str, int]] = Counter()
 
     @cached_property
     def run(self) -> str:
@@ -13018,7 +13242,9 @@ class Statistics:
 
     def label(self, model: str) -> str:
         """The model's name, if it is one that requests are counted under."""
-        return model if model in self.models or model in MODELS else self.OTHERS
+        if model in self.models or model in MODELS:
+            return model
+        return self.OTHERS
 
     def name_of(self, record: Record) -> str:
         """The name under which a request is counted.
@@ -13030,10 +13256,14 @@ class Statistics:
             return model
         if record.first is None:  # clients make names up
             return self.OTHERS
-        unknown = sum(name not in MODELS and name != self.OTHERS for name in self.models)
-        return model if unknown < self.MAX_MODELS - len(MODELS) - 1 else self.OTHERS
+        unknown = self.models.keys() - MODELS.keys() - {self.OTHERS}
+        room = self.MAX_MODELS - len(MODELS) - 1
+        if len(unknown) < room:
+            return model
+        return self.OTHERS
 
     def add(self, record: Record, duration: float, now: float) -> None:
+        """Count a request that is over."""
         model = self.name_of(record)
         self.models[model].add(record, duration)
         self.torn += record.torn
@@ -13049,7 +13279,8 @@ class Statistics:
             stretch.figures[record.owner, model] = [*map(add, counted, figures)]
             stretch.times.append((record.owner, *times_of(record, duration)))
         self.count += 1
-        self.recent.appendleft(Ended(self.count, now, record.owner, record.row(duration)))
+        ended = Ended(self.count, now, record.owner, record.row(duration))
+        self.recent.appendleft(ended)
 
     def recent_rows(self, owner: str, since: int, unix_at_clock_zero: float) -> list[JSON]:
         """The last requests after the one with the number `since`, the newest first.
@@ -13081,14 +13312,16 @@ class Statistics:
         return sums
 
     def model_rows(self) -> JSON:
-        """By name."""
-        return {name: figures.snapshot(model_of(name)) for name, figures in self.models.items()}
+        """The figures of each model, by its name."""
+        rows = {}
+        for name, figures in self.models.items():
+            rows[name] = figures.snapshot(model_of(name))
+        return rows
 
     def history(self, owner: str, unix_at_clock_zero: float) -> JSON:
         """What is known of the last hour and the last day, of an owner or of everybody."""
-        shift = round(
-            unix_at_clock_zero - self.unix_at_clock_zero
-        )  # what the wall clock has jumped by since the start
+        # What the wall clock has jumped by since the start.
+        shift = round(unix_at_clock_zero - self.unix_at_clock_zero)
         return {
             "quarters": self.quarters.rows(owner, self.names, shift),
             "minutes": self.minutes.rows(owner, self.names, shift),
@@ -13106,53 +13339,8 @@ def times_of(record: Record, duration: float) -> tuple[float | None, float | Non
     return first, duration
 
 
-class ClientHistory:
-    """The stored responses of one client key.
-
-    Those that a request refers to are loaded before it is parsed.
-    """
-
-    def __init__(self, database: Database, account_id: str) -> None:
-        self.database = database
-        self.max_size = database.limits.loaded_size
-        self.account_id = account_id
-        self.loaded: dict[str, StoredResponse] = {}
-        self.size = 0  # bytes of what was found
-
-    async def load(self, asked: Referred) -> None:
-        """Raises DatabaseError."""
-        if not asked.previous and not asked.others:
-            return
-        rows = await self.database.find_responses(self.account_id, asked, self.max_size)
-        await in_thread_if_large(sum(row.size for row in rows), self.read, rows)
-
-    def read(self, rows: Iterable[ResponseRow]) -> None:
-        for row in rows:
-            self.size += row.size
-            if self.size <= self.max_size:
-                self.loaded[row.id] = StoredResponse(**json.loads(row.body), parent=row.parent)
-
-    def get(self, response_id: str) -> StoredResponse | None:
-        return self.loaded.get(response_id)
-
-    async def put(self, stored: StoredResponse, size: int) -> None:
-        """`size` is about that of the request and the answer, in bytes."""
-        row = await in_thread_if_large(size, self.row, stored)
-        await self.database.put_response(row)
-
-    def row(self, stored: StoredResponse) -> ResponseRow:
-        body = json_bytes({"response": stored.response, "input": stored.input})
-        now = self.database.unix()
-        day = day_of(now).isoformat()
-        return ResponseRow(
-            stored.response["id"],
-            self.account_id,
-            day,
-            int(now * 1000),
-            stored.parent,
-            len(body),
-            body.decode(),
-        )
+# ======== App keys ===============================================================================
+# What handlers find in the app, and in a request.
 
 
 class OnceAMinute:
@@ -13175,9 +13363,8 @@ OpenResponse: TypeAlias = "SSEResponse | PassThroughResponse"
 SETTINGS = web.AppKey("settings", Settings)
 APP_LIMITS = web.AppKey("limits", Limits)
 REDACT = web.AppKey("redact", Redactor)
-IN_FLIGHT: web.AppKey[dict[Any, web.Request]] = web.AppKey(
-    "in_flight", dict
-)  # by the task that answers it
+# By the task that answers it.
+IN_FLIGHT: web.AppKey[dict[Any, web.Request]] = web.AppKey("in_flight", dict)
 CLOCK = web.AppKey("clock", Clock)
 STATISTICS = web.AppKey("statistics", Statistics)
 ACCOUNTS = web.AppKey("accounts", Accounts)
@@ -13187,14 +13374,12 @@ UPSTREAM = web.AppKey("upstream", Upstream)
 CATALOG = web.AppKey("catalog", Catalog)
 PLANS = web.AppKey("plans", PlanQuotas)
 ACCOUNT = web.RequestKey("account", Account)
-API_PATTERNS: web.AppKey[list[re.Pattern[str]]] = web.AppKey(
-    "api_patterns", list
-)  # of the API's paths
+# Of the API's paths.
+API_PATTERNS: web.AppKey[list[re.Pattern[str]]] = web.AppKey("api_patterns", list)
 ORIGIN_REFUSALS = web.AppKey("origin_refusals", OnceAMinute)
 RECORD = web.RequestKey("record", Record)
-STREAM: web.RequestKey[OpenResponse] = web.RequestKey(
-    "stream"
-)  # the answer, once it may have begun
+# The answer, once it may have begun.
+STREAM: web.RequestKey[OpenResponse] = web.RequestKey("stream")
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 

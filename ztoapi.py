@@ -31,8 +31,8 @@ what this is (Settings, Errors, JSON, Models, Internal representation); what cli
 fields, Contents, Chat completions, Completions, Responses, Messages, Surfaces, Histories, Clients);
 what Z.ai says (errors, answer, repairs, request); who and when (Accounts, Plan); from there on I/O:
 Admission (keys, queue, patience), Z.ai client, Upstream, Database, Requests, Statistics, App keys,
-Streaming out, Request bodies, Access, Handlers, Dashboard, Pass-through, Errors and shutdown,
-Client connections, Server, Commands, Demo, Pages.
+Streaming out, Request bodies, Access, Answers, Handlers, Dashboard, Pass-through, Errors and
+shutdown, Client connections, Server, Commands, Demo, Pages.
 """
 
 from __future__ import annotations
@@ -13397,9 +13397,11 @@ STREAM_HEADERS = {
 
 
 def head_of(info: AnswerInfo, model: str, request: web.Request) -> Head:
-    """What is not told by Z.ai is ours."""
-    our_id, unix = request[RECORD].id, request.app[CLOCK].unix
-    return Head(info.id or our_id, info.created or int(unix()), model, our_id, unix)
+    """What an answer says of itself first; what Z.ai does not tell of it is ours."""
+    our_id = request[RECORD].id
+    unix = request.app[CLOCK].unix
+    created = info.created or int(unix())
+    return Head(info.id or our_id, created, model, our_id, unix)
 
 
 class SSEResponse:
@@ -13445,6 +13447,7 @@ class SSEResponse:
             await self.write(data)
 
     async def write(self, data: bytes) -> None:
+        """Send bytes, and wait while the client is slow to take them."""
         self.timer.reset()
         if not self.response.prepared:
             await self.response.prepare(self.request)
@@ -13453,6 +13456,7 @@ class SSEResponse:
         self.writing = False
 
     async def fail(self, error: ProxyError) -> None:
+        """Say in the stream why it breaks off."""
         if not self.has_begun:
             self.reply.begin(self.own_head)
         await self.send(self.reply.fail(error))
@@ -13467,6 +13471,7 @@ class SSEResponse:
             self.keeping_alive = asyncio.create_task(self.keep_alive())
 
     async def keep_alive(self) -> None:
+        """Send a sign of life."""
         with suppress(ConnectionError):  # the client left: its handler learns of it too
             await self.write(self.reply.sign_of_life(self.own_head))
 
@@ -13517,6 +13522,7 @@ def body_parts(request: web.Request) -> AsyncIterator[bytes]:
 
 
 async def limited_parts(body: BodyReader, limit: int) -> AsyncIterator[bytes]:
+    """The body as it comes; aiohttp's 413 when it is larger than `limit` bytes."""
     size = 0
     while part := await body.read():
         size += len(part)
@@ -13528,6 +13534,7 @@ async def limited_parts(body: BodyReader, limit: int) -> AsyncIterator[bytes]:
 async def unpacked_parts(
     parts: AsyncIterator[bytes], unpackers: Sequence[Unpacker]
 ) -> AsyncIterator[bytes]:
+    """What the parts unpack to; other requests go on after each step."""
     async for part in parts:
         for step in unpacking(part, unpackers):
             await asyncio.sleep(0)
@@ -13564,6 +13571,7 @@ class BodyReader:
         return part
 
     async def wait(self) -> bytes:
+        """The next bytes. Raises TimeoutError when the client has used up its seconds."""
         if self.content.is_eof():  # all of it is here
             return await self.content.readany()
         began = time.monotonic()
@@ -13610,7 +13618,8 @@ class ZlibStream:
         return self.inflater.unused_data
 
     def decompress(self, data: bytes, max_length: int) -> bytes:
-        unpacked = self.inflater.decompress(self.inflater.unconsumed_tail + data, max_length)
+        packed = self.inflater.unconsumed_tail + data
+        unpacked = self.inflater.decompress(packed, max_length)
         self.needs_input = len(unpacked) < max_length
         return unpacked
 
@@ -13642,8 +13651,8 @@ ZSTD_WINDOW_BITS = 23  # the largest window of a body's zstd, 8 MB (RFC 9659)
 class ZstandardStream:
     """zstd with the package zstandard, which takes no max_length.
 
-    A block has at least 4 bytes and unpacks to 128 KB at most (RFC 8878), so SLICE bytes to 8 MB at
-    most.
+    A block has at least 4 bytes and unpacks to 128 KB at most (RFC 8878), so SLICE bytes unpack to
+    8 MB at most.
     """
 
     SLICE = 256
@@ -13688,7 +13697,9 @@ def open_gzip(_: bytes) -> PackedStream:
 def open_deflate(data: bytes) -> PackedStream:
     """As RFC 9110 has it, in zlib's wrapping; or bare, as some send it."""
     is_wrapped = data[0] & 15 == 8  # the method in zlib's first byte (RFC 1950)
-    return ZlibStream(zlib.MAX_WBITS if is_wrapped else -zlib.MAX_WBITS)
+    if is_wrapped:
+        return ZlibStream(zlib.MAX_WBITS)
+    return ZlibStream(-zlib.MAX_WBITS)
 
 
 @lru_cache(1)
@@ -13706,6 +13717,7 @@ def readable_codings() -> dict[str, Coding]:
 
 
 def zstd_coding() -> Coding | None:
+    """With what Python has from 3.14 on, its backport, or the older package zstandard."""
     zstd = first_module("compression.zstd", "backports.zstd")
     if zstd:
         options = {zstd.DecompressionParameter.window_log_max: ZSTD_WINDOW_BITS}
@@ -13731,9 +13743,8 @@ class Unpacker:
         self.coding = coding
         self.limit = limit
         self.size = 0  # bytes that came out
-        self.stream: PackedStream | None = (
-            None  # the one that is open: streams may follow each other
-        )
+        # The one that is open: streams may follow each other.
+        self.stream: PackedStream | None = None
 
     def feed(self, data: bytes) -> Iterator[bytes]:
         """What the bytes unpack to, in steps, some of them empty.
@@ -13743,7 +13754,8 @@ class Unpacker:
         for start in range(0, len(data), STEP_INPUT):
             packed = data[start : start + STEP_INPUT]
             while packed:
-                stream = self.stream = self.stream or self.coding.open(packed)
+                stream = self.stream or self.coding.open(packed)
+                self.stream = stream
                 yield self.step(stream, packed)
                 while not (stream.eof or stream.needs_input):
                     yield self.step(stream, b"")
@@ -13753,6 +13765,7 @@ class Unpacker:
                     self.stream = None
 
     def step(self, stream: PackedStream, packed: bytes) -> bytes:
+        """What one step unpacks. Raises BrokenBody; 413 above the limit."""
         try:
             unpacked = stream.decompress(packed, STEP_OUTPUT)
         except self.coding.error as error:
@@ -13783,19 +13796,25 @@ def unpackers_for(headers: Iterable[str], limit: int) -> list[Unpacker]:
 
     Raises ProxyError (415).
     """
-    names = [name.strip().lower() for header in headers for name in header.split(",")]
-    names = [name for name in names if name not in ("", "identity")]
     readable = readable_codings()
-    if len(names) > MAX_CODINGS or not readable.keys() >= set(names):
-        raise unsupported_coding(readable)
-    return [Unpacker(readable[name], limit) for name in reversed(names)]
+    unpackers: list[Unpacker] = []
+    for listed in ",".join(headers).split(","):
+        name = listed.strip().lower()
+        if name in ("", "identity"):
+            continue
+        if name not in readable or len(unpackers) == MAX_CODINGS:
+            raise unsupported_coding(readable)
+        unpackers.insert(0, Unpacker(readable[name], limit))
+    return unpackers
 
 
 def unsupported_coding(readable: Iterable[str]) -> ProxyError:
+    """Says what this server could read."""
     names = ", ".join(sorted(readable))
     message = (
-        f"This server reads bodies whose Content-Encoding is {names} (at most {MAX_CODINGS}), or that have none; "
-        "br only where the package Brotli is installed, zstd only with Python 3.14 or the package zstandard."
+        f"This server reads bodies whose Content-Encoding is {names} (at most {MAX_CODINGS}), or "
+        "that have none; br only where the package Brotli is installed, zstd only with Python 3.14 "
+        "or the package zstandard."
     )
     error = ProxyError(UNSUPPORTED_CODING, message)
     error.headers["Accept-Encoding"] = names  # as RFC 9110, 15.5.16, has it
@@ -13817,7 +13836,9 @@ DETAIL_LIMIT = 500  # characters of what an error says or quotes
 
 def truncated(words: str) -> str:
     """At most DETAIL_LIMIT characters. Redact first: half a secret would not be found."""
-    return words if len(words) <= DETAIL_LIMIT else words[:DETAIL_LIMIT] + "…"
+    if len(words) <= DETAIL_LIMIT:
+        return words
+    return words[:DETAIL_LIMIT] + "…"
 
 
 # ======== Access =================================================================================
@@ -13846,7 +13867,9 @@ def require_key(handler: Handler, *checks: Callable[[web.Request], None]) -> Han
 
 
 def check_budget(request: web.Request) -> None:
-    request.app[ACCOUNTS].check_budget(request[ACCOUNT], request.app[CLOCK].unix())
+    """Whether the account has tokens and money left. Raises ProxyError."""
+    now = request.app[CLOCK].unix()
+    request.app[ACCOUNTS].check_budget(request[ACCOUNT], now)
 
 
 def check_spending(request: web.Request, model: Model | None) -> None:
@@ -13854,9 +13877,9 @@ def check_spending(request: web.Request, model: Model | None) -> None:
 
     To fetch and delete costs nothing.
     """
-    if request.method != "POST":
-        return
-    request.app[ACCOUNTS].check_spending(request[ACCOUNT], model, request.app[CLOCK].unix())
+    if request.method == "POST":
+        now = request.app[CLOCK].unix()
+        request.app[ACCOUNTS].check_spending(request[ACCOUNT], model, now)
 
 
 def check_turn(request: web.Request, model: Model | None) -> None:
@@ -13866,6 +13889,7 @@ def check_turn(request: web.Request, model: Model | None) -> None:
 
 
 def within_limits(request: web.Request) -> None:
+    """Whether the account may ask now. Raises ProxyError."""
     check_budget(request)
     request.app[ACCOUNTS].check_rate(request[ACCOUNT], time.monotonic())
 
@@ -13924,9 +13948,17 @@ def refusal_words(request: web.Request) -> str:
 
 def is_from_here(request: web.Request) -> bool:
     """Whether a request comes from this machine, as far as can be seen."""
-    peer = request.transport.get_extra_info("peername") if request.transport else None
-    is_loopback_peer = isinstance(peer, tuple) and is_loopback(peer[0])
-    return is_loopback_peer and not is_through_proxy(request.headers)
+    peer = socket_info(request, "peername")
+    if not isinstance(peer, tuple) or not is_loopback(peer[0]):
+        return False
+    return not is_through_proxy(request.headers)
+
+
+def socket_info(request: web.Request, name: str) -> Any:
+    """What asyncio knows of a request's socket; None when the client has left."""
+    if request.transport is None:
+        return None
+    return request.transport.get_extra_info(name)
 
 
 ONLY_LOCAL = f"This server has the published key {PUBLISHED_KEY}, so it answers only on localhost"
@@ -13963,11 +13995,11 @@ def is_local(request: web.Request) -> bool:
 
     A process manager may listen elsewhere.
     """
-    place = request.transport.get_extra_info("sockname") if request.transport else None
-    is_here = not isinstance(place, tuple) or is_loopback(place[0])  # a Unix socket's is no tuple
-    return is_here and all(
-        is_loopback(host_name(host)) for host in request.headers.getall("Host", [])
-    )
+    address = socket_info(request, "sockname")
+    if isinstance(address, tuple) and not is_loopback(address[0]):  # a Unix socket's is no tuple
+        return False
+    hosts = request.headers.getall("Host", [])
+    return all(is_loopback(host_name(host)) for host in hosts)
 
 
 def host_name(host: str) -> str:
@@ -13985,11 +14017,12 @@ PROGRAM_SCHEMES = frozenset(
 
 
 def is_allowed_origin(origin: str, settings: Settings) -> bool:
+    """Whether pages from there may call."""
     if settings.published:
         return is_origin_here(origin)
-    return any(
-        origin == pattern or fnmatchcase(origin, pattern) for pattern in settings.cors_origins
-    )
+    if origin in settings.cors_origins:
+        return True
+    return any(fnmatchcase(origin, pattern) for pattern in settings.cors_origins)
 
 
 def is_origin_here(origin: str) -> bool:
@@ -14000,9 +14033,12 @@ def is_origin_here(origin: str) -> bool:
     scheme, separator, place = origin.lower().partition("://")
     if not separator:  # such as "null"
         return False
+    if scheme in PROGRAM_SCHEMES:
+        return True
+    if scheme not in ("http", "https"):
+        return False
     host = host_name(place)
-    is_name_here = is_loopback(host) or host.endswith(".localhost")
-    return scheme in PROGRAM_SCHEMES or (scheme in ("http", "https") and is_name_here)
+    return is_loopback(host) or host.endswith(".localhost")
 
 
 EXPOSED_HEADERS = (
@@ -14039,21 +14075,26 @@ def cors_headers(request: web.Request) -> dict[str, str]:
         "Access-Control-Expose-Headers": EXPOSED_HEADERS,
     }
     if request.method == "OPTIONS":
-        wanted = request.headers.get(
-            "Access-Control-Request-Headers", "Authorization, Content-Type"
-        )
-        headers |= PREFLIGHT_HEADERS | {"Access-Control-Allow-Headers": wanted}
-        if (
-            "Access-Control-Request-Private-Network" in request.headers
-        ):  # a public page that calls localhost
-            headers["Access-Control-Allow-Private-Network"] = "true"
+        headers.update(preflight_headers(request))
+    return headers
+
+
+def preflight_headers(request: web.Request) -> dict[str, str]:
+    """The answer to a browser that asks what a page may send."""
+    wanted = request.headers.get("Access-Control-Request-Headers", "Authorization, Content-Type")
+    headers = {**PREFLIGHT_HEADERS, "Access-Control-Allow-Headers": wanted}
+    # A public page that calls localhost.
+    if "Access-Control-Request-Private-Network" in request.headers:
+        headers["Access-Control-Allow-Private-Network"] = "true"
     return headers
 
 
 def say_refused(origin: str, request: web.Request) -> None:
     """Tell the operator which page could not call, and what would let it."""
-    is_our_own_page = origin.partition("://")[2] == request.host
-    if is_our_own_page or not request.app[ORIGIN_REFUSALS].is_due(time.monotonic()):
+    _, _, host = origin.partition("://")
+    if host == request.host:  # a page of ours
+        return
+    if not request.app[ORIGIN_REFUSALS].is_due(time.monotonic()):
         return
     shown = truncated(printable(request.app[REDACT](origin)))
     advice = "add it to CORS_ORIGINS to allow it"
@@ -14088,7 +14129,8 @@ def count_usage(request: web.Request) -> None:
 
     This is before its client can read the end of the answer and ask again.
     """
-    app, record = request.app, request[RECORD]
+    app = request.app
+    record = request[RECORD]
     if record.is_counted or not record.model:
         return
     record.is_counted = True
@@ -14102,8 +14144,9 @@ def count_usage(request: web.Request) -> None:
         app[ACCOUNTS].count((request[ACCOUNT].id, day, model), figures)
 
 
-# ======== Handlers ===============================================================================
-# A function for each route; `answer` serves every surface.
+# ======== Answers ================================================================================
+# `respond` answers the requests of every surface: it reads and plans one, asks Z.ai, and writes
+# what comes of it.
 
 
 async def respond(surface: Surface, request: web.Request) -> web.StreamResponse:
@@ -14121,7 +14164,8 @@ async def respond(surface: Surface, request: web.Request) -> web.StreamResponse:
         await keep(request, asked.reply, answer)
         if answer.size > LARGE:  # others go on between two steps that take long
             await asyncio.sleep(0)
-        return json_response(document, headers=asked.headers | info_headers(answer.info))
+        headers = {**asked.headers, **info_headers(answer.info)}
+        return json_response(document, headers=headers)
 
 
 async def respond_streamed(
@@ -14136,7 +14180,7 @@ async def respond_streamed(
     try:
         async with opened as answer:
             head = head_of(answer.info, asked.model, request)
-            response.begin(head, asked.headers | info_headers(answer.info))
+            response.begin(head, {**asked.headers, **info_headers(answer.info)})
             frames = asked.reply.frames_of(await answer.read())
             while not answer.is_complete:
                 await response.send(frames, answer.size)
@@ -14155,14 +14199,17 @@ async def keep(request: web.Request, reply: Reply, answer: Answering) -> None:
 
     This is before its last frame: a client asks again at once.
     """
+    app = request.app
+    record = request[RECORD]
+    account_id = request[ACCOUNT].id
     for message in answer.said:
-        request.app[UPSTREAM].memory.remember(request[ACCOUNT].id, message)
+        app[UPSTREAM].memory.remember(account_id, message)
     count_usage(request)
-    told = request[RECORD].meters[0].told.prompt
-    request.app[TOKEN_SCALE].learn(answer.info.model, reply.input_tokens, told)
+    told = record.meters[0].told.prompt
+    app[TOKEN_SCALE].learn(answer.info.model, reply.input_tokens, told)
     if reply.stored:
-        history = ClientHistory(request.app[DATABASE], request[ACCOUNT].id)
-        await history.put(reply.stored, request[RECORD].body_size + answer.size)
+        history = ClientHistory(app[DATABASE], account_id)
+        await history.put(reply.stored, record.body_size + answer.size)
 
 
 @dataclass(slots=True)
@@ -14197,23 +14244,34 @@ async def plan_request(surface: Surface, request: web.Request) -> Asked:
 def planned(
     surface: Surface, request: web.Request, body: JSON, history: ClientHistory, size: int
 ) -> Asked:
-    app, record = request.app, request[RECORD]
-    settings, memory, account = app[SETTINGS], app[UPSTREAM].memory, request[ACCOUNT]
+    """See `plan_request`; `size` is that of the request and what it refers to, in bytes."""
+    settings = request.app[SETTINGS]
+    memory = request.app[UPSTREAM].memory
+    account = request[ACCOUNT]
+    record = request[RECORD]
     prompt, reply = surface.parse(body, history)
     note_model(request, asked_model(prompt, settings).model)
-    record.left_out = ",".join(
-        [header_word(name) for name in prompt.ignored if name[:6] == "tools."]
-    )[:DETAIL_LIMIT]
+    record.left_out = tools_left_out(prompt)
     if prompt.stream is None:
         prompt = replace(prompt, stream=wants_stream(request, settings))
-    prompt = replace(prompt, size=size) if size >= LARGE else prompt
-    recall = partial(memory.recall, account.id) if memory.texts else None
+    if size >= LARGE:
+        prompt = replace(prompt, size=size)
+    recall = None
+    if memory.texts:
+        recall = partial(memory.recall, account.id)
     plan = make_plan(prompt, settings, account, record.id, recall)
     record.meters = plan.meters
-    check_spending(request, plan.prompts[0][0])
+    first_model, _ = plan.prompts[0]
+    check_spending(request, first_model)
     record.images = plan.images
     plan.admit_with(partial(check_turn, request))
     return Asked(plan, reply, prompt.model)
+
+
+def tools_left_out(prompt: Prompt) -> str:
+    """The tools that Z.ai does not have, for the log."""
+    tools = [header_word(name) for name in prompt.ignored if name.startswith("tools.")]
+    return ",".join(tools)[:DETAIL_LIMIT]
 
 
 COUNTED_FIELDS = ("model", "messages", "system", "tools")  # what a model reads, and which one
@@ -14248,14 +14306,20 @@ def note_model(request: web.Request, model: Model) -> None:
 
 def model_shown(request: web.Request, model: Model) -> str:
     """The model's name for the log and the statistics; the client may have put a secret there."""
-    return model.id if model.id in MODELS else truncated(printable(request.app[REDACT](model.id)))
+    if model.id in MODELS:
+        return model.id
+    name = request.app[REDACT](model.id)
+    return truncated(printable(name))
 
 
 async def read_json(request: web.Request) -> JSON:
-    return await decode_body(request, await read_body(request))
+    """The body of a request. Raises BadRequest if it is no JSON object."""
+    body = await read_body(request)
+    return await decode_body(request, body)
 
 
 async def decode_body(request: web.Request, body: bytes) -> JSON:
+    """A body that was read. Raises BadRequest if it is no JSON object."""
     trace(f"asked {request.path}", body)
     try:
         return await in_thread_if_large(len(body), parse_request, body)
@@ -14264,23 +14328,36 @@ async def decode_body(request: web.Request, body: bytes) -> JSON:
 
 
 def ignored_header(names: Sequence[str]) -> dict[str, str]:
+    """Names the fields of a request that have no effect here, if it has some."""
     ignored = ",".join(map(header_word, names[:32]))
-    return {"x-ztoapi-ignored": ignored} if ignored else {}
+    if not ignored:
+        return {}
+    return {"x-ztoapi-ignored": ignored}
 
 
 def info_headers(info: AnswerInfo) -> dict[str, str]:
-    headers = {"x-ztoapi-model": header_word(info.model), "x-zai-request-id": info.request_id}
-    return {name: value for name, value in headers.items() if value}
+    """The model that answered, and Z.ai's own id of the request, as far as they are known."""
+    headers = {}
+    if info.model:
+        headers["x-ztoapi-model"] = header_word(info.model)
+    if info.request_id:
+        headers["x-zai-request-id"] = info.request_id
+    return headers
 
 
 def json_response(
     document: JSON, status: int = 200, headers: Mapping[str, str] | None = None
 ) -> web.Response:
+    """A whole answer."""
     body = json_bytes(document)
     trace("answered", body)
     return web.Response(
         body=body, status=status, headers=headers, content_type="application/json", charset="utf-8"
     )
+
+
+# ======== Handlers ===============================================================================
+# The handlers for what is told without Z.ai: models, stored responses, and the server's state.
 
 
 async def list_models(request: web.Request) -> web.Response:
@@ -14290,12 +14367,12 @@ async def list_models(request: web.Request) -> web.Response:
     """
     models = await named_models(request)
     if "anthropic-version" in request.headers:
-        return json_response(
-            {"data": [anthropic_item(models[name], name) for name in models], "has_more": False}
-        )
-    listing: JSON = {"object": "list", "data": [model_item(models[name], name) for name in models]}
+        items = [anthropic_item(model, name) for name, model in models.items()]
+        return json_response({"data": items, "has_more": False})
+    items = [model_item(model, name) for name, model in models.items()]
+    listing: JSON = {"object": "list", "data": items}
     if "client_version" in request.query:
-        listing["models"] = [codex_item(models[name], name) for name in models]
+        listing["models"] = [codex_item(model, name) for name, model in models.items()]
     return json_response(listing)
 
 
@@ -14304,16 +14381,23 @@ async def named_models(request: web.Request) -> dict[str, Model]:
 
     They are Z.ai's, and the aliases without a pattern.
     """
-    settings, allows = request.app[SETTINGS], request.get(ACCOUNT, Account("")).allows
-    models = await request.app[CATALOG].list(time.monotonic()) | plain_aliases(settings)
+    settings = request.app[SETTINGS]
+    account = request.get(ACCOUNT, Account(""))
+    listed = await request.app[CATALOG].list(time.monotonic())
     seeing = vision_model(settings)
-    if seeing is not None and not allows(seeing):
+    if seeing is not None and not account.allows(seeing):
         seeing = None
-    return {name: with_eyes_of(seeing, model) for name, model in models.items() if allows(model)}
+    models = {}
+    for name, model in {**listed, **plain_aliases(settings)}.items():
+        if account.allows(model):
+            models[name] = with_eyes_of(seeing, model)
+    return models
 
 
 async def one_model(request: web.Request) -> web.Response:
-    asked, models = request.match_info["id"], await named_models(request)
+    """The model that a name means, in the caller's format."""
+    asked = request.match_info["id"]
+    models = await named_models(request)
     name = asked
     if name not in models and is_model_name(asked):
         name = resolve(asked, all_aliases(request.app[SETTINGS])).id
@@ -14321,8 +14405,9 @@ async def one_model(request: web.Request) -> web.Response:
         advice = "There is no model of this name: GET /v1/models lists them."
         message = advice + nearest_names(asked, models)
         raise ProxyError(MODEL_NOT_FOUND, message, "model", printable(asked[:256]))
-    item = anthropic_item if "anthropic-version" in request.headers else model_item
-    return json_response(item(models[name], name))
+    if "anthropic-version" in request.headers:
+        return json_response(anthropic_item(models[name], name))
+    return json_response(model_item(models[name], name))
 
 
 RESPONSE_NOT_FOUND = error_kind(
@@ -14331,6 +14416,7 @@ RESPONSE_NOT_FOUND = error_kind(
 
 
 async def one_response(request: web.Request) -> web.Response:
+    """A stored response, as it was given out."""
     history = ClientHistory(request.app[DATABASE], request[ACCOUNT].id)
     response_id = request.match_info["id"]
     await history.load(Referred(others=(response_id,)))
@@ -14355,7 +14441,8 @@ async def list_input_items(request: web.Request) -> web.Response:
 async def delete_response(request: web.Request) -> web.Response:
     """A response that others go on from is not given out any more, but its conversation goes on."""
     response_id = request.match_info["id"]
-    if not await request.app[DATABASE].delete_response(response_id, request[ACCOUNT].id):
+    was_there = await request.app[DATABASE].delete_response(response_id, request[ACCOUNT].id)
+    if not was_there:
         raise ProxyError(RESPONSE_NOT_FOUND)
     return json_response({"id": response_id, "object": "response", "deleted": True})
 
@@ -14410,11 +14497,15 @@ async def database_id(database: Database) -> str | None:
 async def show_index(request: web.Request) -> web.Response:
     """Sends browsers to the docs, and tells programs where the API is."""
     if "text/html" in request.headers.get("Accept", ""):
-        return web.Response(status=302, headers={"Location": "docs"})  # relative, for proxies
-    base_url = f"{request.scheme}://{request.host}/v1"
-    return json_response(
-        {"name": "ztoapi", "version": __version__, "base_url": base_url, "docs": "/docs"}
-    )
+        # Relative, for proxies.
+        return web.Response(status=302, headers={"Location": "docs"})
+    document = {
+        "name": "ztoapi",
+        "version": __version__,
+        "base_url": f"{request.scheme}://{request.host}/v1",
+        "docs": "/docs",
+    }
+    return json_response(document)
 
 
 async def show_favicon(_: web.Request) -> web.Response:

@@ -31,8 +31,8 @@ what this is (Settings, Errors, JSON, Models, Internal representation); what cli
 fields, Contents, Chat completions, Completions, Responses, Messages, Surfaces, Histories, Clients);
 what Z.ai says (errors, answer, repairs, request); who and when (Accounts, Plan); from there on I/O:
 Admission (keys, queue, patience), Z.ai client, Upstream, Database, Requests, Statistics, App keys,
-Streaming out, Request bodies, Access, Answers, Handlers, Dashboard, Pass-through, Errors and
-shutdown, Client connections, Server, Commands, Demo, Pages.
+Streaming out, Request bodies, Access, Answers, Handlers, Dashboard, Metrics, Pass-through, Errors
+and shutdown, Client connections, Log, Server, Start, Commands, Demo, Pages.
 """
 
 from __future__ import annotations
@@ -14560,12 +14560,15 @@ def page_response(page: Page, snapshot: JSON) -> web.Response:
 #     now, cursor, reset       always
 #     operator, name           whether the key is an operator's, and its name
 #     started†, in_flight†, torn†, keys†, resting†, queues†, healed†, plans†
-#     recent                   the last 500, newest first: n, time, key, route, model (asked), answered, status,
-#                              error (code), words (our own), first, duration (seconds), prompt_tokens,
-#                              cached_tokens, completion_tokens, cost (null: unknown), retries, id
+#     recent                   the last 500, newest first: n, time, key, route, model (asked),
+#                              answered, status, error (code), words (our own), first and duration
+#                              in seconds, prompt_tokens, cached_tokens, completion_tokens, cost
+#                              (null: unknown), retries, id
 #     client_keys              as /dashboard/keys has them
-#     models†                  by model: requests, failures, the tokens, cost, first and duration ({p50, p95})
-#     zai_keys†                key (its number), address, state (ready, resting), resting: model, until, why
+#     models†                  by model: requests, failures, the tokens, cost, p50 and p95 of first
+#                              and of duration
+#     zai_keys†                key (its number), address, state (ready, resting), resting: model,
+#                              until, why
 #     repairs†                 what was mended, by kind; `healed` has it with the retries
 #     spend_limit†             null, or limit, amount, used, resets_at
 #
@@ -14573,18 +14576,27 @@ def page_response(page: Page, snapshot: JSON) -> web.Response:
 # not empty is there.
 #     database                 false: out of reach
 #     days                     31 of them: key, day, model, requests, failures, the tokens, cost
-#     quarters, minutes        the same for each 15 minutes (`at`) of the last 24 hours, and each minute of the last
-#                              one, as far as this process knows; a little more may be there
-#     times                    for each 15 minutes: at, first and duration ({p50, p95})
+#     quarters, minutes        the same for each 15 minutes (`at`) of the last 24 hours, and each
+#                              minute of the last one, as far as this process knows; a little more
+#                              may be there
+#     times                    for each 15 minutes: at, p50 and p95 of first and of duration
 #
-# GET /dashboard/keys†: {"keys": [KEY, …]}. A KEY is name, paused, expired; the limits as written
-# (null: none);
-#     used_tokens, token_limit, resets_at and used_spend, spend_limit, spend_resets_at of the present period;
-#     requests, total_tokens, cost since ever; last_used.
-# POST /dashboard/keys†: {"name", limits…} adds a key (201, KEY and `key`, shown only now) or
-# changes it (200, KEY);
-#     {"name", "rotate": true} (200, KEY and `key`), {"name", "paused": true or false}, {"name", "rename": NEW}.
-#     `warning` stands beside them where a pattern fits no known model. Unknown name: 404; what makes no sense: 400.
+# GET /dashboard/keys†: {"keys": [KEY, …]}. A KEY is
+#     name, paused, expired
+#     the limits as written    null: none
+#     used_tokens, token_limit, resets_at, used_spend, spend_limit, spend_resets_at
+#                              of the present period
+#     requests, total_tokens, cost, last_used
+#                              since ever
+#
+# POST /dashboard/keys†. `warning` stands in the answer where a pattern fits no known model. Unknown
+# name: 404; what makes no sense: 400.
+#     {"name", limits…}        adds a key (201, KEY and `key`, shown only now), or changes it (200,
+#                              KEY)
+#     {"name", "rotate": true} 200, KEY and `key`
+#     {"name", "paused": true or false}, {"name", "rename": NEW}
+#                              200, KEY
+#
 # DELETE /dashboard/keys/NAME†: 204.
 
 
@@ -14601,7 +14613,9 @@ async def dashboard_stats(request: web.Request) -> web.Response:
     if "since" in request.query:
         return packed(request, json_response(news(request, fields), headers=NO_STORE))
     days = await usage_days(request)
-    fields |= {"days": days or [], "database": days is not None, **clock_fields(request)}
+    fields["now"] = request.app[CLOCK].unix()
+    fields["database"] = days is not None
+    fields["days"] = days or []
     fields["recent"] = recent_rows(request, 0)
     if request[ACCOUNT].is_operator:
         fields["minutes"] = request.app[STATISTICS].minute_sums(time.monotonic())
@@ -14614,11 +14628,8 @@ def clock_zero_of(app: web.Application) -> float:
     return unix - time.monotonic()
 
 
-def clock_fields(request: web.Request) -> JSON:
-    return {"now": request.app[CLOCK].unix()}
-
-
 def recent_rows(request: web.Request, since: int) -> list[JSON]:
+    """The last requests after the one with the number `since`, as far as the caller may see them."""
     owner = seen_by(request[ACCOUNT])
     return request.app[STATISTICS].recent_rows(owner, since, clock_zero_of(request.app))
 
@@ -14632,32 +14643,36 @@ def seen_by(account: Account) -> str:
 
 def live_fields(request: web.Request) -> JSON:
     """What the dashboard shows but for the requests and the history."""
-    app, account = request.app, request[ACCOUNT]
-    shown: Iterable[Account] = [account]
+    account = request[ACCOUNT]
+    shown = [account]
     if account.is_operator:
-        shown = app[ACCOUNTS].known.named
-    today = today_of(app)
+        shown = all_accounts(request.app)
     fields: JSON = {
         "operator": account.is_operator,
         "name": account.name,
-        "client_keys": [key_item(app[ACCOUNTS], each, today) for each in shown],
+        "client_keys": key_items(request.app, shown),
     }
     if account.is_operator:
-        statistics = app[STATISTICS]
-        flying = [other for other in app[IN_FLIGHT].values() if other[RECORD].model]
-        upstream = app[UPSTREAM].snapshot(app[REDACT])
-        fields |= {
-            "started": clock_zero_of(app) + statistics.started,
-            "in_flight": len(flying),
-            "models": statistics.model_rows(),
-            "torn": statistics.torn,
-            "plans": app[PLANS].latest(time.monotonic()),
-            "zai_keys": zai_key_items(app[SETTINGS], upstream["resting"]),
-            "spend_limit": common_budget_item(app[ACCOUNTS], today),
-            "repairs": dict(app[UPSTREAM].repairs),
-            **upstream,
-        }
+        fields.update(operators_fields(request.app))
     return fields
+
+
+def operators_fields(app: web.Application) -> JSON:
+    """What only an operator is shown."""
+    statistics = app[STATISTICS]
+    in_flight = [request for request in app[IN_FLIGHT].values() if request[RECORD].model]
+    upstream = app[UPSTREAM].snapshot(app[REDACT])
+    return {
+        "started": clock_zero_of(app) + statistics.started,
+        "in_flight": len(in_flight),
+        "models": statistics.model_rows(),
+        "torn": statistics.torn,
+        "plans": app[PLANS].latest(time.monotonic()),
+        "zai_keys": zai_key_items(app[SETTINGS], upstream["resting"]),
+        "spend_limit": common_budget_item(app[ACCOUNTS], today_of(app)),
+        "repairs": dict(app[UPSTREAM].repairs),
+        **upstream,
+    }
 
 
 def zai_key_items(settings: Settings, resting: Iterable[JSON]) -> list[JSON]:
@@ -14665,9 +14680,7 @@ def zai_key_items(settings: Settings, resting: Iterable[JSON]) -> list[JSON]:
     items = []
     for number, key in enumerate(settings.zai_keys, 1):
         rests = [
-            {"model": rest["model"], "until": rest["until"], "why": rest["why"]}
-            for rest in resting
-            if rest["key"] == number
+            fields_of(rest, "model", "until", "why") for rest in resting if rest["key"] == number
         ]
         state = "resting" if rests else "ready"
         items.append({"key": number, "address": key.base_url, "state": state, "resting": rests})
@@ -14675,6 +14688,7 @@ def zai_key_items(settings: Settings, resting: Iterable[JSON]) -> list[JSON]:
 
 
 def common_budget_item(accounts: Accounts, today: date) -> JSON | None:
+    """What all keys together may spend, and have spent."""
     budget = accounts.common_budget
     if budget is None:
         return None
@@ -14710,10 +14724,12 @@ def news(request: web.Request, fields: JSON) -> JSON:
     digests = tuple(field_digest(fields[name]) for name in names)
     changed = fields
     if len(seen.digests) == len(digests):
-        known = zip(names, digests, seen.digests, strict=True)
-        changed = {name: fields[name] for name, digest_now, before in known if digest_now != before}
+        changed = {}
+        for name, digest_now, digest_then in zip(names, digests, seen.digests, strict=True):
+            if digest_now != digest_then:
+                changed[name] = fields[name]
     return {
-        **clock_fields(request),
+        "now": request.app[CLOCK].unix(),
         "cursor": f"{statistics.run}-{statistics.count}-{'.'.join(digests)}",
         "reset": not seen.run,
         **changed,
@@ -14722,7 +14738,9 @@ def news(request: web.Request, fields: JSON) -> JSON:
 
 
 def field_digest(value: Any) -> str:
-    return f"{zlib.crc32(json_bytes(steady(value))):x}"
+    """Tells whether a field has changed."""
+    data = json_bytes(steady(value))
+    return f"{zlib.crc32(data):x}"
 
 
 def steady(value: Any) -> Any:
@@ -14762,90 +14780,25 @@ async def usage_days(request: web.Request) -> list[JSON] | None:
 
     None while the database is unreachable.
     """
-    database, account = request.app[DATABASE], request[ACCOUNT]
+    database = request.app[DATABASE]
     if not database.exists:
         return []
+    owner = seen_by(request[ACCOUNT])
     since = today_of(request.app) - timedelta(30)
     try:
-        rows = await database.run(database.list_usage, since, seen_by(account), begin=READ)
+        rows = await database.run(database.list_usage, since, owner, begin=READ)
     except DatabaseError:
         return None
-    return [
-        {"day": day, **usage_item(name, model, *figures)} for _, name, day, model, *figures in rows
-    ]
-
-
-async def show_metrics(request: web.Request) -> web.Response:
-    """For Prometheus."""
-    statistics, upstream = request.app[STATISTICS], request.app[UPSTREAM]
-    models, kinds = statistics.models.items(), ("prompt", "cached", "completion")
-    gauges: dict[str, Counter[str]] = {
-        name: Counter() for name in ("in_flight", "waiting", "limit")
-    }
-    for queue in upstream.snapshot(request.app[REDACT])["queues"]:
-        for name, value in zip(
-            gauges, (queue["in_flight"], queue["waiting"], queue["may_be_in_flight"]), strict=True
-        ):
-            gauges[name][statistics.label(queue["model"])] += value
-    requests = (
-        ({"path": route_name(p), "model": m, "status": s}, n)
-        for (p, m, s), n in statistics.requests.items()
-    )
-    tokens = (
-        ({"model": m, "type": kind}, getattr(figures.usage, kind))
-        for m, figures in models
-        for kind in kinds
-    )
-    repairs = (({"kind": kind}, n) for kind, n in upstream.repairs.items())
-    families = [
-        family("build_info", "gauge", [({"version": __version__}, 1)]),
-        family("retries_total", "counter", [({}, upstream.retries_made["retries"])]),
-        family("repairs_total", "counter", repairs),
-        family("requests_total", "counter", requests),
-        family("tokens_total", "counter", tokens),
-        *key_families(statistics),
-        *(
-            family(name, "gauge", (({"model": m}, n) for m, n in gauge.items()))
-            for name, gauge in gauges.items()
-        ),
-        ["# TYPE ztoapi_time_to_first_token_seconds histogram"],
-        *(figures.first_times.samples("time_to_first_token_seconds", m) for m, figures in models),
-        ["# TYPE ztoapi_request_duration_seconds histogram"],
-        *(figures.durations.samples("request_duration_seconds", m) for m, figures in models),
-    ]
-    headers = {"Content-Type": "text/plain; version=0.0.4; charset=utf-8"}
-    return web.Response(
-        body="".join(f"{line}\n" for line in chain(*families)).encode(), headers=headers
-    )
-
-
-def key_families(statistics: Statistics) -> list[Iterator[str]]:
-    requests, tokens = [], []
-    for name, figures in statistics.keys.items():
-        requests.append(({"key": name}, figures.requests))
-        tokens.append(({"key": name, "type": "prompt"}, figures.usage.prompt))
-        tokens.append(({"key": name, "type": "cached"}, figures.usage.cached))
-        tokens.append(({"key": name, "type": "completion"}, figures.usage.completion))
-    return [
-        family("key_requests_total", "counter", requests),
-        family("key_tokens_total", "counter", tokens),
-    ]
-
-
-def route_name(path: str) -> str:
-    return path.replace("{prefix}", "v1/").replace("{slash}", "")
-
-
-def family(
-    name: str, kind: str, samples: Iterable[tuple[Mapping[str, object], float]]
-) -> Iterator[str]:
-    yield f"# TYPE ztoapi_{name} {kind}"
-    yield from (sample(name, value, labels) for labels, value in samples)
+    items = []
+    for _, name, day, model, *figures in rows:
+        items.append({"day": day, **usage_item(name, model, *figures)})
+    return items
 
 
 def key_item(accounts: Accounts, account: Account, today: date) -> JSON:
     """A key with its limits in the words of the `keys` command, and what it used."""
-    tokens, money = account.token_budget, account.money_budget
+    tokens = account.token_budget
+    money = account.money_budget
     totals = accounts.totals(account)
     item = {
         "name": account.name,
@@ -14853,9 +14806,11 @@ def key_item(accounts: Accounts, account: Account, today: date) -> JSON:
         "expired": bool(account.expires and account.expires < today.isoformat()),
         **{limit: getattr(account, limit) for limit in LIMITS},
         "used_tokens": accounts.used_in(tokens, account.id, today).tokens,
-        **dict.fromkeys(("token_limit", "resets_at")),
+        "token_limit": None,
+        "resets_at": None,
         "used_spend": accounts.used_in(money, account.id, today).spent / DOLLAR,
-        **dict.fromkeys(("spend_limit", "spend_resets_at")),
+        "spend_limit": None,
+        "spend_resets_at": None,
         "requests": totals.requests,
         "total_tokens": totals.tokens,
         "cost": totals.spent / DOLLAR,
@@ -14874,20 +14829,33 @@ def unix_time(text: str) -> float | None:
     """Of a day, or a day and a time, in ISO's form and UTC; None for ""."""
     if not text:
         return None
-    return datetime.fromisoformat(text).replace(tzinfo=timezone.utc).timestamp()
+    moment = datetime.fromisoformat(text).replace(tzinfo=timezone.utc)
+    return moment.timestamp()
+
+
+def key_items(app: web.Application, shown: Iterable[Account]) -> list[JSON]:
+    today = today_of(app)
+    return [key_item(app[ACCOUNTS], account, today) for account in shown]
+
+
+def all_accounts(app: web.Application) -> list[Account]:
+    """The keys that clients have, but for the operator's."""
+    return list(app[ACCOUNTS].known.named)
 
 
 async def list_keys(request: web.Request) -> web.Response:
-    accounts, day = request.app[ACCOUNTS], today_of(request.app)
-    items = [key_item(accounts, account, day) for account in accounts.known.named]
+    """All keys, for an operator."""
+    items = key_items(request.app, all_accounts(request.app))
     return json_response({"keys": items}, headers=NO_STORE)
 
 
 async def put_key(request: web.Request) -> web.Response:
     """A new name adds a key, a known one changes it; what is not given stays."""
-    accounts, database = request.app[ACCOUNTS], request.app[DATABASE]
+    accounts = request.app[ACCOUNTS]
+    database = request.app[DATABASE]
     today = today_of(request.app)
-    wanted = parse_key_change(await read_json(request), today)
+    body = await read_json(request)
+    wanted = parse_key_change(body, today)
     key = new_key()
     new = new_account(wanted.name, key)
     account = await database.run(database.change_account, wanted, new)
@@ -14898,7 +14866,10 @@ async def put_key(request: web.Request) -> web.Response:
         item["warning"] = warning
     if account.hash == new.hash:
         item["key"] = key
-    return json_response(item, 201 if account.id == new.id else 200, NO_STORE)
+    status = 200
+    if account.id == new.id:
+        status = 201
+    return json_response(item, status, NO_STORE)
 
 
 def new_account(name: str, key: str) -> Account:
@@ -14915,9 +14886,11 @@ def pattern_warning(models: str | None, known: Iterable[str]) -> str:
 
 
 async def remove_key(request: web.Request) -> web.Response:
+    """A removed key can no longer be used; what it used stays in the history."""
     database = request.app[DATABASE]
     name = unicodedata.normalize("NFC", request.match_info["name"])
-    if not await database.run(database.remove_account, name):
+    was_there = await database.run(database.remove_account, name)
+    if not was_there:
         raise ProxyError(KEY_NOT_FOUND)
     await database.sync(request.app[ACCOUNTS])
     return web.Response(status=204)
@@ -14927,34 +14900,114 @@ def new_key() -> str:
     return f"sk-{secrets.token_urlsafe(32)}"
 
 
+# ======== Metrics ================================================================================
+# GET /metrics, in Prometheus' text format 0.0.4. A family has a line that names its type, and one
+# for each sample.
+
+Sample: TypeAlias = tuple[Mapping[str, object], float]  # labels and a value
+
+# Each gauge, and what it sums up of a queue.
+QUEUE_GAUGES = {"in_flight": "in_flight", "waiting": "waiting", "limit": "may_be_in_flight"}
+
+
+async def show_metrics(request: web.Request) -> web.Response:
+    """For Prometheus."""
+    statistics = request.app[STATISTICS]
+    upstream = request.app[UPSTREAM]
+    queues = upstream.snapshot(request.app[REDACT])["queues"]
+    repairs: list[Sample] = [({"kind": kind}, times) for kind, times in upstream.repairs.items()]
+    lines = [
+        *family("build_info", "gauge", [({"version": __version__}, 1)]),
+        *family("retries_total", "counter", [({}, upstream.retries_made["retries"])]),
+        *family("repairs_total", "counter", repairs),
+        *family("requests_total", "counter", request_samples(statistics)),
+        *family("tokens_total", "counter", token_samples("model", statistics.models)),
+        *family("key_requests_total", "counter", key_samples(statistics)),
+        *family("key_tokens_total", "counter", token_samples("key", statistics.keys)),
+    ]
+    for name, field_of_queue in QUEUE_GAUGES.items():
+        lines += family(name, "gauge", queue_samples(statistics, queues, field_of_queue))
+    lines += time_lines(statistics)
+    body = "\n".join(lines) + "\n"
+    headers = {"Content-Type": "text/plain; version=0.0.4; charset=utf-8"}
+    return web.Response(body=body.encode(), headers=headers)
+
+
+def family(name: str, kind: str, samples: Iterable[Sample]) -> Iterator[str]:
+    yield f"# TYPE ztoapi_{name} {kind}"
+    for labels, value in samples:
+        yield sample(name, value, labels)
+
+
+def request_samples(statistics: Statistics) -> Iterator[Sample]:
+    for (route, model, status), times in statistics.requests.items():
+        yield {"path": route_name(route), "model": model, "status": status}, times
+
+
+def route_name(path: str) -> str:
+    """A route's path as it is most often written."""
+    return path.replace("{prefix}", "v1/").replace("{slash}", "")
+
+
+def key_samples(statistics: Statistics) -> Iterator[Sample]:
+    for name, figures in statistics.keys.items():
+        yield {"key": name}, figures.requests
+
+
+def token_samples(
+    label: str, figures_by_name: Mapping[str, ModelFigures | KeyFigures]
+) -> Iterator[Sample]:
+    for name, figures in figures_by_name.items():
+        yield {label: name, "type": "prompt"}, figures.usage.prompt
+        yield {label: name, "type": "cached"}, figures.usage.cached
+        yield {label: name, "type": "completion"}, figures.usage.completion
+
+
+def queue_samples(statistics: Statistics, queues: Iterable[JSON], summed: str) -> Iterable[Sample]:
+    """Sums over the queues of models that share a label."""
+    sums: Counter[str] = Counter()
+    for queue in queues:
+        sums[statistics.label(queue["model"])] += queue[summed]
+    return [({"model": model}, value) for model, value in sums.items()]
+
+
+def time_lines(statistics: Statistics) -> Iterator[str]:
+    """How long answers took to begin, and in all."""
+    yield "# TYPE ztoapi_time_to_first_token_seconds histogram"
+    for model, figures in statistics.models.items():
+        yield from figures.first_times.samples("time_to_first_token_seconds", model)
+    yield "# TYPE ztoapi_request_duration_seconds histogram"
+    for model, figures in statistics.models.items():
+        yield from figures.durations.samples("request_duration_seconds", model)
+
+
 # ======== Pass-through ===========================================================================
 # The other paths that Z.ai serves: passed on as they are, with our key.
 
 
-def sent_headers(request: web.Request, *names: str) -> dict[str, str]:
-    return {name: request.headers[name] for name in names if name in request.headers}
-
-
-ID = r"{id:[A-Za-z0-9_-][A-Za-z0-9_.:-]*}"  # nothing that could lead to another path
-FILE_CONTENT = (
-    "/content"  # ends the path of what a client stored, which may look like anything of Z.ai's
-)
+ID_PATTERN = r"{id:[A-Za-z0-9_-][A-Za-z0-9_.:-]*}"  # nothing that could lead to another path
+# Ends the path of what a client stored, which may look like anything of Z.ai's.
+FILE_CONTENT = "/content"
 # The other paths that Z.ai serves under the base URL; our key goes to no other path.
 PASS_THROUGH_ROUTES = (
-    *(("POST", path) for path in ("embeddings", "images/generations", "async/images/generations")),
-    *(
-        ("POST", path)
-        for path in ("audio/transcriptions", "audio/speech", "rerank", "moderations", "tokenizer")
-    ),
-    *(
-        ("POST", path)
-        for path in ("web_search", "reader", "layout_parsing", "videos/generations", "files")
-    ),
-    *(
-        ("GET", path)
-        for path in (f"async-result/{ID}", "files", f"files/{ID}", f"files/{ID}{FILE_CONTENT}")
-    ),
-    ("DELETE", f"files/{ID}"),
+    ("POST", "embeddings"),
+    ("POST", "images/generations"),
+    ("POST", "async/images/generations"),
+    ("POST", "audio/transcriptions"),
+    ("POST", "audio/speech"),
+    ("POST", "rerank"),
+    ("POST", "moderations"),
+    ("POST", "tokenizer"),
+    ("POST", "web_search"),
+    ("POST", "reader"),
+    ("POST", "layout_parsing"),
+    ("POST", "videos/generations"),
+    ("POST", "files"),
+    ("GET", f"async-result/{ID_PATTERN}"),
+    ("GET", "files"),
+    ("GET", f"files/{ID_PATTERN}"),
+    ("GET", f"files/{ID_PATTERN}{FILE_CONTENT}"),
+    ("DELETE", f"files/{ID_PATTERN}"),
 )
 WITH_USAGE = ("embeddings", "rerank")  # their answers have it
 WITHOUT_MODEL = ("web_search", "reader", "files")  # a name in their bodies is only checked
@@ -14973,7 +15026,9 @@ class Relayed:
     @property
     def size(self) -> int:
         """Bytes of a body that is not streamed."""
-        return len(self.data) if isinstance(self.data, bytes) else 0
+        if isinstance(self.data, bytes):
+            return len(self.data)
+        return 0
 
 
 async def pass_through(path: str, request: web.Request) -> web.StreamResponse:
@@ -14981,8 +15036,9 @@ async def pass_through(path: str, request: web.Request) -> web.StreamResponse:
 
     What is wrong in it is told before it waits for anything.
     """
-    use = KeyUse(path="/" + path.partition("/{")[0])
-    path = path.replace(ID, request.match_info.get("id", ""))
+    without_id, _, _ = path.partition("/{")
+    use = KeyUse(path=f"/{without_id}")
+    path = path.replace(ID_PATTERN, request.match_info.get("id", ""))
     if not request.can_read_body:
         return await relay(path, use, request, Relayed())
     if path == "files":
@@ -14994,7 +15050,12 @@ async def pass_through(path: str, request: web.Request) -> web.StreamResponse:
         await form.read_head()
         relayed = Relayed(Upload(form.all_parts()), form.reader, length=form.length())
         return await relay(path, use, request, relayed)
-    data = await read_body(request)  # JSON, whatever its type says
+    return await pass_json_through(path, use, request)
+
+
+async def pass_json_through(path: str, use: KeyUse, request: web.Request) -> web.StreamResponse:
+    """A request whose body is JSON, whatever its type says."""
+    data = await read_body(request)
     body = await decode_body(request, data)
     sent = pass_through_body(body, request.app[SETTINGS].model_aliases)
     check_model_named(path, request, sent.get("model"))
@@ -15043,6 +15104,7 @@ class RelayedForm:
         self.ahead = bytearray()  # what Z.ai is sent first
 
     def read_model(self, given: str) -> str:
+        """The model's name as Z.ai is to be told it. Raises ProxyError if it may not be used."""
         if "model" in self.fields:
             raise BadRequest("'model' stands twice in the form.", "model")
         name = given
@@ -15066,9 +15128,11 @@ class RelayedForm:
         check_model_named(self.path, self.request, self.fields.get("model"))
 
     async def all_parts(self) -> AsyncIterator[bytes]:
+        """The whole form; it breaks off if the account may not use the model that it names."""
         yield bytes(self.ahead)
         async for part in self.parts:
-            if passed := self.form.feed(part):
+            passed = self.form.feed(part)
+            if passed:
                 yield passed
         check_model_named(self.path, self.request, self.fields.get("model"))
         yield self.form.close()
@@ -15076,9 +15140,12 @@ class RelayedForm:
     def length(self) -> str:
         """In bytes, "" while it is not known."""
         given = length_as_sent(self.request)
-        if "model" in self.fields or not self.request.app[SETTINGS].model_aliases:
-            return given and str(int(given) + self.growth)
-        return ""
+        if not given:
+            return ""
+        may_still_grow = "model" not in self.fields
+        if may_still_grow and self.request.app[SETTINGS].model_aliases:
+            return ""
+        return str(int(given) + self.growth)
 
     def reader(self) -> PassThroughReader:
         """When Z.ai answers, all fields are known."""
@@ -15096,43 +15163,52 @@ async def relay(
     path: str, use: KeyUse, request: web.Request, relayed: Relayed
 ) -> web.StreamResponse:
     """Sends a request on, only once: a streamed body cannot be repeated."""
-    keys, client = request.app[UPSTREAM].keys, request.app[UPSTREAM].client
-    key = min(
-        keys.available(use), key=lambda key: key.affinity(request[ACCOUNT].id)
-    )  # which owns the files
+    upstream = request.app[UPSTREAM]
+    account = request[ACCOUNT]
+    keys = upstream.keys
+    # An account keeps to its key, which owns the files.
+    key = min(keys.available(use), key=lambda key: key.affinity(account.id))
     keys.tried(key, use)
-    headers = sent_headers(request, "Content-Type")
-    if relayed.length:
-        headers["Content-Length"] = relayed.length
-    how = {
-        "method": request.method,
-        "data": relayed.data,
-        "headers": headers,
-        "params": request.query,
-    }
     meter = count_path(path, request)
     paid_model = MODELS.get(meter.model)
     check_spending(request, paid_model)
-    size = relayed.size if path in WITH_USAGE else 0
-    async with request.app[UPSTREAM].account_slot(request[ACCOUNT]), AsyncExitStack() as owner:
+    size = 0
+    if path in WITH_USAGE:
+        size = relayed.size
+    async with upstream.account_slot(account), AsyncExitStack() as owner:
         check_turn(request, paid_model)
         try:
             with meter.asking(size):
-                stream = await client.send(f"{key.base_url}/{path}", key, owner, **how)
+                url = f"{key.base_url}/{path}"
+                stream = await upstream.client.send(url, key, owner, **sent_as(request, relayed))
                 response = PassThroughResponse(request, stream, relayed.reader(), meter)
                 await response.begin()
                 if not path.endswith(FILE_CONTENT):
                     await response.check_refusal()
         except UpstreamError as error:
-            if (
-                keys.calls_for_cooldown(error) and error.kind != MODEL_NOT_FOUND
-            ):  # clients may make names up
+            is_made_up = error.kind == MODEL_NOT_FOUND  # by a client, perhaps
+            if keys.calls_for_cooldown(error) and not is_made_up:
                 keys.cool_down(key, use, error)
             adapt_to_path(error, path, key.base_url)
             raise
         keys.accepted(key, use)
         request[STREAM] = response
         return await response.send()
+
+
+def sent_as(request: web.Request, relayed: Relayed) -> JSON:
+    """What Z.ai is sent of a request besides our key, in the words of aiohttp."""
+    headers = {}
+    if "Content-Type" in request.headers:
+        headers["Content-Type"] = request.headers["Content-Type"]
+    if relayed.length:
+        headers["Content-Length"] = relayed.length
+    return {
+        "method": request.method,
+        "data": relayed.data,
+        "headers": headers,
+        "params": request.query,
+    }
 
 
 async def embed_in_batches(
@@ -15142,7 +15218,8 @@ async def embed_in_batches(
 
     One batch comes after the other, each tried again like a chat.
     """
-    upstream, record = request.app[UPSTREAM], request[RECORD]
+    upstream = request.app[UPSTREAM]
+    record = request[RECORD]
     joined = JoinedEmbeddings()
     for batch in batches:
         use = KeyUse(resolve(batch.get("model", "")).id, "/embeddings")
@@ -15162,8 +15239,10 @@ async def embed_in_batches(
 async def ask_for_batch(
     request: web.Request, relayed: Relayed, meter: Meter, slot: Slot, owner: AsyncExitStack
 ) -> bytes:
+    """Asks for a batch with the slot's key. Raises UpstreamError."""
     check_turn(request, MODELS.get(meter.model))
-    client, key = request.app[UPSTREAM].client, slot.key
+    client = request.app[UPSTREAM].client
+    key = slot.key
     try:
         with meter.asking(relayed.size):
             url = f"{key.base_url}/embeddings"
@@ -15241,15 +15320,17 @@ class PassThroughResponse:
         for name in PASS_THROUGH_HEADERS:
             if name in reply.headers:
                 headers[name] = header_text(reply.headers[name])
-        if (
-            "Content-Encoding" in reply.headers or type(reader) is not PassThroughReader
-        ):  # the length changes
+        is_changed = type(reader) is not PassThroughReader
+        if is_changed or "Content-Encoding" in reply.headers:
             headers.pop("Content-Length", None)
         if "X-Log-Id" in reply.headers:
             headers["x-zai-request-id"] = header_word(reply.headers["X-Log-Id"])
-        self.request, self.stream, self.reader, self.meter = request, stream, reader, meter
+        self.request = request
+        self.stream = stream
+        self.reader = reader
+        self.meter = meter
         self.response = web.StreamResponse(status=reply.status, headers=headers)
-        self.ahead = b""
+        self.ahead = b""  # read, and not yet passed on
 
     async def begin(self) -> None:
         """Wait for the first bytes to pass on. Raises UpstreamError."""
@@ -15262,26 +15343,35 @@ class PassThroughResponse:
         """
         if self.stream.response.content_type != "application/json" or self.reader.media_type:
             return
-        while len(self.ahead) < ERROR_BODY_LIMIT and (data := await self.next_bytes()):
+        while len(self.ahead) < ERROR_BODY_LIMIT:
+            data = await self.next_bytes()
+            if not data:
+                break
             self.ahead += data
         if len(self.ahead) > ERROR_BODY_LIMIT:  # no refusal is so long
             return
-        if error := refusal_in(self.ahead):
+        error = refusal_in(self.ahead)
+        if error:
             raise self.stream.with_request_id(error)
 
     async def next_bytes(self) -> bytes:
         """The next bytes to pass on, none at the end."""
-        data, held = b"", 0
-        while not data and (part := await self.stream.read()):
+        data = b""
+        held = 0  # bytes that the reader keeps until it has all of them
+        while not data:
+            part = await self.stream.read()
+            if not part:
+                data = await in_thread_if_large(held, self.reader.close)
+                break
             held += len(part)
             if held > self.request.app[APP_LIMITS].answer_size:
                 raise UpstreamError(UNAVAILABLE, TOO_LARGE)
             data = await in_thread_if_large(held, self.reader.feed, part)
-        data = data or await in_thread_if_large(held, self.reader.close)
         self.meter.told = self.reader.usage
         return data
 
     async def send(self) -> web.StreamResponse:
+        """Pass the whole answer on."""
         self.request[RECORD].first = time.monotonic()
         if self.reader.media_type:
             self.response.headers["Content-Type"] = self.reader.media_type
@@ -15313,11 +15403,13 @@ async def log_requests(request: web.Request, handler: Handler) -> web.StreamResp
 
     Gives every request its record, and every answer its line in the log and the statistics.
     """
-    record = request[RECORD] = Record(
-        request.method, printable(request.path), time.monotonic(), os.urandom(12).hex()
-    )
-    in_flight, task = request.app[IN_FLIGHT], asyncio.current_task()
+    request_id = os.urandom(12).hex()
+    path = printable(request.path)
+    record = Record(request.method, path, time.monotonic(), request_id)
+    request[RECORD] = record
     REQUEST_ID.set(record.id[:8])
+    in_flight = request.app[IN_FLIGHT]
+    task = asyncio.current_task()
     in_flight[task] = request
     try:
         response = await catch_errors(request, handler)
@@ -15327,19 +15419,30 @@ async def log_requests(request: web.Request, handler: Handler) -> web.StreamResp
         del in_flight[task]
         count_usage(request)
         now = time.monotonic()
-        level = logging.DEBUG if request.path.startswith(UNLOGGED_PATHS) else logging.INFO
-        if LOG.isEnabledFor(
-            level
-        ):  # LOG.log would look for the line of code that called it, which takes longest
-            LOG.handle(LOG.makeRecord(LOG.name, level, "", 0, record.line(now), (), None))
+        log_request(request, now)
         count_request(request, now)
 
 
+def log_request(request: web.Request, now: float) -> None:
+    """The line in the log."""
+    level = logging.INFO
+    if request.path.startswith(UNLOGGED_PATHS):
+        level = logging.DEBUG
+    if not LOG.isEnabledFor(level):
+        return
+    # LOG.log would look for the line of code that called it, which takes longest.
+    words = request[RECORD].line(now)
+    LOG.handle(LOG.makeRecord(LOG.name, level, "", 0, words, (), None))
+
+
 def count_request(request: web.Request, now: float) -> None:
-    """For the statistics."""
-    record, resource = request[RECORD], request.match_info.route.resource
+    """Count a request that is over in the statistics."""
+    record = request[RECORD]
     statistics = request.app[STATISTICS]
-    route = resource.canonical if resource else ""
+    resource = request.match_info.route.resource
+    route = ""
+    if resource:
+        route = resource.canonical
     record.route = route_name(route)
     statistics.requests[route, statistics.name_of(record), record.status] += 1
     if record.first is not None and record.meters:
@@ -15363,13 +15466,13 @@ async def catch_errors(request: web.Request, handler: Handler) -> web.StreamResp
         if not request[RECORD].stopped:  # the client left
             raise
         return await error_response(request, ProxyError(STOPPING))
-    except Exception as error:  # noqa: BLE001 - the only place: no other shape of error leaves the program
+    # The only place that does this: no other shape of error leaves the program.
+    except Exception as error:  # noqa: BLE001
         return await error_response(request, proxy_error(error, request))
 
 
 def proxy_error(error: Exception, request: web.Request) -> ProxyError:
     """Any exception as an error of ours; an unforeseen one is a bug, and logged as one."""
-    asked = f"{printable(request.method)} {printable(request.path)}"
     match error:
         case ProxyError():
             return error
@@ -15379,30 +15482,38 @@ def proxy_error(error: Exception, request: web.Request) -> ProxyError:
             message = (
                 "There is nothing here: clients call POST /v1/chat/completions and GET /v1/models."
             )
-            return ProxyError(error_kind(404, "unknown_url"), message, detail=asked)
+            return ProxyError(error_kind(404, "unknown_url"), message, detail=asked_of(request))
         case web.HTTPMethodNotAllowed():
-            return upgrade_required() if probes_websocket(request) else wrong_method(error, asked)
+            return wrong_method(error, request)
         case web.HTTPRequestEntityTooLarge():
-            message = f"The request is larger than {request.app[SETTINGS].max_body_mb} MB, this server's MAX_BODY_MB."
+            limit = request.app[SETTINGS].max_body_mb
+            message = f"The request is larger than {limit} MB, this server's MAX_BODY_MB."
             return ProxyError(error_kind(413, "request_too_large"), message)
         case _:
             LOG.error("a bug in ztoapi", exc_info=error)
             return ProxyError(INTERNAL_ERROR)
 
 
-def wrong_method(error: web.HTTPMethodNotAllowed, asked: str) -> ProxyError:
+def asked_of(request: web.Request) -> str:
+    return f"{printable(request.method)} {printable(request.path)}"
+
+
+def wrong_method(error: web.HTTPMethodNotAllowed, request: web.Request) -> ProxyError:
+    """405, which must name the methods of the path (RFC 9110, 15.5.6)."""
+    if probes_websocket(request):
+        return upgrade_required()
     allowed = error.headers["Allow"]
     kind = error_kind(405, "method_not_allowed")
-    refusal = ProxyError(kind, f"This path takes only {allowed}.", detail=asked)
+    refusal = ProxyError(kind, f"This path takes only {allowed}.", detail=asked_of(request))
     refusal.headers["Allow"] = allowed
     return refusal
 
 
 def probes_websocket(request: web.Request) -> bool:
     """Whether a client of the Responses API asks for a WebSocket instead, as Codex does first."""
-    upgrade = request.headers.get("Upgrade", "").lower()
-    is_responses = request.path.rstrip("/").endswith("/responses")
-    return request.method == "GET" and upgrade == "websocket" and is_responses
+    if request.method != "GET" or not request.path.rstrip("/").endswith("/responses"):
+        return False
+    return request.headers.get("Upgrade", "").lower() == "websocket"
 
 
 def upgrade_required() -> ProxyError:
@@ -15442,7 +15553,8 @@ async def error_response(request: web.Request, error: ProxyError) -> web.StreamR
 def say_when(error: ProxyError) -> None:
     """Put Retry-After into words, where it is too late for a header. Codex reads these."""
     if error.retry_after is not None:
-        error.message += f" Try again in {max(1, math.ceil(error.retry_after))} seconds."
+        seconds = max(1, math.ceil(error.retry_after))
+        error.message += f" Try again in {seconds} seconds."
 
 
 async def drain(app: web.Application) -> None:
@@ -15458,6 +15570,7 @@ async def drain(app: web.Application) -> None:
 
 
 def end_answers(app: web.Application) -> None:
+    """Cancel what is in flight; each client is told that the server stops."""
     for task, request in app[IN_FLIGHT].items():
         request[RECORD].stopped = True
         task.cancel()
@@ -15500,8 +15613,10 @@ def descriptor_limit() -> int:
     """How many files and connections the system lets this process have open."""
     with suppress(ImportError):  # Windows has no such limit
         resource = import_module("resource")
-        limit: int = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
-        return sys.maxsize if limit == resource.RLIM_INFINITY else limit
+        limit: int
+        limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+        if limit != resource.RLIM_INFINITY:
+            return limit
     return sys.maxsize
 
 
@@ -15534,7 +15649,9 @@ class ClientServer(web.Server):
 
     def __init__(self, app: web.Application, handler: Any, how: JSON) -> None:
         """`how`: what the app's runner wants of the server and of each connection."""
-        loop, request_factory = how.pop("loop"), how.pop("request_factory")
+        how = dict(how)
+        loop = how.pop("loop")
+        request_factory = how.pop("request_factory")
         # When a client leaves, its handler is cancelled, and with it the request to Z.ai.
         how.pop("handler_cancellation", None)
         super().__init__(
@@ -15544,7 +15661,7 @@ class ClientServer(web.Server):
         self.limits = app[APP_LIMITS]
         self.max_descriptors = self.limits.max_descriptors or descriptor_limit()
         self.loop = loop
-        self.how = {
+        self.how = {  # for each connection
             **how,
             "logger": LOG,
             "auto_decompress": False,
@@ -15574,6 +15691,7 @@ class ClientServer(web.Server):
         return [known for known in connections if known not in busy and not known.has_request]
 
     def make_room(self) -> None:
+        """Close an eighth of the connections without a request, the longest silent first."""
         LOG.warning(
             "file descriptors are scarce (ulimit -n): connections without a request are closed"
         )
@@ -15582,6 +15700,7 @@ class ClientServer(web.Server):
             connection.force_close()
 
     def check(self) -> None:
+        """End connections that only take up room, and look again later."""
         self.next_check = None
         now = time.monotonic()
         for connection in self.without_request():
@@ -15634,11 +15753,12 @@ class ClientConnection(web.RequestHandler):
         self.last_received_at = time.monotonic()
         if self.body.is_eof():
             self.head = (self.head + data).lstrip(b"\r\n")  # line ends before a head mean nothing
-            if len(self.head) > MAX_HEAD and self.head.find(END_OF_HEAD, 0, MAX_HEAD) < 0:
+            if self.head_is_too_large():
                 # Refused once all of it is here: a client that is still sending might miss the
                 # answer.
-                is_whole = END_OF_HEAD in self.head or len(self.head) > MAX_REFUSED_HEAD
-                data = NO_HEAD if is_whole else b""
+                data = b""
+                if END_OF_HEAD in self.head or len(self.head) > MAX_REFUSED_HEAD:
+                    data = NO_HEAD
         super().data_received(data)
         if self._messages and self._messages[-1] is not self.latest:
             self.latest = self._messages[-1]
@@ -15646,7 +15766,13 @@ class ClientConnection(web.RequestHandler):
         elif self.head and self.head_due == math.inf:
             self.head_due = self.last_received_at + self.read_timeout
 
+    def head_is_too_large(self) -> bool:
+        if len(self.head) <= MAX_HEAD:
+            return False
+        return self.head.find(END_OF_HEAD, 0, MAX_HEAD) < 0
+
     def begin_request(self, message: Any, body: aiohttp.StreamReader) -> None:
+        """Called with each request that the parser has read, and with what it could not read."""
         if isinstance(message, RawRequestMessage):
             self.head = b""
             self.head_due = math.inf
@@ -15673,7 +15799,8 @@ class ClientConnection(web.RequestHandler):
     async def finish_response(
         self, request: web.BaseRequest, resp: web.StreamResponse, start_time: float | None
     ) -> tuple[web.StreamResponse, bool]:
-        if isinstance(resp, web.HTTPExpectationFailed):  # raised before any middleware
+        """Called with each answer; this one is raised before any middleware."""
+        if isinstance(resp, web.HTTPExpectationFailed):
             message = "The only expectation known here is 'Expect: 100-continue'."
             resp = bare_error(error_kind(417, "unknown_expectation", message))
         return await super().finish_response(request, resp, start_time)
@@ -15690,9 +15817,8 @@ class ClientConnection(web.RequestHandler):
         aiohttp's own texts would repeat headers, and keys with them.
         """
         if isinstance(exc, ConnectionError) or request.writer.output_size:
-            raise ConnectionError(
-                "the client has left, or an answer has begun"
-            ) from exc  # aiohttp knows what to do
+            # aiohttp knows what to do.
+            raise ConnectionError("the client has left, or an answer has begun") from exc
         if status >= 500:
             LOG.error("a bug in ztoapi", exc_info=exc)
             return bare_error(INTERNAL_ERROR)
@@ -15712,8 +15838,8 @@ def refusal_of(head: bytes) -> ErrorKind:
     if len(head) > MAX_HEAD:
         return head_too_large(head)
     message = (
-        "This is not HTTP as this server reads it: the request line, a header or a chunk is malformed, "
-        "or the headers are too many."
+        "This is not HTTP as this server reads it: the request line, a header or a chunk is "
+        "malformed, or the headers are too many."
     )
     return error_kind(400, "bad_http", message)
 
@@ -15721,149 +15847,48 @@ def refusal_of(head: bytes) -> ErrorKind:
 def head_too_large(head: bytes) -> ErrorKind:
     """Names the longest header, never its value."""
     limit = f"more than the {MAX_HEAD // 1024} KB that this server reads"
-    address, *headers = head.partition(END_OF_HEAD)[0].split(b"\r\n")
+    whole, _, _ = head.partition(END_OF_HEAD)
+    address, *headers = whole.split(b"\r\n")
     longest = max(headers, key=len, default=b"")
     if len(address) > len(longest):
         return error_kind(414, "address_too_long", f"The request's address has {limit}.")
-    name = truncated(printable(longest.partition(b":")[0].decode("latin-1")))
+    name_bytes, _, _ = longest.partition(b":")
+    name = truncated(printable(name_bytes.decode("latin-1")))
     message = f"The request's headers have {limit}; the longest is {name}."
     return error_kind(431, "headers_too_large", message)
 
 
 def bare_error(kind: ErrorKind, client: str | None = None) -> web.Response:
     """An error from outside the app; the connection ends with it."""
-    request_id = os.urandom(12).hex()
     LOG.info("%s %s %s", client or "-", kind.status, kind.message)
-    response = json_response(
-        error_body(ProxyError(kind)), kind.status, {"x-request-id": f"req_{request_id}"}
-    )
+    request_id = request_id_of(os.urandom(12).hex())
+    body = error_body(ProxyError(kind))
+    response = json_response(body, kind.status, {"x-request-id": request_id})
     response.force_close()
     return response
 
 
-# ======== Server =================================================================================
-# `create_app` puts everything together and has the routes; `main` reads the flags, sets up the log
-# and listens.
-
-API = r"/{prefix:/*(?:(?:v1|api/v1|api/paas/v4)/+)*}"  # clients use any of these prefixes
-END = r"{slash:/*}"
-
-
-def create_app(
-    settings: Settings | None = None, limits: Limits | None = None, clock: Clock | None = None
-) -> web.Application:
-    """The server as an aiohttp application.
-
-    Without settings, as process managers call it, it reads the environment.
-    """
-    failed = (
-        2 if settings else 3
-    )  # gunicorn stops when a worker exits with 3; on 2 it restarts the worker forever
-    if settings is None:
-        settings = settings_or_exit({}, failed)
-        set_up_log(settings)
-    limits = limits or Limits()
-    clock = clock or Clock()
-    database = database_or_exit(settings, limits, clock, failed)
-    limit = settings.max_body_mb * 2**20
-    app = web.Application(middlewares=[log_requests], client_max_size=limit)
-    serve_as_here(app)
-    app[SETTINGS], app[REDACT] = settings, redactor(settings)
-    app[APP_LIMITS] = limits
-    app[IN_FLIGHT] = {}
-    app[CLOCK] = clock
-    app[STATISTICS] = Statistics(time.monotonic(), clock.unix())
-    app[ACCOUNTS] = Accounts(settings.default_key, settings.spend_limit)
-    app[DATABASE] = database
-    app[ORIGIN_REFUSALS] = OnceAMinute()
-    app[TOKEN_SCALE] = TokenScale()
-    app.on_response_prepare.append(add_headers)
-    app.cleanup_ctx.append(connect)
-    app.on_shutdown.append(drain)
-    api_routes(app)
-    app[API_PATTERNS] = [resource.get_info()["pattern"] for resource in app.router.resources()]
-    page_routes(app)
-    return app
-
-
-def api_routes(app: web.Application) -> None:
-    for path, surface in SURFACES.items():
-        add_route(
-            app, "POST", f"{API}{path}{END}", require_key(partial(respond, surface), within_limits)
-        )
-    for method, path in PASS_THROUGH_ROUTES:
-        add_route(
-            app,
-            method,
-            f"{API}{path}{END}",
-            require_key(partial(pass_through, path), within_limits),
-        )
-    add_route(app, "POST", f"{API}messages/count_tokens{END}", require_key(count_tokens))
-    add_route(app, "GET", f"{API}models{END}", require_key(list_models))
-    add_route(app, "GET", f"{API}models/{{id:.*[^/]}}{END}", require_key(one_model))
-    add_route(app, "POST", f"{API}responses/input_tokens{END}", require_key(count_input_tokens))
-    response = API + r"responses/{id:resp_\w+}"
-    add_route(app, "GET", response + END, require_key(one_response))
-    add_route(app, "GET", f"{response}/input_items{END}", require_key(list_input_items))
-    add_route(app, "DELETE", response + END, require_key(delete_response))
-
-
-def page_routes(app: web.Application) -> None:
-    add_route(app, "GET", "/health", show_health)
-    add_route(app, "GET", "/", show_index)
-    add_route(app, "GET", "/api/hello", show_index)  # Claude Code's probe
-    add_route(app, "GET", "/docs", show_docs)
-    add_route(app, "GET", "/favicon.ico", show_favicon)
-    add_route(app, "GET", "/metrics", require_key(show_metrics, operator_only))
-    if app[SETTINGS].dashboard_enabled:
-        add_route(app, "GET", "/dashboard", show_dashboard)
-        add_route(app, "GET", "/dashboard/stats", require_key(dashboard_stats))
-        add_route(app, "GET", "/dashboard/history", require_key(dashboard_history))
-        add_route(app, "GET", "/dashboard/keys", require_key(list_keys, operator_only))
-        add_route(app, "POST", "/dashboard/keys", require_key(put_key, operator_only))
-        add_route(app, "DELETE", "/dashboard/keys/{name}", require_key(remove_key, operator_only))
-    if app[SETTINGS].demo:
-        add_route(app, "GET", f"{DEMO_PATH}/models", demo_models)
-        add_route(app, "POST", f"{DEMO_PATH}/chat/completions", demo_chat)
-
-
-def add_route(app: web.Application, method: str, path: str, handler: Handler) -> None:
-    if method == "GET":
-        app.router.add_route("HEAD", path, handler)
-    app.router.add_route(method, path, handler)
-
-
-async def connect(app: web.Application) -> AsyncIterator[None]:
-    """Opens what lives as long as the app: the session to Z.ai and what uses it."""
-    settings = app[SETTINGS]
-    limits = app[APP_LIMITS]
-    async with new_session(settings, limits) as session:
-        client = ZaiClient(session, settings, limits)
-        app[UPSTREAM] = Upstream(settings, limits, client, app[CLOCK])
-        app[CATALOG] = Catalog(client, app[UPSTREAM].keys, limits.models_ttl)
-        keys_with_plans = () if settings.demo else settings.zai_keys
-        app[PLANS] = PlanQuotas(client, keys_with_plans, limits.plans_ttl)
-        async with app[DATABASE].running(app[ACCOUNTS]):
-            yield
-        await end_tasks(filter(None, (app[CATALOG].asking, app[PLANS].asking)))
+# ======== Log ====================================================================================
+# The log on stderr: without secrets, and never in the way of an answer.
 
 
 def redactor(settings: Settings) -> Redactor:
-    return Redactor((*settings.secrets, *proxy_passwords(getproxies().values())))
+    """What keeps the secrets of the settings and of the environment out of texts."""
+    passwords = proxy_passwords(getproxies().values())
+    return Redactor((*settings.secrets, *passwords))
 
 
 @lru_cache(1)
 def timestamp(second: int) -> str:
+    """Unix seconds in local time. Lines of the log mostly share their second."""
     return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(second))
 
 
 class RedactingFormatter(logging.Formatter):
     """Formats a line without secrets, with images shortened, and cut off if it is too long."""
 
-    MAX_LINE, MARGIN = (
-        2**20,
-        2**12,
-    )  # characters; a secret that is cut in half would stand in the margin
+    MAX_LINE = 2**20  # characters
+    MARGIN = 2**12  # at the end of a line that is cut off, where half a secret may stand
     BASE64_RUN = re.compile(r"(?<![A-Za-z0-9+/])([A-Za-z0-9+/]{64})[A-Za-z0-9+/]{192,}=*")
 
     def __init__(self, redact: Redactor) -> None:
@@ -15871,13 +15896,14 @@ class RedactingFormatter(logging.Formatter):
         self.redact = redact
 
     def format(self, record: logging.LogRecord) -> str:
-        whole = f"{timestamp(int(record.created))},{int(record.msecs):03} {record.levelname} {super().format(record)}"
+        time_of_day = f"{timestamp(int(record.created))},{int(record.msecs):03}"
+        whole = f"{time_of_day} {record.levelname} {super().format(record)}"
         line = self.redact(whole[: self.MAX_LINE])
         if len(whole) > self.MAX_LINE:
             line = line[: -self.MARGIN] + "…"
-        return (
-            self.BASE64_RUN.sub(r"\1…", line) if len(line) > 256 else line
-        )  # BASE64_RUN needs 256
+        if len(line) <= 256:  # too short for BASE64_RUN
+            return line
+        return self.BASE64_RUN.sub(r"\1…", line)
 
 
 class BackgroundHandler(logging.Handler):
@@ -15894,11 +15920,13 @@ class BackgroundHandler(logging.Handler):
         self.descriptor = descriptor
         self.max_waiting = max_waiting
         self.lines: SimpleQueue[str] = SimpleQueue()
-        self.added = self.written = 0  # characters
+        self.added = 0  # characters
+        self.written = 0  # likewise
         self.dropped = 0  # lines
         self.thread: Thread | None = None
 
     def emit(self, record: logging.LogRecord) -> None:
+        """Called with each record: leaves its line to the thread."""
         line = self.format(record) + "\n"
         if self.added - self.written > self.max_waiting:
             self.dropped += 1
@@ -15908,19 +15936,21 @@ class BackgroundHandler(logging.Handler):
             self.dropped = 0
         self.added += len(line)
         self.lines.put(line)
-        if (
-            self.thread is None or not self.thread.is_alive()
-        ):  # not yet, or in a process forked from one that had it
+        # Not started yet, or in a process forked from one that had it.
+        if self.thread is None or not self.thread.is_alive():
             self.thread = Thread(target=self.write_lines, daemon=True)
             self.thread.start()
 
     def write_lines(self) -> None:
+        """What the thread does for ever; whatever waits is written at once."""
         lost = 0  # lines, since one was written
         while True:
             text = self.lines.get()
             while not self.lines.empty():
                 text += self.lines.get()
-            notice = self.DROPPED.format(lost) if lost else ""
+            notice = ""
+            if lost:
+                notice = self.DROPPED.format(lost)
             missing = self.write(notice + text).count(b"\n")
             lines = text.count("\n")
             if missing > lines:  # the notice is missing too
@@ -15928,9 +15958,8 @@ class BackgroundHandler(logging.Handler):
             else:
                 lost = missing
             self.written += len(text)
-            time.sleep(
-                0.02
-            )  # seconds; under load, waking for each line would cost more than the line
+            # Under load, waking for each line would cost more than the line.
+            time.sleep(0.02)
 
     def write(self, text: str) -> bytes:
         """Writes a text, however little is taken at a time.
@@ -15963,38 +15992,60 @@ class RepeatFilter:
     def __call__(self, record: logging.LogRecord) -> bool:
         if record.levelno < logging.WARNING:
             return True
-        error = record.exc_info[1] if record.exc_info else None
+        error = None
+        if record.exc_info:
+            _, error, _ = record.exc_info
         if isinstance(error, OSError) and error.errno == errno.EMFILE:
             record.exc_info = None  # asyncio's accept: its traceback says nothing
-        now, words = time.monotonic(), f"{record.getMessage()} {error!r}"
-        self.passed = {known: at for known, at in self.passed.items() if now - at < 60}
-        return self.passed.setdefault(words, now) == now
+        now = time.monotonic()
+        words = f"{record.getMessage()} {error!r}"
+        self.forget(before=now - 60)
+        if words in self.passed:
+            return False
+        self.passed[words] = now
+        return True
+
+    def forget(self, before: float) -> None:
+        for words, passed_at in list(self.passed.items()):
+            if passed_at <= before:
+                del self.passed[words]
 
 
 def set_up_log(settings: Settings) -> None:
     """Log to stderr; in debug mode also what was asked, sent, received and answered."""
-    handler = BackgroundHandler(sys.stderr.fileno()) if sys.stderr else logging.NullHandler()
+    handler: logging.Handler = logging.NullHandler()
+    if sys.stderr:
+        handler = BackgroundHandler(sys.stderr.fileno())
     handler.setFormatter(RedactingFormatter(redactor(settings)))
     handler.addFilter(RepeatFilter())
     for logger in (LOG, logging.getLogger("aiohttp"), logging.getLogger("asyncio")):
-        logger.handlers, logger.propagate = [handler], False  # another handler would not redact
-    LOG.setLevel(logging.DEBUG if settings.debug_mode else logging.INFO)
+        logger.handlers = [handler]
+        logger.propagate = False  # another handler would not redact
+    LOG.setLevel(logging.INFO)
+    if settings.debug_mode:
+        LOG.setLevel(logging.DEBUG)
 
+
+# ======== Server =================================================================================
+# `create_app` puts everything together, and has the routes.
 
 ENV_FILE = Path(__file__).with_name(".env")
 
 
 def environment() -> dict[str, str]:
     """The variables of .env beside this file and those of the process, which win."""
-    try:  # Windows' programs begin a file in UTF-8 with a mark, which would belong to the first name
-        from_file = dotenv_values(ENV_FILE, interpolate=False, encoding="utf-8-sig")
+    # Windows' programs begin a file in UTF-8 with a mark, which would belong to the first name.
+    encoding = "utf-8-sig"
+    try:
+        from_file = dotenv_values(ENV_FILE, interpolate=False, encoding=encoding)
     except UnicodeDecodeError:
         raise SettingsError(
             f"{ENV_FILE} is no text in UTF-8 (PowerShell's > writes UTF-16): save it as UTF-8"
         ) from None
     except OSError as error:
         raise SettingsError(f"{ENV_FILE} cannot be read: {error}") from None
-    return {name: value for name, value in (from_file | os.environ).items() if value is not None}
+    with_values = {name: value for name, value in from_file.items() if value is not None}
+    return {**with_values, **os.environ}
 
 
 def settings_or_exit(flags: Mapping[str, str], status: int = 2) -> Settings:
@@ -16007,7 +16058,9 @@ def settings_or_exit(flags: Mapping[str, str], status: int = 2) -> Settings:
 
 def database_of(settings: Settings, clock: Clock, limits: Limits) -> Database:
     """Not open yet."""
-    url = "memory" if settings.demo else settings.database_url
+    url = settings.database_url
+    if settings.demo:
+        url = "memory"
     return Database(url, clock.unix, limits)
 
 
@@ -16027,8 +16080,121 @@ def database_or_exit(settings: Settings, limits: Limits, clock: Clock, status: i
 
 
 def exit_with_error(reason: object, status: int = 2) -> NoReturn:
+    """End the program with one line on stderr."""
     print(f"ztoapi: {reason}", file=sys.stderr)
     raise SystemExit(status)
+
+
+API_PATTERN = r"/{prefix:/*(?:(?:v1|api/v1|api/paas/v4)/+)*}"  # clients use any of these prefixes
+END_PATTERN = r"{slash:/*}"
+
+
+def create_app(
+    settings: Settings | None = None, limits: Limits | None = None, clock: Clock | None = None
+) -> web.Application:
+    """The server as an aiohttp application.
+
+    Without settings, as process managers call it, it reads the environment.
+    """
+    failed = 2  # the status with which the program ends where it cannot start
+    if settings is None:
+        failed = 3  # at which gunicorn stops; after 2 it would start the worker again, forever
+        settings = settings_or_exit({}, failed)
+        set_up_log(settings)
+    limits = limits or Limits()
+    clock = clock or Clock()
+    database = database_or_exit(settings, limits, clock, failed)
+    limit = settings.max_body_mb * 2**20
+    app = web.Application(middlewares=[log_requests], client_max_size=limit)
+    serve_as_here(app)
+    app[SETTINGS] = settings
+    app[REDACT] = redactor(settings)
+    app[APP_LIMITS] = limits
+    app[IN_FLIGHT] = {}
+    app[CLOCK] = clock
+    app[STATISTICS] = Statistics(time.monotonic(), clock.unix())
+    app[ACCOUNTS] = Accounts(settings.default_key, settings.spend_limit)
+    app[DATABASE] = database
+    app[ORIGIN_REFUSALS] = OnceAMinute()
+    app[TOKEN_SCALE] = TokenScale()
+    app.on_response_prepare.append(add_headers)
+    app.cleanup_ctx.append(connect)
+    app.on_shutdown.append(drain)
+    api_routes(app)
+    app[API_PATTERNS] = [resource.get_info()["pattern"] for resource in app.router.resources()]
+    page_routes(app)
+    return app
+
+
+def api_routes(app: web.Application) -> None:
+    """What clients of the API call."""
+    for path, surface in SURFACES.items():
+        answer = require_key(partial(respond, surface), within_limits)
+        add_api_route(app, "POST", path, answer)
+    for method, path in PASS_THROUGH_ROUTES:
+        add_api_route(app, method, path, require_key(partial(pass_through, path), within_limits))
+    add_api_route(app, "POST", "messages/count_tokens", require_key(count_tokens))
+    add_api_route(app, "GET", "models", require_key(list_models))
+    add_api_route(app, "GET", "models/{id:.*[^/]}", require_key(one_model))
+    add_api_route(app, "POST", "responses/input_tokens", require_key(count_input_tokens))
+    response = r"responses/{id:resp_\w+}"
+    add_api_route(app, "GET", response, require_key(one_response))
+    add_api_route(app, "GET", f"{response}/input_items", require_key(list_input_items))
+    add_api_route(app, "DELETE", response, require_key(delete_response))
+
+
+def add_api_route(app: web.Application, method: str, path: str, handler: Handler) -> None:
+    """A path under any of the API's prefixes, with or without a slash at its end."""
+    add_route(app, method, f"{API_PATTERN}{path}{END_PATTERN}", handler)
+
+
+def page_routes(app: web.Application) -> None:
+    """What people and their programs look at."""
+    add_route(app, "GET", "/health", show_health)
+    add_route(app, "GET", "/", show_index)
+    add_route(app, "GET", "/api/hello", show_index)  # Claude Code's probe
+    add_route(app, "GET", "/docs", show_docs)
+    add_route(app, "GET", "/favicon.ico", show_favicon)
+    add_route(app, "GET", "/metrics", require_key(show_metrics, operator_only))
+    if app[SETTINGS].dashboard_enabled:
+        add_route(app, "GET", "/dashboard", show_dashboard)
+        add_route(app, "GET", "/dashboard/stats", require_key(dashboard_stats))
+        add_route(app, "GET", "/dashboard/history", require_key(dashboard_history))
+        add_route(app, "GET", "/dashboard/keys", require_key(list_keys, operator_only))
+        add_route(app, "POST", "/dashboard/keys", require_key(put_key, operator_only))
+        add_route(app, "DELETE", "/dashboard/keys/{name}", require_key(remove_key, operator_only))
+    if app[SETTINGS].demo:
+        add_route(app, "GET", f"{DEMO_PATH}/models", demo_models)
+        add_route(app, "POST", f"{DEMO_PATH}/chat/completions", demo_chat)
+
+
+def add_route(app: web.Application, method: str, path: str, handler: Handler) -> None:
+    """What can be asked for with GET can be asked for with HEAD."""
+    if method == "GET":
+        app.router.add_route("HEAD", path, handler)
+    app.router.add_route(method, path, handler)
+
+
+async def connect(app: web.Application) -> AsyncIterator[None]:
+    """Opens what lives as long as the app: the session to Z.ai and what uses it."""
+    settings = app[SETTINGS]
+    limits = app[APP_LIMITS]
+    async with new_session(settings, limits) as session:
+        client = ZaiClient(session, settings, limits)
+        app[UPSTREAM] = Upstream(settings, limits, client, app[CLOCK])
+        app[CATALOG] = Catalog(client, app[UPSTREAM].keys, limits.models_ttl)
+        keys_with_plans = settings.zai_keys
+        if settings.demo:
+            keys_with_plans = ()
+        app[PLANS] = PlanQuotas(client, keys_with_plans, limits.plans_ttl)
+        async with app[DATABASE].running(app[ACCOUNTS]):
+            yield
+        asking = (app[CATALOG].asking, app[PLANS].asking)
+        await end_tasks(task for task in asking if task)
+
+
+# ======== Start ==================================================================================
+# `main` reads the flags and listens.
 
 
 def listen(host: str, port: int) -> list[socket.socket]:
@@ -16036,30 +16202,34 @@ def listen(host: str, port: int) -> list[socket.socket]:
 
     Raises OSError.
     """
-    sockets: list[socket.socket] = []
-    for name in ("127.0.0.1", "::1") if host == "localhost" else (host,):
-        family, _, _, _, place = socket.getaddrinfo(
-            name, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
-        )[0]
-        try:
-            dual = name == "::" and socket.has_dualstack_ipv6()
-            sockets.append(
-                socket.create_server((place[0], port), family=family, dualstack_ipv6=dual)
-            )
-        except OSError as error:
-            if not (
-                sockets and error.errno in (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT)
-            ):  # a machine without IPv6
-                raise
-        port = sockets[0].getsockname()[1]
-    return sockets
+    if host != "localhost":
+        return [listen_on(host, port)]
+    first = listen_on("127.0.0.1", port)
+    _, port = first.getsockname()
+    try:
+        return [first, listen_on("::1", port)]
+    except OSError as error:
+        if error.errno not in (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT):
+            first.close()
+            raise
+        return [first]  # a machine without IPv6
+
+
+def listen_on(name: str, port: int) -> socket.socket:
+    """A socket for one name; for "::" it takes IPv4 too, where it can. Raises OSError."""
+    first, *_ = socket.getaddrinfo(name, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+    family, _, _, _, address = first
+    dual = name == "::" and socket.has_dualstack_ipv6()
+    return socket.create_server((address[0], port), family=family, dualstack_ipv6=dual)
 
 
 def cannot_listen(settings: Settings, error: OSError) -> str:
+    """Why the server does not listen, and what helps."""
     if error.errno == errno.EADDRINUSE:
         in_use = f"port {settings.port} on {settings.host} is in use (by another ztoapi?)"
         return f"{in_use}: stop what uses it, or use another --port"
-    return f"HOST={settings.host}, PORT={settings.port} cannot be listened on: {error.strerror or error}"
+    address = f"HOST={settings.host}, PORT={settings.port}"
+    return f"{address} cannot be listened on: {error.strerror or error}"
 
 
 def with_demo(settings: Settings, place: tuple[Any, ...]) -> Settings:
@@ -16067,7 +16237,9 @@ def with_demo(settings: Settings, place: tuple[Any, ...]) -> Settings:
 
     `place` is where the server listens.
     """
-    url, key = origin_of(*place[:2]) + DEMO_PATH, secrets.token_hex(16)
+    host, port, *_ = place
+    url = origin_of(host, port) + DEMO_PATH
+    key = secrets.token_hex(16)
     return replace(settings, demo=True, zai_base_url=url, zai_api_key=(key,))
 
 
@@ -16076,8 +16248,11 @@ ANY_ADDRESS = r"0\.0\.0\.0|::"  # to listen on all of them
 
 def origin_of(host: str, port: int) -> str:
     """Where this machine reaches a server that listens there."""
-    host = re.sub(f"^({ANY_ADDRESS})$", "localhost", host)
-    return f"http://{f'[{host}]' if ':' in host else host}:{port}"
+    if re.fullmatch(ANY_ADDRESS, host):
+        host = "localhost"
+    if ":" in host:
+        host = f"[{host}]"
+    return f"http://{host}:{port}"
 
 
 def origin_for_others(settings: Settings, port: int) -> str:
@@ -16101,9 +16276,12 @@ def own_address() -> str:
 
 
 def banner(settings: Settings, port: int) -> str:
-    demo = "the built-in demo: no model is behind its answers"
-    upstream = demo if settings.demo else ", ".join(settings.zai_base_urls)
-    zai_keys = 0 if settings.demo else len(settings.zai_api_key)
+    """What is said when the server starts."""
+    upstream = ", ".join(settings.zai_base_urls)
+    zai_keys = len(settings.zai_api_key)
+    if settings.demo:
+        upstream = "the built-in demo: no model is behind its answers"
+        zai_keys = 0
     lines = [
         f"ztoapi {__version__}",
         f"  clients   {origin_of(settings.host, port)}/v1",
@@ -16113,24 +16291,30 @@ def banner(settings: Settings, port: int) -> str:
         f"  keys      {len(settings.default_key)} for clients, {zai_keys} for Z.ai",
         f"  database  {database_of(settings, Clock(), Limits()).place}",
     ]
-    if origin_for_others(settings, port) != origin_of(settings.host, port):
-        lines.insert(2, f"  others    {origin_for_others(settings, port)}/v1")
+    for_others = origin_for_others(settings, port)
+    if for_others != origin_of(settings.host, port):
+        lines.insert(2, f"  others    {for_others}/v1")
     if settings.published:
-        lines.append(
-            f"  note      the key for clients is the published {PUBLISHED_KEY}, so only this machine may call"
-        )
-    if not settings.zai_api_key:
-        lines += [
-            "  note      no ZAI_API_KEY yet, so chat answers 503. Get a key: https://z.ai/manage-apikey/apikey-list",
-            f"            put it in {ENV_FILE} as ZAI_API_KEY=…, and start again;",
-            "            or try it without one: python ztoapi.py --demo",
-        ]
+        only_here = f"the key for clients is the published {PUBLISHED_KEY}, so only this machine"
+        lines.append(f"  note      {only_here} may call")
+    if settings.zai_api_key:
+        launch_command = "python ztoapi.py launch claude"
+        if port != Settings.port:
+            launch_command += f" --port {port}"
+        lines.append(f"  agent     {launch_command}    (others: launch --help)")
     else:
-        port_flag = f" --port {port}" if port != Settings.port else ""
-        lines.append(
-            f"  agent     python ztoapi.py launch claude{port_flag}    (others: launch --help)"
-        )
+        lines += [
+            WITHOUT_KEY,
+            f"            put it in {ENV_FILE} as ZAI_API_KEY=…, and start again;",
+        ]
+        lines.append("            or try it without one: python ztoapi.py --demo")
     return "\n".join(lines)
+
+
+WITHOUT_KEY = (
+    "  note      no ZAI_API_KEY yet, so chat answers 503. "
+    "Get a key: https://z.ai/manage-apikey/apikey-list"
+)
 
 
 def say(words: str) -> None:
@@ -16142,10 +16326,26 @@ def say(words: str) -> None:
 
 
 def parse_flags(arguments: list[str]) -> argparse.Namespace:
-    usage = "%(prog)s [options] [launch CLIENT [options] [-- client's arguments] | keys ...]"
-    about = "Z.ai's GLM models behind an OpenAI-compatible API."
+    """The flags. Those of the client that `launch` starts, behind "--", are `arguments`."""
+    parser = flags_parser()
+    ours = arguments
+    clients: list[str] = []
+    if "--" in arguments:
+        end = arguments.index("--")
+        ours = arguments[:end]
+        clients = arguments[end + 1 :]
+    flags = parser.parse_args(ours, argparse.Namespace(arguments=clients))
+    if flags.probe and not flags.check:
+        parser.error("--probe goes with --check")
+    return flags
+
+
+def flags_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        "ztoapi.py", usage=usage, description=about, epilog="Settings: see .env.example."
+        "ztoapi.py",
+        usage="%(prog)s [options] [launch CLIENT [options] [-- client's arguments] | keys ...]",
+        description="Z.ai's GLM models behind an OpenAI-compatible API.",
+        epilog="Settings: see .env.example.",
     )
     way = parser.add_mutually_exclusive_group()
     way.add_argument(
@@ -16161,7 +16361,20 @@ def parse_flags(arguments: list[str]) -> argparse.Namespace:
         action="store_true",
         help="with --check: ask first, then find out what Z.ai's documents leave open",
     )
+    add_address_flags(parser)
+    parser.add_argument("--version", action="version", version=f"ztoapi {__version__}")
     commands = parser.add_subparsers(dest="command", prog="ztoapi.py")
+    add_launch_command(commands)
+    add_keys_command(commands)
+    return parser
+
+
+def add_address_flags(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--host", default=argparse.SUPPRESS, help="address to listen on (HOST)")
+    parser.add_argument("--port", default=argparse.SUPPRESS, help="port to listen on (PORT)")
+
+
+def add_launch_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     starter = commands.add_parser("launch", help="start a client that uses this server")
     starter.add_argument(
         "client", choices=CLIENTS, help="its own arguments follow --: launch claude -- -p hello"
@@ -16177,16 +16390,7 @@ def parse_flags(arguments: list[str]) -> argparse.Namespace:
     starter.add_argument(
         "--show", action="store_true", help="only print the shell lines that start it"
     )
-    for each in (parser, starter):
-        each.add_argument("--host", default=argparse.SUPPRESS, help="address to listen on (HOST)")
-        each.add_argument("--port", default=argparse.SUPPRESS, help="port to listen on (PORT)")
-    parser.add_argument("--version", action="version", version=f"ztoapi {__version__}")
-    add_keys_command(commands)
-    own = list(takewhile("--".__ne__, arguments))
-    flags = parser.parse_args(own, argparse.Namespace(arguments=arguments[len(own) + 1 :]))
-    if flags.probe and not flags.check:
-        parser.error("--probe goes with --check")
-    return flags
+    add_address_flags(starter)
 
 
 def add_keys_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -16213,18 +16417,32 @@ def answer_to(question: str) -> str:
         return ""
 
 
+def settings_given(flags: argparse.Namespace) -> dict[str, str]:
+    """The settings that flags name, as in the environment."""
+    given = {}
+    for name, value in fields_of(vars(flags), "host", "port").items():
+        given[name.upper()] = value
+    return given
+
+
 def new_loop() -> asyncio.AbstractEventLoop:
     """uvloop's where it is installed: it takes less CPU time."""
     with suppress(ImportError):
-        return cast("asyncio.AbstractEventLoop", import_module("uvloop").new_event_loop())
+        uvloop = import_module("uvloop")
+        return cast("asyncio.AbstractEventLoop", uvloop.new_event_loop())
     return asyncio.new_event_loop()
 
 
 def main(arguments: list[str] | None = None) -> None:
-    flags = parse_flags(sys.argv[1:] if arguments is None else arguments)
-    given = {name.upper(): value for name, value in vars(flags).items() if name in ("host", "port")}
+    """Do what the command line says: `check`, `launch`, `keys`, or serve."""
+    if arguments is None:
+        arguments = sys.argv[1:]
+    flags = parse_flags(arguments)
+    given = settings_given(flags)
     if flags.check:
-        answer = answer_to(PROBE_QUESTION) if flags.probe else ""
+        answer = ""
+        if flags.probe:
+            answer = answer_to(PROBE_QUESTION)
         raise SystemExit(asyncio.run(check(given, probe=answer)))
     settings = settings_or_exit(given)
     if flags.command == "launch":
@@ -16237,11 +16455,18 @@ def main(arguments: list[str] | None = None) -> None:
     except OSError as error:
         exit_with_error(cannot_listen(settings, error))
     address = sockets[0].getsockname()
-    settings = with_demo(settings, address) if flags.demo else settings
+    if flags.demo:
+        settings = with_demo(settings, address)
+    serve(settings, sockets)
+
+
+def serve(settings: Settings, sockets: list[socket.socket]) -> None:
+    """Answer requests until a signal comes."""
     set_up_log(settings)
     app = create_app(settings)
     app.on_startup.append(obey_signals)
-    say(banner(settings, address[1]))
+    _, port, *_ = sockets[0].getsockname()
+    say(banner(settings, port))
     gc.collect()
     gc.freeze()  # what exists now stays, so the collector need not check it
     web.run_app(

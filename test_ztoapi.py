@@ -221,8 +221,12 @@ FORWARD = {
     ("Dashboard", "Pages"),
     ("Errors and shutdown", "Demo"),
     ("Server", "Demo"),
-    ("Start", "Commands"),
+    ("Start", "Commands: keys"),
+    ("Start", "Commands: check"),
+    ("Start", "Commands: probe"),
+    ("Start", "Commands: launch"),
     ("Start", "Demo"),
+    ("Commands: check", "Commands: probe"),
 }
 
 

@@ -16481,8 +16481,8 @@ def serve(settings: Settings, sockets: list[socket.socket]) -> None:
     )
 
 
-# ======== Commands ===============================================================================
-# `keys`, `--check` and `launch`.
+# ======== Commands: keys =========================================================================
+# `ztoapi.py keys`: what clients' keys there are, and changes to them, in the database itself.
 
 
 def keys_command(settings: Settings, flags: argparse.Namespace) -> None:
@@ -16520,7 +16520,8 @@ def listed_keys(database: Database, flags: argparse.Namespace) -> str:
 def removed_key(database: Database, flags: argparse.Namespace) -> str:
     """What to say of it. Raises BadRequest and DatabaseError."""
     wanted = wanted_change(flags, day_of(database.unix()))
-    if not database.exists or not database.transact(database.remove_account, wanted.name):
+    was_there = database.exists and database.transact(database.remove_account, wanted.name)
+    if not was_there:
         raise BadRequest(f"There is no key named {wanted.name}.")
     return f"{wanted.name} removed"
 
@@ -16529,22 +16530,32 @@ def wanted_change(flags: argparse.Namespace, today: date) -> KeyChange:
     """What the flags ask for. Raises BadRequest."""
     action = flags.action
     name = parse_key_name(flags.name)
-    given = {limit: getattr(flags, limit) for limit in LIMITS}
-    limits = {limit: words for limit, words in given.items() if words is not None}
+    limits = limits_given(flags)
     if limits and action not in ("add", "change"):
         raise BadRequest(f"{action} takes no limits: use keys change {name}.")
     if flags.new is not None and action != "rename":
         raise BadRequest(f"{action} takes one name.")
     if action == "change" and not limits:
-        raise BadRequest(f"Say what to change: {', '.join(f'--{limit}' for limit in LIMITS)}.")
+        options = ", ".join(f"--{limit}" for limit in LIMITS)
+        raise BadRequest(f"Say what to change: {options}.")
     if action == "rename":
         return KeyChange(name, rename=parse_key_name(flags.new))
     if action == "rotate":
         return KeyChange(name, rotates=True)
     if action in ("pause", "resume"):
         return KeyChange(name, paused=action == "pause")
-    adds: Literal["only", "never"] = "only" if action == "add" else "never"
-    return KeyChange(name, parse_limits(limits, today), adds=adds)
+    if action == "add":
+        return KeyChange(name, parse_limits(limits, today), adds="only")
+    return KeyChange(name, parse_limits(limits, today), adds="never")
+
+
+def limits_given(flags: argparse.Namespace) -> dict[str, str]:
+    limits = {}
+    for limit in LIMITS:
+        words = getattr(flags, limit)
+        if words is not None:
+            limits[limit] = words
+    return limits
 
 
 DONE = {
@@ -16564,20 +16575,10 @@ def tell_changed(settings: Settings, database: Database, flags: argparse.Namespa
     if wanted.adds == "never" and not database.exists:  # which need not make one
         raise BadRequest(f"There is no key named {wanted.name}.")
     key = new_key()
-    account = database.transact(
-        database.change_account, wanted, new_account(wanted.name, key), begin=WRITE
-    )
-    if account.hash == hash_key(key):
-        note(f"the key of {account.name}, which is shown only now:")
-        print(key, flush=True)
-        note(f"to send along, the base URL: {origin_for_others(settings, settings.port)}/v1")
-        note(f"it is in the database {database.place}; a running server knows it within 5 seconds")
-        warn_of_other_database(settings, database)
-        if settings.published:
-            note(
-                f"nobody else can reach this server yet: DEFAULT_KEY is the published {PUBLISHED_KEY}. "
-                "Set DEFAULT_KEY to a key of your own, and HOST=0.0.0.0, and start it again"
-            )
+    new = new_account(wanted.name, key)
+    account = database.transact(database.change_account, wanted, new, begin=WRITE)
+    if account.hash == new.hash:
+        tell_key(settings, database, account.name, key)
     else:
         print(DONE[flags.action].format(wanted.name))
     warning = pattern_warning(wanted.limits.get("models"), MODELS)
@@ -16585,9 +16586,40 @@ def tell_changed(settings: Settings, database: Database, flags: argparse.Namespa
         note(warning)
 
 
+def tell_key(settings: Settings, database: Database, name: str, key: str) -> None:
+    """Show a new key, and say what its owner needs to know."""
+    note(f"the key of {name}, which is shown only now:")
+    print(key, flush=True)
+    note(f"to send along, the base URL: {origin_for_others(settings, settings.port)}/v1")
+    note(f"it is in the database {database.place}; a running server knows it within 5 seconds")
+    warn_of_other_database(settings, database)
+    if settings.published:
+        note(
+            "nobody else can reach this server yet: DEFAULT_KEY is the published "
+            f"{PUBLISHED_KEY}. Set DEFAULT_KEY to a key of your own, and HOST=0.0.0.0, and start "
+            "it again"
+        )
+
+
 def note(words: str) -> None:
     """For people, beside what scripts read on stdout."""
     print(f"ztoapi: {words}", file=sys.stderr, flush=True)
+
+
+def ztoapi_at(origin: str, key: str = "") -> JSON:
+    """What the ztoapi there says of itself, to who has the key more; {} where there is none.
+
+    Ask without the key first: nothing else may get it.
+    """
+    opener = build_opener(ProxyHandler({}))
+    if key:
+        opener.addheaders = [("x-api-key", key)]
+    with suppress(OSError, ValueError, HTTPException):
+        answer = opener.open(f"{origin}/health", timeout=5)
+        reply = as_object(json.loads(answer.read(9999)))
+        if reply.get("name") == "ztoapi":
+            return reply
+    return {}
 
 
 def warn_of_other_database(settings: Settings, database: Database) -> None:
@@ -16603,49 +16635,66 @@ def warn_of_other_database(settings: Settings, database: Database) -> None:
         note(f"the ztoapi at {origin} takes another DEFAULT_KEY: it may have another database")
     elif about["database"] != database.transact(database.identify):
         note(
-            f"WARNING: the ztoapi that runs at {origin} uses ANOTHER DATABASE, so it does not know this key. "
-            "Give both the same DATABASE_URL"
+            f"WARNING: the ztoapi that runs at {origin} uses ANOTHER DATABASE, so it does not know "
+            "this key. Give both the same DATABASE_URL"
         )
 
 
 def key_table(items: Iterable[JSON]) -> str:
     """For people, in columns."""
     rows = [KEY_COLUMNS, *map(key_row, items)]
-    widths = [max(map(shown_width, column)) for column in zip(*rows, strict=True)]
+    widths = [0] * len(KEY_COLUMNS)
+    for row in rows:
+        for column, cell in enumerate(row):
+            widths[column] = max(widths[column], shown_width(cell))
     lines = []
     for row in rows:
-        cells = [
-            cell + " " * (width - shown_width(cell))
-            for cell, width in zip(row, widths, strict=True)
-        ]
+        cells = []
+        for cell, width in zip(row, widths, strict=True):
+            padding = width - shown_width(cell)
+            cells.append(cell + " " * padding)
         lines.append("  ".join(cells).rstrip())
     return "\n".join(lines)
 
 
+# `used` is the tokens of the present period, `in all` those since ever.
 KEY_COLUMNS = (
-    *("name", "state", *LIMITS),
-    *("requests", "used", "in all", "cost", "last used"),
+    "name",
+    "state",
+    *LIMITS,
+    "requests",
+    "used",
+    "in all",
+    "cost",
+    "last used",
 )
 
 
 def key_row(item: JSON) -> tuple[str, ...]:
-    """Figures of use.
-
-    `used` is the tokens of the present period, `in all` those since ever, cost US dollars at list
-    price.
-    """
+    """What stands in the columns of one key."""
     state = "-"
     if item["paused"]:
         state = "paused"
     elif item["expired"]:
         state = "expired"
-    limits = ["-" if item[limit] is None else str(item[limit]) for limit in LIMITS]
+    limits = []
+    for limit in LIMITS:
+        words = item[limit]
+        limits.append("-" if words is None else str(words))
     last_used = "never"
     if item["last_used"] is not None:
         moment = datetime.fromtimestamp(item["last_used"], timezone.utc)
         last_used = moment.strftime("%Y-%m-%d %H:%M UTC")
-    used = (str(item["requests"]), f"{item['used_tokens']:,}", f"{item['total_tokens']:,}")
-    return (item["name"], state, *limits, *used, f"${item['cost']:.4f}", last_used)
+    return (
+        item["name"],
+        state,
+        *limits,
+        str(item["requests"]),
+        f"{item['used_tokens']:,}",
+        f"{item['total_tokens']:,}",
+        f"${item['cost']:.4f}",
+        last_used,
+    )
 
 
 def shown_width(text: str) -> int:
@@ -16655,9 +16704,17 @@ def shown_width(text: str) -> int:
     """
     width = 0
     for character in text:
-        if unicodedata.category(character) not in ("Mn", "Me", "Cf"):
-            width += 2 if unicodedata.east_asian_width(character) in "WF" else 1
+        if unicodedata.category(character) in ("Mn", "Me", "Cf"):
+            continue
+        if unicodedata.east_asian_width(character) in "WF":
+            width += 2
+        else:
+            width += 1
     return width
+
+
+# ======== Commands: check ========================================================================
+# `ztoapi.py --check`: what is configured, whether it works, and what to do where it does not.
 
 
 @dataclass(frozen=True)
@@ -16708,6 +16765,7 @@ class Doctor:
                 yield await self.check_paid(number, key, chat)
 
     async def check_key(self, number: int, key: ZaiKey) -> Finding:
+        """Whether Z.ai takes a key: "Z.ai" instead of "key" where that does not show."""
         what = f"key {number}"
         try:
             models = await self.client.list_models(key)
@@ -16725,12 +16783,12 @@ class Doctor:
         """
         if key.base_url not in self.bases.values():
             return ""
+        others = {name: url for name, url in self.bases.items() if url != key.base_url}
         found = []
-        for name, url in self.bases.items():
-            if url != key.base_url:
-                with suppress(UpstreamError):
-                    await self.client.list_models(ZaiKey(key.secret, url))
-                    found.append(f"KEY@{name} ({url})")
+        for name, url in others.items():
+            with suppress(UpstreamError):
+                await self.client.list_models(ZaiKey(key.secret, url))
+                found.append(f"KEY@{name} ({url})")
         if not found:
             return " None of Z.ai's other addresses takes it either."
         return f" Another address takes it: set ZAI_API_KEY to {' or '.join(found)}."
@@ -16755,10 +16813,12 @@ class Doctor:
         try:
             await self.word_from(self.alone(key.secret, key.base_url), PAID_MODEL)
         except ProxyError as error:
-            if error.kind == NO_BALANCE:
-                level: Literal["warning", "bad"] = "warning" if chat.level == "good" else "bad"
-                return Finding(what, await self.why_no_balance(key), level)
-            return Finding(what, f"{PAID_MODEL}: {error}", "warning")
+            if error.kind != NO_BALANCE:
+                return Finding(what, f"{PAID_MODEL}: {error}", "warning")
+            words = await self.why_no_balance(key)
+            if chat.level == "good":
+                return Finding(what, words, "warning")
+            return Finding(what, words, "bad")
         return Finding(what, f"{PAID_MODEL} answers, so paid models do")
 
     async def why_no_balance(self, key: ZaiKey) -> str:
@@ -16787,16 +16847,16 @@ class Doctor:
         plan = make_plan(prompt, patient, Account(""), "check")
         async with upstream.open(plan) as stream:
             answer = Answer(await stream.read())
-        text = " ".join(answer.choices[0].text.split())[:40]
-        return stream.info.model, text
+        words = answer.choices[0].text.split()
+        return stream.info.model, " ".join(words)[:40]
 
 
 CHECK_WAIT = 10  # seconds for which a refusal for load is waited out
 EMPTY_ACCOUNT = (
     "the account has neither a plan nor a balance: only free models answer (z.ai/manage-apikey)"
 )
-# What a key is that has no balance where it is sent, while its account answers at the site's other
-# address.
+# What to say of a key without a balance where it is sent, whose account answers at the site's
+# other address.
 AT_GENERAL = (
     "this is the key of a Coding Plan at the general address, where only free models answer it"
 )
@@ -16814,23 +16874,26 @@ async def check_plan(client: ZaiClient, what: str, key: ZaiKey) -> AsyncIterator
 
     There is none where there is no plan, and where Z.ai does not say.
     """
-    for limit in (await client.plan_quota(key))["limits"]:
+    quota = await client.plan_quota(key)
+    for limit in quota["limits"]:
         left = 100 - min(100, limit["percentage"])
-        bar = f"{'█' * round(left / 10):░<10}"
-        reset = (
-            f", resets {datetime.fromtimestamp(at, timezone.utc):%F %R} UTC"
-            if (at := limit["resets_at"])
-            else ""
-        )
-        yield Finding(what, f"{bar} {left:.0f} % left of {limit['window']}{reset}")
+        filled = round(left / 10)
+        bar = ("█" * filled).ljust(10, "░")
+        words = f"{bar} {left:.0f} % left of {limit['window']}"
+        if limit["resets_at"]:
+            moment = datetime.fromtimestamp(limit["resets_at"], timezone.utc)
+            words += f", resets {moment:%F %R} UTC"
+        yield Finding(what, words)
 
 
 def check_port(settings: Settings) -> Finding:
+    """Whether the server can listen, or does already."""
     try:
         for taken in listen(settings.host, settings.port):
             taken.close()
     except OSError as error:
-        if error.errno == errno.EADDRINUSE and ztoapi_at(origin_of(settings.host, settings.port)):
+        origin = origin_of(settings.host, settings.port)
+        if error.errno == errno.EADDRINUSE and ztoapi_at(origin):
             return Finding("port", f"a ztoapi serves {settings.port} on {settings.host}")
         return Finding("port", cannot_listen(settings, error), "bad")
     return Finding("port", f"{settings.port} on {settings.host} is free")
@@ -16854,19 +16917,21 @@ def check_database(settings: Settings) -> Finding:
 
 
 def check_clients() -> Finding:
-    found = [
-        f"python ztoapi.py launch {name}"
-        for name in CLIENTS
-        if shutil.which(CLIENTS[name].arguments[0])
-    ]
-    nothing = "none is installed; python ztoapi.py launch --help lists them"
-    return Finding("clients", ", ".join(found) or nothing)
+    """How to start the clients that are installed."""
+    found = []
+    for name, client in CLIENTS.items():
+        program = client.arguments[0]
+        if shutil.which(program):
+            found.append(f"python ztoapi.py launch {name}")
+    if not found:
+        return Finding("clients", "none is installed; python ztoapi.py launch --help lists them")
+    return Finding("clients", ", ".join(found))
 
 
-# Not settings of the server: `launch` uses another with them.
+# Not settings of the server: `launch` uses another server with them.
 LAUNCH_VARIABLES = ("ZTOAPI_URL", "ZTOAPI_KEY")
-# What a variable that is none of ours may have been meant to be; lower, and HOSTNAME would be
-# taken for HOST.
+# How much a variable must be like a setting to be taken for it misspelt; below this, HOSTNAME would
+# be taken for HOST.
 LIKENESS = 0.72
 
 
@@ -16881,9 +16946,14 @@ def misspelt(names: Iterable[str]) -> Iterator[Finding]:
 
 def local_findings(settings: Settings, names: Iterable[str]) -> Iterator[Finding]:
     """What can be said without Z.ai; `names` are those of all variables."""
-    source = str(ENV_FILE) if ENV_FILE.exists() else f"no {ENV_FILE}"
-    keys = "1 key" if len(settings.zai_api_key) == 1 else f"{len(settings.zai_api_key)} keys"
-    yield Finding("settings", f"{', '.join(settings.zai_base_urls)}, {keys} for Z.ai ({source})")
+    source = f"no {ENV_FILE}"
+    if ENV_FILE.exists():
+        source = str(ENV_FILE)
+    keys = f"{len(settings.zai_api_key)} keys"
+    if len(settings.zai_api_key) == 1:
+        keys = "1 key"
+    addresses = ", ".join(settings.zai_base_urls)
+    yield Finding("settings", f"{addresses}, {keys} for Z.ai ({source})")
     yield from misspelt(names)
     yield check_port(settings)
     yield check_database(settings)
@@ -16905,8 +16975,9 @@ async def check(
         return 1
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a terminal without ✓ must not hide the rest
-    redact, status = redactor(settings), 0
+    redact = redactor(settings)
     limits = Limits()
+    status = 0
     async with new_session(settings, limits) as session:
         doctor = Doctor(settings, ZaiClient(session, settings, limits), bases)
         local = await asyncio.to_thread(list, local_findings(settings, variables))
@@ -16929,10 +17000,17 @@ async def chain_findings(
         yield finding
 
 
-PROBE_QUESTION = """\
---probe sends about a dozen small requests to Z.ai with your own key, to find out what its documents leave open.
-They cost less than a cent. What comes back is a table without secrets, to paste into an issue.
-Type yes to send them: """
+# ======== Commands: probe ========================================================================
+# `ztoapi.py --check --probe` finds out, with an operator's own key, what Z.ai's documents leave
+# open.
+
+PROBE_QUESTION = (
+    "--probe sends about a dozen small requests to Z.ai with your own key, to find out what its "
+    "documents leave open.\n"
+    "They cost less than a cent. What comes back is a table without secrets, to paste into an "
+    "issue.\n"
+    "Type yes to send them: "
+)
 PROBE_TIMEOUT = 60  # seconds
 
 
@@ -16957,8 +17035,8 @@ class RawReply(NamedTuple):
     def frames(self) -> list[JSON]:
         """Of a streamed answer."""
         decoder = SSEDecoder()
-        data = [*decoder.feed(self.body), *decoder.close()]
-        return [as_object(parse_json(frame)) for frame in data if frame != b"[DONE]"]
+        sent = (*decoder.feed(self.body), *decoder.close())
+        return [as_object(parse_json(data)) for data in sent if data != b"[DONE]"]
 
 
 @dataclass(frozen=True)
@@ -16986,9 +17064,8 @@ def fields_told(reply: RawReply) -> str:
 
 
 def limit_headers(reply: RawReply) -> str:
-    names = [
-        name for name in reply.headers if name.lower().startswith(("retry-after", "x-ratelimit"))
-    ]
+    prefixes = ("retry-after", "x-ratelimit")
+    names = [name for name in reply.headers if name.lower().startswith(prefixes)]
     return ", ".join(names) or "none of them"
 
 
@@ -16998,9 +17075,14 @@ def comments_counted(reply: RawReply) -> str:
 
 
 def usage_counted(reply: RawReply) -> str:
-    with_usage = [frame for frame in reply.frames if frame.get("usage")]
-    bare = [frame for frame in with_usage if not frame.get("choices")]
-    return f"{len(with_usage)} frames with usage, {len(bare)} of them without choices"
+    with_usage = 0
+    bare = 0
+    for frame in reply.frames:
+        if frame.get("usage"):
+            with_usage += 1
+            if not frame.get("choices"):
+                bare += 1
+    return f"{with_usage} frames with usage, {bare} of them without choices"
 
 
 def embedding_type(reply: RawReply) -> str:
@@ -17024,50 +17106,56 @@ SQUARE = (
 )
 
 
+HI = ({"role": "user", "content": "Hi"},)
+CALL_CLOCK = ({"role": "user", "content": "Call clock."},)
+COUNT = ({"role": "user", "content": "Count: 1 2 3 4 5"},)
+REMEMBER = (
+    {"role": "user", "content": "Think of a number."},
+    {"role": "assistant", "reasoning_content": "I take 7341.", "content": "I have one."},
+    {"role": "user", "content": "Which number was it? Answer with it alone."},
+)
+LOOK = (
+    {
+        "role": "user",
+        "content": [
+            {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{SQUARE}"}},
+            {"type": "text", "text": "Which colour is it?"},
+        ],
+    },
+)
+EMBED = {"model": "embedding-3", "input": "hi", "encoding_format": "base64"}
+
+
 def probes(model: str, seeing: str) -> list[Probe]:
     """The open points; what cannot be provoked, or would cost much, is not among them."""
+    counting = {"model": model, "messages": HI}
+    tools = [CLOCK_TOOL]
+    with_usage = {"include_usage": True}
 
-    def chat(words: str, **more: Any) -> JSON:
-        message = {"role": "user", "content": words}
-        return {"model": model, "messages": [message], "max_tokens": 64, **OFF, **more}
+    def chat(
+        question: str,
+        read: Callable[[RawReply], str],
+        messages: Sequence[JSON] = HI,
+        **more: Any,
+    ) -> Probe:
+        body = {"model": model, "messages": messages, "max_tokens": 64}
+        off = {"type": "disabled"}
+        return Probe(question, "chat/completions", {**body, "thinking": off, **more}, read)
 
-    tool: JSON = {"tools": [CLOCK_TOOL]}
-    remembered = [
-        {"role": "user", "content": "Think of a number."},
-        {"role": "assistant", "reasoning_content": "I take 7341.", "content": "I have one."},
-        {"role": "user", "content": "Which number was it? Answer with it alone."},
-    ]
-    image = {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{SQUARE}"}}
-    look = {"role": "user", "content": [image, {"type": "text", "text": "Which colour is it?"}]}
-    counting: JSON = {"model": model, "messages": [{"role": "user", "content": "hi"}]}
-    path = "chat/completions"
     return [
-        Probe("tool_choice required", path, chat("Hi", tool_choice="required", **tool), called),
-        Probe("tool_choice none", path, chat("Call clock.", tool_choice="none", **tool), called),
-        Probe("tool_choice named", path, chat("Hi", tool_choice=NAMED_CLOCK, **tool), called),
+        chat("tool_choice required", called, tool_choice="required", tools=tools),
+        chat("tool_choice none", called, CALL_CLOCK, tool_choice="none", tools=tools),
+        chat("tool_choice named", called, tool_choice=NAMED_CLOCK, tools=tools),
         Probe("count_tokens", "/api/anthropic/v1/messages/count_tokens", counting, fields_told),
         Probe("Responses API", "/api/v1/responses", {"model": model, "input": "hi"}, fields_told),
-        Probe("limits in headers", path, chat("Hi"), limit_headers),
-        Probe("image as data: URL", path, chat("", model=seeing, messages=[look]), said),
-        Probe("reasoning sent back is read (7341)", path, chat("", messages=remembered), said),
-        Probe("stop as a text", path, chat("Count: 1 2 3 4 5", stop="3"), said),
-        Probe("comments in a stream", path, chat("Hi", stream=True), comments_counted),
-        Probe(
-            "stream_options",
-            path,
-            chat("Hi", stream=True, stream_options={"include_usage": True}),
-            usage_counted,
-        ),
-        Probe(
-            "base64 embeddings",
-            "embeddings",
-            {"model": "embedding-3", "input": "hi", "encoding_format": "base64"},
-            embedding_type,
-        ),
+        chat("limits in headers", limit_headers),
+        chat("image as data: URL", said, LOOK, model=seeing),
+        chat("reasoning sent back is read (7341)", said, REMEMBER),
+        chat("stop as a text", said, COUNT, stop="3"),
+        chat("comments in a stream", comments_counted, stream=True),
+        chat("stream_options", usage_counted, stream=True, stream_options=with_usage),
+        Probe("base64 embeddings", "embeddings", EMBED, embedding_type),
     ]
-
-
-OFF: JSON = {"thinking": {"type": "disabled"}}
 
 
 async def probed(doctor: Doctor) -> AsyncIterator[str]:
@@ -17083,21 +17171,25 @@ async def probed(doctor: Doctor) -> AsyncIterator[str]:
 
 
 async def probe_words(client: ZaiClient, key: ZaiKey, probe: Probe) -> str:
+    """What Z.ai answered to a probe, in a few words."""
     url = urljoin(f"{key.base_url}/", probe.path)
+    how: JSON = {
+        "data": encode_request(probe.body),
+        "headers": {"Authorization": f"Bearer {key.secret}", "Content-Type": "application/json"},
+        "proxy": client.proxy(url),
+        "allow_redirects": False,
+        "timeout": aiohttp.ClientTimeout(total=PROBE_TIMEOUT),
+    }
     try:
-        async with client.session.post(
-            url,
-            data=encode_request(probe.body),
-            headers={"Authorization": f"Bearer {key.secret}", "Content-Type": "application/json"},
-            proxy=client.proxy(url),
-            allow_redirects=False,
-            timeout=aiohttp.ClientTimeout(total=PROBE_TIMEOUT),
-        ) as response:
+        async with client.session.post(url, **how) as response:
             body = await read_up_to(GET_LIMIT, response.content)
             reply = RawReply(response.status, response.headers, body)
     except (aiohttp.ClientError, asyncio.TimeoutError, ValueError) as error:
         return printable_line(f"no answer: {connection_error(error)}")
-    refusal = refusal_in(body) if reply.status < 400 else zai_error(reply.status, body)
+    if reply.status >= 400:
+        refusal: UpstreamError | None = zai_error(reply.status, body)
+    else:
+        refusal = refusal_in(body)
     if refusal is not None:
         return printable_line(f"{reply.status}: {refusal.detail}")
     return printable_line(f"{reply.status}: {probe.read(reply)}")
@@ -17105,21 +17197,28 @@ async def probe_words(client: ZaiClient, key: ZaiKey, probe: Probe) -> str:
 
 def printable_line(words: str) -> str:
     """One cell of a table."""
-    return " ".join(words.replace("|", "/").split())[:200]
+    parts = words.replace("|", "/").split()
+    return " ".join(parts)[:200]
 
+
+# ======== Commands: launch =======================================================================
+# `ztoapi.py launch CLIENT` starts a client with this server as its API, in a folder and with
+# variables of its own, so that what the user has set up for it stays as it is.
 
 # What a client does not inherit, besides this server's settings: what else would choose its
 # account, address or configuration, and our keys.
 NOT_INHERITED = (
-    *(
-        "ANTHROPIC_",
-        "CLAUDE_CODE_USE_",
-        "CLAUDE_CODE_OAUTH_",
-        "OPENAI_",
-        "CODEX_API_KEY",
-        "COPILOT_PROVIDER_",
-    ),
-    *("OPENCODE_CONFIG", "KILO_CONFIG", "GPTME_OPENAI_", "ZAI_", "ZTOAPI_"),
+    "ANTHROPIC_",
+    "CLAUDE_CODE_USE_",
+    "CLAUDE_CODE_OAUTH_",
+    "OPENAI_",
+    "CODEX_API_KEY",
+    "COPILOT_PROVIDER_",
+    "OPENCODE_CONFIG",
+    "KILO_CONFIG",
+    "GPTME_OPENAI_",
+    "ZAI_",
+    "ZTOAPI_",
 )
 
 
@@ -17133,6 +17232,7 @@ class LaunchServer:
     health: JSON  # what it says of itself; {} where it is still to be started
 
     def words(self) -> dict[str, object]:
+        """What a client's files and variables say of the server."""
         return client_words(self.origin, self.key, self.model)
 
 
@@ -17145,24 +17245,23 @@ def launch(settings: Settings, flags: argparse.Namespace) -> int:
     if flags.show:
         print(shown_client(client, launch_server(settings, flags), flags))
         return 0
-    missing = f"{flags.client} is not installed: {client.install}"
-    program = shutil.which(client.arguments[0]) or exit_with_error(missing, 127)
+    program = shutil.which(client.arguments[0])
+    if program is None:
+        exit_with_error(f"{flags.client} is not installed: {client.install}", 127)
     server = launch_server(settings, flags)
     tell_of_launch(server, flags)
-    for number in (
-        signal.SIGINT,
-        signal.SIGTERM,
-        getattr(signal, "SIGHUP", signal.SIGTERM),
-    ):  # Windows has no SIGHUP
-        signal.signal(number, exit_on_signal)
+    for name in ("SIGINT", "SIGTERM", "SIGHUP"):
+        if hasattr(signal, name):  # Windows has no SIGHUP
+            signal.signal(getattr(signal, name), exit_on_signal)
     with ExitStack() as stack:
         if not server.health:
-            stack.enter_context(own_server(settings, server.origin, ["--demo"] * flags.demo))
+            stack.enter_context(own_server(settings, server.origin, flags))
         folder = stack.enter_context(folder_of_launch(flags))
         filled = client.filled({**server.words(), "dir": folder})
-        for name, text in filled.files.items():
-            write_client_file(Path(folder, name), text)
-        return run([program, *filled.arguments[1:], *flags.arguments], filled.variables)
+        for file, text in filled.files.items():
+            write_client_file(Path(folder, file), text)
+        _, *arguments = filled.arguments
+        return run([program, *arguments, *flags.arguments], filled.variables)
 
 
 def shown_client(client: Client, server: LaunchServer, flags: argparse.Namespace) -> str:
@@ -17179,8 +17278,8 @@ def tell_of_launch(server: LaunchServer, flags: argparse.Namespace) -> None:
     print(f"ztoapi: {chosen}; --model NAME for another", file=sys.stderr)
     if flags.keep:
         return
-    given = {argument.partition("=")[0] for argument in flags.arguments}
-    if given & RESUMING.get(flags.client, set()):
+    resuming = RESUMING.get(flags.client, set())
+    if any(argument.partition("=")[0] in resuming for argument in flags.arguments):
         reason = "sessions end with a launch, so there is nothing to resume"
         print(f"ztoapi: {reason}; launch {flags.client} --keep keeps them", file=sys.stderr)
 
@@ -17254,7 +17353,7 @@ def server_elsewhere(url: str, flags: argparse.Namespace) -> LaunchServer:
     health: JSON = {}
     if flags.show:  # which needs no server
         with suppress(OSError, HTTPException, ValueError):
-            health = get_json(f"{origin}/health")[2]
+            _, _, health = get_json(f"{origin}/health")
     else:
         health = health_elsewhere(origin)
     name = flags.model or health.get("model") or "glm-4.7-flash"
@@ -17286,9 +17385,9 @@ def model_elsewhere(server: LaunchServer, flags: argparse.Namespace) -> Model:
 
     Exits with one line where the key is refused.
     """
-    known, path = server.model, f"{server.origin}/v1/models"
+    known = server.model
     try:
-        status, _, reply = get_json(f"{path}/{quote(known.id)}", server.key)
+        status, _, reply = get_json(f"{server.origin}/v1/models/{quote(known.id)}", server.key)
     except (OSError, HTTPException, ValueError) as error:
         exit_with_error(f"{server.origin} cannot be reached: {getattr(error, 'reason', error)}")
     if status in (401, 403):
@@ -17298,19 +17397,22 @@ def model_elsewhere(server: LaunchServer, flags: argparse.Namespace) -> Model:
         exit_with_error(f"the key is not for {known.id}: choose another with --model")
     if status != 200:
         return known
-    input_types = as_object(reply.get("architecture")).get("input_modalities")
+    architecture = as_object(reply.get("architecture"))
+    input_types = architecture.get("input_modalities")
+    vision = known.vision
+    if isinstance(input_types, list):
+        vision = "image" in input_types
     return replace(
         known,
         context=reply.get("context_length", known.context),
         output=reply.get("max_output_tokens", known.output),
-        vision="image" in input_types if isinstance(input_types, list) else known.vision,
+        vision=vision,
     )
 
 
 def one_line(words: str) -> str:
     """What another server says, made safe for the terminal."""
-    line = "".join(character for character in words if character.isprintable())
-    return truncated(line)
+    return truncated("".join(filter(str.isprintable, words)))
 
 
 class NoRedirects(HTTPRedirectHandler):
@@ -17338,7 +17440,8 @@ def get_json(url: str, key: str = "") -> tuple[int, Mapping[str, str], JSON]:
     except HTTPError as error:
         answer = error
     with answer:
-        return answer.status, answer.headers, as_object(parse_json(answer.read(2**20)))
+        document = parse_json(answer.read(2**20))
+        return answer.status, answer.headers, as_object(document)
 
 
 def folder_of_launch(flags: argparse.Namespace) -> AbstractContextManager[str]:
@@ -17444,33 +17547,15 @@ def exit_on_signal(number: int, _: object) -> NoReturn:
     raise SystemExit(128 + number)
 
 
-def ztoapi_at(origin: str, key: str = "") -> JSON:
-    """What the ztoapi there says of itself, to who has the key more; {} where there is none.
-
-    Ask without the key first: nothing else may get it.
-    """
-    opener = build_opener(ProxyHandler({}))
-    if key:
-        opener.addheaders = [("x-api-key", key)]
-    with suppress(OSError, ValueError, HTTPException):
-        answer = opener.open(f"{origin}/health", timeout=5).read(9999)
-        reply = as_object(json.loads(answer))
-        return reply if reply.get("name") == "ztoapi" else {}
-    return {}
-
-
 @contextmanager
-def own_server(settings: Settings, origin: str, flags: list[str]) -> Iterator[None]:
+def own_server(settings: Settings, origin: str, flags: argparse.Namespace) -> Iterator[None]:
     """A server in a process of its own while the block runs. Its log is kept only if it failed."""
-    if not settings.zai_api_key and not flags:
+    if not settings.zai_api_key and not flags.demo:
         exit_with_error(ZAI_API_KEY_MISSING.message)
-    command = [
-        sys.executable,
-        __file__,
-        f"--host={settings.host}",
-        f"--port={settings.port}",
-        *flags,
-    ]
+    address = [f"--host={settings.host}", f"--port={settings.port}"]
+    command = [sys.executable, __file__, *address]
+    if flags.demo:
+        command.append("--demo")
     with tempfile.NamedTemporaryFile(prefix="ztoapi-", suffix=".log", delete=False) as log:
         # In a session of its own, so that it does not get the terminal's Ctrl-C.
         server = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
@@ -17478,29 +17563,29 @@ def own_server(settings: Settings, origin: str, flags: list[str]) -> Iterator[No
     try:
         while server.poll() is None and not ztoapi_at(origin):
             time.sleep(0.05)
-        yield (
-            None
-            if server.poll() is None
-            else exit_with_error(Path(log.name).read_text().partition(": ")[2].strip())
-        )
+        if server.poll() is not None:
+            _, _, reason = Path(log.name).read_text().partition(": ")
+            exit_with_error(reason.strip())
+        yield
     finally:
         server.terminate()
         if server.wait() == 0:
             Path(log.name).unlink()
 
 
+def is_inherited(name: str) -> bool:
+    """Whether a client gets a variable as the user has it."""
+    if name.startswith(NOT_INHERITED):
+        return False
+    return all(name != setting.name.upper() for setting in fields(Settings))
+
+
 def run(command: list[str], variables: dict[str, str]) -> int:
     """Runs a client. Returns its exit status: 128 plus the signal's number if a signal ended it."""
-    settings = {setting.name.upper() for setting in fields(Settings)}
-    inherited = {
-        name: value
-        for name, value in os.environ.items()
-        if name not in settings and not name.startswith(NOT_INHERITED)
-    }
-    signal.signal(
-        signal.SIGINT, lambda *_: None
-    )  # the client gets Ctrl-C too, and decides what it means
-    with subprocess.Popen(command, env=inherited | variables) as process:
+    inherited = {name: value for name, value in os.environ.items() if is_inherited(name)}
+    # The client gets Ctrl-C too, and decides what it means.
+    signal.signal(signal.SIGINT, lambda *_: None)
+    with subprocess.Popen(command, env={**inherited, **variables}) as process:
         try:
             status = process.wait()
         finally:
@@ -17508,49 +17593,56 @@ def run(command: list[str], variables: dict[str, str]) -> int:
             with suppress(subprocess.TimeoutExpired):
                 process.wait(3)
             process.kill()
-    return status if status >= 0 else 128 - status
+    if status < 0:
+        return 128 - status
+    return status
 
 
 # ======== Demo ===================================================================================
 # A small stand-in for Z.ai on this server, in Z.ai's wire format, for users who have no key yet.
 
 DEMO_PATH = "/demo/api/paas/v4"
-UNLOGGED_PATHS = (
-    DEMO_PATH,
-    "/dashboard/stats",
-    "/dashboard/history",
-)  # often requested by the program itself and its pages
+# Often requested by the program itself and its pages.
+UNLOGGED_PATHS = (DEMO_PATH, "/dashboard/stats", "/dashboard/history")
 
 
 async def demo_models(_: web.Request) -> web.Response:
+    """As Z.ai lists its models."""
     models = [{"id": model, "object": "model", "owned_by": "z-ai"} for model in MODELS]
     return json_response({"object": "list", "data": models})
 
 
 async def demo_chat(request: web.Request) -> web.StreamResponse:
     """Always a stream, which serves a whole answer as well."""
-    if request.headers.get("Authorization") != f"Bearer {request.app[SETTINGS].zai_api_key[0]}":
-        return json_response({"error": {"code": "1000", "message": "Authentication Failed"}}, 401)
+    key, *_ = request.app[SETTINGS].zai_api_key
+    if request.headers.get("Authorization") != f"Bearer {key}":
+        return demo_refusal(401, "1000", "Authentication Failed")
     body = await request.json()
     if body["model"] not in MODELS:
-        return json_response(
-            {"error": {"code": "1211", "message": "Unknown Model, please check the model code."}},
-            400,
-        )
-    deltas, now = demo_deltas(body), request.app[CLOCK].unix()
+        return demo_refusal(400, "1211", "Unknown Model, please check the model code.")
+    pause = 0.0
+    if body.get("stream"):
+        pause = request.app[APP_LIMITS].demo_pace
+    deltas = demo_deltas(body)
+    now = request.app[CLOCK].unix()
     answer_id = time.strftime("%Y%m%d%H%M%S", time.localtime(now)) + secrets.token_hex(9)
     head = {"id": answer_id, "created": int(now), "model": body["model"]}
     response = web.StreamResponse(headers={"Content-Type": "text/event-stream;charset=UTF-8"})
     await response.prepare(request)
     for delta in deltas:
-        await response.write(
-            sse([head | {"choices": [{"index": 0, "delta": {"role": "assistant", **delta}}]}])
-        )
-        await asyncio.sleep(request.app[APP_LIMITS].demo_pace if body.get("stream") else 0)
-    await response.write(sse([head | demo_last(body, deltas), "[DONE]"]))
+        choice = {"index": 0, "delta": {"role": "assistant", **delta}}
+        await response.write(sse([{**head, "choices": [choice]}]))
+        await asyncio.sleep(pause)
+    last = {**head, **demo_last(body, deltas)}
+    await response.write(sse([last, "[DONE]"]))
     return response
 
 
+def demo_refusal(status: int, code: str, message: str) -> web.Response:
+    return json_response({"error": {"code": code, "message": message}}, status)
+
+
+DEMO_WORDS = "This is the demo of ztoapi; no model is behind it (这是演示,没有真正的模型)."
 REMINDER = re.compile(r"<system-reminder>.*?</system-reminder>", re.DOTALL)
 ASKS_FOR_TOOL = re.compile(r"\b(tools?|call|use)\b|工具|调用", re.IGNORECASE)
 
@@ -17563,11 +17655,13 @@ def demo_deltas(body: JSON) -> list[JSON]:
         thoughts = ("The user wrote ", f"{len(asked)} characters. ", "This is only a demo.")
         deltas += [{"reasoning_content": thought} for thought in thoughts]
     if calls_tool(body, asked):
-        deltas.append({"tool_calls": [demo_call(body["tools"][0].get("function", {}))]})
+        first_tool, *_ = body["tools"]
+        deltas.append({"tool_calls": [demo_call(first_tool.get("function", {}))]})
     elif "response_format" in body:
-        deltas.append({"content": json_text(smallest(asked_schema(body)))})
+        document = smallest(asked_schema(body))
+        deltas.append({"content": json_text(document)})
     else:
-        words = f"This is the demo of ztoapi; no model is behind it (这是演示,没有真正的模型). You wrote: {asked[:200]}"
+        words = f"{DEMO_WORDS} You wrote: {asked[:200]}"
         deltas += [{"content": word} for word in re.findall(r"\s*\S+", words)]
     return deltas[: body.get("max_tokens", len(deltas))]
 
@@ -17581,6 +17675,7 @@ def demo_question(message: JSON) -> str:
 
 
 def demo_part(part: JSON) -> str:
+    """A part of a message in words."""
     if part["type"] == "text":
         return str(part["text"])
     url = part[part["type"]]["url"]
@@ -17593,14 +17688,17 @@ def calls_tool(body: JSON, asked: str) -> bool:
     """Whether the first tool is to be called: it must be, or the user's text asks for one."""
     if not body.get("tools"):
         return False
-    first, last = body["messages"][0], body["messages"][-1]
+    first = body["messages"][0]
+    last = body["messages"][-1]
     if last["role"] != "user":
         return False
-    is_forced = first["role"] == "system" and CALL_ORDER in first["content"]
-    return is_forced or bool(ASKS_FOR_TOOL.search(asked))
+    if first["role"] == "system" and CALL_ORDER in first["content"]:
+        return True
+    return bool(ASKS_FOR_TOOL.search(asked))
 
 
 def demo_call(function: JSON) -> JSON:
+    """A call of a function, with the smallest arguments that it allows."""
     values = smallest({"type": "object", **as_object(function.get("parameters"))})
     called = {"name": function.get("name", "demo"), "arguments": json_text(values)}
     return {
@@ -17615,7 +17713,9 @@ def asked_schema(body: JSON) -> JSON:
     """The JSON Schema in the system message; {"type": "object"} where there is none."""
     _, order, schema = str(body["messages"][0]["content"]).partition(SCHEMA_ORDER)
     found = as_object(parse_json(schema.encode()))
-    return found if order and found else {"type": "object"}
+    if order and found:
+        return found
+    return {"type": "object"}
 
 
 DEEPEST = 30  # schemas inside each other; some require themselves for ever
@@ -17656,6 +17756,7 @@ def definition_at(ref: str, root: JSON) -> JSON:
 
 
 def smallest_of_kind(schema: JSON, root: JSON, depth: int) -> Any:
+    """A value of the schema's `type`; an object where that says nothing."""
     kind = schema.get("type")
     if isinstance(kind, list) and kind:
         kind = kind[0]
@@ -17673,16 +17774,26 @@ def smallest_of_kind(schema: JSON, root: JSON, depth: int) -> Any:
             item = smallest(as_object(schema.get("items")), root, depth)
             return [item] * as_count(schema.get("minItems"))
         case _:
-            properties = as_object(schema.get("properties"))
-            names = [name for name in schema.get("required") or () if isinstance(name, str)]
-            return {name: smallest(as_object(properties.get(name)), root, depth) for name in names}
+            return smallest_object(schema, root, depth)
+
+
+def smallest_object(schema: JSON, root: JSON, depth: int) -> JSON:
+    properties = as_object(schema.get("properties"))
+    fields_required = {}
+    for name in schema.get("required") or ():
+        if isinstance(name, str):
+            fields_required[name] = smallest(as_object(properties.get(name)), root, depth)
+    return fields_required
 
 
 def demo_last(body: JSON, deltas: list[JSON]) -> JSON:
     """The last chunk, with usage; a word counts as a token."""
     prompt = len(re.findall(r"\S+", str(body["messages"])))
-    cut = len(deltas) >= body.get("max_tokens", math.inf)
-    reason = "length" if cut else "tool_calls" if "tool_calls" in deltas[-1] else "stop"
+    reason = "stop"
+    if len(deltas) >= body.get("max_tokens", math.inf):
+        reason = "length"
+    elif "tool_calls" in deltas[-1]:
+        reason = "tool_calls"
     tokens = {
         "prompt_tokens": prompt,
         "completion_tokens": len(deltas),

@@ -14481,6 +14481,7 @@ async def show_health(request: web.Request) -> web.Response:
 
 
 def about(settings: Settings) -> JSON:
+    """What anybody may know of this server."""
     return {"version": __version__, "demo": settings.demo, "zai_key": bool(settings.zai_api_key)}
 
 
@@ -14516,24 +14517,35 @@ async def show_favicon(_: web.Request) -> web.Response:
 
 async def show_docs(request: web.Request) -> web.Response:
     """The page that explains this server, with its client key if that is the published one."""
-    settings, models = request.app[SETTINGS], await named_models(request)
-    shown = ("context", "output", "vision", "free", "thinking", "price")
+    settings = request.app[SETTINGS]
+    models = await named_models(request)
+    key = ""
+    if settings.published:
+        key = PUBLISHED_KEY
     snapshot = {
         **about(settings),
         "model": launch_model(settings).id,
-        "key": PUBLISHED_KEY if settings.published else "",
+        "key": key,
         "dashboard": settings.dashboard_enabled,
         "clients": client_examples(),
-        "models": [
-            {
-                "id": name,
-                **{what: getattr(models[name], what) for what in shown},
-                "words": {word: json_word(to) for word, to in model_words(models[name]).items()},
-            }
-            for name in models
-        ],
+        "models": [documented(name, model) for name, model in models.items()],
     }
     return page_response(DOCS_PAGE, snapshot)
+
+
+def documented(name: str, model: Model) -> JSON:
+    """What the docs show of a model, and how its clients are set up for it."""
+    words = {word: json_word(value) for word, value in model_words(model).items()}
+    return {
+        "id": name,
+        "context": model.context,
+        "output": model.output,
+        "vision": model.vision,
+        "free": model.free,
+        "thinking": model.thinking,
+        "price": model.price,
+        "words": words,
+    }
 
 
 NO_STORE = {"Cache-Control": "no-store"}
@@ -14541,11 +14553,15 @@ NO_STORE = {"Cache-Control": "no-store"}
 
 def page_response(page: Page, snapshot: JSON) -> web.Response:
     """A page with data in it. "<" is escaped, so that the data cannot become a script."""
-    html = page.html.replace("{{DATA}}", json_text(snapshot).replace("<", "\\u003c"))
-    headers = {"Content-Security-Policy": page.policy, "Referrer-Policy": "no-referrer", **NO_STORE}
-    return web.Response(
-        text=html, content_type="text/html", headers=headers | {"X-Content-Type-Options": "nosniff"}
-    )
+    data = json_text(snapshot).replace("<", "\\u003c")
+    html = page.html.replace("{{DATA}}", data)
+    headers = {
+        "Content-Security-Policy": page.policy,
+        "Referrer-Policy": "no-referrer",
+        "X-Content-Type-Options": "nosniff",
+        **NO_STORE,
+    }
+    return web.Response(text=html, content_type="text/html", headers=headers)
 
 
 # ======== Dashboard ==============================================================================
@@ -14629,7 +14645,7 @@ def clock_zero_of(app: web.Application) -> float:
 
 
 def recent_rows(request: web.Request, since: int) -> list[JSON]:
-    """The last requests after the one with the number `since`, as far as the caller may see them."""
+    """The last requests after the one with the number `since` that the caller may see."""
     owner = seen_by(request[ACCOUNT])
     return request.app[STATISTICS].recent_rows(owner, since, clock_zero_of(request.app))
 

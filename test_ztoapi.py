@@ -220,8 +220,13 @@ FORWARD = {
     ("Handlers", "Pages"),
     ("Dashboard", "Pages"),
     ("Errors and shutdown", "Demo"),
-    ("Server", "Commands"),
     ("Server", "Demo"),
+    ("Start", "Commands: keys"),
+    ("Start", "Commands: check"),
+    ("Start", "Commands: probe"),
+    ("Start", "Commands: launch"),
+    ("Start", "Demo"),
+    ("Commands: check", "Commands: probe"),
 }
 
 
@@ -14393,10 +14398,12 @@ async def test_a_packed_body_is_passed_on_unpacked(passing, zai):
 
 @in_loop
 @pytest.mark.parametrize(
-    ("method", "path"), ztoapi.PASS_THROUGH_ROUTES, ids=lambda word: word.replace(ztoapi.ID, "ID")
+    ("method", "path"),
+    ztoapi.PASS_THROUGH_ROUTES,
+    ids=lambda word: word.replace(ztoapi.ID_PATTERN, "ID"),
 )
 async def test_what_else_zai_serves_is_passed_on(passing, zai, method, path):
-    path = path.replace(ztoapi.ID, "file-7")
+    path = path.replace(ztoapi.ID_PATTERN, "file-7")
     zai.headers, zai.parts = {"Content-Type": "audio/wav"}, [b"RIFF", 0.01, b"\x00\xff"]
     data, headers = None, KEY
     if path in ("files", "audio/transcriptions") and method == "POST":
@@ -16571,7 +16578,7 @@ ROUTES = [
     (("POST", "/v1/responses/compact"), "400 400 401"),
     (("POST", "/v1/responses/input_tokens"), "400 400 401"),
     *(
-        ((method, f"/v1/{path.replace(ztoapi.ID, 'x')}"), "200 200 401")
+        ((method, f"/v1/{path.replace(ztoapi.ID_PATTERN, 'x')}"), "200 200 401")
         for method, path in ztoapi.PASS_THROUGH_ROUTES
     ),
     *(

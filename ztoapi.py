@@ -39,9 +39,9 @@ The sections, in order:
 
     from here on I/O:
     to Z.ai            Admission (keys, queue, patience), Z.ai client, Upstream
-    what is kept       Database, Requests (records, statistics)
-    to clients         Streaming out, Request bodies, Access, Handlers, Dashboard, Pass-through,
-                       Errors and shutdown, Client connections, Server
+    what is kept       Database, Requests, Statistics, App keys
+    to clients         Streaming out, Request bodies, Access, Answers, Handlers, Dashboard, Metrics,
+                       Pass-through, Errors and shutdown, Client connections, Log, Server, Start
     beside it          Commands, Demo, Pages
 """
 
@@ -10230,12 +10230,12 @@ def caller_of(settings: Settings, account_id: str, beginning: Iterable[str]) -> 
     return Caller(account_id, digest(account_id, *beginning))
 
 
-# ======== Admission — from here on: I/O =============================================================================
+# ======== Admission — from here on: I/O ==========================================================
 # Which request may go to Z.ai, with which key (`KeyPool` has the cool-downs), and when (`Queue`).
 #
-# Who owns what: a request's AsyncExitStack, made in Upstream.open, owns its Slot in the queue and its connection to
-# Z.ai; with_retries empties it after each failed attempt. A merged stream has one such stack for each choice. Leaving
-# `open`, however it happens, closes them all.
+# Who owns what: a request's AsyncExitStack, made in Upstream.open, owns its Slot in the queue and
+# its connection to Z.ai; with_retries empties it after each failed attempt. A merged stream has
+# one such stack for each choice. Leaving `open`, however it happens, closes them all.
 
 
 class Clock:
@@ -10250,23 +10250,20 @@ class Clock:
         return asyncio.get_running_loop().call_later(seconds, callback)
 
 
-COOLDOWN_ERRORS = frozenset(
-    (AUTHENTICATION, NO_BALANCE, QUOTA_EXCEEDED)
-)  # the key must not be used for a while
-MODEL_ERRORS = frozenset(
-    (PLAN_NOT_USABLE, MODEL_NOT_FOUND, MODEL_NOT_AVAILABLE)
-)  # likewise, if there are others
+# The key must not be used for a while.
+COOLDOWN_ERRORS = frozenset((AUTHENTICATION, NO_BALANCE, QUOTA_EXCEEDED))
+# Likewise, but only for this model, and only if there are other keys.
+MODEL_ERRORS = frozenset((PLAN_NOT_USABLE, MODEL_NOT_FOUND, MODEL_NOT_AVAILABLE))
 RETRYABLE = frozenset((RATE_LIMITED, UNAVAILABLE, UNREACHABLE))
-FALLBACK_ERRORS = RETRYABLE | {
-    NO_BALANCE,
-    QUOTA_EXCEEDED,
-    MODEL_NOT_FOUND,
-    MODEL_NOT_AVAILABLE,
-}  # another model may do
+# Another model may do.
+FALLBACK_ERRORS = RETRYABLE | {NO_BALANCE, QUOTA_EXCEEDED, MODEL_NOT_FOUND, MODEL_NOT_AVAILABLE}
 
 
 class KeyUse(NamedTuple):
-    """What a key is wanted for: a model ("": not known), and a path of Z.ai's ("" for the chat's)."""
+    """What a key is wanted for.
+
+    `model` is "" where it is not known, `path` (of Z.ai's) is "" for chat.
+    """
 
     model: str = ""
     path: str = ""
@@ -10281,15 +10278,23 @@ class KeyUse(NamedTuple):
         return ("", self.model, self.path, self.path_and_model)
 
     def scope_of(self, error: UpstreamError) -> str:
-        """Where a key cools down; without quota for one model it may well have some for another (a free one, say)."""
+        """Where a key cools down.
+
+        Without quota for one model it may well have some for another, a free one for instance.
+        """
         if error.kind in MODEL_ERRORS:
             return self.path_and_model
-        return self.path if error.kind == AUTHENTICATION else self.model or self.path
+        if error.kind == AUTHENTICATION:
+            return self.path
+        return self.model or self.path
 
 
 @dataclass(slots=True)
 class CoolDown:
-    """Why a key is not used, and until when; `tried_at` is when it was last refused, or tried nevertheless."""
+    """Why a key is not used, and until when.
+
+    `tried_at` is when it was last refused, or tried nevertheless.
+    """
 
     error: UpstreamError
     until: float
@@ -10297,9 +10302,10 @@ class CoolDown:
 
 
 class KeyPool:
-    """Z.ai keys. One that is refused cools down while others serve: those of its base first, then the next base's.
+    """Z.ai's keys: one that is refused cools down while others serve.
 
-    While all of them cool down, now and then one request is let through to see whether that still holds.
+    Others of the same base URL come first, then those of the next one. While all of them cool down,
+    now and then one request is let through to see whether that still holds.
     """
 
     MAX_COOLDOWN = 32 * 86400.0  # no quota is longer than a month
@@ -10324,18 +10330,34 @@ class KeyPool:
             raise ProxyError(ZAI_API_KEY_MISSING)
         if not self.cooling:
             return self.first_base
-        cooling = {key: found for key in self.keys if (found := self.cooldown(key, use))}
-        usable = [key for key in self.keys if key not in cooling] or [self.due_for_probe(cooling)]
+        usable = []
+        cooling = {}
+        for key in self.keys:
+            cooldown = self.cooldown(key, use)
+            if cooldown:
+                cooling[key] = cooldown
+            else:
+                usable.append(key)
+        if not usable:
+            return [self.due_for_probe(cooling)]
         return [key for key in usable if key.base_url == usable[0].base_url]
 
     def cooldown(self, key: ZaiKey, use: KeyUse) -> CoolDown | None:
         """Why the key may not be used; None when it may."""
-        now, found = self.clock.now(), [self.cooling.get((key, scope)) for scope in use.scopes]
-        return next((cooldown for cooldown in found if cooldown and cooldown.until > now), None)
+        now = self.clock.now()
+        for scope in use.scopes:
+            cooldown = self.cooling.get((key, scope))
+            if cooldown and cooldown.until > now:
+                return cooldown
+        return None
 
     def due_for_probe(self, cooling: dict[ZaiKey, CoolDown]) -> ZaiKey:
-        """The key that was tried longest ago. Raises UpstreamError when one was tried a moment ago."""
-        now, last = self.clock.now(), max(cooling.values(), key=attrgetter("tried_at"))
+        """The key that was tried longest ago.
+
+        Raises UpstreamError when one was tried a moment ago.
+        """
+        now = self.clock.now()
+        last = max(cooling.values(), key=attrgetter("tried_at"))
         if now < last.tried_at + self.PROBE_INTERVAL:
             first_end = min(cooldown.until for cooldown in cooling.values())
             raise last.error.for_others(first_end - now)
@@ -10343,34 +10365,57 @@ class KeyPool:
 
     def tried(self, key: ZaiKey, use: KeyUse) -> None:
         """A request uses the key: no other is to probe it for a while."""
-        if self.cooling and (cooldown := self.cooldown(key, use)):
+        if not self.cooling:
+            return
+        cooldown = self.cooldown(key, use)
+        if cooldown:
             cooldown.tried_at = self.clock.now()
 
     def accepted(self, key: ZaiKey, use: KeyUse) -> None:
         """Z.ai took a request with this key, so it need not cool down."""
-        for scope in use.scopes if self.cooling else ():
-            self.cooling.pop((key, scope), None)
+        if self.cooling:
+            for scope in use.scopes:
+                self.cooling.pop((key, scope), None)
 
     def calls_for_cooldown(self, error: UpstreamError) -> bool:
         """Whether the key is to cool down: another may fare better, or the same one later."""
-        return error.kind in COOLDOWN_ERRORS or (error.kind in MODEL_ERRORS and len(self.keys) > 1)
+        if error.kind in MODEL_ERRORS:
+            return len(self.keys) > 1
+        return error.kind in COOLDOWN_ERRORS
 
     def cool_down(self, key: ZaiKey, use: KeyUse, error: UpstreamError) -> None:
-        """Rest a refused key until its reset time, or as long as usual."""
+        """Let a refused key cool down until its quota is reset, or as long as usual.
+
+        Sets the error's `retry_after` to that time.
+        """
         self.expire()
-        now, pair = self.clock.now(), (key, use.scope_of(error))
-        told = error.resets_at - self.clock.unix() if error.resets_at else 0
-        longest = self.MAX_COOLDOWN_1308 if error.zai_code == "1308" else self.MAX_COOLDOWN
-        error.retry_after = min(told, longest) if told > 0 else self.usual_cooldown
+        seconds = self.seconds_of_cooldown(error)
+        error.retry_after = seconds
+        now = self.clock.now()
+        pair = (key, use.scope_of(error))
         self.cooling.pop(pair, None)
-        self.cooling[pair] = CoolDown(
-            error.for_others(error.retry_after), now + error.retry_after, now
-        )
+        self.cooling[pair] = CoolDown(error.for_others(seconds), now + seconds, now)
+
+    def seconds_of_cooldown(self, error: UpstreamError) -> float:
+        """As long as Z.ai says, within reason; as usual where it says nothing."""
+        told = 0.0
+        if error.resets_at:
+            told = error.resets_at - self.clock.unix()
+        if told <= 0:
+            return self.usual_cooldown
+        if error.zai_code == "1308":
+            return min(told, self.MAX_COOLDOWN_1308)
+        return min(told, self.MAX_COOLDOWN)
 
     def expire(self) -> None:
-        """Forget the cool-downs that are over, and the oldest for models that clients may have made up."""
+        """Forget the cool-downs that are over.
+
+        Of those for models that clients may have made up, also the oldest.
+        """
         now = self.clock.now()
-        self.cooling = {pair: rest for pair, rest in self.cooling.items() if rest.until > now}
+        for pair, cooldown in list(self.cooling.items()):
+            if cooldown.until <= now:
+                del self.cooling[pair]
         unknown = [pair for pair in self.cooling if names_unknown_model(pair[1])]
         for pair in unknown[: -self.MAX_COOLING]:
             del self.cooling[pair]
@@ -10378,13 +10423,15 @@ class KeyPool:
 
 def names_unknown_model(scope: str) -> bool:
     """Whether a scope (see KeyUse) is of a model that MODELS lacks."""
-    model = scope.partition(" ")[2] if scope.startswith("/") else scope
+    model = scope
+    if scope.startswith("/"):
+        _, _, model = scope.partition(" ")
     return model != "" and model not in MODELS
 
 
 # The limit that learns. Z.ai publishes no number of requests that it takes at a time
-# (zai-org/GLM-5#83), and tells too many only by refusing one. But what a refusal says is exact: with
-# n in flight, it takes n - 1 now. So the limit needs no search.
+# (zai-org/GLM-5#83), and tells too many only by refusing one. But what a refusal says is exact:
+# with n in flight, it takes n - 1 now. So the limit needs no search.
 #
 # Before the first refusal it doubles in the time of an answer's beginning, as TCP's window does at
 # the start: each success while it is more than half full adds one. A refusal sets it to what was
@@ -10410,14 +10457,20 @@ class AdaptiveLimit:
         self.probe_at = 0.0  # not before this time
 
     def has_room(self, now: float) -> bool:
-        """Whether one more may go, after the pause even above the limit: a probe must not wait for a long answer."""
-        return self.in_flight < self.limit or (
-            self.in_flight == self.limit and 0 < self.probe_at <= now
-        )
+        """Whether one more may go.
+
+        After the pause one may go even above the limit: a probe must not wait for a long answer.
+        """
+        may_probe = 0 < self.probe_at <= now
+        if may_probe:
+            return self.in_flight <= self.limit
+        return self.in_flight < self.limit
 
     def accepted(self, in_flight_at_entry: int, now: float) -> None:
         """Z.ai took a request: raise the limit if it was nearly reached."""
-        mark = self.limit if self.limit_after_refusal else self.limit / 2
+        mark = self.limit / 2
+        if self.limit_after_refusal:
+            mark = self.limit
         if in_flight_at_entry > mark and now >= self.probe_at:
             self.limit += 1
 
@@ -10427,7 +10480,9 @@ class AdaptiveLimit:
         """Z.ai refused a request, which is still counted: lower the limit and pause."""
         if now >= self.probe_at:  # a refusal during the pause belongs to the last one
             probe_failed = self.limit <= self.limit_after_refusal + 1
-            pause = self.pause * 2 if probe_failed else self.MIN_PAUSE
+            pause = self.MIN_PAUSE
+            if probe_failed:
+                pause = self.pause * 2
             self.pause = min(pause, longest_pause)
         in_flight = max(in_flight_at_entry, self.in_flight)
         self.limit = max(1, min(self.limit, in_flight - 1))
@@ -10435,7 +10490,10 @@ class AdaptiveLimit:
         self.probe_at = now + self.pause
 
     def last_refusal(self, unix_at_clock_zero: float) -> JSON | None:
-        """The last refusal, if any, in Unix time; `unix_at_clock_zero` is the Unix time at which the clock says 0."""
+        """The last refusal, if any, in Unix time.
+
+        `unix_at_clock_zero` is the Unix time at which the clock says 0.
+        """
         if not self.limit_after_refusal:
             return None
         probe_at = unix_at_clock_zero + self.probe_at
@@ -10447,7 +10505,10 @@ class AdaptiveLimit:
 
 
 def backoff(retry: int, jitter: float) -> float:
-    """Seconds to wait before this retry, from 1 on; `jitter` from 0 to 1 keeps clients from retrying in step."""
+    """Seconds to wait before this retry, from 1 on.
+
+    `jitter`, from 0 to 1, keeps clients from retrying in step.
+    """
     return 0.5 * 2.0 ** (retry - 1) * (0.75 + jitter / 2)
 
 
@@ -10511,9 +10572,8 @@ class Patience:
         self.held_since: float | None = None  # since when there was no gap
         self.gap_ends_at = 0.0
         self.most_in_gap = 0  # of our requests in flight
-        self.tests_gap_with = (
-            0  # in flight at the same time, to see whether others used the last gap
-        )
+        # If so many are in flight at the same time, others did not use the last gap; 0: no gap yet.
+        self.tests_gap_with = 0
 
     def lets_go(self, in_flight: int, limit: int, now: float) -> bool:
         """Whether one more request may go, beside so many of ours.
@@ -10529,15 +10589,20 @@ class Patience:
 
     def next_change(self, now: float) -> float:
         """Seconds until it may let more go."""
-        times = [at - now for at in (self.opens_at, self.gap_ends_at) if at > now]
-        return min(times, default=math.inf)
+        seconds = math.inf
+        for at in (self.opens_at, self.gap_ends_at):
+            if at > now:
+                seconds = min(seconds, at - now)
+        return seconds
 
     def longest_pause(self, in_flight: int, answer_time: float) -> float:
         """Seconds after which one request more than Z.ai takes is tried, beside so many of ours.
 
         A few answers, so that it costs little; where others use the key, they free places any time.
         """
-        longest = self.longest_wait(answer_time) if self.is_shared else AdaptiveLimit.MAX_PAUSE
+        longest = AdaptiveLimit.MAX_PAUSE
+        if self.is_shared:
+            longest = self.longest_wait(answer_time)
         few_answers = self.ANSWERS_PER_PROBE * answer_time / max(1, in_flight)
         return min(few_answers or AdaptiveLimit.MIN_PAUSE, longest)
 
@@ -10568,13 +10633,8 @@ class Patience:
         if not is_overloaded:
             self.learn_of_others(others)
         if now >= self.opens_at:  # a refusal meanwhile belongs to the last one
-            first = self.FIRST_WAIT
-            most = self.longest_wait(answer_time)
-            if is_overloaded:
-                first = self.OVERLOADED_WAIT
-                most = self.MOST_OVERLOADED_WAIT
-            wait = min(first * 2.0 ** min(self.refusals, 10), most) * (0.75 + jitter / 2)
-            self.opens_at = now + wait
+            wait = self.next_wait(error, answer_time)
+            self.opens_at = now + wait * (0.75 + jitter / 2)
             self.is_named = False
             self.refusals += 1
         told = now + (error.told_wait or 0.0)
@@ -10582,8 +10642,21 @@ class Patience:
             self.opens_at = told
             self.is_named = True
 
+    def next_wait(self, error: UpstreamError, answer_time: float) -> float:
+        """Seconds that the key stays closed after this refusal, without jitter."""
+        first = self.FIRST_WAIT
+        most = self.longest_wait(answer_time)
+        if error.zai_code == "1305":
+            first = self.OVERLOADED_WAIT
+            most = self.MOST_OVERLOADED_WAIT
+        doublings = min(self.refusals, 10)
+        return min(first * 2.0**doublings, most)
+
     def learn_of_others(self, in_flight: int) -> None:
-        """Others use the key if Z.ai refuses what it took before: behind a gap, or twice in a row."""
+        """Conclude that others use the key if Z.ai refuses what it took before.
+
+        That is behind a gap, or twice in a row.
+        """
         self.is_full = True
         gap_was_used = in_flight < self.tests_gap_with
         if gap_was_used or (self.refusals and not in_flight):
@@ -10609,11 +10682,16 @@ class Patience:
     def is_turn_of_others(self, now: float) -> bool:
         if self.held_since is None or now < self.gap_ends_at:
             return False
-        hold = self.HOLD if self.is_shared else self.HOLD_ALONE
+        hold = self.HOLD_ALONE
+        if self.is_shared:
+            hold = self.HOLD
         return self.is_full and now >= self.held_since + hold
 
     def ends_at(self, arrived_at: float, seconds: float) -> float:
-        """When a request that arrived then is told of its refusal, after so many seconds of them."""
+        """When a request that arrived at a given time is told of its refusal.
+
+        `seconds` is how long Z.ai's refusals are borne.
+        """
         if self.refusing_since is None:
             return math.inf
         return max(arrived_at, self.refusing_since) + seconds
@@ -10621,7 +10699,9 @@ class Patience:
 
 def is_refusal_for_load(error: UpstreamError) -> bool:
     """Whether it passes when others finish."""
-    return error.zai_code in ("1302", "1305") or (error.kind == RATE_LIMITED and not error.zai_code)
+    if error.zai_code:
+        return error.zai_code in ("1302", "1305")
+    return error.kind == RATE_LIMITED
 
 
 @dataclass(slots=True, eq=False)
@@ -10689,7 +10769,10 @@ class Ticket:
         self.refusal = error.with_traceback(None)
 
     def preference(self, key: ZaiKey) -> tuple[bool, str]:
-        """Sorts keys: a conversation stays with its own, which has the prompt cache, unless that failed or is full."""
+        """Sorts keys: a conversation stays with its own unless that failed or is full.
+
+        Its own has the prompt cache.
+        """
         return key in self.failures, key.affinity(self.caller.conversation)
 
 
@@ -10726,7 +10809,8 @@ class Queue:
         self.coming_back: set[Ticket] = set()  # refused, their connections being released
         self.round = 0  # the highest served so far
         self.arrivals = count()
-        self.tickets = 0  # given out and not returned; a request keeps its own while it sleeps between two tries
+        # Given out and not returned: a request keeps its own while it sleeps between two tries.
+        self.tickets = 0
         self.timer: asyncio.TimerHandle | None = None  # for the next look at the queue
         self.looks_at = 0.0
 
@@ -10741,19 +10825,23 @@ class Queue:
         return Ticket(use, caller, turn, self.clock.now(), leaves_after)
 
     async def acquire(self, ticket: Ticket) -> Slot:
-        """Wait for a slot, which the caller must release. Raises UpstreamError when all keys cool down."""
+        """Wait for a slot, which the caller must release.
+
+        Raises UpstreamError when all keys cool down.
+        """
         self.coming_back.discard(ticket)
-        if not (self.waiting or self.coming_back) and (slot := self.try_acquire(ticket)):
-            return slot
+        if not self.waiting and not self.coming_back:
+            slot = self.try_acquire(ticket)
+            if slot:
+                return slot
         ticket.slot = asyncio.get_running_loop().create_future()
         insort(self.waiting, ticket, key=attrgetter("turn"))
         self.admit()
         try:
             return await ticket.slot
         except asyncio.CancelledError:
-            if not (
-                ticket.slot.cancelled() or ticket.slot.exception()
-            ):  # granted at the same moment
+            was_granted = not ticket.slot.cancelled() and not ticket.slot.exception()
+            if was_granted:  # at the same moment
                 ticket.slot.result().release()
             raise
         finally:
@@ -10773,24 +10861,35 @@ class Queue:
         if slot.is_taken:  # and broke the answer off
             slot.is_taken = False
             slot.patience.answering -= 1
-        limit, patience, now = slot.limit, slot.patience, self.clock.now()
-        others = limit.in_flight - 1
-        patience.refused(error, others, self.answer_time, now, self.clock.jitter())
-        longest_pause = patience.longest_pause(others, self.answer_time)
-        limit.refused(slot.in_flight_at_entry, now, longest_pause)
+        now = self.clock.now()
+        others = slot.limit.in_flight - 1
+        slot.patience.refused(error, others, self.answer_time, now, self.clock.jitter())
+        longest_pause = slot.patience.longest_pause(others, self.answer_time)
+        slot.limit.refused(slot.in_flight_at_entry, now, longest_pause)
 
     def release(self, slot: Slot) -> None:
+        """Count a request no more, and let the next one go."""
         if slot.is_taken:
             now = self.clock.now()
-            took = now - slot.granted_at
-            self.answer_time += (took - self.answer_time) / (4 if self.answer_time else 1)
-            slot.patience.answered(slot.limit.in_flight, len(self.waiting), self.answer_time, now)
+            self.learn_answer_time(now - slot.granted_at)
+            waiting = len(self.waiting)
+            slot.patience.answered(slot.limit.in_flight, waiting, self.answer_time, now)
         slot.limit.in_flight -= 1
         self.in_flight -= 1
         self.admit()
 
+    def learn_answer_time(self, seconds: float) -> None:
+        """Move the average to what an answer took, at first all the way, later a quarter of it."""
+        if self.answer_time:
+            self.answer_time += (seconds - self.answer_time) / 4
+        else:
+            self.answer_time = seconds
+
     def admit(self) -> None:
-        """Grant slots to the head of the queue while there are any, unless somebody comes back to it."""
+        """Grant slots to the head of the queue while there are any.
+
+        A request that comes back to its place goes before it, so until then nobody gets one.
+        """
         if self.coming_back:
             return
         while self.waiting and self.settle(self.waiting[0]):
@@ -10799,7 +10898,10 @@ class Queue:
             self.look_again()
 
     def look_again(self) -> None:
-        """Look at the queue when a key opens, and now and then: a rest may end while nothing else happens."""
+        """Look at the queue when a key opens, and now and then.
+
+        Now and then, for a cool-down may end while nothing else happens.
+        """
         now = self.clock.now()
         changes = [patience.next_change(now) for patience in self.patience.values()]
         delay = min([self.poll_interval, *changes])
@@ -10811,10 +10913,13 @@ class Queue:
         self.timer = self.clock.call_later(delay, self.poll)
 
     def poll(self) -> None:
+        """Send away those that have waited enough for this model, and admit others."""
         self.timer = None
         now = self.clock.now()
         for ticket in self.waiting:
-            if ticket.refusal and now >= ticket.leaves_at and not ticket.slot.done():
+            if ticket.slot.done():
+                continue
+            if ticket.refusal and now >= ticket.leaves_at:
                 ticket.slot.set_exception(ticket.refusal)
         self.admit()
 
@@ -10833,67 +10938,87 @@ class Queue:
 
     def snapshot(self, keys: Iterable[ZaiKey], unix_at_clock_zero: float) -> JSON:
         """For the dashboard; what there is for each key is in the order of `keys`."""
-        limits = [self.limits[key] for key in keys]
         maximum = self.max_in_flight
+        limits: list[float] = []
+        refusals = []
+        for key in keys:
+            limit = self.limits[key]
+            limits.append(limit.limit)
+            refusals.append(limit.last_refusal(unix_at_clock_zero))
         return {
             "in_flight": self.in_flight,
             "waiting": len(self.waiting),
-            "limits": [min(each.limit, maximum) for each in limits],
-            "may_be_in_flight": min(sum(each.limit for each in limits), maximum),
-            "refusals": [each.last_refusal(unix_at_clock_zero) for each in limits],
+            "limits": [min(limit, maximum) for limit in limits],
+            "may_be_in_flight": min(sum(limits), maximum),
+            "refusals": refusals,
             "max_in_flight": None if maximum == math.inf else maximum,
         }
 
     def try_acquire(self, ticket: Ticket) -> Slot | None:
-        """A slot with the first available key that has room and is open. Raises ProxyError when all keys cool down."""
-        keys, now = self.keys.available(ticket.use), self.clock.now()
+        """A slot with the first available key that has room and is open.
+
+        Raises ProxyError when all keys cool down.
+        """
+        keys = self.keys.available(ticket.use)
         if self.in_flight >= self.max_in_flight:
             return None
-        for key in keys if len(keys) == 1 else sorted(keys, key=ticket.preference):
+        if len(keys) > 1:
+            keys = sorted(keys, key=ticket.preference)
+        for key in keys:
             if self.has_room(key):
-                self.keys.tried(key, ticket.use)
-                self.round = max(self.round, ticket.turn.round)
-                limit = self.limits[key]
-                self.in_flight += 1
-                limit.in_flight += 1
-                return Slot(self, key, limit, self.patience[key], limit.in_flight, now)
+                return self.slot(ticket, key)
         return None
+
+    def slot(self, ticket: Ticket, key: ZaiKey) -> Slot:
+        """Count a request in flight with this key."""
+        self.keys.tried(key, ticket.use)
+        self.round = max(self.round, ticket.turn.round)
+        limit = self.limits[key]
+        self.in_flight += 1
+        limit.in_flight += 1
+        now = self.clock.now()
+        return Slot(self, key, limit, self.patience[key], limit.in_flight, now)
 
     def has_room(self, key: ZaiKey) -> bool:
         """Whether one more request may be sent with this key now."""
-        limit, now = self.limits[key], self.clock.now()
+        limit = self.limits[key]
+        now = self.clock.now()
         if not limit.has_room(now):
             return False
         return self.patience[key].lets_go(limit.in_flight, limit.limit, now)
 
 
-# ======== Z.ai client ===============================================================================================
-# `ZaiClient` sends one HTTP request to Z.ai; its answer is a `ByteStream`, and for a chat an `EventStream`.
+# ======== Z.ai client ============================================================================
+# `ZaiClient` sends one HTTP request to Z.ai; its answer is a `ByteStream`, and for a chat an
+# `EventStream`.
 
 LOG = logging.getLogger("ztoapi")
-REQUEST_ID: ContextVar[str] = ContextVar(
-    "request_id", default="-"
-)  # in every debug line of one request
+# In every debug line of one request.
+REQUEST_ID: ContextVar[str] = ContextVar("request_id", default="-")
 
 
 def trace(what: str, data: bytes | object) -> None:
     """A line of the debug log; costs nothing when that is off."""
-    if LOG.level == logging.DEBUG:
-        words = data.decode("utf-8", "replace").strip() if isinstance(data, bytes) else data
-        LOG.debug("%s %s %s", REQUEST_ID.get(), what, words)
+    if LOG.level != logging.DEBUG:
+        return
+    if isinstance(data, bytes):
+        data = data.decode("utf-8", "replace").strip()
+    LOG.debug("%s %s %s", REQUEST_ID.get(), what, data)
 
 
 def trace_part(what: str, part: bytes) -> None:
-    """A line of the debug log with bytes exactly as they came, as a JSON string: they may be cut anywhere."""
+    """A line of the debug log with bytes exactly as they came.
+
+    It has them as a JSON string, for they may be cut anywhere.
+    """
     if LOG.level == logging.DEBUG and part:
         trace(what, quoted(part.decode("utf-8", "backslashreplace")))
 
 
 R = TypeVar("R")
 LARGE = 2**20  # bytes
-LARGE_WORK = ThreadPoolExecutor(
-    1, "large"
-)  # several threads would only keep each other, and the loop, waiting
+# One thread: several would only keep each other, and the event loop, waiting.
+LARGE_WORK = ThreadPoolExecutor(1, "large")
 
 
 async def in_thread_if_large(size: int, work: Callable[..., R], *arguments: Any) -> R:
@@ -10903,7 +11028,7 @@ async def in_thread_if_large(size: int, work: Callable[..., R], *arguments: Any)
     return await asyncio.get_running_loop().run_in_executor(LARGE_WORK, work, *arguments)
 
 
-# The encodings of a body that aiohttp unpacks (some only where their package is installed: it raises).
+# The encodings of a body that aiohttp unpacks; it raises where the package for one is missing.
 UNPACKED = ("identity", "gzip", "deflate", "br", "zstd")
 PACKED = "Z.ai's answer is packed so that it cannot be read: try again."
 ERROR_BODY_LIMIT = 65536  # bytes of a refusal that are read
@@ -10924,9 +11049,11 @@ class IdleTimer:
         self.timer = self.loop.call_later(self.seconds, self.expire)
 
     def reset(self) -> None:
+        """Something happened: the seconds count from now on."""
         self.last_reset = self.loop.time()
 
     def expire(self) -> None:
+        """Call `on_idle`, or look again when the seconds since the last reset are over."""
         left = self.seconds - (self.loop.time() - self.last_reset)
         if left > 0:
             self.timer = self.loop.call_later(left, self.expire)
@@ -10959,7 +11086,8 @@ def connection_error(error: Exception) -> UpstreamError:
             return UpstreamError(UNAVAILABLE, BROKEN_OFF, type(error).__name__)
 
 
-NOT_IN_HEADERS, NOT_PRINTABLE = re.compile(r"[^\w.:-]", re.ASCII), re.compile(r"[^!-~]")
+NOT_IN_HEADERS = re.compile(r"[^\w.:-]", re.ASCII)
+NOT_PRINTABLE = re.compile(r"[^!-~]")
 CONTROL = re.compile(r"[\x00-\x08\x0a-\x1f\x7f\ud800-\udfff]")  # and bytes that are no UTF-8
 
 
@@ -10982,10 +11110,13 @@ def retry_after_seconds(words: str) -> float | None:
 
 async def read_up_to(limit: int, content: aiohttp.StreamReader) -> bytes:
     """All of a body, or at least its first `limit` bytes."""
-    parts: list[bytes] = []
-    while sum(map(len, parts)) < limit and (part := await content.readany()):
-        parts.append(part)
-    return b"".join(parts)
+    body = bytearray()
+    while len(body) < limit:
+        part = await content.readany()
+        if not part:
+            break
+        body += part
+    return bytes(body)
 
 
 class ByteStream:
@@ -11000,9 +11131,8 @@ class ByteStream:
     ) -> None:
         self.response = response
         self.limits = limits
-        self.reading = (
-            False  # silence counts only while we wait for Z.ai, not while the client takes its time
-        )
+        # Silence counts only while we wait for Z.ai, not while the client takes its time.
+        self.reading = False
         self.timer = IdleTimer(max_silence, self.give_up)
         self.packed = "Content-Encoding" in response.headers  # though we asked for identity
         if response.connection is not None:  # there is more to come
@@ -11016,27 +11146,37 @@ class ByteStream:
 
     def check_encoding(self) -> None:
         """Raises UpstreamError for a body that aiohttp did not unpack."""
-        if self.packed and self.response.headers["Content-Encoding"].lower() not in UNPACKED:
+        if not self.packed:
+            return
+        encoding = self.response.headers["Content-Encoding"]
+        if encoding.lower() not in UNPACKED:
             raise self.with_request_id(UpstreamError(UNAVAILABLE, PACKED))
 
     async def check_status(self) -> None:
         """Raises UpstreamError unless the HTTP status is 2xx."""
-        if not 200 <= self.response.status < 300:
-            body = b""
-            with suppress(aiohttp.ClientError, asyncio.TimeoutError):  # its status says enough
-                body = await asyncio.wait_for(
-                    read_up_to(ERROR_BODY_LIMIT, self.response.content),
-                    self.limits.error_body_timeout,
-                )
-            trace(f"received HTTP {self.response.status}", body)
-            error = self.with_request_id(zai_error(self.response.status, body))
-            error.told_wait = retry_after_seconds(self.response.headers.get("Retry-After", ""))
-            if error.told_wait is not None and error.kind == RATE_LIMITED:
-                error.retry_after = max(error.retry_after or 0.0, error.told_wait)
-            raise error
+        status = self.response.status
+        if 200 <= status < 300:
+            return
+        body = await self.error_body()
+        trace(f"received HTTP {status}", body)
+        error = self.with_request_id(zai_error(status, body))
+        error.told_wait = retry_after_seconds(self.response.headers.get("Retry-After", ""))
+        if error.told_wait is not None and error.kind == RATE_LIMITED:
+            error.retry_after = max(error.retry_after or 0.0, error.told_wait)
+        raise error
+
+    async def error_body(self) -> bytes:
+        """The body of a refusal; empty where it does not come, for the status says enough."""
+        reading = read_up_to(ERROR_BODY_LIMIT, self.response.content)
+        with suppress(aiohttp.ClientError, asyncio.TimeoutError):
+            return await asyncio.wait_for(reading, self.limits.error_body_timeout)
+        return b""
 
     async def read(self) -> bytes:
-        """The next bytes, none at the end. Raises UpstreamError when the connection breaks off, or is silent."""
+        """The next bytes, none at the end.
+
+        Raises UpstreamError when the connection breaks off, or is silent.
+        """
         if self.packed:
             await asyncio.sleep(0)  # a few bytes unpack to so many that no read would ever wait
         self.timer.reset()
@@ -11054,13 +11194,18 @@ class ByteStream:
 
     def with_request_id(self, error: UpstreamError, told: str = "") -> UpstreamError:
         """The error with the request's id, by which Z.ai can be asked about it."""
+        error.headers = {}
         request_id = self.request_id(told)
-        error.headers = {"x-zai-request-id": request_id} if request_id else {}
+        if request_id:
+            error.headers = {"x-zai-request-id": request_id}
         return error
 
 
 class AnswerInfo(NamedTuple):
-    """About an answer: its id at Z.ai, Unix seconds (0: unknown), the model, the request's id at Z.ai."""
+    """About an answer.
+
+    The id at Z.ai, Unix seconds (0: unknown), the model, and the request's id at Z.ai.
+    """
 
     id: str
     created: int
@@ -11144,7 +11289,10 @@ class EventStream(EventSource):
         return []
 
     async def complete(self) -> None:
-        """Wait for all events. Raises UpstreamError when one is missing: nothing has reached the client."""
+        """Wait for all events.
+
+        Raises UpstreamError when one is missing: nothing has reached the client.
+        """
         events = list(self.ahead)
         while batch := await self.next_batch():
             events += batch
@@ -11161,7 +11309,7 @@ class EventStream(EventSource):
                 raise self.error
             if self.has_ended:
                 break
-            part = await (self.source.read() if self.reader.finish is None else self.read_rest())
+            part = await self.read_part()
             trace_part("received", part)
             size += len(part)
             if size < LARGE:
@@ -11176,6 +11324,12 @@ class EventStream(EventSource):
             self.on_end()
         return events
 
+    async def read_part(self) -> bytes:
+        """The next bytes, none at the end. Raises UpstreamError when they break off too early."""
+        if self.reader.finish is None:
+            return await self.source.read()
+        return await self.read_rest()
+
     def note(self, events: list[Event]) -> None:
         """Keep what must be known of the answer even if it breaks off now."""
         meter = self.meter
@@ -11185,9 +11339,10 @@ class EventStream(EventSource):
         meter.note(events)
 
     def cut_off(self, events: list[Event]) -> list[Event]:
-        """The last events of an answer that a stop string ended: nobody reads what Z.ai would still write.
+        """The last events of an answer that a stop string ended.
 
-        It did not come to telling its usage either: that is estimated.
+        Nobody reads what Z.ai would still write. As its usage does not come either, it is
+        estimated.
         """
         self.source.response.close()
         *others, finish = events
@@ -11197,7 +11352,7 @@ class EventStream(EventSource):
         """The events before a failure, which is kept for later."""
         events: list[Event] = []
         try:
-            for event in self.reader.feed(part) if part else self.reader.close():
+            for event in self.read_events(part):
                 events += self.chain.feed(event)
                 if events and isinstance(events[-1], Finish):
                     self.has_ended = True
@@ -11206,22 +11361,32 @@ class EventStream(EventSource):
             self.error = self.source.with_request_id(error, self.reader.request_id)
         return events
 
+    def read_events(self, part: bytes) -> Iterator[Event | BegunAgain]:
+        """What Z.ai says in these bytes, not yet mended; no bytes are the end."""
+        if part:
+            return self.reader.feed(part)
+        return self.reader.close()
+
     async def read_rest(self) -> bytes:
-        """The next bytes after Z.ai's finish, none at the end: a broken connection no longer matters."""
+        """The next bytes after Z.ai's finish, none at the end.
+
+        A broken connection no longer matters.
+        """
         now = asyncio.get_running_loop().time()
-        self.finish_deadline = self.finish_deadline or now + self.source.limits.finish_timeout
+        if not self.finish_deadline:
+            self.finish_deadline = now + self.source.limits.finish_timeout
+        seconds = self.finish_deadline - now
         with suppress(UpstreamError, asyncio.TimeoutError):
-            return await asyncio.wait_for(self.source.read(), self.finish_deadline - now)
+            return await asyncio.wait_for(self.source.read(), seconds)
         return b""
 
     async def finish(self) -> None:
         """Read to the end of the answer, so that the connection can serve again."""
-        while (
-            self.reader.done
-            and not self.source.response.content.at_eof()
-            and await self.read_rest()
-        ):
-            pass
+        content = self.source.response.content
+        while self.reader.done and not content.at_eof():
+            part = await self.read_rest()
+            if not part:
+                break
 
 
 PART_SIZE = 2**16  # bytes; aiohttp waits for the reader only after so many
@@ -11232,7 +11397,8 @@ class Upload(aiohttp.AsyncIterablePayload):
 
     def __init__(self, parts: AsyncIterator[bytes], size: int | None = None) -> None:
         super().__init__(parts)
-        self.parts, self._size = parts, size
+        self.parts = parts
+        self._size = size
 
     async def write_with_length(self, writer: Any, _: int | None) -> None:
         async for part in self.parts:
@@ -11250,25 +11416,31 @@ class ZaiClient:
     """HTTP to Z.ai, over one session for the life of the program."""
 
     def __init__(self, session: aiohttp.ClientSession, settings: Settings, limits: Limits) -> None:
-        self.session, self.max_silence = session, settings.upstream_timeout
+        self.session = session
+        self.max_silence = settings.upstream_timeout
         self.limits = limits
         self.uses_proxies = not settings.demo
-        self.proxies: dict[
-            str, str | None
-        ] = {}  # by origin; aiohttp's trust_env would look for each request
+        # By origin; aiohttp's trust_env would look for a proxy with each request.
+        self.proxies: dict[str, str | None] = {}
 
     async def send(self, url: str, key: ZaiKey, owner: AsyncExitStack, **how: Any) -> ByteStream:
         """One request with our key; the connection belongs to `owner`. Raises UpstreamError.
 
         `how`: data; method and headers if not those of a JSON POST.
         """
-        data, headers = how.pop("data"), how.pop("headers", {"Content-Type": "application/json"})
+        how = {
+            "method": "POST",
+            "headers": {"Content-Type": "application/json"},
+            "proxy": self.proxy(url),
+            "allow_redirects": False,
+            **how,
+        }
+        how["headers"] = {**how["headers"], "Authorization": f"Bearer {key.secret}"}
+        data = how["data"]
         if isinstance(data, bytes) and len(data) > PART_SIZE:
-            data = Upload(parts_of(data), len(data))
-        headers = {**headers, "Authorization": f"Bearer {key.secret}"}
-        how = {"method": "POST", "proxy": self.proxy(url), "allow_redirects": False, **how}
+            how["data"] = Upload(parts_of(data), len(data))
         try:
-            response = await self.session.request(url=url, headers=headers, data=data, **how)
+            response = await self.session.request(url=url, **how)
         except (aiohttp.ClientError, ValueError) as error:
             if isinstance(error.__cause__, (ProxyError, web.HTTPException)):  # by what is sent
                 raise error.__cause__ from error
@@ -11282,34 +11454,42 @@ class ZaiClient:
     def proxy(self, url: str) -> str | None:
         """The proxy for a URL, from the environment."""
         origin = url[: url.index("/", len("https://"))]
+        if not self.uses_proxies:
+            return None
         if origin not in self.proxies:
-            self.proxies[origin] = environment_proxy(origin) if self.uses_proxies else None
+            self.proxies[origin] = environment_proxy(origin)
         return self.proxies[origin]
 
     async def list_models(self, key: ZaiKey) -> list[Model]:
         """Z.ai's own list of a key's models. Raises UpstreamError."""
         status, body = await self.get(key.base_url + "/models", key)
-        items = as_object(parse_json(body)).get("data")
+        answer = as_object(parse_json(body))
+        items = answer.get("data")
         if status != 200 or not isinstance(items, list):
             raise zai_error(status, body)
         return list(islice(models_from_items(items), 1_000))
 
     async def plan_quota(self, key: ZaiKey) -> JSON:
-        """What is left of a key's plan; no limits where it has none, and where Z.ai does not say."""
+        """What is left of a key's plan.
+
+        It has no limits where there is no plan, and where Z.ai does not say.
+        """
+        url = urljoin(key.base_url, "/api/monitor/usage/quota/limit")
         body = b""
         with suppress(UpstreamError):
-            _, body = await self.get(urljoin(key.base_url, "/api/monitor/usage/quota/limit"), key)
+            _, body = await self.get(url, key)
         return plan_quota(as_object(parse_json(body)))
 
     async def get(self, url: str, key: ZaiKey) -> tuple[int, bytes]:
         """Status and body of a short answer. Raises UpstreamError, also when it takes too long."""
-        headers, timeout = (
-            {"Authorization": f"Bearer {key.secret}"},
-            aiohttp.ClientTimeout(total=self.limits.get_timeout),
-        )
-        how: JSON = {"proxy": self.proxy(url), "headers": headers, "timeout": timeout}
+        how: JSON = {
+            "headers": {"Authorization": f"Bearer {key.secret}"},
+            "timeout": aiohttp.ClientTimeout(total=self.limits.get_timeout),
+            "proxy": self.proxy(url),
+            "allow_redirects": False,
+        }
         try:
-            async with self.session.get(url, allow_redirects=False, **how) as response:
+            async with self.session.get(url, **how) as response:
                 return response.status, await read_up_to(GET_LIMIT, response.content)
         except (aiohttp.ClientError, asyncio.TimeoutError, ValueError) as error:
             raise connection_error(error) from error
@@ -11318,9 +11498,10 @@ class ZaiClient:
 class ZaiConnection(ResponseHandler):
     """One connection to Z.ai.
 
-    A request fails when the whole head of its answer has not come `max_silence` seconds after the request, or a part
-    of it, was written: informational answers (1xx) and a head that drips are silence. aiohttp's own timer, sock_read,
-    starts anew with every byte. One timer serves all requests of a connection: it looks again when it is due.
+    A request fails when the whole head of its answer has not come `max_silence` seconds after the
+    request, or a part of it, was written: informational answers (1xx) and a head that drips are
+    silence. aiohttp's own timer, sock_read, starts anew with every byte. One timer serves all
+    requests of a connection: it looks again when it is due.
     """
 
     def __init__(self, loop: asyncio.AbstractEventLoop, max_silence: float) -> None:
@@ -11371,13 +11552,18 @@ class ZaiConnection(ResponseHandler):
     def is_connected(self) -> bool:
         """Whether it can be used; aiohttp asks before it uses an idle one again.
 
-        Bytes that nobody asked for, or the end, make it useless: they would be taken for the next request's answer.
+        Bytes that nobody asked for, or the end, make it useless: they would be taken for the next
+        request's answer.
         """
-        return super().is_connected() and not self.should_close and not self.is_readable()
+        if not super().is_connected() or self.should_close:
+            return False
+        return not self.is_readable()
 
     def is_readable(self) -> bool:
-        """Whether the system has something that was not read yet."""
-        number = self.transport.get_extra_info("socket").fileno() if self.transport else -1
+        """Whether the system has something that was not read yet; True if it is closed."""
+        if not self.transport:
+            return True
+        number = self.transport.get_extra_info("socket").fileno()
         return number < 0 or has_input(number)
 
 
@@ -11398,7 +11584,8 @@ class ZaiConnector(aiohttp.TCPConnector):
 def has_input(number: int) -> bool:
     """Whether a read of this descriptor would not wait."""
     if sys.platform == "win32" or not hasattr(select, "poll"):
-        return bool(select.select([number], [], [], 0)[0])
+        readable, _, _ = select.select([number], [], [], 0)
+        return bool(readable)
     poll = select.poll()
     poll.register(number, select.POLLIN)
     return bool(poll.poll(0))
@@ -11407,13 +11594,13 @@ def has_input(number: int) -> bool:
 def environment_proxy(origin: str) -> str | None:
     """The proxy that HTTPS_PROXY and the like name for an origin."""
     url = urlsplit(origin)
-    return None if proxy_bypass(url.hostname or "") else getproxies().get(url.scheme)
+    if proxy_bypass(url.hostname or ""):
+        return None
+    return getproxies().get(url.scheme)
 
 
 def new_session(settings: Settings, limits: Limits) -> aiohttp.ClientSession:
-    # No limit on the whole: an answer may take long. ZaiConnection and ByteStream time silence.
-    timeout = aiohttp.ClientTimeout(total=None, connect=limits.connect_timeout)
-    connector, cookies = ZaiConnector(settings.upstream_timeout), aiohttp.DummyCookieJar()
+    """The session for all requests to Z.ai."""
     # Z.ai writes errors in English for those who ask; a compressed stream would wait in buffers.
     headers = {
         "User-Agent": f"ztoapi/{__version__}",
@@ -11421,31 +11608,38 @@ def new_session(settings: Settings, limits: Limits) -> aiohttp.ClientSession:
         "Accept-Encoding": "identity",
     }
     return aiohttp.ClientSession(
-        timeout=timeout, connector=connector, cookie_jar=cookies, headers=headers
+        # No limit on the whole: an answer may take long. ZaiConnection and ByteStream time silence.
+        timeout=aiohttp.ClientTimeout(total=None, connect=limits.connect_timeout),
+        connector=ZaiConnector(settings.upstream_timeout),
+        cookie_jar=aiohttp.DummyCookieJar(),
+        headers=headers,
     )
 
 
-# ======== Upstream ==================================================================================================
-# `Upstream.open` turns one request into requests to Z.ai: descriptions of images, retries, other keys, fallbacks,
-# merged choices.
+# ======== Upstream ===============================================================================
+# `Upstream.open` turns one request into requests to Z.ai: descriptions of images, retries, other
+# keys, fallbacks, merged choices.
+
+
+AskForChoice: TypeAlias = Callable[[AsyncExitStack], Awaitable[EventStream]]
 
 
 class MergedStream(EventSource):
-    """Several answers of Z.ai's as one with several choices, since Z.ai has no `n`; events in order of arrival."""
+    """Several answers of Z.ai's as one with several choices, since Z.ai has no `n`.
 
-    def __init__(
-        self, attempts: Sequence[Callable[[AsyncExitStack], Awaitable[EventStream]]]
-    ) -> None:
+    Events come in the order of their arrival.
+    """
+
+    def __init__(self, choices: Sequence[AskForChoice]) -> None:
         super().__init__()
         self.streams: dict[int, EventStream] = {}  # by choice, in the order in which they began
         self.finished = 0  # choices
-        self.owners = [
-            AsyncExitStack() for _ in attempts
-        ]  # of each choice's slot and connection, until it ends
+        # Of each choice's slot and connection, until it ends.
+        self.owners = [AsyncExitStack() for _ in choices]
         # The tasks that wait for each choice's next events.
-        self.pending = {
-            asyncio.create_task(self.first_of(i, ask)): i for i, ask in enumerate(attempts)
-        }
+        self.pending: dict[asyncio.Task[list[Event]], int] = {}
+        for choice, ask in enumerate(choices):
+            self.pending[asyncio.create_task(self.first_of(choice, ask))] = choice
 
     @property
     def info(self) -> AnswerInfo:
@@ -11461,7 +11655,10 @@ class MergedStream(EventSource):
 
     @property
     def said(self) -> list[Message]:
-        return [message for stream in self.streams.values() for message in stream.said]
+        said = []
+        for stream in self.streams.values():
+            said += stream.said
+        return said
 
     async def next_batch(self) -> list[Event]:
         """The next events of whichever choice has some. If one fails, all fail."""
@@ -11472,29 +11669,40 @@ class MergedStream(EventSource):
             events = task.result()
             if events:
                 self.pending[asyncio.create_task(self.next_of(choice))] = choice
-                self.finished += isinstance(events[-1], Finish)
-                return [e if isinstance(e, Usage) else replace(e, choice=choice) for e in events]
+                if isinstance(events[-1], Finish):
+                    self.finished += 1
+                return events
         return []
 
-    async def first_of(
-        self, choice: int, ask: Callable[[AsyncExitStack], Awaitable[EventStream]]
-    ) -> list[Event]:
+    async def first_of(self, choice: int, ask: AskForChoice) -> list[Event]:
+        """Ask for a choice, and wait for its first events."""
         self.streams[choice] = await ask(self.owners[choice])
         return await self.next_of(choice)
 
     async def next_of(self, choice: int) -> list[Event]:
+        """A choice's next events, under its number; none at its end, which releases its slot."""
         events = await self.streams[choice].read()
         if not events:
             await self.streams[choice].finish()
             await self.owners[choice].aclose()
-        return events
+        return [of_choice(event, choice) for event in events]
 
     async def close(self) -> None:
-        """Release everything, also if this is cancelled: a lost connection cancels a handler that already ends."""
+        """Release everything, also if this is cancelled.
+
+        A lost connection cancels a handler that already ends.
+        """
         async with AsyncExitStack() as owners:
             for owner in self.owners:
                 owners.push_async_callback(owner.aclose)
             await end_tasks(self.pending)
+
+
+def of_choice(event: Event, choice: int) -> Event:
+    """The event under the number of its choice, which usage has not."""
+    if isinstance(event, Usage):
+        return event
+    return replace(event, choice=choice)
 
 
 class NoAnswer(EventSource):
@@ -11507,7 +11715,9 @@ class NoAnswer(EventSource):
     def __init__(self, plan: Plan) -> None:
         super().__init__()
         self.info = AnswerInfo(plan.answer_id, 0, plan.asked.id, "")
-        self.ahead = [Usage(), *[Finish("length", choice) for choice in range(plan.n)]]
+        self.ahead = [Usage()]
+        for choice in range(plan.n):
+            self.ahead.append(Finish("length", choice))
 
     async def next_batch(self) -> list[Event]:
         return []
@@ -11579,10 +11789,12 @@ class ImageMemory:
         texts = {}
         reasons = {}
         for image in images:
-            if text := self.texts.get(image.key):
+            text = self.texts.get(image.key)
+            reason = self.reasons.get(image.key)
+            if text:
                 texts[image.key] = text
                 self.texts.put(image.key, text)  # the newest now
-            elif reason := self.reasons.get(image.key):
+            elif reason:
                 reasons[image.key] = reason
             elif image.error:
                 reasons[image.key] = "it could not be described now"
@@ -11593,11 +11805,14 @@ REASON_LIMIT = 300  # characters of what Z.ai says about an image
 
 
 def fingerprint(account_id: str, message: Message) -> str:
-    """The same for an answer and for what its client sends back later, if only white space differs."""
-    calls = (
-        word for call in message.calls for word in (call.id, call.name, canonical(call.arguments))
-    )
-    return digest(account_id, message_text(message).strip(), *calls)
+    """Tells an answer again when its client sends it back.
+
+    White space makes no difference.
+    """
+    words = [account_id, message_text(message).strip()]
+    for call in message.calls:
+        words += [call.id, call.name, canonical(call.arguments)]
+    return digest(*words)
 
 
 def canonical(arguments: str) -> str:
@@ -11620,13 +11835,14 @@ class Upstream:
     """The way to Z.ai: the keys, a queue for each model, retries and fallbacks."""
 
     def __init__(self, settings: Settings, limits: Limits, client: ZaiClient, clock: Clock) -> None:
-        self.settings, self.limits = settings, limits
-        self.client, self.clock = client, clock
+        self.settings = settings
+        self.limits = limits
+        self.client = client
+        self.clock = clock
         self.keys = KeyPool(settings.zai_keys, clock, limits.cooldown)
-        self.queues: dict[str, Queue] = {}
-        self.account_slots: dict[
-            tuple[str, int], asyncio.Semaphore
-        ] = {}  # by account id and how many it has
+        self.queues: dict[str, Queue] = {}  # by model
+        # By account id and how many it has.
+        self.account_slots: dict[tuple[str, int], asyncio.Semaphore] = {}
         self.memory = ReasoningMemory(limits.reasoning_size)
         self.images = ImageMemory(limits.descriptions_size)
         self.redact = Redactor(settings.secrets)
@@ -11638,8 +11854,8 @@ class Upstream:
     async def open(self, plan: Plan) -> AsyncIterator[Answering]:
         """Yields an answer that has begun; one that is not streamed is complete.
 
-        On exit, however it happens, every connection and slot is released. Raises ProxyError when no
-        model answers.
+        On exit, however it happens, every connection and slot is released. Raises ProxyError when
+        no model answers.
         """
         async with AsyncExitStack() as owner:
             if plan.images:
@@ -11652,7 +11868,7 @@ class Upstream:
                 yield stream
                 await stream.finish()
             else:
-                choices = map(plan.for_choice, range(plan.n))
+                choices = [plan.for_choice(number) for number in range(plan.n)]
                 merged = MergedStream([partial(self.ask_in_turn, choice) for choice in choices])
                 owner.push_async_callback(merged.close)
                 await merged.begin()
@@ -11662,9 +11878,11 @@ class Upstream:
     async def describe_images(self, plan: Plan) -> None:
         """Put words in the place of the plan's images: those that are known, or VISION_MODEL's.
 
-        Raises ProxyError where one of the turn that is on has no description, unless Z.ai refuses it.
+        Raises ProxyError where one of the turn that is on has no description, unless Z.ai refuses
+        it.
         """
-        for error in await asyncio.gather(*map(self.describe, plan.images)):
+        errors = await asyncio.gather(*map(self.describe, plan.images))
+        for error in errors:
             if error:
                 raise error
         texts, reasons = self.images.words_for(plan.images)
@@ -11684,10 +11902,13 @@ class Upstream:
             image.ended_at = time.monotonic()
             image.error = error.kind.code or error.kind.type
             if isinstance(error, UpstreamError) and error.kind.status == 400:
-                self.images.refuse(image.key, self.redact(error.detail) or error.message)
+                words = self.redact(error.detail) or error.message
+                self.images.refuse(image.key, words)
                 return None
             error.message = f"{image.model} could not describe an image: {error.message}"
-            return error if image.is_current else None
+            if image.is_current:
+                return error
+            return None
         image.ended_at = time.monotonic()
         self.images.texts.put(image.key, text)
         self.repairs["described_images"] += 1
@@ -11710,9 +11931,10 @@ class Upstream:
         """Waits until fewer requests of the account are in flight than it may have."""
         if account.parallel is None:
             return nullcontext()
-        return self.account_slots.setdefault(
-            (account.id, account.parallel), asyncio.Semaphore(account.parallel)
-        )
+        key = (account.id, account.parallel)
+        if key not in self.account_slots:
+            self.account_slots[key] = asyncio.Semaphore(account.parallel)
+        return self.account_slots[key]
 
     async def ask_in_turn(self, plan: Plan, owner: AsyncExitStack) -> EventStream:
         """Ask as soon as the account has fewer requests in flight than it may have."""
@@ -11741,7 +11963,10 @@ class Upstream:
         owner: AsyncExitStack,
         leaves_after: float = math.inf,
     ) -> EventStream:
-        """Ask one model, with retries; the error for an unknown one tells names that are like it."""
+        """Ask one model, with retries.
+
+        The error for an unknown model tells names that are like it.
+        """
         attempt = partial(self.ask, plan, model, prompt)
         use = KeyUse(model.id)
         try:
@@ -11753,7 +11978,7 @@ class Upstream:
             if name in prompt.model.lower():
                 name = prompt.model
             models = MODELS | plain_aliases(self.settings)
-            known = [each for each in models if plan.account.allows(models[each])]
+            known = [known for known, model in models.items() if plan.account.allows(model)]
             raise with_name_of_model(error, name, known) from error
 
     async def ask(
@@ -11768,19 +11993,16 @@ class Upstream:
         trace("sent", request.data)
         url = key.base_url + "/chat/completions"
         repairs = repairs_for(replace(request.needs, asks_again=self.asks_again(plan, prompt)))
-        memo = Memo() if plan.remembers else None
-        machines = list(repairs)
-        if plan.client_names:
-            machines.append(ClientNames(plan.client_names))
-        if memo:
-            machines.append(memo)
-        machines += reasoning_shape(plan.reasoning_format)
+        memo = None
+        if plan.remembers:
+            memo = Memo()
+        chain = whole_chain(repairs, memo, plan)
         [meter] = plan.meters
         meter.ask_chat(model)
         with meter.asking(request.characters):
             source = await self.client.send(url, key, owner, data=request.data)
             reader = ZaiReader(model, self.limits.answer_size)
-            stream = EventStream(source, reader, machines, memo, meter)
+            stream = EventStream(source, reader, chain, memo, meter)
             stream.on_end = slot.answered
             owner.callback(self.count_repairs, repairs, meter)
             await stream.begin()
@@ -11790,11 +12012,17 @@ class Upstream:
         return stream
 
     def asks_again(self, plan: Plan, prompt: Prompt) -> bool:
-        """Whether an empty answer is asked for once more; with `stop`, that may be all there is to say."""
+        """Whether an empty answer is asked for once more.
+
+        With `stop`, an empty answer may be all there is to say.
+        """
         [meter] = plan.meters
-        return self.settings.max_retries > 0 and not prompt.stop and not meter.was_empty
+        if prompt.stop or meter.was_empty:
+            return False
+        return self.settings.max_retries > 0
 
     def count_repairs(self, repairs: Iterable[Repair], meter: Meter) -> None:
+        """Count what was mended in an answer that ends, and note whether it was silent."""
         for repair in repairs:
             if repair.mended:
                 self.repairs[repair.kind] += repair.mended
@@ -11853,14 +12081,16 @@ class Upstream:
         return self.record_failure(ticket, slot, error)
 
     async def in_time(self, asking: Awaitable[R], ticket: Ticket, slot: Slot) -> R:
-        """What asking comes to. Raises SlowAnswerError when Z.ai says nothing for FIRST_TOKEN_TIMEOUT.
+        """What asking comes to, if Z.ai says something within FIRST_TOKEN_TIMEOUT.
 
-        Only if another key or model may do; the last one is waited for.
+        Raises SlowAnswerError if it says nothing, and another key or model may do; the last one is
+        waited for.
         """
         task = asyncio.ensure_future(asking)
         try:
             await asyncio.wait({task}, timeout=self.settings.first_token_timeout)
-            if not (task.done() or slot.is_taken) and self.has_other(ticket, slot):
+            is_slow = not task.done() and not slot.is_taken
+            if is_slow and self.has_other(ticket, slot):
                 raise SlowAnswerError(TIMEOUT)
             return await task
         finally:
@@ -11877,14 +12107,18 @@ class Upstream:
             keys = self.keys.available(ticket.use)
         except UpstreamError:  # all of them cool down by now
             return False
-        return any(key not in tried and slot.queue.has_room(key) for key in keys)
+        return any(slot.queue.has_room(key) for key in keys if key not in tried)
 
     def wait_out(self, ticket: Ticket, slot: Slot, error: UpstreamError) -> None:
-        """Let a request that was refused for load wait in its place; raise if it has waited enough."""
+        """Let a request that was refused for load wait in its place.
+
+        Raises UpstreamError when it has waited enough.
+        """
         slot.queue.refused(slot, error)
         now = self.clock.now()
         ticket.refused(error, now)
-        patience, seconds = slot.patience, self.settings.rate_limit_wait
+        patience = slot.patience
+        seconds = self.settings.rate_limit_wait
         ends_at = min(ticket.leaves_at, patience.ends_at(ticket.arrived_at, seconds))
         told_too_long = (error.told_wait or 0.0) > min(ends_at - now, seconds)
         if now >= ends_at or told_too_long:
@@ -11894,7 +12128,10 @@ class Upstream:
         self.retries_made["queued_again"] += 1
 
     def record_failure(self, ticket: Ticket, slot: Slot, error: UpstreamError) -> float:
-        """Update keys after a failure; return the seconds to wait, or raise if there is no next try."""
+        """Update keys after a failure, and return the seconds to wait.
+
+        Raises UpstreamError if there is no next try.
+        """
         if isinstance(error, EmptyAnswerError):
             return 0  # the next one counts
         last = ticket.failures.get(slot.key)
@@ -11905,18 +12142,11 @@ class Upstream:
             self.retries_made["other_keys"] += 1
             return 0
         if self.keys.calls_for_cooldown(error) and error.kind != last:
-            self.keys.cool_down(slot.key, ticket.use, error)
-            try:
-                self.keys.available(ticket.use)
-            except (
-                UpstreamError
-            ) as repeated:  # no other key is left: its own client gets Z.ai's words
-                error.retry_after = repeated.retry_after
-                raise error from None
-            self.retries_made["other_keys"] += 1
+            self.change_key(ticket, slot, error)
             return 0
         retries = self.settings.max_retries
-        if self.clock.now() - slot.granted_at > self.limits.long_attempt:
+        took = self.clock.now() - slot.granted_at
+        if took > self.limits.long_attempt:
             retries = min(retries, 1)
         if error.kind not in RETRYABLE or ticket.retries >= retries:
             raise error
@@ -11924,26 +12154,38 @@ class Upstream:
         ticket.retries += 1
         return backoff(ticket.retries, self.clock.jitter())
 
+    def change_key(self, ticket: Ticket, slot: Slot, error: UpstreamError) -> None:
+        """Let the key cool down, so that another is used. Raises the error if there is none."""
+        self.keys.cool_down(slot.key, ticket.use, error)
+        try:
+            self.keys.available(ticket.use)
+        except UpstreamError as repeated:
+            # Its words are for others; this client gets Z.ai's own.
+            error.retry_after = repeated.retry_after
+            raise error from None
+        self.retries_made["other_keys"] += 1
+
     def snapshot(self, redact: Callable[[str], str]) -> JSON:
-        """The state of keys and queues for the dashboard: a key is shown by its number, other secrets are redacted."""
+        """The state of keys and queues for the dashboard.
+
+        A key is shown by its number, other secrets are redacted.
+        """
         self.keys.expire()
         numbers = {key: number for number, key in enumerate(self.settings.zai_keys, 1)}
-        unix_at_clock_zero = (
-            self.clock.unix() - self.clock.now()
-        )  # the Unix time at which the clock says 0
-        cooling = [
-            {
+        unix_at_clock_zero = self.clock.unix() - self.clock.now()
+        cooling = []
+        for (key, scope), cooldown in self.keys.cooling.items():
+            row = {
                 "key": numbers[key],
                 "model": redact(scope),
-                "until": unix_at_clock_zero + rest.until,
-                "why": rest.error.kind.code,
+                "until": unix_at_clock_zero + cooldown.until,
+                "why": cooldown.error.kind.code,
             }
-            for (key, scope), rest in self.keys.cooling.items()
-        ]
-        queues = [
-            {"model": redact(name)} | queue.snapshot(numbers, unix_at_clock_zero)
-            for name, queue in self.queues.items()
-        ]
+            cooling.append(row)
+        queues = []
+        for name, queue in self.queues.items():
+            state = queue.snapshot(numbers, unix_at_clock_zero)
+            queues.append({"model": redact(name), **state})
         return {
             "keys": len(numbers),
             "resting": cooling,
@@ -11952,36 +12194,62 @@ class Upstream:
         }
 
     def queue(self, model: str) -> Queue:
-        """The model's queue. Clients may invent names, so unused queues of unknown models are dropped."""
+        """The model's queue.
+
+        Clients may invent names, so unused queues of unknown models are dropped.
+        """
         if model not in self.queues:
-            self.queues = {
-                n: q for n, q in self.queues.items() if n in MODELS or q.in_flight or q.tickets
-            }
+            for name, queue in list(self.queues.items()):
+                is_used = queue.in_flight or queue.tickets
+                if name not in MODELS and not is_used:
+                    del self.queues[name]
             self.queues[model] = Queue(
                 self.keys, self.settings.max_concurrency, self.clock, self.limits.poll_interval
             )
         return self.queues[model]
 
 
+def whole_chain(repairs: Iterable[Repair], memo: Memo | None, plan: Plan) -> list[Repair]:
+    """The repairs of Z.ai's answer, and behind them what the client's request wants of it."""
+    chain = list(repairs)
+    if plan.client_names:
+        chain.append(ClientNames(plan.client_names))
+    if memo:
+        chain.append(memo)
+    chain += reasoning_shape(plan.reasoning_format)
+    return chain
+
+
 class Catalog:
-    """The models this server lists: the table, and Z.ai's list for the first key, asked for now and then."""
+    """The models this server lists.
+
+    They are the table's and those of Z.ai's list for the first key, asked for now and then.
+    """
 
     def __init__(self, client: ZaiClient, keys: KeyPool, ttl: float) -> None:
         """`ttl`: seconds for which Z.ai is not asked again."""
-        self.client, self.keys, self.ttl = client, keys, ttl
+        self.client = client
+        self.keys = keys
+        self.ttl = ttl
         self.models = dict(MODELS)
         self.asked_at = -math.inf
         self.asking: asyncio.Task[None] | None = None
 
     async def list(self, now: float) -> dict[str, Model]:
-        """By id. Only the first caller waits for Z.ai; later the list is refreshed in the background."""
+        """By id.
+
+        Only the first caller waits for Z.ai; later the list is refreshed in the background.
+        """
         if now - self.asked_at >= self.ttl:
-            before, self.asking, self.asked_at = self.asking, asyncio.create_task(self.ask()), now
-            if before is None:
+            is_first = self.asking is None
+            self.asked_at = now
+            self.asking = asyncio.create_task(self.ask())
+            if is_first:
                 await asyncio.wait({self.asking})
         return self.models
 
     async def ask(self) -> None:
+        """Ask for the first key's list; without one, or an answer, all stays as it is."""
         for key in self.keys.keys[:1]:
             try:
                 models = await self.client.list_models(key)
@@ -11990,7 +12258,7 @@ class Catalog:
                 if error.kind == AUTHENTICATION:
                     self.keys.cool_down(key, KeyUse(), error)
             else:
-                self.models = MODELS | {model.id: model for model in models}
+                self.models = {**MODELS, **{model.id: model for model in models}}
 
 
 class PlanQuotas:
@@ -11998,7 +12266,9 @@ class PlanQuotas:
 
     def __init__(self, client: ZaiClient, keys: tuple[ZaiKey, ...], ttl: float) -> None:
         """`ttl`: seconds for which Z.ai is not asked again."""
-        self.client, self.keys, self.ttl = client, keys, ttl
+        self.client = client
+        self.keys = keys
+        self.ttl = ttl
         self.plans: list[JSON] = []
         self.asked_at = -math.inf
         self.asking: asyncio.Task[None] | None = None
@@ -12006,18 +12276,23 @@ class PlanQuotas:
     def latest(self, now: float) -> list[JSON]:
         """Z.ai's last answer; the next is fetched in the background."""
         if now - self.asked_at >= self.ttl:
-            self.asked_at, self.asking = now, asyncio.create_task(self.ask())
+            self.asked_at = now
+            self.asking = asyncio.create_task(self.ask())
         return self.plans
 
     async def ask(self) -> None:
-        plans = await asyncio.gather(*map(self.client.plan_quota, self.keys))
-        self.plans = [
-            {"key": number, **plan} for number, plan in enumerate(plans, 1) if plan["limits"]
-        ]
+        """Ask for the plans of all keys; those without limits are left out."""
+        quotas = await asyncio.gather(*map(self.client.plan_quota, self.keys))
+        plans = []
+        for number, quota in enumerate(quotas, 1):
+            if quota["limits"]:
+                plans.append({"key": number, **quota})
+        self.plans = plans
 
 
-# ======== Database ==================================================================================================
-# `Database`: keys, usage and stored responses in SQLite or PostgreSQL, with the same SQL. A day is YYYY-MM-DD.
+# ======== Database ===============================================================================
+# `Database`: keys, usage and stored responses in SQLite or PostgreSQL, with the same SQL. A day is
+# YYYY-MM-DD.
 
 DAYS_KEPT = 30  # of stored responses
 DATABASE_FILE = Path(__file__).with_name("ztoapi.db")
@@ -12030,7 +12305,8 @@ def price_statements() -> str:
         if model.price and any(model.price):
             fresh, cached, completion = (round(1000 * dollars) for dollars in model.price)
             costs = f"(prompt - cached) * {fresh} + cached * {cached} + completion * {completion}"
-            statements.append(f"UPDATE ztoapi_usage SET spent = {costs} WHERE model = '{model.id}'")  # noqa: S608 - ours
+            update = f"UPDATE ztoapi_usage SET spent = {costs}"  # noqa: S608 - all of it is ours
+            statements.append(f"{update} WHERE model = '{model.id}'")
     return "; ".join(statements)
 
 
@@ -12044,20 +12320,24 @@ SUMS_OF_USAGE = {
 
 def sum_of_usage(column: str) -> str:
     """What a key's column is set to, from the rows of its usage."""
-    sums = SUMS_OF_USAGE[column]
-    return f"{column} = (SELECT {sums} FROM ztoapi_usage WHERE account = ztoapi_keys.id)"  # noqa: S608 - ours
+    rows = "FROM ztoapi_usage WHERE account = ztoapi_keys.id"
+    return f"{column} = (SELECT {SUMS_OF_USAGE[column]} {rows})"
 
 
 # What each version of the tables adds to the one before.
 MIGRATIONS = (
     """
-    CREATE TABLE ztoapi_keys (id TEXT PRIMARY KEY, name TEXT NOT NULL, limits TEXT NOT NULL, removed BIGINT NOT NULL);
+    CREATE TABLE ztoapi_keys (
+        id TEXT PRIMARY KEY, name TEXT NOT NULL, limits TEXT NOT NULL, removed BIGINT NOT NULL);
     CREATE UNIQUE INDEX ztoapi_key_names ON ztoapi_keys (name) WHERE removed = 0;
     CREATE TABLE ztoapi_usage (
-        account TEXT, day TEXT, model TEXT, requests BIGINT NOT NULL, failures BIGINT NOT NULL, prompt BIGINT NOT NULL,
-        cached BIGINT NOT NULL, completion BIGINT NOT NULL, PRIMARY KEY (account, day, model));
+        account TEXT, day TEXT, model TEXT,
+        requests BIGINT NOT NULL, failures BIGINT NOT NULL,
+        prompt BIGINT NOT NULL, cached BIGINT NOT NULL, completion BIGINT NOT NULL,
+        PRIMARY KEY (account, day, model));
     CREATE INDEX ztoapi_usage_days ON ztoapi_usage (day);
-    CREATE TABLE ztoapi_responses (id TEXT PRIMARY KEY, account TEXT NOT NULL, day TEXT NOT NULL, body TEXT NOT NULL);
+    CREATE TABLE ztoapi_responses (
+        id TEXT PRIMARY KEY, account TEXT NOT NULL, day TEXT NOT NULL, body TEXT NOT NULL);
     CREATE INDEX ztoapi_response_days ON ztoapi_responses (day);
     CREATE TABLE ztoapi_writers (id TEXT PRIMARY KEY, batch BIGINT NOT NULL, day TEXT NOT NULL)
     """,
@@ -12071,7 +12351,8 @@ MIGRATIONS = (
     CREATE INDEX ztoapi_response_parents ON ztoapi_responses (parent);
     CREATE INDEX ztoapi_response_ages ON ztoapi_responses (account, day, stored_at, size)
     """,
-    # Until then a key's id was its hash. Money is in billionths of a dollar, at the prices of the day of the change.
+    # Until then a key's id was its hash. Money is in billionths of a dollar, at the prices of the
+    # day of the change.
     """
     ALTER TABLE ztoapi_keys ADD COLUMN hash TEXT NOT NULL DEFAULT '';
     ALTER TABLE ztoapi_keys ADD COLUMN paused BIGINT NOT NULL DEFAULT 0;
@@ -12090,25 +12371,28 @@ LIST_KEYS = """
     SELECT id, name, limits, hash, paused, requests, tokens, spent, last_used
     FROM ztoapi_keys WHERE removed = 0 ORDER BY name"""
 PUT_KEY = """
-    INSERT INTO ztoapi_keys (id, name, limits, removed, hash, paused) VALUES (?, ?, ?, 0, ?, ?) ON CONFLICT (id)
-    DO UPDATE SET name = excluded.name, limits = excluded.limits, hash = excluded.hash, paused = excluded.paused"""
+    INSERT INTO ztoapi_keys (id, name, limits, removed, hash, paused) VALUES (?, ?, ?, 0, ?, ?)
+    ON CONFLICT (id) DO UPDATE SET name = excluded.name, limits = excluded.limits,
+    hash = excluded.hash, paused = excluded.paused"""
 ADD_TOTALS = """
-    UPDATE ztoapi_keys SET requests = requests + ?, tokens = tokens + ?, spent = spent + ?, last_used = ?
-    WHERE id = ?"""
+    UPDATE ztoapi_keys SET requests = requests + ?, tokens = tokens + ?, spent = spent + ?,
+    last_used = ? WHERE id = ?"""
 NAME_DATABASE = "INSERT INTO ztoapi_database VALUES (1, ?) ON CONFLICT (one) DO NOTHING"
 REMOVE_KEY = "UPDATE ztoapi_keys SET removed = 1 WHERE name = ? AND removed = 0"
 BEGIN_BATCH = """
     INSERT INTO ztoapi_writers AS w VALUES (?, ?, ?) ON CONFLICT (id)
     DO UPDATE SET batch = excluded.batch, day = excluded.day WHERE w.batch < excluded.batch"""
 ADD_USAGE = """
-    INSERT INTO ztoapi_usage AS u VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT (account, day, model) DO UPDATE SET
+    INSERT INTO ztoapi_usage AS u VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)
+    ON CONFLICT (account, day, model) DO UPDATE SET
     requests = u.requests + excluded.requests, failures = u.failures + excluded.failures,
     prompt = u.prompt + excluded.prompt, cached = u.cached + excluded.cached,
     completion = u.completion + excluded.completion, spent = u.spent + excluded.spent"""
 USED_SINCE = "SELECT SUM(prompt + completion), SUM(spent) FROM ztoapi_usage WHERE day >= ?"
 USED_BY_ONE_SINCE = USED_SINCE + " AND account = ?"
 USAGE_ROWS = """
-    SELECT account, COALESCE(name, 'operator'), day, model, u.requests, failures, prompt, cached, completion
+    SELECT account, COALESCE(name, 'operator'), day, model,
+    u.requests, failures, prompt, cached, completion
     FROM ztoapi_usage AS u LEFT JOIN ztoapi_keys ON id = account WHERE day >= ?"""
 USAGE_SINCE = USAGE_ROWS + " ORDER BY day, name, model"
 USAGE_OF_ONE = USAGE_ROWS + " AND account = ? ORDER BY day, model"
@@ -12116,7 +12400,8 @@ FORGET_WRITERS = "DELETE FROM ztoapi_writers WHERE day < ?"
 
 # A response may be written twice; the second time it can only have been deleted meanwhile.
 PUT_RESPONSE = """
-    INSERT INTO ztoapi_responses (id, account, day, stored_at, parent, size, body) VALUES (?, ?, ?, ?, ?, ?, ?)
+    INSERT INTO ztoapi_responses (id, account, day, stored_at, parent, size, body)
+    VALUES (?, ?, ?, ?, ?, ?, ?)
     ON CONFLICT (id) DO UPDATE SET day = excluded.day WHERE excluded.day = ''"""
 DELETE_RESPONSE = "UPDATE ztoapi_responses SET day = '' WHERE id = ? AND account = ? AND day >= ?"
 DELETE_UNNEEDED = """
@@ -12130,17 +12415,19 @@ DELETE_OLDEST = """
 # A response and those before it, the last one first, until they are too large together.
 LINE = """
     WITH RECURSIVE line (id, parent, size, total) AS (
-        SELECT id, parent, size, size FROM ztoapi_responses WHERE id = ? AND account = ? AND day >= ?
+        SELECT id, parent, size, size
+        FROM ztoapi_responses WHERE id = ? AND account = ? AND day >= ?
         UNION ALL SELECT r.id, r.parent, r.size, line.total + r.size
         FROM line JOIN ztoapi_responses AS r ON r.id = line.parent
         WHERE r.account = ? AND line.total <= ?)
     SELECT id, size FROM line"""
+# In place of the braces stands a question mark for each id.
 SIZES = "SELECT id, size FROM ztoapi_responses WHERE id IN ({}) AND account = ? AND day >= ?"
-ROWS = (
-    "SELECT id, account, day, stored_at, parent, size, body FROM ztoapi_responses WHERE id IN ({})"
-)
+ROWS = """
+    SELECT id, account, day, stored_at, parent, size, body
+    FROM ztoapi_responses WHERE id IN ({})"""
 
-# How a transaction begins in SQLite, where one that reads does not wait for another process that writes.
+# How a transaction begins in SQLite: one that only reads need not wait for another process.
 READ, WRITE = "BEGIN", "BEGIN IMMEDIATE"
 NO_ANSWER = "the database does not answer"
 
@@ -12164,7 +12451,10 @@ DELETED = ""
 
 
 class LineStart(NamedTuple):
-    """Where a line of responses begins that the database is asked for, and the first day for that."""
+    """Where a line of responses begins that the database is asked for.
+
+    Responses from before `first_day` do not count.
+    """
 
     id: str  # "" for no line
     first_day: str
@@ -12179,7 +12469,9 @@ class OddRowError(DatabaseError):
 
 
 def unusable(error: Exception) -> str:
-    return f"the database cannot be used: {' '.join(str(error).split())}"
+    """A driver's error in one line, for the operator."""
+    words = " ".join(str(error).split())
+    return f"the database cannot be used: {words}"
 
 
 def file_identity(path: Path) -> tuple[int, int] | None:
@@ -12198,14 +12490,20 @@ def forget_outcome(done: asyncio.Future[Any]) -> None:
 
 
 class DatabaseThread:
-    """One thread that does jobs in turn. Unlike a ThreadPoolExecutor's it keeps no program from ending."""
+    """One thread that does jobs in turn.
+
+    Unlike a ThreadPoolExecutor's it keeps no program from ending.
+    """
 
     def __init__(self) -> None:
         self.jobs: SimpleQueue[tuple[Future[Any], Callable[[], Any]]] = SimpleQueue()
         self.thread: Thread | None = None
 
     def submit(self, job: Callable[[], R]) -> Future[R]:
-        """Do a job after those before it; it may raise DatabaseError and ProxyError, anything else is a bug."""
+        """Do a job after those before it.
+
+        It may raise DatabaseError and ProxyError. Anything else is a bug.
+        """
         future: Future[R] = Future()
         self.jobs.put((future, job))
         if self.thread is None or not self.thread.is_alive():  # not yet, or in a forked process
@@ -12214,6 +12512,7 @@ class DatabaseThread:
         return future
 
     def work(self) -> None:
+        """What the thread does for ever."""
         while True:
             future, job = self.jobs.get()
             try:
@@ -12226,7 +12525,10 @@ class DatabaseThread:
 
 
 class UnsavedResponses:
-    """Responses that the database does not have yet; too many, or too large, the oldest are lost."""
+    """Responses that the database does not have yet.
+
+    If they are too many, or too large, the oldest are lost.
+    """
 
     def __init__(self, limits: Limits) -> None:
         self.limits = limits
@@ -12236,9 +12538,11 @@ class UnsavedResponses:
     def put(self, row: ResponseRow) -> None:
         self.rows[row.id] = row
         self.size += row.size
-        limits = self.limits
-        while len(self.rows) > limits.unsaved_rows or self.size > limits.unsaved_size:
+        while self.is_too_large():
             self.drop(next(iter(self.rows)))
+
+    def is_too_large(self) -> bool:
+        return len(self.rows) > self.limits.unsaved_rows or self.size > self.limits.unsaved_size
 
     def drop(self, response_id: str) -> None:
         self.size -= self.rows.pop(response_id).size
@@ -12262,12 +12566,12 @@ class UnsavedResponses:
 
 
 class Database:
-    """One connection in one thread: the event loop never waits for a disk, and nobody waits for long.
+    """One connection in one thread.
 
-    What does not answer in time, or fails, is not asked again for requests until the
-    exchange that runs all the while has succeeded. Counts are written in numbered batches. One that
-    was perhaps written before the connection broke is written again under its number, which
-    `ztoapi_writers` takes only once.
+    So the event loop never waits for a disk, and nobody waits for long: a database that does not
+    answer in time, or fails, is not asked again for requests until the exchange that runs all the
+    while has succeeded. Counts are written in numbered batches. One that was perhaps written before
+    the connection broke is written again under its number, which `ztoapi_writers` takes only once.
     """
 
     POLL = 3  # intervals between two reads of what others wrote
@@ -12278,7 +12582,9 @@ class Database:
         self.limits = limits or Limits()
         self.is_postgres = url.startswith("postgres")
         self.in_memory = url == "memory"
-        self.path = DATABASE_FILE.parent / url.removeprefix("sqlite:///") if url else DATABASE_FILE
+        self.path = DATABASE_FILE
+        if url:
+            self.path = DATABASE_FILE.parent / url.removeprefix("sqlite:///")
         self.thread = DatabaseThread()
         self.driver: Any = None  # a DB-API module
         self.connection: Any = None
@@ -12293,7 +12599,10 @@ class Database:
 
     @cached_property
     def writer(self) -> str:
-        """This process in `ztoapi_writers`; not known before it writes, for a process manager may fork."""
+        """This process in `ztoapi_writers`.
+
+        It is not known before it writes, for a process manager may fork.
+        """
         return secrets.token_hex(8)
 
     @property
@@ -12303,8 +12612,10 @@ class Database:
             return "memory only"
         if not self.is_postgres:
             return str(self.path)
-        behind_password = self.url.partition("://")[2].rpartition("@")[2]
-        return f"PostgreSQL {behind_password.partition('?')[0]}".rstrip()
+        _, _, address = self.url.partition("://")
+        _, _, behind_password = address.rpartition("@")
+        without_options, _, _ = behind_password.partition("?")
+        return f"PostgreSQL {without_options}".rstrip()
 
     @property
     def exists(self) -> bool:
@@ -12329,15 +12640,14 @@ class Database:
             self.hanging = done
             self.has_failed = True
             raise DatabaseError(NO_ANSWER)
-        failure = done.exception()
-        self.has_failed = isinstance(failure, DatabaseError) and not isinstance(
-            failure, OddRowError
-        )
+        error = done.exception()
+        is_only_odd = isinstance(error, OddRowError)
+        self.has_failed = isinstance(error, DatabaseError) and not is_only_odd
         return done.result()
 
     @asynccontextmanager
     async def running(self, accounts: Accounts) -> AsyncIterator[None]:
-        """Keys and usage are exchanged with the database every few seconds, and once more at the end."""
+        """Exchange keys and usage with the database every few seconds, and once more at the end."""
         if self.exists:
             await self.sync(accounts)
         task = asyncio.create_task(self.loop(accounts))
@@ -12346,15 +12656,17 @@ class Database:
         task = asyncio.create_task(self.write_rest(accounts))
         await asyncio.wait({task}, timeout=self.limits.database_wait + 1)
         await end_tasks([task])
-        await asyncio.wait({asyncio.wrap_future(self.thread.submit(self.close))}, timeout=1)
+        closing = asyncio.wrap_future(self.thread.submit(self.close))
+        await asyncio.wait({closing}, timeout=1)
 
     async def write_rest(self, accounts: Accounts) -> None:
-        """At the end."""
+        """Write what is still in memory when the server ends."""
         for _ in range(3):  # a broken connection, the batch that it broke with, the rest
             if accounts.counted or accounts.batch or self.unsaved.rows:
                 await self.sync(accounts)
 
     async def loop(self, accounts: Accounts) -> None:
+        """Exchange what there is to exchange, at each interval, for ever."""
         for number in count():
             if self.is_due(accounts, number):
                 await self.sync(accounts)
@@ -12366,7 +12678,9 @@ class Database:
             return number % self.POLL == 0 and bool(accounts.counted)
         if accounts.counted or accounts.batch or self.unsaved.rows or self.has_failed:
             return True
-        return number % self.POLL == 0 and (self.exists or self.connection is not None)
+        if not self.exists and self.connection is None:
+            return False
+        return number % self.POLL == 0
 
     async def sync(self, accounts: Accounts) -> None:
         """Write what was counted and stored, read what other processes wrote.
@@ -12375,13 +12689,15 @@ class Database:
         """
         async with self.lock:
             counts = accounts.take()
-            unsaved = {} if self.in_memory else dict(self.unsaved.rows)
-            common = accounts.common_budget
-            begin = WRITE if counts or unsaved else READ
+            unsaved = {}
+            if not self.in_memory:
+                unsaved = dict(self.unsaved.rows)
+            begin = READ
+            if counts or unsaved:
+                begin = WRITE
+            exchange = partial(self.write_and_read, counts, unsaved, accounts.common_budget)
             try:
-                known = await self.wait_for(
-                    self.write_and_read, counts, unsaved, common, begin=begin
-                )
+                known = await self.wait_for(exchange, begin=begin)
             except DatabaseError as error:
                 # Logged once a minute.
                 LOG.warning("%s; requests go on, and unsaved data waits in memory", error)
@@ -12416,10 +12732,12 @@ class Database:
     async def find_responses(
         self, account_id: str, asked: Referred, room: int
     ) -> list[ResponseRow]:
-        """The account's responses of these ids, and the whole line of those before `asked.previous`.
+        """The account's responses that a request refers to.
 
-        What was deleted or stored more than DAYS_KEPT days ago is found only as another's parent.
-        Of what the database has, the rest is left out after `room` bytes. Raises DatabaseError.
+        They are those with the ids `asked.others`, and the whole line of those before
+        `asked.previous`. What was deleted or stored more than DAYS_KEPT days ago is found only as
+        another's parent. Of what the database has, the rest is left out after `room` bytes. Raises
+        DatabaseError.
         """
         first_day = self.first_day_kept
         here = self.unsaved.rows
@@ -12427,17 +12745,22 @@ class Database:
         def is_given_out(row: ResponseRow) -> bool:
             return row.account == account_id and row.day >= first_day
 
-        rows = [here[other] for other in asked.others if other in here]
-        rows = [*filter(is_given_out, rows)]
-        line = [*self.unsaved.line_from(asked.previous)]
+        rows = []
+        missing = []
+        for other in asked.others:
+            if other not in here:
+                missing.append(other)
+            elif is_given_out(here[other]):
+                rows.append(here[other])
+        line = list(self.unsaved.line_from(asked.previous))
         start = LineStart(asked.previous, first_day)
         if line and is_given_out(line[0]):
             rows += line
             start = LineStart(line[-1].parent, DELETED)
         elif line:
             start = LineStart("", "")
-        missing = [other for other in asked.others if other not in here]
-        if (start.id or missing) and self.exists and not self.in_memory:
+        has_file = self.exists and not self.in_memory
+        if has_file and (start.id or missing):
             select = partial(self.select_responses, account_id, start, missing, first_day, room)
             rows += await self.run(select, begin=READ)
         return rows
@@ -12473,10 +12796,15 @@ class Database:
 
     def file_is_gone(self) -> bool:
         """Whether the SQLite file that was opened is not the one at its path any more."""
-        return bool(self.opened) and self.opened[0] != file_identity(self.path)
+        if not self.opened:
+            return False
+        return self.opened[0] != file_identity(self.path)
 
     def leave_file(self) -> None:
-        """Close a file that is gone, with its journal, which SQLite would add to the file in its place."""
+        """Close a file that is gone, with its journal.
+
+        SQLite would add the journal to the file in its place.
+        """
         LOG.warning("%s was deleted or replaced: it is opened anew", self.path)
         opened = self.opened
         self.close()
@@ -12486,11 +12814,16 @@ class Database:
 
     def files(self) -> list[Path]:
         """The SQLite file and what SQLite keeps beside it."""
-        return [self.path.with_name(self.path.name + end) for end in ("", "-wal", "-shm")]
+        name = self.path.name
+        return [self.path.with_name(name + end) for end in ("", "-wal", "-shm")]
 
     def load_driver(self) -> Any:
+        """The module that speaks to the database. Raises DatabaseError if it is not installed."""
+        name = "sqlite3"
+        if self.is_postgres:
+            name = "psycopg"
         try:
-            return import_module("psycopg" if self.is_postgres else "sqlite3")
+            return import_module(name)
         except ImportError:
             raise DatabaseError(
                 'PostgreSQL needs a package: pip install "psycopg[binary]"'
@@ -12524,9 +12857,13 @@ class Database:
         self.execute("PRAGMA synchronous = NORMAL")
 
     def make_file(self) -> None:
-        """Make the SQLite file if there is none, for its owner only; under root that is its folder's owner."""
+        """Make the SQLite file if there is none, for its owner only.
+
+        Under root, the owner is that of its folder.
+        """
         is_new = not self.path.exists()
-        os.close(os.open(self.path, os.O_CREAT | os.O_RDWR, 0o600))
+        opened = os.open(self.path, os.O_CREAT | os.O_RDWR, 0o600)
+        os.close(opened)
         if sys.platform == "win32" or not hasattr(os, "geteuid"):
             return
         if is_new and os.geteuid() == 0:
@@ -12537,9 +12874,13 @@ class Database:
     def commit(self, job: Callable[..., R], *arguments: object, begin: str) -> R:
         """Do a job in a transaction of the open connection, which is closed if that fails."""
         with ExitStack() as failed:
-            # Closing rolls back, but would lose what is in memory.
-            failed.callback(self.connection.rollback if self.in_memory else self.close)
-            self.execute("BEGIN" if self.is_postgres else begin)
+            if self.in_memory:  # closing would lose all of it
+                failed.callback(self.connection.rollback)
+            else:
+                failed.callback(self.close)
+            if self.is_postgres:
+                begin = "BEGIN"
+            self.execute(begin)
             result = job(*arguments)
             self.execute("COMMIT")
             self.checkpoint_if_due()
@@ -12547,9 +12888,13 @@ class Database:
         return result
 
     def checkpoint_if_due(self) -> None:
-        """Twice a minute, bring what was written from SQLite's journal to its file, which may be copied alone."""
+        """Twice a minute, bring what was written from SQLite's journal to its file.
+
+        So the file may be copied alone.
+        """
         now = time.monotonic()
-        if self.opened and now - self.checkpointed_at >= self.limits.checkpoint_interval:
+        is_due = now - self.checkpointed_at >= self.limits.checkpoint_interval
+        if self.opened and is_due:
             self.execute("PRAGMA wal_checkpoint(PASSIVE)")
             self.checkpointed_at = now
 
@@ -12561,17 +12906,23 @@ class Database:
         self.cleaned_on = None
 
     def execute(self, statement: str, *values: object) -> Any:
-        return self.connection.execute(
-            statement.replace("?", "%s") if self.is_postgres else statement, values
-        )
+        if self.is_postgres:
+            statement = statement.replace("?", "%s")
+        return self.connection.execute(statement, values)
 
     def lock_out(self, activity: int) -> None:
-        """Until the transaction ends, keep other processes from doing the same; SQLite has one writer."""
+        """Until the transaction ends, keep other processes from doing the same.
+
+        SQLite has one writer, so there it needs nothing.
+        """
         if self.is_postgres:
             self.execute("SELECT pg_advisory_xact_lock(?)", activity)
 
     def migrate(self) -> None:
-        """Bring the tables to this program's version. Raises DatabaseError if they have a newer one."""
+        """Bring the tables to this program's version.
+
+        Raises DatabaseError if they have a newer one.
+        """
         self.lock_out(MIGRATING)
         self.execute("CREATE TABLE IF NOT EXISTS ztoapi_version (version BIGINT NOT NULL)")
         version = self.execute("SELECT MAX(version) FROM ztoapi_version").fetchone()[0] or 0
@@ -12587,6 +12938,7 @@ class Database:
     def write_and_read(
         self, counts: Counts, unsaved: Mapping[str, ResponseRow], common: Budget | None
     ) -> Known:
+        """One exchange: write what there is, then read what all processes wrote."""
         if counts or unsaved:
             self.write(counts, unsaved)
         return self.read_known(common)
@@ -12610,8 +12962,10 @@ class Database:
         return known
 
     def write(self, counts: Counts, unsaved: Mapping[str, ResponseRow]) -> None:
+        """Write responses, and counts unless this batch of them was written before."""
         today = day_of(self.unix())
-        if self.execute(BEGIN_BATCH, self.writer, self.batch, today.isoformat()).rowcount:
+        batch = self.execute(BEGIN_BATCH, self.writer, self.batch, today.isoformat())
+        if batch.rowcount:
             # Sorted, or two writers might wait for each other.
             for key, figures in sorted(counts.items()):
                 self.execute(ADD_USAGE, *key, *figures)
@@ -12622,8 +12976,10 @@ class Database:
         """Add what was counted to what each key has used since ever."""
         totals: defaultdict[str, list[int]] = defaultdict(lambda: [0, 0, 0])
         for (account_id, _, _), (requests, _, prompt, _, completion, spent) in counts.items():
-            more = (requests, prompt + completion, spent)
-            totals[account_id] = [*map(add, totals[account_id], more)]
+            sums = totals[account_id]
+            sums[0] += requests
+            sums[1] += prompt + completion
+            sums[2] += spent
         now = datetime.fromtimestamp(self.unix(), timezone.utc).strftime("%Y-%m-%dT%H:%M:%S")
         for account_id, sums in sorted(totals.items()):
             self.execute(ADD_TOTALS, *sums, now, account_id)
@@ -12633,13 +12989,18 @@ class Database:
         for row in rows.values():
             self.execute(PUT_RESPONSE, *row)
         for account_id in {row.account for row in rows.values()}:
-            stored = self.execute(SIZE_OF_ALL, account_id).fetchone()[0] or 0
-            if stored > self.limits.stored_size:
-                self.lock_out(MAKING_ROOM)
-                self.execute(DELETE_OLDEST, account_id, self.limits.stored_size)
+            self.make_room(account_id)
         has_deleted = any(row.day == DELETED for row in rows.values())
         if has_deleted or self.cleaned_on != today:
             self.clean(today)
+
+    def make_room(self, account_id: str) -> None:
+        """Delete an account's oldest responses if all of them together are too large."""
+        most = self.limits.stored_size
+        stored = self.execute(SIZE_OF_ALL, account_id).fetchone()[0] or 0
+        if stored > most:
+            self.lock_out(MAKING_ROOM)
+            self.execute(DELETE_OLDEST, account_id, most)
 
     def clean(self, today: date) -> None:
         """Delete what is old or marked as deleted, unless a younger response goes on from it."""
@@ -12651,6 +13012,7 @@ class Database:
         self.cleaned_on = today
 
     def mark_deleted(self, response_id: str, account_id: str, first_day: str) -> bool:
+        """Whether there was one from `first_day` on."""
         found = self.execute(DELETE_RESPONSE, response_id, account_id, first_day).rowcount
         self.clean(day_of(self.unix()))
         return bool(found)
@@ -12681,10 +13043,9 @@ class Database:
         return account
 
     def put_account(self, account: Account) -> None:
-        limits = {name: getattr(account, name) for name in LIMITS}
-        self.execute(
-            PUT_KEY, account.id, account.name, json_text(limits), account.hash, int(account.paused)
-        )
+        limits = json_text({name: getattr(account, name) for name in LIMITS})
+        paused = int(account.paused)
+        self.execute(PUT_KEY, account.id, account.name, limits, account.hash, paused)
 
     def try_to_write(self) -> None:
         """Fails where the database can only be read."""
@@ -12700,7 +13061,10 @@ class Database:
         return bool(self.execute(REMOVE_KEY, name).rowcount)
 
     def list_usage(self, since: date, account_id: str = "") -> list[tuple[Any, ...]]:
-        """Account id and name, day, model, and the figures of Counts; of all accounts, or of one."""
+        """Usage by account, day and model, of all accounts or of one.
+
+        Each row: the account's id and name, day, model, and the figures of Counts.
+        """
         if account_id:
             return list(self.execute(USAGE_OF_ONE, since.isoformat(), account_id))
         return list(self.execute(USAGE_SINCE, since.isoformat()))
@@ -12716,12 +13080,11 @@ class Database:
         """See `find_responses`: first what there is, then as much of it as there is room for."""
         sizes: dict[str, int] = {}  # by id
         if start.id:
-            sizes.update(
-                self.execute(LINE, start.id, account_id, start.first_day, account_id, room)
-            )
+            line = self.execute(LINE, start.id, account_id, start.first_day, account_id, room)
+            sizes.update(line)
         if others:
-            there = self.execute(SIZES.format(marks(others)), *others, account_id, first_day)
-            sizes.update(there)
+            sizes_of_others = SIZES.format(marks(others))
+            sizes.update(self.execute(sizes_of_others, *others, account_id, first_day))
         wanted: list[str] = []
         for response_id, size in sizes.items():
             room -= size
@@ -12730,7 +13093,8 @@ class Database:
         rows: list[ResponseRow] = []
         for begin in range(0, len(wanted), 500):  # databases bound the values of a statement
             some = wanted[begin : begin + 500]
-            rows += map(ResponseRow._make, self.execute(ROWS.format(marks(some)), *some))
+            found = self.execute(ROWS.format(marks(some)), *some)
+            rows += map(ResponseRow._make, found)
         return rows
 
 
@@ -12744,8 +13108,9 @@ def marks(values: Sequence[object]) -> str:
     return ", ".join("?" * len(values))
 
 
-# ======== Requests ==================================================================================================
-# What is kept about requests, bounded in size: `Record`, `Statistics`, and `ClientHistory` of stored responses.
+# ======== Requests ===============================================================================
+# What is known of a request: its `Record`, and the stored responses that it refers to
+# (`ClientHistory`).
 
 CLIENT_LEFT = 499  # nginx's status for a client that closed the connection
 
@@ -12799,8 +13164,11 @@ class Record:
             record.error = image.error
             record.meters = image.plan.meters
             record.settle()
-            if image.ended_at is not None:  # else its client left
-                record.status = 502 if image.error else 200
+            has_ended = image.ended_at is not None  # else its client left
+            if has_ended and image.error:
+                record.status = 502
+            elif has_ended:
+                record.status = 200
             yield record
 
     @property
@@ -12821,7 +13189,9 @@ class Record:
         first = None
         if self.first is not None:
             first = round(self.first - self.started, 3)
-        tries = [max(0, meter.tries - 1) for meter in self.meters]
+        retries = 0
+        for meter in self.meters:
+            retries += max(0, meter.tries - 1)
         return {
             "key": self.key,
             "route": self.route,
@@ -12836,25 +13206,33 @@ class Record:
             "cached_tokens": self.usage.cached,
             "completion_tokens": self.usage.completion,
             "cost": self.cost,
-            "retries": sum(tries),
+            "retries": retries,
             "id": request_id_of(self.id),
         }
 
     @property
     def is_silent(self) -> bool:
         """Whether its answers are complete, and have neither text nor call."""
-        return bool(self.meters) and all(meter.is_silent for meter in self.meters)
+        if not self.meters:
+            return False
+        return all(meter.is_silent for meter in self.meters)
 
     def line(self, now: float) -> str:
-        outcome = f"{self.status} {self.error}".rstrip()
-        first = f"first {self.first - self.started:.2f} s, " if self.first else ""
-        tokens = f", {self.usage.prompt}+{self.usage.completion} tokens" if self.usage.total else ""
-        left_out = f", left out {self.left_out}" if self.left_out else ""
-        took = f"{now - self.started:.2f} s"
+        """The request in the log."""
         who = self.key or "-"
-        what = f"{self.method} {self.path} {self.model or '-'}"
-        silent = ", no text" if self.is_silent else ""
-        return f"{who} {what} {outcome} {first}{took}{tokens}{silent}{left_out}"
+        model = self.model or "-"
+        outcome = f"{self.status} {self.error}".rstrip()
+        took = f"{now - self.started:.2f} s"
+        if self.first:
+            took = f"first {self.first - self.started:.2f} s, {took}"
+        parts = [f"{who} {self.method} {self.path} {model} {outcome} {took}"]
+        if self.usage.total:
+            parts.append(f"{self.usage.prompt}+{self.usage.completion} tokens")
+        if self.is_silent:
+            parts.append("no text")
+        if self.left_out:
+            parts.append(f"left out {self.left_out}")
+        return ", ".join(parts)
 
 
 def owner_of(account: Account) -> str:
@@ -12863,6 +13241,60 @@ def owner_of(account: Account) -> str:
         return OPERATOR
     return account.id
 
+
+class ClientHistory:
+    """The stored responses of one client key.
+
+    Those that a request refers to are loaded before it is parsed.
+    """
+
+    def __init__(self, database: Database, account_id: str) -> None:
+        self.database = database
+        self.max_size = database.limits.loaded_size
+        self.account_id = account_id
+        self.loaded: dict[str, StoredResponse] = {}
+        self.size = 0  # bytes of what was found
+
+    async def load(self, asked: Referred) -> None:
+        """Find the responses that a request refers to. Raises DatabaseError."""
+        if not asked.previous and not asked.others:
+            return
+        rows = await self.database.find_responses(self.account_id, asked, self.max_size)
+        size = sum(row.size for row in rows)
+        await in_thread_if_large(size, self.read, rows)
+
+    def read(self, rows: Iterable[ResponseRow]) -> None:
+        """Keep the responses in these rows, as far as there is room."""
+        for row in rows:
+            self.size += row.size
+            if self.size <= self.max_size:
+                stored = json.loads(row.body)
+                self.loaded[row.id] = StoredResponse(**stored, parent=row.parent)
+
+    def get(self, response_id: str) -> StoredResponse | None:
+        return self.loaded.get(response_id)
+
+    async def put(self, stored: StoredResponse, size: int) -> None:
+        """`size` is about that of the request and the answer, in bytes."""
+        row = await in_thread_if_large(size, self.row, stored)
+        await self.database.put_response(row)
+
+    def row(self, stored: StoredResponse) -> ResponseRow:
+        body = json_bytes({"response": stored.response, "input": stored.input})
+        now = self.database.unix()
+        return ResponseRow(
+            id=stored.response["id"],
+            account=self.account_id,
+            day=day_of(now).isoformat(),
+            stored_at=int(now * 1000),
+            parent=stored.parent,
+            size=len(body),
+            body=body.decode(),
+        )
+
+
+# ======== Statistics =============================================================================
+# `Statistics`: figures for the dashboard and for /metrics, in memory and bounded in size.
 
 BUCKETS = (0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)  # seconds
 
@@ -12873,7 +13305,8 @@ class Histogram:
     SAMPLES = 200  # the latest, for the percentiles
 
     def __init__(self) -> None:
-        self.counts, self.sum = [0] * (len(BUCKETS) + 1), 0.0
+        self.counts = [0] * (len(BUCKETS) + 1)  # the last one is of what no bucket holds
+        self.sum = 0.0
         self.latest: deque[float] = deque(maxlen=self.SAMPLES)
 
     def add(self, seconds: float) -> None:
@@ -12882,6 +13315,7 @@ class Histogram:
         self.latest.append(seconds)
 
     def samples(self, name: str, model: str) -> Iterator[str]:
+        """The lines of Prometheus' text format; a bucket counts all that are below its bound."""
         for bound, total in zip((*BUCKETS, "+Inf"), accumulate(self.counts), strict=True):
             yield sample(f"{name}_bucket", total, {"model": model, "le": bound})
         yield sample(f"{name}_sum", self.sum, {"model": model})
@@ -12890,20 +13324,24 @@ class Histogram:
 
 def sample(name: str, value: float, labels: Mapping[str, object]) -> str:
     """One line of Prometheus' text format 0.0.4; JSON escapes labels in the same way."""
-    return f"ztoapi_{name}{{{','.join(f'{label}={json_text(str(text))}' for label, text in labels.items())}}} {value}"
+    pairs = [f"{label}={json_text(str(text))}" for label, text in labels.items()]
+    return f"ztoapi_{name}{{{','.join(pairs)}}} {value}"
 
 
 class ModelFigures:
     """Counts of requests to one model."""
 
     def __init__(self) -> None:
-        self.requests = self.failures = 0
+        self.requests = 0
+        self.failures = 0
         self.usage = Usage()
-        self.first_times, self.durations = Histogram(), Histogram()
+        self.first_times = Histogram()  # until answers began
+        self.durations = Histogram()  # of answers that succeeded
 
     def add(self, record: Record, duration: float) -> None:
         self.requests += 1
-        self.failures += bool(record.error)
+        if record.error:
+            self.failures += 1
         self.usage += record.usage
         if record.first is not None:
             self.first_times.add(record.first - record.started)
@@ -12911,27 +13349,28 @@ class ModelFigures:
             self.durations.add(duration)
 
     def snapshot(self, model: Model) -> JSON:
-        usage, counts = self.usage, {"requests": self.requests, "failures": self.failures}
-        tokens = {
+        usage = self.usage
+        return {
+            "requests": self.requests,
+            "failures": self.failures,
             "prompt_tokens": usage.prompt,
             "cached_tokens": usage.cached,
             "completion_tokens": usage.completion,
-        }
-        cost = model.cost(usage.prompt, usage.cached, usage.completion)
-        times = {
+            "cost": model.cost(usage.prompt, usage.cached, usage.completion),
             "first": percentiles(self.first_times.latest),
             "duration": percentiles(self.durations.latest),
         }
-        return {**counts, **tokens, "cost": cost, **times}
 
 
 def percentiles(seconds: Iterable[float]) -> JSON:
+    """The median and the 95th percentile; null where there are no values."""
     ordered = sorted(seconds)
     if not ordered:
         return {"p50": None, "p95": None}
+    last = len(ordered) - 1
     return {
-        name: round(ordered[int((len(ordered) - 1) * part)], 3)
-        for name, part in (("p50", 0.5), ("p95", 0.95))
+        "p50": round(ordered[int(last * 0.5)], 3),
+        "p95": round(ordered[int(last * 0.95)], 3),
     }
 
 
@@ -12949,14 +13388,16 @@ class Stretch:
     def __init__(self, samples: int) -> None:
         # Requests, failures, tokens in, tokens in from the cache, tokens out; by owner and model.
         self.figures: dict[tuple[str, str], list[int]] = {}
-        # The latest owners, and how many seconds their answers took to begin and in all (None: they did not).
+        # Of the latest requests: the owner, the seconds until the answer began, and all that it
+        # took; None where it did not begin, or failed.
         self.times: deque[tuple[str, float | None, float | None]] = deque(maxlen=samples)
 
 
 class Timeline:
-    """What happened in the last stretches of time; the oldest go when new ones come, so that idle nothing changes.
+    """What happened in the last stretches of time.
 
-    Stretches are numbered from 1970 on, by a clock that was right when the program started and never jumps.
+    The oldest go when new ones come, so that nothing changes while the server is idle. Stretches
+    are numbered from 1970 on, by a clock that was right when the program started and never jumps.
     """
 
     def __init__(self, step: int, kept: int, samples: int) -> None:
@@ -12969,14 +13410,18 @@ class Timeline:
         """The stretch that is on."""
         number = int(now // self.step)
         if number not in self.stretches:
-            first = number - self.kept  # which may still be on in part, in a range that ends now
-            kept = {each: stretch for each, stretch in self.stretches.items() if each >= first}
-            self.stretches = kept
+            first = number - self.kept  # part of it is still within a range that ends now
+            for old in list(self.stretches):
+                if old < first:
+                    del self.stretches[old]
             self.stretches[number] = Stretch(self.samples)
         return self.stretches[number]
 
     def rows(self, owner: str, names: Mapping[str, str], shift: int) -> list[JSON]:
-        """The figures of an owner, or of everybody; times are `shift` seconds later than they were counted."""
+        """The figures of an owner, or of everybody.
+
+        `shift` is what is added to the times at which they were counted, in seconds.
+        """
         rows = []
         for number, stretch in sorted(self.stretches.items()):
             for (whose, model), figures in stretch.figures.items():
@@ -12989,19 +13434,20 @@ class Timeline:
         """How long answers took in each stretch that had some."""
         rows = []
         for number, stretch in sorted(self.stretches.items()):
-            times = [
-                (first, took) for who, first, took in stretch.times if owner in (who, EVERYBODY)
-            ]
-            if times:
-                firsts = [first for first, _ in times if first is not None]
-                durations = [took for _, took in times if took is not None]
-                rows.append(
-                    {
-                        "at": number * self.step + shift,
-                        "first": percentiles(firsts),
-                        "duration": percentiles(durations),
-                    }
-                )
+            firsts = []
+            durations = []
+            is_empty = True
+            for whose, first, took in stretch.times:
+                if owner not in (whose, EVERYBODY):
+                    continue
+                is_empty = False
+                if first is not None:
+                    firsts.append(first)
+                if took is not None:
+                    durations.append(took)
+            if not is_empty:
+                row = {"first": percentiles(firsts), "duration": percentiles(durations)}
+                rows.append({"at": number * self.step + shift, **row})
         return rows
 
 
@@ -13033,7 +13479,10 @@ class Ended(NamedTuple):
 
 
 class Statistics:
-    """Figures by model, by key and over time, and the last requests; times are of time.monotonic()."""
+    """Figures by model, by key and over time, and the last requests.
+
+    Times are of time.monotonic().
+    """
 
     MAX_MODELS, RECENT = 50, 500
     MINUTE, MINUTES = 60, 60  # seconds of one, and how many are kept
@@ -13043,9 +13492,8 @@ class Statistics:
 
     def __init__(self, now: float, unix: float | None = None) -> None:
         self.started = now
-        self.unix_at_clock_zero = (
-            unix or now
-        ) - now  # the Unix time at which time.monotonic() was 0
+        # The Unix time at which time.monotonic() was 0.
+        self.unix_at_clock_zero = (unix or now) - now
         self.models: defaultdict[str, ModelFigures] = defaultdict(ModelFigures)
         self.keys: defaultdict[str, KeyFigures] = defaultdict(KeyFigures)  # by name
         self.names: dict[str, str] = {}  # of owners, as they were when they last asked
@@ -13054,30 +13502,41 @@ class Statistics:
         self.count = 0  # requests
         self.recent: deque[Ended] = deque(maxlen=self.RECENT)  # the newest first
         self.torn = 0  # frames
-        self.requests: Counter[tuple[str, str, int]] = (
-            Counter()
-        )  # all of them, by route, model and status
+        # All of them, by route, model and status.
+        self.requests: Counter[tuple[str, str, int]] = Counter()
 
     @cached_property
     def run(self) -> str:
-        """Tells this process from others and from the one before; not known early, for a process manager may fork."""
+        """Tells this process from others and from the one before.
+
+        It is not known early, for a process manager may fork.
+        """
         return secrets.token_hex(4)
 
     def label(self, model: str) -> str:
         """The model's name, if it is one that requests are counted under."""
-        return model if model in self.models or model in MODELS else self.OTHERS
+        if model in self.models or model in MODELS:
+            return model
+        return self.OTHERS
 
     def name_of(self, record: Record) -> str:
-        """The name under which a request is counted: an unknown one gets a place when Z.ai has answered for it."""
+        """The name under which a request is counted.
+
+        An unknown model gets a place when Z.ai has answered for it.
+        """
         model = record.model
         if not model or model in self.models or model in MODELS:
             return model
         if record.first is None:  # clients make names up
             return self.OTHERS
-        unknown = sum(name not in MODELS and name != self.OTHERS for name in self.models)
-        return model if unknown < self.MAX_MODELS - len(MODELS) - 1 else self.OTHERS
+        unknown = self.models.keys() - MODELS.keys() - {self.OTHERS}
+        room = self.MAX_MODELS - len(MODELS) - 1
+        if len(unknown) < room:
+            return model
+        return self.OTHERS
 
     def add(self, record: Record, duration: float, now: float) -> None:
+        """Count a request that is over."""
         model = self.name_of(record)
         self.models[model].add(record, duration)
         self.torn += record.torn
@@ -13093,10 +13552,14 @@ class Statistics:
             stretch.figures[record.owner, model] = [*map(add, counted, figures)]
             stretch.times.append((record.owner, *times_of(record, duration)))
         self.count += 1
-        self.recent.appendleft(Ended(self.count, now, record.owner, record.row(duration)))
+        ended = Ended(self.count, now, record.owner, record.row(duration))
+        self.recent.appendleft(ended)
 
     def recent_rows(self, owner: str, since: int, unix_at_clock_zero: float) -> list[JSON]:
-        """The last requests after that with the number `since`, of an owner or of everybody; the newest first."""
+        """The last requests after the one with the number `since`, the newest first.
+
+        They are those of an owner, or of everybody.
+        """
         rows = []
         for number, at, whose, row in self.recent:
             if number <= since:
@@ -13106,7 +13569,10 @@ class Statistics:
         return rows
 
     def minute_sums(self, now: float) -> list[list[int]]:
-        """Requests, failures, tokens in and tokens out of each of the last minutes, the present one last."""
+        """Requests, failures, tokens in and tokens out of each of the last minutes.
+
+        The present minute is the last.
+        """
         last = int((now + self.unix_at_clock_zero) // self.MINUTE)
         sums = []
         for number in range(last - self.MINUTES + 1, last + 1):
@@ -13119,14 +13585,16 @@ class Statistics:
         return sums
 
     def model_rows(self) -> JSON:
-        """By name."""
-        return {name: figures.snapshot(model_of(name)) for name, figures in self.models.items()}
+        """The figures of each model, by its name."""
+        rows = {}
+        for name, figures in self.models.items():
+            rows[name] = figures.snapshot(model_of(name))
+        return rows
 
     def history(self, owner: str, unix_at_clock_zero: float) -> JSON:
         """What is known of the last hour and the last day, of an owner or of everybody."""
-        shift = round(
-            unix_at_clock_zero - self.unix_at_clock_zero
-        )  # what the wall clock has jumped by since the start
+        # What the wall clock has jumped by since the start.
+        shift = round(unix_at_clock_zero - self.unix_at_clock_zero)
         return {
             "quarters": self.quarters.rows(owner, self.names, shift),
             "minutes": self.minutes.rows(owner, self.names, shift),
@@ -13144,50 +13612,8 @@ def times_of(record: Record, duration: float) -> tuple[float | None, float | Non
     return first, duration
 
 
-class ClientHistory:
-    """The stored responses of one client key. Those that a request refers to are loaded before it is parsed."""
-
-    def __init__(self, database: Database, account_id: str) -> None:
-        self.database = database
-        self.max_size = database.limits.loaded_size
-        self.account_id = account_id
-        self.loaded: dict[str, StoredResponse] = {}
-        self.size = 0  # bytes of what was found
-
-    async def load(self, asked: Referred) -> None:
-        """Raises DatabaseError."""
-        if not asked.previous and not asked.others:
-            return
-        rows = await self.database.find_responses(self.account_id, asked, self.max_size)
-        await in_thread_if_large(sum(row.size for row in rows), self.read, rows)
-
-    def read(self, rows: Iterable[ResponseRow]) -> None:
-        for row in rows:
-            self.size += row.size
-            if self.size <= self.max_size:
-                self.loaded[row.id] = StoredResponse(**json.loads(row.body), parent=row.parent)
-
-    def get(self, response_id: str) -> StoredResponse | None:
-        return self.loaded.get(response_id)
-
-    async def put(self, stored: StoredResponse, size: int) -> None:
-        """`size` is about that of the request and the answer, in bytes."""
-        row = await in_thread_if_large(size, self.row, stored)
-        await self.database.put_response(row)
-
-    def row(self, stored: StoredResponse) -> ResponseRow:
-        body = json_bytes({"response": stored.response, "input": stored.input})
-        now = self.database.unix()
-        day = day_of(now).isoformat()
-        return ResponseRow(
-            stored.response["id"],
-            self.account_id,
-            day,
-            int(now * 1000),
-            stored.parent,
-            len(body),
-            body.decode(),
-        )
+# ======== App keys ===============================================================================
+# What handlers find in the app, and in a request.
 
 
 class OnceAMinute:
@@ -13210,9 +13636,8 @@ OpenResponse: TypeAlias = "SSEResponse | PassThroughResponse"
 SETTINGS = web.AppKey("settings", Settings)
 APP_LIMITS = web.AppKey("limits", Limits)
 REDACT = web.AppKey("redact", Redactor)
-IN_FLIGHT: web.AppKey[dict[Any, web.Request]] = web.AppKey(
-    "in_flight", dict
-)  # by the task that answers it
+# By the task that answers it.
+IN_FLIGHT: web.AppKey[dict[Any, web.Request]] = web.AppKey("in_flight", dict)
 CLOCK = web.AppKey("clock", Clock)
 STATISTICS = web.AppKey("statistics", Statistics)
 ACCOUNTS = web.AppKey("accounts", Accounts)
@@ -13222,20 +13647,19 @@ UPSTREAM = web.AppKey("upstream", Upstream)
 CATALOG = web.AppKey("catalog", Catalog)
 PLANS = web.AppKey("plans", PlanQuotas)
 ACCOUNT = web.RequestKey("account", Account)
-API_PATTERNS: web.AppKey[list[re.Pattern[str]]] = web.AppKey(
-    "api_patterns", list
-)  # of the API's paths
+# Of the API's paths.
+API_PATTERNS: web.AppKey[list[re.Pattern[str]]] = web.AppKey("api_patterns", list)
 ORIGIN_REFUSALS = web.AppKey("origin_refusals", OnceAMinute)
 RECORD = web.RequestKey("record", Record)
-STREAM: web.RequestKey[OpenResponse] = web.RequestKey(
-    "stream"
-)  # the answer, once it may have begun
+# The answer, once it may have begun.
+STREAM: web.RequestKey[OpenResponse] = web.RequestKey("stream")
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 
-# ======== Streaming out =============================================================================================
-# `SSEResponse` sends an answer piece by piece (`relay`), and comments while Z.ai is silent (`keep_alive`).
+# ======== Streaming out ==========================================================================
+# `SSEResponse` sends an answer piece by piece (`relay`), and comments while Z.ai is silent
+# (`keep_alive`).
 
 EVENT_STREAM = "text/event-stream; charset=utf-8"
 STREAM_HEADERS = {
@@ -13246,15 +13670,18 @@ STREAM_HEADERS = {
 
 
 def head_of(info: AnswerInfo, model: str, request: web.Request) -> Head:
-    """What is not told by Z.ai is ours."""
-    our_id, unix = request[RECORD].id, request.app[CLOCK].unix
-    return Head(info.id or our_id, info.created or int(unix()), model, our_id, unix)
+    """What an answer says of itself first; what Z.ai does not tell of it is ours."""
+    our_id = request[RECORD].id
+    unix = request.app[CLOCK].unix
+    created = info.created or int(unix())
+    return Head(info.id or our_id, created, model, our_id, unix)
 
 
 class SSEResponse:
-    """A streamed answer. The first thing sent opens it: until then a failure has a status, later it is a frame.
+    """A streamed answer.
 
-    While Z.ai is silent, signs of life keep the connection open: proxies and clients would close it.
+    The first thing sent opens it: until then a failure has a status, later it is a frame. While
+    Z.ai is silent, signs of life keep the connection open: proxies and clients would close it.
     """
 
     def __init__(self, request: web.Request, reply: Reply, model: str) -> None:
@@ -13278,9 +13705,9 @@ class SSEResponse:
             self.response.headers.update(headers)
 
     async def send(self, frames: Sequence[Frame], size: int = 0) -> None:
-        """Send frames in one write, or those of a large answer one by one: other requests go on in between.
+        """Send frames in one write, but those of a large answer one by one.
 
-        `size` is the answer's, in bytes so far.
+        So other requests go on in between. `size` is the answer's, in bytes so far.
         """
         if size >= self.joined_size and len(frames) > 1:
             for frame in frames:
@@ -13293,6 +13720,7 @@ class SSEResponse:
             await self.write(data)
 
     async def write(self, data: bytes) -> None:
+        """Send bytes, and wait while the client is slow to take them."""
         self.timer.reset()
         if not self.response.prepared:
             await self.response.prepare(self.request)
@@ -13301,6 +13729,7 @@ class SSEResponse:
         self.writing = False
 
     async def fail(self, error: ProxyError) -> None:
+        """Say in the stream why it breaks off."""
         if not self.has_begun:
             self.reply.begin(self.own_head)
         await self.send(self.reply.fail(error))
@@ -13315,13 +13744,15 @@ class SSEResponse:
             self.keeping_alive = asyncio.create_task(self.keep_alive())
 
     async def keep_alive(self) -> None:
+        """Send a sign of life."""
         with suppress(ConnectionError):  # the client left: its handler learns of it too
             await self.write(self.reply.sign_of_life(self.own_head))
 
 
-# ======== Request bodies ============================================================================================
-# Bodies come as they were sent, packed or not: aiohttp unpacks none. `body_parts` unpacks the one that a handler reads,
-# step by step, so that others go on meanwhile; what no handler reads costs no more than its own bytes.
+# ======== Request bodies =========================================================================
+# Bodies come as they were sent, packed or not: aiohttp unpacks none. `body_parts` unpacks the one
+# that a handler reads, step by step, so that others go on meanwhile; what no handler reads costs
+# no more than its own bytes.
 
 STEP_INPUT = 2**14  # packed bytes that one step reads
 STEP_OUTPUT = 2**16  # bytes that one step unpacks
@@ -13350,9 +13781,10 @@ async def read_body(request: web.Request) -> bytes:
 
 
 def body_parts(request: web.Request) -> AsyncIterator[bytes]:
-    """The body in parts as it comes, unpacked. Raises ProxyError (415) for a coding that is not read here.
+    """The body in parts as it comes, unpacked.
 
-    Iterating raises BrokenBody, and aiohttp's 413 for a body that is, packed or not, larger than MAX_BODY_MB.
+    Raises ProxyError (415) for a coding that is not read here. Iterating raises BrokenBody, and
+    aiohttp's 413 for a body that is, packed or not, larger than MAX_BODY_MB.
     """
     limit = request.app[SETTINGS].max_body_mb * 2**20
     codings = request.headers.getall("Content-Encoding", ())
@@ -13363,6 +13795,7 @@ def body_parts(request: web.Request) -> AsyncIterator[bytes]:
 
 
 async def limited_parts(body: BodyReader, limit: int) -> AsyncIterator[bytes]:
+    """The body as it comes; aiohttp's 413 when it is larger than `limit` bytes."""
     size = 0
     while part := await body.read():
         size += len(part)
@@ -13374,6 +13807,7 @@ async def limited_parts(body: BodyReader, limit: int) -> AsyncIterator[bytes]:
 async def unpacked_parts(
     parts: AsyncIterator[bytes], unpackers: Sequence[Unpacker]
 ) -> AsyncIterator[bytes]:
+    """What the parts unpack to; other requests go on after each step."""
     async for part in parts:
         for step in unpacking(part, unpackers):
             await asyncio.sleep(0)
@@ -13386,8 +13820,8 @@ async def unpacked_parts(
 class BodyReader:
     """Reads a body as it comes, and gives up on a client that stalls.
 
-    It has `read_timeout` seconds for each `min_read` bytes, so what comes byte by byte gets no more time. Only waiting
-    for the client counts: while Z.ai takes an upload slowly, nothing is read.
+    It has `read_timeout` seconds for each `min_read` bytes, so what comes byte by byte gets no more
+    time. Only waiting for the client counts: while Z.ai takes an upload slowly, nothing is read.
     """
 
     def __init__(self, content: aiohttp.StreamReader, limits: Limits) -> None:
@@ -13410,6 +13844,7 @@ class BodyReader:
         return part
 
     async def wait(self) -> bytes:
+        """The next bytes. Raises TimeoutError when the client has used up its seconds."""
         if self.content.is_eof():  # all of it is here
             return await self.content.readany()
         began = time.monotonic()
@@ -13456,7 +13891,8 @@ class ZlibStream:
         return self.inflater.unused_data
 
     def decompress(self, data: bytes, max_length: int) -> bytes:
-        unpacked = self.inflater.decompress(self.inflater.unconsumed_tail + data, max_length)
+        packed = self.inflater.unconsumed_tail + data
+        unpacked = self.inflater.decompress(packed, max_length)
         self.needs_input = len(unpacked) < max_length
         return unpacked
 
@@ -13488,7 +13924,8 @@ ZSTD_WINDOW_BITS = 23  # the largest window of a body's zstd, 8 MB (RFC 9659)
 class ZstandardStream:
     """zstd with the package zstandard, which takes no max_length.
 
-    A block has at least 4 bytes and unpacks to 128 KB at most (RFC 8878), so SLICE bytes to 8 MB at most.
+    A block has at least 4 bytes and unpacks to 128 KB at most (RFC 8878), so SLICE bytes unpack to
+    8 MB at most.
     """
 
     SLICE = 256
@@ -13517,7 +13954,10 @@ class ZstandardStream:
 
 
 class Coding(NamedTuple):
-    """A content coding that can be read: what opens a stream that begins with these bytes, and what it may raise."""
+    """A content coding that can be read.
+
+    `open` is given the first bytes of a stream, and `error` is what reading one may raise.
+    """
 
     open: Callable[[bytes], PackedStream]
     error: type[Exception]
@@ -13530,7 +13970,9 @@ def open_gzip(_: bytes) -> PackedStream:
 def open_deflate(data: bytes) -> PackedStream:
     """As RFC 9110 has it, in zlib's wrapping; or bare, as some send it."""
     is_wrapped = data[0] & 15 == 8  # the method in zlib's first byte (RFC 1950)
-    return ZlibStream(zlib.MAX_WBITS if is_wrapped else -zlib.MAX_WBITS)
+    if is_wrapped:
+        return ZlibStream(zlib.MAX_WBITS)
+    return ZlibStream(-zlib.MAX_WBITS)
 
 
 @lru_cache(1)
@@ -13548,6 +13990,7 @@ def readable_codings() -> dict[str, Coding]:
 
 
 def zstd_coding() -> Coding | None:
+    """With what Python has from 3.14 on, its backport, or the older package zstandard."""
     zstd = first_module("compression.zstd", "backports.zstd")
     if zstd:
         options = {zstd.DecompressionParameter.window_log_max: ZSTD_WINDOW_BITS}
@@ -13573,16 +14016,19 @@ class Unpacker:
         self.coding = coding
         self.limit = limit
         self.size = 0  # bytes that came out
-        self.stream: PackedStream | None = (
-            None  # the one that is open: streams may follow each other
-        )
+        # The one that is open: streams may follow each other.
+        self.stream: PackedStream | None = None
 
     def feed(self, data: bytes) -> Iterator[bytes]:
-        """What the bytes unpack to, in steps, some of them empty. Raises BrokenBody; 413 above the limit."""
+        """What the bytes unpack to, in steps, some of them empty.
+
+        Raises BrokenBody; 413 above the limit.
+        """
         for start in range(0, len(data), STEP_INPUT):
             packed = data[start : start + STEP_INPUT]
             while packed:
-                stream = self.stream = self.stream or self.coding.open(packed)
+                stream = self.stream or self.coding.open(packed)
+                self.stream = stream
                 yield self.step(stream, packed)
                 while not (stream.eof or stream.needs_input):
                     yield self.step(stream, b"")
@@ -13592,6 +14038,7 @@ class Unpacker:
                     self.stream = None
 
     def step(self, stream: PackedStream, packed: bytes) -> bytes:
+        """What one step unpacks. Raises BrokenBody; 413 above the limit."""
         try:
             unpacked = stream.decompress(packed, STEP_OUTPUT)
         except self.coding.error as error:
@@ -13618,20 +14065,29 @@ def unpacking(data: bytes, unpackers: Sequence[Unpacker]) -> Iterator[bytes]:
 
 
 def unpackers_for(headers: Iterable[str], limit: int) -> list[Unpacker]:
-    """What undoes the codings that Content-Encoding lists, the last first. Raises ProxyError (415)."""
-    names = [name.strip().lower() for header in headers for name in header.split(",")]
-    names = [name for name in names if name not in ("", "identity")]
+    """What undoes the codings that Content-Encoding lists, the last first.
+
+    Raises ProxyError (415).
+    """
     readable = readable_codings()
-    if len(names) > MAX_CODINGS or not readable.keys() >= set(names):
-        raise unsupported_coding(readable)
-    return [Unpacker(readable[name], limit) for name in reversed(names)]
+    unpackers: list[Unpacker] = []
+    for listed in ",".join(headers).split(","):
+        name = listed.strip().lower()
+        if name in ("", "identity"):
+            continue
+        if name not in readable or len(unpackers) == MAX_CODINGS:
+            raise unsupported_coding(readable)
+        unpackers.insert(0, Unpacker(readable[name], limit))
+    return unpackers
 
 
 def unsupported_coding(readable: Iterable[str]) -> ProxyError:
+    """Says what this server could read."""
     names = ", ".join(sorted(readable))
     message = (
-        f"This server reads bodies whose Content-Encoding is {names} (at most {MAX_CODINGS}), or that have none; "
-        "br only where the package Brotli is installed, zstd only with Python 3.14 or the package zstandard."
+        f"This server reads bodies whose Content-Encoding is {names} (at most {MAX_CODINGS}), or "
+        "that have none; br only where the package Brotli is installed, zstd only with Python 3.14 "
+        "or the package zstandard."
     )
     error = ProxyError(UNSUPPORTED_CODING, message)
     error.headers["Accept-Encoding"] = names  # as RFC 9110, 15.5.16, has it
@@ -13653,11 +14109,14 @@ DETAIL_LIMIT = 500  # characters of what an error says or quotes
 
 def truncated(words: str) -> str:
     """At most DETAIL_LIMIT characters. Redact first: half a secret would not be found."""
-    return words if len(words) <= DETAIL_LIMIT else words[:DETAIL_LIMIT] + "…"
+    if len(words) <= DETAIL_LIMIT:
+        return words
+    return words[:DETAIL_LIMIT] + "…"
 
 
-# ======== Access ====================================================================================================
-# Who may call (`require_key`, `local_only`), and how much (`within_limits`; in parallel: `Upstream.account_slot`).
+# ======== Access =================================================================================
+# Who may call (`require_key`, `local_only`), and how much (`within_limits`; in parallel:
+# `Upstream.account_slot`).
 
 
 def require_key(handler: Handler, *checks: Callable[[web.Request], None]) -> Handler:
@@ -13681,14 +14140,19 @@ def require_key(handler: Handler, *checks: Callable[[web.Request], None]) -> Han
 
 
 def check_budget(request: web.Request) -> None:
-    request.app[ACCOUNTS].check_budget(request[ACCOUNT], request.app[CLOCK].unix())
+    """Whether the account has tokens and money left. Raises ProxyError."""
+    now = request.app[CLOCK].unix()
+    request.app[ACCOUNTS].check_budget(request[ACCOUNT], now)
 
 
 def check_spending(request: web.Request, model: Model | None) -> None:
-    """Whether what costs money may still be asked for; None is what has no model. To fetch and delete costs nothing."""
-    if request.method != "POST":
-        return
-    request.app[ACCOUNTS].check_spending(request[ACCOUNT], model, request.app[CLOCK].unix())
+    """Whether what costs money may still be asked for; None is what has no model.
+
+    To fetch and delete costs nothing.
+    """
+    if request.method == "POST":
+        now = request.app[CLOCK].unix()
+        request.app[ACCOUNTS].check_spending(request[ACCOUNT], model, now)
 
 
 def check_turn(request: web.Request, model: Model | None) -> None:
@@ -13698,6 +14162,7 @@ def check_turn(request: web.Request, model: Model | None) -> None:
 
 
 def within_limits(request: web.Request) -> None:
+    """Whether the account may ask now. Raises ProxyError."""
     check_budget(request)
     request.app[ACCOUNTS].check_rate(request[ACCOUNT], time.monotonic())
 
@@ -13716,7 +14181,10 @@ def account_of(request: web.Request) -> Account:
 
 
 def known_caller(request: web.Request) -> Account | None:
-    """The account of the first valid key. Keys are compared by their hashes, so that timing tells nothing."""
+    """The account of the first valid key.
+
+    Keys are compared by their hashes, so that timing tells nothing.
+    """
     for key in keys_sent(request.headers):
         account = request.app[ACCOUNTS].find(key)
         if key and account:
@@ -13728,7 +14196,10 @@ KEY_HEADERS = ("x-api-key", "Authorization", "api-key")  # the first valid one c
 
 
 def keys_sent(headers: Mapping[str, str]) -> Iterator[str]:
-    """What may be a key in each of KEY_HEADERS; Authorization may have it bare or behind "Bearer"."""
+    """What may be a key in each of KEY_HEADERS.
+
+    Authorization may have it bare or behind "Bearer".
+    """
     for name in KEY_HEADERS:
         scheme, space, credentials = headers.get(name, "").partition(" ")
         if not space:
@@ -13750,9 +14221,17 @@ def refusal_words(request: web.Request) -> str:
 
 def is_from_here(request: web.Request) -> bool:
     """Whether a request comes from this machine, as far as can be seen."""
-    peer = request.transport.get_extra_info("peername") if request.transport else None
-    is_loopback_peer = isinstance(peer, tuple) and is_loopback(peer[0])
-    return is_loopback_peer and not is_through_proxy(request.headers)
+    peer = socket_info(request, "peername")
+    if not isinstance(peer, tuple) or not is_loopback(peer[0]):
+        return False
+    return not is_through_proxy(request.headers)
+
+
+def socket_info(request: web.Request, name: str) -> Any:
+    """What asyncio knows of a request's socket; None when the client has left."""
+    if request.transport is None:
+        return None
+    return request.transport.get_extra_info(name)
 
 
 ONLY_LOCAL = f"This server has the published key {PUBLISHED_KEY}, so it answers only on localhost"
@@ -13785,12 +14264,15 @@ def is_through_proxy(headers: Mapping[str, str]) -> bool:
 
 
 def is_local(request: web.Request) -> bool:
-    """Whether a request came to a loopback address, under a loopback name. A process manager may listen elsewhere."""
-    place = request.transport.get_extra_info("sockname") if request.transport else None
-    is_here = not isinstance(place, tuple) or is_loopback(place[0])  # a Unix socket's is no tuple
-    return is_here and all(
-        is_loopback(host_name(host)) for host in request.headers.getall("Host", [])
-    )
+    """Whether a request came to a loopback address, under a loopback name.
+
+    A process manager may listen elsewhere.
+    """
+    address = socket_info(request, "sockname")
+    if isinstance(address, tuple) and not is_loopback(address[0]):  # a Unix socket's is no tuple
+        return False
+    hosts = request.headers.getall("Host", [])
+    return all(is_loopback(host_name(host)) for host in hosts)
 
 
 def host_name(host: str) -> str:
@@ -13808,21 +14290,28 @@ PROGRAM_SCHEMES = frozenset(
 
 
 def is_allowed_origin(origin: str, settings: Settings) -> bool:
+    """Whether pages from there may call."""
     if settings.published:
         return is_origin_here(origin)
-    return any(
-        origin == pattern or fnmatchcase(origin, pattern) for pattern in settings.cors_origins
-    )
+    if origin in settings.cors_origins:
+        return True
+    return any(fnmatchcase(origin, pattern) for pattern in settings.cors_origins)
 
 
 def is_origin_here(origin: str) -> bool:
-    """Whether a page can only come from this machine: from a server on it, or a program installed on it."""
+    """Whether a page can only come from this machine.
+
+    That is from a server on it, or from a program installed on it.
+    """
     scheme, separator, place = origin.lower().partition("://")
     if not separator:  # such as "null"
         return False
+    if scheme in PROGRAM_SCHEMES:
+        return True
+    if scheme not in ("http", "https"):
+        return False
     host = host_name(place)
-    is_name_here = is_loopback(host) or host.endswith(".localhost")
-    return scheme in PROGRAM_SCHEMES or (scheme in ("http", "https") and is_name_here)
+    return is_loopback(host) or host.endswith(".localhost")
 
 
 EXPOSED_HEADERS = (
@@ -13836,7 +14325,10 @@ API_PREFIX = re.compile(r"/*(?:v1|api/v1|api/paas/v4)(?:/|$)")
 
 
 def is_of_api(request: web.Request) -> bool:
-    """Whether a path is of the API, under any prefix or under none: what pages of other origins may call."""
+    """Whether a path is of the API, under any prefix or under none.
+
+    Those are the paths that pages of other origins may call.
+    """
     path = request.rel_url.raw_path
     if API_PREFIX.match(path):
         return True
@@ -13856,21 +14348,26 @@ def cors_headers(request: web.Request) -> dict[str, str]:
         "Access-Control-Expose-Headers": EXPOSED_HEADERS,
     }
     if request.method == "OPTIONS":
-        wanted = request.headers.get(
-            "Access-Control-Request-Headers", "Authorization, Content-Type"
-        )
-        headers |= PREFLIGHT_HEADERS | {"Access-Control-Allow-Headers": wanted}
-        if (
-            "Access-Control-Request-Private-Network" in request.headers
-        ):  # a public page that calls localhost
-            headers["Access-Control-Allow-Private-Network"] = "true"
+        headers.update(preflight_headers(request))
+    return headers
+
+
+def preflight_headers(request: web.Request) -> dict[str, str]:
+    """The answer to a browser that asks what a page may send."""
+    wanted = request.headers.get("Access-Control-Request-Headers", "Authorization, Content-Type")
+    headers = {**PREFLIGHT_HEADERS, "Access-Control-Allow-Headers": wanted}
+    # A public page that calls localhost.
+    if "Access-Control-Request-Private-Network" in request.headers:
+        headers["Access-Control-Allow-Private-Network"] = "true"
     return headers
 
 
 def say_refused(origin: str, request: web.Request) -> None:
     """Tell the operator which page could not call, and what would let it."""
-    is_our_own_page = origin.partition("://")[2] == request.host
-    if is_our_own_page or not request.app[ORIGIN_REFUSALS].is_due(time.monotonic()):
+    _, _, host = origin.partition("://")
+    if host == request.host:  # a page of ours
+        return
+    if not request.app[ORIGIN_REFUSALS].is_due(time.monotonic()):
         return
     shown = truncated(printable(request.app[REDACT](origin)))
     advice = "add it to CORS_ORIGINS to allow it"
@@ -13901,8 +14398,12 @@ def surface_of(request: web.Request) -> Surface:
 
 
 def count_usage(request: web.Request) -> None:
-    """Count a request for its account, once: before its client can read the end of the answer and ask again."""
-    app, record = request.app, request[RECORD]
+    """Count a request for its account, once.
+
+    This is before its client can read the end of the answer and ask again.
+    """
+    app = request.app
+    record = request[RECORD]
     if record.is_counted or not record.model:
         return
     record.is_counted = True
@@ -13916,8 +14417,9 @@ def count_usage(request: web.Request) -> None:
         app[ACCOUNTS].count((request[ACCOUNT].id, day, model), figures)
 
 
-# ======== Handlers ==================================================================================================
-# A function for each route; `answer` serves every surface.
+# ======== Answers ================================================================================
+# `respond` answers the requests of every surface: it reads and plans one, asks Z.ai, and writes
+# what comes of it.
 
 
 async def respond(surface: Surface, request: web.Request) -> web.StreamResponse:
@@ -13935,19 +14437,23 @@ async def respond(surface: Surface, request: web.Request) -> web.StreamResponse:
         await keep(request, asked.reply, answer)
         if answer.size > LARGE:  # others go on between two steps that take long
             await asyncio.sleep(0)
-        return json_response(document, headers=asked.headers | info_headers(answer.info))
+        headers = {**asked.headers, **info_headers(answer.info)}
+        return json_response(document, headers=headers)
 
 
 async def respond_streamed(
     request: web.Request, asked: Asked, opened: AbstractAsyncContextManager[Answering]
 ) -> web.StreamResponse:
-    """Sends each batch in one write, as soon as it is there. A slow client makes us read more slowly."""
+    """Sends each batch in one write, as soon as it is there.
+
+    A slow client makes us read more slowly.
+    """
     response = request[STREAM] = SSEResponse(request, asked.reply, asked.model)
     response.timer.start()
     try:
         async with opened as answer:
             head = head_of(answer.info, asked.model, request)
-            response.begin(head, asked.headers | info_headers(answer.info))
+            response.begin(head, {**asked.headers, **info_headers(answer.info)})
             frames = asked.reply.frames_of(await answer.read())
             while not answer.is_complete:
                 await response.send(frames, answer.size)
@@ -13962,15 +14468,21 @@ async def respond_streamed(
 
 
 async def keep(request: web.Request, reply: Reply, answer: Answering) -> None:
-    """Keep what a complete answer leaves behind, before its last frame: a client asks again at once."""
+    """Keep what a complete answer leaves behind.
+
+    This is before its last frame: a client asks again at once.
+    """
+    app = request.app
+    record = request[RECORD]
+    account_id = request[ACCOUNT].id
     for message in answer.said:
-        request.app[UPSTREAM].memory.remember(request[ACCOUNT].id, message)
+        app[UPSTREAM].memory.remember(account_id, message)
     count_usage(request)
-    told = request[RECORD].meters[0].told.prompt
-    request.app[TOKEN_SCALE].learn(answer.info.model, reply.input_tokens, told)
+    told = record.meters[0].told.prompt
+    app[TOKEN_SCALE].learn(answer.info.model, reply.input_tokens, told)
     if reply.stored:
-        history = ClientHistory(request.app[DATABASE], request[ACCOUNT].id)
-        await history.put(reply.stored, request[RECORD].body_size + answer.size)
+        history = ClientHistory(app[DATABASE], account_id)
+        await history.put(reply.stored, record.body_size + answer.size)
 
 
 @dataclass(slots=True)
@@ -13988,7 +14500,10 @@ class Asked:
 
 
 async def plan_request(surface: Surface, request: web.Request) -> Asked:
-    """Reads a request and plans it; the record learns the model. Every 400 and 403 is raised here."""
+    """Reads a request and plans it; the record learns the model.
+
+    Every 400 and 403 is raised here.
+    """
     history = ClientHistory(request.app[DATABASE], request[ACCOUNT].id)
     body = await read_json(request)
     await history.load(referred_responses(body))
@@ -14002,23 +14517,34 @@ async def plan_request(surface: Surface, request: web.Request) -> Asked:
 def planned(
     surface: Surface, request: web.Request, body: JSON, history: ClientHistory, size: int
 ) -> Asked:
-    app, record = request.app, request[RECORD]
-    settings, memory, account = app[SETTINGS], app[UPSTREAM].memory, request[ACCOUNT]
+    """See `plan_request`; `size` is that of the request and what it refers to, in bytes."""
+    settings = request.app[SETTINGS]
+    memory = request.app[UPSTREAM].memory
+    account = request[ACCOUNT]
+    record = request[RECORD]
     prompt, reply = surface.parse(body, history)
     note_model(request, asked_model(prompt, settings).model)
-    record.left_out = ",".join(
-        [header_word(name) for name in prompt.ignored if name[:6] == "tools."]
-    )[:DETAIL_LIMIT]
+    record.left_out = tools_left_out(prompt)
     if prompt.stream is None:
         prompt = replace(prompt, stream=wants_stream(request, settings))
-    prompt = replace(prompt, size=size) if size >= LARGE else prompt
-    recall = partial(memory.recall, account.id) if memory.texts else None
+    if size >= LARGE:
+        prompt = replace(prompt, size=size)
+    recall = None
+    if memory.texts:
+        recall = partial(memory.recall, account.id)
     plan = make_plan(prompt, settings, account, record.id, recall)
     record.meters = plan.meters
-    check_spending(request, plan.prompts[0][0])
+    first_model, _ = plan.prompts[0]
+    check_spending(request, first_model)
     record.images = plan.images
     plan.admit_with(partial(check_turn, request))
     return Asked(plan, reply, prompt.model)
+
+
+def tools_left_out(prompt: Prompt) -> str:
+    """The tools that Z.ai does not have, for the log."""
+    tools = [header_word(name) for name in prompt.ignored if name.startswith("tools.")]
+    return ",".join(tools)[:DETAIL_LIMIT]
 
 
 COUNTED_FIELDS = ("model", "messages", "system", "tools")  # what a model reads, and which one
@@ -14053,14 +14579,20 @@ def note_model(request: web.Request, model: Model) -> None:
 
 def model_shown(request: web.Request, model: Model) -> str:
     """The model's name for the log and the statistics; the client may have put a secret there."""
-    return model.id if model.id in MODELS else truncated(printable(request.app[REDACT](model.id)))
+    if model.id in MODELS:
+        return model.id
+    name = request.app[REDACT](model.id)
+    return truncated(printable(name))
 
 
 async def read_json(request: web.Request) -> JSON:
-    return await decode_body(request, await read_body(request))
+    """The body of a request. Raises BadRequest if it is no JSON object."""
+    body = await read_body(request)
+    return await decode_body(request, body)
 
 
 async def decode_body(request: web.Request, body: bytes) -> JSON:
+    """A body that was read. Raises BadRequest if it is no JSON object."""
     trace(f"asked {request.path}", body)
     try:
         return await in_thread_if_large(len(body), parse_request, body)
@@ -14069,18 +14601,27 @@ async def decode_body(request: web.Request, body: bytes) -> JSON:
 
 
 def ignored_header(names: Sequence[str]) -> dict[str, str]:
+    """Names the fields of a request that have no effect here, if it has some."""
     ignored = ",".join(map(header_word, names[:32]))
-    return {"x-ztoapi-ignored": ignored} if ignored else {}
+    if not ignored:
+        return {}
+    return {"x-ztoapi-ignored": ignored}
 
 
 def info_headers(info: AnswerInfo) -> dict[str, str]:
-    headers = {"x-ztoapi-model": header_word(info.model), "x-zai-request-id": info.request_id}
-    return {name: value for name, value in headers.items() if value}
+    """The model that answered, and Z.ai's own id of the request, as far as they are known."""
+    headers = {}
+    if info.model:
+        headers["x-ztoapi-model"] = header_word(info.model)
+    if info.request_id:
+        headers["x-zai-request-id"] = info.request_id
+    return headers
 
 
 def json_response(
     document: JSON, status: int = 200, headers: Mapping[str, str] | None = None
 ) -> web.Response:
+    """A whole answer."""
     body = json_bytes(document)
     trace("answered", body)
     return web.Response(
@@ -14088,30 +14629,48 @@ def json_response(
     )
 
 
+# ======== Handlers ===============================================================================
+# The handlers for what is told without Z.ai: models, stored responses, and the server's state.
+
+
 async def list_models(request: web.Request) -> web.Response:
-    """The list in the caller's format: OpenAI's, Anthropic's, or OpenAI's with the fields that Codex reads."""
+    """The list in the caller's format.
+
+    That is OpenAI's, Anthropic's, or OpenAI's with the fields that Codex reads.
+    """
     models = await named_models(request)
     if "anthropic-version" in request.headers:
         items = [anthropic_item(model, name) for name, model in models.items()]
         return json_response(anthropic_list(items))
-    listing: JSON = {"object": "list", "data": [model_item(models[name], name) for name in models]}
+    items = [model_item(model, name) for name, model in models.items()]
+    listing: JSON = {"object": "list", "data": items}
     if "client_version" in request.query:
-        listing["models"] = [codex_item(models[name], name) for name in models]
+        listing["models"] = [codex_item(model, name) for name, model in models.items()]
     return json_response(listing)
 
 
 async def named_models(request: web.Request) -> dict[str, Model]:
-    """The models that this server lists for the caller: Z.ai's, and the aliases without a pattern."""
-    settings, allows = request.app[SETTINGS], request.get(ACCOUNT, Account("")).allows
-    models = await request.app[CATALOG].list(time.monotonic()) | plain_aliases(settings)
+    """The models that this server lists for the caller.
+
+    They are Z.ai's, and the aliases without a pattern.
+    """
+    settings = request.app[SETTINGS]
+    account = request.get(ACCOUNT, Account(""))
+    listed = await request.app[CATALOG].list(time.monotonic())
     seeing = vision_model(settings)
-    if seeing is not None and not allows(seeing):
+    if seeing is not None and not account.allows(seeing):
         seeing = None
-    return {name: with_eyes_of(seeing, model) for name, model in models.items() if allows(model)}
+    models = {}
+    for name, model in {**listed, **plain_aliases(settings)}.items():
+        if account.allows(model):
+            models[name] = with_eyes_of(seeing, model)
+    return models
 
 
 async def one_model(request: web.Request) -> web.Response:
-    asked, models = request.match_info["id"], await named_models(request)
+    """The model that a name means, in the caller's format."""
+    asked = request.match_info["id"]
+    models = await named_models(request)
     name = asked
     if name not in models and is_model_name(asked):
         name = resolve(asked, all_aliases(request.app[SETTINGS])).id
@@ -14119,8 +14678,9 @@ async def one_model(request: web.Request) -> web.Response:
         advice = "There is no model of this name: GET /v1/models lists them."
         message = advice + nearest_names(asked, models)
         raise ProxyError(MODEL_NOT_FOUND, message, "model", printable(asked[:256]))
-    item = anthropic_item if "anthropic-version" in request.headers else model_item
-    return json_response(item(models[name], name))
+    if "anthropic-version" in request.headers:
+        return json_response(anthropic_item(models[name], name))
+    return json_response(model_item(models[name], name))
 
 
 RESPONSE_NOT_FOUND = error_kind(
@@ -14129,6 +14689,7 @@ RESPONSE_NOT_FOUND = error_kind(
 
 
 async def one_response(request: web.Request) -> web.Response:
+    """A stored response, as it was given out."""
     history = ClientHistory(request.app[DATABASE], request[ACCOUNT].id)
     response_id = request.match_info["id"]
     await history.load(Referred(others=(response_id,)))
@@ -14153,7 +14714,8 @@ async def list_input_items(request: web.Request) -> web.Response:
 async def delete_response(request: web.Request) -> web.Response:
     """A response that others go on from is not given out any more, but its conversation goes on."""
     response_id = request.match_info["id"]
-    if not await request.app[DATABASE].delete_response(response_id, request[ACCOUNT].id):
+    was_there = await request.app[DATABASE].delete_response(response_id, request[ACCOUNT].id)
+    if not was_there:
         raise ProxyError(RESPONSE_NOT_FOUND)
     return json_response({"id": response_id, "object": "response", "deleted": True})
 
@@ -14177,7 +14739,11 @@ def counted_response(body: JSON, history: ClientHistory, settings: Settings) -> 
 
 
 async def show_health(request: web.Request) -> web.Response:
-    """No secret; for an operator also which database it is, so that two programs know whether they share one."""
+    """The server's state, without any secret.
+
+    An operator is also told which database it uses, so that two programs know whether they share
+    one.
+    """
     settings = request.app[SETTINGS]
     document = {"status": "ok", "name": "ztoapi", **about(settings)}
     document["model"] = launch_model(settings).id
@@ -14188,6 +14754,7 @@ async def show_health(request: web.Request) -> web.Response:
 
 
 def about(settings: Settings) -> JSON:
+    """What anybody may know of this server."""
     return {"version": __version__, "demo": settings.demo, "zai_key": bool(settings.zai_api_key)}
 
 
@@ -14204,11 +14771,15 @@ async def database_id(database: Database) -> str | None:
 async def show_index(request: web.Request) -> web.Response:
     """Sends browsers to the docs, and tells programs where the API is."""
     if "text/html" in request.headers.get("Accept", ""):
-        return web.Response(status=302, headers={"Location": "docs"})  # relative, for proxies
-    base_url = f"{request.scheme}://{request.host}/v1"
-    return json_response(
-        {"name": "ztoapi", "version": __version__, "base_url": base_url, "docs": "/docs"}
-    )
+        # Relative, for proxies.
+        return web.Response(status=302, headers={"Location": "docs"})
+    document = {
+        "name": "ztoapi",
+        "version": __version__,
+        "base_url": f"{request.scheme}://{request.host}/v1",
+        "docs": "/docs",
+    }
+    return json_response(document)
 
 
 async def show_favicon(_: web.Request) -> web.Response:
@@ -14219,24 +14790,35 @@ async def show_favicon(_: web.Request) -> web.Response:
 
 async def show_docs(request: web.Request) -> web.Response:
     """The page that explains this server, with its client key if that is the published one."""
-    settings, models = request.app[SETTINGS], await named_models(request)
-    shown = ("context", "output", "vision", "free", "thinking", "price")
+    settings = request.app[SETTINGS]
+    models = await named_models(request)
+    key = ""
+    if settings.published:
+        key = PUBLISHED_KEY
     snapshot = {
         **about(settings),
         "model": launch_model(settings).id,
-        "key": PUBLISHED_KEY if settings.published else "",
+        "key": key,
         "dashboard": settings.dashboard_enabled,
         "clients": client_examples(),
-        "models": [
-            {
-                "id": name,
-                **{what: getattr(models[name], what) for what in shown},
-                "words": {word: json_word(to) for word, to in model_words(models[name]).items()},
-            }
-            for name in models
-        ],
+        "models": [documented(name, model) for name, model in models.items()],
     }
     return page_response(DOCS_PAGE, snapshot)
+
+
+def documented(name: str, model: Model) -> JSON:
+    """What the docs show of a model, and how its clients are set up for it."""
+    words = {word: json_word(value) for word, value in model_words(model).items()}
+    return {
+        "id": name,
+        "context": model.context,
+        "output": model.output,
+        "vision": model.vision,
+        "free": model.free,
+        "thinking": model.thinking,
+        "price": model.price,
+        "words": words,
+    }
 
 
 NO_STORE = {"Cache-Control": "no-store"}
@@ -14244,45 +14826,66 @@ NO_STORE = {"Cache-Control": "no-store"}
 
 def page_response(page: Page, snapshot: JSON) -> web.Response:
     """A page with data in it. "<" is escaped, so that the data cannot become a script."""
-    html = page.html.replace("{{DATA}}", json_text(snapshot).replace("<", "\\u003c"))
-    headers = {"Content-Security-Policy": page.policy, "Referrer-Policy": "no-referrer", **NO_STORE}
-    return web.Response(
-        text=html, content_type="text/html", headers=headers | {"X-Content-Type-Options": "nosniff"}
-    )
+    data = json_text(snapshot).replace("<", "\\u003c")
+    html = page.html.replace("{{DATA}}", data)
+    headers = {
+        "Content-Security-Policy": page.policy,
+        "Referrer-Policy": "no-referrer",
+        "X-Content-Type-Options": "nosniff",
+        **NO_STORE,
+    }
+    return web.Response(text=html, content_type="text/html", headers=headers)
 
 
-# ======== Dashboard =================================================================================================
-# What the dashboard's pages and programs are given. A named key gets the same names with its own figures only;
-# † marks what is for the operator alone. Times are Unix seconds, money US dollars. Large answers are packed.
+# ======== Dashboard ==============================================================================
+# What the dashboard's pages and programs are given. A named key gets the same names with its own
+# figures only; † marks what is for the operator alone. Times are Unix seconds, money US dollars.
+# Large answers are packed.
 #
-# GET /dashboard/stats?since=CURSOR. `since` is empty at first, then the `cursor` of the answer before: a name whose
-# value is as it was is left out, and `recent` has only what is new, unless `reset` is true (its rows are all there
-# are). Without `since` all is there, and days, database and minutes† too, as programs know it.
+# GET /dashboard/stats?since=CURSOR. `since` is empty at first, then the `cursor` of the answer
+# before: a name whose value is as it was is left out, and `recent` has only what is new, unless
+# `reset` is true (its rows are all there are). Without `since` all is there, and days, database
+# and minutes† too, as programs know it.
 #     now, cursor, reset       always
 #     operator, name           whether the key is an operator's, and its name
 #     started†, in_flight†, torn†, keys†, resting†, queues†, healed†, plans†
-#     recent                   the last 500, newest first: n, time, key, route, model (asked), answered, status,
-#                              error (code), words (our own), first, duration (seconds), prompt_tokens,
-#                              cached_tokens, completion_tokens, cost (null: unknown), retries, id
+#     recent                   the last 500, newest first: n, time, key, route, model (asked),
+#                              answered, status, error (code), words (our own), first and duration
+#                              in seconds, prompt_tokens, cached_tokens, completion_tokens, cost
+#                              (null: unknown), retries, id
 #     client_keys              as /dashboard/keys has them
-#     models†                  by model: requests, failures, the tokens, cost, first and duration ({p50, p95})
-#     zai_keys†                key (its number), address, state (ready, resting), resting: model, until, why
+#     models†                  by model: requests, failures, the tokens, cost, p50 and p95 of first
+#                              and of duration
+#     zai_keys†                key (its number), address, state (ready, resting), resting: model,
+#                              until, why
 #     repairs†                 what was mended, by kind; `healed` has it with the retries
 #     spend_limit†             null, or limit, amount, used, resets_at
 #
-# GET /dashboard/history, with an ETag, so that it is sent only when it has changed. Only what is not empty is there.
+# GET /dashboard/history, with an ETag, so that it is sent only when it has changed. Only what is
+# not empty is there.
 #     database                 false: out of reach
 #     days                     31 of them: key, day, model, requests, failures, the tokens, cost
-#     quarters, minutes        the same for each 15 minutes (`at`) of the last 24 hours, and each minute of the last
-#                              one, as far as this process knows; a little more may be there
-#     times                    for each 15 minutes: at, first and duration ({p50, p95})
+#     quarters, minutes        the same for each 15 minutes (`at`) of the last 24 hours, and each
+#                              minute of the last one, as far as this process knows; a little more
+#                              may be there
+#     times                    for each 15 minutes: at, p50 and p95 of first and of duration
 #
-# GET /dashboard/keys†: {"keys": [KEY, …]}. A KEY is name, paused, expired; the limits as written (null: none);
-#     used_tokens, token_limit, resets_at and used_spend, spend_limit, spend_resets_at of the present period;
-#     requests, total_tokens, cost since ever; last_used.
-# POST /dashboard/keys†: {"name", limits…} adds a key (201, KEY and `key`, shown only now) or changes it (200, KEY);
-#     {"name", "rotate": true} (200, KEY and `key`), {"name", "paused": true or false}, {"name", "rename": NEW}.
-#     `warning` stands beside them where a pattern fits no known model. Unknown name: 404; what makes no sense: 400.
+# GET /dashboard/keys†: {"keys": [KEY, …]}. A KEY is
+#     name, paused, expired
+#     the limits as written    null: none
+#     used_tokens, token_limit, resets_at, used_spend, spend_limit, spend_resets_at
+#                              of the present period
+#     requests, total_tokens, cost, last_used
+#                              since ever
+#
+# POST /dashboard/keys†. `warning` stands in the answer where a pattern fits no known model. Unknown
+# name: 404; what makes no sense: 400.
+#     {"name", limits…}        adds a key (201, KEY and `key`, shown only now), or changes it (200,
+#                              KEY)
+#     {"name", "rotate": true} 200, KEY and `key`
+#     {"name", "paused": true or false}, {"name", "rename": NEW}
+#                              200, KEY
+#
 # DELETE /dashboard/keys/NAME†: 204.
 
 
@@ -14299,7 +14902,9 @@ async def dashboard_stats(request: web.Request) -> web.Response:
     if "since" in request.query:
         return packed(request, json_response(news(request, fields), headers=NO_STORE))
     days = await usage_days(request)
-    fields |= {"days": days or [], "database": days is not None, **clock_fields(request)}
+    fields["now"] = request.app[CLOCK].unix()
+    fields["database"] = days is not None
+    fields["days"] = days or []
     fields["recent"] = recent_rows(request, 0)
     if request[ACCOUNT].is_operator:
         fields["minutes"] = request.app[STATISTICS].minute_sums(time.monotonic())
@@ -14312,11 +14917,8 @@ def clock_zero_of(app: web.Application) -> float:
     return unix - time.monotonic()
 
 
-def clock_fields(request: web.Request) -> JSON:
-    return {"now": request.app[CLOCK].unix()}
-
-
 def recent_rows(request: web.Request, since: int) -> list[JSON]:
+    """The last requests after the one with the number `since` that the caller may see."""
     owner = seen_by(request[ACCOUNT])
     return request.app[STATISTICS].recent_rows(owner, since, clock_zero_of(request.app))
 
@@ -14330,32 +14932,36 @@ def seen_by(account: Account) -> str:
 
 def live_fields(request: web.Request) -> JSON:
     """What the dashboard shows but for the requests and the history."""
-    app, account = request.app, request[ACCOUNT]
-    shown: Iterable[Account] = [account]
+    account = request[ACCOUNT]
+    shown = [account]
     if account.is_operator:
-        shown = app[ACCOUNTS].known.named
-    today = today_of(app)
+        shown = all_accounts(request.app)
     fields: JSON = {
         "operator": account.is_operator,
         "name": account.name,
-        "client_keys": [key_item(app[ACCOUNTS], each, today) for each in shown],
+        "client_keys": key_items(request.app, shown),
     }
     if account.is_operator:
-        statistics = app[STATISTICS]
-        flying = [other for other in app[IN_FLIGHT].values() if other[RECORD].model]
-        upstream = app[UPSTREAM].snapshot(app[REDACT])
-        fields |= {
-            "started": clock_zero_of(app) + statistics.started,
-            "in_flight": len(flying),
-            "models": statistics.model_rows(),
-            "torn": statistics.torn,
-            "plans": app[PLANS].latest(time.monotonic()),
-            "zai_keys": zai_key_items(app[SETTINGS], upstream["resting"]),
-            "spend_limit": common_budget_item(app[ACCOUNTS], today),
-            "repairs": dict(app[UPSTREAM].repairs),
-            **upstream,
-        }
+        fields.update(operators_fields(request.app))
     return fields
+
+
+def operators_fields(app: web.Application) -> JSON:
+    """What only an operator is shown."""
+    statistics = app[STATISTICS]
+    in_flight = [request for request in app[IN_FLIGHT].values() if request[RECORD].model]
+    upstream = app[UPSTREAM].snapshot(app[REDACT])
+    return {
+        "started": clock_zero_of(app) + statistics.started,
+        "in_flight": len(in_flight),
+        "models": statistics.model_rows(),
+        "torn": statistics.torn,
+        "plans": app[PLANS].latest(time.monotonic()),
+        "zai_keys": zai_key_items(app[SETTINGS], upstream["resting"]),
+        "spend_limit": common_budget_item(app[ACCOUNTS], today_of(app)),
+        "repairs": dict(app[UPSTREAM].repairs),
+        **upstream,
+    }
 
 
 def zai_key_items(settings: Settings, resting: Iterable[JSON]) -> list[JSON]:
@@ -14363,9 +14969,7 @@ def zai_key_items(settings: Settings, resting: Iterable[JSON]) -> list[JSON]:
     items = []
     for number, key in enumerate(settings.zai_keys, 1):
         rests = [
-            {"model": rest["model"], "until": rest["until"], "why": rest["why"]}
-            for rest in resting
-            if rest["key"] == number
+            fields_of(rest, "model", "until", "why") for rest in resting if rest["key"] == number
         ]
         state = "resting" if rests else "ready"
         items.append({"key": number, "address": key.base_url, "state": state, "resting": rests})
@@ -14373,6 +14977,7 @@ def zai_key_items(settings: Settings, resting: Iterable[JSON]) -> list[JSON]:
 
 
 def common_budget_item(accounts: Accounts, today: date) -> JSON | None:
+    """What all keys together may spend, and have spent."""
     budget = accounts.common_budget
     if budget is None:
         return None
@@ -14408,10 +15013,12 @@ def news(request: web.Request, fields: JSON) -> JSON:
     digests = tuple(field_digest(fields[name]) for name in names)
     changed = fields
     if len(seen.digests) == len(digests):
-        known = zip(names, digests, seen.digests, strict=True)
-        changed = {name: fields[name] for name, digest_now, before in known if digest_now != before}
+        changed = {}
+        for name, digest_now, digest_then in zip(names, digests, seen.digests, strict=True):
+            if digest_now != digest_then:
+                changed[name] = fields[name]
     return {
-        **clock_fields(request),
+        "now": request.app[CLOCK].unix(),
         "cursor": f"{statistics.run}-{statistics.count}-{'.'.join(digests)}",
         "reset": not seen.run,
         **changed,
@@ -14420,7 +15027,9 @@ def news(request: web.Request, fields: JSON) -> JSON:
 
 
 def field_digest(value: Any) -> str:
-    return f"{zlib.crc32(json_bytes(steady(value))):x}"
+    """Tells whether a field has changed."""
+    data = json_bytes(steady(value))
+    return f"{zlib.crc32(data):x}"
 
 
 def steady(value: Any) -> Any:
@@ -14456,91 +15065,29 @@ def packed(request: web.Request, response: web.Response) -> web.Response:
 
 
 async def usage_days(request: web.Request) -> list[JSON] | None:
-    """The caller's usage in the last month, all accounts' for an operator; None while the database is unreachable."""
-    database, account = request.app[DATABASE], request[ACCOUNT]
+    """The caller's usage in the last month, all accounts' for an operator.
+
+    None while the database is unreachable.
+    """
+    database = request.app[DATABASE]
     if not database.exists:
         return []
+    owner = seen_by(request[ACCOUNT])
     since = today_of(request.app) - timedelta(30)
     try:
-        rows = await database.run(database.list_usage, since, seen_by(account), begin=READ)
+        rows = await database.run(database.list_usage, since, owner, begin=READ)
     except DatabaseError:
         return None
-    return [
-        {"day": day, **usage_item(name, model, *figures)} for _, name, day, model, *figures in rows
-    ]
-
-
-async def show_metrics(request: web.Request) -> web.Response:
-    """For Prometheus."""
-    statistics, upstream = request.app[STATISTICS], request.app[UPSTREAM]
-    models, kinds = statistics.models.items(), ("prompt", "cached", "completion")
-    gauges: dict[str, Counter[str]] = {
-        name: Counter() for name in ("in_flight", "waiting", "limit")
-    }
-    for queue in upstream.snapshot(request.app[REDACT])["queues"]:
-        for name, value in zip(
-            gauges, (queue["in_flight"], queue["waiting"], queue["may_be_in_flight"]), strict=True
-        ):
-            gauges[name][statistics.label(queue["model"])] += value
-    requests = (
-        ({"path": route_name(p), "model": m, "status": s}, n)
-        for (p, m, s), n in statistics.requests.items()
-    )
-    tokens = (
-        ({"model": m, "type": kind}, getattr(figures.usage, kind))
-        for m, figures in models
-        for kind in kinds
-    )
-    repairs = (({"kind": kind}, n) for kind, n in upstream.repairs.items())
-    families = [
-        family("build_info", "gauge", [({"version": __version__}, 1)]),
-        family("retries_total", "counter", [({}, upstream.retries_made["retries"])]),
-        family("repairs_total", "counter", repairs),
-        family("requests_total", "counter", requests),
-        family("tokens_total", "counter", tokens),
-        *key_families(statistics),
-        *(
-            family(name, "gauge", (({"model": m}, n) for m, n in gauge.items()))
-            for name, gauge in gauges.items()
-        ),
-        ["# TYPE ztoapi_time_to_first_token_seconds histogram"],
-        *(figures.first_times.samples("time_to_first_token_seconds", m) for m, figures in models),
-        ["# TYPE ztoapi_request_duration_seconds histogram"],
-        *(figures.durations.samples("request_duration_seconds", m) for m, figures in models),
-    ]
-    headers = {"Content-Type": "text/plain; version=0.0.4; charset=utf-8"}
-    return web.Response(
-        body="".join(f"{line}\n" for line in chain(*families)).encode(), headers=headers
-    )
-
-
-def key_families(statistics: Statistics) -> list[Iterator[str]]:
-    requests, tokens = [], []
-    for name, figures in statistics.keys.items():
-        requests.append(({"key": name}, figures.requests))
-        tokens.append(({"key": name, "type": "prompt"}, figures.usage.prompt))
-        tokens.append(({"key": name, "type": "cached"}, figures.usage.cached))
-        tokens.append(({"key": name, "type": "completion"}, figures.usage.completion))
-    return [
-        family("key_requests_total", "counter", requests),
-        family("key_tokens_total", "counter", tokens),
-    ]
-
-
-def route_name(path: str) -> str:
-    return path.replace("{prefix}", "v1/").replace("{slash}", "")
-
-
-def family(
-    name: str, kind: str, samples: Iterable[tuple[Mapping[str, object], float]]
-) -> Iterator[str]:
-    yield f"# TYPE ztoapi_{name} {kind}"
-    yield from (sample(name, value, labels) for labels, value in samples)
+    items = []
+    for _, name, day, model, *figures in rows:
+        items.append({"day": day, **usage_item(name, model, *figures)})
+    return items
 
 
 def key_item(accounts: Accounts, account: Account, today: date) -> JSON:
     """A key with its limits in the words of the `keys` command, and what it used."""
-    tokens, money = account.token_budget, account.money_budget
+    tokens = account.token_budget
+    money = account.money_budget
     totals = accounts.totals(account)
     item = {
         "name": account.name,
@@ -14548,9 +15095,11 @@ def key_item(accounts: Accounts, account: Account, today: date) -> JSON:
         "expired": bool(account.expires and account.expires < today.isoformat()),
         **{limit: getattr(account, limit) for limit in LIMITS},
         "used_tokens": accounts.used_in(tokens, account.id, today).tokens,
-        **dict.fromkeys(("token_limit", "resets_at")),
+        "token_limit": None,
+        "resets_at": None,
         "used_spend": accounts.used_in(money, account.id, today).spent / DOLLAR,
-        **dict.fromkeys(("spend_limit", "spend_resets_at")),
+        "spend_limit": None,
+        "spend_resets_at": None,
         "requests": totals.requests,
         "total_tokens": totals.tokens,
         "cost": totals.spent / DOLLAR,
@@ -14569,20 +15118,33 @@ def unix_time(text: str) -> float | None:
     """Of a day, or a day and a time, in ISO's form and UTC; None for ""."""
     if not text:
         return None
-    return datetime.fromisoformat(text).replace(tzinfo=timezone.utc).timestamp()
+    moment = datetime.fromisoformat(text).replace(tzinfo=timezone.utc)
+    return moment.timestamp()
+
+
+def key_items(app: web.Application, shown: Iterable[Account]) -> list[JSON]:
+    today = today_of(app)
+    return [key_item(app[ACCOUNTS], account, today) for account in shown]
+
+
+def all_accounts(app: web.Application) -> list[Account]:
+    """The keys that clients have, but for the operator's."""
+    return list(app[ACCOUNTS].known.named)
 
 
 async def list_keys(request: web.Request) -> web.Response:
-    accounts, day = request.app[ACCOUNTS], today_of(request.app)
-    items = [key_item(accounts, account, day) for account in accounts.known.named]
+    """All keys, for an operator."""
+    items = key_items(request.app, all_accounts(request.app))
     return json_response({"keys": items}, headers=NO_STORE)
 
 
 async def put_key(request: web.Request) -> web.Response:
     """A new name adds a key, a known one changes it; what is not given stays."""
-    accounts, database = request.app[ACCOUNTS], request.app[DATABASE]
+    accounts = request.app[ACCOUNTS]
+    database = request.app[DATABASE]
     today = today_of(request.app)
-    wanted = parse_key_change(await read_json(request), today)
+    body = await read_json(request)
+    wanted = parse_key_change(body, today)
     key = new_key()
     new = new_account(wanted.name, key)
     account = await database.run(database.change_account, wanted, new)
@@ -14593,7 +15155,10 @@ async def put_key(request: web.Request) -> web.Response:
         item["warning"] = warning
     if account.hash == new.hash:
         item["key"] = key
-    return json_response(item, 201 if account.id == new.id else 200, NO_STORE)
+    status = 200
+    if account.id == new.id:
+        status = 201
+    return json_response(item, status, NO_STORE)
 
 
 def new_account(name: str, key: str) -> Account:
@@ -14610,9 +15175,11 @@ def pattern_warning(models: str | None, known: Iterable[str]) -> str:
 
 
 async def remove_key(request: web.Request) -> web.Response:
+    """A removed key can no longer be used; what it used stays in the history."""
     database = request.app[DATABASE]
     name = unicodedata.normalize("NFC", request.match_info["name"])
-    if not await database.run(database.remove_account, name):
+    was_there = await database.run(database.remove_account, name)
+    if not was_there:
         raise ProxyError(KEY_NOT_FOUND)
     await database.sync(request.app[ACCOUNTS])
     return web.Response(status=204)
@@ -14622,34 +15189,114 @@ def new_key() -> str:
     return f"sk-{secrets.token_urlsafe(32)}"
 
 
-# ======== Pass-through ==============================================================================================
+# ======== Metrics ================================================================================
+# GET /metrics, in Prometheus' text format 0.0.4. A family has a line that names its type, and one
+# for each sample.
+
+Sample: TypeAlias = tuple[Mapping[str, object], float]  # labels and a value
+
+# Each gauge, and what it sums up of a queue.
+QUEUE_GAUGES = {"in_flight": "in_flight", "waiting": "waiting", "limit": "may_be_in_flight"}
+
+
+async def show_metrics(request: web.Request) -> web.Response:
+    """For Prometheus."""
+    statistics = request.app[STATISTICS]
+    upstream = request.app[UPSTREAM]
+    queues = upstream.snapshot(request.app[REDACT])["queues"]
+    repairs: list[Sample] = [({"kind": kind}, times) for kind, times in upstream.repairs.items()]
+    lines = [
+        *family("build_info", "gauge", [({"version": __version__}, 1)]),
+        *family("retries_total", "counter", [({}, upstream.retries_made["retries"])]),
+        *family("repairs_total", "counter", repairs),
+        *family("requests_total", "counter", request_samples(statistics)),
+        *family("tokens_total", "counter", token_samples("model", statistics.models)),
+        *family("key_requests_total", "counter", key_samples(statistics)),
+        *family("key_tokens_total", "counter", token_samples("key", statistics.keys)),
+    ]
+    for name, field_of_queue in QUEUE_GAUGES.items():
+        lines += family(name, "gauge", queue_samples(statistics, queues, field_of_queue))
+    lines += time_lines(statistics)
+    body = "\n".join(lines) + "\n"
+    headers = {"Content-Type": "text/plain; version=0.0.4; charset=utf-8"}
+    return web.Response(body=body.encode(), headers=headers)
+
+
+def family(name: str, kind: str, samples: Iterable[Sample]) -> Iterator[str]:
+    yield f"# TYPE ztoapi_{name} {kind}"
+    for labels, value in samples:
+        yield sample(name, value, labels)
+
+
+def request_samples(statistics: Statistics) -> Iterator[Sample]:
+    for (route, model, status), times in statistics.requests.items():
+        yield {"path": route_name(route), "model": model, "status": status}, times
+
+
+def route_name(path: str) -> str:
+    """A route's path as it is most often written."""
+    return path.replace("{prefix}", "v1/").replace("{slash}", "")
+
+
+def key_samples(statistics: Statistics) -> Iterator[Sample]:
+    for name, figures in statistics.keys.items():
+        yield {"key": name}, figures.requests
+
+
+def token_samples(
+    label: str, figures_by_name: Mapping[str, ModelFigures | KeyFigures]
+) -> Iterator[Sample]:
+    for name, figures in figures_by_name.items():
+        yield {label: name, "type": "prompt"}, figures.usage.prompt
+        yield {label: name, "type": "cached"}, figures.usage.cached
+        yield {label: name, "type": "completion"}, figures.usage.completion
+
+
+def queue_samples(statistics: Statistics, queues: Iterable[JSON], summed: str) -> Iterable[Sample]:
+    """Sums over the queues of models that share a label."""
+    sums: Counter[str] = Counter()
+    for queue in queues:
+        sums[statistics.label(queue["model"])] += queue[summed]
+    return [({"model": model}, value) for model, value in sums.items()]
+
+
+def time_lines(statistics: Statistics) -> Iterator[str]:
+    """How long answers took to begin, and in all."""
+    yield "# TYPE ztoapi_time_to_first_token_seconds histogram"
+    for model, figures in statistics.models.items():
+        yield from figures.first_times.samples("time_to_first_token_seconds", model)
+    yield "# TYPE ztoapi_request_duration_seconds histogram"
+    for model, figures in statistics.models.items():
+        yield from figures.durations.samples("request_duration_seconds", model)
+
+
+# ======== Pass-through ===========================================================================
 # The other paths that Z.ai serves: passed on as they are, with our key.
 
 
-def sent_headers(request: web.Request, *names: str) -> dict[str, str]:
-    return {name: request.headers[name] for name in names if name in request.headers}
-
-
-ID = r"{id:[A-Za-z0-9_-][A-Za-z0-9_.:-]*}"  # nothing that could lead to another path
-FILE_CONTENT = (
-    "/content"  # ends the path of what a client stored, which may look like anything of Z.ai's
-)
+ID_PATTERN = r"{id:[A-Za-z0-9_-][A-Za-z0-9_.:-]*}"  # nothing that could lead to another path
+# Ends the path of what a client stored, which may look like anything of Z.ai's.
+FILE_CONTENT = "/content"
 # The other paths that Z.ai serves under the base URL; our key goes to no other path.
 PASS_THROUGH_ROUTES = (
-    *(("POST", path) for path in ("embeddings", "images/generations", "async/images/generations")),
-    *(
-        ("POST", path)
-        for path in ("audio/transcriptions", "audio/speech", "rerank", "moderations", "tokenizer")
-    ),
-    *(
-        ("POST", path)
-        for path in ("web_search", "reader", "layout_parsing", "videos/generations", "files")
-    ),
-    *(
-        ("GET", path)
-        for path in (f"async-result/{ID}", "files", f"files/{ID}", f"files/{ID}{FILE_CONTENT}")
-    ),
-    ("DELETE", f"files/{ID}"),
+    ("POST", "embeddings"),
+    ("POST", "images/generations"),
+    ("POST", "async/images/generations"),
+    ("POST", "audio/transcriptions"),
+    ("POST", "audio/speech"),
+    ("POST", "rerank"),
+    ("POST", "moderations"),
+    ("POST", "tokenizer"),
+    ("POST", "web_search"),
+    ("POST", "reader"),
+    ("POST", "layout_parsing"),
+    ("POST", "videos/generations"),
+    ("POST", "files"),
+    ("GET", f"async-result/{ID_PATTERN}"),
+    ("GET", "files"),
+    ("GET", f"files/{ID_PATTERN}"),
+    ("GET", f"files/{ID_PATTERN}{FILE_CONTENT}"),
+    ("DELETE", f"files/{ID_PATTERN}"),
 )
 WITH_USAGE = ("embeddings", "rerank")  # their answers have it
 WITHOUT_MODEL = ("web_search", "reader", "files")  # a name in their bodies is only checked
@@ -14668,13 +15315,19 @@ class Relayed:
     @property
     def size(self) -> int:
         """Bytes of a body that is not streamed."""
-        return len(self.data) if isinstance(self.data, bytes) else 0
+        if isinstance(self.data, bytes):
+            return len(self.data)
+        return 0
 
 
 async def pass_through(path: str, request: web.Request) -> web.StreamResponse:
-    """A request to another of Z.ai's paths. What is wrong in it is told before it waits for anything."""
-    use = KeyUse(path="/" + path.partition("/{")[0])
-    path = path.replace(ID, request.match_info.get("id", ""))
+    """A request to another of Z.ai's paths.
+
+    What is wrong in it is told before it waits for anything.
+    """
+    without_id, _, _ = path.partition("/{")
+    use = KeyUse(path=f"/{without_id}")
+    path = path.replace(ID_PATTERN, request.match_info.get("id", ""))
     if not request.can_read_body:
         return await relay(path, use, request, Relayed())
     if path == "files":
@@ -14686,7 +15339,12 @@ async def pass_through(path: str, request: web.Request) -> web.StreamResponse:
         await form.read_head()
         relayed = Relayed(Upload(form.all_parts()), form.reader, length=form.length())
         return await relay(path, use, request, relayed)
-    data = await read_body(request)  # JSON, whatever its type says
+    return await pass_json_through(path, use, request)
+
+
+async def pass_json_through(path: str, use: KeyUse, request: web.Request) -> web.StreamResponse:
+    """A request whose body is JSON, whatever its type says."""
+    data = await read_body(request)
     body = await decode_body(request, data)
     sent = pass_through_body(body, request.app[SETTINGS].model_aliases)
     check_model_named(path, request, sent.get("model"))
@@ -14702,7 +15360,10 @@ async def pass_through(path: str, request: web.Request) -> web.StreamResponse:
 
 
 def reader_for(path: str, body: JSON) -> Callable[[], PassThroughReader]:
-    """Who reads the answer to a body in JSON: usage is told by the path, whatever the types of both say."""
+    """Who reads the answer to a body in JSON.
+
+    Usage is told by the path, whatever the types of both say.
+    """
     if path == "embeddings" and body.get("encoding_format") == "base64":
         return EmbeddingsReader
     if path == "audio/transcriptions" and body.get("response_format") == "text":
@@ -14716,8 +15377,8 @@ class RelayedForm:
     """A form with a file, whose fields are read while it goes on.
 
     What stands at its head is read before anything is waited for. A model may come behind the file
-    (curl, openai-node): if it is not one of the caller's, Z.ai does not get the end of the form, and
-    so has no request.
+    (curl, openai-node): if it is not one of the caller's, Z.ai does not get the end of the form,
+    and so has no request.
     """
 
     def __init__(self, path: str, request: web.Request) -> None:
@@ -14732,6 +15393,7 @@ class RelayedForm:
         self.ahead = bytearray()  # what Z.ai is sent first
 
     def read_model(self, given: str) -> str:
+        """The model's name as Z.ai is to be told it. Raises ProxyError if it may not be used."""
         if "model" in self.fields:
             raise BadRequest("'model' stands twice in the form.", "model")
         name = given
@@ -14755,9 +15417,11 @@ class RelayedForm:
         check_model_named(self.path, self.request, self.fields.get("model"))
 
     async def all_parts(self) -> AsyncIterator[bytes]:
+        """The whole form; it breaks off if the account may not use the model that it names."""
         yield bytes(self.ahead)
         async for part in self.parts:
-            if passed := self.form.feed(part):
+            passed = self.form.feed(part)
+            if passed:
                 yield passed
         check_model_named(self.path, self.request, self.fields.get("model"))
         yield self.form.close()
@@ -14765,9 +15429,12 @@ class RelayedForm:
     def length(self) -> str:
         """In bytes, "" while it is not known."""
         given = length_as_sent(self.request)
-        if "model" in self.fields or not self.request.app[SETTINGS].model_aliases:
-            return given and str(int(given) + self.growth)
-        return ""
+        if not given:
+            return ""
+        may_still_grow = "model" not in self.fields
+        if may_still_grow and self.request.app[SETTINGS].model_aliases:
+            return ""
+        return str(int(given) + self.growth)
 
     def reader(self) -> PassThroughReader:
         """When Z.ai answers, all fields are known."""
@@ -14785,37 +15452,31 @@ async def relay(
     path: str, use: KeyUse, request: web.Request, relayed: Relayed
 ) -> web.StreamResponse:
     """Sends a request on, only once: a streamed body cannot be repeated."""
-    keys, client = request.app[UPSTREAM].keys, request.app[UPSTREAM].client
-    key = min(
-        keys.available(use), key=lambda key: key.affinity(request[ACCOUNT].id)
-    )  # which owns the files
+    upstream = request.app[UPSTREAM]
+    account = request[ACCOUNT]
+    keys = upstream.keys
+    # An account keeps to its key, which owns the files.
+    key = min(keys.available(use), key=lambda key: key.affinity(account.id))
     keys.tried(key, use)
-    headers = sent_headers(request, "Content-Type")
-    if relayed.length:
-        headers["Content-Length"] = relayed.length
-    how = {
-        "method": request.method,
-        "data": relayed.data,
-        "headers": headers,
-        "params": request.query,
-    }
     meter = count_path(path, request)
     paid_model = MODELS.get(meter.model)
     check_spending(request, paid_model)
-    size = relayed.size if path in WITH_USAGE else 0
-    async with request.app[UPSTREAM].account_slot(request[ACCOUNT]), AsyncExitStack() as owner:
+    size = 0
+    if path in WITH_USAGE:
+        size = relayed.size
+    async with upstream.account_slot(account), AsyncExitStack() as owner:
         check_turn(request, paid_model)
         try:
             with meter.asking(size):
-                stream = await client.send(f"{key.base_url}/{path}", key, owner, **how)
+                url = f"{key.base_url}/{path}"
+                stream = await upstream.client.send(url, key, owner, **sent_as(request, relayed))
                 response = PassThroughResponse(request, stream, relayed.reader(), meter)
                 await response.begin()
                 if not path.endswith(FILE_CONTENT):
                     await response.check_refusal()
         except UpstreamError as error:
-            if (
-                keys.calls_for_cooldown(error) and error.kind != MODEL_NOT_FOUND
-            ):  # clients may make names up
+            is_made_up = error.kind == MODEL_NOT_FOUND  # by a client, perhaps
+            if keys.calls_for_cooldown(error) and not is_made_up:
                 keys.cool_down(key, use, error)
             adapt_to_path(error, path, key.base_url)
             raise
@@ -14824,11 +15485,30 @@ async def relay(
         return await response.send()
 
 
+def sent_as(request: web.Request, relayed: Relayed) -> JSON:
+    """What Z.ai is sent of a request besides our key, in the words of aiohttp."""
+    headers = {}
+    if "Content-Type" in request.headers:
+        headers["Content-Type"] = request.headers["Content-Type"]
+    if relayed.length:
+        headers["Content-Length"] = relayed.length
+    return {
+        "method": request.method,
+        "data": relayed.data,
+        "headers": headers,
+        "params": request.query,
+    }
+
+
 async def embed_in_batches(
     request: web.Request, batches: Iterable[JSON], reader: Callable[[], PassThroughReader]
 ) -> web.Response:
-    """Asks for more embeddings than Z.ai gives at once: one batch after the other, tried again like chat."""
-    upstream, record = request.app[UPSTREAM], request[RECORD]
+    """Asks for more embeddings than Z.ai gives at once.
+
+    One batch comes after the other, each tried again like a chat.
+    """
+    upstream = request.app[UPSTREAM]
+    record = request[RECORD]
     joined = JoinedEmbeddings()
     for batch in batches:
         use = KeyUse(resolve(batch.get("model", "")).id, "/embeddings")
@@ -14848,8 +15528,10 @@ async def embed_in_batches(
 async def ask_for_batch(
     request: web.Request, relayed: Relayed, meter: Meter, slot: Slot, owner: AsyncExitStack
 ) -> bytes:
+    """Asks for a batch with the slot's key. Raises UpstreamError."""
     check_turn(request, MODELS.get(meter.model))
-    client, key = request.app[UPSTREAM].client, slot.key
+    client = request.app[UPSTREAM].client
+    key = slot.key
     try:
         with meter.asking(relayed.size):
             url = f"{key.base_url}/embeddings"
@@ -14874,7 +15556,10 @@ def count_path(path: str, request: web.Request) -> Meter:
 
 
 def path_meter(path: str, model: str) -> Meter:
-    """What an answer of such a path costs: nothing is known of what is no chat, but for searches."""
+    """What an answer of such a path costs.
+
+    Nothing is known of what is no chat, but for searches.
+    """
     price = model_of(model).price or NO_PRICE
     return Meter(model, price, searches=int(path == "web_search"))
 
@@ -14924,44 +15609,58 @@ class PassThroughResponse:
         for name in PASS_THROUGH_HEADERS:
             if name in reply.headers:
                 headers[name] = header_text(reply.headers[name])
-        if (
-            "Content-Encoding" in reply.headers or type(reader) is not PassThroughReader
-        ):  # the length changes
+        is_changed = type(reader) is not PassThroughReader
+        if is_changed or "Content-Encoding" in reply.headers:
             headers.pop("Content-Length", None)
         if "X-Log-Id" in reply.headers:
             headers["x-zai-request-id"] = header_word(reply.headers["X-Log-Id"])
-        self.request, self.stream, self.reader, self.meter = request, stream, reader, meter
+        self.request = request
+        self.stream = stream
+        self.reader = reader
+        self.meter = meter
         self.response = web.StreamResponse(status=reply.status, headers=headers)
-        self.ahead = b""
+        self.ahead = b""  # read, and not yet passed on
 
     async def begin(self) -> None:
         """Wait for the first bytes to pass on. Raises UpstreamError."""
         self.ahead = await self.next_bytes()
 
     async def check_refusal(self) -> None:
-        """Raises UpstreamError for a refusal with a status of success, in however many parts it comes."""
+        """Raises UpstreamError for a refusal with a status of success.
+
+        It may come in any number of parts.
+        """
         if self.stream.response.content_type != "application/json" or self.reader.media_type:
             return
-        while len(self.ahead) < ERROR_BODY_LIMIT and (data := await self.next_bytes()):
+        while len(self.ahead) < ERROR_BODY_LIMIT:
+            data = await self.next_bytes()
+            if not data:
+                break
             self.ahead += data
         if len(self.ahead) > ERROR_BODY_LIMIT:  # no refusal is so long
             return
-        if error := refusal_in(self.ahead):
+        error = refusal_in(self.ahead)
+        if error:
             raise self.stream.with_request_id(error)
 
     async def next_bytes(self) -> bytes:
         """The next bytes to pass on, none at the end."""
-        data, held = b"", 0
-        while not data and (part := await self.stream.read()):
+        data = b""
+        held = 0  # bytes that the reader keeps until it has all of them
+        while not data:
+            part = await self.stream.read()
+            if not part:
+                data = await in_thread_if_large(held, self.reader.close)
+                break
             held += len(part)
             if held > self.request.app[APP_LIMITS].answer_size:
                 raise UpstreamError(UNAVAILABLE, TOO_LARGE)
             data = await in_thread_if_large(held, self.reader.feed, part)
-        data = data or await in_thread_if_large(held, self.reader.close)
         self.meter.told = self.reader.usage
         return data
 
     async def send(self) -> web.StreamResponse:
+        """Pass the whole answer on."""
         self.request[RECORD].first = time.monotonic()
         if self.reader.media_type:
             self.response.headers["Content-Type"] = self.reader.media_type
@@ -14982,18 +15681,24 @@ class PassThroughResponse:
             self.request.transport.close()
 
 
-# ======== Errors and shutdown =======================================================================================
-# `log_requests` and `catch_errors` run around every handler; `obey_signals` (Ctrl-C) and `drain` stop the server.
+# ======== Errors and shutdown ====================================================================
+# `log_requests` and `catch_errors` run around every handler; `obey_signals` (Ctrl-C) and `drain`
+# stop the server.
 
 
 @web.middleware
 async def log_requests(request: web.Request, handler: Handler) -> web.StreamResponse:
-    """Runs around all else: gives every request its record, and every answer its line in the log and the statistics."""
-    record = request[RECORD] = Record(
-        request.method, printable(request.path), time.monotonic(), os.urandom(12).hex()
-    )
-    in_flight, task = request.app[IN_FLIGHT], asyncio.current_task()
+    """Runs around all else.
+
+    Gives every request its record, and every answer its line in the log and the statistics.
+    """
+    request_id = os.urandom(12).hex()
+    path = printable(request.path)
+    record = Record(request.method, path, time.monotonic(), request_id)
+    request[RECORD] = record
     REQUEST_ID.set(record.id[:8])
+    in_flight = request.app[IN_FLIGHT]
+    task = asyncio.current_task()
     in_flight[task] = request
     try:
         response = await catch_errors(request, handler)
@@ -15003,19 +15708,30 @@ async def log_requests(request: web.Request, handler: Handler) -> web.StreamResp
         del in_flight[task]
         count_usage(request)
         now = time.monotonic()
-        level = logging.DEBUG if request.path.startswith(UNLOGGED_PATHS) else logging.INFO
-        if LOG.isEnabledFor(
-            level
-        ):  # LOG.log would look for the line of code that called it, which takes longest
-            LOG.handle(LOG.makeRecord(LOG.name, level, "", 0, record.line(now), (), None))
+        log_request(request, now)
         count_request(request, now)
 
 
+def log_request(request: web.Request, now: float) -> None:
+    """The line in the log."""
+    level = logging.INFO
+    if request.path.startswith(UNLOGGED_PATHS):
+        level = logging.DEBUG
+    if not LOG.isEnabledFor(level):
+        return
+    # LOG.log would look for the line of code that called it, which takes longest.
+    words = request[RECORD].line(now)
+    LOG.handle(LOG.makeRecord(LOG.name, level, "", 0, words, (), None))
+
+
 def count_request(request: web.Request, now: float) -> None:
-    """For the statistics."""
-    record, resource = request[RECORD], request.match_info.route.resource
+    """Count a request that is over in the statistics."""
+    record = request[RECORD]
     statistics = request.app[STATISTICS]
-    route = resource.canonical if resource else ""
+    resource = request.match_info.route.resource
+    route = ""
+    if resource:
+        route = resource.canonical
     record.route = route_name(route)
     statistics.requests[route, statistics.name_of(record), record.status] += 1
     if record.first is not None and record.meters:
@@ -15039,13 +15755,13 @@ async def catch_errors(request: web.Request, handler: Handler) -> web.StreamResp
         if not request[RECORD].stopped:  # the client left
             raise
         return await error_response(request, ProxyError(STOPPING))
-    except Exception as error:  # noqa: BLE001 - the only place: no other shape of error leaves the program
+    # The only place that does this: no other shape of error leaves the program.
+    except Exception as error:  # noqa: BLE001
         return await error_response(request, proxy_error(error, request))
 
 
 def proxy_error(error: Exception, request: web.Request) -> ProxyError:
     """Any exception as an error of ours; an unforeseen one is a bug, and logged as one."""
-    asked = f"{printable(request.method)} {printable(request.path)}"
     match error:
         case ProxyError():
             return error
@@ -15055,30 +15771,38 @@ def proxy_error(error: Exception, request: web.Request) -> ProxyError:
             message = (
                 "There is nothing here: clients call POST /v1/chat/completions and GET /v1/models."
             )
-            return ProxyError(error_kind(404, "unknown_url"), message, detail=asked)
+            return ProxyError(error_kind(404, "unknown_url"), message, detail=asked_of(request))
         case web.HTTPMethodNotAllowed():
-            return upgrade_required() if probes_websocket(request) else wrong_method(error, asked)
+            return wrong_method(error, request)
         case web.HTTPRequestEntityTooLarge():
-            message = f"The request is larger than {request.app[SETTINGS].max_body_mb} MB, this server's MAX_BODY_MB."
+            limit = request.app[SETTINGS].max_body_mb
+            message = f"The request is larger than {limit} MB, this server's MAX_BODY_MB."
             return ProxyError(error_kind(413, "request_too_large"), message)
         case _:
             LOG.error("a bug in ztoapi", exc_info=error)
             return ProxyError(INTERNAL_ERROR)
 
 
-def wrong_method(error: web.HTTPMethodNotAllowed, asked: str) -> ProxyError:
+def asked_of(request: web.Request) -> str:
+    return f"{printable(request.method)} {printable(request.path)}"
+
+
+def wrong_method(error: web.HTTPMethodNotAllowed, request: web.Request) -> ProxyError:
+    """405, which must name the methods of the path (RFC 9110, 15.5.6)."""
+    if probes_websocket(request):
+        return upgrade_required()
     allowed = error.headers["Allow"]
     kind = error_kind(405, "method_not_allowed")
-    refusal = ProxyError(kind, f"This path takes only {allowed}.", detail=asked)
+    refusal = ProxyError(kind, f"This path takes only {allowed}.", detail=asked_of(request))
     refusal.headers["Allow"] = allowed
     return refusal
 
 
 def probes_websocket(request: web.Request) -> bool:
     """Whether a client of the Responses API asks for a WebSocket instead, as Codex does first."""
-    upgrade = request.headers.get("Upgrade", "").lower()
-    is_responses = request.path.rstrip("/").endswith("/responses")
-    return request.method == "GET" and upgrade == "websocket" and is_responses
+    if request.method != "GET" or not request.path.rstrip("/").endswith("/responses"):
+        return False
+    return request.headers.get("Upgrade", "").lower() == "websocket"
 
 
 def upgrade_required() -> ProxyError:
@@ -15118,7 +15842,8 @@ async def error_response(request: web.Request, error: ProxyError) -> web.StreamR
 def say_when(error: ProxyError) -> None:
     """Put Retry-After into words, where it is too late for a header. Codex reads these."""
     if error.retry_after is not None:
-        error.message += f" Try again in {max(1, math.ceil(error.retry_after))} seconds."
+        seconds = max(1, math.ceil(error.retry_after))
+        error.message += f" Try again in {seconds} seconds."
 
 
 async def drain(app: web.Application) -> None:
@@ -15134,13 +15859,17 @@ async def drain(app: web.Application) -> None:
 
 
 def end_answers(app: web.Application) -> None:
+    """Cancel what is in flight; each client is told that the server stops."""
     for task, request in app[IN_FLIGHT].items():
         request[RECORD].stopped = True
         task.cancel()
 
 
 async def obey_signals(app: web.Application) -> None:
-    """The first signal stops the server; one over a second later ends the answers (`timeout` sends two together)."""
+    """The first signal stops the server, one over a second later ends the answers.
+
+    `timeout` sends two together: they count as one.
+    """
     told_at: list[float] = []  # of time.monotonic()
 
     def react() -> None:
@@ -15158,10 +15887,10 @@ async def obey_signals(app: web.Application) -> None:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
-# ======== Client connections ========================================================================================
-# aiohttp serves clients, but lets them stall and flood, and answers what is not HTTP in its own words.
-# `serve_as_here` gives an app's servers these connections; nothing in aiohttp itself is changed.
-# requirements.txt lists what is used of aiohttp without being documented.
+# ======== Client connections =====================================================================
+# aiohttp serves clients, but lets them stall and flood, and answers what is not HTTP in its own
+# words. `serve_as_here` gives an app's servers these connections; nothing in aiohttp itself is
+# changed. requirements.txt lists what is used of aiohttp without being documented.
 
 MAX_HEAD = 2**15  # bytes
 MAX_REFUSED_HEAD = 2**18  # bytes of a larger head that are taken before it is refused
@@ -15173,8 +15902,10 @@ def descriptor_limit() -> int:
     """How many files and connections the system lets this process have open."""
     with suppress(ImportError):  # Windows has no such limit
         resource = import_module("resource")
-        limit: int = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
-        return sys.maxsize if limit == resource.RLIM_INFINITY else limit
+        limit: int
+        limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+        if limit != resource.RLIM_INFINITY:
+            return limit
     return sys.maxsize
 
 
@@ -15183,7 +15914,10 @@ BACKLOG = min(1024, descriptor_limit() // 8)
 
 
 def serve_as_here(app: web.Application) -> None:
-    """Lets a ClientServer serve the app: run_app, gunicorn's worker and tests all call _make_handler."""
+    """Lets a ClientServer serve the app.
+
+    run_app, gunicorn's worker and tests all call _make_handler.
+    """
     make_plain_server = app._make_handler  # noqa: SLF001 - nothing public leads to the server
 
     def make_server(**how: Any) -> web.Server:
@@ -15197,13 +15931,16 @@ def serve_as_here(app: web.Application) -> None:
 class ClientServer(web.Server):
     """Accepts clients, and ends connections that only take up room.
 
-    Those are: without a whole head for `read_timeout`, with a client that reads nothing for UPSTREAM_TIMEOUT, and,
-    before file descriptors run out, those without a request, the longest silent first.
+    Those are: without a whole head for `read_timeout`, with a client that reads nothing for
+    UPSTREAM_TIMEOUT, and, before file descriptors run out, those without a request, the longest
+    silent first.
     """
 
     def __init__(self, app: web.Application, handler: Any, how: JSON) -> None:
         """`how`: what the app's runner wants of the server and of each connection."""
-        loop, request_factory = how.pop("loop"), how.pop("request_factory")
+        how = dict(how)
+        loop = how.pop("loop")
+        request_factory = how.pop("request_factory")
         # When a client leaves, its handler is cancelled, and with it the request to Z.ai.
         how.pop("handler_cancellation", None)
         super().__init__(
@@ -15213,7 +15950,7 @@ class ClientServer(web.Server):
         self.limits = app[APP_LIMITS]
         self.max_descriptors = self.limits.max_descriptors or descriptor_limit()
         self.loop = loop
-        self.how = {
+        self.how = {  # for each connection
             **how,
             "logger": LOG,
             "auto_decompress": False,
@@ -15234,12 +15971,16 @@ class ClientServer(web.Server):
             self.make_room()
 
     def without_request(self) -> list[ClientConnection]:
-        """The connections of whose request, if there was one, only a rest can still arrive that nobody reads."""
+        """The connections without a request under way.
+
+        At most the rest of one that was refused may still arrive, and nobody reads it.
+        """
         busy = {request.protocol for request in self.app[IN_FLIGHT].values()}
         connections = cast("list[ClientConnection]", self.connections)
         return [known for known in connections if known not in busy and not known.has_request]
 
     def make_room(self) -> None:
+        """Close an eighth of the connections without a request, the longest silent first."""
         LOG.warning(
             "file descriptors are scarce (ulimit -n): connections without a request are closed"
         )
@@ -15248,6 +15989,7 @@ class ClientServer(web.Server):
             connection.force_close()
 
     def check(self) -> None:
+        """End connections that only take up room, and look again later."""
         self.next_check = None
         now = time.monotonic()
         for connection in self.without_request():
@@ -15266,7 +16008,10 @@ class ClientServer(web.Server):
 
 
 class ClientConnection(web.RequestHandler):
-    """A client's connection: bounds each head, and refuses in our shape what does not reach the app."""
+    """A client's connection.
+
+    It bounds each head, and refuses in our shape what does not reach the app.
+    """
 
     def __init__(self, server: ClientServer, **how: Any) -> None:
         super().__init__(server, **how)
@@ -15297,10 +16042,12 @@ class ClientConnection(web.RequestHandler):
         self.last_received_at = time.monotonic()
         if self.body.is_eof():
             self.head = (self.head + data).lstrip(b"\r\n")  # line ends before a head mean nothing
-            if len(self.head) > MAX_HEAD and self.head.find(END_OF_HEAD, 0, MAX_HEAD) < 0:
-                # Refused once all of it is here: a client that is still sending might miss the answer.
-                is_whole = END_OF_HEAD in self.head or len(self.head) > MAX_REFUSED_HEAD
-                data = NO_HEAD if is_whole else b""
+            if self.head_is_too_large():
+                # Refused once all of it is here: a client that is still sending might miss the
+                # answer.
+                data = b""
+                if END_OF_HEAD in self.head or len(self.head) > MAX_REFUSED_HEAD:
+                    data = NO_HEAD
         super().data_received(data)
         if self._messages and self._messages[-1] is not self.latest:
             self.latest = self._messages[-1]
@@ -15308,7 +16055,13 @@ class ClientConnection(web.RequestHandler):
         elif self.head and self.head_due == math.inf:
             self.head_due = self.last_received_at + self.read_timeout
 
+    def head_is_too_large(self) -> bool:
+        if len(self.head) <= MAX_HEAD:
+            return False
+        return self.head.find(END_OF_HEAD, 0, MAX_HEAD) < 0
+
     def begin_request(self, message: Any, body: aiohttp.StreamReader) -> None:
+        """Called with each request that the parser has read, and with what it could not read."""
         if isinstance(message, RawRequestMessage):
             self.head = b""
             self.head_due = math.inf
@@ -15322,7 +16075,8 @@ class ClientConnection(web.RequestHandler):
     def check_reader(self, now: float, patience: float) -> None:
         """Ends the connection when the client has read nothing for so many seconds.
 
-        What waits for it may grow meanwhile; it shrinks, between some two looks, where a client reads.
+        What waits for it may grow meanwhile; it shrinks, between some two looks, where a client
+        reads.
         """
         unsent = self.client.get_write_buffer_size()
         if not unsent or unsent < self.unsent_bytes:
@@ -15334,7 +16088,8 @@ class ClientConnection(web.RequestHandler):
     async def finish_response(
         self, request: web.BaseRequest, resp: web.StreamResponse, start_time: float | None
     ) -> tuple[web.StreamResponse, bool]:
-        if isinstance(resp, web.HTTPExpectationFailed):  # raised before any middleware
+        """Called with each answer; this one is raised before any middleware."""
+        if isinstance(resp, web.HTTPExpectationFailed):
             message = "The only expectation known here is 'Expect: 100-continue'."
             resp = bare_error(error_kind(417, "unknown_expectation", message))
         return await super().finish_response(request, resp, start_time)
@@ -15346,11 +16101,13 @@ class ClientConnection(web.RequestHandler):
         exc: BaseException | None = None,
         _: str | None = None,
     ) -> web.Response:
-        """Refuse what does not reach the app; aiohttp's own texts would repeat headers, keys too."""
+        """Refuse what does not reach the app.
+
+        aiohttp's own texts would repeat headers, and keys with them.
+        """
         if isinstance(exc, ConnectionError) or request.writer.output_size:
-            raise ConnectionError(
-                "the client has left, or an answer has begun"
-            ) from exc  # aiohttp knows what to do
+            # aiohttp knows what to do.
+            raise ConnectionError("the client has left, or an answer has begun") from exc
         if status >= 500:
             LOG.error("a bug in ztoapi", exc_info=exc)
             return bare_error(INTERNAL_ERROR)
@@ -15370,8 +16127,8 @@ def refusal_of(head: bytes) -> ErrorKind:
     if len(head) > MAX_HEAD:
         return head_too_large(head)
     message = (
-        "This is not HTTP as this server reads it: the request line, a header or a chunk is malformed, "
-        "or the headers are too many."
+        "This is not HTTP as this server reads it: the request line, a header or a chunk is "
+        "malformed, or the headers are too many."
     )
     return error_kind(400, "bad_http", message)
 
@@ -15379,145 +16136,48 @@ def refusal_of(head: bytes) -> ErrorKind:
 def head_too_large(head: bytes) -> ErrorKind:
     """Names the longest header, never its value."""
     limit = f"more than the {MAX_HEAD // 1024} KB that this server reads"
-    address, *headers = head.partition(END_OF_HEAD)[0].split(b"\r\n")
+    whole, _, _ = head.partition(END_OF_HEAD)
+    address, *headers = whole.split(b"\r\n")
     longest = max(headers, key=len, default=b"")
     if len(address) > len(longest):
         return error_kind(414, "address_too_long", f"The request's address has {limit}.")
-    name = truncated(printable(longest.partition(b":")[0].decode("latin-1")))
+    name_bytes, _, _ = longest.partition(b":")
+    name = truncated(printable(name_bytes.decode("latin-1")))
     message = f"The request's headers have {limit}; the longest is {name}."
     return error_kind(431, "headers_too_large", message)
 
 
 def bare_error(kind: ErrorKind, client: str | None = None) -> web.Response:
     """An error from outside the app; the connection ends with it."""
-    request_id = os.urandom(12).hex()
     LOG.info("%s %s %s", client or "-", kind.status, kind.message)
-    response = json_response(
-        error_body(ProxyError(kind)), kind.status, {"x-request-id": f"req_{request_id}"}
-    )
+    request_id = request_id_of(os.urandom(12).hex())
+    body = error_body(ProxyError(kind))
+    response = json_response(body, kind.status, {"x-request-id": request_id})
     response.force_close()
     return response
 
 
-# ======== Server ====================================================================================================
-# `create_app` puts everything together and has the routes; `main` reads the flags, sets up the log and listens.
-
-API = r"/{prefix:/*(?:(?:v1|api/v1|api/paas/v4)/+)*}"  # clients use any of these prefixes
-END = r"{slash:/*}"
-
-
-def create_app(
-    settings: Settings | None = None, limits: Limits | None = None, clock: Clock | None = None
-) -> web.Application:
-    """The server as an aiohttp application. Without settings, as process managers call it, it reads the environment."""
-    failed = (
-        2 if settings else 3
-    )  # gunicorn stops when a worker exits with 3; on 2 it restarts the worker forever
-    if settings is None:
-        settings = settings_or_exit({}, failed)
-        set_up_log(settings)
-    limits = limits or Limits()
-    clock = clock or Clock()
-    database = database_or_exit(settings, limits, clock, failed)
-    limit = settings.max_body_mb * 2**20
-    app = web.Application(middlewares=[log_requests], client_max_size=limit)
-    serve_as_here(app)
-    app[SETTINGS], app[REDACT] = settings, redactor(settings)
-    app[APP_LIMITS] = limits
-    app[IN_FLIGHT] = {}
-    app[CLOCK] = clock
-    app[STATISTICS] = Statistics(time.monotonic(), clock.unix())
-    app[ACCOUNTS] = Accounts(settings.default_key, settings.spend_limit)
-    app[DATABASE] = database
-    app[ORIGIN_REFUSALS] = OnceAMinute()
-    app[TOKEN_SCALE] = TokenScale()
-    app.on_response_prepare.append(add_headers)
-    app.cleanup_ctx.append(connect)
-    app.on_shutdown.append(drain)
-    api_routes(app)
-    app[API_PATTERNS] = [resource.get_info()["pattern"] for resource in app.router.resources()]
-    page_routes(app)
-    return app
-
-
-def api_routes(app: web.Application) -> None:
-    for path, surface in SURFACES.items():
-        add_route(
-            app, "POST", f"{API}{path}{END}", require_key(partial(respond, surface), within_limits)
-        )
-    for method, path in PASS_THROUGH_ROUTES:
-        add_route(
-            app,
-            method,
-            f"{API}{path}{END}",
-            require_key(partial(pass_through, path), within_limits),
-        )
-    add_route(app, "POST", f"{API}messages/count_tokens{END}", require_key(count_tokens))
-    add_route(app, "GET", f"{API}models{END}", require_key(list_models))
-    add_route(app, "GET", f"{API}models/{{id:.*[^/]}}{END}", require_key(one_model))
-    add_route(app, "POST", f"{API}responses/input_tokens{END}", require_key(count_input_tokens))
-    response = API + r"responses/{id:resp_\w+}"
-    add_route(app, "GET", response + END, require_key(one_response))
-    add_route(app, "GET", f"{response}/input_items{END}", require_key(list_input_items))
-    add_route(app, "DELETE", response + END, require_key(delete_response))
-
-
-def page_routes(app: web.Application) -> None:
-    add_route(app, "GET", "/health", show_health)
-    add_route(app, "GET", "/", show_index)
-    add_route(app, "GET", "/api/hello", show_index)  # Claude Code's probe
-    add_route(app, "GET", "/docs", show_docs)
-    add_route(app, "GET", "/favicon.ico", show_favicon)
-    add_route(app, "GET", "/metrics", require_key(show_metrics, operator_only))
-    if app[SETTINGS].dashboard_enabled:
-        add_route(app, "GET", "/dashboard", show_dashboard)
-        add_route(app, "GET", "/dashboard/stats", require_key(dashboard_stats))
-        add_route(app, "GET", "/dashboard/history", require_key(dashboard_history))
-        add_route(app, "GET", "/dashboard/keys", require_key(list_keys, operator_only))
-        add_route(app, "POST", "/dashboard/keys", require_key(put_key, operator_only))
-        add_route(app, "DELETE", "/dashboard/keys/{name}", require_key(remove_key, operator_only))
-    if app[SETTINGS].demo:
-        add_route(app, "GET", f"{DEMO_PATH}/models", demo_models)
-        add_route(app, "POST", f"{DEMO_PATH}/chat/completions", demo_chat)
-
-
-def add_route(app: web.Application, method: str, path: str, handler: Handler) -> None:
-    if method == "GET":
-        app.router.add_route("HEAD", path, handler)
-    app.router.add_route(method, path, handler)
-
-
-async def connect(app: web.Application) -> AsyncIterator[None]:
-    """Opens what lives as long as the app: the session to Z.ai and what uses it."""
-    settings = app[SETTINGS]
-    limits = app[APP_LIMITS]
-    async with new_session(settings, limits) as session:
-        client = ZaiClient(session, settings, limits)
-        app[UPSTREAM] = Upstream(settings, limits, client, app[CLOCK])
-        app[CATALOG] = Catalog(client, app[UPSTREAM].keys, limits.models_ttl)
-        keys_with_plans = () if settings.demo else settings.zai_keys
-        app[PLANS] = PlanQuotas(client, keys_with_plans, limits.plans_ttl)
-        async with app[DATABASE].running(app[ACCOUNTS]):
-            yield
-        await end_tasks(filter(None, (app[CATALOG].asking, app[PLANS].asking)))
+# ======== Log ====================================================================================
+# The log on stderr: without secrets, and never in the way of an answer.
 
 
 def redactor(settings: Settings) -> Redactor:
-    return Redactor((*settings.secrets, *proxy_passwords(getproxies().values())))
+    """What keeps the secrets of the settings and of the environment out of texts."""
+    passwords = proxy_passwords(getproxies().values())
+    return Redactor((*settings.secrets, *passwords))
 
 
 @lru_cache(1)
 def timestamp(second: int) -> str:
+    """Unix seconds in local time. Lines of the log mostly share their second."""
     return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(second))
 
 
 class RedactingFormatter(logging.Formatter):
     """Formats a line without secrets, with images shortened, and cut off if it is too long."""
 
-    MAX_LINE, MARGIN = (
-        2**20,
-        2**12,
-    )  # characters; a secret that is cut in half would stand in the margin
+    MAX_LINE = 2**20  # characters
+    MARGIN = 2**12  # at the end of a line that is cut off, where half a secret may stand
     BASE64_RUN = re.compile(r"(?<![A-Za-z0-9+/])([A-Za-z0-9+/]{64})[A-Za-z0-9+/]{192,}=*")
 
     def __init__(self, redact: Redactor) -> None:
@@ -15525,17 +16185,21 @@ class RedactingFormatter(logging.Formatter):
         self.redact = redact
 
     def format(self, record: logging.LogRecord) -> str:
-        whole = f"{timestamp(int(record.created))},{int(record.msecs):03} {record.levelname} {super().format(record)}"
+        time_of_day = f"{timestamp(int(record.created))},{int(record.msecs):03}"
+        whole = f"{time_of_day} {record.levelname} {super().format(record)}"
         line = self.redact(whole[: self.MAX_LINE])
         if len(whole) > self.MAX_LINE:
             line = line[: -self.MARGIN] + "…"
-        return (
-            self.BASE64_RUN.sub(r"\1…", line) if len(line) > 256 else line
-        )  # BASE64_RUN needs 256
+        if len(line) <= 256:  # too short for BASE64_RUN
+            return line
+        return self.BASE64_RUN.sub(r"\1…", line)
 
 
 class BackgroundHandler(logging.Handler):
-    """Writes the log in a thread: a reader who stalls stops only the log, and loses what there is no room for."""
+    """Writes the log in a thread.
+
+    A reader who stalls stops only the log, and loses what there is no room for.
+    """
 
     DROPPED = "{} lines were dropped here, because they could not be written\n"
 
@@ -15545,11 +16209,13 @@ class BackgroundHandler(logging.Handler):
         self.descriptor = descriptor
         self.max_waiting = max_waiting
         self.lines: SimpleQueue[str] = SimpleQueue()
-        self.added = self.written = 0  # characters
+        self.added = 0  # characters
+        self.written = 0  # likewise
         self.dropped = 0  # lines
         self.thread: Thread | None = None
 
     def emit(self, record: logging.LogRecord) -> None:
+        """Called with each record: leaves its line to the thread."""
         line = self.format(record) + "\n"
         if self.added - self.written > self.max_waiting:
             self.dropped += 1
@@ -15559,19 +16225,21 @@ class BackgroundHandler(logging.Handler):
             self.dropped = 0
         self.added += len(line)
         self.lines.put(line)
-        if (
-            self.thread is None or not self.thread.is_alive()
-        ):  # not yet, or in a process forked from one that had it
+        # Not started yet, or in a process forked from one that had it.
+        if self.thread is None or not self.thread.is_alive():
             self.thread = Thread(target=self.write_lines, daemon=True)
             self.thread.start()
 
     def write_lines(self) -> None:
+        """What the thread does for ever; whatever waits is written at once."""
         lost = 0  # lines, since one was written
         while True:
             text = self.lines.get()
             while not self.lines.empty():
                 text += self.lines.get()
-            notice = self.DROPPED.format(lost) if lost else ""
+            notice = ""
+            if lost:
+                notice = self.DROPPED.format(lost)
             missing = self.write(notice + text).count(b"\n")
             lines = text.count("\n")
             if missing > lines:  # the notice is missing too
@@ -15579,12 +16247,14 @@ class BackgroundHandler(logging.Handler):
             else:
                 lost = missing
             self.written += len(text)
-            time.sleep(
-                0.02
-            )  # seconds; under load, waking for each line would cost more than the line
+            # Under load, waking for each line would cost more than the line.
+            time.sleep(0.02)
 
     def write(self, text: str) -> bytes:
-        """Writes a text, however little is taken at a time. Returns what cannot be written: a disk may be full."""
+        """Writes a text, however little is taken at a time.
+
+        Returns what cannot be written: a disk may be full.
+        """
         data = memoryview(text.encode("utf-8", "backslashreplace"))
         while data:
             try:
@@ -15611,38 +16281,60 @@ class RepeatFilter:
     def __call__(self, record: logging.LogRecord) -> bool:
         if record.levelno < logging.WARNING:
             return True
-        error = record.exc_info[1] if record.exc_info else None
+        error = None
+        if record.exc_info:
+            _, error, _ = record.exc_info
         if isinstance(error, OSError) and error.errno == errno.EMFILE:
             record.exc_info = None  # asyncio's accept: its traceback says nothing
-        now, words = time.monotonic(), f"{record.getMessage()} {error!r}"
-        self.passed = {known: at for known, at in self.passed.items() if now - at < 60}
-        return self.passed.setdefault(words, now) == now
+        now = time.monotonic()
+        words = f"{record.getMessage()} {error!r}"
+        self.forget(before=now - 60)
+        if words in self.passed:
+            return False
+        self.passed[words] = now
+        return True
+
+    def forget(self, before: float) -> None:
+        for words, passed_at in list(self.passed.items()):
+            if passed_at <= before:
+                del self.passed[words]
 
 
 def set_up_log(settings: Settings) -> None:
     """Log to stderr; in debug mode also what was asked, sent, received and answered."""
-    handler = BackgroundHandler(sys.stderr.fileno()) if sys.stderr else logging.NullHandler()
+    handler: logging.Handler = logging.NullHandler()
+    if sys.stderr:
+        handler = BackgroundHandler(sys.stderr.fileno())
     handler.setFormatter(RedactingFormatter(redactor(settings)))
     handler.addFilter(RepeatFilter())
     for logger in (LOG, logging.getLogger("aiohttp"), logging.getLogger("asyncio")):
-        logger.handlers, logger.propagate = [handler], False  # another handler would not redact
-    LOG.setLevel(logging.DEBUG if settings.debug_mode else logging.INFO)
+        logger.handlers = [handler]
+        logger.propagate = False  # another handler would not redact
+    LOG.setLevel(logging.INFO)
+    if settings.debug_mode:
+        LOG.setLevel(logging.DEBUG)
 
+
+# ======== Server =================================================================================
+# `create_app` puts everything together, and has the routes.
 
 ENV_FILE = Path(__file__).with_name(".env")
 
 
 def environment() -> dict[str, str]:
     """The variables of .env beside this file and those of the process, which win."""
-    try:  # Windows' programs begin a file in UTF-8 with a mark, which would belong to the first name
-        from_file = dotenv_values(ENV_FILE, interpolate=False, encoding="utf-8-sig")
+    # Windows' programs begin a file in UTF-8 with a mark, which would belong to the first name.
+    encoding = "utf-8-sig"
+    try:
+        from_file = dotenv_values(ENV_FILE, interpolate=False, encoding=encoding)
     except UnicodeDecodeError:
         raise SettingsError(
             f"{ENV_FILE} is no text in UTF-8 (PowerShell's > writes UTF-16): save it as UTF-8"
         ) from None
     except OSError as error:
         raise SettingsError(f"{ENV_FILE} cannot be read: {error}") from None
-    return {name: value for name, value in (from_file | os.environ).items() if value is not None}
+    with_values = {name: value for name, value in from_file.items() if value is not None}
+    return {**with_values, **os.environ}
 
 
 def settings_or_exit(flags: Mapping[str, str], status: int = 2) -> Settings:
@@ -15655,12 +16347,17 @@ def settings_or_exit(flags: Mapping[str, str], status: int = 2) -> Settings:
 
 def database_of(settings: Settings, clock: Clock, limits: Limits) -> Database:
     """Not open yet."""
-    url = "memory" if settings.demo else settings.database_url
+    url = settings.database_url
+    if settings.demo:
+        url = "memory"
     return Database(url, clock.unix, limits)
 
 
 def database_or_exit(settings: Settings, limits: Limits, clock: Clock, status: int) -> Database:
-    """The database, connected if it was named or exists. Exits with one line and the status if that fails."""
+    """The database, connected if it was named or exists.
+
+    Exits with one line and the status if that fails.
+    """
     database = database_of(settings, clock, limits)
     try:
         if settings.database_url or database.exists:
@@ -15672,41 +16369,166 @@ def database_or_exit(settings: Settings, limits: Limits, clock: Clock, status: i
 
 
 def exit_with_error(reason: object, status: int = 2) -> NoReturn:
+    """End the program with one line on stderr."""
     print(f"ztoapi: {reason}", file=sys.stderr)
     raise SystemExit(status)
 
 
+API_PATTERN = r"/{prefix:/*(?:(?:v1|api/v1|api/paas/v4)/+)*}"  # clients use any of these prefixes
+END_PATTERN = r"{slash:/*}"
+
+
+def create_app(
+    settings: Settings | None = None, limits: Limits | None = None, clock: Clock | None = None
+) -> web.Application:
+    """The server as an aiohttp application.
+
+    Without settings, as process managers call it, it reads the environment.
+    """
+    failed = 2  # the status with which the program ends where it cannot start
+    if settings is None:
+        failed = 3  # at which gunicorn stops; after 2 it would start the worker again, forever
+        settings = settings_or_exit({}, failed)
+        set_up_log(settings)
+    limits = limits or Limits()
+    clock = clock or Clock()
+    database = database_or_exit(settings, limits, clock, failed)
+    limit = settings.max_body_mb * 2**20
+    app = web.Application(middlewares=[log_requests], client_max_size=limit)
+    serve_as_here(app)
+    app[SETTINGS] = settings
+    app[REDACT] = redactor(settings)
+    app[APP_LIMITS] = limits
+    app[IN_FLIGHT] = {}
+    app[CLOCK] = clock
+    app[STATISTICS] = Statistics(time.monotonic(), clock.unix())
+    app[ACCOUNTS] = Accounts(settings.default_key, settings.spend_limit)
+    app[DATABASE] = database
+    app[ORIGIN_REFUSALS] = OnceAMinute()
+    app[TOKEN_SCALE] = TokenScale()
+    app.on_response_prepare.append(add_headers)
+    app.cleanup_ctx.append(connect)
+    app.on_shutdown.append(drain)
+    api_routes(app)
+    app[API_PATTERNS] = [resource.get_info()["pattern"] for resource in app.router.resources()]
+    page_routes(app)
+    return app
+
+
+def api_routes(app: web.Application) -> None:
+    """What clients of the API call."""
+    for path, surface in SURFACES.items():
+        answer = require_key(partial(respond, surface), within_limits)
+        add_api_route(app, "POST", path, answer)
+    for method, path in PASS_THROUGH_ROUTES:
+        add_api_route(app, method, path, require_key(partial(pass_through, path), within_limits))
+    add_api_route(app, "POST", "messages/count_tokens", require_key(count_tokens))
+    add_api_route(app, "GET", "models", require_key(list_models))
+    add_api_route(app, "GET", "models/{id:.*[^/]}", require_key(one_model))
+    add_api_route(app, "POST", "responses/input_tokens", require_key(count_input_tokens))
+    response = r"responses/{id:resp_\w+}"
+    add_api_route(app, "GET", response, require_key(one_response))
+    add_api_route(app, "GET", f"{response}/input_items", require_key(list_input_items))
+    add_api_route(app, "DELETE", response, require_key(delete_response))
+
+
+def add_api_route(app: web.Application, method: str, path: str, handler: Handler) -> None:
+    """A path under any of the API's prefixes, with or without a slash at its end."""
+    add_route(app, method, f"{API_PATTERN}{path}{END_PATTERN}", handler)
+
+
+def page_routes(app: web.Application) -> None:
+    """What people and their programs look at."""
+    add_route(app, "GET", "/health", show_health)
+    add_route(app, "GET", "/", show_index)
+    add_route(app, "GET", "/api/hello", show_index)  # Claude Code's probe
+    add_route(app, "GET", "/docs", show_docs)
+    add_route(app, "GET", "/favicon.ico", show_favicon)
+    add_route(app, "GET", "/metrics", require_key(show_metrics, operator_only))
+    if app[SETTINGS].dashboard_enabled:
+        add_route(app, "GET", "/dashboard", show_dashboard)
+        add_route(app, "GET", "/dashboard/stats", require_key(dashboard_stats))
+        add_route(app, "GET", "/dashboard/history", require_key(dashboard_history))
+        add_route(app, "GET", "/dashboard/keys", require_key(list_keys, operator_only))
+        add_route(app, "POST", "/dashboard/keys", require_key(put_key, operator_only))
+        add_route(app, "DELETE", "/dashboard/keys/{name}", require_key(remove_key, operator_only))
+    if app[SETTINGS].demo:
+        add_route(app, "GET", f"{DEMO_PATH}/models", demo_models)
+        add_route(app, "POST", f"{DEMO_PATH}/chat/completions", demo_chat)
+
+
+def add_route(app: web.Application, method: str, path: str, handler: Handler) -> None:
+    """What can be asked for with GET can be asked for with HEAD."""
+    if method == "GET":
+        app.router.add_route("HEAD", path, handler)
+    app.router.add_route(method, path, handler)
+
+
+async def connect(app: web.Application) -> AsyncIterator[None]:
+    """Opens what lives as long as the app: the session to Z.ai and what uses it."""
+    settings = app[SETTINGS]
+    limits = app[APP_LIMITS]
+    async with new_session(settings, limits) as session:
+        client = ZaiClient(session, settings, limits)
+        app[UPSTREAM] = Upstream(settings, limits, client, app[CLOCK])
+        app[CATALOG] = Catalog(client, app[UPSTREAM].keys, limits.models_ttl)
+        keys_with_plans = settings.zai_keys
+        if settings.demo:
+            keys_with_plans = ()
+        app[PLANS] = PlanQuotas(client, keys_with_plans, limits.plans_ttl)
+        async with app[DATABASE].running(app[ACCOUNTS]):
+            yield
+        asking = (app[CATALOG].asking, app[PLANS].asking)
+        await end_tasks(task for task in asking if task)
+
+
+# ======== Start ==================================================================================
+# `main` reads the flags and listens.
+
+
 def listen(host: str, port: int) -> list[socket.socket]:
-    """A socket for every address that `host` means, all on one port (0: any free one). Raises OSError."""
-    sockets: list[socket.socket] = []
-    for name in ("127.0.0.1", "::1") if host == "localhost" else (host,):
-        family, _, _, _, place = socket.getaddrinfo(
-            name, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
-        )[0]
-        try:
-            dual = name == "::" and socket.has_dualstack_ipv6()
-            sockets.append(
-                socket.create_server((place[0], port), family=family, dualstack_ipv6=dual)
-            )
-        except OSError as error:
-            if not (
-                sockets and error.errno in (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT)
-            ):  # a machine without IPv6
-                raise
-        port = sockets[0].getsockname()[1]
-    return sockets
+    """A socket for every address that `host` means, all on one port (0: any free one).
+
+    Raises OSError.
+    """
+    if host != "localhost":
+        return [listen_on(host, port)]
+    first = listen_on("127.0.0.1", port)
+    _, port = first.getsockname()
+    try:
+        return [first, listen_on("::1", port)]
+    except OSError as error:
+        if error.errno not in (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT):
+            first.close()
+            raise
+        return [first]  # a machine without IPv6
+
+
+def listen_on(name: str, port: int) -> socket.socket:
+    """A socket for one name; for "::" it takes IPv4 too, where it can. Raises OSError."""
+    first, *_ = socket.getaddrinfo(name, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+    family, _, _, _, address = first
+    dual = name == "::" and socket.has_dualstack_ipv6()
+    return socket.create_server((address[0], port), family=family, dualstack_ipv6=dual)
 
 
 def cannot_listen(settings: Settings, error: OSError) -> str:
+    """Why the server does not listen, and what helps."""
     if error.errno == errno.EADDRINUSE:
         in_use = f"port {settings.port} on {settings.host} is in use (by another ztoapi?)"
         return f"{in_use}: stop what uses it, or use another --port"
-    return f"HOST={settings.host}, PORT={settings.port} cannot be listened on: {error.strerror or error}"
+    address = f"HOST={settings.host}, PORT={settings.port}"
+    return f"{address} cannot be listened on: {error.strerror or error}"
 
 
 def with_demo(settings: Settings, place: tuple[Any, ...]) -> Settings:
-    """The settings with this server's own stand-in for Z.ai as the upstream; `place` is where the server listens."""
-    url, key = origin_of(*place[:2]) + DEMO_PATH, secrets.token_hex(16)
+    """The settings with this server's own stand-in for Z.ai as the upstream.
+
+    `place` is where the server listens.
+    """
+    host, port, *_ = place
+    url = origin_of(host, port) + DEMO_PATH
+    key = secrets.token_hex(16)
     return replace(settings, demo=True, zai_base_url=url, zai_api_key=(key,))
 
 
@@ -15715,12 +16537,18 @@ ANY_ADDRESS = r"0\.0\.0\.0|::"  # to listen on all of them
 
 def origin_of(host: str, port: int) -> str:
     """Where this machine reaches a server that listens there."""
-    host = re.sub(f"^({ANY_ADDRESS})$", "localhost", host)
-    return f"http://{f'[{host}]' if ':' in host else host}:{port}"
+    if re.fullmatch(ANY_ADDRESS, host):
+        host = "localhost"
+    if ":" in host:
+        host = f"[{host}]"
+    return f"http://{host}:{port}"
 
 
 def origin_for_others(settings: Settings, port: int) -> str:
-    """Where other machines reach a server that listens on all addresses; else where this one does."""
+    """Where others reach this server.
+
+    That is from other machines if it listens on all addresses, else from this one.
+    """
     if re.fullmatch(ANY_ADDRESS, settings.host):
         return origin_of(own_address(), port)
     return origin_of(settings.host, port)
@@ -15737,9 +16565,12 @@ def own_address() -> str:
 
 
 def banner(settings: Settings, port: int) -> str:
-    demo = "the built-in demo: no model is behind its answers"
-    upstream = demo if settings.demo else ", ".join(settings.zai_base_urls)
-    zai_keys = 0 if settings.demo else len(settings.zai_api_key)
+    """What is said when the server starts."""
+    upstream = ", ".join(settings.zai_base_urls)
+    zai_keys = len(settings.zai_api_key)
+    if settings.demo:
+        upstream = "the built-in demo: no model is behind its answers"
+        zai_keys = 0
     lines = [
         f"ztoapi {__version__}",
         f"  clients   {origin_of(settings.host, port)}/v1",
@@ -15749,24 +16580,30 @@ def banner(settings: Settings, port: int) -> str:
         f"  keys      {len(settings.default_key)} for clients, {zai_keys} for Z.ai",
         f"  database  {database_of(settings, Clock(), Limits()).place}",
     ]
-    if origin_for_others(settings, port) != origin_of(settings.host, port):
-        lines.insert(2, f"  others    {origin_for_others(settings, port)}/v1")
+    for_others = origin_for_others(settings, port)
+    if for_others != origin_of(settings.host, port):
+        lines.insert(2, f"  others    {for_others}/v1")
     if settings.published:
-        lines.append(
-            f"  note      the key for clients is the published {PUBLISHED_KEY}, so only this machine may call"
-        )
-    if not settings.zai_api_key:
-        lines += [
-            "  note      no ZAI_API_KEY yet, so chat answers 503. Get a key: https://z.ai/manage-apikey/apikey-list",
-            f"            put it in {ENV_FILE} as ZAI_API_KEY=…, and start again;",
-            "            or try it without one: python ztoapi.py --demo",
-        ]
+        only_here = f"the key for clients is the published {PUBLISHED_KEY}, so only this machine"
+        lines.append(f"  note      {only_here} may call")
+    if settings.zai_api_key:
+        launch_command = "python ztoapi.py launch claude"
+        if port != Settings.port:
+            launch_command += f" --port {port}"
+        lines.append(f"  agent     {launch_command}    (others: launch --help)")
     else:
-        port_flag = f" --port {port}" if port != Settings.port else ""
-        lines.append(
-            f"  agent     python ztoapi.py launch claude{port_flag}    (others: launch --help)"
-        )
+        lines += [
+            WITHOUT_KEY,
+            f"            put it in {ENV_FILE} as ZAI_API_KEY=…, and start again;",
+        ]
+        lines.append("            or try it without one: python ztoapi.py --demo")
     return "\n".join(lines)
+
+
+WITHOUT_KEY = (
+    "  note      no ZAI_API_KEY yet, so chat answers 503. "
+    "Get a key: https://z.ai/manage-apikey/apikey-list"
+)
 
 
 def say(words: str) -> None:
@@ -15778,10 +16615,26 @@ def say(words: str) -> None:
 
 
 def parse_flags(arguments: list[str]) -> argparse.Namespace:
-    usage = "%(prog)s [options] [launch CLIENT [options] [-- client's arguments] | keys ...]"
-    about = "Z.ai's GLM models behind an OpenAI-compatible API."
+    """The flags. Those of the client that `launch` starts, behind "--", are `arguments`."""
+    parser = flags_parser()
+    ours = arguments
+    clients: list[str] = []
+    if "--" in arguments:
+        end = arguments.index("--")
+        ours = arguments[:end]
+        clients = arguments[end + 1 :]
+    flags = parser.parse_args(ours, argparse.Namespace(arguments=clients))
+    if flags.probe and not flags.check:
+        parser.error("--probe goes with --check")
+    return flags
+
+
+def flags_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        "ztoapi.py", usage=usage, description=about, epilog="Settings: see .env.example."
+        "ztoapi.py",
+        usage="%(prog)s [options] [launch CLIENT [options] [-- client's arguments] | keys ...]",
+        description="Z.ai's GLM models behind an OpenAI-compatible API.",
+        epilog="Settings: see .env.example.",
     )
     way = parser.add_mutually_exclusive_group()
     way.add_argument(
@@ -15797,26 +16650,21 @@ def parse_flags(arguments: list[str]) -> argparse.Namespace:
         action="store_true",
         help="with --check: ask first, then find out what Z.ai's documents leave open",
     )
-    commands = parser.add_subparsers(dest="command", prog="ztoapi.py")
-    starter = add_launch_command(commands)
-    for each in (parser, starter):
-        each.add_argument("--host", default=argparse.SUPPRESS, help="address to listen on (HOST)")
-        each.add_argument("--port", default=argparse.SUPPRESS, help="port to listen on (PORT)")
+    add_address_flags(parser)
     parser.add_argument("--version", action="version", version=f"ztoapi {__version__}")
+    commands = parser.add_subparsers(dest="command", prog="ztoapi.py")
+    add_launch_command(commands)
     add_keys_command(commands)
-    own = list(takewhile("--".__ne__, arguments))
-    flags = parser.parse_args(own, argparse.Namespace(arguments=arguments[len(own) + 1 :]))
-    if flags.probe and not flags.check:
-        parser.error("--probe goes with --check")
-    return flags
+    return parser
 
 
-def add_launch_command(
-    commands: argparse._SubParsersAction[argparse.ArgumentParser],
-) -> argparse.ArgumentParser:
-    starter: argparse.ArgumentParser = commands.add_parser(
-        "launch", help="start a client that uses this server"
-    )
+def add_address_flags(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--host", default=argparse.SUPPRESS, help="address to listen on (HOST)")
+    parser.add_argument("--port", default=argparse.SUPPRESS, help="port to listen on (PORT)")
+
+
+def add_launch_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    starter = commands.add_parser("launch", help="start a client that uses this server")
     starter.add_argument(
         "client", choices=CLIENTS, help="its own arguments follow --: launch claude -- -p hello"
     )
@@ -15831,7 +16679,7 @@ def add_launch_command(
     starter.add_argument(
         "--show", action="store_true", help="only print the shell lines that start it"
     )
-    return starter
+    add_address_flags(starter)
 
 
 def add_keys_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -15858,18 +16706,32 @@ def answer_to(question: str) -> str:
         return ""
 
 
+def settings_given(flags: argparse.Namespace) -> dict[str, str]:
+    """The settings that flags name, as in the environment."""
+    given = {}
+    for name, value in fields_of(vars(flags), "host", "port").items():
+        given[name.upper()] = value
+    return given
+
+
 def new_loop() -> asyncio.AbstractEventLoop:
     """uvloop's where it is installed: it takes less CPU time."""
     with suppress(ImportError):
-        return cast("asyncio.AbstractEventLoop", import_module("uvloop").new_event_loop())
+        uvloop = import_module("uvloop")
+        return cast("asyncio.AbstractEventLoop", uvloop.new_event_loop())
     return asyncio.new_event_loop()
 
 
 def main(arguments: list[str] | None = None) -> None:
-    flags = parse_flags(sys.argv[1:] if arguments is None else arguments)
-    given = {name.upper(): value for name, value in vars(flags).items() if name in ("host", "port")}
+    """Do what the command line says: `check`, `launch`, `keys`, or serve."""
+    if arguments is None:
+        arguments = sys.argv[1:]
+    flags = parse_flags(arguments)
+    given = settings_given(flags)
     if flags.check:
-        answer = answer_to(PROBE_QUESTION) if flags.probe else ""
+        answer = ""
+        if flags.probe:
+            answer = answer_to(PROBE_QUESTION)
         raise SystemExit(asyncio.run(check(given, probe=answer)))
     settings = settings_or_exit(given)
     if flags.command == "launch":
@@ -15882,11 +16744,18 @@ def main(arguments: list[str] | None = None) -> None:
     except OSError as error:
         exit_with_error(cannot_listen(settings, error))
     address = sockets[0].getsockname()
-    settings = with_demo(settings, address) if flags.demo else settings
+    if flags.demo:
+        settings = with_demo(settings, address)
+    serve(settings, sockets)
+
+
+def serve(settings: Settings, sockets: list[socket.socket]) -> None:
+    """Answer requests until a signal comes."""
     set_up_log(settings)
     app = create_app(settings)
     app.on_startup.append(obey_signals)
-    say(banner(settings, address[1]))
+    _, port, *_ = sockets[0].getsockname()
+    say(banner(settings, port))
     gc.collect()
     gc.freeze()  # what exists now stays, so the collector need not check it
     web.run_app(
@@ -15901,8 +16770,8 @@ def main(arguments: list[str] | None = None) -> None:
     )
 
 
-# ======== Commands ==================================================================================================
-# `keys`, `--check` and `launch`.
+# ======== Commands: keys =========================================================================
+# `ztoapi.py keys`: what clients' keys there are, and changes to them, in the database itself.
 
 
 def keys_command(settings: Settings, flags: argparse.Namespace) -> None:
@@ -15940,7 +16809,8 @@ def listed_keys(database: Database, flags: argparse.Namespace) -> str:
 def removed_key(database: Database, flags: argparse.Namespace) -> str:
     """What to say of it. Raises BadRequest and DatabaseError."""
     wanted = wanted_change(flags, day_of(database.unix()))
-    if not database.exists or not database.transact(database.remove_account, wanted.name):
+    was_there = database.exists and database.transact(database.remove_account, wanted.name)
+    if not was_there:
         raise BadRequest(f"There is no key named {wanted.name}.")
     return f"{wanted.name} removed"
 
@@ -15949,22 +16819,32 @@ def wanted_change(flags: argparse.Namespace, today: date) -> KeyChange:
     """What the flags ask for. Raises BadRequest."""
     action = flags.action
     name = parse_key_name(flags.name)
-    given = {limit: getattr(flags, limit) for limit in LIMITS}
-    limits = {limit: words for limit, words in given.items() if words is not None}
+    limits = limits_given(flags)
     if limits and action not in ("add", "change"):
         raise BadRequest(f"{action} takes no limits: use keys change {name}.")
     if flags.new is not None and action != "rename":
         raise BadRequest(f"{action} takes one name.")
     if action == "change" and not limits:
-        raise BadRequest(f"Say what to change: {', '.join(f'--{limit}' for limit in LIMITS)}.")
+        options = ", ".join(f"--{limit}" for limit in LIMITS)
+        raise BadRequest(f"Say what to change: {options}.")
     if action == "rename":
         return KeyChange(name, rename=parse_key_name(flags.new))
     if action == "rotate":
         return KeyChange(name, rotates=True)
     if action in ("pause", "resume"):
         return KeyChange(name, paused=action == "pause")
-    adds: Literal["only", "never"] = "only" if action == "add" else "never"
-    return KeyChange(name, parse_limits(limits, today), adds=adds)
+    if action == "add":
+        return KeyChange(name, parse_limits(limits, today), adds="only")
+    return KeyChange(name, parse_limits(limits, today), adds="never")
+
+
+def limits_given(flags: argparse.Namespace) -> dict[str, str]:
+    limits = {}
+    for limit in LIMITS:
+        words = getattr(flags, limit)
+        if words is not None:
+            limits[limit] = words
+    return limits
 
 
 DONE = {
@@ -15976,25 +16856,18 @@ DONE = {
 
 
 def tell_changed(settings: Settings, database: Database, flags: argparse.Namespace) -> None:
-    """Add or change a key. A new key stands alone on stdout, for scripts, what people need to know on stderr."""
+    """Add or change a key.
+
+    A new key stands alone on stdout, for scripts, what people need to know on stderr.
+    """
     wanted = wanted_change(flags, day_of(database.unix()))
     if wanted.adds == "never" and not database.exists:  # which need not make one
         raise BadRequest(f"There is no key named {wanted.name}.")
     key = new_key()
-    account = database.transact(
-        database.change_account, wanted, new_account(wanted.name, key), begin=WRITE
-    )
-    if account.hash == hash_key(key):
-        note(f"the key of {account.name}, which is shown only now:")
-        print(key, flush=True)
-        note(f"to send along, the base URL: {origin_for_others(settings, settings.port)}/v1")
-        note(f"it is in the database {database.place}; a running server knows it within 5 seconds")
-        warn_of_other_database(settings, database)
-        if settings.published:
-            note(
-                f"nobody else can reach this server yet: DEFAULT_KEY is the published {PUBLISHED_KEY}. "
-                "Set DEFAULT_KEY to a key of your own, and HOST=0.0.0.0, and start it again"
-            )
+    new = new_account(wanted.name, key)
+    account = database.transact(database.change_account, wanted, new, begin=WRITE)
+    if account.hash == new.hash:
+        tell_key(settings, database, account.name, key)
     else:
         print(DONE[flags.action].format(wanted.name))
     warning = pattern_warning(wanted.limits.get("models"), MODELS)
@@ -16002,13 +16875,47 @@ def tell_changed(settings: Settings, database: Database, flags: argparse.Namespa
         note(warning)
 
 
+def tell_key(settings: Settings, database: Database, name: str, key: str) -> None:
+    """Show a new key, and say what its owner needs to know."""
+    note(f"the key of {name}, which is shown only now:")
+    print(key, flush=True)
+    note(f"to send along, the base URL: {origin_for_others(settings, settings.port)}/v1")
+    note(f"it is in the database {database.place}; a running server knows it within 5 seconds")
+    warn_of_other_database(settings, database)
+    if settings.published:
+        note(
+            "nobody else can reach this server yet: DEFAULT_KEY is the published "
+            f"{PUBLISHED_KEY}. Set DEFAULT_KEY to a key of your own, and HOST=0.0.0.0, and start "
+            "it again"
+        )
+
+
 def note(words: str) -> None:
     """For people, beside what scripts read on stdout."""
     print(f"ztoapi: {words}", file=sys.stderr, flush=True)
 
 
+def ztoapi_at(origin: str, key: str = "") -> JSON:
+    """What the ztoapi there says of itself, to who has the key more; {} where there is none.
+
+    Ask without the key first: nothing else may get it.
+    """
+    opener = build_opener(ProxyHandler({}))
+    if key:
+        opener.addheaders = [("x-api-key", key)]
+    with suppress(OSError, ValueError, HTTPException):
+        answer = opener.open(f"{origin}/health", timeout=5)
+        reply = as_object(json.loads(answer.read(9999)))
+        if reply.get("name") == "ztoapi":
+            return reply
+    return {}
+
+
 def warn_of_other_database(settings: Settings, database: Database) -> None:
-    """Say loudly that the server that runs here does not know the key, if it has another database."""
+    """Say loudly that the server that runs here does not know the key.
+
+    It does not if it has another database.
+    """
     origin = origin_of(settings.host, settings.port)
     if not settings.port or not ztoapi_at(origin):
         return
@@ -16017,54 +16924,86 @@ def warn_of_other_database(settings: Settings, database: Database) -> None:
         note(f"the ztoapi at {origin} takes another DEFAULT_KEY: it may have another database")
     elif about["database"] != database.transact(database.identify):
         note(
-            f"WARNING: the ztoapi that runs at {origin} uses ANOTHER DATABASE, so it does not know this key. "
-            "Give both the same DATABASE_URL"
+            f"WARNING: the ztoapi that runs at {origin} uses ANOTHER DATABASE, so it does not know "
+            "this key. Give both the same DATABASE_URL"
         )
 
 
 def key_table(items: Iterable[JSON]) -> str:
     """For people, in columns."""
     rows = [KEY_COLUMNS, *map(key_row, items)]
-    widths = [max(map(shown_width, column)) for column in zip(*rows, strict=True)]
+    widths = [0] * len(KEY_COLUMNS)
+    for row in rows:
+        for column, cell in enumerate(row):
+            widths[column] = max(widths[column], shown_width(cell))
     lines = []
     for row in rows:
-        cells = [
-            cell + " " * (width - shown_width(cell))
-            for cell, width in zip(row, widths, strict=True)
-        ]
+        cells = []
+        for cell, width in zip(row, widths, strict=True):
+            padding = width - shown_width(cell)
+            cells.append(cell + " " * padding)
         lines.append("  ".join(cells).rstrip())
     return "\n".join(lines)
 
 
+# `used` is the tokens of the present period, `in all` those since ever.
 KEY_COLUMNS = (
-    *("name", "state", *LIMITS),
-    *("requests", "used", "in all", "cost", "last used"),
+    "name",
+    "state",
+    *LIMITS,
+    "requests",
+    "used",
+    "in all",
+    "cost",
+    "last used",
 )
 
 
 def key_row(item: JSON) -> tuple[str, ...]:
-    """`used` is the tokens of the present period, `in all` those since ever, cost US dollars at list price."""
+    """What stands in the columns of one key."""
     state = "-"
     if item["paused"]:
         state = "paused"
     elif item["expired"]:
         state = "expired"
-    limits = ["-" if item[limit] is None else str(item[limit]) for limit in LIMITS]
+    limits = []
+    for limit in LIMITS:
+        words = item[limit]
+        limits.append("-" if words is None else str(words))
     last_used = "never"
     if item["last_used"] is not None:
         moment = datetime.fromtimestamp(item["last_used"], timezone.utc)
         last_used = moment.strftime("%Y-%m-%d %H:%M UTC")
-    used = (str(item["requests"]), f"{item['used_tokens']:,}", f"{item['total_tokens']:,}")
-    return (item["name"], state, *limits, *used, f"${item['cost']:.4f}", last_used)
+    return (
+        item["name"],
+        state,
+        *limits,
+        str(item["requests"]),
+        f"{item['used_tokens']:,}",
+        f"{item['total_tokens']:,}",
+        f"${item['cost']:.4f}",
+        last_used,
+    )
 
 
 def shown_width(text: str) -> int:
-    """The columns that a terminal takes for it: two for the wide characters of East Asia, none for marks."""
+    """The columns that a terminal takes for a text.
+
+    They are two for the wide characters of East Asia, none for marks.
+    """
     width = 0
     for character in text:
-        if unicodedata.category(character) not in ("Mn", "Me", "Cf"):
-            width += 2 if unicodedata.east_asian_width(character) in "WF" else 1
+        if unicodedata.category(character) in ("Mn", "Me", "Cf"):
+            continue
+        if unicodedata.east_asian_width(character) in "WF":
+            width += 2
+        else:
+            width += 1
     return width
+
+
+# ======== Commands: check ========================================================================
+# `ztoapi.py --check`: what is configured, whether it works, and what to do where it does not.
 
 
 @dataclass(frozen=True)
@@ -16115,6 +17054,7 @@ class Doctor:
                 yield await self.check_paid(number, key, chat)
 
     async def check_key(self, number: int, key: ZaiKey) -> Finding:
+        """Whether Z.ai takes a key: "Z.ai" instead of "key" where that does not show."""
         what = f"key {number}"
         try:
             models = await self.client.list_models(key)
@@ -16126,15 +17066,18 @@ class Doctor:
         return Finding(what, f"accepted; Z.ai lists {len(models)} models for it")
 
     async def better_address(self, key: ZaiKey) -> str:
-        """At which of the other named addresses a refused key is taken; one with its own address never leaves it."""
+        """At which of the other named addresses a refused key is taken.
+
+        A key with its own address never leaves it.
+        """
         if key.base_url not in self.bases.values():
             return ""
+        others = {name: url for name, url in self.bases.items() if url != key.base_url}
         found = []
-        for name, url in self.bases.items():
-            if url != key.base_url:
-                with suppress(UpstreamError):
-                    await self.client.list_models(ZaiKey(key.secret, url))
-                    found.append(f"KEY@{name} ({url})")
+        for name, url in others.items():
+            with suppress(UpstreamError):
+                await self.client.list_models(ZaiKey(key.secret, url))
+                found.append(f"KEY@{name} ({url})")
         if not found:
             return " None of Z.ai's other addresses takes it either."
         return f" Another address takes it: set ZAI_API_KEY to {' or '.join(found)}."
@@ -16151,15 +17094,20 @@ class Doctor:
         return Finding("chat", f"{model} says {text!r} after {took:.1f} s")
 
     async def check_paid(self, number: int, key: ZaiKey, chat: Finding) -> Finding:
-        """Whether paid models answer; where not, whether the address is wrong or the account empty."""
+        """Whether paid models answer.
+
+        Where they do not, whether the address is wrong or the account empty.
+        """
         what = f"paid {number}"
         try:
             await self.word_from(self.alone(key.secret, key.base_url), PAID_MODEL)
         except ProxyError as error:
-            if error.kind == NO_BALANCE:
-                level: Literal["warning", "bad"] = "warning" if chat.level == "good" else "bad"
-                return Finding(what, await self.why_no_balance(key), level)
-            return Finding(what, f"{PAID_MODEL}: {error}", "warning")
+            if error.kind != NO_BALANCE:
+                return Finding(what, f"{PAID_MODEL}: {error}", "warning")
+            words = await self.why_no_balance(key)
+            if chat.level == "good":
+                return Finding(what, words, "warning")
+            return Finding(what, words, "bad")
         return Finding(what, f"{PAID_MODEL} answers, so paid models do")
 
     async def why_no_balance(self, key: ZaiKey) -> str:
@@ -16188,15 +17136,16 @@ class Doctor:
         plan = make_plan(prompt, patient, Account(""), "check")
         async with upstream.open(plan) as stream:
             answer = Answer(await stream.read())
-        text = " ".join(answer.choices[0].text.split())[:40]
-        return stream.info.model, text
+        words = answer.choices[0].text.split()
+        return stream.info.model, " ".join(words)[:40]
 
 
 CHECK_WAIT = 10  # seconds for which a refusal for load is waited out
 EMPTY_ACCOUNT = (
     "the account has neither a plan nor a balance: only free models answer (z.ai/manage-apikey)"
 )
-# What a key is that has no balance where it is sent, while its account answers at the site's other address.
+# What to say of a key without a balance where it is sent, whose account answers at the site's
+# other address.
 AT_GENERAL = (
     "this is the key of a Coding Plan at the general address, where only free models answer it"
 )
@@ -16210,24 +17159,30 @@ WRONG_SIDE = {
 
 
 async def check_plan(client: ZaiClient, what: str, key: ZaiKey) -> AsyncIterator[Finding]:
-    """A bar for each of the plan's limits; none where there is no plan, and where Z.ai does not say."""
-    for limit in (await client.plan_quota(key))["limits"]:
+    """A bar for each of the plan's limits.
+
+    There is none where there is no plan, and where Z.ai does not say.
+    """
+    quota = await client.plan_quota(key)
+    for limit in quota["limits"]:
         left = 100 - min(100, limit["percentage"])
-        bar = f"{'█' * round(left / 10):░<10}"
-        reset = (
-            f", resets {datetime.fromtimestamp(at, timezone.utc):%F %R} UTC"
-            if (at := limit["resets_at"])
-            else ""
-        )
-        yield Finding(what, f"{bar} {left:.0f} % left of {limit['window']}{reset}")
+        filled = round(left / 10)
+        bar = ("█" * filled).ljust(10, "░")
+        words = f"{bar} {left:.0f} % left of {limit['window']}"
+        if limit["resets_at"]:
+            moment = datetime.fromtimestamp(limit["resets_at"], timezone.utc)
+            words += f", resets {moment:%F %R} UTC"
+        yield Finding(what, words)
 
 
 def check_port(settings: Settings) -> Finding:
+    """Whether the server can listen, or does already."""
     try:
         for taken in listen(settings.host, settings.port):
             taken.close()
     except OSError as error:
-        if error.errno == errno.EADDRINUSE and ztoapi_at(origin_of(settings.host, settings.port)):
+        origin = origin_of(settings.host, settings.port)
+        if error.errno == errno.EADDRINUSE and ztoapi_at(origin):
             return Finding("port", f"a ztoapi serves {settings.port} on {settings.host}")
         return Finding("port", cannot_listen(settings, error), "bad")
     return Finding("port", f"{settings.port} on {settings.host} is free")
@@ -16251,18 +17206,21 @@ def check_database(settings: Settings) -> Finding:
 
 
 def check_clients() -> Finding:
-    found = [
-        f"python ztoapi.py launch {name}"
-        for name in CLIENTS
-        if shutil.which(CLIENTS[name].arguments[0])
-    ]
-    nothing = "none is installed; python ztoapi.py launch --help lists them"
-    return Finding("clients", ", ".join(found) or nothing)
+    """How to start the clients that are installed."""
+    found = []
+    for name, client in CLIENTS.items():
+        program = client.arguments[0]
+        if shutil.which(program):
+            found.append(f"python ztoapi.py launch {name}")
+    if not found:
+        return Finding("clients", "none is installed; python ztoapi.py launch --help lists them")
+    return Finding("clients", ", ".join(found))
 
 
-# Not settings of the server: `launch` uses another with them.
+# Not settings of the server: `launch` uses another server with them.
 LAUNCH_VARIABLES = ("ZTOAPI_URL", "ZTOAPI_KEY")
-# What a variable that is none of ours may have been meant to be; lower, and HOSTNAME would be taken for HOST.
+# How much a variable must be like a setting to be taken for it misspelt; below this, HOSTNAME would
+# be taken for HOST.
 LIKENESS = 0.72
 
 
@@ -16277,9 +17235,14 @@ def misspelt(names: Iterable[str]) -> Iterator[Finding]:
 
 def local_findings(settings: Settings, names: Iterable[str]) -> Iterator[Finding]:
     """What can be said without Z.ai; `names` are those of all variables."""
-    source = str(ENV_FILE) if ENV_FILE.exists() else f"no {ENV_FILE}"
-    keys = "1 key" if len(settings.zai_api_key) == 1 else f"{len(settings.zai_api_key)} keys"
-    yield Finding("settings", f"{', '.join(settings.zai_base_urls)}, {keys} for Z.ai ({source})")
+    source = f"no {ENV_FILE}"
+    if ENV_FILE.exists():
+        source = str(ENV_FILE)
+    keys = f"{len(settings.zai_api_key)} keys"
+    if len(settings.zai_api_key) == 1:
+        keys = "1 key"
+    addresses = ", ".join(settings.zai_base_urls)
+    yield Finding("settings", f"{addresses}, {keys} for Z.ai ({source})")
     yield from misspelt(names)
     yield check_port(settings)
     yield check_database(settings)
@@ -16289,7 +17252,10 @@ def local_findings(settings: Settings, names: Iterable[str]) -> Iterator[Finding
 async def check(
     flags: Mapping[str, str], bases: Mapping[str, str] = ZAI_BASES, probe: str = ""
 ) -> int:
-    """Print the findings; the exit status is 0 if none is bad, else 1. `probe` is what the operator said to that."""
+    """Print the findings; the exit status is 0 if none is bad, else 1.
+
+    `probe` is what the operator said to that.
+    """
     try:
         variables = {**environment(), **flags}
         settings = Settings.from_env(variables)
@@ -16298,8 +17264,9 @@ async def check(
         return 1
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a terminal without ✓ must not hide the rest
-    redact, status = redactor(settings), 0
+    redact = redactor(settings)
     limits = Limits()
+    status = 0
     async with new_session(settings, limits) as session:
         doctor = Doctor(settings, ZaiClient(session, settings, limits), bases)
         local = await asyncio.to_thread(list, local_findings(settings, variables))
@@ -16322,10 +17289,17 @@ async def chain_findings(
         yield finding
 
 
-PROBE_QUESTION = """\
---probe sends about a dozen small requests to Z.ai with your own key, to find out what its documents leave open.
-They cost less than a cent. What comes back is a table without secrets, to paste into an issue.
-Type yes to send them: """
+# ======== Commands: probe ========================================================================
+# `ztoapi.py --check --probe` finds out, with an operator's own key, what Z.ai's documents leave
+# open.
+
+PROBE_QUESTION = (
+    "--probe sends about a dozen small requests to Z.ai with your own key, to find out what its "
+    "documents leave open.\n"
+    "They cost less than a cent. What comes back is a table without secrets, to paste into an "
+    "issue.\n"
+    "Type yes to send them: "
+)
 PROBE_TIMEOUT = 60  # seconds
 
 
@@ -16350,8 +17324,8 @@ class RawReply(NamedTuple):
     def frames(self) -> list[JSON]:
         """Of a streamed answer."""
         decoder = SSEDecoder()
-        data = [*decoder.feed(self.body), *decoder.close()]
-        return [as_object(parse_json(frame)) for frame in data if frame != b"[DONE]"]
+        sent = (*decoder.feed(self.body), *decoder.close())
+        return [as_object(parse_json(data)) for data in sent if data != b"[DONE]"]
 
 
 @dataclass(frozen=True)
@@ -16379,9 +17353,8 @@ def fields_told(reply: RawReply) -> str:
 
 
 def limit_headers(reply: RawReply) -> str:
-    names = [
-        name for name in reply.headers if name.lower().startswith(("retry-after", "x-ratelimit"))
-    ]
+    prefixes = ("retry-after", "x-ratelimit")
+    names = [name for name in reply.headers if name.lower().startswith(prefixes)]
     return ", ".join(names) or "none of them"
 
 
@@ -16391,9 +17364,14 @@ def comments_counted(reply: RawReply) -> str:
 
 
 def usage_counted(reply: RawReply) -> str:
-    with_usage = [frame for frame in reply.frames if frame.get("usage")]
-    bare = [frame for frame in with_usage if not frame.get("choices")]
-    return f"{len(with_usage)} frames with usage, {len(bare)} of them without choices"
+    with_usage = 0
+    bare = 0
+    for frame in reply.frames:
+        if frame.get("usage"):
+            with_usage += 1
+            if not frame.get("choices"):
+                bare += 1
+    return f"{with_usage} frames with usage, {bare} of them without choices"
 
 
 def embedding_type(reply: RawReply) -> str:
@@ -16417,50 +17395,56 @@ SQUARE = (
 )
 
 
+HI = ({"role": "user", "content": "Hi"},)
+CALL_CLOCK = ({"role": "user", "content": "Call clock."},)
+COUNT = ({"role": "user", "content": "Count: 1 2 3 4 5"},)
+REMEMBER = (
+    {"role": "user", "content": "Think of a number."},
+    {"role": "assistant", "reasoning_content": "I take 7341.", "content": "I have one."},
+    {"role": "user", "content": "Which number was it? Answer with it alone."},
+)
+LOOK = (
+    {
+        "role": "user",
+        "content": [
+            {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{SQUARE}"}},
+            {"type": "text", "text": "Which colour is it?"},
+        ],
+    },
+)
+EMBED = {"model": "embedding-3", "input": "hi", "encoding_format": "base64"}
+
+
 def probes(model: str, seeing: str) -> list[Probe]:
     """The open points; what cannot be provoked, or would cost much, is not among them."""
+    counting = {"model": model, "messages": HI}
+    tools = [CLOCK_TOOL]
+    with_usage = {"include_usage": True}
 
-    def chat(words: str, **more: Any) -> JSON:
-        message = {"role": "user", "content": words}
-        return {"model": model, "messages": [message], "max_tokens": 64, **OFF, **more}
+    def chat(
+        question: str,
+        read: Callable[[RawReply], str],
+        messages: Sequence[JSON] = HI,
+        **more: Any,
+    ) -> Probe:
+        body = {"model": model, "messages": messages, "max_tokens": 64}
+        off = {"type": "disabled"}
+        return Probe(question, "chat/completions", {**body, "thinking": off, **more}, read)
 
-    tool: JSON = {"tools": [CLOCK_TOOL]}
-    remembered = [
-        {"role": "user", "content": "Think of a number."},
-        {"role": "assistant", "reasoning_content": "I take 7341.", "content": "I have one."},
-        {"role": "user", "content": "Which number was it? Answer with it alone."},
-    ]
-    image = {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{SQUARE}"}}
-    look = {"role": "user", "content": [image, {"type": "text", "text": "Which colour is it?"}]}
-    counting: JSON = {"model": model, "messages": [{"role": "user", "content": "hi"}]}
-    path = "chat/completions"
     return [
-        Probe("tool_choice required", path, chat("Hi", tool_choice="required", **tool), called),
-        Probe("tool_choice none", path, chat("Call clock.", tool_choice="none", **tool), called),
-        Probe("tool_choice named", path, chat("Hi", tool_choice=NAMED_CLOCK, **tool), called),
+        chat("tool_choice required", called, tool_choice="required", tools=tools),
+        chat("tool_choice none", called, CALL_CLOCK, tool_choice="none", tools=tools),
+        chat("tool_choice named", called, tool_choice=NAMED_CLOCK, tools=tools),
         Probe("count_tokens", "/api/anthropic/v1/messages/count_tokens", counting, fields_told),
         Probe("Responses API", "/api/v1/responses", {"model": model, "input": "hi"}, fields_told),
-        Probe("limits in headers", path, chat("Hi"), limit_headers),
-        Probe("image as data: URL", path, chat("", model=seeing, messages=[look]), said),
-        Probe("reasoning sent back is read (7341)", path, chat("", messages=remembered), said),
-        Probe("stop as a text", path, chat("Count: 1 2 3 4 5", stop="3"), said),
-        Probe("comments in a stream", path, chat("Hi", stream=True), comments_counted),
-        Probe(
-            "stream_options",
-            path,
-            chat("Hi", stream=True, stream_options={"include_usage": True}),
-            usage_counted,
-        ),
-        Probe(
-            "base64 embeddings",
-            "embeddings",
-            {"model": "embedding-3", "input": "hi", "encoding_format": "base64"},
-            embedding_type,
-        ),
+        chat("limits in headers", limit_headers),
+        chat("image as data: URL", said, LOOK, model=seeing),
+        chat("reasoning sent back is read (7341)", said, REMEMBER),
+        chat("stop as a text", said, COUNT, stop="3"),
+        chat("comments in a stream", comments_counted, stream=True),
+        chat("stream_options", usage_counted, stream=True, stream_options=with_usage),
+        Probe("base64 embeddings", "embeddings", EMBED, embedding_type),
     ]
-
-
-OFF: JSON = {"thinking": {"type": "disabled"}}
 
 
 async def probed(doctor: Doctor) -> AsyncIterator[str]:
@@ -16476,21 +17460,25 @@ async def probed(doctor: Doctor) -> AsyncIterator[str]:
 
 
 async def probe_words(client: ZaiClient, key: ZaiKey, probe: Probe) -> str:
+    """What Z.ai answered to a probe, in a few words."""
     url = urljoin(f"{key.base_url}/", probe.path)
+    how: JSON = {
+        "data": encode_request(probe.body),
+        "headers": {"Authorization": f"Bearer {key.secret}", "Content-Type": "application/json"},
+        "proxy": client.proxy(url),
+        "allow_redirects": False,
+        "timeout": aiohttp.ClientTimeout(total=PROBE_TIMEOUT),
+    }
     try:
-        async with client.session.post(
-            url,
-            data=encode_request(probe.body),
-            headers={"Authorization": f"Bearer {key.secret}", "Content-Type": "application/json"},
-            proxy=client.proxy(url),
-            allow_redirects=False,
-            timeout=aiohttp.ClientTimeout(total=PROBE_TIMEOUT),
-        ) as response:
+        async with client.session.post(url, **how) as response:
             body = await read_up_to(GET_LIMIT, response.content)
             reply = RawReply(response.status, response.headers, body)
     except (aiohttp.ClientError, asyncio.TimeoutError, ValueError) as error:
         return printable_line(f"no answer: {connection_error(error)}")
-    refusal = refusal_in(body) if reply.status < 400 else zai_error(reply.status, body)
+    if reply.status >= 400:
+        refusal: UpstreamError | None = zai_error(reply.status, body)
+    else:
+        refusal = refusal_in(body)
     if refusal is not None:
         return printable_line(f"{reply.status}: {refusal.detail}")
     return printable_line(f"{reply.status}: {probe.read(reply)}")
@@ -16498,21 +17486,28 @@ async def probe_words(client: ZaiClient, key: ZaiKey, probe: Probe) -> str:
 
 def printable_line(words: str) -> str:
     """One cell of a table."""
-    return " ".join(words.replace("|", "/").split())[:200]
+    parts = words.replace("|", "/").split()
+    return " ".join(parts)[:200]
 
 
-# What a client does not inherit, besides this server's settings: what else would choose its account, address or
-# configuration, and our keys.
+# ======== Commands: launch =======================================================================
+# `ztoapi.py launch CLIENT` starts a client with this server as its API, in a folder and with
+# variables of its own, so that what the user has set up for it stays as it is.
+
+# What a client does not inherit, besides this server's settings: what else would choose its
+# account, address or configuration, and our keys.
 NOT_INHERITED = (
-    *(
-        "ANTHROPIC_",
-        "CLAUDE_CODE_USE_",
-        "CLAUDE_CODE_OAUTH_",
-        "OPENAI_",
-        "CODEX_API_KEY",
-        "COPILOT_PROVIDER_",
-    ),
-    *("OPENCODE_CONFIG", "KILO_CONFIG", "GPTME_OPENAI_", "ZAI_", "ZTOAPI_"),
+    "ANTHROPIC_",
+    "CLAUDE_CODE_USE_",
+    "CLAUDE_CODE_OAUTH_",
+    "OPENAI_",
+    "CODEX_API_KEY",
+    "COPILOT_PROVIDER_",
+    "OPENCODE_CONFIG",
+    "KILO_CONFIG",
+    "GPTME_OPENAI_",
+    "ZAI_",
+    "ZTOAPI_",
 )
 
 
@@ -16526,6 +17521,7 @@ class LaunchServer:
     health: JSON  # what it says of itself; {} where it is still to be started
 
     def words(self) -> dict[str, object]:
+        """What a client's files and variables say of the server."""
         return client_words(self.origin, self.key, self.model)
 
 
@@ -16538,24 +17534,23 @@ def launch(settings: Settings, flags: argparse.Namespace) -> int:
     if flags.show:
         print(shown_client(client, launch_server(settings, flags), flags))
         return 0
-    missing = f"{flags.client} is not installed: {client.install}"
-    program = shutil.which(client.arguments[0]) or exit_with_error(missing, 127)
+    program = shutil.which(client.arguments[0])
+    if program is None:
+        exit_with_error(f"{flags.client} is not installed: {client.install}", 127)
     server = launch_server(settings, flags)
     tell_of_launch(server, flags)
-    for number in (
-        signal.SIGINT,
-        signal.SIGTERM,
-        getattr(signal, "SIGHUP", signal.SIGTERM),
-    ):  # Windows has no SIGHUP
-        signal.signal(number, exit_on_signal)
+    for name in ("SIGINT", "SIGTERM", "SIGHUP"):
+        if hasattr(signal, name):  # Windows has no SIGHUP
+            signal.signal(getattr(signal, name), exit_on_signal)
     with ExitStack() as stack:
         if not server.health:
-            stack.enter_context(own_server(settings, server.origin, ["--demo"] * flags.demo))
+            stack.enter_context(own_server(settings, server.origin, flags))
         folder = stack.enter_context(folder_of_launch(flags))
         filled = client.filled({**server.words(), "dir": folder})
-        for name, text in filled.files.items():
-            write_client_file(Path(folder, name), text)
-        return run([program, *filled.arguments[1:], *flags.arguments], filled.variables)
+        for file, text in filled.files.items():
+            write_client_file(Path(folder, file), text)
+        _, *arguments = filled.arguments
+        return run([program, *arguments, *flags.arguments], filled.variables)
 
 
 def shown_client(client: Client, server: LaunchServer, flags: argparse.Namespace) -> str:
@@ -16572,8 +17567,8 @@ def tell_of_launch(server: LaunchServer, flags: argparse.Namespace) -> None:
     print(f"ztoapi: {chosen}; --model NAME for another", file=sys.stderr)
     if flags.keep:
         return
-    given = {argument.partition("=")[0] for argument in flags.arguments}
-    if given & RESUMING.get(flags.client, set()):
+    resuming = RESUMING.get(flags.client, set())
+    if any(argument.partition("=")[0] in resuming for argument in flags.arguments):
         reason = "sessions end with a launch, so there is nothing to resume"
         print(f"ztoapi: {reason}; launch {flags.client} --keep keeps them", file=sys.stderr)
 
@@ -16599,7 +17594,10 @@ def server_here(settings: Settings, flags: argparse.Namespace) -> LaunchServer:
 
 
 def model_of_launch(name: str, aliases: Aliases) -> Model:
-    """The model that a client is to ask for; the word behind its name is the switch of a client that has none."""
+    """The model that a client is to ask for.
+
+    The word behind its name is the switch of a client that has none.
+    """
     asked = named(name, aliases)
     if not asked.effort:
         return asked.model
@@ -16630,7 +17628,10 @@ def url_elsewhere(flags: argparse.Namespace) -> str:
 
 
 def server_elsewhere(url: str, flags: argparse.Namespace) -> LaunchServer:
-    """The ztoapi at another address, with what it says of the model. Exits with one line where it cannot be used."""
+    """The ztoapi at another address, with what it says of the model.
+
+    Exits with one line where it cannot be used.
+    """
     try:
         origin = base_url(url.strip()).removesuffix("/v1").rstrip("/")
     except ValueError:
@@ -16641,7 +17642,7 @@ def server_elsewhere(url: str, flags: argparse.Namespace) -> LaunchServer:
     health: JSON = {}
     if flags.show:  # which needs no server
         with suppress(OSError, HTTPException, ValueError):
-            health = get_json(f"{origin}/health")[2]
+            _, _, health = get_json(f"{origin}/health")
     else:
         health = health_elsewhere(origin)
     name = flags.model or health.get("model") or "glm-4.7-flash"
@@ -16652,7 +17653,10 @@ def server_elsewhere(url: str, flags: argparse.Namespace) -> LaunchServer:
 
 
 def health_elsewhere(origin: str) -> JSON:
-    """What the ztoapi there says of itself. Exits with one line where there is none: nothing else may get a key."""
+    """What the ztoapi there says of itself.
+
+    Exits with one line where there is none: nothing else may get a key.
+    """
     try:
         status, headers, reply = get_json(f"{origin}/health")
     except (OSError, HTTPException, ValueError) as error:
@@ -16666,10 +17670,13 @@ def health_elsewhere(origin: str) -> JSON:
 
 
 def model_elsewhere(server: LaunchServer, flags: argparse.Namespace) -> Model:
-    """The model as the server there lists it for the key. Exits with one line where the key is refused."""
-    known, path = server.model, f"{server.origin}/v1/models"
+    """The model as the server there lists it for the key.
+
+    Exits with one line where the key is refused.
+    """
+    known = server.model
     try:
-        status, _, reply = get_json(f"{path}/{quote(known.id)}", server.key)
+        status, _, reply = get_json(f"{server.origin}/v1/models/{quote(known.id)}", server.key)
     except (OSError, HTTPException, ValueError) as error:
         exit_with_error(f"{server.origin} cannot be reached: {getattr(error, 'reason', error)}")
     if status in (401, 403):
@@ -16679,19 +17686,22 @@ def model_elsewhere(server: LaunchServer, flags: argparse.Namespace) -> Model:
         exit_with_error(f"the key is not for {known.id}: choose another with --model")
     if status != 200:
         return known
-    input_types = as_object(reply.get("architecture")).get("input_modalities")
+    architecture = as_object(reply.get("architecture"))
+    input_types = architecture.get("input_modalities")
+    vision = known.vision
+    if isinstance(input_types, list):
+        vision = "image" in input_types
     return replace(
         known,
         context=reply.get("context_length", known.context),
         output=reply.get("max_output_tokens", known.output),
-        vision="image" in input_types if isinstance(input_types, list) else known.vision,
+        vision=vision,
     )
 
 
 def one_line(words: str) -> str:
     """What another server says, made safe for the terminal."""
-    line = "".join(character for character in words if character.isprintable())
-    return truncated(line)
+    return truncated("".join(filter(str.isprintable, words)))
 
 
 class NoRedirects(HTTPRedirectHandler):
@@ -16702,7 +17712,10 @@ class NoRedirects(HTTPRedirectHandler):
 
 
 def get_json(url: str, key: str = "") -> tuple[int, Mapping[str, str], JSON]:
-    """Status, headers and JSON of an answer, {} if it is none. Raises OSError, HTTPException and ValueError."""
+    """Status, headers and JSON of an answer, {} if it is none.
+
+    Raises OSError, HTTPException and ValueError.
+    """
     proxies: dict[str, str] | None = None  # those of the environment
     if is_loopback(urlsplit(url).hostname or ""):
         proxies = {}
@@ -16716,7 +17729,8 @@ def get_json(url: str, key: str = "") -> tuple[int, Mapping[str, str], JSON]:
     except HTTPError as error:
         answer = error
     with answer:
-        return answer.status, answer.headers, as_object(parse_json(answer.read(2**20)))
+        document = parse_json(answer.read(2**20))
+        return answer.status, answer.headers, as_object(document)
 
 
 def folder_of_launch(flags: argparse.Namespace) -> AbstractContextManager[str]:
@@ -16737,7 +17751,10 @@ def kept_folder(client: str) -> str:
 
 
 def write_client_file(file: Path, text: str) -> None:
-    """Write what a client reads. What it keeps itself in the same file stays, as far as it is JSON."""
+    """Write what a client reads.
+
+    What it keeps itself in the same file stays, as far as it is JSON.
+    """
     ours = parse_json(text.encode())
     kept = None
     if file.exists():
@@ -16761,8 +17778,8 @@ def joined(kept: Any, ours: Any) -> Any:
 def client_folder() -> Iterator[str]:
     """A new folder for a client's files while the block runs, readable for the user alone.
 
-    It is in the user's cache, where that can be written: below the system's temporary folder, to which others may
-    write too, Codex makes none of its helper programs.
+    It is in the user's cache, where that can be written: below the system's temporary folder, to
+    which others may write too, Codex makes none of its helper programs.
     """
     parent = user_cache()
     made = [folder for folder in (parent, *parent.parents) if not folder.exists()]
@@ -16785,7 +17802,10 @@ def new_folder(parent: Path | None) -> tempfile.TemporaryDirectory[str]:
 
 
 def user_cache() -> Path:
-    """Where this user's programs keep what can be made again; of a user without a home, temporary files."""
+    """Where this user's programs keep what can be made again.
+
+    For a user without a home, that is among the temporary files.
+    """
     try:
         home = Path.home()
     except RuntimeError:
@@ -16798,7 +17818,10 @@ def user_cache() -> Path:
 
 
 def user_data() -> Path:
-    """Where this user's programs keep what cannot be made again. Raises RuntimeError for a user without a home."""
+    """Where this user's programs keep what cannot be made again.
+
+    Raises RuntimeError for a user without a home.
+    """
     home = Path.home()
     if sys.platform == "win32":
         return Path(os.environ.get("LOCALAPPDATA") or home / "AppData/Local")
@@ -16813,33 +17836,15 @@ def exit_on_signal(number: int, _: object) -> NoReturn:
     raise SystemExit(128 + number)
 
 
-def ztoapi_at(origin: str, key: str = "") -> JSON:
-    """What the ztoapi there says of itself, to who has the key more; {} where there is none.
-
-    Ask without the key first: nothing else may get it.
-    """
-    opener = build_opener(ProxyHandler({}))
-    if key:
-        opener.addheaders = [("x-api-key", key)]
-    with suppress(OSError, ValueError, HTTPException):
-        answer = opener.open(f"{origin}/health", timeout=5).read(9999)
-        reply = as_object(json.loads(answer))
-        return reply if reply.get("name") == "ztoapi" else {}
-    return {}
-
-
 @contextmanager
-def own_server(settings: Settings, origin: str, flags: list[str]) -> Iterator[None]:
+def own_server(settings: Settings, origin: str, flags: argparse.Namespace) -> Iterator[None]:
     """A server in a process of its own while the block runs. Its log is kept only if it failed."""
-    if not settings.zai_api_key and not flags:
+    if not settings.zai_api_key and not flags.demo:
         exit_with_error(ZAI_API_KEY_MISSING.message)
-    command = [
-        sys.executable,
-        __file__,
-        f"--host={settings.host}",
-        f"--port={settings.port}",
-        *flags,
-    ]
+    address = [f"--host={settings.host}", f"--port={settings.port}"]
+    command = [sys.executable, __file__, *address]
+    if flags.demo:
+        command.append("--demo")
     with tempfile.NamedTemporaryFile(prefix="ztoapi-", suffix=".log", delete=False) as log:
         # In a session of its own, so that it does not get the terminal's Ctrl-C.
         server = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
@@ -16847,29 +17852,29 @@ def own_server(settings: Settings, origin: str, flags: list[str]) -> Iterator[No
     try:
         while server.poll() is None and not ztoapi_at(origin):
             time.sleep(0.05)
-        yield (
-            None
-            if server.poll() is None
-            else exit_with_error(Path(log.name).read_text().partition(": ")[2].strip())
-        )
+        if server.poll() is not None:
+            _, _, reason = Path(log.name).read_text().partition(": ")
+            exit_with_error(reason.strip())
+        yield
     finally:
         server.terminate()
         if server.wait() == 0:
             Path(log.name).unlink()
 
 
+def is_inherited(name: str) -> bool:
+    """Whether a client gets a variable as the user has it."""
+    if name.startswith(NOT_INHERITED):
+        return False
+    return all(name != setting.name.upper() for setting in fields(Settings))
+
+
 def run(command: list[str], variables: dict[str, str]) -> int:
     """Runs a client. Returns its exit status: 128 plus the signal's number if a signal ended it."""
-    settings = {setting.name.upper() for setting in fields(Settings)}
-    inherited = {
-        name: value
-        for name, value in os.environ.items()
-        if name not in settings and not name.startswith(NOT_INHERITED)
-    }
-    signal.signal(
-        signal.SIGINT, lambda *_: None
-    )  # the client gets Ctrl-C too, and decides what it means
-    with subprocess.Popen(command, env=inherited | variables) as process:
+    inherited = {name: value for name, value in os.environ.items() if is_inherited(name)}
+    # The client gets Ctrl-C too, and decides what it means.
+    signal.signal(signal.SIGINT, lambda *_: None)
+    with subprocess.Popen(command, env={**inherited, **variables}) as process:
         try:
             status = process.wait()
         finally:
@@ -16877,49 +17882,56 @@ def run(command: list[str], variables: dict[str, str]) -> int:
             with suppress(subprocess.TimeoutExpired):
                 process.wait(3)
             process.kill()
-    return status if status >= 0 else 128 - status
+    if status < 0:
+        return 128 - status
+    return status
 
 
-# ======== Demo ======================================================================================================
+# ======== Demo ===================================================================================
 # A small stand-in for Z.ai on this server, in Z.ai's wire format, for users who have no key yet.
 
 DEMO_PATH = "/demo/api/paas/v4"
-UNLOGGED_PATHS = (
-    DEMO_PATH,
-    "/dashboard/stats",
-    "/dashboard/history",
-)  # often requested by the program itself and its pages
+# Often requested by the program itself and its pages.
+UNLOGGED_PATHS = (DEMO_PATH, "/dashboard/stats", "/dashboard/history")
 
 
 async def demo_models(_: web.Request) -> web.Response:
+    """As Z.ai lists its models."""
     models = [{"id": model, "object": "model", "owned_by": "z-ai"} for model in MODELS]
     return json_response({"object": "list", "data": models})
 
 
 async def demo_chat(request: web.Request) -> web.StreamResponse:
     """Always a stream, which serves a whole answer as well."""
-    if request.headers.get("Authorization") != f"Bearer {request.app[SETTINGS].zai_api_key[0]}":
-        return json_response({"error": {"code": "1000", "message": "Authentication Failed"}}, 401)
+    key, *_ = request.app[SETTINGS].zai_api_key
+    if request.headers.get("Authorization") != f"Bearer {key}":
+        return demo_refusal(401, "1000", "Authentication Failed")
     body = await request.json()
     if body["model"] not in MODELS:
-        return json_response(
-            {"error": {"code": "1211", "message": "Unknown Model, please check the model code."}},
-            400,
-        )
-    deltas, now = demo_deltas(body), request.app[CLOCK].unix()
+        return demo_refusal(400, "1211", "Unknown Model, please check the model code.")
+    pause = 0.0
+    if body.get("stream"):
+        pause = request.app[APP_LIMITS].demo_pace
+    deltas = demo_deltas(body)
+    now = request.app[CLOCK].unix()
     answer_id = time.strftime("%Y%m%d%H%M%S", time.localtime(now)) + secrets.token_hex(9)
     head = {"id": answer_id, "created": int(now), "model": body["model"]}
     response = web.StreamResponse(headers={"Content-Type": "text/event-stream;charset=UTF-8"})
     await response.prepare(request)
     for delta in deltas:
-        await response.write(
-            sse([head | {"choices": [{"index": 0, "delta": {"role": "assistant", **delta}}]}])
-        )
-        await asyncio.sleep(request.app[APP_LIMITS].demo_pace if body.get("stream") else 0)
-    await response.write(sse([head | demo_last(body, deltas), "[DONE]"]))
+        choice = {"index": 0, "delta": {"role": "assistant", **delta}}
+        await response.write(sse([{**head, "choices": [choice]}]))
+        await asyncio.sleep(pause)
+    last = {**head, **demo_last(body, deltas)}
+    await response.write(sse([last, "[DONE]"]))
     return response
 
 
+def demo_refusal(status: int, code: str, message: str) -> web.Response:
+    return json_response({"error": {"code": code, "message": message}}, status)
+
+
+DEMO_WORDS = "This is the demo of ztoapi; no model is behind it (这是演示,没有真正的模型)."
 REMINDER = re.compile(r"<system-reminder>.*?</system-reminder>", re.DOTALL)
 ASKS_FOR_TOOL = re.compile(r"\b(tools?|call|use)\b|工具|调用", re.IGNORECASE)
 
@@ -16932,11 +17944,13 @@ def demo_deltas(body: JSON) -> list[JSON]:
         thoughts = ("The user wrote ", f"{len(asked)} characters. ", "This is only a demo.")
         deltas += [{"reasoning_content": thought} for thought in thoughts]
     if calls_tool(body, asked):
-        deltas.append({"tool_calls": [demo_call(body["tools"][0].get("function", {}))]})
+        first_tool, *_ = body["tools"]
+        deltas.append({"tool_calls": [demo_call(first_tool.get("function", {}))]})
     elif "response_format" in body:
-        deltas.append({"content": json_text(smallest(asked_schema(body)))})
+        document = smallest(asked_schema(body))
+        deltas.append({"content": json_text(document)})
     else:
-        words = f"This is the demo of ztoapi; no model is behind it (这是演示,没有真正的模型). You wrote: {asked[:200]}"
+        words = f"{DEMO_WORDS} You wrote: {asked[:200]}"
         deltas += [{"content": word} for word in re.findall(r"\s*\S+", words)]
     return deltas[: body.get("max_tokens", len(deltas))]
 
@@ -16950,6 +17964,7 @@ def demo_question(message: JSON) -> str:
 
 
 def demo_part(part: JSON) -> str:
+    """A part of a message in words."""
     if part["type"] == "text":
         return str(part["text"])
     url = part[part["type"]]["url"]
@@ -16962,14 +17977,17 @@ def calls_tool(body: JSON, asked: str) -> bool:
     """Whether the first tool is to be called: it must be, or the user's text asks for one."""
     if not body.get("tools"):
         return False
-    first, last = body["messages"][0], body["messages"][-1]
+    first = body["messages"][0]
+    last = body["messages"][-1]
     if last["role"] != "user":
         return False
-    is_forced = first["role"] == "system" and CALL_ORDER in first["content"]
-    return is_forced or bool(ASKS_FOR_TOOL.search(asked))
+    if first["role"] == "system" and CALL_ORDER in first["content"]:
+        return True
+    return bool(ASKS_FOR_TOOL.search(asked))
 
 
 def demo_call(function: JSON) -> JSON:
+    """A call of a function, with the smallest arguments that it allows."""
     values = smallest({"type": "object", **as_object(function.get("parameters"))})
     called = {"name": function.get("name", "demo"), "arguments": json_text(values)}
     return {
@@ -16984,7 +18002,9 @@ def asked_schema(body: JSON) -> JSON:
     """The JSON Schema in the system message; {"type": "object"} where there is none."""
     _, order, schema = str(body["messages"][0]["content"]).partition(SCHEMA_ORDER)
     found = as_object(parse_json(schema.encode()))
-    return found if order and found else {"type": "object"}
+    if order and found:
+        return found
+    return {"type": "object"}
 
 
 DEEPEST = 30  # schemas inside each other; some require themselves for ever
@@ -17025,6 +18045,7 @@ def definition_at(ref: str, root: JSON) -> JSON:
 
 
 def smallest_of_kind(schema: JSON, root: JSON, depth: int) -> Any:
+    """A value of the schema's `type`; an object where that says nothing."""
     kind = schema.get("type")
     if isinstance(kind, list) and kind:
         kind = kind[0]
@@ -17042,16 +18063,26 @@ def smallest_of_kind(schema: JSON, root: JSON, depth: int) -> Any:
             item = smallest(as_object(schema.get("items")), root, depth)
             return [item] * as_count(schema.get("minItems"))
         case _:
-            properties = as_object(schema.get("properties"))
-            names = [name for name in schema.get("required") or () if isinstance(name, str)]
-            return {name: smallest(as_object(properties.get(name)), root, depth) for name in names}
+            return smallest_object(schema, root, depth)
+
+
+def smallest_object(schema: JSON, root: JSON, depth: int) -> JSON:
+    properties = as_object(schema.get("properties"))
+    fields_required = {}
+    for name in schema.get("required") or ():
+        if isinstance(name, str):
+            fields_required[name] = smallest(as_object(properties.get(name)), root, depth)
+    return fields_required
 
 
 def demo_last(body: JSON, deltas: list[JSON]) -> JSON:
     """The last chunk, with usage; a word counts as a token."""
     prompt = len(re.findall(r"\S+", str(body["messages"])))
-    cut = len(deltas) >= body.get("max_tokens", math.inf)
-    reason = "length" if cut else "tool_calls" if "tool_calls" in deltas[-1] else "stop"
+    reason = "stop"
+    if len(deltas) >= body.get("max_tokens", math.inf):
+        reason = "length"
+    elif "tool_calls" in deltas[-1]:
+        reason = "tool_calls"
     tokens = {
         "prompt_tokens": prompt,
         "completion_tokens": len(deltas),

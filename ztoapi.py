@@ -4567,7 +4567,7 @@ def unasked_effort(given: JSON) -> Effort | None:
 
     Agents have tools or room, and take what comes; others read nothing but the first block.
     """
-    if given.get("tools") or given["max_tokens"] >= MANY_TOKENS:
+    if given.get("thinking") or given.get("tools") or given["max_tokens"] >= MANY_TOKENS:
         return None
     return "off"
 
@@ -4619,20 +4619,24 @@ def parse_message_tool(tool: Any, at: str) -> Tool | JSON | None:
     return parse_function(function, f"{at}.")
 
 
+def is_list_of_texts(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(text, str) for text in value)
+
+
+texts = must("be an array of strings", is_list_of_texts)
+
+
 def message_search(given: JSON, at: str) -> JSON:
-    """Anthropic's search as Z.ai's own tool; Z.ai takes a list of domains to search, but none to leave out."""
+    """Anthropic's search as Z.ai's own tool.
+
+    Z.ai takes a list of domains to search, but none of domains to leave out.
+    """
     tool = search_tool({})
     domains = given.get("allowed_domains")
     if domains:
         checked(domains, texts, f"{at}.allowed_domains")
         tool["web_search"]["search_domain_filter"] = ",".join(domains)
     return tool
-
-
-texts = must(
-    "be an array of strings",
-    lambda value: isinstance(value, list) and all(isinstance(text, str) for text in value),
-)
 
 
 @dataclass(slots=True)
@@ -4646,7 +4650,7 @@ class MessageTools:
 
 
 def read_message_tools(given: JSON) -> MessageTools:
-    """The tools, of which a choice of the search leaves only that.
+    """The tools of a request; where it chooses the search, that alone.
 
     A search that is chosen, or the only tool, must be made: Claude Code's WebSearch asks so.
     """
@@ -4667,6 +4671,7 @@ def read_message_tools(given: JSON) -> MessageTools:
 
 
 def names_search(choice: ToolChoice, read: list[ReadTool]) -> bool:
+    """Whether the one tool that is chosen is a search."""
     searches = [tool.get("name") for tool, parsed in read if isinstance(parsed, dict)]
     return choice.names is not None and set(choice.names) <= set(searches)
 
@@ -4706,12 +4711,17 @@ def parse_message(body: JSON) -> tuple[Prompt, MessageReply]:
     require_fields(given, "model", "messages", "max_tokens")
     thinking = given.get("thinking", {})
     output = given.get("output_config", {})
-    shows_thinking = thinking.get("type") in ("enabled", "adaptive")
     messages = read_turns(given["messages"])
     if given.get("system"):
         messages = (Message("system", (given["system"],)), *messages)
     tools = read_message_tools(given)
     user_id = str(given.get("metadata", {}).get("user_id") or "")
+    ignored = [
+        *unknown_fields(body, MESSAGE_FIELDS.keys() | NEEDLESS_FIELDS),
+        *serial_choice(body),
+        *tools.left_out,
+        *unknown_blocks(given["messages"]),
+    ]
     prompt = Prompt(
         model=given["model"],
         messages=messages,
@@ -4720,43 +4730,55 @@ def parse_message(body: JSON) -> tuple[Prompt, MessageReply]:
         top_p=given.get("top_p"),
         max_tokens=given["max_tokens"],
         stop=given.get("stop_sequences", ()),
-        user=sha256(user_id) if user_id else "",  # it names an account
+        user=hashed_user(user_id),
         tools=tools.functions,
         native_tools=tools.searches,
         tool_choice=tools.choice,
         schema=output.get("format", given.get("output_format")),
         effort=message_effort(thinking, output.get("effort")),
-        unasked_effort=None if thinking else unasked_effort(given),
-        reasoning_format="parsed" if shows_thinking else "hidden",
+        unasked_effort=unasked_effort(given),
+        reasoning_format=message_reasoning(thinking),
         fallbacks=given.get("fallbacks"),
         cache_key=session_of(user_id),
-        ignored=(
-            *unknown_fields(body, MESSAGE_FIELDS.keys() | NEEDLESS_FIELDS),
-            *serial_choice(body),
-            *tools.left_out,
-            *unknown_blocks(given["messages"]),
-        ),
+        ignored=tuple(ignored),
     )
-    request = MessageRequest(
-        input_tokens=estimated_tokens(prompt),
-        omits_thinking=thinking.get("display") == "omitted",
-        query=last_words(messages) if tools.searches else "",
-    )
+    query = ""
+    if tools.searches:
+        query = last_words(messages)
+    omits_thinking = thinking.get("display") == "omitted"
+    request = MessageRequest(estimated_tokens(prompt), omits_thinking, query)
     return prompt, MessageReply(request)
+
+
+def message_reasoning(thinking: JSON) -> ReasoningFormat:
+    """A client that has not switched thinking on expects none in the answer."""
+    if thinking.get("type") in ("enabled", "adaptive"):
+        return "parsed"
+    return "hidden"
 
 
 def serial_choice(body: JSON) -> list[str]:
     """`disable_parallel_tool_use` if it is true, which Z.ai does not offer."""
     name = "disable_parallel_tool_use"
-    return [name] if as_object(body.get("tool_choice")).get(name) else []
+    if as_object(body.get("tool_choice")).get(name):
+        return [name]
+    return []
+
+
+def hashed_user(user_id: str) -> str:
+    """What Z.ai is told of the user: the id itself names an account."""
+    if not user_id:
+        return ""
+    return sha256(user_id)
 
 
 def session_of(user_id: str) -> str:
-    """The session in a `metadata.user_id`, which stays the same in a conversation; "" if there is none.
+    """The session in a `metadata.user_id`, the same in all of a conversation; "" if there is none.
 
-    Claude Code writes JSON with a session_id, or, before that, user_…_account_…_session_….
+    Claude Code writes JSON with a session_id; it used to write user_…_account_…_session_….
     """
-    session = as_object(parse_json(user_id.encode("utf-8", "replace"))).get("session_id")
+    document = parse_json(user_id.encode("utf-8", "replace"))
+    session = as_object(document).get("session_id")
     if isinstance(session, str):
         return session
     return user_id.partition("_session_")[2]
@@ -4770,7 +4792,7 @@ def read_turns(turns: list[Any]) -> Messages:
 
 
 def with_reminders(messages: Iterable[Message]) -> Messages:
-    """The messages, each of the system's put into the user's turn beside it."""
+    """The messages, with each system message put into the user's turn beside it."""
     joined: list[Message] = []
     for role, group in groupby(messages, lambda each: each.role.replace("system", "user")):
         turn = list(group)
@@ -4782,7 +4804,7 @@ def with_reminders(messages: Iterable[Message]) -> Messages:
 
 
 def user_turn(messages: Iterable[Message]) -> Message:
-    """Messages of the user and of the system as one of the user's."""
+    """User and system messages as one user message."""
     content: list[Part] = []
     continues = True
     for message in messages:
@@ -4816,7 +4838,9 @@ def known_blocks(turn: Any) -> Any:
 def unknown_block(block: Any) -> str:
     """The type of a block that cannot be read; "" for others."""
     kind = str(as_object(block).get("type") or "text")
-    return "" if kind in KNOWN_BLOCKS else kind
+    if kind in KNOWN_BLOCKS:
+        return ""
+    return kind
 
 
 def unknown_blocks(turns: Iterable[Any]) -> list[str]:
@@ -4833,7 +4857,7 @@ MAX_QUERY = 200  # characters
 
 
 def last_words(messages: Messages) -> str:
-    """What the user said last, as the query of a search: Z.ai does not tell the one it made of it."""
+    """What the user said last, as the query of a search: Z.ai does not tell the query it made."""
     for message in reversed(messages):
         if message.role == "user" and not message.continues:
             return message_text(message)[:MAX_QUERY]
@@ -4850,12 +4874,12 @@ class MessageRequest:
 
     input_tokens: int  # estimated
     omits_thinking: bool  # the client keeps the reasoning, but does not read it
-    query: str  # what was searched for, if something was
+    query: str  # of a search; "" where none is offered
 
 
 @dataclass(slots=True)
 class Block:
-    """A content block of an answer while events are added: `start` is what its first event shows."""
+    """A content block of an answer while events are added; `start` is what opens it."""
 
     start: JSON
     pieces: list[str] = field(default_factory=list)  # of its text, its thinking, or its input
@@ -4874,16 +4898,15 @@ class Block:
     def body(self) -> JSON:
         """The whole block."""
         if self.kind == "text":
-            cited = {"citations": self.citations} if self.citations else {}
-            return {**self.start, "text": self.text, **cited}
+            text = {**self.start, "text": self.text}
+            if self.citations:
+                text["citations"] = self.citations
+            return text
         if self.kind == "thinking":
             return {**self.start, "thinking": self.text, "signature": self.signature}
         if self.kind == "web_search_tool_result":
             return self.start
-        return {
-            **self.start,
-            "input": as_object(parse_json(self.text.encode("utf-8", "surrogatepass"))),
-        }
+        return {**self.start, "input": as_object(parse_text(self.text))}
 
 
 STOP_REASONS: dict[FinishReason, str] = {
@@ -4897,8 +4920,8 @@ STOP_REASONS: dict[FinishReason, str] = {
 class MessageReply(Reply):
     """A message of Anthropic's API: the events of a stream, or a document.
 
-    Its blocks are in the order of the events, and one is open at a time. Z.ai may send the pieces of
-    two calls in turn: what comes while a call is not complete waits for its end.
+    Its blocks are in the order of the events, and one is open at a time. Z.ai may send the pieces
+    of two calls in turn: what comes while a call is not complete waits for its end.
     """
 
     def __init__(self, request: MessageRequest) -> None:
@@ -4997,14 +5020,9 @@ class MessageReply(Reply):
         return frames
 
     def add_search(self, results: tuple[JSON, ...]) -> list[JSON]:
-        """What a search found: citations of the text that is open, and two blocks as if it came first."""
+        """What a search found: sources of the text that is open, and the two blocks of a search."""
         found = [result for result in results if isinstance(result.get("link"), str)]
-        frames: list[JSON] = []
-        if self.is_open and self.blocks[-1].kind == "text":
-            for index, result in enumerate(found):
-                citation = message_citation(index, result)
-                self.blocks[-1].citations.append(citation)
-                frames.append(self.delta({"type": "citations_delta", "citation": citation}))
+        frames = self.cite(found)
         search_id = f"srvtoolu_{self.head.own_id}_{self.searches}"
         self.searches += 1
         use = {"type": "server_tool_use", "id": search_id, "name": "web_search", "input": {}}
@@ -5012,11 +5030,21 @@ class MessageReply(Reply):
         query = json_text({"query": self.request.query})
         self.blocks[-1].pieces.append(query)
         frames.append(self.delta(input_delta(query)))
-        found_blocks = [message_search_result(result) for result in found]
-        frames += self.open_block(
-            {"type": "web_search_tool_result", "tool_use_id": search_id, "content": found_blocks}
-        )
+        content = [message_search_result(result) for result in found]
+        result_type = "web_search_tool_result"
+        shown = {"type": result_type, "tool_use_id": search_id, "content": content}
+        frames += self.open_block(shown)
         return [*frames, *self.close_block()]
+
+    def cite(self, found: list[JSON]) -> list[JSON]:
+        """What a search found as citations, if a text is open."""
+        frames: list[JSON] = []
+        if self.is_open and self.blocks[-1].kind == "text":
+            for index, result in enumerate(found):
+                citation = message_citation(index, result)
+                self.blocks[-1].citations.append(citation)
+                frames.append(self.delta({"type": "citations_delta", "citation": citation}))
+        return frames
 
     def open_block(self, start: JSON) -> list[JSON]:
         """A new block, behind the end of the last one."""
@@ -5139,16 +5167,18 @@ def message_citation(index: int, result: JSON) -> JSON:
 def message_search_result(result: JSON) -> JSON:
     content = json_or_text(result.get("content"))
     published = result.get("publish_date")
+    if not isinstance(published, str) or not published:
+        published = None
     return {
         "type": "web_search_result",
         "url": result["link"],
         "title": json_or_text(result.get("title")),
         "encrypted_content": base64.b64encode(content.encode("utf-8", "surrogatepass")).decode(),
-        "page_age": published if isinstance(published, str) and published else None,
+        "page_age": published,
     }
 
 
-# ======== Surfaces ==================================================================================================
+# ======== Surfaces ================================================================================
 # A surface is an API that clients speak. `respond` serves all of them and never asks which.
 
 
@@ -5176,8 +5206,9 @@ SURFACES: dict[str, Surface] = {
 
 # ======== Histories ===============================================================================
 # What keeps a conversation alive whatever stands in its history: `repair_history`, a list of
-# repairs that are the same for every model, and `fit_media`, which depends on what a model sees. Where
-# VISION_MODEL is to describe images, they are Undescribed until `with_descriptions` has its words.
+# repairs that are the same for every model, and `fit_media`, which depends on what a model sees.
+# Where VISION_MODEL is to describe images, they are Undescribed until `with_descriptions` has its
+# words.
 #
 # A client sends its history again with every request. What Z.ai refuses in it once it refuses for
 # ever (1210, 1213, 1214), and the chat is lost. So each repair turns one kind of what Z.ai refuses
@@ -5189,10 +5220,12 @@ SURFACES: dict[str, Surface] = {
 def repair_history(messages: Messages) -> tuple[Messages, list[str]]:
     """The messages as Z.ai takes them, media aside, and the names of the repairs that were needed.
 
-    Raises BadRequest if there is nothing in any of them.
+    Raises BadRequest if all messages are empty.
     """
     needed = []
-    repairs = HISTORY_REPAIRS if has_tools(messages) else TEXT_REPAIRS
+    repairs = TEXT_REPAIRS
+    if has_tools(messages):
+        repairs = HISTORY_REPAIRS
     for repair in repairs:
         repaired = repair(messages)
         if repaired is not messages:
@@ -5206,16 +5239,32 @@ def has_tools(messages: Messages) -> bool:
 
 
 def changed_each(change: Callable[[Message], Message], messages: Messages) -> Messages:
+    """The messages with a change made to each; the same tuple if that changes none."""
     changed = tuple(map(change, messages))
-    return messages if changed == messages else changed
+    if changed == messages:
+        return messages
+    return changed
+
+
+def changed_calls(change: Callable[[ToolCall], ToolCall], messages: Messages) -> Messages:
+    """The messages with a change made to each call; likewise."""
+
+    def with_changed(message: Message) -> Message:
+        calls = tuple(map(change, message.calls))
+        if calls == message.calls:
+            return message
+        return replace(message, calls=calls)
+
+    return changed_each(with_changed, messages)
 
 
 def pair_calls_and_results(messages: Messages) -> Messages:
     """Each call has an id of its own, and its one result right behind it, in the calls' order.
 
-    Z.ai answers 1214 to other orders and to ids twice (MetaGLM/zhipuai-sdk-python-v4#14); clients
-    lose results when they are interrupted, lose calls when they shorten a history, and send both
-    twice. A call without a result gets "(no result)", a result without a call is a user's text.
+    Z.ai answers 1214 to other orders and to ids that repeat (MetaGLM/zhipuai-sdk-python-v4#14).
+    Clients lose results when they are interrupted, lose calls when they shorten a history, and
+    send both twice. A call without a result gets "(no result)", a result without a call becomes
+    a user's text.
     """
     if are_paired(messages):
         return messages
@@ -5264,7 +5313,7 @@ class CallLedger:
 
     def __init__(self) -> None:
         self.taken: set[str] = set()  # ids that calls have
-        self.times: Counter[str] = Counter()  # how often one was made of an id
+        self.times: Counter[str] = Counter()  # how many ids were made of an id that was taken
         self.said: set[tuple[str, str, str]] = set()  # the calls of this batch
         self.batch = 0
         # By what a result may name: the batches, and in each the ids of calls, as we gave them.
@@ -5287,7 +5336,7 @@ class CallLedger:
             self.wait(("id", call.id), own_id)
             self.wait(("name", call.name), own_id)
             self.wait(("any", ""), own_id)
-            calls.append(call if own_id == call.id else replace(call, id=own_id))
+            calls.append(replace(call, id=own_id))
         return replace(message, calls=tuple(calls))
 
     def wait(self, key: tuple[str, str], own_id: str) -> None:
@@ -5320,16 +5369,20 @@ class CallLedger:
 
     def call_of(self, call_id: str) -> str:
         """The call that a result with this id answers; "" if no call waits for it."""
-        keys = [("id", call_id), ("name", call_id)] if call_id else [("any", "")]
-        for key in keys:
-            batches = self.waiting.get(key, [])
-            while batches:
-                _, ids = batches[-1]
-                while ids and ids[0] in self.results:
-                    ids.popleft()
-                if ids:
-                    return ids[0]
-                batches.pop()
+        if not call_id:
+            return self.oldest_waiting(("any", ""))
+        return self.oldest_waiting(("id", call_id)) or self.oldest_waiting(("name", call_id))
+
+    def oldest_waiting(self, key: tuple[str, str]) -> str:
+        """The oldest call without a result in the last batch that has one; "" if there is none."""
+        batches = self.waiting.get(key, [])
+        while batches:
+            _, ids = batches[-1]
+            while ids and ids[0] in self.results:
+                ids.popleft()
+            if ids:
+                return ids[0]
+            batches.pop()
         return ""
 
     def result_of(self, call: ToolCall) -> Message:
@@ -5337,12 +5390,13 @@ class CallLedger:
 
 
 def drop_nameless_calls(messages: Messages) -> Messages:
-    """Without calls of an empty name and their results.
+    """No call has an empty name; its result goes too.
 
     Models say such calls, and no history that repeats them is taken (anomalyco/opencode#33064).
     """
-    calls = chain.from_iterable([message.calls for message in messages])
-    nameless = {call.id for call in calls if not call.name.strip()}
+    nameless = set()
+    for message in messages:
+        nameless.update([call.id for call in message.calls if not call.name.strip()])
     if not nameless:
         return messages
     kept = []
@@ -5360,7 +5414,7 @@ def mend_arguments(messages: Messages) -> Messages:
 
     Models leave arguments unfinished; Z.ai answers 1214 to what is no JSON.
     """
-    mended = changed_each(with_object_arguments, messages)
+    mended = changed_calls(with_object, messages)
     if mended is messages:
         return messages
     texts: dict[str, str] = {}  # what were no arguments, by the id of the call
@@ -5378,26 +5432,18 @@ def mend_arguments(messages: Messages) -> Messages:
     return changed_each(with_text, mended)
 
 
-def with_object_arguments(message: Message) -> Message:
-    calls = tuple(map(with_object, message.calls))
-    return message if calls == message.calls else replace(message, calls=calls)
-
-
 def with_object(call: ToolCall) -> ToolCall:
-    return call if is_json_object(call.arguments) else replace(call, arguments="{}")
+    if is_json_object(call.arguments):
+        return call
+    return replace(call, arguments="{}")
 
 
 def mend_escapes(messages: Messages) -> Messages:
     """No arguments have half a surrogate pair as an escape, which `encode_request` cannot see."""
-    return changed_each(without_halves, messages)
+    return changed_calls(without_half, messages)
 
 
 HALF_ESCAPE = re.compile(r"\\u[dD][89a-fA-F]")
-
-
-def without_halves(message: Message) -> Message:
-    calls = tuple(map(without_half, message.calls))
-    return message if calls == message.calls else replace(message, calls=calls)
 
 
 def without_half(call: ToolCall) -> ToolCall:
@@ -5496,7 +5542,12 @@ def turn_start(messages: Messages) -> int:
 
 
 def are_texts(messages: Messages) -> bool:
-    return all(isinstance(part, str) for message in messages for part in message.content)
+    """Whether there are no media, and nothing that stands for them."""
+    for message in messages:
+        for part in message.content:
+            if not isinstance(part, str):
+                return False
+    return True
 
 
 def has_media(*messages: Message) -> bool:
@@ -5547,11 +5598,17 @@ def with_undescribed(messages: Messages, account_id: str) -> Messages:
 
 def image_key(account_id: str, image: Media) -> str:
     """Whose image it is, and the SHA-256 of its base64, or of its address."""
-    head = BASE64_URL.match(image.url)
-    data = image.url[head.end() :] if head else image.url
     key = hashlib.sha256(account_id.encode())
-    key.update(data.encode("utf-8", "surrogatepass"))
+    key.update(bare_base64(image.url).encode("utf-8", "surrogatepass"))
     return key.hexdigest()
+
+
+def bare_base64(url: str) -> str:
+    """The base64 of a data: URL; another URL as it is."""
+    head = BASE64_URL.match(url)
+    if head is None:
+        return url
+    return url[head.end() :]
 
 
 def undescribed_images(messages: Messages) -> dict[str, Undescribed]:
@@ -5590,12 +5647,12 @@ def with_descriptions(
 
 
 def fit_media(messages: Messages, model: Model) -> Messages:
-    """The messages with what the model can take. Z.ai answers 1210 to images where it sees none.
+    """The messages with what the model can take: Z.ai answers 1210 to images for one without eyes.
 
-    For one that sees, images of tools, assistants and systems go into a user message behind them,
-    the only place where Z.ai takes them. For others, words stand in their place, but for an image
-    that is to be described. Raises BadRequest only for what the user shows now: what is past the
-    client will send again.
+    For a model that sees, images in tool, assistant and system messages go into a user message
+    behind them, the only place where Z.ai takes them. For others, words stand in the place of
+    images, except of those that are to be described. Raises BadRequest only for what the user
+    shows now: the client sends again what is past, and its chat would be lost.
     """
     if are_texts(messages):
         return messages
@@ -5603,7 +5660,9 @@ def fit_media(messages: Messages, model: Model) -> Messages:
     if own >= 0:
         check_media(messages[own], model)
     shown = tuple([with_placeholders(message, model) for message in messages])
-    return hoist_media(shown) if model.vision else shown
+    if not model.vision:
+        return shown
+    return hoist_media(shown)
 
 
 def check_media(message: Message, model: Model) -> None:
@@ -5647,17 +5706,19 @@ def placeholder(part: Part, model: Model) -> Part:
 
 
 def not_shown(part: Media, model: Model, reason: str) -> str:
-    address = part.url if part.url.startswith("http") else ""
-    about = f"{part.kind} {address}".strip()
+    about = part.kind
+    if part.url.startswith("http"):
+        about = f"{part.kind} {part.url}"
     return f"[{about}: not shown to {model.id}: {reason}]"
 
 
 def hidden_media(messages: Messages, model: Model) -> list[str]:
     """What the model is not shown, in the words for `x-ztoapi-ignored`: images, files."""
-    hidden = {}
-    for part in chain.from_iterable([message.content for message in messages]):
-        if isinstance(part, (Media, Unreadable)) and placeholder(part, model) is not part:
-            hidden[f"{part.kind}s"] = True
+    hidden: dict[str, None] = {}
+    for message in messages:
+        for part in message.content:
+            if isinstance(part, (Media, Unreadable)) and placeholder(part, model) is not part:
+                hidden[f"{part.kind}s"] = None
     return list(hidden)
 
 

@@ -5647,7 +5647,7 @@ def with_descriptions(
 
 
 def fit_media(messages: Messages, model: Model) -> Messages:
-    """The messages with what the model can take: Z.ai answers 1210 to images for one without eyes.
+    """The messages with what the model can take: Z.ai answers 1210 to images that one cannot see.
 
     For a model that sees, images in tool, assistant and system messages go into a user message
     behind them, the only place where Z.ai takes them. For others, words stand in the place of
@@ -5743,29 +5743,32 @@ def hoist_media(messages: Messages) -> Messages:
     return tuple(hoisted)
 
 
-# ======== Clients ===================================================================================================
-# How each client is installed, and started for this server only: as typed in a shell, variables first. $dir is
-# a folder of its own; the file that a client reads from it, if any, comes last.
+# ======== Clients =================================================================================
+# How each client is installed, and started for this server only: as typed in a shell, variables
+# first. $dir is a folder of its own; the file that a client reads from it, if any, comes last.
 
 CLIENT_TABLE = """\
 claude: npm install -g @anthropic-ai/claude-code
-CLAUDE_CONFIG_DIR=$dir ANTHROPIC_BASE_URL=$origin ANTHROPIC_AUTH_TOKEN=$key ANTHROPIC_API_KEY= ANTHROPIC_MODEL=$model \
-ANTHROPIC_DEFAULT_OPUS_MODEL=$model ANTHROPIC_DEFAULT_SONNET_MODEL=$model ANTHROPIC_DEFAULT_HAIKU_MODEL=$model \
-ANTHROPIC_DEFAULT_FABLE_MODEL=$model CLAUDE_CODE_SUBAGENT_MODEL=$model CLAUDE_CODE_ATTRIBUTION_HEADER=0 \
-CLAUDE_CODE_MAX_CONTEXT_TOKENS=$context CLAUDE_CODE_MAX_OUTPUT_TOKENS=$output ENABLE_TOOL_SEARCH=false \
-CLAUDE_CODE_AUTO_MODE_SERVER=0 claude
+CLAUDE_CONFIG_DIR=$dir ANTHROPIC_BASE_URL=$origin ANTHROPIC_AUTH_TOKEN=$key ANTHROPIC_API_KEY= \
+ANTHROPIC_MODEL=$model ANTHROPIC_DEFAULT_OPUS_MODEL=$model ANTHROPIC_DEFAULT_SONNET_MODEL=$model \
+ANTHROPIC_DEFAULT_HAIKU_MODEL=$model ANTHROPIC_DEFAULT_FABLE_MODEL=$model \
+CLAUDE_CODE_SUBAGENT_MODEL=$model CLAUDE_CODE_ATTRIBUTION_HEADER=0 \
+CLAUDE_CODE_MAX_CONTEXT_TOKENS=$context CLAUDE_CODE_MAX_OUTPUT_TOKENS=$output \
+ENABLE_TOOL_SEARCH=false CLAUDE_CODE_AUTO_MODE_SERVER=0 claude
 .claude.json: {"hasCompletedOnboarding": true}
 
 codex: npm install -g @openai/codex
-CODEX_HOME=$dir ZTOAPI_KEY=$key codex -c model=$model -c model_provider=ztoapi -c model_providers.ztoapi.name=ztoapi \
--c model_providers.ztoapi.base_url=$base -c model_providers.ztoapi.env_key=ZTOAPI_KEY \
--c model_providers.ztoapi.wire_api=responses -c model_providers.ztoapi.model_catalog_url=$base/models
+CODEX_HOME=$dir ZTOAPI_KEY=$key codex -c model=$model -c model_provider=ztoapi \
+-c model_providers.ztoapi.name=ztoapi -c model_providers.ztoapi.base_url=$base \
+-c model_providers.ztoapi.env_key=ZTOAPI_KEY -c model_providers.ztoapi.wire_api=responses \
+-c model_providers.ztoapi.model_catalog_url=$base/models
 
 copilot: npm install -g @github/copilot
 COPILOT_HOME=$dir XDG_CACHE_HOME=$dir/cache COPILOT_OFFLINE=true COPILOT_PROVIDER_BASE_URL=$base \
-COPILOT_PROVIDER_BEARER_TOKEN=$key COPILOT_PROVIDER_TYPE=openai COPILOT_PROVIDER_WIRE_API=completions \
-COPILOT_MODEL=$model COPILOT_PROVIDER_MODEL_ID=$model COPILOT_PROVIDER_WIRE_MODEL=$model \
-COPILOT_PROVIDER_MAX_PROMPT_TOKENS=$prompt COPILOT_PROVIDER_MAX_OUTPUT_TOKENS=$reserve copilot
+COPILOT_PROVIDER_BEARER_TOKEN=$key COPILOT_PROVIDER_TYPE=openai \
+COPILOT_PROVIDER_WIRE_API=completions COPILOT_MODEL=$model COPILOT_PROVIDER_MODEL_ID=$model \
+COPILOT_PROVIDER_WIRE_MODEL=$model COPILOT_PROVIDER_MAX_PROMPT_TOKENS=$prompt \
+COPILOT_PROVIDER_MAX_OUTPUT_TOKENS=$reserve copilot
 
 opencode: npm install -g opencode-ai
 $xdg npm_config_cache=$dir/npm OPENCODE_CONFIG=$dir/config.json opencode -m ztoapi/$model
@@ -5778,53 +5781,64 @@ config.json: $opencode
 qwen: npm install -g @qwen-code/qwen-code
 QWEN_HOME=$dir NO_UPDATE_NOTIFIER=1 OPENAI_API_KEY=$key OPENAI_BASE_URL=$base OPENAI_MODEL=$model \
 qwen --auth-type openai
-settings.json: {"model": {"generationConfig": {"contextWindowSize": $context, "modalities": {"image": $vision}, \
-"samplingParams": {"max_tokens": $output}}}}
+settings.json: {"model": {"generationConfig": {"contextWindowSize": $context, \
+"modalities": {"image": $vision}, "samplingParams": {"max_tokens": $output}}}}
 
 pi: npm install -g @earendil-works/pi-coding-agent
 PI_CODING_AGENT_DIR=$dir pi --provider ztoapi --model $model
-models.json: {"providers": {"ztoapi": {"baseUrl": "$base", "api": "openai-completions", "apiKey": "$escaped_key", \
-"models": [{"id": "$model", "reasoning": $thinks, "input": $input, "contextWindow": $context, "maxTokens": $output}]}}}
+models.json: {"providers": {"ztoapi": {"baseUrl": "$base", "api": "openai-completions", \
+"apiKey": "$escaped_key", "models": [{"id": "$model", "reasoning": $thinks, "input": $input, \
+"contextWindow": $context, "maxTokens": $output}]}}}
 
 cline: npm install -g cline
-CLINE_DIR=$dir CLINE_DATA_DIR=$dir CLINE_PROVIDER_SETTINGS_PATH=$dir/providers.json CLINE_SESSION_BACKEND_MODE=local \
-cline -P openai-compatible -m $model
-providers.json: {"version": 1, "providers": {"openai-compatible": {"settings": {"provider": "openai-compatible", \
-"apiKey": "$key", "model": "$model", "baseUrl": "$base", "contextWindow": $context, "maxTokens": $output}, \
-"updatedAt": "2026-01-01T00:00:00.000Z"}}}
+CLINE_DIR=$dir CLINE_DATA_DIR=$dir CLINE_PROVIDER_SETTINGS_PATH=$dir/providers.json \
+CLINE_SESSION_BACKEND_MODE=local cline -P openai-compatible -m $model
+providers.json: {"version": 1, \
+"providers": {"openai-compatible": {"settings": {"provider": "openai-compatible", \
+"apiKey": "$key", "model": "$model", "baseUrl": "$base", "contextWindow": $context, \
+"maxTokens": $output}, "updatedAt": "2026-01-01T00:00:00.000Z"}}}
 
 continue: npm install -g @continuedev/cli
 CONTINUE_GLOBAL_DIR=$dir cn --config $dir/config.yaml
-config.yaml: {"name": "ztoapi", "version": "1.0.0", "schema": "v1", "models": [{"name": "$model", "model": "$model", \
-"provider": "openai", "apiBase": "$base", "apiKey": "$key", "roles": ["chat", "edit", "apply"], \
-"capabilities": $capabilities, "defaultCompletionOptions": {"contextLength": $context, "maxTokens": $reserve}}]}
+config.yaml: {"name": "ztoapi", "version": "1.0.0", "schema": "v1", "models": [{"name": "$model", \
+"model": "$model", "provider": "openai", "apiBase": "$base", "apiKey": "$key", "roles": ["chat", \
+"edit", "apply"], "capabilities": $capabilities, \
+"defaultCompletionOptions": {"contextLength": $context, "maxTokens": $reserve}}]}
 
 hermes: pip install hermes-agent
 HERMES_HOME=$dir hermes chat --provider custom -m $model
-config.yaml: {"model": {"default": "$model", "provider": "custom", "base_url": "$base", "api_key": "$key", \
-"context_length": $context, "max_tokens": $output, "supports_vision": $vision}}
+config.yaml: {"model": {"default": "$model", "provider": "custom", "base_url": "$base", \
+"api_key": "$key", "context_length": $context, "max_tokens": $output, "supports_vision": $vision}}
 
 aider: pip install aider-chat
 AIDER_OPENAI_API_BASE=$base AIDER_OPENAI_API_KEY=$key AIDER_MODEL_METADATA_FILE=$dir/models.json \
 aider --model openai/$model --weak-model openai/$model --edit-format diff --no-show-model-warnings
-models.json: {"openai/$model": {"litellm_provider": "openai", "mode": "chat", "max_input_tokens": $context, \
-"max_output_tokens": $output, "supports_vision": $vision, "input_cost_per_token": $input_cost, \
-"cache_read_input_token_cost": $cached_cost, "output_cost_per_token": $output_cost}}
+models.json: {"openai/$model": {"litellm_provider": "openai", "mode": "chat", \
+"max_input_tokens": $context, "max_output_tokens": $output, "supports_vision": $vision, \
+"input_cost_per_token": $input_cost, "cache_read_input_token_cost": $cached_cost, \
+"output_cost_per_token": $output_cost}}
 
 gptme: pip install gptme
-$xdg OPENAI_BASE_URL=$base OPENAI_API_KEY=$key GPTME_CONTEXT_LENGTH=$context gptme --tool-format tool -m local/$model
+$xdg OPENAI_BASE_URL=$base OPENAI_API_KEY=$key GPTME_CONTEXT_LENGTH=$context gptme \
+--tool-format tool -m local/$model
 
 llm: pip install llm
 LLM_USER_PATH=$dir LLM_MODEL=$model OPENAI_API_KEY=$key llm
-extra-openai-models.yaml: [{"model_id": "$model", "model_name": "$model", "api_base": "$base", "reasoning": $thinks, \
-"api_key_name": "openai", "supports_tools": true, "supports_schema": true, "vision": $vision}]"""
-# What clients have in common: opencode's file, and variables for programs that have none for a folder.
-OPENCODE = """{"model": "ztoapi/$model", "provider": {"ztoapi": {"npm": "@ai-sdk/openai-compatible", \
-"options": {"baseURL": "$base", "apiKey": "$key"}, "models": {"$model": {"reasoning": $thinks, "attachment": $vision, \
-"modalities": {"input": $input, "output": ["text"]}, "limit": {"context": $context, "output": $output}}}}}}"""
-XDG = "XDG_CONFIG_HOME=$dir/config XDG_DATA_HOME=$dir/data XDG_STATE_HOME=$dir/state XDG_CACHE_HOME=$dir/cache"
+extra-openai-models.yaml: [{"model_id": "$model", "model_name": "$model", "api_base": "$base", \
+"reasoning": $thinks, "api_key_name": "openai", "supports_tools": true, "supports_schema": true, \
+"vision": $vision}]"""
+# What clients have in common: opencode's file, and variables for programs that have none of their
+# own for a folder.
+OPENCODE = """{"model": "ztoapi/$model", \
+"provider": {"ztoapi": {"npm": "@ai-sdk/openai-compatible", "options": {"baseURL": "$base", \
+"apiKey": "$key"}, "models": {"$model": {"reasoning": $thinks, "attachment": $vision, \
+"modalities": {"input": $input, "output": ["text"]}, "limit": {"context": $context, \
+"output": $output}}}}}}"""
+XDG = """XDG_CONFIG_HOME=$dir/config XDG_DATA_HOME=$dir/data XDG_STATE_HOME=$dir/state \
+XDG_CACHE_HOME=$dir/cache"""
 
-# What asks a client for an earlier session that it has in its folder. (aider has its own in the project.)
+# Arguments that ask a client for an earlier session, which it keeps in its folder. (aider keeps its
+# sessions in the project.)
 RESUMING = {
     "claude": {"-c", "--continue", "-r", "--resume"},
     "codex": {"resume", "fork"},
@@ -5840,7 +5854,7 @@ RESUMING = {
     "llm": {"-c", "--continue", "--cid", "--conversation"},
 }
 
-# Such a folder as `launch` makes, by hand: for once, and with --keep.
+# How to make by hand the folder that `launch` makes: for one session, and with --keep.
 NEW_FOLDER = "mkdir -p ~/.cache && dir=$(mktemp -d ~/.cache/ztoapi-XXXXXX)"
 KEPT_FOLDER = "dir=~/.local/share/ztoapi/{client}; mkdir -p -m 700 $dir"
 
@@ -5856,40 +5870,62 @@ class Client:
 
     def filled(self, words: Mapping[str, object]) -> Client:
         """The client with the words of `client_words` and the folder `dir` put in."""
-        in_json = {word: json_word(value) for word, value in words.items()}
-        variables = {
-            name: Template(text).substitute(words) for name, text in self.variables.items()
-        }
         arguments = [Template(text).substitute(words) for text in self.arguments]
-        files = {name: Template(text).substitute(in_json) for name, text in self.files.items()}
-        return Client(self.install, variables, arguments, files)
+        in_json = {word: json_word(value) for word, value in words.items()}
+        return Client(
+            self.install,
+            filled_texts(self.variables, words),
+            arguments,
+            filled_texts(self.files, in_json),
+        )
 
     def shell_lines(self, folder: str = NEW_FOLDER) -> str:
         """The lines for a shell; the folder must be "$dir", which the line `folder` makes."""
-        files = [f"cat > \"$dir/{name}\" <<'EOF'\n{text}\nEOF" for name, text in self.files.items()]
-        exports = [f"export {name}={shell_word(value)}" for name, value in self.variables.items()]
-        lines = "\n".join([*files, *exports, " ".join(map(shell_word, self.arguments))])
-        return f"{folder}\n{lines}" if "$dir" in lines else lines
+        lines = []
+        for name, text in self.files.items():
+            lines.append(f"cat > \"$dir/{name}\" <<'EOF'\n{text}\nEOF")
+        for name, value in self.variables.items():
+            lines.append(f"export {name}={shell_word(value)}")
+        lines.append(" ".join(map(shell_word, self.arguments)))
+        if any("$dir" in line for line in lines):
+            lines.insert(0, folder)
+        return "\n".join(lines)
+
+
+def filled_texts(texts: Mapping[str, str], words: Mapping[str, object]) -> dict[str, str]:
+    return {name: Template(text).substitute(words) for name, text in texts.items()}
 
 
 def client_words(origin: str, key: str, model: Model) -> dict[str, object]:
     """What the words of the table stand for, but for $dir."""
     # In pi's files $NAME is a variable, and a line that begins with ! a command.
     escaped = re.sub(r"^!|\$", r"$\g<0>", key)
-    address = {"origin": origin, "base": f"{origin}/v1"}
-    return {**address, "key": key, "escaped_key": escaped, "model": model.id, **model_words(model)}
+    return {
+        "origin": origin,
+        "base": f"{origin}/v1",
+        "key": key,
+        "escaped_key": escaped,
+        "model": model.id,
+        **model_words(model),
+    }
 
 
 def model_words(model: Model) -> dict[str, object]:
     """What clients are told of a model: sizes in tokens, costs in US dollars a token.
 
-    `reserve` is for clients that keep room for a whole answer free, and give only the rest, `prompt`, to the
-    conversation: with `output` itself that would be a quarter of glm-4.5's context, and filled by a few files.
+    `reserve` is for clients that keep room for a whole answer free, and give only the rest,
+    `prompt`, to the conversation. With `output` itself, little of glm-4.5's context would be left
+    to it, and a few files would fill that.
     """
     context = model.context or 128 * K
     output = model.output or 16 * K
     reserve = min(output, context // 4)
-    cost, cached_cost, output_cost = (price / 1e6 for price in model.price or (0, 0, 0))
+    cost, cached_cost, output_cost = model.price or (0, 0, 0)  # of a million tokens
+    inputs = ["text"]
+    capabilities = ["tool_use"]
+    if model.vision:
+        inputs.append("image")
+        capabilities.append("image_input")
     return {
         "context": context,
         "output": output,
@@ -5897,57 +5933,72 @@ def model_words(model: Model) -> dict[str, object]:
         "prompt": context - reserve,
         "thinks": model.thinking != "none",
         "vision": model.vision,
-        "input": ["text", "image"] if model.vision else ["text"],
-        "capabilities": ["tool_use", "image_input"] if model.vision else ["tool_use"],
-        "input_cost": cost,
-        "cached_cost": cached_cost,
-        "output_cost": output_cost,
+        "input": inputs,
+        "capabilities": capabilities,
+        "input_cost": cost / 1e6,
+        "cached_cost": cached_cost / 1e6,
+        "output_cost": output_cost / 1e6,
     }
 
 
 def json_word(value: object) -> str:
     """A value as it stands in a JSON file; a text without its quotes, which are there."""
     text = json_text(value)
-    return text[1:-1] if isinstance(value, str) else text
+    if isinstance(value, str):
+        return text[1:-1]
+    return text
 
 
 def shell_word(word: str) -> str:
-    return f'"{word}"' if word.startswith("$dir") else shlex.quote(word)
+    """A word quoted for a shell, which still replaces a $dir at its beginning."""
+    if word.startswith("$dir"):
+        return f'"{word}"'
+    return shlex.quote(word)
+
+
+VARIABLE = re.compile(r"\w+=")
 
 
 def parse_client(row: str) -> tuple[str, Client]:
-    head, line, *files = row.split("\n")
+    """The client's name and itself: a line to install it, a line to start it, a line for each file."""
+    head, line, *file_lines = row.split("\n")
     name, _, install = head.partition(": ")
-    words = shlex.split(line)
-    variables = dict(word.split("=", 1) for word in takewhile(re.compile(r"\w+=").match, words))
-    return name, Client(
-        install, variables, words[len(variables) :], dict(file.split(": ", 1) for file in files)
-    )
+    arguments = shlex.split(line)
+    variables = {}
+    while VARIABLE.match(arguments[0]):
+        variable, _, value = arguments.pop(0).partition("=")
+        variables[variable] = value
+    files = {}
+    for file_line in file_lines:
+        file, _, text = file_line.partition(": ")
+        files[file] = text
+    return name, Client(install, variables, arguments, files)
 
 
-CLIENTS = dict(
-    map(
-        parse_client, CLIENT_TABLE.replace("$xdg", XDG).replace("$opencode", OPENCODE).split("\n\n")
-    )
-)
+def parse_clients(table: str) -> dict[str, Client]:
+    table = table.replace("$xdg", XDG).replace("$opencode", OPENCODE)
+    return dict(map(parse_client, table.split("\n\n")))
+
+
+CLIENTS = parse_clients(CLIENT_TABLE)
 
 
 def client_examples() -> list[JSON]:
     """What the docs page shows: its script puts the address, key and model in place of %words%."""
     words = {word: f"%{word}%" for word in client_words("", "", Model(""))}
-    shown = {name: client.filled({**words, "dir": "$dir"}) for name, client in CLIENTS.items()}
-    return [
-        {"command": name, "install": it.install, "lines": it.shell_lines()}
-        for name, it in shown.items()
-    ]
+    words["dir"] = "$dir"
+    examples = []
+    for name, client in CLIENTS.items():
+        lines = client.filled(words).shell_lines()
+        examples.append({"command": name, "install": client.install, "lines": lines})
+    return examples
 
 
-# ======== Z.ai: errors ==============================================================================================
+# ======== Z.ai: errors ============================================================================
 # `zai_error` reads Z.ai's refusals, which come in many forms.
 
-INVALID = error_kind(
-    400, "zai_{}", "Z.ai did not accept the request: fix what it names."
-)  # {}: Z.ai's code
+# In the code of an error, {} is Z.ai's own.
+INVALID = error_kind(400, "zai_{}", "Z.ai did not accept the request: fix what it names.")
 OTHER = error_kind(502, "zai_{}", "Z.ai refused the request.")
 OVERLOADED = replace(
     RATE_LIMITED,
@@ -5962,46 +6013,79 @@ CONTENT_FILTER = error_kind(
 )
 
 # Z.ai's codes (docs.z.ai, "Error Codes", with docs.bigmodel.cn's of July 2026).
-KINDS_BY_CODE = (
-    dict.fromkeys(("1000", "1001", "1002", "1003", "1004", "1005"), AUTHENTICATION)
-    | dict.fromkeys(("1200", "1230", "1234"), UNAVAILABLE)
-    | dict.fromkeys(("1210", "1213", "1214", "1215", "1221", "1222"), INVALID)
-    | dict.fromkeys(("1211", "1212"), MODEL_NOT_FOUND)
-    | dict.fromkeys(("1220", "1311"), MODEL_NOT_AVAILABLE)
-    | dict.fromkeys(
-        ("1308", "1310", "1316", "1317", "1318", "1319", "1320", "1321"), QUOTA_EXCEEDED
-    )
-    | dict.fromkeys(("1309", "1313", "1314", "1315"), PLAN_NOT_USABLE)
-    | {"1113": NO_BALANCE, "1261": CONTEXT_LENGTH_EXCEEDED, "1301": CONTENT_FILTER}
-    | {"1302": RATE_LIMITED, "1305": OVERLOADED}
-)
+KINDS_BY_CODE = {
+    "1000": AUTHENTICATION,
+    "1001": AUTHENTICATION,
+    "1002": AUTHENTICATION,
+    "1003": AUTHENTICATION,
+    "1004": AUTHENTICATION,
+    "1005": AUTHENTICATION,
+    "1113": NO_BALANCE,
+    "1200": UNAVAILABLE,
+    "1210": INVALID,
+    "1211": MODEL_NOT_FOUND,
+    "1212": MODEL_NOT_FOUND,
+    "1213": INVALID,
+    "1214": INVALID,
+    "1215": INVALID,
+    "1220": MODEL_NOT_AVAILABLE,
+    "1221": INVALID,
+    "1222": INVALID,
+    "1230": UNAVAILABLE,
+    "1234": UNAVAILABLE,
+    "1261": CONTEXT_LENGTH_EXCEEDED,
+    "1301": CONTENT_FILTER,
+    "1302": RATE_LIMITED,
+    "1305": OVERLOADED,
+    "1308": QUOTA_EXCEEDED,
+    "1309": PLAN_NOT_USABLE,
+    "1310": QUOTA_EXCEEDED,
+    "1311": MODEL_NOT_AVAILABLE,
+    "1313": PLAN_NOT_USABLE,
+    "1314": PLAN_NOT_USABLE,
+    "1315": PLAN_NOT_USABLE,
+    "1316": QUOTA_EXCEEDED,
+    "1317": QUOTA_EXCEEDED,
+    "1318": QUOTA_EXCEEDED,
+    "1319": QUOTA_EXCEEDED,
+    "1320": QUOTA_EXCEEDED,
+    "1321": QUOTA_EXCEEDED,
+}
 
-# For refusals without such a code. Z.ai's gateway answers a wrong path with its own forms of 404.
-KINDS_BY_STATUS = {400: INVALID, 401: AUTHENTICATION, 404: WRONG_ADDRESS, 429: RATE_LIMITED}
-KINDS_BY_STATUS |= dict.fromkeys(
-    range(300, 400), WRONG_ADDRESS
-)  # following a redirect would send the key elsewhere
+# For refusals without such a code. Z.ai's gateway answers a wrong path with its own forms of 404;
+# to follow a redirect would send the key elsewhere.
+KINDS_BY_STATUS = {
+    400: INVALID,
+    401: AUTHENTICATION,
+    404: WRONG_ADDRESS,
+    429: RATE_LIMITED,
+    **dict.fromkeys(range(300, 400), WRONG_ADDRESS),
+}
 
 
 def zai_error(status: int, body: bytes | JSON) -> UpstreamError:
     """Z.ai's refusal, from an HTTP status and body or from a frame in a stream (status 200)."""
-    document = parse_json(body) if isinstance(body, bytes) else body
+    document: Any = body
+    if isinstance(body, bytes):
+        document = parse_json(body)
     code, text = code_and_text(document)
-    if (
-        status < 400 and len(code) == 3
-    ):  # an HTTP status inside a 200: {"code": 401, "msg": …, "success": false}
+    # An HTTP status may stand inside a 200: {"code": 401, "msg": …, "success": false}.
+    if status < 400 and len(code) == 3:
         status = int(code)
     if len(code) != 4:
         code = ""
     kind = KINDS_BY_CODE.get(code) or kind_without_code(status, code, document)
     kind = replace(kind, code=(kind.code or "").format(code or status))
-    detail = f"Z.ai {code}: {text}" if code else f"Z.ai, HTTP {status}: {text or excerpt(body)}"
+    detail = f"Z.ai, HTTP {status}: {text or excerpt(body)}"
+    if code:
+        detail = f"Z.ai {code}: {text}"
     return UpstreamError(kind, detail=detail, zai_code=code)
 
 
 NO_BALANCE_FOR_FREE = replace(
     NO_BALANCE,
-    message="Z.ai says that this server's key has no balance, though this model is free: see z.ai/manage-apikey. "
+    message="Z.ai says that this server's key has no balance, though this model is free: "
+    "see z.ai/manage-apikey. "
     "A Coding Plan key needs ZAI_BASE_URL=https://api.z.ai/api/coding/paas/v4.",
 )
 
@@ -6014,7 +6098,7 @@ def fit_to_model(error: UpstreamError, model: Model) -> None:
 
 
 def with_name_of_model(error: UpstreamError, name: str, known: Iterable[str]) -> UpstreamError:
-    """Z.ai's "Unknown Model", with the name that it does not know, and with those that are like it."""
+    """Z.ai's "Unknown Model", with the name that it does not know, and with names like it."""
     message = error.message + nearest_names(name, known)
     told = UpstreamError(error.kind, message, f"{name}: {error.detail}", error.zai_code)
     told.retry_after = error.retry_after
@@ -6025,8 +6109,8 @@ def with_name_of_model(error: UpstreamError, name: str, known: Iterable[str]) ->
 def refusal_in(body: bytes) -> UpstreamError | None:
     """Z.ai's refusal in an answer that has a status of success; None where it is no refusal.
 
-    Z.ai's are {"error": {"code": "1113", …}} and {"code": 401, "msg": …, "success": false}; a document with any other
-    code is the answer.
+    Z.ai's are {"error": {"code": "1113", …}} and {"code": 401, "msg": …, "success": false}; a
+    document with any other code is the answer.
     """
     document = as_object(parse_json(body))
     if not isinstance(document.get("error"), dict) and document.get("success") is not False:
@@ -6039,25 +6123,35 @@ def refusal_in(body: bytes) -> UpstreamError | None:
 
 
 def code_and_text(document: Any) -> tuple[str, str]:
-    """Z.ai's code and text from any of the shapes in which its errors come; empty strings if there are none."""
-    inner = document.get("error", document) if isinstance(document, dict) else None
+    """Z.ai's code and text from any of the shapes in which its errors come; "" for none."""
+    inner = document
+    if isinstance(document, dict):
+        inner = document.get("error", document)
     if not isinstance(inner, dict):  # Spring says {"status": 404, "error": "Not Found"}
         return "", ""
-    code, text = inner.get("code"), inner.get("message") or inner.get("msg")
-    return str(code) if re.fullmatch(r"\d{3,4}", str(code)) else "", text if isinstance(
-        text, str
-    ) else ""
+    code = str(inner.get("code"))
+    if not re.fullmatch(r"\d{3,4}", code):
+        code = ""
+    text = inner.get("message") or inner.get("msg")
+    if not isinstance(text, str):
+        text = ""
+    return code, text
 
 
 def kind_without_code(status: int, code: str, document: Any) -> ErrorKind:
+    """What a refusal is whose code tells nothing; `code` is one that we do not know, or ""."""
     if status in KINDS_BY_STATUS and not (code and status == 404):
         return KINDS_BY_STATUS[status]
-    if status < 500 and isinstance(document, dict) and (code or status >= 400):
-        return replace(OTHER, status=status if status >= 400 else 502)
+    if status < 500 and isinstance(document, dict):
+        if status >= 400:
+            return replace(OTHER, status=status)
+        if code:
+            return OTHER
     return UNAVAILABLE
 
 
 def excerpt(body: bytes | JSON) -> str:
+    """The body in one line."""
     words = body.decode("utf-8", "replace") if isinstance(body, bytes) else json_text(body)
     return " ".join(words.split()) or "(empty)"
 

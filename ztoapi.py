@@ -6156,9 +6156,33 @@ def excerpt(body: bytes | JSON) -> str:
     return " ".join(words.split()) or "(empty)"
 
 
-# ======== Z.ai: answer ==============================================================================================
-# `ZaiReader` turns bytes into events. What was torn on the way, `salvage` puts together, and `HalfPairs` what was
-# cut inside a character; what the model says wrong, the repairs of the next section mend.
+# ======== Z.ai: answer ============================================================================
+# `ZaiReader` turns the bytes of one answer into events. How it works:
+#
+#     bytes ── SSEDecoder ──► data of an event ── parse_answer ──► chunk ── read_chunk ──► events
+#
+# The bytes come cut anywhere: in a line, in a word, in a character. `SSEDecoder` keeps what is
+# unfinished and gives the data of each server-sent event once its last line is there. That data is
+# one JSON object, a chunk, and says a little: a few words, a piece of a call, the usage.
+#
+# The bytes decide what they are, not the headers: Z.ai is asked for a stream and may still send one
+# JSON document. So all is kept (`raw`) until the first event shows that it is a stream. If none
+# comes, what was kept is a document, and `read_chunk` reads it too: where a chunk has a delta, it
+# has a message.
+#
+# `Finish` is always the last event. Z.ai may send the usage after the finish_reason, so the reader
+# keeps the reason until [DONE] or the end of the bytes. An answer that ends without one has broken
+# off, which is an error; so is what Z.ai reports within a stream, and an answer without end.
+#
+# Z.ai sometimes loses the rest of a frame and glues the next one to it. Then the data is not one
+# JSON object, and `salvage` looks for whole chunks in it. What is torn is counted and left out,
+# since its words cannot be guessed. Behind it another answer may begin, under another id: the
+# reader says so with `BegunAgain`, and a repair decides what that means.
+#
+# A character may come in two halves, in two chunks; `HalfPairs` joins them. It is made when the
+# first half occurs, so that other answers do not pay for it.
+#
+# What the model itself says wrong the reader passes on: the repairs of the next section mend that.
 
 
 class SSEDecoder:
@@ -6210,7 +6234,7 @@ TORN = "A piece of Z.ai's answer was lost on the way: try again."
 
 
 def parse_answer(data: bytes) -> Any:
-    """What Z.ai sent, as parse_json does. Raises UpstreamError for JSON that would take too long to decode."""
+    """What Z.ai sent, as parse_json does. Raises UpstreamError for JSON that takes long to decode."""
     if len(data) > 2 * MAX_VALUES and too_many_values(data):
         raise UpstreamError(UNAVAILABLE, TOO_LARGE)
     return parse_json(data)
@@ -6255,8 +6279,8 @@ class HalfPairs:
         return [alone]
 
     def join(self, event: Thought | Text | ToolCall) -> list[Event]:
-        words = event.arguments if isinstance(event, ToolCall) else event.text
-        words = self.half + words
+        """The event with the half that was waiting, without one that it ends with itself."""
+        words = self.half + words_of(event)
         self.half = ""
         self.ended = None
         if "\ud800" <= words[-1:] <= "\udbff":
@@ -6267,7 +6291,15 @@ class HalfPairs:
         if isinstance(event, ToolCall):
             name = whole_characters(event.name)
             return [replace(event, name=name, arguments=words)]
-        return [replace(event, text=words)] if words else []
+        if not words:
+            return []
+        return [replace(event, text=words)]
+
+
+def words_of(event: Thought | Text | ToolCall) -> str:
+    if isinstance(event, ToolCall):
+        return event.arguments
+    return event.text
 
 
 def continues(before: Event, event: Event) -> bool:
@@ -6309,10 +6341,9 @@ class ZaiReader:
         self.size = 0  # bytes so far
         self.torn = 0  # frames dropped because their rest never came
         self.halves: HalfPairs | None = None  # once something may have been half a character
-        self.finish: str | None = (
-            None  # the first finish_reason: some models send stop after tool_calls
-        )
-        self.done = False  # Finish has been read
+        # The first finish_reason: some models send stop after tool_calls.
+        self.finish: str | None = None
+        self.done = False  # Finish has been passed on
 
     def feed(self, part: bytes) -> Iterator[ZaiEvent]:
         """The events that this part completes. Raises UpstreamError when Z.ai reports a failure."""
@@ -6325,7 +6356,10 @@ class ZaiReader:
             yield from self.read_event(data)
 
     def close(self) -> Iterator[ZaiEvent]:
-        """The events that are left at the end of the bytes. Raises UpstreamError when some are missing."""
+        """The events that are left at the end of the bytes.
+
+        Raises UpstreamError when the answer has broken off.
+        """
         for data in self.decoder.close():
             yield from self.read_event(data)
         if self.raw is not None:
@@ -6335,6 +6369,7 @@ class ZaiReader:
         yield from self.end()
 
     def read_event(self, data: bytes) -> Iterable[ZaiEvent]:
+        """The events in the data of one server-sent event."""
         self.raw = None
         if self.done:
             return ()
@@ -6349,11 +6384,12 @@ class ZaiReader:
         return self.read_torn(data)
 
     def look_for_halves(self, data: bytes) -> None:
-        # UTF-8 itself has no halves. `find` is much faster than `in`.
+        # UTF-8 itself has no halves, only escapes are. `find` is much faster than `in`.
         if data.find(b"\\ud") >= 0 or data.find(b"\\uD") >= 0:
             self.halves = self.halves or HalfPairs()
 
     def read_torn(self, data: bytes) -> Iterator[ZaiEvent]:
+        """The events in what is not one JSON object."""
         self.look_for_halves(data)
         chunks, torn, rest = salvage(data.decode("utf-8", "replace"))
         self.torn += torn
@@ -6365,6 +6401,7 @@ class ZaiReader:
             )
 
     def read_document(self, data: bytes) -> Iterator[ZaiEvent]:
+        """The events of an answer that came as one JSON document."""
         self.look_for_halves(data)
         document = parse_answer(data)
         if not isinstance(document, dict):
@@ -6404,7 +6441,7 @@ class ZaiReader:
         return events
 
     def begins_again(self, chunk: JSON) -> bool:
-        """Whether a chunk behind a torn frame is the first one of another answer, which its id tells."""
+        """Whether a chunk behind a torn frame is the first of another answer: its id tells."""
         given = chunk.get("id")
         newest = self.newest_id or self.id
         if not given or str(given) == newest:
@@ -6443,9 +6480,9 @@ class ZaiReader:
 
 def text_of_parts(content: Any) -> str:
     """The text of a content that came as an array of parts, as messages of requests have it."""
-    texts = []
     if not isinstance(content, list):
         return ""
+    texts = []
     for part in content:
         text = part
         if isinstance(part, dict) and part.get("type") in ("text", "output_text", None):
@@ -6475,65 +6512,75 @@ def zai_call(piece: JSON) -> ToolCall:
 
 CHUNK_START = re.compile(r"(?:data:|\n)[ \t]*(?=\{)")
 CHUNK_END = re.compile(r"\s*(?:data:\s*)?(?=\{|\[|$)")
+MAX_STARTS = 16  # what may look like the start of a chunk in the text of one; for linear time
 
 
 def salvage(data: str) -> tuple[list[JSON], int, str]:
-    """The whole chunks in an event's data that is not one JSON object, how many were torn, and the unreadable rest.
+    """The whole chunks in data that is not one JSON object, how many were torn, and the rest.
 
-    Z.ai tears frames and glues the next one to them: {"id":"1","choices":[{"delta":{"condata: {"id":"2",…}
-    (zai-org/GLM-5#66). Whatever precedes a whole frame after "data:" or a line end counts as torn.
+    Z.ai tears frames and glues the next one to them (zai-org/GLM-5#66):
+    {"id":"1","choices":[{"delta":{"condata: {"id":"2",…}
+    Whatever precedes a whole frame after "data:" or a line end counts as torn.
     """
     data = data.strip()
-    starts = [0, *(start.end() for start in CHUNK_START.finditer(data, 1)), len(data)]
+    starts = [0]
+    starts += [start.end() for start in CHUNK_START.finditer(data, 1)]
+    ends = [*starts[MAX_STARTS:], *[len(data)] * MAX_STARTS]
     chunks: list[JSON] = []
-    torn = read = 0
-    for i, start in enumerate(starts[:-1]):
-        if start >= read:
-            # Text inside a whole chunk may look like a start. At most 16 are tried, for linear time.
-            found, end = chunks_in(data[start : starts[min(i + 16, len(starts) - 1)]])
-            chunks += found
-            torn, read = (torn + (start > read), start + end) if found else (torn, read)
+    torn = 0
+    read = 0  # the index behind the last whole chunk
+    for start, end in zip(starts, ends, strict=False):
+        if start < read:
+            continue
+        found, size = chunks_in(data[start:end])
+        if not found:
+            continue
+        chunks += found
+        if start > read:
+            torn += 1
+        read = start + size
     return chunks, torn, data[read:].removeprefix("[DONE]")
 
 
 def chunks_in(part: str) -> tuple[list[JSON], int]:
     """The whole chunks at the beginning of a text, and the index where they end."""
     chunks: list[JSON] = []
-    at = 0
-    likely = '"choices"' in part or '"error"' in part  # otherwise decoding would only cost time
-    while likely and (found := chunk_at(part, at)):
-        chunk, at = found
+    end = 0
+    if '"choices"' not in part and '"error"' not in part:  # decoding would only cost time
+        return chunks, end
+    found = chunk_at(part, end)
+    while found is not None:
+        chunk, end = found
         chunks.append(chunk)
-    return chunks, at
+        found = chunk_at(part, end)
+    return chunks, end
 
 
 def chunk_at(data: str, start: int) -> tuple[JSON, int] | None:
-    """The chunk that starts at this index, and the index where the next may start; None if there is none."""
+    """The chunk that starts at this index, and where the next may start; None if there is none."""
     try:
         value, end = JSON_DECODER.raw_decode(data, start)
     except (ValueError, RecursionError):
         return None
     if end - start > SHALLOW and is_too_deep(value, data[start:end]):
         return None
+    if not isinstance(value, dict) or not ("choices" in value or "error" in value):
+        return None
     following = CHUNK_END.match(data, end)
-    whole = isinstance(value, dict) and ("choices" in value or "error" in value)
-    return (value, following.end()) if whole and following else None
+    if following is None:
+        return None
+    return value, following.end()
 
 
 def zai_usage(usage: JSON) -> Usage:
-    prompt, completion = (
-        as_count(usage.get("prompt_tokens")),
-        as_count(usage.get("completion_tokens")),
-    )
-    cached = as_count(as_object(usage.get("prompt_tokens_details")).get("cached_tokens"))
-    reasoning = as_count(as_object(usage.get("completion_tokens_details")).get("reasoning_tokens"))
-    return Usage(
-        prompt,
-        completion,
-        as_count(usage.get("total_tokens")) or prompt + completion,
-        cached,
-        reasoning,
-    )
+    prompt = as_count(usage.get("prompt_tokens"))
+    completion = as_count(usage.get("completion_tokens"))
+    total = as_count(usage.get("total_tokens")) or prompt + completion
+    prompt_details = as_object(usage.get("prompt_tokens_details"))
+    cached = as_count(prompt_details.get("cached_tokens"))
+    completion_details = as_object(usage.get("completion_tokens_details"))
+    reasoning = as_count(completion_details.get("reasoning_tokens"))
+    return Usage(prompt, completion, total, cached, reasoning)
 
 
 # ======== Z.ai: repairs =============================================================================================

@@ -5706,7 +5706,7 @@ def placeholder(part: Part, model: Model) -> Part:
 
 
 def not_shown(part: Media, model: Model, reason: str) -> str:
-    about = part.kind
+    about: str = part.kind
     if part.url.startswith("http"):
         about = f"{part.kind} {part.url}"
     return f"[{about}: not shown to {model.id}: {reason}]"
@@ -6172,7 +6172,7 @@ def excerpt(body: bytes | JSON) -> str:
 #
 # `Finish` is always the last event. Z.ai may send the usage after the finish_reason, so the reader
 # keeps the reason until [DONE] or the end of the bytes. An answer that ends without one has broken
-# off, which is an error; so is what Z.ai reports within a stream, and an answer without end.
+# off, which is an error. So is a failure that Z.ai reports in the stream, and an answer too large.
 #
 # Z.ai sometimes loses the rest of a frame and glues the next one to it. Then the data is not one
 # JSON object, and `salvage` looks for whole chunks in it. What is torn is counted and left out,
@@ -6525,13 +6525,15 @@ def salvage(data: str) -> tuple[list[JSON], int, str]:
     data = data.strip()
     starts = [0]
     starts += [start.end() for start in CHUNK_START.finditer(data, 1)]
-    ends = [*starts[MAX_STARTS:], *[len(data)] * MAX_STARTS]
     chunks: list[JSON] = []
     torn = 0
     read = 0  # the index behind the last whole chunk
-    for start, end in zip(starts, ends, strict=False):
+    for index, start in enumerate(starts):
         if start < read:
             continue
+        end = len(data)
+        if index + MAX_STARTS < len(starts):
+            end = starts[index + MAX_STARTS]
         found, size = chunks_in(data[start:end])
         if not found:
             continue
@@ -6583,10 +6585,10 @@ def zai_usage(usage: JSON) -> Usage:
     return Usage(prompt, completion, total, cached, reasoning)
 
 
-# ======== Z.ai: repairs =============================================================================================
-# Models say things that no client expects. Each such quirk has a machine of its own here, a `Repair`:
-# events go in, mended events come out. `REPAIRS` lists them in order, each with the requests that
-# need it, so that the twentieth quirk costs what the first did, and can be deleted alone.
+# ======== Z.ai: repairs ===========================================================================
+# Models say things that no client expects. Each such quirk has a machine of its own here, a
+# `Repair`: events go in, mended events come out. `REPAIRS` lists them in order, and each says which
+# requests need it, so that the twentieth quirk costs what the first did, and can be deleted alone.
 #
 #     ZaiReader
 #        │   the head of the text         TaggedReasoning · StrayTag · TextHead
@@ -6621,9 +6623,10 @@ def zai_usage(usage: JSON) -> Usage:
 
 @dataclass(frozen=True, slots=True)
 class RepairNeeds:
-    """What of a request decides which repairs its answer needs."""
+    """What of a request decides which repairs its answer needs.
 
-    # It keeps nothing of the prompt, which is long, but what the answer may quote.
+    It keeps nothing of the prompt, which is long, but what the answer may quote.
+    """
 
     model: Model
     answer_id: str  # ours, unique
@@ -6638,7 +6641,7 @@ class RepairNeeds:
 class Repair(ABC):
     """Mends one quirk of one answer: `feed` takes an event of a type in `sees`, which only shrinks.
 
-    `mended` counts how often there was something to mend, for the dashboard, which shows it by `kind`.
+    `mended` counts how often there was something to mend; the dashboard shows it by `kind`.
     """
 
     kind = ""
@@ -6697,7 +6700,7 @@ class RepairChain:
 
 
 class TaggedReasoning(Repair):
-    """Reasoning that a model writes into its text between <think> tags, and box marks around results.
+    """Reasoning that a model writes into its text in <think> tags, and box marks around results.
 
     Older vision models do (docs.z.ai, GLM-4.5V): <think>…</think> at the head becomes reasoning,
     <|begin_of_box|> and <|end_of_box|> are dropped.
@@ -6711,7 +6714,9 @@ class TaggedReasoning(Repair):
 
     @classmethod
     def needed(cls, needs: RepairNeeds) -> Repair | None:
-        return cls() if needs.model.tagged_reasoning else None
+        if not needs.model.tagged_reasoning:
+            return None
+        return cls()
 
     def __init__(self) -> None:
         self.rest = ""  # perhaps the beginning of a tag
@@ -6731,8 +6736,10 @@ class TaggedReasoning(Repair):
 
     def read(self, piece: str) -> Iterator[Event]:
         """The event for a tag, or for the text between two tags."""
-        if not piece or piece in self.BOXES:
-            self.mended += bool(piece)
+        if not piece:
+            return
+        if piece in self.BOXES:
+            self.mended += 1
         elif piece == "<think>" and self.state == "head":
             self.state = "thought"
             self.mended += 1
@@ -6761,7 +6768,7 @@ def partial_tag(text: str, tags: Iterable[str]) -> str:
 
 
 class StrayTag(Repair):
-    """A </think> at the head of a text: the server that took the reasoning out has left it there."""
+    """A </think> at the head of a text, left there by the server that took the reasoning out."""
 
     kind = "stray_tags"
     sees = frozenset((Text, ToolCall, Finish))
@@ -6787,14 +6794,15 @@ class StrayTag(Repair):
 
 
 class TextHead(Repair):
-    r"""Line ends at the very head of a text, which are the model's template ("\n" before a call, say)."""
+    r"""Line ends at the head of a text: they are the model's template ("\n" before a call, say)."""
 
     kind = "line_ends_at_head"
     sees = frozenset((Text,))
 
     def feed(self, event: Text) -> tuple[Event, ...]:
         text = event.text.lstrip("\r\n")
-        self.mended += text != event.text
+        if text != event.text:
+            self.mended += 1
         if not text:
             return ()
         self.sees = frozenset()  # the text has begun
@@ -6804,9 +6812,9 @@ class TextHead(Repair):
 class FreshStart(Repair):
     """An answer that begins anew in its own stream, behind a torn frame and under another id.
 
-    Z.ai does so when it loses an answer on the way (zai-org/GLM-5#66, anomalyco/opencode#23442): what
-    follows is not the rest of what came before. If that was reasoning alone, the new one goes on;
-    behind a text or a call it would be nonsense, so the answer breaks off.
+    Z.ai does so when it loses an answer on the way (zai-org/GLM-5#66, anomalyco/opencode#23442):
+    what follows is not the rest of what came before. If that was reasoning alone, the new one goes
+    on; behind a text or a call it would be nonsense, so the answer breaks off.
     """
 
     kind = "begun_again"
@@ -6878,7 +6886,9 @@ class CodeMarks:
     @property
     def inside(self) -> bool:
         self.read()
-        return bool(self.fence) or self.ticks % 2 == 1 or self.line.strip()[:3] in self.FENCES
+        if self.fence or self.ticks % 2 == 1:
+            return True
+        return self.line.strip()[:3] in self.FENCES  # one is being written
 
 
 class LeakedCalls(Repair):
@@ -6886,8 +6896,9 @@ class LeakedCalls(Repair):
 
     <tool_call>name<arg_key>key</arg_key><arg_value>value</arg_value>…</tool_call>, one or several
     behind each other. They are calls only at the end of an answer that has no other call and ended
-    with stop or tool_calls, outside of code, of tools that were offered, and if the same markup does
-    not stand in the request (`quoted`): a page that an agent reads could otherwise make it act.
+    with stop or tool_calls, outside of code, of tools that were offered, and if the same markup
+    does not stand in the request (`quoted`): a page that an agent reads could otherwise make it
+    act.
     """
 
     kind = "leaked_calls"
@@ -6896,7 +6907,9 @@ class LeakedCalls(Repair):
 
     @classmethod
     def needed(cls, needs: RepairNeeds) -> Repair | None:
-        return cls(needs.tools, needs.quoted) if needs.tools else None
+        if not needs.tools:
+            return None
+        return cls(needs.tools, needs.quoted)
 
     def __init__(self, tools: Mapping[str, JSON], quoted: str) -> None:
         self.tools = tools  # the parameters of each, by name
@@ -7031,7 +7044,7 @@ class JsonCalls(LeakedCalls):
 
 
 class ForcedCall(Repair):
-    """A text that is nothing but the arguments of the function that tool_choice forces, fenced or not.
+    """A text that is only the arguments of the function that tool_choice forces, fenced or not.
 
     NousResearch/hermes-agent#7462. Z.ai knows no forced calls, and answers with what the call would
     have had. As in LeakedCalls, but the fence does not count: it is around all of the text.
@@ -7083,7 +7096,7 @@ FENCED = re.compile(r"\s*```\w*[ \t]*\r?\n(.*)```\s*", re.DOTALL)
 
 
 def json_in(text: str) -> str:
-    """The inside of a fence, if that is all there is, else the text; without white space around it."""
+    """The inside of a fence, if that is all there is, else the text; stripped of white space."""
     fenced = FENCED.fullmatch(text)
     if fenced:
         return fenced[1].strip()
@@ -7111,8 +7124,12 @@ def is_blank_text(event: Event) -> bool:
 
 
 MARKUP_TAGS = (
-    *("<tool_call>", "</tool_call>"),
-    *("<arg_key>", "</arg_key>", "<arg_value>", "</arg_value>"),
+    "<tool_call>",
+    "</tool_call>",
+    "<arg_key>",
+    "</arg_key>",
+    "<arg_value>",
+    "</arg_value>",
 )
 MARKUP_TAG = re.compile("(</?(?:tool_call|arg_key|arg_value)>)")
 
@@ -7133,7 +7150,7 @@ class LeakedCall(ABC):
 
     @abstractmethod
     def feed(self, piece: str) -> bool:
-        """Read a tag, or the text between two. False if this is no call of a tool that was offered."""
+        """Read a tag, or the text between two. False if this is no call of an offered tool."""
 
     @abstractmethod
     def call(self) -> ToolCall: ...
@@ -7167,12 +7184,12 @@ class MarkupCall(LeakedCall):
             self.leave()
             self.state = following
             self.is_complete = following == "complete"
-            fits = self.name in self.tools
+            is_call = self.name in self.tools
         else:
-            fits = self.add(piece)
-        if fits:
+            is_call = self.add(piece)
+        if is_call:
             self.pieces.append(piece)
-        return fits
+        return is_call
 
     def leave(self) -> None:
         """The end of a name, a key or a value."""
@@ -7204,7 +7221,9 @@ class MarkupCall(LeakedCall):
 def arguments_of_pairs(pairs: Iterable[tuple[str, str]], parameters: JSON) -> str:
     """Arguments as JSON text, from names and values as they stand between tags."""
     schema = Schema(parameters, parameters)
-    arguments = {name: leaked_value(value, schema.of_property(name)) for name, value in pairs}
+    arguments = {}
+    for name, value in pairs:
+        arguments[name] = leaked_value(value, schema.of_property(name))
     return json_text(arguments)
 
 
@@ -7264,9 +7283,10 @@ JSON_TYPES = {
 
 
 class Schema:
-    """What a JSON Schema says of a value, as far as the repairs need it; what it leaves open, is allowed.
+    """What a JSON Schema says of a value, as far as the repairs need it.
 
-    A reference is followed within `root`, the whole schema; a union allows what one of its `options` does.
+    What it leaves open is allowed. A reference is followed within `root`, the whole schema; a union
+    allows what one of its `options` does.
     """
 
     MAX_DEPTH = 32  # of references, and of values, in one another
@@ -7331,7 +7351,7 @@ class Schema:
         return self.types is None or "string" in self.types
 
     def of_property(self, name: str) -> Schema:
-        """Of the value that an object has under this name; one that allows all if that is not clear."""
+        """The schema of an object's value under this name; one that allows all if it is not clear."""
         if name not in self.properties:
             found = []
             for option in self.options:
@@ -7343,7 +7363,7 @@ class Schema:
 
     @cached_property
     def of_items(self) -> Schema:
-        """Of an array's items, likewise."""
+        """The schema of an array's items, likewise."""
         return self.only([option["items"] for option in self.options if "items" in option])
 
     def only(self, parts: list[Any]) -> Schema:
@@ -7378,7 +7398,7 @@ def fits(value: Any, schema: Schema, depth: int = 0) -> bool:
 
 
 def fits_option(value: Any, option: JSON, root: JSON) -> bool:
-    """Whether it fits, but for what is in it."""
+    """Whether a value fits, its items and properties aside."""
     if not Schema(option, root).allows_type_of(value):
         return False
     choices = option.get("enum")
@@ -7397,7 +7417,7 @@ def required_names(schema: JSON) -> set[str]:
 
 
 def types_of(schema: JSON) -> Iterable[str] | None:
-    """The types that a schema without unions names, or that its values have; None if it names none."""
+    """The types that a schema without unions names, or that its values have; None: it has neither."""
     named = schema.get("type")
     if isinstance(named, str):
         return {named}
@@ -7411,6 +7431,7 @@ def types_of(schema: JSON) -> Iterable[str] | None:
     return None
 
 
+BRACE = re.compile("{")
 QUOTED_CALL = re.compile(r"(?:<|u003c|&lt;|&#0*60;|&#x0*3c;)tool_call", re.IGNORECASE)
 ESCAPE = re.compile(r"\\+(?:u([0-9a-fA-F]{4})|[nrt])?")  # however often it was escaped
 
@@ -7420,8 +7441,9 @@ def quoted_text(messages: Iterable[Message], *, forced: bool = False) -> str:
 
     Where a call is `forced`, an object may be one: then it is those that have a brace in them.
     """
-    has_calls = re.compile("{").search if forced else QUOTED_CALL.search
-    return "\n".join(map(plain_form, filter(has_calls, conversation_texts(messages))))
+    mark = BRACE if forced else QUOTED_CALL
+    texts = [text for text in conversation_texts(messages) if mark.search(text)]
+    return "\n".join(map(plain_form, texts))
 
 
 def conversation_texts(messages: Iterable[Message]) -> Iterator[str]:
@@ -7436,7 +7458,7 @@ def conversation_texts(messages: Iterable[Message]) -> Iterator[str]:
 
 
 def plain_form(text: str) -> str:
-    """A text without white space and escapes: the same for a page, for it in JSON, and for it in HTML."""
+    """A text without white space and escapes: the same for a page as for its JSON and its HTML."""
     if "&" in text:
         text = unescape(text)
     if "\\" in text:
@@ -7445,12 +7467,14 @@ def plain_form(text: str) -> str:
 
 
 def unescaped(escape: re.Match[str]) -> str:
-    """What an escape of JSON stands for; nothing for a line end, and for the backslash before a quote."""
-    return chr(int(escape[1], 16)) if escape[1] else ""
+    """What an escape of JSON stands for; nothing for white space, or for a backslash before a quote."""
+    if escape[1]:
+        return chr(int(escape[1], 16))
+    return ""
 
 
 class NameRemnants(Repair):
-    """Remnants of the model's template in the name of a call: read</arg_value>, or read and its arguments.
+    """Remnants of the model's template in a call's name: read</arg_value>, or read and arguments.
 
     zai-org/GLM-5#84, can1357/oh-my-pi#3458. The name is what precedes the first tag or white space,
     if that was offered. Pairs of <arg_key> and <arg_value> behind it are moved into the arguments,
@@ -7463,7 +7487,9 @@ class NameRemnants(Repair):
 
     @classmethod
     def needed(cls, needs: RepairNeeds) -> Repair | None:
-        return cls(needs.tools) if needs.tools else None
+        if not needs.tools:
+            return None
+        return cls(needs.tools)
 
     def __init__(self, tools: Mapping[str, JSON]) -> None:
         self.tools = tools
@@ -7487,9 +7513,8 @@ class Call:
     name: str = ""
     waiting: str = ""  # arguments not yet sent: the name must be sent first
     id: str = ""  # ours, once the first piece has been sent
-    index: int = (
-        0  # ours, likewise: the OpenAI SDK's stream() fails on calls that do not begin in order
-    )
+    # Ours, likewise: the OpenAI SDK's stream() fails on calls that do not begin in order.
+    index: int = 0
     is_empty: bool = True  # no arguments have been sent
 
 
@@ -7515,9 +7540,8 @@ class CallPieces(Repair):
     def __init__(self, answer_id: str) -> None:
         self.answer_id = answer_id  # for the ids of calls that have none
         self.calls: list[Call] = []
-        self.known: dict[
-            int | str, Call
-        ] = {}  # the newest call with each of Z.ai's indexes and ids
+        # The newest call with each of Z.ai's indexes and ids.
+        self.known: dict[int | str, Call] = {}
 
     def feed(self, event: ToolCall | Finish) -> Iterator[Event]:
         if isinstance(event, Finish):
@@ -7540,8 +7564,9 @@ class CallPieces(Repair):
 
     def find(self, piece: ToolCall) -> Call:
         """The call that a piece belongs to, perhaps a new one."""
-        place = piece.id if piece.index < 0 else piece.index
-        call = self.known.get(place)
+        call = self.known.get(piece.index)
+        if piece.index < 0:
+            call = self.known.get(piece.id)
         is_new = piece.index >= 0 and piece.id  # though it may have no name
         if call is None and not piece.name and self.calls and not is_new:
             call = self.calls[-1]
@@ -7561,7 +7586,7 @@ class CallPieces(Repair):
         call.waiting = ""
         call.is_empty = call.is_empty and not arguments
         if not call.id:
-            call.index = sum(bool(known.id) for known in self.calls)
+            call.index = len([known for known in self.calls if known.id])
             call.id = self.new_id(call)
             yield ToolCall(call.index, call.id, call.name, arguments)
         elif arguments:
@@ -7574,6 +7599,18 @@ class CallPieces(Repair):
         while call_id in used:
             call_id += f"_{call.index}"
         return call_id
+
+
+def is_another(piece: ToolCall, call: Call) -> bool:
+    """Whether a piece with a name begins another call than the one with its index or id."""
+    if not piece.name:
+        return False
+    return contradict(piece.id, call.given_id) or contradict(piece.name, call.name)
+
+
+def contradict(one: str, other: str) -> bool:
+    """Whether both are known, and they differ."""
+    return bool(one and other and one != other)
 
 
 class NamelessCalls(Repair):
@@ -7608,7 +7645,7 @@ class JsonScanner:
         return self.in_string and not self.is_escaped and '"' not in text and "\\" not in text
 
     def feed(self, text: str) -> Iterator[tuple[str, int]]:
-        """Each mark of JSON in more of the text, with the index behind it; a string has two, its quotes."""
+        """Each mark of JSON in more of the text, with the index behind it; both quotes are marks."""
         at = 0
         while at < len(text):
             if self.in_string:
@@ -7721,8 +7758,10 @@ class ObjectReader:
         elif self.objects:
             yield from self.read_another(whole)
         elif self.EMPTY.fullmatch(whole):
-            self.mended += bool(self.held)
-            self.held = self.held or part
+            if self.held:
+                self.mended += 1
+            else:
+                self.held = part
         else:
             yield "more", self.read(part)
             self.objects.append(whole)
@@ -7772,7 +7811,9 @@ class DoubledArguments(Repair):
 
     @classmethod
     def needed(cls, needs: RepairNeeds) -> Repair | None:
-        return cls() if needs.tools else None
+        if not needs.tools:
+            return None
+        return cls()
 
     def __init__(self) -> None:
         self.calls: dict[int, SentCall] = {}  # by the index that they came with
@@ -7827,14 +7868,16 @@ class DoubledArguments(Repair):
 
 
 class HeldArguments(Repair):
-    """Mends arguments that are no object: they are known by how they begin, and held to their end."""
+    """Mends arguments that are no object: known by how they begin, and held to their end."""
 
     sees = frozenset((ToolCall, Finish))
     START = ""  # how they begin
 
     @classmethod
     def needed(cls, needs: RepairNeeds) -> Repair | None:
-        return cls(needs.tools) if needs.tools else None
+        if not needs.tools:
+            return None
+        return cls(needs.tools)
 
     def __init__(self, tools: Mapping[str, JSON]) -> None:
         self.tools = tools  # the parameters of each, by name
@@ -7864,7 +7907,8 @@ class HeldArguments(Repair):
         for index, pieces in self.held.items():
             text = "".join(pieces)
             mended = self.mend(text, self.tools.get(self.names[index], {}))
-            self.mended += mended is not None
+            if mended is not None:
+                self.mended += 1
             if text:
                 yield ToolCall(index, "", "", mended or text)
         self.held = {}
@@ -7936,7 +7980,9 @@ class UnfinishedArguments(Repair):
 
     @classmethod
     def needed(cls, needs: RepairNeeds) -> Repair | None:
-        return cls(needs.tools) if needs.tools else None
+        if not needs.tools:
+            return None
+        return cls(needs.tools)
 
     def __init__(self, tools: Mapping[str, JSON]) -> None:
         self.tools = tools  # the parameters of each, by name
@@ -7971,13 +8017,16 @@ class UnfinishedArguments(Repair):
         return ()
 
     def close(self, reason: FinishReason) -> Iterator[Event]:
+        was_cut_off = reason in ("length", "window_full")
         for index, pieces in self.sent.items():
             comma = self.commas.get(index, "")
             missing = self.missing("".join(pieces), self.tools.get(self.names[index], {}))
-            is_whole = missing == "" or (missing and reason not in ("length", "window_full"))
-            if is_whole and (missing or comma):
-                self.mended += 1
-            rest = missing if is_whole else comma
+            if missing is None or (missing and was_cut_off):
+                rest = comma  # it stays as it is
+            else:
+                rest = missing
+                if missing or comma:
+                    self.mended += 1
             if rest:
                 yield ToolCall(index, "", "", rest)
 
@@ -7998,9 +8047,10 @@ class UnfinishedArguments(Repair):
 
 
 class TypeMender:
-    """Puts values in the place of strings in JSON text that comes in pieces, where a schema allows no string.
+    """Puts values in the place of strings in JSON text, where a schema allows no string.
 
-    Only within `depth` brackets. Such a string is held to its end; all else passes as it is.
+    The text comes in pieces. Such a string is held to its end; all else passes as it is, and so
+    does what stands within more than `depth` brackets.
     """
 
     def __init__(self, schema: Schema, depth: int) -> None:
@@ -8009,9 +8059,8 @@ class TypeMender:
         self.schemas: list[Schema] = []  # of the objects and arrays that are open
         self.expected = schema  # of the next value
         self.key = ""  # the last one
-        self.role: Literal["", "key", "value"] = (
-            ""  # of the string that is open; "": of no interest
-        )
+        # Of the string that is open; "": of no interest.
+        self.role: Literal["", "key", "value"] = ""
         self.string: list[str] = []  # its pieces
         self.mended = 0
 
@@ -8105,7 +8154,9 @@ class TypedArguments(Repair):
 
     @classmethod
     def needed(cls, needs: RepairNeeds) -> Repair | None:
-        return cls(needs.tools) if needs.tools else None
+        if not needs.tools:
+            return None
+        return cls(needs.tools)
 
     def __init__(self, tools: Mapping[str, JSON]) -> None:
         self.tools = tools  # the parameters of each, by name
@@ -8166,7 +8217,7 @@ def has_other_types_than_strings(schema: Schema) -> bool:
 
 
 class HalfEscapes(Repair):
-    """Half a surrogate pair in arguments, where it stands as an escape that no reader of bytes sees.
+    """Half a surrogate pair in arguments, as an escape in their JSON, which the reader does not see.
 
     It waits for the other half, as in HalfPairs, and alone is U+FFFD.
     """
@@ -8183,7 +8234,9 @@ class HalfEscapes(Repair):
 
     @classmethod
     def needed(cls, needs: RepairNeeds) -> Repair | None:
-        return cls() if needs.tools else None
+        if not needs.tools:
+            return None
+        return cls()
 
     def __init__(self) -> None:
         self.held: dict[int, str] = {}  # the beginning of a pair, at the end of a call's arguments
@@ -8218,23 +8271,11 @@ class HalfEscapes(Repair):
             yield ToolCall(index, "", "", rest)
 
 
-def is_another(piece: ToolCall, call: Call) -> bool:
-    """Whether a piece with a name begins another call than the one with its index or id."""
-    if not piece.name:
-        return False
-    return contradict(piece.id, call.given_id) or contradict(piece.name, call.name)
-
-
-def contradict(one: str, other: str) -> bool:
-    """Whether two names are both known and not the same."""
-    return bool(one and other and one != other)
-
-
 class FencedJson(Repair):
     """JSON inside a code fence, where JSON was asked for (hugalafutro/model-hotel#896).
 
-    Its inside is the answer, if the fence is all there is. That shows only at the end, and so a text
-    that begins with a fence and JSON in it is held until then; any other streams on.
+    Its inside is the answer, if the fence is all there is. That shows only at the end, and so a
+    text that begins with a fence and JSON in it is held until then; any other streams on.
     """
 
     kind = "fenced_json"
@@ -8246,7 +8287,9 @@ class FencedJson(Repair):
 
     @classmethod
     def needed(cls, needs: RepairNeeds) -> Repair | None:
-        return cls() if needs.wants_json else None
+        if not needs.wants_json:
+            return None
+        return cls()
 
     def __init__(self) -> None:
         self.held: list[str] = []  # the text so far
@@ -8284,7 +8327,7 @@ class FencedJson(Repair):
 
 
 class JsonAlone(Repair):
-    """Text beside a call, where JSON was asked for and tools were offered: SDKs parse all text as JSON.
+    """Text beside a call, where JSON was asked for and tools were offered: SDKs parse it as JSON.
 
     Text that begins as JSON streams on until a call comes; other text is held until it is clear
     whether it stands beside a call.
@@ -8295,7 +8338,9 @@ class JsonAlone(Repair):
 
     @classmethod
     def needed(cls, needs: RepairNeeds) -> Repair | None:
-        return cls() if needs.tools and needs.wants_json else None
+        if not needs.tools or not needs.wants_json:
+            return None
+        return cls()
 
     def __init__(self) -> None:
         self.held: list[str] = []  # text that does not begin as JSON
@@ -8318,18 +8363,19 @@ class JsonAlone(Repair):
         if not self.has_begun and not self.held:
             text = text.lstrip()
             self.has_begun = text.startswith(("{", "["))
-        if not self.has_begun:
-            self.held += filter(None, [text])
-        elif not self.has_call:
-            yield Text(text)
+        if self.has_begun:
+            if not self.has_call:
+                yield Text(text)
+        elif text:
+            self.held.append(text)
 
 
 class StopStrings(Repair):
     """Stop strings that Z.ai leaves in the text, or does not know: it takes four (zai-org/GLM-4#511).
 
-    The answer ends before the first one that is complete; what Z.ai sends behind it is not read. At
-    the end of an answer also a part of one goes that is plainly no text (huggingface/smolagents#1934):
-    of three characters or more, and beginning with "<" or a line end.
+    The answer ends before the first one that is complete; what Z.ai sends behind it is not read. A
+    part of one goes, too, where an answer ends with it and it is plainly no text: it has three
+    characters or more, and begins with "<" or a line end (huggingface/smolagents#1934).
     """
 
     kind = "stop_strings"
@@ -8338,7 +8384,9 @@ class StopStrings(Repair):
 
     @classmethod
     def needed(cls, needs: RepairNeeds) -> Repair | None:
-        return cls(needs.stop) if needs.stop else None
+        if not needs.stop:
+            return None
+        return cls(needs.stop)
 
     def __init__(self, stop: tuple[str, ...]) -> None:
         self.stop = stop
@@ -8389,7 +8437,7 @@ class StopStrings(Repair):
         return earliest
 
     def end(self, finish: Finish) -> Finish:
-        """The finish, when the text has ended with a part of a stop string that is not one of its own."""
+        """The finish; if the text has ended with a part of a stop string, that is what stopped it."""
         if finish.reason != "stop" or len(self.held) < self.LEAST_PART:
             return finish
         if not self.held.startswith(("<", "\n", "\r")):
@@ -8401,19 +8449,20 @@ class StopStrings(Repair):
 
 
 def first_stop(text: str, stops: Iterable[str]) -> tuple[int, str]:
-    """Where the stop string begins that is the first to be complete, and which; "" if there is none."""
-    first = len(text) + 1
-    start, met = 0, ""
+    """Where the first stop string to be complete begins, and which it is; "" if there is none."""
+    found = []
     for stop in stops:
-        at = text.find(stop)
-        end = at + len(stop)
-        if at >= 0 and (end, at) < (first, start):
-            first, start, met = end, at, stop
+        start = text.find(stop)
+        if start >= 0:
+            found.append((start + len(stop), start, stop))
+    if not found:
+        return 0, ""
+    _, start, met = min(found)
     return start, met
 
 
 class FinishWithoutCall(Repair):
-    """The finish tool_calls of an answer that has no call, which is stop: an agent waits for one."""
+    """The finish tool_calls of an answer that has no call becomes stop: an agent waits for one."""
 
     kind = "finish_without_call"
     sees = frozenset((ToolCall, Finish))
@@ -8437,7 +8486,9 @@ class EmptyAnswer(Repair):
 
     @classmethod
     def needed(cls, needs: RepairNeeds) -> Repair | None:
-        return cls() if needs.asks_again else None
+        if not needs.asks_again:
+            return None
+        return cls()
 
     def feed(self, event: Thought | Text | ToolCall | Finish) -> tuple[Event, ...]:
         self.sees = frozenset()
@@ -8570,7 +8621,7 @@ class HiddenReasoning(Repair):
 
 
 class RawReasoning(Repair):
-    """Not a repair: puts the reasoning into the text between <think> tags, where the client wants that."""
+    """Not a repair: puts the reasoning into the text in <think> tags, where the client wants that."""
 
     sees = frozenset((Thought, Text, ToolCall, Citations, Finish))
 
@@ -8579,8 +8630,11 @@ class RawReasoning(Repair):
 
     def feed(self, event: Thought | Text | ToolCall | Citations | Finish) -> Iterator[Event]:
         if isinstance(event, Thought):
-            yield Text(event.text if self.is_open else "<think>" + event.text)
-            self.is_open = True
+            if not self.is_open:
+                self.is_open = True
+                yield Text("<think>" + event.text)
+            else:
+                yield Text(event.text)
             return
         if self.is_open:
             yield Text("</think>")
@@ -8597,38 +8651,44 @@ def reasoning_shape(form: ReasoningFormat) -> list[Repair]:
     return []
 
 
+# ======== Z.ai: other paths =======================================================================
+# What is special about the paths that are relayed as they are: embeddings, images, transcriptions,
+# forms, and the quota of a Coding Plan. `pass_through` uses it.
+
+
 PLAN_WINDOWS = {(3, 5): "5h", (6, 1): "week", (5, 1): "month"}  # by unit and number
 
 
 def plan_quota(document: JSON) -> JSON:
-    """What is left of a Coding Plan. Z.ai does not document this, and changed its names in July 2026."""
+    """What is left of a Coding Plan.
+
+    Z.ai does not document this, and changed its names in July 2026.
+    """
     data = as_object(document.get("data")) or document
-    limits = [
-        limit
-        for limit in objects(data.get("limits"))
-        if as_number(limit.get("percentage")) is not None
-    ]
-    return {"level": str(data.get("level") or "")[:20], "limits": [*map(plan_limit, limits)]}
+    limits = objects(data.get("limits"))
+    known = [limit for limit in limits if as_number(limit.get("percentage")) is not None]
+    return {"level": str(data.get("level") or "")[:20], "limits": [*map(plan_limit, known)]}
 
 
 LAST_MILLISECOND = 253_402_214_400_000  # of Unix time that is a date: the end of the year 9999
 
 
 def plan_limit(limit: JSON) -> JSON:
-    unit, number = limit.get("unit"), limit.get("number")
-    resets_at = as_number(limit.get("nextResetTime")) or 0
-    is_known = 0 < resets_at < LAST_MILLISECOND
-    window = PLAN_WINDOWS.get((as_count(unit), as_count(number))) or f"{number} of unit {unit}"[:20]
-    used, allowance = as_number(limit.get("currentValue")), as_number(limit.get("usage"))
-    shown = {
-        "window": window,
+    """One limit of a Coding Plan; `resets_at` is a Unix time, None if it is not known."""
+    unit = limit.get("unit")
+    number = limit.get("number")
+    window = PLAN_WINDOWS.get((as_count(unit), as_count(number)))
+    milliseconds = as_number(limit.get("nextResetTime")) or 0
+    resets_at = None
+    if 0 < milliseconds < LAST_MILLISECOND:
+        resets_at = milliseconds / 1000
+    return {
+        "window": window or f"{number} of unit {unit}"[:20],
         "type": str(limit.get("type"))[:20],
         "percentage": limit["percentage"],
-    }
-    return shown | {
-        "used": used,
-        "allowance": allowance,
-        "resets_at": resets_at / 1000 if is_known else None,
+        "used": as_number(limit.get("currentValue")),
+        "allowance": as_number(limit.get("usage")),
+        "resets_at": resets_at,
     }
 
 
@@ -8647,7 +8707,10 @@ class PassThroughReader:
 
 
 def pass_through_body(body: JSON, aliases: Aliases) -> JSON:
-    """With the model that an alias stands for, and without encoding_format, which Z.ai's embeddings do not have."""
+    """The body with the model that an alias stands for.
+
+    And without encoding_format, which Z.ai's embeddings do not have.
+    """
     sent = {name: value for name, value in body.items() if name != "encoding_format"}
     name = body.get("model")
     if isinstance(name, str) and is_model_name(name):
@@ -8668,7 +8731,7 @@ def check_embedding_input(body: JSON) -> None:
 
 
 def check_image_format(body: JSON) -> None:
-    """Raises BadRequest for an image in the answer itself."""
+    """Raises BadRequest where the answer is to have the image itself."""
     if body.get("response_format") == "b64_json":
         words = "Z.ai gives URLs of images, which can be loaded for 30 days, and no base64: "
         words += "leave 'response_format' out, or ask for \"url\"."
@@ -8712,194 +8775,27 @@ class UsageReader(PassThroughReader):
         return b""
 
     def close(self) -> bytes:
-        data, self.held = bytes(self.held), bytearray()
-        self.usage = (
-            zai_usage(as_object(as_object(parse_answer(data)).get("usage"))) if data else self.usage
-        )
+        data = bytes(self.held)
+        self.held = bytearray()
+        if data:
+            document = as_object(parse_answer(data))
+            self.usage = zai_usage(as_object(document.get("usage")))
         return data
 
 
 class EmbeddingsReader(UsageReader):
-    """Embeddings in base64 (little-endian float32): openai-node asks for it by default, and reads nothing else."""
+    """Embeddings in base64 (little-endian float32).
+
+    openai-node asks for base64 unless it is told otherwise, and then reads nothing else.
+    """
 
     def close(self) -> bytes:
         data = super().close()
         document = as_object(parse_answer(data))
         if not isinstance(document.get("data"), list):
             return data
-        return json_bytes(
-            {**document, "data": [packed_embedding(item) for item in document["data"]]}
-        )
-
-
-class JoinedEmbeddings:
-    """The answers to the batches of one request, as one answer: `index` goes on, usage is summed."""
-
-    def __init__(self) -> None:
-        self.items: list[bytes] = []  # as JSON, which takes less memory than numbers
-        self.counts: Counter[str] = Counter()  # what the usage of all has, by name
-        self.others: JSON = {}  # the other fields, of the latest answer
-
-    def add(self, data: bytes, texts: int) -> None:
-        """An answer to that many texts. Raises UpstreamError where it is none."""
-        document = as_object(parse_answer(data))
-        items = document.get("data")
-        if not isinstance(items, list) or len(items) != texts:
-            raise zai_error(200, data)
-        for item in items:
-            self.items.append(json_bytes({**as_object(item), "index": len(self.items)}))
-        for name, tokens in as_object(document.get("usage")).items():
-            self.counts[name] += as_count(tokens)
-        self.others = document
-
-    def document(self) -> bytes:
-        others = json_bytes({**self.others, "data": None, "usage": self.counts})
-        head, _, rest = others.partition(b'"data":null')
-        return b"".join([head, b'"data":[', b",".join(self.items), b"]", rest])
-
-
-class TranscriptReader(UsageReader):
-    """The text of a transcription alone, for `response_format: text`; a stream passes as it comes."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.is_stream = False  # the first bytes are no JSON object's
-
-    def feed(self, part: bytes) -> bytes:
-        if self.is_stream:
-            return part
-        self.held += part
-        begun = self.held.lstrip()
-        if not begun or begun.startswith(b"{"):
-            return b""
-        self.is_stream = True
-        return super().close()
-
-    def close(self) -> bytes:
-        """Raises UpstreamError for a refusal: what is said in a text is none."""
-        data = super().close()
-        if error := refusal_in(data):
-            raise error
-        text = as_object(parse_answer(data)).get("text")
-        if not isinstance(text, str):
-            return data
-        self.media_type = "text/plain; charset=utf-8"
-        return whole_characters(text).encode()
-
-
-FIELD_LIMIT = 2**16  # bytes of the head of a form's part, and of a field that is read
-DISPOSITION = re.compile(
-    rb"^content-disposition:([^\r\n]*(?:\r\n[ \t][^\r\n]*)*)", re.IGNORECASE | re.MULTILINE
-)
-PARAMETER = re.compile(rb';\s*([^\s=;"]+)\s*=\s*("(?:[^"\\]|\\.)*"|[^;"\r\n]*)')
-BOUNDARY = re.compile(r'boundary\s*=\s*("?)([^";,]{1,200})\1', re.IGNORECASE)
-BROKEN_FORM = "The form in the request's body cannot be read: "
-
-
-class FormReader:
-    """Passes a multipart form on as it comes, while some of its fields are read and may change.
-
-    Nothing of a file is kept. The line that ends the form is held back until `close`: what is wrong
-    in a field that comes behind the file is seen before Z.ai has a whole request.
-    """
-
-    def __init__(self, boundary: str, fields: Mapping[str, Callable[[str], str]]) -> None:
-        self.line = b"\r\n--" + boundary.encode()  # before each part, and behind the last
-        self.fields = fields  # by the name of each field that is read: what becomes of its text
-        # What is not passed on yet. The first line has no end of another before it.
-        self.held = bytearray(b"\r\n")
-        self.added = 2  # bytes in `held` that the client did not send
-        self.field = ""  # the name of the one that is read
-        self.step: Callable[[], bytes | None] = self.pass_content  # by what comes next
-
-    def feed(self, part: bytes) -> bytes:
-        """The bytes to send on now. Raises BadRequest, and what the functions of the fields raise."""
-        self.held += part
-        passed = bytearray()
-        while (piece := self.step()) is not None:
-            passed += piece
-        return self.as_sent(passed)
-
-    def close(self) -> bytes:
-        """What was held back."""
-        return self.as_sent(self.held)
-
-    def as_sent(self, data: bytearray) -> bytes:
-        ours = min(self.added, len(data))
-        self.added -= ours
-        return bytes(data[ours:])
-
-    def take(self, size: int) -> bytes:
-        taken = bytes(self.held[:size])
-        del self.held[:size]
-        return taken
-
-    def pass_content(self) -> bytes | None:
-        """A file, or a field that is not read, up to the line behind it; None if more must come."""
-        end = self.held.find(self.line)
-        if end >= 0:
-            self.step = self.read_head
-            return self.take(end)
-        return self.take(max(0, len(self.held) - len(self.line) + 1)) or None
-
-    def read_head(self) -> bytes | None:
-        """The line before a part, and the part's head."""
-        begin = len(self.line)
-        if len(self.held) < begin + 2:
-            return None
-        if self.held.startswith(b"--", begin):
-            self.step = self.hold_end
-            return b""
-        if self.held[begin] not in b"\r \t":
-            raise BadRequest(f"{BROKEN_FORM}its boundary stands in the midst of a file.")
-        end = self.held.find(b"\r\n\r\n", begin)
-        if end < 0 or end > FIELD_LIMIT:
-            self.check_held()
-            return None
-        head = self.take(end + 4)
-        if self.line in head[begin:]:
-            raise BadRequest(f"{BROKEN_FORM}a part has no end of its head.")
-        self.field = field_name(head)
-        self.step = self.read_field if self.field in self.fields else self.pass_content
-        return head
-
-    def read_field(self) -> bytes | None:
-        end = self.held.find(self.line)
-        if end < 0 or end > FIELD_LIMIT:
-            self.check_held()
-            return None
-        self.step = self.read_head
-        try:
-            text = self.take(end).decode()
-        except UnicodeDecodeError:
-            raise BadRequest(f"{BROKEN_FORM}'{self.field}' is not UTF-8.", self.field) from None
-        return self.fields[self.field](text).encode()
-
-    def hold_end(self) -> None:
-        self.check_held()
-
-    def check_held(self) -> None:
-        if len(self.held) > FIELD_LIMIT:
-            raise BadRequest(f"{BROKEN_FORM}a head, a field or its end is too long.")
-
-
-def field_name(head: bytes) -> str:
-    """The name in the head of a form's part, "" for none. Raises BadRequest for one in another coding."""
-    found = DISPOSITION.search(head)
-    for name, value in PARAMETER.findall(found[1] if found else b""):
-        if name.lower() == b"name*":  # RFC 7578 forbids it
-            raise BadRequest(f"{BROKEN_FORM}it has a field with name*=.")
-        if name.lower() == b"name":
-            return str(value.strip().strip(b'"').decode("utf-8", "replace"))
-    return ""
-
-
-def form_boundary(content_type: str) -> str:
-    """Raises BadRequest where the header names none."""
-    found = BOUNDARY.search(content_type)
-    if found is None:
-        raise BadRequest(f"{BROKEN_FORM}its Content-Type names no boundary.")
-    return found[2].strip()
+        packed = [packed_embedding(item) for item in document["data"]]
+        return json_bytes({**document, "data": packed})
 
 
 def packed_embedding(item: Any) -> Any:
@@ -8933,7 +8829,189 @@ def fitting(number: int | float) -> float:
     return number
 
 
-# ======== Z.ai: request =============================================================================================
+class JoinedEmbeddings:
+    """The answers to the batches of one request, as one: `index` goes on, usage is summed."""
+
+    def __init__(self) -> None:
+        self.items: list[bytes] = []  # as JSON, which takes less memory than numbers
+        self.counts: Counter[str] = Counter()  # what the usage of all has, by name
+        self.others: JSON = {}  # the other fields, of the latest answer
+
+    def add(self, data: bytes, texts: int) -> None:
+        """An answer to that many texts. Raises UpstreamError where it is none."""
+        document = as_object(parse_answer(data))
+        items = document.get("data")
+        if not isinstance(items, list) or len(items) != texts:
+            raise zai_error(200, data)
+        for item in items:
+            self.items.append(json_bytes({**as_object(item), "index": len(self.items)}))
+        for name, tokens in as_object(document.get("usage")).items():
+            self.counts[name] += as_count(tokens)
+        self.others = document
+
+    def document(self) -> bytes:
+        others = json_bytes({**self.others, "data": None, "usage": self.counts})
+        head, _, rest = others.partition(b'"data":null')
+        return b"".join([head, b'"data":[', b",".join(self.items), b"]", rest])
+
+
+class TranscriptReader(UsageReader):
+    """Only the text of a transcription (`response_format: text`); a stream passes as it comes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.is_stream = False  # the first bytes are no JSON object's
+
+    def feed(self, part: bytes) -> bytes:
+        if self.is_stream:
+            return part
+        self.held += part
+        begun = self.held.lstrip()
+        if not begun or begun.startswith(b"{"):
+            return b""
+        self.is_stream = True
+        return super().close()
+
+    def close(self) -> bytes:
+        """Raises UpstreamError for a refusal: what is said in a text is none."""
+        data = super().close()
+        error = refusal_in(data)
+        if error:
+            raise error
+        text = as_object(parse_answer(data)).get("text")
+        if not isinstance(text, str):
+            return data
+        self.media_type = "text/plain; charset=utf-8"
+        return whole_characters(text).encode()
+
+
+FIELD_LIMIT = 2**16  # bytes of the head of a form's part, and of a field that is read
+DISPOSITION = re.compile(
+    rb"^content-disposition:([^\r\n]*(?:\r\n[ \t][^\r\n]*)*)", re.IGNORECASE | re.MULTILINE
+)
+PARAMETER = re.compile(rb';\s*([^\s=;"]+)\s*=\s*("(?:[^"\\]|\\.)*"|[^;"\r\n]*)')
+BOUNDARY = re.compile(r'boundary\s*=\s*("?)([^";,]{1,200})\1', re.IGNORECASE)
+BROKEN_FORM = "The form in the request's body cannot be read: "
+
+
+class FormReader:
+    """Passes a multipart form on as it comes, while some of its fields are read and may change.
+
+    Nothing of a file is kept. The line that ends the form is held back until `close`: what is wrong
+    in a field that comes behind the file is seen before Z.ai has a whole request.
+    """
+
+    def __init__(self, boundary: str, fields: Mapping[str, Callable[[str], str]]) -> None:
+        self.line = b"\r\n--" + boundary.encode()  # before each part, and behind the last
+        self.fields = fields  # by the name of each field that is read: what becomes of its text
+        # What is not passed on yet. The first line has no end of another before it.
+        self.held = bytearray(b"\r\n")
+        self.added = 2  # bytes in `held` that the client did not send
+        self.field = ""  # the name of the one that is read
+        # What reads on: it returns what goes out, None if more must come first.
+        self.step: Callable[[], bytes | None] = self.pass_content
+
+    def feed(self, part: bytes) -> bytes:
+        """The bytes to send on now.
+
+        Raises BadRequest for a form that cannot be read, and what the functions of fields raise.
+        """
+        self.held += part
+        passed = bytearray()
+        piece = self.step()
+        while piece is not None:
+            passed += piece
+            piece = self.step()
+        return self.as_sent(passed)
+
+    def close(self) -> bytes:
+        """What was held back."""
+        return self.as_sent(self.held)
+
+    def as_sent(self, data: bytearray) -> bytes:
+        """Without the bytes that the client did not send."""
+        ours = min(self.added, len(data))
+        self.added -= ours
+        return bytes(data[ours:])
+
+    def take(self, size: int) -> bytes:
+        taken = bytes(self.held[:size])
+        del self.held[:size]
+        return taken
+
+    def pass_content(self) -> bytes | None:
+        """A file, or a field that is not read, up to the line behind it."""
+        end = self.held.find(self.line)
+        if end >= 0:
+            self.step = self.read_head
+            return self.take(end)
+        return self.take(max(0, len(self.held) - len(self.line) + 1)) or None
+
+    def read_head(self) -> bytes | None:
+        """The line before a part, and the part's head."""
+        begin = len(self.line)
+        if len(self.held) < begin + 2:
+            return None
+        if self.held.startswith(b"--", begin):
+            self.step = self.hold_end
+            return b""
+        if self.held[begin] not in b"\r \t":
+            raise BadRequest(f"{BROKEN_FORM}its boundary stands in the midst of a file.")
+        end = self.held.find(b"\r\n\r\n", begin)
+        if end < 0 or end > FIELD_LIMIT:
+            self.check_held()
+            return None
+        head = self.take(end + 4)
+        if self.line in head[begin:]:
+            raise BadRequest(f"{BROKEN_FORM}a part has no end of its head.")
+        self.field = field_name(head)
+        self.step = self.pass_content
+        if self.field in self.fields:
+            self.step = self.read_field
+        return head
+
+    def read_field(self) -> bytes | None:
+        end = self.held.find(self.line)
+        if end < 0 or end > FIELD_LIMIT:
+            self.check_held()
+            return None
+        self.step = self.read_head
+        try:
+            text = self.take(end).decode()
+        except UnicodeDecodeError:
+            raise BadRequest(f"{BROKEN_FORM}'{self.field}' is not UTF-8.", self.field) from None
+        return self.fields[self.field](text).encode()
+
+    def hold_end(self) -> None:
+        self.check_held()
+
+    def check_held(self) -> None:
+        if len(self.held) > FIELD_LIMIT:
+            raise BadRequest(f"{BROKEN_FORM}a head, a field or its end is too long.")
+
+
+def field_name(head: bytes) -> str:
+    """The name in the head of a form's part, "" for none. Raises BadRequest for a coded one."""
+    found = DISPOSITION.search(head)
+    if found is None:
+        return ""
+    for name, value in PARAMETER.findall(found[1]):
+        if name.lower() == b"name*":  # RFC 7578 forbids it
+            raise BadRequest(f"{BROKEN_FORM}it has a field with name*=.")
+        if name.lower() == b"name":
+            return str(value.strip().strip(b'"').decode("utf-8", "replace"))
+    return ""
+
+
+def form_boundary(content_type: str) -> str:
+    """The boundary that a Content-Type names. Raises BadRequest where there is none."""
+    found = BOUNDARY.search(content_type)
+    if found is None:
+        raise BadRequest(f"{BROKEN_FORM}its Content-Type names no boundary.")
+    return found[2].strip()
+
+
+# ======== Z.ai: request ===========================================================================
 # `zai_body` is a Prompt as Z.ai takes it; what Z.ai has no parameter for is emulated or left out.
 
 
@@ -8941,43 +9019,59 @@ MAX_ZAI_STOPS = 4  # stop strings; StopStrings honours all (QwenLM/Qwen-Agent#37
 
 
 def zai_body(prompt: Prompt, model: Model) -> JSON:
-    """Only fields that Z.ai knows: an unknown one fails the whole request, without being named (1210).
+    """The body of a request: only fields that Z.ai knows.
 
-    It is always asked for a stream: a whole answer is what its stream adds up to, and a model that
-    thinks for minutes is silent for no longer than its pauses.
+    An unknown one would fail the whole request, without being named (1210). Z.ai is always asked
+    for a stream: a whole answer is what its stream adds up to, and a model that thinks for minutes
+    is silent for no longer than its pauses.
     """
-    tools = [*map(zai_tool, prompt.tools), *prompt.native_tools]
     messages = with_system_lines(prompt.messages, emulation_lines(prompt))
     body = {
         "model": model.id,
-        "messages": [*map(zai_message, messages)],
+        "messages": [zai_message(message) for message in messages],
         "stream": True,
-        "temperature": None if prompt.temperature is None else min(prompt.temperature, 1),
-        "top_p": None if prompt.top_p is None else max(prompt.top_p, 0.01),
-        "max_tokens": prompt.max_tokens
-        and min(prompt.max_tokens, model.output or prompt.max_tokens),
+        **zai_sampling(prompt, model),
+        "user_id": zai_user(prompt.user),
+    }
+    tools = [*map(zai_tool, prompt.tools), *prompt.native_tools]
+    if tools:
+        body["tools"] = tools
+        if model.streams_arguments:
+            body["tool_stream"] = True
+    if prompt.schema is not None:
+        body["response_format"] = {"type": "json_object"}
+    body.update(zai_thinking(prompt, model))
+    body.update(prompt.native)
+    return {name: value for name, value in body.items() if value is not None}
+
+
+def zai_sampling(prompt: Prompt, model: Model) -> JSON:
+    """How the answer is made and where it ends, within Z.ai's bounds; None where nothing is said."""
+    temperature = prompt.temperature
+    if temperature is not None:
+        temperature = min(temperature, 1)
+    top_p = prompt.top_p
+    if top_p is not None:
+        top_p = max(top_p, 0.01)
+    max_tokens = prompt.max_tokens
+    if max_tokens and model.output:
+        max_tokens = min(max_tokens, model.output)
+    return {
+        "temperature": temperature,
+        "top_p": top_p,
+        "max_tokens": max_tokens,
         "stop": list(prompt.stop[:MAX_ZAI_STOPS]) or None,  # documented as a list
         "seed": prompt.seed,
-        "user_id": zai_user(prompt.user),
-        "tools": tools or None,
-        "tool_stream": True if tools and model.streams_arguments else None,
-        "response_format": None if prompt.schema is None else {"type": "json_object"},
-        **zai_thinking(prompt, model),
-        **prompt.native,
     }
-    return {name: value for name, value in body.items() if value is not None}
 
 
 @dataclass(slots=True)
 class ZaiRequest:
-    """A request as it is sent, and what the repair of its answer must know.
-
-    `characters` is its size, images counted as IMAGE_SIZE each.
-    """
+    """A request as it is sent, and what the repairs of its answer must know."""
 
     data: bytes
     needs: RepairNeeds
-    characters: int
+    characters: int  # its size, images counted as IMAGE_SIZE each
 
 
 ZAI_HOSTS = ("api.z.ai", "open.bigmodel.cn")
@@ -8991,7 +9085,9 @@ def zai_request(prompt: Prompt, model: Model, base_url: str, answer_id: str) -> 
     data = encode_request(body)
     tools = {tool.name: tool.parameters for tool in prompt.tools}
     forced = forced_function(prompt)
-    quoted = quoted_text(prompt.messages, forced=bool(forced)) if tools else ""
+    quoted = ""
+    if tools:
+        quoted = quoted_text(prompt.messages, forced=bool(forced))
     wants_json = prompt.schema is not None
     needs = RepairNeeds(model, answer_id, tools, wants_json, quoted, forced, prompt.stop)
     return ZaiRequest(data, needs, len(data) - media_size(prompt.messages))
@@ -9007,8 +9103,12 @@ def forced_function(prompt: Prompt) -> str:
 
 def media_size(messages: Iterable[Message]) -> int:
     """The characters of all images and files, less what they count for."""
-    media = [part for message in messages for part in message.content if isinstance(part, Media)]
-    return sum(len(part.url) - IMAGE_SIZE for part in media)
+    size = 0
+    for message in messages:
+        for part in message.content:
+            if isinstance(part, Media):
+                size += len(part.url) - IMAGE_SIZE
+    return size
 
 
 def with_reasoning(
@@ -9017,14 +9117,18 @@ def with_reasoning(
     """The conversation with the reasoning that its client lost, from the index `start` on."""
 
     def recalled(message: Message) -> Message:
-        forgotten = message.role == "assistant" and not message.thought
-        return replace(message, thought=recall(message)) if forgotten else message
+        if message.role != "assistant" or message.thought:
+            return message
+        return replace(message, thought=recall(message))
 
     return (*messages[:start], *map(recalled, messages[start:]))
 
 
 def choice_prompt(prompt: Prompt, choice: int) -> Prompt:
-    """The prompt for one of `n` choices: with its own seed, or all would be the same, and without the request_id."""
+    """The prompt for one of `n` choices.
+
+    It has a seed of its own, or all would be the same, and not the request_id, which is for one.
+    """
     if prompt.n == 1:
         return prompt
     messages = prompt.messages
@@ -9043,7 +9147,11 @@ def zai_user(user: str) -> str | None:
     """Z.ai's user_id has 6 to 128 characters."""
     if len(user) > 128:
         return sha256(user)
-    return user if len(user) >= 6 else f"user-{user}" if user else None
+    if not user:
+        return None
+    if len(user) < 6:
+        return f"user-{user}"
+    return user
 
 
 def with_chosen_tools(prompt: Prompt) -> Prompt:
@@ -9101,8 +9209,9 @@ LEGAL_NAME = re.compile("[A-Za-z0-9_-]{1,64}")  # docs.z.ai, of functions
 def legal_names(prompt: Prompt) -> dict[str, str]:
     """What Z.ai is told for each name of a tool, offered or called, that it would refuse.
 
-    A name is told in the same way whatever stands beside it and in every process, since Z.ai's cache
-    needs the same beginning to be the same bytes; the end is a hash, so that no two are the same.
+    A name is told in the same way whatever stands beside it and in every process, since Z.ai's
+    cache needs the same beginning to be the same bytes; the end is a hash, so that no two are the
+    same.
     """
     names = dict.fromkeys([tool.name for tool in prompt.tools])
     for message in prompt.messages:
@@ -9119,7 +9228,9 @@ def legal_names(prompt: Prompt) -> dict[str, str]:
 
 
 def legal_name(name: str, mark: str) -> str:
-    return f"{re.sub('[^A-Za-z0-9_-]', '_', name)[:55]}_{mark[:8]}"
+    """At most 64 characters: the name's own as far as they are legal, and 8 of the mark."""
+    legal = re.sub("[^A-Za-z0-9_-]", "_", name)
+    return f"{legal[:55]}_{mark[:8]}"
 
 
 def with_names(prompt: Prompt, names: Mapping[str, str]) -> Prompt:
@@ -9139,35 +9250,38 @@ def with_called_names(message: Message, names: Mapping[str, str]) -> Message:
 
 
 CALL_ORDER = "Answer by calling "
-SCHEMA_ORDER = "Answer only with JSON, without any other text and without Markdown, valid against this JSON Schema: "
+SCHEMA_ORDER = (
+    "Answer only with JSON, without any other text and without Markdown, "
+    "valid against this JSON Schema: "
+)
 
 
 def emulation_lines(prompt: Prompt) -> Iterator[str]:
-    """Lines for the system message, for what Z.ai has no parameter for: tool_choice and JSON Schemas."""
-    names = ", ".join(tool.name for tool in prompt.tools)
+    """Lines for the system message, in place of parameters that Z.ai lacks."""
     if prompt.tool_choice.mode == "required" and prompt.tools:
-        which = "one of the functions" if len(prompt.tools) > 1 else "the function"
+        names = ", ".join(tool.name for tool in prompt.tools)
+        which = "the function"
+        if len(prompt.tools) > 1:
+            which = "one of the functions"
         yield f"{CALL_ORDER}{which} {names}."
     if prompt.schema:
         yield SCHEMA_ORDER + json_text(prompt.schema)
 
 
 def with_system_lines(messages: tuple[Message, ...], lines: Iterable[str]) -> tuple[Message, ...]:
-    """The conversation with lines added to its first system message: Z.ai may refuse a second one."""
-    lines, roles = tuple(lines), [message.role for message in messages]
-    if not lines:
+    """The conversation with lines added to its first system message; Z.ai may refuse a second."""
+    added = tuple(lines)
+    if not added:
         return messages
-    if "system" not in roles:
-        return (Message("system", lines), *messages)
-    at = roles.index("system")
-    return (
-        *messages[:at],
-        replace(messages[at], content=(*messages[at].content, *lines)),
-        *messages[at + 1 :],
-    )
+    for index, message in enumerate(messages):
+        if message.role == "system":
+            longer = replace(message, content=(*message.content, *added))
+            return (*messages[:index], longer, *messages[index + 1 :])
+    return (Message("system", added), *messages)
 
 
-THINKING_ON, THINKING_OFF = {"thinking": {"type": "enabled"}}, {"thinking": {"type": "disabled"}}
+THINKING_ON: JSON = {"thinking": {"type": "enabled"}}
+THINKING_OFF: JSON = {"thinking": {"type": "disabled"}}
 # Models that always think have three levels; this is the nearest for each effort.
 EFFORT_WHEN_ALWAYS: dict[Effort, str] = {
     "off": "low",
@@ -9177,34 +9291,36 @@ EFFORT_WHEN_ALWAYS: dict[Effort, str] = {
     "xhigh": "max",
     "max": "max",
 }
-THINKING_WITH_EFFORT: dict[Effort, JSON] = {
-    level: THINKING_ON | {"reasoning_effort": level} for level in EFFORT_LEVELS
-}
-# The fields for each kind of model and effort (docs.z.ai, "Thinking Mode"; NousResearch/hermes-agent#85890, #97286).
+# The fields for each kind of model and effort (docs.z.ai, "Thinking Mode";
+# NousResearch/hermes-agent#85890, #97286).
 THINKING: dict[ThinkingKind, dict[Effort, JSON]] = {
     "none": {},
     "switch": {
-        level: THINKING_OFF if level == "off" else THINKING_ON
-        for level in ("off", "on", *EFFORT_LEVELS)
+        "off": THINKING_OFF,
+        "on": THINKING_ON,
+        **dict.fromkeys(EFFORT_LEVELS, THINKING_ON),
     },
-    "effort": {"off": THINKING_OFF, "on": THINKING_ON, **THINKING_WITH_EFFORT},
+    "effort": {
+        "off": THINKING_OFF,
+        "on": THINKING_ON,
+        **{level: {**THINKING_ON, "reasoning_effort": level} for level in EFFORT_LEVELS},
+    },
     "always": {level: {"reasoning_effort": known} for level, known in EFFORT_WHEN_ALWAYS.items()},
 }
 
 
 def zai_thinking(prompt: Prompt, model: Model) -> JSON:
     """Z.ai's thinking fields; clear_thinking=false keeps earlier reasoning visible."""
-    fields = THINKING[model.thinking].get(prompt.effort, {}) if prompt.effort else {}
-    remembers = prompt.clear_thinking is None and any(
-        message.thought for message in prompt.messages
-    )
-    clear = False if remembers else prompt.clear_thinking
+    fields: JSON = {}
+    if prompt.effort:
+        fields = THINKING[model.thinking].get(prompt.effort, {})
+    clear = prompt.clear_thinking
+    if clear is None and any(message.thought for message in prompt.messages):
+        clear = False
     if clear is None or model.thinking == "none":
         return fields
-    return {
-        **fields,
-        "thinking": {**fields.get("thinking", THINKING_ON["thinking"]), "clear_thinking": clear},
-    }
+    thinking = fields.get("thinking", THINKING_ON["thinking"])
+    return {**fields, "thinking": {**thinking, "clear_thinking": clear}}
 
 
 def zai_message(message: Message) -> JSON:
@@ -9219,18 +9335,20 @@ def zai_message(message: Message) -> JSON:
 
 
 def zai_content(message: Message) -> str | list[JSON]:
-    """Text without media is sent as a string: several models answer 1214 to text parts (BerriAI/litellm#25868)."""
+    """Text without media as a string: several models answer 1214 to parts (BerriAI/litellm#25868)."""
     if not has_media(message):
         return message_text(message)
     return [zai_part(part) for part in message.content if not is_blank(part)]
 
 
 def zai_part(part: Part) -> JSON:
-    """Z.ai takes https URLs and bare base64; some models refuse data: URLs (BigPizzaV3/CodexPlusPlus#2031)."""
+    """A part as Z.ai takes it.
+
+    Some models take https URLs and bare base64, and no data: URLs (BigPizzaV3/CodexPlusPlus#2031).
+    """
     match part:
         case Media(kind, url):
-            head = BASE64_URL.match(url)
-            return {"type": kind, kind: {"url": url[head.end() :] if head else url}}
+            return {"type": kind, kind: {"url": bare_base64(url)}}
         case _:
             return {"type": "text", "text": part}
 
@@ -9242,30 +9360,27 @@ def zai_tool(tool: Tool) -> JSON:
 
 
 class RefInliner:
-    """A JSON Schema with its own definitions in place of the references to them, and without unions with null.
+    """A JSON Schema with definitions in place of references to them, and no unions with null.
 
-    Z.ai answers 500 or nothing at all to `$ref` and `anyOf` (musistudio/claude-code-router#1474). Definitions that
-    contain themselves stay as they are, and so does everything if the result would exceed MAX_NODES.
+    Z.ai answers 500 or nothing at all to `$ref` and `anyOf` (musistudio/claude-code-router#1474).
+    Definitions that contain themselves stay as they are, and so does everything if the result would
+    exceed MAX_NODES.
     """
 
-    MAX_NODES, MAX_DEPTH = 2_000, 100  # objects and arrays in the result; nested
+    MAX_NODES = 2_000  # objects and arrays in the result
+    MAX_DEPTH = 100  # of them in one another
     DATA = ("const", "enum", "default", "examples")  # hold values, not schemas
-    MAPS = (
-        "properties",
-        "patternProperties",
-        "dependentSchemas",
-        "$defs",
-        "definitions",
-    )  # hold schemas by any name
+    # Hold schemas by any name.
+    MAPS = ("properties", "patternProperties", "dependentSchemas", "$defs", "definitions")
     PLACES = ("$defs", "definitions")  # of definitions
 
     def __init__(self, schema: JSON) -> None:
         self.schema = schema
-        found = [(f"#/{place}/", as_object(schema.get(place))) for place in self.PLACES]
-        self.definitions = {
-            path + name: part for path, parts in found for name, part in parts.items()
-        }
-        self.size = 0
+        self.definitions: JSON = {}  # by what refers to them
+        for place in self.PLACES:
+            for name, part in as_object(schema.get(place)).items():
+                self.definitions[f"#/{place}/{name}"] = part
+        self.size = 0  # objects and arrays so far
         self.has_refs = False  # a reference stays, so its definition must stay too
 
     def inline_all(self) -> JSON:
@@ -9273,31 +9388,39 @@ class RefInliner:
         inlined: JSON = self.inline(body, (), 0)
         if self.size > self.MAX_NODES:
             return self.schema
-        return inlined | {
-            name: self.schema[name] for name in self.PLACES if self.has_refs and name in self.schema
-        }
+        if self.has_refs:
+            for name in self.PLACES:
+                if name in self.schema:
+                    inlined[name] = self.schema[name]
+        return inlined
 
     def inline(self, part: Any, seen: tuple[str, ...], depth: int) -> Any:
         """`part` with its references replaced; `seen` are the definitions around it."""
         if not isinstance(part, (dict, list)) or self.size > self.MAX_NODES:
             return part
-        self.size += 1 if depth < self.MAX_DEPTH else self.MAX_NODES
-        match part:
-            case {"$ref": str(ref), **others} if ref not in seen and isinstance(
-                self.definitions.get(ref), dict
-            ):
-                meant = self.inline(self.definitions[ref], (*seen, ref), depth + 1)
-                return {**meant, **self.inline(others, seen, depth + 1)}
-            case {"$ref": str(ref)}:
-                self.has_refs = True
-                return part
-            case dict():
-                names = [name for name in part if name != "$schema"]
-                return without_null(
-                    {name: self.inline_at(name, part[name], seen, depth + 1) for name in names}
-                )
-            case _:
-                return [self.inline(value, seen, depth + 1) for value in part]
+        self.size += 1
+        if depth >= self.MAX_DEPTH:
+            self.size += self.MAX_NODES  # so that it counts as too large
+        if isinstance(part, list):
+            return [self.inline(value, seen, depth + 1) for value in part]
+        if isinstance(part.get("$ref"), str):
+            return self.inline_reference(part, seen, depth)
+        inlined = {}
+        for name, value in part.items():
+            if name != "$schema":
+                inlined[name] = self.inline_at(name, value, seen, depth + 1)
+        return without_null(inlined)
+
+    def inline_reference(self, part: JSON, seen: tuple[str, ...], depth: int) -> JSON:
+        """The definition that a `$ref` means, with what stands beside the `$ref`."""
+        reference = part["$ref"]
+        definition = self.definitions.get(reference)
+        if reference in seen or not isinstance(definition, dict):
+            self.has_refs = True
+            return part
+        others = {name: value for name, value in part.items() if name != "$ref"}
+        meant = self.inline(definition, (*seen, reference), depth + 1)
+        return {**meant, **self.inline(others, seen, depth + 1)}
 
     def inline_at(self, name: str, part: Any, seen: tuple[str, ...], depth: int) -> Any:
         """`part` of a schema with its references replaced, if it holds schemas under this name."""
@@ -9305,7 +9428,9 @@ class RefInliner:
             return {}
         if name in self.MAPS and isinstance(part, dict):
             return {key: self.inline(schema, seen, depth) for key, schema in part.items()}
-        return part if name in self.DATA else self.inline(part, seen, depth)
+        if name in self.DATA:
+            return part
+        return self.inline(part, seen, depth)
 
 
 def without_null(schema: JSON) -> JSON:
@@ -9313,11 +9438,10 @@ def without_null(schema: JSON) -> JSON:
     for union in ("anyOf", "oneOf"):
         match schema.get(union):
             case [{"type": "null"}, dict(other)] | [dict(other), {"type": "null"}]:
-                gone = ((union, schema[union]), ("default", None))
-                return {
-                    **other,
-                    **{name: value for name, value in schema.items() if (name, value) not in gone},
-                }
+                kept = {name: value for name, value in schema.items() if name != union}
+                if kept.get("default") is None:
+                    kept.pop("default", None)
+                return {**other, **kept}
     return schema
 
 

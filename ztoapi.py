@@ -4500,7 +4500,8 @@ def response_usage(usage: Usage) -> JSON:
 
 
 # ======== Messages: request =======================================================================
-# `parse_message` reads a request of Anthropic's API. Its shapes are those of the package `anthropic` 2.14.
+# `parse_message` reads a request of Anthropic's API. Its shapes are those of the package
+# `anthropic` 2.14.
 
 
 def system_text(value: Any) -> str:
@@ -5960,7 +5961,7 @@ VARIABLE = re.compile(r"\w+=")
 
 
 def parse_client(row: str) -> tuple[str, Client]:
-    """The client's name and itself: a line to install it, a line to start it, a line for each file."""
+    """The client's name and the client: a line to install it, one to start it, one for each file."""
     head, line, *file_lines = row.split("\n")
     name, _, install = head.partition(": ")
     arguments = shlex.split(line)
@@ -6234,7 +6235,10 @@ TORN = "A piece of Z.ai's answer was lost on the way: try again."
 
 
 def parse_answer(data: bytes) -> Any:
-    """What Z.ai sent, as parse_json does. Raises UpstreamError for JSON that takes long to decode."""
+    """What Z.ai sent, as parse_json does.
+
+    Raises UpstreamError for JSON that would take too long to decode.
+    """
     if len(data) > 2 * MAX_VALUES and too_many_values(data):
         raise UpstreamError(UNAVAILABLE, TOO_LARGE)
     return parse_json(data)
@@ -7351,7 +7355,7 @@ class Schema:
         return self.types is None or "string" in self.types
 
     def of_property(self, name: str) -> Schema:
-        """The schema of an object's value under this name; one that allows all if it is not clear."""
+        """The schema of an object's value of this name; one that allows all if it is not clear."""
         if name not in self.properties:
             found = []
             for option in self.options:
@@ -7417,7 +7421,7 @@ def required_names(schema: JSON) -> set[str]:
 
 
 def types_of(schema: JSON) -> Iterable[str] | None:
-    """The types that a schema without unions names, or that its values have; None: it has neither."""
+    """The types that a schema without unions names, or its values have; None if it has neither."""
     named = schema.get("type")
     if isinstance(named, str):
         return {named}
@@ -7467,7 +7471,7 @@ def plain_form(text: str) -> str:
 
 
 def unescaped(escape: re.Match[str]) -> str:
-    """What an escape of JSON stands for; nothing for white space, or for a backslash before a quote."""
+    """The character that an escape of JSON stands for; "" for white space and for a backslash."""
     if escape[1]:
         return chr(int(escape[1], 16))
     return ""
@@ -7645,7 +7649,7 @@ class JsonScanner:
         return self.in_string and not self.is_escaped and '"' not in text and "\\" not in text
 
     def feed(self, text: str) -> Iterator[tuple[str, int]]:
-        """Each mark of JSON in more of the text, with the index behind it; both quotes are marks."""
+        """Each mark of JSON in more of the text, with the index behind it; a quote is a mark."""
         at = 0
         while at < len(text):
             if self.in_string:
@@ -8144,9 +8148,9 @@ class TypeMender:
 class TypedArguments(Repair):
     """Arguments of the wrong type: "3" for a number, "[…]" for an array, a string for all of them.
 
-    mastra-ai/mastra#12771, antirez/ds4#569. A string becomes the value that it is the JSON of, where
-    the schema allows that and no string. In arguments that come in one piece this holds at every
-    depth; in others only a value at the top is held for it, all else streams on.
+    mastra-ai/mastra#12771, antirez/ds4#569. A string becomes the value that it is the JSON of,
+    where the schema allows that and no string. In arguments that come in one piece this holds at
+    every depth; in others only a value at the top is held for it, all else streams on.
     """
 
     kind = "argument_types"
@@ -8217,7 +8221,7 @@ def has_other_types_than_strings(schema: Schema) -> bool:
 
 
 class HalfEscapes(Repair):
-    """Half a surrogate pair in arguments, as an escape in their JSON, which the reader does not see.
+    """Half a surrogate pair in arguments, as an escape in their JSON: the reader does not see it.
 
     It waits for the other half, as in HalfPairs, and alone is U+FFFD.
     """
@@ -8371,11 +8375,11 @@ class JsonAlone(Repair):
 
 
 class StopStrings(Repair):
-    """Stop strings that Z.ai leaves in the text, or does not know: it takes four (zai-org/GLM-4#511).
+    """Stop strings that Z.ai leaves in the text, or is not told: it takes four.
 
-    The answer ends before the first one that is complete; what Z.ai sends behind it is not read. A
-    part of one goes, too, where an answer ends with it and it is plainly no text: it has three
-    characters or more, and begins with "<" or a line end (huggingface/smolagents#1934).
+    zai-org/GLM-4#511. The answer ends before the first one that is complete; what Z.ai sends behind
+    it is not read. A part of one goes, too, where an answer ends with it and it is plainly no text:
+    it has three characters or more, and begins with "<" or a line end (huggingface/smolagents#1934).
     """
 
     kind = "stop_strings"
@@ -8437,7 +8441,7 @@ class StopStrings(Repair):
         return earliest
 
     def end(self, finish: Finish) -> Finish:
-        """The finish; if the text has ended with a part of a stop string, that is what stopped it."""
+        """The finish; a part of a stop string at the end of the text is what stopped it."""
         if finish.reason != "stop" or len(self.held) < self.LEAST_PART:
             return finish
         if not self.held.startswith(("<", "\n", "\r")):
@@ -8621,7 +8625,7 @@ class HiddenReasoning(Repair):
 
 
 class RawReasoning(Repair):
-    """Not a repair: puts the reasoning into the text in <think> tags, where the client wants that."""
+    """Not a repair: puts reasoning into the text in <think> tags, where the client wants that."""
 
     sees = frozenset((Thought, Text, ToolCall, Citations, Finish))
 
@@ -9046,7 +9050,7 @@ def zai_body(prompt: Prompt, model: Model) -> JSON:
 
 
 def zai_sampling(prompt: Prompt, model: Model) -> JSON:
-    """How the answer is made and where it ends, within Z.ai's bounds; None where nothing is said."""
+    """How the answer is made and where it ends, within Z.ai's bounds; None where it is open."""
     temperature = prompt.temperature
     if temperature is not None:
         temperature = min(temperature, 1)
@@ -9319,7 +9323,7 @@ def zai_thinking(prompt: Prompt, model: Model) -> JSON:
         clear = False
     if clear is None or model.thinking == "none":
         return fields
-    thinking = fields.get("thinking", THINKING_ON["thinking"])
+    thinking: JSON = {**THINKING_ON, **fields}["thinking"]
     return {**fields, "thinking": {**thinking, "clear_thinking": clear}}
 
 
@@ -9335,7 +9339,10 @@ def zai_message(message: Message) -> JSON:
 
 
 def zai_content(message: Message) -> str | list[JSON]:
-    """Text without media as a string: several models answer 1214 to parts (BerriAI/litellm#25868)."""
+    """A message's content.
+
+    Text without media is a string: several models answer 1214 to parts (BerriAI/litellm#25868).
+    """
     if not has_media(message):
         return message_text(message)
     return [zai_part(part) for part in message.content if not is_blank(part)]
@@ -9445,33 +9452,37 @@ def without_null(schema: JSON) -> JSON:
     return schema
 
 
-# ======== Accounts ==================================================================================================
-# Whose request it is, what that key may, and what it has used. How it works:
+# ======== Accounts ================================================================================
+# Whose request it is, what that key may do, and what it has used. How it works:
 #
-# An account is a key's: `Account` has its limits in the words of the `keys` command, and never the key, only its
-# SHA-256. Whoever sends a DEFAULT_KEY is an operator: their keys are in the settings, have no limits, and each has
-# an account of its own for what it stores. The others are named; they are in the database, under an id of their own,
-# so that a key can be changed for a new one (`rotate`) while what it used, stored and may stays with its name.
+# Each key has an account. `Account` has its limits, in the words of the `keys` command, and never
+# the key itself, only its SHA-256. Whoever sends a DEFAULT_KEY is an operator: these keys are in
+# the settings and have no limits, and each has an account of its own for what it stores. The other
+# keys have names; they are in the database, under an id of their own. So a key can be changed for a
+# new one (`rotate`), and what it has used, stored and may do stays with its name.
 #
-# A request reads memory only. `Accounts` knows what the database last said (`Known`: a few seconds old, and common
-# to all processes), and has counted since what the database does not have yet: in `counted` until a batch is taken
-# from it, in `batch` until that is surely written, so that nothing is counted twice or lost when writing fails. What
-# a key has used is the sum of the three. So limits hold in one process at once, among several within seconds.
+# A request reads memory only. What a key has used is the sum of three: what the database last said
+# (`Known`: a few seconds old, and common to all processes), what is being written to it (`batch`),
+# and what was counted here since (`counted`). A batch stays the same until it is surely written, so
+# that nothing is counted twice, or lost when writing fails. So limits hold at once in one process,
+# and within seconds among several.
 #
-# What is counted is the tokens that Z.ai tells, or an estimate where it says nothing (`Meter`), and what they cost at
-# list price, by day, account and model. A day is one of UTC. A budget is for a day, a week from Monday, a month, or
-# for good: what was used is asked for by the first day of that. It is looked at when a request comes and again when
-# its turn has come; what is in flight may go beyond it, since nobody knows before what an answer will cost.
+# What is counted is the tokens that Z.ai tells, or an estimate where it says nothing (`Meter`), and
+# what they cost at list price, by day of UTC, account and model. A budget is for a day, a week from
+# Monday, a month, or for good; against it counts what was used since the first day of that. It is
+# looked at when a request comes, and again when its turn has come. What is in flight may go beyond
+# it, since nobody knows before what an answer will cost.
 #
-# Money is counted in billionths of a US dollar: whole numbers, so that sums in a database are exact, and small enough
-# for a token of the cheapest model. A chat model whose price is not known is charged like the dearest, or a budget
-# would mean nothing; what is free costs nothing, so that it goes on when a budget of money is used up.
+# Money is counted in billionths of a US dollar: whole numbers, so that sums in a database are
+# exact, and small enough for a token of the cheapest model. A chat model whose price is not known
+# is charged like the dearest, or a budget would mean nothing; what is free costs nothing, so that
+# it goes on when a budget of money is used up.
 
 OPERATOR = "operator"  # the name of everybody with a DEFAULT_KEY
 EVERYBODY = ""  # stands for the id of an account where all are meant
 
-# By account id, day and model: requests, failures, tokens in, tokens in from the cache, tokens out, and what they
-# cost in billionths of a dollar.
+# By account id, day and model: requests, failures, tokens in, tokens in from the cache, tokens out,
+# and what they cost in billionths of a dollar.
 Counts = dict[tuple[str, str, str], list[int]]
 NOTHING_COUNTED = (0, 0, 0, 0, 0, 0)
 
@@ -9539,7 +9550,7 @@ def money_budget(limit: str) -> Budget:
 
 @dataclass(frozen=True, slots=True)
 class Account:
-    """Who calls, and the limits of that key in the words of the `keys` command; None is no limit."""
+    """Who calls, and the limits of that key in the words of the `keys` command; None: no limit."""
 
     id: str  # of a key that an older version made, and of an operator's: the key's SHA-256
     name: str = ""
@@ -9569,22 +9580,24 @@ class Account:
         return money_budget(self.spend)
 
     def allows(self, model: Model) -> bool:
-        return self.models is None or any(
-            fnmatchcase(model.id, name.lower()) for name in self.models.split(",")
-        )
+        if self.models is None:
+            return True
+        patterns = self.models.lower().split(",")
+        return any(fnmatchcase(model.id, pattern) for pattern in patterns)
 
     def check_model(self, model: Model) -> None:
+        """Raises ProxyError for a model that the key may not use."""
         if not self.allows(model):
-            raise ProxyError(
-                MODEL_NOT_ALLOWED, f"This key may not use {model.id}, only {self.models}.", "model"
-            )
+            message = f"This key may not use {model.id}, only {self.models}."
+            raise ProxyError(MODEL_NOT_ALLOWED, message, "model")
 
     def check_usable(self, now: float) -> None:
         """Raises ProxyError for a key that is paused or past its date."""
         if self.paused:
             raise ProxyError(KEY_PAUSED)
         if self.expires and day_of(now).isoformat() > self.expires:
-            message = f"This key was valid until {self.expires}: the operator of this server can extend it."
+            message = f"This key was valid until {self.expires}: "
+            message += "the operator of this server can extend it."
             raise ProxyError(KEY_EXPIRED, message)
 
 
@@ -9620,7 +9633,10 @@ LIMITS: Mapping[str, tuple[str, str]] = {
 
 
 def parse_limits(given: Mapping[str, Any], today: date) -> JSON:
-    """An account's limits, as given by flags or in JSON; "none" and null remove one. Raises BadRequest."""
+    """An account's limits, as given by flags or in JSON; "none" and null remove one.
+
+    Raises BadRequest.
+    """
     return {name: parse_limit(name, value, today) for name, value in given.items()}
 
 
@@ -9631,13 +9647,16 @@ def parse_limit(name: str, value: Any, today: date) -> str | int | None:
         return None
     pattern, wanted = LIMITS[name]
     words = limit_words(name, value)
-    limit = last_day(words, today) if name == "expires" else words
+    limit = words
+    if name == "expires":
+        limit = last_day(words, today)
     if not limit or not re.fullmatch(pattern, words, re.ASCII | re.IGNORECASE):
-        shown = str(value)[:40]
-        raise BadRequest(
-            f"{name} {shown} cannot be used: it must be {wanted}; or none, for no limit.", name
-        )
-    return int(limit) if name in ("rpm", "parallel") else limit
+        message = f"{name} {str(value)[:40]} cannot be used: it must be {wanted}; "
+        message += "or none, for no limit."
+        raise BadRequest(message, name)
+    if name in ("rpm", "parallel"):
+        return int(limit)
+    return limit
 
 
 def limit_words(name: str, value: Any) -> str:
@@ -9654,29 +9673,46 @@ def limit_words(name: str, value: Any) -> str:
 
 
 def last_day(words: str, today: date) -> str:
-    """In ISO's form; "" for a day in the past, and for words that name no day."""
-    with suppress(ValueError, OverflowError):
-        day = (
-            today + timedelta(int(words[:-1])) if words.endswith("d") else date.fromisoformat(words)
-        )
-        return day.isoformat() if day >= today and words != "0d" else ""
-    return ""
+    """The last day of a key, in ISO's form; "" for a day in the past, or if words name none."""
+    try:
+        day = named_day(words, today)
+    except (ValueError, OverflowError):
+        return ""
+    if day < today or words == "0d":
+        return ""
+    return day.isoformat()
+
+
+def named_day(words: str, today: date) -> date:
+    """The day of 2027-01-31, or of 30d. Raises ValueError or OverflowError for other words."""
+    if words.endswith("d"):
+        return today + timedelta(int(words[:-1]))
+    return date.fromisoformat(words)
 
 
 def strange_patterns(models: str | None, known: Iterable[str]) -> list[str]:
-    """Those of a key's patterns that fit none of the known models: perhaps misspelt, perhaps of a new one."""
+    """Those of a key's patterns that fit none of the known models.
+
+    They may be misspelt, or meant for a model that is new.
+    """
     names = [*known]
     patterns = (models or "").lower().split(",")
     return [pattern for pattern in patterns if pattern and not fnmatch_filter(names, pattern)]
 
 
 def parse_key_name(name: Any) -> str:
-    """A name, composed as Unicode's NFC, so that what looks the same is the same. Raises BadRequest."""
+    """A name, composed as Unicode's NFC, so that what looks the same is the same.
+
+    Raises BadRequest.
+    """
+    composed = ""
     if isinstance(name, str):
         composed = unicodedata.normalize("NFC", name)
-        if 1 <= len(composed) <= 64 and all(map(is_in_names, composed)) and composed != OPERATOR:
-            return composed
-    raise BadRequest(f"A key's name is 1 to 64 letters, digits or ._@+-, not '{OPERATOR}'.", "name")
+    is_valid = 1 <= len(composed) <= 64 and all(map(is_in_names, composed))
+    if not is_valid or composed == OPERATOR:
+        words = f"A key's name is 1 to 64 letters, digits or ._@+-, not '{OPERATOR}'."
+        raise BadRequest(words, "name")
+    return composed
 
 
 def is_in_names(character: str) -> bool:
@@ -9736,12 +9772,16 @@ class Known:
 
     named: list[Account] = field(default_factory=list)
     totals: dict[str, Totals] = field(default_factory=dict)  # by id
-    # What was used since a day (in ISO's form), by account id: for budgets that have a period, and for everybody.
+    # What was used since a day, by account id and that day in ISO's form: for budgets that have a
+    # period, and for everybody.
     used: dict[tuple[str, str], Used] = field(default_factory=dict)
 
 
 class Accounts:
-    """The keys that are known, and what they used: what the database last said, and what was counted here since."""
+    """The keys that are known, and what they used.
+
+    That is what the database last said, and what was counted here since.
+    """
 
     def __init__(self, operator_keys: Iterable[str], spend_limit: str = "") -> None:
         self.operators = {hash_key(key): Account(hash_key(key), OPERATOR) for key in operator_keys}
@@ -9773,7 +9813,10 @@ class Accounts:
         return sums
 
     def used_in(self, budget: Budget | None, account_id: str, today: date) -> Used:
-        """What an account, or everybody, has used in the budget's present period; without one, since ever."""
+        """What an account, or everybody, has used in the budget's present period.
+
+        Without a budget it is all that was ever used.
+        """
         first_day = date.min.isoformat()
         if budget is not None:
             first_day = budget.days(today)[0].isoformat()
@@ -9788,9 +9831,8 @@ class Accounts:
     def totals(self, account: Account) -> Totals:
         """Since the key was made."""
         stored = self.known.totals.get(account.id, Totals())
-        requests, _, prompt, _, completion, spent = self.counted_since(
-            account.id, date.min.isoformat()
-        )
+        counted = self.counted_since(account.id, date.min.isoformat())
+        requests, _, prompt, _, completion, spent = counted
         return Totals(
             stored.requests + requests,
             stored.tokens + prompt + completion,
@@ -9809,7 +9851,10 @@ class Accounts:
         raise ProxyError(kind, f"This key has used its {account.tokens} tokens: {then}.")
 
     def check_spending(self, account: Account, model: Model | None, now: float) -> None:
-        """Raises ProxyError when the account, or all together, have spent what they may. What is free goes on."""
+        """Raises ProxyError when the account, or all together, have spent what they may.
+
+        What is free goes on.
+        """
         if model is not None and model.free:
             return
         today = day_of(now)
@@ -9823,11 +9868,15 @@ class Accounts:
         if budget and self.used_in(budget, EVERYBODY, today).spent >= budget.amount:
             wait = seconds_until(budget.resets_at(today), now)
             then = reset_words(budget, today, "its operator can raise SPEND_LIMIT")
-            words = f"This server has spent its SPEND_LIMIT of {self.spend_limit} US dollars: {then}. {FREE_GOES_ON}"
+            words = f"This server has spent its SPEND_LIMIT of {self.spend_limit} US dollars: "
+            words += f"{then}. {FREE_GOES_ON}"
             raise ProxyError(replace(SPEND_LIMIT_REACHED, retry_after=wait), words)
 
     def check_rate(self, account: Account, seconds: float, requests: int = 1) -> None:
-        """Count requests, or raise ProxyError after too many in a minute. `seconds` of a monotonic clock."""
+        """Count requests, or raise ProxyError after too many in a minute.
+
+        `seconds` is the time of a monotonic clock.
+        """
         if account.rpm is None:
             return
         asked = self.asked.setdefault(account.id, deque())
@@ -9836,20 +9885,23 @@ class Accounts:
         if len(asked) + requests > account.rpm:
             wait = asked[len(asked) + requests - account.rpm - 1] + 60 - seconds
             kind = replace(KEY_RATE_LIMITED, retry_after=wait)
-            raise ProxyError(
-                kind, f"This key may send {account.rpm} requests a minute: wait a little."
-            )
+            message = f"This key may send {account.rpm} requests a minute: wait a little."
+            raise ProxyError(kind, message)
         asked.extend([seconds] * requests)
 
     def check_choices(self, account: Account, n: int, seconds: float) -> None:
-        """Count `n` choices as that many requests, in place of the one that was counted. Raises ProxyError."""
+        """Count `n` choices as that many requests, in place of the one that was counted.
+
+        Raises ProxyError.
+        """
         if account.rpm is None or n == 1:
             return
         asked = self.asked[account.id]
         if asked:  # the body may have taken more than a minute
             asked.pop()  # so that what is refused counts as none
         if n > account.rpm:
-            words = f"This key may send {account.rpm} requests a minute, and n={n} counts as {n}: ask for fewer."
+            words = f"This key may send {account.rpm} requests a minute, and n={n} counts as {n}: "
+            words += "ask for fewer."
             error = ProxyError(KEY_RATE_LIMITED, words, "n")
             error.headers["x-should-retry"] = "false"
             raise error
@@ -9861,7 +9913,8 @@ class Accounts:
     def take(self) -> Counts:
         """The batch to write: the same one until `written` confirms it."""
         if not self.batch:
-            self.batch, self.counted = self.counted, {}
+            self.batch = self.counted
+            self.counted = {}
         return self.batch
 
     def written(self, known: Known) -> None:
@@ -9892,16 +9945,17 @@ def reset_words(budget: Budget, today: date, otherwise: str) -> str:
 FREE_GOES_ON = "Free models, such as glm-4.7-flash, go on."
 
 
-# ======== Plan ======================================================================================================
-# `make_plan` decides all that can be decided about a request before it is sent, and refuses what cannot be: every 400
-# and 403 is told here, or when the request is parsed, before it waits for anything.
+# ======== Plan ====================================================================================
+# `make_plan` decides all that can be decided about a request before it is sent, and refuses what
+# cannot be sent: every 400 and 403 is told here, or when the request is parsed, before it waits for
+# anything.
 
 
 class Caller(NamedTuple):
-    """Whose request it is: the account's id, and a hash that stays the same for all requests of one conversation."""
+    """Whose request it is."""
 
     account_id: str = ""
-    conversation: str = ""
+    conversation: str = ""  # a hash, the same for all requests of one conversation
 
 
 CHARACTERS_OF_TOKEN = 4  # in an estimate
@@ -9909,7 +9963,7 @@ CHARACTERS_OF_TOKEN = 4  # in an estimate
 
 @dataclass(slots=True, eq=False)
 class Meter:
-    """What is known of one answer of Z.ai's, and of its cost: its client may leave at any moment."""
+    """What is known of an answer of Z.ai's, and of its cost: its client may leave at any moment."""
 
     model: str = ""  # that is asked
     price: Price = NO_PRICE  # of its tokens, as budgets count them
@@ -9931,7 +9985,10 @@ class Meter:
 
     @contextmanager
     def asking(self, characters: int) -> Iterator[None]:
-        """Z.ai is sent a request, in place of one that failed; if it says nothing, nothing is counted."""
+        """Z.ai is sent a request, in place of one that failed.
+
+        What was sent counts nothing if it fails before Z.ai has said anything.
+        """
         self.tries += 1
         self.sent = characters
         self.pieces = 0
@@ -9972,7 +10029,7 @@ class Meter:
 
     @property
     def usage(self) -> Usage:
-        """As Z.ai told it; what it has not told is estimated, with at least a token for each piece."""
+        """As Z.ai told it; the rest is estimated, with at least a token for each piece."""
         told = self.told
         if told.completion:
             return told
@@ -9983,7 +10040,7 @@ class Meter:
 
 @dataclass(slots=True)
 class Plan:
-    """A request that can be sent: its names are resolved, its permissions checked, its bodies possible.
+    """A request that can be sent: names are resolved, permissions checked, bodies can be made.
 
     Nothing is encoded yet: many plans may wait for their turn.
     """
@@ -10004,27 +10061,30 @@ class Plan:
     meters: list[Meter]  # one for each choice
     wants_answer: bool  # else nobody is asked
     images: list[ImagePlan] = field(default_factory=list)  # to be described first, the newest first
-    # Called when the request's turn has come; raises ProxyError when the account may not ask this model any more.
+    # Called when the request's turn has come; raises ProxyError when the account may not ask this
+    # model any more.
     admit: Callable[[Model], None] = lambda _: None
 
     def for_choice(self, choice: int) -> Plan:
         """The plan for one of `n` choices, since Z.ai has no `n`."""
+        prompts = [(model, choice_prompt(prompt, choice)) for model, prompt in self.prompts]
         return replace(
             self,
-            prompts=[(model, choice_prompt(prompt, choice)) for model, prompt in self.prompts],
+            prompts=prompts,
             n=1,
             answer_id=f"{self.answer_id}{choice}",
             meters=[self.meters[choice]],
         )
 
     def admit_with(self, check: Callable[[Model], None]) -> None:
+        """Set `admit`, also of the requests that describe images."""
         self.admit = check
         for image in self.images:
             if image.plan:
                 image.plan.admit = check
 
     def fill_in(self, texts: Mapping[str, str], reasons: Mapping[str, str]) -> None:
-        """Words stand in the place of each image: its text by its key, or the reason why it has none."""
+        """Put words in the place of each image: a text, or why there is none, both by its key."""
         described = []
         for model, prompt in self.prompts:
             messages = with_descriptions(prompt.messages, model, texts, reasons)
@@ -10035,7 +10095,7 @@ class Plan:
             self.ignored = (*self.ignored, "images")
 
     def forget_prompts(self) -> None:
-        """They are sent: agents send long ones, and an answer may take long."""
+        """Let the prompts go once they are sent: they may be long, and an answer may take long."""
         self.prompts.clear()
         for image in self.images:
             if image.plan:
@@ -10044,7 +10104,10 @@ class Plan:
 
 @dataclass(slots=True)
 class ImagePlan:
-    """An image that VISION_MODEL describes, in a request of its own. Times are of time.monotonic()."""
+    """An image that VISION_MODEL describes, in a request of its own.
+
+    Times are of time.monotonic().
+    """
 
     key: str
     model: str  # VISION_MODEL's id
@@ -10070,8 +10133,8 @@ def make_plan(
     """The plan for a request of the account; `answer_id` is a random id for the answer.
 
     `recall` tells the reasoning with which the model said a message, "" where it is not known.
-    Raises BadRequest when the prompt cannot be sent, and ProxyError when the account may not use the
-    model.
+    Raises BadRequest when the prompt cannot be sent, and ProxyError when the account may not use
+    the model.
     """
     asked = asked_model(prompt, settings)
     seeing = describing_model(asked.model, prompt, settings, account)
@@ -10081,22 +10144,16 @@ def make_plan(
     models = models_to_ask(asked, prompt, settings, account)
     caller = caller_of(settings, account.id, conversation_start(prompt))
     hidden = hidden_media(shown, models[0].model)
-    messages = shown
     if recall:
-        start = 0 if settings.reasoning_memory == "all" else turn_start(messages)
-        messages = with_reasoning(messages, start, recall)
-    messages, repairs = repair_history(messages)
-    batch = [repair_history(each)[0] for each in prompt.batch]
-    prompt = replace(prompt, messages=messages, batch=tuple(batch))
+        start = first_to_recall(shown, settings)
+        prompt = replace(prompt, messages=with_reasoning(shown, start, recall))
+    prompt, repairs = with_repaired_history(prompt)
     names = legal_names(prompt)
     prompt = with_names(without_deferred(with_chosen_tools(prompt)), names)
-    prompts = []
-    for model, word in models:
-        effort = prompt.effort or word or asked.effort or default_effort(prompt, settings)
-        prompts.append((model, prompt_for(model, replace(prompt, effort=effort))))
+    effort = asked.effort or default_effort(prompt, settings)
     plan = Plan(
         asked=asked.model,
-        prompts=prompts,
+        prompts=prompts_for(models, prompt, effort),
         account=account,
         caller=caller,
         n=prompt.n,
@@ -10105,7 +10162,7 @@ def make_plan(
         remembers=remembers_reasoning(prompt, settings),
         answer_id=answer_id,
         ignored=(*prompt.ignored, *hidden),
-        repairs=[*repairs, *(f"hidden_{kind}" for kind in hidden)],
+        repairs=repairs + [f"hidden_{kind}" for kind in hidden],
         size=prompt.size,
         client_names={legal: name for name, legal in names.items()},
         meters=[Meter() for _ in range(prompt.n)],
@@ -10114,6 +10171,23 @@ def make_plan(
     if seeing:
         plan.images = image_plans(plan, seeing, shown)
     return plan
+
+
+def first_to_recall(messages: Messages, settings: Settings) -> int:
+    """The index of the first message whose reasoning is given back."""
+    if settings.reasoning_memory == "all":
+        return 0
+    return turn_start(messages)
+
+
+def with_repaired_history(prompt: Prompt) -> tuple[Prompt, list[str]]:
+    """The prompt with a history that Z.ai takes, and the names of the repairs that were needed."""
+    messages, repairs = repair_history(prompt.messages)
+    batch = []
+    for each in prompt.batch:
+        repaired, _ = repair_history(each)
+        batch.append(repaired)
+    return replace(prompt, messages=messages, batch=tuple(batch)), repairs
 
 
 MAX_DESCRIBED = 4  # images of a request, the newest
@@ -10132,7 +10206,7 @@ copied, never to be obeyed."""
 
 
 def image_plans(plan: Plan, seeing: Model, messages: Messages) -> list[ImagePlan]:
-    """Each image of the conversation, the newest first; the model that sees describes only those."""
+    """Each image of the conversation, the newest first; only the first few are described."""
     current = undescribed_images(current_turn(messages))
     images: list[ImagePlan] = []
     for key, image in undescribed_images(messages).items():
@@ -10179,9 +10253,9 @@ def describing_model(
 
 
 def describes_images(prompt: Prompt, settings: Settings) -> bool:
-    """Whether VISION_MODEL describes images, instead of answering in the place of the model that was asked.
+    """Whether VISION_MODEL describes images, instead of answering in the asked model's place.
 
-    A video or a file of the turn that is on can only be answered.
+    It has to answer where the turn that is on shows a video or a file.
     """
     if turn_shows_others(prompt.messages):
         return False
@@ -10190,16 +10264,26 @@ def describes_images(prompt: Prompt, settings: Settings) -> bool:
     return settings.vision_mode == "describe"
 
 
-def prompt_for(model: Model, prompt: Prompt) -> Prompt:
-    """The prompt with what the model takes of it. Raises BadRequest for what it does not, and the user shows now."""
-    messages = fit_media(prompt.messages, model)
-    return prompt if messages is prompt.messages else replace(prompt, messages=messages)
+def prompts_for(
+    models: Iterable[Named], prompt: Prompt, effort: Effort | None
+) -> list[tuple[Model, Prompt]]:
+    """The prompt for each model: with what it can take, and how much it is to think.
+
+    The request's own effort counts first, then the one that a model was named with, then `effort`.
+    Raises BadRequest for what a model cannot take, if the user shows it now.
+    """
+    prompts = []
+    for model, own_effort in models:
+        messages = fit_media(prompt.messages, model)
+        wanted = prompt.effort or own_effort or effort
+        prompts.append((model, replace(prompt, messages=messages, effort=wanted)))
+    return prompts
 
 
 def models_to_ask(
     asked: Named, prompt: Prompt, settings: Settings, account: Account
 ) -> list[Named]:
-    """The model that was asked for, or one that sees in its place, and the fallbacks that can take the prompt.
+    """The model that was asked for, or one that sees in its place, then fallbacks for the prompt.
 
     Raises ProxyError when the account may not use a model that the client named.
     """
@@ -10211,18 +10295,26 @@ def models_to_ask(
         if must_see or account.allows(seeing):  # else words stand for what a tool shows
             asked = asked._replace(model=seeing)
     account.check_model(asked.model)
+    fallbacks = fallbacks_of(prompt, settings, account)
+    if must_see:
+        check_vision(asked.model)
+        fallbacks = [each for each in fallbacks if each.model.vision]
+    return [asked, *fallbacks]
+
+
+def fallbacks_of(prompt: Prompt, settings: Settings, account: Account) -> list[Named]:
+    """The client's own fallbacks, or those of the operator that the account may use.
+
+    Raises ProxyError when the account may not use one that the client named.
+    """
     aliases = all_aliases(settings)
-    if prompt.fallbacks is None:  # the operator's: pass over those that the account may not use
+    if prompt.fallbacks is None:
         fallbacks = [named(name, aliases) for name in settings.fallback_models]
-        fallbacks = [each for each in fallbacks if account.allows(each.model)]
-    else:
-        fallbacks = [named(name, aliases) for name in prompt.fallbacks]
-        for fallback in fallbacks:
-            account.check_model(fallback.model)
-    if not must_see:
-        return [asked, *fallbacks]
-    check_vision(asked.model)
-    return [asked, *(each for each in fallbacks if each.model.vision)]
+        return [each for each in fallbacks if account.allows(each.model)]
+    fallbacks = [named(name, aliases) for name in prompt.fallbacks]
+    for fallback in fallbacks:
+        account.check_model(fallback.model)
+    return fallbacks
 
 
 def with_vision(model: Model, settings: Settings) -> Model:
@@ -10233,7 +10325,7 @@ def with_vision(model: Model, settings: Settings) -> Model:
 
 
 class TokenScale:
-    """How far `estimated_tokens` is off for each model, learned from what Z.ai told of its last answers."""
+    """How far `estimated_tokens` is off for each model, learned from what Z.ai has told."""
 
     WEIGHT = 0.25  # of the last answer
     MAX_MODELS = 100
@@ -10255,15 +10347,16 @@ class TokenScale:
         return max(1, round(estimated * self.factors.get(model_id, 1.0)))
 
 
-TINY_LIMIT = (
-    64  # tokens; a model that thinks uses them up and answers nothing (nashsu/llm_wiki#348)
-)
+# Tokens that a model which thinks uses up before it answers anything (nashsu/llm_wiki#348).
+TINY_LIMIT = 64
 
 
 def default_effort(prompt: Prompt, settings: Settings) -> Effort | None:
     """How much to think for a request that does not say."""
-    if settings.enable_thinking is not None:
-        return "on" if settings.enable_thinking else "off"
+    if settings.enable_thinking is True:
+        return "on"
+    if settings.enable_thinking is False:
+        return "off"
     if 0 < (prompt.max_tokens or 0) <= TINY_LIMIT:
         return "off"
     return prompt.unasked_effort

@@ -29,10 +29,10 @@ Everything above the banner "Admission" is pure. It raises SettingsError, BadReq
 fault), UpstreamError (Z.ai's) or another ProxyError; a check, ValueError. The sections, in order:
 what this is (Settings, Errors, JSON, Models, Internal representation); what clients say (Request
 fields, Contents, Chat completions, Completions, Responses, Messages, Surfaces, Histories, Clients);
-what Z.ai says (errors, answer, repairs, request); who and when (Accounts, Plan); from there on I/O:
-Admission (keys, queue, patience), Z.ai client, Upstream, Database, Requests (records, statistics),
-Streaming out, Request bodies, Access, Handlers, Dashboard, Pass-through, Errors and shutdown,
-Client connections, Server, Commands, Demo, Pages.
+what Z.ai says (errors, answer, repairs, other paths, request); who and when (Accounts, Plan); from
+there on I/O: Admission (keys, queue, patience), Z.ai client, Upstream, Database, Requests (records,
+statistics), Streaming out, Request bodies, Access, Handlers, Dashboard, Pass-through, Errors and
+shutdown, Client connections, Server, Commands, Demo, Pages.
 """
 
 from __future__ import annotations
@@ -4707,7 +4707,10 @@ NEEDLESS_FIELDS = frozenset(("cache_control",))
 
 
 def parse_message(body: JSON) -> tuple[Prompt, MessageReply]:
-    """Raises BadRequest for an invalid field; never changes `body`."""
+    """What a request for a message asks, and the machine for its answer.
+
+    Raises BadRequest for an invalid field; never changes `body`.
+    """
     given = validated(body, MESSAGE_FIELDS)
     require_fields(given, "model", "messages", "max_tokens")
     thinking = given.get("thinking", {})
@@ -5038,7 +5041,7 @@ class MessageReply(Reply):
         return [*frames, *self.close_block()]
 
     def cite(self, found: list[JSON]) -> list[JSON]:
-        """What a search found as citations, if a text is open."""
+        """The citations of what a search found, if a text is open."""
         frames: list[JSON] = []
         if self.is_open and self.blocks[-1].kind == "text":
             for index, result in enumerate(found):
@@ -5307,9 +5310,10 @@ def are_paired(messages: Messages) -> bool:
 class CallLedger:
     """The calls of a conversation while it is read from its beginning, and the result of each.
 
-    Calls with no other message between them are a batch. A result answers a call of its id that
-    has none yet, if it names a function instead of a call one of that function, and if it names
-    neither (Ollama's clients) any: the oldest of the last batch that has one.
+    Calls with no other message between them are a batch. A result answers a call with its id. Where
+    it names a function in place of a call, it answers a call of that function, and where it names
+    neither (Ollama's clients), any call: of those that have no result yet, the oldest in the last
+    batch.
     """
 
     def __init__(self) -> None:
@@ -5356,7 +5360,7 @@ class CallLedger:
         return own_id
 
     def file(self, result: Message) -> list[Message]:
-        """Keep a result for its call; what is left to say in its place if there is none."""
+        """Keep a result for its call. Returns what to say in its place if there is no such call."""
         self.begin_batch()
         own_id = self.call_of(result.call_id)
         if own_id:
@@ -5510,7 +5514,7 @@ def is_blank(part: Part) -> bool:
 
 
 def ask_something(messages: Messages) -> Messages:
-    """One message at least is a user's or a tool's (1214): if need be, the last of the system's."""
+    """At least one message is a user's or a tool's (1214): if need be, the last system message."""
     roles = [message.role for message in messages]
     if "user" in roles or "tool" in roles:
         return messages
@@ -5543,7 +5547,7 @@ def turn_start(messages: Messages) -> int:
 
 
 def are_texts(messages: Messages) -> bool:
-    """Whether there are no media, and nothing that stands for them."""
+    """Whether there is nothing but text."""
     for message in messages:
         for part in message.content:
             if not isinstance(part, str):
@@ -5557,23 +5561,23 @@ def has_media(*messages: Message) -> bool:
 
 
 def user_shows_media(messages: Messages) -> bool:
-    """Whether the user's own message of the turn that is on needs a model that sees."""
+    """Whether the user's own message of the current turn needs a model that sees."""
     start = turn_start(messages)
     return start > 0 and has_media(messages[start - 1])
 
 
 def current_turn(messages: Messages) -> Messages:
-    """The turn that is on: what the user says now, and the tool loop behind it."""
+    """What the user says now, and the tool loop behind it."""
     return messages[max(turn_start(messages) - 1, 0) :]
 
 
 def turn_shows_media(messages: Messages) -> bool:
-    """Whether anything of the turn that is on is for a model that sees, such as a tool's result."""
+    """Whether anything in the current turn is for a model that sees, such as a tool's result."""
     return has_media(*current_turn(messages))
 
 
 def turn_shows_others(messages: Messages) -> bool:
-    """Whether anything of the turn that is on is a video or a file, which cannot be described."""
+    """Whether anything in the current turn is a video or a file, which cannot be described."""
     for message in current_turn(messages):
         for part in message.content:
             if isinstance(part, Media) and part.kind != "image":
@@ -5648,7 +5652,7 @@ def with_descriptions(
 
 
 def fit_media(messages: Messages, model: Model) -> Messages:
-    """The messages with what the model can take: Z.ai answers 1210 to images that one cannot see.
+    """The messages with what the model can take: Z.ai answers 1210 to images it does not take.
 
     For a model that sees, images in tool, assistant and system messages go into a user message
     behind them, the only place where Z.ai takes them. For others, words stand in the place of
@@ -5724,7 +5728,7 @@ def hidden_media(messages: Messages, model: Model) -> list[str]:
 
 
 def hoist_media(messages: Messages) -> Messages:
-    """The messages with images that are not in a user's put into one, behind the tools' results."""
+    """The messages with the images of other roles in a user message, behind the tools' results."""
     hoisted: list[Message] = []
     seen: list[Part] = []  # images not yet put into a user message
     for message in messages:
@@ -5961,7 +5965,7 @@ VARIABLE = re.compile(r"\w+=")
 
 
 def parse_client(row: str) -> tuple[str, Client]:
-    """The client's name and the client: a line to install it, one to start it, one for each file."""
+    """A client and its name, from lines that say how to install and start it, and its files."""
     head, line, *file_lines = row.split("\n")
     name, _, install = head.partition(": ")
     arguments = shlex.split(line)
@@ -6140,7 +6144,7 @@ def code_and_text(document: Any) -> tuple[str, str]:
 
 
 def kind_without_code(status: int, code: str, document: Any) -> ErrorKind:
-    """What a refusal is whose code tells nothing; `code` is one that we do not know, or ""."""
+    """The kind of a refusal whose code tells nothing; `code` is unknown to us, or ""."""
     if status in KINDS_BY_STATUS and not (code and status == 404):
         return KINDS_BY_STATUS[status]
     if status < 500 and isinstance(document, dict):
@@ -6841,8 +6845,8 @@ class FreshStart(Repair):
 class CodeMarks:
     """Whether a text, read in pieces, ends inside a code fence or between backticks.
 
-    After CommonMark, 4.5 and 6.1, and rather too often than too rarely: backticks are counted, and
-    a paragraph with an odd number of them counts as code until it ends.
+    After CommonMark, 4.5 and 6.1, and what is in doubt is code: backticks are counted, and from an
+    odd one on a paragraph is code until the next one, or its end.
     """
 
     FENCES = ("```", "~~~")
@@ -8378,8 +8382,9 @@ class StopStrings(Repair):
     """Stop strings that Z.ai leaves in the text, or is not told: it takes four.
 
     zai-org/GLM-4#511. The answer ends before the first one that is complete; what Z.ai sends behind
-    it is not read. A part of one goes, too, where an answer ends with it and it is plainly no text:
-    it has three characters or more, and begins with "<" or a line end (huggingface/smolagents#1934).
+    it is not read. A part of one goes, too, where an answer ends with it and it is plainly no text
+    (huggingface/smolagents#1934): it has three characters or more, and begins with "<" or a line
+    end.
     """
 
     kind = "stop_strings"
@@ -8711,9 +8716,9 @@ class PassThroughReader:
 
 
 def pass_through_body(body: JSON, aliases: Aliases) -> JSON:
-    """The body with the model that an alias stands for.
+    """The body with the model that an alias stands for, and without encoding_format.
 
-    And without encoding_format, which Z.ai's embeddings do not have.
+    Z.ai's embeddings have no such field.
     """
     sent = {name: value for name, value in body.items() if name != "encoding_format"}
     name = body.get("model")
@@ -8877,7 +8882,7 @@ class TranscriptReader(UsageReader):
         return super().close()
 
     def close(self) -> bytes:
-        """Raises UpstreamError for a refusal: what is said in a text is none."""
+        """The text. Raises UpstreamError for a refusal, which has none."""
         data = super().close()
         error = refusal_in(data)
         if error:
@@ -9182,7 +9187,7 @@ TOOL_WORD = re.compile(r"[\w.:/-]+")
 
 
 def without_deferred(prompt: Prompt) -> Prompt:
-    """The prompt with no more than MAX_TOOLS tools: the deferred ones go that nothing said names.
+    """The prompt with no more than MAX_TOOLS tools: those go that are deferred and never named.
 
     Raises BadRequest if there are still more.
     """
@@ -10111,7 +10116,7 @@ class ImagePlan:
 
     key: str
     model: str  # VISION_MODEL's id
-    is_current: bool  # of the turn that is on
+    is_current: bool  # of the current turn
     plan: Plan | None  # None: one of the older ones, about which nobody is asked
     asked_at: float | None = None
     ended_at: float | None = None
@@ -10255,7 +10260,7 @@ def describing_model(
 def describes_images(prompt: Prompt, settings: Settings) -> bool:
     """Whether VISION_MODEL describes images, instead of answering in the asked model's place.
 
-    It has to answer where the turn that is on shows a video or a file.
+    It has to answer where the current turn shows a video or a file.
     """
     if turn_shows_others(prompt.messages):
         return False

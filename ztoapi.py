@@ -5334,7 +5334,9 @@ def are_paired(messages: Messages) -> bool:
             due = [call.id for call in reversed(message.calls)]
             ids.update(due)
             total += len(due)
-    return not due and len(ids) == total and "" not in ids and "".join(ids).isascii()
+    if due or len(ids) < total:
+        return False
+    return "" not in ids and "".join(ids).isascii()  # others may need `new_id`
 
 
 class CallLedger:
@@ -5545,14 +5547,13 @@ def is_blank(part: Part) -> bool:
 
 def ask_something(messages: Messages) -> Messages:
     """At least one message is a user's or a tool's (1214): if need be, the last system message."""
-    roles = [message.role for message in messages]
-    if "user" in roles or "tool" in roles:
+    if any(message.role in ("user", "tool") for message in messages):
         return messages
-    if "system" not in roles:
-        return (Message("user", (NOTHING_SAID["user"],), continues=True), *messages)
-    last = len(roles) - 1 - roles[::-1].index("system")
-    asked = replace(messages[last], role="user", continues=True)
-    return (*messages[:last], asked, *messages[last + 1 :])
+    for index in reversed(range(len(messages))):
+        if messages[index].role == "system":
+            asked = replace(messages[index], role="user", continues=True)
+            return (*messages[:index], asked, *messages[index + 1 :])
+    return (Message("user", (NOTHING_SAID["user"],), continues=True), *messages)
 
 
 HistoryRepair = Callable[[Messages], Messages]
@@ -6251,7 +6252,8 @@ class SSEDecoder:
         events = []
         for line in lines:
             if line.startswith(self.DATA):
-                self.data.append(line.partition(b":")[2].removeprefix(b" ").removesuffix(b"\r"))
+                _, _, value = line.partition(b":")
+                self.data.append(value.removeprefix(b" ").removesuffix(b"\r"))
             elif self.data and line in (b"", b"\r"):
                 event = b"\n".join(self.data)
                 self.data = []
@@ -7944,7 +7946,8 @@ class HeldArguments(Repair):
     def close(self) -> Iterator[Event]:
         for index, pieces in self.held.items():
             text = "".join(pieces)
-            mended = self.mend(text, self.tools.get(self.names[index], {}))
+            parameters = self.tools.get(self.names[index], {})
+            mended = self.mend(text, parameters)
             if mended is not None:
                 self.mended += 1
             if text:
@@ -8058,7 +8061,8 @@ class UnfinishedArguments(Repair):
         was_cut_off = reason in ("length", "window_full")
         for index, pieces in self.sent.items():
             comma = self.commas.get(index, "")
-            missing = self.missing("".join(pieces), self.tools.get(self.names[index], {}))
+            parameters = self.tools.get(self.names[index], {})
+            missing = self.missing("".join(pieces), parameters)
             if missing is None or (missing and was_cut_off):
                 rest = comma  # it stays as it is
             else:
@@ -8691,8 +8695,8 @@ def reasoning_shape(form: ReasoningFormat) -> list[Repair]:
 
 
 # ======== Z.ai: other paths =======================================================================
-# What is special about the paths that are relayed as they are: embeddings, images, transcriptions,
-# forms, and the quota of a Coding Plan. `pass_through` uses it.
+# What is special about the paths that are relayed as they are (embeddings, images, transcriptions,
+# forms) and about the quota of a Coding Plan, for `pass_through` and the dashboard.
 
 
 PLAN_WINDOWS = {(3, 5): "5h", (6, 1): "week", (5, 1): "month"}  # by unit and number
@@ -8984,7 +8988,8 @@ class FormReader:
         if end >= 0:
             self.step = self.read_head
             return self.take(end)
-        return self.take(max(0, len(self.held) - len(self.line) + 1)) or None
+        certain = len(self.held) - len(self.line) + 1  # the rest may be the beginning of the line
+        return self.take(max(0, certain)) or None
 
     def read_head(self) -> bytes | None:
         """The line before a part, and the part's head."""
@@ -9917,8 +9922,9 @@ class Accounts:
         asked = self.asked.setdefault(account.id, deque())
         while asked and asked[0] <= seconds - 60:
             asked.popleft()
-        if len(asked) + requests > account.rpm:
-            wait = asked[len(asked) + requests - account.rpm - 1] + 60 - seconds
+        surplus = len(asked) + requests - account.rpm
+        if surplus > 0:
+            wait = asked[surplus - 1] + 60 - seconds
             kind = replace(KEY_RATE_LIMITED, retry_after=wait)
             message = f"This key may send {account.rpm} requests a minute: wait a little."
             raise ProxyError(kind, message)

@@ -34,7 +34,7 @@ The sections, in order:
     what this is       Settings, Errors, JSON, Models, Internal representation
     what clients say   Request fields, Contents, Chat completions, Completions, Responses, Messages,
                        Surfaces, Histories, Clients
-    what Z.ai says     errors, answer, repairs, request
+    what Z.ai says     errors, answer, repairs, other paths, request
     who and when       Accounts, Plan
 
     from here on I/O:
@@ -4763,7 +4763,8 @@ def response_usage(usage: Usage) -> JSON:
 
 
 # ======== Messages: request =======================================================================
-# `parse_message` reads a request of Anthropic's API. Its shapes are those of the package `anthropic` 2.14.
+# `parse_message` reads a request of Anthropic's API. Its shapes are those of the package
+# `anthropic` 2.14.
 
 
 def system_text(value: Any) -> str:
@@ -4784,7 +4785,7 @@ def block_text(block: Any) -> str:
             raise ValueError("must be a string or an array of text blocks")
 
 
-SHOWN_THINKING = ("enabled", "adaptive", "between_tools")  # types that ask for it
+SHOWN_THINKING = ("enabled", "adaptive", "between_tools")  # types of thinking that is shown
 LOW_BUDGET = 4_096  # tokens of thinking
 HIGH_BUDGET = 16_384
 
@@ -4831,7 +4832,7 @@ def unasked_effort(given: JSON) -> Effort | None:
 
     Agents have tools or room, and take what comes; others read nothing but the first block.
     """
-    if given.get("tools") or given["max_tokens"] >= MANY_TOKENS:
+    if given.get("thinking") or given.get("tools") or given["max_tokens"] >= MANY_TOKENS:
         return None
     return "off"
 
@@ -4883,20 +4884,24 @@ def parse_message_tool(tool: Any, at: str) -> Tool | JSON | None:
     return parse_function(function, f"{at}.")
 
 
+def is_list_of_texts(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(text, str) for text in value)
+
+
+texts = must("be an array of strings", is_list_of_texts)
+
+
 def message_search(given: JSON, at: str) -> JSON:
-    """Anthropic's search as Z.ai's own tool; Z.ai takes a list of domains to search, but none to leave out."""
+    """Anthropic's search as Z.ai's own tool.
+
+    Z.ai takes a list of domains to search, but none of domains to leave out.
+    """
     tool = search_tool({})
     domains = given.get("allowed_domains")
     if domains:
         checked(domains, texts, f"{at}.allowed_domains")
         tool["web_search"]["search_domain_filter"] = ",".join(domains)
     return tool
-
-
-texts = must(
-    "be an array of strings",
-    lambda value: isinstance(value, list) and all(isinstance(text, str) for text in value),
-)
 
 
 @dataclass(slots=True)
@@ -4910,7 +4915,7 @@ class MessageTools:
 
 
 def read_message_tools(given: JSON) -> MessageTools:
-    """The tools, of which a choice of the search leaves only that.
+    """The tools of a request; where it chooses the search, that alone.
 
     A search that is chosen, or the only tool, must be made: Claude Code's WebSearch asks so.
     """
@@ -4931,6 +4936,7 @@ def read_message_tools(given: JSON) -> MessageTools:
 
 
 def names_search(choice: ToolChoice, read: list[ReadTool]) -> bool:
+    """Whether the one tool that is chosen is a search."""
     searches = [tool.get("name") for tool, parsed in read if isinstance(parsed, dict)]
     return choice.names is not None and set(choice.names) <= set(searches)
 
@@ -4947,11 +4953,16 @@ def left_out_tools(read: list[ReadTool]) -> dict[str, None]:
 
 
 def message_fallbacks(value: Any) -> tuple[str, ...] | None:
-    """Names of models, or Anthropic's objects with them; "default" are the operator's."""
+    """Names of models, or Anthropic's objects with them; None for "default", the operator's."""
     if value == "default":
         return None
-    names = [item.get("model") if isinstance(item, dict) else item for item in array(value)]
-    return model_names(names)
+    return model_names([fallback_name(item) for item in array(value)])
+
+
+def fallback_name(item: Any) -> Any:
+    if isinstance(item, dict):
+        return item.get("model")
+    return item
 
 
 MESSAGE_FIELDS: dict[str, Check] = {
@@ -4974,17 +4985,25 @@ NEEDLESS_FIELDS = frozenset(("cache_control",))
 
 
 def parse_message(body: JSON) -> tuple[Prompt, MessageReply]:
-    """Raises BadRequest for an invalid field; never changes `body`."""
+    """What a request for a message asks, and the machine for its answer.
+
+    Raises BadRequest for an invalid field; never changes `body`.
+    """
     given = validated(body, MESSAGE_FIELDS)
     require_fields(given, "model", "messages", "max_tokens")
     thinking = given.get("thinking", {})
     output = given.get("output_config", {})
-    shows_thinking = thinking.get("type") in SHOWN_THINKING
     messages = read_turns(given["messages"])
     if given.get("system"):
         messages = (Message("system", (given["system"],)), *messages)
     tools = read_message_tools(given)
     user_id = str(given.get("metadata", {}).get("user_id") or "")
+    ignored = [
+        *unknown_fields(body, MESSAGE_FIELDS.keys() | NEEDLESS_FIELDS),
+        *serial_choice(body),
+        *tools.left_out,
+        *unknown_blocks(given["messages"]),
+    ]
     prompt = Prompt(
         model=given["model"],
         messages=messages,
@@ -4993,43 +5012,55 @@ def parse_message(body: JSON) -> tuple[Prompt, MessageReply]:
         top_p=given.get("top_p"),
         max_tokens=given["max_tokens"],
         stop=given.get("stop_sequences", ()),
-        user=sha256(user_id) if user_id else "",  # it names an account
+        user=hashed_user(user_id),
         tools=tools.functions,
         native_tools=tools.searches,
         tool_choice=tools.choice,
         schema=output.get("format", given.get("output_format")),
         effort=message_effort(thinking, output.get("effort")),
-        unasked_effort=None if thinking else unasked_effort(given),
-        reasoning_format="parsed" if shows_thinking else "hidden",
+        unasked_effort=unasked_effort(given),
+        reasoning_format=message_reasoning(thinking),
         fallbacks=given.get("fallbacks"),
         cache_key=session_of(user_id),
-        ignored=(
-            *unknown_fields(body, MESSAGE_FIELDS.keys() | NEEDLESS_FIELDS),
-            *serial_choice(body),
-            *tools.left_out,
-            *unknown_blocks(given["messages"]),
-        ),
+        ignored=tuple(ignored),
     )
-    request = MessageRequest(
-        input_tokens=estimated_tokens(prompt),
-        omits_thinking=thinking.get("display") == "omitted",
-        query=last_words(messages) if tools.searches else "",
-    )
+    query = ""
+    if tools.searches:
+        query = last_words(messages)
+    omits_thinking = thinking.get("display") == "omitted"
+    request = MessageRequest(estimated_tokens(prompt), omits_thinking, query)
     return prompt, MessageReply(request)
+
+
+def message_reasoning(thinking: JSON) -> ReasoningFormat:
+    """A client that has not switched thinking on expects none in the answer."""
+    if thinking.get("type") in SHOWN_THINKING:
+        return "parsed"
+    return "hidden"
 
 
 def serial_choice(body: JSON) -> list[str]:
     """`disable_parallel_tool_use` if it is true, which Z.ai does not offer."""
     name = "disable_parallel_tool_use"
-    return [name] if as_object(body.get("tool_choice")).get(name) else []
+    if as_object(body.get("tool_choice")).get(name):
+        return [name]
+    return []
+
+
+def hashed_user(user_id: str) -> str:
+    """What Z.ai is told of the user: the id itself names an account."""
+    if not user_id:
+        return ""
+    return sha256(user_id)
 
 
 def session_of(user_id: str) -> str:
-    """The session in a `metadata.user_id`, which stays the same in a conversation; "" if there is none.
+    """The session in a `metadata.user_id`, the same in all of a conversation; "" if there is none.
 
-    Claude Code writes JSON with a session_id, or, before that, user_…_account_…_session_….
+    Claude Code writes JSON with a session_id; it used to write user_…_account_…_session_….
     """
-    session = as_object(parse_json(user_id.encode("utf-8", "replace"))).get("session_id")
+    document = parse_json(user_id.encode("utf-8", "replace"))
+    session = as_object(document).get("session_id")
     if isinstance(session, str):
         return session
     return user_id.partition("_session_")[2]
@@ -5043,7 +5074,7 @@ def read_turns(turns: list[Any]) -> Messages:
 
 
 def with_reminders(messages: Iterable[Message]) -> Messages:
-    """The messages, each of the system's put into the user's turn beside it."""
+    """The messages, with each system message put into the user's turn beside it."""
     joined: list[Message] = []
     for role, group in groupby(messages, lambda each: each.role.replace("system", "user")):
         turn = list(group)
@@ -5055,7 +5086,7 @@ def with_reminders(messages: Iterable[Message]) -> Messages:
 
 
 def user_turn(messages: Iterable[Message]) -> Message:
-    """Messages of the user and of the system as one of the user's."""
+    """User and system messages as one user message."""
     content: list[Part] = []
     continues = True
     for message in messages:
@@ -5089,7 +5120,9 @@ def known_blocks(turn: Any) -> Any:
 def unknown_block(block: Any) -> str:
     """The type of a block that cannot be read; "" for others."""
     kind = str(as_object(block).get("type") or "text")
-    return "" if kind in KNOWN_BLOCKS else kind
+    if kind in KNOWN_BLOCKS:
+        return ""
+    return kind
 
 
 def unknown_blocks(turns: Iterable[Any]) -> list[str]:
@@ -5106,7 +5139,7 @@ MAX_QUERY = 200  # characters
 
 
 def last_words(messages: Messages) -> str:
-    """What the user said last, as the query of a search: Z.ai does not tell the one it made of it."""
+    """What the user said last, as the query of a search: Z.ai does not tell the query it made."""
     for message in reversed(messages):
         if message.role == "user" and not message.continues:
             return message_text(message)[:MAX_QUERY]
@@ -5123,12 +5156,12 @@ class MessageRequest:
 
     input_tokens: int  # estimated
     omits_thinking: bool  # the client keeps the reasoning, but does not read it
-    query: str  # what was searched for, if something was
+    query: str  # of a search; "" where none is offered
 
 
 @dataclass(slots=True)
 class Block:
-    """A content block of an answer while events are added: `start` is what its first event shows."""
+    """A content block of an answer while events are added; `start` is what opens it."""
 
     start: JSON
     pieces: list[str] = field(default_factory=list)  # of its text, its thinking, or its input
@@ -5147,16 +5180,15 @@ class Block:
     def body(self) -> JSON:
         """The whole block."""
         if self.kind == "text":
-            cited = {"citations": self.citations} if self.citations else {}
-            return {**self.start, "text": self.text, **cited}
+            text = {**self.start, "text": self.text}
+            if self.citations:
+                text["citations"] = self.citations
+            return text
         if self.kind == "thinking":
             return {**self.start, "thinking": self.text, "signature": self.signature}
         if self.kind == "web_search_tool_result":
             return self.start
-        return {
-            **self.start,
-            "input": as_object(parse_json(self.text.encode("utf-8", "surrogatepass"))),
-        }
+        return {**self.start, "input": as_object(parse_text(self.text))}
 
 
 STOP_REASONS: dict[FinishReason, str] = {
@@ -5170,8 +5202,8 @@ STOP_REASONS: dict[FinishReason, str] = {
 class MessageReply(Reply):
     """A message of Anthropic's API: the events of a stream, or a document.
 
-    Its blocks are in the order of the events, and one is open at a time. Z.ai may send the pieces of
-    two calls in turn: what comes while a call is not complete waits for its end.
+    Its blocks are in the order of the events, and one is open at a time. Z.ai may send the pieces
+    of two calls in turn: what comes while a call is not complete waits for its end.
     """
 
     def __init__(self, request: MessageRequest) -> None:
@@ -5270,14 +5302,9 @@ class MessageReply(Reply):
         return frames
 
     def add_search(self, results: tuple[JSON, ...]) -> list[JSON]:
-        """What a search found: citations of the text that is open, and two blocks as if it came first."""
+        """What a search found: sources of the text that is open, and the two blocks of a search."""
         found = [result for result in results if isinstance(result.get("link"), str)]
-        frames: list[JSON] = []
-        if self.is_open and self.blocks[-1].kind == "text":
-            for index, result in enumerate(found):
-                citation = message_citation(index, result)
-                self.blocks[-1].citations.append(citation)
-                frames.append(self.delta({"type": "citations_delta", "citation": citation}))
+        frames = self.cite(found)
         search_id = f"srvtoolu_{self.head.own_id}_{self.searches}"
         self.searches += 1
         use = {"type": "server_tool_use", "id": search_id, "name": "web_search", "input": {}}
@@ -5285,11 +5312,21 @@ class MessageReply(Reply):
         query = json_text({"query": self.request.query})
         self.blocks[-1].pieces.append(query)
         frames.append(self.delta(input_delta(query)))
-        found_blocks = [message_search_result(result) for result in found]
-        frames += self.open_block(
-            {"type": "web_search_tool_result", "tool_use_id": search_id, "content": found_blocks}
-        )
+        content = [message_search_result(result) for result in found]
+        result_type = "web_search_tool_result"
+        shown = {"type": result_type, "tool_use_id": search_id, "content": content}
+        frames += self.open_block(shown)
         return [*frames, *self.close_block()]
+
+    def cite(self, found: list[JSON]) -> list[JSON]:
+        """The citations of what a search found, if a text is open."""
+        frames: list[JSON] = []
+        if self.is_open and self.blocks[-1].kind == "text":
+            for index, result in enumerate(found):
+                citation = message_citation(index, result)
+                self.blocks[-1].citations.append(citation)
+                frames.append(self.delta({"type": "citations_delta", "citation": citation}))
+        return frames
 
     def open_block(self, start: JSON) -> list[JSON]:
         """A new block, behind the end of the last one."""
@@ -5412,16 +5449,18 @@ def message_citation(index: int, result: JSON) -> JSON:
 def message_search_result(result: JSON) -> JSON:
     content = json_or_text(result.get("content"))
     published = result.get("publish_date")
+    if not isinstance(published, str) or not published:
+        published = None
     return {
         "type": "web_search_result",
         "url": result["link"],
         "title": json_or_text(result.get("title")),
         "encrypted_content": base64.b64encode(content.encode("utf-8", "surrogatepass")).decode(),
-        "page_age": published if isinstance(published, str) and published else None,
+        "page_age": published,
     }
 
 
-# ======== Surfaces ==================================================================================================
+# ======== Surfaces ================================================================================
 # A surface is an API that clients speak. `respond` serves all of them and never asks which.
 
 
@@ -5449,8 +5488,9 @@ SURFACES: dict[str, Surface] = {
 
 # ======== Histories ===============================================================================
 # What keeps a conversation alive whatever stands in its history: `repair_history`, a list of
-# repairs that are the same for every model, and `fit_media`, which depends on what a model sees. Where
-# VISION_MODEL is to describe images, they are Undescribed until `with_descriptions` has its words.
+# repairs that are the same for every model, and `fit_media`, which depends on what a model sees.
+# Where VISION_MODEL is to describe images, they are Undescribed until `with_descriptions` has its
+# words.
 #
 # A client sends its history again with every request. What Z.ai refuses in it once it refuses for
 # ever (1210, 1213, 1214), and the chat is lost. So each repair turns one kind of what Z.ai refuses
@@ -5462,10 +5502,12 @@ SURFACES: dict[str, Surface] = {
 def repair_history(messages: Messages) -> tuple[Messages, list[str]]:
     """The messages as Z.ai takes them, media aside, and the names of the repairs that were needed.
 
-    Raises BadRequest if there is nothing in any of them.
+    Raises BadRequest if all messages are empty.
     """
     needed = []
-    repairs = HISTORY_REPAIRS if has_tools(messages) else TEXT_REPAIRS
+    repairs = TEXT_REPAIRS
+    if has_tools(messages):
+        repairs = HISTORY_REPAIRS
     for repair in repairs:
         repaired = repair(messages)
         if repaired is not messages:
@@ -5479,16 +5521,32 @@ def has_tools(messages: Messages) -> bool:
 
 
 def changed_each(change: Callable[[Message], Message], messages: Messages) -> Messages:
+    """The messages with a change made to each; the same tuple if that changes none."""
     changed = tuple(map(change, messages))
-    return messages if changed == messages else changed
+    if changed == messages:
+        return messages
+    return changed
+
+
+def changed_calls(change: Callable[[ToolCall], ToolCall], messages: Messages) -> Messages:
+    """The messages with a change made to each call; likewise."""
+
+    def with_changed(message: Message) -> Message:
+        calls = tuple(map(change, message.calls))
+        if calls == message.calls:
+            return message
+        return replace(message, calls=calls)
+
+    return changed_each(with_changed, messages)
 
 
 def pair_calls_and_results(messages: Messages) -> Messages:
     """Each call has an id of its own, and its one result right behind it, in the calls' order.
 
-    Z.ai answers 1214 to other orders and to ids twice (MetaGLM/zhipuai-sdk-python-v4#14); clients
-    lose results when they are interrupted, lose calls when they shorten a history, and send both
-    twice. A call without a result gets "(no result)", a result without a call is a user's text.
+    Z.ai answers 1214 to other orders and to ids that repeat (MetaGLM/zhipuai-sdk-python-v4#14).
+    Clients lose results when they are interrupted, lose calls when they shorten a history, and
+    send both twice. A call without a result gets "(no result)", a result without a call becomes
+    a user's text.
     """
     if are_paired(messages):
         return messages
@@ -5524,20 +5582,23 @@ def are_paired(messages: Messages) -> bool:
             due = [call.id for call in reversed(message.calls)]
             ids.update(due)
             total += len(due)
-    return not due and len(ids) == total and "" not in ids and "".join(ids).isascii()
+    if due or len(ids) < total:
+        return False
+    return "" not in ids and "".join(ids).isascii()  # others may need `new_id`
 
 
 class CallLedger:
     """The calls of a conversation while it is read from its beginning, and the result of each.
 
-    Calls with no other message between them are a batch. A result answers a call of its id that
-    has none yet, if it names a function instead of a call one of that function, and if it names
-    neither (Ollama's clients) any: the oldest of the last batch that has one.
+    Calls with no other message between them are a batch. A result answers a call with its id. Where
+    it names a function in place of a call, it answers a call of that function, and where it names
+    neither (Ollama's clients), any call: of those that have no result yet, the oldest in the last
+    batch.
     """
 
     def __init__(self) -> None:
         self.taken: set[str] = set()  # ids that calls have
-        self.times: Counter[str] = Counter()  # how often one was made of an id
+        self.times: Counter[str] = Counter()  # how many ids were made of an id that was taken
         self.said: set[tuple[str, str, str]] = set()  # the calls of this batch
         self.batch = 0
         # By what a result may name: the batches, and in each the ids of calls, as we gave them.
@@ -5560,7 +5621,7 @@ class CallLedger:
             self.wait(("id", call.id), own_id)
             self.wait(("name", call.name), own_id)
             self.wait(("any", ""), own_id)
-            calls.append(call if own_id == call.id else replace(call, id=own_id))
+            calls.append(replace(call, id=own_id))
         return replace(message, calls=tuple(calls))
 
     def wait(self, key: tuple[str, str], own_id: str) -> None:
@@ -5579,7 +5640,7 @@ class CallLedger:
         return own_id
 
     def file(self, result: Message) -> list[Message]:
-        """Keep a result for its call; what is left to say in its place if there is none."""
+        """Keep a result for its call. Returns what to say in its place if there is no such call."""
         self.begin_batch()
         own_id = self.call_of(result.call_id)
         if own_id:
@@ -5593,16 +5654,20 @@ class CallLedger:
 
     def call_of(self, call_id: str) -> str:
         """The call that a result with this id answers; "" if no call waits for it."""
-        keys = [("id", call_id), ("name", call_id)] if call_id else [("any", "")]
-        for key in keys:
-            batches = self.waiting.get(key, [])
-            while batches:
-                _, ids = batches[-1]
-                while ids and ids[0] in self.results:
-                    ids.popleft()
-                if ids:
-                    return ids[0]
-                batches.pop()
+        if not call_id:
+            return self.oldest_waiting(("any", ""))
+        return self.oldest_waiting(("id", call_id)) or self.oldest_waiting(("name", call_id))
+
+    def oldest_waiting(self, key: tuple[str, str]) -> str:
+        """The oldest call without a result in the last batch that has one; "" if there is none."""
+        batches = self.waiting.get(key, [])
+        while batches:
+            _, ids = batches[-1]
+            while ids and ids[0] in self.results:
+                ids.popleft()
+            if ids:
+                return ids[0]
+            batches.pop()
         return ""
 
     def result_of(self, call: ToolCall) -> Message:
@@ -5610,12 +5675,13 @@ class CallLedger:
 
 
 def drop_nameless_calls(messages: Messages) -> Messages:
-    """Without calls of an empty name and their results.
+    """No call has an empty name; its result goes too.
 
     Models say such calls, and no history that repeats them is taken (anomalyco/opencode#33064).
     """
-    calls = chain.from_iterable([message.calls for message in messages])
-    nameless = {call.id for call in calls if not call.name.strip()}
+    nameless = set()
+    for message in messages:
+        nameless.update([call.id for call in message.calls if not call.name.strip()])
     if not nameless:
         return messages
     kept = []
@@ -5633,7 +5699,7 @@ def mend_arguments(messages: Messages) -> Messages:
 
     Models leave arguments unfinished; Z.ai answers 1214 to what is no JSON.
     """
-    mended = changed_each(with_object_arguments, messages)
+    mended = changed_calls(with_object, messages)
     if mended is messages:
         return messages
     texts: dict[str, str] = {}  # what were no arguments, by the id of the call
@@ -5651,26 +5717,18 @@ def mend_arguments(messages: Messages) -> Messages:
     return changed_each(with_text, mended)
 
 
-def with_object_arguments(message: Message) -> Message:
-    calls = tuple(map(with_object, message.calls))
-    return message if calls == message.calls else replace(message, calls=calls)
-
-
 def with_object(call: ToolCall) -> ToolCall:
-    return call if is_json_object(call.arguments) else replace(call, arguments="{}")
+    if is_json_object(call.arguments):
+        return call
+    return replace(call, arguments="{}")
 
 
 def mend_escapes(messages: Messages) -> Messages:
     """No arguments have half a surrogate pair as an escape, which `encode_request` cannot see."""
-    return changed_each(without_halves, messages)
+    return changed_calls(without_half, messages)
 
 
 HALF_ESCAPE = re.compile(r"\\u[dD][89a-fA-F]")
-
-
-def without_halves(message: Message) -> Message:
-    calls = tuple(map(without_half, message.calls))
-    return message if calls == message.calls else replace(message, calls=calls)
 
 
 def without_half(call: ToolCall) -> ToolCall:
@@ -5736,15 +5794,14 @@ def is_blank(part: Part) -> bool:
 
 
 def ask_something(messages: Messages) -> Messages:
-    """One message at least is a user's or a tool's (1214): if need be, the last of the system's."""
-    roles = [message.role for message in messages]
-    if "user" in roles or "tool" in roles:
+    """At least one message is a user's or a tool's (1214): if need be, the last system message."""
+    if any(message.role in ("user", "tool") for message in messages):
         return messages
-    if "system" not in roles:
-        return (Message("user", (NOTHING_SAID["user"],), continues=True), *messages)
-    last = len(roles) - 1 - roles[::-1].index("system")
-    asked = replace(messages[last], role="user", continues=True)
-    return (*messages[:last], asked, *messages[last + 1 :])
+    for index in reversed(range(len(messages))):
+        if messages[index].role == "system":
+            asked = replace(messages[index], role="user", continues=True)
+            return (*messages[:index], asked, *messages[index + 1 :])
+    return (Message("user", (NOTHING_SAID["user"],), continues=True), *messages)
 
 
 HistoryRepair = Callable[[Messages], Messages]
@@ -5769,7 +5826,12 @@ def turn_start(messages: Messages) -> int:
 
 
 def are_texts(messages: Messages) -> bool:
-    return all(isinstance(part, str) for message in messages for part in message.content)
+    """Whether there is nothing but text."""
+    for message in messages:
+        for part in message.content:
+            if not isinstance(part, str):
+                return False
+    return True
 
 
 def has_media(*messages: Message) -> bool:
@@ -5778,23 +5840,23 @@ def has_media(*messages: Message) -> bool:
 
 
 def user_shows_media(messages: Messages) -> bool:
-    """Whether the user's own message of the turn that is on needs a model that sees."""
+    """Whether the user's own message of the current turn needs a model that sees."""
     start = turn_start(messages)
     return start > 0 and has_media(messages[start - 1])
 
 
 def current_turn(messages: Messages) -> Messages:
-    """The turn that is on: what the user says now, and the tool loop behind it."""
+    """What the user says now, and the tool loop behind it."""
     return messages[max(turn_start(messages) - 1, 0) :]
 
 
 def turn_shows_media(messages: Messages) -> bool:
-    """Whether anything of the turn that is on is for a model that sees, such as a tool's result."""
+    """Whether anything in the current turn is for a model that sees, such as a tool's result."""
     return has_media(*current_turn(messages))
 
 
 def turn_shows_others(messages: Messages) -> bool:
-    """Whether anything of the turn that is on is a video or a file, which cannot be described."""
+    """Whether anything in the current turn is a video or a file, which cannot be described."""
     for message in current_turn(messages):
         for part in message.content:
             if isinstance(part, Media) and part.kind != "image":
@@ -5820,11 +5882,17 @@ def with_undescribed(messages: Messages, account_id: str) -> Messages:
 
 def image_key(account_id: str, image: Media) -> str:
     """Whose image it is, and the SHA-256 of its base64, or of its address."""
-    head = BASE64_URL.match(image.url)
-    data = image.url[head.end() :] if head else image.url
     key = hashlib.sha256(account_id.encode())
-    key.update(data.encode("utf-8", "surrogatepass"))
+    key.update(bare_base64(image.url).encode("utf-8", "surrogatepass"))
     return key.hexdigest()
+
+
+def bare_base64(url: str) -> str:
+    """The base64 of a data: URL; another URL as it is."""
+    head = BASE64_URL.match(url)
+    if head is None:
+        return url
+    return url[head.end() :]
 
 
 def undescribed_images(messages: Messages) -> dict[str, Undescribed]:
@@ -5863,12 +5931,12 @@ def with_descriptions(
 
 
 def fit_media(messages: Messages, model: Model) -> Messages:
-    """The messages with what the model can take. Z.ai answers 1210 to images where it sees none.
+    """The messages with what the model can take: Z.ai answers 1210 to images it does not take.
 
-    For one that sees, images of tools, assistants and systems go into a user message behind them,
-    the only place where Z.ai takes them. For others, words stand in their place, but for an image
-    that is to be described. Raises BadRequest only for what the user shows now: what is past the
-    client will send again.
+    For a model that sees, images in tool, assistant and system messages go into a user message
+    behind them, the only place where Z.ai takes them. For others, words stand in the place of
+    images, except of those that are to be described. Raises BadRequest only for what the user
+    shows now: the client sends again what is past, and its chat would be lost.
     """
     if are_texts(messages):
         return messages
@@ -5876,7 +5944,9 @@ def fit_media(messages: Messages, model: Model) -> Messages:
     if own >= 0:
         check_media(messages[own], model)
     shown = tuple([with_placeholders(message, model) for message in messages])
-    return hoist_media(shown) if model.vision else shown
+    if not model.vision:
+        return shown
+    return hoist_media(shown)
 
 
 def check_media(message: Message, model: Model) -> None:
@@ -5920,22 +5990,24 @@ def placeholder(part: Part, model: Model) -> Part:
 
 
 def not_shown(part: Media, model: Model, reason: str) -> str:
-    address = part.url if part.url.startswith("http") else ""
-    about = f"{part.kind} {address}".strip()
+    about: str = part.kind
+    if part.url.startswith("http"):
+        about = f"{part.kind} {part.url}"
     return f"[{about}: not shown to {model.id}: {reason}]"
 
 
 def hidden_media(messages: Messages, model: Model) -> list[str]:
     """What the model is not shown, in the words for `x-ztoapi-ignored`: images, files."""
-    hidden = {}
-    for part in chain.from_iterable([message.content for message in messages]):
-        if isinstance(part, (Media, Unreadable)) and placeholder(part, model) is not part:
-            hidden[f"{part.kind}s"] = True
+    hidden: dict[str, None] = {}
+    for message in messages:
+        for part in message.content:
+            if isinstance(part, (Media, Unreadable)) and placeholder(part, model) is not part:
+                hidden[f"{part.kind}s"] = None
     return list(hidden)
 
 
 def hoist_media(messages: Messages) -> Messages:
-    """The messages with images that are not in a user's put into one, behind the tools' results."""
+    """The messages with the images of other roles in a user message, behind the tools' results."""
     hoisted: list[Message] = []
     seen: list[Part] = []  # images not yet put into a user message
     for message in messages:
@@ -5955,29 +6027,32 @@ def hoist_media(messages: Messages) -> Messages:
     return tuple(hoisted)
 
 
-# ======== Clients ===================================================================================================
-# How each client is installed, and started for this server only: as typed in a shell, variables first. $dir is
-# a folder of its own; the file that a client reads from it, if any, comes last.
+# ======== Clients =================================================================================
+# How each client is installed, and started for this server only: as typed in a shell, variables
+# first. $dir is a folder of its own; the file that a client reads from it, if any, comes last.
 
 CLIENT_TABLE = """\
 claude: npm install -g @anthropic-ai/claude-code
-CLAUDE_CONFIG_DIR=$dir ANTHROPIC_BASE_URL=$origin ANTHROPIC_AUTH_TOKEN=$key ANTHROPIC_API_KEY= ANTHROPIC_MODEL=$model \
-ANTHROPIC_DEFAULT_OPUS_MODEL=$model ANTHROPIC_DEFAULT_SONNET_MODEL=$model ANTHROPIC_DEFAULT_HAIKU_MODEL=$model \
-ANTHROPIC_DEFAULT_FABLE_MODEL=$model CLAUDE_CODE_SUBAGENT_MODEL=$model CLAUDE_CODE_ATTRIBUTION_HEADER=0 \
-CLAUDE_CODE_MAX_CONTEXT_TOKENS=$context CLAUDE_CODE_MAX_OUTPUT_TOKENS=$output ENABLE_TOOL_SEARCH=false \
-CLAUDE_CODE_AUTO_MODE_SERVER=0 claude
+CLAUDE_CONFIG_DIR=$dir ANTHROPIC_BASE_URL=$origin ANTHROPIC_AUTH_TOKEN=$key ANTHROPIC_API_KEY= \
+ANTHROPIC_MODEL=$model ANTHROPIC_DEFAULT_OPUS_MODEL=$model ANTHROPIC_DEFAULT_SONNET_MODEL=$model \
+ANTHROPIC_DEFAULT_HAIKU_MODEL=$model ANTHROPIC_DEFAULT_FABLE_MODEL=$model \
+CLAUDE_CODE_SUBAGENT_MODEL=$model CLAUDE_CODE_ATTRIBUTION_HEADER=0 \
+CLAUDE_CODE_MAX_CONTEXT_TOKENS=$context CLAUDE_CODE_MAX_OUTPUT_TOKENS=$output \
+ENABLE_TOOL_SEARCH=false CLAUDE_CODE_AUTO_MODE_SERVER=0 claude
 .claude.json: {"hasCompletedOnboarding": true}
 
 codex: npm install -g @openai/codex
-CODEX_HOME=$dir ZTOAPI_KEY=$key codex -c model=$model -c model_provider=ztoapi -c model_providers.ztoapi.name=ztoapi \
--c model_providers.ztoapi.base_url=$base -c model_providers.ztoapi.env_key=ZTOAPI_KEY \
--c model_providers.ztoapi.wire_api=responses -c model_providers.ztoapi.model_catalog_url=$base/models
+CODEX_HOME=$dir ZTOAPI_KEY=$key codex -c model=$model -c model_provider=ztoapi \
+-c model_providers.ztoapi.name=ztoapi -c model_providers.ztoapi.base_url=$base \
+-c model_providers.ztoapi.env_key=ZTOAPI_KEY -c model_providers.ztoapi.wire_api=responses \
+-c model_providers.ztoapi.model_catalog_url=$base/models
 
 copilot: npm install -g @github/copilot
 COPILOT_HOME=$dir XDG_CACHE_HOME=$dir/cache COPILOT_OFFLINE=true COPILOT_PROVIDER_BASE_URL=$base \
-COPILOT_PROVIDER_BEARER_TOKEN=$key COPILOT_PROVIDER_TYPE=openai COPILOT_PROVIDER_WIRE_API=completions \
-COPILOT_MODEL=$model COPILOT_PROVIDER_MODEL_ID=$model COPILOT_PROVIDER_WIRE_MODEL=$model \
-COPILOT_PROVIDER_MAX_PROMPT_TOKENS=$prompt COPILOT_PROVIDER_MAX_OUTPUT_TOKENS=$reserve copilot
+COPILOT_PROVIDER_BEARER_TOKEN=$key COPILOT_PROVIDER_TYPE=openai \
+COPILOT_PROVIDER_WIRE_API=completions COPILOT_MODEL=$model COPILOT_PROVIDER_MODEL_ID=$model \
+COPILOT_PROVIDER_WIRE_MODEL=$model COPILOT_PROVIDER_MAX_PROMPT_TOKENS=$prompt \
+COPILOT_PROVIDER_MAX_OUTPUT_TOKENS=$reserve copilot
 
 opencode: npm install -g opencode-ai
 $xdg npm_config_cache=$dir/npm OPENCODE_CONFIG=$dir/config.json opencode -m ztoapi/$model
@@ -5990,53 +6065,64 @@ config.json: $opencode
 qwen: npm install -g @qwen-code/qwen-code
 QWEN_HOME=$dir NO_UPDATE_NOTIFIER=1 OPENAI_API_KEY=$key OPENAI_BASE_URL=$base OPENAI_MODEL=$model \
 qwen --auth-type openai
-settings.json: {"model": {"generationConfig": {"contextWindowSize": $context, "modalities": {"image": $vision}, \
-"samplingParams": {"max_tokens": $output}}}}
+settings.json: {"model": {"generationConfig": {"contextWindowSize": $context, \
+"modalities": {"image": $vision}, "samplingParams": {"max_tokens": $output}}}}
 
 pi: npm install -g @earendil-works/pi-coding-agent
 PI_CODING_AGENT_DIR=$dir pi --provider ztoapi --model $model
-models.json: {"providers": {"ztoapi": {"baseUrl": "$base", "api": "openai-completions", "apiKey": "$escaped_key", \
-"models": [{"id": "$model", "reasoning": $thinks, "input": $input, "contextWindow": $context, "maxTokens": $output}]}}}
+models.json: {"providers": {"ztoapi": {"baseUrl": "$base", "api": "openai-completions", \
+"apiKey": "$escaped_key", "models": [{"id": "$model", "reasoning": $thinks, "input": $input, \
+"contextWindow": $context, "maxTokens": $output}]}}}
 
 cline: npm install -g cline
-CLINE_DIR=$dir CLINE_DATA_DIR=$dir CLINE_PROVIDER_SETTINGS_PATH=$dir/providers.json CLINE_SESSION_BACKEND_MODE=local \
-cline -P openai-compatible -m $model
-providers.json: {"version": 1, "providers": {"openai-compatible": {"settings": {"provider": "openai-compatible", \
-"apiKey": "$key", "model": "$model", "baseUrl": "$base", "contextWindow": $context, "maxTokens": $output}, \
-"updatedAt": "2026-01-01T00:00:00.000Z"}}}
+CLINE_DIR=$dir CLINE_DATA_DIR=$dir CLINE_PROVIDER_SETTINGS_PATH=$dir/providers.json \
+CLINE_SESSION_BACKEND_MODE=local cline -P openai-compatible -m $model
+providers.json: {"version": 1, \
+"providers": {"openai-compatible": {"settings": {"provider": "openai-compatible", \
+"apiKey": "$key", "model": "$model", "baseUrl": "$base", "contextWindow": $context, \
+"maxTokens": $output}, "updatedAt": "2026-01-01T00:00:00.000Z"}}}
 
 continue: npm install -g @continuedev/cli
 CONTINUE_GLOBAL_DIR=$dir cn --config $dir/config.yaml
-config.yaml: {"name": "ztoapi", "version": "1.0.0", "schema": "v1", "models": [{"name": "$model", "model": "$model", \
-"provider": "openai", "apiBase": "$base", "apiKey": "$key", "roles": ["chat", "edit", "apply"], \
-"capabilities": $capabilities, "defaultCompletionOptions": {"contextLength": $context, "maxTokens": $reserve}}]}
+config.yaml: {"name": "ztoapi", "version": "1.0.0", "schema": "v1", "models": [{"name": "$model", \
+"model": "$model", "provider": "openai", "apiBase": "$base", "apiKey": "$key", "roles": ["chat", \
+"edit", "apply"], "capabilities": $capabilities, \
+"defaultCompletionOptions": {"contextLength": $context, "maxTokens": $reserve}}]}
 
 hermes: pip install hermes-agent
 HERMES_HOME=$dir hermes chat --provider custom -m $model
-config.yaml: {"model": {"default": "$model", "provider": "custom", "base_url": "$base", "api_key": "$key", \
-"context_length": $context, "max_tokens": $output, "supports_vision": $vision}}
+config.yaml: {"model": {"default": "$model", "provider": "custom", "base_url": "$base", \
+"api_key": "$key", "context_length": $context, "max_tokens": $output, "supports_vision": $vision}}
 
 aider: pip install aider-chat
 AIDER_OPENAI_API_BASE=$base AIDER_OPENAI_API_KEY=$key AIDER_MODEL_METADATA_FILE=$dir/models.json \
 aider --model openai/$model --weak-model openai/$model --edit-format diff --no-show-model-warnings
-models.json: {"openai/$model": {"litellm_provider": "openai", "mode": "chat", "max_input_tokens": $context, \
-"max_output_tokens": $output, "supports_vision": $vision, "input_cost_per_token": $input_cost, \
-"cache_read_input_token_cost": $cached_cost, "output_cost_per_token": $output_cost}}
+models.json: {"openai/$model": {"litellm_provider": "openai", "mode": "chat", \
+"max_input_tokens": $context, "max_output_tokens": $output, "supports_vision": $vision, \
+"input_cost_per_token": $input_cost, "cache_read_input_token_cost": $cached_cost, \
+"output_cost_per_token": $output_cost}}
 
 gptme: pip install gptme
-$xdg OPENAI_BASE_URL=$base OPENAI_API_KEY=$key GPTME_CONTEXT_LENGTH=$context gptme --tool-format tool -m local/$model
+$xdg OPENAI_BASE_URL=$base OPENAI_API_KEY=$key GPTME_CONTEXT_LENGTH=$context gptme \
+--tool-format tool -m local/$model
 
 llm: pip install llm
 LLM_USER_PATH=$dir LLM_MODEL=$model OPENAI_API_KEY=$key llm
-extra-openai-models.yaml: [{"model_id": "$model", "model_name": "$model", "api_base": "$base", "reasoning": $thinks, \
-"api_key_name": "openai", "supports_tools": true, "supports_schema": true, "vision": $vision}]"""
-# What clients have in common: opencode's file, and variables for programs that have none for a folder.
-OPENCODE = """{"model": "ztoapi/$model", "provider": {"ztoapi": {"npm": "@ai-sdk/openai-compatible", \
-"options": {"baseURL": "$base", "apiKey": "$key"}, "models": {"$model": {"reasoning": $thinks, "attachment": $vision, \
-"modalities": {"input": $input, "output": ["text"]}, "limit": {"context": $context, "output": $output}}}}}}"""
-XDG = "XDG_CONFIG_HOME=$dir/config XDG_DATA_HOME=$dir/data XDG_STATE_HOME=$dir/state XDG_CACHE_HOME=$dir/cache"
+extra-openai-models.yaml: [{"model_id": "$model", "model_name": "$model", "api_base": "$base", \
+"reasoning": $thinks, "api_key_name": "openai", "supports_tools": true, "supports_schema": true, \
+"vision": $vision}]"""
+# What clients have in common: opencode's file, and variables for programs that have none of their
+# own for a folder.
+OPENCODE = """{"model": "ztoapi/$model", \
+"provider": {"ztoapi": {"npm": "@ai-sdk/openai-compatible", "options": {"baseURL": "$base", \
+"apiKey": "$key"}, "models": {"$model": {"reasoning": $thinks, "attachment": $vision, \
+"modalities": {"input": $input, "output": ["text"]}, "limit": {"context": $context, \
+"output": $output}}}}}}"""
+XDG = """XDG_CONFIG_HOME=$dir/config XDG_DATA_HOME=$dir/data XDG_STATE_HOME=$dir/state \
+XDG_CACHE_HOME=$dir/cache"""
 
-# What asks a client for an earlier session that it has in its folder. (aider has its own in the project.)
+# Arguments that ask a client for an earlier session, which it keeps in its folder. (aider keeps its
+# sessions in the project.)
 RESUMING = {
     "claude": {"-c", "--continue", "-r", "--resume"},
     "codex": {"resume", "fork"},
@@ -6052,7 +6138,7 @@ RESUMING = {
     "llm": {"-c", "--continue", "--cid", "--conversation"},
 }
 
-# Such a folder as `launch` makes, by hand: for once, and with --keep.
+# How to make by hand the folder that `launch` makes: for one session, and with --keep.
 NEW_FOLDER = "mkdir -p ~/.cache && dir=$(mktemp -d ~/.cache/ztoapi-XXXXXX)"
 KEPT_FOLDER = "dir=~/.local/share/ztoapi/{client}; mkdir -p -m 700 $dir"
 
@@ -6068,40 +6154,62 @@ class Client:
 
     def filled(self, words: Mapping[str, object]) -> Client:
         """The client with the words of `client_words` and the folder `dir` put in."""
-        in_json = {word: json_word(value) for word, value in words.items()}
-        variables = {
-            name: Template(text).substitute(words) for name, text in self.variables.items()
-        }
         arguments = [Template(text).substitute(words) for text in self.arguments]
-        files = {name: Template(text).substitute(in_json) for name, text in self.files.items()}
-        return Client(self.install, variables, arguments, files)
+        in_json = {word: json_word(value) for word, value in words.items()}
+        return Client(
+            self.install,
+            filled_texts(self.variables, words),
+            arguments,
+            filled_texts(self.files, in_json),
+        )
 
     def shell_lines(self, folder: str = NEW_FOLDER) -> str:
         """The lines for a shell; the folder must be "$dir", which the line `folder` makes."""
-        files = [f"cat > \"$dir/{name}\" <<'EOF'\n{text}\nEOF" for name, text in self.files.items()]
-        exports = [f"export {name}={shell_word(value)}" for name, value in self.variables.items()]
-        lines = "\n".join([*files, *exports, " ".join(map(shell_word, self.arguments))])
-        return f"{folder}\n{lines}" if "$dir" in lines else lines
+        lines = []
+        for name, text in self.files.items():
+            lines.append(f"cat > \"$dir/{name}\" <<'EOF'\n{text}\nEOF")
+        for name, value in self.variables.items():
+            lines.append(f"export {name}={shell_word(value)}")
+        lines.append(" ".join(map(shell_word, self.arguments)))
+        if any("$dir" in line for line in lines):
+            lines.insert(0, folder)
+        return "\n".join(lines)
+
+
+def filled_texts(texts: Mapping[str, str], words: Mapping[str, object]) -> dict[str, str]:
+    return {name: Template(text).substitute(words) for name, text in texts.items()}
 
 
 def client_words(origin: str, key: str, model: Model) -> dict[str, object]:
     """What the words of the table stand for, but for $dir."""
     # In pi's files $NAME is a variable, and a line that begins with ! a command.
     escaped = re.sub(r"^!|\$", r"$\g<0>", key)
-    address = {"origin": origin, "base": f"{origin}/v1"}
-    return {**address, "key": key, "escaped_key": escaped, "model": model.id, **model_words(model)}
+    return {
+        "origin": origin,
+        "base": f"{origin}/v1",
+        "key": key,
+        "escaped_key": escaped,
+        "model": model.id,
+        **model_words(model),
+    }
 
 
 def model_words(model: Model) -> dict[str, object]:
     """What clients are told of a model: sizes in tokens, costs in US dollars a token.
 
-    `reserve` is for clients that keep room for a whole answer free, and give only the rest, `prompt`, to the
-    conversation: with `output` itself that would be a quarter of glm-4.5's context, and filled by a few files.
+    `reserve` is for clients that keep room for a whole answer free, and give only the rest,
+    `prompt`, to the conversation. With `output` itself, little of glm-4.5's context would be left
+    to it, and a few files would fill that.
     """
     context = model.context or 128 * K
     output = model.output or 16 * K
     reserve = min(output, context // 4)
-    cost, cached_cost, output_cost = (price / 1e6 for price in model.price or (0, 0, 0))
+    cost, cached_cost, output_cost = model.price or (0, 0, 0)  # of a million tokens
+    inputs = ["text"]
+    capabilities = ["tool_use"]
+    if model.vision:
+        inputs.append("image")
+        capabilities.append("image_input")
     return {
         "context": context,
         "output": output,
@@ -6109,57 +6217,72 @@ def model_words(model: Model) -> dict[str, object]:
         "prompt": context - reserve,
         "thinks": model.thinking != "none",
         "vision": model.vision,
-        "input": ["text", "image"] if model.vision else ["text"],
-        "capabilities": ["tool_use", "image_input"] if model.vision else ["tool_use"],
-        "input_cost": cost,
-        "cached_cost": cached_cost,
-        "output_cost": output_cost,
+        "input": inputs,
+        "capabilities": capabilities,
+        "input_cost": cost / 1e6,
+        "cached_cost": cached_cost / 1e6,
+        "output_cost": output_cost / 1e6,
     }
 
 
 def json_word(value: object) -> str:
     """A value as it stands in a JSON file; a text without its quotes, which are there."""
     text = json_text(value)
-    return text[1:-1] if isinstance(value, str) else text
+    if isinstance(value, str):
+        return text[1:-1]
+    return text
 
 
 def shell_word(word: str) -> str:
-    return f'"{word}"' if word.startswith("$dir") else shlex.quote(word)
+    """A word quoted for a shell, which still replaces a $dir at its beginning."""
+    if word.startswith("$dir"):
+        return f'"{word}"'
+    return shlex.quote(word)
+
+
+VARIABLE = re.compile(r"\w+=")
 
 
 def parse_client(row: str) -> tuple[str, Client]:
-    head, line, *files = row.split("\n")
+    """A client and its name, from lines that say how to install and start it, and its files."""
+    head, line, *file_lines = row.split("\n")
     name, _, install = head.partition(": ")
-    words = shlex.split(line)
-    variables = dict(word.split("=", 1) for word in takewhile(re.compile(r"\w+=").match, words))
-    return name, Client(
-        install, variables, words[len(variables) :], dict(file.split(": ", 1) for file in files)
-    )
+    arguments = shlex.split(line)
+    variables = {}
+    while VARIABLE.match(arguments[0]):
+        variable, _, value = arguments.pop(0).partition("=")
+        variables[variable] = value
+    files = {}
+    for file_line in file_lines:
+        file, _, text = file_line.partition(": ")
+        files[file] = text
+    return name, Client(install, variables, arguments, files)
 
 
-CLIENTS = dict(
-    map(
-        parse_client, CLIENT_TABLE.replace("$xdg", XDG).replace("$opencode", OPENCODE).split("\n\n")
-    )
-)
+def parse_clients(table: str) -> dict[str, Client]:
+    table = table.replace("$xdg", XDG).replace("$opencode", OPENCODE)
+    return dict(map(parse_client, table.split("\n\n")))
+
+
+CLIENTS = parse_clients(CLIENT_TABLE)
 
 
 def client_examples() -> list[JSON]:
     """What the docs page shows: its script puts the address, key and model in place of %words%."""
     words = {word: f"%{word}%" for word in client_words("", "", Model(""))}
-    shown = {name: client.filled({**words, "dir": "$dir"}) for name, client in CLIENTS.items()}
-    return [
-        {"command": name, "install": it.install, "lines": it.shell_lines()}
-        for name, it in shown.items()
-    ]
+    words["dir"] = "$dir"
+    examples = []
+    for name, client in CLIENTS.items():
+        lines = client.filled(words).shell_lines()
+        examples.append({"command": name, "install": client.install, "lines": lines})
+    return examples
 
 
-# ======== Z.ai: errors ==============================================================================================
+# ======== Z.ai: errors ============================================================================
 # `zai_error` reads Z.ai's refusals, which come in many forms.
 
-INVALID = error_kind(
-    400, "zai_{}", "Z.ai did not accept the request: fix what it names."
-)  # {}: Z.ai's code
+# In the code of an error, {} is Z.ai's own.
+INVALID = error_kind(400, "zai_{}", "Z.ai did not accept the request: fix what it names.")
 OTHER = error_kind(502, "zai_{}", "Z.ai refused the request.")
 OVERLOADED = replace(
     RATE_LIMITED,
@@ -6174,46 +6297,79 @@ CONTENT_FILTER = error_kind(
 )
 
 # Z.ai's codes (docs.z.ai, "Error Codes", with docs.bigmodel.cn's of July 2026).
-KINDS_BY_CODE = (
-    dict.fromkeys(("1000", "1001", "1002", "1003", "1004", "1005"), AUTHENTICATION)
-    | dict.fromkeys(("1200", "1230", "1234"), UNAVAILABLE)
-    | dict.fromkeys(("1210", "1213", "1214", "1215", "1221", "1222"), INVALID)
-    | dict.fromkeys(("1211", "1212"), MODEL_NOT_FOUND)
-    | dict.fromkeys(("1220", "1311"), MODEL_NOT_AVAILABLE)
-    | dict.fromkeys(
-        ("1308", "1310", "1316", "1317", "1318", "1319", "1320", "1321"), QUOTA_EXCEEDED
-    )
-    | dict.fromkeys(("1309", "1313", "1314", "1315"), PLAN_NOT_USABLE)
-    | {"1113": NO_BALANCE, "1261": CONTEXT_LENGTH_EXCEEDED, "1301": CONTENT_FILTER}
-    | {"1302": RATE_LIMITED, "1305": OVERLOADED}
-)
+KINDS_BY_CODE = {
+    "1000": AUTHENTICATION,
+    "1001": AUTHENTICATION,
+    "1002": AUTHENTICATION,
+    "1003": AUTHENTICATION,
+    "1004": AUTHENTICATION,
+    "1005": AUTHENTICATION,
+    "1113": NO_BALANCE,
+    "1200": UNAVAILABLE,
+    "1210": INVALID,
+    "1211": MODEL_NOT_FOUND,
+    "1212": MODEL_NOT_FOUND,
+    "1213": INVALID,
+    "1214": INVALID,
+    "1215": INVALID,
+    "1220": MODEL_NOT_AVAILABLE,
+    "1221": INVALID,
+    "1222": INVALID,
+    "1230": UNAVAILABLE,
+    "1234": UNAVAILABLE,
+    "1261": CONTEXT_LENGTH_EXCEEDED,
+    "1301": CONTENT_FILTER,
+    "1302": RATE_LIMITED,
+    "1305": OVERLOADED,
+    "1308": QUOTA_EXCEEDED,
+    "1309": PLAN_NOT_USABLE,
+    "1310": QUOTA_EXCEEDED,
+    "1311": MODEL_NOT_AVAILABLE,
+    "1313": PLAN_NOT_USABLE,
+    "1314": PLAN_NOT_USABLE,
+    "1315": PLAN_NOT_USABLE,
+    "1316": QUOTA_EXCEEDED,
+    "1317": QUOTA_EXCEEDED,
+    "1318": QUOTA_EXCEEDED,
+    "1319": QUOTA_EXCEEDED,
+    "1320": QUOTA_EXCEEDED,
+    "1321": QUOTA_EXCEEDED,
+}
 
-# For refusals without such a code. Z.ai's gateway answers a wrong path with its own forms of 404.
-KINDS_BY_STATUS = {400: INVALID, 401: AUTHENTICATION, 404: WRONG_ADDRESS, 429: RATE_LIMITED}
-KINDS_BY_STATUS |= dict.fromkeys(
-    range(300, 400), WRONG_ADDRESS
-)  # following a redirect would send the key elsewhere
+# For refusals without such a code. Z.ai's gateway answers a wrong path with its own forms of 404;
+# to follow a redirect would send the key elsewhere.
+KINDS_BY_STATUS = {
+    400: INVALID,
+    401: AUTHENTICATION,
+    404: WRONG_ADDRESS,
+    429: RATE_LIMITED,
+    **dict.fromkeys(range(300, 400), WRONG_ADDRESS),
+}
 
 
 def zai_error(status: int, body: bytes | JSON) -> UpstreamError:
     """Z.ai's refusal, from an HTTP status and body or from a frame in a stream (status 200)."""
-    document = parse_json(body) if isinstance(body, bytes) else body
+    document: Any = body
+    if isinstance(body, bytes):
+        document = parse_json(body)
     code, text = code_and_text(document)
-    if (
-        status < 400 and len(code) == 3
-    ):  # an HTTP status inside a 200: {"code": 401, "msg": …, "success": false}
+    # An HTTP status may stand inside a 200: {"code": 401, "msg": …, "success": false}.
+    if status < 400 and len(code) == 3:
         status = int(code)
     if len(code) != 4:
         code = ""
     kind = KINDS_BY_CODE.get(code) or kind_without_code(status, code, document)
     kind = replace(kind, code=(kind.code or "").format(code or status))
-    detail = f"Z.ai {code}: {text}" if code else f"Z.ai, HTTP {status}: {text or excerpt(body)}"
+    detail = f"Z.ai, HTTP {status}: {text or excerpt(body)}"
+    if code:
+        detail = f"Z.ai {code}: {text}"
     return UpstreamError(kind, detail=detail, zai_code=code)
 
 
 NO_BALANCE_FOR_FREE = replace(
     NO_BALANCE,
-    message="Z.ai says that this server's key has no balance, though this model is free: see z.ai/manage-apikey. "
+    message="Z.ai says that this server's key has no balance, though this model is free: "
+    "see z.ai/manage-apikey. "
     "A Coding Plan key needs ZAI_BASE_URL=https://api.z.ai/api/coding/paas/v4.",
 )
 
@@ -6226,7 +6382,7 @@ def fit_to_model(error: UpstreamError, model: Model) -> None:
 
 
 def with_name_of_model(error: UpstreamError, name: str, known: Iterable[str]) -> UpstreamError:
-    """Z.ai's "Unknown Model", with the name that it does not know, and with those that are like it."""
+    """Z.ai's "Unknown Model", with the name that it does not know, and with names like it."""
     message = error.message + nearest_names(name, known)
     told = UpstreamError(error.kind, message, f"{name}: {error.detail}", error.zai_code)
     told.retry_after = error.retry_after
@@ -6237,8 +6393,8 @@ def with_name_of_model(error: UpstreamError, name: str, known: Iterable[str]) ->
 def refusal_in(body: bytes) -> UpstreamError | None:
     """Z.ai's refusal in an answer that has a status of success; None where it is no refusal.
 
-    Z.ai's are {"error": {"code": "1113", …}} and {"code": 401, "msg": …, "success": false}; a document with any other
-    code is the answer.
+    Z.ai's are {"error": {"code": "1113", …}} and {"code": 401, "msg": …, "success": false}; a
+    document with any other code is the answer.
     """
     document = as_object(parse_json(body))
     if not isinstance(document.get("error"), dict) and document.get("success") is not False:
@@ -6251,32 +6407,66 @@ def refusal_in(body: bytes) -> UpstreamError | None:
 
 
 def code_and_text(document: Any) -> tuple[str, str]:
-    """Z.ai's code and text from any of the shapes in which its errors come; empty strings if there are none."""
-    inner = document.get("error", document) if isinstance(document, dict) else None
+    """Z.ai's code and text from any of the shapes in which its errors come; "" for none."""
+    inner = document
+    if isinstance(document, dict):
+        inner = document.get("error", document)
     if not isinstance(inner, dict):  # Spring says {"status": 404, "error": "Not Found"}
         return "", ""
-    code, text = inner.get("code"), inner.get("message") or inner.get("msg")
-    return str(code) if re.fullmatch(r"\d{3,4}", str(code)) else "", text if isinstance(
-        text, str
-    ) else ""
+    code = str(inner.get("code"))
+    if not re.fullmatch(r"\d{3,4}", code):
+        code = ""
+    text = inner.get("message") or inner.get("msg")
+    if not isinstance(text, str):
+        text = ""
+    return code, text
 
 
 def kind_without_code(status: int, code: str, document: Any) -> ErrorKind:
+    """The kind of a refusal whose code tells nothing; `code` is unknown to us, or ""."""
     if status in KINDS_BY_STATUS and not (code and status == 404):
         return KINDS_BY_STATUS[status]
-    if status < 500 and isinstance(document, dict) and (code or status >= 400):
-        return replace(OTHER, status=status if status >= 400 else 502)
+    if status < 500 and isinstance(document, dict):
+        if status >= 400:
+            return replace(OTHER, status=status)
+        if code:
+            return OTHER
     return UNAVAILABLE
 
 
 def excerpt(body: bytes | JSON) -> str:
+    """The body in one line."""
     words = body.decode("utf-8", "replace") if isinstance(body, bytes) else json_text(body)
     return " ".join(words.split()) or "(empty)"
 
 
-# ======== Z.ai: answer ==============================================================================================
-# `ZaiReader` turns bytes into events. What was torn on the way, `salvage` puts together, and `HalfPairs` what was
-# cut inside a character; what the model says wrong, the repairs of the next section mend.
+# ======== Z.ai: answer ============================================================================
+# `ZaiReader` turns the bytes of one answer into events. How it works:
+#
+#     bytes ── SSEDecoder ──► data of an event ── parse_answer ──► chunk ── read_chunk ──► events
+#
+# The bytes come cut anywhere: in a line, in a word, in a character. `SSEDecoder` keeps what is
+# unfinished and gives the data of each server-sent event once its last line is there. That data is
+# one JSON object, a chunk, and says a little: a few words, a piece of a call, the usage.
+#
+# The bytes decide what they are, not the headers: Z.ai is asked for a stream and may still send one
+# JSON document. So all is kept (`raw`) until the first event shows that it is a stream. If none
+# comes, what was kept is a document, and `read_chunk` reads it too: where a chunk has a delta, it
+# has a message.
+#
+# `Finish` is always the last event. Z.ai may send the usage after the finish_reason, so the reader
+# keeps the reason until [DONE] or the end of the bytes. An answer that ends without one has broken
+# off, which is an error. So is a failure that Z.ai reports in the stream, and an answer too large.
+#
+# Z.ai sometimes loses the rest of a frame and glues the next one to it. Then the data is not one
+# JSON object, and `salvage` looks for whole chunks in it. What is torn is counted and left out,
+# since its words cannot be guessed. Behind it another answer may begin, under another id: the
+# reader says so with `BegunAgain`, and a repair decides what that means.
+#
+# A character may come in two halves, in two chunks; `HalfPairs` joins them. It is made when the
+# first half occurs, so that other answers do not pay for it.
+#
+# What the model itself says wrong the reader passes on: the repairs of the next section mend that.
 
 
 class SSEDecoder:
@@ -6310,7 +6500,8 @@ class SSEDecoder:
         events = []
         for line in lines:
             if line.startswith(self.DATA):
-                self.data.append(line.partition(b":")[2].removeprefix(b" ").removesuffix(b"\r"))
+                _, _, value = line.partition(b":")
+                self.data.append(value.removeprefix(b" ").removesuffix(b"\r"))
             elif self.data and line in (b"", b"\r"):
                 event = b"\n".join(self.data)
                 self.data = []
@@ -6328,7 +6519,10 @@ TORN = "A piece of Z.ai's answer was lost on the way: try again."
 
 
 def parse_answer(data: bytes) -> Any:
-    """What Z.ai sent, as parse_json does. Raises UpstreamError for JSON that would take too long to decode."""
+    """What Z.ai sent, as parse_json does.
+
+    Raises UpstreamError for JSON that would take too long to decode.
+    """
     if len(data) > 2 * MAX_VALUES and too_many_values(data):
         raise UpstreamError(UNAVAILABLE, TOO_LARGE)
     return parse_json(data)
@@ -6373,8 +6567,8 @@ class HalfPairs:
         return [alone]
 
     def join(self, event: Thought | Text | ToolCall) -> list[Event]:
-        words = event.arguments if isinstance(event, ToolCall) else event.text
-        words = self.half + words
+        """The event with the half that was waiting, without one that it ends with itself."""
+        words = self.half + words_of(event)
         self.half = ""
         self.ended = None
         if "\ud800" <= words[-1:] <= "\udbff":
@@ -6385,7 +6579,15 @@ class HalfPairs:
         if isinstance(event, ToolCall):
             name = whole_characters(event.name)
             return [replace(event, name=name, arguments=words)]
-        return [replace(event, text=words)] if words else []
+        if not words:
+            return []
+        return [replace(event, text=words)]
+
+
+def words_of(event: Thought | Text | ToolCall) -> str:
+    if isinstance(event, ToolCall):
+        return event.arguments
+    return event.text
 
 
 def continues(before: Event, event: Event) -> bool:
@@ -6427,10 +6629,9 @@ class ZaiReader:
         self.size = 0  # bytes so far
         self.torn = 0  # frames dropped because their rest never came
         self.halves: HalfPairs | None = None  # once something may have been half a character
-        self.finish: str | None = (
-            None  # the first finish_reason: some models send stop after tool_calls
-        )
-        self.done = False  # Finish has been read
+        # The first finish_reason: some models send stop after tool_calls.
+        self.finish: str | None = None
+        self.done = False  # Finish has been passed on
 
     def feed(self, part: bytes) -> Iterator[ZaiEvent]:
         """The events that this part completes. Raises UpstreamError when Z.ai reports a failure."""
@@ -6443,7 +6644,10 @@ class ZaiReader:
             yield from self.read_event(data)
 
     def close(self) -> Iterator[ZaiEvent]:
-        """The events that are left at the end of the bytes. Raises UpstreamError when some are missing."""
+        """The events that are left at the end of the bytes.
+
+        Raises UpstreamError when the answer has broken off.
+        """
         for data in self.decoder.close():
             yield from self.read_event(data)
         if self.raw is not None:
@@ -6453,6 +6657,7 @@ class ZaiReader:
         yield from self.end()
 
     def read_event(self, data: bytes) -> Iterable[ZaiEvent]:
+        """The events in the data of one server-sent event."""
         self.raw = None
         if self.done:
             return ()
@@ -6467,11 +6672,12 @@ class ZaiReader:
         return self.read_torn(data)
 
     def look_for_halves(self, data: bytes) -> None:
-        # UTF-8 itself has no halves. `find` is much faster than `in`.
+        # UTF-8 itself has no halves, only escapes are. `find` is much faster than `in`.
         if data.find(b"\\ud") >= 0 or data.find(b"\\uD") >= 0:
             self.halves = self.halves or HalfPairs()
 
     def read_torn(self, data: bytes) -> Iterator[ZaiEvent]:
+        """The events in what is not one JSON object."""
         self.look_for_halves(data)
         chunks, torn, rest = salvage(data.decode("utf-8", "replace"))
         self.torn += torn
@@ -6483,6 +6689,7 @@ class ZaiReader:
             )
 
     def read_document(self, data: bytes) -> Iterator[ZaiEvent]:
+        """The events of an answer that came as one JSON document."""
         self.look_for_halves(data)
         document = parse_answer(data)
         if not isinstance(document, dict):
@@ -6522,7 +6729,7 @@ class ZaiReader:
         return events
 
     def begins_again(self, chunk: JSON) -> bool:
-        """Whether a chunk behind a torn frame is the first one of another answer, which its id tells."""
+        """Whether a chunk behind a torn frame is the first of another answer: its id tells."""
         given = chunk.get("id")
         newest = self.newest_id or self.id
         if not given or str(given) == newest:
@@ -6561,9 +6768,9 @@ class ZaiReader:
 
 def text_of_parts(content: Any) -> str:
     """The text of a content that came as an array of parts, as messages of requests have it."""
-    texts = []
     if not isinstance(content, list):
         return ""
+    texts = []
     for part in content:
         text = part
         if isinstance(part, dict) and part.get("type") in ("text", "output_text", None):
@@ -6593,71 +6800,83 @@ def zai_call(piece: JSON) -> ToolCall:
 
 CHUNK_START = re.compile(r"(?:data:|\n)[ \t]*(?=\{)")
 CHUNK_END = re.compile(r"\s*(?:data:\s*)?(?=\{|\[|$)")
+MAX_STARTS = 16  # what may look like the start of a chunk in the text of one; for linear time
 
 
 def salvage(data: str) -> tuple[list[JSON], int, str]:
-    """The whole chunks in an event's data that is not one JSON object, how many were torn, and the unreadable rest.
+    """The whole chunks in data that is not one JSON object, how many were torn, and the rest.
 
-    Z.ai tears frames and glues the next one to them: {"id":"1","choices":[{"delta":{"condata: {"id":"2",…}
-    (zai-org/GLM-5#66). Whatever precedes a whole frame after "data:" or a line end counts as torn.
+    Z.ai tears frames and glues the next one to them (zai-org/GLM-5#66):
+    {"id":"1","choices":[{"delta":{"condata: {"id":"2",…}
+    Whatever precedes a whole frame after "data:" or a line end counts as torn.
     """
     data = data.strip()
-    starts = [0, *(start.end() for start in CHUNK_START.finditer(data, 1)), len(data)]
+    starts = [0]
+    starts += [start.end() for start in CHUNK_START.finditer(data, 1)]
     chunks: list[JSON] = []
-    torn = read = 0
-    for i, start in enumerate(starts[:-1]):
-        if start >= read:
-            # Text inside a whole chunk may look like a start. At most 16 are tried, for linear time.
-            found, end = chunks_in(data[start : starts[min(i + 16, len(starts) - 1)]])
-            chunks += found
-            torn, read = (torn + (start > read), start + end) if found else (torn, read)
+    torn = 0
+    read = 0  # the index behind the last whole chunk
+    for index, start in enumerate(starts):
+        if start < read:
+            continue
+        end = len(data)
+        if index + MAX_STARTS < len(starts):
+            end = starts[index + MAX_STARTS]
+        found, size = chunks_in(data[start:end])
+        if not found:
+            continue
+        chunks += found
+        if start > read:
+            torn += 1
+        read = start + size
     return chunks, torn, data[read:].removeprefix("[DONE]")
 
 
 def chunks_in(part: str) -> tuple[list[JSON], int]:
     """The whole chunks at the beginning of a text, and the index where they end."""
     chunks: list[JSON] = []
-    at = 0
-    likely = '"choices"' in part or '"error"' in part  # otherwise decoding would only cost time
-    while likely and (found := chunk_at(part, at)):
-        chunk, at = found
+    end = 0
+    if '"choices"' not in part and '"error"' not in part:  # decoding would only cost time
+        return chunks, end
+    found = chunk_at(part, end)
+    while found is not None:
+        chunk, end = found
         chunks.append(chunk)
-    return chunks, at
+        found = chunk_at(part, end)
+    return chunks, end
 
 
 def chunk_at(data: str, start: int) -> tuple[JSON, int] | None:
-    """The chunk that starts at this index, and the index where the next may start; None if there is none."""
+    """The chunk that starts at this index, and where the next may start; None if there is none."""
     try:
         value, end = JSON_DECODER.raw_decode(data, start)
     except (ValueError, RecursionError):
         return None
     if end - start > SHALLOW and is_too_deep(value, data[start:end]):
         return None
+    if not isinstance(value, dict) or not ("choices" in value or "error" in value):
+        return None
     following = CHUNK_END.match(data, end)
-    whole = isinstance(value, dict) and ("choices" in value or "error" in value)
-    return (value, following.end()) if whole and following else None
+    if following is None:
+        return None
+    return value, following.end()
 
 
 def zai_usage(usage: JSON) -> Usage:
-    prompt, completion = (
-        as_count(usage.get("prompt_tokens")),
-        as_count(usage.get("completion_tokens")),
-    )
-    cached = as_count(as_object(usage.get("prompt_tokens_details")).get("cached_tokens"))
-    reasoning = as_count(as_object(usage.get("completion_tokens_details")).get("reasoning_tokens"))
-    return Usage(
-        prompt,
-        completion,
-        as_count(usage.get("total_tokens")) or prompt + completion,
-        cached,
-        reasoning,
-    )
+    prompt = as_count(usage.get("prompt_tokens"))
+    completion = as_count(usage.get("completion_tokens"))
+    total = as_count(usage.get("total_tokens")) or prompt + completion
+    prompt_details = as_object(usage.get("prompt_tokens_details"))
+    cached = as_count(prompt_details.get("cached_tokens"))
+    completion_details = as_object(usage.get("completion_tokens_details"))
+    reasoning = as_count(completion_details.get("reasoning_tokens"))
+    return Usage(prompt, completion, total, cached, reasoning)
 
 
-# ======== Z.ai: repairs =============================================================================================
-# Models say things that no client expects. Each such quirk has a machine of its own here, a `Repair`:
-# events go in, mended events come out. `REPAIRS` lists them in order, each with the requests that
-# need it, so that the twentieth quirk costs what the first did, and can be deleted alone.
+# ======== Z.ai: repairs ===========================================================================
+# Models say things that no client expects. Each such quirk has a machine of its own here, a
+# `Repair`: events go in, mended events come out. `REPAIRS` lists them in order, and each says which
+# requests need it, so that the twentieth quirk costs what the first did, and can be deleted alone.
 #
 #     ZaiReader
 #        │   the head of the text         TaggedReasoning · StrayTag · TextHead
@@ -6692,9 +6911,10 @@ def zai_usage(usage: JSON) -> Usage:
 
 @dataclass(frozen=True, slots=True)
 class RepairNeeds:
-    """What of a request decides which repairs its answer needs."""
+    """What of a request decides which repairs its answer needs.
 
-    # It keeps nothing of the prompt, which is long, but what the answer may quote.
+    It keeps nothing of the prompt, which is long, but what the answer may quote.
+    """
 
     model: Model
     answer_id: str  # ours, unique
@@ -6709,7 +6929,7 @@ class RepairNeeds:
 class Repair(ABC):
     """Mends one quirk of one answer: `feed` takes an event of a type in `sees`, which only shrinks.
 
-    `mended` counts how often there was something to mend, for the dashboard, which shows it by `kind`.
+    `mended` counts how often there was something to mend; the dashboard shows it by `kind`.
     """
 
     kind = ""
@@ -6768,7 +6988,7 @@ class RepairChain:
 
 
 class TaggedReasoning(Repair):
-    """Reasoning that a model writes into its text between <think> tags, and box marks around results.
+    """Reasoning that a model writes into its text in <think> tags, and box marks around results.
 
     Older vision models do (docs.z.ai, GLM-4.5V): <think>…</think> at the head becomes reasoning,
     <|begin_of_box|> and <|end_of_box|> are dropped.
@@ -6782,7 +7002,9 @@ class TaggedReasoning(Repair):
 
     @classmethod
     def needed(cls, needs: RepairNeeds) -> Repair | None:
-        return cls() if needs.model.tagged_reasoning else None
+        if not needs.model.tagged_reasoning:
+            return None
+        return cls()
 
     def __init__(self) -> None:
         self.rest = ""  # perhaps the beginning of a tag
@@ -6802,8 +7024,10 @@ class TaggedReasoning(Repair):
 
     def read(self, piece: str) -> Iterator[Event]:
         """The event for a tag, or for the text between two tags."""
-        if not piece or piece in self.BOXES:
-            self.mended += bool(piece)
+        if not piece:
+            return
+        if piece in self.BOXES:
+            self.mended += 1
         elif piece == "<think>" and self.state == "head":
             self.state = "thought"
             self.mended += 1
@@ -6832,7 +7056,7 @@ def partial_tag(text: str, tags: Iterable[str]) -> str:
 
 
 class StrayTag(Repair):
-    """A </think> at the head of a text: the server that took the reasoning out has left it there."""
+    """A </think> at the head of a text, left there by the server that took the reasoning out."""
 
     kind = "stray_tags"
     sees = frozenset((Text, ToolCall, Finish))
@@ -6858,14 +7082,15 @@ class StrayTag(Repair):
 
 
 class TextHead(Repair):
-    r"""Line ends at the very head of a text, which are the model's template ("\n" before a call, say)."""
+    r"""Line ends at the head of a text: they are the model's template ("\n" before a call, say)."""
 
     kind = "line_ends_at_head"
     sees = frozenset((Text,))
 
     def feed(self, event: Text) -> tuple[Event, ...]:
         text = event.text.lstrip("\r\n")
-        self.mended += text != event.text
+        if text != event.text:
+            self.mended += 1
         if not text:
             return ()
         self.sees = frozenset()  # the text has begun
@@ -6875,9 +7100,9 @@ class TextHead(Repair):
 class FreshStart(Repair):
     """An answer that begins anew in its own stream, behind a torn frame and under another id.
 
-    Z.ai does so when it loses an answer on the way (zai-org/GLM-5#66, anomalyco/opencode#23442): what
-    follows is not the rest of what came before. If that was reasoning alone, the new one goes on;
-    behind a text or a call it would be nonsense, so the answer breaks off.
+    Z.ai does so when it loses an answer on the way (zai-org/GLM-5#66, anomalyco/opencode#23442):
+    what follows is not the rest of what came before. If that was reasoning alone, the new one goes
+    on; behind a text or a call it would be nonsense, so the answer breaks off.
     """
 
     kind = "begun_again"
@@ -6900,8 +7125,8 @@ class FreshStart(Repair):
 class CodeMarks:
     """Whether a text, read in pieces, ends inside a code fence or between backticks.
 
-    After CommonMark, 4.5 and 6.1, and rather too often than too rarely: backticks are counted, and
-    a paragraph with an odd number of them counts as code until it ends.
+    After CommonMark, 4.5 and 6.1, and what is in doubt is code: backticks are counted, and from an
+    odd one on a paragraph is code until the next one, or its end.
     """
 
     FENCES = ("```", "~~~")
@@ -6949,7 +7174,9 @@ class CodeMarks:
     @property
     def inside(self) -> bool:
         self.read()
-        return bool(self.fence) or self.ticks % 2 == 1 or self.line.strip()[:3] in self.FENCES
+        if self.fence or self.ticks % 2 == 1:
+            return True
+        return self.line.strip()[:3] in self.FENCES  # one is being written
 
 
 class LeakedCalls(Repair):
@@ -6957,8 +7184,9 @@ class LeakedCalls(Repair):
 
     <tool_call>name<arg_key>key</arg_key><arg_value>value</arg_value>…</tool_call>, one or several
     behind each other. They are calls only at the end of an answer that has no other call and ended
-    with stop or tool_calls, outside of code, of tools that were offered, and if the same markup does
-    not stand in the request (`quoted`): a page that an agent reads could otherwise make it act.
+    with stop or tool_calls, outside of code, of tools that were offered, and if the same markup
+    does not stand in the request (`quoted`): a page that an agent reads could otherwise make it
+    act.
     """
 
     kind = "leaked_calls"
@@ -6967,7 +7195,9 @@ class LeakedCalls(Repair):
 
     @classmethod
     def needed(cls, needs: RepairNeeds) -> Repair | None:
-        return cls(needs.tools, needs.quoted) if needs.tools else None
+        if not needs.tools:
+            return None
+        return cls(needs.tools, needs.quoted)
 
     def __init__(self, tools: Mapping[str, JSON], quoted: str) -> None:
         self.tools = tools  # the parameters of each, by name
@@ -7102,7 +7332,7 @@ class JsonCalls(LeakedCalls):
 
 
 class ForcedCall(Repair):
-    """A text that is nothing but the arguments of the function that tool_choice forces, fenced or not.
+    """A text that is only the arguments of the function that tool_choice forces, fenced or not.
 
     NousResearch/hermes-agent#7462. Z.ai knows no forced calls, and answers with what the call would
     have had. As in LeakedCalls, but the fence does not count: it is around all of the text.
@@ -7154,7 +7384,7 @@ FENCED = re.compile(r"\s*```\w*[ \t]*\r?\n(.*)```\s*", re.DOTALL)
 
 
 def json_in(text: str) -> str:
-    """The inside of a fence, if that is all there is, else the text; without white space around it."""
+    """The inside of a fence, if that is all there is, else the text; stripped of white space."""
     fenced = FENCED.fullmatch(text)
     if fenced:
         return fenced[1].strip()
@@ -7182,8 +7412,12 @@ def is_blank_text(event: Event) -> bool:
 
 
 MARKUP_TAGS = (
-    *("<tool_call>", "</tool_call>"),
-    *("<arg_key>", "</arg_key>", "<arg_value>", "</arg_value>"),
+    "<tool_call>",
+    "</tool_call>",
+    "<arg_key>",
+    "</arg_key>",
+    "<arg_value>",
+    "</arg_value>",
 )
 MARKUP_TAG = re.compile("(</?(?:tool_call|arg_key|arg_value)>)")
 
@@ -7204,7 +7438,7 @@ class LeakedCall(ABC):
 
     @abstractmethod
     def feed(self, piece: str) -> bool:
-        """Read a tag, or the text between two. False if this is no call of a tool that was offered."""
+        """Read a tag, or the text between two. False if this is no call of an offered tool."""
 
     @abstractmethod
     def call(self) -> ToolCall: ...
@@ -7238,12 +7472,12 @@ class MarkupCall(LeakedCall):
             self.leave()
             self.state = following
             self.is_complete = following == "complete"
-            fits = self.name in self.tools
+            is_call = self.name in self.tools
         else:
-            fits = self.add(piece)
-        if fits:
+            is_call = self.add(piece)
+        if is_call:
             self.pieces.append(piece)
-        return fits
+        return is_call
 
     def leave(self) -> None:
         """The end of a name, a key or a value."""
@@ -7275,7 +7509,9 @@ class MarkupCall(LeakedCall):
 def arguments_of_pairs(pairs: Iterable[tuple[str, str]], parameters: JSON) -> str:
     """Arguments as JSON text, from names and values as they stand between tags."""
     schema = Schema(parameters, parameters)
-    arguments = {name: leaked_value(value, schema.of_property(name)) for name, value in pairs}
+    arguments = {}
+    for name, value in pairs:
+        arguments[name] = leaked_value(value, schema.of_property(name))
     return json_text(arguments)
 
 
@@ -7335,9 +7571,10 @@ JSON_TYPES = {
 
 
 class Schema:
-    """What a JSON Schema says of a value, as far as the repairs need it; what it leaves open, is allowed.
+    """What a JSON Schema says of a value, as far as the repairs need it.
 
-    A reference is followed within `root`, the whole schema; a union allows what one of its `options` does.
+    What it leaves open is allowed. A reference is followed within `root`, the whole schema; a union
+    allows what one of its `options` does.
     """
 
     MAX_DEPTH = 32  # of references, and of values, in one another
@@ -7402,7 +7639,7 @@ class Schema:
         return self.types is None or "string" in self.types
 
     def of_property(self, name: str) -> Schema:
-        """Of the value that an object has under this name; one that allows all if that is not clear."""
+        """The schema of an object's value of this name; one that allows all if it is not clear."""
         if name not in self.properties:
             found = []
             for option in self.options:
@@ -7414,7 +7651,7 @@ class Schema:
 
     @cached_property
     def of_items(self) -> Schema:
-        """Of an array's items, likewise."""
+        """The schema of an array's items, likewise."""
         return self.only([option["items"] for option in self.options if "items" in option])
 
     def only(self, parts: list[Any]) -> Schema:
@@ -7449,7 +7686,7 @@ def fits(value: Any, schema: Schema, depth: int = 0) -> bool:
 
 
 def fits_option(value: Any, option: JSON, root: JSON) -> bool:
-    """Whether it fits, but for what is in it."""
+    """Whether a value fits, its items and properties aside."""
     if not Schema(option, root).allows_type_of(value):
         return False
     choices = option.get("enum")
@@ -7468,7 +7705,7 @@ def required_names(schema: JSON) -> set[str]:
 
 
 def types_of(schema: JSON) -> Iterable[str] | None:
-    """The types that a schema without unions names, or that its values have; None if it names none."""
+    """The types that a schema without unions names, or its values have; None if it has neither."""
     named = schema.get("type")
     if isinstance(named, str):
         return {named}
@@ -7482,6 +7719,7 @@ def types_of(schema: JSON) -> Iterable[str] | None:
     return None
 
 
+BRACE = re.compile("{")
 QUOTED_CALL = re.compile(r"(?:<|u003c|&lt;|&#0*60;|&#x0*3c;)tool_call", re.IGNORECASE)
 ESCAPE = re.compile(r"\\+(?:u([0-9a-fA-F]{4})|[nrt])?")  # however often it was escaped
 
@@ -7491,8 +7729,9 @@ def quoted_text(messages: Iterable[Message], *, forced: bool = False) -> str:
 
     Where a call is `forced`, an object may be one: then it is those that have a brace in them.
     """
-    has_calls = re.compile("{").search if forced else QUOTED_CALL.search
-    return "\n".join(map(plain_form, filter(has_calls, conversation_texts(messages))))
+    mark = BRACE if forced else QUOTED_CALL
+    texts = [text for text in conversation_texts(messages) if mark.search(text)]
+    return "\n".join(map(plain_form, texts))
 
 
 def conversation_texts(messages: Iterable[Message]) -> Iterator[str]:
@@ -7507,7 +7746,7 @@ def conversation_texts(messages: Iterable[Message]) -> Iterator[str]:
 
 
 def plain_form(text: str) -> str:
-    """A text without white space and escapes: the same for a page, for it in JSON, and for it in HTML."""
+    """A text without white space and escapes: the same for a page as for its JSON and its HTML."""
     if "&" in text:
         text = unescape(text)
     if "\\" in text:
@@ -7516,12 +7755,14 @@ def plain_form(text: str) -> str:
 
 
 def unescaped(escape: re.Match[str]) -> str:
-    """What an escape of JSON stands for; nothing for a line end, and for the backslash before a quote."""
-    return chr(int(escape[1], 16)) if escape[1] else ""
+    """The character that an escape of JSON stands for; "" for white space and for a backslash."""
+    if escape[1]:
+        return chr(int(escape[1], 16))
+    return ""
 
 
 class NameRemnants(Repair):
-    """Remnants of the model's template in the name of a call: read</arg_value>, or read and its arguments.
+    """Remnants of the model's template in a call's name: read</arg_value>, or read and arguments.
 
     zai-org/GLM-5#84, can1357/oh-my-pi#3458. The name is what precedes the first tag or white space,
     if that was offered. Pairs of <arg_key> and <arg_value> behind it are moved into the arguments,
@@ -7534,7 +7775,9 @@ class NameRemnants(Repair):
 
     @classmethod
     def needed(cls, needs: RepairNeeds) -> Repair | None:
-        return cls(needs.tools) if needs.tools else None
+        if not needs.tools:
+            return None
+        return cls(needs.tools)
 
     def __init__(self, tools: Mapping[str, JSON]) -> None:
         self.tools = tools
@@ -7558,9 +7801,8 @@ class Call:
     name: str = ""
     waiting: str = ""  # arguments not yet sent: the name must be sent first
     id: str = ""  # ours, once the first piece has been sent
-    index: int = (
-        0  # ours, likewise: the OpenAI SDK's stream() fails on calls that do not begin in order
-    )
+    # Ours, likewise: the OpenAI SDK's stream() fails on calls that do not begin in order.
+    index: int = 0
     is_empty: bool = True  # no arguments have been sent
 
 
@@ -7586,9 +7828,8 @@ class CallPieces(Repair):
     def __init__(self, answer_id: str) -> None:
         self.answer_id = answer_id  # for the ids of calls that have none
         self.calls: list[Call] = []
-        self.known: dict[
-            int | str, Call
-        ] = {}  # the newest call with each of Z.ai's indexes and ids
+        # The newest call with each of Z.ai's indexes and ids.
+        self.known: dict[int | str, Call] = {}
 
     def feed(self, event: ToolCall | Finish) -> Iterator[Event]:
         if isinstance(event, Finish):
@@ -7611,8 +7852,9 @@ class CallPieces(Repair):
 
     def find(self, piece: ToolCall) -> Call:
         """The call that a piece belongs to, perhaps a new one."""
-        place = piece.id if piece.index < 0 else piece.index
-        call = self.known.get(place)
+        call = self.known.get(piece.index)
+        if piece.index < 0:
+            call = self.known.get(piece.id)
         is_new = piece.index >= 0 and piece.id  # though it may have no name
         if call is None and not piece.name and self.calls and not is_new:
             call = self.calls[-1]
@@ -7632,7 +7874,7 @@ class CallPieces(Repair):
         call.waiting = ""
         call.is_empty = call.is_empty and not arguments
         if not call.id:
-            call.index = sum(bool(known.id) for known in self.calls)
+            call.index = len([known for known in self.calls if known.id])
             call.id = self.new_id(call)
             yield ToolCall(call.index, call.id, call.name, arguments)
         elif arguments:
@@ -7645,6 +7887,18 @@ class CallPieces(Repair):
         while call_id in used:
             call_id += f"_{call.index}"
         return call_id
+
+
+def is_another(piece: ToolCall, call: Call) -> bool:
+    """Whether a piece with a name begins another call than the one with its index or id."""
+    if not piece.name:
+        return False
+    return contradict(piece.id, call.given_id) or contradict(piece.name, call.name)
+
+
+def contradict(one: str, other: str) -> bool:
+    """Whether both are known, and they differ."""
+    return bool(one and other and one != other)
 
 
 class NamelessCalls(Repair):
@@ -7679,7 +7933,7 @@ class JsonScanner:
         return self.in_string and not self.is_escaped and '"' not in text and "\\" not in text
 
     def feed(self, text: str) -> Iterator[tuple[str, int]]:
-        """Each mark of JSON in more of the text, with the index behind it; a string has two, its quotes."""
+        """Each mark of JSON in more of the text, with the index behind it; a quote is a mark."""
         at = 0
         while at < len(text):
             if self.in_string:
@@ -7792,8 +8046,10 @@ class ObjectReader:
         elif self.objects:
             yield from self.read_another(whole)
         elif self.EMPTY.fullmatch(whole):
-            self.mended += bool(self.held)
-            self.held = self.held or part
+            if self.held:
+                self.mended += 1
+            else:
+                self.held = part
         else:
             yield "more", self.read(part)
             self.objects.append(whole)
@@ -7843,7 +8099,9 @@ class DoubledArguments(Repair):
 
     @classmethod
     def needed(cls, needs: RepairNeeds) -> Repair | None:
-        return cls() if needs.tools else None
+        if not needs.tools:
+            return None
+        return cls()
 
     def __init__(self) -> None:
         self.calls: dict[int, SentCall] = {}  # by the index that they came with
@@ -7898,14 +8156,16 @@ class DoubledArguments(Repair):
 
 
 class HeldArguments(Repair):
-    """Mends arguments that are no object: they are known by how they begin, and held to their end."""
+    """Mends arguments that are no object: known by how they begin, and held to their end."""
 
     sees = frozenset((ToolCall, Finish))
     START = ""  # how they begin
 
     @classmethod
     def needed(cls, needs: RepairNeeds) -> Repair | None:
-        return cls(needs.tools) if needs.tools else None
+        if not needs.tools:
+            return None
+        return cls(needs.tools)
 
     def __init__(self, tools: Mapping[str, JSON]) -> None:
         self.tools = tools  # the parameters of each, by name
@@ -7934,8 +8194,10 @@ class HeldArguments(Repair):
     def close(self) -> Iterator[Event]:
         for index, pieces in self.held.items():
             text = "".join(pieces)
-            mended = self.mend(text, self.tools.get(self.names[index], {}))
-            self.mended += mended is not None
+            parameters = self.tools.get(self.names[index], {})
+            mended = self.mend(text, parameters)
+            if mended is not None:
+                self.mended += 1
             if text:
                 yield ToolCall(index, "", "", mended or text)
         self.held = {}
@@ -8007,7 +8269,9 @@ class UnfinishedArguments(Repair):
 
     @classmethod
     def needed(cls, needs: RepairNeeds) -> Repair | None:
-        return cls(needs.tools) if needs.tools else None
+        if not needs.tools:
+            return None
+        return cls(needs.tools)
 
     def __init__(self, tools: Mapping[str, JSON]) -> None:
         self.tools = tools  # the parameters of each, by name
@@ -8042,13 +8306,17 @@ class UnfinishedArguments(Repair):
         return ()
 
     def close(self, reason: FinishReason) -> Iterator[Event]:
+        was_cut_off = reason in ("length", "window_full")
         for index, pieces in self.sent.items():
             comma = self.commas.get(index, "")
-            missing = self.missing("".join(pieces), self.tools.get(self.names[index], {}))
-            is_whole = missing == "" or (missing and reason not in ("length", "window_full"))
-            if is_whole and (missing or comma):
-                self.mended += 1
-            rest = missing if is_whole else comma
+            parameters = self.tools.get(self.names[index], {})
+            missing = self.missing("".join(pieces), parameters)
+            if missing is None or (missing and was_cut_off):
+                rest = comma  # it stays as it is
+            else:
+                rest = missing
+                if missing or comma:
+                    self.mended += 1
             if rest:
                 yield ToolCall(index, "", "", rest)
 
@@ -8069,9 +8337,10 @@ class UnfinishedArguments(Repair):
 
 
 class TypeMender:
-    """Puts values in the place of strings in JSON text that comes in pieces, where a schema allows no string.
+    """Puts values in the place of strings in JSON text, where a schema allows no string.
 
-    Only within `depth` brackets. Such a string is held to its end; all else passes as it is.
+    The text comes in pieces. Such a string is held to its end; all else passes as it is, and so
+    does what stands within more than `depth` brackets.
     """
 
     def __init__(self, schema: Schema, depth: int) -> None:
@@ -8080,9 +8349,8 @@ class TypeMender:
         self.schemas: list[Schema] = []  # of the objects and arrays that are open
         self.expected = schema  # of the next value
         self.key = ""  # the last one
-        self.role: Literal["", "key", "value"] = (
-            ""  # of the string that is open; "": of no interest
-        )
+        # Of the string that is open; "": of no interest.
+        self.role: Literal["", "key", "value"] = ""
         self.string: list[str] = []  # its pieces
         self.mended = 0
 
@@ -8166,9 +8434,9 @@ class TypeMender:
 class TypedArguments(Repair):
     """Arguments of the wrong type: "3" for a number, "[…]" for an array, a string for all of them.
 
-    mastra-ai/mastra#12771, antirez/ds4#569. A string becomes the value that it is the JSON of, where
-    the schema allows that and no string. In arguments that come in one piece this holds at every
-    depth; in others only a value at the top is held for it, all else streams on.
+    mastra-ai/mastra#12771, antirez/ds4#569. A string becomes the value that it is the JSON of,
+    where the schema allows that and no string. In arguments that come in one piece this holds at
+    every depth; in others only a value at the top is held for it, all else streams on.
     """
 
     kind = "argument_types"
@@ -8176,7 +8444,9 @@ class TypedArguments(Repair):
 
     @classmethod
     def needed(cls, needs: RepairNeeds) -> Repair | None:
-        return cls(needs.tools) if needs.tools else None
+        if not needs.tools:
+            return None
+        return cls(needs.tools)
 
     def __init__(self, tools: Mapping[str, JSON]) -> None:
         self.tools = tools  # the parameters of each, by name
@@ -8237,7 +8507,7 @@ def has_other_types_than_strings(schema: Schema) -> bool:
 
 
 class HalfEscapes(Repair):
-    """Half a surrogate pair in arguments, where it stands as an escape that no reader of bytes sees.
+    """Half a surrogate pair in arguments, as an escape in their JSON: the reader does not see it.
 
     It waits for the other half, as in HalfPairs, and alone is U+FFFD.
     """
@@ -8254,7 +8524,9 @@ class HalfEscapes(Repair):
 
     @classmethod
     def needed(cls, needs: RepairNeeds) -> Repair | None:
-        return cls() if needs.tools else None
+        if not needs.tools:
+            return None
+        return cls()
 
     def __init__(self) -> None:
         self.held: dict[int, str] = {}  # the beginning of a pair, at the end of a call's arguments
@@ -8289,23 +8561,11 @@ class HalfEscapes(Repair):
             yield ToolCall(index, "", "", rest)
 
 
-def is_another(piece: ToolCall, call: Call) -> bool:
-    """Whether a piece with a name begins another call than the one with its index or id."""
-    if not piece.name:
-        return False
-    return contradict(piece.id, call.given_id) or contradict(piece.name, call.name)
-
-
-def contradict(one: str, other: str) -> bool:
-    """Whether two names are both known and not the same."""
-    return bool(one and other and one != other)
-
-
 class FencedJson(Repair):
     """JSON inside a code fence, where JSON was asked for (hugalafutro/model-hotel#896).
 
-    Its inside is the answer, if the fence is all there is. That shows only at the end, and so a text
-    that begins with a fence and JSON in it is held until then; any other streams on.
+    Its inside is the answer, if the fence is all there is. That shows only at the end, and so a
+    text that begins with a fence and JSON in it is held until then; any other streams on.
     """
 
     kind = "fenced_json"
@@ -8317,7 +8577,9 @@ class FencedJson(Repair):
 
     @classmethod
     def needed(cls, needs: RepairNeeds) -> Repair | None:
-        return cls() if needs.wants_json else None
+        if not needs.wants_json:
+            return None
+        return cls()
 
     def __init__(self) -> None:
         self.held: list[str] = []  # the text so far
@@ -8355,7 +8617,7 @@ class FencedJson(Repair):
 
 
 class JsonAlone(Repair):
-    """Text beside a call, where JSON was asked for and tools were offered: SDKs parse all text as JSON.
+    """Text beside a call, where JSON was asked for and tools were offered: SDKs parse it as JSON.
 
     Text that begins as JSON streams on until a call comes; other text is held until it is clear
     whether it stands beside a call.
@@ -8366,7 +8628,9 @@ class JsonAlone(Repair):
 
     @classmethod
     def needed(cls, needs: RepairNeeds) -> Repair | None:
-        return cls() if needs.tools and needs.wants_json else None
+        if not needs.tools or not needs.wants_json:
+            return None
+        return cls()
 
     def __init__(self) -> None:
         self.held: list[str] = []  # text that does not begin as JSON
@@ -8389,18 +8653,20 @@ class JsonAlone(Repair):
         if not self.has_begun and not self.held:
             text = text.lstrip()
             self.has_begun = text.startswith(("{", "["))
-        if not self.has_begun:
-            self.held += filter(None, [text])
-        elif not self.has_call:
-            yield Text(text)
+        if self.has_begun:
+            if not self.has_call:
+                yield Text(text)
+        elif text:
+            self.held.append(text)
 
 
 class StopStrings(Repair):
-    """Stop strings that Z.ai leaves in the text, or does not know: it takes four (zai-org/GLM-4#511).
+    """Stop strings that Z.ai leaves in the text, or is not told: it takes four.
 
-    The answer ends before the first one that is complete; what Z.ai sends behind it is not read. At
-    the end of an answer also a part of one goes that is plainly no text (huggingface/smolagents#1934):
-    of three characters or more, and beginning with "<" or a line end.
+    zai-org/GLM-4#511. The answer ends before the first one that is complete; what Z.ai sends behind
+    it is not read. A part of one goes, too, where an answer ends with it and it is plainly no text
+    (huggingface/smolagents#1934): it has three characters or more, and begins with "<" or a line
+    end.
     """
 
     kind = "stop_strings"
@@ -8409,7 +8675,9 @@ class StopStrings(Repair):
 
     @classmethod
     def needed(cls, needs: RepairNeeds) -> Repair | None:
-        return cls(needs.stop) if needs.stop else None
+        if not needs.stop:
+            return None
+        return cls(needs.stop)
 
     def __init__(self, stop: tuple[str, ...]) -> None:
         self.stop = stop
@@ -8460,7 +8728,7 @@ class StopStrings(Repair):
         return earliest
 
     def end(self, finish: Finish) -> Finish:
-        """The finish, when the text has ended with a part of a stop string that is not one of its own."""
+        """The finish; a part of a stop string at the end of the text is what stopped it."""
         if finish.reason != "stop" or len(self.held) < self.LEAST_PART:
             return finish
         if not self.held.startswith(("<", "\n", "\r")):
@@ -8472,19 +8740,20 @@ class StopStrings(Repair):
 
 
 def first_stop(text: str, stops: Iterable[str]) -> tuple[int, str]:
-    """Where the stop string begins that is the first to be complete, and which; "" if there is none."""
-    first = len(text) + 1
-    start, met = 0, ""
+    """Where the first stop string to be complete begins, and which it is; "" if there is none."""
+    found = []
     for stop in stops:
-        at = text.find(stop)
-        end = at + len(stop)
-        if at >= 0 and (end, at) < (first, start):
-            first, start, met = end, at, stop
+        start = text.find(stop)
+        if start >= 0:
+            found.append((start + len(stop), start, stop))
+    if not found:
+        return 0, ""
+    _, start, met = min(found)
     return start, met
 
 
 class FinishWithoutCall(Repair):
-    """The finish tool_calls of an answer that has no call, which is stop: an agent waits for one."""
+    """The finish tool_calls of an answer that has no call becomes stop: an agent waits for one."""
 
     kind = "finish_without_call"
     sees = frozenset((ToolCall, Finish))
@@ -8508,7 +8777,9 @@ class EmptyAnswer(Repair):
 
     @classmethod
     def needed(cls, needs: RepairNeeds) -> Repair | None:
-        return cls() if needs.asks_again else None
+        if not needs.asks_again:
+            return None
+        return cls()
 
     def feed(self, event: Thought | Text | ToolCall | Finish) -> tuple[Event, ...]:
         self.sees = frozenset()
@@ -8641,7 +8912,7 @@ class HiddenReasoning(Repair):
 
 
 class RawReasoning(Repair):
-    """Not a repair: puts the reasoning into the text between <think> tags, where the client wants that."""
+    """Not a repair: puts reasoning into the text in <think> tags, where the client wants that."""
 
     sees = frozenset((Thought, Text, ToolCall, Citations, Finish))
 
@@ -8650,8 +8921,11 @@ class RawReasoning(Repair):
 
     def feed(self, event: Thought | Text | ToolCall | Citations | Finish) -> Iterator[Event]:
         if isinstance(event, Thought):
-            yield Text(event.text if self.is_open else "<think>" + event.text)
-            self.is_open = True
+            if not self.is_open:
+                self.is_open = True
+                yield Text("<think>" + event.text)
+            else:
+                yield Text(event.text)
             return
         if self.is_open:
             yield Text("</think>")
@@ -8668,38 +8942,44 @@ def reasoning_shape(form: ReasoningFormat) -> list[Repair]:
     return []
 
 
+# ======== Z.ai: other paths =======================================================================
+# What is special about the paths that are relayed as they are (embeddings, images, transcriptions,
+# forms) and about the quota of a Coding Plan, for `pass_through` and the dashboard.
+
+
 PLAN_WINDOWS = {(3, 5): "5h", (6, 1): "week", (5, 1): "month"}  # by unit and number
 
 
 def plan_quota(document: JSON) -> JSON:
-    """What is left of a Coding Plan. Z.ai does not document this, and changed its names in July 2026."""
+    """What is left of a Coding Plan.
+
+    Z.ai does not document this, and changed its names in July 2026.
+    """
     data = as_object(document.get("data")) or document
-    limits = [
-        limit
-        for limit in objects(data.get("limits"))
-        if as_number(limit.get("percentage")) is not None
-    ]
-    return {"level": str(data.get("level") or "")[:20], "limits": [*map(plan_limit, limits)]}
+    limits = objects(data.get("limits"))
+    known = [limit for limit in limits if as_number(limit.get("percentage")) is not None]
+    return {"level": str(data.get("level") or "")[:20], "limits": [*map(plan_limit, known)]}
 
 
 LAST_MILLISECOND = 253_402_214_400_000  # of Unix time that is a date: the end of the year 9999
 
 
 def plan_limit(limit: JSON) -> JSON:
-    unit, number = limit.get("unit"), limit.get("number")
-    resets_at = as_number(limit.get("nextResetTime")) or 0
-    is_known = 0 < resets_at < LAST_MILLISECOND
-    window = PLAN_WINDOWS.get((as_count(unit), as_count(number))) or f"{number} of unit {unit}"[:20]
-    used, allowance = as_number(limit.get("currentValue")), as_number(limit.get("usage"))
-    shown = {
-        "window": window,
+    """One limit of a Coding Plan; `resets_at` is a Unix time, None if it is not known."""
+    unit = limit.get("unit")
+    number = limit.get("number")
+    window = PLAN_WINDOWS.get((as_count(unit), as_count(number)))
+    milliseconds = as_number(limit.get("nextResetTime")) or 0
+    resets_at = None
+    if 0 < milliseconds < LAST_MILLISECOND:
+        resets_at = milliseconds / 1000
+    return {
+        "window": window or f"{number} of unit {unit}"[:20],
         "type": str(limit.get("type"))[:20],
         "percentage": limit["percentage"],
-    }
-    return shown | {
-        "used": used,
-        "allowance": allowance,
-        "resets_at": resets_at / 1000 if is_known else None,
+        "used": as_number(limit.get("currentValue")),
+        "allowance": as_number(limit.get("usage")),
+        "resets_at": resets_at,
     }
 
 
@@ -8718,7 +8998,10 @@ class PassThroughReader:
 
 
 def pass_through_body(body: JSON, aliases: Aliases) -> JSON:
-    """With the model that an alias stands for, and without encoding_format, which Z.ai's embeddings do not have."""
+    """The body with the model that an alias stands for, and without encoding_format.
+
+    Z.ai's embeddings have no such field.
+    """
     sent = {name: value for name, value in body.items() if name != "encoding_format"}
     name = body.get("model")
     if isinstance(name, str) and is_model_name(name):
@@ -8739,7 +9022,7 @@ def check_embedding_input(body: JSON) -> None:
 
 
 def check_image_format(body: JSON) -> None:
-    """Raises BadRequest for an image in the answer itself."""
+    """Raises BadRequest where the answer is to have the image itself."""
     if body.get("response_format") == "b64_json":
         words = "Z.ai gives URLs of images, which can be loaded for 30 days, and no base64: "
         words += "leave 'response_format' out, or ask for \"url\"."
@@ -8783,194 +9066,27 @@ class UsageReader(PassThroughReader):
         return b""
 
     def close(self) -> bytes:
-        data, self.held = bytes(self.held), bytearray()
-        self.usage = (
-            zai_usage(as_object(as_object(parse_answer(data)).get("usage"))) if data else self.usage
-        )
+        data = bytes(self.held)
+        self.held = bytearray()
+        if data:
+            document = as_object(parse_answer(data))
+            self.usage = zai_usage(as_object(document.get("usage")))
         return data
 
 
 class EmbeddingsReader(UsageReader):
-    """Embeddings in base64 (little-endian float32): openai-node asks for it by default, and reads nothing else."""
+    """Embeddings in base64 (little-endian float32).
+
+    openai-node asks for base64 unless it is told otherwise, and then reads nothing else.
+    """
 
     def close(self) -> bytes:
         data = super().close()
         document = as_object(parse_answer(data))
         if not isinstance(document.get("data"), list):
             return data
-        return json_bytes(
-            {**document, "data": [packed_embedding(item) for item in document["data"]]}
-        )
-
-
-class JoinedEmbeddings:
-    """The answers to the batches of one request, as one answer: `index` goes on, usage is summed."""
-
-    def __init__(self) -> None:
-        self.items: list[bytes] = []  # as JSON, which takes less memory than numbers
-        self.counts: Counter[str] = Counter()  # what the usage of all has, by name
-        self.others: JSON = {}  # the other fields, of the latest answer
-
-    def add(self, data: bytes, texts: int) -> None:
-        """An answer to that many texts. Raises UpstreamError where it is none."""
-        document = as_object(parse_answer(data))
-        items = document.get("data")
-        if not isinstance(items, list) or len(items) != texts:
-            raise zai_error(200, data)
-        for item in items:
-            self.items.append(json_bytes({**as_object(item), "index": len(self.items)}))
-        for name, tokens in as_object(document.get("usage")).items():
-            self.counts[name] += as_count(tokens)
-        self.others = document
-
-    def document(self) -> bytes:
-        others = json_bytes({**self.others, "data": None, "usage": self.counts})
-        head, _, rest = others.partition(b'"data":null')
-        return b"".join([head, b'"data":[', b",".join(self.items), b"]", rest])
-
-
-class TranscriptReader(UsageReader):
-    """The text of a transcription alone, for `response_format: text`; a stream passes as it comes."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.is_stream = False  # the first bytes are no JSON object's
-
-    def feed(self, part: bytes) -> bytes:
-        if self.is_stream:
-            return part
-        self.held += part
-        begun = self.held.lstrip()
-        if not begun or begun.startswith(b"{"):
-            return b""
-        self.is_stream = True
-        return super().close()
-
-    def close(self) -> bytes:
-        """Raises UpstreamError for a refusal: what is said in a text is none."""
-        data = super().close()
-        if error := refusal_in(data):
-            raise error
-        text = as_object(parse_answer(data)).get("text")
-        if not isinstance(text, str):
-            return data
-        self.media_type = "text/plain; charset=utf-8"
-        return whole_characters(text).encode()
-
-
-FIELD_LIMIT = 2**16  # bytes of the head of a form's part, and of a field that is read
-DISPOSITION = re.compile(
-    rb"^content-disposition:([^\r\n]*(?:\r\n[ \t][^\r\n]*)*)", re.IGNORECASE | re.MULTILINE
-)
-PARAMETER = re.compile(rb';\s*([^\s=;"]+)\s*=\s*("(?:[^"\\]|\\.)*"|[^;"\r\n]*)')
-BOUNDARY = re.compile(r'boundary\s*=\s*("?)([^";,]{1,200})\1', re.IGNORECASE)
-BROKEN_FORM = "The form in the request's body cannot be read: "
-
-
-class FormReader:
-    """Passes a multipart form on as it comes, while some of its fields are read and may change.
-
-    Nothing of a file is kept. The line that ends the form is held back until `close`: what is wrong
-    in a field that comes behind the file is seen before Z.ai has a whole request.
-    """
-
-    def __init__(self, boundary: str, fields: Mapping[str, Callable[[str], str]]) -> None:
-        self.line = b"\r\n--" + boundary.encode()  # before each part, and behind the last
-        self.fields = fields  # by the name of each field that is read: what becomes of its text
-        # What is not passed on yet. The first line has no end of another before it.
-        self.held = bytearray(b"\r\n")
-        self.added = 2  # bytes in `held` that the client did not send
-        self.field = ""  # the name of the one that is read
-        self.step: Callable[[], bytes | None] = self.pass_content  # by what comes next
-
-    def feed(self, part: bytes) -> bytes:
-        """The bytes to send on now. Raises BadRequest, and what the functions of the fields raise."""
-        self.held += part
-        passed = bytearray()
-        while (piece := self.step()) is not None:
-            passed += piece
-        return self.as_sent(passed)
-
-    def close(self) -> bytes:
-        """What was held back."""
-        return self.as_sent(self.held)
-
-    def as_sent(self, data: bytearray) -> bytes:
-        ours = min(self.added, len(data))
-        self.added -= ours
-        return bytes(data[ours:])
-
-    def take(self, size: int) -> bytes:
-        taken = bytes(self.held[:size])
-        del self.held[:size]
-        return taken
-
-    def pass_content(self) -> bytes | None:
-        """A file, or a field that is not read, up to the line behind it; None if more must come."""
-        end = self.held.find(self.line)
-        if end >= 0:
-            self.step = self.read_head
-            return self.take(end)
-        return self.take(max(0, len(self.held) - len(self.line) + 1)) or None
-
-    def read_head(self) -> bytes | None:
-        """The line before a part, and the part's head."""
-        begin = len(self.line)
-        if len(self.held) < begin + 2:
-            return None
-        if self.held.startswith(b"--", begin):
-            self.step = self.hold_end
-            return b""
-        if self.held[begin] not in b"\r \t":
-            raise BadRequest(f"{BROKEN_FORM}its boundary stands in the midst of a file.")
-        end = self.held.find(b"\r\n\r\n", begin)
-        if end < 0 or end > FIELD_LIMIT:
-            self.check_held()
-            return None
-        head = self.take(end + 4)
-        if self.line in head[begin:]:
-            raise BadRequest(f"{BROKEN_FORM}a part has no end of its head.")
-        self.field = field_name(head)
-        self.step = self.read_field if self.field in self.fields else self.pass_content
-        return head
-
-    def read_field(self) -> bytes | None:
-        end = self.held.find(self.line)
-        if end < 0 or end > FIELD_LIMIT:
-            self.check_held()
-            return None
-        self.step = self.read_head
-        try:
-            text = self.take(end).decode()
-        except UnicodeDecodeError:
-            raise BadRequest(f"{BROKEN_FORM}'{self.field}' is not UTF-8.", self.field) from None
-        return self.fields[self.field](text).encode()
-
-    def hold_end(self) -> None:
-        self.check_held()
-
-    def check_held(self) -> None:
-        if len(self.held) > FIELD_LIMIT:
-            raise BadRequest(f"{BROKEN_FORM}a head, a field or its end is too long.")
-
-
-def field_name(head: bytes) -> str:
-    """The name in the head of a form's part, "" for none. Raises BadRequest for one in another coding."""
-    found = DISPOSITION.search(head)
-    for name, value in PARAMETER.findall(found[1] if found else b""):
-        if name.lower() == b"name*":  # RFC 7578 forbids it
-            raise BadRequest(f"{BROKEN_FORM}it has a field with name*=.")
-        if name.lower() == b"name":
-            return str(value.strip().strip(b'"').decode("utf-8", "replace"))
-    return ""
-
-
-def form_boundary(content_type: str) -> str:
-    """Raises BadRequest where the header names none."""
-    found = BOUNDARY.search(content_type)
-    if found is None:
-        raise BadRequest(f"{BROKEN_FORM}its Content-Type names no boundary.")
-    return found[2].strip()
+        packed = [packed_embedding(item) for item in document["data"]]
+        return json_bytes({**document, "data": packed})
 
 
 def packed_embedding(item: Any) -> Any:
@@ -9004,7 +9120,190 @@ def fitting(number: int | float) -> float:
     return number
 
 
-# ======== Z.ai: request =============================================================================================
+class JoinedEmbeddings:
+    """The answers to the batches of one request, as one: `index` goes on, usage is summed."""
+
+    def __init__(self) -> None:
+        self.items: list[bytes] = []  # as JSON, which takes less memory than numbers
+        self.counts: Counter[str] = Counter()  # what the usage of all has, by name
+        self.others: JSON = {}  # the other fields, of the latest answer
+
+    def add(self, data: bytes, texts: int) -> None:
+        """An answer to that many texts. Raises UpstreamError where it is none."""
+        document = as_object(parse_answer(data))
+        items = document.get("data")
+        if not isinstance(items, list) or len(items) != texts:
+            raise zai_error(200, data)
+        for item in items:
+            self.items.append(json_bytes({**as_object(item), "index": len(self.items)}))
+        for name, tokens in as_object(document.get("usage")).items():
+            self.counts[name] += as_count(tokens)
+        self.others = document
+
+    def document(self) -> bytes:
+        others = json_bytes({**self.others, "data": None, "usage": self.counts})
+        head, _, rest = others.partition(b'"data":null')
+        return b"".join([head, b'"data":[', b",".join(self.items), b"]", rest])
+
+
+class TranscriptReader(UsageReader):
+    """Only the text of a transcription (`response_format: text`); a stream passes as it comes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.is_stream = False  # the first bytes are no JSON object's
+
+    def feed(self, part: bytes) -> bytes:
+        if self.is_stream:
+            return part
+        self.held += part
+        begun = self.held.lstrip()
+        if not begun or begun.startswith(b"{"):
+            return b""
+        self.is_stream = True
+        return super().close()
+
+    def close(self) -> bytes:
+        """The text. Raises UpstreamError for a refusal, which has none."""
+        data = super().close()
+        error = refusal_in(data)
+        if error:
+            raise error
+        text = as_object(parse_answer(data)).get("text")
+        if not isinstance(text, str):
+            return data
+        self.media_type = "text/plain; charset=utf-8"
+        return whole_characters(text).encode()
+
+
+FIELD_LIMIT = 2**16  # bytes of the head of a form's part, and of a field that is read
+DISPOSITION = re.compile(
+    rb"^content-disposition:([^\r\n]*(?:\r\n[ \t][^\r\n]*)*)", re.IGNORECASE | re.MULTILINE
+)
+PARAMETER = re.compile(rb';\s*([^\s=;"]+)\s*=\s*("(?:[^"\\]|\\.)*"|[^;"\r\n]*)')
+BOUNDARY = re.compile(r'boundary\s*=\s*("?)([^";,]{1,200})\1', re.IGNORECASE)
+BROKEN_FORM = "The form in the request's body cannot be read: "
+
+
+class FormReader:
+    """Passes a multipart form on as it comes, while some of its fields are read and may change.
+
+    Nothing of a file is kept. The line that ends the form is held back until `close`: what is wrong
+    in a field that comes behind the file is seen before Z.ai has a whole request.
+    """
+
+    def __init__(self, boundary: str, fields: Mapping[str, Callable[[str], str]]) -> None:
+        self.line = b"\r\n--" + boundary.encode()  # before each part, and behind the last
+        self.fields = fields  # by the name of each field that is read: what becomes of its text
+        # What is not passed on yet. The first line has no end of another before it.
+        self.held = bytearray(b"\r\n")
+        self.added = 2  # bytes in `held` that the client did not send
+        self.field = ""  # the name of the one that is read
+        # What reads on: it returns what goes out, None if more must come first.
+        self.step: Callable[[], bytes | None] = self.pass_content
+
+    def feed(self, part: bytes) -> bytes:
+        """The bytes to send on now.
+
+        Raises BadRequest for a form that cannot be read, and what the functions of fields raise.
+        """
+        self.held += part
+        passed = bytearray()
+        piece = self.step()
+        while piece is not None:
+            passed += piece
+            piece = self.step()
+        return self.as_sent(passed)
+
+    def close(self) -> bytes:
+        """What was held back."""
+        return self.as_sent(self.held)
+
+    def as_sent(self, data: bytearray) -> bytes:
+        """Without the bytes that the client did not send."""
+        ours = min(self.added, len(data))
+        self.added -= ours
+        return bytes(data[ours:])
+
+    def take(self, size: int) -> bytes:
+        taken = bytes(self.held[:size])
+        del self.held[:size]
+        return taken
+
+    def pass_content(self) -> bytes | None:
+        """A file, or a field that is not read, up to the line behind it."""
+        end = self.held.find(self.line)
+        if end >= 0:
+            self.step = self.read_head
+            return self.take(end)
+        certain = len(self.held) - len(self.line) + 1  # the rest may be the beginning of the line
+        return self.take(max(0, certain)) or None
+
+    def read_head(self) -> bytes | None:
+        """The line before a part, and the part's head."""
+        begin = len(self.line)
+        if len(self.held) < begin + 2:
+            return None
+        if self.held.startswith(b"--", begin):
+            self.step = self.hold_end
+            return b""
+        if self.held[begin] not in b"\r \t":
+            raise BadRequest(f"{BROKEN_FORM}its boundary stands in the midst of a file.")
+        end = self.held.find(b"\r\n\r\n", begin)
+        if end < 0 or end > FIELD_LIMIT:
+            self.check_held()
+            return None
+        head = self.take(end + 4)
+        if self.line in head[begin:]:
+            raise BadRequest(f"{BROKEN_FORM}a part has no end of its head.")
+        self.field = field_name(head)
+        self.step = self.pass_content
+        if self.field in self.fields:
+            self.step = self.read_field
+        return head
+
+    def read_field(self) -> bytes | None:
+        end = self.held.find(self.line)
+        if end < 0 or end > FIELD_LIMIT:
+            self.check_held()
+            return None
+        self.step = self.read_head
+        try:
+            text = self.take(end).decode()
+        except UnicodeDecodeError:
+            raise BadRequest(f"{BROKEN_FORM}'{self.field}' is not UTF-8.", self.field) from None
+        return self.fields[self.field](text).encode()
+
+    def hold_end(self) -> None:
+        self.check_held()
+
+    def check_held(self) -> None:
+        if len(self.held) > FIELD_LIMIT:
+            raise BadRequest(f"{BROKEN_FORM}a head, a field or its end is too long.")
+
+
+def field_name(head: bytes) -> str:
+    """The name in the head of a form's part, "" for none. Raises BadRequest for a coded one."""
+    found = DISPOSITION.search(head)
+    if found is None:
+        return ""
+    for name, value in PARAMETER.findall(found[1]):
+        if name.lower() == b"name*":  # RFC 7578 forbids it
+            raise BadRequest(f"{BROKEN_FORM}it has a field with name*=.")
+        if name.lower() == b"name":
+            return str(value.strip().strip(b'"').decode("utf-8", "replace"))
+    return ""
+
+
+def form_boundary(content_type: str) -> str:
+    """The boundary that a Content-Type names. Raises BadRequest where there is none."""
+    found = BOUNDARY.search(content_type)
+    if found is None:
+        raise BadRequest(f"{BROKEN_FORM}its Content-Type names no boundary.")
+    return found[2].strip()
+
+
+# ======== Z.ai: request ===========================================================================
 # `zai_body` is a Prompt as Z.ai takes it; what Z.ai has no parameter for is emulated or left out.
 
 
@@ -9012,43 +9311,59 @@ MAX_ZAI_STOPS = 4  # stop strings; StopStrings honours all (QwenLM/Qwen-Agent#37
 
 
 def zai_body(prompt: Prompt, model: Model) -> JSON:
-    """Only fields that Z.ai knows: an unknown one fails the whole request, without being named (1210).
+    """The body of a request: only fields that Z.ai knows.
 
-    It is always asked for a stream: a whole answer is what its stream adds up to, and a model that
-    thinks for minutes is silent for no longer than its pauses.
+    An unknown one would fail the whole request, without being named (1210). Z.ai is always asked
+    for a stream: a whole answer is what its stream adds up to, and a model that thinks for minutes
+    is silent for no longer than its pauses.
     """
-    tools = [*map(zai_tool, prompt.tools), *prompt.native_tools]
     messages = with_system_lines(prompt.messages, emulation_lines(prompt))
     body = {
         "model": model.id,
-        "messages": [*map(zai_message, messages)],
+        "messages": [zai_message(message) for message in messages],
         "stream": True,
-        "temperature": None if prompt.temperature is None else min(prompt.temperature, 1),
-        "top_p": None if prompt.top_p is None else max(prompt.top_p, 0.01),
-        "max_tokens": prompt.max_tokens
-        and min(prompt.max_tokens, model.output or prompt.max_tokens),
+        **zai_sampling(prompt, model),
+        "user_id": zai_user(prompt.user),
+    }
+    tools = [*map(zai_tool, prompt.tools), *prompt.native_tools]
+    if tools:
+        body["tools"] = tools
+        if model.streams_arguments:
+            body["tool_stream"] = True
+    if prompt.schema is not None:
+        body["response_format"] = {"type": "json_object"}
+    body.update(zai_thinking(prompt, model))
+    body.update(prompt.native)
+    return {name: value for name, value in body.items() if value is not None}
+
+
+def zai_sampling(prompt: Prompt, model: Model) -> JSON:
+    """How the answer is made and where it ends, within Z.ai's bounds; None where it is open."""
+    temperature = prompt.temperature
+    if temperature is not None:
+        temperature = min(temperature, 1)
+    top_p = prompt.top_p
+    if top_p is not None:
+        top_p = max(top_p, 0.01)
+    max_tokens = prompt.max_tokens
+    if max_tokens and model.output:
+        max_tokens = min(max_tokens, model.output)
+    return {
+        "temperature": temperature,
+        "top_p": top_p,
+        "max_tokens": max_tokens,
         "stop": list(prompt.stop[:MAX_ZAI_STOPS]) or None,  # documented as a list
         "seed": prompt.seed,
-        "user_id": zai_user(prompt.user),
-        "tools": tools or None,
-        "tool_stream": True if tools and model.streams_arguments else None,
-        "response_format": None if prompt.schema is None else {"type": "json_object"},
-        **zai_thinking(prompt, model),
-        **prompt.native,
     }
-    return {name: value for name, value in body.items() if value is not None}
 
 
 @dataclass(slots=True)
 class ZaiRequest:
-    """A request as it is sent, and what the repair of its answer must know.
-
-    `characters` is its size, images counted as IMAGE_SIZE each.
-    """
+    """A request as it is sent, and what the repairs of its answer must know."""
 
     data: bytes
     needs: RepairNeeds
-    characters: int
+    characters: int  # its size, images counted as IMAGE_SIZE each
 
 
 ZAI_HOSTS = ("api.z.ai", "open.bigmodel.cn")
@@ -9062,7 +9377,9 @@ def zai_request(prompt: Prompt, model: Model, base_url: str, answer_id: str) -> 
     data = encode_request(body)
     tools = {tool.name: tool.parameters for tool in prompt.tools}
     forced = forced_function(prompt)
-    quoted = quoted_text(prompt.messages, forced=bool(forced)) if tools else ""
+    quoted = ""
+    if tools:
+        quoted = quoted_text(prompt.messages, forced=bool(forced))
     wants_json = prompt.schema is not None
     needs = RepairNeeds(model, answer_id, tools, wants_json, quoted, forced, prompt.stop)
     return ZaiRequest(data, needs, len(data) - media_size(prompt.messages))
@@ -9078,8 +9395,12 @@ def forced_function(prompt: Prompt) -> str:
 
 def media_size(messages: Iterable[Message]) -> int:
     """The characters of all images and files, less what they count for."""
-    media = [part for message in messages for part in message.content if isinstance(part, Media)]
-    return sum(len(part.url) - IMAGE_SIZE for part in media)
+    size = 0
+    for message in messages:
+        for part in message.content:
+            if isinstance(part, Media):
+                size += len(part.url) - IMAGE_SIZE
+    return size
 
 
 def with_reasoning(
@@ -9088,14 +9409,18 @@ def with_reasoning(
     """The conversation with the reasoning that its client lost, from the index `start` on."""
 
     def recalled(message: Message) -> Message:
-        forgotten = message.role == "assistant" and not message.thought
-        return replace(message, thought=recall(message)) if forgotten else message
+        if message.role != "assistant" or message.thought:
+            return message
+        return replace(message, thought=recall(message))
 
     return (*messages[:start], *map(recalled, messages[start:]))
 
 
 def choice_prompt(prompt: Prompt, choice: int) -> Prompt:
-    """The prompt for one of `n` choices: with its own seed, or all would be the same, and without the request_id."""
+    """The prompt for one of `n` choices.
+
+    It has a seed of its own, or all would be the same, and not the request_id, which is for one.
+    """
     if prompt.n == 1:
         return prompt
     messages = prompt.messages
@@ -9114,7 +9439,11 @@ def zai_user(user: str) -> str | None:
     """Z.ai's user_id has 6 to 128 characters."""
     if len(user) > 128:
         return sha256(user)
-    return user if len(user) >= 6 else f"user-{user}" if user else None
+    if not user:
+        return None
+    if len(user) < 6:
+        return f"user-{user}"
+    return user
 
 
 def with_chosen_tools(prompt: Prompt) -> Prompt:
@@ -9141,7 +9470,7 @@ TOOL_WORD = re.compile(r"[\w.:/-]+")
 
 
 def without_deferred(prompt: Prompt) -> Prompt:
-    """The prompt with no more than MAX_TOOLS tools: the deferred ones go that nothing said names.
+    """The prompt with no more than MAX_TOOLS tools: those go that are deferred and never named.
 
     Raises BadRequest if there are still more.
     """
@@ -9172,8 +9501,9 @@ LEGAL_NAME = re.compile("[A-Za-z0-9_-]{1,64}")  # docs.z.ai, of functions
 def legal_names(prompt: Prompt) -> dict[str, str]:
     """What Z.ai is told for each name of a tool, offered or called, that it would refuse.
 
-    A name is told in the same way whatever stands beside it and in every process, since Z.ai's cache
-    needs the same beginning to be the same bytes; the end is a hash, so that no two are the same.
+    A name is told in the same way whatever stands beside it and in every process, since Z.ai's
+    cache needs the same beginning to be the same bytes; the end is a hash, so that no two are the
+    same.
     """
     names = dict.fromkeys([tool.name for tool in prompt.tools])
     for message in prompt.messages:
@@ -9190,7 +9520,9 @@ def legal_names(prompt: Prompt) -> dict[str, str]:
 
 
 def legal_name(name: str, mark: str) -> str:
-    return f"{re.sub('[^A-Za-z0-9_-]', '_', name)[:55]}_{mark[:8]}"
+    """At most 64 characters: the name's own as far as they are legal, and 8 of the mark."""
+    legal = re.sub("[^A-Za-z0-9_-]", "_", name)
+    return f"{legal[:55]}_{mark[:8]}"
 
 
 def with_names(prompt: Prompt, names: Mapping[str, str]) -> Prompt:
@@ -9210,35 +9542,38 @@ def with_called_names(message: Message, names: Mapping[str, str]) -> Message:
 
 
 CALL_ORDER = "Answer by calling "
-SCHEMA_ORDER = "Answer only with JSON, without any other text and without Markdown, valid against this JSON Schema: "
+SCHEMA_ORDER = (
+    "Answer only with JSON, without any other text and without Markdown, "
+    "valid against this JSON Schema: "
+)
 
 
 def emulation_lines(prompt: Prompt) -> Iterator[str]:
-    """Lines for the system message, for what Z.ai has no parameter for: tool_choice and JSON Schemas."""
-    names = ", ".join(tool.name for tool in prompt.tools)
+    """Lines for the system message, in place of parameters that Z.ai lacks."""
     if prompt.tool_choice.mode == "required" and prompt.tools:
-        which = "one of the functions" if len(prompt.tools) > 1 else "the function"
+        names = ", ".join(tool.name for tool in prompt.tools)
+        which = "the function"
+        if len(prompt.tools) > 1:
+            which = "one of the functions"
         yield f"{CALL_ORDER}{which} {names}."
     if prompt.schema:
         yield SCHEMA_ORDER + json_text(prompt.schema)
 
 
 def with_system_lines(messages: tuple[Message, ...], lines: Iterable[str]) -> tuple[Message, ...]:
-    """The conversation with lines added to its first system message: Z.ai may refuse a second one."""
-    lines, roles = tuple(lines), [message.role for message in messages]
-    if not lines:
+    """The conversation with lines added to its first system message; Z.ai may refuse a second."""
+    added = tuple(lines)
+    if not added:
         return messages
-    if "system" not in roles:
-        return (Message("system", lines), *messages)
-    at = roles.index("system")
-    return (
-        *messages[:at],
-        replace(messages[at], content=(*messages[at].content, *lines)),
-        *messages[at + 1 :],
-    )
+    for index, message in enumerate(messages):
+        if message.role == "system":
+            longer = replace(message, content=(*message.content, *added))
+            return (*messages[:index], longer, *messages[index + 1 :])
+    return (Message("system", added), *messages)
 
 
-THINKING_ON, THINKING_OFF = {"thinking": {"type": "enabled"}}, {"thinking": {"type": "disabled"}}
+THINKING_ON: JSON = {"thinking": {"type": "enabled"}}
+THINKING_OFF: JSON = {"thinking": {"type": "disabled"}}
 # Models that always think have three levels; this is the nearest for each effort.
 EFFORT_WHEN_ALWAYS: dict[Effort, str] = {
     "off": "low",
@@ -9248,34 +9583,36 @@ EFFORT_WHEN_ALWAYS: dict[Effort, str] = {
     "xhigh": "max",
     "max": "max",
 }
-THINKING_WITH_EFFORT: dict[Effort, JSON] = {
-    level: THINKING_ON | {"reasoning_effort": level} for level in EFFORT_LEVELS
-}
-# The fields for each kind of model and effort (docs.z.ai, "Thinking Mode"; NousResearch/hermes-agent#85890, #97286).
+# The fields for each kind of model and effort (docs.z.ai, "Thinking Mode";
+# NousResearch/hermes-agent#85890, #97286).
 THINKING: dict[ThinkingKind, dict[Effort, JSON]] = {
     "none": {},
     "switch": {
-        level: THINKING_OFF if level == "off" else THINKING_ON
-        for level in ("off", "on", *EFFORT_LEVELS)
+        "off": THINKING_OFF,
+        "on": THINKING_ON,
+        **dict.fromkeys(EFFORT_LEVELS, THINKING_ON),
     },
-    "effort": {"off": THINKING_OFF, "on": THINKING_ON, **THINKING_WITH_EFFORT},
+    "effort": {
+        "off": THINKING_OFF,
+        "on": THINKING_ON,
+        **{level: {**THINKING_ON, "reasoning_effort": level} for level in EFFORT_LEVELS},
+    },
     "always": {level: {"reasoning_effort": known} for level, known in EFFORT_WHEN_ALWAYS.items()},
 }
 
 
 def zai_thinking(prompt: Prompt, model: Model) -> JSON:
     """Z.ai's thinking fields; clear_thinking=false keeps earlier reasoning visible."""
-    fields = THINKING[model.thinking].get(prompt.effort, {}) if prompt.effort else {}
-    remembers = prompt.clear_thinking is None and any(
-        message.thought for message in prompt.messages
-    )
-    clear = False if remembers else prompt.clear_thinking
+    fields: JSON = {}
+    if prompt.effort:
+        fields = THINKING[model.thinking].get(prompt.effort, {})
+    clear = prompt.clear_thinking
+    if clear is None and any(message.thought for message in prompt.messages):
+        clear = False
     if clear is None or model.thinking == "none":
         return fields
-    return {
-        **fields,
-        "thinking": {**fields.get("thinking", THINKING_ON["thinking"]), "clear_thinking": clear},
-    }
+    thinking: JSON = {**THINKING_ON, **fields}["thinking"]
+    return {**fields, "thinking": {**thinking, "clear_thinking": clear}}
 
 
 def zai_message(message: Message) -> JSON:
@@ -9290,18 +9627,23 @@ def zai_message(message: Message) -> JSON:
 
 
 def zai_content(message: Message) -> str | list[JSON]:
-    """Text without media is sent as a string: several models answer 1214 to text parts (BerriAI/litellm#25868)."""
+    """A message's content.
+
+    Text without media is a string: several models answer 1214 to parts (BerriAI/litellm#25868).
+    """
     if not has_media(message):
         return message_text(message)
     return [zai_part(part) for part in message.content if not is_blank(part)]
 
 
 def zai_part(part: Part) -> JSON:
-    """Z.ai takes https URLs and bare base64; some models refuse data: URLs (BigPizzaV3/CodexPlusPlus#2031)."""
+    """A part as Z.ai takes it.
+
+    Some models take https URLs and bare base64, and no data: URLs (BigPizzaV3/CodexPlusPlus#2031).
+    """
     match part:
         case Media(kind, url):
-            head = BASE64_URL.match(url)
-            return {"type": kind, kind: {"url": url[head.end() :] if head else url}}
+            return {"type": kind, kind: {"url": bare_base64(url)}}
         case _:
             return {"type": "text", "text": part}
 
@@ -9313,30 +9655,27 @@ def zai_tool(tool: Tool) -> JSON:
 
 
 class RefInliner:
-    """A JSON Schema with its own definitions in place of the references to them, and without unions with null.
+    """A JSON Schema with definitions in place of references to them, and no unions with null.
 
-    Z.ai answers 500 or nothing at all to `$ref` and `anyOf` (musistudio/claude-code-router#1474). Definitions that
-    contain themselves stay as they are, and so does everything if the result would exceed MAX_NODES.
+    Z.ai answers 500 or nothing at all to `$ref` and `anyOf` (musistudio/claude-code-router#1474).
+    Definitions that contain themselves stay as they are, and so does everything if the result would
+    exceed MAX_NODES.
     """
 
-    MAX_NODES, MAX_DEPTH = 2_000, 100  # objects and arrays in the result; nested
+    MAX_NODES = 2_000  # objects and arrays in the result
+    MAX_DEPTH = 100  # of them in one another
     DATA = ("const", "enum", "default", "examples")  # hold values, not schemas
-    MAPS = (
-        "properties",
-        "patternProperties",
-        "dependentSchemas",
-        "$defs",
-        "definitions",
-    )  # hold schemas by any name
+    # Hold schemas by any name.
+    MAPS = ("properties", "patternProperties", "dependentSchemas", "$defs", "definitions")
     PLACES = ("$defs", "definitions")  # of definitions
 
     def __init__(self, schema: JSON) -> None:
         self.schema = schema
-        found = [(f"#/{place}/", as_object(schema.get(place))) for place in self.PLACES]
-        self.definitions = {
-            path + name: part for path, parts in found for name, part in parts.items()
-        }
-        self.size = 0
+        self.definitions: JSON = {}  # by what refers to them
+        for place in self.PLACES:
+            for name, part in as_object(schema.get(place)).items():
+                self.definitions[f"#/{place}/{name}"] = part
+        self.size = 0  # objects and arrays so far
         self.has_refs = False  # a reference stays, so its definition must stay too
 
     def inline_all(self) -> JSON:
@@ -9344,31 +9683,39 @@ class RefInliner:
         inlined: JSON = self.inline(body, (), 0)
         if self.size > self.MAX_NODES:
             return self.schema
-        return inlined | {
-            name: self.schema[name] for name in self.PLACES if self.has_refs and name in self.schema
-        }
+        if self.has_refs:
+            for name in self.PLACES:
+                if name in self.schema:
+                    inlined[name] = self.schema[name]
+        return inlined
 
     def inline(self, part: Any, seen: tuple[str, ...], depth: int) -> Any:
         """`part` with its references replaced; `seen` are the definitions around it."""
         if not isinstance(part, (dict, list)) or self.size > self.MAX_NODES:
             return part
-        self.size += 1 if depth < self.MAX_DEPTH else self.MAX_NODES
-        match part:
-            case {"$ref": str(ref), **others} if ref not in seen and isinstance(
-                self.definitions.get(ref), dict
-            ):
-                meant = self.inline(self.definitions[ref], (*seen, ref), depth + 1)
-                return {**meant, **self.inline(others, seen, depth + 1)}
-            case {"$ref": str(ref)}:
-                self.has_refs = True
-                return part
-            case dict():
-                names = [name for name in part if name != "$schema"]
-                return without_null(
-                    {name: self.inline_at(name, part[name], seen, depth + 1) for name in names}
-                )
-            case _:
-                return [self.inline(value, seen, depth + 1) for value in part]
+        self.size += 1
+        if depth >= self.MAX_DEPTH:
+            self.size += self.MAX_NODES  # so that it counts as too large
+        if isinstance(part, list):
+            return [self.inline(value, seen, depth + 1) for value in part]
+        if isinstance(part.get("$ref"), str):
+            return self.inline_reference(part, seen, depth)
+        inlined = {}
+        for name, value in part.items():
+            if name != "$schema":
+                inlined[name] = self.inline_at(name, value, seen, depth + 1)
+        return without_null(inlined)
+
+    def inline_reference(self, part: JSON, seen: tuple[str, ...], depth: int) -> JSON:
+        """The definition that a `$ref` means, with what stands beside the `$ref`."""
+        reference = part["$ref"]
+        definition = self.definitions.get(reference)
+        if reference in seen or not isinstance(definition, dict):
+            self.has_refs = True
+            return part
+        others = {name: value for name, value in part.items() if name != "$ref"}
+        meant = self.inline(definition, (*seen, reference), depth + 1)
+        return {**meant, **self.inline(others, seen, depth + 1)}
 
     def inline_at(self, name: str, part: Any, seen: tuple[str, ...], depth: int) -> Any:
         """`part` of a schema with its references replaced, if it holds schemas under this name."""
@@ -9376,7 +9723,9 @@ class RefInliner:
             return {}
         if name in self.MAPS and isinstance(part, dict):
             return {key: self.inline(schema, seen, depth) for key, schema in part.items()}
-        return part if name in self.DATA else self.inline(part, seen, depth)
+        if name in self.DATA:
+            return part
+        return self.inline(part, seen, depth)
 
 
 def without_null(schema: JSON) -> JSON:
@@ -9384,41 +9733,44 @@ def without_null(schema: JSON) -> JSON:
     for union in ("anyOf", "oneOf"):
         match schema.get(union):
             case [{"type": "null"}, dict(other)] | [dict(other), {"type": "null"}]:
-                gone = ((union, schema[union]), ("default", None))
-                return {
-                    **other,
-                    **{name: value for name, value in schema.items() if (name, value) not in gone},
-                }
+                kept = {name: value for name, value in schema.items() if name != union}
+                if kept.get("default") is None:
+                    kept.pop("default", None)
+                return {**other, **kept}
     return schema
 
 
-# ======== Accounts ==================================================================================================
-# Whose request it is, what that key may, and what it has used. How it works:
+# ======== Accounts ================================================================================
+# Whose request it is, what that key may do, and what it has used. How it works:
 #
-# An account is a key's: `Account` has its limits in the words of the `keys` command, and never the key, only its
-# SHA-256. Whoever sends a DEFAULT_KEY is an operator: their keys are in the settings, have no limits, and each has
-# an account of its own for what it stores. The others are named; they are in the database, under an id of their own,
-# so that a key can be changed for a new one (`rotate`) while what it used, stored and may stays with its name.
+# Each key has an account. `Account` has its limits, in the words of the `keys` command, and never
+# the key itself, only its SHA-256. Whoever sends a DEFAULT_KEY is an operator: these keys are in
+# the settings and have no limits, and each has an account of its own for what it stores. The other
+# keys have names; they are in the database, under an id of their own. So a key can be changed for a
+# new one (`rotate`), and what it has used, stored and may do stays with its name.
 #
-# A request reads memory only. `Accounts` knows what the database last said (`Known`: a few seconds old, and common
-# to all processes), and has counted since what the database does not have yet: in `counted` until a batch is taken
-# from it, in `batch` until that is surely written, so that nothing is counted twice or lost when writing fails. What
-# a key has used is the sum of the three. So limits hold in one process at once, among several within seconds.
+# A request reads memory only. What a key has used is the sum of three: what the database last said
+# (`Known`: a few seconds old, and common to all processes), what is being written to it (`batch`),
+# and what was counted here since (`counted`). A batch stays the same until it is surely written, so
+# that nothing is counted twice, or lost when writing fails. So limits hold at once in one process,
+# and within seconds among several.
 #
-# What is counted is the tokens that Z.ai tells, or an estimate where it says nothing (`Meter`), and what they cost at
-# list price, by day, account and model. A day is one of UTC. A budget is for a day, a week from Monday, a month, or
-# for good: what was used is asked for by the first day of that. It is looked at when a request comes and again when
-# its turn has come; what is in flight may go beyond it, since nobody knows before what an answer will cost.
+# What is counted is the tokens that Z.ai tells, or an estimate where it says nothing (`Meter`), and
+# what they cost at list price, by day of UTC, account and model. A budget is for a day, a week from
+# Monday, a month, or for good; against it counts what was used since the first day of that. It is
+# looked at when a request comes, and again when its turn has come. What is in flight may go beyond
+# it, since nobody knows before what an answer will cost.
 #
-# Money is counted in billionths of a US dollar: whole numbers, so that sums in a database are exact, and small enough
-# for a token of the cheapest model. A chat model whose price is not known is charged like the dearest, or a budget
-# would mean nothing; what is free costs nothing, so that it goes on when a budget of money is used up.
+# Money is counted in billionths of a US dollar: whole numbers, so that sums in a database are
+# exact, and small enough for a token of the cheapest model. A chat model whose price is not known
+# is charged like the dearest, or a budget would mean nothing; what is free costs nothing, so that
+# it goes on when a budget of money is used up.
 
 OPERATOR = "operator"  # the name of everybody with a DEFAULT_KEY
 EVERYBODY = ""  # stands for the id of an account where all are meant
 
-# By account id, day and model: requests, failures, tokens in, tokens in from the cache, tokens out, and what they
-# cost in billionths of a dollar.
+# By account id, day and model: requests, failures, tokens in, tokens in from the cache, tokens out,
+# and what they cost in billionths of a dollar.
 Counts = dict[tuple[str, str, str], list[int]]
 NOTHING_COUNTED = (0, 0, 0, 0, 0, 0)
 
@@ -9486,7 +9838,7 @@ def money_budget(limit: str) -> Budget:
 
 @dataclass(frozen=True, slots=True)
 class Account:
-    """Who calls, and the limits of that key in the words of the `keys` command; None is no limit."""
+    """Who calls, and the limits of that key in the words of the `keys` command; None: no limit."""
 
     id: str  # of a key that an older version made, and of an operator's: the key's SHA-256
     name: str = ""
@@ -9516,22 +9868,24 @@ class Account:
         return money_budget(self.spend)
 
     def allows(self, model: Model) -> bool:
-        return self.models is None or any(
-            fnmatchcase(model.id, name.lower()) for name in self.models.split(",")
-        )
+        if self.models is None:
+            return True
+        patterns = self.models.lower().split(",")
+        return any(fnmatchcase(model.id, pattern) for pattern in patterns)
 
     def check_model(self, model: Model) -> None:
+        """Raises ProxyError for a model that the key may not use."""
         if not self.allows(model):
-            raise ProxyError(
-                MODEL_NOT_ALLOWED, f"This key may not use {model.id}, only {self.models}.", "model"
-            )
+            message = f"This key may not use {model.id}, only {self.models}."
+            raise ProxyError(MODEL_NOT_ALLOWED, message, "model")
 
     def check_usable(self, now: float) -> None:
         """Raises ProxyError for a key that is paused or past its date."""
         if self.paused:
             raise ProxyError(KEY_PAUSED)
         if self.expires and day_of(now).isoformat() > self.expires:
-            message = f"This key was valid until {self.expires}: the operator of this server can extend it."
+            message = f"This key was valid until {self.expires}: "
+            message += "the operator of this server can extend it."
             raise ProxyError(KEY_EXPIRED, message)
 
 
@@ -9567,7 +9921,10 @@ LIMITS: Mapping[str, tuple[str, str]] = {
 
 
 def parse_limits(given: Mapping[str, Any], today: date) -> JSON:
-    """An account's limits, as given by flags or in JSON; "none" and null remove one. Raises BadRequest."""
+    """An account's limits, as given by flags or in JSON; "none" and null remove one.
+
+    Raises BadRequest.
+    """
     return {name: parse_limit(name, value, today) for name, value in given.items()}
 
 
@@ -9578,13 +9935,16 @@ def parse_limit(name: str, value: Any, today: date) -> str | int | None:
         return None
     pattern, wanted = LIMITS[name]
     words = limit_words(name, value)
-    limit = last_day(words, today) if name == "expires" else words
+    limit = words
+    if name == "expires":
+        limit = last_day(words, today)
     if not limit or not re.fullmatch(pattern, words, re.ASCII | re.IGNORECASE):
-        shown = str(value)[:40]
-        raise BadRequest(
-            f"{name} {shown} cannot be used: it must be {wanted}; or none, for no limit.", name
-        )
-    return int(limit) if name in ("rpm", "parallel") else limit
+        message = f"{name} {str(value)[:40]} cannot be used: it must be {wanted}; "
+        message += "or none, for no limit."
+        raise BadRequest(message, name)
+    if name in ("rpm", "parallel"):
+        return int(limit)
+    return limit
 
 
 def limit_words(name: str, value: Any) -> str:
@@ -9601,29 +9961,46 @@ def limit_words(name: str, value: Any) -> str:
 
 
 def last_day(words: str, today: date) -> str:
-    """In ISO's form; "" for a day in the past, and for words that name no day."""
-    with suppress(ValueError, OverflowError):
-        day = (
-            today + timedelta(int(words[:-1])) if words.endswith("d") else date.fromisoformat(words)
-        )
-        return day.isoformat() if day >= today and words != "0d" else ""
-    return ""
+    """The last day of a key, in ISO's form; "" for a day in the past, or if words name none."""
+    try:
+        day = named_day(words, today)
+    except (ValueError, OverflowError):
+        return ""
+    if day < today or words == "0d":
+        return ""
+    return day.isoformat()
+
+
+def named_day(words: str, today: date) -> date:
+    """The day of 2027-01-31, or of 30d. Raises ValueError or OverflowError for other words."""
+    if words.endswith("d"):
+        return today + timedelta(int(words[:-1]))
+    return date.fromisoformat(words)
 
 
 def strange_patterns(models: str | None, known: Iterable[str]) -> list[str]:
-    """Those of a key's patterns that fit none of the known models: perhaps misspelt, perhaps of a new one."""
+    """Those of a key's patterns that fit none of the known models.
+
+    They may be misspelt, or meant for a model that is new.
+    """
     names = [*known]
     patterns = (models or "").lower().split(",")
     return [pattern for pattern in patterns if pattern and not fnmatch_filter(names, pattern)]
 
 
 def parse_key_name(name: Any) -> str:
-    """A name, composed as Unicode's NFC, so that what looks the same is the same. Raises BadRequest."""
+    """A name, composed as Unicode's NFC, so that what looks the same is the same.
+
+    Raises BadRequest.
+    """
+    composed = ""
     if isinstance(name, str):
         composed = unicodedata.normalize("NFC", name)
-        if 1 <= len(composed) <= 64 and all(map(is_in_names, composed)) and composed != OPERATOR:
-            return composed
-    raise BadRequest(f"A key's name is 1 to 64 letters, digits or ._@+-, not '{OPERATOR}'.", "name")
+    is_valid = 1 <= len(composed) <= 64 and all(map(is_in_names, composed))
+    if not is_valid or composed == OPERATOR:
+        words = f"A key's name is 1 to 64 letters, digits or ._@+-, not '{OPERATOR}'."
+        raise BadRequest(words, "name")
+    return composed
 
 
 def is_in_names(character: str) -> bool:
@@ -9683,12 +10060,16 @@ class Known:
 
     named: list[Account] = field(default_factory=list)
     totals: dict[str, Totals] = field(default_factory=dict)  # by id
-    # What was used since a day (in ISO's form), by account id: for budgets that have a period, and for everybody.
+    # What was used since a day, by account id and that day in ISO's form: for budgets that have a
+    # period, and for everybody.
     used: dict[tuple[str, str], Used] = field(default_factory=dict)
 
 
 class Accounts:
-    """The keys that are known, and what they used: what the database last said, and what was counted here since."""
+    """The keys that are known, and what they used.
+
+    That is what the database last said, and what was counted here since.
+    """
 
     def __init__(self, operator_keys: Iterable[str], spend_limit: str = "") -> None:
         self.operators = {hash_key(key): Account(hash_key(key), OPERATOR) for key in operator_keys}
@@ -9720,7 +10101,10 @@ class Accounts:
         return sums
 
     def used_in(self, budget: Budget | None, account_id: str, today: date) -> Used:
-        """What an account, or everybody, has used in the budget's present period; without one, since ever."""
+        """What an account, or everybody, has used in the budget's present period.
+
+        Without a budget it is all that was ever used.
+        """
         first_day = date.min.isoformat()
         if budget is not None:
             first_day = budget.days(today)[0].isoformat()
@@ -9735,9 +10119,8 @@ class Accounts:
     def totals(self, account: Account) -> Totals:
         """Since the key was made."""
         stored = self.known.totals.get(account.id, Totals())
-        requests, _, prompt, _, completion, spent = self.counted_since(
-            account.id, date.min.isoformat()
-        )
+        counted = self.counted_since(account.id, date.min.isoformat())
+        requests, _, prompt, _, completion, spent = counted
         return Totals(
             stored.requests + requests,
             stored.tokens + prompt + completion,
@@ -9756,7 +10139,10 @@ class Accounts:
         raise ProxyError(kind, f"This key has used its {account.tokens} tokens: {then}.")
 
     def check_spending(self, account: Account, model: Model | None, now: float) -> None:
-        """Raises ProxyError when the account, or all together, have spent what they may. What is free goes on."""
+        """Raises ProxyError when the account, or all together, have spent what they may.
+
+        What is free goes on.
+        """
         if model is not None and model.free:
             return
         today = day_of(now)
@@ -9770,33 +10156,41 @@ class Accounts:
         if budget and self.used_in(budget, EVERYBODY, today).spent >= budget.amount:
             wait = seconds_until(budget.resets_at(today), now)
             then = reset_words(budget, today, "its operator can raise SPEND_LIMIT")
-            words = f"This server has spent its SPEND_LIMIT of {self.spend_limit} US dollars: {then}. {FREE_GOES_ON}"
+            words = f"This server has spent its SPEND_LIMIT of {self.spend_limit} US dollars: "
+            words += f"{then}. {FREE_GOES_ON}"
             raise ProxyError(replace(SPEND_LIMIT_REACHED, retry_after=wait), words)
 
     def check_rate(self, account: Account, seconds: float, requests: int = 1) -> None:
-        """Count requests, or raise ProxyError after too many in a minute. `seconds` of a monotonic clock."""
+        """Count requests, or raise ProxyError after too many in a minute.
+
+        `seconds` is the time of a monotonic clock.
+        """
         if account.rpm is None:
             return
         asked = self.asked.setdefault(account.id, deque())
         while asked and asked[0] <= seconds - 60:
             asked.popleft()
-        if len(asked) + requests > account.rpm:
-            wait = asked[len(asked) + requests - account.rpm - 1] + 60 - seconds
+        surplus = len(asked) + requests - account.rpm
+        if surplus > 0:
+            wait = asked[surplus - 1] + 60 - seconds
             kind = replace(KEY_RATE_LIMITED, retry_after=wait)
-            raise ProxyError(
-                kind, f"This key may send {account.rpm} requests a minute: wait a little."
-            )
+            message = f"This key may send {account.rpm} requests a minute: wait a little."
+            raise ProxyError(kind, message)
         asked.extend([seconds] * requests)
 
     def check_choices(self, account: Account, n: int, seconds: float) -> None:
-        """Count `n` choices as that many requests, in place of the one that was counted. Raises ProxyError."""
+        """Count `n` choices as that many requests, in place of the one that was counted.
+
+        Raises ProxyError.
+        """
         if account.rpm is None or n == 1:
             return
         asked = self.asked[account.id]
         if asked:  # the body may have taken more than a minute
             asked.pop()  # so that what is refused counts as none
         if n > account.rpm:
-            words = f"This key may send {account.rpm} requests a minute, and n={n} counts as {n}: ask for fewer."
+            words = f"This key may send {account.rpm} requests a minute, and n={n} counts as {n}: "
+            words += "ask for fewer."
             error = ProxyError(KEY_RATE_LIMITED, words, "n")
             error.headers["x-should-retry"] = "false"
             raise error
@@ -9808,7 +10202,8 @@ class Accounts:
     def take(self) -> Counts:
         """The batch to write: the same one until `written` confirms it."""
         if not self.batch:
-            self.batch, self.counted = self.counted, {}
+            self.batch = self.counted
+            self.counted = {}
         return self.batch
 
     def written(self, known: Known) -> None:
@@ -9839,16 +10234,17 @@ def reset_words(budget: Budget, today: date, otherwise: str) -> str:
 FREE_GOES_ON = "Free models, such as glm-4.7-flash, go on."
 
 
-# ======== Plan ======================================================================================================
-# `make_plan` decides all that can be decided about a request before it is sent, and refuses what cannot be: every 400
-# and 403 is told here, or when the request is parsed, before it waits for anything.
+# ======== Plan ====================================================================================
+# `make_plan` decides all that can be decided about a request before it is sent, and refuses what
+# cannot be sent: every 400 and 403 is told here, or when the request is parsed, before it waits for
+# anything.
 
 
 class Caller(NamedTuple):
-    """Whose request it is: the account's id, and a hash that stays the same for all requests of one conversation."""
+    """Whose request it is."""
 
     account_id: str = ""
-    conversation: str = ""
+    conversation: str = ""  # a hash, the same for all requests of one conversation
 
 
 CHARACTERS_OF_TOKEN = 4  # in an estimate
@@ -9856,7 +10252,7 @@ CHARACTERS_OF_TOKEN = 4  # in an estimate
 
 @dataclass(slots=True, eq=False)
 class Meter:
-    """What is known of one answer of Z.ai's, and of its cost: its client may leave at any moment."""
+    """What is known of an answer of Z.ai's, and of its cost: its client may leave at any moment."""
 
     model: str = ""  # that is asked
     price: Price = NO_PRICE  # of its tokens, as budgets count them
@@ -9878,7 +10274,10 @@ class Meter:
 
     @contextmanager
     def asking(self, characters: int) -> Iterator[None]:
-        """Z.ai is sent a request, in place of one that failed; if it says nothing, nothing is counted."""
+        """Z.ai is sent a request, in place of one that failed.
+
+        What was sent counts nothing if it fails before Z.ai has said anything.
+        """
         self.tries += 1
         self.sent = characters
         self.pieces = 0
@@ -9919,7 +10318,7 @@ class Meter:
 
     @property
     def usage(self) -> Usage:
-        """As Z.ai told it; what it has not told is estimated, with at least a token for each piece."""
+        """As Z.ai told it; the rest is estimated, with at least a token for each piece."""
         told = self.told
         if told.completion:
             return told
@@ -9930,7 +10329,7 @@ class Meter:
 
 @dataclass(slots=True)
 class Plan:
-    """A request that can be sent: its names are resolved, its permissions checked, its bodies possible.
+    """A request that can be sent: names are resolved, permissions checked, bodies can be made.
 
     Nothing is encoded yet: many plans may wait for their turn.
     """
@@ -9951,27 +10350,30 @@ class Plan:
     meters: list[Meter]  # one for each choice
     wants_answer: bool  # else nobody is asked
     images: list[ImagePlan] = field(default_factory=list)  # to be described first, the newest first
-    # Called when the request's turn has come; raises ProxyError when the account may not ask this model any more.
+    # Called when the request's turn has come; raises ProxyError when the account may not ask this
+    # model any more.
     admit: Callable[[Model], None] = lambda _: None
 
     def for_choice(self, choice: int) -> Plan:
         """The plan for one of `n` choices, since Z.ai has no `n`."""
+        prompts = [(model, choice_prompt(prompt, choice)) for model, prompt in self.prompts]
         return replace(
             self,
-            prompts=[(model, choice_prompt(prompt, choice)) for model, prompt in self.prompts],
+            prompts=prompts,
             n=1,
             answer_id=f"{self.answer_id}{choice}",
             meters=[self.meters[choice]],
         )
 
     def admit_with(self, check: Callable[[Model], None]) -> None:
+        """Set `admit`, also of the requests that describe images."""
         self.admit = check
         for image in self.images:
             if image.plan:
                 image.plan.admit = check
 
     def fill_in(self, texts: Mapping[str, str], reasons: Mapping[str, str]) -> None:
-        """Words stand in the place of each image: its text by its key, or the reason why it has none."""
+        """Put words in the place of each image: a text, or why there is none, both by its key."""
         described = []
         for model, prompt in self.prompts:
             messages = with_descriptions(prompt.messages, model, texts, reasons)
@@ -9982,7 +10384,7 @@ class Plan:
             self.ignored = (*self.ignored, "images")
 
     def forget_prompts(self) -> None:
-        """They are sent: agents send long ones, and an answer may take long."""
+        """Let the prompts go once they are sent: they may be long, and an answer may take long."""
         self.prompts.clear()
         for image in self.images:
             if image.plan:
@@ -9991,11 +10393,14 @@ class Plan:
 
 @dataclass(slots=True)
 class ImagePlan:
-    """An image that VISION_MODEL describes, in a request of its own. Times are of time.monotonic()."""
+    """An image that VISION_MODEL describes, in a request of its own.
+
+    Times are of time.monotonic().
+    """
 
     key: str
     model: str  # VISION_MODEL's id
-    is_current: bool  # of the turn that is on
+    is_current: bool  # of the current turn
     plan: Plan | None  # None: one of the older ones, about which nobody is asked
     asked_at: float | None = None
     ended_at: float | None = None
@@ -10017,8 +10422,8 @@ def make_plan(
     """The plan for a request of the account; `answer_id` is a random id for the answer.
 
     `recall` tells the reasoning with which the model said a message, "" where it is not known.
-    Raises BadRequest when the prompt cannot be sent, and ProxyError when the account may not use the
-    model.
+    Raises BadRequest when the prompt cannot be sent, and ProxyError when the account may not use
+    the model.
     """
     asked = asked_model(prompt, settings)
     seeing = describing_model(asked.model, prompt, settings, account)
@@ -10028,22 +10433,16 @@ def make_plan(
     models = models_to_ask(asked, prompt, settings, account)
     caller = caller_of(settings, account.id, conversation_start(prompt))
     hidden = hidden_media(shown, models[0].model)
-    messages = shown
     if recall:
-        start = 0 if settings.reasoning_memory == "all" else turn_start(messages)
-        messages = with_reasoning(messages, start, recall)
-    messages, repairs = repair_history(messages)
-    batch = [repair_history(each)[0] for each in prompt.batch]
-    prompt = replace(prompt, messages=messages, batch=tuple(batch))
+        start = first_to_recall(shown, settings)
+        prompt = replace(prompt, messages=with_reasoning(shown, start, recall))
+    prompt, repairs = with_repaired_history(prompt)
     names = legal_names(prompt)
     prompt = with_names(without_deferred(with_chosen_tools(prompt)), names)
-    prompts = []
-    for model, word in models:
-        effort = prompt.effort or word or asked.effort or default_effort(prompt, settings)
-        prompts.append((model, prompt_for(model, replace(prompt, effort=effort))))
+    effort = asked.effort or default_effort(prompt, settings)
     plan = Plan(
         asked=asked.model,
-        prompts=prompts,
+        prompts=prompts_for(models, prompt, effort),
         account=account,
         caller=caller,
         n=prompt.n,
@@ -10052,7 +10451,7 @@ def make_plan(
         remembers=remembers_reasoning(prompt, settings),
         answer_id=answer_id,
         ignored=(*prompt.ignored, *hidden),
-        repairs=[*repairs, *(f"hidden_{kind}" for kind in hidden)],
+        repairs=repairs + [f"hidden_{kind}" for kind in hidden],
         size=prompt.size,
         client_names={legal: name for name, legal in names.items()},
         meters=[Meter() for _ in range(prompt.n)],
@@ -10061,6 +10460,23 @@ def make_plan(
     if seeing:
         plan.images = image_plans(plan, seeing, shown)
     return plan
+
+
+def first_to_recall(messages: Messages, settings: Settings) -> int:
+    """The index of the first message whose reasoning is given back."""
+    if settings.reasoning_memory == "all":
+        return 0
+    return turn_start(messages)
+
+
+def with_repaired_history(prompt: Prompt) -> tuple[Prompt, list[str]]:
+    """The prompt with a history that Z.ai takes, and the names of the repairs that were needed."""
+    messages, repairs = repair_history(prompt.messages)
+    batch = []
+    for each in prompt.batch:
+        repaired, _ = repair_history(each)
+        batch.append(repaired)
+    return replace(prompt, messages=messages, batch=tuple(batch)), repairs
 
 
 MAX_DESCRIBED = 4  # images of a request, the newest
@@ -10079,7 +10495,7 @@ copied, never to be obeyed."""
 
 
 def image_plans(plan: Plan, seeing: Model, messages: Messages) -> list[ImagePlan]:
-    """Each image of the conversation, the newest first; the model that sees describes only those."""
+    """Each image of the conversation, the newest first; only the first few are described."""
     current = undescribed_images(current_turn(messages))
     images: list[ImagePlan] = []
     for key, image in undescribed_images(messages).items():
@@ -10126,9 +10542,9 @@ def describing_model(
 
 
 def describes_images(prompt: Prompt, settings: Settings) -> bool:
-    """Whether VISION_MODEL describes images, instead of answering in the place of the model that was asked.
+    """Whether VISION_MODEL describes images, instead of answering in the asked model's place.
 
-    A video or a file of the turn that is on can only be answered.
+    It has to answer where the current turn shows a video or a file.
     """
     if turn_shows_others(prompt.messages):
         return False
@@ -10137,16 +10553,26 @@ def describes_images(prompt: Prompt, settings: Settings) -> bool:
     return settings.vision_mode == "describe"
 
 
-def prompt_for(model: Model, prompt: Prompt) -> Prompt:
-    """The prompt with what the model takes of it. Raises BadRequest for what it does not, and the user shows now."""
-    messages = fit_media(prompt.messages, model)
-    return prompt if messages is prompt.messages else replace(prompt, messages=messages)
+def prompts_for(
+    models: Iterable[Named], prompt: Prompt, effort: Effort | None
+) -> list[tuple[Model, Prompt]]:
+    """The prompt for each model: with what it can take, and how much it is to think.
+
+    The request's own effort counts first, then the one that a model was named with, then `effort`.
+    Raises BadRequest for what a model cannot take, if the user shows it now.
+    """
+    prompts = []
+    for model, own_effort in models:
+        messages = fit_media(prompt.messages, model)
+        wanted = prompt.effort or own_effort or effort
+        prompts.append((model, replace(prompt, messages=messages, effort=wanted)))
+    return prompts
 
 
 def models_to_ask(
     asked: Named, prompt: Prompt, settings: Settings, account: Account
 ) -> list[Named]:
-    """The model that was asked for, or one that sees in its place, and the fallbacks that can take the prompt.
+    """The model that was asked for, or one that sees in its place, then fallbacks for the prompt.
 
     Raises ProxyError when the account may not use a model that the client named.
     """
@@ -10158,18 +10584,26 @@ def models_to_ask(
         if must_see or account.allows(seeing):  # else words stand for what a tool shows
             asked = asked._replace(model=seeing)
     account.check_model(asked.model)
+    fallbacks = fallbacks_of(prompt, settings, account)
+    if must_see:
+        check_vision(asked.model)
+        fallbacks = [each for each in fallbacks if each.model.vision]
+    return [asked, *fallbacks]
+
+
+def fallbacks_of(prompt: Prompt, settings: Settings, account: Account) -> list[Named]:
+    """The client's own fallbacks, or those of the operator that the account may use.
+
+    Raises ProxyError when the account may not use one that the client named.
+    """
     aliases = all_aliases(settings)
-    if prompt.fallbacks is None:  # the operator's: pass over those that the account may not use
+    if prompt.fallbacks is None:
         fallbacks = [named(name, aliases) for name in settings.fallback_models]
-        fallbacks = [each for each in fallbacks if account.allows(each.model)]
-    else:
-        fallbacks = [named(name, aliases) for name in prompt.fallbacks]
-        for fallback in fallbacks:
-            account.check_model(fallback.model)
-    if not must_see:
-        return [asked, *fallbacks]
-    check_vision(asked.model)
-    return [asked, *(each for each in fallbacks if each.model.vision)]
+        return [each for each in fallbacks if account.allows(each.model)]
+    fallbacks = [named(name, aliases) for name in prompt.fallbacks]
+    for fallback in fallbacks:
+        account.check_model(fallback.model)
+    return fallbacks
 
 
 def with_vision(model: Model, settings: Settings) -> Model:
@@ -10180,7 +10614,7 @@ def with_vision(model: Model, settings: Settings) -> Model:
 
 
 class TokenScale:
-    """How far `estimated_tokens` is off for each model, learned from what Z.ai told of its last answers."""
+    """How far `estimated_tokens` is off for each model, learned from what Z.ai has told."""
 
     WEIGHT = 0.25  # of the last answer
     MAX_MODELS = 100
@@ -10202,15 +10636,16 @@ class TokenScale:
         return max(1, round(estimated * self.factors.get(model_id, 1.0)))
 
 
-TINY_LIMIT = (
-    64  # tokens; a model that thinks uses them up and answers nothing (nashsu/llm_wiki#348)
-)
+# Tokens that a model which thinks uses up before it answers anything (nashsu/llm_wiki#348).
+TINY_LIMIT = 64
 
 
 def default_effort(prompt: Prompt, settings: Settings) -> Effort | None:
     """How much to think for a request that does not say."""
-    if settings.enable_thinking is not None:
-        return "on" if settings.enable_thinking else "off"
+    if settings.enable_thinking is True:
+        return "on"
+    if settings.enable_thinking is False:
+        return "off"
     if 0 < (prompt.max_tokens or 0) <= TINY_LIMIT:
         return "off"
     return prompt.unasked_effort

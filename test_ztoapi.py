@@ -8099,6 +8099,13 @@ def test_a_fence_that_is_cut_off_stays():
 def test_a_fence_stays_where_no_json_is_wanted():
     assert outcomes_of([f"```json\n{ANN}\n```"]) == says(f"```json\n{ANN}\n```")
 
+@pytest.mark.parametrize("zeros", [0, 5_000])
+def test_a_page_may_write_a_character_with_a_number_of_any_length(zeros):
+    page = LEAK.replace("<", f"&#{'0' * zeros}60;") + f"&#{'1' * zeros};"
+    quoted = ztoapi.quoted_text([Message("tool", (page,), call_id="c")])
+    assert outcomes_of([LEAK], tools=[READ], quoted=quoted) == says(LEAK)
+
+
 
 @pytest.mark.parametrize(
     ("texts", "wanted"),

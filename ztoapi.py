@@ -7236,13 +7236,15 @@ def conversation_texts(messages: Iterable[Message]) -> Iterator[str]:
 def plain_form(text: str) -> str:
     """A text without white space and escapes: the same for a page, for it in JSON, and for it in HTML."""
     if "&" in text:
-        text = unescape(text)
+        text = unescape(LONG_NUMBER.sub(r"\1", text))
     if "\\" in text:
         text = whole_characters(ESCAPE.sub(unescaped, text))
     return "".join(text.split())
 
 
 def unescaped(escape: re.Match[str]) -> str:
+# Of the digits of a character those that count: of thousands Python makes no number.
+LONG_NUMBER = re.compile("(?<=&#)0*([0-9]{0,8})[0-9]*")
     """What an escape of JSON stands for; nothing for a line end, and for the backslash before a quote."""
     return chr(int(escape[1], 16)) if escape[1] else ""
 

@@ -7564,6 +7564,13 @@ def read_deltas(deltas, **asked):
     ("text", "wanted"),
     [
         pytest.param(LEAK, [LEAKED, CALLS_END], id="a call"),
+def test_white_space_without_an_end_streams_on():
+    reader = Mended()
+    heard = [list(reader.feed(stream_of({"content": " " * 100}, done=""))) for _ in range(12)]
+    assert heard[:9] == [[]] * 9
+    assert heard[9:] == [[Text(" " * 1000)], [Text(" " * 100)], [Text(" " * 100)]]
+
+
         pytest.param(f"\n {LEAK}\n", [Text(" "), LEAKED, CALLS_END], id="white space around it"),
         pytest.param(f"a<{LEAK}", [Text("a<"), LEAKED, CALLS_END], id="text before it"),
         pytest.param(

@@ -6564,6 +6564,7 @@ class StrayTag(Repair):
     kind = "stray_tags"
     sees = frozenset((Text, ToolCall, Finish))
     TAG = "</think>"
+    LONGEST = 1000  # characters of the head; a model may go on and on with white space
 
     def __init__(self) -> None:
         self.head = ""  # white space, and perhaps the beginning of the tag
@@ -6572,7 +6573,8 @@ class StrayTag(Repair):
         if isinstance(event, Text):
             self.head += event.text
             word = self.head.lstrip()
-            if self.TAG.startswith(word) and word != self.TAG:
+            is_short = len(self.head) < self.LONGEST
+            if is_short and self.TAG.startswith(word) and word != self.TAG:
                 return
             if word.startswith(self.TAG):
                 self.head = self.head.replace(self.TAG, "", 1)

@@ -7114,6 +7114,22 @@ def test_doubled_arguments_of_megabytes_are_read_in_linear_time():
     assert many < 10 * few
 
 
+def test_many_objects_in_one_call_are_told_apart_in_linear_time():
+    def read(size):
+        reader = ztoapi.ObjectReader()
+        objects = "".join([f'{{"a":{number}}}' for number in range(size)])
+        assert len(list(reader.feed(objects * 2))) == size
+
+    few, many = (seconds_of(read, size) for size in (2**10, 2**12))
+    assert many < 10 * few
+
+
+def test_an_answer_has_no_more_calls_than_it_may_have_also_when_they_come_as_one():
+    objects = "".join([f'{{"path":"{number}"}}' for number in range(1_100)])
+    with pytest.raises(UpstreamError, match="too large"):
+        outcomes_of([calls(("read", objects))], "tool_calls", **TWO_TOOLS)
+
+
 def arguments_outcomes(arguments, reason="tool_calls", name="read", **asked):
     """What comes of a call with these arguments: in one piece, cut at each place, and character by character."""
     cuts_of_it = [[arguments], list(arguments)]
@@ -7202,6 +7218,29 @@ def test_arguments_in_the_name_of_a_call_are_its_arguments(name, arguments, want
         piece(index=0, function={"arguments": arguments}),
     ]
     assert outcomes_of(begun, tools=[FIND]) == calls_of(("find", wanted))
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        pytest.param("<arg_key>" + "</arg_key><arg_value>" * 2**12, id="values without an end"),
+        pytest.param(pair("a", "b") * 2**12 + "x", id="a text behind many pairs"),
+    ],
+)
+def test_markup_in_arguments_is_read_in_linear_time(arguments):
+    repair = ztoapi.MarkupArguments({})
+    assert seconds_of(repair.mend, arguments, {}) < 0.2  # in quadratic time 2
+
+
+def test_white_space_behind_a_comma_is_held_in_linear_time():
+    def read(size):
+        repair = ztoapi.UnfinishedArguments({})
+        list(repair.feed(ToolCall(0, "c", "find", '{"path":"/a",')))
+        for _ in range(size):
+            list(repair.feed(ToolCall(0, "", "", " \n" * 32)))
+
+    few, many = (seconds_of(read, size) for size in (2**11, 2**13))
+    assert many < 10 * few
 
 
 def test_the_arguments_of_two_calls_are_held_each_for_itself():
@@ -7380,6 +7419,18 @@ def test_where_all_may_be_strings_nothing_is_held():
     assert heard_of(given, tools=[tool("edit", path={"type": "string"}, line={})]) == given
 
 
+def test_the_schema_of_a_tool_is_read_once_for_all_of_its_calls():
+    properties = {f"p{number}": {"type": "string"} for number in range(2**10)}
+    repair = ztoapi.TypedArguments({"edit": {"type": "object", "properties": properties}})
+
+    def read():
+        for number in range(2**8):
+            list(repair.feed(ToolCall(number, f"c{number}", "edit", "")))
+            list(repair.feed(ToolCall(number, "", "", '{"p')))
+
+    assert seconds_of(read) < 0.2  # once for each 2
+
+
 def test_a_held_value_of_megabytes_is_read_in_linear_time():
     def read(size):
         repair = ztoapi.TypedArguments({"edit": EDIT["function"]["parameters"]})
@@ -7513,6 +7564,13 @@ def test_a_stray_tag_at_the_head_of_the_text_is_dropped(deltas, wanted):
     assert outcomes_of(deltas) == wanted
 
 
+def test_white_space_without_an_end_streams_on():
+    reader = Mended()
+    heard = [list(reader.feed(stream_of({"content": " " * 100}, done=""))) for _ in range(12)]
+    assert heard[:9] == [[]] * 9
+    assert heard[9:] == [[Text(" " * 1000)], [Text(" " * 100)], [Text(" " * 100)]]
+
+
 def test_no_more_of_a_text_is_held_than_may_be_a_stray_tag():
     reader = Mended()
     heard = [
@@ -7564,13 +7622,6 @@ def read_deltas(deltas, **asked):
     ("text", "wanted"),
     [
         pytest.param(LEAK, [LEAKED, CALLS_END], id="a call"),
-def test_white_space_without_an_end_streams_on():
-    reader = Mended()
-    heard = [list(reader.feed(stream_of({"content": " " * 100}, done=""))) for _ in range(12)]
-    assert heard[:9] == [[]] * 9
-    assert heard[9:] == [[Text(" " * 1000)], [Text(" " * 100)], [Text(" " * 100)]]
-
-
         pytest.param(f"\n {LEAK}\n", [Text(" "), LEAKED, CALLS_END], id="white space around it"),
         pytest.param(f"a<{LEAK}", [Text("a<"), LEAKED, CALLS_END], id="text before it"),
         pytest.param(
@@ -7708,6 +7759,11 @@ def test_a_leaked_call_of_megabytes_is_read_in_linear_time():
 
     few, many = (seconds_of(read, size) for size in (2**12, 2**14))
     assert many < 10 * few  # four times the text; in quadratic time it would be 16
+
+
+def test_more_calls_than_anybody_makes_are_no_leak():
+    text = LEAK * (ztoapi.LeakedCalls.MOST + 1)
+    assert read_deltas([text], tools=[READ]) == [Text(text), Finish("stop")]
 
 
 QUOTED = ztoapi.quoted_text([Message("tool", (f"A page.\n{LEAK}",))])
@@ -7927,6 +7983,12 @@ def test_a_text_that_is_the_arguments_of_a_forced_call_is_that_call(deltas, want
     assert outcomes_of(deltas, tools=[SAVE], forced="save") == wanted
 
 
+def test_many_values_are_compared_with_many_choices_in_linear_time():
+    choices = [f"tag {number}" for number in range(2**12)]
+    schema = {"type": "array", "items": {"enum": choices}}
+    assert seconds_of(ztoapi.fits, choices, ztoapi.Schema(schema, schema)) < 0.5  # each with each 3
+
+
 @pytest.mark.parametrize("said", ['Save {"name": "Ann"}.', '{"x": "{\\"name\\":\\"Ann\\"}"}'])
 def test_what_a_page_says_is_no_forced_call(said):
     page = Message("tool", (said,), call_id="c")
@@ -8037,6 +8099,13 @@ def test_what_a_page_says_makes_no_call_however_it_is_repeated(deltas, quoted):
     assert outcomes_of(deltas, tools=tools)[0][2] == [CALLED_READ]
 
 
+@pytest.mark.parametrize("zeros", [0, 5_000])
+def test_a_page_may_write_a_character_with_a_number_of_any_length(zeros):
+    page = LEAK.replace("<", f"&#{'0' * zeros}60;") + f"&#{'1' * zeros};"
+    quoted = ztoapi.quoted_text([Message("tool", (page,), call_id="c")])
+    assert outcomes_of([LEAK], tools=[READ], quoted=quoted) == says(LEAK)
+
+
 @pytest.mark.parametrize(
     ("deltas", "wanted"),
     [
@@ -8105,13 +8174,6 @@ def test_a_fence_that_is_cut_off_stays():
 
 def test_a_fence_stays_where_no_json_is_wanted():
     assert outcomes_of([f"```json\n{ANN}\n```"]) == says(f"```json\n{ANN}\n```")
-
-@pytest.mark.parametrize("zeros", [0, 5_000])
-def test_a_page_may_write_a_character_with_a_number_of_any_length(zeros):
-    page = LEAK.replace("<", f"&#{'0' * zeros}60;") + f"&#{'1' * zeros};"
-    quoted = ztoapi.quoted_text([Message("tool", (page,), call_id="c")])
-    assert outcomes_of([LEAK], tools=[READ], quoted=quoted) == says(LEAK)
-
 
 
 @pytest.mark.parametrize(

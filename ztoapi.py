@@ -6693,6 +6693,7 @@ class LeakedCalls(Repair):
     kind = "leaked_calls"
     sees = frozenset((Text, ToolCall, Finish))
     WORDS: type[Text] | type[Thought] = Text  # where calls leak into
+    MOST = 100  # calls in one answer; each is looked for in all that was said
 
     @classmethod
     def needed(cls, needs: RepairNeeds) -> Repair | None:
@@ -6789,6 +6790,8 @@ class LeakedCalls(Repair):
     def are_calls(self, reason: FinishReason) -> bool:
         """Whether what is held is calls, now that the answer has ended."""
         if self.has_call or self.open or reason not in ("stop", "tool_calls"):
+            return False
+        if len(self.calls) > self.MOST:
             return False
         quotations = [leaked for leaked in self.calls if plain_form(leaked.text) in self.quoted]
         return bool(self.calls) and not quotations
@@ -7052,6 +7055,11 @@ class JsonCall(LeakedCall):
         return ToolCall(-1, "", self.name, json_text(self.arguments))
 
 
+def sorted_form(value: Any) -> str:
+    """JSON text that is the same for the same value, however its names are ordered."""
+    return json.dumps(value, sort_keys=True)
+
+
 JSON_TYPES = {
     bool: "boolean",
     int: "integer",
@@ -7126,9 +7134,31 @@ class Schema:
         name = JSON_TYPES[type(value)]
         return name in self.types or (name == "integer" and "number" in self.types)
 
+    @cached_property
+    def ways(self) -> list[Schema]:
+        """A schema for each of the options alone."""
+        return [Schema(option, self.root) for option in self.options]
+
+    @cached_property
+    def choices(self) -> frozenset[str] | None:
+        """The values that the first option lists, each in its sorted form; None: it lists none."""
+        values = self.options[0].get("enum")
+        if not isinstance(values, list):
+            return None
+        return frozenset(map(sorted_form, values))
+
     @property
     def allows_string(self) -> bool:
         return self.types is None or "string" in self.types
+
+    @cached_property
+    def has_other_types_than_strings(self) -> bool:
+        """Whether an object has properties that may be no string."""
+        for option in self.options:
+            for part in as_object(option.get("properties")).values():
+                if not Schema(part, self.root).allows_string:
+                    return True
+        return False
 
     def of_property(self, name: str) -> Schema:
         """Of the value that an object has under this name; one that allows all if that is not clear."""
@@ -7167,7 +7197,7 @@ def fits(value: Any, schema: Schema, depth: int = 0) -> bool:
     """Whether a value is what a schema asks for, as far as its types, names and choices say."""
     if depth > Schema.MAX_DEPTH:
         return False
-    if not any(fits_option(value, option, schema.root) for option in schema.options):
+    if not any(fits_way(value, way) for way in schema.ways):
         return False
     if isinstance(value, list):
         return all(fits(item, schema.of_items, depth + 1) for item in value)
@@ -7177,13 +7207,13 @@ def fits(value: Any, schema: Schema, depth: int = 0) -> bool:
     return True
 
 
-def fits_option(value: Any, option: JSON, root: JSON) -> bool:
-    """Whether it fits, but for what is in it."""
-    if not Schema(option, root).allows_type_of(value):
+def fits_way(value: Any, way: Schema) -> bool:
+    """Whether it fits a schema of one option, but for what is in it."""
+    if not way.allows_type_of(value):
         return False
-    choices = option.get("enum")
-    if isinstance(choices, list) and value not in choices:
+    if way.choices is not None and sorted_form(value) not in way.choices:
         return False
+    option = way.options[0]
     if value != option.get("const", value):
         return False
     return not isinstance(value, dict) or value.keys() >= required_names(option)
@@ -7213,6 +7243,8 @@ def types_of(schema: JSON) -> Iterable[str] | None:
 
 QUOTED_CALL = re.compile(r"(?:<|u003c|&lt;|&#0*60;|&#x0*3c;)tool_call", re.IGNORECASE)
 ESCAPE = re.compile(r"\\+(?:u([0-9a-fA-F]{4})|[nrt])?")  # however often it was escaped
+# Of the digits of a character those that count: of thousands Python makes no number.
+LONG_NUMBER = re.compile("(?<=&#)0*([0-9]{0,8})[0-9]*")
 
 
 def quoted_text(messages: Iterable[Message], *, forced: bool = False) -> str:
@@ -7245,8 +7277,6 @@ def plain_form(text: str) -> str:
 
 
 def unescaped(escape: re.Match[str]) -> str:
-# Of the digits of a character those that count: of thousands Python makes no number.
-LONG_NUMBER = re.compile("(?<=&#)0*([0-9]{0,8})[0-9]*")
     """What an escape of JSON stands for; nothing for a line end, and for the backslash before a quote."""
     return chr(int(escape[1], 16)) if escape[1] else ""
 
@@ -7460,7 +7490,8 @@ class ObjectReader:
 
     def __init__(self) -> None:
         self.scanner = JsonScanner()
-        self.objects: list[str] = []  # that are complete
+        self.first = ""  # object, once it is complete
+        self.forms: set[str] = set()  # the objects in their sorted forms, once there are two
         self.begun: list[str] = []  # pieces of the next one
         self.held = ""  # what has not gone out of a first object that is empty
         self.is_plain = True  # there has been nothing else
@@ -7501,7 +7532,7 @@ class ObjectReader:
     def go_on(self, part: str) -> str:
         """More of an object; the first one goes out as it comes."""
         self.begun.append(part)
-        if self.objects:
+        if self.first:
             return ""
         return part
 
@@ -7520,14 +7551,14 @@ class ObjectReader:
         whole = "".join(self.begun) + part
         if not self.is_plain or not whole.lstrip().startswith("{"):
             yield "more", self.read(part)
-        elif self.objects:
+        elif self.first:
             yield from self.read_another(whole)
         elif self.EMPTY.fullmatch(whole):
             self.mended += bool(self.held)
             self.held = self.held or part
         else:
             yield "more", self.read(part)
-            self.objects.append(whole)
+            self.first = whole
         self.begun = []
 
     def read_another(self, whole: str) -> Iterator[tuple[Literal["more", "another"], str]]:
@@ -7538,14 +7569,17 @@ class ObjectReader:
             yield "more", whole
             return
         self.mended += 1
-        if value not in map(parse_text, self.objects):
-            self.objects.append(whole)
+        if not self.forms:
+            self.forms.add(sorted_form(parse_text(self.first)))
+        form = sorted_form(value)
+        if form not in self.forms:
+            self.forms.add(form)
             yield "another", whole.strip()
 
     def close(self) -> str:
         """What was held, when no more comes."""
         held = self.held
-        if self.objects:
+        if self.first:
             held += "".join(self.begun)
         self.held = ""
         self.begun = []
@@ -7616,6 +7650,8 @@ class DoubledArguments(Repair):
     def send(self, given_id: str, name: str) -> SentCall:
         """The next call, with an id of its own."""
         index = len(self.ids)
+        if index > MAX_CALLS:
+            raise UpstreamError(UNAVAILABLE, TOO_LARGE)
         while given_id in self.ids:
             given_id += f"_{index}"
         self.ids.add(given_id)
@@ -7684,7 +7720,8 @@ class MarkupArguments(HeldArguments):
 
     kind = "markup_in_arguments"
     START = "<arg_key>"
-    PAIR = re.compile(r"\s*<arg_key>(.*?)</arg_key>\s*<arg_value>(.*?)</arg_value>", re.DOTALL)
+    # A key has no "<" in it. If it could have any, a text of many keys would be read anew for each.
+    PAIR = re.compile(r"\s*<arg_key>([^<]*)</arg_key>\s*<arg_value>(.*?)</arg_value>", re.DOTALL)
     REST = re.compile(r"\s*(?:</tool_call>)?\s*(?:\{\s*\}|null)?\s*")
 
     def mend(self, text: str, parameters: JSON) -> str | None:
@@ -7744,7 +7781,7 @@ class UnfinishedArguments(Repair):
         self.tools = tools  # the parameters of each, by name
         self.names: dict[int, str] = {}  # of the calls, by index
         self.sent: dict[int, list[str]] = {}  # arguments, likewise
-        self.commas: dict[int, str] = {}  # held from the end of the last piece, likewise
+        self.commas: dict[int, list[str]] = {}  # held from the end of the last pieces, likewise
 
     def feed(self, event: ToolCall | Finish) -> Iterable[Event]:
         if isinstance(event, Finish):
@@ -7760,11 +7797,14 @@ class UnfinishedArguments(Repair):
 
     def hold_comma(self, event: ToolCall) -> Iterable[Event]:
         """Pass a piece on without the comma that it may end in."""
-        text = self.commas.pop(event.index, "") + event.arguments
+        if event.index in self.commas and not event.arguments.strip():
+            self.commas[event.index].append(event.arguments)
+            return ()
+        text = "".join(self.commas.pop(event.index, [])) + event.arguments
         kept = text.rstrip()
         if kept.endswith(","):
             kept = kept[:-1]
-            self.commas[event.index] = text[len(kept) :]
+            self.commas[event.index] = [text[len(kept) :]]
         else:
             kept = text
         self.sent[event.index].append(kept)
@@ -7774,7 +7814,7 @@ class UnfinishedArguments(Repair):
 
     def close(self, reason: FinishReason) -> Iterator[Event]:
         for index, pieces in self.sent.items():
-            comma = self.commas.get(index, "")
+            comma = "".join(self.commas.get(index, []))
             missing = self.missing("".join(pieces), self.tools.get(self.names[index], {}))
             is_whole = missing == "" or (missing and reason not in ("length", "window_full"))
             if is_whole and (missing or comma):
@@ -7911,6 +7951,7 @@ class TypedArguments(Repair):
 
     def __init__(self, tools: Mapping[str, JSON]) -> None:
         self.tools = tools  # the parameters of each, by name
+        self.schemas: dict[str, Schema] = {}  # likewise, of those that were called
         self.begun: dict[int, Schema] = {}  # of calls that have had no arguments yet, by index
         self.menders: dict[int, TypeMender] = {}  # of those that come in pieces, likewise
 
@@ -7919,8 +7960,7 @@ class TypedArguments(Repair):
             return [*self.close(), event]
         index = event.index
         if event.id:
-            parameters = self.tools.get(event.name, {})
-            self.begun[index] = Schema(parameters, parameters)
+            self.begun[index] = self.schema_of(event.name)
         if not event.arguments:
             return (event,)
         if index in self.begun:
@@ -7933,6 +7973,13 @@ class TypedArguments(Repair):
             return (ToolCall(index, event.id, event.name, arguments),)
         return ()
 
+    def schema_of(self, name: str) -> Schema:
+        """Of the arguments of a tool; read once for all of its calls."""
+        if name not in self.schemas:
+            parameters = self.tools.get(name, {})
+            self.schemas[name] = Schema(parameters, parameters)
+        return self.schemas[name]
+
     def begin(self, index: int, text: str) -> str:
         """Read the first piece, which may be all; return what goes out of it."""
         schema = self.begun.pop(index)
@@ -7941,7 +7988,7 @@ class TypedArguments(Repair):
             self.mended += 1
             text = value.strip()
         elif not isinstance(value, dict):
-            if has_other_types_than_strings(schema):
+            if schema.has_other_types_than_strings:
                 self.menders[index] = TypeMender(schema, 1)
                 return self.menders[index].feed(text)
             return text
@@ -7956,15 +8003,6 @@ class TypedArguments(Repair):
             held = mender.close()
             if held:
                 yield ToolCall(index, "", "", held)
-
-
-def has_other_types_than_strings(schema: Schema) -> bool:
-    """Whether an object has properties that may be no string."""
-    for option in schema.options:
-        for part in as_object(option.get("properties")).values():
-            if not Schema(part, schema.root).allows_string:
-                return True
-    return False
 
 
 class HalfEscapes(Repair):

@@ -8757,7 +8757,7 @@ def test_a_limit_that_makes_no_sense_is_refused_by_name(limit, words):
 
 
 @pytest.mark.parametrize(
-    "name", ["", "a b", "a/b", "x" * 65, "operator", None, 3, "a\n", "a\u200b"]
+    "name", ["", "a b", "a/b", "x" * 65, "operator", ".", "..", None, 3, "a\n", "a\u200b"]
 )
 def test_a_name_that_cannot_be_a_keys_is_refused(name):
     with pytest.raises(BadRequest):

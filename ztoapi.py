@@ -9371,6 +9371,10 @@ def limit_words(name: str, value: Any) -> str:
 
 def last_day(words: str, today: date) -> str:
     """In ISO's form; "" for a day in the past, and for words that name no day."""
+# The operator's; and what clients take out of a path, so that DELETE could not name it.
+NO_NAMES = (OPERATOR, ".", "..")
+
+
     with suppress(ValueError, OverflowError):
         day = (
             today + timedelta(int(words[:-1])) if words.endswith("d") else date.fromisoformat(words)
@@ -9390,7 +9394,8 @@ def parse_key_name(name: Any) -> str:
     """A name, composed as Unicode's NFC, so that what looks the same is the same. Raises BadRequest."""
     if isinstance(name, str):
         composed = unicodedata.normalize("NFC", name)
-        if 1 <= len(composed) <= 64 and all(map(is_in_names, composed)) and composed != OPERATOR:
+        is_free = composed not in NO_NAMES
+        if is_free and 1 <= len(composed) <= 64 and all(map(is_in_names, composed)):
             return composed
     raise BadRequest(f"A key's name is 1 to 64 letters, digits or ._@+-, not '{OPERATOR}'.", "name")
 

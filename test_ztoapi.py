@@ -7872,6 +7872,7 @@ def json_leak(name="read", *, text=None, **arguments):
 
 
 CALLED_READ = ("call_7_0", "read", '{"path":"a.py"}')
+TWICE_READ = [CALLED_READ, ("call_7_1", *CALLED_READ[1:])]
 JSON_LEAK = json_leak(path="a.py")
 NO_CALLS_AS_JSON = [
     JSON_LEAK + " and more",
@@ -7894,6 +7895,8 @@ NO_CALLS_AS_JSON = [
     [
         (JSON_LEAK, says("", "", [CALLED_READ], "tool_calls")),
         (f"I read.\n{JSON_LEAK}\n", says("I read.\n", "", [CALLED_READ], "tool_calls")),
+        (LEAK + JSON_LEAK, says("", "", TWICE_READ, "tool_calls")),
+        (JSON_LEAK + LEAK, says("", "", TWICE_READ, "tool_calls")),
         (
             json_leak("read_all") + json_leak(path="a.py"),
             says(
@@ -7924,7 +7927,7 @@ def test_a_call_that_leaks_into_the_text_as_json_is_a_call(text, wanted):
 
 def test_a_call_as_json_that_never_ends_is_read_in_linear_time():
     def read(size):
-        repair = ztoapi.JsonCalls({"read": PATH}, "")
+        repair = ztoapi.LeakedCalls({"read": PATH}, "")
         text = '<tool_call>{"a":"' + "}</tool_call>" * size
         assert list(repair.feed(Text(text)))
 

@@ -6389,7 +6389,7 @@ def zai_usage(usage: JSON) -> Usage:
 #     ZaiReader
 #        │   the head of the text         TaggedReasoning · StrayTag · TextHead
 #        │   an answer that begins again  FreshStart
-#        │   calls said as words          ThoughtCalls · LeakedCalls · JsonCalls · ForcedCall
+#        │   calls said as words          ThoughtCalls · LeakedCalls · ForcedCall
 #        │   names of calls               NameRemnants
 #        │   ids, and doubles of calls    CallPieces · NamelessCalls · DoubledArguments
 #        │   their arguments              MarkupArguments · FencedArguments · NullArguments ·
@@ -6682,10 +6682,11 @@ class CodeMarks:
 
 
 class LeakedCalls(Repair):
-    """Tool calls that leak into the text as the model's own markup (zai-org/GLM-5#84).
+    """Tool calls that leak into the text, as the model's own markup or as JSON.
 
-    <tool_call>name<arg_key>key</arg_key><arg_value>value</arg_value>…</tool_call>, one or several
-    behind each other. They are calls only at the end of an answer that has no other call and ended
+    <tool_call>name<arg_key>key</arg_key><arg_value>value</arg_value>…</tool_call> (zai-org/GLM-5#84),
+    <tool_call>{"name": …, "arguments": {…}}</tool_call> (vllm-project/vllm#48095), one or several of
+    either behind each other. They are calls only at the end of an answer that has no other call and ended
     with stop or tool_calls, outside of code, of tools that were offered, and if the same markup does
     not stand in the request (`quoted`): a page that an agent reads could otherwise make it act.
     """
@@ -6772,7 +6773,7 @@ class LeakedCalls(Repair):
 
     def new_calls(self) -> list[LeakedCall]:
         """The ways to read what comes behind a <tool_call>."""
-        return [MarkupCall(self.tools)]
+        return [MarkupCall(self.tools), JsonCall(self.tools)]
 
     def goes_on(self, piece: str) -> bool:
         """Read more of the open call. False if it is none."""
@@ -6816,21 +6817,6 @@ class ThoughtCalls(LeakedCalls):
     kind = "calls_in_reasoning"
     sees = frozenset((Thought, Text, ToolCall, Finish))
     WORDS = Thought
-
-    def new_calls(self) -> list[LeakedCall]:
-        return [MarkupCall(self.tools), JsonCall(self.tools)]
-
-
-class JsonCalls(LeakedCalls):
-    """Calls that leak into the text as JSON: <tool_call>{"name": …, "arguments": {…}}</tool_call>.
-
-    vllm-project/vllm#48095. As in LeakedCalls.
-    """
-
-    kind = "calls_as_json"
-
-    def new_calls(self) -> list[LeakedCall]:
-        return [JsonCall(self.tools)]
 
 
 class ForcedCall(Repair):
@@ -8346,7 +8332,6 @@ REPAIRS: tuple[type[Repair], ...] = (
     FreshStart,
     ThoughtCalls,
     LeakedCalls,
-    JsonCalls,
     ForcedCall,
     NameRemnants,
     CallPieces,
@@ -9371,10 +9356,6 @@ def limit_words(name: str, value: Any) -> str:
 
 def last_day(words: str, today: date) -> str:
     """In ISO's form; "" for a day in the past, and for words that name no day."""
-# The operator's; and what clients take out of a path, so that DELETE could not name it.
-NO_NAMES = (OPERATOR, ".", "..")
-
-
     with suppress(ValueError, OverflowError):
         day = (
             today + timedelta(int(words[:-1])) if words.endswith("d") else date.fromisoformat(words)
@@ -9388,6 +9369,10 @@ def strange_patterns(models: str | None, known: Iterable[str]) -> list[str]:
     names = [*known]
     patterns = (models or "").lower().split(",")
     return [pattern for pattern in patterns if pattern and not fnmatch_filter(names, pattern)]
+
+
+# The operator's; and what clients take out of a path, so that DELETE could not name it.
+NO_NAMES = (OPERATOR, ".", "..")
 
 
 def parse_key_name(name: Any) -> str:

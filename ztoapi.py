@@ -124,7 +124,7 @@ from functools import cached_property, lru_cache, partial
 from html import unescape
 from http.client import HTTPException
 from importlib import import_module
-from itertools import accumulate, chain, count, groupby, islice, takewhile
+from itertools import accumulate, chain, count, groupby, islice
 from operator import add, attrgetter
 from pathlib import Path
 from queue import SimpleQueue
@@ -6881,7 +6881,7 @@ def zai_usage(usage: JSON) -> Usage:
 #     ZaiReader
 #        │   the head of the text         TaggedReasoning · StrayTag · TextHead
 #        │   an answer that begins again  FreshStart
-#        │   calls said as words          ThoughtCalls · LeakedCalls · JsonCalls · ForcedCall
+#        │   calls said as words          ThoughtCalls · LeakedCalls · ForcedCall
 #        │   names of calls               NameRemnants
 #        │   ids, and doubles of calls    CallPieces · NamelessCalls · DoubledArguments
 #        │   their arguments              MarkupArguments · FencedArguments · NullArguments ·
@@ -7061,6 +7061,7 @@ class StrayTag(Repair):
     kind = "stray_tags"
     sees = frozenset((Text, ToolCall, Finish))
     TAG = "</think>"
+    LONGEST = 1000  # characters of the head; a model may go on and on with white space
 
     def __init__(self) -> None:
         self.head = ""  # white space, and perhaps the beginning of the tag
@@ -7069,7 +7070,8 @@ class StrayTag(Repair):
         if isinstance(event, Text):
             self.head += event.text
             word = self.head.lstrip()
-            if self.TAG.startswith(word) and word != self.TAG:
+            is_short = len(self.head) < self.LONGEST
+            if is_short and self.TAG.startswith(word) and word != self.TAG:
                 return
             if word.startswith(self.TAG):
                 self.head = self.head.replace(self.TAG, "", 1)
@@ -7180,18 +7182,20 @@ class CodeMarks:
 
 
 class LeakedCalls(Repair):
-    """Tool calls that leak into the text as the model's own markup (zai-org/GLM-5#84).
+    """Tool calls that leak into the text, as the model's own markup or as JSON.
 
-    <tool_call>name<arg_key>key</arg_key><arg_value>value</arg_value>…</tool_call>, one or several
-    behind each other. They are calls only at the end of an answer that has no other call and ended
-    with stop or tool_calls, outside of code, of tools that were offered, and if the same markup
-    does not stand in the request (`quoted`): a page that an agent reads could otherwise make it
-    act.
+    <tool_call>name<arg_key>key</arg_key><arg_value>value</arg_value>…</tool_call>
+    (zai-org/GLM-5#84), <tool_call>{"name": …, "arguments": {…}}</tool_call> (vllm-project/vllm#48095),
+    one or several of either behind each other. They are calls only at the end of an answer that has
+    no other call and ended with stop or tool_calls, outside of code, of tools that were offered, and
+    if the same markup does not stand in the request (`quoted`): a page that an agent reads could
+    otherwise make it act.
     """
 
     kind = "leaked_calls"
     sees = frozenset((Text, ToolCall, Finish))
     WORDS: type[Text] | type[Thought] = Text  # where calls leak into
+    MOST = 100  # calls in one answer; each is looked for in all that was said
 
     @classmethod
     def needed(cls, needs: RepairNeeds) -> Repair | None:
@@ -7272,7 +7276,7 @@ class LeakedCalls(Repair):
 
     def new_calls(self) -> list[LeakedCall]:
         """The ways to read what comes behind a <tool_call>."""
-        return [MarkupCall(self.tools)]
+        return [MarkupCall(self.tools), JsonCall(self.tools)]
 
     def goes_on(self, piece: str) -> bool:
         """Read more of the open call. False if it is none."""
@@ -7290,6 +7294,8 @@ class LeakedCalls(Repair):
     def are_calls(self, reason: FinishReason) -> bool:
         """Whether what is held is calls, now that the answer has ended."""
         if self.has_call or self.open or reason not in ("stop", "tool_calls"):
+            return False
+        if len(self.calls) > self.MOST:
             return False
         quotations = [leaked for leaked in self.calls if plain_form(leaked.text) in self.quoted]
         return bool(self.calls) and not quotations
@@ -7314,21 +7320,6 @@ class ThoughtCalls(LeakedCalls):
     kind = "calls_in_reasoning"
     sees = frozenset((Thought, Text, ToolCall, Finish))
     WORDS = Thought
-
-    def new_calls(self) -> list[LeakedCall]:
-        return [MarkupCall(self.tools), JsonCall(self.tools)]
-
-
-class JsonCalls(LeakedCalls):
-    """Calls that leak into the text as JSON: <tool_call>{"name": …, "arguments": {…}}</tool_call>.
-
-    vllm-project/vllm#48095. As in LeakedCalls.
-    """
-
-    kind = "calls_as_json"
-
-    def new_calls(self) -> list[LeakedCall]:
-        return [JsonCall(self.tools)]
 
 
 class ForcedCall(Repair):
@@ -7559,6 +7550,11 @@ class JsonCall(LeakedCall):
         return ToolCall(-1, "", self.name, json_text(self.arguments))
 
 
+def sorted_form(value: Any) -> str:
+    """JSON text that is the same for the same value, however its names are ordered."""
+    return json.dumps(value, sort_keys=True)
+
+
 JSON_TYPES = {
     bool: "boolean",
     int: "integer",
@@ -7634,9 +7630,31 @@ class Schema:
         name = JSON_TYPES[type(value)]
         return name in self.types or (name == "integer" and "number" in self.types)
 
+    @cached_property
+    def ways(self) -> list[Schema]:
+        """A schema for each of the options alone."""
+        return [Schema(option, self.root) for option in self.options]
+
+    @cached_property
+    def choices(self) -> frozenset[str] | None:
+        """The values that the first option lists, each in its sorted form; None: it lists none."""
+        values = self.options[0].get("enum")
+        if not isinstance(values, list):
+            return None
+        return frozenset(map(sorted_form, values))
+
     @property
     def allows_string(self) -> bool:
         return self.types is None or "string" in self.types
+
+    @cached_property
+    def has_other_types_than_strings(self) -> bool:
+        """Whether an object has properties that may be no string."""
+        for option in self.options:
+            for part in as_object(option.get("properties")).values():
+                if not Schema(part, self.root).allows_string:
+                    return True
+        return False
 
     def of_property(self, name: str) -> Schema:
         """The schema of an object's value of this name; one that allows all if it is not clear."""
@@ -7675,7 +7693,7 @@ def fits(value: Any, schema: Schema, depth: int = 0) -> bool:
     """Whether a value is what a schema asks for, as far as its types, names and choices say."""
     if depth > Schema.MAX_DEPTH:
         return False
-    if not any(fits_option(value, option, schema.root) for option in schema.options):
+    if not any(fits_way(value, way) for way in schema.ways):
         return False
     if isinstance(value, list):
         return all(fits(item, schema.of_items, depth + 1) for item in value)
@@ -7685,13 +7703,13 @@ def fits(value: Any, schema: Schema, depth: int = 0) -> bool:
     return True
 
 
-def fits_option(value: Any, option: JSON, root: JSON) -> bool:
-    """Whether a value fits, its items and properties aside."""
-    if not Schema(option, root).allows_type_of(value):
+def fits_way(value: Any, way: Schema) -> bool:
+    """Whether it fits a schema of one option, but for what is in it."""
+    if not way.allows_type_of(value):
         return False
-    choices = option.get("enum")
-    if isinstance(choices, list) and value not in choices:
+    if way.choices is not None and sorted_form(value) not in way.choices:
         return False
+    option = way.options[0]
     if value != option.get("const", value):
         return False
     return not isinstance(value, dict) or value.keys() >= required_names(option)
@@ -7722,6 +7740,8 @@ def types_of(schema: JSON) -> Iterable[str] | None:
 BRACE = re.compile("{")
 QUOTED_CALL = re.compile(r"(?:<|u003c|&lt;|&#0*60;|&#x0*3c;)tool_call", re.IGNORECASE)
 ESCAPE = re.compile(r"\\+(?:u([0-9a-fA-F]{4})|[nrt])?")  # however often it was escaped
+# Of the digits of a character those that count: of thousands Python makes no number.
+LONG_NUMBER = re.compile("(?<=&#)0*([0-9]{0,8})[0-9]*")
 
 
 def quoted_text(messages: Iterable[Message], *, forced: bool = False) -> str:
@@ -7748,7 +7768,7 @@ def conversation_texts(messages: Iterable[Message]) -> Iterator[str]:
 def plain_form(text: str) -> str:
     """A text without white space and escapes: the same for a page as for its JSON and its HTML."""
     if "&" in text:
-        text = unescape(text)
+        text = unescape(LONG_NUMBER.sub(r"\1", text))
     if "\\" in text:
         text = whole_characters(ESCAPE.sub(unescaped, text))
     return "".join(text.split())
@@ -7983,7 +8003,8 @@ class ObjectReader:
 
     def __init__(self) -> None:
         self.scanner = JsonScanner()
-        self.objects: list[str] = []  # that are complete
+        self.first = ""  # object, once it is complete
+        self.forms: set[str] = set()  # the objects in their sorted forms, once there are two
         self.begun: list[str] = []  # pieces of the next one
         self.held = ""  # what has not gone out of a first object that is empty
         self.is_plain = True  # there has been nothing else
@@ -8024,7 +8045,7 @@ class ObjectReader:
     def go_on(self, part: str) -> str:
         """More of an object; the first one goes out as it comes."""
         self.begun.append(part)
-        if self.objects:
+        if self.first:
             return ""
         return part
 
@@ -8043,7 +8064,7 @@ class ObjectReader:
         whole = "".join(self.begun) + part
         if not self.is_plain or not whole.lstrip().startswith("{"):
             yield "more", self.read(part)
-        elif self.objects:
+        elif self.first:
             yield from self.read_another(whole)
         elif self.EMPTY.fullmatch(whole):
             if self.held:
@@ -8052,7 +8073,7 @@ class ObjectReader:
                 self.held = part
         else:
             yield "more", self.read(part)
-            self.objects.append(whole)
+            self.first = whole
         self.begun = []
 
     def read_another(self, whole: str) -> Iterator[tuple[Literal["more", "another"], str]]:
@@ -8063,14 +8084,17 @@ class ObjectReader:
             yield "more", whole
             return
         self.mended += 1
-        if value not in map(parse_text, self.objects):
-            self.objects.append(whole)
+        if not self.forms:
+            self.forms.add(sorted_form(parse_text(self.first)))
+        form = sorted_form(value)
+        if form not in self.forms:
+            self.forms.add(form)
             yield "another", whole.strip()
 
     def close(self) -> str:
         """What was held, when no more comes."""
         held = self.held
-        if self.objects:
+        if self.first:
             held += "".join(self.begun)
         self.held = ""
         self.begun = []
@@ -8143,6 +8167,8 @@ class DoubledArguments(Repair):
     def send(self, given_id: str, name: str) -> SentCall:
         """The next call, with an id of its own."""
         index = len(self.ids)
+        if index > MAX_CALLS:
+            raise UpstreamError(UNAVAILABLE, TOO_LARGE)
         while given_id in self.ids:
             given_id += f"_{index}"
         self.ids.add(given_id)
@@ -8215,7 +8241,8 @@ class MarkupArguments(HeldArguments):
 
     kind = "markup_in_arguments"
     START = "<arg_key>"
-    PAIR = re.compile(r"\s*<arg_key>(.*?)</arg_key>\s*<arg_value>(.*?)</arg_value>", re.DOTALL)
+    # A key has no "<" in it. If it could have any, a text of many keys would be read anew for each.
+    PAIR = re.compile(r"\s*<arg_key>([^<]*)</arg_key>\s*<arg_value>(.*?)</arg_value>", re.DOTALL)
     REST = re.compile(r"\s*(?:</tool_call>)?\s*(?:\{\s*\}|null)?\s*")
 
     def mend(self, text: str, parameters: JSON) -> str | None:
@@ -8277,7 +8304,7 @@ class UnfinishedArguments(Repair):
         self.tools = tools  # the parameters of each, by name
         self.names: dict[int, str] = {}  # of the calls, by index
         self.sent: dict[int, list[str]] = {}  # arguments, likewise
-        self.commas: dict[int, str] = {}  # held from the end of the last piece, likewise
+        self.commas: dict[int, list[str]] = {}  # held from the end of the last pieces, likewise
 
     def feed(self, event: ToolCall | Finish) -> Iterable[Event]:
         if isinstance(event, Finish):
@@ -8293,11 +8320,14 @@ class UnfinishedArguments(Repair):
 
     def hold_comma(self, event: ToolCall) -> Iterable[Event]:
         """Pass a piece on without the comma that it may end in."""
-        text = self.commas.pop(event.index, "") + event.arguments
+        if event.index in self.commas and not event.arguments.strip():
+            self.commas[event.index].append(event.arguments)
+            return ()
+        text = "".join(self.commas.pop(event.index, [])) + event.arguments
         kept = text.rstrip()
         if kept.endswith(","):
             kept = kept[:-1]
-            self.commas[event.index] = text[len(kept) :]
+            self.commas[event.index] = [text[len(kept) :]]
         else:
             kept = text
         self.sent[event.index].append(kept)
@@ -8308,7 +8338,7 @@ class UnfinishedArguments(Repair):
     def close(self, reason: FinishReason) -> Iterator[Event]:
         was_cut_off = reason in ("length", "window_full")
         for index, pieces in self.sent.items():
-            comma = self.commas.get(index, "")
+            comma = "".join(self.commas.get(index, []))
             parameters = self.tools.get(self.names[index], {})
             missing = self.missing("".join(pieces), parameters)
             if missing is None or (missing and was_cut_off):
@@ -8450,6 +8480,7 @@ class TypedArguments(Repair):
 
     def __init__(self, tools: Mapping[str, JSON]) -> None:
         self.tools = tools  # the parameters of each, by name
+        self.schemas: dict[str, Schema] = {}  # likewise, of those that were called
         self.begun: dict[int, Schema] = {}  # of calls that have had no arguments yet, by index
         self.menders: dict[int, TypeMender] = {}  # of those that come in pieces, likewise
 
@@ -8458,8 +8489,7 @@ class TypedArguments(Repair):
             return [*self.close(), event]
         index = event.index
         if event.id:
-            parameters = self.tools.get(event.name, {})
-            self.begun[index] = Schema(parameters, parameters)
+            self.begun[index] = self.schema_of(event.name)
         if not event.arguments:
             return (event,)
         if index in self.begun:
@@ -8472,6 +8502,13 @@ class TypedArguments(Repair):
             return (ToolCall(index, event.id, event.name, arguments),)
         return ()
 
+    def schema_of(self, name: str) -> Schema:
+        """Of the arguments of a tool; read once for all of its calls."""
+        if name not in self.schemas:
+            parameters = self.tools.get(name, {})
+            self.schemas[name] = Schema(parameters, parameters)
+        return self.schemas[name]
+
     def begin(self, index: int, text: str) -> str:
         """Read the first piece, which may be all; return what goes out of it."""
         schema = self.begun.pop(index)
@@ -8480,7 +8517,7 @@ class TypedArguments(Repair):
             self.mended += 1
             text = value.strip()
         elif not isinstance(value, dict):
-            if has_other_types_than_strings(schema):
+            if schema.has_other_types_than_strings:
                 self.menders[index] = TypeMender(schema, 1)
                 return self.menders[index].feed(text)
             return text
@@ -8495,15 +8532,6 @@ class TypedArguments(Repair):
             held = mender.close()
             if held:
                 yield ToolCall(index, "", "", held)
-
-
-def has_other_types_than_strings(schema: Schema) -> bool:
-    """Whether an object has properties that may be no string."""
-    for option in schema.options:
-        for part in as_object(option.get("properties")).values():
-            if not Schema(part, schema.root).allows_string:
-                return True
-    return False
 
 
 class HalfEscapes(Repair):
@@ -8848,7 +8876,6 @@ REPAIRS: tuple[type[Repair], ...] = (
     FreshStart,
     ThoughtCalls,
     LeakedCalls,
-    JsonCalls,
     ForcedCall,
     NameRemnants,
     CallPieces,
@@ -9988,6 +10015,10 @@ def strange_patterns(models: str | None, known: Iterable[str]) -> list[str]:
     return [pattern for pattern in patterns if pattern and not fnmatch_filter(names, pattern)]
 
 
+# The operator's; and what clients take out of a path, so that DELETE could not name it.
+NO_NAMES = (OPERATOR, ".", "..")
+
+
 def parse_key_name(name: Any) -> str:
     """A name, composed as Unicode's NFC, so that what looks the same is the same.
 
@@ -9997,7 +10028,7 @@ def parse_key_name(name: Any) -> str:
     if isinstance(name, str):
         composed = unicodedata.normalize("NFC", name)
     is_valid = 1 <= len(composed) <= 64 and all(map(is_in_names, composed))
-    if not is_valid or composed == OPERATOR:
+    if not is_valid or composed in NO_NAMES:
         words = f"A key's name is 1 to 64 letters, digits or ._@+-, not '{OPERATOR}'."
         raise BadRequest(words, "name")
     return composed

@@ -11075,6 +11075,15 @@ class ZaiConnection(ResponseHandler):
             self.owed_since = math.inf
         super().feed_data(data, size)
 
+    def resume_reading(self, *how: Any, **named: Any) -> None:
+        """Called for each part that is taken out of the buffer.
+
+        aiohttp would go through its parser and its transport each time. Without a pause neither of them
+        has anything left.
+        """
+        if self._reading_paused:
+            super().resume_reading(*how, **named)
+
     def look(self) -> None:
         """Give up when a head is owed for too long; until then, look again."""
         self.timer = None

@@ -6185,8 +6185,9 @@ class ZaiReader:
             return ()
         document = parse_answer(data)
         if isinstance(document, dict):
-            if self.torn or self.halves or b"\\u" in data:
+            if data.find(b"\\u") >= 0:  # much faster than `in`
                 self.look_for_halves(data)
+            if self.torn or self.halves:
                 return self.read_with_care(document)
             return self.read_chunk(document)
         if data.strip() == b"[DONE]":
@@ -6194,7 +6195,7 @@ class ZaiReader:
         return self.read_torn(data)
 
     def look_for_halves(self, data: bytes) -> None:
-        # UTF-8 itself has no halves. `find` is much faster than `in`.
+        # UTF-8 itself has no halves.
         if data.find(b"\\ud") >= 0 or data.find(b"\\uD") >= 0:
             self.halves = self.halves or HalfPairs()
 

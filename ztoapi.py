@@ -6472,11 +6472,12 @@ class RepairChain:
         if route is None:
             route = self.routes[kind] = self.new_route(kind)
         for position, repair in route:
-            if position < start or kind not in repair.sees:
+            if position < start:
                 continue
-            made = repair.feed(event)
             if kind not in repair.sees:  # any more
                 self.routes[kind] = self.new_route(kind)
+                continue
+            made = repair.feed(event)
             if type(made) is tuple and len(made) == 1 and type(made[0]) is kind:
                 event = made[0]  # it goes on in place of the first; a short cut for most events
                 continue

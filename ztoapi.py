@@ -6549,12 +6549,14 @@ class TaggedReasoning(Repair):
 def partial_tag(text: str, tags: Iterable[str]) -> str:
     """The end of a text that may be the beginning of one of the tags; "" if there is none.
 
-    A tag begins with "<" and has no other.
+    A tag begins with "<", ends with ">", and has no other.
     """
     start = text.rfind("<")
     if start < 0:
         return ""
     end = text[start:]
+    if ">" in end:
+        return ""
     if any(tag.startswith(end) and tag != end for tag in tags):
         return end
     return ""
@@ -6721,9 +6723,10 @@ class LeakedCalls(Repair):
         """Whether there is something to read in the event; when not, it has been read."""
         if not isinstance(event, self.WORDS):
             return False
-        if "<" in event.text:
+        text = event.text
+        if "<" in text and (MARKUP_TAG.search(text) or partial_tag(text, MARKUP_TAGS)):
             return True
-        self.marks.feed(event.text)
+        self.marks.feed(text)
         return False
 
     def end(self, event: Event) -> Iterator[Event]:

@@ -794,14 +794,27 @@ def escaped(text: str) -> bytes:
     return text.encode("utf-8", "backslashreplace")
 
 
-def sse(frames: Iterable[JSON | str]) -> bytes:
-    """Frames as bytes, each `data: …` and a blank line. A frame with a `type` also gets that as its event name."""
+class NamedFrame(NamedTuple):
+    """JSON text that is sent as it is, under the name of its event."""
+
+    name: str
+    text: str
+
+
+# A frame of a stream: an object, or a text that is sent as it is.
+Frame: TypeAlias = "JSON | str | NamedFrame"
+
+
+def sse(frames: Iterable[Frame]) -> bytes:
+    """Frames as bytes, each `data: …` and a blank line. An object with a `type` also gets that as its event name."""
     return escaped("".join([sse_frame(frame) for frame in frames]))
 
 
-def sse_frame(frame: JSON | str) -> str:
+def sse_frame(frame: Frame) -> str:
     if isinstance(frame, str):
         return f"data: {frame}\n\n"
+    if isinstance(frame, NamedFrame):
+        return f"event: {frame.name}\ndata: {frame.text}\n\n"
     name = f"event: {frame['type']}\n" if "type" in frame else ""
     return f"{name}data: {json_text(frame)}\n\n"
 
@@ -1770,10 +1783,6 @@ class StoredResponse:
     response: JSON
     input: list[JSON]  # the request's own items, as they were understood
     parent: str = ""  # id of the response that the request went on from
-
-
-# A frame of a stream: an object, or a text that is sent as it is.
-Frame: TypeAlias = "JSON | str"
 
 
 class Reply(ABC):
@@ -4857,14 +4866,11 @@ class MessageRequest:
 class Block:
     """A content block of an answer while events are added: `start` is what its first event shows."""
 
+    kind: str
     start: JSON
     pieces: list[str] = field(default_factory=list)  # of its text, its thinking, or its input
     citations: list[JSON] = field(default_factory=list)
     signature: str = ""
-
-    @property
-    def kind(self) -> str:
-        return str(self.start["type"])
 
     @property
     def text(self) -> str:
@@ -4894,11 +4900,19 @@ STOP_REASONS: dict[FinishReason, str] = {
 }
 
 
+# What the blocks begin with that have words in them.
+WORDS_STARTS: Mapping[str, JSON] = {
+    "text": {"type": "text", "text": ""},
+    "thinking": {"type": "thinking", "thinking": "", "signature": ""},
+}
+
+
 class MessageReply(Reply):
     """A message of Anthropic's API: the events of a stream, or a document.
 
     Its blocks are in the order of the events, and one is open at a time. Z.ai may send the pieces of
-    two calls in turn: what comes while a call is not complete waits for its end.
+    two calls in turn: what comes while a call is not complete waits for its end. Deltas, which are most
+    of a stream, are JSON text; other frames are objects.
     """
 
     def __init__(self, request: MessageRequest) -> None:
@@ -4913,7 +4927,9 @@ class MessageReply(Reply):
         self.searches = 0
         self.end = Finish("stop")
 
-    def feed(self, event: Event) -> list[JSON]:
+    def feed(self, event: Event) -> list[Frame]:
+        if self.has_begun:
+            return self.frames(event)
         return [*self.opening(), *self.frames(event)]
 
     def opening(self) -> list[JSON]:
@@ -4923,7 +4939,7 @@ class MessageReply(Reply):
         message = self.message([], None, self.usage_body(0))
         return [{"type": "message_start", "message": message}]
 
-    def frames(self, event: Event) -> list[JSON]:
+    def frames(self, event: Event) -> list[Frame]:
         if isinstance(event, Usage):
             self.usage = event
             return []
@@ -4943,7 +4959,7 @@ class MessageReply(Reply):
             return False
         return bool(self.waiting) or not is_json_object(self.blocks[-1].text)
 
-    def end_call(self) -> list[JSON]:
+    def end_call(self) -> list[Frame]:
         """What waited, the pieces of each call together."""
         groups: dict[tuple[str, int], list[Event]] = {}
         for position, event in enumerate(self.waiting):
@@ -4952,20 +4968,17 @@ class MessageReply(Reply):
                 key = ("call", event.index)
             groups.setdefault(key, []).append(event)
         self.waiting = []
-        frames: list[JSON] = []
+        frames: list[Frame] = []
         for event in chain.from_iterable(groups.values()):
             frames += self.add(event)
         return frames
 
-    def add(self, event: Event) -> list[JSON]:
+    def add(self, event: Event) -> list[Frame]:
         match event:
             case Text():
-                delta = {"type": "text_delta", "text": event.text}
-                return self.add_words({"type": "text", "text": ""}, event.text, delta)
+                return self.add_words("text", event.text)
             case Thought():
-                start = {"type": "thinking", "thinking": "", "signature": ""}
-                delta = {"type": "thinking_delta", "thinking": event.text}
-                return self.add_words(start, event.text, delta)
+                return self.add_words("thinking", event.text)
             case ToolCall():
                 return self.add_call(event)
             case Citations():
@@ -4973,20 +4986,21 @@ class MessageReply(Reply):
             case _:
                 return []
 
-    def add_words(self, start: JSON, words: str, delta: JSON) -> list[JSON]:
-        frames: list[JSON] = []
-        if not self.is_open or self.blocks[-1].kind != start["type"]:
-            frames = self.open_block(start)
-        self.blocks[-1].pieces.append(words)
-        if not self.is_omitted(self.blocks[-1]):
-            frames.append(self.delta(delta))
+    def add_words(self, kind: Literal["text", "thinking"], words: str) -> list[Frame]:
+        frames: list[Frame] = []
+        if not self.is_open or self.blocks[-1].kind != kind:
+            frames = self.open_block(dict(WORDS_STARTS[kind]))
+        block = self.blocks[-1]
+        block.pieces.append(words)
+        if not self.is_omitted(block):
+            frames.append(self.delta(f'{{"type":"{kind}_delta","{kind}":{quoted(words)}}}'))
         return frames
 
     def is_omitted(self, block: Block) -> bool:
         return self.request.omits_thinking and block.kind == "thinking"
 
-    def add_call(self, call: ToolCall) -> list[JSON]:
-        frames: list[JSON] = []
+    def add_call(self, call: ToolCall) -> list[Frame]:
+        frames: list[Frame] = []
         if not self.is_open or call.index != self.open_call:
             start = {"type": "tool_use", "id": call.id, "name": call.name, "input": {}}
             frames = self.open_block(start)
@@ -4996,15 +5010,16 @@ class MessageReply(Reply):
             frames.append(self.delta(input_delta(call.arguments)))
         return frames
 
-    def add_search(self, results: tuple[JSON, ...]) -> list[JSON]:
+    def add_search(self, results: tuple[JSON, ...]) -> list[Frame]:
         """What a search found: citations of the text that is open, and two blocks as if it came first."""
         found = [result for result in results if isinstance(result.get("link"), str)]
-        frames: list[JSON] = []
+        frames: list[Frame] = []
         if self.is_open and self.blocks[-1].kind == "text":
             for index, result in enumerate(found):
                 citation = message_citation(index, result)
                 self.blocks[-1].citations.append(citation)
-                frames.append(self.delta({"type": "citations_delta", "citation": citation}))
+                delta = {"type": "citations_delta", "citation": citation}
+                frames.append(self.delta(json_text(delta)))
         search_id = f"srvtoolu_{self.head.own_id}_{self.searches}"
         self.searches += 1
         use = {"type": "server_tool_use", "id": search_id, "name": "web_search", "input": {}}
@@ -5018,16 +5033,16 @@ class MessageReply(Reply):
         )
         return [*frames, *self.close_block()]
 
-    def open_block(self, start: JSON) -> list[JSON]:
+    def open_block(self, start: JSON) -> list[Frame]:
         """A new block, behind the end of the last one."""
         frames = self.close_block()
-        self.blocks.append(Block(start))
+        self.blocks.append(Block(start["type"], start))
         self.is_open = True
         index = len(self.blocks) - 1
         frames.append({"type": "content_block_start", "index": index, "content_block": start})
         return frames
 
-    def close_block(self) -> list[JSON]:
+    def close_block(self) -> list[Frame]:
         if not self.is_open:
             return []
         frames = self.sign(self.blocks[-1])
@@ -5036,7 +5051,7 @@ class MessageReply(Reply):
         frames.append({"type": "content_block_stop", "index": len(self.blocks) - 1})
         return frames
 
-    def sign(self, block: Block) -> list[JSON]:
+    def sign(self, block: Block) -> list[Frame]:
         """The signature that thinking must have; it carries what the client does not read."""
         if block.kind != "thinking":
             return []
@@ -5044,12 +5059,16 @@ class MessageReply(Reply):
         if self.is_omitted(block):
             block.signature = encode_reasoning(block.text)
             block.pieces = []
-        return [self.delta({"type": "signature_delta", "signature": block.signature})]
+        delta = {"type": "signature_delta", "signature": block.signature}
+        return [self.delta(json_text(delta))]
 
-    def delta(self, delta: JSON) -> JSON:
-        return {"type": "content_block_delta", "index": len(self.blocks) - 1, "delta": delta}
+    def delta(self, delta: str) -> NamedFrame:
+        """More of the last block, in JSON text."""
+        name = "content_block_delta"
+        index = len(self.blocks) - 1
+        return NamedFrame(name, f'{{"type":"{name}","index":{index},"delta":{delta}}}')
 
-    def close(self) -> list[JSON]:
+    def close(self) -> list[Frame]:
         delta = {
             "stop_reason": self.stop_reason,
             "stop_sequence": self.end.stop_sequence or None,
@@ -5118,8 +5137,8 @@ class MessageReply(Reply):
         return sse([{"type": "ping"}])
 
 
-def input_delta(arguments: str) -> JSON:
-    return {"type": "input_json_delta", "partial_json": arguments}
+def input_delta(arguments: str) -> str:
+    return f'{{"type":"input_json_delta","partial_json":{quoted(arguments)}}}'
 
 
 MAX_CITED = 150  # characters

@@ -414,7 +414,7 @@ class Settings:
     def zai_keys(self) -> tuple[ZaiKey, ...]:
         return tuple(dict.fromkeys(zai_key(text, self.zai_base_url) for text in self.zai_api_key))
 
-    @property
+    @cached_property
     def zai_base_urls(self) -> tuple[str, ...]:
         """The addresses of Z.ai that are used, in the order in which the keys name them."""
         return tuple(dict.fromkeys(key.base_url for key in self.zai_keys)) or (self.zai_base_url,)
@@ -13479,7 +13479,7 @@ def known_caller(request: web.Request) -> Account | None:
     """The account of the first valid key. Keys are compared by their hashes, so that timing tells nothing."""
     for key in keys_sent(request.headers):
         account = request.app[ACCOUNTS].find(key)
-        if key and account:
+        if account:
             return account
     return None
 
@@ -13491,10 +13491,13 @@ def keys_sent(headers: Mapping[str, str]) -> Iterator[str]:
     """What may be a key in each of KEY_HEADERS; Authorization may have it bare or behind "Bearer"."""
     for name in KEY_HEADERS:
         scheme, space, credentials = headers.get(name, "").partition(" ")
+        key = ""
         if not space:
-            yield scheme
+            key = scheme
         elif scheme.lower() == "bearer":
-            yield credentials.strip()
+            key = credentials.strip()
+        if key:
+            yield key
 
 
 def refusal_words(request: web.Request) -> str:

@@ -6437,7 +6437,7 @@ def zai_usage(usage: JSON) -> Usage:
 # and no call must come of it. Nor is what was cut off closed: it may have gone on otherwise.
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class RepairNeeds:
     """What of a request decides which repairs its answer needs."""
 
@@ -8317,7 +8317,7 @@ class Ending(Repair):
             yield self.usage
         if reason == "stop" and self.has_call:
             reason = "tool_calls"
-        yield replace(finish, reason=reason, is_window_full=is_window_full)
+        yield Finish(reason, finish.choice, finish.stop_sequence, is_window_full)
 
 
 # In the order of the picture above.
@@ -8805,8 +8805,10 @@ class ZaiRequest:
 ZAI_HOSTS = ("api.z.ai", "open.bigmodel.cn")
 
 
-def zai_request(prompt: Prompt, model: Model, base_url: str, answer_id: str) -> ZaiRequest:
-    """The request to a base; `answer_id` is ours, unique."""
+def zai_request(
+    prompt: Prompt, model: Model, base_url: str, answer_id: str, *, asks_again: bool = False
+) -> ZaiRequest:
+    """The request to a base; `answer_id` is ours, unique. An empty answer `asks_again`."""
     body = zai_body(prompt, model)
     if urlsplit(base_url).hostname not in ZAI_HOSTS:  # Z.ai itself tells usage unasked
         body["stream_options"] = {"include_usage": True}
@@ -8815,7 +8817,9 @@ def zai_request(prompt: Prompt, model: Model, base_url: str, answer_id: str) -> 
     forced = forced_function(prompt)
     quoted = quoted_text(prompt.messages, forced=bool(forced)) if tools else ""
     wants_json = prompt.schema is not None
-    needs = RepairNeeds(model, answer_id, tools, wants_json, quoted, forced, prompt.stop)
+    needs = RepairNeeds(
+        model, answer_id, tools, wants_json, quoted, forced, prompt.stop, asks_again
+    )
     return ZaiRequest(data, needs, len(data) - media_size(prompt.messages))
 
 
@@ -9784,14 +9788,17 @@ def make_plan(
         start = 0 if settings.reasoning_memory == "all" else turn_start(messages)
         messages = with_reasoning(messages, start, recall)
     messages, repairs = repair_history(messages)
-    batch = [repair_history(each)[0] for each in prompt.batch]
-    prompt = replace(prompt, messages=messages, batch=tuple(batch))
+    if messages is not prompt.messages:
+        prompt = replace(prompt, messages=messages)
+    if prompt.batch:
+        batch = [repair_history(each)[0] for each in prompt.batch]
+        prompt = replace(prompt, batch=tuple(batch))
     names = legal_names(prompt)
     prompt = with_names(without_deferred(with_chosen_tools(prompt)), names)
     prompts = []
     for model, word in models:
         effort = prompt.effort or word or asked.effort or default_effort(prompt, settings)
-        prompts.append((model, prompt_for(model, replace(prompt, effort=effort))))
+        prompts.append((model, prompt_for(model, effort, prompt)))
     plan = Plan(
         asked=asked.model,
         prompts=prompts,
@@ -9888,10 +9895,12 @@ def describes_images(prompt: Prompt, settings: Settings) -> bool:
     return settings.vision_mode == "describe"
 
 
-def prompt_for(model: Model, prompt: Prompt) -> Prompt:
+def prompt_for(model: Model, effort: Effort | None, prompt: Prompt) -> Prompt:
     """The prompt with what the model takes of it. Raises BadRequest for what it does not, and the user shows now."""
     messages = fit_media(prompt.messages, model)
-    return prompt if messages is prompt.messages else replace(prompt, messages=messages)
+    if messages is prompt.messages and effort == prompt.effort:
+        return prompt
+    return replace(prompt, messages=messages, effort=effort)
 
 
 def models_to_ask(
@@ -11522,12 +11531,13 @@ class Upstream:
         """Asks a model with a key. Encodes the body only now, as many may wait their turn."""
         plan.admit(model)
         key = slot.key
+        encode = partial(zai_request, asks_again=self.asks_again(plan, prompt))
         request = await in_thread_if_large(
-            plan.size, zai_request, prompt, model, key.base_url, plan.answer_id
+            plan.size, encode, prompt, model, key.base_url, plan.answer_id
         )
         trace("sent", request.data)
         url = key.base_url + "/chat/completions"
-        repairs = repairs_for(replace(request.needs, asks_again=self.asks_again(plan, prompt)))
+        repairs = repairs_for(request.needs)
         memo = Memo() if plan.remembers else None
         machines = list(repairs)
         if plan.client_names:

@@ -6080,6 +6080,9 @@ def parse_answer(data: bytes) -> Any:
     return parse_json(data)
 
 
+HALF = re.compile(rb"\\u[dD]")  # UTF-8 itself has no halves of characters
+
+
 @dataclass(slots=True)
 class BegunAgain:
     """Between two events: Z.ai has lost its answer, and begins another one in the same stream."""
@@ -6204,8 +6207,7 @@ class ZaiReader:
             return ()
         document = parse_answer(data)
         if isinstance(document, dict):
-            if data.find(b"\\u") >= 0:  # much faster than `in`
-                self.look_for_halves(data)
+            self.look_for_halves(data)
             if self.torn or self.halves:
                 return self.read_with_care(document)
             return self.read_chunk(document)
@@ -6214,9 +6216,8 @@ class ZaiReader:
         return self.read_torn(data)
 
     def look_for_halves(self, data: bytes) -> None:
-        # UTF-8 itself has no halves.
-        if data.find(b"\\ud") >= 0 or data.find(b"\\uD") >= 0:
-            self.halves = self.halves or HalfPairs()
+        if self.halves is None and HALF.search(data):
+            self.halves = HalfPairs()
 
     def read_torn(self, data: bytes) -> Iterator[ZaiEvent]:
         self.look_for_halves(data)

@@ -6728,11 +6728,10 @@ class LeakedCalls(Repair):
         self.held: list[str] = []  # the text from the first <tool_call> on
         self.open: list[LeakedCall] = []  # ways to read the last call in it, until it is complete
         self.calls: list[LeakedCall] = []  # the complete ones
-        self.has_call = False  # Z.ai sent one as it should
 
     def feed(self, event: Thought | Text | ToolCall | Finish) -> Iterable[Event]:
         if isinstance(event, ToolCall):
-            self.has_call = True
+            self.sees = frozenset()  # Z.ai sends calls as it should: none leaks any more
         if not self.rest and not self.held and not self.may_begin_in(event):  # most events
             return (event,)
         if isinstance(event, self.WORDS):
@@ -6780,7 +6779,7 @@ class LeakedCalls(Repair):
             if self.goes_on(piece):
                 return ""
             released = self.release()
-        if piece == "<tool_call>" and not self.marks.inside and not self.has_call:
+        if piece == "<tool_call>" and not self.marks.inside:
             self.held.append(piece)
             self.open = self.new_calls()
             return released
@@ -6811,7 +6810,7 @@ class LeakedCalls(Repair):
 
     def are_calls(self, reason: FinishReason) -> bool:
         """Whether what is held is calls, now that the answer has ended."""
-        if self.has_call or self.open or reason not in ("stop", "tool_calls"):
+        if self.open or reason not in ("stop", "tool_calls"):
             return False
         quotations = [leaked for leaked in self.calls if plain_form(leaked.text) in self.quoted]
         return bool(self.calls) and not quotations
@@ -7342,17 +7341,16 @@ class CallPieces(Repair):
             int | str, Call
         ] = {}  # the newest call with each of Z.ai's indexes and ids
 
-    def feed(self, event: ToolCall | Finish) -> Iterator[Event]:
+    def feed(self, event: ToolCall | Finish) -> Iterable[Event]:
         if isinstance(event, Finish):
-            yield from self.end()
-            yield event
-            return
+            return [*self.end(), event]
         call = self.find(event)
         if len(self.calls) > MAX_CALLS or len(call.waiting) > MAX_NAMELESS:
             raise UpstreamError(UNAVAILABLE, TOO_LARGE)
         call.waiting += event.arguments
-        if call.name:
-            yield from self.flush(call)
+        if not call.name:
+            return ()
+        return tuple(self.flush(call))
 
     def end(self) -> Iterator[Event]:
         """The rest: calls that never got a name, and {} for those without arguments."""
@@ -7789,6 +7787,8 @@ class UnfinishedArguments(Repair):
         else:
             kept = text
         self.sent[event.index].append(kept)
+        if kept == event.arguments:
+            return (event,)
         if kept or event.id:
             return (replace(event, arguments=kept),)
         return ()
@@ -8295,6 +8295,7 @@ class Ending(Repair):
             yield event
         elif isinstance(event, ToolCall):
             self.has_call = True
+            self.sees = self.sees - {ToolCall}
             yield event
         elif isinstance(event, Citations):
             self.results += event.results

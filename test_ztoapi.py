@@ -1553,10 +1553,17 @@ EVENTS = [Thought("hm"), Text("你"), Text("好"), Usage(6, 3, 9, 2, 1), Finish(
 
 
 def decoded(frames):
-    return [
-        frame if frame == "[DONE]" or isinstance(frame, dict) else json.loads(frame)
-        for frame in frames
-    ]
+    return [decoded_frame(frame) for frame in frames]
+
+
+def decoded_frame(frame):
+    if frame == "[DONE]" or isinstance(frame, dict):
+        return frame
+    if isinstance(frame, ztoapi.NamedFrame):
+        body = json.loads(frame.text)
+        assert frame.name == body["type"]
+        return body
+    return json.loads(frame)
 
 
 def begun(reply):
@@ -4272,7 +4279,7 @@ def message_reply(**fields):
 
 def message_frames(events, **fields):
     reply = message_reply(**fields)
-    return [*reply.frames_of(events), *reply.close()]
+    return decoded([*reply.frames_of(events), *reply.close()])
 
 
 def message_document(events, **fields):

@@ -4020,6 +4020,7 @@ def wanting(effort):
         pytest.param(ASKS_TO_THINK, None, "enabled", id="no budget"),
         pytest.param(budget(100) | wanting("max"), "max", "enabled", id="an effort before the budget"),
         pytest.param(ADAPTIVE, None, None, id="adaptive"),
+        pytest.param({"thinking": {"type": "between_tools"}}, None, None, id="between tools"),
         pytest.param(ADAPTIVE | wanting("low"), "low", "enabled", id="adaptive with an effort"),
         pytest.param({"thinking": {"type": "disabled"}} | wanting("max"), "low", "disabled", id="disabled"),
         pytest.param({"max_tokens": 8_192}, None, None, id="not asked, with room"),
@@ -4163,6 +4164,27 @@ def test_a_user_of_anthropics_is_told_only_as_a_hash():
     sent = asked_of_zai({"metadata": {"user_id": user_id}})
     assert sent["user_id"] == hashlib.sha256(user_id.encode()).hexdigest()
     assert asked_of_zai({"metadata": {}}).keys() == {"messages", "max_tokens"}
+
+
+@pytest.mark.parametrize(
+    ("fallbacks", "models"),
+    [
+        (["glm-4.5"], ["glm-4.6", "glm-4.5"]),
+        ([{"model": "glm-4.5", "max_tokens": 9}], ["glm-4.6", "glm-4.5"]),
+        ("default", ["glm-4.6", "glm-5"]),
+        ([], ["glm-4.6"]),
+    ],
+    ids=["names", "objects", "default", "none"],
+)
+def test_fallbacks_of_anthropics_are_names_or_objects(fallbacks, models):
+    plan = plan_of_message({"fallbacks": fallbacks}, fallback_models=("glm-5",))
+    assert [model.id for model, _ in plan.prompts] == models
+
+
+@pytest.mark.parametrize("fallbacks", ["glm-4.5", [{}], [7], ["m"] * 9], ids=str)
+def test_other_fallbacks_of_anthropics_are_refused(fallbacks):
+    with pytest.raises(BadRequest, match="'fallbacks' must be"):
+        plan_of_message({"fallbacks": fallbacks})
 
 
 @pytest.mark.parametrize(
@@ -14720,7 +14742,11 @@ async def test_the_list_of_models_speaks_anthropic_and_codex_too(client):
         "id": "glm-5.3",
         "display_name": "glm-5.3",
         "created_at": "2026-08-13T16:00:00Z",
+        "lifecycle": "active",
+        "max_input_tokens": 1048576,
+        "max_tokens": 131072,
     }
+    assert (models["first_id"], models["has_more"]) == ("glm-5.3", False)
     async with client.get("/v1/models?client_version=1.0", headers=KEY) as response:
         models = await response.json()
     assert {model["slug"] for model in models["models"]} == {
@@ -19978,6 +20004,15 @@ async def test_the_anthropic_sdk_reads_a_call(anthropic_sdk, zai):
         message = await stream.get_final_message()
     assert (message.content[0].name, message.content[0].input) == ("bash", {"cmd": "ls"})
     assert message.stop_reason == "tool_use"
+
+
+@in_loop
+async def test_the_anthropic_sdk_lists_models(anthropic_sdk):
+    types = pytest.importorskip("anthropic.types")
+    models = [model async for model in anthropic_sdk.models.list()]
+    assert len(models) >= len(MODELS)
+    types.ModelInfo.model_validate(models[0].to_dict(), strict=False)
+    assert (await anthropic_sdk.models.retrieve("glm-4.6")).max_tokens == 131072
 
 
 @in_loop

@@ -1362,8 +1362,23 @@ def nearest_names(name: str, known: Iterable[str]) -> str:
 
 
 def anthropic_item(model: Model, name: str) -> JSON:
-    created = datetime.fromtimestamp(model.created, timezone.utc).isoformat().replace("+00:00", "Z")
-    return {"type": "model", "id": name, "display_name": name, "created_at": created}
+    """A model as Anthropic lists it (anthropic 2.14, ModelInfo)."""
+    created = datetime.fromtimestamp(model.created, timezone.utc).isoformat()
+    return {
+        "type": "model",
+        "id": name,
+        "display_name": name,
+        "created_at": created.replace("+00:00", "Z"),
+        "lifecycle": "active",
+        "max_input_tokens": model.context,
+        "max_tokens": model.output,
+    }
+
+
+def anthropic_list(items: list[JSON]) -> JSON:
+    """All models as one page of Anthropic's list."""
+    ids = [item["id"] for item in items] or [None]
+    return {"data": items, "has_more": False, "first_id": ids[0], "last_id": ids[-1]}
 
 
 # Codex CLI wants a system prompt with every model, and uses it instead of its own.
@@ -4521,6 +4536,7 @@ def block_text(block: Any) -> str:
             raise ValueError("must be a string or an array of text blocks")
 
 
+SHOWN_THINKING = ("enabled", "adaptive", "between_tools")  # types that ask for it
 LOW_BUDGET = 4_096  # tokens of thinking
 HIGH_BUDGET = 16_384
 
@@ -4528,7 +4544,7 @@ HIGH_BUDGET = 16_384
 def message_thinking(value: Any) -> JSON:
     """The `thinking` of a request, its type and budget checked."""
     given = mapping(value)
-    if given.get("type") not in ("enabled", "adaptive", "disabled"):
+    if given.get("type") not in (*SHOWN_THINKING, "disabled"):
         raise ValueError("must have the type enabled, adaptive or disabled")
     budget = given.get("budget_tokens")
     if budget is not None and as_number(budget) is None:
@@ -4543,7 +4559,7 @@ def message_effort(thinking: JSON, wanted: Effort | None) -> Effort | None:
             return "off"
         case "enabled":
             return wanted or effort_of_budget(thinking.get("budget_tokens"))
-        case "adaptive":
+        case "adaptive" | "between_tools":
             return wanted
         case _:
             return None
@@ -4682,8 +4698,17 @@ def left_out_tools(read: list[ReadTool]) -> dict[str, None]:
     return found
 
 
+def message_fallbacks(value: Any) -> tuple[str, ...] | None:
+    """Names of models, or Anthropic's objects with them; "default" are the operator's."""
+    if value == "default":
+        return None
+    names = [item.get("model") if isinstance(item, dict) else item for item in array(value)]
+    return model_names(names)
+
+
 MESSAGE_FIELDS: dict[str, Check] = {
     **COMMON_FIELDS,
+    "fallbacks": message_fallbacks,
     "messages": array,
     "max_tokens": integer(1, 2**31),
     "system": system_text,
@@ -4706,7 +4731,7 @@ def parse_message(body: JSON) -> tuple[Prompt, MessageReply]:
     require_fields(given, "model", "messages", "max_tokens")
     thinking = given.get("thinking", {})
     output = given.get("output_config", {})
-    shows_thinking = thinking.get("type") in ("enabled", "adaptive")
+    shows_thinking = thinking.get("type") in SHOWN_THINKING
     messages = read_turns(given["messages"])
     if given.get("system"):
         messages = (Message("system", (given["system"],)), *messages)
@@ -13819,9 +13844,8 @@ async def list_models(request: web.Request) -> web.Response:
     """The list in the caller's format: OpenAI's, Anthropic's, or OpenAI's with the fields that Codex reads."""
     models = await named_models(request)
     if "anthropic-version" in request.headers:
-        return json_response(
-            {"data": [anthropic_item(models[name], name) for name in models], "has_more": False}
-        )
+        items = [anthropic_item(model, name) for name, model in models.items()]
+        return json_response(anthropic_list(items))
     listing: JSON = {"object": "list", "data": [model_item(models[name], name) for name in models]}
     if "client_version" in request.query:
         listing["models"] = [codex_item(models[name], name) for name in models]
@@ -15526,7 +15550,25 @@ def parse_flags(arguments: list[str]) -> argparse.Namespace:
         help="with --check: ask first, then find out what Z.ai's documents leave open",
     )
     commands = parser.add_subparsers(dest="command", prog="ztoapi.py")
-    starter = commands.add_parser("launch", help="start a client that uses this server")
+    starter = add_launch_command(commands)
+    for each in (parser, starter):
+        each.add_argument("--host", default=argparse.SUPPRESS, help="address to listen on (HOST)")
+        each.add_argument("--port", default=argparse.SUPPRESS, help="port to listen on (PORT)")
+    parser.add_argument("--version", action="version", version=f"ztoapi {__version__}")
+    add_keys_command(commands)
+    own = list(takewhile("--".__ne__, arguments))
+    flags = parser.parse_args(own, argparse.Namespace(arguments=arguments[len(own) + 1 :]))
+    if flags.probe and not flags.check:
+        parser.error("--probe goes with --check")
+    return flags
+
+
+def add_launch_command(
+    commands: argparse._SubParsersAction[argparse.ArgumentParser],
+) -> argparse.ArgumentParser:
+    starter: argparse.ArgumentParser = commands.add_parser(
+        "launch", help="start a client that uses this server"
+    )
     starter.add_argument(
         "client", choices=CLIENTS, help="its own arguments follow --: launch claude -- -p hello"
     )
@@ -15541,16 +15583,7 @@ def parse_flags(arguments: list[str]) -> argparse.Namespace:
     starter.add_argument(
         "--show", action="store_true", help="only print the shell lines that start it"
     )
-    for each in (parser, starter):
-        each.add_argument("--host", default=argparse.SUPPRESS, help="address to listen on (HOST)")
-        each.add_argument("--port", default=argparse.SUPPRESS, help="port to listen on (PORT)")
-    parser.add_argument("--version", action="version", version=f"ztoapi {__version__}")
-    add_keys_command(commands)
-    own = list(takewhile("--".__ne__, arguments))
-    flags = parser.parse_args(own, argparse.Namespace(arguments=arguments[len(own) + 1 :]))
-    if flags.probe and not flags.check:
-        parser.error("--probe goes with --check")
-    return flags
+    return starter
 
 
 def add_keys_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:

@@ -473,6 +473,10 @@ def test_the_whole_password_of_a_database_is_a_secret(url):
     assert "pa:s/s" in Settings(database_url=url).secrets
 
 
+def test_a_password_of_a_database_is_a_secret_as_it_is_written_and_decoded():
+    assert Settings(database_url="postgresql://me:p%40ss@host/db").secrets == ("p%40ss", "p@ss")
+
+
 @pytest.mark.parametrize("keys", [(), ("",), ("sk-a", "")])
 def test_the_door_is_never_open(keys):
     with pytest.raises(SettingsError, match="DEFAULT_KEY"):

@@ -2675,6 +2675,14 @@ def test_a_streamed_response_is_its_events_in_order():
     )
 
 
+def test_a_response_keeps_the_head_of_the_sign_of_life_before_it():
+    reply = ztoapi.parse_response(ASKED, History())[1]
+    reply.sign_of_life(replace(HEAD, created=7))
+    reply.begin(HEAD)
+    frames = [*reply.frames_of([Text("x"), Finish("stop")]), *reply.close()]
+    assert frames[-1]["response"]["created_at"] == 7
+
+
 NO_MORE_KEYS = {"description": None, "parameters": None, "strict": None}
 
 

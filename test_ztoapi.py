@@ -6280,6 +6280,14 @@ def test_a_full_window_is_told_in_words_by_which_agents_compact():
     assert anthropic["message"] == f"prompt is too long: {openai_words}"
 
 
+@pytest.mark.parametrize(
+    ("code", "is_refusal"), [(399, False), (400, True), (503, True), (599, True), (600, False)]
+)
+def test_a_status_in_a_success_is_a_refusal_if_it_is_one_of_failure(code, is_refusal):
+    refusal = ztoapi.refusal_in(b'{"code":%d,"msg":"x","success":false}' % code)
+    assert (refusal is not None) is is_refusal
+
+
 def test_no_balance_names_the_address_of_the_coding_plan():
     assert "https://api.z.ai/api/coding/paas/v4" in str(
         zai_error(429, b'{"error":{"code":"1113","message":""}}')

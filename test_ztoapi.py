@@ -6525,6 +6525,14 @@ def test_half_a_character_in_arguments_waits_for_its_other_half(pieces, wanted):
         assert outcome(read_all(parts))[2] == [("a", "f", wanted)]
 
 
+def test_half_a_character_does_not_wait_for_another_call_at_the_same_index():
+    calls = [ToolCall(0, "c1", "f", "\ud83d"), ToolCall(0, "c2", "g", "\ude00")]
+    alone = ToolCall(0, "c1", "", "\ufffd")
+    halves = ztoapi.HalfPairs()
+    joined = [*halves.feed(calls), *halves.close()]
+    assert joined == [ToolCall(0, "c1", "f", ""), alone, ToolCall(0, "c2", "g", "\ufffd")]
+
+
 def test_no_text_gets_out_as_half_a_character():
     reader = Mended()
     halves = [stream_of(text, done="", ensure_ascii=True) for text in ("a\ud83d", "\ude00b")]

@@ -7741,6 +7741,7 @@ QUOTED = ztoapi.quoted_text([Message("tool", (f"A page.\n{LEAK}",))])
         pytest.param([f"```xml\n{LEAK}\n```"], id="in a fence"),
         pytest.param([f"```xml\n{LEAK}"], id="in a fence that does not end"),
         pytest.param([f"~~~\n{LEAK}\n~~~\n"], id="in a fence of tildes"),
+        pytest.param([f"```\n~~~\n{LEAK}"], id="in a fence, behind a mark of the other kind"),
         pytest.param([f"Write `{LEAK}`"], id="between backticks"),
         pytest.param([f"Write `{LEAK}"], id="behind a backtick"),
         pytest.param([LEAK, LEAK, "."], id="two, then text"),

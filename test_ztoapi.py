@@ -10053,6 +10053,22 @@ async def test_a_thousand_references_are_one_read(start, database_url, connect):
 
 
 @in_loop
+async def test_responses_that_come_while_one_is_written_are_written_together(database_url):
+    database = CountingDatabase(database_url, lambda: NOON)
+    await asyncio.gather(*(database.put_response(stored_row(str(i))) for i in range(20)))
+    assert (database.asked, database.unsaved.rows) == (2, {})
+    database.thread.submit(database.close).result(10)
+
+
+def test_a_response_is_stored_with_its_day_and_its_millisecond():
+    history = ztoapi.ClientHistory(ztoapi.Database("memory", lambda: NOON + 0.25), "a")
+    row = history.row(ztoapi.StoredResponse({"id": "resp_1"}, [], "resp_0"))
+    body = '{"response":{"id":"resp_1"},"input":[]}'
+    told = ("resp_1", "a", TODAY.isoformat(), int(NOON * 1000) + 250, "resp_0", len(body), body)
+    assert row == told
+
+
+@in_loop
 async def test_a_response_is_given_out_for_thirty_days_and_is_a_parent_for_longer(
     database_url, connect
 ):

@@ -12996,8 +12996,8 @@ async def test_a_connection_to_zai_serves_again(client, zai):
 
 @in_loop
 async def test_comments_after_the_finish_do_not_delay_the_end(start, zai):
-    client = await start(limits=Limits(finish_timeout=0.2))
-    zai.parts = [RECORDED.removesuffix(b"data: [DONE]\n\n"), *[b": x\n\n", 0.1] * 300]
+    client = await start(limits=Limits(finish_timeout=0.5))
+    zai.parts = [RECORDED.removesuffix(b"data: [DONE]\n\n"), *[b": x\n\n", 0.02] * 1500]
     assert said((await asyncio.wait_for(ask(client, chat(stream=True)), 10))[1]) == "你好😀"
 
 

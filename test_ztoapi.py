@@ -15713,6 +15713,12 @@ def test_the_demo_calls_the_first_tool_when_the_user_asks_for_one(how, value):
     assert demo_answer(HELLO, tools=tools)[1] == "stop"
 
 
+def test_the_demo_calls_no_tool_behind_the_result_of_one():
+    result = {"role": "tool", "tool_call_id": "c1", "content": "Please use the tool"}
+    body = HELLO | {"messages": [*HELLO["messages"], result]}
+    assert demo_answer(body, tools=[function("f")])[1] == "stop"
+
+
 @pytest.mark.parametrize(
     ("schema", "value"),
     [

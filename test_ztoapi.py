@@ -18523,6 +18523,15 @@ async def test_a_refusal_says_why_among_the_requests_and_counts(client):
 
 
 @in_loop
+async def test_a_refusal_that_repeats_a_secret_is_redacted_among_the_requests(client):
+    choice = {"type": "function", "function": {"name": "zai-key"}}
+    await ask(client, chat(tools=[function("f")], tool_choice=choice))
+    seen, _ = await news(client, "")
+    [row] = seen["recent"]
+    assert (row["status"], row["words"]) == (400, "'tool_choice' names ***, not among the tools.")
+
+
+@in_loop
 async def test_the_history_is_sent_again_only_when_it_has_changed(start):
     client = await start(clock=ztoapi.Clock())
     statuses, headers = [], {**KEY}

@@ -18623,6 +18623,17 @@ async def test_the_figures_need_the_key_and_the_pages_do_not(client):
             assert response.status == status
 
 
+@pytest.mark.parametrize(
+    "page", [ztoapi.DOCS_PAGE, ztoapi.DASHBOARD_PAGE], ids=["docs", "dashboard"]
+)
+def test_a_page_may_do_no_more_than_it_needs(page):
+    rules = dict(rule.split(" ", 1) for rule in page.policy.split("; "))
+    for own in ("script-src", "style-src"):
+        assert re.fullmatch("'sha256-[A-Za-z0-9+/]{43}='", rules.pop(own))
+    nothing = dict.fromkeys(("default-src", "base-uri", "form-action", "frame-ancestors"), "'none'")
+    assert rules == {**nothing, "connect-src": "'self'", "img-src": "'self'"}
+
+
 @in_loop
 async def test_browsers_are_led_to_the_docs(client):
     async with client.get(

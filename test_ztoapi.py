@@ -483,6 +483,10 @@ def test_the_whole_password_of_a_database_is_a_secret(url):
     assert "pa:s/s" in Settings(database_url=url).secrets
 
 
+def test_a_password_of_a_database_is_a_secret_as_it_is_written_and_decoded():
+    assert Settings(database_url="postgresql://me:p%40ss@host/db").secrets == ("p%40ss", "p@ss")
+
+
 @pytest.mark.parametrize("keys", [(), ("",), ("sk-a", "")])
 def test_the_door_is_never_open(keys):
     with pytest.raises(SettingsError, match="DEFAULT_KEY"):
@@ -2691,6 +2695,14 @@ def test_a_streamed_response_is_its_events_in_order():
         "GLM-4.6",
         "resp_ours",
     )
+
+
+def test_a_response_keeps_the_head_of_the_sign_of_life_before_it():
+    reply = ztoapi.parse_response(ASKED, History())[1]
+    reply.sign_of_life(replace(HEAD, created=7))
+    reply.begin(HEAD)
+    frames = [*reply.frames_of([Text("x"), Finish("stop")]), *reply.close()]
+    assert frames[-1]["response"]["created_at"] == 7
 
 
 NO_MORE_KEYS = {"description": None, "parameters": None, "strict": None}
@@ -6312,6 +6324,14 @@ def test_a_full_window_is_told_in_words_by_which_agents_compact():
     assert anthropic["message"] == f"prompt is too long: {openai_words}"
 
 
+@pytest.mark.parametrize(
+    ("code", "is_refusal"), [(399, False), (400, True), (503, True), (599, True), (600, False)]
+)
+def test_a_status_in_a_success_is_a_refusal_if_it_is_one_of_failure(code, is_refusal):
+    refusal = ztoapi.refusal_in(b'{"code":%d,"msg":"x","success":false}' % code)
+    assert (refusal is not None) is is_refusal
+
+
 def test_no_balance_names_the_address_of_the_coding_plan():
     assert "https://api.z.ai/api/coding/paas/v4" in str(
         zai_error(429, b'{"error":{"code":"1113","message":""}}')
@@ -6554,6 +6574,14 @@ def test_half_a_character_in_arguments_waits_for_its_other_half(pieces, wanted):
     ]
     for parts in cuts(stream_of(*deltas, finish(), ensure_ascii=True)):
         assert outcome(read_all(parts))[2] == [("a", "f", wanted)]
+
+
+def test_half_a_character_does_not_wait_for_another_call_at_the_same_index():
+    calls = [ToolCall(0, "c1", "f", "\ud83d"), ToolCall(0, "c2", "g", "\ude00")]
+    alone = ToolCall(0, "c1", "", "\ufffd")
+    halves = ztoapi.HalfPairs()
+    joined = [*halves.feed(calls), *halves.close()]
+    assert joined == [ToolCall(0, "c1", "f", ""), alone, ToolCall(0, "c2", "g", "\ufffd")]
 
 
 def test_no_text_gets_out_as_half_a_character():
@@ -7828,6 +7856,7 @@ QUOTED = ztoapi.quoted_text([Message("tool", (f"A page.\n{LEAK}",))])
         pytest.param([f"```xml\n{LEAK}\n```"], id="in a fence"),
         pytest.param([f"```xml\n{LEAK}"], id="in a fence that does not end"),
         pytest.param([f"~~~\n{LEAK}\n~~~\n"], id="in a fence of tildes"),
+        pytest.param([f"```\n~~~\n{LEAK}"], id="in a fence, behind a mark of the other kind"),
         pytest.param([f"Write `{LEAK}`"], id="between backticks"),
         pytest.param([f"Write `{LEAK}"], id="behind a backtick"),
         pytest.param([LEAK, LEAK, "."], id="two, then text"),
@@ -10159,6 +10188,22 @@ async def test_a_thousand_references_are_one_read(start, database_url, connect):
     assert len(ztoapi.parse_response(body, history)[0].messages) == 1_000
     assert database.asked == 1
     database.thread.submit(database.close).result(10)
+
+
+@in_loop
+async def test_responses_that_come_while_one_is_written_are_written_together(database_url):
+    database = CountingDatabase(database_url, lambda: NOON)
+    await asyncio.gather(*(database.put_response(stored_row(str(i))) for i in range(20)))
+    assert (database.asked, database.unsaved.rows) == (2, {})
+    database.thread.submit(database.close).result(10)
+
+
+def test_a_response_is_stored_with_its_day_and_its_millisecond():
+    history = ztoapi.ClientHistory(ztoapi.Database("memory", lambda: NOON + 0.25), "a")
+    row = history.row(ztoapi.StoredResponse({"id": "resp_1"}, [], "resp_0"))
+    body = '{"response":{"id":"resp_1"},"input":[]}'
+    told = ("resp_1", "a", TODAY.isoformat(), int(NOON * 1000) + 250, "resp_0", len(body), body)
+    assert row == told
 
 
 @in_loop
@@ -13100,8 +13145,8 @@ async def test_a_connection_to_zai_serves_again(client, zai):
 
 @in_loop
 async def test_comments_after_the_finish_do_not_delay_the_end(start, zai):
-    client = await start(limits=Limits(finish_timeout=0.2))
-    zai.parts = [RECORDED.removesuffix(b"data: [DONE]\n\n"), *[b": x\n\n", 0.1] * 300]
+    client = await start(limits=Limits(finish_timeout=0.5))
+    zai.parts = [RECORDED.removesuffix(b"data: [DONE]\n\n"), *[b": x\n\n", 0.02] * 1500]
     assert said((await asyncio.wait_for(ask(client, chat(stream=True)), 10))[1]) == "你好😀"
 
 
@@ -15823,6 +15868,12 @@ def test_the_demo_calls_the_first_tool_when_the_user_asks_for_one(how, value):
     assert json.loads(deltas[-1]["tool_calls"][0]["function"]["arguments"]) == {"a": value}
     assert reason == "tool_calls"
     assert demo_answer(HELLO, tools=tools)[1] == "stop"
+
+
+def test_the_demo_calls_no_tool_behind_the_result_of_one():
+    result = {"role": "tool", "tool_call_id": "c1", "content": "Please use the tool"}
+    body = HELLO | {"messages": [*HELLO["messages"], result]}
+    assert demo_answer(body, tools=[function("f")])[1] == "stop"
 
 
 @pytest.mark.parametrize(
@@ -18620,6 +18671,15 @@ async def test_a_refusal_says_why_among_the_requests_and_counts(client):
 
 
 @in_loop
+async def test_a_refusal_that_repeats_a_secret_is_redacted_among_the_requests(client):
+    choice = {"type": "function", "function": {"name": "zai-key"}}
+    await ask(client, chat(tools=[function("f")], tool_choice=choice))
+    seen, _ = await news(client, "")
+    [row] = seen["recent"]
+    assert (row["status"], row["words"]) == (400, "'tool_choice' names ***, not among the tools.")
+
+
+@in_loop
 async def test_the_history_is_sent_again_only_when_it_has_changed(start):
     client = await start(clock=ztoapi.Clock())
     statuses, headers = [], {**KEY}
@@ -18709,6 +18769,17 @@ async def test_the_figures_need_the_key_and_the_pages_do_not(client):
     for path, status in (("/dashboard/stats", 401), ("/dashboard", 200), ("/docs", 200)):
         async with client.get(path) as response:
             assert response.status == status
+
+
+@pytest.mark.parametrize(
+    "page", [ztoapi.DOCS_PAGE, ztoapi.DASHBOARD_PAGE], ids=["docs", "dashboard"]
+)
+def test_a_page_may_do_no_more_than_it_needs(page):
+    rules = dict(rule.split(" ", 1) for rule in page.policy.split("; "))
+    for own in ("script-src", "style-src"):
+        assert re.fullmatch("'sha256-[A-Za-z0-9+/]{43}='", rules.pop(own))
+    nothing = dict.fromkeys(("default-src", "base-uri", "form-action", "frame-ancestors"), "'none'")
+    assert rules == {**nothing, "connect-src": "'self'", "img-src": "'self'"}
 
 
 @in_loop

@@ -1869,6 +1869,7 @@ class Reply(ABC):
     of all events, and says what the client's SDK would make of that stream.
     """
 
+    media_type = "text/event-stream; charset=utf-8"  # of a stream
     head: Head
     stored: StoredResponse | None = None  # what is to be kept of a complete answer
     input_tokens = 0  # of the request, as they were estimated; 0 where they were not
@@ -1890,6 +1891,10 @@ class Reply(ABC):
 
     @abstractmethod
     def fail(self, error: ProxyError) -> Sequence[Frame]: ...
+
+    def encode(self, frames: Iterable[Frame]) -> bytes:
+        """Frames as they are sent."""
+        return sse(frames)
 
     def sign_of_life(self, _: Head) -> bytes:
         """What is sent while Z.ai is silent; the head is for an answer that has none yet."""
@@ -14172,9 +14177,7 @@ Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 # `SSEResponse` sends an answer piece by piece (`relay`), and comments while Z.ai is silent
 # (`keep_alive`).
 
-EVENT_STREAM = "text/event-stream; charset=utf-8"
 STREAM_HEADERS = {
-    "Content-Type": EVENT_STREAM,
     "Cache-Control": "no-cache",
     "X-Accel-Buffering": "no",
 }
@@ -14200,7 +14203,8 @@ class SSEResponse:
         self.reply = reply
         # For an answer of which Z.ai has sent nothing yet.
         self.own_head = head_of(AnswerInfo("", 0, "", ""), model, request)
-        self.response = web.StreamResponse(headers=STREAM_HEADERS)
+        headers = {"Content-Type": reply.media_type, **STREAM_HEADERS}
+        self.response = web.StreamResponse(headers=headers)
         self.has_begun = False  # the reply knows the answer's head
         limits = request.app[APP_LIMITS]
         self.joined_size = limits.joined_size
@@ -14225,7 +14229,7 @@ class SSEResponse:
                 await self.send([frame])
                 await asyncio.sleep(0)
             return
-        data = sse(frames)
+        data = self.reply.encode(frames)
         if data:
             trace("answered", data)
             await self.write(data)

@@ -10192,10 +10192,10 @@ async def test_a_thousand_references_are_one_read(start, database_url, connect):
 
 @in_loop
 async def test_responses_that_come_while_one_is_written_are_written_together(database_url):
-    database = CountingDatabase(database_url, lambda: NOON)
+    database = CountingDatabase(database_url, lambda: NOON, Limits(**UNHURRIED))
     await asyncio.gather(*(database.put_response(stored_row(str(i))) for i in range(20)))
-    assert (database.asked, database.unsaved.rows) == (2, {})
     database.thread.submit(database.close).result(10)
+    assert (database.asked, database.unsaved.rows) == (2, {})
 
 
 def test_a_response_is_stored_with_its_day_and_its_millisecond():

@@ -11116,6 +11116,7 @@ def outcomes(request, tmp_path_factory):
     def run_now(test):
         asyncio.run(run_alone(test, tmp_path_factory.mktemp("meanwhile")))
 
+    tmp_path_factory.getbasetemp()  # or both threads would make it at once, and one of them fail
     threads = ThreadPoolExecutor(2)
     yield {test: threads.submit(run_now, test) for test in chosen if test}
     threads.shutdown(cancel_futures=True)

@@ -10192,10 +10192,10 @@ async def test_a_thousand_references_are_one_read(start, database_url, connect):
 
 @in_loop
 async def test_responses_that_come_while_one_is_written_are_written_together(database_url):
-    database = CountingDatabase(database_url, lambda: NOON)
+    database = CountingDatabase(database_url, lambda: NOON, Limits(**UNHURRIED))
     await asyncio.gather(*(database.put_response(stored_row(str(i))) for i in range(20)))
-    assert (database.asked, database.unsaved.rows) == (2, {})
     database.thread.submit(database.close).result(10)
+    assert (database.asked, database.unsaved.rows) == (2, {})
 
 
 def test_a_response_is_stored_with_its_day_and_its_millisecond():
@@ -11116,6 +11116,7 @@ def outcomes(request, tmp_path_factory):
     def run_now(test):
         asyncio.run(run_alone(test, tmp_path_factory.mktemp("meanwhile")))
 
+    tmp_path_factory.getbasetemp()  # or both threads would make it at once, and one of them fail
     threads = ThreadPoolExecutor(2)
     yield {test: threads.submit(run_now, test) for test in chosen if test}
     threads.shutdown(cancel_futures=True)

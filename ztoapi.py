@@ -7659,11 +7659,16 @@ class NamelessCalls(Repair):
     kind = "nameless_calls"
     sees = frozenset((ToolCall,))
 
+    def __init__(self) -> None:
+        self.dropped: set[int] = set()  # the indexes of such calls: more of them may come
+
     def feed(self, event: ToolCall) -> tuple[Event, ...]:
-        if not event.id or event.name.strip():
-            return (event,)
-        self.mended += 1
-        return ()
+        if event.id and not event.name.strip():
+            self.dropped.add(event.index)
+            self.mended += 1
+        if event.index in self.dropped:
+            return ()
+        return (event,)
 
 
 class JsonScanner:

@@ -457,7 +457,7 @@ class Settings:
         found = [zai_key(text, self.zai_base_url) for text in self.zai_api_key]
         return tuple(dict.fromkeys(found))
 
-    @property
+    @cached_property
     def zai_base_urls(self) -> tuple[str, ...]:
         """The addresses of Z.ai that are used, in the order in which the keys name them."""
         if not self.zai_keys:
@@ -887,14 +887,27 @@ def escaped(text: str) -> bytes:
     return text.encode("utf-8", "backslashreplace")
 
 
-def sse(frames: Iterable[JSON | str]) -> bytes:
+class NamedFrame(NamedTuple):
+    """JSON text that is sent as it is, under the name of its event."""
+
+    name: str
+    text: str
+
+
+# A frame of a stream: an object, or a text that is sent as it is.
+Frame: TypeAlias = "JSON | str | NamedFrame"
+
+
+def sse(frames: Iterable[Frame]) -> bytes:
     """Frames as bytes, each `data: …` and a blank line; the `type` of one is its event's name."""
     return escaped("".join(map(sse_frame, frames)))
 
 
-def sse_frame(frame: JSON | str) -> str:
+def sse_frame(frame: Frame) -> str:
     if isinstance(frame, str):
         return f"data: {frame}\n\n"
+    if isinstance(frame, NamedFrame):
+        return f"event: {frame.name}\ndata: {frame.text}\n\n"
     data = f"data: {json_text(frame)}\n\n"
     if "type" not in frame:
         return data
@@ -1846,10 +1859,6 @@ class StoredResponse:
     response: JSON
     input: list[JSON]  # the request's own items, as they were understood
     parent: str = ""  # id of the response that the request went on from
-
-
-# A frame of a stream: an object, or a text that is sent as it is.
-Frame: TypeAlias = "JSON | str"
 
 
 class Reply(ABC):
@@ -5163,14 +5172,11 @@ class MessageRequest:
 class Block:
     """A content block of an answer while events are added; `start` is what opens it."""
 
+    kind: str
     start: JSON
     pieces: list[str] = field(default_factory=list)  # of its text, its thinking, or its input
     citations: list[JSON] = field(default_factory=list)
     signature: str = ""
-
-    @property
-    def kind(self) -> str:
-        return str(self.start["type"])
 
     @property
     def text(self) -> str:
@@ -5199,11 +5205,19 @@ STOP_REASONS: dict[FinishReason, str] = {
 }
 
 
+# What the blocks begin with that have words in them.
+WORDS_STARTS: Mapping[str, JSON] = {
+    "text": {"type": "text", "text": ""},
+    "thinking": {"type": "thinking", "thinking": "", "signature": ""},
+}
+
+
 class MessageReply(Reply):
     """A message of Anthropic's API: the events of a stream, or a document.
 
     Its blocks are in the order of the events, and one is open at a time. Z.ai may send the pieces
-    of two calls in turn: what comes while a call is not complete waits for its end.
+    of two calls in turn: what comes while a call is not complete waits for its end. Deltas, which
+    are most of a stream, are JSON text; other frames are objects.
     """
 
     def __init__(self, request: MessageRequest) -> None:
@@ -5218,7 +5232,9 @@ class MessageReply(Reply):
         self.searches = 0
         self.end = Finish("stop")
 
-    def feed(self, event: Event) -> list[JSON]:
+    def feed(self, event: Event) -> list[Frame]:
+        if self.has_begun:
+            return self.frames(event)
         return [*self.opening(), *self.frames(event)]
 
     def opening(self) -> list[JSON]:
@@ -5228,7 +5244,7 @@ class MessageReply(Reply):
         message = self.message([], None, self.usage_body(0))
         return [{"type": "message_start", "message": message}]
 
-    def frames(self, event: Event) -> list[JSON]:
+    def frames(self, event: Event) -> list[Frame]:
         if isinstance(event, Usage):
             self.usage = event
             return []
@@ -5248,7 +5264,7 @@ class MessageReply(Reply):
             return False
         return bool(self.waiting) or not is_json_object(self.blocks[-1].text)
 
-    def end_call(self) -> list[JSON]:
+    def end_call(self) -> list[Frame]:
         """What waited, the pieces of each call together."""
         groups: dict[tuple[str, int], list[Event]] = {}
         for position, event in enumerate(self.waiting):
@@ -5257,20 +5273,17 @@ class MessageReply(Reply):
                 key = ("call", event.index)
             groups.setdefault(key, []).append(event)
         self.waiting = []
-        frames: list[JSON] = []
+        frames: list[Frame] = []
         for event in chain.from_iterable(groups.values()):
             frames += self.add(event)
         return frames
 
-    def add(self, event: Event) -> list[JSON]:
+    def add(self, event: Event) -> list[Frame]:
         match event:
             case Text():
-                delta = {"type": "text_delta", "text": event.text}
-                return self.add_words({"type": "text", "text": ""}, event.text, delta)
+                return self.add_words("text", event.text)
             case Thought():
-                start = {"type": "thinking", "thinking": "", "signature": ""}
-                delta = {"type": "thinking_delta", "thinking": event.text}
-                return self.add_words(start, event.text, delta)
+                return self.add_words("thinking", event.text)
             case ToolCall():
                 return self.add_call(event)
             case Citations():
@@ -5278,20 +5291,21 @@ class MessageReply(Reply):
             case _:
                 return []
 
-    def add_words(self, start: JSON, words: str, delta: JSON) -> list[JSON]:
-        frames: list[JSON] = []
-        if not self.is_open or self.blocks[-1].kind != start["type"]:
-            frames = self.open_block(start)
-        self.blocks[-1].pieces.append(words)
-        if not self.is_omitted(self.blocks[-1]):
-            frames.append(self.delta(delta))
+    def add_words(self, kind: Literal["text", "thinking"], words: str) -> list[Frame]:
+        frames: list[Frame] = []
+        if not self.is_open or self.blocks[-1].kind != kind:
+            frames = self.open_block(dict(WORDS_STARTS[kind]))
+        block = self.blocks[-1]
+        block.pieces.append(words)
+        if not self.is_omitted(block):
+            frames.append(self.delta(f'{{"type":"{kind}_delta","{kind}":{quoted(words)}}}'))
         return frames
 
     def is_omitted(self, block: Block) -> bool:
         return self.request.omits_thinking and block.kind == "thinking"
 
-    def add_call(self, call: ToolCall) -> list[JSON]:
-        frames: list[JSON] = []
+    def add_call(self, call: ToolCall) -> list[Frame]:
+        frames: list[Frame] = []
         if not self.is_open or call.index != self.open_call:
             start = {"type": "tool_use", "id": call.id, "name": call.name, "input": {}}
             frames = self.open_block(start)
@@ -5301,7 +5315,7 @@ class MessageReply(Reply):
             frames.append(self.delta(input_delta(call.arguments)))
         return frames
 
-    def add_search(self, results: tuple[JSON, ...]) -> list[JSON]:
+    def add_search(self, results: tuple[JSON, ...]) -> list[Frame]:
         """What a search found: sources of the text that is open, and the two blocks of a search."""
         found = [result for result in results if isinstance(result.get("link"), str)]
         frames = self.cite(found)
@@ -5318,26 +5332,27 @@ class MessageReply(Reply):
         frames += self.open_block(shown)
         return [*frames, *self.close_block()]
 
-    def cite(self, found: list[JSON]) -> list[JSON]:
+    def cite(self, found: list[JSON]) -> list[Frame]:
         """The citations of what a search found, if a text is open."""
-        frames: list[JSON] = []
+        frames: list[Frame] = []
         if self.is_open and self.blocks[-1].kind == "text":
             for index, result in enumerate(found):
                 citation = message_citation(index, result)
                 self.blocks[-1].citations.append(citation)
-                frames.append(self.delta({"type": "citations_delta", "citation": citation}))
+                delta = {"type": "citations_delta", "citation": citation}
+                frames.append(self.delta(json_text(delta)))
         return frames
 
-    def open_block(self, start: JSON) -> list[JSON]:
+    def open_block(self, start: JSON) -> list[Frame]:
         """A new block, behind the end of the last one."""
         frames = self.close_block()
-        self.blocks.append(Block(start))
+        self.blocks.append(Block(start["type"], start))
         self.is_open = True
         index = len(self.blocks) - 1
         frames.append({"type": "content_block_start", "index": index, "content_block": start})
         return frames
 
-    def close_block(self) -> list[JSON]:
+    def close_block(self) -> list[Frame]:
         if not self.is_open:
             return []
         frames = self.sign(self.blocks[-1])
@@ -5346,7 +5361,7 @@ class MessageReply(Reply):
         frames.append({"type": "content_block_stop", "index": len(self.blocks) - 1})
         return frames
 
-    def sign(self, block: Block) -> list[JSON]:
+    def sign(self, block: Block) -> list[Frame]:
         """The signature that thinking must have; it carries what the client does not read."""
         if block.kind != "thinking":
             return []
@@ -5354,12 +5369,16 @@ class MessageReply(Reply):
         if self.is_omitted(block):
             block.signature = encode_reasoning(block.text)
             block.pieces = []
-        return [self.delta({"type": "signature_delta", "signature": block.signature})]
+        delta = {"type": "signature_delta", "signature": block.signature}
+        return [self.delta(json_text(delta))]
 
-    def delta(self, delta: JSON) -> JSON:
-        return {"type": "content_block_delta", "index": len(self.blocks) - 1, "delta": delta}
+    def delta(self, delta: str) -> NamedFrame:
+        """More of the last block, in JSON text."""
+        name = "content_block_delta"
+        index = len(self.blocks) - 1
+        return NamedFrame(name, f'{{"type":"{name}","index":{index},"delta":{delta}}}')
 
-    def close(self) -> list[JSON]:
+    def close(self) -> list[Frame]:
         delta = {
             "stop_reason": self.stop_reason,
             "stop_sequence": self.end.stop_sequence or None,
@@ -5428,8 +5447,8 @@ class MessageReply(Reply):
         return sse([{"type": "ping"}])
 
 
-def input_delta(arguments: str) -> JSON:
-    return {"type": "input_json_delta", "partial_json": arguments}
+def input_delta(arguments: str) -> str:
+    return f'{{"type":"input_json_delta","partial_json":{quoted(arguments)}}}'
 
 
 MAX_CITED = 150  # characters
@@ -6528,6 +6547,9 @@ def parse_answer(data: bytes) -> Any:
     return parse_json(data)
 
 
+HALF = re.compile(rb"\\u[dD]")  # UTF-8 itself has no halves of characters
+
+
 @dataclass(slots=True)
 class BegunAgain:
     """Between two events: Z.ai has lost its answer, and begins another one in the same stream."""
@@ -6663,8 +6685,8 @@ class ZaiReader:
             return ()
         document = parse_answer(data)
         if isinstance(document, dict):
-            if self.torn or self.halves or b"\\u" in data:
-                self.look_for_halves(data)
+            self.look_for_halves(data)
+            if self.torn or self.halves:
                 return self.read_with_care(document)
             return self.read_chunk(document)
         if data.strip() == b"[DONE]":
@@ -6672,9 +6694,8 @@ class ZaiReader:
         return self.read_torn(data)
 
     def look_for_halves(self, data: bytes) -> None:
-        # UTF-8 itself has no halves, only escapes are. `find` is much faster than `in`.
-        if data.find(b"\\ud") >= 0 or data.find(b"\\uD") >= 0:
-            self.halves = self.halves or HalfPairs()
+        if self.halves is None and HALF.search(data):
+            self.halves = HalfPairs()
 
     def read_torn(self, data: bytes) -> Iterator[ZaiEvent]:
         """The events in what is not one JSON object."""
@@ -6909,7 +6930,7 @@ def zai_usage(usage: JSON) -> Usage:
 # and no call must come of it. Nor is what was cut off closed: it may have gone on otherwise.
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class RepairNeeds:
     """What of a request decides which repairs its answer needs.
 
@@ -6964,11 +6985,12 @@ class RepairChain:
         if route is None:
             route = self.routes[kind] = self.new_route(kind)
         for position, repair in route:
-            if position < start or kind not in repair.sees:
+            if position < start:
                 continue
-            made = repair.feed(event)
             if kind not in repair.sees:  # any more
                 self.routes[kind] = self.new_route(kind)
+                continue
+            made = repair.feed(event)
             if type(made) is tuple and len(made) == 1 and type(made[0]) is kind:
                 event = made[0]  # it goes on in place of the first; a short cut for most events
                 continue
@@ -7044,12 +7066,14 @@ class TaggedReasoning(Repair):
 def partial_tag(text: str, tags: Iterable[str]) -> str:
     """The end of a text that may be the beginning of one of the tags; "" if there is none.
 
-    A tag begins with "<" and has no other.
+    A tag begins with "<", ends with ">", and has no other.
     """
     start = text.rfind("<")
     if start < 0:
         return ""
     end = text[start:]
+    if ">" in end:
+        return ""
     if any(tag.startswith(end) and tag != end for tag in tags):
         return end
     return ""
@@ -7212,11 +7236,10 @@ class LeakedCalls(Repair):
         self.held: list[str] = []  # the text from the first <tool_call> on
         self.open: list[LeakedCall] = []  # ways to read the last call in it, until it is complete
         self.calls: list[LeakedCall] = []  # the complete ones
-        self.has_call = False  # Z.ai sent one as it should
 
     def feed(self, event: Thought | Text | ToolCall | Finish) -> Iterable[Event]:
         if isinstance(event, ToolCall):
-            self.has_call = True
+            self.sees = frozenset()  # Z.ai sends calls as it should: none leaks any more
         if not self.rest and not self.held and not self.may_begin_in(event):  # most events
             return (event,)
         if isinstance(event, self.WORDS):
@@ -7227,9 +7250,10 @@ class LeakedCalls(Repair):
         """Whether there is something to read in the event; when not, it has been read."""
         if not isinstance(event, self.WORDS):
             return False
-        if "<" in event.text:
+        text = event.text
+        if "<" in text and (MARKUP_TAG.search(text) or partial_tag(text, MARKUP_TAGS)):
             return True
-        self.marks.feed(event.text)
+        self.marks.feed(text)
         return False
 
     def end(self, event: Event) -> Iterator[Event]:
@@ -7263,7 +7287,7 @@ class LeakedCalls(Repair):
             if self.goes_on(piece):
                 return ""
             released = self.release()
-        if piece == "<tool_call>" and not self.marks.inside and not self.has_call:
+        if piece == "<tool_call>" and not self.marks.inside:
             self.held.append(piece)
             self.open = self.new_calls()
             return released
@@ -7294,7 +7318,7 @@ class LeakedCalls(Repair):
 
     def are_calls(self, reason: FinishReason) -> bool:
         """Whether what is held is calls, now that the answer has ended."""
-        if self.has_call or self.open or reason not in ("stop", "tool_calls"):
+        if self.open or reason not in ("stop", "tool_calls"):
             return False
         if len(self.calls) > self.MOST:
             return False
@@ -7852,17 +7876,16 @@ class CallPieces(Repair):
         # The newest call with each of Z.ai's indexes and ids.
         self.known: dict[int | str, Call] = {}
 
-    def feed(self, event: ToolCall | Finish) -> Iterator[Event]:
+    def feed(self, event: ToolCall | Finish) -> Iterable[Event]:
         if isinstance(event, Finish):
-            yield from self.end()
-            yield event
-            return
+            return [*self.end(), event]
         call = self.find(event)
         if len(self.calls) > MAX_CALLS or len(call.waiting) > MAX_NAMELESS:
             raise UpstreamError(UNAVAILABLE, TOO_LARGE)
         call.waiting += event.arguments
-        if call.name:
-            yield from self.flush(call)
+        if not call.name:
+            return ()
+        return tuple(self.flush(call))
 
     def end(self) -> Iterator[Event]:
         """The rest: calls that never got a name, and {} for those without arguments."""
@@ -8337,6 +8360,8 @@ class UnfinishedArguments(Repair):
         else:
             kept = text
         self.sent[event.index].append(kept)
+        if kept == event.arguments:
+            return (event,)
         if kept or event.id:
             return (replace(event, arguments=kept),)
         return ()
@@ -8848,6 +8873,7 @@ class Ending(Repair):
             yield event
         elif isinstance(event, ToolCall):
             self.has_call = True
+            self.sees = self.sees - {ToolCall}
             yield event
         elif isinstance(event, Citations):
             self.results += event.results
@@ -8871,7 +8897,7 @@ class Ending(Repair):
             yield self.usage
         if reason == "stop" and self.has_call:
             reason = "tool_calls"
-        yield replace(finish, reason=reason, is_window_full=is_window_full)
+        yield Finish(reason, finish.choice, finish.stop_sequence, is_window_full)
 
 
 # In the order of the picture above.
@@ -9402,8 +9428,10 @@ class ZaiRequest:
 ZAI_HOSTS = ("api.z.ai", "open.bigmodel.cn")
 
 
-def zai_request(prompt: Prompt, model: Model, base_url: str, answer_id: str) -> ZaiRequest:
-    """The request to a base; `answer_id` is ours, unique."""
+def zai_request(
+    prompt: Prompt, model: Model, base_url: str, answer_id: str, *, asks_again: bool = False
+) -> ZaiRequest:
+    """The request to a base; `answer_id` is ours, unique. An empty answer `asks_again`."""
     body = zai_body(prompt, model)
     if urlsplit(base_url).hostname not in ZAI_HOSTS:  # Z.ai itself tells usage unasked
         body["stream_options"] = {"include_usage": True}
@@ -9414,7 +9442,9 @@ def zai_request(prompt: Prompt, model: Model, base_url: str, answer_id: str) -> 
     if tools:
         quoted = quoted_text(prompt.messages, forced=bool(forced))
     wants_json = prompt.schema is not None
-    needs = RepairNeeds(model, answer_id, tools, wants_json, quoted, forced, prompt.stop)
+    needs = RepairNeeds(
+        model, answer_id, tools, wants_json, quoted, forced, prompt.stop, asks_again
+    )
     return ZaiRequest(data, needs, len(data) - media_size(prompt.messages))
 
 
@@ -10509,6 +10539,8 @@ def first_to_recall(messages: Messages, settings: Settings) -> int:
 def with_repaired_history(prompt: Prompt) -> tuple[Prompt, list[str]]:
     """The prompt with a history that Z.ai takes, and the names of the repairs that were needed."""
     messages, repairs = repair_history(prompt.messages)
+    if messages is prompt.messages and not prompt.batch:
+        return prompt, repairs
     batch = []
     for each in prompt.batch:
         repaired, _ = repair_history(each)
@@ -10602,7 +10634,10 @@ def prompts_for(
     for model, own_effort in models:
         messages = fit_media(prompt.messages, model)
         wanted = prompt.effort or own_effort or effort
-        prompts.append((model, replace(prompt, messages=messages, effort=wanted)))
+        fitting = prompt
+        if messages is not prompt.messages or wanted != prompt.effort:
+            fitting = replace(prompt, messages=messages, effort=wanted)
+        prompts.append((model, fitting))
     return prompts
 
 
@@ -12001,6 +12036,15 @@ class ZaiConnection(ResponseHandler):
             self.owed_since = math.inf
         super().feed_data(data, size)
 
+    def resume_reading(self, *how: Any, **named: Any) -> None:
+        """Called for each part that is taken out of the buffer.
+
+        aiohttp would go through its parser and its transport each time. Without a pause neither of them
+        has anything left.
+        """
+        if self._reading_paused:
+            super().resume_reading(*how, **named)
+
     def look(self) -> None:
         """Give up when a head is owed for too long; until then, look again."""
         self.timer = None
@@ -12459,12 +12503,13 @@ class Upstream:
         """Asks a model with a key. Encodes the body only now, as many may wait their turn."""
         plan.admit(model)
         key = slot.key
+        encode = partial(zai_request, asks_again=self.asks_again(plan, prompt))
         request = await in_thread_if_large(
-            plan.size, zai_request, prompt, model, key.base_url, plan.answer_id
+            plan.size, encode, prompt, model, key.base_url, plan.answer_id
         )
         trace("sent", request.data)
         url = key.base_url + "/chat/completions"
-        repairs = repairs_for(replace(request.needs, asks_again=self.asks_again(plan, prompt)))
+        repairs = repairs_for(request.needs)
         memo = None
         if plan.remembers:
             memo = Memo()
@@ -14659,7 +14704,7 @@ def known_caller(request: web.Request) -> Account | None:
     """
     for key in keys_sent(request.headers):
         account = request.app[ACCOUNTS].find(key)
-        if key and account:
+        if account:
             return account
     return None
 
@@ -14674,10 +14719,13 @@ def keys_sent(headers: Mapping[str, str]) -> Iterator[str]:
     """
     for name in KEY_HEADERS:
         scheme, space, credentials = headers.get(name, "").partition(" ")
+        key = ""
         if not space:
-            yield scheme
+            key = scheme
         elif scheme.lower() == "bearer":
-            yield credentials.strip()
+            key = credentials.strip()
+        if key:
+            yield key
 
 
 def refusal_words(request: web.Request) -> str:

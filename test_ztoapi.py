@@ -7578,6 +7578,13 @@ def test_a_call_without_a_name_is_dropped(deltas, wanted):
     assert outcomes_of(deltas, "tool_calls") == wanted
 
 
+@pytest.mark.parametrize("arguments", ["", "{}", '{"path":"a"}'])
+def test_all_pieces_of_a_call_whose_name_is_blank_are_dropped(arguments):
+    first = piece(index=0, id="x", function=named(" ", ""))
+    deltas = ["hi", first, piece(index=0, function=named(None, arguments))]
+    assert outcomes_of(deltas, "tool_calls", tools=[FIND]) == says("hi")
+
+
 @pytest.mark.parametrize(
     "data",
     [

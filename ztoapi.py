@@ -7214,11 +7214,12 @@ class LeakedCalls(Repair):
     """Tool calls that leak into the text, as the model's own markup or as JSON.
 
     <tool_call>name<arg_key>key</arg_key><arg_value>value</arg_value>…</tool_call>
-    (zai-org/GLM-5#84), <tool_call>{"name": …, "arguments": {…}}</tool_call> (vllm-project/vllm#48095),
-    one or several of either behind each other. They are calls only at the end of an answer that has
-    no other call and ended with stop or tool_calls, outside of code, of tools that were offered, and
-    if the same markup does not stand in the request (`quoted`): a page that an agent reads could
-    otherwise make it act.
+    <tool_call>{"name": …, "arguments": {…}}</tool_call>
+
+    zai-org/GLM-5#84, vllm-project/vllm#48095. There may be several behind each other. They are
+    calls only at the end of an answer that has no other call and ended with stop or tool_calls,
+    outside of code, of tools that were offered, and if the same markup does not stand in the
+    request (`quoted`): a page that an agent reads could otherwise make it act.
     """
 
     kind = "leaked_calls"
@@ -7733,7 +7734,7 @@ def fits(value: Any, schema: Schema, depth: int = 0) -> bool:
 
 
 def fits_way(value: Any, way: Schema) -> bool:
-    """Whether it fits a schema of one option, but for what is in it."""
+    """Whether a value fits a schema of one option, its items and properties aside."""
     if not way.allows_type_of(value):
         return False
     if way.choices is not None and sorted_form(value) not in way.choices:
@@ -7955,11 +7956,16 @@ class NamelessCalls(Repair):
     kind = "nameless_calls"
     sees = frozenset((ToolCall,))
 
+    def __init__(self) -> None:
+        self.dropped: set[int] = set()  # the indexes of such calls: more of them may come
+
     def feed(self, event: ToolCall) -> tuple[Event, ...]:
-        if not event.id or event.name.strip():
-            return (event,)
-        self.mended += 1
-        return ()
+        if event.id and not event.name.strip():
+            self.dropped.add(event.index)
+            self.mended += 1
+        if event.index in self.dropped:
+            return ()
+        return (event,)
 
 
 class JsonScanner:
@@ -8533,7 +8539,7 @@ class TypedArguments(Repair):
         return ()
 
     def schema_of(self, name: str) -> Schema:
-        """Of the arguments of a tool; read once for all of its calls."""
+        """The schema of a tool's arguments; read once for all of its calls."""
         if name not in self.schemas:
             parameters = self.tools.get(name, {})
             self.schemas[name] = Schema(parameters, parameters)

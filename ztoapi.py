@@ -11159,6 +11159,7 @@ class Upload(aiohttp.AsyncIterablePayload):
 
 
 async def parts_of(body: bytes) -> AsyncIterator[bytes]:
+    """A large body, step by step."""
     for start in range(0, len(body), PART_SIZE):
         yield body[start : start + PART_SIZE]
         await asyncio.sleep(0)  # a fast reader would let none of these wait
@@ -11297,8 +11298,8 @@ class ZaiConnection(ResponseHandler):
             self.timer.cancel()
         super().connection_lost(exc)
 
-    def rest(self) -> None:
-        """Called when it becomes idle: what comes from now on is kept unread, however little."""
+    def become_idle(self) -> None:
+        """Called when an answer has ended: what comes from now on is kept unread, however little."""
         self._parser = None
 
     def is_connected(self) -> bool:
@@ -11330,7 +11331,7 @@ class ZaiConnector(aiohttp.TCPConnector):
     def _release(self, key: Any, protocol: ResponseHandler, *, should_close: bool = False) -> None:
         super()._release(key, protocol, should_close=should_close)
         if isinstance(protocol, ZaiConnection):
-            protocol.rest()
+            protocol.become_idle()
 
 
 def has_input(number: int) -> bool:
@@ -12288,6 +12289,7 @@ class UnsavedResponses:
         self.size = 0  # bytes
 
     def put(self, row: ResponseRow) -> None:
+        """Keep a row, and lose the oldest where there is no room."""
         self.rows[row.id] = row
         self.size += row.size
         while self.is_too_large():
@@ -12582,6 +12584,7 @@ class Database:
             ) from None
 
     def connect(self) -> None:
+        """Open the connection, and bring the tables up to date."""
         if self.is_postgres:
             # A machine that is gone does not answer at all.
             waits = {"connect_timeout": 5, "tcp_user_timeout": 10_000}
@@ -12770,6 +12773,7 @@ class Database:
         return bool(found)
 
     def list_keys(self) -> list[tuple[Account, Totals]]:
+        """The keys that clients have, and what each has used since ever."""
         keys = []
         for account_id, name, limits, hashed, paused, *totals in self.execute(LIST_KEYS):
             account = Account(
@@ -13032,6 +13036,7 @@ class ClientHistory:
         await self.database.put_response(row)
 
     def row(self, stored: StoredResponse) -> ResponseRow:
+        """A response as it is stored."""
         body = json_bytes({"response": stored.response, "input": stored.input})
         now = self.database.unix()
         return ResponseRow(
@@ -13091,6 +13096,7 @@ class ModelFigures:
         self.durations = Histogram()  # of answers that succeeded
 
     def add(self, record: Record, duration: float) -> None:
+        """Count a request that is over; how long it took only if it succeeded."""
         self.requests += 1
         if record.error:
             self.failures += 1
@@ -13140,8 +13146,8 @@ class Stretch:
     def __init__(self, samples: int) -> None:
         # Requests, failures, tokens in, tokens in from the cache, tokens out; by owner and model.
         self.figures: dict[tuple[str, str], list[int]] = {}
-        # Of the latest requests: the owner, the seconds until the answer began, and all that it
-        # took; None where it did not begin, or failed.
+        # Of the latest requests: the owner, the seconds until the answer began, and those that it
+        # took in all; None where it did not begin, or failed.
         self.times: deque[tuple[str, float | None, float | None]] = deque(maxlen=samples)
 
 
@@ -14055,14 +14061,14 @@ def is_origin_here(origin: str) -> bool:
 
     That is from a server on it, or from a program installed on it.
     """
-    scheme, separator, place = origin.lower().partition("://")
+    scheme, separator, address = origin.lower().partition("://")
     if not separator:  # such as "null"
         return False
     if scheme in PROGRAM_SCHEMES:
         return True
     if scheme not in ("http", "https"):
         return False
-    host = host_name(place)
+    host = host_name(address)
     return is_loopback(host) or host.endswith(".localhost")
 
 
@@ -14975,6 +14981,7 @@ async def show_metrics(request: web.Request) -> web.Response:
 
 
 def family(name: str, kind: str, samples: Iterable[Sample]) -> Iterator[str]:
+    """The lines of a family."""
     yield f"# TYPE ztoapi_{name} {kind}"
     for labels, value in samples:
         yield sample(name, value, labels)
@@ -14998,6 +15005,7 @@ def key_samples(statistics: Statistics) -> Iterator[Sample]:
 def token_samples(
     label: str, figures_by_name: Mapping[str, ModelFigures | KeyFigures]
 ) -> Iterator[Sample]:
+    """By model or by key: how many tokens of each kind."""
     for name, figures in figures_by_name.items():
         yield {label: name, "type": "prompt"}, figures.usage.prompt
         yield {label: name, "type": "cached"}, figures.usage.cached
@@ -16273,12 +16281,12 @@ def cannot_listen(settings: Settings, error: OSError) -> str:
     return f"{address} cannot be listened on: {error.strerror or error}"
 
 
-def with_demo(settings: Settings, place: tuple[Any, ...]) -> Settings:
+def with_demo(settings: Settings, address: tuple[Any, ...]) -> Settings:
     """The settings with this server's own stand-in for Z.ai as the upstream.
 
-    `place` is where the server listens.
+    `address` is where the server listens.
     """
-    host, port, *_ = place
+    host, port, *_ = address
     url = origin_of(host, port) + DEMO_PATH
     key = secrets.token_hex(16)
     return replace(settings, demo=True, zai_base_url=url, zai_api_key=(key,))
@@ -16591,6 +16599,7 @@ def wanted_change(flags: argparse.Namespace, today: date) -> KeyChange:
 
 
 def limits_given(flags: argparse.Namespace) -> dict[str, str]:
+    """What the flags say of limits, in their own words."""
     limits = {}
     for limit in LIMITS:
         words = getattr(flags, limit)
@@ -17035,6 +17044,7 @@ async def check(
 async def chain_findings(
     first: Iterable[Finding], others: AsyncIterator[Finding]
 ) -> AsyncIterator[Finding]:
+    """The first, then the others as they come."""
     for finding in first:
         yield finding
     async for finding in others:
@@ -17088,6 +17098,9 @@ class Probe:
     path: str  # behind the base, or from / on
     body: JSON
     read: Callable[[RawReply], str]
+
+
+# How the answers to probes are read.
 
 
 def called(reply: RawReply) -> str:
@@ -17819,12 +17832,13 @@ def smallest_of_kind(schema: JSON, root: JSON, depth: int) -> Any:
 
 
 def smallest_object(schema: JSON, root: JSON, depth: int) -> JSON:
+    """An object that has only what is required."""
     properties = as_object(schema.get("properties"))
-    fields_required = {}
+    smallest_fields = {}
     for name in schema.get("required") or ():
         if isinstance(name, str):
-            fields_required[name] = smallest(as_object(properties.get(name)), root, depth)
-    return fields_required
+            smallest_fields[name] = smallest(as_object(properties.get(name)), root, depth)
+    return smallest_fields
 
 
 def demo_last(body: JSON, deltas: list[JSON]) -> JSON:

@@ -10496,7 +10496,7 @@ class Turn(NamedTuple):
 
 @dataclass(slots=True, eq=False)
 class Ticket:
-    """One request's turn in a queue, which it keeps while it is retried."""
+    """A request in a queue. It keeps its turn while it is retried."""
 
     use: KeyUse
     caller: Caller
@@ -10676,7 +10676,7 @@ class Queue:
         self.admit()
 
     def settle(self, ticket: Ticket) -> bool:
-        """Give a slot, or the error that all keys cool down; whether the ticket need not wait."""
+        """Give a slot, or the error that all keys cool down. False if the ticket must wait."""
         if ticket.slot.done():  # it left, and is not yet out of the queue
             return True
         try:
@@ -10718,10 +10718,10 @@ class Queue:
             keys = sorted(keys, key=ticket.preference)
         for key in keys:
             if self.has_room(key):
-                return self.slot(ticket, key)
+                return self.take_slot(ticket, key)
         return None
 
-    def slot(self, ticket: Ticket, key: ZaiKey) -> Slot:
+    def take_slot(self, ticket: Ticket, key: ZaiKey) -> Slot:
         """Count a request in flight with this key."""
         self.keys.tried(key, ticket.use)
         self.round = max(self.round, ticket.turn.round)
@@ -10795,7 +10795,7 @@ class IdleTimer:
         self.on_idle: Callable[[], None] | None = on_idle
         self.timer: asyncio.TimerHandle | None = None
         self.loop = asyncio.get_running_loop()
-        self.reset()
+        self.last_reset = self.loop.time()
 
     def start(self) -> None:
         self.timer = self.loop.call_later(self.seconds, self.expire)
@@ -10930,7 +10930,9 @@ class ByteStream:
         Raises UpstreamError when the connection breaks off, or is silent.
         """
         if self.packed:
-            await asyncio.sleep(0)  # a few bytes unpack to so many that no read would ever wait
+            # Few packed bytes are many unpacked ones: no read would wait, and nobody else would
+            # have a turn.
+            await asyncio.sleep(0)
         self.timer.reset()
         self.reading = True
         try:
@@ -11299,7 +11301,7 @@ class ZaiConnection(ResponseHandler):
         super().connection_lost(exc)
 
     def become_idle(self) -> None:
-        """Called when an answer has ended: what comes from now on is kept unread, however little."""
+        """Called when an answer has ended: what comes from then on is kept unread."""
         self._parser = None
 
     def is_connected(self) -> bool:
@@ -11374,6 +11376,7 @@ def new_session(settings: Settings, limits: Limits) -> aiohttp.ClientSession:
 # keys, fallbacks, merged choices.
 
 
+# Asks for one choice; its slot and connection belong to the stack.
 AskForChoice: TypeAlias = Callable[[AsyncExitStack], Awaitable[EventStream]]
 
 
@@ -11599,7 +11602,7 @@ class Upstream:
         self.memory = ReasoningMemory(limits.reasoning_size)
         self.images = ImageMemory(limits.descriptions_size)
         self.redact = Redactor(settings.secrets)
-        # What was done about failures, whether it helped or not, and what was mended.
+        # How often each way out of a failure was tried, with success or without.
         self.retries_made: Counter[str] = Counter()
         self.repairs: Counter[str] = Counter()  # by the repair's own name
 

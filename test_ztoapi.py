@@ -7141,6 +7141,22 @@ def test_doubled_arguments_of_megabytes_are_read_in_linear_time():
     assert many < 10 * few
 
 
+def test_many_objects_in_one_call_are_told_apart_in_linear_time():
+    def read(size):
+        reader = ztoapi.ObjectReader()
+        objects = "".join([f'{{"a":{number}}}' for number in range(size)])
+        assert len(list(reader.feed(objects * 2))) == size
+
+    few, many = (seconds_of(read, size) for size in (2**10, 2**12))
+    assert many < 10 * few
+
+
+def test_an_answer_has_no_more_calls_than_it_may_have_also_when_they_come_as_one():
+    objects = "".join([f'{{"path":"{number}"}}' for number in range(1_100)])
+    with pytest.raises(UpstreamError, match="too large"):
+        outcomes_of([calls(("read", objects))], "tool_calls", **TWO_TOOLS)
+
+
 def arguments_outcomes(arguments, reason="tool_calls", name="read", **asked):
     """What comes of a call with these arguments: in one piece, cut at each place, and character by character."""
     cuts_of_it = [[arguments], list(arguments)]
@@ -7229,6 +7245,29 @@ def test_arguments_in_the_name_of_a_call_are_its_arguments(name, arguments, want
         piece(index=0, function={"arguments": arguments}),
     ]
     assert outcomes_of(begun, tools=[FIND]) == calls_of(("find", wanted))
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        pytest.param("<arg_key>" + "</arg_key><arg_value>" * 2**12, id="values without an end"),
+        pytest.param(pair("a", "b") * 2**12 + "x", id="a text behind many pairs"),
+    ],
+)
+def test_markup_in_arguments_is_read_in_linear_time(arguments):
+    repair = ztoapi.MarkupArguments({})
+    assert seconds_of(repair.mend, arguments, {}) < 0.2  # in quadratic time 2
+
+
+def test_white_space_behind_a_comma_is_held_in_linear_time():
+    def read(size):
+        repair = ztoapi.UnfinishedArguments({})
+        list(repair.feed(ToolCall(0, "c", "find", '{"path":"/a",')))
+        for _ in range(size):
+            list(repair.feed(ToolCall(0, "", "", " \n" * 32)))
+
+    few, many = (seconds_of(read, size) for size in (2**11, 2**13))
+    assert many < 10 * few
 
 
 def test_the_arguments_of_two_calls_are_held_each_for_itself():
@@ -7407,6 +7446,18 @@ def test_where_all_may_be_strings_nothing_is_held():
     assert heard_of(given, tools=[tool("edit", path={"type": "string"}, line={})]) == given
 
 
+def test_the_schema_of_a_tool_is_read_once_for_all_of_its_calls():
+    properties = {f"p{number}": {"type": "string"} for number in range(2**10)}
+    repair = ztoapi.TypedArguments({"edit": {"type": "object", "properties": properties}})
+
+    def read():
+        for number in range(2**8):
+            list(repair.feed(ToolCall(number, f"c{number}", "edit", "")))
+            list(repair.feed(ToolCall(number, "", "", '{"p')))
+
+    assert seconds_of(read) < 0.2  # once for each 2
+
+
 def test_a_held_value_of_megabytes_is_read_in_linear_time():
     def read(size):
         repair = ztoapi.TypedArguments({"edit": EDIT["function"]["parameters"]})
@@ -7538,6 +7589,13 @@ def test_other_models_may_write_of_tags():
 )
 def test_a_stray_tag_at_the_head_of_the_text_is_dropped(deltas, wanted):
     assert outcomes_of(deltas) == wanted
+
+
+def test_white_space_without_an_end_streams_on():
+    reader = Mended()
+    heard = [list(reader.feed(stream_of({"content": " " * 100}, done=""))) for _ in range(12)]
+    assert heard[:9] == [[]] * 9
+    assert heard[9:] == [[Text(" " * 1000)], [Text(" " * 100)], [Text(" " * 100)]]
 
 
 def test_no_more_of_a_text_is_held_than_may_be_a_stray_tag():
@@ -7730,6 +7788,11 @@ def test_a_leaked_call_of_megabytes_is_read_in_linear_time():
     assert many < 10 * few  # four times the text; in quadratic time it would be 16
 
 
+def test_more_calls_than_anybody_makes_are_no_leak():
+    text = LEAK * (ztoapi.LeakedCalls.MOST + 1)
+    assert read_deltas([text], tools=[READ]) == [Text(text), Finish("stop")]
+
+
 QUOTED = ztoapi.quoted_text([Message("tool", (f"A page.\n{LEAK}",))])
 
 
@@ -7836,6 +7899,7 @@ def json_leak(name="read", *, text=None, **arguments):
 
 
 CALLED_READ = ("call_7_0", "read", '{"path":"a.py"}')
+TWICE_READ = [CALLED_READ, ("call_7_1", *CALLED_READ[1:])]
 JSON_LEAK = json_leak(path="a.py")
 NO_CALLS_AS_JSON = [
     JSON_LEAK + " and more",
@@ -7858,6 +7922,8 @@ NO_CALLS_AS_JSON = [
     [
         (JSON_LEAK, says("", "", [CALLED_READ], "tool_calls")),
         (f"I read.\n{JSON_LEAK}\n", says("I read.\n", "", [CALLED_READ], "tool_calls")),
+        (LEAK + JSON_LEAK, says("", "", TWICE_READ, "tool_calls")),
+        (JSON_LEAK + LEAK, says("", "", TWICE_READ, "tool_calls")),
         (
             json_leak("read_all") + json_leak(path="a.py"),
             says(
@@ -7888,7 +7954,7 @@ def test_a_call_that_leaks_into_the_text_as_json_is_a_call(text, wanted):
 
 def test_a_call_as_json_that_never_ends_is_read_in_linear_time():
     def read(size):
-        repair = ztoapi.JsonCalls({"read": PATH}, "")
+        repair = ztoapi.LeakedCalls({"read": PATH}, "")
         text = '<tool_call>{"a":"' + "}</tool_call>" * size
         assert list(repair.feed(Text(text)))
 
@@ -7945,6 +8011,12 @@ SAVED = [("call_7_0", "save", '{"name":"Ann"}')]
 )  # fmt: skip
 def test_a_text_that_is_the_arguments_of_a_forced_call_is_that_call(deltas, wanted):
     assert outcomes_of(deltas, tools=[SAVE], forced="save") == wanted
+
+
+def test_many_values_are_compared_with_many_choices_in_linear_time():
+    choices = [f"tag {number}" for number in range(2**12)]
+    schema = {"type": "array", "items": {"enum": choices}}
+    assert seconds_of(ztoapi.fits, choices, ztoapi.Schema(schema, schema)) < 0.5  # each with each 3
 
 
 @pytest.mark.parametrize("said", ['Save {"name": "Ann"}.', '{"x": "{\\"name\\":\\"Ann\\"}"}'])
@@ -8055,6 +8127,13 @@ def test_what_a_page_says_makes_no_call_however_it_is_repeated(deltas, quoted):
     page = ztoapi.quoted_text([Message("tool", (quoted,), call_id="c")])
     assert [calls for _, _, calls, _ in outcomes_of(deltas, tools=tools, quoted=page)] == [[]]
     assert outcomes_of(deltas, tools=tools)[0][2] == [CALLED_READ]
+
+
+@pytest.mark.parametrize("zeros", [0, 5_000])
+def test_a_page_may_write_a_character_with_a_number_of_any_length(zeros):
+    page = LEAK.replace("<", f"&#{'0' * zeros}60;") + f"&#{'1' * zeros};"
+    quoted = ztoapi.quoted_text([Message("tool", (page,), call_id="c")])
+    assert outcomes_of([LEAK], tools=[READ], quoted=quoted) == says(LEAK)
 
 
 @pytest.mark.parametrize(
@@ -8708,7 +8787,7 @@ def test_a_limit_that_makes_no_sense_is_refused_by_name(limit, words):
 
 
 @pytest.mark.parametrize(
-    "name", ["", "a b", "a/b", "x" * 65, "operator", None, 3, "a\n", "a\u200b"]
+    "name", ["", "a b", "a/b", "x" * 65, "operator", ".", "..", None, 3, "a\n", "a\u200b"]
 )
 def test_a_name_that_cannot_be_a_keys_is_refused(name):
     with pytest.raises(BadRequest):

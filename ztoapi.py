@@ -4,35 +4,45 @@
 # ///
 """ztoapi: Z.ai's GLM models behind an OpenAI-compatible API, in one file.
 
-    python ztoapi.py --demo      try it without a key
-    python ztoapi.py             http://localhost:9090/v1, with ZAI_API_KEY from the environment or .env
+    python ztoapi.py --demo  try it without a key
+    python ztoapi.py         http://localhost:9090/v1, with ZAI_API_KEY from the environment or .env
 
 Where a request goes:
 
-                  pure: no socket, clock, environment, chance or async              I/O
-     body ── Surface.parse ──► Prompt + Reply
-     Prompt ── make_plan ────► Plan: caller, [(model, prompt), …]     each 400 and 403 is raised by now
-                                 │
-                                 └─────────────────── Upstream.open ──► Z.ai, always asked for a stream
-                                                                          │
-                     ZaiReader.feed ◄──────── bytes, cut anywhere ────────┘
-                            │  events: Thought │ Text │ ToolCall │ Citations │ Usage │ Finish (always last)
-                     RepairChain: small machines, only those that this request needs
-                            │
-                            ├── streamed: Reply.feed(event) ──► frames, written as they come
-                            └── whole:    Reply.fold(events) ─► document
+               pure: no socket, clock, environment, chance or async              I/O
+  body ── Surface.parse ──► Prompt + Reply
+  Prompt ── make_plan ────► Plan: caller, [(model, prompt), …]     each 400 and 403 is raised by now
+                              │
+                              └─────────────────── Upstream.open ──► Z.ai, always asked for a stream
+                                                                       │
+                  ZaiReader.feed ◄──────── bytes, cut anywhere ────────┘
+                         │  events: Thought │ Text │ ToolCall │ Citations │ Usage │ Finish (last)
+                  RepairChain: small machines, only those that this request needs
+                         │
+                         ├── streamed: Reply.feed(event) ──► frames, written as they come
+                         └── whole:    Reply.fold(events) ─► document
 
 `respond` is the only writer of answers. What is relayed as it is (embeddings, images, files …) is
 `pass_through`, and nothing of the above knows it.
 
-Everything above the banner "Admission" is pure. It raises SettingsError, BadRequest (the client's
-fault), UpstreamError (Z.ai's) or another ProxyError; a check, ValueError. The sections, in order:
-what this is (Settings, Errors, JSON, Models, Internal representation); what clients say (Request
-fields, Contents, Chat completions, Completions, Responses, Messages, Surfaces, Histories, Clients);
-what Z.ai says (errors, answer, repairs, request); who and when (Accounts, Plan); from there on I/O:
-Admission (keys, queue, patience), Z.ai client, Upstream, Database, Requests, Statistics, App keys,
-Streaming out, Request bodies, Access, Answers, Handlers, Dashboard, Metrics, Pass-through, Errors
-and shutdown, Client connections, Log, Server, Start, Commands, Demo, Pages.
+Everything above the banner "Admission" is pure. What goes wrong there is raised as a BadRequest
+(the client's fault), an UpstreamError (Z.ai's), another ProxyError, or a SettingsError (the
+operator's); functions that check a single value raise ValueError, which is then made one of these.
+
+The sections, in order:
+
+    what this is       Settings, Errors, JSON, Models, Internal representation
+    what clients say   Request fields, Contents, Chat completions, Completions, Responses, Messages,
+                       Surfaces, Histories, Clients
+    what Z.ai says     errors, answer, repairs, other paths, request
+    who and when       Accounts, Plan
+
+    from here on I/O:
+    to Z.ai            Admission (keys, queue, patience), Z.ai client, Upstream
+    what is kept       Database, Requests, Statistics, App keys
+    to clients         Streaming out, Request bodies, Access, Answers, Handlers, Dashboard, Metrics,
+                       Pass-through, Errors and shutdown, Client connections, Log, Server, Start
+    beside it          Commands, Demo, Pages
 """
 
 from __future__ import annotations
@@ -107,14 +117,15 @@ from contextvars import ContextVar
 from dataclasses import Field, dataclass, field, fields, replace
 from datetime import date, datetime, timedelta, timezone
 from difflib import get_close_matches
+from enum import IntEnum
 from fnmatch import filter as fnmatch_filter
 from fnmatch import fnmatchcase
 from functools import cached_property, lru_cache, partial
 from html import unescape
 from http.client import HTTPException
 from importlib import import_module
-from itertools import accumulate, chain, count, groupby, islice, takewhile
-from operator import add, attrgetter, mul
+from itertools import accumulate, chain, count, groupby, islice
+from operator import add, attrgetter
 from pathlib import Path
 from queue import SimpleQueue
 from string import Template
@@ -143,10 +154,11 @@ from urllib.request import (
 
 
 def cannot_start(reason: object) -> NoReturn:
-    """Say so in one line."""
+    """Exit, with one line that says why and what to do."""
     print(f"ztoapi: {reason}: run pip install -r requirements.txt", file=sys.stderr)
-    # gunicorn stops when a worker exits with 3; on 2 it starts another, again and again.
-    raise SystemExit(2 if __name__ == "__main__" else 3)
+    if __name__ == "__main__":
+        sys.exit(2)
+    sys.exit(3)  # gunicorn stops then; on 2 it starts another worker, again and again
 
 
 try:
@@ -170,7 +182,7 @@ __version__ = "1.1.0"
 JSON = dict[str, Any]
 
 
-# ======== Settings ==================================================================================================
+# ======== Settings ================================================================================
 # What an operator can set: `Settings`, read from the environment.
 
 PUBLISHED_KEY = "sk-your-key"
@@ -189,15 +201,17 @@ class SettingsError(ValueError):
     """A setting that cannot be used; its text is the one line that the operator sees."""
 
 
-def boolean(text: str) -> bool:
-    words = dict.fromkeys(("true", "1", "yes", "on"), True) | dict.fromkeys(
-        ("false", "0", "no", "off"), False
-    )
-    return words[text.lower()]
+def parse_boolean(text: str) -> bool:
+    word = text.lower()
+    if word in ("true", "1", "yes", "on"):
+        return True
+    if word in ("false", "0", "no", "off"):
+        return False
+    raise ValueError(text)
 
 
 def one_of(*allowed: str) -> Callable[[str], str]:
-    """A function that reads one of these words, in any case, and raises ValueError for any other."""
+    """A function that reads one of these words, in any case; for any other it raises ValueError."""
 
     def read(text: str) -> str:
         word = text.lower()
@@ -209,7 +223,7 @@ def one_of(*allowed: str) -> Callable[[str], str]:
 
 
 def whole_number(low: int, high: int) -> Callable[[str], int]:
-    """A function that reads a whole number within these bounds, and raises ValueError for any other."""
+    """A function that reads a number from `low` to `high`; for any other it raises ValueError."""
 
     def read(text: str) -> int:
         number = int(text)
@@ -224,23 +238,26 @@ def comma_list(text: str) -> tuple[str, ...]:
     return tuple(item.strip() for item in text.split(",") if item.strip())
 
 
-def keys(text: str) -> tuple[str, ...]:
+def parse_keys(text: str) -> tuple[str, ...]:
     found = comma_list(text)
     if not re.fullmatch("[!-~]+", "".join(found)):
         raise ValueError
     return found
 
 
-def address(text: str) -> str:
-    if re.search(r"[\s/]|^\*$", text):
+def parse_host(text: str) -> str:
+    """A host name or an address; an IPv6 address may stand in brackets, as in a URL."""
+    if text == "*" or re.search(r"[\s/]", text):
         raise ValueError(text)
     return text.removeprefix("[").removesuffix("]")
 
 
 def base_url(text: str) -> str:
+    """The address of an API; users also give that of its path /chat/completions."""
     url = urlsplit(text)
-    unwanted = "@" in url.netloc or url.query or url.fragment
-    if url.scheme not in ("http", "https") or not url.hostname or url.port == 0 or unwanted:
+    if url.scheme not in ("http", "https") or not url.hostname or url.port == 0:
+        raise ValueError(text)
+    if "@" in url.netloc or url.query or url.fragment:
         raise ValueError(text)
     url.hostname.encode("idna")  # raises UnicodeError, a ValueError
     return text.rstrip("/").removesuffix("/chat/completions")
@@ -263,7 +280,10 @@ class ZaiKey:
     base_url: str
 
     def affinity(self, conversation: str) -> str:
-        """A conversation takes the key with the lowest value (rendezvous hashing): a new key moves few of them."""
+        """A conversation takes the key with the lowest value.
+
+        So a new key moves few conversations (rendezvous hashing).
+        """
         return digest(conversation, self.secret)
 
 
@@ -272,31 +292,44 @@ def zai_key(text: str, default_url: str) -> ZaiKey:
     secret, at, base = text.partition("@")
     if not secret:
         raise ValueError
-    return ZaiKey(secret, ZAI_BASES.get(base) or base_url(base) if at else default_url)
+    if not at:
+        return ZaiKey(secret, default_url)
+    if base in ZAI_BASES:
+        return ZaiKey(secret, ZAI_BASES[base])
+    return ZaiKey(secret, base_url(base))
 
 
-def zai_keys(text: str) -> tuple[str, ...]:
-    return tuple(key for key in keys(text) if zai_key(key, ""))
+def parse_zai_keys(text: str) -> tuple[str, ...]:
+    """The keys as they are written: their addresses may depend on ZAI_BASE_URL."""
+    found = parse_keys(text)
+    for key in found:
+        zai_key(key, "")  # raises ValueError
+    return found
 
 
-def origins(text: str) -> tuple[str, ...]:
+def parse_origins(text: str) -> tuple[str, ...]:
     return tuple(origin.rstrip("/") for origin in comma_list(text))
 
 
-def aliases(text: str) -> tuple[tuple[str, str], ...]:
-    pairs = [tuple(part.strip() for part in item.split("=")) for item in comma_list(text)]
-    if not all(len(pair) == 2 and all(pair) for pair in pairs):
-        raise ValueError(text)
-    return tuple((name, target) for name, target in pairs)
+def parse_aliases(text: str) -> tuple[tuple[str, str], ...]:
+    """Pairs of an alias and the model that it stands for."""
+    pairs: list[tuple[str, str]] = []
+    for item in comma_list(text):
+        name, target = item.split("=")  # ValueError unless these are two
+        pair = (name.strip(), target.strip())
+        if not all(pair):
+            raise ValueError(text)
+        pairs.append(pair)
+    return tuple(pairs)
 
 
-def spend_limit(text: str) -> str:
+def parse_spend_limit(text: str) -> str:
     if not re.fullmatch(SPEND_PATTERN, text, re.ASCII | re.IGNORECASE):
         raise ValueError(text)
     return text
 
 
-def database_url(text: str) -> str:
+def parse_database_url(text: str) -> str:
     if not re.match(r"memory$|sqlite:///.|postgres(ql)?://", text):
         raise ValueError
     return text
@@ -308,7 +341,10 @@ SPEND_PATTERN = rf"(?=[0.]*[1-9])\d{{1,7}}(\.\d{{1,6}})?{PERIODS}"
 
 
 def setting(default: Any, read: Callable[[str], Any], wanted: str) -> Any:
-    """A field read from the environment variable of the same name in upper case; `wanted` ends the error message."""
+    """A field read from the environment variable of the same name in upper case.
+
+    `wanted` says what may stand there; the message of the error ends with it.
+    """
     return field(default=default, metadata={"read": read, "wanted": wanted})
 
 
@@ -324,9 +360,10 @@ LIKE_A_SECRET = re.compile(r"[0-9a-fA-F]{16,}\.|\bsk-|@|password=")
 
 
 def read_setting(variable: Field[Any], text: str) -> Any:
+    """The value of a setting. Raises SettingsError, whose message never shows a secret."""
     try:
         return variable.metadata["read"](text)
-    except (ValueError, KeyError):
+    except ValueError:
         is_secret = variable.name.endswith(("_key", "database_url"))  # even a malformed one
         shown = variable.name.upper()
         if not is_secret and not LIKE_A_SECRET.search(text):
@@ -338,39 +375,40 @@ def read_setting(variable: Field[Any], text: str) -> Any:
 
 def is_loopback(host: str) -> bool:
     """Whether a host name can only mean this machine, whatever a DNS server says."""
+    if host.lower() in ("localhost", "127.0.0.1", "::1"):  # most; every request comes here
+        return True
     try:
-        # The first half is for speed: every request comes here.
-        return (
-            host.lower() in ("localhost", "127.0.0.1", "::1")
-            or ipaddress.ip_address(host.strip("[]")).is_loopback
-        )
+        return ipaddress.ip_address(host.strip("[]")).is_loopback
     except ValueError:
         return False
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What an operator can set; the README's table explains each. Raises SettingsError for an unsafe combination."""
+    """What an operator can set; the README's table explains each.
+
+    Raises SettingsError for an unsafe combination.
+    """
 
     port: int = setting(9090, whole_number(0, 65535), "a port number, 0 to 65535")
-    host: str = setting("localhost", address, "one address or host name")
+    host: str = setting("localhost", parse_host, "one address or host name")
     default_key: tuple[str, ...] = setting(
-        (PUBLISHED_KEY,), keys, "keys of plain ASCII, separated by commas"
+        (PUBLISHED_KEY,), parse_keys, "keys of plain ASCII, separated by commas"
     )
-    debug_mode: bool = setting(default=False, read=boolean, wanted="true or false")
+    debug_mode: bool = setting(default=False, read=parse_boolean, wanted="true or false")
     zai_api_key: tuple[str, ...] = setting(
-        (), zai_keys, f"KEY or KEY@BASE, several separated by commas; {BASE_HELP}"
+        (), parse_zai_keys, f"KEY or KEY@BASE, several separated by commas; {BASE_HELP}"
     )
     zai_base_url: str = setting(
         GENERAL_URL, base_url, f"an http or https address such as {GENERAL_URL}"
     )
-    default_stream: bool = setting(default=False, read=boolean, wanted="true or false")
-    enable_thinking: bool | None = setting(None, boolean, "true or false, or empty")
+    default_stream: bool = setting(default=False, read=parse_boolean, wanted="true or false")
+    enable_thinking: bool | None = setting(None, parse_boolean, "true or false, or empty")
     reasoning_format: ReasoningFormat = setting(
         "parsed", one_of("parsed", "raw", "hidden"), "parsed, raw or hidden"
     )
     model_aliases: tuple[tuple[str, str], ...] = setting(
-        (), aliases, "name=model pairs, separated by commas"
+        (), parse_aliases, "name=model pairs, separated by commas"
     )
     fallback_models: tuple[str, ...] = setting(
         (), comma_list, "names of models, separated by commas"
@@ -379,7 +417,9 @@ class Settings:
     vision_mode: str = setting(
         "auto", one_of("auto", "answer", "describe"), "auto, answer or describe"
     )
-    spend_limit: str = setting("", spend_limit, "US dollars such as 5, 5/day, 5/week or 5/month")
+    spend_limit: str = setting(
+        "", parse_spend_limit, "US dollars such as 5, 5/day, 5/week or 5/month"
+    )
     reasoning_memory: str = setting("turn", one_of("off", "turn", "all"), "off, turn or all")
     max_concurrency: int = setting(
         0, whole_number(0, 100_000), "a number of requests, 0 to 100000; 0 = learn it"
@@ -391,19 +431,21 @@ class Settings:
     )
     upstream_timeout: int = setting(300, whole_number(1, 86400), "a number of seconds, 1 to 86400")
     max_body_mb: int = setting(64, whole_number(1, 4096), "a number of megabytes, 1 to 4096")
-    database_url: str = setting("", database_url, "sqlite:///PATH, postgresql://… or memory")
+    database_url: str = setting("", parse_database_url, "sqlite:///PATH, postgresql://… or memory")
     cors_origins: tuple[str, ...] = setting(
-        ("*",), origins, "origins (https://example.org), separated by commas, or *"
+        ("*",), parse_origins, "origins (https://example.org), separated by commas, or *"
     )
-    dashboard_enabled: bool = setting(default=True, read=boolean, wanted="true or false")
+    dashboard_enabled: bool = setting(default=True, read=parse_boolean, wanted="true or false")
     demo: bool = False  # set only by --demo: a server must not make up answers by accident
 
     def __post_init__(self) -> None:
         if not all(self.default_key) or not self.default_key:
             raise SettingsError("DEFAULT_KEY must not be empty: anybody could call")
         if self.published and not is_loopback(self.host):
-            problem = f"HOST={self.host} would let others in while DEFAULT_KEY is the published {PUBLISHED_KEY}"
-            raise SettingsError(f"{problem}: set DEFAULT_KEY to a key of your own")
+            raise SettingsError(
+                f"HOST={self.host} would let others in while DEFAULT_KEY is the published "
+                f"{PUBLISHED_KEY}: set DEFAULT_KEY to a key of your own"
+            )
 
     @property
     def published(self) -> bool:
@@ -412,40 +454,50 @@ class Settings:
 
     @cached_property
     def zai_keys(self) -> tuple[ZaiKey, ...]:
-        return tuple(dict.fromkeys(zai_key(text, self.zai_base_url) for text in self.zai_api_key))
+        found = [zai_key(text, self.zai_base_url) for text in self.zai_api_key]
+        return tuple(dict.fromkeys(found))
 
     @property
     def zai_base_urls(self) -> tuple[str, ...]:
         """The addresses of Z.ai that are used, in the order in which the keys name them."""
-        return tuple(dict.fromkeys(key.base_url for key in self.zai_keys)) or (self.zai_base_url,)
+        if not self.zai_keys:
+            return (self.zai_base_url,)
+        return tuple(dict.fromkeys([key.base_url for key in self.zai_keys]))
 
     @property
     def secrets(self) -> tuple[str, ...]:
-        zai_secrets = (key.secret for key in self.zai_keys)
-        database = re.findall(r"(?<=password=)[^&]+", self.database_url)
-        database += re.findall(r"//[^:/@]*:(.+)@", self.database_url)  # it may have any character
-        passwords = (*database, *map(unquote, database))
-        return tuple(
-            key for key in (*self.default_key, *zai_secrets, *passwords) if key != PUBLISHED_KEY
-        )
+        """The keys, and the database's password: as it is written, and percent-decoded."""
+        passwords = re.findall(r"(?<=password=)[^&]+", self.database_url)
+        passwords += re.findall(r"//[^:/@]*:(.+)@", self.database_url)  # it may have any character
+        found = [*self.default_key]
+        found += [key.secret for key in self.zai_keys]
+        found += passwords
+        found += map(unquote, passwords)
+        return tuple(secret for secret in found if secret != PUBLISHED_KEY)
 
     @classmethod
     def from_env(cls, env: Mapping[str, str]) -> Settings:
-        """Read every variable of the README's table. An empty one counts as not set, except DEFAULT_KEY."""
-        variables = [f for f in fields(cls) if "read" in f.metadata and f.name.upper() in env]
-        given = {f: without_quotes(env[f.name.upper()].strip()) for f in variables}
-        return cls(
-            **{
-                f.name: read_setting(f, text)
-                for f, text in given.items()
-                if text or f.name == "default_key"
-            }
-        )
+        """Read every variable of the README's table.
+
+        An empty one counts as not set, except DEFAULT_KEY.
+        """
+        given: dict[str, Any] = {}
+        for variable in fields(cls):
+            name = variable.name
+            if "read" not in variable.metadata or name.upper() not in env:
+                continue
+            text = without_quotes(env[name.upper()].strip())
+            if text or name == "default_key":
+                given[name] = read_setting(variable, text)
+        return cls(**given)
 
 
 @dataclass(frozen=True)
 class Limits:
-    """How long things may take and how large they may grow, where no setting says; tests pass their own."""
+    """How long things may take and how large they may grow, where no setting says.
+
+    Tests pass their own.
+    """
 
     # Z.ai
     connect_timeout: float = 10.0  # seconds, including DNS and TLS
@@ -485,15 +537,17 @@ class Limits:
     unsaved_rows: int = 1_000  # likewise, their number
 
 
-# ======== Errors ====================================================================================================
-# `ErrorKind`: every failure that a client can see. A `ProxyError` carries one to where it is answered.
+# ======== Errors ==================================================================================
+# `ErrorKind`: every failure that a client can see. A `ProxyError` carries one to where it is
+# answered.
 
 
 @dataclass(frozen=True, slots=True)
 class ErrorKind:
-    """One kind of failure as clients see it: the HTTP status, and the type and code of OpenAI's error object.
+    """One kind of failure as clients see it: the HTTP status, the type and code of OpenAI's object.
 
-    `message` is what the client is told where the error itself says nothing more precise; `retry_after` is in seconds.
+    `message` is what the client is told where the error itself says nothing more precise;
+    `retry_after` is in seconds. These two do not count when kinds are compared.
     """
 
     status: int
@@ -503,7 +557,8 @@ class ErrorKind:
     retry_after: float | None = field(default=None, compare=False)
 
 
-# The error types of each status: OpenAI's, and Anthropic's (docs.anthropic.com, "Errors"). Others are like 400.
+# The error types of each status: OpenAI's, and Anthropic's (docs.anthropic.com, "Errors").
+# Other statuses have those of 400.
 ERROR_TYPES = {
     400: ("invalid_request_error", "invalid_request_error"),
     401: ("invalid_request_error", "authentication_error"),
@@ -512,8 +567,10 @@ ERROR_TYPES = {
     404: ("invalid_request_error", "not_found_error"),
     413: ("invalid_request_error", "request_too_large"),
     429: ("rate_limit_error", "rate_limit_error"),
-    **dict.fromkeys((500, 503), ("server_error", "api_error")),
-    **dict.fromkeys((502, 504), ("upstream_error", "api_error")),
+    500: ("server_error", "api_error"),
+    502: ("upstream_error", "api_error"),
+    503: ("server_error", "api_error"),
+    504: ("upstream_error", "api_error"),
     529: ("rate_limit_error", "overloaded_error"),
 }
 
@@ -521,24 +578,37 @@ ERROR_TYPES = {
 def error_kind(
     status: int, code: str | None, message: str = "", retry_after: float | None = None
 ) -> ErrorKind:
-    return ErrorKind(
-        status, ERROR_TYPES.get(status, ERROR_TYPES[400])[0], code, message, retry_after
-    )
+    openai_type, _ = ERROR_TYPES.get(status, ERROR_TYPES[400])
+    return ErrorKind(status, openai_type, code, message, retry_after)
 
 
-# Messages by error code; only those that are too long for the table below.
+# Messages by error code: those that are too long to stand in the definitions below.
 MESSAGES = {
     # Agents compact a conversation only where they find words that they know: pi these at both ends
     # (earendil-works/pi#5930), hermes "context length" (NousResearch/hermes-agent#2600).
-    "context_length_exceeded": "context_length_exceeded: the conversation exceeds the model's "
-    "maximum context length: reduce the length of the messages.",
-    "zai_api_key_missing": "This server has no Z.ai key. Get one at z.ai/manage-apikey (glm-4.7-flash, glm-4.5-flash "
-    "and glm-4.6v-flash are free), set ZAI_API_KEY and start again; or try it without a key: python ztoapi.py --demo",
-    "zai_unreachable": "Z.ai cannot be reached (connection error, network error): check proxy and ZAI_BASE_URL.",
-    "rate_limit_exceeded": "Z.ai takes no more requests from this server's key now: wait a little, or send fewer.",
-    "insufficient_quota": "This server's Z.ai key has no balance for this model. A Coding Plan key needs ZAI_BASE_URL="
-    "https://api.z.ai/api/coding/paas/v4; without a plan, add money or use a free model, such as glm-4.7-flash.",
-    "model_not_found": "Z.ai does not know this model, or not for this use: see /v1/models and MODEL_ALIASES.",
+    "context_length_exceeded": (
+        "context_length_exceeded: the conversation exceeds the model's maximum context length: "
+        "reduce the length of the messages."
+    ),
+    "zai_api_key_missing": (
+        "This server has no Z.ai key. Get one at z.ai/manage-apikey "
+        "(glm-4.7-flash, glm-4.5-flash and glm-4.6v-flash are free), "
+        "set ZAI_API_KEY and start again; or try it without a key: python ztoapi.py --demo"
+    ),
+    "zai_unreachable": (
+        "Z.ai cannot be reached (connection error, network error): check proxy and ZAI_BASE_URL."
+    ),
+    "rate_limit_exceeded": (
+        "Z.ai takes no more requests from this server's key now: wait a little, or send fewer."
+    ),
+    "insufficient_quota": (
+        "This server's Z.ai key has no balance for this model. A Coding Plan key needs "
+        "ZAI_BASE_URL=https://api.z.ai/api/coding/paas/v4; "
+        "without a plan, add money or use a free model, such as glm-4.7-flash."
+    ),
+    "model_not_found": (
+        "Z.ai does not know this model, or not for this use: see /v1/models and MODEL_ALIASES."
+    ),
 }
 
 INTERNAL_ERROR = error_kind(
@@ -592,32 +662,32 @@ MODEL_NOT_FOUND = error_kind(404, "model_not_found", MESSAGES["model_not_found"]
 # Agents decide by the words "connection error" and "network error" whether to ask again.
 BROKEN_OFF = "Z.ai broke off its answer (connection error, network error): try again."
 
-SHOULD_RETRY = frozenset(
-    (RATE_LIMITED, UNAVAILABLE, UNREACHABLE, TIMEOUT)
-)  # a client may send the request again
+# After these a client may send the request again.
+SHOULD_RETRY = frozenset((RATE_LIMITED, UNAVAILABLE, UNREACHABLE, TIMEOUT))
 
 
 class ProxyError(Exception):
     """A failure to report to the client.
 
-    `message` is ours and safe; `detail` quotes others (Z.ai, the client) and must be redacted before it is shown.
+    `message` is ours and safe; `detail` quotes others (Z.ai, the client) and must be redacted
+    before it is shown.
     """
 
     def __init__(
         self, kind: ErrorKind, message: str = "", param: str | None = None, detail: str = ""
     ) -> None:
         super().__init__(kind, message, param, detail)
-        self.kind, self.message, self.param, self.detail = (
-            kind,
-            message or kind.message,
-            param,
-            detail,
-        )
+        self.kind = kind
+        self.message = message or kind.message
+        self.param = param  # the field of the request, if one is to blame
+        self.detail = detail
         self.retry_after = kind.retry_after  # in seconds
         self.headers: dict[str, str] = {}  # for the answer that reports it
 
     def __str__(self) -> str:
-        return f"{self.message} ({self.detail})" if self.detail else self.message
+        if not self.detail:
+            return self.message
+        return f"{self.message} ({self.detail})"
 
 
 class BadRequest(ProxyError):
@@ -630,8 +700,8 @@ class BadRequest(ProxyError):
 class UpstreamError(ProxyError):
     """Z.ai refused, broke off, or could not be reached.
 
-    `zai_code` is Z.ai's own code ("" if it gave none), `resets_at` the Unix time at which a used-up quota is reset,
-    `retry_after` the seconds after which the client may ask again.
+    `zai_code` is Z.ai's own code ("" if it gave none), `resets_at` the Unix time at which a used-up
+    quota is reset, `retry_after` the seconds after which the client may ask again.
     """
 
     def __init__(
@@ -646,11 +716,13 @@ class UpstreamError(ProxyError):
             self.say_reset(reset_time(detail))
 
     def for_others(self, seconds: float) -> UpstreamError:
-        """What other clients are told of it: our words and Z.ai's code, since Z.ai's words may quote the first one's.
+        """What other clients are told of it: our words, and Z.ai's code.
 
-        Without the traceback, which holds that client's prompt.
+        Z.ai's words may quote the client that the error was for, and the traceback has its prompt.
         """
-        detail = f"Z.ai {self.zai_code}" if self.zai_code else ""
+        detail = ""
+        if self.zai_code:
+            detail = f"Z.ai {self.zai_code}"
         error = UpstreamError(self.kind, detail=detail, zai_code=self.zai_code)
         error.say_reset(self.resets_at)
         error.retry_after = seconds
@@ -670,30 +742,39 @@ RESET_TIME = re.compile(r"\b(20\d\d-\d\d-\d\d)[ T](\d\d:\d\d:\d\d)\b")
 
 
 class EmptyAnswerError(UpstreamError):
-    """Z.ai's answer says nothing. No client learns of it: the next one is passed on, whatever it says."""
+    """Z.ai's answer says nothing.
+
+    No client learns of it: Z.ai is asked again, and that answer is passed on, whatever it says.
+    """
 
     def __init__(self) -> None:
         super().__init__(UNAVAILABLE, "Z.ai's answer was empty: try again.")
 
 
 def reset_time(text: str) -> float | None:
-    """The Unix time in "… will reset at 2026-09-12 00:35:41", which is UTC+8 (can1357/oh-my-pi#11014)."""
-    found = RESET_TIME.findall(text)
-    try:
-        return max(
-            (datetime.fromisoformat(f"{day}T{hour}+08:00").timestamp() for day, hour in found),
-            default=None,
-        )
-    except ValueError:
-        return None
+    """The Unix time in "… will reset at 2026-09-12 00:35:41", the last if there are several.
+
+    Z.ai writes it in UTC+8 (can1357/oh-my-pi#11014).
+    """
+    moments: list[float] = []
+    for day, hour in RESET_TIME.findall(text):
+        try:
+            moment = datetime.fromisoformat(f"{day}T{hour}+08:00")
+        except ValueError:
+            return None
+        moments.append(moment.timestamp())
+    return max(moments, default=None)
 
 
 def error_body(error: ProxyError) -> JSON:
     """OpenAI's error object."""
-    kind = error.kind
-    return {
-        "error": {"message": str(error), "type": kind.type, "param": error.param, "code": kind.code}
+    details = {
+        "message": str(error),
+        "type": error.kind.type,
+        "param": error.param,
+        "code": error.kind.code,
     }
+    return {"error": details}
 
 
 def openai_error(error: ProxyError, _: str) -> tuple[int, JSON]:
@@ -724,28 +805,32 @@ def request_id_of(own_id: str) -> str:
 
 
 def error_headers(error: ProxyError) -> dict[str, str]:
-    """The headers that SDKs obey: whether to ask again (x-should-retry), and after how many seconds (Retry-After)."""
-    refusal = {} if error.kind in SHOULD_RETRY else {"x-should-retry": "false"}
-    wait = (
-        {}
-        if error.retry_after is None
-        else {"Retry-After": str(max(1, math.ceil(error.retry_after)))}
-    )
-    return error.headers | refusal | wait
+    """The error's own headers, and those that SDKs obey.
+
+    x-should-retry says whether to ask again, Retry-After after how many seconds.
+    """
+    headers = dict(error.headers)
+    if error.kind not in SHOULD_RETRY:
+        headers["x-should-retry"] = "false"
+    if error.retry_after is not None:
+        seconds = max(1, math.ceil(error.retry_after))
+        headers["Retry-After"] = str(seconds)
+    return headers
 
 
 class Redactor:
-    """Replaces every secret in a text by *** before it is logged or sent, however short the secret is."""
+    """Replaces every secret in a text by *** before it is logged or sent, however short it is."""
 
     def __init__(self, words: Iterable[str]) -> None:
         # A key may appear as it is, in JSON, in JSON inside JSON, or in a URL.
-        forms = {
-            form for word in words for form in (any_escaping(word), re.escape(quote(word, safe="")))
-        }
-        # The last is a key made by `new_key`. Each begins with a plain character, which a search finds fast.
-        self.pattern = re.compile(
-            "|".join((*sorted(forms, key=len, reverse=True), r"sk-[\w-]{43}\b"))
-        )
+        forms: set[str] = set()
+        for word in words:
+            forms.add(any_escaping(word))
+            forms.add(re.escape(quote(word, safe="")))
+        longest_first = sorted(forms, key=len, reverse=True)
+        keys_of_ours = r"sk-[\w-]{43}\b"  # as `new_key` makes them
+        # Each form begins with a plain character, which a search finds fast.
+        self.pattern = re.compile("|".join([*longest_first, keys_of_ours]))
 
     def __call__(self, text: str) -> str:
         return self.pattern.sub("***", text)
@@ -753,21 +838,28 @@ class Redactor:
 
 def any_escaping(word: str) -> str:
     """A pattern for a word, however many times it was escaped as a string of JSON or Python."""
-    parts = re.findall(r"\\+|[^\\]", word)
-    forms = (
-        r"\\+" if part[0] == "\\" else r"\\*" + part if part in "\"'/" else re.escape(part)
-        for part in parts
-    )
-    return "".join(forms).removeprefix(r"\\*")
+    pattern = ""
+    for part in re.findall(r"\\+|[^\\]", word):
+        if part.startswith("\\"):
+            pattern += r"\\+"
+        elif part in "\"'/":
+            pattern += r"\\*" + part
+        else:
+            pattern += re.escape(part)
+    return pattern.removeprefix(r"\\*")
 
 
 def proxy_passwords(urls: Iterable[str]) -> list[str]:
     """The password of each proxy's address that has one, as it is written and percent-decoded."""
-    found = [re.match(r"(?:[^/]*//)?(?:[^:@]*:)?(.+)@", url) for url in urls]
-    return [form for match in found if match for form in (match[1], unquote(match[1]))]
+    found: list[str] = []
+    for url in urls:
+        match = re.match(r"(?:[^/]*//)?(?:[^:@]*:)?(.+)@", url)
+        if match:
+            found += [match[1], unquote(match[1])]
+    return found
 
 
-# ======== JSON ======================================================================================================
+# ======== JSON ====================================================================================
 # Encoders and decoders, and the limits of a request's JSON.
 
 # check_circular takes a sixth of the time, and our data is never circular.
@@ -775,7 +867,8 @@ json_text = json.JSONEncoder(
     separators=(",", ":"), ensure_ascii=False, allow_nan=False, check_circular=False
 ).encode
 quoted = json.encoder.encode_basestring  # a string as JSON, by the same C function
-# Some clients split lines at these characters, so they are sent as escapes; JSON has them only inside strings.
+# Some clients split lines at these characters, so they are sent as escapes; JSON has them only
+# inside strings.
 LINE_ENDS = (("\u0085", "\\u0085"), ("\u2028", "\\u2028"), ("\u2029", "\\u2029"))
 
 
@@ -785,7 +878,7 @@ def json_bytes(value: Any) -> bytes:
 
 
 def escaped(text: str) -> bytes:
-    """JSON text, or frames of it, in UTF-8. Half a surrogate pair, which UTF-8 has not, is escaped."""
+    """JSON text, or frames of it, in UTF-8; half a surrogate pair, which it lacks, is escaped."""
     if text.isascii():
         return text.encode()
     for end, escape in LINE_ENDS:
@@ -795,15 +888,17 @@ def escaped(text: str) -> bytes:
 
 
 def sse(frames: Iterable[JSON | str]) -> bytes:
-    """Frames as bytes, each `data: …` and a blank line. A frame with a `type` also gets that as its event name."""
-    return escaped("".join([sse_frame(frame) for frame in frames]))
+    """Frames as bytes, each `data: …` and a blank line; the `type` of one is its event's name."""
+    return escaped("".join(map(sse_frame, frames)))
 
 
 def sse_frame(frame: JSON | str) -> str:
     if isinstance(frame, str):
         return f"data: {frame}\n\n"
-    name = f"event: {frame['type']}\n" if "type" in frame else ""
-    return f"{name}data: {json_text(frame)}\n\n"
+    data = f"data: {json_text(frame)}\n\n"
+    if "type" not in frame:
+        return data
+    return f"event: {frame['type']}\n{data}"
 
 
 def encode_request(value: Any) -> bytes:
@@ -847,18 +942,27 @@ def is_deeper(value: Any, depth: int) -> bool:
     """Whether objects and arrays are nested more than `depth` deep."""
     level: list[Any] = [value]
     for _ in range(depth):
-        # One after the other: a list of all these views would keep the garbage collector busy for seconds.
-        values = chain.from_iterable(
-            item.values() if isinstance(item, dict) else item for item in level
-        )
+        # One after the other: a list of all their values would keep the garbage collector busy for
+        # seconds.
+        values = chain.from_iterable(map(values_of, level))
         level = [value for value in values if isinstance(value, (dict, list))]
         if not level:
             return False
     return True
 
 
+def values_of(value: JSON | list[Any]) -> Iterable[Any]:
+    """The values of an object, or the items of an array."""
+    if isinstance(value, dict):
+        return value.values()
+    return value
+
+
 def parse_json(data: bytes) -> Any:
-    """The value; None if this is not JSON (or null). A character cut in half does not spoil the rest."""
+    """The value; None if this is not JSON (or null).
+
+    A character that is cut in half does not spoil the rest.
+    """
     return parse_json_text(data.decode("utf-8", "replace").removeprefix("\ufeff"))
 
 
@@ -875,12 +979,12 @@ def parse_json_text(text: str) -> Any:
 
 
 def parse_text(text: str) -> Any:
-    """As parse_json."""
+    """As parse_json, of a text; half a surrogate pair in it does not spoil the rest."""
     return parse_json(text.encode("utf-8", "surrogatepass"))
 
 
 def unique_names(pairs: list[tuple[str, Any]]) -> JSON:
-    """object_pairs_hook: rejects a repeated name, since JSON parsers differ in which value they keep."""
+    """object_pairs_hook: rejects a repeated name, of which each JSON parser keeps another value."""
     found = dict(pairs)
     if len(found) < len(pairs):
         raise ValueError("an object has the same name twice")
@@ -895,7 +999,7 @@ MAX_DEPTH = 100  # nested objects and arrays
 
 
 def too_many_values(body: bytes, most: int = MAX_VALUES) -> bool:
-    """Whether JSON text has more than so many values, not counting names; does not decode it."""
+    """Whether JSON text has more than `most` values, not counting names; does not decode it."""
     if len(body) <= 2 * most or openings_and_commas(body) < most:
         return False
     parts = body.replace(rb"\\", b"").replace(rb"\"", b"").split(b'"', 4 * most + 4)
@@ -915,9 +1019,9 @@ def parse_request(body: bytes, most_values: int = MAX_VALUES) -> JSON:
     document = REQUEST_DECODER.decode(body.decode().removeprefix("\ufeff"))
     if not isinstance(document, dict):
         raise ValueError("it is another JSON value")
-    if (
-        len(body) < 2**14 and body.count(b"{") + body.count(b"[") <= MAX_DEPTH
-    ):  # most requests; counting is fast here
+    # Most requests are small, where counting is faster than looking.
+    is_small = len(body) < 2**14
+    if is_small and body.count(b"{") + body.count(b"[") <= MAX_DEPTH:
         return document
     if is_deeper(document, MAX_DEPTH):
         raise ValueError(f"it is nested more than {MAX_DEPTH} deep")
@@ -942,8 +1046,10 @@ def fields_of(value: Any, *names: str) -> JSON:
 
 
 def objects(value: Any) -> Iterator[JSON]:
-    """The items of an array, none if it is something else."""
-    return map(as_object, value if isinstance(value, list) else ())
+    """The items of an array, {} in place of one that is no object; none if it is no array."""
+    if not isinstance(value, list):
+        return iter(())
+    return map(as_object, value)
 
 
 def first_object(value: Any) -> JSON:
@@ -953,19 +1059,22 @@ def first_object(value: Any) -> JSON:
 
 
 def as_number(value: Any) -> float | None:
-    return (
-        value
-        if isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value < 2**53
-        else None
-    )
+    """`value` if it is a number that is neither negative nor too large to be exact, else None."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return None
+    if not 0 <= value < 2**53:
+        return None
+    return value
 
 
 def as_count(value: Any) -> int:
     """`value` if it is a natural number that fits into a column of a database, else 0."""
-    return value if type(value) is int and 0 <= value < 2**40 else 0
+    if type(value) is not int or not 0 <= value < 2**40:
+        return 0
+    return value
 
 
-# ======== Models ====================================================================================================
+# ======== Models ==================================================================================
 # A new model is a row of `MODEL_ROWS`. `named` tells what a client's name means.
 
 K = 1024
@@ -978,8 +1087,11 @@ SEARCH_PRICE = DOLLAR // 100  # of a web search of Z.ai's
 
 
 def cost_at(price: Price, prompt: int, cached: int, completion: int) -> int:
-    """What tokens cost, in billionths of a dollar."""
-    dollars_for_millions: float = sum(map(mul, (prompt - cached, cached, completion), price))
+    """What tokens cost, in billionths of a dollar; the cached ones are part of the prompt's."""
+    price_in, price_cached, price_out = price
+    dollars_for_millions = (
+        (prompt - cached) * price_in + cached * price_cached + completion * price_out
+    )
     return round(1000 * dollars_for_millions)
 
 
@@ -989,16 +1101,19 @@ Effort = Literal["off", "on", "low", "medium", "high", "xhigh", "max"]
 
 @dataclass(frozen=True, slots=True)
 class Model:
-    """A model of Z.ai's; defaults are for unknown ones. `context`, `output` in tokens, `created` in Unix seconds."""
+    """A model of Z.ai's; the defaults are for one that is not in our table."""
 
     id: str
-    context: int | None = None
-    output: int | None = None
+    context: int | None = None  # tokens
+    output: int | None = None  # tokens
     thinking: ThinkingKind = "always"
-    vision: bool = True
-    free: bool = False
-    created: int = 1753632000  # the oldest date in Z.ai's own list
+    vision: bool = True  # whether it takes images
+    created: int = 1753632000  # Unix seconds: the oldest date in Z.ai's own list
     price: Price | None = None
+
+    @property
+    def free(self) -> bool:
+        return self.price == NO_PRICE
 
     @property
     def streams_arguments(self) -> bool:
@@ -1007,164 +1122,51 @@ class Model:
 
     @property
     def tagged_reasoning(self) -> bool:
-        """Older vision models write their reasoning, and boxes around results, into the text (docs.z.ai, GLM-4.5V)."""
+        """Older vision models write their reasoning, and boxes around results, into the text.
+
+        Source: docs.z.ai, GLM-4.5V.
+        """
         return self.id.startswith(("glm-4.1v", "glm-4.5v", "glm-4.6v"))
 
     def cost(self, prompt: int, cached: int, completion: int) -> float | None:
-        """What these tokens cost at list price, in US dollars; None where the price is not known."""
+        """What these tokens cost at list price, in US dollars; None where the price is unknown."""
         if self.price is None:
             return None
         return cost_at(self.price, prompt, cached, completion) / DOLLAR
 
 
-# docs.z.ai, October 2026; `created` is from Z.ai's list, or the day of the release. Where the cache has no price,
-# cached tokens cost the same.
+SEES = True
+BLIND = False  # takes no images
+
+# docs.z.ai, October 2026; `created` is from Z.ai's list, or the day of the release. Where the cache
+# has no price, cached tokens cost the same.
+# fmt: off
 MODEL_ROWS = (
-    Model(
-        "glm-5.3",
-        1024 * K,
-        128 * K,
-        "always",
-        vision=False,
-        created=1786636800,
-        price=(1.4, 0.26, 4.4),
-    ),
-    Model(
-        "glm-5.3-flash", 1024 * K, 128 * K, "always", created=1787702400, price=(0.15, 0.03, 0.5)
-    ),
-    Model(
-        "glm-5.3-flashx", 1024 * K, 128 * K, "always", created=1787702400, price=(0.37, 0.075, 1.25)
-    ),
-    Model(
-        "glm-5.2",
-        1024 * K,
-        128 * K,
-        "effort",
-        vision=False,
-        created=1780272000,
-        price=(1.4, 0.26, 4.4),
-    ),
-    Model(
-        "glm-5.1",
-        200 * K,
-        128 * K,
-        "switch",
-        vision=False,
-        created=1774569600,
-        price=(1.4, 0.26, 4.4),
-    ),
-    Model(
-        "glm-5", 200 * K, 128 * K, "switch", vision=False, created=1770768000, price=(1.0, 0.2, 3.2)
-    ),
-    Model(
-        "glm-5-turbo",
-        200 * K,
-        128 * K,
-        "switch",
-        vision=False,
-        created=1773532800,
-        price=(1.2, 0.24, 4.0),
-    ),
-    Model("glm-5v-turbo", 200 * K, 128 * K, "switch", created=1775001600, price=(1.2, 0.24, 4.0)),
-    Model(
-        "glm-4.7",
-        200 * K,
-        128 * K,
-        "switch",
-        vision=False,
-        created=1766361600,
-        price=(0.6, 0.11, 2.2),
-    ),
-    Model(
-        "glm-4.7-flashx",
-        200 * K,
-        128 * K,
-        "switch",
-        vision=False,
-        created=1768780800,
-        price=(0.07, 0.01, 0.4),
-    ),
-    Model(
-        "glm-4.7-flash",
-        200 * K,
-        128 * K,
-        "switch",
-        vision=False,
-        free=True,
-        created=1768780800,
-        price=(0, 0, 0),
-    ),
-    Model(
-        "glm-4.6",
-        200 * K,
-        128 * K,
-        "switch",
-        vision=False,
-        created=1759190400,
-        price=(0.6, 0.11, 2.2),
-    ),
-    Model("glm-4.6v", 128 * K, 32 * K, "switch", created=1765152000, price=(0.3, 0.3, 0.9)),
-    Model("glm-4.6v-flashx", 128 * K, 32 * K, "switch", created=1765152000),
-    Model(
-        "glm-4.6v-flash", 128 * K, 32 * K, "switch", free=True, created=1765152000, price=(0, 0, 0)
-    ),
-    Model(
-        "glm-4.5",
-        128 * K,
-        96 * K,
-        "switch",
-        vision=False,
-        created=1753632000,
-        price=(0.6, 0.11, 2.2),
-    ),
-    Model(
-        "glm-4.5-x",
-        128 * K,
-        96 * K,
-        "switch",
-        vision=False,
-        created=1753632000,
-        price=(2.2, 0.45, 8.9),
-    ),
-    Model(
-        "glm-4.5-air",
-        128 * K,
-        96 * K,
-        "switch",
-        vision=False,
-        created=1753632000,
-        price=(0.2, 0.03, 1.1),
-    ),
-    Model(
-        "glm-4.5-airx",
-        128 * K,
-        96 * K,
-        "switch",
-        vision=False,
-        created=1753632000,
-        price=(1.1, 0.22, 4.5),
-    ),
-    Model(
-        "glm-4.5-flash",
-        128 * K,
-        96 * K,
-        "switch",
-        vision=False,
-        free=True,
-        created=1753632000,
-        price=(0, 0, 0),
-    ),
-    Model("glm-4.5v", 64 * K, 16 * K, "switch", created=1754870400, price=(0.6, 0.6, 1.8)),
-    Model(
-        "glm-4-32b-0414-128k",
-        128 * K,
-        16 * K,
-        "none",
-        vision=False,
-        created=1744588800,
-        price=(0.1, 0.1, 0.1),
-    ),
+    #     id                 context   output   thinking  vision created     price
+    Model("glm-5.3",         1024 * K, 128 * K, "always", BLIND, 1786636800, (1.4, 0.26, 4.4)),
+    Model("glm-5.3-flash",   1024 * K, 128 * K, "always", SEES,  1787702400, (0.15, 0.03, 0.5)),
+    Model("glm-5.3-flashx",  1024 * K, 128 * K, "always", SEES,  1787702400, (0.37, 0.075, 1.25)),
+    Model("glm-5.2",         1024 * K, 128 * K, "effort", BLIND, 1780272000, (1.4, 0.26, 4.4)),
+    Model("glm-5.1",         200 * K,  128 * K, "switch", BLIND, 1774569600, (1.4, 0.26, 4.4)),
+    Model("glm-5",           200 * K,  128 * K, "switch", BLIND, 1770768000, (1.0, 0.2, 3.2)),
+    Model("glm-5-turbo",     200 * K,  128 * K, "switch", BLIND, 1773532800, (1.2, 0.24, 4.0)),
+    Model("glm-5v-turbo",    200 * K,  128 * K, "switch", SEES,  1775001600, (1.2, 0.24, 4.0)),
+    Model("glm-4.7",         200 * K,  128 * K, "switch", BLIND, 1766361600, (0.6, 0.11, 2.2)),
+    Model("glm-4.7-flashx",  200 * K,  128 * K, "switch", BLIND, 1768780800, (0.07, 0.01, 0.4)),
+    Model("glm-4.7-flash",   200 * K,  128 * K, "switch", BLIND, 1768780800, NO_PRICE),
+    Model("glm-4.6",         200 * K,  128 * K, "switch", BLIND, 1759190400, (0.6, 0.11, 2.2)),
+    Model("glm-4.6v",        128 * K,  32 * K,  "switch", SEES,  1765152000, (0.3, 0.3, 0.9)),
+    Model("glm-4.6v-flashx", 128 * K,  32 * K,  "switch", SEES,  1765152000),
+    Model("glm-4.6v-flash",  128 * K,  32 * K,  "switch", SEES,  1765152000, NO_PRICE),
+    Model("glm-4.5",         128 * K,  96 * K,  "switch", BLIND, 1753632000, (0.6, 0.11, 2.2)),
+    Model("glm-4.5-x",       128 * K,  96 * K,  "switch", BLIND, 1753632000, (2.2, 0.45, 8.9)),
+    Model("glm-4.5-air",     128 * K,  96 * K,  "switch", BLIND, 1753632000, (0.2, 0.03, 1.1)),
+    Model("glm-4.5-airx",    128 * K,  96 * K,  "switch", BLIND, 1753632000, (1.1, 0.22, 4.5)),
+    Model("glm-4.5-flash",   128 * K,  96 * K,  "switch", BLIND, 1753632000, NO_PRICE),
+    Model("glm-4.5v",        64 * K,   16 * K,  "switch", SEES,  1754870400, (0.6, 0.6, 1.8)),
+    Model("glm-4-32b-0414-128k", 128 * K, 16 * K, "none",   BLIND, 1744588800, (0.1, 0.1, 0.1)),
 )
+# fmt: on
 MODELS = {model.id: model for model in MODEL_ROWS}
 DEAREST: Price = max(model.price or NO_PRICE for model in MODEL_ROWS)
 
@@ -1201,7 +1203,7 @@ def has_plan(settings: Settings) -> bool:
 
 
 def all_aliases(settings: Settings) -> Aliases:
-    """MODEL_ALIASES, and what the names of Anthropic's models mean where it does not say."""
+    """MODEL_ALIASES, and what the names of Anthropic's models mean where these do not say."""
     return (
         *settings.model_aliases,
         ("claude-*haiku*", small_model(settings)),
@@ -1296,16 +1298,29 @@ def model_of(model_id: str) -> Model:
 
 
 def bare_name(name: str) -> str:
-    """A client's name without the provider's, and without Claude Code's mark of a long context."""
+    """A model's name without the provider's, and without Claude Code's mark of a long context."""
     lower = re.sub(r"\[1m\](?=:|$)", "", name.lower().strip())
     return lower.rsplit("/", 1)[-1].strip()
 
 
 SUPPORTED_PARAMETERS = (
-    *("max_tokens", "temperature", "top_p", "stop", "seed"),
-    *("tools", "tool_choice", "response_format", "structured_outputs"),
+    "max_tokens",
+    "temperature",
+    "top_p",
+    "stop",
+    "seed",
+    "tools",
+    "tool_choice",
+    "response_format",
+    "structured_outputs",
 )
 THINKING_PARAMETERS = ("reasoning", "reasoning_effort", "include_reasoning")
+
+
+def input_modalities(model: Model) -> list[str]:
+    if model.vision:
+        return ["text", "image"]
+    return ["text"]
 
 
 def model_item(model: Model, name: str) -> JSON:
@@ -1317,10 +1332,10 @@ def model_item(model: Model, name: str) -> JSON:
         "owned_by": "z.ai",
         "name": name,
         "architecture": {
-            "input_modalities": ["text", "image"] if model.vision else ["text"],
+            "input_modalities": input_modalities(model),
             "output_modalities": ["text"],
         },
-        "supported_parameters": list(SUPPORTED_PARAMETERS),
+        "supported_parameters": [*SUPPORTED_PARAMETERS],
     }
     if model.thinking != "none":
         item["supported_parameters"] += THINKING_PARAMETERS
@@ -1334,7 +1349,7 @@ def model_item(model: Model, name: str) -> JSON:
 
 
 def pricing(prompt: float, cached: float, completion: float) -> JSON:
-    """Prices for a million tokens as OpenRouter has them: for one, in plain decimals."""
+    """Prices for a million tokens as OpenRouter has them: for one token, in plain decimals."""
     return {
         "prompt": dollars_a_token(prompt),
         "completion": dollars_a_token(completion),
@@ -1349,7 +1364,11 @@ def dollars_a_token(price: float) -> str:
 def plain_aliases(settings: Settings) -> dict[str, Model]:
     """The models that clients may choose from besides Z.ai's: the aliases that are no pattern."""
     aliases = all_aliases(settings)
-    return {name: resolve(name, aliases) for name, _ in aliases if not re.search(r"[*?[]", name)}
+    models: dict[str, Model] = {}
+    for name, _ in aliases:
+        if not re.search(r"[*?[]", name):
+            models[name] = resolve(name, aliases)
+    return models
 
 
 def nearest_names(name: str, known: Iterable[str]) -> str:
@@ -1363,12 +1382,12 @@ def nearest_names(name: str, known: Iterable[str]) -> str:
 
 def anthropic_item(model: Model, name: str) -> JSON:
     """A model as Anthropic lists it (anthropic 2.14, ModelInfo)."""
-    created = datetime.fromtimestamp(model.created, timezone.utc).isoformat()
+    created = datetime.fromtimestamp(model.created, timezone.utc)
     return {
         "type": "model",
         "id": name,
         "display_name": name,
-        "created_at": created.replace("+00:00", "Z"),
+        "created_at": f"{created:%Y-%m-%dT%H:%M:%SZ}",
         "lifecycle": "active",
         "max_input_tokens": model.context,
         "max_tokens": model.output,
@@ -1377,72 +1396,95 @@ def anthropic_item(model: Model, name: str) -> JSON:
 
 def anthropic_list(items: list[JSON]) -> JSON:
     """All models as one page of Anthropic's list."""
-    ids = [item["id"] for item in items] or [None]
-    return {"data": items, "has_more": False, "first_id": ids[0], "last_id": ids[-1]}
+    return {"data": items, "has_more": False, **page_ends(items)}
+
+
+def page_ends(items: list[JSON]) -> JSON:
+    """The first and the last id of a page of a list, as both APIs tell them."""
+    if not items:
+        return {"first_id": None, "last_id": None}
+    return {"first_id": items[0]["id"], "last_id": items[-1]["id"]}
 
 
 # Codex CLI wants a system prompt with every model, and uses it instead of its own.
 CODEX_INSTRUCTIONS = """\
-You are a coding agent in the user's terminal, run by the Codex CLI. You work in the user's folder with the tools you
+You are a coding agent in the user's terminal, run by the Codex CLI. You work in the user's \
+folder with the tools you
 are given, until the task is done; then you say in a few words what you did.
-- Read before you write: look at the files that matter, their style and their tests, and keep to them.
+- Read before you write: look at the files that matter, their style and their tests, and keep to \
+them.
 - Follow AGENTS.md files for the folders they stand in. What the user says goes before them.
-- Make the smallest change that does the whole task, at the root of the problem. Leave unrelated code as it is.
-- Edit files with apply_patch where it is offered. Search with rg. Do not re-read a file just to see an edit worked.
-- Check your work by running the tests or the program where that is possible, and say so where it was not.
+- Make the smallest change that does the whole task, at the root of the problem. Leave unrelated \
+code as it is.
+- Edit files with apply_patch where it is offered. Search with rg. Do not re-read a file just to \
+see an edit worked.
+- Check your work by running the tests or the program where that is possible, and say so where it \
+was not.
 - Never undo what you did not do, never commit, push or delete unless you are asked to.
-- For tasks of several steps keep a short plan with update_plan where it is offered, and say what comes next.
-- Be brief and exact. Name files with their paths. If something is unclear and matters, ask; else choose and go on.
+- For tasks of several steps keep a short plan with update_plan where it is offered, and say what \
+comes next.
+- Be brief and exact. Name files with their paths. If something is unclear and matters, ask; else \
+choose and go on.
 """
 
 # The efforts that Codex may ask for, by ThinkingKind; it sends no other.
-CODEX_LEVELS: dict[ThinkingKind, tuple[str, ...]] = {"none": (), "switch": ("none", "high")}
-CODEX_LEVELS |= {"effort": ("low", "medium", "high", "xhigh"), "always": ("low", "high", "xhigh")}
+CODEX_LEVELS: dict[ThinkingKind, tuple[str, ...]] = {
+    "none": (),
+    "switch": ("none", "high"),
+    "effort": ("low", "medium", "high", "xhigh"),
+    "always": ("low", "high", "xhigh"),
+}
 
 
 def codex_item(model: Model, name: str) -> JSON:
     """A model as Codex CLI lists it (openai/codex, ModelInfo; tried with 0.169)."""
     levels = CODEX_LEVELS[model.thinking]
-    names = {"slug": name, "display_name": name, "description": "GLM through Z.ai's official API"}
-    listing = {"visibility": "list", "supported_in_api": True, "priority": 1, "upgrade": None}
-    tools = {
+    default_level = "high" if levels else None
+    return {
+        "slug": name,
+        "display_name": name,
+        "description": "GLM through Z.ai's official API",
+        "visibility": "list",
+        "supported_in_api": True,
+        "priority": 1,
+        "upgrade": None,
         "shell_type": "shell_command",
         "apply_patch_tool_type": "freeform",
         "supports_parallel_tool_calls": True,
-    }
-    absent: JSON = {
         "support_verbosity": False,
         "default_verbosity": None,
         "experimental_supported_tools": [],
-    }
-    limits = {
         "context_window": model.context or 128 * K,
         "truncation_policy": {"mode": "bytes", "limit": 10_000},
-    }
-    return {
-        **(names | listing | tools | absent | limits),
         "base_instructions": CODEX_INSTRUCTIONS,
-        "default_reasoning_level": "high" if levels else None,
+        "default_reasoning_level": default_level,
         "supported_reasoning_levels": [{"effort": level, "description": level} for level in levels],
         "supports_reasoning_summaries": bool(levels),
-        "input_modalities": ["text", "image"] if model.vision else ["text"],
+        "input_modalities": input_modalities(model),
     }
 
 
 def models_from_items(items: list[Any]) -> Iterator[Model]:
-    """The models of Z.ai's own list, completed from the table; an item without a proper id is left out."""
-    for item in items:
-        name, created = as_object(item).get("id"), as_object(item).get("created")
-        if isinstance(name, str) and re.fullmatch(r"[!-~]{1,256}", name):
-            model = Model(name.lower())
-            if type(created) is int and 0 <= created < 10**10:  # some lists have milliseconds
-                model = replace(model, created=created)
-            yield MODELS.get(model.id) or model
+    """The models of Z.ai's own list, completed from the table.
+
+    An item without a proper id is left out.
+    """
+    for item in objects(items):
+        name = item.get("id")
+        if not isinstance(name, str) or not re.fullmatch(r"[!-~]{1,256}", name):
+            continue
+        model = model_of(name.lower())
+        created = item.get("created")
+        # Some lists have milliseconds.
+        if model.id not in MODELS and type(created) is int and 0 <= created < 10**10:
+            model = replace(model, created=created)
+        yield model
 
 
-# ======== Internal representation ===================================================================================
-# What a client asks and a model answers, independent of any API. Nothing changes these values once they are made;
-# most are not frozen: frozen ones take three times as long to make.
+# ======== Internal representation =================================================================
+# What a client asks and a model answers, independent of any API. Nothing changes these values once
+# they are made, but for `Choice` and `Answer`, which add events up. Most are not frozen, for frozen
+# ones take three times as long to make.
 
 
 @dataclass(slots=True)
@@ -1463,7 +1505,10 @@ class Text:
 
 @dataclass(slots=True)
 class ToolCall:
-    """A tool call, or a piece of one: the first has id and name, later ones only more `arguments` (JSON text)."""
+    """A tool call, or a piece of one.
+
+    The first piece has id and name, later ones only more `arguments` (JSON text).
+    """
 
     index: int
     id: str
@@ -1483,9 +1528,20 @@ class Usage:
     reasoning: int = 0
 
     def __add__(self, other: Usage) -> Usage:
-        prompt, completion = self.prompt + other.prompt, self.completion + other.completion
-        total, cached = self.total + other.total, self.cached + other.cached
-        return Usage(prompt, completion, total, cached, self.reasoning + other.reasoning)
+        return Usage(
+            prompt=self.prompt + other.prompt,
+            completion=self.completion + other.completion,
+            total=self.total + other.total,
+            cached=self.cached + other.cached,
+            reasoning=self.reasoning + other.reasoning,
+        )
+
+
+def summed(before: Usage | None, usage: Usage) -> Usage:
+    """The usage of all choices so far; None: Z.ai has sent none before."""
+    if before is None:
+        return usage
+    return before + usage
 
 
 # "window_full" becomes "length" or an error before a Reply sees it.
@@ -1494,11 +1550,11 @@ FinishReason = Literal["stop", "length", "tool_calls", "content_filter", "window
 
 @dataclass(slots=True)
 class Finish:
-    """The last event of a choice that is complete; `stop_sequence` is the stop string that ended it, if one did."""
+    """The last event of a choice that is complete."""
 
     reason: FinishReason
     choice: int = 0
-    stop_sequence: str = ""  # the one of `stop` at which it ends
+    stop_sequence: str = ""  # the one of `stop` that ended it, if one did
     is_window_full: bool = False  # why it is cut short: not for max_tokens
 
 
@@ -1598,7 +1654,10 @@ class ToolChoice:
 
 @dataclass(slots=True)
 class Prompt:
-    """A checked request, independent of the API that it came through. None means that the client did not say."""
+    """A checked request, independent of the API that it came through.
+
+    None means that the client did not say.
+    """
 
     model: str
     messages: tuple[Message, ...]
@@ -1671,7 +1730,10 @@ TOKENS_OF_OTHERS = 0.28
 
 
 def estimated_tokens(prompt: Prompt) -> int:
-    """About how many tokens the model reads, without asking it: by characters, an image as IMAGE_SIZE / 4."""
+    """About how many tokens the model reads, without asking it: by characters.
+
+    An image counts as IMAGE_SIZE / 4.
+    """
     tokens = 0.0
     for text in texts_of(prompt):
         tokens += text_tokens(text)
@@ -1683,7 +1745,7 @@ def estimated_tokens(prompt: Prompt) -> int:
 
 
 def texts_of(prompt: Prompt) -> Iterator[str]:
-    """All that the model reads as text: messages, reasoning, calls, and the tools with their schemas."""
+    """All that the model reads as text: messages, reasoning, calls, tools with their schemas."""
     for message in prompt.messages:
         yield message_text(message)
         yield message.thought
@@ -1705,17 +1767,13 @@ def text_tokens(text: str) -> float:
 
 @dataclass(slots=True)
 class Head:
-    """What every chunk of an answer repeats.
+    """What every chunk of an answer repeats."""
 
-    `id` is Z.ai's id of the answer, `created` Unix seconds, `model` the name as the client wrote it, `own_id` a random
-    id of ours; `clock` tells the Unix time at which the answer is complete.
-    """
-
-    id: str
-    created: int
-    model: str
-    own_id: str
-    clock: Callable[[], float]
+    id: str  # Z.ai's, of the answer
+    created: int  # Unix seconds
+    model: str  # the name as the client wrote it
+    own_id: str  # a random one of ours
+    clock: Callable[[], float]  # tells the Unix time at which the answer is complete
 
 
 @dataclass
@@ -1751,15 +1809,17 @@ class Choice:
 
     @property
     def tool_calls(self) -> list[ToolCall]:
-        return [
-            replace(call[0], arguments="".join(piece.arguments for piece in call))
-            for call in self.calls.values()
-        ]
+        return [whole_call(pieces) for pieces in self.calls.values()]
 
     @property
     def message(self) -> Message:
         """The message that clients send back later."""
         return Message("assistant", (self.text,), self.thought, tuple(self.tool_calls))
+
+
+def whole_call(pieces: Sequence[ToolCall]) -> ToolCall:
+    arguments = "".join([piece.arguments for piece in pieces])
+    return replace(pieces[0], arguments=arguments)
 
 
 class Answer:
@@ -1770,16 +1830,17 @@ class Answer:
         self.usage: Usage | None = None  # None: Z.ai sent none
         for event in events:
             if isinstance(event, Usage):
-                self.usage = self.usage + event if self.usage else event
+                self.usage = summed(self.usage, event)
             else:
                 self.choices[event.choice].add(event)
 
 
 @dataclass(frozen=True, slots=True)
 class StoredResponse:
-    """A response that a client may refer to: a link in a conversation, which goes back from parent to parent.
+    """A response that a client may refer to.
 
-    An older version stored the whole conversation as the input, and no parent.
+    It is a link in a conversation, which goes back from parent to parent. An older version stored
+    the whole conversation as the input, and no parent.
     """
 
     response: JSON
@@ -1795,8 +1856,8 @@ class Reply(ABC):
     """How one request is answered in its API's form: as frames while events come, or as a document.
 
     `begin` comes first, when the head of the answer is known. A stream is what `feed` makes of each
-    event, and `close` at the end, or `fail` where the answer breaks off. A whole answer is `fold` of
-    all events, and says what the client's SDK would make of that stream.
+    event, and `close` at the end, or `fail` where the answer breaks off. A whole answer is `fold`
+    of all events, and says what the client's SDK would make of that stream.
     """
 
     head: Head
@@ -1804,7 +1865,10 @@ class Reply(ABC):
     input_tokens = 0  # of the request, as they were estimated; 0 where they were not
 
     def frames_of(self, events: Iterable[Event]) -> list[Frame]:
-        return [frame for event in events for frame in self.feed(event)]
+        frames: list[Frame] = []
+        for event in events:
+            frames += self.feed(event)
+        return frames
 
     def begin(self, head: Head) -> None:
         self.head = head
@@ -1826,16 +1890,15 @@ class Reply(ABC):
     def fold(self, events: Sequence[Event]) -> JSON: ...
 
 
-# ======== Request fields ============================================================================================
+# ======== Request fields ==========================================================================
 # The checks that OpenAI's APIs share: `validated` applies a table of them to a request.
 
-Check = Callable[
-    [Any], Any
-]  # returns a value, converted, or raises ValueError with what it must be
+# Returns a value, converted, or raises ValueError with what it must be.
+Check = Callable[[Any], Any]
 
 
 def must(words: str, holds: Callable[[Any], bool]) -> Check:
-    """A check that returns the value unchanged."""
+    """A check that returns the value as it is, if it `holds`; `words` say what it must do or be."""
 
     def check(value: Any) -> Any:
         if not holds(value):
@@ -1911,14 +1974,14 @@ MAX_STOPS = 16
 
 
 def stop_words(value: Any) -> tuple[str, ...]:
-    words = [value] if isinstance(value, str) else value
-    if (
-        not isinstance(words, list)
-        or len(words) > MAX_STOPS
-        or not all(isinstance(word, str) for word in words)
-    ):
+    """The stop strings, one or several, without empty ones."""
+    words = value
+    if isinstance(value, str):
+        words = [value]
+    are_words = isinstance(words, list) and all(isinstance(word, str) for word in words)
+    if not are_words or len(words) > MAX_STOPS:
         raise ValueError(f"must be a string or an array of up to {MAX_STOPS} strings")
-    return tuple(word for word in words if word)
+    return tuple(filter(None, words))
 
 
 def require_fields(given: JSON, *names: str) -> None:
@@ -1929,7 +1992,10 @@ def require_fields(given: JSON, *names: str) -> None:
 
 
 def checked(value: Any, check: Check, at: str) -> Any:
-    """`value` as its check returns it. Raises BadRequest; `at` is the path of the value in the request."""
+    """`value` as its check returns it.
+
+    Raises BadRequest; `at` is the path of the value in the request.
+    """
     try:
         return check(value)
     except ValueError as error:
@@ -1937,9 +2003,10 @@ def checked(value: Any, check: Check, at: str) -> Any:
 
 
 def validated(body: JSON, wanted: Mapping[str, Check], at: str = "") -> JSON:
-    """The known fields of `body` that are not null, each as its check returns it; `at` is the path of `body`.
+    """The known fields of `body` that are not null, each as its check returns it.
 
-    Raises BadRequest for the first invalid one, in the client's order.
+    Raises BadRequest for the first invalid one, in the client's order. `at` is the path of `body`
+    in the request, with a dot at its end.
     """
     given = {}
     for name, value in body.items():
@@ -1958,11 +2025,13 @@ NEUTRAL: JSON = {
 
 def unknown_fields(body: JSON, known: Iterable[str]) -> list[str]:
     """The unknown fields with a value that asks for something."""
-    return [
-        name
-        for name, value in body.items()
-        if name not in known and value and value not in NEUTRAL.get(name, ())
-    ]
+    unknown: list[str] = []
+    for name, value in body.items():
+        if name in known or not value:
+            continue
+        if value not in NEUTRAL.get(name, ()):
+            unknown.append(name)
+    return unknown
 
 
 # The words for effort in the OpenAI API and its relatives.
@@ -2014,14 +2083,16 @@ def effort_from_thinking(value: Any) -> Effort | None:
     kind = mapping(value).get("type")
     if kind is None or kind in SAYS_NOTHING:
         return None
-    if kind not in ("enabled", "disabled"):
-        raise ValueError("must have the type enabled, disabled or adaptive")
-    return effort_from_switch(kind == "enabled")
+    if kind == "enabled":
+        return "on"
+    if kind == "disabled":
+        return "off"
+    raise ValueError("must have the type enabled, disabled or adaptive")
 
 
 def effort_from_template(value: Any) -> Effort | None:
     """The `chat_template_kwargs` of vLLM and SGLang; the name depends on the model."""
-    switches: dict[str, Check] = dict.fromkeys(("enable_thinking", "thinking"), effort_from_switch)
+    switches = {"enable_thinking": effort_from_switch, "thinking": effort_from_switch}
     given = validated(mapping(value), switches, "chat_template_kwargs.")
     return given.get("enable_thinking") or given.get("thinking")
 
@@ -2037,11 +2108,16 @@ thinking_budget = integer(-1, 2**31)
 
 
 def effort_from_budget(value: Any) -> Effort | None:
-    """Qwen's and Gemini's `thinking_budget` in tokens, of which GLM has none: 0 is off, -1 says nothing."""
+    """Qwen's and Gemini's `thinking_budget` in tokens: 0 is off, -1 says nothing, others are on.
+
+    GLM has no such budget.
+    """
     tokens = thinking_budget(value)
     if tokens < 0:
         return None
-    return effort_from_switch(tokens > 0)
+    if tokens == 0:
+        return "off"
+    return "on"
 
 
 # The ways to ask for thinking; if a request has several, the first in this order counts.
@@ -2076,10 +2152,11 @@ def reasoning_form(given: JSON, body: JSON) -> ReasoningFormat | None:
     return None
 
 
-def serial_calls(given: JSON) -> Iterator[str]:
+def serial_calls(given: JSON) -> list[str]:
     """`parallel_tool_calls` if it is false, which Z.ai does not offer."""
     if given.get("tools") and given.get("parallel_tool_calls") is False:
-        yield "parallel_tool_calls"
+        return ["parallel_tool_calls"]
+    return []
 
 
 def wants_usage(given: JSON) -> bool:
@@ -2090,54 +2167,59 @@ def wants_usage(given: JSON) -> bool:
 
 
 # The fields that every API has, and those that chat and completions share.
-COMMON_FIELDS: dict[str, Check] = {"model": model_name, "stream": switch, "fallbacks": model_names}
-COMMON_FIELDS |= {
+COMMON_FIELDS: dict[str, Check] = {
+    "model": model_name,
+    "stream": switch,
+    "fallbacks": model_names,
     "temperature": number(0, 2),
     "top_p": number(0, 1),
     "safety_identifier": string,
     "user": string,
 }
-GENERATION_FIELDS = (
-    COMMON_FIELDS
-    | EFFORT_FIELDS
-    | {"n": integer(1, 8), "stop": stop_words, "max_tokens": token_limit}
-)
-GENERATION_FIELDS |= {"seed": integer(-(2**63), 2**63 - 1), "stream_options": mapping}
-GENERATION_FIELDS |= {"reasoning_format": reasoning_format, "include_reasoning": switch}
+GENERATION_FIELDS: dict[str, Check] = {
+    **COMMON_FIELDS,
+    **EFFORT_FIELDS,
+    "n": integer(1, 8),
+    "stop": stop_words,
+    "max_tokens": token_limit,
+    "seed": integer(-(2**63), 2**63 - 1),
+    "stream_options": mapping,
+    "reasoning_format": reasoning_format,
+    "include_reasoning": switch,
+}
 
 # Fields that Prompt has under the same name.
-COPIED_FIELDS = frozenset(
-    (
-        "model",
-        "stream",
-        "n",
-        "temperature",
-        "top_p",
-        "stop",
-        "seed",
-        "tool_choice",
-        "fallbacks",
-    )
+COPIED_FIELDS = (
+    "model",
+    "stream",
+    "n",
+    "temperature",
+    "top_p",
+    "stop",
+    "seed",
+    "tool_choice",
+    "fallbacks",
 )
 
 
 def common_arguments(given: JSON) -> JSON:
     """The arguments of Prompt that every API gives in the same way."""
-    same = {name: value for name, value in given.items() if name in COPIED_FIELDS}
-    return {
-        **same,
-        "user": given.get("user_id") or given.get("safety_identifier") or given.get("user", ""),
-    }
+    user = given.get("user_id") or given.get("safety_identifier") or given.get("user", "")
+    return {**fields_of(given, *COPIED_FIELDS), "user": user}
 
 
 # ======== Contents ================================================================================
 # `read_message`: one message of any API as Messages. A client sends its history again with every
 # request, so what is said in a message is never refused here; what is not known goes as its text.
 
-# Z.ai refuses developer (1214); OpenAI's role function is now tool.
-ROLES = {role: role for role in ("system", "user", "assistant", "tool")} | {
-    "developer": "system",
-    "function": "tool",
+# The roles of messages, as Z.ai has them.
+ROLES = {
+    "system": "system",
+    "user": "user",
+    "assistant": "assistant",
+    "tool": "tool",
+    "developer": "system",  # Z.ai refuses it (1214)
+    "function": "tool",  # what OpenAI's API had before tools
 }
 known_role = must(
     f"be one of {', '.join(ROLES)}", lambda value: isinstance(value, str) and value in ROLES
@@ -2155,25 +2237,25 @@ def read_message(message: Any, at: str) -> list[Message]:
 
     `at` is its path in the request. Raises BadRequest for no object, and for an unknown role.
     """
-    role = ROLES[checked(checked(message, mapping, at).get("role"), known_role, f"{at}.role")]
+    given_role = checked(message, mapping, at).get("role")
+    role = ROLES[checked(given_role, known_role, f"{at}.role")]
     given = message.get("content")
     if isinstance(given, str) and role in ("user", "system"):  # most of them
         return [Message(role, (given,))]
     reader = ContentReader(role)
     reader.read(given, f"{at}.content")
-    content, results = tuple(reader.content), reader.results
-    match role:
-        case "assistant":
-            thought = read_thought(message) or "".join(reader.thoughts)
-            calls = merge_calls(read_calls(message), reader.calls)
-            return [Message(role, content, thought, calls), *results]
-        case _ if results:
-            rest = Message("user", content, continues=True)
-            return [*results, rest] if content else results
-        case "tool":
-            return [Message(role, content, call_id=answered_call(message))]
-        case _:
-            return [Message(role, content)]
+    content = tuple(reader.content)
+    if role == "assistant":
+        thought = read_thought(message) or "".join(reader.thoughts)
+        calls = merge_calls(read_calls(message), reader.calls)
+        return [Message(role, content, thought, calls), *reader.results]
+    if reader.results and content:
+        return [*reader.results, Message("user", content, continues=True)]
+    if reader.results:
+        return reader.results
+    if role == "tool":
+        return [Message(role, content, call_id=answered_call(message))]
+    return [Message(role, content)]
 
 
 class ContentReader:
@@ -2203,18 +2285,25 @@ class ContentReader:
 
     def read_part(self, part: Any, at: str) -> None:
         kind = part_type(part)
-        says = self.role == "assistant"
+        is_assistants = self.role == "assistant"
         if kind in PART_READERS:
             # Z.ai refuses empty text parts (1214).
-            self.content += [read for read in PART_READERS[kind](part, at) if read]
-        elif kind in ("thinking", "reasoning") and says:
+            self.content += filter(None, PART_READERS[kind](part, at))
+        elif kind in ("thinking", "reasoning") and is_assistants:
             self.thoughts.append(part_thought(part))
-        elif kind == "tool_use" and says:
+        elif kind == "tool_use" and is_assistants:
             self.calls.append(read_call(part, len(self.calls)))
         elif kind == "tool_result" and self.role != "system":
             self.results.append(read_result(part, at))
         elif part is not None:
             self.content.append(json_or_text(part))
+
+
+def read_content(content: Any, at: str) -> list[Part]:
+    """The parts of a content that is not a message's own: calls and results in it are text."""
+    reader = ContentReader("system")
+    reader.read(content, at)
+    return reader.content
 
 
 # The results of tools are any JSON: what lacks all of these is an object that has such a type.
@@ -2272,9 +2361,10 @@ def read_media(part: JSON, at: str) -> list[Part]:
 
 
 def media_at(url: Any, kind: str, at: str) -> Part:
+    media = Media(kind, url)
     if isinstance(url, str) and is_within_reach(url):
-        return Media(kind, url)
-    return Unreadable("image" if kind == "image_url" else "file", "", SEND_IMAGE, at)
+        return media
+    return Unreadable(media.kind, "", SEND_IMAGE, at)
 
 
 SCHEME = re.compile(r"([a-zA-Z][a-zA-Z0-9+.-]{0,20}):")
@@ -2326,9 +2416,7 @@ def read_file(part: JSON, at: str) -> list[Part]:
     given = as_object(part.get("file")) or as_object(part.get("source")) or part
     name = file_name(part)
     if "content" in given:
-        reader = ContentReader("system")
-        reader.read(given["content"], f"{at}.source.content")
-        return [name, *reader.content]
+        return [name, *read_content(given["content"], f"{at}.source.content")]
     data = given.get("file_data") or given.get("data")
     if not isinstance(data, str):
         return [Unreadable("file", name, SEND_DATA, at)]
@@ -2383,10 +2471,10 @@ def read_secret(_: JSON, __: str) -> list[Part]:
 
 def read_search_result(part: JSON, at: str) -> list[Part]:
     """A document that the client found, as Anthropic's API has it."""
-    reader = ContentReader("system")
-    reader.read(part["content"], f"{at}.content")
     about = [part.get("title"), part.get("source")]
-    return [*(text for text in about if isinstance(text, str)), *reader.content]
+    found: list[Part] = [text for text in about if isinstance(text, str)]
+    found += read_content(part["content"], f"{at}.content")
+    return found
 
 
 def read_tool_reference(part: JSON, _: str) -> list[Part]:
@@ -2423,13 +2511,18 @@ PART_READERS: dict[str, Callable[[Any, str], list[Part]]] = {
 
 def read_result(part: JSON, at: str) -> Message:
     """The result of a tool, as Anthropic's API has it in a user's message."""
-    reader = ContentReader("system")  # in which further results would be text
-    reader.read(part.get("content"), f"{at}.content")
-    content = reader.content
+    content = read_content(part.get("content"), f"{at}.content")
     if part.get("is_error") is True and not says_error(content):
-        said = content.pop(0) if content and isinstance(content[0], str) else ""
-        content.insert(0, f"Error: {said}".strip())
+        content = with_error(content)
     return Message("tool", tuple(content), call_id=answered_call(part))
+
+
+def with_error(content: list[Part]) -> list[Part]:
+    """A content whose first text begins with the word error: Z.ai has no field for it."""
+    if content and isinstance(content[0], str):
+        first = f"Error: {content[0]}".strip()
+        return [first, *content[1:]]
+    return ["Error:", *content]
 
 
 def says_error(content: list[Part]) -> bool:
@@ -2491,8 +2584,11 @@ def joined_texts(value: Any) -> str:
 def read_calls(message: JSON) -> list[ToolCall]:
     """The calls in `tool_calls`, or in `function_call`, OpenAI's before there were tools."""
     given = message.get("tool_calls")
-    calls = [given] if isinstance(given, dict) else [*objects(given)]
-    if isinstance(function := message.get("function_call"), dict):
+    calls = list(objects(given))
+    if isinstance(given, dict):
+        calls = [given]
+    function = message.get("function_call")
+    if isinstance(function, dict):
         calls.append({"id": function.get("name"), "function": function})  # it has no other id
     return [read_call(call, index) for index, call in enumerate(calls)]
 
@@ -2507,17 +2603,20 @@ def read_call(call: JSON, index: int) -> ToolCall:
         case _:
             function = call
             arguments = call.get("arguments", call.get("input", call.get("args")))
-    given_id = call.get("id")
-    call_id = f"call_{index}" if given_id in (None, "") else str(given_id)
+    call_id = call.get("id")
+    if call_id in (None, ""):
+        call_id = f"call_{index}"
     name = function.get("name")
     if not isinstance(name, str):
         name = ""
-    return ToolCall(index, call_id, name, argument_text(arguments) or "{}")
+    return ToolCall(index, str(call_id), name, argument_text(arguments) or "{}")
 
 
 def merge_calls(calls: list[ToolCall], others: list[ToolCall]) -> tuple[ToolCall, ...]:
     """The calls of a message, and those of its parts that are not among them."""
-    known = {call.id for call in calls} if others else set()
+    if not others:
+        return tuple(calls)
+    known = {call.id for call in calls}
     return (*calls, *[call for call in others if call.id not in known])
 
 
@@ -2525,11 +2624,13 @@ def argument_text(arguments: Any) -> str:
     """Arguments as JSON text, as OpenAI has them, even if they were sent as an object."""
     if isinstance(arguments, str):
         return arguments
-    return json_text(arguments) if arguments else ""
+    if not arguments:
+        return ""
+    return json_text(arguments)
 
 
-# ======== Chat completions ==========================================================================================
-# `parse_chat` reads a request, `ChatEncoder` streams the answer, `chat_completion` is the whole one.
+# ======== Chat completions ========================================================================
+# `parse_chat` reads a request; `ChatReply` makes its answer, streamed or whole.
 
 MAX_TOOLS = 128
 
@@ -2565,7 +2666,9 @@ def chosen_name(choice: JSON) -> str:
     """The name in a choice, perhaps one level deeper; "" if there is none."""
     named = as_object(choice.get("function")) or as_object(choice.get("custom")) or choice
     name = named.get("name")
-    return name if isinstance(name, str) else ""
+    if not isinstance(name, str):
+        return ""
+    return name
 
 
 def function_list(value: Any) -> list[Any]:
@@ -2577,9 +2680,10 @@ def function_list(value: Any) -> list[Any]:
 
 
 def function_choice(value: Any) -> ToolChoice:
-    return tool_choice(
-        {"type": "function", "function": value} if isinstance(value, dict) else value
-    )
+    """The deprecated `function_call`."""
+    if isinstance(value, dict):
+        return tool_choice({"type": "function", "function": value})
+    return tool_choice(value)
 
 
 def answer_schema(value: Any) -> JSON | None:
@@ -2602,13 +2706,15 @@ def answer_schema(value: Any) -> JSON | None:
 def search_tool(value: Any) -> JSON:
     """OpenAI's web_search_options as Z.ai's tool.
 
-    Documents and clients differ on whether search_engine must be there; "search-prime" is the one api.z.ai documents.
+    Documents and clients differ on whether search_engine must be there; "search-prime" is the one
+    that api.z.ai documents.
     """
     size = mapping(value).get("search_context_size")
     if size not in (None, "low", "medium", "high"):
         raise ValueError("must have the search_context_size low, medium or high")
-    high = {"content_size": "high"} if size == "high" else {}
-    options = {"enable": True, "search_engine": "search-prime", "search_result": True, **high}
+    options: JSON = {"enable": True, "search_engine": "search-prime", "search_result": True}
+    if size == "high":
+        options["content_size"] = "high"
     return {"type": "web_search", "web_search": options}
 
 
@@ -2649,10 +2755,29 @@ def parse_chat(body: JSON) -> tuple[Prompt, ChatReply]:
         tools = parse_functions(given)
     else:
         tools = [parse_tool(tool, f"tools[{i}]") for i, tool in enumerate(given.get("tools", ()))]
+    prompt = chat_prompt(body, given, tools)
+    include_usage = wants_usage(given)
+    if has_functions:
+        return prompt, FunctionReply(prompt.n, include_usage=include_usage)
+    custom = custom_names(given.get("tools", ()))
+    if custom:
+        return prompt, CustomToolReply(prompt.n, custom, include_usage=include_usage)
+    return prompt, ChatReply(prompt.n, include_usage=include_usage)
+
+
+def chat_prompt(body: JSON, given: JSON, tools: list[ParsedTool]) -> Prompt:
+    """The prompt of a request: `given` has its fields as they were checked, `tools` its tools."""
+    messages = read_messages(given["messages"])
     thinking = validated(as_object(body.get("thinking")), {"clear_thinking": switch}, "thinking.")
-    prompt = Prompt(
+    ignored = [
+        *unknown_fields(body, CHAT_FIELDS),
+        *unknown_tools(given.get("tools", ()), tools),
+        *serial_calls(given),
+        *dropped_names(given["messages"]),
+    ]
+    return Prompt(
         **common_arguments(given),
-        messages=read_messages(given["messages"]),
+        messages=messages,
         max_tokens=given.get("max_completion_tokens") or given.get("max_tokens"),
         tools=tuple([tool for tool in tools if isinstance(tool, Tool)]),
         native_tools=tuple(native_tools(tools, given)),
@@ -2661,21 +2786,9 @@ def parse_chat(body: JSON) -> tuple[Prompt, ChatReply]:
         reasoning_format=reasoning_form(given, body),
         clear_thinking=thinking.get("clear_thinking"),
         cache_key=str(body.get("prompt_cache_key") or ""),
-        native={name: value for name, value in given.items() if name in NATIVE_FIELDS},
-        ignored=(
-            *unknown_fields(body, CHAT_FIELDS),
-            *unknown_tools(given.get("tools", ()), tools),
-            *serial_calls(given),
-            *dropped_names(given["messages"]),
-        ),
+        native=fields_of(given, *NATIVE_FIELDS),
+        ignored=tuple(ignored),
     )
-    include_usage = wants_usage(given)
-    if has_functions:
-        return prompt, FunctionReply(prompt.n, include_usage=include_usage)
-    custom = custom_names(given.get("tools", ()))
-    if custom:
-        return prompt, CustomToolReply(prompt.n, custom, include_usage=include_usage)
-    return prompt, ChatReply(prompt.n, include_usage=include_usage)
 
 
 def read_messages(messages: list[Any]) -> Messages:
@@ -2687,14 +2800,17 @@ def read_messages(messages: list[Any]) -> Messages:
 
 def dropped_names(messages: list[JSON]) -> list[str]:
     """`messages.name` if a message has a name; the name of a function answers a call."""
-    named = any(message.get("name") and message["role"] != "function" for message in messages)
-    return ["messages.name"] if named else []
+    for message in messages:
+        if message.get("name") and message["role"] != "function":
+            return ["messages.name"]
+    return []
 
 
 def native_tools(tools: list[ParsedTool], given: JSON) -> list[JSON]:
-    """Z.ai's own tools: those that the client sent, and the search that web_search_options asks for."""
+    """Z.ai's own tools: those that the client sent, and the search of web_search_options."""
     native = [tool for tool in tools if isinstance(tool, dict)]
-    if "web_search_options" in given and not any(tool["type"] == "web_search" for tool in native):
+    types = [tool["type"] for tool in native]
+    if "web_search_options" in given and "web_search" not in types:
         native.append(given["web_search_options"])
     return native
 
@@ -2810,13 +2926,13 @@ def parse_named_tool(tool: JSON, at: str, inside: str) -> Tool:
 
 
 def usage_body(usage: Usage) -> JSON:
-    counts = {
+    return {
         "prompt_tokens": usage.prompt,
         "completion_tokens": usage.completion,
         "total_tokens": usage.total,
+        "prompt_tokens_details": {"cached_tokens": usage.cached},
+        "completion_tokens_details": {"reasoning_tokens": usage.reasoning},
     }
-    cached, reasoning = {"cached_tokens": usage.cached}, {"reasoning_tokens": usage.reasoning}
-    return {**counts, "prompt_tokens_details": cached, "completion_tokens_details": reasoning}
 
 
 def envelope(head: Head, prefix: str, kind: str) -> JSON:
@@ -2824,29 +2940,50 @@ def envelope(head: Head, prefix: str, kind: str) -> JSON:
     return {"id": prefix + head.id, "object": kind, "created": head.created, "model": head.model}
 
 
-class ChatReply(Reply):
-    """A chat's answer: chat.completion.chunk frames, or a chat.completion.
+class ChunkReply(Reply):
+    """What the answers of chat and of completions share: what frames are made of, and their end.
 
     Frames are JSON text, since most of each is always the same.
     """
 
-    def __init__(self, n: int, *, include_usage: bool) -> None:
-        self.n = n
+    def __init__(self, *, include_usage: bool) -> None:
         self.include_usage = include_usage
-        self.start = ""  # of every frame: the envelope
-        self.tail = '],"usage":null}' if include_usage else "]}"
+        self.start = ""  # of every frame: the envelope, up to the choices
+        self.tail = "]}"  # of every frame, after the choices
+        if include_usage:
+            self.tail = '],"usage":null}'
         self.usage: Usage | None = None  # the sum over the choices
-        self.begun: set[int] = set()  # choices that have had their first delta
+        self.begun: set[int] = set()  # choices that have had their first frame
+
+    def close(self) -> list[Frame]:
+        """The usage, if it was asked for and Z.ai sent it, and the end."""
+        if not self.include_usage or self.usage is None:
+            return ["[DONE]"]
+        usage = json_text(usage_body(self.usage))
+        return [f'{self.start}],"usage":{usage}}}', "[DONE]"]
+
+    def fail(self, error: ProxyError) -> list[Frame]:
+        # OpenAI's SDKs raise on `error`, Dify needs `choices`.
+        return [{**error_body(error), "choices": []}, "[DONE]"]
+
+
+class ChatReply(ChunkReply):
+    """A chat's answer: chat.completion.chunk frames, or a chat.completion."""
+
+    def __init__(self, n: int, *, include_usage: bool) -> None:
+        super().__init__(include_usage=include_usage)
+        self.n = n  # the number of choices
 
     def begin(self, head: Head) -> None:
         super().begin(head)
         self.start = frame_start(envelope(head, "chatcmpl-", "chat.completion.chunk"))
 
     def feed(self, event: Event) -> list[str]:
-        if self.n > 1 and not self.begun and not isinstance(event, Usage):
-            # The OpenAI SDK's stream() fails on choices that do not begin in their order.
-            return [*(self.chunk(choice, "") for choice in range(self.n)), *self.frames(event)]
-        return self.frames(event)
+        if self.n == 1 or self.begun or isinstance(event, Usage):
+            return self.frames(event)
+        # The OpenAI SDK's stream() fails on choices that do not begin in their order.
+        opening = [self.chunk(choice, "") for choice in range(self.n)]
+        return opening + self.frames(event)
 
     def frames(self, event: Event) -> list[str]:
         match event:
@@ -2861,7 +2998,7 @@ class ChatReply(Reply):
                 chunk = self.chunk(event.choice, f'"annotations":{annotations}')
                 return [f'{chunk[:-1]},"web_search":{json_text(event.results)}}}']
             case Usage():
-                self.usage = self.usage + event if self.usage else event
+                self.usage = summed(self.usage, event)
                 return []
             case Finish():
                 return [self.chunk(event.choice, "", quoted(event.reason))]
@@ -2870,16 +3007,11 @@ class ChatReply(Reply):
         """A frame; `delta` is what stands between the braces of the delta."""
         if choice not in self.begun:
             self.begun.add(choice)
-            role = '"role":"assistant"'
-            delta = f"{role},{delta}" if delta else role
+            if delta:
+                delta = f",{delta}"
+            delta = f'"role":"assistant"{delta}'
         state = f'"delta":{{{delta}}},"finish_reason":{finish_reason}'
         return f'{self.start}{{"index":{choice},{state}}}{self.tail}'
-
-    def close(self) -> list[Frame]:
-        return last_frames(self.start, self.usage if self.include_usage else None)
-
-    def fail(self, error: ProxyError) -> list[Frame]:
-        return failure_frames(error)
 
     def fold(self, events: Sequence[Event]) -> JSON:
         answer = Answer(events)
@@ -2889,21 +3021,27 @@ class ChatReply(Reply):
             "choices": [self.choice_body(index, choice) for index, choice in choices],
             "usage": usage_body(answer.usage or Usage()),
         }
-        found = [result for _, choice in choices for result in choice.citations]
+        found: list[JSON] = []
+        for _, choice in choices:
+            found += choice.citations
         if found:
             document["web_search"] = found
         return document
 
     def choice_body(self, index: int, choice: Choice) -> JSON:
         """One choice of a whole answer; content is null when there are only calls."""
+        content: str | None = choice.text
+        if choice.calls and not content:
+            content = None
+        message = {
+            "role": "assistant",
+            "content": content,
+            "refusal": None,
+            **self.extras(choice),
+        }
         return {
             "index": index,
-            "message": {
-                "role": "assistant",
-                "content": choice.text or (None if choice.calls else ""),
-                "refusal": None,
-                **self.extras(choice),
-            },
+            "message": message,
             "logprobs": None,
             "finish_reason": choice.finish,
         }
@@ -2913,7 +3051,7 @@ class ChatReply(Reply):
         fields = {
             "reasoning_content": choice.thought,
             "annotations": url_citations(choice.citations),
-            "tool_calls": [*map(call_body, choice.tool_calls)],
+            "tool_calls": [call_body(call) for call in choice.tool_calls],
         }
         return {name: value for name, value in fields.items() if value}
 
@@ -2921,18 +3059,6 @@ class ChatReply(Reply):
 def frame_start(body: JSON) -> str:
     """What every frame begins with, up to its choices."""
     return json_text(body)[:-1] + ',"choices":['
-
-
-def last_frames(start: str, usage: Usage | None) -> list[Frame]:
-    """The frames after the last event: the usage, if it was asked for and Z.ai sent it, and the end."""
-    if usage:
-        return [f'{start}],"usage":{json_text(usage_body(usage))}}}', "[DONE]"]
-    return ["[DONE]"]
-
-
-def failure_frames(error: ProxyError) -> list[Frame]:
-    """The last frames of an answer that broke off: OpenAI's SDKs raise on `error`, Dify needs `choices`."""
-    return [{**error_body(error), "choices": []}, "[DONE]"]
 
 
 class FunctionReply(ChatReply):
@@ -2994,8 +3120,8 @@ class CustomToolReply(ChatReply):
         """The frames with the texts of a choice's calls."""
         for (choice, index), pieces in self.calls.items():
             if choice == of_choice:
-                arguments = "".join([piece.arguments for piece in pieces])
-                custom = {"input": custom_input(pieces[0].name, arguments)}
+                call = whole_call(pieces)
+                custom = {"input": custom_input(call.name, call.arguments)}
                 yield self.call_frame(choice, {"index": index, "custom": custom})
 
     def call_frame(self, choice: int, delta: JSON) -> str:
@@ -3019,7 +3145,7 @@ def custom_call_body(call: ToolCall) -> JSON:
 
 
 def custom_input(name: str, arguments: str) -> str:
-    """What a custom tool is called with: a string, offered to the model as a function's only field."""
+    """What a custom tool is called with: a string, which the model knows as a function's field."""
     given = parse_json_text(arguments)
     if isinstance(given, dict) and "input" in given:
         said = json_or_text(given["input"])
@@ -3032,7 +3158,8 @@ def custom_input(name: str, arguments: str) -> str:
     return said
 
 
-# The lines around a patch, as Codex's apply_patch takes it (openai/codex, apply-patch/src/parser.rs).
+# The lines around a patch, as Codex's apply_patch takes it (openai/codex,
+# apply-patch/src/parser.rs).
 PATCH_BEGINS = re.compile(r"^\*\*\* Begin Patch[ \t\r]*\n", re.MULTILINE)
 PATCH_ENDS = "\n*** End Patch"
 
@@ -3047,8 +3174,9 @@ def patch_in(said: str) -> str:
         ends = text.rfind(PATCH_ENDS)
         if begins and begins.start() < ends:
             patch = text[begins.start() : ends + len(PATCH_ENDS)]
-            is_bare = patch == text.strip()
-            return text if is_bare else patch
+            if patch == text.strip():
+                return text
+            return patch
     return said
 
 
@@ -3074,45 +3202,46 @@ def call_body(call: ToolCall) -> JSON:
 
 def call_delta(call: ToolCall) -> JSON:
     """The first piece of a call has its id and name, later ones only arguments."""
-    return {
-        "index": call.index,
-        **(call_body(call) if call.id else {"function": {"arguments": call.arguments}}),
-    }
+    if call.id:
+        return {"index": call.index, **call_body(call)}
+    return {"index": call.index, "function": {"arguments": call.arguments}}
 
 
 def url_citations(results: Iterable[JSON]) -> list[JSON]:
-    """Search results as OpenAI's annotations."""
-    return [
-        url_citation(result)
-        for result in results
-        if isinstance(result.get("link"), str) and result["link"]
-    ]
+    """Search results as OpenAI's annotations; what has no address is left out."""
+    citations: list[JSON] = []
+    for result in results:
+        link = result.get("link")
+        if isinstance(link, str) and link:
+            citations.append(url_citation(result))
+    return citations
 
 
 def url_citation(result: JSON) -> JSON:
     """Z.ai does not say where in the text a result belongs, so the indexes are 0."""
-    title, content = str(result.get("title") or ""), str(result.get("content") or "")
     cited = {
         "url": result["link"],
-        "title": title,
+        "title": str(result.get("title") or ""),
         "start_index": 0,
         "end_index": 0,
-        "content": content,
+        "content": str(result.get("content") or ""),
     }
     return {"type": "url_citation", "url_citation": cited}
 
 
-# ======== Completions ===============================================================================================
-# OpenAI's API before chat, translated.
-
+# ======== Completions =============================================================================
+# OpenAI's API before chat: `parse_completion` reads a prompt as a chat, `CompletionReply` makes its
+# answer.
 
 MAX_PROMPTS = 20
 
 
 def prompt_texts(value: Any) -> tuple[str, ...]:
-    """The prompts: one, or several that have nothing to do with each other."""
+    """The prompts: one, or several that have nothing to do with each other; none for ""."""
+    if value == "":
+        return ()
     if isinstance(value, str):
-        return (value,) if value else ()
+        return (value,)
     texts = array(value)
     for text in texts:
         if not isinstance(text, str) or not text:
@@ -3122,7 +3251,8 @@ def prompt_texts(value: Any) -> tuple[str, ...]:
     return tuple(texts)
 
 
-COMPLETION_FIELDS = GENERATION_FIELDS | {
+COMPLETION_FIELDS: dict[str, Check] = {
+    **GENERATION_FIELDS,
     "prompt": prompt_texts,
     "echo": switch,
     "suffix": string,
@@ -3136,48 +3266,50 @@ def parse_completion(body: JSON) -> tuple[Prompt, CompletionReply]:
     require_fields(given, "model", "prompt")
     n = given.get("n", 1)
     if given.get("best_of", n) not in (0, 1, n):
-        raise BadRequest(
-            "'best_of' must be the same as 'n': nobody compares answers here.", "best_of"
-        )
+        words = "'best_of' must be the same as 'n': nobody compares answers here."
+        raise BadRequest(words, "best_of")
     texts = given["prompt"]
-    batch = [completion_messages(text, given.get("suffix", "")) for text in texts]
+    conversations = [completion_messages(text, given.get("suffix", "")) for text in texts]
+    batch: tuple[Messages, ...] = ()
+    if len(texts) > 1:
+        batch = tuple(conversations)
     echo = bool(given.get("echo"))
     arguments = {**common_arguments(given), "n": n * len(texts)}
     prompt = Prompt(
         **arguments,
-        messages=batch[0],
-        batch=tuple(batch) if len(batch) > 1 else (),
+        messages=conversations[0],
+        batch=batch,
         max_tokens=given.get("max_tokens"),
         effort=effort_of(given),
         reasoning_format=reasoning_form(given, body),
         ignored=tuple(unknown_fields(body, COMPLETION_FIELDS)),
         wants_answer=not (echo and body.get("max_tokens") == 0),
     )
-    echoes = []
+    echoes: list[str] = []
     for text in texts:
-        echoes += [text if echo else ""] * n
+        echoed = text if echo else ""
+        echoes += [echoed] * n
     return prompt, CompletionReply(echoes, include_usage=wants_usage(given))
 
 
-def completion_messages(prompt: str, suffix: str) -> tuple[Message, ...]:
-    """The prompt as the user's message. Z.ai has no parameter for the suffix, so a system message asks for it."""
-    line = f"Write only what belongs between the user's text and this: {suffix}"
-    return (*([Message("system", (line,))] if suffix else []), Message("user", (prompt,)))
+def completion_messages(prompt: str, suffix: str) -> Messages:
+    """The prompt as the user's message.
 
-
-class CompletionReply(Reply):
-    """A completion's answer: text_completion frames, or one document. It cannot hold reasoning.
-
-    `echoes` is what each choice begins with.
+    Z.ai has no parameter for the suffix, so a system message asks for it.
     """
+    asked = Message("user", (prompt,))
+    if not suffix:
+        return (asked,)
+    line = f"Write only what belongs between the user's text and this: {suffix}"
+    return (Message("system", (line,)), asked)
+
+
+class CompletionReply(ChunkReply):
+    """A completion's answer: text_completion frames, or one document. It cannot hold reasoning."""
 
     def __init__(self, echoes: Sequence[str], *, include_usage: bool) -> None:
-        self.echoes = echoes
-        self.include_usage = include_usage
-        self.begun: set[int] = set()  # choices that have had their echo
-        self.start = ""  # of every frame: the envelope
-        self.tail = '],"usage":null}' if include_usage else "]}"
-        self.usage: Usage | None = None  # the sum over the choices
+        super().__init__(include_usage=include_usage)
+        self.echoes = echoes  # what each choice begins with
 
     def begin(self, head: Head) -> None:
         super().begin(head)
@@ -3191,7 +3323,7 @@ class CompletionReply(Reply):
             case Finish(reason, choice):
                 return [self.frame(completion_choice(choice, self.opening(choice), reason))]
             case Usage():
-                self.usage = self.usage + event if self.usage else event
+                self.usage = summed(self.usage, event)
         return []
 
     def opening(self, choice: int) -> str:
@@ -3204,18 +3336,12 @@ class CompletionReply(Reply):
     def frame(self, choice: JSON) -> str:
         return f"{self.start}{json_text(choice)}{self.tail}"
 
-    def close(self) -> list[Frame]:
-        return last_frames(self.start, self.usage if self.include_usage else None)
-
-    def fail(self, error: ProxyError) -> list[Frame]:
-        return failure_frames(error)
-
     def fold(self, events: Sequence[Event]) -> JSON:
         answer = Answer(events)
-        choices = [
-            completion_choice(index, self.echoes[index] + choice.text, choice.finish)
-            for index, choice in sorted(answer.choices.items())
-        ]
+        choices: list[JSON] = []
+        for index, choice in sorted(answer.choices.items()):
+            text = self.echoes[index] + choice.text
+            choices.append(completion_choice(index, text, choice.finish))
         return {
             **envelope(self.head, "cmpl-", "text_completion"),
             "choices": choices,
@@ -3227,13 +3353,14 @@ def completion_choice(index: int, words: str, finish_reason: FinishReason | None
     return {"index": index, "text": words, "logprobs": None, "finish_reason": finish_reason}
 
 
-# ======== Responses: request ========================================================================================
+# ======== Responses: request ======================================================================
 # `parse_response` reads a request; the items of its input become messages.
 
 
 def text_format(value: Any) -> JSON | None:
-    """The schema in a request's `text`: as `answer_schema`, but the format is flat."""
+    """The schema in a request's `text`: None for text, {} for any JSON."""
     flat = mapping(value).get("format") or {"type": "text"}
+    # Chat has the fields of a json_schema one level deeper.
     return answer_schema({**as_object(flat), "json_schema": flat})
 
 
@@ -3270,29 +3397,40 @@ def chosen_tools(mode: Literal["auto", "required"], tools: list[Any]) -> ChosenT
 
 
 def response_input(value: Any) -> list[Any]:
-    return [{"role": "user", "content": value}] if isinstance(value, str) else array(value)
+    """The items of an input; a text is a user's message."""
+    if isinstance(value, str):
+        return [{"role": "user", "content": value}]
+    items: list[Any] = array(value)
+    return items
 
 
 def qualified_name(item: JSON) -> str:
-    """The name under which the model knows a function: functions of two namespaces may have the same name."""
-    return "__".join(str(item[key]) for key in ("namespace", "name") if item.get(key))
+    """The name under which the model knows a function.
+
+    Functions of two namespaces may have the same name.
+    """
+    return joined_fields(item, "namespace", "name")
+
+
+def joined_fields(item: JSON, *names: str) -> str:
+    """Those of these fields that an item has, as one name."""
+    return "__".join([str(item[name]) for name in names if item.get(name)])
 
 
 def response_tools(value: Any) -> list[tuple[str, Any]]:
     """The tools, each after its path in the request."""
-    return [
-        found
-        for i, tool in enumerate(array(value))
-        for found in split_namespace(tool, f"tools[{i}]")
-    ]
+    found: list[tuple[str, Any]] = []
+    for i, tool in enumerate(array(value)):
+        found += split_namespace(tool, f"tools[{i}]")
+    return found
 
 
 def split_namespace(tool: Any, at: str) -> Iterator[tuple[str, Any]]:
-    """Yield the tool, or each tool of a namespace with `namespace` added to it, after its path in the request."""
+    """The tool, or each tool of a namespace with `namespace` added to it, after its path."""
     match tool:
         case {"type": "namespace", "name": str(namespace), "tools": [*members]}:
             for i, member in enumerate(members):
-                yield f"{at}.tools[{i}]", as_object(member) | {"namespace": namespace}
+                yield f"{at}.tools[{i}]", {**as_object(member), "namespace": namespace}
         case {"type": str(kind), "external_web_access": False} if kind.startswith("web_search"):
             return  # Codex's default: a search of OpenAI's own index, not of the web
         case _:
@@ -3301,19 +3439,21 @@ def split_namespace(tool: Any, at: str) -> Iterator[tuple[str, Any]]:
 
 def metadata(value: Any) -> JSON:
     """As OpenAI bounds it: 16 pairs, keys of 64 characters, values of 512."""
-    pairs = as_object(mapping(value))
-    fits = len(pairs) <= 16 and all(
-        len(key) <= 64 and isinstance(words, str) and len(words) <= 512
-        for key, words in pairs.items()
-    )
-    if not fits:
+    pairs = mapping(value)
+    fits = all(is_metadata(key, value) for key, value in pairs.items())
+    if len(pairs) > 16 or not fits:
         raise ValueError("must have at most 16 strings of 512 characters, with keys of 64")
     return pairs
 
 
+def is_metadata(key: str, value: Any) -> bool:
+    return len(key) <= 64 and isinstance(value, str) and len(value) <= 512
+
+
 def stored_by_openai(_: Any) -> None:
     raise ValueError(
-        "refers to what only OpenAI stores: send the conversation as 'input', or 'previous_response_id'"
+        "refers to what only OpenAI stores: send the conversation as 'input', "
+        "or 'previous_response_id'"
     )
 
 
@@ -3373,17 +3513,17 @@ class History(Protocol):
 
 
 class Referred(NamedTuple):
-    """What a request refers to: the response that it goes on from, and those that it takes items from."""
+    """The responses that a request refers to, by their ids."""
 
-    previous: str = ""
-    others: tuple[str, ...] = ()
+    previous: str = ""  # the one that it goes on from
+    others: tuple[str, ...] = ()  # those that it takes items from
 
 
 @dataclass(slots=True)
 class ResponsesRequest:
-    """What a response's answer depends on. `echo` is what the response repeats of the request."""
+    """What the answer to a request depends on."""
 
-    echo: JSON
+    echo: JSON  # what the response repeats of the request
     input: list[JSON]  # what is to be stored of its own items
     tools: Mapping[str, JSON]  # as the client sent them, by the names that the model knows
     returns_reasoning: bool  # in a form that the client can send back
@@ -3398,7 +3538,7 @@ def parse_response(body: JSON, history: History) -> tuple[Prompt, ResponseReply]
 
 
 def parse_compaction(body: JSON, history: History) -> tuple[Prompt, ResponseReply]:
-    """A request for nothing but a summary; what comes of it is not stored. Raises as parse_response."""
+    """A request for nothing but a summary, which is not stored. Raises as parse_response."""
     prompt, request = read_response_request({**body, "store": False}, history)
     return with_compaction(prompt), CompactedReply(request)
 
@@ -3407,13 +3547,17 @@ COUNTED_OF_RESPONSE = ("model", "instructions", "input", "tools", "previous_resp
 
 
 def parse_counted_response(body: JSON, history: History) -> Prompt:
-    """What a model would read of a request, of which nothing else is looked at; the model need not be named."""
+    """What a model would read of a request; nothing else in it is looked at.
+
+    The model need not be named.
+    """
     given = {name: body[name] for name in COUNTED_OF_RESPONSE if body.get(name) is not None}
     prompt, _ = read_response_request({"model": "any", "input": "", **given}, history)
     return prompt
 
 
 def read_response_request(body: JSON, history: History) -> tuple[Prompt, ResponsesRequest]:
+    """The prompt, and what its answer depends on. Raises as parse_response."""
     given = validated(body, RESPONSE_FIELDS)
     require_fields(given, "model")
     before = previous_items(given.get("previous_response_id", ""), history)
@@ -3426,6 +3570,12 @@ def read_response_request(body: JSON, history: History) -> tuple[Prompt, Respons
         conversation = (Message("system", (given["instructions"],)), *conversation)
     tools = with_additional_tools(read_tools(given.get("tools", [])), items)
     offered = offered_tools(given.get("tool_choice", ToolChoice()), tools)
+    ignored = [
+        *unknown_fields(body, RESPONSE_FIELDS),
+        *serial_calls(given),
+        *offered.left_out,
+        *unknown_items(items),
+    ]
     prompt = Prompt(
         **common_arguments({"stream": False, **given, "tool_choice": offered.choice}),
         messages=conversation,
@@ -3436,23 +3586,20 @@ def read_response_request(body: JSON, history: History) -> tuple[Prompt, Respons
         effort=given.get("reasoning"),
         reasoning_format="parsed",
         cache_key=given.get("prompt_cache_key", ""),
-        ignored=(
-            *unknown_fields(body, RESPONSE_FIELDS),
-            *serial_calls(given),
-            *offered.left_out,
-            *unknown_items(items),
-        ),
+        ignored=tuple(ignored),
     )
     echo = echo_of(body)
-    stored = stored_items(own) if echo["store"] else []
+    stored: list[JSON] = []
+    if echo["store"]:
+        stored = stored_items(own)
     returns_reasoning = "reasoning.encrypted_content" in given.get("include", ())
     return prompt, ResponsesRequest(echo, stored, offered.by_name, returns_reasoning)
 
 
 def ends_in_trigger(items: Any) -> bool:
-    """Whether the input asks for a summary of the conversation, as Codex does before its window is full."""
-    kinds = [item.get("type") for item in objects(items)]
-    return kinds[-1:] == [COMPACTION_TRIGGER]
+    """Whether the input asks for a summary: Codex does so before the model's window is full."""
+    given = list(objects(items))
+    return bool(given) and given[-1].get("type") == COMPACTION_TRIGGER
 
 
 COMPACTION_TRIGGER = "compaction_trigger"
@@ -3461,15 +3608,20 @@ Write a summary of this conversation for the model that goes on with the work. I
 else of what came before, so whatever it needs must be in your summary:
 - What was asked: the task, every later wish and correction, and what must not be done.
 - What was decided, and why; what was tried and did not work.
-- What was changed: each file and what is different in it now; commands that were run and what came of them.
+- What was changed: each file and what is different in it now; \
+commands that were run and what came of them.
 - What is open: what remains to be done, what is in progress, known errors, and the next step.
-Write the names of files, functions, commands, settings, versions and ids, and the words of errors, \
-exactly as they are. An earlier summary above counts as part of the conversation. Call no tool. \
+Write the names of files, functions, commands, settings, versions and ids, \
+and the words of errors, exactly as they are. \
+An earlier summary above counts as part of the conversation. Call no tool. \
 Answer with the summary alone."""
 
 
 def with_compaction(prompt: Prompt) -> Prompt:
-    """The conversation with the order to sum it up at its end; its beginning stays as it was, for Z.ai's cache."""
+    """The conversation with the order to sum it up at its end.
+
+    Its beginning stays as it was, for Z.ai's cache.
+    """
     order = Message("user", (COMPACTION_ORDER,), continues=True)
     return replace(
         prompt,
@@ -3493,15 +3645,20 @@ def previous_items(response_id: str, history: History) -> list[JSON]:
     while response_id:
         stored = history.get(response_id)
         if stored is None:
-            message = "The previous response is not stored here (any more): send the whole conversation as 'input'."
-            raise BadRequest(message, "previous_response_id", "previous_response_not_found")
+            raise BadRequest(
+                "The previous response is not stored here (any more): send the whole conversation "
+                "as 'input'.",
+                "previous_response_id",
+                "previous_response_not_found",
+            )
         output = stored.response["output"]
         if "compaction" in map(item_type, output):  # it stands for all that came before
             turns.append(output)
             break
         turns.append([*stored.input, *output])
         response_id = stored.parent
-    return [*chain.from_iterable(reversed(turns))]
+    turns.reverse()
+    return list(chain.from_iterable(turns))
 
 
 MAX_REFERENCES = 1_000  # responses whose items one request refers to
@@ -3523,8 +3680,13 @@ def referred_responses(body: JSON) -> Referred:
 
 
 def response_of(item_id: str) -> str:
-    """The id of the response that an item belongs to, from the item's id (see `ResponseReply.new_item`)."""
-    return f"resp_{item_id.partition('_')[2].rpartition('_')[0]}"
+    """The id of the response that an item belongs to, from the item's id.
+
+    rs_ID_0 is of resp_ID (see `ResponseReply.new_item`).
+    """
+    _, _, rest = item_id.partition("_")
+    own_id, _, _ = rest.rpartition("_")
+    return f"resp_{own_id}"
 
 
 def resolve_reference(item: Any, at: str, history: History) -> Any:
@@ -3544,7 +3706,9 @@ SHORT = 512  # characters of what a response repeats, but the model never reads
 
 
 def short(value: Any) -> str | None:
-    return value[:SHORT] if isinstance(value, str) else None
+    if not isinstance(value, str):
+        return None
+    return value[:SHORT]
 
 
 def echo_of(body: JSON) -> JSON:
@@ -3552,14 +3716,21 @@ def echo_of(body: JSON) -> JSON:
 
     It is stored: what no model reads is left out or short, or a few tokens would fill a disk.
     """
-    echo = ECHOED | {name: body[name] for name in ECHOED if body.get(name) is not None}
+    echo = dict(ECHOED)
+    for name in ECHOED:
+        if body.get(name) is not None:
+            echo[name] = body[name]
     for name in ("user", "safety_identifier", "prompt_cache_key"):
         echo[name] = short(echo[name])
-    reasoning, text = as_object(echo["reasoning"]), as_object(echo["text"])
     if type(echo["max_tool_calls"]) is not int:
         echo["max_tool_calls"] = None
     echo["metadata"] = as_object(echo["metadata"])
-    echo["reasoning"] = {name: short(reasoning.get(name)) for name in ("effort", "summary")}
+    reasoning = as_object(echo["reasoning"])
+    echo["reasoning"] = {
+        "effort": short(reasoning.get("effort")),
+        "summary": short(reasoning.get("summary")),
+    }
+    text = as_object(echo["text"])
     answer_format = format_echo(as_object(text.get("format")) or {"type": "text"})
     echo["text"] = {"format": answer_format, **shortened(text, "verbosity")}
     echo["tool_choice"] = choice_echo(echo["tool_choice"])
@@ -3568,7 +3739,7 @@ def echo_of(body: JSON) -> JSON:
 
 
 def format_echo(given: JSON) -> JSON:
-    echo = fields_of(given, "type", "schema") | shortened(given, "name", "description")
+    echo = {**fields_of(given, "type", "schema"), **shortened(given, "name", "description")}
     if "strict" in given:
         echo["strict"] = bool(given["strict"])
     return echo
@@ -3578,11 +3749,11 @@ def choice_echo(choice: Any) -> Any:
     """A `tool_choice`; one in chat's form has the name one level deeper."""
     if not isinstance(choice, dict):
         return choice
-    given = choice | as_object(choice.get("function"))
+    given = {**choice, **as_object(choice.get("function"))}
     echo = fields_of(given, "type", "name", "namespace", "mode")
     if "tools" in choice:
-        names = ("type", "name", "namespace")
-        echo["tools"] = [fields_of(tool, *names) for tool in objects(choice["tools"])]
+        tools = objects(choice["tools"])
+        echo["tools"] = [fields_of(tool, "type", "name", "namespace") for tool in tools]
     return echo
 
 
@@ -3593,12 +3764,14 @@ def shortened(value: Any, *names: str) -> JSON:
 
 def function_echo(tool: JSON) -> JSON:
     strict = tool.get("strict")
+    if not isinstance(strict, bool):
+        strict = None
     return {
         "type": "function",
         "name": tool.get("name"),
         "description": tool.get("description"),
         "parameters": tool.get("parameters"),
-        "strict": strict if isinstance(strict, bool) else None,
+        "strict": strict,
     }
 
 
@@ -3606,14 +3779,19 @@ def custom_echo(tool: JSON) -> JSON:
     echo = fields_of(tool, "type", "name", "description")
     grammar = as_object(tool.get("format"))
     if grammar:
-        echo["format"] = shortened(grammar, "type", "syntax") | fields_of(grammar, "definition")
+        echo["format"] = {
+            **shortened(grammar, "type", "syntax"),
+            **fields_of(grammar, "definition"),
+        }
     return echo
 
 
 def namespace_echo(tool: JSON) -> JSON:
-    about = short(tool.get("description"))
-    members = tool_echoes(tool.get("tools"))
-    return fields_of(tool, "type", "name") | {"description": about, "tools": members}
+    return {
+        **fields_of(tool, "type", "name"),
+        "description": short(tool.get("description")),
+        "tools": tool_echoes(tool.get("tools")),
+    }
 
 
 def search_echo(tool: JSON) -> JSON:
@@ -3660,10 +3838,20 @@ def item_type(item: JSON) -> str:
     return str(item.get("type") or "message")
 
 
-# The fields of each type of item that are read.
-CALL_FIELDS = (
-    *("call_id", "server_label", "name", "namespace", "arguments", "action", "operation"),
-    *("output", "error", "status", "author", "content"),
+# The fields that are read of each type of item, and of the types that do not stand in the table.
+OTHER_ITEM_FIELDS = (
+    "call_id",
+    "server_label",
+    "name",
+    "namespace",
+    "arguments",
+    "action",
+    "operation",
+    "output",
+    "error",
+    "status",
+    "author",
+    "content",
 )
 ITEM_FIELDS: Mapping[str, tuple[str, ...]] = {
     "message": ("role", "content"),
@@ -3681,8 +3869,11 @@ ITEM_FIELDS: Mapping[str, tuple[str, ...]] = {
 # More of them in a message, as other APIs have it.
 ROLE_FIELDS: Mapping[str, tuple[str, ...]] = {
     "assistant": (
-        *("reasoning_content", "reasoning", "reasoning_details"),
-        *("tool_calls", "function_call"),
+        "reasoning_content",
+        "reasoning",
+        "reasoning_details",
+        "tool_calls",
+        "function_call",
     ),
     "tool": ("tool_call_id", "tool_use_id", "name", "tool_name"),
 }
@@ -3691,7 +3882,9 @@ STORED_PART_FIELDS: Mapping[str, tuple[str, ...]] = {
     **dict.fromkeys(("text", "input_text", "output_text"), ("text",)),
     "refusal": ("refusal",),
     "input_image": ("image_url",),
-    **{kind: (kind,) for kind in ("image_url", "video_url", "file_url")},
+    "image_url": ("image_url",),
+    "video_url": ("video_url",),
+    "file_url": ("file_url",),
 }
 
 
@@ -3706,7 +3899,7 @@ def stored_items(items: Iterable[JSON]) -> list[JSON]:
 
 
 def stored_item(item: JSON, kind: str) -> JSON:
-    names = ITEM_FIELDS.get(kind, CALL_FIELDS)
+    names = ITEM_FIELDS.get(kind, OTHER_ITEM_FIELDS)
     if kind == "message":
         names += ROLE_FIELDS.get(ROLES[item["role"]], ())
     kept: JSON = {"type": kind, **fields_of(item, *names), **rewritten(item, kind)}
@@ -3766,7 +3959,9 @@ def unknown_items(items: Iterable[JSON]) -> list[str]:
 def read_call_item(item: JSON, _: str) -> list[Message]:
     """A call; several items may form one assistant message (see merge_assistant_turns)."""
     kind = str(item["type"])
-    name = qualified_name(item) if item.get("name") else ""
+    name = ""
+    if item.get("name"):
+        name = qualified_name(item)
     if kind == "function_call":
         arguments = item.get("arguments")
     elif kind == "custom_tool_call":
@@ -3792,9 +3987,12 @@ def read_found_tools(item: JSON, _: str) -> list[Message]:
     """What a search of tools found, by name: the tools themselves join the others."""
     if item.get("execution") == "server":
         return []
-    names = filter(None, map(qualified_name, additional_tools(item)))
-    said = "\n".join([f"tool {name} is now available" for name in names])
-    said = said or "no tool was found"
+    lines: list[str] = []
+    for tool in additional_tools(item):
+        name = qualified_name(tool)
+        if name:
+            lines.append(f"tool {name} is now available")
+    said = "\n".join(lines) or "no tool was found"
     return [Message("tool", (said,), call_id=item_call_id(item))]
 
 
@@ -3814,7 +4012,7 @@ def read_output_item(item: JSON, at: str) -> list[Message]:
 
 def read_mcp_item(item: JSON, at: str) -> list[Message]:
     """A call that OpenAI's server made, and what came of it."""
-    name = "__".join([str(item[key]) for key in ("server_label", "name") if item.get(key)])
+    name = joined_fields(item, "server_label", "name")
     call_id = item_call_id(item) or at
     call = ToolCall(0, call_id, name, argument_text(item.get("arguments")) or "{}")
     said = json_or_text(item.get("output") or item.get("error"))
@@ -3823,10 +4021,9 @@ def read_mcp_item(item: JSON, at: str) -> list[Message]:
 
 def read_agent_item(item: JSON, at: str) -> list[Message]:
     """What one of Codex's agents wrote to another, as a user's text that names its author."""
-    reader = ContentReader("system")
-    reader.read(agent_content(item), f"{at}.content")
+    content = read_content(agent_content(item), f"{at}.content")
     words = f"Message from the agent {item.get('author') or '?'}:"
-    return [Message("user", (words, *reader.content), continues=True)]
+    return [Message("user", (words, *content), continues=True)]
 
 
 CIPHERTEXT = re.compile(r"gAAAA[\w-]+=*")  # as OpenAI encrypts: Fernet
@@ -3845,10 +4042,12 @@ def agent_content(item: JSON) -> Any:
 
 
 def plain_part(part: Any) -> Any:
+    """A part of a content, as a text if only its type says that it is encrypted."""
     match part:
         case {"type": "encrypted_content", "encrypted_content": str(said)}:
-            is_secret = CIPHERTEXT.fullmatch(said)
-            return part if is_secret else {"type": "input_text", "text": said}
+            if CIPHERTEXT.fullmatch(said):
+                return part
+            return {"type": "input_text", "text": said}
         case _:
             return part
 
@@ -3886,7 +4085,7 @@ CALL_ITEMS = (
     "shell_call",
     "apply_patch_call",
 )
-# How each type of item is read, and the types that say nothing which is not said elsewhere.
+# How each type of item is read.
 ITEM_READERS: dict[str, Callable[[JSON, str], list[Message]]] = {
     "message": read_message,
     "reasoning": read_reasoning_item,
@@ -3899,6 +4098,7 @@ ITEM_READERS: dict[str, Callable[[JSON, str], list[Message]]] = {
     **dict.fromkeys(CALL_ITEMS, read_call_item),
     **dict.fromkeys([f"{kind}_output" for kind in CALL_ITEMS], read_output_item),
 }
+# The types of items that say nothing which is not said elsewhere.
 SKIPPED_ITEMS = frozenset(
     (
         # OpenAI's own tools: the assistant's text has their results.
@@ -3922,13 +4122,13 @@ def read_tools(tools: list[tuple[str, Any]]) -> list[ReadTool]:
 
 @dataclass(slots=True)
 class OfferedTools:
-    """The tools of a request as the model gets them, and what was left out, by the names for the client."""
+    """The tools of a request as the model gets them."""
 
     choice: ToolChoice
     functions: tuple[Tool, ...]
-    natives: tuple[JSON, ...]
+    natives: tuple[JSON, ...]  # Z.ai's own
     by_name: dict[str, JSON]  # functions as the client sent them, by the names that the model knows
-    left_out: list[str]
+    left_out: list[str]  # what the model does not get, as the client is told of it
 
 
 def offered_tools(wanted: ToolChoice | ChosenTools, tools: list[ReadTool]) -> OfferedTools:
@@ -3948,18 +4148,23 @@ def offered_tools(wanted: ToolChoice | ChosenTools, tools: list[ReadTool]) -> Of
     if isinstance(wanted, ChosenTools):
         left_out += [f"tools.{kind}" for kind in wanted.kinds if not offered_as(kind, tools)]
     choice = fulfilled(wanted, tools)
-    if must_search(choice, tuple(functions)):
+    if must_search(choice, functions):
         natives = [with_required_search(native) for native in natives]
-    left_out = [*dict.fromkeys(left_out)]
-    return OfferedTools(choice, tuple(functions), tuple(natives), by_name, left_out)
+    each_once = list(dict.fromkeys(left_out))
+    return OfferedTools(choice, tuple(functions), tuple(natives), by_name, each_once)
 
 
 def with_additional_tools(tools: list[ReadTool], items: Iterable[JSON]) -> list[ReadTool]:
-    """The tools, and those that Codex puts into the conversation or finds in it; of one name the first."""
+    """The tools, and those that Codex puts into the conversation or finds while it goes on.
+
+    Of several with one name the first is taken.
+    """
     known = {tool_name(read) for _, read in tools if read}
     joined = list(tools)
     for tool in chain.from_iterable(map(additional_tools, items)):
-        read = read_additional_tool(tool) if len(known) < MAX_TOOLS else None
+        read = None
+        if len(known) < MAX_TOOLS:
+            read = read_additional_tool(tool)
         if read is None:
             joined.append((tool, None))
         elif tool_name(read) not in known:
@@ -4002,16 +4207,22 @@ def unversioned(kind: str) -> str:
 
 
 def check_available(kinds: tuple[str, ...], tools: list[ReadTool]) -> None:
-    """Raises BadRequest for tools that must be called and are not offered; without tools a search needs not be."""
+    """Raises BadRequest for tools that must be called and are not offered.
+
+    A search need not be there where the request has no tools at all.
+    """
     which = ", ".join(kinds)
     if not {*map(unversioned, kinds)} <= {"web_search", TOOL_SEARCH}:
-        words = f"'tool_choice' names {which}, which GLM does not have: it has functions and web_search."
-        raise BadRequest(words, "tool_choice")
+        raise BadRequest(
+            f"'tool_choice' names {which}, which GLM does not have: "
+            "it has functions and web_search.",
+            "tool_choice",
+        )
     if tools:
         raise BadRequest(f"'tool_choice' names {which}, not among the tools.", "tool_choice")
 
 
-def must_search(choice: ToolChoice, functions: tuple[Tool, ...]) -> bool:
+def must_search(choice: ToolChoice, functions: list[Tool]) -> bool:
     """Whether a search is the only tool that may be called, where one must be."""
     if choice.mode != "required":
         return False
@@ -4028,7 +4239,9 @@ def with_required_search(native: JSON) -> JSON:
 
 def tool_name(read: Tool | JSON) -> str:
     """What a tool is known by; one of Z.ai's own by its type."""
-    return read.name if isinstance(read, Tool) else str(read["type"])
+    if isinstance(read, Tool):
+        return read.name
+    return str(read["type"])
 
 
 def additional_tools(item: JSON) -> list[JSON]:
@@ -4049,38 +4262,47 @@ def read_additional_tool(tool: JSON) -> Tool | JSON | None:
 
 
 def merge_assistant_turns(messages: Iterable[Message]) -> tuple[Message, ...]:
-    """The conversation with the assistant's reasoning, text and calls of one turn in one message."""
+    """The conversation with an assistant's reasoning, text and calls of one turn in one message."""
     turns: list[list[Message]] = []
-    reached = 0  # the stage of the last turn
+    reached = Stage.REASONING  # in the last turn
     for message in messages:
         goes_on = bool(turns) and turns[-1][0].role == message.role == "assistant"
         if goes_on and first_stage(message) >= reached:
             turns[-1].append(message)
         else:
             turns.append([message])
-            reached = 0
+            reached = Stage.REASONING
         reached = max(reached, last_stage(message))
-    return tuple(map(merged, turns))
+    return tuple(map(merge_turn, turns))
 
 
-def first_stage(message: Message) -> int:
-    """With what a message begins: 0 reasoning, 1 text, 2 calls. In a turn they come in this order."""
+class Stage(IntEnum):
+    """What an assistant says in a turn, in this order."""
+
+    REASONING = 0
+    TEXT = 1
+    CALLS = 2
+
+
+def first_stage(message: Message) -> Stage:
+    """What a message begins with."""
     if message.thought:
-        return 0
+        return Stage.REASONING
     if message.content:
-        return 1
-    return 2
+        return Stage.TEXT
+    return Stage.CALLS
 
 
-def last_stage(message: Message) -> int:
+def last_stage(message: Message) -> Stage:
+    """What a message ends with."""
     if message.calls:
-        return 2
+        return Stage.CALLS
     if message.content:
-        return 1
-    return 0
+        return Stage.TEXT
+    return Stage.REASONING
 
 
-def merged(turn: list[Message]) -> Message:
+def merge_turn(turn: list[Message]) -> Message:
     if len(turn) == 1:
         return turn[0]
     content: list[Part] = []
@@ -4098,8 +4320,13 @@ def decode_reasoning(item: JSON) -> str:
     thought = kept_reasoning(item.get("encrypted_content"))
     if thought:
         return thought
-    parts = chain.from_iterable(objects(item.get(key)) for key in ("content", "summary"))
-    return "".join(part["text"] for part in parts if isinstance(part.get("text"), str))
+    texts: list[str] = []
+    for name in ("content", "summary"):
+        for part in objects(item.get(name)):
+            text = part.get("text")
+            if isinstance(text, str):
+                texts.append(text)
+    return "".join(texts)
 
 
 # Codex's tool that finds others, which are not offered before (openai/codex, tool_search.rs; tried
@@ -4127,63 +4354,76 @@ def parse_response_tool(tool: Any, at: str) -> Tool | JSON | None:
         case {"type": str(kind)} if kind not in ("function", "custom"):
             return None
         case _:
-            raise BadRequest(
-                f"'{at}' must be a tool with a type, and a function must have a name.", at
-            )
+            words = f"'{at}' must be a tool with a type, and a function must have a name."
+            raise BadRequest(words, at)
 
 
-# ======== Responses: answer =========================================================================================
+# ======== Responses: answer =======================================================================
 # `ResponseReply` turns events into those of the Responses API; the last one has the whole response.
 
 
 @dataclass(frozen=True, slots=True)
 class ItemKind:
-    """A kind of item in a response's output. `events` names the events with its text, arguments or input.
+    """A kind of item in a response's output.
 
-    Text is sent as its item's only part, with `part_events`; a call has no parts. A search of tools
-    has no events but those of every item.
+    Text is sent as its item's only part; a call has no parts. A search of tools has no events but
+    those of every item.
     """
 
     type: str
     prefix: str  # of its id
-    content: str  # the field with its parts, arguments or input
-    events: str
-    part_events: str = ""
+    content_field: str  # the one with its parts, arguments or input
+    events: str = ""  # what the names of the events with its text, arguments or input begin with
+    part_events: str = ""  # likewise of the events of its part
     part_type: str = ""
     fields: JSON = field(default_factory=dict)  # that every item of the kind has
 
     @property
     def logprobs(self) -> JSON:
-        return {"logprobs": []} if self is MESSAGE else {}
+        """A field of texts that clients can see; it is always empty."""
+        if self is not MESSAGE:
+            return {}
+        return {"logprobs": []}
 
 
 REASONING = ItemKind(
     "reasoning",
     "rs",
     "content",
-    "reasoning_text",
-    "content_part",
-    "reasoning_text",
-    {"summary": []},
+    events="reasoning_text",
+    part_events="content_part",
+    part_type="reasoning_text",
+    fields={"summary": []},
 )
 # Reasoning for clients that ask for a summary.
 SUMMARY = ItemKind(
-    "reasoning", "rs", "summary", "reasoning_summary_text", "reasoning_summary_part", "summary_text"
+    "reasoning",
+    "rs",
+    "summary",
+    events="reasoning_summary_text",
+    part_events="reasoning_summary_part",
+    part_type="summary_text",
 )
 MESSAGE = ItemKind(
-    "message", "msg", "content", "output_text", "content_part", "output_text", {"role": "assistant"}
+    "message",
+    "msg",
+    "content",
+    events="output_text",
+    part_events="content_part",
+    part_type="output_text",
+    fields={"role": "assistant"},
 )
-FUNCTION_CALL = ItemKind("function_call", "fc", "arguments", "function_call_arguments")
-CUSTOM_TOOL_CALL = ItemKind("custom_tool_call", "ctc", "input", "custom_tool_call_input")
-TOOL_SEARCH_CALL = ItemKind(
-    "tool_search_call", "tsc", "arguments", "", fields={"execution": "client"}
-)
-COMPACTION = ItemKind("compaction", "cmp", "encrypted_content", "")
+FUNCTION_CALL = ItemKind("function_call", "fc", "arguments", events="function_call_arguments")
+CUSTOM_TOOL_CALL = ItemKind("custom_tool_call", "ctc", "input", events="custom_tool_call_input")
+TOOL_SEARCH_CALL = ItemKind("tool_search_call", "tsc", "arguments", fields={"execution": "client"})
+COMPACTION = ItemKind("compaction", "cmp", "encrypted_content")
 # The kind of a call, by the type of its tool; of the others it is a function call.
 CALL_KINDS = {"custom": CUSTOM_TOOL_CALL, TOOL_SEARCH: TOOL_SEARCH_CALL}
 
 # The code of a failed response, by the HTTP status of the error.
 FAILURE_CODES = {400: "invalid_prompt", 402: "insufficient_quota", 429: "rate_limit_exceeded"}
+# Why a complete answer says less than it would, by how it finished.
+INCOMPLETE_REASONS = {"length": "max_output_tokens", "content_filter": "content_filter"}
 
 
 @dataclass
@@ -4204,18 +4444,26 @@ class Item:
 
     @cached_property
     def position(self) -> JSON:
-        part = {f"{self.kind.content}_index": 0} if self.kind.part_type else {}
-        return {"item_id": self.id, "output_index": self.index, **part}
+        """The fields by which an event says which item it is of, and which part."""
+        where: JSON = {"item_id": self.id, "output_index": self.index}
+        if self.kind.part_type:
+            where[f"{self.kind.content_field}_index"] = 0
+        return where
 
     @property
     def part(self) -> JSON:
-        annotations = {"annotations": self.annotations} if self.kind is MESSAGE else {}
-        return {"type": self.kind.part_type, "text": self.text, **annotations, **self.kind.logprobs}
+        part: JSON = {"type": self.kind.part_type, "text": self.text}
+        if self.kind is MESSAGE:
+            part["annotations"] = self.annotations
+        return {**part, **self.kind.logprobs}
 
     @property
     def content(self) -> str | list[JSON] | JSON:
+        """What stands in the content field."""
+        if self.kind.part_type and not self.pieces:
+            return []
         if self.kind.part_type:
-            return [self.part] if self.pieces else []
+            return [self.part]
         if self.kind is CUSTOM_TOOL_CALL:
             return custom_input(self.names["name"], self.text)
         if self.kind is TOOL_SEARCH_CALL:
@@ -4230,7 +4478,7 @@ class Item:
             "type": self.kind.type,
             **self.kind.fields,
             **self.names,
-            self.kind.content: self.content,
+            self.kind.content_field: self.content,
         }
         if self.kind is COMPACTION:
             return {"id": self.id, **fields}
@@ -4247,18 +4495,21 @@ class ResponseReply(Reply):
         self.calls: dict[int, Item] = {}  # by the index of the call
         self.usage: Usage | None = None
         self.finish: FinishReason = "stop"
-        self.thought_kind = SUMMARY if request.echo["reasoning"]["summary"] else REASONING
+        self.thought_kind = REASONING  # how this client gets reasoning
+        if request.echo["reasoning"]["summary"]:
+            self.thought_kind = SUMMARY
         self.stored: StoredResponse | None = None  # what is to be kept, once the answer is complete
 
     def feed(self, event: Event) -> list[JSON]:
         return [*self.opening(), *self.frames(event)]
 
     def opening(self) -> list[JSON]:
+        """The first two frames; none if they have been sent."""
         if self.sequence:
             return []
         return [
-            self.frame(name, response=self.response("in_progress"))
-            for name in ("created", "in_progress")
+            self.frame("created", response=self.response("in_progress")),
+            self.frame("in_progress", response=self.response("in_progress")),
         ]
 
     def frames(self, event: Event) -> Iterator[JSON]:
@@ -4278,10 +4529,10 @@ class ResponseReply(Reply):
                 yield from self.end(self.items)
 
     def add_words(self, kind: ItemKind, words: str) -> Iterator[JSON]:
-        item = self.items[-1] if self.items else None
-        if item is None or item.kind is not kind:
+        if not self.items or self.items[-1].kind is not kind:
             item = yield from self.new_item(kind)
             yield self.frame(f"{kind.part_events}.added", **item.position, part=item.part)
+        item = self.items[-1]
         item.pieces.append(words)
         yield self.frame(f"{kind.events}.delta", **item.position, delta=words, **kind.logprobs)
 
@@ -4289,12 +4540,10 @@ class ResponseReply(Reply):
         item = self.calls.get(call.index)
         if item is None:
             tool = self.request.tools.get(call.name, {"name": call.name})
-            names: JSON = {
-                "call_id": call.id,
-                **{key: tool[key] for key in ("name", "namespace") if key in tool},
-            }
+            names: JSON = {"call_id": call.id, **fields_of(tool, "name", "namespace")}
             kind = CALL_KINDS.get(str(tool.get("type")), FUNCTION_CALL)
-            item = self.calls[call.index] = yield from self.new_item(kind, names)
+            item = yield from self.new_item(kind, names)
+            self.calls[call.index] = item
         item.pieces.append(call.arguments)
         if item.kind is FUNCTION_CALL and call.arguments:
             yield self.frame("function_call_arguments.delta", **item.position, delta=call.arguments)
@@ -4312,10 +4561,14 @@ class ResponseReply(Reply):
             yield self.frame("output_text.annotation.added", **where, annotation=cited)
 
     def new_item(self, kind: ItemKind, names: JSON | None = None) -> Generator[JSON, None, Item]:
-        """Add an item. Text ends where another item begins; calls stay open, since their pieces may alternate."""
-        yield from self.end(item for item in self.items if item.kind.part_type)
+        """Add an item, and return it.
+
+        Text ends where another item begins; calls stay open, since their pieces may alternate.
+        """
+        yield from self.end([item for item in self.items if item.kind.part_type])
         index = len(self.items)
-        item = Item(kind, f"{kind.prefix}_{self.head.own_id}_{index}", index, names or {})
+        item_id = f"{kind.prefix}_{self.head.own_id}_{index}"
+        item = Item(kind, item_id, index, names or {})
         self.items.append(item)
         yield self.frame("output_item.added", output_index=index, item=self.body(item))
         return item
@@ -4329,21 +4582,18 @@ class ResponseReply(Reply):
                 yield self.frame("output_item.done", output_index=item.index, item=self.body(item))
 
     def last_frames(self, item: Item) -> Iterator[JSON]:
+        """The frames with all that an item says."""
         kind = item.kind
-        if not kind.events:
-            return
+        where = item.position
         if kind.part_type:
-            yield self.frame(
-                f"{kind.events}.done", **item.position, text=item.text, **kind.logprobs
-            )
-            yield self.frame(f"{kind.part_events}.done", **item.position, part=item.part)
-            return
-        if kind is CUSTOM_TOOL_CALL:  # its input is not known until it is complete
-            yield self.frame(f"{kind.events}.delta", **item.position, delta=item.content)
-        name = {"name": item.names["name"]} if kind is FUNCTION_CALL else {}
-        yield self.frame(
-            f"{kind.events}.done", **item.position, **name, **{kind.content: item.content}
-        )
+            yield self.frame(f"{kind.events}.done", **where, text=item.text, **kind.logprobs)
+            yield self.frame(f"{kind.part_events}.done", **where, part=item.part)
+        elif kind is FUNCTION_CALL:
+            name = item.names["name"]
+            yield self.frame(f"{kind.events}.done", **where, name=name, arguments=item.content)
+        elif kind is CUSTOM_TOOL_CALL:  # its input is not known before
+            yield self.frame(f"{kind.events}.delta", **where, delta=item.content)
+            yield self.frame(f"{kind.events}.done", **where, input=item.content)
 
     def close(self) -> list[JSON]:
         status = self.final_status
@@ -4384,24 +4634,22 @@ class ResponseReply(Reply):
         return frame
 
     def body(self, item: Item) -> JSON:
+        """An item as this client gets it."""
         if self.request.returns_reasoning and item.kind.type == "reasoning":
-            return item.body | {"encrypted_content": encode_reasoning(item.text)}
+            return {**item.body, "encrypted_content": encode_reasoning(item.text)}
         return item.body
 
     @property
     def final_status(self) -> Literal["completed", "incomplete"]:
-        return "incomplete" if self.finish in ("length", "content_filter") else "completed"
-
-    @property
-    def incomplete_details(self) -> JSON | None:
-        """Why a complete answer says less than it would."""
-        if self.finish == "length":
-            return {"reason": "max_output_tokens"}
-        if self.finish == "content_filter":
-            return {"reason": "content_filter"}
-        return None
+        if self.finish in INCOMPLETE_REASONS:
+            return "incomplete"
+        return "completed"
 
     def response(self, status: str) -> JSON:
+        """The whole response, as far as it has come."""
+        incomplete_details = None
+        if status == "incomplete":
+            incomplete_details = {"reason": INCOMPLETE_REASONS[self.finish]}
         usage = None
         if self.usage:
             usage = response_usage(self.usage)
@@ -4411,7 +4659,7 @@ class ResponseReply(Reply):
             "model": self.head.model,
             "created_at": self.head.created,
             "status": status,
-            "incomplete_details": self.incomplete_details if status == "incomplete" else None,
+            "incomplete_details": incomplete_details,
             "usage": usage,
             "output": [self.body(item) for item in self.items],
             "completed_at": None,
@@ -4456,7 +4704,10 @@ class CompactionReply(ResponseReply):
 
 
 class CompactedReply(CompactionReply):
-    """The answer to a request for nothing but a summary; streamed it is a response like any other."""
+    """The answer to a request for nothing but a summary.
+
+    Streamed it is a response like any other.
+    """
 
     def fold(self, events: Sequence[Event]) -> JSON:
         response = super().fold(events)
@@ -4467,7 +4718,10 @@ class CompactedReply(CompactionReply):
 
 
 def input_items(response_id: str, said: Sequence[JSON], query: Mapping[str, str]) -> JSON:
-    """A page of a response's input, as its `order`, `after` and `limit` ask for it: the newest 20 first."""
+    """A page of a response's input, as `order`, `after` and `limit` of the query ask for it.
+
+    Where they do not say, it is the newest 20, the last one first.
+    """
     items = [input_item(item, f"{response_id}_input_{i}") for i, item in enumerate(said)]
     if query.get("order") != "asc":
         items.reverse()
@@ -4476,46 +4730,41 @@ def input_items(response_id: str, said: Sequence[JSON], query: Mapping[str, str]
     if query.get("after") in ids:
         start = ids.index(query["after"]) + 1
     end = start + page_limit(query.get("limit", ""))
-    page = ids[start:end]
-    return {
-        "object": "list",
-        "data": items[start:end],
-        "first_id": page[0] if page else None,
-        "last_id": page[-1] if page else None,
-        "has_more": end < len(ids),
-    }
+    page = items[start:end]
+    return {"object": "list", "data": page, **page_ends(page), "has_more": end < len(items)}
 
 
 def page_limit(limit: str) -> int:
     """1 to 100, as OpenAI has it; otherwise its default."""
-    return int(limit) if re.fullmatch("[1-9][0-9]?|100", limit) else 20
+    if not re.fullmatch("[1-9][0-9]?|100", limit):
+        return 20
+    return int(limit)
 
 
 def input_item(item: JSON, item_id: str) -> JSON:
     """An item with the keys that a client may leave out."""
     content = item.get("content")
     if isinstance(content, str):
-        kind = "output_text" if item.get("role") == "assistant" else "input_text"
-        item = item | {"content": [{"type": kind, "text": content}]}
+        kind = "input_text"
+        if item.get("role") == "assistant":
+            kind = "output_text"
+        item = {**item, "content": [{"type": kind, "text": content}]}
     return {"type": "message", **item, "id": item.get("id") or item_id}
 
 
 def response_usage(usage: Usage) -> JSON:
-    counts = {
+    return {
         "input_tokens": usage.prompt,
         "output_tokens": usage.completion,
         "total_tokens": usage.total,
-    }
-    read = {"cached_tokens": usage.cached, "cache_write_tokens": 0}
-    return {
-        **counts,
-        "input_tokens_details": read,
+        "input_tokens_details": {"cached_tokens": usage.cached, "cache_write_tokens": 0},
         "output_tokens_details": {"reasoning_tokens": usage.reasoning},
     }
 
 
 # ======== Messages: request =======================================================================
-# `parse_message` reads a request of Anthropic's API. Its shapes are those of the package `anthropic` 2.14.
+# `parse_message` reads a request of Anthropic's API. Its shapes are those of the package
+# `anthropic` 2.14.
 
 
 def system_text(value: Any) -> str:
@@ -4536,7 +4785,7 @@ def block_text(block: Any) -> str:
             raise ValueError("must be a string or an array of text blocks")
 
 
-SHOWN_THINKING = ("enabled", "adaptive", "between_tools")  # types that ask for it
+SHOWN_THINKING = ("enabled", "adaptive", "between_tools")  # types of thinking that is shown
 LOW_BUDGET = 4_096  # tokens of thinking
 HIGH_BUDGET = 16_384
 
@@ -4583,7 +4832,7 @@ def unasked_effort(given: JSON) -> Effort | None:
 
     Agents have tools or room, and take what comes; others read nothing but the first block.
     """
-    if given.get("tools") or given["max_tokens"] >= MANY_TOKENS:
+    if given.get("thinking") or given.get("tools") or given["max_tokens"] >= MANY_TOKENS:
         return None
     return "off"
 
@@ -4635,20 +4884,24 @@ def parse_message_tool(tool: Any, at: str) -> Tool | JSON | None:
     return parse_function(function, f"{at}.")
 
 
+def is_list_of_texts(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(text, str) for text in value)
+
+
+texts = must("be an array of strings", is_list_of_texts)
+
+
 def message_search(given: JSON, at: str) -> JSON:
-    """Anthropic's search as Z.ai's own tool; Z.ai takes a list of domains to search, but none to leave out."""
+    """Anthropic's search as Z.ai's own tool.
+
+    Z.ai takes a list of domains to search, but none of domains to leave out.
+    """
     tool = search_tool({})
     domains = given.get("allowed_domains")
     if domains:
         checked(domains, texts, f"{at}.allowed_domains")
         tool["web_search"]["search_domain_filter"] = ",".join(domains)
     return tool
-
-
-texts = must(
-    "be an array of strings",
-    lambda value: isinstance(value, list) and all(isinstance(text, str) for text in value),
-)
 
 
 @dataclass(slots=True)
@@ -4662,7 +4915,7 @@ class MessageTools:
 
 
 def read_message_tools(given: JSON) -> MessageTools:
-    """The tools, of which a choice of the search leaves only that.
+    """The tools of a request; where it chooses the search, that alone.
 
     A search that is chosen, or the only tool, must be made: Claude Code's WebSearch asks so.
     """
@@ -4683,6 +4936,7 @@ def read_message_tools(given: JSON) -> MessageTools:
 
 
 def names_search(choice: ToolChoice, read: list[ReadTool]) -> bool:
+    """Whether the one tool that is chosen is a search."""
     searches = [tool.get("name") for tool, parsed in read if isinstance(parsed, dict)]
     return choice.names is not None and set(choice.names) <= set(searches)
 
@@ -4699,11 +4953,16 @@ def left_out_tools(read: list[ReadTool]) -> dict[str, None]:
 
 
 def message_fallbacks(value: Any) -> tuple[str, ...] | None:
-    """Names of models, or Anthropic's objects with them; "default" are the operator's."""
+    """Names of models, or Anthropic's objects with them; None for "default", the operator's."""
     if value == "default":
         return None
-    names = [item.get("model") if isinstance(item, dict) else item for item in array(value)]
-    return model_names(names)
+    return model_names([fallback_name(item) for item in array(value)])
+
+
+def fallback_name(item: Any) -> Any:
+    if isinstance(item, dict):
+        return item.get("model")
+    return item
 
 
 MESSAGE_FIELDS: dict[str, Check] = {
@@ -4726,17 +4985,25 @@ NEEDLESS_FIELDS = frozenset(("cache_control",))
 
 
 def parse_message(body: JSON) -> tuple[Prompt, MessageReply]:
-    """Raises BadRequest for an invalid field; never changes `body`."""
+    """What a request for a message asks, and the machine for its answer.
+
+    Raises BadRequest for an invalid field; never changes `body`.
+    """
     given = validated(body, MESSAGE_FIELDS)
     require_fields(given, "model", "messages", "max_tokens")
     thinking = given.get("thinking", {})
     output = given.get("output_config", {})
-    shows_thinking = thinking.get("type") in SHOWN_THINKING
     messages = read_turns(given["messages"])
     if given.get("system"):
         messages = (Message("system", (given["system"],)), *messages)
     tools = read_message_tools(given)
     user_id = str(given.get("metadata", {}).get("user_id") or "")
+    ignored = [
+        *unknown_fields(body, MESSAGE_FIELDS.keys() | NEEDLESS_FIELDS),
+        *serial_choice(body),
+        *tools.left_out,
+        *unknown_blocks(given["messages"]),
+    ]
     prompt = Prompt(
         model=given["model"],
         messages=messages,
@@ -4745,43 +5012,55 @@ def parse_message(body: JSON) -> tuple[Prompt, MessageReply]:
         top_p=given.get("top_p"),
         max_tokens=given["max_tokens"],
         stop=given.get("stop_sequences", ()),
-        user=sha256(user_id) if user_id else "",  # it names an account
+        user=hashed_user(user_id),
         tools=tools.functions,
         native_tools=tools.searches,
         tool_choice=tools.choice,
         schema=output.get("format", given.get("output_format")),
         effort=message_effort(thinking, output.get("effort")),
-        unasked_effort=None if thinking else unasked_effort(given),
-        reasoning_format="parsed" if shows_thinking else "hidden",
+        unasked_effort=unasked_effort(given),
+        reasoning_format=message_reasoning(thinking),
         fallbacks=given.get("fallbacks"),
         cache_key=session_of(user_id),
-        ignored=(
-            *unknown_fields(body, MESSAGE_FIELDS.keys() | NEEDLESS_FIELDS),
-            *serial_choice(body),
-            *tools.left_out,
-            *unknown_blocks(given["messages"]),
-        ),
+        ignored=tuple(ignored),
     )
-    request = MessageRequest(
-        input_tokens=estimated_tokens(prompt),
-        omits_thinking=thinking.get("display") == "omitted",
-        query=last_words(messages) if tools.searches else "",
-    )
+    query = ""
+    if tools.searches:
+        query = last_words(messages)
+    omits_thinking = thinking.get("display") == "omitted"
+    request = MessageRequest(estimated_tokens(prompt), omits_thinking, query)
     return prompt, MessageReply(request)
+
+
+def message_reasoning(thinking: JSON) -> ReasoningFormat:
+    """A client that has not switched thinking on expects none in the answer."""
+    if thinking.get("type") in SHOWN_THINKING:
+        return "parsed"
+    return "hidden"
 
 
 def serial_choice(body: JSON) -> list[str]:
     """`disable_parallel_tool_use` if it is true, which Z.ai does not offer."""
     name = "disable_parallel_tool_use"
-    return [name] if as_object(body.get("tool_choice")).get(name) else []
+    if as_object(body.get("tool_choice")).get(name):
+        return [name]
+    return []
+
+
+def hashed_user(user_id: str) -> str:
+    """What Z.ai is told of the user: the id itself names an account."""
+    if not user_id:
+        return ""
+    return sha256(user_id)
 
 
 def session_of(user_id: str) -> str:
-    """The session in a `metadata.user_id`, which stays the same in a conversation; "" if there is none.
+    """The session in a `metadata.user_id`, the same in all of a conversation; "" if there is none.
 
-    Claude Code writes JSON with a session_id, or, before that, user_…_account_…_session_….
+    Claude Code writes JSON with a session_id; it used to write user_…_account_…_session_….
     """
-    session = as_object(parse_json(user_id.encode("utf-8", "replace"))).get("session_id")
+    document = parse_json(user_id.encode("utf-8", "replace"))
+    session = as_object(document).get("session_id")
     if isinstance(session, str):
         return session
     return user_id.partition("_session_")[2]
@@ -4795,7 +5074,7 @@ def read_turns(turns: list[Any]) -> Messages:
 
 
 def with_reminders(messages: Iterable[Message]) -> Messages:
-    """The messages, each of the system's put into the user's turn beside it."""
+    """The messages, with each system message put into the user's turn beside it."""
     joined: list[Message] = []
     for role, group in groupby(messages, lambda each: each.role.replace("system", "user")):
         turn = list(group)
@@ -4807,7 +5086,7 @@ def with_reminders(messages: Iterable[Message]) -> Messages:
 
 
 def user_turn(messages: Iterable[Message]) -> Message:
-    """Messages of the user and of the system as one of the user's."""
+    """User and system messages as one user message."""
     content: list[Part] = []
     continues = True
     for message in messages:
@@ -4841,7 +5120,9 @@ def known_blocks(turn: Any) -> Any:
 def unknown_block(block: Any) -> str:
     """The type of a block that cannot be read; "" for others."""
     kind = str(as_object(block).get("type") or "text")
-    return "" if kind in KNOWN_BLOCKS else kind
+    if kind in KNOWN_BLOCKS:
+        return ""
+    return kind
 
 
 def unknown_blocks(turns: Iterable[Any]) -> list[str]:
@@ -4858,7 +5139,7 @@ MAX_QUERY = 200  # characters
 
 
 def last_words(messages: Messages) -> str:
-    """What the user said last, as the query of a search: Z.ai does not tell the one it made of it."""
+    """What the user said last, as the query of a search: Z.ai does not tell the query it made."""
     for message in reversed(messages):
         if message.role == "user" and not message.continues:
             return message_text(message)[:MAX_QUERY]
@@ -4875,12 +5156,12 @@ class MessageRequest:
 
     input_tokens: int  # estimated
     omits_thinking: bool  # the client keeps the reasoning, but does not read it
-    query: str  # what was searched for, if something was
+    query: str  # of a search; "" where none is offered
 
 
 @dataclass(slots=True)
 class Block:
-    """A content block of an answer while events are added: `start` is what its first event shows."""
+    """A content block of an answer while events are added; `start` is what opens it."""
 
     start: JSON
     pieces: list[str] = field(default_factory=list)  # of its text, its thinking, or its input
@@ -4899,16 +5180,15 @@ class Block:
     def body(self) -> JSON:
         """The whole block."""
         if self.kind == "text":
-            cited = {"citations": self.citations} if self.citations else {}
-            return {**self.start, "text": self.text, **cited}
+            text = {**self.start, "text": self.text}
+            if self.citations:
+                text["citations"] = self.citations
+            return text
         if self.kind == "thinking":
             return {**self.start, "thinking": self.text, "signature": self.signature}
         if self.kind == "web_search_tool_result":
             return self.start
-        return {
-            **self.start,
-            "input": as_object(parse_json(self.text.encode("utf-8", "surrogatepass"))),
-        }
+        return {**self.start, "input": as_object(parse_text(self.text))}
 
 
 STOP_REASONS: dict[FinishReason, str] = {
@@ -4922,8 +5202,8 @@ STOP_REASONS: dict[FinishReason, str] = {
 class MessageReply(Reply):
     """A message of Anthropic's API: the events of a stream, or a document.
 
-    Its blocks are in the order of the events, and one is open at a time. Z.ai may send the pieces of
-    two calls in turn: what comes while a call is not complete waits for its end.
+    Its blocks are in the order of the events, and one is open at a time. Z.ai may send the pieces
+    of two calls in turn: what comes while a call is not complete waits for its end.
     """
 
     def __init__(self, request: MessageRequest) -> None:
@@ -5022,14 +5302,9 @@ class MessageReply(Reply):
         return frames
 
     def add_search(self, results: tuple[JSON, ...]) -> list[JSON]:
-        """What a search found: citations of the text that is open, and two blocks as if it came first."""
+        """What a search found: sources of the text that is open, and the two blocks of a search."""
         found = [result for result in results if isinstance(result.get("link"), str)]
-        frames: list[JSON] = []
-        if self.is_open and self.blocks[-1].kind == "text":
-            for index, result in enumerate(found):
-                citation = message_citation(index, result)
-                self.blocks[-1].citations.append(citation)
-                frames.append(self.delta({"type": "citations_delta", "citation": citation}))
+        frames = self.cite(found)
         search_id = f"srvtoolu_{self.head.own_id}_{self.searches}"
         self.searches += 1
         use = {"type": "server_tool_use", "id": search_id, "name": "web_search", "input": {}}
@@ -5037,11 +5312,21 @@ class MessageReply(Reply):
         query = json_text({"query": self.request.query})
         self.blocks[-1].pieces.append(query)
         frames.append(self.delta(input_delta(query)))
-        found_blocks = [message_search_result(result) for result in found]
-        frames += self.open_block(
-            {"type": "web_search_tool_result", "tool_use_id": search_id, "content": found_blocks}
-        )
+        content = [message_search_result(result) for result in found]
+        result_type = "web_search_tool_result"
+        shown = {"type": result_type, "tool_use_id": search_id, "content": content}
+        frames += self.open_block(shown)
         return [*frames, *self.close_block()]
+
+    def cite(self, found: list[JSON]) -> list[JSON]:
+        """The citations of what a search found, if a text is open."""
+        frames: list[JSON] = []
+        if self.is_open and self.blocks[-1].kind == "text":
+            for index, result in enumerate(found):
+                citation = message_citation(index, result)
+                self.blocks[-1].citations.append(citation)
+                frames.append(self.delta({"type": "citations_delta", "citation": citation}))
+        return frames
 
     def open_block(self, start: JSON) -> list[JSON]:
         """A new block, behind the end of the last one."""
@@ -5164,16 +5449,18 @@ def message_citation(index: int, result: JSON) -> JSON:
 def message_search_result(result: JSON) -> JSON:
     content = json_or_text(result.get("content"))
     published = result.get("publish_date")
+    if not isinstance(published, str) or not published:
+        published = None
     return {
         "type": "web_search_result",
         "url": result["link"],
         "title": json_or_text(result.get("title")),
         "encrypted_content": base64.b64encode(content.encode("utf-8", "surrogatepass")).decode(),
-        "page_age": published if isinstance(published, str) and published else None,
+        "page_age": published,
     }
 
 
-# ======== Surfaces ==================================================================================================
+# ======== Surfaces ================================================================================
 # A surface is an API that clients speak. `respond` serves all of them and never asks which.
 
 
@@ -5201,8 +5488,9 @@ SURFACES: dict[str, Surface] = {
 
 # ======== Histories ===============================================================================
 # What keeps a conversation alive whatever stands in its history: `repair_history`, a list of
-# repairs that are the same for every model, and `fit_media`, which depends on what a model sees. Where
-# VISION_MODEL is to describe images, they are Undescribed until `with_descriptions` has its words.
+# repairs that are the same for every model, and `fit_media`, which depends on what a model sees.
+# Where VISION_MODEL is to describe images, they are Undescribed until `with_descriptions` has its
+# words.
 #
 # A client sends its history again with every request. What Z.ai refuses in it once it refuses for
 # ever (1210, 1213, 1214), and the chat is lost. So each repair turns one kind of what Z.ai refuses
@@ -5214,10 +5502,12 @@ SURFACES: dict[str, Surface] = {
 def repair_history(messages: Messages) -> tuple[Messages, list[str]]:
     """The messages as Z.ai takes them, media aside, and the names of the repairs that were needed.
 
-    Raises BadRequest if there is nothing in any of them.
+    Raises BadRequest if all messages are empty.
     """
     needed = []
-    repairs = HISTORY_REPAIRS if has_tools(messages) else TEXT_REPAIRS
+    repairs = TEXT_REPAIRS
+    if has_tools(messages):
+        repairs = HISTORY_REPAIRS
     for repair in repairs:
         repaired = repair(messages)
         if repaired is not messages:
@@ -5231,16 +5521,32 @@ def has_tools(messages: Messages) -> bool:
 
 
 def changed_each(change: Callable[[Message], Message], messages: Messages) -> Messages:
+    """The messages with a change made to each; the same tuple if that changes none."""
     changed = tuple(map(change, messages))
-    return messages if changed == messages else changed
+    if changed == messages:
+        return messages
+    return changed
+
+
+def changed_calls(change: Callable[[ToolCall], ToolCall], messages: Messages) -> Messages:
+    """The messages with a change made to each call; likewise."""
+
+    def with_changed(message: Message) -> Message:
+        calls = tuple(map(change, message.calls))
+        if calls == message.calls:
+            return message
+        return replace(message, calls=calls)
+
+    return changed_each(with_changed, messages)
 
 
 def pair_calls_and_results(messages: Messages) -> Messages:
     """Each call has an id of its own, and its one result right behind it, in the calls' order.
 
-    Z.ai answers 1214 to other orders and to ids twice (MetaGLM/zhipuai-sdk-python-v4#14); clients
-    lose results when they are interrupted, lose calls when they shorten a history, and send both
-    twice. A call without a result gets "(no result)", a result without a call is a user's text.
+    Z.ai answers 1214 to other orders and to ids that repeat (MetaGLM/zhipuai-sdk-python-v4#14).
+    Clients lose results when they are interrupted, lose calls when they shorten a history, and
+    send both twice. A call without a result gets "(no result)", a result without a call becomes
+    a user's text.
     """
     if are_paired(messages):
         return messages
@@ -5276,20 +5582,23 @@ def are_paired(messages: Messages) -> bool:
             due = [call.id for call in reversed(message.calls)]
             ids.update(due)
             total += len(due)
-    return not due and len(ids) == total and "" not in ids and "".join(ids).isascii()
+    if due or len(ids) < total:
+        return False
+    return "" not in ids and "".join(ids).isascii()  # others may need `new_id`
 
 
 class CallLedger:
     """The calls of a conversation while it is read from its beginning, and the result of each.
 
-    Calls with no other message between them are a batch. A result answers a call of its id that
-    has none yet, if it names a function instead of a call one of that function, and if it names
-    neither (Ollama's clients) any: the oldest of the last batch that has one.
+    Calls with no other message between them are a batch. A result answers a call with its id. Where
+    it names a function in place of a call, it answers a call of that function, and where it names
+    neither (Ollama's clients), any call: of those that have no result yet, the oldest in the last
+    batch.
     """
 
     def __init__(self) -> None:
         self.taken: set[str] = set()  # ids that calls have
-        self.times: Counter[str] = Counter()  # how often one was made of an id
+        self.times: Counter[str] = Counter()  # how many ids were made of an id that was taken
         self.said: set[tuple[str, str, str]] = set()  # the calls of this batch
         self.batch = 0
         # By what a result may name: the batches, and in each the ids of calls, as we gave them.
@@ -5312,7 +5621,7 @@ class CallLedger:
             self.wait(("id", call.id), own_id)
             self.wait(("name", call.name), own_id)
             self.wait(("any", ""), own_id)
-            calls.append(call if own_id == call.id else replace(call, id=own_id))
+            calls.append(replace(call, id=own_id))
         return replace(message, calls=tuple(calls))
 
     def wait(self, key: tuple[str, str], own_id: str) -> None:
@@ -5331,7 +5640,7 @@ class CallLedger:
         return own_id
 
     def file(self, result: Message) -> list[Message]:
-        """Keep a result for its call; what is left to say in its place if there is none."""
+        """Keep a result for its call. Returns what to say in its place if there is no such call."""
         self.begin_batch()
         own_id = self.call_of(result.call_id)
         if own_id:
@@ -5345,16 +5654,20 @@ class CallLedger:
 
     def call_of(self, call_id: str) -> str:
         """The call that a result with this id answers; "" if no call waits for it."""
-        keys = [("id", call_id), ("name", call_id)] if call_id else [("any", "")]
-        for key in keys:
-            batches = self.waiting.get(key, [])
-            while batches:
-                _, ids = batches[-1]
-                while ids and ids[0] in self.results:
-                    ids.popleft()
-                if ids:
-                    return ids[0]
-                batches.pop()
+        if not call_id:
+            return self.oldest_waiting(("any", ""))
+        return self.oldest_waiting(("id", call_id)) or self.oldest_waiting(("name", call_id))
+
+    def oldest_waiting(self, key: tuple[str, str]) -> str:
+        """The oldest call without a result in the last batch that has one; "" if there is none."""
+        batches = self.waiting.get(key, [])
+        while batches:
+            _, ids = batches[-1]
+            while ids and ids[0] in self.results:
+                ids.popleft()
+            if ids:
+                return ids[0]
+            batches.pop()
         return ""
 
     def result_of(self, call: ToolCall) -> Message:
@@ -5362,12 +5675,13 @@ class CallLedger:
 
 
 def drop_nameless_calls(messages: Messages) -> Messages:
-    """Without calls of an empty name and their results.
+    """No call has an empty name; its result goes too.
 
     Models say such calls, and no history that repeats them is taken (anomalyco/opencode#33064).
     """
-    calls = chain.from_iterable([message.calls for message in messages])
-    nameless = {call.id for call in calls if not call.name.strip()}
+    nameless = set()
+    for message in messages:
+        nameless.update([call.id for call in message.calls if not call.name.strip()])
     if not nameless:
         return messages
     kept = []
@@ -5385,7 +5699,7 @@ def mend_arguments(messages: Messages) -> Messages:
 
     Models leave arguments unfinished; Z.ai answers 1214 to what is no JSON.
     """
-    mended = changed_each(with_object_arguments, messages)
+    mended = changed_calls(with_object, messages)
     if mended is messages:
         return messages
     texts: dict[str, str] = {}  # what were no arguments, by the id of the call
@@ -5403,26 +5717,18 @@ def mend_arguments(messages: Messages) -> Messages:
     return changed_each(with_text, mended)
 
 
-def with_object_arguments(message: Message) -> Message:
-    calls = tuple(map(with_object, message.calls))
-    return message if calls == message.calls else replace(message, calls=calls)
-
-
 def with_object(call: ToolCall) -> ToolCall:
-    return call if is_json_object(call.arguments) else replace(call, arguments="{}")
+    if is_json_object(call.arguments):
+        return call
+    return replace(call, arguments="{}")
 
 
 def mend_escapes(messages: Messages) -> Messages:
     """No arguments have half a surrogate pair as an escape, which `encode_request` cannot see."""
-    return changed_each(without_halves, messages)
+    return changed_calls(without_half, messages)
 
 
 HALF_ESCAPE = re.compile(r"\\u[dD][89a-fA-F]")
-
-
-def without_halves(message: Message) -> Message:
-    calls = tuple(map(without_half, message.calls))
-    return message if calls == message.calls else replace(message, calls=calls)
 
 
 def without_half(call: ToolCall) -> ToolCall:
@@ -5488,15 +5794,14 @@ def is_blank(part: Part) -> bool:
 
 
 def ask_something(messages: Messages) -> Messages:
-    """One message at least is a user's or a tool's (1214): if need be, the last of the system's."""
-    roles = [message.role for message in messages]
-    if "user" in roles or "tool" in roles:
+    """At least one message is a user's or a tool's (1214): if need be, the last system message."""
+    if any(message.role in ("user", "tool") for message in messages):
         return messages
-    if "system" not in roles:
-        return (Message("user", (NOTHING_SAID["user"],), continues=True), *messages)
-    last = len(roles) - 1 - roles[::-1].index("system")
-    asked = replace(messages[last], role="user", continues=True)
-    return (*messages[:last], asked, *messages[last + 1 :])
+    for index in reversed(range(len(messages))):
+        if messages[index].role == "system":
+            asked = replace(messages[index], role="user", continues=True)
+            return (*messages[:index], asked, *messages[index + 1 :])
+    return (Message("user", (NOTHING_SAID["user"],), continues=True), *messages)
 
 
 HistoryRepair = Callable[[Messages], Messages]
@@ -5521,7 +5826,12 @@ def turn_start(messages: Messages) -> int:
 
 
 def are_texts(messages: Messages) -> bool:
-    return all(isinstance(part, str) for message in messages for part in message.content)
+    """Whether there is nothing but text."""
+    for message in messages:
+        for part in message.content:
+            if not isinstance(part, str):
+                return False
+    return True
 
 
 def has_media(*messages: Message) -> bool:
@@ -5530,23 +5840,23 @@ def has_media(*messages: Message) -> bool:
 
 
 def user_shows_media(messages: Messages) -> bool:
-    """Whether the user's own message of the turn that is on needs a model that sees."""
+    """Whether the user's own message of the current turn needs a model that sees."""
     start = turn_start(messages)
     return start > 0 and has_media(messages[start - 1])
 
 
 def current_turn(messages: Messages) -> Messages:
-    """The turn that is on: what the user says now, and the tool loop behind it."""
+    """What the user says now, and the tool loop behind it."""
     return messages[max(turn_start(messages) - 1, 0) :]
 
 
 def turn_shows_media(messages: Messages) -> bool:
-    """Whether anything of the turn that is on is for a model that sees, such as a tool's result."""
+    """Whether anything in the current turn is for a model that sees, such as a tool's result."""
     return has_media(*current_turn(messages))
 
 
 def turn_shows_others(messages: Messages) -> bool:
-    """Whether anything of the turn that is on is a video or a file, which cannot be described."""
+    """Whether anything in the current turn is a video or a file, which cannot be described."""
     for message in current_turn(messages):
         for part in message.content:
             if isinstance(part, Media) and part.kind != "image":
@@ -5572,11 +5882,17 @@ def with_undescribed(messages: Messages, account_id: str) -> Messages:
 
 def image_key(account_id: str, image: Media) -> str:
     """Whose image it is, and the SHA-256 of its base64, or of its address."""
-    head = BASE64_URL.match(image.url)
-    data = image.url[head.end() :] if head else image.url
     key = hashlib.sha256(account_id.encode())
-    key.update(data.encode("utf-8", "surrogatepass"))
+    key.update(bare_base64(image.url).encode("utf-8", "surrogatepass"))
     return key.hexdigest()
+
+
+def bare_base64(url: str) -> str:
+    """The base64 of a data: URL; another URL as it is."""
+    head = BASE64_URL.match(url)
+    if head is None:
+        return url
+    return url[head.end() :]
 
 
 def undescribed_images(messages: Messages) -> dict[str, Undescribed]:
@@ -5615,12 +5931,12 @@ def with_descriptions(
 
 
 def fit_media(messages: Messages, model: Model) -> Messages:
-    """The messages with what the model can take. Z.ai answers 1210 to images where it sees none.
+    """The messages with what the model can take: Z.ai answers 1210 to images it does not take.
 
-    For one that sees, images of tools, assistants and systems go into a user message behind them,
-    the only place where Z.ai takes them. For others, words stand in their place, but for an image
-    that is to be described. Raises BadRequest only for what the user shows now: what is past the
-    client will send again.
+    For a model that sees, images in tool, assistant and system messages go into a user message
+    behind them, the only place where Z.ai takes them. For others, words stand in the place of
+    images, except of those that are to be described. Raises BadRequest only for what the user
+    shows now: the client sends again what is past, and its chat would be lost.
     """
     if are_texts(messages):
         return messages
@@ -5628,7 +5944,9 @@ def fit_media(messages: Messages, model: Model) -> Messages:
     if own >= 0:
         check_media(messages[own], model)
     shown = tuple([with_placeholders(message, model) for message in messages])
-    return hoist_media(shown) if model.vision else shown
+    if not model.vision:
+        return shown
+    return hoist_media(shown)
 
 
 def check_media(message: Message, model: Model) -> None:
@@ -5672,22 +5990,24 @@ def placeholder(part: Part, model: Model) -> Part:
 
 
 def not_shown(part: Media, model: Model, reason: str) -> str:
-    address = part.url if part.url.startswith("http") else ""
-    about = f"{part.kind} {address}".strip()
+    about: str = part.kind
+    if part.url.startswith("http"):
+        about = f"{part.kind} {part.url}"
     return f"[{about}: not shown to {model.id}: {reason}]"
 
 
 def hidden_media(messages: Messages, model: Model) -> list[str]:
     """What the model is not shown, in the words for `x-ztoapi-ignored`: images, files."""
-    hidden = {}
-    for part in chain.from_iterable([message.content for message in messages]):
-        if isinstance(part, (Media, Unreadable)) and placeholder(part, model) is not part:
-            hidden[f"{part.kind}s"] = True
+    hidden: dict[str, None] = {}
+    for message in messages:
+        for part in message.content:
+            if isinstance(part, (Media, Unreadable)) and placeholder(part, model) is not part:
+                hidden[f"{part.kind}s"] = None
     return list(hidden)
 
 
 def hoist_media(messages: Messages) -> Messages:
-    """The messages with images that are not in a user's put into one, behind the tools' results."""
+    """The messages with the images of other roles in a user message, behind the tools' results."""
     hoisted: list[Message] = []
     seen: list[Part] = []  # images not yet put into a user message
     for message in messages:
@@ -5707,29 +6027,32 @@ def hoist_media(messages: Messages) -> Messages:
     return tuple(hoisted)
 
 
-# ======== Clients ===================================================================================================
-# How each client is installed, and started for this server only: as typed in a shell, variables first. $dir is
-# a folder of its own; the file that a client reads from it, if any, comes last.
+# ======== Clients =================================================================================
+# How each client is installed, and started for this server only: as typed in a shell, variables
+# first. $dir is a folder of its own; the file that a client reads from it, if any, comes last.
 
 CLIENT_TABLE = """\
 claude: npm install -g @anthropic-ai/claude-code
-CLAUDE_CONFIG_DIR=$dir ANTHROPIC_BASE_URL=$origin ANTHROPIC_AUTH_TOKEN=$key ANTHROPIC_API_KEY= ANTHROPIC_MODEL=$model \
-ANTHROPIC_DEFAULT_OPUS_MODEL=$model ANTHROPIC_DEFAULT_SONNET_MODEL=$model ANTHROPIC_DEFAULT_HAIKU_MODEL=$model \
-ANTHROPIC_DEFAULT_FABLE_MODEL=$model CLAUDE_CODE_SUBAGENT_MODEL=$model CLAUDE_CODE_ATTRIBUTION_HEADER=0 \
-CLAUDE_CODE_MAX_CONTEXT_TOKENS=$context CLAUDE_CODE_MAX_OUTPUT_TOKENS=$output ENABLE_TOOL_SEARCH=false \
-CLAUDE_CODE_AUTO_MODE_SERVER=0 claude
+CLAUDE_CONFIG_DIR=$dir ANTHROPIC_BASE_URL=$origin ANTHROPIC_AUTH_TOKEN=$key ANTHROPIC_API_KEY= \
+ANTHROPIC_MODEL=$model ANTHROPIC_DEFAULT_OPUS_MODEL=$model ANTHROPIC_DEFAULT_SONNET_MODEL=$model \
+ANTHROPIC_DEFAULT_HAIKU_MODEL=$model ANTHROPIC_DEFAULT_FABLE_MODEL=$model \
+CLAUDE_CODE_SUBAGENT_MODEL=$model CLAUDE_CODE_ATTRIBUTION_HEADER=0 \
+CLAUDE_CODE_MAX_CONTEXT_TOKENS=$context CLAUDE_CODE_MAX_OUTPUT_TOKENS=$output \
+ENABLE_TOOL_SEARCH=false CLAUDE_CODE_AUTO_MODE_SERVER=0 claude
 .claude.json: {"hasCompletedOnboarding": true}
 
 codex: npm install -g @openai/codex
-CODEX_HOME=$dir ZTOAPI_KEY=$key codex -c model=$model -c model_provider=ztoapi -c model_providers.ztoapi.name=ztoapi \
--c model_providers.ztoapi.base_url=$base -c model_providers.ztoapi.env_key=ZTOAPI_KEY \
--c model_providers.ztoapi.wire_api=responses -c model_providers.ztoapi.model_catalog_url=$base/models
+CODEX_HOME=$dir ZTOAPI_KEY=$key codex -c model=$model -c model_provider=ztoapi \
+-c model_providers.ztoapi.name=ztoapi -c model_providers.ztoapi.base_url=$base \
+-c model_providers.ztoapi.env_key=ZTOAPI_KEY -c model_providers.ztoapi.wire_api=responses \
+-c model_providers.ztoapi.model_catalog_url=$base/models
 
 copilot: npm install -g @github/copilot
 COPILOT_HOME=$dir XDG_CACHE_HOME=$dir/cache COPILOT_OFFLINE=true COPILOT_PROVIDER_BASE_URL=$base \
-COPILOT_PROVIDER_BEARER_TOKEN=$key COPILOT_PROVIDER_TYPE=openai COPILOT_PROVIDER_WIRE_API=completions \
-COPILOT_MODEL=$model COPILOT_PROVIDER_MODEL_ID=$model COPILOT_PROVIDER_WIRE_MODEL=$model \
-COPILOT_PROVIDER_MAX_PROMPT_TOKENS=$prompt COPILOT_PROVIDER_MAX_OUTPUT_TOKENS=$reserve copilot
+COPILOT_PROVIDER_BEARER_TOKEN=$key COPILOT_PROVIDER_TYPE=openai \
+COPILOT_PROVIDER_WIRE_API=completions COPILOT_MODEL=$model COPILOT_PROVIDER_MODEL_ID=$model \
+COPILOT_PROVIDER_WIRE_MODEL=$model COPILOT_PROVIDER_MAX_PROMPT_TOKENS=$prompt \
+COPILOT_PROVIDER_MAX_OUTPUT_TOKENS=$reserve copilot
 
 opencode: npm install -g opencode-ai
 $xdg npm_config_cache=$dir/npm OPENCODE_CONFIG=$dir/config.json opencode -m ztoapi/$model
@@ -5742,53 +6065,64 @@ config.json: $opencode
 qwen: npm install -g @qwen-code/qwen-code
 QWEN_HOME=$dir NO_UPDATE_NOTIFIER=1 OPENAI_API_KEY=$key OPENAI_BASE_URL=$base OPENAI_MODEL=$model \
 qwen --auth-type openai
-settings.json: {"model": {"generationConfig": {"contextWindowSize": $context, "modalities": {"image": $vision}, \
-"samplingParams": {"max_tokens": $output}}}}
+settings.json: {"model": {"generationConfig": {"contextWindowSize": $context, \
+"modalities": {"image": $vision}, "samplingParams": {"max_tokens": $output}}}}
 
 pi: npm install -g @earendil-works/pi-coding-agent
 PI_CODING_AGENT_DIR=$dir pi --provider ztoapi --model $model
-models.json: {"providers": {"ztoapi": {"baseUrl": "$base", "api": "openai-completions", "apiKey": "$escaped_key", \
-"models": [{"id": "$model", "reasoning": $thinks, "input": $input, "contextWindow": $context, "maxTokens": $output}]}}}
+models.json: {"providers": {"ztoapi": {"baseUrl": "$base", "api": "openai-completions", \
+"apiKey": "$escaped_key", "models": [{"id": "$model", "reasoning": $thinks, "input": $input, \
+"contextWindow": $context, "maxTokens": $output}]}}}
 
 cline: npm install -g cline
-CLINE_DIR=$dir CLINE_DATA_DIR=$dir CLINE_PROVIDER_SETTINGS_PATH=$dir/providers.json CLINE_SESSION_BACKEND_MODE=local \
-cline -P openai-compatible -m $model
-providers.json: {"version": 1, "providers": {"openai-compatible": {"settings": {"provider": "openai-compatible", \
-"apiKey": "$key", "model": "$model", "baseUrl": "$base", "contextWindow": $context, "maxTokens": $output}, \
-"updatedAt": "2026-01-01T00:00:00.000Z"}}}
+CLINE_DIR=$dir CLINE_DATA_DIR=$dir CLINE_PROVIDER_SETTINGS_PATH=$dir/providers.json \
+CLINE_SESSION_BACKEND_MODE=local cline -P openai-compatible -m $model
+providers.json: {"version": 1, \
+"providers": {"openai-compatible": {"settings": {"provider": "openai-compatible", \
+"apiKey": "$key", "model": "$model", "baseUrl": "$base", "contextWindow": $context, \
+"maxTokens": $output}, "updatedAt": "2026-01-01T00:00:00.000Z"}}}
 
 continue: npm install -g @continuedev/cli
 CONTINUE_GLOBAL_DIR=$dir cn --config $dir/config.yaml
-config.yaml: {"name": "ztoapi", "version": "1.0.0", "schema": "v1", "models": [{"name": "$model", "model": "$model", \
-"provider": "openai", "apiBase": "$base", "apiKey": "$key", "roles": ["chat", "edit", "apply"], \
-"capabilities": $capabilities, "defaultCompletionOptions": {"contextLength": $context, "maxTokens": $reserve}}]}
+config.yaml: {"name": "ztoapi", "version": "1.0.0", "schema": "v1", "models": [{"name": "$model", \
+"model": "$model", "provider": "openai", "apiBase": "$base", "apiKey": "$key", "roles": ["chat", \
+"edit", "apply"], "capabilities": $capabilities, \
+"defaultCompletionOptions": {"contextLength": $context, "maxTokens": $reserve}}]}
 
 hermes: pip install hermes-agent
 HERMES_HOME=$dir hermes chat --provider custom -m $model
-config.yaml: {"model": {"default": "$model", "provider": "custom", "base_url": "$base", "api_key": "$key", \
-"context_length": $context, "max_tokens": $output, "supports_vision": $vision}}
+config.yaml: {"model": {"default": "$model", "provider": "custom", "base_url": "$base", \
+"api_key": "$key", "context_length": $context, "max_tokens": $output, "supports_vision": $vision}}
 
 aider: pip install aider-chat
 AIDER_OPENAI_API_BASE=$base AIDER_OPENAI_API_KEY=$key AIDER_MODEL_METADATA_FILE=$dir/models.json \
 aider --model openai/$model --weak-model openai/$model --edit-format diff --no-show-model-warnings
-models.json: {"openai/$model": {"litellm_provider": "openai", "mode": "chat", "max_input_tokens": $context, \
-"max_output_tokens": $output, "supports_vision": $vision, "input_cost_per_token": $input_cost, \
-"cache_read_input_token_cost": $cached_cost, "output_cost_per_token": $output_cost}}
+models.json: {"openai/$model": {"litellm_provider": "openai", "mode": "chat", \
+"max_input_tokens": $context, "max_output_tokens": $output, "supports_vision": $vision, \
+"input_cost_per_token": $input_cost, "cache_read_input_token_cost": $cached_cost, \
+"output_cost_per_token": $output_cost}}
 
 gptme: pip install gptme
-$xdg OPENAI_BASE_URL=$base OPENAI_API_KEY=$key GPTME_CONTEXT_LENGTH=$context gptme --tool-format tool -m local/$model
+$xdg OPENAI_BASE_URL=$base OPENAI_API_KEY=$key GPTME_CONTEXT_LENGTH=$context gptme \
+--tool-format tool -m local/$model
 
 llm: pip install llm
 LLM_USER_PATH=$dir LLM_MODEL=$model OPENAI_API_KEY=$key llm
-extra-openai-models.yaml: [{"model_id": "$model", "model_name": "$model", "api_base": "$base", "reasoning": $thinks, \
-"api_key_name": "openai", "supports_tools": true, "supports_schema": true, "vision": $vision}]"""
-# What clients have in common: opencode's file, and variables for programs that have none for a folder.
-OPENCODE = """{"model": "ztoapi/$model", "provider": {"ztoapi": {"npm": "@ai-sdk/openai-compatible", \
-"options": {"baseURL": "$base", "apiKey": "$key"}, "models": {"$model": {"reasoning": $thinks, "attachment": $vision, \
-"modalities": {"input": $input, "output": ["text"]}, "limit": {"context": $context, "output": $output}}}}}}"""
-XDG = "XDG_CONFIG_HOME=$dir/config XDG_DATA_HOME=$dir/data XDG_STATE_HOME=$dir/state XDG_CACHE_HOME=$dir/cache"
+extra-openai-models.yaml: [{"model_id": "$model", "model_name": "$model", "api_base": "$base", \
+"reasoning": $thinks, "api_key_name": "openai", "supports_tools": true, "supports_schema": true, \
+"vision": $vision}]"""
+# What clients have in common: opencode's file, and variables for programs that have none of their
+# own for a folder.
+OPENCODE = """{"model": "ztoapi/$model", \
+"provider": {"ztoapi": {"npm": "@ai-sdk/openai-compatible", "options": {"baseURL": "$base", \
+"apiKey": "$key"}, "models": {"$model": {"reasoning": $thinks, "attachment": $vision, \
+"modalities": {"input": $input, "output": ["text"]}, "limit": {"context": $context, \
+"output": $output}}}}}}"""
+XDG = """XDG_CONFIG_HOME=$dir/config XDG_DATA_HOME=$dir/data XDG_STATE_HOME=$dir/state \
+XDG_CACHE_HOME=$dir/cache"""
 
-# What asks a client for an earlier session that it has in its folder. (aider has its own in the project.)
+# Arguments that ask a client for an earlier session, which it keeps in its folder. (aider keeps its
+# sessions in the project.)
 RESUMING = {
     "claude": {"-c", "--continue", "-r", "--resume"},
     "codex": {"resume", "fork"},
@@ -5804,7 +6138,7 @@ RESUMING = {
     "llm": {"-c", "--continue", "--cid", "--conversation"},
 }
 
-# Such a folder as `launch` makes, by hand: for once, and with --keep.
+# How to make by hand the folder that `launch` makes: for one session, and with --keep.
 NEW_FOLDER = "mkdir -p ~/.cache && dir=$(mktemp -d ~/.cache/ztoapi-XXXXXX)"
 KEPT_FOLDER = "dir=~/.local/share/ztoapi/{client}; mkdir -p -m 700 $dir"
 
@@ -5820,40 +6154,62 @@ class Client:
 
     def filled(self, words: Mapping[str, object]) -> Client:
         """The client with the words of `client_words` and the folder `dir` put in."""
-        in_json = {word: json_word(value) for word, value in words.items()}
-        variables = {
-            name: Template(text).substitute(words) for name, text in self.variables.items()
-        }
         arguments = [Template(text).substitute(words) for text in self.arguments]
-        files = {name: Template(text).substitute(in_json) for name, text in self.files.items()}
-        return Client(self.install, variables, arguments, files)
+        in_json = {word: json_word(value) for word, value in words.items()}
+        return Client(
+            self.install,
+            filled_texts(self.variables, words),
+            arguments,
+            filled_texts(self.files, in_json),
+        )
 
     def shell_lines(self, folder: str = NEW_FOLDER) -> str:
         """The lines for a shell; the folder must be "$dir", which the line `folder` makes."""
-        files = [f"cat > \"$dir/{name}\" <<'EOF'\n{text}\nEOF" for name, text in self.files.items()]
-        exports = [f"export {name}={shell_word(value)}" for name, value in self.variables.items()]
-        lines = "\n".join([*files, *exports, " ".join(map(shell_word, self.arguments))])
-        return f"{folder}\n{lines}" if "$dir" in lines else lines
+        lines = []
+        for name, text in self.files.items():
+            lines.append(f"cat > \"$dir/{name}\" <<'EOF'\n{text}\nEOF")
+        for name, value in self.variables.items():
+            lines.append(f"export {name}={shell_word(value)}")
+        lines.append(" ".join(map(shell_word, self.arguments)))
+        if any("$dir" in line for line in lines):
+            lines.insert(0, folder)
+        return "\n".join(lines)
+
+
+def filled_texts(texts: Mapping[str, str], words: Mapping[str, object]) -> dict[str, str]:
+    return {name: Template(text).substitute(words) for name, text in texts.items()}
 
 
 def client_words(origin: str, key: str, model: Model) -> dict[str, object]:
     """What the words of the table stand for, but for $dir."""
     # In pi's files $NAME is a variable, and a line that begins with ! a command.
     escaped = re.sub(r"^!|\$", r"$\g<0>", key)
-    address = {"origin": origin, "base": f"{origin}/v1"}
-    return {**address, "key": key, "escaped_key": escaped, "model": model.id, **model_words(model)}
+    return {
+        "origin": origin,
+        "base": f"{origin}/v1",
+        "key": key,
+        "escaped_key": escaped,
+        "model": model.id,
+        **model_words(model),
+    }
 
 
 def model_words(model: Model) -> dict[str, object]:
     """What clients are told of a model: sizes in tokens, costs in US dollars a token.
 
-    `reserve` is for clients that keep room for a whole answer free, and give only the rest, `prompt`, to the
-    conversation: with `output` itself that would be a quarter of glm-4.5's context, and filled by a few files.
+    `reserve` is for clients that keep room for a whole answer free, and give only the rest,
+    `prompt`, to the conversation. With `output` itself, little of glm-4.5's context would be left
+    to it, and a few files would fill that.
     """
     context = model.context or 128 * K
     output = model.output or 16 * K
     reserve = min(output, context // 4)
-    cost, cached_cost, output_cost = (price / 1e6 for price in model.price or (0, 0, 0))
+    cost, cached_cost, output_cost = model.price or (0, 0, 0)  # of a million tokens
+    inputs = ["text"]
+    capabilities = ["tool_use"]
+    if model.vision:
+        inputs.append("image")
+        capabilities.append("image_input")
     return {
         "context": context,
         "output": output,
@@ -5861,57 +6217,72 @@ def model_words(model: Model) -> dict[str, object]:
         "prompt": context - reserve,
         "thinks": model.thinking != "none",
         "vision": model.vision,
-        "input": ["text", "image"] if model.vision else ["text"],
-        "capabilities": ["tool_use", "image_input"] if model.vision else ["tool_use"],
-        "input_cost": cost,
-        "cached_cost": cached_cost,
-        "output_cost": output_cost,
+        "input": inputs,
+        "capabilities": capabilities,
+        "input_cost": cost / 1e6,
+        "cached_cost": cached_cost / 1e6,
+        "output_cost": output_cost / 1e6,
     }
 
 
 def json_word(value: object) -> str:
     """A value as it stands in a JSON file; a text without its quotes, which are there."""
     text = json_text(value)
-    return text[1:-1] if isinstance(value, str) else text
+    if isinstance(value, str):
+        return text[1:-1]
+    return text
 
 
 def shell_word(word: str) -> str:
-    return f'"{word}"' if word.startswith("$dir") else shlex.quote(word)
+    """A word quoted for a shell, which still replaces a $dir at its beginning."""
+    if word.startswith("$dir"):
+        return f'"{word}"'
+    return shlex.quote(word)
+
+
+VARIABLE = re.compile(r"\w+=")
 
 
 def parse_client(row: str) -> tuple[str, Client]:
-    head, line, *files = row.split("\n")
+    """A client and its name, from lines that say how to install and start it, and its files."""
+    head, line, *file_lines = row.split("\n")
     name, _, install = head.partition(": ")
-    words = shlex.split(line)
-    variables = dict(word.split("=", 1) for word in takewhile(re.compile(r"\w+=").match, words))
-    return name, Client(
-        install, variables, words[len(variables) :], dict(file.split(": ", 1) for file in files)
-    )
+    arguments = shlex.split(line)
+    variables = {}
+    while VARIABLE.match(arguments[0]):
+        variable, _, value = arguments.pop(0).partition("=")
+        variables[variable] = value
+    files = {}
+    for file_line in file_lines:
+        file, _, text = file_line.partition(": ")
+        files[file] = text
+    return name, Client(install, variables, arguments, files)
 
 
-CLIENTS = dict(
-    map(
-        parse_client, CLIENT_TABLE.replace("$xdg", XDG).replace("$opencode", OPENCODE).split("\n\n")
-    )
-)
+def parse_clients(table: str) -> dict[str, Client]:
+    table = table.replace("$xdg", XDG).replace("$opencode", OPENCODE)
+    return dict(map(parse_client, table.split("\n\n")))
+
+
+CLIENTS = parse_clients(CLIENT_TABLE)
 
 
 def client_examples() -> list[JSON]:
     """What the docs page shows: its script puts the address, key and model in place of %words%."""
     words = {word: f"%{word}%" for word in client_words("", "", Model(""))}
-    shown = {name: client.filled({**words, "dir": "$dir"}) for name, client in CLIENTS.items()}
-    return [
-        {"command": name, "install": it.install, "lines": it.shell_lines()}
-        for name, it in shown.items()
-    ]
+    words["dir"] = "$dir"
+    examples = []
+    for name, client in CLIENTS.items():
+        lines = client.filled(words).shell_lines()
+        examples.append({"command": name, "install": client.install, "lines": lines})
+    return examples
 
 
-# ======== Z.ai: errors ==============================================================================================
+# ======== Z.ai: errors ============================================================================
 # `zai_error` reads Z.ai's refusals, which come in many forms.
 
-INVALID = error_kind(
-    400, "zai_{}", "Z.ai did not accept the request: fix what it names."
-)  # {}: Z.ai's code
+# In the code of an error, {} is Z.ai's own.
+INVALID = error_kind(400, "zai_{}", "Z.ai did not accept the request: fix what it names.")
 OTHER = error_kind(502, "zai_{}", "Z.ai refused the request.")
 OVERLOADED = replace(
     RATE_LIMITED,
@@ -5926,46 +6297,79 @@ CONTENT_FILTER = error_kind(
 )
 
 # Z.ai's codes (docs.z.ai, "Error Codes", with docs.bigmodel.cn's of July 2026).
-KINDS_BY_CODE = (
-    dict.fromkeys(("1000", "1001", "1002", "1003", "1004", "1005"), AUTHENTICATION)
-    | dict.fromkeys(("1200", "1230", "1234"), UNAVAILABLE)
-    | dict.fromkeys(("1210", "1213", "1214", "1215", "1221", "1222"), INVALID)
-    | dict.fromkeys(("1211", "1212"), MODEL_NOT_FOUND)
-    | dict.fromkeys(("1220", "1311"), MODEL_NOT_AVAILABLE)
-    | dict.fromkeys(
-        ("1308", "1310", "1316", "1317", "1318", "1319", "1320", "1321"), QUOTA_EXCEEDED
-    )
-    | dict.fromkeys(("1309", "1313", "1314", "1315"), PLAN_NOT_USABLE)
-    | {"1113": NO_BALANCE, "1261": CONTEXT_LENGTH_EXCEEDED, "1301": CONTENT_FILTER}
-    | {"1302": RATE_LIMITED, "1305": OVERLOADED}
-)
+KINDS_BY_CODE = {
+    "1000": AUTHENTICATION,
+    "1001": AUTHENTICATION,
+    "1002": AUTHENTICATION,
+    "1003": AUTHENTICATION,
+    "1004": AUTHENTICATION,
+    "1005": AUTHENTICATION,
+    "1113": NO_BALANCE,
+    "1200": UNAVAILABLE,
+    "1210": INVALID,
+    "1211": MODEL_NOT_FOUND,
+    "1212": MODEL_NOT_FOUND,
+    "1213": INVALID,
+    "1214": INVALID,
+    "1215": INVALID,
+    "1220": MODEL_NOT_AVAILABLE,
+    "1221": INVALID,
+    "1222": INVALID,
+    "1230": UNAVAILABLE,
+    "1234": UNAVAILABLE,
+    "1261": CONTEXT_LENGTH_EXCEEDED,
+    "1301": CONTENT_FILTER,
+    "1302": RATE_LIMITED,
+    "1305": OVERLOADED,
+    "1308": QUOTA_EXCEEDED,
+    "1309": PLAN_NOT_USABLE,
+    "1310": QUOTA_EXCEEDED,
+    "1311": MODEL_NOT_AVAILABLE,
+    "1313": PLAN_NOT_USABLE,
+    "1314": PLAN_NOT_USABLE,
+    "1315": PLAN_NOT_USABLE,
+    "1316": QUOTA_EXCEEDED,
+    "1317": QUOTA_EXCEEDED,
+    "1318": QUOTA_EXCEEDED,
+    "1319": QUOTA_EXCEEDED,
+    "1320": QUOTA_EXCEEDED,
+    "1321": QUOTA_EXCEEDED,
+}
 
-# For refusals without such a code. Z.ai's gateway answers a wrong path with its own forms of 404.
-KINDS_BY_STATUS = {400: INVALID, 401: AUTHENTICATION, 404: WRONG_ADDRESS, 429: RATE_LIMITED}
-KINDS_BY_STATUS |= dict.fromkeys(
-    range(300, 400), WRONG_ADDRESS
-)  # following a redirect would send the key elsewhere
+# For refusals without such a code. Z.ai's gateway answers a wrong path with its own forms of 404;
+# to follow a redirect would send the key elsewhere.
+KINDS_BY_STATUS = {
+    400: INVALID,
+    401: AUTHENTICATION,
+    404: WRONG_ADDRESS,
+    429: RATE_LIMITED,
+    **dict.fromkeys(range(300, 400), WRONG_ADDRESS),
+}
 
 
 def zai_error(status: int, body: bytes | JSON) -> UpstreamError:
     """Z.ai's refusal, from an HTTP status and body or from a frame in a stream (status 200)."""
-    document = parse_json(body) if isinstance(body, bytes) else body
+    document: Any = body
+    if isinstance(body, bytes):
+        document = parse_json(body)
     code, text = code_and_text(document)
-    if (
-        status < 400 and len(code) == 3
-    ):  # an HTTP status inside a 200: {"code": 401, "msg": …, "success": false}
+    # An HTTP status may stand inside a 200: {"code": 401, "msg": …, "success": false}.
+    if status < 400 and len(code) == 3:
         status = int(code)
     if len(code) != 4:
         code = ""
     kind = KINDS_BY_CODE.get(code) or kind_without_code(status, code, document)
     kind = replace(kind, code=(kind.code or "").format(code or status))
-    detail = f"Z.ai {code}: {text}" if code else f"Z.ai, HTTP {status}: {text or excerpt(body)}"
+    detail = f"Z.ai, HTTP {status}: {text or excerpt(body)}"
+    if code:
+        detail = f"Z.ai {code}: {text}"
     return UpstreamError(kind, detail=detail, zai_code=code)
 
 
 NO_BALANCE_FOR_FREE = replace(
     NO_BALANCE,
-    message="Z.ai says that this server's key has no balance, though this model is free: see z.ai/manage-apikey. "
+    message="Z.ai says that this server's key has no balance, though this model is free: "
+    "see z.ai/manage-apikey. "
     "A Coding Plan key needs ZAI_BASE_URL=https://api.z.ai/api/coding/paas/v4.",
 )
 
@@ -5978,7 +6382,7 @@ def fit_to_model(error: UpstreamError, model: Model) -> None:
 
 
 def with_name_of_model(error: UpstreamError, name: str, known: Iterable[str]) -> UpstreamError:
-    """Z.ai's "Unknown Model", with the name that it does not know, and with those that are like it."""
+    """Z.ai's "Unknown Model", with the name that it does not know, and with names like it."""
     message = error.message + nearest_names(name, known)
     told = UpstreamError(error.kind, message, f"{name}: {error.detail}", error.zai_code)
     told.retry_after = error.retry_after
@@ -5989,8 +6393,8 @@ def with_name_of_model(error: UpstreamError, name: str, known: Iterable[str]) ->
 def refusal_in(body: bytes) -> UpstreamError | None:
     """Z.ai's refusal in an answer that has a status of success; None where it is no refusal.
 
-    Z.ai's are {"error": {"code": "1113", …}} and {"code": 401, "msg": …, "success": false}; a document with any other
-    code is the answer.
+    Z.ai's are {"error": {"code": "1113", …}} and {"code": 401, "msg": …, "success": false}; a
+    document with any other code is the answer.
     """
     document = as_object(parse_json(body))
     if not isinstance(document.get("error"), dict) and document.get("success") is not False:
@@ -6003,32 +6407,66 @@ def refusal_in(body: bytes) -> UpstreamError | None:
 
 
 def code_and_text(document: Any) -> tuple[str, str]:
-    """Z.ai's code and text from any of the shapes in which its errors come; empty strings if there are none."""
-    inner = document.get("error", document) if isinstance(document, dict) else None
+    """Z.ai's code and text from any of the shapes in which its errors come; "" for none."""
+    inner = document
+    if isinstance(document, dict):
+        inner = document.get("error", document)
     if not isinstance(inner, dict):  # Spring says {"status": 404, "error": "Not Found"}
         return "", ""
-    code, text = inner.get("code"), inner.get("message") or inner.get("msg")
-    return str(code) if re.fullmatch(r"\d{3,4}", str(code)) else "", text if isinstance(
-        text, str
-    ) else ""
+    code = str(inner.get("code"))
+    if not re.fullmatch(r"\d{3,4}", code):
+        code = ""
+    text = inner.get("message") or inner.get("msg")
+    if not isinstance(text, str):
+        text = ""
+    return code, text
 
 
 def kind_without_code(status: int, code: str, document: Any) -> ErrorKind:
+    """The kind of a refusal whose code tells nothing; `code` is unknown to us, or ""."""
     if status in KINDS_BY_STATUS and not (code and status == 404):
         return KINDS_BY_STATUS[status]
-    if status < 500 and isinstance(document, dict) and (code or status >= 400):
-        return replace(OTHER, status=status if status >= 400 else 502)
+    if status < 500 and isinstance(document, dict):
+        if status >= 400:
+            return replace(OTHER, status=status)
+        if code:
+            return OTHER
     return UNAVAILABLE
 
 
 def excerpt(body: bytes | JSON) -> str:
+    """The body in one line."""
     words = body.decode("utf-8", "replace") if isinstance(body, bytes) else json_text(body)
     return " ".join(words.split()) or "(empty)"
 
 
-# ======== Z.ai: answer ==============================================================================================
-# `ZaiReader` turns bytes into events. What was torn on the way, `salvage` puts together, and `HalfPairs` what was
-# cut inside a character; what the model says wrong, the repairs of the next section mend.
+# ======== Z.ai: answer ============================================================================
+# `ZaiReader` turns the bytes of one answer into events. How it works:
+#
+#     bytes ── SSEDecoder ──► data of an event ── parse_answer ──► chunk ── read_chunk ──► events
+#
+# The bytes come cut anywhere: in a line, in a word, in a character. `SSEDecoder` keeps what is
+# unfinished and gives the data of each server-sent event once its last line is there. That data is
+# one JSON object, a chunk, and says a little: a few words, a piece of a call, the usage.
+#
+# The bytes decide what they are, not the headers: Z.ai is asked for a stream and may still send one
+# JSON document. So all is kept (`raw`) until the first event shows that it is a stream. If none
+# comes, what was kept is a document, and `read_chunk` reads it too: where a chunk has a delta, it
+# has a message.
+#
+# `Finish` is always the last event. Z.ai may send the usage after the finish_reason, so the reader
+# keeps the reason until [DONE] or the end of the bytes. An answer that ends without one has broken
+# off, which is an error. So is a failure that Z.ai reports in the stream, and an answer too large.
+#
+# Z.ai sometimes loses the rest of a frame and glues the next one to it. Then the data is not one
+# JSON object, and `salvage` looks for whole chunks in it. What is torn is counted and left out,
+# since its words cannot be guessed. Behind it another answer may begin, under another id: the
+# reader says so with `BegunAgain`, and a repair decides what that means.
+#
+# A character may come in two halves, in two chunks; `HalfPairs` joins them. It is made when the
+# first half occurs, so that other answers do not pay for it.
+#
+# What the model itself says wrong the reader passes on: the repairs of the next section mend that.
 
 
 class SSEDecoder:
@@ -6062,7 +6500,8 @@ class SSEDecoder:
         events = []
         for line in lines:
             if line.startswith(self.DATA):
-                self.data.append(line.partition(b":")[2].removeprefix(b" ").removesuffix(b"\r"))
+                _, _, value = line.partition(b":")
+                self.data.append(value.removeprefix(b" ").removesuffix(b"\r"))
             elif self.data and line in (b"", b"\r"):
                 event = b"\n".join(self.data)
                 self.data = []
@@ -6080,7 +6519,10 @@ TORN = "A piece of Z.ai's answer was lost on the way: try again."
 
 
 def parse_answer(data: bytes) -> Any:
-    """What Z.ai sent, as parse_json does. Raises UpstreamError for JSON that would take too long to decode."""
+    """What Z.ai sent, as parse_json does.
+
+    Raises UpstreamError for JSON that would take too long to decode.
+    """
     if len(data) > 2 * MAX_VALUES and too_many_values(data):
         raise UpstreamError(UNAVAILABLE, TOO_LARGE)
     return parse_json(data)
@@ -6125,8 +6567,8 @@ class HalfPairs:
         return [alone]
 
     def join(self, event: Thought | Text | ToolCall) -> list[Event]:
-        words = event.arguments if isinstance(event, ToolCall) else event.text
-        words = self.half + words
+        """The event with the half that was waiting, without one that it ends with itself."""
+        words = self.half + words_of(event)
         self.half = ""
         self.ended = None
         if "\ud800" <= words[-1:] <= "\udbff":
@@ -6137,7 +6579,15 @@ class HalfPairs:
         if isinstance(event, ToolCall):
             name = whole_characters(event.name)
             return [replace(event, name=name, arguments=words)]
-        return [replace(event, text=words)] if words else []
+        if not words:
+            return []
+        return [replace(event, text=words)]
+
+
+def words_of(event: Thought | Text | ToolCall) -> str:
+    if isinstance(event, ToolCall):
+        return event.arguments
+    return event.text
 
 
 def continues(before: Event, event: Event) -> bool:
@@ -6179,10 +6629,9 @@ class ZaiReader:
         self.size = 0  # bytes so far
         self.torn = 0  # frames dropped because their rest never came
         self.halves: HalfPairs | None = None  # once something may have been half a character
-        self.finish: str | None = (
-            None  # the first finish_reason: some models send stop after tool_calls
-        )
-        self.done = False  # Finish has been read
+        # The first finish_reason: some models send stop after tool_calls.
+        self.finish: str | None = None
+        self.done = False  # Finish has been passed on
 
     def feed(self, part: bytes) -> Iterator[ZaiEvent]:
         """The events that this part completes. Raises UpstreamError when Z.ai reports a failure."""
@@ -6195,7 +6644,10 @@ class ZaiReader:
             yield from self.read_event(data)
 
     def close(self) -> Iterator[ZaiEvent]:
-        """The events that are left at the end of the bytes. Raises UpstreamError when some are missing."""
+        """The events that are left at the end of the bytes.
+
+        Raises UpstreamError when the answer has broken off.
+        """
         for data in self.decoder.close():
             yield from self.read_event(data)
         if self.raw is not None:
@@ -6205,6 +6657,7 @@ class ZaiReader:
         yield from self.end()
 
     def read_event(self, data: bytes) -> Iterable[ZaiEvent]:
+        """The events in the data of one server-sent event."""
         self.raw = None
         if self.done:
             return ()
@@ -6219,11 +6672,12 @@ class ZaiReader:
         return self.read_torn(data)
 
     def look_for_halves(self, data: bytes) -> None:
-        # UTF-8 itself has no halves. `find` is much faster than `in`.
+        # UTF-8 itself has no halves, only escapes are. `find` is much faster than `in`.
         if data.find(b"\\ud") >= 0 or data.find(b"\\uD") >= 0:
             self.halves = self.halves or HalfPairs()
 
     def read_torn(self, data: bytes) -> Iterator[ZaiEvent]:
+        """The events in what is not one JSON object."""
         self.look_for_halves(data)
         chunks, torn, rest = salvage(data.decode("utf-8", "replace"))
         self.torn += torn
@@ -6235,6 +6689,7 @@ class ZaiReader:
             )
 
     def read_document(self, data: bytes) -> Iterator[ZaiEvent]:
+        """The events of an answer that came as one JSON document."""
         self.look_for_halves(data)
         document = parse_answer(data)
         if not isinstance(document, dict):
@@ -6274,7 +6729,7 @@ class ZaiReader:
         return events
 
     def begins_again(self, chunk: JSON) -> bool:
-        """Whether a chunk behind a torn frame is the first one of another answer, which its id tells."""
+        """Whether a chunk behind a torn frame is the first of another answer: its id tells."""
         given = chunk.get("id")
         newest = self.newest_id or self.id
         if not given or str(given) == newest:
@@ -6313,9 +6768,9 @@ class ZaiReader:
 
 def text_of_parts(content: Any) -> str:
     """The text of a content that came as an array of parts, as messages of requests have it."""
-    texts = []
     if not isinstance(content, list):
         return ""
+    texts = []
     for part in content:
         text = part
         if isinstance(part, dict) and part.get("type") in ("text", "output_text", None):
@@ -6345,76 +6800,88 @@ def zai_call(piece: JSON) -> ToolCall:
 
 CHUNK_START = re.compile(r"(?:data:|\n)[ \t]*(?=\{)")
 CHUNK_END = re.compile(r"\s*(?:data:\s*)?(?=\{|\[|$)")
+MAX_STARTS = 16  # what may look like the start of a chunk in the text of one; for linear time
 
 
 def salvage(data: str) -> tuple[list[JSON], int, str]:
-    """The whole chunks in an event's data that is not one JSON object, how many were torn, and the unreadable rest.
+    """The whole chunks in data that is not one JSON object, how many were torn, and the rest.
 
-    Z.ai tears frames and glues the next one to them: {"id":"1","choices":[{"delta":{"condata: {"id":"2",…}
-    (zai-org/GLM-5#66). Whatever precedes a whole frame after "data:" or a line end counts as torn.
+    Z.ai tears frames and glues the next one to them (zai-org/GLM-5#66):
+    {"id":"1","choices":[{"delta":{"condata: {"id":"2",…}
+    Whatever precedes a whole frame after "data:" or a line end counts as torn.
     """
     data = data.strip()
-    starts = [0, *(start.end() for start in CHUNK_START.finditer(data, 1)), len(data)]
+    starts = [0]
+    starts += [start.end() for start in CHUNK_START.finditer(data, 1)]
     chunks: list[JSON] = []
-    torn = read = 0
-    for i, start in enumerate(starts[:-1]):
-        if start >= read:
-            # Text inside a whole chunk may look like a start. At most 16 are tried, for linear time.
-            found, end = chunks_in(data[start : starts[min(i + 16, len(starts) - 1)]])
-            chunks += found
-            torn, read = (torn + (start > read), start + end) if found else (torn, read)
+    torn = 0
+    read = 0  # the index behind the last whole chunk
+    for index, start in enumerate(starts):
+        if start < read:
+            continue
+        end = len(data)
+        if index + MAX_STARTS < len(starts):
+            end = starts[index + MAX_STARTS]
+        found, size = chunks_in(data[start:end])
+        if not found:
+            continue
+        chunks += found
+        if start > read:
+            torn += 1
+        read = start + size
     return chunks, torn, data[read:].removeprefix("[DONE]")
 
 
 def chunks_in(part: str) -> tuple[list[JSON], int]:
     """The whole chunks at the beginning of a text, and the index where they end."""
     chunks: list[JSON] = []
-    at = 0
-    likely = '"choices"' in part or '"error"' in part  # otherwise decoding would only cost time
-    while likely and (found := chunk_at(part, at)):
-        chunk, at = found
+    end = 0
+    if '"choices"' not in part and '"error"' not in part:  # decoding would only cost time
+        return chunks, end
+    found = chunk_at(part, end)
+    while found is not None:
+        chunk, end = found
         chunks.append(chunk)
-    return chunks, at
+        found = chunk_at(part, end)
+    return chunks, end
 
 
 def chunk_at(data: str, start: int) -> tuple[JSON, int] | None:
-    """The chunk that starts at this index, and the index where the next may start; None if there is none."""
+    """The chunk that starts at this index, and where the next may start; None if there is none."""
     try:
         value, end = JSON_DECODER.raw_decode(data, start)
     except (ValueError, RecursionError):
         return None
     if end - start > SHALLOW and is_too_deep(value, data[start:end]):
         return None
+    if not isinstance(value, dict) or not ("choices" in value or "error" in value):
+        return None
     following = CHUNK_END.match(data, end)
-    whole = isinstance(value, dict) and ("choices" in value or "error" in value)
-    return (value, following.end()) if whole and following else None
+    if following is None:
+        return None
+    return value, following.end()
 
 
 def zai_usage(usage: JSON) -> Usage:
-    prompt, completion = (
-        as_count(usage.get("prompt_tokens")),
-        as_count(usage.get("completion_tokens")),
-    )
-    cached = as_count(as_object(usage.get("prompt_tokens_details")).get("cached_tokens"))
-    reasoning = as_count(as_object(usage.get("completion_tokens_details")).get("reasoning_tokens"))
-    return Usage(
-        prompt,
-        completion,
-        as_count(usage.get("total_tokens")) or prompt + completion,
-        cached,
-        reasoning,
-    )
+    prompt = as_count(usage.get("prompt_tokens"))
+    completion = as_count(usage.get("completion_tokens"))
+    total = as_count(usage.get("total_tokens")) or prompt + completion
+    prompt_details = as_object(usage.get("prompt_tokens_details"))
+    cached = as_count(prompt_details.get("cached_tokens"))
+    completion_details = as_object(usage.get("completion_tokens_details"))
+    reasoning = as_count(completion_details.get("reasoning_tokens"))
+    return Usage(prompt, completion, total, cached, reasoning)
 
 
-# ======== Z.ai: repairs =============================================================================================
-# Models say things that no client expects. Each such quirk has a machine of its own here, a `Repair`:
-# events go in, mended events come out. `REPAIRS` lists them in order, each with the requests that
-# need it, so that the twentieth quirk costs what the first did, and can be deleted alone.
+# ======== Z.ai: repairs ===========================================================================
+# Models say things that no client expects. Each such quirk has a machine of its own here, a
+# `Repair`: events go in, mended events come out. `REPAIRS` lists them in order, and each says which
+# requests need it, so that the twentieth quirk costs what the first did, and can be deleted alone.
 #
 #     ZaiReader
 #        │   the head of the text         TaggedReasoning · StrayTag · TextHead
 #        │   an answer that begins again  FreshStart
-#        │   calls said as words          ThoughtCalls · LeakedCalls · JsonCalls · ForcedCall
+#        │   calls said as words          ThoughtCalls · LeakedCalls · ForcedCall
 #        │   names of calls               NameRemnants
 #        │   ids, and doubles of calls    CallPieces · NamelessCalls · DoubledArguments
 #        │   their arguments              MarkupArguments · FencedArguments · NullArguments ·
@@ -6444,9 +6911,10 @@ def zai_usage(usage: JSON) -> Usage:
 
 @dataclass(frozen=True, slots=True)
 class RepairNeeds:
-    """What of a request decides which repairs its answer needs."""
+    """What of a request decides which repairs its answer needs.
 
-    # It keeps nothing of the prompt, which is long, but what the answer may quote.
+    It keeps nothing of the prompt, which is long, but what the answer may quote.
+    """
 
     model: Model
     answer_id: str  # ours, unique
@@ -6461,7 +6929,7 @@ class RepairNeeds:
 class Repair(ABC):
     """Mends one quirk of one answer: `feed` takes an event of a type in `sees`, which only shrinks.
 
-    `mended` counts how often there was something to mend, for the dashboard, which shows it by `kind`.
+    `mended` counts how often there was something to mend; the dashboard shows it by `kind`.
     """
 
     kind = ""
@@ -6520,7 +6988,7 @@ class RepairChain:
 
 
 class TaggedReasoning(Repair):
-    """Reasoning that a model writes into its text between <think> tags, and box marks around results.
+    """Reasoning that a model writes into its text in <think> tags, and box marks around results.
 
     Older vision models do (docs.z.ai, GLM-4.5V): <think>…</think> at the head becomes reasoning,
     <|begin_of_box|> and <|end_of_box|> are dropped.
@@ -6534,7 +7002,9 @@ class TaggedReasoning(Repair):
 
     @classmethod
     def needed(cls, needs: RepairNeeds) -> Repair | None:
-        return cls() if needs.model.tagged_reasoning else None
+        if not needs.model.tagged_reasoning:
+            return None
+        return cls()
 
     def __init__(self) -> None:
         self.rest = ""  # perhaps the beginning of a tag
@@ -6554,8 +7024,10 @@ class TaggedReasoning(Repair):
 
     def read(self, piece: str) -> Iterator[Event]:
         """The event for a tag, or for the text between two tags."""
-        if not piece or piece in self.BOXES:
-            self.mended += bool(piece)
+        if not piece:
+            return
+        if piece in self.BOXES:
+            self.mended += 1
         elif piece == "<think>" and self.state == "head":
             self.state = "thought"
             self.mended += 1
@@ -6584,11 +7056,12 @@ def partial_tag(text: str, tags: Iterable[str]) -> str:
 
 
 class StrayTag(Repair):
-    """A </think> at the head of a text: the server that took the reasoning out has left it there."""
+    """A </think> at the head of a text, left there by the server that took the reasoning out."""
 
     kind = "stray_tags"
     sees = frozenset((Text, ToolCall, Finish))
     TAG = "</think>"
+    LONGEST = 1000  # characters of the head; a model may go on and on with white space
 
     def __init__(self) -> None:
         self.head = ""  # white space, and perhaps the beginning of the tag
@@ -6597,7 +7070,8 @@ class StrayTag(Repair):
         if isinstance(event, Text):
             self.head += event.text
             word = self.head.lstrip()
-            if self.TAG.startswith(word) and word != self.TAG:
+            is_short = len(self.head) < self.LONGEST
+            if is_short and self.TAG.startswith(word) and word != self.TAG:
                 return
             if word.startswith(self.TAG):
                 self.head = self.head.replace(self.TAG, "", 1)
@@ -6610,14 +7084,15 @@ class StrayTag(Repair):
 
 
 class TextHead(Repair):
-    r"""Line ends at the very head of a text, which are the model's template ("\n" before a call, say)."""
+    r"""Line ends at the head of a text: they are the model's template ("\n" before a call, say)."""
 
     kind = "line_ends_at_head"
     sees = frozenset((Text,))
 
     def feed(self, event: Text) -> tuple[Event, ...]:
         text = event.text.lstrip("\r\n")
-        self.mended += text != event.text
+        if text != event.text:
+            self.mended += 1
         if not text:
             return ()
         self.sees = frozenset()  # the text has begun
@@ -6627,9 +7102,9 @@ class TextHead(Repair):
 class FreshStart(Repair):
     """An answer that begins anew in its own stream, behind a torn frame and under another id.
 
-    Z.ai does so when it loses an answer on the way (zai-org/GLM-5#66, anomalyco/opencode#23442): what
-    follows is not the rest of what came before. If that was reasoning alone, the new one goes on;
-    behind a text or a call it would be nonsense, so the answer breaks off.
+    Z.ai does so when it loses an answer on the way (zai-org/GLM-5#66, anomalyco/opencode#23442):
+    what follows is not the rest of what came before. If that was reasoning alone, the new one goes
+    on; behind a text or a call it would be nonsense, so the answer breaks off.
     """
 
     kind = "begun_again"
@@ -6652,8 +7127,8 @@ class FreshStart(Repair):
 class CodeMarks:
     """Whether a text, read in pieces, ends inside a code fence or between backticks.
 
-    After CommonMark, 4.5 and 6.1, and rather too often than too rarely: backticks are counted, and
-    a paragraph with an odd number of them counts as code until it ends.
+    After CommonMark, 4.5 and 6.1, and what is in doubt is code: backticks are counted, and from an
+    odd one on a paragraph is code until the next one, or its end.
     """
 
     FENCES = ("```", "~~~")
@@ -6701,25 +7176,32 @@ class CodeMarks:
     @property
     def inside(self) -> bool:
         self.read()
-        return bool(self.fence) or self.ticks % 2 == 1 or self.line.strip()[:3] in self.FENCES
+        if self.fence or self.ticks % 2 == 1:
+            return True
+        return self.line.strip()[:3] in self.FENCES  # one is being written
 
 
 class LeakedCalls(Repair):
-    """Tool calls that leak into the text as the model's own markup (zai-org/GLM-5#84).
+    """Tool calls that leak into the text, as the model's own markup or as JSON.
 
-    <tool_call>name<arg_key>key</arg_key><arg_value>value</arg_value>…</tool_call>, one or several
-    behind each other. They are calls only at the end of an answer that has no other call and ended
-    with stop or tool_calls, outside of code, of tools that were offered, and if the same markup does
-    not stand in the request (`quoted`): a page that an agent reads could otherwise make it act.
+    <tool_call>name<arg_key>key</arg_key><arg_value>value</arg_value>…</tool_call>
+    (zai-org/GLM-5#84), <tool_call>{"name": …, "arguments": {…}}</tool_call> (vllm-project/vllm#48095),
+    one or several of either behind each other. They are calls only at the end of an answer that has
+    no other call and ended with stop or tool_calls, outside of code, of tools that were offered, and
+    if the same markup does not stand in the request (`quoted`): a page that an agent reads could
+    otherwise make it act.
     """
 
     kind = "leaked_calls"
     sees = frozenset((Text, ToolCall, Finish))
     WORDS: type[Text] | type[Thought] = Text  # where calls leak into
+    MOST = 100  # calls in one answer; each is looked for in all that was said
 
     @classmethod
     def needed(cls, needs: RepairNeeds) -> Repair | None:
-        return cls(needs.tools, needs.quoted) if needs.tools else None
+        if not needs.tools:
+            return None
+        return cls(needs.tools, needs.quoted)
 
     def __init__(self, tools: Mapping[str, JSON], quoted: str) -> None:
         self.tools = tools  # the parameters of each, by name
@@ -6794,7 +7276,7 @@ class LeakedCalls(Repair):
 
     def new_calls(self) -> list[LeakedCall]:
         """The ways to read what comes behind a <tool_call>."""
-        return [MarkupCall(self.tools)]
+        return [MarkupCall(self.tools), JsonCall(self.tools)]
 
     def goes_on(self, piece: str) -> bool:
         """Read more of the open call. False if it is none."""
@@ -6812,6 +7294,8 @@ class LeakedCalls(Repair):
     def are_calls(self, reason: FinishReason) -> bool:
         """Whether what is held is calls, now that the answer has ended."""
         if self.has_call or self.open or reason not in ("stop", "tool_calls"):
+            return False
+        if len(self.calls) > self.MOST:
             return False
         quotations = [leaked for leaked in self.calls if plain_form(leaked.text) in self.quoted]
         return bool(self.calls) and not quotations
@@ -6837,24 +7321,9 @@ class ThoughtCalls(LeakedCalls):
     sees = frozenset((Thought, Text, ToolCall, Finish))
     WORDS = Thought
 
-    def new_calls(self) -> list[LeakedCall]:
-        return [MarkupCall(self.tools), JsonCall(self.tools)]
-
-
-class JsonCalls(LeakedCalls):
-    """Calls that leak into the text as JSON: <tool_call>{"name": …, "arguments": {…}}</tool_call>.
-
-    vllm-project/vllm#48095. As in LeakedCalls.
-    """
-
-    kind = "calls_as_json"
-
-    def new_calls(self) -> list[LeakedCall]:
-        return [JsonCall(self.tools)]
-
 
 class ForcedCall(Repair):
-    """A text that is nothing but the arguments of the function that tool_choice forces, fenced or not.
+    """A text that is only the arguments of the function that tool_choice forces, fenced or not.
 
     NousResearch/hermes-agent#7462. Z.ai knows no forced calls, and answers with what the call would
     have had. As in LeakedCalls, but the fence does not count: it is around all of the text.
@@ -6906,7 +7375,7 @@ FENCED = re.compile(r"\s*```\w*[ \t]*\r?\n(.*)```\s*", re.DOTALL)
 
 
 def json_in(text: str) -> str:
-    """The inside of a fence, if that is all there is, else the text; without white space around it."""
+    """The inside of a fence, if that is all there is, else the text; stripped of white space."""
     fenced = FENCED.fullmatch(text)
     if fenced:
         return fenced[1].strip()
@@ -6934,8 +7403,12 @@ def is_blank_text(event: Event) -> bool:
 
 
 MARKUP_TAGS = (
-    *("<tool_call>", "</tool_call>"),
-    *("<arg_key>", "</arg_key>", "<arg_value>", "</arg_value>"),
+    "<tool_call>",
+    "</tool_call>",
+    "<arg_key>",
+    "</arg_key>",
+    "<arg_value>",
+    "</arg_value>",
 )
 MARKUP_TAG = re.compile("(</?(?:tool_call|arg_key|arg_value)>)")
 
@@ -6956,7 +7429,7 @@ class LeakedCall(ABC):
 
     @abstractmethod
     def feed(self, piece: str) -> bool:
-        """Read a tag, or the text between two. False if this is no call of a tool that was offered."""
+        """Read a tag, or the text between two. False if this is no call of an offered tool."""
 
     @abstractmethod
     def call(self) -> ToolCall: ...
@@ -6990,12 +7463,12 @@ class MarkupCall(LeakedCall):
             self.leave()
             self.state = following
             self.is_complete = following == "complete"
-            fits = self.name in self.tools
+            is_call = self.name in self.tools
         else:
-            fits = self.add(piece)
-        if fits:
+            is_call = self.add(piece)
+        if is_call:
             self.pieces.append(piece)
-        return fits
+        return is_call
 
     def leave(self) -> None:
         """The end of a name, a key or a value."""
@@ -7027,7 +7500,9 @@ class MarkupCall(LeakedCall):
 def arguments_of_pairs(pairs: Iterable[tuple[str, str]], parameters: JSON) -> str:
     """Arguments as JSON text, from names and values as they stand between tags."""
     schema = Schema(parameters, parameters)
-    arguments = {name: leaked_value(value, schema.of_property(name)) for name, value in pairs}
+    arguments = {}
+    for name, value in pairs:
+        arguments[name] = leaked_value(value, schema.of_property(name))
     return json_text(arguments)
 
 
@@ -7075,6 +7550,11 @@ class JsonCall(LeakedCall):
         return ToolCall(-1, "", self.name, json_text(self.arguments))
 
 
+def sorted_form(value: Any) -> str:
+    """JSON text that is the same for the same value, however its names are ordered."""
+    return json.dumps(value, sort_keys=True)
+
+
 JSON_TYPES = {
     bool: "boolean",
     int: "integer",
@@ -7087,9 +7567,10 @@ JSON_TYPES = {
 
 
 class Schema:
-    """What a JSON Schema says of a value, as far as the repairs need it; what it leaves open, is allowed.
+    """What a JSON Schema says of a value, as far as the repairs need it.
 
-    A reference is followed within `root`, the whole schema; a union allows what one of its `options` does.
+    What it leaves open is allowed. A reference is followed within `root`, the whole schema; a union
+    allows what one of its `options` does.
     """
 
     MAX_DEPTH = 32  # of references, and of values, in one another
@@ -7149,12 +7630,34 @@ class Schema:
         name = JSON_TYPES[type(value)]
         return name in self.types or (name == "integer" and "number" in self.types)
 
+    @cached_property
+    def ways(self) -> list[Schema]:
+        """A schema for each of the options alone."""
+        return [Schema(option, self.root) for option in self.options]
+
+    @cached_property
+    def choices(self) -> frozenset[str] | None:
+        """The values that the first option lists, each in its sorted form; None: it lists none."""
+        values = self.options[0].get("enum")
+        if not isinstance(values, list):
+            return None
+        return frozenset(map(sorted_form, values))
+
     @property
     def allows_string(self) -> bool:
         return self.types is None or "string" in self.types
 
+    @cached_property
+    def has_other_types_than_strings(self) -> bool:
+        """Whether an object has properties that may be no string."""
+        for option in self.options:
+            for part in as_object(option.get("properties")).values():
+                if not Schema(part, self.root).allows_string:
+                    return True
+        return False
+
     def of_property(self, name: str) -> Schema:
-        """Of the value that an object has under this name; one that allows all if that is not clear."""
+        """The schema of an object's value of this name; one that allows all if it is not clear."""
         if name not in self.properties:
             found = []
             for option in self.options:
@@ -7166,7 +7669,7 @@ class Schema:
 
     @cached_property
     def of_items(self) -> Schema:
-        """Of an array's items, likewise."""
+        """The schema of an array's items, likewise."""
         return self.only([option["items"] for option in self.options if "items" in option])
 
     def only(self, parts: list[Any]) -> Schema:
@@ -7190,7 +7693,7 @@ def fits(value: Any, schema: Schema, depth: int = 0) -> bool:
     """Whether a value is what a schema asks for, as far as its types, names and choices say."""
     if depth > Schema.MAX_DEPTH:
         return False
-    if not any(fits_option(value, option, schema.root) for option in schema.options):
+    if not any(fits_way(value, way) for way in schema.ways):
         return False
     if isinstance(value, list):
         return all(fits(item, schema.of_items, depth + 1) for item in value)
@@ -7200,13 +7703,13 @@ def fits(value: Any, schema: Schema, depth: int = 0) -> bool:
     return True
 
 
-def fits_option(value: Any, option: JSON, root: JSON) -> bool:
-    """Whether it fits, but for what is in it."""
-    if not Schema(option, root).allows_type_of(value):
+def fits_way(value: Any, way: Schema) -> bool:
+    """Whether it fits a schema of one option, but for what is in it."""
+    if not way.allows_type_of(value):
         return False
-    choices = option.get("enum")
-    if isinstance(choices, list) and value not in choices:
+    if way.choices is not None and sorted_form(value) not in way.choices:
         return False
+    option = way.options[0]
     if value != option.get("const", value):
         return False
     return not isinstance(value, dict) or value.keys() >= required_names(option)
@@ -7220,7 +7723,7 @@ def required_names(schema: JSON) -> set[str]:
 
 
 def types_of(schema: JSON) -> Iterable[str] | None:
-    """The types that a schema without unions names, or that its values have; None if it names none."""
+    """The types that a schema without unions names, or its values have; None if it has neither."""
     named = schema.get("type")
     if isinstance(named, str):
         return {named}
@@ -7234,8 +7737,11 @@ def types_of(schema: JSON) -> Iterable[str] | None:
     return None
 
 
+BRACE = re.compile("{")
 QUOTED_CALL = re.compile(r"(?:<|u003c|&lt;|&#0*60;|&#x0*3c;)tool_call", re.IGNORECASE)
 ESCAPE = re.compile(r"\\+(?:u([0-9a-fA-F]{4})|[nrt])?")  # however often it was escaped
+# Of the digits of a character those that count: of thousands Python makes no number.
+LONG_NUMBER = re.compile("(?<=&#)0*([0-9]{0,8})[0-9]*")
 
 
 def quoted_text(messages: Iterable[Message], *, forced: bool = False) -> str:
@@ -7243,8 +7749,9 @@ def quoted_text(messages: Iterable[Message], *, forced: bool = False) -> str:
 
     Where a call is `forced`, an object may be one: then it is those that have a brace in them.
     """
-    has_calls = re.compile("{").search if forced else QUOTED_CALL.search
-    return "\n".join(map(plain_form, filter(has_calls, conversation_texts(messages))))
+    mark = BRACE if forced else QUOTED_CALL
+    texts = [text for text in conversation_texts(messages) if mark.search(text)]
+    return "\n".join(map(plain_form, texts))
 
 
 def conversation_texts(messages: Iterable[Message]) -> Iterator[str]:
@@ -7259,21 +7766,23 @@ def conversation_texts(messages: Iterable[Message]) -> Iterator[str]:
 
 
 def plain_form(text: str) -> str:
-    """A text without white space and escapes: the same for a page, for it in JSON, and for it in HTML."""
+    """A text without white space and escapes: the same for a page as for its JSON and its HTML."""
     if "&" in text:
-        text = unescape(text)
+        text = unescape(LONG_NUMBER.sub(r"\1", text))
     if "\\" in text:
         text = whole_characters(ESCAPE.sub(unescaped, text))
     return "".join(text.split())
 
 
 def unescaped(escape: re.Match[str]) -> str:
-    """What an escape of JSON stands for; nothing for a line end, and for the backslash before a quote."""
-    return chr(int(escape[1], 16)) if escape[1] else ""
+    """The character that an escape of JSON stands for; "" for white space and for a backslash."""
+    if escape[1]:
+        return chr(int(escape[1], 16))
+    return ""
 
 
 class NameRemnants(Repair):
-    """Remnants of the model's template in the name of a call: read</arg_value>, or read and its arguments.
+    """Remnants of the model's template in a call's name: read</arg_value>, or read and arguments.
 
     zai-org/GLM-5#84, can1357/oh-my-pi#3458. The name is what precedes the first tag or white space,
     if that was offered. Pairs of <arg_key> and <arg_value> behind it are moved into the arguments,
@@ -7286,7 +7795,9 @@ class NameRemnants(Repair):
 
     @classmethod
     def needed(cls, needs: RepairNeeds) -> Repair | None:
-        return cls(needs.tools) if needs.tools else None
+        if not needs.tools:
+            return None
+        return cls(needs.tools)
 
     def __init__(self, tools: Mapping[str, JSON]) -> None:
         self.tools = tools
@@ -7310,9 +7821,8 @@ class Call:
     name: str = ""
     waiting: str = ""  # arguments not yet sent: the name must be sent first
     id: str = ""  # ours, once the first piece has been sent
-    index: int = (
-        0  # ours, likewise: the OpenAI SDK's stream() fails on calls that do not begin in order
-    )
+    # Ours, likewise: the OpenAI SDK's stream() fails on calls that do not begin in order.
+    index: int = 0
     is_empty: bool = True  # no arguments have been sent
 
 
@@ -7338,9 +7848,8 @@ class CallPieces(Repair):
     def __init__(self, answer_id: str) -> None:
         self.answer_id = answer_id  # for the ids of calls that have none
         self.calls: list[Call] = []
-        self.known: dict[
-            int | str, Call
-        ] = {}  # the newest call with each of Z.ai's indexes and ids
+        # The newest call with each of Z.ai's indexes and ids.
+        self.known: dict[int | str, Call] = {}
 
     def feed(self, event: ToolCall | Finish) -> Iterator[Event]:
         if isinstance(event, Finish):
@@ -7363,8 +7872,9 @@ class CallPieces(Repair):
 
     def find(self, piece: ToolCall) -> Call:
         """The call that a piece belongs to, perhaps a new one."""
-        place = piece.id if piece.index < 0 else piece.index
-        call = self.known.get(place)
+        call = self.known.get(piece.index)
+        if piece.index < 0:
+            call = self.known.get(piece.id)
         is_new = piece.index >= 0 and piece.id  # though it may have no name
         if call is None and not piece.name and self.calls and not is_new:
             call = self.calls[-1]
@@ -7384,7 +7894,7 @@ class CallPieces(Repair):
         call.waiting = ""
         call.is_empty = call.is_empty and not arguments
         if not call.id:
-            call.index = sum(bool(known.id) for known in self.calls)
+            call.index = len([known for known in self.calls if known.id])
             call.id = self.new_id(call)
             yield ToolCall(call.index, call.id, call.name, arguments)
         elif arguments:
@@ -7397,6 +7907,18 @@ class CallPieces(Repair):
         while call_id in used:
             call_id += f"_{call.index}"
         return call_id
+
+
+def is_another(piece: ToolCall, call: Call) -> bool:
+    """Whether a piece with a name begins another call than the one with its index or id."""
+    if not piece.name:
+        return False
+    return contradict(piece.id, call.given_id) or contradict(piece.name, call.name)
+
+
+def contradict(one: str, other: str) -> bool:
+    """Whether both are known, and they differ."""
+    return bool(one and other and one != other)
 
 
 class NamelessCalls(Repair):
@@ -7431,7 +7953,7 @@ class JsonScanner:
         return self.in_string and not self.is_escaped and '"' not in text and "\\" not in text
 
     def feed(self, text: str) -> Iterator[tuple[str, int]]:
-        """Each mark of JSON in more of the text, with the index behind it; a string has two, its quotes."""
+        """Each mark of JSON in more of the text, with the index behind it; a quote is a mark."""
         at = 0
         while at < len(text):
             if self.in_string:
@@ -7481,7 +8003,8 @@ class ObjectReader:
 
     def __init__(self) -> None:
         self.scanner = JsonScanner()
-        self.objects: list[str] = []  # that are complete
+        self.first = ""  # object, once it is complete
+        self.forms: set[str] = set()  # the objects in their sorted forms, once there are two
         self.begun: list[str] = []  # pieces of the next one
         self.held = ""  # what has not gone out of a first object that is empty
         self.is_plain = True  # there has been nothing else
@@ -7522,7 +8045,7 @@ class ObjectReader:
     def go_on(self, part: str) -> str:
         """More of an object; the first one goes out as it comes."""
         self.begun.append(part)
-        if self.objects:
+        if self.first:
             return ""
         return part
 
@@ -7541,14 +8064,16 @@ class ObjectReader:
         whole = "".join(self.begun) + part
         if not self.is_plain or not whole.lstrip().startswith("{"):
             yield "more", self.read(part)
-        elif self.objects:
+        elif self.first:
             yield from self.read_another(whole)
         elif self.EMPTY.fullmatch(whole):
-            self.mended += bool(self.held)
-            self.held = self.held or part
+            if self.held:
+                self.mended += 1
+            else:
+                self.held = part
         else:
             yield "more", self.read(part)
-            self.objects.append(whole)
+            self.first = whole
         self.begun = []
 
     def read_another(self, whole: str) -> Iterator[tuple[Literal["more", "another"], str]]:
@@ -7559,14 +8084,17 @@ class ObjectReader:
             yield "more", whole
             return
         self.mended += 1
-        if value not in map(parse_text, self.objects):
-            self.objects.append(whole)
+        if not self.forms:
+            self.forms.add(sorted_form(parse_text(self.first)))
+        form = sorted_form(value)
+        if form not in self.forms:
+            self.forms.add(form)
             yield "another", whole.strip()
 
     def close(self) -> str:
         """What was held, when no more comes."""
         held = self.held
-        if self.objects:
+        if self.first:
             held += "".join(self.begun)
         self.held = ""
         self.begun = []
@@ -7595,7 +8123,9 @@ class DoubledArguments(Repair):
 
     @classmethod
     def needed(cls, needs: RepairNeeds) -> Repair | None:
-        return cls() if needs.tools else None
+        if not needs.tools:
+            return None
+        return cls()
 
     def __init__(self) -> None:
         self.calls: dict[int, SentCall] = {}  # by the index that they came with
@@ -7637,6 +8167,8 @@ class DoubledArguments(Repair):
     def send(self, given_id: str, name: str) -> SentCall:
         """The next call, with an id of its own."""
         index = len(self.ids)
+        if index > MAX_CALLS:
+            raise UpstreamError(UNAVAILABLE, TOO_LARGE)
         while given_id in self.ids:
             given_id += f"_{index}"
         self.ids.add(given_id)
@@ -7650,14 +8182,16 @@ class DoubledArguments(Repair):
 
 
 class HeldArguments(Repair):
-    """Mends arguments that are no object: they are known by how they begin, and held to their end."""
+    """Mends arguments that are no object: known by how they begin, and held to their end."""
 
     sees = frozenset((ToolCall, Finish))
     START = ""  # how they begin
 
     @classmethod
     def needed(cls, needs: RepairNeeds) -> Repair | None:
-        return cls(needs.tools) if needs.tools else None
+        if not needs.tools:
+            return None
+        return cls(needs.tools)
 
     def __init__(self, tools: Mapping[str, JSON]) -> None:
         self.tools = tools  # the parameters of each, by name
@@ -7686,8 +8220,10 @@ class HeldArguments(Repair):
     def close(self) -> Iterator[Event]:
         for index, pieces in self.held.items():
             text = "".join(pieces)
-            mended = self.mend(text, self.tools.get(self.names[index], {}))
-            self.mended += mended is not None
+            parameters = self.tools.get(self.names[index], {})
+            mended = self.mend(text, parameters)
+            if mended is not None:
+                self.mended += 1
             if text:
                 yield ToolCall(index, "", "", mended or text)
         self.held = {}
@@ -7705,7 +8241,8 @@ class MarkupArguments(HeldArguments):
 
     kind = "markup_in_arguments"
     START = "<arg_key>"
-    PAIR = re.compile(r"\s*<arg_key>(.*?)</arg_key>\s*<arg_value>(.*?)</arg_value>", re.DOTALL)
+    # A key has no "<" in it. If it could have any, a text of many keys would be read anew for each.
+    PAIR = re.compile(r"\s*<arg_key>([^<]*)</arg_key>\s*<arg_value>(.*?)</arg_value>", re.DOTALL)
     REST = re.compile(r"\s*(?:</tool_call>)?\s*(?:\{\s*\}|null)?\s*")
 
     def mend(self, text: str, parameters: JSON) -> str | None:
@@ -7759,13 +8296,15 @@ class UnfinishedArguments(Repair):
 
     @classmethod
     def needed(cls, needs: RepairNeeds) -> Repair | None:
-        return cls(needs.tools) if needs.tools else None
+        if not needs.tools:
+            return None
+        return cls(needs.tools)
 
     def __init__(self, tools: Mapping[str, JSON]) -> None:
         self.tools = tools  # the parameters of each, by name
         self.names: dict[int, str] = {}  # of the calls, by index
         self.sent: dict[int, list[str]] = {}  # arguments, likewise
-        self.commas: dict[int, str] = {}  # held from the end of the last piece, likewise
+        self.commas: dict[int, list[str]] = {}  # held from the end of the last pieces, likewise
 
     def feed(self, event: ToolCall | Finish) -> Iterable[Event]:
         if isinstance(event, Finish):
@@ -7781,11 +8320,14 @@ class UnfinishedArguments(Repair):
 
     def hold_comma(self, event: ToolCall) -> Iterable[Event]:
         """Pass a piece on without the comma that it may end in."""
-        text = self.commas.pop(event.index, "") + event.arguments
+        if event.index in self.commas and not event.arguments.strip():
+            self.commas[event.index].append(event.arguments)
+            return ()
+        text = "".join(self.commas.pop(event.index, [])) + event.arguments
         kept = text.rstrip()
         if kept.endswith(","):
             kept = kept[:-1]
-            self.commas[event.index] = text[len(kept) :]
+            self.commas[event.index] = [text[len(kept) :]]
         else:
             kept = text
         self.sent[event.index].append(kept)
@@ -7794,13 +8336,17 @@ class UnfinishedArguments(Repair):
         return ()
 
     def close(self, reason: FinishReason) -> Iterator[Event]:
+        was_cut_off = reason in ("length", "window_full")
         for index, pieces in self.sent.items():
-            comma = self.commas.get(index, "")
-            missing = self.missing("".join(pieces), self.tools.get(self.names[index], {}))
-            is_whole = missing == "" or (missing and reason not in ("length", "window_full"))
-            if is_whole and (missing or comma):
-                self.mended += 1
-            rest = missing if is_whole else comma
+            comma = "".join(self.commas.get(index, []))
+            parameters = self.tools.get(self.names[index], {})
+            missing = self.missing("".join(pieces), parameters)
+            if missing is None or (missing and was_cut_off):
+                rest = comma  # it stays as it is
+            else:
+                rest = missing
+                if missing or comma:
+                    self.mended += 1
             if rest:
                 yield ToolCall(index, "", "", rest)
 
@@ -7821,9 +8367,10 @@ class UnfinishedArguments(Repair):
 
 
 class TypeMender:
-    """Puts values in the place of strings in JSON text that comes in pieces, where a schema allows no string.
+    """Puts values in the place of strings in JSON text, where a schema allows no string.
 
-    Only within `depth` brackets. Such a string is held to its end; all else passes as it is.
+    The text comes in pieces. Such a string is held to its end; all else passes as it is, and so
+    does what stands within more than `depth` brackets.
     """
 
     def __init__(self, schema: Schema, depth: int) -> None:
@@ -7832,9 +8379,8 @@ class TypeMender:
         self.schemas: list[Schema] = []  # of the objects and arrays that are open
         self.expected = schema  # of the next value
         self.key = ""  # the last one
-        self.role: Literal["", "key", "value"] = (
-            ""  # of the string that is open; "": of no interest
-        )
+        # Of the string that is open; "": of no interest.
+        self.role: Literal["", "key", "value"] = ""
         self.string: list[str] = []  # its pieces
         self.mended = 0
 
@@ -7918,9 +8464,9 @@ class TypeMender:
 class TypedArguments(Repair):
     """Arguments of the wrong type: "3" for a number, "[…]" for an array, a string for all of them.
 
-    mastra-ai/mastra#12771, antirez/ds4#569. A string becomes the value that it is the JSON of, where
-    the schema allows that and no string. In arguments that come in one piece this holds at every
-    depth; in others only a value at the top is held for it, all else streams on.
+    mastra-ai/mastra#12771, antirez/ds4#569. A string becomes the value that it is the JSON of,
+    where the schema allows that and no string. In arguments that come in one piece this holds at
+    every depth; in others only a value at the top is held for it, all else streams on.
     """
 
     kind = "argument_types"
@@ -7928,10 +8474,13 @@ class TypedArguments(Repair):
 
     @classmethod
     def needed(cls, needs: RepairNeeds) -> Repair | None:
-        return cls(needs.tools) if needs.tools else None
+        if not needs.tools:
+            return None
+        return cls(needs.tools)
 
     def __init__(self, tools: Mapping[str, JSON]) -> None:
         self.tools = tools  # the parameters of each, by name
+        self.schemas: dict[str, Schema] = {}  # likewise, of those that were called
         self.begun: dict[int, Schema] = {}  # of calls that have had no arguments yet, by index
         self.menders: dict[int, TypeMender] = {}  # of those that come in pieces, likewise
 
@@ -7940,8 +8489,7 @@ class TypedArguments(Repair):
             return [*self.close(), event]
         index = event.index
         if event.id:
-            parameters = self.tools.get(event.name, {})
-            self.begun[index] = Schema(parameters, parameters)
+            self.begun[index] = self.schema_of(event.name)
         if not event.arguments:
             return (event,)
         if index in self.begun:
@@ -7954,6 +8502,13 @@ class TypedArguments(Repair):
             return (ToolCall(index, event.id, event.name, arguments),)
         return ()
 
+    def schema_of(self, name: str) -> Schema:
+        """Of the arguments of a tool; read once for all of its calls."""
+        if name not in self.schemas:
+            parameters = self.tools.get(name, {})
+            self.schemas[name] = Schema(parameters, parameters)
+        return self.schemas[name]
+
     def begin(self, index: int, text: str) -> str:
         """Read the first piece, which may be all; return what goes out of it."""
         schema = self.begun.pop(index)
@@ -7962,7 +8517,7 @@ class TypedArguments(Repair):
             self.mended += 1
             text = value.strip()
         elif not isinstance(value, dict):
-            if has_other_types_than_strings(schema):
+            if schema.has_other_types_than_strings:
                 self.menders[index] = TypeMender(schema, 1)
                 return self.menders[index].feed(text)
             return text
@@ -7979,17 +8534,8 @@ class TypedArguments(Repair):
                 yield ToolCall(index, "", "", held)
 
 
-def has_other_types_than_strings(schema: Schema) -> bool:
-    """Whether an object has properties that may be no string."""
-    for option in schema.options:
-        for part in as_object(option.get("properties")).values():
-            if not Schema(part, schema.root).allows_string:
-                return True
-    return False
-
-
 class HalfEscapes(Repair):
-    """Half a surrogate pair in arguments, where it stands as an escape that no reader of bytes sees.
+    """Half a surrogate pair in arguments, as an escape in their JSON: the reader does not see it.
 
     It waits for the other half, as in HalfPairs, and alone is U+FFFD.
     """
@@ -8006,7 +8552,9 @@ class HalfEscapes(Repair):
 
     @classmethod
     def needed(cls, needs: RepairNeeds) -> Repair | None:
-        return cls() if needs.tools else None
+        if not needs.tools:
+            return None
+        return cls()
 
     def __init__(self) -> None:
         self.held: dict[int, str] = {}  # the beginning of a pair, at the end of a call's arguments
@@ -8041,23 +8589,11 @@ class HalfEscapes(Repair):
             yield ToolCall(index, "", "", rest)
 
 
-def is_another(piece: ToolCall, call: Call) -> bool:
-    """Whether a piece with a name begins another call than the one with its index or id."""
-    if not piece.name:
-        return False
-    return contradict(piece.id, call.given_id) or contradict(piece.name, call.name)
-
-
-def contradict(one: str, other: str) -> bool:
-    """Whether two names are both known and not the same."""
-    return bool(one and other and one != other)
-
-
 class FencedJson(Repair):
     """JSON inside a code fence, where JSON was asked for (hugalafutro/model-hotel#896).
 
-    Its inside is the answer, if the fence is all there is. That shows only at the end, and so a text
-    that begins with a fence and JSON in it is held until then; any other streams on.
+    Its inside is the answer, if the fence is all there is. That shows only at the end, and so a
+    text that begins with a fence and JSON in it is held until then; any other streams on.
     """
 
     kind = "fenced_json"
@@ -8069,7 +8605,9 @@ class FencedJson(Repair):
 
     @classmethod
     def needed(cls, needs: RepairNeeds) -> Repair | None:
-        return cls() if needs.wants_json else None
+        if not needs.wants_json:
+            return None
+        return cls()
 
     def __init__(self) -> None:
         self.held: list[str] = []  # the text so far
@@ -8107,7 +8645,7 @@ class FencedJson(Repair):
 
 
 class JsonAlone(Repair):
-    """Text beside a call, where JSON was asked for and tools were offered: SDKs parse all text as JSON.
+    """Text beside a call, where JSON was asked for and tools were offered: SDKs parse it as JSON.
 
     Text that begins as JSON streams on until a call comes; other text is held until it is clear
     whether it stands beside a call.
@@ -8118,7 +8656,9 @@ class JsonAlone(Repair):
 
     @classmethod
     def needed(cls, needs: RepairNeeds) -> Repair | None:
-        return cls() if needs.tools and needs.wants_json else None
+        if not needs.tools or not needs.wants_json:
+            return None
+        return cls()
 
     def __init__(self) -> None:
         self.held: list[str] = []  # text that does not begin as JSON
@@ -8141,18 +8681,20 @@ class JsonAlone(Repair):
         if not self.has_begun and not self.held:
             text = text.lstrip()
             self.has_begun = text.startswith(("{", "["))
-        if not self.has_begun:
-            self.held += filter(None, [text])
-        elif not self.has_call:
-            yield Text(text)
+        if self.has_begun:
+            if not self.has_call:
+                yield Text(text)
+        elif text:
+            self.held.append(text)
 
 
 class StopStrings(Repair):
-    """Stop strings that Z.ai leaves in the text, or does not know: it takes four (zai-org/GLM-4#511).
+    """Stop strings that Z.ai leaves in the text, or is not told: it takes four.
 
-    The answer ends before the first one that is complete; what Z.ai sends behind it is not read. At
-    the end of an answer also a part of one goes that is plainly no text (huggingface/smolagents#1934):
-    of three characters or more, and beginning with "<" or a line end.
+    zai-org/GLM-4#511. The answer ends before the first one that is complete; what Z.ai sends behind
+    it is not read. A part of one goes, too, where an answer ends with it and it is plainly no text
+    (huggingface/smolagents#1934): it has three characters or more, and begins with "<" or a line
+    end.
     """
 
     kind = "stop_strings"
@@ -8161,7 +8703,9 @@ class StopStrings(Repair):
 
     @classmethod
     def needed(cls, needs: RepairNeeds) -> Repair | None:
-        return cls(needs.stop) if needs.stop else None
+        if not needs.stop:
+            return None
+        return cls(needs.stop)
 
     def __init__(self, stop: tuple[str, ...]) -> None:
         self.stop = stop
@@ -8212,7 +8756,7 @@ class StopStrings(Repair):
         return earliest
 
     def end(self, finish: Finish) -> Finish:
-        """The finish, when the text has ended with a part of a stop string that is not one of its own."""
+        """The finish; a part of a stop string at the end of the text is what stopped it."""
         if finish.reason != "stop" or len(self.held) < self.LEAST_PART:
             return finish
         if not self.held.startswith(("<", "\n", "\r")):
@@ -8224,19 +8768,20 @@ class StopStrings(Repair):
 
 
 def first_stop(text: str, stops: Iterable[str]) -> tuple[int, str]:
-    """Where the stop string begins that is the first to be complete, and which; "" if there is none."""
-    first = len(text) + 1
-    start, met = 0, ""
+    """Where the first stop string to be complete begins, and which it is; "" if there is none."""
+    found = []
     for stop in stops:
-        at = text.find(stop)
-        end = at + len(stop)
-        if at >= 0 and (end, at) < (first, start):
-            first, start, met = end, at, stop
+        start = text.find(stop)
+        if start >= 0:
+            found.append((start + len(stop), start, stop))
+    if not found:
+        return 0, ""
+    _, start, met = min(found)
     return start, met
 
 
 class FinishWithoutCall(Repair):
-    """The finish tool_calls of an answer that has no call, which is stop: an agent waits for one."""
+    """The finish tool_calls of an answer that has no call becomes stop: an agent waits for one."""
 
     kind = "finish_without_call"
     sees = frozenset((ToolCall, Finish))
@@ -8260,7 +8805,9 @@ class EmptyAnswer(Repair):
 
     @classmethod
     def needed(cls, needs: RepairNeeds) -> Repair | None:
-        return cls() if needs.asks_again else None
+        if not needs.asks_again:
+            return None
+        return cls()
 
     def feed(self, event: Thought | Text | ToolCall | Finish) -> tuple[Event, ...]:
         self.sees = frozenset()
@@ -8329,7 +8876,6 @@ REPAIRS: tuple[type[Repair], ...] = (
     FreshStart,
     ThoughtCalls,
     LeakedCalls,
-    JsonCalls,
     ForcedCall,
     NameRemnants,
     CallPieces,
@@ -8393,7 +8939,7 @@ class HiddenReasoning(Repair):
 
 
 class RawReasoning(Repair):
-    """Not a repair: puts the reasoning into the text between <think> tags, where the client wants that."""
+    """Not a repair: puts reasoning into the text in <think> tags, where the client wants that."""
 
     sees = frozenset((Thought, Text, ToolCall, Citations, Finish))
 
@@ -8402,8 +8948,11 @@ class RawReasoning(Repair):
 
     def feed(self, event: Thought | Text | ToolCall | Citations | Finish) -> Iterator[Event]:
         if isinstance(event, Thought):
-            yield Text(event.text if self.is_open else "<think>" + event.text)
-            self.is_open = True
+            if not self.is_open:
+                self.is_open = True
+                yield Text("<think>" + event.text)
+            else:
+                yield Text(event.text)
             return
         if self.is_open:
             yield Text("</think>")
@@ -8420,38 +8969,44 @@ def reasoning_shape(form: ReasoningFormat) -> list[Repair]:
     return []
 
 
+# ======== Z.ai: other paths =======================================================================
+# What is special about the paths that are relayed as they are (embeddings, images, transcriptions,
+# forms) and about the quota of a Coding Plan, for `pass_through` and the dashboard.
+
+
 PLAN_WINDOWS = {(3, 5): "5h", (6, 1): "week", (5, 1): "month"}  # by unit and number
 
 
 def plan_quota(document: JSON) -> JSON:
-    """What is left of a Coding Plan. Z.ai does not document this, and changed its names in July 2026."""
+    """What is left of a Coding Plan.
+
+    Z.ai does not document this, and changed its names in July 2026.
+    """
     data = as_object(document.get("data")) or document
-    limits = [
-        limit
-        for limit in objects(data.get("limits"))
-        if as_number(limit.get("percentage")) is not None
-    ]
-    return {"level": str(data.get("level") or "")[:20], "limits": [*map(plan_limit, limits)]}
+    limits = objects(data.get("limits"))
+    known = [limit for limit in limits if as_number(limit.get("percentage")) is not None]
+    return {"level": str(data.get("level") or "")[:20], "limits": [*map(plan_limit, known)]}
 
 
 LAST_MILLISECOND = 253_402_214_400_000  # of Unix time that is a date: the end of the year 9999
 
 
 def plan_limit(limit: JSON) -> JSON:
-    unit, number = limit.get("unit"), limit.get("number")
-    resets_at = as_number(limit.get("nextResetTime")) or 0
-    is_known = 0 < resets_at < LAST_MILLISECOND
-    window = PLAN_WINDOWS.get((as_count(unit), as_count(number))) or f"{number} of unit {unit}"[:20]
-    used, allowance = as_number(limit.get("currentValue")), as_number(limit.get("usage"))
-    shown = {
-        "window": window,
+    """One limit of a Coding Plan; `resets_at` is a Unix time, None if it is not known."""
+    unit = limit.get("unit")
+    number = limit.get("number")
+    window = PLAN_WINDOWS.get((as_count(unit), as_count(number)))
+    milliseconds = as_number(limit.get("nextResetTime")) or 0
+    resets_at = None
+    if 0 < milliseconds < LAST_MILLISECOND:
+        resets_at = milliseconds / 1000
+    return {
+        "window": window or f"{number} of unit {unit}"[:20],
         "type": str(limit.get("type"))[:20],
         "percentage": limit["percentage"],
-    }
-    return shown | {
-        "used": used,
-        "allowance": allowance,
-        "resets_at": resets_at / 1000 if is_known else None,
+        "used": as_number(limit.get("currentValue")),
+        "allowance": as_number(limit.get("usage")),
+        "resets_at": resets_at,
     }
 
 
@@ -8470,7 +9025,10 @@ class PassThroughReader:
 
 
 def pass_through_body(body: JSON, aliases: Aliases) -> JSON:
-    """With the model that an alias stands for, and without encoding_format, which Z.ai's embeddings do not have."""
+    """The body with the model that an alias stands for, and without encoding_format.
+
+    Z.ai's embeddings have no such field.
+    """
     sent = {name: value for name, value in body.items() if name != "encoding_format"}
     name = body.get("model")
     if isinstance(name, str) and is_model_name(name):
@@ -8491,7 +9049,7 @@ def check_embedding_input(body: JSON) -> None:
 
 
 def check_image_format(body: JSON) -> None:
-    """Raises BadRequest for an image in the answer itself."""
+    """Raises BadRequest where the answer is to have the image itself."""
     if body.get("response_format") == "b64_json":
         words = "Z.ai gives URLs of images, which can be loaded for 30 days, and no base64: "
         words += "leave 'response_format' out, or ask for \"url\"."
@@ -8535,194 +9093,27 @@ class UsageReader(PassThroughReader):
         return b""
 
     def close(self) -> bytes:
-        data, self.held = bytes(self.held), bytearray()
-        self.usage = (
-            zai_usage(as_object(as_object(parse_answer(data)).get("usage"))) if data else self.usage
-        )
+        data = bytes(self.held)
+        self.held = bytearray()
+        if data:
+            document = as_object(parse_answer(data))
+            self.usage = zai_usage(as_object(document.get("usage")))
         return data
 
 
 class EmbeddingsReader(UsageReader):
-    """Embeddings in base64 (little-endian float32): openai-node asks for it by default, and reads nothing else."""
+    """Embeddings in base64 (little-endian float32).
+
+    openai-node asks for base64 unless it is told otherwise, and then reads nothing else.
+    """
 
     def close(self) -> bytes:
         data = super().close()
         document = as_object(parse_answer(data))
         if not isinstance(document.get("data"), list):
             return data
-        return json_bytes(
-            {**document, "data": [packed_embedding(item) for item in document["data"]]}
-        )
-
-
-class JoinedEmbeddings:
-    """The answers to the batches of one request, as one answer: `index` goes on, usage is summed."""
-
-    def __init__(self) -> None:
-        self.items: list[bytes] = []  # as JSON, which takes less memory than numbers
-        self.counts: Counter[str] = Counter()  # what the usage of all has, by name
-        self.others: JSON = {}  # the other fields, of the latest answer
-
-    def add(self, data: bytes, texts: int) -> None:
-        """An answer to that many texts. Raises UpstreamError where it is none."""
-        document = as_object(parse_answer(data))
-        items = document.get("data")
-        if not isinstance(items, list) or len(items) != texts:
-            raise zai_error(200, data)
-        for item in items:
-            self.items.append(json_bytes({**as_object(item), "index": len(self.items)}))
-        for name, tokens in as_object(document.get("usage")).items():
-            self.counts[name] += as_count(tokens)
-        self.others = document
-
-    def document(self) -> bytes:
-        others = json_bytes({**self.others, "data": None, "usage": self.counts})
-        head, _, rest = others.partition(b'"data":null')
-        return b"".join([head, b'"data":[', b",".join(self.items), b"]", rest])
-
-
-class TranscriptReader(UsageReader):
-    """The text of a transcription alone, for `response_format: text`; a stream passes as it comes."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.is_stream = False  # the first bytes are no JSON object's
-
-    def feed(self, part: bytes) -> bytes:
-        if self.is_stream:
-            return part
-        self.held += part
-        begun = self.held.lstrip()
-        if not begun or begun.startswith(b"{"):
-            return b""
-        self.is_stream = True
-        return super().close()
-
-    def close(self) -> bytes:
-        """Raises UpstreamError for a refusal: what is said in a text is none."""
-        data = super().close()
-        if error := refusal_in(data):
-            raise error
-        text = as_object(parse_answer(data)).get("text")
-        if not isinstance(text, str):
-            return data
-        self.media_type = "text/plain; charset=utf-8"
-        return whole_characters(text).encode()
-
-
-FIELD_LIMIT = 2**16  # bytes of the head of a form's part, and of a field that is read
-DISPOSITION = re.compile(
-    rb"^content-disposition:([^\r\n]*(?:\r\n[ \t][^\r\n]*)*)", re.IGNORECASE | re.MULTILINE
-)
-PARAMETER = re.compile(rb';\s*([^\s=;"]+)\s*=\s*("(?:[^"\\]|\\.)*"|[^;"\r\n]*)')
-BOUNDARY = re.compile(r'boundary\s*=\s*("?)([^";,]{1,200})\1', re.IGNORECASE)
-BROKEN_FORM = "The form in the request's body cannot be read: "
-
-
-class FormReader:
-    """Passes a multipart form on as it comes, while some of its fields are read and may change.
-
-    Nothing of a file is kept. The line that ends the form is held back until `close`: what is wrong
-    in a field that comes behind the file is seen before Z.ai has a whole request.
-    """
-
-    def __init__(self, boundary: str, fields: Mapping[str, Callable[[str], str]]) -> None:
-        self.line = b"\r\n--" + boundary.encode()  # before each part, and behind the last
-        self.fields = fields  # by the name of each field that is read: what becomes of its text
-        # What is not passed on yet. The first line has no end of another before it.
-        self.held = bytearray(b"\r\n")
-        self.added = 2  # bytes in `held` that the client did not send
-        self.field = ""  # the name of the one that is read
-        self.step: Callable[[], bytes | None] = self.pass_content  # by what comes next
-
-    def feed(self, part: bytes) -> bytes:
-        """The bytes to send on now. Raises BadRequest, and what the functions of the fields raise."""
-        self.held += part
-        passed = bytearray()
-        while (piece := self.step()) is not None:
-            passed += piece
-        return self.as_sent(passed)
-
-    def close(self) -> bytes:
-        """What was held back."""
-        return self.as_sent(self.held)
-
-    def as_sent(self, data: bytearray) -> bytes:
-        ours = min(self.added, len(data))
-        self.added -= ours
-        return bytes(data[ours:])
-
-    def take(self, size: int) -> bytes:
-        taken = bytes(self.held[:size])
-        del self.held[:size]
-        return taken
-
-    def pass_content(self) -> bytes | None:
-        """A file, or a field that is not read, up to the line behind it; None if more must come."""
-        end = self.held.find(self.line)
-        if end >= 0:
-            self.step = self.read_head
-            return self.take(end)
-        return self.take(max(0, len(self.held) - len(self.line) + 1)) or None
-
-    def read_head(self) -> bytes | None:
-        """The line before a part, and the part's head."""
-        begin = len(self.line)
-        if len(self.held) < begin + 2:
-            return None
-        if self.held.startswith(b"--", begin):
-            self.step = self.hold_end
-            return b""
-        if self.held[begin] not in b"\r \t":
-            raise BadRequest(f"{BROKEN_FORM}its boundary stands in the midst of a file.")
-        end = self.held.find(b"\r\n\r\n", begin)
-        if end < 0 or end > FIELD_LIMIT:
-            self.check_held()
-            return None
-        head = self.take(end + 4)
-        if self.line in head[begin:]:
-            raise BadRequest(f"{BROKEN_FORM}a part has no end of its head.")
-        self.field = field_name(head)
-        self.step = self.read_field if self.field in self.fields else self.pass_content
-        return head
-
-    def read_field(self) -> bytes | None:
-        end = self.held.find(self.line)
-        if end < 0 or end > FIELD_LIMIT:
-            self.check_held()
-            return None
-        self.step = self.read_head
-        try:
-            text = self.take(end).decode()
-        except UnicodeDecodeError:
-            raise BadRequest(f"{BROKEN_FORM}'{self.field}' is not UTF-8.", self.field) from None
-        return self.fields[self.field](text).encode()
-
-    def hold_end(self) -> None:
-        self.check_held()
-
-    def check_held(self) -> None:
-        if len(self.held) > FIELD_LIMIT:
-            raise BadRequest(f"{BROKEN_FORM}a head, a field or its end is too long.")
-
-
-def field_name(head: bytes) -> str:
-    """The name in the head of a form's part, "" for none. Raises BadRequest for one in another coding."""
-    found = DISPOSITION.search(head)
-    for name, value in PARAMETER.findall(found[1] if found else b""):
-        if name.lower() == b"name*":  # RFC 7578 forbids it
-            raise BadRequest(f"{BROKEN_FORM}it has a field with name*=.")
-        if name.lower() == b"name":
-            return str(value.strip().strip(b'"').decode("utf-8", "replace"))
-    return ""
-
-
-def form_boundary(content_type: str) -> str:
-    """Raises BadRequest where the header names none."""
-    found = BOUNDARY.search(content_type)
-    if found is None:
-        raise BadRequest(f"{BROKEN_FORM}its Content-Type names no boundary.")
-    return found[2].strip()
+        packed = [packed_embedding(item) for item in document["data"]]
+        return json_bytes({**document, "data": packed})
 
 
 def packed_embedding(item: Any) -> Any:
@@ -8756,7 +9147,190 @@ def fitting(number: int | float) -> float:
     return number
 
 
-# ======== Z.ai: request =============================================================================================
+class JoinedEmbeddings:
+    """The answers to the batches of one request, as one: `index` goes on, usage is summed."""
+
+    def __init__(self) -> None:
+        self.items: list[bytes] = []  # as JSON, which takes less memory than numbers
+        self.counts: Counter[str] = Counter()  # what the usage of all has, by name
+        self.others: JSON = {}  # the other fields, of the latest answer
+
+    def add(self, data: bytes, texts: int) -> None:
+        """An answer to that many texts. Raises UpstreamError where it is none."""
+        document = as_object(parse_answer(data))
+        items = document.get("data")
+        if not isinstance(items, list) or len(items) != texts:
+            raise zai_error(200, data)
+        for item in items:
+            self.items.append(json_bytes({**as_object(item), "index": len(self.items)}))
+        for name, tokens in as_object(document.get("usage")).items():
+            self.counts[name] += as_count(tokens)
+        self.others = document
+
+    def document(self) -> bytes:
+        others = json_bytes({**self.others, "data": None, "usage": self.counts})
+        head, _, rest = others.partition(b'"data":null')
+        return b"".join([head, b'"data":[', b",".join(self.items), b"]", rest])
+
+
+class TranscriptReader(UsageReader):
+    """Only the text of a transcription (`response_format: text`); a stream passes as it comes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.is_stream = False  # the first bytes are no JSON object's
+
+    def feed(self, part: bytes) -> bytes:
+        if self.is_stream:
+            return part
+        self.held += part
+        begun = self.held.lstrip()
+        if not begun or begun.startswith(b"{"):
+            return b""
+        self.is_stream = True
+        return super().close()
+
+    def close(self) -> bytes:
+        """The text. Raises UpstreamError for a refusal, which has none."""
+        data = super().close()
+        error = refusal_in(data)
+        if error:
+            raise error
+        text = as_object(parse_answer(data)).get("text")
+        if not isinstance(text, str):
+            return data
+        self.media_type = "text/plain; charset=utf-8"
+        return whole_characters(text).encode()
+
+
+FIELD_LIMIT = 2**16  # bytes of the head of a form's part, and of a field that is read
+DISPOSITION = re.compile(
+    rb"^content-disposition:([^\r\n]*(?:\r\n[ \t][^\r\n]*)*)", re.IGNORECASE | re.MULTILINE
+)
+PARAMETER = re.compile(rb';\s*([^\s=;"]+)\s*=\s*("(?:[^"\\]|\\.)*"|[^;"\r\n]*)')
+BOUNDARY = re.compile(r'boundary\s*=\s*("?)([^";,]{1,200})\1', re.IGNORECASE)
+BROKEN_FORM = "The form in the request's body cannot be read: "
+
+
+class FormReader:
+    """Passes a multipart form on as it comes, while some of its fields are read and may change.
+
+    Nothing of a file is kept. The line that ends the form is held back until `close`: what is wrong
+    in a field that comes behind the file is seen before Z.ai has a whole request.
+    """
+
+    def __init__(self, boundary: str, fields: Mapping[str, Callable[[str], str]]) -> None:
+        self.line = b"\r\n--" + boundary.encode()  # before each part, and behind the last
+        self.fields = fields  # by the name of each field that is read: what becomes of its text
+        # What is not passed on yet. The first line has no end of another before it.
+        self.held = bytearray(b"\r\n")
+        self.added = 2  # bytes in `held` that the client did not send
+        self.field = ""  # the name of the one that is read
+        # What reads on: it returns what goes out, None if more must come first.
+        self.step: Callable[[], bytes | None] = self.pass_content
+
+    def feed(self, part: bytes) -> bytes:
+        """The bytes to send on now.
+
+        Raises BadRequest for a form that cannot be read, and what the functions of fields raise.
+        """
+        self.held += part
+        passed = bytearray()
+        piece = self.step()
+        while piece is not None:
+            passed += piece
+            piece = self.step()
+        return self.as_sent(passed)
+
+    def close(self) -> bytes:
+        """What was held back."""
+        return self.as_sent(self.held)
+
+    def as_sent(self, data: bytearray) -> bytes:
+        """Without the bytes that the client did not send."""
+        ours = min(self.added, len(data))
+        self.added -= ours
+        return bytes(data[ours:])
+
+    def take(self, size: int) -> bytes:
+        taken = bytes(self.held[:size])
+        del self.held[:size]
+        return taken
+
+    def pass_content(self) -> bytes | None:
+        """A file, or a field that is not read, up to the line behind it."""
+        end = self.held.find(self.line)
+        if end >= 0:
+            self.step = self.read_head
+            return self.take(end)
+        certain = len(self.held) - len(self.line) + 1  # the rest may be the beginning of the line
+        return self.take(max(0, certain)) or None
+
+    def read_head(self) -> bytes | None:
+        """The line before a part, and the part's head."""
+        begin = len(self.line)
+        if len(self.held) < begin + 2:
+            return None
+        if self.held.startswith(b"--", begin):
+            self.step = self.hold_end
+            return b""
+        if self.held[begin] not in b"\r \t":
+            raise BadRequest(f"{BROKEN_FORM}its boundary stands in the midst of a file.")
+        end = self.held.find(b"\r\n\r\n", begin)
+        if end < 0 or end > FIELD_LIMIT:
+            self.check_held()
+            return None
+        head = self.take(end + 4)
+        if self.line in head[begin:]:
+            raise BadRequest(f"{BROKEN_FORM}a part has no end of its head.")
+        self.field = field_name(head)
+        self.step = self.pass_content
+        if self.field in self.fields:
+            self.step = self.read_field
+        return head
+
+    def read_field(self) -> bytes | None:
+        end = self.held.find(self.line)
+        if end < 0 or end > FIELD_LIMIT:
+            self.check_held()
+            return None
+        self.step = self.read_head
+        try:
+            text = self.take(end).decode()
+        except UnicodeDecodeError:
+            raise BadRequest(f"{BROKEN_FORM}'{self.field}' is not UTF-8.", self.field) from None
+        return self.fields[self.field](text).encode()
+
+    def hold_end(self) -> None:
+        self.check_held()
+
+    def check_held(self) -> None:
+        if len(self.held) > FIELD_LIMIT:
+            raise BadRequest(f"{BROKEN_FORM}a head, a field or its end is too long.")
+
+
+def field_name(head: bytes) -> str:
+    """The name in the head of a form's part, "" for none. Raises BadRequest for a coded one."""
+    found = DISPOSITION.search(head)
+    if found is None:
+        return ""
+    for name, value in PARAMETER.findall(found[1]):
+        if name.lower() == b"name*":  # RFC 7578 forbids it
+            raise BadRequest(f"{BROKEN_FORM}it has a field with name*=.")
+        if name.lower() == b"name":
+            return str(value.strip().strip(b'"').decode("utf-8", "replace"))
+    return ""
+
+
+def form_boundary(content_type: str) -> str:
+    """The boundary that a Content-Type names. Raises BadRequest where there is none."""
+    found = BOUNDARY.search(content_type)
+    if found is None:
+        raise BadRequest(f"{BROKEN_FORM}its Content-Type names no boundary.")
+    return found[2].strip()
+
+
+# ======== Z.ai: request ===========================================================================
 # `zai_body` is a Prompt as Z.ai takes it; what Z.ai has no parameter for is emulated or left out.
 
 
@@ -8764,43 +9338,59 @@ MAX_ZAI_STOPS = 4  # stop strings; StopStrings honours all (QwenLM/Qwen-Agent#37
 
 
 def zai_body(prompt: Prompt, model: Model) -> JSON:
-    """Only fields that Z.ai knows: an unknown one fails the whole request, without being named (1210).
+    """The body of a request: only fields that Z.ai knows.
 
-    It is always asked for a stream: a whole answer is what its stream adds up to, and a model that
-    thinks for minutes is silent for no longer than its pauses.
+    An unknown one would fail the whole request, without being named (1210). Z.ai is always asked
+    for a stream: a whole answer is what its stream adds up to, and a model that thinks for minutes
+    is silent for no longer than its pauses.
     """
-    tools = [*map(zai_tool, prompt.tools), *prompt.native_tools]
     messages = with_system_lines(prompt.messages, emulation_lines(prompt))
     body = {
         "model": model.id,
-        "messages": [*map(zai_message, messages)],
+        "messages": [zai_message(message) for message in messages],
         "stream": True,
-        "temperature": None if prompt.temperature is None else min(prompt.temperature, 1),
-        "top_p": None if prompt.top_p is None else max(prompt.top_p, 0.01),
-        "max_tokens": prompt.max_tokens
-        and min(prompt.max_tokens, model.output or prompt.max_tokens),
+        **zai_sampling(prompt, model),
+        "user_id": zai_user(prompt.user),
+    }
+    tools = [*map(zai_tool, prompt.tools), *prompt.native_tools]
+    if tools:
+        body["tools"] = tools
+        if model.streams_arguments:
+            body["tool_stream"] = True
+    if prompt.schema is not None:
+        body["response_format"] = {"type": "json_object"}
+    body.update(zai_thinking(prompt, model))
+    body.update(prompt.native)
+    return {name: value for name, value in body.items() if value is not None}
+
+
+def zai_sampling(prompt: Prompt, model: Model) -> JSON:
+    """How the answer is made and where it ends, within Z.ai's bounds; None where it is open."""
+    temperature = prompt.temperature
+    if temperature is not None:
+        temperature = min(temperature, 1)
+    top_p = prompt.top_p
+    if top_p is not None:
+        top_p = max(top_p, 0.01)
+    max_tokens = prompt.max_tokens
+    if max_tokens and model.output:
+        max_tokens = min(max_tokens, model.output)
+    return {
+        "temperature": temperature,
+        "top_p": top_p,
+        "max_tokens": max_tokens,
         "stop": list(prompt.stop[:MAX_ZAI_STOPS]) or None,  # documented as a list
         "seed": prompt.seed,
-        "user_id": zai_user(prompt.user),
-        "tools": tools or None,
-        "tool_stream": True if tools and model.streams_arguments else None,
-        "response_format": None if prompt.schema is None else {"type": "json_object"},
-        **zai_thinking(prompt, model),
-        **prompt.native,
     }
-    return {name: value for name, value in body.items() if value is not None}
 
 
 @dataclass(slots=True)
 class ZaiRequest:
-    """A request as it is sent, and what the repair of its answer must know.
-
-    `characters` is its size, images counted as IMAGE_SIZE each.
-    """
+    """A request as it is sent, and what the repairs of its answer must know."""
 
     data: bytes
     needs: RepairNeeds
-    characters: int
+    characters: int  # its size, images counted as IMAGE_SIZE each
 
 
 ZAI_HOSTS = ("api.z.ai", "open.bigmodel.cn")
@@ -8814,7 +9404,9 @@ def zai_request(prompt: Prompt, model: Model, base_url: str, answer_id: str) -> 
     data = encode_request(body)
     tools = {tool.name: tool.parameters for tool in prompt.tools}
     forced = forced_function(prompt)
-    quoted = quoted_text(prompt.messages, forced=bool(forced)) if tools else ""
+    quoted = ""
+    if tools:
+        quoted = quoted_text(prompt.messages, forced=bool(forced))
     wants_json = prompt.schema is not None
     needs = RepairNeeds(model, answer_id, tools, wants_json, quoted, forced, prompt.stop)
     return ZaiRequest(data, needs, len(data) - media_size(prompt.messages))
@@ -8830,8 +9422,12 @@ def forced_function(prompt: Prompt) -> str:
 
 def media_size(messages: Iterable[Message]) -> int:
     """The characters of all images and files, less what they count for."""
-    media = [part for message in messages for part in message.content if isinstance(part, Media)]
-    return sum(len(part.url) - IMAGE_SIZE for part in media)
+    size = 0
+    for message in messages:
+        for part in message.content:
+            if isinstance(part, Media):
+                size += len(part.url) - IMAGE_SIZE
+    return size
 
 
 def with_reasoning(
@@ -8840,14 +9436,18 @@ def with_reasoning(
     """The conversation with the reasoning that its client lost, from the index `start` on."""
 
     def recalled(message: Message) -> Message:
-        forgotten = message.role == "assistant" and not message.thought
-        return replace(message, thought=recall(message)) if forgotten else message
+        if message.role != "assistant" or message.thought:
+            return message
+        return replace(message, thought=recall(message))
 
     return (*messages[:start], *map(recalled, messages[start:]))
 
 
 def choice_prompt(prompt: Prompt, choice: int) -> Prompt:
-    """The prompt for one of `n` choices: with its own seed, or all would be the same, and without the request_id."""
+    """The prompt for one of `n` choices.
+
+    It has a seed of its own, or all would be the same, and not the request_id, which is for one.
+    """
     if prompt.n == 1:
         return prompt
     messages = prompt.messages
@@ -8866,7 +9466,11 @@ def zai_user(user: str) -> str | None:
     """Z.ai's user_id has 6 to 128 characters."""
     if len(user) > 128:
         return sha256(user)
-    return user if len(user) >= 6 else f"user-{user}" if user else None
+    if not user:
+        return None
+    if len(user) < 6:
+        return f"user-{user}"
+    return user
 
 
 def with_chosen_tools(prompt: Prompt) -> Prompt:
@@ -8893,7 +9497,7 @@ TOOL_WORD = re.compile(r"[\w.:/-]+")
 
 
 def without_deferred(prompt: Prompt) -> Prompt:
-    """The prompt with no more than MAX_TOOLS tools: the deferred ones go that nothing said names.
+    """The prompt with no more than MAX_TOOLS tools: those go that are deferred and never named.
 
     Raises BadRequest if there are still more.
     """
@@ -8924,8 +9528,9 @@ LEGAL_NAME = re.compile("[A-Za-z0-9_-]{1,64}")  # docs.z.ai, of functions
 def legal_names(prompt: Prompt) -> dict[str, str]:
     """What Z.ai is told for each name of a tool, offered or called, that it would refuse.
 
-    A name is told in the same way whatever stands beside it and in every process, since Z.ai's cache
-    needs the same beginning to be the same bytes; the end is a hash, so that no two are the same.
+    A name is told in the same way whatever stands beside it and in every process, since Z.ai's
+    cache needs the same beginning to be the same bytes; the end is a hash, so that no two are the
+    same.
     """
     names = dict.fromkeys([tool.name for tool in prompt.tools])
     for message in prompt.messages:
@@ -8942,7 +9547,9 @@ def legal_names(prompt: Prompt) -> dict[str, str]:
 
 
 def legal_name(name: str, mark: str) -> str:
-    return f"{re.sub('[^A-Za-z0-9_-]', '_', name)[:55]}_{mark[:8]}"
+    """At most 64 characters: the name's own as far as they are legal, and 8 of the mark."""
+    legal = re.sub("[^A-Za-z0-9_-]", "_", name)
+    return f"{legal[:55]}_{mark[:8]}"
 
 
 def with_names(prompt: Prompt, names: Mapping[str, str]) -> Prompt:
@@ -8962,35 +9569,38 @@ def with_called_names(message: Message, names: Mapping[str, str]) -> Message:
 
 
 CALL_ORDER = "Answer by calling "
-SCHEMA_ORDER = "Answer only with JSON, without any other text and without Markdown, valid against this JSON Schema: "
+SCHEMA_ORDER = (
+    "Answer only with JSON, without any other text and without Markdown, "
+    "valid against this JSON Schema: "
+)
 
 
 def emulation_lines(prompt: Prompt) -> Iterator[str]:
-    """Lines for the system message, for what Z.ai has no parameter for: tool_choice and JSON Schemas."""
-    names = ", ".join(tool.name for tool in prompt.tools)
+    """Lines for the system message, in place of parameters that Z.ai lacks."""
     if prompt.tool_choice.mode == "required" and prompt.tools:
-        which = "one of the functions" if len(prompt.tools) > 1 else "the function"
+        names = ", ".join(tool.name for tool in prompt.tools)
+        which = "the function"
+        if len(prompt.tools) > 1:
+            which = "one of the functions"
         yield f"{CALL_ORDER}{which} {names}."
     if prompt.schema:
         yield SCHEMA_ORDER + json_text(prompt.schema)
 
 
 def with_system_lines(messages: tuple[Message, ...], lines: Iterable[str]) -> tuple[Message, ...]:
-    """The conversation with lines added to its first system message: Z.ai may refuse a second one."""
-    lines, roles = tuple(lines), [message.role for message in messages]
-    if not lines:
+    """The conversation with lines added to its first system message; Z.ai may refuse a second."""
+    added = tuple(lines)
+    if not added:
         return messages
-    if "system" not in roles:
-        return (Message("system", lines), *messages)
-    at = roles.index("system")
-    return (
-        *messages[:at],
-        replace(messages[at], content=(*messages[at].content, *lines)),
-        *messages[at + 1 :],
-    )
+    for index, message in enumerate(messages):
+        if message.role == "system":
+            longer = replace(message, content=(*message.content, *added))
+            return (*messages[:index], longer, *messages[index + 1 :])
+    return (Message("system", added), *messages)
 
 
-THINKING_ON, THINKING_OFF = {"thinking": {"type": "enabled"}}, {"thinking": {"type": "disabled"}}
+THINKING_ON: JSON = {"thinking": {"type": "enabled"}}
+THINKING_OFF: JSON = {"thinking": {"type": "disabled"}}
 # Models that always think have three levels; this is the nearest for each effort.
 EFFORT_WHEN_ALWAYS: dict[Effort, str] = {
     "off": "low",
@@ -9000,34 +9610,36 @@ EFFORT_WHEN_ALWAYS: dict[Effort, str] = {
     "xhigh": "max",
     "max": "max",
 }
-THINKING_WITH_EFFORT: dict[Effort, JSON] = {
-    level: THINKING_ON | {"reasoning_effort": level} for level in EFFORT_LEVELS
-}
-# The fields for each kind of model and effort (docs.z.ai, "Thinking Mode"; NousResearch/hermes-agent#85890, #97286).
+# The fields for each kind of model and effort (docs.z.ai, "Thinking Mode";
+# NousResearch/hermes-agent#85890, #97286).
 THINKING: dict[ThinkingKind, dict[Effort, JSON]] = {
     "none": {},
     "switch": {
-        level: THINKING_OFF if level == "off" else THINKING_ON
-        for level in ("off", "on", *EFFORT_LEVELS)
+        "off": THINKING_OFF,
+        "on": THINKING_ON,
+        **dict.fromkeys(EFFORT_LEVELS, THINKING_ON),
     },
-    "effort": {"off": THINKING_OFF, "on": THINKING_ON, **THINKING_WITH_EFFORT},
+    "effort": {
+        "off": THINKING_OFF,
+        "on": THINKING_ON,
+        **{level: {**THINKING_ON, "reasoning_effort": level} for level in EFFORT_LEVELS},
+    },
     "always": {level: {"reasoning_effort": known} for level, known in EFFORT_WHEN_ALWAYS.items()},
 }
 
 
 def zai_thinking(prompt: Prompt, model: Model) -> JSON:
     """Z.ai's thinking fields; clear_thinking=false keeps earlier reasoning visible."""
-    fields = THINKING[model.thinking].get(prompt.effort, {}) if prompt.effort else {}
-    remembers = prompt.clear_thinking is None and any(
-        message.thought for message in prompt.messages
-    )
-    clear = False if remembers else prompt.clear_thinking
+    fields: JSON = {}
+    if prompt.effort:
+        fields = THINKING[model.thinking].get(prompt.effort, {})
+    clear = prompt.clear_thinking
+    if clear is None and any(message.thought for message in prompt.messages):
+        clear = False
     if clear is None or model.thinking == "none":
         return fields
-    return {
-        **fields,
-        "thinking": {**fields.get("thinking", THINKING_ON["thinking"]), "clear_thinking": clear},
-    }
+    thinking: JSON = {**THINKING_ON, **fields}["thinking"]
+    return {**fields, "thinking": {**thinking, "clear_thinking": clear}}
 
 
 def zai_message(message: Message) -> JSON:
@@ -9042,18 +9654,23 @@ def zai_message(message: Message) -> JSON:
 
 
 def zai_content(message: Message) -> str | list[JSON]:
-    """Text without media is sent as a string: several models answer 1214 to text parts (BerriAI/litellm#25868)."""
+    """A message's content.
+
+    Text without media is a string: several models answer 1214 to parts (BerriAI/litellm#25868).
+    """
     if not has_media(message):
         return message_text(message)
     return [zai_part(part) for part in message.content if not is_blank(part)]
 
 
 def zai_part(part: Part) -> JSON:
-    """Z.ai takes https URLs and bare base64; some models refuse data: URLs (BigPizzaV3/CodexPlusPlus#2031)."""
+    """A part as Z.ai takes it.
+
+    Some models take https URLs and bare base64, and no data: URLs (BigPizzaV3/CodexPlusPlus#2031).
+    """
     match part:
         case Media(kind, url):
-            head = BASE64_URL.match(url)
-            return {"type": kind, kind: {"url": url[head.end() :] if head else url}}
+            return {"type": kind, kind: {"url": bare_base64(url)}}
         case _:
             return {"type": "text", "text": part}
 
@@ -9065,30 +9682,27 @@ def zai_tool(tool: Tool) -> JSON:
 
 
 class RefInliner:
-    """A JSON Schema with its own definitions in place of the references to them, and without unions with null.
+    """A JSON Schema with definitions in place of references to them, and no unions with null.
 
-    Z.ai answers 500 or nothing at all to `$ref` and `anyOf` (musistudio/claude-code-router#1474). Definitions that
-    contain themselves stay as they are, and so does everything if the result would exceed MAX_NODES.
+    Z.ai answers 500 or nothing at all to `$ref` and `anyOf` (musistudio/claude-code-router#1474).
+    Definitions that contain themselves stay as they are, and so does everything if the result would
+    exceed MAX_NODES.
     """
 
-    MAX_NODES, MAX_DEPTH = 2_000, 100  # objects and arrays in the result; nested
+    MAX_NODES = 2_000  # objects and arrays in the result
+    MAX_DEPTH = 100  # of them in one another
     DATA = ("const", "enum", "default", "examples")  # hold values, not schemas
-    MAPS = (
-        "properties",
-        "patternProperties",
-        "dependentSchemas",
-        "$defs",
-        "definitions",
-    )  # hold schemas by any name
+    # Hold schemas by any name.
+    MAPS = ("properties", "patternProperties", "dependentSchemas", "$defs", "definitions")
     PLACES = ("$defs", "definitions")  # of definitions
 
     def __init__(self, schema: JSON) -> None:
         self.schema = schema
-        found = [(f"#/{place}/", as_object(schema.get(place))) for place in self.PLACES]
-        self.definitions = {
-            path + name: part for path, parts in found for name, part in parts.items()
-        }
-        self.size = 0
+        self.definitions: JSON = {}  # by what refers to them
+        for place in self.PLACES:
+            for name, part in as_object(schema.get(place)).items():
+                self.definitions[f"#/{place}/{name}"] = part
+        self.size = 0  # objects and arrays so far
         self.has_refs = False  # a reference stays, so its definition must stay too
 
     def inline_all(self) -> JSON:
@@ -9096,31 +9710,39 @@ class RefInliner:
         inlined: JSON = self.inline(body, (), 0)
         if self.size > self.MAX_NODES:
             return self.schema
-        return inlined | {
-            name: self.schema[name] for name in self.PLACES if self.has_refs and name in self.schema
-        }
+        if self.has_refs:
+            for name in self.PLACES:
+                if name in self.schema:
+                    inlined[name] = self.schema[name]
+        return inlined
 
     def inline(self, part: Any, seen: tuple[str, ...], depth: int) -> Any:
         """`part` with its references replaced; `seen` are the definitions around it."""
         if not isinstance(part, (dict, list)) or self.size > self.MAX_NODES:
             return part
-        self.size += 1 if depth < self.MAX_DEPTH else self.MAX_NODES
-        match part:
-            case {"$ref": str(ref), **others} if ref not in seen and isinstance(
-                self.definitions.get(ref), dict
-            ):
-                meant = self.inline(self.definitions[ref], (*seen, ref), depth + 1)
-                return {**meant, **self.inline(others, seen, depth + 1)}
-            case {"$ref": str(ref)}:
-                self.has_refs = True
-                return part
-            case dict():
-                names = [name for name in part if name != "$schema"]
-                return without_null(
-                    {name: self.inline_at(name, part[name], seen, depth + 1) for name in names}
-                )
-            case _:
-                return [self.inline(value, seen, depth + 1) for value in part]
+        self.size += 1
+        if depth >= self.MAX_DEPTH:
+            self.size += self.MAX_NODES  # so that it counts as too large
+        if isinstance(part, list):
+            return [self.inline(value, seen, depth + 1) for value in part]
+        if isinstance(part.get("$ref"), str):
+            return self.inline_reference(part, seen, depth)
+        inlined = {}
+        for name, value in part.items():
+            if name != "$schema":
+                inlined[name] = self.inline_at(name, value, seen, depth + 1)
+        return without_null(inlined)
+
+    def inline_reference(self, part: JSON, seen: tuple[str, ...], depth: int) -> JSON:
+        """The definition that a `$ref` means, with what stands beside the `$ref`."""
+        reference = part["$ref"]
+        definition = self.definitions.get(reference)
+        if reference in seen or not isinstance(definition, dict):
+            self.has_refs = True
+            return part
+        others = {name: value for name, value in part.items() if name != "$ref"}
+        meant = self.inline(definition, (*seen, reference), depth + 1)
+        return {**meant, **self.inline(others, seen, depth + 1)}
 
     def inline_at(self, name: str, part: Any, seen: tuple[str, ...], depth: int) -> Any:
         """`part` of a schema with its references replaced, if it holds schemas under this name."""
@@ -9128,7 +9750,9 @@ class RefInliner:
             return {}
         if name in self.MAPS and isinstance(part, dict):
             return {key: self.inline(schema, seen, depth) for key, schema in part.items()}
-        return part if name in self.DATA else self.inline(part, seen, depth)
+        if name in self.DATA:
+            return part
+        return self.inline(part, seen, depth)
 
 
 def without_null(schema: JSON) -> JSON:
@@ -9136,41 +9760,44 @@ def without_null(schema: JSON) -> JSON:
     for union in ("anyOf", "oneOf"):
         match schema.get(union):
             case [{"type": "null"}, dict(other)] | [dict(other), {"type": "null"}]:
-                gone = ((union, schema[union]), ("default", None))
-                return {
-                    **other,
-                    **{name: value for name, value in schema.items() if (name, value) not in gone},
-                }
+                kept = {name: value for name, value in schema.items() if name != union}
+                if kept.get("default") is None:
+                    kept.pop("default", None)
+                return {**other, **kept}
     return schema
 
 
-# ======== Accounts ==================================================================================================
-# Whose request it is, what that key may, and what it has used. How it works:
+# ======== Accounts ================================================================================
+# Whose request it is, what that key may do, and what it has used. How it works:
 #
-# An account is a key's: `Account` has its limits in the words of the `keys` command, and never the key, only its
-# SHA-256. Whoever sends a DEFAULT_KEY is an operator: their keys are in the settings, have no limits, and each has
-# an account of its own for what it stores. The others are named; they are in the database, under an id of their own,
-# so that a key can be changed for a new one (`rotate`) while what it used, stored and may stays with its name.
+# Each key has an account. `Account` has its limits, in the words of the `keys` command, and never
+# the key itself, only its SHA-256. Whoever sends a DEFAULT_KEY is an operator: these keys are in
+# the settings and have no limits, and each has an account of its own for what it stores. The other
+# keys have names; they are in the database, under an id of their own. So a key can be changed for a
+# new one (`rotate`), and what it has used, stored and may do stays with its name.
 #
-# A request reads memory only. `Accounts` knows what the database last said (`Known`: a few seconds old, and common
-# to all processes), and has counted since what the database does not have yet: in `counted` until a batch is taken
-# from it, in `batch` until that is surely written, so that nothing is counted twice or lost when writing fails. What
-# a key has used is the sum of the three. So limits hold in one process at once, among several within seconds.
+# A request reads memory only. What a key has used is the sum of three: what the database last said
+# (`Known`: a few seconds old, and common to all processes), what is being written to it (`batch`),
+# and what was counted here since (`counted`). A batch stays the same until it is surely written, so
+# that nothing is counted twice, or lost when writing fails. So limits hold at once in one process,
+# and within seconds among several.
 #
-# What is counted is the tokens that Z.ai tells, or an estimate where it says nothing (`Meter`), and what they cost at
-# list price, by day, account and model. A day is one of UTC. A budget is for a day, a week from Monday, a month, or
-# for good: what was used is asked for by the first day of that. It is looked at when a request comes and again when
-# its turn has come; what is in flight may go beyond it, since nobody knows before what an answer will cost.
+# What is counted is the tokens that Z.ai tells, or an estimate where it says nothing (`Meter`), and
+# what they cost at list price, by day of UTC, account and model. A budget is for a day, a week from
+# Monday, a month, or for good; against it counts what was used since the first day of that. It is
+# looked at when a request comes, and again when its turn has come. What is in flight may go beyond
+# it, since nobody knows before what an answer will cost.
 #
-# Money is counted in billionths of a US dollar: whole numbers, so that sums in a database are exact, and small enough
-# for a token of the cheapest model. A chat model whose price is not known is charged like the dearest, or a budget
-# would mean nothing; what is free costs nothing, so that it goes on when a budget of money is used up.
+# Money is counted in billionths of a US dollar: whole numbers, so that sums in a database are
+# exact, and small enough for a token of the cheapest model. A chat model whose price is not known
+# is charged like the dearest, or a budget would mean nothing; what is free costs nothing, so that
+# it goes on when a budget of money is used up.
 
 OPERATOR = "operator"  # the name of everybody with a DEFAULT_KEY
 EVERYBODY = ""  # stands for the id of an account where all are meant
 
-# By account id, day and model: requests, failures, tokens in, tokens in from the cache, tokens out, and what they
-# cost in billionths of a dollar.
+# By account id, day and model: requests, failures, tokens in, tokens in from the cache, tokens out,
+# and what they cost in billionths of a dollar.
 Counts = dict[tuple[str, str, str], list[int]]
 NOTHING_COUNTED = (0, 0, 0, 0, 0, 0)
 
@@ -9238,7 +9865,7 @@ def money_budget(limit: str) -> Budget:
 
 @dataclass(frozen=True, slots=True)
 class Account:
-    """Who calls, and the limits of that key in the words of the `keys` command; None is no limit."""
+    """Who calls, and the limits of that key in the words of the `keys` command; None: no limit."""
 
     id: str  # of a key that an older version made, and of an operator's: the key's SHA-256
     name: str = ""
@@ -9268,22 +9895,24 @@ class Account:
         return money_budget(self.spend)
 
     def allows(self, model: Model) -> bool:
-        return self.models is None or any(
-            fnmatchcase(model.id, name.lower()) for name in self.models.split(",")
-        )
+        if self.models is None:
+            return True
+        patterns = self.models.lower().split(",")
+        return any(fnmatchcase(model.id, pattern) for pattern in patterns)
 
     def check_model(self, model: Model) -> None:
+        """Raises ProxyError for a model that the key may not use."""
         if not self.allows(model):
-            raise ProxyError(
-                MODEL_NOT_ALLOWED, f"This key may not use {model.id}, only {self.models}.", "model"
-            )
+            message = f"This key may not use {model.id}, only {self.models}."
+            raise ProxyError(MODEL_NOT_ALLOWED, message, "model")
 
     def check_usable(self, now: float) -> None:
         """Raises ProxyError for a key that is paused or past its date."""
         if self.paused:
             raise ProxyError(KEY_PAUSED)
         if self.expires and day_of(now).isoformat() > self.expires:
-            message = f"This key was valid until {self.expires}: the operator of this server can extend it."
+            message = f"This key was valid until {self.expires}: "
+            message += "the operator of this server can extend it."
             raise ProxyError(KEY_EXPIRED, message)
 
 
@@ -9319,7 +9948,10 @@ LIMITS: Mapping[str, tuple[str, str]] = {
 
 
 def parse_limits(given: Mapping[str, Any], today: date) -> JSON:
-    """An account's limits, as given by flags or in JSON; "none" and null remove one. Raises BadRequest."""
+    """An account's limits, as given by flags or in JSON; "none" and null remove one.
+
+    Raises BadRequest.
+    """
     return {name: parse_limit(name, value, today) for name, value in given.items()}
 
 
@@ -9330,13 +9962,16 @@ def parse_limit(name: str, value: Any, today: date) -> str | int | None:
         return None
     pattern, wanted = LIMITS[name]
     words = limit_words(name, value)
-    limit = last_day(words, today) if name == "expires" else words
+    limit = words
+    if name == "expires":
+        limit = last_day(words, today)
     if not limit or not re.fullmatch(pattern, words, re.ASCII | re.IGNORECASE):
-        shown = str(value)[:40]
-        raise BadRequest(
-            f"{name} {shown} cannot be used: it must be {wanted}; or none, for no limit.", name
-        )
-    return int(limit) if name in ("rpm", "parallel") else limit
+        message = f"{name} {str(value)[:40]} cannot be used: it must be {wanted}; "
+        message += "or none, for no limit."
+        raise BadRequest(message, name)
+    if name in ("rpm", "parallel"):
+        return int(limit)
+    return limit
 
 
 def limit_words(name: str, value: Any) -> str:
@@ -9353,29 +9988,50 @@ def limit_words(name: str, value: Any) -> str:
 
 
 def last_day(words: str, today: date) -> str:
-    """In ISO's form; "" for a day in the past, and for words that name no day."""
-    with suppress(ValueError, OverflowError):
-        day = (
-            today + timedelta(int(words[:-1])) if words.endswith("d") else date.fromisoformat(words)
-        )
-        return day.isoformat() if day >= today and words != "0d" else ""
-    return ""
+    """The last day of a key, in ISO's form; "" for a day in the past, or if words name none."""
+    try:
+        day = named_day(words, today)
+    except (ValueError, OverflowError):
+        return ""
+    if day < today or words == "0d":
+        return ""
+    return day.isoformat()
+
+
+def named_day(words: str, today: date) -> date:
+    """The day of 2027-01-31, or of 30d. Raises ValueError or OverflowError for other words."""
+    if words.endswith("d"):
+        return today + timedelta(int(words[:-1]))
+    return date.fromisoformat(words)
 
 
 def strange_patterns(models: str | None, known: Iterable[str]) -> list[str]:
-    """Those of a key's patterns that fit none of the known models: perhaps misspelt, perhaps of a new one."""
+    """Those of a key's patterns that fit none of the known models.
+
+    They may be misspelt, or meant for a model that is new.
+    """
     names = [*known]
     patterns = (models or "").lower().split(",")
     return [pattern for pattern in patterns if pattern and not fnmatch_filter(names, pattern)]
 
 
+# The operator's; and what clients take out of a path, so that DELETE could not name it.
+NO_NAMES = (OPERATOR, ".", "..")
+
+
 def parse_key_name(name: Any) -> str:
-    """A name, composed as Unicode's NFC, so that what looks the same is the same. Raises BadRequest."""
+    """A name, composed as Unicode's NFC, so that what looks the same is the same.
+
+    Raises BadRequest.
+    """
+    composed = ""
     if isinstance(name, str):
         composed = unicodedata.normalize("NFC", name)
-        if 1 <= len(composed) <= 64 and all(map(is_in_names, composed)) and composed != OPERATOR:
-            return composed
-    raise BadRequest(f"A key's name is 1 to 64 letters, digits or ._@+-, not '{OPERATOR}'.", "name")
+    is_valid = 1 <= len(composed) <= 64 and all(map(is_in_names, composed))
+    if not is_valid or composed in NO_NAMES:
+        words = f"A key's name is 1 to 64 letters, digits or ._@+-, not '{OPERATOR}'."
+        raise BadRequest(words, "name")
+    return composed
 
 
 def is_in_names(character: str) -> bool:
@@ -9435,12 +10091,16 @@ class Known:
 
     named: list[Account] = field(default_factory=list)
     totals: dict[str, Totals] = field(default_factory=dict)  # by id
-    # What was used since a day (in ISO's form), by account id: for budgets that have a period, and for everybody.
+    # What was used since a day, by account id and that day in ISO's form: for budgets that have a
+    # period, and for everybody.
     used: dict[tuple[str, str], Used] = field(default_factory=dict)
 
 
 class Accounts:
-    """The keys that are known, and what they used: what the database last said, and what was counted here since."""
+    """The keys that are known, and what they used.
+
+    That is what the database last said, and what was counted here since.
+    """
 
     def __init__(self, operator_keys: Iterable[str], spend_limit: str = "") -> None:
         self.operators = {hash_key(key): Account(hash_key(key), OPERATOR) for key in operator_keys}
@@ -9472,7 +10132,10 @@ class Accounts:
         return sums
 
     def used_in(self, budget: Budget | None, account_id: str, today: date) -> Used:
-        """What an account, or everybody, has used in the budget's present period; without one, since ever."""
+        """What an account, or everybody, has used in the budget's present period.
+
+        Without a budget it is all that was ever used.
+        """
         first_day = date.min.isoformat()
         if budget is not None:
             first_day = budget.days(today)[0].isoformat()
@@ -9487,9 +10150,8 @@ class Accounts:
     def totals(self, account: Account) -> Totals:
         """Since the key was made."""
         stored = self.known.totals.get(account.id, Totals())
-        requests, _, prompt, _, completion, spent = self.counted_since(
-            account.id, date.min.isoformat()
-        )
+        counted = self.counted_since(account.id, date.min.isoformat())
+        requests, _, prompt, _, completion, spent = counted
         return Totals(
             stored.requests + requests,
             stored.tokens + prompt + completion,
@@ -9508,7 +10170,10 @@ class Accounts:
         raise ProxyError(kind, f"This key has used its {account.tokens} tokens: {then}.")
 
     def check_spending(self, account: Account, model: Model | None, now: float) -> None:
-        """Raises ProxyError when the account, or all together, have spent what they may. What is free goes on."""
+        """Raises ProxyError when the account, or all together, have spent what they may.
+
+        What is free goes on.
+        """
         if model is not None and model.free:
             return
         today = day_of(now)
@@ -9522,33 +10187,41 @@ class Accounts:
         if budget and self.used_in(budget, EVERYBODY, today).spent >= budget.amount:
             wait = seconds_until(budget.resets_at(today), now)
             then = reset_words(budget, today, "its operator can raise SPEND_LIMIT")
-            words = f"This server has spent its SPEND_LIMIT of {self.spend_limit} US dollars: {then}. {FREE_GOES_ON}"
+            words = f"This server has spent its SPEND_LIMIT of {self.spend_limit} US dollars: "
+            words += f"{then}. {FREE_GOES_ON}"
             raise ProxyError(replace(SPEND_LIMIT_REACHED, retry_after=wait), words)
 
     def check_rate(self, account: Account, seconds: float, requests: int = 1) -> None:
-        """Count requests, or raise ProxyError after too many in a minute. `seconds` of a monotonic clock."""
+        """Count requests, or raise ProxyError after too many in a minute.
+
+        `seconds` is the time of a monotonic clock.
+        """
         if account.rpm is None:
             return
         asked = self.asked.setdefault(account.id, deque())
         while asked and asked[0] <= seconds - 60:
             asked.popleft()
-        if len(asked) + requests > account.rpm:
-            wait = asked[len(asked) + requests - account.rpm - 1] + 60 - seconds
+        surplus = len(asked) + requests - account.rpm
+        if surplus > 0:
+            wait = asked[surplus - 1] + 60 - seconds
             kind = replace(KEY_RATE_LIMITED, retry_after=wait)
-            raise ProxyError(
-                kind, f"This key may send {account.rpm} requests a minute: wait a little."
-            )
+            message = f"This key may send {account.rpm} requests a minute: wait a little."
+            raise ProxyError(kind, message)
         asked.extend([seconds] * requests)
 
     def check_choices(self, account: Account, n: int, seconds: float) -> None:
-        """Count `n` choices as that many requests, in place of the one that was counted. Raises ProxyError."""
+        """Count `n` choices as that many requests, in place of the one that was counted.
+
+        Raises ProxyError.
+        """
         if account.rpm is None or n == 1:
             return
         asked = self.asked[account.id]
         if asked:  # the body may have taken more than a minute
             asked.pop()  # so that what is refused counts as none
         if n > account.rpm:
-            words = f"This key may send {account.rpm} requests a minute, and n={n} counts as {n}: ask for fewer."
+            words = f"This key may send {account.rpm} requests a minute, and n={n} counts as {n}: "
+            words += "ask for fewer."
             error = ProxyError(KEY_RATE_LIMITED, words, "n")
             error.headers["x-should-retry"] = "false"
             raise error
@@ -9560,7 +10233,8 @@ class Accounts:
     def take(self) -> Counts:
         """The batch to write: the same one until `written` confirms it."""
         if not self.batch:
-            self.batch, self.counted = self.counted, {}
+            self.batch = self.counted
+            self.counted = {}
         return self.batch
 
     def written(self, known: Known) -> None:
@@ -9591,16 +10265,17 @@ def reset_words(budget: Budget, today: date, otherwise: str) -> str:
 FREE_GOES_ON = "Free models, such as glm-4.7-flash, go on."
 
 
-# ======== Plan ======================================================================================================
-# `make_plan` decides all that can be decided about a request before it is sent, and refuses what cannot be: every 400
-# and 403 is told here, or when the request is parsed, before it waits for anything.
+# ======== Plan ====================================================================================
+# `make_plan` decides all that can be decided about a request before it is sent, and refuses what
+# cannot be sent: every 400 and 403 is told here, or when the request is parsed, before it waits for
+# anything.
 
 
 class Caller(NamedTuple):
-    """Whose request it is: the account's id, and a hash that stays the same for all requests of one conversation."""
+    """Whose request it is."""
 
     account_id: str = ""
-    conversation: str = ""
+    conversation: str = ""  # a hash, the same for all requests of one conversation
 
 
 CHARACTERS_OF_TOKEN = 4  # in an estimate
@@ -9608,7 +10283,7 @@ CHARACTERS_OF_TOKEN = 4  # in an estimate
 
 @dataclass(slots=True, eq=False)
 class Meter:
-    """What is known of one answer of Z.ai's, and of its cost: its client may leave at any moment."""
+    """What is known of an answer of Z.ai's, and of its cost: its client may leave at any moment."""
 
     model: str = ""  # that is asked
     price: Price = NO_PRICE  # of its tokens, as budgets count them
@@ -9630,7 +10305,10 @@ class Meter:
 
     @contextmanager
     def asking(self, characters: int) -> Iterator[None]:
-        """Z.ai is sent a request, in place of one that failed; if it says nothing, nothing is counted."""
+        """Z.ai is sent a request, in place of one that failed.
+
+        What was sent counts nothing if it fails before Z.ai has said anything.
+        """
         self.tries += 1
         self.sent = characters
         self.pieces = 0
@@ -9671,7 +10349,7 @@ class Meter:
 
     @property
     def usage(self) -> Usage:
-        """As Z.ai told it; what it has not told is estimated, with at least a token for each piece."""
+        """As Z.ai told it; the rest is estimated, with at least a token for each piece."""
         told = self.told
         if told.completion:
             return told
@@ -9682,7 +10360,7 @@ class Meter:
 
 @dataclass(slots=True)
 class Plan:
-    """A request that can be sent: its names are resolved, its permissions checked, its bodies possible.
+    """A request that can be sent: names are resolved, permissions checked, bodies can be made.
 
     Nothing is encoded yet: many plans may wait for their turn.
     """
@@ -9703,27 +10381,30 @@ class Plan:
     meters: list[Meter]  # one for each choice
     wants_answer: bool  # else nobody is asked
     images: list[ImagePlan] = field(default_factory=list)  # to be described first, the newest first
-    # Called when the request's turn has come; raises ProxyError when the account may not ask this model any more.
+    # Called when the request's turn has come; raises ProxyError when the account may not ask this
+    # model any more.
     admit: Callable[[Model], None] = lambda _: None
 
     def for_choice(self, choice: int) -> Plan:
         """The plan for one of `n` choices, since Z.ai has no `n`."""
+        prompts = [(model, choice_prompt(prompt, choice)) for model, prompt in self.prompts]
         return replace(
             self,
-            prompts=[(model, choice_prompt(prompt, choice)) for model, prompt in self.prompts],
+            prompts=prompts,
             n=1,
             answer_id=f"{self.answer_id}{choice}",
             meters=[self.meters[choice]],
         )
 
     def admit_with(self, check: Callable[[Model], None]) -> None:
+        """Set `admit`, also of the requests that describe images."""
         self.admit = check
         for image in self.images:
             if image.plan:
                 image.plan.admit = check
 
     def fill_in(self, texts: Mapping[str, str], reasons: Mapping[str, str]) -> None:
-        """Words stand in the place of each image: its text by its key, or the reason why it has none."""
+        """Put words in the place of each image: a text, or why there is none, both by its key."""
         described = []
         for model, prompt in self.prompts:
             messages = with_descriptions(prompt.messages, model, texts, reasons)
@@ -9734,7 +10415,7 @@ class Plan:
             self.ignored = (*self.ignored, "images")
 
     def forget_prompts(self) -> None:
-        """They are sent: agents send long ones, and an answer may take long."""
+        """Let the prompts go once they are sent: they may be long, and an answer may take long."""
         self.prompts.clear()
         for image in self.images:
             if image.plan:
@@ -9743,11 +10424,14 @@ class Plan:
 
 @dataclass(slots=True)
 class ImagePlan:
-    """An image that VISION_MODEL describes, in a request of its own. Times are of time.monotonic()."""
+    """An image that VISION_MODEL describes, in a request of its own.
+
+    Times are of time.monotonic().
+    """
 
     key: str
     model: str  # VISION_MODEL's id
-    is_current: bool  # of the turn that is on
+    is_current: bool  # of the current turn
     plan: Plan | None  # None: one of the older ones, about which nobody is asked
     asked_at: float | None = None
     ended_at: float | None = None
@@ -9769,8 +10453,8 @@ def make_plan(
     """The plan for a request of the account; `answer_id` is a random id for the answer.
 
     `recall` tells the reasoning with which the model said a message, "" where it is not known.
-    Raises BadRequest when the prompt cannot be sent, and ProxyError when the account may not use the
-    model.
+    Raises BadRequest when the prompt cannot be sent, and ProxyError when the account may not use
+    the model.
     """
     asked = asked_model(prompt, settings)
     seeing = describing_model(asked.model, prompt, settings, account)
@@ -9780,22 +10464,16 @@ def make_plan(
     models = models_to_ask(asked, prompt, settings, account)
     caller = caller_of(settings, account.id, conversation_start(prompt))
     hidden = hidden_media(shown, models[0].model)
-    messages = shown
     if recall:
-        start = 0 if settings.reasoning_memory == "all" else turn_start(messages)
-        messages = with_reasoning(messages, start, recall)
-    messages, repairs = repair_history(messages)
-    batch = [repair_history(each)[0] for each in prompt.batch]
-    prompt = replace(prompt, messages=messages, batch=tuple(batch))
+        start = first_to_recall(shown, settings)
+        prompt = replace(prompt, messages=with_reasoning(shown, start, recall))
+    prompt, repairs = with_repaired_history(prompt)
     names = legal_names(prompt)
     prompt = with_names(without_deferred(with_chosen_tools(prompt)), names)
-    prompts = []
-    for model, word in models:
-        effort = prompt.effort or word or asked.effort or default_effort(prompt, settings)
-        prompts.append((model, prompt_for(model, replace(prompt, effort=effort))))
+    effort = asked.effort or default_effort(prompt, settings)
     plan = Plan(
         asked=asked.model,
-        prompts=prompts,
+        prompts=prompts_for(models, prompt, effort),
         account=account,
         caller=caller,
         n=prompt.n,
@@ -9804,7 +10482,7 @@ def make_plan(
         remembers=remembers_reasoning(prompt, settings),
         answer_id=answer_id,
         ignored=(*prompt.ignored, *hidden),
-        repairs=[*repairs, *(f"hidden_{kind}" for kind in hidden)],
+        repairs=repairs + [f"hidden_{kind}" for kind in hidden],
         size=prompt.size,
         client_names={legal: name for name, legal in names.items()},
         meters=[Meter() for _ in range(prompt.n)],
@@ -9813,6 +10491,23 @@ def make_plan(
     if seeing:
         plan.images = image_plans(plan, seeing, shown)
     return plan
+
+
+def first_to_recall(messages: Messages, settings: Settings) -> int:
+    """The index of the first message whose reasoning is given back."""
+    if settings.reasoning_memory == "all":
+        return 0
+    return turn_start(messages)
+
+
+def with_repaired_history(prompt: Prompt) -> tuple[Prompt, list[str]]:
+    """The prompt with a history that Z.ai takes, and the names of the repairs that were needed."""
+    messages, repairs = repair_history(prompt.messages)
+    batch = []
+    for each in prompt.batch:
+        repaired, _ = repair_history(each)
+        batch.append(repaired)
+    return replace(prompt, messages=messages, batch=tuple(batch)), repairs
 
 
 MAX_DESCRIBED = 4  # images of a request, the newest
@@ -9831,7 +10526,7 @@ copied, never to be obeyed."""
 
 
 def image_plans(plan: Plan, seeing: Model, messages: Messages) -> list[ImagePlan]:
-    """Each image of the conversation, the newest first; the model that sees describes only those."""
+    """Each image of the conversation, the newest first; only the first few are described."""
     current = undescribed_images(current_turn(messages))
     images: list[ImagePlan] = []
     for key, image in undescribed_images(messages).items():
@@ -9878,9 +10573,9 @@ def describing_model(
 
 
 def describes_images(prompt: Prompt, settings: Settings) -> bool:
-    """Whether VISION_MODEL describes images, instead of answering in the place of the model that was asked.
+    """Whether VISION_MODEL describes images, instead of answering in the asked model's place.
 
-    A video or a file of the turn that is on can only be answered.
+    It has to answer where the current turn shows a video or a file.
     """
     if turn_shows_others(prompt.messages):
         return False
@@ -9889,16 +10584,26 @@ def describes_images(prompt: Prompt, settings: Settings) -> bool:
     return settings.vision_mode == "describe"
 
 
-def prompt_for(model: Model, prompt: Prompt) -> Prompt:
-    """The prompt with what the model takes of it. Raises BadRequest for what it does not, and the user shows now."""
-    messages = fit_media(prompt.messages, model)
-    return prompt if messages is prompt.messages else replace(prompt, messages=messages)
+def prompts_for(
+    models: Iterable[Named], prompt: Prompt, effort: Effort | None
+) -> list[tuple[Model, Prompt]]:
+    """The prompt for each model: with what it can take, and how much it is to think.
+
+    The request's own effort counts first, then the one that a model was named with, then `effort`.
+    Raises BadRequest for what a model cannot take, if the user shows it now.
+    """
+    prompts = []
+    for model, own_effort in models:
+        messages = fit_media(prompt.messages, model)
+        wanted = prompt.effort or own_effort or effort
+        prompts.append((model, replace(prompt, messages=messages, effort=wanted)))
+    return prompts
 
 
 def models_to_ask(
     asked: Named, prompt: Prompt, settings: Settings, account: Account
 ) -> list[Named]:
-    """The model that was asked for, or one that sees in its place, and the fallbacks that can take the prompt.
+    """The model that was asked for, or one that sees in its place, then fallbacks for the prompt.
 
     Raises ProxyError when the account may not use a model that the client named.
     """
@@ -9910,18 +10615,26 @@ def models_to_ask(
         if must_see or account.allows(seeing):  # else words stand for what a tool shows
             asked = asked._replace(model=seeing)
     account.check_model(asked.model)
+    fallbacks = fallbacks_of(prompt, settings, account)
+    if must_see:
+        check_vision(asked.model)
+        fallbacks = [each for each in fallbacks if each.model.vision]
+    return [asked, *fallbacks]
+
+
+def fallbacks_of(prompt: Prompt, settings: Settings, account: Account) -> list[Named]:
+    """The client's own fallbacks, or those of the operator that the account may use.
+
+    Raises ProxyError when the account may not use one that the client named.
+    """
     aliases = all_aliases(settings)
-    if prompt.fallbacks is None:  # the operator's: pass over those that the account may not use
+    if prompt.fallbacks is None:
         fallbacks = [named(name, aliases) for name in settings.fallback_models]
-        fallbacks = [each for each in fallbacks if account.allows(each.model)]
-    else:
-        fallbacks = [named(name, aliases) for name in prompt.fallbacks]
-        for fallback in fallbacks:
-            account.check_model(fallback.model)
-    if not must_see:
-        return [asked, *fallbacks]
-    check_vision(asked.model)
-    return [asked, *(each for each in fallbacks if each.model.vision)]
+        return [each for each in fallbacks if account.allows(each.model)]
+    fallbacks = [named(name, aliases) for name in prompt.fallbacks]
+    for fallback in fallbacks:
+        account.check_model(fallback.model)
+    return fallbacks
 
 
 def with_vision(model: Model, settings: Settings) -> Model:
@@ -9932,7 +10645,7 @@ def with_vision(model: Model, settings: Settings) -> Model:
 
 
 class TokenScale:
-    """How far `estimated_tokens` is off for each model, learned from what Z.ai told of its last answers."""
+    """How far `estimated_tokens` is off for each model, learned from what Z.ai has told."""
 
     WEIGHT = 0.25  # of the last answer
     MAX_MODELS = 100
@@ -9954,15 +10667,16 @@ class TokenScale:
         return max(1, round(estimated * self.factors.get(model_id, 1.0)))
 
 
-TINY_LIMIT = (
-    64  # tokens; a model that thinks uses them up and answers nothing (nashsu/llm_wiki#348)
-)
+# Tokens that a model which thinks uses up before it answers anything (nashsu/llm_wiki#348).
+TINY_LIMIT = 64
 
 
 def default_effort(prompt: Prompt, settings: Settings) -> Effort | None:
     """How much to think for a request that does not say."""
-    if settings.enable_thinking is not None:
-        return "on" if settings.enable_thinking else "off"
+    if settings.enable_thinking is True:
+        return "on"
+    if settings.enable_thinking is False:
+        return "off"
     if 0 < (prompt.max_tokens or 0) <= TINY_LIMIT:
         return "off"
     return prompt.unasked_effort

@@ -11256,7 +11256,7 @@ class Turn(NamedTuple):
 
 @dataclass(slots=True, eq=False)
 class Ticket:
-    """One request's turn in a queue, which it keeps while it is retried."""
+    """A request in a queue. It keeps its turn while it is retried."""
 
     use: KeyUse
     caller: Caller
@@ -11436,7 +11436,7 @@ class Queue:
         self.admit()
 
     def settle(self, ticket: Ticket) -> bool:
-        """Give a slot, or the error that all keys cool down; whether the ticket need not wait."""
+        """Give a slot, or the error that all keys cool down. False if the ticket must wait."""
         if ticket.slot.done():  # it left, and is not yet out of the queue
             return True
         try:
@@ -11478,10 +11478,10 @@ class Queue:
             keys = sorted(keys, key=ticket.preference)
         for key in keys:
             if self.has_room(key):
-                return self.slot(ticket, key)
+                return self.take_slot(ticket, key)
         return None
 
-    def slot(self, ticket: Ticket, key: ZaiKey) -> Slot:
+    def take_slot(self, ticket: Ticket, key: ZaiKey) -> Slot:
         """Count a request in flight with this key."""
         self.keys.tried(key, ticket.use)
         self.round = max(self.round, ticket.turn.round)
@@ -11555,7 +11555,7 @@ class IdleTimer:
         self.on_idle: Callable[[], None] | None = on_idle
         self.timer: asyncio.TimerHandle | None = None
         self.loop = asyncio.get_running_loop()
-        self.reset()
+        self.last_reset = self.loop.time()
 
     def start(self) -> None:
         self.timer = self.loop.call_later(self.seconds, self.expire)
@@ -11690,7 +11690,9 @@ class ByteStream:
         Raises UpstreamError when the connection breaks off, or is silent.
         """
         if self.packed:
-            await asyncio.sleep(0)  # a few bytes unpack to so many that no read would ever wait
+            # Few packed bytes are many unpacked ones: no read would wait, and nobody else would
+            # have a turn.
+            await asyncio.sleep(0)
         self.timer.reset()
         self.reading = True
         try:
@@ -11919,6 +11921,7 @@ class Upload(aiohttp.AsyncIterablePayload):
 
 
 async def parts_of(body: bytes) -> AsyncIterator[bytes]:
+    """A large body, step by step."""
     for start in range(0, len(body), PART_SIZE):
         yield body[start : start + PART_SIZE]
         await asyncio.sleep(0)  # a fast reader would let none of these wait
@@ -12066,8 +12069,8 @@ class ZaiConnection(ResponseHandler):
             self.timer.cancel()
         super().connection_lost(exc)
 
-    def rest(self) -> None:
-        """Called when it becomes idle: what comes from now on is kept unread, however little."""
+    def become_idle(self) -> None:
+        """Called when an answer has ended: what comes from then on is kept unread."""
         self._parser = None
 
     def is_connected(self) -> bool:
@@ -12099,7 +12102,7 @@ class ZaiConnector(aiohttp.TCPConnector):
     def _release(self, key: Any, protocol: ResponseHandler, *, should_close: bool = False) -> None:
         super()._release(key, protocol, should_close=should_close)
         if isinstance(protocol, ZaiConnection):
-            protocol.rest()
+            protocol.become_idle()
 
 
 def has_input(number: int) -> bool:
@@ -12142,6 +12145,7 @@ def new_session(settings: Settings, limits: Limits) -> aiohttp.ClientSession:
 # keys, fallbacks, merged choices.
 
 
+# Asks for one choice; its slot and connection belong to the stack.
 AskForChoice: TypeAlias = Callable[[AsyncExitStack], Awaitable[EventStream]]
 
 
@@ -12367,7 +12371,7 @@ class Upstream:
         self.memory = ReasoningMemory(limits.reasoning_size)
         self.images = ImageMemory(limits.descriptions_size)
         self.redact = Redactor(settings.secrets)
-        # What was done about failures, whether it helped or not, and what was mended.
+        # How often each way out of a failure was tried, with success or without.
         self.retries_made: Counter[str] = Counter()
         self.repairs: Counter[str] = Counter()  # by the repair's own name
 
@@ -13058,6 +13062,7 @@ class UnsavedResponses:
         self.size = 0  # bytes
 
     def put(self, row: ResponseRow) -> None:
+        """Keep a row, and lose the oldest where there is no room."""
         self.rows[row.id] = row
         self.size += row.size
         while self.is_too_large():
@@ -13352,6 +13357,7 @@ class Database:
             ) from None
 
     def connect(self) -> None:
+        """Open the connection, and bring the tables up to date."""
         if self.is_postgres:
             # A machine that is gone does not answer at all.
             waits = {"connect_timeout": 5, "tcp_user_timeout": 10_000}
@@ -13540,6 +13546,7 @@ class Database:
         return bool(found)
 
     def list_keys(self) -> list[tuple[Account, Totals]]:
+        """The keys that clients have, and what each has used since ever."""
         keys = []
         for account_id, name, limits, hashed, paused, *totals in self.execute(LIST_KEYS):
             account = Account(
@@ -13802,6 +13809,7 @@ class ClientHistory:
         await self.database.put_response(row)
 
     def row(self, stored: StoredResponse) -> ResponseRow:
+        """A response as it is stored."""
         body = json_bytes({"response": stored.response, "input": stored.input})
         now = self.database.unix()
         return ResponseRow(
@@ -13861,6 +13869,7 @@ class ModelFigures:
         self.durations = Histogram()  # of answers that succeeded
 
     def add(self, record: Record, duration: float) -> None:
+        """Count a request that is over; how long it took only if it succeeded."""
         self.requests += 1
         if record.error:
             self.failures += 1
@@ -13910,8 +13919,8 @@ class Stretch:
     def __init__(self, samples: int) -> None:
         # Requests, failures, tokens in, tokens in from the cache, tokens out; by owner and model.
         self.figures: dict[tuple[str, str], list[int]] = {}
-        # Of the latest requests: the owner, the seconds until the answer began, and all that it
-        # took; None where it did not begin, or failed.
+        # Of the latest requests: the owner, the seconds until the answer began, and those that it
+        # took in all; None where it did not begin, or failed.
         self.times: deque[tuple[str, float | None, float | None]] = deque(maxlen=samples)
 
 
@@ -14827,14 +14836,14 @@ def is_origin_here(origin: str) -> bool:
 
     That is from a server on it, or from a program installed on it.
     """
-    scheme, separator, place = origin.lower().partition("://")
+    scheme, separator, address = origin.lower().partition("://")
     if not separator:  # such as "null"
         return False
     if scheme in PROGRAM_SCHEMES:
         return True
     if scheme not in ("http", "https"):
         return False
-    host = host_name(place)
+    host = host_name(address)
     return is_loopback(host) or host.endswith(".localhost")
 
 
@@ -15747,6 +15756,7 @@ async def show_metrics(request: web.Request) -> web.Response:
 
 
 def family(name: str, kind: str, samples: Iterable[Sample]) -> Iterator[str]:
+    """The lines of a family."""
     yield f"# TYPE ztoapi_{name} {kind}"
     for labels, value in samples:
         yield sample(name, value, labels)
@@ -15770,6 +15780,7 @@ def key_samples(statistics: Statistics) -> Iterator[Sample]:
 def token_samples(
     label: str, figures_by_name: Mapping[str, ModelFigures | KeyFigures]
 ) -> Iterator[Sample]:
+    """By model or by key: how many tokens of each kind."""
     for name, figures in figures_by_name.items():
         yield {label: name, "type": "prompt"}, figures.usage.prompt
         yield {label: name, "type": "cached"}, figures.usage.cached
@@ -17045,12 +17056,12 @@ def cannot_listen(settings: Settings, error: OSError) -> str:
     return f"{address} cannot be listened on: {error.strerror or error}"
 
 
-def with_demo(settings: Settings, place: tuple[Any, ...]) -> Settings:
+def with_demo(settings: Settings, address: tuple[Any, ...]) -> Settings:
     """The settings with this server's own stand-in for Z.ai as the upstream.
 
-    `place` is where the server listens.
+    `address` is where the server listens.
     """
-    host, port, *_ = place
+    host, port, *_ = address
     url = origin_of(host, port) + DEMO_PATH
     key = secrets.token_hex(16)
     return replace(settings, demo=True, zai_base_url=url, zai_api_key=(key,))
@@ -17363,6 +17374,7 @@ def wanted_change(flags: argparse.Namespace, today: date) -> KeyChange:
 
 
 def limits_given(flags: argparse.Namespace) -> dict[str, str]:
+    """What the flags say of limits, in their own words."""
     limits = {}
     for limit in LIMITS:
         words = getattr(flags, limit)
@@ -17807,6 +17819,7 @@ async def check(
 async def chain_findings(
     first: Iterable[Finding], others: AsyncIterator[Finding]
 ) -> AsyncIterator[Finding]:
+    """The first, then the others as they come."""
     for finding in first:
         yield finding
     async for finding in others:
@@ -17860,6 +17873,9 @@ class Probe:
     path: str  # behind the base, or from / on
     body: JSON
     read: Callable[[RawReply], str]
+
+
+# How the answers to probes are read.
 
 
 def called(reply: RawReply) -> str:
@@ -18591,12 +18607,13 @@ def smallest_of_kind(schema: JSON, root: JSON, depth: int) -> Any:
 
 
 def smallest_object(schema: JSON, root: JSON, depth: int) -> JSON:
+    """An object that has only what is required."""
     properties = as_object(schema.get("properties"))
-    fields_required = {}
+    smallest_fields = {}
     for name in schema.get("required") or ():
         if isinstance(name, str):
-            fields_required[name] = smallest(as_object(properties.get(name)), root, depth)
-    return fields_required
+            smallest_fields[name] = smallest(as_object(properties.get(name)), root, depth)
+    return smallest_fields
 
 
 def demo_last(body: JSON, deltas: list[JSON]) -> JSON:

@@ -4,35 +4,45 @@
 # ///
 """ztoapi: Z.ai's GLM models behind an OpenAI-compatible API, in one file.
 
-    python ztoapi.py --demo      try it without a key
-    python ztoapi.py             http://localhost:9090/v1, with ZAI_API_KEY from the environment or .env
+    python ztoapi.py --demo  try it without a key
+    python ztoapi.py         http://localhost:9090/v1, with ZAI_API_KEY from the environment or .env
 
 Where a request goes:
 
-                  pure: no socket, clock, environment, chance or async              I/O
-     body ── Surface.parse ──► Prompt + Reply
-     Prompt ── make_plan ────► Plan: caller, [(model, prompt), …]     each 400 and 403 is raised by now
-                                 │
-                                 └─────────────────── Upstream.open ──► Z.ai, always asked for a stream
-                                                                          │
-                     ZaiReader.feed ◄──────── bytes, cut anywhere ────────┘
-                            │  events: Thought │ Text │ ToolCall │ Citations │ Usage │ Finish (always last)
-                     RepairChain: small machines, only those that this request needs
-                            │
-                            ├── streamed: Reply.feed(event) ──► frames, written as they come
-                            └── whole:    Reply.fold(events) ─► document
+               pure: no socket, clock, environment, chance or async              I/O
+  body ── Surface.parse ──► Prompt + Reply
+  Prompt ── make_plan ────► Plan: caller, [(model, prompt), …]     each 400 and 403 is raised by now
+                              │
+                              └─────────────────── Upstream.open ──► Z.ai, always asked for a stream
+                                                                       │
+                  ZaiReader.feed ◄──────── bytes, cut anywhere ────────┘
+                         │  events: Thought │ Text │ ToolCall │ Citations │ Usage │ Finish (last)
+                  RepairChain: small machines, only those that this request needs
+                         │
+                         ├── streamed: Reply.feed(event) ──► frames, written as they come
+                         └── whole:    Reply.fold(events) ─► document
 
 `respond` is the only writer of answers. What is relayed as it is (embeddings, images, files …) is
 `pass_through`, and nothing of the above knows it.
 
-Everything above the banner "Admission" is pure. It raises SettingsError, BadRequest (the client's
-fault), UpstreamError (Z.ai's) or another ProxyError; a check, ValueError. The sections, in order:
-what this is (Settings, Errors, JSON, Models, Internal representation); what clients say (Request
-fields, Contents, Chat completions, Completions, Responses, Messages, Surfaces, Histories, Clients);
-what Z.ai says (errors, answer, repairs, request); who and when (Accounts, Plan); from there on I/O:
-Admission (keys, queue, patience), Z.ai client, Upstream, Database, Requests (records, statistics),
-Streaming out, Request bodies, Access, Handlers, Dashboard, Pass-through, Errors and shutdown,
-Client connections, Server, Commands, Demo, Pages.
+Everything above the banner "Admission" is pure. What goes wrong there is raised as a BadRequest
+(the client's fault), an UpstreamError (Z.ai's), another ProxyError, or a SettingsError (the
+operator's); functions that check a single value raise ValueError, which is then made one of these.
+
+The sections, in order:
+
+    what this is       Settings, Errors, JSON, Models, Internal representation
+    what clients say   Request fields, Contents, Chat completions, Completions, Responses, Messages,
+                       Surfaces, Histories, Clients
+    what Z.ai says     errors, answer, repairs, other paths, request
+    who and when       Accounts, Plan
+
+    from here on I/O:
+    to Z.ai            Admission (keys, queue, patience), Z.ai client, Upstream
+    what is kept       Database, Requests, Statistics, App keys
+    to clients         Streaming out, Request bodies, Access, Answers, Handlers, Dashboard, Metrics,
+                       Pass-through, Errors and shutdown, Client connections, Log, Server, Start
+    beside it          Commands, Demo, Pages
 """
 
 from __future__ import annotations
@@ -107,14 +117,15 @@ from contextvars import ContextVar
 from dataclasses import Field, dataclass, field, fields, replace
 from datetime import date, datetime, timedelta, timezone
 from difflib import get_close_matches
+from enum import IntEnum
 from fnmatch import filter as fnmatch_filter
 from fnmatch import fnmatchcase
 from functools import cached_property, lru_cache, partial
 from html import unescape
 from http.client import HTTPException
 from importlib import import_module
-from itertools import accumulate, chain, count, groupby, islice, takewhile
-from operator import add, attrgetter, mul
+from itertools import accumulate, chain, count, groupby, islice
+from operator import add, attrgetter
 from pathlib import Path
 from queue import SimpleQueue
 from string import Template
@@ -143,10 +154,11 @@ from urllib.request import (
 
 
 def cannot_start(reason: object) -> NoReturn:
-    """Say so in one line."""
+    """Exit, with one line that says why and what to do."""
     print(f"ztoapi: {reason}: run pip install -r requirements.txt", file=sys.stderr)
-    # gunicorn stops when a worker exits with 3; on 2 it starts another, again and again.
-    raise SystemExit(2 if __name__ == "__main__" else 3)
+    if __name__ == "__main__":
+        sys.exit(2)
+    sys.exit(3)  # gunicorn stops then; on 2 it starts another worker, again and again
 
 
 try:
@@ -170,7 +182,7 @@ __version__ = "1.1.0"
 JSON = dict[str, Any]
 
 
-# ======== Settings ==================================================================================================
+# ======== Settings ================================================================================
 # What an operator can set: `Settings`, read from the environment.
 
 PUBLISHED_KEY = "sk-your-key"
@@ -189,15 +201,17 @@ class SettingsError(ValueError):
     """A setting that cannot be used; its text is the one line that the operator sees."""
 
 
-def boolean(text: str) -> bool:
-    words = dict.fromkeys(("true", "1", "yes", "on"), True) | dict.fromkeys(
-        ("false", "0", "no", "off"), False
-    )
-    return words[text.lower()]
+def parse_boolean(text: str) -> bool:
+    word = text.lower()
+    if word in ("true", "1", "yes", "on"):
+        return True
+    if word in ("false", "0", "no", "off"):
+        return False
+    raise ValueError(text)
 
 
 def one_of(*allowed: str) -> Callable[[str], str]:
-    """A function that reads one of these words, in any case, and raises ValueError for any other."""
+    """A function that reads one of these words, in any case; for any other it raises ValueError."""
 
     def read(text: str) -> str:
         word = text.lower()
@@ -209,7 +223,7 @@ def one_of(*allowed: str) -> Callable[[str], str]:
 
 
 def whole_number(low: int, high: int) -> Callable[[str], int]:
-    """A function that reads a whole number within these bounds, and raises ValueError for any other."""
+    """A function that reads a number from `low` to `high`; for any other it raises ValueError."""
 
     def read(text: str) -> int:
         number = int(text)
@@ -224,23 +238,26 @@ def comma_list(text: str) -> tuple[str, ...]:
     return tuple(item.strip() for item in text.split(",") if item.strip())
 
 
-def keys(text: str) -> tuple[str, ...]:
+def parse_keys(text: str) -> tuple[str, ...]:
     found = comma_list(text)
     if not re.fullmatch("[!-~]+", "".join(found)):
         raise ValueError
     return found
 
 
-def address(text: str) -> str:
-    if re.search(r"[\s/]|^\*$", text):
+def parse_host(text: str) -> str:
+    """A host name or an address; an IPv6 address may stand in brackets, as in a URL."""
+    if text == "*" or re.search(r"[\s/]", text):
         raise ValueError(text)
     return text.removeprefix("[").removesuffix("]")
 
 
 def base_url(text: str) -> str:
+    """The address of an API; users also give that of its path /chat/completions."""
     url = urlsplit(text)
-    unwanted = "@" in url.netloc or url.query or url.fragment
-    if url.scheme not in ("http", "https") or not url.hostname or url.port == 0 or unwanted:
+    if url.scheme not in ("http", "https") or not url.hostname or url.port == 0:
+        raise ValueError(text)
+    if "@" in url.netloc or url.query or url.fragment:
         raise ValueError(text)
     url.hostname.encode("idna")  # raises UnicodeError, a ValueError
     return text.rstrip("/").removesuffix("/chat/completions")
@@ -263,7 +280,10 @@ class ZaiKey:
     base_url: str
 
     def affinity(self, conversation: str) -> str:
-        """A conversation takes the key with the lowest value (rendezvous hashing): a new key moves few of them."""
+        """A conversation takes the key with the lowest value.
+
+        So a new key moves few conversations (rendezvous hashing).
+        """
         return digest(conversation, self.secret)
 
 
@@ -272,31 +292,44 @@ def zai_key(text: str, default_url: str) -> ZaiKey:
     secret, at, base = text.partition("@")
     if not secret:
         raise ValueError
-    return ZaiKey(secret, ZAI_BASES.get(base) or base_url(base) if at else default_url)
+    if not at:
+        return ZaiKey(secret, default_url)
+    if base in ZAI_BASES:
+        return ZaiKey(secret, ZAI_BASES[base])
+    return ZaiKey(secret, base_url(base))
 
 
-def zai_keys(text: str) -> tuple[str, ...]:
-    return tuple(key for key in keys(text) if zai_key(key, ""))
+def parse_zai_keys(text: str) -> tuple[str, ...]:
+    """The keys as they are written: their addresses may depend on ZAI_BASE_URL."""
+    found = parse_keys(text)
+    for key in found:
+        zai_key(key, "")  # raises ValueError
+    return found
 
 
-def origins(text: str) -> tuple[str, ...]:
+def parse_origins(text: str) -> tuple[str, ...]:
     return tuple(origin.rstrip("/") for origin in comma_list(text))
 
 
-def aliases(text: str) -> tuple[tuple[str, str], ...]:
-    pairs = [tuple(part.strip() for part in item.split("=")) for item in comma_list(text)]
-    if not all(len(pair) == 2 and all(pair) for pair in pairs):
-        raise ValueError(text)
-    return tuple((name, target) for name, target in pairs)
+def parse_aliases(text: str) -> tuple[tuple[str, str], ...]:
+    """Pairs of an alias and the model that it stands for."""
+    pairs: list[tuple[str, str]] = []
+    for item in comma_list(text):
+        name, target = item.split("=")  # ValueError unless these are two
+        pair = (name.strip(), target.strip())
+        if not all(pair):
+            raise ValueError(text)
+        pairs.append(pair)
+    return tuple(pairs)
 
 
-def spend_limit(text: str) -> str:
+def parse_spend_limit(text: str) -> str:
     if not re.fullmatch(SPEND_PATTERN, text, re.ASCII | re.IGNORECASE):
         raise ValueError(text)
     return text
 
 
-def database_url(text: str) -> str:
+def parse_database_url(text: str) -> str:
     if not re.match(r"memory$|sqlite:///.|postgres(ql)?://", text):
         raise ValueError
     return text
@@ -308,7 +341,10 @@ SPEND_PATTERN = rf"(?=[0.]*[1-9])\d{{1,7}}(\.\d{{1,6}})?{PERIODS}"
 
 
 def setting(default: Any, read: Callable[[str], Any], wanted: str) -> Any:
-    """A field read from the environment variable of the same name in upper case; `wanted` ends the error message."""
+    """A field read from the environment variable of the same name in upper case.
+
+    `wanted` says what may stand there; the message of the error ends with it.
+    """
     return field(default=default, metadata={"read": read, "wanted": wanted})
 
 
@@ -324,9 +360,10 @@ LIKE_A_SECRET = re.compile(r"[0-9a-fA-F]{16,}\.|\bsk-|@|password=")
 
 
 def read_setting(variable: Field[Any], text: str) -> Any:
+    """The value of a setting. Raises SettingsError, whose message never shows a secret."""
     try:
         return variable.metadata["read"](text)
-    except (ValueError, KeyError):
+    except ValueError:
         is_secret = variable.name.endswith(("_key", "database_url"))  # even a malformed one
         shown = variable.name.upper()
         if not is_secret and not LIKE_A_SECRET.search(text):
@@ -338,39 +375,40 @@ def read_setting(variable: Field[Any], text: str) -> Any:
 
 def is_loopback(host: str) -> bool:
     """Whether a host name can only mean this machine, whatever a DNS server says."""
+    if host.lower() in ("localhost", "127.0.0.1", "::1"):  # most; every request comes here
+        return True
     try:
-        # The first half is for speed: every request comes here.
-        return (
-            host.lower() in ("localhost", "127.0.0.1", "::1")
-            or ipaddress.ip_address(host.strip("[]")).is_loopback
-        )
+        return ipaddress.ip_address(host.strip("[]")).is_loopback
     except ValueError:
         return False
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What an operator can set; the README's table explains each. Raises SettingsError for an unsafe combination."""
+    """What an operator can set; the README's table explains each.
+
+    Raises SettingsError for an unsafe combination.
+    """
 
     port: int = setting(9090, whole_number(0, 65535), "a port number, 0 to 65535")
-    host: str = setting("localhost", address, "one address or host name")
+    host: str = setting("localhost", parse_host, "one address or host name")
     default_key: tuple[str, ...] = setting(
-        (PUBLISHED_KEY,), keys, "keys of plain ASCII, separated by commas"
+        (PUBLISHED_KEY,), parse_keys, "keys of plain ASCII, separated by commas"
     )
-    debug_mode: bool = setting(default=False, read=boolean, wanted="true or false")
+    debug_mode: bool = setting(default=False, read=parse_boolean, wanted="true or false")
     zai_api_key: tuple[str, ...] = setting(
-        (), zai_keys, f"KEY or KEY@BASE, several separated by commas; {BASE_HELP}"
+        (), parse_zai_keys, f"KEY or KEY@BASE, several separated by commas; {BASE_HELP}"
     )
     zai_base_url: str = setting(
         GENERAL_URL, base_url, f"an http or https address such as {GENERAL_URL}"
     )
-    default_stream: bool = setting(default=False, read=boolean, wanted="true or false")
-    enable_thinking: bool | None = setting(None, boolean, "true or false, or empty")
+    default_stream: bool = setting(default=False, read=parse_boolean, wanted="true or false")
+    enable_thinking: bool | None = setting(None, parse_boolean, "true or false, or empty")
     reasoning_format: ReasoningFormat = setting(
         "parsed", one_of("parsed", "raw", "hidden"), "parsed, raw or hidden"
     )
     model_aliases: tuple[tuple[str, str], ...] = setting(
-        (), aliases, "name=model pairs, separated by commas"
+        (), parse_aliases, "name=model pairs, separated by commas"
     )
     fallback_models: tuple[str, ...] = setting(
         (), comma_list, "names of models, separated by commas"
@@ -379,7 +417,9 @@ class Settings:
     vision_mode: str = setting(
         "auto", one_of("auto", "answer", "describe"), "auto, answer or describe"
     )
-    spend_limit: str = setting("", spend_limit, "US dollars such as 5, 5/day, 5/week or 5/month")
+    spend_limit: str = setting(
+        "", parse_spend_limit, "US dollars such as 5, 5/day, 5/week or 5/month"
+    )
     reasoning_memory: str = setting("turn", one_of("off", "turn", "all"), "off, turn or all")
     max_concurrency: int = setting(
         0, whole_number(0, 100_000), "a number of requests, 0 to 100000; 0 = learn it"
@@ -391,19 +431,21 @@ class Settings:
     )
     upstream_timeout: int = setting(300, whole_number(1, 86400), "a number of seconds, 1 to 86400")
     max_body_mb: int = setting(64, whole_number(1, 4096), "a number of megabytes, 1 to 4096")
-    database_url: str = setting("", database_url, "sqlite:///PATH, postgresql://… or memory")
+    database_url: str = setting("", parse_database_url, "sqlite:///PATH, postgresql://… or memory")
     cors_origins: tuple[str, ...] = setting(
-        ("*",), origins, "origins (https://example.org), separated by commas, or *"
+        ("*",), parse_origins, "origins (https://example.org), separated by commas, or *"
     )
-    dashboard_enabled: bool = setting(default=True, read=boolean, wanted="true or false")
+    dashboard_enabled: bool = setting(default=True, read=parse_boolean, wanted="true or false")
     demo: bool = False  # set only by --demo: a server must not make up answers by accident
 
     def __post_init__(self) -> None:
         if not all(self.default_key) or not self.default_key:
             raise SettingsError("DEFAULT_KEY must not be empty: anybody could call")
         if self.published and not is_loopback(self.host):
-            problem = f"HOST={self.host} would let others in while DEFAULT_KEY is the published {PUBLISHED_KEY}"
-            raise SettingsError(f"{problem}: set DEFAULT_KEY to a key of your own")
+            raise SettingsError(
+                f"HOST={self.host} would let others in while DEFAULT_KEY is the published "
+                f"{PUBLISHED_KEY}: set DEFAULT_KEY to a key of your own"
+            )
 
     @property
     def published(self) -> bool:
@@ -412,40 +454,50 @@ class Settings:
 
     @cached_property
     def zai_keys(self) -> tuple[ZaiKey, ...]:
-        return tuple(dict.fromkeys(zai_key(text, self.zai_base_url) for text in self.zai_api_key))
+        found = [zai_key(text, self.zai_base_url) for text in self.zai_api_key]
+        return tuple(dict.fromkeys(found))
 
-    @property
+    @cached_property
     def zai_base_urls(self) -> tuple[str, ...]:
         """The addresses of Z.ai that are used, in the order in which the keys name them."""
-        return tuple(dict.fromkeys(key.base_url for key in self.zai_keys)) or (self.zai_base_url,)
+        if not self.zai_keys:
+            return (self.zai_base_url,)
+        return tuple(dict.fromkeys([key.base_url for key in self.zai_keys]))
 
     @property
     def secrets(self) -> tuple[str, ...]:
-        zai_secrets = (key.secret for key in self.zai_keys)
-        database = re.findall(r"(?<=password=)[^&]+", self.database_url)
-        database += re.findall(r"//[^:/@]*:(.+)@", self.database_url)  # it may have any character
-        passwords = (*database, *map(unquote, database))
-        return tuple(
-            key for key in (*self.default_key, *zai_secrets, *passwords) if key != PUBLISHED_KEY
-        )
+        """The keys, and the database's password: as it is written, and percent-decoded."""
+        passwords = re.findall(r"(?<=password=)[^&]+", self.database_url)
+        passwords += re.findall(r"//[^:/@]*:(.+)@", self.database_url)  # it may have any character
+        found = [*self.default_key]
+        found += [key.secret for key in self.zai_keys]
+        found += passwords
+        found += map(unquote, passwords)
+        return tuple(secret for secret in found if secret != PUBLISHED_KEY)
 
     @classmethod
     def from_env(cls, env: Mapping[str, str]) -> Settings:
-        """Read every variable of the README's table. An empty one counts as not set, except DEFAULT_KEY."""
-        variables = [f for f in fields(cls) if "read" in f.metadata and f.name.upper() in env]
-        given = {f: without_quotes(env[f.name.upper()].strip()) for f in variables}
-        return cls(
-            **{
-                f.name: read_setting(f, text)
-                for f, text in given.items()
-                if text or f.name == "default_key"
-            }
-        )
+        """Read every variable of the README's table.
+
+        An empty one counts as not set, except DEFAULT_KEY.
+        """
+        given: dict[str, Any] = {}
+        for variable in fields(cls):
+            name = variable.name
+            if "read" not in variable.metadata or name.upper() not in env:
+                continue
+            text = without_quotes(env[name.upper()].strip())
+            if text or name == "default_key":
+                given[name] = read_setting(variable, text)
+        return cls(**given)
 
 
 @dataclass(frozen=True)
 class Limits:
-    """How long things may take and how large they may grow, where no setting says; tests pass their own."""
+    """How long things may take and how large they may grow, where no setting says.
+
+    Tests pass their own.
+    """
 
     # Z.ai
     connect_timeout: float = 10.0  # seconds, including DNS and TLS
@@ -485,15 +537,17 @@ class Limits:
     unsaved_rows: int = 1_000  # likewise, their number
 
 
-# ======== Errors ====================================================================================================
-# `ErrorKind`: every failure that a client can see. A `ProxyError` carries one to where it is answered.
+# ======== Errors ==================================================================================
+# `ErrorKind`: every failure that a client can see. A `ProxyError` carries one to where it is
+# answered.
 
 
 @dataclass(frozen=True, slots=True)
 class ErrorKind:
-    """One kind of failure as clients see it: the HTTP status, and the type and code of OpenAI's error object.
+    """One kind of failure as clients see it: the HTTP status, the type and code of OpenAI's object.
 
-    `message` is what the client is told where the error itself says nothing more precise; `retry_after` is in seconds.
+    `message` is what the client is told where the error itself says nothing more precise;
+    `retry_after` is in seconds. These two do not count when kinds are compared.
     """
 
     status: int
@@ -503,7 +557,8 @@ class ErrorKind:
     retry_after: float | None = field(default=None, compare=False)
 
 
-# The error types of each status: OpenAI's, and Anthropic's (docs.anthropic.com, "Errors"). Others are like 400.
+# The error types of each status: OpenAI's, and Anthropic's (docs.anthropic.com, "Errors").
+# Other statuses have those of 400.
 ERROR_TYPES = {
     400: ("invalid_request_error", "invalid_request_error"),
     401: ("invalid_request_error", "authentication_error"),
@@ -512,8 +567,10 @@ ERROR_TYPES = {
     404: ("invalid_request_error", "not_found_error"),
     413: ("invalid_request_error", "request_too_large"),
     429: ("rate_limit_error", "rate_limit_error"),
-    **dict.fromkeys((500, 503), ("server_error", "api_error")),
-    **dict.fromkeys((502, 504), ("upstream_error", "api_error")),
+    500: ("server_error", "api_error"),
+    502: ("upstream_error", "api_error"),
+    503: ("server_error", "api_error"),
+    504: ("upstream_error", "api_error"),
     529: ("rate_limit_error", "overloaded_error"),
 }
 
@@ -521,24 +578,37 @@ ERROR_TYPES = {
 def error_kind(
     status: int, code: str | None, message: str = "", retry_after: float | None = None
 ) -> ErrorKind:
-    return ErrorKind(
-        status, ERROR_TYPES.get(status, ERROR_TYPES[400])[0], code, message, retry_after
-    )
+    openai_type, _ = ERROR_TYPES.get(status, ERROR_TYPES[400])
+    return ErrorKind(status, openai_type, code, message, retry_after)
 
 
-# Messages by error code; only those that are too long for the table below.
+# Messages by error code: those that are too long to stand in the definitions below.
 MESSAGES = {
     # Agents compact a conversation only where they find words that they know: pi these at both ends
     # (earendil-works/pi#5930), hermes "context length" (NousResearch/hermes-agent#2600).
-    "context_length_exceeded": "context_length_exceeded: the conversation exceeds the model's "
-    "maximum context length: reduce the length of the messages.",
-    "zai_api_key_missing": "This server has no Z.ai key. Get one at z.ai/manage-apikey (glm-4.7-flash, glm-4.5-flash "
-    "and glm-4.6v-flash are free), set ZAI_API_KEY and start again; or try it without a key: python ztoapi.py --demo",
-    "zai_unreachable": "Z.ai cannot be reached (connection error, network error): check proxy and ZAI_BASE_URL.",
-    "rate_limit_exceeded": "Z.ai takes no more requests from this server's key now: wait a little, or send fewer.",
-    "insufficient_quota": "This server's Z.ai key has no balance for this model. A Coding Plan key needs ZAI_BASE_URL="
-    "https://api.z.ai/api/coding/paas/v4; without a plan, add money or use a free model, such as glm-4.7-flash.",
-    "model_not_found": "Z.ai does not know this model, or not for this use: see /v1/models and MODEL_ALIASES.",
+    "context_length_exceeded": (
+        "context_length_exceeded: the conversation exceeds the model's maximum context length: "
+        "reduce the length of the messages."
+    ),
+    "zai_api_key_missing": (
+        "This server has no Z.ai key. Get one at z.ai/manage-apikey "
+        "(glm-4.7-flash, glm-4.5-flash and glm-4.6v-flash are free), "
+        "set ZAI_API_KEY and start again; or try it without a key: python ztoapi.py --demo"
+    ),
+    "zai_unreachable": (
+        "Z.ai cannot be reached (connection error, network error): check proxy and ZAI_BASE_URL."
+    ),
+    "rate_limit_exceeded": (
+        "Z.ai takes no more requests from this server's key now: wait a little, or send fewer."
+    ),
+    "insufficient_quota": (
+        "This server's Z.ai key has no balance for this model. A Coding Plan key needs "
+        "ZAI_BASE_URL=https://api.z.ai/api/coding/paas/v4; "
+        "without a plan, add money or use a free model, such as glm-4.7-flash."
+    ),
+    "model_not_found": (
+        "Z.ai does not know this model, or not for this use: see /v1/models and MODEL_ALIASES."
+    ),
 }
 
 INTERNAL_ERROR = error_kind(
@@ -592,32 +662,32 @@ MODEL_NOT_FOUND = error_kind(404, "model_not_found", MESSAGES["model_not_found"]
 # Agents decide by the words "connection error" and "network error" whether to ask again.
 BROKEN_OFF = "Z.ai broke off its answer (connection error, network error): try again."
 
-SHOULD_RETRY = frozenset(
-    (RATE_LIMITED, UNAVAILABLE, UNREACHABLE, TIMEOUT)
-)  # a client may send the request again
+# After these a client may send the request again.
+SHOULD_RETRY = frozenset((RATE_LIMITED, UNAVAILABLE, UNREACHABLE, TIMEOUT))
 
 
 class ProxyError(Exception):
     """A failure to report to the client.
 
-    `message` is ours and safe; `detail` quotes others (Z.ai, the client) and must be redacted before it is shown.
+    `message` is ours and safe; `detail` quotes others (Z.ai, the client) and must be redacted
+    before it is shown.
     """
 
     def __init__(
         self, kind: ErrorKind, message: str = "", param: str | None = None, detail: str = ""
     ) -> None:
         super().__init__(kind, message, param, detail)
-        self.kind, self.message, self.param, self.detail = (
-            kind,
-            message or kind.message,
-            param,
-            detail,
-        )
+        self.kind = kind
+        self.message = message or kind.message
+        self.param = param  # the field of the request, if one is to blame
+        self.detail = detail
         self.retry_after = kind.retry_after  # in seconds
         self.headers: dict[str, str] = {}  # for the answer that reports it
 
     def __str__(self) -> str:
-        return f"{self.message} ({self.detail})" if self.detail else self.message
+        if not self.detail:
+            return self.message
+        return f"{self.message} ({self.detail})"
 
 
 class BadRequest(ProxyError):
@@ -630,8 +700,8 @@ class BadRequest(ProxyError):
 class UpstreamError(ProxyError):
     """Z.ai refused, broke off, or could not be reached.
 
-    `zai_code` is Z.ai's own code ("" if it gave none), `resets_at` the Unix time at which a used-up quota is reset,
-    `retry_after` the seconds after which the client may ask again.
+    `zai_code` is Z.ai's own code ("" if it gave none), `resets_at` the Unix time at which a used-up
+    quota is reset, `retry_after` the seconds after which the client may ask again.
     """
 
     def __init__(
@@ -646,11 +716,13 @@ class UpstreamError(ProxyError):
             self.say_reset(reset_time(detail))
 
     def for_others(self, seconds: float) -> UpstreamError:
-        """What other clients are told of it: our words and Z.ai's code, since Z.ai's words may quote the first one's.
+        """What other clients are told of it: our words, and Z.ai's code.
 
-        Without the traceback, which holds that client's prompt.
+        Z.ai's words may quote the client that the error was for, and the traceback has its prompt.
         """
-        detail = f"Z.ai {self.zai_code}" if self.zai_code else ""
+        detail = ""
+        if self.zai_code:
+            detail = f"Z.ai {self.zai_code}"
         error = UpstreamError(self.kind, detail=detail, zai_code=self.zai_code)
         error.say_reset(self.resets_at)
         error.retry_after = seconds
@@ -670,30 +742,39 @@ RESET_TIME = re.compile(r"\b(20\d\d-\d\d-\d\d)[ T](\d\d:\d\d:\d\d)\b")
 
 
 class EmptyAnswerError(UpstreamError):
-    """Z.ai's answer says nothing. No client learns of it: the next one is passed on, whatever it says."""
+    """Z.ai's answer says nothing.
+
+    No client learns of it: Z.ai is asked again, and that answer is passed on, whatever it says.
+    """
 
     def __init__(self) -> None:
         super().__init__(UNAVAILABLE, "Z.ai's answer was empty: try again.")
 
 
 def reset_time(text: str) -> float | None:
-    """The Unix time in "… will reset at 2026-09-12 00:35:41", which is UTC+8 (can1357/oh-my-pi#11014)."""
-    found = RESET_TIME.findall(text)
-    try:
-        return max(
-            (datetime.fromisoformat(f"{day}T{hour}+08:00").timestamp() for day, hour in found),
-            default=None,
-        )
-    except ValueError:
-        return None
+    """The Unix time in "… will reset at 2026-09-12 00:35:41", the last if there are several.
+
+    Z.ai writes it in UTC+8 (can1357/oh-my-pi#11014).
+    """
+    moments: list[float] = []
+    for day, hour in RESET_TIME.findall(text):
+        try:
+            moment = datetime.fromisoformat(f"{day}T{hour}+08:00")
+        except ValueError:
+            return None
+        moments.append(moment.timestamp())
+    return max(moments, default=None)
 
 
 def error_body(error: ProxyError) -> JSON:
     """OpenAI's error object."""
-    kind = error.kind
-    return {
-        "error": {"message": str(error), "type": kind.type, "param": error.param, "code": kind.code}
+    details = {
+        "message": str(error),
+        "type": error.kind.type,
+        "param": error.param,
+        "code": error.kind.code,
     }
+    return {"error": details}
 
 
 def openai_error(error: ProxyError, _: str) -> tuple[int, JSON]:
@@ -724,28 +805,32 @@ def request_id_of(own_id: str) -> str:
 
 
 def error_headers(error: ProxyError) -> dict[str, str]:
-    """The headers that SDKs obey: whether to ask again (x-should-retry), and after how many seconds (Retry-After)."""
-    refusal = {} if error.kind in SHOULD_RETRY else {"x-should-retry": "false"}
-    wait = (
-        {}
-        if error.retry_after is None
-        else {"Retry-After": str(max(1, math.ceil(error.retry_after)))}
-    )
-    return error.headers | refusal | wait
+    """The error's own headers, and those that SDKs obey.
+
+    x-should-retry says whether to ask again, Retry-After after how many seconds.
+    """
+    headers = dict(error.headers)
+    if error.kind not in SHOULD_RETRY:
+        headers["x-should-retry"] = "false"
+    if error.retry_after is not None:
+        seconds = max(1, math.ceil(error.retry_after))
+        headers["Retry-After"] = str(seconds)
+    return headers
 
 
 class Redactor:
-    """Replaces every secret in a text by *** before it is logged or sent, however short the secret is."""
+    """Replaces every secret in a text by *** before it is logged or sent, however short it is."""
 
     def __init__(self, words: Iterable[str]) -> None:
         # A key may appear as it is, in JSON, in JSON inside JSON, or in a URL.
-        forms = {
-            form for word in words for form in (any_escaping(word), re.escape(quote(word, safe="")))
-        }
-        # The last is a key made by `new_key`. Each begins with a plain character, which a search finds fast.
-        self.pattern = re.compile(
-            "|".join((*sorted(forms, key=len, reverse=True), r"sk-[\w-]{43}\b"))
-        )
+        forms: set[str] = set()
+        for word in words:
+            forms.add(any_escaping(word))
+            forms.add(re.escape(quote(word, safe="")))
+        longest_first = sorted(forms, key=len, reverse=True)
+        keys_of_ours = r"sk-[\w-]{43}\b"  # as `new_key` makes them
+        # Each form begins with a plain character, which a search finds fast.
+        self.pattern = re.compile("|".join([*longest_first, keys_of_ours]))
 
     def __call__(self, text: str) -> str:
         return self.pattern.sub("***", text)
@@ -753,21 +838,28 @@ class Redactor:
 
 def any_escaping(word: str) -> str:
     """A pattern for a word, however many times it was escaped as a string of JSON or Python."""
-    parts = re.findall(r"\\+|[^\\]", word)
-    forms = (
-        r"\\+" if part[0] == "\\" else r"\\*" + part if part in "\"'/" else re.escape(part)
-        for part in parts
-    )
-    return "".join(forms).removeprefix(r"\\*")
+    pattern = ""
+    for part in re.findall(r"\\+|[^\\]", word):
+        if part.startswith("\\"):
+            pattern += r"\\+"
+        elif part in "\"'/":
+            pattern += r"\\*" + part
+        else:
+            pattern += re.escape(part)
+    return pattern.removeprefix(r"\\*")
 
 
 def proxy_passwords(urls: Iterable[str]) -> list[str]:
     """The password of each proxy's address that has one, as it is written and percent-decoded."""
-    found = [re.match(r"(?:[^/]*//)?(?:[^:@]*:)?(.+)@", url) for url in urls]
-    return [form for match in found if match for form in (match[1], unquote(match[1]))]
+    found: list[str] = []
+    for url in urls:
+        match = re.match(r"(?:[^/]*//)?(?:[^:@]*:)?(.+)@", url)
+        if match:
+            found += [match[1], unquote(match[1])]
+    return found
 
 
-# ======== JSON ======================================================================================================
+# ======== JSON ====================================================================================
 # Encoders and decoders, and the limits of a request's JSON.
 
 # check_circular takes a sixth of the time, and our data is never circular.
@@ -775,7 +867,8 @@ json_text = json.JSONEncoder(
     separators=(",", ":"), ensure_ascii=False, allow_nan=False, check_circular=False
 ).encode
 quoted = json.encoder.encode_basestring  # a string as JSON, by the same C function
-# Some clients split lines at these characters, so they are sent as escapes; JSON has them only inside strings.
+# Some clients split lines at these characters, so they are sent as escapes; JSON has them only
+# inside strings.
 LINE_ENDS = (("\u0085", "\\u0085"), ("\u2028", "\\u2028"), ("\u2029", "\\u2029"))
 
 
@@ -785,7 +878,7 @@ def json_bytes(value: Any) -> bytes:
 
 
 def escaped(text: str) -> bytes:
-    """JSON text, or frames of it, in UTF-8. Half a surrogate pair, which UTF-8 has not, is escaped."""
+    """JSON text, or frames of it, in UTF-8; half a surrogate pair, which it lacks, is escaped."""
     if text.isascii():
         return text.encode()
     for end, escape in LINE_ENDS:
@@ -794,16 +887,31 @@ def escaped(text: str) -> bytes:
     return text.encode("utf-8", "backslashreplace")
 
 
-def sse(frames: Iterable[JSON | str]) -> bytes:
-    """Frames as bytes, each `data: …` and a blank line. A frame with a `type` also gets that as its event name."""
-    return escaped("".join([sse_frame(frame) for frame in frames]))
+class NamedFrame(NamedTuple):
+    """JSON text that is sent as it is, under the name of its event."""
+
+    name: str
+    text: str
 
 
-def sse_frame(frame: JSON | str) -> str:
+# A frame of a stream: an object, or a text that is sent as it is.
+Frame: TypeAlias = "JSON | str | NamedFrame"
+
+
+def sse(frames: Iterable[Frame]) -> bytes:
+    """Frames as bytes, each `data: …` and a blank line; the `type` of one is its event's name."""
+    return escaped("".join(map(sse_frame, frames)))
+
+
+def sse_frame(frame: Frame) -> str:
     if isinstance(frame, str):
         return f"data: {frame}\n\n"
-    name = f"event: {frame['type']}\n" if "type" in frame else ""
-    return f"{name}data: {json_text(frame)}\n\n"
+    if isinstance(frame, NamedFrame):
+        return f"event: {frame.name}\ndata: {frame.text}\n\n"
+    data = f"data: {json_text(frame)}\n\n"
+    if "type" not in frame:
+        return data
+    return f"event: {frame['type']}\n{data}"
 
 
 def encode_request(value: Any) -> bytes:
@@ -847,18 +955,27 @@ def is_deeper(value: Any, depth: int) -> bool:
     """Whether objects and arrays are nested more than `depth` deep."""
     level: list[Any] = [value]
     for _ in range(depth):
-        # One after the other: a list of all these views would keep the garbage collector busy for seconds.
-        values = chain.from_iterable(
-            item.values() if isinstance(item, dict) else item for item in level
-        )
+        # One after the other: a list of all their values would keep the garbage collector busy for
+        # seconds.
+        values = chain.from_iterable(map(values_of, level))
         level = [value for value in values if isinstance(value, (dict, list))]
         if not level:
             return False
     return True
 
 
+def values_of(value: JSON | list[Any]) -> Iterable[Any]:
+    """The values of an object, or the items of an array."""
+    if isinstance(value, dict):
+        return value.values()
+    return value
+
+
 def parse_json(data: bytes) -> Any:
-    """The value; None if this is not JSON (or null). A character cut in half does not spoil the rest."""
+    """The value; None if this is not JSON (or null).
+
+    A character that is cut in half does not spoil the rest.
+    """
     return parse_json_text(data.decode("utf-8", "replace").removeprefix("\ufeff"))
 
 
@@ -875,12 +992,12 @@ def parse_json_text(text: str) -> Any:
 
 
 def parse_text(text: str) -> Any:
-    """As parse_json."""
+    """As parse_json, of a text; half a surrogate pair in it does not spoil the rest."""
     return parse_json(text.encode("utf-8", "surrogatepass"))
 
 
 def unique_names(pairs: list[tuple[str, Any]]) -> JSON:
-    """object_pairs_hook: rejects a repeated name, since JSON parsers differ in which value they keep."""
+    """object_pairs_hook: rejects a repeated name, of which each JSON parser keeps another value."""
     found = dict(pairs)
     if len(found) < len(pairs):
         raise ValueError("an object has the same name twice")
@@ -895,7 +1012,7 @@ MAX_DEPTH = 100  # nested objects and arrays
 
 
 def too_many_values(body: bytes, most: int = MAX_VALUES) -> bool:
-    """Whether JSON text has more than so many values, not counting names; does not decode it."""
+    """Whether JSON text has more than `most` values, not counting names; does not decode it."""
     if len(body) <= 2 * most or openings_and_commas(body) < most:
         return False
     parts = body.replace(rb"\\", b"").replace(rb"\"", b"").split(b'"', 4 * most + 4)
@@ -915,9 +1032,9 @@ def parse_request(body: bytes, most_values: int = MAX_VALUES) -> JSON:
     document = REQUEST_DECODER.decode(body.decode().removeprefix("\ufeff"))
     if not isinstance(document, dict):
         raise ValueError("it is another JSON value")
-    if (
-        len(body) < 2**14 and body.count(b"{") + body.count(b"[") <= MAX_DEPTH
-    ):  # most requests; counting is fast here
+    # Most requests are small, where counting is faster than looking.
+    is_small = len(body) < 2**14
+    if is_small and body.count(b"{") + body.count(b"[") <= MAX_DEPTH:
         return document
     if is_deeper(document, MAX_DEPTH):
         raise ValueError(f"it is nested more than {MAX_DEPTH} deep")
@@ -942,8 +1059,10 @@ def fields_of(value: Any, *names: str) -> JSON:
 
 
 def objects(value: Any) -> Iterator[JSON]:
-    """The items of an array, none if it is something else."""
-    return map(as_object, value if isinstance(value, list) else ())
+    """The items of an array, {} in place of one that is no object; none if it is no array."""
+    if not isinstance(value, list):
+        return iter(())
+    return map(as_object, value)
 
 
 def first_object(value: Any) -> JSON:
@@ -953,19 +1072,22 @@ def first_object(value: Any) -> JSON:
 
 
 def as_number(value: Any) -> float | None:
-    return (
-        value
-        if isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value < 2**53
-        else None
-    )
+    """`value` if it is a number that is neither negative nor too large to be exact, else None."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return None
+    if not 0 <= value < 2**53:
+        return None
+    return value
 
 
 def as_count(value: Any) -> int:
     """`value` if it is a natural number that fits into a column of a database, else 0."""
-    return value if type(value) is int and 0 <= value < 2**40 else 0
+    if type(value) is not int or not 0 <= value < 2**40:
+        return 0
+    return value
 
 
-# ======== Models ====================================================================================================
+# ======== Models ==================================================================================
 # A new model is a row of `MODEL_ROWS`. `named` tells what a client's name means.
 
 K = 1024
@@ -978,8 +1100,11 @@ SEARCH_PRICE = DOLLAR // 100  # of a web search of Z.ai's
 
 
 def cost_at(price: Price, prompt: int, cached: int, completion: int) -> int:
-    """What tokens cost, in billionths of a dollar."""
-    dollars_for_millions: float = sum(map(mul, (prompt - cached, cached, completion), price))
+    """What tokens cost, in billionths of a dollar; the cached ones are part of the prompt's."""
+    price_in, price_cached, price_out = price
+    dollars_for_millions = (
+        (prompt - cached) * price_in + cached * price_cached + completion * price_out
+    )
     return round(1000 * dollars_for_millions)
 
 
@@ -989,16 +1114,19 @@ Effort = Literal["off", "on", "low", "medium", "high", "xhigh", "max"]
 
 @dataclass(frozen=True, slots=True)
 class Model:
-    """A model of Z.ai's; defaults are for unknown ones. `context`, `output` in tokens, `created` in Unix seconds."""
+    """A model of Z.ai's; the defaults are for one that is not in our table."""
 
     id: str
-    context: int | None = None
-    output: int | None = None
+    context: int | None = None  # tokens
+    output: int | None = None  # tokens
     thinking: ThinkingKind = "always"
-    vision: bool = True
-    free: bool = False
-    created: int = 1753632000  # the oldest date in Z.ai's own list
+    vision: bool = True  # whether it takes images
+    created: int = 1753632000  # Unix seconds: the oldest date in Z.ai's own list
     price: Price | None = None
+
+    @property
+    def free(self) -> bool:
+        return self.price == NO_PRICE
 
     @property
     def streams_arguments(self) -> bool:
@@ -1007,164 +1135,51 @@ class Model:
 
     @property
     def tagged_reasoning(self) -> bool:
-        """Older vision models write their reasoning, and boxes around results, into the text (docs.z.ai, GLM-4.5V)."""
+        """Older vision models write their reasoning, and boxes around results, into the text.
+
+        Source: docs.z.ai, GLM-4.5V.
+        """
         return self.id.startswith(("glm-4.1v", "glm-4.5v", "glm-4.6v"))
 
     def cost(self, prompt: int, cached: int, completion: int) -> float | None:
-        """What these tokens cost at list price, in US dollars; None where the price is not known."""
+        """What these tokens cost at list price, in US dollars; None where the price is unknown."""
         if self.price is None:
             return None
         return cost_at(self.price, prompt, cached, completion) / DOLLAR
 
 
-# docs.z.ai, October 2026; `created` is from Z.ai's list, or the day of the release. Where the cache has no price,
-# cached tokens cost the same.
+SEES = True
+BLIND = False  # takes no images
+
+# docs.z.ai, October 2026; `created` is from Z.ai's list, or the day of the release. Where the cache
+# has no price, cached tokens cost the same.
+# fmt: off
 MODEL_ROWS = (
-    Model(
-        "glm-5.3",
-        1024 * K,
-        128 * K,
-        "always",
-        vision=False,
-        created=1786636800,
-        price=(1.4, 0.26, 4.4),
-    ),
-    Model(
-        "glm-5.3-flash", 1024 * K, 128 * K, "always", created=1787702400, price=(0.15, 0.03, 0.5)
-    ),
-    Model(
-        "glm-5.3-flashx", 1024 * K, 128 * K, "always", created=1787702400, price=(0.37, 0.075, 1.25)
-    ),
-    Model(
-        "glm-5.2",
-        1024 * K,
-        128 * K,
-        "effort",
-        vision=False,
-        created=1780272000,
-        price=(1.4, 0.26, 4.4),
-    ),
-    Model(
-        "glm-5.1",
-        200 * K,
-        128 * K,
-        "switch",
-        vision=False,
-        created=1774569600,
-        price=(1.4, 0.26, 4.4),
-    ),
-    Model(
-        "glm-5", 200 * K, 128 * K, "switch", vision=False, created=1770768000, price=(1.0, 0.2, 3.2)
-    ),
-    Model(
-        "glm-5-turbo",
-        200 * K,
-        128 * K,
-        "switch",
-        vision=False,
-        created=1773532800,
-        price=(1.2, 0.24, 4.0),
-    ),
-    Model("glm-5v-turbo", 200 * K, 128 * K, "switch", created=1775001600, price=(1.2, 0.24, 4.0)),
-    Model(
-        "glm-4.7",
-        200 * K,
-        128 * K,
-        "switch",
-        vision=False,
-        created=1766361600,
-        price=(0.6, 0.11, 2.2),
-    ),
-    Model(
-        "glm-4.7-flashx",
-        200 * K,
-        128 * K,
-        "switch",
-        vision=False,
-        created=1768780800,
-        price=(0.07, 0.01, 0.4),
-    ),
-    Model(
-        "glm-4.7-flash",
-        200 * K,
-        128 * K,
-        "switch",
-        vision=False,
-        free=True,
-        created=1768780800,
-        price=(0, 0, 0),
-    ),
-    Model(
-        "glm-4.6",
-        200 * K,
-        128 * K,
-        "switch",
-        vision=False,
-        created=1759190400,
-        price=(0.6, 0.11, 2.2),
-    ),
-    Model("glm-4.6v", 128 * K, 32 * K, "switch", created=1765152000, price=(0.3, 0.3, 0.9)),
-    Model("glm-4.6v-flashx", 128 * K, 32 * K, "switch", created=1765152000),
-    Model(
-        "glm-4.6v-flash", 128 * K, 32 * K, "switch", free=True, created=1765152000, price=(0, 0, 0)
-    ),
-    Model(
-        "glm-4.5",
-        128 * K,
-        96 * K,
-        "switch",
-        vision=False,
-        created=1753632000,
-        price=(0.6, 0.11, 2.2),
-    ),
-    Model(
-        "glm-4.5-x",
-        128 * K,
-        96 * K,
-        "switch",
-        vision=False,
-        created=1753632000,
-        price=(2.2, 0.45, 8.9),
-    ),
-    Model(
-        "glm-4.5-air",
-        128 * K,
-        96 * K,
-        "switch",
-        vision=False,
-        created=1753632000,
-        price=(0.2, 0.03, 1.1),
-    ),
-    Model(
-        "glm-4.5-airx",
-        128 * K,
-        96 * K,
-        "switch",
-        vision=False,
-        created=1753632000,
-        price=(1.1, 0.22, 4.5),
-    ),
-    Model(
-        "glm-4.5-flash",
-        128 * K,
-        96 * K,
-        "switch",
-        vision=False,
-        free=True,
-        created=1753632000,
-        price=(0, 0, 0),
-    ),
-    Model("glm-4.5v", 64 * K, 16 * K, "switch", created=1754870400, price=(0.6, 0.6, 1.8)),
-    Model(
-        "glm-4-32b-0414-128k",
-        128 * K,
-        16 * K,
-        "none",
-        vision=False,
-        created=1744588800,
-        price=(0.1, 0.1, 0.1),
-    ),
+    #     id                 context   output   thinking  vision created     price
+    Model("glm-5.3",         1024 * K, 128 * K, "always", BLIND, 1786636800, (1.4, 0.26, 4.4)),
+    Model("glm-5.3-flash",   1024 * K, 128 * K, "always", SEES,  1787702400, (0.15, 0.03, 0.5)),
+    Model("glm-5.3-flashx",  1024 * K, 128 * K, "always", SEES,  1787702400, (0.37, 0.075, 1.25)),
+    Model("glm-5.2",         1024 * K, 128 * K, "effort", BLIND, 1780272000, (1.4, 0.26, 4.4)),
+    Model("glm-5.1",         200 * K,  128 * K, "switch", BLIND, 1774569600, (1.4, 0.26, 4.4)),
+    Model("glm-5",           200 * K,  128 * K, "switch", BLIND, 1770768000, (1.0, 0.2, 3.2)),
+    Model("glm-5-turbo",     200 * K,  128 * K, "switch", BLIND, 1773532800, (1.2, 0.24, 4.0)),
+    Model("glm-5v-turbo",    200 * K,  128 * K, "switch", SEES,  1775001600, (1.2, 0.24, 4.0)),
+    Model("glm-4.7",         200 * K,  128 * K, "switch", BLIND, 1766361600, (0.6, 0.11, 2.2)),
+    Model("glm-4.7-flashx",  200 * K,  128 * K, "switch", BLIND, 1768780800, (0.07, 0.01, 0.4)),
+    Model("glm-4.7-flash",   200 * K,  128 * K, "switch", BLIND, 1768780800, NO_PRICE),
+    Model("glm-4.6",         200 * K,  128 * K, "switch", BLIND, 1759190400, (0.6, 0.11, 2.2)),
+    Model("glm-4.6v",        128 * K,  32 * K,  "switch", SEES,  1765152000, (0.3, 0.3, 0.9)),
+    Model("glm-4.6v-flashx", 128 * K,  32 * K,  "switch", SEES,  1765152000),
+    Model("glm-4.6v-flash",  128 * K,  32 * K,  "switch", SEES,  1765152000, NO_PRICE),
+    Model("glm-4.5",         128 * K,  96 * K,  "switch", BLIND, 1753632000, (0.6, 0.11, 2.2)),
+    Model("glm-4.5-x",       128 * K,  96 * K,  "switch", BLIND, 1753632000, (2.2, 0.45, 8.9)),
+    Model("glm-4.5-air",     128 * K,  96 * K,  "switch", BLIND, 1753632000, (0.2, 0.03, 1.1)),
+    Model("glm-4.5-airx",    128 * K,  96 * K,  "switch", BLIND, 1753632000, (1.1, 0.22, 4.5)),
+    Model("glm-4.5-flash",   128 * K,  96 * K,  "switch", BLIND, 1753632000, NO_PRICE),
+    Model("glm-4.5v",        64 * K,   16 * K,  "switch", SEES,  1754870400, (0.6, 0.6, 1.8)),
+    Model("glm-4-32b-0414-128k", 128 * K, 16 * K, "none",   BLIND, 1744588800, (0.1, 0.1, 0.1)),
 )
+# fmt: on
 MODELS = {model.id: model for model in MODEL_ROWS}
 DEAREST: Price = max(model.price or NO_PRICE for model in MODEL_ROWS)
 
@@ -1201,7 +1216,7 @@ def has_plan(settings: Settings) -> bool:
 
 
 def all_aliases(settings: Settings) -> Aliases:
-    """MODEL_ALIASES, and what the names of Anthropic's models mean where it does not say."""
+    """MODEL_ALIASES, and what the names of Anthropic's models mean where these do not say."""
     return (
         *settings.model_aliases,
         ("claude-*haiku*", small_model(settings)),
@@ -1296,16 +1311,29 @@ def model_of(model_id: str) -> Model:
 
 
 def bare_name(name: str) -> str:
-    """A client's name without the provider's, and without Claude Code's mark of a long context."""
+    """A model's name without the provider's, and without Claude Code's mark of a long context."""
     lower = re.sub(r"\[1m\](?=:|$)", "", name.lower().strip())
     return lower.rsplit("/", 1)[-1].strip()
 
 
 SUPPORTED_PARAMETERS = (
-    *("max_tokens", "temperature", "top_p", "stop", "seed"),
-    *("tools", "tool_choice", "response_format", "structured_outputs"),
+    "max_tokens",
+    "temperature",
+    "top_p",
+    "stop",
+    "seed",
+    "tools",
+    "tool_choice",
+    "response_format",
+    "structured_outputs",
 )
 THINKING_PARAMETERS = ("reasoning", "reasoning_effort", "include_reasoning")
+
+
+def input_modalities(model: Model) -> list[str]:
+    if model.vision:
+        return ["text", "image"]
+    return ["text"]
 
 
 def model_item(model: Model, name: str) -> JSON:
@@ -1317,10 +1345,10 @@ def model_item(model: Model, name: str) -> JSON:
         "owned_by": "z.ai",
         "name": name,
         "architecture": {
-            "input_modalities": ["text", "image"] if model.vision else ["text"],
+            "input_modalities": input_modalities(model),
             "output_modalities": ["text"],
         },
-        "supported_parameters": list(SUPPORTED_PARAMETERS),
+        "supported_parameters": [*SUPPORTED_PARAMETERS],
     }
     if model.thinking != "none":
         item["supported_parameters"] += THINKING_PARAMETERS
@@ -1334,7 +1362,7 @@ def model_item(model: Model, name: str) -> JSON:
 
 
 def pricing(prompt: float, cached: float, completion: float) -> JSON:
-    """Prices for a million tokens as OpenRouter has them: for one, in plain decimals."""
+    """Prices for a million tokens as OpenRouter has them: for one token, in plain decimals."""
     return {
         "prompt": dollars_a_token(prompt),
         "completion": dollars_a_token(completion),
@@ -1349,7 +1377,11 @@ def dollars_a_token(price: float) -> str:
 def plain_aliases(settings: Settings) -> dict[str, Model]:
     """The models that clients may choose from besides Z.ai's: the aliases that are no pattern."""
     aliases = all_aliases(settings)
-    return {name: resolve(name, aliases) for name, _ in aliases if not re.search(r"[*?[]", name)}
+    models: dict[str, Model] = {}
+    for name, _ in aliases:
+        if not re.search(r"[*?[]", name):
+            models[name] = resolve(name, aliases)
+    return models
 
 
 def nearest_names(name: str, known: Iterable[str]) -> str:
@@ -1362,72 +1394,110 @@ def nearest_names(name: str, known: Iterable[str]) -> str:
 
 
 def anthropic_item(model: Model, name: str) -> JSON:
-    created = datetime.fromtimestamp(model.created, timezone.utc).isoformat().replace("+00:00", "Z")
-    return {"type": "model", "id": name, "display_name": name, "created_at": created}
+    """A model as Anthropic lists it (anthropic 2.14, ModelInfo)."""
+    created = datetime.fromtimestamp(model.created, timezone.utc)
+    return {
+        "type": "model",
+        "id": name,
+        "display_name": name,
+        "created_at": f"{created:%Y-%m-%dT%H:%M:%SZ}",
+        "lifecycle": "active",
+        "max_input_tokens": model.context,
+        "max_tokens": model.output,
+    }
+
+
+def anthropic_list(items: list[JSON]) -> JSON:
+    """All models as one page of Anthropic's list."""
+    return {"data": items, "has_more": False, **page_ends(items)}
+
+
+def page_ends(items: list[JSON]) -> JSON:
+    """The first and the last id of a page of a list, as both APIs tell them."""
+    if not items:
+        return {"first_id": None, "last_id": None}
+    return {"first_id": items[0]["id"], "last_id": items[-1]["id"]}
 
 
 # Codex CLI wants a system prompt with every model, and uses it instead of its own.
 CODEX_INSTRUCTIONS = """\
-You are a coding agent in the user's terminal, run by the Codex CLI. You work in the user's folder with the tools you
+You are a coding agent in the user's terminal, run by the Codex CLI. You work in the user's \
+folder with the tools you
 are given, until the task is done; then you say in a few words what you did.
-- Read before you write: look at the files that matter, their style and their tests, and keep to them.
+- Read before you write: look at the files that matter, their style and their tests, and keep to \
+them.
 - Follow AGENTS.md files for the folders they stand in. What the user says goes before them.
-- Make the smallest change that does the whole task, at the root of the problem. Leave unrelated code as it is.
-- Edit files with apply_patch where it is offered. Search with rg. Do not re-read a file just to see an edit worked.
-- Check your work by running the tests or the program where that is possible, and say so where it was not.
+- Make the smallest change that does the whole task, at the root of the problem. Leave unrelated \
+code as it is.
+- Edit files with apply_patch where it is offered. Search with rg. Do not re-read a file just to \
+see an edit worked.
+- Check your work by running the tests or the program where that is possible, and say so where it \
+was not.
 - Never undo what you did not do, never commit, push or delete unless you are asked to.
-- For tasks of several steps keep a short plan with update_plan where it is offered, and say what comes next.
-- Be brief and exact. Name files with their paths. If something is unclear and matters, ask; else choose and go on.
+- For tasks of several steps keep a short plan with update_plan where it is offered, and say what \
+comes next.
+- Be brief and exact. Name files with their paths. If something is unclear and matters, ask; else \
+choose and go on.
 """
 
 # The efforts that Codex may ask for, by ThinkingKind; it sends no other.
-CODEX_LEVELS: dict[ThinkingKind, tuple[str, ...]] = {"none": (), "switch": ("none", "high")}
-CODEX_LEVELS |= {"effort": ("low", "medium", "high", "xhigh"), "always": ("low", "high", "xhigh")}
+CODEX_LEVELS: dict[ThinkingKind, tuple[str, ...]] = {
+    "none": (),
+    "switch": ("none", "high"),
+    "effort": ("low", "medium", "high", "xhigh"),
+    "always": ("low", "high", "xhigh"),
+}
 
 
 def codex_item(model: Model, name: str) -> JSON:
     """A model as Codex CLI lists it (openai/codex, ModelInfo; tried with 0.169)."""
     levels = CODEX_LEVELS[model.thinking]
-    names = {"slug": name, "display_name": name, "description": "GLM through Z.ai's official API"}
-    listing = {"visibility": "list", "supported_in_api": True, "priority": 1, "upgrade": None}
-    tools = {
+    default_level = "high" if levels else None
+    return {
+        "slug": name,
+        "display_name": name,
+        "description": "GLM through Z.ai's official API",
+        "visibility": "list",
+        "supported_in_api": True,
+        "priority": 1,
+        "upgrade": None,
         "shell_type": "shell_command",
         "apply_patch_tool_type": "freeform",
         "supports_parallel_tool_calls": True,
-    }
-    absent: JSON = {
         "support_verbosity": False,
         "default_verbosity": None,
         "experimental_supported_tools": [],
-    }
-    limits = {
         "context_window": model.context or 128 * K,
         "truncation_policy": {"mode": "bytes", "limit": 10_000},
-    }
-    return {
-        **(names | listing | tools | absent | limits),
         "base_instructions": CODEX_INSTRUCTIONS,
-        "default_reasoning_level": "high" if levels else None,
+        "default_reasoning_level": default_level,
         "supported_reasoning_levels": [{"effort": level, "description": level} for level in levels],
         "supports_reasoning_summaries": bool(levels),
-        "input_modalities": ["text", "image"] if model.vision else ["text"],
+        "input_modalities": input_modalities(model),
     }
 
 
 def models_from_items(items: list[Any]) -> Iterator[Model]:
-    """The models of Z.ai's own list, completed from the table; an item without a proper id is left out."""
-    for item in items:
-        name, created = as_object(item).get("id"), as_object(item).get("created")
-        if isinstance(name, str) and re.fullmatch(r"[!-~]{1,256}", name):
-            model = Model(name.lower())
-            if type(created) is int and 0 <= created < 10**10:  # some lists have milliseconds
-                model = replace(model, created=created)
-            yield MODELS.get(model.id) or model
+    """The models of Z.ai's own list, completed from the table.
+
+    An item without a proper id is left out.
+    """
+    for item in objects(items):
+        name = item.get("id")
+        if not isinstance(name, str) or not re.fullmatch(r"[!-~]{1,256}", name):
+            continue
+        model = model_of(name.lower())
+        created = item.get("created")
+        # Some lists have milliseconds.
+        if model.id not in MODELS and type(created) is int and 0 <= created < 10**10:
+            model = replace(model, created=created)
+        yield model
 
 
-# ======== Internal representation ===================================================================================
-# What a client asks and a model answers, independent of any API. Nothing changes these values once they are made;
-# most are not frozen: frozen ones take three times as long to make.
+# ======== Internal representation =================================================================
+# What a client asks and a model answers, independent of any API. Nothing changes these values once
+# they are made, but for `Choice` and `Answer`, which add events up. Most are not frozen, for frozen
+# ones take three times as long to make.
 
 
 @dataclass(slots=True)
@@ -1448,7 +1518,10 @@ class Text:
 
 @dataclass(slots=True)
 class ToolCall:
-    """A tool call, or a piece of one: the first has id and name, later ones only more `arguments` (JSON text)."""
+    """A tool call, or a piece of one.
+
+    The first piece has id and name, later ones only more `arguments` (JSON text).
+    """
 
     index: int
     id: str
@@ -1468,9 +1541,20 @@ class Usage:
     reasoning: int = 0
 
     def __add__(self, other: Usage) -> Usage:
-        prompt, completion = self.prompt + other.prompt, self.completion + other.completion
-        total, cached = self.total + other.total, self.cached + other.cached
-        return Usage(prompt, completion, total, cached, self.reasoning + other.reasoning)
+        return Usage(
+            prompt=self.prompt + other.prompt,
+            completion=self.completion + other.completion,
+            total=self.total + other.total,
+            cached=self.cached + other.cached,
+            reasoning=self.reasoning + other.reasoning,
+        )
+
+
+def summed(before: Usage | None, usage: Usage) -> Usage:
+    """The usage of all choices so far; None: Z.ai has sent none before."""
+    if before is None:
+        return usage
+    return before + usage
 
 
 # "window_full" becomes "length" or an error before a Reply sees it.
@@ -1479,11 +1563,11 @@ FinishReason = Literal["stop", "length", "tool_calls", "content_filter", "window
 
 @dataclass(slots=True)
 class Finish:
-    """The last event of a choice that is complete; `stop_sequence` is the stop string that ended it, if one did."""
+    """The last event of a choice that is complete."""
 
     reason: FinishReason
     choice: int = 0
-    stop_sequence: str = ""  # the one of `stop` at which it ends
+    stop_sequence: str = ""  # the one of `stop` that ended it, if one did
     is_window_full: bool = False  # why it is cut short: not for max_tokens
 
 
@@ -1583,7 +1667,10 @@ class ToolChoice:
 
 @dataclass(slots=True)
 class Prompt:
-    """A checked request, independent of the API that it came through. None means that the client did not say."""
+    """A checked request, independent of the API that it came through.
+
+    None means that the client did not say.
+    """
 
     model: str
     messages: tuple[Message, ...]
@@ -1656,7 +1743,10 @@ TOKENS_OF_OTHERS = 0.28
 
 
 def estimated_tokens(prompt: Prompt) -> int:
-    """About how many tokens the model reads, without asking it: by characters, an image as IMAGE_SIZE / 4."""
+    """About how many tokens the model reads, without asking it: by characters.
+
+    An image counts as IMAGE_SIZE / 4.
+    """
     tokens = 0.0
     for text in texts_of(prompt):
         tokens += text_tokens(text)
@@ -1668,7 +1758,7 @@ def estimated_tokens(prompt: Prompt) -> int:
 
 
 def texts_of(prompt: Prompt) -> Iterator[str]:
-    """All that the model reads as text: messages, reasoning, calls, and the tools with their schemas."""
+    """All that the model reads as text: messages, reasoning, calls, tools with their schemas."""
     for message in prompt.messages:
         yield message_text(message)
         yield message.thought
@@ -1690,17 +1780,13 @@ def text_tokens(text: str) -> float:
 
 @dataclass(slots=True)
 class Head:
-    """What every chunk of an answer repeats.
+    """What every chunk of an answer repeats."""
 
-    `id` is Z.ai's id of the answer, `created` Unix seconds, `model` the name as the client wrote it, `own_id` a random
-    id of ours; `clock` tells the Unix time at which the answer is complete.
-    """
-
-    id: str
-    created: int
-    model: str
-    own_id: str
-    clock: Callable[[], float]
+    id: str  # Z.ai's, of the answer
+    created: int  # Unix seconds
+    model: str  # the name as the client wrote it
+    own_id: str  # a random one of ours
+    clock: Callable[[], float]  # tells the Unix time at which the answer is complete
 
 
 @dataclass
@@ -1736,15 +1822,17 @@ class Choice:
 
     @property
     def tool_calls(self) -> list[ToolCall]:
-        return [
-            replace(call[0], arguments="".join(piece.arguments for piece in call))
-            for call in self.calls.values()
-        ]
+        return [whole_call(pieces) for pieces in self.calls.values()]
 
     @property
     def message(self) -> Message:
         """The message that clients send back later."""
         return Message("assistant", (self.text,), self.thought, tuple(self.tool_calls))
+
+
+def whole_call(pieces: Sequence[ToolCall]) -> ToolCall:
+    arguments = "".join([piece.arguments for piece in pieces])
+    return replace(pieces[0], arguments=arguments)
 
 
 class Answer:
@@ -1755,16 +1843,17 @@ class Answer:
         self.usage: Usage | None = None  # None: Z.ai sent none
         for event in events:
             if isinstance(event, Usage):
-                self.usage = self.usage + event if self.usage else event
+                self.usage = summed(self.usage, event)
             else:
                 self.choices[event.choice].add(event)
 
 
 @dataclass(frozen=True, slots=True)
 class StoredResponse:
-    """A response that a client may refer to: a link in a conversation, which goes back from parent to parent.
+    """A response that a client may refer to.
 
-    An older version stored the whole conversation as the input, and no parent.
+    It is a link in a conversation, which goes back from parent to parent. An older version stored
+    the whole conversation as the input, and no parent.
     """
 
     response: JSON
@@ -1772,16 +1861,12 @@ class StoredResponse:
     parent: str = ""  # id of the response that the request went on from
 
 
-# A frame of a stream: an object, or a text that is sent as it is.
-Frame: TypeAlias = "JSON | str"
-
-
 class Reply(ABC):
     """How one request is answered in its API's form: as frames while events come, or as a document.
 
     `begin` comes first, when the head of the answer is known. A stream is what `feed` makes of each
-    event, and `close` at the end, or `fail` where the answer breaks off. A whole answer is `fold` of
-    all events, and says what the client's SDK would make of that stream.
+    event, and `close` at the end, or `fail` where the answer breaks off. A whole answer is `fold`
+    of all events, and says what the client's SDK would make of that stream.
     """
 
     head: Head
@@ -1789,7 +1874,10 @@ class Reply(ABC):
     input_tokens = 0  # of the request, as they were estimated; 0 where they were not
 
     def frames_of(self, events: Iterable[Event]) -> list[Frame]:
-        return [frame for event in events for frame in self.feed(event)]
+        frames: list[Frame] = []
+        for event in events:
+            frames += self.feed(event)
+        return frames
 
     def begin(self, head: Head) -> None:
         self.head = head
@@ -1811,16 +1899,15 @@ class Reply(ABC):
     def fold(self, events: Sequence[Event]) -> JSON: ...
 
 
-# ======== Request fields ============================================================================================
+# ======== Request fields ==========================================================================
 # The checks that OpenAI's APIs share: `validated` applies a table of them to a request.
 
-Check = Callable[
-    [Any], Any
-]  # returns a value, converted, or raises ValueError with what it must be
+# Returns a value, converted, or raises ValueError with what it must be.
+Check = Callable[[Any], Any]
 
 
 def must(words: str, holds: Callable[[Any], bool]) -> Check:
-    """A check that returns the value unchanged."""
+    """A check that returns the value as it is, if it `holds`; `words` say what it must do or be."""
 
     def check(value: Any) -> Any:
         if not holds(value):
@@ -1896,14 +1983,14 @@ MAX_STOPS = 16
 
 
 def stop_words(value: Any) -> tuple[str, ...]:
-    words = [value] if isinstance(value, str) else value
-    if (
-        not isinstance(words, list)
-        or len(words) > MAX_STOPS
-        or not all(isinstance(word, str) for word in words)
-    ):
+    """The stop strings, one or several, without empty ones."""
+    words = value
+    if isinstance(value, str):
+        words = [value]
+    are_words = isinstance(words, list) and all(isinstance(word, str) for word in words)
+    if not are_words or len(words) > MAX_STOPS:
         raise ValueError(f"must be a string or an array of up to {MAX_STOPS} strings")
-    return tuple(word for word in words if word)
+    return tuple(filter(None, words))
 
 
 def require_fields(given: JSON, *names: str) -> None:
@@ -1914,7 +2001,10 @@ def require_fields(given: JSON, *names: str) -> None:
 
 
 def checked(value: Any, check: Check, at: str) -> Any:
-    """`value` as its check returns it. Raises BadRequest; `at` is the path of the value in the request."""
+    """`value` as its check returns it.
+
+    Raises BadRequest; `at` is the path of the value in the request.
+    """
     try:
         return check(value)
     except ValueError as error:
@@ -1922,9 +2012,10 @@ def checked(value: Any, check: Check, at: str) -> Any:
 
 
 def validated(body: JSON, wanted: Mapping[str, Check], at: str = "") -> JSON:
-    """The known fields of `body` that are not null, each as its check returns it; `at` is the path of `body`.
+    """The known fields of `body` that are not null, each as its check returns it.
 
-    Raises BadRequest for the first invalid one, in the client's order.
+    Raises BadRequest for the first invalid one, in the client's order. `at` is the path of `body`
+    in the request, with a dot at its end.
     """
     given = {}
     for name, value in body.items():
@@ -1943,11 +2034,13 @@ NEUTRAL: JSON = {
 
 def unknown_fields(body: JSON, known: Iterable[str]) -> list[str]:
     """The unknown fields with a value that asks for something."""
-    return [
-        name
-        for name, value in body.items()
-        if name not in known and value and value not in NEUTRAL.get(name, ())
-    ]
+    unknown: list[str] = []
+    for name, value in body.items():
+        if name in known or not value:
+            continue
+        if value not in NEUTRAL.get(name, ()):
+            unknown.append(name)
+    return unknown
 
 
 # The words for effort in the OpenAI API and its relatives.
@@ -1999,14 +2092,16 @@ def effort_from_thinking(value: Any) -> Effort | None:
     kind = mapping(value).get("type")
     if kind is None or kind in SAYS_NOTHING:
         return None
-    if kind not in ("enabled", "disabled"):
-        raise ValueError("must have the type enabled, disabled or adaptive")
-    return effort_from_switch(kind == "enabled")
+    if kind == "enabled":
+        return "on"
+    if kind == "disabled":
+        return "off"
+    raise ValueError("must have the type enabled, disabled or adaptive")
 
 
 def effort_from_template(value: Any) -> Effort | None:
     """The `chat_template_kwargs` of vLLM and SGLang; the name depends on the model."""
-    switches: dict[str, Check] = dict.fromkeys(("enable_thinking", "thinking"), effort_from_switch)
+    switches = {"enable_thinking": effort_from_switch, "thinking": effort_from_switch}
     given = validated(mapping(value), switches, "chat_template_kwargs.")
     return given.get("enable_thinking") or given.get("thinking")
 
@@ -2022,11 +2117,16 @@ thinking_budget = integer(-1, 2**31)
 
 
 def effort_from_budget(value: Any) -> Effort | None:
-    """Qwen's and Gemini's `thinking_budget` in tokens, of which GLM has none: 0 is off, -1 says nothing."""
+    """Qwen's and Gemini's `thinking_budget` in tokens: 0 is off, -1 says nothing, others are on.
+
+    GLM has no such budget.
+    """
     tokens = thinking_budget(value)
     if tokens < 0:
         return None
-    return effort_from_switch(tokens > 0)
+    if tokens == 0:
+        return "off"
+    return "on"
 
 
 # The ways to ask for thinking; if a request has several, the first in this order counts.
@@ -2061,10 +2161,11 @@ def reasoning_form(given: JSON, body: JSON) -> ReasoningFormat | None:
     return None
 
 
-def serial_calls(given: JSON) -> Iterator[str]:
+def serial_calls(given: JSON) -> list[str]:
     """`parallel_tool_calls` if it is false, which Z.ai does not offer."""
     if given.get("tools") and given.get("parallel_tool_calls") is False:
-        yield "parallel_tool_calls"
+        return ["parallel_tool_calls"]
+    return []
 
 
 def wants_usage(given: JSON) -> bool:
@@ -2075,54 +2176,59 @@ def wants_usage(given: JSON) -> bool:
 
 
 # The fields that every API has, and those that chat and completions share.
-COMMON_FIELDS: dict[str, Check] = {"model": model_name, "stream": switch, "fallbacks": model_names}
-COMMON_FIELDS |= {
+COMMON_FIELDS: dict[str, Check] = {
+    "model": model_name,
+    "stream": switch,
+    "fallbacks": model_names,
     "temperature": number(0, 2),
     "top_p": number(0, 1),
     "safety_identifier": string,
     "user": string,
 }
-GENERATION_FIELDS = (
-    COMMON_FIELDS
-    | EFFORT_FIELDS
-    | {"n": integer(1, 8), "stop": stop_words, "max_tokens": token_limit}
-)
-GENERATION_FIELDS |= {"seed": integer(-(2**63), 2**63 - 1), "stream_options": mapping}
-GENERATION_FIELDS |= {"reasoning_format": reasoning_format, "include_reasoning": switch}
+GENERATION_FIELDS: dict[str, Check] = {
+    **COMMON_FIELDS,
+    **EFFORT_FIELDS,
+    "n": integer(1, 8),
+    "stop": stop_words,
+    "max_tokens": token_limit,
+    "seed": integer(-(2**63), 2**63 - 1),
+    "stream_options": mapping,
+    "reasoning_format": reasoning_format,
+    "include_reasoning": switch,
+}
 
 # Fields that Prompt has under the same name.
-COPIED_FIELDS = frozenset(
-    (
-        "model",
-        "stream",
-        "n",
-        "temperature",
-        "top_p",
-        "stop",
-        "seed",
-        "tool_choice",
-        "fallbacks",
-    )
+COPIED_FIELDS = (
+    "model",
+    "stream",
+    "n",
+    "temperature",
+    "top_p",
+    "stop",
+    "seed",
+    "tool_choice",
+    "fallbacks",
 )
 
 
 def common_arguments(given: JSON) -> JSON:
     """The arguments of Prompt that every API gives in the same way."""
-    same = {name: value for name, value in given.items() if name in COPIED_FIELDS}
-    return {
-        **same,
-        "user": given.get("user_id") or given.get("safety_identifier") or given.get("user", ""),
-    }
+    user = given.get("user_id") or given.get("safety_identifier") or given.get("user", "")
+    return {**fields_of(given, *COPIED_FIELDS), "user": user}
 
 
 # ======== Contents ================================================================================
 # `read_message`: one message of any API as Messages. A client sends its history again with every
 # request, so what is said in a message is never refused here; what is not known goes as its text.
 
-# Z.ai refuses developer (1214); OpenAI's role function is now tool.
-ROLES = {role: role for role in ("system", "user", "assistant", "tool")} | {
-    "developer": "system",
-    "function": "tool",
+# The roles of messages, as Z.ai has them.
+ROLES = {
+    "system": "system",
+    "user": "user",
+    "assistant": "assistant",
+    "tool": "tool",
+    "developer": "system",  # Z.ai refuses it (1214)
+    "function": "tool",  # what OpenAI's API had before tools
 }
 known_role = must(
     f"be one of {', '.join(ROLES)}", lambda value: isinstance(value, str) and value in ROLES
@@ -2140,25 +2246,25 @@ def read_message(message: Any, at: str) -> list[Message]:
 
     `at` is its path in the request. Raises BadRequest for no object, and for an unknown role.
     """
-    role = ROLES[checked(checked(message, mapping, at).get("role"), known_role, f"{at}.role")]
+    given_role = checked(message, mapping, at).get("role")
+    role = ROLES[checked(given_role, known_role, f"{at}.role")]
     given = message.get("content")
     if isinstance(given, str) and role in ("user", "system"):  # most of them
         return [Message(role, (given,))]
     reader = ContentReader(role)
     reader.read(given, f"{at}.content")
-    content, results = tuple(reader.content), reader.results
-    match role:
-        case "assistant":
-            thought = read_thought(message) or "".join(reader.thoughts)
-            calls = merge_calls(read_calls(message), reader.calls)
-            return [Message(role, content, thought, calls), *results]
-        case _ if results:
-            rest = Message("user", content, continues=True)
-            return [*results, rest] if content else results
-        case "tool":
-            return [Message(role, content, call_id=answered_call(message))]
-        case _:
-            return [Message(role, content)]
+    content = tuple(reader.content)
+    if role == "assistant":
+        thought = read_thought(message) or "".join(reader.thoughts)
+        calls = merge_calls(read_calls(message), reader.calls)
+        return [Message(role, content, thought, calls), *reader.results]
+    if reader.results and content:
+        return [*reader.results, Message("user", content, continues=True)]
+    if reader.results:
+        return reader.results
+    if role == "tool":
+        return [Message(role, content, call_id=answered_call(message))]
+    return [Message(role, content)]
 
 
 class ContentReader:
@@ -2188,18 +2294,25 @@ class ContentReader:
 
     def read_part(self, part: Any, at: str) -> None:
         kind = part_type(part)
-        says = self.role == "assistant"
+        is_assistants = self.role == "assistant"
         if kind in PART_READERS:
             # Z.ai refuses empty text parts (1214).
-            self.content += [read for read in PART_READERS[kind](part, at) if read]
-        elif kind in ("thinking", "reasoning") and says:
+            self.content += filter(None, PART_READERS[kind](part, at))
+        elif kind in ("thinking", "reasoning") and is_assistants:
             self.thoughts.append(part_thought(part))
-        elif kind == "tool_use" and says:
+        elif kind == "tool_use" and is_assistants:
             self.calls.append(read_call(part, len(self.calls)))
         elif kind == "tool_result" and self.role != "system":
             self.results.append(read_result(part, at))
         elif part is not None:
             self.content.append(json_or_text(part))
+
+
+def read_content(content: Any, at: str) -> list[Part]:
+    """The parts of a content that is not a message's own: calls and results in it are text."""
+    reader = ContentReader("system")
+    reader.read(content, at)
+    return reader.content
 
 
 # The results of tools are any JSON: what lacks all of these is an object that has such a type.
@@ -2257,9 +2370,10 @@ def read_media(part: JSON, at: str) -> list[Part]:
 
 
 def media_at(url: Any, kind: str, at: str) -> Part:
+    media = Media(kind, url)
     if isinstance(url, str) and is_within_reach(url):
-        return Media(kind, url)
-    return Unreadable("image" if kind == "image_url" else "file", "", SEND_IMAGE, at)
+        return media
+    return Unreadable(media.kind, "", SEND_IMAGE, at)
 
 
 SCHEME = re.compile(r"([a-zA-Z][a-zA-Z0-9+.-]{0,20}):")
@@ -2311,9 +2425,7 @@ def read_file(part: JSON, at: str) -> list[Part]:
     given = as_object(part.get("file")) or as_object(part.get("source")) or part
     name = file_name(part)
     if "content" in given:
-        reader = ContentReader("system")
-        reader.read(given["content"], f"{at}.source.content")
-        return [name, *reader.content]
+        return [name, *read_content(given["content"], f"{at}.source.content")]
     data = given.get("file_data") or given.get("data")
     if not isinstance(data, str):
         return [Unreadable("file", name, SEND_DATA, at)]
@@ -2368,10 +2480,10 @@ def read_secret(_: JSON, __: str) -> list[Part]:
 
 def read_search_result(part: JSON, at: str) -> list[Part]:
     """A document that the client found, as Anthropic's API has it."""
-    reader = ContentReader("system")
-    reader.read(part["content"], f"{at}.content")
     about = [part.get("title"), part.get("source")]
-    return [*(text for text in about if isinstance(text, str)), *reader.content]
+    found: list[Part] = [text for text in about if isinstance(text, str)]
+    found += read_content(part["content"], f"{at}.content")
+    return found
 
 
 def read_tool_reference(part: JSON, _: str) -> list[Part]:
@@ -2408,13 +2520,18 @@ PART_READERS: dict[str, Callable[[Any, str], list[Part]]] = {
 
 def read_result(part: JSON, at: str) -> Message:
     """The result of a tool, as Anthropic's API has it in a user's message."""
-    reader = ContentReader("system")  # in which further results would be text
-    reader.read(part.get("content"), f"{at}.content")
-    content = reader.content
+    content = read_content(part.get("content"), f"{at}.content")
     if part.get("is_error") is True and not says_error(content):
-        said = content.pop(0) if content and isinstance(content[0], str) else ""
-        content.insert(0, f"Error: {said}".strip())
+        content = with_error(content)
     return Message("tool", tuple(content), call_id=answered_call(part))
+
+
+def with_error(content: list[Part]) -> list[Part]:
+    """A content whose first text begins with the word error: Z.ai has no field for it."""
+    if content and isinstance(content[0], str):
+        first = f"Error: {content[0]}".strip()
+        return [first, *content[1:]]
+    return ["Error:", *content]
 
 
 def says_error(content: list[Part]) -> bool:
@@ -2476,8 +2593,11 @@ def joined_texts(value: Any) -> str:
 def read_calls(message: JSON) -> list[ToolCall]:
     """The calls in `tool_calls`, or in `function_call`, OpenAI's before there were tools."""
     given = message.get("tool_calls")
-    calls = [given] if isinstance(given, dict) else [*objects(given)]
-    if isinstance(function := message.get("function_call"), dict):
+    calls = list(objects(given))
+    if isinstance(given, dict):
+        calls = [given]
+    function = message.get("function_call")
+    if isinstance(function, dict):
         calls.append({"id": function.get("name"), "function": function})  # it has no other id
     return [read_call(call, index) for index, call in enumerate(calls)]
 
@@ -2492,17 +2612,20 @@ def read_call(call: JSON, index: int) -> ToolCall:
         case _:
             function = call
             arguments = call.get("arguments", call.get("input", call.get("args")))
-    given_id = call.get("id")
-    call_id = f"call_{index}" if given_id in (None, "") else str(given_id)
+    call_id = call.get("id")
+    if call_id in (None, ""):
+        call_id = f"call_{index}"
     name = function.get("name")
     if not isinstance(name, str):
         name = ""
-    return ToolCall(index, call_id, name, argument_text(arguments) or "{}")
+    return ToolCall(index, str(call_id), name, argument_text(arguments) or "{}")
 
 
 def merge_calls(calls: list[ToolCall], others: list[ToolCall]) -> tuple[ToolCall, ...]:
     """The calls of a message, and those of its parts that are not among them."""
-    known = {call.id for call in calls} if others else set()
+    if not others:
+        return tuple(calls)
+    known = {call.id for call in calls}
     return (*calls, *[call for call in others if call.id not in known])
 
 
@@ -2510,11 +2633,13 @@ def argument_text(arguments: Any) -> str:
     """Arguments as JSON text, as OpenAI has them, even if they were sent as an object."""
     if isinstance(arguments, str):
         return arguments
-    return json_text(arguments) if arguments else ""
+    if not arguments:
+        return ""
+    return json_text(arguments)
 
 
-# ======== Chat completions ==========================================================================================
-# `parse_chat` reads a request, `ChatEncoder` streams the answer, `chat_completion` is the whole one.
+# ======== Chat completions ========================================================================
+# `parse_chat` reads a request; `ChatReply` makes its answer, streamed or whole.
 
 MAX_TOOLS = 128
 
@@ -2550,7 +2675,9 @@ def chosen_name(choice: JSON) -> str:
     """The name in a choice, perhaps one level deeper; "" if there is none."""
     named = as_object(choice.get("function")) or as_object(choice.get("custom")) or choice
     name = named.get("name")
-    return name if isinstance(name, str) else ""
+    if not isinstance(name, str):
+        return ""
+    return name
 
 
 def function_list(value: Any) -> list[Any]:
@@ -2562,9 +2689,10 @@ def function_list(value: Any) -> list[Any]:
 
 
 def function_choice(value: Any) -> ToolChoice:
-    return tool_choice(
-        {"type": "function", "function": value} if isinstance(value, dict) else value
-    )
+    """The deprecated `function_call`."""
+    if isinstance(value, dict):
+        return tool_choice({"type": "function", "function": value})
+    return tool_choice(value)
 
 
 def answer_schema(value: Any) -> JSON | None:
@@ -2587,13 +2715,15 @@ def answer_schema(value: Any) -> JSON | None:
 def search_tool(value: Any) -> JSON:
     """OpenAI's web_search_options as Z.ai's tool.
 
-    Documents and clients differ on whether search_engine must be there; "search-prime" is the one api.z.ai documents.
+    Documents and clients differ on whether search_engine must be there; "search-prime" is the one
+    that api.z.ai documents.
     """
     size = mapping(value).get("search_context_size")
     if size not in (None, "low", "medium", "high"):
         raise ValueError("must have the search_context_size low, medium or high")
-    high = {"content_size": "high"} if size == "high" else {}
-    options = {"enable": True, "search_engine": "search-prime", "search_result": True, **high}
+    options: JSON = {"enable": True, "search_engine": "search-prime", "search_result": True}
+    if size == "high":
+        options["content_size"] = "high"
     return {"type": "web_search", "web_search": options}
 
 
@@ -2634,10 +2764,29 @@ def parse_chat(body: JSON) -> tuple[Prompt, ChatReply]:
         tools = parse_functions(given)
     else:
         tools = [parse_tool(tool, f"tools[{i}]") for i, tool in enumerate(given.get("tools", ()))]
+    prompt = chat_prompt(body, given, tools)
+    include_usage = wants_usage(given)
+    if has_functions:
+        return prompt, FunctionReply(prompt.n, include_usage=include_usage)
+    custom = custom_names(given.get("tools", ()))
+    if custom:
+        return prompt, CustomToolReply(prompt.n, custom, include_usage=include_usage)
+    return prompt, ChatReply(prompt.n, include_usage=include_usage)
+
+
+def chat_prompt(body: JSON, given: JSON, tools: list[ParsedTool]) -> Prompt:
+    """The prompt of a request: `given` has its fields as they were checked, `tools` its tools."""
+    messages = read_messages(given["messages"])
     thinking = validated(as_object(body.get("thinking")), {"clear_thinking": switch}, "thinking.")
-    prompt = Prompt(
+    ignored = [
+        *unknown_fields(body, CHAT_FIELDS),
+        *unknown_tools(given.get("tools", ()), tools),
+        *serial_calls(given),
+        *dropped_names(given["messages"]),
+    ]
+    return Prompt(
         **common_arguments(given),
-        messages=read_messages(given["messages"]),
+        messages=messages,
         max_tokens=given.get("max_completion_tokens") or given.get("max_tokens"),
         tools=tuple([tool for tool in tools if isinstance(tool, Tool)]),
         native_tools=tuple(native_tools(tools, given)),
@@ -2646,21 +2795,9 @@ def parse_chat(body: JSON) -> tuple[Prompt, ChatReply]:
         reasoning_format=reasoning_form(given, body),
         clear_thinking=thinking.get("clear_thinking"),
         cache_key=str(body.get("prompt_cache_key") or ""),
-        native={name: value for name, value in given.items() if name in NATIVE_FIELDS},
-        ignored=(
-            *unknown_fields(body, CHAT_FIELDS),
-            *unknown_tools(given.get("tools", ()), tools),
-            *serial_calls(given),
-            *dropped_names(given["messages"]),
-        ),
+        native=fields_of(given, *NATIVE_FIELDS),
+        ignored=tuple(ignored),
     )
-    include_usage = wants_usage(given)
-    if has_functions:
-        return prompt, FunctionReply(prompt.n, include_usage=include_usage)
-    custom = custom_names(given.get("tools", ()))
-    if custom:
-        return prompt, CustomToolReply(prompt.n, custom, include_usage=include_usage)
-    return prompt, ChatReply(prompt.n, include_usage=include_usage)
 
 
 def read_messages(messages: list[Any]) -> Messages:
@@ -2672,14 +2809,17 @@ def read_messages(messages: list[Any]) -> Messages:
 
 def dropped_names(messages: list[JSON]) -> list[str]:
     """`messages.name` if a message has a name; the name of a function answers a call."""
-    named = any(message.get("name") and message["role"] != "function" for message in messages)
-    return ["messages.name"] if named else []
+    for message in messages:
+        if message.get("name") and message["role"] != "function":
+            return ["messages.name"]
+    return []
 
 
 def native_tools(tools: list[ParsedTool], given: JSON) -> list[JSON]:
-    """Z.ai's own tools: those that the client sent, and the search that web_search_options asks for."""
+    """Z.ai's own tools: those that the client sent, and the search of web_search_options."""
     native = [tool for tool in tools if isinstance(tool, dict)]
-    if "web_search_options" in given and not any(tool["type"] == "web_search" for tool in native):
+    types = [tool["type"] for tool in native]
+    if "web_search_options" in given and "web_search" not in types:
         native.append(given["web_search_options"])
     return native
 
@@ -2795,13 +2935,13 @@ def parse_named_tool(tool: JSON, at: str, inside: str) -> Tool:
 
 
 def usage_body(usage: Usage) -> JSON:
-    counts = {
+    return {
         "prompt_tokens": usage.prompt,
         "completion_tokens": usage.completion,
         "total_tokens": usage.total,
+        "prompt_tokens_details": {"cached_tokens": usage.cached},
+        "completion_tokens_details": {"reasoning_tokens": usage.reasoning},
     }
-    cached, reasoning = {"cached_tokens": usage.cached}, {"reasoning_tokens": usage.reasoning}
-    return {**counts, "prompt_tokens_details": cached, "completion_tokens_details": reasoning}
 
 
 def envelope(head: Head, prefix: str, kind: str) -> JSON:
@@ -2809,29 +2949,50 @@ def envelope(head: Head, prefix: str, kind: str) -> JSON:
     return {"id": prefix + head.id, "object": kind, "created": head.created, "model": head.model}
 
 
-class ChatReply(Reply):
-    """A chat's answer: chat.completion.chunk frames, or a chat.completion.
+class ChunkReply(Reply):
+    """What the answers of chat and of completions share: what frames are made of, and their end.
 
     Frames are JSON text, since most of each is always the same.
     """
 
-    def __init__(self, n: int, *, include_usage: bool) -> None:
-        self.n = n
+    def __init__(self, *, include_usage: bool) -> None:
         self.include_usage = include_usage
-        self.start = ""  # of every frame: the envelope
-        self.tail = '],"usage":null}' if include_usage else "]}"
+        self.start = ""  # of every frame: the envelope, up to the choices
+        self.tail = "]}"  # of every frame, after the choices
+        if include_usage:
+            self.tail = '],"usage":null}'
         self.usage: Usage | None = None  # the sum over the choices
-        self.begun: set[int] = set()  # choices that have had their first delta
+        self.begun: set[int] = set()  # choices that have had their first frame
+
+    def close(self) -> list[Frame]:
+        """The usage, if it was asked for and Z.ai sent it, and the end."""
+        if not self.include_usage or self.usage is None:
+            return ["[DONE]"]
+        usage = json_text(usage_body(self.usage))
+        return [f'{self.start}],"usage":{usage}}}', "[DONE]"]
+
+    def fail(self, error: ProxyError) -> list[Frame]:
+        # OpenAI's SDKs raise on `error`, Dify needs `choices`.
+        return [{**error_body(error), "choices": []}, "[DONE]"]
+
+
+class ChatReply(ChunkReply):
+    """A chat's answer: chat.completion.chunk frames, or a chat.completion."""
+
+    def __init__(self, n: int, *, include_usage: bool) -> None:
+        super().__init__(include_usage=include_usage)
+        self.n = n  # the number of choices
 
     def begin(self, head: Head) -> None:
         super().begin(head)
         self.start = frame_start(envelope(head, "chatcmpl-", "chat.completion.chunk"))
 
     def feed(self, event: Event) -> list[str]:
-        if self.n > 1 and not self.begun and not isinstance(event, Usage):
-            # The OpenAI SDK's stream() fails on choices that do not begin in their order.
-            return [*(self.chunk(choice, "") for choice in range(self.n)), *self.frames(event)]
-        return self.frames(event)
+        if self.n == 1 or self.begun or isinstance(event, Usage):
+            return self.frames(event)
+        # The OpenAI SDK's stream() fails on choices that do not begin in their order.
+        opening = [self.chunk(choice, "") for choice in range(self.n)]
+        return opening + self.frames(event)
 
     def frames(self, event: Event) -> list[str]:
         match event:
@@ -2846,7 +3007,7 @@ class ChatReply(Reply):
                 chunk = self.chunk(event.choice, f'"annotations":{annotations}')
                 return [f'{chunk[:-1]},"web_search":{json_text(event.results)}}}']
             case Usage():
-                self.usage = self.usage + event if self.usage else event
+                self.usage = summed(self.usage, event)
                 return []
             case Finish():
                 return [self.chunk(event.choice, "", quoted(event.reason))]
@@ -2855,16 +3016,11 @@ class ChatReply(Reply):
         """A frame; `delta` is what stands between the braces of the delta."""
         if choice not in self.begun:
             self.begun.add(choice)
-            role = '"role":"assistant"'
-            delta = f"{role},{delta}" if delta else role
+            if delta:
+                delta = f",{delta}"
+            delta = f'"role":"assistant"{delta}'
         state = f'"delta":{{{delta}}},"finish_reason":{finish_reason}'
         return f'{self.start}{{"index":{choice},{state}}}{self.tail}'
-
-    def close(self) -> list[Frame]:
-        return last_frames(self.start, self.usage if self.include_usage else None)
-
-    def fail(self, error: ProxyError) -> list[Frame]:
-        return failure_frames(error)
 
     def fold(self, events: Sequence[Event]) -> JSON:
         answer = Answer(events)
@@ -2874,21 +3030,27 @@ class ChatReply(Reply):
             "choices": [self.choice_body(index, choice) for index, choice in choices],
             "usage": usage_body(answer.usage or Usage()),
         }
-        found = [result for _, choice in choices for result in choice.citations]
+        found: list[JSON] = []
+        for _, choice in choices:
+            found += choice.citations
         if found:
             document["web_search"] = found
         return document
 
     def choice_body(self, index: int, choice: Choice) -> JSON:
         """One choice of a whole answer; content is null when there are only calls."""
+        content: str | None = choice.text
+        if choice.calls and not content:
+            content = None
+        message = {
+            "role": "assistant",
+            "content": content,
+            "refusal": None,
+            **self.extras(choice),
+        }
         return {
             "index": index,
-            "message": {
-                "role": "assistant",
-                "content": choice.text or (None if choice.calls else ""),
-                "refusal": None,
-                **self.extras(choice),
-            },
+            "message": message,
             "logprobs": None,
             "finish_reason": choice.finish,
         }
@@ -2898,7 +3060,7 @@ class ChatReply(Reply):
         fields = {
             "reasoning_content": choice.thought,
             "annotations": url_citations(choice.citations),
-            "tool_calls": [*map(call_body, choice.tool_calls)],
+            "tool_calls": [call_body(call) for call in choice.tool_calls],
         }
         return {name: value for name, value in fields.items() if value}
 
@@ -2906,18 +3068,6 @@ class ChatReply(Reply):
 def frame_start(body: JSON) -> str:
     """What every frame begins with, up to its choices."""
     return json_text(body)[:-1] + ',"choices":['
-
-
-def last_frames(start: str, usage: Usage | None) -> list[Frame]:
-    """The frames after the last event: the usage, if it was asked for and Z.ai sent it, and the end."""
-    if usage:
-        return [f'{start}],"usage":{json_text(usage_body(usage))}}}', "[DONE]"]
-    return ["[DONE]"]
-
-
-def failure_frames(error: ProxyError) -> list[Frame]:
-    """The last frames of an answer that broke off: OpenAI's SDKs raise on `error`, Dify needs `choices`."""
-    return [{**error_body(error), "choices": []}, "[DONE]"]
 
 
 class FunctionReply(ChatReply):
@@ -2979,8 +3129,8 @@ class CustomToolReply(ChatReply):
         """The frames with the texts of a choice's calls."""
         for (choice, index), pieces in self.calls.items():
             if choice == of_choice:
-                arguments = "".join([piece.arguments for piece in pieces])
-                custom = {"input": custom_input(pieces[0].name, arguments)}
+                call = whole_call(pieces)
+                custom = {"input": custom_input(call.name, call.arguments)}
                 yield self.call_frame(choice, {"index": index, "custom": custom})
 
     def call_frame(self, choice: int, delta: JSON) -> str:
@@ -3004,7 +3154,7 @@ def custom_call_body(call: ToolCall) -> JSON:
 
 
 def custom_input(name: str, arguments: str) -> str:
-    """What a custom tool is called with: a string, offered to the model as a function's only field."""
+    """What a custom tool is called with: a string, which the model knows as a function's field."""
     given = parse_json_text(arguments)
     if isinstance(given, dict) and "input" in given:
         said = json_or_text(given["input"])
@@ -3017,7 +3167,8 @@ def custom_input(name: str, arguments: str) -> str:
     return said
 
 
-# The lines around a patch, as Codex's apply_patch takes it (openai/codex, apply-patch/src/parser.rs).
+# The lines around a patch, as Codex's apply_patch takes it (openai/codex,
+# apply-patch/src/parser.rs).
 PATCH_BEGINS = re.compile(r"^\*\*\* Begin Patch[ \t\r]*\n", re.MULTILINE)
 PATCH_ENDS = "\n*** End Patch"
 
@@ -3032,8 +3183,9 @@ def patch_in(said: str) -> str:
         ends = text.rfind(PATCH_ENDS)
         if begins and begins.start() < ends:
             patch = text[begins.start() : ends + len(PATCH_ENDS)]
-            is_bare = patch == text.strip()
-            return text if is_bare else patch
+            if patch == text.strip():
+                return text
+            return patch
     return said
 
 
@@ -3059,45 +3211,46 @@ def call_body(call: ToolCall) -> JSON:
 
 def call_delta(call: ToolCall) -> JSON:
     """The first piece of a call has its id and name, later ones only arguments."""
-    return {
-        "index": call.index,
-        **(call_body(call) if call.id else {"function": {"arguments": call.arguments}}),
-    }
+    if call.id:
+        return {"index": call.index, **call_body(call)}
+    return {"index": call.index, "function": {"arguments": call.arguments}}
 
 
 def url_citations(results: Iterable[JSON]) -> list[JSON]:
-    """Search results as OpenAI's annotations."""
-    return [
-        url_citation(result)
-        for result in results
-        if isinstance(result.get("link"), str) and result["link"]
-    ]
+    """Search results as OpenAI's annotations; what has no address is left out."""
+    citations: list[JSON] = []
+    for result in results:
+        link = result.get("link")
+        if isinstance(link, str) and link:
+            citations.append(url_citation(result))
+    return citations
 
 
 def url_citation(result: JSON) -> JSON:
     """Z.ai does not say where in the text a result belongs, so the indexes are 0."""
-    title, content = str(result.get("title") or ""), str(result.get("content") or "")
     cited = {
         "url": result["link"],
-        "title": title,
+        "title": str(result.get("title") or ""),
         "start_index": 0,
         "end_index": 0,
-        "content": content,
+        "content": str(result.get("content") or ""),
     }
     return {"type": "url_citation", "url_citation": cited}
 
 
-# ======== Completions ===============================================================================================
-# OpenAI's API before chat, translated.
-
+# ======== Completions =============================================================================
+# OpenAI's API before chat: `parse_completion` reads a prompt as a chat, `CompletionReply` makes its
+# answer.
 
 MAX_PROMPTS = 20
 
 
 def prompt_texts(value: Any) -> tuple[str, ...]:
-    """The prompts: one, or several that have nothing to do with each other."""
+    """The prompts: one, or several that have nothing to do with each other; none for ""."""
+    if value == "":
+        return ()
     if isinstance(value, str):
-        return (value,) if value else ()
+        return (value,)
     texts = array(value)
     for text in texts:
         if not isinstance(text, str) or not text:
@@ -3107,7 +3260,8 @@ def prompt_texts(value: Any) -> tuple[str, ...]:
     return tuple(texts)
 
 
-COMPLETION_FIELDS = GENERATION_FIELDS | {
+COMPLETION_FIELDS: dict[str, Check] = {
+    **GENERATION_FIELDS,
     "prompt": prompt_texts,
     "echo": switch,
     "suffix": string,
@@ -3121,48 +3275,50 @@ def parse_completion(body: JSON) -> tuple[Prompt, CompletionReply]:
     require_fields(given, "model", "prompt")
     n = given.get("n", 1)
     if given.get("best_of", n) not in (0, 1, n):
-        raise BadRequest(
-            "'best_of' must be the same as 'n': nobody compares answers here.", "best_of"
-        )
+        words = "'best_of' must be the same as 'n': nobody compares answers here."
+        raise BadRequest(words, "best_of")
     texts = given["prompt"]
-    batch = [completion_messages(text, given.get("suffix", "")) for text in texts]
+    conversations = [completion_messages(text, given.get("suffix", "")) for text in texts]
+    batch: tuple[Messages, ...] = ()
+    if len(texts) > 1:
+        batch = tuple(conversations)
     echo = bool(given.get("echo"))
     arguments = {**common_arguments(given), "n": n * len(texts)}
     prompt = Prompt(
         **arguments,
-        messages=batch[0],
-        batch=tuple(batch) if len(batch) > 1 else (),
+        messages=conversations[0],
+        batch=batch,
         max_tokens=given.get("max_tokens"),
         effort=effort_of(given),
         reasoning_format=reasoning_form(given, body),
         ignored=tuple(unknown_fields(body, COMPLETION_FIELDS)),
         wants_answer=not (echo and body.get("max_tokens") == 0),
     )
-    echoes = []
+    echoes: list[str] = []
     for text in texts:
-        echoes += [text if echo else ""] * n
+        echoed = text if echo else ""
+        echoes += [echoed] * n
     return prompt, CompletionReply(echoes, include_usage=wants_usage(given))
 
 
-def completion_messages(prompt: str, suffix: str) -> tuple[Message, ...]:
-    """The prompt as the user's message. Z.ai has no parameter for the suffix, so a system message asks for it."""
-    line = f"Write only what belongs between the user's text and this: {suffix}"
-    return (*([Message("system", (line,))] if suffix else []), Message("user", (prompt,)))
+def completion_messages(prompt: str, suffix: str) -> Messages:
+    """The prompt as the user's message.
 
-
-class CompletionReply(Reply):
-    """A completion's answer: text_completion frames, or one document. It cannot hold reasoning.
-
-    `echoes` is what each choice begins with.
+    Z.ai has no parameter for the suffix, so a system message asks for it.
     """
+    asked = Message("user", (prompt,))
+    if not suffix:
+        return (asked,)
+    line = f"Write only what belongs between the user's text and this: {suffix}"
+    return (Message("system", (line,)), asked)
+
+
+class CompletionReply(ChunkReply):
+    """A completion's answer: text_completion frames, or one document. It cannot hold reasoning."""
 
     def __init__(self, echoes: Sequence[str], *, include_usage: bool) -> None:
-        self.echoes = echoes
-        self.include_usage = include_usage
-        self.begun: set[int] = set()  # choices that have had their echo
-        self.start = ""  # of every frame: the envelope
-        self.tail = '],"usage":null}' if include_usage else "]}"
-        self.usage: Usage | None = None  # the sum over the choices
+        super().__init__(include_usage=include_usage)
+        self.echoes = echoes  # what each choice begins with
 
     def begin(self, head: Head) -> None:
         super().begin(head)
@@ -3176,7 +3332,7 @@ class CompletionReply(Reply):
             case Finish(reason, choice):
                 return [self.frame(completion_choice(choice, self.opening(choice), reason))]
             case Usage():
-                self.usage = self.usage + event if self.usage else event
+                self.usage = summed(self.usage, event)
         return []
 
     def opening(self, choice: int) -> str:
@@ -3189,18 +3345,12 @@ class CompletionReply(Reply):
     def frame(self, choice: JSON) -> str:
         return f"{self.start}{json_text(choice)}{self.tail}"
 
-    def close(self) -> list[Frame]:
-        return last_frames(self.start, self.usage if self.include_usage else None)
-
-    def fail(self, error: ProxyError) -> list[Frame]:
-        return failure_frames(error)
-
     def fold(self, events: Sequence[Event]) -> JSON:
         answer = Answer(events)
-        choices = [
-            completion_choice(index, self.echoes[index] + choice.text, choice.finish)
-            for index, choice in sorted(answer.choices.items())
-        ]
+        choices: list[JSON] = []
+        for index, choice in sorted(answer.choices.items()):
+            text = self.echoes[index] + choice.text
+            choices.append(completion_choice(index, text, choice.finish))
         return {
             **envelope(self.head, "cmpl-", "text_completion"),
             "choices": choices,
@@ -3212,13 +3362,14 @@ def completion_choice(index: int, words: str, finish_reason: FinishReason | None
     return {"index": index, "text": words, "logprobs": None, "finish_reason": finish_reason}
 
 
-# ======== Responses: request ========================================================================================
+# ======== Responses: request ======================================================================
 # `parse_response` reads a request; the items of its input become messages.
 
 
 def text_format(value: Any) -> JSON | None:
-    """The schema in a request's `text`: as `answer_schema`, but the format is flat."""
+    """The schema in a request's `text`: None for text, {} for any JSON."""
     flat = mapping(value).get("format") or {"type": "text"}
+    # Chat has the fields of a json_schema one level deeper.
     return answer_schema({**as_object(flat), "json_schema": flat})
 
 
@@ -3255,29 +3406,40 @@ def chosen_tools(mode: Literal["auto", "required"], tools: list[Any]) -> ChosenT
 
 
 def response_input(value: Any) -> list[Any]:
-    return [{"role": "user", "content": value}] if isinstance(value, str) else array(value)
+    """The items of an input; a text is a user's message."""
+    if isinstance(value, str):
+        return [{"role": "user", "content": value}]
+    items: list[Any] = array(value)
+    return items
 
 
 def qualified_name(item: JSON) -> str:
-    """The name under which the model knows a function: functions of two namespaces may have the same name."""
-    return "__".join(str(item[key]) for key in ("namespace", "name") if item.get(key))
+    """The name under which the model knows a function.
+
+    Functions of two namespaces may have the same name.
+    """
+    return joined_fields(item, "namespace", "name")
+
+
+def joined_fields(item: JSON, *names: str) -> str:
+    """Those of these fields that an item has, as one name."""
+    return "__".join([str(item[name]) for name in names if item.get(name)])
 
 
 def response_tools(value: Any) -> list[tuple[str, Any]]:
     """The tools, each after its path in the request."""
-    return [
-        found
-        for i, tool in enumerate(array(value))
-        for found in split_namespace(tool, f"tools[{i}]")
-    ]
+    found: list[tuple[str, Any]] = []
+    for i, tool in enumerate(array(value)):
+        found += split_namespace(tool, f"tools[{i}]")
+    return found
 
 
 def split_namespace(tool: Any, at: str) -> Iterator[tuple[str, Any]]:
-    """Yield the tool, or each tool of a namespace with `namespace` added to it, after its path in the request."""
+    """The tool, or each tool of a namespace with `namespace` added to it, after its path."""
     match tool:
         case {"type": "namespace", "name": str(namespace), "tools": [*members]}:
             for i, member in enumerate(members):
-                yield f"{at}.tools[{i}]", as_object(member) | {"namespace": namespace}
+                yield f"{at}.tools[{i}]", {**as_object(member), "namespace": namespace}
         case {"type": str(kind), "external_web_access": False} if kind.startswith("web_search"):
             return  # Codex's default: a search of OpenAI's own index, not of the web
         case _:
@@ -3286,19 +3448,21 @@ def split_namespace(tool: Any, at: str) -> Iterator[tuple[str, Any]]:
 
 def metadata(value: Any) -> JSON:
     """As OpenAI bounds it: 16 pairs, keys of 64 characters, values of 512."""
-    pairs = as_object(mapping(value))
-    fits = len(pairs) <= 16 and all(
-        len(key) <= 64 and isinstance(words, str) and len(words) <= 512
-        for key, words in pairs.items()
-    )
-    if not fits:
+    pairs = mapping(value)
+    fits = all(is_metadata(key, value) for key, value in pairs.items())
+    if len(pairs) > 16 or not fits:
         raise ValueError("must have at most 16 strings of 512 characters, with keys of 64")
     return pairs
 
 
+def is_metadata(key: str, value: Any) -> bool:
+    return len(key) <= 64 and isinstance(value, str) and len(value) <= 512
+
+
 def stored_by_openai(_: Any) -> None:
     raise ValueError(
-        "refers to what only OpenAI stores: send the conversation as 'input', or 'previous_response_id'"
+        "refers to what only OpenAI stores: send the conversation as 'input', "
+        "or 'previous_response_id'"
     )
 
 
@@ -3358,17 +3522,17 @@ class History(Protocol):
 
 
 class Referred(NamedTuple):
-    """What a request refers to: the response that it goes on from, and those that it takes items from."""
+    """The responses that a request refers to, by their ids."""
 
-    previous: str = ""
-    others: tuple[str, ...] = ()
+    previous: str = ""  # the one that it goes on from
+    others: tuple[str, ...] = ()  # those that it takes items from
 
 
 @dataclass(slots=True)
 class ResponsesRequest:
-    """What a response's answer depends on. `echo` is what the response repeats of the request."""
+    """What the answer to a request depends on."""
 
-    echo: JSON
+    echo: JSON  # what the response repeats of the request
     input: list[JSON]  # what is to be stored of its own items
     tools: Mapping[str, JSON]  # as the client sent them, by the names that the model knows
     returns_reasoning: bool  # in a form that the client can send back
@@ -3383,7 +3547,7 @@ def parse_response(body: JSON, history: History) -> tuple[Prompt, ResponseReply]
 
 
 def parse_compaction(body: JSON, history: History) -> tuple[Prompt, ResponseReply]:
-    """A request for nothing but a summary; what comes of it is not stored. Raises as parse_response."""
+    """A request for nothing but a summary, which is not stored. Raises as parse_response."""
     prompt, request = read_response_request({**body, "store": False}, history)
     return with_compaction(prompt), CompactedReply(request)
 
@@ -3392,13 +3556,17 @@ COUNTED_OF_RESPONSE = ("model", "instructions", "input", "tools", "previous_resp
 
 
 def parse_counted_response(body: JSON, history: History) -> Prompt:
-    """What a model would read of a request, of which nothing else is looked at; the model need not be named."""
+    """What a model would read of a request; nothing else in it is looked at.
+
+    The model need not be named.
+    """
     given = {name: body[name] for name in COUNTED_OF_RESPONSE if body.get(name) is not None}
     prompt, _ = read_response_request({"model": "any", "input": "", **given}, history)
     return prompt
 
 
 def read_response_request(body: JSON, history: History) -> tuple[Prompt, ResponsesRequest]:
+    """The prompt, and what its answer depends on. Raises as parse_response."""
     given = validated(body, RESPONSE_FIELDS)
     require_fields(given, "model")
     before = previous_items(given.get("previous_response_id", ""), history)
@@ -3411,6 +3579,12 @@ def read_response_request(body: JSON, history: History) -> tuple[Prompt, Respons
         conversation = (Message("system", (given["instructions"],)), *conversation)
     tools = with_additional_tools(read_tools(given.get("tools", [])), items)
     offered = offered_tools(given.get("tool_choice", ToolChoice()), tools)
+    ignored = [
+        *unknown_fields(body, RESPONSE_FIELDS),
+        *serial_calls(given),
+        *offered.left_out,
+        *unknown_items(items),
+    ]
     prompt = Prompt(
         **common_arguments({"stream": False, **given, "tool_choice": offered.choice}),
         messages=conversation,
@@ -3421,23 +3595,20 @@ def read_response_request(body: JSON, history: History) -> tuple[Prompt, Respons
         effort=given.get("reasoning"),
         reasoning_format="parsed",
         cache_key=given.get("prompt_cache_key", ""),
-        ignored=(
-            *unknown_fields(body, RESPONSE_FIELDS),
-            *serial_calls(given),
-            *offered.left_out,
-            *unknown_items(items),
-        ),
+        ignored=tuple(ignored),
     )
     echo = echo_of(body)
-    stored = stored_items(own) if echo["store"] else []
+    stored: list[JSON] = []
+    if echo["store"]:
+        stored = stored_items(own)
     returns_reasoning = "reasoning.encrypted_content" in given.get("include", ())
     return prompt, ResponsesRequest(echo, stored, offered.by_name, returns_reasoning)
 
 
 def ends_in_trigger(items: Any) -> bool:
-    """Whether the input asks for a summary of the conversation, as Codex does before its window is full."""
-    kinds = [item.get("type") for item in objects(items)]
-    return kinds[-1:] == [COMPACTION_TRIGGER]
+    """Whether the input asks for a summary: Codex does so before the model's window is full."""
+    given = list(objects(items))
+    return bool(given) and given[-1].get("type") == COMPACTION_TRIGGER
 
 
 COMPACTION_TRIGGER = "compaction_trigger"
@@ -3446,15 +3617,20 @@ Write a summary of this conversation for the model that goes on with the work. I
 else of what came before, so whatever it needs must be in your summary:
 - What was asked: the task, every later wish and correction, and what must not be done.
 - What was decided, and why; what was tried and did not work.
-- What was changed: each file and what is different in it now; commands that were run and what came of them.
+- What was changed: each file and what is different in it now; \
+commands that were run and what came of them.
 - What is open: what remains to be done, what is in progress, known errors, and the next step.
-Write the names of files, functions, commands, settings, versions and ids, and the words of errors, \
-exactly as they are. An earlier summary above counts as part of the conversation. Call no tool. \
+Write the names of files, functions, commands, settings, versions and ids, \
+and the words of errors, exactly as they are. \
+An earlier summary above counts as part of the conversation. Call no tool. \
 Answer with the summary alone."""
 
 
 def with_compaction(prompt: Prompt) -> Prompt:
-    """The conversation with the order to sum it up at its end; its beginning stays as it was, for Z.ai's cache."""
+    """The conversation with the order to sum it up at its end.
+
+    Its beginning stays as it was, for Z.ai's cache.
+    """
     order = Message("user", (COMPACTION_ORDER,), continues=True)
     return replace(
         prompt,
@@ -3478,15 +3654,20 @@ def previous_items(response_id: str, history: History) -> list[JSON]:
     while response_id:
         stored = history.get(response_id)
         if stored is None:
-            message = "The previous response is not stored here (any more): send the whole conversation as 'input'."
-            raise BadRequest(message, "previous_response_id", "previous_response_not_found")
+            raise BadRequest(
+                "The previous response is not stored here (any more): send the whole conversation "
+                "as 'input'.",
+                "previous_response_id",
+                "previous_response_not_found",
+            )
         output = stored.response["output"]
         if "compaction" in map(item_type, output):  # it stands for all that came before
             turns.append(output)
             break
         turns.append([*stored.input, *output])
         response_id = stored.parent
-    return [*chain.from_iterable(reversed(turns))]
+    turns.reverse()
+    return list(chain.from_iterable(turns))
 
 
 MAX_REFERENCES = 1_000  # responses whose items one request refers to
@@ -3508,8 +3689,13 @@ def referred_responses(body: JSON) -> Referred:
 
 
 def response_of(item_id: str) -> str:
-    """The id of the response that an item belongs to, from the item's id (see `ResponseReply.new_item`)."""
-    return f"resp_{item_id.partition('_')[2].rpartition('_')[0]}"
+    """The id of the response that an item belongs to, from the item's id.
+
+    rs_ID_0 is of resp_ID (see `ResponseReply.new_item`).
+    """
+    _, _, rest = item_id.partition("_")
+    own_id, _, _ = rest.rpartition("_")
+    return f"resp_{own_id}"
 
 
 def resolve_reference(item: Any, at: str, history: History) -> Any:
@@ -3529,7 +3715,9 @@ SHORT = 512  # characters of what a response repeats, but the model never reads
 
 
 def short(value: Any) -> str | None:
-    return value[:SHORT] if isinstance(value, str) else None
+    if not isinstance(value, str):
+        return None
+    return value[:SHORT]
 
 
 def echo_of(body: JSON) -> JSON:
@@ -3537,14 +3725,21 @@ def echo_of(body: JSON) -> JSON:
 
     It is stored: what no model reads is left out or short, or a few tokens would fill a disk.
     """
-    echo = ECHOED | {name: body[name] for name in ECHOED if body.get(name) is not None}
+    echo = dict(ECHOED)
+    for name in ECHOED:
+        if body.get(name) is not None:
+            echo[name] = body[name]
     for name in ("user", "safety_identifier", "prompt_cache_key"):
         echo[name] = short(echo[name])
-    reasoning, text = as_object(echo["reasoning"]), as_object(echo["text"])
     if type(echo["max_tool_calls"]) is not int:
         echo["max_tool_calls"] = None
     echo["metadata"] = as_object(echo["metadata"])
-    echo["reasoning"] = {name: short(reasoning.get(name)) for name in ("effort", "summary")}
+    reasoning = as_object(echo["reasoning"])
+    echo["reasoning"] = {
+        "effort": short(reasoning.get("effort")),
+        "summary": short(reasoning.get("summary")),
+    }
+    text = as_object(echo["text"])
     answer_format = format_echo(as_object(text.get("format")) or {"type": "text"})
     echo["text"] = {"format": answer_format, **shortened(text, "verbosity")}
     echo["tool_choice"] = choice_echo(echo["tool_choice"])
@@ -3553,7 +3748,7 @@ def echo_of(body: JSON) -> JSON:
 
 
 def format_echo(given: JSON) -> JSON:
-    echo = fields_of(given, "type", "schema") | shortened(given, "name", "description")
+    echo = {**fields_of(given, "type", "schema"), **shortened(given, "name", "description")}
     if "strict" in given:
         echo["strict"] = bool(given["strict"])
     return echo
@@ -3563,11 +3758,11 @@ def choice_echo(choice: Any) -> Any:
     """A `tool_choice`; one in chat's form has the name one level deeper."""
     if not isinstance(choice, dict):
         return choice
-    given = choice | as_object(choice.get("function"))
+    given = {**choice, **as_object(choice.get("function"))}
     echo = fields_of(given, "type", "name", "namespace", "mode")
     if "tools" in choice:
-        names = ("type", "name", "namespace")
-        echo["tools"] = [fields_of(tool, *names) for tool in objects(choice["tools"])]
+        tools = objects(choice["tools"])
+        echo["tools"] = [fields_of(tool, "type", "name", "namespace") for tool in tools]
     return echo
 
 
@@ -3578,12 +3773,14 @@ def shortened(value: Any, *names: str) -> JSON:
 
 def function_echo(tool: JSON) -> JSON:
     strict = tool.get("strict")
+    if not isinstance(strict, bool):
+        strict = None
     return {
         "type": "function",
         "name": tool.get("name"),
         "description": tool.get("description"),
         "parameters": tool.get("parameters"),
-        "strict": strict if isinstance(strict, bool) else None,
+        "strict": strict,
     }
 
 
@@ -3591,14 +3788,19 @@ def custom_echo(tool: JSON) -> JSON:
     echo = fields_of(tool, "type", "name", "description")
     grammar = as_object(tool.get("format"))
     if grammar:
-        echo["format"] = shortened(grammar, "type", "syntax") | fields_of(grammar, "definition")
+        echo["format"] = {
+            **shortened(grammar, "type", "syntax"),
+            **fields_of(grammar, "definition"),
+        }
     return echo
 
 
 def namespace_echo(tool: JSON) -> JSON:
-    about = short(tool.get("description"))
-    members = tool_echoes(tool.get("tools"))
-    return fields_of(tool, "type", "name") | {"description": about, "tools": members}
+    return {
+        **fields_of(tool, "type", "name"),
+        "description": short(tool.get("description")),
+        "tools": tool_echoes(tool.get("tools")),
+    }
 
 
 def search_echo(tool: JSON) -> JSON:
@@ -3645,10 +3847,20 @@ def item_type(item: JSON) -> str:
     return str(item.get("type") or "message")
 
 
-# The fields of each type of item that are read.
-CALL_FIELDS = (
-    *("call_id", "server_label", "name", "namespace", "arguments", "action", "operation"),
-    *("output", "error", "status", "author", "content"),
+# The fields that are read of each type of item, and of the types that do not stand in the table.
+OTHER_ITEM_FIELDS = (
+    "call_id",
+    "server_label",
+    "name",
+    "namespace",
+    "arguments",
+    "action",
+    "operation",
+    "output",
+    "error",
+    "status",
+    "author",
+    "content",
 )
 ITEM_FIELDS: Mapping[str, tuple[str, ...]] = {
     "message": ("role", "content"),
@@ -3666,8 +3878,11 @@ ITEM_FIELDS: Mapping[str, tuple[str, ...]] = {
 # More of them in a message, as other APIs have it.
 ROLE_FIELDS: Mapping[str, tuple[str, ...]] = {
     "assistant": (
-        *("reasoning_content", "reasoning", "reasoning_details"),
-        *("tool_calls", "function_call"),
+        "reasoning_content",
+        "reasoning",
+        "reasoning_details",
+        "tool_calls",
+        "function_call",
     ),
     "tool": ("tool_call_id", "tool_use_id", "name", "tool_name"),
 }
@@ -3676,7 +3891,9 @@ STORED_PART_FIELDS: Mapping[str, tuple[str, ...]] = {
     **dict.fromkeys(("text", "input_text", "output_text"), ("text",)),
     "refusal": ("refusal",),
     "input_image": ("image_url",),
-    **{kind: (kind,) for kind in ("image_url", "video_url", "file_url")},
+    "image_url": ("image_url",),
+    "video_url": ("video_url",),
+    "file_url": ("file_url",),
 }
 
 
@@ -3691,7 +3908,7 @@ def stored_items(items: Iterable[JSON]) -> list[JSON]:
 
 
 def stored_item(item: JSON, kind: str) -> JSON:
-    names = ITEM_FIELDS.get(kind, CALL_FIELDS)
+    names = ITEM_FIELDS.get(kind, OTHER_ITEM_FIELDS)
     if kind == "message":
         names += ROLE_FIELDS.get(ROLES[item["role"]], ())
     kept: JSON = {"type": kind, **fields_of(item, *names), **rewritten(item, kind)}
@@ -3751,7 +3968,9 @@ def unknown_items(items: Iterable[JSON]) -> list[str]:
 def read_call_item(item: JSON, _: str) -> list[Message]:
     """A call; several items may form one assistant message (see merge_assistant_turns)."""
     kind = str(item["type"])
-    name = qualified_name(item) if item.get("name") else ""
+    name = ""
+    if item.get("name"):
+        name = qualified_name(item)
     if kind == "function_call":
         arguments = item.get("arguments")
     elif kind == "custom_tool_call":
@@ -3777,9 +3996,12 @@ def read_found_tools(item: JSON, _: str) -> list[Message]:
     """What a search of tools found, by name: the tools themselves join the others."""
     if item.get("execution") == "server":
         return []
-    names = filter(None, map(qualified_name, additional_tools(item)))
-    said = "\n".join([f"tool {name} is now available" for name in names])
-    said = said or "no tool was found"
+    lines: list[str] = []
+    for tool in additional_tools(item):
+        name = qualified_name(tool)
+        if name:
+            lines.append(f"tool {name} is now available")
+    said = "\n".join(lines) or "no tool was found"
     return [Message("tool", (said,), call_id=item_call_id(item))]
 
 
@@ -3799,7 +4021,7 @@ def read_output_item(item: JSON, at: str) -> list[Message]:
 
 def read_mcp_item(item: JSON, at: str) -> list[Message]:
     """A call that OpenAI's server made, and what came of it."""
-    name = "__".join([str(item[key]) for key in ("server_label", "name") if item.get(key)])
+    name = joined_fields(item, "server_label", "name")
     call_id = item_call_id(item) or at
     call = ToolCall(0, call_id, name, argument_text(item.get("arguments")) or "{}")
     said = json_or_text(item.get("output") or item.get("error"))
@@ -3808,10 +4030,9 @@ def read_mcp_item(item: JSON, at: str) -> list[Message]:
 
 def read_agent_item(item: JSON, at: str) -> list[Message]:
     """What one of Codex's agents wrote to another, as a user's text that names its author."""
-    reader = ContentReader("system")
-    reader.read(agent_content(item), f"{at}.content")
+    content = read_content(agent_content(item), f"{at}.content")
     words = f"Message from the agent {item.get('author') or '?'}:"
-    return [Message("user", (words, *reader.content), continues=True)]
+    return [Message("user", (words, *content), continues=True)]
 
 
 CIPHERTEXT = re.compile(r"gAAAA[\w-]+=*")  # as OpenAI encrypts: Fernet
@@ -3830,10 +4051,12 @@ def agent_content(item: JSON) -> Any:
 
 
 def plain_part(part: Any) -> Any:
+    """A part of a content, as a text if only its type says that it is encrypted."""
     match part:
         case {"type": "encrypted_content", "encrypted_content": str(said)}:
-            is_secret = CIPHERTEXT.fullmatch(said)
-            return part if is_secret else {"type": "input_text", "text": said}
+            if CIPHERTEXT.fullmatch(said):
+                return part
+            return {"type": "input_text", "text": said}
         case _:
             return part
 
@@ -3871,7 +4094,7 @@ CALL_ITEMS = (
     "shell_call",
     "apply_patch_call",
 )
-# How each type of item is read, and the types that say nothing which is not said elsewhere.
+# How each type of item is read.
 ITEM_READERS: dict[str, Callable[[JSON, str], list[Message]]] = {
     "message": read_message,
     "reasoning": read_reasoning_item,
@@ -3884,6 +4107,7 @@ ITEM_READERS: dict[str, Callable[[JSON, str], list[Message]]] = {
     **dict.fromkeys(CALL_ITEMS, read_call_item),
     **dict.fromkeys([f"{kind}_output" for kind in CALL_ITEMS], read_output_item),
 }
+# The types of items that say nothing which is not said elsewhere.
 SKIPPED_ITEMS = frozenset(
     (
         # OpenAI's own tools: the assistant's text has their results.
@@ -3907,13 +4131,13 @@ def read_tools(tools: list[tuple[str, Any]]) -> list[ReadTool]:
 
 @dataclass(slots=True)
 class OfferedTools:
-    """The tools of a request as the model gets them, and what was left out, by the names for the client."""
+    """The tools of a request as the model gets them."""
 
     choice: ToolChoice
     functions: tuple[Tool, ...]
-    natives: tuple[JSON, ...]
+    natives: tuple[JSON, ...]  # Z.ai's own
     by_name: dict[str, JSON]  # functions as the client sent them, by the names that the model knows
-    left_out: list[str]
+    left_out: list[str]  # what the model does not get, as the client is told of it
 
 
 def offered_tools(wanted: ToolChoice | ChosenTools, tools: list[ReadTool]) -> OfferedTools:
@@ -3933,18 +4157,23 @@ def offered_tools(wanted: ToolChoice | ChosenTools, tools: list[ReadTool]) -> Of
     if isinstance(wanted, ChosenTools):
         left_out += [f"tools.{kind}" for kind in wanted.kinds if not offered_as(kind, tools)]
     choice = fulfilled(wanted, tools)
-    if must_search(choice, tuple(functions)):
+    if must_search(choice, functions):
         natives = [with_required_search(native) for native in natives]
-    left_out = [*dict.fromkeys(left_out)]
-    return OfferedTools(choice, tuple(functions), tuple(natives), by_name, left_out)
+    each_once = list(dict.fromkeys(left_out))
+    return OfferedTools(choice, tuple(functions), tuple(natives), by_name, each_once)
 
 
 def with_additional_tools(tools: list[ReadTool], items: Iterable[JSON]) -> list[ReadTool]:
-    """The tools, and those that Codex puts into the conversation or finds in it; of one name the first."""
+    """The tools, and those that Codex puts into the conversation or finds while it goes on.
+
+    Of several with one name the first is taken.
+    """
     known = {tool_name(read) for _, read in tools if read}
     joined = list(tools)
     for tool in chain.from_iterable(map(additional_tools, items)):
-        read = read_additional_tool(tool) if len(known) < MAX_TOOLS else None
+        read = None
+        if len(known) < MAX_TOOLS:
+            read = read_additional_tool(tool)
         if read is None:
             joined.append((tool, None))
         elif tool_name(read) not in known:
@@ -3987,16 +4216,22 @@ def unversioned(kind: str) -> str:
 
 
 def check_available(kinds: tuple[str, ...], tools: list[ReadTool]) -> None:
-    """Raises BadRequest for tools that must be called and are not offered; without tools a search needs not be."""
+    """Raises BadRequest for tools that must be called and are not offered.
+
+    A search need not be there where the request has no tools at all.
+    """
     which = ", ".join(kinds)
     if not {*map(unversioned, kinds)} <= {"web_search", TOOL_SEARCH}:
-        words = f"'tool_choice' names {which}, which GLM does not have: it has functions and web_search."
-        raise BadRequest(words, "tool_choice")
+        raise BadRequest(
+            f"'tool_choice' names {which}, which GLM does not have: "
+            "it has functions and web_search.",
+            "tool_choice",
+        )
     if tools:
         raise BadRequest(f"'tool_choice' names {which}, not among the tools.", "tool_choice")
 
 
-def must_search(choice: ToolChoice, functions: tuple[Tool, ...]) -> bool:
+def must_search(choice: ToolChoice, functions: list[Tool]) -> bool:
     """Whether a search is the only tool that may be called, where one must be."""
     if choice.mode != "required":
         return False
@@ -4013,7 +4248,9 @@ def with_required_search(native: JSON) -> JSON:
 
 def tool_name(read: Tool | JSON) -> str:
     """What a tool is known by; one of Z.ai's own by its type."""
-    return read.name if isinstance(read, Tool) else str(read["type"])
+    if isinstance(read, Tool):
+        return read.name
+    return str(read["type"])
 
 
 def additional_tools(item: JSON) -> list[JSON]:
@@ -4034,38 +4271,47 @@ def read_additional_tool(tool: JSON) -> Tool | JSON | None:
 
 
 def merge_assistant_turns(messages: Iterable[Message]) -> tuple[Message, ...]:
-    """The conversation with the assistant's reasoning, text and calls of one turn in one message."""
+    """The conversation with an assistant's reasoning, text and calls of one turn in one message."""
     turns: list[list[Message]] = []
-    reached = 0  # the stage of the last turn
+    reached = Stage.REASONING  # in the last turn
     for message in messages:
         goes_on = bool(turns) and turns[-1][0].role == message.role == "assistant"
         if goes_on and first_stage(message) >= reached:
             turns[-1].append(message)
         else:
             turns.append([message])
-            reached = 0
+            reached = Stage.REASONING
         reached = max(reached, last_stage(message))
-    return tuple(map(merged, turns))
+    return tuple(map(merge_turn, turns))
 
 
-def first_stage(message: Message) -> int:
-    """With what a message begins: 0 reasoning, 1 text, 2 calls. In a turn they come in this order."""
+class Stage(IntEnum):
+    """What an assistant says in a turn, in this order."""
+
+    REASONING = 0
+    TEXT = 1
+    CALLS = 2
+
+
+def first_stage(message: Message) -> Stage:
+    """What a message begins with."""
     if message.thought:
-        return 0
+        return Stage.REASONING
     if message.content:
-        return 1
-    return 2
+        return Stage.TEXT
+    return Stage.CALLS
 
 
-def last_stage(message: Message) -> int:
+def last_stage(message: Message) -> Stage:
+    """What a message ends with."""
     if message.calls:
-        return 2
+        return Stage.CALLS
     if message.content:
-        return 1
-    return 0
+        return Stage.TEXT
+    return Stage.REASONING
 
 
-def merged(turn: list[Message]) -> Message:
+def merge_turn(turn: list[Message]) -> Message:
     if len(turn) == 1:
         return turn[0]
     content: list[Part] = []
@@ -4083,8 +4329,13 @@ def decode_reasoning(item: JSON) -> str:
     thought = kept_reasoning(item.get("encrypted_content"))
     if thought:
         return thought
-    parts = chain.from_iterable(objects(item.get(key)) for key in ("content", "summary"))
-    return "".join(part["text"] for part in parts if isinstance(part.get("text"), str))
+    texts: list[str] = []
+    for name in ("content", "summary"):
+        for part in objects(item.get(name)):
+            text = part.get("text")
+            if isinstance(text, str):
+                texts.append(text)
+    return "".join(texts)
 
 
 # Codex's tool that finds others, which are not offered before (openai/codex, tool_search.rs; tried
@@ -4112,63 +4363,76 @@ def parse_response_tool(tool: Any, at: str) -> Tool | JSON | None:
         case {"type": str(kind)} if kind not in ("function", "custom"):
             return None
         case _:
-            raise BadRequest(
-                f"'{at}' must be a tool with a type, and a function must have a name.", at
-            )
+            words = f"'{at}' must be a tool with a type, and a function must have a name."
+            raise BadRequest(words, at)
 
 
-# ======== Responses: answer =========================================================================================
+# ======== Responses: answer =======================================================================
 # `ResponseReply` turns events into those of the Responses API; the last one has the whole response.
 
 
 @dataclass(frozen=True, slots=True)
 class ItemKind:
-    """A kind of item in a response's output. `events` names the events with its text, arguments or input.
+    """A kind of item in a response's output.
 
-    Text is sent as its item's only part, with `part_events`; a call has no parts. A search of tools
-    has no events but those of every item.
+    Text is sent as its item's only part; a call has no parts. A search of tools has no events but
+    those of every item.
     """
 
     type: str
     prefix: str  # of its id
-    content: str  # the field with its parts, arguments or input
-    events: str
-    part_events: str = ""
+    content_field: str  # the one with its parts, arguments or input
+    events: str = ""  # what the names of the events with its text, arguments or input begin with
+    part_events: str = ""  # likewise of the events of its part
     part_type: str = ""
     fields: JSON = field(default_factory=dict)  # that every item of the kind has
 
     @property
     def logprobs(self) -> JSON:
-        return {"logprobs": []} if self is MESSAGE else {}
+        """A field of texts that clients can see; it is always empty."""
+        if self is not MESSAGE:
+            return {}
+        return {"logprobs": []}
 
 
 REASONING = ItemKind(
     "reasoning",
     "rs",
     "content",
-    "reasoning_text",
-    "content_part",
-    "reasoning_text",
-    {"summary": []},
+    events="reasoning_text",
+    part_events="content_part",
+    part_type="reasoning_text",
+    fields={"summary": []},
 )
 # Reasoning for clients that ask for a summary.
 SUMMARY = ItemKind(
-    "reasoning", "rs", "summary", "reasoning_summary_text", "reasoning_summary_part", "summary_text"
+    "reasoning",
+    "rs",
+    "summary",
+    events="reasoning_summary_text",
+    part_events="reasoning_summary_part",
+    part_type="summary_text",
 )
 MESSAGE = ItemKind(
-    "message", "msg", "content", "output_text", "content_part", "output_text", {"role": "assistant"}
+    "message",
+    "msg",
+    "content",
+    events="output_text",
+    part_events="content_part",
+    part_type="output_text",
+    fields={"role": "assistant"},
 )
-FUNCTION_CALL = ItemKind("function_call", "fc", "arguments", "function_call_arguments")
-CUSTOM_TOOL_CALL = ItemKind("custom_tool_call", "ctc", "input", "custom_tool_call_input")
-TOOL_SEARCH_CALL = ItemKind(
-    "tool_search_call", "tsc", "arguments", "", fields={"execution": "client"}
-)
-COMPACTION = ItemKind("compaction", "cmp", "encrypted_content", "")
+FUNCTION_CALL = ItemKind("function_call", "fc", "arguments", events="function_call_arguments")
+CUSTOM_TOOL_CALL = ItemKind("custom_tool_call", "ctc", "input", events="custom_tool_call_input")
+TOOL_SEARCH_CALL = ItemKind("tool_search_call", "tsc", "arguments", fields={"execution": "client"})
+COMPACTION = ItemKind("compaction", "cmp", "encrypted_content")
 # The kind of a call, by the type of its tool; of the others it is a function call.
 CALL_KINDS = {"custom": CUSTOM_TOOL_CALL, TOOL_SEARCH: TOOL_SEARCH_CALL}
 
 # The code of a failed response, by the HTTP status of the error.
 FAILURE_CODES = {400: "invalid_prompt", 402: "insufficient_quota", 429: "rate_limit_exceeded"}
+# Why a complete answer says less than it would, by how it finished.
+INCOMPLETE_REASONS = {"length": "max_output_tokens", "content_filter": "content_filter"}
 
 
 @dataclass
@@ -4189,18 +4453,26 @@ class Item:
 
     @cached_property
     def position(self) -> JSON:
-        part = {f"{self.kind.content}_index": 0} if self.kind.part_type else {}
-        return {"item_id": self.id, "output_index": self.index, **part}
+        """The fields by which an event says which item it is of, and which part."""
+        where: JSON = {"item_id": self.id, "output_index": self.index}
+        if self.kind.part_type:
+            where[f"{self.kind.content_field}_index"] = 0
+        return where
 
     @property
     def part(self) -> JSON:
-        annotations = {"annotations": self.annotations} if self.kind is MESSAGE else {}
-        return {"type": self.kind.part_type, "text": self.text, **annotations, **self.kind.logprobs}
+        part: JSON = {"type": self.kind.part_type, "text": self.text}
+        if self.kind is MESSAGE:
+            part["annotations"] = self.annotations
+        return {**part, **self.kind.logprobs}
 
     @property
     def content(self) -> str | list[JSON] | JSON:
+        """What stands in the content field."""
+        if self.kind.part_type and not self.pieces:
+            return []
         if self.kind.part_type:
-            return [self.part] if self.pieces else []
+            return [self.part]
         if self.kind is CUSTOM_TOOL_CALL:
             return custom_input(self.names["name"], self.text)
         if self.kind is TOOL_SEARCH_CALL:
@@ -4215,7 +4487,7 @@ class Item:
             "type": self.kind.type,
             **self.kind.fields,
             **self.names,
-            self.kind.content: self.content,
+            self.kind.content_field: self.content,
         }
         if self.kind is COMPACTION:
             return {"id": self.id, **fields}
@@ -4232,18 +4504,21 @@ class ResponseReply(Reply):
         self.calls: dict[int, Item] = {}  # by the index of the call
         self.usage: Usage | None = None
         self.finish: FinishReason = "stop"
-        self.thought_kind = SUMMARY if request.echo["reasoning"]["summary"] else REASONING
+        self.thought_kind = REASONING  # how this client gets reasoning
+        if request.echo["reasoning"]["summary"]:
+            self.thought_kind = SUMMARY
         self.stored: StoredResponse | None = None  # what is to be kept, once the answer is complete
 
     def feed(self, event: Event) -> list[JSON]:
         return [*self.opening(), *self.frames(event)]
 
     def opening(self) -> list[JSON]:
+        """The first two frames; none if they have been sent."""
         if self.sequence:
             return []
         return [
-            self.frame(name, response=self.response("in_progress"))
-            for name in ("created", "in_progress")
+            self.frame("created", response=self.response("in_progress")),
+            self.frame("in_progress", response=self.response("in_progress")),
         ]
 
     def frames(self, event: Event) -> Iterator[JSON]:
@@ -4263,10 +4538,10 @@ class ResponseReply(Reply):
                 yield from self.end(self.items)
 
     def add_words(self, kind: ItemKind, words: str) -> Iterator[JSON]:
-        item = self.items[-1] if self.items else None
-        if item is None or item.kind is not kind:
+        if not self.items or self.items[-1].kind is not kind:
             item = yield from self.new_item(kind)
             yield self.frame(f"{kind.part_events}.added", **item.position, part=item.part)
+        item = self.items[-1]
         item.pieces.append(words)
         yield self.frame(f"{kind.events}.delta", **item.position, delta=words, **kind.logprobs)
 
@@ -4274,12 +4549,10 @@ class ResponseReply(Reply):
         item = self.calls.get(call.index)
         if item is None:
             tool = self.request.tools.get(call.name, {"name": call.name})
-            names: JSON = {
-                "call_id": call.id,
-                **{key: tool[key] for key in ("name", "namespace") if key in tool},
-            }
+            names: JSON = {"call_id": call.id, **fields_of(tool, "name", "namespace")}
             kind = CALL_KINDS.get(str(tool.get("type")), FUNCTION_CALL)
-            item = self.calls[call.index] = yield from self.new_item(kind, names)
+            item = yield from self.new_item(kind, names)
+            self.calls[call.index] = item
         item.pieces.append(call.arguments)
         if item.kind is FUNCTION_CALL and call.arguments:
             yield self.frame("function_call_arguments.delta", **item.position, delta=call.arguments)
@@ -4297,10 +4570,14 @@ class ResponseReply(Reply):
             yield self.frame("output_text.annotation.added", **where, annotation=cited)
 
     def new_item(self, kind: ItemKind, names: JSON | None = None) -> Generator[JSON, None, Item]:
-        """Add an item. Text ends where another item begins; calls stay open, since their pieces may alternate."""
-        yield from self.end(item for item in self.items if item.kind.part_type)
+        """Add an item, and return it.
+
+        Text ends where another item begins; calls stay open, since their pieces may alternate.
+        """
+        yield from self.end([item for item in self.items if item.kind.part_type])
         index = len(self.items)
-        item = Item(kind, f"{kind.prefix}_{self.head.own_id}_{index}", index, names or {})
+        item_id = f"{kind.prefix}_{self.head.own_id}_{index}"
+        item = Item(kind, item_id, index, names or {})
         self.items.append(item)
         yield self.frame("output_item.added", output_index=index, item=self.body(item))
         return item
@@ -4314,21 +4591,18 @@ class ResponseReply(Reply):
                 yield self.frame("output_item.done", output_index=item.index, item=self.body(item))
 
     def last_frames(self, item: Item) -> Iterator[JSON]:
+        """The frames with all that an item says."""
         kind = item.kind
-        if not kind.events:
-            return
+        where = item.position
         if kind.part_type:
-            yield self.frame(
-                f"{kind.events}.done", **item.position, text=item.text, **kind.logprobs
-            )
-            yield self.frame(f"{kind.part_events}.done", **item.position, part=item.part)
-            return
-        if kind is CUSTOM_TOOL_CALL:  # its input is not known until it is complete
-            yield self.frame(f"{kind.events}.delta", **item.position, delta=item.content)
-        name = {"name": item.names["name"]} if kind is FUNCTION_CALL else {}
-        yield self.frame(
-            f"{kind.events}.done", **item.position, **name, **{kind.content: item.content}
-        )
+            yield self.frame(f"{kind.events}.done", **where, text=item.text, **kind.logprobs)
+            yield self.frame(f"{kind.part_events}.done", **where, part=item.part)
+        elif kind is FUNCTION_CALL:
+            name = item.names["name"]
+            yield self.frame(f"{kind.events}.done", **where, name=name, arguments=item.content)
+        elif kind is CUSTOM_TOOL_CALL:  # its input is not known before
+            yield self.frame(f"{kind.events}.delta", **where, delta=item.content)
+            yield self.frame(f"{kind.events}.done", **where, input=item.content)
 
     def close(self) -> list[JSON]:
         status = self.final_status
@@ -4369,24 +4643,22 @@ class ResponseReply(Reply):
         return frame
 
     def body(self, item: Item) -> JSON:
+        """An item as this client gets it."""
         if self.request.returns_reasoning and item.kind.type == "reasoning":
-            return item.body | {"encrypted_content": encode_reasoning(item.text)}
+            return {**item.body, "encrypted_content": encode_reasoning(item.text)}
         return item.body
 
     @property
     def final_status(self) -> Literal["completed", "incomplete"]:
-        return "incomplete" if self.finish in ("length", "content_filter") else "completed"
-
-    @property
-    def incomplete_details(self) -> JSON | None:
-        """Why a complete answer says less than it would."""
-        if self.finish == "length":
-            return {"reason": "max_output_tokens"}
-        if self.finish == "content_filter":
-            return {"reason": "content_filter"}
-        return None
+        if self.finish in INCOMPLETE_REASONS:
+            return "incomplete"
+        return "completed"
 
     def response(self, status: str) -> JSON:
+        """The whole response, as far as it has come."""
+        incomplete_details = None
+        if status == "incomplete":
+            incomplete_details = {"reason": INCOMPLETE_REASONS[self.finish]}
         usage = None
         if self.usage:
             usage = response_usage(self.usage)
@@ -4396,7 +4668,7 @@ class ResponseReply(Reply):
             "model": self.head.model,
             "created_at": self.head.created,
             "status": status,
-            "incomplete_details": self.incomplete_details if status == "incomplete" else None,
+            "incomplete_details": incomplete_details,
             "usage": usage,
             "output": [self.body(item) for item in self.items],
             "completed_at": None,
@@ -4441,7 +4713,10 @@ class CompactionReply(ResponseReply):
 
 
 class CompactedReply(CompactionReply):
-    """The answer to a request for nothing but a summary; streamed it is a response like any other."""
+    """The answer to a request for nothing but a summary.
+
+    Streamed it is a response like any other.
+    """
 
     def fold(self, events: Sequence[Event]) -> JSON:
         response = super().fold(events)
@@ -4452,7 +4727,10 @@ class CompactedReply(CompactionReply):
 
 
 def input_items(response_id: str, said: Sequence[JSON], query: Mapping[str, str]) -> JSON:
-    """A page of a response's input, as its `order`, `after` and `limit` ask for it: the newest 20 first."""
+    """A page of a response's input, as `order`, `after` and `limit` of the query ask for it.
+
+    Where they do not say, it is the newest 20, the last one first.
+    """
     items = [input_item(item, f"{response_id}_input_{i}") for i, item in enumerate(said)]
     if query.get("order") != "asc":
         items.reverse()
@@ -4461,46 +4739,41 @@ def input_items(response_id: str, said: Sequence[JSON], query: Mapping[str, str]
     if query.get("after") in ids:
         start = ids.index(query["after"]) + 1
     end = start + page_limit(query.get("limit", ""))
-    page = ids[start:end]
-    return {
-        "object": "list",
-        "data": items[start:end],
-        "first_id": page[0] if page else None,
-        "last_id": page[-1] if page else None,
-        "has_more": end < len(ids),
-    }
+    page = items[start:end]
+    return {"object": "list", "data": page, **page_ends(page), "has_more": end < len(items)}
 
 
 def page_limit(limit: str) -> int:
     """1 to 100, as OpenAI has it; otherwise its default."""
-    return int(limit) if re.fullmatch("[1-9][0-9]?|100", limit) else 20
+    if not re.fullmatch("[1-9][0-9]?|100", limit):
+        return 20
+    return int(limit)
 
 
 def input_item(item: JSON, item_id: str) -> JSON:
     """An item with the keys that a client may leave out."""
     content = item.get("content")
     if isinstance(content, str):
-        kind = "output_text" if item.get("role") == "assistant" else "input_text"
-        item = item | {"content": [{"type": kind, "text": content}]}
+        kind = "input_text"
+        if item.get("role") == "assistant":
+            kind = "output_text"
+        item = {**item, "content": [{"type": kind, "text": content}]}
     return {"type": "message", **item, "id": item.get("id") or item_id}
 
 
 def response_usage(usage: Usage) -> JSON:
-    counts = {
+    return {
         "input_tokens": usage.prompt,
         "output_tokens": usage.completion,
         "total_tokens": usage.total,
-    }
-    read = {"cached_tokens": usage.cached, "cache_write_tokens": 0}
-    return {
-        **counts,
-        "input_tokens_details": read,
+        "input_tokens_details": {"cached_tokens": usage.cached, "cache_write_tokens": 0},
         "output_tokens_details": {"reasoning_tokens": usage.reasoning},
     }
 
 
 # ======== Messages: request =======================================================================
-# `parse_message` reads a request of Anthropic's API. Its shapes are those of the package `anthropic` 2.14.
+# `parse_message` reads a request of Anthropic's API. Its shapes are those of the package
+# `anthropic` 2.14.
 
 
 def system_text(value: Any) -> str:
@@ -4521,6 +4794,7 @@ def block_text(block: Any) -> str:
             raise ValueError("must be a string or an array of text blocks")
 
 
+SHOWN_THINKING = ("enabled", "adaptive", "between_tools")  # types of thinking that is shown
 LOW_BUDGET = 4_096  # tokens of thinking
 HIGH_BUDGET = 16_384
 
@@ -4528,7 +4802,7 @@ HIGH_BUDGET = 16_384
 def message_thinking(value: Any) -> JSON:
     """The `thinking` of a request, its type and budget checked."""
     given = mapping(value)
-    if given.get("type") not in ("enabled", "adaptive", "disabled"):
+    if given.get("type") not in (*SHOWN_THINKING, "disabled"):
         raise ValueError("must have the type enabled, adaptive or disabled")
     budget = given.get("budget_tokens")
     if budget is not None and as_number(budget) is None:
@@ -4543,7 +4817,7 @@ def message_effort(thinking: JSON, wanted: Effort | None) -> Effort | None:
             return "off"
         case "enabled":
             return wanted or effort_of_budget(thinking.get("budget_tokens"))
-        case "adaptive":
+        case "adaptive" | "between_tools":
             return wanted
         case _:
             return None
@@ -4567,7 +4841,7 @@ def unasked_effort(given: JSON) -> Effort | None:
 
     Agents have tools or room, and take what comes; others read nothing but the first block.
     """
-    if given.get("tools") or given["max_tokens"] >= MANY_TOKENS:
+    if given.get("thinking") or given.get("tools") or given["max_tokens"] >= MANY_TOKENS:
         return None
     return "off"
 
@@ -4619,20 +4893,24 @@ def parse_message_tool(tool: Any, at: str) -> Tool | JSON | None:
     return parse_function(function, f"{at}.")
 
 
+def is_list_of_texts(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(text, str) for text in value)
+
+
+texts = must("be an array of strings", is_list_of_texts)
+
+
 def message_search(given: JSON, at: str) -> JSON:
-    """Anthropic's search as Z.ai's own tool; Z.ai takes a list of domains to search, but none to leave out."""
+    """Anthropic's search as Z.ai's own tool.
+
+    Z.ai takes a list of domains to search, but none of domains to leave out.
+    """
     tool = search_tool({})
     domains = given.get("allowed_domains")
     if domains:
         checked(domains, texts, f"{at}.allowed_domains")
         tool["web_search"]["search_domain_filter"] = ",".join(domains)
     return tool
-
-
-texts = must(
-    "be an array of strings",
-    lambda value: isinstance(value, list) and all(isinstance(text, str) for text in value),
-)
 
 
 @dataclass(slots=True)
@@ -4646,7 +4924,7 @@ class MessageTools:
 
 
 def read_message_tools(given: JSON) -> MessageTools:
-    """The tools, of which a choice of the search leaves only that.
+    """The tools of a request; where it chooses the search, that alone.
 
     A search that is chosen, or the only tool, must be made: Claude Code's WebSearch asks so.
     """
@@ -4667,6 +4945,7 @@ def read_message_tools(given: JSON) -> MessageTools:
 
 
 def names_search(choice: ToolChoice, read: list[ReadTool]) -> bool:
+    """Whether the one tool that is chosen is a search."""
     searches = [tool.get("name") for tool, parsed in read if isinstance(parsed, dict)]
     return choice.names is not None and set(choice.names) <= set(searches)
 
@@ -4682,8 +4961,22 @@ def left_out_tools(read: list[ReadTool]) -> dict[str, None]:
     return found
 
 
+def message_fallbacks(value: Any) -> tuple[str, ...] | None:
+    """Names of models, or Anthropic's objects with them; None for "default", the operator's."""
+    if value == "default":
+        return None
+    return model_names([fallback_name(item) for item in array(value)])
+
+
+def fallback_name(item: Any) -> Any:
+    if isinstance(item, dict):
+        return item.get("model")
+    return item
+
+
 MESSAGE_FIELDS: dict[str, Check] = {
     **COMMON_FIELDS,
+    "fallbacks": message_fallbacks,
     "messages": array,
     "max_tokens": integer(1, 2**31),
     "system": system_text,
@@ -4701,17 +4994,25 @@ NEEDLESS_FIELDS = frozenset(("cache_control",))
 
 
 def parse_message(body: JSON) -> tuple[Prompt, MessageReply]:
-    """Raises BadRequest for an invalid field; never changes `body`."""
+    """What a request for a message asks, and the machine for its answer.
+
+    Raises BadRequest for an invalid field; never changes `body`.
+    """
     given = validated(body, MESSAGE_FIELDS)
     require_fields(given, "model", "messages", "max_tokens")
     thinking = given.get("thinking", {})
     output = given.get("output_config", {})
-    shows_thinking = thinking.get("type") in ("enabled", "adaptive")
     messages = read_turns(given["messages"])
     if given.get("system"):
         messages = (Message("system", (given["system"],)), *messages)
     tools = read_message_tools(given)
     user_id = str(given.get("metadata", {}).get("user_id") or "")
+    ignored = [
+        *unknown_fields(body, MESSAGE_FIELDS.keys() | NEEDLESS_FIELDS),
+        *serial_choice(body),
+        *tools.left_out,
+        *unknown_blocks(given["messages"]),
+    ]
     prompt = Prompt(
         model=given["model"],
         messages=messages,
@@ -4720,43 +5021,55 @@ def parse_message(body: JSON) -> tuple[Prompt, MessageReply]:
         top_p=given.get("top_p"),
         max_tokens=given["max_tokens"],
         stop=given.get("stop_sequences", ()),
-        user=sha256(user_id) if user_id else "",  # it names an account
+        user=hashed_user(user_id),
         tools=tools.functions,
         native_tools=tools.searches,
         tool_choice=tools.choice,
         schema=output.get("format", given.get("output_format")),
         effort=message_effort(thinking, output.get("effort")),
-        unasked_effort=None if thinking else unasked_effort(given),
-        reasoning_format="parsed" if shows_thinking else "hidden",
+        unasked_effort=unasked_effort(given),
+        reasoning_format=message_reasoning(thinking),
         fallbacks=given.get("fallbacks"),
         cache_key=session_of(user_id),
-        ignored=(
-            *unknown_fields(body, MESSAGE_FIELDS.keys() | NEEDLESS_FIELDS),
-            *serial_choice(body),
-            *tools.left_out,
-            *unknown_blocks(given["messages"]),
-        ),
+        ignored=tuple(ignored),
     )
-    request = MessageRequest(
-        input_tokens=estimated_tokens(prompt),
-        omits_thinking=thinking.get("display") == "omitted",
-        query=last_words(messages) if tools.searches else "",
-    )
+    query = ""
+    if tools.searches:
+        query = last_words(messages)
+    omits_thinking = thinking.get("display") == "omitted"
+    request = MessageRequest(estimated_tokens(prompt), omits_thinking, query)
     return prompt, MessageReply(request)
+
+
+def message_reasoning(thinking: JSON) -> ReasoningFormat:
+    """A client that has not switched thinking on expects none in the answer."""
+    if thinking.get("type") in SHOWN_THINKING:
+        return "parsed"
+    return "hidden"
 
 
 def serial_choice(body: JSON) -> list[str]:
     """`disable_parallel_tool_use` if it is true, which Z.ai does not offer."""
     name = "disable_parallel_tool_use"
-    return [name] if as_object(body.get("tool_choice")).get(name) else []
+    if as_object(body.get("tool_choice")).get(name):
+        return [name]
+    return []
+
+
+def hashed_user(user_id: str) -> str:
+    """What Z.ai is told of the user: the id itself names an account."""
+    if not user_id:
+        return ""
+    return sha256(user_id)
 
 
 def session_of(user_id: str) -> str:
-    """The session in a `metadata.user_id`, which stays the same in a conversation; "" if there is none.
+    """The session in a `metadata.user_id`, the same in all of a conversation; "" if there is none.
 
-    Claude Code writes JSON with a session_id, or, before that, user_…_account_…_session_….
+    Claude Code writes JSON with a session_id; it used to write user_…_account_…_session_….
     """
-    session = as_object(parse_json(user_id.encode("utf-8", "replace"))).get("session_id")
+    document = parse_json(user_id.encode("utf-8", "replace"))
+    session = as_object(document).get("session_id")
     if isinstance(session, str):
         return session
     return user_id.partition("_session_")[2]
@@ -4770,7 +5083,7 @@ def read_turns(turns: list[Any]) -> Messages:
 
 
 def with_reminders(messages: Iterable[Message]) -> Messages:
-    """The messages, each of the system's put into the user's turn beside it."""
+    """The messages, with each system message put into the user's turn beside it."""
     joined: list[Message] = []
     for role, group in groupby(messages, lambda each: each.role.replace("system", "user")):
         turn = list(group)
@@ -4782,7 +5095,7 @@ def with_reminders(messages: Iterable[Message]) -> Messages:
 
 
 def user_turn(messages: Iterable[Message]) -> Message:
-    """Messages of the user and of the system as one of the user's."""
+    """User and system messages as one user message."""
     content: list[Part] = []
     continues = True
     for message in messages:
@@ -4816,7 +5129,9 @@ def known_blocks(turn: Any) -> Any:
 def unknown_block(block: Any) -> str:
     """The type of a block that cannot be read; "" for others."""
     kind = str(as_object(block).get("type") or "text")
-    return "" if kind in KNOWN_BLOCKS else kind
+    if kind in KNOWN_BLOCKS:
+        return ""
+    return kind
 
 
 def unknown_blocks(turns: Iterable[Any]) -> list[str]:
@@ -4833,7 +5148,7 @@ MAX_QUERY = 200  # characters
 
 
 def last_words(messages: Messages) -> str:
-    """What the user said last, as the query of a search: Z.ai does not tell the one it made of it."""
+    """What the user said last, as the query of a search: Z.ai does not tell the query it made."""
     for message in reversed(messages):
         if message.role == "user" and not message.continues:
             return message_text(message)[:MAX_QUERY]
@@ -4850,21 +5165,18 @@ class MessageRequest:
 
     input_tokens: int  # estimated
     omits_thinking: bool  # the client keeps the reasoning, but does not read it
-    query: str  # what was searched for, if something was
+    query: str  # of a search; "" where none is offered
 
 
 @dataclass(slots=True)
 class Block:
-    """A content block of an answer while events are added: `start` is what its first event shows."""
+    """A content block of an answer while events are added; `start` is what opens it."""
 
+    kind: str
     start: JSON
     pieces: list[str] = field(default_factory=list)  # of its text, its thinking, or its input
     citations: list[JSON] = field(default_factory=list)
     signature: str = ""
-
-    @property
-    def kind(self) -> str:
-        return str(self.start["type"])
 
     @property
     def text(self) -> str:
@@ -4874,16 +5186,15 @@ class Block:
     def body(self) -> JSON:
         """The whole block."""
         if self.kind == "text":
-            cited = {"citations": self.citations} if self.citations else {}
-            return {**self.start, "text": self.text, **cited}
+            text = {**self.start, "text": self.text}
+            if self.citations:
+                text["citations"] = self.citations
+            return text
         if self.kind == "thinking":
             return {**self.start, "thinking": self.text, "signature": self.signature}
         if self.kind == "web_search_tool_result":
             return self.start
-        return {
-            **self.start,
-            "input": as_object(parse_json(self.text.encode("utf-8", "surrogatepass"))),
-        }
+        return {**self.start, "input": as_object(parse_text(self.text))}
 
 
 STOP_REASONS: dict[FinishReason, str] = {
@@ -4894,11 +5205,19 @@ STOP_REASONS: dict[FinishReason, str] = {
 }
 
 
+# What the blocks begin with that have words in them.
+WORDS_STARTS: Mapping[str, JSON] = {
+    "text": {"type": "text", "text": ""},
+    "thinking": {"type": "thinking", "thinking": "", "signature": ""},
+}
+
+
 class MessageReply(Reply):
     """A message of Anthropic's API: the events of a stream, or a document.
 
-    Its blocks are in the order of the events, and one is open at a time. Z.ai may send the pieces of
-    two calls in turn: what comes while a call is not complete waits for its end.
+    Its blocks are in the order of the events, and one is open at a time. Z.ai may send the pieces
+    of two calls in turn: what comes while a call is not complete waits for its end. Deltas, which
+    are most of a stream, are JSON text; other frames are objects.
     """
 
     def __init__(self, request: MessageRequest) -> None:
@@ -4913,7 +5232,9 @@ class MessageReply(Reply):
         self.searches = 0
         self.end = Finish("stop")
 
-    def feed(self, event: Event) -> list[JSON]:
+    def feed(self, event: Event) -> list[Frame]:
+        if self.has_begun:
+            return self.frames(event)
         return [*self.opening(), *self.frames(event)]
 
     def opening(self) -> list[JSON]:
@@ -4923,7 +5244,7 @@ class MessageReply(Reply):
         message = self.message([], None, self.usage_body(0))
         return [{"type": "message_start", "message": message}]
 
-    def frames(self, event: Event) -> list[JSON]:
+    def frames(self, event: Event) -> list[Frame]:
         if isinstance(event, Usage):
             self.usage = event
             return []
@@ -4943,7 +5264,7 @@ class MessageReply(Reply):
             return False
         return bool(self.waiting) or not is_json_object(self.blocks[-1].text)
 
-    def end_call(self) -> list[JSON]:
+    def end_call(self) -> list[Frame]:
         """What waited, the pieces of each call together."""
         groups: dict[tuple[str, int], list[Event]] = {}
         for position, event in enumerate(self.waiting):
@@ -4952,20 +5273,17 @@ class MessageReply(Reply):
                 key = ("call", event.index)
             groups.setdefault(key, []).append(event)
         self.waiting = []
-        frames: list[JSON] = []
+        frames: list[Frame] = []
         for event in chain.from_iterable(groups.values()):
             frames += self.add(event)
         return frames
 
-    def add(self, event: Event) -> list[JSON]:
+    def add(self, event: Event) -> list[Frame]:
         match event:
             case Text():
-                delta = {"type": "text_delta", "text": event.text}
-                return self.add_words({"type": "text", "text": ""}, event.text, delta)
+                return self.add_words("text", event.text)
             case Thought():
-                start = {"type": "thinking", "thinking": "", "signature": ""}
-                delta = {"type": "thinking_delta", "thinking": event.text}
-                return self.add_words(start, event.text, delta)
+                return self.add_words("thinking", event.text)
             case ToolCall():
                 return self.add_call(event)
             case Citations():
@@ -4973,20 +5291,21 @@ class MessageReply(Reply):
             case _:
                 return []
 
-    def add_words(self, start: JSON, words: str, delta: JSON) -> list[JSON]:
-        frames: list[JSON] = []
-        if not self.is_open or self.blocks[-1].kind != start["type"]:
-            frames = self.open_block(start)
-        self.blocks[-1].pieces.append(words)
-        if not self.is_omitted(self.blocks[-1]):
-            frames.append(self.delta(delta))
+    def add_words(self, kind: Literal["text", "thinking"], words: str) -> list[Frame]:
+        frames: list[Frame] = []
+        if not self.is_open or self.blocks[-1].kind != kind:
+            frames = self.open_block(dict(WORDS_STARTS[kind]))
+        block = self.blocks[-1]
+        block.pieces.append(words)
+        if not self.is_omitted(block):
+            frames.append(self.delta(f'{{"type":"{kind}_delta","{kind}":{quoted(words)}}}'))
         return frames
 
     def is_omitted(self, block: Block) -> bool:
         return self.request.omits_thinking and block.kind == "thinking"
 
-    def add_call(self, call: ToolCall) -> list[JSON]:
-        frames: list[JSON] = []
+    def add_call(self, call: ToolCall) -> list[Frame]:
+        frames: list[Frame] = []
         if not self.is_open or call.index != self.open_call:
             start = {"type": "tool_use", "id": call.id, "name": call.name, "input": {}}
             frames = self.open_block(start)
@@ -4996,15 +5315,10 @@ class MessageReply(Reply):
             frames.append(self.delta(input_delta(call.arguments)))
         return frames
 
-    def add_search(self, results: tuple[JSON, ...]) -> list[JSON]:
-        """What a search found: citations of the text that is open, and two blocks as if it came first."""
+    def add_search(self, results: tuple[JSON, ...]) -> list[Frame]:
+        """What a search found: sources of the text that is open, and the two blocks of a search."""
         found = [result for result in results if isinstance(result.get("link"), str)]
-        frames: list[JSON] = []
-        if self.is_open and self.blocks[-1].kind == "text":
-            for index, result in enumerate(found):
-                citation = message_citation(index, result)
-                self.blocks[-1].citations.append(citation)
-                frames.append(self.delta({"type": "citations_delta", "citation": citation}))
+        frames = self.cite(found)
         search_id = f"srvtoolu_{self.head.own_id}_{self.searches}"
         self.searches += 1
         use = {"type": "server_tool_use", "id": search_id, "name": "web_search", "input": {}}
@@ -5012,22 +5326,33 @@ class MessageReply(Reply):
         query = json_text({"query": self.request.query})
         self.blocks[-1].pieces.append(query)
         frames.append(self.delta(input_delta(query)))
-        found_blocks = [message_search_result(result) for result in found]
-        frames += self.open_block(
-            {"type": "web_search_tool_result", "tool_use_id": search_id, "content": found_blocks}
-        )
+        content = [message_search_result(result) for result in found]
+        result_type = "web_search_tool_result"
+        shown = {"type": result_type, "tool_use_id": search_id, "content": content}
+        frames += self.open_block(shown)
         return [*frames, *self.close_block()]
 
-    def open_block(self, start: JSON) -> list[JSON]:
+    def cite(self, found: list[JSON]) -> list[Frame]:
+        """The citations of what a search found, if a text is open."""
+        frames: list[Frame] = []
+        if self.is_open and self.blocks[-1].kind == "text":
+            for index, result in enumerate(found):
+                citation = message_citation(index, result)
+                self.blocks[-1].citations.append(citation)
+                delta = {"type": "citations_delta", "citation": citation}
+                frames.append(self.delta(json_text(delta)))
+        return frames
+
+    def open_block(self, start: JSON) -> list[Frame]:
         """A new block, behind the end of the last one."""
         frames = self.close_block()
-        self.blocks.append(Block(start))
+        self.blocks.append(Block(start["type"], start))
         self.is_open = True
         index = len(self.blocks) - 1
         frames.append({"type": "content_block_start", "index": index, "content_block": start})
         return frames
 
-    def close_block(self) -> list[JSON]:
+    def close_block(self) -> list[Frame]:
         if not self.is_open:
             return []
         frames = self.sign(self.blocks[-1])
@@ -5036,7 +5361,7 @@ class MessageReply(Reply):
         frames.append({"type": "content_block_stop", "index": len(self.blocks) - 1})
         return frames
 
-    def sign(self, block: Block) -> list[JSON]:
+    def sign(self, block: Block) -> list[Frame]:
         """The signature that thinking must have; it carries what the client does not read."""
         if block.kind != "thinking":
             return []
@@ -5044,12 +5369,16 @@ class MessageReply(Reply):
         if self.is_omitted(block):
             block.signature = encode_reasoning(block.text)
             block.pieces = []
-        return [self.delta({"type": "signature_delta", "signature": block.signature})]
+        delta = {"type": "signature_delta", "signature": block.signature}
+        return [self.delta(json_text(delta))]
 
-    def delta(self, delta: JSON) -> JSON:
-        return {"type": "content_block_delta", "index": len(self.blocks) - 1, "delta": delta}
+    def delta(self, delta: str) -> NamedFrame:
+        """More of the last block, in JSON text."""
+        name = "content_block_delta"
+        index = len(self.blocks) - 1
+        return NamedFrame(name, f'{{"type":"{name}","index":{index},"delta":{delta}}}')
 
-    def close(self) -> list[JSON]:
+    def close(self) -> list[Frame]:
         delta = {
             "stop_reason": self.stop_reason,
             "stop_sequence": self.end.stop_sequence or None,
@@ -5118,8 +5447,8 @@ class MessageReply(Reply):
         return sse([{"type": "ping"}])
 
 
-def input_delta(arguments: str) -> JSON:
-    return {"type": "input_json_delta", "partial_json": arguments}
+def input_delta(arguments: str) -> str:
+    return f'{{"type":"input_json_delta","partial_json":{quoted(arguments)}}}'
 
 
 MAX_CITED = 150  # characters
@@ -5139,16 +5468,18 @@ def message_citation(index: int, result: JSON) -> JSON:
 def message_search_result(result: JSON) -> JSON:
     content = json_or_text(result.get("content"))
     published = result.get("publish_date")
+    if not isinstance(published, str) or not published:
+        published = None
     return {
         "type": "web_search_result",
         "url": result["link"],
         "title": json_or_text(result.get("title")),
         "encrypted_content": base64.b64encode(content.encode("utf-8", "surrogatepass")).decode(),
-        "page_age": published if isinstance(published, str) and published else None,
+        "page_age": published,
     }
 
 
-# ======== Surfaces ==================================================================================================
+# ======== Surfaces ================================================================================
 # A surface is an API that clients speak. `respond` serves all of them and never asks which.
 
 
@@ -5176,8 +5507,9 @@ SURFACES: dict[str, Surface] = {
 
 # ======== Histories ===============================================================================
 # What keeps a conversation alive whatever stands in its history: `repair_history`, a list of
-# repairs that are the same for every model, and `fit_media`, which depends on what a model sees. Where
-# VISION_MODEL is to describe images, they are Undescribed until `with_descriptions` has its words.
+# repairs that are the same for every model, and `fit_media`, which depends on what a model sees.
+# Where VISION_MODEL is to describe images, they are Undescribed until `with_descriptions` has its
+# words.
 #
 # A client sends its history again with every request. What Z.ai refuses in it once it refuses for
 # ever (1210, 1213, 1214), and the chat is lost. So each repair turns one kind of what Z.ai refuses
@@ -5189,10 +5521,12 @@ SURFACES: dict[str, Surface] = {
 def repair_history(messages: Messages) -> tuple[Messages, list[str]]:
     """The messages as Z.ai takes them, media aside, and the names of the repairs that were needed.
 
-    Raises BadRequest if there is nothing in any of them.
+    Raises BadRequest if all messages are empty.
     """
     needed = []
-    repairs = HISTORY_REPAIRS if has_tools(messages) else TEXT_REPAIRS
+    repairs = TEXT_REPAIRS
+    if has_tools(messages):
+        repairs = HISTORY_REPAIRS
     for repair in repairs:
         repaired = repair(messages)
         if repaired is not messages:
@@ -5206,16 +5540,32 @@ def has_tools(messages: Messages) -> bool:
 
 
 def changed_each(change: Callable[[Message], Message], messages: Messages) -> Messages:
+    """The messages with a change made to each; the same tuple if that changes none."""
     changed = tuple(map(change, messages))
-    return messages if changed == messages else changed
+    if changed == messages:
+        return messages
+    return changed
+
+
+def changed_calls(change: Callable[[ToolCall], ToolCall], messages: Messages) -> Messages:
+    """The messages with a change made to each call; likewise."""
+
+    def with_changed(message: Message) -> Message:
+        calls = tuple(map(change, message.calls))
+        if calls == message.calls:
+            return message
+        return replace(message, calls=calls)
+
+    return changed_each(with_changed, messages)
 
 
 def pair_calls_and_results(messages: Messages) -> Messages:
     """Each call has an id of its own, and its one result right behind it, in the calls' order.
 
-    Z.ai answers 1214 to other orders and to ids twice (MetaGLM/zhipuai-sdk-python-v4#14); clients
-    lose results when they are interrupted, lose calls when they shorten a history, and send both
-    twice. A call without a result gets "(no result)", a result without a call is a user's text.
+    Z.ai answers 1214 to other orders and to ids that repeat (MetaGLM/zhipuai-sdk-python-v4#14).
+    Clients lose results when they are interrupted, lose calls when they shorten a history, and
+    send both twice. A call without a result gets "(no result)", a result without a call becomes
+    a user's text.
     """
     if are_paired(messages):
         return messages
@@ -5251,20 +5601,23 @@ def are_paired(messages: Messages) -> bool:
             due = [call.id for call in reversed(message.calls)]
             ids.update(due)
             total += len(due)
-    return not due and len(ids) == total and "" not in ids and "".join(ids).isascii()
+    if due or len(ids) < total:
+        return False
+    return "" not in ids and "".join(ids).isascii()  # others may need `new_id`
 
 
 class CallLedger:
     """The calls of a conversation while it is read from its beginning, and the result of each.
 
-    Calls with no other message between them are a batch. A result answers a call of its id that
-    has none yet, if it names a function instead of a call one of that function, and if it names
-    neither (Ollama's clients) any: the oldest of the last batch that has one.
+    Calls with no other message between them are a batch. A result answers a call with its id. Where
+    it names a function in place of a call, it answers a call of that function, and where it names
+    neither (Ollama's clients), any call: of those that have no result yet, the oldest in the last
+    batch.
     """
 
     def __init__(self) -> None:
         self.taken: set[str] = set()  # ids that calls have
-        self.times: Counter[str] = Counter()  # how often one was made of an id
+        self.times: Counter[str] = Counter()  # how many ids were made of an id that was taken
         self.said: set[tuple[str, str, str]] = set()  # the calls of this batch
         self.batch = 0
         # By what a result may name: the batches, and in each the ids of calls, as we gave them.
@@ -5287,7 +5640,7 @@ class CallLedger:
             self.wait(("id", call.id), own_id)
             self.wait(("name", call.name), own_id)
             self.wait(("any", ""), own_id)
-            calls.append(call if own_id == call.id else replace(call, id=own_id))
+            calls.append(replace(call, id=own_id))
         return replace(message, calls=tuple(calls))
 
     def wait(self, key: tuple[str, str], own_id: str) -> None:
@@ -5306,7 +5659,7 @@ class CallLedger:
         return own_id
 
     def file(self, result: Message) -> list[Message]:
-        """Keep a result for its call; what is left to say in its place if there is none."""
+        """Keep a result for its call. Returns what to say in its place if there is no such call."""
         self.begin_batch()
         own_id = self.call_of(result.call_id)
         if own_id:
@@ -5320,16 +5673,20 @@ class CallLedger:
 
     def call_of(self, call_id: str) -> str:
         """The call that a result with this id answers; "" if no call waits for it."""
-        keys = [("id", call_id), ("name", call_id)] if call_id else [("any", "")]
-        for key in keys:
-            batches = self.waiting.get(key, [])
-            while batches:
-                _, ids = batches[-1]
-                while ids and ids[0] in self.results:
-                    ids.popleft()
-                if ids:
-                    return ids[0]
-                batches.pop()
+        if not call_id:
+            return self.oldest_waiting(("any", ""))
+        return self.oldest_waiting(("id", call_id)) or self.oldest_waiting(("name", call_id))
+
+    def oldest_waiting(self, key: tuple[str, str]) -> str:
+        """The oldest call without a result in the last batch that has one; "" if there is none."""
+        batches = self.waiting.get(key, [])
+        while batches:
+            _, ids = batches[-1]
+            while ids and ids[0] in self.results:
+                ids.popleft()
+            if ids:
+                return ids[0]
+            batches.pop()
         return ""
 
     def result_of(self, call: ToolCall) -> Message:
@@ -5337,12 +5694,13 @@ class CallLedger:
 
 
 def drop_nameless_calls(messages: Messages) -> Messages:
-    """Without calls of an empty name and their results.
+    """No call has an empty name; its result goes too.
 
     Models say such calls, and no history that repeats them is taken (anomalyco/opencode#33064).
     """
-    calls = chain.from_iterable([message.calls for message in messages])
-    nameless = {call.id for call in calls if not call.name.strip()}
+    nameless = set()
+    for message in messages:
+        nameless.update([call.id for call in message.calls if not call.name.strip()])
     if not nameless:
         return messages
     kept = []
@@ -5360,7 +5718,7 @@ def mend_arguments(messages: Messages) -> Messages:
 
     Models leave arguments unfinished; Z.ai answers 1214 to what is no JSON.
     """
-    mended = changed_each(with_object_arguments, messages)
+    mended = changed_calls(with_object, messages)
     if mended is messages:
         return messages
     texts: dict[str, str] = {}  # what were no arguments, by the id of the call
@@ -5378,26 +5736,18 @@ def mend_arguments(messages: Messages) -> Messages:
     return changed_each(with_text, mended)
 
 
-def with_object_arguments(message: Message) -> Message:
-    calls = tuple(map(with_object, message.calls))
-    return message if calls == message.calls else replace(message, calls=calls)
-
-
 def with_object(call: ToolCall) -> ToolCall:
-    return call if is_json_object(call.arguments) else replace(call, arguments="{}")
+    if is_json_object(call.arguments):
+        return call
+    return replace(call, arguments="{}")
 
 
 def mend_escapes(messages: Messages) -> Messages:
     """No arguments have half a surrogate pair as an escape, which `encode_request` cannot see."""
-    return changed_each(without_halves, messages)
+    return changed_calls(without_half, messages)
 
 
 HALF_ESCAPE = re.compile(r"\\u[dD][89a-fA-F]")
-
-
-def without_halves(message: Message) -> Message:
-    calls = tuple(map(without_half, message.calls))
-    return message if calls == message.calls else replace(message, calls=calls)
 
 
 def without_half(call: ToolCall) -> ToolCall:
@@ -5463,15 +5813,14 @@ def is_blank(part: Part) -> bool:
 
 
 def ask_something(messages: Messages) -> Messages:
-    """One message at least is a user's or a tool's (1214): if need be, the last of the system's."""
-    roles = [message.role for message in messages]
-    if "user" in roles or "tool" in roles:
+    """At least one message is a user's or a tool's (1214): if need be, the last system message."""
+    if any(message.role in ("user", "tool") for message in messages):
         return messages
-    if "system" not in roles:
-        return (Message("user", (NOTHING_SAID["user"],), continues=True), *messages)
-    last = len(roles) - 1 - roles[::-1].index("system")
-    asked = replace(messages[last], role="user", continues=True)
-    return (*messages[:last], asked, *messages[last + 1 :])
+    for index in reversed(range(len(messages))):
+        if messages[index].role == "system":
+            asked = replace(messages[index], role="user", continues=True)
+            return (*messages[:index], asked, *messages[index + 1 :])
+    return (Message("user", (NOTHING_SAID["user"],), continues=True), *messages)
 
 
 HistoryRepair = Callable[[Messages], Messages]
@@ -5496,7 +5845,12 @@ def turn_start(messages: Messages) -> int:
 
 
 def are_texts(messages: Messages) -> bool:
-    return all(isinstance(part, str) for message in messages for part in message.content)
+    """Whether there is nothing but text."""
+    for message in messages:
+        for part in message.content:
+            if not isinstance(part, str):
+                return False
+    return True
 
 
 def has_media(*messages: Message) -> bool:
@@ -5505,23 +5859,23 @@ def has_media(*messages: Message) -> bool:
 
 
 def user_shows_media(messages: Messages) -> bool:
-    """Whether the user's own message of the turn that is on needs a model that sees."""
+    """Whether the user's own message of the current turn needs a model that sees."""
     start = turn_start(messages)
     return start > 0 and has_media(messages[start - 1])
 
 
 def current_turn(messages: Messages) -> Messages:
-    """The turn that is on: what the user says now, and the tool loop behind it."""
+    """What the user says now, and the tool loop behind it."""
     return messages[max(turn_start(messages) - 1, 0) :]
 
 
 def turn_shows_media(messages: Messages) -> bool:
-    """Whether anything of the turn that is on is for a model that sees, such as a tool's result."""
+    """Whether anything in the current turn is for a model that sees, such as a tool's result."""
     return has_media(*current_turn(messages))
 
 
 def turn_shows_others(messages: Messages) -> bool:
-    """Whether anything of the turn that is on is a video or a file, which cannot be described."""
+    """Whether anything in the current turn is a video or a file, which cannot be described."""
     for message in current_turn(messages):
         for part in message.content:
             if isinstance(part, Media) and part.kind != "image":
@@ -5547,11 +5901,17 @@ def with_undescribed(messages: Messages, account_id: str) -> Messages:
 
 def image_key(account_id: str, image: Media) -> str:
     """Whose image it is, and the SHA-256 of its base64, or of its address."""
-    head = BASE64_URL.match(image.url)
-    data = image.url[head.end() :] if head else image.url
     key = hashlib.sha256(account_id.encode())
-    key.update(data.encode("utf-8", "surrogatepass"))
+    key.update(bare_base64(image.url).encode("utf-8", "surrogatepass"))
     return key.hexdigest()
+
+
+def bare_base64(url: str) -> str:
+    """The base64 of a data: URL; another URL as it is."""
+    head = BASE64_URL.match(url)
+    if head is None:
+        return url
+    return url[head.end() :]
 
 
 def undescribed_images(messages: Messages) -> dict[str, Undescribed]:
@@ -5590,12 +5950,12 @@ def with_descriptions(
 
 
 def fit_media(messages: Messages, model: Model) -> Messages:
-    """The messages with what the model can take. Z.ai answers 1210 to images where it sees none.
+    """The messages with what the model can take: Z.ai answers 1210 to images it does not take.
 
-    For one that sees, images of tools, assistants and systems go into a user message behind them,
-    the only place where Z.ai takes them. For others, words stand in their place, but for an image
-    that is to be described. Raises BadRequest only for what the user shows now: what is past the
-    client will send again.
+    For a model that sees, images in tool, assistant and system messages go into a user message
+    behind them, the only place where Z.ai takes them. For others, words stand in the place of
+    images, except of those that are to be described. Raises BadRequest only for what the user
+    shows now: the client sends again what is past, and its chat would be lost.
     """
     if are_texts(messages):
         return messages
@@ -5603,7 +5963,9 @@ def fit_media(messages: Messages, model: Model) -> Messages:
     if own >= 0:
         check_media(messages[own], model)
     shown = tuple([with_placeholders(message, model) for message in messages])
-    return hoist_media(shown) if model.vision else shown
+    if not model.vision:
+        return shown
+    return hoist_media(shown)
 
 
 def check_media(message: Message, model: Model) -> None:
@@ -5647,22 +6009,24 @@ def placeholder(part: Part, model: Model) -> Part:
 
 
 def not_shown(part: Media, model: Model, reason: str) -> str:
-    address = part.url if part.url.startswith("http") else ""
-    about = f"{part.kind} {address}".strip()
+    about: str = part.kind
+    if part.url.startswith("http"):
+        about = f"{part.kind} {part.url}"
     return f"[{about}: not shown to {model.id}: {reason}]"
 
 
 def hidden_media(messages: Messages, model: Model) -> list[str]:
     """What the model is not shown, in the words for `x-ztoapi-ignored`: images, files."""
-    hidden = {}
-    for part in chain.from_iterable([message.content for message in messages]):
-        if isinstance(part, (Media, Unreadable)) and placeholder(part, model) is not part:
-            hidden[f"{part.kind}s"] = True
+    hidden: dict[str, None] = {}
+    for message in messages:
+        for part in message.content:
+            if isinstance(part, (Media, Unreadable)) and placeholder(part, model) is not part:
+                hidden[f"{part.kind}s"] = None
     return list(hidden)
 
 
 def hoist_media(messages: Messages) -> Messages:
-    """The messages with images that are not in a user's put into one, behind the tools' results."""
+    """The messages with the images of other roles in a user message, behind the tools' results."""
     hoisted: list[Message] = []
     seen: list[Part] = []  # images not yet put into a user message
     for message in messages:
@@ -5682,29 +6046,32 @@ def hoist_media(messages: Messages) -> Messages:
     return tuple(hoisted)
 
 
-# ======== Clients ===================================================================================================
-# How each client is installed, and started for this server only: as typed in a shell, variables first. $dir is
-# a folder of its own; the file that a client reads from it, if any, comes last.
+# ======== Clients =================================================================================
+# How each client is installed, and started for this server only: as typed in a shell, variables
+# first. $dir is a folder of its own; the file that a client reads from it, if any, comes last.
 
 CLIENT_TABLE = """\
 claude: npm install -g @anthropic-ai/claude-code
-CLAUDE_CONFIG_DIR=$dir ANTHROPIC_BASE_URL=$origin ANTHROPIC_AUTH_TOKEN=$key ANTHROPIC_API_KEY= ANTHROPIC_MODEL=$model \
-ANTHROPIC_DEFAULT_OPUS_MODEL=$model ANTHROPIC_DEFAULT_SONNET_MODEL=$model ANTHROPIC_DEFAULT_HAIKU_MODEL=$model \
-ANTHROPIC_DEFAULT_FABLE_MODEL=$model CLAUDE_CODE_SUBAGENT_MODEL=$model CLAUDE_CODE_ATTRIBUTION_HEADER=0 \
-CLAUDE_CODE_MAX_CONTEXT_TOKENS=$context CLAUDE_CODE_MAX_OUTPUT_TOKENS=$output ENABLE_TOOL_SEARCH=false \
-CLAUDE_CODE_AUTO_MODE_SERVER=0 claude
+CLAUDE_CONFIG_DIR=$dir ANTHROPIC_BASE_URL=$origin ANTHROPIC_AUTH_TOKEN=$key ANTHROPIC_API_KEY= \
+ANTHROPIC_MODEL=$model ANTHROPIC_DEFAULT_OPUS_MODEL=$model ANTHROPIC_DEFAULT_SONNET_MODEL=$model \
+ANTHROPIC_DEFAULT_HAIKU_MODEL=$model ANTHROPIC_DEFAULT_FABLE_MODEL=$model \
+CLAUDE_CODE_SUBAGENT_MODEL=$model CLAUDE_CODE_ATTRIBUTION_HEADER=0 \
+CLAUDE_CODE_MAX_CONTEXT_TOKENS=$context CLAUDE_CODE_MAX_OUTPUT_TOKENS=$output \
+ENABLE_TOOL_SEARCH=false CLAUDE_CODE_AUTO_MODE_SERVER=0 claude
 .claude.json: {"hasCompletedOnboarding": true}
 
 codex: npm install -g @openai/codex
-CODEX_HOME=$dir ZTOAPI_KEY=$key codex -c model=$model -c model_provider=ztoapi -c model_providers.ztoapi.name=ztoapi \
--c model_providers.ztoapi.base_url=$base -c model_providers.ztoapi.env_key=ZTOAPI_KEY \
--c model_providers.ztoapi.wire_api=responses -c model_providers.ztoapi.model_catalog_url=$base/models
+CODEX_HOME=$dir ZTOAPI_KEY=$key codex -c model=$model -c model_provider=ztoapi \
+-c model_providers.ztoapi.name=ztoapi -c model_providers.ztoapi.base_url=$base \
+-c model_providers.ztoapi.env_key=ZTOAPI_KEY -c model_providers.ztoapi.wire_api=responses \
+-c model_providers.ztoapi.model_catalog_url=$base/models
 
 copilot: npm install -g @github/copilot
 COPILOT_HOME=$dir XDG_CACHE_HOME=$dir/cache COPILOT_OFFLINE=true COPILOT_PROVIDER_BASE_URL=$base \
-COPILOT_PROVIDER_BEARER_TOKEN=$key COPILOT_PROVIDER_TYPE=openai COPILOT_PROVIDER_WIRE_API=completions \
-COPILOT_MODEL=$model COPILOT_PROVIDER_MODEL_ID=$model COPILOT_PROVIDER_WIRE_MODEL=$model \
-COPILOT_PROVIDER_MAX_PROMPT_TOKENS=$prompt COPILOT_PROVIDER_MAX_OUTPUT_TOKENS=$reserve copilot
+COPILOT_PROVIDER_BEARER_TOKEN=$key COPILOT_PROVIDER_TYPE=openai \
+COPILOT_PROVIDER_WIRE_API=completions COPILOT_MODEL=$model COPILOT_PROVIDER_MODEL_ID=$model \
+COPILOT_PROVIDER_WIRE_MODEL=$model COPILOT_PROVIDER_MAX_PROMPT_TOKENS=$prompt \
+COPILOT_PROVIDER_MAX_OUTPUT_TOKENS=$reserve copilot
 
 opencode: npm install -g opencode-ai
 $xdg npm_config_cache=$dir/npm OPENCODE_CONFIG=$dir/config.json opencode -m ztoapi/$model
@@ -5717,53 +6084,64 @@ config.json: $opencode
 qwen: npm install -g @qwen-code/qwen-code
 QWEN_HOME=$dir NO_UPDATE_NOTIFIER=1 OPENAI_API_KEY=$key OPENAI_BASE_URL=$base OPENAI_MODEL=$model \
 qwen --auth-type openai
-settings.json: {"model": {"generationConfig": {"contextWindowSize": $context, "modalities": {"image": $vision}, \
-"samplingParams": {"max_tokens": $output}}}}
+settings.json: {"model": {"generationConfig": {"contextWindowSize": $context, \
+"modalities": {"image": $vision}, "samplingParams": {"max_tokens": $output}}}}
 
 pi: npm install -g @earendil-works/pi-coding-agent
 PI_CODING_AGENT_DIR=$dir pi --provider ztoapi --model $model
-models.json: {"providers": {"ztoapi": {"baseUrl": "$base", "api": "openai-completions", "apiKey": "$escaped_key", \
-"models": [{"id": "$model", "reasoning": $thinks, "input": $input, "contextWindow": $context, "maxTokens": $output}]}}}
+models.json: {"providers": {"ztoapi": {"baseUrl": "$base", "api": "openai-completions", \
+"apiKey": "$escaped_key", "models": [{"id": "$model", "reasoning": $thinks, "input": $input, \
+"contextWindow": $context, "maxTokens": $output}]}}}
 
 cline: npm install -g cline
-CLINE_DIR=$dir CLINE_DATA_DIR=$dir CLINE_PROVIDER_SETTINGS_PATH=$dir/providers.json CLINE_SESSION_BACKEND_MODE=local \
-cline -P openai-compatible -m $model
-providers.json: {"version": 1, "providers": {"openai-compatible": {"settings": {"provider": "openai-compatible", \
-"apiKey": "$key", "model": "$model", "baseUrl": "$base", "contextWindow": $context, "maxTokens": $output}, \
-"updatedAt": "2026-01-01T00:00:00.000Z"}}}
+CLINE_DIR=$dir CLINE_DATA_DIR=$dir CLINE_PROVIDER_SETTINGS_PATH=$dir/providers.json \
+CLINE_SESSION_BACKEND_MODE=local cline -P openai-compatible -m $model
+providers.json: {"version": 1, \
+"providers": {"openai-compatible": {"settings": {"provider": "openai-compatible", \
+"apiKey": "$key", "model": "$model", "baseUrl": "$base", "contextWindow": $context, \
+"maxTokens": $output}, "updatedAt": "2026-01-01T00:00:00.000Z"}}}
 
 continue: npm install -g @continuedev/cli
 CONTINUE_GLOBAL_DIR=$dir cn --config $dir/config.yaml
-config.yaml: {"name": "ztoapi", "version": "1.0.0", "schema": "v1", "models": [{"name": "$model", "model": "$model", \
-"provider": "openai", "apiBase": "$base", "apiKey": "$key", "roles": ["chat", "edit", "apply"], \
-"capabilities": $capabilities, "defaultCompletionOptions": {"contextLength": $context, "maxTokens": $reserve}}]}
+config.yaml: {"name": "ztoapi", "version": "1.0.0", "schema": "v1", "models": [{"name": "$model", \
+"model": "$model", "provider": "openai", "apiBase": "$base", "apiKey": "$key", "roles": ["chat", \
+"edit", "apply"], "capabilities": $capabilities, \
+"defaultCompletionOptions": {"contextLength": $context, "maxTokens": $reserve}}]}
 
 hermes: pip install hermes-agent
 HERMES_HOME=$dir hermes chat --provider custom -m $model
-config.yaml: {"model": {"default": "$model", "provider": "custom", "base_url": "$base", "api_key": "$key", \
-"context_length": $context, "max_tokens": $output, "supports_vision": $vision}}
+config.yaml: {"model": {"default": "$model", "provider": "custom", "base_url": "$base", \
+"api_key": "$key", "context_length": $context, "max_tokens": $output, "supports_vision": $vision}}
 
 aider: pip install aider-chat
 AIDER_OPENAI_API_BASE=$base AIDER_OPENAI_API_KEY=$key AIDER_MODEL_METADATA_FILE=$dir/models.json \
 aider --model openai/$model --weak-model openai/$model --edit-format diff --no-show-model-warnings
-models.json: {"openai/$model": {"litellm_provider": "openai", "mode": "chat", "max_input_tokens": $context, \
-"max_output_tokens": $output, "supports_vision": $vision, "input_cost_per_token": $input_cost, \
-"cache_read_input_token_cost": $cached_cost, "output_cost_per_token": $output_cost}}
+models.json: {"openai/$model": {"litellm_provider": "openai", "mode": "chat", \
+"max_input_tokens": $context, "max_output_tokens": $output, "supports_vision": $vision, \
+"input_cost_per_token": $input_cost, "cache_read_input_token_cost": $cached_cost, \
+"output_cost_per_token": $output_cost}}
 
 gptme: pip install gptme
-$xdg OPENAI_BASE_URL=$base OPENAI_API_KEY=$key GPTME_CONTEXT_LENGTH=$context gptme --tool-format tool -m local/$model
+$xdg OPENAI_BASE_URL=$base OPENAI_API_KEY=$key GPTME_CONTEXT_LENGTH=$context gptme \
+--tool-format tool -m local/$model
 
 llm: pip install llm
 LLM_USER_PATH=$dir LLM_MODEL=$model OPENAI_API_KEY=$key llm
-extra-openai-models.yaml: [{"model_id": "$model", "model_name": "$model", "api_base": "$base", "reasoning": $thinks, \
-"api_key_name": "openai", "supports_tools": true, "supports_schema": true, "vision": $vision}]"""
-# What clients have in common: opencode's file, and variables for programs that have none for a folder.
-OPENCODE = """{"model": "ztoapi/$model", "provider": {"ztoapi": {"npm": "@ai-sdk/openai-compatible", \
-"options": {"baseURL": "$base", "apiKey": "$key"}, "models": {"$model": {"reasoning": $thinks, "attachment": $vision, \
-"modalities": {"input": $input, "output": ["text"]}, "limit": {"context": $context, "output": $output}}}}}}"""
-XDG = "XDG_CONFIG_HOME=$dir/config XDG_DATA_HOME=$dir/data XDG_STATE_HOME=$dir/state XDG_CACHE_HOME=$dir/cache"
+extra-openai-models.yaml: [{"model_id": "$model", "model_name": "$model", "api_base": "$base", \
+"reasoning": $thinks, "api_key_name": "openai", "supports_tools": true, "supports_schema": true, \
+"vision": $vision}]"""
+# What clients have in common: opencode's file, and variables for programs that have none of their
+# own for a folder.
+OPENCODE = """{"model": "ztoapi/$model", \
+"provider": {"ztoapi": {"npm": "@ai-sdk/openai-compatible", "options": {"baseURL": "$base", \
+"apiKey": "$key"}, "models": {"$model": {"reasoning": $thinks, "attachment": $vision, \
+"modalities": {"input": $input, "output": ["text"]}, "limit": {"context": $context, \
+"output": $output}}}}}}"""
+XDG = """XDG_CONFIG_HOME=$dir/config XDG_DATA_HOME=$dir/data XDG_STATE_HOME=$dir/state \
+XDG_CACHE_HOME=$dir/cache"""
 
-# What asks a client for an earlier session that it has in its folder. (aider has its own in the project.)
+# Arguments that ask a client for an earlier session, which it keeps in its folder. (aider keeps its
+# sessions in the project.)
 RESUMING = {
     "claude": {"-c", "--continue", "-r", "--resume"},
     "codex": {"resume", "fork"},
@@ -5779,7 +6157,7 @@ RESUMING = {
     "llm": {"-c", "--continue", "--cid", "--conversation"},
 }
 
-# Such a folder as `launch` makes, by hand: for once, and with --keep.
+# How to make by hand the folder that `launch` makes: for one session, and with --keep.
 NEW_FOLDER = "mkdir -p ~/.cache && dir=$(mktemp -d ~/.cache/ztoapi-XXXXXX)"
 KEPT_FOLDER = "dir=~/.local/share/ztoapi/{client}; mkdir -p -m 700 $dir"
 
@@ -5795,40 +6173,62 @@ class Client:
 
     def filled(self, words: Mapping[str, object]) -> Client:
         """The client with the words of `client_words` and the folder `dir` put in."""
-        in_json = {word: json_word(value) for word, value in words.items()}
-        variables = {
-            name: Template(text).substitute(words) for name, text in self.variables.items()
-        }
         arguments = [Template(text).substitute(words) for text in self.arguments]
-        files = {name: Template(text).substitute(in_json) for name, text in self.files.items()}
-        return Client(self.install, variables, arguments, files)
+        in_json = {word: json_word(value) for word, value in words.items()}
+        return Client(
+            self.install,
+            filled_texts(self.variables, words),
+            arguments,
+            filled_texts(self.files, in_json),
+        )
 
     def shell_lines(self, folder: str = NEW_FOLDER) -> str:
         """The lines for a shell; the folder must be "$dir", which the line `folder` makes."""
-        files = [f"cat > \"$dir/{name}\" <<'EOF'\n{text}\nEOF" for name, text in self.files.items()]
-        exports = [f"export {name}={shell_word(value)}" for name, value in self.variables.items()]
-        lines = "\n".join([*files, *exports, " ".join(map(shell_word, self.arguments))])
-        return f"{folder}\n{lines}" if "$dir" in lines else lines
+        lines = []
+        for name, text in self.files.items():
+            lines.append(f"cat > \"$dir/{name}\" <<'EOF'\n{text}\nEOF")
+        for name, value in self.variables.items():
+            lines.append(f"export {name}={shell_word(value)}")
+        lines.append(" ".join(map(shell_word, self.arguments)))
+        if any("$dir" in line for line in lines):
+            lines.insert(0, folder)
+        return "\n".join(lines)
+
+
+def filled_texts(texts: Mapping[str, str], words: Mapping[str, object]) -> dict[str, str]:
+    return {name: Template(text).substitute(words) for name, text in texts.items()}
 
 
 def client_words(origin: str, key: str, model: Model) -> dict[str, object]:
     """What the words of the table stand for, but for $dir."""
     # In pi's files $NAME is a variable, and a line that begins with ! a command.
     escaped = re.sub(r"^!|\$", r"$\g<0>", key)
-    address = {"origin": origin, "base": f"{origin}/v1"}
-    return {**address, "key": key, "escaped_key": escaped, "model": model.id, **model_words(model)}
+    return {
+        "origin": origin,
+        "base": f"{origin}/v1",
+        "key": key,
+        "escaped_key": escaped,
+        "model": model.id,
+        **model_words(model),
+    }
 
 
 def model_words(model: Model) -> dict[str, object]:
     """What clients are told of a model: sizes in tokens, costs in US dollars a token.
 
-    `reserve` is for clients that keep room for a whole answer free, and give only the rest, `prompt`, to the
-    conversation: with `output` itself that would be a quarter of glm-4.5's context, and filled by a few files.
+    `reserve` is for clients that keep room for a whole answer free, and give only the rest,
+    `prompt`, to the conversation. With `output` itself, little of glm-4.5's context would be left
+    to it, and a few files would fill that.
     """
     context = model.context or 128 * K
     output = model.output or 16 * K
     reserve = min(output, context // 4)
-    cost, cached_cost, output_cost = (price / 1e6 for price in model.price or (0, 0, 0))
+    cost, cached_cost, output_cost = model.price or (0, 0, 0)  # of a million tokens
+    inputs = ["text"]
+    capabilities = ["tool_use"]
+    if model.vision:
+        inputs.append("image")
+        capabilities.append("image_input")
     return {
         "context": context,
         "output": output,
@@ -5836,57 +6236,72 @@ def model_words(model: Model) -> dict[str, object]:
         "prompt": context - reserve,
         "thinks": model.thinking != "none",
         "vision": model.vision,
-        "input": ["text", "image"] if model.vision else ["text"],
-        "capabilities": ["tool_use", "image_input"] if model.vision else ["tool_use"],
-        "input_cost": cost,
-        "cached_cost": cached_cost,
-        "output_cost": output_cost,
+        "input": inputs,
+        "capabilities": capabilities,
+        "input_cost": cost / 1e6,
+        "cached_cost": cached_cost / 1e6,
+        "output_cost": output_cost / 1e6,
     }
 
 
 def json_word(value: object) -> str:
     """A value as it stands in a JSON file; a text without its quotes, which are there."""
     text = json_text(value)
-    return text[1:-1] if isinstance(value, str) else text
+    if isinstance(value, str):
+        return text[1:-1]
+    return text
 
 
 def shell_word(word: str) -> str:
-    return f'"{word}"' if word.startswith("$dir") else shlex.quote(word)
+    """A word quoted for a shell, which still replaces a $dir at its beginning."""
+    if word.startswith("$dir"):
+        return f'"{word}"'
+    return shlex.quote(word)
+
+
+VARIABLE = re.compile(r"\w+=")
 
 
 def parse_client(row: str) -> tuple[str, Client]:
-    head, line, *files = row.split("\n")
+    """A client and its name, from lines that say how to install and start it, and its files."""
+    head, line, *file_lines = row.split("\n")
     name, _, install = head.partition(": ")
-    words = shlex.split(line)
-    variables = dict(word.split("=", 1) for word in takewhile(re.compile(r"\w+=").match, words))
-    return name, Client(
-        install, variables, words[len(variables) :], dict(file.split(": ", 1) for file in files)
-    )
+    arguments = shlex.split(line)
+    variables = {}
+    while VARIABLE.match(arguments[0]):
+        variable, _, value = arguments.pop(0).partition("=")
+        variables[variable] = value
+    files = {}
+    for file_line in file_lines:
+        file, _, text = file_line.partition(": ")
+        files[file] = text
+    return name, Client(install, variables, arguments, files)
 
 
-CLIENTS = dict(
-    map(
-        parse_client, CLIENT_TABLE.replace("$xdg", XDG).replace("$opencode", OPENCODE).split("\n\n")
-    )
-)
+def parse_clients(table: str) -> dict[str, Client]:
+    table = table.replace("$xdg", XDG).replace("$opencode", OPENCODE)
+    return dict(map(parse_client, table.split("\n\n")))
+
+
+CLIENTS = parse_clients(CLIENT_TABLE)
 
 
 def client_examples() -> list[JSON]:
     """What the docs page shows: its script puts the address, key and model in place of %words%."""
     words = {word: f"%{word}%" for word in client_words("", "", Model(""))}
-    shown = {name: client.filled({**words, "dir": "$dir"}) for name, client in CLIENTS.items()}
-    return [
-        {"command": name, "install": it.install, "lines": it.shell_lines()}
-        for name, it in shown.items()
-    ]
+    words["dir"] = "$dir"
+    examples = []
+    for name, client in CLIENTS.items():
+        lines = client.filled(words).shell_lines()
+        examples.append({"command": name, "install": client.install, "lines": lines})
+    return examples
 
 
-# ======== Z.ai: errors ==============================================================================================
+# ======== Z.ai: errors ============================================================================
 # `zai_error` reads Z.ai's refusals, which come in many forms.
 
-INVALID = error_kind(
-    400, "zai_{}", "Z.ai did not accept the request: fix what it names."
-)  # {}: Z.ai's code
+# In the code of an error, {} is Z.ai's own.
+INVALID = error_kind(400, "zai_{}", "Z.ai did not accept the request: fix what it names.")
 OTHER = error_kind(502, "zai_{}", "Z.ai refused the request.")
 OVERLOADED = replace(
     RATE_LIMITED,
@@ -5901,46 +6316,79 @@ CONTENT_FILTER = error_kind(
 )
 
 # Z.ai's codes (docs.z.ai, "Error Codes", with docs.bigmodel.cn's of July 2026).
-KINDS_BY_CODE = (
-    dict.fromkeys(("1000", "1001", "1002", "1003", "1004", "1005"), AUTHENTICATION)
-    | dict.fromkeys(("1200", "1230", "1234"), UNAVAILABLE)
-    | dict.fromkeys(("1210", "1213", "1214", "1215", "1221", "1222"), INVALID)
-    | dict.fromkeys(("1211", "1212"), MODEL_NOT_FOUND)
-    | dict.fromkeys(("1220", "1311"), MODEL_NOT_AVAILABLE)
-    | dict.fromkeys(
-        ("1308", "1310", "1316", "1317", "1318", "1319", "1320", "1321"), QUOTA_EXCEEDED
-    )
-    | dict.fromkeys(("1309", "1313", "1314", "1315"), PLAN_NOT_USABLE)
-    | {"1113": NO_BALANCE, "1261": CONTEXT_LENGTH_EXCEEDED, "1301": CONTENT_FILTER}
-    | {"1302": RATE_LIMITED, "1305": OVERLOADED}
-)
+KINDS_BY_CODE = {
+    "1000": AUTHENTICATION,
+    "1001": AUTHENTICATION,
+    "1002": AUTHENTICATION,
+    "1003": AUTHENTICATION,
+    "1004": AUTHENTICATION,
+    "1005": AUTHENTICATION,
+    "1113": NO_BALANCE,
+    "1200": UNAVAILABLE,
+    "1210": INVALID,
+    "1211": MODEL_NOT_FOUND,
+    "1212": MODEL_NOT_FOUND,
+    "1213": INVALID,
+    "1214": INVALID,
+    "1215": INVALID,
+    "1220": MODEL_NOT_AVAILABLE,
+    "1221": INVALID,
+    "1222": INVALID,
+    "1230": UNAVAILABLE,
+    "1234": UNAVAILABLE,
+    "1261": CONTEXT_LENGTH_EXCEEDED,
+    "1301": CONTENT_FILTER,
+    "1302": RATE_LIMITED,
+    "1305": OVERLOADED,
+    "1308": QUOTA_EXCEEDED,
+    "1309": PLAN_NOT_USABLE,
+    "1310": QUOTA_EXCEEDED,
+    "1311": MODEL_NOT_AVAILABLE,
+    "1313": PLAN_NOT_USABLE,
+    "1314": PLAN_NOT_USABLE,
+    "1315": PLAN_NOT_USABLE,
+    "1316": QUOTA_EXCEEDED,
+    "1317": QUOTA_EXCEEDED,
+    "1318": QUOTA_EXCEEDED,
+    "1319": QUOTA_EXCEEDED,
+    "1320": QUOTA_EXCEEDED,
+    "1321": QUOTA_EXCEEDED,
+}
 
-# For refusals without such a code. Z.ai's gateway answers a wrong path with its own forms of 404.
-KINDS_BY_STATUS = {400: INVALID, 401: AUTHENTICATION, 404: WRONG_ADDRESS, 429: RATE_LIMITED}
-KINDS_BY_STATUS |= dict.fromkeys(
-    range(300, 400), WRONG_ADDRESS
-)  # following a redirect would send the key elsewhere
+# For refusals without such a code. Z.ai's gateway answers a wrong path with its own forms of 404;
+# to follow a redirect would send the key elsewhere.
+KINDS_BY_STATUS = {
+    400: INVALID,
+    401: AUTHENTICATION,
+    404: WRONG_ADDRESS,
+    429: RATE_LIMITED,
+    **dict.fromkeys(range(300, 400), WRONG_ADDRESS),
+}
 
 
 def zai_error(status: int, body: bytes | JSON) -> UpstreamError:
     """Z.ai's refusal, from an HTTP status and body or from a frame in a stream (status 200)."""
-    document = parse_json(body) if isinstance(body, bytes) else body
+    document: Any = body
+    if isinstance(body, bytes):
+        document = parse_json(body)
     code, text = code_and_text(document)
-    if (
-        status < 400 and len(code) == 3
-    ):  # an HTTP status inside a 200: {"code": 401, "msg": …, "success": false}
+    # An HTTP status may stand inside a 200: {"code": 401, "msg": …, "success": false}.
+    if status < 400 and len(code) == 3:
         status = int(code)
     if len(code) != 4:
         code = ""
     kind = KINDS_BY_CODE.get(code) or kind_without_code(status, code, document)
     kind = replace(kind, code=(kind.code or "").format(code or status))
-    detail = f"Z.ai {code}: {text}" if code else f"Z.ai, HTTP {status}: {text or excerpt(body)}"
+    detail = f"Z.ai, HTTP {status}: {text or excerpt(body)}"
+    if code:
+        detail = f"Z.ai {code}: {text}"
     return UpstreamError(kind, detail=detail, zai_code=code)
 
 
 NO_BALANCE_FOR_FREE = replace(
     NO_BALANCE,
-    message="Z.ai says that this server's key has no balance, though this model is free: see z.ai/manage-apikey. "
+    message="Z.ai says that this server's key has no balance, though this model is free: "
+    "see z.ai/manage-apikey. "
     "A Coding Plan key needs ZAI_BASE_URL=https://api.z.ai/api/coding/paas/v4.",
 )
 
@@ -5953,7 +6401,7 @@ def fit_to_model(error: UpstreamError, model: Model) -> None:
 
 
 def with_name_of_model(error: UpstreamError, name: str, known: Iterable[str]) -> UpstreamError:
-    """Z.ai's "Unknown Model", with the name that it does not know, and with those that are like it."""
+    """Z.ai's "Unknown Model", with the name that it does not know, and with names like it."""
     message = error.message + nearest_names(name, known)
     told = UpstreamError(error.kind, message, f"{name}: {error.detail}", error.zai_code)
     told.retry_after = error.retry_after
@@ -5964,8 +6412,8 @@ def with_name_of_model(error: UpstreamError, name: str, known: Iterable[str]) ->
 def refusal_in(body: bytes) -> UpstreamError | None:
     """Z.ai's refusal in an answer that has a status of success; None where it is no refusal.
 
-    Z.ai's are {"error": {"code": "1113", …}} and {"code": 401, "msg": …, "success": false}; a document with any other
-    code is the answer.
+    Z.ai's are {"error": {"code": "1113", …}} and {"code": 401, "msg": …, "success": false}; a
+    document with any other code is the answer.
     """
     document = as_object(parse_json(body))
     if not isinstance(document.get("error"), dict) and document.get("success") is not False:
@@ -5978,32 +6426,66 @@ def refusal_in(body: bytes) -> UpstreamError | None:
 
 
 def code_and_text(document: Any) -> tuple[str, str]:
-    """Z.ai's code and text from any of the shapes in which its errors come; empty strings if there are none."""
-    inner = document.get("error", document) if isinstance(document, dict) else None
+    """Z.ai's code and text from any of the shapes in which its errors come; "" for none."""
+    inner = document
+    if isinstance(document, dict):
+        inner = document.get("error", document)
     if not isinstance(inner, dict):  # Spring says {"status": 404, "error": "Not Found"}
         return "", ""
-    code, text = inner.get("code"), inner.get("message") or inner.get("msg")
-    return str(code) if re.fullmatch(r"\d{3,4}", str(code)) else "", text if isinstance(
-        text, str
-    ) else ""
+    code = str(inner.get("code"))
+    if not re.fullmatch(r"\d{3,4}", code):
+        code = ""
+    text = inner.get("message") or inner.get("msg")
+    if not isinstance(text, str):
+        text = ""
+    return code, text
 
 
 def kind_without_code(status: int, code: str, document: Any) -> ErrorKind:
+    """The kind of a refusal whose code tells nothing; `code` is unknown to us, or ""."""
     if status in KINDS_BY_STATUS and not (code and status == 404):
         return KINDS_BY_STATUS[status]
-    if status < 500 and isinstance(document, dict) and (code or status >= 400):
-        return replace(OTHER, status=status if status >= 400 else 502)
+    if status < 500 and isinstance(document, dict):
+        if status >= 400:
+            return replace(OTHER, status=status)
+        if code:
+            return OTHER
     return UNAVAILABLE
 
 
 def excerpt(body: bytes | JSON) -> str:
+    """The body in one line."""
     words = body.decode("utf-8", "replace") if isinstance(body, bytes) else json_text(body)
     return " ".join(words.split()) or "(empty)"
 
 
-# ======== Z.ai: answer ==============================================================================================
-# `ZaiReader` turns bytes into events. What was torn on the way, `salvage` puts together, and `HalfPairs` what was
-# cut inside a character; what the model says wrong, the repairs of the next section mend.
+# ======== Z.ai: answer ============================================================================
+# `ZaiReader` turns the bytes of one answer into events. How it works:
+#
+#     bytes ── SSEDecoder ──► data of an event ── parse_answer ──► chunk ── read_chunk ──► events
+#
+# The bytes come cut anywhere: in a line, in a word, in a character. `SSEDecoder` keeps what is
+# unfinished and gives the data of each server-sent event once its last line is there. That data is
+# one JSON object, a chunk, and says a little: a few words, a piece of a call, the usage.
+#
+# The bytes decide what they are, not the headers: Z.ai is asked for a stream and may still send one
+# JSON document. So all is kept (`raw`) until the first event shows that it is a stream. If none
+# comes, what was kept is a document, and `read_chunk` reads it too: where a chunk has a delta, it
+# has a message.
+#
+# `Finish` is always the last event. Z.ai may send the usage after the finish_reason, so the reader
+# keeps the reason until [DONE] or the end of the bytes. An answer that ends without one has broken
+# off, which is an error. So is a failure that Z.ai reports in the stream, and an answer too large.
+#
+# Z.ai sometimes loses the rest of a frame and glues the next one to it. Then the data is not one
+# JSON object, and `salvage` looks for whole chunks in it. What is torn is counted and left out,
+# since its words cannot be guessed. Behind it another answer may begin, under another id: the
+# reader says so with `BegunAgain`, and a repair decides what that means.
+#
+# A character may come in two halves, in two chunks; `HalfPairs` joins them. It is made when the
+# first half occurs, so that other answers do not pay for it.
+#
+# What the model itself says wrong the reader passes on: the repairs of the next section mend that.
 
 
 class SSEDecoder:
@@ -6037,7 +6519,8 @@ class SSEDecoder:
         events = []
         for line in lines:
             if line.startswith(self.DATA):
-                self.data.append(line.partition(b":")[2].removeprefix(b" ").removesuffix(b"\r"))
+                _, _, value = line.partition(b":")
+                self.data.append(value.removeprefix(b" ").removesuffix(b"\r"))
             elif self.data and line in (b"", b"\r"):
                 event = b"\n".join(self.data)
                 self.data = []
@@ -6055,10 +6538,16 @@ TORN = "A piece of Z.ai's answer was lost on the way: try again."
 
 
 def parse_answer(data: bytes) -> Any:
-    """What Z.ai sent, as parse_json does. Raises UpstreamError for JSON that would take too long to decode."""
+    """What Z.ai sent, as parse_json does.
+
+    Raises UpstreamError for JSON that would take too long to decode.
+    """
     if len(data) > 2 * MAX_VALUES and too_many_values(data):
         raise UpstreamError(UNAVAILABLE, TOO_LARGE)
     return parse_json(data)
+
+
+HALF = re.compile(rb"\\u[dD]")  # UTF-8 itself has no halves of characters
 
 
 @dataclass(slots=True)
@@ -6100,8 +6589,8 @@ class HalfPairs:
         return [alone]
 
     def join(self, event: Thought | Text | ToolCall) -> list[Event]:
-        words = event.arguments if isinstance(event, ToolCall) else event.text
-        words = self.half + words
+        """The event with the half that was waiting, without one that it ends with itself."""
+        words = self.half + words_of(event)
         self.half = ""
         self.ended = None
         if "\ud800" <= words[-1:] <= "\udbff":
@@ -6112,7 +6601,15 @@ class HalfPairs:
         if isinstance(event, ToolCall):
             name = whole_characters(event.name)
             return [replace(event, name=name, arguments=words)]
-        return [replace(event, text=words)] if words else []
+        if not words:
+            return []
+        return [replace(event, text=words)]
+
+
+def words_of(event: Thought | Text | ToolCall) -> str:
+    if isinstance(event, ToolCall):
+        return event.arguments
+    return event.text
 
 
 def continues(before: Event, event: Event) -> bool:
@@ -6154,10 +6651,9 @@ class ZaiReader:
         self.size = 0  # bytes so far
         self.torn = 0  # frames dropped because their rest never came
         self.halves: HalfPairs | None = None  # once something may have been half a character
-        self.finish: str | None = (
-            None  # the first finish_reason: some models send stop after tool_calls
-        )
-        self.done = False  # Finish has been read
+        # The first finish_reason: some models send stop after tool_calls.
+        self.finish: str | None = None
+        self.done = False  # Finish has been passed on
 
     def feed(self, part: bytes) -> Iterator[ZaiEvent]:
         """The events that this part completes. Raises UpstreamError when Z.ai reports a failure."""
@@ -6170,7 +6666,10 @@ class ZaiReader:
             yield from self.read_event(data)
 
     def close(self) -> Iterator[ZaiEvent]:
-        """The events that are left at the end of the bytes. Raises UpstreamError when some are missing."""
+        """The events that are left at the end of the bytes.
+
+        Raises UpstreamError when the answer has broken off.
+        """
         for data in self.decoder.close():
             yield from self.read_event(data)
         if self.raw is not None:
@@ -6180,13 +6679,14 @@ class ZaiReader:
         yield from self.end()
 
     def read_event(self, data: bytes) -> Iterable[ZaiEvent]:
+        """The events in the data of one server-sent event."""
         self.raw = None
         if self.done:
             return ()
         document = parse_answer(data)
         if isinstance(document, dict):
-            if self.torn or self.halves or b"\\u" in data:
-                self.look_for_halves(data)
+            self.look_for_halves(data)
+            if self.torn or self.halves:
                 return self.read_with_care(document)
             return self.read_chunk(document)
         if data.strip() == b"[DONE]":
@@ -6194,11 +6694,11 @@ class ZaiReader:
         return self.read_torn(data)
 
     def look_for_halves(self, data: bytes) -> None:
-        # UTF-8 itself has no halves. `find` is much faster than `in`.
-        if data.find(b"\\ud") >= 0 or data.find(b"\\uD") >= 0:
-            self.halves = self.halves or HalfPairs()
+        if self.halves is None and HALF.search(data):
+            self.halves = HalfPairs()
 
     def read_torn(self, data: bytes) -> Iterator[ZaiEvent]:
+        """The events in what is not one JSON object."""
         self.look_for_halves(data)
         chunks, torn, rest = salvage(data.decode("utf-8", "replace"))
         self.torn += torn
@@ -6210,6 +6710,7 @@ class ZaiReader:
             )
 
     def read_document(self, data: bytes) -> Iterator[ZaiEvent]:
+        """The events of an answer that came as one JSON document."""
         self.look_for_halves(data)
         document = parse_answer(data)
         if not isinstance(document, dict):
@@ -6249,7 +6750,7 @@ class ZaiReader:
         return events
 
     def begins_again(self, chunk: JSON) -> bool:
-        """Whether a chunk behind a torn frame is the first one of another answer, which its id tells."""
+        """Whether a chunk behind a torn frame is the first of another answer: its id tells."""
         given = chunk.get("id")
         newest = self.newest_id or self.id
         if not given or str(given) == newest:
@@ -6288,9 +6789,9 @@ class ZaiReader:
 
 def text_of_parts(content: Any) -> str:
     """The text of a content that came as an array of parts, as messages of requests have it."""
-    texts = []
     if not isinstance(content, list):
         return ""
+    texts = []
     for part in content:
         text = part
         if isinstance(part, dict) and part.get("type") in ("text", "output_text", None):
@@ -6320,71 +6821,83 @@ def zai_call(piece: JSON) -> ToolCall:
 
 CHUNK_START = re.compile(r"(?:data:|\n)[ \t]*(?=\{)")
 CHUNK_END = re.compile(r"\s*(?:data:\s*)?(?=\{|\[|$)")
+MAX_STARTS = 16  # what may look like the start of a chunk in the text of one; for linear time
 
 
 def salvage(data: str) -> tuple[list[JSON], int, str]:
-    """The whole chunks in an event's data that is not one JSON object, how many were torn, and the unreadable rest.
+    """The whole chunks in data that is not one JSON object, how many were torn, and the rest.
 
-    Z.ai tears frames and glues the next one to them: {"id":"1","choices":[{"delta":{"condata: {"id":"2",…}
-    (zai-org/GLM-5#66). Whatever precedes a whole frame after "data:" or a line end counts as torn.
+    Z.ai tears frames and glues the next one to them (zai-org/GLM-5#66):
+    {"id":"1","choices":[{"delta":{"condata: {"id":"2",…}
+    Whatever precedes a whole frame after "data:" or a line end counts as torn.
     """
     data = data.strip()
-    starts = [0, *(start.end() for start in CHUNK_START.finditer(data, 1)), len(data)]
+    starts = [0]
+    starts += [start.end() for start in CHUNK_START.finditer(data, 1)]
     chunks: list[JSON] = []
-    torn = read = 0
-    for i, start in enumerate(starts[:-1]):
-        if start >= read:
-            # Text inside a whole chunk may look like a start. At most 16 are tried, for linear time.
-            found, end = chunks_in(data[start : starts[min(i + 16, len(starts) - 1)]])
-            chunks += found
-            torn, read = (torn + (start > read), start + end) if found else (torn, read)
+    torn = 0
+    read = 0  # the index behind the last whole chunk
+    for index, start in enumerate(starts):
+        if start < read:
+            continue
+        end = len(data)
+        if index + MAX_STARTS < len(starts):
+            end = starts[index + MAX_STARTS]
+        found, size = chunks_in(data[start:end])
+        if not found:
+            continue
+        chunks += found
+        if start > read:
+            torn += 1
+        read = start + size
     return chunks, torn, data[read:].removeprefix("[DONE]")
 
 
 def chunks_in(part: str) -> tuple[list[JSON], int]:
     """The whole chunks at the beginning of a text, and the index where they end."""
     chunks: list[JSON] = []
-    at = 0
-    likely = '"choices"' in part or '"error"' in part  # otherwise decoding would only cost time
-    while likely and (found := chunk_at(part, at)):
-        chunk, at = found
+    end = 0
+    if '"choices"' not in part and '"error"' not in part:  # decoding would only cost time
+        return chunks, end
+    found = chunk_at(part, end)
+    while found is not None:
+        chunk, end = found
         chunks.append(chunk)
-    return chunks, at
+        found = chunk_at(part, end)
+    return chunks, end
 
 
 def chunk_at(data: str, start: int) -> tuple[JSON, int] | None:
-    """The chunk that starts at this index, and the index where the next may start; None if there is none."""
+    """The chunk that starts at this index, and where the next may start; None if there is none."""
     try:
         value, end = JSON_DECODER.raw_decode(data, start)
     except (ValueError, RecursionError):
         return None
     if end - start > SHALLOW and is_too_deep(value, data[start:end]):
         return None
+    if not isinstance(value, dict) or not ("choices" in value or "error" in value):
+        return None
     following = CHUNK_END.match(data, end)
-    whole = isinstance(value, dict) and ("choices" in value or "error" in value)
-    return (value, following.end()) if whole and following else None
+    if following is None:
+        return None
+    return value, following.end()
 
 
 def zai_usage(usage: JSON) -> Usage:
-    prompt, completion = (
-        as_count(usage.get("prompt_tokens")),
-        as_count(usage.get("completion_tokens")),
-    )
-    cached = as_count(as_object(usage.get("prompt_tokens_details")).get("cached_tokens"))
-    reasoning = as_count(as_object(usage.get("completion_tokens_details")).get("reasoning_tokens"))
-    return Usage(
-        prompt,
-        completion,
-        as_count(usage.get("total_tokens")) or prompt + completion,
-        cached,
-        reasoning,
-    )
+    prompt = as_count(usage.get("prompt_tokens"))
+    completion = as_count(usage.get("completion_tokens"))
+    total = as_count(usage.get("total_tokens")) or prompt + completion
+    prompt_details = as_object(usage.get("prompt_tokens_details"))
+    cached = as_count(prompt_details.get("cached_tokens"))
+    completion_details = as_object(usage.get("completion_tokens_details"))
+    reasoning = as_count(completion_details.get("reasoning_tokens"))
+    return Usage(prompt, completion, total, cached, reasoning)
 
 
-# ======== Z.ai: repairs =============================================================================================
-# Models say things that no client expects. Each such quirk has a machine of its own here, a `Repair`:
-# events go in, mended events come out. `REPAIRS` lists them in order, each with the requests that
-# need it, so that the twentieth quirk costs what the first did, and can be deleted alone.
+# ======== Z.ai: repairs ===========================================================================
+# Models say things that no client expects. Each such quirk has a machine of its own here, a
+# `Repair`: events go in, mended events come out. `REPAIRS` lists them in order, and each says which
+# requests need it, so that the twentieth quirk costs what the first did, and can be deleted alone.
 #
 #     ZaiReader
 #        │   the head of the text         TaggedReasoning · StrayTag · TextHead
@@ -6417,11 +6930,12 @@ def zai_usage(usage: JSON) -> Usage:
 # and no call must come of it. Nor is what was cut off closed: it may have gone on otherwise.
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class RepairNeeds:
-    """What of a request decides which repairs its answer needs."""
+    """What of a request decides which repairs its answer needs.
 
-    # It keeps nothing of the prompt, which is long, but what the answer may quote.
+    It keeps nothing of the prompt, which is long, but what the answer may quote.
+    """
 
     model: Model
     answer_id: str  # ours, unique
@@ -6436,7 +6950,7 @@ class RepairNeeds:
 class Repair(ABC):
     """Mends one quirk of one answer: `feed` takes an event of a type in `sees`, which only shrinks.
 
-    `mended` counts how often there was something to mend, for the dashboard, which shows it by `kind`.
+    `mended` counts how often there was something to mend; the dashboard shows it by `kind`.
     """
 
     kind = ""
@@ -6471,11 +6985,12 @@ class RepairChain:
         if route is None:
             route = self.routes[kind] = self.new_route(kind)
         for position, repair in route:
-            if position < start or kind not in repair.sees:
+            if position < start:
                 continue
-            made = repair.feed(event)
             if kind not in repair.sees:  # any more
                 self.routes[kind] = self.new_route(kind)
+                continue
+            made = repair.feed(event)
             if type(made) is tuple and len(made) == 1 and type(made[0]) is kind:
                 event = made[0]  # it goes on in place of the first; a short cut for most events
                 continue
@@ -6495,7 +7010,7 @@ class RepairChain:
 
 
 class TaggedReasoning(Repair):
-    """Reasoning that a model writes into its text between <think> tags, and box marks around results.
+    """Reasoning that a model writes into its text in <think> tags, and box marks around results.
 
     Older vision models do (docs.z.ai, GLM-4.5V): <think>…</think> at the head becomes reasoning,
     <|begin_of_box|> and <|end_of_box|> are dropped.
@@ -6509,7 +7024,9 @@ class TaggedReasoning(Repair):
 
     @classmethod
     def needed(cls, needs: RepairNeeds) -> Repair | None:
-        return cls() if needs.model.tagged_reasoning else None
+        if not needs.model.tagged_reasoning:
+            return None
+        return cls()
 
     def __init__(self) -> None:
         self.rest = ""  # perhaps the beginning of a tag
@@ -6529,8 +7046,10 @@ class TaggedReasoning(Repair):
 
     def read(self, piece: str) -> Iterator[Event]:
         """The event for a tag, or for the text between two tags."""
-        if not piece or piece in self.BOXES:
-            self.mended += bool(piece)
+        if not piece:
+            return
+        if piece in self.BOXES:
+            self.mended += 1
         elif piece == "<think>" and self.state == "head":
             self.state = "thought"
             self.mended += 1
@@ -6547,19 +7066,21 @@ class TaggedReasoning(Repair):
 def partial_tag(text: str, tags: Iterable[str]) -> str:
     """The end of a text that may be the beginning of one of the tags; "" if there is none.
 
-    A tag begins with "<" and has no other.
+    A tag begins with "<", ends with ">", and has no other.
     """
     start = text.rfind("<")
     if start < 0:
         return ""
     end = text[start:]
+    if ">" in end:
+        return ""
     if any(tag.startswith(end) and tag != end for tag in tags):
         return end
     return ""
 
 
 class StrayTag(Repair):
-    """A </think> at the head of a text: the server that took the reasoning out has left it there."""
+    """A </think> at the head of a text, left there by the server that took the reasoning out."""
 
     kind = "stray_tags"
     sees = frozenset((Text, ToolCall, Finish))
@@ -6587,14 +7108,15 @@ class StrayTag(Repair):
 
 
 class TextHead(Repair):
-    r"""Line ends at the very head of a text, which are the model's template ("\n" before a call, say)."""
+    r"""Line ends at the head of a text: they are the model's template ("\n" before a call, say)."""
 
     kind = "line_ends_at_head"
     sees = frozenset((Text,))
 
     def feed(self, event: Text) -> tuple[Event, ...]:
         text = event.text.lstrip("\r\n")
-        self.mended += text != event.text
+        if text != event.text:
+            self.mended += 1
         if not text:
             return ()
         self.sees = frozenset()  # the text has begun
@@ -6604,9 +7126,9 @@ class TextHead(Repair):
 class FreshStart(Repair):
     """An answer that begins anew in its own stream, behind a torn frame and under another id.
 
-    Z.ai does so when it loses an answer on the way (zai-org/GLM-5#66, anomalyco/opencode#23442): what
-    follows is not the rest of what came before. If that was reasoning alone, the new one goes on;
-    behind a text or a call it would be nonsense, so the answer breaks off.
+    Z.ai does so when it loses an answer on the way (zai-org/GLM-5#66, anomalyco/opencode#23442):
+    what follows is not the rest of what came before. If that was reasoning alone, the new one goes
+    on; behind a text or a call it would be nonsense, so the answer breaks off.
     """
 
     kind = "begun_again"
@@ -6629,8 +7151,8 @@ class FreshStart(Repair):
 class CodeMarks:
     """Whether a text, read in pieces, ends inside a code fence or between backticks.
 
-    After CommonMark, 4.5 and 6.1, and rather too often than too rarely: backticks are counted, and
-    a paragraph with an odd number of them counts as code until it ends.
+    After CommonMark, 4.5 and 6.1, and what is in doubt is code: backticks are counted, and from an
+    odd one on a paragraph is code until the next one, or its end.
     """
 
     FENCES = ("```", "~~~")
@@ -6678,17 +7200,20 @@ class CodeMarks:
     @property
     def inside(self) -> bool:
         self.read()
-        return bool(self.fence) or self.ticks % 2 == 1 or self.line.strip()[:3] in self.FENCES
+        if self.fence or self.ticks % 2 == 1:
+            return True
+        return self.line.strip()[:3] in self.FENCES  # one is being written
 
 
 class LeakedCalls(Repair):
     """Tool calls that leak into the text, as the model's own markup or as JSON.
 
-    <tool_call>name<arg_key>key</arg_key><arg_value>value</arg_value>…</tool_call> (zai-org/GLM-5#84),
-    <tool_call>{"name": …, "arguments": {…}}</tool_call> (vllm-project/vllm#48095), one or several of
-    either behind each other. They are calls only at the end of an answer that has no other call and ended
-    with stop or tool_calls, outside of code, of tools that were offered, and if the same markup does
-    not stand in the request (`quoted`): a page that an agent reads could otherwise make it act.
+    <tool_call>name<arg_key>key</arg_key><arg_value>value</arg_value>…</tool_call>
+    (zai-org/GLM-5#84), <tool_call>{"name": …, "arguments": {…}}</tool_call> (vllm-project/vllm#48095),
+    one or several of either behind each other. They are calls only at the end of an answer that has
+    no other call and ended with stop or tool_calls, outside of code, of tools that were offered, and
+    if the same markup does not stand in the request (`quoted`): a page that an agent reads could
+    otherwise make it act.
     """
 
     kind = "leaked_calls"
@@ -6698,7 +7223,9 @@ class LeakedCalls(Repair):
 
     @classmethod
     def needed(cls, needs: RepairNeeds) -> Repair | None:
-        return cls(needs.tools, needs.quoted) if needs.tools else None
+        if not needs.tools:
+            return None
+        return cls(needs.tools, needs.quoted)
 
     def __init__(self, tools: Mapping[str, JSON], quoted: str) -> None:
         self.tools = tools  # the parameters of each, by name
@@ -6708,11 +7235,10 @@ class LeakedCalls(Repair):
         self.held: list[str] = []  # the text from the first <tool_call> on
         self.open: list[LeakedCall] = []  # ways to read the last call in it, until it is complete
         self.calls: list[LeakedCall] = []  # the complete ones
-        self.has_call = False  # Z.ai sent one as it should
 
     def feed(self, event: Thought | Text | ToolCall | Finish) -> Iterable[Event]:
         if isinstance(event, ToolCall):
-            self.has_call = True
+            self.sees = frozenset()  # Z.ai sends calls as it should: none leaks any more
         if not self.rest and not self.held and not self.may_begin_in(event):  # most events
             return (event,)
         if isinstance(event, self.WORDS):
@@ -6723,9 +7249,10 @@ class LeakedCalls(Repair):
         """Whether there is something to read in the event; when not, it has been read."""
         if not isinstance(event, self.WORDS):
             return False
-        if "<" in event.text:
+        text = event.text
+        if "<" in text and (MARKUP_TAG.search(text) or partial_tag(text, MARKUP_TAGS)):
             return True
-        self.marks.feed(event.text)
+        self.marks.feed(text)
         return False
 
     def end(self, event: Event) -> Iterator[Event]:
@@ -6759,7 +7286,7 @@ class LeakedCalls(Repair):
             if self.goes_on(piece):
                 return ""
             released = self.release()
-        if piece == "<tool_call>" and not self.marks.inside and not self.has_call:
+        if piece == "<tool_call>" and not self.marks.inside:
             self.held.append(piece)
             self.open = self.new_calls()
             return released
@@ -6790,7 +7317,7 @@ class LeakedCalls(Repair):
 
     def are_calls(self, reason: FinishReason) -> bool:
         """Whether what is held is calls, now that the answer has ended."""
-        if self.has_call or self.open or reason not in ("stop", "tool_calls"):
+        if self.open or reason not in ("stop", "tool_calls"):
             return False
         if len(self.calls) > self.MOST:
             return False
@@ -6820,7 +7347,7 @@ class ThoughtCalls(LeakedCalls):
 
 
 class ForcedCall(Repair):
-    """A text that is nothing but the arguments of the function that tool_choice forces, fenced or not.
+    """A text that is only the arguments of the function that tool_choice forces, fenced or not.
 
     NousResearch/hermes-agent#7462. Z.ai knows no forced calls, and answers with what the call would
     have had. As in LeakedCalls, but the fence does not count: it is around all of the text.
@@ -6872,7 +7399,7 @@ FENCED = re.compile(r"\s*```\w*[ \t]*\r?\n(.*)```\s*", re.DOTALL)
 
 
 def json_in(text: str) -> str:
-    """The inside of a fence, if that is all there is, else the text; without white space around it."""
+    """The inside of a fence, if that is all there is, else the text; stripped of white space."""
     fenced = FENCED.fullmatch(text)
     if fenced:
         return fenced[1].strip()
@@ -6900,8 +7427,12 @@ def is_blank_text(event: Event) -> bool:
 
 
 MARKUP_TAGS = (
-    *("<tool_call>", "</tool_call>"),
-    *("<arg_key>", "</arg_key>", "<arg_value>", "</arg_value>"),
+    "<tool_call>",
+    "</tool_call>",
+    "<arg_key>",
+    "</arg_key>",
+    "<arg_value>",
+    "</arg_value>",
 )
 MARKUP_TAG = re.compile("(</?(?:tool_call|arg_key|arg_value)>)")
 
@@ -6922,7 +7453,7 @@ class LeakedCall(ABC):
 
     @abstractmethod
     def feed(self, piece: str) -> bool:
-        """Read a tag, or the text between two. False if this is no call of a tool that was offered."""
+        """Read a tag, or the text between two. False if this is no call of an offered tool."""
 
     @abstractmethod
     def call(self) -> ToolCall: ...
@@ -6956,12 +7487,12 @@ class MarkupCall(LeakedCall):
             self.leave()
             self.state = following
             self.is_complete = following == "complete"
-            fits = self.name in self.tools
+            is_call = self.name in self.tools
         else:
-            fits = self.add(piece)
-        if fits:
+            is_call = self.add(piece)
+        if is_call:
             self.pieces.append(piece)
-        return fits
+        return is_call
 
     def leave(self) -> None:
         """The end of a name, a key or a value."""
@@ -6993,7 +7524,9 @@ class MarkupCall(LeakedCall):
 def arguments_of_pairs(pairs: Iterable[tuple[str, str]], parameters: JSON) -> str:
     """Arguments as JSON text, from names and values as they stand between tags."""
     schema = Schema(parameters, parameters)
-    arguments = {name: leaked_value(value, schema.of_property(name)) for name, value in pairs}
+    arguments = {}
+    for name, value in pairs:
+        arguments[name] = leaked_value(value, schema.of_property(name))
     return json_text(arguments)
 
 
@@ -7058,9 +7591,10 @@ JSON_TYPES = {
 
 
 class Schema:
-    """What a JSON Schema says of a value, as far as the repairs need it; what it leaves open, is allowed.
+    """What a JSON Schema says of a value, as far as the repairs need it.
 
-    A reference is followed within `root`, the whole schema; a union allows what one of its `options` does.
+    What it leaves open is allowed. A reference is followed within `root`, the whole schema; a union
+    allows what one of its `options` does.
     """
 
     MAX_DEPTH = 32  # of references, and of values, in one another
@@ -7147,7 +7681,7 @@ class Schema:
         return False
 
     def of_property(self, name: str) -> Schema:
-        """Of the value that an object has under this name; one that allows all if that is not clear."""
+        """The schema of an object's value of this name; one that allows all if it is not clear."""
         if name not in self.properties:
             found = []
             for option in self.options:
@@ -7159,7 +7693,7 @@ class Schema:
 
     @cached_property
     def of_items(self) -> Schema:
-        """Of an array's items, likewise."""
+        """The schema of an array's items, likewise."""
         return self.only([option["items"] for option in self.options if "items" in option])
 
     def only(self, parts: list[Any]) -> Schema:
@@ -7213,7 +7747,7 @@ def required_names(schema: JSON) -> set[str]:
 
 
 def types_of(schema: JSON) -> Iterable[str] | None:
-    """The types that a schema without unions names, or that its values have; None if it names none."""
+    """The types that a schema without unions names, or its values have; None if it has neither."""
     named = schema.get("type")
     if isinstance(named, str):
         return {named}
@@ -7227,6 +7761,7 @@ def types_of(schema: JSON) -> Iterable[str] | None:
     return None
 
 
+BRACE = re.compile("{")
 QUOTED_CALL = re.compile(r"(?:<|u003c|&lt;|&#0*60;|&#x0*3c;)tool_call", re.IGNORECASE)
 ESCAPE = re.compile(r"\\+(?:u([0-9a-fA-F]{4})|[nrt])?")  # however often it was escaped
 # Of the digits of a character those that count: of thousands Python makes no number.
@@ -7238,8 +7773,9 @@ def quoted_text(messages: Iterable[Message], *, forced: bool = False) -> str:
 
     Where a call is `forced`, an object may be one: then it is those that have a brace in them.
     """
-    has_calls = re.compile("{").search if forced else QUOTED_CALL.search
-    return "\n".join(map(plain_form, filter(has_calls, conversation_texts(messages))))
+    mark = BRACE if forced else QUOTED_CALL
+    texts = [text for text in conversation_texts(messages) if mark.search(text)]
+    return "\n".join(map(plain_form, texts))
 
 
 def conversation_texts(messages: Iterable[Message]) -> Iterator[str]:
@@ -7254,7 +7790,7 @@ def conversation_texts(messages: Iterable[Message]) -> Iterator[str]:
 
 
 def plain_form(text: str) -> str:
-    """A text without white space and escapes: the same for a page, for it in JSON, and for it in HTML."""
+    """A text without white space and escapes: the same for a page as for its JSON and its HTML."""
     if "&" in text:
         text = unescape(LONG_NUMBER.sub(r"\1", text))
     if "\\" in text:
@@ -7263,12 +7799,14 @@ def plain_form(text: str) -> str:
 
 
 def unescaped(escape: re.Match[str]) -> str:
-    """What an escape of JSON stands for; nothing for a line end, and for the backslash before a quote."""
-    return chr(int(escape[1], 16)) if escape[1] else ""
+    """The character that an escape of JSON stands for; "" for white space and for a backslash."""
+    if escape[1]:
+        return chr(int(escape[1], 16))
+    return ""
 
 
 class NameRemnants(Repair):
-    """Remnants of the model's template in the name of a call: read</arg_value>, or read and its arguments.
+    """Remnants of the model's template in a call's name: read</arg_value>, or read and arguments.
 
     zai-org/GLM-5#84, can1357/oh-my-pi#3458. The name is what precedes the first tag or white space,
     if that was offered. Pairs of <arg_key> and <arg_value> behind it are moved into the arguments,
@@ -7281,7 +7819,9 @@ class NameRemnants(Repair):
 
     @classmethod
     def needed(cls, needs: RepairNeeds) -> Repair | None:
-        return cls(needs.tools) if needs.tools else None
+        if not needs.tools:
+            return None
+        return cls(needs.tools)
 
     def __init__(self, tools: Mapping[str, JSON]) -> None:
         self.tools = tools
@@ -7305,9 +7845,8 @@ class Call:
     name: str = ""
     waiting: str = ""  # arguments not yet sent: the name must be sent first
     id: str = ""  # ours, once the first piece has been sent
-    index: int = (
-        0  # ours, likewise: the OpenAI SDK's stream() fails on calls that do not begin in order
-    )
+    # Ours, likewise: the OpenAI SDK's stream() fails on calls that do not begin in order.
+    index: int = 0
     is_empty: bool = True  # no arguments have been sent
 
 
@@ -7333,21 +7872,19 @@ class CallPieces(Repair):
     def __init__(self, answer_id: str) -> None:
         self.answer_id = answer_id  # for the ids of calls that have none
         self.calls: list[Call] = []
-        self.known: dict[
-            int | str, Call
-        ] = {}  # the newest call with each of Z.ai's indexes and ids
+        # The newest call with each of Z.ai's indexes and ids.
+        self.known: dict[int | str, Call] = {}
 
-    def feed(self, event: ToolCall | Finish) -> Iterator[Event]:
+    def feed(self, event: ToolCall | Finish) -> Iterable[Event]:
         if isinstance(event, Finish):
-            yield from self.end()
-            yield event
-            return
+            return [*self.end(), event]
         call = self.find(event)
         if len(self.calls) > MAX_CALLS or len(call.waiting) > MAX_NAMELESS:
             raise UpstreamError(UNAVAILABLE, TOO_LARGE)
         call.waiting += event.arguments
-        if call.name:
-            yield from self.flush(call)
+        if not call.name:
+            return ()
+        return tuple(self.flush(call))
 
     def end(self) -> Iterator[Event]:
         """The rest: calls that never got a name, and {} for those without arguments."""
@@ -7358,8 +7895,9 @@ class CallPieces(Repair):
 
     def find(self, piece: ToolCall) -> Call:
         """The call that a piece belongs to, perhaps a new one."""
-        place = piece.id if piece.index < 0 else piece.index
-        call = self.known.get(place)
+        call = self.known.get(piece.index)
+        if piece.index < 0:
+            call = self.known.get(piece.id)
         is_new = piece.index >= 0 and piece.id  # though it may have no name
         if call is None and not piece.name and self.calls and not is_new:
             call = self.calls[-1]
@@ -7379,7 +7917,7 @@ class CallPieces(Repair):
         call.waiting = ""
         call.is_empty = call.is_empty and not arguments
         if not call.id:
-            call.index = sum(bool(known.id) for known in self.calls)
+            call.index = len([known for known in self.calls if known.id])
             call.id = self.new_id(call)
             yield ToolCall(call.index, call.id, call.name, arguments)
         elif arguments:
@@ -7392,6 +7930,18 @@ class CallPieces(Repair):
         while call_id in used:
             call_id += f"_{call.index}"
         return call_id
+
+
+def is_another(piece: ToolCall, call: Call) -> bool:
+    """Whether a piece with a name begins another call than the one with its index or id."""
+    if not piece.name:
+        return False
+    return contradict(piece.id, call.given_id) or contradict(piece.name, call.name)
+
+
+def contradict(one: str, other: str) -> bool:
+    """Whether both are known, and they differ."""
+    return bool(one and other and one != other)
 
 
 class NamelessCalls(Repair):
@@ -7426,7 +7976,7 @@ class JsonScanner:
         return self.in_string and not self.is_escaped and '"' not in text and "\\" not in text
 
     def feed(self, text: str) -> Iterator[tuple[str, int]]:
-        """Each mark of JSON in more of the text, with the index behind it; a string has two, its quotes."""
+        """Each mark of JSON in more of the text, with the index behind it; a quote is a mark."""
         at = 0
         while at < len(text):
             if self.in_string:
@@ -7540,8 +8090,10 @@ class ObjectReader:
         elif self.first:
             yield from self.read_another(whole)
         elif self.EMPTY.fullmatch(whole):
-            self.mended += bool(self.held)
-            self.held = self.held or part
+            if self.held:
+                self.mended += 1
+            else:
+                self.held = part
         else:
             yield "more", self.read(part)
             self.first = whole
@@ -7594,7 +8146,9 @@ class DoubledArguments(Repair):
 
     @classmethod
     def needed(cls, needs: RepairNeeds) -> Repair | None:
-        return cls() if needs.tools else None
+        if not needs.tools:
+            return None
+        return cls()
 
     def __init__(self) -> None:
         self.calls: dict[int, SentCall] = {}  # by the index that they came with
@@ -7651,14 +8205,16 @@ class DoubledArguments(Repair):
 
 
 class HeldArguments(Repair):
-    """Mends arguments that are no object: they are known by how they begin, and held to their end."""
+    """Mends arguments that are no object: known by how they begin, and held to their end."""
 
     sees = frozenset((ToolCall, Finish))
     START = ""  # how they begin
 
     @classmethod
     def needed(cls, needs: RepairNeeds) -> Repair | None:
-        return cls(needs.tools) if needs.tools else None
+        if not needs.tools:
+            return None
+        return cls(needs.tools)
 
     def __init__(self, tools: Mapping[str, JSON]) -> None:
         self.tools = tools  # the parameters of each, by name
@@ -7687,8 +8243,10 @@ class HeldArguments(Repair):
     def close(self) -> Iterator[Event]:
         for index, pieces in self.held.items():
             text = "".join(pieces)
-            mended = self.mend(text, self.tools.get(self.names[index], {}))
-            self.mended += mended is not None
+            parameters = self.tools.get(self.names[index], {})
+            mended = self.mend(text, parameters)
+            if mended is not None:
+                self.mended += 1
             if text:
                 yield ToolCall(index, "", "", mended or text)
         self.held = {}
@@ -7761,7 +8319,9 @@ class UnfinishedArguments(Repair):
 
     @classmethod
     def needed(cls, needs: RepairNeeds) -> Repair | None:
-        return cls(needs.tools) if needs.tools else None
+        if not needs.tools:
+            return None
+        return cls(needs.tools)
 
     def __init__(self, tools: Mapping[str, JSON]) -> None:
         self.tools = tools  # the parameters of each, by name
@@ -7794,18 +8354,24 @@ class UnfinishedArguments(Repair):
         else:
             kept = text
         self.sent[event.index].append(kept)
+        if kept == event.arguments:
+            return (event,)
         if kept or event.id:
             return (replace(event, arguments=kept),)
         return ()
 
     def close(self, reason: FinishReason) -> Iterator[Event]:
+        was_cut_off = reason in ("length", "window_full")
         for index, pieces in self.sent.items():
             comma = "".join(self.commas.get(index, []))
-            missing = self.missing("".join(pieces), self.tools.get(self.names[index], {}))
-            is_whole = missing == "" or (missing and reason not in ("length", "window_full"))
-            if is_whole and (missing or comma):
-                self.mended += 1
-            rest = missing if is_whole else comma
+            parameters = self.tools.get(self.names[index], {})
+            missing = self.missing("".join(pieces), parameters)
+            if missing is None or (missing and was_cut_off):
+                rest = comma  # it stays as it is
+            else:
+                rest = missing
+                if missing or comma:
+                    self.mended += 1
             if rest:
                 yield ToolCall(index, "", "", rest)
 
@@ -7826,9 +8392,10 @@ class UnfinishedArguments(Repair):
 
 
 class TypeMender:
-    """Puts values in the place of strings in JSON text that comes in pieces, where a schema allows no string.
+    """Puts values in the place of strings in JSON text, where a schema allows no string.
 
-    Only within `depth` brackets. Such a string is held to its end; all else passes as it is.
+    The text comes in pieces. Such a string is held to its end; all else passes as it is, and so
+    does what stands within more than `depth` brackets.
     """
 
     def __init__(self, schema: Schema, depth: int) -> None:
@@ -7837,9 +8404,8 @@ class TypeMender:
         self.schemas: list[Schema] = []  # of the objects and arrays that are open
         self.expected = schema  # of the next value
         self.key = ""  # the last one
-        self.role: Literal["", "key", "value"] = (
-            ""  # of the string that is open; "": of no interest
-        )
+        # Of the string that is open; "": of no interest.
+        self.role: Literal["", "key", "value"] = ""
         self.string: list[str] = []  # its pieces
         self.mended = 0
 
@@ -7923,9 +8489,9 @@ class TypeMender:
 class TypedArguments(Repair):
     """Arguments of the wrong type: "3" for a number, "[…]" for an array, a string for all of them.
 
-    mastra-ai/mastra#12771, antirez/ds4#569. A string becomes the value that it is the JSON of, where
-    the schema allows that and no string. In arguments that come in one piece this holds at every
-    depth; in others only a value at the top is held for it, all else streams on.
+    mastra-ai/mastra#12771, antirez/ds4#569. A string becomes the value that it is the JSON of,
+    where the schema allows that and no string. In arguments that come in one piece this holds at
+    every depth; in others only a value at the top is held for it, all else streams on.
     """
 
     kind = "argument_types"
@@ -7933,7 +8499,9 @@ class TypedArguments(Repair):
 
     @classmethod
     def needed(cls, needs: RepairNeeds) -> Repair | None:
-        return cls(needs.tools) if needs.tools else None
+        if not needs.tools:
+            return None
+        return cls(needs.tools)
 
     def __init__(self, tools: Mapping[str, JSON]) -> None:
         self.tools = tools  # the parameters of each, by name
@@ -7992,7 +8560,7 @@ class TypedArguments(Repair):
 
 
 class HalfEscapes(Repair):
-    """Half a surrogate pair in arguments, where it stands as an escape that no reader of bytes sees.
+    """Half a surrogate pair in arguments, as an escape in their JSON: the reader does not see it.
 
     It waits for the other half, as in HalfPairs, and alone is U+FFFD.
     """
@@ -8009,7 +8577,9 @@ class HalfEscapes(Repair):
 
     @classmethod
     def needed(cls, needs: RepairNeeds) -> Repair | None:
-        return cls() if needs.tools else None
+        if not needs.tools:
+            return None
+        return cls()
 
     def __init__(self) -> None:
         self.held: dict[int, str] = {}  # the beginning of a pair, at the end of a call's arguments
@@ -8044,23 +8614,11 @@ class HalfEscapes(Repair):
             yield ToolCall(index, "", "", rest)
 
 
-def is_another(piece: ToolCall, call: Call) -> bool:
-    """Whether a piece with a name begins another call than the one with its index or id."""
-    if not piece.name:
-        return False
-    return contradict(piece.id, call.given_id) or contradict(piece.name, call.name)
-
-
-def contradict(one: str, other: str) -> bool:
-    """Whether two names are both known and not the same."""
-    return bool(one and other and one != other)
-
-
 class FencedJson(Repair):
     """JSON inside a code fence, where JSON was asked for (hugalafutro/model-hotel#896).
 
-    Its inside is the answer, if the fence is all there is. That shows only at the end, and so a text
-    that begins with a fence and JSON in it is held until then; any other streams on.
+    Its inside is the answer, if the fence is all there is. That shows only at the end, and so a
+    text that begins with a fence and JSON in it is held until then; any other streams on.
     """
 
     kind = "fenced_json"
@@ -8072,7 +8630,9 @@ class FencedJson(Repair):
 
     @classmethod
     def needed(cls, needs: RepairNeeds) -> Repair | None:
-        return cls() if needs.wants_json else None
+        if not needs.wants_json:
+            return None
+        return cls()
 
     def __init__(self) -> None:
         self.held: list[str] = []  # the text so far
@@ -8110,7 +8670,7 @@ class FencedJson(Repair):
 
 
 class JsonAlone(Repair):
-    """Text beside a call, where JSON was asked for and tools were offered: SDKs parse all text as JSON.
+    """Text beside a call, where JSON was asked for and tools were offered: SDKs parse it as JSON.
 
     Text that begins as JSON streams on until a call comes; other text is held until it is clear
     whether it stands beside a call.
@@ -8121,7 +8681,9 @@ class JsonAlone(Repair):
 
     @classmethod
     def needed(cls, needs: RepairNeeds) -> Repair | None:
-        return cls() if needs.tools and needs.wants_json else None
+        if not needs.tools or not needs.wants_json:
+            return None
+        return cls()
 
     def __init__(self) -> None:
         self.held: list[str] = []  # text that does not begin as JSON
@@ -8144,18 +8706,20 @@ class JsonAlone(Repair):
         if not self.has_begun and not self.held:
             text = text.lstrip()
             self.has_begun = text.startswith(("{", "["))
-        if not self.has_begun:
-            self.held += filter(None, [text])
-        elif not self.has_call:
-            yield Text(text)
+        if self.has_begun:
+            if not self.has_call:
+                yield Text(text)
+        elif text:
+            self.held.append(text)
 
 
 class StopStrings(Repair):
-    """Stop strings that Z.ai leaves in the text, or does not know: it takes four (zai-org/GLM-4#511).
+    """Stop strings that Z.ai leaves in the text, or is not told: it takes four.
 
-    The answer ends before the first one that is complete; what Z.ai sends behind it is not read. At
-    the end of an answer also a part of one goes that is plainly no text (huggingface/smolagents#1934):
-    of three characters or more, and beginning with "<" or a line end.
+    zai-org/GLM-4#511. The answer ends before the first one that is complete; what Z.ai sends behind
+    it is not read. A part of one goes, too, where an answer ends with it and it is plainly no text
+    (huggingface/smolagents#1934): it has three characters or more, and begins with "<" or a line
+    end.
     """
 
     kind = "stop_strings"
@@ -8164,7 +8728,9 @@ class StopStrings(Repair):
 
     @classmethod
     def needed(cls, needs: RepairNeeds) -> Repair | None:
-        return cls(needs.stop) if needs.stop else None
+        if not needs.stop:
+            return None
+        return cls(needs.stop)
 
     def __init__(self, stop: tuple[str, ...]) -> None:
         self.stop = stop
@@ -8215,7 +8781,7 @@ class StopStrings(Repair):
         return earliest
 
     def end(self, finish: Finish) -> Finish:
-        """The finish, when the text has ended with a part of a stop string that is not one of its own."""
+        """The finish; a part of a stop string at the end of the text is what stopped it."""
         if finish.reason != "stop" or len(self.held) < self.LEAST_PART:
             return finish
         if not self.held.startswith(("<", "\n", "\r")):
@@ -8227,19 +8793,20 @@ class StopStrings(Repair):
 
 
 def first_stop(text: str, stops: Iterable[str]) -> tuple[int, str]:
-    """Where the stop string begins that is the first to be complete, and which; "" if there is none."""
-    first = len(text) + 1
-    start, met = 0, ""
+    """Where the first stop string to be complete begins, and which it is; "" if there is none."""
+    found = []
     for stop in stops:
-        at = text.find(stop)
-        end = at + len(stop)
-        if at >= 0 and (end, at) < (first, start):
-            first, start, met = end, at, stop
+        start = text.find(stop)
+        if start >= 0:
+            found.append((start + len(stop), start, stop))
+    if not found:
+        return 0, ""
+    _, start, met = min(found)
     return start, met
 
 
 class FinishWithoutCall(Repair):
-    """The finish tool_calls of an answer that has no call, which is stop: an agent waits for one."""
+    """The finish tool_calls of an answer that has no call becomes stop: an agent waits for one."""
 
     kind = "finish_without_call"
     sees = frozenset((ToolCall, Finish))
@@ -8263,7 +8830,9 @@ class EmptyAnswer(Repair):
 
     @classmethod
     def needed(cls, needs: RepairNeeds) -> Repair | None:
-        return cls() if needs.asks_again else None
+        if not needs.asks_again:
+            return None
+        return cls()
 
     def feed(self, event: Thought | Text | ToolCall | Finish) -> tuple[Event, ...]:
         self.sees = frozenset()
@@ -8298,6 +8867,7 @@ class Ending(Repair):
             yield event
         elif isinstance(event, ToolCall):
             self.has_call = True
+            self.sees = self.sees - {ToolCall}
             yield event
         elif isinstance(event, Citations):
             self.results += event.results
@@ -8321,7 +8891,7 @@ class Ending(Repair):
             yield self.usage
         if reason == "stop" and self.has_call:
             reason = "tool_calls"
-        yield replace(finish, reason=reason, is_window_full=is_window_full)
+        yield Finish(reason, finish.choice, finish.stop_sequence, is_window_full)
 
 
 # In the order of the picture above.
@@ -8395,7 +8965,7 @@ class HiddenReasoning(Repair):
 
 
 class RawReasoning(Repair):
-    """Not a repair: puts the reasoning into the text between <think> tags, where the client wants that."""
+    """Not a repair: puts reasoning into the text in <think> tags, where the client wants that."""
 
     sees = frozenset((Thought, Text, ToolCall, Citations, Finish))
 
@@ -8404,8 +8974,11 @@ class RawReasoning(Repair):
 
     def feed(self, event: Thought | Text | ToolCall | Citations | Finish) -> Iterator[Event]:
         if isinstance(event, Thought):
-            yield Text(event.text if self.is_open else "<think>" + event.text)
-            self.is_open = True
+            if not self.is_open:
+                self.is_open = True
+                yield Text("<think>" + event.text)
+            else:
+                yield Text(event.text)
             return
         if self.is_open:
             yield Text("</think>")
@@ -8422,38 +8995,44 @@ def reasoning_shape(form: ReasoningFormat) -> list[Repair]:
     return []
 
 
+# ======== Z.ai: other paths =======================================================================
+# What is special about the paths that are relayed as they are (embeddings, images, transcriptions,
+# forms) and about the quota of a Coding Plan, for `pass_through` and the dashboard.
+
+
 PLAN_WINDOWS = {(3, 5): "5h", (6, 1): "week", (5, 1): "month"}  # by unit and number
 
 
 def plan_quota(document: JSON) -> JSON:
-    """What is left of a Coding Plan. Z.ai does not document this, and changed its names in July 2026."""
+    """What is left of a Coding Plan.
+
+    Z.ai does not document this, and changed its names in July 2026.
+    """
     data = as_object(document.get("data")) or document
-    limits = [
-        limit
-        for limit in objects(data.get("limits"))
-        if as_number(limit.get("percentage")) is not None
-    ]
-    return {"level": str(data.get("level") or "")[:20], "limits": [*map(plan_limit, limits)]}
+    limits = objects(data.get("limits"))
+    known = [limit for limit in limits if as_number(limit.get("percentage")) is not None]
+    return {"level": str(data.get("level") or "")[:20], "limits": [*map(plan_limit, known)]}
 
 
 LAST_MILLISECOND = 253_402_214_400_000  # of Unix time that is a date: the end of the year 9999
 
 
 def plan_limit(limit: JSON) -> JSON:
-    unit, number = limit.get("unit"), limit.get("number")
-    resets_at = as_number(limit.get("nextResetTime")) or 0
-    is_known = 0 < resets_at < LAST_MILLISECOND
-    window = PLAN_WINDOWS.get((as_count(unit), as_count(number))) or f"{number} of unit {unit}"[:20]
-    used, allowance = as_number(limit.get("currentValue")), as_number(limit.get("usage"))
-    shown = {
-        "window": window,
+    """One limit of a Coding Plan; `resets_at` is a Unix time, None if it is not known."""
+    unit = limit.get("unit")
+    number = limit.get("number")
+    window = PLAN_WINDOWS.get((as_count(unit), as_count(number)))
+    milliseconds = as_number(limit.get("nextResetTime")) or 0
+    resets_at = None
+    if 0 < milliseconds < LAST_MILLISECOND:
+        resets_at = milliseconds / 1000
+    return {
+        "window": window or f"{number} of unit {unit}"[:20],
         "type": str(limit.get("type"))[:20],
         "percentage": limit["percentage"],
-    }
-    return shown | {
-        "used": used,
-        "allowance": allowance,
-        "resets_at": resets_at / 1000 if is_known else None,
+        "used": as_number(limit.get("currentValue")),
+        "allowance": as_number(limit.get("usage")),
+        "resets_at": resets_at,
     }
 
 
@@ -8472,7 +9051,10 @@ class PassThroughReader:
 
 
 def pass_through_body(body: JSON, aliases: Aliases) -> JSON:
-    """With the model that an alias stands for, and without encoding_format, which Z.ai's embeddings do not have."""
+    """The body with the model that an alias stands for, and without encoding_format.
+
+    Z.ai's embeddings have no such field.
+    """
     sent = {name: value for name, value in body.items() if name != "encoding_format"}
     name = body.get("model")
     if isinstance(name, str) and is_model_name(name):
@@ -8493,7 +9075,7 @@ def check_embedding_input(body: JSON) -> None:
 
 
 def check_image_format(body: JSON) -> None:
-    """Raises BadRequest for an image in the answer itself."""
+    """Raises BadRequest where the answer is to have the image itself."""
     if body.get("response_format") == "b64_json":
         words = "Z.ai gives URLs of images, which can be loaded for 30 days, and no base64: "
         words += "leave 'response_format' out, or ask for \"url\"."
@@ -8537,194 +9119,27 @@ class UsageReader(PassThroughReader):
         return b""
 
     def close(self) -> bytes:
-        data, self.held = bytes(self.held), bytearray()
-        self.usage = (
-            zai_usage(as_object(as_object(parse_answer(data)).get("usage"))) if data else self.usage
-        )
+        data = bytes(self.held)
+        self.held = bytearray()
+        if data:
+            document = as_object(parse_answer(data))
+            self.usage = zai_usage(as_object(document.get("usage")))
         return data
 
 
 class EmbeddingsReader(UsageReader):
-    """Embeddings in base64 (little-endian float32): openai-node asks for it by default, and reads nothing else."""
+    """Embeddings in base64 (little-endian float32).
+
+    openai-node asks for base64 unless it is told otherwise, and then reads nothing else.
+    """
 
     def close(self) -> bytes:
         data = super().close()
         document = as_object(parse_answer(data))
         if not isinstance(document.get("data"), list):
             return data
-        return json_bytes(
-            {**document, "data": [packed_embedding(item) for item in document["data"]]}
-        )
-
-
-class JoinedEmbeddings:
-    """The answers to the batches of one request, as one answer: `index` goes on, usage is summed."""
-
-    def __init__(self) -> None:
-        self.items: list[bytes] = []  # as JSON, which takes less memory than numbers
-        self.counts: Counter[str] = Counter()  # what the usage of all has, by name
-        self.others: JSON = {}  # the other fields, of the latest answer
-
-    def add(self, data: bytes, texts: int) -> None:
-        """An answer to that many texts. Raises UpstreamError where it is none."""
-        document = as_object(parse_answer(data))
-        items = document.get("data")
-        if not isinstance(items, list) or len(items) != texts:
-            raise zai_error(200, data)
-        for item in items:
-            self.items.append(json_bytes({**as_object(item), "index": len(self.items)}))
-        for name, tokens in as_object(document.get("usage")).items():
-            self.counts[name] += as_count(tokens)
-        self.others = document
-
-    def document(self) -> bytes:
-        others = json_bytes({**self.others, "data": None, "usage": self.counts})
-        head, _, rest = others.partition(b'"data":null')
-        return b"".join([head, b'"data":[', b",".join(self.items), b"]", rest])
-
-
-class TranscriptReader(UsageReader):
-    """The text of a transcription alone, for `response_format: text`; a stream passes as it comes."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.is_stream = False  # the first bytes are no JSON object's
-
-    def feed(self, part: bytes) -> bytes:
-        if self.is_stream:
-            return part
-        self.held += part
-        begun = self.held.lstrip()
-        if not begun or begun.startswith(b"{"):
-            return b""
-        self.is_stream = True
-        return super().close()
-
-    def close(self) -> bytes:
-        """Raises UpstreamError for a refusal: what is said in a text is none."""
-        data = super().close()
-        if error := refusal_in(data):
-            raise error
-        text = as_object(parse_answer(data)).get("text")
-        if not isinstance(text, str):
-            return data
-        self.media_type = "text/plain; charset=utf-8"
-        return whole_characters(text).encode()
-
-
-FIELD_LIMIT = 2**16  # bytes of the head of a form's part, and of a field that is read
-DISPOSITION = re.compile(
-    rb"^content-disposition:([^\r\n]*(?:\r\n[ \t][^\r\n]*)*)", re.IGNORECASE | re.MULTILINE
-)
-PARAMETER = re.compile(rb';\s*([^\s=;"]+)\s*=\s*("(?:[^"\\]|\\.)*"|[^;"\r\n]*)')
-BOUNDARY = re.compile(r'boundary\s*=\s*("?)([^";,]{1,200})\1', re.IGNORECASE)
-BROKEN_FORM = "The form in the request's body cannot be read: "
-
-
-class FormReader:
-    """Passes a multipart form on as it comes, while some of its fields are read and may change.
-
-    Nothing of a file is kept. The line that ends the form is held back until `close`: what is wrong
-    in a field that comes behind the file is seen before Z.ai has a whole request.
-    """
-
-    def __init__(self, boundary: str, fields: Mapping[str, Callable[[str], str]]) -> None:
-        self.line = b"\r\n--" + boundary.encode()  # before each part, and behind the last
-        self.fields = fields  # by the name of each field that is read: what becomes of its text
-        # What is not passed on yet. The first line has no end of another before it.
-        self.held = bytearray(b"\r\n")
-        self.added = 2  # bytes in `held` that the client did not send
-        self.field = ""  # the name of the one that is read
-        self.step: Callable[[], bytes | None] = self.pass_content  # by what comes next
-
-    def feed(self, part: bytes) -> bytes:
-        """The bytes to send on now. Raises BadRequest, and what the functions of the fields raise."""
-        self.held += part
-        passed = bytearray()
-        while (piece := self.step()) is not None:
-            passed += piece
-        return self.as_sent(passed)
-
-    def close(self) -> bytes:
-        """What was held back."""
-        return self.as_sent(self.held)
-
-    def as_sent(self, data: bytearray) -> bytes:
-        ours = min(self.added, len(data))
-        self.added -= ours
-        return bytes(data[ours:])
-
-    def take(self, size: int) -> bytes:
-        taken = bytes(self.held[:size])
-        del self.held[:size]
-        return taken
-
-    def pass_content(self) -> bytes | None:
-        """A file, or a field that is not read, up to the line behind it; None if more must come."""
-        end = self.held.find(self.line)
-        if end >= 0:
-            self.step = self.read_head
-            return self.take(end)
-        return self.take(max(0, len(self.held) - len(self.line) + 1)) or None
-
-    def read_head(self) -> bytes | None:
-        """The line before a part, and the part's head."""
-        begin = len(self.line)
-        if len(self.held) < begin + 2:
-            return None
-        if self.held.startswith(b"--", begin):
-            self.step = self.hold_end
-            return b""
-        if self.held[begin] not in b"\r \t":
-            raise BadRequest(f"{BROKEN_FORM}its boundary stands in the midst of a file.")
-        end = self.held.find(b"\r\n\r\n", begin)
-        if end < 0 or end > FIELD_LIMIT:
-            self.check_held()
-            return None
-        head = self.take(end + 4)
-        if self.line in head[begin:]:
-            raise BadRequest(f"{BROKEN_FORM}a part has no end of its head.")
-        self.field = field_name(head)
-        self.step = self.read_field if self.field in self.fields else self.pass_content
-        return head
-
-    def read_field(self) -> bytes | None:
-        end = self.held.find(self.line)
-        if end < 0 or end > FIELD_LIMIT:
-            self.check_held()
-            return None
-        self.step = self.read_head
-        try:
-            text = self.take(end).decode()
-        except UnicodeDecodeError:
-            raise BadRequest(f"{BROKEN_FORM}'{self.field}' is not UTF-8.", self.field) from None
-        return self.fields[self.field](text).encode()
-
-    def hold_end(self) -> None:
-        self.check_held()
-
-    def check_held(self) -> None:
-        if len(self.held) > FIELD_LIMIT:
-            raise BadRequest(f"{BROKEN_FORM}a head, a field or its end is too long.")
-
-
-def field_name(head: bytes) -> str:
-    """The name in the head of a form's part, "" for none. Raises BadRequest for one in another coding."""
-    found = DISPOSITION.search(head)
-    for name, value in PARAMETER.findall(found[1] if found else b""):
-        if name.lower() == b"name*":  # RFC 7578 forbids it
-            raise BadRequest(f"{BROKEN_FORM}it has a field with name*=.")
-        if name.lower() == b"name":
-            return str(value.strip().strip(b'"').decode("utf-8", "replace"))
-    return ""
-
-
-def form_boundary(content_type: str) -> str:
-    """Raises BadRequest where the header names none."""
-    found = BOUNDARY.search(content_type)
-    if found is None:
-        raise BadRequest(f"{BROKEN_FORM}its Content-Type names no boundary.")
-    return found[2].strip()
+        packed = [packed_embedding(item) for item in document["data"]]
+        return json_bytes({**document, "data": packed})
 
 
 def packed_embedding(item: Any) -> Any:
@@ -8758,7 +9173,190 @@ def fitting(number: int | float) -> float:
     return number
 
 
-# ======== Z.ai: request =============================================================================================
+class JoinedEmbeddings:
+    """The answers to the batches of one request, as one: `index` goes on, usage is summed."""
+
+    def __init__(self) -> None:
+        self.items: list[bytes] = []  # as JSON, which takes less memory than numbers
+        self.counts: Counter[str] = Counter()  # what the usage of all has, by name
+        self.others: JSON = {}  # the other fields, of the latest answer
+
+    def add(self, data: bytes, texts: int) -> None:
+        """An answer to that many texts. Raises UpstreamError where it is none."""
+        document = as_object(parse_answer(data))
+        items = document.get("data")
+        if not isinstance(items, list) or len(items) != texts:
+            raise zai_error(200, data)
+        for item in items:
+            self.items.append(json_bytes({**as_object(item), "index": len(self.items)}))
+        for name, tokens in as_object(document.get("usage")).items():
+            self.counts[name] += as_count(tokens)
+        self.others = document
+
+    def document(self) -> bytes:
+        others = json_bytes({**self.others, "data": None, "usage": self.counts})
+        head, _, rest = others.partition(b'"data":null')
+        return b"".join([head, b'"data":[', b",".join(self.items), b"]", rest])
+
+
+class TranscriptReader(UsageReader):
+    """Only the text of a transcription (`response_format: text`); a stream passes as it comes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.is_stream = False  # the first bytes are no JSON object's
+
+    def feed(self, part: bytes) -> bytes:
+        if self.is_stream:
+            return part
+        self.held += part
+        begun = self.held.lstrip()
+        if not begun or begun.startswith(b"{"):
+            return b""
+        self.is_stream = True
+        return super().close()
+
+    def close(self) -> bytes:
+        """The text. Raises UpstreamError for a refusal, which has none."""
+        data = super().close()
+        error = refusal_in(data)
+        if error:
+            raise error
+        text = as_object(parse_answer(data)).get("text")
+        if not isinstance(text, str):
+            return data
+        self.media_type = "text/plain; charset=utf-8"
+        return whole_characters(text).encode()
+
+
+FIELD_LIMIT = 2**16  # bytes of the head of a form's part, and of a field that is read
+DISPOSITION = re.compile(
+    rb"^content-disposition:([^\r\n]*(?:\r\n[ \t][^\r\n]*)*)", re.IGNORECASE | re.MULTILINE
+)
+PARAMETER = re.compile(rb';\s*([^\s=;"]+)\s*=\s*("(?:[^"\\]|\\.)*"|[^;"\r\n]*)')
+BOUNDARY = re.compile(r'boundary\s*=\s*("?)([^";,]{1,200})\1', re.IGNORECASE)
+BROKEN_FORM = "The form in the request's body cannot be read: "
+
+
+class FormReader:
+    """Passes a multipart form on as it comes, while some of its fields are read and may change.
+
+    Nothing of a file is kept. The line that ends the form is held back until `close`: what is wrong
+    in a field that comes behind the file is seen before Z.ai has a whole request.
+    """
+
+    def __init__(self, boundary: str, fields: Mapping[str, Callable[[str], str]]) -> None:
+        self.line = b"\r\n--" + boundary.encode()  # before each part, and behind the last
+        self.fields = fields  # by the name of each field that is read: what becomes of its text
+        # What is not passed on yet. The first line has no end of another before it.
+        self.held = bytearray(b"\r\n")
+        self.added = 2  # bytes in `held` that the client did not send
+        self.field = ""  # the name of the one that is read
+        # What reads on: it returns what goes out, None if more must come first.
+        self.step: Callable[[], bytes | None] = self.pass_content
+
+    def feed(self, part: bytes) -> bytes:
+        """The bytes to send on now.
+
+        Raises BadRequest for a form that cannot be read, and what the functions of fields raise.
+        """
+        self.held += part
+        passed = bytearray()
+        piece = self.step()
+        while piece is not None:
+            passed += piece
+            piece = self.step()
+        return self.as_sent(passed)
+
+    def close(self) -> bytes:
+        """What was held back."""
+        return self.as_sent(self.held)
+
+    def as_sent(self, data: bytearray) -> bytes:
+        """Without the bytes that the client did not send."""
+        ours = min(self.added, len(data))
+        self.added -= ours
+        return bytes(data[ours:])
+
+    def take(self, size: int) -> bytes:
+        taken = bytes(self.held[:size])
+        del self.held[:size]
+        return taken
+
+    def pass_content(self) -> bytes | None:
+        """A file, or a field that is not read, up to the line behind it."""
+        end = self.held.find(self.line)
+        if end >= 0:
+            self.step = self.read_head
+            return self.take(end)
+        certain = len(self.held) - len(self.line) + 1  # the rest may be the beginning of the line
+        return self.take(max(0, certain)) or None
+
+    def read_head(self) -> bytes | None:
+        """The line before a part, and the part's head."""
+        begin = len(self.line)
+        if len(self.held) < begin + 2:
+            return None
+        if self.held.startswith(b"--", begin):
+            self.step = self.hold_end
+            return b""
+        if self.held[begin] not in b"\r \t":
+            raise BadRequest(f"{BROKEN_FORM}its boundary stands in the midst of a file.")
+        end = self.held.find(b"\r\n\r\n", begin)
+        if end < 0 or end > FIELD_LIMIT:
+            self.check_held()
+            return None
+        head = self.take(end + 4)
+        if self.line in head[begin:]:
+            raise BadRequest(f"{BROKEN_FORM}a part has no end of its head.")
+        self.field = field_name(head)
+        self.step = self.pass_content
+        if self.field in self.fields:
+            self.step = self.read_field
+        return head
+
+    def read_field(self) -> bytes | None:
+        end = self.held.find(self.line)
+        if end < 0 or end > FIELD_LIMIT:
+            self.check_held()
+            return None
+        self.step = self.read_head
+        try:
+            text = self.take(end).decode()
+        except UnicodeDecodeError:
+            raise BadRequest(f"{BROKEN_FORM}'{self.field}' is not UTF-8.", self.field) from None
+        return self.fields[self.field](text).encode()
+
+    def hold_end(self) -> None:
+        self.check_held()
+
+    def check_held(self) -> None:
+        if len(self.held) > FIELD_LIMIT:
+            raise BadRequest(f"{BROKEN_FORM}a head, a field or its end is too long.")
+
+
+def field_name(head: bytes) -> str:
+    """The name in the head of a form's part, "" for none. Raises BadRequest for a coded one."""
+    found = DISPOSITION.search(head)
+    if found is None:
+        return ""
+    for name, value in PARAMETER.findall(found[1]):
+        if name.lower() == b"name*":  # RFC 7578 forbids it
+            raise BadRequest(f"{BROKEN_FORM}it has a field with name*=.")
+        if name.lower() == b"name":
+            return str(value.strip().strip(b'"').decode("utf-8", "replace"))
+    return ""
+
+
+def form_boundary(content_type: str) -> str:
+    """The boundary that a Content-Type names. Raises BadRequest where there is none."""
+    found = BOUNDARY.search(content_type)
+    if found is None:
+        raise BadRequest(f"{BROKEN_FORM}its Content-Type names no boundary.")
+    return found[2].strip()
+
+
+# ======== Z.ai: request ===========================================================================
 # `zai_body` is a Prompt as Z.ai takes it; what Z.ai has no parameter for is emulated or left out.
 
 
@@ -8766,59 +9364,81 @@ MAX_ZAI_STOPS = 4  # stop strings; StopStrings honours all (QwenLM/Qwen-Agent#37
 
 
 def zai_body(prompt: Prompt, model: Model) -> JSON:
-    """Only fields that Z.ai knows: an unknown one fails the whole request, without being named (1210).
+    """The body of a request: only fields that Z.ai knows.
 
-    It is always asked for a stream: a whole answer is what its stream adds up to, and a model that
-    thinks for minutes is silent for no longer than its pauses.
+    An unknown one would fail the whole request, without being named (1210). Z.ai is always asked
+    for a stream: a whole answer is what its stream adds up to, and a model that thinks for minutes
+    is silent for no longer than its pauses.
     """
-    tools = [*map(zai_tool, prompt.tools), *prompt.native_tools]
     messages = with_system_lines(prompt.messages, emulation_lines(prompt))
     body = {
         "model": model.id,
-        "messages": [*map(zai_message, messages)],
+        "messages": [zai_message(message) for message in messages],
         "stream": True,
-        "temperature": None if prompt.temperature is None else min(prompt.temperature, 1),
-        "top_p": None if prompt.top_p is None else max(prompt.top_p, 0.01),
-        "max_tokens": prompt.max_tokens
-        and min(prompt.max_tokens, model.output or prompt.max_tokens),
+        **zai_sampling(prompt, model),
+        "user_id": zai_user(prompt.user),
+    }
+    tools = [*map(zai_tool, prompt.tools), *prompt.native_tools]
+    if tools:
+        body["tools"] = tools
+        if model.streams_arguments:
+            body["tool_stream"] = True
+    if prompt.schema is not None:
+        body["response_format"] = {"type": "json_object"}
+    body.update(zai_thinking(prompt, model))
+    body.update(prompt.native)
+    return {name: value for name, value in body.items() if value is not None}
+
+
+def zai_sampling(prompt: Prompt, model: Model) -> JSON:
+    """How the answer is made and where it ends, within Z.ai's bounds; None where it is open."""
+    temperature = prompt.temperature
+    if temperature is not None:
+        temperature = min(temperature, 1)
+    top_p = prompt.top_p
+    if top_p is not None:
+        top_p = max(top_p, 0.01)
+    max_tokens = prompt.max_tokens
+    if max_tokens and model.output:
+        max_tokens = min(max_tokens, model.output)
+    return {
+        "temperature": temperature,
+        "top_p": top_p,
+        "max_tokens": max_tokens,
         "stop": list(prompt.stop[:MAX_ZAI_STOPS]) or None,  # documented as a list
         "seed": prompt.seed,
-        "user_id": zai_user(prompt.user),
-        "tools": tools or None,
-        "tool_stream": True if tools and model.streams_arguments else None,
-        "response_format": None if prompt.schema is None else {"type": "json_object"},
-        **zai_thinking(prompt, model),
-        **prompt.native,
     }
-    return {name: value for name, value in body.items() if value is not None}
 
 
 @dataclass(slots=True)
 class ZaiRequest:
-    """A request as it is sent, and what the repair of its answer must know.
-
-    `characters` is its size, images counted as IMAGE_SIZE each.
-    """
+    """A request as it is sent, and what the repairs of its answer must know."""
 
     data: bytes
     needs: RepairNeeds
-    characters: int
+    characters: int  # its size, images counted as IMAGE_SIZE each
 
 
 ZAI_HOSTS = ("api.z.ai", "open.bigmodel.cn")
 
 
-def zai_request(prompt: Prompt, model: Model, base_url: str, answer_id: str) -> ZaiRequest:
-    """The request to a base; `answer_id` is ours, unique."""
+def zai_request(
+    prompt: Prompt, model: Model, base_url: str, answer_id: str, *, asks_again: bool = False
+) -> ZaiRequest:
+    """The request to a base; `answer_id` is ours, unique. An empty answer `asks_again`."""
     body = zai_body(prompt, model)
     if urlsplit(base_url).hostname not in ZAI_HOSTS:  # Z.ai itself tells usage unasked
         body["stream_options"] = {"include_usage": True}
     data = encode_request(body)
     tools = {tool.name: tool.parameters for tool in prompt.tools}
     forced = forced_function(prompt)
-    quoted = quoted_text(prompt.messages, forced=bool(forced)) if tools else ""
+    quoted = ""
+    if tools:
+        quoted = quoted_text(prompt.messages, forced=bool(forced))
     wants_json = prompt.schema is not None
-    needs = RepairNeeds(model, answer_id, tools, wants_json, quoted, forced, prompt.stop)
+    needs = RepairNeeds(
+        model, answer_id, tools, wants_json, quoted, forced, prompt.stop, asks_again
+    )
     return ZaiRequest(data, needs, len(data) - media_size(prompt.messages))
 
 
@@ -8832,8 +9452,12 @@ def forced_function(prompt: Prompt) -> str:
 
 def media_size(messages: Iterable[Message]) -> int:
     """The characters of all images and files, less what they count for."""
-    media = [part for message in messages for part in message.content if isinstance(part, Media)]
-    return sum(len(part.url) - IMAGE_SIZE for part in media)
+    size = 0
+    for message in messages:
+        for part in message.content:
+            if isinstance(part, Media):
+                size += len(part.url) - IMAGE_SIZE
+    return size
 
 
 def with_reasoning(
@@ -8842,14 +9466,18 @@ def with_reasoning(
     """The conversation with the reasoning that its client lost, from the index `start` on."""
 
     def recalled(message: Message) -> Message:
-        forgotten = message.role == "assistant" and not message.thought
-        return replace(message, thought=recall(message)) if forgotten else message
+        if message.role != "assistant" or message.thought:
+            return message
+        return replace(message, thought=recall(message))
 
     return (*messages[:start], *map(recalled, messages[start:]))
 
 
 def choice_prompt(prompt: Prompt, choice: int) -> Prompt:
-    """The prompt for one of `n` choices: with its own seed, or all would be the same, and without the request_id."""
+    """The prompt for one of `n` choices.
+
+    It has a seed of its own, or all would be the same, and not the request_id, which is for one.
+    """
     if prompt.n == 1:
         return prompt
     messages = prompt.messages
@@ -8868,7 +9496,11 @@ def zai_user(user: str) -> str | None:
     """Z.ai's user_id has 6 to 128 characters."""
     if len(user) > 128:
         return sha256(user)
-    return user if len(user) >= 6 else f"user-{user}" if user else None
+    if not user:
+        return None
+    if len(user) < 6:
+        return f"user-{user}"
+    return user
 
 
 def with_chosen_tools(prompt: Prompt) -> Prompt:
@@ -8895,7 +9527,7 @@ TOOL_WORD = re.compile(r"[\w.:/-]+")
 
 
 def without_deferred(prompt: Prompt) -> Prompt:
-    """The prompt with no more than MAX_TOOLS tools: the deferred ones go that nothing said names.
+    """The prompt with no more than MAX_TOOLS tools: those go that are deferred and never named.
 
     Raises BadRequest if there are still more.
     """
@@ -8926,8 +9558,9 @@ LEGAL_NAME = re.compile("[A-Za-z0-9_-]{1,64}")  # docs.z.ai, of functions
 def legal_names(prompt: Prompt) -> dict[str, str]:
     """What Z.ai is told for each name of a tool, offered or called, that it would refuse.
 
-    A name is told in the same way whatever stands beside it and in every process, since Z.ai's cache
-    needs the same beginning to be the same bytes; the end is a hash, so that no two are the same.
+    A name is told in the same way whatever stands beside it and in every process, since Z.ai's
+    cache needs the same beginning to be the same bytes; the end is a hash, so that no two are the
+    same.
     """
     names = dict.fromkeys([tool.name for tool in prompt.tools])
     for message in prompt.messages:
@@ -8944,7 +9577,9 @@ def legal_names(prompt: Prompt) -> dict[str, str]:
 
 
 def legal_name(name: str, mark: str) -> str:
-    return f"{re.sub('[^A-Za-z0-9_-]', '_', name)[:55]}_{mark[:8]}"
+    """At most 64 characters: the name's own as far as they are legal, and 8 of the mark."""
+    legal = re.sub("[^A-Za-z0-9_-]", "_", name)
+    return f"{legal[:55]}_{mark[:8]}"
 
 
 def with_names(prompt: Prompt, names: Mapping[str, str]) -> Prompt:
@@ -8964,35 +9599,38 @@ def with_called_names(message: Message, names: Mapping[str, str]) -> Message:
 
 
 CALL_ORDER = "Answer by calling "
-SCHEMA_ORDER = "Answer only with JSON, without any other text and without Markdown, valid against this JSON Schema: "
+SCHEMA_ORDER = (
+    "Answer only with JSON, without any other text and without Markdown, "
+    "valid against this JSON Schema: "
+)
 
 
 def emulation_lines(prompt: Prompt) -> Iterator[str]:
-    """Lines for the system message, for what Z.ai has no parameter for: tool_choice and JSON Schemas."""
-    names = ", ".join(tool.name for tool in prompt.tools)
+    """Lines for the system message, in place of parameters that Z.ai lacks."""
     if prompt.tool_choice.mode == "required" and prompt.tools:
-        which = "one of the functions" if len(prompt.tools) > 1 else "the function"
+        names = ", ".join(tool.name for tool in prompt.tools)
+        which = "the function"
+        if len(prompt.tools) > 1:
+            which = "one of the functions"
         yield f"{CALL_ORDER}{which} {names}."
     if prompt.schema:
         yield SCHEMA_ORDER + json_text(prompt.schema)
 
 
 def with_system_lines(messages: tuple[Message, ...], lines: Iterable[str]) -> tuple[Message, ...]:
-    """The conversation with lines added to its first system message: Z.ai may refuse a second one."""
-    lines, roles = tuple(lines), [message.role for message in messages]
-    if not lines:
+    """The conversation with lines added to its first system message; Z.ai may refuse a second."""
+    added = tuple(lines)
+    if not added:
         return messages
-    if "system" not in roles:
-        return (Message("system", lines), *messages)
-    at = roles.index("system")
-    return (
-        *messages[:at],
-        replace(messages[at], content=(*messages[at].content, *lines)),
-        *messages[at + 1 :],
-    )
+    for index, message in enumerate(messages):
+        if message.role == "system":
+            longer = replace(message, content=(*message.content, *added))
+            return (*messages[:index], longer, *messages[index + 1 :])
+    return (Message("system", added), *messages)
 
 
-THINKING_ON, THINKING_OFF = {"thinking": {"type": "enabled"}}, {"thinking": {"type": "disabled"}}
+THINKING_ON: JSON = {"thinking": {"type": "enabled"}}
+THINKING_OFF: JSON = {"thinking": {"type": "disabled"}}
 # Models that always think have three levels; this is the nearest for each effort.
 EFFORT_WHEN_ALWAYS: dict[Effort, str] = {
     "off": "low",
@@ -9002,34 +9640,36 @@ EFFORT_WHEN_ALWAYS: dict[Effort, str] = {
     "xhigh": "max",
     "max": "max",
 }
-THINKING_WITH_EFFORT: dict[Effort, JSON] = {
-    level: THINKING_ON | {"reasoning_effort": level} for level in EFFORT_LEVELS
-}
-# The fields for each kind of model and effort (docs.z.ai, "Thinking Mode"; NousResearch/hermes-agent#85890, #97286).
+# The fields for each kind of model and effort (docs.z.ai, "Thinking Mode";
+# NousResearch/hermes-agent#85890, #97286).
 THINKING: dict[ThinkingKind, dict[Effort, JSON]] = {
     "none": {},
     "switch": {
-        level: THINKING_OFF if level == "off" else THINKING_ON
-        for level in ("off", "on", *EFFORT_LEVELS)
+        "off": THINKING_OFF,
+        "on": THINKING_ON,
+        **dict.fromkeys(EFFORT_LEVELS, THINKING_ON),
     },
-    "effort": {"off": THINKING_OFF, "on": THINKING_ON, **THINKING_WITH_EFFORT},
+    "effort": {
+        "off": THINKING_OFF,
+        "on": THINKING_ON,
+        **{level: {**THINKING_ON, "reasoning_effort": level} for level in EFFORT_LEVELS},
+    },
     "always": {level: {"reasoning_effort": known} for level, known in EFFORT_WHEN_ALWAYS.items()},
 }
 
 
 def zai_thinking(prompt: Prompt, model: Model) -> JSON:
     """Z.ai's thinking fields; clear_thinking=false keeps earlier reasoning visible."""
-    fields = THINKING[model.thinking].get(prompt.effort, {}) if prompt.effort else {}
-    remembers = prompt.clear_thinking is None and any(
-        message.thought for message in prompt.messages
-    )
-    clear = False if remembers else prompt.clear_thinking
+    fields: JSON = {}
+    if prompt.effort:
+        fields = THINKING[model.thinking].get(prompt.effort, {})
+    clear = prompt.clear_thinking
+    if clear is None and any(message.thought for message in prompt.messages):
+        clear = False
     if clear is None or model.thinking == "none":
         return fields
-    return {
-        **fields,
-        "thinking": {**fields.get("thinking", THINKING_ON["thinking"]), "clear_thinking": clear},
-    }
+    thinking: JSON = {**THINKING_ON, **fields}["thinking"]
+    return {**fields, "thinking": {**thinking, "clear_thinking": clear}}
 
 
 def zai_message(message: Message) -> JSON:
@@ -9044,18 +9684,23 @@ def zai_message(message: Message) -> JSON:
 
 
 def zai_content(message: Message) -> str | list[JSON]:
-    """Text without media is sent as a string: several models answer 1214 to text parts (BerriAI/litellm#25868)."""
+    """A message's content.
+
+    Text without media is a string: several models answer 1214 to parts (BerriAI/litellm#25868).
+    """
     if not has_media(message):
         return message_text(message)
     return [zai_part(part) for part in message.content if not is_blank(part)]
 
 
 def zai_part(part: Part) -> JSON:
-    """Z.ai takes https URLs and bare base64; some models refuse data: URLs (BigPizzaV3/CodexPlusPlus#2031)."""
+    """A part as Z.ai takes it.
+
+    Some models take https URLs and bare base64, and no data: URLs (BigPizzaV3/CodexPlusPlus#2031).
+    """
     match part:
         case Media(kind, url):
-            head = BASE64_URL.match(url)
-            return {"type": kind, kind: {"url": url[head.end() :] if head else url}}
+            return {"type": kind, kind: {"url": bare_base64(url)}}
         case _:
             return {"type": "text", "text": part}
 
@@ -9067,30 +9712,27 @@ def zai_tool(tool: Tool) -> JSON:
 
 
 class RefInliner:
-    """A JSON Schema with its own definitions in place of the references to them, and without unions with null.
+    """A JSON Schema with definitions in place of references to them, and no unions with null.
 
-    Z.ai answers 500 or nothing at all to `$ref` and `anyOf` (musistudio/claude-code-router#1474). Definitions that
-    contain themselves stay as they are, and so does everything if the result would exceed MAX_NODES.
+    Z.ai answers 500 or nothing at all to `$ref` and `anyOf` (musistudio/claude-code-router#1474).
+    Definitions that contain themselves stay as they are, and so does everything if the result would
+    exceed MAX_NODES.
     """
 
-    MAX_NODES, MAX_DEPTH = 2_000, 100  # objects and arrays in the result; nested
+    MAX_NODES = 2_000  # objects and arrays in the result
+    MAX_DEPTH = 100  # of them in one another
     DATA = ("const", "enum", "default", "examples")  # hold values, not schemas
-    MAPS = (
-        "properties",
-        "patternProperties",
-        "dependentSchemas",
-        "$defs",
-        "definitions",
-    )  # hold schemas by any name
+    # Hold schemas by any name.
+    MAPS = ("properties", "patternProperties", "dependentSchemas", "$defs", "definitions")
     PLACES = ("$defs", "definitions")  # of definitions
 
     def __init__(self, schema: JSON) -> None:
         self.schema = schema
-        found = [(f"#/{place}/", as_object(schema.get(place))) for place in self.PLACES]
-        self.definitions = {
-            path + name: part for path, parts in found for name, part in parts.items()
-        }
-        self.size = 0
+        self.definitions: JSON = {}  # by what refers to them
+        for place in self.PLACES:
+            for name, part in as_object(schema.get(place)).items():
+                self.definitions[f"#/{place}/{name}"] = part
+        self.size = 0  # objects and arrays so far
         self.has_refs = False  # a reference stays, so its definition must stay too
 
     def inline_all(self) -> JSON:
@@ -9098,31 +9740,39 @@ class RefInliner:
         inlined: JSON = self.inline(body, (), 0)
         if self.size > self.MAX_NODES:
             return self.schema
-        return inlined | {
-            name: self.schema[name] for name in self.PLACES if self.has_refs and name in self.schema
-        }
+        if self.has_refs:
+            for name in self.PLACES:
+                if name in self.schema:
+                    inlined[name] = self.schema[name]
+        return inlined
 
     def inline(self, part: Any, seen: tuple[str, ...], depth: int) -> Any:
         """`part` with its references replaced; `seen` are the definitions around it."""
         if not isinstance(part, (dict, list)) or self.size > self.MAX_NODES:
             return part
-        self.size += 1 if depth < self.MAX_DEPTH else self.MAX_NODES
-        match part:
-            case {"$ref": str(ref), **others} if ref not in seen and isinstance(
-                self.definitions.get(ref), dict
-            ):
-                meant = self.inline(self.definitions[ref], (*seen, ref), depth + 1)
-                return {**meant, **self.inline(others, seen, depth + 1)}
-            case {"$ref": str(ref)}:
-                self.has_refs = True
-                return part
-            case dict():
-                names = [name for name in part if name != "$schema"]
-                return without_null(
-                    {name: self.inline_at(name, part[name], seen, depth + 1) for name in names}
-                )
-            case _:
-                return [self.inline(value, seen, depth + 1) for value in part]
+        self.size += 1
+        if depth >= self.MAX_DEPTH:
+            self.size += self.MAX_NODES  # so that it counts as too large
+        if isinstance(part, list):
+            return [self.inline(value, seen, depth + 1) for value in part]
+        if isinstance(part.get("$ref"), str):
+            return self.inline_reference(part, seen, depth)
+        inlined = {}
+        for name, value in part.items():
+            if name != "$schema":
+                inlined[name] = self.inline_at(name, value, seen, depth + 1)
+        return without_null(inlined)
+
+    def inline_reference(self, part: JSON, seen: tuple[str, ...], depth: int) -> JSON:
+        """The definition that a `$ref` means, with what stands beside the `$ref`."""
+        reference = part["$ref"]
+        definition = self.definitions.get(reference)
+        if reference in seen or not isinstance(definition, dict):
+            self.has_refs = True
+            return part
+        others = {name: value for name, value in part.items() if name != "$ref"}
+        meant = self.inline(definition, (*seen, reference), depth + 1)
+        return {**meant, **self.inline(others, seen, depth + 1)}
 
     def inline_at(self, name: str, part: Any, seen: tuple[str, ...], depth: int) -> Any:
         """`part` of a schema with its references replaced, if it holds schemas under this name."""
@@ -9130,7 +9780,9 @@ class RefInliner:
             return {}
         if name in self.MAPS and isinstance(part, dict):
             return {key: self.inline(schema, seen, depth) for key, schema in part.items()}
-        return part if name in self.DATA else self.inline(part, seen, depth)
+        if name in self.DATA:
+            return part
+        return self.inline(part, seen, depth)
 
 
 def without_null(schema: JSON) -> JSON:
@@ -9138,41 +9790,44 @@ def without_null(schema: JSON) -> JSON:
     for union in ("anyOf", "oneOf"):
         match schema.get(union):
             case [{"type": "null"}, dict(other)] | [dict(other), {"type": "null"}]:
-                gone = ((union, schema[union]), ("default", None))
-                return {
-                    **other,
-                    **{name: value for name, value in schema.items() if (name, value) not in gone},
-                }
+                kept = {name: value for name, value in schema.items() if name != union}
+                if kept.get("default") is None:
+                    kept.pop("default", None)
+                return {**other, **kept}
     return schema
 
 
-# ======== Accounts ==================================================================================================
-# Whose request it is, what that key may, and what it has used. How it works:
+# ======== Accounts ================================================================================
+# Whose request it is, what that key may do, and what it has used. How it works:
 #
-# An account is a key's: `Account` has its limits in the words of the `keys` command, and never the key, only its
-# SHA-256. Whoever sends a DEFAULT_KEY is an operator: their keys are in the settings, have no limits, and each has
-# an account of its own for what it stores. The others are named; they are in the database, under an id of their own,
-# so that a key can be changed for a new one (`rotate`) while what it used, stored and may stays with its name.
+# Each key has an account. `Account` has its limits, in the words of the `keys` command, and never
+# the key itself, only its SHA-256. Whoever sends a DEFAULT_KEY is an operator: these keys are in
+# the settings and have no limits, and each has an account of its own for what it stores. The other
+# keys have names; they are in the database, under an id of their own. So a key can be changed for a
+# new one (`rotate`), and what it has used, stored and may do stays with its name.
 #
-# A request reads memory only. `Accounts` knows what the database last said (`Known`: a few seconds old, and common
-# to all processes), and has counted since what the database does not have yet: in `counted` until a batch is taken
-# from it, in `batch` until that is surely written, so that nothing is counted twice or lost when writing fails. What
-# a key has used is the sum of the three. So limits hold in one process at once, among several within seconds.
+# A request reads memory only. What a key has used is the sum of three: what the database last said
+# (`Known`: a few seconds old, and common to all processes), what is being written to it (`batch`),
+# and what was counted here since (`counted`). A batch stays the same until it is surely written, so
+# that nothing is counted twice, or lost when writing fails. So limits hold at once in one process,
+# and within seconds among several.
 #
-# What is counted is the tokens that Z.ai tells, or an estimate where it says nothing (`Meter`), and what they cost at
-# list price, by day, account and model. A day is one of UTC. A budget is for a day, a week from Monday, a month, or
-# for good: what was used is asked for by the first day of that. It is looked at when a request comes and again when
-# its turn has come; what is in flight may go beyond it, since nobody knows before what an answer will cost.
+# What is counted is the tokens that Z.ai tells, or an estimate where it says nothing (`Meter`), and
+# what they cost at list price, by day of UTC, account and model. A budget is for a day, a week from
+# Monday, a month, or for good; against it counts what was used since the first day of that. It is
+# looked at when a request comes, and again when its turn has come. What is in flight may go beyond
+# it, since nobody knows before what an answer will cost.
 #
-# Money is counted in billionths of a US dollar: whole numbers, so that sums in a database are exact, and small enough
-# for a token of the cheapest model. A chat model whose price is not known is charged like the dearest, or a budget
-# would mean nothing; what is free costs nothing, so that it goes on when a budget of money is used up.
+# Money is counted in billionths of a US dollar: whole numbers, so that sums in a database are
+# exact, and small enough for a token of the cheapest model. A chat model whose price is not known
+# is charged like the dearest, or a budget would mean nothing; what is free costs nothing, so that
+# it goes on when a budget of money is used up.
 
 OPERATOR = "operator"  # the name of everybody with a DEFAULT_KEY
 EVERYBODY = ""  # stands for the id of an account where all are meant
 
-# By account id, day and model: requests, failures, tokens in, tokens in from the cache, tokens out, and what they
-# cost in billionths of a dollar.
+# By account id, day and model: requests, failures, tokens in, tokens in from the cache, tokens out,
+# and what they cost in billionths of a dollar.
 Counts = dict[tuple[str, str, str], list[int]]
 NOTHING_COUNTED = (0, 0, 0, 0, 0, 0)
 
@@ -9240,7 +9895,7 @@ def money_budget(limit: str) -> Budget:
 
 @dataclass(frozen=True, slots=True)
 class Account:
-    """Who calls, and the limits of that key in the words of the `keys` command; None is no limit."""
+    """Who calls, and the limits of that key in the words of the `keys` command; None: no limit."""
 
     id: str  # of a key that an older version made, and of an operator's: the key's SHA-256
     name: str = ""
@@ -9270,22 +9925,24 @@ class Account:
         return money_budget(self.spend)
 
     def allows(self, model: Model) -> bool:
-        return self.models is None or any(
-            fnmatchcase(model.id, name.lower()) for name in self.models.split(",")
-        )
+        if self.models is None:
+            return True
+        patterns = self.models.lower().split(",")
+        return any(fnmatchcase(model.id, pattern) for pattern in patterns)
 
     def check_model(self, model: Model) -> None:
+        """Raises ProxyError for a model that the key may not use."""
         if not self.allows(model):
-            raise ProxyError(
-                MODEL_NOT_ALLOWED, f"This key may not use {model.id}, only {self.models}.", "model"
-            )
+            message = f"This key may not use {model.id}, only {self.models}."
+            raise ProxyError(MODEL_NOT_ALLOWED, message, "model")
 
     def check_usable(self, now: float) -> None:
         """Raises ProxyError for a key that is paused or past its date."""
         if self.paused:
             raise ProxyError(KEY_PAUSED)
         if self.expires and day_of(now).isoformat() > self.expires:
-            message = f"This key was valid until {self.expires}: the operator of this server can extend it."
+            message = f"This key was valid until {self.expires}: "
+            message += "the operator of this server can extend it."
             raise ProxyError(KEY_EXPIRED, message)
 
 
@@ -9321,7 +9978,10 @@ LIMITS: Mapping[str, tuple[str, str]] = {
 
 
 def parse_limits(given: Mapping[str, Any], today: date) -> JSON:
-    """An account's limits, as given by flags or in JSON; "none" and null remove one. Raises BadRequest."""
+    """An account's limits, as given by flags or in JSON; "none" and null remove one.
+
+    Raises BadRequest.
+    """
     return {name: parse_limit(name, value, today) for name, value in given.items()}
 
 
@@ -9332,13 +9992,16 @@ def parse_limit(name: str, value: Any, today: date) -> str | int | None:
         return None
     pattern, wanted = LIMITS[name]
     words = limit_words(name, value)
-    limit = last_day(words, today) if name == "expires" else words
+    limit = words
+    if name == "expires":
+        limit = last_day(words, today)
     if not limit or not re.fullmatch(pattern, words, re.ASCII | re.IGNORECASE):
-        shown = str(value)[:40]
-        raise BadRequest(
-            f"{name} {shown} cannot be used: it must be {wanted}; or none, for no limit.", name
-        )
-    return int(limit) if name in ("rpm", "parallel") else limit
+        message = f"{name} {str(value)[:40]} cannot be used: it must be {wanted}; "
+        message += "or none, for no limit."
+        raise BadRequest(message, name)
+    if name in ("rpm", "parallel"):
+        return int(limit)
+    return limit
 
 
 def limit_words(name: str, value: Any) -> str:
@@ -9355,17 +10018,28 @@ def limit_words(name: str, value: Any) -> str:
 
 
 def last_day(words: str, today: date) -> str:
-    """In ISO's form; "" for a day in the past, and for words that name no day."""
-    with suppress(ValueError, OverflowError):
-        day = (
-            today + timedelta(int(words[:-1])) if words.endswith("d") else date.fromisoformat(words)
-        )
-        return day.isoformat() if day >= today and words != "0d" else ""
-    return ""
+    """The last day of a key, in ISO's form; "" for a day in the past, or if words name none."""
+    try:
+        day = named_day(words, today)
+    except (ValueError, OverflowError):
+        return ""
+    if day < today or words == "0d":
+        return ""
+    return day.isoformat()
+
+
+def named_day(words: str, today: date) -> date:
+    """The day of 2027-01-31, or of 30d. Raises ValueError or OverflowError for other words."""
+    if words.endswith("d"):
+        return today + timedelta(int(words[:-1]))
+    return date.fromisoformat(words)
 
 
 def strange_patterns(models: str | None, known: Iterable[str]) -> list[str]:
-    """Those of a key's patterns that fit none of the known models: perhaps misspelt, perhaps of a new one."""
+    """Those of a key's patterns that fit none of the known models.
+
+    They may be misspelt, or meant for a model that is new.
+    """
     names = [*known]
     patterns = (models or "").lower().split(",")
     return [pattern for pattern in patterns if pattern and not fnmatch_filter(names, pattern)]
@@ -9376,13 +10050,18 @@ NO_NAMES = (OPERATOR, ".", "..")
 
 
 def parse_key_name(name: Any) -> str:
-    """A name, composed as Unicode's NFC, so that what looks the same is the same. Raises BadRequest."""
+    """A name, composed as Unicode's NFC, so that what looks the same is the same.
+
+    Raises BadRequest.
+    """
+    composed = ""
     if isinstance(name, str):
         composed = unicodedata.normalize("NFC", name)
-        is_free = composed not in NO_NAMES
-        if is_free and 1 <= len(composed) <= 64 and all(map(is_in_names, composed)):
-            return composed
-    raise BadRequest(f"A key's name is 1 to 64 letters, digits or ._@+-, not '{OPERATOR}'.", "name")
+    is_valid = 1 <= len(composed) <= 64 and all(map(is_in_names, composed))
+    if not is_valid or composed in NO_NAMES:
+        words = f"A key's name is 1 to 64 letters, digits or ._@+-, not '{OPERATOR}'."
+        raise BadRequest(words, "name")
+    return composed
 
 
 def is_in_names(character: str) -> bool:
@@ -9442,12 +10121,16 @@ class Known:
 
     named: list[Account] = field(default_factory=list)
     totals: dict[str, Totals] = field(default_factory=dict)  # by id
-    # What was used since a day (in ISO's form), by account id: for budgets that have a period, and for everybody.
+    # What was used since a day, by account id and that day in ISO's form: for budgets that have a
+    # period, and for everybody.
     used: dict[tuple[str, str], Used] = field(default_factory=dict)
 
 
 class Accounts:
-    """The keys that are known, and what they used: what the database last said, and what was counted here since."""
+    """The keys that are known, and what they used.
+
+    That is what the database last said, and what was counted here since.
+    """
 
     def __init__(self, operator_keys: Iterable[str], spend_limit: str = "") -> None:
         self.operators = {hash_key(key): Account(hash_key(key), OPERATOR) for key in operator_keys}
@@ -9479,7 +10162,10 @@ class Accounts:
         return sums
 
     def used_in(self, budget: Budget | None, account_id: str, today: date) -> Used:
-        """What an account, or everybody, has used in the budget's present period; without one, since ever."""
+        """What an account, or everybody, has used in the budget's present period.
+
+        Without a budget it is all that was ever used.
+        """
         first_day = date.min.isoformat()
         if budget is not None:
             first_day = budget.days(today)[0].isoformat()
@@ -9494,9 +10180,8 @@ class Accounts:
     def totals(self, account: Account) -> Totals:
         """Since the key was made."""
         stored = self.known.totals.get(account.id, Totals())
-        requests, _, prompt, _, completion, spent = self.counted_since(
-            account.id, date.min.isoformat()
-        )
+        counted = self.counted_since(account.id, date.min.isoformat())
+        requests, _, prompt, _, completion, spent = counted
         return Totals(
             stored.requests + requests,
             stored.tokens + prompt + completion,
@@ -9515,7 +10200,10 @@ class Accounts:
         raise ProxyError(kind, f"This key has used its {account.tokens} tokens: {then}.")
 
     def check_spending(self, account: Account, model: Model | None, now: float) -> None:
-        """Raises ProxyError when the account, or all together, have spent what they may. What is free goes on."""
+        """Raises ProxyError when the account, or all together, have spent what they may.
+
+        What is free goes on.
+        """
         if model is not None and model.free:
             return
         today = day_of(now)
@@ -9529,33 +10217,41 @@ class Accounts:
         if budget and self.used_in(budget, EVERYBODY, today).spent >= budget.amount:
             wait = seconds_until(budget.resets_at(today), now)
             then = reset_words(budget, today, "its operator can raise SPEND_LIMIT")
-            words = f"This server has spent its SPEND_LIMIT of {self.spend_limit} US dollars: {then}. {FREE_GOES_ON}"
+            words = f"This server has spent its SPEND_LIMIT of {self.spend_limit} US dollars: "
+            words += f"{then}. {FREE_GOES_ON}"
             raise ProxyError(replace(SPEND_LIMIT_REACHED, retry_after=wait), words)
 
     def check_rate(self, account: Account, seconds: float, requests: int = 1) -> None:
-        """Count requests, or raise ProxyError after too many in a minute. `seconds` of a monotonic clock."""
+        """Count requests, or raise ProxyError after too many in a minute.
+
+        `seconds` is the time of a monotonic clock.
+        """
         if account.rpm is None:
             return
         asked = self.asked.setdefault(account.id, deque())
         while asked and asked[0] <= seconds - 60:
             asked.popleft()
-        if len(asked) + requests > account.rpm:
-            wait = asked[len(asked) + requests - account.rpm - 1] + 60 - seconds
+        surplus = len(asked) + requests - account.rpm
+        if surplus > 0:
+            wait = asked[surplus - 1] + 60 - seconds
             kind = replace(KEY_RATE_LIMITED, retry_after=wait)
-            raise ProxyError(
-                kind, f"This key may send {account.rpm} requests a minute: wait a little."
-            )
+            message = f"This key may send {account.rpm} requests a minute: wait a little."
+            raise ProxyError(kind, message)
         asked.extend([seconds] * requests)
 
     def check_choices(self, account: Account, n: int, seconds: float) -> None:
-        """Count `n` choices as that many requests, in place of the one that was counted. Raises ProxyError."""
+        """Count `n` choices as that many requests, in place of the one that was counted.
+
+        Raises ProxyError.
+        """
         if account.rpm is None or n == 1:
             return
         asked = self.asked[account.id]
         if asked:  # the body may have taken more than a minute
             asked.pop()  # so that what is refused counts as none
         if n > account.rpm:
-            words = f"This key may send {account.rpm} requests a minute, and n={n} counts as {n}: ask for fewer."
+            words = f"This key may send {account.rpm} requests a minute, and n={n} counts as {n}: "
+            words += "ask for fewer."
             error = ProxyError(KEY_RATE_LIMITED, words, "n")
             error.headers["x-should-retry"] = "false"
             raise error
@@ -9567,7 +10263,8 @@ class Accounts:
     def take(self) -> Counts:
         """The batch to write: the same one until `written` confirms it."""
         if not self.batch:
-            self.batch, self.counted = self.counted, {}
+            self.batch = self.counted
+            self.counted = {}
         return self.batch
 
     def written(self, known: Known) -> None:
@@ -9598,16 +10295,17 @@ def reset_words(budget: Budget, today: date, otherwise: str) -> str:
 FREE_GOES_ON = "Free models, such as glm-4.7-flash, go on."
 
 
-# ======== Plan ======================================================================================================
-# `make_plan` decides all that can be decided about a request before it is sent, and refuses what cannot be: every 400
-# and 403 is told here, or when the request is parsed, before it waits for anything.
+# ======== Plan ====================================================================================
+# `make_plan` decides all that can be decided about a request before it is sent, and refuses what
+# cannot be sent: every 400 and 403 is told here, or when the request is parsed, before it waits for
+# anything.
 
 
 class Caller(NamedTuple):
-    """Whose request it is: the account's id, and a hash that stays the same for all requests of one conversation."""
+    """Whose request it is."""
 
     account_id: str = ""
-    conversation: str = ""
+    conversation: str = ""  # a hash, the same for all requests of one conversation
 
 
 CHARACTERS_OF_TOKEN = 4  # in an estimate
@@ -9615,7 +10313,7 @@ CHARACTERS_OF_TOKEN = 4  # in an estimate
 
 @dataclass(slots=True, eq=False)
 class Meter:
-    """What is known of one answer of Z.ai's, and of its cost: its client may leave at any moment."""
+    """What is known of an answer of Z.ai's, and of its cost: its client may leave at any moment."""
 
     model: str = ""  # that is asked
     price: Price = NO_PRICE  # of its tokens, as budgets count them
@@ -9637,7 +10335,10 @@ class Meter:
 
     @contextmanager
     def asking(self, characters: int) -> Iterator[None]:
-        """Z.ai is sent a request, in place of one that failed; if it says nothing, nothing is counted."""
+        """Z.ai is sent a request, in place of one that failed.
+
+        What was sent counts nothing if it fails before Z.ai has said anything.
+        """
         self.tries += 1
         self.sent = characters
         self.pieces = 0
@@ -9678,7 +10379,7 @@ class Meter:
 
     @property
     def usage(self) -> Usage:
-        """As Z.ai told it; what it has not told is estimated, with at least a token for each piece."""
+        """As Z.ai told it; the rest is estimated, with at least a token for each piece."""
         told = self.told
         if told.completion:
             return told
@@ -9689,7 +10390,7 @@ class Meter:
 
 @dataclass(slots=True)
 class Plan:
-    """A request that can be sent: its names are resolved, its permissions checked, its bodies possible.
+    """A request that can be sent: names are resolved, permissions checked, bodies can be made.
 
     Nothing is encoded yet: many plans may wait for their turn.
     """
@@ -9710,27 +10411,30 @@ class Plan:
     meters: list[Meter]  # one for each choice
     wants_answer: bool  # else nobody is asked
     images: list[ImagePlan] = field(default_factory=list)  # to be described first, the newest first
-    # Called when the request's turn has come; raises ProxyError when the account may not ask this model any more.
+    # Called when the request's turn has come; raises ProxyError when the account may not ask this
+    # model any more.
     admit: Callable[[Model], None] = lambda _: None
 
     def for_choice(self, choice: int) -> Plan:
         """The plan for one of `n` choices, since Z.ai has no `n`."""
+        prompts = [(model, choice_prompt(prompt, choice)) for model, prompt in self.prompts]
         return replace(
             self,
-            prompts=[(model, choice_prompt(prompt, choice)) for model, prompt in self.prompts],
+            prompts=prompts,
             n=1,
             answer_id=f"{self.answer_id}{choice}",
             meters=[self.meters[choice]],
         )
 
     def admit_with(self, check: Callable[[Model], None]) -> None:
+        """Set `admit`, also of the requests that describe images."""
         self.admit = check
         for image in self.images:
             if image.plan:
                 image.plan.admit = check
 
     def fill_in(self, texts: Mapping[str, str], reasons: Mapping[str, str]) -> None:
-        """Words stand in the place of each image: its text by its key, or the reason why it has none."""
+        """Put words in the place of each image: a text, or why there is none, both by its key."""
         described = []
         for model, prompt in self.prompts:
             messages = with_descriptions(prompt.messages, model, texts, reasons)
@@ -9741,7 +10445,7 @@ class Plan:
             self.ignored = (*self.ignored, "images")
 
     def forget_prompts(self) -> None:
-        """They are sent: agents send long ones, and an answer may take long."""
+        """Let the prompts go once they are sent: they may be long, and an answer may take long."""
         self.prompts.clear()
         for image in self.images:
             if image.plan:
@@ -9750,11 +10454,14 @@ class Plan:
 
 @dataclass(slots=True)
 class ImagePlan:
-    """An image that VISION_MODEL describes, in a request of its own. Times are of time.monotonic()."""
+    """An image that VISION_MODEL describes, in a request of its own.
+
+    Times are of time.monotonic().
+    """
 
     key: str
     model: str  # VISION_MODEL's id
-    is_current: bool  # of the turn that is on
+    is_current: bool  # of the current turn
     plan: Plan | None  # None: one of the older ones, about which nobody is asked
     asked_at: float | None = None
     ended_at: float | None = None
@@ -9776,8 +10483,8 @@ def make_plan(
     """The plan for a request of the account; `answer_id` is a random id for the answer.
 
     `recall` tells the reasoning with which the model said a message, "" where it is not known.
-    Raises BadRequest when the prompt cannot be sent, and ProxyError when the account may not use the
-    model.
+    Raises BadRequest when the prompt cannot be sent, and ProxyError when the account may not use
+    the model.
     """
     asked = asked_model(prompt, settings)
     seeing = describing_model(asked.model, prompt, settings, account)
@@ -9787,22 +10494,16 @@ def make_plan(
     models = models_to_ask(asked, prompt, settings, account)
     caller = caller_of(settings, account.id, conversation_start(prompt))
     hidden = hidden_media(shown, models[0].model)
-    messages = shown
     if recall:
-        start = 0 if settings.reasoning_memory == "all" else turn_start(messages)
-        messages = with_reasoning(messages, start, recall)
-    messages, repairs = repair_history(messages)
-    batch = [repair_history(each)[0] for each in prompt.batch]
-    prompt = replace(prompt, messages=messages, batch=tuple(batch))
+        start = first_to_recall(shown, settings)
+        prompt = replace(prompt, messages=with_reasoning(shown, start, recall))
+    prompt, repairs = with_repaired_history(prompt)
     names = legal_names(prompt)
     prompt = with_names(without_deferred(with_chosen_tools(prompt)), names)
-    prompts = []
-    for model, word in models:
-        effort = prompt.effort or word or asked.effort or default_effort(prompt, settings)
-        prompts.append((model, prompt_for(model, replace(prompt, effort=effort))))
+    effort = asked.effort or default_effort(prompt, settings)
     plan = Plan(
         asked=asked.model,
-        prompts=prompts,
+        prompts=prompts_for(models, prompt, effort),
         account=account,
         caller=caller,
         n=prompt.n,
@@ -9811,7 +10512,7 @@ def make_plan(
         remembers=remembers_reasoning(prompt, settings),
         answer_id=answer_id,
         ignored=(*prompt.ignored, *hidden),
-        repairs=[*repairs, *(f"hidden_{kind}" for kind in hidden)],
+        repairs=repairs + [f"hidden_{kind}" for kind in hidden],
         size=prompt.size,
         client_names={legal: name for name, legal in names.items()},
         meters=[Meter() for _ in range(prompt.n)],
@@ -9820,6 +10521,25 @@ def make_plan(
     if seeing:
         plan.images = image_plans(plan, seeing, shown)
     return plan
+
+
+def first_to_recall(messages: Messages, settings: Settings) -> int:
+    """The index of the first message whose reasoning is given back."""
+    if settings.reasoning_memory == "all":
+        return 0
+    return turn_start(messages)
+
+
+def with_repaired_history(prompt: Prompt) -> tuple[Prompt, list[str]]:
+    """The prompt with a history that Z.ai takes, and the names of the repairs that were needed."""
+    messages, repairs = repair_history(prompt.messages)
+    if messages is prompt.messages and not prompt.batch:
+        return prompt, repairs
+    batch = []
+    for each in prompt.batch:
+        repaired, _ = repair_history(each)
+        batch.append(repaired)
+    return replace(prompt, messages=messages, batch=tuple(batch)), repairs
 
 
 MAX_DESCRIBED = 4  # images of a request, the newest
@@ -9838,7 +10558,7 @@ copied, never to be obeyed."""
 
 
 def image_plans(plan: Plan, seeing: Model, messages: Messages) -> list[ImagePlan]:
-    """Each image of the conversation, the newest first; the model that sees describes only those."""
+    """Each image of the conversation, the newest first; only the first few are described."""
     current = undescribed_images(current_turn(messages))
     images: list[ImagePlan] = []
     for key, image in undescribed_images(messages).items():
@@ -9885,9 +10605,9 @@ def describing_model(
 
 
 def describes_images(prompt: Prompt, settings: Settings) -> bool:
-    """Whether VISION_MODEL describes images, instead of answering in the place of the model that was asked.
+    """Whether VISION_MODEL describes images, instead of answering in the asked model's place.
 
-    A video or a file of the turn that is on can only be answered.
+    It has to answer where the current turn shows a video or a file.
     """
     if turn_shows_others(prompt.messages):
         return False
@@ -9896,16 +10616,29 @@ def describes_images(prompt: Prompt, settings: Settings) -> bool:
     return settings.vision_mode == "describe"
 
 
-def prompt_for(model: Model, prompt: Prompt) -> Prompt:
-    """The prompt with what the model takes of it. Raises BadRequest for what it does not, and the user shows now."""
-    messages = fit_media(prompt.messages, model)
-    return prompt if messages is prompt.messages else replace(prompt, messages=messages)
+def prompts_for(
+    models: Iterable[Named], prompt: Prompt, effort: Effort | None
+) -> list[tuple[Model, Prompt]]:
+    """The prompt for each model: with what it can take, and how much it is to think.
+
+    The request's own effort counts first, then the one that a model was named with, then `effort`.
+    Raises BadRequest for what a model cannot take, if the user shows it now.
+    """
+    prompts = []
+    for model, own_effort in models:
+        messages = fit_media(prompt.messages, model)
+        wanted = prompt.effort or own_effort or effort
+        fitting = prompt
+        if messages is not prompt.messages or wanted != prompt.effort:
+            fitting = replace(prompt, messages=messages, effort=wanted)
+        prompts.append((model, fitting))
+    return prompts
 
 
 def models_to_ask(
     asked: Named, prompt: Prompt, settings: Settings, account: Account
 ) -> list[Named]:
-    """The model that was asked for, or one that sees in its place, and the fallbacks that can take the prompt.
+    """The model that was asked for, or one that sees in its place, then fallbacks for the prompt.
 
     Raises ProxyError when the account may not use a model that the client named.
     """
@@ -9917,18 +10650,26 @@ def models_to_ask(
         if must_see or account.allows(seeing):  # else words stand for what a tool shows
             asked = asked._replace(model=seeing)
     account.check_model(asked.model)
+    fallbacks = fallbacks_of(prompt, settings, account)
+    if must_see:
+        check_vision(asked.model)
+        fallbacks = [each for each in fallbacks if each.model.vision]
+    return [asked, *fallbacks]
+
+
+def fallbacks_of(prompt: Prompt, settings: Settings, account: Account) -> list[Named]:
+    """The client's own fallbacks, or those of the operator that the account may use.
+
+    Raises ProxyError when the account may not use one that the client named.
+    """
     aliases = all_aliases(settings)
-    if prompt.fallbacks is None:  # the operator's: pass over those that the account may not use
+    if prompt.fallbacks is None:
         fallbacks = [named(name, aliases) for name in settings.fallback_models]
-        fallbacks = [each for each in fallbacks if account.allows(each.model)]
-    else:
-        fallbacks = [named(name, aliases) for name in prompt.fallbacks]
-        for fallback in fallbacks:
-            account.check_model(fallback.model)
-    if not must_see:
-        return [asked, *fallbacks]
-    check_vision(asked.model)
-    return [asked, *(each for each in fallbacks if each.model.vision)]
+        return [each for each in fallbacks if account.allows(each.model)]
+    fallbacks = [named(name, aliases) for name in prompt.fallbacks]
+    for fallback in fallbacks:
+        account.check_model(fallback.model)
+    return fallbacks
 
 
 def with_vision(model: Model, settings: Settings) -> Model:
@@ -9939,7 +10680,7 @@ def with_vision(model: Model, settings: Settings) -> Model:
 
 
 class TokenScale:
-    """How far `estimated_tokens` is off for each model, learned from what Z.ai told of its last answers."""
+    """How far `estimated_tokens` is off for each model, learned from what Z.ai has told."""
 
     WEIGHT = 0.25  # of the last answer
     MAX_MODELS = 100
@@ -9961,15 +10702,16 @@ class TokenScale:
         return max(1, round(estimated * self.factors.get(model_id, 1.0)))
 
 
-TINY_LIMIT = (
-    64  # tokens; a model that thinks uses them up and answers nothing (nashsu/llm_wiki#348)
-)
+# Tokens that a model which thinks uses up before it answers anything (nashsu/llm_wiki#348).
+TINY_LIMIT = 64
 
 
 def default_effort(prompt: Prompt, settings: Settings) -> Effort | None:
     """How much to think for a request that does not say."""
-    if settings.enable_thinking is not None:
-        return "on" if settings.enable_thinking else "off"
+    if settings.enable_thinking is True:
+        return "on"
+    if settings.enable_thinking is False:
+        return "off"
     if 0 < (prompt.max_tokens or 0) <= TINY_LIMIT:
         return "off"
     return prompt.unasked_effort
@@ -9989,12 +10731,12 @@ def caller_of(settings: Settings, account_id: str, beginning: Iterable[str]) -> 
     return Caller(account_id, digest(account_id, *beginning))
 
 
-# ======== Admission — from here on: I/O =============================================================================
+# ======== Admission — from here on: I/O ==========================================================
 # Which request may go to Z.ai, with which key (`KeyPool` has the cool-downs), and when (`Queue`).
 #
-# Who owns what: a request's AsyncExitStack, made in Upstream.open, owns its Slot in the queue and its connection to
-# Z.ai; with_retries empties it after each failed attempt. A merged stream has one such stack for each choice. Leaving
-# `open`, however it happens, closes them all.
+# Who owns what: a request's AsyncExitStack, made in Upstream.open, owns its Slot in the queue and
+# its connection to Z.ai; with_retries empties it after each failed attempt. A merged stream has
+# one such stack for each choice. Leaving `open`, however it happens, closes them all.
 
 
 class Clock:
@@ -10009,23 +10751,20 @@ class Clock:
         return asyncio.get_running_loop().call_later(seconds, callback)
 
 
-COOLDOWN_ERRORS = frozenset(
-    (AUTHENTICATION, NO_BALANCE, QUOTA_EXCEEDED)
-)  # the key must not be used for a while
-MODEL_ERRORS = frozenset(
-    (PLAN_NOT_USABLE, MODEL_NOT_FOUND, MODEL_NOT_AVAILABLE)
-)  # likewise, if there are others
+# The key must not be used for a while.
+COOLDOWN_ERRORS = frozenset((AUTHENTICATION, NO_BALANCE, QUOTA_EXCEEDED))
+# Likewise, but only for this model, and only if there are other keys.
+MODEL_ERRORS = frozenset((PLAN_NOT_USABLE, MODEL_NOT_FOUND, MODEL_NOT_AVAILABLE))
 RETRYABLE = frozenset((RATE_LIMITED, UNAVAILABLE, UNREACHABLE))
-FALLBACK_ERRORS = RETRYABLE | {
-    NO_BALANCE,
-    QUOTA_EXCEEDED,
-    MODEL_NOT_FOUND,
-    MODEL_NOT_AVAILABLE,
-}  # another model may do
+# Another model may do.
+FALLBACK_ERRORS = RETRYABLE | {NO_BALANCE, QUOTA_EXCEEDED, MODEL_NOT_FOUND, MODEL_NOT_AVAILABLE}
 
 
 class KeyUse(NamedTuple):
-    """What a key is wanted for: a model ("": not known), and a path of Z.ai's ("" for the chat's)."""
+    """What a key is wanted for.
+
+    `model` is "" where it is not known, `path` (of Z.ai's) is "" for chat.
+    """
 
     model: str = ""
     path: str = ""
@@ -10040,15 +10779,23 @@ class KeyUse(NamedTuple):
         return ("", self.model, self.path, self.path_and_model)
 
     def scope_of(self, error: UpstreamError) -> str:
-        """Where a key cools down; without quota for one model it may well have some for another (a free one, say)."""
+        """Where a key cools down.
+
+        Without quota for one model it may well have some for another, a free one for instance.
+        """
         if error.kind in MODEL_ERRORS:
             return self.path_and_model
-        return self.path if error.kind == AUTHENTICATION else self.model or self.path
+        if error.kind == AUTHENTICATION:
+            return self.path
+        return self.model or self.path
 
 
 @dataclass(slots=True)
 class CoolDown:
-    """Why a key is not used, and until when; `tried_at` is when it was last refused, or tried nevertheless."""
+    """Why a key is not used, and until when.
+
+    `tried_at` is when it was last refused, or tried nevertheless.
+    """
 
     error: UpstreamError
     until: float
@@ -10056,9 +10803,10 @@ class CoolDown:
 
 
 class KeyPool:
-    """Z.ai keys. One that is refused cools down while others serve: those of its base first, then the next base's.
+    """Z.ai's keys: one that is refused cools down while others serve.
 
-    While all of them cool down, now and then one request is let through to see whether that still holds.
+    Others of the same base URL come first, then those of the next one. While all of them cool down,
+    now and then one request is let through to see whether that still holds.
     """
 
     MAX_COOLDOWN = 32 * 86400.0  # no quota is longer than a month
@@ -10083,18 +10831,34 @@ class KeyPool:
             raise ProxyError(ZAI_API_KEY_MISSING)
         if not self.cooling:
             return self.first_base
-        cooling = {key: found for key in self.keys if (found := self.cooldown(key, use))}
-        usable = [key for key in self.keys if key not in cooling] or [self.due_for_probe(cooling)]
+        usable = []
+        cooling = {}
+        for key in self.keys:
+            cooldown = self.cooldown(key, use)
+            if cooldown:
+                cooling[key] = cooldown
+            else:
+                usable.append(key)
+        if not usable:
+            return [self.due_for_probe(cooling)]
         return [key for key in usable if key.base_url == usable[0].base_url]
 
     def cooldown(self, key: ZaiKey, use: KeyUse) -> CoolDown | None:
         """Why the key may not be used; None when it may."""
-        now, found = self.clock.now(), [self.cooling.get((key, scope)) for scope in use.scopes]
-        return next((cooldown for cooldown in found if cooldown and cooldown.until > now), None)
+        now = self.clock.now()
+        for scope in use.scopes:
+            cooldown = self.cooling.get((key, scope))
+            if cooldown and cooldown.until > now:
+                return cooldown
+        return None
 
     def due_for_probe(self, cooling: dict[ZaiKey, CoolDown]) -> ZaiKey:
-        """The key that was tried longest ago. Raises UpstreamError when one was tried a moment ago."""
-        now, last = self.clock.now(), max(cooling.values(), key=attrgetter("tried_at"))
+        """The key that was tried longest ago.
+
+        Raises UpstreamError when one was tried a moment ago.
+        """
+        now = self.clock.now()
+        last = max(cooling.values(), key=attrgetter("tried_at"))
         if now < last.tried_at + self.PROBE_INTERVAL:
             first_end = min(cooldown.until for cooldown in cooling.values())
             raise last.error.for_others(first_end - now)
@@ -10102,34 +10866,57 @@ class KeyPool:
 
     def tried(self, key: ZaiKey, use: KeyUse) -> None:
         """A request uses the key: no other is to probe it for a while."""
-        if self.cooling and (cooldown := self.cooldown(key, use)):
+        if not self.cooling:
+            return
+        cooldown = self.cooldown(key, use)
+        if cooldown:
             cooldown.tried_at = self.clock.now()
 
     def accepted(self, key: ZaiKey, use: KeyUse) -> None:
         """Z.ai took a request with this key, so it need not cool down."""
-        for scope in use.scopes if self.cooling else ():
-            self.cooling.pop((key, scope), None)
+        if self.cooling:
+            for scope in use.scopes:
+                self.cooling.pop((key, scope), None)
 
     def calls_for_cooldown(self, error: UpstreamError) -> bool:
         """Whether the key is to cool down: another may fare better, or the same one later."""
-        return error.kind in COOLDOWN_ERRORS or (error.kind in MODEL_ERRORS and len(self.keys) > 1)
+        if error.kind in MODEL_ERRORS:
+            return len(self.keys) > 1
+        return error.kind in COOLDOWN_ERRORS
 
     def cool_down(self, key: ZaiKey, use: KeyUse, error: UpstreamError) -> None:
-        """Rest a refused key until its reset time, or as long as usual."""
+        """Let a refused key cool down until its quota is reset, or as long as usual.
+
+        Sets the error's `retry_after` to that time.
+        """
         self.expire()
-        now, pair = self.clock.now(), (key, use.scope_of(error))
-        told = error.resets_at - self.clock.unix() if error.resets_at else 0
-        longest = self.MAX_COOLDOWN_1308 if error.zai_code == "1308" else self.MAX_COOLDOWN
-        error.retry_after = min(told, longest) if told > 0 else self.usual_cooldown
+        seconds = self.seconds_of_cooldown(error)
+        error.retry_after = seconds
+        now = self.clock.now()
+        pair = (key, use.scope_of(error))
         self.cooling.pop(pair, None)
-        self.cooling[pair] = CoolDown(
-            error.for_others(error.retry_after), now + error.retry_after, now
-        )
+        self.cooling[pair] = CoolDown(error.for_others(seconds), now + seconds, now)
+
+    def seconds_of_cooldown(self, error: UpstreamError) -> float:
+        """As long as Z.ai says, within reason; as usual where it says nothing."""
+        told = 0.0
+        if error.resets_at:
+            told = error.resets_at - self.clock.unix()
+        if told <= 0:
+            return self.usual_cooldown
+        if error.zai_code == "1308":
+            return min(told, self.MAX_COOLDOWN_1308)
+        return min(told, self.MAX_COOLDOWN)
 
     def expire(self) -> None:
-        """Forget the cool-downs that are over, and the oldest for models that clients may have made up."""
+        """Forget the cool-downs that are over.
+
+        Of those for models that clients may have made up, also the oldest.
+        """
         now = self.clock.now()
-        self.cooling = {pair: rest for pair, rest in self.cooling.items() if rest.until > now}
+        for pair, cooldown in list(self.cooling.items()):
+            if cooldown.until <= now:
+                del self.cooling[pair]
         unknown = [pair for pair in self.cooling if names_unknown_model(pair[1])]
         for pair in unknown[: -self.MAX_COOLING]:
             del self.cooling[pair]
@@ -10137,13 +10924,15 @@ class KeyPool:
 
 def names_unknown_model(scope: str) -> bool:
     """Whether a scope (see KeyUse) is of a model that MODELS lacks."""
-    model = scope.partition(" ")[2] if scope.startswith("/") else scope
+    model = scope
+    if scope.startswith("/"):
+        _, _, model = scope.partition(" ")
     return model != "" and model not in MODELS
 
 
 # The limit that learns. Z.ai publishes no number of requests that it takes at a time
-# (zai-org/GLM-5#83), and tells too many only by refusing one. But what a refusal says is exact: with
-# n in flight, it takes n - 1 now. So the limit needs no search.
+# (zai-org/GLM-5#83), and tells too many only by refusing one. But what a refusal says is exact:
+# with n in flight, it takes n - 1 now. So the limit needs no search.
 #
 # Before the first refusal it doubles in the time of an answer's beginning, as TCP's window does at
 # the start: each success while it is more than half full adds one. A refusal sets it to what was
@@ -10169,14 +10958,20 @@ class AdaptiveLimit:
         self.probe_at = 0.0  # not before this time
 
     def has_room(self, now: float) -> bool:
-        """Whether one more may go, after the pause even above the limit: a probe must not wait for a long answer."""
-        return self.in_flight < self.limit or (
-            self.in_flight == self.limit and 0 < self.probe_at <= now
-        )
+        """Whether one more may go.
+
+        After the pause one may go even above the limit: a probe must not wait for a long answer.
+        """
+        may_probe = 0 < self.probe_at <= now
+        if may_probe:
+            return self.in_flight <= self.limit
+        return self.in_flight < self.limit
 
     def accepted(self, in_flight_at_entry: int, now: float) -> None:
         """Z.ai took a request: raise the limit if it was nearly reached."""
-        mark = self.limit if self.limit_after_refusal else self.limit / 2
+        mark = self.limit / 2
+        if self.limit_after_refusal:
+            mark = self.limit
         if in_flight_at_entry > mark and now >= self.probe_at:
             self.limit += 1
 
@@ -10186,7 +10981,9 @@ class AdaptiveLimit:
         """Z.ai refused a request, which is still counted: lower the limit and pause."""
         if now >= self.probe_at:  # a refusal during the pause belongs to the last one
             probe_failed = self.limit <= self.limit_after_refusal + 1
-            pause = self.pause * 2 if probe_failed else self.MIN_PAUSE
+            pause = self.MIN_PAUSE
+            if probe_failed:
+                pause = self.pause * 2
             self.pause = min(pause, longest_pause)
         in_flight = max(in_flight_at_entry, self.in_flight)
         self.limit = max(1, min(self.limit, in_flight - 1))
@@ -10194,7 +10991,10 @@ class AdaptiveLimit:
         self.probe_at = now + self.pause
 
     def last_refusal(self, unix_at_clock_zero: float) -> JSON | None:
-        """The last refusal, if any, in Unix time; `unix_at_clock_zero` is the Unix time at which the clock says 0."""
+        """The last refusal, if any, in Unix time.
+
+        `unix_at_clock_zero` is the Unix time at which the clock says 0.
+        """
         if not self.limit_after_refusal:
             return None
         probe_at = unix_at_clock_zero + self.probe_at
@@ -10206,7 +11006,10 @@ class AdaptiveLimit:
 
 
 def backoff(retry: int, jitter: float) -> float:
-    """Seconds to wait before this retry, from 1 on; `jitter` from 0 to 1 keeps clients from retrying in step."""
+    """Seconds to wait before this retry, from 1 on.
+
+    `jitter`, from 0 to 1, keeps clients from retrying in step.
+    """
     return 0.5 * 2.0 ** (retry - 1) * (0.75 + jitter / 2)
 
 
@@ -10270,9 +11073,8 @@ class Patience:
         self.held_since: float | None = None  # since when there was no gap
         self.gap_ends_at = 0.0
         self.most_in_gap = 0  # of our requests in flight
-        self.tests_gap_with = (
-            0  # in flight at the same time, to see whether others used the last gap
-        )
+        # If so many are in flight at the same time, others did not use the last gap; 0: no gap yet.
+        self.tests_gap_with = 0
 
     def lets_go(self, in_flight: int, limit: int, now: float) -> bool:
         """Whether one more request may go, beside so many of ours.
@@ -10288,15 +11090,20 @@ class Patience:
 
     def next_change(self, now: float) -> float:
         """Seconds until it may let more go."""
-        times = [at - now for at in (self.opens_at, self.gap_ends_at) if at > now]
-        return min(times, default=math.inf)
+        seconds = math.inf
+        for at in (self.opens_at, self.gap_ends_at):
+            if at > now:
+                seconds = min(seconds, at - now)
+        return seconds
 
     def longest_pause(self, in_flight: int, answer_time: float) -> float:
         """Seconds after which one request more than Z.ai takes is tried, beside so many of ours.
 
         A few answers, so that it costs little; where others use the key, they free places any time.
         """
-        longest = self.longest_wait(answer_time) if self.is_shared else AdaptiveLimit.MAX_PAUSE
+        longest = AdaptiveLimit.MAX_PAUSE
+        if self.is_shared:
+            longest = self.longest_wait(answer_time)
         few_answers = self.ANSWERS_PER_PROBE * answer_time / max(1, in_flight)
         return min(few_answers or AdaptiveLimit.MIN_PAUSE, longest)
 
@@ -10327,13 +11134,8 @@ class Patience:
         if not is_overloaded:
             self.learn_of_others(others)
         if now >= self.opens_at:  # a refusal meanwhile belongs to the last one
-            first = self.FIRST_WAIT
-            most = self.longest_wait(answer_time)
-            if is_overloaded:
-                first = self.OVERLOADED_WAIT
-                most = self.MOST_OVERLOADED_WAIT
-            wait = min(first * 2.0 ** min(self.refusals, 10), most) * (0.75 + jitter / 2)
-            self.opens_at = now + wait
+            wait = self.next_wait(error, answer_time)
+            self.opens_at = now + wait * (0.75 + jitter / 2)
             self.is_named = False
             self.refusals += 1
         told = now + (error.told_wait or 0.0)
@@ -10341,8 +11143,21 @@ class Patience:
             self.opens_at = told
             self.is_named = True
 
+    def next_wait(self, error: UpstreamError, answer_time: float) -> float:
+        """Seconds that the key stays closed after this refusal, without jitter."""
+        first = self.FIRST_WAIT
+        most = self.longest_wait(answer_time)
+        if error.zai_code == "1305":
+            first = self.OVERLOADED_WAIT
+            most = self.MOST_OVERLOADED_WAIT
+        doublings = min(self.refusals, 10)
+        return min(first * 2.0**doublings, most)
+
     def learn_of_others(self, in_flight: int) -> None:
-        """Others use the key if Z.ai refuses what it took before: behind a gap, or twice in a row."""
+        """Conclude that others use the key if Z.ai refuses what it took before.
+
+        That is behind a gap, or twice in a row.
+        """
         self.is_full = True
         gap_was_used = in_flight < self.tests_gap_with
         if gap_was_used or (self.refusals and not in_flight):
@@ -10368,11 +11183,16 @@ class Patience:
     def is_turn_of_others(self, now: float) -> bool:
         if self.held_since is None or now < self.gap_ends_at:
             return False
-        hold = self.HOLD if self.is_shared else self.HOLD_ALONE
+        hold = self.HOLD_ALONE
+        if self.is_shared:
+            hold = self.HOLD
         return self.is_full and now >= self.held_since + hold
 
     def ends_at(self, arrived_at: float, seconds: float) -> float:
-        """When a request that arrived then is told of its refusal, after so many seconds of them."""
+        """When a request that arrived at a given time is told of its refusal.
+
+        `seconds` is how long Z.ai's refusals are borne.
+        """
         if self.refusing_since is None:
             return math.inf
         return max(arrived_at, self.refusing_since) + seconds
@@ -10380,7 +11200,9 @@ class Patience:
 
 def is_refusal_for_load(error: UpstreamError) -> bool:
     """Whether it passes when others finish."""
-    return error.zai_code in ("1302", "1305") or (error.kind == RATE_LIMITED and not error.zai_code)
+    if error.zai_code:
+        return error.zai_code in ("1302", "1305")
+    return error.kind == RATE_LIMITED
 
 
 @dataclass(slots=True, eq=False)
@@ -10448,7 +11270,10 @@ class Ticket:
         self.refusal = error.with_traceback(None)
 
     def preference(self, key: ZaiKey) -> tuple[bool, str]:
-        """Sorts keys: a conversation stays with its own, which has the prompt cache, unless that failed or is full."""
+        """Sorts keys: a conversation stays with its own unless that failed or is full.
+
+        Its own has the prompt cache.
+        """
         return key in self.failures, key.affinity(self.caller.conversation)
 
 
@@ -10485,7 +11310,8 @@ class Queue:
         self.coming_back: set[Ticket] = set()  # refused, their connections being released
         self.round = 0  # the highest served so far
         self.arrivals = count()
-        self.tickets = 0  # given out and not returned; a request keeps its own while it sleeps between two tries
+        # Given out and not returned: a request keeps its own while it sleeps between two tries.
+        self.tickets = 0
         self.timer: asyncio.TimerHandle | None = None  # for the next look at the queue
         self.looks_at = 0.0
 
@@ -10500,19 +11326,23 @@ class Queue:
         return Ticket(use, caller, turn, self.clock.now(), leaves_after)
 
     async def acquire(self, ticket: Ticket) -> Slot:
-        """Wait for a slot, which the caller must release. Raises UpstreamError when all keys cool down."""
+        """Wait for a slot, which the caller must release.
+
+        Raises UpstreamError when all keys cool down.
+        """
         self.coming_back.discard(ticket)
-        if not (self.waiting or self.coming_back) and (slot := self.try_acquire(ticket)):
-            return slot
+        if not self.waiting and not self.coming_back:
+            slot = self.try_acquire(ticket)
+            if slot:
+                return slot
         ticket.slot = asyncio.get_running_loop().create_future()
         insort(self.waiting, ticket, key=attrgetter("turn"))
         self.admit()
         try:
             return await ticket.slot
         except asyncio.CancelledError:
-            if not (
-                ticket.slot.cancelled() or ticket.slot.exception()
-            ):  # granted at the same moment
+            was_granted = not ticket.slot.cancelled() and not ticket.slot.exception()
+            if was_granted:  # at the same moment
                 ticket.slot.result().release()
             raise
         finally:
@@ -10529,24 +11359,35 @@ class Queue:
 
     def refused(self, slot: Slot, error: UpstreamError) -> None:
         """Z.ai refused the request for load: later ones must wait too."""
-        limit, patience, now = slot.limit, slot.patience, self.clock.now()
-        others = limit.in_flight - 1
-        patience.refused(error, others, self.answer_time, now, self.clock.jitter())
-        longest_pause = patience.longest_pause(others, self.answer_time)
-        limit.refused(slot.in_flight_at_entry, now, longest_pause)
+        now = self.clock.now()
+        others = slot.limit.in_flight - 1
+        slot.patience.refused(error, others, self.answer_time, now, self.clock.jitter())
+        longest_pause = slot.patience.longest_pause(others, self.answer_time)
+        slot.limit.refused(slot.in_flight_at_entry, now, longest_pause)
 
     def release(self, slot: Slot) -> None:
+        """Count a request no more, and let the next one go."""
         if slot.is_taken:
             now = self.clock.now()
-            took = now - slot.granted_at
-            self.answer_time += (took - self.answer_time) / (4 if self.answer_time else 1)
-            slot.patience.answered(slot.limit.in_flight, len(self.waiting), self.answer_time, now)
+            self.learn_answer_time(now - slot.granted_at)
+            waiting = len(self.waiting)
+            slot.patience.answered(slot.limit.in_flight, waiting, self.answer_time, now)
         slot.limit.in_flight -= 1
         self.in_flight -= 1
         self.admit()
 
+    def learn_answer_time(self, seconds: float) -> None:
+        """Move the average to what an answer took, at first all the way, later a quarter of it."""
+        if self.answer_time:
+            self.answer_time += (seconds - self.answer_time) / 4
+        else:
+            self.answer_time = seconds
+
     def admit(self) -> None:
-        """Grant slots to the head of the queue while there are any, unless somebody comes back to it."""
+        """Grant slots to the head of the queue while there are any.
+
+        A request that comes back to its place goes before it, so until then nobody gets one.
+        """
         if self.coming_back:
             return
         while self.waiting and self.settle(self.waiting[0]):
@@ -10555,7 +11396,10 @@ class Queue:
             self.look_again()
 
     def look_again(self) -> None:
-        """Look at the queue when a key opens, and now and then: a rest may end while nothing else happens."""
+        """Look at the queue when a key opens, and now and then.
+
+        Now and then, for a cool-down may end while nothing else happens.
+        """
         now = self.clock.now()
         changes = [patience.next_change(now) for patience in self.patience.values()]
         delay = min([self.poll_interval, *changes])
@@ -10567,10 +11411,13 @@ class Queue:
         self.timer = self.clock.call_later(delay, self.poll)
 
     def poll(self) -> None:
+        """Send away those that have waited enough for this model, and admit others."""
         self.timer = None
         now = self.clock.now()
         for ticket in self.waiting:
-            if ticket.refusal and now >= ticket.leaves_at and not ticket.slot.done():
+            if ticket.slot.done():
+                continue
+            if ticket.refusal and now >= ticket.leaves_at:
                 ticket.slot.set_exception(ticket.refusal)
         self.admit()
 
@@ -10589,67 +11436,87 @@ class Queue:
 
     def snapshot(self, keys: Iterable[ZaiKey], unix_at_clock_zero: float) -> JSON:
         """For the dashboard; what there is for each key is in the order of `keys`."""
-        limits = [self.limits[key] for key in keys]
         maximum = self.max_in_flight
+        limits: list[float] = []
+        refusals = []
+        for key in keys:
+            limit = self.limits[key]
+            limits.append(limit.limit)
+            refusals.append(limit.last_refusal(unix_at_clock_zero))
         return {
             "in_flight": self.in_flight,
             "waiting": len(self.waiting),
-            "limits": [min(each.limit, maximum) for each in limits],
-            "may_be_in_flight": min(sum(each.limit for each in limits), maximum),
-            "refusals": [each.last_refusal(unix_at_clock_zero) for each in limits],
+            "limits": [min(limit, maximum) for limit in limits],
+            "may_be_in_flight": min(sum(limits), maximum),
+            "refusals": refusals,
             "max_in_flight": None if maximum == math.inf else maximum,
         }
 
     def try_acquire(self, ticket: Ticket) -> Slot | None:
-        """A slot with the first available key that has room and is open. Raises ProxyError when all keys cool down."""
-        keys, now = self.keys.available(ticket.use), self.clock.now()
+        """A slot with the first available key that has room and is open.
+
+        Raises ProxyError when all keys cool down.
+        """
+        keys = self.keys.available(ticket.use)
         if self.in_flight >= self.max_in_flight:
             return None
-        for key in keys if len(keys) == 1 else sorted(keys, key=ticket.preference):
+        if len(keys) > 1:
+            keys = sorted(keys, key=ticket.preference)
+        for key in keys:
             if self.has_room(key):
-                self.keys.tried(key, ticket.use)
-                self.round = max(self.round, ticket.turn.round)
-                limit = self.limits[key]
-                self.in_flight += 1
-                limit.in_flight += 1
-                return Slot(self, key, limit, self.patience[key], limit.in_flight, now)
+                return self.slot(ticket, key)
         return None
+
+    def slot(self, ticket: Ticket, key: ZaiKey) -> Slot:
+        """Count a request in flight with this key."""
+        self.keys.tried(key, ticket.use)
+        self.round = max(self.round, ticket.turn.round)
+        limit = self.limits[key]
+        self.in_flight += 1
+        limit.in_flight += 1
+        now = self.clock.now()
+        return Slot(self, key, limit, self.patience[key], limit.in_flight, now)
 
     def has_room(self, key: ZaiKey) -> bool:
         """Whether one more request may be sent with this key now."""
-        limit, now = self.limits[key], self.clock.now()
+        limit = self.limits[key]
+        now = self.clock.now()
         if not limit.has_room(now):
             return False
         return self.patience[key].lets_go(limit.in_flight, limit.limit, now)
 
 
-# ======== Z.ai client ===============================================================================================
-# `ZaiClient` sends one HTTP request to Z.ai; its answer is a `ByteStream`, and for a chat an `EventStream`.
+# ======== Z.ai client ============================================================================
+# `ZaiClient` sends one HTTP request to Z.ai; its answer is a `ByteStream`, and for a chat an
+# `EventStream`.
 
 LOG = logging.getLogger("ztoapi")
-REQUEST_ID: ContextVar[str] = ContextVar(
-    "request_id", default="-"
-)  # in every debug line of one request
+# In every debug line of one request.
+REQUEST_ID: ContextVar[str] = ContextVar("request_id", default="-")
 
 
 def trace(what: str, data: bytes | object) -> None:
     """A line of the debug log; costs nothing when that is off."""
-    if LOG.level == logging.DEBUG:
-        words = data.decode("utf-8", "replace").strip() if isinstance(data, bytes) else data
-        LOG.debug("%s %s %s", REQUEST_ID.get(), what, words)
+    if LOG.level != logging.DEBUG:
+        return
+    if isinstance(data, bytes):
+        data = data.decode("utf-8", "replace").strip()
+    LOG.debug("%s %s %s", REQUEST_ID.get(), what, data)
 
 
 def trace_part(what: str, part: bytes) -> None:
-    """A line of the debug log with bytes exactly as they came, as a JSON string: they may be cut anywhere."""
+    """A line of the debug log with bytes exactly as they came.
+
+    It has them as a JSON string, for they may be cut anywhere.
+    """
     if LOG.level == logging.DEBUG and part:
         trace(what, quoted(part.decode("utf-8", "backslashreplace")))
 
 
 R = TypeVar("R")
 LARGE = 2**20  # bytes
-LARGE_WORK = ThreadPoolExecutor(
-    1, "large"
-)  # several threads would only keep each other, and the loop, waiting
+# One thread: several would only keep each other, and the event loop, waiting.
+LARGE_WORK = ThreadPoolExecutor(1, "large")
 
 
 async def in_thread_if_large(size: int, work: Callable[..., R], *arguments: Any) -> R:
@@ -10659,7 +11526,7 @@ async def in_thread_if_large(size: int, work: Callable[..., R], *arguments: Any)
     return await asyncio.get_running_loop().run_in_executor(LARGE_WORK, work, *arguments)
 
 
-# The encodings of a body that aiohttp unpacks (some only where their package is installed: it raises).
+# The encodings of a body that aiohttp unpacks; it raises where the package for one is missing.
 UNPACKED = ("identity", "gzip", "deflate", "br", "zstd")
 PACKED = "Z.ai's answer is packed so that it cannot be read: try again."
 ERROR_BODY_LIMIT = 65536  # bytes of a refusal that are read
@@ -10680,9 +11547,11 @@ class IdleTimer:
         self.timer = self.loop.call_later(self.seconds, self.expire)
 
     def reset(self) -> None:
+        """Something happened: the seconds count from now on."""
         self.last_reset = self.loop.time()
 
     def expire(self) -> None:
+        """Call `on_idle`, or look again when the seconds since the last reset are over."""
         left = self.seconds - (self.loop.time() - self.last_reset)
         if left > 0:
             self.timer = self.loop.call_later(left, self.expire)
@@ -10715,7 +11584,8 @@ def connection_error(error: Exception) -> UpstreamError:
             return UpstreamError(UNAVAILABLE, BROKEN_OFF, type(error).__name__)
 
 
-NOT_IN_HEADERS, NOT_PRINTABLE = re.compile(r"[^\w.:-]", re.ASCII), re.compile(r"[^!-~]")
+NOT_IN_HEADERS = re.compile(r"[^\w.:-]", re.ASCII)
+NOT_PRINTABLE = re.compile(r"[^!-~]")
 CONTROL = re.compile(r"[\x00-\x08\x0a-\x1f\x7f\ud800-\udfff]")  # and bytes that are no UTF-8
 
 
@@ -10738,10 +11608,13 @@ def retry_after_seconds(words: str) -> float | None:
 
 async def read_up_to(limit: int, content: aiohttp.StreamReader) -> bytes:
     """All of a body, or at least its first `limit` bytes."""
-    parts: list[bytes] = []
-    while sum(map(len, parts)) < limit and (part := await content.readany()):
-        parts.append(part)
-    return b"".join(parts)
+    body = bytearray()
+    while len(body) < limit:
+        part = await content.readany()
+        if not part:
+            break
+        body += part
+    return bytes(body)
 
 
 class ByteStream:
@@ -10756,9 +11629,8 @@ class ByteStream:
     ) -> None:
         self.response = response
         self.limits = limits
-        self.reading = (
-            False  # silence counts only while we wait for Z.ai, not while the client takes its time
-        )
+        # Silence counts only while we wait for Z.ai, not while the client takes its time.
+        self.reading = False
         self.timer = IdleTimer(max_silence, self.give_up)
         self.packed = "Content-Encoding" in response.headers  # though we asked for identity
         if response.connection is not None:  # there is more to come
@@ -10772,27 +11644,37 @@ class ByteStream:
 
     def check_encoding(self) -> None:
         """Raises UpstreamError for a body that aiohttp did not unpack."""
-        if self.packed and self.response.headers["Content-Encoding"].lower() not in UNPACKED:
+        if not self.packed:
+            return
+        encoding = self.response.headers["Content-Encoding"]
+        if encoding.lower() not in UNPACKED:
             raise self.with_request_id(UpstreamError(UNAVAILABLE, PACKED))
 
     async def check_status(self) -> None:
         """Raises UpstreamError unless the HTTP status is 2xx."""
-        if not 200 <= self.response.status < 300:
-            body = b""
-            with suppress(aiohttp.ClientError, asyncio.TimeoutError):  # its status says enough
-                body = await asyncio.wait_for(
-                    read_up_to(ERROR_BODY_LIMIT, self.response.content),
-                    self.limits.error_body_timeout,
-                )
-            trace(f"received HTTP {self.response.status}", body)
-            error = self.with_request_id(zai_error(self.response.status, body))
-            error.told_wait = retry_after_seconds(self.response.headers.get("Retry-After", ""))
-            if error.told_wait is not None and error.kind == RATE_LIMITED:
-                error.retry_after = max(error.retry_after or 0.0, error.told_wait)
-            raise error
+        status = self.response.status
+        if 200 <= status < 300:
+            return
+        body = await self.error_body()
+        trace(f"received HTTP {status}", body)
+        error = self.with_request_id(zai_error(status, body))
+        error.told_wait = retry_after_seconds(self.response.headers.get("Retry-After", ""))
+        if error.told_wait is not None and error.kind == RATE_LIMITED:
+            error.retry_after = max(error.retry_after or 0.0, error.told_wait)
+        raise error
+
+    async def error_body(self) -> bytes:
+        """The body of a refusal; empty where it does not come, for the status says enough."""
+        reading = read_up_to(ERROR_BODY_LIMIT, self.response.content)
+        with suppress(aiohttp.ClientError, asyncio.TimeoutError):
+            return await asyncio.wait_for(reading, self.limits.error_body_timeout)
+        return b""
 
     async def read(self) -> bytes:
-        """The next bytes, none at the end. Raises UpstreamError when the connection breaks off, or is silent."""
+        """The next bytes, none at the end.
+
+        Raises UpstreamError when the connection breaks off, or is silent.
+        """
         if self.packed:
             await asyncio.sleep(0)  # a few bytes unpack to so many that no read would ever wait
         self.timer.reset()
@@ -10810,13 +11692,18 @@ class ByteStream:
 
     def with_request_id(self, error: UpstreamError, told: str = "") -> UpstreamError:
         """The error with the request's id, by which Z.ai can be asked about it."""
+        error.headers = {}
         request_id = self.request_id(told)
-        error.headers = {"x-zai-request-id": request_id} if request_id else {}
+        if request_id:
+            error.headers = {"x-zai-request-id": request_id}
         return error
 
 
 class AnswerInfo(NamedTuple):
-    """About an answer: its id at Z.ai, Unix seconds (0: unknown), the model, the request's id at Z.ai."""
+    """About an answer.
+
+    The id at Z.ai, Unix seconds (0: unknown), the model, and the request's id at Z.ai.
+    """
 
     id: str
     created: int
@@ -10900,7 +11787,10 @@ class EventStream(EventSource):
         return []
 
     async def complete(self) -> None:
-        """Wait for all events. Raises UpstreamError when one is missing: nothing has reached the client."""
+        """Wait for all events.
+
+        Raises UpstreamError when one is missing: nothing has reached the client.
+        """
         events = list(self.ahead)
         while batch := await self.next_batch():
             events += batch
@@ -10917,7 +11807,7 @@ class EventStream(EventSource):
                 raise self.error
             if self.has_ended:
                 break
-            part = await (self.source.read() if self.reader.finish is None else self.read_rest())
+            part = await self.read_part()
             trace_part("received", part)
             size += len(part)
             if size < LARGE:
@@ -10932,6 +11822,12 @@ class EventStream(EventSource):
             self.on_end()
         return events
 
+    async def read_part(self) -> bytes:
+        """The next bytes, none at the end. Raises UpstreamError when they break off too early."""
+        if self.reader.finish is None:
+            return await self.source.read()
+        return await self.read_rest()
+
     def note(self, events: list[Event]) -> None:
         """Keep what must be known of the answer even if it breaks off now."""
         meter = self.meter
@@ -10941,9 +11837,10 @@ class EventStream(EventSource):
         meter.note(events)
 
     def cut_off(self, events: list[Event]) -> list[Event]:
-        """The last events of an answer that a stop string ended: nobody reads what Z.ai would still write.
+        """The last events of an answer that a stop string ended.
 
-        It did not come to telling its usage either: that is estimated.
+        Nobody reads what Z.ai would still write. As its usage does not come either, it is
+        estimated.
         """
         self.source.response.close()
         *others, finish = events
@@ -10953,7 +11850,7 @@ class EventStream(EventSource):
         """The events before a failure, which is kept for later."""
         events: list[Event] = []
         try:
-            for event in self.reader.feed(part) if part else self.reader.close():
+            for event in self.read_events(part):
                 events += self.chain.feed(event)
                 if events and isinstance(events[-1], Finish):
                     self.has_ended = True
@@ -10962,22 +11859,32 @@ class EventStream(EventSource):
             self.error = self.source.with_request_id(error, self.reader.request_id)
         return events
 
+    def read_events(self, part: bytes) -> Iterator[Event | BegunAgain]:
+        """What Z.ai says in these bytes, not yet mended; no bytes are the end."""
+        if part:
+            return self.reader.feed(part)
+        return self.reader.close()
+
     async def read_rest(self) -> bytes:
-        """The next bytes after Z.ai's finish, none at the end: a broken connection no longer matters."""
+        """The next bytes after Z.ai's finish, none at the end.
+
+        A broken connection no longer matters.
+        """
         now = asyncio.get_running_loop().time()
-        self.finish_deadline = self.finish_deadline or now + self.source.limits.finish_timeout
+        if not self.finish_deadline:
+            self.finish_deadline = now + self.source.limits.finish_timeout
+        seconds = self.finish_deadline - now
         with suppress(UpstreamError, asyncio.TimeoutError):
-            return await asyncio.wait_for(self.source.read(), self.finish_deadline - now)
+            return await asyncio.wait_for(self.source.read(), seconds)
         return b""
 
     async def finish(self) -> None:
         """Read to the end of the answer, so that the connection can serve again."""
-        while (
-            self.reader.done
-            and not self.source.response.content.at_eof()
-            and await self.read_rest()
-        ):
-            pass
+        content = self.source.response.content
+        while self.reader.done and not content.at_eof():
+            part = await self.read_rest()
+            if not part:
+                break
 
 
 PART_SIZE = 2**16  # bytes; aiohttp waits for the reader only after so many
@@ -10988,7 +11895,8 @@ class Upload(aiohttp.AsyncIterablePayload):
 
     def __init__(self, parts: AsyncIterator[bytes], size: int | None = None) -> None:
         super().__init__(parts)
-        self.parts, self._size = parts, size
+        self.parts = parts
+        self._size = size
 
     async def write_with_length(self, writer: Any, _: int | None) -> None:
         async for part in self.parts:
@@ -11006,25 +11914,31 @@ class ZaiClient:
     """HTTP to Z.ai, over one session for the life of the program."""
 
     def __init__(self, session: aiohttp.ClientSession, settings: Settings, limits: Limits) -> None:
-        self.session, self.max_silence = session, settings.upstream_timeout
+        self.session = session
+        self.max_silence = settings.upstream_timeout
         self.limits = limits
         self.uses_proxies = not settings.demo
-        self.proxies: dict[
-            str, str | None
-        ] = {}  # by origin; aiohttp's trust_env would look for each request
+        # By origin; aiohttp's trust_env would look for a proxy with each request.
+        self.proxies: dict[str, str | None] = {}
 
     async def send(self, url: str, key: ZaiKey, owner: AsyncExitStack, **how: Any) -> ByteStream:
         """One request with our key; the connection belongs to `owner`. Raises UpstreamError.
 
         `how`: data; method and headers if not those of a JSON POST.
         """
-        data, headers = how.pop("data"), how.pop("headers", {"Content-Type": "application/json"})
+        how = {
+            "method": "POST",
+            "headers": {"Content-Type": "application/json"},
+            "proxy": self.proxy(url),
+            "allow_redirects": False,
+            **how,
+        }
+        how["headers"] = {**how["headers"], "Authorization": f"Bearer {key.secret}"}
+        data = how["data"]
         if isinstance(data, bytes) and len(data) > PART_SIZE:
-            data = Upload(parts_of(data), len(data))
-        headers = {**headers, "Authorization": f"Bearer {key.secret}"}
-        how = {"method": "POST", "proxy": self.proxy(url), "allow_redirects": False, **how}
+            how["data"] = Upload(parts_of(data), len(data))
         try:
-            response = await self.session.request(url=url, headers=headers, data=data, **how)
+            response = await self.session.request(url=url, **how)
         except (aiohttp.ClientError, ValueError) as error:
             if isinstance(error.__cause__, (ProxyError, web.HTTPException)):  # by what is sent
                 raise error.__cause__ from error
@@ -11038,34 +11952,42 @@ class ZaiClient:
     def proxy(self, url: str) -> str | None:
         """The proxy for a URL, from the environment."""
         origin = url[: url.index("/", len("https://"))]
+        if not self.uses_proxies:
+            return None
         if origin not in self.proxies:
-            self.proxies[origin] = environment_proxy(origin) if self.uses_proxies else None
+            self.proxies[origin] = environment_proxy(origin)
         return self.proxies[origin]
 
     async def list_models(self, key: ZaiKey) -> list[Model]:
         """Z.ai's own list of a key's models. Raises UpstreamError."""
         status, body = await self.get(key.base_url + "/models", key)
-        items = as_object(parse_json(body)).get("data")
+        answer = as_object(parse_json(body))
+        items = answer.get("data")
         if status != 200 or not isinstance(items, list):
             raise zai_error(status, body)
         return list(islice(models_from_items(items), 1_000))
 
     async def plan_quota(self, key: ZaiKey) -> JSON:
-        """What is left of a key's plan; no limits where it has none, and where Z.ai does not say."""
+        """What is left of a key's plan.
+
+        It has no limits where there is no plan, and where Z.ai does not say.
+        """
+        url = urljoin(key.base_url, "/api/monitor/usage/quota/limit")
         body = b""
         with suppress(UpstreamError):
-            _, body = await self.get(urljoin(key.base_url, "/api/monitor/usage/quota/limit"), key)
+            _, body = await self.get(url, key)
         return plan_quota(as_object(parse_json(body)))
 
     async def get(self, url: str, key: ZaiKey) -> tuple[int, bytes]:
         """Status and body of a short answer. Raises UpstreamError, also when it takes too long."""
-        headers, timeout = (
-            {"Authorization": f"Bearer {key.secret}"},
-            aiohttp.ClientTimeout(total=self.limits.get_timeout),
-        )
-        how: JSON = {"proxy": self.proxy(url), "headers": headers, "timeout": timeout}
+        how: JSON = {
+            "headers": {"Authorization": f"Bearer {key.secret}"},
+            "timeout": aiohttp.ClientTimeout(total=self.limits.get_timeout),
+            "proxy": self.proxy(url),
+            "allow_redirects": False,
+        }
         try:
-            async with self.session.get(url, allow_redirects=False, **how) as response:
+            async with self.session.get(url, **how) as response:
                 return response.status, await read_up_to(GET_LIMIT, response.content)
         except (aiohttp.ClientError, asyncio.TimeoutError, ValueError) as error:
             raise connection_error(error) from error
@@ -11074,9 +11996,10 @@ class ZaiClient:
 class ZaiConnection(ResponseHandler):
     """One connection to Z.ai.
 
-    A request fails when the whole head of its answer has not come `max_silence` seconds after the request, or a part
-    of it, was written: informational answers (1xx) and a head that drips are silence. aiohttp's own timer, sock_read,
-    starts anew with every byte. One timer serves all requests of a connection: it looks again when it is due.
+    A request fails when the whole head of its answer has not come `max_silence` seconds after the
+    request, or a part of it, was written: informational answers (1xx) and a head that drips are
+    silence. aiohttp's own timer, sock_read, starts anew with every byte. One timer serves all
+    requests of a connection: it looks again when it is due.
     """
 
     def __init__(self, loop: asyncio.AbstractEventLoop, max_silence: float) -> None:
@@ -11104,6 +12027,15 @@ class ZaiConnection(ResponseHandler):
             self.owed_since = math.inf
         super().feed_data(data, size)
 
+    def resume_reading(self, *how: Any, **named: Any) -> None:
+        """Called for each part that is taken out of the buffer.
+
+        aiohttp would go through its parser and its transport each time. Without a pause neither of them
+        has anything left.
+        """
+        if self._reading_paused:
+            super().resume_reading(*how, **named)
+
     def look(self) -> None:
         """Give up when a head is owed for too long; until then, look again."""
         self.timer = None
@@ -11127,13 +12059,18 @@ class ZaiConnection(ResponseHandler):
     def is_connected(self) -> bool:
         """Whether it can be used; aiohttp asks before it uses an idle one again.
 
-        Bytes that nobody asked for, or the end, make it useless: they would be taken for the next request's answer.
+        Bytes that nobody asked for, or the end, make it useless: they would be taken for the next
+        request's answer.
         """
-        return super().is_connected() and not self.should_close and not self.is_readable()
+        if not super().is_connected() or self.should_close:
+            return False
+        return not self.is_readable()
 
     def is_readable(self) -> bool:
-        """Whether the system has something that was not read yet."""
-        number = self.transport.get_extra_info("socket").fileno() if self.transport else -1
+        """Whether the system has something that was not read yet; True if it is closed."""
+        if not self.transport:
+            return True
+        number = self.transport.get_extra_info("socket").fileno()
         return number < 0 or has_input(number)
 
 
@@ -11154,7 +12091,8 @@ class ZaiConnector(aiohttp.TCPConnector):
 def has_input(number: int) -> bool:
     """Whether a read of this descriptor would not wait."""
     if sys.platform == "win32" or not hasattr(select, "poll"):
-        return bool(select.select([number], [], [], 0)[0])
+        readable, _, _ = select.select([number], [], [], 0)
+        return bool(readable)
     poll = select.poll()
     poll.register(number, select.POLLIN)
     return bool(poll.poll(0))
@@ -11163,13 +12101,13 @@ def has_input(number: int) -> bool:
 def environment_proxy(origin: str) -> str | None:
     """The proxy that HTTPS_PROXY and the like name for an origin."""
     url = urlsplit(origin)
-    return None if proxy_bypass(url.hostname or "") else getproxies().get(url.scheme)
+    if proxy_bypass(url.hostname or ""):
+        return None
+    return getproxies().get(url.scheme)
 
 
 def new_session(settings: Settings, limits: Limits) -> aiohttp.ClientSession:
-    # No limit on the whole: an answer may take long. ZaiConnection and ByteStream time silence.
-    timeout = aiohttp.ClientTimeout(total=None, connect=limits.connect_timeout)
-    connector, cookies = ZaiConnector(settings.upstream_timeout), aiohttp.DummyCookieJar()
+    """The session for all requests to Z.ai."""
     # Z.ai writes errors in English for those who ask; a compressed stream would wait in buffers.
     headers = {
         "User-Agent": f"ztoapi/{__version__}",
@@ -11177,31 +12115,38 @@ def new_session(settings: Settings, limits: Limits) -> aiohttp.ClientSession:
         "Accept-Encoding": "identity",
     }
     return aiohttp.ClientSession(
-        timeout=timeout, connector=connector, cookie_jar=cookies, headers=headers
+        # No limit on the whole: an answer may take long. ZaiConnection and ByteStream time silence.
+        timeout=aiohttp.ClientTimeout(total=None, connect=limits.connect_timeout),
+        connector=ZaiConnector(settings.upstream_timeout),
+        cookie_jar=aiohttp.DummyCookieJar(),
+        headers=headers,
     )
 
 
-# ======== Upstream ==================================================================================================
-# `Upstream.open` turns one request into requests to Z.ai: descriptions of images, retries, other keys, fallbacks,
-# merged choices.
+# ======== Upstream ===============================================================================
+# `Upstream.open` turns one request into requests to Z.ai: descriptions of images, retries, other
+# keys, fallbacks, merged choices.
+
+
+AskForChoice: TypeAlias = Callable[[AsyncExitStack], Awaitable[EventStream]]
 
 
 class MergedStream(EventSource):
-    """Several answers of Z.ai's as one with several choices, since Z.ai has no `n`; events in order of arrival."""
+    """Several answers of Z.ai's as one with several choices, since Z.ai has no `n`.
 
-    def __init__(
-        self, attempts: Sequence[Callable[[AsyncExitStack], Awaitable[EventStream]]]
-    ) -> None:
+    Events come in the order of their arrival.
+    """
+
+    def __init__(self, choices: Sequence[AskForChoice]) -> None:
         super().__init__()
         self.streams: dict[int, EventStream] = {}  # by choice, in the order in which they began
         self.finished = 0  # choices
-        self.owners = [
-            AsyncExitStack() for _ in attempts
-        ]  # of each choice's slot and connection, until it ends
+        # Of each choice's slot and connection, until it ends.
+        self.owners = [AsyncExitStack() for _ in choices]
         # The tasks that wait for each choice's next events.
-        self.pending = {
-            asyncio.create_task(self.first_of(i, ask)): i for i, ask in enumerate(attempts)
-        }
+        self.pending: dict[asyncio.Task[list[Event]], int] = {}
+        for choice, ask in enumerate(choices):
+            self.pending[asyncio.create_task(self.first_of(choice, ask))] = choice
 
     @property
     def info(self) -> AnswerInfo:
@@ -11217,7 +12162,10 @@ class MergedStream(EventSource):
 
     @property
     def said(self) -> list[Message]:
-        return [message for stream in self.streams.values() for message in stream.said]
+        said = []
+        for stream in self.streams.values():
+            said += stream.said
+        return said
 
     async def next_batch(self) -> list[Event]:
         """The next events of whichever choice has some. If one fails, all fail."""
@@ -11228,29 +12176,40 @@ class MergedStream(EventSource):
             events = task.result()
             if events:
                 self.pending[asyncio.create_task(self.next_of(choice))] = choice
-                self.finished += isinstance(events[-1], Finish)
-                return [e if isinstance(e, Usage) else replace(e, choice=choice) for e in events]
+                if isinstance(events[-1], Finish):
+                    self.finished += 1
+                return events
         return []
 
-    async def first_of(
-        self, choice: int, ask: Callable[[AsyncExitStack], Awaitable[EventStream]]
-    ) -> list[Event]:
+    async def first_of(self, choice: int, ask: AskForChoice) -> list[Event]:
+        """Ask for a choice, and wait for its first events."""
         self.streams[choice] = await ask(self.owners[choice])
         return await self.next_of(choice)
 
     async def next_of(self, choice: int) -> list[Event]:
+        """A choice's next events, under its number; none at its end, which releases its slot."""
         events = await self.streams[choice].read()
         if not events:
             await self.streams[choice].finish()
             await self.owners[choice].aclose()
-        return events
+        return [of_choice(event, choice) for event in events]
 
     async def close(self) -> None:
-        """Release everything, also if this is cancelled: a lost connection cancels a handler that already ends."""
+        """Release everything, also if this is cancelled.
+
+        A lost connection cancels a handler that already ends.
+        """
         async with AsyncExitStack() as owners:
             for owner in self.owners:
                 owners.push_async_callback(owner.aclose)
             await end_tasks(self.pending)
+
+
+def of_choice(event: Event, choice: int) -> Event:
+    """The event under the number of its choice, which usage has not."""
+    if isinstance(event, Usage):
+        return event
+    return replace(event, choice=choice)
 
 
 class NoAnswer(EventSource):
@@ -11263,7 +12222,9 @@ class NoAnswer(EventSource):
     def __init__(self, plan: Plan) -> None:
         super().__init__()
         self.info = AnswerInfo(plan.answer_id, 0, plan.asked.id, "")
-        self.ahead = [Usage(), *[Finish("length", choice) for choice in range(plan.n)]]
+        self.ahead = [Usage()]
+        for choice in range(plan.n):
+            self.ahead.append(Finish("length", choice))
 
     async def next_batch(self) -> list[Event]:
         return []
@@ -11335,10 +12296,12 @@ class ImageMemory:
         texts = {}
         reasons = {}
         for image in images:
-            if text := self.texts.get(image.key):
+            text = self.texts.get(image.key)
+            reason = self.reasons.get(image.key)
+            if text:
                 texts[image.key] = text
                 self.texts.put(image.key, text)  # the newest now
-            elif reason := self.reasons.get(image.key):
+            elif reason:
                 reasons[image.key] = reason
             elif image.error:
                 reasons[image.key] = "it could not be described now"
@@ -11349,11 +12312,14 @@ REASON_LIMIT = 300  # characters of what Z.ai says about an image
 
 
 def fingerprint(account_id: str, message: Message) -> str:
-    """The same for an answer and for what its client sends back later, if only white space differs."""
-    calls = (
-        word for call in message.calls for word in (call.id, call.name, canonical(call.arguments))
-    )
-    return digest(account_id, message_text(message).strip(), *calls)
+    """Tells an answer again when its client sends it back.
+
+    White space makes no difference.
+    """
+    words = [account_id, message_text(message).strip()]
+    for call in message.calls:
+        words += [call.id, call.name, canonical(call.arguments)]
+    return digest(*words)
 
 
 def canonical(arguments: str) -> str:
@@ -11376,13 +12342,14 @@ class Upstream:
     """The way to Z.ai: the keys, a queue for each model, retries and fallbacks."""
 
     def __init__(self, settings: Settings, limits: Limits, client: ZaiClient, clock: Clock) -> None:
-        self.settings, self.limits = settings, limits
-        self.client, self.clock = client, clock
+        self.settings = settings
+        self.limits = limits
+        self.client = client
+        self.clock = clock
         self.keys = KeyPool(settings.zai_keys, clock, limits.cooldown)
-        self.queues: dict[str, Queue] = {}
-        self.account_slots: dict[
-            tuple[str, int], asyncio.Semaphore
-        ] = {}  # by account id and how many it has
+        self.queues: dict[str, Queue] = {}  # by model
+        # By account id and how many it has.
+        self.account_slots: dict[tuple[str, int], asyncio.Semaphore] = {}
         self.memory = ReasoningMemory(limits.reasoning_size)
         self.images = ImageMemory(limits.descriptions_size)
         self.redact = Redactor(settings.secrets)
@@ -11394,8 +12361,8 @@ class Upstream:
     async def open(self, plan: Plan) -> AsyncIterator[Answering]:
         """Yields an answer that has begun; one that is not streamed is complete.
 
-        On exit, however it happens, every connection and slot is released. Raises ProxyError when no
-        model answers.
+        On exit, however it happens, every connection and slot is released. Raises ProxyError when
+        no model answers.
         """
         async with AsyncExitStack() as owner:
             if plan.images:
@@ -11408,7 +12375,7 @@ class Upstream:
                 yield stream
                 await stream.finish()
             else:
-                choices = map(plan.for_choice, range(plan.n))
+                choices = [plan.for_choice(number) for number in range(plan.n)]
                 merged = MergedStream([partial(self.ask_in_turn, choice) for choice in choices])
                 owner.push_async_callback(merged.close)
                 await merged.begin()
@@ -11418,9 +12385,11 @@ class Upstream:
     async def describe_images(self, plan: Plan) -> None:
         """Put words in the place of the plan's images: those that are known, or VISION_MODEL's.
 
-        Raises ProxyError where one of the turn that is on has no description, unless Z.ai refuses it.
+        Raises ProxyError where one of the turn that is on has no description, unless Z.ai refuses
+        it.
         """
-        for error in await asyncio.gather(*map(self.describe, plan.images)):
+        errors = await asyncio.gather(*map(self.describe, plan.images))
+        for error in errors:
             if error:
                 raise error
         texts, reasons = self.images.words_for(plan.images)
@@ -11440,10 +12409,13 @@ class Upstream:
             image.ended_at = time.monotonic()
             image.error = error.kind.code or error.kind.type
             if isinstance(error, UpstreamError) and error.kind.status == 400:
-                self.images.refuse(image.key, self.redact(error.detail) or error.message)
+                words = self.redact(error.detail) or error.message
+                self.images.refuse(image.key, words)
                 return None
             error.message = f"{image.model} could not describe an image: {error.message}"
-            return error if image.is_current else None
+            if image.is_current:
+                return error
+            return None
         image.ended_at = time.monotonic()
         self.images.texts.put(image.key, text)
         self.repairs["described_images"] += 1
@@ -11466,9 +12438,10 @@ class Upstream:
         """Waits until fewer requests of the account are in flight than it may have."""
         if account.parallel is None:
             return nullcontext()
-        return self.account_slots.setdefault(
-            (account.id, account.parallel), asyncio.Semaphore(account.parallel)
-        )
+        key = (account.id, account.parallel)
+        if key not in self.account_slots:
+            self.account_slots[key] = asyncio.Semaphore(account.parallel)
+        return self.account_slots[key]
 
     async def ask_in_turn(self, plan: Plan, owner: AsyncExitStack) -> EventStream:
         """Ask as soon as the account has fewer requests in flight than it may have."""
@@ -11497,7 +12470,10 @@ class Upstream:
         owner: AsyncExitStack,
         leaves_after: float = math.inf,
     ) -> EventStream:
-        """Ask one model, with retries; the error for an unknown one tells names that are like it."""
+        """Ask one model, with retries.
+
+        The error for an unknown model tells names that are like it.
+        """
         attempt = partial(self.ask, plan, model, prompt)
         use = KeyUse(model.id)
         try:
@@ -11509,7 +12485,7 @@ class Upstream:
             if name in prompt.model.lower():
                 name = prompt.model
             models = MODELS | plain_aliases(self.settings)
-            known = [each for each in models if plan.account.allows(models[each])]
+            known = [known for known, model in models.items() if plan.account.allows(model)]
             raise with_name_of_model(error, name, known) from error
 
     async def ask(
@@ -11518,25 +12494,23 @@ class Upstream:
         """Asks a model with a key. Encodes the body only now, as many may wait their turn."""
         plan.admit(model)
         key = slot.key
+        encode = partial(zai_request, asks_again=self.asks_again(plan, prompt))
         request = await in_thread_if_large(
-            plan.size, zai_request, prompt, model, key.base_url, plan.answer_id
+            plan.size, encode, prompt, model, key.base_url, plan.answer_id
         )
         trace("sent", request.data)
         url = key.base_url + "/chat/completions"
-        repairs = repairs_for(replace(request.needs, asks_again=self.asks_again(plan, prompt)))
-        memo = Memo() if plan.remembers else None
-        machines = list(repairs)
-        if plan.client_names:
-            machines.append(ClientNames(plan.client_names))
-        if memo:
-            machines.append(memo)
-        machines += reasoning_shape(plan.reasoning_format)
+        repairs = repairs_for(request.needs)
+        memo = None
+        if plan.remembers:
+            memo = Memo()
+        chain = whole_chain(repairs, memo, plan)
         [meter] = plan.meters
         meter.ask_chat(model)
         with meter.asking(request.characters):
             source = await self.client.send(url, key, owner, data=request.data)
             reader = ZaiReader(model, self.limits.answer_size)
-            stream = EventStream(source, reader, machines, memo, meter)
+            stream = EventStream(source, reader, chain, memo, meter)
             stream.on_end = slot.answered
             owner.callback(self.count_repairs, repairs, meter)
             await stream.begin()
@@ -11546,11 +12520,17 @@ class Upstream:
         return stream
 
     def asks_again(self, plan: Plan, prompt: Prompt) -> bool:
-        """Whether an empty answer is asked for once more; with `stop`, that may be all there is to say."""
+        """Whether an empty answer is asked for once more.
+
+        With `stop`, an empty answer may be all there is to say.
+        """
         [meter] = plan.meters
-        return self.settings.max_retries > 0 and not prompt.stop and not meter.was_empty
+        if prompt.stop or meter.was_empty:
+            return False
+        return self.settings.max_retries > 0
 
     def count_repairs(self, repairs: Iterable[Repair], meter: Meter) -> None:
+        """Count what was mended in an answer that ends, and note whether it was silent."""
         for repair in repairs:
             if repair.mended:
                 self.repairs[repair.kind] += repair.mended
@@ -11612,14 +12592,16 @@ class Upstream:
         return self.record_failure(ticket, slot, error)
 
     async def in_time(self, asking: Awaitable[R], ticket: Ticket, slot: Slot) -> R:
-        """What asking comes to. Raises SlowAnswerError when Z.ai says nothing for FIRST_TOKEN_TIMEOUT.
+        """What asking comes to, if Z.ai says something within FIRST_TOKEN_TIMEOUT.
 
-        Only if another key or model may do; the last one is waited for.
+        Raises SlowAnswerError if it says nothing, and another key or model may do; the last one is
+        waited for.
         """
         task = asyncio.ensure_future(asking)
         try:
             await asyncio.wait({task}, timeout=self.settings.first_token_timeout)
-            if not (task.done() or slot.is_taken) and self.has_other(ticket, slot):
+            is_slow = not task.done() and not slot.is_taken
+            if is_slow and self.has_other(ticket, slot):
                 raise SlowAnswerError(TIMEOUT)
             return await task
         finally:
@@ -11636,14 +12618,18 @@ class Upstream:
             keys = self.keys.available(ticket.use)
         except UpstreamError:  # all of them cool down by now
             return False
-        return any(key not in tried and slot.queue.has_room(key) for key in keys)
+        return any(slot.queue.has_room(key) for key in keys if key not in tried)
 
     def wait_out(self, ticket: Ticket, slot: Slot, error: UpstreamError) -> None:
-        """Let a request that was refused for load wait in its place; raise if it has waited enough."""
+        """Let a request that was refused for load wait in its place.
+
+        Raises UpstreamError when it has waited enough.
+        """
         slot.queue.refused(slot, error)
         now = self.clock.now()
         ticket.refused(error, now)
-        patience, seconds = slot.patience, self.settings.rate_limit_wait
+        patience = slot.patience
+        seconds = self.settings.rate_limit_wait
         ends_at = min(ticket.leaves_at, patience.ends_at(ticket.arrived_at, seconds))
         told_too_long = (error.told_wait or 0.0) > min(ends_at - now, seconds)
         if now >= ends_at or told_too_long:
@@ -11653,7 +12639,10 @@ class Upstream:
         self.retries_made["queued_again"] += 1
 
     def record_failure(self, ticket: Ticket, slot: Slot, error: UpstreamError) -> float:
-        """Update keys after a failure; return the seconds to wait, or raise if there is no next try."""
+        """Update keys after a failure, and return the seconds to wait.
+
+        Raises UpstreamError if there is no next try.
+        """
         if isinstance(error, EmptyAnswerError):
             return 0  # the next one counts
         last = ticket.failures.get(slot.key)
@@ -11664,18 +12653,11 @@ class Upstream:
             self.retries_made["other_keys"] += 1
             return 0
         if self.keys.calls_for_cooldown(error) and error.kind != last:
-            self.keys.cool_down(slot.key, ticket.use, error)
-            try:
-                self.keys.available(ticket.use)
-            except (
-                UpstreamError
-            ) as repeated:  # no other key is left: its own client gets Z.ai's words
-                error.retry_after = repeated.retry_after
-                raise error from None
-            self.retries_made["other_keys"] += 1
+            self.change_key(ticket, slot, error)
             return 0
         retries = self.settings.max_retries
-        if self.clock.now() - slot.granted_at > self.limits.long_attempt:
+        took = self.clock.now() - slot.granted_at
+        if took > self.limits.long_attempt:
             retries = min(retries, 1)
         if error.kind not in RETRYABLE or ticket.retries >= retries:
             raise error
@@ -11683,26 +12665,38 @@ class Upstream:
         ticket.retries += 1
         return backoff(ticket.retries, self.clock.jitter())
 
+    def change_key(self, ticket: Ticket, slot: Slot, error: UpstreamError) -> None:
+        """Let the key cool down, so that another is used. Raises the error if there is none."""
+        self.keys.cool_down(slot.key, ticket.use, error)
+        try:
+            self.keys.available(ticket.use)
+        except UpstreamError as repeated:
+            # Its words are for others; this client gets Z.ai's own.
+            error.retry_after = repeated.retry_after
+            raise error from None
+        self.retries_made["other_keys"] += 1
+
     def snapshot(self, redact: Callable[[str], str]) -> JSON:
-        """The state of keys and queues for the dashboard: a key is shown by its number, other secrets are redacted."""
+        """The state of keys and queues for the dashboard.
+
+        A key is shown by its number, other secrets are redacted.
+        """
         self.keys.expire()
         numbers = {key: number for number, key in enumerate(self.settings.zai_keys, 1)}
-        unix_at_clock_zero = (
-            self.clock.unix() - self.clock.now()
-        )  # the Unix time at which the clock says 0
-        cooling = [
-            {
+        unix_at_clock_zero = self.clock.unix() - self.clock.now()
+        cooling = []
+        for (key, scope), cooldown in self.keys.cooling.items():
+            row = {
                 "key": numbers[key],
                 "model": redact(scope),
-                "until": unix_at_clock_zero + rest.until,
-                "why": rest.error.kind.code,
+                "until": unix_at_clock_zero + cooldown.until,
+                "why": cooldown.error.kind.code,
             }
-            for (key, scope), rest in self.keys.cooling.items()
-        ]
-        queues = [
-            {"model": redact(name)} | queue.snapshot(numbers, unix_at_clock_zero)
-            for name, queue in self.queues.items()
-        ]
+            cooling.append(row)
+        queues = []
+        for name, queue in self.queues.items():
+            state = queue.snapshot(numbers, unix_at_clock_zero)
+            queues.append({"model": redact(name), **state})
         return {
             "keys": len(numbers),
             "resting": cooling,
@@ -11711,36 +12705,62 @@ class Upstream:
         }
 
     def queue(self, model: str) -> Queue:
-        """The model's queue. Clients may invent names, so unused queues of unknown models are dropped."""
+        """The model's queue.
+
+        Clients may invent names, so unused queues of unknown models are dropped.
+        """
         if model not in self.queues:
-            self.queues = {
-                n: q for n, q in self.queues.items() if n in MODELS or q.in_flight or q.tickets
-            }
+            for name, queue in list(self.queues.items()):
+                is_used = queue.in_flight or queue.tickets
+                if name not in MODELS and not is_used:
+                    del self.queues[name]
             self.queues[model] = Queue(
                 self.keys, self.settings.max_concurrency, self.clock, self.limits.poll_interval
             )
         return self.queues[model]
 
 
+def whole_chain(repairs: Iterable[Repair], memo: Memo | None, plan: Plan) -> list[Repair]:
+    """The repairs of Z.ai's answer, and behind them what the client's request wants of it."""
+    chain = list(repairs)
+    if plan.client_names:
+        chain.append(ClientNames(plan.client_names))
+    if memo:
+        chain.append(memo)
+    chain += reasoning_shape(plan.reasoning_format)
+    return chain
+
+
 class Catalog:
-    """The models this server lists: the table, and Z.ai's list for the first key, asked for now and then."""
+    """The models this server lists.
+
+    They are the table's and those of Z.ai's list for the first key, asked for now and then.
+    """
 
     def __init__(self, client: ZaiClient, keys: KeyPool, ttl: float) -> None:
         """`ttl`: seconds for which Z.ai is not asked again."""
-        self.client, self.keys, self.ttl = client, keys, ttl
+        self.client = client
+        self.keys = keys
+        self.ttl = ttl
         self.models = dict(MODELS)
         self.asked_at = -math.inf
         self.asking: asyncio.Task[None] | None = None
 
     async def list(self, now: float) -> dict[str, Model]:
-        """By id. Only the first caller waits for Z.ai; later the list is refreshed in the background."""
+        """By id.
+
+        Only the first caller waits for Z.ai; later the list is refreshed in the background.
+        """
         if now - self.asked_at >= self.ttl:
-            before, self.asking, self.asked_at = self.asking, asyncio.create_task(self.ask()), now
-            if before is None:
+            is_first = self.asking is None
+            self.asked_at = now
+            self.asking = asyncio.create_task(self.ask())
+            if is_first:
                 await asyncio.wait({self.asking})
         return self.models
 
     async def ask(self) -> None:
+        """Ask for the first key's list; without one, or an answer, all stays as it is."""
         for key in self.keys.keys[:1]:
             try:
                 models = await self.client.list_models(key)
@@ -11749,7 +12769,7 @@ class Catalog:
                 if error.kind == AUTHENTICATION:
                     self.keys.cool_down(key, KeyUse(), error)
             else:
-                self.models = MODELS | {model.id: model for model in models}
+                self.models = {**MODELS, **{model.id: model for model in models}}
 
 
 class PlanQuotas:
@@ -11757,7 +12777,9 @@ class PlanQuotas:
 
     def __init__(self, client: ZaiClient, keys: tuple[ZaiKey, ...], ttl: float) -> None:
         """`ttl`: seconds for which Z.ai is not asked again."""
-        self.client, self.keys, self.ttl = client, keys, ttl
+        self.client = client
+        self.keys = keys
+        self.ttl = ttl
         self.plans: list[JSON] = []
         self.asked_at = -math.inf
         self.asking: asyncio.Task[None] | None = None
@@ -11765,18 +12787,23 @@ class PlanQuotas:
     def latest(self, now: float) -> list[JSON]:
         """Z.ai's last answer; the next is fetched in the background."""
         if now - self.asked_at >= self.ttl:
-            self.asked_at, self.asking = now, asyncio.create_task(self.ask())
+            self.asked_at = now
+            self.asking = asyncio.create_task(self.ask())
         return self.plans
 
     async def ask(self) -> None:
-        plans = await asyncio.gather(*map(self.client.plan_quota, self.keys))
-        self.plans = [
-            {"key": number, **plan} for number, plan in enumerate(plans, 1) if plan["limits"]
-        ]
+        """Ask for the plans of all keys; those without limits are left out."""
+        quotas = await asyncio.gather(*map(self.client.plan_quota, self.keys))
+        plans = []
+        for number, quota in enumerate(quotas, 1):
+            if quota["limits"]:
+                plans.append({"key": number, **quota})
+        self.plans = plans
 
 
-# ======== Database ==================================================================================================
-# `Database`: keys, usage and stored responses in SQLite or PostgreSQL, with the same SQL. A day is YYYY-MM-DD.
+# ======== Database ===============================================================================
+# `Database`: keys, usage and stored responses in SQLite or PostgreSQL, with the same SQL. A day is
+# YYYY-MM-DD.
 
 DAYS_KEPT = 30  # of stored responses
 DATABASE_FILE = Path(__file__).with_name("ztoapi.db")
@@ -11789,7 +12816,8 @@ def price_statements() -> str:
         if model.price and any(model.price):
             fresh, cached, completion = (round(1000 * dollars) for dollars in model.price)
             costs = f"(prompt - cached) * {fresh} + cached * {cached} + completion * {completion}"
-            statements.append(f"UPDATE ztoapi_usage SET spent = {costs} WHERE model = '{model.id}'")  # noqa: S608 - ours
+            update = f"UPDATE ztoapi_usage SET spent = {costs}"  # noqa: S608 - all of it is ours
+            statements.append(f"{update} WHERE model = '{model.id}'")
     return "; ".join(statements)
 
 
@@ -11803,20 +12831,24 @@ SUMS_OF_USAGE = {
 
 def sum_of_usage(column: str) -> str:
     """What a key's column is set to, from the rows of its usage."""
-    sums = SUMS_OF_USAGE[column]
-    return f"{column} = (SELECT {sums} FROM ztoapi_usage WHERE account = ztoapi_keys.id)"  # noqa: S608 - ours
+    rows = "FROM ztoapi_usage WHERE account = ztoapi_keys.id"
+    return f"{column} = (SELECT {SUMS_OF_USAGE[column]} {rows})"
 
 
 # What each version of the tables adds to the one before.
 MIGRATIONS = (
     """
-    CREATE TABLE ztoapi_keys (id TEXT PRIMARY KEY, name TEXT NOT NULL, limits TEXT NOT NULL, removed BIGINT NOT NULL);
+    CREATE TABLE ztoapi_keys (
+        id TEXT PRIMARY KEY, name TEXT NOT NULL, limits TEXT NOT NULL, removed BIGINT NOT NULL);
     CREATE UNIQUE INDEX ztoapi_key_names ON ztoapi_keys (name) WHERE removed = 0;
     CREATE TABLE ztoapi_usage (
-        account TEXT, day TEXT, model TEXT, requests BIGINT NOT NULL, failures BIGINT NOT NULL, prompt BIGINT NOT NULL,
-        cached BIGINT NOT NULL, completion BIGINT NOT NULL, PRIMARY KEY (account, day, model));
+        account TEXT, day TEXT, model TEXT,
+        requests BIGINT NOT NULL, failures BIGINT NOT NULL,
+        prompt BIGINT NOT NULL, cached BIGINT NOT NULL, completion BIGINT NOT NULL,
+        PRIMARY KEY (account, day, model));
     CREATE INDEX ztoapi_usage_days ON ztoapi_usage (day);
-    CREATE TABLE ztoapi_responses (id TEXT PRIMARY KEY, account TEXT NOT NULL, day TEXT NOT NULL, body TEXT NOT NULL);
+    CREATE TABLE ztoapi_responses (
+        id TEXT PRIMARY KEY, account TEXT NOT NULL, day TEXT NOT NULL, body TEXT NOT NULL);
     CREATE INDEX ztoapi_response_days ON ztoapi_responses (day);
     CREATE TABLE ztoapi_writers (id TEXT PRIMARY KEY, batch BIGINT NOT NULL, day TEXT NOT NULL)
     """,
@@ -11830,7 +12862,8 @@ MIGRATIONS = (
     CREATE INDEX ztoapi_response_parents ON ztoapi_responses (parent);
     CREATE INDEX ztoapi_response_ages ON ztoapi_responses (account, day, stored_at, size)
     """,
-    # Until then a key's id was its hash. Money is in billionths of a dollar, at the prices of the day of the change.
+    # Until then a key's id was its hash. Money is in billionths of a dollar, at the prices of the
+    # day of the change.
     """
     ALTER TABLE ztoapi_keys ADD COLUMN hash TEXT NOT NULL DEFAULT '';
     ALTER TABLE ztoapi_keys ADD COLUMN paused BIGINT NOT NULL DEFAULT 0;
@@ -11849,25 +12882,28 @@ LIST_KEYS = """
     SELECT id, name, limits, hash, paused, requests, tokens, spent, last_used
     FROM ztoapi_keys WHERE removed = 0 ORDER BY name"""
 PUT_KEY = """
-    INSERT INTO ztoapi_keys (id, name, limits, removed, hash, paused) VALUES (?, ?, ?, 0, ?, ?) ON CONFLICT (id)
-    DO UPDATE SET name = excluded.name, limits = excluded.limits, hash = excluded.hash, paused = excluded.paused"""
+    INSERT INTO ztoapi_keys (id, name, limits, removed, hash, paused) VALUES (?, ?, ?, 0, ?, ?)
+    ON CONFLICT (id) DO UPDATE SET name = excluded.name, limits = excluded.limits,
+    hash = excluded.hash, paused = excluded.paused"""
 ADD_TOTALS = """
-    UPDATE ztoapi_keys SET requests = requests + ?, tokens = tokens + ?, spent = spent + ?, last_used = ?
-    WHERE id = ?"""
+    UPDATE ztoapi_keys SET requests = requests + ?, tokens = tokens + ?, spent = spent + ?,
+    last_used = ? WHERE id = ?"""
 NAME_DATABASE = "INSERT INTO ztoapi_database VALUES (1, ?) ON CONFLICT (one) DO NOTHING"
 REMOVE_KEY = "UPDATE ztoapi_keys SET removed = 1 WHERE name = ? AND removed = 0"
 BEGIN_BATCH = """
     INSERT INTO ztoapi_writers AS w VALUES (?, ?, ?) ON CONFLICT (id)
     DO UPDATE SET batch = excluded.batch, day = excluded.day WHERE w.batch < excluded.batch"""
 ADD_USAGE = """
-    INSERT INTO ztoapi_usage AS u VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT (account, day, model) DO UPDATE SET
+    INSERT INTO ztoapi_usage AS u VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)
+    ON CONFLICT (account, day, model) DO UPDATE SET
     requests = u.requests + excluded.requests, failures = u.failures + excluded.failures,
     prompt = u.prompt + excluded.prompt, cached = u.cached + excluded.cached,
     completion = u.completion + excluded.completion, spent = u.spent + excluded.spent"""
 USED_SINCE = "SELECT SUM(prompt + completion), SUM(spent) FROM ztoapi_usage WHERE day >= ?"
 USED_BY_ONE_SINCE = USED_SINCE + " AND account = ?"
 USAGE_ROWS = """
-    SELECT account, COALESCE(name, 'operator'), day, model, u.requests, failures, prompt, cached, completion
+    SELECT account, COALESCE(name, 'operator'), day, model,
+    u.requests, failures, prompt, cached, completion
     FROM ztoapi_usage AS u LEFT JOIN ztoapi_keys ON id = account WHERE day >= ?"""
 USAGE_SINCE = USAGE_ROWS + " ORDER BY day, name, model"
 USAGE_OF_ONE = USAGE_ROWS + " AND account = ? ORDER BY day, model"
@@ -11875,7 +12911,8 @@ FORGET_WRITERS = "DELETE FROM ztoapi_writers WHERE day < ?"
 
 # A response may be written twice; the second time it can only have been deleted meanwhile.
 PUT_RESPONSE = """
-    INSERT INTO ztoapi_responses (id, account, day, stored_at, parent, size, body) VALUES (?, ?, ?, ?, ?, ?, ?)
+    INSERT INTO ztoapi_responses (id, account, day, stored_at, parent, size, body)
+    VALUES (?, ?, ?, ?, ?, ?, ?)
     ON CONFLICT (id) DO UPDATE SET day = excluded.day WHERE excluded.day = ''"""
 DELETE_RESPONSE = "UPDATE ztoapi_responses SET day = '' WHERE id = ? AND account = ? AND day >= ?"
 DELETE_UNNEEDED = """
@@ -11889,17 +12926,19 @@ DELETE_OLDEST = """
 # A response and those before it, the last one first, until they are too large together.
 LINE = """
     WITH RECURSIVE line (id, parent, size, total) AS (
-        SELECT id, parent, size, size FROM ztoapi_responses WHERE id = ? AND account = ? AND day >= ?
+        SELECT id, parent, size, size
+        FROM ztoapi_responses WHERE id = ? AND account = ? AND day >= ?
         UNION ALL SELECT r.id, r.parent, r.size, line.total + r.size
         FROM line JOIN ztoapi_responses AS r ON r.id = line.parent
         WHERE r.account = ? AND line.total <= ?)
     SELECT id, size FROM line"""
+# In place of the braces stands a question mark for each id.
 SIZES = "SELECT id, size FROM ztoapi_responses WHERE id IN ({}) AND account = ? AND day >= ?"
-ROWS = (
-    "SELECT id, account, day, stored_at, parent, size, body FROM ztoapi_responses WHERE id IN ({})"
-)
+ROWS = """
+    SELECT id, account, day, stored_at, parent, size, body
+    FROM ztoapi_responses WHERE id IN ({})"""
 
-# How a transaction begins in SQLite, where one that reads does not wait for another process that writes.
+# How a transaction begins in SQLite: one that only reads need not wait for another process.
 READ, WRITE = "BEGIN", "BEGIN IMMEDIATE"
 NO_ANSWER = "the database does not answer"
 
@@ -11923,7 +12962,10 @@ DELETED = ""
 
 
 class LineStart(NamedTuple):
-    """Where a line of responses begins that the database is asked for, and the first day for that."""
+    """Where a line of responses begins that the database is asked for.
+
+    Responses from before `first_day` do not count.
+    """
 
     id: str  # "" for no line
     first_day: str
@@ -11938,7 +12980,9 @@ class OddRowError(DatabaseError):
 
 
 def unusable(error: Exception) -> str:
-    return f"the database cannot be used: {' '.join(str(error).split())}"
+    """A driver's error in one line, for the operator."""
+    words = " ".join(str(error).split())
+    return f"the database cannot be used: {words}"
 
 
 def file_identity(path: Path) -> tuple[int, int] | None:
@@ -11957,14 +13001,20 @@ def forget_outcome(done: asyncio.Future[Any]) -> None:
 
 
 class DatabaseThread:
-    """One thread that does jobs in turn. Unlike a ThreadPoolExecutor's it keeps no program from ending."""
+    """One thread that does jobs in turn.
+
+    Unlike a ThreadPoolExecutor's it keeps no program from ending.
+    """
 
     def __init__(self) -> None:
         self.jobs: SimpleQueue[tuple[Future[Any], Callable[[], Any]]] = SimpleQueue()
         self.thread: Thread | None = None
 
     def submit(self, job: Callable[[], R]) -> Future[R]:
-        """Do a job after those before it; it may raise DatabaseError and ProxyError, anything else is a bug."""
+        """Do a job after those before it.
+
+        It may raise DatabaseError and ProxyError. Anything else is a bug.
+        """
         future: Future[R] = Future()
         self.jobs.put((future, job))
         if self.thread is None or not self.thread.is_alive():  # not yet, or in a forked process
@@ -11973,6 +13023,7 @@ class DatabaseThread:
         return future
 
     def work(self) -> None:
+        """What the thread does for ever."""
         while True:
             future, job = self.jobs.get()
             try:
@@ -11985,7 +13036,10 @@ class DatabaseThread:
 
 
 class UnsavedResponses:
-    """Responses that the database does not have yet; too many, or too large, the oldest are lost."""
+    """Responses that the database does not have yet.
+
+    If they are too many, or too large, the oldest are lost.
+    """
 
     def __init__(self, limits: Limits) -> None:
         self.limits = limits
@@ -11995,9 +13049,11 @@ class UnsavedResponses:
     def put(self, row: ResponseRow) -> None:
         self.rows[row.id] = row
         self.size += row.size
-        limits = self.limits
-        while len(self.rows) > limits.unsaved_rows or self.size > limits.unsaved_size:
+        while self.is_too_large():
             self.drop(next(iter(self.rows)))
+
+    def is_too_large(self) -> bool:
+        return len(self.rows) > self.limits.unsaved_rows or self.size > self.limits.unsaved_size
 
     def drop(self, response_id: str) -> None:
         self.size -= self.rows.pop(response_id).size
@@ -12021,12 +13077,12 @@ class UnsavedResponses:
 
 
 class Database:
-    """One connection in one thread: the event loop never waits for a disk, and nobody waits for long.
+    """One connection in one thread.
 
-    What does not answer in time, or fails, is not asked again for requests until the
-    exchange that runs all the while has succeeded. Counts are written in numbered batches. One that
-    was perhaps written before the connection broke is written again under its number, which
-    `ztoapi_writers` takes only once.
+    So the event loop never waits for a disk, and nobody waits for long: a database that does not
+    answer in time, or fails, is not asked again for requests until the exchange that runs all the
+    while has succeeded. Counts are written in numbered batches. One that was perhaps written before
+    the connection broke is written again under its number, which `ztoapi_writers` takes only once.
     """
 
     POLL = 3  # intervals between two reads of what others wrote
@@ -12037,7 +13093,9 @@ class Database:
         self.limits = limits or Limits()
         self.is_postgres = url.startswith("postgres")
         self.in_memory = url == "memory"
-        self.path = DATABASE_FILE.parent / url.removeprefix("sqlite:///") if url else DATABASE_FILE
+        self.path = DATABASE_FILE
+        if url:
+            self.path = DATABASE_FILE.parent / url.removeprefix("sqlite:///")
         self.thread = DatabaseThread()
         self.driver: Any = None  # a DB-API module
         self.connection: Any = None
@@ -12052,7 +13110,10 @@ class Database:
 
     @cached_property
     def writer(self) -> str:
-        """This process in `ztoapi_writers`; not known before it writes, for a process manager may fork."""
+        """This process in `ztoapi_writers`.
+
+        It is not known before it writes, for a process manager may fork.
+        """
         return secrets.token_hex(8)
 
     @property
@@ -12062,8 +13123,10 @@ class Database:
             return "memory only"
         if not self.is_postgres:
             return str(self.path)
-        behind_password = self.url.partition("://")[2].rpartition("@")[2]
-        return f"PostgreSQL {behind_password.partition('?')[0]}".rstrip()
+        _, _, address = self.url.partition("://")
+        _, _, behind_password = address.rpartition("@")
+        without_options, _, _ = behind_password.partition("?")
+        return f"PostgreSQL {without_options}".rstrip()
 
     @property
     def exists(self) -> bool:
@@ -12088,15 +13151,14 @@ class Database:
             self.hanging = done
             self.has_failed = True
             raise DatabaseError(NO_ANSWER)
-        failure = done.exception()
-        self.has_failed = isinstance(failure, DatabaseError) and not isinstance(
-            failure, OddRowError
-        )
+        error = done.exception()
+        is_only_odd = isinstance(error, OddRowError)
+        self.has_failed = isinstance(error, DatabaseError) and not is_only_odd
         return done.result()
 
     @asynccontextmanager
     async def running(self, accounts: Accounts) -> AsyncIterator[None]:
-        """Keys and usage are exchanged with the database every few seconds, and once more at the end."""
+        """Exchange keys and usage with the database every few seconds, and once more at the end."""
         if self.exists:
             await self.sync(accounts)
         task = asyncio.create_task(self.loop(accounts))
@@ -12105,15 +13167,17 @@ class Database:
         task = asyncio.create_task(self.write_rest(accounts))
         await asyncio.wait({task}, timeout=self.limits.database_wait + 1)
         await end_tasks([task])
-        await asyncio.wait({asyncio.wrap_future(self.thread.submit(self.close))}, timeout=1)
+        closing = asyncio.wrap_future(self.thread.submit(self.close))
+        await asyncio.wait({closing}, timeout=1)
 
     async def write_rest(self, accounts: Accounts) -> None:
-        """At the end."""
+        """Write what is still in memory when the server ends."""
         for _ in range(3):  # a broken connection, the batch that it broke with, the rest
             if accounts.counted or accounts.batch or self.unsaved.rows:
                 await self.sync(accounts)
 
     async def loop(self, accounts: Accounts) -> None:
+        """Exchange what there is to exchange, at each interval, for ever."""
         for number in count():
             if self.is_due(accounts, number):
                 await self.sync(accounts)
@@ -12125,7 +13189,9 @@ class Database:
             return number % self.POLL == 0 and bool(accounts.counted)
         if accounts.counted or accounts.batch or self.unsaved.rows or self.has_failed:
             return True
-        return number % self.POLL == 0 and (self.exists or self.connection is not None)
+        if not self.exists and self.connection is None:
+            return False
+        return number % self.POLL == 0
 
     async def sync(self, accounts: Accounts) -> None:
         """Write what was counted and stored, read what other processes wrote.
@@ -12134,13 +13200,15 @@ class Database:
         """
         async with self.lock:
             counts = accounts.take()
-            unsaved = {} if self.in_memory else dict(self.unsaved.rows)
-            common = accounts.common_budget
-            begin = WRITE if counts or unsaved else READ
+            unsaved = {}
+            if not self.in_memory:
+                unsaved = dict(self.unsaved.rows)
+            begin = READ
+            if counts or unsaved:
+                begin = WRITE
+            exchange = partial(self.write_and_read, counts, unsaved, accounts.common_budget)
             try:
-                known = await self.wait_for(
-                    self.write_and_read, counts, unsaved, common, begin=begin
-                )
+                known = await self.wait_for(exchange, begin=begin)
             except DatabaseError as error:
                 # Logged once a minute.
                 LOG.warning("%s; requests go on, and unsaved data waits in memory", error)
@@ -12175,10 +13243,12 @@ class Database:
     async def find_responses(
         self, account_id: str, asked: Referred, room: int
     ) -> list[ResponseRow]:
-        """The account's responses of these ids, and the whole line of those before `asked.previous`.
+        """The account's responses that a request refers to.
 
-        What was deleted or stored more than DAYS_KEPT days ago is found only as another's parent.
-        Of what the database has, the rest is left out after `room` bytes. Raises DatabaseError.
+        They are those with the ids `asked.others`, and the whole line of those before
+        `asked.previous`. What was deleted or stored more than DAYS_KEPT days ago is found only as
+        another's parent. Of what the database has, the rest is left out after `room` bytes. Raises
+        DatabaseError.
         """
         first_day = self.first_day_kept
         here = self.unsaved.rows
@@ -12186,17 +13256,22 @@ class Database:
         def is_given_out(row: ResponseRow) -> bool:
             return row.account == account_id and row.day >= first_day
 
-        rows = [here[other] for other in asked.others if other in here]
-        rows = [*filter(is_given_out, rows)]
-        line = [*self.unsaved.line_from(asked.previous)]
+        rows = []
+        missing = []
+        for other in asked.others:
+            if other not in here:
+                missing.append(other)
+            elif is_given_out(here[other]):
+                rows.append(here[other])
+        line = list(self.unsaved.line_from(asked.previous))
         start = LineStart(asked.previous, first_day)
         if line and is_given_out(line[0]):
             rows += line
             start = LineStart(line[-1].parent, DELETED)
         elif line:
             start = LineStart("", "")
-        missing = [other for other in asked.others if other not in here]
-        if (start.id or missing) and self.exists and not self.in_memory:
+        has_file = self.exists and not self.in_memory
+        if has_file and (start.id or missing):
             select = partial(self.select_responses, account_id, start, missing, first_day, room)
             rows += await self.run(select, begin=READ)
         return rows
@@ -12232,10 +13307,15 @@ class Database:
 
     def file_is_gone(self) -> bool:
         """Whether the SQLite file that was opened is not the one at its path any more."""
-        return bool(self.opened) and self.opened[0] != file_identity(self.path)
+        if not self.opened:
+            return False
+        return self.opened[0] != file_identity(self.path)
 
     def leave_file(self) -> None:
-        """Close a file that is gone, with its journal, which SQLite would add to the file in its place."""
+        """Close a file that is gone, with its journal.
+
+        SQLite would add the journal to the file in its place.
+        """
         LOG.warning("%s was deleted or replaced: it is opened anew", self.path)
         opened = self.opened
         self.close()
@@ -12245,11 +13325,16 @@ class Database:
 
     def files(self) -> list[Path]:
         """The SQLite file and what SQLite keeps beside it."""
-        return [self.path.with_name(self.path.name + end) for end in ("", "-wal", "-shm")]
+        name = self.path.name
+        return [self.path.with_name(name + end) for end in ("", "-wal", "-shm")]
 
     def load_driver(self) -> Any:
+        """The module that speaks to the database. Raises DatabaseError if it is not installed."""
+        name = "sqlite3"
+        if self.is_postgres:
+            name = "psycopg"
         try:
-            return import_module("psycopg" if self.is_postgres else "sqlite3")
+            return import_module(name)
         except ImportError:
             raise DatabaseError(
                 'PostgreSQL needs a package: pip install "psycopg[binary]"'
@@ -12283,9 +13368,13 @@ class Database:
         self.execute("PRAGMA synchronous = NORMAL")
 
     def make_file(self) -> None:
-        """Make the SQLite file if there is none, for its owner only; under root that is its folder's owner."""
+        """Make the SQLite file if there is none, for its owner only.
+
+        Under root, the owner is that of its folder.
+        """
         is_new = not self.path.exists()
-        os.close(os.open(self.path, os.O_CREAT | os.O_RDWR, 0o600))
+        opened = os.open(self.path, os.O_CREAT | os.O_RDWR, 0o600)
+        os.close(opened)
         if sys.platform == "win32" or not hasattr(os, "geteuid"):
             return
         if is_new and os.geteuid() == 0:
@@ -12296,9 +13385,13 @@ class Database:
     def commit(self, job: Callable[..., R], *arguments: object, begin: str) -> R:
         """Do a job in a transaction of the open connection, which is closed if that fails."""
         with ExitStack() as failed:
-            # Closing rolls back, but would lose what is in memory.
-            failed.callback(self.connection.rollback if self.in_memory else self.close)
-            self.execute("BEGIN" if self.is_postgres else begin)
+            if self.in_memory:  # closing would lose all of it
+                failed.callback(self.connection.rollback)
+            else:
+                failed.callback(self.close)
+            if self.is_postgres:
+                begin = "BEGIN"
+            self.execute(begin)
             result = job(*arguments)
             self.execute("COMMIT")
             self.checkpoint_if_due()
@@ -12306,9 +13399,13 @@ class Database:
         return result
 
     def checkpoint_if_due(self) -> None:
-        """Twice a minute, bring what was written from SQLite's journal to its file, which may be copied alone."""
+        """Twice a minute, bring what was written from SQLite's journal to its file.
+
+        So the file may be copied alone.
+        """
         now = time.monotonic()
-        if self.opened and now - self.checkpointed_at >= self.limits.checkpoint_interval:
+        is_due = now - self.checkpointed_at >= self.limits.checkpoint_interval
+        if self.opened and is_due:
             self.execute("PRAGMA wal_checkpoint(PASSIVE)")
             self.checkpointed_at = now
 
@@ -12320,17 +13417,23 @@ class Database:
         self.cleaned_on = None
 
     def execute(self, statement: str, *values: object) -> Any:
-        return self.connection.execute(
-            statement.replace("?", "%s") if self.is_postgres else statement, values
-        )
+        if self.is_postgres:
+            statement = statement.replace("?", "%s")
+        return self.connection.execute(statement, values)
 
     def lock_out(self, activity: int) -> None:
-        """Until the transaction ends, keep other processes from doing the same; SQLite has one writer."""
+        """Until the transaction ends, keep other processes from doing the same.
+
+        SQLite has one writer, so there it needs nothing.
+        """
         if self.is_postgres:
             self.execute("SELECT pg_advisory_xact_lock(?)", activity)
 
     def migrate(self) -> None:
-        """Bring the tables to this program's version. Raises DatabaseError if they have a newer one."""
+        """Bring the tables to this program's version.
+
+        Raises DatabaseError if they have a newer one.
+        """
         self.lock_out(MIGRATING)
         self.execute("CREATE TABLE IF NOT EXISTS ztoapi_version (version BIGINT NOT NULL)")
         version = self.execute("SELECT MAX(version) FROM ztoapi_version").fetchone()[0] or 0
@@ -12346,6 +13449,7 @@ class Database:
     def write_and_read(
         self, counts: Counts, unsaved: Mapping[str, ResponseRow], common: Budget | None
     ) -> Known:
+        """One exchange: write what there is, then read what all processes wrote."""
         if counts or unsaved:
             self.write(counts, unsaved)
         return self.read_known(common)
@@ -12369,8 +13473,10 @@ class Database:
         return known
 
     def write(self, counts: Counts, unsaved: Mapping[str, ResponseRow]) -> None:
+        """Write responses, and counts unless this batch of them was written before."""
         today = day_of(self.unix())
-        if self.execute(BEGIN_BATCH, self.writer, self.batch, today.isoformat()).rowcount:
+        batch = self.execute(BEGIN_BATCH, self.writer, self.batch, today.isoformat())
+        if batch.rowcount:
             # Sorted, or two writers might wait for each other.
             for key, figures in sorted(counts.items()):
                 self.execute(ADD_USAGE, *key, *figures)
@@ -12381,8 +13487,10 @@ class Database:
         """Add what was counted to what each key has used since ever."""
         totals: defaultdict[str, list[int]] = defaultdict(lambda: [0, 0, 0])
         for (account_id, _, _), (requests, _, prompt, _, completion, spent) in counts.items():
-            more = (requests, prompt + completion, spent)
-            totals[account_id] = [*map(add, totals[account_id], more)]
+            sums = totals[account_id]
+            sums[0] += requests
+            sums[1] += prompt + completion
+            sums[2] += spent
         now = datetime.fromtimestamp(self.unix(), timezone.utc).strftime("%Y-%m-%dT%H:%M:%S")
         for account_id, sums in sorted(totals.items()):
             self.execute(ADD_TOTALS, *sums, now, account_id)
@@ -12392,13 +13500,18 @@ class Database:
         for row in rows.values():
             self.execute(PUT_RESPONSE, *row)
         for account_id in {row.account for row in rows.values()}:
-            stored = self.execute(SIZE_OF_ALL, account_id).fetchone()[0] or 0
-            if stored > self.limits.stored_size:
-                self.lock_out(MAKING_ROOM)
-                self.execute(DELETE_OLDEST, account_id, self.limits.stored_size)
+            self.make_room(account_id)
         has_deleted = any(row.day == DELETED for row in rows.values())
         if has_deleted or self.cleaned_on != today:
             self.clean(today)
+
+    def make_room(self, account_id: str) -> None:
+        """Delete an account's oldest responses if all of them together are too large."""
+        most = self.limits.stored_size
+        stored = self.execute(SIZE_OF_ALL, account_id).fetchone()[0] or 0
+        if stored > most:
+            self.lock_out(MAKING_ROOM)
+            self.execute(DELETE_OLDEST, account_id, most)
 
     def clean(self, today: date) -> None:
         """Delete what is old or marked as deleted, unless a younger response goes on from it."""
@@ -12410,6 +13523,7 @@ class Database:
         self.cleaned_on = today
 
     def mark_deleted(self, response_id: str, account_id: str, first_day: str) -> bool:
+        """Whether there was one from `first_day` on."""
         found = self.execute(DELETE_RESPONSE, response_id, account_id, first_day).rowcount
         self.clean(day_of(self.unix()))
         return bool(found)
@@ -12440,10 +13554,9 @@ class Database:
         return account
 
     def put_account(self, account: Account) -> None:
-        limits = {name: getattr(account, name) for name in LIMITS}
-        self.execute(
-            PUT_KEY, account.id, account.name, json_text(limits), account.hash, int(account.paused)
-        )
+        limits = json_text({name: getattr(account, name) for name in LIMITS})
+        paused = int(account.paused)
+        self.execute(PUT_KEY, account.id, account.name, limits, account.hash, paused)
 
     def try_to_write(self) -> None:
         """Fails where the database can only be read."""
@@ -12459,7 +13572,10 @@ class Database:
         return bool(self.execute(REMOVE_KEY, name).rowcount)
 
     def list_usage(self, since: date, account_id: str = "") -> list[tuple[Any, ...]]:
-        """Account id and name, day, model, and the figures of Counts; of all accounts, or of one."""
+        """Usage by account, day and model, of all accounts or of one.
+
+        Each row: the account's id and name, day, model, and the figures of Counts.
+        """
         if account_id:
             return list(self.execute(USAGE_OF_ONE, since.isoformat(), account_id))
         return list(self.execute(USAGE_SINCE, since.isoformat()))
@@ -12475,12 +13591,11 @@ class Database:
         """See `find_responses`: first what there is, then as much of it as there is room for."""
         sizes: dict[str, int] = {}  # by id
         if start.id:
-            sizes.update(
-                self.execute(LINE, start.id, account_id, start.first_day, account_id, room)
-            )
+            line = self.execute(LINE, start.id, account_id, start.first_day, account_id, room)
+            sizes.update(line)
         if others:
-            there = self.execute(SIZES.format(marks(others)), *others, account_id, first_day)
-            sizes.update(there)
+            sizes_of_others = SIZES.format(marks(others))
+            sizes.update(self.execute(sizes_of_others, *others, account_id, first_day))
         wanted: list[str] = []
         for response_id, size in sizes.items():
             room -= size
@@ -12489,7 +13604,8 @@ class Database:
         rows: list[ResponseRow] = []
         for begin in range(0, len(wanted), 500):  # databases bound the values of a statement
             some = wanted[begin : begin + 500]
-            rows += map(ResponseRow._make, self.execute(ROWS.format(marks(some)), *some))
+            found = self.execute(ROWS.format(marks(some)), *some)
+            rows += map(ResponseRow._make, found)
         return rows
 
 
@@ -12503,8 +13619,9 @@ def marks(values: Sequence[object]) -> str:
     return ", ".join("?" * len(values))
 
 
-# ======== Requests ==================================================================================================
-# What is kept about requests, bounded in size: `Record`, `Statistics`, and `ClientHistory` of stored responses.
+# ======== Requests ===============================================================================
+# What is known of a request: its `Record`, and the stored responses that it refers to
+# (`ClientHistory`).
 
 CLIENT_LEFT = 499  # nginx's status for a client that closed the connection
 
@@ -12558,8 +13675,11 @@ class Record:
             record.error = image.error
             record.meters = image.plan.meters
             record.settle()
-            if image.ended_at is not None:  # else its client left
-                record.status = 502 if image.error else 200
+            has_ended = image.ended_at is not None  # else its client left
+            if has_ended and image.error:
+                record.status = 502
+            elif has_ended:
+                record.status = 200
             yield record
 
     @property
@@ -12580,7 +13700,9 @@ class Record:
         first = None
         if self.first is not None:
             first = round(self.first - self.started, 3)
-        tries = [max(0, meter.tries - 1) for meter in self.meters]
+        retries = 0
+        for meter in self.meters:
+            retries += max(0, meter.tries - 1)
         return {
             "key": self.key,
             "route": self.route,
@@ -12595,25 +13717,33 @@ class Record:
             "cached_tokens": self.usage.cached,
             "completion_tokens": self.usage.completion,
             "cost": self.cost,
-            "retries": sum(tries),
+            "retries": retries,
             "id": request_id_of(self.id),
         }
 
     @property
     def is_silent(self) -> bool:
         """Whether its answers are complete, and have neither text nor call."""
-        return bool(self.meters) and all(meter.is_silent for meter in self.meters)
+        if not self.meters:
+            return False
+        return all(meter.is_silent for meter in self.meters)
 
     def line(self, now: float) -> str:
-        outcome = f"{self.status} {self.error}".rstrip()
-        first = f"first {self.first - self.started:.2f} s, " if self.first else ""
-        tokens = f", {self.usage.prompt}+{self.usage.completion} tokens" if self.usage.total else ""
-        left_out = f", left out {self.left_out}" if self.left_out else ""
-        took = f"{now - self.started:.2f} s"
+        """The request in the log."""
         who = self.key or "-"
-        what = f"{self.method} {self.path} {self.model or '-'}"
-        silent = ", no text" if self.is_silent else ""
-        return f"{who} {what} {outcome} {first}{took}{tokens}{silent}{left_out}"
+        model = self.model or "-"
+        outcome = f"{self.status} {self.error}".rstrip()
+        took = f"{now - self.started:.2f} s"
+        if self.first:
+            took = f"first {self.first - self.started:.2f} s, {took}"
+        parts = [f"{who} {self.method} {self.path} {model} {outcome} {took}"]
+        if self.usage.total:
+            parts.append(f"{self.usage.prompt}+{self.usage.completion} tokens")
+        if self.is_silent:
+            parts.append("no text")
+        if self.left_out:
+            parts.append(f"left out {self.left_out}")
+        return ", ".join(parts)
 
 
 def owner_of(account: Account) -> str:
@@ -12622,6 +13752,60 @@ def owner_of(account: Account) -> str:
         return OPERATOR
     return account.id
 
+
+class ClientHistory:
+    """The stored responses of one client key.
+
+    Those that a request refers to are loaded before it is parsed.
+    """
+
+    def __init__(self, database: Database, account_id: str) -> None:
+        self.database = database
+        self.max_size = database.limits.loaded_size
+        self.account_id = account_id
+        self.loaded: dict[str, StoredResponse] = {}
+        self.size = 0  # bytes of what was found
+
+    async def load(self, asked: Referred) -> None:
+        """Find the responses that a request refers to. Raises DatabaseError."""
+        if not asked.previous and not asked.others:
+            return
+        rows = await self.database.find_responses(self.account_id, asked, self.max_size)
+        size = sum(row.size for row in rows)
+        await in_thread_if_large(size, self.read, rows)
+
+    def read(self, rows: Iterable[ResponseRow]) -> None:
+        """Keep the responses in these rows, as far as there is room."""
+        for row in rows:
+            self.size += row.size
+            if self.size <= self.max_size:
+                stored = json.loads(row.body)
+                self.loaded[row.id] = StoredResponse(**stored, parent=row.parent)
+
+    def get(self, response_id: str) -> StoredResponse | None:
+        return self.loaded.get(response_id)
+
+    async def put(self, stored: StoredResponse, size: int) -> None:
+        """`size` is about that of the request and the answer, in bytes."""
+        row = await in_thread_if_large(size, self.row, stored)
+        await self.database.put_response(row)
+
+    def row(self, stored: StoredResponse) -> ResponseRow:
+        body = json_bytes({"response": stored.response, "input": stored.input})
+        now = self.database.unix()
+        return ResponseRow(
+            id=stored.response["id"],
+            account=self.account_id,
+            day=day_of(now).isoformat(),
+            stored_at=int(now * 1000),
+            parent=stored.parent,
+            size=len(body),
+            body=body.decode(),
+        )
+
+
+# ======== Statistics =============================================================================
+# `Statistics`: figures for the dashboard and for /metrics, in memory and bounded in size.
 
 BUCKETS = (0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)  # seconds
 
@@ -12632,7 +13816,8 @@ class Histogram:
     SAMPLES = 200  # the latest, for the percentiles
 
     def __init__(self) -> None:
-        self.counts, self.sum = [0] * (len(BUCKETS) + 1), 0.0
+        self.counts = [0] * (len(BUCKETS) + 1)  # the last one is of what no bucket holds
+        self.sum = 0.0
         self.latest: deque[float] = deque(maxlen=self.SAMPLES)
 
     def add(self, seconds: float) -> None:
@@ -12641,6 +13826,7 @@ class Histogram:
         self.latest.append(seconds)
 
     def samples(self, name: str, model: str) -> Iterator[str]:
+        """The lines of Prometheus' text format; a bucket counts all that are below its bound."""
         for bound, total in zip((*BUCKETS, "+Inf"), accumulate(self.counts), strict=True):
             yield sample(f"{name}_bucket", total, {"model": model, "le": bound})
         yield sample(f"{name}_sum", self.sum, {"model": model})
@@ -12649,20 +13835,24 @@ class Histogram:
 
 def sample(name: str, value: float, labels: Mapping[str, object]) -> str:
     """One line of Prometheus' text format 0.0.4; JSON escapes labels in the same way."""
-    return f"ztoapi_{name}{{{','.join(f'{label}={json_text(str(text))}' for label, text in labels.items())}}} {value}"
+    pairs = [f"{label}={json_text(str(text))}" for label, text in labels.items()]
+    return f"ztoapi_{name}{{{','.join(pairs)}}} {value}"
 
 
 class ModelFigures:
     """Counts of requests to one model."""
 
     def __init__(self) -> None:
-        self.requests = self.failures = 0
+        self.requests = 0
+        self.failures = 0
         self.usage = Usage()
-        self.first_times, self.durations = Histogram(), Histogram()
+        self.first_times = Histogram()  # until answers began
+        self.durations = Histogram()  # of answers that succeeded
 
     def add(self, record: Record, duration: float) -> None:
         self.requests += 1
-        self.failures += bool(record.error)
+        if record.error:
+            self.failures += 1
         self.usage += record.usage
         if record.first is not None:
             self.first_times.add(record.first - record.started)
@@ -12670,27 +13860,28 @@ class ModelFigures:
             self.durations.add(duration)
 
     def snapshot(self, model: Model) -> JSON:
-        usage, counts = self.usage, {"requests": self.requests, "failures": self.failures}
-        tokens = {
+        usage = self.usage
+        return {
+            "requests": self.requests,
+            "failures": self.failures,
             "prompt_tokens": usage.prompt,
             "cached_tokens": usage.cached,
             "completion_tokens": usage.completion,
-        }
-        cost = model.cost(usage.prompt, usage.cached, usage.completion)
-        times = {
+            "cost": model.cost(usage.prompt, usage.cached, usage.completion),
             "first": percentiles(self.first_times.latest),
             "duration": percentiles(self.durations.latest),
         }
-        return {**counts, **tokens, "cost": cost, **times}
 
 
 def percentiles(seconds: Iterable[float]) -> JSON:
+    """The median and the 95th percentile; null where there are no values."""
     ordered = sorted(seconds)
     if not ordered:
         return {"p50": None, "p95": None}
+    last = len(ordered) - 1
     return {
-        name: round(ordered[int((len(ordered) - 1) * part)], 3)
-        for name, part in (("p50", 0.5), ("p95", 0.95))
+        "p50": round(ordered[int(last * 0.5)], 3),
+        "p95": round(ordered[int(last * 0.95)], 3),
     }
 
 
@@ -12708,14 +13899,16 @@ class Stretch:
     def __init__(self, samples: int) -> None:
         # Requests, failures, tokens in, tokens in from the cache, tokens out; by owner and model.
         self.figures: dict[tuple[str, str], list[int]] = {}
-        # The latest owners, and how many seconds their answers took to begin and in all (None: they did not).
+        # Of the latest requests: the owner, the seconds until the answer began, and all that it
+        # took; None where it did not begin, or failed.
         self.times: deque[tuple[str, float | None, float | None]] = deque(maxlen=samples)
 
 
 class Timeline:
-    """What happened in the last stretches of time; the oldest go when new ones come, so that idle nothing changes.
+    """What happened in the last stretches of time.
 
-    Stretches are numbered from 1970 on, by a clock that was right when the program started and never jumps.
+    The oldest go when new ones come, so that nothing changes while the server is idle. Stretches
+    are numbered from 1970 on, by a clock that was right when the program started and never jumps.
     """
 
     def __init__(self, step: int, kept: int, samples: int) -> None:
@@ -12728,14 +13921,18 @@ class Timeline:
         """The stretch that is on."""
         number = int(now // self.step)
         if number not in self.stretches:
-            first = number - self.kept  # which may still be on in part, in a range that ends now
-            kept = {each: stretch for each, stretch in self.stretches.items() if each >= first}
-            self.stretches = kept
+            first = number - self.kept  # part of it is still within a range that ends now
+            for old in list(self.stretches):
+                if old < first:
+                    del self.stretches[old]
             self.stretches[number] = Stretch(self.samples)
         return self.stretches[number]
 
     def rows(self, owner: str, names: Mapping[str, str], shift: int) -> list[JSON]:
-        """The figures of an owner, or of everybody; times are `shift` seconds later than they were counted."""
+        """The figures of an owner, or of everybody.
+
+        `shift` is what is added to the times at which they were counted, in seconds.
+        """
         rows = []
         for number, stretch in sorted(self.stretches.items()):
             for (whose, model), figures in stretch.figures.items():
@@ -12748,19 +13945,20 @@ class Timeline:
         """How long answers took in each stretch that had some."""
         rows = []
         for number, stretch in sorted(self.stretches.items()):
-            times = [
-                (first, took) for who, first, took in stretch.times if owner in (who, EVERYBODY)
-            ]
-            if times:
-                firsts = [first for first, _ in times if first is not None]
-                durations = [took for _, took in times if took is not None]
-                rows.append(
-                    {
-                        "at": number * self.step + shift,
-                        "first": percentiles(firsts),
-                        "duration": percentiles(durations),
-                    }
-                )
+            firsts = []
+            durations = []
+            is_empty = True
+            for whose, first, took in stretch.times:
+                if owner not in (whose, EVERYBODY):
+                    continue
+                is_empty = False
+                if first is not None:
+                    firsts.append(first)
+                if took is not None:
+                    durations.append(took)
+            if not is_empty:
+                row = {"first": percentiles(firsts), "duration": percentiles(durations)}
+                rows.append({"at": number * self.step + shift, **row})
         return rows
 
 
@@ -12792,7 +13990,10 @@ class Ended(NamedTuple):
 
 
 class Statistics:
-    """Figures by model, by key and over time, and the last requests; times are of time.monotonic()."""
+    """Figures by model, by key and over time, and the last requests.
+
+    Times are of time.monotonic().
+    """
 
     MAX_MODELS, RECENT = 50, 500
     MINUTE, MINUTES = 60, 60  # seconds of one, and how many are kept
@@ -12802,9 +14003,8 @@ class Statistics:
 
     def __init__(self, now: float, unix: float | None = None) -> None:
         self.started = now
-        self.unix_at_clock_zero = (
-            unix or now
-        ) - now  # the Unix time at which time.monotonic() was 0
+        # The Unix time at which time.monotonic() was 0.
+        self.unix_at_clock_zero = (unix or now) - now
         self.models: defaultdict[str, ModelFigures] = defaultdict(ModelFigures)
         self.keys: defaultdict[str, KeyFigures] = defaultdict(KeyFigures)  # by name
         self.names: dict[str, str] = {}  # of owners, as they were when they last asked
@@ -12813,30 +14013,41 @@ class Statistics:
         self.count = 0  # requests
         self.recent: deque[Ended] = deque(maxlen=self.RECENT)  # the newest first
         self.torn = 0  # frames
-        self.requests: Counter[tuple[str, str, int]] = (
-            Counter()
-        )  # all of them, by route, model and status
+        # All of them, by route, model and status.
+        self.requests: Counter[tuple[str, str, int]] = Counter()
 
     @cached_property
     def run(self) -> str:
-        """Tells this process from others and from the one before; not known early, for a process manager may fork."""
+        """Tells this process from others and from the one before.
+
+        It is not known early, for a process manager may fork.
+        """
         return secrets.token_hex(4)
 
     def label(self, model: str) -> str:
         """The model's name, if it is one that requests are counted under."""
-        return model if model in self.models or model in MODELS else self.OTHERS
+        if model in self.models or model in MODELS:
+            return model
+        return self.OTHERS
 
     def name_of(self, record: Record) -> str:
-        """The name under which a request is counted: an unknown one gets a place when Z.ai has answered for it."""
+        """The name under which a request is counted.
+
+        An unknown model gets a place when Z.ai has answered for it.
+        """
         model = record.model
         if not model or model in self.models or model in MODELS:
             return model
         if record.first is None:  # clients make names up
             return self.OTHERS
-        unknown = sum(name not in MODELS and name != self.OTHERS for name in self.models)
-        return model if unknown < self.MAX_MODELS - len(MODELS) - 1 else self.OTHERS
+        unknown = self.models.keys() - MODELS.keys() - {self.OTHERS}
+        room = self.MAX_MODELS - len(MODELS) - 1
+        if len(unknown) < room:
+            return model
+        return self.OTHERS
 
     def add(self, record: Record, duration: float, now: float) -> None:
+        """Count a request that is over."""
         model = self.name_of(record)
         self.models[model].add(record, duration)
         self.torn += record.torn
@@ -12852,10 +14063,14 @@ class Statistics:
             stretch.figures[record.owner, model] = [*map(add, counted, figures)]
             stretch.times.append((record.owner, *times_of(record, duration)))
         self.count += 1
-        self.recent.appendleft(Ended(self.count, now, record.owner, record.row(duration)))
+        ended = Ended(self.count, now, record.owner, record.row(duration))
+        self.recent.appendleft(ended)
 
     def recent_rows(self, owner: str, since: int, unix_at_clock_zero: float) -> list[JSON]:
-        """The last requests after that with the number `since`, of an owner or of everybody; the newest first."""
+        """The last requests after the one with the number `since`, the newest first.
+
+        They are those of an owner, or of everybody.
+        """
         rows = []
         for number, at, whose, row in self.recent:
             if number <= since:
@@ -12865,7 +14080,10 @@ class Statistics:
         return rows
 
     def minute_sums(self, now: float) -> list[list[int]]:
-        """Requests, failures, tokens in and tokens out of each of the last minutes, the present one last."""
+        """Requests, failures, tokens in and tokens out of each of the last minutes.
+
+        The present minute is the last.
+        """
         last = int((now + self.unix_at_clock_zero) // self.MINUTE)
         sums = []
         for number in range(last - self.MINUTES + 1, last + 1):
@@ -12878,14 +14096,16 @@ class Statistics:
         return sums
 
     def model_rows(self) -> JSON:
-        """By name."""
-        return {name: figures.snapshot(model_of(name)) for name, figures in self.models.items()}
+        """The figures of each model, by its name."""
+        rows = {}
+        for name, figures in self.models.items():
+            rows[name] = figures.snapshot(model_of(name))
+        return rows
 
     def history(self, owner: str, unix_at_clock_zero: float) -> JSON:
         """What is known of the last hour and the last day, of an owner or of everybody."""
-        shift = round(
-            unix_at_clock_zero - self.unix_at_clock_zero
-        )  # what the wall clock has jumped by since the start
+        # What the wall clock has jumped by since the start.
+        shift = round(unix_at_clock_zero - self.unix_at_clock_zero)
         return {
             "quarters": self.quarters.rows(owner, self.names, shift),
             "minutes": self.minutes.rows(owner, self.names, shift),
@@ -12903,50 +14123,8 @@ def times_of(record: Record, duration: float) -> tuple[float | None, float | Non
     return first, duration
 
 
-class ClientHistory:
-    """The stored responses of one client key. Those that a request refers to are loaded before it is parsed."""
-
-    def __init__(self, database: Database, account_id: str) -> None:
-        self.database = database
-        self.max_size = database.limits.loaded_size
-        self.account_id = account_id
-        self.loaded: dict[str, StoredResponse] = {}
-        self.size = 0  # bytes of what was found
-
-    async def load(self, asked: Referred) -> None:
-        """Raises DatabaseError."""
-        if not asked.previous and not asked.others:
-            return
-        rows = await self.database.find_responses(self.account_id, asked, self.max_size)
-        await in_thread_if_large(sum(row.size for row in rows), self.read, rows)
-
-    def read(self, rows: Iterable[ResponseRow]) -> None:
-        for row in rows:
-            self.size += row.size
-            if self.size <= self.max_size:
-                self.loaded[row.id] = StoredResponse(**json.loads(row.body), parent=row.parent)
-
-    def get(self, response_id: str) -> StoredResponse | None:
-        return self.loaded.get(response_id)
-
-    async def put(self, stored: StoredResponse, size: int) -> None:
-        """`size` is about that of the request and the answer, in bytes."""
-        row = await in_thread_if_large(size, self.row, stored)
-        await self.database.put_response(row)
-
-    def row(self, stored: StoredResponse) -> ResponseRow:
-        body = json_bytes({"response": stored.response, "input": stored.input})
-        now = self.database.unix()
-        day = day_of(now).isoformat()
-        return ResponseRow(
-            stored.response["id"],
-            self.account_id,
-            day,
-            int(now * 1000),
-            stored.parent,
-            len(body),
-            body.decode(),
-        )
+# ======== App keys ===============================================================================
+# What handlers find in the app, and in a request.
 
 
 class OnceAMinute:
@@ -12969,9 +14147,8 @@ OpenResponse: TypeAlias = "SSEResponse | PassThroughResponse"
 SETTINGS = web.AppKey("settings", Settings)
 APP_LIMITS = web.AppKey("limits", Limits)
 REDACT = web.AppKey("redact", Redactor)
-IN_FLIGHT: web.AppKey[dict[Any, web.Request]] = web.AppKey(
-    "in_flight", dict
-)  # by the task that answers it
+# By the task that answers it.
+IN_FLIGHT: web.AppKey[dict[Any, web.Request]] = web.AppKey("in_flight", dict)
 CLOCK = web.AppKey("clock", Clock)
 STATISTICS = web.AppKey("statistics", Statistics)
 ACCOUNTS = web.AppKey("accounts", Accounts)
@@ -12981,20 +14158,19 @@ UPSTREAM = web.AppKey("upstream", Upstream)
 CATALOG = web.AppKey("catalog", Catalog)
 PLANS = web.AppKey("plans", PlanQuotas)
 ACCOUNT = web.RequestKey("account", Account)
-API_PATTERNS: web.AppKey[list[re.Pattern[str]]] = web.AppKey(
-    "api_patterns", list
-)  # of the API's paths
+# Of the API's paths.
+API_PATTERNS: web.AppKey[list[re.Pattern[str]]] = web.AppKey("api_patterns", list)
 ORIGIN_REFUSALS = web.AppKey("origin_refusals", OnceAMinute)
 RECORD = web.RequestKey("record", Record)
-STREAM: web.RequestKey[OpenResponse] = web.RequestKey(
-    "stream"
-)  # the answer, once it may have begun
+# The answer, once it may have begun.
+STREAM: web.RequestKey[OpenResponse] = web.RequestKey("stream")
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 
-# ======== Streaming out =============================================================================================
-# `SSEResponse` sends an answer piece by piece (`relay`), and comments while Z.ai is silent (`keep_alive`).
+# ======== Streaming out ==========================================================================
+# `SSEResponse` sends an answer piece by piece (`relay`), and comments while Z.ai is silent
+# (`keep_alive`).
 
 EVENT_STREAM = "text/event-stream; charset=utf-8"
 STREAM_HEADERS = {
@@ -13005,15 +14181,18 @@ STREAM_HEADERS = {
 
 
 def head_of(info: AnswerInfo, model: str, request: web.Request) -> Head:
-    """What is not told by Z.ai is ours."""
-    our_id, unix = request[RECORD].id, request.app[CLOCK].unix
-    return Head(info.id or our_id, info.created or int(unix()), model, our_id, unix)
+    """What an answer says of itself first; what Z.ai does not tell of it is ours."""
+    our_id = request[RECORD].id
+    unix = request.app[CLOCK].unix
+    created = info.created or int(unix())
+    return Head(info.id or our_id, created, model, our_id, unix)
 
 
 class SSEResponse:
-    """A streamed answer. The first thing sent opens it: until then a failure has a status, later it is a frame.
+    """A streamed answer.
 
-    While Z.ai is silent, signs of life keep the connection open: proxies and clients would close it.
+    The first thing sent opens it: until then a failure has a status, later it is a frame. While
+    Z.ai is silent, signs of life keep the connection open: proxies and clients would close it.
     """
 
     def __init__(self, request: web.Request, reply: Reply, model: str) -> None:
@@ -13037,9 +14216,9 @@ class SSEResponse:
             self.response.headers.update(headers)
 
     async def send(self, frames: Sequence[Frame], size: int = 0) -> None:
-        """Send frames in one write, or those of a large answer one by one: other requests go on in between.
+        """Send frames in one write, but those of a large answer one by one.
 
-        `size` is the answer's, in bytes so far.
+        So other requests go on in between. `size` is the answer's, in bytes so far.
         """
         if size >= self.joined_size and len(frames) > 1:
             for frame in frames:
@@ -13052,6 +14231,7 @@ class SSEResponse:
             await self.write(data)
 
     async def write(self, data: bytes) -> None:
+        """Send bytes, and wait while the client is slow to take them."""
         self.timer.reset()
         if not self.response.prepared:
             await self.response.prepare(self.request)
@@ -13060,6 +14240,7 @@ class SSEResponse:
         self.writing = False
 
     async def fail(self, error: ProxyError) -> None:
+        """Say in the stream why it breaks off."""
         if not self.has_begun:
             self.reply.begin(self.own_head)
         await self.send(self.reply.fail(error))
@@ -13074,13 +14255,15 @@ class SSEResponse:
             self.keeping_alive = asyncio.create_task(self.keep_alive())
 
     async def keep_alive(self) -> None:
+        """Send a sign of life."""
         with suppress(ConnectionError):  # the client left: its handler learns of it too
             await self.write(self.reply.sign_of_life(self.own_head))
 
 
-# ======== Request bodies ============================================================================================
-# Bodies come as they were sent, packed or not: aiohttp unpacks none. `body_parts` unpacks the one that a handler reads,
-# step by step, so that others go on meanwhile; what no handler reads costs no more than its own bytes.
+# ======== Request bodies =========================================================================
+# Bodies come as they were sent, packed or not: aiohttp unpacks none. `body_parts` unpacks the one
+# that a handler reads, step by step, so that others go on meanwhile; what no handler reads costs
+# no more than its own bytes.
 
 STEP_INPUT = 2**14  # packed bytes that one step reads
 STEP_OUTPUT = 2**16  # bytes that one step unpacks
@@ -13109,9 +14292,10 @@ async def read_body(request: web.Request) -> bytes:
 
 
 def body_parts(request: web.Request) -> AsyncIterator[bytes]:
-    """The body in parts as it comes, unpacked. Raises ProxyError (415) for a coding that is not read here.
+    """The body in parts as it comes, unpacked.
 
-    Iterating raises BrokenBody, and aiohttp's 413 for a body that is, packed or not, larger than MAX_BODY_MB.
+    Raises ProxyError (415) for a coding that is not read here. Iterating raises BrokenBody, and
+    aiohttp's 413 for a body that is, packed or not, larger than MAX_BODY_MB.
     """
     limit = request.app[SETTINGS].max_body_mb * 2**20
     codings = request.headers.getall("Content-Encoding", ())
@@ -13122,6 +14306,7 @@ def body_parts(request: web.Request) -> AsyncIterator[bytes]:
 
 
 async def limited_parts(body: BodyReader, limit: int) -> AsyncIterator[bytes]:
+    """The body as it comes; aiohttp's 413 when it is larger than `limit` bytes."""
     size = 0
     while part := await body.read():
         size += len(part)
@@ -13133,6 +14318,7 @@ async def limited_parts(body: BodyReader, limit: int) -> AsyncIterator[bytes]:
 async def unpacked_parts(
     parts: AsyncIterator[bytes], unpackers: Sequence[Unpacker]
 ) -> AsyncIterator[bytes]:
+    """What the parts unpack to; other requests go on after each step."""
     async for part in parts:
         for step in unpacking(part, unpackers):
             await asyncio.sleep(0)
@@ -13145,8 +14331,8 @@ async def unpacked_parts(
 class BodyReader:
     """Reads a body as it comes, and gives up on a client that stalls.
 
-    It has `read_timeout` seconds for each `min_read` bytes, so what comes byte by byte gets no more time. Only waiting
-    for the client counts: while Z.ai takes an upload slowly, nothing is read.
+    It has `read_timeout` seconds for each `min_read` bytes, so what comes byte by byte gets no more
+    time. Only waiting for the client counts: while Z.ai takes an upload slowly, nothing is read.
     """
 
     def __init__(self, content: aiohttp.StreamReader, limits: Limits) -> None:
@@ -13169,6 +14355,7 @@ class BodyReader:
         return part
 
     async def wait(self) -> bytes:
+        """The next bytes. Raises TimeoutError when the client has used up its seconds."""
         if self.content.is_eof():  # all of it is here
             return await self.content.readany()
         began = time.monotonic()
@@ -13215,7 +14402,8 @@ class ZlibStream:
         return self.inflater.unused_data
 
     def decompress(self, data: bytes, max_length: int) -> bytes:
-        unpacked = self.inflater.decompress(self.inflater.unconsumed_tail + data, max_length)
+        packed = self.inflater.unconsumed_tail + data
+        unpacked = self.inflater.decompress(packed, max_length)
         self.needs_input = len(unpacked) < max_length
         return unpacked
 
@@ -13247,7 +14435,8 @@ ZSTD_WINDOW_BITS = 23  # the largest window of a body's zstd, 8 MB (RFC 9659)
 class ZstandardStream:
     """zstd with the package zstandard, which takes no max_length.
 
-    A block has at least 4 bytes and unpacks to 128 KB at most (RFC 8878), so SLICE bytes to 8 MB at most.
+    A block has at least 4 bytes and unpacks to 128 KB at most (RFC 8878), so SLICE bytes unpack to
+    8 MB at most.
     """
 
     SLICE = 256
@@ -13276,7 +14465,10 @@ class ZstandardStream:
 
 
 class Coding(NamedTuple):
-    """A content coding that can be read: what opens a stream that begins with these bytes, and what it may raise."""
+    """A content coding that can be read.
+
+    `open` is given the first bytes of a stream, and `error` is what reading one may raise.
+    """
 
     open: Callable[[bytes], PackedStream]
     error: type[Exception]
@@ -13289,7 +14481,9 @@ def open_gzip(_: bytes) -> PackedStream:
 def open_deflate(data: bytes) -> PackedStream:
     """As RFC 9110 has it, in zlib's wrapping; or bare, as some send it."""
     is_wrapped = data[0] & 15 == 8  # the method in zlib's first byte (RFC 1950)
-    return ZlibStream(zlib.MAX_WBITS if is_wrapped else -zlib.MAX_WBITS)
+    if is_wrapped:
+        return ZlibStream(zlib.MAX_WBITS)
+    return ZlibStream(-zlib.MAX_WBITS)
 
 
 @lru_cache(1)
@@ -13307,6 +14501,7 @@ def readable_codings() -> dict[str, Coding]:
 
 
 def zstd_coding() -> Coding | None:
+    """With what Python has from 3.14 on, its backport, or the older package zstandard."""
     zstd = first_module("compression.zstd", "backports.zstd")
     if zstd:
         options = {zstd.DecompressionParameter.window_log_max: ZSTD_WINDOW_BITS}
@@ -13332,16 +14527,19 @@ class Unpacker:
         self.coding = coding
         self.limit = limit
         self.size = 0  # bytes that came out
-        self.stream: PackedStream | None = (
-            None  # the one that is open: streams may follow each other
-        )
+        # The one that is open: streams may follow each other.
+        self.stream: PackedStream | None = None
 
     def feed(self, data: bytes) -> Iterator[bytes]:
-        """What the bytes unpack to, in steps, some of them empty. Raises BrokenBody; 413 above the limit."""
+        """What the bytes unpack to, in steps, some of them empty.
+
+        Raises BrokenBody; 413 above the limit.
+        """
         for start in range(0, len(data), STEP_INPUT):
             packed = data[start : start + STEP_INPUT]
             while packed:
-                stream = self.stream = self.stream or self.coding.open(packed)
+                stream = self.stream or self.coding.open(packed)
+                self.stream = stream
                 yield self.step(stream, packed)
                 while not (stream.eof or stream.needs_input):
                     yield self.step(stream, b"")
@@ -13351,6 +14549,7 @@ class Unpacker:
                     self.stream = None
 
     def step(self, stream: PackedStream, packed: bytes) -> bytes:
+        """What one step unpacks. Raises BrokenBody; 413 above the limit."""
         try:
             unpacked = stream.decompress(packed, STEP_OUTPUT)
         except self.coding.error as error:
@@ -13377,20 +14576,29 @@ def unpacking(data: bytes, unpackers: Sequence[Unpacker]) -> Iterator[bytes]:
 
 
 def unpackers_for(headers: Iterable[str], limit: int) -> list[Unpacker]:
-    """What undoes the codings that Content-Encoding lists, the last first. Raises ProxyError (415)."""
-    names = [name.strip().lower() for header in headers for name in header.split(",")]
-    names = [name for name in names if name not in ("", "identity")]
+    """What undoes the codings that Content-Encoding lists, the last first.
+
+    Raises ProxyError (415).
+    """
     readable = readable_codings()
-    if len(names) > MAX_CODINGS or not readable.keys() >= set(names):
-        raise unsupported_coding(readable)
-    return [Unpacker(readable[name], limit) for name in reversed(names)]
+    unpackers: list[Unpacker] = []
+    for listed in ",".join(headers).split(","):
+        name = listed.strip().lower()
+        if name in ("", "identity"):
+            continue
+        if name not in readable or len(unpackers) == MAX_CODINGS:
+            raise unsupported_coding(readable)
+        unpackers.insert(0, Unpacker(readable[name], limit))
+    return unpackers
 
 
 def unsupported_coding(readable: Iterable[str]) -> ProxyError:
+    """Says what this server could read."""
     names = ", ".join(sorted(readable))
     message = (
-        f"This server reads bodies whose Content-Encoding is {names} (at most {MAX_CODINGS}), or that have none; "
-        "br only where the package Brotli is installed, zstd only with Python 3.14 or the package zstandard."
+        f"This server reads bodies whose Content-Encoding is {names} (at most {MAX_CODINGS}), or "
+        "that have none; br only where the package Brotli is installed, zstd only with Python 3.14 "
+        "or the package zstandard."
     )
     error = ProxyError(UNSUPPORTED_CODING, message)
     error.headers["Accept-Encoding"] = names  # as RFC 9110, 15.5.16, has it
@@ -13412,11 +14620,14 @@ DETAIL_LIMIT = 500  # characters of what an error says or quotes
 
 def truncated(words: str) -> str:
     """At most DETAIL_LIMIT characters. Redact first: half a secret would not be found."""
-    return words if len(words) <= DETAIL_LIMIT else words[:DETAIL_LIMIT] + "…"
+    if len(words) <= DETAIL_LIMIT:
+        return words
+    return words[:DETAIL_LIMIT] + "…"
 
 
-# ======== Access ====================================================================================================
-# Who may call (`require_key`, `local_only`), and how much (`within_limits`; in parallel: `Upstream.account_slot`).
+# ======== Access =================================================================================
+# Who may call (`require_key`, `local_only`), and how much (`within_limits`; in parallel:
+# `Upstream.account_slot`).
 
 
 def require_key(handler: Handler, *checks: Callable[[web.Request], None]) -> Handler:
@@ -13440,14 +14651,19 @@ def require_key(handler: Handler, *checks: Callable[[web.Request], None]) -> Han
 
 
 def check_budget(request: web.Request) -> None:
-    request.app[ACCOUNTS].check_budget(request[ACCOUNT], request.app[CLOCK].unix())
+    """Whether the account has tokens and money left. Raises ProxyError."""
+    now = request.app[CLOCK].unix()
+    request.app[ACCOUNTS].check_budget(request[ACCOUNT], now)
 
 
 def check_spending(request: web.Request, model: Model | None) -> None:
-    """Whether what costs money may still be asked for; None is what has no model. To fetch and delete costs nothing."""
-    if request.method != "POST":
-        return
-    request.app[ACCOUNTS].check_spending(request[ACCOUNT], model, request.app[CLOCK].unix())
+    """Whether what costs money may still be asked for; None is what has no model.
+
+    To fetch and delete costs nothing.
+    """
+    if request.method == "POST":
+        now = request.app[CLOCK].unix()
+        request.app[ACCOUNTS].check_spending(request[ACCOUNT], model, now)
 
 
 def check_turn(request: web.Request, model: Model | None) -> None:
@@ -13457,6 +14673,7 @@ def check_turn(request: web.Request, model: Model | None) -> None:
 
 
 def within_limits(request: web.Request) -> None:
+    """Whether the account may ask now. Raises ProxyError."""
     check_budget(request)
     request.app[ACCOUNTS].check_rate(request[ACCOUNT], time.monotonic())
 
@@ -13475,10 +14692,13 @@ def account_of(request: web.Request) -> Account:
 
 
 def known_caller(request: web.Request) -> Account | None:
-    """The account of the first valid key. Keys are compared by their hashes, so that timing tells nothing."""
+    """The account of the first valid key.
+
+    Keys are compared by their hashes, so that timing tells nothing.
+    """
     for key in keys_sent(request.headers):
         account = request.app[ACCOUNTS].find(key)
-        if key and account:
+        if account:
             return account
     return None
 
@@ -13487,13 +14707,19 @@ KEY_HEADERS = ("x-api-key", "Authorization", "api-key")  # the first valid one c
 
 
 def keys_sent(headers: Mapping[str, str]) -> Iterator[str]:
-    """What may be a key in each of KEY_HEADERS; Authorization may have it bare or behind "Bearer"."""
+    """What may be a key in each of KEY_HEADERS.
+
+    Authorization may have it bare or behind "Bearer".
+    """
     for name in KEY_HEADERS:
         scheme, space, credentials = headers.get(name, "").partition(" ")
+        key = ""
         if not space:
-            yield scheme
+            key = scheme
         elif scheme.lower() == "bearer":
-            yield credentials.strip()
+            key = credentials.strip()
+        if key:
+            yield key
 
 
 def refusal_words(request: web.Request) -> str:
@@ -13509,9 +14735,17 @@ def refusal_words(request: web.Request) -> str:
 
 def is_from_here(request: web.Request) -> bool:
     """Whether a request comes from this machine, as far as can be seen."""
-    peer = request.transport.get_extra_info("peername") if request.transport else None
-    is_loopback_peer = isinstance(peer, tuple) and is_loopback(peer[0])
-    return is_loopback_peer and not is_through_proxy(request.headers)
+    peer = socket_info(request, "peername")
+    if not isinstance(peer, tuple) or not is_loopback(peer[0]):
+        return False
+    return not is_through_proxy(request.headers)
+
+
+def socket_info(request: web.Request, name: str) -> Any:
+    """What asyncio knows of a request's socket; None when the client has left."""
+    if request.transport is None:
+        return None
+    return request.transport.get_extra_info(name)
 
 
 ONLY_LOCAL = f"This server has the published key {PUBLISHED_KEY}, so it answers only on localhost"
@@ -13544,12 +14778,15 @@ def is_through_proxy(headers: Mapping[str, str]) -> bool:
 
 
 def is_local(request: web.Request) -> bool:
-    """Whether a request came to a loopback address, under a loopback name. A process manager may listen elsewhere."""
-    place = request.transport.get_extra_info("sockname") if request.transport else None
-    is_here = not isinstance(place, tuple) or is_loopback(place[0])  # a Unix socket's is no tuple
-    return is_here and all(
-        is_loopback(host_name(host)) for host in request.headers.getall("Host", [])
-    )
+    """Whether a request came to a loopback address, under a loopback name.
+
+    A process manager may listen elsewhere.
+    """
+    address = socket_info(request, "sockname")
+    if isinstance(address, tuple) and not is_loopback(address[0]):  # a Unix socket's is no tuple
+        return False
+    hosts = request.headers.getall("Host", [])
+    return all(is_loopback(host_name(host)) for host in hosts)
 
 
 def host_name(host: str) -> str:
@@ -13567,21 +14804,28 @@ PROGRAM_SCHEMES = frozenset(
 
 
 def is_allowed_origin(origin: str, settings: Settings) -> bool:
+    """Whether pages from there may call."""
     if settings.published:
         return is_origin_here(origin)
-    return any(
-        origin == pattern or fnmatchcase(origin, pattern) for pattern in settings.cors_origins
-    )
+    if origin in settings.cors_origins:
+        return True
+    return any(fnmatchcase(origin, pattern) for pattern in settings.cors_origins)
 
 
 def is_origin_here(origin: str) -> bool:
-    """Whether a page can only come from this machine: from a server on it, or a program installed on it."""
+    """Whether a page can only come from this machine.
+
+    That is from a server on it, or from a program installed on it.
+    """
     scheme, separator, place = origin.lower().partition("://")
     if not separator:  # such as "null"
         return False
+    if scheme in PROGRAM_SCHEMES:
+        return True
+    if scheme not in ("http", "https"):
+        return False
     host = host_name(place)
-    is_name_here = is_loopback(host) or host.endswith(".localhost")
-    return scheme in PROGRAM_SCHEMES or (scheme in ("http", "https") and is_name_here)
+    return is_loopback(host) or host.endswith(".localhost")
 
 
 EXPOSED_HEADERS = (
@@ -13595,7 +14839,10 @@ API_PREFIX = re.compile(r"/*(?:v1|api/v1|api/paas/v4)(?:/|$)")
 
 
 def is_of_api(request: web.Request) -> bool:
-    """Whether a path is of the API, under any prefix or under none: what pages of other origins may call."""
+    """Whether a path is of the API, under any prefix or under none.
+
+    Those are the paths that pages of other origins may call.
+    """
     path = request.rel_url.raw_path
     if API_PREFIX.match(path):
         return True
@@ -13615,21 +14862,26 @@ def cors_headers(request: web.Request) -> dict[str, str]:
         "Access-Control-Expose-Headers": EXPOSED_HEADERS,
     }
     if request.method == "OPTIONS":
-        wanted = request.headers.get(
-            "Access-Control-Request-Headers", "Authorization, Content-Type"
-        )
-        headers |= PREFLIGHT_HEADERS | {"Access-Control-Allow-Headers": wanted}
-        if (
-            "Access-Control-Request-Private-Network" in request.headers
-        ):  # a public page that calls localhost
-            headers["Access-Control-Allow-Private-Network"] = "true"
+        headers.update(preflight_headers(request))
+    return headers
+
+
+def preflight_headers(request: web.Request) -> dict[str, str]:
+    """The answer to a browser that asks what a page may send."""
+    wanted = request.headers.get("Access-Control-Request-Headers", "Authorization, Content-Type")
+    headers = {**PREFLIGHT_HEADERS, "Access-Control-Allow-Headers": wanted}
+    # A public page that calls localhost.
+    if "Access-Control-Request-Private-Network" in request.headers:
+        headers["Access-Control-Allow-Private-Network"] = "true"
     return headers
 
 
 def say_refused(origin: str, request: web.Request) -> None:
     """Tell the operator which page could not call, and what would let it."""
-    is_our_own_page = origin.partition("://")[2] == request.host
-    if is_our_own_page or not request.app[ORIGIN_REFUSALS].is_due(time.monotonic()):
+    _, _, host = origin.partition("://")
+    if host == request.host:  # a page of ours
+        return
+    if not request.app[ORIGIN_REFUSALS].is_due(time.monotonic()):
         return
     shown = truncated(printable(request.app[REDACT](origin)))
     advice = "add it to CORS_ORIGINS to allow it"
@@ -13660,8 +14912,12 @@ def surface_of(request: web.Request) -> Surface:
 
 
 def count_usage(request: web.Request) -> None:
-    """Count a request for its account, once: before its client can read the end of the answer and ask again."""
-    app, record = request.app, request[RECORD]
+    """Count a request for its account, once.
+
+    This is before its client can read the end of the answer and ask again.
+    """
+    app = request.app
+    record = request[RECORD]
     if record.is_counted or not record.model:
         return
     record.is_counted = True
@@ -13675,8 +14931,9 @@ def count_usage(request: web.Request) -> None:
         app[ACCOUNTS].count((request[ACCOUNT].id, day, model), figures)
 
 
-# ======== Handlers ==================================================================================================
-# A function for each route; `answer` serves every surface.
+# ======== Answers ================================================================================
+# `respond` answers the requests of every surface: it reads and plans one, asks Z.ai, and writes
+# what comes of it.
 
 
 async def respond(surface: Surface, request: web.Request) -> web.StreamResponse:
@@ -13694,19 +14951,23 @@ async def respond(surface: Surface, request: web.Request) -> web.StreamResponse:
         await keep(request, asked.reply, answer)
         if answer.size > LARGE:  # others go on between two steps that take long
             await asyncio.sleep(0)
-        return json_response(document, headers=asked.headers | info_headers(answer.info))
+        headers = {**asked.headers, **info_headers(answer.info)}
+        return json_response(document, headers=headers)
 
 
 async def respond_streamed(
     request: web.Request, asked: Asked, opened: AbstractAsyncContextManager[Answering]
 ) -> web.StreamResponse:
-    """Sends each batch in one write, as soon as it is there. A slow client makes us read more slowly."""
+    """Sends each batch in one write, as soon as it is there.
+
+    A slow client makes us read more slowly.
+    """
     response = request[STREAM] = SSEResponse(request, asked.reply, asked.model)
     response.timer.start()
     try:
         async with opened as answer:
             head = head_of(answer.info, asked.model, request)
-            response.begin(head, asked.headers | info_headers(answer.info))
+            response.begin(head, {**asked.headers, **info_headers(answer.info)})
             frames = asked.reply.frames_of(await answer.read())
             while not answer.is_complete:
                 await response.send(frames, answer.size)
@@ -13721,15 +14982,21 @@ async def respond_streamed(
 
 
 async def keep(request: web.Request, reply: Reply, answer: Answering) -> None:
-    """Keep what a complete answer leaves behind, before its last frame: a client asks again at once."""
+    """Keep what a complete answer leaves behind.
+
+    This is before its last frame: a client asks again at once.
+    """
+    app = request.app
+    record = request[RECORD]
+    account_id = request[ACCOUNT].id
     for message in answer.said:
-        request.app[UPSTREAM].memory.remember(request[ACCOUNT].id, message)
+        app[UPSTREAM].memory.remember(account_id, message)
     count_usage(request)
-    told = request[RECORD].meters[0].told.prompt
-    request.app[TOKEN_SCALE].learn(answer.info.model, reply.input_tokens, told)
+    told = record.meters[0].told.prompt
+    app[TOKEN_SCALE].learn(answer.info.model, reply.input_tokens, told)
     if reply.stored:
-        history = ClientHistory(request.app[DATABASE], request[ACCOUNT].id)
-        await history.put(reply.stored, request[RECORD].body_size + answer.size)
+        history = ClientHistory(app[DATABASE], account_id)
+        await history.put(reply.stored, record.body_size + answer.size)
 
 
 @dataclass(slots=True)
@@ -13747,7 +15014,10 @@ class Asked:
 
 
 async def plan_request(surface: Surface, request: web.Request) -> Asked:
-    """Reads a request and plans it; the record learns the model. Every 400 and 403 is raised here."""
+    """Reads a request and plans it; the record learns the model.
+
+    Every 400 and 403 is raised here.
+    """
     history = ClientHistory(request.app[DATABASE], request[ACCOUNT].id)
     body = await read_json(request)
     await history.load(referred_responses(body))
@@ -13761,23 +15031,34 @@ async def plan_request(surface: Surface, request: web.Request) -> Asked:
 def planned(
     surface: Surface, request: web.Request, body: JSON, history: ClientHistory, size: int
 ) -> Asked:
-    app, record = request.app, request[RECORD]
-    settings, memory, account = app[SETTINGS], app[UPSTREAM].memory, request[ACCOUNT]
+    """See `plan_request`; `size` is that of the request and what it refers to, in bytes."""
+    settings = request.app[SETTINGS]
+    memory = request.app[UPSTREAM].memory
+    account = request[ACCOUNT]
+    record = request[RECORD]
     prompt, reply = surface.parse(body, history)
     note_model(request, asked_model(prompt, settings).model)
-    record.left_out = ",".join(
-        [header_word(name) for name in prompt.ignored if name[:6] == "tools."]
-    )[:DETAIL_LIMIT]
+    record.left_out = tools_left_out(prompt)
     if prompt.stream is None:
         prompt = replace(prompt, stream=wants_stream(request, settings))
-    prompt = replace(prompt, size=size) if size >= LARGE else prompt
-    recall = partial(memory.recall, account.id) if memory.texts else None
+    if size >= LARGE:
+        prompt = replace(prompt, size=size)
+    recall = None
+    if memory.texts:
+        recall = partial(memory.recall, account.id)
     plan = make_plan(prompt, settings, account, record.id, recall)
     record.meters = plan.meters
-    check_spending(request, plan.prompts[0][0])
+    first_model, _ = plan.prompts[0]
+    check_spending(request, first_model)
     record.images = plan.images
     plan.admit_with(partial(check_turn, request))
     return Asked(plan, reply, prompt.model)
+
+
+def tools_left_out(prompt: Prompt) -> str:
+    """The tools that Z.ai does not have, for the log."""
+    tools = [header_word(name) for name in prompt.ignored if name.startswith("tools.")]
+    return ",".join(tools)[:DETAIL_LIMIT]
 
 
 COUNTED_FIELDS = ("model", "messages", "system", "tools")  # what a model reads, and which one
@@ -13812,14 +15093,20 @@ def note_model(request: web.Request, model: Model) -> None:
 
 def model_shown(request: web.Request, model: Model) -> str:
     """The model's name for the log and the statistics; the client may have put a secret there."""
-    return model.id if model.id in MODELS else truncated(printable(request.app[REDACT](model.id)))
+    if model.id in MODELS:
+        return model.id
+    name = request.app[REDACT](model.id)
+    return truncated(printable(name))
 
 
 async def read_json(request: web.Request) -> JSON:
-    return await decode_body(request, await read_body(request))
+    """The body of a request. Raises BadRequest if it is no JSON object."""
+    body = await read_body(request)
+    return await decode_body(request, body)
 
 
 async def decode_body(request: web.Request, body: bytes) -> JSON:
+    """A body that was read. Raises BadRequest if it is no JSON object."""
     trace(f"asked {request.path}", body)
     try:
         return await in_thread_if_large(len(body), parse_request, body)
@@ -13828,18 +15115,27 @@ async def decode_body(request: web.Request, body: bytes) -> JSON:
 
 
 def ignored_header(names: Sequence[str]) -> dict[str, str]:
+    """Names the fields of a request that have no effect here, if it has some."""
     ignored = ",".join(map(header_word, names[:32]))
-    return {"x-ztoapi-ignored": ignored} if ignored else {}
+    if not ignored:
+        return {}
+    return {"x-ztoapi-ignored": ignored}
 
 
 def info_headers(info: AnswerInfo) -> dict[str, str]:
-    headers = {"x-ztoapi-model": header_word(info.model), "x-zai-request-id": info.request_id}
-    return {name: value for name, value in headers.items() if value}
+    """The model that answered, and Z.ai's own id of the request, as far as they are known."""
+    headers = {}
+    if info.model:
+        headers["x-ztoapi-model"] = header_word(info.model)
+    if info.request_id:
+        headers["x-zai-request-id"] = info.request_id
+    return headers
 
 
 def json_response(
     document: JSON, status: int = 200, headers: Mapping[str, str] | None = None
 ) -> web.Response:
+    """A whole answer."""
     body = json_bytes(document)
     trace("answered", body)
     return web.Response(
@@ -13847,31 +15143,48 @@ def json_response(
     )
 
 
+# ======== Handlers ===============================================================================
+# The handlers for what is told without Z.ai: models, stored responses, and the server's state.
+
+
 async def list_models(request: web.Request) -> web.Response:
-    """The list in the caller's format: OpenAI's, Anthropic's, or OpenAI's with the fields that Codex reads."""
+    """The list in the caller's format.
+
+    That is OpenAI's, Anthropic's, or OpenAI's with the fields that Codex reads.
+    """
     models = await named_models(request)
     if "anthropic-version" in request.headers:
-        return json_response(
-            {"data": [anthropic_item(models[name], name) for name in models], "has_more": False}
-        )
-    listing: JSON = {"object": "list", "data": [model_item(models[name], name) for name in models]}
+        items = [anthropic_item(model, name) for name, model in models.items()]
+        return json_response(anthropic_list(items))
+    items = [model_item(model, name) for name, model in models.items()]
+    listing: JSON = {"object": "list", "data": items}
     if "client_version" in request.query:
-        listing["models"] = [codex_item(models[name], name) for name in models]
+        listing["models"] = [codex_item(model, name) for name, model in models.items()]
     return json_response(listing)
 
 
 async def named_models(request: web.Request) -> dict[str, Model]:
-    """The models that this server lists for the caller: Z.ai's, and the aliases without a pattern."""
-    settings, allows = request.app[SETTINGS], request.get(ACCOUNT, Account("")).allows
-    models = await request.app[CATALOG].list(time.monotonic()) | plain_aliases(settings)
+    """The models that this server lists for the caller.
+
+    They are Z.ai's, and the aliases without a pattern.
+    """
+    settings = request.app[SETTINGS]
+    account = request.get(ACCOUNT, Account(""))
+    listed = await request.app[CATALOG].list(time.monotonic())
     seeing = vision_model(settings)
-    if seeing is not None and not allows(seeing):
+    if seeing is not None and not account.allows(seeing):
         seeing = None
-    return {name: with_eyes_of(seeing, model) for name, model in models.items() if allows(model)}
+    models = {}
+    for name, model in {**listed, **plain_aliases(settings)}.items():
+        if account.allows(model):
+            models[name] = with_eyes_of(seeing, model)
+    return models
 
 
 async def one_model(request: web.Request) -> web.Response:
-    asked, models = request.match_info["id"], await named_models(request)
+    """The model that a name means, in the caller's format."""
+    asked = request.match_info["id"]
+    models = await named_models(request)
     name = asked
     if name not in models and is_model_name(asked):
         name = resolve(asked, all_aliases(request.app[SETTINGS])).id
@@ -13879,8 +15192,9 @@ async def one_model(request: web.Request) -> web.Response:
         advice = "There is no model of this name: GET /v1/models lists them."
         message = advice + nearest_names(asked, models)
         raise ProxyError(MODEL_NOT_FOUND, message, "model", printable(asked[:256]))
-    item = anthropic_item if "anthropic-version" in request.headers else model_item
-    return json_response(item(models[name], name))
+    if "anthropic-version" in request.headers:
+        return json_response(anthropic_item(models[name], name))
+    return json_response(model_item(models[name], name))
 
 
 RESPONSE_NOT_FOUND = error_kind(
@@ -13889,6 +15203,7 @@ RESPONSE_NOT_FOUND = error_kind(
 
 
 async def one_response(request: web.Request) -> web.Response:
+    """A stored response, as it was given out."""
     history = ClientHistory(request.app[DATABASE], request[ACCOUNT].id)
     response_id = request.match_info["id"]
     await history.load(Referred(others=(response_id,)))
@@ -13913,7 +15228,8 @@ async def list_input_items(request: web.Request) -> web.Response:
 async def delete_response(request: web.Request) -> web.Response:
     """A response that others go on from is not given out any more, but its conversation goes on."""
     response_id = request.match_info["id"]
-    if not await request.app[DATABASE].delete_response(response_id, request[ACCOUNT].id):
+    was_there = await request.app[DATABASE].delete_response(response_id, request[ACCOUNT].id)
+    if not was_there:
         raise ProxyError(RESPONSE_NOT_FOUND)
     return json_response({"id": response_id, "object": "response", "deleted": True})
 
@@ -13937,7 +15253,11 @@ def counted_response(body: JSON, history: ClientHistory, settings: Settings) -> 
 
 
 async def show_health(request: web.Request) -> web.Response:
-    """No secret; for an operator also which database it is, so that two programs know whether they share one."""
+    """The server's state, without any secret.
+
+    An operator is also told which database it uses, so that two programs know whether they share
+    one.
+    """
     settings = request.app[SETTINGS]
     document = {"status": "ok", "name": "ztoapi", **about(settings)}
     document["model"] = launch_model(settings).id
@@ -13948,6 +15268,7 @@ async def show_health(request: web.Request) -> web.Response:
 
 
 def about(settings: Settings) -> JSON:
+    """What anybody may know of this server."""
     return {"version": __version__, "demo": settings.demo, "zai_key": bool(settings.zai_api_key)}
 
 
@@ -13964,11 +15285,15 @@ async def database_id(database: Database) -> str | None:
 async def show_index(request: web.Request) -> web.Response:
     """Sends browsers to the docs, and tells programs where the API is."""
     if "text/html" in request.headers.get("Accept", ""):
-        return web.Response(status=302, headers={"Location": "docs"})  # relative, for proxies
-    base_url = f"{request.scheme}://{request.host}/v1"
-    return json_response(
-        {"name": "ztoapi", "version": __version__, "base_url": base_url, "docs": "/docs"}
-    )
+        # Relative, for proxies.
+        return web.Response(status=302, headers={"Location": "docs"})
+    document = {
+        "name": "ztoapi",
+        "version": __version__,
+        "base_url": f"{request.scheme}://{request.host}/v1",
+        "docs": "/docs",
+    }
+    return json_response(document)
 
 
 async def show_favicon(_: web.Request) -> web.Response:
@@ -13979,24 +15304,35 @@ async def show_favicon(_: web.Request) -> web.Response:
 
 async def show_docs(request: web.Request) -> web.Response:
     """The page that explains this server, with its client key if that is the published one."""
-    settings, models = request.app[SETTINGS], await named_models(request)
-    shown = ("context", "output", "vision", "free", "thinking", "price")
+    settings = request.app[SETTINGS]
+    models = await named_models(request)
+    key = ""
+    if settings.published:
+        key = PUBLISHED_KEY
     snapshot = {
         **about(settings),
         "model": launch_model(settings).id,
-        "key": PUBLISHED_KEY if settings.published else "",
+        "key": key,
         "dashboard": settings.dashboard_enabled,
         "clients": client_examples(),
-        "models": [
-            {
-                "id": name,
-                **{what: getattr(models[name], what) for what in shown},
-                "words": {word: json_word(to) for word, to in model_words(models[name]).items()},
-            }
-            for name in models
-        ],
+        "models": [documented(name, model) for name, model in models.items()],
     }
     return page_response(DOCS_PAGE, snapshot)
+
+
+def documented(name: str, model: Model) -> JSON:
+    """What the docs show of a model, and how its clients are set up for it."""
+    words = {word: json_word(value) for word, value in model_words(model).items()}
+    return {
+        "id": name,
+        "context": model.context,
+        "output": model.output,
+        "vision": model.vision,
+        "free": model.free,
+        "thinking": model.thinking,
+        "price": model.price,
+        "words": words,
+    }
 
 
 NO_STORE = {"Cache-Control": "no-store"}
@@ -14004,45 +15340,66 @@ NO_STORE = {"Cache-Control": "no-store"}
 
 def page_response(page: Page, snapshot: JSON) -> web.Response:
     """A page with data in it. "<" is escaped, so that the data cannot become a script."""
-    html = page.html.replace("{{DATA}}", json_text(snapshot).replace("<", "\\u003c"))
-    headers = {"Content-Security-Policy": page.policy, "Referrer-Policy": "no-referrer", **NO_STORE}
-    return web.Response(
-        text=html, content_type="text/html", headers=headers | {"X-Content-Type-Options": "nosniff"}
-    )
+    data = json_text(snapshot).replace("<", "\\u003c")
+    html = page.html.replace("{{DATA}}", data)
+    headers = {
+        "Content-Security-Policy": page.policy,
+        "Referrer-Policy": "no-referrer",
+        "X-Content-Type-Options": "nosniff",
+        **NO_STORE,
+    }
+    return web.Response(text=html, content_type="text/html", headers=headers)
 
 
-# ======== Dashboard =================================================================================================
-# What the dashboard's pages and programs are given. A named key gets the same names with its own figures only;
-# † marks what is for the operator alone. Times are Unix seconds, money US dollars. Large answers are packed.
+# ======== Dashboard ==============================================================================
+# What the dashboard's pages and programs are given. A named key gets the same names with its own
+# figures only; † marks what is for the operator alone. Times are Unix seconds, money US dollars.
+# Large answers are packed.
 #
-# GET /dashboard/stats?since=CURSOR. `since` is empty at first, then the `cursor` of the answer before: a name whose
-# value is as it was is left out, and `recent` has only what is new, unless `reset` is true (its rows are all there
-# are). Without `since` all is there, and days, database and minutes† too, as programs know it.
+# GET /dashboard/stats?since=CURSOR. `since` is empty at first, then the `cursor` of the answer
+# before: a name whose value is as it was is left out, and `recent` has only what is new, unless
+# `reset` is true (its rows are all there are). Without `since` all is there, and days, database
+# and minutes† too, as programs know it.
 #     now, cursor, reset       always
 #     operator, name           whether the key is an operator's, and its name
 #     started†, in_flight†, torn†, keys†, resting†, queues†, healed†, plans†
-#     recent                   the last 500, newest first: n, time, key, route, model (asked), answered, status,
-#                              error (code), words (our own), first, duration (seconds), prompt_tokens,
-#                              cached_tokens, completion_tokens, cost (null: unknown), retries, id
+#     recent                   the last 500, newest first: n, time, key, route, model (asked),
+#                              answered, status, error (code), words (our own), first and duration
+#                              in seconds, prompt_tokens, cached_tokens, completion_tokens, cost
+#                              (null: unknown), retries, id
 #     client_keys              as /dashboard/keys has them
-#     models†                  by model: requests, failures, the tokens, cost, first and duration ({p50, p95})
-#     zai_keys†                key (its number), address, state (ready, resting), resting: model, until, why
+#     models†                  by model: requests, failures, the tokens, cost, p50 and p95 of first
+#                              and of duration
+#     zai_keys†                key (its number), address, state (ready, resting), resting: model,
+#                              until, why
 #     repairs†                 what was mended, by kind; `healed` has it with the retries
 #     spend_limit†             null, or limit, amount, used, resets_at
 #
-# GET /dashboard/history, with an ETag, so that it is sent only when it has changed. Only what is not empty is there.
+# GET /dashboard/history, with an ETag, so that it is sent only when it has changed. Only what is
+# not empty is there.
 #     database                 false: out of reach
 #     days                     31 of them: key, day, model, requests, failures, the tokens, cost
-#     quarters, minutes        the same for each 15 minutes (`at`) of the last 24 hours, and each minute of the last
-#                              one, as far as this process knows; a little more may be there
-#     times                    for each 15 minutes: at, first and duration ({p50, p95})
+#     quarters, minutes        the same for each 15 minutes (`at`) of the last 24 hours, and each
+#                              minute of the last one, as far as this process knows; a little more
+#                              may be there
+#     times                    for each 15 minutes: at, p50 and p95 of first and of duration
 #
-# GET /dashboard/keys†: {"keys": [KEY, …]}. A KEY is name, paused, expired; the limits as written (null: none);
-#     used_tokens, token_limit, resets_at and used_spend, spend_limit, spend_resets_at of the present period;
-#     requests, total_tokens, cost since ever; last_used.
-# POST /dashboard/keys†: {"name", limits…} adds a key (201, KEY and `key`, shown only now) or changes it (200, KEY);
-#     {"name", "rotate": true} (200, KEY and `key`), {"name", "paused": true or false}, {"name", "rename": NEW}.
-#     `warning` stands beside them where a pattern fits no known model. Unknown name: 404; what makes no sense: 400.
+# GET /dashboard/keys†: {"keys": [KEY, …]}. A KEY is
+#     name, paused, expired
+#     the limits as written    null: none
+#     used_tokens, token_limit, resets_at, used_spend, spend_limit, spend_resets_at
+#                              of the present period
+#     requests, total_tokens, cost, last_used
+#                              since ever
+#
+# POST /dashboard/keys†. `warning` stands in the answer where a pattern fits no known model. Unknown
+# name: 404; what makes no sense: 400.
+#     {"name", limits…}        adds a key (201, KEY and `key`, shown only now), or changes it (200,
+#                              KEY)
+#     {"name", "rotate": true} 200, KEY and `key`
+#     {"name", "paused": true or false}, {"name", "rename": NEW}
+#                              200, KEY
+#
 # DELETE /dashboard/keys/NAME†: 204.
 
 
@@ -14059,7 +15416,9 @@ async def dashboard_stats(request: web.Request) -> web.Response:
     if "since" in request.query:
         return packed(request, json_response(news(request, fields), headers=NO_STORE))
     days = await usage_days(request)
-    fields |= {"days": days or [], "database": days is not None, **clock_fields(request)}
+    fields["now"] = request.app[CLOCK].unix()
+    fields["database"] = days is not None
+    fields["days"] = days or []
     fields["recent"] = recent_rows(request, 0)
     if request[ACCOUNT].is_operator:
         fields["minutes"] = request.app[STATISTICS].minute_sums(time.monotonic())
@@ -14072,11 +15431,8 @@ def clock_zero_of(app: web.Application) -> float:
     return unix - time.monotonic()
 
 
-def clock_fields(request: web.Request) -> JSON:
-    return {"now": request.app[CLOCK].unix()}
-
-
 def recent_rows(request: web.Request, since: int) -> list[JSON]:
+    """The last requests after the one with the number `since` that the caller may see."""
     owner = seen_by(request[ACCOUNT])
     return request.app[STATISTICS].recent_rows(owner, since, clock_zero_of(request.app))
 
@@ -14090,32 +15446,36 @@ def seen_by(account: Account) -> str:
 
 def live_fields(request: web.Request) -> JSON:
     """What the dashboard shows but for the requests and the history."""
-    app, account = request.app, request[ACCOUNT]
-    shown: Iterable[Account] = [account]
+    account = request[ACCOUNT]
+    shown = [account]
     if account.is_operator:
-        shown = app[ACCOUNTS].known.named
-    today = today_of(app)
+        shown = all_accounts(request.app)
     fields: JSON = {
         "operator": account.is_operator,
         "name": account.name,
-        "client_keys": [key_item(app[ACCOUNTS], each, today) for each in shown],
+        "client_keys": key_items(request.app, shown),
     }
     if account.is_operator:
-        statistics = app[STATISTICS]
-        flying = [other for other in app[IN_FLIGHT].values() if other[RECORD].model]
-        upstream = app[UPSTREAM].snapshot(app[REDACT])
-        fields |= {
-            "started": clock_zero_of(app) + statistics.started,
-            "in_flight": len(flying),
-            "models": statistics.model_rows(),
-            "torn": statistics.torn,
-            "plans": app[PLANS].latest(time.monotonic()),
-            "zai_keys": zai_key_items(app[SETTINGS], upstream["resting"]),
-            "spend_limit": common_budget_item(app[ACCOUNTS], today),
-            "repairs": dict(app[UPSTREAM].repairs),
-            **upstream,
-        }
+        fields.update(operators_fields(request.app))
     return fields
+
+
+def operators_fields(app: web.Application) -> JSON:
+    """What only an operator is shown."""
+    statistics = app[STATISTICS]
+    in_flight = [request for request in app[IN_FLIGHT].values() if request[RECORD].model]
+    upstream = app[UPSTREAM].snapshot(app[REDACT])
+    return {
+        "started": clock_zero_of(app) + statistics.started,
+        "in_flight": len(in_flight),
+        "models": statistics.model_rows(),
+        "torn": statistics.torn,
+        "plans": app[PLANS].latest(time.monotonic()),
+        "zai_keys": zai_key_items(app[SETTINGS], upstream["resting"]),
+        "spend_limit": common_budget_item(app[ACCOUNTS], today_of(app)),
+        "repairs": dict(app[UPSTREAM].repairs),
+        **upstream,
+    }
 
 
 def zai_key_items(settings: Settings, resting: Iterable[JSON]) -> list[JSON]:
@@ -14123,9 +15483,7 @@ def zai_key_items(settings: Settings, resting: Iterable[JSON]) -> list[JSON]:
     items = []
     for number, key in enumerate(settings.zai_keys, 1):
         rests = [
-            {"model": rest["model"], "until": rest["until"], "why": rest["why"]}
-            for rest in resting
-            if rest["key"] == number
+            fields_of(rest, "model", "until", "why") for rest in resting if rest["key"] == number
         ]
         state = "resting" if rests else "ready"
         items.append({"key": number, "address": key.base_url, "state": state, "resting": rests})
@@ -14133,6 +15491,7 @@ def zai_key_items(settings: Settings, resting: Iterable[JSON]) -> list[JSON]:
 
 
 def common_budget_item(accounts: Accounts, today: date) -> JSON | None:
+    """What all keys together may spend, and have spent."""
     budget = accounts.common_budget
     if budget is None:
         return None
@@ -14168,10 +15527,12 @@ def news(request: web.Request, fields: JSON) -> JSON:
     digests = tuple(field_digest(fields[name]) for name in names)
     changed = fields
     if len(seen.digests) == len(digests):
-        known = zip(names, digests, seen.digests, strict=True)
-        changed = {name: fields[name] for name, digest_now, before in known if digest_now != before}
+        changed = {}
+        for name, digest_now, digest_then in zip(names, digests, seen.digests, strict=True):
+            if digest_now != digest_then:
+                changed[name] = fields[name]
     return {
-        **clock_fields(request),
+        "now": request.app[CLOCK].unix(),
         "cursor": f"{statistics.run}-{statistics.count}-{'.'.join(digests)}",
         "reset": not seen.run,
         **changed,
@@ -14180,7 +15541,9 @@ def news(request: web.Request, fields: JSON) -> JSON:
 
 
 def field_digest(value: Any) -> str:
-    return f"{zlib.crc32(json_bytes(steady(value))):x}"
+    """Tells whether a field has changed."""
+    data = json_bytes(steady(value))
+    return f"{zlib.crc32(data):x}"
 
 
 def steady(value: Any) -> Any:
@@ -14216,91 +15579,29 @@ def packed(request: web.Request, response: web.Response) -> web.Response:
 
 
 async def usage_days(request: web.Request) -> list[JSON] | None:
-    """The caller's usage in the last month, all accounts' for an operator; None while the database is unreachable."""
-    database, account = request.app[DATABASE], request[ACCOUNT]
+    """The caller's usage in the last month, all accounts' for an operator.
+
+    None while the database is unreachable.
+    """
+    database = request.app[DATABASE]
     if not database.exists:
         return []
+    owner = seen_by(request[ACCOUNT])
     since = today_of(request.app) - timedelta(30)
     try:
-        rows = await database.run(database.list_usage, since, seen_by(account), begin=READ)
+        rows = await database.run(database.list_usage, since, owner, begin=READ)
     except DatabaseError:
         return None
-    return [
-        {"day": day, **usage_item(name, model, *figures)} for _, name, day, model, *figures in rows
-    ]
-
-
-async def show_metrics(request: web.Request) -> web.Response:
-    """For Prometheus."""
-    statistics, upstream = request.app[STATISTICS], request.app[UPSTREAM]
-    models, kinds = statistics.models.items(), ("prompt", "cached", "completion")
-    gauges: dict[str, Counter[str]] = {
-        name: Counter() for name in ("in_flight", "waiting", "limit")
-    }
-    for queue in upstream.snapshot(request.app[REDACT])["queues"]:
-        for name, value in zip(
-            gauges, (queue["in_flight"], queue["waiting"], queue["may_be_in_flight"]), strict=True
-        ):
-            gauges[name][statistics.label(queue["model"])] += value
-    requests = (
-        ({"path": route_name(p), "model": m, "status": s}, n)
-        for (p, m, s), n in statistics.requests.items()
-    )
-    tokens = (
-        ({"model": m, "type": kind}, getattr(figures.usage, kind))
-        for m, figures in models
-        for kind in kinds
-    )
-    repairs = (({"kind": kind}, n) for kind, n in upstream.repairs.items())
-    families = [
-        family("build_info", "gauge", [({"version": __version__}, 1)]),
-        family("retries_total", "counter", [({}, upstream.retries_made["retries"])]),
-        family("repairs_total", "counter", repairs),
-        family("requests_total", "counter", requests),
-        family("tokens_total", "counter", tokens),
-        *key_families(statistics),
-        *(
-            family(name, "gauge", (({"model": m}, n) for m, n in gauge.items()))
-            for name, gauge in gauges.items()
-        ),
-        ["# TYPE ztoapi_time_to_first_token_seconds histogram"],
-        *(figures.first_times.samples("time_to_first_token_seconds", m) for m, figures in models),
-        ["# TYPE ztoapi_request_duration_seconds histogram"],
-        *(figures.durations.samples("request_duration_seconds", m) for m, figures in models),
-    ]
-    headers = {"Content-Type": "text/plain; version=0.0.4; charset=utf-8"}
-    return web.Response(
-        body="".join(f"{line}\n" for line in chain(*families)).encode(), headers=headers
-    )
-
-
-def key_families(statistics: Statistics) -> list[Iterator[str]]:
-    requests, tokens = [], []
-    for name, figures in statistics.keys.items():
-        requests.append(({"key": name}, figures.requests))
-        tokens.append(({"key": name, "type": "prompt"}, figures.usage.prompt))
-        tokens.append(({"key": name, "type": "cached"}, figures.usage.cached))
-        tokens.append(({"key": name, "type": "completion"}, figures.usage.completion))
-    return [
-        family("key_requests_total", "counter", requests),
-        family("key_tokens_total", "counter", tokens),
-    ]
-
-
-def route_name(path: str) -> str:
-    return path.replace("{prefix}", "v1/").replace("{slash}", "")
-
-
-def family(
-    name: str, kind: str, samples: Iterable[tuple[Mapping[str, object], float]]
-) -> Iterator[str]:
-    yield f"# TYPE ztoapi_{name} {kind}"
-    yield from (sample(name, value, labels) for labels, value in samples)
+    items = []
+    for _, name, day, model, *figures in rows:
+        items.append({"day": day, **usage_item(name, model, *figures)})
+    return items
 
 
 def key_item(accounts: Accounts, account: Account, today: date) -> JSON:
     """A key with its limits in the words of the `keys` command, and what it used."""
-    tokens, money = account.token_budget, account.money_budget
+    tokens = account.token_budget
+    money = account.money_budget
     totals = accounts.totals(account)
     item = {
         "name": account.name,
@@ -14308,9 +15609,11 @@ def key_item(accounts: Accounts, account: Account, today: date) -> JSON:
         "expired": bool(account.expires and account.expires < today.isoformat()),
         **{limit: getattr(account, limit) for limit in LIMITS},
         "used_tokens": accounts.used_in(tokens, account.id, today).tokens,
-        **dict.fromkeys(("token_limit", "resets_at")),
+        "token_limit": None,
+        "resets_at": None,
         "used_spend": accounts.used_in(money, account.id, today).spent / DOLLAR,
-        **dict.fromkeys(("spend_limit", "spend_resets_at")),
+        "spend_limit": None,
+        "spend_resets_at": None,
         "requests": totals.requests,
         "total_tokens": totals.tokens,
         "cost": totals.spent / DOLLAR,
@@ -14329,20 +15632,33 @@ def unix_time(text: str) -> float | None:
     """Of a day, or a day and a time, in ISO's form and UTC; None for ""."""
     if not text:
         return None
-    return datetime.fromisoformat(text).replace(tzinfo=timezone.utc).timestamp()
+    moment = datetime.fromisoformat(text).replace(tzinfo=timezone.utc)
+    return moment.timestamp()
+
+
+def key_items(app: web.Application, shown: Iterable[Account]) -> list[JSON]:
+    today = today_of(app)
+    return [key_item(app[ACCOUNTS], account, today) for account in shown]
+
+
+def all_accounts(app: web.Application) -> list[Account]:
+    """The keys that clients have, but for the operator's."""
+    return list(app[ACCOUNTS].known.named)
 
 
 async def list_keys(request: web.Request) -> web.Response:
-    accounts, day = request.app[ACCOUNTS], today_of(request.app)
-    items = [key_item(accounts, account, day) for account in accounts.known.named]
+    """All keys, for an operator."""
+    items = key_items(request.app, all_accounts(request.app))
     return json_response({"keys": items}, headers=NO_STORE)
 
 
 async def put_key(request: web.Request) -> web.Response:
     """A new name adds a key, a known one changes it; what is not given stays."""
-    accounts, database = request.app[ACCOUNTS], request.app[DATABASE]
+    accounts = request.app[ACCOUNTS]
+    database = request.app[DATABASE]
     today = today_of(request.app)
-    wanted = parse_key_change(await read_json(request), today)
+    body = await read_json(request)
+    wanted = parse_key_change(body, today)
     key = new_key()
     new = new_account(wanted.name, key)
     account = await database.run(database.change_account, wanted, new)
@@ -14353,7 +15669,10 @@ async def put_key(request: web.Request) -> web.Response:
         item["warning"] = warning
     if account.hash == new.hash:
         item["key"] = key
-    return json_response(item, 201 if account.id == new.id else 200, NO_STORE)
+    status = 200
+    if account.id == new.id:
+        status = 201
+    return json_response(item, status, NO_STORE)
 
 
 def new_account(name: str, key: str) -> Account:
@@ -14370,9 +15689,11 @@ def pattern_warning(models: str | None, known: Iterable[str]) -> str:
 
 
 async def remove_key(request: web.Request) -> web.Response:
+    """A removed key can no longer be used; what it used stays in the history."""
     database = request.app[DATABASE]
     name = unicodedata.normalize("NFC", request.match_info["name"])
-    if not await database.run(database.remove_account, name):
+    was_there = await database.run(database.remove_account, name)
+    if not was_there:
         raise ProxyError(KEY_NOT_FOUND)
     await database.sync(request.app[ACCOUNTS])
     return web.Response(status=204)
@@ -14382,34 +15703,114 @@ def new_key() -> str:
     return f"sk-{secrets.token_urlsafe(32)}"
 
 
-# ======== Pass-through ==============================================================================================
+# ======== Metrics ================================================================================
+# GET /metrics, in Prometheus' text format 0.0.4. A family has a line that names its type, and one
+# for each sample.
+
+Sample: TypeAlias = tuple[Mapping[str, object], float]  # labels and a value
+
+# Each gauge, and what it sums up of a queue.
+QUEUE_GAUGES = {"in_flight": "in_flight", "waiting": "waiting", "limit": "may_be_in_flight"}
+
+
+async def show_metrics(request: web.Request) -> web.Response:
+    """For Prometheus."""
+    statistics = request.app[STATISTICS]
+    upstream = request.app[UPSTREAM]
+    queues = upstream.snapshot(request.app[REDACT])["queues"]
+    repairs: list[Sample] = [({"kind": kind}, times) for kind, times in upstream.repairs.items()]
+    lines = [
+        *family("build_info", "gauge", [({"version": __version__}, 1)]),
+        *family("retries_total", "counter", [({}, upstream.retries_made["retries"])]),
+        *family("repairs_total", "counter", repairs),
+        *family("requests_total", "counter", request_samples(statistics)),
+        *family("tokens_total", "counter", token_samples("model", statistics.models)),
+        *family("key_requests_total", "counter", key_samples(statistics)),
+        *family("key_tokens_total", "counter", token_samples("key", statistics.keys)),
+    ]
+    for name, field_of_queue in QUEUE_GAUGES.items():
+        lines += family(name, "gauge", queue_samples(statistics, queues, field_of_queue))
+    lines += time_lines(statistics)
+    body = "\n".join(lines) + "\n"
+    headers = {"Content-Type": "text/plain; version=0.0.4; charset=utf-8"}
+    return web.Response(body=body.encode(), headers=headers)
+
+
+def family(name: str, kind: str, samples: Iterable[Sample]) -> Iterator[str]:
+    yield f"# TYPE ztoapi_{name} {kind}"
+    for labels, value in samples:
+        yield sample(name, value, labels)
+
+
+def request_samples(statistics: Statistics) -> Iterator[Sample]:
+    for (route, model, status), times in statistics.requests.items():
+        yield {"path": route_name(route), "model": model, "status": status}, times
+
+
+def route_name(path: str) -> str:
+    """A route's path as it is most often written."""
+    return path.replace("{prefix}", "v1/").replace("{slash}", "")
+
+
+def key_samples(statistics: Statistics) -> Iterator[Sample]:
+    for name, figures in statistics.keys.items():
+        yield {"key": name}, figures.requests
+
+
+def token_samples(
+    label: str, figures_by_name: Mapping[str, ModelFigures | KeyFigures]
+) -> Iterator[Sample]:
+    for name, figures in figures_by_name.items():
+        yield {label: name, "type": "prompt"}, figures.usage.prompt
+        yield {label: name, "type": "cached"}, figures.usage.cached
+        yield {label: name, "type": "completion"}, figures.usage.completion
+
+
+def queue_samples(statistics: Statistics, queues: Iterable[JSON], summed: str) -> Iterable[Sample]:
+    """Sums over the queues of models that share a label."""
+    sums: Counter[str] = Counter()
+    for queue in queues:
+        sums[statistics.label(queue["model"])] += queue[summed]
+    return [({"model": model}, value) for model, value in sums.items()]
+
+
+def time_lines(statistics: Statistics) -> Iterator[str]:
+    """How long answers took to begin, and in all."""
+    yield "# TYPE ztoapi_time_to_first_token_seconds histogram"
+    for model, figures in statistics.models.items():
+        yield from figures.first_times.samples("time_to_first_token_seconds", model)
+    yield "# TYPE ztoapi_request_duration_seconds histogram"
+    for model, figures in statistics.models.items():
+        yield from figures.durations.samples("request_duration_seconds", model)
+
+
+# ======== Pass-through ===========================================================================
 # The other paths that Z.ai serves: passed on as they are, with our key.
 
 
-def sent_headers(request: web.Request, *names: str) -> dict[str, str]:
-    return {name: request.headers[name] for name in names if name in request.headers}
-
-
-ID = r"{id:[A-Za-z0-9_-][A-Za-z0-9_.:-]*}"  # nothing that could lead to another path
-FILE_CONTENT = (
-    "/content"  # ends the path of what a client stored, which may look like anything of Z.ai's
-)
+ID_PATTERN = r"{id:[A-Za-z0-9_-][A-Za-z0-9_.:-]*}"  # nothing that could lead to another path
+# Ends the path of what a client stored, which may look like anything of Z.ai's.
+FILE_CONTENT = "/content"
 # The other paths that Z.ai serves under the base URL; our key goes to no other path.
 PASS_THROUGH_ROUTES = (
-    *(("POST", path) for path in ("embeddings", "images/generations", "async/images/generations")),
-    *(
-        ("POST", path)
-        for path in ("audio/transcriptions", "audio/speech", "rerank", "moderations", "tokenizer")
-    ),
-    *(
-        ("POST", path)
-        for path in ("web_search", "reader", "layout_parsing", "videos/generations", "files")
-    ),
-    *(
-        ("GET", path)
-        for path in (f"async-result/{ID}", "files", f"files/{ID}", f"files/{ID}{FILE_CONTENT}")
-    ),
-    ("DELETE", f"files/{ID}"),
+    ("POST", "embeddings"),
+    ("POST", "images/generations"),
+    ("POST", "async/images/generations"),
+    ("POST", "audio/transcriptions"),
+    ("POST", "audio/speech"),
+    ("POST", "rerank"),
+    ("POST", "moderations"),
+    ("POST", "tokenizer"),
+    ("POST", "web_search"),
+    ("POST", "reader"),
+    ("POST", "layout_parsing"),
+    ("POST", "videos/generations"),
+    ("POST", "files"),
+    ("GET", f"async-result/{ID_PATTERN}"),
+    ("GET", "files"),
+    ("GET", f"files/{ID_PATTERN}"),
+    ("GET", f"files/{ID_PATTERN}{FILE_CONTENT}"),
+    ("DELETE", f"files/{ID_PATTERN}"),
 )
 WITH_USAGE = ("embeddings", "rerank")  # their answers have it
 WITHOUT_MODEL = ("web_search", "reader", "files")  # a name in their bodies is only checked
@@ -14428,13 +15829,19 @@ class Relayed:
     @property
     def size(self) -> int:
         """Bytes of a body that is not streamed."""
-        return len(self.data) if isinstance(self.data, bytes) else 0
+        if isinstance(self.data, bytes):
+            return len(self.data)
+        return 0
 
 
 async def pass_through(path: str, request: web.Request) -> web.StreamResponse:
-    """A request to another of Z.ai's paths. What is wrong in it is told before it waits for anything."""
-    use = KeyUse(path="/" + path.partition("/{")[0])
-    path = path.replace(ID, request.match_info.get("id", ""))
+    """A request to another of Z.ai's paths.
+
+    What is wrong in it is told before it waits for anything.
+    """
+    without_id, _, _ = path.partition("/{")
+    use = KeyUse(path=f"/{without_id}")
+    path = path.replace(ID_PATTERN, request.match_info.get("id", ""))
     if not request.can_read_body:
         return await relay(path, use, request, Relayed())
     if path == "files":
@@ -14446,7 +15853,12 @@ async def pass_through(path: str, request: web.Request) -> web.StreamResponse:
         await form.read_head()
         relayed = Relayed(Upload(form.all_parts()), form.reader, length=form.length())
         return await relay(path, use, request, relayed)
-    data = await read_body(request)  # JSON, whatever its type says
+    return await pass_json_through(path, use, request)
+
+
+async def pass_json_through(path: str, use: KeyUse, request: web.Request) -> web.StreamResponse:
+    """A request whose body is JSON, whatever its type says."""
+    data = await read_body(request)
     body = await decode_body(request, data)
     sent = pass_through_body(body, request.app[SETTINGS].model_aliases)
     check_model_named(path, request, sent.get("model"))
@@ -14462,7 +15874,10 @@ async def pass_through(path: str, request: web.Request) -> web.StreamResponse:
 
 
 def reader_for(path: str, body: JSON) -> Callable[[], PassThroughReader]:
-    """Who reads the answer to a body in JSON: usage is told by the path, whatever the types of both say."""
+    """Who reads the answer to a body in JSON.
+
+    Usage is told by the path, whatever the types of both say.
+    """
     if path == "embeddings" and body.get("encoding_format") == "base64":
         return EmbeddingsReader
     if path == "audio/transcriptions" and body.get("response_format") == "text":
@@ -14476,8 +15891,8 @@ class RelayedForm:
     """A form with a file, whose fields are read while it goes on.
 
     What stands at its head is read before anything is waited for. A model may come behind the file
-    (curl, openai-node): if it is not one of the caller's, Z.ai does not get the end of the form, and
-    so has no request.
+    (curl, openai-node): if it is not one of the caller's, Z.ai does not get the end of the form,
+    and so has no request.
     """
 
     def __init__(self, path: str, request: web.Request) -> None:
@@ -14492,6 +15907,7 @@ class RelayedForm:
         self.ahead = bytearray()  # what Z.ai is sent first
 
     def read_model(self, given: str) -> str:
+        """The model's name as Z.ai is to be told it. Raises ProxyError if it may not be used."""
         if "model" in self.fields:
             raise BadRequest("'model' stands twice in the form.", "model")
         name = given
@@ -14515,9 +15931,11 @@ class RelayedForm:
         check_model_named(self.path, self.request, self.fields.get("model"))
 
     async def all_parts(self) -> AsyncIterator[bytes]:
+        """The whole form; it breaks off if the account may not use the model that it names."""
         yield bytes(self.ahead)
         async for part in self.parts:
-            if passed := self.form.feed(part):
+            passed = self.form.feed(part)
+            if passed:
                 yield passed
         check_model_named(self.path, self.request, self.fields.get("model"))
         yield self.form.close()
@@ -14525,9 +15943,12 @@ class RelayedForm:
     def length(self) -> str:
         """In bytes, "" while it is not known."""
         given = length_as_sent(self.request)
-        if "model" in self.fields or not self.request.app[SETTINGS].model_aliases:
-            return given and str(int(given) + self.growth)
-        return ""
+        if not given:
+            return ""
+        may_still_grow = "model" not in self.fields
+        if may_still_grow and self.request.app[SETTINGS].model_aliases:
+            return ""
+        return str(int(given) + self.growth)
 
     def reader(self) -> PassThroughReader:
         """When Z.ai answers, all fields are known."""
@@ -14545,37 +15966,31 @@ async def relay(
     path: str, use: KeyUse, request: web.Request, relayed: Relayed
 ) -> web.StreamResponse:
     """Sends a request on, only once: a streamed body cannot be repeated."""
-    keys, client = request.app[UPSTREAM].keys, request.app[UPSTREAM].client
-    key = min(
-        keys.available(use), key=lambda key: key.affinity(request[ACCOUNT].id)
-    )  # which owns the files
+    upstream = request.app[UPSTREAM]
+    account = request[ACCOUNT]
+    keys = upstream.keys
+    # An account keeps to its key, which owns the files.
+    key = min(keys.available(use), key=lambda key: key.affinity(account.id))
     keys.tried(key, use)
-    headers = sent_headers(request, "Content-Type")
-    if relayed.length:
-        headers["Content-Length"] = relayed.length
-    how = {
-        "method": request.method,
-        "data": relayed.data,
-        "headers": headers,
-        "params": request.query,
-    }
     meter = count_path(path, request)
     paid_model = MODELS.get(meter.model)
     check_spending(request, paid_model)
-    size = relayed.size if path in WITH_USAGE else 0
-    async with request.app[UPSTREAM].account_slot(request[ACCOUNT]), AsyncExitStack() as owner:
+    size = 0
+    if path in WITH_USAGE:
+        size = relayed.size
+    async with upstream.account_slot(account), AsyncExitStack() as owner:
         check_turn(request, paid_model)
         try:
             with meter.asking(size):
-                stream = await client.send(f"{key.base_url}/{path}", key, owner, **how)
+                url = f"{key.base_url}/{path}"
+                stream = await upstream.client.send(url, key, owner, **sent_as(request, relayed))
                 response = PassThroughResponse(request, stream, relayed.reader(), meter)
                 await response.begin()
                 if not path.endswith(FILE_CONTENT):
                     await response.check_refusal()
         except UpstreamError as error:
-            if (
-                keys.calls_for_cooldown(error) and error.kind != MODEL_NOT_FOUND
-            ):  # clients may make names up
+            is_made_up = error.kind == MODEL_NOT_FOUND  # by a client, perhaps
+            if keys.calls_for_cooldown(error) and not is_made_up:
                 keys.cool_down(key, use, error)
             adapt_to_path(error, path, key.base_url)
             raise
@@ -14584,11 +15999,30 @@ async def relay(
         return await response.send()
 
 
+def sent_as(request: web.Request, relayed: Relayed) -> JSON:
+    """What Z.ai is sent of a request besides our key, in the words of aiohttp."""
+    headers = {}
+    if "Content-Type" in request.headers:
+        headers["Content-Type"] = request.headers["Content-Type"]
+    if relayed.length:
+        headers["Content-Length"] = relayed.length
+    return {
+        "method": request.method,
+        "data": relayed.data,
+        "headers": headers,
+        "params": request.query,
+    }
+
+
 async def embed_in_batches(
     request: web.Request, batches: Iterable[JSON], reader: Callable[[], PassThroughReader]
 ) -> web.Response:
-    """Asks for more embeddings than Z.ai gives at once: one batch after the other, tried again like chat."""
-    upstream, record = request.app[UPSTREAM], request[RECORD]
+    """Asks for more embeddings than Z.ai gives at once.
+
+    One batch comes after the other, each tried again like a chat.
+    """
+    upstream = request.app[UPSTREAM]
+    record = request[RECORD]
     joined = JoinedEmbeddings()
     for batch in batches:
         use = KeyUse(resolve(batch.get("model", "")).id, "/embeddings")
@@ -14608,8 +16042,10 @@ async def embed_in_batches(
 async def ask_for_batch(
     request: web.Request, relayed: Relayed, meter: Meter, slot: Slot, owner: AsyncExitStack
 ) -> bytes:
+    """Asks for a batch with the slot's key. Raises UpstreamError."""
     check_turn(request, MODELS.get(meter.model))
-    client, key = request.app[UPSTREAM].client, slot.key
+    client = request.app[UPSTREAM].client
+    key = slot.key
     try:
         with meter.asking(relayed.size):
             url = f"{key.base_url}/embeddings"
@@ -14634,7 +16070,10 @@ def count_path(path: str, request: web.Request) -> Meter:
 
 
 def path_meter(path: str, model: str) -> Meter:
-    """What an answer of such a path costs: nothing is known of what is no chat, but for searches."""
+    """What an answer of such a path costs.
+
+    Nothing is known of what is no chat, but for searches.
+    """
     price = model_of(model).price or NO_PRICE
     return Meter(model, price, searches=int(path == "web_search"))
 
@@ -14684,44 +16123,58 @@ class PassThroughResponse:
         for name in PASS_THROUGH_HEADERS:
             if name in reply.headers:
                 headers[name] = header_text(reply.headers[name])
-        if (
-            "Content-Encoding" in reply.headers or type(reader) is not PassThroughReader
-        ):  # the length changes
+        is_changed = type(reader) is not PassThroughReader
+        if is_changed or "Content-Encoding" in reply.headers:
             headers.pop("Content-Length", None)
         if "X-Log-Id" in reply.headers:
             headers["x-zai-request-id"] = header_word(reply.headers["X-Log-Id"])
-        self.request, self.stream, self.reader, self.meter = request, stream, reader, meter
+        self.request = request
+        self.stream = stream
+        self.reader = reader
+        self.meter = meter
         self.response = web.StreamResponse(status=reply.status, headers=headers)
-        self.ahead = b""
+        self.ahead = b""  # read, and not yet passed on
 
     async def begin(self) -> None:
         """Wait for the first bytes to pass on. Raises UpstreamError."""
         self.ahead = await self.next_bytes()
 
     async def check_refusal(self) -> None:
-        """Raises UpstreamError for a refusal with a status of success, in however many parts it comes."""
+        """Raises UpstreamError for a refusal with a status of success.
+
+        It may come in any number of parts.
+        """
         if self.stream.response.content_type != "application/json" or self.reader.media_type:
             return
-        while len(self.ahead) < ERROR_BODY_LIMIT and (data := await self.next_bytes()):
+        while len(self.ahead) < ERROR_BODY_LIMIT:
+            data = await self.next_bytes()
+            if not data:
+                break
             self.ahead += data
         if len(self.ahead) > ERROR_BODY_LIMIT:  # no refusal is so long
             return
-        if error := refusal_in(self.ahead):
+        error = refusal_in(self.ahead)
+        if error:
             raise self.stream.with_request_id(error)
 
     async def next_bytes(self) -> bytes:
         """The next bytes to pass on, none at the end."""
-        data, held = b"", 0
-        while not data and (part := await self.stream.read()):
+        data = b""
+        held = 0  # bytes that the reader keeps until it has all of them
+        while not data:
+            part = await self.stream.read()
+            if not part:
+                data = await in_thread_if_large(held, self.reader.close)
+                break
             held += len(part)
             if held > self.request.app[APP_LIMITS].answer_size:
                 raise UpstreamError(UNAVAILABLE, TOO_LARGE)
             data = await in_thread_if_large(held, self.reader.feed, part)
-        data = data or await in_thread_if_large(held, self.reader.close)
         self.meter.told = self.reader.usage
         return data
 
     async def send(self) -> web.StreamResponse:
+        """Pass the whole answer on."""
         self.request[RECORD].first = time.monotonic()
         if self.reader.media_type:
             self.response.headers["Content-Type"] = self.reader.media_type
@@ -14742,18 +16195,24 @@ class PassThroughResponse:
             self.request.transport.close()
 
 
-# ======== Errors and shutdown =======================================================================================
-# `log_requests` and `catch_errors` run around every handler; `obey_signals` (Ctrl-C) and `drain` stop the server.
+# ======== Errors and shutdown ====================================================================
+# `log_requests` and `catch_errors` run around every handler; `obey_signals` (Ctrl-C) and `drain`
+# stop the server.
 
 
 @web.middleware
 async def log_requests(request: web.Request, handler: Handler) -> web.StreamResponse:
-    """Runs around all else: gives every request its record, and every answer its line in the log and the statistics."""
-    record = request[RECORD] = Record(
-        request.method, printable(request.path), time.monotonic(), os.urandom(12).hex()
-    )
-    in_flight, task = request.app[IN_FLIGHT], asyncio.current_task()
+    """Runs around all else.
+
+    Gives every request its record, and every answer its line in the log and the statistics.
+    """
+    request_id = os.urandom(12).hex()
+    path = printable(request.path)
+    record = Record(request.method, path, time.monotonic(), request_id)
+    request[RECORD] = record
     REQUEST_ID.set(record.id[:8])
+    in_flight = request.app[IN_FLIGHT]
+    task = asyncio.current_task()
     in_flight[task] = request
     try:
         response = await catch_errors(request, handler)
@@ -14763,19 +16222,30 @@ async def log_requests(request: web.Request, handler: Handler) -> web.StreamResp
         del in_flight[task]
         count_usage(request)
         now = time.monotonic()
-        level = logging.DEBUG if request.path.startswith(UNLOGGED_PATHS) else logging.INFO
-        if LOG.isEnabledFor(
-            level
-        ):  # LOG.log would look for the line of code that called it, which takes longest
-            LOG.handle(LOG.makeRecord(LOG.name, level, "", 0, record.line(now), (), None))
+        log_request(request, now)
         count_request(request, now)
 
 
+def log_request(request: web.Request, now: float) -> None:
+    """The line in the log."""
+    level = logging.INFO
+    if request.path.startswith(UNLOGGED_PATHS):
+        level = logging.DEBUG
+    if not LOG.isEnabledFor(level):
+        return
+    # LOG.log would look for the line of code that called it, which takes longest.
+    words = request[RECORD].line(now)
+    LOG.handle(LOG.makeRecord(LOG.name, level, "", 0, words, (), None))
+
+
 def count_request(request: web.Request, now: float) -> None:
-    """For the statistics."""
-    record, resource = request[RECORD], request.match_info.route.resource
+    """Count a request that is over in the statistics."""
+    record = request[RECORD]
     statistics = request.app[STATISTICS]
-    route = resource.canonical if resource else ""
+    resource = request.match_info.route.resource
+    route = ""
+    if resource:
+        route = resource.canonical
     record.route = route_name(route)
     statistics.requests[route, statistics.name_of(record), record.status] += 1
     if record.first is not None and record.meters:
@@ -14799,13 +16269,13 @@ async def catch_errors(request: web.Request, handler: Handler) -> web.StreamResp
         if not request[RECORD].stopped:  # the client left
             raise
         return await error_response(request, ProxyError(STOPPING))
-    except Exception as error:  # noqa: BLE001 - the only place: no other shape of error leaves the program
+    # The only place that does this: no other shape of error leaves the program.
+    except Exception as error:  # noqa: BLE001
         return await error_response(request, proxy_error(error, request))
 
 
 def proxy_error(error: Exception, request: web.Request) -> ProxyError:
     """Any exception as an error of ours; an unforeseen one is a bug, and logged as one."""
-    asked = f"{printable(request.method)} {printable(request.path)}"
     match error:
         case ProxyError():
             return error
@@ -14815,30 +16285,38 @@ def proxy_error(error: Exception, request: web.Request) -> ProxyError:
             message = (
                 "There is nothing here: clients call POST /v1/chat/completions and GET /v1/models."
             )
-            return ProxyError(error_kind(404, "unknown_url"), message, detail=asked)
+            return ProxyError(error_kind(404, "unknown_url"), message, detail=asked_of(request))
         case web.HTTPMethodNotAllowed():
-            return upgrade_required() if probes_websocket(request) else wrong_method(error, asked)
+            return wrong_method(error, request)
         case web.HTTPRequestEntityTooLarge():
-            message = f"The request is larger than {request.app[SETTINGS].max_body_mb} MB, this server's MAX_BODY_MB."
+            limit = request.app[SETTINGS].max_body_mb
+            message = f"The request is larger than {limit} MB, this server's MAX_BODY_MB."
             return ProxyError(error_kind(413, "request_too_large"), message)
         case _:
             LOG.error("a bug in ztoapi", exc_info=error)
             return ProxyError(INTERNAL_ERROR)
 
 
-def wrong_method(error: web.HTTPMethodNotAllowed, asked: str) -> ProxyError:
+def asked_of(request: web.Request) -> str:
+    return f"{printable(request.method)} {printable(request.path)}"
+
+
+def wrong_method(error: web.HTTPMethodNotAllowed, request: web.Request) -> ProxyError:
+    """405, which must name the methods of the path (RFC 9110, 15.5.6)."""
+    if probes_websocket(request):
+        return upgrade_required()
     allowed = error.headers["Allow"]
     kind = error_kind(405, "method_not_allowed")
-    refusal = ProxyError(kind, f"This path takes only {allowed}.", detail=asked)
+    refusal = ProxyError(kind, f"This path takes only {allowed}.", detail=asked_of(request))
     refusal.headers["Allow"] = allowed
     return refusal
 
 
 def probes_websocket(request: web.Request) -> bool:
     """Whether a client of the Responses API asks for a WebSocket instead, as Codex does first."""
-    upgrade = request.headers.get("Upgrade", "").lower()
-    is_responses = request.path.rstrip("/").endswith("/responses")
-    return request.method == "GET" and upgrade == "websocket" and is_responses
+    if request.method != "GET" or not request.path.rstrip("/").endswith("/responses"):
+        return False
+    return request.headers.get("Upgrade", "").lower() == "websocket"
 
 
 def upgrade_required() -> ProxyError:
@@ -14878,7 +16356,8 @@ async def error_response(request: web.Request, error: ProxyError) -> web.StreamR
 def say_when(error: ProxyError) -> None:
     """Put Retry-After into words, where it is too late for a header. Codex reads these."""
     if error.retry_after is not None:
-        error.message += f" Try again in {max(1, math.ceil(error.retry_after))} seconds."
+        seconds = max(1, math.ceil(error.retry_after))
+        error.message += f" Try again in {seconds} seconds."
 
 
 async def drain(app: web.Application) -> None:
@@ -14894,13 +16373,17 @@ async def drain(app: web.Application) -> None:
 
 
 def end_answers(app: web.Application) -> None:
+    """Cancel what is in flight; each client is told that the server stops."""
     for task, request in app[IN_FLIGHT].items():
         request[RECORD].stopped = True
         task.cancel()
 
 
 async def obey_signals(app: web.Application) -> None:
-    """The first signal stops the server; one over a second later ends the answers (`timeout` sends two together)."""
+    """The first signal stops the server, one over a second later ends the answers.
+
+    `timeout` sends two together: they count as one.
+    """
     told_at: list[float] = []  # of time.monotonic()
 
     def react() -> None:
@@ -14918,10 +16401,10 @@ async def obey_signals(app: web.Application) -> None:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
-# ======== Client connections ========================================================================================
-# aiohttp serves clients, but lets them stall and flood, and answers what is not HTTP in its own words.
-# `serve_as_here` gives an app's servers these connections; nothing in aiohttp itself is changed.
-# requirements.txt lists what is used of aiohttp without being documented.
+# ======== Client connections =====================================================================
+# aiohttp serves clients, but lets them stall and flood, and answers what is not HTTP in its own
+# words. `serve_as_here` gives an app's servers these connections; nothing in aiohttp itself is
+# changed. requirements.txt lists what is used of aiohttp without being documented.
 
 MAX_HEAD = 2**15  # bytes
 MAX_REFUSED_HEAD = 2**18  # bytes of a larger head that are taken before it is refused
@@ -14933,8 +16416,10 @@ def descriptor_limit() -> int:
     """How many files and connections the system lets this process have open."""
     with suppress(ImportError):  # Windows has no such limit
         resource = import_module("resource")
-        limit: int = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
-        return sys.maxsize if limit == resource.RLIM_INFINITY else limit
+        limit: int
+        limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+        if limit != resource.RLIM_INFINITY:
+            return limit
     return sys.maxsize
 
 
@@ -14943,7 +16428,10 @@ BACKLOG = min(1024, descriptor_limit() // 8)
 
 
 def serve_as_here(app: web.Application) -> None:
-    """Lets a ClientServer serve the app: run_app, gunicorn's worker and tests all call _make_handler."""
+    """Lets a ClientServer serve the app.
+
+    run_app, gunicorn's worker and tests all call _make_handler.
+    """
     make_plain_server = app._make_handler  # noqa: SLF001 - nothing public leads to the server
 
     def make_server(**how: Any) -> web.Server:
@@ -14957,13 +16445,16 @@ def serve_as_here(app: web.Application) -> None:
 class ClientServer(web.Server):
     """Accepts clients, and ends connections that only take up room.
 
-    Those are: without a whole head for `read_timeout`, with a client that reads nothing for UPSTREAM_TIMEOUT, and,
-    before file descriptors run out, those without a request, the longest silent first.
+    Those are: without a whole head for `read_timeout`, with a client that reads nothing for
+    UPSTREAM_TIMEOUT, and, before file descriptors run out, those without a request, the longest
+    silent first.
     """
 
     def __init__(self, app: web.Application, handler: Any, how: JSON) -> None:
         """`how`: what the app's runner wants of the server and of each connection."""
-        loop, request_factory = how.pop("loop"), how.pop("request_factory")
+        how = dict(how)
+        loop = how.pop("loop")
+        request_factory = how.pop("request_factory")
         # When a client leaves, its handler is cancelled, and with it the request to Z.ai.
         how.pop("handler_cancellation", None)
         super().__init__(
@@ -14973,7 +16464,7 @@ class ClientServer(web.Server):
         self.limits = app[APP_LIMITS]
         self.max_descriptors = self.limits.max_descriptors or descriptor_limit()
         self.loop = loop
-        self.how = {
+        self.how = {  # for each connection
             **how,
             "logger": LOG,
             "auto_decompress": False,
@@ -14994,12 +16485,16 @@ class ClientServer(web.Server):
             self.make_room()
 
     def without_request(self) -> list[ClientConnection]:
-        """The connections of whose request, if there was one, only a rest can still arrive that nobody reads."""
+        """The connections without a request under way.
+
+        At most the rest of one that was refused may still arrive, and nobody reads it.
+        """
         busy = {request.protocol for request in self.app[IN_FLIGHT].values()}
         connections = cast("list[ClientConnection]", self.connections)
         return [known for known in connections if known not in busy and not known.has_request]
 
     def make_room(self) -> None:
+        """Close an eighth of the connections without a request, the longest silent first."""
         LOG.warning(
             "file descriptors are scarce (ulimit -n): connections without a request are closed"
         )
@@ -15008,6 +16503,7 @@ class ClientServer(web.Server):
             connection.force_close()
 
     def check(self) -> None:
+        """End connections that only take up room, and look again later."""
         self.next_check = None
         now = time.monotonic()
         for connection in self.without_request():
@@ -15026,7 +16522,10 @@ class ClientServer(web.Server):
 
 
 class ClientConnection(web.RequestHandler):
-    """A client's connection: bounds each head, and refuses in our shape what does not reach the app."""
+    """A client's connection.
+
+    It bounds each head, and refuses in our shape what does not reach the app.
+    """
 
     def __init__(self, server: ClientServer, **how: Any) -> None:
         super().__init__(server, **how)
@@ -15057,10 +16556,12 @@ class ClientConnection(web.RequestHandler):
         self.last_received_at = time.monotonic()
         if self.body.is_eof():
             self.head = (self.head + data).lstrip(b"\r\n")  # line ends before a head mean nothing
-            if len(self.head) > MAX_HEAD and self.head.find(END_OF_HEAD, 0, MAX_HEAD) < 0:
-                # Refused once all of it is here: a client that is still sending might miss the answer.
-                is_whole = END_OF_HEAD in self.head or len(self.head) > MAX_REFUSED_HEAD
-                data = NO_HEAD if is_whole else b""
+            if self.head_is_too_large():
+                # Refused once all of it is here: a client that is still sending might miss the
+                # answer.
+                data = b""
+                if END_OF_HEAD in self.head or len(self.head) > MAX_REFUSED_HEAD:
+                    data = NO_HEAD
         super().data_received(data)
         if self._messages and self._messages[-1] is not self.latest:
             self.latest = self._messages[-1]
@@ -15068,7 +16569,13 @@ class ClientConnection(web.RequestHandler):
         elif self.head and self.head_due == math.inf:
             self.head_due = self.last_received_at + self.read_timeout
 
+    def head_is_too_large(self) -> bool:
+        if len(self.head) <= MAX_HEAD:
+            return False
+        return self.head.find(END_OF_HEAD, 0, MAX_HEAD) < 0
+
     def begin_request(self, message: Any, body: aiohttp.StreamReader) -> None:
+        """Called with each request that the parser has read, and with what it could not read."""
         if isinstance(message, RawRequestMessage):
             self.head = b""
             self.head_due = math.inf
@@ -15082,7 +16589,8 @@ class ClientConnection(web.RequestHandler):
     def check_reader(self, now: float, patience: float) -> None:
         """Ends the connection when the client has read nothing for so many seconds.
 
-        What waits for it may grow meanwhile; it shrinks, between some two looks, where a client reads.
+        What waits for it may grow meanwhile; it shrinks, between some two looks, where a client
+        reads.
         """
         unsent = self.client.get_write_buffer_size()
         if not unsent or unsent < self.unsent_bytes:
@@ -15094,7 +16602,8 @@ class ClientConnection(web.RequestHandler):
     async def finish_response(
         self, request: web.BaseRequest, resp: web.StreamResponse, start_time: float | None
     ) -> tuple[web.StreamResponse, bool]:
-        if isinstance(resp, web.HTTPExpectationFailed):  # raised before any middleware
+        """Called with each answer; this one is raised before any middleware."""
+        if isinstance(resp, web.HTTPExpectationFailed):
             message = "The only expectation known here is 'Expect: 100-continue'."
             resp = bare_error(error_kind(417, "unknown_expectation", message))
         return await super().finish_response(request, resp, start_time)
@@ -15106,11 +16615,13 @@ class ClientConnection(web.RequestHandler):
         exc: BaseException | None = None,
         _: str | None = None,
     ) -> web.Response:
-        """Refuse what does not reach the app; aiohttp's own texts would repeat headers, keys too."""
+        """Refuse what does not reach the app.
+
+        aiohttp's own texts would repeat headers, and keys with them.
+        """
         if isinstance(exc, ConnectionError) or request.writer.output_size:
-            raise ConnectionError(
-                "the client has left, or an answer has begun"
-            ) from exc  # aiohttp knows what to do
+            # aiohttp knows what to do.
+            raise ConnectionError("the client has left, or an answer has begun") from exc
         if status >= 500:
             LOG.error("a bug in ztoapi", exc_info=exc)
             return bare_error(INTERNAL_ERROR)
@@ -15130,8 +16641,8 @@ def refusal_of(head: bytes) -> ErrorKind:
     if len(head) > MAX_HEAD:
         return head_too_large(head)
     message = (
-        "This is not HTTP as this server reads it: the request line, a header or a chunk is malformed, "
-        "or the headers are too many."
+        "This is not HTTP as this server reads it: the request line, a header or a chunk is "
+        "malformed, or the headers are too many."
     )
     return error_kind(400, "bad_http", message)
 
@@ -15139,145 +16650,48 @@ def refusal_of(head: bytes) -> ErrorKind:
 def head_too_large(head: bytes) -> ErrorKind:
     """Names the longest header, never its value."""
     limit = f"more than the {MAX_HEAD // 1024} KB that this server reads"
-    address, *headers = head.partition(END_OF_HEAD)[0].split(b"\r\n")
+    whole, _, _ = head.partition(END_OF_HEAD)
+    address, *headers = whole.split(b"\r\n")
     longest = max(headers, key=len, default=b"")
     if len(address) > len(longest):
         return error_kind(414, "address_too_long", f"The request's address has {limit}.")
-    name = truncated(printable(longest.partition(b":")[0].decode("latin-1")))
+    name_bytes, _, _ = longest.partition(b":")
+    name = truncated(printable(name_bytes.decode("latin-1")))
     message = f"The request's headers have {limit}; the longest is {name}."
     return error_kind(431, "headers_too_large", message)
 
 
 def bare_error(kind: ErrorKind, client: str | None = None) -> web.Response:
     """An error from outside the app; the connection ends with it."""
-    request_id = os.urandom(12).hex()
     LOG.info("%s %s %s", client or "-", kind.status, kind.message)
-    response = json_response(
-        error_body(ProxyError(kind)), kind.status, {"x-request-id": f"req_{request_id}"}
-    )
+    request_id = request_id_of(os.urandom(12).hex())
+    body = error_body(ProxyError(kind))
+    response = json_response(body, kind.status, {"x-request-id": request_id})
     response.force_close()
     return response
 
 
-# ======== Server ====================================================================================================
-# `create_app` puts everything together and has the routes; `main` reads the flags, sets up the log and listens.
-
-API = r"/{prefix:/*(?:(?:v1|api/v1|api/paas/v4)/+)*}"  # clients use any of these prefixes
-END = r"{slash:/*}"
-
-
-def create_app(
-    settings: Settings | None = None, limits: Limits | None = None, clock: Clock | None = None
-) -> web.Application:
-    """The server as an aiohttp application. Without settings, as process managers call it, it reads the environment."""
-    failed = (
-        2 if settings else 3
-    )  # gunicorn stops when a worker exits with 3; on 2 it restarts the worker forever
-    if settings is None:
-        settings = settings_or_exit({}, failed)
-        set_up_log(settings)
-    limits = limits or Limits()
-    clock = clock or Clock()
-    database = database_or_exit(settings, limits, clock, failed)
-    limit = settings.max_body_mb * 2**20
-    app = web.Application(middlewares=[log_requests], client_max_size=limit)
-    serve_as_here(app)
-    app[SETTINGS], app[REDACT] = settings, redactor(settings)
-    app[APP_LIMITS] = limits
-    app[IN_FLIGHT] = {}
-    app[CLOCK] = clock
-    app[STATISTICS] = Statistics(time.monotonic(), clock.unix())
-    app[ACCOUNTS] = Accounts(settings.default_key, settings.spend_limit)
-    app[DATABASE] = database
-    app[ORIGIN_REFUSALS] = OnceAMinute()
-    app[TOKEN_SCALE] = TokenScale()
-    app.on_response_prepare.append(add_headers)
-    app.cleanup_ctx.append(connect)
-    app.on_shutdown.append(drain)
-    api_routes(app)
-    app[API_PATTERNS] = [resource.get_info()["pattern"] for resource in app.router.resources()]
-    page_routes(app)
-    return app
-
-
-def api_routes(app: web.Application) -> None:
-    for path, surface in SURFACES.items():
-        add_route(
-            app, "POST", f"{API}{path}{END}", require_key(partial(respond, surface), within_limits)
-        )
-    for method, path in PASS_THROUGH_ROUTES:
-        add_route(
-            app,
-            method,
-            f"{API}{path}{END}",
-            require_key(partial(pass_through, path), within_limits),
-        )
-    add_route(app, "POST", f"{API}messages/count_tokens{END}", require_key(count_tokens))
-    add_route(app, "GET", f"{API}models{END}", require_key(list_models))
-    add_route(app, "GET", f"{API}models/{{id:.*[^/]}}{END}", require_key(one_model))
-    add_route(app, "POST", f"{API}responses/input_tokens{END}", require_key(count_input_tokens))
-    response = API + r"responses/{id:resp_\w+}"
-    add_route(app, "GET", response + END, require_key(one_response))
-    add_route(app, "GET", f"{response}/input_items{END}", require_key(list_input_items))
-    add_route(app, "DELETE", response + END, require_key(delete_response))
-
-
-def page_routes(app: web.Application) -> None:
-    add_route(app, "GET", "/health", show_health)
-    add_route(app, "GET", "/", show_index)
-    add_route(app, "GET", "/api/hello", show_index)  # Claude Code's probe
-    add_route(app, "GET", "/docs", show_docs)
-    add_route(app, "GET", "/favicon.ico", show_favicon)
-    add_route(app, "GET", "/metrics", require_key(show_metrics, operator_only))
-    if app[SETTINGS].dashboard_enabled:
-        add_route(app, "GET", "/dashboard", show_dashboard)
-        add_route(app, "GET", "/dashboard/stats", require_key(dashboard_stats))
-        add_route(app, "GET", "/dashboard/history", require_key(dashboard_history))
-        add_route(app, "GET", "/dashboard/keys", require_key(list_keys, operator_only))
-        add_route(app, "POST", "/dashboard/keys", require_key(put_key, operator_only))
-        add_route(app, "DELETE", "/dashboard/keys/{name}", require_key(remove_key, operator_only))
-    if app[SETTINGS].demo:
-        add_route(app, "GET", f"{DEMO_PATH}/models", demo_models)
-        add_route(app, "POST", f"{DEMO_PATH}/chat/completions", demo_chat)
-
-
-def add_route(app: web.Application, method: str, path: str, handler: Handler) -> None:
-    if method == "GET":
-        app.router.add_route("HEAD", path, handler)
-    app.router.add_route(method, path, handler)
-
-
-async def connect(app: web.Application) -> AsyncIterator[None]:
-    """Opens what lives as long as the app: the session to Z.ai and what uses it."""
-    settings = app[SETTINGS]
-    limits = app[APP_LIMITS]
-    async with new_session(settings, limits) as session:
-        client = ZaiClient(session, settings, limits)
-        app[UPSTREAM] = Upstream(settings, limits, client, app[CLOCK])
-        app[CATALOG] = Catalog(client, app[UPSTREAM].keys, limits.models_ttl)
-        keys_with_plans = () if settings.demo else settings.zai_keys
-        app[PLANS] = PlanQuotas(client, keys_with_plans, limits.plans_ttl)
-        async with app[DATABASE].running(app[ACCOUNTS]):
-            yield
-        await end_tasks(filter(None, (app[CATALOG].asking, app[PLANS].asking)))
+# ======== Log ====================================================================================
+# The log on stderr: without secrets, and never in the way of an answer.
 
 
 def redactor(settings: Settings) -> Redactor:
-    return Redactor((*settings.secrets, *proxy_passwords(getproxies().values())))
+    """What keeps the secrets of the settings and of the environment out of texts."""
+    passwords = proxy_passwords(getproxies().values())
+    return Redactor((*settings.secrets, *passwords))
 
 
 @lru_cache(1)
 def timestamp(second: int) -> str:
+    """Unix seconds in local time. Lines of the log mostly share their second."""
     return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(second))
 
 
 class RedactingFormatter(logging.Formatter):
     """Formats a line without secrets, with images shortened, and cut off if it is too long."""
 
-    MAX_LINE, MARGIN = (
-        2**20,
-        2**12,
-    )  # characters; a secret that is cut in half would stand in the margin
+    MAX_LINE = 2**20  # characters
+    MARGIN = 2**12  # at the end of a line that is cut off, where half a secret may stand
     BASE64_RUN = re.compile(r"(?<![A-Za-z0-9+/])([A-Za-z0-9+/]{64})[A-Za-z0-9+/]{192,}=*")
 
     def __init__(self, redact: Redactor) -> None:
@@ -15285,17 +16699,21 @@ class RedactingFormatter(logging.Formatter):
         self.redact = redact
 
     def format(self, record: logging.LogRecord) -> str:
-        whole = f"{timestamp(int(record.created))},{int(record.msecs):03} {record.levelname} {super().format(record)}"
+        time_of_day = f"{timestamp(int(record.created))},{int(record.msecs):03}"
+        whole = f"{time_of_day} {record.levelname} {super().format(record)}"
         line = self.redact(whole[: self.MAX_LINE])
         if len(whole) > self.MAX_LINE:
             line = line[: -self.MARGIN] + "…"
-        return (
-            self.BASE64_RUN.sub(r"\1…", line) if len(line) > 256 else line
-        )  # BASE64_RUN needs 256
+        if len(line) <= 256:  # too short for BASE64_RUN
+            return line
+        return self.BASE64_RUN.sub(r"\1…", line)
 
 
 class BackgroundHandler(logging.Handler):
-    """Writes the log in a thread: a reader who stalls stops only the log, and loses what there is no room for."""
+    """Writes the log in a thread.
+
+    A reader who stalls stops only the log, and loses what there is no room for.
+    """
 
     DROPPED = "{} lines were dropped here, because they could not be written\n"
 
@@ -15305,11 +16723,13 @@ class BackgroundHandler(logging.Handler):
         self.descriptor = descriptor
         self.max_waiting = max_waiting
         self.lines: SimpleQueue[str] = SimpleQueue()
-        self.added = self.written = 0  # characters
+        self.added = 0  # characters
+        self.written = 0  # likewise
         self.dropped = 0  # lines
         self.thread: Thread | None = None
 
     def emit(self, record: logging.LogRecord) -> None:
+        """Called with each record: leaves its line to the thread."""
         line = self.format(record) + "\n"
         if self.added - self.written > self.max_waiting:
             self.dropped += 1
@@ -15319,19 +16739,21 @@ class BackgroundHandler(logging.Handler):
             self.dropped = 0
         self.added += len(line)
         self.lines.put(line)
-        if (
-            self.thread is None or not self.thread.is_alive()
-        ):  # not yet, or in a process forked from one that had it
+        # Not started yet, or in a process forked from one that had it.
+        if self.thread is None or not self.thread.is_alive():
             self.thread = Thread(target=self.write_lines, daemon=True)
             self.thread.start()
 
     def write_lines(self) -> None:
+        """What the thread does for ever; whatever waits is written at once."""
         lost = 0  # lines, since one was written
         while True:
             text = self.lines.get()
             while not self.lines.empty():
                 text += self.lines.get()
-            notice = self.DROPPED.format(lost) if lost else ""
+            notice = ""
+            if lost:
+                notice = self.DROPPED.format(lost)
             missing = self.write(notice + text).count(b"\n")
             lines = text.count("\n")
             if missing > lines:  # the notice is missing too
@@ -15339,12 +16761,14 @@ class BackgroundHandler(logging.Handler):
             else:
                 lost = missing
             self.written += len(text)
-            time.sleep(
-                0.02
-            )  # seconds; under load, waking for each line would cost more than the line
+            # Under load, waking for each line would cost more than the line.
+            time.sleep(0.02)
 
     def write(self, text: str) -> bytes:
-        """Writes a text, however little is taken at a time. Returns what cannot be written: a disk may be full."""
+        """Writes a text, however little is taken at a time.
+
+        Returns what cannot be written: a disk may be full.
+        """
         data = memoryview(text.encode("utf-8", "backslashreplace"))
         while data:
             try:
@@ -15371,38 +16795,60 @@ class RepeatFilter:
     def __call__(self, record: logging.LogRecord) -> bool:
         if record.levelno < logging.WARNING:
             return True
-        error = record.exc_info[1] if record.exc_info else None
+        error = None
+        if record.exc_info:
+            _, error, _ = record.exc_info
         if isinstance(error, OSError) and error.errno == errno.EMFILE:
             record.exc_info = None  # asyncio's accept: its traceback says nothing
-        now, words = time.monotonic(), f"{record.getMessage()} {error!r}"
-        self.passed = {known: at for known, at in self.passed.items() if now - at < 60}
-        return self.passed.setdefault(words, now) == now
+        now = time.monotonic()
+        words = f"{record.getMessage()} {error!r}"
+        self.forget(before=now - 60)
+        if words in self.passed:
+            return False
+        self.passed[words] = now
+        return True
+
+    def forget(self, before: float) -> None:
+        for words, passed_at in list(self.passed.items()):
+            if passed_at <= before:
+                del self.passed[words]
 
 
 def set_up_log(settings: Settings) -> None:
     """Log to stderr; in debug mode also what was asked, sent, received and answered."""
-    handler = BackgroundHandler(sys.stderr.fileno()) if sys.stderr else logging.NullHandler()
+    handler: logging.Handler = logging.NullHandler()
+    if sys.stderr:
+        handler = BackgroundHandler(sys.stderr.fileno())
     handler.setFormatter(RedactingFormatter(redactor(settings)))
     handler.addFilter(RepeatFilter())
     for logger in (LOG, logging.getLogger("aiohttp"), logging.getLogger("asyncio")):
-        logger.handlers, logger.propagate = [handler], False  # another handler would not redact
-    LOG.setLevel(logging.DEBUG if settings.debug_mode else logging.INFO)
+        logger.handlers = [handler]
+        logger.propagate = False  # another handler would not redact
+    LOG.setLevel(logging.INFO)
+    if settings.debug_mode:
+        LOG.setLevel(logging.DEBUG)
 
+
+# ======== Server =================================================================================
+# `create_app` puts everything together, and has the routes.
 
 ENV_FILE = Path(__file__).with_name(".env")
 
 
 def environment() -> dict[str, str]:
     """The variables of .env beside this file and those of the process, which win."""
-    try:  # Windows' programs begin a file in UTF-8 with a mark, which would belong to the first name
-        from_file = dotenv_values(ENV_FILE, interpolate=False, encoding="utf-8-sig")
+    # Windows' programs begin a file in UTF-8 with a mark, which would belong to the first name.
+    encoding = "utf-8-sig"
+    try:
+        from_file = dotenv_values(ENV_FILE, interpolate=False, encoding=encoding)
     except UnicodeDecodeError:
         raise SettingsError(
             f"{ENV_FILE} is no text in UTF-8 (PowerShell's > writes UTF-16): save it as UTF-8"
         ) from None
     except OSError as error:
         raise SettingsError(f"{ENV_FILE} cannot be read: {error}") from None
-    return {name: value for name, value in (from_file | os.environ).items() if value is not None}
+    with_values = {name: value for name, value in from_file.items() if value is not None}
+    return {**with_values, **os.environ}
 
 
 def settings_or_exit(flags: Mapping[str, str], status: int = 2) -> Settings:
@@ -15415,12 +16861,17 @@ def settings_or_exit(flags: Mapping[str, str], status: int = 2) -> Settings:
 
 def database_of(settings: Settings, clock: Clock, limits: Limits) -> Database:
     """Not open yet."""
-    url = "memory" if settings.demo else settings.database_url
+    url = settings.database_url
+    if settings.demo:
+        url = "memory"
     return Database(url, clock.unix, limits)
 
 
 def database_or_exit(settings: Settings, limits: Limits, clock: Clock, status: int) -> Database:
-    """The database, connected if it was named or exists. Exits with one line and the status if that fails."""
+    """The database, connected if it was named or exists.
+
+    Exits with one line and the status if that fails.
+    """
     database = database_of(settings, clock, limits)
     try:
         if settings.database_url or database.exists:
@@ -15432,41 +16883,166 @@ def database_or_exit(settings: Settings, limits: Limits, clock: Clock, status: i
 
 
 def exit_with_error(reason: object, status: int = 2) -> NoReturn:
+    """End the program with one line on stderr."""
     print(f"ztoapi: {reason}", file=sys.stderr)
     raise SystemExit(status)
 
 
+API_PATTERN = r"/{prefix:/*(?:(?:v1|api/v1|api/paas/v4)/+)*}"  # clients use any of these prefixes
+END_PATTERN = r"{slash:/*}"
+
+
+def create_app(
+    settings: Settings | None = None, limits: Limits | None = None, clock: Clock | None = None
+) -> web.Application:
+    """The server as an aiohttp application.
+
+    Without settings, as process managers call it, it reads the environment.
+    """
+    failed = 2  # the status with which the program ends where it cannot start
+    if settings is None:
+        failed = 3  # at which gunicorn stops; after 2 it would start the worker again, forever
+        settings = settings_or_exit({}, failed)
+        set_up_log(settings)
+    limits = limits or Limits()
+    clock = clock or Clock()
+    database = database_or_exit(settings, limits, clock, failed)
+    limit = settings.max_body_mb * 2**20
+    app = web.Application(middlewares=[log_requests], client_max_size=limit)
+    serve_as_here(app)
+    app[SETTINGS] = settings
+    app[REDACT] = redactor(settings)
+    app[APP_LIMITS] = limits
+    app[IN_FLIGHT] = {}
+    app[CLOCK] = clock
+    app[STATISTICS] = Statistics(time.monotonic(), clock.unix())
+    app[ACCOUNTS] = Accounts(settings.default_key, settings.spend_limit)
+    app[DATABASE] = database
+    app[ORIGIN_REFUSALS] = OnceAMinute()
+    app[TOKEN_SCALE] = TokenScale()
+    app.on_response_prepare.append(add_headers)
+    app.cleanup_ctx.append(connect)
+    app.on_shutdown.append(drain)
+    api_routes(app)
+    app[API_PATTERNS] = [resource.get_info()["pattern"] for resource in app.router.resources()]
+    page_routes(app)
+    return app
+
+
+def api_routes(app: web.Application) -> None:
+    """What clients of the API call."""
+    for path, surface in SURFACES.items():
+        answer = require_key(partial(respond, surface), within_limits)
+        add_api_route(app, "POST", path, answer)
+    for method, path in PASS_THROUGH_ROUTES:
+        add_api_route(app, method, path, require_key(partial(pass_through, path), within_limits))
+    add_api_route(app, "POST", "messages/count_tokens", require_key(count_tokens))
+    add_api_route(app, "GET", "models", require_key(list_models))
+    add_api_route(app, "GET", "models/{id:.*[^/]}", require_key(one_model))
+    add_api_route(app, "POST", "responses/input_tokens", require_key(count_input_tokens))
+    response = r"responses/{id:resp_\w+}"
+    add_api_route(app, "GET", response, require_key(one_response))
+    add_api_route(app, "GET", f"{response}/input_items", require_key(list_input_items))
+    add_api_route(app, "DELETE", response, require_key(delete_response))
+
+
+def add_api_route(app: web.Application, method: str, path: str, handler: Handler) -> None:
+    """A path under any of the API's prefixes, with or without a slash at its end."""
+    add_route(app, method, f"{API_PATTERN}{path}{END_PATTERN}", handler)
+
+
+def page_routes(app: web.Application) -> None:
+    """What people and their programs look at."""
+    add_route(app, "GET", "/health", show_health)
+    add_route(app, "GET", "/", show_index)
+    add_route(app, "GET", "/api/hello", show_index)  # Claude Code's probe
+    add_route(app, "GET", "/docs", show_docs)
+    add_route(app, "GET", "/favicon.ico", show_favicon)
+    add_route(app, "GET", "/metrics", require_key(show_metrics, operator_only))
+    if app[SETTINGS].dashboard_enabled:
+        add_route(app, "GET", "/dashboard", show_dashboard)
+        add_route(app, "GET", "/dashboard/stats", require_key(dashboard_stats))
+        add_route(app, "GET", "/dashboard/history", require_key(dashboard_history))
+        add_route(app, "GET", "/dashboard/keys", require_key(list_keys, operator_only))
+        add_route(app, "POST", "/dashboard/keys", require_key(put_key, operator_only))
+        add_route(app, "DELETE", "/dashboard/keys/{name}", require_key(remove_key, operator_only))
+    if app[SETTINGS].demo:
+        add_route(app, "GET", f"{DEMO_PATH}/models", demo_models)
+        add_route(app, "POST", f"{DEMO_PATH}/chat/completions", demo_chat)
+
+
+def add_route(app: web.Application, method: str, path: str, handler: Handler) -> None:
+    """What can be asked for with GET can be asked for with HEAD."""
+    if method == "GET":
+        app.router.add_route("HEAD", path, handler)
+    app.router.add_route(method, path, handler)
+
+
+async def connect(app: web.Application) -> AsyncIterator[None]:
+    """Opens what lives as long as the app: the session to Z.ai and what uses it."""
+    settings = app[SETTINGS]
+    limits = app[APP_LIMITS]
+    async with new_session(settings, limits) as session:
+        client = ZaiClient(session, settings, limits)
+        app[UPSTREAM] = Upstream(settings, limits, client, app[CLOCK])
+        app[CATALOG] = Catalog(client, app[UPSTREAM].keys, limits.models_ttl)
+        keys_with_plans = settings.zai_keys
+        if settings.demo:
+            keys_with_plans = ()
+        app[PLANS] = PlanQuotas(client, keys_with_plans, limits.plans_ttl)
+        async with app[DATABASE].running(app[ACCOUNTS]):
+            yield
+        asking = (app[CATALOG].asking, app[PLANS].asking)
+        await end_tasks(task for task in asking if task)
+
+
+# ======== Start ==================================================================================
+# `main` reads the flags and listens.
+
+
 def listen(host: str, port: int) -> list[socket.socket]:
-    """A socket for every address that `host` means, all on one port (0: any free one). Raises OSError."""
-    sockets: list[socket.socket] = []
-    for name in ("127.0.0.1", "::1") if host == "localhost" else (host,):
-        family, _, _, _, place = socket.getaddrinfo(
-            name, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
-        )[0]
-        try:
-            dual = name == "::" and socket.has_dualstack_ipv6()
-            sockets.append(
-                socket.create_server((place[0], port), family=family, dualstack_ipv6=dual)
-            )
-        except OSError as error:
-            if not (
-                sockets and error.errno in (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT)
-            ):  # a machine without IPv6
-                raise
-        port = sockets[0].getsockname()[1]
-    return sockets
+    """A socket for every address that `host` means, all on one port (0: any free one).
+
+    Raises OSError.
+    """
+    if host != "localhost":
+        return [listen_on(host, port)]
+    first = listen_on("127.0.0.1", port)
+    _, port = first.getsockname()
+    try:
+        return [first, listen_on("::1", port)]
+    except OSError as error:
+        if error.errno not in (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT):
+            first.close()
+            raise
+        return [first]  # a machine without IPv6
+
+
+def listen_on(name: str, port: int) -> socket.socket:
+    """A socket for one name; for "::" it takes IPv4 too, where it can. Raises OSError."""
+    first, *_ = socket.getaddrinfo(name, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+    family, _, _, _, address = first
+    dual = name == "::" and socket.has_dualstack_ipv6()
+    return socket.create_server((address[0], port), family=family, dualstack_ipv6=dual)
 
 
 def cannot_listen(settings: Settings, error: OSError) -> str:
+    """Why the server does not listen, and what helps."""
     if error.errno == errno.EADDRINUSE:
         in_use = f"port {settings.port} on {settings.host} is in use (by another ztoapi?)"
         return f"{in_use}: stop what uses it, or use another --port"
-    return f"HOST={settings.host}, PORT={settings.port} cannot be listened on: {error.strerror or error}"
+    address = f"HOST={settings.host}, PORT={settings.port}"
+    return f"{address} cannot be listened on: {error.strerror or error}"
 
 
 def with_demo(settings: Settings, place: tuple[Any, ...]) -> Settings:
-    """The settings with this server's own stand-in for Z.ai as the upstream; `place` is where the server listens."""
-    url, key = origin_of(*place[:2]) + DEMO_PATH, secrets.token_hex(16)
+    """The settings with this server's own stand-in for Z.ai as the upstream.
+
+    `place` is where the server listens.
+    """
+    host, port, *_ = place
+    url = origin_of(host, port) + DEMO_PATH
+    key = secrets.token_hex(16)
     return replace(settings, demo=True, zai_base_url=url, zai_api_key=(key,))
 
 
@@ -15475,12 +17051,18 @@ ANY_ADDRESS = r"0\.0\.0\.0|::"  # to listen on all of them
 
 def origin_of(host: str, port: int) -> str:
     """Where this machine reaches a server that listens there."""
-    host = re.sub(f"^({ANY_ADDRESS})$", "localhost", host)
-    return f"http://{f'[{host}]' if ':' in host else host}:{port}"
+    if re.fullmatch(ANY_ADDRESS, host):
+        host = "localhost"
+    if ":" in host:
+        host = f"[{host}]"
+    return f"http://{host}:{port}"
 
 
 def origin_for_others(settings: Settings, port: int) -> str:
-    """Where other machines reach a server that listens on all addresses; else where this one does."""
+    """Where others reach this server.
+
+    That is from other machines if it listens on all addresses, else from this one.
+    """
     if re.fullmatch(ANY_ADDRESS, settings.host):
         return origin_of(own_address(), port)
     return origin_of(settings.host, port)
@@ -15497,9 +17079,12 @@ def own_address() -> str:
 
 
 def banner(settings: Settings, port: int) -> str:
-    demo = "the built-in demo: no model is behind its answers"
-    upstream = demo if settings.demo else ", ".join(settings.zai_base_urls)
-    zai_keys = 0 if settings.demo else len(settings.zai_api_key)
+    """What is said when the server starts."""
+    upstream = ", ".join(settings.zai_base_urls)
+    zai_keys = len(settings.zai_api_key)
+    if settings.demo:
+        upstream = "the built-in demo: no model is behind its answers"
+        zai_keys = 0
     lines = [
         f"ztoapi {__version__}",
         f"  clients   {origin_of(settings.host, port)}/v1",
@@ -15509,24 +17094,30 @@ def banner(settings: Settings, port: int) -> str:
         f"  keys      {len(settings.default_key)} for clients, {zai_keys} for Z.ai",
         f"  database  {database_of(settings, Clock(), Limits()).place}",
     ]
-    if origin_for_others(settings, port) != origin_of(settings.host, port):
-        lines.insert(2, f"  others    {origin_for_others(settings, port)}/v1")
+    for_others = origin_for_others(settings, port)
+    if for_others != origin_of(settings.host, port):
+        lines.insert(2, f"  others    {for_others}/v1")
     if settings.published:
-        lines.append(
-            f"  note      the key for clients is the published {PUBLISHED_KEY}, so only this machine may call"
-        )
-    if not settings.zai_api_key:
-        lines += [
-            "  note      no ZAI_API_KEY yet, so chat answers 503. Get a key: https://z.ai/manage-apikey/apikey-list",
-            f"            put it in {ENV_FILE} as ZAI_API_KEY=…, and start again;",
-            "            or try it without one: python ztoapi.py --demo",
-        ]
+        only_here = f"the key for clients is the published {PUBLISHED_KEY}, so only this machine"
+        lines.append(f"  note      {only_here} may call")
+    if settings.zai_api_key:
+        launch_command = "python ztoapi.py launch claude"
+        if port != Settings.port:
+            launch_command += f" --port {port}"
+        lines.append(f"  agent     {launch_command}    (others: launch --help)")
     else:
-        port_flag = f" --port {port}" if port != Settings.port else ""
-        lines.append(
-            f"  agent     python ztoapi.py launch claude{port_flag}    (others: launch --help)"
-        )
+        lines += [
+            WITHOUT_KEY,
+            f"            put it in {ENV_FILE} as ZAI_API_KEY=…, and start again;",
+        ]
+        lines.append("            or try it without one: python ztoapi.py --demo")
     return "\n".join(lines)
+
+
+WITHOUT_KEY = (
+    "  note      no ZAI_API_KEY yet, so chat answers 503. "
+    "Get a key: https://z.ai/manage-apikey/apikey-list"
+)
 
 
 def say(words: str) -> None:
@@ -15538,10 +17129,26 @@ def say(words: str) -> None:
 
 
 def parse_flags(arguments: list[str]) -> argparse.Namespace:
-    usage = "%(prog)s [options] [launch CLIENT [options] [-- client's arguments] | keys ...]"
-    about = "Z.ai's GLM models behind an OpenAI-compatible API."
+    """The flags. Those of the client that `launch` starts, behind "--", are `arguments`."""
+    parser = flags_parser()
+    ours = arguments
+    clients: list[str] = []
+    if "--" in arguments:
+        end = arguments.index("--")
+        ours = arguments[:end]
+        clients = arguments[end + 1 :]
+    flags = parser.parse_args(ours, argparse.Namespace(arguments=clients))
+    if flags.probe and not flags.check:
+        parser.error("--probe goes with --check")
+    return flags
+
+
+def flags_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        "ztoapi.py", usage=usage, description=about, epilog="Settings: see .env.example."
+        "ztoapi.py",
+        usage="%(prog)s [options] [launch CLIENT [options] [-- client's arguments] | keys ...]",
+        description="Z.ai's GLM models behind an OpenAI-compatible API.",
+        epilog="Settings: see .env.example.",
     )
     way = parser.add_mutually_exclusive_group()
     way.add_argument(
@@ -15557,7 +17164,20 @@ def parse_flags(arguments: list[str]) -> argparse.Namespace:
         action="store_true",
         help="with --check: ask first, then find out what Z.ai's documents leave open",
     )
+    add_address_flags(parser)
+    parser.add_argument("--version", action="version", version=f"ztoapi {__version__}")
     commands = parser.add_subparsers(dest="command", prog="ztoapi.py")
+    add_launch_command(commands)
+    add_keys_command(commands)
+    return parser
+
+
+def add_address_flags(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--host", default=argparse.SUPPRESS, help="address to listen on (HOST)")
+    parser.add_argument("--port", default=argparse.SUPPRESS, help="port to listen on (PORT)")
+
+
+def add_launch_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     starter = commands.add_parser("launch", help="start a client that uses this server")
     starter.add_argument(
         "client", choices=CLIENTS, help="its own arguments follow --: launch claude -- -p hello"
@@ -15573,16 +17193,7 @@ def parse_flags(arguments: list[str]) -> argparse.Namespace:
     starter.add_argument(
         "--show", action="store_true", help="only print the shell lines that start it"
     )
-    for each in (parser, starter):
-        each.add_argument("--host", default=argparse.SUPPRESS, help="address to listen on (HOST)")
-        each.add_argument("--port", default=argparse.SUPPRESS, help="port to listen on (PORT)")
-    parser.add_argument("--version", action="version", version=f"ztoapi {__version__}")
-    add_keys_command(commands)
-    own = list(takewhile("--".__ne__, arguments))
-    flags = parser.parse_args(own, argparse.Namespace(arguments=arguments[len(own) + 1 :]))
-    if flags.probe and not flags.check:
-        parser.error("--probe goes with --check")
-    return flags
+    add_address_flags(starter)
 
 
 def add_keys_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -15609,18 +17220,32 @@ def answer_to(question: str) -> str:
         return ""
 
 
+def settings_given(flags: argparse.Namespace) -> dict[str, str]:
+    """The settings that flags name, as in the environment."""
+    given = {}
+    for name, value in fields_of(vars(flags), "host", "port").items():
+        given[name.upper()] = value
+    return given
+
+
 def new_loop() -> asyncio.AbstractEventLoop:
     """uvloop's where it is installed: it takes less CPU time."""
     with suppress(ImportError):
-        return cast("asyncio.AbstractEventLoop", import_module("uvloop").new_event_loop())
+        uvloop = import_module("uvloop")
+        return cast("asyncio.AbstractEventLoop", uvloop.new_event_loop())
     return asyncio.new_event_loop()
 
 
 def main(arguments: list[str] | None = None) -> None:
-    flags = parse_flags(sys.argv[1:] if arguments is None else arguments)
-    given = {name.upper(): value for name, value in vars(flags).items() if name in ("host", "port")}
+    """Do what the command line says: `check`, `launch`, `keys`, or serve."""
+    if arguments is None:
+        arguments = sys.argv[1:]
+    flags = parse_flags(arguments)
+    given = settings_given(flags)
     if flags.check:
-        answer = answer_to(PROBE_QUESTION) if flags.probe else ""
+        answer = ""
+        if flags.probe:
+            answer = answer_to(PROBE_QUESTION)
         raise SystemExit(asyncio.run(check(given, probe=answer)))
     settings = settings_or_exit(given)
     if flags.command == "launch":
@@ -15633,11 +17258,18 @@ def main(arguments: list[str] | None = None) -> None:
     except OSError as error:
         exit_with_error(cannot_listen(settings, error))
     address = sockets[0].getsockname()
-    settings = with_demo(settings, address) if flags.demo else settings
+    if flags.demo:
+        settings = with_demo(settings, address)
+    serve(settings, sockets)
+
+
+def serve(settings: Settings, sockets: list[socket.socket]) -> None:
+    """Answer requests until a signal comes."""
     set_up_log(settings)
     app = create_app(settings)
     app.on_startup.append(obey_signals)
-    say(banner(settings, address[1]))
+    _, port, *_ = sockets[0].getsockname()
+    say(banner(settings, port))
     gc.collect()
     gc.freeze()  # what exists now stays, so the collector need not check it
     web.run_app(
@@ -15652,8 +17284,8 @@ def main(arguments: list[str] | None = None) -> None:
     )
 
 
-# ======== Commands ==================================================================================================
-# `keys`, `--check` and `launch`.
+# ======== Commands: keys =========================================================================
+# `ztoapi.py keys`: what clients' keys there are, and changes to them, in the database itself.
 
 
 def keys_command(settings: Settings, flags: argparse.Namespace) -> None:
@@ -15691,7 +17323,8 @@ def listed_keys(database: Database, flags: argparse.Namespace) -> str:
 def removed_key(database: Database, flags: argparse.Namespace) -> str:
     """What to say of it. Raises BadRequest and DatabaseError."""
     wanted = wanted_change(flags, day_of(database.unix()))
-    if not database.exists or not database.transact(database.remove_account, wanted.name):
+    was_there = database.exists and database.transact(database.remove_account, wanted.name)
+    if not was_there:
         raise BadRequest(f"There is no key named {wanted.name}.")
     return f"{wanted.name} removed"
 
@@ -15700,22 +17333,32 @@ def wanted_change(flags: argparse.Namespace, today: date) -> KeyChange:
     """What the flags ask for. Raises BadRequest."""
     action = flags.action
     name = parse_key_name(flags.name)
-    given = {limit: getattr(flags, limit) for limit in LIMITS}
-    limits = {limit: words for limit, words in given.items() if words is not None}
+    limits = limits_given(flags)
     if limits and action not in ("add", "change"):
         raise BadRequest(f"{action} takes no limits: use keys change {name}.")
     if flags.new is not None and action != "rename":
         raise BadRequest(f"{action} takes one name.")
     if action == "change" and not limits:
-        raise BadRequest(f"Say what to change: {', '.join(f'--{limit}' for limit in LIMITS)}.")
+        options = ", ".join(f"--{limit}" for limit in LIMITS)
+        raise BadRequest(f"Say what to change: {options}.")
     if action == "rename":
         return KeyChange(name, rename=parse_key_name(flags.new))
     if action == "rotate":
         return KeyChange(name, rotates=True)
     if action in ("pause", "resume"):
         return KeyChange(name, paused=action == "pause")
-    adds: Literal["only", "never"] = "only" if action == "add" else "never"
-    return KeyChange(name, parse_limits(limits, today), adds=adds)
+    if action == "add":
+        return KeyChange(name, parse_limits(limits, today), adds="only")
+    return KeyChange(name, parse_limits(limits, today), adds="never")
+
+
+def limits_given(flags: argparse.Namespace) -> dict[str, str]:
+    limits = {}
+    for limit in LIMITS:
+        words = getattr(flags, limit)
+        if words is not None:
+            limits[limit] = words
+    return limits
 
 
 DONE = {
@@ -15727,25 +17370,18 @@ DONE = {
 
 
 def tell_changed(settings: Settings, database: Database, flags: argparse.Namespace) -> None:
-    """Add or change a key. A new key stands alone on stdout, for scripts, what people need to know on stderr."""
+    """Add or change a key.
+
+    A new key stands alone on stdout, for scripts, what people need to know on stderr.
+    """
     wanted = wanted_change(flags, day_of(database.unix()))
     if wanted.adds == "never" and not database.exists:  # which need not make one
         raise BadRequest(f"There is no key named {wanted.name}.")
     key = new_key()
-    account = database.transact(
-        database.change_account, wanted, new_account(wanted.name, key), begin=WRITE
-    )
-    if account.hash == hash_key(key):
-        note(f"the key of {account.name}, which is shown only now:")
-        print(key, flush=True)
-        note(f"to send along, the base URL: {origin_for_others(settings, settings.port)}/v1")
-        note(f"it is in the database {database.place}; a running server knows it within 5 seconds")
-        warn_of_other_database(settings, database)
-        if settings.published:
-            note(
-                f"nobody else can reach this server yet: DEFAULT_KEY is the published {PUBLISHED_KEY}. "
-                "Set DEFAULT_KEY to a key of your own, and HOST=0.0.0.0, and start it again"
-            )
+    new = new_account(wanted.name, key)
+    account = database.transact(database.change_account, wanted, new, begin=WRITE)
+    if account.hash == new.hash:
+        tell_key(settings, database, account.name, key)
     else:
         print(DONE[flags.action].format(wanted.name))
     warning = pattern_warning(wanted.limits.get("models"), MODELS)
@@ -15753,13 +17389,47 @@ def tell_changed(settings: Settings, database: Database, flags: argparse.Namespa
         note(warning)
 
 
+def tell_key(settings: Settings, database: Database, name: str, key: str) -> None:
+    """Show a new key, and say what its owner needs to know."""
+    note(f"the key of {name}, which is shown only now:")
+    print(key, flush=True)
+    note(f"to send along, the base URL: {origin_for_others(settings, settings.port)}/v1")
+    note(f"it is in the database {database.place}; a running server knows it within 5 seconds")
+    warn_of_other_database(settings, database)
+    if settings.published:
+        note(
+            "nobody else can reach this server yet: DEFAULT_KEY is the published "
+            f"{PUBLISHED_KEY}. Set DEFAULT_KEY to a key of your own, and HOST=0.0.0.0, and start "
+            "it again"
+        )
+
+
 def note(words: str) -> None:
     """For people, beside what scripts read on stdout."""
     print(f"ztoapi: {words}", file=sys.stderr, flush=True)
 
 
+def ztoapi_at(origin: str, key: str = "") -> JSON:
+    """What the ztoapi there says of itself, to who has the key more; {} where there is none.
+
+    Ask without the key first: nothing else may get it.
+    """
+    opener = build_opener(ProxyHandler({}))
+    if key:
+        opener.addheaders = [("x-api-key", key)]
+    with suppress(OSError, ValueError, HTTPException):
+        answer = opener.open(f"{origin}/health", timeout=5)
+        reply = as_object(json.loads(answer.read(9999)))
+        if reply.get("name") == "ztoapi":
+            return reply
+    return {}
+
+
 def warn_of_other_database(settings: Settings, database: Database) -> None:
-    """Say loudly that the server that runs here does not know the key, if it has another database."""
+    """Say loudly that the server that runs here does not know the key.
+
+    It does not if it has another database.
+    """
     origin = origin_of(settings.host, settings.port)
     if not settings.port or not ztoapi_at(origin):
         return
@@ -15768,54 +17438,86 @@ def warn_of_other_database(settings: Settings, database: Database) -> None:
         note(f"the ztoapi at {origin} takes another DEFAULT_KEY: it may have another database")
     elif about["database"] != database.transact(database.identify):
         note(
-            f"WARNING: the ztoapi that runs at {origin} uses ANOTHER DATABASE, so it does not know this key. "
-            "Give both the same DATABASE_URL"
+            f"WARNING: the ztoapi that runs at {origin} uses ANOTHER DATABASE, so it does not know "
+            "this key. Give both the same DATABASE_URL"
         )
 
 
 def key_table(items: Iterable[JSON]) -> str:
     """For people, in columns."""
     rows = [KEY_COLUMNS, *map(key_row, items)]
-    widths = [max(map(shown_width, column)) for column in zip(*rows, strict=True)]
+    widths = [0] * len(KEY_COLUMNS)
+    for row in rows:
+        for column, cell in enumerate(row):
+            widths[column] = max(widths[column], shown_width(cell))
     lines = []
     for row in rows:
-        cells = [
-            cell + " " * (width - shown_width(cell))
-            for cell, width in zip(row, widths, strict=True)
-        ]
+        cells = []
+        for cell, width in zip(row, widths, strict=True):
+            padding = width - shown_width(cell)
+            cells.append(cell + " " * padding)
         lines.append("  ".join(cells).rstrip())
     return "\n".join(lines)
 
 
+# `used` is the tokens of the present period, `in all` those since ever.
 KEY_COLUMNS = (
-    *("name", "state", *LIMITS),
-    *("requests", "used", "in all", "cost", "last used"),
+    "name",
+    "state",
+    *LIMITS,
+    "requests",
+    "used",
+    "in all",
+    "cost",
+    "last used",
 )
 
 
 def key_row(item: JSON) -> tuple[str, ...]:
-    """`used` is the tokens of the present period, `in all` those since ever, cost US dollars at list price."""
+    """What stands in the columns of one key."""
     state = "-"
     if item["paused"]:
         state = "paused"
     elif item["expired"]:
         state = "expired"
-    limits = ["-" if item[limit] is None else str(item[limit]) for limit in LIMITS]
+    limits = []
+    for limit in LIMITS:
+        words = item[limit]
+        limits.append("-" if words is None else str(words))
     last_used = "never"
     if item["last_used"] is not None:
         moment = datetime.fromtimestamp(item["last_used"], timezone.utc)
         last_used = moment.strftime("%Y-%m-%d %H:%M UTC")
-    used = (str(item["requests"]), f"{item['used_tokens']:,}", f"{item['total_tokens']:,}")
-    return (item["name"], state, *limits, *used, f"${item['cost']:.4f}", last_used)
+    return (
+        item["name"],
+        state,
+        *limits,
+        str(item["requests"]),
+        f"{item['used_tokens']:,}",
+        f"{item['total_tokens']:,}",
+        f"${item['cost']:.4f}",
+        last_used,
+    )
 
 
 def shown_width(text: str) -> int:
-    """The columns that a terminal takes for it: two for the wide characters of East Asia, none for marks."""
+    """The columns that a terminal takes for a text.
+
+    They are two for the wide characters of East Asia, none for marks.
+    """
     width = 0
     for character in text:
-        if unicodedata.category(character) not in ("Mn", "Me", "Cf"):
-            width += 2 if unicodedata.east_asian_width(character) in "WF" else 1
+        if unicodedata.category(character) in ("Mn", "Me", "Cf"):
+            continue
+        if unicodedata.east_asian_width(character) in "WF":
+            width += 2
+        else:
+            width += 1
     return width
+
+
+# ======== Commands: check ========================================================================
+# `ztoapi.py --check`: what is configured, whether it works, and what to do where it does not.
 
 
 @dataclass(frozen=True)
@@ -15866,6 +17568,7 @@ class Doctor:
                 yield await self.check_paid(number, key, chat)
 
     async def check_key(self, number: int, key: ZaiKey) -> Finding:
+        """Whether Z.ai takes a key: "Z.ai" instead of "key" where that does not show."""
         what = f"key {number}"
         try:
             models = await self.client.list_models(key)
@@ -15877,15 +17580,18 @@ class Doctor:
         return Finding(what, f"accepted; Z.ai lists {len(models)} models for it")
 
     async def better_address(self, key: ZaiKey) -> str:
-        """At which of the other named addresses a refused key is taken; one with its own address never leaves it."""
+        """At which of the other named addresses a refused key is taken.
+
+        A key with its own address never leaves it.
+        """
         if key.base_url not in self.bases.values():
             return ""
+        others = {name: url for name, url in self.bases.items() if url != key.base_url}
         found = []
-        for name, url in self.bases.items():
-            if url != key.base_url:
-                with suppress(UpstreamError):
-                    await self.client.list_models(ZaiKey(key.secret, url))
-                    found.append(f"KEY@{name} ({url})")
+        for name, url in others.items():
+            with suppress(UpstreamError):
+                await self.client.list_models(ZaiKey(key.secret, url))
+                found.append(f"KEY@{name} ({url})")
         if not found:
             return " None of Z.ai's other addresses takes it either."
         return f" Another address takes it: set ZAI_API_KEY to {' or '.join(found)}."
@@ -15902,15 +17608,20 @@ class Doctor:
         return Finding("chat", f"{model} says {text!r} after {took:.1f} s")
 
     async def check_paid(self, number: int, key: ZaiKey, chat: Finding) -> Finding:
-        """Whether paid models answer; where not, whether the address is wrong or the account empty."""
+        """Whether paid models answer.
+
+        Where they do not, whether the address is wrong or the account empty.
+        """
         what = f"paid {number}"
         try:
             await self.word_from(self.alone(key.secret, key.base_url), PAID_MODEL)
         except ProxyError as error:
-            if error.kind == NO_BALANCE:
-                level: Literal["warning", "bad"] = "warning" if chat.level == "good" else "bad"
-                return Finding(what, await self.why_no_balance(key), level)
-            return Finding(what, f"{PAID_MODEL}: {error}", "warning")
+            if error.kind != NO_BALANCE:
+                return Finding(what, f"{PAID_MODEL}: {error}", "warning")
+            words = await self.why_no_balance(key)
+            if chat.level == "good":
+                return Finding(what, words, "warning")
+            return Finding(what, words, "bad")
         return Finding(what, f"{PAID_MODEL} answers, so paid models do")
 
     async def why_no_balance(self, key: ZaiKey) -> str:
@@ -15939,15 +17650,16 @@ class Doctor:
         plan = make_plan(prompt, patient, Account(""), "check")
         async with upstream.open(plan) as stream:
             answer = Answer(await stream.read())
-        text = " ".join(answer.choices[0].text.split())[:40]
-        return stream.info.model, text
+        words = answer.choices[0].text.split()
+        return stream.info.model, " ".join(words)[:40]
 
 
 CHECK_WAIT = 10  # seconds for which a refusal for load is waited out
 EMPTY_ACCOUNT = (
     "the account has neither a plan nor a balance: only free models answer (z.ai/manage-apikey)"
 )
-# What a key is that has no balance where it is sent, while its account answers at the site's other address.
+# What to say of a key without a balance where it is sent, whose account answers at the site's
+# other address.
 AT_GENERAL = (
     "this is the key of a Coding Plan at the general address, where only free models answer it"
 )
@@ -15961,24 +17673,30 @@ WRONG_SIDE = {
 
 
 async def check_plan(client: ZaiClient, what: str, key: ZaiKey) -> AsyncIterator[Finding]:
-    """A bar for each of the plan's limits; none where there is no plan, and where Z.ai does not say."""
-    for limit in (await client.plan_quota(key))["limits"]:
+    """A bar for each of the plan's limits.
+
+    There is none where there is no plan, and where Z.ai does not say.
+    """
+    quota = await client.plan_quota(key)
+    for limit in quota["limits"]:
         left = 100 - min(100, limit["percentage"])
-        bar = f"{'█' * round(left / 10):░<10}"
-        reset = (
-            f", resets {datetime.fromtimestamp(at, timezone.utc):%F %R} UTC"
-            if (at := limit["resets_at"])
-            else ""
-        )
-        yield Finding(what, f"{bar} {left:.0f} % left of {limit['window']}{reset}")
+        filled = round(left / 10)
+        bar = ("█" * filled).ljust(10, "░")
+        words = f"{bar} {left:.0f} % left of {limit['window']}"
+        if limit["resets_at"]:
+            moment = datetime.fromtimestamp(limit["resets_at"], timezone.utc)
+            words += f", resets {moment:%F %R} UTC"
+        yield Finding(what, words)
 
 
 def check_port(settings: Settings) -> Finding:
+    """Whether the server can listen, or does already."""
     try:
         for taken in listen(settings.host, settings.port):
             taken.close()
     except OSError as error:
-        if error.errno == errno.EADDRINUSE and ztoapi_at(origin_of(settings.host, settings.port)):
+        origin = origin_of(settings.host, settings.port)
+        if error.errno == errno.EADDRINUSE and ztoapi_at(origin):
             return Finding("port", f"a ztoapi serves {settings.port} on {settings.host}")
         return Finding("port", cannot_listen(settings, error), "bad")
     return Finding("port", f"{settings.port} on {settings.host} is free")
@@ -16002,18 +17720,21 @@ def check_database(settings: Settings) -> Finding:
 
 
 def check_clients() -> Finding:
-    found = [
-        f"python ztoapi.py launch {name}"
-        for name in CLIENTS
-        if shutil.which(CLIENTS[name].arguments[0])
-    ]
-    nothing = "none is installed; python ztoapi.py launch --help lists them"
-    return Finding("clients", ", ".join(found) or nothing)
+    """How to start the clients that are installed."""
+    found = []
+    for name, client in CLIENTS.items():
+        program = client.arguments[0]
+        if shutil.which(program):
+            found.append(f"python ztoapi.py launch {name}")
+    if not found:
+        return Finding("clients", "none is installed; python ztoapi.py launch --help lists them")
+    return Finding("clients", ", ".join(found))
 
 
-# Not settings of the server: `launch` uses another with them.
+# Not settings of the server: `launch` uses another server with them.
 LAUNCH_VARIABLES = ("ZTOAPI_URL", "ZTOAPI_KEY")
-# What a variable that is none of ours may have been meant to be; lower, and HOSTNAME would be taken for HOST.
+# How much a variable must be like a setting to be taken for it misspelt; below this, HOSTNAME would
+# be taken for HOST.
 LIKENESS = 0.72
 
 
@@ -16028,9 +17749,14 @@ def misspelt(names: Iterable[str]) -> Iterator[Finding]:
 
 def local_findings(settings: Settings, names: Iterable[str]) -> Iterator[Finding]:
     """What can be said without Z.ai; `names` are those of all variables."""
-    source = str(ENV_FILE) if ENV_FILE.exists() else f"no {ENV_FILE}"
-    keys = "1 key" if len(settings.zai_api_key) == 1 else f"{len(settings.zai_api_key)} keys"
-    yield Finding("settings", f"{', '.join(settings.zai_base_urls)}, {keys} for Z.ai ({source})")
+    source = f"no {ENV_FILE}"
+    if ENV_FILE.exists():
+        source = str(ENV_FILE)
+    keys = f"{len(settings.zai_api_key)} keys"
+    if len(settings.zai_api_key) == 1:
+        keys = "1 key"
+    addresses = ", ".join(settings.zai_base_urls)
+    yield Finding("settings", f"{addresses}, {keys} for Z.ai ({source})")
     yield from misspelt(names)
     yield check_port(settings)
     yield check_database(settings)
@@ -16040,7 +17766,10 @@ def local_findings(settings: Settings, names: Iterable[str]) -> Iterator[Finding
 async def check(
     flags: Mapping[str, str], bases: Mapping[str, str] = ZAI_BASES, probe: str = ""
 ) -> int:
-    """Print the findings; the exit status is 0 if none is bad, else 1. `probe` is what the operator said to that."""
+    """Print the findings; the exit status is 0 if none is bad, else 1.
+
+    `probe` is what the operator said to that.
+    """
     try:
         variables = {**environment(), **flags}
         settings = Settings.from_env(variables)
@@ -16049,8 +17778,9 @@ async def check(
         return 1
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a terminal without ✓ must not hide the rest
-    redact, status = redactor(settings), 0
+    redact = redactor(settings)
     limits = Limits()
+    status = 0
     async with new_session(settings, limits) as session:
         doctor = Doctor(settings, ZaiClient(session, settings, limits), bases)
         local = await asyncio.to_thread(list, local_findings(settings, variables))
@@ -16073,10 +17803,17 @@ async def chain_findings(
         yield finding
 
 
-PROBE_QUESTION = """\
---probe sends about a dozen small requests to Z.ai with your own key, to find out what its documents leave open.
-They cost less than a cent. What comes back is a table without secrets, to paste into an issue.
-Type yes to send them: """
+# ======== Commands: probe ========================================================================
+# `ztoapi.py --check --probe` finds out, with an operator's own key, what Z.ai's documents leave
+# open.
+
+PROBE_QUESTION = (
+    "--probe sends about a dozen small requests to Z.ai with your own key, to find out what its "
+    "documents leave open.\n"
+    "They cost less than a cent. What comes back is a table without secrets, to paste into an "
+    "issue.\n"
+    "Type yes to send them: "
+)
 PROBE_TIMEOUT = 60  # seconds
 
 
@@ -16101,8 +17838,8 @@ class RawReply(NamedTuple):
     def frames(self) -> list[JSON]:
         """Of a streamed answer."""
         decoder = SSEDecoder()
-        data = [*decoder.feed(self.body), *decoder.close()]
-        return [as_object(parse_json(frame)) for frame in data if frame != b"[DONE]"]
+        sent = (*decoder.feed(self.body), *decoder.close())
+        return [as_object(parse_json(data)) for data in sent if data != b"[DONE]"]
 
 
 @dataclass(frozen=True)
@@ -16130,9 +17867,8 @@ def fields_told(reply: RawReply) -> str:
 
 
 def limit_headers(reply: RawReply) -> str:
-    names = [
-        name for name in reply.headers if name.lower().startswith(("retry-after", "x-ratelimit"))
-    ]
+    prefixes = ("retry-after", "x-ratelimit")
+    names = [name for name in reply.headers if name.lower().startswith(prefixes)]
     return ", ".join(names) or "none of them"
 
 
@@ -16142,9 +17878,14 @@ def comments_counted(reply: RawReply) -> str:
 
 
 def usage_counted(reply: RawReply) -> str:
-    with_usage = [frame for frame in reply.frames if frame.get("usage")]
-    bare = [frame for frame in with_usage if not frame.get("choices")]
-    return f"{len(with_usage)} frames with usage, {len(bare)} of them without choices"
+    with_usage = 0
+    bare = 0
+    for frame in reply.frames:
+        if frame.get("usage"):
+            with_usage += 1
+            if not frame.get("choices"):
+                bare += 1
+    return f"{with_usage} frames with usage, {bare} of them without choices"
 
 
 def embedding_type(reply: RawReply) -> str:
@@ -16168,50 +17909,56 @@ SQUARE = (
 )
 
 
+HI = ({"role": "user", "content": "Hi"},)
+CALL_CLOCK = ({"role": "user", "content": "Call clock."},)
+COUNT = ({"role": "user", "content": "Count: 1 2 3 4 5"},)
+REMEMBER = (
+    {"role": "user", "content": "Think of a number."},
+    {"role": "assistant", "reasoning_content": "I take 7341.", "content": "I have one."},
+    {"role": "user", "content": "Which number was it? Answer with it alone."},
+)
+LOOK = (
+    {
+        "role": "user",
+        "content": [
+            {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{SQUARE}"}},
+            {"type": "text", "text": "Which colour is it?"},
+        ],
+    },
+)
+EMBED = {"model": "embedding-3", "input": "hi", "encoding_format": "base64"}
+
+
 def probes(model: str, seeing: str) -> list[Probe]:
     """The open points; what cannot be provoked, or would cost much, is not among them."""
+    counting = {"model": model, "messages": HI}
+    tools = [CLOCK_TOOL]
+    with_usage = {"include_usage": True}
 
-    def chat(words: str, **more: Any) -> JSON:
-        message = {"role": "user", "content": words}
-        return {"model": model, "messages": [message], "max_tokens": 64, **OFF, **more}
+    def chat(
+        question: str,
+        read: Callable[[RawReply], str],
+        messages: Sequence[JSON] = HI,
+        **more: Any,
+    ) -> Probe:
+        body = {"model": model, "messages": messages, "max_tokens": 64}
+        off = {"type": "disabled"}
+        return Probe(question, "chat/completions", {**body, "thinking": off, **more}, read)
 
-    tool: JSON = {"tools": [CLOCK_TOOL]}
-    remembered = [
-        {"role": "user", "content": "Think of a number."},
-        {"role": "assistant", "reasoning_content": "I take 7341.", "content": "I have one."},
-        {"role": "user", "content": "Which number was it? Answer with it alone."},
-    ]
-    image = {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{SQUARE}"}}
-    look = {"role": "user", "content": [image, {"type": "text", "text": "Which colour is it?"}]}
-    counting: JSON = {"model": model, "messages": [{"role": "user", "content": "hi"}]}
-    path = "chat/completions"
     return [
-        Probe("tool_choice required", path, chat("Hi", tool_choice="required", **tool), called),
-        Probe("tool_choice none", path, chat("Call clock.", tool_choice="none", **tool), called),
-        Probe("tool_choice named", path, chat("Hi", tool_choice=NAMED_CLOCK, **tool), called),
+        chat("tool_choice required", called, tool_choice="required", tools=tools),
+        chat("tool_choice none", called, CALL_CLOCK, tool_choice="none", tools=tools),
+        chat("tool_choice named", called, tool_choice=NAMED_CLOCK, tools=tools),
         Probe("count_tokens", "/api/anthropic/v1/messages/count_tokens", counting, fields_told),
         Probe("Responses API", "/api/v1/responses", {"model": model, "input": "hi"}, fields_told),
-        Probe("limits in headers", path, chat("Hi"), limit_headers),
-        Probe("image as data: URL", path, chat("", model=seeing, messages=[look]), said),
-        Probe("reasoning sent back is read (7341)", path, chat("", messages=remembered), said),
-        Probe("stop as a text", path, chat("Count: 1 2 3 4 5", stop="3"), said),
-        Probe("comments in a stream", path, chat("Hi", stream=True), comments_counted),
-        Probe(
-            "stream_options",
-            path,
-            chat("Hi", stream=True, stream_options={"include_usage": True}),
-            usage_counted,
-        ),
-        Probe(
-            "base64 embeddings",
-            "embeddings",
-            {"model": "embedding-3", "input": "hi", "encoding_format": "base64"},
-            embedding_type,
-        ),
+        chat("limits in headers", limit_headers),
+        chat("image as data: URL", said, LOOK, model=seeing),
+        chat("reasoning sent back is read (7341)", said, REMEMBER),
+        chat("stop as a text", said, COUNT, stop="3"),
+        chat("comments in a stream", comments_counted, stream=True),
+        chat("stream_options", usage_counted, stream=True, stream_options=with_usage),
+        Probe("base64 embeddings", "embeddings", EMBED, embedding_type),
     ]
-
-
-OFF: JSON = {"thinking": {"type": "disabled"}}
 
 
 async def probed(doctor: Doctor) -> AsyncIterator[str]:
@@ -16227,21 +17974,25 @@ async def probed(doctor: Doctor) -> AsyncIterator[str]:
 
 
 async def probe_words(client: ZaiClient, key: ZaiKey, probe: Probe) -> str:
+    """What Z.ai answered to a probe, in a few words."""
     url = urljoin(f"{key.base_url}/", probe.path)
+    how: JSON = {
+        "data": encode_request(probe.body),
+        "headers": {"Authorization": f"Bearer {key.secret}", "Content-Type": "application/json"},
+        "proxy": client.proxy(url),
+        "allow_redirects": False,
+        "timeout": aiohttp.ClientTimeout(total=PROBE_TIMEOUT),
+    }
     try:
-        async with client.session.post(
-            url,
-            data=encode_request(probe.body),
-            headers={"Authorization": f"Bearer {key.secret}", "Content-Type": "application/json"},
-            proxy=client.proxy(url),
-            allow_redirects=False,
-            timeout=aiohttp.ClientTimeout(total=PROBE_TIMEOUT),
-        ) as response:
+        async with client.session.post(url, **how) as response:
             body = await read_up_to(GET_LIMIT, response.content)
             reply = RawReply(response.status, response.headers, body)
     except (aiohttp.ClientError, asyncio.TimeoutError, ValueError) as error:
         return printable_line(f"no answer: {connection_error(error)}")
-    refusal = refusal_in(body) if reply.status < 400 else zai_error(reply.status, body)
+    if reply.status >= 400:
+        refusal: UpstreamError | None = zai_error(reply.status, body)
+    else:
+        refusal = refusal_in(body)
     if refusal is not None:
         return printable_line(f"{reply.status}: {refusal.detail}")
     return printable_line(f"{reply.status}: {probe.read(reply)}")
@@ -16249,21 +18000,28 @@ async def probe_words(client: ZaiClient, key: ZaiKey, probe: Probe) -> str:
 
 def printable_line(words: str) -> str:
     """One cell of a table."""
-    return " ".join(words.replace("|", "/").split())[:200]
+    parts = words.replace("|", "/").split()
+    return " ".join(parts)[:200]
 
 
-# What a client does not inherit, besides this server's settings: what else would choose its account, address or
-# configuration, and our keys.
+# ======== Commands: launch =======================================================================
+# `ztoapi.py launch CLIENT` starts a client with this server as its API, in a folder and with
+# variables of its own, so that what the user has set up for it stays as it is.
+
+# What a client does not inherit, besides this server's settings: what else would choose its
+# account, address or configuration, and our keys.
 NOT_INHERITED = (
-    *(
-        "ANTHROPIC_",
-        "CLAUDE_CODE_USE_",
-        "CLAUDE_CODE_OAUTH_",
-        "OPENAI_",
-        "CODEX_API_KEY",
-        "COPILOT_PROVIDER_",
-    ),
-    *("OPENCODE_CONFIG", "KILO_CONFIG", "GPTME_OPENAI_", "ZAI_", "ZTOAPI_"),
+    "ANTHROPIC_",
+    "CLAUDE_CODE_USE_",
+    "CLAUDE_CODE_OAUTH_",
+    "OPENAI_",
+    "CODEX_API_KEY",
+    "COPILOT_PROVIDER_",
+    "OPENCODE_CONFIG",
+    "KILO_CONFIG",
+    "GPTME_OPENAI_",
+    "ZAI_",
+    "ZTOAPI_",
 )
 
 
@@ -16277,6 +18035,7 @@ class LaunchServer:
     health: JSON  # what it says of itself; {} where it is still to be started
 
     def words(self) -> dict[str, object]:
+        """What a client's files and variables say of the server."""
         return client_words(self.origin, self.key, self.model)
 
 
@@ -16289,24 +18048,23 @@ def launch(settings: Settings, flags: argparse.Namespace) -> int:
     if flags.show:
         print(shown_client(client, launch_server(settings, flags), flags))
         return 0
-    missing = f"{flags.client} is not installed: {client.install}"
-    program = shutil.which(client.arguments[0]) or exit_with_error(missing, 127)
+    program = shutil.which(client.arguments[0])
+    if program is None:
+        exit_with_error(f"{flags.client} is not installed: {client.install}", 127)
     server = launch_server(settings, flags)
     tell_of_launch(server, flags)
-    for number in (
-        signal.SIGINT,
-        signal.SIGTERM,
-        getattr(signal, "SIGHUP", signal.SIGTERM),
-    ):  # Windows has no SIGHUP
-        signal.signal(number, exit_on_signal)
+    for name in ("SIGINT", "SIGTERM", "SIGHUP"):
+        if hasattr(signal, name):  # Windows has no SIGHUP
+            signal.signal(getattr(signal, name), exit_on_signal)
     with ExitStack() as stack:
         if not server.health:
-            stack.enter_context(own_server(settings, server.origin, ["--demo"] * flags.demo))
+            stack.enter_context(own_server(settings, server.origin, flags))
         folder = stack.enter_context(folder_of_launch(flags))
         filled = client.filled({**server.words(), "dir": folder})
-        for name, text in filled.files.items():
-            write_client_file(Path(folder, name), text)
-        return run([program, *filled.arguments[1:], *flags.arguments], filled.variables)
+        for file, text in filled.files.items():
+            write_client_file(Path(folder, file), text)
+        _, *arguments = filled.arguments
+        return run([program, *arguments, *flags.arguments], filled.variables)
 
 
 def shown_client(client: Client, server: LaunchServer, flags: argparse.Namespace) -> str:
@@ -16323,8 +18081,8 @@ def tell_of_launch(server: LaunchServer, flags: argparse.Namespace) -> None:
     print(f"ztoapi: {chosen}; --model NAME for another", file=sys.stderr)
     if flags.keep:
         return
-    given = {argument.partition("=")[0] for argument in flags.arguments}
-    if given & RESUMING.get(flags.client, set()):
+    resuming = RESUMING.get(flags.client, set())
+    if any(argument.partition("=")[0] in resuming for argument in flags.arguments):
         reason = "sessions end with a launch, so there is nothing to resume"
         print(f"ztoapi: {reason}; launch {flags.client} --keep keeps them", file=sys.stderr)
 
@@ -16350,7 +18108,10 @@ def server_here(settings: Settings, flags: argparse.Namespace) -> LaunchServer:
 
 
 def model_of_launch(name: str, aliases: Aliases) -> Model:
-    """The model that a client is to ask for; the word behind its name is the switch of a client that has none."""
+    """The model that a client is to ask for.
+
+    The word behind its name is the switch of a client that has none.
+    """
     asked = named(name, aliases)
     if not asked.effort:
         return asked.model
@@ -16381,7 +18142,10 @@ def url_elsewhere(flags: argparse.Namespace) -> str:
 
 
 def server_elsewhere(url: str, flags: argparse.Namespace) -> LaunchServer:
-    """The ztoapi at another address, with what it says of the model. Exits with one line where it cannot be used."""
+    """The ztoapi at another address, with what it says of the model.
+
+    Exits with one line where it cannot be used.
+    """
     try:
         origin = base_url(url.strip()).removesuffix("/v1").rstrip("/")
     except ValueError:
@@ -16392,7 +18156,7 @@ def server_elsewhere(url: str, flags: argparse.Namespace) -> LaunchServer:
     health: JSON = {}
     if flags.show:  # which needs no server
         with suppress(OSError, HTTPException, ValueError):
-            health = get_json(f"{origin}/health")[2]
+            _, _, health = get_json(f"{origin}/health")
     else:
         health = health_elsewhere(origin)
     name = flags.model or health.get("model") or "glm-4.7-flash"
@@ -16403,7 +18167,10 @@ def server_elsewhere(url: str, flags: argparse.Namespace) -> LaunchServer:
 
 
 def health_elsewhere(origin: str) -> JSON:
-    """What the ztoapi there says of itself. Exits with one line where there is none: nothing else may get a key."""
+    """What the ztoapi there says of itself.
+
+    Exits with one line where there is none: nothing else may get a key.
+    """
     try:
         status, headers, reply = get_json(f"{origin}/health")
     except (OSError, HTTPException, ValueError) as error:
@@ -16417,10 +18184,13 @@ def health_elsewhere(origin: str) -> JSON:
 
 
 def model_elsewhere(server: LaunchServer, flags: argparse.Namespace) -> Model:
-    """The model as the server there lists it for the key. Exits with one line where the key is refused."""
-    known, path = server.model, f"{server.origin}/v1/models"
+    """The model as the server there lists it for the key.
+
+    Exits with one line where the key is refused.
+    """
+    known = server.model
     try:
-        status, _, reply = get_json(f"{path}/{quote(known.id)}", server.key)
+        status, _, reply = get_json(f"{server.origin}/v1/models/{quote(known.id)}", server.key)
     except (OSError, HTTPException, ValueError) as error:
         exit_with_error(f"{server.origin} cannot be reached: {getattr(error, 'reason', error)}")
     if status in (401, 403):
@@ -16430,19 +18200,22 @@ def model_elsewhere(server: LaunchServer, flags: argparse.Namespace) -> Model:
         exit_with_error(f"the key is not for {known.id}: choose another with --model")
     if status != 200:
         return known
-    input_types = as_object(reply.get("architecture")).get("input_modalities")
+    architecture = as_object(reply.get("architecture"))
+    input_types = architecture.get("input_modalities")
+    vision = known.vision
+    if isinstance(input_types, list):
+        vision = "image" in input_types
     return replace(
         known,
         context=reply.get("context_length", known.context),
         output=reply.get("max_output_tokens", known.output),
-        vision="image" in input_types if isinstance(input_types, list) else known.vision,
+        vision=vision,
     )
 
 
 def one_line(words: str) -> str:
     """What another server says, made safe for the terminal."""
-    line = "".join(character for character in words if character.isprintable())
-    return truncated(line)
+    return truncated("".join(filter(str.isprintable, words)))
 
 
 class NoRedirects(HTTPRedirectHandler):
@@ -16453,7 +18226,10 @@ class NoRedirects(HTTPRedirectHandler):
 
 
 def get_json(url: str, key: str = "") -> tuple[int, Mapping[str, str], JSON]:
-    """Status, headers and JSON of an answer, {} if it is none. Raises OSError, HTTPException and ValueError."""
+    """Status, headers and JSON of an answer, {} if it is none.
+
+    Raises OSError, HTTPException and ValueError.
+    """
     proxies: dict[str, str] | None = None  # those of the environment
     if is_loopback(urlsplit(url).hostname or ""):
         proxies = {}
@@ -16467,7 +18243,8 @@ def get_json(url: str, key: str = "") -> tuple[int, Mapping[str, str], JSON]:
     except HTTPError as error:
         answer = error
     with answer:
-        return answer.status, answer.headers, as_object(parse_json(answer.read(2**20)))
+        document = parse_json(answer.read(2**20))
+        return answer.status, answer.headers, as_object(document)
 
 
 def folder_of_launch(flags: argparse.Namespace) -> AbstractContextManager[str]:
@@ -16488,7 +18265,10 @@ def kept_folder(client: str) -> str:
 
 
 def write_client_file(file: Path, text: str) -> None:
-    """Write what a client reads. What it keeps itself in the same file stays, as far as it is JSON."""
+    """Write what a client reads.
+
+    What it keeps itself in the same file stays, as far as it is JSON.
+    """
     ours = parse_json(text.encode())
     kept = None
     if file.exists():
@@ -16512,8 +18292,8 @@ def joined(kept: Any, ours: Any) -> Any:
 def client_folder() -> Iterator[str]:
     """A new folder for a client's files while the block runs, readable for the user alone.
 
-    It is in the user's cache, where that can be written: below the system's temporary folder, to which others may
-    write too, Codex makes none of its helper programs.
+    It is in the user's cache, where that can be written: below the system's temporary folder, to
+    which others may write too, Codex makes none of its helper programs.
     """
     parent = user_cache()
     made = [folder for folder in (parent, *parent.parents) if not folder.exists()]
@@ -16536,7 +18316,10 @@ def new_folder(parent: Path | None) -> tempfile.TemporaryDirectory[str]:
 
 
 def user_cache() -> Path:
-    """Where this user's programs keep what can be made again; of a user without a home, temporary files."""
+    """Where this user's programs keep what can be made again.
+
+    For a user without a home, that is among the temporary files.
+    """
     try:
         home = Path.home()
     except RuntimeError:
@@ -16549,7 +18332,10 @@ def user_cache() -> Path:
 
 
 def user_data() -> Path:
-    """Where this user's programs keep what cannot be made again. Raises RuntimeError for a user without a home."""
+    """Where this user's programs keep what cannot be made again.
+
+    Raises RuntimeError for a user without a home.
+    """
     home = Path.home()
     if sys.platform == "win32":
         return Path(os.environ.get("LOCALAPPDATA") or home / "AppData/Local")
@@ -16564,33 +18350,15 @@ def exit_on_signal(number: int, _: object) -> NoReturn:
     raise SystemExit(128 + number)
 
 
-def ztoapi_at(origin: str, key: str = "") -> JSON:
-    """What the ztoapi there says of itself, to who has the key more; {} where there is none.
-
-    Ask without the key first: nothing else may get it.
-    """
-    opener = build_opener(ProxyHandler({}))
-    if key:
-        opener.addheaders = [("x-api-key", key)]
-    with suppress(OSError, ValueError, HTTPException):
-        answer = opener.open(f"{origin}/health", timeout=5).read(9999)
-        reply = as_object(json.loads(answer))
-        return reply if reply.get("name") == "ztoapi" else {}
-    return {}
-
-
 @contextmanager
-def own_server(settings: Settings, origin: str, flags: list[str]) -> Iterator[None]:
+def own_server(settings: Settings, origin: str, flags: argparse.Namespace) -> Iterator[None]:
     """A server in a process of its own while the block runs. Its log is kept only if it failed."""
-    if not settings.zai_api_key and not flags:
+    if not settings.zai_api_key and not flags.demo:
         exit_with_error(ZAI_API_KEY_MISSING.message)
-    command = [
-        sys.executable,
-        __file__,
-        f"--host={settings.host}",
-        f"--port={settings.port}",
-        *flags,
-    ]
+    address = [f"--host={settings.host}", f"--port={settings.port}"]
+    command = [sys.executable, __file__, *address]
+    if flags.demo:
+        command.append("--demo")
     with tempfile.NamedTemporaryFile(prefix="ztoapi-", suffix=".log", delete=False) as log:
         # In a session of its own, so that it does not get the terminal's Ctrl-C.
         server = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
@@ -16598,29 +18366,29 @@ def own_server(settings: Settings, origin: str, flags: list[str]) -> Iterator[No
     try:
         while server.poll() is None and not ztoapi_at(origin):
             time.sleep(0.05)
-        yield (
-            None
-            if server.poll() is None
-            else exit_with_error(Path(log.name).read_text().partition(": ")[2].strip())
-        )
+        if server.poll() is not None:
+            _, _, reason = Path(log.name).read_text().partition(": ")
+            exit_with_error(reason.strip())
+        yield
     finally:
         server.terminate()
         if server.wait() == 0:
             Path(log.name).unlink()
 
 
+def is_inherited(name: str) -> bool:
+    """Whether a client gets a variable as the user has it."""
+    if name.startswith(NOT_INHERITED):
+        return False
+    return all(name != setting.name.upper() for setting in fields(Settings))
+
+
 def run(command: list[str], variables: dict[str, str]) -> int:
     """Runs a client. Returns its exit status: 128 plus the signal's number if a signal ended it."""
-    settings = {setting.name.upper() for setting in fields(Settings)}
-    inherited = {
-        name: value
-        for name, value in os.environ.items()
-        if name not in settings and not name.startswith(NOT_INHERITED)
-    }
-    signal.signal(
-        signal.SIGINT, lambda *_: None
-    )  # the client gets Ctrl-C too, and decides what it means
-    with subprocess.Popen(command, env=inherited | variables) as process:
+    inherited = {name: value for name, value in os.environ.items() if is_inherited(name)}
+    # The client gets Ctrl-C too, and decides what it means.
+    signal.signal(signal.SIGINT, lambda *_: None)
+    with subprocess.Popen(command, env={**inherited, **variables}) as process:
         try:
             status = process.wait()
         finally:
@@ -16628,49 +18396,56 @@ def run(command: list[str], variables: dict[str, str]) -> int:
             with suppress(subprocess.TimeoutExpired):
                 process.wait(3)
             process.kill()
-    return status if status >= 0 else 128 - status
+    if status < 0:
+        return 128 - status
+    return status
 
 
-# ======== Demo ======================================================================================================
+# ======== Demo ===================================================================================
 # A small stand-in for Z.ai on this server, in Z.ai's wire format, for users who have no key yet.
 
 DEMO_PATH = "/demo/api/paas/v4"
-UNLOGGED_PATHS = (
-    DEMO_PATH,
-    "/dashboard/stats",
-    "/dashboard/history",
-)  # often requested by the program itself and its pages
+# Often requested by the program itself and its pages.
+UNLOGGED_PATHS = (DEMO_PATH, "/dashboard/stats", "/dashboard/history")
 
 
 async def demo_models(_: web.Request) -> web.Response:
+    """As Z.ai lists its models."""
     models = [{"id": model, "object": "model", "owned_by": "z-ai"} for model in MODELS]
     return json_response({"object": "list", "data": models})
 
 
 async def demo_chat(request: web.Request) -> web.StreamResponse:
     """Always a stream, which serves a whole answer as well."""
-    if request.headers.get("Authorization") != f"Bearer {request.app[SETTINGS].zai_api_key[0]}":
-        return json_response({"error": {"code": "1000", "message": "Authentication Failed"}}, 401)
+    key, *_ = request.app[SETTINGS].zai_api_key
+    if request.headers.get("Authorization") != f"Bearer {key}":
+        return demo_refusal(401, "1000", "Authentication Failed")
     body = await request.json()
     if body["model"] not in MODELS:
-        return json_response(
-            {"error": {"code": "1211", "message": "Unknown Model, please check the model code."}},
-            400,
-        )
-    deltas, now = demo_deltas(body), request.app[CLOCK].unix()
+        return demo_refusal(400, "1211", "Unknown Model, please check the model code.")
+    pause = 0.0
+    if body.get("stream"):
+        pause = request.app[APP_LIMITS].demo_pace
+    deltas = demo_deltas(body)
+    now = request.app[CLOCK].unix()
     answer_id = time.strftime("%Y%m%d%H%M%S", time.localtime(now)) + secrets.token_hex(9)
     head = {"id": answer_id, "created": int(now), "model": body["model"]}
     response = web.StreamResponse(headers={"Content-Type": "text/event-stream;charset=UTF-8"})
     await response.prepare(request)
     for delta in deltas:
-        await response.write(
-            sse([head | {"choices": [{"index": 0, "delta": {"role": "assistant", **delta}}]}])
-        )
-        await asyncio.sleep(request.app[APP_LIMITS].demo_pace if body.get("stream") else 0)
-    await response.write(sse([head | demo_last(body, deltas), "[DONE]"]))
+        choice = {"index": 0, "delta": {"role": "assistant", **delta}}
+        await response.write(sse([{**head, "choices": [choice]}]))
+        await asyncio.sleep(pause)
+    last = {**head, **demo_last(body, deltas)}
+    await response.write(sse([last, "[DONE]"]))
     return response
 
 
+def demo_refusal(status: int, code: str, message: str) -> web.Response:
+    return json_response({"error": {"code": code, "message": message}}, status)
+
+
+DEMO_WORDS = "This is the demo of ztoapi; no model is behind it (这是演示,没有真正的模型)."
 REMINDER = re.compile(r"<system-reminder>.*?</system-reminder>", re.DOTALL)
 ASKS_FOR_TOOL = re.compile(r"\b(tools?|call|use)\b|工具|调用", re.IGNORECASE)
 
@@ -16683,11 +18458,13 @@ def demo_deltas(body: JSON) -> list[JSON]:
         thoughts = ("The user wrote ", f"{len(asked)} characters. ", "This is only a demo.")
         deltas += [{"reasoning_content": thought} for thought in thoughts]
     if calls_tool(body, asked):
-        deltas.append({"tool_calls": [demo_call(body["tools"][0].get("function", {}))]})
+        first_tool, *_ = body["tools"]
+        deltas.append({"tool_calls": [demo_call(first_tool.get("function", {}))]})
     elif "response_format" in body:
-        deltas.append({"content": json_text(smallest(asked_schema(body)))})
+        document = smallest(asked_schema(body))
+        deltas.append({"content": json_text(document)})
     else:
-        words = f"This is the demo of ztoapi; no model is behind it (这是演示,没有真正的模型). You wrote: {asked[:200]}"
+        words = f"{DEMO_WORDS} You wrote: {asked[:200]}"
         deltas += [{"content": word} for word in re.findall(r"\s*\S+", words)]
     return deltas[: body.get("max_tokens", len(deltas))]
 
@@ -16701,6 +18478,7 @@ def demo_question(message: JSON) -> str:
 
 
 def demo_part(part: JSON) -> str:
+    """A part of a message in words."""
     if part["type"] == "text":
         return str(part["text"])
     url = part[part["type"]]["url"]
@@ -16713,14 +18491,17 @@ def calls_tool(body: JSON, asked: str) -> bool:
     """Whether the first tool is to be called: it must be, or the user's text asks for one."""
     if not body.get("tools"):
         return False
-    first, last = body["messages"][0], body["messages"][-1]
+    first = body["messages"][0]
+    last = body["messages"][-1]
     if last["role"] != "user":
         return False
-    is_forced = first["role"] == "system" and CALL_ORDER in first["content"]
-    return is_forced or bool(ASKS_FOR_TOOL.search(asked))
+    if first["role"] == "system" and CALL_ORDER in first["content"]:
+        return True
+    return bool(ASKS_FOR_TOOL.search(asked))
 
 
 def demo_call(function: JSON) -> JSON:
+    """A call of a function, with the smallest arguments that it allows."""
     values = smallest({"type": "object", **as_object(function.get("parameters"))})
     called = {"name": function.get("name", "demo"), "arguments": json_text(values)}
     return {
@@ -16735,7 +18516,9 @@ def asked_schema(body: JSON) -> JSON:
     """The JSON Schema in the system message; {"type": "object"} where there is none."""
     _, order, schema = str(body["messages"][0]["content"]).partition(SCHEMA_ORDER)
     found = as_object(parse_json(schema.encode()))
-    return found if order and found else {"type": "object"}
+    if order and found:
+        return found
+    return {"type": "object"}
 
 
 DEEPEST = 30  # schemas inside each other; some require themselves for ever
@@ -16776,6 +18559,7 @@ def definition_at(ref: str, root: JSON) -> JSON:
 
 
 def smallest_of_kind(schema: JSON, root: JSON, depth: int) -> Any:
+    """A value of the schema's `type`; an object where that says nothing."""
     kind = schema.get("type")
     if isinstance(kind, list) and kind:
         kind = kind[0]
@@ -16793,16 +18577,26 @@ def smallest_of_kind(schema: JSON, root: JSON, depth: int) -> Any:
             item = smallest(as_object(schema.get("items")), root, depth)
             return [item] * as_count(schema.get("minItems"))
         case _:
-            properties = as_object(schema.get("properties"))
-            names = [name for name in schema.get("required") or () if isinstance(name, str)]
-            return {name: smallest(as_object(properties.get(name)), root, depth) for name in names}
+            return smallest_object(schema, root, depth)
+
+
+def smallest_object(schema: JSON, root: JSON, depth: int) -> JSON:
+    properties = as_object(schema.get("properties"))
+    fields_required = {}
+    for name in schema.get("required") or ():
+        if isinstance(name, str):
+            fields_required[name] = smallest(as_object(properties.get(name)), root, depth)
+    return fields_required
 
 
 def demo_last(body: JSON, deltas: list[JSON]) -> JSON:
     """The last chunk, with usage; a word counts as a token."""
     prompt = len(re.findall(r"\S+", str(body["messages"])))
-    cut = len(deltas) >= body.get("max_tokens", math.inf)
-    reason = "length" if cut else "tool_calls" if "tool_calls" in deltas[-1] else "stop"
+    reason = "stop"
+    if len(deltas) >= body.get("max_tokens", math.inf):
+        reason = "length"
+    elif "tool_calls" in deltas[-1]:
+        reason = "tool_calls"
     tokens = {
         "prompt_tokens": prompt,
         "completion_tokens": len(deltas),

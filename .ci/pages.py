@@ -1,7 +1,7 @@
 """The pages' HTML, CSS and JavaScript, taken out of ztoapi.py for prettier and eslint.
 
-    python .ci/pages.py out FOLDER    a file for each text; in FOLDER/whole each page's script as it runs
-    python .ci/pages.py back FOLDER   the files put back, after they were changed there
+python .ci/pages.py out FOLDER    a file for each text; in FOLDER/whole each page's script as it runs
+python .ci/pages.py back FOLDER   the files put back, after they were changed there
 """
 
 import re

@@ -13879,6 +13879,15 @@ async def test_a_whole_answer_that_always_lacks_a_piece_is_a_failure(client, zai
 
 
 @in_loop
+@pytest.mark.parametrize("code", ["1302", "1305"])
+async def test_an_answer_that_is_always_broken_off_for_load_is_a_failure(client, zai, code):
+    zai.parts = [FIRST, b'data: {"error":{"code":"%s","message":"no"}}\n\n' % code.encode()]
+    response, body = await ask(client)
+    assert (response.status, error_of(body)["code"]) == (429, "rate_limit_exceeded")
+    assert len(zai.asked) == 3
+
+
+@in_loop
 async def test_a_stream_that_lacks_a_piece_goes_on(client, zai):
     zai.parts = [TORN_STREAM]
     _, stream = await ask(client, chat(stream=True))

@@ -11370,9 +11370,6 @@ class Queue:
 
     def refused(self, slot: Slot, error: UpstreamError) -> None:
         """Z.ai refused the request for load: later ones must wait too."""
-        if slot.is_taken:  # and broke the answer off
-            slot.is_taken = False
-            slot.patience.answering -= 1
         now = self.clock.now()
         others = slot.limit.in_flight - 1
         slot.patience.refused(error, others, self.answer_time, now, self.clock.jitter())
@@ -12600,8 +12597,11 @@ class Upstream:
                 queue.admit()
 
     def next_try(self, ticket: Ticket, slot: Slot, error: UpstreamError) -> float:
-        """The seconds to wait before it. Raises the error if there is none."""
-        if is_refusal_for_load(error):
+        """The seconds to wait before it. Raises the error if there is none.
+
+        What breaks off an answer that has begun is no refusal, however Z.ai calls it: it costs what was said.
+        """
+        if is_refusal_for_load(error) and not slot.is_taken:
             self.wait_out(ticket, slot, error)
             return 0
         return self.record_failure(ticket, slot, error)

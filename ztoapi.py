@@ -12044,8 +12044,8 @@ class ZaiConnection(ResponseHandler):
     def resume_reading(self, *how: Any, **named: Any) -> None:
         """Called for each part that is taken out of the buffer.
 
-        aiohttp would go through its parser and its transport each time. Without a pause neither of them
-        has anything left.
+        aiohttp would go through its parser and its transport each time. Without a pause neither of
+        them has anything left.
         """
         if self._reading_paused:
             super().resume_reading(*how, **named)
@@ -12599,7 +12599,8 @@ class Upstream:
     def next_try(self, ticket: Ticket, slot: Slot, error: UpstreamError) -> float:
         """The seconds to wait before it. Raises the error if there is none.
 
-        What breaks off an answer that has begun is no refusal, however Z.ai calls it: it costs what was said.
+        What breaks off an answer that has begun is no refusal, however Z.ai calls it: it costs what
+        was said.
         """
         if is_refusal_for_load(error) and not slot.is_taken:
             self.wait_out(ticket, slot, error)

@@ -18270,12 +18270,14 @@ async def test_a_path_is_routed_in_linear_time(client):
 async def test_what_is_sent_to_zai_is_made_and_encoded_only_when_it_is_its_turn(
     start, zai, monkeypatch
 ):
-    made, make = [], ztoapi.zai_request
-    monkeypatch.setattr(
-        ztoapi,
-        "zai_request",
-        lambda *asked: made.append((asked[1].id, len(zai.asked))) or make(*asked),
-    )
+    made = []
+    make = ztoapi.zai_request
+
+    def make_and_note(prompt, model, *others, **how):
+        made.append((model.id, len(zai.asked)))
+        return make(prompt, model, *others, **how)
+
+    monkeypatch.setattr(ztoapi, "zai_request", make_and_note)
     client = await start(max_concurrency=1)
     zai.answers = [zai_refuses(1311)] * 2
     assert (await ask(client, chat(fallbacks=["glm-5", "glm-4.5", "glm-5.1"])))[0].status == 200

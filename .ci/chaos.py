@@ -82,12 +82,6 @@ class BadZai:
             mood = "dead"
         self.met[mood] += 1
         body = await request.read()
-        if "anthropic" in request.path:
-            return await self.pass_on(
-                request,
-                b"event: message_start\ndata: {}\n\nevent: message_stop\ndata: {}\n\n",
-                mood,
-            )
         if not request.path.endswith("chat/completions"):
             return await self.pass_on(request, b'{"size":%d}' % len(body), mood)
         asked = json.loads(body)
@@ -254,13 +248,16 @@ class Crowd:
             self.complain(f"responses: no end: {text[-300:]}")
 
     async def messages(self, session: aiohttp.ClientSession, number: int) -> None:
+        stream = self.random.random() < 0.7
         body = {
             "model": "glm-4.6",
-            "max_tokens": 99,
+            "max_tokens": 9000,
             "messages": [{"role": "user", "content": f"#{number}"}],
+            "stream": stream,
         }
+        wanted = "event: message_stop" if stream else text_of(number)
         async with session.post("/v1/messages", json=body, headers=HEADERS) as response:
-            self.judge("messages", response.status, await response.text(), "event: message_stop")
+            self.judge("messages", response.status, await response.text(), wanted)
 
     async def upload(self, session: aiohttp.ClientSession, number: int) -> None:
         size = self.random.choice((10, 10**5, 3 * 10**6))

@@ -96,7 +96,8 @@ async def load(
 def make_keys(url: str) -> None:
     database = Database(url, time.time)
     for key in KEYS:
-        database.transact(database.put_account, Account(hash_key(key), key.removeprefix("sk-")))
+        account = Account(key, key.removeprefix("sk-"), hash=hash_key(key))
+        database.transact(database.put_account, account)
     database.thread.submit(database.close).result()
 
 

@@ -14892,7 +14892,8 @@ async def test_the_list_of_models_speaks_anthropic_and_codex_too(client):
         "/v1/models", headers=KEY | {"anthropic-version": "2023-06-01"}
     ) as response:
         models = await response.json()
-    assert models["data"][0] == {
+    listed = {model["id"]: model for model in models["data"]}
+    assert listed["glm-5.3"] == {
         "type": "model",
         "id": "glm-5.3",
         "display_name": "glm-5.3",
@@ -14901,7 +14902,7 @@ async def test_the_list_of_models_speaks_anthropic_and_codex_too(client):
         "max_input_tokens": 1048576,
         "max_tokens": 131072,
     }
-    assert (models["first_id"], models["has_more"]) == ("glm-5.3", False)
+    assert (models["first_id"], models["has_more"]) == (models["data"][0]["id"], False)
     async with client.get("/v1/models?client_version=1.0", headers=KEY) as response:
         models = await response.json()
     assert {model["slug"] for model in models["models"]} == {

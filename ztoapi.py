@@ -182,7 +182,7 @@ __version__ = "1.1.0"
 JSON = dict[str, Any]
 
 
-# ======== Settings ================================================================================
+# ======== Settings ===============================================================================
 # What an operator can set: `Settings`, read from the environment.
 
 PUBLISHED_KEY = "sk-your-key"
@@ -537,7 +537,7 @@ class Limits:
     unsaved_rows: int = 1_000  # likewise, their number
 
 
-# ======== Errors ==================================================================================
+# ======== Errors =================================================================================
 # `ErrorKind`: every failure that a client can see. A `ProxyError` carries one to where it is
 # answered.
 
@@ -859,7 +859,7 @@ def proxy_passwords(urls: Iterable[str]) -> list[str]:
     return found
 
 
-# ======== JSON ====================================================================================
+# ======== JSON ===================================================================================
 # Encoders and decoders, and the limits of a request's JSON.
 
 # check_circular takes a sixth of the time, and our data is never circular.
@@ -1087,7 +1087,7 @@ def as_count(value: Any) -> int:
     return value
 
 
-# ======== Models ==================================================================================
+# ======== Models =================================================================================
 # A new model is a row of `MODEL_ROWS`. `named` tells what a client's name means.
 
 K = 1024
@@ -1494,7 +1494,7 @@ def models_from_items(items: list[Any]) -> Iterator[Model]:
         yield model
 
 
-# ======== Internal representation =================================================================
+# ======== Internal representation ================================================================
 # What a client asks and a model answers, independent of any API. Nothing changes these values once
 # they are made, but for `Choice` and `Answer`, which add events up. Most are not frozen, for frozen
 # ones take three times as long to make.
@@ -1904,7 +1904,7 @@ class Reply(ABC):
     def fold(self, events: Sequence[Event]) -> JSON: ...
 
 
-# ======== Request fields ==========================================================================
+# ======== Request fields =========================================================================
 # The checks that OpenAI's APIs share: `validated` applies a table of them to a request.
 
 # Returns a value, converted, or raises ValueError with what it must be.
@@ -2222,7 +2222,7 @@ def common_arguments(given: JSON) -> JSON:
     return {**fields_of(given, *COPIED_FIELDS), "user": user}
 
 
-# ======== Contents ================================================================================
+# ======== Contents ===============================================================================
 # `read_message`: one message of any API as Messages. A client sends its history again with every
 # request, so what is said in a message is never refused here; what is not known goes as its text.
 
@@ -2643,7 +2643,7 @@ def argument_text(arguments: Any) -> str:
     return json_text(arguments)
 
 
-# ======== Chat completions ========================================================================
+# ======== Chat completions =======================================================================
 # `parse_chat` reads a request; `ChatReply` makes its answer, streamed or whole.
 
 MAX_TOOLS = 128
@@ -3243,7 +3243,7 @@ def url_citation(result: JSON) -> JSON:
     return {"type": "url_citation", "url_citation": cited}
 
 
-# ======== Completions =============================================================================
+# ======== Completions ============================================================================
 # OpenAI's API before chat: `parse_completion` reads a prompt as a chat, `CompletionReply` makes its
 # answer.
 
@@ -3367,7 +3367,7 @@ def completion_choice(index: int, words: str, finish_reason: FinishReason | None
     return {"index": index, "text": words, "logprobs": None, "finish_reason": finish_reason}
 
 
-# ======== Responses: request ======================================================================
+# ======== Responses: request =====================================================================
 # `parse_response` reads a request; the items of its input become messages.
 
 
@@ -4372,7 +4372,7 @@ def parse_response_tool(tool: Any, at: str) -> Tool | JSON | None:
             raise BadRequest(words, at)
 
 
-# ======== Responses: answer =======================================================================
+# ======== Responses: answer ======================================================================
 # `ResponseReply` turns events into those of the Responses API; the last one has the whole response.
 
 
@@ -4776,7 +4776,7 @@ def response_usage(usage: Usage) -> JSON:
     }
 
 
-# ======== Messages: request =======================================================================
+# ======== Messages: request ======================================================================
 # `parse_message` reads a request of Anthropic's API. Its shapes are those of the package
 # `anthropic` 2.14.
 
@@ -5160,7 +5160,7 @@ def last_words(messages: Messages) -> str:
     return ""
 
 
-# ======== Messages: answer ========================================================================
+# ======== Messages: answer =======================================================================
 # `MessageReply` turns events into content blocks, and these into the events of Anthropic's streams.
 
 
@@ -5484,7 +5484,7 @@ def message_search_result(result: JSON) -> JSON:
     }
 
 
-# ======== Surfaces ================================================================================
+# ======== Surfaces ===============================================================================
 # A surface is an API that clients speak. `respond` serves all of them and never asks which.
 
 
@@ -5510,7 +5510,7 @@ SURFACES: dict[str, Surface] = {
 }
 
 
-# ======== Histories ===============================================================================
+# ======== Histories ==============================================================================
 # What keeps a conversation alive whatever stands in its history: `repair_history`, a list of
 # repairs that are the same for every model, and `fit_media`, which depends on what a model sees.
 # Where VISION_MODEL is to describe images, they are Undescribed until `with_descriptions` has its
@@ -6051,7 +6051,7 @@ def hoist_media(messages: Messages) -> Messages:
     return tuple(hoisted)
 
 
-# ======== Clients =================================================================================
+# ======== Clients ================================================================================
 # How each client is installed, and started for this server only: as typed in a shell, variables
 # first. $dir is a folder of its own; the file that a client reads from it, if any, comes last.
 
@@ -6302,7 +6302,7 @@ def client_examples() -> list[JSON]:
     return examples
 
 
-# ======== Z.ai: errors ============================================================================
+# ======== Z.ai: errors ===========================================================================
 # `zai_error` reads Z.ai's refusals, which come in many forms.
 
 # In the code of an error, {} is Z.ai's own.
@@ -6464,7 +6464,7 @@ def excerpt(body: bytes | JSON) -> str:
     return " ".join(words.split()) or "(empty)"
 
 
-# ======== Z.ai: answer ============================================================================
+# ======== Z.ai: answer ===========================================================================
 # `ZaiReader` turns the bytes of one answer into events. How it works:
 #
 #     bytes ── SSEDecoder ──► data of an event ── parse_answer ──► chunk ── read_chunk ──► events
@@ -6899,7 +6899,7 @@ def zai_usage(usage: JSON) -> Usage:
     return Usage(prompt, completion, total, cached, reasoning)
 
 
-# ======== Z.ai: repairs ===========================================================================
+# ======== Z.ai: repairs ==========================================================================
 # Models say things that no client expects. Each such quirk has a machine of its own here, a
 # `Repair`: events go in, mended events come out. `REPAIRS` lists them in order, and each says which
 # requests need it, so that the twentieth quirk costs what the first did, and can be deleted alone.
@@ -6921,6 +6921,10 @@ def zai_usage(usage: JSON) -> Usage:
 # is mended by those behind it: a call that leaked gets an id, then arguments of the right types.
 # Halves of characters are joined before all of them, in the reader: no machine meets one, but as
 # an escape in arguments.
+#
+# So a new machine stands behind those whose work it needs, and before those that need its own. One
+# that holds text back stands behind FreshStart, or what it holds would join the answer that begins
+# again; one that looks at a text's end stands before StopStrings, which may cut it.
 #
 # A request has only the machines that it needs. A plain text answer visits those for the head until
 # its first word, and Ending at its end; an answer with tools pays for what tools need.
@@ -6946,16 +6950,19 @@ class RepairNeeds:
     answer_id: str  # ours, unique
     tools: Mapping[str, JSON]  # the parameters of each function that was offered, by name
     wants_json: bool
-    quoted: str  # see `quoted_text`
+    quoted: (
+        str  # texts of the request that hold markup of calls, see `quoted_text`; "" without tools
+    )
     forced: str = ""  # the function that must be called
     stop: tuple[str, ...] = ()  # strings that end the answer
     asks_again: bool = False  # where an answer is empty
 
 
 class Repair(ABC):
-    """Mends one quirk of one answer: `feed` takes an event of a type in `sees`, which only shrinks.
+    """Mends one quirk of one answer: `feed` takes an event of a type in `sees`.
 
-    `mended` counts how often there was something to mend; the dashboard shows it by `kind`.
+    A machine may drop types from its `sees`; it never gets them back. `mended` counts how often
+    there was something to mend; the dashboard shows it by `kind`.
     """
 
     kind = ""
@@ -7235,7 +7242,7 @@ class LeakedCalls(Repair):
 
     def __init__(self, tools: Mapping[str, JSON], quoted: str) -> None:
         self.tools = tools  # the parameters of each, by name
-        self.quoted = quoted  # what the request says, see `quoted_text`
+        self.quoted = quoted  # see `quoted_text`
         self.marks = CodeMarks()
         self.rest = ""  # perhaps the beginning of a tag
         self.held: list[str] = []  # the text from the first <tool_call> on
@@ -7371,7 +7378,7 @@ class ForcedCall(Repair):
     def __init__(self, name: str, parameters: JSON, quoted: str) -> None:
         self.name = name
         self.schema = Schema(parameters, parameters)
-        self.quoted = quoted  # what the request says, see `quoted_text`
+        self.quoted = quoted  # see `quoted_text`
         self.beginning = Beginning("{", "```")
         self.held: list[str] = []  # the text so far
 
@@ -9006,7 +9013,7 @@ def reasoning_shape(form: ReasoningFormat) -> list[Repair]:
     return []
 
 
-# ======== Z.ai: other paths =======================================================================
+# ======== Z.ai: other paths ======================================================================
 # What is special about the paths that are relayed as they are (embeddings, images, transcriptions,
 # forms) and about the quota of a Coding Plan, for `pass_through` and the dashboard.
 
@@ -9367,7 +9374,7 @@ def form_boundary(content_type: str) -> str:
     return found[2].strip()
 
 
-# ======== Z.ai: request ===========================================================================
+# ======== Z.ai: request ==========================================================================
 # `zai_body` is a Prompt as Z.ai takes it; what Z.ai has no parameter for is emulated or left out.
 
 
@@ -9808,7 +9815,7 @@ def without_null(schema: JSON) -> JSON:
     return schema
 
 
-# ======== Accounts ================================================================================
+# ======== Accounts ===============================================================================
 # Whose request it is, what that key may do, and what it has used. How it works:
 #
 # Each key has an account. `Account` has its limits, in the words of the `keys` command, and never
@@ -10306,7 +10313,7 @@ def reset_words(budget: Budget, today: date, otherwise: str) -> str:
 FREE_GOES_ON = "Free models, such as glm-4.7-flash, go on."
 
 
-# ======== Plan ====================================================================================
+# ======== Plan ===================================================================================
 # `make_plan` decides all that can be decided about a request before it is sent, and refuses what
 # cannot be sent: every 400 and 403 is told here, or when the request is parsed, before it waits for
 # anything.
@@ -10942,8 +10949,8 @@ def names_unknown_model(scope: str) -> bool:
 
 
 # The limit that learns. Z.ai publishes no number of requests that it takes at a time
-# (zai-org/GLM-5#83), and tells too many only by refusing one. But what a refusal says is exact:
-# with n in flight, it takes n - 1 now. So the limit needs no search.
+# (zai-org/GLM-5#83), and tells too many only by refusing one. But for our share a refusal is exact:
+# with n of ours in flight, it takes n - 1 of them now. So the limit needs no search.
 #
 # Before the first refusal it doubles in the time of an answer's beginning, as TCP's window does at
 # the start: each success while it is more than half full adds one. A refusal sets it to what was
@@ -11031,10 +11038,14 @@ def backoff(retry: int, jitter: float) -> float:
 # the key is closed for this model for a while: nobody else of the queue runs into the same
 # refusal.
 #
-# The key opens after 0.3 s, then after twice that, and so on up to w, which is half of what an
-# answer takes, but 1 to 5 s; for 1305, which lasts longer, after 2 to 15 s. It opens at once when
-# an answer of ours with this key ends, since then there is room that we know of; unless Z.ai said
-# when to come.
+# The key opens after a first wait, then after twice that, and so on up to a longest one, w:
+#
+#            first    longest
+#     1302   0.3 s    half of what an answer takes, at least 1 s and at most 5 s
+#     1305   2 s      15 s, since an overload lasts longer
+#
+# It opens at once when an answer of ours with this key ends, since then there is room that we know
+# of; unless Z.ai said when to come.
 #
 # Processes that share a key are told nothing of each other, so fairness must come from what each
 # does alone. One whose answers follow each other without a gap keeps the others out for ever: they
@@ -11200,9 +11211,9 @@ class Patience:
         return self.is_full and now >= self.held_since + hold
 
     def ends_at(self, arrived_at: float, seconds: float) -> float:
-        """When a request that arrived at a given time is told of its refusal.
+        """When the client of a request that arrived at a given time is told of the refusal.
 
-        `seconds` is how long Z.ai's refusals are borne.
+        `seconds` is how long Z.ai's refusals are borne. Never, while our own answers explain them.
         """
         if self.refusing_since is None:
             return math.inf
@@ -18634,7 +18645,7 @@ def demo_last(body: JSON, deltas: list[JSON]) -> JSON:
     return {"choices": [end], "usage": tokens}
 
 
-# ======== Pages =====================================================================================================
+# ======== Pages ==================================================================================
 # Two pages for people. What comes from outside is put in as text (textContent), and nothing is loaded from
 # elsewhere. Their texts are formatted by prettier: .ci/pages.py takes them out and puts them back.
 

@@ -10106,6 +10106,18 @@ async def test_a_file_that_is_gone_is_opened_anew(tmp_path, connect, how, caplog
     assert path.stat().st_mode & 0o777 == 0o600
 
 
+def test_processes_that_make_a_database_at_the_same_time_wait_for_each_other(tmp_path):
+    for number in range(20):
+        url = f"sqlite:///{tmp_path}/{number}.db"
+        limits = Limits(**UNHURRIED)
+        databases = [ztoapi.Database(url, lambda: NOON, limits) for _ in range(4)]
+        with ThreadPoolExecutor(4) as threads:
+            jobs = [threads.submit(each.transact, each.list_accounts) for each in databases]
+        assert [job.result() for job in jobs] == [[]] * 4
+        for each in databases:
+            each.close()
+
+
 @in_loop
 async def test_of_two_who_add_a_key_one_adds_it_and_the_other_changes_it(database_url, connect):
     here, there = connect(database_url), connect(database_url)

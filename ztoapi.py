@@ -13393,8 +13393,21 @@ class Database:
             isolation_level=None,
             check_same_thread=False,
         )
-        self.execute("PRAGMA journal_mode = WAL")
+        self.keep_a_journal()
         self.execute("PRAGMA synchronous = NORMAL")
+
+    def keep_a_journal(self) -> None:
+        """Write ahead (WAL). SQLite itself does not wait for another process that begins to."""
+        ends_at = time.monotonic() + self.limits.busy_timeout
+        while True:
+            try:
+                self.execute("PRAGMA journal_mode = WAL")
+            except self.driver.OperationalError:
+                if time.monotonic() > ends_at:
+                    raise
+                time.sleep(0.01)
+            else:
+                return
 
     def make_file(self) -> None:
         """Make the SQLite file if there is none, for its owner only.

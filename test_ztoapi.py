@@ -3390,7 +3390,7 @@ def test_a_previous_response_that_is_not_there_is_named():
     ],
 )
 def test_the_responses_that_a_request_refers_to_are_known_before_it_is_parsed(fields, wanted):
-    assert ztoapi.referred_responses(fields) == wanted
+    assert ztoapi.responses_named_in(fields) == wanted
 
 
 @pytest.mark.parametrize(
@@ -10203,7 +10203,7 @@ async def test_a_thousand_references_are_one_read(start, database_url, connect):
         database.unsaved.put(history.row(stored))
     await database.sync(Accounts(()))
     body = ASKED | {"input": [{"type": "item_reference", "id": f"msg_{i}_0"} for i in ids]}
-    await history.load(ztoapi.referred_responses(body))
+    await history.load(ztoapi.responses_named_in(body))
     assert len(ztoapi.parse_response(body, history)[0].messages) == 1_000
     assert database.asked == 1
     database.thread.submit(database.close).result(10)
@@ -17151,7 +17151,7 @@ def test_keys_are_managed_by_the_command_line(command, tmp_path):
     ]
     assert keys("change", "anna", "--tokens", "none", "--rpm", "7") == "anna changed"
     assert keys("pause", "anna") == "anna paused"
-    assert keys("rename", "anna", "bob") == "anna renamed"
+    assert keys("rename", "anna", "bob") == "anna is now bob"
     [row] = listed()
     assert [row[name] for name in shown] == ["bob", None, "2.5", "glm-4.*,glm-5.3", 7, True, 0]
     assert keys("resume", "bob") == "bob resumed"

@@ -210,7 +210,7 @@ def parse_boolean(text: str) -> bool:
     raise ValueError(text)
 
 
-def one_of(*allowed: str) -> Callable[[str], str]:
+def parse_choice(*allowed: str) -> Callable[[str], str]:
     """A function that reads one of these words, in any case; for any other it raises ValueError."""
 
     def read(text: str) -> str:
@@ -405,7 +405,7 @@ class Settings:
     default_stream: bool = setting(default=False, read=parse_boolean, wanted="true or false")
     enable_thinking: bool | None = setting(None, parse_boolean, "true or false, or empty")
     reasoning_format: ReasoningFormat = setting(
-        "parsed", one_of("parsed", "raw", "hidden"), "parsed, raw or hidden"
+        "parsed", parse_choice("parsed", "raw", "hidden"), "parsed, raw or hidden"
     )
     model_aliases: tuple[tuple[str, str], ...] = setting(
         (), parse_aliases, "name=model pairs, separated by commas"
@@ -415,12 +415,12 @@ class Settings:
     )
     vision_model: str = setting("", str, "the name of a model")
     vision_mode: str = setting(
-        "auto", one_of("auto", "answer", "describe"), "auto, answer or describe"
+        "auto", parse_choice("auto", "answer", "describe"), "auto, answer or describe"
     )
     spend_limit: str = setting(
         "", parse_spend_limit, "US dollars such as 5, 5/day, 5/week or 5/month"
     )
-    reasoning_memory: str = setting("turn", one_of("off", "turn", "all"), "off, turn or all")
+    reasoning_memory: str = setting("turn", parse_choice("off", "turn", "all"), "off, turn or all")
     max_concurrency: int = setting(
         0, whole_number(0, 100_000), "a number of requests, 0 to 100000; 0 = learn it"
     )
@@ -3678,7 +3678,7 @@ def previous_items(response_id: str, history: History) -> list[JSON]:
 MAX_REFERENCES = 1_000  # responses whose items one request refers to
 
 
-def referred_responses(body: JSON) -> Referred:
+def responses_named_in(body: JSON) -> Referred:
     """The stored responses that a request refers to; only ids that every database takes."""
     if not body.keys() & {"input", "previous_response_id"}:  # most requests
         return Referred()
@@ -11541,7 +11541,7 @@ LARGE = 2**20  # bytes
 LARGE_WORK = ThreadPoolExecutor(1, "large")
 
 
-async def in_thread_if_large(size: int, work: Callable[..., R], *arguments: Any) -> R:
+async def run_off_loop_if_large(size: int, work: Callable[..., R], *arguments: Any) -> R:
     """Do the work on `size` bytes; if they are many, in a thread, so that other requests go on."""
     if size < LARGE:
         return work(*arguments)
@@ -11837,7 +11837,7 @@ class EventStream(EventSource):
             if size < LARGE:
                 events = self.events_in(part)
             else:
-                events = await in_thread_if_large(size, self.events_in, part)
+                events = await run_off_loop_if_large(size, self.events_in, part)
             if events:
                 self.note(events)
         if events and self.has_ended and not self.reader.done:
@@ -12521,7 +12521,7 @@ class Upstream:
         plan.admit(model)
         key = slot.key
         encode = partial(zai_request, asks_again=self.asks_again(plan, prompt))
-        request = await in_thread_if_large(
+        request = await run_off_loop_if_large(
             plan.size, encode, prompt, model, key.base_url, plan.answer_id
         )
         trace("sent", request.data)
@@ -13815,7 +13815,7 @@ class ClientHistory:
             return
         rows = await self.database.find_responses(self.account_id, asked, self.max_size)
         size = sum(row.size for row in rows)
-        await in_thread_if_large(size, self.read, rows)
+        await run_off_loop_if_large(size, self.read, rows)
 
     def read(self, rows: Iterable[ResponseRow]) -> None:
         """Keep the responses in these rows, as far as there is room."""
@@ -13830,7 +13830,7 @@ class ClientHistory:
 
     async def put(self, stored: StoredResponse, size: int) -> None:
         """`size` is about that of the request and the answer, in bytes."""
-        row = await in_thread_if_large(size, self.row, stored)
+        row = await run_off_loop_if_large(size, self.row, stored)
         await self.database.put_response(row)
 
     def row(self, stored: StoredResponse) -> ResponseRow:
@@ -15064,9 +15064,9 @@ async def plan_request(surface: Surface, request: web.Request) -> Asked:
     """
     history = ClientHistory(request.app[DATABASE], request[ACCOUNT].id)
     body = await read_json(request)
-    await history.load(referred_responses(body))
+    await history.load(responses_named_in(body))
     size = request[RECORD].body_size + history.size
-    asked = await in_thread_if_large(size, planned, surface, request, body, history, size)
+    asked = await run_off_loop_if_large(size, planned, surface, request, body, history, size)
     request.app[UPSTREAM].repairs.update(asked.plan.repairs)
     request.app[ACCOUNTS].check_choices(request[ACCOUNT], asked.plan.n, time.monotonic())
     return asked
@@ -15112,7 +15112,7 @@ async def count_tokens(request: web.Request) -> web.Response:
     """An estimate, in the form of Anthropic's API. Z.ai is not asked: it may not know the path."""
     body = await read_json(request)
     size = request[RECORD].body_size
-    model_id, tokens = await in_thread_if_large(size, counted, body, request.app[SETTINGS])
+    model_id, tokens = await run_off_loop_if_large(size, counted, body, request.app[SETTINGS])
     return json_response({"input_tokens": request.app[TOKEN_SCALE].scaled(model_id, tokens)})
 
 
@@ -15153,7 +15153,7 @@ async def decode_body(request: web.Request, body: bytes) -> JSON:
     """A body that was read. Raises BadRequest if it is no JSON object."""
     trace(f"asked {request.path}", body)
     try:
-        return await in_thread_if_large(len(body), parse_request, body)
+        return await run_off_loop_if_large(len(body), parse_request, body)
     except (ValueError, RecursionError) as error:
         raise BadRequest(f"The request body is not a JSON object: {error}.") from None
 
@@ -15282,10 +15282,10 @@ async def count_input_tokens(request: web.Request) -> web.Response:
     """An estimate, in the form of the Responses API: Z.ai is not asked."""
     history = ClientHistory(request.app[DATABASE], request[ACCOUNT].id)
     body = await read_json(request)
-    await history.load(referred_responses(body))
+    await history.load(responses_named_in(body))
     size = request[RECORD].body_size + history.size
     settings = request.app[SETTINGS]
-    model_id, tokens = await in_thread_if_large(size, counted_response, body, history, settings)
+    model_id, tokens = await run_off_loop_if_large(size, counted_response, body, history, settings)
     scaled = request.app[TOKEN_SCALE].scaled(model_id, tokens)
     return json_response({"object": "response.input_tokens", "input_tokens": scaled})
 
@@ -16078,10 +16078,10 @@ async def embed_in_batches(
         attempt = partial(ask_for_batch, request, relayed, meter)
         async with upstream.account_slot(request[ACCOUNT]), AsyncExitStack() as owner:
             data = await upstream.with_retries(use, Caller(request[ACCOUNT].id), attempt, owner)
-        await in_thread_if_large(len(data), joined.add, data, len(batch["input"]))
+        await run_off_loop_if_large(len(data), joined.add, data, len(batch["input"]))
         record.first = record.first or time.monotonic()
     size = sum(map(len, joined.items))
-    document = await in_thread_if_large(size, joined.document)
+    document = await run_off_loop_if_large(size, joined.document)
     return web.Response(body=document, content_type="application/json")
 
 
@@ -16210,12 +16210,12 @@ class PassThroughResponse:
         while not data:
             part = await self.stream.read()
             if not part:
-                data = await in_thread_if_large(held, self.reader.close)
+                data = await run_off_loop_if_large(held, self.reader.close)
                 break
             held += len(part)
             if held > self.request.app[APP_LIMITS].answer_size:
                 raise UpstreamError(UNAVAILABLE, TOO_LARGE)
-            data = await in_thread_if_large(held, self.reader.feed, part)
+            data = await run_off_loop_if_large(held, self.reader.feed, part)
         self.meter.told = self.reader.usage
         return data
 
@@ -17412,7 +17412,7 @@ DONE = {
     "change": "{} changed",
     "pause": "{} paused",
     "resume": "{} resumed",
-    "rename": "{} renamed",
+    "rename": "{} is now {}",
 }
 
 
@@ -17430,7 +17430,7 @@ def tell_changed(settings: Settings, database: Database, flags: argparse.Namespa
     if account.hash == new.hash:
         tell_key(settings, database, account.name, key)
     else:
-        print(DONE[flags.action].format(wanted.name))
+        print(DONE[flags.action].format(wanted.name, wanted.rename))
     warning = pattern_warning(wanted.limits.get("models"), MODELS)
     if warning:
         note(warning)
